@@ -1,0 +1,123 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"sync/atomic"
+	"time"
+)
+
+// listen opens the address of -listen or -admin: host:port, or unix:/path for a
+// socket with mode 0660. A socket that a router left behind when it was killed
+// is replaced, one that is listened on is not. The caller closes the listener,
+// which removes the socket.
+func listen(addr string) (net.Listener, error) {
+	path, unix := strings.CutPrefix(addr, "unix:")
+	if !unix {
+		return net.Listen("tcp", addr)
+	}
+	if err := removeStale(path); err != nil {
+		return nil, err
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Chmod(path, 0o660); err != nil {
+		l.Close()
+		return nil, err
+	}
+	return l, nil
+}
+
+func removeStale(path string) error {
+	info, err := os.Lstat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return err
+	case info.Mode().Type() != fs.ModeSocket:
+		return fmt.Errorf("listen unix:%s: the file is there and is no socket", path)
+	}
+	if conn, err := net.DialTimeout("unix", path, time.Second); err == nil {
+		conn.Close()
+		return fmt.Errorf("listen unix:%s: another process listens there", path)
+	}
+	return os.Remove(path)
+}
+
+// frontListener counts the connections that end before net/http could make a
+// request of what they sent: too long, too slow or malformed. net/http answers
+// these by itself and tells nobody.
+type frontListener struct {
+	net.Listener
+	badHeads *atomic.Int64
+}
+
+func (l frontListener) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return &frontConn{Conn: conn, badHeads: l.badHeads}, nil
+}
+
+// frontConn is a client's connection while net/http has it.
+type frontConn struct {
+	net.Conn
+	badHeads *atomic.Int64
+	began    atomic.Bool // a byte came
+	read     atomic.Bool // a request reached the handler, or the count was made
+}
+
+func (c *frontConn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if n > 0 && !c.began.Load() {
+		c.began.Store(true)
+	}
+	return n, err
+}
+
+func (c *frontConn) Close() error {
+	if c.began.Load() && !c.read.Swap(true) {
+		c.badHeads.Add(1)
+	}
+	return c.Conn.Close()
+}
+
+// frontKey is the key of a request context's *frontConn.
+type frontKey struct{}
+
+// headRead notes that the connection's request reached the handler.
+func headRead(ctx context.Context) {
+	if c, ok := ctx.Value(frontKey{}).(*frontConn); ok {
+		c.read.Store(true)
+	}
+}
+
+// newFront returns the server of clients. ctx bounds the requests until they
+// are hijacked or answered.
+func newFront(ctx context.Context, p *proxy, log *slog.Logger) *http.Server {
+	protocols := new(http.Protocols)
+	protocols.SetHTTP1(true)
+	return &http.Server{
+		Handler:           p,
+		ReadHeaderTimeout: p.limits.headerTime,
+		IdleTimeout:       p.limits.headerTime,
+		MaxHeaderBytes:    p.limits.headerBytes,
+		Protocols:         protocols,
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		BaseContext:       func(net.Listener) context.Context { return ctx },
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			return context.WithValue(ctx, frontKey{}, c)
+		},
+	}
+}

@@ -1,0 +1,239 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"net"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// limits bound what clients can take.
+type limits struct {
+	hold        time.Duration // how long an upgrade waits for its owner
+	handshake   time.Duration // how long the backend has to answer, and the client to take the answer
+	headerTime  time.Duration // how long a client has to send its request's head
+	headerBytes int           // of a request's or an answer's head
+	sessions    int           // open at once
+	waiting     int           // upgrades under way at once
+}
+
+// proxy is the HTTP half of a connection: it answers a request, or makes it a
+// session and hands that to the relay.
+type proxy struct {
+	// Static after construction.
+	router    *router
+	backends  *backends
+	relay     *relay
+	moves     *mover
+	limits    limits
+	pod       string
+	namespace func(*http.Request) (string, *refusal) // pathNamespace or hostNamespace
+	log       *slog.Logger
+
+	waiting  atomic.Int64   // upgrades under way
+	upgrades sync.WaitGroup // the same
+	results  [results]atomic.Int64
+	logged   [results]throttle
+}
+
+// ServeHTTP is the one place that answers a request that does not become a
+// session, except for what net/http refuses by itself.
+func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	headRead(r.Context())
+	p.upgrades.Add(1)
+	defer p.upgrades.Done()
+	p.waiting.Add(1)
+	result, err := p.upgrade(w, r)
+	p.waiting.Add(-1)
+	p.results[result].Add(1)
+	p.report(r, result, err)
+	var no *refusal
+	switch {
+	case errors.Is(err, http.ErrAbortHandler):
+		panic(http.ErrAbortHandler)
+	case errors.As(err, &no):
+		no.answer(w)
+	}
+}
+
+// report logs what an operator would look into: not what clients do wrong, and
+// no more than a line a second for each result.
+func (p *proxy) report(r *http.Request, result result, err error) {
+	if err == nil || result.status() < http.StatusInternalServerError || result == resultClientGone {
+		return
+	}
+	if omitted, ok := p.logged[result].allow(time.Second); ok {
+		p.log.Warn("upgrade refused", "path", fmt.Sprintf("%.200s", r.URL.Path), "client", forwardedFor(r),
+			"result", result.String(), "reason", err.Error(), "omitted", omitted)
+	}
+}
+
+// upgrade makes the request a session. A *refusal means that nothing was
+// answered yet.
+func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result, error) {
+	namespace, no := p.check(r)
+	if no != nil {
+		return no.result, no
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), p.limits.hold)
+	defer cancel()
+	var version string
+	server, backend, err := p.backends.hold(ctx, func() (owner int, err error) {
+		owner, version, err = p.owner(namespace)
+		return owner, err
+	})
+	if err != nil {
+		return p.unreachable(r.Context(), backend, err)
+	}
+	s := &session{namespace: namespace, backend: backend, peer: forwardedFor(r), server: server}
+	return p.connect(w, r, s, version)
+}
+
+// check returns the namespace of an upgrade request that is within the limits.
+func (p *proxy) check(r *http.Request) (string, *refusal) {
+	namespace, no := p.namespace(r)
+	if no == nil {
+		no = checkUpgrade(r)
+	}
+	switch waiting := p.waiting.Load(); {
+	case no != nil:
+		return "", no
+	case waiting > int64(p.limits.waiting):
+		return "", refuse(resultMaxWaiting, "%d upgrades are under way, the limit", p.limits.waiting)
+	case int64(p.relay.size())+waiting > int64(p.limits.sessions):
+		return "", refuse(resultMaxSessions, "%d sessions are open, the limit", p.limits.sessions)
+	}
+	return namespace, nil
+}
+
+// owner returns the backend that owns the namespace, and the version of the
+// table that says so.
+func (p *proxy) owner(namespace string) (int, string, error) {
+	t := p.router.table()
+	if t == nil {
+		return 0, "", refuse(resultNoTable, "no overrides were read yet")
+	}
+	owner, ok := t.owner(namespace)
+	if !ok {
+		return 0, "", refuse(resultRefused, "the override of %q cannot be read: %q, want %s",
+			namespace, t.rejected[namespace].Value, t.rejected[namespace].Want)
+	}
+	return owner, t.version, nil
+}
+
+// unreachable says why there is no connection to the owner.
+func (p *proxy) unreachable(client context.Context, backend int, err error) (result, error) {
+	var no *refusal
+	switch {
+	case errors.As(err, &no):
+		return no.result, no
+	case client.Err() != nil:
+		no = gone(client)
+	default:
+		no = refuse(resultHoldTimeout, "%s could not be reached within %s: %v", p.backends.name(backend), p.limits.hold, err)
+	}
+	return no.result, no
+}
+
+// connect asks the backend for the upgrade on s.server, which it owns, and
+// hands s to the relay or passes the backend's other answer on.
+func (p *proxy) connect(w http.ResponseWriter, r *http.Request, s *session, version string) (result, error) {
+	handed := false
+	defer func() {
+		if !handed {
+			s.server.Close()
+		}
+	}()
+	// The request's context bounds the handshake only: a client that leaves
+	// need not wait for the backend's answer.
+	stop := context.AfterFunc(r.Context(), func() { s.server.Close() })
+	defer stop()
+	s.server.SetDeadline(time.Now().Add(p.limits.handshake))
+	resp, fromBackend, err := handshake(s.server, requestHead(r, forwarded(r, p.pod, version)), p.limits.headerBytes)
+	if err != nil {
+		return p.broken(r.Context(), s.backend, err)
+	}
+	if resp.StatusCode != http.StatusSwitchingProtocols {
+		return p.pass(w, resp, s.server)
+	}
+	if !stop() {
+		return p.broken(r.Context(), s.backend, r.Context().Err())
+	}
+	fromClient, err := p.hijack(w, s, switchingHead(resp))
+	if err != nil {
+		return resultClientGone, err
+	}
+	s.server.SetDeadline(time.Time{})
+	handed = true
+	p.handOver(s, fromClient, fromBackend)
+	return resultOK, nil
+}
+
+// broken says why there is no answer of the backend.
+func (p *proxy) broken(client context.Context, backend int, err error) (result, error) {
+	var timeout net.Error
+	var no *refusal
+	switch {
+	case client.Err() != nil:
+		no = gone(client)
+	case errors.As(err, &timeout) && timeout.Timeout():
+		no = refuse(resultGatewayTimeout, "%s gave no answer within %s", p.backends.name(backend), p.limits.handshake)
+	default:
+		no = refuse(resultBadGateway, "%s: %v", p.backends.name(backend), err)
+	}
+	return no.result, no
+}
+
+// pass gives the client the backend's answer as it is: status, headers, body.
+// The body has as long as the head had.
+func (p *proxy) pass(w http.ResponseWriter, resp *http.Response, server net.Conn) (result, error) {
+	deadline := time.Now().Add(p.limits.handshake)
+	server.SetDeadline(deadline)
+	http.NewResponseController(w).SetWriteDeadline(deadline)
+	dropHopByHop(resp.Header)
+	w.Header()["Content-Type"] = nil // keeps net/http from guessing one
+	maps.Copy(w.Header(), resp.Header)
+	w.WriteHeader(resp.StatusCode)
+	if _, err := io.Copy(w, resp.Body); err != nil {
+		return resultAnswered, http.ErrAbortHandler // the client must not take half a body for a whole one
+	}
+	return resultAnswered, nil
+}
+
+// hijack takes the client's connection from net/http, sends the 101 on it and
+// puts it into s. It returns what the client has sent after its request. On an
+// error the connection is closed, and nothing can be answered any more
+// (http.Hijacker: the caller owns the connection and what its reader holds).
+func (p *proxy) hijack(w http.ResponseWriter, s *session, head []byte) ([]byte, error) {
+	conn, rw, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		return nil, fmt.Errorf("hijack: %w", err)
+	}
+	early, _ := rw.Reader.Peek(rw.Reader.Buffered()) // what is buffered: no error
+	s.client = conn.(*frontConn).Conn
+	s.client.SetDeadline(time.Now().Add(p.limits.handshake))
+	if _, err := s.client.Write(head); err != nil {
+		s.client.Close()
+		return nil, fmt.Errorf("write the 101: %w", err)
+	}
+	s.client.SetDeadline(time.Time{})
+	return early, nil
+}
+
+// handOver gives s to the relay, which from here on is the only one to touch
+// its sockets. A table that was swapped since s's owner was asked may have
+// given it another one: the relay knows s before the table is read again, so
+// either this check sees the new table or the swap's own check sees s.
+func (p *proxy) handOver(s *session, fromClient, fromBackend []byte) {
+	p.relay.carry(s, fromClient, fromBackend)
+	if p.moves.misplaced(s) {
+		p.moves.check()
+	}
+}

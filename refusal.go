@@ -1,0 +1,90 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+)
+
+// result is what became of an upgrade request.
+type result int
+
+const (
+	resultOK             result = iota
+	resultBadRequest            // 400
+	resultBadHead               // 431 or closed by net/http: too long, too slow, malformed
+	resultNotFound              // 404
+	resultNotUpgrade            // 426
+	resultNoTable               // 503
+	resultRefused               // 503: the namespace's entry cannot be read
+	resultHoldTimeout           // 503
+	resultMaxSessions           // 503
+	resultMaxWaiting            // 503
+	resultDraining              // 503: the router stops
+	resultClientGone            // the client left before there was an answer
+	resultBadGateway            // 502
+	resultGatewayTimeout        // 504
+	resultAnswered              // the backend gave an answer other than 101
+	results                     // how many there are
+)
+
+// String is the value of the metric's label.
+func (r result) String() string {
+	return [results]string{"ok", "bad_request", "bad_head", "not_found", "not_upgrade", "no_table", "refused",
+		"hold_timeout", "max_sessions", "max_waiting", "draining", "client_gone", "bad_gateway", "gateway_timeout", "answered"}[r]
+}
+
+// status is the HTTP status that goes with the result.
+func (r result) status() int {
+	switch r {
+	case resultBadRequest:
+		return http.StatusBadRequest
+	case resultNotFound:
+		return http.StatusNotFound
+	case resultNotUpgrade:
+		return http.StatusUpgradeRequired
+	case resultBadGateway:
+		return http.StatusBadGateway
+	case resultGatewayTimeout:
+		return http.StatusGatewayTimeout
+	}
+	return http.StatusServiceUnavailable
+}
+
+// refusal is an upgrade that did not happen, and why.
+type refusal struct {
+	result result
+	reason string
+}
+
+func (r *refusal) Error() string { return r.reason }
+
+func refuse(result result, format string, args ...any) *refusal {
+	return &refusal{result: result, reason: fmt.Sprintf(format, args...)}
+}
+
+// answer writes the refusal. A 503 may be tried again in a second: clients add
+// their own back-off.
+func (no *refusal) answer(w http.ResponseWriter) {
+	switch no.result.status() {
+	case http.StatusServiceUnavailable:
+		w.Header().Set("Retry-After", "1")
+	case http.StatusUpgradeRequired:
+		w.Header().Set("Upgrade", "websocket")
+		w.Header().Set("Connection", "Upgrade")
+	}
+	http.Error(w, no.reason, no.result.status())
+}
+
+// errDraining is the cause that ends the contexts of requests when the router
+// stops.
+var errDraining = errors.New("the router stops")
+
+// gone says why the request's context ended.
+func gone(ctx context.Context) *refusal {
+	if errors.Is(context.Cause(ctx), errDraining) {
+		return refuse(resultDraining, "%v", errDraining)
+	}
+	return refuse(resultClientGone, "the client left")
+}

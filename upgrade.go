@@ -1,0 +1,224 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"fmt"
+	"io"
+	"math"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/textproto"
+	"slices"
+	"strings"
+)
+
+// Headers that tell the backend who routed the request to it, and by which
+// table. They are never taken from a client.
+const (
+	headerPod   = "X-Router-Pod"
+	headerTable = "X-Router-Table"
+)
+
+// checkUpgrade says why r is not a WebSocket upgrade that can be passed on, or
+// nil. It judges what a router must be sure of; Sec-WebSocket-* is between the
+// client and the backend.
+func checkUpgrade(r *http.Request) *refusal {
+	switch {
+	case !r.ProtoAtLeast(1, 1):
+		return refuse(resultBadRequest, "%s, want HTTP/1.1 (RFC 6455 §4.1)", r.Proto)
+	case len(r.Header.Values("Upgrade")) > 1:
+		return refuse(resultBadRequest, "%d Upgrade headers, want one", len(r.Header.Values("Upgrade")))
+	case r.ContentLength != 0:
+		return refuse(resultBadRequest, "a body on an upgrade, want none")
+	case !hasToken(r.Header, "Upgrade", "websocket") || !hasToken(r.Header, "Connection", "upgrade"):
+		return refuse(resultNotUpgrade, "not a WebSocket upgrade, want Connection: Upgrade and Upgrade: websocket (RFC 6455 §4.1)")
+	case r.Method != http.MethodGet:
+		return refuse(resultBadRequest, "method %.20q on an upgrade, want GET", r.Method)
+	case hasDotSegment(r.URL.EscapedPath()):
+		return refuse(resultBadRequest, "a dot segment in the path %.200q, want none: it could name another namespace", r.URL.EscapedPath())
+	}
+	return nil
+}
+
+// pathNamespace returns the namespace of /ws/<namespace>[/...]. The path is
+// taken as it was sent: a namespace has no characters to escape, and what the
+// backend sees must not read otherwise.
+func pathNamespace(r *http.Request) (string, *refusal) {
+	rest, ok := strings.CutPrefix(r.URL.EscapedPath(), "/ws/")
+	if !ok {
+		return "", refuse(resultNotFound, "path %.200q, want /ws/<namespace>", r.URL.EscapedPath())
+	}
+	namespace, _, _ := strings.Cut(rest, "/")
+	if want := namespaceFault(namespace); want != "" {
+		return "", refuse(resultBadRequest, "namespace %.260q in the path, want %s", namespace, want)
+	}
+	return namespace, nil
+}
+
+// hostNamespace returns the first label of the Host header, in lower case since
+// host names have no case (RFC 4343).
+func hostNamespace(r *http.Request) (string, *refusal) {
+	host := r.Host
+	if h, _, err := net.SplitHostPort(host); err == nil {
+		host = h
+	}
+	label, domain, ok := strings.Cut(strings.ToLower(host), ".")
+	_, err := netip.ParseAddr(strings.Trim(host, "[]"))
+	if !ok || domain == "" || err == nil {
+		return "", refuse(resultBadRequest, "host %.260q, want <namespace>.<domain>", r.Host)
+	}
+	if want := namespaceFault(label); want != "" {
+		return "", refuse(resultBadRequest, "namespace %.260q in the host, want %s", label, want)
+	}
+	return label, nil
+}
+
+// hasDotSegment reports whether a segment of the escaped path is "." or ".."
+// (RFC 3986 §3.3), also where a dot is written %2E.
+func hasDotSegment(path string) bool {
+	for segment := range strings.SplitSeq(path, "/") {
+		segment = strings.ReplaceAll(strings.ToLower(segment), "%2e", ".")
+		if segment == "." || segment == ".." {
+			return true
+		}
+	}
+	return false
+}
+
+// hasToken reports whether one of the comma-separated values of a header is the
+// token, in any case (RFC 9110 §5.6.1).
+func hasToken(h http.Header, name, token string) bool {
+	for _, value := range h[name] {
+		for part := range strings.SplitSeq(value, ",") {
+			if strings.EqualFold(textproto.TrimString(part), token) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// dropHopByHop removes the fields that end here: those that Connection names
+// and those of RFC 9110 §7.6.1.
+func dropHopByHop(h http.Header) {
+	for _, value := range h["Connection"] {
+		for name := range strings.SplitSeq(value, ",") {
+			h.Del(textproto.TrimString(name))
+		}
+	}
+	for _, name := range []string{"Connection", "Keep-Alive", "Proxy-Connection", "Te", "Transfer-Encoding", "Upgrade"} {
+		h.Del(name)
+	}
+}
+
+// forwarded returns the headers that the backend gets for r's.
+func forwarded(r *http.Request, pod, version string) http.Header {
+	h := r.Header.Clone()
+	dropHopByHop(h)
+	for name := range h {
+		switch http.CanonicalHeaderKey(strings.ReplaceAll(name, "_", "-")) { // CGI reads _ as -
+		case headerPod, headerTable:
+			delete(h, name)
+		}
+	}
+	h.Set("Connection", "Upgrade")
+	h.Set("Upgrade", "websocket")
+	if peer := forwardedFor(r); peer != "" {
+		h.Set("X-Forwarded-For", peer)
+	}
+	if h.Get("X-Forwarded-Proto") == "" {
+		h.Set("X-Forwarded-Proto", "http")
+	}
+	if h.Get("X-Forwarded-Host") == "" {
+		h.Set("X-Forwarded-Host", r.Host)
+	}
+	h.Set(headerPod, pod)
+	h.Set(headerTable, version)
+	return h
+}
+
+// forwardedFor returns r's X-Forwarded-For with the peer's address appended. A
+// Unix socket has none: there the proxy before us has said it.
+func forwardedFor(r *http.Request) string {
+	before := r.Header["X-Forwarded-For"]
+	host, _, err := net.SplitHostPort(r.RemoteAddr)
+	if err != nil {
+		return strings.Join(before, ", ")
+	}
+	return strings.Join(append(slices.Clip(before), host), ", ")
+}
+
+// requestHead is the upgrade request as the backend gets it: the target as the
+// client sent it, without its authority if it had one.
+func requestHead(r *http.Request, h http.Header) []byte {
+	target := r.RequestURI
+	if !strings.HasPrefix(target, "/") {
+		target = r.URL.RequestURI()
+	}
+	var b bytes.Buffer
+	fmt.Fprintf(&b, "GET %s HTTP/1.1\r\nHost: %s\r\n", target, r.Host)
+	writeHeader(&b, h)
+	return b.Bytes()
+}
+
+// switchingHead is the 101 as the client gets it.
+func switchingHead(resp *http.Response) []byte {
+	h := resp.Header.Clone()
+	dropHopByHop(h)
+	h.Set("Connection", "Upgrade")
+	h.Set("Upgrade", "websocket")
+	var b bytes.Buffer
+	b.WriteString("HTTP/1.1 101 Switching Protocols\r\n")
+	writeHeader(&b, h)
+	return b.Bytes()
+}
+
+// writeHeader writes h and the empty line after it, with Sec-WebSocket-*
+// spelled as RFC 6455 does: net/http writes Sec-Websocket-*, which is the same
+// to HTTP (RFC 9110 §5.1) but not to every WebSocket program.
+func writeHeader(b *bytes.Buffer, h http.Header) {
+	for name, values := range h {
+		if rest, ok := strings.CutPrefix(name, "Sec-Websocket-"); ok {
+			delete(h, name)
+			h["Sec-WebSocket-"+rest] = values
+		}
+	}
+	h.Write(b) // to memory: no error
+	b.WriteString("\r\n")
+}
+
+// handshake sends head to the backend and reads its answer, which is not an
+// interim one. maxHead bounds the answer's head in bytes. early is what the
+// backend sent after a 101; the body of any other answer is read from conn. The
+// caller sets conn's deadline and closes it.
+func handshake(conn net.Conn, head []byte, maxHead int) (resp *http.Response, early []byte, err error) {
+	if _, err := conn.Write(head); err != nil {
+		return nil, nil, err
+	}
+	limit := &io.LimitedReader{R: conn, N: int64(maxHead)}
+	br := bufio.NewReader(limit)
+	for range maxInterim {
+		resp, err := http.ReadResponse(br, &http.Request{Method: http.MethodGet})
+		if err != nil {
+			return nil, nil, fmt.Errorf("read the answer: %w", err)
+		}
+		if resp.StatusCode/100 == 1 && resp.StatusCode != http.StatusSwitchingProtocols {
+			continue // RFC 9110 §15.2
+		}
+		limit.N = math.MaxInt64
+		if resp.StatusCode != http.StatusSwitchingProtocols {
+			return resp, nil, nil
+		}
+		if !hasToken(resp.Header, "Upgrade", "websocket") {
+			return nil, nil, fmt.Errorf("the backend switched to %.40q, want websocket", resp.Header.Get("Upgrade"))
+		}
+		early, _ := br.Peek(br.Buffered()) // what is buffered: no error
+		return resp, early, nil
+	}
+	return nil, nil, fmt.Errorf("more than %d interim answers", maxInterim)
+}
+
+// maxInterim is how many interim (1xx) answers may come before the final one.
+const maxInterim = 8
