@@ -1,0 +1,213 @@
+package main
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"strings"
+	"time"
+)
+
+// config is what the flags and the environment say.
+type config struct {
+	listen, admin string
+
+	backends, statefulSet, service string
+	replicas, backendPort          int
+
+	kube, kubeNamespace, configMap, overrides string
+
+	namespaceFrom, pod string
+	limits             limits
+	moveRate           int
+
+	drainDelay, drainTime time.Duration
+
+	logFormat string
+	logLevel  slog.Level
+}
+
+// usageError is an error in the command line or the environment.
+type usageError struct{ error }
+
+// flags returns the flag set that fills c, with the defaults.
+func (c *config) flags() *flag.FlagSet {
+	f := flag.NewFlagSet("router", flag.ContinueOnError)
+	f.SetOutput(io.Discard)
+	f.StringVar(&c.listen, "listen", ":8000", "`address` for clients: host:port, or unix:/path of a socket")
+	f.StringVar(&c.admin, "admin", ":8001", "`address` for /healthz, /readyz, /metrics and /owner")
+
+	f.StringVar(&c.backends, "backends", "", "fixed `list` of backends, host:port,host:port,... in the order of their ordinals")
+	f.IntVar(&c.replicas, "replicas", 0, "`number` of backends when they are found by DNS, without -backends")
+	f.StringVar(&c.statefulSet, "statefulset", "backend", "`name` of the StatefulSet: backends are <name>-0, <name>-1, ...")
+	f.StringVar(&c.service, "service", "headless", "`name` of its headless Service: backends are at <backend>.<name>")
+	f.IntVar(&c.backendPort, "backend-port", 9000, "`port` of the backends when they are found by DNS")
+
+	f.StringVar(&c.kube, "kube", "", "API `server` with the overrides: in-cluster, none, or the http://host:port of a kubectl\n"+
+		"proxy (default in-cluster in a pod, else none with -overrides, else http://127.0.0.1:8080)")
+	f.StringVar(&c.kubeNamespace, "kube-namespace", "", "Kubernetes `namespace` of the ConfigMap (default the pod's own, else \"default\")")
+	f.StringVar(&c.configMap, "configmap", "overwriting", "`name` of the ConfigMap with the overrides")
+	f.StringVar(&c.overrides, "overrides", "", "`directory` with the overrides, one file for each namespace; with an API server a\n"+
+		"copy that counts until the server was heard")
+
+	f.StringVar(&c.namespaceFrom, "namespace-from", "path", "where a request has its namespace: `path` (/ws/<namespace>) or host (its first label)")
+	f.StringVar(&c.pod, "pod", "", "`name` of this router for X-Router-Pod (default the host's name)")
+	f.DurationVar(&c.limits.hold, "hold", 10*time.Second, "how long an upgrade waits for its owner")
+	f.DurationVar(&c.limits.handshake, "handshake-timeout", 10*time.Second, "how long a backend may take to answer an upgrade")
+	f.DurationVar(&c.limits.headerTime, "header-timeout", 10*time.Second, "how long a client may take to send its request")
+	f.IntVar(&c.limits.headerBytes, "max-header-bytes", 16<<10, "most `bytes` of a request's or an answer's head")
+	f.IntVar(&c.limits.sessions, "max-sessions", 100_000, "largest `number` of open sessions")
+	f.IntVar(&c.limits.waiting, "max-waiting", 10_000, "largest `number` of upgrades under way")
+	f.IntVar(&c.moveRate, "move-rate", 200, "`sessions` closed per second after their owner changed, 0 is no limit")
+
+	f.DurationVar(&c.drainDelay, "drain-delay", 0, "how long after SIGTERM clients are still accepted, until load balancers have noticed")
+	f.DurationVar(&c.drainTime, "drain-time", 30*time.Second, "the time over which sessions are then closed")
+
+	f.StringVar(&c.logFormat, "log-format", "text", "`format` of the log: text or json")
+	f.TextVar(&c.logLevel, "log-level", slog.LevelInfo, "lowest `level` of the log: debug, info, warn or error")
+	return f
+}
+
+// parseConfig reads the environment, then args. It returns flag.ErrHelp if
+// help was asked for, which it has then written to w, and a usageError for a
+// value that cannot be.
+func parseConfig(args []string, getenv func(string) string, w io.Writer) (*config, error) {
+	c := &config{}
+	f := c.flags()
+	if err := fromEnvironment(f, getenv); err != nil {
+		return nil, usageError{err}
+	}
+	err := f.Parse(args)
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		writeHelp(f, w)
+		return nil, flag.ErrHelp
+	case err == nil && f.NArg() > 0:
+		err = fmt.Errorf("argument %q, want flags only", f.Arg(0))
+	case err == nil:
+		err = c.check()
+	}
+	if err != nil {
+		return nil, usageError{err}
+	}
+	c.complete(getenv)
+	return c, nil
+}
+
+// variable is the environment's name of a flag.
+func variable(name string) string {
+	return "ROUTER_" + strings.ToUpper(strings.ReplaceAll(name, "-", "_"))
+}
+
+func fromEnvironment(f *flag.FlagSet, getenv func(string) string) (err error) {
+	f.VisitAll(func(fl *flag.Flag) {
+		value := getenv(variable(fl.Name))
+		if value == "" || err != nil {
+			return
+		}
+		if serr := fl.Value.Set(value); serr != nil {
+			err = fmt.Errorf("%s=%q: %w", variable(fl.Name), value, serr)
+		}
+	})
+	return err
+}
+
+func writeHelp(f *flag.FlagSet, w io.Writer) {
+	fmt.Fprint(w, "router sends each WebSocket to the backend that owns its namespace.\n\n"+
+		"Usage: router [flags]\n\n"+
+		"Each flag can be given in the environment too: -drain-time as ROUTER_DRAIN_TIME.\n"+
+		"Times are like 500ms, 10s, 5m.\n\n")
+	f.SetOutput(w)
+	f.PrintDefaults()
+}
+
+// check says which value cannot be.
+func (c *config) check() error {
+	switch {
+	case c.backends == "" && c.replicas < 1:
+		return errors.New("-replicas or -backends is needed: how many backends are there?")
+	case c.backends != "" && c.replicas != 0:
+		return errors.New("-replicas and -backends: want one of them, the list says how many")
+	case c.backendPort < 1 || c.backendPort > 65535:
+		return fmt.Errorf("-backend-port %d, want 1 to 65535", c.backendPort)
+	case c.namespaceFrom != "path" && c.namespaceFrom != "host":
+		return fmt.Errorf("-namespace-from %q, want path or host", c.namespaceFrom)
+	case c.kube == "none" && c.overrides == "":
+		return errors.New("-kube none: want -overrides too, or there is no table")
+	case c.limits.headerBytes < 1024:
+		return fmt.Errorf("-max-header-bytes %d, want at least 1024", c.limits.headerBytes)
+	case c.limits.sessions < 1 || c.limits.waiting < 1:
+		return fmt.Errorf("-max-sessions %d, -max-waiting %d, want at least 1", c.limits.sessions, c.limits.waiting)
+	case c.moveRate < 0:
+		return fmt.Errorf("-move-rate %d, want 0 or more", c.moveRate)
+	}
+	for name, d := range map[string]time.Duration{
+		"hold": c.limits.hold, "handshake-timeout": c.limits.handshake, "header-timeout": c.limits.headerTime,
+	} {
+		if d <= 0 {
+			return fmt.Errorf("-%s %s, want more than 0", name, d)
+		}
+	}
+	if c.drainDelay < 0 || c.drainTime < 0 {
+		return fmt.Errorf("-drain-delay %s, -drain-time %s, want 0 or more", c.drainDelay, c.drainTime)
+	}
+	_, err := newLogger(io.Discard, c.logFormat, c.logLevel)
+	return err
+}
+
+// complete fills in what depends on where the router runs.
+func (c *config) complete(getenv func(string) string) {
+	if c.kube == "" {
+		switch {
+		case getenv("KUBERNETES_SERVICE_HOST") != "":
+			c.kube = "in-cluster"
+		case c.overrides != "":
+			c.kube = "none"
+		default:
+			c.kube = "http://127.0.0.1:8080"
+		}
+	}
+	if c.pod == "" {
+		c.pod, _ = os.Hostname() // "" is a name too
+	}
+}
+
+// backendSet returns the backends that the flags name.
+func (c *config) backendSet() (*backends, error) {
+	if c.backends == "" {
+		return dnsBackends(c.replicas, c.statefulSet, c.service, c.backendPort), nil
+	}
+	addrs, err := parseBackends(c.backends)
+	if err != nil {
+		return nil, usageError{fmt.Errorf("-backends: %w", err)}
+	}
+	return fixedBackends(c.statefulSet, addrs), nil
+}
+
+// kubeClient returns the client of the API server and the Kubernetes namespace
+// of the ConfigMap, or nil if there is no API server.
+func (c *config) kubeClient(getenv func(string) string) (*kube, string, error) {
+	switch c.kube {
+	case "none":
+		return nil, "", nil
+	case "in-cluster":
+		k, err := inCluster(getenv, serviceAccountDir)
+		if err != nil || c.kubeNamespace != "" {
+			return k, c.kubeNamespace, err
+		}
+		namespace, err := podNamespace(serviceAccountDir)
+		return k, namespace, err
+	}
+	k, err := throughProxy(c.kube)
+	if err != nil {
+		return nil, "", usageError{err}
+	}
+	namespace := c.kubeNamespace
+	if namespace == "" {
+		namespace = "default"
+	}
+	return k, namespace, nil
+}

@@ -1,0 +1,221 @@
+// Router sends each WebSocket to the backend that owns its namespace.
+//
+// A client opens /ws/<namespace>. The owner of the namespace, a pod of a
+// StatefulSet, is the override in a ConfigMap if there is one, else the
+// namespace's hash. The router opens the same path there and from then on
+// carries bytes. When the table of overrides changes, the sessions whose owner
+// changed are closed, and only these.
+//
+//	client ─TLS─ nginx ─unix socket─ net/http ── proxy: check, own, dial, handshake, hijack ── relay ── backend-N
+//	                                                │                │
+//	                                       route: owner(namespace)  backends: backend-N to address
+//	                                                │
+//	                                       watch or dir: overrides
+//
+// What always holds:
+//
+//  1. A table is never nil once ready and never changes: an update swaps the
+//     pointer. A lookup takes no lock and allocates nothing.
+//  2. A namespace never has two owners: the same overrides and the same number
+//     of backends give the same owner on every router, in every release.
+//  3. What cannot be read changes nothing: the namespace of a malformed
+//     override stays where it was, or is refused if that is not known; all
+//     other overrides apply.
+//  4. A deleted ConfigMap changes nothing, and a router that starts without
+//     one is not ready. "No overrides" is a ConfigMap with empty data.
+//  5. An API server that is gone changes nothing for clients.
+//  6. No byte is lost or reordered from hijack to end.
+//  7. An owner that does not answer is waited for up to a bound, then 503.
+//     Never another backend.
+//  8. After the hand-over only the relay touches the two sockets. A session
+//     ends once, with one cause, counted and logged once.
+//  9. A slow reader stops its own session only, with bounded memory.
+//  10. Every goroutine has an owner that waits for it.
+//
+// Read main and config, then route and hash (who owns), dir, watch, events and
+// kube (how the overrides come), backends (where owners are), listen, proxy,
+// upgrade and refusal (from request to session), relay and move (the session's
+// life), admin and metrics.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"sync"
+	"syscall"
+	"time"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
+	context.AfterFunc(ctx, stop) // the second signal kills
+	err := run(ctx, os.Args[1:], os.Getenv, os.Stdout)
+	if err != nil && !errors.Is(err, flag.ErrHelp) {
+		fmt.Fprintln(os.Stderr, "router:", err)
+	}
+	os.Exit(exitCode(err))
+}
+
+// exitCode is 0 for a normal end and help, 2 for an error in the flags or the
+// environment, 1 for any other.
+func exitCode(err error) int {
+	var usage usageError
+	switch {
+	case err == nil, errors.Is(err, flag.ErrHelp):
+		return 0
+	case errors.As(err, &usage):
+		return 2
+	}
+	return 1
+}
+
+// version is what the go command noted about this build.
+func version() string {
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+		return info.Main.Version
+	}
+	return "unknown"
+}
+
+// run is the program: it serves until ctx ends, then drains. Logs go to stdout.
+func run(ctx context.Context, args []string, getenv func(string) string, stdout io.Writer) error {
+	c, err := parseConfig(args, getenv, stdout)
+	if err != nil {
+		return err
+	}
+	log, err := newLogger(stdout, c.logFormat, c.logLevel)
+	if err != nil {
+		return err
+	}
+	p, err := newProgram(c, getenv, log)
+	if err != nil {
+		return err
+	}
+	front, err := listen(c.listen)
+	if err != nil {
+		return fmt.Errorf("-listen: %w", err)
+	}
+	defer front.Close()
+	side, err := listen(c.admin)
+	if err != nil {
+		return fmt.Errorf("-admin: %w", err)
+	}
+	defer side.Close()
+	return p.serve(ctx, front, side)
+}
+
+// program is the router's parts, wired.
+type program struct {
+	config  *config
+	proxy   *proxy
+	mover   *mover
+	sources []func(context.Context) // where overrides come from; each runs until its context ends
+	admin   *admin
+	log     *slog.Logger
+}
+
+func newProgram(c *config, getenv func(string) string, log *slog.Logger) (*program, error) {
+	backends, err := c.backendSet()
+	if err != nil {
+		return nil, err
+	}
+	router := &router{statefulSet: c.statefulSet, backends: backends.count, log: log}
+	relay := newRelay(backends.count, backends.name, log)
+	mover := newMover(router, relay, c.moveRate, log)
+	router.swapped = mover.check
+	p := &program{config: c, mover: mover, log: log}
+	p.proxy = &proxy{
+		router: router, backends: backends, relay: relay, moves: mover,
+		limits: c.limits, pod: c.pod, namespace: pathNamespace, log: log,
+	}
+	if c.namespaceFrom == "host" {
+		p.proxy.namespace = hostNamespace
+	}
+	p.admin = &admin{proxy: p.proxy, started: time.Now()}
+	return p, p.follow(getenv)
+}
+
+// follow sets up the sources of overrides.
+func (p *program) follow(getenv func(string) string) error {
+	client, namespace, err := p.config.kubeClient(getenv)
+	if err != nil {
+		return err
+	}
+	router := p.proxy.router
+	if client != nil {
+		w := newConfigMapWatcher(client, namespace, p.config.configMap, func(c *configMap) {
+			router.update(entries{source: "ConfigMap " + c.Metadata.Namespace + "/" + c.Metadata.Name,
+				version: c.Metadata.ResourceVersion, data: c.Data})
+		}, p.log)
+		p.sources = append(p.sources, w.run)
+		p.admin.watch = w.now
+		p.admin.missing = w.missing
+	}
+	if p.config.overrides != "" {
+		d := &directory{path: p.config.overrides, stale: client != nil, update: router.update, log: p.log}
+		p.sources = append(p.sources, d.run)
+		if client == nil {
+			p.admin.missing = d.missing
+		}
+	}
+	return nil
+}
+
+// serve runs everything until ctx ends or a listener fails, then stops it in
+// order: first no new sessions, then the sessions end, then the rest.
+func (p *program) serve(ctx context.Context, front, side net.Listener) error {
+	background, stopBackground := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	for _, source := range append(p.sources, p.mover.run) {
+		running.Go(func() { source(background) })
+	}
+	requests, stopRequests := context.WithCancelCause(context.Background())
+	clients := newFront(requests, p.proxy, p.log)
+	operators := &http.Server{Handler: p.admin.handler(), ReadHeaderTimeout: 10 * time.Second,
+		ErrorLog: slog.NewLogLogger(p.log.Handler(), slog.LevelDebug)}
+	failed := make(chan error, 2)
+	running.Go(func() {
+		failed <- clients.Serve(frontListener{front, &p.proxy.results[resultBadHead]})
+	})
+	running.Go(func() { failed <- operators.Serve(side) })
+	p.log.Info("serving", "version", version(), "listen", front.Addr().String(), "admin", side.Addr().String(),
+		"pod", p.config.pod, "backends", p.proxy.backends.count, "kube", p.config.kube)
+
+	var err error
+	select {
+	case <-ctx.Done():
+	case err = <-failed:
+	}
+	p.stopClients(clients, stopRequests)
+	stopBackground()
+	operators.Close()
+	running.Wait()
+	return err
+}
+
+// stopClients ends what clients have: the router is not ready, which load
+// balancers need time to notice; then nothing new is accepted, upgrades under
+// way are answered, and sessions are closed at a pace.
+func (p *program) stopClients(clients *http.Server, stopRequests context.CancelCauseFunc) {
+	begun := time.Now()
+	p.admin.draining.Store(true)
+	p.log.Info("draining", "sessions", p.proxy.relay.size(), "delay", p.config.drainDelay, "time", p.config.drainTime)
+	time.Sleep(p.config.drainDelay)
+	stopRequests(errDraining)
+	bound, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	clients.Shutdown(bound) // it does not wait for hijacked connections (golang/go#17721)
+	clients.Close()         // for answers that took longer than the bound
+	p.proxy.upgrades.Wait()
+	ended := drain(context.Background(), p.proxy.relay, p.config.drainTime)
+	p.log.Info("stopped", "sessions", ended, "seconds", time.Since(begun).Seconds())
+}

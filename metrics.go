@@ -1,0 +1,117 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"runtime"
+	"strings"
+	"time"
+)
+
+// metricsWriter writes the Prometheus text format, version 0.0.4
+// (https://prometheus.io/docs/instrumenting/exposition_formats/).
+type metricsWriter struct{ w io.Writer }
+
+// family starts a metric; its samples follow.
+func (m metricsWriter) family(name, kind, help string) {
+	fmt.Fprintf(m.w, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
+}
+
+// sample writes one value with labels given as name, value, name, value...
+func (m metricsWriter) sample(name string, value float64, labels ...string) {
+	if len(labels) == 0 {
+		fmt.Fprintf(m.w, "%s %v\n", name, value)
+		return
+	}
+	escape := strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`)
+	pairs := make([]string, 0, len(labels)/2)
+	for i := 0; i < len(labels); i += 2 {
+		pairs = append(pairs, labels[i]+`="`+escape.Replace(labels[i+1])+`"`)
+	}
+	fmt.Fprintf(m.w, "%s{%s} %v\n", name, strings.Join(pairs, ","), value)
+}
+
+// single writes a metric of one value.
+func (m metricsWriter) single(name, kind, help string, value float64) {
+	m.family(name, kind, help)
+	m.sample(name, value)
+}
+
+// writeMetrics writes all metrics.
+func (a *admin) writeMetrics(w io.Writer) {
+	m := metricsWriter{w}
+	m.family("router_build_info", "gauge", "Always 1; the labels say which build this is.")
+	m.sample("router_build_info", 1, "version", version(), "goversion", runtime.Version())
+	m.single("router_ready", "gauge", "1 if /readyz says so.", boolean(len(a.notReady()) == 0))
+	a.writeSessions(m)
+	a.writeUpgrades(m)
+	a.writeTable(m)
+	if a.watch != nil {
+		writeWatch(m, a.watch())
+	}
+	m.single("go_goroutines", "gauge", "Goroutines.", float64(runtime.NumGoroutine()))
+	m.single("process_start_time_seconds", "gauge", "Start of the process, in seconds since the epoch.",
+		float64(a.started.UnixNano())/float64(time.Second))
+}
+
+func (a *admin) writeSessions(m metricsWriter) {
+	relay, name := a.proxy.relay, a.proxy.backends.name
+	m.family("router_sessions", "gauge", "Open sessions.")
+	for i := range relay.byBackend {
+		m.sample("router_sessions", float64(relay.byBackend[i].open.Load()), "backend", name(i))
+	}
+	m.family("router_sessions_total", "counter", "Sessions since the start.")
+	for i := range relay.byBackend {
+		m.sample("router_sessions_total", float64(relay.byBackend[i].total.Load()), "backend", name(i))
+	}
+	m.family("router_sessions_ended_total", "counter", "Sessions that ended, by cause.")
+	for c := causeNone + 1; c < causes; c++ {
+		m.sample("router_sessions_ended_total", float64(relay.ended[c].Load()), "cause", c.String())
+	}
+	toBackend, toClient := relay.bytes()
+	m.family("router_bytes_total", "counter", "Bytes carried after the handshakes.")
+	m.sample("router_bytes_total", float64(toBackend), "direction", "to_backend")
+	m.sample("router_bytes_total", float64(toClient), "direction", "to_client")
+}
+
+func (a *admin) writeUpgrades(m metricsWriter) {
+	m.family("router_upgrades_total", "counter", "Upgrade requests, by what became of them.")
+	for r := range results {
+		m.sample("router_upgrades_total", float64(a.proxy.results[r].Load()), "result", r.String())
+	}
+	m.single("router_upgrades_waiting", "gauge", "Upgrades under way: held, dialled or in the handshake.",
+		float64(a.proxy.waiting.Load()))
+}
+
+func (a *admin) writeTable(m metricsWriter) {
+	m.single("router_table_swaps_total", "counter", "Tables put in force.", float64(a.proxy.router.swaps.Load()))
+	t := a.proxy.router.table()
+	if t == nil {
+		return
+	}
+	m.family("router_table_info", "gauge", "Always 1; the labels say which table is in force.")
+	m.sample("router_table_info", 1, "source", t.source, "version", t.version)
+	m.single("router_table_overrides", "gauge", "Overrides in force.", float64(len(t.overrides)))
+	m.single("router_table_backends", "gauge", "Backends that namespaces are hashed over.", float64(t.backends))
+	m.single("router_table_rejected_entries", "gauge", "Entries that cannot be read.", float64(len(t.rejected)))
+}
+
+func writeWatch(m metricsWriter, s watchStatus) {
+	m.family("router_watch_state", "gauge", "1 for the state that the watch of the ConfigMap is in.")
+	for _, state := range []string{stateListing, stateConnecting, stateWatching, stateWaiting} {
+		m.sample("router_watch_state", boolean(s.state == state), "state", state)
+	}
+	if !s.confirmed.IsZero() {
+		m.single("router_watch_staleness_seconds", "gauge", "Time since the API server last said how the ConfigMap is.",
+			time.Since(s.confirmed).Seconds())
+	}
+	m.single("router_watch_failures_in_row", "gauge", "LIST and WATCH cycles that failed since the last good one.", float64(s.fails))
+	m.single("router_watch_object_absent", "gauge", "1 if there is no such ConfigMap.", boolean(s.absent))
+}
+
+func boolean(b bool) float64 {
+	if b {
+		return 1
+	}
+	return 0
+}
