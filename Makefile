@@ -1,0 +1,62 @@
+# CI runs the same targets as people do; "make help" lists them.
+
+IMAGE       ?= localhost:5000/router:latest
+REGISTRY    ?= localhost:5000
+FUZZTIME    ?= 10s
+E2E_FLAGS   ?=
+STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
+
+.PHONY: help build demo test fuzz bench lint image push load deploy undeploy e2e certs clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+build: ## the two static programs, bin/router and bin/backend
+	CGO_ENABLED=0 go build -trimpath -o bin/router .
+	CGO_ENABLED=0 go build -trimpath -o bin/backend ./backend
+
+demo: build ## four backends, the router and the demo page on this machine
+	@backend/demo.sh
+
+test: ## all tests that need no cluster, with the race detector
+	go vet ./...
+	cd e2e && go vet ./...
+	go test -race -count=1 ./...
+
+fuzz: ## each fuzz target for FUZZTIME
+	@for target in $$(grep -ho '^func Fuzz[A-Za-z]*' *_test.go | cut -d' ' -f2); do \
+		go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) . || exit 1; done
+
+bench: ## benchmarks of the parts
+	go test -run '^$$' -bench . -benchmem .
+
+lint: ## gofmt, vet, staticcheck, and shellcheck where it is installed
+	@test -z "$$(gofmt -l . | tee /dev/stderr)"
+	go vet ./...
+	go run $(STATICCHECK) ./...
+	cd e2e && go vet ./... && go run $(STATICCHECK) ./...
+	@if command -v shellcheck; then shellcheck k8s/*.sh certs/*.sh backend/*.sh .ci/run; fi
+
+image: build ## the image, with docker, podman or buildah
+	k8s/image.sh build $(IMAGE)
+
+push: image ## the image to REGISTRY (localhost:5000)
+	k8s/image.sh push $(IMAGE) $(REGISTRY)
+
+load: image ## the image into the cluster of the current kubeconfig
+	k8s/image.sh load $(IMAGE)
+
+deploy: load ## everything to the cluster of the current kubeconfig
+	k8s/deploy.sh
+
+undeploy: ## remove it again, except for overrides and certificate
+	k8s/deploy.sh undeploy
+
+e2e: deploy ## deploy, then the end-to-end tests
+	cd e2e && go test -count=1 -v -timeout 30m $(E2E_FLAGS) ./...
+
+certs: ## a root CA and a certificate for mydomain.com, in certs/
+	certs/make.sh
+
+clean: ## remove what was built
+	rm -rf bin e2e/artifacts
