@@ -1,0 +1,164 @@
+// Backend is the demo server behind the router, and its command-line client.
+//
+// As a server it is what a pod of the StatefulSet runs: a WebSocket on
+// /ws/<namespace> says which backend serves the namespace and counts up. With
+// -connect it is a client that prints what such a server sends.
+//
+// Reading order: main.go (flags), serve.go (HTTP and the life of the server),
+// session.go (one connection), wire.go (what x/net/websocket leaves open),
+// connect.go (the client).
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/url"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+)
+
+// config is what the command line asks for; immutable once parsed.
+type config struct {
+	// The server.
+	listen    string
+	name      string        // never empty after parsing
+	interval  time.Duration // 0: only answers
+	page      string        // "" for none
+	writeTime time.Duration // one write, after which the connection is ended
+	closeTime time.Duration // from our Close to the end of the connection
+	logLevel  slog.Level
+
+	// The client.
+	connect string // "" for the server
+	ca      string
+	addr    string
+	count   int // 0: until the connection ends
+}
+
+// stdio is the world outside of run, replaced by tests.
+type stdio struct {
+	in       io.Reader
+	out, err io.Writer
+}
+
+// usageError is a command line that makes no sense: exit code 2.
+type usageError struct{ error }
+
+const synopsis = `Backend is a demo server for the router, and a WebSocket client.
+
+  backend [-listen :9000] [-name backend-0]          serve /ws/<namespace>
+  backend -connect ws://127.0.0.1:8000/ws/ns-01      print what a server sends
+
+The client sends each line of its standard input as one message. It ends with
+exit code 0 after -n messages, when the server closes with 1000, 1001 or 1012,
+or at Ctrl-C; with 1 when the connection fails; with 2 for a wrong flag.
+
+`
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second signal ends the process at once
+	std := stdio{os.Stdin, os.Stdout, os.Stderr}
+	os.Exit(exitCode(run(ctx, os.Args[1:], std), os.Stderr))
+}
+
+// run is the whole program; it returns when ctx is done and all is closed.
+func run(ctx context.Context, args []string, std stdio) error {
+	cfg, err := parseFlags(args, std.out)
+	if err != nil {
+		return err
+	}
+	if cfg.connect != "" {
+		return connect(ctx, cfg, std)
+	}
+	log := slog.New(slog.NewTextHandler(std.err, &slog.HandlerOptions{Level: cfg.logLevel}))
+	return serve(ctx, cfg, log.With("server", cfg.name))
+}
+
+// exitCode prints err, if there is something to say, and turns it into the
+// exit code: 0 normal end and help, 1 run-time failure, 2 usage.
+func exitCode(err error, stderr io.Writer) int {
+	if err == nil || errors.Is(err, flag.ErrHelp) {
+		return 0
+	}
+	fmt.Fprintf(stderr, "backend: %v\n", err)
+	if errors.As(err, new(usageError)) {
+		fmt.Fprintln(stderr, "backend -h shows the flags")
+		return 2
+	}
+	return 1
+}
+
+// parseFlags reads args. Help goes to stdout, with flag.ErrHelp as the result;
+// every other error is a usageError that names the flag and its value.
+func parseFlags(args []string, stdout io.Writer) (config, error) {
+	var cfg config
+	fs := newFlagSet(&cfg)
+	err := fs.Parse(args)
+	if errors.Is(err, flag.ErrHelp) {
+		fmt.Fprint(stdout, synopsis)
+		fs.SetOutput(stdout)
+		fs.PrintDefaults()
+		return cfg, err
+	}
+	if err == nil {
+		err = cfg.check(fs)
+	}
+	if err != nil {
+		return cfg, usageError{err}
+	}
+	if cfg.name == "" {
+		cfg.name, err = os.Hostname()
+	}
+	return cfg, err
+}
+
+// newFlagSet prints nothing by itself: parseFlags and exitCode do.
+func newFlagSet(cfg *config) *flag.FlagSet {
+	fs := flag.NewFlagSet("backend", flag.ContinueOnError)
+	fs.SetOutput(io.Discard)
+	fs.Usage = func() {}
+	fs.StringVar(&cfg.listen, "listen", ":9000", "serve HTTP on `address`")
+	fs.StringVar(&cfg.name, "name", "", "`name` of this backend in messages (default the host name)")
+	fs.DurationVar(&cfg.interval, "interval", time.Second, "send a message every `duration`; 0: only answers")
+	fs.StringVar(&cfg.page, "page", "", "serve this HTML `file` at /, read again for each request")
+	fs.DurationVar(&cfg.writeTime, "write-time", 10*time.Second, "end a connection that takes nothing for this `duration`")
+	fs.DurationVar(&cfg.closeTime, "close-time", 5*time.Second, "wait this `duration` for the peer after a Close")
+	fs.TextVar(&cfg.logLevel, "log-level", slog.LevelInfo, "`level`: debug, info, warn or error")
+	fs.StringVar(&cfg.connect, "connect", "", "be a client of this ws:// or wss:// `URL`")
+	fs.StringVar(&cfg.ca, "ca", "", "client: trust the certificates in this PEM `file` too")
+	fs.StringVar(&cfg.addr, "addr", "", "client: connect to `host:port` (or unix:/path) whatever the URL names")
+	fs.IntVar(&cfg.count, "n", 0, "client: end after `count` messages; 0: never")
+	return fs
+}
+
+// check is what the flag package cannot: values and combinations.
+func (cfg *config) check(fs *flag.FlagSet) error {
+	switch {
+	case fs.NArg() > 0:
+		return fmt.Errorf("unexpected argument %q", fs.Arg(0))
+	case cfg.interval < 0:
+		return fmt.Errorf("-interval %v: want 0 or more", cfg.interval)
+	case cfg.writeTime <= 0:
+		return fmt.Errorf("-write-time %v: want more than 0", cfg.writeTime)
+	case cfg.closeTime <= 0:
+		return fmt.Errorf("-close-time %v: want more than 0", cfg.closeTime)
+	case cfg.count < 0:
+		return fmt.Errorf("-n %d: want 0 or more", cfg.count)
+	case cfg.connect == "" && (cfg.ca != "" || cfg.addr != "" || cfg.count != 0):
+		return errors.New("-ca, -addr and -n need -connect")
+	case cfg.connect == "":
+		return nil
+	}
+	u, err := url.Parse(cfg.connect)
+	if err != nil || u.Host == "" || u.Scheme != "ws" && u.Scheme != "wss" {
+		return fmt.Errorf("-connect %q: want ws://host/path or wss://host/path", cfg.connect)
+	}
+	return nil
+}

@@ -1,0 +1,185 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// asMain makes the test binary behave as the program.
+const asMain = "BACKEND_TEST_MAIN"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(asMain) != "" {
+		main()
+		return
+	}
+	code := m.Run()
+	if left := leaked(); code == 0 && left != "" {
+		fmt.Fprintf(os.Stderr, "leaked goroutines:\n\n%s\n", left)
+		code = 1
+	}
+	os.Exit(code)
+}
+
+// leaked gives goroutines some time to end and returns the stacks of the rest.
+func leaked() string {
+	var left string
+	for range 20 {
+		if left = otherStacks(); left == "" {
+			break
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	return left
+}
+
+func otherStacks() string {
+	buf := make([]byte, 1<<20)
+	stacks := strings.Split(string(buf[:runtime.Stack(buf, true)]), "\n\n")
+	return strings.Join(stacks[1:], "\n\n") // the first is our own
+}
+
+// logBuffer collects what a server logs.
+type logBuffer struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (l *logBuffer) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.Write(b)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.String()
+}
+
+// testServer is a running server on a port of its own.
+type testServer struct {
+	*server
+	addr string
+	log  *logBuffer
+	stop func() // idempotent; also called by Cleanup
+}
+
+func quietConfig() config {
+	return config{name: "backend-0", writeTime: 5 * time.Second, closeTime: 5 * time.Second}
+}
+
+func quietLog() *slog.Logger { return slog.New(slog.DiscardHandler) }
+
+func startServer(t *testing.T, cfg config) *testServer {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return startServerOn(t, cfg, ln)
+}
+
+func startServerOn(t *testing.T, cfg config, ln net.Listener) *testServer {
+	t.Helper()
+	log := &logBuffer{}
+	s := newServer(cfg, slog.New(slog.NewTextHandler(log, nil)))
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- s.serve(ctx, ln) }()
+	stop := sync.OnceFunc(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("serve: %v", err)
+		}
+	})
+	t.Cleanup(stop)
+	return &testServer{s, ln.Addr().String(), log, stop}
+}
+
+func TestHelpIsGolden(t *testing.T) {
+	want, err := os.ReadFile(filepath.Join("testdata", "help.txt"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out, errOut bytes.Buffer
+	err = run(t.Context(), []string{"-h"}, stdio{strings.NewReader(""), &out, &errOut})
+	if got := exitCode(err, &errOut); got != 0 {
+		t.Errorf("exit code %d, want 0", got)
+	}
+	if got := out.String(); got != string(want) {
+		t.Errorf("help differs from testdata/help.txt; got:\n%s", got)
+	}
+	if errOut.Len() > 0 {
+		t.Errorf("stderr %q, want nothing", errOut.String())
+	}
+}
+
+func TestWrongCommandLine(t *testing.T) {
+	tests := map[string]struct {
+		args []string
+		code int
+		says string
+	}{
+		"unknown flag":      {[]string{"-x"}, 2, "-x"},
+		"bad duration":      {[]string{"-interval", "fast"}, 2, `"fast"`},
+		"negative interval": {[]string{"-interval", "-1s"}, 2, "-interval -1s"},
+		"no write time":     {[]string{"-write-time", "0s"}, 2, "-write-time 0s"},
+		"no close time":     {[]string{"-close-time", "0s"}, 2, "-close-time 0s"},
+		"bad level":         {[]string{"-log-level", "loud"}, 2, `"loud"`},
+		"argument":          {[]string{"serve"}, 2, `"serve"`},
+		"client flag":       {[]string{"-n", "1"}, 2, "need -connect"},
+		"negative count":    {[]string{"-connect", "ws://h/", "-n", "-1"}, 2, "-n -1"},
+		"http URL":          {[]string{"-connect", "http://h/ws/a"}, 2, `"http://h/ws/a"`},
+		"URL without host":  {[]string{"-connect", "ws:///ws/a"}, 2, "ws://host/path"},
+		"no page":           {[]string{"-page", "/nowhere.html"}, 1, `-page "/nowhere.html"`},
+		"page is a folder":  {[]string{"-page", "/"}, 1, "not a file"},
+		"bad address":       {[]string{"-listen", "127.0.0.1:99999"}, 1, "99999"},
+		"no CA file":        {[]string{"-connect", "wss://127.0.0.1:1/", "-ca", "/nowhere.pem"}, 1, "/nowhere.pem"},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			var errOut bytes.Buffer
+			err := run(t.Context(), tt.args, stdio{strings.NewReader(""), io.Discard, io.Discard})
+			if got := exitCode(err, &errOut); got != tt.code {
+				t.Errorf("exit code %d, want %d", got, tt.code)
+			}
+			if got := errOut.String(); !strings.Contains(got, tt.says) {
+				t.Errorf("stderr %q, want %q in it", got, tt.says)
+			}
+		})
+	}
+}
+
+func TestNameIsHostNameByDefault(t *testing.T) {
+	want, err := os.Hostname()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg, err := parseFlags(nil, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if cfg.name != want {
+		t.Errorf("name %q, want %q", cfg.name, want)
+	}
+}
+
+func TestExitCodeOfWrappedErrors(t *testing.T) {
+	wrapped := fmt.Errorf("outer: %w", usageError{errors.New("inner")})
+	if got := exitCode(wrapped, io.Discard); got != 2 {
+		t.Errorf("exit code %d, want 2", got)
+	}
+}

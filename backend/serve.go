@@ -1,0 +1,242 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/net/websocket"
+)
+
+// Limits of a request, before it is a session.
+const (
+	headerTime  = 10 * time.Second
+	headerBytes = 16 << 10
+)
+
+// server is the HTTP handler, and owns the sessions.
+type server struct {
+	// Static after construction.
+	cfg config
+	log *slog.Logger
+
+	running sync.WaitGroup // one for each session in the set
+
+	// Guarded by mu.
+	mu       sync.Mutex
+	stopping bool // no session is added any more
+	sessions map[*session]struct{}
+	lastID   uint64
+}
+
+// serve listens and serves until ctx is done, then closes all sessions.
+func serve(ctx context.Context, cfg config, log *slog.Logger) error {
+	if err := checkPage(cfg.page); err != nil {
+		return err
+	}
+	ln, err := net.Listen("tcp", cfg.listen)
+	if err != nil {
+		return err
+	}
+	return newServer(cfg, log).serve(ctx, ln)
+}
+
+// checkPage finds a mistyped -page at the start rather than in the browser.
+func checkPage(file string) error {
+	if file == "" {
+		return nil
+	}
+	info, err := os.Stat(file)
+	if err == nil && !info.Mode().IsRegular() {
+		err = errors.New("not a file")
+	}
+	if err != nil {
+		return fmt.Errorf("-page %q: %w", file, err)
+	}
+	return nil
+}
+
+func newServer(cfg config, log *slog.Logger) *server {
+	return &server{cfg: cfg, log: log, sessions: make(map[*session]struct{})}
+}
+
+// serve owns ln. It starts the one goroutine that accepts and waits for it.
+func (s *server) serve(ctx context.Context, ln net.Listener) error {
+	hs := &http.Server{
+		Handler:           s,
+		ReadHeaderTimeout: headerTime,
+		MaxHeaderBytes:    headerBytes,
+		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+	}
+	failed := make(chan error, 1)
+	go func() { failed <- hs.Serve(ln) }()
+	s.log.Info("start", "listen", ln.Addr().String(), "interval", s.cfg.interval)
+
+	select {
+	case err := <-failed: // not reached in normal life
+		s.stop(hs)
+		return err
+	case <-ctx.Done():
+	}
+	s.stop(hs)
+	<-failed
+	return nil
+}
+
+// stop closes the listener, sends Close 1001 to every session at the same
+// time, waits the close time for the peers, then cuts what is left. Nothing of
+// the server runs when it returns.
+func (s *server) stop(hs *http.Server) {
+	open := s.refuse()
+	s.log.Info("stop", "sessions", len(open))
+	ctx, cancel := context.WithTimeout(context.Background(), s.cfg.closeTime)
+	defer cancel()
+
+	var byes sync.WaitGroup
+	byes.Go(func() {
+		if hs.Shutdown(ctx) != nil {
+			hs.Close()
+		}
+	})
+	for _, ses := range open {
+		byes.Go(func() { ses.goodbye(closeGoingAway, "stop") })
+	}
+	cut := context.AfterFunc(ctx, func() { cutAll(open) })
+	s.running.Wait()
+	cut()
+	byes.Wait()
+	s.log.Info("stopped")
+}
+
+// cutAll closes the connections below the sessions; their run does the rest.
+func cutAll(open []*session) {
+	for _, ses := range open {
+		ses.conn.Close()
+	}
+}
+
+// refuse makes the set of sessions final and returns it.
+func (s *server) refuse() []*session {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.stopping = true
+	open := make([]*session, 0, len(s.sessions))
+	for ses := range s.sessions {
+		open = append(open, ses)
+	}
+	return open
+}
+
+func (s *server) isStopping() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.stopping
+}
+
+// ServeHTTP is not a ServeMux, which would redirect /ws//x.
+func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	rest, isWS := strings.CutPrefix(r.URL.Path, "/ws/")
+	namespace, _, _ := strings.Cut(rest, "/")
+	switch {
+	case isWS && namespace != "":
+		s.serveWS(w, r, namespace)
+	case r.URL.Path == "/healthz":
+		s.serveHealth(w)
+	case r.URL.Path == "/" && s.cfg.page != "":
+		w.Header().Set("Cache-Control", "no-cache")
+		http.ServeFile(w, r, s.cfg.page)
+	default:
+		http.Error(w, "not found; want /ws/<namespace>", http.StatusNotFound)
+	}
+}
+
+func (s *server) serveHealth(w http.ResponseWriter) {
+	if s.isStopping() {
+		http.Error(w, "stopping", http.StatusServiceUnavailable)
+		return
+	}
+	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+	fmt.Fprintln(w, "ok")
+}
+
+// serveWS makes a session of an upgrade. After the hijack inside ServeHTTP the
+// connection belongs to this function, and from start on to the session.
+func (s *server) serveWS(w http.ResponseWriter, r *http.Request, namespace string) {
+	if !strings.EqualFold(r.Header.Get("Upgrade"), "websocket") {
+		w.Header().Set("Upgrade", "websocket")
+		w.Header().Set("Connection", "Upgrade")
+		http.Error(w, "want a WebSocket upgrade", http.StatusUpgradeRequired)
+		return
+	}
+	if s.isStopping() {
+		http.Error(w, "stopping", http.StatusServiceUnavailable)
+		return
+	}
+	t := &takeover{ResponseWriter: w, writeTime: s.cfg.writeTime}
+	var ws *websocket.Conn
+	handshake := websocket.Server{
+		Handshake: acceptAnyone,
+		Handler:   func(c *websocket.Conn) { ws = c },
+	}
+	handshake.ServeHTTP(t, r)
+	if ws == nil { // x/net has answered 400
+		t.conn.Close()
+		return
+	}
+	s.start(ws, t.conn, r, namespace)
+}
+
+// acceptAnyone takes clients with any Origin or none, and the first of the
+// subprotocols they offer: x/net refuses when several are left.
+func acceptAnyone(cfg *websocket.Config, _ *http.Request) error {
+	cfg.Protocol = cfg.Protocol[:min(1, len(cfg.Protocol))]
+	return nil
+}
+
+// start puts a session into the set, writes the line that says who serves
+// which namespace, and lets it run. With a stop in between it closes conn.
+func (s *server) start(ws *websocket.Conn, conn net.Conn, r *http.Request, namespace string) {
+	router := r.Header.Get("X-Router-Pod")
+	ses := &session{
+		ws: ws, conn: conn, opened: time.Now(),
+		interval: s.cfg.interval, closeTime: s.cfg.closeTime,
+		next: message{Server: s.cfg.name, NS: namespace, Router: router},
+	}
+	id, ok := s.add(ses)
+	if !ok {
+		conn.Close()
+		return
+	}
+	ses.log = s.log.With("session", id, "namespace", namespace)
+	ses.log.Info("session open", "router", router, "table", r.Header.Get("X-Router-Table"),
+		"remote", conn.RemoteAddr().String(), "for", r.Header.Get("X-Forwarded-For"))
+	go s.runSession(ses)
+}
+
+func (s *server) runSession(ses *session) {
+	defer s.running.Done()
+	ses.run()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.sessions, ses)
+}
+
+// add counts the session as running: runSession must follow.
+func (s *server) add(ses *session) (id uint64, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.stopping {
+		return 0, false
+	}
+	s.running.Add(1)
+	s.sessions[ses] = struct{}{}
+	s.lastID++
+	return s.lastID, true
+}
