@@ -1,0 +1,294 @@
+//go:build unix
+
+package nginx_test
+
+import (
+	"bytes"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/net/websocket"
+)
+
+const (
+	podUser = 65532            // the user id of the pod, for tests run by root
+	bound   = 10 * time.Second // for everything that is waited for
+	host    = "www.mydomain.com"
+)
+
+// sidecar is one running nginx with this repository's nginx.conf and page, a
+// certificate from certs/make.sh, and a stub in the router's place. Ports and
+// paths are the only things replaced in the configuration.
+type sidecar struct {
+	// Static after start.
+	dir    string // everything nginx reads and writes
+	plain  string // address in the place of port 80
+	secure string // address in the place of port 443
+	roots  *x509.CertPool
+
+	router *stub
+}
+
+// start returns a sidecar that answers, or nil, after a word in the log, on a
+// machine without nginx or openssl. Cleanup stops nginx and the stub.
+func start(t *testing.T) *sidecar {
+	t.Helper()
+	for _, program := range []string{"nginx", "openssl"} {
+		if _, err := exec.LookPath(program); err != nil {
+			t.Logf("nothing tested: %s is not installed", program)
+			return nil
+		}
+	}
+	s := &sidecar{dir: socketDir(t)}
+	for _, sub := range []string{"tls", "html", "tmp"} {
+		if err := os.Mkdir(filepath.Join(s.dir, sub), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	copyFile(t, "index.html", filepath.Join(s.dir, "html", "index.html"))
+	s.makeCertificate(t)
+	s.roots = x509.NewCertPool()
+	if !s.roots.AppendCertsFromPEM(readFile(t, filepath.Join(s.dir, "tls", "ca.crt"))) {
+		t.Fatal("ca.crt holds no certificate")
+	}
+	s.router = startStub(t, filepath.Join(s.dir, "router.sock"))
+	// The ports were free a moment ago; somebody else may have been faster.
+	for range 5 {
+		s.configure(t)
+		err := s.run(t)
+		if err == nil {
+			return s
+		}
+		if !strings.Contains(err.Error(), "Address already in use") {
+			t.Fatal(err)
+		}
+	}
+	t.Fatal("no free ports for nginx")
+	return nil
+}
+
+// socketDir is a short path (a unix socket's has 107 bytes at most) that the
+// pod's user may enter.
+func socketDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "nginx")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+// makeCertificate runs certs/make.sh, which signs a new certificate by the
+// same CA each time it is asked to renew.
+func (s *sidecar) makeCertificate(t *testing.T) {
+	t.Helper()
+	out, err := exec.Command("sh", "../certs/make.sh", "-d", filepath.Join(s.dir, "tls"), "renew").CombinedOutput()
+	if err != nil {
+		t.Fatalf("certs/make.sh: %v\n%s", err, out)
+	}
+	s.own(t)
+}
+
+// own gives every file to the pod's user, as the kubelet does with fsGroup.
+func (s *sidecar) own(t *testing.T) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		return
+	}
+	err := filepath.WalkDir(s.dir, func(path string, _ fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		return os.Lchown(path, podUser, podUser)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// configure writes nginx.conf with ports and paths of this test. A text to
+// replace that is not there is an error: the test would run something else.
+func (s *sidecar) configure(t *testing.T) {
+	t.Helper()
+	s.plain, s.secure = freeAddress(t), freeAddress(t)
+	conf := string(readFile(t, "nginx.conf"))
+	pairs := []string{
+		"listen 80 ", "listen " + s.plain + " ",
+		"listen 443 ", "listen " + s.secure + " ",
+		"/etc/nginx/tls/", filepath.Join(s.dir, "tls") + "/",
+		"/run/router/router.sock", filepath.Join(s.dir, "router.sock"),
+		"/usr/share/nginx/html", filepath.Join(s.dir, "html"),
+		" /tmp/", " " + filepath.Join(s.dir, "tmp") + "/",
+	}
+	for i := 0; i < len(pairs); i += 2 {
+		if !strings.Contains(conf, pairs[i]) {
+			t.Fatalf("nginx.conf does not contain %q", pairs[i])
+		}
+	}
+	conf = strings.NewReplacer(pairs...).Replace(conf)
+	if err := os.WriteFile(filepath.Join(s.dir, "nginx.conf"), []byte(conf), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for _, log := range []string{"stdout", "stderr"} {
+		if err := os.WriteFile(filepath.Join(s.dir, log), nil, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.own(t)
+}
+
+// command is nginx as the pod runs it: not root, logging to its own output.
+// Its output goes to files because nginx opens /dev/stdout again by name, and
+// a pipe made by root is root's.
+func (s *sidecar) command(t *testing.T, args ...string) *exec.Cmd {
+	t.Helper()
+	cmd := exec.Command("nginx", append([]string{"-p", s.dir, "-e", "stderr", "-c", filepath.Join(s.dir, "nginx.conf")}, args...)...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if os.Geteuid() == 0 {
+		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: podUser, Gid: podUser}
+	}
+	cmd.Stdout, cmd.Stderr = s.logFile(t, "stdout"), s.logFile(t, "stderr")
+	return cmd
+}
+
+// run starts nginx and returns when it accepts, or the reason why it ended.
+// Cleanup ends the whole process group.
+func (s *sidecar) run(t *testing.T) error {
+	t.Helper()
+	cmd := s.command(t, "-g", "daemon off;")
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait(); close(ended) }()
+	t.Cleanup(func() {
+		cmd.Process.Signal(syscall.SIGTERM)
+		select {
+		case <-ended:
+		case <-time.After(bound):
+			syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
+			t.Error("nginx did not stop")
+		}
+		if t.Failed() {
+			t.Logf("nginx:\n%s", readFile(t, filepath.Join(s.dir, "stderr")))
+		}
+	})
+	err := until(func() error {
+		select {
+		case err := <-ended:
+			return errors.Join(errEnded, err)
+		default:
+		}
+		conn, err := net.Dial("tcp", s.secure)
+		if err == nil {
+			conn.Close()
+		}
+		return err
+	})
+	if err != nil {
+		err = fmt.Errorf("%w\n%s", err, readFile(t, filepath.Join(s.dir, "stderr")))
+	}
+	return err
+}
+
+// logFile opens a file for the child; the parent's descriptor is closed at the
+// end of the test.
+func (s *sidecar) logFile(t *testing.T, name string) *os.File {
+	t.Helper()
+	f, err := os.OpenFile(filepath.Join(s.dir, name), os.O_WRONLY|os.O_APPEND, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return f
+}
+
+var errEnded = errors.New("nginx ended")
+
+// until asks again until there is no error, nginx ended, or the bound is over.
+func until(check func() error) error {
+	deadline, tick := time.After(bound), time.NewTicker(10*time.Millisecond)
+	defer tick.Stop()
+	for {
+		err := check()
+		if err == nil || errors.Is(err, errEnded) {
+			return err
+		}
+		select {
+		case <-deadline:
+			return err
+		case <-tick.C:
+		}
+	}
+}
+
+// tlsConfig is a client that trusts only the CA of certs/make.sh.
+func (s *sidecar) tlsConfig() *tls.Config {
+	return &tls.Config{RootCAs: s.roots, ServerName: host}
+}
+
+// client speaks to the address it is given, whatever the URL's host is, and
+// follows no redirect.
+func (s *sidecar) client(t *testing.T, address string) *http.Client {
+	t.Helper()
+	transport := &http.Transport{
+		TLSClientConfig: s.tlsConfig(),
+		Dial:            func(network, _ string) (net.Conn, error) { return net.Dial(network, address) },
+	}
+	t.Cleanup(transport.CloseIdleConnections)
+	return &http.Client{
+		Transport:     transport,
+		Timeout:       bound,
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+}
+
+// dial opens wss://www.mydomain.com<path>; Cleanup closes it.
+func (s *sidecar) dial(t *testing.T, path string, header http.Header) *websocket.Conn {
+	t.Helper()
+	config, err := websocket.NewConfig("wss://"+host+":8443"+path, "https://"+host)
+	if err != nil {
+		t.Fatal(err)
+	}
+	config.Header = header
+	conn, err := tls.Dial("tcp", s.secure, s.tlsConfig())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	conn.SetDeadline(time.Now().Add(bound))
+	ws, err := websocket.NewClient(config, conn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ws
+}
+
+// echo sends a message and wants its bytes back, in however many frames.
+func echo(t *testing.T, ws *websocket.Conn, message []byte) {
+	t.Helper()
+	sent := make(chan error, 1)
+	go func() { sent <- websocket.Message.Send(ws, message) }()
+	got := make([]byte, len(message))
+	_, err := io.ReadFull(ws, got)
+	if err := errors.Join(err, <-sent); err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(got, message) {
+		t.Fatalf("echo of %d bytes: other bytes came back", len(message))
+	}
+}
