@@ -4,6 +4,8 @@ IMAGE       ?= localhost:5000/router:latest
 REGISTRY    ?= localhost:5000
 FUZZTIME    ?= 10s
 E2E_FLAGS   ?=
+# no: the nodes pull the image from a registry (make push)
+LOAD        ?= yes
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
 .PHONY: help build demo test fuzz bench lint image push load deploy undeploy e2e certs clean
@@ -46,7 +48,7 @@ push: image ## the image to REGISTRY (localhost:5000)
 load: image ## the image into the cluster of the current kubeconfig
 	k8s/image.sh load $(IMAGE)
 
-deploy: load ## everything to the cluster of the current kubeconfig
+deploy: $(if $(filter no,$(LOAD)),,load) ## everything to the cluster of the current kubeconfig
 	k8s/deploy.sh
 
 undeploy: ## remove it again, except for overrides and certificate

@@ -1,0 +1,113 @@
+#!/usr/bin/env bash
+# Brings everything to the cluster of the current kubeconfig context, into
+# that context's Kubernetes namespace, and waits until all pods are ready.
+#
+#   deploy.sh          make what is missing, apply the rest, wait
+#   deploy.sh undeploy remove it; the overrides and the certificate stay
+#
+# Two objects are made once and never changed here, because they are not the
+# repository's: the ConfigMap overwriting (the user's overrides) and the
+# Secret nginx-tls (perhaps a real certificate).
+#
+# TIMEOUT  seconds to wait for the pods (180)
+set -euo pipefail
+
+K8S=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+CERTS=${K8S%/*}/certs
+TIMEOUT=${TIMEOUT:-180}
+
+say() { printf '%s\n' "deploy.sh: $*"; }
+die() { say "$*" >&2; exit 1; }
+
+# missing KIND NAME: the cluster has no such object. Any other failure ends
+# the script: an API server that does not answer must not look like "none".
+missing() {
+  local found
+  found=$(kubectl get "$1" "$2" --ignore-not-found -o name) || die "cannot ask the cluster for $1 $2"
+  [ -z "$found" ]
+}
+
+# make_secret: from certs/; make.sh makes there what is missing or about to
+# expire.
+make_secret() {
+  "$CERTS/make.sh"
+  kubectl create secret tls nginx-tls --cert="$CERTS/tls.crt" --key="$CERTS/tls.key"
+}
+
+# make_overwriting: --save-config lets a later `kubectl apply` of the user's
+# own file see what was there before.
+make_overwriting() {
+  kubectl create --save-config -f "$K8S/overwriting.yaml"
+}
+
+# roll_out: a new image with the old name is a new rollout only if the pods'
+# template changes, so it says which programs it is about. apply leaves the
+# annotation alone.
+roll_out() {
+  local sum object
+  sum=$(cat "$K8S/../bin/router" "$K8S/../bin/backend" | sha256sum | cut -c1-16)
+  for object in statefulset/backend deployment/router; do
+    kubectl patch "$object" -p "{\"spec\":{\"template\":{\"metadata\":{\"annotations\":{\"router/programs\":\"$sum\"}}}}}"
+  done
+}
+
+# wait_for KIND NAME: waits for the rollout, or says why it does not end.
+wait_for() {
+  kubectl rollout status "$1/$2" --timeout="${TIMEOUT}s" && return
+  explain "$2" >&2
+  die "$1/$2 is not ready after $TIMEOUT s: the reason is above"
+}
+
+# explain NAME: pods, their latest warnings, and the last words of every
+# container that is not ready.
+explain() {
+  local selector=app.kubernetes.io/name=$1 pod container
+  printf '\n--- pods\n'
+  kubectl get pods -l "$selector" -o wide || true
+  printf '\n--- events\n'
+  kubectl get events --field-selector type=Warning --sort-by=.lastTimestamp \
+    -o 'custom-columns=OBJECT:.involvedObject.name,REASON:.reason,MESSAGE:.message' |
+    grep -E "^(OBJECT|$1)" | tail -n 15 || true
+  unready "$selector" | while read -r pod container; do
+    printf '\n--- log of %s, container %s\n' "$pod" "$container"
+    kubectl logs "$pod" -c "$container" --tail=20 </dev/null || true
+    # A container that ended has said why in the log of the run before.
+    kubectl logs "$pod" -c "$container" --tail=20 --previous </dev/null 2>/dev/null || true
+  done
+  printf '\n'
+}
+
+# unready SELECTOR: "pod container" of every container that is not ready.
+unready() {
+  local fields='{range .items[*]}{.metadata.name}{range .status.initContainerStatuses[*]} {.name}={.ready}{end}{range .status.containerStatuses[*]} {.name}={.ready}{end}{"\n"}{end}'
+  kubectl get pods -l "$1" -o "jsonpath=$fields" |
+    awk '{ for (i = 2; i <= NF; i++) if (sub(/=false$/, "", $i)) print $1, $i }'
+}
+
+deploy() {
+  command -v kubectl >/dev/null || die "kubectl is not installed"
+  local context namespace
+  context=$(kubectl config current-context) || die "the kubeconfig has no current context"
+  namespace=$(kubectl config view --minify -o 'jsonpath={..namespace}')
+  say "context \"$context\", Kubernetes namespace \"${namespace:-default}\""
+  if missing secret nginx-tls; then make_secret; fi
+  if missing configmap overwriting; then make_overwriting; fi
+  kubectl apply -k "$K8S"
+  if [ -x "$K8S/../bin/router" ]; then roll_out; fi
+  wait_for statefulset backend
+  wait_for deployment router
+}
+
+undeploy() {
+  kubectl delete -k "$K8S" --ignore-not-found
+  # The nginx ConfigMaps of earlier versions have other hashes in their names.
+  kubectl delete configmap -l app.kubernetes.io/part-of=router
+  say "kept: configmap/overwriting and secret/nginx-tls; to remove them too:"
+  say "  kubectl delete configmap/overwriting secret/nginx-tls"
+}
+
+case ${1:-deploy} in
+  deploy) deploy ;;
+  undeploy) undeploy ;;
+  *) sed -n '2,13s/^#\( \|$\)//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+esac
