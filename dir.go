@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"hash/fnv"
 	"io"
@@ -10,8 +9,10 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
@@ -64,23 +65,30 @@ func (d *directory) missing() string {
 // settled. A directory that cannot be read changes nothing.
 func (d *directory) look() {
 	signature, err := d.signature()
+	if err == nil && signature == d.seen && signature != d.applied {
+		err = d.apply(signature)
+	}
 	if err != nil {
 		d.fail(err)
 		return
 	}
-	settled := signature == d.seen
 	d.seen = signature
-	if !settled || signature == d.applied {
-		return
-	}
+}
+
+// apply reads the entries and gives them to update, unless the directory has
+// changed since the signature was made: they could be of two times.
+func (d *directory) apply(signature string) error {
 	data, version, err := d.read()
 	if err != nil {
-		d.fail(err)
-		return
+		return err
+	}
+	if after, err := d.signature(); err != nil || after != signature {
+		return err
 	}
 	d.applied = signature
 	d.problem.Store(nil)
 	d.update(entries{source: "directory " + d.path, version: version, data: data, stale: d.stale})
+	return nil
 }
 
 // fail notes the error, and logs it if it is another than before.
@@ -92,19 +100,19 @@ func (d *directory) fail(err error) {
 	d.seen, d.applied = "", "" // look afresh when it is back
 }
 
-// signature changes whenever a file may have changed. The kubelet updates a
-// mounted ConfigMap by swapping the symbolic link ..data, so there it is the
-// link's target.
+// signature changes whenever a file may have changed. A mounted ConfigMap is
+// never written to: the kubelet makes a new directory and swaps the symbolic
+// link ..data to it, so there the link's target is enough.
 func (d *directory) signature() (string, error) {
 	if target, err := os.Readlink(filepath.Join(d.path, "..data")); err == nil {
 		return target, nil
 	}
-	files, err := d.files()
+	found, err := files(d.path)
 	if err != nil {
 		return "", err
 	}
 	sum := fnv.New64a()
-	for _, file := range files {
+	for _, file := range found {
 		info, err := os.Stat(filepath.Join(d.path, file.Name()))
 		if err != nil {
 			fmt.Fprintf(sum, "%s %v\n", file.Name(), err)
@@ -115,39 +123,39 @@ func (d *directory) signature() (string, error) {
 	return fmt.Sprintf("%016x", sum.Sum64()), nil
 }
 
-// files lists the directory's files in the order of their names. Names with a
-// dot in front are not namespaces here: an editor's or the kubelet's own.
-// Opening a pipe or a device could block.
-func (d *directory) files() ([]fs.DirEntry, error) {
-	all, err := os.ReadDir(d.path)
+// files lists what may be files in the order of their names. Names with a dot in
+// front are not namespaces here: an editor's or the kubelet's own.
+func files(path string) ([]fs.DirEntry, error) {
+	all, err := os.ReadDir(path)
 	if err != nil {
 		return nil, err
 	}
-	files := all[:0]
-	for _, file := range all {
-		if (file.Type().IsRegular() || file.Type() == fs.ModeSymlink) && !strings.HasPrefix(file.Name(), ".") {
-			files = append(files, file)
-		}
-	}
-	return files, nil
+	return slices.DeleteFunc(all, func(file fs.DirEntry) bool {
+		return strings.HasPrefix(file.Name(), ".") || !file.Type().IsRegular() && file.Type() != fs.ModeSymlink
+	}), nil
 }
 
 // read returns the entries, and a version that is the same for the same
-// entries. A file that cannot be read is an entry that cannot be read.
+// entries. A file that cannot be read is an entry that cannot be read. In a
+// mounted ConfigMap the links beside ..data come later and go later than what
+// they point to, so they are not asked.
 func (d *directory) read() (map[string]string, string, error) {
-	files, err := d.files()
+	path := filepath.Join(d.path, "..data")
+	if _, err := os.Lstat(path); err != nil {
+		path = d.path
+	}
+	found, err := files(path)
 	if err != nil {
 		return nil, "", err
 	}
-	data := make(map[string]string, len(files))
+	data := make(map[string]string, len(found))
 	sum := fnv.New64a()
-	for _, file := range files {
-		value, err := readStart(filepath.Join(d.path, file.Name()))
-		if errors.Is(err, fs.ErrNotExist) {
-			continue // removed since it was listed
-		}
+	for _, file := range found {
+		value, ok, err := readStart(filepath.Join(path, file.Name()))
 		if err != nil {
 			value = err.Error() // rejected as any value that names no backend
+		} else if !ok {
+			continue
 		}
 		data[file.Name()] = value
 		fmt.Fprintf(sum, "%q %q\n", file.Name(), strings.TrimSpace(value))
@@ -155,13 +163,17 @@ func (d *directory) read() (map[string]string, string, error) {
 	return data, fmt.Sprintf("dir-%016x", sum.Sum64()), nil
 }
 
-// readStart returns the first dirValue bytes of a file.
-func readStart(path string) (string, error) {
-	f, err := os.Open(path)
+// readStart returns the first dirValue bytes of a file; ok is false if the path
+// leads to something else, such as a directory. Opening a pipe does not block.
+func readStart(path string) (value string, ok bool, err error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
-		return "", err
+		return "", false, err
 	}
 	defer f.Close()
+	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
+		return "", false, err
+	}
 	b, err := io.ReadAll(io.LimitReader(f, dirValue))
-	return string(b), err
+	return string(b), true, err
 }

@@ -24,12 +24,9 @@ func (w *watcher[T]) list(ctx context.Context) (string, error) {
 		return "", err
 	}
 	defer body.Close()
-	raw, err := io.ReadAll(io.LimitReader(body, maxObject+1))
+	raw, err := io.ReadAll(&cappedReader{r: body, limit: maxObject})
 	if err != nil {
 		return "", err
-	}
-	if len(raw) > maxObject {
-		return "", errTooBig
 	}
 	var list struct {
 		Kind     string `json:"kind"`
@@ -49,21 +46,23 @@ func (w *watcher[T]) list(ctx context.Context) (string, error) {
 	}
 	item := &list.Items[0]
 	w.header(item).Kind = w.kind // items of a list have none
-	return list.Metadata.ResourceVersion, w.take(item)
+	return list.Metadata.ResourceVersion, w.take(item, false)
 }
 
 // query selects the object. Only with this selector does a Role that names the
-// object allow list and watch (WATCH.md D.1).
+// object allow list and watch
+// (https://kubernetes.io/docs/reference/access-authn-authz/rbac/#referring-to-resources).
 func (w *watcher[T]) query() url.Values {
 	return url.Values{"fieldSelector": {"metadata.name=" + w.name}}
 }
 
-// watch applies events until the stream ends. It is healthy when the stream
-// lived for healthyWatch, or brought something and ended cleanly. A clean end
-// is no error, and does not mean that nothing was missed. timeoutSeconds is the server's; the context is for a server, or a
-// network, that no longer keeps it. There is no limit on how long the headers
-// take: some proxies hold them back until the first event (kubectl#628).
-func (w *watcher[T]) watch(ctx context.Context, version string) (healthy bool, err error) {
+// watch applies events until the stream ends. A clean end is no error, and does
+// not mean that nothing was missed; it makes the cycle healthy if the stream
+// brought something, as does a life of healthyWatch. timeoutSeconds is the
+// server's; the context is for a server, or a network, that no longer keeps it.
+// There is no limit on how long the headers take: some proxies hold them back
+// until the first event (kubectl#628).
+func (w *watcher[T]) watch(ctx context.Context, version string) error {
 	timeout := watchMin + rand.N(watchMax-watchMin)
 	ctx, cancel := context.WithTimeout(ctx, timeout+watchGrace)
 	defer cancel()
@@ -75,74 +74,59 @@ func (w *watcher[T]) watch(ctx context.Context, version string) (healthy bool, e
 	w.enter(stateConnecting)
 	body, err := w.kube.get(ctx, w.path, query)
 	if err != nil {
-		return false, err
+		return err
 	}
 	defer body.Close()
 	w.enter(stateWatching)
-	begun := time.Now()
-	events, err := w.follow(body)
-	return time.Since(begun) >= healthyWatch || err == nil && events > 0, err
+	defer time.AfterFunc(healthyWatch, w.worthwhile).Stop()
+	before := w.applied
+	if err := w.follow(body); err != io.EOF {
+		return err
+	}
+	if w.applied != before {
+		w.worthwhile()
+	}
+	return nil
 }
 
-// follow applies the events of a stream until its end, and returns how many of
-// them were about the object. One decoder reads all of it: events come in
-// pieces and several at a time.
-func (w *watcher[T]) follow(body io.Reader) (events int, err error) {
+// follow applies the events of a stream until its end, which is io.EOF if it is
+// clean. One decoder reads all of it: events come in pieces and several at a
+// time.
+func (w *watcher[T]) follow(body io.Reader) error {
 	stream := &cappedReader{r: body, limit: maxObject}
 	decoder := json.NewDecoder(stream)
 	for {
-		about, err := w.next(decoder)
-		switch {
-		case err == io.EOF:
-			return events, nil
-		case err != nil:
-			return events, err
-		case about:
-			events++
+		if err := w.next(decoder); err != nil {
+			return err
 		}
 		stream.limit = decoder.InputOffset() + maxObject
 	}
 }
 
-// next reads and applies one event, and reports whether it was about the
-// object. io.EOF is a clean end; a stream cut within an event is not.
-func (w *watcher[T]) next(decoder *json.Decoder) (about bool, err error) {
+// next reads and applies one event. A stream cut within one is not io.EOF.
+func (w *watcher[T]) next(decoder *json.Decoder) error {
 	var event struct {
 		Type   string          `json:"type"`
 		Object json.RawMessage `json:"object"`
 	}
 	if err := decoder.Decode(&event); err != nil {
-		return false, err
+		return err
 	}
 	switch event.Type {
 	case "BOOKMARK":
 		w.confirm(func(*watchStatus) {})
-		return false, nil
+		return nil
 	case "ERROR": // also the 410 of a watch: an event in a 200 (kubernetes#35068)
-		var s status
-		if err := json.Unmarshal(event.Object, &s); err != nil {
-			return false, err
-		}
-		return false, s.err()
+		no := &status{}
+		return cmp.Or(json.Unmarshal(event.Object, no), error(no))
 	case "ADDED", "MODIFIED", "DELETED":
 		o := new(T)
 		if err := json.Unmarshal(event.Object, o); err != nil {
-			return false, err
+			return err
 		}
-		return true, w.changed(event.Type, o)
+		return w.take(o, event.Type == "DELETED")
 	}
-	return false, fmt.Errorf("event of type %.60q, want ADDED, MODIFIED, DELETED, BOOKMARK or ERROR", event.Type)
-}
-
-func (w *watcher[T]) changed(event string, o *T) error {
-	if event != "DELETED" {
-		return w.take(o)
-	}
-	if err := w.verify(o); err != nil {
-		return err
-	}
-	w.gone()
-	return nil
+	return fmt.Errorf("event of type %.60q, want ADDED, MODIFIED, DELETED, BOOKMARK or ERROR", event.Type)
 }
 
 // verify checks that o is the object that was asked for.
@@ -155,11 +139,15 @@ func (w *watcher[T]) verify(o *T) error {
 	return nil
 }
 
-// take applies o unless it was applied already. resourceVersions are compared
-// for equality only: after a restored etcd a smaller one is newer.
-func (w *watcher[T]) take(o *T) error {
+// take applies o unless it was applied already or is deleted. resourceVersions
+// are compared for equality only: after a restored etcd a smaller one is newer.
+func (w *watcher[T]) take(o *T, deleted bool) error {
 	if err := w.verify(o); err != nil {
 		return err
+	}
+	if deleted {
+		w.gone()
+		return nil
 	}
 	if m := w.header(o).Metadata; m != w.applied {
 		w.apply(o)

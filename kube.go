@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -24,6 +25,9 @@ import (
 // (https://kubernetes.io/docs/tasks/run-application/access-api-from-pod/).
 const serviceAccountDir = "/var/run/secrets/kubernetes.io/serviceaccount"
 
+// retryMost is the longest wait, in seconds, that a server may ask for.
+const retryMost = 60
+
 // kube speaks to one API server. It is not safe for concurrent use: each
 // watcher has its own, so that what one does to its connections is felt by no
 // other.
@@ -31,10 +35,13 @@ type kube struct {
 	// Static after construction.
 	base *url.URL
 	dir  string // of the service account's files; "" through kubectl proxy
+	dial func(ctx context.Context, network, addr string) (net.Conn, error)
 
 	transport *http.Transport
-	ca        []byte // the file's bytes that transport trusts
-	token     string // the last that was not empty
+	hangUp    func()         // closes every connection of transport
+	ca        []byte         // the file's bytes that roots was made of
+	roots     *x509.CertPool // what transport trusts; nil through kubectl proxy
+	token     string         // the last that was not empty
 }
 
 // inCluster returns a client with the pod's service account, whose files are in
@@ -44,7 +51,7 @@ func inCluster(getenv func(string) string, dir string) (*kube, error) {
 	if host == "" || port == "" {
 		return nil, errors.New("KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set: this is no pod")
 	}
-	k := &kube{base: &url.URL{Scheme: "https", Host: net.JoinHostPort(host, port)}, dir: dir}
+	k := &kube{base: &url.URL{Scheme: "https", Host: net.JoinHostPort(host, port)}, dir: dir, dial: dialTCP}
 	if err := k.readCA(); err != nil {
 		return nil, err
 	}
@@ -55,9 +62,9 @@ func inCluster(getenv func(string) string, dir string) (*kube, error) {
 func throughProxy(base string) (*kube, error) {
 	u, err := url.Parse(base)
 	if err != nil || u.Scheme != "http" || u.Host == "" || strings.Trim(u.Path, "/") != "" {
-		return nil, fmt.Errorf("kube %q, want in-cluster, none or the http://host:port of a kubectl proxy", base)
+		return nil, fmt.Errorf("-kube %q, want in-cluster, none or the http://host:port of a kubectl proxy", base)
 	}
-	k := &kube{base: &url.URL{Scheme: "http", Host: u.Host}}
+	k := &kube{base: &url.URL{Scheme: "http", Host: u.Host}, dial: dialTCP}
 	k.renew()
 	return k, nil
 }
@@ -69,63 +76,78 @@ func podNamespace(dir string) (string, error) {
 	return strings.TrimSpace(string(b)), err
 }
 
-// renew replaces the transport, and with it every connection. That is the only
-// cure for a connection that is half open: HTTP/2 goes on using it after a
-// request on it timed out, and also after CloseIdleConnections (golang/go#36026,
-// WATCH.md fact 5). HTTP/2 pings notice it early; HTTP/1.1 has only deadlines.
-func (k *kube) renew() {
-	if k.transport != nil {
-		k.transport.CloseIdleConnections()
-	}
-	dialer := &net.Dialer{
+func dialTCP(ctx context.Context, network, addr string) (net.Conn, error) {
+	d := net.Dialer{
 		Timeout:         5 * time.Second,
 		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 3},
 	}
+	return d.DialContext(ctx, network, addr)
+}
+
+// renew replaces the transport, and with it every connection. That is the only
+// cure for a connection that is half open: HTTP/2 goes on using it after a
+// request on it timed out, and also after CloseIdleConnections
+// (golang/go#36026). HTTP/2 pings notice it early; HTTP/1.1 has only deadlines.
+func (k *kube) renew() {
+	k.close()
+	life, hangUp := context.WithCancel(context.Background())
+	k.hangUp = hangUp
 	k.transport = &http.Transport{
-		Proxy:               nil, // HTTPS_PROXY is not for the API server (cert-manager#1371)
-		DialContext:         dialer.DialContext,
+		Proxy: nil, // HTTPS_PROXY is not for the API server (cert-manager#1371)
+		DialContext: func(_ context.Context, network, addr string) (net.Conn, error) {
+			conn, err := k.dial(life, network, addr)
+			if err != nil {
+				return nil, err
+			}
+			return &line{conn, context.AfterFunc(life, func() { conn.Close() })}, nil
+		},
 		TLSHandshakeTimeout: 5 * time.Second,
 		ForceAttemptHTTP2:   true, // a dialer of our own turns HTTP/2 off otherwise
 		HTTP2:               &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 5 * time.Second},
 		DisableCompression:  true,
+		TLSClientConfig:     &tls.Config{RootCAs: k.roots, MinVersion: tls.VersionTLS12},
 	}
-	if k.dir != "" {
-		pool := x509.NewCertPool()
-		pool.AppendCertsFromPEM(k.ca)
-		k.transport.TLSClientConfig = &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}
+}
+
+// close closes every connection, whatever state it is in: one that HTTP/2 has
+// just reset a stream on is not idle, and would stay.
+func (k *kube) close() {
+	if k.hangUp != nil {
+		k.hangUp()
 	}
+}
+
+// line is a connection that the client's close closes.
+type line struct {
+	net.Conn
+	forget func() bool
+}
+
+func (l *line) Close() error {
+	l.forget()
+	return l.Conn.Close()
 }
 
 // readCA renews the transport if the CA file's bytes have changed. A file that
 // cannot be read or has no certificate changes nothing.
 func (k *kube) readCA() error {
-	if k.dir == "" {
-		return nil
-	}
-	file := filepath.Join(k.dir, "ca.crt")
-	ca, err := os.ReadFile(file)
-	if err != nil {
+	ca, err := os.ReadFile(filepath.Join(k.dir, "ca.crt"))
+	if err != nil || bytes.Equal(ca, k.ca) {
 		return err
 	}
-	if bytes.Equal(ca, k.ca) {
-		return nil
+	roots := x509.NewCertPool()
+	if !roots.AppendCertsFromPEM(ca) {
+		return fmt.Errorf("%s/ca.crt has no certificate in PEM", k.dir)
 	}
-	if !x509.NewCertPool().AppendCertsFromPEM(ca) {
-		return fmt.Errorf("%s has no certificate in PEM", file)
-	}
-	k.ca = ca
+	k.ca, k.roots = ca, roots
 	k.renew()
 	return nil
 }
 
 // readToken reads the token, which the kubelet replaces about hourly, and
 // reports whether it is another than before. A file that is empty or cannot be
-// read keeps the last one (kubernetes#68164). Through kubectl proxy there is
-// none, and none must be sent.
+// read keeps the last one (kubernetes#68164).
 func (k *kube) readToken() (changed bool) {
-	if k.dir == "" {
-		return false
-	}
 	b, err := os.ReadFile(filepath.Join(k.dir, "token"))
 	token := strings.TrimSpace(string(b))
 	if err != nil || token == "" || token == k.token {
@@ -136,13 +158,16 @@ func (k *kube) readToken() (changed bool) {
 }
 
 // get asks for path?query and returns the body of an answer that is 200 and
-// JSON, which the caller closes. A refusal of the server is a *statusError. The
+// JSON, which the caller closes. A refusal of the server is a *status. The
 // body ends with ctx. Any other error means that the transport is in doubt.
 func (k *kube) get(ctx context.Context, path string, query url.Values) (io.ReadCloser, error) {
-	k.readCA() // its error shows when the connection does
-	k.readToken()
+	credentials := k.dir != "" // through kubectl proxy no token must be sent
+	if credentials {
+		k.readCA() // its error shows when the connection does
+		k.readToken()
+	}
 	resp, err := k.roundTrip(ctx, path, query)
-	if err == nil && resp.StatusCode == http.StatusUnauthorized && k.readToken() {
+	if err == nil && resp.StatusCode == http.StatusUnauthorized && credentials && k.readToken() {
 		resp.Body.Close()
 		resp, err = k.roundTrip(ctx, path, query)
 	}
@@ -177,19 +202,8 @@ func (k *kube) roundTrip(ctx context.Context, path string, query url.Values) (*h
 	return k.transport.RoundTrip(req)
 }
 
-// statusError is the API server's own "no", over HTTP or in a watch.
-type statusError struct {
-	Code       int
-	Reason     string
-	Message    string
-	RetryAfter time.Duration // what the server asked for; 0 if nothing
-}
-
-func (e *statusError) Error() string {
-	return strings.TrimSpace(fmt.Sprintf("%d %s: %s", e.Code, e.Reason, e.Message))
-}
-
-// status is the part that is read of the API's Status
+// status is the API server's own "no", over HTTP or in a watch: what is read of
+// its Status
 // (https://kubernetes.io/docs/reference/kubernetes-api/common-definitions/status/).
 type status struct {
 	Message string `json:"message"`
@@ -200,28 +214,27 @@ type status struct {
 	} `json:"details"`
 }
 
-func (s *status) err() *statusError {
-	return &statusError{
-		Code: s.Code, Reason: s.Reason, Message: s.Message,
-		RetryAfter: time.Duration(s.Details.RetryAfterSeconds) * time.Second,
-	}
+func (s *status) Error() string {
+	return fmt.Sprintf("%d %s: %s", s.Code, cmp.Or(s.Reason, http.StatusText(s.Code)), s.Message)
+}
+
+// retryAfter is how long the server wants to be left alone, which it may ask for
+// up to retryMost.
+func (s *status) retryAfter() time.Duration {
+	return time.Duration(min(s.Details.RetryAfterSeconds, retryMost)) * time.Second
 }
 
 // refusedBy makes an error of an answer that is not 200. Its body may be a
 // Status or plain text: that of flow control is text, of kubectl proxy too.
-func refusedBy(resp *http.Response) *statusError {
+func refusedBy(resp *http.Response) *status {
 	body, _ := io.ReadAll(io.LimitReader(resp.Body, 16<<10)) // half a message is better than none
-	var s status
-	if json.Unmarshal(body, &s) != nil || s.Message == "" {
-		s = status{Message: fmt.Sprintf("%.200s", bytes.TrimSpace(body))}
+	s := &status{}
+	if json.Unmarshal(body, s) != nil || s.Message == "" {
+		s = &status{Message: fmt.Sprintf("%.200s", bytes.TrimSpace(body))}
 	}
 	s.Code = resp.StatusCode
-	if s.Reason == "" {
-		s.Reason = http.StatusText(s.Code)
+	if n, err := strconv.Atoi(resp.Header.Get("Retry-After")); err == nil {
+		s.Details.RetryAfterSeconds = max(s.Details.RetryAfterSeconds, n)
 	}
-	e := s.err()
-	if n, err := strconv.Atoi(resp.Header.Get("Retry-After")); err == nil && n > 0 {
-		e.RetryAfter = max(e.RetryAfter, time.Duration(n)*time.Second)
-	}
-	return e
+	return s
 }

@@ -9,18 +9,18 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unicode"
 )
 
 const (
 	listTime     = 15 * time.Second  // bounds a LIST
 	watchMin     = 150 * time.Second // timeoutSeconds of a WATCH is between these:
-	watchMax     = 210 * time.Second // below the idle limits of load balancers (WATCH.md E.8)
+	watchMax     = 210 * time.Second // below the idle limits of load balancers (Azure has 240 s: Azure/kars#456)
 	watchGrace   = 15 * time.Second  // a WATCH that outlives its timeout by this is dead
 	healthyWatch = 10 * time.Second  // a WATCH that lived this long was worth its LIST
 	backoffFirst = 500 * time.Millisecond
 	backoffMost  = 15 * time.Second
-	retryMost    = time.Minute // the longest wait that a server may ask for
-	maxObject    = 16 << 20    // bytes of a LIST or of one event: 1 MiB of "<" is 6.3 MB of JSON
+	maxObject    = 16 << 20 // bytes of a LIST or of one event: 1 MiB of "<" is 6.3 MB of JSON
 )
 
 // The states of a watcher.
@@ -57,7 +57,7 @@ type configMap struct {
 // tells what comes after; whatever ends it, the next cycle starts from a LIST.
 // Nothing is ever resumed: for one object a LIST every three minutes costs less
 // than 410 loops, resourceVersions from the future after a restored etcd, and
-// events that were lost on the way (WATCH.md A).
+// events that were lost on the way (kubernetes#107457, #123072).
 //
 //	LISTING ──ok──> CONNECTING ──200──> WATCHING ──event──> WATCHING
 //	   ^ any error       │ any error        │ end of stream, ERROR, anything unexpected
@@ -77,9 +77,9 @@ type watcher[T any] struct {
 	log       *slog.Logger
 
 	// Owned by run.
-	applied meta   // of the object that was applied last
-	failed  string // the class of the last failure, "" since the last LIST
-	failure throttle
+	applied    meta      // of the object that was applied last
+	complained time.Time // when the last failure was logged
+	omitted    int       // failures since, which were not
 
 	mu     sync.Mutex
 	status watchStatus // guarded by mu
@@ -89,8 +89,10 @@ type watcher[T any] struct {
 type watchStatus struct {
 	state     string
 	confirmed time.Time // when the API server last said how things are; zero if never
-	fails     int       // ends in a row that were not healthy
-	problem   string    // the last error, "" after a good cycle began
+	fails     int       // cycles in a row that were not healthy
+	healthy   bool      // the cycle was worth its LIST
+	failure   string    // the class of the last error, "" since a healthy cycle
+	problem   string    // the last error, "" since the API server was heard
 	absent    bool      // the last LIST or event said that there is no such object
 	version   string    // the resourceVersion that was applied last
 }
@@ -103,111 +105,112 @@ func newConfigMapWatcher(k *kube, namespace, name string, apply func(*configMap)
 	}
 }
 
-// run cycles until ctx ends.
+// run cycles until ctx ends, and leaves no connection.
 func (w *watcher[T]) run(ctx context.Context) {
-	defer w.kube.transport.CloseIdleConnections()
-	for ctx.Err() == nil {
-		healthy, err := w.cycle(ctx)
+	defer w.kube.close()
+	for {
+		err := w.cycle(ctx)
 		if ctx.Err() != nil {
 			return
 		}
 		select {
 		case <-ctx.Done():
-		case <-time.After(w.settle(healthy, err)):
+			return
+		case <-time.After(w.settle(err)):
 		}
+	}
+}
+
+// cycle lists and watches once. Without an error the stream ended cleanly.
+func (w *watcher[T]) cycle(ctx context.Context) error {
+	w.tell(func(s *watchStatus) { s.state, s.healthy = stateListing, false })
+	version, err := w.list(ctx)
+	if err != nil {
+		return fmt.Errorf("list %s: %w", w.what(), err)
+	}
+	if err := w.watch(ctx, version); err != nil {
+		return fmt.Errorf("watch %s: %w", w.what(), err)
+	}
+	return nil
+}
+
+// worthwhile notes that the cycle is healthy: it was worth its LIST. Nothing
+// less ends a row of failures. A load balancer that cuts every stream after
+// seconds makes this polling with a growing pause, not a hot loop
+// (kubespray#655), and a server that allows the LIST only does not fill the log.
+func (w *watcher[T]) worthwhile() {
+	failure, version := "", ""
+	w.tell(func(s *watchStatus) {
+		failure, version = s.failure, s.version
+		s.healthy, s.fails, s.failure = true, 0, ""
+	})
+	if failure != "" {
+		w.log.Info("watch works again", "object", w.what(), "version", version)
 	}
 }
 
 // settle takes note of how a cycle ended, and returns how long to wait. A
 // transport that failed is replaced, one that brought the server's refusal is
 // not.
-func (w *watcher[T]) settle(healthy bool, err error) time.Duration {
-	fails := 0
+func (w *watcher[T]) settle(err error) time.Duration {
+	fails, failure := 0, ""
 	w.tell(func(s *watchStatus) {
-		s.state = stateWaiting
-		s.fails++
-		if healthy {
-			s.fails = 0
+		failure, s.state = s.failure, stateWaiting
+		if !s.healthy {
+			s.fails++
 		}
 		if err != nil {
-			s.problem = err.Error()
+			s.failure, s.problem = errorClass(err), err.Error()
 		}
 		fails = s.fails
 	})
-	if err == nil {
-		return pause(fails, 0, rand.Float64())
+	no := &status{}
+	if err != nil {
+		if !errors.As(err, &no) {
+			w.kube.renew()
+		}
+		w.complain(err, errorClass(err) != failure)
 	}
-	var no *statusError
-	if !errors.As(err, &no) {
-		w.kube.renew()
-		no = &statusError{}
-	}
-	w.complain(err)
-	return pause(fails, no.RetryAfter, rand.Float64())
+	return pause(fails, no.retryAfter(), rand.Float64())
 }
 
-// pause returns how long to wait after an end that was the fails-th in a row
-// without a healthy cycle: exponential, jittered by half of itself in both
-// directions, at least what the server asked for. random is in [0, 1).
+// pause returns how long to wait after the fails-th cycle in a row that was not
+// healthy: exponential, jittered by half of itself in both directions, at least
+// what the server asked for. random is in [0, 1).
 func pause(fails int, asked time.Duration, random float64) time.Duration {
-	if fails == 0 && asked == 0 {
-		return time.Duration(random * float64(backoffFirst)) // replicas that were cut together come back apart
+	wait := time.Duration(random * float64(backoffFirst)) // replicas that were cut together come back apart
+	if fails > 0 {
+		backoff := min(backoffMost, backoffFirst<<min(fails-1, 10))
+		wait = time.Duration((0.5 + random) * float64(backoff))
 	}
-	backoff := backoffMost
-	if shift := max(0, fails-1); shift < 10 {
-		backoff = min(backoffMost, backoffFirst<<shift)
-	}
-	wait := time.Duration((0.5 + random) * float64(backoff))
-	if asked = min(asked, retryMost); asked > wait {
+	if asked > wait {
 		wait = asked + time.Duration(random*0.2*float64(asked))
 	}
 	return wait
 }
 
-// complain logs a failure when it is of another class than the last, and at
-// most once a minute otherwise.
-func (w *watcher[T]) complain(err error) {
-	omitted, due := w.failure.allow(time.Minute)
-	if class := errorClass(err); class != w.failed || due {
-		w.log.Warn("watch failed, what was applied stays in force", "error", err.Error(), "omitted", omitted)
-		w.failed = class
+// complain logs a failure if it is another than the last, and at most once a
+// minute otherwise.
+func (w *watcher[T]) complain(err error, another bool) {
+	if !another && time.Since(w.complained) < time.Minute {
+		w.omitted++
+		return
 	}
+	w.log.Warn("watch failed, what was applied stays in force", "error", err.Error(), "omitted", w.omitted)
+	w.complained, w.omitted = time.Now(), 0
 }
 
-// errorClass is the innermost error's text, without what differs from one time
-// to the next such as ports.
+// errorClass is the innermost error's text without digits: ports, times and
+// resourceVersions are others each time.
 func errorClass(err error) string {
-	for {
-		inner := errors.Unwrap(err)
-		if inner == nil {
-			return err.Error()
-		}
+	for inner := errors.Unwrap(err); inner != nil; inner = errors.Unwrap(err) {
 		err = inner
 	}
+	return strings.Join(strings.FieldsFunc(err.Error(), unicode.IsDigit), "")
 }
 
 // what names the object for people.
 func (w *watcher[T]) what() string { return w.kind + " " + w.namespace + "/" + w.name }
-
-// cycle lists and watches once. healthy says that the cycle was worth its LIST:
-// a load balancer that cuts every stream after seconds makes this polling with
-// a growing pause, not a hot loop (kubespray#655).
-func (w *watcher[T]) cycle(ctx context.Context) (healthy bool, err error) {
-	w.enter(stateListing)
-	version, err := w.list(ctx)
-	if err != nil {
-		return false, fmt.Errorf("list %s: %w", w.what(), err)
-	}
-	if w.failed != "" {
-		w.log.Info("watch works again", "object", w.what(), "version", version)
-		w.failed = ""
-	}
-	healthy, err = w.watch(ctx, version)
-	if err != nil {
-		err = fmt.Errorf("watch %s: %w", w.what(), err)
-	}
-	return healthy, err
-}
 
 func (w *watcher[T]) enter(state string) { w.tell(func(s *watchStatus) { s.state = state }) }
 

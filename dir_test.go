@@ -1,0 +1,298 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"maps"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// fakeDir is a directory of overrides under test. The tests look themselves,
+// without a clock.
+type fakeDir struct {
+	*directory
+	applied []entries
+	logged  *fakeKubeLog
+}
+
+func newFakeDir(t *testing.T) *fakeDir {
+	d := &fakeDir{logged: &fakeKubeLog{}}
+	d.directory = &directory{
+		path:   filepath.Join(t.TempDir(), "overrides"),
+		update: func(e entries) { d.applied = append(d.applied, e) },
+		log:    slog.New(slog.NewTextHandler(d.logged, nil)),
+	}
+	d.mkdir(t, "")
+	return d
+}
+
+func (d *fakeDir) mkdir(t *testing.T, name string) {
+	t.Helper()
+	if err := os.Mkdir(filepath.Join(d.path, name), 0o755); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (d *fakeDir) write(t *testing.T, name, content string) {
+	t.Helper()
+	if err := os.WriteFile(filepath.Join(d.path, name), []byte(content), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (d *fakeDir) link(t *testing.T, target, name string) {
+	t.Helper()
+	next := filepath.Join(d.path, "..next")
+	if err := os.Symlink(target, next); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(next, filepath.Join(d.path, name)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (d *fakeDir) remove(t *testing.T, name string) {
+	t.Helper()
+	if err := os.RemoveAll(filepath.Join(d.path, name)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// want looks until nothing can change any more, and checks what was applied: at
+// most one update, or none if data is nil.
+func (d *fakeDir) want(t *testing.T, data map[string]string) {
+	t.Helper()
+	d.applied = nil
+	for range 4 {
+		d.look()
+	}
+	switch {
+	case data == nil && len(d.applied) > 0:
+		t.Fatalf("applied %v, want nothing", d.applied)
+	case data == nil:
+	case len(d.applied) != 1:
+		t.Fatalf("applied %v, want %v once; log:\n%s", d.applied, data, d.logged)
+	case !maps.Equal(d.applied[0].data, data):
+		t.Fatalf("applied %v, want %v", d.applied[0].data, data)
+	}
+}
+
+func TestDirectoryFollowsFiles(t *testing.T) {
+	d := newFakeDir(t)
+	d.want(t, map[string]string{})
+	d.want(t, nil)
+	d.write(t, "ns-01", "backend-1\n")
+	d.write(t, "ns-02", "backend-2")
+	d.want(t, map[string]string{"ns-01": "backend-1\n", "ns-02": "backend-2"})
+	one := d.applied[0]
+	d.write(t, "ns-01", "backend-10")
+	d.want(t, map[string]string{"ns-01": "backend-10", "ns-02": "backend-2"})
+	if d.applied[0].version == one.version || one.source != "directory "+d.path || one.stale {
+		t.Errorf("%+v, then version %s", one, d.applied[0].version)
+	}
+	d.remove(t, "ns-02")
+	d.want(t, map[string]string{"ns-01": "backend-10"})
+	d.remove(t, "ns-01")
+	d.write(t, "ns-02", "backend-2")
+	d.write(t, "ns-01", "  backend-1")
+	d.want(t, map[string]string{"ns-01": "  backend-1", "ns-02": "backend-2"})
+	if d.applied[0].version != one.version {
+		t.Errorf("the same content has the versions %s and %s", one.version, d.applied[0].version)
+	}
+	if log := d.logged.String(); log != "" {
+		t.Errorf("log:\n%s", log)
+	}
+}
+
+// What is not settled is not applied: the second look must find what the first
+// found, and what was read must not have changed meanwhile.
+func TestDirectorySettles(t *testing.T) {
+	d := newFakeDir(t)
+	d.want(t, map[string]string{})
+	d.applied = nil
+	for i := range 20 {
+		d.write(t, "ns-01", strings.Repeat("b", i))
+		d.look()
+	}
+	if d.applied != nil {
+		t.Errorf("applied %v while it was being written", d.applied)
+	}
+	d.want(t, map[string]string{"ns-01": strings.Repeat("b", 19)})
+
+	before, err := d.signature()
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.write(t, "ns-01", "backend-1")
+	d.applied = nil
+	if err := d.apply(before); err != nil || d.applied != nil {
+		t.Errorf("applied %v of another time than it was settled, error %v", d.applied, err)
+	}
+}
+
+// A ConfigMap is mounted as links through ..data to a directory that is never
+// written to; the links themselves come after it and go after it.
+func TestDirectoryMountedConfigMap(t *testing.T) {
+	d := newFakeDir(t)
+	d.mkdir(t, "..1")
+	d.write(t, "..1/ns-01", "backend-1")
+	d.write(t, "..1/.hidden", "backend-1")
+	d.link(t, "..1", "..data")
+	d.link(t, "..data/ns-01", "ns-01")
+	d.want(t, map[string]string{"ns-01": "backend-1"})
+
+	d.mkdir(t, "..2")
+	d.write(t, "..2/ns-02", "backend-2")
+	d.want(t, nil)
+	d.link(t, "..2", "..data")
+	d.want(t, map[string]string{"ns-02": "backend-2"})
+	d.remove(t, "..1")
+	d.remove(t, "ns-01")
+	d.link(t, "..data/ns-02", "ns-02")
+	d.want(t, nil)
+
+	d.link(t, "..3", "..data") // leads nowhere
+	d.want(t, nil)
+	d.mkdir(t, "..3")
+	d.want(t, map[string]string{})
+}
+
+// What is no file is no entry; what cannot be read is an entry that cannot be
+// read, and the others apply.
+func TestDirectoryOddFiles(t *testing.T) {
+	for name, c := range map[string]struct {
+		make func(t *testing.T, d *fakeDir)
+		want string // part of the entry's value, "" if there is none
+	}{
+		"hidden file":         {func(t *testing.T, d *fakeDir) { d.write(t, ".odd", "backend-1") }, ""},
+		"directory":           {func(t *testing.T, d *fakeDir) { d.mkdir(t, "odd") }, ""},
+		"link to a directory": {func(t *testing.T, d *fakeDir) { d.link(t, "..", "odd") }, ""},
+		"link to a file":      {func(t *testing.T, d *fakeDir) { d.link(t, "ns-01", "odd") }, "backend-1"},
+		"pipe":                {func(t *testing.T, d *fakeDir) { d.fifo(t, "odd") }, ""},
+		"link to a pipe":      {func(t *testing.T, d *fakeDir) { d.fifo(t, ".pipe"); d.link(t, ".pipe", "odd") }, ""},
+		"dangling link":       {func(t *testing.T, d *fakeDir) { d.link(t, "nowhere", "odd") }, "no such file"},
+		"looping link":        {func(t *testing.T, d *fakeDir) { d.link(t, "odd", "odd") }, "too many levels"},
+		"empty":               {func(t *testing.T, d *fakeDir) { d.write(t, "odd", "\n") }, "\n"},
+		"1 MiB":               {func(t *testing.T, d *fakeDir) { d.write(t, "odd", strings.Repeat("x", 1<<20)) }, strings.Repeat("x", dirValue)},
+		"binary":              {func(t *testing.T, d *fakeDir) { d.write(t, "odd", "\x00\xff") }, "\x00\xff"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newFakeDir(t)
+			d.write(t, "ns-01", "backend-1")
+			c.make(t, d)
+			for range 4 {
+				d.look()
+			}
+			if len(d.applied) != 1 || d.applied[0].data["ns-01"] != "backend-1" {
+				t.Fatalf("applied %v", d.applied)
+			}
+			odd, found := d.applied[0].data["odd"]
+			if found != (c.want != "") || !strings.Contains(odd, c.want) || len(odd) > dirValue {
+				t.Errorf("entry %.100q (%t), want %.100q", odd, found, c.want)
+			}
+		})
+	}
+}
+
+func (d *fakeDir) fifo(t *testing.T, name string) {
+	t.Helper()
+	if err := syscall.Mkfifo(filepath.Join(d.path, name), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestDirectoryMissing(t *testing.T) {
+	d := newFakeDir(t)
+	d.remove(t, "")
+	if why := d.missing(); !strings.Contains(why, "was not read yet") {
+		t.Errorf("missing: %s", why)
+	}
+	d.want(t, nil)
+	if why := d.missing(); !strings.Contains(why, "no such file") || d.logged.count("level=WARN") != 1 {
+		t.Errorf("missing: %s; log:\n%s", why, d.logged)
+	}
+	d.mkdir(t, "")
+	d.write(t, "ns-01", "backend-1")
+	d.want(t, map[string]string{"ns-01": "backend-1"})
+	version := d.applied[0].version
+	if d.problem.Load() != nil {
+		t.Errorf("problem: %s", d.missing())
+	}
+	os.Rename(d.path, d.path+".away")
+	d.want(t, nil)
+	os.Rename(d.path+".away", d.path)
+	d.want(t, map[string]string{"ns-01": "backend-1"})
+	if d.problem.Load() != nil || d.applied[0].version != version || d.logged.count("level=WARN") != 2 {
+		t.Errorf("version %s, want %s as before; log, want one warning each time:\n%s", d.applied[0].version, version, d.logged)
+	}
+}
+
+// A removed directory, a bad entry and a stale copy change nothing in the table.
+func TestDirectoryAndTable(t *testing.T) {
+	d := newFakeDir(t)
+	r := &router{statefulSet: "backend", backends: 4, log: d.log, swapped: func() {}}
+	d.directory.update, d.stale = r.update, true
+	look := func(want string) {
+		t.Helper()
+		for range 4 {
+			d.look()
+		}
+		if got := fmt.Sprint(r.table().overrides); got != want {
+			t.Errorf("overrides %s, want %s", got, want)
+		}
+	}
+	d.write(t, "ns-01", "backend-1\n")
+	d.write(t, "ns-02", "backend-2")
+	look("map[ns-01:1 ns-02:2]")
+	d.link(t, "nowhere", "ns-02")
+	d.write(t, "ns-03", "backend-3")
+	look("map[ns-01:1 ns-02:2 ns-03:3]")
+	d.remove(t, "")
+	look("map[ns-01:1 ns-02:2 ns-03:3]")
+	r.update(entries{source: "ConfigMap edge/routes", version: "7", data: map[string]string{"ns-01": "backend-0"}})
+	d.mkdir(t, "")
+	d.write(t, "ns-01", "backend-3")
+	look("map[ns-01:0]")
+	if source := r.table().source; source != "ConfigMap edge/routes" {
+		t.Errorf("the table is of the %s", source)
+	}
+}
+
+// run finds a change by itself, soon, and ends with its context.
+func TestDirectoryRun(t *testing.T) {
+	d := newFakeDir(t)
+	applied := make(chan entries, 10)
+	d.directory.update = func(e entries) { applied <- e }
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { defer close(done); d.run(ctx) }()
+	t.Cleanup(func() { cancel(); <-done })
+	for _, want := range []string{"", "backend-1", "backend-2"} {
+		if want != "" {
+			d.write(t, ".next", want)
+			if err := os.Rename(filepath.Join(d.path, ".next"), filepath.Join(d.path, "ns-01")); err != nil {
+				t.Fatal(err)
+			}
+		}
+		select {
+		case e := <-applied:
+			if e.data["ns-01"] != want {
+				t.Errorf("applied %v, want %q", e.data, want)
+			}
+		case <-time.After(5 * time.Second):
+			t.Fatalf("%q was not found", want)
+		}
+	}
+	cancel()
+	select {
+	case <-done:
+	case <-time.After(time.Second):
+		t.Error("run did not end with its context")
+	}
+}

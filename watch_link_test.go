@@ -1,0 +1,253 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"net"
+	"net/http"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// A host that is stopped, or a link that swallows everything, is noticed by
+// HTTP/2 pings within 20 s. Through kubectl proxy there are none: there the
+// deadline of the WATCH is what is left. Either way the old connection is not
+// tried again.
+func TestFrozenConnection(t *testing.T) {
+	ca, certificate := fakeKubeCA(t)
+	for name, c := range map[string]struct {
+		certificates []tls.Certificate
+		proto        string
+		within       time.Duration
+	}{
+		"HTTP/2":   {[]tls.Certificate{certificate}, "HTTP/2.0", 20 * time.Second},
+		"HTTP/1.1": {nil, "HTTP/1.1", watchMax + watchGrace},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				network := newFakeKubeNet()
+				server := newFakeKube(t, network, fakeKubeLists(2), fakeKubeScript{fakeKubeOpen()}, c.certificates...)
+				k := network.kube(t)
+				if c.certificates != nil {
+					k = fakeKubePod(t, "127.0.0.1", "6443", ca)
+					k.dial = network.dial
+				}
+				client := fakeKubeFollow(t, k)
+				client.want(t, fakeKube1)
+				time.Sleep(40 * time.Second) // a quiet connection that works is kept
+				if verbs := server.verbs(); verbs != "LIST WATCH" || network.dials.Load() != 1 {
+					t.Errorf("asked %s over %d connections", verbs, network.dials.Load())
+				}
+				network.freeze()
+				begun := time.Now()
+				client.want(t, fakeKube2)
+				if took := time.Since(begun); took > c.within+backoffFirst+time.Millisecond {
+					t.Errorf("noticed after %s, want %s", took, c.within)
+				}
+				if r := server.request(t); r.Proto != c.proto || network.dials.Load() != 2 {
+					t.Errorf("%s over connection %d, want %s over 2", r.Proto, network.dials.Load(), c.proto)
+				}
+			})
+		})
+	}
+}
+
+// What hangs is given up on after a bound, and asked again on a new connection.
+func TestHangs(t *testing.T) {
+	mute := func(n *fakeKubeNet) { n.frozen.Store(1) } // the first connection
+	for name, c := range map[string]struct {
+		fault       func(*fakeKubeNet)
+		tls         bool
+		list, watch http.HandlerFunc // the first
+		within      time.Duration    // from the start to version 2
+	}{
+		"LIST without a head": {list: fakeKubeHang, within: listTime},
+		"LIST without an end": {list: fakeKubeOpen(`{"kind":`), within: listTime},
+		"no TLS handshake":    {fault: mute, tls: true, within: 5 * time.Second},
+		"WATCH without a head": {watch: func(_ http.ResponseWriter, r *http.Request) {
+			<-r.Context().Done()
+		}, within: watchMax + watchGrace},
+		"half an event": {watch: func(w http.ResponseWriter, r *http.Request) {
+			fakeKubeStream(`{"type":"MODIF`)(w, r)
+			<-r.Context().Done()
+		}, within: watchMax + watchGrace},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ca, certificate := fakeKubeCA(t)
+			synctest.Test(t, func(t *testing.T) {
+				network := newFakeKubeNet()
+				if c.fault != nil {
+					c.fault(network)
+				}
+				lists, watches := fakeKubeScript{fakeKubeLists(2)[1]}, fakeKubeScript{fakeKubeOpen()}
+				if c.list != nil {
+					lists = append(fakeKubeScript{c.list}, lists...)
+				}
+				if c.watch != nil {
+					lists, watches = append(fakeKubeLists(1), lists...), append(fakeKubeScript{c.watch}, watches...)
+				}
+				k, certificates := network.kube(t), []tls.Certificate(nil)
+				if c.tls {
+					k, certificates = fakeKubePod(t, "127.0.0.1", "6443", ca), []tls.Certificate{certificate}
+					k.dial = network.dial
+				}
+				newFakeKube(t, network, lists, watches, certificates...)
+				client := fakeKubeFollow(t, k)
+				begun := time.Now()
+				if c.watch != nil {
+					client.want(t, fakeKube1)
+				}
+				client.want(t, fakeKube2)
+				if took := time.Since(begun); took > c.within+750*time.Millisecond {
+					t.Errorf("took %s, want at most %s and a first pause", took, c.within)
+				}
+				if n := network.dials.Load(); n != 2 {
+					t.Errorf("%d connections, want a new one after the fault", n)
+				}
+			})
+		})
+	}
+}
+
+// A transport that failed is replaced; one that brought a refusal is kept.
+func TestTransportReplaced(t *testing.T) {
+	ok := fakeKubeLists(1)[0]
+	for name, c := range map[string]struct {
+		list, watch http.HandlerFunc
+		dials       int32
+	}{
+		"LIST 401":        {fakeKubeSay(401, `{"message":"Unauthorized"}`), nil, 1},
+		"LIST 403":        {fakeKubeSay(403, "no"), nil, 1},
+		"LIST 500":        {fakeKubeSay(500, "dial tcp 127.0.0.1:6443: refused"), nil, 1},
+		"LIST 302":        {fakeKubeSay(302, "", "Location", "http://elsewhere/"), nil, 1},
+		"WATCH 410":       {ok, fakeKubeSay(410, `{"reason":"Expired"}`), 1},
+		"WATCH ends":      {ok, fakeKubeStream(), 1},
+		"WATCH cut":       {ok, fakeKubeCut(), 2},
+		"LIST cut":        {fakeKubeCut("{"), nil, 2},
+		"LIST of garbage": {fakeKubeSay(200, "<html>"), nil, 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				network := newFakeKubeNet()
+				watches := fakeKubeScript{fakeKubeOpen()}
+				if c.watch != nil {
+					watches = fakeKubeScript{c.watch, fakeKubeOpen()}
+				}
+				newFakeKube(t, network, fakeKubeScript{c.list, fakeKubeLists(2)[1]}, watches)
+				client := fakeKubeFollow(t, network.kube(t))
+				if c.watch != nil {
+					client.want(t, fakeKube1)
+				}
+				client.want(t, fakeKube2)
+				if n := network.dials.Load(); n != c.dials {
+					t.Errorf("%d connections, want %d", n, c.dials)
+				}
+			})
+		})
+	}
+}
+
+// A server that is gone for an hour changes nothing, and is found again within
+// one pause when it is back.
+func TestServerGoneForAnHour(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		network := newFakeKubeNet()
+		newFakeKube(t, network, fakeKubeLists(2), fakeKubeScript{fakeKubeLast(time.Minute, true), fakeKubeOpen()})
+		c := fakeKubeFollow(t, network.kube(t))
+		c.want(t, fakeKube1)
+		network.down.Store(true)
+		time.Sleep(time.Hour)
+		if s := c.now(); s.fails < 3600/23 || s.version != "1" || s.absent || !strings.Contains(s.problem, "connection refused") {
+			t.Errorf("after an hour: %+v", s)
+		}
+		c.wantNothing(t)
+		network.down.Store(false)
+		begun := time.Now()
+		c.want(t, fakeKube2)
+		if took := time.Since(begun); took > backoffMost*3/2 {
+			t.Errorf("found again after %s", took)
+		}
+		time.Sleep(time.Minute)
+		if n := c.logged.count("works again"); n != 1 {
+			t.Errorf("it was said %d times to work again", n)
+		}
+	})
+}
+
+// run ends with its context in every state, at once, and leaves neither a
+// goroutine (the bubble would not end) nor a connection.
+func TestStopInEveryState(t *testing.T) {
+	ca, certificate := fakeKubeCA(t)
+	ok := fakeKubeLists(1)[0]
+	for name, c := range map[string]struct {
+		list, watch http.HandlerFunc
+		state       string
+		frozen      bool
+	}{
+		"listing":           {fakeKubeHang, nil, stateListing, false},
+		"within a list":     {fakeKubeOpen(`{"kind"`), nil, stateListing, false},
+		"connecting":        {ok, fakeKubeHang, stateConnecting, false},
+		"watching":          {ok, fakeKubeOpen(), stateWatching, false},
+		"watching, frozen":  {ok, fakeKubeOpen(), stateWatching, true},
+		"within an event":   {ok, fakeKubeOpen(`{"type"`), stateWatching, false},
+		"waiting":           {fakeKubeSay(500, "no", "Retry-After", "60"), nil, stateWaiting, false},
+		"waiting after one": {ok, fakeKubeSay(500, "no", "Retry-After", "60"), stateWaiting, false},
+	} {
+		for proto, certificates := range map[string][]tls.Certificate{"HTTP/2": {certificate}, "HTTP/1.1": nil} {
+			t.Run(name+" "+proto, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					network := newFakeKubeNet()
+					newFakeKube(t, network, fakeKubeScript{c.list}, fakeKubeScript{c.watch}, certificates...)
+					k := network.kube(t)
+					if certificates != nil {
+						k = fakeKubePod(t, "127.0.0.1", "6443", ca)
+						k.dial = network.dial
+					}
+					client := fakeKubeFollow(t, k)
+					time.Sleep(3 * time.Second)
+					if s := client.now(); s.state != c.state || network.open.Load() != 1 {
+						t.Fatalf("%d connections, %+v, want one and %s", network.open.Load(), s, c.state)
+					}
+					if c.frozen {
+						network.freeze()
+					}
+					begun := time.Now()
+					client.stop()
+					synctest.Wait()
+					if took := time.Since(begun); took > time.Second || network.open.Load() != 0 {
+						t.Errorf("stopped after %s with %d connections", took, network.open.Load())
+					}
+				})
+			})
+		}
+	}
+}
+
+func TestStopWhileConnecting(t *testing.T) {
+	for name, conn := range map[string]bool{"dial": false, "TLS handshake": true} {
+		t.Run(name, func(t *testing.T) {
+			ca, _ := fakeKubeCA(t)
+			synctest.Test(t, func(t *testing.T) {
+				k := fakeKubePod(t, "127.0.0.1", "6443", ca)
+				k.dial = func(ctx context.Context, _, _ string) (net.Conn, error) {
+					if conn {
+						client, _ := net.Pipe()
+						return client, nil
+					}
+					<-ctx.Done()
+					return nil, ctx.Err()
+				}
+				c := fakeKubeFollow(t, k)
+				time.Sleep(time.Second)
+				begun := time.Now()
+				c.stop()
+				synctest.Wait()
+				if took := time.Since(begun); took > time.Second {
+					t.Errorf("stopped after %s", took)
+				}
+			})
+		})
+	}
+}
