@@ -71,23 +71,24 @@ func (c *config) flags() *flag.FlagSet {
 	return f
 }
 
-// parseConfig reads the environment, then args. It returns flag.ErrHelp if
-// help was asked for, which it has then written to w, and a usageError for a
-// value that cannot be.
+// parseConfig reads args, then the environment for flags that are not there. It
+// returns flag.ErrHelp if help was asked for, which it has then written to w,
+// and a usageError for a value that cannot be.
 func parseConfig(args []string, getenv func(string) string, w io.Writer) (*config, error) {
 	c := &config{}
 	f := c.flags()
-	if err := fromEnvironment(f, getenv); err != nil {
-		return nil, usageError{err}
-	}
 	err := f.Parse(args)
-	switch {
-	case errors.Is(err, flag.ErrHelp):
+	if errors.Is(err, flag.ErrHelp) {
 		writeHelp(f, w)
 		return nil, flag.ErrHelp
-	case err == nil && f.NArg() > 0:
+	}
+	if err == nil && f.NArg() > 0 {
 		err = fmt.Errorf("argument %q, want flags only", f.Arg(0))
-	case err == nil:
+	}
+	if err == nil {
+		err = fromEnvironment(f, getenv)
+	}
+	if err == nil {
 		err = c.check()
 	}
 	if err != nil {
@@ -102,10 +103,13 @@ func variable(name string) string {
 	return "ROUTER_" + strings.ToUpper(strings.ReplaceAll(name, "-", "_"))
 }
 
+// fromEnvironment sets the flags that were not given.
 func fromEnvironment(f *flag.FlagSet, getenv func(string) string) (err error) {
+	given := map[string]bool{}
+	f.Visit(func(fl *flag.Flag) { given[fl.Name] = true })
 	f.VisitAll(func(fl *flag.Flag) {
 		value := getenv(variable(fl.Name))
-		if value == "" || err != nil {
+		if value == "" || given[fl.Name] || err != nil {
 			return
 		}
 		if serr := fl.Value.Set(value); serr != nil {
@@ -144,11 +148,12 @@ func (c *config) check() error {
 	case c.moveRate < 0:
 		return fmt.Errorf("-move-rate %d, want 0 or more", c.moveRate)
 	}
-	for name, d := range map[string]time.Duration{
-		"hold": c.limits.hold, "handshake-timeout": c.limits.handshake, "header-timeout": c.limits.headerTime,
-	} {
-		if d <= 0 {
-			return fmt.Errorf("-%s %s, want more than 0", name, d)
+	for _, bound := range []struct {
+		flag string
+		time time.Duration
+	}{{"hold", c.limits.hold}, {"handshake-timeout", c.limits.handshake}, {"header-timeout", c.limits.headerTime}} {
+		if bound.time <= 0 {
+			return fmt.Errorf("-%s %s, want more than 0", bound.flag, bound.time)
 		}
 	}
 	if c.drainDelay < 0 || c.drainTime < 0 {

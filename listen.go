@@ -5,9 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"log/slog"
 	"net"
-	"net/http"
 	"os"
 	"strings"
 	"sync/atomic"
@@ -37,6 +35,8 @@ func listen(addr string) (net.Listener, error) {
 	return l, nil
 }
 
+// removeStale removes the socket at path if nobody listens on it. Anything else
+// there is an error.
 func removeStale(path string) error {
 	info, err := os.Lstat(path)
 	switch {
@@ -93,6 +93,12 @@ func (c *frontConn) Close() error {
 	return c.Conn.Close()
 }
 
+// CloseWrite is what net/http looks for to let the client read a 431 before the
+// connection is gone (golang/go#3595).
+func (c *frontConn) CloseWrite() error {
+	return c.Conn.(interface{ CloseWrite() error }).CloseWrite() // *net.TCPConn or *net.UnixConn
+}
+
 // frontKey is the key of a request context's *frontConn.
 type frontKey struct{}
 
@@ -100,24 +106,5 @@ type frontKey struct{}
 func headRead(ctx context.Context) {
 	if c, ok := ctx.Value(frontKey{}).(*frontConn); ok {
 		c.read.Store(true)
-	}
-}
-
-// newFront returns the server of clients. ctx bounds the requests until they
-// are hijacked or answered.
-func newFront(ctx context.Context, p *proxy, log *slog.Logger) *http.Server {
-	protocols := new(http.Protocols)
-	protocols.SetHTTP1(true)
-	return &http.Server{
-		Handler:           p,
-		ReadHeaderTimeout: p.limits.headerTime,
-		IdleTimeout:       p.limits.headerTime,
-		MaxHeaderBytes:    p.limits.headerBytes,
-		Protocols:         protocols,
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
-		BaseContext:       func(net.Listener) context.Context { return ctx },
-		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
-			return context.WithValue(ctx, frontKey{}, c)
-		},
 	}
 }

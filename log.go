@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"runtime/debug"
 	"sync/atomic"
 	"time"
 )
@@ -17,7 +18,7 @@ func newLogger(w io.Writer, format string, level slog.Level) (*slog.Logger, erro
 	case "json":
 		return slog.New(slog.NewJSONHandler(w, options)), nil
 	}
-	return nil, fmt.Errorf("log format %q, want text or json", format)
+	return nil, fmt.Errorf("-log-format %q, want text or json", format)
 }
 
 // throttle lets a log line through now and then.
@@ -35,4 +36,12 @@ func (t *throttle) allow(every time.Duration) (omitted int64, ok bool) {
 		return 0, false
 	}
 	return t.omitted.Swap(0), true
+}
+
+// version is what the go command noted about this build.
+func version() string {
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+		return info.Main.Version
+	}
+	return "unknown"
 }

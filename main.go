@@ -35,7 +35,7 @@
 // Read main and config, then route and hash (who owns), dir, watch, events and
 // kube (how the overrides come), backends (where owners are), listen, proxy,
 // upgrade and refusal (from request to session), relay and move (the session's
-// life), admin and metrics.
+// life), admin, metrics and log.
 package main
 
 import (
@@ -49,7 +49,6 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"sync"
 	"syscall"
 	"time"
@@ -76,14 +75,6 @@ func exitCode(err error) int {
 		return 2
 	}
 	return 1
-}
-
-// version is what the go command noted about this build.
-func version() string {
-	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
-		return info.Main.Version
-	}
-	return "unknown"
 }
 
 // run is the program: it serves until ctx ends, then drains. Logs go to stdout.
@@ -123,6 +114,7 @@ type program struct {
 	log     *slog.Logger
 }
 
+// newProgram makes the parts that c asks for, which do nothing before serve.
 func newProgram(c *config, getenv func(string) string, log *slog.Logger) (*program, error) {
 	backends, err := c.backendSet()
 	if err != nil {
@@ -173,6 +165,9 @@ func (p *program) follow(getenv func(string) string) error {
 // serve runs everything until ctx ends or a listener fails, then stops it in
 // order: first no new sessions, then the sessions end, then the rest.
 func (p *program) serve(ctx context.Context, front, side net.Listener) error {
+	if err := p.proxy.relay.start(); err != nil {
+		return err
+	}
 	background, stopBackground := context.WithCancel(context.Background())
 	var running sync.WaitGroup
 	for _, source := range append(p.sources, p.mover.run) {
@@ -193,6 +188,7 @@ func (p *program) serve(ctx context.Context, front, side net.Listener) error {
 	var err error
 	select {
 	case <-ctx.Done():
+		p.announce()
 	case err = <-failed:
 	}
 	p.stopClients(clients, stopRequests)
@@ -202,14 +198,19 @@ func (p *program) serve(ctx context.Context, front, side net.Listener) error {
 	return err
 }
 
-// stopClients ends what clients have: the router is not ready, which load
-// balancers need time to notice; then nothing new is accepted, upgrades under
+// announce makes the router not ready while it still accepts clients: load
+// balancers need time to notice.
+func (p *program) announce() {
+	p.admin.draining.Store(true)
+	p.log.Info("draining", "sessions", p.proxy.relay.size(),
+		"delay", p.config.drainDelay.String(), "time", p.config.drainTime.String())
+	time.Sleep(p.config.drainDelay)
+}
+
+// stopClients ends what clients have: nothing new is accepted, upgrades under
 // way are answered, and sessions are closed at a pace.
 func (p *program) stopClients(clients *http.Server, stopRequests context.CancelCauseFunc) {
 	begun := time.Now()
-	p.admin.draining.Store(true)
-	p.log.Info("draining", "sessions", p.proxy.relay.size(), "delay", p.config.drainDelay, "time", p.config.drainTime)
-	time.Sleep(p.config.drainDelay)
 	stopRequests(errDraining)
 	bound, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
@@ -217,5 +218,25 @@ func (p *program) stopClients(clients *http.Server, stopRequests context.CancelC
 	clients.Close()         // for answers that took longer than the bound
 	p.proxy.upgrades.Wait()
 	ended := drain(context.Background(), p.proxy.relay, p.config.drainTime)
+	p.proxy.relay.stop()
 	p.log.Info("stopped", "sessions", ended, "seconds", time.Since(begun).Seconds())
+}
+
+// newFront returns the server of clients. ctx bounds the requests until they
+// are hijacked or answered.
+func newFront(ctx context.Context, p *proxy, log *slog.Logger) *http.Server {
+	protocols := new(http.Protocols)
+	protocols.SetHTTP1(true)
+	return &http.Server{
+		Handler:           p,
+		ReadHeaderTimeout: p.limits.headerTime,
+		IdleTimeout:       p.limits.headerTime,
+		MaxHeaderBytes:    p.limits.headerBytes,
+		Protocols:         protocols,
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		BaseContext:       func(net.Listener) context.Context { return ctx },
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			return context.WithValue(ctx, frontKey{}, c)
+		},
+	}
 }

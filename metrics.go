@@ -26,7 +26,7 @@ func (m metricsWriter) sample(name string, value float64, labels ...string) {
 	escape := strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`)
 	pairs := make([]string, 0, len(labels)/2)
 	for i := 0; i < len(labels); i += 2 {
-		pairs = append(pairs, labels[i]+`="`+escape.Replace(labels[i+1])+`"`)
+		pairs = append(pairs, labels[i]+`="`+escape.Replace(strings.ToValidUTF8(labels[i+1], "�"))+`"`)
 	}
 	fmt.Fprintf(m.w, "%s{%s} %v\n", name, strings.Join(pairs, ","), value)
 }
@@ -54,6 +54,8 @@ func (a *admin) writeMetrics(w io.Writer) {
 		float64(a.started.UnixNano())/float64(time.Second))
 }
 
+// writeSessions writes what the relay counts. The numbers are read one after the
+// other: a session that ends meanwhile may be in one and not yet in the other.
 func (a *admin) writeSessions(m metricsWriter) {
 	relay, name := a.proxy.relay, a.proxy.backends.name
 	m.family("router_sessions", "gauge", "Open sessions.")
@@ -68,10 +70,10 @@ func (a *admin) writeSessions(m metricsWriter) {
 	for c := causeNone + 1; c < causes; c++ {
 		m.sample("router_sessions_ended_total", float64(relay.ended[c].Load()), "cause", c.String())
 	}
-	toBackend, toClient := relay.bytes()
+	bytes := relay.bytes()
 	m.family("router_bytes_total", "counter", "Bytes carried after the handshakes.")
-	m.sample("router_bytes_total", float64(toBackend), "direction", "to_backend")
-	m.sample("router_bytes_total", float64(toClient), "direction", "to_client")
+	m.sample("router_bytes_total", float64(bytes[client]), "direction", "to_backend")
+	m.sample("router_bytes_total", float64(bytes[server]), "direction", "to_client")
 }
 
 func (a *admin) writeUpgrades(m metricsWriter) {

@@ -82,11 +82,11 @@ const drainSlowest = 100 * time.Millisecond
 // drain ends all sessions, spread over the given time, and returns how many
 // once they have ended. When ctx ends the rest is ended at once.
 func drain(ctx context.Context, r *relay, over time.Duration) int {
-	everyone := func(*session) bool { return true }
+	open := func(s *session) bool { return !s.ending() }
 	end := func(s *session) bool { s.end(causeDrain); return true }
-	all := r.where(everyone)
+	all := r.where(open)
 	ended := pace(ctx, all, min(drainSlowest, over/time.Duration(max(1, len(all)))), end)
-	for _, s := range r.where(everyone) {
+	for _, s := range r.where(open) {
 		end(s)
 		ended++
 	}
@@ -101,7 +101,7 @@ func pace(ctx context.Context, sessions []*session, interval time.Duration, end 
 	rand.Shuffle(len(sessions), func(i, j int) { sessions[i], sessions[j] = sessions[j], sessions[i] })
 	done, start := 0, time.Now()
 	for i, s := range sessions {
-		if s.over() {
+		if s.gone.Load() {
 			continue
 		}
 		at := start.Add(time.Duration(i) * interval)

@@ -9,6 +9,7 @@ import (
 	"maps"
 	"net"
 	"net/http"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -51,7 +52,9 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	defer p.upgrades.Done()
 	p.waiting.Add(1)
 	result, err := p.upgrade(w, r)
-	p.waiting.Add(-1)
+	if result != resultOK { // else handOver has done it
+		p.waiting.Add(-1)
+	}
 	p.results[result].Add(1)
 	p.report(r, result, err)
 	var no *refusal
@@ -92,9 +95,17 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result, error) 
 	if err != nil {
 		return p.unreachable(r.Context(), backend, err)
 	}
-	s := &session{namespace: namespace, backend: backend, peer: forwardedFor(r), server: server}
-	return p.connect(w, r, s, version)
+	// Clones: a session outlives its request, whose memory these are part of.
+	s := &session{namespace: strings.Clone(namespace), backend: backend, peer: lastBytes(forwardedFor(r), maxPeer)}
+	return p.connect(w, r, s, server, version)
 }
+
+// maxPeer is how much of X-Forwarded-For, its end, a session keeps for the log,
+// in bytes.
+const maxPeer = 64
+
+// lastBytes returns a copy of the last n bytes of s.
+func lastBytes(s string, n int) string { return strings.Clone(s[max(0, len(s)-n):]) }
 
 // check returns the namespace of an upgrade request that is within the limits.
 func (p *proxy) check(r *http.Request) (string, *refusal) {
@@ -142,37 +153,37 @@ func (p *proxy) unreachable(client context.Context, backend int, err error) (res
 	return no.result, no
 }
 
-// connect asks the backend for the upgrade on s.server, which it owns, and
-// hands s to the relay or passes the backend's other answer on.
-func (p *proxy) connect(w http.ResponseWriter, r *http.Request, s *session, version string) (result, error) {
+// connect asks the backend for the upgrade on its connection, of which it takes
+// care, and hands s to the relay or passes the backend's other answer on.
+func (p *proxy) connect(w http.ResponseWriter, r *http.Request, s *session, backend net.Conn, version string) (result, error) {
 	handed := false
 	defer func() {
 		if !handed {
-			s.server.Close()
+			backend.Close()
 		}
 	}()
 	// The request's context bounds the handshake only: a client that leaves
 	// need not wait for the backend's answer.
-	stop := context.AfterFunc(r.Context(), func() { s.server.Close() })
+	stop := context.AfterFunc(r.Context(), func() { backend.Close() })
 	defer stop()
-	s.server.SetDeadline(time.Now().Add(p.limits.handshake))
-	resp, fromBackend, err := handshake(s.server, requestHead(r, forwarded(r, p.pod, version)), p.limits.headerBytes)
+	backend.SetDeadline(time.Now().Add(p.limits.handshake))
+	resp, fromBackend, err := handshake(backend, requestHead(r, forwarded(r, p.pod, version)), p.limits.headerBytes)
 	if err != nil {
 		return p.broken(r.Context(), s.backend, err)
 	}
 	if resp.StatusCode != http.StatusSwitchingProtocols {
-		return p.pass(w, resp, s.server)
+		return p.pass(w, resp, backend)
 	}
 	if !stop() {
 		return p.broken(r.Context(), s.backend, r.Context().Err())
 	}
-	fromClient, err := p.hijack(w, s, switchingHead(resp))
+	client, fromClient, err := p.hijack(w, switchingHead(resp))
 	if err != nil {
 		return resultClientGone, err
 	}
-	s.server.SetDeadline(time.Time{})
+	backend.SetDeadline(time.Time{})
 	handed = true
-	p.handOver(s, fromClient, fromBackend)
+	p.handOver(s, [2]net.Conn{client, backend}, [2][]byte{fromClient, fromBackend})
 	return resultOK, nil
 }
 
@@ -207,32 +218,33 @@ func (p *proxy) pass(w http.ResponseWriter, resp *http.Response, server net.Conn
 	return resultAnswered, nil
 }
 
-// hijack takes the client's connection from net/http, sends the 101 on it and
-// puts it into s. It returns what the client has sent after its request. On an
+// hijack takes the client's connection from net/http and sends the 101 on it. It
+// returns the connection with what the client has sent after its request. On an
 // error the connection is closed, and nothing can be answered any more
 // (http.Hijacker: the caller owns the connection and what its reader holds).
-func (p *proxy) hijack(w http.ResponseWriter, s *session, head []byte) ([]byte, error) {
+func (p *proxy) hijack(w http.ResponseWriter, head []byte) (net.Conn, []byte, error) {
 	conn, rw, err := http.NewResponseController(w).Hijack()
 	if err != nil {
-		return nil, fmt.Errorf("hijack: %w", err)
+		return nil, nil, fmt.Errorf("hijack: %w", err)
 	}
 	early, _ := rw.Reader.Peek(rw.Reader.Buffered()) // what is buffered: no error
-	s.client = conn.(*frontConn).Conn
-	s.client.SetDeadline(time.Now().Add(p.limits.handshake))
-	if _, err := s.client.Write(head); err != nil {
-		s.client.Close()
-		return nil, fmt.Errorf("write the 101: %w", err)
+	client := conn.(*frontConn).Conn
+	client.SetDeadline(time.Now().Add(p.limits.handshake))
+	if _, err := client.Write(head); err != nil {
+		client.Close()
+		return nil, nil, fmt.Errorf("write the 101: %w", err)
 	}
-	s.client.SetDeadline(time.Time{})
-	return early, nil
+	client.SetDeadline(time.Time{})
+	return client, early, nil
 }
 
 // handOver gives s to the relay, which from here on is the only one to touch
 // its sockets. A table that was swapped since s's owner was asked may have
 // given it another one: the relay knows s before the table is read again, so
 // either this check sees the new table or the swap's own check sees s.
-func (p *proxy) handOver(s *session, fromClient, fromBackend []byte) {
-	p.relay.carry(s, fromClient, fromBackend)
+func (p *proxy) handOver(s *session, ends [2]net.Conn, first [2][]byte) {
+	p.waiting.Add(-1) // before, or the limit of sessions would count it twice
+	p.relay.carry(s, ends, first)
 	if p.moves.misplaced(s) {
 		p.moves.check()
 	}

@@ -1,11 +1,8 @@
 package main
 
 import (
-	"errors"
-	"io"
 	"log/slog"
 	"net"
-	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -20,6 +17,7 @@ const (
 	causeBackend            // the backend ended first
 	causeClientError        // the client's connection broke
 	causeBackendError       // the backend's connection broke
+	causeRouterError        // the router could not carry it: no descriptors or memory left
 	causeHalfClose          // one side ended, the other neither ended nor sent anything for lingerTime
 	causeMoved              // its namespace has another owner now
 	causeDrain              // the router stops
@@ -29,45 +27,60 @@ const (
 // String is the value of the log's "cause" and of the metric's label.
 func (c cause) String() string {
 	return [causes]string{"none", "client", "backend", "client_error", "backend_error",
-		"half_close", "moved", "drain"}[c]
+		"router_error", "half_close", "moved", "drain"}[c]
 }
 
-const (
-	relayBuffer = 4 << 10          // bytes held for each direction of a session
-	lingerTime  = 30 * time.Second // how long a half-closed session may be silent
-)
+// lingerTime is how long a half-closed session may be silent.
+const lingerTime = 30 * time.Second
 
 // session is one proxied connection, from hand-over to the end.
 type session struct {
 	// Static after hand-over.
 	namespace string
-	backend   int    // ordinal
 	peer      string // the client's addresses as X-Forwarded-For has them
-	client    net.Conn
-	server    net.Conn // to the backend
+	backend   int    // ordinal
 	started   time.Time
 
-	toBackend atomic.Int64 // bytes
-	toClient  atomic.Int64 // bytes
-	why       atomic.Int32 // a cause
-	half      atomic.Bool  // one direction has ended
-	running   atomic.Int32 // directions that have not ended
+	why   atomic.Int32    // a cause
+	gone  atomic.Bool     // it has ended, and was counted
+	count [2]atomic.Int64 // bytes from each side that the other has taken
+
+	wire // its sockets, and who carries their bytes
 }
 
-// relay carries the bytes of all sessions. Here each session has two goroutines
-// with a buffer; what the rest of the program sees is carry, end, where, size
-// and wait.
+// bytes returns count.
+func (s *session) bytes() [2]int64 { return [2]int64{s.count[client].Load(), s.count[server].Load()} }
+
+// side is one of a session's two ends.
+type side int
+
+const (
+	client side = iota
+	server
+)
+
+// peer is the side that gets what comes from i.
+func (i side) peer() side { return 1 - i }
+
+// ended is the cause when the side ended first, broken when it failed.
+func (i side) ended() cause  { return [2]cause{causeClient, causeBackend}[i] }
+func (i side) broken() cause { return [2]cause{causeClientError, causeBackendError}[i] }
+
+// relay carries the bytes of all sessions. How it does that is the carrier's
+// business: relay_linux.go has one, relay_other.go one for all systems.
 type relay struct {
 	// Static after construction.
-	name func(backend int) string
-	log  *slog.Logger
+	name    func(backend int) string
+	linger  time.Duration // how long a half-closed session may be silent
+	log     *slog.Logger
+	carrier carrier
 
 	// Guarded by mu.
-	mu                  sync.Mutex
-	sessions            map[*session]struct{}
-	toBackend, toClient int64 // bytes of the sessions that have ended
+	mu       sync.Mutex
+	sessions map[*session]struct{}
+	bytesOf  [2]int64 // that came from each side of the sessions that have ended
 
-	copiers   sync.WaitGroup // one for each session
+	open      sync.WaitGroup // sessions
 	ended     [causes]atomic.Int64
 	byBackend []backendCount // by ordinal
 }
@@ -76,127 +89,61 @@ type relay struct {
 type backendCount struct{ open, total atomic.Int64 }
 
 // newRelay returns a relay to the given number of backends, whose names are for
-// the log.
+// the log. It carries between start and stop.
 func newRelay(backends int, name func(backend int) string, log *slog.Logger) *relay {
-	return &relay{name: name, log: log, sessions: map[*session]struct{}{}, byBackend: make([]backendCount, backends)}
+	return &relay{
+		name: name, linger: lingerTime, log: log,
+		sessions: map[*session]struct{}{}, byBackend: make([]backendCount, backends),
+	}
+}
+
+func (r *relay) start() error { return r.carrier.start(r) }
+
+// stop waits until all sessions have ended.
+func (r *relay) stop() {
+	r.wait()
+	r.carrier.stop()
 }
 
 // carry takes over both sockets of s and returns at once. After it nobody but
 // the relay closes them or touches them (invariant 8). fromClient and
 // fromBackend are bytes that were read before the hand-over and go first
 // (invariant 6).
-func (r *relay) carry(s *session, fromClient, fromBackend []byte) {
+func (r *relay) carry(s *session, ends [2]net.Conn, first [2][]byte) {
 	s.started = time.Now()
-	s.running.Store(2)
-	r.copiers.Add(1)
+	r.carrier.attach(s, ends)
+	r.open.Add(1)
 	r.mu.Lock()
 	r.sessions[s] = struct{}{}
 	r.mu.Unlock()
 	r.byBackend[s.backend].open.Add(1)
 	r.byBackend[s.backend].total.Add(1)
-	go r.copyToBackend(s, fromClient)
-	go r.copyToClient(s, fromBackend)
+	r.carrier.begin(s, ends, first)
 }
 
-func (r *relay) copyToBackend(s *session, first []byte) {
-	s.copy(s.server, s.client, first, &s.toBackend, causeBackendError, causeClientError, causeClient)
-	r.finish(s)
-}
-
-func (r *relay) copyToClient(s *session, first []byte) {
-	s.copy(s.client, s.server, first, &s.toClient, causeClientError, causeBackendError, causeBackend)
-	r.finish(s)
-}
-
-// copy carries one direction until its source ends, which it passes on as a
-// half-close, or until either socket fails, which ends both directions. A
-// destination that takes nothing stops the source: no more than relayBuffer is
-// held (invariant 10).
-func (s *session) copy(dst, src net.Conn, first []byte, count *atomic.Int64, dstFailed, srcFailed, srcEnded cause) {
-	data, err := first, error(nil)
-	buf := make([]byte, relayBuffer)
-	for {
-		if len(data) > 0 {
-			n, werr := dst.Write(data)
-			count.Add(int64(n))
-			if werr != nil {
-				s.end(dstFailed)
-				return
-			}
-		}
-		if err != nil {
-			break
-		}
-		s.limitSilence(src)
-		var n int
-		n, err = src.Read(buf)
-		data = buf[:n]
-	}
-	switch {
-	case errors.Is(err, io.EOF):
-		s.halfClose(dst, srcEnded)
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		s.end(causeHalfClose)
-	default:
-		s.end(srcFailed)
-	}
-}
-
-// halfClose passes the end of one direction on, and starts the clock for the
-// other one, which reads from dst.
-func (s *session) halfClose(dst net.Conn, why cause) {
-	s.why.CompareAndSwap(int32(causeNone), int32(why))
-	s.half.Store(true)
-	s.limitSilence(dst)
-	dst.(interface{ CloseWrite() error }).CloseWrite() // *net.TCPConn or *net.UnixConn; its error shows on dst's next read
-}
-
-// limitSilence bounds, in a half-closed session, how long src may be silent,
-// and how long its peer may take nothing.
-func (s *session) limitSilence(src net.Conn) {
-	if !s.half.Load() {
-		return
-	}
-	limit := time.Now().Add(lingerTime)
-	src.SetReadDeadline(limit)
-	s.other(src).SetWriteDeadline(limit)
-}
-
-func (s *session) other(conn net.Conn) net.Conn {
-	if conn == s.client {
-		return s.server
-	}
-	return s.client
-}
-
-// end ends the session: both sockets are closed. The first cause counts. It may
-// be called from anywhere, any number of times, once s was handed over.
-func (s *session) end(why cause) {
-	s.why.CompareAndSwap(int32(causeNone), int32(why))
-	s.client.Close()
-	s.server.Close()
-}
-
-// finish is called when a direction has ended; the second time the session is
-// over, and is counted and logged once.
-func (r *relay) finish(s *session) {
-	if s.running.Add(-1) > 0 {
-		return
-	}
-	s.end(causeNone)
-	why := cause(s.why.Load())
+// over counts and logs the end of a session. The carrier calls it once for
+// each, when it has closed both sockets.
+func (r *relay) over(s *session) {
+	why, n := cause(s.why.Load()), s.bytes()
 	r.mu.Lock()
 	delete(r.sessions, s)
-	r.toBackend += s.toBackend.Load()
-	r.toClient += s.toClient.Load()
+	r.bytesOf[client] += n[client]
+	r.bytesOf[server] += n[server]
 	r.mu.Unlock()
 	r.byBackend[s.backend].open.Add(-1)
 	r.ended[why].Add(1)
 	r.log.Info("session ended", "namespace", s.namespace, "backend", r.name(s.backend), "cause", why.String(),
 		"client", s.peer, "seconds", time.Since(s.started).Seconds(),
-		"to_backend", s.toBackend.Load(), "to_client", s.toClient.Load())
-	r.copiers.Done()
+		"to_backend", n[client], "to_client", n[server])
+	s.gone.Store(true)
+	r.open.Done()
 }
+
+// blame notes why the session ends, unless it was noted before.
+func (s *session) blame(why cause) { s.why.CompareAndSwap(int32(causeNone), int32(why)) }
+
+// ending reports whether the session ends or has ended.
+func (s *session) ending() bool { return cause(s.why.Load()) != causeNone }
 
 // where returns the sessions for which match is true. match must be quick: no
 // session starts or ends meanwhile.
@@ -219,20 +166,19 @@ func (r *relay) size() int {
 	return len(r.sessions)
 }
 
-// bytes returns how many bytes were carried in all, of open sessions too.
-func (r *relay) bytes() (toBackend, toClient int64) {
+// bytes returns how many bytes were carried in all, of open sessions too, by
+// the side they came from.
+func (r *relay) bytes() [2]int64 {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	toBackend, toClient = r.toBackend, r.toClient
+	sum := r.bytesOf
 	for s := range r.sessions {
-		toBackend += s.toBackend.Load()
-		toClient += s.toClient.Load()
+		n := s.bytes()
+		sum[client] += n[client]
+		sum[server] += n[server]
 	}
-	return toBackend, toClient
+	return sum
 }
 
-// over reports whether the session has ended by itself.
-func (s *session) over() bool { return s.running.Load() == 0 }
-
 // wait returns when all sessions have ended.
-func (r *relay) wait() { r.copiers.Wait() }
+func (r *relay) wait() { r.open.Wait() }

@@ -1,0 +1,239 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"flag"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func TestHelpIsGolden(t *testing.T) {
+	var out bytes.Buffer
+	err := run(t.Context(), []string{"-h"}, noEnvironment, &out)
+	if !errors.Is(err, flag.ErrHelp) || exitCode(err) != 0 {
+		t.Errorf("error %v with exit code %d, want flag.ErrHelp and 0", err, exitCode(err))
+	}
+	golden := filepath.Join("testdata", "help.txt")
+	if *update {
+		if err := os.WriteFile(golden, out.Bytes(), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(golden)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out.String() != string(want) {
+		t.Errorf("the help differs from %s (-update writes it anew):\n%s", golden, out.String())
+	}
+}
+
+// badUsage has every flag that can be wrong, by what is wrong with it.
+var badUsage = map[string]struct {
+	args string // space-separated
+	env  map[string]string
+	want string
+}{
+	"no backends":          {args: "", want: "-replicas or -backends is needed: how many backends are there?"},
+	"negative replicas":    {args: "-replicas -1", want: "-replicas or -backends is needed: how many backends are there?"},
+	"replicas no number":   {args: "-replicas four", want: `invalid value "four" for flag -replicas: parse error`},
+	"replicas too big":     {args: "-replicas 9999999999999999999", want: `invalid value "9999999999999999999" for flag -replicas: value out of range`},
+	"both":                 {args: "-replicas 1 -backends h:1", want: "-replicas and -backends: want one of them, the list says how many"},
+	"backend without port": {args: "-backends h:1,h", want: `-backends: backend 1 is "h", want host:port`},
+	"backend without host": {args: "-backends :9000", want: `-backends: backend 0 is ":9000", want host:port`},
+	"backend port 0":       {args: "-backends h:0", want: `-backends: backend 0 is "h:0", want host:port`},
+	"backend port too big": {args: "-backends h:65536", want: `-backends: backend 0 is "h:65536", want host:port`},
+	"backend port by name": {args: "-backends h:http", want: `-backends: backend 0 is "h:http", want host:port`},
+	"backend empty":        {args: "-backends h:1,,h:2", want: `-backends: backend 1 is "", want host:port`},
+	"port 0":               {args: "-replicas 1 -backend-port 0", want: "-backend-port 0, want 1 to 65535"},
+	"port too big":         {args: "-replicas 1 -backend-port 65536", want: "-backend-port 65536, want 1 to 65535"},
+	"port no number":       {args: "-backend-port http", want: `invalid value "http" for flag -backend-port: parse error`},
+	"namespace from":       {args: "-replicas 1 -namespace-from header", want: `-namespace-from "header", want path or host`},
+	"no table":             {args: "-replicas 1 -kube none", want: "-kube none: want -overrides too, or there is no table"},
+	"kube over TLS":        {args: "-replicas 1 -kube https://h:1", want: `-kube "https://h:1", want in-cluster, none or the http://host:port of a kubectl proxy`},
+	"kube with a path":     {args: "-replicas 1 -kube http://h:1/api", want: `-kube "http://h:1/api", want in-cluster, none or the http://host:port of a kubectl proxy`},
+	"kube by a word":       {args: "-replicas 1 -kube incluster", want: `-kube "incluster", want in-cluster, none or the http://host:port of a kubectl proxy`},
+	"hold 0":               {args: "-replicas 1 -hold 0", want: "-hold 0s, want more than 0"},
+	"hold no time":         {args: "-hold 10", want: `invalid value "10" for flag -hold: parse error`},
+	"handshake negative":   {args: "-replicas 1 -handshake-timeout -1s", want: "-handshake-timeout -1s, want more than 0"},
+	"handshake no time":    {args: "-handshake-timeout soon", want: `invalid value "soon" for flag -handshake-timeout: parse error`},
+	"header time 0":        {args: "-replicas 1 -header-timeout 0s", want: "-header-timeout 0s, want more than 0"},
+	"header time no time":  {args: "-header-timeout ?", want: `invalid value "?" for flag -header-timeout: parse error`},
+	"header too small":     {args: "-replicas 1 -max-header-bytes 1023", want: "-max-header-bytes 1023, want at least 1024"},
+	"header no number":     {args: "-max-header-bytes 16k", want: `invalid value "16k" for flag -max-header-bytes: parse error`},
+	"sessions 0":           {args: "-replicas 1 -max-sessions 0", want: "-max-sessions 0, -max-waiting 10000, want at least 1"},
+	"sessions no number":   {args: "-max-sessions many", want: `invalid value "many" for flag -max-sessions: parse error`},
+	"waiting negative":     {args: "-replicas 1 -max-waiting -1", want: "-max-sessions 100000, -max-waiting -1, want at least 1"},
+	"waiting no number":    {args: "-max-waiting 1.5", want: `invalid value "1.5" for flag -max-waiting: parse error`},
+	"rate negative":        {args: "-replicas 1 -move-rate -1", want: "-move-rate -1, want 0 or more"},
+	"rate no number":       {args: "-move-rate 200/s", want: `invalid value "200/s" for flag -move-rate: parse error`},
+	"delay negative":       {args: "-replicas 1 -drain-delay -1s", want: "-drain-delay -1s, -drain-time 30s, want 0 or more"},
+	"delay no time":        {args: "-drain-delay 5", want: `invalid value "5" for flag -drain-delay: parse error`},
+	"drain negative":       {args: "-replicas 1 -drain-time -1ms", want: "-drain-delay 0s, -drain-time -1ms, want 0 or more"},
+	"drain no time":        {args: "-drain-time 1d", want: `invalid value "1d" for flag -drain-time: parse error`},
+	"log format":           {args: "-replicas 1 -log-format xml", want: `-log-format "xml", want text or json`},
+	"log level":            {args: "-log-level loud", want: `invalid value "loud" for flag -log-level: slog: level string "loud": unknown name`},
+	"unknown flag":         {args: "-verbose", want: "flag provided but not defined: -verbose"},
+	"no value":             {args: "-replicas 1 -hold", want: "flag needs an argument: -hold"},
+	"bad syntax":           {args: "---hold=1s", want: "bad flag syntax: ---hold=1s"},
+	"argument":             {args: "-replicas 1 serve", want: `argument "serve", want flags only`},
+	"environment: number":  {env: map[string]string{"ROUTER_REPLICAS": "four"}, want: `ROUTER_REPLICAS="four": parse error`},
+	"environment: port":    {args: "-replicas 1", env: map[string]string{"ROUTER_BACKEND_PORT": "0"}, want: "-backend-port 0, want 1 to 65535"},
+	"environment: time":    {env: map[string]string{"ROUTER_DRAIN_TIME": "30"}, want: `ROUTER_DRAIN_TIME="30": parse error`},
+	"environment: level":   {env: map[string]string{"ROUTER_LOG_LEVEL": "loud"}, want: `ROUTER_LOG_LEVEL="loud": slog: level string "loud": unknown name`},
+}
+
+func TestBadUsage(t *testing.T) {
+	for name, tt := range badUsage {
+		t.Run(name, func(t *testing.T) {
+			var out bytes.Buffer
+			err := run(t.Context(), strings.Fields(tt.args), environment(tt.env), &out)
+			if err == nil || err.Error() != tt.want {
+				t.Errorf("error:\n%v\nwant:\n%s", err, tt.want)
+			}
+			if got := exitCode(err); got != 2 {
+				t.Errorf("exit code %d, want 2", got)
+			}
+			if out.Len() > 0 {
+				t.Errorf("output %q, want none", out.String())
+			}
+		})
+	}
+}
+
+// TestBadUsageIsComplete fails when a flag is added and badUsage is not told.
+func TestBadUsageIsComplete(t *testing.T) {
+	anything := map[string]bool{ // names and places: whatever is wrong with them shows at run time
+		"listen": true, "admin": true, "overrides": true, "statefulset": true, "service": true,
+		"kube-namespace": true, "configmap": true, "pod": true,
+	}
+	flags := (&config{}).flags()
+	flags.VisitAll(func(f *flag.Flag) {
+		known := anything[f.Name]
+		for _, tt := range badUsage {
+			known = known || strings.Contains(tt.args, "-"+f.Name+" ")
+		}
+		if !known {
+			t.Errorf("no bad value of -%s in badUsage", f.Name)
+		}
+	})
+	// Every flag that is not text rejects text, from the environment too.
+	flags.VisitAll(func(f *flag.Flag) {
+		if f.Value.Set("?") == nil {
+			return
+		}
+		variable := variable(f.Name)
+		_, err := parseConfig(nil, environment(map[string]string{variable: "?"}), io.Discard)
+		if err == nil || !strings.HasPrefix(err.Error(), variable+`="?": `) || exitCode(err) != 2 {
+			t.Errorf("error %v with exit code %d, want one of %s and 2", err, exitCode(err), variable)
+		}
+	})
+}
+
+func TestRunTimeFailures(t *testing.T) {
+	taken := httptest.NewServer(http.NotFoundHandler())
+	defer taken.Close()
+	addr := taken.Listener.Addr().String()
+	tests := map[string]struct{ args, want string }{
+		"front port taken": {"-listen " + addr, "-listen: listen tcp " + addr + ": bind: address already in use"},
+		"admin port taken": {"-listen 127.0.0.1:0 -admin " + addr, "-admin: listen tcp " + addr + ": bind: address already in use"},
+		"no address":       {"-listen 8000", "-listen: listen tcp: address 8000: missing port in address"},
+		"no folder":        {"-listen unix:/nowhere/s", "-listen: listen unix /nowhere/s: bind: no such file or directory"},
+		"no cluster":       {"-kube in-cluster", "KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set: this is no pod"},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			err := run(t.Context(), append([]string{"-replicas", "1"}, strings.Fields(tt.args)...), noEnvironment, io.Discard)
+			if err == nil || err.Error() != tt.want || exitCode(err) != 1 {
+				t.Errorf("error:\n%v\nwith exit code %d, want 1 and:\n%s", err, exitCode(err), tt.want)
+			}
+		})
+	}
+}
+
+// TestFlagBeatsEnvironment gives every flag in both ways.
+func TestFlagBeatsEnvironment(t *testing.T) {
+	values := map[string][2]string{ // in the environment, as a flag
+		"listen": {"h:1", "h:2"}, "admin": {"h:3", "h:4"}, "backends": {"h:5", "h:6"}, "replicas": {"2", "3"},
+		"statefulset": {"a", "b"}, "service": {"c", "d"}, "backend-port": {"1", "2"},
+		"kube": {"http://h:1", "http://h:2"}, "kube-namespace": {"e", "f"}, "configmap": {"g", "h"},
+		"overrides": {"/i", "/j"}, "namespace-from": {"host", "path"}, "pod": {"k", "l"},
+		"hold": {"1s", "2s"}, "handshake-timeout": {"3s", "4s"}, "header-timeout": {"5s", "6s"},
+		"max-header-bytes": {"2000", "3000"}, "max-sessions": {"1", "2"}, "max-waiting": {"3", "4"},
+		"move-rate": {"5", "6"}, "drain-delay": {"1s", "2s"}, "drain-time": {"3s", "4s"},
+		"log-format": {"json", "text"}, "log-level": {"DEBUG", "WARN"},
+	}
+	(&config{}).flags().VisitAll(func(f *flag.Flag) {
+		if _, ok := values[f.Name]; !ok {
+			t.Errorf("-%s is not in the table", f.Name)
+		}
+	})
+	for name, value := range values {
+		t.Run(name, func(t *testing.T) {
+			env := map[string]string{variable(name): value[0]}
+			if name != "backends" && name != "replicas" {
+				env["ROUTER_REPLICAS"] = "1"
+			}
+			wantFlag(t, nil, env, name, value[0])
+			wantFlag(t, []string{"-" + name, value[1]}, env, name, value[1])
+		})
+	}
+}
+
+// wantFlag checks what a flag is after args and env were read.
+func wantFlag(t *testing.T, args []string, env map[string]string, name, want string) {
+	t.Helper()
+	got, err := parseConfig(args, environment(env), io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &config{}
+	flags := c.flags() // whose values are the fields of c
+	*c = *got
+	if got := flags.Lookup(name).Value.String(); got != want {
+		t.Errorf("-%s is %q with %q and %v, want %q", name, got, args, env, want)
+	}
+}
+
+func TestDefaultsOfThePlace(t *testing.T) {
+	host, err := os.Hostname()
+	if err != nil {
+		t.Fatal(err)
+	}
+	pod := map[string]string{"KUBERNETES_SERVICE_HOST": "10.96.0.1"}
+	tests := map[string]struct {
+		args string
+		env  map[string]string
+		kube string
+		pod  string
+	}{
+		"laptop":                  {"", nil, "http://127.0.0.1:8080", host},
+		"laptop with a directory": {"-overrides /d", nil, "none", host},
+		"pod":                     {"", pod, "in-cluster", host},
+		"pod with a directory":    {"-overrides /d", pod, "in-cluster", host},
+		"as said":                 {"-kube none -overrides /d -pod r", pod, "none", "r"},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			args := append([]string{"-replicas", "1"}, strings.Fields(tt.args)...)
+			c, err := parseConfig(args, environment(tt.env), io.Discard)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if c.kube != tt.kube || c.pod != tt.pod {
+				t.Errorf("kube %q, pod %q; want %q, %q", c.kube, c.pod, tt.kube, tt.pod)
+			}
+		})
+	}
+}
+
+// environment is a getenv.
+func environment(pairs map[string]string) func(string) string {
+	return func(name string) string { return pairs[name] }
+}

@@ -1,0 +1,171 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"io/fs"
+	"math"
+	"math/rand/v2"
+	"os"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+// ownersFile pins the owner of 1,000 namespaces for several numbers of backends.
+// It is never written again: a release with other owners would move tenants, and
+// routers of two releases would give a namespace two owners (invariant 2).
+const ownersFile = "testdata/owners.txt"
+
+func TestOwnersArePinned(t *testing.T) {
+	counts := []int{1, 2, 3, 4, 5, 8, 16, 100}
+	if _, err := os.Stat(ownersFile); *update && errors.Is(err, fs.ErrNotExist) {
+		writeOwners(t, counts)
+	}
+	b, err := os.ReadFile(ownersFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pinned := map[string]bool{}
+	for line := range strings.Lines(string(b)) {
+		fields := strings.Fields(line)
+		if strings.HasPrefix(line, "#") {
+			continue
+		}
+		if len(fields) != 1+len(counts) || namespaceFault(fields[0]) != "" {
+			t.Fatalf("line %q, want a namespace and %d owners", line, len(counts))
+		}
+		pinned[fields[0]] = true
+		for i, n := range counts {
+			if got := strconv.Itoa(bucket(fields[0], n)); got != fields[1+i] {
+				t.Errorf("bucket(%q, %d) = %s, pinned is %s", fields[0], n, got, fields[1+i])
+			}
+		}
+	}
+	if len(pinned) != 1000 {
+		t.Errorf("%d namespaces are pinned, want 1000", len(pinned))
+	}
+}
+
+// writeOwners writes ownersFile with namespaces of all kinds.
+func writeOwners(t *testing.T, counts []int) {
+	t.Helper()
+	const signs = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_"
+	var namespaces []string
+	for i := range 300 {
+		namespaces = append(namespaces, fmt.Sprintf("ns-%02d", i), fmt.Sprintf("customer-%05d.eu-west.prod", i*i))
+	}
+	for i := range len(signs) {
+		namespaces = append(namespaces, signs[i:i+1], strings.Repeat(signs[i:i+1], 253))
+	}
+	rng := rand.New(rand.NewPCG(1, 2))
+	for len(namespaces) < 1000 {
+		b := make([]byte, 2+rng.IntN(60))
+		for i := range b {
+			b[i] = signs[rng.IntN(len(signs))]
+		}
+		namespaces = append(namespaces, string(b))
+	}
+	var out strings.Builder
+	fmt.Fprintf(&out, "# A namespace, and the ordinal of its owner among %v backends. Pinned for ever: see hash_test.go.\n", counts)
+	for _, namespace := range namespaces {
+		out.WriteString(namespace)
+		for _, n := range counts {
+			fmt.Fprintf(&out, " %d", bucket(namespace, n))
+		}
+		out.WriteString("\n")
+	}
+	if err := os.WriteFile(ownersFile, []byte(out.String()), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// manyNamespaces differ in their last characters, as names of tenants do.
+func manyNamespaces(count int) []string {
+	namespaces := make([]string, count)
+	for i := range namespaces {
+		namespaces[i] = fmt.Sprintf("ns-%06d", i)
+	}
+	return namespaces
+}
+
+func TestBucketGrowth(t *testing.T) {
+	namespaces := manyNamespaces(100_000)
+	for _, n := range []int{1, 2, 3, 4, 5, 7, 8, 16, 20} {
+		t.Run(fmt.Sprintf("%d to %d", n, n+1), func(t *testing.T) {
+			moved := 0
+			for _, namespace := range namespaces {
+				before, after := bucket(namespace, n), bucket(namespace, n+1)
+				if before == after {
+					continue
+				}
+				moved++
+				if after != n {
+					t.Fatalf("%s moves from %d to %d, want %d only", namespace, before, after, n)
+				}
+			}
+			want := float64(len(namespaces)) / float64(n+1)
+			if off := float64(moved)/want - 1; math.Abs(off) > 0.05 {
+				t.Errorf("%d namespaces move, %+.1f %% off %.0f, want 5 %% at most", moved, 100*off, want)
+			}
+		})
+	}
+}
+
+func TestBucketBalance(t *testing.T) {
+	namespaces := manyNamespaces(100_000)
+	for _, n := range []int{1, 2, 3, 4, 5, 8, 16} {
+		t.Run(fmt.Sprint(n), func(t *testing.T) {
+			shares := make([]int, n)
+			for _, namespace := range namespaces {
+				shares[bucket(namespace, n)]++
+			}
+			want := float64(len(namespaces)) / float64(n)
+			for ordinal, share := range shares {
+				if off := float64(share)/want - 1; math.Abs(off) > 0.04 {
+					t.Errorf("backend %d has %d namespaces, %+.1f %% off %.0f, want 4 %% at most", ordinal, share, 100*off, want)
+				}
+			}
+		})
+	}
+}
+
+func TestBucketIsInRange(t *testing.T) {
+	for _, namespace := range append(manyNamespaces(1000), "", "a", "\x00", strings.Repeat("z", 253)) {
+		for _, n := range []int{1, 2, 3, 1000, 1 << 20} {
+			if got := bucket(namespace, n); got < 0 || got >= n {
+				t.Fatalf("bucket(%q, %d) = %d", namespace, n, got)
+			}
+		}
+	}
+}
+
+func TestFNV1aIsTheStandardOne(t *testing.T) {
+	for _, s := range append(manyNamespaces(1000), "", "a", "foobar", "\xff\x00é", strings.Repeat("z", 253)) {
+		h := fnv.New64a()
+		h.Write([]byte(s))
+		if got, want := fnv1a(s), h.Sum64(); got != want {
+			t.Fatalf("fnv1a(%q) = %#x, hash/fnv has %#x", s, got, want)
+		}
+	}
+}
+
+func BenchmarkBucket(b *testing.B) {
+	namespaces := shuffled(manyNamespaces(100_000)) // so many that the processor cannot learn their branches
+	for _, n := range []int{4, 16, 100} {
+		b.Run(fmt.Sprintf("backends=%d", n), func(b *testing.B) {
+			b.ReportAllocs()
+			sum, next := 0, 0
+			for b.Loop() {
+				sum += bucket(namespaces[next], n)
+				if next++; next == len(namespaces) {
+					next = 0
+				}
+			}
+			if sum < 0 {
+				b.Fatal("a bucket below 0")
+			}
+		})
+	}
+}

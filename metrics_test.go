@@ -1,0 +1,264 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"net/http"
+	"regexp"
+	"runtime"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+	"unicode/utf8"
+)
+
+// exposition is what a scrape has: values by series as they are written, and the
+// type of each family.
+type exposition struct {
+	values map[string]float64
+	kinds  map[string]string
+}
+
+const (
+	metricName = `[a-zA-Z_:][a-zA-Z0-9_:]*`
+	labelPair  = `[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\["\\n])*"`
+)
+
+// parseExposition reads the text format, and is stricter than Prometheus: each
+// family has HELP, then TYPE, then its samples, all once; no series comes twice
+// (https://prometheus.io/docs/instrumenting/exposition_formats/).
+func parseExposition(text string) (*exposition, error) {
+	if !strings.HasSuffix(text, "\n") || !utf8.ValidString(text) {
+		return nil, errors.New("no newline at the end, or no UTF-8")
+	}
+	help := regexp.MustCompile(`^# HELP (` + metricName + `) (?:[^\\]|\\[\\n])+$`)
+	kind := regexp.MustCompile(`^# TYPE (` + metricName + `) (counter|gauge)$`)
+	sample := regexp.MustCompile(`^((` + metricName + `)(?:\{` + labelPair + `(?:,` + labelPair + `)*\})?) (\S+)$`)
+	e := &exposition{values: map[string]float64{}, kinds: map[string]string{}}
+	var helped, typed string // the families of the last HELP and TYPE
+	seen := map[string]bool{}
+	for line := range strings.Lines(text) {
+		line = strings.TrimSuffix(line, "\n")
+		if m := help.FindStringSubmatch(line); m != nil && !seen[m[1]] {
+			helped, seen[m[1]] = m[1], true
+			continue
+		}
+		if m := kind.FindStringSubmatch(line); m != nil && m[1] == helped && e.kinds[helped] == "" {
+			typed, e.kinds[helped] = helped, m[2]
+			continue
+		}
+		m := sample.FindStringSubmatch(line)
+		if m == nil || m[2] != typed || typed != helped {
+			return nil, fmt.Errorf("line %q after HELP %s and TYPE %s", line, helped, typed)
+		}
+		value, err := strconv.ParseFloat(m[3], 64)
+		if _, twice := e.values[m[1]]; err != nil || twice {
+			return nil, fmt.Errorf("series %s: value %q, or twice", m[1], m[3])
+		}
+		e.values[m[1]] = value
+	}
+	return e, e.complete()
+}
+
+// complete reports a family without samples, and one whose name does not say
+// that it is a counter, or says so wrongly.
+func (e *exposition) complete() error {
+	families := map[string]bool{}
+	for series := range e.values {
+		family, _, _ := strings.Cut(series, "{")
+		families[family] = true
+	}
+	for family, kind := range e.kinds {
+		if !families[family] || strings.HasSuffix(family, "_total") != (kind == "counter") {
+			return fmt.Errorf("family %s of type %s has no sample, or a wrong name", family, kind)
+		}
+	}
+	return nil
+}
+
+func TestExpositionCheckerIsStrict(t *testing.T) {
+	const head = "# HELP a Text.\n# TYPE a gauge\n"
+	tests := map[string]struct {
+		text string
+		ok   bool
+	}{
+		"plain":                {head + "a 1\n", true},
+		"labels":               {head + `a{b="c",d="\"\\\n"} 1.5e+06` + "\n", true},
+		"no newline":           {head + "a 1", false},
+		"no head":              {"a 1\n", false},
+		"no TYPE":              {"# HELP a Text.\na 1\n", false},
+		"TYPE first":           {"# TYPE a gauge\n# HELP a Text.\na 1\n", false},
+		"TYPE of another":      {"# HELP a Text.\n# TYPE b gauge\nb 1\n", false},
+		"unknown type":         {"# HELP a Text.\n# TYPE a number\na 1\n", false},
+		"HELP twice":           {head + "a 1\n" + head + "a{b=\"c\"} 1\n", false},
+		"sample of another":    {head + "a 1\nb 1\n", false},
+		"series twice":         {head + "a{b=\"c\"} 1\na{b=\"c\"} 2\n", false},
+		"no value":             {head + "a\n", false},
+		"value no number":      {head + "a one\n", false},
+		"label not escaped":    {head + `a{b="c"d"} 1` + "\n", false},
+		"backslash alone":      {head + `a{b="c\d"} 1` + "\n", false},
+		"label without a name": {head + `a{="c"} 1` + "\n", false},
+		"invalid UTF-8":        {head + "a{b=\"\xff\"} 1\n", false},
+		"no sample":            {head, false},
+		"counter's name":       {"# HELP a Text.\n# TYPE a counter\na 1\n", false},
+		"gauge's name":         {"# HELP a_total Text.\n# TYPE a_total gauge\na_total 1\n", false},
+		"empty line":           {head + "\na 1\n", false},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			if _, err := parseExposition(tt.text); (err == nil) != tt.ok {
+				t.Errorf("error %v for\n%s", err, tt.text)
+			}
+		})
+	}
+}
+
+// scrape reads the metrics of a running router.
+func scrape(t *testing.T, r *runningRouter) *exposition {
+	t.Helper()
+	_, body := r.get(t, "/metrics")
+	e, err := parseExposition(body)
+	if err != nil {
+		t.Fatalf("%v\n%s", err, body)
+	}
+	return e
+}
+
+// lacks says which series has another value than is wanted, or "".
+func (e *exposition) lacks(values map[string]float64) string {
+	for series, want := range values {
+		if got, ok := e.values[series]; !ok || got != want {
+			return fmt.Sprintf("%s is %v (there: %v), want %v", series, got, ok, want)
+		}
+	}
+	return ""
+}
+
+// waitMetrics scrapes until the series have these values: a client may have its
+// answer before it was counted.
+func waitMetrics(t *testing.T, r *runningRouter, values map[string]float64) *exposition {
+	t.Helper()
+	for end := time.Now().Add(patience); ; <-time.After(10 * time.Millisecond) {
+		e := scrape(t, r)
+		lacks := e.lacks(values)
+		if lacks == "" {
+			return e
+		}
+		if time.Now().After(end) {
+			t.Fatal(lacks)
+		}
+	}
+}
+
+func TestMetricsOfASession(t *testing.T) {
+	dir := overridesDir(t, map[string]string{"ns-01": "backend-1", "bad": "bakend-1"})
+	r := startRouter(t, "-backends", echoBackends(t, 2), "-overrides", dir)
+	table := r.log.wait(t, "table", 1)["version"].(string)
+	before := waitMetrics(t, r, map[string]float64{
+		`router_ready`: 1, `router_table_overrides`: 2, `router_table_backends`: 2, `router_table_rejected_entries`: 1,
+		`router_table_swaps_total`: 1, `router_table_info{source="directory ` + dir + `",version="` + table + `"}`: 1,
+		`router_build_info{version="` + version() + `",goversion="` + runtime.Version() + `"}`: 1,
+		`router_sessions{backend="backend-0"}`:                                                 0, `router_sessions{backend="backend-1"}`: 0,
+		`router_sessions_total{backend="backend-1"}`: 0, `router_upgrades_waiting`: 0,
+		`router_bytes_total{direction="to_backend"}`: 0, `router_bytes_total{direction="to_client"}`: 0,
+	})
+	zero := map[string]float64{}
+	for r := range results {
+		zero[`router_upgrades_total{result="`+r.String()+`"}`] = 0
+	}
+	for c := causeNone + 1; c < causes; c++ {
+		zero[`router_sessions_ended_total{cause="`+c.String()+`"}`] = 0
+	}
+	if lacks := before.lacks(zero); lacks != "" {
+		t.Error(lacks)
+	}
+
+	ws := r.open(t, "ns-01") // "hello" there and back: 2 and 4 bytes of header
+	waitMetrics(t, r, map[string]float64{
+		`router_sessions{backend="backend-0"}`: 0, `router_sessions{backend="backend-1"}`: 1,
+		`router_sessions_total{backend="backend-1"}`: 1, `router_upgrades_total{result="ok"}`: 1, `router_upgrades_waiting`: 0,
+		`router_bytes_total{direction="to_backend"}`: 11, `router_bytes_total{direction="to_client"}`: 7,
+	})
+	ws.Close()
+	cause := r.log.wait(t, "session ended", 1)["cause"].(string) // either side may be the first: the backend answers a Close
+	resp, err := http.Get("http://" + r.front + "/ws/ns-01")
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	after := waitMetrics(t, r, map[string]float64{
+		`router_sessions{backend="backend-1"}`: 0, `router_sessions_total{backend="backend-1"}`: 1,
+		`router_sessions_ended_total{cause="` + cause + `"}`: 1, `router_upgrades_total{result="not_upgrade"}`: 1,
+	})
+	for series, value := range before.values {
+		if now := after.values[series]; strings.Contains(series, "_total") && now < value {
+			t.Errorf("counter %s fell from %v to %v", series, value, now)
+		}
+	}
+	if started := after.values["process_start_time_seconds"]; math.Abs(started-float64(time.Now().Unix())) > 60 {
+		t.Errorf("process_start_time_seconds is %v, want about now", started)
+	}
+}
+
+func TestMetricsOfTheWatch(t *testing.T) {
+	tests := map[string]struct {
+		url  string
+		want map[string]float64
+		age  bool // staleness is there
+	}{
+		"ConfigMap": {kubeAnswers(t, 200, oneConfigMap), map[string]float64{`router_ready`: 1,
+			`router_table_info{source="ConfigMap default/overwriting",version="5"}`: 1, `router_table_overrides`: 1,
+			`router_watch_failures_in_row`: 0, `router_watch_object_absent`: 0, `router_watch_state{state="connecting"}`: 1}, true},
+		"no ConfigMap": {kubeAnswers(t, 200, noConfigMap),
+			map[string]float64{`router_ready`: 0, `router_watch_object_absent`: 1, `router_table_swaps_total`: 0}, true},
+		"forbidden": {kubeAnswers(t, 403, forbidden),
+			map[string]float64{`router_ready`: 0, `router_watch_object_absent`: 0, `router_watch_failures_in_row`: 1,
+				`router_watch_state{state="waiting"}`: 1, `router_watch_state{state="listing"}`: 0,
+				`router_watch_state{state="connecting"}`: 0, `router_watch_state{state="watching"}`: 0}, false},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			r := startRouter(t, "-backends", "127.0.0.1:1", "-kube", tt.url)
+			e := waitMetrics(t, r, tt.want)
+			if age, ok := e.values["router_watch_staleness_seconds"]; ok != tt.age || age < 0 || age > patience.Seconds() {
+				t.Errorf("router_watch_staleness_seconds is %v (there: %v)", age, ok)
+			}
+		})
+	}
+}
+
+// TestMetricsEscapeLabels: a path of -overrides may have any bytes.
+func TestMetricsEscapeLabels(t *testing.T) {
+	for name, tt := range map[string]struct{ source, want string }{
+		"quotes":        {`a "b"`, `a \"b\"`},
+		"backslash":     {`a\b\n`, `a\\b\\n`},
+		"newline":       {"a\nb", `a\nb`},
+		"braces":        {`a{b="c"} 1`, `a{b=\"c\"} 1`},
+		"invalid UTF-8": {"a\xffb", "a�b"},
+		"other letters": {"ä", "ä"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			a, update := adminOf(t, "127.0.0.1:1")
+			update(entries{source: tt.source, version: tt.source})
+			var out strings.Builder
+			a.writeMetrics(&out)
+			e, err := parseExposition(out.String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if lacks := e.lacks(map[string]float64{`router_table_info{source="` + tt.want + `",version="` + tt.want + `"}`: 1}); lacks != "" {
+				t.Error(lacks)
+			}
+		})
+	}
+}
+
+func TestMetricsAreText(t *testing.T) {
+	a, _ := adminOf(t, "127.0.0.1:1")
+	resp := answered(a, "/metrics")
+	if got, want := resp.Header.Get("Content-Type"), "text/plain; version=0.0.4; charset=utf-8"; got != want || resp.StatusCode != 200 {
+		t.Errorf("%s with Content-Type %q, want 200 and %q", resp.Status, got, want)
+	}
+}

@@ -1,0 +1,416 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// stubBackend is a listener whose connections are served by the function it was
+// made with, which gets the request and what follows it.
+type stubBackend struct {
+	addr string
+
+	// Guarded by mu.
+	mu    sync.Mutex
+	seen  []string // the heads of the requests, as sent
+	conns []net.Conn
+}
+
+func (b *stubBackend) heads() []string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return append([]string(nil), b.seen...)
+}
+
+// startStub serves on addr, "127.0.0.1:0" for any port. After serve returns the
+// connection is closed.
+func startStub(t testing.TB, addr string, serve func(conn net.Conn, br *bufio.Reader)) *stubBackend {
+	t.Helper()
+	l, err := net.Listen("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := &stubBackend{addr: l.Addr().String()}
+	var running sync.WaitGroup
+	running.Go(func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			b.mu.Lock()
+			b.conns = append(b.conns, conn)
+			b.mu.Unlock()
+			running.Go(func() {
+				defer conn.Close()
+				br := bufio.NewReader(conn)
+				head, err := readHead(br)
+				if err != nil {
+					return // a probe, or a client that gave up
+				}
+				b.mu.Lock()
+				b.seen = append(b.seen, head)
+				b.mu.Unlock()
+				serve(conn, br)
+			})
+		}
+	})
+	t.Cleanup(func() {
+		l.Close()
+		b.mu.Lock()
+		for _, conn := range b.conns {
+			conn.Close()
+		}
+		b.mu.Unlock()
+		running.Wait()
+	})
+	return b
+}
+
+// readHead reads up to and with the empty line.
+func readHead(br *bufio.Reader) (string, error) {
+	var head strings.Builder
+	for {
+		line, err := br.ReadString('\n')
+		head.WriteString(line)
+		if err != nil || line == "\r\n" {
+			return head.String(), err
+		}
+	}
+}
+
+const switching = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n" +
+	"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n"
+
+// echo switches and sends back what comes.
+func echo(conn net.Conn, br *bufio.Reader) {
+	io.WriteString(conn, switching)
+	io.Copy(conn, br)
+}
+
+// answer returns a backend that gives one answer and waits for the other side
+// to close.
+func answer(text string) func(net.Conn, *bufio.Reader) {
+	return func(conn net.Conn, br *bufio.Reader) {
+		io.WriteString(conn, text)
+		if strings.Contains(text, " 101 ") {
+			io.Copy(io.Discard, br)
+		}
+	}
+}
+
+// silent never answers.
+func silent(conn net.Conn, br *bufio.Reader) { io.Copy(io.Discard, br) }
+
+// testProxy is a proxy that serves on addr.
+type testProxy struct {
+	*proxy
+	addr string
+}
+
+// startProxy serves a proxy to the backends at addrs, with the given overrides
+// unless they are nil. change, if not nil, sees it before it starts.
+func startProxy(t testing.TB, addrs []string, data map[string]string, change func(*proxy)) *testProxy {
+	t.Helper()
+	log := slog.New(slog.DiscardHandler)
+	b := fixedBackends("backend", addrs)
+	router := &router{statefulSet: "backend", backends: len(addrs), log: log}
+	relay := newRelay(len(addrs), b.name, log)
+	if err := relay.start(); err != nil {
+		t.Fatal(err)
+	}
+	mover := newMover(router, relay, 0, log)
+	router.swapped = mover.check
+	p := &proxy{
+		router: router, backends: b, relay: relay, moves: mover, pod: "router-x", namespace: pathNamespace, log: log,
+		limits: limits{hold: patience, handshake: patience, headerTime: patience, headerBytes: 8 << 10, sessions: 1000, waiting: 1000},
+	}
+	if data != nil {
+		router.update(entries{source: "test", version: "41", data: data})
+	}
+	if change != nil {
+		change(p)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancelCause(context.Background())
+	front := newFront(ctx, p, log)
+	var running sync.WaitGroup
+	running.Go(func() { front.Serve(frontListener{l, &p.results[resultBadHead]}) })
+	running.Go(func() { mover.run(ctx) })
+	t.Cleanup(func() {
+		cancel(errDraining)
+		front.Close()
+		p.upgrades.Wait()
+		drain(context.Background(), relay, 0)
+		relay.stop()
+		running.Wait()
+	})
+	return &testProxy{proxy: p, addr: l.Addr().String()}
+}
+
+// upgradeRequest is an upgrade of path as a browser would send it.
+func upgradeRequest(path string) string {
+	return "GET " + path + " HTTP/1.1\r\nHost: www.mydomain.com\r\nConnection: keep-alive, Upgrade\r\nUpgrade: websocket\r\n" +
+		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nOrigin: https://www.mydomain.com\r\n\r\n"
+}
+
+// ask sends the request as it stands, and returns the connection and the answer
+// with its body still on it.
+func (p *testProxy) ask(t testing.TB, request string) (*net.TCPConn, *bufio.Reader, *http.Response) {
+	t.Helper()
+	conn, err := net.Dial("tcp", p.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	mustWrite(t, conn, request)
+	conn.SetReadDeadline(time.Now().Add(patience))
+	br := bufio.NewReader(conn)
+	resp, err := http.ReadResponse(br, nil)
+	if err != nil {
+		t.Fatalf("no answer: %v", err)
+	}
+	return conn.(*net.TCPConn), br, resp
+}
+
+// open makes a session and returns the client's end.
+func (p *testProxy) open(t testing.TB, namespace string) *net.TCPConn {
+	t.Helper()
+	conn, br, resp := p.ask(t, upgradeRequest("/ws/"+namespace))
+	if resp.StatusCode != http.StatusSwitchingProtocols || br.Buffered() > 0 {
+		t.Fatalf("status %s and %d bytes, want 101 and none", resp.Status, br.Buffered())
+	}
+	return conn
+}
+
+// waitResult waits until the result was counted once.
+func (p *testProxy) waitResult(t testing.TB, want result) {
+	t.Helper()
+	for end := time.Now().Add(patience); p.results[want].Load() == 0; <-time.After(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("no result %v", want)
+		}
+	}
+}
+
+func TestProxyRefuses(t *testing.T) {
+	backend := startStub(t, "127.0.0.1:0", echo)
+	good := upgradeRequest("/ws/ns-01")
+	with := func(old, new string) string { return strings.Replace(good, old, new, 1) }
+	tests := map[string]struct {
+		request string
+		status  int
+		result  result
+		says    string
+	}{
+		"unknown path":               {with("/ws/ns-01", "/other"), 404, resultNotFound, `"/other"`},
+		"root":                       {with("/ws/ns-01", "/"), 404, resultNotFound, `"/"`},
+		"no namespace":               {with("/ws/ns-01", "/ws/"), 400, resultBadRequest, `namespace ""`},
+		"empty namespace":            {with("/ws/ns-01", "/ws//x"), 400, resultBadRequest, `namespace ""`},
+		"bad character":              {with("/ws/ns-01", "/ws/ns+01"), 400, resultBadRequest, `"ns+01"`},
+		"escaped namespace":          {with("/ws/ns-01", "/ws/ns%2D01"), 400, resultBadRequest, `"ns%2D01"`},
+		"escaped slash":              {with("/ws/ns-01", "/ws/ns-01%2F..%2Fns-02"), 400, resultBadRequest, "namespace"},
+		"254 characters":             {with("ns-01", strings.Repeat("a", 254)), 400, resultBadRequest, "1 to 253"},
+		"dots":                       {with("ns-01", ".."), 400, resultBadRequest, `".."`},
+		"dot segment":                {with("/ws/ns-01", "/ws/ns-01/../ns-02"), 400, resultBadRequest, "dot segment"},
+		"escaped dot segment":        {with("/ws/ns-01", "/ws/ns-01/%2e%2E/ns-02"), 400, resultBadRequest, "dot segment"},
+		"no upgrade":                 {"GET /ws/ns-01 HTTP/1.1\r\nHost: h\r\n\r\n", 426, resultNotUpgrade, "Upgrade: websocket"},
+		"upgrade without connection": {with("Connection: keep-alive, Upgrade\r\n", ""), 426, resultNotUpgrade, "Connection: Upgrade"},
+		"other protocol":             {with("Upgrade: websocket", "Upgrade: h2c"), 426, resultNotUpgrade, "Upgrade: websocket"},
+		"post":                       {with("GET", "POST"), 400, resultBadRequest, `"POST"`},
+		"body":                       {with("\r\n\r\n", "\r\nContent-Length: 2\r\n\r\nhi"), 400, resultBadRequest, "body"},
+		"chunked body":               {with("\r\n\r\n", "\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"), 400, resultBadRequest, "body"},
+		"HTTP/1.0":                   {with("HTTP/1.1", "HTTP/1.0"), 400, resultBadRequest, "HTTP/1.0"},
+		"two Upgrade":                {with("Upgrade: websocket\r\n", "Upgrade: websocket\r\nUpgrade: websocket\r\n"), 400, resultBadRequest, "2 Upgrade headers"},
+		"two Host":                   {with("Host: www.mydomain.com\r\n", "Host: a\r\nHost: b\r\n"), 400, resultBadHead, "Bad Request"},
+		"no Host":                    {with("Host: www.mydomain.com\r\n", ""), 400, resultBadHead, "Host"},
+		"head too long":              {with("\r\n\r\n", "\r\nX-Long: "+strings.Repeat("x", 20<<10)+"\r\n\r\n"), 431, resultBadHead, ""},
+		"namespace refused":          {with("ns-01", "bad"), 503, resultRefused, `"bakend-0", want backend-0`},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			p := startProxy(t, []string{backend.addr}, map[string]string{"bad": "bakend-0"}, nil)
+			_, _, resp := p.ask(t, tt.request)
+			body, _ := io.ReadAll(resp.Body)
+			if resp.StatusCode != tt.status || !strings.Contains(string(body), tt.says) {
+				t.Errorf("status %d %q, want %d with %q", resp.StatusCode, body, tt.status, tt.says)
+			}
+			if got := resp.Header.Get("Upgrade") == "websocket"; got != (tt.status == 426) {
+				t.Errorf("Upgrade: %q", resp.Header.Get("Upgrade"))
+			}
+			if got := resp.Header.Get("Retry-After") == "1"; got != (tt.status == 503) {
+				t.Errorf("Retry-After: %q", resp.Header.Get("Retry-After"))
+			}
+			p.waitResult(t, tt.result)
+		})
+	}
+	if heads := backend.heads(); len(heads) > 0 {
+		t.Errorf("the backend was asked: %q", heads)
+	}
+}
+
+func TestProxyNoTable(t *testing.T) {
+	p := startProxy(t, []string{"127.0.0.1:1"}, nil, nil)
+	_, _, resp := p.ask(t, upgradeRequest("/ws/ns-01"))
+	if resp.StatusCode != 503 || resp.Header.Get("Retry-After") != "1" {
+		t.Errorf("status %d, Retry-After %q; want 503 and 1", resp.StatusCode, resp.Header.Get("Retry-After"))
+	}
+	p.waitResult(t, resultNoTable)
+}
+
+func TestProxyForwardsTheRequest(t *testing.T) {
+	backend := startStub(t, "127.0.0.1:0", echo)
+	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
+	_, _, resp := p.ask(t, "GET /ws/ns-01/deep//er/%41?q=%2e%2e&x HTTP/1.1\r\nhost: www.mydomain.com:8443\r\n"+
+		"Connection: keep-alive, Upgrade, X-Secret\r\nKeep-Alive: 5\r\nProxy-Connection: keep-alive\r\nTE: trailers\r\nUpgrade: WebSocket\r\n"+
+		"sec-websocket-version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Protocol: chat, superchat\r\n"+
+		"Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\nOrigin: https://other.example\r\nCookie: a=b\r\n"+
+		"X-Secret: hop\r\nX-Forwarded-For: 203.0.113.9\r\nX-Forwarded-Proto: https\r\n"+
+		"X-Router-Pod: forged\r\nX-Router-Table: forged\r\nx_router_pod: forged\r\n\r\n")
+	if resp.StatusCode != 101 {
+		t.Fatalf("status %s, want 101", resp.Status)
+	}
+	want := "GET /ws/ns-01/deep//er/%41?q=%2e%2e&x HTTP/1.1\r\nHost: www.mydomain.com:8443\r\n" +
+		"Connection: Upgrade\r\nCookie: a=b\r\nOrigin: https://other.example\r\n" +
+		"Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n" +
+		"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Protocol: chat, superchat\r\nSec-WebSocket-Version: 13\r\n" +
+		"Upgrade: websocket\r\nX-Forwarded-For: 203.0.113.9, 127.0.0.1\r\nX-Forwarded-Host: www.mydomain.com:8443\r\n" +
+		"X-Forwarded-Proto: https\r\nX-Router-Pod: router-x\r\nX-Router-Table: 41\r\n\r\n"
+	if got := backend.heads()[0]; got != want {
+		t.Errorf("the backend got\n%s\nwant\n%s", got, want)
+	}
+	if got := resp.Header.Get("Sec-WebSocket-Accept"); got != "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=" {
+		t.Errorf("Sec-WebSocket-Accept: %q", got)
+	}
+}
+
+// The target of a request in absolute form loses its authority, which becomes
+// Host (RFC 9112 §3.2.2).
+func TestProxyAbsoluteForm(t *testing.T) {
+	backend := startStub(t, "127.0.0.1:0", echo)
+	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
+	p.ask(t, strings.Replace(upgradeRequest("/ws/ns-01?q"), "/ws/", "http://other.example/ws/", 1))
+	if got := backend.heads()[0]; !strings.HasPrefix(got, "GET /ws/ns-01?q HTTP/1.1\r\nHost: other.example\r\n") {
+		t.Errorf("the backend got %q", got)
+	}
+}
+
+// Bytes in the same segment as the request's head, or as the 101, are not lost
+// (golang/go#80875 and its like).
+func TestProxyEarlyBytes(t *testing.T) {
+	backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
+		io.WriteString(conn, switching+"FIRST")
+		io.Copy(conn, br)
+	})
+	for _, early := range []string{"", "x", strings.Repeat("early ", 500), strings.Repeat("0123456789", 10_000)} {
+		p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
+		conn, br, _ := p.ask(t, upgradeRequest("/ws/ns-01")+early)
+		mustWrite(t, conn, "late")
+		want := "FIRST" + early + "late"
+		got := make([]byte, len(want))
+		if n, err := io.ReadFull(br, got); err != nil || string(got) != want {
+			t.Errorf("%d early bytes: got %d bytes back, %v", len(early), n, err)
+		}
+	}
+}
+
+func TestProxyPassesOtherAnswers(t *testing.T) {
+	long := strings.Repeat("no ", 10_000)
+	tests := map[string]struct {
+		answer, body string
+		status       int
+		header       http.Header
+	}{
+		"refusal":    {"HTTP/1.1 403 Forbidden\r\nContent-Length: 4\r\nX-Why: quota\r\nKeep-Alive: 5\r\n\r\nnope", "nope", 403, http.Header{"X-Why": {"quota"}, "Keep-Alive": nil, "Content-Type": nil}},
+		"chunked":    {"HTTP/1.1 429 Too Many Requests\r\nTransfer-Encoding: chunked\r\nRetry-After: 7\r\n\r\n4\r\nslow\r\n0\r\n\r\n", "slow", 429, http.Header{"Retry-After": {"7"}}},
+		"until EOF":  {"HTTP/1.1 500 Oh\r\nContent-Type: text/x\r\nSet-Cookie: a=1\r\nSet-Cookie: b=2\r\n\r\n" + long, long, 500, http.Header{"Set-Cookie": {"a=1", "b=2"}}},
+		"redirect":   {"HTTP/1.1 302 Found\r\nLocation: /elsewhere\r\nContent-Length: 0\r\n\r\n", "", 302, http.Header{"Location": {"/elsewhere"}}},
+		"no content": {"HTTP/1.1 204 No Content\r\n\r\n", "", 204, nil},
+		"interim":    {"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", "ok", 200, http.Header{"Link": nil}},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			backend := startStub(t, "127.0.0.1:0", answer(tt.answer))
+			p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
+			_, _, resp := p.ask(t, upgradeRequest("/ws/ns-01"))
+			body, err := io.ReadAll(resp.Body)
+			if resp.StatusCode != tt.status || string(body) != tt.body || err != nil {
+				t.Errorf("status %d, %d bytes of body, %v; want %d and %d bytes", resp.StatusCode, len(body), err, tt.status, len(tt.body))
+			}
+			for name, want := range tt.header {
+				if got := resp.Header[name]; strings.Join(got, "|") != strings.Join(want, "|") {
+					t.Errorf("%s: %q, want %q", name, got, want)
+				}
+			}
+			p.waitResult(t, resultAnswered)
+		})
+	}
+}
+
+// Half a body must not look like a whole one.
+func TestProxyPassesTruncation(t *testing.T) {
+	backend := startStub(t, "127.0.0.1:0", answer("HTTP/1.1 500 Oh\r\nTransfer-Encoding: chunked\r\n\r\n4000\r\n"+strings.Repeat("half", 0x1000)+"\r\n"))
+	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
+	_, _, resp := p.ask(t, upgradeRequest("/ws/ns-01"))
+	if body, err := io.ReadAll(resp.Body); err == nil {
+		t.Errorf("body %q without an error", body)
+	}
+}
+
+func TestProxyBadAnswers(t *testing.T) {
+	tests := map[string]struct {
+		serve  func(net.Conn, *bufio.Reader)
+		status int
+		result result
+		says   string
+	}{
+		"silence":        {silent, 504, resultGatewayTimeout, "backend-0 gave no answer within 300ms"},
+		"close":          {func(net.Conn, *bufio.Reader) {}, 502, resultBadGateway, "backend-0: "},
+		"not HTTP":       {answer("SSH-2.0-OpenSSH\r\n\r\n"), 502, resultBadGateway, "malformed"},
+		"other protocol": {answer(strings.Replace(switching, "websocket", "h2c", 1)), 502, resultBadGateway, `"h2c", want websocket`},
+		"long head":      {answer("HTTP/1.1 101 S\r\nX: " + strings.Repeat("x", 20<<10)), 502, resultBadGateway, "backend-0: "},
+		"interim only":   {answer(strings.Repeat("HTTP/1.1 100 Continue\r\n\r\n", 20)), 502, resultBadGateway, "interim"},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			backend := startStub(t, "127.0.0.1:0", tt.serve)
+			p := startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) {
+				if tt.status == 504 {
+					p.limits.handshake = 300 * time.Millisecond
+				}
+			})
+			_, _, resp := p.ask(t, upgradeRequest("/ws/ns-01"))
+			body, _ := io.ReadAll(resp.Body)
+			if resp.StatusCode != tt.status || !strings.Contains(string(body), tt.says) {
+				t.Errorf("status %d %q, want %d with %q", resp.StatusCode, body, tt.status, tt.says)
+			}
+			p.waitResult(t, tt.result)
+		})
+	}
+}
+
+// One result is one log line at most a second, whatever the flood.
+func TestProxyLogsLittle(t *testing.T) {
+	var log bytes.Buffer
+	p := startProxy(t, []string{"127.0.0.1:1"}, nil, func(p *proxy) { p.log = slog.New(slog.NewTextHandler(&log, nil)) })
+	begun := time.Now()
+	for range 50 {
+		conn, _, _ := p.ask(t, upgradeRequest("/ws/ns-01"))
+		conn.Close()
+	}
+	if lines, most := strings.Count(log.String(), "\n"), 2+int(time.Since(begun).Seconds()); lines == 0 || lines > most {
+		t.Errorf("%d lines, want 1 to %d:\n%s", lines, most, log.String())
+	}
+}

@@ -1,0 +1,132 @@
+//go:build !linux || portable
+
+package main
+
+import (
+	"errors"
+	"io"
+	"net"
+	"os"
+	"sync/atomic"
+	"time"
+)
+
+// This is the carrier for all systems: two goroutines for each session, with a
+// buffer each.
+
+// relayBuffer is how many bytes are held for each direction of a session.
+const relayBuffer = 4 << 10
+
+// wire is the part of a session that its goroutines own.
+type wire struct {
+	conn    [2]net.Conn  // static after attach
+	half    atomic.Int32 // the cause of a half-close: one direction has ended
+	running atomic.Int32 // directions that have not ended
+}
+
+// carrier has nothing of its own: a session's goroutines are waited for with
+// the session.
+type carrier struct{ relay *relay }
+
+func (c *carrier) start(r *relay) error {
+	c.relay = r
+	return nil
+}
+
+func (c *carrier) stop() {}
+
+// attach gives s its sockets. From here on s.end may be called.
+func (c *carrier) attach(s *session, ends [2]net.Conn) { s.conn = ends }
+
+// begin starts the goroutines of s, which carry what came first and then the
+// rest.
+func (c *carrier) begin(s *session, _ [2]net.Conn, first [2][]byte) {
+	s.running.Store(2)
+	go c.copyToBackend(s, first[client])
+	go c.copyToClient(s, first[server])
+}
+
+func (c *carrier) copyToBackend(s *session, first []byte) { c.copy(s, client, first) }
+func (c *carrier) copyToClient(s *session, first []byte)  { c.copy(s, server, first) }
+
+// copy carries one direction; the second to end ends the session.
+func (c *carrier) copy(s *session, from side, first []byte) {
+	c.relayFrom(s, from, first)
+	if s.running.Add(-1) == 0 {
+		s.end(cause(s.half.Load())) // both ended by themselves, unless there was another cause
+		c.relay.over(s)
+	}
+}
+
+// relayFrom carries first and then what the side sends, until it ends, which is
+// passed on as a half-close, or until either socket fails, which ends both
+// directions. A peer that takes nothing stops the side: no more than
+// relayBuffer is held (invariant 9).
+func (c *carrier) relayFrom(s *session, from side, first []byte) {
+	if len(first) > 0 && !s.send(from, first) {
+		return
+	}
+	buf := make([]byte, relayBuffer)
+	for {
+		c.limitSilence(s, from)
+		n, err := s.conn[from].Read(buf)
+		if n > 0 && !s.send(from, buf[:n]) {
+			return
+		}
+		switch {
+		case err == nil:
+			continue
+		case errors.Is(err, io.EOF):
+			c.halfClose(s, from)
+		default:
+			s.end(failure(err, from.broken()))
+		}
+		return
+	}
+}
+
+// send writes data from the side to its peer. If that fails the session ends,
+// and send is false.
+func (s *session) send(from side, data []byte) bool {
+	n, err := s.conn[from.peer()].Write(data)
+	s.count[from].Add(int64(n))
+	if err != nil {
+		s.end(failure(err, from.peer().broken()))
+	}
+	return err == nil
+}
+
+// failure returns broken, or causeHalfClose for what limitSilence cut.
+func failure(err error, broken cause) cause {
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return causeHalfClose
+	}
+	return broken
+}
+
+// halfClose passes the end of the side on, and starts the clock for the other
+// direction.
+func (c *carrier) halfClose(s *session, from side) {
+	s.half.CompareAndSwap(int32(causeNone), int32(from.ended()))
+	c.limitSilence(s, from.peer())
+	s.conn[from.peer()].(interface{ CloseWrite() error }).CloseWrite() // *net.TCPConn or *net.UnixConn; an error shows on its next read
+}
+
+// limitSilence bounds, in a half-closed session, how long the side may be
+// silent, and how long its peer may take nothing.
+func (c *carrier) limitSilence(s *session, from side) {
+	if cause(s.half.Load()) == causeNone {
+		return
+	}
+	limit := time.Now().Add(c.relay.linger)
+	s.conn[from].SetReadDeadline(limit)
+	s.conn[from.peer()].SetWriteDeadline(limit)
+}
+
+// end ends the session: both sockets are closed. The first cause counts. It may
+// be called from anywhere, any number of times, once s was attached.
+func (s *session) end(why cause) {
+	s.blame(why)
+	s.conn[client].Close()
+	s.conn[server].Close()
+}

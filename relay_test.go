@@ -1,0 +1,393 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"sync"
+	"testing"
+	"time"
+)
+
+// patience bounds every wait of a test that should not wait.
+const patience = 10 * time.Second
+
+// tcpPair returns the two ends of a TCP connection.
+func tcpPair(t testing.TB) (near, far *net.TCPConn) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	a, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { a.Close(); b.Close() })
+	return a.(*net.TCPConn), b.(*net.TCPConn)
+}
+
+// relayed is a session with the far ends of its sockets.
+type relayed struct {
+	*session
+	relay           *relay
+	client, backend *net.TCPConn
+}
+
+func quietRelay(t testing.TB, backends int) *relay {
+	t.Helper()
+	name := func(i int) string { return backendName("backend", i) }
+	r := newRelay(backends, name, slog.New(slog.DiscardHandler))
+	if err := r.start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		drain(context.Background(), r, 0)
+		r.stop()
+	})
+	return r
+}
+
+// carried starts a session in r.
+func carried(t testing.TB, r *relay, backend int, fromClient, fromBackend []byte) relayed {
+	t.Helper()
+	client, clientFar := tcpPair(t)
+	server, serverFar := tcpPair(t)
+	s := &session{namespace: "ns-01", backend: backend}
+	r.carry(s, [2]net.Conn{clientFar, server}, [2][]byte{fromClient, fromBackend})
+	return relayed{session: s, relay: r, client: client, backend: serverFar}
+}
+
+// waitFor fails the test if the relay's sessions do not end by themselves.
+func waitFor(t testing.TB, r *relay) {
+	t.Helper()
+	done := make(chan struct{})
+	go func() { r.wait(); close(done) }()
+	select {
+	case <-done:
+	case <-time.After(patience):
+		t.Fatalf("%d sessions did not end", r.size())
+	}
+}
+
+func (c relayed) wantCause(t testing.TB, want cause) {
+	t.Helper()
+	waitFor(t, c.relay)
+	if got := cause(c.why.Load()); got != want {
+		t.Errorf("cause = %v, want %v", got, want)
+	}
+	if got := c.relay.ended[want].Load(); got != 1 {
+		t.Errorf("ended[%v] = %d, want 1", want, got)
+	}
+}
+
+func mustWrite(t testing.TB, w io.Writer, s string) {
+	t.Helper()
+	if _, err := io.WriteString(w, s); err != nil {
+		t.Fatalf("write %q: %v", s, err)
+	}
+}
+
+func mustRead(t testing.TB, conn net.Conn, want string) {
+	t.Helper()
+	conn.SetReadDeadline(time.Now().Add(patience))
+	got := make([]byte, len(want))
+	if n, err := io.ReadFull(conn, got); err != nil || string(got) != want {
+		t.Fatalf("read %q, %v; want %q", got[:n], err, want)
+	}
+}
+
+func mustEOF(t testing.TB, conn net.Conn) {
+	t.Helper()
+	conn.SetReadDeadline(time.Now().Add(patience))
+	if n, err := conn.Read(make([]byte, 1)); n != 0 || err != io.EOF {
+		t.Fatalf("read %d bytes, %v; want EOF", n, err)
+	}
+}
+
+// mustBreak reads until an error that is not a timeout.
+func mustBreak(t testing.TB, conn net.Conn) {
+	t.Helper()
+	conn.SetReadDeadline(time.Now().Add(patience))
+	_, err := io.Copy(io.Discard, conn)
+	var timeout net.Error
+	if errors.As(err, &timeout) && timeout.Timeout() {
+		t.Fatal("the connection is still open")
+	}
+}
+
+func closeWrite(t testing.TB, conn *net.TCPConn) {
+	t.Helper()
+	if err := conn.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// reset closes conn with an RST.
+func reset(conn *net.TCPConn) {
+	conn.SetLinger(0)
+	conn.Close()
+}
+
+func TestRelayEnds(t *testing.T) {
+	tests := map[string]struct {
+		play func(t *testing.T, c relayed)
+		want cause
+	}{
+		"client ends its half, backend answers and ends": {func(t *testing.T, c relayed) {
+			mustWrite(t, c.client, "question")
+			closeWrite(t, c.client)
+			mustRead(t, c.backend, "question")
+			mustEOF(t, c.backend)
+			mustWrite(t, c.backend, "answer")
+			c.backend.Close()
+			mustRead(t, c.client, "answer")
+			mustEOF(t, c.client)
+		}, causeClient},
+		"backend ends its half, client answers and ends": {func(t *testing.T, c relayed) {
+			mustWrite(t, c.backend, "question")
+			closeWrite(t, c.backend)
+			mustRead(t, c.client, "question")
+			mustEOF(t, c.client)
+			mustWrite(t, c.client, "answer")
+			c.client.Close()
+			mustRead(t, c.backend, "answer")
+			mustEOF(t, c.backend)
+		}, causeBackend},
+		"client closes": {func(t *testing.T, c relayed) {
+			c.client.Close()
+			mustEOF(t, c.backend)
+			c.backend.Close()
+		}, causeClient},
+		"backend closes": {func(t *testing.T, c relayed) {
+			c.backend.Close()
+			mustEOF(t, c.client)
+			c.client.Close()
+		}, causeBackend},
+		"client breaks": {func(t *testing.T, c relayed) {
+			reset(c.client)
+			mustBreak(t, c.backend)
+		}, causeClientError},
+		"backend breaks": {func(t *testing.T, c relayed) {
+			reset(c.backend)
+			mustBreak(t, c.client)
+		}, causeBackendError},
+		"nothing comes after a half-close": {func(t *testing.T, c relayed) {
+			closeWrite(t, c.client)
+			mustEOF(t, c.backend)
+			mustBreak(t, c.client)
+		}, causeHalfClose},
+		"nobody reads after a half-close": {func(t *testing.T, c relayed) {
+			closeWrite(t, c.client)
+			mustEOF(t, c.backend)
+			io.Copy(c.backend, endless{}) // until the relay cuts it
+		}, causeHalfClose},
+		"the relay ends it": {func(t *testing.T, c relayed) {
+			c.end(causeMoved)
+			c.end(causeDrain)
+			mustBreak(t, c.client)
+			mustBreak(t, c.backend)
+		}, causeMoved},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			r := quietRelay(t, 3)
+			r.linger = 200 * time.Millisecond
+			if tt.want != causeHalfClose {
+				r.linger = lingerTime
+			}
+			c := carried(t, r, 2, nil, nil)
+			if got := r.byBackend[2].open.Load(); got != 1 {
+				t.Errorf("open = %d, want 1", got)
+			}
+			tt.play(t, c)
+			c.wantCause(t, tt.want)
+			if got := r.byBackend[2].open.Load(); got != 0 || r.size() != 0 {
+				t.Errorf("open = %d, size = %d after the end, want 0", got, r.size())
+			}
+		})
+	}
+}
+
+// endless is a source without an end.
+type endless struct{}
+
+func (endless) Read(b []byte) (int, error) { return len(b), nil }
+
+// A half-closed session that goes on talking is not cut.
+func TestRelayHalfClosedTalks(t *testing.T) {
+	r := quietRelay(t, 1)
+	r.linger = 300 * time.Millisecond
+	c := carried(t, r, 0, nil, nil)
+	closeWrite(t, c.client)
+	mustEOF(t, c.backend)
+	for end := time.Now().Add(3 * r.linger); time.Now().Before(end); <-time.After(r.linger / 10) {
+		mustWrite(t, c.backend, "x")
+		mustRead(t, c.client, "x")
+	}
+	c.backend.Close()
+	mustEOF(t, c.client)
+	c.wantCause(t, causeClient)
+}
+
+func TestRelayEarlyBytes(t *testing.T) {
+	c := carried(t, quietRelay(t, 1), 0, []byte("from the client"), []byte("from the backend"))
+	mustRead(t, c.backend, "from the client")
+	mustRead(t, c.client, "from the backend")
+	mustWrite(t, c.client, " and more")
+	mustWrite(t, c.backend, " and more")
+	mustRead(t, c.backend, " and more")
+	mustRead(t, c.client, " and more")
+	c.end(causeDrain)
+	waitFor(t, c.relay)
+	if got := c.relay.bytes(); got != [2]int64{24, 25} {
+		t.Errorf("bytes = %d, want 24 and 25", got)
+	}
+}
+
+// stream writes size random bytes in random pieces, half-closes, and returns
+// their hash.
+func stream(conn *net.TCPConn, size int, rng *rand.Rand) ([]byte, error) {
+	sum := sha256.New()
+	block := make([]byte, 100_000)
+	for size > 0 {
+		piece := block[:min(size, 1+rng.IntN(len(block)))]
+		for i := 0; i < len(piece); i += 1 + rng.IntN(1000) {
+			piece[i] = byte(rng.Uint32())
+		}
+		sum.Write(piece)
+		if _, err := conn.Write(piece); err != nil {
+			return nil, err
+		}
+		size -= len(piece)
+	}
+	return sum.Sum(nil), conn.CloseWrite()
+}
+
+// Random sizes in both directions at once, byte by byte the same.
+func TestRelayBytes(t *testing.T) {
+	r := quietRelay(t, 1)
+	var running sync.WaitGroup
+	for i := range 50 {
+		c := carried(t, r, 0, nil, nil)
+		rng := rand.New(rand.NewPCG(uint64(i), 1))
+		size := rng.IntN(1 << (8 + i%16))
+		for _, ends := range [][2]*net.TCPConn{{c.client, c.backend}, {c.backend, c.client}} {
+			var sent []byte
+			var wrote sync.WaitGroup
+			wrote.Go(func() {
+				var err error
+				if sent, err = stream(ends[0], size, rand.New(rand.NewPCG(uint64(i), 2))); err != nil {
+					t.Error(err)
+				}
+			})
+			running.Go(func() {
+				sum := sha256.New()
+				n, err := io.Copy(sum, ends[1])
+				wrote.Wait()
+				if err != nil || n != int64(size) || !bytes.Equal(sum.Sum(nil), sent) {
+					t.Errorf("session %d: %d bytes, %v; want the %d that were sent", i, n, err, size)
+				}
+			})
+		}
+	}
+	running.Wait()
+	waitFor(t, r)
+	if got := r.ended[causeClient].Load() + r.ended[causeBackend].Load(); got != 50 {
+		t.Errorf("%d clean ends, want 50", got)
+	}
+}
+
+// A reader that stops stops its sender, and nobody else.
+func TestRelayBackpressure(t *testing.T) {
+	r := quietRelay(t, 1)
+	stuck := carried(t, r, 0, nil, nil)
+	var sent int64
+	for { // until nothing was taken for a while
+		stuck.backend.SetWriteDeadline(time.Now().Add(200 * time.Millisecond))
+		n, err := stuck.backend.Write(make([]byte, 64<<10))
+		sent += int64(n)
+		if err != nil {
+			break
+		}
+		if sent > 64<<20 {
+			t.Fatal("64 MiB were taken for a reader that does not read")
+		}
+	}
+	other := carried(t, r, 0, nil, nil)
+	mustWrite(t, other.client, "ping")
+	mustRead(t, other.backend, "ping")
+
+	closeWrite(t, stuck.backend)
+	stuck.client.SetReadDeadline(time.Now().Add(patience))
+	if n, err := io.Copy(io.Discard, stuck.client); n != sent || err != nil {
+		t.Errorf("the reader got %d bytes, %v; want the %d that were sent", n, err, sent)
+	}
+	stuck.client.Close()
+	other.end(causeDrain)
+	waitFor(t, r)
+}
+
+// Ends from several places at once are one end.
+func TestRelayEndsOnce(t *testing.T) {
+	r := quietRelay(t, 1)
+	const sessions = 100
+	for range sessions {
+		c := carried(t, r, 0, nil, nil)
+		var all sync.WaitGroup
+		for _, end := range []func(){
+			func() { c.end(causeMoved) }, func() { c.end(causeDrain) },
+			func() { reset(c.client) }, func() { c.backend.Close() },
+		} {
+			all.Go(end)
+		}
+		all.Wait()
+	}
+	waitFor(t, r)
+	var total int64
+	for i := range r.ended {
+		total += r.ended[i].Load()
+	}
+	if total != sessions || r.ended[causeNone].Load() != 0 {
+		t.Errorf("%d ends, %d without a cause; want %d and 0", total, r.ended[causeNone].Load(), sessions)
+	}
+}
+
+func BenchmarkRelayMessage(b *testing.B) {
+	for _, size := range []int{64, 1024, 64 << 10} {
+		b.Run(byteSize(size), func(b *testing.B) {
+			r := quietRelay(b, 1)
+			c := carried(b, r, 0, nil, nil)
+			message := make([]byte, size)
+			b.SetBytes(int64(size))
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, err := c.client.Write(message); err != nil {
+					b.Fatal(err)
+				}
+				if _, err := io.ReadFull(c.backend, message); err != nil {
+					b.Fatal(err)
+				}
+			}
+			c.end(causeDrain)
+			r.wait()
+		})
+	}
+}
+
+func byteSize(n int) string {
+	if n >= 1024 {
+		return backendName("KiB", n/1024)
+	}
+	return backendName("B", n)
+}

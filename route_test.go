@@ -1,0 +1,233 @@
+package main
+
+import (
+	"maps"
+	"reflect"
+	"strings"
+	"testing"
+	"unicode/utf8"
+)
+
+// seed is the table before an update: 4 backends, each namespace named for how
+// it is served.
+func seed(t *testing.T) *table {
+	t.Helper()
+	return newTable("backend", 4, entries{source: "test", version: "1", data: map[string]string{
+		"pinned-0": "backend-0", "pinned-3": "backend-3", "refused": "junk",
+	}}, nil)
+}
+
+func TestTableReadsEntries(t *testing.T) {
+	const junk = 1 << 20
+	const bad = refused
+	tests := map[string]struct {
+		value string
+		want  int
+	}{
+		"plain":                  {"backend-2", 2},
+		"first":                  {"backend-0", 0},
+		"last":                   {"backend-3", 3},
+		"newline at the end":     {"backend-2\n", 2},
+		"spaces around":          {" \t backend-2\r\n ", 2},
+		"unknown name":           {"bakend-2", bad},
+		"ordinal out of range":   {"backend-9", bad},
+		"just out of range":      {"backend-4", bad},
+		"leading zero":           {"backend-02", bad},
+		"zero twice":             {"backend-00", bad},
+		"plus sign":              {"backend-+1", bad},
+		"minus sign":             {"backend--1", bad},
+		"minus zero":             {"backend--0", bad},
+		"no ordinal":             {"backend-", bad},
+		"only the prefix":        {"backend", bad},
+		"only the ordinal":       {"2", bad},
+		"empty":                  {"", bad},
+		"spaces only":            {" \n", bad},
+		"space within":           {"backend- 2", bad},
+		"two names":              {"backend-1 backend-2", bad},
+		"upper case":             {"Backend-2", bad},
+		"other prefix":           {"server-2", bad},
+		"prefix of the prefix":   {"mybackend-2", bad},
+		"address":                {"backend-2.headless:9000", bad},
+		"hexadecimal":            {"backend-0x2", bad},
+		"underscore":             {"backend-0_2", bad},
+		"exponent":               {"backend-1e0", bad},
+		"other digits":           {"backend-２", bad},
+		"very long number":       {"backend-" + strings.Repeat("9", 400), bad},
+		"long number around 2^n": {"backend-18446744073709551618", bad},
+		"1 MiB of junk":          {strings.Repeat("<", junk), bad},
+		"1 MiB of spaces":        {strings.Repeat(" ", junk), bad},
+		"invalid UTF-8":          {"backend-\xff", bad},
+		"NUL":                    {"backend-2\x00", bad},
+		"JSON":                   {`"backend-2"`, bad},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			table := newTable("backend", 4, entries{data: map[string]string{"ns-01": tt.value}}, nil)
+			got, ok := table.owner("ns-01")
+			if got != tt.want || ok != (tt.want != refused) {
+				t.Errorf("owner %d, %v; want %d", got, ok, tt.want)
+			}
+			bad, rejected := table.rejected["ns-01"]
+			if rejected != (tt.want == refused) {
+				t.Errorf("rejected is %v with owner %d", rejected, tt.want)
+			}
+			if rejected && (bad.Want != "backend-0 to backend-3" || bad.Kept != "refused") {
+				t.Errorf("rejected with want %q, kept %q", bad.Want, bad.Kept)
+			}
+			if !utf8.ValidString(bad.Value) || len(bad.Value) > 3*maxShownValue+len("…") {
+				t.Errorf("the value is shown as %d bytes %.200q", len(bad.Value), bad.Value)
+			}
+		})
+	}
+}
+
+// TestTableKeeps: what cannot be read changes nothing (invariant 3).
+func TestTableKeeps(t *testing.T) {
+	hashed := bucket("hashed", 4)
+	tests := map[string]struct {
+		namespace string
+		old       *table
+		backends  int
+		owner     int
+		why, kept string
+	}{
+		"no old table":              {"hashed", nil, 4, refused, whyRefused, "refused"},
+		"old override":              {"pinned-3", seed(t), 4, 3, whyKept, "backend-3"},
+		"old hash":                  {"hashed", seed(t), 4, hashed, whyKept, "hash"},
+		"old refused":               {"refused", seed(t), 4, refused, whyRefused, "refused"},
+		"old override out of range": {"pinned-3", seed(t), 3, refused, whyRefused, "refused"},
+		"old override in range":     {"pinned-0", seed(t), 3, 0, whyKept, "backend-0"},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			data := map[string]string{tt.namespace: "bakend-2", "other": "backend-1"}
+			next := newTable("backend", tt.backends, entries{version: "2", data: data}, tt.old)
+			owner, ok := next.owner(tt.namespace)
+			if owner != tt.owner || ok != (tt.owner != refused) {
+				t.Errorf("owner %d, %v; want %d", owner, ok, tt.owner)
+			}
+			if why := next.explain(tt.namespace); why != tt.why {
+				t.Errorf("why %q, want %q", why, tt.why)
+			}
+			want := rejection{Value: "bakend-2", Want: "backend-0 to " + next.name(tt.backends-1), Kept: tt.kept}
+			if got := next.rejected[tt.namespace]; got != want || len(next.rejected) != 1 {
+				t.Errorf("rejected %v, want only %v", next.rejected, want)
+			}
+			if owner, _ := next.owner("other"); owner != 1 {
+				t.Errorf("the owner of the good entry is %d, want 1", owner)
+			}
+			again := newTable("backend", tt.backends, entries{version: "3", data: data}, next)
+			if owner, _ := again.owner(tt.namespace); owner != tt.owner {
+				t.Errorf("the owner is %d after the same entries again, want %d", owner, tt.owner)
+			}
+		})
+	}
+}
+
+// TestTableForgets: an entry that was removed, or mended, is as if it had never
+// been wrong.
+func TestTableForgets(t *testing.T) {
+	bad := newTable("backend", 4, entries{data: map[string]string{"a": "junk", "b": "junk"}}, nil)
+	next := newTable("backend", 4, entries{data: map[string]string{"b": "backend-1"}}, bad)
+	want := newTable("backend", 4, entries{data: map[string]string{"b": "backend-1"}}, nil)
+	if !reflect.DeepEqual(next, want) {
+		t.Errorf("table %+v, want %+v", next, want)
+	}
+	for namespace, why := range map[string]string{"a": whyHash, "b": whyOverride} {
+		if got := next.explain(namespace); got != why {
+			t.Errorf("why of %s is %q, want %q", namespace, got, why)
+		}
+	}
+}
+
+func TestTableRejectsNamespaces(t *testing.T) {
+	table := newTable("backend", 4, entries{data: map[string]string{"a/b": "backend-1", "..": "backend-2", "ok": "backend-3"}}, nil)
+	if want := map[string]int{"ok": 3}; !maps.Equal(table.overrides, want) {
+		t.Errorf("overrides %v, want %v", table.overrides, want)
+	}
+	for _, namespace := range []string{"a/b", ".."} {
+		if bad := table.rejected[namespace]; bad.Want != namespaceFault(namespace) || bad.Kept != "nothing" {
+			t.Errorf("%q is rejected as %+v", namespace, bad)
+		}
+	}
+}
+
+func TestTableIsImmutable(t *testing.T) {
+	old := seed(t)
+	data := map[string]string{"pinned-0": "backend-1", "pinned-3": "junk", "refused": "backend-2", "new": "x"}
+	next := newTable("backend", 2, entries{version: "2", data: data}, old)
+	data["pinned-0"] = "backend-3" // the source's map is not the table's
+	if !reflect.DeepEqual(old, seed(t)) {
+		t.Errorf("the old table is now %+v, want %+v", old, seed(t))
+	}
+	if owner, _ := next.owner("pinned-0"); owner != 1 {
+		t.Errorf("the owner is %d after the source's map changed, want 1", owner)
+	}
+}
+
+func TestTableChanges(t *testing.T) {
+	type counts struct{ added, changed, removed int }
+	tests := map[string]struct {
+		old, new map[string]string
+		want     counts
+	}{
+		"first":          {nil, map[string]string{"a": "backend-0", "b": "backend-1"}, counts{added: 2}},
+		"same":           {map[string]string{"a": "backend-0"}, map[string]string{"a": "backend-0\n"}, counts{}},
+		"one of each":    {map[string]string{"a": "backend-0", "b": "backend-1", "c": "backend-2"}, map[string]string{"b": "backend-2", "c": "backend-2", "d": "backend-3"}, counts{1, 1, 1}},
+		"all removed":    {map[string]string{"a": "backend-0", "b": "backend-1"}, map[string]string{}, counts{removed: 2}},
+		"kept":           {map[string]string{"a": "backend-1"}, map[string]string{"a": "junk"}, counts{}},
+		"bad, was hash":  {map[string]string{}, map[string]string{"a": "junk"}, counts{}},
+		"mended":         {map[string]string{"a": "junk"}, map[string]string{"a": "backend-1"}, counts{changed: 1}},
+		"first, refused": {nil, map[string]string{"a": "junk"}, counts{added: 1}},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			var old *table
+			if tt.old != nil {
+				old = newTable("backend", 4, entries{data: tt.old}, nil)
+			}
+			var got counts
+			got.added, got.changed, got.removed = newTable("backend", 4, entries{data: tt.new}, old).changes(old)
+			if got != tt.want {
+				t.Errorf("%+v, want %+v", got, tt.want)
+			}
+		})
+	}
+}
+
+func TestNamespaceFault(t *testing.T) {
+	tests := map[string]struct {
+		namespace string
+		ok        bool
+	}{
+		"one letter":     {"a", true},
+		"all kinds":      {"a-Z_0.9", true},
+		"dots":           {"...", true},
+		"hidden":         {".a", true},
+		"253":            {strings.Repeat("a", 253), true},
+		"empty":          {"", false},
+		"254":            {strings.Repeat("a", 254), false},
+		"dot":            {".", false},
+		"dot dot":        {"..", false},
+		"slash":          {"a/b", false},
+		"escaped":        {"a%2Fb", false},
+		"space":          {"a b", false},
+		"colon":          {"a:b", false},
+		"at":             {"a@b", false},
+		"letter, not us": {"ä", false},
+		"NUL":            {"a\x00", false},
+		"newline":        {"a\n", false},
+		"invalid UTF-8":  {"a\xff", false},
+		"below 0":        {"/", false},
+		"above z":        {"{", false},
+		"above Z":        {"[", false},
+		"below a":        {"`", false},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			if got := namespaceFault(tt.namespace); (got == "") != tt.ok {
+				t.Errorf("namespaceFault(%q) = %q", tt.namespace, got)
+			}
+		})
+	}
+}

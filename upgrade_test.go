@@ -1,0 +1,85 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"net/http"
+	"strings"
+	"testing"
+)
+
+func TestNamespaceFromHost(t *testing.T) {
+	tests := map[string]struct{ host, want string }{
+		"name":        {"ns-01.mydomain.com", "ns-01"},
+		"port":        {"ns-01.mydomain.com:8443", "ns-01"},
+		"upper case":  {"NS-01.MyDomain.com", "ns-01"},
+		"one label":   {"localhost", ""},
+		"IPv4":        {"127.0.0.1:8000", ""},
+		"IPv6":        {"[::1]:8000", ""},
+		"empty label": {".mydomain.com", ""},
+		"no domain":   {"ns-01.", ""},
+		"bad label":   {"ns%2f.mydomain.com", ""},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			got, no := hostNamespace(&http.Request{Host: tt.host})
+			if got != tt.want || (no == nil) != (tt.want != "") {
+				t.Errorf("hostNamespace(%q) = %q, %v; want %q", tt.host, got, no, tt.want)
+			}
+			if no != nil && no.result != resultBadRequest {
+				t.Errorf("result %v, want bad_request", no.result)
+			}
+		})
+	}
+	backend := startStub(t, "127.0.0.1:0", echo)
+	p := startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) { p.namespace = hostNamespace })
+	_, _, resp := p.ask(t, upgradeRequest("/any/path"))
+	if head := backend.heads(); resp.StatusCode != 101 || !strings.HasPrefix(head[0], "GET /any/path HTTP/1.1\r\nHost: www.mydomain.com\r\n") {
+		t.Errorf("status %d, the backend got %q", resp.StatusCode, head)
+	}
+}
+
+// What the check lets through reaches the backend as one request for the same
+// namespace, without a body and without forged headers.
+func FuzzUpgrade(f *testing.F) {
+	f.Add(upgradeRequest("/ws/ns-01"))
+	f.Add(upgradeRequest("/ws/ns-01/deep?q=1#f"))
+	f.Add(upgradeRequest("http://other.example/ws/ns-01"))
+	f.Add(upgradeRequest("/ws/ns-01/%2e%2e/ns-02"))
+	f.Add("GET /ws/ns-01 HTTP/1.1\r\nHost: h\r\nConnection: Upgrade, X-Router-Pod, Host\r\nUpgrade: websocket\r\nX_Router_Pod: x\r\nX-Router-Table: x\r\n\r\n")
+	f.Add("POST /ws/a HTTP/1.0\r\nTransfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n")
+	f.Fuzz(func(t *testing.T, request string) {
+		in, err := http.ReadRequest(bufio.NewReader(strings.NewReader(request)))
+		if err != nil {
+			return
+		}
+		in.RemoteAddr = "192.0.2.1:4711"
+		namespace, no := pathNamespace(in)
+		if no == nil {
+			no = checkUpgrade(in)
+		}
+		if no != nil {
+			if no.result.status()/100 != 4 || no.reason == "" {
+				t.Fatalf("refused with %v %q", no.result, no.reason)
+			}
+			return
+		}
+		head := requestHead(in, forwarded(in, "router-x", "41"))
+		rest := bufio.NewReader(bytes.NewReader(head))
+		out, err := http.ReadRequest(rest)
+		if err != nil {
+			t.Fatalf("the backend cannot read %q: %v", head, err)
+		}
+		again, no := pathNamespace(out)
+		switch {
+		case rest.Buffered() > 0 || out.ContentLength != 0:
+			t.Fatalf("more than one request without a body: %q", head)
+		case no != nil || again != namespace || namespaceFault(namespace) != "":
+			t.Fatalf("namespace %q became %q", namespace, again)
+		case strings.Join(out.Header.Values(headerPod), "|") != "router-x" || strings.Join(out.Header.Values(headerTable), "|") != "41":
+			t.Fatalf("forged: %q", head)
+		case out.Host != in.Host || checkUpgrade(out) != nil:
+			t.Fatalf("host %q, want %q; %v", out.Host, in.Host, checkUpgrade(out))
+		}
+	})
+}
