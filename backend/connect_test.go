@@ -114,7 +114,7 @@ func TestClientTellsRefusals(t *testing.T) {
 		says   string
 	}{
 		"text": {func(w http.ResponseWriter, _ *http.Request) {
-			http.Error(w, "no owner\nfor ns-01", 503)
+			http.Error(w, "no owner\nfor ns-01", http.StatusServiceUnavailable)
 		}, `server answered 503 Service Unavailable: "no owner"`},
 		"empty": {func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(404) },
 			"server answered 404 Not Found\n"},

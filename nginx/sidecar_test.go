@@ -4,6 +4,7 @@ package nginx_test
 
 import (
 	"bytes"
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -247,7 +248,9 @@ func (s *sidecar) client(t *testing.T, address string) *http.Client {
 	t.Helper()
 	transport := &http.Transport{
 		TLSClientConfig: s.tlsConfig(),
-		Dial:            func(network, _ string) (net.Conn, error) { return net.Dial(network, address) },
+		DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, network, address)
+		},
 	}
 	t.Cleanup(transport.CloseIdleConnections)
 	return &http.Client{

@@ -1,0 +1,97 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// TestBadOverride applies values that are no backend: their namespaces and
+// sessions stay where they are, the rest of the ConfigMap applies, and it is
+// reported in /owner, in a metric and in the log of every router.
+func TestBadOverride(t *testing.T) {
+	const overridden, hashed, good = prefix + "bad-overridden", prefix + "bad-hashed", prefix + "bad-good"
+	s := newSystem(t)
+	s.keepOverrides()
+	routers := s.routers(t.Context())
+	began := metav1.Now()
+	rejected := s.mustSum(routers, "router_table_rejected_entries")
+	byOverride := s.other(s.mustOwner(overridden).Owner)
+	byHash := s.mustOwner(hashed).Owner
+	elsewhere := s.other(s.mustOwner(good).Owner)
+
+	s.awaitTable(t.Context(), s.apply(map[string]string{overridden: byOverride}))
+	sessions := []*follower{s.mustFollow(overridden), s.mustFollow(hashed)}
+	s.awaitTable(t.Context(), s.apply(map[string]string{
+		overridden: "bakend-2", hashed: "backend-99", good: elsewhere,
+	}))
+	for _, r := range routers {
+		s.checkKept(r, overridden, byOverride, "bakend-2", byOverride)
+		s.checkKept(r, hashed, byHash, "backend-99", "hash")
+		if err := r.owns(t.Context(), good, elsewhere, "override"); err != nil {
+			t.Error(err)
+		}
+		if err := s.logged(t.Context(), r.pod, began, "entry rejected", overridden, "bakend-2"); err != nil {
+			t.Error(err)
+		}
+		if err := s.logged(t.Context(), r.pod, began, "entry rejected", hashed, "backend-99"); err != nil {
+			t.Error(err)
+		}
+	}
+	if got := s.mustSum(routers, "router_table_rejected_entries") - rejected; got != float64(2*len(routers)) {
+		t.Errorf("router_table_rejected_entries rose by %v over %d routers, want 2 each", got, len(routers))
+	}
+	s.mustLand(overridden, byOverride)
+	s.mustLand(hashed, byHash)
+	s.mustLand(good, elsewhere)
+	s.goOn(sessions, 2)
+
+	s.awaitTable(t.Context(), s.apply(map[string]string{overridden: byOverride, good: elsewhere}))
+	if got := s.mustSum(routers, "router_table_rejected_entries"); got != rejected {
+		t.Errorf("router_table_rejected_entries is %v after the correction, want %v", got, rejected)
+	}
+	s.goOn(sessions, 1)
+}
+
+// checkKept asks a router why a namespace with a bad override is where it is.
+func (s *system) checkKept(r *router, namespace, owner, value, kept string) {
+	s.t.Helper()
+	o, err := r.owner(s.t.Context(), namespace)
+	switch {
+	case err != nil:
+		s.t.Error(err)
+	case o.Owner != owner || o.Why != "kept":
+		s.t.Errorf("%s: %s belongs to %q by %q, want %q by \"kept\"", r.pod, namespace, o.Owner, o.Why, owner)
+	case o.Rejected == nil || o.Rejected.Value != value || o.Rejected.Kept != kept || o.Rejected.Want == "":
+		s.t.Errorf("%s: %s: rejected is %+v, want value %q, kept %q, and what would be right", r.pod, namespace, o.Rejected, value, kept)
+	}
+}
+
+// logged is nil if a line of the router's log since then has all these words.
+func (s *system) logged(ctx context.Context, pod string, since metav1.Time, words ...string) error {
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	log, err := s.client.CoreV1().Pods(s.namespace).GetLogs(pod, &corev1.PodLogOptions{
+		Container: "router", SinceTime: &since,
+	}).DoRaw(ctx)
+	if err != nil {
+		return err
+	}
+	for line := range strings.Lines(string(log)) {
+		found := 0
+		for _, word := range words {
+			if strings.Contains(line, word) {
+				found++
+			}
+		}
+		if found == len(words) {
+			return nil
+		}
+	}
+	return fmt.Errorf("log of %s has no line with %q:\n%s", pod, words, log)
+}

@@ -1,0 +1,20 @@
+// Package e2e holds the tests of the whole system: clients, nginx, routers,
+// backends and the Kubernetes API, against the cluster of the current
+// kubeconfig context, where it was deployed with `make deploy`.
+//
+// All of it is in test files, and the tests run one after the other. Each puts
+// back what it changes: the overrides, the Secret, the pods. The namespaces
+// they use begin with "e2e-". A precondition that is not met is a failure that
+// says what to do, never a skip; to leave a test out, use -skip.
+//
+// Environment:
+//
+//	E2E_ADDR         host:port of nginx. Default: the address of the
+//	                 LoadBalancer Service "router" if it answers, else its
+//	                 cluster IP, else its port of a node, else a port-forward
+//	                 to a router pod, which "forward" asks for and which does
+//	                 not bear TestOverrideLatency and TestHold5000
+//	E2E_ARTIFACTS    where the screenshots go (artifacts)
+//	E2E_CONNECTIONS  how many connections TestHold5000 holds (5000)
+//	E2E_HOLD         for how long (2m)
+package e2e

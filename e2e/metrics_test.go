@@ -1,0 +1,158 @@
+package e2e
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	dto "github.com/prometheus/client_model/go"
+)
+
+// metricNames are the metrics that a router in a cluster has, with their
+// types: dashboards are built on them.
+func metricNames() map[string]dto.MetricType {
+	const counter, gauge = dto.MetricType_COUNTER, dto.MetricType_GAUGE
+	return map[string]dto.MetricType{
+		"router_build_info":              gauge,
+		"router_ready":                   gauge,
+		"router_sessions":                gauge,
+		"router_sessions_total":          counter,
+		"router_sessions_ended_total":    counter,
+		"router_upgrades_total":          counter,
+		"router_upgrades_waiting":        gauge,
+		"router_bytes_total":             counter,
+		"router_table_info":              gauge,
+		"router_table_overrides":         gauge,
+		"router_table_backends":          gauge,
+		"router_table_rejected_entries":  gauge,
+		"router_table_swaps_total":       counter,
+		"router_watch_state":             gauge,
+		"router_watch_staleness_seconds": gauge,
+		"router_watch_failures_in_row":   gauge,
+		"router_watch_object_absent":     gauge,
+		"go_goroutines":                  gauge,
+		"process_start_time_seconds":     gauge,
+	}
+}
+
+// labelValues are values of labels that must be there from the start, so that
+// a rate has something to begin with.
+func labelValues() map[string]string {
+	return map[string]string{
+		"router_sessions backend":           "backend-0 backend-1 backend-2 backend-3",
+		"router_sessions_total backend":     "backend-0 backend-1 backend-2 backend-3",
+		"router_sessions_ended_total cause": "client backend client_error backend_error half_close moved drain",
+		"router_bytes_total direction":      "to_backend to_client",
+		"router_upgrades_total result": "ok bad_request bad_head not_found not_upgrade no_table refused hold_timeout " +
+			"client_gone max_sessions max_waiting bad_gateway gateway_timeout answered draining",
+		"router_watch_state state":            "",
+		"router_build_info version goversion": "",
+		"router_table_info source version":    "",
+	}
+}
+
+// TestMetrics reads /metrics of every router with Prometheus's parser, and
+// sees counters follow what clients do.
+func TestMetrics(t *testing.T) {
+	const sessions = 25
+	s := newSystem(t)
+	routers := s.routers(t.Context())
+	for _, r := range routers {
+		m, err := r.metrics(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		checkFamilies(t, r.pod, m)
+		if m.sum("router_ready") != 1 || m.sum("router_table_backends") != 4 || m.sum("router_watch_state") != 1 {
+			t.Errorf("%s: router_ready %v, router_table_backends %v, router_watch_state %v in all; want 1, 4, 1",
+				r.pod, m.sum("router_ready"), m.sum("router_table_backends"), m.sum("router_watch_state"))
+		}
+	}
+
+	s.awaitSessions(routers, 0)
+	rising := []string{"router_sessions_total", "router_upgrades_total", "router_bytes_total"}
+	before := map[string]float64{}
+	for _, name := range rising {
+		before[name] = s.mustSum(routers, name)
+	}
+	ended := s.mustSum(routers, "router_sessions_ended_total")
+	var held []*follower
+	for i := range sessions {
+		held = append(held, s.mustFollow(fmt.Sprintf("%smetrics-%d", prefix, i)))
+	}
+	s.awaitSessions(routers, sessions)
+	for name, least := range map[string]float64{
+		"router_sessions_total": sessions, "router_upgrades_total": sessions, "router_bytes_total": 40 * sessions,
+	} {
+		if rose := s.mustSum(routers, name) - before[name]; rose < least {
+			t.Errorf("%s rose by %v with %d sessions, want at least %v", name, rose, sessions, least)
+		}
+	}
+	for _, f := range held {
+		f.close()
+	}
+	s.awaitSessions(routers, 0)
+	if rose := s.mustSum(routers, "router_sessions_ended_total") - ended; rose != sessions {
+		t.Errorf("router_sessions_ended_total rose by %v after %d sessions", rose, sessions)
+	}
+}
+
+// checkFamilies holds names, types, help and labels of all metrics.
+func checkFamilies(t *testing.T, pod string, m metrics) {
+	t.Helper()
+	for name, kind := range metricNames() {
+		family := m[name]
+		switch {
+		case family == nil:
+			t.Errorf("%s: no %s", pod, name)
+		case family.GetType() != kind:
+			t.Errorf("%s: %s is a %s, want %s", pod, name, family.GetType(), kind)
+		case family.GetHelp() == "" || len(family.GetMetric()) == 0:
+			t.Errorf("%s: %s has no help or no samples", pod, name)
+		}
+	}
+	for key, values := range labelValues() {
+		words := strings.Fields(key)
+		for _, label := range words[1:] {
+			checkLabel(t, pod, m[words[0]], label, strings.Fields(values))
+		}
+	}
+}
+
+// checkLabel holds the values of a label: exactly these, if any are given.
+func checkLabel(t *testing.T, pod string, family *dto.MetricFamily, label string, want []string) {
+	t.Helper()
+	got := map[string]int{}
+	for _, sample := range family.GetMetric() {
+		for _, pair := range sample.GetLabel() {
+			if pair.GetName() == label {
+				got[pair.GetValue()]++
+			}
+		}
+	}
+	if len(got) == 0 {
+		t.Errorf("%s: %s has no label %q", pod, family.GetName(), label)
+	}
+	for _, value := range want {
+		if got[value] != 1 {
+			t.Errorf("%s: %s has %d samples with %s=%q, want 1", pod, family.GetName(), got[value], label, value)
+		}
+	}
+	if len(want) > 0 && len(got) != len(want) {
+		t.Errorf("%s: %s has the values %v of %q, want %q", pod, family.GetName(), got, label, want)
+	}
+}
+
+// awaitSessions waits until the routers count this many sessions in all. The
+// time is that of a half-closed session of a client that is gone.
+func (s *system) awaitSessions(routers []*router, want float64) {
+	s.t.Helper()
+	eventually(s.t, 40*time.Second, "router_sessions (has the system other clients?)", func() error {
+		got, err := sumOver(s.t.Context(), routers, "router_sessions")
+		if err == nil && got != want {
+			err = fmt.Errorf("the sum is %v, want %v", got, want)
+		}
+		return err
+	})
+}
