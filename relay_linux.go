@@ -3,6 +3,7 @@
 package main
 
 import (
+	"fmt"
 	"net"
 	"os"
 	"runtime"
@@ -15,9 +16,11 @@ import (
 // This is the carrier for Linux. A session at rest is two descriptors and this
 // file's wire: no goroutine, no buffer.
 //
-// Each poller has one epoll set (epoll(7), level-triggered) with the sockets of
-// its sessions. The set's own descriptor is in Go's poller, so a poller with
-// nothing to do is a parked goroutine. What comes from one side is read into
+// Each poller has one epoll set (epoll(7)) with the sockets of its sessions. It
+// is edge-triggered: a socket is told of once, when something has come, or when
+// it is added or modified and something is there. The set's own descriptor is in
+// Go's poller, which tells of it in the same way, so a poller with nothing to do
+// is a parked goroutine. What comes from one side is read into
 // the poller's buffer and written to the other. What the other does not take is
 // held: the session keeps it in a pooled buffer, stops reading that side, and
 // waits until the other can be written.
@@ -27,11 +30,17 @@ import (
 //	                   v
 //	                ended: the other side got our FIN
 //
-// When both directions have ended, or a socket fails, the session is over.
+// When both directions have ended, or a socket cannot be read, the session is
+// over. A side that takes nothing any more may still have sent something: that
+// is carried, and what comes for the side is dropped.
 
 const (
 	pollerBuffer = 64 << 10 // bytes, of each poller and of each held remainder
 	pollerEvents = 256      // taken from epoll at once
+	pollerTurn   = 16       // reads of one side before it is the others' turn
+
+	edge  = 1 << 31 // EPOLLET, which package syscall has as a negative number
+	again = 1 << 27 // in wire.mask: epoll has to look at the socket once more
 )
 
 // wire is the part of a session that its poller owns.
@@ -42,11 +51,12 @@ type wire struct {
 	open bool        // it has a slot and its sockets
 	slot int32       // in poller.slots
 	fd   [2]int32    // the sockets
-	mask [2]uint32   // what epoll watches; 0: the socket is not in the set
+	mask [2]uint32   // what epoll watches; 0: the socket is not in the set yet
 	fin  [2]bool     // the side has ended
-	half cause       // the side that ended first, or causeNone
+	lost [2]bool     // the side takes nothing any more
+	half cause       // why one direction is over, or causeNone
 	held [2]*held    // from the side, not taken by its peer; nil if nothing
-	wait *time.Timer // bounds the silence of a half-closed session
+	wait *time.Timer // bounds the silence of the other direction
 }
 
 // held is what a side did not take.
@@ -96,12 +106,14 @@ func (c *carrier) start(r *relay) error {
 			c.stop()
 			return os.NewSyscallError("epoll_create1", err)
 		}
-		if err := syscall.SetNonblock(fd, true); err != nil { // else os.NewFile keeps it from Go's poller
-			return os.NewSyscallError("fcntl", err)
-		}
+		syscall.SetNonblock(fd, true) // for os.NewFile: that it is for Go's poller
 		p := &poller{relay: r, set: os.NewFile(uintptr(fd), "epoll"), epoll: fd}
 		c.pollers = append(c.pollers, p)
 		c.running.Go(p.run)
+		if err := p.set.SetDeadline(time.Time{}); err != nil { // os.ErrNoDeadline: Go's poller did not take it
+			c.stop()
+			return fmt.Errorf("poll an epoll set: %w", err)
+		}
 	}
 	return nil
 }
@@ -122,16 +134,18 @@ func (c *carrier) attach(s *session, _ [2]net.Conn) {
 // begin takes the sockets of s out of Go's hands and carries what came first.
 func (c *carrier) begin(s *session, ends [2]net.Conn, first [2][]byte) {
 	p := s.poller
-	fds, err := takeDescriptors(ends)
+	fds := takeDescriptors(ends)
 	p.mu.Lock()
 	defer p.unlock()
 	p.enter(s, fds)
 	switch {
-	case err != nil:
+	case min(fds[client], fds[server]) < 0:
 		p.end(s, causeRouterError)
 	case s.ending():
 		p.end(s, causeNone)
-	case p.pass(s, client, first[client]) && p.pass(s, server, first[server]):
+	default:
+		p.pass(s, client, first[client])
+		p.pass(s, server, first[server])
 		p.watch(s)
 	}
 }
@@ -139,30 +153,23 @@ func (c *carrier) begin(s *session, ends [2]net.Conn, first [2][]byte) {
 // takeDescriptors returns duplicates of the connections' descriptors, which
 // are not in Go's poller, and closes the connections. A descriptor is -1 if it
 // could not be had.
-func takeDescriptors(ends [2]net.Conn) (fds [2]int32, err error) {
+func takeDescriptors(ends [2]net.Conn) (fds [2]int32) {
 	for i, conn := range ends {
 		fds[i] = -1
-		raw, rerr := conn.(syscall.Conn).SyscallConn()
-		if rerr == nil {
-			rerr = raw.Control(func(fd uintptr) {
-				n, _, errno := syscall.Syscall(syscall.SYS_FCNTL, fd, syscall.F_DUPFD_CLOEXEC, 0)
-				if errno != 0 {
-					err = errno
-					return
-				}
+		raw, _ := conn.(syscall.Conn).SyscallConn() // its error is a nil conn
+		raw.Control(func(fd uintptr) {              // its error is a closed conn
+			n, _, errno := syscall.Syscall(syscall.SYS_FCNTL, fd, syscall.F_DUPFD_CLOEXEC, 0)
+			if errno == 0 {
 				fds[i] = int32(n)
-			})
-		}
-		if rerr != nil {
-			err = rerr
-		}
+			}
+		})
 		conn.Close()
 	}
-	return fds, err
+	return fds
 }
 
-// run carries until the epoll set is closed. poll is called when something has
-// come since its last call began, and again whenever it left something.
+// run carries until the epoll set is closed. poll is called when something is
+// new to the set since its last call began, and again when it left something.
 func (p *poller) run() {
 	raw, err := p.set.SyscallConn()
 	if err != nil {
@@ -175,8 +182,8 @@ func (p *poller) run() {
 	})
 }
 
-// poll handles what epoll has now. It reports whether there may be more that
-// Go's poller will not tell of, which it does only for what is new to the set.
+// poll handles what epoll has now, up to pollerEvents. It reports whether there
+// may be more.
 func (p *poller) poll() (more bool) {
 	n, err := syscall.EpollWait(p.epoll, p.events[:], 0)
 	if err != nil {
@@ -184,13 +191,10 @@ func (p *poller) poll() (more bool) {
 	}
 	p.mu.Lock()
 	defer p.unlock()
-	more = n == len(p.events)
 	for _, event := range p.events[:n] {
-		if p.handle(event) {
-			more = true
-		}
+		p.handle(event)
 	}
-	return more
+	return n == len(p.events)
 }
 
 // unlock releases mu, and tells the relay of the sessions that are over.
@@ -215,26 +219,35 @@ func (p *poller) enter(s *session, fds [2]int32) {
 	s.fd, s.open = fds, true
 }
 
-// handle serves one event: its slot is in Fd, the round and side in Pad. It
-// reports whether the side may have more to read.
-func (p *poller) handle(event syscall.EpollEvent) (more bool) {
+// handle serves one event: its slot is in Fd, the round and side in Pad.
+func (p *poller) handle(event syscall.EpollEvent) {
 	at, i := p.slots[event.Fd], side(event.Pad&1)
 	s := at.session
 	if s == nil || at.round != event.Pad>>1 {
-		return false // it ended earlier in this batch
+		return // it ended earlier in this batch
 	}
-	if event.Events&syscall.EPOLLOUT != 0 && !p.flush(s, i.peer()) {
-		return false
+	if event.Events&syscall.EPOLLOUT != 0 {
+		p.flush(s, i.peer())
 	}
 	const ended = syscall.EPOLLRDHUP | syscall.EPOLLHUP | syscall.EPOLLERR
 	switch {
 	case s.reads(i) && event.Events&(syscall.EPOLLIN|ended) != 0:
-		more = p.fill(s, i) || event.Events&ended != 0
-	case event.Events&syscall.EPOLLERR != 0:
-		p.end(s, i.broken())
+		p.drain(s, i, event.Events&ended != 0)
+	case event.Events&syscall.EPOLLERR != 0: // what is held of it goes first
+		p.halve(s, i.broken())
 	}
 	p.watch(s)
-	return more && s.reads(i)
+}
+
+// drain reads the side until it has nothing more for now, or for pollerTurn. Of
+// a side that has ended, the end is read too: it will not be told again.
+func (p *poller) drain(s *session, i side, ended bool) {
+	for range pollerTurn {
+		if !p.fill(s, i, ended) || !s.reads(i) {
+			return
+		}
+	}
+	s.mask[i] |= again
 }
 
 // reads reports whether the side is to be read.
@@ -242,7 +255,7 @@ func (s *session) reads(i side) bool { return s.open && !s.fin[i] && s.held[i] =
 
 // fill reads the side once, and passes on what came. It reports whether there
 // may be more.
-func (p *poller) fill(s *session, i side) (more bool) {
+func (p *poller) fill(s *session, i side, ended bool) (more bool) {
 	n, err := syscall.Read(int(s.fd[i]), p.buf[:])
 	switch {
 	case err == syscall.EAGAIN || err == syscall.EINTR:
@@ -254,91 +267,84 @@ func (p *poller) fill(s *session, i side) (more bool) {
 		p.finish(s, i)
 		return false
 	}
-	return p.pass(s, i, p.buf[:n]) && n == len(p.buf)
+	p.pass(s, i, p.buf[:n])
+	return n == len(p.buf) || ended
 }
 
 // pass writes data, which came from the side, to its peer, and holds what that
 // does not take. data is at most pollerBuffer bytes, and nothing is held yet.
-// It is false if the session is over.
-func (p *poller) pass(s *session, i side, data []byte) bool {
+func (p *poller) pass(s *session, i side, data []byte) {
 	if len(data) == 0 {
-		return true
+		return
 	}
-	n, ok := p.write(s, i, data)
-	if ok && n < len(data) {
+	if n := p.write(s, i, data); n < len(data) {
 		h := p.relay.carrier.spare.Get().(*held)
 		h.start, h.end = 0, copy(h.buf[:], data[n:])
 		s.held[i] = h
 	}
-	return ok
 }
 
-// flush writes what is held of the side. It is false if the session is over.
-func (p *poller) flush(s *session, i side) bool {
+// flush writes what is held of the side.
+func (p *poller) flush(s *session, i side) {
 	h := s.held[i]
 	if h == nil {
-		return true
+		return
 	}
-	n, ok := p.write(s, i, h.buf[h.start:h.end])
-	if h.start += n; !ok || h.start < h.end {
-		return ok
+	if h.start += p.write(s, i, h.buf[h.start:h.end]); h.start == h.end {
+		s.held[i] = nil
+		p.relay.carrier.spare.Put(h)
 	}
-	s.held[i] = nil
-	p.relay.carrier.spare.Put(h)
-	if s.fin[i] {
-		p.passEnd(s, i)
-	}
-	return s.open
 }
 
-// write writes data from the side to its peer, as much as that takes. ok is
-// false if the session is over.
-func (p *poller) write(s *session, i side, data []byte) (n int, ok bool) {
+// write returns how much of data, from the side, its peer took: all, once it
+// takes nothing any more.
+func (p *poller) write(s *session, i side, data []byte) int {
+	if s.lost[i.peer()] {
+		return len(data)
+	}
 	n, err := syscall.Write(int(s.fd[i.peer()]), data)
 	switch {
 	case err == syscall.EAGAIN || err == syscall.EINTR:
-		return 0, true
+		return 0
 	case err != nil:
-		p.end(s, i.peer().broken())
-		return 0, false
+		s.lost[i.peer()] = true
+		p.halve(s, i.peer().broken())
+		return len(data)
 	}
 	s.count[i].Add(int64(n))
 	if s.wait != nil {
 		s.wait.Reset(p.relay.linger)
 	}
-	return n, true
+	return n
 }
 
-// finish notes that the side has ended. Of a session that is half closed, the
-// rest must not be silent for longer than relay.linger.
+// finish notes that the side has ended, of which nothing is held, and passes
+// that on. If the peer has ended before, the session is over.
 func (p *poller) finish(s *session, i side) {
 	s.fin[i] = true
-	if s.half == causeNone {
-		s.half = i.ended()
-		s.wait = time.AfterFunc(p.relay.linger, func() { s.end(causeHalfClose) })
-	}
-	if s.held[i] == nil {
-		p.passEnd(s, i)
-	}
-}
-
-// passEnd half-closes the peer of a side that has ended and of which nothing is
-// held. If the peer has ended too, and nothing is held of it, that is all.
-func (p *poller) passEnd(s *session, i side) {
-	if s.fin[i.peer()] && s.held[i.peer()] == nil {
+	if s.fin[i.peer()] {
 		p.end(s, s.half)
 		return
 	}
+	p.halve(s, i.ended())
 	syscall.Shutdown(int(s.fd[i.peer()]), syscall.SHUT_WR) // a failure shows when the peer is read
 }
 
-// watch makes epoll watch what s waits for. A socket of which nothing is wanted
-// leaves the set: its errors, which cannot be masked, would be told for ever.
+// halve notes that one direction is over, and starts the clock for the other.
+func (p *poller) halve(s *session, why cause) {
+	if s.half == causeNone {
+		s.half = why
+		s.wait = time.AfterFunc(p.relay.linger, func() { s.end(causeHalfClose) })
+	}
+}
+
+// watch makes epoll watch what s waits for. A change makes epoll look at the
+// socket again, so nothing that came before is missed.
 func (p *poller) watch(s *session) {
 	for i := client; s.open && i <= server; i++ {
-		var mask uint32
+		mask, op := uint32(edge), syscall.EPOLL_CTL_MOD
 		if s.reads(i) {
-			mask = syscall.EPOLLIN | syscall.EPOLLRDHUP
+			mask |= syscall.EPOLLIN | syscall.EPOLLRDHUP
 		}
 		if s.held[i.peer()] != nil {
 			mask |= syscall.EPOLLOUT
@@ -346,11 +352,7 @@ func (p *poller) watch(s *session) {
 		if mask == s.mask[i] {
 			continue
 		}
-		op := syscall.EPOLL_CTL_MOD
-		switch {
-		case mask == 0:
-			op = syscall.EPOLL_CTL_DEL
-		case s.mask[i] == 0:
+		if s.mask[i] == 0 {
 			op = syscall.EPOLL_CTL_ADD
 		}
 		event := syscall.EpollEvent{Events: mask, Fd: s.slot, Pad: p.slots[s.slot].round<<1 | int32(i)}

@@ -20,7 +20,7 @@ const relayBuffer = 4 << 10
 // wire is the part of a session that its goroutines own.
 type wire struct {
 	conn    [2]net.Conn  // static after attach
-	half    atomic.Int32 // the cause of a half-close: one direction has ended
+	half    atomic.Int32 // why one direction is over, a cause
 	running atomic.Int32 // directions that have not ended
 }
 
@@ -59,19 +59,17 @@ func (c *carrier) copy(s *session, from side, first []byte) {
 }
 
 // relayFrom carries first and then what the side sends, until it ends, which is
-// passed on as a half-close, or until either socket fails, which ends both
-// directions. A peer that takes nothing stops the side: no more than
-// relayBuffer is held (invariant 9).
+// passed on as a half-close, or cannot be read, which ends both directions. A
+// peer that takes nothing stops the side: no more than relayBuffer is held
+// (invariant 9).
 func (c *carrier) relayFrom(s *session, from side, first []byte) {
-	if len(first) > 0 && !s.send(from, first) {
-		return
-	}
+	lost := len(first) > 0 && !s.send(from, first)
 	buf := make([]byte, relayBuffer)
 	for {
 		c.limitSilence(s, from)
 		n, err := s.conn[from].Read(buf)
-		if n > 0 && !s.send(from, buf[:n]) {
-			return
+		if n > 0 && !lost {
+			lost = !s.send(from, buf[:n])
 		}
 		switch {
 		case err == nil:
@@ -85,13 +83,15 @@ func (c *carrier) relayFrom(s *session, from side, first []byte) {
 	}
 }
 
-// send writes data from the side to its peer. If that fails the session ends,
-// and send is false.
+// send writes data from the side to its peer. It is false if the peer takes
+// nothing any more; what it has sent before is still carried.
 func (s *session) send(from side, data []byte) bool {
 	n, err := s.conn[from.peer()].Write(data)
 	s.count[from].Add(int64(n))
-	if err != nil {
-		s.end(failure(err, from.peer().broken()))
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		s.end(causeHalfClose)
+	} else if err != nil {
+		s.half.CompareAndSwap(int32(causeNone), int32(from.peer().broken()))
 	}
 	return err == nil
 }

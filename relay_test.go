@@ -338,6 +338,65 @@ func TestRelayBackpressure(t *testing.T) {
 	waitFor(t, r)
 }
 
+// stuff writes until nothing is taken for a while, and returns how much was.
+func stuff(conn net.Conn) (n int64) {
+	for {
+		conn.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
+		m, err := conn.Write(make([]byte, 32<<10))
+		if n += int64(m); err != nil {
+			return n
+		}
+	}
+}
+
+// What is stuck in both directions flows when both sides read, though nothing
+// else happens that could wake the relay.
+func TestRelayStuckBothWays(t *testing.T) {
+	r := quietRelay(t, 1)
+	for round := range 10 {
+		c := carried(t, r, 0, nil, nil)
+		ends := [2]*net.TCPConn{c.client, c.backend}
+		var sent [2]int64
+		for i, conn := range ends {
+			sent[i] = stuff(conn)
+		}
+		var both sync.WaitGroup
+		for i, conn := range ends {
+			both.Go(func() {
+				conn.SetReadDeadline(time.Now().Add(patience))
+				if n, err := io.CopyN(io.Discard, conn, sent[1-i]); err != nil {
+					t.Errorf("round %d: read %d bytes of %d: %v", round, n, sent[1-i], err)
+				}
+			})
+		}
+		both.Wait()
+		c.end(causeDrain)
+	}
+}
+
+// A backend that sends its last bytes and closes is heard out, though its client
+// goes on talking to it, which its kernel answers with an RST.
+func TestRelayLastWords(t *testing.T) {
+	r := quietRelay(t, 1)
+	c := carried(t, r, 0, nil, nil)
+	sent := stuff(c.backend)
+	const last = 256 << 10 // what the relay's kernel has by then: the RST destroys what the backend's own still has
+	if _, err := io.CopyN(io.Discard, c.client, sent-last); err != nil {
+		t.Fatal(err)
+	}
+	c.backend.Close()
+	for range 20 {
+		mustWrite(t, c.client, "ping")
+		<-time.After(5 * time.Millisecond) // the RST to one makes the next fail
+	}
+	c.client.SetReadDeadline(time.Now().Add(patience))
+	if n, err := io.Copy(io.Discard, c.client); n != last || err != nil {
+		t.Errorf("the client got %d bytes, %v; want %d", n, err, last)
+	}
+	c.client.Close()
+	waitFor(t, r)
+}
+
 // Ends from several places at once are one end.
 func TestRelayEndsOnce(t *testing.T) {
 	r := quietRelay(t, 1)

@@ -1,0 +1,95 @@
+//go:build !portable
+
+package main
+
+import (
+	"bytes"
+	"io"
+	"net"
+	"path/filepath"
+	"runtime"
+	"testing"
+	"time"
+)
+
+// Both sides of a session that is held in both directions become writable in
+// one batch of events. One then becomes readable by the other's flush, with data
+// there already: that must wake the poller, since nothing else will.
+func TestRelayWakesItself(t *testing.T) {
+	r := quietRelay(t, 1)
+	for round := range 4 {
+		client, near := unixPair(t)
+		server, backend := unixPair(t)
+		near.SetWriteBuffer(4 << 10)
+		s := &session{namespace: "ns-01"}
+		r.carry(s, [2]net.Conn{near, server}, [2][]byte{})
+		p := s.poller
+		other := carried(t, r, 0, nil, nil)
+		for other.session.poller != p {
+			other = carried(t, r, 0, nil, nil)
+		}
+		stuff(backend)
+		want := stuff(client)
+		p.mu.Lock()
+		mustWrite(t, other.client, "x")
+		waitBlocked(t)
+		if round%2 == 0 {
+			readMost(client, 1<<20) // what the kernel has, and then no more
+		}
+		got := readMost(backend, want)
+		if round%2 == 1 {
+			readMost(client, 1<<20)
+		}
+		p.mu.Unlock()
+		backend.SetReadDeadline(time.Now().Add(patience))
+		n, err := io.CopyN(io.Discard, backend, want-got)
+		if err != nil {
+			t.Fatalf("round %d: the backend got %d bytes of %d: %v", round, got+n, want, err)
+		}
+		s.end(causeDrain)
+	}
+}
+
+// unixPair returns the two ends of a Unix socket, as nginx and the router have.
+func unixPair(t *testing.T) (near, far *net.UnixConn) {
+	t.Helper()
+	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	a, err := net.Dial("unix", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { a.Close(); b.Close() })
+	return a.(*net.UnixConn), b.(*net.UnixConn)
+}
+
+// waitBlocked waits until a poller has taken events and waits for its lock.
+func waitBlocked(t *testing.T) {
+	t.Helper()
+	buf := make([]byte, 1<<20)
+	for end := time.Now().Add(patience); ; <-time.After(time.Millisecond) {
+		for stack := range bytes.SplitSeq(buf[:runtime.Stack(buf, true)], []byte("\n\n")) {
+			if bytes.Contains(stack, []byte("[sync.Mutex.Lock")) && bytes.Contains(stack, []byte("(*poller).poll")) {
+				return
+			}
+		}
+		if time.Now().After(end) {
+			t.Fatal("no poller waits for its lock")
+		}
+	}
+}
+
+// readMost reads most bytes, or what comes until nothing did for a while, and
+// returns how much came.
+func readMost(conn net.Conn, most int64) int64 {
+	conn.SetReadDeadline(time.Now().Add(30 * time.Millisecond))
+	n, _ := io.CopyN(io.Discard, conn, most) // a timeout is expected
+	return n
+}
