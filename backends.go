@@ -14,9 +14,10 @@ import (
 )
 
 const (
-	addressTTL  = time.Second     // how long an address from DNS is believed
-	lookupTime  = 3 * time.Second // bounds one lookup
-	dialTime    = 2 * time.Second // bounds one dial: a pod that is gone may answer nothing at all
+	addressTTL  = time.Second            // how long an address from DNS is believed
+	lookupRest  = 200 * time.Millisecond // least time between two lookups of a name, whatever came of the first
+	lookupTime  = 3 * time.Second        // bounds one lookup
+	dialTime    = 2 * time.Second        // bounds one dial: a pod that is gone may answer nothing at all
 	redialFirst = 50 * time.Millisecond
 	redialMost  = time.Second
 )
@@ -30,6 +31,7 @@ type backends struct {
 	count       int
 	locate      func(ctx context.Context, ordinal int) (addr string, err error)
 	forget      func(ordinal int) // the address was no good
+	close       func()            // returns when nothing that locate started runs any more
 }
 
 // name returns the name of the backend with this ordinal.
@@ -46,6 +48,7 @@ func fixedBackends(statefulSet string, addrs []string) *backends {
 		count:       len(addrs),
 		locate:      func(_ context.Context, ordinal int) (string, error) { return addrs[ordinal], nil },
 		forget:      func(int) {},
+		close:       func() {},
 	}
 }
 
@@ -77,6 +80,7 @@ func dnsBackends(count int, statefulSet, service string, port int) *backends {
 		count:       count,
 		locate:      func(ctx context.Context, ordinal int) (string, error) { return cache.get(ctx, cache.host(ordinal)) },
 		forget:      func(ordinal int) { cache.forget(cache.host(ordinal)) },
+		close:       cache.lookups.Wait,
 	}
 }
 
@@ -133,16 +137,18 @@ func (b *backends) hold(ctx context.Context, owner func() (int, error)) (net.Con
 	}
 }
 
-// addressCache keeps addresses from DNS for addressTTL. However many wait for a
-// name, it is looked up once. Failures are not kept: who waits asks again.
+// addressCache keeps addresses from DNS for addressTTL, failures and addresses
+// that were no good for lookupRest. However many wait for a name, it is looked
+// up once.
 type addressCache struct {
 	// Static after construction.
 	host   func(ordinal int) string
 	port   string
 	lookup func(ctx context.Context, network, host string) ([]netip.Addr, error)
 
-	mu     sync.Mutex
-	byHost map[string]*address // guarded by mu
+	mu      sync.Mutex
+	byHost  map[string]*address // guarded by mu
+	lookups sync.WaitGroup      // under way
 }
 
 // address is one lookup, under way or done.
@@ -150,7 +156,8 @@ type address struct {
 	done chan struct{} // closed by resolve when the fields below are set
 	addr string
 	err  error
-	good time.Time // until then
+	rest time.Time // until then it is not looked up again
+	good time.Time // until then it is believed
 }
 
 // get returns host's address with the port, from the cache, from the lookup
@@ -161,7 +168,7 @@ func (c *addressCache) get(ctx context.Context, host string) (string, error) {
 	if a == nil || a.expired() {
 		a = &address{done: make(chan struct{})}
 		c.byHost[host] = a
-		go c.resolve(a, host)
+		c.lookups.Go(func() { c.resolve(a, host) })
 	}
 	c.mu.Unlock()
 	select {
@@ -179,6 +186,7 @@ func (c *addressCache) resolve(a *address, host string) {
 	defer cancel()
 	defer close(a.done)
 	ips, err := c.lookup(ctx, "ip", host)
+	a.rest = time.Now().Add(lookupRest)
 	if err == nil && len(ips) == 0 {
 		err = errors.New("no address")
 	}
@@ -190,12 +198,12 @@ func (c *addressCache) resolve(a *address, host string) {
 	a.good = time.Now().Add(addressTTL)
 }
 
-// forget drops host's address, unless a lookup of it is under way.
+// forget makes host's address be looked up again, after its rest.
 func (c *addressCache) forget(host string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if a := c.byHost[host]; a != nil && a.finished() {
-		delete(c.byHost, host)
+		a.good = a.rest
 	}
 }
 
@@ -208,4 +216,8 @@ func (a *address) finished() bool {
 	}
 }
 
-func (a *address) expired() bool { return a.finished() && time.Now().After(a.good) }
+// expired is called with the cache's lock held, which guards good once the
+// lookup is done.
+func (a *address) expired() bool {
+	return a.finished() && time.Now().After(a.good) && time.Now().After(a.rest)
+}

@@ -95,15 +95,22 @@ func TestAddressCache(t *testing.T) {
 			c := newCache(&resolver{})
 			get(t, c, "10.0.0.1:9000")
 			c.forget("backend-2.headless")
+			get(t, c, "10.0.0.1:9000")
+			time.Sleep(lookupRest + time.Millisecond)
 			get(t, c, "10.0.0.2:9000")
 		},
-		"a failure is not kept": func(t *testing.T) {
+		"a failure is kept for a moment": func(t *testing.T) {
 			r := &resolver{err: errors.New("no such host")}
 			c := newCache(r)
 			if _, err := c.get(t.Context(), "backend-2.headless"); err == nil || err.Error() != "look up backend-2.headless: no such host" {
 				t.Errorf("error %v", err)
 			}
 			r.err = nil
+			time.Sleep(lookupRest - time.Millisecond)
+			if _, err := c.get(t.Context(), "backend-2.headless"); err == nil {
+				t.Error("looked up again too soon")
+			}
+			time.Sleep(2 * time.Millisecond)
 			get(t, c, "10.0.0.2:9000")
 		},
 		"who leaves does not end the lookup": func(t *testing.T) {

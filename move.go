@@ -44,20 +44,23 @@ func (m *mover) run(ctx context.Context) {
 }
 
 // move ends the sessions that are not with their owner. What a later table
-// takes back before its turn stays.
+// takes back before its turn stays; what a later table moves too has its turn
+// among the rest.
 func (m *mover) move(ctx context.Context) {
-	begun := time.Now()
-	found := m.relay.where(m.misplaced)
-	moved := pace(ctx, found, m.interval(), func(s *session) bool {
-		if !m.misplaced(s) {
-			return false
+	for again := true; again; {
+		begun, moved := time.Now(), 0
+		found := m.relay.where(m.misplaced)
+		moved, again = pace(ctx, m.wake, found, m.interval(), func(s *session) bool {
+			if !m.misplaced(s) {
+				return false
+			}
+			s.end(causeMoved)
+			return true
+		})
+		if len(found) > 0 {
+			m.log.Info("sessions moved", "version", m.router.table().version, "sessions", moved,
+				"stayed", len(found)-moved, "seconds", time.Since(begun).Seconds())
 		}
-		s.end(causeMoved)
-		return true
-	})
-	if len(found) > 0 {
-		m.log.Info("sessions moved", "version", m.router.table().version, "sessions", moved,
-			"stayed", len(found)-moved, "seconds", time.Since(begun).Seconds())
 	}
 }
 
@@ -85,7 +88,7 @@ func drain(ctx context.Context, r *relay, over time.Duration) int {
 	open := func(s *session) bool { return !s.ending() }
 	end := func(s *session) bool { s.end(causeDrain); return true }
 	all := r.where(open)
-	ended := pace(ctx, all, min(drainSlowest, over/time.Duration(max(1, len(all)))), end)
+	ended, _ := pace(ctx, nil, all, min(drainSlowest, over/time.Duration(max(1, len(all)))), end)
 	for _, s := range r.where(open) {
 		end(s)
 		ended++
@@ -96,10 +99,11 @@ func drain(ctx context.Context, r *relay, over time.Duration) int {
 
 // pace calls end for each session that is not over by its turn, in random
 // order, one each interval (jittered by half of it), and returns how often end
-// was true. When ctx ends it stops.
-func pace(ctx context.Context, sessions []*session, interval time.Duration, end func(*session) bool) int {
+// was true. It stops when ctx ends or wake can be received from, which is woken.
+func pace(ctx context.Context, wake <-chan struct{}, sessions []*session, interval time.Duration,
+	end func(*session) bool) (done int, woken bool) {
 	rand.Shuffle(len(sessions), func(i, j int) { sessions[i], sessions[j] = sessions[j], sessions[i] })
-	done, start := 0, time.Now()
+	start := time.Now()
 	for i, s := range sessions {
 		if s.gone.Load() {
 			continue
@@ -110,12 +114,14 @@ func pace(ctx context.Context, sessions []*session, interval time.Duration, end 
 		}
 		select {
 		case <-ctx.Done():
-			return done
+			return done, false
+		case <-wake:
+			return done, true
 		case <-time.After(time.Until(at)):
 		}
 		if end(s) {
 			done++
 		}
 	}
-	return done
+	return done, false
 }

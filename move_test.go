@@ -82,7 +82,7 @@ func TestPace(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			begun := time.Now()
 			var at []time.Duration
-			done := pace(t.Context(), sessions(1000, false), 10*time.Millisecond, func(*session) bool {
+			done, _ := pace(t.Context(), nil, sessions(1000, false), 10*time.Millisecond, func(*session) bool {
 				at = append(at, time.Since(begun))
 				return true
 			})
@@ -100,7 +100,7 @@ func TestPace(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 			defer cancel()
-			if done := pace(ctx, sessions(1000, false), 10*time.Millisecond, func(*session) bool { return true }); done < 95 || done > 101 {
+			if done, _ := pace(ctx, nil, sessions(1000, false), 10*time.Millisecond, func(*session) bool { return true }); done < 95 || done > 101 {
 				t.Errorf("%d ended in a second, want about 100", done)
 			}
 		})
@@ -108,13 +108,23 @@ func TestPace(t *testing.T) {
 	t.Run("what is over takes no time", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			begun := time.Now()
-			if done := pace(t.Context(), sessions(1000, true), time.Second, func(*session) bool { return true }); done != 0 || time.Since(begun) != 0 {
+			if done, _ := pace(t.Context(), nil, sessions(1000, true), time.Second, func(*session) bool { return true }); done != 0 || time.Since(begun) != 0 {
 				t.Errorf("%d ended in %s, want none at once", done, time.Since(begun))
 			}
 		})
 	})
+	t.Run("stops when it is woken", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			wake := make(chan struct{}, 1)
+			time.AfterFunc(time.Second, func() { wake <- struct{}{} })
+			done, woken := pace(t.Context(), wake, sessions(1000, false), 10*time.Millisecond, func(*session) bool { return true })
+			if done < 95 || done > 101 || !woken {
+				t.Errorf("%d ended in a second, woken %v; want about 100 and true", done, woken)
+			}
+		})
+	})
 	t.Run("what is taken back is not counted", func(t *testing.T) {
-		if done := pace(t.Context(), sessions(10, false), 0, func(*session) bool { return false }); done != 0 {
+		if done, _ := pace(t.Context(), nil, sessions(10, false), 0, func(*session) bool { return false }); done != 0 {
 			t.Errorf("%d ended, want 0", done)
 		}
 	})
