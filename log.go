@@ -1,8 +1,10 @@
 package main
 
 import (
+	"bytes"
 	"fmt"
 	"io"
+	stdlog "log"
 	"log/slog"
 	"runtime/debug"
 	"sync/atomic"
@@ -19,6 +21,26 @@ func newLogger(w io.Writer, format string, level slog.Level) (*slog.Logger, erro
 		return slog.New(slog.NewJSONHandler(w, options)), nil
 	}
 	return nil, fmt.Errorf("-log-format %q, want text or json", format)
+}
+
+// serverLog returns a log for http.Server: what it tells are its own troubles,
+// such as no descriptors left, and panics. Clients could provoke some lines, so
+// there is at most one a second.
+func serverLog(log *slog.Logger) *stdlog.Logger {
+	return stdlog.New(&serverLines{log: log}, "", 0)
+}
+
+// serverLines writes the lines of an http.Server.
+type serverLines struct {
+	log   *slog.Logger
+	limit throttle
+}
+
+func (l *serverLines) Write(line []byte) (int, error) {
+	if omitted, ok := l.limit.allow(time.Second); ok {
+		l.log.Warn("http", "error", string(bytes.TrimSpace(line)), "omitted", omitted)
+	}
+	return len(line), nil
 }
 
 // throttle lets a log line through now and then.

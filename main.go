@@ -175,8 +175,8 @@ func (p *program) serve(ctx context.Context, front, side net.Listener) error {
 	}
 	requests, stopRequests := context.WithCancelCause(context.Background())
 	clients := newFront(requests, p.proxy, p.log)
-	operators := &http.Server{Handler: p.admin.handler(), ReadHeaderTimeout: 10 * time.Second,
-		ErrorLog: slog.NewLogLogger(p.log.Handler(), slog.LevelDebug)}
+	operators := &http.Server{Handler: p.admin.handler(), ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second,
+		ErrorLog: serverLog(p.log)}
 	failed := make(chan error, 2)
 	running.Go(func() {
 		failed <- clients.Serve(frontListener{front, &p.proxy.results[resultBadHead]})
@@ -195,6 +195,7 @@ func (p *program) serve(ctx context.Context, front, side net.Listener) error {
 	stopBackground()
 	operators.Close()
 	running.Wait()
+	p.proxy.backends.close()
 	return err
 }
 
@@ -233,7 +234,7 @@ func newFront(ctx context.Context, p *proxy, log *slog.Logger) *http.Server {
 		IdleTimeout:       p.limits.headerTime,
 		MaxHeaderBytes:    p.limits.headerBytes,
 		Protocols:         protocols,
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		ErrorLog:          serverLog(log),
 		BaseContext:       func(net.Listener) context.Context { return ctx },
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			return context.WithValue(ctx, frontKey{}, c)

@@ -51,10 +51,13 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	p.upgrades.Add(1)
 	defer p.upgrades.Done()
 	p.waiting.Add(1)
-	result, err := p.upgrade(w, r)
-	if result != resultOK { // else handOver has done it
-		p.waiting.Add(-1)
-	}
+	result, err := resultBadGateway, error(nil)
+	defer func() { // also for a panic, which net/http logs
+		if result != resultOK { // else handOver has done it
+			p.waiting.Add(-1)
+		}
+	}()
+	result, err = p.upgrade(w, r)
 	p.results[result].Add(1)
 	p.report(r, result, err)
 	var no *refusal
@@ -62,7 +65,7 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case errors.Is(err, http.ErrAbortHandler):
 		panic(http.ErrAbortHandler)
 	case errors.As(err, &no):
-		no.answer(w)
+		no.answer(w, p.limits.headerTime)
 	}
 }
 
@@ -177,6 +180,10 @@ func (p *proxy) connect(w http.ResponseWriter, r *http.Request, s *session, back
 	if !stop() {
 		return p.broken(r.Context(), s.backend, r.Context().Err())
 	}
+	if p.moves.misplaced(s) { // the client has no session yet to lose
+		no := refuse(resultMoved, "namespace %q got another owner meanwhile", s.namespace)
+		return no.result, no
+	}
 	client, fromClient, err := p.hijack(w, switchingHead(resp))
 	if err != nil {
 		return resultClientGone, err
@@ -208,7 +215,11 @@ func (p *proxy) pass(w http.ResponseWriter, resp *http.Response, server net.Conn
 	deadline := time.Now().Add(p.limits.handshake)
 	server.SetDeadline(deadline)
 	http.NewResponseController(w).SetWriteDeadline(deadline)
+	upgrade := resp.Header["Upgrade"] // what a 426 is about (RFC 9110 §15.5.22)
 	dropHopByHop(resp.Header)
+	if resp.StatusCode == http.StatusUpgradeRequired {
+		resp.Header["Upgrade"] = upgrade
+	}
 	w.Header()["Content-Type"] = nil // keeps net/http from guessing one
 	maps.Copy(w.Header(), resp.Header)
 	w.WriteHeader(resp.StatusCode)
@@ -246,6 +257,6 @@ func (p *proxy) handOver(s *session, ends [2]net.Conn, first [2][]byte) {
 	p.waiting.Add(-1) // before, or the limit of sessions would count it twice
 	p.relay.carry(s, ends, first)
 	if p.moves.misplaced(s) {
-		p.moves.check()
+		s.end(causeMoved)
 	}
 }

@@ -226,6 +226,11 @@ func TestProxyRefuses(t *testing.T) {
 		"dots":                       {with("ns-01", ".."), 400, resultBadRequest, `".."`},
 		"dot segment":                {with("/ws/ns-01", "/ws/ns-01/../ns-02"), 400, resultBadRequest, "dot segment"},
 		"escaped dot segment":        {with("/ws/ns-01", "/ws/ns-01/%2e%2E/ns-02"), 400, resultBadRequest, "dot segment"},
+		"escaped slash after dots":   {with("/ws/ns-01", "/ws/ns-01/..%2Fns-02"), 400, resultBadRequest, "dot segment"},
+		"escaped backslash":          {with("/ws/ns-01", "/ws/ns-01/..%5Cns-02"), 400, resultBadRequest, "dot segment"},
+		"backslash":                  {with("/ws/ns-01", `/ws/ns-01/..\ns-02`), 400, resultBadRequest, "dot segment"},
+		"dots with a parameter":      {with("/ws/ns-01", "/ws/ns-01/..;x/ns-02"), 400, resultBadRequest, "dot segment"},
+		"escape and odd character":   {with("/ws/ns-01", `/ws/%6Es-01/"`), 400, resultBadRequest, `"%6Es-01"`},
 		"no upgrade":                 {"GET /ws/ns-01 HTTP/1.1\r\nHost: h\r\n\r\n", 426, resultNotUpgrade, "Upgrade: websocket"},
 		"upgrade without connection": {with("Connection: keep-alive, Upgrade\r\n", ""), 426, resultNotUpgrade, "Connection: Upgrade"},
 		"other protocol":             {with("Upgrade: websocket", "Upgrade: h2c"), 426, resultNotUpgrade, "Upgrade: websocket"},
@@ -337,6 +342,7 @@ func TestProxyPassesOtherAnswers(t *testing.T) {
 		"chunked":    {"HTTP/1.1 429 Too Many Requests\r\nTransfer-Encoding: chunked\r\nRetry-After: 7\r\n\r\n4\r\nslow\r\n0\r\n\r\n", "slow", 429, http.Header{"Retry-After": {"7"}}},
 		"until EOF":  {"HTTP/1.1 500 Oh\r\nContent-Type: text/x\r\nSet-Cookie: a=1\r\nSet-Cookie: b=2\r\n\r\n" + long, long, 500, http.Header{"Set-Cookie": {"a=1", "b=2"}}},
 		"redirect":   {"HTTP/1.1 302 Found\r\nLocation: /elsewhere\r\nContent-Length: 0\r\n\r\n", "", 302, http.Header{"Location": {"/elsewhere"}}},
+		"upgrade":    {"HTTP/1.1 426 Upgrade Required\r\nUpgrade: h9\r\nContent-Length: 0\r\n\r\n", "", 426, http.Header{"Upgrade": {"h9"}}},
 		"no content": {"HTTP/1.1 204 No Content\r\n\r\n", "", 204, nil},
 		"interim":    {"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", "ok", 200, http.Header{"Link": nil}},
 	}
@@ -381,6 +387,8 @@ func TestProxyBadAnswers(t *testing.T) {
 		"not HTTP":       {answer("SSH-2.0-OpenSSH\r\n\r\n"), 502, resultBadGateway, "malformed"},
 		"other protocol": {answer(strings.Replace(switching, "websocket", "h2c", 1)), 502, resultBadGateway, `"h2c", want websocket`},
 		"long head":      {answer("HTTP/1.1 101 S\r\nX: " + strings.Repeat("x", 20<<10)), 502, resultBadGateway, "backend-0: "},
+		"status 099":     {answer("HTTP/1.1 099 Odd\r\nContent-Length: 0\r\n\r\n"), 502, resultBadGateway, "status 099"},
+		"status 600":     {answer("HTTP/1.1 600 Odd\r\nContent-Length: 0\r\n\r\n"), 502, resultBadGateway, "status 600"},
 		"interim only":   {answer(strings.Repeat("HTTP/1.1 100 Continue\r\n\r\n", 20)), 502, resultBadGateway, "interim"},
 	}
 	for name, tt := range tests {
@@ -397,8 +405,37 @@ func TestProxyBadAnswers(t *testing.T) {
 				t.Errorf("status %d %q, want %d with %q", resp.StatusCode, body, tt.status, tt.says)
 			}
 			p.waitResult(t, tt.result)
+			p.waitWaiting(t, 0)
 		})
 	}
+}
+
+// Who sends a body that does not come has an answer all the same, in time.
+func TestProxySlowBody(t *testing.T) {
+	p := startProxy(t, []string{"127.0.0.1:1"}, map[string]string{}, func(p *proxy) { p.limits.headerTime = 200 * time.Millisecond })
+	conn, _, resp := p.ask(t, "POST /nowhere HTTP/1.1\r\nHost: h\r\nContent-Length: 1000\r\n\r\n")
+	if resp.StatusCode != 404 {
+		t.Errorf("status %d, want 404", resp.StatusCode)
+	}
+	mustBreak(t, conn)
+}
+
+// A namespace that gets another owner during the handshake has no session with
+// the old one.
+func TestProxyMovedInHandshake(t *testing.T) {
+	asked, swapped := make(chan struct{}), make(chan struct{})
+	backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
+		close(asked)
+		<-swapped
+		echo(conn, br)
+	})
+	p := startProxy(t, []string{backend.addr, "127.0.0.1:1"}, map[string]string{"ns-01": "backend-0"}, nil)
+	conn := p.send(t, "ns-01")
+	<-asked
+	p.router.update(entries{source: "test", version: "42", data: map[string]string{"ns-01": "backend-1"}})
+	close(swapped)
+	mustAnswer(t, conn, 503)
+	p.waitResult(t, resultMoved)
 }
 
 // One result is one log line at most a second, whatever the flood.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"time"
 )
 
 // result is what became of an upgrade request.
@@ -22,6 +23,7 @@ const (
 	resultMaxSessions           // 503
 	resultMaxWaiting            // 503
 	resultDraining              // 503: the router stops
+	resultMoved                 // 503: the namespace got another owner during the handshake
 	resultClientGone            // the client left before there was an answer
 	resultBadGateway            // 502
 	resultGatewayTimeout        // 504
@@ -32,7 +34,7 @@ const (
 // String is the value of the metric's label.
 func (r result) String() string {
 	return [results]string{"ok", "bad_request", "bad_head", "not_found", "not_upgrade", "no_table", "refused",
-		"hold_timeout", "max_sessions", "max_waiting", "draining", "client_gone", "bad_gateway", "gateway_timeout", "answered"}[r]
+		"hold_timeout", "max_sessions", "max_waiting", "draining", "moved", "client_gone", "bad_gateway", "gateway_timeout", "answered"}[r]
 }
 
 // status is the HTTP status that goes with the result.
@@ -64,9 +66,13 @@ func refuse(result result, format string, args ...any) *refusal {
 	return &refusal{result: result, reason: fmt.Sprintf(format, args...)}
 }
 
-// answer writes the refusal. A 503 may be tried again in a second: clients add
-// their own back-off.
-func (no *refusal) answer(w http.ResponseWriter) {
+// answer writes the refusal. The client has bound to send the rest of its
+// request, and as long again to take the answer. A 503 may be tried again in a
+// second: clients add their own back-off.
+func (no *refusal) answer(w http.ResponseWriter, bound time.Duration) {
+	conn := http.NewResponseController(w)
+	conn.SetReadDeadline(time.Now().Add(bound)) // net/http reads what is left of a body before it answers
+	conn.SetWriteDeadline(time.Now().Add(2 * bound))
 	switch no.result.status() {
 	case http.StatusServiceUnavailable:
 		w.Header().Set("Retry-After", "1")

@@ -36,19 +36,34 @@ func checkUpgrade(r *http.Request) *refusal {
 		return refuse(resultNotUpgrade, "not a WebSocket upgrade, want Connection: Upgrade and Upgrade: websocket (RFC 6455 §4.1)")
 	case r.Method != http.MethodGet:
 		return refuse(resultBadRequest, "method %.20q on an upgrade, want GET", r.Method)
-	case hasDotSegment(r.URL.EscapedPath()):
-		return refuse(resultBadRequest, "a dot segment in the path %.200q, want none: it could name another namespace", r.URL.EscapedPath())
+	case hasDotSegment(path(r)):
+		return refuse(resultBadRequest, "a dot segment in the path %.200q, want none: it could name another namespace", path(r))
 	}
 	return nil
+}
+
+// target is the request's target as the backend gets it: as it was sent, without
+// the authority if it had one (RFC 9112 §3.2).
+func target(r *http.Request) string {
+	if strings.HasPrefix(r.RequestURI, "/") {
+		return r.RequestURI
+	}
+	return r.URL.RequestURI()
+}
+
+// path is the target's path, with its escapes.
+func path(r *http.Request) string {
+	path, _, _ := strings.Cut(target(r), "?")
+	return path
 }
 
 // pathNamespace returns the namespace of /ws/<namespace>[/...]. The path is
 // taken as it was sent: a namespace has no characters to escape, and what the
 // backend sees must not read otherwise.
 func pathNamespace(r *http.Request) (string, *refusal) {
-	rest, ok := strings.CutPrefix(r.URL.EscapedPath(), "/ws/")
+	rest, ok := strings.CutPrefix(path(r), "/ws/")
 	if !ok {
-		return "", refuse(resultNotFound, "path %.200q, want /ws/<namespace>", r.URL.EscapedPath())
+		return "", refuse(resultNotFound, "path %.200q, want /ws/<namespace>", path(r))
 	}
 	namespace, _, _ := strings.Cut(rest, "/")
 	if want := namespaceFault(namespace); want != "" {
@@ -75,11 +90,13 @@ func hostNamespace(r *http.Request) (string, *refusal) {
 	return label, nil
 }
 
-// hasDotSegment reports whether a segment of the escaped path is "." or ".."
-// (RFC 3986 §3.3), also where a dot is written %2E.
+// hasDotSegment reports whether a segment of the path is "." or ".." (RFC 3986
+// §3.3) to anybody: also where a dot or a slash is escaped, where a backslash is
+// taken for a slash, and before a parameter.
 func hasDotSegment(path string) bool {
-	for segment := range strings.SplitSeq(path, "/") {
-		segment = strings.ReplaceAll(strings.ToLower(segment), "%2e", ".")
+	plain := strings.NewReplacer("%2e", ".", "%2f", "/", "%5c", "/", `\`, "/").Replace(strings.ToLower(path))
+	for segment := range strings.SplitSeq(plain, "/") {
+		segment, _, _ = strings.Cut(segment, ";")
 		if segment == "." || segment == ".." {
 			return true
 		}
@@ -150,15 +167,10 @@ func forwardedFor(r *http.Request) string {
 	return strings.Join(append(slices.Clip(before), host), ", ")
 }
 
-// requestHead is the upgrade request as the backend gets it: the target as the
-// client sent it, without its authority if it had one.
+// requestHead is the upgrade request as the backend gets it.
 func requestHead(r *http.Request, h http.Header) []byte {
-	target := r.RequestURI
-	if !strings.HasPrefix(target, "/") {
-		target = r.URL.RequestURI()
-	}
 	var b bytes.Buffer
-	fmt.Fprintf(&b, "GET %s HTTP/1.1\r\nHost: %s\r\n", target, r.Host)
+	fmt.Fprintf(&b, "GET %s HTTP/1.1\r\nHost: %s\r\n", target(r), r.Host)
 	writeHeader(&b, h)
 	return b.Bytes()
 }
@@ -206,6 +218,9 @@ func handshake(conn net.Conn, head []byte, maxHead int) (resp *http.Response, ea
 		}
 		if resp.StatusCode/100 == 1 && resp.StatusCode != http.StatusSwitchingProtocols {
 			continue // RFC 9110 §15.2
+		}
+		if resp.StatusCode < 100 || resp.StatusCode > 599 {
+			return nil, nil, fmt.Errorf("status %03d, want 100 to 599 (RFC 9110 §15)", resp.StatusCode)
 		}
 		limit.N = math.MaxInt64
 		if resp.StatusCode != http.StatusSwitchingProtocols {
