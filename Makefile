@@ -24,6 +24,7 @@ test: ## all tests that need no cluster, with the race detector
 	go vet ./...
 	cd e2e && go vet ./...
 	go test -race -count=1 ./...
+	go test -race -count=1 -tags portable -run 'Relay|Proxy|Move|Drain' .
 
 fuzz: ## each fuzz target for FUZZTIME
 	@for target in $$(grep -ho '^func Fuzz[A-Za-z]*' *_test.go | cut -d' ' -f2); do \
@@ -49,7 +50,7 @@ load: image ## the image into the cluster of the current kubeconfig
 	k8s/image.sh load $(IMAGE)
 
 deploy: $(if $(filter no,$(LOAD)),,load) ## everything to the cluster of the current kubeconfig
-	k8s/deploy.sh
+	LOAD=$(LOAD) k8s/deploy.sh
 
 undeploy: ## remove it again, except for overrides and certificate
 	k8s/deploy.sh undeploy

@@ -10,6 +10,7 @@
 # Secret nginx-tls (perhaps a real certificate).
 #
 # TIMEOUT  seconds to wait for the pods (180)
+# LOAD     no: the nodes pull the image from a registry
 set -euo pipefail
 
 K8S=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -42,13 +43,19 @@ make_overwriting() {
 
 # roll_out: a new image with the old name is a new rollout only if the pods'
 # template changes, so it says which programs it is about. apply leaves the
-# annotation alone.
+# annotation alone. From a registry (LOAD=no) the nodes have to pull it again.
 roll_out() {
-  local sum object
+  local sum pull=IfNotPresent
+  if [ "${LOAD:-yes}" = no ]; then pull=Always; fi
   sum=$(cat "$K8S/../bin/router" "$K8S/../bin/backend" | sha256sum | cut -c1-16)
-  for object in statefulset/backend deployment/router; do
-    kubectl patch "$object" -p "{\"spec\":{\"template\":{\"metadata\":{\"annotations\":{\"router/programs\":\"$sum\"}}}}}"
-  done
+  patch_programs statefulset/backend backend "$sum" "$pull"
+  patch_programs deployment/router router "$sum" "$pull"
+}
+
+patch_programs() { # object container sum pull-policy
+  kubectl patch "$1" -p "{\"spec\":{\"template\":{
+    \"metadata\":{\"annotations\":{\"router/programs\":\"$3\"}},
+    \"spec\":{\"containers\":[{\"name\":\"$2\",\"imagePullPolicy\":\"$4\"}]}}}}"
 }
 
 # wait_for KIND NAME: waits for the rollout, or says why it does not end.
@@ -109,5 +116,5 @@ undeploy() {
 case ${1:-deploy} in
   deploy) deploy ;;
   undeploy) undeploy ;;
-  *) sed -n '2,13s/^#\( \|$\)//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+  *) sed -n '2,14s/^#\( \|$\)//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
 esac

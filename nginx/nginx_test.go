@@ -144,7 +144,7 @@ func TestRouterIsGone(t *testing.T) {
 	}
 	s.router.server.Close()
 	wantAnswer(t, s.client(t, s.secure), "https://"+host+"/ws/ns-01", 502,
-		"the router is restarting\n", map[string]string{"Retry-After": "1"})
+		"no answer from the router, or one with a head of more than 4 KiB\n", map[string]string{"Retry-After": "1"})
 }
 
 // What the router sees of an upgrade, and of a request that is none.
