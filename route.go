@@ -218,8 +218,8 @@ func (r *router) update(e entries) {
 	t := newTable(r.statefulSet, r.backends, e, old)
 	r.current.Store(t)
 	r.swaps.Add(1)
-	r.report(t, old)
 	r.swapped()
+	r.report(t, old)
 }
 
 // report logs the new table: one line, and one for each rejected entry that the
