@@ -20,10 +20,11 @@ import (
 // is edge-triggered: a socket is told of once, when something has come, or when
 // it is added or modified and something is there. The set's own descriptor is in
 // Go's poller, which tells of it in the same way, so a poller with nothing to do
-// is a parked goroutine. What comes from one side is read into
-// the poller's buffer and written to the other. What the other does not take is
-// held: the session keeps it in a pooled buffer, stops reading that side, and
-// waits until the other can be written.
+// is a parked goroutine.
+//
+// What comes from one side is read into the poller's buffer and written to the
+// other. What the other does not take is held: the session keeps it in a pooled
+// buffer, stops reading that side, and waits until the other can be written.
 //
 //	one direction:  reading ──write came short──> holding ──flushed──> reading
 //	                   │ FIN                         (FIN is read after that)
@@ -45,7 +46,7 @@ const (
 
 // wire is the part of a session that its poller owns.
 type wire struct {
-	poller *poller // static after begin
+	poller *poller // static after attach
 
 	// Guarded by poller.mu.
 	open bool        // it has a slot and its sockets

@@ -70,6 +70,34 @@ func unixPair(t *testing.T) (near, far *net.UnixConn) {
 	return a.(*net.UnixConn), b.(*net.UnixConn)
 }
 
+// A backend that sends its last bytes and closes is heard out, though its client
+// goes on talking to it, which its kernel answers with an RST.
+func TestRelayLastWords(t *testing.T) {
+	r := quietRelay(t, 1)
+	client, near := unixPair(t)
+	server, backend := tcpPair(t)
+	s := &session{namespace: "ns-01"}
+	r.carry(s, [2]net.Conn{near, server}, [2][]byte{})
+	const last = 256 << 10 // more than the client's socket holds, less than the relay's and the router's kernel with it
+	if _, err := backend.Write(make([]byte, last)); err != nil {
+		t.Fatal(err)
+	}
+	for n := int64(-1); n != s.bytes()[1]; <-time.After(20 * time.Millisecond) {
+		n = s.bytes()[1] // until the client's socket is full
+	}
+	backend.Close()
+	for range 10 {
+		client.Write([]byte("ping"))       // it may fail once all was sent to the client
+		<-time.After(5 * time.Millisecond) // the RST to one makes the next fail
+	}
+	client.SetReadDeadline(time.Now().Add(patience))
+	if n, err := io.Copy(io.Discard, client); n != last {
+		t.Errorf("the client got %d bytes, %v; want %d", n, err, last)
+	}
+	client.Close()
+	waitFor(t, r)
+}
+
 // waitBlocked waits until a poller has taken events and waits for its lock.
 func waitBlocked(t *testing.T) {
 	t.Helper()

@@ -12,7 +12,8 @@ import (
 )
 
 // This is the carrier for all systems: two goroutines for each session, with a
-// buffer each.
+// buffer each. After an RST Go's poller refuses to read what came before it, so
+// that part of a side's last bytes may be lost here.
 
 // relayBuffer is how many bytes are held for each direction of a session.
 const relayBuffer = 4 << 10

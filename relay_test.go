@@ -374,29 +374,6 @@ func TestRelayStuckBothWays(t *testing.T) {
 	}
 }
 
-// A backend that sends its last bytes and closes is heard out, though its client
-// goes on talking to it, which its kernel answers with an RST.
-func TestRelayLastWords(t *testing.T) {
-	r := quietRelay(t, 1)
-	c := carried(t, r, 0, nil, nil)
-	sent := stuff(c.backend)
-	const last = 256 << 10 // what the relay's kernel has by then: the RST destroys what the backend's own still has
-	if _, err := io.CopyN(io.Discard, c.client, sent-last); err != nil {
-		t.Fatal(err)
-	}
-	c.backend.Close()
-	for range 20 {
-		mustWrite(t, c.client, "ping")
-		<-time.After(5 * time.Millisecond) // the RST to one makes the next fail
-	}
-	c.client.SetReadDeadline(time.Now().Add(patience))
-	if n, err := io.Copy(io.Discard, c.client); n != last || err != nil {
-		t.Errorf("the client got %d bytes, %v; want %d", n, err, last)
-	}
-	c.client.Close()
-	waitFor(t, r)
-}
-
 // Ends from several places at once are one end.
 func TestRelayEndsOnce(t *testing.T) {
 	r := quietRelay(t, 1)
