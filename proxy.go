@@ -91,17 +91,26 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result, error) 
 	ctx, cancel := context.WithTimeout(r.Context(), p.limits.hold)
 	defer cancel()
 	var version string
-	server, backend, err := p.backends.hold(ctx, func() (owner int, err error) {
+	owner := func() (owner int, err error) {
 		owner, version, err = p.owner(namespace)
 		return owner, err
-	})
-	if err != nil {
-		return p.unreachable(r.Context(), backend, err)
 	}
-	// Clones: a session outlives its request, whose memory these are part of.
-	s := &session{namespace: strings.Clone(namespace), backend: backend, peer: lastBytes(forwardedFor(r), maxPeer)}
-	return p.connect(w, r, s, server, version)
+	for {
+		server, backend, err := p.backends.hold(ctx, owner)
+		if err != nil {
+			return p.unreachable(r.Context(), backend, err)
+		}
+		// Clones: a session outlives its request, whose memory these are part of.
+		s := &session{namespace: strings.Clone(namespace), backend: backend, peer: lastBytes(forwardedFor(r), maxPeer)}
+		if result, err := p.connect(w, r, s, server, version); !errors.Is(err, errMoved) {
+			return result, err
+		}
+	}
 }
+
+// errMoved says that the namespace got another owner during the handshake: the
+// client, which knows of nothing yet, is to be connected to that.
+var errMoved = errors.New("the namespace got another owner")
 
 // maxPeer is how much of X-Forwarded-For, its end, a session keeps for the log,
 // in bytes.
@@ -180,9 +189,8 @@ func (p *proxy) connect(w http.ResponseWriter, r *http.Request, s *session, back
 	if !stop() {
 		return p.broken(r.Context(), s.backend, r.Context().Err())
 	}
-	if p.moves.misplaced(s) { // the client has no session yet to lose
-		no := refuse(resultMoved, "namespace %q got another owner meanwhile", s.namespace)
-		return no.result, no
+	if p.moves.misplaced(s) {
+		return resultBadGateway, errMoved
 	}
 	client, fromClient, err := p.hijack(w, switchingHead(resp))
 	if err != nil {

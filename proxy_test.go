@@ -420,8 +420,8 @@ func TestProxySlowBody(t *testing.T) {
 	mustBreak(t, conn)
 }
 
-// A namespace that gets another owner during the handshake has no session with
-// the old one.
+// A client whose namespace gets another owner during the handshake comes to that
+// one, and has no session with the old one.
 func TestProxyMovedInHandshake(t *testing.T) {
 	asked, swapped := make(chan struct{}), make(chan struct{})
 	backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
@@ -429,13 +429,16 @@ func TestProxyMovedInHandshake(t *testing.T) {
 		<-swapped
 		echo(conn, br)
 	})
-	p := startProxy(t, []string{backend.addr, "127.0.0.1:1"}, map[string]string{"ns-01": "backend-0"}, nil)
+	other := startStub(t, "127.0.0.1:0", echo)
+	p := startProxy(t, []string{backend.addr, other.addr}, map[string]string{"ns-01": "backend-0"}, nil)
 	conn := p.send(t, "ns-01")
 	<-asked
 	p.router.update(entries{source: "test", version: "42", data: map[string]string{"ns-01": "backend-1"}})
 	close(swapped)
-	mustAnswer(t, conn, 503)
-	p.waitResult(t, resultMoved)
+	mustAnswer(t, conn, 101)
+	if heads := other.heads(); len(heads) != 1 || !strings.Contains(heads[0], "X-Router-Table: 42\r\n") {
+		t.Errorf("the new owner got %q, want one request with table 42", heads)
+	}
 }
 
 // One result is one log line at most a second, whatever the flood.

@@ -23,7 +23,6 @@ const (
 	resultMaxSessions           // 503
 	resultMaxWaiting            // 503
 	resultDraining              // 503: the router stops
-	resultMoved                 // 503: the namespace got another owner during the handshake
 	resultClientGone            // the client left before there was an answer
 	resultBadGateway            // 502
 	resultGatewayTimeout        // 504
@@ -34,7 +33,7 @@ const (
 // String is the value of the metric's label.
 func (r result) String() string {
 	return [results]string{"ok", "bad_request", "bad_head", "not_found", "not_upgrade", "no_table", "refused",
-		"hold_timeout", "max_sessions", "max_waiting", "draining", "moved", "client_gone", "bad_gateway", "gateway_timeout", "answered"}[r]
+		"hold_timeout", "max_sessions", "max_waiting", "draining", "client_gone", "bad_gateway", "gateway_timeout", "answered"}[r]
 }
 
 // status is the HTTP status that goes with the result.
