@@ -53,20 +53,7 @@ func TestRelayWakesItself(t *testing.T) {
 // unixPair returns the two ends of a Unix socket, as nginx and the router have.
 func unixPair(t *testing.T) (near, far *net.UnixConn) {
 	t.Helper()
-	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	a, err := net.Dial("unix", l.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	b, err := l.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { a.Close(); b.Close() })
+	a, b := pair(t, "unix", filepath.Join(t.TempDir(), "s"))
 	return a.(*net.UnixConn), b.(*net.UnixConn)
 }
 

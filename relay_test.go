@@ -20,21 +20,26 @@ const patience = 10 * time.Second
 // tcpPair returns the two ends of a TCP connection.
 func tcpPair(t testing.TB) (near, far *net.TCPConn) {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	a, b := pair(t, "tcp", "127.0.0.1:0")
+	return a.(*net.TCPConn), b.(*net.TCPConn)
+}
+
+// pair returns the two ends of a connection through addr.
+func pair(t testing.TB, network, addr string) (near, far net.Conn) {
+	t.Helper()
+	l, err := net.Listen(network, addr)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	a, err := net.Dial("tcp", l.Addr().String())
-	if err != nil {
+	if near, err = net.Dial(network, l.Addr().String()); err != nil {
 		t.Fatal(err)
 	}
-	b, err := l.Accept()
-	if err != nil {
+	if far, err = l.Accept(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { a.Close(); b.Close() })
-	return a.(*net.TCPConn), b.(*net.TCPConn)
+	t.Cleanup(func() { near.Close(); far.Close() })
+	return near, far
 }
 
 // relayed is a session with the far ends of its sockets.
