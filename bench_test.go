@@ -2,6 +2,8 @@ package main
 
 import (
 	"bufio"
+	"bytes"
+	"fmt"
 	"io"
 	"net"
 	"testing"
@@ -36,5 +38,24 @@ func BenchmarkHandshake(b *testing.B) {
 		}
 		conn.(*net.TCPConn).SetLinger(0)
 		conn.Close()
+	}
+}
+
+// BenchmarkFrameScan is per chunk of whole frames, which are as from a client.
+func BenchmarkFrameScan(b *testing.B) {
+	for _, c := range []struct{ payload, frames int }{{64, 1}, {64, (64 << 10) / (64 + 6)}, {4096, 1}, {64<<10 - 14, 1}} {
+		frame := frameBytes(frameFin|2, true, uint64(c.payload), make([]byte, c.payload))
+		chunk := bytes.Repeat(frame, c.frames)
+		b.Run(fmt.Sprintf("payload=%d/frames=%d", c.payload, c.frames), func(b *testing.B) {
+			var f frameScanner
+			b.ReportAllocs()
+			for b.Loop() {
+				f.scan(chunk, true)
+			}
+			if !f.boundary() {
+				b.Fatal("not at a boundary after whole frames")
+			}
+			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*c.frames), "ns/frame")
+		})
 	}
 }

@@ -39,6 +39,7 @@ var layout = []struct {
 	{"upgrade", "refusal route"},
 	{"refusal", ""},
 	{"relay", ""},
+	{"frame", ""},
 	{"move", "relay route"},
 	{"admin", "backends proxy refusal route watch"},
 	{"metrics", "admin backends log proxy refusal relay route watch"},

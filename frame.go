@@ -1,0 +1,226 @@
+package main
+
+import (
+	"crypto/rand"
+	"encoding/binary"
+	"slices"
+	"unicode/utf8"
+)
+
+// frameScanner follows one direction of a session through its WebSocket frames
+// (RFC 6455 §5.2), to know where a frame of the router's own may stand. The zero
+// value is at the start of the stream, the first byte after the handshake.
+//
+// It judges only what finding the end of a frame rests on, and what shows that
+// this is no stream of frames: a mask bit that is wrong for the direction, a
+// reserved opcode, a control frame that is fragmented or too long, a length
+// over 63 bits. Then it is broken for good: it has no boundary any more, and
+// the stream is carried as it is. All else is between the endpoints: reserved
+// bits are their extensions' (permessage-deflate, RFC 7692, has RSV1), the
+// order of fragments does not matter here, and a length in more bytes than it
+// needs, which §5.2 forbids, says where the frame ends just the same.
+type frameScanner struct {
+	left   uint64 // bytes of the frame after its length; the length as far as it is known at frameLength
+	at     framePlace
+	more   uint8 // bytes of the length that are still to come, at frameLength
+	opcode uint8 // of the frame, unless at frameBoundary
+}
+
+// framePlace is where in its frames a stream is.
+type framePlace uint8
+
+const (
+	frameBoundary framePlace = iota // between two frames or fragments
+	frameSize                       // before the second byte, with the mask bit and the length's 7 bits
+	frameLength                     // before or in the length of 16 or 64 bits
+	frameRest                       // in the masking key or the payload
+	frameClosed                     // after a Close frame
+	frameBroken                     // after a violation
+)
+
+const (
+	frameFin      = 0x80 // in the first byte
+	frameMasked   = 0x80 // in the second byte
+	maskKey       = 4    // bytes
+	opcodeData    = 2    // the last opcode of data frames, which begin at 0 (RFC 6455 §11.8)
+	opcodeClose   = 8    // the first of control frames
+	opcodeControl = 10   // the last of control frames
+	mostControl   = 125  // bytes of payload of a control frame (§5.5)
+)
+
+// Codes of Close frames.
+const (
+	closeGoingAway      = 1001 // the endpoint goes away (RFC 6455 §7.4.1)
+	closeServiceRestart = 1012 // connect again (IANA's WebSocket Close Code Number Registry)
+)
+
+// scan advances over chunk, which is what comes next in the stream, cut
+// anywhere. masked is whether this direction's frames have to be: those from the
+// client have, those from the backend must not be (RFC 6455 §5.1). It looks at
+// headers only, so its time is in the number of frames.
+func (f *frameScanner) scan(chunk []byte, masked bool) {
+	for len(chunk) > 0 {
+		chunk = chunk[f.next(chunk, masked):]
+	}
+}
+
+// next is scan up to the next boundary: it returns how much of chunk it advanced
+// over, which is all if there is no boundary in it. At a boundary, the next one
+// is the end of the frame that begins with chunk.
+func (f *frameScanner) next(chunk []byte, masked bool) (n int) {
+	if f.at == frameBoundary && len(chunk) > 0 {
+		if n = shortFrame(chunk, masked); n > 0 {
+			return n
+		}
+		f.begin(chunk[0])
+		n = 1
+	}
+	if f.at == frameSize && n < len(chunk) {
+		f.size(chunk[n], masked)
+		n++
+	}
+	for f.at == frameLength && n < len(chunk) {
+		f.length(chunk[n], masked)
+		n++
+	}
+	if f.at == frameRest {
+		here := min(f.left, uint64(len(chunk)-n))
+		f.skip(here)
+		n += int(here)
+	}
+	if f.at == frameClosed || f.at == frameBroken {
+		return len(chunk)
+	}
+	return n
+}
+
+// shortFrame returns how long the frame is that chunk begins with, if all of it
+// is there and it is a data frame with at most 125 bytes of payload, as most
+// are. It returns 0 for any other: the steps below are for all frames, but take
+// twice the time.
+func shortFrame(chunk []byte, masked bool) int {
+	if len(chunk) < 2 || chunk[0]&0xf > opcodeData {
+		return 0
+	}
+	n := int(chunk[1])
+	if masked {
+		n ^= frameMasked
+	}
+	if n > 125 { // more than 127: the mask bit is wrong
+		return 0
+	}
+	if n += 2; masked {
+		n += maskKey
+	}
+	if n > len(chunk) {
+		return 0
+	}
+	return n
+}
+
+// begin takes the first byte of a frame: FIN, reserved bits, opcode.
+func (f *frameScanner) begin(b byte) {
+	f.opcode, f.at = b&0xf, frameSize
+	control := f.opcode >= opcodeClose && f.opcode <= opcodeControl && b&frameFin != 0
+	if f.opcode > opcodeData && !control {
+		f.at = frameBroken
+	}
+}
+
+// size takes the second byte of a frame: the mask bit and the length, or how
+// many bytes have the length.
+func (f *frameScanner) size(b byte, masked bool) {
+	switch size := b &^ frameMasked; {
+	case b >= frameMasked != masked, f.opcode >= opcodeClose && size > mostControl:
+		f.at = frameBroken
+	case size > 125:
+		f.at, f.more = frameLength, 2+size&1*6 // 126 means 16 bits, 127 64
+	default:
+		f.enter(uint64(size), masked)
+	}
+}
+
+// length takes one byte of a length of 16 or 64 bits.
+func (f *frameScanner) length(b byte, masked bool) {
+	f.left = f.left<<8 | uint64(b)
+	f.more--
+	switch {
+	case f.more > 0:
+	case f.left>>63 != 0:
+		f.at = frameBroken
+	default:
+		f.enter(f.left, masked)
+	}
+}
+
+// enter begins what is after the length: the key if there is one, the payload.
+func (f *frameScanner) enter(left uint64, masked bool) {
+	if masked {
+		left += maskKey
+	}
+	f.left, f.at = left, frameRest
+	if left == 0 {
+		f.end()
+	}
+}
+
+// end notes that the frame is over.
+func (f *frameScanner) end() {
+	f.at = frameBoundary
+	if f.opcode == opcodeClose {
+		f.at = frameClosed
+	}
+}
+
+// rest returns how many bytes of the present frame are to come after its length,
+// masking key and payload, up to 2^63+3. It is 0 at a boundary, while the length
+// is not known, and when there are no frames any more.
+func (f *frameScanner) rest() uint64 {
+	if f.at != frameRest {
+		return 0
+	}
+	return f.left
+}
+
+// skip advances over n bytes that nobody looked at, at most rest.
+func (f *frameScanner) skip(n uint64) {
+	if f.left -= n; f.left == 0 && f.at == frameRest {
+		f.end()
+	}
+}
+
+// boundary reports whether a frame may be put here: the stream is between two
+// frames, or two fragments if it is a control frame (RFC 6455 §5.4), and no
+// Close frame has passed.
+func (f *frameScanner) boundary() bool { return f.at == frameBoundary }
+
+// closed reports whether a Close frame has passed, to its last byte. Nothing may
+// be put after it (RFC 6455 §5.5.1), and what comes is no longer looked at.
+func (f *frameScanner) closed() bool { return f.at == frameClosed }
+
+// broken reports whether the stream is not one of frames. There will never be a
+// boundary, so it is of no use to wait for one.
+func (f *frameScanner) broken() bool { return f.at == frameBroken }
+
+// closeFrame returns a Close frame (RFC 6455 §5.5.1). reason is UTF-8 for
+// people, and is cut to whole characters in 123 bytes. masked is for a frame to
+// the backend. The key is from crypto/rand: §5.3 wants a strong source of
+// entropy, and one frame in a session's life may take the time.
+func closeFrame(code uint16, reason string, masked bool) []byte {
+	most := min(len(reason), mostControl-2)
+	for most < len(reason) && most > 0 && !utf8.RuneStart(reason[most]) {
+		most--
+	}
+	head := []byte{frameFin | opcodeClose, byte(2 + most)}
+	body := append(binary.BigEndian.AppendUint16(nil, code), reason[:most]...)
+	if !masked {
+		return append(head, body...)
+	}
+	head[1] |= frameMasked
+	var key [maskKey]byte
+	rand.Read(key[:]) // it never fails
+	for i := range body {
+		body[i] ^= key[i%maskKey]
+	}
+	return slices.Concat(head, key[:], body)
+}
