@@ -45,6 +45,7 @@ const (
 	opcodeData    = 2    // the last opcode of data frames, which begin at 0 (RFC 6455 §11.8)
 	opcodeClose   = 8    // the first of control frames
 	opcodeControl = 10   // the last of control frames
+	mostHeader    = 14   // bytes before the payload
 	mostControl   = 125  // bytes of payload of a control frame (§5.5)
 )
 

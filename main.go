@@ -34,8 +34,8 @@
 //
 // Read main and config, then route and hash (who owns), dir, watch, events and
 // kube (how the overrides come), backends (where owners are), listen, proxy,
-// upgrade and refusal (from request to session), relay, frame and move (the
-// session's life), admin, metrics and log.
+// upgrade and refusal (from request to session), relay, frame, rawio and move
+// (the session's life), admin, metrics and log.
 package main
 
 import (

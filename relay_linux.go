@@ -1,14 +1,8 @@
-//go:build !portable
+//go:build !portable && !386
 
 package main
 
 import (
-	"fmt"
-	"net"
-	"os"
-	"runtime"
-	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -26,6 +20,11 @@ import (
 // other. What the other does not take is held: the session keeps it in a pooled
 // buffer, stops reading that side, and waits until the other can be written.
 //
+// A side that fills the buffer has much to send. If it is in large frames, only
+// their headers are read, for the frame scanner, and their payload goes through
+// a pipe of the poller's from socket to socket, uncopied. What the other side
+// does not take is held in the pipe.
+//
 //	one direction:  reading ──write came short──> holding ──flushed──> reading
 //	                   │ FIN                         (FIN is read after that)
 //	                   v
@@ -36,12 +35,8 @@ import (
 // is carried, and what comes for the side is dropped.
 
 const (
-	pollerBuffer = 64 << 10 // bytes, of each poller and of each held remainder
-	pollerEvents = 256      // taken from epoll at once
-	pollerTurn   = 16       // reads of one side before it is the others' turn
-
-	edge  = 1 << 31 // EPOLLET, which package syscall has as a negative number
-	again = 1 << 27 // in wire.mask: epoll has to look at the socket once more
+	pollerTurn  = 16       // reads of one side before it is the others' turn
+	spliceLeast = 16 << 10 // bytes of a frame to come that are worth a pipe
 )
 
 // wire is the part of a session that its poller owns.
@@ -49,175 +44,23 @@ type wire struct {
 	poller *poller // static after attach
 
 	// Guarded by poller.mu.
-	open bool        // it has a slot and its sockets
-	slot int32       // in poller.slots
-	fd   [2]int32    // the sockets
-	mask [2]uint32   // what epoll watches; 0: the socket is not in the set yet
-	fin  [2]bool     // the side has ended
-	lost [2]bool     // the side takes nothing any more
-	half cause       // why one direction is over, or causeNone
-	held [2]*held    // from the side, not taken by its peer; nil if nothing
-	wait *time.Timer // bounds the silence of the other direction
+	open   bool            // it has a slot and its sockets
+	slot   int32           // in poller.slots
+	fd     [2]int32        // the sockets
+	mask   [2]uint32       // what epoll watches; 0: the socket is not in the set yet
+	fin    [2]bool         // the side has ended
+	bulk   [2]bool         // the side has much to send
+	half   cause           // why one direction is over, or causeNone
+	held   [2]*held        // from the side, not taken by its peer; nil if nothing
+	frames [2]frameScanner // of what came from the side
+	wait   *time.Timer     // bounds the silence of the other direction
 }
 
-// held is what a side did not take.
+// held is what a side did not take: first what is in buf, then what is in pipe.
 type held struct {
-	buf        [pollerBuffer]byte
+	buf        [bufferSize]byte
 	start, end int
-}
-
-// carrier is the pollers.
-type carrier struct {
-	pollers []*poller
-	next    atomic.Uint32 // the poller of the next session, modulo their number
-	running sync.WaitGroup
-	spare   sync.Pool // of *held
-}
-
-// poller carries the sessions of one epoll set.
-type poller struct {
-	// Static after construction.
-	relay *relay
-	set   *os.File // the epoll set
-	epoll int      // its descriptor
-
-	// Owned by run.
-	events [pollerEvents]syscall.EpollEvent
-	buf    [pollerBuffer]byte
-
-	// Guarded by mu.
-	mu    sync.Mutex
-	slots []slot
-	free  []int32    // slots without a session
-	done  []*session // that are over and not yet told to the relay
-}
-
-// slot is where an event finds its session.
-type slot struct {
-	session *session // nil if free
-	round   int32    // of use: an event of an earlier round is stale
-}
-
-// start makes one poller for each CPU.
-func (c *carrier) start(r *relay) error {
-	c.spare.New = func() any { return new(held) }
-	for range runtime.GOMAXPROCS(0) {
-		fd, err := syscall.EpollCreate1(syscall.EPOLL_CLOEXEC)
-		if err != nil {
-			c.stop()
-			return os.NewSyscallError("epoll_create1", err)
-		}
-		syscall.SetNonblock(fd, true) // for os.NewFile: that it is for Go's poller
-		p := &poller{relay: r, set: os.NewFile(uintptr(fd), "epoll"), epoll: fd}
-		c.pollers = append(c.pollers, p)
-		c.running.Go(p.run)
-		if err := p.set.SetDeadline(time.Time{}); err != nil { // os.ErrNoDeadline: Go's poller did not take it
-			c.stop()
-			return fmt.Errorf("poll an epoll set: %w", err)
-		}
-	}
-	return nil
-}
-
-// stop ends the pollers.
-func (c *carrier) stop() {
-	for _, p := range c.pollers {
-		p.set.Close()
-	}
-	c.running.Wait()
-}
-
-// attach chooses the poller of s. From here on s.end may be called.
-func (c *carrier) attach(s *session, _ [2]net.Conn) {
-	s.poller = c.pollers[c.next.Add(1)%uint32(len(c.pollers))]
-}
-
-// begin takes the sockets of s out of Go's hands and carries what came first.
-func (c *carrier) begin(s *session, ends [2]net.Conn, first [2][]byte) {
-	p := s.poller
-	fds := takeDescriptors(ends)
-	p.mu.Lock()
-	defer p.unlock()
-	p.enter(s, fds)
-	switch {
-	case min(fds[client], fds[server]) < 0:
-		p.end(s, causeRouterError)
-	case s.ending():
-		p.end(s, causeNone)
-	default:
-		p.pass(s, client, first[client])
-		p.pass(s, server, first[server])
-		p.watch(s)
-	}
-}
-
-// takeDescriptors returns duplicates of the connections' descriptors, which
-// are not in Go's poller, and closes the connections. A descriptor is -1 if it
-// could not be had.
-func takeDescriptors(ends [2]net.Conn) (fds [2]int32) {
-	for i, conn := range ends {
-		fds[i] = -1
-		raw, _ := conn.(syscall.Conn).SyscallConn() // its error is a nil conn
-		raw.Control(func(fd uintptr) {              // its error is a closed conn
-			n, _, errno := syscall.Syscall(syscall.SYS_FCNTL, fd, syscall.F_DUPFD_CLOEXEC, 0)
-			if errno == 0 {
-				fds[i] = int32(n)
-			}
-		})
-		conn.Close()
-	}
-	return fds
-}
-
-// run carries until the epoll set is closed. poll is called when something is
-// new to the set since its last call began, and again when it left something.
-func (p *poller) run() {
-	raw, err := p.set.SyscallConn()
-	if err != nil {
-		panic(err) // only for a file that is nil
-	}
-	raw.Read(func(uintptr) bool { // its error is that the set was closed
-		for p.poll() {
-		}
-		return false
-	})
-}
-
-// poll handles what epoll has now, up to pollerEvents. It reports whether there
-// may be more.
-func (p *poller) poll() (more bool) {
-	n, err := syscall.EpollWait(p.epoll, p.events[:], 0)
-	if err != nil {
-		return err == syscall.EINTR
-	}
-	p.mu.Lock()
-	defer p.unlock()
-	for _, event := range p.events[:n] {
-		p.handle(event)
-	}
-	return n == len(p.events)
-}
-
-// unlock releases mu, and tells the relay of the sessions that are over.
-func (p *poller) unlock() {
-	done := p.done
-	p.done = nil
-	p.mu.Unlock()
-	for _, s := range done {
-		p.relay.over(s)
-	}
-}
-
-// enter gives s a slot.
-func (p *poller) enter(s *session, fds [2]int32) {
-	if n := len(p.free); n > 0 {
-		s.slot, p.free = p.free[n-1], p.free[:n-1]
-	} else {
-		s.slot = int32(len(p.slots))
-		p.slots = append(p.slots, slot{})
-	}
-	p.slots[s.slot].session = s
-	s.fd, s.open = fds, true
+	pipe       *pipe // or nil
 }
 
 // handle serves one event: its slot is in Fd, the round and side in Pad.
@@ -257,66 +100,138 @@ func (s *session) reads(i side) bool { return s.open && !s.fin[i] && s.held[i] =
 // fill reads the side once, and passes on what came. It reports whether there
 // may be more.
 func (p *poller) fill(s *session, i side, ended bool) (more bool) {
-	n, err := syscall.Read(int(s.fd[i]), p.buf[:])
-	switch {
-	case err == syscall.EAGAIN || err == syscall.EINTR:
-		return err == syscall.EINTR
-	case err != nil:
-		p.end(s, i.broken())
-		return false
-	case n == 0:
-		p.finish(s, i)
-		return false
+	n, piped := 0, p.siphon(s, i, bufferSize)
+	if piped == nil {
+		limit := bufferSize
+		if s.bulk[i] {
+			limit = int(min(bufferSize, s.frames[i].rest()+mostHeader))
+		}
+		var errno syscall.Errno
+		n, errno = p.buf.receive(s.fd[i], limit)
+		switch {
+		case errno == syscall.EAGAIN || errno == syscall.EINTR:
+			return errno == syscall.EINTR
+		case errno != 0:
+			p.end(s, i.broken())
+			return false
+		case n == 0:
+			p.finish(s, i)
+			return false
+		}
+		s.frames[i].scan(p.buf.data[:n], i == client)
+		more = n == limit
+		s.bulk[i] = more && (limit == bufferSize || s.frames[i].rest() >= spliceLeast)
+		piped = p.siphon(s, i, bufferSize-n)
 	}
-	p.pass(s, i, p.buf[:n])
-	return n == len(p.buf) || ended
+	p.pass(s, i, n, piped)
+	return more || ended || piped != nil
 }
 
-// pass writes data, which came from the side, to its peer, and holds what that
-// does not take. data is at most pollerBuffer bytes, and nothing is held yet.
-func (p *poller) pass(s *session, i side, data []byte) {
-	if len(data) == 0 {
-		return
+// siphon moves payload of the side's present frame, up to limit bytes, into a
+// pipe. It returns nil if that is not worth it, or if nothing came: why shows when
+// the side is read.
+func (p *poller) siphon(s *session, i side, limit int) *pipe {
+	rest := s.frames[i].rest()
+	if !s.bulk[i] || min(rest, uint64(limit)) < spliceLeast {
+		return nil
 	}
-	if n := p.write(s, i, data); n < len(data) {
+	to := p.pipes.get()
+	if to == nil {
+		return nil
+	}
+	n, errno := to.receive(s.fd[i], int(min(rest, uint64(limit))))
+	if errno != 0 || n == 0 {
+		p.pipes.put(to)
+		return nil
+	}
+	s.frames[i].skip(uint64(n))
+	return to
+}
+
+// pass sends the first n bytes of the buffer, which came from the side, and then
+// what was piped, to its peer, and holds what that does not take. Nothing is
+// held yet.
+func (p *poller) pass(s *session, i side, n int, piped *pipe) {
+	sent, flags := 0, 0
+	if piped != nil {
+		flags = syscall.MSG_MORE
+	}
+	if n > 0 {
+		took, errno := p.buf.send(s.fd[i.peer()], n, flags)
+		sent = p.took(s, i, took, errno, n)
+	}
+	if sent == n {
+		piped = p.pour(s, i, piped)
+	}
+	if sent < n || piped != nil {
 		h := p.relay.carrier.spare.Get().(*held)
-		h.start, h.end = 0, copy(h.buf[:], data[n:])
+		h.start, h.end, h.pipe = 0, copy(h.buf[:], p.buf.data[sent:n]), piped
 		s.held[i] = h
 	}
 }
 
-// flush writes what is held of the side.
+// pour sends what was piped, if anything was, and returns the pipe if something
+// is left in it.
+func (p *poller) pour(s *session, i side, piped *pipe) *pipe {
+	if piped == nil {
+		return nil
+	}
+	size := piped.full
+	n, errno := piped.send(s.fd[i.peer()])
+	if p.took(s, i, n, errno, size) < size {
+		return piped
+	}
+	p.pipes.put(piped)
+	return nil
+}
+
+// flush sends what is held of the side.
 func (p *poller) flush(s *session, i side) {
 	h := s.held[i]
 	if h == nil {
 		return
 	}
-	if h.start += p.write(s, i, h.buf[h.start:h.end]); h.start == h.end {
-		s.held[i] = nil
-		p.relay.carrier.spare.Put(h)
+	if rest := h.buf[h.start:h.end]; len(rest) > 0 {
+		n, err := syscall.Write(int(s.fd[i.peer()]), rest)
+		errno, _ := err.(syscall.Errno) // 0 for nil
+		h.start += p.took(s, i, n, errno, len(rest))
+	}
+	if h.start == h.end {
+		h.pipe = p.pour(s, i, h.pipe)
+		if h.pipe == nil {
+			p.release(s, i)
+		}
 	}
 }
 
-// write returns how much of data, from the side, its peer took: all, once it
-// takes nothing any more.
-func (p *poller) write(s *session, i side, data []byte) int {
-	if s.lost[i.peer()] {
-		return len(data)
+// release forgets what is held of the side.
+func (p *poller) release(s *session, i side) {
+	h := s.held[i]
+	if h == nil {
+		return
 	}
-	n, err := syscall.Write(int(s.fd[i.peer()]), data)
-	switch {
-	case err == syscall.EAGAIN || err == syscall.EINTR:
+	if h.pipe != nil {
+		p.pipes.put(h.pipe)
+	}
+	s.held[i] = nil
+	p.relay.carrier.spare.Put(h)
+}
+
+// took takes note of what the side's peer did with size bytes, and returns how
+// many it took: all, once it takes nothing any more.
+func (p *poller) took(s *session, i side, n int, errno syscall.Errno, size int) int {
+	switch errno {
+	case syscall.EAGAIN, syscall.EINTR:
 		return 0
-	case err != nil:
-		s.lost[i.peer()] = true
-		p.halve(s, i.peer().broken())
-		return len(data)
+	case 0:
+		s.count[i].Add(int64(n))
+		if s.wait != nil {
+			s.wait.Reset(p.relay.linger)
+		}
+		return n
 	}
-	s.count[i].Add(int64(n))
-	if s.wait != nil {
-		s.wait.Reset(p.relay.linger)
-	}
-	return n
+	p.halve(s, i.peer().broken())
+	return size
 }
 
 // finish notes that the side has ended, of which nothing is held, and passes
@@ -339,31 +254,6 @@ func (p *poller) halve(s *session, why cause) {
 	}
 }
 
-// watch makes epoll watch what s waits for. A change makes epoll look at the
-// socket again, so nothing that came before is missed.
-func (p *poller) watch(s *session) {
-	for i := client; s.open && i <= server; i++ {
-		mask, op := uint32(edge), syscall.EPOLL_CTL_MOD
-		if s.reads(i) {
-			mask |= syscall.EPOLLIN | syscall.EPOLLRDHUP
-		}
-		if s.held[i.peer()] != nil {
-			mask |= syscall.EPOLLOUT
-		}
-		if mask == s.mask[i] {
-			continue
-		}
-		if s.mask[i] == 0 {
-			op = syscall.EPOLL_CTL_ADD
-		}
-		event := syscall.EpollEvent{Events: mask, Fd: s.slot, Pad: p.slots[s.slot].round<<1 | int32(i)}
-		if err := syscall.EpollCtl(p.epoll, op, int(s.fd[i]), &event); err != nil {
-			p.end(s, causeRouterError) // out of memory, or of epoll's user watches
-		}
-		s.mask[i] = mask
-	}
-}
-
 // end closes both sockets, if the session is not over yet.
 func (p *poller) end(s *session, why cause) {
 	if !s.open {
@@ -375,10 +265,7 @@ func (p *poller) end(s *session, why cause) {
 		if fd >= 0 {
 			syscall.Close(int(fd))
 		}
-		if s.held[i] != nil {
-			p.relay.carrier.spare.Put(s.held[i])
-			s.held[i] = nil
-		}
+		p.release(s, side(i))
 	}
 	if s.wait != nil {
 		s.wait.Stop()

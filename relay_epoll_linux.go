@@ -1,0 +1,229 @@
+//go:build !portable && !386
+
+package main
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net"
+	"os"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+const (
+	edge  = 1 << 31 // EPOLLET, which package syscall has as a negative number
+	again = 1 << 27 // in wire.mask: epoll has to look at the socket once more
+)
+
+// carrier is the pollers.
+type carrier struct {
+	pollers []*poller
+	next    atomic.Uint32 // the poller of the next session, modulo their number
+	running sync.WaitGroup
+	spare   sync.Pool // of *held
+}
+
+// poller carries the sessions of one epoll set.
+type poller struct {
+	// Static after construction.
+	relay *relay
+	set   *os.File // the epoll set
+	epoll int      // its descriptor
+	bell  int      // an eventfd in the set
+
+	// Guarded by mu.
+	mu    sync.Mutex
+	buf   *buffer // but its events are run's
+	pipes pipes
+	slots []slot
+	free  []int32    // slots without a session
+	done  []*session // that are over and not yet told to the relay
+}
+
+// slot is where an event finds its session.
+type slot struct {
+	session *session // nil if free
+	round   int32    // of use: an event of an earlier round is stale
+}
+
+// start makes one poller for each CPU.
+func (c *carrier) start(r *relay) error {
+	c.spare.New = func() any { return new(held) }
+	for range runtime.GOMAXPROCS(0) {
+		fd, err := syscall.EpollCreate1(syscall.EPOLL_CLOEXEC)
+		if err != nil {
+			c.stop()
+			return os.NewSyscallError("epoll_create1", err)
+		}
+		syscall.SetNonblock(fd, true) // for os.NewFile: that it is for Go's poller
+		p := &poller{relay: r, set: os.NewFile(uintptr(fd), "epoll"), epoll: fd, buf: newBuffer()}
+		c.pollers = append(c.pollers, p)
+		if p.bell, err = newBell(fd); err == nil {
+			err = p.set.SetDeadline(time.Time{}) // os.ErrNoDeadline: Go's poller did not take it
+		}
+		if err != nil {
+			c.stop()
+			return fmt.Errorf("poll an epoll set: %w", err)
+		}
+		c.running.Go(p.run)
+	}
+	return nil
+}
+
+// stop ends the pollers.
+func (c *carrier) stop() {
+	for _, p := range c.pollers {
+		p.set.Close()
+	}
+	c.running.Wait()
+	for _, p := range c.pollers {
+		syscall.Close(p.bell)
+		p.pipes.close()
+		p.buf.free()
+	}
+}
+
+// attach chooses the poller of s. From here on s.end may be called.
+func (c *carrier) attach(s *session, _ [2]net.Conn) {
+	s.poller = c.pollers[c.next.Add(1)%uint32(len(c.pollers))]
+}
+
+// begin takes the sockets of s out of Go's hands and carries what came first.
+func (c *carrier) begin(s *session, ends [2]net.Conn, first [2][]byte) {
+	p := s.poller
+	fds := takeDescriptors(ends)
+	p.mu.Lock()
+	defer p.unlock()
+	p.enter(s, fds)
+	switch {
+	case min(fds[client], fds[server]) < 0:
+		p.end(s, causeRouterError)
+	case s.ending():
+		p.end(s, causeNone)
+	default:
+		for i, data := range first {
+			s.frames[i].scan(data, side(i) == client)
+			p.pass(s, side(i), copy(p.buf.data[:], data), nil)
+		}
+		p.watch(s)
+	}
+}
+
+// run carries until the epoll set is closed. poll is called when something is
+// new to the set since its last call began.
+func (p *poller) run() {
+	raw, err := p.set.SyscallConn()
+	if err != nil {
+		panic(err) // only for a file that is nil
+	}
+	raw.Read(func(uintptr) bool { // its error is that the set was closed
+		p.poll()
+		return false
+	})
+}
+
+// poll handles what epoll has now, up to eventsSize. Where there may be more it
+// rings: a poller that just went on would keep its CPU for itself, since the
+// runtime looks for what else is ready only when it has nothing to run.
+func (p *poller) poll() {
+	events, errno := p.buf.wait(p.epoll)
+	p.mu.Lock()
+	defer p.unlock()
+	for _, event := range events {
+		if event.Fd != bellSlot {
+			p.handle(event)
+		}
+	}
+	if len(events) == eventsSize || errno == syscall.EINTR {
+		p.ring()
+	}
+}
+
+// unlock releases mu, and tells the relay of the sessions that are over.
+func (p *poller) unlock() {
+	done := p.done
+	p.done = nil
+	p.mu.Unlock()
+	for _, s := range done {
+		p.relay.over(s)
+	}
+}
+
+// enter gives s a slot.
+func (p *poller) enter(s *session, fds [2]int32) {
+	if n := len(p.free); n > 0 {
+		s.slot, p.free = p.free[n-1], p.free[:n-1]
+	} else {
+		s.slot = int32(len(p.slots))
+		p.slots = append(p.slots, slot{})
+	}
+	p.slots[s.slot].session = s
+	s.fd, s.open = fds, true
+}
+
+// watch makes epoll watch what s waits for. A change makes epoll look at the
+// socket again, so nothing that came before is missed.
+func (p *poller) watch(s *session) {
+	for i := client; s.open && i <= server; i++ {
+		mask, op := uint32(edge), syscall.EPOLL_CTL_MOD
+		if s.reads(i) {
+			mask |= syscall.EPOLLIN | syscall.EPOLLRDHUP
+		}
+		if s.held[i.peer()] != nil {
+			mask |= syscall.EPOLLOUT
+		}
+		if mask == s.mask[i] {
+			continue
+		}
+		if s.mask[i] == 0 {
+			op = syscall.EPOLL_CTL_ADD
+		}
+		event := syscall.EpollEvent{Events: mask, Fd: s.slot, Pad: p.slots[s.slot].round<<1 | int32(i)}
+		if err := syscall.EpollCtl(p.epoll, op, int(s.fd[i]), &event); err != nil {
+			p.end(s, causeRouterError) // out of memory, or of epoll's user watches
+		}
+		s.mask[i] = mask
+	}
+}
+
+// takeDescriptors returns duplicates of the connections' descriptors, which
+// are not in Go's poller, and closes the connections. A descriptor is -1 if it
+// could not be had.
+func takeDescriptors(ends [2]net.Conn) (fds [2]int32) {
+	for i, conn := range ends {
+		fds[i] = -1
+		raw, _ := conn.(syscall.Conn).SyscallConn() // its error is a nil conn
+		raw.Control(func(fd uintptr) {              // its error is a closed conn
+			n, _, errno := syscall.Syscall(syscall.SYS_FCNTL, fd, syscall.F_DUPFD_CLOEXEC, 0)
+			if errno == 0 {
+				fds[i] = int32(n)
+			}
+		})
+		conn.Close()
+	}
+	return fds
+}
+
+// bellSlot is the slot in the events of a poller's bell, an eventfd(2). Each
+// write makes the edge-triggered set tell of itself, also if the last event of
+// the bell was not taken yet: EPOLL_CTL_MOD would not.
+const bellSlot = -1
+
+// newBell makes a bell in the epoll set. The caller closes it.
+func newBell(epoll int) (int, error) {
+	fd, _, errno := syscall.RawSyscall(syscall.SYS_EVENTFD2, 0, syscall.O_CLOEXEC|syscall.O_NONBLOCK, 0)
+	if errno != 0 {
+		return -1, os.NewSyscallError("eventfd2", errno)
+	}
+	event := syscall.EpollEvent{Events: syscall.EPOLLIN | edge, Fd: bellSlot}
+	return int(fd), os.NewSyscallError("epoll_ctl", syscall.EpollCtl(epoll, syscall.EPOLL_CTL_ADD, int(fd), &event))
+}
+
+// ring makes poll be called again when others had their turn.
+func (p *poller) ring() {
+	syscall.Write(p.bell, binary.NativeEndian.AppendUint64(nil, 1)) // full after 2^64 of them
+}
