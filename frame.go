@@ -154,23 +154,13 @@ func (f *frameScanner) length(b byte, masked bool) {
 	}
 }
 
-// enter begins what is after the length: the key if there is one, the payload.
+// enter begins what is after the length: the key if there is one, and the
+// payload. It may be empty: skip has to follow.
 func (f *frameScanner) enter(left uint64, masked bool) {
 	if masked {
 		left += maskKey
 	}
 	f.left, f.at = left, frameRest
-	if left == 0 {
-		f.end()
-	}
-}
-
-// end notes that the frame is over.
-func (f *frameScanner) end() {
-	f.at = frameBoundary
-	if f.opcode == opcodeClose {
-		f.at = frameClosed
-	}
 }
 
 // rest returns how many bytes of the present frame are to come after its length,
@@ -185,8 +175,13 @@ func (f *frameScanner) rest() uint64 {
 
 // skip advances over n bytes that nobody looked at, at most rest.
 func (f *frameScanner) skip(n uint64) {
-	if f.left -= n; f.left == 0 && f.at == frameRest {
-		f.end()
+	f.left -= n
+	switch {
+	case f.left > 0 || f.at != frameRest:
+	case f.opcode == opcodeClose:
+		f.at = frameClosed
+	default:
+		f.at = frameBoundary
 	}
 }
 
