@@ -29,6 +29,7 @@ type backends struct {
 	// Static after construction.
 	statefulSet string // the part of a backend's name before its ordinal
 	count       int
+	dialer      net.Dialer
 	locate      func(ctx context.Context, ordinal int) (addr string, err error)
 	forget      func(ordinal int) // the address was no good
 	close       func()            // returns when nothing that locate started runs any more
@@ -92,8 +93,7 @@ func (b *backends) dial(ctx context.Context, ordinal int) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	var d net.Dialer
-	conn, err := d.DialContext(ctx, "tcp", addr)
+	conn, err := b.dialer.DialContext(ctx, "tcp", addr)
 	if err != nil {
 		b.forget(ordinal)
 		return nil, err

@@ -14,6 +14,7 @@ import (
 // config is what the flags and the environment say.
 type config struct {
 	listen, admin string
+	peerTimeout   time.Duration
 
 	backends, statefulSet, service string
 	replicas, backendPort          int
@@ -39,6 +40,9 @@ func (c *config) flags() *flag.FlagSet {
 	f.SetOutput(io.Discard)
 	f.StringVar(&c.listen, "listen", ":8000", "`address` for clients: host:port, or unix:/path of a socket")
 	f.StringVar(&c.admin, "admin", ":8001", "`address` for /healthz, /readyz, /metrics and /owner")
+
+	f.DurationVar(&c.peerTimeout, "peer-timeout", time.Minute, "how long a client or backend may leave TCP without an answer before its session\n"+
+		"ends, in whole seconds, 0 is as long as the system lets it")
 
 	f.StringVar(&c.backends, "backends", "", "fixed `list` of backends, host:port,host:port,... in the order of their ordinals")
 	f.IntVar(&c.replicas, "replicas", 0, "`number` of backends when they are found by DNS, without -backends")
@@ -145,6 +149,8 @@ func (c *config) check() error {
 		return fmt.Errorf("-max-header-bytes %d, want at least 1024", c.limits.headerBytes)
 	case c.limits.sessions < 1 || c.limits.waiting < 1:
 		return fmt.Errorf("-max-sessions %d, -max-waiting %d, want at least 1", c.limits.sessions, c.limits.waiting)
+	case c.peerTimeout != 0 && (c.peerTimeout < 2*time.Second || c.peerTimeout > 18*time.Hour || c.peerTimeout%time.Second != 0):
+		return fmt.Errorf("-peer-timeout %s, want 0, or 2s to 18h in whole seconds", c.peerTimeout) // TCP_KEEPIDLE is 1 to 32767 s
 	case c.moveRate < 0:
 		return fmt.Errorf("-move-rate %d, want 0 or more", c.moveRate)
 	}

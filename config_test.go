@@ -71,6 +71,11 @@ var badUsage = map[string]struct {
 	"sessions no number":   {args: "-max-sessions many", want: `invalid value "many" for flag -max-sessions: parse error`},
 	"waiting negative":     {args: "-replicas 1 -max-waiting -1", want: "-max-sessions 100000, -max-waiting -1, want at least 1"},
 	"waiting no number":    {args: "-max-waiting 1.5", want: `invalid value "1.5" for flag -max-waiting: parse error`},
+	"peer timeout short":   {args: "-replicas 1 -peer-timeout 1s", want: "-peer-timeout 1s, want 0, or 2s to 18h in whole seconds"},
+	"peer timeout long":    {args: "-replicas 1 -peer-timeout 19h", want: "-peer-timeout 19h0m0s, want 0, or 2s to 18h in whole seconds"},
+	"peer timeout broken":  {args: "-replicas 1 -peer-timeout 2500ms", want: "-peer-timeout 2.5s, want 0, or 2s to 18h in whole seconds"},
+	"peer timeout minus":   {args: "-replicas 1 -peer-timeout -2s", want: "-peer-timeout -2s, want 0, or 2s to 18h in whole seconds"},
+	"peer timeout no time": {args: "-peer-timeout 60", want: `invalid value "60" for flag -peer-timeout: parse error`},
 	"rate negative":        {args: "-replicas 1 -move-rate -1", want: "-move-rate -1, want 0 or more"},
 	"rate no number":       {args: "-move-rate 200/s", want: `invalid value "200/s" for flag -move-rate: parse error`},
 	"delay negative":       {args: "-replicas 1 -drain-delay -1s", want: "-drain-delay -1s, -drain-time 30s, want 0 or more"},
@@ -166,7 +171,7 @@ func TestFlagBeatsEnvironment(t *testing.T) {
 		"overrides": {"/i", "/j"}, "namespace-from": {"host", "path"}, "pod": {"k", "l"},
 		"hold": {"1s", "2s"}, "handshake-timeout": {"3s", "4s"}, "header-timeout": {"5s", "6s"},
 		"max-header-bytes": {"2000", "3000"}, "max-sessions": {"1", "2"}, "max-waiting": {"3", "4"},
-		"move-rate": {"5", "6"}, "drain-delay": {"1s", "2s"}, "drain-time": {"3s", "4s"},
+		"peer-timeout": {"5s", "6s"}, "move-rate": {"5", "6"}, "drain-delay": {"1s", "2s"}, "drain-time": {"3s", "4s"},
 		"log-format": {"json", "text"}, "log-level": {"DEBUG", "WARN"},
 	}
 	(&config{}).flags().VisitAll(func(f *flag.Flag) {

@@ -14,12 +14,16 @@ import (
 
 // listen opens the address of -listen or -admin: host:port, or unix:/path for a
 // socket with mode 0660. A socket that a router left behind when it was killed
-// is replaced, one that is listened on is not. The caller closes the listener,
-// which removes the socket.
-func listen(addr string) (net.Listener, error) {
+// is replaced, one that is listened on is not. A client that is silent to TCP for
+// peerTimeout is given up. The caller closes the listener, which removes the
+// socket.
+func listen(addr string, peerTimeout time.Duration) (net.Listener, error) {
 	path, unix := strings.CutPrefix(addr, "unix:")
 	if !unix {
-		return net.Listen("tcp", addr)
+		control, keepAlive := boundPeer(peerTimeout)
+		tcp := net.ListenConfig{Control: control, KeepAlive: -1, KeepAliveConfig: keepAlive}
+		tcp.SetMultipathTCP(false) // Go's default, which has no TCP_USER_TIMEOUT
+		return tcp.Listen(context.Background(), "tcp", addr)
 	}
 	if err := removeStale(path); err != nil {
 		return nil, err
@@ -52,6 +56,21 @@ func removeStale(path string) error {
 		return fmt.Errorf("listen unix:%s: another process listens there", path)
 	}
 	return os.Remove(path)
+}
+
+// boundDialer returns a dialer of TCP, whose connections give up a peer that is
+// silent for peerTimeout.
+func boundDialer(peerTimeout time.Duration) net.Dialer {
+	control, keepAlive := boundPeer(peerTimeout)
+	return net.Dialer{Control: control, KeepAlive: -1, KeepAliveConfig: keepAlive}
+}
+
+// probes returns when TCP asks a silent peer whether it is there, in whole
+// seconds as TCP has it: after idle, half of timeout, then every interval, a
+// quarter. One of these times is timeout, which is when TCP gives up.
+func probes(timeout time.Duration) (idle, interval time.Duration) {
+	interval = max(timeout/4, time.Second).Truncate(time.Second)
+	return max(timeout-2*interval, time.Second), interval
 }
 
 // frontListener counts the connections that end before net/http could make a

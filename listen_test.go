@@ -18,7 +18,7 @@ import (
 
 func TestListenUnix(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "router.sock")
-	l, err := listen("unix:" + path)
+	l, err := listen("unix:"+path, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -58,7 +58,7 @@ func TestListenUnixReplacesStaleSocket(t *testing.T) {
 	}
 	killed.SetUnlinkOnClose(false) // as a process that is killed leaves it
 	killed.Close()
-	l, err := listen("unix:" + path)
+	l, err := listen("unix:"+path, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -73,7 +73,7 @@ func TestListenUnixRefusesLiveSocket(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer live.Close()
-	_, err = listen("unix:" + path)
+	_, err = listen("unix:"+path, 0)
 	if want := "listen unix:" + path + ": another process listens there"; err == nil || err.Error() != want {
 		t.Errorf("error %v, want %s", err, want)
 	}
@@ -102,7 +102,7 @@ func TestListenUnixKeepsOtherFiles(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			_, err = listen("unix:" + path)
+			_, err = listen("unix:"+path, 0)
 			if want := "listen unix:" + path + ": the file is there and is no socket"; err == nil || err.Error() != want {
 				t.Errorf("error %v, want %s", err, want)
 			}
@@ -142,7 +142,7 @@ func startCountingFront(t *testing.T, network string) *countingFront {
 	l := listenLocal(t)
 	if network == "unix" {
 		var err error
-		if l, err = listen("unix:" + filepath.Join(t.TempDir(), "s")); err != nil {
+		if l, err = listen("unix:"+filepath.Join(t.TempDir(), "s"), 0); err != nil {
 			t.Fatal(err)
 		}
 	}

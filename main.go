@@ -91,12 +91,12 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 	if err != nil {
 		return err
 	}
-	front, err := listen(c.listen)
+	front, err := listen(c.listen, c.peerTimeout)
 	if err != nil {
 		return fmt.Errorf("-listen: %w", err)
 	}
 	defer front.Close()
-	side, err := listen(c.admin)
+	side, err := listen(c.admin, c.peerTimeout)
 	if err != nil {
 		return fmt.Errorf("-admin: %w", err)
 	}
@@ -120,6 +120,7 @@ func newProgram(c *config, getenv func(string) string, log *slog.Logger) (*progr
 	if err != nil {
 		return nil, err
 	}
+	backends.dialer = boundDialer(c.peerTimeout)
 	router := &router{statefulSet: c.statefulSet, backends: backends.count, log: log}
 	relay := newRelay(backends.count, backends.name, log)
 	mover := newMover(router, relay, c.moveRate, log)

@@ -1,0 +1,42 @@
+package main
+
+import (
+	"net"
+	"os"
+	"syscall"
+	"time"
+)
+
+// tcpUserTimeout is TCP_USER_TIMEOUT of linux/tcp.h, which package syscall does
+// not have: how long, in milliseconds, sent data may stay without an
+// acknowledgement. With keepalive it counts in place of TCP_KEEPCNT (tcp(7)).
+const tcpUserTimeout = 18
+
+// boundPeer returns what makes a TCP socket give up a peer that has been silent
+// for timeout, 0 for never. A listener's sockets have the options from it.
+func boundPeer(timeout time.Duration) (control func(network, address string, c syscall.RawConn) error, keepAlive net.KeepAliveConfig) {
+	idle, interval := probes(timeout)
+	options := []struct{ level, name, value int }{
+		{syscall.IPPROTO_TCP, syscall.TCP_KEEPIDLE, int(idle.Seconds())},
+		{syscall.IPPROTO_TCP, syscall.TCP_KEEPINTVL, int(interval.Seconds())},
+		{syscall.IPPROTO_TCP, tcpUserTimeout, int(timeout.Milliseconds())},
+		{syscall.SOL_SOCKET, syscall.SO_KEEPALIVE, 1},
+	}
+	if timeout == 0 {
+		options = nil
+	}
+	return func(_, _ string, c syscall.RawConn) error {
+		var err error
+		cerr := c.Control(func(fd uintptr) {
+			for _, o := range options {
+				if err == nil {
+					err = os.NewSyscallError("setsockopt", syscall.SetsockoptInt(int(fd), o.level, o.name, o.value))
+				}
+			}
+		})
+		if cerr != nil {
+			return cerr
+		}
+		return err
+	}, net.KeepAliveConfig{}
+}

@@ -1,0 +1,148 @@
+package main
+
+import (
+	"bufio"
+	"io"
+	"net"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// TestProbes: TCP asks at times that it can have, once at least, and gives up
+// at the timeout.
+func TestProbes(t *testing.T) {
+	for seconds := 2; seconds <= 18*60*60; seconds++ {
+		timeout := time.Duration(seconds) * time.Second
+		idle, interval := probes(timeout)
+		if idle%time.Second != 0 || interval%time.Second != 0 || idle < time.Second || interval < time.Second ||
+			idle > 32767*time.Second || timeout <= idle || (timeout-idle)%interval != 0 || interval > timeout/2 {
+			t.Errorf("with a timeout of %s TCP asks after %s, then every %s", timeout, idle, interval)
+		}
+	}
+}
+
+// onDescriptor calls f with the descriptor of conn.
+func onDescriptor(t testing.TB, conn net.Conn, f func(fd int)) {
+	t.Helper()
+	raw, err := conn.(syscall.Conn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := raw.Control(func(fd uintptr) { f(int(fd)) }); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A connection of a client has its options from the listener, one to a backend
+// from the dialer.
+func TestPeerOptions(t *testing.T) {
+	on := map[string]int{"keepalive": 1, "idle": 30, "interval": 15, "user timeout": 60_000, "no delay": 1}
+	off := map[string]int{"keepalive": 0, "user timeout": 0, "no delay": 1}
+	for timeout, want := range map[time.Duration]map[string]int{time.Minute: on, 0: off} {
+		l, err := listen("127.0.0.1:0", timeout)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		b := fixedBackends("backend", []string{l.Addr().String()})
+		b.dialer = boundDialer(timeout)
+		dialled, err := b.dial(t.Context(), 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer dialled.Close()
+		accepted, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer accepted.Close()
+		wantOptions(t, dialled, want)
+		wantOptions(t, accepted, want)
+	}
+}
+
+func wantOptions(t *testing.T, conn net.Conn, want map[string]int) {
+	t.Helper()
+	options := map[string][2]int{
+		"keepalive":    {syscall.SOL_SOCKET, syscall.SO_KEEPALIVE},
+		"idle":         {syscall.IPPROTO_TCP, syscall.TCP_KEEPIDLE},
+		"interval":     {syscall.IPPROTO_TCP, syscall.TCP_KEEPINTVL},
+		"user timeout": {syscall.IPPROTO_TCP, tcpUserTimeout},
+		"no delay":     {syscall.IPPROTO_TCP, syscall.TCP_NODELAY},
+	}
+	onDescriptor(t, conn, func(fd int) {
+		for name, value := range want {
+			got, err := syscall.GetsockoptInt(fd, options[name][0], options[name][1])
+			if err != nil || got != value {
+				t.Errorf("%s of %s is %d with error %v, want %d", name, conn.LocalAddr(), got, err, value)
+			}
+		}
+	})
+}
+
+// vanish makes conn's end hear nothing any more, and so say nothing: a socket
+// filter (socket(7), SO_ATTACH_FILTER) drops what comes before TCP sees it. It is
+// what the other end has when a machine or the way to it is gone.
+func vanish(t testing.TB, conn net.Conn) {
+	t.Helper()
+	onDescriptor(t, conn, func(fd int) {
+		drop := syscall.SockFilter{Code: syscall.BPF_RET | syscall.BPF_K, K: 0}
+		if err := syscall.AttachLsf(fd, []syscall.SockFilter{drop}); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+// A peer that is gone without a word ends its session: one that sends nothing,
+// and one that is sent to. So does one that takes nothing for as long.
+func TestProxyPeerVanishes(t *testing.T) {
+	const timeout = 2 * time.Second // the least
+	tests := map[string]struct {
+		gone  side
+		there bool // but reads nothing
+		speak bool // the other side sends for as long as it can
+		want  cause
+	}{
+		"client, silent":         {client, false, false, causeClientError},
+		"client, sent to":        {client, false, true, causeClientError},
+		"client, reads nothing":  {client, true, true, causeClientError},
+		"backend, silent":        {server, false, false, causeBackendError},
+		"backend, sent to":       {server, false, true, causeBackendError},
+		"backend, reads nothing": {server, true, true, causeBackendError},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			accepted, hold := make(chan net.Conn, 1), make(chan struct{})
+			defer close(hold)
+			stub := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
+				io.WriteString(conn, switching)
+				accepted <- conn
+				<-hold
+			})
+			r := startRouter(t, "-backends", stub.addr, "-overrides", t.TempDir(), "-peer-timeout", timeout.String())
+			r.log.wait(t, "table", 1)
+			ends := [2]net.Conn{(&testProxy{addr: r.front}).open(t, "ns-01"), <-accepted}
+			begun := time.Now()
+			if !tt.there {
+				vanish(t, ends[tt.gone])
+			}
+			var other sync.WaitGroup
+			other.Go(func() { // ends when it is told to
+				io.Copy(io.Discard, ends[tt.gone.peer()])
+				ends[tt.gone.peer()].Close()
+			})
+			if tt.speak {
+				other.Go(func() { io.Copy(ends[tt.gone.peer()], endless{}) })
+			}
+			line := r.log.wait(t, "session ended", 1)
+			took := time.Since(begun)
+			other.Wait()
+			if line["cause"] != tt.want.String() || took < timeout/2 || took > 2*timeout {
+				t.Errorf("ended with cause %v after %s, want %v after %s", line["cause"], took, tt.want, timeout)
+			}
+		})
+	}
+}
