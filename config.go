@@ -13,8 +13,8 @@ import (
 
 // config is what the flags and the environment say.
 type config struct {
-	listen, admin string
-	peerTimeout   time.Duration
+	listen, admin            string
+	peerTimeout, idleTimeout time.Duration
 
 	backends, statefulSet, service string
 	replicas, backendPort          int
@@ -43,6 +43,7 @@ func (c *config) flags() *flag.FlagSet {
 
 	f.DurationVar(&c.peerTimeout, "peer-timeout", time.Minute, "how long a client or backend may leave TCP without an answer before its session\n"+
 		"ends, in whole seconds, 0 is as long as the system lets it")
+	f.DurationVar(&c.idleTimeout, "idle-timeout", 0, "how long a session may carry nothing in either direction before it ends, 0 is for ever")
 
 	f.StringVar(&c.backends, "backends", "", "fixed `list` of backends, host:port,host:port,... in the order of their ordinals")
 	f.IntVar(&c.replicas, "replicas", 0, "`number` of backends when they are found by DNS, without -backends")
@@ -151,6 +152,8 @@ func (c *config) check() error {
 		return fmt.Errorf("-max-sessions %d, -max-waiting %d, want at least 1", c.limits.sessions, c.limits.waiting)
 	case c.peerTimeout != 0 && (c.peerTimeout < 2*time.Second || c.peerTimeout > 18*time.Hour || c.peerTimeout%time.Second != 0):
 		return fmt.Errorf("-peer-timeout %s, want 0, or 2s to 18h in whole seconds", c.peerTimeout) // TCP_KEEPIDLE is 1 to 32767 s
+	case c.idleTimeout != 0 && c.idleTimeout < time.Second:
+		return fmt.Errorf("-idle-timeout %s, want 0, or at least 1s", c.idleTimeout)
 	case c.moveRate < 0:
 		return fmt.Errorf("-move-rate %d, want 0 or more", c.moveRate)
 	}

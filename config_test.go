@@ -76,6 +76,9 @@ var badUsage = map[string]struct {
 	"peer timeout broken":  {args: "-replicas 1 -peer-timeout 2500ms", want: "-peer-timeout 2.5s, want 0, or 2s to 18h in whole seconds"},
 	"peer timeout minus":   {args: "-replicas 1 -peer-timeout -2s", want: "-peer-timeout -2s, want 0, or 2s to 18h in whole seconds"},
 	"peer timeout no time": {args: "-peer-timeout 60", want: `invalid value "60" for flag -peer-timeout: parse error`},
+	"idle short":           {args: "-replicas 1 -idle-timeout 999ms", want: "-idle-timeout 999ms, want 0, or at least 1s"},
+	"idle negative":        {args: "-replicas 1 -idle-timeout -1m", want: "-idle-timeout -1m0s, want 0, or at least 1s"},
+	"idle no time":         {args: "-idle-timeout never", want: `invalid value "never" for flag -idle-timeout: parse error`},
 	"rate negative":        {args: "-replicas 1 -move-rate -1", want: "-move-rate -1, want 0 or more"},
 	"rate no number":       {args: "-move-rate 200/s", want: `invalid value "200/s" for flag -move-rate: parse error`},
 	"delay negative":       {args: "-replicas 1 -drain-delay -1s", want: "-drain-delay -1s, -drain-time 30s, want 0 or more"},
@@ -171,7 +174,7 @@ func TestFlagBeatsEnvironment(t *testing.T) {
 		"overrides": {"/i", "/j"}, "namespace-from": {"host", "path"}, "pod": {"k", "l"},
 		"hold": {"1s", "2s"}, "handshake-timeout": {"3s", "4s"}, "header-timeout": {"5s", "6s"},
 		"max-header-bytes": {"2000", "3000"}, "max-sessions": {"1", "2"}, "max-waiting": {"3", "4"},
-		"peer-timeout": {"5s", "6s"}, "move-rate": {"5", "6"}, "drain-delay": {"1s", "2s"}, "drain-time": {"3s", "4s"},
+		"peer-timeout": {"5s", "6s"}, "idle-timeout": {"7s", "8s"}, "move-rate": {"5", "6"}, "drain-delay": {"1s", "2s"}, "drain-time": {"3s", "4s"},
 		"log-format": {"json", "text"}, "log-level": {"DEBUG", "WARN"},
 	}
 	(&config{}).flags().VisitAll(func(f *flag.Flag) {

@@ -174,6 +174,9 @@ func (p *program) serve(ctx context.Context, front, side net.Listener) error {
 	for _, source := range append(p.sources, p.mover.run) {
 		running.Go(func() { source(background) })
 	}
+	if idle := p.config.idleTimeout; idle > 0 {
+		running.Go(func() { p.proxy.relay.endIdle(background, idle) })
+	}
 	requests, stopRequests := context.WithCancelCause(context.Background())
 	clients := newFront(requests, p.proxy, p.log)
 	operators := &http.Server{Handler: p.admin.handler(), ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second,

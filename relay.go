@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"log/slog"
 	"net"
 	"sync"
@@ -19,6 +20,7 @@ const (
 	causeBackendError       // the backend's connection broke
 	causeRouterError        // the router could not carry it: no descriptors or memory left
 	causeHalfClose          // one side ended, the other neither ended nor sent anything for lingerTime
+	causeIdle               // no byte was carried for -idle-timeout
 	causeMoved              // its namespace has another owner now
 	causeDrain              // the router stops
 	causes                  // how many there are
@@ -27,7 +29,7 @@ const (
 // String is the value of the log's "cause" and of the metric's label.
 func (c cause) String() string {
 	return [causes]string{"none", "client", "backend", "client_error", "backend_error",
-		"router_error", "half_close", "moved", "drain"}[c]
+		"router_error", "half_close", "idle", "moved", "drain"}[c]
 }
 
 // lingerTime is how long a half-closed session may be silent.
@@ -44,6 +46,10 @@ type session struct {
 	why   atomic.Int32    // a cause
 	gone  atomic.Bool     // it has ended, and was counted
 	count [2]atomic.Int64 // bytes from each side that the other has taken
+
+	// Owned by endIdle.
+	carried int64 // bytes at its last look
+	quiet   int32 // looks since they changed
 
 	wire // its sockets, and who carries their bytes
 }
@@ -178,6 +184,39 @@ func (r *relay) bytes() [2]int64 {
 		sum[server] += n[server]
 	}
 	return sum
+}
+
+// idleLooks is how often endIdle looks at a session in the time that it may be
+// idle.
+const idleLooks = 8
+
+// endIdle ends sessions of which no byte was carried for timeout, until ctx ends.
+// It is late by up to a quarter of that: a look, and one more for looks that come
+// too close to each other. Sessions need no timer, and no time for each byte.
+func (r *relay) endIdle(ctx context.Context, timeout time.Duration) {
+	look := time.NewTicker(timeout / idleLooks)
+	defer look.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-look.C:
+			for _, s := range r.where((*session).idle) {
+				s.end(causeIdle)
+			}
+		}
+	}
+}
+
+// idle takes a look, and reports whether there were enough without a change.
+func (s *session) idle() bool {
+	n := s.bytes()
+	if sum := n[client] + n[server]; sum != s.carried {
+		s.carried, s.quiet = sum, 0
+		return false
+	}
+	s.quiet++
+	return s.quiet > idleLooks
 }
 
 // wait returns when all sessions have ended.
