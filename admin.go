@@ -15,6 +15,7 @@ import (
 type admin struct {
 	// Static after construction.
 	proxy   *proxy
+	gate    *gate
 	watch   func() watchStatus // nil without an API server
 	missing func() string      // why there is no table yet, in words
 	started time.Time
@@ -41,6 +42,9 @@ func (a *admin) notReady() []string {
 	}
 	if a.proxy.router.table() == nil {
 		why = append(why, "no overrides were read yet: "+a.missing())
+	}
+	if used, full := a.gate.state(); full {
+		why = append(why, fmt.Sprintf("clients wait for descriptors: %d of %d are used", used, a.gate.limit))
 	}
 	return why
 }

@@ -34,7 +34,7 @@ var layout = []struct {
 	{"events", "kube watch"},
 	{"kube", "log"},
 	{"backends", ""},
-	{"listen", ""},
+	{"listen", "relay"},
 	{"proxy", "backends listen log move refusal relay route upgrade"},
 	{"upgrade", "refusal route"},
 	{"refusal", ""},
@@ -42,8 +42,8 @@ var layout = []struct {
 	{"frame", ""},
 	{"rawio", ""},
 	{"move", "relay route"},
-	{"admin", "backends proxy refusal route watch"},
-	{"metrics", "admin backends log proxy refusal relay route watch"},
+	{"admin", "backends listen proxy refusal route watch"},
+	{"metrics", "admin backends listen log proxy refusal relay route watch"},
 	{"log", ""},
 }
 

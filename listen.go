@@ -7,7 +7,9 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"runtime"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -73,28 +75,116 @@ func probes(timeout time.Duration) (idle, interval time.Duration) {
 	return max(timeout-2*interval, time.Second), interval
 }
 
-// frontListener counts the connections that end before net/http could make a
-// request of what they sent: too long, too slow or malformed. net/http answers
-// these by itself and tells nobody.
+// reserved is how many descriptors are not for clients: of the log, the listeners,
+// Go's poller, the API server and, most, of the admin port. To these come two
+// for each backend, for its lookup, and one for each CPU, of the relay.
+const reserved = 100
+
+// upgradeDescriptors is how many a client may need until it is a session: its
+// own, the backend's, and a duplicate of either while they are handed over.
+const upgradeDescriptors = 3
+
+// gate keeps clients waiting, in the backlog of the kernel, while the process
+// has no descriptors for them.
+type gate struct {
+	// Static after construction.
+	files int // that the process may open
+	limit int // descriptors of these that are for clients
+
+	// Guarded by mu.
+	mu     sync.Mutex
+	used   int
+	closed bool
+	change sync.Cond // used fell, or closed
+}
+
+// newGate returns the gate of a process that may open this many files, with this
+// many backends.
+func newGate(files, backends int) (*gate, error) {
+	rest := reserved + 2*backends + runtime.GOMAXPROCS(0)
+	if files < rest+upgradeDescriptors {
+		return nil, fmt.Errorf("%d open files are allowed, want at least %d (ulimit -n)", files, rest+upgradeDescriptors)
+	}
+	g := &gate{files: files, limit: files - rest}
+	g.change.L = &g.mu
+	return g, nil
+}
+
+// sessions is how many there can be.
+func (g *gate) sessions() int { return (g.limit-upgradeDescriptors)/sessionDescriptors + 1 }
+
+// wait returns when there is room for one more client, or net.ErrClosed.
+func (g *gate) wait() error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for g.used+upgradeDescriptors > g.limit && !g.closed {
+		g.change.Wait()
+	}
+	if g.closed {
+		return net.ErrClosed
+	}
+	return nil
+}
+
+// use counts n descriptors more, or -n fewer, as used.
+func (g *gate) use(n int) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.used += n
+	g.change.Signal()
+}
+
+// state returns how many descriptors are used, and whether clients wait for
+// room.
+func (g *gate) state() (used int, full bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.used, g.used+upgradeDescriptors > g.limit
+}
+
+// close ends wait.
+func (g *gate) close() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.closed = true
+	g.change.Signal()
+}
+
+// frontListener accepts clients that the gate has room for. It counts the
+// connections that end before net/http could make a request of what they sent:
+// too long, too slow or malformed. net/http answers these by itself and tells
+// nobody. One goroutine may accept.
 type frontListener struct {
 	net.Listener
+	gate     *gate
 	badHeads *atomic.Int64
 }
 
 func (l frontListener) Accept() (net.Conn, error) {
-	conn, err := l.Listener.Accept()
-	if err != nil {
+	if err := l.gate.wait(); err != nil {
 		return nil, err
 	}
-	return &frontConn{Conn: conn, badHeads: l.badHeads}, nil
+	conn, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err // net/http waits before it tries again where others have left no descriptor
+	}
+	l.gate.use(upgradeDescriptors)
+	return &frontConn{Conn: conn, gate: l.gate, badHeads: l.badHeads}, nil
+}
+
+func (l frontListener) Close() error {
+	l.gate.close()
+	return l.Listener.Close()
 }
 
 // frontConn is a client's connection while net/http has it.
 type frontConn struct {
 	net.Conn
+	gate     *gate
 	badHeads *atomic.Int64
 	began    atomic.Bool // a byte came
 	read     atomic.Bool // a request reached the handler, or the count was made
+	closed   atomic.Bool
 }
 
 func (c *frontConn) Read(b []byte) (int, error) {
@@ -109,7 +199,11 @@ func (c *frontConn) Close() error {
 	if c.began.Load() && !c.read.Swap(true) {
 		c.badHeads.Add(1)
 	}
-	return c.Conn.Close()
+	err := c.Conn.Close()
+	if !c.closed.Swap(true) {
+		c.gate.use(-upgradeDescriptors)
+	}
+	return err
 }
 
 // CloseWrite is what net/http looks for to let the client read a 431 before the

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"math"
 	"net"
 	"os"
 	"syscall"
@@ -11,6 +12,16 @@ import (
 // not have: how long, in milliseconds, sent data may stay without an
 // acknowledgement. With keepalive it counts in place of TCP_KEEPCNT (tcp(7)).
 const tcpUserTimeout = 18
+
+// openFiles is how many files the process may have open: the hard limit, which
+// Go makes the soft one too.
+func openFiles() (int, error) {
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		return 0, os.NewSyscallError("getrlimit", err)
+	}
+	return int(min(limit.Cur, math.MaxInt32)), nil
+}
 
 // boundPeer returns what makes a TCP socket give up a peer that has been silent
 // for timeout, 0 for never. A listener's sockets have the options from it.

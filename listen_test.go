@@ -124,6 +124,16 @@ func linkToSocket(path string) error {
 	return os.Symlink(path+".other", path)
 }
 
+// wideGate is a gate that nobody waits at.
+func wideGate(t testing.TB) *gate {
+	t.Helper()
+	g, err := newGate(1<<20, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return g
+}
+
 // countingFront is a server of clients of which a test sees when it is done
 // with a connection.
 type countingFront struct {
@@ -153,8 +163,9 @@ func startCountingFront(t *testing.T, network string) *countingFront {
 			f.closed <- struct{}{}
 		}
 	}
+	gate := wideGate(t)
 	served := make(chan error, 1)
-	go func() { served <- server.Serve(frontListener{l, f.badHeads}) }()
+	go func() { served <- server.Serve(frontListener{l, gate, f.badHeads}) }()
 	t.Cleanup(func() { server.Close(); <-served })
 	return f
 }

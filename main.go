@@ -107,6 +107,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 // program is the router's parts, wired.
 type program struct {
 	config  *config
+	gate    *gate
 	proxy   *proxy
 	mover   *mover
 	sources []func(context.Context) // where overrides come from; each runs until its context ends
@@ -121,11 +122,20 @@ func newProgram(c *config, getenv func(string) string, log *slog.Logger) (*progr
 		return nil, err
 	}
 	backends.dialer = boundDialer(c.peerTimeout)
+	files, err := openFiles()
+	if err != nil {
+		return nil, err
+	}
+	gate, err := newGate(files, backends.count)
+	if err != nil {
+		return nil, err
+	}
 	router := &router{statefulSet: c.statefulSet, backends: backends.count, log: log}
 	relay := newRelay(backends.count, backends.name, log)
+	relay.freed = func(descriptors int) { gate.use(-descriptors) }
 	mover := newMover(router, relay, c.moveRate, log)
 	router.swapped = mover.check
-	p := &program{config: c, mover: mover, log: log}
+	p := &program{config: c, gate: gate, mover: mover, log: log}
 	p.proxy = &proxy{
 		router: router, backends: backends, relay: relay, moves: mover,
 		limits: c.limits, pod: c.pod, namespace: pathNamespace, log: log,
@@ -133,7 +143,7 @@ func newProgram(c *config, getenv func(string) string, log *slog.Logger) (*progr
 	if c.namespaceFrom == "host" {
 		p.proxy.namespace = hostNamespace
 	}
-	p.admin = &admin{proxy: p.proxy, started: time.Now()}
+	p.admin = &admin{proxy: p.proxy, gate: gate, started: time.Now()}
 	return p, p.follow(getenv)
 }
 
@@ -183,11 +193,15 @@ func (p *program) serve(ctx context.Context, front, side net.Listener) error {
 		ErrorLog: serverLog(p.log)}
 	failed := make(chan error, 2)
 	running.Go(func() {
-		failed <- clients.Serve(frontListener{front, &p.proxy.results[resultBadHead]})
+		failed <- clients.Serve(frontListener{front, p.gate, &p.proxy.results[resultBadHead]})
 	})
 	running.Go(func() { failed <- operators.Serve(side) })
 	p.log.Info("serving", "version", version(), "listen", front.Addr().String(), "admin", side.Addr().String(),
 		"pod", p.config.pod, "backends", p.proxy.backends.count, "kube", p.config.kube)
+	if most := p.gate.sessions(); most < p.config.limits.sessions {
+		p.log.Warn("the open files allow fewer sessions than -max-sessions",
+			"sessions", most, "max", p.config.limits.sessions, "files", p.gate.files)
+	}
 
 	var err error
 	select {

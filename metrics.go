@@ -83,6 +83,11 @@ func (a *admin) writeUpgrades(m metricsWriter) {
 	}
 	m.single("router_upgrades_waiting", "gauge", "Upgrades under way: held, dialled or in the handshake.",
 		float64(a.proxy.waiting.Load()))
+	used, full := a.gate.state()
+	m.family("router_descriptors", "gauge", "Descriptors that clients and their sessions may need, and may have.")
+	m.sample("router_descriptors", float64(used), "kind", "used")
+	m.sample("router_descriptors", float64(a.gate.limit), "kind", "limit")
+	m.single("router_accept_paused", "gauge", "1 if clients wait, in the kernel's backlog, for descriptors.", boolean(full))
 }
 
 func (a *admin) writeTable(m metricsWriter) {

@@ -250,7 +250,7 @@ func (p *proxy) hijack(w http.ResponseWriter, head []byte) (net.Conn, []byte, er
 	client := conn.(*frontConn).Conn
 	client.SetDeadline(time.Now().Add(p.limits.handshake))
 	if _, err := client.Write(head); err != nil {
-		client.Close()
+		conn.Close()
 		return nil, nil, fmt.Errorf("write the 101: %w", err)
 	}
 	client.SetDeadline(time.Time{})

@@ -125,6 +125,8 @@ func startProxy(t testing.TB, addrs []string, data map[string]string, change fun
 	b := fixedBackends("backend", addrs)
 	router := &router{statefulSet: "backend", backends: len(addrs), log: log}
 	relay := newRelay(len(addrs), b.name, log)
+	gate := wideGate(t)
+	relay.freed = func(descriptors int) { gate.use(-descriptors) }
 	if err := relay.start(); err != nil {
 		t.Fatal(err)
 	}
@@ -147,7 +149,7 @@ func startProxy(t testing.TB, addrs []string, data map[string]string, change fun
 	ctx, cancel := context.WithCancelCause(context.Background())
 	front := newFront(ctx, p, log)
 	var running sync.WaitGroup
-	running.Go(func() { front.Serve(frontListener{l, &p.results[resultBadHead]}) })
+	running.Go(func() { front.Serve(frontListener{l, gate, &p.results[resultBadHead]}) })
 	running.Go(func() { mover.run(ctx) })
 	t.Cleanup(func() {
 		cancel(errDraining)

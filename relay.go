@@ -35,6 +35,10 @@ func (c cause) String() string {
 // lingerTime is how long a half-closed session may be silent.
 const lingerTime = 30 * time.Second
 
+// sessionDescriptors is how many a session has: its sockets. While it is handed
+// over there may be one more.
+const sessionDescriptors = 2
+
 // session is one proxied connection, from hand-over to the end.
 type session struct {
 	// Static after hand-over.
@@ -77,7 +81,8 @@ func (i side) broken() cause { return [2]cause{causeClientError, causeBackendErr
 type relay struct {
 	// Static after construction.
 	name    func(backend int) string
-	linger  time.Duration // how long a half-closed session may be silent
+	linger  time.Duration         // how long a half-closed session may be silent
+	freed   func(descriptors int) // that a session no longer needs
 	log     *slog.Logger
 	carrier carrier
 
@@ -98,7 +103,7 @@ type backendCount struct{ open, total atomic.Int64 }
 // the log. It carries between start and stop.
 func newRelay(backends int, name func(backend int) string, log *slog.Logger) *relay {
 	return &relay{
-		name: name, linger: lingerTime, log: log,
+		name: name, linger: lingerTime, freed: func(int) {}, log: log,
 		sessions: map[*session]struct{}{}, byBackend: make([]backendCount, backends),
 	}
 }
@@ -125,6 +130,7 @@ func (r *relay) carry(s *session, ends [2]net.Conn, first [2][]byte) {
 	r.byBackend[s.backend].open.Add(1)
 	r.byBackend[s.backend].total.Add(1)
 	r.carrier.begin(s, ends, first)
+	r.freed(1)
 }
 
 // over counts and logs the end of a session. The carrier calls it once for
@@ -142,6 +148,7 @@ func (r *relay) over(s *session) {
 		"client", s.peer, "seconds", time.Since(s.started).Seconds(),
 		"to_backend", n[client], "to_client", n[server])
 	s.gone.Store(true)
+	r.freed(sessionDescriptors)
 	r.open.Done()
 }
 

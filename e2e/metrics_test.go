@@ -22,6 +22,8 @@ func metricNames() map[string]dto.MetricType {
 		"router_upgrades_total":          counter,
 		"router_upgrades_waiting":        gauge,
 		"router_bytes_total":             counter,
+		"router_descriptors":             gauge,
+		"router_accept_paused":           gauge,
 		"router_table_info":              gauge,
 		"router_table_overrides":         gauge,
 		"router_table_backends":          gauge,
@@ -44,6 +46,7 @@ func labelValues() map[string]string {
 		"router_sessions_total backend":     "backend-0 backend-1 backend-2 backend-3",
 		"router_sessions_ended_total cause": "client backend client_error backend_error router_error half_close idle moved drain",
 		"router_bytes_total direction":      "to_backend to_client",
+		"router_descriptors kind":           "used limit",
 		"router_upgrades_total result": "ok bad_request bad_head not_found not_upgrade no_table refused hold_timeout " +
 			"client_gone max_sessions max_waiting bad_gateway gateway_timeout answered draining",
 		"router_watch_state state":            "",
