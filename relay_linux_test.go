@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"io"
 	"net"
-	"path/filepath"
 	"runtime"
 	"testing"
 	"time"
@@ -48,13 +47,6 @@ func TestRelayWakesItself(t *testing.T) {
 		}
 		s.end(causeDrain)
 	}
-}
-
-// unixPair returns the two ends of a Unix socket, as nginx and the router have.
-func unixPair(t *testing.T) (near, far *net.UnixConn) {
-	t.Helper()
-	a, b := pair(t, "unix", filepath.Join(t.TempDir(), "s"))
-	return a.(*net.UnixConn), b.(*net.UnixConn)
 }
 
 // A backend that sends its last bytes and closes is heard out, though its client

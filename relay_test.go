@@ -1,14 +1,12 @@
 package main
 
 import (
-	"bytes"
 	"context"
-	"crypto/sha256"
 	"errors"
 	"io"
 	"log/slog"
-	"math/rand/v2"
 	"net"
+	"path/filepath"
 	"sync"
 	"testing"
 	"time"
@@ -22,6 +20,13 @@ func tcpPair(t testing.TB) (near, far *net.TCPConn) {
 	t.Helper()
 	a, b := pair(t, "tcp", "127.0.0.1:0")
 	return a.(*net.TCPConn), b.(*net.TCPConn)
+}
+
+// unixPair returns the two ends of a Unix socket, as nginx and the router have.
+func unixPair(t testing.TB) (near, far *net.UnixConn) {
+	t.Helper()
+	a, b := pair(t, "unix", filepath.Join(t.TempDir(), "s"))
+	return a.(*net.UnixConn), b.(*net.UnixConn)
 }
 
 // pair returns the two ends of a connection through addr.
@@ -257,59 +262,6 @@ func TestRelayEarlyBytes(t *testing.T) {
 	waitFor(t, c.relay)
 	if got := c.relay.bytes(); got != [2]int64{24, 25} {
 		t.Errorf("bytes = %d, want 24 and 25", got)
-	}
-}
-
-// stream writes size random bytes in random pieces, half-closes, and returns
-// their hash.
-func stream(conn *net.TCPConn, size int, rng *rand.Rand) ([]byte, error) {
-	sum := sha256.New()
-	block := make([]byte, 100_000)
-	for size > 0 {
-		piece := block[:min(size, 1+rng.IntN(len(block)))]
-		for i := 0; i < len(piece); i += 1 + rng.IntN(1000) {
-			piece[i] = byte(rng.Uint32())
-		}
-		sum.Write(piece)
-		if _, err := conn.Write(piece); err != nil {
-			return nil, err
-		}
-		size -= len(piece)
-	}
-	return sum.Sum(nil), conn.CloseWrite()
-}
-
-// Random sizes in both directions at once, byte by byte the same.
-func TestRelayBytes(t *testing.T) {
-	r := quietRelay(t, 1)
-	var running sync.WaitGroup
-	for i := range 50 {
-		c := carried(t, r, 0, nil, nil)
-		rng := rand.New(rand.NewPCG(uint64(i), 1))
-		size := rng.IntN(1 << (8 + i%16))
-		for _, ends := range [][2]*net.TCPConn{{c.client, c.backend}, {c.backend, c.client}} {
-			var sent []byte
-			var wrote sync.WaitGroup
-			wrote.Go(func() {
-				var err error
-				if sent, err = stream(ends[0], size, rand.New(rand.NewPCG(uint64(i), 2))); err != nil {
-					t.Error(err)
-				}
-			})
-			running.Go(func() {
-				sum := sha256.New()
-				n, err := io.Copy(sum, ends[1])
-				wrote.Wait()
-				if err != nil || n != int64(size) || !bytes.Equal(sum.Sum(nil), sent) {
-					t.Errorf("session %d: %d bytes, %v; want the %d that were sent", i, n, err, size)
-				}
-			})
-		}
-	}
-	running.Wait()
-	waitFor(t, r)
-	if got := r.ended[causeClient].Load() + r.ended[causeBackend].Load(); got != 50 {
-		t.Errorf("%d clean ends, want 50", got)
 	}
 }
 
