@@ -5,6 +5,7 @@ package main
 import (
 	"bytes"
 	"io"
+	"log/slog"
 	"net"
 	"runtime"
 	"testing"
@@ -49,32 +50,59 @@ func TestRelayWakesItself(t *testing.T) {
 	}
 }
 
-// A backend that sends its last bytes and closes is heard out, though its client
-// goes on talking to it, which its kernel answers with an RST.
+// A backend that sends its last bytes and is gone is heard out: all that has come
+// to the router is carried. It fails if an RST, or that the backend takes nothing
+// any more, ends a session of which something is held.
 func TestRelayLastWords(t *testing.T) {
-	r := quietRelay(t, 1)
-	client, near := unixPair(t)
-	server, backend := tcpPair(t)
-	s := &session{namespace: "ns-01"}
-	r.carry(s, [2]net.Conn{near, server}, [2][]byte{})
-	const last = 256 << 10 // more than the client's socket holds, less than the relay's and the router's kernel with it
-	if _, err := backend.Write(make([]byte, last)); err != nil {
-		t.Fatal(err)
+	tests := map[string]struct {
+		end  func(client net.Conn, backend *net.TCPConn)
+		want cause
+	}{
+		"closes, and its client goes on talking": {func(client net.Conn, backend *net.TCPConn) {
+			backend.Close()
+			for range 10 {
+				client.Write([]byte("ping"))       // its kernel answers with an RST; it may fail once all was sent to the client
+				<-time.After(5 * time.Millisecond) // the RST to one makes the next fail
+			}
+		}, causeBackendError},
+		"breaks": {func(_ net.Conn, backend *net.TCPConn) { reset(backend) }, causeBackendError},
 	}
-	for n := int64(-1); n != s.bytes()[1]; <-time.After(20 * time.Millisecond) {
-		n = s.bytes()[1] // until the client's socket is full
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			r := quietRelay(t, 1)
+			client, near := unixPair(t)
+			far, backend := tcpPair(t)
+			s := &session{namespace: "ns-01"}
+			r.carry(s, [2]net.Conn{near, far}, [2][]byte{})
+			const last = 256 << 10 // more than the client's socket holds, less than the relay's and the router's kernel with it
+			if _, err := backend.Write(make([]byte, last)); err != nil {
+				t.Fatal(err)
+			}
+			for n := int64(-1); n != s.bytes()[server]; <-time.After(20 * time.Millisecond) {
+				n = s.bytes()[server] // until the client's socket is full
+			}
+			tt.end(client, backend)
+			mustReadAll(t, client, last)
+			client.Close()
+			relayed{session: s, relay: r}.wantCause(t, tt.want)
+		})
 	}
-	backend.Close()
-	for range 10 {
-		client.Write([]byte("ping"))       // it may fail once all was sent to the client
-		<-time.After(5 * time.Millisecond) // the RST to one makes the next fail
-	}
-	client.SetReadDeadline(time.Now().Add(patience))
-	if n, err := io.Copy(io.Discard, client); n != last {
-		t.Errorf("the client got %d bytes, %v; want %d", n, err, last)
-	}
-	client.Close()
-	waitFor(t, r)
+}
+
+// A session whose sockets cannot be had ends at once and has an account as well:
+// here the client's is closed already, as it would be with no descriptor left.
+func TestRelayRouterError(t *testing.T) {
+	r, tail := quietRelay(t, 1), newLogTail()
+	r.log = slog.New(slog.NewJSONHandler(tail, nil))
+	client, clientFar := tcpPair(t)
+	server, serverFar := tcpPair(t)
+	clientFar.Close()
+	begun := time.Now()
+	c := relayed{session: &session{namespace: "ns-01", peer: "192.0.2.7"}, relay: r, client: client, backend: serverFar}
+	r.carry(c.session, [2]net.Conn{clientFar, server}, [2][]byte{[]byte("lost"), nil})
+	mustEOF(t, c.backend)
+	c.wantCause(t, causeRouterError)
+	c.wantAccount(t, tail, [2]int64{}, 0, time.Since(begun))
 }
 
 // waitBlocked waits until a poller has taken events and waits for its lock.
