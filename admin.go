@@ -14,11 +14,11 @@ import (
 // admin answers operators and probes, off the data path.
 type admin struct {
 	// Static after construction.
-	proxy   *proxy
-	gate    *gate
-	watch   func() watchStatus // nil without an API server
-	missing func() string      // why there is no table yet, in words
-	started time.Time
+	proxy      *proxy
+	gate       *gate
+	configMaps *configMaps   // nil without an API server
+	missing    func() string // why there is no table yet, in words
+	started    time.Time
 
 	draining atomic.Bool
 }
@@ -66,14 +66,14 @@ func (a *admin) metrics(w http.ResponseWriter, _ *http.Request) {
 
 // ownership is the answer of /owner.
 type ownership struct {
-	Namespace string     `json:"namespace"`
-	Owner     string     `json:"owner,omitempty"` // none if the namespace is refused
-	Why       string     `json:"why"`             // one of the why constants
-	Address   string     `json:"address,omitempty"`
-	Ready     bool       `json:"ready"` // it takes a connection now
-	Error     string     `json:"error,omitempty"`
-	Table     string     `json:"table"` // the version
-	Rejected  *rejection `json:"rejected,omitempty"`
+	Namespace string      `json:"namespace"`
+	Owner     string      `json:"owner,omitempty"` // none if the namespace is refused
+	Why       string      `json:"why"`             // one of the why constants
+	Address   string      `json:"address,omitempty"`
+	Ready     bool        `json:"ready"` // it takes a connection now
+	Error     string      `json:"error,omitempty"`
+	Table     string      `json:"table"` // the version
+	Rejected  []rejection `json:"rejected,omitempty"`
 }
 
 func (a *admin) owner(w http.ResponseWriter, r *http.Request) {
@@ -93,10 +93,7 @@ func (a *admin) owner(w http.ResponseWriter, r *http.Request) {
 
 // ownership looks the namespace up as an upgrade would, and dials its owner.
 func (a *admin) ownership(ctx context.Context, t *table, namespace string) ownership {
-	o := ownership{Namespace: namespace, Why: t.explain(namespace), Table: t.version}
-	if bad, ok := t.rejected[namespace]; ok {
-		o.Rejected = &bad
-	}
+	o := ownership{Namespace: namespace, Why: t.explain(namespace), Table: t.version, Rejected: t.rejectionsOf(namespace)}
 	ordinal, ok := t.owner(namespace)
 	if !ok {
 		return o

@@ -62,8 +62,8 @@ func TestReadyz(t *testing.T) {
 		"ConfigMap":                {[]string{"-kube", kubeAnswers(t, 200, oneConfigMap)}, 200, "ready"},
 		"no ConfigMap":             {[]string{"-kube", kubeAnswers(t, 200, noConfigMap)}, 503, "no overrides were read yet: ConfigMap default/overwriting does not exist: kubectl -n default create configmap overwriting"},
 		"other ConfigMap":          {[]string{"-kube", kubeAnswers(t, 200, noConfigMap), "-configmap", "o", "-kube-namespace", "n"}, 503, "no overrides were read yet: ConfigMap n/o does not exist: kubectl -n n create configmap o"},
-		"forbidden":                {[]string{"-kube", kubeAnswers(t, 403, forbidden)}, 503, "no overrides were read yet: list ConfigMap default/overwriting: 403 Forbidden: configmaps is forbidden"},
-		"no API server":            {[]string{"-kube", "http://" + gone.Addr().String()}, 503, "no overrides were read yet: list ConfigMap default/overwriting: dial tcp " + gone.Addr().String() + ": connect: connection refused"},
+		"forbidden":                {[]string{"-kube", kubeAnswers(t, 403, forbidden)}, 503, "no overrides were read yet: ConfigMap default/overwriting: 403 Forbidden: configmaps is forbidden"},
+		"no API server":            {[]string{"-kube", "http://" + gone.Addr().String()}, 503, "no overrides were read yet: ConfigMap default/overwriting: dial tcp " + gone.Addr().String() + ": connect: connection refused"},
 		"no answer":                {[]string{"-kube", kubeAnswers(t, 0, "")}, 503, "no overrides were read yet: ConfigMap default/overwriting was asked for"},
 		"no ConfigMap, but a copy": {[]string{"-kube", kubeAnswers(t, 200, noConfigMap), "-overrides", t.TempDir()}, 200, "ready"},
 		"nothing, and no copy":     {[]string{"-kube", kubeAnswers(t, 0, ""), "-overrides", "/nowhere"}, 503, "no overrides were read yet: ConfigMap default/overwriting was asked for"},
@@ -93,7 +93,7 @@ func waitBody(t *testing.T, r *runningRouter, path string, wantStatus int, want 
 
 // adminOf is the admin of a proxy to the backends at addrs, which serves no
 // clients. update puts entries in force.
-func adminOf(t *testing.T, addrs ...string) (a *admin, update func(entries)) {
+func adminOf(t *testing.T, addrs ...string) (a *admin, update func(...entries) []change) {
 	t.Helper()
 	quiet := slog.New(slog.DiscardHandler)
 	b := fixedBackends("backend", addrs)
@@ -132,13 +132,13 @@ func TestOwnerAnswers(t *testing.T) {
 	gone := listenLocal(t)
 	gone.Close()
 	a, update := adminOf(t, up.Addr().String(), gone.Addr().String())
-	update(entries{version: "40", data: map[string]string{"kept": "backend-0"}})
-	update(entries{version: "41", data: map[string]string{
+	update(entries{version: "40", data: pack(map[string]string{"kept": "backend-0"})})
+	update(entries{version: "41", data: pack(map[string]string{
 		"first": "backend-0", "down": "backend-1", "kept": "bakend-0",
-	}})
+	})})
 	// Only a first table refuses: it does not know where the namespace was.
 	b, updateFirst := adminOf(t, up.Addr().String(), gone.Addr().String())
-	updateFirst(entries{version: "1", data: map[string]string{"refused": "backend-9"}})
+	updateFirst(entries{version: "1", data: pack(map[string]string{"refused": "backend-9"})})
 	hashed := hashedTo(t, "free", 0, 2)
 	address, goneAddress := up.Addr().String(), gone.Addr().String()
 	tests := map[string]struct {
@@ -152,8 +152,8 @@ func TestOwnerAnswers(t *testing.T) {
 		"down": {a, "down", 200, `{"namespace":"down","owner":"backend-1","why":"override","address":"` + goneAddress +
 			`","ready":false,"error":"dial tcp ` + goneAddress + `: connect: connection refused","table":"41"}`},
 		"kept": {a, "kept", 200, `{"namespace":"kept","owner":"backend-0","why":"kept","address":"` + address +
-			`","ready":true,"table":"41","rejected":{"value":"bakend-0","want":"backend-0 to backend-1","kept":"backend-0"}}`},
-		"refused":       {b, "refused", 200, `{"namespace":"refused","why":"refused","ready":false,"table":"1","rejected":{"value":"backend-9","want":"backend-0 to backend-1","kept":"refused"}}`},
+			`","ready":true,"table":"41","rejected":[{"source":"","value":"bakend-0","want":"backend-0 to backend-1","kept":"backend-0"}]}`},
+		"refused":       {b, "refused", 200, `{"namespace":"refused","why":"refused","ready":false,"table":"1","rejected":[{"source":"","value":"backend-9","want":"backend-0 to backend-1","kept":"refused"}]}`},
 		"bad namespace": {a, "a/b", 400, `{"error":"/owner?namespace= is \"a/b\", want ` + jsonText(t, namespaceFault("a/b")) + `"}`},
 		"no namespace":  {a, "", 400, `{"error":"/owner?namespace= is \"\", want ` + jsonText(t, namespaceFault("")) + `"}`},
 	}
@@ -209,16 +209,16 @@ func TestOwnerShowsWhatIsRejected(t *testing.T) {
 	up := listenLocal(t)
 	a, update := adminOf(t, up.Addr().String())
 	update(entries{version: "1"})
-	update(entries{version: "2", data: map[string]string{"ns-01": "\"<\xff>\"" + strings.Repeat("é", 1<<19)}})
+	update(entries{version: "2", data: pack(map[string]string{"ns-01": "\"<\xff>\"" + strings.Repeat("é", 1<<19)})})
 	resp := answered(a, "/owner?namespace=ns-01")
 	var got ownership
 	if err := json.NewDecoder(resp.Body).Decode(&got); err != nil {
 		t.Fatal(err)
 	}
-	if got.Why != whyKept || got.Owner != "backend-0" || got.Rejected == nil || got.Rejected.Kept != whyHash {
+	if got.Why != whyKept || got.Owner != "backend-0" || len(got.Rejected) != 1 || got.Rejected[0].Kept != whyHash {
 		t.Fatalf("%+v, want kept where the hash has it", got)
 	}
-	if shown := got.Rejected.Value; !strings.HasPrefix(shown, "\"<�>\"éé") || !strings.HasSuffix(shown, "…") || len(shown) > 100 {
+	if shown := got.Rejected[0].Value; !strings.HasPrefix(shown, "\"<�>\"éé") || !strings.HasSuffix(shown, "…") || len(shown) > 100 {
 		t.Errorf("the value is shown as %q", shown)
 	}
 }

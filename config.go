@@ -1,12 +1,17 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
+	"net/url"
 	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 )
@@ -19,7 +24,9 @@ type config struct {
 	backends, statefulSet, service string
 	replicas, backendPort          int
 
-	kube, kubeNamespace, configMap, overrides string
+	kube, kubeNamespace, overrides string
+	configMaps                     names
+	selector                       string // of ConfigMaps, by their labels
 
 	namespaceFrom, pod string
 	limits             limits
@@ -29,6 +36,22 @@ type config struct {
 
 	logFormat string
 	logLevel  slog.Level
+}
+
+// names is a list that a flag adds to, one or more with commas between them.
+type names []string
+
+func (n *names) String() string { return strings.Join(*n, ",") }
+
+// Set refuses what cannot be names: empty or the same twice.
+func (n *names) Set(list string) error {
+	for name := range strings.SplitSeq(list, ",") {
+		if name == "" || slices.Contains(*n, name) {
+			return fmt.Errorf("%q is empty or comes twice", name)
+		}
+		*n = append(*n, name)
+	}
+	return nil
 }
 
 // usageError is an error in the command line or the environment.
@@ -53,8 +76,9 @@ func (c *config) flags() *flag.FlagSet {
 
 	f.StringVar(&c.kube, "kube", "", "API `server` with the overrides: in-cluster, none, or the http://host:port of a kubectl\n"+
 		"proxy (default in-cluster in a pod, else none with -overrides, else http://127.0.0.1:8080)")
-	f.StringVar(&c.kubeNamespace, "kube-namespace", "", "Kubernetes `namespace` of the ConfigMap (default the pod's own, else \"default\")")
-	f.StringVar(&c.configMap, "configmap", "overwriting", "`name` of the ConfigMap with the overrides")
+	f.StringVar(&c.kubeNamespace, "kube-namespace", "", "Kubernetes `namespace` of the ConfigMaps (default the pod's own, else \"default\")")
+	f.Var(&c.configMaps, "configmap", "`name` of a ConfigMap with overrides; may be repeated (default overwriting)")
+	f.StringVar(&c.selector, "configmap-selector", "", "`labels` of the ConfigMaps with overrides, like app=router-overrides, in place of names")
 	f.StringVar(&c.overrides, "overrides", "", "`directory` with the overrides, one file for each namespace; with an API server a\n"+
 		"copy that counts until the server was heard")
 
@@ -146,6 +170,8 @@ func (c *config) check() error {
 		return fmt.Errorf("-namespace-from %q, want path or host", c.namespaceFrom)
 	case c.kube == "none" && c.overrides == "":
 		return errors.New("-kube none: want -overrides too, or there is no table")
+	case c.selector != "" && c.configMaps != nil:
+		return fmt.Errorf("-configmap %s, -configmap-selector %s: want one of them", &c.configMaps, c.selector)
 	case c.limits.headerBytes < 1024:
 		return fmt.Errorf("-max-header-bytes %d, want at least 1024", c.limits.headerBytes)
 	case c.limits.sessions < 1 || c.limits.waiting < 1:
@@ -184,6 +210,9 @@ func (c *config) complete(getenv func(string) string) {
 			c.kube = "http://127.0.0.1:8080"
 		}
 	}
+	if c.configMaps == nil && c.selector == "" {
+		c.configMaps = names{"overwriting"}
+	}
 	if c.pod == "" {
 		c.pod, _ = os.Hostname() // "" is a name too
 	}
@@ -201,8 +230,12 @@ func (c *config) backendSet() (*backends, error) {
 	return fixedBackends(c.statefulSet, addrs), nil
 }
 
-// kubeClient returns the client of the API server and the Kubernetes namespace
-// of the ConfigMap, or nil if there is no API server.
+// serviceAccountDir is where a pod finds its token, CA and Kubernetes namespace
+// (https://kubernetes.io/docs/tasks/run-application/access-api-from-pod/).
+const serviceAccountDir = "/var/run/secrets/kubernetes.io/serviceaccount"
+
+// kubeClient returns a client of the API server and the Kubernetes namespace
+// of the ConfigMaps, or nil if there is no API server.
 func (c *config) kubeClient(getenv func(string) string) (*kube, string, error) {
 	switch c.kube {
 	case "none":
@@ -224,4 +257,41 @@ func (c *config) kubeClient(getenv func(string) string) (*kube, string, error) {
 		namespace = "default"
 	}
 	return k, namespace, nil
+}
+
+// inCluster returns a client with the pod's service account, whose files are in
+// dir. It fails only on what no waiting mends.
+func inCluster(getenv func(string) string, dir string) (*kube, error) {
+	host, port := getenv("KUBERNETES_SERVICE_HOST"), getenv("KUBERNETES_SERVICE_PORT")
+	if host == "" || port == "" {
+		return nil, errors.New("KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set: this is no pod")
+	}
+	k := &kube{base: &url.URL{Scheme: "https", Host: net.JoinHostPort(host, port)}, dir: dir, dial: dialTCP}
+	return k, k.readCA()
+}
+
+// throughProxy returns a client of a kubectl proxy, which adds the credentials.
+func throughProxy(base string) (*kube, error) {
+	u, err := url.Parse(base)
+	if err != nil || u.Scheme != "http" || u.Host == "" || strings.Trim(u.Path, "/") != "" {
+		return nil, fmt.Errorf("-kube %q, want in-cluster, none or the http://host:port of a kubectl proxy", base)
+	}
+	return &kube{base: &url.URL{Scheme: "http", Host: u.Host}, dial: dialTCP}, nil
+}
+
+// podNamespace returns the Kubernetes namespace that the pod with this service
+// account is in.
+func podNamespace(dir string) (string, error) {
+	b, err := os.ReadFile(filepath.Join(dir, "namespace"))
+	return strings.TrimSpace(string(b)), err
+}
+
+// dialTCP connects to an API server, or gives up after 5 s; keepalives end a
+// connection whose peer's host is gone for 30 s.
+func dialTCP(ctx context.Context, network, addr string) (net.Conn, error) {
+	d := net.Dialer{
+		Timeout:         5 * time.Second,
+		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 3},
+	}
+	return d.DialContext(ctx, network, addr)
 }

@@ -56,6 +56,9 @@ var badUsage = map[string]struct {
 	"port no number":       {args: "-backend-port http", want: `invalid value "http" for flag -backend-port: parse error`},
 	"namespace from":       {args: "-replicas 1 -namespace-from header", want: `-namespace-from "header", want path or host`},
 	"no table":             {args: "-replicas 1 -kube none", want: "-kube none: want -overrides too, or there is no table"},
+	"name twice":           {args: "-replicas 1 -configmap a -configmap b,a", want: `invalid value "b,a" for flag -configmap: "a" is empty or comes twice`},
+	"name empty":           {args: "-replicas 1 -configmap a,,b", want: `invalid value "a,,b" for flag -configmap: "" is empty or comes twice`},
+	"names and labels":     {args: "-replicas 1 -configmap a -configmap b -configmap-selector c=d", want: "-configmap a,b, -configmap-selector c=d: want one of them"},
 	"kube over TLS":        {args: "-replicas 1 -kube https://h:1", want: `-kube "https://h:1", want in-cluster, none or the http://host:port of a kubectl proxy`},
 	"kube with a path":     {args: "-replicas 1 -kube http://h:1/api", want: `-kube "http://h:1/api", want in-cluster, none or the http://host:port of a kubectl proxy`},
 	"kube by a word":       {args: "-replicas 1 -kube incluster", want: `-kube "incluster", want in-cluster, none or the http://host:port of a kubectl proxy`},
@@ -170,7 +173,7 @@ func TestFlagBeatsEnvironment(t *testing.T) {
 	values := map[string][2]string{ // in the environment, as a flag
 		"listen": {"h:1", "h:2"}, "admin": {"h:3", "h:4"}, "backends": {"h:5", "h:6"}, "replicas": {"2", "3"},
 		"statefulset": {"a", "b"}, "service": {"c", "d"}, "backend-port": {"1", "2"},
-		"kube": {"http://h:1", "http://h:2"}, "kube-namespace": {"e", "f"}, "configmap": {"g", "h"},
+		"kube": {"http://h:1", "http://h:2"}, "kube-namespace": {"e", "f"}, "configmap": {"g,g2", "h"}, "configmap-selector": {"i=1", "i=2"},
 		"overrides": {"/i", "/j"}, "namespace-from": {"host", "path"}, "pod": {"k", "l"},
 		"hold": {"1s", "2s"}, "handshake-timeout": {"3s", "4s"}, "header-timeout": {"5s", "6s"},
 		"max-header-bytes": {"2000", "3000"}, "max-sessions": {"1", "2"}, "max-waiting": {"3", "4"},

@@ -87,7 +87,7 @@ func (d *directory) apply(signature string) error {
 	}
 	d.applied = signature
 	d.problem.Store(nil)
-	d.update(entries{source: "directory " + d.path, version: version, data: data, stale: d.stale})
+	d.update(entries{source: "directory " + d.path, version: version, data: pack(data), stale: d.stale})
 	return nil
 }
 

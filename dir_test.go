@@ -78,8 +78,8 @@ func (d *fakeDir) want(t *testing.T, data map[string]string) {
 	case data == nil:
 	case len(d.applied) != 1:
 		t.Fatalf("applied %v, want %v once; log:\n%s", d.applied, data, d.logged)
-	case !maps.Equal(d.applied[0].data, data):
-		t.Fatalf("applied %v, want %v", d.applied[0].data, data)
+	case !maps.Equal(unpack(d.applied[0].data), unpack(pack(data))):
+		t.Fatalf("applied %v, want %v", unpack(d.applied[0].data), data)
 	}
 }
 
@@ -170,16 +170,16 @@ func TestDirectoryOddFiles(t *testing.T) {
 		make func(t *testing.T, d *fakeDir)
 		want string // part of the entry's value, "" if there is none
 	}{
-		"hidden file":         {func(t *testing.T, d *fakeDir) { d.write(t, ".odd", "backend-1") }, ""},
-		"directory":           {func(t *testing.T, d *fakeDir) { d.mkdir(t, "odd") }, ""},
-		"link to a directory": {func(t *testing.T, d *fakeDir) { d.link(t, "..", "odd") }, ""},
+		"hidden file":         {func(t *testing.T, d *fakeDir) { d.write(t, ".odd", "backend-1") }, "-"},
+		"directory":           {func(t *testing.T, d *fakeDir) { d.mkdir(t, "odd") }, "-"},
+		"link to a directory": {func(t *testing.T, d *fakeDir) { d.link(t, "..", "odd") }, "-"},
 		"link to a file":      {func(t *testing.T, d *fakeDir) { d.link(t, "ns-01", "odd") }, "backend-1"},
-		"pipe":                {func(t *testing.T, d *fakeDir) { d.fifo(t, "odd") }, ""},
-		"link to a pipe":      {func(t *testing.T, d *fakeDir) { d.fifo(t, ".pipe"); d.link(t, ".pipe", "odd") }, ""},
+		"pipe":                {func(t *testing.T, d *fakeDir) { d.fifo(t, "odd") }, "-"},
+		"link to a pipe":      {func(t *testing.T, d *fakeDir) { d.fifo(t, ".pipe"); d.link(t, ".pipe", "odd") }, "-"},
 		"dangling link":       {func(t *testing.T, d *fakeDir) { d.link(t, "nowhere", "odd") }, "no such file"},
 		"looping link":        {func(t *testing.T, d *fakeDir) { d.link(t, "odd", "odd") }, "too many levels"},
-		"empty":               {func(t *testing.T, d *fakeDir) { d.write(t, "odd", "\n") }, "\n"},
-		"1 MiB":               {func(t *testing.T, d *fakeDir) { d.write(t, "odd", strings.Repeat("x", 1<<20)) }, strings.Repeat("x", dirValue)},
+		"empty":               {func(t *testing.T, d *fakeDir) { d.write(t, "odd", "\n") }, ""},
+		"1 MiB":               {func(t *testing.T, d *fakeDir) { d.write(t, "odd", strings.Repeat("x", 1<<20)) }, strings.Repeat("x", maxValue)},
 		"binary":              {func(t *testing.T, d *fakeDir) { d.write(t, "odd", "\x00\xff") }, "\x00\xff"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -189,11 +189,11 @@ func TestDirectoryOddFiles(t *testing.T) {
 			for range 4 {
 				d.look()
 			}
-			if len(d.applied) != 1 || d.applied[0].data["ns-01"] != "backend-1" {
+			if len(d.applied) != 1 || unpack(d.applied[0].data)["ns-01"] != "backend-1" {
 				t.Fatalf("applied %v", d.applied)
 			}
-			odd, found := d.applied[0].data["odd"]
-			if found != (c.want != "") || !strings.Contains(odd, c.want) || len(odd) > dirValue {
+			odd, found := unpack(d.applied[0].data)["odd"]
+			if found != (c.want != "-") || found && !strings.Contains(odd, c.want) || len(odd) > dirValue {
 				t.Errorf("entry %.100q (%t), want %.100q", odd, found, c.want)
 			}
 		})
@@ -237,13 +237,13 @@ func TestDirectoryMissing(t *testing.T) {
 func TestDirectoryAndTable(t *testing.T) {
 	d := newFakeDir(t)
 	r := &router{statefulSet: "backend", backends: 4, log: d.log, swapped: func() {}}
-	d.directory.update, d.stale = r.update, true
+	d.directory.update, d.stale = func(e entries) { r.update(e) }, true
 	look := func(want string) {
 		t.Helper()
 		for range 4 {
 			d.look()
 		}
-		if got := fmt.Sprint(r.table().overrides); got != want {
+		if got := fmt.Sprint(overridesOf(r.table())); got != want {
 			t.Errorf("overrides %s, want %s", got, want)
 		}
 	}
@@ -255,11 +255,11 @@ func TestDirectoryAndTable(t *testing.T) {
 	look("map[ns-01:1 ns-02:2 ns-03:3]")
 	d.remove(t, "")
 	look("map[ns-01:1 ns-02:2 ns-03:3]")
-	r.update(entries{source: "ConfigMap edge/routes", version: "7", data: map[string]string{"ns-01": "backend-0"}})
+	r.update(entries{source: "ConfigMap edge/routes", version: "7", data: pack(map[string]string{"ns-01": "backend-0"})})
 	d.mkdir(t, "")
 	d.write(t, "ns-01", "backend-3")
 	look("map[ns-01:0]")
-	if source := r.table().source; source != "ConfigMap edge/routes" {
+	if source := r.table().source(); source != "ConfigMap edge/routes" {
 		t.Errorf("the table is of the %s", source)
 	}
 }
@@ -282,8 +282,8 @@ func TestDirectoryRun(t *testing.T) {
 		}
 		select {
 		case e := <-applied:
-			if e.data["ns-01"] != want {
-				t.Errorf("applied %v, want %q", e.data, want)
+			if unpack(e.data)["ns-01"] != want {
+				t.Errorf("applied %v, want %q", unpack(e.data), want)
 			}
 		case <-time.After(5 * time.Second):
 			t.Fatalf("%q was not found", want)

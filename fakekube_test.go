@@ -8,8 +8,10 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -179,17 +181,39 @@ func fakeKubeHang(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done()
 
 // fakeKubeClient is a watcher under test, running.
 type fakeKubeClient struct {
-	*watcher[configMap]
-	applied chan string // "<resourceVersion> <data>" each time
+	*watcher[fakeConfigMap]
+	applied chan string // "<resourceVersion> <data>" each time, of several in order; "none"
 	logged  *fakeKubeLog
 	stop    func() // ends run and waits for it
 }
 
-func fakeKubeFollow(t *testing.T, k *kube) *fakeKubeClient {
+// fakeConfigMap is a ConfigMap as it comes.
+type fakeConfigMap struct {
+	object
+	Data map[string]string `json:"data"`
+}
+
+// fakeKubeWatcher follows edge/routes, or what the selector chooses in edge.
+func fakeKubeWatcher(k *kube, selector string, log *slog.Logger, apply func(map[string]*fakeConfigMap)) *watcher[fakeConfigMap] {
+	w := &watcher[fakeConfigMap]{kube: k, path: "/api/v1/namespaces/edge/configmaps", kind: "ConfigMap", namespace: "edge",
+		selector: selector, header: func(m *fakeConfigMap) *object { return &m.object }, apply: apply, log: log}
+	if selector == "" {
+		w.name = "routes"
+	}
+	return w
+}
+
+func fakeKubeFollow(t *testing.T, k *kube) *fakeKubeClient { return fakeKubeSelect(t, k, "") }
+
+func fakeKubeSelect(t *testing.T, k *kube, selector string) *fakeKubeClient {
 	c := &fakeKubeClient{applied: make(chan string, 1000), logged: &fakeKubeLog{}}
-	c.watcher = newConfigMapWatcher(k, "edge", "routes", func(m *configMap) {
-		c.applied <- fmt.Sprint(m.Metadata.ResourceVersion, " ", m.Data)
-	}, slog.New(slog.NewTextHandler(c.logged, nil)))
+	c.watcher = fakeKubeWatcher(k, selector, slog.New(slog.NewTextHandler(c.logged, nil)), func(set map[string]*fakeConfigMap) {
+		all := []string{}
+		for _, name := range slices.Sorted(maps.Keys(set)) {
+			all = append(all, fmt.Sprint(set[name].Metadata.ResourceVersion, " ", set[name].Data))
+		}
+		c.applied <- cmp.Or(strings.Join(all, ", "), "none")
+	})
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() { defer close(done); c.run(ctx) }()

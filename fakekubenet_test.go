@@ -50,7 +50,7 @@ func (n *fakeKubeNet) Addr() net.Addr { return &net.TCPAddr{} }
 func (n *fakeKubeNet) dial(ctx context.Context, _, _ string) (net.Conn, error) {
 	born := n.dials.Add(1)
 	if n.down.Load() {
-		return nil, errors.New("connection refused")
+		return nil, &net.OpError{Op: "dial", Net: "tcp", Err: errors.New("connection refused")}
 	}
 	client, server := net.Pipe()
 	select {

@@ -10,8 +10,13 @@ package main
 //
 // The result is the same on every router in every release: a change here moves
 // tenants, and testdata/owners.txt would tell.
-func bucket(namespace string, n int) int {
-	key := fmix64(fnv1a(namespace))
+func bucket(namespace string, n int) int { return jump(spread(namespace), n) }
+
+// spread is the 64-bit hash of a namespace, of which all bits are worth the same.
+func spread[S string | []byte](namespace S) uint64 { return fmix64(fnv1a(namespace)) }
+
+// jump is bucket for a namespace of which spread is known.
+func jump(key uint64, n int) int {
 	b, j := int64(-1), int64(0)
 	for j < int64(n) {
 		b = j
@@ -23,7 +28,7 @@ func bucket(namespace string, n int) int {
 
 // fnv1a is the 64-bit FNV-1a hash (draft-eastlake-fnv). hash/fnv gives the same
 // value, but through an interface, a conversion to bytes and an allocation.
-func fnv1a(s string) uint64 {
+func fnv1a[S string | []byte](s S) uint64 {
 	h := uint64(14695981039346656037)
 	for i := 0; i < len(s); i++ {
 		h = (h ^ uint64(s[i])) * 1099511628211

@@ -78,7 +78,7 @@ func TestHoldFollowsTheTable(t *testing.T) {
 	p := startProxy(t, []string{freeAddr(t), other.addr}, map[string]string{"ns-01": "backend-0"}, nil)
 	conn := p.send(t, "ns-01")
 	p.waitWaiting(t, 1)
-	p.router.update(entries{source: "test", version: "42", data: map[string]string{"ns-01": "backend-1"}})
+	p.router.update(entries{source: "test", version: "42", data: pack(map[string]string{"ns-01": "backend-1"})})
 	mustAnswer(t, conn, 101)
 	if head := other.heads()[0]; !strings.Contains(head, "X-Router-Table: 42\r\n") {
 		t.Errorf("the backend got %q, want table 42", head)

@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"mime"
 	"net"
 	"net/http"
 	"net/url"
@@ -21,12 +20,17 @@ import (
 	"time"
 )
 
-// serviceAccountDir is where a pod finds its token, CA and Kubernetes namespace
-// (https://kubernetes.io/docs/tasks/run-application/access-api-from-pod/).
-const serviceAccountDir = "/var/run/secrets/kubernetes.io/serviceaccount"
+const (
+	// Bytes of JSON: of one object (1 MiB of "<" in a ConfigMap is 6.3 MB), of a LIST.
+	maxObject, maxList        = 16 << 20, 256 << 20
+	backoffFirst, backoffMost = 500 * time.Millisecond, 15 * time.Second
+	retryMost                 = 60 // the longest wait, in seconds, that a server may ask for
+)
 
-// retryMost is the longest wait, in seconds, that a server may ask for.
-const retryMost = 60
+var (
+	errTooBig = fmt.Errorf("an object of more than %d bytes", maxObject)
+	errAnswer = errors.New("not what an API server answers")
+)
 
 // kube speaks to one API server. It is not safe for concurrent use: each
 // watcher has its own, so that what one does to its connections is felt by no
@@ -37,110 +41,48 @@ type kube struct {
 	dir  string // of the service account's files; "" through kubectl proxy
 	dial func(ctx context.Context, network, addr string) (net.Conn, error)
 
-	transport *http.Transport
-	hangUp    func()         // closes every connection of transport
-	ca        []byte         // the file's bytes that roots was made of
-	roots     *x509.CertPool // what transport trusts; nil through kubectl proxy
-	token     string         // the last that was not empty
+	roots    *x509.CertPool // the last that were good; nil through kubectl proxy
+	token    string         // the last that was not empty
+	protocol string         // of the last answer: "HTTP/2.0", or "HTTP/1.1", which has no pings
 }
 
-// inCluster returns a client with the pod's service account, whose files are in
-// dir. It fails only on what no waiting mends.
-func inCluster(getenv func(string) string, dir string) (*kube, error) {
-	host, port := getenv("KUBERNETES_SERVICE_HOST"), getenv("KUBERNETES_SERVICE_PORT")
-	if host == "" || port == "" {
-		return nil, errors.New("KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set: this is no pod")
-	}
-	k := &kube{base: &url.URL{Scheme: "https", Host: net.JoinHostPort(host, port)}, dir: dir, dial: dialTCP}
-	if err := k.readCA(); err != nil {
-		return nil, err
-	}
-	return k, nil
-}
-
-// throughProxy returns a client of a kubectl proxy, which adds the credentials.
-func throughProxy(base string) (*kube, error) {
-	u, err := url.Parse(base)
-	if err != nil || u.Scheme != "http" || u.Host == "" || strings.Trim(u.Path, "/") != "" {
-		return nil, fmt.Errorf("-kube %q, want in-cluster, none or the http://host:port of a kubectl proxy", base)
-	}
-	k := &kube{base: &url.URL{Scheme: "http", Host: u.Host}, dial: dialTCP}
-	k.renew()
-	return k, nil
-}
-
-// podNamespace returns the Kubernetes namespace that the pod with this service
-// account is in.
-func podNamespace(dir string) (string, error) {
-	b, err := os.ReadFile(filepath.Join(dir, "namespace"))
-	return strings.TrimSpace(string(b)), err
-}
-
-func dialTCP(ctx context.Context, network, addr string) (net.Conn, error) {
-	d := net.Dialer{
-		Timeout:         5 * time.Second,
-		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 3},
-	}
-	return d.DialContext(ctx, network, addr)
-}
-
-// renew replaces the transport, and with it every connection. That is the only
-// cure for a connection that is half open: HTTP/2 goes on using it after a
-// request on it timed out, and also after CloseIdleConnections
-// (golang/go#36026). HTTP/2 pings notice it early; HTTP/1.1 has only deadlines.
-func (k *kube) renew() {
-	k.close()
-	life, hangUp := context.WithCancel(context.Background())
-	k.hangUp = hangUp
-	k.transport = &http.Transport{
+// connect returns a transport for one request, whose connection ends with the
+// request's context. No connection is ever used again: HTTP/2 would go on with
+// one that is half open after a request on it timed out, and also after
+// CloseIdleConnections (golang/go#36026). HTTP/2 pings notice it early; HTTP/1.1
+// has only deadlines.
+func (k *kube) connect() *http.Transport {
+	return &http.Transport{
 		Proxy: nil, // HTTPS_PROXY is not for the API server (cert-manager#1371)
-		DialContext: func(_ context.Context, network, addr string) (net.Conn, error) {
+		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+			life := ctx.Value(k).(context.Context) // the request's: the transport's goes on when that ends
 			conn, err := k.dial(life, network, addr)
-			if err != nil {
-				return nil, err
+			if err == nil {
+				context.AfterFunc(life, func() { conn.Close() })
 			}
-			return &line{conn, context.AfterFunc(life, func() { conn.Close() })}, nil
+			return conn, err
 		},
 		TLSHandshakeTimeout: 5 * time.Second,
 		ForceAttemptHTTP2:   true, // a dialer of our own turns HTTP/2 off otherwise
 		HTTP2:               &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 5 * time.Second},
+		DisableKeepAlives:   true,
 		DisableCompression:  true,
 		TLSClientConfig:     &tls.Config{RootCAs: k.roots, MinVersion: tls.VersionTLS12},
 	}
 }
 
-// close closes every connection, whatever state it is in: one that HTTP/2 has
-// just reset a stream on is not idle, and would stay.
-func (k *kube) close() {
-	if k.hangUp != nil {
-		k.hangUp()
-	}
-}
-
-// line is a connection that the client's close closes.
-type line struct {
-	net.Conn
-	forget func() bool
-}
-
-func (l *line) Close() error {
-	l.forget()
-	return l.Conn.Close()
-}
-
-// readCA renews the transport if the CA file's bytes have changed. A file that
-// cannot be read or has no certificate changes nothing.
+// readCA reads which CAs to trust: others after a rotation (kubernetes#119483).
+// A file that cannot be read or has no certificate changes nothing.
 func (k *kube) readCA() error {
 	ca, err := os.ReadFile(filepath.Join(k.dir, "ca.crt"))
-	if err != nil || bytes.Equal(ca, k.ca) {
+	if err != nil {
 		return err
 	}
 	roots := x509.NewCertPool()
 	if !roots.AppendCertsFromPEM(ca) {
 		return fmt.Errorf("%s/ca.crt has no certificate in PEM", k.dir)
 	}
-	k.ca, k.roots = ca, roots
-	k.renew()
+	k.roots = roots
 	return nil
 }
 
@@ -157,49 +99,55 @@ func (k *kube) readToken() (changed bool) {
 	return true
 }
 
-// get asks for path?query and returns the body of an answer that is 200 and
-// JSON, which the caller closes. A refusal of the server is a *status. The
-// body ends with ctx. Any other error means that the transport is in doubt.
-func (k *kube) get(ctx context.Context, path string, query url.Values) (io.ReadCloser, error) {
-	credentials := k.dir != "" // through kubectl proxy no token must be sent
-	if credentials {
+// ask gets path?query, or creates the object, JSON, in the collection at path.
+// It returns the body of an answer that is as it should be, and JSON; the caller
+// closes it, and it ends with ctx, which must end. A refusal of the server is a
+// *status. Token and CA are read before each request, the token once more if it
+// was refused (ManageIQ/kubeclient#530).
+func (k *kube) ask(ctx context.Context, path string, query url.Values, object []byte) (io.ReadCloser, error) {
+	if k.dir != "" { // through kubectl proxy no token must be sent
 		k.readCA() // its error shows when the connection does
 		k.readToken()
 	}
-	resp, err := k.roundTrip(ctx, path, query)
-	if err == nil && resp.StatusCode == http.StatusUnauthorized && credentials && k.readToken() {
+	resp, err := k.roundTrip(ctx, path, query, object)
+	if err == nil && resp.StatusCode == http.StatusUnauthorized && k.dir != "" && k.readToken() {
 		resp.Body.Close()
-		resp, err = k.roundTrip(ctx, path, query)
+		resp, err = k.roundTrip(ctx, path, query, object)
 	}
 	if err != nil {
 		return nil, err
 	}
-	if resp.StatusCode != http.StatusOK {
+	k.protocol = resp.Proto
+	if resp.StatusCode != http.StatusOK && (resp.StatusCode != http.StatusCreated || object == nil) {
 		defer resp.Body.Close()
 		return nil, refusedBy(resp)
 	}
-	if media, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type")); media != "application/json" {
+	if media, _, _ := strings.Cut(resp.Header.Get("Content-Type"), ";"); media != "application/json" {
 		resp.Body.Close()
-		return nil, fmt.Errorf("the answer is %.60q, want application/json: is this an API server?", media)
+		return nil, fmt.Errorf("%w: %.60q, want application/json", errAnswer, media)
 	}
 	return resp.Body, nil
 }
 
 // roundTrip sends one request. It goes to the transport directly: a redirect
 // must not be followed with the token.
-func (k *kube) roundTrip(ctx context.Context, path string, query url.Values) (*http.Response, error) {
-	u := *k.base
+func (k *kube) roundTrip(ctx context.Context, path string, query url.Values, object []byte) (*http.Response, error) {
+	u, method := *k.base, http.MethodGet
 	u.Path, u.RawQuery = path, query.Encode()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
+	if object != nil {
+		method = http.MethodPost
+	}
+	req, err := http.NewRequestWithContext(context.WithValue(ctx, k, ctx), method, u.String(), bytes.NewReader(object))
 	if err != nil {
 		return nil, err
 	}
 	req.Header.Set("Accept", "application/json")
+	req.Header.Set("Content-Type", "application/json")
 	req.Header.Set("User-Agent", "wsrouter/"+version())
 	if k.token != "" {
 		req.Header.Set("Authorization", "Bearer "+k.token)
 	}
-	return k.transport.RoundTrip(req)
+	return k.connect().RoundTrip(req)
 }
 
 // status is the API server's own "no", over HTTP or in a watch: what is read of
@@ -218,10 +166,25 @@ func (s *status) Error() string {
 	return fmt.Sprintf("%d %s: %s", s.Code, cmp.Or(s.Reason, http.StatusText(s.Code)), s.Message)
 }
 
-// retryAfter is how long the server wants to be left alone, which it may ask for
-// up to retryMost.
-func (s *status) retryAfter() time.Duration {
-	return time.Duration(min(s.Details.RetryAfterSeconds, retryMost)) * time.Second
+// retryAfter is how long the server wants to be left alone, at most retryMost.
+func retryAfter(err error) time.Duration {
+	no := &status{}
+	errors.As(err, &no)
+	return time.Duration(min(no.Details.RetryAfterSeconds, retryMost)) * time.Second
+}
+
+// pause returns how long to wait after the fails-th cycle in a row that was not
+// healthy: exponential, jittered by half of itself in both directions, at least
+// what the server asked for. random is in [0, 1).
+func pause(fails int, asked time.Duration, random float64) time.Duration {
+	wait := random * float64(backoffFirst) // replicas that were cut together come back apart
+	if fails > 0 {
+		wait = (0.5 + random) * float64(min(backoffMost, backoffFirst<<min(fails-1, 10)))
+	}
+	if float64(asked) > wait {
+		wait = (1 + 0.2*random) * float64(asked)
+	}
+	return time.Duration(wait)
 }
 
 // refusedBy makes an error of an answer that is not 200. Its body may be a
@@ -237,4 +200,100 @@ func refusedBy(resp *http.Response) *status {
 		s.Details.RetryAfterSeconds = max(s.Details.RetryAfterSeconds, n)
 	}
 	return s
+}
+
+// errorClass says in one word, of some dozens, what kind of failure err is.
+func errorClass(err error) string {
+	no, op, late := &status{}, &net.OpError{}, net.Error(nil)
+	switch as := func(target any) bool { return errors.As(err, target) }; {
+	case err == nil:
+		return "none"
+	case as(&no): // not_found, too_many_requests, ...
+		return cmp.Or(strings.ReplaceAll(strings.ToLower(http.StatusText(no.Code)), " ", "_"), "refused")
+	case errors.Is(err, errTooBig):
+		return "too_big"
+	case errors.Is(err, errAnswer), as(new(*json.SyntaxError)), as(new(*json.UnmarshalTypeError)):
+		return "bad_answer"
+	case as(&op) && op.Op == "dial":
+		return "dial"
+	case as(new(*tls.CertificateVerificationError)), as(new(tls.RecordHeaderError)), as(&op) && op.Op == "remote error":
+		return "tls"
+	case errors.Is(err, context.DeadlineExceeded), as(&late) && late.Timeout():
+		return "timeout"
+	}
+	return "cut"
+}
+
+// cappedReader fails once limit bytes were read. Its reader moves the limit on
+// with each object, so that it bounds one object and not the stream.
+type cappedReader struct {
+	r           io.Reader
+	read, limit int64
+}
+
+func (c *cappedReader) Read(b []byte) (int, error) {
+	if c.read >= c.limit {
+		return 0, errTooBig
+	}
+	n, err := c.r.Read(b[:min(int64(len(b)), c.limit-c.read)])
+	c.read += int64(n)
+	return n, err
+}
+
+// object is what is read of every API object, and of every list.
+type object struct {
+	Kind     string `json:"kind"`
+	Metadata struct {
+		Name            string `json:"name"`
+		Namespace       string `json:"namespace"`
+		UID             string `json:"uid"`
+		ResourceVersion string `json:"resourceVersion"`
+		Continue        string `json:"continue"` // lists only
+	} `json:"metadata"`
+}
+
+// decodeList reads a list to its end, one item after the other: thirty of 1 MiB
+// each would take 100 MiB as one text.
+func decodeList[T any](body io.Reader) (list object, items []*T, err error) {
+	capped := &cappedReader{r: body, limit: maxObject}
+	d := json.NewDecoder(capped)
+	err = within(d, '{', func() (err error) {
+		key, err := d.Token()
+		switch key {
+		case "kind":
+			return d.Decode(&list.Kind)
+		case "metadata":
+			return d.Decode(&list.Metadata)
+		case "items":
+			return within(d, '[', func() error {
+				items = append(items, new(T))
+				capped.limit = min(d.InputOffset()+maxObject, maxList)
+				return d.Decode(items[len(items)-1])
+			})
+		}
+		return cmp.Or(err, d.Decode(new(json.RawMessage)))
+	})
+	if _, end := d.Token(); err == nil && end != io.EOF {
+		err = fmt.Errorf("%w: more than a list", errAnswer)
+	}
+	return list, items, err
+}
+
+// within calls each for the elements of a JSON array or the members of an
+// object. null has none.
+func within(d *json.Decoder, open json.Delim, each func() error) error {
+	begin, err := d.Token()
+	if err != nil || begin == nil {
+		return err
+	}
+	if begin != open {
+		return fmt.Errorf("%w: %v, want %v", errAnswer, begin, open)
+	}
+	for d.More() {
+		if err := each(); err != nil {
+			return err
+		}
+	}
+	_, err = d.Token()
+	return err
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"net"
 	"net/http"
 	"net/url"
@@ -26,7 +27,9 @@ func fakeKubeListen(t *testing.T) (l net.Listener, host, port string) {
 // fakeKubeGet asks for the ConfigMaps and returns the error.
 func fakeKubeGet(t *testing.T, k *kube) error {
 	t.Helper()
-	body, err := k.get(t.Context(), "/api/v1/namespaces/edge/configmaps", url.Values{"fieldSelector": {"metadata.name=routes"}})
+	ctx, cancel := context.WithCancel(t.Context()) // which ends the connection
+	defer cancel()
+	body, err := k.ask(ctx, "/api/v1/namespaces/edge/configmaps", url.Values{"fieldSelector": {"metadata.name=routes"}}, nil)
 	if err == nil {
 		body.Close()
 	}
@@ -96,7 +99,6 @@ func TestTokenIsReread(t *testing.T) {
 	l, host, port := fakeKubeListen(t)
 	server := newFakeKube(t, l, fakeKubeScript{fakeKubeList("1")}, nil, certificate)
 	k := fakeKubePod(t, host, port, ca)
-	t.Cleanup(k.close)
 	for _, step := range []struct{ name, file, want string }{
 		{"trimmed", " first \r\n", "first"},
 		{"replaced", "second", "second"},
@@ -138,7 +140,6 @@ func TestUnauthorized(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			l, host, port := fakeKubeListen(t)
 			k := fakeKubePod(t, host, port, ca)
-			t.Cleanup(k.close)
 			server := newFakeKube(t, l, fakeKubeScript{func(w http.ResponseWriter, r *http.Request) {
 				if r.Header.Get("Authorization") == "Bearer "+c.accepted {
 					fakeKubeList("1")(w, r)
@@ -190,10 +191,9 @@ func TestRefusals(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			t.Cleanup(k.close)
 			err = fakeKubeGet(t, k)
 			no, ok := err.(*status)
-			if !ok || no.Error() != c.want || no.retryAfter() != c.after {
+			if !ok || no.Error() != c.want || retryAfter(err) != c.after {
 				t.Errorf("%T %v, want %s and a wait of %s", err, err, c.want, c.after)
 			}
 			r := server.request(t)

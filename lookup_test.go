@@ -19,7 +19,7 @@ func lookupTable(t testing.TB, backends, overrides int) *router {
 		data[namespace] = backendName("backend", i%backends)
 	}
 	r := &router{statefulSet: "backend", backends: backends, log: slog.New(slog.DiscardHandler), swapped: func() {}}
-	r.update(entries{data: data})
+	r.update(entries{data: pack(data)})
 	return r
 }
 
@@ -99,11 +99,11 @@ func FuzzTable(f *testing.F) {
 	f.Add("\xff", "backend-\xff", "", strings.Repeat("x", 100), "backend-3", byte(2))
 	f.Fuzz(func(t *testing.T, a, valueA, b, valueB, before string, more byte) {
 		count := 1 + int(more)
-		old := newTable("backend", 4, entries{data: map[string]string{a: before}}, nil)
-		e := entries{data: map[string]string{a: valueA, b: valueB}}
+		old := tableOf(4, map[string]string{a: before}, nil)
+		data := map[string]string{a: valueA, b: valueB}
 		for _, old := range []*table{nil, old} {
-			table := newTable("backend", count, e, old)
-			for namespace, value := range e.data {
+			table := tableOf(count, data, old)
+			for namespace, value := range data {
 				wantInForceOrRejected(t, table, namespace, value)
 			}
 			for _, namespace := range []string{a, b, "another"} {
@@ -117,8 +117,8 @@ func FuzzTable(f *testing.F) {
 
 func wantInForceOrRejected(t *testing.T, table *table, namespace, value string) {
 	t.Helper()
-	ordinal, pinned := table.overrides[namespace]
-	bad, rejected := table.rejected[namespace]
+	ordinal, pinned := overridesOf(table)[namespace]
+	bad, rejected := rejectedOf(table)[namespace[:min(maxName, len(namespace))]]
 	switch {
 	case !rejected && (!pinned || table.name(ordinal) != strings.TrimSpace(value)):
 		t.Errorf("%q: %q is in force as %d, %v", namespace, value, ordinal, pinned)

@@ -32,10 +32,10 @@
 //  9. A slow reader stops its own session only, with bounded memory.
 //  10. Every goroutine has an owner that waits for it.
 //
-// Read main and config, then route and hash (who owns), dir, watch, events and
-// kube (how the overrides come), backends (where owners are), listen, proxy,
-// upgrade and refusal (from request to session), relay, frame, rawio and move
-// (the session's life), admin, metrics and log.
+// Read main and config, then route, pack, hash and swap (who owns), dir,
+// configmap, watch and kube (how the overrides come), backends (where owners
+// are), listen, proxy, upgrade and refusal (from request to session), relay,
+// frame, rawio and move (the session's life), admin, metrics and log.
 package main
 
 import (
@@ -155,16 +155,22 @@ func (p *program) follow(getenv func(string) string) error {
 	}
 	router := p.proxy.router
 	if client != nil {
-		w := newConfigMapWatcher(client, namespace, p.config.configMap, func(c *configMap) {
-			router.update(entries{source: "ConfigMap " + c.Metadata.Namespace + "/" + c.Metadata.Name,
-				version: c.Metadata.ResourceVersion, data: c.Data})
-		}, p.log)
-		p.sources = append(p.sources, w.run)
-		p.admin.watch = w.now
-		p.admin.missing = w.missing
+		maps := &configMaps{update: router.update, log: p.log}
+		for _, name := range p.config.configMaps {
+			maps.follow(*client, namespace, name, "")
+		}
+		if p.config.selector != "" {
+			maps.follow(*client, namespace, "", p.config.selector)
+		}
+		for _, w := range maps.watchers {
+			p.sources = append(p.sources, w.run)
+		}
+		p.admin.configMaps = maps
+		p.admin.missing = maps.missing
 	}
 	if p.config.overrides != "" {
-		d := &directory{path: p.config.overrides, stale: client != nil, update: router.update, log: p.log}
+		d := &directory{path: p.config.overrides, stale: client != nil, log: p.log,
+			update: func(e entries) { router.update(e) }}
 		p.sources = append(p.sources, d.run)
 		if client == nil {
 			p.admin.missing = d.missing

@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"math"
 	"runtime"
 	"strings"
 	"time"
@@ -46,8 +47,8 @@ func (a *admin) writeMetrics(w io.Writer) {
 	a.writeSessions(m)
 	a.writeUpgrades(m)
 	a.writeTable(m)
-	if a.watch != nil {
-		writeWatch(m, a.watch())
+	if a.configMaps != nil {
+		writeWatches(m, a.configMaps)
 	}
 	m.single("go_goroutines", "gauge", "Goroutines.", float64(runtime.NumGoroutine()))
 	m.single("process_start_time_seconds", "gauge", "Start of the process, in seconds since the epoch.",
@@ -90,6 +91,7 @@ func (a *admin) writeUpgrades(m metricsWriter) {
 	m.single("router_accept_paused", "gauge", "1 if clients wait, in the kernel's backlog, for descriptors.", boolean(full))
 }
 
+// writeTable writes the table in force, if there is one.
 func (a *admin) writeTable(m metricsWriter) {
 	m.single("router_table_swaps_total", "counter", "Tables put in force.", float64(a.proxy.router.swaps.Load()))
 	t := a.proxy.router.table()
@@ -97,23 +99,58 @@ func (a *admin) writeTable(m metricsWriter) {
 		return
 	}
 	m.family("router_table_info", "gauge", "Always 1; the labels say which table is in force.")
-	m.sample("router_table_info", 1, "source", t.source, "version", t.version)
-	m.single("router_table_overrides", "gauge", "Overrides in force.", float64(len(t.overrides)))
+	m.sample("router_table_info", 1, "source", t.source(), "version", t.version)
+	m.single("router_table_overrides", "gauge", "Overrides in force.", float64(t.overrides))
 	m.single("router_table_backends", "gauge", "Backends that namespaces are hashed over.", float64(t.backends))
-	m.single("router_table_rejected_entries", "gauge", "Entries that cannot be read.", float64(len(t.rejected)))
+	m.family("router_table_rejected_entries", "gauge", "Entries that cannot be read.")
+	for i, e := range t.sources {
+		m.sample("router_table_rejected_entries", float64(t.rejected[i]), "object", e.source)
+	}
+	m.single("router_table_conflicts", "gauge", "Namespaces that objects give to different backends.", float64(t.conflicts))
 }
 
-func writeWatch(m metricsWriter, s watchStatus) {
-	m.family("router_watch_state", "gauge", "1 for the state that the watch of the ConfigMap is in.")
-	for _, state := range []string{stateListing, stateConnecting, stateWatching, stateWaiting} {
-		m.sample("router_watch_state", boolean(s.state == state), "state", state)
+// writeWatches writes how the ConfigMaps are followed.
+func writeWatches(m metricsWriter, c *configMaps) {
+	each := func(name, help string, write func(object string, s watchStatus)) {
+		m.family(name, "gauge", help)
+		for _, w := range c.watchers {
+			write(w.what(), w.now())
+		}
 	}
-	if !s.confirmed.IsZero() {
-		m.single("router_watch_staleness_seconds", "gauge", "Time since the API server last said how the ConfigMap is.",
-			time.Since(s.confirmed).Seconds())
+	each("router_watch_state", "1 for the state that the watch is in.", func(object string, s watchStatus) {
+		for _, state := range []string{stateListing, stateConnecting, stateWatching, stateWaiting} {
+			m.sample("router_watch_state", boolean(s.state == state), "object", object, "state", state)
+		}
+	})
+	each("router_watch_staleness_seconds", "Time since the API server last said how things are, +Inf if it never did.",
+		func(object string, s watchStatus) {
+			age := math.Inf(1)
+			if !s.confirmed.IsZero() {
+				age = time.Since(s.confirmed).Seconds()
+			}
+			m.sample("router_watch_staleness_seconds", age, "object", object)
+		})
+	each("router_watch_failures_in_row", "LIST and WATCH cycles that failed since the last good one.", func(object string, s watchStatus) {
+		m.sample("router_watch_failures_in_row", float64(s.fails), "object", object)
+	})
+	each("router_watch_last_error", "Always 1; the label says what failed since the last good cycle.", func(object string, s watchStatus) {
+		m.sample("router_watch_last_error", 1, "object", object, "class", errorClass(s.failure))
+	})
+	each("router_watch_info", "Always 1; the label says what the API server last answered with.", func(object string, s watchStatus) {
+		m.sample("router_watch_info", 1, "object", object, "protocol", s.protocol)
+	})
+	all := c.objects()
+	if len(all) == 0 {
+		return
 	}
-	m.single("router_watch_failures_in_row", "gauge", "LIST and WATCH cycles that failed since the last good one.", float64(s.fails))
-	m.single("router_watch_object_absent", "gauge", "1 if there is no such ConfigMap.", boolean(s.absent))
+	m.family("router_watch_object_info", "gauge", "Always 1; the labels say which version of an object is in force.")
+	for _, o := range all {
+		m.sample("router_watch_object_info", 1, "object", o.object, "uid", o.uid, "version", o.version)
+	}
+	m.family("router_watch_object_absent", "gauge", "1 if there is no such object.")
+	for _, o := range all {
+		m.sample("router_watch_object_absent", boolean(o.absent), "object", o.object)
+	}
 }
 
 func boolean(b bool) float64 {

@@ -38,7 +38,7 @@ func TestMoveExactlyThose(t *testing.T) {
 		defer mustRead(t, conn, "pong")
 		defer mustWrite(t, conn, "pong")
 	}
-	p.router.update(entries{source: "test", version: "42", data: after})
+	p.router.update(entries{source: "test", version: "42", data: pack(after)})
 	for end := time.Now().Add(patience); p.relay.ended[causeMoved].Load() < int64(len(leave)); <-time.After(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatalf("%d sessions moved, want %d", p.relay.ended[causeMoved].Load(), len(leave))
@@ -53,7 +53,7 @@ func TestMoveExactlyThose(t *testing.T) {
 // leave a session behind with its old owner.
 func TestMoveAtHandOver(t *testing.T) {
 	p := startProxy(t, []string{"127.0.0.1:1", "127.0.0.1:1"}, map[string]string{"ns-01": "backend-0"}, nil)
-	p.router.update(entries{source: "test", version: "42", data: map[string]string{"ns-01": "backend-1"}})
+	p.router.update(entries{source: "test", version: "42", data: pack(map[string]string{"ns-01": "backend-1"})})
 	client, clientFar := tcpPair(t)
 	server, serverFar := tcpPair(t)
 	p.waiting.Add(1)
@@ -154,13 +154,13 @@ func TestMoveTakenBack(t *testing.T) {
 	for range 10 {
 		p.open(t, "ns-01")
 	}
-	p.router.update(entries{source: "test", version: "42", data: map[string]string{"ns-01": "backend-1"}})
+	p.router.update(entries{source: "test", version: "42", data: pack(map[string]string{"ns-01": "backend-1"})})
 	for end := time.Now().Add(patience); p.relay.ended[causeMoved].Load() == 0; <-time.After(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("nothing moved")
 		}
 	}
-	p.router.update(entries{source: "test", version: "43", data: map[string]string{"ns-01": "backend-0"}})
+	p.router.update(entries{source: "test", version: "43", data: pack(map[string]string{"ns-01": "backend-0"})})
 	moved := p.relay.ended[causeMoved].Load()
 	p.moves.move(t.Context())
 	if got := p.relay.ended[causeMoved].Load(); got != moved || moved > 2 {

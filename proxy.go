@@ -145,8 +145,7 @@ func (p *proxy) owner(namespace string) (int, string, error) {
 	}
 	owner, ok := t.owner(namespace)
 	if !ok {
-		return 0, "", refuse(resultRefused, "the override of %q cannot be read: %q, want %s",
-			namespace, t.rejected[namespace].Value, t.rejected[namespace].Want)
+		return 0, "", refuse(resultRefused, "the override of %q cannot be read, or others disagree: /owner of the router says more", namespace)
 	}
 	return owner, t.version, nil
 }

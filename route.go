@@ -3,138 +3,287 @@ package main
 import (
 	"cmp"
 	"fmt"
-	"log/slog"
-	"maps"
+	"hash/fnv"
+	"iter"
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
-	"sync/atomic"
 )
 
 // Why a namespace belongs to its owner, as /owner says it.
 const (
-	whyOverride = "override" // an entry of the ConfigMap
+	whyOverride = "override" // an entry
 	whyHash     = "hash"     // no entry
 	whyKept     = "kept"     // an entry that cannot be read: stays where it was
-	whyRefused  = "refused"  // the same, and where it was is not known: 503
+	whyConflict = "conflict" // entries of several objects that name different backends: stays where it was
+	whyRefused  = "refused"  // stays where it was, and where that is is not known: 503
 )
 
-// refused stands in table.overrides for a namespace that is not served because
-// its entry cannot be read and no good one was ever seen (invariant 3).
-const refused = -1
+// What an entry can mean instead of an ordinal.
+const (
+	hashed     = -1 // the same as no entry
+	refused    = -2 // the namespace is not served (invariant 3)
+	unreadable = -3
+)
+
+// entries is what one source of overrides holds at one moment.
+type entries struct {
+	source  string // for people: "ConfigMap edge/overwriting"
+	version string // the ConfigMap's resourceVersion, or a hash of a directory
+	data    *packed
+	stale   bool // a copy that may lag: counts only until the API server was heard
+}
 
 // table says who owns which namespace. It is immutable: an update makes a new
 // one. Its methods take no lock and owner does not allocate (invariant 1).
 type table struct {
-	statefulSet string               // the part of a backend's name before its ordinal
-	backends    int                  // how many there are, at least 1
-	overrides   map[string]int       // namespace to ordinal, or refused
-	rejected    map[string]rejection // the entries that could not be read, by namespace
-	source      string               // where the entries came from, for people
-	version     string               // the ConfigMap's resourceVersion, or a hash of a directory
+	statefulSet string    // the part of a backend's name before its ordinal
+	backends    int       // how many there are, at least 1
+	sources     []entries // of the overrides, in the order in which they are read
+	version     string    // of the source, or a hash of those of several
+
+	// The parts of index are the data of sources, then the namespaces that stay
+	// where they were: since an entry cannot be read, since entries disagree.
+	index     index
+	ordinals  [][]int32 // for each part, for each of its values
+	overrides int       // namespaces of which owner does not ask the hash
+	rejected  []int     // for each source, entries that cannot be read
+	conflicts int       // namespaces whose entries disagree
 }
 
-// rejection is one entry that could not be read, and what became of it.
-type rejection struct {
-	Value string `json:"value"` // as it was found, cut to maxShownValue bytes
-	Want  string `json:"want"`  // what would have been right
-	Kept  string `json:"kept"`  // the owner it keeps, "hash" or "refused"
-}
-
-// maxShownValue is how much of a rejected value is kept for messages, in bytes:
-// a value may be 1 MiB of anything.
-const maxShownValue = 64
-
-// entries is what a source of overrides holds at one moment.
-type entries struct {
-	source  string
-	version string
-	data    map[string]string // namespace to the name of a backend
-	stale   bool              // a copy that may lag: counts only until the API server was heard
-}
-
-// newTable reads e. An entry that cannot be read keeps its namespace where old
-// had it; without an old table it is refused rather than hashed, since another
-// router may know a good value. All other entries apply (invariant 3).
-func newTable(statefulSet string, backends int, e entries, old *table) *table {
+// newTable reads the sources. A namespace of which an entry cannot be read, or
+// to which two sources give different backends, stays where old had it; without
+// an old table it is refused rather than hashed, since another router may know a
+// good value. All other entries apply (invariant 3).
+func newTable(statefulSet string, backends int, sources []entries, old *table) *table {
 	t := &table{
-		statefulSet: statefulSet,
-		backends:    backends,
-		overrides:   make(map[string]int, len(e.data)),
-		rejected:    map[string]rejection{},
-		source:      e.source,
-		version:     e.version,
+		statefulSet: statefulSet, backends: backends, sources: slices.Clone(sources),
+		version: versionOf(sources), rejected: make([]int, len(sources)),
 	}
-	for namespace, value := range e.data {
-		if want := namespaceFault(namespace); want != "" {
-			t.reject(namespace, value, want, "nothing")
-			continue
+	var parts []*packed
+	count := 0
+	for i := range t.sources {
+		e := &t.sources[i]
+		e.data = cmp.Or(e.data, &packed{})
+		parts = append(parts, e.data)
+		t.ordinals = append(t.ordinals, t.read(e.data))
+		count += e.data.count
+	}
+	var known []int32 // what the values of the last two parts mean
+	for ordinal := refused; ordinal < backends; ordinal++ {
+		known = append(known, int32(ordinal))
+	}
+	t.ordinals = append(t.ordinals, known, known)
+	t.index = newIndex(append(parts, &packed{}, &packed{}), count)
+	for i, e := range t.sources {
+		for r := range e.data.all() {
+			t.add(i, r, old)
 		}
-		ordinal, ok := t.ordinal(strings.TrimSpace(value))
-		if ok {
-			t.overrides[namespace] = ordinal
-			continue
-		}
-		want := fmt.Sprintf("%s to %s", t.name(0), t.name(backends-1))
-		t.reject(namespace, value, want, t.keep(namespace, old))
 	}
 	return t
 }
 
-// keep gives the namespace the owner it had in old, and names it.
-func (t *table) keep(namespace string, old *table) string {
-	if old == nil {
-		t.overrides[namespace] = refused
-		return whyRefused
+// versionOf names the state of all sources: routers with the same have the same
+// overrides.
+func versionOf(sources []entries) string {
+	if len(sources) == 1 {
+		return sources[0].version
 	}
-	ordinal, pinned := old.overrides[namespace]
-	if !pinned {
-		return whyHash
+	sum := fnv.New64a()
+	for _, e := range sources {
+		fmt.Fprintf(sum, "%q %q\n", e.source, e.version)
 	}
-	if ordinal == refused || ordinal >= t.backends {
-		t.overrides[namespace] = refused
-		return whyRefused
-	}
-	t.overrides[namespace] = ordinal
-	return t.name(ordinal)
+	return fmt.Sprintf("%d-%016x", len(sources), sum.Sum64())
 }
 
-func (t *table) reject(namespace, value, want, kept string) {
-	if len(value) > maxShownValue {
-		value = value[:maxShownValue] + "…"
+// source names the sources for people.
+func (t *table) source() string {
+	if len(t.sources) == 1 {
+		return t.sources[0].source
 	}
-	t.rejected[namespace] = rejection{Value: strings.ToValidUTF8(value, "�"), Want: want, Kept: kept}
+	return fmt.Sprintf("%d objects", len(t.sources))
 }
+
+// read returns what the values mean.
+func (t *table) read(p *packed) (ordinals []int32) {
+	for _, value := range p.values {
+		ordinal, ok := t.ordinal(value)
+		if !ok {
+			ordinal = unreadable
+		}
+		ordinals = append(ordinals, int32(ordinal))
+	}
+	return ordinals
+}
+
+// add reads one entry of the i-th source, while t is being made.
+func (t *table) add(i int, r record, old *table) {
+	if r.which&oddName != 0 {
+		t.rejected[i]++
+		return
+	}
+	key := spread(r.namespace)
+	s := find(&t.index, r.namespace, key)
+	was, ordinal := t.means(s), int(t.ordinals[i][r.which])
+	switch {
+	case ordinal == unreadable:
+		t.rejected[i]++
+		if !t.stays(s) {
+			t.keep(s, len(t.sources), r, key, old)
+		}
+	case s.part == 0:
+		*s = cell{r.at, uint16(i + 1), uint16(key)}
+		t.overrides++
+	case was != ordinal && !t.stays(s):
+		t.conflicts++
+		t.keep(s, len(t.sources)+1, r, key, old)
+	}
+}
+
+// keep makes s lead to an entry, in the part, that gives the namespace the owner
+// it had in old.
+func (t *table) keep(s *cell, part int, r record, key uint64, old *table) {
+	ordinal := refused
+	if old != nil {
+		ordinal = old.means(find(&old.index, r.namespace, key))
+	}
+	if ordinal >= t.backends {
+		ordinal = refused
+	}
+	if s.part == 0 {
+		t.overrides++
+	}
+	if ordinal == hashed {
+		t.overrides--
+	}
+	*s = cell{t.index.parts[part].add(string(r.namespace), uint32(ordinal-refused)), uint16(part + 1), uint16(key)}
+}
+
+// means returns the ordinal that s leads to, hashed or refused.
+func (t *table) means(s *cell) int {
+	if s.part == 0 {
+		return hashed
+	}
+	return int(t.ordinals[s.part-1][t.index.record(s).which])
+}
+
+// stays reports whether s leads to a namespace that stays where it was.
+func (t *table) stays(s *cell) bool { return int(s.part) > len(t.sources) }
 
 // owner returns the ordinal of the backend that owns the namespace; ok is false
 // if the namespace is refused.
 func (t *table) owner(namespace string) (ordinal int, ok bool) {
-	if ordinal, pinned := t.overrides[namespace]; pinned {
-		return ordinal, ordinal != refused
+	key := spread(namespace)
+	ordinal = t.means(find(&t.index, namespace, key))
+	if ordinal == hashed {
+		return jump(key, t.backends), true
 	}
-	return bucket(namespace, t.backends), true
+	return ordinal, ordinal != refused
+}
+
+// pinned returns the ordinal of the namespace's override, hashed if it has none,
+// or refused.
+func (t *table) pinned(namespace []byte) int {
+	return t.means(find(&t.index, namespace, spread(namespace)))
 }
 
 // explain says why owner answers as it does.
 func (t *table) explain(namespace string) string {
-	ordinal, pinned := t.overrides[namespace]
-	_, bad := t.rejected[namespace]
+	s := find(&t.index, namespace, spread(namespace))
 	switch {
-	case pinned && ordinal == refused:
+	case s.part == 0:
+		return whyHash
+	case t.means(s) == refused:
 		return whyRefused
-	case bad:
-		return whyKept
-	case pinned:
+	case !t.stays(s):
 		return whyOverride
+	case int(s.part) == len(t.sources)+1:
+		return whyKept
 	}
-	return whyHash
+	return whyConflict
+}
+
+// rejection is one entry that is not in force as it was written, and what became
+// of its namespace.
+type rejection struct {
+	namespace string
+	Source    string `json:"source"`
+	Value     string `json:"value"` // as it was found, cut to maxShownValue bytes
+	Want      string `json:"want"`  // what would have been right
+	Kept      string `json:"kept"`  // the owner it keeps, "hash", "refused" or "nothing"
+}
+
+// maxShownValue is how much of a rejected value is shown, in bytes: a value may
+// be 1 MiB of anything.
+const maxShownValue = 64
+
+// rejections are those of the i-th source.
+func (t *table) rejections(i int) iter.Seq[rejection] {
+	return func(yield func(rejection) bool) {
+		if t.rejected[i] == 0 && t.conflicts == 0 {
+			return
+		}
+		for r := range t.sources[i].data.all() {
+			if bad, ok := t.judge(i, r); ok && !yield(bad) {
+				return
+			}
+		}
+	}
+}
+
+// rejectionsOf are those of the namespace in all sources. It reads them from end
+// to end: it is for operators, not for requests.
+func (t *table) rejectionsOf(namespace string) (all []rejection) {
+	if !t.stays(find(&t.index, namespace, spread(namespace))) {
+		return nil
+	}
+	for i := range t.sources {
+		for r := range t.sources[i].data.all() {
+			if string(r.namespace) != namespace {
+				continue
+			}
+			if bad, ok := t.judge(i, r); ok {
+				all = append(all, bad)
+			}
+		}
+	}
+	return all
+}
+
+// judge reports whether an entry of the i-th source is rejected.
+func (t *table) judge(i int, r record) (bad rejection, ok bool) {
+	s := find(&t.index, r.namespace, spread(r.namespace))
+	bad = rejection{namespace: string(r.namespace), Source: t.sources[i].source, Kept: "nothing"}
+	which := r.which &^ oddName
+	switch {
+	case r.which != which:
+		bad.Want = namespaceFault(bad.namespace)
+	case t.ordinals[i][which] == unreadable:
+		bad.Want = t.name(0) + " to " + t.name(t.backends-1)
+	case int(s.part) == len(t.sources)+2:
+		bad.Want = "the same backend in all objects"
+	default:
+		return bad, false
+	}
+	value := t.sources[i].data.values[which]
+	if len(value) > maxShownValue {
+		value = value[:maxShownValue] + "…"
+	}
+	bad.Value = strings.ToValidUTF8(value, "�")
+	switch ordinal := t.means(s); {
+	case r.which != which:
+	case ordinal == hashed:
+		bad.Kept = whyHash
+	case ordinal == refused:
+		bad.Kept = whyRefused
+	default:
+		bad.Kept = t.name(ordinal)
+	}
+	return bad, true
 }
 
 // name returns the name of the backend with this ordinal.
-func (t *table) name(ordinal int) string {
-	return backendName(t.statefulSet, ordinal)
-}
+func (t *table) name(ordinal int) string { return backendName(t.statefulSet, ordinal) }
 
 // ordinal reads the name of a backend. Only the one spelling that name makes is
 // taken: no sign, no leading zero.
@@ -148,99 +297,4 @@ func (t *table) ordinal(name string) (int, bool) {
 		return 0, false
 	}
 	return n, true
-}
-
-// changes counts how the overrides of t differ from those of old, which may be
-// nil.
-func (t *table) changes(old *table) (added, changed, removed int) {
-	if old == nil {
-		return len(t.overrides), 0, 0
-	}
-	for namespace, ordinal := range t.overrides {
-		before, had := old.overrides[namespace]
-		switch {
-		case !had:
-			added++
-		case before != ordinal:
-			changed++
-		}
-	}
-	return added, changed, len(old.overrides) + added - len(t.overrides)
-}
-
-// namespaceFault says what is wrong with a namespace, or "". The characters and
-// the length are those of a ConfigMap's keys, so that each namespace can be an
-// override (https://kubernetes.io/docs/concepts/configuration/configmap/). "."
-// and ".." would be dot segments of a path (RFC 3986 §3.3).
-func namespaceFault(s string) string {
-	const want = "a namespace of 1 to 253 characters of [-._a-zA-Z0-9] other than \".\" and \"..\""
-	if len(s) == 0 || len(s) > 253 || s == "." || s == ".." {
-		return want
-	}
-	for i := 0; i < len(s); i++ {
-		c := s[i]
-		switch {
-		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9', c == '-', c == '.', c == '_':
-		default:
-			return want
-		}
-	}
-	return ""
-}
-
-// router holds the table in force.
-type router struct {
-	// Static after construction.
-	statefulSet string
-	backends    int
-	log         *slog.Logger
-	swapped     func() // called after each swap; must not block
-
-	current atomic.Pointer[table] // nil until the first entries came, never again
-	swaps   atomic.Int64
-
-	mu    sync.Mutex // serialises update
-	heard bool       // entries that are not stale came. Guarded by mu.
-}
-
-// table returns the table in force, nil if there was none yet.
-func (r *router) table() *table { return r.current.Load() }
-
-// update puts a table made of e in force, and says in the log what changed.
-func (r *router) update(e entries) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if e.stale && r.heard {
-		return
-	}
-	r.heard = r.heard || !e.stale
-	old := r.table()
-	t := newTable(r.statefulSet, r.backends, e, old)
-	r.current.Store(t)
-	r.swaps.Add(1)
-	r.swapped()
-	r.report(t, old)
-}
-
-// report logs the new table: one line, and one for each rejected entry that the
-// old table did not have, up to maxReported.
-func (r *router) report(t, old *table) {
-	added, changed, removed := t.changes(old)
-	r.log.Info("table", "source", t.source, "version", t.version, "backends", t.backends,
-		"overrides", len(t.overrides), "added", added, "changed", changed, "removed", removed,
-		"rejected", len(t.rejected))
-	const maxReported = 10
-	fresh := slices.SortedFunc(maps.Keys(t.rejected), cmp.Compare)
-	if old != nil {
-		fresh = slices.DeleteFunc(fresh, func(ns string) bool { return old.rejected[ns] == t.rejected[ns] })
-	}
-	for i, namespace := range fresh {
-		if i == maxReported {
-			r.log.Warn("more entries rejected", "count", len(fresh)-maxReported)
-			return
-		}
-		bad := t.rejected[namespace]
-		r.log.Warn("entry rejected", "source", t.source, "version", t.version,
-			"namespace", namespace, "value", bad.Value, "want", bad.Want, "kept", bad.Kept)
-	}
 }

@@ -8,13 +8,40 @@ import (
 	"unicode/utf8"
 )
 
+// tableOf makes a table of one source.
+func tableOf(backends int, data map[string]string, old *table) *table {
+	return newTable("backend", backends, []entries{{source: "test", version: "1", data: pack(data)}}, old)
+}
+
+// overridesOf are the namespaces of which the table does not ask the hash.
+func overridesOf(t *table) map[string]int {
+	all := map[string]int{}
+	for _, part := range t.index.parts {
+		for r := range part.all() {
+			if ordinal := t.pinned(r.namespace); ordinal != hashed {
+				all[string(r.namespace)] = ordinal
+			}
+		}
+	}
+	return all
+}
+
+// rejectedOf are the entries that the table has rejected, by namespace.
+func rejectedOf(t *table) map[string]rejection {
+	all := map[string]rejection{}
+	for i := range t.sources {
+		for bad := range t.rejections(i) {
+			all[bad.namespace] = bad
+		}
+	}
+	return all
+}
+
 // seed is the table before an update: 4 backends, each namespace named for how
 // it is served.
 func seed(t *testing.T) *table {
 	t.Helper()
-	return newTable("backend", 4, entries{source: "test", version: "1", data: map[string]string{
-		"pinned-0": "backend-0", "pinned-3": "backend-3", "refused": "junk",
-	}}, nil)
+	return tableOf(4, map[string]string{"pinned-0": "backend-0", "pinned-3": "backend-3", "refused": "junk"}, nil)
 }
 
 func TestTableReadsEntries(t *testing.T) {
@@ -62,12 +89,12 @@ func TestTableReadsEntries(t *testing.T) {
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
-			table := newTable("backend", 4, entries{data: map[string]string{"ns-01": tt.value}}, nil)
+			table := tableOf(4, map[string]string{"ns-01": tt.value}, nil)
 			got, ok := table.owner("ns-01")
 			if got != tt.want || ok != (tt.want != refused) {
 				t.Errorf("owner %d, %v; want %d", got, ok, tt.want)
 			}
-			bad, rejected := table.rejected["ns-01"]
+			bad, rejected := rejectedOf(table)["ns-01"]
 			if rejected != (tt.want == refused) {
 				t.Errorf("rejected is %v with owner %d", rejected, tt.want)
 			}
@@ -101,7 +128,7 @@ func TestTableKeeps(t *testing.T) {
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
 			data := map[string]string{tt.namespace: "bakend-2", "other": "backend-1"}
-			next := newTable("backend", tt.backends, entries{version: "2", data: data}, tt.old)
+			next := tableOf(tt.backends, data, tt.old)
 			owner, ok := next.owner(tt.namespace)
 			if owner != tt.owner || ok != (tt.owner != refused) {
 				t.Errorf("owner %d, %v; want %d", owner, ok, tt.owner)
@@ -109,14 +136,14 @@ func TestTableKeeps(t *testing.T) {
 			if why := next.explain(tt.namespace); why != tt.why {
 				t.Errorf("why %q, want %q", why, tt.why)
 			}
-			want := rejection{Value: "bakend-2", Want: "backend-0 to " + next.name(tt.backends-1), Kept: tt.kept}
-			if got := next.rejected[tt.namespace]; got != want || len(next.rejected) != 1 {
-				t.Errorf("rejected %v, want only %v", next.rejected, want)
+			want := rejection{namespace: tt.namespace, Source: "test", Value: "bakend-2", Want: "backend-0 to " + next.name(tt.backends-1), Kept: tt.kept}
+			if got := rejectedOf(next); got[tt.namespace] != want || len(got) != 1 {
+				t.Errorf("rejected %v, want only %v", got, want)
 			}
 			if owner, _ := next.owner("other"); owner != 1 {
 				t.Errorf("the owner of the good entry is %d, want 1", owner)
 			}
-			again := newTable("backend", tt.backends, entries{version: "3", data: data}, next)
+			again := tableOf(tt.backends, data, next)
 			if owner, _ := again.owner(tt.namespace); owner != tt.owner {
 				t.Errorf("the owner is %d after the same entries again, want %d", owner, tt.owner)
 			}
@@ -127,9 +154,9 @@ func TestTableKeeps(t *testing.T) {
 // TestTableForgets: an entry that was removed, or mended, is as if it had never
 // been wrong.
 func TestTableForgets(t *testing.T) {
-	bad := newTable("backend", 4, entries{data: map[string]string{"a": "junk", "b": "junk"}}, nil)
-	next := newTable("backend", 4, entries{data: map[string]string{"b": "backend-1"}}, bad)
-	want := newTable("backend", 4, entries{data: map[string]string{"b": "backend-1"}}, nil)
+	bad := tableOf(4, map[string]string{"a": "junk", "b": "junk"}, nil)
+	next := tableOf(4, map[string]string{"b": "backend-1"}, bad)
+	want := tableOf(4, map[string]string{"b": "backend-1"}, nil)
 	if !reflect.DeepEqual(next, want) {
 		t.Errorf("table %+v, want %+v", next, want)
 	}
@@ -141,12 +168,12 @@ func TestTableForgets(t *testing.T) {
 }
 
 func TestTableRejectsNamespaces(t *testing.T) {
-	table := newTable("backend", 4, entries{data: map[string]string{"a/b": "backend-1", "..": "backend-2", "ok": "backend-3"}}, nil)
-	if want := map[string]int{"ok": 3}; !maps.Equal(table.overrides, want) {
-		t.Errorf("overrides %v, want %v", table.overrides, want)
+	table := tableOf(4, map[string]string{"a/b": "backend-1", "..": "backend-2", "ok": "backend-3"}, nil)
+	if got, want := overridesOf(table), map[string]int{"ok": 3}; !maps.Equal(got, want) || table.overrides != 1 {
+		t.Errorf("%d overrides %v, want %v", table.overrides, got, want)
 	}
 	for _, namespace := range []string{"a/b", ".."} {
-		if bad := table.rejected[namespace]; bad.Want != namespaceFault(namespace) || bad.Kept != "nothing" {
+		if bad := rejectedOf(table)[namespace]; bad.Want != namespaceFault(namespace) || bad.Kept != "nothing" {
 			t.Errorf("%q is rejected as %+v", namespace, bad)
 		}
 	}
@@ -155,7 +182,7 @@ func TestTableRejectsNamespaces(t *testing.T) {
 func TestTableIsImmutable(t *testing.T) {
 	old := seed(t)
 	data := map[string]string{"pinned-0": "backend-1", "pinned-3": "junk", "refused": "backend-2", "new": "x"}
-	next := newTable("backend", 2, entries{version: "2", data: data}, old)
+	next := tableOf(2, data, old)
 	data["pinned-0"] = "backend-3" // the source's map is not the table's
 	if !reflect.DeepEqual(old, seed(t)) {
 		t.Errorf("the old table is now %+v, want %+v", old, seed(t))
@@ -184,10 +211,12 @@ func TestTableChanges(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			var old *table
 			if tt.old != nil {
-				old = newTable("backend", 4, entries{data: tt.old}, nil)
+				old = tableOf(4, tt.old, nil)
 			}
 			var got counts
-			got.added, got.changed, got.removed = newTable("backend", 4, entries{data: tt.new}, old).changes(old)
+			for _, c := range tableOf(4, tt.new, old).changes(old) {
+				got = counts{got.added + c.added, got.changed + c.changed, got.removed + c.removed}
+			}
 			if got != tt.want {
 				t.Errorf("%+v, want %+v", got, tt.want)
 			}

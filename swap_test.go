@@ -32,7 +32,7 @@ func TestRouterSwaps(t *testing.T) {
 		for _, namespace := range namespaces {
 			data[namespace] = backendName("backend", version%4)
 		}
-		r.update(entries{version: strconv.Itoa(version), data: data})
+		r.update(entries{version: strconv.Itoa(version), data: pack(data)})
 	}
 	put(1)
 	var done atomic.Bool
@@ -111,7 +111,7 @@ func TestRouterReports(t *testing.T) {
 	for i := range 25 {
 		data[fmt.Sprintf("bad-%02d", i)] = "bakend-" + strconv.Itoa(i)
 	}
-	r.update(entries{source: "test", version: "41", data: data})
+	r.update(entries{source: "test", version: "41", data: pack(data)})
 	wantLine(t, tail.all("table"), 1, map[string]any{"level": "INFO", "source": "test", "version": "41", "backends": 4.0,
 		"overrides": 26.0, "added": 26.0, "changed": 0.0, "removed": 0.0, "rejected": 25.0})
 	wantLine(t, tail.all("entry rejected"), 10, map[string]any{"level": "WARN", "source": "test", "version": "41",
@@ -119,7 +119,7 @@ func TestRouterReports(t *testing.T) {
 	wantLine(t, tail.all("more entries rejected"), 1, map[string]any{"level": "WARN", "count": 15.0})
 
 	data["bad-00"], data["bad-01"], data["good"] = "still wrong", "backend-3", "backend-2"
-	r.update(entries{source: "test", version: "42", data: data})
+	r.update(entries{source: "test", version: "42", data: pack(data)})
 	wantLine(t, tail.all("table"), 2, map[string]any{"version": "42", "added": 0.0, "changed": 2.0, "removed": 0.0, "rejected": 24.0})
 	wantLine(t, tail.all("entry rejected"), 11, map[string]any{"version": "42", "namespace": "bad-00", "value": "still wrong"})
 	wantLine(t, tail.all("more entries rejected"), 1, nil)

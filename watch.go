@@ -1,113 +1,77 @@
 package main
 
 import (
+	"cmp"
 	"context"
-	"errors"
+	"encoding/json"
 	"fmt"
+	"io"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
-	"strings"
+	"net/url"
+	"strconv"
 	"sync"
 	"time"
-	"unicode"
 )
 
 const (
 	listTime     = 15 * time.Second  // bounds a LIST
 	watchMin     = 150 * time.Second // timeoutSeconds of a WATCH is between these:
 	watchMax     = 210 * time.Second // below the idle limits of load balancers (Azure has 240 s: Azure/kars#456)
-	watchGrace   = 15 * time.Second  // a WATCH that outlives its timeout by this is dead
+	watchGrace   = 15 * time.Second  // a WATCH that outlives its timeout by this is dead (python#1148)
 	healthyWatch = 10 * time.Second  // a WATCH that lived this long was worth its LIST
-	backoffFirst = 500 * time.Millisecond
-	backoffMost  = 15 * time.Second
-	maxObject    = 16 << 20 // bytes of a LIST or of one event: 1 MiB of "<" is 6.3 MB of JSON
+
+	stateListing, stateConnecting, stateWatching, stateWaiting = "listing", "connecting", "watching", "waiting"
 )
 
-// The states of a watcher.
-const (
-	stateListing    = "listing"
-	stateConnecting = "connecting"
-	stateWatching   = "watching"
-	stateWaiting    = "waiting"
-)
-
-// meta is what is read of an object's metadata.
-type meta struct {
-	Name            string `json:"name"`
-	Namespace       string `json:"namespace"`
-	UID             string `json:"uid"`
-	ResourceVersion string `json:"resourceVersion"`
-	Continue        string `json:"continue"` // lists only
-}
-
-// object is what every API object has.
-type object struct {
-	Kind     string `json:"kind"`
-	Metadata meta   `json:"metadata"`
-}
-
-// configMap is what is read of a ConfigMap.
-type configMap struct {
-	object
-	Data map[string]string `json:"data"`
-}
-
-// watcher follows one object of the API server. Each cycle is a LIST, which
-// tells what is so now, and a WATCH from the LIST's resourceVersion, which
-// tells what comes after; whatever ends it, the next cycle starts from a LIST.
-// Nothing is ever resumed: for one object a LIST every three minutes costs less
-// than 410 loops, resourceVersions from the future after a restored etcd, and
-// events that were lost on the way (kubernetes#107457, #123072).
+// watcher follows an object or a collection of the API server. Each cycle is a
+// LIST, which tells what is so now, and a WATCH from the LIST's
+// resourceVersion, which tells what comes after; whatever ends it, the next
+// cycle starts from a LIST. Nothing is ever resumed: for so few objects a LIST
+// every three minutes costs less than 410 loops (kubernetes-client/java#1533),
+// resourceVersions from the future after a restored etcd (kubernetes#107457),
+// and events that were lost on the way (kubernetes#123072).
 //
 //	LISTING ──ok──> CONNECTING ──200──> WATCHING ──event──> WATCHING
 //	   ^ any error       │ any error        │ end of stream, ERROR, anything unexpected
 //	   └──── WAITING <───┴──────────────────┘
 //
-// No error is final and none changes what was applied: an API server that is
-// starting answers 403 to those who may, and one that is gone comes back.
+// No error is final and none changes the set: an API server that is starting
+// answers 403 to those who may (kubernetes#126038), and one that is gone comes
+// back.
 type watcher[T any] struct {
 	// Static after construction.
-	kube      *kube
-	path      string // of the collection
-	kind      string
-	namespace string // Kubernetes namespace
-	name      string
-	header    func(*T) *object
-	apply     func(*T) // called by run only, in order; must be quick: a slow reader loses events
-	log       *slog.Logger
+	kube           *kube
+	path           string // of the collection: "/apis/apps/v1/namespaces/edge/statefulsets"
+	kind           string // "StatefulSet"
+	namespace      string // Kubernetes namespace
+	name, selector string // of one object, or of labels: one of them
+	header         func(*T) *object
+	apply          func(set map[string]*T) // called by run only, must not change set; quick, or events are lost
+	log            *slog.Logger
 
 	// Owned by run.
-	applied    meta      // of the object that was applied last
-	complained time.Time // when the last failure was logged
-	omitted    int       // failures since, which were not
+	set   map[string]*T // by name; nil before the first LIST
+	news  int           // how often it has changed
+	limit throttle      // of failures in the log
 
 	mu     sync.Mutex
-	status watchStatus // guarded by mu
+	status watchStatus // guarded by mu; written by run and worthwhile
 }
 
 // watchStatus is what others may know of a watcher.
 type watchStatus struct {
 	state     string
+	protocol  string    // of the last answer
 	confirmed time.Time // when the API server last said how things are; zero if never
 	fails     int       // cycles in a row that were not healthy
 	healthy   bool      // the cycle was worth its LIST
-	failure   string    // the class of the last error, "" since a healthy cycle
-	problem   string    // the last error, "" since the API server was heard
-	absent    bool      // the last LIST or event said that there is no such object
-	version   string    // the resourceVersion that was applied last
-}
-
-func newConfigMapWatcher(k *kube, namespace, name string, apply func(*configMap), log *slog.Logger) *watcher[configMap] {
-	return &watcher[configMap]{
-		kube: k, path: "/api/v1/namespaces/" + namespace + "/configmaps",
-		kind: "ConfigMap", namespace: namespace, name: name,
-		header: func(c *configMap) *object { return &c.object }, apply: apply, log: log,
-	}
+	failure   error     // the last one, nil since a healthy cycle
 }
 
 // run cycles until ctx ends, and leaves no connection.
 func (w *watcher[T]) run(ctx context.Context) {
-	defer w.kube.close()
 	for {
 		err := w.cycle(ctx)
 		if ctx.Err() != nil {
@@ -121,17 +85,164 @@ func (w *watcher[T]) run(ctx context.Context) {
 	}
 }
 
-// cycle lists and watches once. Without an error the stream ended cleanly.
+// what names the object or the selection for people.
+func (w *watcher[T]) what() string { return w.kind + " " + w.namespace + "/" + w.name + w.selector }
+
+// cycle lists and watches once. Without an error the stream ended cleanly, which
+// does not mean that nothing was missed; that makes the cycle healthy if the
+// stream brought something, as does a life of healthyWatch. timeoutSeconds is
+// the server's; the context is for a server, or a network, that no longer keeps
+// it. The headers may take as long: some proxies hold them back until the first
+// event (kubectl#628).
 func (w *watcher[T]) cycle(ctx context.Context) error {
-	w.tell(func(s *watchStatus) { s.state, s.healthy = stateListing, false })
 	version, err := w.list(ctx)
 	if err != nil {
-		return fmt.Errorf("list %s: %w", w.what(), err)
+		return err
 	}
-	if err := w.watch(ctx, version); err != nil {
-		return fmt.Errorf("watch %s: %w", w.what(), err)
+	w.enter(stateConnecting)
+	timeout := watchMin + rand.N(watchMax-watchMin)
+	ctx, cancel := context.WithTimeout(ctx, timeout+watchGrace)
+	defer cancel()
+	body, err := w.ask(ctx, url.Values{"watch": {"1"}, "resourceVersion": {version},
+		"timeoutSeconds": {strconv.Itoa(int(timeout.Seconds()))}, "allowWatchBookmarks": {"true"}})
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	w.enter(stateWatching)
+	defer time.AfterFunc(healthyWatch, w.worthwhile).Stop()
+	before := w.news
+	if err := w.follow(body); err != io.EOF {
+		return err
+	}
+	if w.news > before {
+		w.worthwhile()
 	}
 	return nil
+}
+
+// ask asks for the target. Only with this fieldSelector does a Role that names
+// the object allow list and watch
+// (https://kubernetes.io/docs/reference/access-authn-authz/rbac/#referring-to-resources).
+func (w *watcher[T]) ask(ctx context.Context, query url.Values) (io.ReadCloser, error) {
+	if w.name != "" {
+		query.Set("fieldSelector", "metadata.name="+w.name)
+	} else {
+		query.Set("labelSelector", w.selector)
+	}
+	return w.kube.ask(ctx, w.path, query, nil)
+}
+
+// list asks without a resourceVersion, which is the consistent read
+// (kubernetes#83520), makes what there is the set, and returns the
+// resourceVersion to watch from. The answer must be a whole list: one that means
+// nothing, such as {}, must not read as "there is none" (ingress-nginx#3043).
+func (w *watcher[T]) list(ctx context.Context) (version string, err error) {
+	w.enter(stateListing)
+	ctx, cancel := context.WithTimeout(ctx, listTime)
+	defer cancel()
+	body, err := w.ask(ctx, url.Values{})
+	if err != nil {
+		return "", err
+	}
+	defer body.Close()
+	list, items, err := decodeList[T](body)
+	if err != nil {
+		return "", err
+	}
+	if list.Kind != w.kind+"List" || list.Metadata.ResourceVersion == "" || list.Metadata.Continue != "" {
+		return "", fmt.Errorf("%w: kind %.60q, resourceVersion %.60q, continue %.60q, want a whole %sList",
+			errAnswer, list.Kind, list.Metadata.ResourceVersion, list.Metadata.Continue, w.kind)
+	}
+	set := map[string]*T{}
+	for _, o := range items {
+		w.header(o).Kind = w.kind // items of a list have none
+		if err := w.verify(o); err != nil {
+			return "", err
+		}
+		set[w.header(o).Metadata.Name] = o
+	}
+	if len(set) != len(items) {
+		return "", fmt.Errorf("%w: %d items of %d names", errAnswer, len(items), len(set))
+	}
+	w.replace(set)
+	return list.Metadata.ResourceVersion, nil
+}
+
+// follow applies the events of a stream until its end, which is io.EOF if it is
+// clean, and not if it was cut within an event. One decoder reads all of it:
+// events come in pieces and several at a time (python#1325).
+func (w *watcher[T]) follow(body io.Reader) error {
+	capped := &cappedReader{r: body, limit: maxObject}
+	d := json.NewDecoder(capped)
+	for {
+		if err := w.next(d); err != nil {
+			return err
+		}
+		capped.limit = d.InputOffset() + maxObject
+	}
+}
+
+// next applies one event. ADDED and MODIFIED mean the same. DELETED may mean
+// that the object has left the selection only (python#2228).
+func (w *watcher[T]) next(d *json.Decoder) error {
+	var event struct {
+		Type   string          `json:"type"`
+		Object json.RawMessage `json:"object"`
+	}
+	if err := d.Decode(&event); err != nil {
+		return err
+	}
+	switch event.Type {
+	case "BOOKMARK":
+		w.tell(func(s *watchStatus) { s.confirmed = time.Now() })
+		return nil
+	case "ERROR": // also the 410 of a watch: an event in a 200 (kubernetes#35068)
+		no := &status{}
+		return cmp.Or(json.Unmarshal(event.Object, no), error(no))
+	case "ADDED", "MODIFIED", "DELETED":
+	default: // passed over, it would be lost for good (vector#5846)
+		return fmt.Errorf("%w: event of type %.60q", errAnswer, event.Type)
+	}
+	o := new(T)
+	if err := cmp.Or(json.Unmarshal(event.Object, o), w.verify(o)); err != nil {
+		return err
+	}
+	set := maps.Clone(w.set)
+	set[w.header(o).Metadata.Name] = o
+	if event.Type == "DELETED" {
+		delete(set, w.header(o).Metadata.Name)
+	}
+	w.replace(set)
+	return nil
+}
+
+// verify checks that o is an object that was asked for.
+func (w *watcher[T]) verify(o *T) error {
+	kind, m := w.header(o).Kind, w.header(o).Metadata
+	named := m.Namespace == w.namespace && m.Name != "" && (m.Name == w.name || w.name == "")
+	if kind != w.kind || !named || m.UID == "" || m.ResourceVersion == "" {
+		return fmt.Errorf("%w: %.60q %.260q/%.260q with uid %.60q and resourceVersion %.60q, want %s with both",
+			errAnswer, kind, m.Namespace, m.Name, m.UID, m.ResourceVersion, w.what())
+	}
+	return nil
+}
+
+// replace makes what is there now the set, and applies it if it is new.
+// resourceVersions are compared for equality only: after a restored etcd a
+// smaller one is newer.
+func (w *watcher[T]) replace(now map[string]*T) {
+	for name, old := range w.set {
+		if o := now[name]; o != nil && w.header(o).Metadata == w.header(old).Metadata {
+			now[name] = old
+		}
+	}
+	if w.set == nil || !maps.Equal(now, w.set) {
+		w.set = now
+		w.news++
+		w.apply(now)
+	}
+	w.tell(func(s *watchStatus) { s.confirmed = time.Now() })
 }
 
 // worthwhile notes that the cycle is healthy: it was worth its LIST. Nothing
@@ -139,87 +250,41 @@ func (w *watcher[T]) cycle(ctx context.Context) error {
 // seconds makes this polling with a growing pause, not a hot loop
 // (kubespray#655), and a server that allows the LIST only does not fill the log.
 func (w *watcher[T]) worthwhile() {
-	failure, version := "", ""
 	w.tell(func(s *watchStatus) {
-		failure, version = s.failure, s.version
-		s.healthy, s.fails, s.failure = true, 0, ""
+		if s.failure != nil {
+			w.log.Info("watch works again", "object", w.what(), "fails", s.fails)
+		}
+		s.healthy, s.fails, s.failure = true, 0, nil
 	})
-	if failure != "" {
-		w.log.Info("watch works again", "object", w.what(), "version", version)
-	}
 }
 
 // settle takes note of how a cycle ended, and returns how long to wait. A
-// transport that failed is replaced, one that brought the server's refusal is
-// not.
+// failure is logged if it is of another class than the last, or after a minute.
 func (w *watcher[T]) settle(err error) time.Duration {
-	fails, failure := 0, ""
+	before, every := w.now(), time.Minute
+	w.enter(stateWaiting)
 	w.tell(func(s *watchStatus) {
-		failure, s.state = s.failure, stateWaiting
 		if !s.healthy {
 			s.fails++
 		}
-		if err != nil {
-			s.failure, s.problem = errorClass(err), err.Error()
-		}
-		fails = s.fails
+		s.healthy, s.failure = false, cmp.Or(err, s.failure)
 	})
-	no := &status{}
 	if err != nil {
-		if !errors.As(err, &no) {
-			w.kube.renew()
+		if errorClass(err) != errorClass(before.failure) {
+			every = 0
 		}
-		w.complain(err, errorClass(err) != failure)
+		if omitted, ok := w.limit.allow(every); ok {
+			w.log.Warn("watch failed, what was applied stays in force", "object", w.what(), "state", before.state,
+				"class", errorClass(err), "error", err.Error(), "fails", before.fails+1, "omitted", omitted)
+		}
 	}
-	return pause(fails, no.retryAfter(), rand.Float64())
+	return pause(w.now().fails, retryAfter(err), rand.Float64())
 }
 
-// pause returns how long to wait after the fails-th cycle in a row that was not
-// healthy: exponential, jittered by half of itself in both directions, at least
-// what the server asked for. random is in [0, 1).
-func pause(fails int, asked time.Duration, random float64) time.Duration {
-	wait := time.Duration(random * float64(backoffFirst)) // replicas that were cut together come back apart
-	if fails > 0 {
-		backoff := min(backoffMost, backoffFirst<<min(fails-1, 10))
-		wait = time.Duration((0.5 + random) * float64(backoff))
-	}
-	if asked > wait {
-		wait = asked + time.Duration(random*0.2*float64(asked))
-	}
-	return wait
-}
-
-// complain logs a failure if it is another than the last, and at most once a
-// minute otherwise.
-func (w *watcher[T]) complain(err error, another bool) {
-	if !another && time.Since(w.complained) < time.Minute {
-		w.omitted++
-		return
-	}
-	w.log.Warn("watch failed, what was applied stays in force", "error", err.Error(), "omitted", w.omitted)
-	w.complained, w.omitted = time.Now(), 0
-}
-
-// errorClass is the innermost error's text without digits: ports, times and
-// resourceVersions are others each time.
-func errorClass(err error) string {
-	for inner := errors.Unwrap(err); inner != nil; inner = errors.Unwrap(err) {
-		err = inner
-	}
-	return strings.Join(strings.FieldsFunc(err.Error(), unicode.IsDigit), "")
-}
-
-// what names the object for people.
-func (w *watcher[T]) what() string { return w.kind + " " + w.namespace + "/" + w.name }
-
-func (w *watcher[T]) enter(state string) { w.tell(func(s *watchStatus) { s.state = state }) }
-
-// confirm notes that the API server has just said how things are.
-func (w *watcher[T]) confirm(f func(*watchStatus)) {
-	w.tell(func(s *watchStatus) {
-		s.confirmed, s.problem = time.Now(), ""
-		f(s)
-	})
+// enter changes the state.
+func (w *watcher[T]) enter(state string) {
+	w.tell(func(s *watchStatus) { s.state, s.protocol = state, w.kube.protocol })
+	w.log.Debug("watch", "object", w.what(), "state", state)
 }
 
 func (w *watcher[T]) tell(f func(*watchStatus)) {
@@ -232,16 +297,4 @@ func (w *watcher[T]) tell(f func(*watchStatus)) {
 func (w *watcher[T]) now() (s watchStatus) {
 	w.tell(func(status *watchStatus) { s = *status })
 	return s
-}
-
-// missing says, in words, why nothing was applied yet.
-func (w *watcher[T]) missing() string {
-	s := w.now()
-	switch {
-	case s.absent:
-		return fmt.Sprintf("%s does not exist: kubectl -n %s create %s %s", w.what(), w.namespace, strings.ToLower(w.kind), w.name)
-	case s.problem != "":
-		return s.problem
-	}
-	return w.what() + " was asked for"
 }

@@ -67,7 +67,7 @@ func (s *system) checkKept(r *router, namespace, owner, value, kept string) {
 		s.t.Error(err)
 	case o.Owner != owner || o.Why != "kept":
 		s.t.Errorf("%s: %s belongs to %q by %q, want %q by \"kept\"", r.pod, namespace, o.Owner, o.Why, owner)
-	case o.Rejected == nil || o.Rejected.Value != value || o.Rejected.Kept != kept || o.Rejected.Want == "":
+	case len(o.Rejected) != 1 || o.Rejected[0].Value != value || o.Rejected[0].Kept != kept || o.Rejected[0].Want == "":
 		s.t.Errorf("%s: %s: rejected is %+v, want value %q, kept %q, and what would be right", r.pod, namespace, o.Rejected, value, kept)
 	}
 }

@@ -28,11 +28,15 @@ func metricNames() map[string]dto.MetricType {
 		"router_table_overrides":         gauge,
 		"router_table_backends":          gauge,
 		"router_table_rejected_entries":  gauge,
+		"router_table_conflicts":         gauge,
 		"router_table_swaps_total":       counter,
 		"router_watch_state":             gauge,
 		"router_watch_staleness_seconds": gauge,
 		"router_watch_failures_in_row":   gauge,
+		"router_watch_last_error":        gauge,
+		"router_watch_info":              gauge,
 		"router_watch_object_absent":     gauge,
+		"router_watch_object_info":       gauge,
 		"go_goroutines":                  gauge,
 		"process_start_time_seconds":     gauge,
 	}
@@ -49,9 +53,17 @@ func labelValues() map[string]string {
 		"router_descriptors kind":           "used limit",
 		"router_upgrades_total result": "ok bad_request bad_head not_found not_upgrade no_table refused hold_timeout " +
 			"client_gone max_sessions max_waiting bad_gateway gateway_timeout answered draining",
-		"router_watch_state state":            "",
+		"router_watch_state object state":     "",
+		"router_watch_last_error class":       "none",
+		"router_watch_info protocol":          "HTTP/2.0",
 		"router_build_info version goversion": "",
 		"router_table_info source version":    "",
+
+		"router_table_rejected_entries object":        "",
+		"router_watch_staleness_seconds object":       "",
+		"router_watch_failures_in_row object":         "",
+		"router_watch_object_absent object":           "",
+		"router_watch_object_info object uid version": "",
 	}
 }
 

@@ -28,7 +28,7 @@ type ownership struct {
 	Address  string
 	Ready    bool
 	Table    string
-	Rejected *struct{ Value, Want, Kept string }
+	Rejected []struct{ Source, Value, Want, Kept string }
 }
 
 // get reads a page of the admin port. An answer other than 200 is an error

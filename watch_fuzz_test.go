@@ -22,9 +22,12 @@ func FuzzWatchStream(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, stream []byte) {
 		var got []string
-		w := newConfigMapWatcher(nil, "edge", "routes", func(c *configMap) {
-			got = append(got, fmt.Sprintf("%q %q %q", c.Metadata.UID, c.Metadata.ResourceVersion, c.Data))
-		}, slog.New(slog.DiscardHandler))
+		w := fakeKubeWatcher(&kube{}, "", slog.New(slog.DiscardHandler), func(set map[string]*fakeConfigMap) {
+			if c := set["routes"]; c != nil {
+				got = append(got, fmt.Sprintf("%q %q %q", c.Metadata.UID, c.Metadata.ResourceVersion, c.Data))
+			}
+		})
+		w.set = map[string]*fakeConfigMap{} // as after a LIST
 		err := w.follow(bytes.NewReader(stream))
 		if want, certain := fakeKubeOracle(stream); certain && fmt.Sprint(got) != fmt.Sprint(want) {
 			t.Errorf("applied %s, want %s; error %v", got, want, err)
@@ -52,7 +55,10 @@ func fakeKubeOracle(stream []byte) (want []string, certain bool) {
 		if !ok || kind != "ADDED" && kind != "MODIFIED" && kind != "DELETED" {
 			return want, true
 		}
-		if kind != "DELETED" && this != last {
+		switch {
+		case kind == "DELETED":
+			last = ""
+		case this != last:
 			want, last = append(want, this+" "+data), this
 		}
 	}

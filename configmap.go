@@ -1,0 +1,173 @@
+package main
+
+import (
+	"cmp"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+)
+
+// configMap is what is read of a ConfigMap.
+type configMap struct {
+	object
+	Data   packed  `json:"data"`
+	Binary present `json:"binaryData"`
+}
+
+// title names it for people.
+func (m *configMap) title() string {
+	return "ConfigMap " + m.Metadata.Namespace + "/" + m.Metadata.Name
+}
+
+// present is whether a field of an object is there, whatever it holds.
+type present bool
+
+// UnmarshalJSON is called if the field is there.
+func (p *present) UnmarshalJSON(b []byte) error {
+	*p = string(b) != "null" && string(b) != "{}"
+	return nil
+}
+
+// configMaps makes tables of the ConfigMaps with overrides: those of some names,
+// with a watcher for each, or those that one label selector chooses.
+//
+// A ConfigMap that is deleted, or no longer selected, stays in force as it was,
+// and is reported as absent, until one of its name is there again or the router
+// ends (invariant 4): a slip must not move every session twice. To take its
+// overrides out of force, empty it before it is deleted. Nothing is in force
+// before each name, or something selected, was there.
+type configMaps struct {
+	// Static after construction.
+	watchers []*watcher[configMap]
+	update   func(...entries) []change
+	log      *slog.Logger
+
+	mu      sync.Mutex
+	held    []map[string]heldMap // of each watcher by name, nil before its LIST. Guarded by mu.
+	applied []entries            // the last. Guarded by mu.
+}
+
+// heldMap is a ConfigMap whose overrides are in force.
+type heldMap struct {
+	*configMap
+	absent bool
+}
+
+// follow adds a watcher: of the ConfigMap with the name, or of those that the
+// selector chooses. It must not be called once one of them runs.
+func (c *configMaps) follow(k kube, namespace, name, selector string) {
+	i := len(c.watchers)
+	c.held = append(c.held, nil)
+	c.watchers = append(c.watchers, &watcher[configMap]{
+		kube: &k, path: "/api/v1/namespaces/" + namespace + "/configmaps", kind: "ConfigMap",
+		namespace: namespace, name: name, selector: selector,
+		header: func(m *configMap) *object { return &m.object },
+		apply:  func(set map[string]*configMap) { c.apply(i, set) },
+		log:    c.log,
+	})
+}
+
+// apply takes the set of the i-th watcher, and puts a table in force if it has
+// anything new and all others were heard.
+func (c *configMaps) apply(i int, set map[string]*configMap) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	before, now := c.held[i], map[string]heldMap{}
+	for name, m := range before {
+		now[name] = heldMap{m.configMap, true}
+	}
+	for name, m := range set {
+		now[name] = heldMap{m, false}
+		if m.Binary && before[name].configMap != m {
+			c.log.Warn("binaryData is ignored", "object", m.title(), "version", m.Metadata.ResourceVersion)
+		}
+	}
+	for name, m := range now {
+		if m.absent && !before[name].absent {
+			c.log.Warn("there is no such object any more, its overrides stay in force", "object", m.title(),
+				"version", m.Metadata.ResourceVersion)
+		} else if before[name].absent && !m.absent {
+			c.log.Info("the object is there again", "object", m.title(), "version", m.Metadata.ResourceVersion)
+		}
+	}
+	if c.held[i] = now; len(now) == 0 {
+		c.log.Warn("there is no such object", "object", c.watchers[i].what())
+	}
+	c.swap()
+}
+
+// swap puts a table in force that is made of what is held, in the order of
+// (Kubernetes namespace, name), if that is complete and new.
+func (c *configMaps) swap() {
+	var all []*configMap
+	for _, held := range c.held {
+		if len(held) == 0 {
+			return
+		}
+		for m := range maps.Values(held) {
+			all = append(all, m.configMap)
+		}
+	}
+	slices.SortFunc(all, func(a, b *configMap) int {
+		return cmp.Or(cmp.Compare(a.Metadata.Namespace, b.Metadata.Namespace), cmp.Compare(a.Metadata.Name, b.Metadata.Name))
+	})
+	var sources []entries
+	for _, m := range all {
+		sources = append(sources, entries{source: m.title(), version: m.Metadata.ResourceVersion, data: &m.Data})
+	}
+	if slices.Equal(sources, c.applied) {
+		return
+	}
+	if len(sources) > maxSources {
+		c.log.Error("too many objects, none of them is applied", "objects", len(sources), "most", maxSources)
+		return
+	}
+	c.applied = sources
+	c.update(sources...)
+}
+
+// missing says, in words, why there is no table yet.
+func (c *configMaps) missing() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var why []string
+	for i, w := range c.watchers {
+		switch failure := w.now().failure; {
+		case len(c.held[i]) > 0:
+		case c.held[i] != nil && w.name != "":
+			why = append(why, fmt.Sprintf("%s does not exist: kubectl -n %s create configmap %s", w.what(), w.namespace, w.name))
+		case c.held[i] != nil:
+			why = append(why, fmt.Sprintf("no ConfigMap has the label: kubectl -n %s label configmap NAME %s", w.namespace, w.selector))
+		case failure != nil:
+			why = append(why, w.what()+": "+failure.Error())
+		default:
+			why = append(why, w.what()+" was asked for")
+		}
+	}
+	return strings.Join(why, "; ")
+}
+
+// watchedObject is what is known of one ConfigMap.
+type watchedObject struct {
+	object, uid, version string // uid and version "" if it was never there
+	absent               bool
+}
+
+// objects are those that are followed by name, and those that were ever there.
+func (c *configMaps) objects() (all []watchedObject) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for i, w := range c.watchers {
+		for _, name := range slices.Sorted(maps.Keys(c.held[i])) {
+			m := c.held[i][name]
+			all = append(all, watchedObject{m.title(), m.Metadata.UID, m.Metadata.ResourceVersion, m.absent})
+		}
+		if len(c.held[i]) == 0 && w.name != "" {
+			all = append(all, watchedObject{object: w.what(), absent: c.held[i] != nil})
+		}
+	}
+	return all
+}

@@ -1,0 +1,163 @@
+package main
+
+import (
+	"log/slog"
+	"slices"
+	"sync"
+	"sync/atomic"
+)
+
+// router holds the table in force.
+type router struct {
+	// Static after construction.
+	statefulSet string
+	backends    int
+	log         *slog.Logger
+	swapped     func() // called after each swap; must not block
+
+	current atomic.Pointer[table] // nil until the first entries came, never again
+	swaps   atomic.Int64
+
+	mu    sync.Mutex // serialises update
+	heard bool       // entries that are not stale came. Guarded by mu.
+}
+
+// table returns the table in force, nil if there was none yet.
+func (r *router) table() *table { return r.current.Load() }
+
+// update puts a table made of all sources of overrides in force, and returns
+// what those did that have changed. That is in the log too.
+func (r *router) update(sources ...entries) []change {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	stale := len(sources) > 0 && sources[0].stale
+	if stale && r.heard {
+		return nil
+	}
+	r.heard = r.heard || !stale
+	old := r.table()
+	t := newTable(r.statefulSet, r.backends, sources, old)
+	r.current.Store(t)
+	r.swaps.Add(1)
+	r.swapped()
+	all := t.changes(old)
+	r.report(t, all)
+	return all
+}
+
+// change is what the new state of one source did.
+type change struct {
+	entries
+	first                   bool        // there was no table before
+	added, changed, removed int         // overrides
+	rejected                int         // entries that are rejected now
+	shown                   []rejection // the first of them
+	fresh                   int         // those that the table before did not reject
+	freshShown              []rejection // the first of them
+}
+
+// maxTold is how many rejected entries of a source are told one by one.
+const maxTold = 10
+
+// changes compares t with old, which may be nil. Sources that are the same in
+// both are left out.
+func (t *table) changes(old *table) (all []change) {
+	first := old == nil
+	if first {
+		old = newTable(t.statefulSet, t.backends, nil, nil)
+	}
+	named := func(source string) func(entries) bool {
+		return func(e entries) bool { return e.source == source }
+	}
+	for i, e := range t.sources {
+		before, j := &packed{}, slices.IndexFunc(old.sources, named(e.source))
+		if j >= 0 {
+			before = old.sources[j].data
+		}
+		if before == e.data && old.backends == t.backends {
+			continue
+		}
+		c := change{entries: e, first: first}
+		for namespace := range before.differences(e.data, old.backends != t.backends) {
+			c.count(old.pinned(namespace), t.pinned(namespace))
+		}
+		c.judge(t, i, old, j)
+		all = append(all, c)
+	}
+	for _, e := range old.sources {
+		if slices.ContainsFunc(t.sources, named(e.source)) {
+			continue
+		}
+		c := change{entries: entries{source: e.source}}
+		for r := range e.data.all() {
+			if t.pinned(r.namespace) == hashed {
+				c.count(old.pinned(r.namespace), hashed)
+			}
+		}
+		all = append(all, c)
+	}
+	return all
+}
+
+// count takes note of one namespace that had an override before, or hashed, and
+// has one after.
+func (c *change) count(before, after int) {
+	switch {
+	case before == after:
+	case before == hashed:
+		c.added++
+	case after == hashed:
+		c.removed++
+	default:
+		c.changed++
+	}
+}
+
+// judge takes note of the entries that are rejected of t's i-th source, which
+// was old's j-th, if that is not below 0.
+func (c *change) judge(t *table, i int, old *table, j int) {
+	known := map[rejection]bool{}
+	if j >= 0 {
+		for bad := range old.rejections(j) {
+			known[bad] = true
+		}
+	}
+	for bad := range t.rejections(i) {
+		if c.rejected++; c.rejected <= maxTold {
+			c.shown = append(c.shown, bad)
+		}
+		if known[bad] {
+			continue
+		}
+		if c.fresh++; c.fresh <= maxTold {
+			c.freshShown = append(c.freshShown, bad)
+		}
+	}
+}
+
+// report logs the new table: one line, and one for each entry that is rejected
+// since this table, up to maxTold of a source.
+func (r *router) report(t *table, all []change) {
+	source, sum, rejected := t.source(), change{}, 0
+	if len(all) == 1 {
+		source = all[0].source
+	}
+	for _, c := range all {
+		sum.added, sum.changed, sum.removed = sum.added+c.added, sum.changed+c.changed, sum.removed+c.removed
+	}
+	for _, n := range t.rejected {
+		rejected += n
+	}
+	r.log.Info("table", "source", source, "version", t.version, "backends", t.backends,
+		"overrides", t.overrides, "added", sum.added, "changed", sum.changed, "removed", sum.removed,
+		"rejected", rejected, "conflicts", t.conflicts)
+	for _, c := range all {
+		for _, bad := range c.freshShown {
+			r.log.Warn("entry rejected", "source", c.source, "version", c.version,
+				"namespace", bad.namespace, "value", bad.Value, "want", bad.Want, "kept", bad.Kept)
+		}
+		if c.fresh > maxTold {
+			r.log.Warn("more entries rejected", "source", c.source, "count", c.fresh-maxTold)
+		}
+	}
+}
