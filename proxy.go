@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"maps"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -37,6 +39,8 @@ type proxy struct {
 	pod       string
 	namespace func(*http.Request) (string, *refusal) // pathNamespace or hostNamespace
 	log       *slog.Logger
+
+	readers sync.Pool // of *bufio.Reader
 
 	waiting  atomic.Int64   // upgrades under way
 	upgrades sync.WaitGroup // the same
@@ -95,14 +99,15 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result, error) 
 		owner, version, err = p.owner(namespace)
 		return owner, err
 	}
+	peer := forwardedFor(r)
 	for {
 		server, backend, err := p.backends.hold(ctx, owner)
 		if err != nil {
 			return p.unreachable(r.Context(), backend, err)
 		}
 		// Clones: a session outlives its request, whose memory these are part of.
-		s := &session{namespace: strings.Clone(namespace), backend: backend, peer: lastBytes(forwardedFor(r), maxPeer)}
-		if result, err := p.connect(w, r, s, server, version); !errors.Is(err, errMoved) {
+		s := &session{namespace: strings.Clone(namespace), backend: backend, peer: lastBytes(peer, maxPeer)}
+		if result, err := p.connect(w, r, s, server, requestHead(r, peer, p.pod, version)); !errors.Is(err, errMoved) {
 			return result, err
 		}
 	}
@@ -164,9 +169,10 @@ func (p *proxy) unreachable(client context.Context, backend int, err error) (res
 	return no.result, no
 }
 
-// connect asks the backend for the upgrade on its connection, of which it takes
-// care, and hands s to the relay or passes the backend's other answer on.
-func (p *proxy) connect(w http.ResponseWriter, r *http.Request, s *session, backend net.Conn, version string) (result, error) {
+// connect sends the backend the request for an upgrade on its connection, of
+// which it takes care, and hands s to the relay or passes the backend's other
+// answer on.
+func (p *proxy) connect(w http.ResponseWriter, r *http.Request, s *session, backend net.Conn, request []byte) (result, error) {
 	handed := false
 	defer func() {
 		if !handed {
@@ -178,7 +184,11 @@ func (p *proxy) connect(w http.ResponseWriter, r *http.Request, s *session, back
 	stop := context.AfterFunc(r.Context(), func() { backend.Close() })
 	defer stop()
 	backend.SetDeadline(time.Now().Add(p.limits.handshake))
-	resp, fromBackend, err := handshake(backend, requestHead(r, forwarded(r, p.pod, version)), p.limits.headerBytes)
+	br, _ := p.readers.Get().(*bufio.Reader)
+	if br == nil {
+		br = bufio.NewReader(nil)
+	}
+	resp, fromBackend, err := handshake(backend, br, request, p.limits.headerBytes)
 	if err != nil {
 		return p.broken(r.Context(), s.backend, err)
 	}
@@ -197,7 +207,8 @@ func (p *proxy) connect(w http.ResponseWriter, r *http.Request, s *session, back
 	}
 	backend.SetDeadline(time.Time{})
 	handed = true
-	p.handOver(s, [2]net.Conn{client, backend}, [2][]byte{fromClient, fromBackend})
+	p.handOver(s, [2]net.Conn{client, backend}, [2][]byte{fromClient, slices.Clone(fromBackend)})
+	p.readers.Put(br)
 	return resultOK, nil
 }
 

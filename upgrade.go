@@ -2,9 +2,9 @@ package main
 
 import (
 	"bufio"
-	"bytes"
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"net"
 	"net/http"
@@ -94,6 +94,9 @@ func hostNamespace(r *http.Request) (string, *refusal) {
 // §3.3) to anybody: also where a dot or a slash is escaped, where a backslash is
 // taken for a slash, and before a parameter.
 func hasDotSegment(path string) bool {
+	if !strings.ContainsAny(path, `%\.`) {
+		return false
+	}
 	plain := strings.NewReplacer("%2e", ".", "%2f", "/", "%5c", "/", `\`, "/").Replace(strings.ToLower(path))
 	for segment := range strings.SplitSeq(plain, "/") {
 		segment, _, _ = strings.Cut(segment, ";")
@@ -117,43 +120,42 @@ func hasToken(h http.Header, name, token string) bool {
 	return false
 }
 
-// dropHopByHop removes the fields that end here: those that Connection names
-// and those of RFC 9110 §7.6.1.
+// dropHopByHop removes the fields that end here.
 func dropHopByHop(h http.Header) {
-	for _, value := range h["Connection"] {
-		for name := range strings.SplitSeq(value, ",") {
-			h.Del(textproto.TrimString(name))
-		}
-	}
-	for _, name := range []string{"Connection", "Keep-Alive", "Proxy-Connection", "Te", "Transfer-Encoding", "Upgrade"} {
-		h.Del(name)
-	}
+	named := namedByConnection(h)
+	maps.DeleteFunc(h, func(name string, _ []string) bool { return endsHere(name, named) })
 }
 
-// forwarded returns the headers that the backend gets for r's.
-func forwarded(r *http.Request, pod, version string) http.Header {
-	h := r.Header.Clone()
-	dropHopByHop(h)
-	for name := range h {
-		switch http.CanonicalHeaderKey(strings.ReplaceAll(name, "_", "-")) { // CGI reads _ as -
-		case headerPod, headerTable:
-			delete(h, name)
+// namedByConnection returns the fields that Connection names, but for Upgrade.
+func namedByConnection(h http.Header) (names []string) {
+	for _, value := range h["Connection"] {
+		for name := range strings.SplitSeq(value, ",") {
+			if name = textproto.TrimString(name); !strings.EqualFold(name, "Upgrade") {
+				names = append(names, http.CanonicalHeaderKey(name))
+			}
 		}
 	}
-	h.Set("Connection", "Upgrade")
-	h.Set("Upgrade", "websocket")
-	if peer := forwardedFor(r); peer != "" {
-		h.Set("X-Forwarded-For", peer)
+	return names
+}
+
+// endsHere reports whether the field, which has its canonical name, is not to go
+// on: those that Connection names and those of RFC 9110 §7.6.1 are of one
+// connection only.
+func endsHere(name string, named []string) bool {
+	switch name {
+	case "Connection", "Keep-Alive", "Proxy-Connection", "Te", "Transfer-Encoding", "Upgrade":
+		return true
 	}
-	if h.Get("X-Forwarded-Proto") == "" {
-		h.Set("X-Forwarded-Proto", "http")
+	return slices.Contains(named, name)
+}
+
+// isRouters reports whether the field says what only a router may. CGI programs
+// read _ as -, so a name with that is the same.
+func isRouters(name string) bool {
+	if strings.Contains(name, "_") {
+		name = http.CanonicalHeaderKey(strings.ReplaceAll(name, "_", "-"))
 	}
-	if h.Get("X-Forwarded-Host") == "" {
-		h.Set("X-Forwarded-Host", r.Host)
-	}
-	h.Set(headerPod, pod)
-	h.Set(headerTable, version)
-	return h
+	return name == headerPod || name == headerTable
 }
 
 // forwardedFor returns r's X-Forwarded-For with the peer's address appended. A
@@ -167,52 +169,90 @@ func forwardedFor(r *http.Request) string {
 	return strings.Join(append(slices.Clip(before), host), ", ")
 }
 
-// requestHead is the upgrade request as the backend gets it.
-func requestHead(r *http.Request, h http.Header) []byte {
-	var b bytes.Buffer
-	fmt.Fprintf(&b, "GET %s HTTP/1.1\r\nHost: %s\r\n", target(r), r.Host)
-	writeHeader(&b, h)
-	return b.Bytes()
+// requestHead is the upgrade request as the backend gets it. peer is what
+// forwardedFor returned for it.
+func requestHead(r *http.Request, peer, pod, version string) []byte {
+	head := append(make([]byte, 0, 1024), "GET "...)
+	head = append(head, target(r)...)
+	head = append(head, " HTTP/1.1\r\n"...)
+	head = appendField(head, "Host", r.Host)
+	head = appendUpgrade(head)
+	if peer != "" {
+		head = appendField(head, "X-Forwarded-For", peer)
+	}
+	if r.Header.Get("X-Forwarded-Proto") == "" {
+		head = appendField(head, "X-Forwarded-Proto", "http")
+	}
+	if r.Header.Get("X-Forwarded-Host") == "" {
+		head = appendField(head, "X-Forwarded-Host", r.Host)
+	}
+	head = appendField(head, headerPod, pod)
+	head = appendField(head, headerTable, version)
+	head = appendFields(head, r.Header, func(name string) bool {
+		switch name {
+		case "X-Forwarded-For":
+			return true
+		case "X-Forwarded-Proto", "X-Forwarded-Host":
+			return r.Header.Get(name) == ""
+		}
+		return isRouters(name)
+	})
+	return append(head, "\r\n"...)
 }
 
 // switchingHead is the 101 as the client gets it.
 func switchingHead(resp *http.Response) []byte {
-	h := resp.Header.Clone()
-	dropHopByHop(h)
-	h.Set("Connection", "Upgrade")
-	h.Set("Upgrade", "websocket")
-	var b bytes.Buffer
-	b.WriteString("HTTP/1.1 101 Switching Protocols\r\n")
-	writeHeader(&b, h)
-	return b.Bytes()
+	head := append(make([]byte, 0, 512), "HTTP/1.1 101 Switching Protocols\r\n"...)
+	head = appendUpgrade(head)
+	head = appendFields(head, resp.Header, func(string) bool { return false })
+	return append(head, "\r\n"...)
 }
 
-// writeHeader writes h and the empty line after it, with Sec-WebSocket-*
-// spelled as RFC 6455 does: net/http writes Sec-Websocket-*, which is the same
-// to HTTP (RFC 9110 §5.1) but not to every WebSocket program.
-func writeHeader(b *bytes.Buffer, h http.Header) {
+func appendUpgrade(head []byte) []byte {
+	return append(head, "Connection: Upgrade\r\nUpgrade: websocket\r\n"...)
+}
+
+// appendFields appends the fields of h that go on and are not left out.
+// Sec-WebSocket-* is spelled as RFC 6455 does: net/http has Sec-Websocket-*,
+// which is the same to HTTP (RFC 9110 §5.1) but not to every WebSocket program.
+func appendFields(head []byte, h http.Header, out func(name string) bool) []byte {
+	named := namedByConnection(h)
 	for name, values := range h {
+		if endsHere(name, named) || out(name) {
+			continue
+		}
 		if rest, ok := strings.CutPrefix(name, "Sec-Websocket-"); ok {
-			delete(h, name)
-			h["Sec-WebSocket-"+rest] = values
+			name = "Sec-WebSocket-" + rest
+		}
+		for _, value := range values {
+			head = appendField(head, name, value)
 		}
 	}
-	h.Write(b) // to memory: no error
-	b.WriteString("\r\n")
+	return head
+}
+
+// appendField appends one field, whose name and value are as net/http has read
+// them: without a line's end, but for a CR that is nothing (RFC 9112 §2.2).
+func appendField(head []byte, name, value string) []byte {
+	if strings.Contains(value, "\r") {
+		value = strings.ReplaceAll(value, "\r", " ")
+	}
+	head = append(append(head, name...), ": "...)
+	return append(append(head, value...), "\r\n"...)
 }
 
 // handshake sends head to the backend and reads its answer, which is not an
 // interim one. maxHead bounds the answer's head in bytes. early is what the
-// backend sent after a 101; the body of any other answer is read from conn. The
-// caller sets conn's deadline and closes it.
-func handshake(conn net.Conn, head []byte, maxHead int) (resp *http.Response, early []byte, err error) {
+// backend sent after a 101; the body of any other answer is read from conn
+// through br. The caller sets conn's deadline and closes it.
+func handshake(conn net.Conn, br *bufio.Reader, head []byte, maxHead int) (resp *http.Response, early []byte, err error) {
 	if _, err := conn.Write(head); err != nil {
 		return nil, nil, err
 	}
 	limit := &io.LimitedReader{R: conn, N: int64(maxHead)}
-	br := bufio.NewReader(limit)
+	br.Reset(limit)
 	for range maxInterim {
-		resp, err := http.ReadResponse(br, &http.Request{Method: http.MethodGet})
+		resp, err := http.ReadResponse(br, nil) // nil: to a GET
 		if err != nil {
 			return nil, nil, fmt.Errorf("read the answer: %w", err)
 		}
