@@ -4,6 +4,7 @@ import (
 	"context"
 	"log/slog"
 	"net"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -228,3 +229,40 @@ func (s *session) idle() bool {
 
 // wait returns when all sessions have ended.
 func (r *relay) wait() { r.open.Wait() }
+
+const (
+	tidyAfter = 1000        // sessions opened
+	tidyCalm  = 10          // most that are opened in tidyTime while it is calm
+	tidyTime  = time.Second // between two looks
+)
+
+// tidy gives the memory back that many handshakes took, as soon as it is calm
+// again, until ctx ends. By itself the runtime would keep it for minutes, as it
+// collects garbage when the heap has grown to twice its size: a router of idle
+// sessions would have more garbage than sessions.
+func (r *relay) tidy(ctx context.Context) {
+	ticker := time.NewTicker(tidyTime)
+	defer ticker.Stop()
+	var tidied, before int64
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		now := r.opened()
+		if now-before <= tidyCalm && now-tidied >= tidyAfter {
+			debug.FreeOSMemory()
+			tidied = now
+		}
+		before = now
+	}
+}
+
+// opened returns how many sessions there were so far.
+func (r *relay) opened() (n int64) {
+	for i := range r.byBackend {
+		n += r.byBackend[i].total.Load()
+	}
+	return n
+}
