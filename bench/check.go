@@ -1,0 +1,105 @@
+package main
+
+import (
+	"fmt"
+	"slices"
+)
+
+// routing opens sessions, notes which backend each namespace has, and closes
+// them.
+type routing struct {
+	*client
+	backend []int // of each namespace; -1: not seen
+}
+
+// checkRouting opens 4 sessions of each namespace, and returns the backends that
+// these have.
+func checkRouting(ports []int, namespaces []string) ([]int, error) {
+	c, err := newClient(ports, namespaces)
+	if err != nil {
+		return nil, err
+	}
+	defer c.close()
+	r := &routing{client: c, backend: slices.Repeat([]int{-1}, len(namespaces))}
+	return r.backend, c.openAll(4*len(namespaces), r)
+}
+
+func (r *routing) opened(s *session) {
+	if seen := r.backend[s.namespace]; seen >= 0 && seen != s.backend {
+		s.fail(fmt.Sprintf("namespace %s with backend-%d, before with backend-%d", r.namespaces[s.namespace], s.backend, seen))
+		return
+	}
+	r.backend[s.namespace] = s.backend
+	s.close()
+}
+
+func (r *routing) message(*session, *frame) {}
+
+// runCheck is no measurement: it fails unless every session is where it has to
+// be and every byte comes back.
+func runCheck(t *target) (values, error) {
+	v := values{}
+	if err := checkHash(t.ports, v); err != nil {
+		return nil, fmt.Errorf("without override: %w", err)
+	}
+	if t.overrides {
+		if err := checkOverrides(t.ports, v); err != nil {
+			return nil, fmt.Errorf("with override: %w", err)
+		}
+	}
+	for _, size := range []int{0, 1, 7, 125, 126, 127, 1024, 4095, 4096, 4097, 16384, 65535, 65536, 300_000, 2 << 20} {
+		if err := checkEcho(t.ports, size); err != nil {
+			return nil, fmt.Errorf("echo of %d bytes: %w", size, err)
+		}
+	}
+	if err := checkStream(t.ports); err != nil {
+		return nil, fmt.Errorf("stream: %w", err)
+	}
+	return v, nil
+}
+
+// checkHash: a namespace has one backend, and every backend namespaces.
+func checkHash(ports []int, v values) error {
+	backends, err := checkRouting(ports, names("ns-", 500))
+	if err != nil {
+		return err
+	}
+	share := make([]int, backendCount)
+	for _, backend := range backends {
+		share[backend]++
+	}
+	v["namespaces"], v["least"], v["most"] = float64(len(backends)), float64(slices.Min(share)), float64(slices.Max(share))
+	if slices.Min(share) == 0 {
+		return fmt.Errorf("namespaces of the backends: %d, want some of each", share)
+	}
+	return nil
+}
+
+// checkOverrides: a namespace with an override has that backend.
+func checkOverrides(ports []int, v values) error {
+	namespaces := names(overridePrefix, overrideCount)
+	backends, err := checkRouting(ports, namespaces)
+	if err != nil {
+		return err
+	}
+	for i, backend := range backends {
+		if backend != overrideBackend(i) {
+			return fmt.Errorf("%s with backend-%d, want backend-%d", namespaces[i], backend, overrideBackend(i))
+		}
+	}
+	v["overrides"] = overrideCount
+	return nil
+}
+
+// checkEcho sends messages of one size on some sessions, twice.
+func checkEcho(ports []int, size int) error {
+	e, err := openEcho(ports, 8, size)
+	if err != nil {
+		return err
+	}
+	defer e.close()
+	if err := e.verify(); err != nil {
+		return err
+	}
+	return e.verify()
+}

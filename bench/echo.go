@@ -1,0 +1,156 @@
+package main
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"time"
+)
+
+const (
+	busySessions = 500  // of the echo scenarios
+	pacedRate    = 4000 // messages per second of all sessions
+	warmUp       = time.Second
+)
+
+// echo sends messages and compares what comes back byte by byte. Each message
+// begins with the numbers of its session and of itself there.
+type echo struct {
+	*client
+	sessions []*session
+	mask     [4]byte
+	plain    []byte         // the payload of the message that was sent or compared last
+	frame    []byte         // the frame that was sent last
+	after    func(*session) // what follows a message that came back
+
+	counting  bool
+	latencies []time.Duration
+}
+
+// openEcho opens n sessions for messages of size bytes.
+func openEcho(ports []int, n, size int) (*echo, error) {
+	c, err := newClient(ports, names("ns-", 256))
+	if err != nil {
+		return nil, err
+	}
+	e := &echo{client: c, mask: [4]byte{0x37, 0xfa, 0x21, 0x3d}, plain: pattern(size)}
+	if err := c.openAll(n, e); err != nil {
+		c.close()
+		return nil, err
+	}
+	return e, nil
+}
+
+func (e *echo) opened(s *session) { e.sessions = append(e.sessions, s) }
+
+// label makes plain the last message of s.
+func (e *echo) label(s *session) {
+	var label [8]byte
+	binary.LittleEndian.PutUint64(label[:], uint64(s.sent)<<20|uint64(s.number))
+	copy(e.plain, label[:])
+}
+
+// ping sends the next message of s, whose latency counts from the time at.
+func (e *echo) ping(s *session, at time.Duration) {
+	s.sent++
+	s.busy, s.begun = true, at
+	e.label(s)
+	e.frame = appendFrame(e.frame[:0], frameBinary, e.plain, &e.mask)
+	s.send(e.frame)
+}
+
+func (e *echo) message(s *session, f *frame) {
+	e.label(s)
+	if f.first != frameBinary || !s.busy || !bytes.Equal(f.payload, e.plain) {
+		s.fail(fmt.Sprintf("wrong echo of message %d, of %d bytes", s.sent, len(e.plain)))
+		return
+	}
+	s.busy = false
+	if e.counting {
+		e.latencies = append(e.latencies, e.now()-s.begun)
+	}
+	e.after(s)
+}
+
+// verify sends one message on each session, some at a time, and waits for them.
+func (e *echo) verify() error {
+	next, waiting := 0, 0
+	e.after = func(*session) { waiting-- }
+	err := e.until(func() bool {
+		for next < len(e.sessions) && waiting < width && e.failure == nil {
+			waiting++
+			e.ping(e.sessions[next], e.now())
+			next++
+		}
+		return waiting == 0 || e.failure != nil
+	})
+	return errors.Join(err, e.failure)
+}
+
+// flood lets each session send when its message is back, for the time d.
+func (e *echo) flood(d time.Duration) error {
+	e.after = func(s *session) { e.ping(s, e.now()) }
+	for _, s := range e.sessions {
+		if s.open() && !s.busy {
+			e.after(s)
+		}
+	}
+	e.run(d)
+	return e.failure
+}
+
+// pace sends pacedRate messages per second at even intervals for the time d, on
+// whatever sessions have none under way. Latency counts from when a message was
+// due.
+func (e *echo) pace(d time.Duration) error {
+	var free []*session
+	e.after = func(s *session) { free = append(free, s) }
+	for _, s := range e.sessions {
+		if !s.busy {
+			free = append(free, s)
+		}
+	}
+	begun := e.now()
+	for sent := 0; e.now()-begun < d && e.failure == nil; {
+		due := begun + time.Duration(sent)*time.Second/pacedRate
+		if due > e.now() {
+			e.step(due - e.now())
+			continue
+		}
+		if len(free) == 0 {
+			return fmt.Errorf("all %d sessions busy, %d messages per second not reached", len(e.sessions), pacedRate)
+		}
+		e.ping(free[0], due)
+		free = free[1:]
+		sent++
+	}
+	return e.failure
+}
+
+// runEcho measures messages of size bytes, paced or as many as it takes.
+func runEcho(t *target, size int, paced bool) (values, error) {
+	e, err := openEcho(t.ports, busySessions, size)
+	if err != nil {
+		return nil, err
+	}
+	defer e.close()
+	send := e.flood
+	if paced {
+		send = e.pace
+	}
+	if err := send(warmUp); err != nil {
+		return nil, err
+	}
+	e.latencies = make([]time.Duration, 0, 1<<20)
+	e.counting = true
+	use, err := t.during(func() error { return send(t.length) })
+	if err != nil {
+		return nil, err
+	}
+	v, err := use.operations(e.latencies)
+	if paced {
+		delete(v, "busy_us") // a CPU that is mostly idle escapes the kernel's sampling by ticks
+	}
+	return v, err
+}

@@ -1,0 +1,3 @@
+module router/bench
+
+go 1.26.0

@@ -1,0 +1,204 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+)
+
+// listenTest listens on a free port.
+func listenTest(t *testing.T) (net.Listener, int) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l, l.Addr().(*net.TCPAddr).Port
+}
+
+// startTestBackends serves on free ports until the process ends.
+func startTestBackends(t *testing.T) []int {
+	t.Helper()
+	var ports []int
+	for range backendCount {
+		l, port := listenTest(t)
+		l.Close()
+		ports = append(ports, port)
+	}
+	b, err := newBackends(ports)
+	if err != nil {
+		t.Fatal(err)
+	}
+	go b.serve()
+	return ports
+}
+
+// startRelays starts one relay for each port. What comes back from a port may be
+// changed; the n-th connection of relay i is to ports[i+n*shift].
+func startRelays(t *testing.T, ports []int, shift int, change func([]byte)) (relays []int) {
+	t.Helper()
+	for i := range ports {
+		l, port := listenTest(t)
+		t.Cleanup(func() { l.Close() })
+		relays = append(relays, port)
+		go func() {
+			for n := 0; ; n++ {
+				client, err := l.Accept()
+				if err != nil {
+					return
+				}
+				backend, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", ports[(i+n*shift)%len(ports)]))
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				go carry(backend, client, func([]byte) {})
+				go carry(client, backend, change)
+			}
+		}()
+	}
+	return relays
+}
+
+func carry(to, from net.Conn, change func([]byte)) {
+	defer to.Close()
+	buf := make([]byte, 32<<10)
+	for {
+		n, err := from.Read(buf)
+		change(buf[:n])
+		if _, werr := to.Write(buf[:n]); err != nil || werr != nil {
+			return
+		}
+	}
+}
+
+// flip changes one byte of each piece that is so long.
+func flip(at int) func([]byte) {
+	return func(p []byte) {
+		if len(p) > at {
+			p[at] ^= 1
+		}
+	}
+}
+
+func TestScenarios(t *testing.T) {
+	ports := startTestBackends(t)
+	for _, sc := range scenarios() {
+		t.Run(sc.name, func(t *testing.T) {
+			v, err := sc.run(&target{ports: ports, settle: 20 * time.Millisecond, group: group{os.Getpid()},
+				backends: os.Getpid(), length: 500 * time.Millisecond, idle: 300})
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, q := range allRequirements() {
+				if _, ok := v[q.metric]; q.scenario == sc.name && !ok {
+					t.Errorf("no %s in %v", q.metric, v)
+				}
+			}
+			if v["foreign"] > 1.1*float64(runtime.NumCPU()) || v["steal"] > 1 {
+				t.Errorf("got %v, want a share of %d CPUs", v, runtime.NumCPU())
+			}
+			switch sc.name {
+			case "check":
+				if v["namespaces"] != 500 || v["least"] != 125 || v["most"] != 125 {
+					t.Errorf("got %v, want 500 namespaces, 125 of each backend", v)
+				}
+			case "idle": // this process has both ends
+				if v["sessions"] != 300 || v["files"] < 2 || v["files"] > 2.02 {
+					t.Errorf("got %v, want 300 sessions of 2 files", v)
+				}
+			case "paced":
+				if v["per_s"] < 500 || v["per_s"] > 4500 { // fewer on a busy machine, never more
+					t.Errorf("got %v messages per second, want up to 4000", v["per_s"])
+				}
+			}
+		})
+	}
+}
+
+// TestFailures: a proxy that does not do its job is found out.
+func TestFailures(t *testing.T) {
+	ports := startTestBackends(t)
+	asIs := func([]byte) {}
+	for name, test := range map[string]struct {
+		target target
+		want   string
+	}{
+		"a backend without namespaces": {target{ports: ports[:3]}, "namespaces of the backends: [167 167 166 0]"},
+		"a namespace at two backends":  {target{ports: startRelays(t, ports, 1, asIs)}, "before with backend-"},
+		"no overrides":                 {target{ports: ports, overrides: true}, "ov-0001 with backend-1, want backend-0"},
+		"nobody there":                 {target{ports: []int{1}}, "connection refused"},
+		"another status":               {target{ports: startRelays(t, ports, 0, flip(9))}, `answer "HTTP/1.1 001 Switching`},
+		"another Accept":               {target{ports: startRelays(t, ports, 0, flip(100))}, "Sec-WebSocket-Accept of another request"},
+		"another namespace":            {target{ports: startRelays(t, ports, 0, flip(170))}, "greeting"},
+		"a changed echo":               {target{ports: startRelays(t, ports, 0, flip(1000))}, "echo of 1024 bytes"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := runCheck(&test.target)
+			if err == nil || !strings.Contains(err.Error(), test.want) {
+				t.Errorf("got %v, want %q", err, test.want)
+			}
+		})
+	}
+	if err := checkStream(startRelays(t, ports, 0, flip(20000))); err == nil || !strings.Contains(err.Error(), "corrupt stream") {
+		t.Errorf("got %v, want a corrupt stream", err)
+	}
+}
+
+func TestBackendRefuses(t *testing.T) {
+	ports := startTestBackends(t)
+	const headers = "Host: x\r\nupgrade: WebSocket\r\nsec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+	for request, want := range map[string]string{
+		"GET /ws/a HTTP/1.1\r\n" + headers + "\x81\x00": "HTTP/1.1 101 ", // and closes on a frame that is not masked
+		"GET /ws/a HTTP/1.1\r\nHost: x\r\n\r\n":         "HTTP/1.1 400 ",
+		"POST /ws/a HTTP/1.1\r\n" + headers:             "HTTP/1.1 400 ",
+		"GET /other HTTP/1.1\r\n" + headers:             "HTTP/1.1 400 ",
+	} {
+		conn, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", ports[0]))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		conn.SetDeadline(time.Now().Add(5 * time.Second))
+		io.WriteString(conn, request)
+		if got, err := io.ReadAll(conn); err != nil || !bytes.HasPrefix(got, []byte(want)) {
+			t.Errorf("%q: got %q, %v, want %q and the end", request, got, err, want)
+		}
+	}
+}
+
+func TestFrames(t *testing.T) {
+	for _, size := range []int{0, 1, 125, 126, 127, 65535, 65536, 100000} {
+		for _, mask := range []*[4]byte{nil, {1, 2, 3, 4}} {
+			want := pattern(size)
+			b := appendFrame(nil, frameBinary, want, mask)
+			for cut := range min(len(b), 20) {
+				if _, n, err := parseFrame(b[:cut]); n != 0 || err != nil {
+					t.Fatalf("size %d: %d bytes are a frame of %d, %v", size, cut, n, err)
+				}
+			}
+			f, n, err := parseFrame(append(b, 7))
+			if err != nil || n != len(b) || f.masked != (mask != nil) || f.first != frameBinary {
+				t.Fatalf("size %d: got %d bytes, %v, masked %v, want %d", size, n, err, f.masked, len(b))
+			}
+			if f.masked {
+				xor(f.payload, f.mask)
+			}
+			if !bytes.Equal(f.payload, want) {
+				t.Fatalf("size %d: another payload", size)
+			}
+		}
+	}
+	if _, _, err := parseFrame([]byte{frameBinary, 127, 0xff, 0, 0, 0, 0, 0, 0, 0}); err != errTooLarge {
+		t.Errorf("a frame of 2^63 bytes: got %v", err)
+	}
+	if got := string(acceptKey(nil, []byte("dGhlIHNhbXBsZSBub25jZQ=="))); got != "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=" { // RFC 6455 §1.3
+		t.Errorf("the accept key is %s", got)
+	}
+}

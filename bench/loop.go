@@ -1,0 +1,255 @@
+package main
+
+import (
+	"fmt"
+	"syscall"
+	"time"
+)
+
+const (
+	// spin is how long a loop keeps polling after the last event before it sleeps.
+	spin = 300 * time.Millisecond
+	// stall is how long nothing may come while something is awaited.
+	stall = 30 * time.Second
+	// readSize is the least room for one read, in bytes.
+	readSize = 64 << 10
+
+	maskIn, maskOut = uint32(syscall.EPOLLIN), uint32(syscall.EPOLLOUT)
+)
+
+// loop is an epoll(7) loop of one thread, without a goroutine per connection.
+//
+// While there is traffic it does not sleep but yields the CPU to the other
+// program of the load side. A receiver that sleeps would have to be woken by
+// the proxy's send, an interrupt to another CPU that costs the proxy time which
+// packets for other machines do not cost, and which is great and unsteady in
+// virtual machines.
+type loop struct {
+	epoll     int
+	events    []syscall.EpollEvent
+	conns     []*conn // by descriptor; nil: none
+	buf       []byte  // what was read last
+	holdReads bool    // a connection that does not take its output is not read
+	began     time.Time
+	heard     time.Duration // when the last event was, on the loop's clock
+}
+
+func newLoop() (*loop, error) {
+	epoll, err := syscall.EpollCreate1(syscall.EPOLL_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("epoll_create1: %w", err)
+	}
+	return &loop{epoll: epoll, events: make([]syscall.EpollEvent, 512), buf: make([]byte, 4*readSize), began: time.Now()}, nil
+}
+
+// now is the loop's monotonic clock.
+func (l *loop) now() time.Duration { return time.Since(l.began) }
+
+// close closes the loop and all its connections, of which no end is told.
+func (l *loop) close() {
+	for _, c := range l.conns {
+		if c != nil {
+			c.close()
+		}
+	}
+	syscall.Close(l.epoll)
+}
+
+// step handles the events that are there, or come within limit.
+func (l *loop) step(limit time.Duration) {
+	for _, event := range l.wait(limit) {
+		c := l.conns[event.Fd]
+		if c == nil { // closed by an event before this one
+			continue
+		}
+		if c.accept != nil {
+			c.accept()
+			continue
+		}
+		if event.Events&maskOut != 0 {
+			c.flush()
+		}
+		if event.Events&^maskOut != 0 && l.conns[event.Fd] == c {
+			c.read()
+		}
+	}
+}
+
+// wait returns the events that are there; nil if none come within limit.
+func (l *loop) wait(limit time.Duration) []syscall.EpollEvent {
+	begun := l.now()
+	for now := begun; now-l.heard < spin; now = l.now() {
+		if events := rawPoll(l.epoll, l.events); len(events) > 0 {
+			l.heard = now
+			return events
+		}
+		if now-begun >= limit {
+			return nil
+		}
+		syscall.RawSyscall(syscall.SYS_SCHED_YIELD, 0, 0, 0)
+	}
+	left := max(limit-(l.now()-begun), 0)
+	n, err := syscall.EpollWait(l.epoll, l.events, int((left+time.Millisecond-1)/time.Millisecond))
+	if err != nil || n == 0 { // EINTR, or nothing
+		return nil
+	}
+	l.heard = l.now()
+	return l.events[:n]
+}
+
+// run steps for the time d.
+func (l *loop) run(d time.Duration) {
+	for end := l.now() + d; l.now() < end; {
+		l.step(end - l.now())
+	}
+}
+
+// until steps until done; nothing may come for the time stall at most.
+func (l *loop) until(done func() bool) error {
+	for l.heard = l.now(); !done(); l.step(100 * time.Millisecond) {
+		if l.now()-l.heard > stall {
+			return fmt.Errorf("nothing came for %s", stall)
+		}
+	}
+	return nil
+}
+
+// end is who uses a connection of a loop.
+type end interface {
+	// received gets all that came and was not used yet, valid until it
+	// returns, and says how many bytes of it are used now.
+	received(p []byte) (used int)
+	// drained is called when the output was taken.
+	drained()
+	// lost is called once when the connection has failed or was closed by the
+	// peer, after which it is closed; not after close.
+	lost(why string)
+}
+
+// conn is one end of a connection, owned by the loop that it was added to.
+type conn struct {
+	loop   *loop
+	end    end
+	accept func() // of a listener, when there are connections to accept
+	fd     int    // -1 when closed
+	mask   uint32 // what epoll watches
+	in     []byte // received and not used yet
+	out    []byte // sent and not taken yet
+	more   bool   // drained will send more as soon as it is taken
+}
+
+// add makes c the connection of descriptor fd, which is the loop's from now on.
+func (l *loop) add(c *conn, fd int, e end) error {
+	c.loop, c.end, c.fd, c.mask = l, e, fd, maskIn
+	for fd >= len(l.conns) {
+		l.conns = append(l.conns, make([]*conn, 1024)...)
+	}
+	l.conns[fd] = c
+	err := syscall.EpollCtl(l.epoll, syscall.EPOLL_CTL_ADD, fd, &syscall.EpollEvent{Events: c.mask, Fd: int32(fd)})
+	if err != nil {
+		return fmt.Errorf("epoll_ctl: %w", err)
+	}
+	return nil
+}
+
+func (c *conn) open() bool { return c.fd >= 0 }
+
+func (c *conn) close() {
+	if c.open() {
+		c.loop.conns[c.fd] = nil
+		syscall.Close(c.fd)
+		c.fd, c.in, c.out = -1, nil, nil
+	}
+}
+
+func (c *conn) fail(why string) {
+	c.close()
+	c.end.lost(why)
+}
+
+// read reads once, behind what was not used yet.
+func (c *conn) read() {
+	l, held := c.loop, len(c.in)
+	if held+readSize > len(l.buf) {
+		l.buf = make([]byte, 2*(held+readSize))
+	}
+	copy(l.buf, c.in)
+	n, errno := rawRead(c.fd, l.buf[held:])
+	switch {
+	case errno == syscall.EAGAIN || errno == syscall.EINTR:
+		return
+	case errno != 0:
+		c.fail("read: " + errno.Error())
+		return
+	case n == 0:
+		c.fail("closed by the peer")
+		return
+	}
+	p := l.buf[:held+n]
+	rest := p[c.end.received(p):]
+	if !c.open() {
+		return
+	}
+	if c.in = append(c.in[:0], rest...); len(rest) == 0 {
+		c.in = nil
+	}
+}
+
+// write returns how many bytes of p were taken, or -1 when c has failed.
+func (c *conn) write(p []byte) int {
+	if len(p) == 0 {
+		return 0
+	}
+	n, errno := rawWrite(c.fd, p)
+	switch errno {
+	case 0:
+		return n
+	case syscall.EAGAIN, syscall.EINTR:
+		return 0
+	}
+	c.fail("write: " + errno.Error())
+	return -1
+}
+
+// send writes p, and keeps a copy of what is not taken.
+func (c *conn) send(p []byte) {
+	if len(c.out) == 0 {
+		n := c.write(p)
+		if n < 0 {
+			return
+		}
+		p = p[n:]
+	}
+	c.out = append(c.out, p...)
+	c.watch()
+}
+
+// flush writes what send kept.
+func (c *conn) flush() {
+	n := c.write(c.out)
+	if n < 0 {
+		return
+	}
+	if c.out = c.out[n:]; len(c.out) > 0 {
+		return
+	}
+	c.out = nil
+	if c.end.drained(); c.open() {
+		c.watch()
+	}
+}
+
+// watch tells epoll what c waits for now.
+func (c *conn) watch() {
+	mask := maskIn
+	if len(c.out) > 0 || c.more {
+		mask |= maskOut
+		if c.loop.holdReads {
+			mask = maskOut
+		}
+	}
+	if mask != c.mask {
+		c.mask = mask
+		syscall.EpollCtl(c.loop.epoll, syscall.EPOLL_CTL_MOD, c.fd, &syscall.EpollEvent{Events: mask, Fd: int32(c.fd)})
+	}
+}

@@ -1,0 +1,233 @@
+package main
+
+import (
+	"bufio"
+	"debug/buildinfo"
+	_ "embed"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+//go:embed peers/nginx.conf
+var nginxConf string
+
+//go:embed peers/haproxy.cfg
+var haproxyConf string
+
+const (
+	firstProxy     = 8100 // port of the first proxy
+	overrideCount  = 1000
+	overridePrefix = "ov-"
+
+	ours = "router"
+)
+
+// overrideBackend is the backend of the i-th override.
+func overrideBackend(i int) int { return i / 3 % backendCount }
+
+// proxy is something to measure. In its arguments and configuration @DIR@ is its
+// scratch directory, @PORT@ its port, @ADMIN@ one more.
+type proxy struct {
+	name    string
+	program string // "" is none: clients open sessions with the backends
+	args    string
+	config  string // of the file config
+	version string // what the program says about itself
+	files   int    // that a session may take of the limit on open files
+	port    int
+}
+
+// proxies returns all. Each has one worker and logs warnings only.
+func proxies(router string) []*proxy {
+	var addrs []string
+	for _, port := range backendPorts() {
+		addrs = append(addrs, "127.0.0.1:"+strconv.Itoa(port))
+	}
+	nginx := func(name, buffer, busy string) *proxy {
+		return &proxy{name: name, program: "nginx", files: 2, args: "-p @DIR@ -c @DIR@/config",
+			config: strings.NewReplacer("@BUFFER@", buffer, "@BUSY@", busy).Replace(nginxConf)}
+	}
+	haproxy := func(name string, files int, options string) *proxy {
+		return &proxy{name: name, program: "haproxy", files: files, args: "-db -f @DIR@/config",
+			config: strings.Replace(haproxyConf, "@SPLICE@", options, 1)}
+	}
+	list := []*proxy{
+		{name: ours, program: router, files: 2, args: "-listen 127.0.0.1:@PORT@ -admin 127.0.0.1:@ADMIN@ -backends " +
+			strings.Join(addrs, ",") + " -overrides @DIR@/overrides -kube none -log-level warn"},
+		nginx("nginx", "4k", "8k"),
+		nginx("nginx-64k", "64k", "128k"),
+		haproxy("haproxy", 2, ""),
+		haproxy("haproxy-splice", 3, "    option splice-request\n    option splice-response"), // 3: it wants room for pipes
+		{name: "direct", files: 1},
+	}
+	for i, p := range list {
+		p.port = firstProxy + 2*i
+	}
+	return list
+}
+
+// direct is the load without a proxy.
+func (p *proxy) direct() bool { return p.program == "" }
+
+func (p *proxy) ports() []int {
+	if p.direct() {
+		return backendPorts()
+	}
+	return []int{p.port}
+}
+
+// find makes program a path and asks for its version; an error if it is not
+// there.
+func (p *proxy) find() error {
+	if p.direct() {
+		return nil
+	}
+	path, err := exec.LookPath(p.program)
+	if err != nil && p.name != ours {
+		path, err = exec.LookPath("/usr/sbin/" + p.program) // not in everybody's PATH
+	}
+	if err != nil {
+		return fmt.Errorf("%s is not installed: apt-get install nginx-light haproxy", p.program)
+	}
+	if p.name == ours {
+		info, err := buildinfo.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		p.version = info.GoVersion + " " + info.Main.Version
+	} else {
+		out, _ := exec.Command(path, "-v").CombinedOutput()
+		p.version, _, _ = strings.Cut(strings.TrimSpace(string(out)), "\n")
+	}
+	p.program, err = filepath.Abs(path)
+	return err
+}
+
+// running is a proxy that has been started.
+type running struct {
+	cmd   *exec.Cmd
+	ended chan struct{} // closed when it has
+	log   string
+}
+
+// start starts p on a CPU, in a new directory below tmp, and waits until it
+// routes. The caller stops it.
+func (p *proxy) start(tmp string, cpu int) (*running, error) {
+	dir := filepath.Join(tmp, p.name)
+	replace := strings.NewReplacer("@DIR@", dir, "@PORT@", strconv.Itoa(p.port), "@ADMIN@", strconv.Itoa(p.port+1)).Replace
+	if err := errors.Join(os.RemoveAll(dir), writeOverrides(dir), os.WriteFile(dir+"/config", []byte(replace(p.config)), 0o644)); err != nil {
+		return nil, err
+	}
+	if c, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", p.port)); err == nil {
+		c.Close()
+		return nil, fmt.Errorf("port %d is taken", p.port)
+	}
+	log, err := os.Create(dir + "/log")
+	if err != nil {
+		return nil, err
+	}
+	defer log.Close()
+	args := append([]string{"-c", strconv.Itoa(cpu), p.program}, strings.Fields(replace(p.args))...)
+	r := &running{cmd: exec.Command("taskset", args...), ended: make(chan struct{}), log: log.Name()}
+	r.cmd.Dir, r.cmd.Stdout, r.cmd.Stderr = dir, log, log
+	r.cmd.Env = append(os.Environ(), "GOMAXPROCS=1")
+	r.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGTERM}
+	if err := r.cmd.Start(); err != nil {
+		return nil, err
+	}
+	go r.wait()
+	if err := r.await(p.port); err != nil {
+		r.stop()
+		return nil, err
+	}
+	return r, nil
+}
+
+func (r *running) wait() {
+	r.cmd.Wait()
+	close(r.ended)
+}
+
+// await waits until an upgrade at a port succeeds.
+func (r *running) await(port int) error {
+	for deadline := time.Now().Add(15 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		err := upgradeOnce(port)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-r.ended:
+		default:
+			if time.Now().Before(deadline) {
+				continue
+			}
+		}
+		log, _ := os.ReadFile(r.log)
+		return fmt.Errorf("does not route: %w; its log: %s", err, strings.Join(strings.Fields(string(log[max(len(log)-500, 0):])), " "))
+	}
+}
+
+// stop ends the processes of r.
+func (r *running) stop() {
+	group := -r.cmd.Process.Pid
+	syscall.Kill(group, syscall.SIGTERM)
+	select {
+	case <-r.ended:
+	case <-time.After(3 * time.Second):
+	}
+	syscall.Kill(group, syscall.SIGKILL) // what is left
+	<-r.ended
+}
+
+// upgradeOnce opens and closes a session of a namespace with an override.
+func upgradeOnce(port int) error {
+	conn, err := net.DialTimeout("tcp", fmt.Sprintf("127.0.0.1:%d", port), time.Second)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(time.Second))
+	fmt.Fprintf(conn, "GET /ws/%s0000 HTTP/1.1\r\nHost: bench.example.com\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"+
+		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n", overridePrefix)
+	answer, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		return err
+	}
+	if answer.StatusCode != http.StatusSwitchingProtocols {
+		return fmt.Errorf("answer %q", answer.Status)
+	}
+	return nil
+}
+
+// writeOverrides makes dir, and in it the overrides in each proxy's language. The
+// router's are a mounted ConfigMap: the kubelet's directory behind ..data.
+func writeOverrides(dir string) error {
+	mounted := filepath.Join(dir, "overrides", "..1")
+	if err := os.MkdirAll(mounted, 0o755); err != nil {
+		return err
+	}
+	if err := os.Symlink("..1", filepath.Join(dir, "overrides", "..data")); err != nil {
+		return err
+	}
+	var nginx, haproxy strings.Builder
+	for i, namespace := range names(overridePrefix, overrideCount) {
+		backend := overrideBackend(i)
+		fmt.Fprintf(&nginx, "%s b%d;\n", namespace, backend)
+		fmt.Fprintf(&haproxy, "%s b%d\n", namespace, backend)
+		if err := os.WriteFile(filepath.Join(mounted, namespace), fmt.Appendf(nil, "backend-%d\n", backend), 0o644); err != nil {
+			return err
+		}
+	}
+	return errors.Join(
+		os.WriteFile(dir+"/overrides.nginx", []byte(nginx.String()), 0o644),
+		os.WriteFile(dir+"/overrides.haproxy", []byte(haproxy.String()), 0o644))
+}

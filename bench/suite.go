@@ -1,0 +1,235 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+)
+
+const tries = 3 // of a measurement that fails or is disturbed
+
+// options are what the flags say.
+type options struct {
+	rounds, sessions, cpu   int
+	length, calm            time.Duration
+	scenarios, proxies, out string
+}
+
+// suite measures proxies in turn.
+type suite struct {
+	options
+	log       io.Writer
+	scenarios []scenario
+	proxies   []*proxy
+	tmp       string // scratch directory
+	backends  int    // process of the backends
+	files     int    // limit on open files of one process
+	report    *report
+}
+
+// measureAll measures what o says and writes the report after each round. The
+// error is of the whole; what failed is in the report.
+func measureAll(ctx context.Context, o options, log io.Writer) (*report, error) {
+	s := &suite{options: o, log: log, report: newReport(o)}
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		return nil, fmt.Errorf("getrlimit: %w", err)
+	}
+	s.files = int(min(limit.Cur, 1<<20))
+	err := s.choose()
+	if err != nil {
+		return nil, err
+	}
+	if s.tmp, err = os.MkdirTemp("", "bench-"); err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(s.tmp)
+	if err := os.Chmod(s.tmp, 0o755); err != nil { // nginx's worker is another user
+		return nil, err
+	}
+	stop, err := s.startBackends()
+	if err != nil {
+		return nil, err
+	}
+	defer stop()
+	for round := range o.rounds {
+		if err := s.round(ctx, round+1); err != nil {
+			return nil, err
+		}
+		if err := s.report.save(o.out); err != nil {
+			return nil, err
+		}
+	}
+	return s.report, nil
+}
+
+// choose sets what to measure, and notes the proxies that are not there.
+func (s *suite) choose() (err error) {
+	if s.scenarios, err = pick(scenarios(), func(sc scenario) string { return sc.name }, s.options.scenarios); err != nil {
+		return fmt.Errorf("-scenarios: %w", err)
+	}
+	wanted, err := pick(proxies("bin/router"), func(p *proxy) string { return p.name }, s.options.proxies)
+	if err != nil {
+		return fmt.Errorf("-proxies: %w", err)
+	}
+	for _, p := range wanted {
+		if err := p.find(); err != nil {
+			s.report.Missing[p.name] = err.Error()
+			fmt.Fprintf(s.log, "without %s: %v\n", p.name, err)
+			continue
+		}
+		s.proxies = append(s.proxies, p)
+		s.report.Proxies = append(s.report.Proxies, p.name)
+		s.report.Versions[p.name] = p.version
+	}
+	return nil
+}
+
+// pick returns those of all whose names are in the list, all if it is empty.
+func pick[T any](all []T, name func(T) string, list string) (picked []T, err error) {
+	if list == "" {
+		return all, nil
+	}
+	for _, wanted := range strings.Split(list, ",") {
+		i := slices.IndexFunc(all, func(one T) bool { return name(one) == wanted })
+		if i < 0 {
+			return nil, fmt.Errorf("there is no %q", wanted)
+		}
+		picked = append(picked, all[i])
+	}
+	return picked, nil
+}
+
+// startBackends runs this program once more, on the same CPU.
+func (s *suite) startBackends() (stop func(), err error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	log, err := os.Create(filepath.Join(s.tmp, "backends.log"))
+	if err != nil {
+		return nil, err
+	}
+	defer log.Close()
+	r := &running{cmd: exec.Command(self, "backends"), ended: make(chan struct{}), log: log.Name()}
+	r.cmd.Stderr = log
+	r.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	if err := r.cmd.Start(); err != nil {
+		return nil, err
+	}
+	go r.wait()
+	s.backends = r.cmd.Process.Pid
+	for _, port := range backendPorts() {
+		if err := r.await(port); err != nil {
+			r.stop()
+			return nil, fmt.Errorf("backends: %w", err)
+		}
+	}
+	return r.stop, nil
+}
+
+// round runs every scenario against every proxy, of which another one is the
+// first in each round.
+func (s *suite) round(ctx context.Context, round int) error {
+	for _, scenario := range s.scenarios {
+		for i := range s.proxies {
+			p := s.proxies[(i+round-1)%len(s.proxies)]
+			if scenario.name == "check" && round > 1 || scenario.name == "idle" && p.direct() {
+				continue // once is enough; nobody has the memory
+			}
+			m := s.measure(ctx, p, scenario)
+			if ctx.Err() != nil {
+				return errors.New("interrupted")
+			}
+			m.Round = round
+			s.report.Runs = append(s.report.Runs, m)
+			fmt.Fprintln(s.log, m)
+		}
+	}
+	return nil
+}
+
+// measure runs one scenario against p, again when it failed or other programs
+// disturbed it.
+func (s *suite) measure(ctx context.Context, p *proxy, sc scenario) *run {
+	m := &run{Proxy: p.name, Scenario: sc.name}
+	for m.Tries < tries && ctx.Err() == nil {
+		m.Tries++
+		m.Error, m.Disturbed = "", ""
+		s.awaitCalm(ctx)
+		var err error
+		if m.Values, err = s.once(p, sc); err != nil {
+			m.Error = err.Error()
+			continue
+		}
+		if m.Disturbed = disturbed(sc.name, m.Values); m.Disturbed == "" {
+			break
+		}
+	}
+	return m
+}
+
+// once starts p afresh, and runs one scenario against it.
+func (s *suite) once(p *proxy, sc scenario) (values, error) {
+	t := &target{ports: p.ports(), backends: s.backends, overrides: !p.direct(), cpu: s.cpu, length: s.length,
+		idle: min(s.sessions, (s.files-1000)/p.files), settle: time.Second}
+	if t.idle < 1 {
+		return nil, fmt.Errorf("%d open files at most, want 2000", s.files)
+	}
+	if !p.direct() {
+		r, err := p.start(s.tmp, s.cpu)
+		if err != nil {
+			return nil, err
+		}
+		defer r.stop()
+		if t.group, err = processGroup(r.cmd.Process.Pid); err != nil {
+			return nil, err
+		}
+	}
+	return sc.run(t)
+}
+
+// disturbed says what took too much of the machine meanwhile.
+func disturbed(scenario string, v values) string {
+	most := .1
+	if scenario == "stream" {
+		// Interrupts on an idle CPU free the packets that were sent from it:
+		// they are the proxy's but not counted as its time.
+		most = .35
+	}
+	switch {
+	case v["steal"] > .03:
+		return fmt.Sprintf("other virtual machines took %.1f %%", 100*v["steal"])
+	case v["foreign"] > most:
+		return fmt.Sprintf("other programs took %.0f %% of a CPU", 100*v["foreign"])
+	}
+	return ""
+}
+
+// awaitCalm waits until other programs leave the machine idle for a second, for
+// the time calm at most.
+func (s *suite) awaitCalm(ctx context.Context) {
+	if s.calm > 0 {
+		time.Sleep(spin) // until the backends sleep
+	}
+	for deadline := time.Now().Add(s.calm); time.Now().Before(deadline) && ctx.Err() == nil; {
+		before, err := readCPUs()
+		if err != nil {
+			return // the measurement says it
+		}
+		time.Sleep(time.Second)
+		cpus, _ := readCPUs()
+		all := sum(cpus, before)
+		if busy := all.busy + all.steal; busy*100 <= (busy+all.idle)*6 {
+			return
+		}
+	}
+}

@@ -1,0 +1,163 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// rounds is a report of CPU per echo in three rounds.
+func rounds(disturbed ...string) *report {
+	r := &report{Proxies: []string{ours, "nginx", "haproxy"}, Missing: map[string]string{"nginx-64k": "it is away"}}
+	for i, v := range [][3]float64{{8, 10, 20}, {9, 30, 10}, {3, 2, 4}} {
+		for j, proxy := range r.Proxies {
+			r.Runs = append(r.Runs, &run{Round: i + 1, Proxy: proxy, Scenario: "echo64", Values: values{"cpu_us": v[j]}})
+		}
+	}
+	for i, text := range disturbed {
+		r.Runs[i].Disturbed = text
+	}
+	return r
+}
+
+func TestRequirements(t *testing.T) {
+	const row = "| CPU per echo of 64 B | 1.00 | 0.80 |"
+	alone := rounds()
+	alone.Runs = alone.Runs[:1] // ours only
+	four := rounds()
+	for _, m := range rounds("", "", "late").Runs[:3] { // haproxy was disturbed, and is not the best
+		m.Round, m.Values = 4, values{"cpu_us": 1}
+		four.Runs = append(four.Runs, m)
+	}
+	over := rounds()
+	over.Runs = over.Runs[6:]
+	for name, test := range map[string]struct {
+		report *report
+		want   string
+	}{
+		"median, extremes, peers": {rounds(), row + " 0.90 | nginx, haproxy (without nginx-64k, haproxy-splice) | 0.80–1.50 |"},
+		"two of three disturbed":  {rounds("x", "", "y"), row + " 0.90 | nginx, haproxy (without nginx-64k, haproxy-splice) | 0.80–1.50 |"},
+		"one of four disturbed":   {four, row + " 0.90 | nginx, haproxy (without nginx-64k, haproxy-splice) | 0.80–1.50 |"},
+		"over must":               {over, row + " **1.50** | nginx (without nginx-64k, haproxy-splice) | 1.50–1.50 |"},
+		"no peer":                 {alone, row + " – | (without nginx-64k, haproxy-splice) | – |"},
+		"another row":             {rounds(), "| user memory per idle session | 0.70 KiB | 0.40 KiB | – | – | – |"},
+		"what is missing":         {rounds(), "Not measured: nginx-64k, since it is away.\n"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if got := test.report.requirements(); !strings.Contains(got, test.want) {
+				t.Errorf("got\n%swant\n%s", got, test.want)
+			}
+		})
+	}
+}
+
+func TestOwnFigure(t *testing.T) {
+	r := &report{Runs: []*run{{Proxy: ours, Scenario: "idle", Values: values{"pss_kib": 0.7049}}}}
+	if want := "| 0.70 KiB | 0.40 KiB | 0.70 KiB | – | 0.70–0.70 |"; !strings.Contains(r.requirements(), want) {
+		t.Errorf("got\n%swant %s", r.requirements(), want)
+	}
+}
+
+func TestReport(t *testing.T) {
+	r := rounds("busy neighbour")
+	r.Runs[1].Values, r.Runs[1].Error = nil, "does not route"
+	out := filepath.Join(t.TempDir(), "new", "report")
+	if err := r.save(out); err != nil {
+		t.Fatal(err)
+	}
+	md, err := os.ReadFile(out + ".md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"| proxy | cpu_us |\n", "| haproxy | 10 [4–20] |", "DISTURBED: busy neighbour", "FAILED: does not route"} {
+		if !strings.Contains(string(md), want) {
+			t.Errorf("no %q in\n%s", want, md)
+		}
+	}
+	if err := r.failed(); err == nil || err.Error() != "1 of 9 measurements failed" {
+		t.Errorf("got %v, want 1 of 9", err)
+	}
+	if raw, err := os.ReadFile(out + ".json"); err != nil || !strings.Contains(string(raw), `"cpu_us": 8`) {
+		t.Errorf("got %v, %s", err, raw)
+	}
+}
+
+func TestDisturbed(t *testing.T) {
+	for scenario, v := range map[string]values{"echo64": {"foreign": .09, "steal": .029}, "stream": {"foreign": .34}} {
+		if got := disturbed(scenario, v); got != "" {
+			t.Errorf("%s %v: %s", scenario, v, got)
+		}
+	}
+	for scenario, v := range map[string]values{"echo64": {"foreign": .11}, "paced": {"steal": .031}, "stream": {"foreign": .36}} {
+		if disturbed(scenario, v) == "" {
+			t.Errorf("%s %v: not disturbed", scenario, v)
+		}
+	}
+}
+
+func TestPick(t *testing.T) {
+	name := func(s string) string { return s }
+	if got, err := pick([]string{"a", "b", "c"}, name, "c,a"); err != nil || strings.Join(got, "") != "ca" {
+		t.Errorf("got %v, %v", got, err)
+	}
+	if _, err := pick([]string{"a"}, name, "a,d"); err == nil || err.Error() != `there is no "d"` {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestConfigurations(t *testing.T) {
+	dir := t.TempDir()
+	if err := writeOverrides(dir); err != nil {
+		t.Fatal(err)
+	}
+	for file, want := range map[string]string{
+		"overrides.nginx":          "ov-0005 b1;\n",
+		"overrides.haproxy":        "ov-0005 b1\n",
+		"overrides/..data/ov-0005": "backend-1\n",
+	} {
+		if got, err := os.ReadFile(filepath.Join(dir, file)); err != nil || !strings.Contains(string(got), want) {
+			t.Errorf("%s: no %q, %v", file, want, err)
+		}
+	}
+	left := strings.NewReplacer("@DIR@", "", "@PORT@", "", "@ADMIN@", "")
+	for _, p := range proxies("router") {
+		for line := range strings.Lines(left.Replace(p.config + p.args)) {
+			if strings.Contains(line, "@") {
+				t.Errorf("%s: %s", p.name, line)
+			}
+		}
+	}
+}
+
+func TestNoProxy(t *testing.T) {
+	p := &proxy{name: "x", program: "no-such-proxy"}
+	if err := p.find(); err == nil || !strings.Contains(err.Error(), "no-such-proxy is not installed: apt-get install") {
+		t.Errorf("got %v", err)
+	}
+	p = &proxy{name: "x", program: "/bin/false", port: 1}
+	if _, err := p.start(t.TempDir(), 0); err == nil || !strings.Contains(err.Error(), "does not route: dial") {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestProcessCPU(t *testing.T) {
+	g, err := processGroup(syscall.Getpgrp())
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, err := g.cpu()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for begun := time.Now(); time.Since(begun) < 20*time.Millisecond; {
+	}
+	if after, err := g.cpu(); err != nil || after <= before {
+		t.Errorf("got %v then %v, %v", before, after, err)
+	}
+	if m, err := g.memory(); err != nil || m.pss < 1000 || m.files < 3 {
+		t.Errorf("got %+v, %v", m, err)
+	}
+}

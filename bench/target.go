@@ -1,0 +1,126 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"time"
+)
+
+// target is what a scenario is run against, and how.
+type target struct {
+	ports     []int // the proxy's, or of the backends
+	group     group // the proxy's processes, none without proxy
+	backends  int   // process of the backends
+	overrides bool  // the proxy has the overrides
+	cpu       int   // the proxy's
+	length    time.Duration
+	idle      int           // sessions of the scenario idle
+	settle    time.Duration // until memory is as it stays
+}
+
+// scenario is one kind of load and what is measured meanwhile.
+type scenario struct {
+	name string
+	run  func(*target) (values, error)
+}
+
+// scenarios returns them in the order of a round.
+func scenarios() []scenario {
+	return []scenario{
+		{"check", runCheck},
+		{"idle", runIdle},
+		{"echo64", func(t *target) (values, error) { return runEcho(t, 64, false) }},
+		{"echo1k", func(t *target) (values, error) { return runEcho(t, 1024, false) }},
+		{"paced", func(t *target) (values, error) { return runEcho(t, 64, true) }},
+		{"stream", runStream},
+		{"connect", runConnect},
+	}
+}
+
+// values are what one measurement gave, by metric; README.md explains them.
+type values map[string]float64
+
+// sample is CPU time used so far.
+type sample struct {
+	at                    time.Time
+	proxy, load, backends time.Duration // of processes
+	cpus                  map[int]cpuTicks
+}
+
+func (t *target) sample() (s sample, err error) {
+	var errs [4]error
+	s.proxy, errs[0] = t.group.cpu()
+	s.load, errs[1] = processCPU(os.Getpid())
+	s.backends, errs[2] = processCPU(t.backends)
+	s.cpus, errs[3] = readCPUs()
+	s.at = time.Now()
+	return s, errors.Join(errs[:]...)
+}
+
+// use is what happened between two samples.
+type use struct {
+	wall    time.Duration
+	proxy   time.Duration // CPU time of the proxy's processes
+	busy    time.Duration // of its CPU, on top of that interrupts charged to no process
+	foreign float64       // what other programs used, in CPUs
+	steal   float64       // what other virtual machines used, of all CPUs
+}
+
+// during runs f and says what was used meanwhile.
+func (t *target) during(f func() error) (u use, err error) {
+	before, err := t.sample()
+	if err != nil {
+		return u, err
+	}
+	if err := f(); err != nil {
+		return u, err
+	}
+	after, err := t.sample()
+	all := sum(after.cpus, before.cpus)
+	u.wall, u.proxy = after.at.Sub(before.at), after.proxy-before.proxy
+	u.busy = after.cpus[t.cpu].busy - before.cpus[t.cpu].busy
+	known := u.proxy + after.load - before.load + after.backends - before.backends
+	u.foreign = max(all.busy-known, 0).Seconds() / u.wall.Seconds()
+	u.steal = float64(all.steal) / float64(max(all.busy+all.idle+all.steal, 1))
+	return u, err
+}
+
+func (u use) values() values {
+	return values{"cpu_share": u.proxy.Seconds() / u.wall.Seconds(), "foreign": u.foreign, "steal": u.steal}
+}
+
+// operations returns what each operation cost, and the quantiles of their
+// latencies, which it sorts.
+func (u use) operations(latencies []time.Duration) (values, error) {
+	n := len(latencies)
+	if n == 0 {
+		return nil, fmt.Errorf("nothing came back in %s", u.wall)
+	}
+	slices.Sort(latencies)
+	v := u.values()
+	if u.proxy > 0 {
+		v["cpu_us"] = u.proxy.Seconds() * 1e6 / float64(n)
+		v["busy_us"] = u.busy.Seconds() * 1e6 / float64(n)
+	}
+	v["per_s"] = float64(n) / u.wall.Seconds()
+	v["p50_ms"] = latencies[n/2].Seconds() * 1e3
+	v["p99_ms"] = latencies[n*99/100].Seconds() * 1e3
+	return v, nil
+}
+
+// download returns what each of the bytes cost.
+func (u use) download(bytes int64) (values, error) {
+	if bytes == 0 {
+		return nil, fmt.Errorf("nothing came in %s", u.wall)
+	}
+	gb := float64(bytes) / 1e9
+	v := u.values()
+	if u.proxy > 0 {
+		v["cpu_s_per_gb"] = u.proxy.Seconds() / gb
+		v["busy_s_per_gb"] = u.busy.Seconds() / gb
+	}
+	v["mb_per_s"] = gb * 1e3 / u.wall.Seconds()
+	return v, nil
+}
