@@ -6,9 +6,12 @@ FUZZTIME    ?= 10s
 E2E_FLAGS   ?=
 # no: the nodes pull the image from a registry (make push)
 LOAD        ?= yes
+ROUNDS      ?= 3
+# of bin/bench (-h), such as -d 2s -n 1000 -proxies router,haproxy
+BENCH_FLAGS ?=
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
-.PHONY: help build demo test fuzz bench lint image push load deploy undeploy e2e certs clean
+.PHONY: help build demo test fuzz bench benchcheck benchparts lint image push load deploy undeploy e2e certs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -23,6 +26,7 @@ demo: build ## four backends, the router and the demo page on this machine
 test: ## all tests that need no cluster, with the race detector
 	go vet ./...
 	cd e2e && go vet ./...
+	cd bench && go vet ./... && go test -race -count=1 ./...
 	go test -race -count=1 ./...
 	go test -race -count=1 -tags portable -run 'Relay|Proxy|Move|Drain' .
 
@@ -30,7 +34,14 @@ fuzz: ## each fuzz target for FUZZTIME
 	@for target in $$(grep -ho '^func Fuzz[A-Za-z]*' *_test.go | cut -d' ' -f2); do \
 		go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) . || exit 1; done
 
-bench: ## benchmarks of the parts
+bench: build ## the router beside nginx and HAProxy: a table (ROUNDS, BENCH_FLAGS)
+	cd bench && CGO_ENABLED=0 go build -trimpath -o ../bin/bench .
+	bench/run.sh -rounds $(ROUNDS) $(BENCH_FLAGS)
+
+benchcheck: ## that the comparison works: routing through each proxy, no figures
+	$(MAKE) bench ROUNDS=1 BENCH_FLAGS='-scenarios check -calm 0s -out bin/benchcheck'
+
+benchparts: ## benchmarks of the parts
 	go test -run '^$$' -bench . -benchmem .
 
 lint: ## gofmt, vet, staticcheck, and shellcheck where it is installed
@@ -38,7 +49,8 @@ lint: ## gofmt, vet, staticcheck, and shellcheck where it is installed
 	go vet ./...
 	go run $(STATICCHECK) ./...
 	cd e2e && go vet ./... && go run $(STATICCHECK) ./...
-	@if command -v shellcheck; then shellcheck k8s/*.sh certs/*.sh backend/*.sh .ci/run; fi
+	cd bench && go vet ./... && go run $(STATICCHECK) ./...
+	@if command -v shellcheck; then shellcheck k8s/*.sh certs/*.sh backend/*.sh bench/*.sh .ci/run; fi
 
 image: build ## the image, with docker, podman or buildah
 	k8s/image.sh build $(IMAGE)
@@ -62,4 +74,4 @@ certs: ## a root CA and a certificate for mydomain.com, in certs/
 	certs/make.sh
 
 clean: ## remove what was built
-	rm -rf bin e2e/artifacts
+	rm -rf bin e2e/artifacts bench/results
