@@ -359,47 +359,6 @@ func TestRelayEarlyBytes(t *testing.T) {
 	}
 }
 
-// A reader that stops stops its sender, and nobody else.
-func TestRelayBackpressure(t *testing.T) {
-	r := quietRelay(t, 1)
-	stuck := carried(t, r, 0, nil, nil)
-	var sent int64
-	for { // until nothing was taken for a while
-		stuck.backend.SetWriteDeadline(time.Now().Add(200 * time.Millisecond))
-		n, err := stuck.backend.Write(make([]byte, 64<<10))
-		sent += int64(n)
-		if err != nil {
-			break
-		}
-		if sent > 64<<20 {
-			t.Fatal("64 MiB were taken for a reader that does not read")
-		}
-	}
-	other := carried(t, r, 0, nil, nil)
-	mustWrite(t, other.client, "ping")
-	mustRead(t, other.backend, "ping")
-
-	closeWrite(t, stuck.backend)
-	stuck.client.SetReadDeadline(time.Now().Add(patience))
-	if n, err := io.Copy(io.Discard, stuck.client); n != sent || err != nil {
-		t.Errorf("the reader got %d bytes, %v; want the %d that were sent", n, err, sent)
-	}
-	stuck.client.Close()
-	other.end(causeDrain)
-	waitFor(t, r)
-}
-
-// stuff writes until nothing is taken for a while, and returns how much was.
-func stuff(conn net.Conn) (n int64) {
-	for {
-		conn.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
-		m, err := conn.Write(make([]byte, 32<<10))
-		if n += int64(m); err != nil {
-			return n
-		}
-	}
-}
-
 // What is stuck in both directions flows when both sides read, though nothing
 // else happens that could wake the relay.
 func TestRelayStuckBothWays(t *testing.T) {

@@ -1,0 +1,259 @@
+package main
+
+import (
+	"errors"
+	"io"
+	"math/rand/v2"
+	"net"
+	"os"
+	"runtime"
+	"slices"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// heldMost is how much the relay may hold of what a side does not take, in bytes.
+const heldMost = 64 << 10
+
+// stuff writes until nothing is taken for a while, and returns how much was.
+func stuff(conn net.Conn) (n int64) { return stuffWith(conn, endless{}, 32<<10) }
+
+// stuffWith writes pieces of what r has until nothing is taken for a while, and
+// returns how much was: no more than 64 MiB, which no kernel has for a socket.
+func stuffWith(conn net.Conn, r io.Reader, piece int) (n int64) {
+	for buf := make([]byte, piece); n < 64<<20; {
+		io.ReadFull(r, buf) // endless, or long enough
+		conn.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
+		m, err := conn.Write(buf)
+		if n += int64(m); err != nil {
+			break
+		}
+	}
+	return n
+}
+
+// smallPairs returns what a session is between, as behind nginx: the ends of a
+// Unix socket and of a TCP connection, of which the kernel holds little. (A TCP
+// socket that takes less than a segment at a time, 64 KiB on the loopback device,
+// is slow beyond measure.)
+func smallPairs(t testing.TB) (client, near halfConn, far, backend halfConn) {
+	t.Helper()
+	c, n := unixPair(t)
+	f, b := tcpPair(t)
+	for _, conn := range []interface{ SetWriteBuffer(int) error }{c, n, f, b} {
+		conn.SetWriteBuffer(16 << 10)
+	}
+	f.SetReadBuffer(64 << 10)
+	b.SetReadBuffer(64 << 10)
+	return c, n, f, b
+}
+
+// stuckSession is a session of smallPairs.
+type stuckSession struct{ client, backend halfConn }
+
+func carriedSmall(t testing.TB, r *relay) stuckSession {
+	t.Helper()
+	client, near, far, backend := smallPairs(t)
+	r.carry(&session{namespace: "ns-01"}, [2]net.Conn{near, far}, [2][]byte{})
+	return stuckSession{client, backend}
+}
+
+// A reader that stops stops its sender: no more is taken of it than the kernel's
+// part, which two connections without a relay show, and heldMost. It fails if
+// more is held, or if a side is read while something is held of it.
+func TestRelayBackpressure(t *testing.T) {
+	client, _, far, _ := smallPairs(t)
+	toBackend := stuff(client) + stuff(far)
+	_, near, _, backend := smallPairs(t)
+	toClient := stuff(near) + stuff(backend)
+
+	c := carriedSmall(t, quietRelay(t, 1))
+	for name, d := range map[string]struct {
+		from, to halfConn
+		kernel   int64
+	}{"to the backend": {c.client, c.backend, toBackend}, "to the client": {c.backend, c.client, toClient}} {
+		sent := stuff(d.from)
+		t.Logf("%s: %d bytes were taken, the kernel's part is %d", name, sent, d.kernel)
+		if least, most := d.kernel*3/4, d.kernel*5/4+heldMost; sent < least || sent > most {
+			t.Errorf("%s: %d bytes were taken for a reader that does not read, want %d to %d", name, sent, least, most)
+		}
+		if err := d.from.CloseWrite(); err != nil {
+			t.Fatal(err)
+		}
+		defer mustReadAll(t, d.to, sent)
+	}
+}
+
+// echoing starts sessions whose backends send back what comes, until the test
+// ends.
+func echoing(t *testing.T, r *relay, count int) []relayed {
+	t.Helper()
+	all := make([]relayed, count)
+	var echoes sync.WaitGroup
+	for i := range all {
+		c := carried(t, r, 0, nil, nil)
+		all[i] = c
+		echoes.Go(func() { io.Copy(c.backend, c.backend) })
+	}
+	t.Cleanup(func() {
+		for _, c := range all {
+			c.client.Close()
+		}
+		echoes.Wait()
+	})
+	return all
+}
+
+// slowest1 returns how long all but one in a hundred echoes took, with one under
+// way in every session at a time.
+func slowest1(t *testing.T, sessions []relayed) time.Duration {
+	t.Helper()
+	const each = 40
+	took := make([]time.Duration, each*len(sessions))
+	var all sync.WaitGroup
+	for i, c := range sessions {
+		all.Go(func() {
+			message := make([]byte, 100)
+			c.client.SetDeadline(time.Now().Add(patience))
+			for j := range each {
+				begun := time.Now()
+				_, err := c.client.Write(message)
+				if _, rerr := io.ReadFull(c.client, message); errors.Join(err, rerr) != nil {
+					t.Error(errors.Join(err, rerr))
+					return
+				}
+				took[i*each+j] = time.Since(begun)
+			}
+		})
+	}
+	all.Wait()
+	slices.Sort(took)
+	return took[len(took)*99/100]
+}
+
+// processorTime returns what this process has used.
+func processorTime(t testing.TB) time.Duration {
+	t.Helper()
+	var u syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
+		t.Fatal(os.NewSyscallError("getrusage", err))
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
+// Sessions that are stuck in both directions cost the others nothing, and at rest
+// no processor time. Latencies are compared with those of a relay without them,
+// the best of some rounds, since other programs have a part in each.
+//
+// It fails if a poller waits for a socket, or asks again and again for what a
+// stuck one has.
+func TestRelayStuckStopsItselfOnly(t *testing.T) {
+	const others, stuck = 50, 200
+	calm, crowded := quietRelay(t, 1), quietRelay(t, 1)
+	without, with := echoing(t, calm, others), echoing(t, crowded, others)
+	var all sync.WaitGroup
+	for range stuck {
+		c := carriedSmall(t, crowded)
+		all.Go(func() { stuff(c.client) })
+		all.Go(func() { stuff(c.backend) })
+	}
+	all.Wait()
+
+	best, bestCrowded := time.Hour, time.Hour
+	for range 5 {
+		best = min(best, slowest1(t, without))
+		bestCrowded = min(bestCrowded, slowest1(t, with))
+	}
+	t.Logf("99 of 100 echoes took at most %s without stuck sessions and %s with them", best, bestCrowded)
+	if bestCrowded > 5*best {
+		t.Errorf("99 of 100 echoes took up to %s with %d stuck sessions, want 5 times the %s without at most", bestCrowded, stuck, best)
+	}
+
+	const rest = 200 * time.Millisecond
+	least := rest
+	for range 3 {
+		begun := processorTime(t)
+		<-time.After(rest)
+		least = min(least, processorTime(t)-begun)
+	}
+	t.Logf("%s of processor time in %s at rest", least, rest)
+	if least > rest/10 {
+		t.Errorf("%s of processor time in %s with nothing to do, want a tenth at most", least, rest)
+	}
+}
+
+// userMemory is what this process has in use for the heap and stacks, in bytes.
+// The far ends' part is in it too; the kernel's buffers are not.
+func userMemory() int64 {
+	for range 2 { // what was put in a sync.Pool outlives one
+		runtime.GC()
+	}
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return int64(m.HeapInuse + m.StackInuse)
+}
+
+// inBatches calls do for 0 to count-1, so many at once that a processor has time
+// for each.
+func inBatches(count int, do func(i int)) {
+	const atOnce = 200
+	for first := 0; first < count; first += atOnce {
+		var all sync.WaitGroup
+		for i := first; i < min(count, first+atOnce); i++ {
+			all.Go(func() { do(i) })
+		}
+		all.Wait()
+	}
+}
+
+// Two thousand stuck sessions take bounded memory, each byte comes when their
+// readers go on, and the memory is given back. It fails if what is held is not
+// bounded, is lost at the end, or stays with the session or the relay.
+func TestRelayStuckMemory(t *testing.T) {
+	const sessions = 2000
+	seed := randomSeed(t)
+	noise := newNoise(seed)
+	r := quietRelay(t, 1)
+	all, sent := make([]stuckSession, sessions), make([]int64, sessions)
+	before := userMemory()
+	for i := range all {
+		all[i] = carriedSmall(t, r)
+	}
+	open := userMemory()
+	inBatches(sessions, func(i int) {
+		sent[i] = stuffWith(all[i].backend, newFlow(noise, seed+uint64(i), 64<<20, server, false), 4<<10)
+		all[i].backend.CloseWrite()
+	})
+	full, taken := userMemory(), r.bytes()[server]
+	inBatches(sessions, func(i int) {
+		flow := newFlow(noise, seed+uint64(i), int(sent[i]), server, false)
+		all[i].client.SetReadDeadline(time.Now().Add(patience))
+		if err := flow.check(all[i].client, rand.New(rand.NewPCG(seed, uint64(i)))); err != nil {
+			t.Errorf("session %d: %v", i, err)
+		}
+		all[i].client.Close()
+	})
+	waitFor(t, r)
+	after := userMemory()
+	var total int64
+	for _, n := range sent {
+		total += n
+	}
+	const mega = 1 << 20
+	t.Logf("of %d MiB sent %d MiB were taken; memory: %d KiB open, %d MiB full, %d KiB after",
+		total/mega, taken/mega, (open-before)>>10, (full-before)/mega, (after-before)>>10)
+	if full-before > 200*mega {
+		t.Errorf("%d stuck sessions take %d MiB, want 200 at most", sessions, (full-before)/mega)
+	}
+	if after-before > 20*mega {
+		t.Errorf("%d MiB are still in use, want 20 at most", (after-before)/mega)
+	}
+	if total-taken < sessions*heldMost {
+		t.Errorf("%d bytes were not taken, want at least %d for each session: are they stuck?", total-taken, heldMost)
+	}
+	if got := r.bytes(); got != [2]int64{0, total} || r.ended[causeBackend].Load() != sessions {
+		t.Errorf("%d bytes and %d clean ends, want %d and %d", got, r.ended[causeBackend].Load(), total, sessions)
+	}
+}
