@@ -48,6 +48,8 @@ type session struct {
 	backend   int    // ordinal
 	started   time.Time
 
+	at int // in relay.sessions; guarded by relay.mu
+
 	why   atomic.Int32    // a cause
 	gone  atomic.Bool     // it has ended, and was counted
 	count [2]atomic.Int64 // bytes from each side that the other has taken
@@ -89,8 +91,8 @@ type relay struct {
 
 	// Guarded by mu.
 	mu       sync.Mutex
-	sessions map[*session]struct{}
-	bytesOf  [2]int64 // that came from each side of the sessions that have ended
+	sessions []*session // in no order: where goes through all of them
+	bytesOf  [2]int64   // that came from each side of the sessions that have ended
 
 	open      sync.WaitGroup // sessions
 	ended     [causes]atomic.Int64
@@ -104,8 +106,7 @@ type backendCount struct{ open, total atomic.Int64 }
 // the log. It carries between start and stop.
 func newRelay(backends int, name func(backend int) string, log *slog.Logger) *relay {
 	return &relay{
-		name: name, linger: lingerTime, freed: func(int) {}, log: log,
-		sessions: map[*session]struct{}{}, byBackend: make([]backendCount, backends),
+		name: name, linger: lingerTime, freed: func(int) {}, log: log, byBackend: make([]backendCount, backends),
 	}
 }
 
@@ -125,9 +126,7 @@ func (r *relay) carry(s *session, ends [2]net.Conn, first [2][]byte) {
 	s.started = time.Now()
 	r.carrier.attach(s, ends)
 	r.open.Add(1)
-	r.mu.Lock()
-	r.sessions[s] = struct{}{}
-	r.mu.Unlock()
+	r.add(s)
 	r.byBackend[s.backend].open.Add(1)
 	r.byBackend[s.backend].total.Add(1)
 	r.carrier.begin(s, ends, first)
@@ -138,11 +137,7 @@ func (r *relay) carry(s *session, ends [2]net.Conn, first [2][]byte) {
 // each, when it has closed both sockets.
 func (r *relay) over(s *session) {
 	why, n := cause(s.why.Load()), s.bytes()
-	r.mu.Lock()
-	delete(r.sessions, s)
-	r.bytesOf[client] += n[client]
-	r.bytesOf[server] += n[server]
-	r.mu.Unlock()
+	r.remove(s, n)
 	r.byBackend[s.backend].open.Add(-1)
 	r.ended[why].Add(1)
 	r.log.Info("session ended", "namespace", s.namespace, "backend", r.name(s.backend), "cause", why.String(),
@@ -151,6 +146,26 @@ func (r *relay) over(s *session) {
 	s.gone.Store(true)
 	r.freed(sessionDescriptors)
 	r.open.Done()
+}
+
+// add puts s into the set.
+func (r *relay) add(s *session) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	s.at = len(r.sessions)
+	r.sessions = append(r.sessions, s)
+}
+
+// remove takes s, whose bytes are n, out of the set. The last takes its place.
+func (r *relay) remove(s *session, n [2]int64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	last := len(r.sessions) - 1
+	r.sessions[s.at], r.sessions[last].at = r.sessions[last], s.at
+	r.sessions[last] = nil
+	r.sessions = r.sessions[:last]
+	r.bytesOf[client] += n[client]
+	r.bytesOf[server] += n[server]
 }
 
 // blame notes why the session ends, unless it was noted before.
@@ -165,7 +180,7 @@ func (r *relay) where(match func(*session) bool) []*session {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	var found []*session
-	for s := range r.sessions {
+	for _, s := range r.sessions {
 		if match(s) {
 			found = append(found, s)
 		}
@@ -186,7 +201,7 @@ func (r *relay) bytes() [2]int64 {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	sum := r.bytesOf
-	for s := range r.sessions {
+	for _, s := range r.sessions {
 		n := s.bytes()
 		sum[client] += n[client]
 		sum[server] += n[server]

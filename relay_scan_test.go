@@ -1,0 +1,137 @@
+package main
+
+import (
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"runtime/debug"
+	"slices"
+	"testing"
+	"time"
+)
+
+// scanSessions is how many sessions a router is to look through within scanTime.
+const (
+	scanSessions = 100_000
+	scanTime     = 10 * time.Millisecond
+)
+
+// scanned returns a relay with scanSessions sessions that are with their owners,
+// and a mover for it. They have no sockets, which no process could have for so
+// many: they are in the relay's set, and nothing else of them is looked at.
+func scanned(t testing.TB, overrides int) (*relay, *mover, []*session) {
+	t.Helper()
+	log := slog.New(slog.DiscardHandler)
+	router := lookupTable(t, 4, overrides)
+	r := newRelay(4, func(i int) string { return backendName("backend", i) }, log)
+	all := make([]*session, scanSessions)
+	for i, namespace := range shuffled(manyNamespaces(scanSessions)) {
+		owner, _ := router.table().owner(namespace)
+		all[i] = &session{namespace: namespace, backend: owner}
+		all[i].count[client].Store(int64(i))
+		all[i].count[server].Store(1)
+	}
+	rng := rand.New(rand.NewPCG(5, 6)) // in memory, sessions are not in the order of the set
+	rng.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+	for _, s := range all {
+		r.add(s)
+	}
+	return r, newMover(router, r, 0, log), all
+}
+
+// raced reports whether the race detector is on.
+func raced() bool {
+	info, _ := debug.ReadBuildInfo() // a test binary has it
+	return slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
+}
+
+// A scan finds exactly the sessions it is to find, also when others have ended
+// meanwhile, and takes scanTime of the processor at most, which other programs
+// have no part in; with the race detector twenty times that.
+//
+// It fails if a session is left out or comes twice, if another than the one that
+// ended is taken out, if the bytes of an ended session are forgotten, and if the
+// set is one that takes long to go through, as a map of so many did.
+func TestRelayScan(t *testing.T) {
+	r, m, all := scanned(t, 1000)
+	want := map[*session]bool{}
+	for i, s := range all {
+		if i%1000 < 2 {
+			s.backend = (s.backend + 1) % 4
+			want[s] = true
+		}
+	}
+	for i := 1; i < scanSessions; i += 2 {
+		r.remove(all[i], all[i].bytes())
+		delete(want, all[i])
+	}
+	if got := r.size(); got != scanSessions/2 {
+		t.Errorf("%d sessions, want %d", got, scanSessions/2)
+	}
+	for _, s := range r.where(m.misplaced) {
+		if !want[s] {
+			t.Errorf("%s was found, and is with its owner, has ended, or was found before", s.namespace)
+		}
+		delete(want, s)
+	}
+	if len(want) > 0 {
+		t.Errorf("%d sessions were not found", len(want))
+	}
+	if got, want := r.bytes(), [2]int64{scanSessions * (scanSessions - 1) / 2, scanSessions}; got != want {
+		t.Errorf("bytes = %d, want %d", got, want)
+	}
+	for i := 1; i < scanSessions; i += 2 {
+		r.add(all[i])
+	}
+	wantScanTime(t, r, m)
+}
+
+// wantScanTime measures what a processor needs for scans.
+func wantScanTime(t *testing.T, r *relay, m *mover) {
+	t.Helper()
+	most := scanTime
+	if raced() {
+		most *= 20
+	}
+	for name, scan := range map[string]func(){
+		"where one flag is set":           func() { r.where((*session).ending) },
+		"where the owner is another":      func() { r.where(m.misplaced) },
+		"the sum of what they have taken": func() { r.bytes() },
+	} {
+		var took []time.Duration
+		for range 9 {
+			begun := processorTime(t)
+			scan()
+			took = append(took, processorTime(t)-begun)
+		}
+		slices.Sort(took)
+		t.Logf("%s: %s to %s", name, took[0], took[len(took)-1])
+		if took[0] > most { // the best: other programs' part in the cache is in all
+			t.Errorf("%s: a scan takes %s of processor time, want %s at most", name, took[0], most)
+		}
+	}
+}
+
+// BenchmarkRelayScan is what a table's swap costs for scanSessions sessions that
+// stay, by how many overrides the table has, and what the set alone does.
+func BenchmarkRelayScan(b *testing.B) {
+	for _, overrides := range []int{0, 1_000, 100_000} {
+		r, m, _ := scanned(b, overrides)
+		b.Run(fmt.Sprintf("misplaced/overrides=%d", overrides), func(b *testing.B) {
+			for b.Loop() {
+				r.where(m.misplaced)
+			}
+		})
+	}
+	r, _, _ := scanned(b, 0)
+	b.Run("ending", func(b *testing.B) {
+		for b.Loop() {
+			r.where((*session).ending)
+		}
+	})
+	b.Run("bytes", func(b *testing.B) {
+		for b.Loop() {
+			r.bytes()
+		}
+	})
+}
