@@ -2,13 +2,17 @@ package main
 
 import (
 	"bytes"
+	"encoding/binary"
 	"fmt"
+	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -157,4 +161,90 @@ func TestProcessSurvivesWithoutDescriptors(t *testing.T) {
 		conn.Close()
 	}
 	p.open(t, "ns-01")
+}
+
+// marked checks that what it is given is one mark over and over.
+type marked struct {
+	mark [8]byte
+	seen int
+}
+
+func (m *marked) Write(b []byte) (int, error) {
+	for _, c := range b {
+		if c != m.mark[m.seen%len(m.mark)] {
+			return 0, fmt.Errorf("byte %d is %#x in session %x", m.seen, c, m.mark)
+		}
+		m.seen++
+	}
+	return len(b), nil
+}
+
+// talk makes a session in which both ends send back what they get, which is the
+// session's number over and over, and ends it in four ways at once.
+func talk(t *testing.T, r *relay, number uint64, after time.Duration) {
+	c := carried(t, r, 0, nil, nil)
+	var atClient, atBackend marked
+	binary.BigEndian.PutUint64(atClient.mark[:], number)
+	atBackend.mark = atClient.mark
+	var talking sync.WaitGroup
+	mustWrite(t, c.client, string(bytes.Repeat(atClient.mark[:], 100)))
+	talking.Go(func() { wantMarked(t, &atBackend, io.TeeReader(c.backend, c.backend)) })
+	talking.Go(func() { wantMarked(t, &atClient, io.TeeReader(c.client, c.client)) })
+	<-time.After(after)
+	for _, end := range []func(){
+		func() { c.end(causeMoved) }, func() { c.end(causeDrain) },
+		func() { c.client.Close() }, func() { c.backend.Close() },
+	} {
+		talking.Go(end)
+	}
+	talking.Wait()
+}
+
+// wantMarked reads until the connection is gone.
+func wantMarked(t *testing.T, m *marked, r io.Reader) {
+	buf := make([]byte, 4<<10)
+	for {
+		n, err := r.Read(buf)
+		if _, bad := m.Write(buf[:n]); bad != nil {
+			t.Error(bad)
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+// A descriptor that was closed is not used any more: it may be another session's
+// by then. All come back.
+func TestRelayKeepsSessionsApart(t *testing.T) {
+	r := quietRelay(t, 1)
+	carried(t, r, 0, nil, nil).end(causeDrain) // Go's poller has its descriptors now
+	before := descriptors(t)
+	const sessions, workers = 4000, 8
+	var all sync.WaitGroup
+	for worker := range uint64(workers) {
+		all.Go(func() {
+			rng := rand.New(rand.NewPCG(worker, 1))
+			for i := range uint64(sessions / workers) {
+				talk(t, r, rng.Uint64()<<16|worker<<12|i, time.Duration(rng.IntN(1000))*time.Microsecond)
+			}
+		})
+	}
+	all.Wait()
+	waitFor(t, r)
+	for end := time.Now().Add(patience); descriptors(t) > before; <-time.After(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%d descriptors are open, %d were before the sessions", descriptors(t), before)
+		}
+	}
+}
+
+// descriptors is how many this process has open (proc_pid_fd(5)).
+func descriptors(t *testing.T) int {
+	t.Helper()
+	fds, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(fds)
 }
