@@ -18,6 +18,7 @@ type admin struct {
 	gate       *gate
 	configMaps *configMaps   // nil without an API server
 	missing    func() string // why there is no table yet, in words
+	dropped    func() int64  // log lines
 	started    time.Time
 
 	draining atomic.Bool

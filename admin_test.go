@@ -99,7 +99,8 @@ func adminOf(t *testing.T, addrs ...string) (a *admin, update func(...entries) [
 	b := fixedBackends("backend", addrs)
 	router := &router{statefulSet: "backend", backends: len(addrs), log: quiet, swapped: func() {}}
 	p := &proxy{router: router, backends: b, relay: newRelay(len(addrs), b.name, quiet), log: quiet}
-	return &admin{proxy: p, gate: wideGate(t), missing: func() string { return "they are late" }, started: time.Now()}, router.update
+	return &admin{proxy: p, gate: wideGate(t), missing: func() string { return "they are late" },
+		dropped: func() int64 { return 0 }, started: time.Now()}, router.update
 }
 
 // answered is the admin's answer to GET path.

@@ -199,13 +199,13 @@ func TestBadHeads(t *testing.T) {
 			t.Parallel()
 			for _, network := range []string{"tcp", "unix"} {
 				f := startCountingFront(t, network)
+				begun := time.Now()
 				conn, err := net.Dial(network, f.addr)
 				if err != nil {
 					t.Fatal(err)
 				}
 				defer conn.Close()
 				conn.SetDeadline(time.Now().Add(patience))
-				begun := time.Now()
 				if _, err := io.WriteString(conn, tt.send); err != nil {
 					t.Fatal(err)
 				}

@@ -7,6 +7,7 @@ import (
 	stdlog "log"
 	"log/slog"
 	"runtime/debug"
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -21,6 +22,92 @@ func newLogger(w io.Writer, format string, level slog.Level) (*slog.Logger, erro
 		return slog.New(slog.NewJSONHandler(w, options)), nil
 	}
 	return nil, fmt.Errorf("-log-format %q, want text or json", format)
+}
+
+const (
+	logRoom  = 4 << 20         // most bytes of lines that wait, some 15,000 lines
+	logSpare = 64 << 10        // bytes that are kept for the next lines
+	logFlush = 2 * time.Second // bounds how long the end waits for the last lines to be taken
+)
+
+// logQueue stands between the log and what takes its lines, so that nobody who
+// logs waits for that: a pipe that is not read must not stop sessions. Lines for
+// which there is no room are dropped, counted, and told of.
+type logQueue struct {
+	out io.Writer // static
+
+	// Guarded by mu.
+	mu     sync.Mutex
+	lines  []byte
+	lost   int64 // lines since run last looked
+	closed bool
+
+	wake    chan struct{} // capacity 1: there are lines, or closed
+	done    chan struct{} // closed when run has returned
+	dropped atomic.Int64  // lines since the start
+}
+
+func newLogQueue(out io.Writer) *logQueue {
+	return &logQueue{out: out, wake: make(chan struct{}, 1), done: make(chan struct{})}
+}
+
+// Write takes a line, and has no error.
+func (q *logQueue) Write(line []byte) (int, error) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if len(q.lines)+len(line) <= logRoom {
+		q.lines = append(q.lines, line...)
+	} else {
+		q.lost++
+		q.dropped.Add(1)
+	}
+	q.signal()
+	return len(line), nil
+}
+
+// signal makes run look. It does not block.
+func (q *logQueue) signal() {
+	select {
+	case q.wake <- struct{}{}:
+	default:
+	}
+}
+
+// run writes the lines until stop, with a line to log, which is the queue's own,
+// where some were dropped.
+func (q *logQueue) run(log *slog.Logger) {
+	defer close(q.done)
+	var spare []byte
+	for closed := false; !closed; {
+		<-q.wake
+		q.mu.Lock()
+		lines, lost := q.lines, q.lost
+		q.lines, q.lost, closed = spare[:0], 0, q.closed
+		q.mu.Unlock()
+		if lost > 0 {
+			log.Warn("log lines dropped", "lines", lost)
+			closed = false // that line has woken us up
+		}
+		if n, err := q.out.Write(lines); err != nil {
+			q.dropped.Add(int64(bytes.Count(lines[n:], []byte("\n"))))
+		}
+		if spare = lines; cap(spare) > logSpare {
+			spare = nil
+		}
+	}
+}
+
+// stop returns when all lines were written, or logFlush is over. Nobody logs any
+// more.
+func (q *logQueue) stop() {
+	q.mu.Lock()
+	q.closed = true
+	q.signal()
+	q.mu.Unlock()
+	select {
+	case <-q.done:
+	case <-time.After(logFlush):
+	}
 }
 
 // serverLog returns a log for http.Server: what it tells are its own troubles,

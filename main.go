@@ -77,20 +77,25 @@ func exitCode(err error) int {
 	return 1
 }
 
-// run is the program: it serves until ctx ends, then drains. Logs go to stdout.
+// run is the program: it serves until ctx ends, then drains. Logs go to stdout,
+// which is waited for at the end only, for logFlush at most.
 func run(ctx context.Context, args []string, getenv func(string) string, stdout io.Writer) error {
 	c, err := parseConfig(args, getenv, stdout)
 	if err != nil {
 		return err
 	}
-	log, err := newLogger(stdout, c.logFormat, c.logLevel)
+	queue := newLogQueue(stdout)
+	log, err := newLogger(queue, c.logFormat, c.logLevel)
 	if err != nil {
 		return err
 	}
+	go queue.run(log)
+	defer queue.stop()
 	p, err := newProgram(c, getenv, log)
 	if err != nil {
 		return err
 	}
+	p.admin.dropped = queue.dropped.Load
 	front, err := listen(c.listen, c.peerTimeout)
 	if err != nil {
 		return fmt.Errorf("-listen: %w", err)

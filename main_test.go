@@ -167,7 +167,13 @@ func (r *runningRouter) get(t testing.TB, path string) (status int, body string)
 // open makes a session and waits for its first echo.
 func (r *runningRouter) open(t testing.TB, namespace string) *websocket.Conn {
 	t.Helper()
-	ws, err := websocket.Dial(r.ws+namespace, "", "http://origin.example/")
+	config, err := websocket.NewConfig(r.ws+namespace, "http://origin.example/")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	ws, err := config.DialContext(ctx)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -50,6 +50,7 @@ func (a *admin) writeMetrics(w io.Writer) {
 	if a.configMaps != nil {
 		writeWatches(m, a.configMaps)
 	}
+	m.single("router_log_lines_dropped_total", "counter", "Log lines that nobody took in time.", float64(a.dropped()))
 	m.single("go_goroutines", "gauge", "Goroutines.", float64(runtime.NumGoroutine()))
 	m.single("process_start_time_seconds", "gauge", "Start of the process, in seconds since the epoch.",
 		float64(a.started.UnixNano())/float64(time.Second))

@@ -164,6 +164,7 @@ func TestMetricsOfASession(t *testing.T) {
 		`router_sessions{backend="backend-0"}`:                                                 0, `router_sessions{backend="backend-1"}`: 0,
 		`router_sessions_total{backend="backend-1"}`: 0, `router_upgrades_waiting`: 0,
 		`router_bytes_total{direction="to_backend"}`: 0, `router_bytes_total{direction="to_client"}`: 0,
+		`router_log_lines_dropped_total`: 0, `router_accept_paused`: 0, `router_descriptors{kind="used"}`: 0,
 	})
 	zero := map[string]float64{}
 	for r := range results {

@@ -24,6 +24,7 @@ func metricNames() map[string]dto.MetricType {
 		"router_bytes_total":             counter,
 		"router_descriptors":             gauge,
 		"router_accept_paused":           gauge,
+		"router_log_lines_dropped_total": counter,
 		"router_table_info":              gauge,
 		"router_table_overrides":         gauge,
 		"router_table_backends":          gauge,
