@@ -43,7 +43,7 @@ func (r fakeKubeRequest) verb() string {
 
 // newFakeKube serves on l, with TLS if it has a certificate, until the test ends.
 func newFakeKube(t *testing.T, l net.Listener, lists, watches []http.HandlerFunc, certificates ...tls.Certificate) *fakeKube {
-	f := &fakeKube{lists: lists, watches: watches, arrived: make(chan fakeKubeRequest, 1000)}
+	f := &fakeKube{lists: lists, watches: watches, posts: []http.HandlerFunc{fakeKubeSay(201, "{}")}, arrived: make(chan fakeKubeRequest, 1000)}
 	s := &http.Server{Handler: f, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo),
 		TLSConfig: &tls.Config{Certificates: certificates}}
 	done := make(chan struct{})

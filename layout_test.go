@@ -28,7 +28,7 @@ var layout = []struct {
 	{"main", "*"},
 	{"config", "backends kube log proxy"},
 	{"route", "backends hash pack"},
-	{"pack", ""},
+	{"pack", "hash"},
 	{"hash", ""},
 	{"swap", "pack route"},
 	{"dir", "pack route"},

@@ -2,27 +2,30 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"encoding/json"
 	"iter"
 	"maps"
-	"math/bits"
+	"reflect"
 	"slices"
-	"strings"
+	"unicode/utf8"
 )
 
 const (
 	maxName    = 255       // bytes that are kept of a namespace; 253 are the most that one may have
 	maxValue   = 300       // bytes that are kept of a value; a name of a backend has fewer
 	maxSources = 1<<16 - 4 // parts in an index, and two that a table adds
+	recordHead = 9         // bytes of a record before its namespace
 	oddName    = 1 << 31   // the bit of record.which that is set if the name is no namespace
 )
 
-// packed is what one source of overrides holds: its namespaces in order, and
-// their values. It is one piece of memory: a million entries take 15 bytes each
-// with the namespace, and 150 as a map of strings. It is immutable.
+// packed is what one source of overrides holds, in one piece of memory: a million
+// entries take 10 bytes each and the namespace, and 150 as a map of strings. They
+// are in the order of their hashes: so an index of several is made from its
+// begin to its end, not here and there. It is immutable.
 type packed struct {
-	records []byte   // of each entry: which (4 bytes, little endian), len(namespace) (1 byte), namespace
+	records []byte   // of each entry: hash, which (4 bytes each, little endian), len(namespace) (1 byte), namespace
 	values  []string // distinct
 	count   int      // of entries
 }
@@ -30,59 +33,146 @@ type packed struct {
 // record is one entry of a packed.
 type record struct {
 	at, next  uint32 // where it begins and ends in records
+	hash      uint32 // upper half of spread
 	which     uint32 // of values, and perhaps oddName
 	namespace []byte // part of records
 }
 
-// pack takes spaces off the values, as a file's last newline is one.
+// pack packs a map.
 func pack(data map[string]string) *packed {
-	size := 0
-	for namespace := range data {
-		size += 5 + min(maxName, len(namespace))
-	}
-	p, known := &packed{records: make([]byte, 0, size), count: len(data)}, map[string]uint32{}
+	p := &packer{}
 	for _, namespace := range slices.Sorted(maps.Keys(data)) {
-		value := strings.TrimSpace(data[namespace])
-		value = value[:min(maxValue, len(value))]
-		which, ok := known[value]
-		if !ok {
-			value = strings.Clone(value) // of a text that need not stay
-			which = uint32(len(p.values))
-			known[value] = which
-			p.values = append(p.values, value)
-		}
-		if namespaceFault(namespace) != "" {
-			which |= oddName
-		}
-		p.add(namespace[:min(maxName, len(namespace))], which)
+		p.add([]byte(namespace), []byte(data[namespace]))
 	}
-	return p
+	return p.pack()
 }
 
-// UnmarshalJSON packs an object of texts.
+// UnmarshalJSON packs an object of texts. encoding/json has seen to it that b is
+// valid; to have it make a map of 40,000 entries, to be packed after that, would
+// take most of the time between an edit and the table.
 func (p *packed) UnmarshalJSON(b []byte) error {
-	var data map[string]string
-	if err := json.Unmarshal(b, &data); err != nil {
-		return err
+	const between = " \t\r\n,:"
+	all := &packer{}
+	switch b[0] {
+	case 'n': // null
+	case '{':
+		all.records = make([]record, 0, bytes.Count(b, []byte{','})+1)
+		for b = bytes.TrimLeft(b[1:], between); b[0] != '}'; b = bytes.TrimLeft(b, between) {
+			namespace, rest, _ := cutText(b)
+			value, rest, err := cutText(bytes.TrimLeft(rest, between))
+			if err != nil {
+				return err
+			}
+			all.add(namespace, value)
+			b = rest
+		}
+	default:
+		return &json.UnmarshalTypeError{Value: "something", Type: reflect.TypeFor[map[string]string]()}
 	}
-	*p = *pack(data)
+	*p = *all.pack()
 	return nil
 }
 
+// cutText returns the text that b, JSON, begins with, and what is after it.
+func cutText(b []byte) (text, rest []byte, err error) {
+	if b[0] != '"' {
+		return nil, nil, &json.UnmarshalTypeError{Value: "something", Type: reflect.TypeFor[string]()}
+	}
+	end := 1
+	for b[end] != '"' {
+		if b[end] == '\\' {
+			end++
+		}
+		end++
+	}
+	text, rest = b[1:end], b[end+1:]
+	if bytes.IndexByte(text, '\\') >= 0 || !utf8.Valid(text) {
+		var s string
+		err = json.Unmarshal(b[:end+1], &s)
+		text = []byte(s)
+	}
+	return text, rest, err
+}
+
+// packer makes a packed.
+type packer struct {
+	records []record // their namespaces may be part of another text
+	bytes   int      // that they take
+	values  []string
+	known   map[string]uint32 // numbers of values
+}
+
+// add takes spaces off the value, as a file's last newline is one.
+func (p *packer) add(namespace, value []byte) {
+	value = bytes.TrimSpace(value)
+	value = value[:min(maxValue, len(value))]
+	which, ok := p.known[string(value)]
+	if !ok {
+		if p.known == nil {
+			p.known = map[string]uint32{}
+		}
+		which = uint32(len(p.values))
+		p.known[string(value)] = which
+		p.values = append(p.values, string(value))
+	}
+	if namespaceFault(string(namespace)) != "" {
+		which |= oddName
+	}
+	namespace = namespace[:min(maxName, len(namespace))]
+	p.records = append(p.records, record{hash: upper(spread(namespace)), which: which, namespace: namespace})
+	p.bytes += recordHead + len(namespace)
+}
+
+// pack ends the making. It sorts numbers rather than records: hashes, and below
+// them where the records are.
+func (p *packer) pack() *packed {
+	order := make([]uint64, len(p.records))
+	for i, r := range p.records {
+		order[i] = uint64(r.hash)<<32 | uint64(i)
+	}
+	slices.Sort(order)
+	record := func(i int) record { return p.records[uint32(order[i])] }
+	done := &packed{records: make([]byte, 0, p.bytes), values: p.values, count: len(order)}
+	for i := range order {
+		for j := i; j > 0 && record(j).compare(record(j-1)) < 0; j-- { // the same hash
+			order[j], order[j-1] = order[j-1], order[j]
+		}
+	}
+	for i := range order {
+		done.add(record(i))
+	}
+	return done
+}
+
+// compare orders records by their hash, then by their namespace.
+func (r record) compare(other record) int {
+	if r.hash != other.hash {
+		return cmp.Compare(r.hash, other.hash)
+	}
+	return bytes.Compare(r.namespace, other.namespace)
+}
+
+// upper is the part of a hash that places a namespace.
+func upper(key uint64) uint32 { return uint32(key >> 32) }
+
 // add appends a record, while p is being made, and returns where.
-func (p *packed) add(namespace string, which uint32) (at uint32) {
+func (p *packed) add(r record) (at uint32) {
 	at = uint32(len(p.records))
-	p.records = binary.LittleEndian.AppendUint32(p.records, which)
-	p.records = append(p.records, byte(len(namespace)))
-	p.records = append(p.records, namespace...)
+	p.records = binary.LittleEndian.AppendUint32(p.records, r.hash)
+	p.records = binary.LittleEndian.AppendUint32(p.records, r.which)
+	p.records = append(p.records, byte(len(r.namespace)))
+	p.records = append(p.records, r.namespace...)
 	return at
 }
 
 // record returns the one that begins at at.
 func (p *packed) record(at uint32) record {
 	b := p.records[at:]
-	next := 5 + uint32(b[4])
-	return record{at: at, next: at + next, which: binary.LittleEndian.Uint32(b), namespace: b[5:next]}
+	next := recordHead + uint32(b[recordHead-1])
+	return record{
+		at: at, next: at + next, namespace: b[recordHead:next],
+		hash: binary.LittleEndian.Uint32(b), which: binary.LittleEndian.Uint32(b[4:]),
+	}
 }
 
 // all are the records of p in order.
@@ -103,8 +193,8 @@ func (p *packed) value(r record) string { return p.values[r.which&^oddName] }
 
 // differences are the namespaces that p and other do not give the same value, in
 // order; with everything those of which they do too.
-func (p *packed) differences(other *packed, everything bool) iter.Seq[[]byte] {
-	return func(yield func([]byte) bool) {
+func (p *packed) differences(other *packed, everything bool) iter.Seq[record] {
+	return func(yield func(record) bool) {
 		for i, j := uint32(0), uint32(0); int(i) < len(p.records) || int(j) < len(other.records); {
 			var mine, others record
 			order := 0
@@ -115,17 +205,17 @@ func (p *packed) differences(other *packed, everything bool) iter.Seq[[]byte] {
 				mine, order = p.record(i), -1
 			default:
 				mine, others = p.record(i), other.record(j)
-				order = bytes.Compare(mine.namespace, others.namespace)
+				order = mine.compare(others)
 			}
 			differs := everything || order != 0 || p.value(mine) != other.value(others)
-			namespace := mine.namespace
+			one := mine
 			if order <= 0 {
 				i = mine.next
 			}
 			if order >= 0 {
-				j, namespace = others.next, others.namespace
+				j, one = others.next, others
 			}
-			if differs && !yield(namespace) {
+			if differs && !yield(one) {
 				return
 			}
 		}
@@ -140,12 +230,12 @@ type index struct {
 	cells []cell // a third of them are empty
 }
 
-// cell leads to a record. Its place among the cells is where the upper bits of
-// the namespace's hash point to, or after.
+// cell leads to a record. Its place among the cells is where the namespace's
+// hash points to, or after.
 type cell struct {
 	at    uint32
 	part  uint16 // number of the packed plus 1; 0 is an empty cell
-	print uint16 // lower bits of the hash
+	print uint16 // lower half of the hash
 }
 
 // newIndex returns an index without namespaces and with room for n.
@@ -153,13 +243,13 @@ func newIndex(parts []*packed, n int) index {
 	return index{parts: parts, cells: make([]cell, n+n/2+1)}
 }
 
-// find returns the cell of the namespace, of which key is the hash, or the empty
-// cell where it belongs.
-func find[S string | []byte](x *index, namespace S, key uint64) *cell {
-	i, _ := bits.Mul64(key, uint64(len(x.cells)))
+// find returns the cell of the namespace with this hash, or the empty cell where
+// it belongs.
+func find[S string | []byte](x *index, namespace S, hash uint32) *cell {
+	i := uint64(hash) * uint64(len(x.cells)) >> 32
 	for {
 		s := &x.cells[i]
-		if s.part == 0 || s.print == uint16(key) && string(x.record(s).namespace) == string(namespace) {
+		if s.part == 0 || s.print == uint16(hash) && string(x.record(s).namespace) == string(namespace) {
 			return s
 		}
 		if i++; i == uint64(len(x.cells)) {

@@ -1,5 +1,15 @@
 package main
 
+import (
+	"encoding/json"
+	"fmt"
+	"maps"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+)
+
 // unpack is the reverse of pack.
 func unpack(p *packed) map[string]string {
 	data := map[string]string{}
@@ -7,4 +17,129 @@ func unpack(p *packed) map[string]string {
 		data[string(r.namespace)] = p.value(r)
 	}
 	return data
+}
+
+func TestPack(t *testing.T) {
+	long := strings.Repeat("x", 1000)
+	tests := map[string]struct{ data, want map[string]string }{
+		"nothing":         {nil, map[string]string{}},
+		"spaces":          {map[string]string{"a": " backend-1\r\n", "b": " \t"}, map[string]string{"a": "backend-1", "b": ""}},
+		"long":            {map[string]string{"a": long, long: "b"}, map[string]string{"a": long[:maxValue], long[:maxName]: "b"}},
+		"odd names":       {map[string]string{"": "a", "..": "b", "\xff": "c"}, map[string]string{"": "a", "..": "b", "\xff": "c"}},
+		"253 and 254":     {map[string]string{long[:253]: "a", long[:254]: "b"}, map[string]string{long[:253]: "a", long[:254]: "b"}},
+		"the same hash":   {map[string]string{"c184": "1", "caeb8": "2"}, map[string]string{"c184": "1", "caeb8": "2"}},
+		"a few of a kind": {map[string]string{"a": "x", "b": "y", "c": "x"}, map[string]string{"a": "x", "b": "y", "c": "x"}},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			p := pack(tt.data)
+			if got := unpack(p); !maps.Equal(got, tt.want) || p.count != len(tt.data) {
+				t.Errorf("%d entries %v, want %v", p.count, got, tt.want)
+			}
+			if !slices.IsSortedFunc(slices.Collect(p.all()), record.compare) {
+				t.Error("not in order")
+			}
+			for r := range p.all() {
+				if odd := namespaceFault(string(r.namespace)) != ""; odd != (r.which&oddName != 0) {
+					t.Errorf("%q is marked as odd: %t", r.namespace, !odd)
+				}
+			}
+		})
+	}
+}
+
+// FuzzPackJSON holds the reading of JSON against encoding/json's own.
+func FuzzPackJSON(f *testing.F) {
+	for _, seed := range []string{
+		`null`, `{}`, `{"a":"1"}`, ` { "a" : "1" , "b" : "2" } `, `{"a":"\"\\","\u0062":"\ud834\udd1e\ud834"}`, "{\"a\":\"\xff\"}",
+		`{"a":1}`, `{"a":null}`, `{"a":{}}`, `[]`, `"x"`, `1`, `true`, `{"a":"1","a":"2"}`, `{"":""}`, "{\"a\":\"\u2028\x7f\"}",
+	} {
+		f.Add([]byte(seed))
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var want map[string]*string
+		var got packed
+		err, wantErr := json.Unmarshal(b, &got), json.Unmarshal(b, &want)
+		data := map[string]string{}
+		for name, value := range want {
+			if value == nil { // a map takes null for "", a ConfigMap has none
+				return
+			}
+			data[name] = *value
+		}
+		if got.count > len(data) && wantErr == nil { // a name comes twice
+			return
+		}
+		if (err == nil) != (wantErr == nil) || err == nil && !reflect.DeepEqual(unpack(&got), unpack(pack(data))) {
+			t.Errorf("%s: %v, error %v; want %v, error %v", b, unpack(&got), err, data, wantErr)
+		}
+	})
+}
+
+// TestDifferences compares with what maps say.
+func TestDifferences(t *testing.T) {
+	for _, tt := range [][2]string{
+		{"", ""}, {"a=1", ""}, {"", "a=1"}, {"a=1 b=2", "a=1 b=2"}, {"a=1 b=2 c=3", "b=2 c=4 d=5"}, {"a=1 c=1 e=1", "b=1 d=1 f=1"},
+		{"c184=1 caeb8=2", "caeb8=2"}, {"c184=1", "c184=1 caeb8=2"},
+	} {
+		a, b := pairs(tt[0]), pairs(tt[1])
+		all, want := maps.Clone(a), map[string]bool{}
+		maps.Copy(all, b)
+		for name := range all {
+			valueA, inA := a[name]
+			valueB, inB := b[name]
+			if inA != inB || valueA != valueB {
+				want[name] = true
+			}
+		}
+		for _, everything := range []bool{false, true} {
+			got := map[string]bool{}
+			for r := range pack(a).differences(pack(b), everything) {
+				if got[string(r.namespace)] {
+					t.Errorf("%q: %s comes twice", tt, r.namespace)
+				}
+				got[string(r.namespace)] = true
+			}
+			if everything && len(got) != len(all) || !everything && !maps.Equal(got, want) {
+				t.Errorf("%q, everything %t: %v, want %v", tt, everything, got, want)
+			}
+		}
+	}
+}
+
+// TestIndexFinds: each namespace of many is found in the right part, and none
+// that is not there, at every size.
+func TestIndexFinds(t *testing.T) {
+	for _, size := range []int{0, 1, 2, 3, 10, 1000, 20_000} {
+		var parts []*packed
+		names := manyNamespaces(size)
+		for i := range 4 {
+			data := map[string]string{}
+			for j := i; j < size; j += 4 {
+				data[names[j]] = fmt.Sprintf("backend-%d", i)
+			}
+			parts = append(parts, pack(data))
+		}
+		x := newIndex(parts, size)
+		for i, part := range parts {
+			for r := range part.all() {
+				s := find(&x, r.namespace, r.hash)
+				if s.part != 0 {
+					t.Fatalf("%s is there already", r.namespace)
+				}
+				*s = cell{r.at, uint16(i + 1), uint16(r.hash)}
+			}
+		}
+		for j, name := range names {
+			s := find(&x, name, upper(spread(name)))
+			if int(s.part) != j%4+1 || string(x.record(s).namespace) != name {
+				t.Fatalf("%d: %s is in part %d", size, name, s.part)
+			}
+		}
+		for _, name := range missing(names) {
+			if s := find(&x, name, upper(spread(name))); s.part != 0 {
+				t.Fatalf("%d: %s is in part %d, want none", size, name, s.part)
+			}
+		}
+	}
 }

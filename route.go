@@ -122,30 +122,29 @@ func (t *table) add(i int, r record, old *table) {
 		t.rejected[i]++
 		return
 	}
-	key := spread(r.namespace)
-	s := find(&t.index, r.namespace, key)
+	s := find(&t.index, r.namespace, r.hash)
 	was, ordinal := t.means(s), int(t.ordinals[i][r.which])
 	switch {
 	case ordinal == unreadable:
 		t.rejected[i]++
 		if !t.stays(s) {
-			t.keep(s, len(t.sources), r, key, old)
+			t.keep(s, len(t.sources), r, old)
 		}
 	case s.part == 0:
-		*s = cell{r.at, uint16(i + 1), uint16(key)}
+		*s = cell{r.at, uint16(i + 1), uint16(r.hash)}
 		t.overrides++
 	case was != ordinal && !t.stays(s):
 		t.conflicts++
-		t.keep(s, len(t.sources)+1, r, key, old)
+		t.keep(s, len(t.sources)+1, r, old)
 	}
 }
 
 // keep makes s lead to an entry, in the part, that gives the namespace the owner
 // it had in old.
-func (t *table) keep(s *cell, part int, r record, key uint64, old *table) {
+func (t *table) keep(s *cell, part int, r record, old *table) {
 	ordinal := refused
 	if old != nil {
-		ordinal = old.means(find(&old.index, r.namespace, key))
+		ordinal = old.means(find(&old.index, r.namespace, r.hash))
 	}
 	if ordinal >= t.backends {
 		ordinal = refused
@@ -156,7 +155,8 @@ func (t *table) keep(s *cell, part int, r record, key uint64, old *table) {
 	if ordinal == hashed {
 		t.overrides--
 	}
-	*s = cell{t.index.parts[part].add(string(r.namespace), uint32(ordinal-refused)), uint16(part + 1), uint16(key)}
+	r.which = uint32(ordinal - refused)
+	*s = cell{t.index.parts[part].add(r), uint16(part + 1), uint16(r.hash)}
 }
 
 // means returns the ordinal that s leads to, hashed or refused.
@@ -174,22 +174,20 @@ func (t *table) stays(s *cell) bool { return int(s.part) > len(t.sources) }
 // if the namespace is refused.
 func (t *table) owner(namespace string) (ordinal int, ok bool) {
 	key := spread(namespace)
-	ordinal = t.means(find(&t.index, namespace, key))
+	ordinal = t.means(find(&t.index, namespace, upper(key)))
 	if ordinal == hashed {
 		return jump(key, t.backends), true
 	}
 	return ordinal, ordinal != refused
 }
 
-// pinned returns the ordinal of the namespace's override, hashed if it has none,
-// or refused.
-func (t *table) pinned(namespace []byte) int {
-	return t.means(find(&t.index, namespace, spread(namespace)))
-}
+// pinned returns the ordinal of the override of r's namespace, hashed if it has
+// none, or refused.
+func (t *table) pinned(r record) int { return t.means(find(&t.index, r.namespace, r.hash)) }
 
 // explain says why owner answers as it does.
 func (t *table) explain(namespace string) string {
-	s := find(&t.index, namespace, spread(namespace))
+	s := find(&t.index, namespace, upper(spread(namespace)))
 	switch {
 	case s.part == 0:
 		return whyHash
@@ -234,7 +232,7 @@ func (t *table) rejections(i int) iter.Seq[rejection] {
 // rejectionsOf are those of the namespace in all sources. It reads them from end
 // to end: it is for operators, not for requests.
 func (t *table) rejectionsOf(namespace string) (all []rejection) {
-	if !t.stays(find(&t.index, namespace, spread(namespace))) {
+	if !t.stays(find(&t.index, namespace, upper(spread(namespace)))) {
 		return nil
 	}
 	for i := range t.sources {
@@ -252,7 +250,7 @@ func (t *table) rejectionsOf(namespace string) (all []rejection) {
 
 // judge reports whether an entry of the i-th source is rejected.
 func (t *table) judge(i int, r record) (bad rejection, ok bool) {
-	s := find(&t.index, r.namespace, spread(r.namespace))
+	s := find(&t.index, r.namespace, r.hash)
 	bad = rejection{namespace: string(r.namespace), Source: t.sources[i].source, Kept: "nothing"}
 	which := r.which &^ oddName
 	switch {

@@ -18,7 +18,7 @@ func overridesOf(t *table) map[string]int {
 	all := map[string]int{}
 	for _, part := range t.index.parts {
 		for r := range part.all() {
-			if ordinal := t.pinned(r.namespace); ordinal != hashed {
+			if ordinal := t.pinned(r); ordinal != hashed {
 				all[string(r.namespace)] = ordinal
 			}
 		}

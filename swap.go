@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"log/slog"
 	"slices"
 	"sync"
@@ -51,9 +52,9 @@ type change struct {
 	first                   bool        // there was no table before
 	added, changed, removed int         // overrides
 	rejected                int         // entries that are rejected now
-	shown                   []rejection // the first of them
+	shown                   []rejection // the first of them by name
 	fresh                   int         // those that the table before did not reject
-	freshShown              []rejection // the first of them
+	freshShown              []rejection // the first of them by name
 }
 
 // maxTold is how many rejected entries of a source are told one by one.
@@ -78,8 +79,8 @@ func (t *table) changes(old *table) (all []change) {
 			continue
 		}
 		c := change{entries: e, first: first}
-		for namespace := range before.differences(e.data, old.backends != t.backends) {
-			c.count(old.pinned(namespace), t.pinned(namespace))
+		for r := range before.differences(e.data, old.backends != t.backends) {
+			c.count(old.pinned(r), t.pinned(r))
 		}
 		c.judge(t, i, old, j)
 		all = append(all, c)
@@ -90,8 +91,8 @@ func (t *table) changes(old *table) (all []change) {
 		}
 		c := change{entries: entries{source: e.source}}
 		for r := range e.data.all() {
-			if t.pinned(r.namespace) == hashed {
-				c.count(old.pinned(r.namespace), hashed)
+			if t.pinned(r) == hashed {
+				c.count(old.pinned(r), hashed)
 			}
 		}
 		all = append(all, c)
@@ -123,16 +124,23 @@ func (c *change) judge(t *table, i int, old *table, j int) {
 		}
 	}
 	for bad := range t.rejections(i) {
-		if c.rejected++; c.rejected <= maxTold {
-			c.shown = append(c.shown, bad)
-		}
-		if known[bad] {
-			continue
-		}
-		if c.fresh++; c.fresh <= maxTold {
-			c.freshShown = append(c.freshShown, bad)
+		c.rejected++
+		c.shown = firstTold(c.shown, bad)
+		if !known[bad] {
+			c.fresh++
+			c.freshShown = firstTold(c.freshShown, bad)
 		}
 	}
+}
+
+// firstTold adds bad to those that are told, in the order of their names, if it
+// is among the first.
+func firstTold(told []rejection, bad rejection) []rejection {
+	at, _ := slices.BinarySearchFunc(told, bad, func(a, b rejection) int { return cmp.Compare(a.namespace, b.namespace) })
+	if at < maxTold {
+		told = slices.Insert(told, at, bad)
+	}
+	return told[:min(maxTold, len(told))]
 }
 
 // report logs the new table: one line, and one for each entry that is rejected

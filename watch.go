@@ -232,6 +232,7 @@ func (w *watcher[T]) verify(o *T) error {
 // resourceVersions are compared for equality only: after a restored etcd a
 // smaller one is newer.
 func (w *watcher[T]) replace(now map[string]*T) {
+	w.tell(func(s *watchStatus) { s.confirmed = time.Now() })
 	for name, old := range w.set {
 		if o := now[name]; o != nil && w.header(o).Metadata == w.header(old).Metadata {
 			now[name] = old
@@ -242,7 +243,6 @@ func (w *watcher[T]) replace(now map[string]*T) {
 		w.news++
 		w.apply(now)
 	}
-	w.tell(func(s *watchStatus) { s.confirmed = time.Now() })
 }
 
 // worthwhile notes that the cycle is healthy: it was worth its LIST. Nothing
