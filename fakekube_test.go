@@ -19,13 +19,14 @@ import (
 )
 
 // fakeKube is an API server of the ConfigMap edge/routes. The n-th LIST is
-// answered by lists[n], the n-th WATCH by watches[n]; the last of each stays.
+// answered by lists[n], the n-th WATCH by watches[n], the n-th POST by posts[n];
+// the last of each stays.
 type fakeKube struct {
-	lists, watches []http.HandlerFunc
-	arrived        chan fakeKubeRequest
+	lists, watches, posts []http.HandlerFunc
+	arrived               chan fakeKubeRequest
 
-	mu              sync.Mutex
-	listed, watched int // guarded by mu
+	mu                      sync.Mutex
+	listed, watched, posted int // guarded by mu
 }
 
 // fakeKubeRequest is a request as the server saw it.
@@ -35,6 +36,9 @@ type fakeKubeRequest struct {
 }
 
 func (r fakeKubeRequest) verb() string {
+	if r.Method == http.MethodPost {
+		return "POST"
+	}
 	if r.URL.Query().Get("watch") == "1" {
 		return "WATCH"
 	}
@@ -61,12 +65,18 @@ func newFakeKube(t *testing.T, l net.Listener, lists, watches []http.HandlerFunc
 
 func (f *fakeKube) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	seen := fakeKubeRequest{r.Clone(context.Background()), time.Now()}
+	if body, _ := io.ReadAll(r.Body); len(body) > 0 {
+		seen.Body = io.NopCloser(bytes.NewReader(body))
+	}
 	f.arrived <- seen
 	w.Header().Set("Content-Type", "application/json")
 	f.mu.Lock()
 	script, n := f.lists, &f.listed
-	if seen.verb() == "WATCH" {
+	switch seen.verb() {
+	case "WATCH":
 		script, n = f.watches, &f.watched
+	case "POST":
+		script, n = f.posts, &f.posted
 	}
 	answer := script[min(*n, len(script)-1)]
 	*n++
@@ -214,12 +224,17 @@ func fakeKubeSelect(t *testing.T, k *kube, selector string) *fakeKubeClient {
 		}
 		c.applied <- cmp.Or(strings.Join(all, ", "), "none")
 	})
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan struct{})
-	go func() { defer close(done); c.run(ctx) }()
-	c.stop = func() { cancel(); <-done }
+	c.stop = fakeKubeRun(c.run)
 	t.Cleanup(c.stop)
 	return c
+}
+
+// fakeKubeRun starts run; stop ends it and waits for it.
+func fakeKubeRun(run func(context.Context)) (stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() { defer close(done); run(ctx) }()
+	return func() { cancel(); <-done }
 }
 
 // want checks what is applied next, in order.

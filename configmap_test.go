@@ -1,0 +1,299 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"maps"
+	"net/http"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// fakeMaps follows ConfigMaps of these names in edge, or, with none, those that
+// a=b selects. Nothing runs: the tests give sets to apply.
+func fakeMaps(t *testing.T, names ...string) (*configMaps, *router, *logTail) {
+	t.Helper()
+	r, log := loggedRouter(t)
+	c := &configMaps{update: r.update, events: newRecorder(kube{}, "router-x", r.log), log: r.log}
+	for _, name := range names {
+		c.follow(kube{}, "edge", name, "")
+	}
+	if len(names) == 0 {
+		c.follow(kube{}, "edge", "", "a=b")
+	}
+	return c, r, log
+}
+
+// fakeMap is a ConfigMap of entries like "ns-01=backend-1 ns-02=backend-2".
+func fakeMap(name, version, data string) *configMap {
+	m := &configMap{Data: *pack(pairs(data))}
+	m.Kind, m.Metadata.Namespace, m.Metadata.Name = "ConfigMap", "edge", name
+	m.Metadata.UID, m.Metadata.ResourceVersion = "u-"+name, version
+	return m
+}
+
+func pairs(text string) map[string]string {
+	data := map[string]string{}
+	for _, pair := range strings.Fields(text) {
+		namespace, value, _ := strings.Cut(pair, "=")
+		data[namespace] = value
+	}
+	return data
+}
+
+// fakeSet is what a watcher has.
+func fakeSet(all ...*configMap) map[string]*configMap {
+	set := map[string]*configMap{}
+	for _, m := range all {
+		set[m.Metadata.Name] = m
+	}
+	return set
+}
+
+// wantTable checks all overrides, like "ns-01=1 ns-02=refused".
+func wantTable(t *testing.T, r *router, want string) {
+	t.Helper()
+	if r.table() == nil {
+		if want != "" {
+			t.Fatalf("no table, want %s", want)
+		}
+		return
+	}
+	var got []string
+	all := overridesOf(r.table())
+	for _, namespace := range slices.Sorted(maps.Keys(all)) {
+		got = append(got, strings.Replace(fmt.Sprint(namespace, "=", all[namespace]), "=-2", "=refused", 1))
+	}
+	if got := strings.Join(got, " "); got != want || r.table().overrides != len(all) {
+		t.Errorf("%d overrides %s, want %s", r.table().overrides, got, want)
+	}
+}
+
+// With several names there is no table before each was there: what the missing
+// one holds would be hashed.
+func TestConfigMapsMustAllBeThere(t *testing.T) {
+	c, r, log := fakeMaps(t, "a", "b", "c")
+	c.apply(1, fakeSet(fakeMap("b", "2", "ns-b=backend-2")))
+	c.apply(0, fakeSet())
+	wantTable(t, r, "")
+	if got, want := c.missing(), "ConfigMap edge/a does not exist: kubectl -n edge create configmap a; ConfigMap edge/c was asked for"; got != want {
+		t.Errorf("missing: %s, want %s", got, want)
+	}
+	if n := len(log.all("there is no such object")); n != 1 {
+		t.Errorf("absence was logged %d times", n)
+	}
+	c.apply(2, fakeSet(fakeMap("c", "3", "")))
+	wantTable(t, r, "")
+	c.apply(0, fakeSet(fakeMap("a", "1", "ns-a=backend-1")))
+	wantTable(t, r, "ns-a=1 ns-b=2")
+	if r.swaps.Load() != 1 || c.missing() != "" {
+		t.Errorf("%d swaps, missing: %s", r.swaps.Load(), c.missing())
+	}
+	c.apply(1, fakeSet(fakeMap("b", "4", "ns-b=backend-3 ns-b2=backend-0")))
+	wantTable(t, r, "ns-a=1 ns-b=3 ns-b2=0")
+	wantLine(t, log.all("table"), 2, map[string]any{"source": "ConfigMap edge/b", "added": 1.0, "changed": 1.0, "removed": 0.0})
+	if r.swaps.Load() != 2 {
+		t.Errorf("%d swaps after one event, want one more", r.swaps.Load())
+	}
+}
+
+// A deleted ConfigMap stays in force until there is one of its name again
+// (invariant 4); emptied first, it leaves nothing.
+func TestConfigMapsStayWhenDeleted(t *testing.T) {
+	for _, names := range [][]string{{"a"}, nil} {
+		t.Run(fmt.Sprint(names), func(t *testing.T) {
+			c, r, log := fakeMaps(t, names...)
+			want := func(table string, objects ...watchedObject) {
+				t.Helper()
+				wantTable(t, r, table)
+				if got := c.objects(); !slices.Equal(got, objects) {
+					t.Errorf("objects %v, want %v", got, objects)
+				}
+			}
+			if names == nil {
+				want("")
+			} else {
+				want("", watchedObject{object: "ConfigMap edge/a"})
+			}
+			c.apply(0, fakeSet())
+			if why := c.missing(); !strings.Contains(why, "kubectl -n edge ") {
+				t.Errorf("missing: %s", why)
+			}
+			c.apply(0, fakeSet(fakeMap("a", "1", "ns-01=backend-1")))
+			want("ns-01=1", watchedObject{"ConfigMap edge/a", "u-a", "1", false})
+			c.apply(0, fakeSet())
+			c.apply(0, fakeSet())
+			want("ns-01=1", watchedObject{"ConfigMap edge/a", "u-a", "1", true})
+			if n := r.swaps.Load(); n != 1 || len(log.all("there is no such object any more, its overrides stay in force")) != 1 {
+				t.Errorf("%d swaps, want 1, and one line about the absence", n)
+			}
+			c.apply(0, fakeSet(fakeMap("a", "1", "ns-01=backend-2"))) // the same version of another object
+			want("ns-01=2", watchedObject{"ConfigMap edge/a", "u-a", "1", false})
+			c.apply(0, fakeSet(fakeMap("a", "3", "")))
+			c.apply(0, fakeSet())
+			want("", watchedObject{"ConfigMap edge/a", "u-a", "3", true})
+			wantLine(t, log.all("the object is there again"), 1, map[string]any{"object": "ConfigMap edge/a"})
+		})
+	}
+}
+
+// A selection is one set: a LIST that brings several changes is one swap, and
+// one of them that leaves stays in force beside those that change.
+func TestConfigMapsOfASelection(t *testing.T) {
+	c, r, _ := fakeMaps(t)
+	a, b := fakeMap("a", "1", "ns-a=backend-1"), fakeMap("b", "2", "ns-b=backend-2")
+	c.apply(0, fakeSet(b, a))
+	wantTable(t, r, "ns-a=1 ns-b=2")
+	c.apply(0, fakeSet(a))
+	c.apply(0, fakeSet(a, fakeMap("c", "4", "ns-c=backend-3")))
+	wantTable(t, r, "ns-a=1 ns-b=2 ns-c=3")
+	if n := r.swaps.Load(); n != 2 {
+		t.Errorf("%d swaps, want 2: the one that left changed nothing", n)
+	}
+	if v := r.table().version; !strings.HasPrefix(v, "3-") {
+		t.Errorf("version %s, want that of 3", v)
+	}
+	if got := c.objects(); len(got) != 3 || !got[1].absent || got[0].absent || got[2].absent {
+		t.Errorf("objects %v, want b absent", got)
+	}
+}
+
+// What two objects disagree on stays where it was, whoever comes first, until
+// they agree.
+func TestConfigMapsDisagree(t *testing.T) {
+	steps := []struct{ a, b, table string }{
+		{"x=backend-1 y=backend-1", "z=backend-3", "x=1 y=1 z=3"},
+		{"x=backend-1 y=backend-1", "x=backend-2 z=backend-3", "x=1 y=1 z=3"},         // b is later
+		{"x=backend-1 y=backend-1", "x=backend-1 z=backend-3", "x=1 y=1 z=3"},         // they agree
+		{"x=backend-3 y=backend-1", "x=backend-1 z=backend-3", "x=1 y=1 z=3"},         // a is earlier, and changed
+		{"x=backend-3 y=backend-1", "x=backend-3 z=backend-3", "x=3 y=1 z=3"},         // they agree again
+		{"x=backend-3 y=backend-1 h=backend-0", "x=backend-3 h=backend-1", "x=3 y=1"}, // both at once, and h was hashed
+		{"y=backend-1 h=backend-0", "x=backend-2 h=junk", "x=2 y=1"},
+		{"y=backend-1 h=backend-0", "x=backend-2", "h=0 x=2 y=1"},
+		{"y=backend-1 x=junk", "x=backend-3", "x=2 y=1"}, // one that cannot be read holds the other back
+		{"y=backend-1", "x=backend-3", "x=3 y=1"},
+	}
+	c, r, _ := fakeMaps(t)
+	for i, step := range steps {
+		version := fmt.Sprint(10 + i)
+		c.apply(0, fakeSet(fakeMap("a", version, step.a), fakeMap("b", version, step.b)))
+		wantTable(t, r, step.table)
+	}
+}
+
+// A disagreement is told for each object, and a router that starts with one
+// refuses the namespace rather than guess.
+func TestConflictIsTold(t *testing.T) {
+	c, r, log := fakeMaps(t)
+	a := fakeMap("a", "1", "x=backend-1 y=backend-1")
+	c.apply(0, fakeSet(a))
+	c.apply(0, fakeSet(a, fakeMap("b", "2", "x=backend-2 y=backend-1")))
+	want := []rejection{
+		{"x", "ConfigMap edge/a", "backend-1", "the same backend in all objects", "backend-1"},
+		{"x", "ConfigMap edge/b", "backend-2", "the same backend in all objects", "backend-1"},
+	}
+	if got := r.table().rejectionsOf("x"); !slices.Equal(got, want) || r.table().explain("x") != whyConflict || r.table().conflicts != 1 {
+		t.Errorf("%d conflicts, %s, %v, want %v", r.table().conflicts, r.table().explain("x"), got, want)
+	}
+	if got := r.table().rejectionsOf("y"); got != nil || r.table().explain("y") != whyOverride {
+		t.Errorf("y: %s, %v", r.table().explain("y"), got)
+	}
+	wantLine(t, log.all("entry rejected"), 1, map[string]any{"source": "ConfigMap edge/b", "version": "2", "namespace": "x",
+		"value": "backend-2", "want": "the same backend in all objects", "kept": "backend-1"})
+	wantLine(t, log.all("table"), 2, map[string]any{"source": "ConfigMap edge/b", "conflicts": 1.0, "rejected": 0.0, "overrides": 2.0})
+
+	c, r, _ = fakeMaps(t)
+	c.apply(0, fakeSet(a, fakeMap("b", "2", "x=backend-2 y=backend-1")))
+	wantTable(t, r, "x=refused y=1")
+	if why := r.table().explain("x"); why != whyRefused {
+		t.Errorf("why %s, want %s", why, whyRefused)
+	}
+}
+
+// The order in which objects come, and how they are followed, is not seen in the
+// table: two routers with the same objects have the same.
+func TestConfigMapsMergeInOrder(t *testing.T) {
+	all := []*configMap{fakeMap("a", "1", "x=backend-1"), fakeMap("b", "2", "x=backend-1 y=junk"), fakeMap("c", "3", "z=backend-9 y=backend-0")}
+	var versions []string
+	for _, order := range [][]int{{0, 1, 2}, {2, 1, 0}, {1, 2, 0}} {
+		c, r, _ := fakeMaps(t, "a", "b", "c")
+		for _, i := range order {
+			c.apply(i, fakeSet(all[i]))
+		}
+		wantTable(t, r, "x=1 y=refused z=refused")
+		versions = append(versions, r.table().version)
+	}
+	c, r, _ := fakeMaps(t)
+	c.apply(0, fakeSet(all...))
+	wantTable(t, r, "x=1 y=refused z=refused")
+	if versions = append(versions, r.table().version); len(slices.Compact(versions)) != 1 {
+		t.Errorf("versions %v, want one", versions)
+	}
+	c.apply(0, fakeSet(all[0], all[1], fakeMap("c", "4", "")))
+	if r.table().version == versions[0] {
+		t.Error("the version is the same after a change")
+	}
+}
+
+func TestConfigMapFields(t *testing.T) {
+	for text, want := range map[string]struct {
+		data   string
+		binary present
+	}{
+		`{}`:                                           {"map[]", false},
+		`{"data":null,"binaryData":null}`:              {"map[]", false},
+		`{"data":{},"binaryData":{}}`:                  {"map[]", false},
+		`{"data":{"b":" 1\n","a":"2"}}`:                {"map[a:2 b:1]", false},
+		`{"data":{"a":"2"},"binaryData":{"b":"eA=="}}`: {"map[a:2]", true},
+	} {
+		var m configMap
+		if err := json.Unmarshal([]byte(text), &m); err != nil {
+			t.Fatal(err)
+		}
+		if got := fmt.Sprint(unpack(&m.Data)); got != want.data || m.Binary != want.binary {
+			t.Errorf("%s: %s, binaryData %t; want %s, %t", text, got, m.Binary, want.data, want.binary)
+		}
+	}
+	var m configMap
+	if err := json.Unmarshal([]byte(`{"data":{"a":1}}`), &m); err == nil {
+		t.Error("a number is taken for a text")
+	}
+	c, _, log := fakeMaps(t, "a")
+	for _, version := range []string{"1", "2"} {
+		m := fakeMap("a", version, "")
+		m.Binary = true
+		c.apply(0, fakeSet(m))
+		c.apply(0, fakeSet(m))
+	}
+	wantLine(t, log.all("binaryData is ignored"), 2, map[string]any{"object": "ConfigMap edge/a", "version": "2"})
+}
+
+// The whole with a server: a selection is listed, changed and merged.
+func TestSelectionFromServer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		network := newFakeKubeNet()
+		named := func(name, version, backend string) string {
+			return strings.NewReplacer("routes", name, "ns-01", "ns-"+name).Replace(fakeKubeObject("u-"+name, version, backend))
+		}
+		newFakeKube(t, network, fakeKubeScript{fakeKubeList("9", named("b", "2", "backend-2"), named("a", "1", "backend-1"))},
+			fakeKubeScript{func(w http.ResponseWriter, r *http.Request) {
+				fakeKubeStream()(w, r)
+				time.Sleep(time.Minute)
+				fakeKubeOpen(fakeKubeEvent("MODIFIED", named("b", "12", "backend-3")), fakeKubeEvent("DELETED", named("a", "13", "backend-1")))(w, r)
+			}})
+		c, r, _ := fakeMaps(t)
+		c.watchers[0].kube = network.kube(t)
+		stop := fakeKubeRun(c.watchers[0].run)
+		defer stop()
+		time.Sleep(30 * time.Second)
+		wantTable(t, r, "ns-a=1 ns-b=2")
+		time.Sleep(time.Minute)
+		wantTable(t, r, "ns-a=1 ns-b=3")
+		if n := r.swaps.Load(); n != 2 {
+			t.Errorf("%d swaps, want 2", n)
+		}
+	})
+}
