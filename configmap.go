@@ -43,6 +43,7 @@ type configMaps struct {
 	// Static after construction.
 	watchers []*watcher[configMap]
 	update   func(...entries) []change
+	events   *recorder
 	log      *slog.Logger
 
 	mu      sync.Mutex
@@ -126,7 +127,13 @@ func (c *configMaps) swap() {
 		return
 	}
 	c.applied = sources
-	c.update(sources...)
+	for _, change := range c.update(sources...) {
+		for _, m := range all {
+			if m.title() == change.source {
+				c.events.tell(m.object, change)
+			}
+		}
+	}
 }
 
 // missing says, in words, why there is no table yet.

@@ -33,9 +33,9 @@
 //  10. Every goroutine has an owner that waits for it.
 //
 // Read main and config, then route, pack, hash and swap (who owns), dir,
-// configmap, watch and kube (how the overrides come), backends (where owners
-// are), listen, proxy, upgrade and refusal (from request to session), relay,
-// frame, rawio and move (the session's life), admin, metrics and log.
+// configmap, events, watch and kube (how the overrides come), backends (where
+// owners are), listen, proxy, upgrade and refusal (from request to session),
+// relay, frame, rawio and move (the session's life), admin, metrics and log.
 package main
 
 import (
@@ -160,7 +160,8 @@ func (p *program) follow(getenv func(string) string) error {
 	}
 	router := p.proxy.router
 	if client != nil {
-		maps := &configMaps{update: router.update, log: p.log}
+		events := newRecorder(*client, p.config.pod, p.log)
+		maps := &configMaps{update: router.update, events: events, log: p.log}
 		for _, name := range p.config.configMaps {
 			maps.follow(*client, namespace, name, "")
 		}
@@ -170,6 +171,7 @@ func (p *program) follow(getenv func(string) string) error {
 		for _, w := range maps.watchers {
 			p.sources = append(p.sources, w.run)
 		}
+		p.sources = append(p.sources, events.run)
 		p.admin.configMaps = maps
 		p.admin.missing = maps.missing
 	}

@@ -1,0 +1,161 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// fakeRecorder is a recorder that writes to a fakeKube, whose POSTs are answered
+// by the script.
+func fakeRecorder(t *testing.T, posts fakeKubeScript) (*recorder, *fakeKube, *fakeKubeLog) {
+	network, logged := newFakeKubeNet(), &fakeKubeLog{}
+	server := newFakeKube(t, network, nil, nil)
+	server.posts = posts
+	r := newRecorder(*network.kube(t), "router-x", slog.New(slog.NewTextHandler(logged, nil)))
+	t.Cleanup(fakeKubeRun(r.run))
+	return r, server, logged
+}
+
+// fakeChange is what version n of edge/routes did.
+func fakeChange(n int) (object, change) {
+	m := fakeMap("routes", fmt.Sprint(n), "")
+	return m.object, change{entries: entries{source: m.title(), version: fmt.Sprint(n)}, added: 3, changed: 2, removed: 1}
+}
+
+var fakeCreated = fakeKubeSay(201, `{"kind":"Event"}`)
+
+func TestEventsAsTheAPIHasThem(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, server, logged := fakeRecorder(t, fakeKubeScript{fakeCreated})
+		o, c := fakeChange(7)
+		c.rejected, c.shown = 2, []rejection{{"ns-01", "ConfigMap edge/routes", "bakend-2", "backend-0 to backend-3", "backend-1"}}
+		r.tell(o, c)
+		names := map[string]bool{}
+		for _, want := range []struct{ kind, reason, message string }{
+			{"Warning", "OverridesRejected", `2 entries are not in force as written; ns-01: "bakend-2", want backend-0 to backend-3, stays: backend-1; and 1 more`},
+			{"Normal", "OverridesInForce", "resourceVersion 7 is in force: 3 overrides added, 2 changed, 1 removed"},
+		} {
+			request := server.request(t)
+			if got := request.Method + " " + request.RequestURI + " " + request.Header.Get("Content-Type"); got != "POST /api/v1/namespaces/edge/events application/json" {
+				t.Error(got)
+			}
+			var e map[string]any
+			b, _ := io.ReadAll(request.Body)
+			if err := json.Unmarshal(b, &e); err != nil {
+				t.Fatal(err)
+			}
+			meta := e["metadata"].(map[string]any)
+			names[meta["name"].(string)] = true
+			about := map[string]any{"apiVersion": "v1", "kind": "ConfigMap", "namespace": "edge", "name": "routes", "uid": "u-routes", "resourceVersion": "7"}
+			if fmt.Sprint(e["involvedObject"]) != fmt.Sprint(about) || meta["namespace"] != "edge" || !strings.HasPrefix(meta["name"].(string), "routes.") {
+				t.Errorf("about %v in %v", e["involvedObject"], meta)
+			}
+			if e["kind"] != "Event" || e["apiVersion"] != "v1" || e["type"] != want.kind || e["reason"] != want.reason || e["message"] != want.message {
+				t.Errorf("%v %v %v %v: %v, want %v", e["apiVersion"], e["kind"], e["type"], e["reason"], e["message"], want)
+			}
+			if _, err := time.Parse(time.RFC3339, e["lastTimestamp"].(string)); err != nil || e["count"] != 1.0 || e["reportingInstance"] != "router-x" {
+				t.Errorf("%s, error %v", b, err)
+			}
+		}
+		if len(names) != 2 || logged.String() != "" {
+			t.Errorf("names %v, log:\n%s", names, logged)
+		}
+	})
+}
+
+// The name is the same on all routers, and another for another version, object
+// or reason.
+func TestEventNames(t *testing.T) {
+	name := func(o object, reason string) string {
+		r := newRecorder(kube{}, "router-"+reason, slog.New(slog.DiscardHandler))
+		r.send(o, "Normal", reason, "")
+		return (<-r.queue).Metadata.Name
+	}
+	a, _ := fakeChange(1)
+	b, _ := fakeChange(2)
+	other := a
+	other.Metadata.UID = "u2"
+	if name(a, "x") != name(a, "x") || name(a, "x") == name(b, "x") || name(a, "x") == name(a, "y") || name(a, "x") == name(other, "x") {
+		t.Errorf("%s %s %s %s", name(a, "x"), name(b, "x"), name(a, "y"), name(other, "x"))
+	}
+	a.Metadata.Name = strings.Repeat("n", 253)
+	if n := name(a, "x"); len(n) > 253 {
+		t.Errorf("%d bytes, want at most 253", len(n))
+	}
+}
+
+func TestEventMessageIsBounded(t *testing.T) {
+	for count, size := range map[int]int{1: 10, 5: 64, 8: 64, 1000: 253} {
+		_, c := fakeChange(1)
+		for i := range count {
+			bad := rejection{fmt.Sprintf("%0*d", size, i), "s", strings.Repeat("\x00", 64), "backend-0 to backend-3", "refused"}
+			if c.rejected++; c.rejected <= maxTold {
+				c.shown = append(c.shown, bad)
+			}
+		}
+		message := rejectedMessage(c)
+		named := strings.Count(message, "refused")
+		if len(message) > eventMessage || named == 0 || named < count && !strings.HasSuffix(message, fmt.Sprintf("; and %d more", count-named)) {
+			t.Errorf("%d entries: %d bytes name %d: …%s", count, len(message), named, message[max(0, len(message)-60):])
+		}
+	}
+}
+
+// An Event is tried twice, and what cannot be written is told with restraint.
+func TestEventFailures(t *testing.T) {
+	for name, tt := range map[string]struct {
+		posts fakeKubeScript
+		asked int // requests for 50 Events
+		lines int
+	}{
+		"created":            {fakeKubeScript{fakeCreated}, 50, 0},
+		"another router's":   {fakeKubeScript{fakeKubeSay(409, `{"message":"exists","reason":"AlreadyExists"}`)}, 50, 0},
+		"no permission":      {fakeKubeScript{fakeKubeSay(403, `{"message":"events is forbidden","reason":"Forbidden"}`)}, 50, 1},
+		"busy once":          {fakeKubeScript{fakeKubeSay(429, "no", "Retry-After", "7"), fakeCreated}, 51, 0},
+		"always broken":      {fakeKubeScript{fakeKubeSay(500, "no")}, 100, 1},
+		"cut":                {fakeKubeScript{func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }}, 100, 1},
+		"permission is lost": {fakeKubeScript{fakeCreated, fakeKubeSay(403, "no"), fakeKubeSay(403, "no"), fakeCreated, fakeKubeSay(403, "no")}, 50, 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r, server, logged := fakeRecorder(t, tt.posts)
+				for i := range 50 {
+					r.tell(fakeChange(i))
+				}
+				time.Sleep(50*(eventPause+2*time.Second) + time.Minute)
+				if n := len(strings.Fields(server.verbs())); n != tt.asked {
+					t.Errorf("%d requests, want %d", n, tt.asked)
+				}
+				if lines := logged.count("\n"); lines < tt.lines || lines > 2*tt.lines {
+					t.Errorf("%d lines, want %d:\n%s", lines, tt.lines, logged)
+				}
+			})
+		})
+	}
+}
+
+// Nothing waits for Events: with a server that does not answer, the queue fills
+// and the rest is dropped.
+func TestEventsDoNotBlock(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, server, logged := fakeRecorder(t, fakeKubeScript{fakeKubeHang, fakeKubeHang, fakeCreated})
+		begun := time.Now()
+		for i := range 10 * eventQueue {
+			r.tell(fakeChange(i))
+		}
+		if took := time.Since(begun); took != 0 || logged.count("too fast") != 1 {
+			t.Errorf("took %s, log:\n%s", took, logged)
+		}
+		time.Sleep(10 * time.Minute)
+		if n := len(strings.Fields(server.verbs())); n != eventQueue+2 && n != eventQueue+1 {
+			t.Errorf("%d requests, want %d and two that hung", n, eventQueue)
+		}
+	})
+}
