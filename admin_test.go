@@ -50,8 +50,7 @@ const (
 )
 
 func TestReadyz(t *testing.T) {
-	gone := listenLocal(t)
-	gone.Close()
+	gone := refusingAddr(t)
 	tests := map[string]struct {
 		args   []string
 		status int
@@ -63,7 +62,7 @@ func TestReadyz(t *testing.T) {
 		"no ConfigMap":             {[]string{"-kube", kubeAnswers(t, 200, noConfigMap)}, 503, "no overrides were read yet: ConfigMap default/overwriting does not exist: kubectl -n default create configmap overwriting"},
 		"other ConfigMap":          {[]string{"-kube", kubeAnswers(t, 200, noConfigMap), "-configmap", "o", "-kube-namespace", "n"}, 503, "no overrides were read yet: ConfigMap n/o does not exist: kubectl -n n create configmap o"},
 		"forbidden":                {[]string{"-kube", kubeAnswers(t, 403, forbidden)}, 503, "no overrides were read yet: ConfigMap default/overwriting: 403 Forbidden: configmaps is forbidden"},
-		"no API server":            {[]string{"-kube", "http://" + gone.Addr().String()}, 503, "no overrides were read yet: ConfigMap default/overwriting: dial tcp " + gone.Addr().String() + ": connect: connection refused"},
+		"no API server":            {[]string{"-kube", "http://" + gone}, 503, "no overrides were read yet: ConfigMap default/overwriting: dial tcp " + gone + ": connect: connection refused"},
 		"no answer":                {[]string{"-kube", kubeAnswers(t, 0, "")}, 503, "no overrides were read yet: ConfigMap default/overwriting was asked for"},
 		"no ConfigMap, but a copy": {[]string{"-kube", kubeAnswers(t, 200, noConfigMap), "-overrides", t.TempDir()}, 200, "ready"},
 		"nothing, and no copy":     {[]string{"-kube", kubeAnswers(t, 0, ""), "-overrides", "/nowhere"}, 503, "no overrides were read yet: ConfigMap default/overwriting was asked for"},
@@ -130,18 +129,17 @@ func TestReadyzWhileDraining(t *testing.T) {
 
 func TestOwnerAnswers(t *testing.T) {
 	up := listenLocal(t)
-	gone := listenLocal(t)
-	gone.Close()
-	a, update := adminOf(t, up.Addr().String(), gone.Addr().String())
+	gone := refusingAddr(t)
+	a, update := adminOf(t, up.Addr().String(), gone)
 	update(entries{version: "40", data: pack(map[string]string{"kept": "backend-0"})})
 	update(entries{version: "41", data: pack(map[string]string{
 		"first": "backend-0", "down": "backend-1", "kept": "bakend-0",
 	})})
 	// Only a first table refuses: it does not know where the namespace was.
-	b, updateFirst := adminOf(t, up.Addr().String(), gone.Addr().String())
+	b, updateFirst := adminOf(t, up.Addr().String(), gone)
 	updateFirst(entries{version: "1", data: pack(map[string]string{"refused": "backend-9"})})
 	hashed := hashedTo(t, "free", 0, 2)
-	address, goneAddress := up.Addr().String(), gone.Addr().String()
+	address := up.Addr().String()
 	tests := map[string]struct {
 		admin     *admin
 		namespace string
@@ -150,8 +148,8 @@ func TestOwnerAnswers(t *testing.T) {
 	}{
 		"override": {a, "first", 200, `{"namespace":"first","owner":"backend-0","why":"override","address":"` + address + `","ready":true,"table":"41"}`},
 		"hash":     {a, hashed, 200, `{"namespace":"` + hashed + `","owner":"backend-0","why":"hash","address":"` + address + `","ready":true,"table":"41"}`},
-		"down": {a, "down", 200, `{"namespace":"down","owner":"backend-1","why":"override","address":"` + goneAddress +
-			`","ready":false,"error":"dial tcp ` + goneAddress + `: connect: connection refused","table":"41"}`},
+		"down": {a, "down", 200, `{"namespace":"down","owner":"backend-1","why":"override","address":"` + gone +
+			`","ready":false,"error":"dial tcp ` + gone + `: connect: connection refused","table":"41"}`},
 		"kept": {a, "kept", 200, `{"namespace":"kept","owner":"backend-0","why":"kept","address":"` + address +
 			`","ready":true,"table":"41","rejected":[{"source":"","value":"bakend-0","want":"backend-0 to backend-1","kept":"backend-0"}]}`},
 		"refused":       {b, "refused", 200, `{"namespace":"refused","why":"refused","ready":false,"table":"1","rejected":[{"source":"","value":"backend-9","want":"backend-0 to backend-1","kept":"refused"}]}`},

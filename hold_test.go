@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// freeAddr returns an address where nobody listens.
+// freeAddr returns an address where somebody may listen.
 func freeAddr(t testing.TB) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -19,6 +19,14 @@ func freeAddr(t testing.TB) string {
 	}
 	defer l.Close()
 	return l.Addr().String()
+}
+
+// refusingAddr returns an address where nobody listens, or can until the test
+// ends: its port is that of a connection.
+func refusingAddr(t testing.TB) string {
+	t.Helper()
+	conn, _ := tcpPair(t)
+	return conn.LocalAddr().String()
 }
 
 // send writes an upgrade request without waiting for its answer.
@@ -62,7 +70,7 @@ func TestHoldUntilTheOwnerIsThere(t *testing.T) {
 }
 
 func TestHoldEnds(t *testing.T) {
-	p := startProxy(t, []string{freeAddr(t)}, map[string]string{}, func(p *proxy) { p.limits.hold = 200 * time.Millisecond })
+	p := startProxy(t, []string{refusingAddr(t)}, map[string]string{}, func(p *proxy) { p.limits.hold = 200 * time.Millisecond })
 	_, _, resp := p.ask(t, upgradeRequest("/ws/ns-01"))
 	body, _ := io.ReadAll(resp.Body)
 	if resp.StatusCode != 503 || resp.Header.Get("Retry-After") != "1" ||
@@ -75,7 +83,7 @@ func TestHoldEnds(t *testing.T) {
 // A client that is held when its namespace gets another owner goes there.
 func TestHoldFollowsTheTable(t *testing.T) {
 	other := startStub(t, "127.0.0.1:0", echo)
-	p := startProxy(t, []string{freeAddr(t), other.addr}, map[string]string{"ns-01": "backend-0"}, nil)
+	p := startProxy(t, []string{refusingAddr(t), other.addr}, map[string]string{"ns-01": "backend-0"}, nil)
 	conn := p.send(t, "ns-01")
 	p.waitWaiting(t, 1)
 	p.router.update(entries{source: "test", version: "42", data: pack(map[string]string{"ns-01": "backend-1"})})
@@ -86,7 +94,7 @@ func TestHoldFollowsTheTable(t *testing.T) {
 }
 
 func TestHoldEndsWithItsClient(t *testing.T) {
-	p := startProxy(t, []string{freeAddr(t)}, map[string]string{}, nil)
+	p := startProxy(t, []string{refusingAddr(t)}, map[string]string{}, nil)
 	conn := p.send(t, "ns-01")
 	p.waitWaiting(t, 1)
 	conn.Close()
@@ -113,7 +121,7 @@ func TestHandshakeEndsWithItsClient(t *testing.T) {
 
 func TestLimits(t *testing.T) {
 	backend := startStub(t, "127.0.0.1:0", echo)
-	addrs := []string{backend.addr, freeAddr(t)}
+	addrs := []string{backend.addr, refusingAddr(t)}
 	data := map[string]string{"here": "backend-0", "away": "backend-1"}
 
 	t.Run("sessions", func(t *testing.T) {
@@ -129,6 +137,7 @@ func TestLimits(t *testing.T) {
 		for p.relay.size() == 2 {
 			<-time.After(time.Millisecond)
 		}
+		p.waitWaiting(t, 0) // the refused one counts until after its answer
 		p.open(t, "here")
 	})
 	t.Run("waiting", func(t *testing.T) {
