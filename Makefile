@@ -3,6 +3,7 @@
 IMAGE       ?= localhost:5000/router:latest
 REGISTRY    ?= localhost:5000
 FUZZTIME    ?= 10s
+CHURN       ?= 30m
 E2E_FLAGS   ?=
 # no: the nodes pull the image from a registry (make push)
 LOAD        ?= yes
@@ -11,7 +12,7 @@ ROUNDS      ?= 3
 BENCH_FLAGS ?=
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
-.PHONY: help build demo test fuzz bench benchcheck benchparts lint image push load deploy undeploy e2e certs clean
+.PHONY: help build demo test churn fuzz bench benchcheck benchparts lint image push load deploy undeploy e2e certs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -29,6 +30,9 @@ test: ## all tests that need no cluster, with the race detector
 	cd bench && go vet ./... && go test -race -count=1 ./...
 	go test -race -count=1 ./...
 	go test -race -count=1 -tags portable -run 'Relay|Proxy|Move|Drain' .
+
+churn: ## open and close sessions for CHURN; nothing may be left of them
+	go test -count=1 -v -timeout 0 -run '^TestProxyChurn$$' . -churn $(CHURN)
 
 fuzz: ## each fuzz target for FUZZTIME
 	@for target in $$(grep -ho '^func Fuzz[A-Za-z]*' *_test.go | cut -d' ' -f2); do \

@@ -12,12 +12,15 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -32,6 +35,7 @@ var update = flag.Bool("update", false, "write testdata anew; testdata/owners.tx
 
 func TestMain(m *testing.M) {
 	if os.Getenv(asRouter) != "" {
+		go tellMemory()
 		main()
 		return
 	}
@@ -44,6 +48,18 @@ func TestMain(m *testing.M) {
 		code = 1
 	}
 	os.Exit(code)
+}
+
+// tellMemory writes for each SIGHUP what is left in use of the heap and the
+// stacks after a collection, as a line of the log.
+func tellMemory() {
+	asked := make(chan os.Signal, 1)
+	signal.Notify(asked, syscall.SIGHUP)
+	for range asked {
+		used := userMemory()
+		debug.FreeOSMemory()
+		fmt.Printf("{\"msg\":\"memory\",\"used\":%d}\n", used)
+	}
 }
 
 // leakedGoroutines gives goroutines some time to end and returns the stacks of
