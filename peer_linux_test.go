@@ -82,14 +82,13 @@ func wantOptions(t *testing.T, conn net.Conn, want map[string]int) {
 	})
 }
 
-// vanish makes conn's end hear nothing any more, and so say nothing: a socket
-// filter (socket(7), SO_ATTACH_FILTER) drops what comes before TCP sees it. It is
-// what the other end has when a machine or the way to it is gone.
+// vanish makes conn's end hear nothing any more, and so say nothing, as if its
+// machine or the way to it were gone: it drops segments with a TTL below 255
+// (ip(7), RFC 5082), and all that come from this machine have less.
 func vanish(t testing.TB, conn net.Conn) {
 	t.Helper()
 	onDescriptor(t, conn, func(fd int) {
-		drop := syscall.SockFilter{Code: syscall.BPF_RET | syscall.BPF_K, K: 0}
-		if err := syscall.AttachLsf(fd, []syscall.SockFilter{drop}); err != nil {
+		if err := syscall.SetsockoptInt(fd, syscall.IPPROTO_IP, syscall.IP_MINTTL, 255); err != nil {
 			t.Fatal(err)
 		}
 	})
