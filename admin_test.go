@@ -161,6 +161,14 @@ func TestOwnerAnswers(t *testing.T) {
 			wantOwner(t, tt.admin, tt.namespace, tt.status, tt.want)
 		})
 	}
+	conflict, update := adminOf(t, address, goneAddress)
+	update(entries{source: "a", version: "1", data: pack(map[string]string{"both": "backend-0"})})
+	update(entries{source: "a", version: "1", data: pack(map[string]string{"both": "backend-0"})},
+		entries{source: "b", version: "2", data: pack(map[string]string{"both": "backend-1"})})
+	const want = `"want":"the same backend in all objects","kept":"backend-0"}`
+	wantOwner(t, conflict, "both", 200, `{"namespace":"both","owner":"backend-0","why":"conflict","address":"`+address+
+		`","ready":true,"table":"`+conflict.proxy.router.table().version+`","rejected":[{"source":"a","value":"backend-0",`+want+
+		`,{"source":"b","value":"backend-1",`+want+`]}`)
 	c, _ := adminOf(t, up.Addr().String())
 	wantOwner(t, c, "ns-01", 503, `{"error":"no overrides were read yet: they are late"}`)
 }
