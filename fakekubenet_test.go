@@ -28,6 +28,7 @@ type fakeKubeNet struct {
 	dials  atomic.Int32
 	open   atomic.Int32
 	down   atomic.Bool  // connections are refused
+	hole   atomic.Bool  // and not even that
 	frozen atomic.Int32 // connections up to this dial take bytes and bring none, as those to a stopped host do
 }
 
@@ -51,6 +52,13 @@ func (n *fakeKubeNet) dial(ctx context.Context, _, _ string) (net.Conn, error) {
 	born := n.dials.Add(1)
 	if n.down.Load() {
 		return nil, &net.OpError{Op: "dial", Net: "tcp", Err: errors.New("connection refused")}
+	}
+	if n.hole.Load() {
+		select {
+		case <-ctx.Done():
+		case <-time.After(5 * time.Second): // as long as dialTCP
+		}
+		return nil, &net.OpError{Op: "dial", Net: "tcp", Err: os.ErrDeadlineExceeded}
 	}
 	client, server := net.Pipe()
 	select {
@@ -110,13 +118,19 @@ func (c *fakeKubeConn) Write(b []byte) (int, error) {
 // valid in synctest's year 2000 too.
 func fakeKubeCA(t *testing.T, hosts ...string) (ca []byte, server tls.Certificate) {
 	t.Helper()
+	return fakeKubeCASince(t, 1990, hosts...)
+}
+
+// fakeKubeCASince is not valid before the year.
+func fakeKubeCASince(t *testing.T, year int, hosts ...string) (ca []byte, server tls.Certificate) {
+	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
 	template := &x509.Certificate{
 		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: t.Name()},
-		NotBefore: time.Date(1990, 1, 1, 0, 0, 0, 0, time.UTC), NotAfter: time.Date(2100, 1, 1, 0, 0, 0, 0, time.UTC),
+		NotBefore: time.Date(year, 1, 1, 0, 0, 0, 0, time.UTC), NotAfter: time.Date(2100, 1, 1, 0, 0, 0, 0, time.UTC),
 		IsCA: true, BasicConstraintsValid: true,
 	}
 	for _, host := range append(hosts, "127.0.0.1") {

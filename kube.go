@@ -115,7 +115,7 @@ func (k *kube) ask(ctx context.Context, path string, query url.Values, object []
 		resp, err = k.roundTrip(ctx, path, query, object)
 	}
 	if err != nil {
-		return nil, err
+		return nil, cmp.Or(ctx.Err(), err)
 	}
 	k.protocol = resp.Proto
 	if resp.StatusCode != http.StatusOK && (resp.StatusCode != http.StatusCreated || object == nil) {

@@ -94,7 +94,7 @@ func TestPodNamespace(t *testing.T) {
 }
 
 // The token is read before every request; what cannot be a token keeps the last.
-func TestTokenIsReread(t *testing.T) {
+func TestWatchFault22TokenRotated(t *testing.T) {
 	ca, certificate := fakeKubeCA(t)
 	l, host, port := fakeKubeListen(t)
 	server := newFakeKube(t, l, fakeKubeScript{fakeKubeList("1")}, nil, certificate)
@@ -124,7 +124,7 @@ func TestTokenIsReread(t *testing.T) {
 	}
 }
 
-func TestUnauthorized(t *testing.T) {
+func TestWatchFault18Unauthorized(t *testing.T) {
 	ca, certificate := fakeKubeCA(t)
 	for name, c := range map[string]struct {
 		meanwhile string // the token that is written while the request is under way

@@ -11,7 +11,7 @@ import (
 
 // A changed CA file counts at the next request, a bad one does not, and a server
 // that the CA did not sign is never spoken to.
-func TestCAIsReread(t *testing.T) {
+func TestWatchFault23CARotated(t *testing.T) {
 	ca, certificate := fakeKubeCA(t)
 	other, _ := fakeKubeCA(t)
 	l, host, port := fakeKubeListen(t)
@@ -41,13 +41,16 @@ func TestCAIsReread(t *testing.T) {
 }
 
 // The certificate must be for the host, and TLS 1.2 at least.
-func TestTLSIsVerified(t *testing.T) {
-	ca, certificate := fakeKubeCA(t)
+func TestWatchFault24Certificate(t *testing.T) {
+	now, certificate := fakeKubeCA(t)
+	later, young := fakeKubeCASince(t, 2090)
+	ca := append(now, later...)
 	for name, c := range map[string]struct {
 		host   string
 		config *tls.Config
 		want   string
 	}{
+		"not yet valid":       {"127.0.0.1", &tls.Config{Certificates: []tls.Certificate{young}}, "is before 2090-01-01"},
 		"another host":        {"10.9.8.7", &tls.Config{}, "not 10.9.8.7"},
 		"TLS 1.1":             {"127.0.0.1", &tls.Config{MinVersion: tls.VersionTLS10, MaxVersion: tls.VersionTLS11}, "protocol version"},
 		"no TLS":              {"127.0.0.1", nil, "does not look like a TLS handshake"},
@@ -56,7 +59,9 @@ func TestTLSIsVerified(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			l, _, port := fakeKubeListen(t)
 			if c.config != nil {
-				c.config.Certificates = []tls.Certificate{certificate}
+				if c.config.Certificates == nil {
+					c.config.Certificates = []tls.Certificate{certificate}
+				}
 				l = tls.NewListener(l, c.config)
 			}
 			newFakeKube(t, l, fakeKubeScript{fakeKubeList("1")}, nil)
@@ -68,13 +73,16 @@ func TestTLSIsVerified(t *testing.T) {
 			if (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
 				t.Errorf("error %v, want %q", err, c.want)
 			}
+			if class := errorClass(err); class != map[bool]string{true: "none", false: "tls"}[err == nil] {
+				t.Errorf("class %s of %v", class, err)
+			}
 		})
 	}
 }
 
 // What is dialled and asked for is the API server, also with an IPv6 address,
 // and with a proxy in the environment.
-func TestHostAndProxy(t *testing.T) {
+func TestWatchFault44HostAndProxy(t *testing.T) {
 	ca, certificate := fakeKubeCA(t, "fd00::1", "kubernetes.example")
 	t.Setenv("HTTPS_PROXY", "http://192.0.2.1:9")
 	t.Setenv("HTTP_PROXY", "http://192.0.2.1:9")
@@ -118,7 +126,7 @@ func TestWatchOverTLS(t *testing.T) {
 	}
 }
 
-func TestResetWithinAnEvent(t *testing.T) {
+func TestWatchFault33ResetWithinAnEvent(t *testing.T) {
 	l, host, port := fakeKubeListen(t)
 	reset := func(w http.ResponseWriter, r *http.Request) {
 		event := fakeKubeEvent("MODIFIED", fakeKubeV(2))

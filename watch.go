@@ -113,7 +113,7 @@ func (w *watcher[T]) cycle(ctx context.Context) error {
 	defer time.AfterFunc(healthyWatch, w.worthwhile).Stop()
 	before := w.news
 	if err := w.follow(body); err != io.EOF {
-		return err
+		return cmp.Or(ctx.Err(), err)
 	}
 	if w.news > before {
 		w.worthwhile()
@@ -148,7 +148,7 @@ func (w *watcher[T]) list(ctx context.Context) (version string, err error) {
 	defer body.Close()
 	list, items, err := decodeList[T](body)
 	if err != nil {
-		return "", err
+		return "", cmp.Or(ctx.Err(), err)
 	}
 	if list.Kind != w.kind+"List" || list.Metadata.ResourceVersion == "" || list.Metadata.Continue != "" {
 		return "", fmt.Errorf("%w: kind %.60q, resourceVersion %.60q, continue %.60q, want a whole %sList",

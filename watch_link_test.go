@@ -15,7 +15,7 @@ import (
 // HTTP/2 pings within 20 s. Through kubectl proxy there are none: there the
 // deadline of the WATCH is what is left. Either way the old connection is not
 // tried again.
-func TestFrozenConnection(t *testing.T) {
+func TestWatchFault10Frozen(t *testing.T) {
 	ca, certificate := fakeKubeCA(t)
 	for name, c := range map[string]struct {
 		certificates []tls.Certificate
@@ -55,7 +55,7 @@ func TestFrozenConnection(t *testing.T) {
 }
 
 // What hangs is given up on after a bound, and asked again on a new connection.
-func TestHangs(t *testing.T) {
+func TestWatchFault13Hangs(t *testing.T) {
 	mute := func(n *fakeKubeNet) { n.frozen.Store(1) } // the first connection
 	for name, c := range map[string]struct {
 		fault       func(*fakeKubeNet)
@@ -152,33 +152,6 @@ func TestConnectionServesOneRequest(t *testing.T) {
 			})
 		}
 	}
-}
-
-// A server that is gone for an hour changes nothing, and is found again within
-// one pause when it is back.
-func TestServerGoneForAnHour(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		network := newFakeKubeNet()
-		newFakeKube(t, network, fakeKubeLists(2), fakeKubeScript{fakeKubeLast(time.Minute, true), fakeKubeOpen()})
-		c := fakeKubeFollow(t, network.kube(t))
-		c.want(t, fakeKube1)
-		network.down.Store(true)
-		time.Sleep(time.Hour)
-		if s := c.now(); s.fails < 3600/23 || errorClass(s.failure) != "dial" {
-			t.Errorf("after an hour: %+v", s)
-		}
-		c.wantNothing(t)
-		network.down.Store(false)
-		begun := time.Now()
-		c.want(t, fakeKube2)
-		if took := time.Since(begun); took > backoffMost*3/2 {
-			t.Errorf("found again after %s", took)
-		}
-		time.Sleep(time.Minute)
-		if n := c.logged.count("works again"); n != 1 {
-			t.Errorf("it was said %d times to work again", n)
-		}
-	})
 }
 
 // run ends with its context in every state, at once, and leaves neither a

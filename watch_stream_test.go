@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-func TestListMustBeWhole(t *testing.T) {
+func TestWatchFault34ListMustBeWhole(t *testing.T) {
 	good := fakeKubeV(9)
 	list := func(meta, items string) http.HandlerFunc {
 		return fakeKubeSay(200, `{"kind":"ConfigMapList","metadata":{`+meta+`},"items":[`+items+`]}`)
@@ -141,7 +141,7 @@ func TestStreamEnds(t *testing.T) {
 }
 
 // An event is what its bytes are, however they come.
-func TestStreamPieces(t *testing.T) {
+func TestWatchFault29Pieces(t *testing.T) {
 	two, three := fakeKubeEvent("ADDED", fakeKubeV(2)), fakeKubeEvent("MODIFIED", fakeKubeV(3))
 	wide := strings.Replace(two, "backend-2", "größer-𝄞", 1)
 	middle := strings.Index(wide, "𝄞") + 2
@@ -205,7 +205,7 @@ func TestBookmarkIsLife(t *testing.T) {
 
 // The set is what the server says is there: what comes is in it whatever its
 // version, and what goes is not.
-func TestObjectComesAndGoes(t *testing.T) {
+func TestWatchFault25DeletedAndRecreated(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		network := newFakeKubeNet()
 		recreated := fakeKubeObject("u2", "1", "backend-7")
@@ -224,7 +224,7 @@ func TestObjectComesAndGoes(t *testing.T) {
 }
 
 // A selection is replaced by each LIST, and changed by events one by one.
-func TestSelection(t *testing.T) {
+func TestWatchFault28LeavesTheSelection(t *testing.T) {
 	named := func(name, version, backend string) string {
 		return strings.Replace(fakeKubeObject("u-"+name, version, backend), "routes", name, 1)
 	}

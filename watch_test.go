@@ -1,8 +1,14 @@
 package main
 
 import (
+	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
+	"net"
 	"net/http"
+	"os"
 	"strconv"
 	"strings"
 	"testing"
@@ -79,17 +85,28 @@ func TestRetryAfter(t *testing.T) {
 }
 
 func TestErrorClass(t *testing.T) {
-	same := [][2]error{
-		{&status{Code: 410, Message: "too old resource version: 226 (349)"}, &status{Code: 410, Message: "too old resource version: 1 (2)"}},
-		{fmt.Errorf("list: %w", fmt.Errorf("dial 10.0.0.1:5: %w", http.ErrServerClosed)), fmt.Errorf("watch: %w", http.ErrServerClosed)},
+	unmarshal := func(text string) error { return json.Unmarshal([]byte(text), &object{}) }
+	tests := []struct {
+		err  error
+		want string
+	}{
+		{nil, "none"},
+		{&status{Code: 401}, "unauthorized"}, {&status{Code: 403}, "forbidden"}, {&status{Code: 404}, "not_found"},
+		{&status{Code: 410}, "gone"}, {&status{Code: 429}, "too_many_requests"}, {&status{Code: 500}, "internal_server_error"},
+		{&status{Code: 503}, "service_unavailable"}, {&status{Code: 504}, "gateway_timeout"},
+		{&status{}, "refused"}, {&status{Code: 777}, "refused"},
+		{errTooBig, "too_big"}, {errAnswer, "bad_answer"}, {unmarshal("<html>"), "bad_answer"}, {unmarshal(`{"kind":1}`), "bad_answer"},
+		{&net.OpError{Op: "dial", Err: os.ErrDeadlineExceeded}, "dial"}, {&net.OpError{Op: "read", Err: os.ErrDeadlineExceeded}, "timeout"},
+		{context.DeadlineExceeded, "timeout"}, {&net.OpError{Op: "remote error", Err: errors.New("tls: bad certificate")}, "tls"},
+		{io.ErrUnexpectedEOF, "cut"}, {&net.OpError{Op: "read", Err: errors.New("connection reset by peer")}, "cut"},
 	}
-	for _, pair := range same {
-		if a, b := errorClass(pair[0]), errorClass(pair[1]); a != b {
-			t.Errorf("%q and %q", a, b)
+	for _, tt := range tests {
+		if got := errorClass(tt.err); got != tt.want {
+			t.Errorf("%v is %s, want %s", tt.err, got, tt.want)
 		}
-	}
-	if a, b := errorClass(&status{Code: 401}), errorClass(&status{Code: 403}); a == b {
-		t.Errorf("401 and 403 are both %q", a)
+		if tt.err != nil && errorClass(fmt.Errorf("list: %w", tt.err)) != tt.want {
+			t.Errorf("%v within another is not %s", tt.err, tt.want)
+		}
 	}
 }
 
@@ -132,7 +149,7 @@ func TestWatchRequests(t *testing.T) {
 	})
 }
 
-func TestWatchCleanEndListsSoon(t *testing.T) {
+func TestWatchFault01NormalEnd(t *testing.T) {
 	for name, stream := range map[string]http.HandlerFunc{
 		"after a long life":   fakeKubeLast(20*time.Second, false),
 		"after a new version": fakeKubeStream(fakeKubeEvent("MODIFIED", fakeKubeV(2))),
@@ -160,7 +177,7 @@ func TestWatchCleanEndListsSoon(t *testing.T) {
 
 // A load balancer that cuts every stream after 3 s must not make a hot loop, and
 // updates must arrive all the same.
-func TestWatchCutEveryThreeSeconds(t *testing.T) {
+func TestWatchFault36CutEveryThreeSeconds(t *testing.T) {
 	for name, cut := range map[string]bool{"cleanly": false, "by a reset": true} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
