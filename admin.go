@@ -5,8 +5,11 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/http"
+	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -17,8 +20,9 @@ type admin struct {
 	proxy      *proxy
 	gate       *gate
 	configMaps *configMaps   // nil without an API server
-	missing    func() string // why there is no table yet, in words
+	missing    func() string // why no overrides were read yet, in words, or ""
 	dropped    func() int64  // log lines
+	scale      *scale        // nil if the flags say how many backends there are
 	started    time.Time
 
 	draining atomic.Bool
@@ -31,6 +35,7 @@ func (a *admin) handler() http.Handler {
 	mux.HandleFunc("GET /readyz", a.readyz)
 	mux.HandleFunc("GET /metrics", a.metrics)
 	mux.HandleFunc("GET /owner", a.owner)
+	mux.HandleFunc("GET /backends", a.backends)
 	return mux
 }
 
@@ -42,10 +47,24 @@ func (a *admin) notReady() []string {
 		why = append(why, errDraining.Error())
 	}
 	if a.proxy.router.table() == nil {
-		why = append(why, "no overrides were read yet: "+a.missing())
+		why = append(why, a.noTable()...)
 	}
-	if used, full := a.gate.state(); full {
-		why = append(why, fmt.Sprintf("clients wait for descriptors: %d of %d are used", used, a.gate.limit))
+	if used, limit, full := a.gate.state(); full {
+		why = append(why, fmt.Sprintf("clients wait for descriptors: %d of %d are used", used, limit))
+	}
+	return why
+}
+
+// noTable says why there is none yet.
+func (a *admin) noTable() (why []string) {
+	if missing := a.missing(); missing != "" {
+		why = append(why, "no overrides were read yet: "+missing)
+	}
+	if a.scale == nil {
+		return why
+	}
+	if missing := a.scale.missing(); missing != "" {
+		why = append(why, "the number of backends is not known yet: "+missing)
 	}
 	return why
 }
@@ -86,7 +105,7 @@ func (a *admin) owner(w http.ResponseWriter, r *http.Request) {
 	}
 	t := a.proxy.router.table()
 	if t == nil {
-		writeJSON(w, http.StatusServiceUnavailable, map[string]string{"error": "no overrides were read yet: " + a.missing()})
+		writeJSON(w, http.StatusServiceUnavailable, map[string]string{"error": strings.Join(a.noTable(), "\n")})
 		return
 	}
 	writeJSON(w, http.StatusOK, a.ownership(r.Context(), t, namespace))
@@ -100,12 +119,78 @@ func (a *admin) ownership(ctx context.Context, t *table, namespace string) owner
 		return o
 	}
 	o.Owner = t.name(ordinal)
-	var err error
-	if o.Address, err = a.proxy.backends.probe(ctx, ordinal); err != nil {
-		o.Error = err.Error()
-	}
-	o.Ready = err == nil
+	o.Address, o.Ready, o.Error = a.probe(ctx, ordinal)
 	return o
+}
+
+// backendState is one backend in the answer of /backends. One that has no
+// namespaces and no sessions is safe to remove.
+type backendState struct {
+	Name       string `json:"name"`
+	Ordinal    int    `json:"ordinal"`
+	Address    string `json:"address,omitempty"`
+	Ready      bool   `json:"ready"` // it takes a connection now
+	Error      string `json:"error,omitempty"`
+	Namespaces bool   `json:"namespaces"` // it owns some
+	Overrides  int    `json:"overrides"`  // of these, by overrides
+	Sessions   int    `json:"sessions"`   // of this router
+}
+
+// backends lists the backends that own namespaces, and those that still have
+// sessions.
+func (a *admin) backends(w http.ResponseWriter, r *http.Request) {
+	t := a.proxy.router.table()
+	if t == nil {
+		writeJSON(w, http.StatusServiceUnavailable, map[string]string{"error": strings.Join(a.noTable(), "\n")})
+		return
+	}
+	counts, overrides := a.proxy.relay.counts(), pins(t)
+	maps.DeleteFunc(counts, func(ordinal int, n backendCount) bool { return n.open == 0 })
+	var asked sync.WaitGroup
+	all := []backendState{}
+	for _, ordinal := range a.everyBackend(counts) {
+		all = append(all, backendState{Name: t.name(ordinal), Ordinal: ordinal, Namespaces: t.backends.has(ordinal),
+			Overrides: overrides[ordinal], Sessions: counts[ordinal].open})
+	}
+	for i := range all {
+		asked.Go(func() { all[i].Address, all[i].Ready, all[i].Error = a.probe(r.Context(), all[i].Ordinal) })
+	}
+	asked.Wait()
+	writeJSON(w, http.StatusOK, map[string]any{"table": t.version, "backends": all})
+}
+
+// probe dials a backend, and returns its address as far as that is known, whether
+// it takes a connection, and why not.
+func (a *admin) probe(ctx context.Context, ordinal int) (address string, ready bool, why string) {
+	address, err := a.proxy.backends.probe(ctx, ordinal)
+	if err != nil {
+		return address, false, err.Error()
+	}
+	return address, true, ""
+}
+
+// pins returns how many namespaces each backend owns by overrides.
+func pins(t *table) map[int]int {
+	all := map[int]int{}
+	for i := range t.index.cells {
+		if s := &t.index.cells[i]; s.part != 0 {
+			all[t.means(s)]++
+		}
+	}
+	return all
+}
+
+// everyBackend returns the ordinals, in order, of the backends that have
+// namespaces and of those that had sessions.
+func (a *admin) everyBackend(counts map[int]backendCount) []int {
+	all := slices.Collect(maps.Keys(counts))
+	if t := a.proxy.router.table(); t != nil {
+		for i := range t.backends.count {
+			all = append(all, t.backends.first+i)
+		}
+	}
+	slices.Sort(all)
+	return slices.Compact(all)
 }
 
 func writeJSON(w http.ResponseWriter, status int, v any) {

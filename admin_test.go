@@ -96,8 +96,8 @@ func adminOf(t *testing.T, addrs ...string) (a *admin, update func(...entries) [
 	t.Helper()
 	quiet := slog.New(slog.DiscardHandler)
 	b := fixedBackends("backend", addrs)
-	router := &router{statefulSet: "backend", backends: len(addrs), log: quiet, swapped: func() {}}
-	p := &proxy{router: router, backends: b, relay: newRelay(len(addrs), b.name, quiet), log: quiet}
+	router := &router{statefulSet: "backend", backends: b.given, log: quiet, swapped: func() {}}
+	p := &proxy{router: router, backends: b, relay: newRelay(b.name, quiet), log: quiet}
 	return &admin{proxy: p, gate: wideGate(t), missing: func() string { return "they are late" },
 		dropped: func() int64 { return 0 }, started: time.Now()}, router.update
 }
@@ -161,7 +161,7 @@ func TestOwnerAnswers(t *testing.T) {
 			wantOwner(t, tt.admin, tt.namespace, tt.status, tt.want)
 		})
 	}
-	conflict, update := adminOf(t, address, goneAddress)
+	conflict, update := adminOf(t, address, refusingAddr(t))
 	update(entries{source: "a", version: "1", data: pack(map[string]string{"both": "backend-0"})})
 	update(entries{source: "a", version: "1", data: pack(map[string]string{"both": "backend-0"})},
 		entries{source: "b", version: "2", data: pack(map[string]string{"both": "backend-1"})})

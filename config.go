@@ -62,17 +62,16 @@ func (c *config) flags() *flag.FlagSet {
 	f := flag.NewFlagSet("router", flag.ContinueOnError)
 	f.SetOutput(io.Discard)
 	f.StringVar(&c.listen, "listen", ":8000", "`address` for clients: host:port, or unix:/path of a socket")
-	f.StringVar(&c.admin, "admin", ":8001", "`address` for /healthz, /readyz, /metrics and /owner")
-
+	f.StringVar(&c.admin, "admin", ":8001", "`address` for /healthz, /readyz, /metrics, /owner, /backends and /plan")
 	f.DurationVar(&c.peerTimeout, "peer-timeout", time.Minute, "how long a client or backend may leave TCP without an answer before its session\n"+
 		"ends, in whole seconds, 0 is as long as the system lets it")
 	f.DurationVar(&c.idleTimeout, "idle-timeout", 0, "how long a session may carry nothing in either direction before it ends, 0 is for ever")
 
 	f.StringVar(&c.backends, "backends", "", "fixed `list` of backends, host:port,host:port,... in the order of their ordinals")
-	f.IntVar(&c.replicas, "replicas", 0, "`number` of backends when they are found by DNS, without -backends")
+	f.IntVar(&c.replicas, "replicas", 0, "`number` of backends, which DNS then finds; without it and -backends the API server says both")
 	f.StringVar(&c.statefulSet, "statefulset", "backend", "`name` of the StatefulSet: backends are <name>-0, <name>-1, ...")
 	f.StringVar(&c.service, "service", "headless", "`name` of its headless Service: backends are at <backend>.<name>")
-	f.IntVar(&c.backendPort, "backend-port", 9000, "`port` of the backends when they are found by DNS")
+	f.IntVar(&c.backendPort, "backend-port", 9000, "`port` of the backends, without -backends")
 
 	f.StringVar(&c.kube, "kube", "", "API `server` with the overrides: in-cluster, none, or the http://host:port of a kubectl\n"+
 		"proxy (default in-cluster in a pod, else none with -overrides, else http://127.0.0.1:8080)")
@@ -118,12 +117,12 @@ func parseConfig(args []string, getenv func(string) string, w io.Writer) (*confi
 		err = fromEnvironment(f, getenv)
 	}
 	if err == nil {
+		c.complete(getenv)
 		err = c.check()
 	}
 	if err != nil {
 		return nil, usageError{err}
 	}
-	c.complete(getenv)
 	return c, nil
 }
 
@@ -160,8 +159,10 @@ func writeHelp(f *flag.FlagSet, w io.Writer) {
 // check says which value cannot be.
 func (c *config) check() error {
 	switch {
-	case c.backends == "" && c.replicas < 1:
-		return errors.New("-replicas or -backends is needed: how many backends are there?")
+	case c.replicas < 0:
+		return fmt.Errorf("-replicas %d, want 1 or more", c.replicas)
+	case c.backends == "" && c.replicas == 0 && c.kube == "none":
+		return errors.New("-replicas or -backends is needed without an API server: how many backends are there?")
 	case c.backends != "" && c.replicas != 0:
 		return errors.New("-replicas and -backends: want one of them, the list says how many")
 	case c.backendPort < 1 || c.backendPort > 65535:
@@ -218,10 +219,13 @@ func (c *config) complete(getenv func(string) string) {
 	}
 }
 
-// backendSet returns the backends that the flags name.
+// backendSet returns the backends that the flags name, nil if the API server does.
 func (c *config) backendSet() (*backends, error) {
-	if c.backends == "" {
+	switch {
+	case c.replicas > 0:
 		return dnsBackends(c.replicas, c.statefulSet, c.service, c.backendPort), nil
+	case c.backends == "":
+		return nil, nil
 	}
 	addrs, err := parseBackends(c.backends)
 	if err != nil {

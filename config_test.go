@@ -40,8 +40,9 @@ var badUsage = map[string]struct {
 	env  map[string]string
 	want string
 }{
-	"no backends":          {args: "", want: "-replicas or -backends is needed: how many backends are there?"},
-	"negative replicas":    {args: "-replicas -1", want: "-replicas or -backends is needed: how many backends are there?"},
+	"no backends":          {args: "-kube none -overrides d", want: "-replicas or -backends is needed without an API server: how many backends are there?"},
+	"no backends, a copy":  {args: "-overrides d", want: "-replicas or -backends is needed without an API server: how many backends are there?"},
+	"negative replicas":    {args: "-replicas -1", want: "-replicas -1, want 1 or more"},
 	"replicas no number":   {args: "-replicas four", want: `invalid value "four" for flag -replicas: parse error`},
 	"replicas too big":     {args: "-replicas 9999999999999999999", want: `invalid value "9999999999999999999" for flag -replicas: value out of range`},
 	"both":                 {args: "-replicas 1 -backends h:1", want: "-replicas and -backends: want one of them, the list says how many"},

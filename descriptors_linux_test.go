@@ -221,7 +221,7 @@ func wantMarked(t *testing.T, m *marked, r io.Reader) {
 // A descriptor that was closed is not used any more: it may be another session's
 // by then. All come back.
 func TestRelayKeepsSessionsApart(t *testing.T) {
-	r := quietRelay(t, 1)
+	r := quietRelay(t)
 	carried(t, r, 0, nil, nil).end(causeDrain) // Go's poller has its descriptors now
 	before := descriptors(t)
 	const sessions, workers = 4000, 8

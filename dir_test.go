@@ -236,7 +236,7 @@ func TestDirectoryMissing(t *testing.T) {
 // A removed directory, a bad entry and a stale copy change nothing in the table.
 func TestDirectoryAndTable(t *testing.T) {
 	d := newFakeDir(t)
-	r := &router{statefulSet: "backend", backends: 4, log: d.log, swapped: func() {}}
+	r := &router{statefulSet: "backend", backends: ordinals{count: 4}, log: d.log, swapped: func() {}}
 	d.directory.update, d.stale = func(e entries) { r.update(e) }, true
 	look := func(want string) {
 		t.Helper()

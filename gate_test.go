@@ -18,7 +18,7 @@ func TestGate(t *testing.T) {
 				t.Fatal(err)
 			}
 			sessions := 0
-			for _, full := g.state(); !full; _, full = g.state() {
+			for _, _, full := g.state(); !full; _, _, full = g.state() {
 				if err := g.wait(); err != nil {
 					t.Fatal(err)
 				}
@@ -26,7 +26,7 @@ func TestGate(t *testing.T) {
 				g.use(-1) // it is a session now
 				sessions++
 			}
-			if used, _ := g.state(); sessions != g.sessions() || used != 2*sessions || used > g.limit {
+			if used, _, _ := g.state(); sessions != g.sessions() || used != 2*sessions || used > g.limit {
 				t.Errorf("%d files: %d sessions use %d descriptors of %d, want %d sessions", files, sessions, used, g.limit, g.sessions())
 			}
 			wantWaits(t, g)
@@ -42,6 +42,34 @@ func TestGate(t *testing.T) {
 	}
 }
 
+// TestGateResizes: more backends leave fewer descriptors to clients, and fewer
+// backends let one in that waits.
+func TestGateResizes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g, err := newGate(200+runtime.GOMAXPROCS(0), 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for backends, want := range map[int]int{0: 100, 10: 80, 1000: upgradeDescriptors} {
+			if g.resize(backends); g.limit != want {
+				t.Errorf("%d descriptors for clients with %d backends, want %d", g.limit, backends, want)
+			}
+		}
+		g.resize(10)
+		g.use(80)
+		waited := make(chan error, 1)
+		go func() { waited <- g.wait() }()
+		synctest.Wait()
+		if len(waited) > 0 {
+			t.Error("a full gate did not wait")
+		}
+		g.resize(8)
+		if err := <-waited; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // wantWaits checks that the gate, which is full, keeps a client waiting until a
 // session is over, and no longer than until it is closed.
 func wantWaits(t *testing.T, g *gate) {
@@ -51,7 +79,7 @@ func wantWaits(t *testing.T, g *gate) {
 		end  func()
 		want error
 	}{{func() { g.use(-sessionDescriptors - 1) }, nil}, {g.close, net.ErrClosed}} {
-		used, _ := g.state()
+		used, _, _ := g.state()
 		g.use(max(0, g.limit-used))
 		go func() { waited <- g.wait() }()
 		synctest.Wait()

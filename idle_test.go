@@ -11,7 +11,7 @@ import (
 // and then, in whichever direction, stays for as long as it does.
 func TestRelayEndsIdle(t *testing.T) {
 	const timeout = 800 * time.Millisecond
-	r := quietRelay(t, 1)
+	r := quietRelay(t)
 	silent := carried(t, r, 0, nil, nil)
 	spoke := carried(t, r, 0, []byte("hello"), []byte("hello"))
 	asks, tells := carried(t, r, 0, nil, nil), carried(t, r, 0, nil, nil)

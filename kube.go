@@ -37,9 +37,10 @@ var (
 // other.
 type kube struct {
 	// Static after construction.
-	base *url.URL
-	dir  string // of the service account's files; "" through kubectl proxy
-	dial func(ctx context.Context, network, addr string) (net.Conn, error)
+	base  *url.URL
+	dir   string // of the service account's files; "" through kubectl proxy
+	dial  func(ctx context.Context, network, addr string) (net.Conn, error)
+	patch bool // what is sent changes an object
 
 	roots    *x509.CertPool // the last that were good; nil through kubectl proxy
 	token    string         // the last that was not empty
@@ -49,8 +50,7 @@ type kube struct {
 // connect returns a transport for one request, whose connection ends with the
 // request's context. No connection is ever used again: HTTP/2 would go on with
 // one that is half open after a request on it timed out, and also after
-// CloseIdleConnections (golang/go#36026). HTTP/2 pings notice it early; HTTP/1.1
-// has only deadlines.
+// CloseIdleConnections (golang/go#36026). HTTP/2 pings notice it; HTTP/1.1 has none.
 func (k *kube) connect() *http.Transport {
 	return &http.Transport{
 		Proxy: nil, // HTTPS_PROXY is not for the API server (cert-manager#1371)
@@ -99,11 +99,11 @@ func (k *kube) readToken() (changed bool) {
 	return true
 }
 
-// ask gets path?query, or creates the object, JSON, in the collection at path.
-// It returns the body of an answer that is as it should be, and JSON; the caller
-// closes it, and it ends with ctx, which must end. A refusal of the server is a
-// *status. Token and CA are read before each request, the token once more if it
-// was refused (ManageIQ/kubeclient#530).
+// ask gets path?query, or creates the object, JSON, in the collection at path,
+// or patches what is there. It returns the body of an answer that is as it should
+// be, and JSON; the caller closes it, and it ends with ctx, which must end. A
+// refusal of the server is a *status. Token and CA are read before each request,
+// the token once more if it was refused (ManageIQ/kubeclient#530).
 func (k *kube) ask(ctx context.Context, path string, query url.Values, object []byte) (io.ReadCloser, error) {
 	if k.dir != "" { // through kubectl proxy no token must be sent
 		k.readCA() // its error shows when the connection does
@@ -129,12 +129,13 @@ func (k *kube) ask(ctx context.Context, path string, query url.Values, object []
 	return resp.Body, nil
 }
 
-// roundTrip sends one request. It goes to the transport directly: a redirect
-// must not be followed with the token.
+// roundTrip sends one request, and follows no redirect, which would get the token.
 func (k *kube) roundTrip(ctx context.Context, path string, query url.Values, object []byte) (*http.Response, error) {
-	u, method := *k.base, http.MethodGet
+	u, method, media := *k.base, http.MethodGet, "application/json"
 	u.Path, u.RawQuery = path, query.Encode()
-	if object != nil {
+	if k.patch {
+		method, media = http.MethodPatch, "application/merge-patch+json"
+	} else if object != nil {
 		method = http.MethodPost
 	}
 	req, err := http.NewRequestWithContext(context.WithValue(ctx, k, ctx), method, u.String(), bytes.NewReader(object))
@@ -142,7 +143,7 @@ func (k *kube) roundTrip(ctx context.Context, path string, query url.Values, obj
 		return nil, err
 	}
 	req.Header.Set("Accept", "application/json")
-	req.Header.Set("Content-Type", "application/json")
+	req.Header.Set("Content-Type", media)
 	req.Header.Set("User-Agent", "wsrouter/"+version())
 	if k.token != "" {
 		req.Header.Set("Authorization", "Bearer "+k.token)

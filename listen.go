@@ -87,13 +87,12 @@ const upgradeDescriptors = 3
 // gate keeps clients waiting, in the backlog of the kernel, while the process
 // has no descriptors for them.
 type gate struct {
-	// Static after construction.
-	files int // that the process may open
-	limit int // descriptors of these that are for clients
+	files int // that the process may open; static
 
 	// Guarded by mu.
 	mu     sync.Mutex
-	used   int
+	limit  int // of used
+	used   int // descriptors of clients
 	closed bool
 	change sync.Cond // used fell, or closed
 }
@@ -105,13 +104,26 @@ func newGate(files, backends int) (*gate, error) {
 	if files < rest+upgradeDescriptors {
 		return nil, fmt.Errorf("%d open files are allowed, want at least %d (ulimit -n)", files, rest+upgradeDescriptors)
 	}
-	g := &gate{files: files, limit: files - rest}
+	g := &gate{files: files}
 	g.change.L = &g.mu
+	g.resize(backends)
 	return g, nil
 }
 
+// resize sets how many descriptors clients may have with this many backends: at
+// least those of one.
+func (g *gate) resize(backends int) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.limit = max(upgradeDescriptors, g.files-reserved-2*backends-runtime.GOMAXPROCS(0))
+	g.change.Signal()
+}
+
 // sessions is how many there can be.
-func (g *gate) sessions() int { return (g.limit-upgradeDescriptors)/sessionDescriptors + 1 }
+func (g *gate) sessions() int {
+	_, limit, _ := g.state()
+	return (limit-upgradeDescriptors)/sessionDescriptors + 1
+}
 
 // wait returns when there is room for one more client, or net.ErrClosed.
 func (g *gate) wait() error {
@@ -134,12 +146,12 @@ func (g *gate) use(n int) {
 	g.change.Signal()
 }
 
-// state returns how many descriptors are used, and whether clients wait for
-// room.
-func (g *gate) state() (used int, full bool) {
+// state returns how many descriptors are used, how many may be, and whether
+// clients wait for room.
+func (g *gate) state() (used, limit int, full bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return g.used, g.used+upgradeDescriptors > g.limit
+	return g.used, g.limit, g.used+upgradeDescriptors > g.limit
 }
 
 // close ends wait.

@@ -18,7 +18,7 @@ func lookupTable(t testing.TB, backends, overrides int) *router {
 	for i, namespace := range manyNamespaces(overrides) {
 		data[namespace] = backendName("backend", i%backends)
 	}
-	r := &router{statefulSet: "backend", backends: backends, log: slog.New(slog.DiscardHandler), swapped: func() {}}
+	r := &router{statefulSet: "backend", backends: ordinals{count: backends}, log: slog.New(slog.DiscardHandler), swapped: func() {}}
 	r.update(entries{data: pack(data)})
 	return r
 }

@@ -8,9 +8,9 @@
 //
 //	client ─TLS─ nginx ─unix socket─ net/http ── proxy: check, own, dial, handshake, hijack ── relay ── backend-N
 //	                                                │                │
-//	                                       route: owner(namespace)  backends: backend-N to address
-//	                                                │
-//	                                       watch or dir: overrides
+//	                                       route: owner(namespace)  backends: backend-N to address, ready
+//	                                                │                │
+//	                        watch or dir: overrides, number    watch, DNS or a list
 //
 // What always holds:
 //
@@ -33,8 +33,9 @@
 //  10. Every goroutine has an owner that waits for it.
 //
 // Read main and config, then route, pack, hash and swap (who owns), dir,
-// configmap, events, watch and kube (how the overrides come), backends (where
-// owners are), listen, proxy, upgrade and refusal (from request to session),
+// configmap, events, watch and kube (how the overrides come), statefulset,
+// endpoints, dns, backends and hold (how many owners there are, where, and the
+// wait for them), listen, proxy, upgrade and refusal (from request to session),
 // relay, frame, rawio and move (the session's life), admin, metrics and log.
 package main
 
@@ -115,31 +116,40 @@ type program struct {
 	gate    *gate
 	proxy   *proxy
 	mover   *mover
-	sources []func(context.Context) // where overrides come from; each runs until its context ends
+	sources []func(context.Context) // where overrides and backends come from; each runs until its context ends
 	admin   *admin
 	log     *slog.Logger
 }
 
 // newProgram makes the parts that c asks for, which do nothing before serve.
 func newProgram(c *config, getenv func(string) string, log *slog.Logger) (*program, error) {
+	client, namespace, err := c.kubeClient(getenv)
+	if err != nil {
+		return nil, err
+	}
 	backends, err := c.backendSet()
 	if err != nil {
 		return nil, err
+	}
+	var pods *pods
+	if backends == nil {
+		pods = followPods(*client, namespace, c.statefulSet, c.service, c.backendPort, log)
+		backends = pods.backends()
 	}
 	backends.dialer = boundDialer(c.peerTimeout)
 	files, err := openFiles()
 	if err != nil {
 		return nil, err
 	}
-	gate, err := newGate(files, backends.count)
+	gate, err := newGate(files, backends.given.count)
 	if err != nil {
 		return nil, err
 	}
-	router := &router{statefulSet: c.statefulSet, backends: backends.count, log: log}
-	relay := newRelay(backends.count, backends.name, log)
+	router := &router{statefulSet: c.statefulSet, backends: backends.given, log: log}
+	relay := newRelay(backends.name, log)
 	relay.freed = func(descriptors int) { gate.use(-descriptors) }
 	mover := newMover(router, relay, c.moveRate, log)
-	router.swapped = mover.check
+	router.swapped = func() { mover.check(); backends.holds.askAgain() }
 	p := &program{config: c, gate: gate, mover: mover, log: log}
 	p.proxy = &proxy{
 		router: router, backends: backends, relay: relay, moves: mover,
@@ -149,16 +159,20 @@ func newProgram(c *config, getenv func(string) string, log *slog.Logger) (*progr
 		p.proxy.namespace = hostNamespace
 	}
 	p.admin = &admin{proxy: p.proxy, gate: gate, started: time.Now()}
-	return p, p.follow(getenv)
+	p.follow(client, namespace, pods)
+	return p, nil
 }
 
-// follow sets up the sources of overrides.
-func (p *program) follow(getenv func(string) string) error {
-	client, namespace, err := p.config.kubeClient(getenv)
-	if err != nil {
-		return err
-	}
+// follow sets up the sources of overrides, and with pods that of their number.
+func (p *program) follow(client *kube, namespace string, pods *pods) {
 	router := p.proxy.router
+	if pods != nil {
+		p.admin.scale = followScale(*client, namespace, pods, func(backends ordinals) {
+			p.gate.resize(backends.count)
+			router.resize(backends)
+		}, p.log)
+		p.sources = append(p.sources, pods.watcher.run, p.admin.scale.watcher.run, p.admin.scale.keepNote)
+	}
 	if client != nil {
 		events := newRecorder(*client, p.config.pod, p.log)
 		maps := &configMaps{update: router.update, events: events, log: p.log}
@@ -183,7 +197,6 @@ func (p *program) follow(getenv func(string) string) error {
 			p.admin.missing = d.missing
 		}
 	}
-	return nil
 }
 
 // serve runs everything until ctx ends or a listener fails, then stops it in
@@ -210,7 +223,7 @@ func (p *program) serve(ctx context.Context, front, side net.Listener) error {
 	})
 	running.Go(func() { failed <- operators.Serve(side) })
 	p.log.Info("serving", "version", version(), "listen", front.Addr().String(), "admin", side.Addr().String(),
-		"pod", p.config.pod, "backends", p.proxy.backends.count, "kube", p.config.kube)
+		"pod", p.config.pod, "backends", p.proxy.backends.given.count, "kube", p.config.kube)
 	if most := p.gate.sessions(); most < p.config.limits.sessions {
 		p.log.Warn("the open files allow fewer sessions than -max-sessions",
 			"sessions", most, "max", p.config.limits.sessions, "files", p.gate.files)

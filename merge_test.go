@@ -79,7 +79,7 @@ func TestMergeModel(t *testing.T) {
 			before := model
 			var conflicts int
 			model, conflicts = model.next(sources, backends)
-			next := newTable("backend", backends, all, old)
+			next := newTable("backend", ordinals{count: backends}, all, old)
 			got := mergeModel(overridesOf(next))
 			if !maps.Equal(got, model) || next.conflicts != conflicts || next.overrides != len(model) {
 				t.Fatalf("step %d, %d backends, sources %v after %v:\n%d overrides %v, %d conflicts; want\n%v, %d",

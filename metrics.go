@@ -47,8 +47,11 @@ func (a *admin) writeMetrics(w io.Writer) {
 	a.writeSessions(m)
 	a.writeUpgrades(m)
 	a.writeTable(m)
+	if a.scale != nil {
+		a.writeScale(m)
+	}
 	if a.configMaps != nil {
-		writeWatches(m, a.configMaps)
+		a.writeWatches(m)
 	}
 	m.single("router_log_lines_dropped_total", "counter", "Log lines that nobody took in time.", float64(a.dropped()))
 	m.single("go_goroutines", "gauge", "Goroutines.", float64(runtime.NumGoroutine()))
@@ -60,13 +63,16 @@ func (a *admin) writeMetrics(w io.Writer) {
 // other: a session that ends meanwhile may be in one and not yet in the other.
 func (a *admin) writeSessions(m metricsWriter) {
 	relay, name := a.proxy.relay, a.proxy.backends.name
-	m.family("router_sessions", "gauge", "Open sessions.")
-	for i := range relay.byBackend {
-		m.sample("router_sessions", float64(relay.byBackend[i].open.Load()), "backend", name(i))
-	}
-	m.family("router_sessions_total", "counter", "Sessions since the start.")
-	for i := range relay.byBackend {
-		m.sample("router_sessions_total", float64(relay.byBackend[i].total.Load()), "backend", name(i))
+	counts := relay.counts()
+	if all := a.everyBackend(counts); len(all) > 0 {
+		m.family("router_sessions", "gauge", "Open sessions.")
+		for _, i := range all {
+			m.sample("router_sessions", float64(counts[i].open), "backend", name(i))
+		}
+		m.family("router_sessions_total", "counter", "Sessions since the start.")
+		for _, i := range all {
+			m.sample("router_sessions_total", float64(counts[i].total), "backend", name(i))
+		}
 	}
 	m.family("router_sessions_ended_total", "counter", "Sessions that ended, by cause.")
 	for c := causeNone + 1; c < causes; c++ {
@@ -85,10 +91,10 @@ func (a *admin) writeUpgrades(m metricsWriter) {
 	}
 	m.single("router_upgrades_waiting", "gauge", "Upgrades under way: held, dialled or in the handshake.",
 		float64(a.proxy.waiting.Load()))
-	used, full := a.gate.state()
+	used, limit, full := a.gate.state()
 	m.family("router_descriptors", "gauge", "Descriptors that clients and their sessions may need, and may have.")
 	m.sample("router_descriptors", float64(used), "kind", "used")
-	m.sample("router_descriptors", float64(a.gate.limit), "kind", "limit")
+	m.sample("router_descriptors", float64(limit), "kind", "limit")
 	m.single("router_accept_paused", "gauge", "1 if clients wait, in the kernel's backlog, for descriptors.", boolean(full))
 }
 
@@ -102,7 +108,7 @@ func (a *admin) writeTable(m metricsWriter) {
 	m.family("router_table_info", "gauge", "Always 1; the labels say which table is in force.")
 	m.sample("router_table_info", 1, "source", t.source(), "version", t.version)
 	m.single("router_table_overrides", "gauge", "Overrides in force.", float64(t.overrides))
-	m.single("router_table_backends", "gauge", "Backends that namespaces are hashed over.", float64(t.backends))
+	m.single("router_table_backends", "gauge", "Backends that namespaces are hashed over.", float64(t.backends.count))
 	m.family("router_table_rejected_entries", "gauge", "Entries that cannot be read.")
 	for i, e := range t.sources {
 		m.sample("router_table_rejected_entries", float64(t.rejected[i]), "object", e.source)
@@ -110,11 +116,46 @@ func (a *admin) writeTable(m metricsWriter) {
 	m.single("router_table_conflicts", "gauge", "Namespaces that objects give to different backends.", float64(t.conflicts))
 }
 
-// writeWatches writes how the ConfigMaps are followed.
-func writeWatches(m metricsWriter, c *configMaps) {
+// writeScale writes what is known of the StatefulSet and its pods.
+func (a *admin) writeScale(m metricsWriter) {
+	if replicas, known := a.scale.replicas(); known {
+		m.single("router_statefulset_replicas", "gauge", "Backends that the StatefulSet is to have, with namespaces or not yet.",
+			float64(replicas))
+	}
+	t := a.proxy.router.table()
+	if t == nil {
+		return
+	}
+	m.family("router_backend_ready", "gauge", "1 if the backend is ready for new sessions, as far as is known.")
+	for i := range t.backends.count {
+		ordinal := t.backends.first + i
+		m.sample("router_backend_ready", boolean(a.proxy.backends.holds.ready(ordinal) == nil), "backend", t.name(ordinal))
+	}
+}
+
+// watched is a watcher of any kind.
+type watched interface {
+	what() string
+	now() watchStatus
+}
+
+// watches are all that there are.
+func (a *admin) watches() (all []watched) {
+	for _, w := range a.configMaps.watchers {
+		all = append(all, w)
+	}
+	if a.scale != nil {
+		all = append(all, a.scale.watcher, a.scale.pods.watcher)
+	}
+	return all
+}
+
+// writeWatches writes how the API server's objects are followed.
+func (a *admin) writeWatches(m metricsWriter) {
+	all := a.watches()
 	each := func(name, help string, write func(object string, s watchStatus)) {
 		m.family(name, "gauge", help)
-		for _, w := range c.watchers {
+		for _, w := range all {
 			write(w.what(), w.now())
 		}
 	}
@@ -140,16 +181,16 @@ func writeWatches(m metricsWriter, c *configMaps) {
 	each("router_watch_info", "Always 1; the label says what the API server last answered with.", func(object string, s watchStatus) {
 		m.sample("router_watch_info", 1, "object", object, "protocol", s.protocol)
 	})
-	all := c.objects()
-	if len(all) == 0 {
+	objects := a.configMaps.objects()
+	if len(objects) == 0 {
 		return
 	}
 	m.family("router_watch_object_info", "gauge", "Always 1; the labels say which version of an object is in force.")
-	for _, o := range all {
+	for _, o := range objects {
 		m.sample("router_watch_object_info", 1, "object", o.object, "uid", o.uid, "version", o.version)
 	}
 	m.family("router_watch_object_absent", "gauge", "1 if there is no such object.")
-	for _, o := range all {
+	for _, o := range objects {
 		m.sample("router_watch_object_absent", boolean(o.absent), "object", o.object)
 	}
 }

@@ -35,7 +35,7 @@ func largeList(objects, overrides int) []byte {
 func largeMaps(t testing.TB, objects, overrides int) (*configMaps, *router) {
 	t.Helper()
 	log := slog.New(slog.DiscardHandler)
-	r := &router{statefulSet: "backend", backends: 16, log: log, swapped: func() {}}
+	r := &router{statefulSet: "backend", backends: ordinals{count: 16}, log: log, swapped: func() {}}
 	c := &configMaps{update: r.update, events: newRecorder(kube{}, "", log), log: log}
 	c.follow(kube{}, "edge", "", "a=b")
 	_, items, err := decodeList[configMap](bytes.NewReader(largeList(objects, overrides)))

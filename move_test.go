@@ -131,7 +131,7 @@ func TestPace(t *testing.T) {
 }
 
 func TestDrain(t *testing.T) {
-	r := quietRelay(t, 1)
+	r := quietRelay(t)
 	for range 20 {
 		carried(t, r, 0, nil, nil)
 	}

@@ -124,15 +124,15 @@ func startProxy(t testing.TB, addrs []string, data map[string]string, change fun
 	t.Helper()
 	log := slog.New(slog.DiscardHandler)
 	b := fixedBackends("backend", addrs)
-	router := &router{statefulSet: "backend", backends: len(addrs), log: log}
-	relay := newRelay(len(addrs), b.name, log)
+	router := &router{statefulSet: "backend", backends: b.given, log: log}
+	relay := newRelay(b.name, log)
 	gate := wideGate(t)
 	relay.freed = func(descriptors int) { gate.use(-descriptors) }
 	if err := relay.start(); err != nil {
 		t.Fatal(err)
 	}
 	mover := newMover(router, relay, 0, log)
-	router.swapped = mover.check
+	router.swapped = func() { mover.check(); b.holds.askAgain() }
 	p := &proxy{
 		router: router, backends: b, relay: relay, moves: mover, pod: "router-x", namespace: pathNamespace, log: log,
 		limits: limits{hold: patience, handshake: patience, headerTime: patience, headerBytes: 8 << 10, sessions: 1000, waiting: 1000},

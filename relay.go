@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"log/slog"
+	"maps"
 	"net"
 	"runtime/debug"
 	"sync"
@@ -90,23 +91,23 @@ type relay struct {
 	carrier carrier
 
 	// Guarded by mu.
-	mu       sync.Mutex
-	sessions []*session // in no order: where goes through all of them
-	bytesOf  [2]int64   // that came from each side of the sessions that have ended
+	mu        sync.Mutex
+	sessions  []*session           // in no order: where goes through all of them
+	bytesOf   [2]int64             // that came from each side of the sessions that have ended
+	byBackend map[int]backendCount // by ordinal
 
-	open      sync.WaitGroup // sessions
-	ended     [causes]atomic.Int64
-	byBackend []backendCount // by ordinal
+	open  sync.WaitGroup // sessions
+	ended [causes]atomic.Int64
 }
 
 // backendCount counts the sessions of one backend.
-type backendCount struct{ open, total atomic.Int64 }
+type backendCount struct{ open, total int }
 
-// newRelay returns a relay to the given number of backends, whose names are for
-// the log. It carries between start and stop.
-func newRelay(backends int, name func(backend int) string, log *slog.Logger) *relay {
+// newRelay returns a relay, which carries between start and stop. The backends'
+// names are for the log.
+func newRelay(name func(backend int) string, log *slog.Logger) *relay {
 	return &relay{
-		name: name, linger: lingerTime, freed: func(int) {}, log: log, byBackend: make([]backendCount, backends),
+		name: name, linger: lingerTime, freed: func(int) {}, log: log, byBackend: map[int]backendCount{},
 	}
 }
 
@@ -127,8 +128,6 @@ func (r *relay) carry(s *session, ends [2]net.Conn, first [2][]byte) {
 	r.carrier.attach(s, ends)
 	r.open.Add(1)
 	r.add(s)
-	r.byBackend[s.backend].open.Add(1)
-	r.byBackend[s.backend].total.Add(1)
 	r.carrier.begin(s, ends, first)
 	r.freed(1)
 }
@@ -138,7 +137,6 @@ func (r *relay) carry(s *session, ends [2]net.Conn, first [2][]byte) {
 func (r *relay) over(s *session) {
 	why, n := cause(s.why.Load()), s.bytes()
 	r.remove(s, n)
-	r.byBackend[s.backend].open.Add(-1)
 	r.ended[why].Add(1)
 	r.log.Info("session ended", "namespace", s.namespace, "backend", r.name(s.backend), "cause", why.String(),
 		"client", s.peer, "seconds", time.Since(s.started).Seconds(),
@@ -154,6 +152,8 @@ func (r *relay) add(s *session) {
 	defer r.mu.Unlock()
 	s.at = len(r.sessions)
 	r.sessions = append(r.sessions, s)
+	count := r.byBackend[s.backend]
+	r.byBackend[s.backend] = backendCount{count.open + 1, count.total + 1}
 }
 
 // remove takes s, whose bytes are n, out of the set. The last takes its place.
@@ -164,6 +164,8 @@ func (r *relay) remove(s *session, n [2]int64) {
 	r.sessions[s.at], r.sessions[last].at = r.sessions[last], s.at
 	r.sessions[last] = nil
 	r.sessions = r.sessions[:last]
+	count := r.byBackend[s.backend]
+	r.byBackend[s.backend] = backendCount{count.open - 1, count.total}
 	r.bytesOf[client] += n[client]
 	r.bytesOf[server] += n[server]
 }
@@ -193,6 +195,13 @@ func (r *relay) size() int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return len(r.sessions)
+}
+
+// counts returns the counts of all backends that ever had a session.
+func (r *relay) counts() map[int]backendCount {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return maps.Clone(r.byBackend)
 }
 
 // bytes returns how many bytes were carried in all, of open sessions too, by
@@ -258,7 +267,7 @@ const (
 func (r *relay) tidy(ctx context.Context) {
 	ticker := time.NewTicker(tidyTime)
 	defer ticker.Stop()
-	var tidied, before int64
+	var tidied, before int
 	for {
 		select {
 		case <-ctx.Done():
@@ -275,9 +284,9 @@ func (r *relay) tidy(ctx context.Context) {
 }
 
 // opened returns how many sessions there were so far.
-func (r *relay) opened() (n int64) {
-	for i := range r.byBackend {
-		n += r.byBackend[i].total.Load()
+func (r *relay) opened() (n int) {
+	for _, count := range r.counts() {
+		n += count.total
 	}
 	return n
 }

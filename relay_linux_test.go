@@ -16,7 +16,7 @@ import (
 // one batch of events. One then becomes readable by the other's flush, with data
 // there already: that must wake the poller, since nothing else will.
 func TestRelayWakesItself(t *testing.T) {
-	r := quietRelay(t, 1)
+	r := quietRelay(t)
 	for round := range 4 {
 		client, near := unixPair(t)
 		server, backend := unixPair(t)
@@ -69,7 +69,7 @@ func TestRelayLastWords(t *testing.T) {
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
-			r := quietRelay(t, 1)
+			r := quietRelay(t)
 			client, near := unixPair(t)
 			far, backend := tcpPair(t)
 			s := &session{namespace: "ns-01"}
@@ -92,7 +92,7 @@ func TestRelayLastWords(t *testing.T) {
 // A session whose sockets cannot be had ends at once and has an account as well:
 // here the client's is closed already, as it would be with no descriptor left.
 func TestRelayRouterError(t *testing.T) {
-	r, tail := quietRelay(t, 1), newLogTail()
+	r, tail := quietRelay(t), newLogTail()
 	r.log = slog.New(slog.NewJSONHandler(tail, nil))
 	client, clientFar := tcpPair(t)
 	server, serverFar := tcpPair(t)
@@ -132,7 +132,7 @@ func readMost(conn net.Conn, most int64) int64 {
 // More sockets can be ready at once than epoll tells of, several times over:
 // the poller is called again for the rest, though nothing new happens.
 func TestRelayManyReady(t *testing.T) {
-	r := quietRelay(t, 1)
+	r := quietRelay(t)
 	var sessions []relayed
 	for range 4 * eventsSize * len(r.carrier.pollers) {
 		sessions = append(sessions, carried(t, r, 0, nil, nil))

@@ -23,7 +23,7 @@ func scanned(t testing.TB, overrides int) (*relay, *mover, []*session) {
 	t.Helper()
 	log := slog.New(slog.DiscardHandler)
 	router := lookupTable(t, 4, overrides)
-	r := newRelay(4, func(i int) string { return backendName("backend", i) }, log)
+	r := newRelay(func(i int) string { return backendName("backend", i) }, log)
 	all := make([]*session, scanSessions)
 	for i, namespace := range shuffled(manyNamespaces(scanSessions)) {
 		owner, _ := router.table().owner(namespace)

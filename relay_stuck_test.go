@@ -68,7 +68,7 @@ func TestRelayBackpressure(t *testing.T) {
 	full := [2]int64{stuff(client) + stuff(far), stuff(backend) + stuff(near)}
 	near.SetDeadline(time.Time{})
 	far.SetDeadline(time.Time{})
-	r := quietRelay(t, 1)
+	r := quietRelay(t)
 	r.carry(&session{namespace: "ns-01"}, [2]net.Conn{near, far}, [2][]byte{})
 	ends := [2]halfConn{client, backend}
 	for i, conn := range ends {
@@ -152,7 +152,7 @@ func processorTime(t testing.TB) time.Duration {
 // stuck one has.
 func TestRelayStuckStopsItselfOnly(t *testing.T) {
 	const others, stuck = 50, 200
-	calm, crowded := quietRelay(t, 1), quietRelay(t, 1)
+	calm, crowded := quietRelay(t), quietRelay(t)
 	without, with := echoing(t, calm, others), echoing(t, crowded, others)
 	var all sync.WaitGroup
 	for range stuck {
@@ -216,7 +216,7 @@ func TestRelayStuckMemory(t *testing.T) {
 	const sessions = 2000
 	seed := randomSeed(t)
 	noise := newNoise(seed)
-	r := quietRelay(t, 1)
+	r := quietRelay(t)
 	all, sent := make([]stuckSession, sessions), make([]int64, sessions)
 	before := userMemory()
 	for i := range all {

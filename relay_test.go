@@ -55,10 +55,10 @@ type relayed struct {
 	client, backend *net.TCPConn
 }
 
-func quietRelay(t testing.TB, backends int) *relay {
+func quietRelay(t testing.TB) *relay {
 	t.Helper()
 	name := func(i int) string { return backendName("backend", i) }
-	r := newRelay(backends, name, slog.New(slog.DiscardHandler))
+	r := newRelay(name, slog.New(slog.DiscardHandler))
 	if err := r.start(); err != nil {
 		t.Fatal(err)
 	}
@@ -123,9 +123,9 @@ func (c relayed) wantAccount(t *testing.T, tail *logTail, taken [2]int64, least,
 	for i := range r.ended {
 		ended += r.ended[i].Load()
 	}
-	count := &r.byBackend[c.session.backend]
-	if ended != 1 || count.total.Load() != 1 || count.open.Load() != 0 || r.size() != 0 {
-		t.Errorf("%d ended of %d, %d and %d open; want 1 of 1, 0 and 0", ended, count.total.Load(), count.open.Load(), r.size())
+	count := r.counts()[c.session.backend]
+	if ended != 1 || count.total != 1 || count.open != 0 || r.size() != 0 {
+		t.Errorf("%d ended of %d, %d and %d open; want 1 of 1, 0 and 0", ended, count.total, count.open, r.size())
 	}
 }
 
@@ -304,7 +304,7 @@ func TestRelayEnds(t *testing.T) {
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
-			r := quietRelay(t, 3)
+			r := quietRelay(t)
 			tail, least := newLogTail(), time.Duration(0)
 			r.log = slog.New(slog.NewJSONHandler(tail, nil))
 			if tt.want == causeHalfClose {
@@ -313,7 +313,7 @@ func TestRelayEnds(t *testing.T) {
 			}
 			begun := time.Now()
 			c := carried(t, r, 2, nil, nil)
-			if got := r.byBackend[2].open.Load(); got != 1 {
+			if got := r.counts()[2].open; got != 1 {
 				t.Errorf("open = %d, want 1", got)
 			}
 			taken := tt.play(t, c)
@@ -330,7 +330,7 @@ func (endless) Read(b []byte) (int, error) { return len(b), nil }
 
 // A half-closed session that goes on talking is not cut.
 func TestRelayHalfClosedTalks(t *testing.T) {
-	r := quietRelay(t, 1)
+	r := quietRelay(t)
 	r.linger = 300 * time.Millisecond
 	c := carried(t, r, 0, nil, nil)
 	closeWrite(t, c.client)
@@ -345,7 +345,7 @@ func TestRelayHalfClosedTalks(t *testing.T) {
 }
 
 func TestRelayEarlyBytes(t *testing.T) {
-	c := carried(t, quietRelay(t, 1), 0, []byte("from the client"), []byte("from the backend"))
+	c := carried(t, quietRelay(t), 0, []byte("from the client"), []byte("from the backend"))
 	mustRead(t, c.backend, "from the client")
 	mustRead(t, c.client, "from the backend")
 	mustWrite(t, c.client, " and more")
@@ -362,7 +362,7 @@ func TestRelayEarlyBytes(t *testing.T) {
 // What is stuck in both directions flows when both sides read, though nothing
 // else happens that could wake the relay.
 func TestRelayStuckBothWays(t *testing.T) {
-	r := quietRelay(t, 1)
+	r := quietRelay(t)
 	for round := range 10 {
 		c := carried(t, r, 0, nil, nil)
 		ends := [2]*net.TCPConn{c.client, c.backend}
@@ -386,7 +386,7 @@ func TestRelayStuckBothWays(t *testing.T) {
 
 // Ends from several places at once are one end.
 func TestRelayEndsOnce(t *testing.T) {
-	r := quietRelay(t, 1)
+	r := quietRelay(t)
 	const sessions = 100
 	for range sessions {
 		c := carried(t, r, 0, nil, nil)
@@ -416,7 +416,7 @@ func TestRelayEndsOnce(t *testing.T) {
 // session's, or the bystander's, is closed then.
 func TestRelayBothEnd(t *testing.T) {
 	const rounds, atOnce = 40, 25
-	r := quietRelay(t, 1)
+	r := quietRelay(t)
 	rng := rand.New(rand.NewPCG(randomSeed(t), 0))
 	ways := []func(*net.TCPConn){
 		func(conn *net.TCPConn) { conn.Close() },
@@ -459,7 +459,7 @@ func TestRelayBothEnd(t *testing.T) {
 func BenchmarkRelayMessage(b *testing.B) {
 	for _, size := range []int{64, 1024, 64 << 10} {
 		b.Run(byteSize(size), func(b *testing.B) {
-			r := quietRelay(b, 1)
+			r := quietRelay(b)
 			c := carried(b, r, 0, nil, nil)
 			message := make([]byte, size)
 			b.SetBytes(int64(size))

@@ -11,7 +11,7 @@ import (
 // Memory that handshakes took is given back once they pause, and only then.
 func TestRelayTidies(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRelay(1, func(int) string { return "backend-0" }, nil)
+		r := newRelay(func(int) string { return "backend-0" }, nil)
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
 		go r.tidy(ctx)
@@ -22,7 +22,7 @@ func TestRelayTidies(t *testing.T) {
 			return m.NumForcedGC
 		}
 		steps := []struct {
-			open int64 // in one tidyTime
+			open int // in one tidyTime
 			want uint32
 		}{
 			{tidyAfter - 1, 0}, {0, 0}, // too few
@@ -32,7 +32,9 @@ func TestRelayTidies(t *testing.T) {
 		time.Sleep(tidyTime / 2)
 		for i, step := range steps {
 			before := collected()
-			r.byBackend[0].total.Add(step.open)
+			r.mu.Lock()
+			r.byBackend[0] = backendCount{total: r.byBackend[0].total + step.open}
+			r.mu.Unlock()
 			time.Sleep(tidyTime)
 			if got := collected() - before; got != step.want {
 				t.Errorf("step %d, %d sessions: %d collections, want %d", i, step.open, got, step.want)

@@ -6,7 +6,6 @@ import (
 	"hash/fnv"
 	"iter"
 	"slices"
-	"strconv"
 	"strings"
 )
 
@@ -38,7 +37,7 @@ type entries struct {
 // one. Its methods take no lock and owner does not allocate (invariant 1).
 type table struct {
 	statefulSet string    // the part of a backend's name before its ordinal
-	backends    int       // how many there are, at least 1
+	backends    ordinals  // at least 1
 	sources     []entries // of the overrides, in the order in which they are read
 	version     string    // of the source, or a hash of those of several
 
@@ -55,7 +54,7 @@ type table struct {
 // to which two sources give different backends, stays where old had it; without
 // an old table it is refused rather than hashed, since another router may know a
 // good value. All other entries apply (invariant 3).
-func newTable(statefulSet string, backends int, sources []entries, old *table) *table {
+func newTable(statefulSet string, backends ordinals, sources []entries, old *table) *table {
 	t := &table{
 		statefulSet: statefulSet, backends: backends, sources: slices.Clone(sources),
 		version: versionOf(sources), rejected: make([]int, len(sources)),
@@ -69,9 +68,9 @@ func newTable(statefulSet string, backends int, sources []entries, old *table) *
 		t.ordinals = append(t.ordinals, t.read(e.data))
 		count += e.data.count
 	}
-	var known []int32 // what the values of the last two parts mean
-	for ordinal := refused; ordinal < backends; ordinal++ {
-		known = append(known, int32(ordinal))
+	known := []int32{refused, hashed} // what the values of the last two parts mean
+	for i := range backends.count {
+		known = append(known, int32(backends.first+i))
 	}
 	t.ordinals = append(t.ordinals, known, known)
 	t.index = newIndex(append(parts, &packed{}, &packed{}), count)
@@ -146,7 +145,7 @@ func (t *table) keep(s *cell, part int, r record, old *table) {
 	if old != nil {
 		ordinal = old.means(find(&old.index, r.namespace, r.hash))
 	}
-	if ordinal >= t.backends {
+	if ordinal >= 0 && !t.backends.has(ordinal) {
 		ordinal = refused
 	}
 	if s.part == 0 {
@@ -155,7 +154,7 @@ func (t *table) keep(s *cell, part int, r record, old *table) {
 	if ordinal == hashed {
 		t.overrides--
 	}
-	r.which = uint32(ordinal - refused)
+	r.which = uint32(slices.Index(t.ordinals[part], int32(ordinal)))
 	*s = cell{t.index.parts[part].add(r), uint16(part + 1), uint16(r.hash)}
 }
 
@@ -176,7 +175,7 @@ func (t *table) owner(namespace string) (ordinal int, ok bool) {
 	key := spread(namespace)
 	ordinal = t.means(find(&t.index, namespace, upper(key)))
 	if ordinal == hashed {
-		return jump(key, t.backends), true
+		return t.backends.first + jump(key, t.backends.count), true
 	}
 	return ordinal, ordinal != refused
 }
@@ -257,7 +256,7 @@ func (t *table) judge(i int, r record) (bad rejection, ok bool) {
 	case r.which != which:
 		bad.Want = namespaceFault(bad.namespace)
 	case t.ordinals[i][which] == unreadable:
-		bad.Want = t.name(0) + " to " + t.name(t.backends-1)
+		bad.Want = t.name(t.backends.first) + " to " + t.name(t.backends.first+t.backends.count-1)
 	case int(s.part) == len(t.sources)+2:
 		bad.Want = "the same backend in all objects"
 	default:
@@ -283,16 +282,8 @@ func (t *table) judge(i int, r record) (bad rejection, ok bool) {
 // name returns the name of the backend with this ordinal.
 func (t *table) name(ordinal int) string { return backendName(t.statefulSet, ordinal) }
 
-// ordinal reads the name of a backend. Only the one spelling that name makes is
-// taken: no sign, no leading zero.
+// ordinal reads the name of a backend that there is.
 func (t *table) ordinal(name string) (int, bool) {
-	digits, ok := strings.CutPrefix(name, t.statefulSet+"-")
-	if !ok || len(digits) > 9 {
-		return 0, false
-	}
-	n, err := strconv.Atoi(digits)
-	if err != nil || n < 0 || n >= t.backends || strconv.Itoa(n) != digits {
-		return 0, false
-	}
-	return n, true
+	ordinal, ok := backendOrdinal(t.statefulSet, name)
+	return ordinal, ok && t.backends.has(ordinal)
 }

@@ -10,7 +10,7 @@ import (
 
 // tableOf makes a table of one source.
 func tableOf(backends int, data map[string]string, old *table) *table {
-	return newTable("backend", backends, []entries{{source: "test", version: "1", data: pack(data)}}, old)
+	return newTable("backend", ordinals{count: backends}, []entries{{source: "test", version: "1", data: pack(data)}}, old)
 }
 
 // overridesOf are the namespaces of which the table does not ask the hash.

@@ -12,15 +12,17 @@ import (
 type router struct {
 	// Static after construction.
 	statefulSet string
-	backends    int
 	log         *slog.Logger
 	swapped     func() // called after each swap; must not block
 
-	current atomic.Pointer[table] // nil until the first entries came, never again
+	current atomic.Pointer[table] // nil until entries and backends are known, never again
 	swaps   atomic.Int64
 
-	mu    sync.Mutex // serialises update
-	heard bool       // entries that are not stale came. Guarded by mu.
+	// Guarded by mu, which serialises swaps.
+	mu       sync.Mutex
+	heard    bool      // entries that are not stale came
+	sources  []entries // the last, nil before the first
+	backends ordinals  // none before they are known
 }
 
 // table returns the table in force, nil if there was none yet.
@@ -36,8 +38,29 @@ func (r *router) update(sources ...entries) []change {
 		return nil
 	}
 	r.heard = r.heard || !stale
+	r.sources = append([]entries{}, sources...)
+	return r.swap()
+}
+
+// resize puts a table for these backends in force, at least one. Entries are
+// judged anew: "backend-7" is good once there are eight.
+func (r *router) resize(backends ordinals) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if backends != r.backends {
+		r.backends = backends
+		r.swap()
+	}
+}
+
+// swap puts a table of what is known now in force, once all of it is. mu is
+// held.
+func (r *router) swap() []change {
+	if r.sources == nil || r.backends.count == 0 {
+		return nil
+	}
 	old := r.table()
-	t := newTable(r.statefulSet, r.backends, sources, old)
+	t := newTable(r.statefulSet, r.backends, r.sources, old)
 	r.current.Store(t)
 	r.swaps.Add(1)
 	r.swapped()
@@ -156,7 +179,7 @@ func (r *router) report(t *table, all []change) {
 	for _, n := range t.rejected {
 		rejected += n
 	}
-	r.log.Info("table", "source", source, "version", t.version, "backends", t.backends,
+	r.log.Info("table", "source", source, "version", t.version, "backends", t.backends.count,
 		"overrides", t.overrides, "added", sum.added, "changed", sum.changed, "removed", sum.removed,
 		"rejected", rejected, "conflicts", t.conflicts)
 	for _, c := range all {

@@ -18,7 +18,7 @@ func loggedRouter(t *testing.T) (*router, *logTail) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &router{statefulSet: "backend", backends: 4, log: log, swapped: func() {}}, tail
+	return &router{statefulSet: "backend", backends: ordinals{count: 4}, log: log, swapped: func() {}}, tail
 }
 
 // TestRouterSwaps reads the table in several goroutines while it is updated: it
@@ -134,6 +134,59 @@ func wantLine(t *testing.T, lines []map[string]any, count int, want map[string]a
 	for key, value := range want {
 		if got := lines[count-1][key]; got != value {
 			t.Errorf("%s=%v in the log, want %v", key, got, value)
+		}
+	}
+}
+
+// TestRouterResizes: a table comes when overrides and backends are both known,
+// and each number of backends judges the same overrides anew.
+func TestRouterResizes(t *testing.T) {
+	r, tail := loggedRouter(t)
+	r.backends = ordinals{}
+	swapped := 0
+	r.swapped = func() { swapped++ }
+	r.update(entries{source: "test", version: "1", data: pack(map[string]string{"a": "backend-1", "late": "backend-5"})})
+	if r.table() != nil || swapped > 0 {
+		t.Fatal("there is a table before the number of backends is known")
+	}
+	steps := []struct {
+		backends ordinals
+		a, late  int // owners
+		hashed   int // owner of another namespace
+		swaps    int
+	}{
+		{ordinals{0, 4}, 1, refused, bucket("another", 4), 1},
+		{ordinals{0, 4}, 1, refused, bucket("another", 4), 1},
+		{ordinals{0, 6}, 1, 5, bucket("another", 6), 2},
+		{ordinals{0, 1}, refused, refused, 0, 3},
+		{ordinals{0, 6}, 1, 5, bucket("another", 6), 4},
+		{ordinals{3, 4}, refused, 5, 3 + bucket("another", 4), 5},
+		{ordinals{1, 1}, 1, refused, 1, 6},
+	}
+	for _, step := range steps {
+		r.resize(step.backends)
+		owner := func(namespace string) int { owner, _ := r.table().owner(namespace); return owner }
+		if a, late, hashed := owner("a"), owner("late"), owner("another"); a != step.a || late != step.late || hashed != step.hashed || swapped != step.swaps {
+			t.Errorf("with %+v owners %d, %d, %d after %d swaps, want %+v", step.backends, a, late, hashed, swapped, step)
+		}
+	}
+	wantLine(t, tail.all("table"), 6, map[string]any{"source": "test", "version": "1", "backends": 1.0, "rejected": 1.0})
+	wantLine(t, tail.all("entry rejected"), 5, map[string]any{"namespace": "late", "value": "backend-5", "want": "backend-1 to backend-1", "kept": "refused"})
+}
+
+// TestRouterKeepsAcrossResizes: a namespace whose entry cannot be read stays on
+// its backend for as long as that is there.
+func TestRouterKeepsAcrossResizes(t *testing.T) {
+	r, _ := loggedRouter(t)
+	r.update(entries{source: "test", version: "1", data: pack(map[string]string{"a": "backend-3"})})
+	r.update(entries{source: "test", version: "2", data: pack(map[string]string{"a": "bakend-3"})})
+	for _, step := range []struct {
+		backends ordinals
+		want     int
+	}{{ordinals{0, 6}, 3}, {ordinals{2, 4}, 3}, {ordinals{0, 3}, refused}, {ordinals{0, 6}, refused}} {
+		r.resize(step.backends)
+		if got, _ := r.table().owner("a"); got != step.want {
+			t.Errorf("with %+v the owner is %d, want %d", step.backends, got, step.want)
 		}
 	}
 }

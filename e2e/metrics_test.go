@@ -31,6 +31,8 @@ func metricNames() map[string]dto.MetricType {
 		"router_table_rejected_entries":  gauge,
 		"router_table_conflicts":         gauge,
 		"router_table_swaps_total":       counter,
+		"router_statefulset_replicas":    gauge,
+		"router_backend_ready":           gauge,
 		"router_watch_state":             gauge,
 		"router_watch_staleness_seconds": gauge,
 		"router_watch_failures_in_row":   gauge,
@@ -55,8 +57,9 @@ func labelValues() map[string]string {
 		"router_upgrades_total result": "ok bad_request bad_head not_found not_upgrade no_table refused hold_timeout " +
 			"client_gone max_sessions max_waiting bad_gateway gateway_timeout answered draining",
 		"router_watch_state object state":     "",
-		"router_watch_last_error class":       "none",
-		"router_watch_info protocol":          "HTTP/2.0",
+		"router_watch_last_error object":      "",
+		"router_watch_info object":            "",
+		"router_backend_ready backend":        "backend-0 backend-1 backend-2 backend-3",
 		"router_build_info version goversion": "",
 		"router_table_info source version":    "",
 
@@ -71,7 +74,7 @@ func labelValues() map[string]string {
 // TestMetrics reads /metrics of every router with Prometheus's parser, and
 // sees counters follow what clients do.
 func TestMetrics(t *testing.T) {
-	const sessions = 25
+	const sessions, watches = 25, 3 // of the ConfigMap, the StatefulSet and the EndpointSlices
 	s := newSystem(t)
 	routers := s.routers(t.Context())
 	for _, r := range routers {
@@ -80,9 +83,15 @@ func TestMetrics(t *testing.T) {
 			t.Fatal(err)
 		}
 		checkFamilies(t, r.pod, m)
-		if m.sum("router_ready") != 1 || m.sum("router_table_backends") != 4 || m.sum("router_watch_state") != 1 {
-			t.Errorf("%s: router_ready %v, router_table_backends %v, router_watch_state %v in all; want 1, 4, 1",
-				r.pod, m.sum("router_ready"), m.sum("router_table_backends"), m.sum("router_watch_state"))
+		for name, want := range map[string]float64{"router_ready": 1, "router_table_backends": 4, "router_statefulset_replicas": 4,
+			"router_backend_ready": 4, "router_watch_state": watches} {
+			if got := m.sum(name); got != want {
+				t.Errorf("%s: %s is %v in all, want %v", r.pod, name, got, want)
+			}
+		}
+		good, fast := m.sum("router_watch_last_error", "class", "none"), m.sum("router_watch_info", "protocol", "HTTP/2.0")
+		if good != watches || fast != watches {
+			t.Errorf("%s: %v watches without an error, %v over HTTP/2, want %d", r.pod, good, fast, watches)
 		}
 	}
 

@@ -1,0 +1,198 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net"
+	"slices"
+	"strconv"
+	"sync"
+)
+
+// endpointSlice is what is read of an EndpointSlice
+// (https://kubernetes.io/docs/reference/kubernetes-api/service-resources/endpoint-slice-v1/).
+type endpointSlice struct {
+	object
+	AddressType string     `json:"addressType"` // IPv4, IPv6 or FQDN
+	Endpoints   []endpoint `json:"endpoints"`
+}
+
+// endpoint is one address of a pod.
+type endpoint struct {
+	Addresses []string `json:"addresses"` // the first is meant
+	Hostname  string   `json:"hostname"`  // of a pod that the Service governs: its name
+	TargetRef struct {
+		Kind string `json:"kind"`
+		Name string `json:"name"`
+	} `json:"targetRef"`
+	Conditions struct {
+		Ready       *bool `json:"ready"`       // nil is true
+		Serving     *bool `json:"serving"`     // nil is as ready
+		Terminating *bool `json:"terminating"` // nil is false
+	} `json:"conditions"`
+}
+
+// pod is the name of the endpoint's pod. There is no hostname if the Service is
+// not the one in the StatefulSet's spec.serviceName.
+func (e *endpoint) pod() string {
+	if e.Hostname == "" && e.TargetRef.Kind == "Pod" {
+		return e.TargetRef.Name
+	}
+	return e.Hostname
+}
+
+// usable reports whether new sessions may go there. A pod that terminates may
+// serve what it has, but a new session would end with it. With
+// publishNotReadyAddresses ready is always true, and serving is what it was.
+func (e *endpoint) usable() bool {
+	is := func(condition *bool, unset bool) bool {
+		if condition == nil {
+			return unset
+		}
+		return *condition
+	}
+	c := e.Conditions
+	return is(c.Ready, true) && is(c.Serving, true) && !is(c.Terminating, false)
+}
+
+// place is where a backend is.
+type place struct {
+	addrs []string // host:port; those that are usable if any is. Guarded by the mu of pods.
+	ready bool
+}
+
+// usable is nil-safe: a backend that is in no EndpointSlice has no place.
+func (p *place) usable() bool { return p != nil && p.ready }
+
+// placesOf joins all slices. A pod may be in several: for a moment when it goes
+// from one to the other, or with an address of each family. What is not usable
+// counts only for a pod that nothing else is known of: an entry that is left over
+// from its last life, whose address may be another pod's by now, must not be
+// dialled.
+func placesOf(set map[string]*endpointSlice, statefulSet, port string) map[int]*place {
+	all := slices.SortedFunc(maps.Values(set), func(a, b *endpointSlice) int {
+		return cmp.Or(cmp.Compare(a.AddressType, b.AddressType), cmp.Compare(a.Metadata.Name, b.Metadata.Name))
+	})
+	places := map[int]*place{}
+	for _, slice := range all {
+		for _, e := range slice.Endpoints {
+			ordinal, ok := backendOrdinal(statefulSet, e.pod())
+			if !ok || len(e.Addresses) == 0 || slice.AddressType == "FQDN" {
+				continue
+			}
+			known := places[ordinal]
+			if known == nil || !known.ready && e.usable() {
+				known = &place{ready: e.usable()}
+				places[ordinal] = known
+			}
+			addr := net.JoinHostPort(e.Addresses[0], port)
+			if known.ready == e.usable() && !slices.Contains(known.addrs, addr) {
+				known.addrs = append(known.addrs, addr)
+			}
+		}
+	}
+	return places
+}
+
+// pods follows the EndpointSlices of a headless Service, which say where each
+// backend is and whether it is ready, without DNS's caches: CoreDNS keeps for up
+// to 30 s that there is no such name. Until they were heard, and where they may
+// not be read, DNS says where a backend is.
+type pods struct {
+	// Static after construction.
+	statefulSet string
+	port        string
+	watcher     *watcher[endpointSlice]
+	dns         *backends
+	holds       *holds
+	changed     func() // called after the places changed
+	log         *slog.Logger
+
+	mu     sync.Mutex
+	places map[int]*place // by ordinal, nil before the first. Guarded by mu.
+}
+
+// followPods follows the EndpointSlices while the watcher of the result runs.
+func followPods(client kube, namespace, statefulSet, service string, port int, log *slog.Logger) *pods {
+	p := &pods{
+		statefulSet: statefulSet, port: strconv.Itoa(port), dns: dnsBackends(0, statefulSet, service, port),
+		changed: func() {}, log: log,
+	}
+	p.holds = newHolds(p.unready)
+	p.watcher = &watcher[endpointSlice]{
+		kube: &client, path: "/apis/discovery.k8s.io/v1/namespaces/" + namespace + "/endpointslices", kind: "EndpointSlice",
+		namespace: namespace, selector: "kubernetes.io/service-name=" + service,
+		header: func(s *endpointSlice) *object { return &s.object }, apply: p.apply, log: log,
+	}
+	return p
+}
+
+// backends are the pods to be dialled.
+func (p *pods) backends() *backends {
+	return &backends{statefulSet: p.statefulSet, holds: p.holds, locate: p.locate, forget: p.forget, close: p.dns.close}
+}
+
+// apply takes the EndpointSlices. None at all, not even an empty one, means that
+// the Service is gone, which says nothing about the pods: they stay where they
+// were.
+func (p *pods) apply(set map[string]*endpointSlice) {
+	if len(set) == 0 {
+		p.log.Warn("there is no such object, backends stay where they were", "object", p.watcher.what())
+		return
+	}
+	places := placesOf(set, p.statefulSet, p.port)
+	p.mu.Lock()
+	p.places = places
+	p.mu.Unlock()
+	p.holds.look()
+	p.changed()
+}
+
+// ready reports whether a backend is, if that is known.
+func (p *pods) ready(ordinal int) (ready, known bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.places[ordinal].usable(), p.places != nil
+}
+
+// unready says why a backend must not be dialled now, or nil.
+func (p *pods) unready(ordinal int) error {
+	if ready, known := p.ready(ordinal); known && !ready {
+		return p.notReady(ordinal)
+	}
+	return nil
+}
+
+func (p *pods) notReady(ordinal int) error {
+	return fmt.Errorf("%s is not ready", backendName(p.statefulSet, ordinal))
+}
+
+// locate returns the address of a backend that is ready.
+func (p *pods) locate(ctx context.Context, ordinal int) (string, error) {
+	p.mu.Lock()
+	known, at, addr := p.places != nil, p.places[ordinal], ""
+	if at.usable() {
+		addr = at.addrs[0]
+	}
+	p.mu.Unlock()
+	switch {
+	case !known:
+		return p.dns.locate(ctx, ordinal)
+	case addr == "":
+		return "", p.notReady(ordinal)
+	}
+	return addr, nil
+}
+
+// forget makes another address of the backend be dialled next, if it has one.
+func (p *pods) forget(ordinal int) {
+	p.dns.forget(ordinal)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if at := p.places[ordinal]; at != nil {
+		at.addrs = append(at.addrs[1:], at.addrs[0])
+	}
+}

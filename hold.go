@@ -1,0 +1,190 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	dialsMost   = 64 // dials of one backend at once
+	redialFirst = 50 * time.Millisecond
+	redialMost  = time.Second
+)
+
+// errAskAgain says that the table was swapped while an upgrade waited.
+var errAskAgain = errors.New("the owner may be another")
+
+// holds makes upgrades wait until their backend is ready, and then lets them
+// dial in the order in which they came, at most dialsMost at once. None of them
+// polls: what they wait for wakes them. While dials fail, one upgrade at a time
+// dials for all of its backend's.
+type holds struct {
+	// Static after construction.
+	ready func(ordinal int) error // why a backend must not be dialled, or nil
+
+	swaps atomic.Int64 // of the table
+
+	// Guarded by mu.
+	mu      sync.Mutex
+	tickets int64
+	lines   map[int]*line // by ordinal
+}
+
+// line is the upgrades of one backend. It is guarded by the holds' mu.
+type line struct {
+	waiting []*waiter // by ticket
+	dialing int
+	fails   int       // dials in a row
+	failure error     // of the last dial that failed, nil since a good one
+	rest    time.Time // until then nobody dials
+	away    bool      // it was not ready at the last look
+}
+
+// waiter is one upgrade that waits for its turn.
+type waiter struct {
+	ticket int64         // its place among all: it keeps that until it has a connection
+	wake   chan struct{} // capacity 1, never closed: it has its turn, or must ask for its owner again
+	turn   bool          // guarded by the holds' mu
+}
+
+func newHolds(ready func(ordinal int) error) *holds {
+	return &holds{ready: ready, lines: map[int]*line{}}
+}
+
+// enter gives the next ticket.
+func (h *holds) enter() *waiter {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.tickets++
+	return &waiter{ticket: h.tickets, wake: make(chan struct{}, 1)}
+}
+
+// wait returns nil when w may dial the backend: the caller then calls done. Else
+// it returns errAskAgain if the table is not that of swaps any more, or, when ctx
+// has ended, what w waited for.
+func (h *holds) wait(ctx context.Context, w *waiter, ordinal int, swaps int64) error {
+	h.mu.Lock()
+	l := h.line(ordinal)
+	at, _ := l.place(w)
+	l.waiting = slices.Insert(l.waiting, at, w)
+	h.release(ordinal, l)
+	h.mu.Unlock()
+	if h.swaps.Load() == swaps { // or askAgain may have come before w was in the line
+		select {
+		case <-w.wake:
+		case <-ctx.Done():
+		}
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if w.turn {
+		w.turn = false
+		return nil
+	}
+	if at, ok := l.place(w); ok {
+		l.waiting = slices.Delete(l.waiting, at, at+1)
+	}
+	if ctx.Err() == nil {
+		return errAskAgain
+	}
+	return cmp.Or(h.ready(ordinal), l.failure, ctx.Err())
+}
+
+// done takes note of how a dial went; cut says that its upgrade ended before it
+// could.
+func (h *holds) done(ordinal int, err error, cut bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	l := h.line(ordinal)
+	l.dialing--
+	switch {
+	case err == nil:
+		l.fails, l.failure = 0, nil
+	case !cut && !time.Now().Before(l.rest): // the first of those that fail together
+		wait := min(redialMost, redialFirst<<min(l.fails, 10))
+		wait = wait/2 + rand.N(wait)
+		l.fails, l.failure, l.rest = l.fails+1, err, time.Now().Add(wait)
+		time.AfterFunc(wait, func() {
+			h.mu.Lock()
+			defer h.mu.Unlock()
+			h.release(ordinal, l)
+		})
+	}
+	h.release(ordinal, l)
+}
+
+// look is called after ready has changed its mind about any backend. One that
+// is back is dialled at once, whatever was before.
+func (h *holds) look() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for ordinal, l := range h.lines {
+		away := h.ready(ordinal) != nil
+		if l.away && !away {
+			l.fails, l.rest = 0, time.Time{}
+		}
+		l.away = away
+		h.release(ordinal, l)
+	}
+}
+
+// askAgain makes all that wait ask for their owner again. It is called after the
+// table was swapped.
+func (h *holds) askAgain() {
+	h.swaps.Add(1)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, l := range h.lines {
+		for _, w := range l.waiting {
+			w.rouse()
+		}
+	}
+}
+
+// release gives their turn to those that may dial now. mu is held.
+func (h *holds) release(ordinal int, l *line) {
+	if len(l.waiting) == 0 || h.ready(ordinal) != nil || time.Now().Before(l.rest) {
+		return
+	}
+	most := dialsMost
+	if l.fails > 0 {
+		most = 1
+	}
+	n := max(0, min(len(l.waiting), most-l.dialing))
+	for _, w := range l.waiting[:n] {
+		w.turn = true
+		w.rouse()
+	}
+	l.dialing += n
+	l.waiting = slices.Delete(l.waiting, 0, n)
+}
+
+// line returns the backend's. mu is held.
+func (h *holds) line(ordinal int) *line {
+	l := h.lines[ordinal]
+	if l == nil {
+		l = &line{away: h.ready(ordinal) != nil}
+		h.lines[ordinal] = l
+	}
+	return l
+}
+
+// place returns where w is in the line, or belongs.
+func (l *line) place(w *waiter) (int, bool) {
+	return slices.BinarySearchFunc(l.waiting, w.ticket, func(other *waiter, ticket int64) int {
+		return cmp.Compare(other.ticket, ticket)
+	})
+}
+
+func (w *waiter) rouse() {
+	select {
+	case w.wake <- struct{}{}:
+	default:
+	}
+}
