@@ -36,6 +36,7 @@ func (a *admin) handler() http.Handler {
 	mux.HandleFunc("GET /metrics", a.metrics)
 	mux.HandleFunc("GET /owner", a.owner)
 	mux.HandleFunc("GET /backends", a.backends)
+	mux.HandleFunc("POST /plan", a.plan)
 	return mux
 }
 

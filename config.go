@@ -149,7 +149,7 @@ func fromEnvironment(f *flag.FlagSet, getenv func(string) string) (err error) {
 
 func writeHelp(f *flag.FlagSet, w io.Writer) {
 	fmt.Fprint(w, "router sends each WebSocket to the backend that owns its namespace.\n\n"+
-		"Usage: router [flags]\n\n"+
+		"Usage: router [flags], router plan -h, router owner -h\n\n"+
 		"Each flag can be given in the environment too: -drain-time as ROUTER_DRAIN_TIME.\n"+
 		"Times are like 500ms, 10s, 5m.\n\n")
 	f.SetOutput(w)

@@ -50,6 +50,8 @@ var layout = []struct {
 	{"rawio", ""},
 	{"move", "relay route swap"},
 	{"admin", "backends configmap listen pack proxy refusal relay route statefulset swap"},
+	{"plan", "admin backends configmap kube move proxy relay route swap"},
+	{"command", "admin backends config dir kube pack plan route"},
 	{"metrics", "admin backends configmap endpoints hold kube listen log proxy refusal relay route statefulset swap watch"},
 	{"log", ""},
 }

@@ -36,7 +36,8 @@
 // configmap, events, watch and kube (how the overrides come), statefulset,
 // endpoints, dns, backends and hold (how many owners there are, where, and the
 // wait for them), listen, proxy, upgrade and refusal (from request to session),
-// relay, frame, rawio and move (the session's life), admin, metrics and log.
+// relay, frame, rawio and move (the session's life), admin, plan, command,
+// metrics and log.
 package main
 
 import (
@@ -78,9 +79,12 @@ func exitCode(err error) int {
 	return 1
 }
 
-// run is the program: it serves until ctx ends, then drains. Logs go to stdout,
-// which is waited for at the end only, for logFlush at most.
+// run is the program: it serves until ctx ends, then drains, or runs a command.
+// Logs go to stdout, which is waited for at the end only, for logFlush at most.
 func run(ctx context.Context, args []string, getenv func(string) string, stdout io.Writer) error {
+	if is, err := runCommand(ctx, args, stdout); is {
+		return err
+	}
 	c, err := parseConfig(args, getenv, stdout)
 	if err != nil {
 		return err

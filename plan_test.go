@@ -1,0 +1,173 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// planAdmin is an admin of 4 backends with sessions of namespaces "a" (3, on its
+// override backend-0), "b" (1, hashed) and one that is not where it belongs.
+func planAdmin(t *testing.T) *admin {
+	t.Helper()
+	a, update := adminOf(t, "127.0.0.1:1", "127.0.0.1:1", "127.0.0.1:1", "127.0.0.1:1")
+	a.proxy.moves = newMover(a.proxy.router, a.proxy.relay, 2, slog.New(slog.DiscardHandler))
+	update(entries{source: "ConfigMap edge/overwriting", version: "7", data: pack(map[string]string{"a": "backend-0", "late": "backend-1"})})
+	for namespace, backends := range map[string][]int{"a": {0, 0, 0}, "b": {bucket("b", 4)}, "late": {0, 1}} {
+		for _, backend := range backends {
+			a.proxy.relay.sessions[&session{namespace: namespace, backend: backend}] = struct{}{}
+		}
+	}
+	return a
+}
+
+func TestPlan(t *testing.T) {
+	b := backendName("backend", bucket("b", 4))
+	other := (bucket("b", 4) + 1) % 4
+	configMap := func(name, namespace, data string) string {
+		return fmt.Sprintf(`{"kind":"ConfigMap","apiVersion":"v1","metadata":{"name":%q,"namespace":%q,"creationTimestamp":null},"data":%s}`, name, namespace, data)
+	}
+	const late = `{"namespace":"late","from":"backend-0","to":"backend-1","sessions":1}`
+	tests := map[string]struct {
+		body   string
+		status int
+		want   string
+	}{
+		"as it is": {configMap("overwriting", "edge", `{"a":"backend-0","late":"backend-1"}`), 200,
+			`{"table":"7","backends":4,"sessions":1,"namespaces":1,"seconds":0.5,"moves":[` + late + `],"rejected":0}`},
+		"an override moves": {configMap("overwriting", "", `{"a":"backend-2","late":"backend-1","b":"`+backendName("backend", other)+`"}`), 200,
+			`{"table":"7","backends":4,"sessions":5,"namespaces":3,"seconds":2.5,"moves":[{"namespace":"a","from":"backend-0","to":"backend-2","sessions":3},` +
+				`{"namespace":"b","from":"` + b + `","to":"` + backendName("backend", other) + `","sessions":1},` + late + `],"rejected":0}`},
+		"a bad entry stays": {configMap("overwriting", "edge", `{"a":"bakend-2","late":"backend-1"}`), 200,
+			`{"table":"7","backends":4,"sessions":1,"namespaces":1,"seconds":0.5,"moves":[` + late + `],"rejected":1,` +
+				`"rejections":["a: \"bakend-2\", want backend-0 to backend-3, keeps backend-0"]}`},
+		"fewer backends": {`{"replicas":1}`, 200, planFewer(t)},
+		"no replicas":    {`{"replicas":0}`, 400, `{"error":"replicas 0, want 1 to 10000"}`},
+		"too many":       {`{"replicas":10001}`, 400, `{"error":"replicas 10001, want 1 to 10000"}`},
+		"both":           {`{"replicas":3,"kind":"ConfigMap"}`, 400, `{"error":"a ConfigMap and replicas 3, want one of them"}`},
+		"another kind":   {`{"kind":"Secret"}`, 400, `{"error":"kind \"Secret\", want ConfigMap, or {\"replicas\": number}"}`},
+		"another name":   {configMap("other", "edge", `{}`), 400, `{"error":"ConfigMap edge/other is not among the sources of overrides: ConfigMap edge/overwriting"}`},
+		"another place":  {configMap("overwriting", "other", `{}`), 400, `{"error":"ConfigMap other/overwriting is not among the sources of overrides: ConfigMap edge/overwriting"}`},
+		"YAML":           {"kind: ConfigMap", 400, `{"error":"the body is no JSON of a ConfigMap or {\"replicas\": number}: invalid character 'k' looking for beginning of value"}`},
+		"nothing":        {"", 400, `{"error":"the body is no JSON of a ConfigMap or {\"replicas\": number}: EOF"}`},
+		"numbers":        {configMap("overwriting", "edge", `{"a":2}`), 400, `{"error":"the body is no JSON of a ConfigMap or {\"replicas\": number}: json: cannot unmarshal number into Go struct field proposal.configMap.data of type string"}`},
+		"too big":        {`"` + strings.Repeat("x", maxObject) + `"`, 413, `{"error":"the body is no JSON of a ConfigMap or {\"replicas\": number}: http: request body too large"}`},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			a := planAdmin(t)
+			before := a.proxy.router.table()
+			w := httptest.NewRecorder()
+			a.handler().ServeHTTP(w, httptest.NewRequest("POST", "/plan", strings.NewReader(tt.body)))
+			if got := strings.TrimSpace(w.Body.String()); w.Code != tt.status || got != tt.want {
+				t.Errorf("%d %s\nwant %d %s", w.Code, got, tt.status, tt.want)
+			}
+			if a.proxy.router.table() != before {
+				t.Error("the plan was put in force")
+			}
+		})
+	}
+	a, _ := adminOf(t, "127.0.0.1:1")
+	w := httptest.NewRecorder()
+	a.handler().ServeHTTP(w, httptest.NewRequest("POST", "/plan", strings.NewReader(`{"replicas":1}`)))
+	if w.Code != http.StatusServiceUnavailable {
+		t.Errorf("status %d without a table, want 503", w.Code)
+	}
+}
+
+// planFewer is the plan for one backend: all go to backend-0, but for "late",
+// whose override leads to a backend that is gone.
+func planFewer(t *testing.T) string {
+	t.Helper()
+	p := plan{Table: "7", Backends: 1, Moves: []plannedMove{}, Rejected: 1,
+		Rejections: []string{`late: "backend-1", want backend-0 to backend-0, keeps refused`}}
+	if from := bucket("b", 4); from != 0 {
+		p.Sessions, p.Namespaces, p.Seconds = 1, 1, 0.5
+		p.Moves = append(p.Moves, plannedMove{"b", backendName("backend", from), "backend-0", 1})
+	}
+	b, err := json.Marshal(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+// command runs the program with args and returns what it prints, or its error.
+func command(t *testing.T, args ...string) (string, int) {
+	t.Helper()
+	var out bytes.Buffer
+	if err := run(t.Context(), args, noEnvironment, &out); err != nil {
+		fmt.Fprintln(&out, err)
+		return out.String(), exitCode(err)
+	}
+	return out.String(), 0
+}
+
+func TestCommands(t *testing.T) {
+	a := planAdmin(t)
+	s := httptest.NewServer(a.handler())
+	defer s.Close()
+	admin := "-admin=" + s.URL
+	folder := overridesDir(t, map[string]string{"a": "backend-2\n", "bad": "bakend-2"})
+	file := filepath.Join(t.TempDir(), "map.json")
+	object := `{"kind":"ConfigMap","metadata":{"name":"overwriting"},"data":{"a":"backend-2","late":"backend-1","x":"no"}}`
+	if err := os.WriteFile(file, []byte(object), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	hashed := backendName("backend", bucket("free", 4))
+	tests := map[string]struct {
+		args []string
+		code int
+		want string // parts, in order
+	}{
+		"plan a file": {[]string{"plan", admin, file}, 0, "a     backend-0  to backend-2  3 sessions\nlate  backend-0  to backend-1  1 sessions\n" +
+			"rejected: x: \"no\", want backend-0 to backend-3, keeps hash\n4 sessions of 2 namespaces would move, in 2.0 s; 4 backends, 1 entries rejected\n"},
+		"plan a number":    {[]string{"plan", admin, "4"}, 0, "late  backend-0  to backend-1  1 sessions\n1 sessions of 1 namespaces would move, in 0.5 s; 4 backends, 0 entries rejected\n"},
+		"plan no number":   {[]string{"plan", admin, "0"}, 1, s.URL + "/plan: 400 Bad Request: replicas 0, want 1 to 10000\n"},
+		"plan no file":     {[]string{"plan", admin, "/nowhere"}, 1, "open /nowhere: no such file or directory\n"},
+		"plan nothing":     {[]string{"plan", admin}, 2, "0 arguments, want one: a file, -, or a number of backends\n"},
+		"plan, bad flag":   {[]string{"plan", "-replicas", "3"}, 2, "flag provided but not defined: -replicas\n"},
+		"owner":            {[]string{"owner", admin, "late"}, 0, "late  backend-1  override  127.0.0.1:1  dial tcp 127.0.0.1:1: connect: connection refused\n"},
+		"owner of nothing": {[]string{"owner", admin}, 2, "no arguments, want namespaces\n"},
+		"owner, bad name":  {[]string{"owner", admin, "a/b"}, 1, s.URL + "/owner?namespace=a%2Fb: 400 Bad Request: /owner?namespace= is \"a/b\", want " + namespaceFault("a/b") + "\n"},
+		"owner offline": {[]string{"owner", "-replicas", "4", "-overrides", folder, "a", "free", "bad"}, 0, "a     backend-2  override\nfree  " + hashed + "  hash\nbad              refused\n" +
+			"      rejected \"bakend-2\" of directory " + folder + ", want backend-0 to backend-3\n"},
+		"owner offline, bad name": {[]string{"owner", "-replicas", "4", ""}, 2, `"", want ` + namespaceFault("") + "\n"},
+		"owner of no backends":    {[]string{"owner", "-overrides", folder, "a"}, 2, "-replicas 0, want 1 to 10000\n"},
+		"owner, no folder":        {[]string{"owner", "-replicas", "1", "-overrides", "/nowhere", "a"}, 1, "-overrides: open /nowhere: no such file or directory\n"},
+		"no URL":                  {[]string{"owner", "-admin", ":", "a"}, 2, "-admin: parse \":/owner?namespace=a\": missing protocol scheme\n"},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			if got, code := command(t, tt.args...); got != tt.want || code != tt.code {
+				t.Errorf("exit code %d:\n%s\nwant %d:\n%s", code, got, tt.code, tt.want)
+			}
+		})
+	}
+	for _, name := range []string{"plan", "owner"} {
+		if got, code := command(t, name, "-h"); code != 0 || !strings.HasPrefix(got, "Usage: router "+name+" [flags] ") || !strings.Contains(got, "-admin URL") {
+			t.Errorf("%s -h is %d:\n%s", name, code, got)
+		}
+	}
+}
+
+// A proxy before the router, or something else at its port, answers with no JSON.
+func TestCommandAnswersOfOthers(t *testing.T) {
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(http.StatusBadGateway)
+		io.WriteString(w, "<html>")
+	}))
+	defer s.Close()
+	want := s.URL + "/plan: 502 Bad Gateway: <html>\n"
+	if got, code := command(t, "plan", "-admin", s.URL, "3"); got != want || code != 1 {
+		t.Errorf("%d %s, want 1 %s", code, got, want)
+	}
+}
