@@ -23,7 +23,7 @@ func planAdmin(t *testing.T) *admin {
 	update(entries{source: "ConfigMap edge/overwriting", version: "7", data: pack(map[string]string{"a": "backend-0", "late": "backend-1"})})
 	for namespace, backends := range map[string][]int{"a": {0, 0, 0}, "b": {bucket("b", 4)}, "late": {0, 1}} {
 		for _, backend := range backends {
-			a.proxy.relay.sessions[&session{namespace: namespace, backend: backend}] = struct{}{}
+			a.proxy.relay.add(&session{namespace: namespace, backend: backend})
 		}
 	}
 	return a
@@ -58,7 +58,7 @@ func TestPlan(t *testing.T) {
 		"another place":  {configMap("overwriting", "other", `{}`), 400, `{"error":"ConfigMap other/overwriting is not among the sources of overrides: ConfigMap edge/overwriting"}`},
 		"YAML":           {"kind: ConfigMap", 400, `{"error":"the body is no JSON of a ConfigMap or {\"replicas\": number}: invalid character 'k' looking for beginning of value"}`},
 		"nothing":        {"", 400, `{"error":"the body is no JSON of a ConfigMap or {\"replicas\": number}: EOF"}`},
-		"numbers":        {configMap("overwriting", "edge", `{"a":2}`), 400, `{"error":"the body is no JSON of a ConfigMap or {\"replicas\": number}: json: cannot unmarshal number into Go struct field proposal.configMap.data of type string"}`},
+		"numbers":        {configMap("overwriting", "edge", `{"a":2}`), 400, `{"error":"the body is no JSON of a ConfigMap or {\"replicas\": number}: json: cannot unmarshal something into Go struct field proposal.configMap.data of type string"}`},
 		"too big":        {`"` + strings.Repeat("x", maxObject) + `"`, 413, `{"error":"the body is no JSON of a ConfigMap or {\"replicas\": number}: http: request body too large"}`},
 	}
 	for name, tt := range tests {
