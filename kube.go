@@ -65,7 +65,6 @@ func (k *kube) connect() *http.Transport {
 		TLSHandshakeTimeout: 5 * time.Second,
 		ForceAttemptHTTP2:   true, // a dialer of our own turns HTTP/2 off otherwise
 		HTTP2:               &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 5 * time.Second},
-		DisableKeepAlives:   true,
 		DisableCompression:  true,
 		TLSClientConfig:     &tls.Config{RootCAs: k.roots, MinVersion: tls.VersionTLS12},
 	}
@@ -253,9 +252,9 @@ type object struct {
 	} `json:"metadata"`
 }
 
-// decodeList reads a list to its end, one item after the other: thirty of 1 MiB
-// each would take 100 MiB as one text.
-func decodeList[T any](body io.Reader) (list object, items []*T, err error) {
+// decodeList reads a list to its end, of at most most bytes, one item after the
+// other: thirty of 1 MiB each would take 100 MiB as one text.
+func decodeList[T any](body io.Reader, most int64) (list object, items []*T, err error) {
 	capped := &cappedReader{r: body, limit: maxObject}
 	d := json.NewDecoder(capped)
 	err = within(d, '{', func() (err error) {
@@ -268,7 +267,7 @@ func decodeList[T any](body io.Reader) (list object, items []*T, err error) {
 		case "items":
 			return within(d, '[', func() error {
 				items = append(items, new(T))
-				capped.limit = min(d.InputOffset()+maxObject, maxList)
+				capped.limit = min(d.InputOffset()+maxObject, most)
 				return d.Decode(items[len(items)-1])
 			})
 		}

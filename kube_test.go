@@ -182,6 +182,7 @@ func TestRefusals(t *testing.T) {
 		"a wrong code":      {fakeKubeSay(500, `{"message":"no","code":200}`), "500 Internal Server Error: no", 0},
 		"JSON of something": {fakeKubeSay(500, `[1]`), "500 Internal Server Error: [1]", 0},
 		"a redirect":        {fakeKubeSay(302, "", "Location", "/elsewhere"), "302 Found: ", 0},
+		"created":           {fakeKubeSay(201, "{}"), "201 Created: {}", 0},
 		"no content":        {fakeKubeSay(204, ""), "204 No Content: ", 0},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -38,7 +38,7 @@ func largeMaps(t testing.TB, objects, overrides int) (*configMaps, *router) {
 	r := &router{statefulSet: "backend", backends: ordinals{count: 16}, log: log, swapped: func() {}}
 	c := &configMaps{update: r.update, events: newRecorder(kube{}, "", log), log: log}
 	c.follow(kube{}, "edge", "", "a=b")
-	_, items, err := decodeList[configMap](bytes.NewReader(largeList(objects, overrides)))
+	_, items, err := decodeList[configMap](bytes.NewReader(largeList(objects, overrides)), maxList)
 	if err != nil {
 		t.Fatal(err)
 	}

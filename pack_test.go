@@ -52,7 +52,7 @@ func TestPack(t *testing.T) {
 func FuzzPackJSON(f *testing.F) {
 	for _, seed := range []string{
 		`null`, `{}`, `{"a":"1"}`, ` { "a" : "1" , "b" : "2" } `, `{"a":"\"\\","\u0062":"\ud834\udd1e\ud834"}`, "{\"a\":\"\xff\"}",
-		`{"a":1}`, `{"a":null}`, `{"a":{}}`, `[]`, `"x"`, `1`, `true`, `{"a":"1","a":"2"}`, `{"":""}`, "{\"a\":\"\u2028\x7f\"}",
+		`{"a":1}`, `{"a":null}`, `{"a":{}}`, `[]`, `"x"`, `1`, `true`, `{"caeb8":"1","c184":"2"}`, `{"a":"1","a":"2"}`, `{"":""}`, "{\"a\":\"\u2028\x7f\"}",
 	} {
 		f.Add([]byte(seed))
 	}
@@ -69,6 +69,9 @@ func FuzzPackJSON(f *testing.F) {
 		}
 		if got.count > len(data) && wantErr == nil { // a name comes twice
 			return
+		}
+		if !slices.IsSortedFunc(slices.Collect(got.all()), record.compare) {
+			t.Errorf("%s: not in order", b)
 		}
 		if (err == nil) != (wantErr == nil) || err == nil && !reflect.DeepEqual(unpack(&got), unpack(pack(data))) {
 			t.Errorf("%s: %v, error %v; want %v, error %v", b, unpack(&got), err, data, wantErr)

@@ -190,3 +190,12 @@ func TestRouterKeepsAcrossResizes(t *testing.T) {
 		}
 	}
 }
+
+// TestRouterReportsTheEndOfACopy: what the copy of one source had and the real
+// one has too did not change.
+func TestRouterReportsTheEndOfACopy(t *testing.T) {
+	r, tail := loggedRouter(t)
+	r.update(entries{source: "directory", version: "1", data: pack(map[string]string{"a": "backend-1", "b": "backend-2"}), stale: true})
+	r.update(entries{source: "ConfigMap", version: "2", data: pack(map[string]string{"a": "backend-1", "c": "backend-3"})})
+	wantLine(t, tail.all("table"), 2, map[string]any{"source": "ConfigMap", "overrides": 2.0, "added": 1.0, "changed": 0.0, "removed": 1.0})
+}

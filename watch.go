@@ -146,7 +146,7 @@ func (w *watcher[T]) list(ctx context.Context) (version string, err error) {
 		return "", err
 	}
 	defer body.Close()
-	list, items, err := decodeList[T](body)
+	list, items, err := decodeList[T](body, maxList)
 	if err != nil {
 		return "", cmp.Or(ctx.Err(), err)
 	}

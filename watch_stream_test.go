@@ -271,6 +271,17 @@ func TestStreamMemory(t *testing.T) {
 	}
 }
 
+// A LIST without end is given up too.
+func TestListMemory(t *testing.T) {
+	const most = 1 << 20
+	item := fakeKubeV(1) + ","
+	list := strings.NewReader(`{"items":[` + strings.Repeat(item, 2*most/len(item)))
+	_, items, err := decodeList[fakeConfigMap](list, most)
+	if want := most / len(item); !errors.Is(err, errTooBig) || len(items) < want-1 || len(items) > want+1 {
+		t.Errorf("%d items, error %v, want %d and %v", len(items), err, want, errTooBig)
+	}
+}
+
 // fakeKubeEndless is spaces without end, or what a test can bear of them.
 type fakeKubeEndless struct{ n int }
 
