@@ -26,7 +26,7 @@ func startWithFiles(t *testing.T, files, others int) *routerProcess {
 	p := newRouterProcess(t)
 	shell := exec.Command("sh", append([]string{"-c", fmt.Sprintf(`ulimit -S -n %d && ulimit -H -n %d && exec "$0" "$@"`, files-20, files), os.Args[0],
 		"-backends", echoBackends(t, 1), "-overrides", t.TempDir(), "-hold", "3s"}, onFreePorts...)...)
-	shell.Env, shell.Stdout, shell.Stderr = p.cmd.Env, p.log, &p.stderr
+	shell.Env, shell.Stdout, shell.Stderr = append(p.cmd.Env, "GOMAXPROCS=2"), p.log, &p.stderr
 	for range others {
 		null, err := os.Open(os.DevNull)
 		if err != nil {

@@ -11,7 +11,8 @@ import (
 )
 
 func TestGate(t *testing.T) {
-	for files := 110 + runtime.GOMAXPROCS(0); files < 120+runtime.GOMAXPROCS(0); files++ {
+	relays := pollerDescriptors * runtime.GOMAXPROCS(0)
+	for files := 110 + relays; files < 120+relays; files++ {
 		synctest.Test(t, func(t *testing.T) {
 			g, err := newGate(files, 2)
 			if err != nil {
@@ -32,7 +33,7 @@ func TestGate(t *testing.T) {
 			wantWaits(t, g)
 		})
 	}
-	least := 100 + 2*5 + runtime.GOMAXPROCS(0) + upgradeDescriptors
+	least := 100 + 2*5 + relays + upgradeDescriptors
 	_, err := newGate(least-1, 5)
 	if err == nil || !strings.HasSuffix(err.Error(), " open files are allowed, want at least "+strconv.Itoa(least)+" (ulimit -n)") {
 		t.Errorf("error %v, want one that says %d", err, least)

@@ -77,7 +77,7 @@ func probes(timeout time.Duration) (idle, interval time.Duration) {
 
 // reserved is how many descriptors are not for clients: of the log, the listeners,
 // Go's poller, the API server and, most, of the admin port. To these come two
-// for each backend, for its lookup, and one for each CPU, of the relay.
+// for each backend, for its lookup, and pollerDescriptors for each CPU.
 const reserved = 100
 
 // upgradeDescriptors is how many a client may need until it is a session: its
@@ -100,7 +100,7 @@ type gate struct {
 // newGate returns the gate of a process that may open this many files, with this
 // many backends.
 func newGate(files, backends int) (*gate, error) {
-	rest := reserved + 2*backends + runtime.GOMAXPROCS(0)
+	rest := reserved + 2*backends + pollerDescriptors*runtime.GOMAXPROCS(0)
 	if files < rest+upgradeDescriptors {
 		return nil, fmt.Errorf("%d open files are allowed, want at least %d (ulimit -n)", files, rest+upgradeDescriptors)
 	}

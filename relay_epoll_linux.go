@@ -19,6 +19,10 @@ const (
 	again = 1 << 27 // in wire.mask: epoll has to look at the socket once more
 )
 
+// pollerDescriptors is the most that the poller of a CPU has for itself: its epoll
+// set, its bell and its pipes.
+const pollerDescriptors = 2 + 2*pipesMost
+
 // carrier is the pollers.
 type carrier struct {
 	pollers []*poller

@@ -18,6 +18,9 @@ import (
 // relayBuffer is how many bytes are held for each direction of a session.
 const relayBuffer = 4 << 10
 
+// pollerDescriptors is how many the relay has for itself, for each CPU.
+const pollerDescriptors = 0
+
 // wire is the part of a session that its goroutines own.
 type wire struct {
 	conn    [2]net.Conn  // static after attach
