@@ -67,7 +67,7 @@ func (p *packed) UnmarshalJSON(b []byte) error {
 			b = rest
 		}
 	default:
-		return &json.UnmarshalTypeError{Value: "something", Type: reflect.TypeFor[map[string]string]()}
+		return json.Unmarshal(b, new(map[string]string)) // its error
 	}
 	*p = *all.pack()
 	return nil
@@ -76,7 +76,9 @@ func (p *packed) UnmarshalJSON(b []byte) error {
 // cutText returns the text that b, JSON, begins with, and what is after it.
 func cutText(b []byte) (text, rest []byte, err error) {
 	if b[0] != '"' {
-		return nil, nil, &json.UnmarshalTypeError{Value: "something", Type: reflect.TypeFor[string]()}
+		var s string
+		err = json.NewDecoder(bytes.NewReader(b)).Decode(&s)
+		return nil, nil, cmp.Or(err, error(&json.UnmarshalTypeError{Value: "null", Type: reflect.TypeFor[string]()}))
 	}
 	end := 1
 	for b[end] != '"' {
