@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 // sliceSet is a set of EndpointSlices, from the address type and the endpoints in
@@ -103,6 +104,17 @@ func TestPodsLocate(t *testing.T) {
 	want(0, "10.0.0.0:9000", "<nil>")
 	apply(map[string]string{"a": "IPv4 " + fakeEndpoints(1)})
 	want(0, "", "backend-0 is not ready")
+	waited := make(chan error, 1)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	go func() { waited <- p.holds.wait(ctx, p.holds.enter(), 0, 0) }()
+	for len(p.holds.waiting(0)) == 0 {
+		<-time.After(time.Millisecond)
+	}
+	apply(map[string]string{"a": "IPv4 " + fakeEndpoints(0)})
+	if err := <-waited; err != nil {
+		t.Error(err)
+	}
 	if asked != 2 {
 		t.Errorf("DNS was asked %d times, want 2", asked)
 	}

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -15,13 +16,17 @@ import (
 )
 
 // kindAnswers is an API server that lists each kind as is told, by the last part
-// of the path; watches bring nothing.
+// of the path; watches bring what is told for "watch <part>", or nothing.
 func kindAnswers(t *testing.T, lists map[string]http.HandlerFunc) string {
 	t.Helper()
 	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		answer := lists[r.URL.Path[strings.LastIndex(r.URL.Path, "/")+1:]]
+		kind := r.URL.Path[strings.LastIndex(r.URL.Path, "/")+1:]
+		answer := lists[kind]
+		if r.FormValue("watch") != "" {
+			answer = lists["watch "+kind]
+		}
 		switch {
-		case r.FormValue("watch") != "":
+		case r.FormValue("watch") != "" && answer == nil:
 			w.Header().Set("Content-Type", "application/json")
 			w.(http.Flusher).Flush()
 			<-r.Context().Done()
@@ -90,7 +95,17 @@ func TestFollowing(t *testing.T) {
 	}
 	endpoints := `"addressType":"IPv4","endpoints":[{"hostname":"backend-2","addresses":["127.0.0.1"]},
 		{"hostname":"backend-3","addresses":["127.0.0.2"],"conditions":{"ready":false}},{"hostname":"backend-4","addresses":["127.0.0.3"]}]`
-	r := startRouter(t, "-backend-port", port, "-hold", "100ms", "-kube", kindAnswers(t, map[string]http.HandlerFunc{
+	edited := make(chan struct{})
+	r := startRouter(t, "-backend-port", port, "-kube", kindAnswers(t, map[string]http.HandlerFunc{
+		"watch configmaps": func(w http.ResponseWriter, r *http.Request) {
+			w.(http.Flusher).Flush()
+			select {
+			case <-edited:
+			case <-r.Context().Done():
+			}
+			fakeKubeOpen(fakeKubeEvent("MODIFIED", `{"kind":"ConfigMap","metadata":{"name":"overwriting","namespace":"default","uid":"u",`+
+				`"resourceVersion":"8"},"data":{"a":"backend-2","b":"backend-4","c":"backend-4","d":"backend-4"}}`))(w, r)
+		},
 		"configmaps": listOf("ConfigMap", map[string]string{"overwriting": `"data":{"a":"backend-2","b":"backend-3","c":"backend-4","d":"backend-4","e":"backend-5"}`}),
 		"statefulsets": listOf("StatefulSet", map[string]string{
 			"backend": `"spec":{"replicas":3,"ordinals":{"start":2}}`}),
@@ -120,10 +135,30 @@ func TestFollowing(t *testing.T) {
 	if want := strings.ReplaceAll(want, "PORT", port); body != want {
 		t.Errorf("/backends is\n%s, want\n%s", body, want)
 	}
-	if _, err := websocket.Dial(r.ws+"b", "", "http://origin.example/"); err == nil {
-		t.Error("a session with backend-3, which is not ready")
+	files, err := openFiles()
+	if err != nil {
+		t.Fatal(err)
 	}
-	waitMetrics(t, r, map[string]float64{`router_upgrades_total{result="hold_timeout"}`: 1})
+	waitMetrics(t, r, map[string]float64{`router_descriptors{kind="limit"}`: float64(files - reserved - 2*3 - runtime.GOMAXPROCS(0))})
+
+	// A client of a backend that is not ready is held, until an edit gives its
+	// namespace to another.
+	opened := make(chan error)
+	go func() {
+		ws, err := websocket.Dial(r.ws+"b", "", "http://origin.example/")
+		if err == nil {
+			defer ws.Close()
+			err = websocket.Message.Send(ws, "hello")
+		}
+		opened <- err
+	}()
+	waitMetrics(t, r, map[string]float64{`router_upgrades_waiting`: 1, `router_sessions{backend="backend-4"}`: 2})
+	begun := time.Now()
+	close(edited)
+	if err := <-opened; err != nil || time.Since(begun) > 5*time.Second {
+		t.Errorf("%v after %v, want a session at once after the edit", err, time.Since(begun))
+	}
+	waitMetrics(t, r, map[string]float64{`router_sessions_total{backend="backend-4"}`: 3})
 }
 
 // listenAt listens until the test ends.
