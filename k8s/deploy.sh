@@ -41,6 +41,14 @@ make_overwriting() {
   kubectl create --save-config -f "$K8S/overwriting.yaml"
 }
 
+# policy VERB...: kubectl about k8s/policy.yaml for the Kubernetes namespace of
+# the context.
+policy() {
+  local namespace
+  namespace=$(kubectl config view --minify -o 'jsonpath={..namespace}')
+  sed "s/NAMESPACE/${namespace:-default}/" "$K8S/policy.yaml" | kubectl "$@" -f -
+}
+
 # roll_out: a new image with the old name is a new rollout only if the pods'
 # template changes, so it says which programs it is about. apply leaves the
 # annotation alone. From a registry (LOAD=no) the nodes have to pull it again.
@@ -100,6 +108,7 @@ deploy() {
   if missing secret nginx-tls; then make_secret; fi
   if missing configmap overwriting; then make_overwriting; fi
   kubectl apply -k "$K8S"
+  policy apply || say "going on without k8s/policy.yaml: nothing refuses bad overrides at kubectl apply, routers report them"
   if [ -x "$K8S/../bin/router" ]; then roll_out; fi
   wait_for statefulset backend
   wait_for deployment router
@@ -107,6 +116,7 @@ deploy() {
 
 undeploy() {
   kubectl delete -k "$K8S" --ignore-not-found
+  policy delete --ignore-not-found || say "k8s/policy.yaml was not removed, if it was ever applied"
   # The nginx ConfigMaps of earlier versions have other hashes in their names.
   kubectl delete configmap -l app.kubernetes.io/part-of=router
   say "kept: configmap/overwriting and secret/nginx-tls; to remove them too:"
