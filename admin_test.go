@@ -97,7 +97,7 @@ func adminOf(t *testing.T, addrs ...string) (a *admin, update func(...entries) [
 	quiet := slog.New(slog.DiscardHandler)
 	b := fixedBackends("backend", addrs)
 	router := &router{statefulSet: "backend", backends: b.given, log: quiet, swapped: func() {}}
-	p := &proxy{router: router, backends: b, relay: newRelay(b.name, quiet), log: quiet}
+	p := &proxy{router: router, backends: b, relay: newRelay(b.name, quiet), moves: &mover{}, log: quiet}
 	return &admin{proxy: p, gate: wideGate(t), missing: func() string { return "they are late" },
 		dropped: func() int64 { return 0 }, started: time.Now()}, router.update
 }

@@ -1,16 +1,12 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
-	"net/url"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -31,6 +27,7 @@ type config struct {
 	namespaceFrom, pod string
 	limits             limits
 	moveRate           int
+	moveSettle         time.Duration
 
 	drainDelay, drainTime time.Duration
 
@@ -90,6 +87,8 @@ func (c *config) flags() *flag.FlagSet {
 	f.IntVar(&c.limits.sessions, "max-sessions", 100_000, "largest `number` of open sessions")
 	f.IntVar(&c.limits.waiting, "max-waiting", 10_000, "largest `number` of upgrades under way")
 	f.IntVar(&c.moveRate, "move-rate", 200, "`sessions` closed per second after their owner changed, 0 is no limit")
+	f.DurationVar(&c.moveSettle, "move-settle", 500*time.Millisecond, "how long owners have to stay as they are before sessions move, and at most ten\n"+
+		"times as long after the first change")
 
 	f.DurationVar(&c.drainDelay, "drain-delay", 0, "how long after SIGTERM clients are still accepted, until load balancers have noticed")
 	f.DurationVar(&c.drainTime, "drain-time", 30*time.Second, "the time over which sessions are then closed")
@@ -181,8 +180,8 @@ func (c *config) check() error {
 		return fmt.Errorf("-peer-timeout %s, want 0, or 2s to 18h in whole seconds", c.peerTimeout) // TCP_KEEPIDLE is 1 to 32767 s
 	case c.idleTimeout != 0 && c.idleTimeout < time.Second:
 		return fmt.Errorf("-idle-timeout %s, want 0, or at least 1s", c.idleTimeout)
-	case c.moveRate < 0:
-		return fmt.Errorf("-move-rate %d, want 0 or more", c.moveRate)
+	case c.moveRate < 0 || c.moveSettle < 0:
+		return fmt.Errorf("-move-rate %d, -move-settle %s, want 0 or more", c.moveRate, c.moveSettle)
 	}
 	for _, bound := range []struct {
 		flag string
@@ -234,10 +233,6 @@ func (c *config) backendSet() (*backends, error) {
 	return fixedBackends(c.statefulSet, addrs), nil
 }
 
-// serviceAccountDir is where a pod finds its token, CA and Kubernetes namespace
-// (https://kubernetes.io/docs/tasks/run-application/access-api-from-pod/).
-const serviceAccountDir = "/var/run/secrets/kubernetes.io/serviceaccount"
-
 // kubeClient returns a client of the API server and the Kubernetes namespace
 // of the ConfigMaps, or nil if there is no API server.
 func (c *config) kubeClient(getenv func(string) string) (*kube, string, error) {
@@ -261,41 +256,4 @@ func (c *config) kubeClient(getenv func(string) string) (*kube, string, error) {
 		namespace = "default"
 	}
 	return k, namespace, nil
-}
-
-// inCluster returns a client with the pod's service account, whose files are in
-// dir. It fails only on what no waiting mends.
-func inCluster(getenv func(string) string, dir string) (*kube, error) {
-	host, port := getenv("KUBERNETES_SERVICE_HOST"), getenv("KUBERNETES_SERVICE_PORT")
-	if host == "" || port == "" {
-		return nil, errors.New("KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set: this is no pod")
-	}
-	k := &kube{base: &url.URL{Scheme: "https", Host: net.JoinHostPort(host, port)}, dir: dir, dial: dialTCP}
-	return k, k.readCA()
-}
-
-// throughProxy returns a client of a kubectl proxy, which adds the credentials.
-func throughProxy(base string) (*kube, error) {
-	u, err := url.Parse(base)
-	if err != nil || u.Scheme != "http" || u.Host == "" || strings.Trim(u.Path, "/") != "" {
-		return nil, fmt.Errorf("-kube %q, want in-cluster, none or the http://host:port of a kubectl proxy", base)
-	}
-	return &kube{base: &url.URL{Scheme: "http", Host: u.Host}, dial: dialTCP}, nil
-}
-
-// podNamespace returns the Kubernetes namespace that the pod with this service
-// account is in.
-func podNamespace(dir string) (string, error) {
-	b, err := os.ReadFile(filepath.Join(dir, "namespace"))
-	return strings.TrimSpace(string(b)), err
-}
-
-// dialTCP connects to an API server, or gives up after 5 s; keepalives end a
-// connection whose peer's host is gone for 30 s.
-func dialTCP(ctx context.Context, network, addr string) (net.Conn, error) {
-	d := net.Dialer{
-		Timeout:         5 * time.Second,
-		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 3},
-	}
-	return d.DialContext(ctx, network, addr)
 }

@@ -83,7 +83,9 @@ var badUsage = map[string]struct {
 	"idle short":           {args: "-replicas 1 -idle-timeout 999ms", want: "-idle-timeout 999ms, want 0, or at least 1s"},
 	"idle negative":        {args: "-replicas 1 -idle-timeout -1m", want: "-idle-timeout -1m0s, want 0, or at least 1s"},
 	"idle no time":         {args: "-idle-timeout never", want: `invalid value "never" for flag -idle-timeout: parse error`},
-	"rate negative":        {args: "-replicas 1 -move-rate -1", want: "-move-rate -1, want 0 or more"},
+	"rate negative":        {args: "-replicas 1 -move-rate -1", want: "-move-rate -1, -move-settle 500ms, want 0 or more"},
+	"settle negative":      {args: "-replicas 1 -move-settle -1s", want: "-move-rate 200, -move-settle -1s, want 0 or more"},
+	"settle no time":       {args: "-move-settle 1", want: `invalid value "1" for flag -move-settle: parse error`},
 	"rate no number":       {args: "-move-rate 200/s", want: `invalid value "200/s" for flag -move-rate: parse error`},
 	"delay negative":       {args: "-replicas 1 -drain-delay -1s", want: "-drain-delay -1s, -drain-time 30s, want 0 or more"},
 	"delay no time":        {args: "-drain-delay 5", want: `invalid value "5" for flag -drain-delay: parse error`},
@@ -178,7 +180,7 @@ func TestFlagBeatsEnvironment(t *testing.T) {
 		"overrides": {"/i", "/j"}, "namespace-from": {"host", "path"}, "pod": {"k", "l"},
 		"hold": {"1s", "2s"}, "handshake-timeout": {"3s", "4s"}, "header-timeout": {"5s", "6s"},
 		"max-header-bytes": {"2000", "3000"}, "max-sessions": {"1", "2"}, "max-waiting": {"3", "4"},
-		"peer-timeout": {"5s", "6s"}, "idle-timeout": {"7s", "8s"}, "move-rate": {"5", "6"}, "drain-delay": {"1s", "2s"}, "drain-time": {"3s", "4s"},
+		"peer-timeout": {"5s", "6s"}, "idle-timeout": {"7s", "8s"}, "move-rate": {"5", "6"}, "move-settle": {"9s", "10s"}, "drain-delay": {"1s", "2s"}, "drain-time": {"3s", "4s"},
 		"log-format": {"json", "text"}, "log-level": {"DEBUG", "WARN"},
 	}
 	(&config{}).flags().VisitAll(func(f *flag.Flag) {

@@ -26,7 +26,7 @@ var layout = []struct {
 	uses string // space-separated
 }{
 	{"main", "*"},
-	{"config", "backends dns kube log proxy"},
+	{"config", "backends cluster dns kube log proxy"},
 	{"route", "backends hash pack"},
 	{"pack", "hash"},
 	{"hash", ""},
@@ -36,6 +36,7 @@ var layout = []struct {
 	{"events", "hash kube log route swap"},
 	{"watch", "kube log"},
 	{"kube", "log"},
+	{"cluster", "kube"},
 	{"statefulset", "backends endpoints kube log watch"},
 	{"endpoints", "backends dns hold kube watch"},
 	{"dns", "backends hold"},
@@ -48,11 +49,12 @@ var layout = []struct {
 	{"relay", "frame rawio"},
 	{"frame", ""},
 	{"rawio", ""},
-	{"move", "relay route swap"},
+	{"pace", "relay"},
+	{"move", "pace relay route swap"},
 	{"admin", "backends configmap listen pack proxy refusal relay route statefulset swap"},
-	{"plan", "admin backends configmap kube move proxy relay route swap"},
+	{"plan", "admin backends configmap kube move pace proxy relay route swap"},
 	{"command", "admin backends config dir kube pack plan route"},
-	{"metrics", "admin backends configmap endpoints hold kube listen log proxy refusal relay route statefulset swap watch"},
+	{"metrics", "admin backends configmap endpoints hold kube listen log move proxy refusal relay route statefulset swap watch"},
 	{"log", ""},
 }
 

@@ -4,7 +4,7 @@
 // StatefulSet, is the override in a ConfigMap if there is one, else the
 // namespace's hash. The router opens the same path there and from then on
 // carries bytes. When the table of overrides changes, the sessions whose owner
-// changed are closed, and only these.
+// changed are closed, at a pace, and only these.
 //
 //	client ─TLS─ nginx ─unix socket─ net/http ── proxy: check, own, dial, handshake, hijack ── relay ── backend-N
 //	                                                │                │
@@ -30,13 +30,15 @@
 //  8. After the hand-over only the relay touches the two sockets. A session
 //     ends once, with one cause, counted and logged once.
 //  9. A slow reader stops its own session only, with bounded memory.
-//  10. Every goroutine has an owner that waits for it.
+//  10. A move or drain ends a session by Close frames where frames end, first to
+//     the backend, then to the client. What cannot be ended so in time is cut.
+//  11. Every goroutine has an owner that waits for it.
 //
 // Read main and config, then route, pack, hash and swap (who owns), dir,
-// configmap, events, watch and kube (how the overrides come), statefulset,
+// configmap, events, watch, kube and cluster (how the overrides come), statefulset,
 // endpoints, dns, backends and hold (how many owners there are, where, and the
 // wait for them), listen, proxy, upgrade and refusal (from request to session),
-// relay, frame, rawio and move (the session's life), admin, plan, command,
+// relay, frame, rawio, pace and move (the session's life), admin, plan, command,
 // metrics and log.
 package main
 
@@ -152,7 +154,12 @@ func newProgram(c *config, getenv func(string) string, log *slog.Logger) (*progr
 	router := &router{statefulSet: c.statefulSet, backends: backends.given, log: log}
 	relay := newRelay(backends.name, log)
 	relay.freed = func(descriptors int) { gate.use(-descriptors) }
-	mover := newMover(router, relay, c.moveRate, log)
+	probe := func(ctx context.Context, backend int) error {
+		_, err := backends.probe(ctx, backend)
+		return err
+	}
+	mover := newMover(router, relay, c.moveRate, probe, log)
+	mover.settle = c.moveSettle
 	router.swapped = func() { mover.check(); backends.holds.askAgain() }
 	p := &program{config: c, gate: gate, mover: mover, log: log}
 	p.proxy = &proxy{

@@ -239,11 +239,17 @@ func echoBackends(t testing.TB, count int) string {
 	t.Helper()
 	var addrs []string
 	for range count {
-		s := httptest.NewServer(websocket.Server{Handler: func(ws *websocket.Conn) { io.Copy(ws, ws) }})
-		t.Cleanup(s.Close)
-		addrs = append(addrs, s.Listener.Addr().String())
+		addrs = append(addrs, websocketBackend(t, func(ws *websocket.Conn) { io.Copy(ws, ws) }))
 	}
 	return strings.Join(addrs, ",")
+}
+
+// websocketBackend starts a WebSocket server and returns its address.
+func websocketBackend(t testing.TB, serve func(*websocket.Conn)) string {
+	t.Helper()
+	s := httptest.NewServer(websocket.Server{Handler: serve})
+	t.Cleanup(s.Close)
+	return s.Listener.Addr().String()
 }
 
 // overridesDir returns a directory for -overrides.

@@ -78,6 +78,12 @@ func (a *admin) writeSessions(m metricsWriter) {
 	for c := causeNone + 1; c < causes; c++ {
 		m.sample("router_sessions_ended_total", float64(relay.ended[c].Load()), "cause", c.String())
 	}
+	m.family("router_sessions_cut_total", "counter", "Sessions of which not both sides answered their Close frames in time, by cause.")
+	for _, c := range []cause{causeMoved, causeDrain} {
+		m.sample("router_sessions_cut_total", float64(relay.cut[c].Load()), "cause", c.String())
+	}
+	m.single("router_sessions_to_move", "gauge", "Open sessions whose owner has changed and whose turn is to come.",
+		float64(a.proxy.moves.waiting.Load()))
 	bytes := relay.bytes()
 	m.family("router_bytes_total", "counter", "Bytes carried after the handshakes.")
 	m.sample("router_bytes_total", float64(bytes[client]), "direction", "to_backend")

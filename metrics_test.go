@@ -262,6 +262,23 @@ func TestMetricsEscapeLabels(t *testing.T) {
 	}
 }
 
+func TestMetricsOfMoves(t *testing.T) {
+	a, _ := adminOf(t, "127.0.0.1:1")
+	a.proxy.moves.waiting.Store(3)
+	a.proxy.relay.cut[causeMoved].Store(4)
+	a.proxy.relay.cut[causeDrain].Store(5)
+	var out strings.Builder
+	a.writeMetrics(&out)
+	e, err := parseExposition(out.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if lacks := e.lacks(map[string]float64{`router_sessions_to_move`: 3,
+		`router_sessions_cut_total{cause="moved"}`: 4, `router_sessions_cut_total{cause="drain"}`: 5}); lacks != "" {
+		t.Error(lacks)
+	}
+}
+
 func TestMetricsAreText(t *testing.T) {
 	a, _ := adminOf(t, "127.0.0.1:1")
 	resp := answered(a, "/metrics")

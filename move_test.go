@@ -2,14 +2,19 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"log/slog"
+	"maps"
 	"net"
+	"slices"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 )
 
-// The sessions whose owner changed end, and only these.
+// The sessions whose owner changed part, and only these.
 func TestMoveExactlyThose(t *testing.T) {
 	var addrs []string
 	for range 4 {
@@ -29,9 +34,9 @@ func TestMoveExactlyThose(t *testing.T) {
 	if bucket("released", 4) == 1 {
 		t.Fatal("the hash has it on backend-1 too")
 	}
+	var leaving []net.Conn
 	for _, namespace := range leave {
-		conn := p.open(t, namespace)
-		defer mustBreak(t, conn)
+		leaving = append(leaving, p.open(t, namespace))
 	}
 	for _, namespace := range stay {
 		conn := p.open(t, namespace)
@@ -39,13 +44,23 @@ func TestMoveExactlyThose(t *testing.T) {
 		defer mustWrite(t, conn, "pong")
 	}
 	p.router.update(entries{source: "test", version: "42", data: pack(after)})
-	for end := time.Now().Add(patience); p.relay.ended[causeMoved].Load() < int64(len(leave)); <-time.After(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("%d sessions moved, want %d", p.relay.ended[causeMoved].Load(), len(leave))
-		}
+	for _, conn := range leaving {
+		mustFrames(t, conn, false, restarts)
+		conn.Close()
 	}
+	p.waitMoved(t, len(leave))
 	if got := p.relay.size(); got != len(stay) {
 		t.Errorf("%d sessions left, want %d", got, len(stay))
+	}
+}
+
+// waitMoved waits until n sessions have moved.
+func (p *testProxy) waitMoved(t *testing.T, n int) {
+	t.Helper()
+	for end := time.Now().Add(patience); p.relay.ended[causeMoved].Load() < int64(n); <-time.After(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%d sessions moved, want %d", p.relay.ended[causeMoved].Load(), n)
+		}
 	}
 }
 
@@ -58,112 +73,364 @@ func TestMoveAtHandOver(t *testing.T) {
 	server, serverFar := tcpPair(t)
 	p.waiting.Add(1)
 	p.handOver(&session{namespace: "ns-01"}, [2]net.Conn{clientFar, server}, [2][]byte{})
-	mustBreak(t, client)
-	mustBreak(t, serverFar)
-	for end := time.Now().Add(patience); p.relay.ended[causeMoved].Load() != 1; <-time.After(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("the session was not moved")
-		}
-	}
+	mustFrames(t, serverFar, true, goesAway)
+	serverFar.Close()
+	mustFrames(t, client, false, restarts)
+	client.Close()
+	p.waitMoved(t, 1)
 }
 
-// sessions returns n without sockets.
-func sessions(n int, gone bool) []*session {
-	all := make([]*session, n)
-	for i := range all {
-		all[i] = &session{}
-		all[i].gone.Store(gone)
-	}
-	return all
+// moveTest is a mover whose sessions have no sockets.
+type moveTest struct {
+	*mover
+	log     *logTail
+	started time.Time
+
+	// Guarded by relay.mu.
+	parted []parted
+	absent map[int]bool // backends that take no connection
+	dials  map[int]int  // by backend
 }
 
-func TestPace(t *testing.T) {
-	t.Run("spread evenly", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			begun := time.Now()
-			var at []time.Duration
-			done, _ := pace(t.Context(), nil, sessions(1000, false), 10*time.Millisecond, func(*session) bool {
-				at = append(at, time.Since(begun))
-				return true
-			})
-			if done != 1000 {
-				t.Errorf("%d ended, want 1000", done)
+// parted is one session that was made to part.
+type parted struct {
+	*session
+	at time.Duration // since the start
+}
+
+// movesIn runs play in a bubble, with a mover among 5 backends, so many sessions
+// of each namespace, which are with its owner, and time that passes by itself.
+func movesIn(t *testing.T, rate, each int, data map[string]string, play func(t *testing.T, m *moveTest)) {
+	synctest.Test(t, func(t *testing.T) {
+		m := &moveTest{log: newLogTail(), started: time.Now(), absent: map[int]bool{}, dials: map[int]int{}}
+		log := slog.New(slog.NewJSONHandler(m.log, nil))
+		relay := newRelay(func(i int) string { return backendName("backend", i) }, log)
+		router := &router{statefulSet: "backend", backends: ordinals{count: 5}, log: slog.New(slog.DiscardHandler), swapped: func() {}}
+		m.mover = newMover(router, relay, rate, m.dial, log)
+		m.settle, m.part = 500*time.Millisecond, m.parts
+		m.table(data)
+		for namespace := range data {
+			owner, _ := router.table().owner(namespace)
+			for range each {
+				relay.add(&session{namespace: namespace, backend: owner})
 			}
-			for i, when := range at {
-				if slot := time.Duration(i) * 10 * time.Millisecond; when < slot || when > slot+5*time.Millisecond {
-					t.Fatalf("session %d ended after %s, want %s and at most 5 ms more", i, when, slot)
+		}
+		router.swapped = m.check
+		ctx, cancel := context.WithCancel(t.Context())
+		var running sync.WaitGroup
+		running.Go(func() { m.run(ctx) })
+		play(t, m)
+		cancel()
+		running.Wait()
+	})
+}
+
+func (m *moveTest) dial(_ context.Context, backend int) error {
+	m.relay.mu.Lock()
+	defer m.relay.mu.Unlock()
+	m.dials[backend]++
+	if m.absent[backend] {
+		return errors.New("nobody there")
+	}
+	return nil
+}
+
+func (m *moveTest) setAbsent(backend int, absent bool) {
+	m.relay.mu.Lock()
+	defer m.relay.mu.Unlock()
+	m.absent[backend] = absent
+}
+
+func (m *moveTest) dialsOf(backend int) int {
+	m.relay.mu.Lock()
+	defer m.relay.mu.Unlock()
+	return m.dials[backend]
+}
+
+// parts ends the session 100 ms later, and is refused if it ends already.
+func (m *moveTest) parts(s *session, done func(cut bool)) bool {
+	m.relay.mu.Lock()
+	defer m.relay.mu.Unlock()
+	if !s.blame(causeMoved) {
+		return false
+	}
+	m.parted = append(m.parted, parted{s, time.Since(m.started)})
+	time.AfterFunc(100*time.Millisecond, func() { done(len(s.namespace) > 5) })
+	return true
+}
+
+// table puts overrides in force.
+func (m *moveTest) table(data map[string]string) {
+	version := fmt.Sprint(m.router.swaps.Load())
+	m.router.update(entries{source: "test", version: version, data: pack(data)})
+}
+
+// after waits, and returns the sessions that have parted by then.
+func (m *moveTest) after(wait time.Duration) []parted {
+	time.Sleep(wait)
+	synctest.Wait()
+	m.relay.mu.Lock()
+	defer m.relay.mu.Unlock()
+	return slices.Clone(m.parted)
+}
+
+// pinned gives n namespaces to one backend.
+func pinned(n, backend int) map[string]string {
+	data := map[string]string{}
+	for i := range n {
+		data[fmt.Sprintf("ns-%02d", i)] = backendName("backend", backend)
+	}
+	return data
+}
+
+// with returns data with the namespace on another backend.
+func with(data map[string]string, namespace string, backend int) map[string]string {
+	data = maps.Clone(data)
+	data[namespace] = backendName("backend", backend)
+	return data
+}
+
+// Changes in a row are one move, which starts when they have settled, or ten
+// times as long after the first.
+func TestMoveSettles(t *testing.T) {
+	for name, c := range map[string]struct {
+		changes int
+		every   time.Duration
+		first   time.Duration
+	}{
+		"one change":                {1, 0, 500 * time.Millisecond},
+		"three in a row":            {3, 400 * time.Millisecond, 1300 * time.Millisecond},
+		"they do not end":           {30, 400 * time.Millisecond, 5 * time.Second},
+		"the second is another one": {2, 600 * time.Millisecond, 500 * time.Millisecond},
+	} {
+		t.Run(name, func(t *testing.T) {
+			movesIn(t, 0, 3, pinned(2, 0), func(t *testing.T, m *moveTest) {
+				for i := range c.changes {
+					m.table(with(pinned(2, 1), "other", i%2))
+					time.Sleep(c.every)
 				}
-			}
+				all := m.after(time.Minute)
+				if len(all) != 6 {
+					t.Fatalf("%d sessions moved, want 6", len(all))
+				}
+				for _, s := range all {
+					if s.at < c.first || s.at > c.first+2*paceTick {
+						t.Errorf("a session moved after %s, want %s", s.at, c.first)
+					}
+				}
+				wantLine(t, m.log.all("moved"), 1, map[string]any{"sessions": 6.0, "namespaces": 2.0, "cancelled": 0.0})
+			})
 		})
-	})
-	t.Run("stops with its context", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-			defer cancel()
-			if done, _ := pace(ctx, nil, sessions(1000, false), 10*time.Millisecond, func(*session) bool { return true }); done < 95 || done > 101 {
-				t.Errorf("%d ended in a second, want about 100", done)
-			}
+	}
+}
+
+// The pace is kept, also when it is much faster than timers are.
+func TestMovePace(t *testing.T) {
+	for _, c := range []struct{ rate, sessions int }{{1, 20}, {200, 3000}, {2000, 9000}, {50_000, 9000}} {
+		t.Run(fmt.Sprintf("%d of %d per second", c.sessions, c.rate), func(t *testing.T) {
+			movesIn(t, c.rate, c.sessions, pinned(1, 0), func(t *testing.T, m *moveTest) {
+				m.table(pinned(1, 1))
+				all := m.after(time.Minute)
+				if len(all) != c.sessions {
+					t.Fatalf("%d sessions moved, want %d", len(all), c.sessions)
+				}
+				interval := time.Second / time.Duration(c.rate)
+				for i, s := range all {
+					want := m.settle + paceTick + time.Duration(i)*interval
+					if s.at < want-paceTick || s.at > want+interval/2+paceTick {
+						t.Fatalf("session %d moved after %s, want %s", i, s.at, want)
+					}
+				}
+				wantLine(t, m.log.all("moved"), 1, map[string]any{"version": "1", "sessions": float64(c.sessions), "namespaces": 1.0, "cut": 0.0})
+			})
 		})
-	})
-	t.Run("what is over takes no time", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			begun := time.Now()
-			if done, _ := pace(t.Context(), nil, sessions(1000, true), time.Second, func(*session) bool { return true }); done != 0 || time.Since(begun) != 0 {
-				t.Errorf("%d ended in %s, want none at once", done, time.Since(begun))
-			}
-		})
-	})
-	t.Run("stops when it is woken", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			wake := make(chan struct{}, 1)
-			time.AfterFunc(time.Second, func() { wake <- struct{}{} })
-			done, woken := pace(t.Context(), wake, sessions(1000, false), 10*time.Millisecond, func(*session) bool { return true })
-			if done < 95 || done > 101 || !woken {
-				t.Errorf("%d ended in a second, woken %v; want about 100 and true", done, woken)
-			}
-		})
-	})
-	t.Run("what is taken back is not counted", func(t *testing.T) {
-		if done, _ := pace(t.Context(), nil, sessions(10, false), 0, func(*session) bool { return false }); done != 0 {
-			t.Errorf("%d ended, want 0", done)
+	}
+}
+
+// A pace that fell behind makes up for a second of it, and not for more.
+func TestPaceCatchesUp(t *testing.T) {
+	begun := time.Unix(1000, 0)
+	for behind, want := range map[time.Duration]int{0: 1, 500 * time.Millisecond: 51, time.Hour: 101} {
+		p := pace{interval: 10 * time.Millisecond}
+		p.begin(begun)
+		now, done := begun.Add(behind), 0
+		for !p.slot.After(now) && done < 1000 {
+			p.took(now)
+			done++
+		}
+		if done < want || done > want+1 {
+			t.Errorf("%d were due when it was %s behind, want %d", done, behind, want)
+		}
+	}
+}
+
+// An edit that takes the change back keeps what has not moved yet, and is told in
+// the receipt.
+func TestMoveTakenBack(t *testing.T) {
+	movesIn(t, 10, 100, pinned(1, 0), func(t *testing.T, m *moveTest) {
+		var told []moved
+		m.told = func(r moved) { told = append(told, r) }
+		m.table(pinned(1, 1))
+		if got := m.after(700 * time.Millisecond); len(got) < 2 || len(got) > 3 || m.waiting.Load() != int64(100-len(got)) {
+			t.Errorf("%d moved and %d wait, want 2 or 3 and the rest", len(got), m.waiting.Load())
+		}
+		m.table(pinned(1, 0))
+		before := len(m.after(0))
+		if got := len(m.after(time.Minute)); got != before || m.waiting.Load() != 0 {
+			t.Errorf("%d moved before it was taken back and %d after, %d wait", before, got-before, m.waiting.Load())
+		}
+		wantLine(t, m.log.all("moved"), 1, map[string]any{"version": "1", "sessions": float64(before), "cancelled": float64(100 - before)})
+		if len(told) != 1 || told[0].sessions != before || told[0].cancelled != 100-before || told[0].time == 0 {
+			t.Errorf("told %+v, want the same", told)
 		}
 	})
+}
+
+// What an edit gives a third owner before its turn goes there, with the wave that
+// it was in; a second wave has a receipt of its own, and both share the pace.
+func TestMoveTwoWaves(t *testing.T) {
+	data := with(pinned(1, 0), "other", 2)
+	movesIn(t, 10, 20, data, func(t *testing.T, m *moveTest) {
+		m.table(with(data, "ns-00", 1))
+		m.after(time.Second)
+		m.table(with(with(data, "ns-00", 3), "other", 4))
+		all := m.after(time.Minute)
+		if len(all) != 40 || all[39].at < 4800*time.Millisecond || all[39].at > 5100*time.Millisecond {
+			t.Errorf("%d moved, the last after %s; want 40 at 10 per second, but for half a second", len(all), all[len(all)-1].at)
+		}
+		lines := m.log.all("moved")
+		wantLine(t, lines, 2, nil)
+		for _, line := range lines {
+			if line["sessions"] != 20.0 || line["namespaces"] != 1.0 || line["cancelled"] != 0.0 {
+				t.Errorf("%v, want 20 sessions of one namespace in each", line)
+			}
+		}
+		if m.dialsOf(1) != 1 || m.dialsOf(3) != 1 || m.dialsOf(4) != 1 || m.dialsOf(0) != 0 {
+			t.Errorf("backends were dialled %v times, want each new owner once", m.dials)
+		}
+	})
+}
+
+// Sessions stay until their new owner takes a connection; others move meanwhile.
+func TestMoveWaitsForTheOwner(t *testing.T) {
+	data := with(pinned(1, 0), "other-one", 0)
+	movesIn(t, 0, 5, data, func(t *testing.T, m *moveTest) {
+		m.setAbsent(1, true)
+		m.table(with(with(data, "ns-00", 1), "other-one", 2))
+		all := m.after(20 * time.Second)
+		if len(all) != 5 || all[0].namespace != "other-one" || all[4].namespace != "other-one" || m.waiting.Load() != 5 {
+			t.Fatalf("%d moved and %d wait, want those to backend-2 and 5", len(all), m.waiting.Load())
+		}
+		if dials := m.dialsOf(1); dials < 6 || dials > 15 {
+			t.Errorf("backend-1 was dialled %d times in 20 s, want it with a back-off", dials)
+		}
+		wantLine(t, m.log.all("sessions wait for their new owner"), 1, map[string]any{"level": "WARN", "backend": "backend-1", "error": "nobody there"})
+		wantLine(t, m.log.all("moved"), 0, nil)
+		for _, s := range m.relay.sessions {
+			if s.namespace == "ns-00" {
+				s.blame(causeClient) // one ends by itself
+				break
+			}
+		}
+		if m.after(newOwnerMost * 3 / 2); m.waiting.Load() != 4 {
+			t.Errorf("%d wait, want 4", m.waiting.Load())
+		}
+		m.setAbsent(1, false)
+		if all = m.after(newOwnerMost * 3 / 2); len(all) != 9 {
+			t.Errorf("%d moved, want 9", len(all))
+		}
+		time.Sleep(time.Second)
+		wantLine(t, m.log.all("moved"), 1, map[string]any{"sessions": 9.0, "namespaces": 2.0, "cut": 5.0})
+	})
+}
+
+// An owner that is waited for is not dialled any more once nothing goes there.
+func TestMoveForgetsTheOwner(t *testing.T) {
+	movesIn(t, 0, 5, pinned(1, 0), func(t *testing.T, m *moveTest) {
+		m.setAbsent(1, true)
+		m.table(pinned(1, 1))
+		m.after(2 * time.Second)
+		m.table(pinned(1, 0))
+		m.after(time.Second)
+		dials := m.dialsOf(1)
+		if all := m.after(time.Minute); len(all) != 0 || m.dialsOf(1) != dials || m.waiting.Load() != 0 {
+			t.Errorf("%d moved, %d dials more, %d wait; want none", len(all), m.dialsOf(1)-dials, m.waiting.Load())
+		}
+		wantLine(t, m.log.all("moved"), 1, map[string]any{"sessions": 0.0, "cancelled": 5.0})
+	})
+}
+
+// A session that ends by itself takes no time from the others and is in no
+// receipt.
+func TestMoveSkipsWhatEnds(t *testing.T) {
+	movesIn(t, 1, 20, pinned(1, 0), func(t *testing.T, m *moveTest) {
+		m.table(pinned(1, 1))
+		m.after(600 * time.Millisecond)
+		left := 0
+		for _, s := range m.relay.sessions {
+			if left < 10 && s.blame(causeClient) {
+				left++
+			}
+		}
+		all := m.after(time.Minute)
+		if len(all) != 10 || all[9].at > 10*time.Second {
+			t.Errorf("%d moved, the last after %s; want 10 in 10 s", len(all), all[len(all)-1].at)
+		}
+		wantLine(t, m.log.all("moved"), 1, map[string]any{"sessions": 10.0, "cancelled": 0.0})
+	})
+}
+
+// leaving closes both ends once they read a Close frame, and returns what the
+// client read.
+func leaving(s relayed) <-chan string {
+	read := make(chan string, 1)
+	for i, conn := range []net.Conn{s.client, s.backend} {
+		go func() {
+			conn.SetDeadline(time.Now().Add(patience))
+			first, payload, err := nextWireFrame(conn, i == 1, nil)
+			conn.Close()
+			if i == 0 {
+				read <- fmt.Sprint(describeFrame(first, payload), " ", err)
+			}
+		}()
+	}
+	return read
 }
 
 func TestDrain(t *testing.T) {
+	const sessions, over = 20, 400 * time.Millisecond
+	r := quietRelay(t)
+	var reads []<-chan string
+	for range sessions {
+		reads = append(reads, leaving(carried(t, r, 0, nil, nil)))
+	}
+	begun := time.Now()
+	if ended := drain(t.Context(), r, over); ended != sessions {
+		t.Errorf("%d ended, want %d", ended, sessions)
+	}
+	if took := time.Since(begun); took < 3*over/4 || took > closeTime/2 {
+		t.Errorf("drained in %s, want it spread over %s", took, over)
+	}
+	for _, read := range reads {
+		if got, want := <-read, goesAway+" <nil>"; got != want {
+			t.Errorf("a client read %s, want %s", got, want)
+		}
+	}
+	if got := r.ended[causeDrain].Load(); got != sessions || r.size() != 0 || r.cut[causeDrain].Load() != 0 {
+		t.Errorf("%d ended by drain, %d left, %d cut; want %d, 0 and 0", got, r.size(), r.cut[causeDrain].Load(), sessions)
+	}
+}
+
+// A drain that is given up ends what is left at once.
+func TestDrainGivenUp(t *testing.T) {
 	r := quietRelay(t)
 	for range 20 {
 		carried(t, r, 0, nil, nil)
 	}
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
 	begun := time.Now()
-	if ended := drain(t.Context(), r, 400*time.Millisecond); ended != 20 {
-		t.Errorf("%d ended, want 20", ended)
-	}
-	if took := time.Since(begun); took < 300*time.Millisecond {
-		t.Errorf("drained in %s, want it spread over 400 ms", took)
-	}
-	if got := r.ended[causeDrain].Load(); got != 20 || r.size() != 0 {
-		t.Errorf("%d ended by drain, %d left; want 20 and 0", got, r.size())
-	}
-}
-
-// An edit that takes the change back keeps what has not moved yet.
-func TestMoveTakenBack(t *testing.T) {
-	backend := startStub(t, "127.0.0.1:0", echo)
-	p := startProxy(t, []string{backend.addr, backend.addr}, map[string]string{"ns-01": "backend-0"}, func(p *proxy) { p.moves.rate = 1 })
-	for range 10 {
-		p.open(t, "ns-01")
-	}
-	p.router.update(entries{source: "test", version: "42", data: pack(map[string]string{"ns-01": "backend-1"})})
-	for end := time.Now().Add(patience); p.relay.ended[causeMoved].Load() == 0; <-time.After(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("nothing moved")
-		}
-	}
-	p.router.update(entries{source: "test", version: "43", data: pack(map[string]string{"ns-01": "backend-0"})})
-	moved := p.relay.ended[causeMoved].Load()
-	p.moves.move(t.Context())
-	if got := p.relay.ended[causeMoved].Load(); got != moved || moved > 2 {
-		t.Errorf("%d sessions moved before it was taken back and %d after", moved, got-moved)
+	if ended := drain(ctx, r, time.Hour); ended != 20 || time.Since(begun) > closeTime/2 {
+		t.Errorf("%d ended in %s, want 20 at once", ended, time.Since(begun))
 	}
 }

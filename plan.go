@@ -128,7 +128,7 @@ func (a *admin) compare(now, next *table) *plan {
 	slices.SortFunc(p.Moves, func(a, b plannedMove) int {
 		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.From, b.From))
 	})
-	p.Seconds = float64(p.Sessions) * a.proxy.moves.interval().Seconds()
+	p.Seconds = float64(p.Sessions) * a.proxy.moves.pace.interval.Seconds()
 	for i := range next.sources {
 		for bad := range next.rejections(i) {
 			if p.Rejected++; p.Rejected <= maxTold {

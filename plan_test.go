@@ -19,7 +19,7 @@ import (
 func planAdmin(t *testing.T) *admin {
 	t.Helper()
 	a, update := adminOf(t, "127.0.0.1:1", "127.0.0.1:1", "127.0.0.1:1", "127.0.0.1:1")
-	a.proxy.moves = newMover(a.proxy.router, a.proxy.relay, 2, slog.New(slog.DiscardHandler))
+	a.proxy.moves = newMover(a.proxy.router, a.proxy.relay, 2, nil, slog.New(slog.DiscardHandler))
 	update(entries{source: "ConfigMap edge/overwriting", version: "7", data: pack(map[string]string{"a": "backend-0", "late": "backend-1"})})
 	for namespace, backends := range map[string][]int{"a": {0, 0, 0}, "b": {bucket("b", 4)}, "late": {0, 1}} {
 		for _, backend := range backends {

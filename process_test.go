@@ -126,8 +126,8 @@ func TestProcessDrains(t *testing.T) {
 		t.Errorf("the log says that %v sessions were ended, want %d", got, sessions)
 	}
 	for _, line := range p.log.all("session ended") {
-		if line["cause"] != "drain" {
-			t.Errorf("a session ended with cause %v, want drain", line["cause"])
+		if line["cause"] != "drain" || line["cut"] != false {
+			t.Errorf("a session ended with cause %v, cut %v; want drain and false", line["cause"], line["cut"])
 		}
 	}
 }
@@ -147,14 +147,16 @@ func waitRefused(t *testing.T, addr string) {
 	}
 }
 
-// endTimes returns when the other side ended each session, sorted.
+// endTimes returns when the other side ended each session, sorted, and answers by
+// an end.
 func endTimes(open []*websocket.Conn) []time.Time {
 	ends := make([]time.Time, len(open))
 	var reading sync.WaitGroup
 	for i, ws := range open {
 		reading.Go(func() {
-			io.Copy(io.Discard, ws)
+			io.Copy(io.Discard, ws) // to its Close frame
 			ends[i] = time.Now()
+			ws.Close()
 		})
 	}
 	reading.Wait()

@@ -275,6 +275,6 @@ func (p *proxy) handOver(s *session, ends [2]net.Conn, first [2][]byte) {
 	p.waiting.Add(-1) // before, or the limit of sessions would count it twice
 	p.relay.carry(s, ends, first)
 	if p.moves.misplaced(s) {
-		s.end(causeMoved)
+		s.part(causeMoved, nil)
 	}
 }

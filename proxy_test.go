@@ -131,7 +131,11 @@ func startProxy(t testing.TB, addrs []string, data map[string]string, change fun
 	if err := relay.start(); err != nil {
 		t.Fatal(err)
 	}
-	mover := newMover(router, relay, 0, log)
+	probe := func(ctx context.Context, backend int) error {
+		_, err := b.probe(ctx, backend)
+		return err
+	}
+	mover := newMover(router, relay, 0, probe, log)
 	router.swapped = func() { mover.check(); b.holds.askAgain() }
 	p := &proxy{
 		router: router, backends: b, relay: relay, moves: mover, pod: "router-x", namespace: pathNamespace, log: log,
@@ -156,7 +160,7 @@ func startProxy(t testing.TB, addrs []string, data map[string]string, change fun
 		cancel(errDraining)
 		front.Close()
 		p.upgrades.Wait()
-		drain(context.Background(), relay, 0)
+		relay.endAll(causeDrain)
 		relay.stop()
 		running.Wait()
 	})

@@ -1,11 +1,9 @@
 package main
 
 import (
-	"context"
 	"log/slog"
 	"maps"
 	"net"
-	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -53,7 +51,7 @@ type session struct {
 
 	why   atomic.Int32    // a cause
 	gone  atomic.Bool     // it has ended, and was counted
-	count [2]atomic.Int64 // bytes from each side that the other has taken
+	count [2]atomic.Int64 // bytes from each side that the other has taken, a Close frame of the router too
 
 	// Owned by endIdle.
 	carried int64 // bytes at its last look
@@ -86,6 +84,7 @@ type relay struct {
 	// Static after construction.
 	name    func(backend int) string
 	linger  time.Duration         // how long a half-closed session may be silent
+	closing time.Duration         // how long a session may take to part
 	freed   func(descriptors int) // that a session no longer needs
 	log     *slog.Logger
 	carrier carrier
@@ -98,6 +97,7 @@ type relay struct {
 
 	open  sync.WaitGroup // sessions
 	ended [causes]atomic.Int64
+	cut   [causes]atomic.Int64 // of these, those that were to part and did not in time
 }
 
 // backendCount counts the sessions of one backend.
@@ -107,7 +107,7 @@ type backendCount struct{ open, total int }
 // names are for the log.
 func newRelay(name func(backend int) string, log *slog.Logger) *relay {
 	return &relay{
-		name: name, linger: lingerTime, freed: func(int) {}, log: log, byBackend: map[int]backendCount{},
+		name: name, linger: lingerTime, closing: closeTime, freed: func(int) {}, log: log, byBackend: map[int]backendCount{},
 	}
 }
 
@@ -135,10 +135,16 @@ func (r *relay) carry(s *session, ends [2]net.Conn, first [2][]byte) {
 // over counts and logs the end of a session. The carrier calls it once for
 // each, when it has closed both sockets.
 func (r *relay) over(s *session) {
-	why, n := cause(s.why.Load()), s.bytes()
+	why, n, cut := cause(s.why.Load()), s.bytes(), false
+	if s.parting != nil {
+		cut = s.parting.finish()
+	}
 	r.remove(s, n)
 	r.ended[why].Add(1)
-	r.log.Info("session ended", "namespace", s.namespace, "backend", r.name(s.backend), "cause", why.String(),
+	if cut {
+		r.cut[why].Add(1)
+	}
+	r.log.Info("session ended", "namespace", s.namespace, "backend", r.name(s.backend), "cause", why.String(), "cut", cut,
 		"client", s.peer, "seconds", time.Since(s.started).Seconds(),
 		"to_backend", n[client], "to_client", n[server])
 	s.gone.Store(true)
@@ -171,7 +177,7 @@ func (r *relay) remove(s *session, n [2]int64) {
 }
 
 // blame notes why the session ends, unless it was noted before.
-func (s *session) blame(why cause) { s.why.CompareAndSwap(int32(causeNone), int32(why)) }
+func (s *session) blame(why cause) bool { return s.why.CompareAndSwap(int32(causeNone), int32(why)) }
 
 // ending reports whether the session ends or has ended.
 func (s *session) ending() bool { return cause(s.why.Load()) != causeNone }
@@ -218,75 +224,12 @@ func (r *relay) bytes() [2]int64 {
 	return sum
 }
 
-// idleLooks is how often endIdle looks at a session in the time that it may be
-// idle.
-const idleLooks = 8
-
-// endIdle ends sessions of which no byte was carried for timeout, until ctx ends.
-// It is late by up to a quarter of that: a look, and one more for looks that come
-// too close to each other. Sessions need no timer, and no time for each byte.
-func (r *relay) endIdle(ctx context.Context, timeout time.Duration) {
-	look := time.NewTicker(timeout / idleLooks)
-	defer look.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-look.C:
-			for _, s := range r.where((*session).idle) {
-				s.end(causeIdle)
-			}
-		}
+// endAll ends all sessions at once.
+func (r *relay) endAll(why cause) {
+	for _, s := range r.where(func(*session) bool { return true }) {
+		s.end(why)
 	}
-}
-
-// idle takes a look, and reports whether there were enough without a change.
-func (s *session) idle() bool {
-	n := s.bytes()
-	if sum := n[client] + n[server]; sum != s.carried {
-		s.carried, s.quiet = sum, 0
-		return false
-	}
-	s.quiet++
-	return s.quiet > idleLooks
 }
 
 // wait returns when all sessions have ended.
 func (r *relay) wait() { r.open.Wait() }
-
-const (
-	tidyAfter = 1000        // sessions opened
-	tidyCalm  = 10          // most that are opened in tidyTime while it is calm
-	tidyTime  = time.Second // between two looks
-)
-
-// tidy gives the memory back that many handshakes took, as soon as it is calm
-// again, until ctx ends. By itself the runtime would keep it for minutes, as it
-// collects garbage when the heap has grown to twice its size: a router of idle
-// sessions would have more garbage than sessions.
-func (r *relay) tidy(ctx context.Context) {
-	ticker := time.NewTicker(tidyTime)
-	defer ticker.Stop()
-	var tidied, before int
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-ticker.C:
-		}
-		now := r.opened()
-		if now-before <= tidyCalm && now-tidied >= tidyAfter {
-			debug.FreeOSMemory()
-			tidied = now
-		}
-		before = now
-	}
-}
-
-// opened returns how many sessions there were so far.
-func (r *relay) opened() (n int) {
-	for _, count := range r.counts() {
-		n += count.total
-	}
-	return n
-}

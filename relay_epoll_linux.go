@@ -106,13 +106,14 @@ func (c *carrier) begin(s *session, ends [2]net.Conn, first [2][]byte) {
 	switch {
 	case min(fds[client], fds[server]) < 0:
 		p.end(s, causeRouterError)
-	case s.ending():
+	case s.ending() && s.parting == nil:
 		p.end(s, causeNone)
 	default:
 		for i, data := range first {
 			s.frames[i].scan(data, side(i) == client)
 			p.pass(s, side(i), copy(p.buf.data[:], data), nil)
 		}
+		p.depart(s)
 		p.watch(s)
 	}
 }
@@ -173,6 +174,9 @@ func (p *poller) enter(s *session, fds [2]int32) {
 // socket again, so nothing that came before is missed.
 func (p *poller) watch(s *session) {
 	for i := client; s.open && i <= server; i++ {
+		if s.fd[i] < 0 {
+			continue // cut off
+		}
 		mask, op := uint32(edge), syscall.EPOLL_CTL_MOD
 		if s.reads(i) {
 			mask |= syscall.EPOLLIN | syscall.EPOLLRDHUP

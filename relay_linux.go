@@ -54,6 +54,8 @@ type wire struct {
 	held   [2]*held        // from the side, not taken by its peer; nil if nothing
 	frames [2]frameScanner // of what came from the side
 	wait   *time.Timer     // bounds the silence of the other direction
+
+	parting *parting // nil unless it is to part; after the end it stays as it is
 }
 
 // held is what a side did not take: first what is in buf, then what is in pipe.
@@ -80,6 +82,7 @@ func (p *poller) handle(event syscall.EpollEvent) {
 	case event.Events&syscall.EPOLLERR != 0: // what is held of it goes first
 		p.halve(s, i.broken())
 	}
+	p.step(s)
 	p.watch(s)
 }
 
@@ -103,7 +106,10 @@ func (p *poller) fill(s *session, i side, ended bool) (more bool) {
 	n, piped := 0, p.siphon(s, i, bufferSize)
 	if piped == nil {
 		limit := bufferSize
-		if s.bulk[i] {
+		switch {
+		case s.parting != nil:
+			limit -= mostClose
+		case s.bulk[i]:
 			limit = int(min(bufferSize, s.frames[i].rest()+mostHeader))
 		}
 		var errno syscall.Errno
@@ -111,15 +117,15 @@ func (p *poller) fill(s *session, i side, ended bool) (more bool) {
 		switch {
 		case errno == syscall.EAGAIN || errno == syscall.EINTR:
 			return errno == syscall.EINTR
-		case errno != 0:
+		case errno != 0 && s.parting == nil:
 			p.end(s, i.broken())
 			return false
-		case n == 0:
+		case errno != 0 || n == 0:
 			p.finish(s, i)
 			return false
 		}
-		s.frames[i].scan(p.buf.data[:n], i == client)
 		more = n == limit
+		n = p.scan(s, i, n)
 		s.bulk[i] = more && (limit == bufferSize || s.frames[i].rest() >= spliceLeast)
 		piped = p.siphon(s, i, bufferSize-n)
 	}
@@ -132,7 +138,7 @@ func (p *poller) fill(s *session, i side, ended bool) (more bool) {
 // the side is read.
 func (p *poller) siphon(s *session, i side, limit int) *pipe {
 	rest := s.frames[i].rest()
-	if !s.bulk[i] || min(rest, uint64(limit)) < spliceLeast {
+	if !s.bulk[i] || s.parting != nil || min(rest, uint64(limit)) < spliceLeast {
 		return nil
 	}
 	to := p.pipes.get()
@@ -235,9 +241,14 @@ func (p *poller) took(s *session, i side, n int, errno syscall.Errno, size int) 
 }
 
 // finish notes that the side has ended, of which nothing is held, and passes
-// that on. If the peer has ended before, the session is over.
+// that on. If the peer has ended before, the session is over. One that is to part
+// goes on with that.
 func (p *poller) finish(s *session, i side) {
 	s.fin[i] = true
+	if s.parting != nil {
+		s.parting.ended[i] = true
+		return
+	}
 	if s.fin[i.peer()] {
 		p.end(s, s.half)
 		return

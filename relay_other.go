@@ -3,10 +3,12 @@
 package main
 
 import (
+	"bytes"
 	"errors"
 	"io"
 	"net"
 	"os"
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -23,9 +25,18 @@ const pollerDescriptors = 0
 
 // wire is the part of a session that its goroutines own.
 type wire struct {
-	conn    [2]net.Conn  // static after attach
+	// Static after attach.
+	conn    [2]net.Conn
+	closing time.Duration // the relay's
+
 	half    atomic.Int32 // why one direction is over, a cause
 	running atomic.Int32 // directions that have not ended
+
+	// Guarded by mu.
+	mu      sync.Mutex
+	frames  [2]frameScanner // of what came from the side
+	fin     [2]bool         // the side has ended, and was not to part by then
+	parting *parting        // nil unless it is to part; after the end it stays as it is
 }
 
 // carrier has nothing of its own: a session's goroutines are waited for with
@@ -39,8 +50,8 @@ func (c *carrier) start(r *relay) error {
 
 func (c *carrier) stop() {}
 
-// attach gives s its sockets. From here on s.end may be called.
-func (c *carrier) attach(s *session, ends [2]net.Conn) { s.conn = ends }
+// attach gives s its sockets. From here on s.end and s.part may be called.
+func (c *carrier) attach(s *session, ends [2]net.Conn) { s.conn, s.closing = ends, c.relay.closing }
 
 // begin starts the goroutines of s, which carry what came first and then the
 // rest.
@@ -67,15 +78,22 @@ func (c *carrier) copy(s *session, from side, first []byte) {
 // peer that takes nothing stops the side: no more than relayBuffer is held
 // (invariant 9).
 func (c *carrier) relayFrom(s *session, from side, first []byte) {
-	lost := len(first) > 0 && !s.send(from, first)
-	buf := make([]byte, relayBuffer)
+	lost := false
+	source := io.MultiReader(bytes.NewReader(first), s.conn[from])
+	buf := make([]byte, relayBuffer+mostClose)
 	for {
 		c.limitSilence(s, from)
-		n, err := s.conn[from].Read(buf)
+		n, err := source.Read(buf[:relayBuffer])
+		n, parts := s.scan(from, buf, n, err)
 		if n > 0 && !lost {
 			lost = !s.send(from, buf[:n])
 		}
 		switch {
+		case parts:
+			if s.stepped(from, err) {
+				return
+			}
+			continue
 		case err == nil:
 			continue
 		case errors.Is(err, io.EOF):
@@ -117,9 +135,12 @@ func (c *carrier) halfClose(s *session, from side) {
 }
 
 // limitSilence bounds, in a half-closed session, how long the side may be
-// silent, and how long its peer may take nothing.
+// silent, and how long its peer may take nothing. One that is to part has bounds
+// of its own.
 func (c *carrier) limitSilence(s *session, from side) {
-	if cause(s.half.Load()) == causeNone {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if cause(s.half.Load()) == causeNone || s.parting != nil {
 		return
 	}
 	limit := time.Now().Add(c.relay.linger)
@@ -130,7 +151,9 @@ func (c *carrier) limitSilence(s *session, from side) {
 // end ends the session: both sockets are closed. The first cause counts. It may
 // be called from anywhere, any number of times, once s was attached.
 func (s *session) end(why cause) {
+	s.mu.Lock() // after it, s.parting changes no more
 	s.blame(why)
+	s.mu.Unlock()
 	s.conn[client].Close()
 	s.conn[server].Close()
 }

@@ -36,7 +36,7 @@ func scanned(t testing.TB, overrides int) (*relay, *mover, []*session) {
 	for _, s := range all {
 		r.add(s)
 	}
-	return r, newMover(router, r, 0, log), all
+	return r, newMover(router, r, 0, nil, log), all
 }
 
 // raced reports whether the race detector is on.

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"io"
 	"log/slog"
@@ -63,7 +62,7 @@ func quietRelay(t testing.TB) *relay {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		drain(context.Background(), r, 0)
+		r.endAll(causeDrain)
 		r.stop()
 	})
 	return r

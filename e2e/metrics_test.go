@@ -19,6 +19,8 @@ func metricNames() map[string]dto.MetricType {
 		"router_sessions":                gauge,
 		"router_sessions_total":          counter,
 		"router_sessions_ended_total":    counter,
+		"router_sessions_cut_total":      counter,
+		"router_sessions_to_move":        gauge,
 		"router_upgrades_total":          counter,
 		"router_upgrades_waiting":        gauge,
 		"router_bytes_total":             counter,
@@ -52,6 +54,7 @@ func labelValues() map[string]string {
 		"router_sessions backend":           "backend-0 backend-1 backend-2 backend-3",
 		"router_sessions_total backend":     "backend-0 backend-1 backend-2 backend-3",
 		"router_sessions_ended_total cause": "client backend client_error backend_error router_error half_close idle moved drain",
+		"router_sessions_cut_total cause":   "moved drain",
 		"router_bytes_total direction":      "to_backend to_client",
 		"router_descriptors kind":           "used limit",
 		"router_upgrades_total result": "ok bad_request bad_head not_found not_upgrade no_table refused hold_timeout " +

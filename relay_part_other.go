@@ -1,0 +1,107 @@
+//go:build !linux || portable || 386
+
+package main
+
+import (
+	"errors"
+	"os"
+	"time"
+)
+
+// past, as a deadline, wakes who reads.
+func past() time.Time { return time.Unix(1, 0) }
+
+// part makes the session end by Close frames, within the relay's time for that.
+// It reports whether it did: a session that ends already does not part. why is
+// causeMoved or causeDrain. done, if not nil, is called once the session is over,
+// from anywhere; it must not block. part may be called from anywhere, once s was
+// attached.
+func (s *session) part(why cause, done func(cut bool)) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.blame(why) {
+		return false
+	}
+	t := newParting(why, done)
+	t.over, t.taken, t.ended = s.fin, s.fin, s.fin
+	t.timer = time.AfterFunc(s.closing/2, s.overdue)
+	s.parting = t
+	s.conn[client].SetReadDeadline(past())
+	s.conn[server].SetReadDeadline(past())
+	return true
+}
+
+// overdue is called when the backend's time to answer is over, and again when
+// the session's time to part is.
+func (s *session) overdue() {
+	s.mu.Lock()
+	again := s.parting.late
+	if !again {
+		s.parting.late = true
+		s.parting.timer.Reset(s.closing / 2)
+		s.conn[server].SetReadDeadline(past())
+	}
+	s.mu.Unlock()
+	if again {
+		s.cut()
+	}
+}
+
+// scan follows the first n bytes of buf, which came from the side with err, and
+// returns how many are to be written to its peer. parts is whether the session is
+// to part.
+func (s *session) scan(from side, buf []byte, n int, err error) (keep int, parts bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	t, woken := s.parting, errors.Is(err, os.ErrDeadlineExceeded)
+	switch {
+	case t == nil:
+		s.frames[from].scan(buf[:n], from == client)
+		s.fin[from] = err != nil
+		return n, false
+	case woken:
+		s.conn[from].SetReadDeadline(time.Time{})
+	case err != nil:
+		t.ended[from] = true
+	}
+	n = t.sift(&s.frames[from], from, buf, n)
+	if t.offends() {
+		s.cutOff()
+	}
+	return n, true
+}
+
+// stepped takes note of what was carried of the side, which was read with err,
+// and ends the session if its parting is over. It reports whether there is
+// nothing more to read.
+func (s *session) stepped(from side, err error) bool {
+	s.mu.Lock()
+	t := s.parting
+	t.taken[from] = t.over[from]
+	answered, hopeless := t.state(&s.frames)
+	s.mu.Unlock()
+	switch {
+	case hopeless:
+		s.cut()
+	case answered:
+		s.end(causeNone)
+	}
+	return err != nil && !errors.Is(err, os.ErrDeadlineExceeded)
+}
+
+// cutOff breaks the connection of the backend. mu is held.
+func (s *session) cutOff() {
+	t := s.parting
+	t.cut.Store(true)
+	t.ended[server], t.over[client], t.taken[client] = true, true, true
+	if conn, ok := s.conn[server].(interface{ SetLinger(int) error }); ok {
+		conn.SetLinger(0) // a failure leaves a FIN in place of the RST
+	}
+	s.conn[server].Close()
+}
+
+// cut ends the session before both sides have answered.
+func (s *session) cut() {
+	s.parting.cut.Store(true)
+	s.end(causeNone)
+}
