@@ -136,6 +136,19 @@ func (c *configMaps) swap() {
 	}
 }
 
+// tellMoved has the receipt of a move written, as an Event on the first ConfigMap
+// that there is: a move may be due to several, or to the number of backends.
+func (c *configMaps) tellMoved(m moved) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, held := range c.held {
+		for _, name := range slices.Sorted(maps.Keys(held)) {
+			c.events.tellMoved(held[name].object, m)
+			return
+		}
+	}
+}
+
 // missing says, in words, why there is no table yet.
 func (c *configMaps) missing() string {
 	c.mu.Lock()

@@ -70,13 +70,21 @@ func newRecorder(k kube, pod string, log *slog.Logger) *recorder {
 // block.
 func (r *recorder) tell(o object, c change) {
 	if c.rejected > 0 {
-		r.send(o, "Warning", "OverridesRejected", rejectedMessage(c))
+		r.send(o, "Warning", "OverridesRejected", "", rejectedMessage(c))
 	}
 	message := fmt.Sprintf("resourceVersion %s is in force: %d overrides added, %d changed, %d removed", c.version, c.added, c.changed, c.removed)
 	if c.first {
 		message = fmt.Sprintf("resourceVersion %s is in force in a router that starts: %d overrides", c.version, c.added)
 	}
-	r.send(o, "Normal", "OverridesInForce", message)
+	r.send(o, "Normal", "OverridesInForce", "", message)
+}
+
+// tellMoved has the receipt of a move written as an Event. Each router has its
+// own.
+func (r *recorder) tellMoved(o object, m moved) {
+	message := fmt.Sprintf("%s moved %d namespaces, %d sessions in %.1f s, %d cut, %d cancelled, for table %s",
+		r.pod, m.namespaces, m.sessions, m.time.Seconds(), m.cut, m.cancelled, m.version)
+	r.send(o, "Normal", "SessionsMoved", r.pod+time.Now().String(), message)
 }
 
 // rejectedMessage names the rejected entries, as many as there is room for.
@@ -98,10 +106,11 @@ func rejectedMessage(c change) string {
 }
 
 // send queues an Event. Its name is the same on every router that has the same
-// to say, so that the API server takes it from the first only.
-func (r *recorder) send(o object, kind, reason, message string) {
+// to say, so that the API server takes it from the first only; own is what sets
+// it apart if the others have not.
+func (r *recorder) send(o object, kind, reason, own, message string) {
 	m, now := o.Metadata, time.Now().UTC().Truncate(time.Second)
-	name := fmt.Sprintf("%.200s.%016x", m.Name, spread(m.UID+" "+m.ResourceVersion+" "+reason))
+	name := fmt.Sprintf("%.200s.%016x", m.Name, spread(m.UID+" "+m.ResourceVersion+" "+reason+" "+own))
 	e := event{
 		reference:      reference{APIVersion: "v1", Kind: "Event"},
 		Metadata:       reference{Namespace: m.Namespace, Name: name},

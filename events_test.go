@@ -75,7 +75,7 @@ func TestEventsAsTheAPIHasThem(t *testing.T) {
 func TestEventNames(t *testing.T) {
 	name := func(o object, reason string) string {
 		r := newRecorder(kube{}, "router-"+reason, slog.New(slog.DiscardHandler))
-		r.send(o, "Normal", reason, "")
+		r.send(o, "Normal", reason, "", "")
 		return (<-r.queue).Metadata.Name
 	}
 	a, _ := fakeChange(1)
@@ -157,5 +157,32 @@ func TestEventsDoNotBlock(t *testing.T) {
 		if n := len(strings.Fields(server.verbs())); n != eventQueue+2 && n != eventQueue+1 {
 			t.Errorf("%d requests, want %d and two that hung", n, eventQueue)
 		}
+	})
+}
+
+// Each router tells of what it has moved, on the ConfigMap that there is.
+func TestEventOfAMove(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, server, _ := fakeRecorder(t, fakeKubeScript{fakeCreated})
+		c := &configMaps{events: r, held: []map[string]heldMap{nil, {"routes": {fakeMap("routes", "7", ""), false}}}}
+		receipt := moved{version: "7", namespaces: 14, sessions: 3201, cut: 12, cancelled: 1, time: 16_100 * time.Millisecond}
+		names := map[string]bool{}
+		for range 2 {
+			time.Sleep(time.Second)
+			c.tellMoved(receipt)
+			var e event
+			if err := json.NewDecoder(server.request(t).Body).Decode(&e); err != nil {
+				t.Fatal(err)
+			}
+			const want = "router-x moved 14 namespaces, 3201 sessions in 16.1 s, 12 cut, 1 cancelled, for table 7"
+			if e.Type != "Normal" || e.Reason != "SessionsMoved" || e.Message != want || e.InvolvedObject.Name != "routes" {
+				t.Errorf("%+v, want %q about routes", e, want)
+			}
+			names[e.Metadata.Name] = true
+		}
+		if len(names) != 2 {
+			t.Errorf("names %v, want one for each", names)
+		}
+		(&configMaps{held: []map[string]heldMap{nil}}).tellMoved(receipt) // there is none: nothing to tell on
 	})
 }

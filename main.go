@@ -197,6 +197,7 @@ func (p *program) follow(client *kube, namespace string, pods *pods) {
 			p.sources = append(p.sources, w.run)
 		}
 		p.sources = append(p.sources, events.run)
+		p.mover.told = maps.tellMoved
 		p.admin.configMaps = maps
 		p.admin.missing = maps.missing
 	}
