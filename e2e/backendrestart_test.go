@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"github.com/coder/websocket"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 // TestBackendRestart deletes a backend. Until it is back, an upgrade for one of
@@ -28,7 +30,7 @@ func TestBackendRestart(t *testing.T) {
 	s.awaitOpen(clients, "")
 	address := s.mustOwner(mine[0]).Address
 
-	began := time.Now()
+	began, back := time.Now(), s.watchReady(victim)
 	s.mustKubectl("", "delete", "pod", victim, "--wait=false")
 	select {
 	case <-first.done:
@@ -53,10 +55,58 @@ func TestBackendRestart(t *testing.T) {
 	}
 	s.goOn(stay, 2)
 
+	late := afterReady(clients, <-back)
+	if late.percentile(99) > 250*time.Millisecond {
+		t.Errorf("clients were back %s after the API server called %s ready, want p99 below 250 ms", late, victim)
+	}
 	gaps, refusals := checkReturns(t, clients, victim)
 	t.Logf("backend restart: %s answered at its new address after %.1f s; "+
-		"%d clients were away for %s; %d attempts were refused with 503",
-		victim, ready.Seconds(), len(clients), gaps, refusals)
+		"%d clients were away for %s, and back %s after it was ready; %d attempts were refused with 503",
+		victim, ready.Seconds(), len(clients), gaps, late, refusals)
+}
+
+// watchReady returns where the time comes at which a pod that is about to be
+// deleted is there again and ready, as the API server tells it.
+func (s *system) watchReady(name string) <-chan time.Time {
+	s.t.Helper()
+	pods := s.client.CoreV1().Pods(s.namespace)
+	pod, err := pods.Get(s.t.Context(), name, metav1.GetOptions{})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	events, err := pods.Watch(s.t.Context(), metav1.ListOptions{
+		FieldSelector: "metadata.name=" + name, ResourceVersion: pod.ResourceVersion,
+	})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(events.Stop)
+	back := make(chan time.Time, 1)
+	go func() {
+		for event := range events.ResultChan() {
+			now, ok := event.Object.(*corev1.Pod)
+			if !ok || now.UID == pod.UID {
+				continue
+			}
+			for _, c := range now.Status.Conditions {
+				if c.Type == corev1.PodReady && c.Status == corev1.ConditionTrue && len(back) == 0 {
+					back <- time.Now()
+					return
+				}
+			}
+		}
+	}()
+	return back
+}
+
+// afterReady returns how long after ready the clients opened their last sessions.
+func afterReady(clients []*returner, ready time.Time) distribution {
+	var late []time.Duration
+	for _, c := range clients {
+		visits, _ := c.history()
+		late = append(late, max(0, visits[len(visits)-1].began.Sub(ready)))
+	}
+	return newDistribution(late)
 }
 
 // split returns namespaces that a backend owns, and some that it does not.

@@ -17,4 +17,5 @@
 //	E2E_ARTIFACTS    where the screenshots go (artifacts)
 //	E2E_CONNECTIONS  how many connections TestHold5000 holds (5000)
 //	E2E_HOLD         for how long (2m)
+//	E2E_CLIENTS      how many clients TestScale has (300)
 package e2e
