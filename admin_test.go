@@ -92,7 +92,7 @@ func waitBody(t *testing.T, r *runningRouter, path string, wantStatus int, want 
 
 // adminOf is the admin of a proxy to the backends at addrs, which serves no
 // clients. update puts entries in force.
-func adminOf(t *testing.T, addrs ...string) (a *admin, update func(...entries) []change) {
+func adminOf(t *testing.T, addrs ...string) (a *admin, update func(...entries)) {
 	t.Helper()
 	quiet := slog.New(slog.DiscardHandler)
 	b := fixedBackends("backend", addrs)

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 )
 
 // configMap is what is read of a ConfigMap.
@@ -42,13 +43,15 @@ func (p *present) UnmarshalJSON(b []byte) error {
 type configMaps struct {
 	// Static after construction.
 	watchers []*watcher[configMap]
-	update   func(...entries) []change
+	update   func(...entries)
 	events   *recorder
 	log      *slog.Logger
 
 	mu      sync.Mutex
 	held    []map[string]heldMap // of each watcher by name, nil before its LIST. Guarded by mu.
 	applied []entries            // the last. Guarded by mu.
+
+	objects atomic.Pointer[map[string]object] // whose overrides were applied last, by their titles
 }
 
 // heldMap is a ConfigMap whose overrides are in force.
@@ -116,7 +119,9 @@ func (c *configMaps) swap() {
 		return cmp.Or(cmp.Compare(a.Metadata.Namespace, b.Metadata.Namespace), cmp.Compare(a.Metadata.Name, b.Metadata.Name))
 	})
 	var sources []entries
+	objects := map[string]object{}
 	for _, m := range all {
+		objects[m.title()] = m.object
 		sources = append(sources, entries{source: m.title(), version: m.Metadata.ResourceVersion, data: &m.Data})
 	}
 	if slices.Equal(sources, c.applied) {
@@ -127,12 +132,15 @@ func (c *configMaps) swap() {
 		return
 	}
 	c.applied = sources
-	for _, change := range c.update(sources...) {
-		for _, m := range all {
-			if m.title() == change.source {
-				c.events.tell(m.object, change)
-			}
-		}
+	c.objects.Store(&objects)
+	c.update(sources...)
+}
+
+// tell has Events written about what a ConfigMap did in a swap of the table,
+// which may come later than its update: with the number of backends.
+func (c *configMaps) tell(did change) {
+	if o, ok := (*c.objects.Load())[did.source]; ok {
+		c.events.tell(o, did)
 	}
 }
 
@@ -176,8 +184,8 @@ type watchedObject struct {
 	absent               bool
 }
 
-// objects are those that are followed by name, and those that were ever there.
-func (c *configMaps) objects() (all []watchedObject) {
+// watched are those that are followed by name, and those that were ever there.
+func (c *configMaps) watched() (all []watchedObject) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for i, w := range c.watchers {

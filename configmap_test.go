@@ -18,6 +18,7 @@ func fakeMaps(t *testing.T, names ...string) (*configMaps, *router, *logTail) {
 	t.Helper()
 	r, log := loggedRouter(t)
 	c := &configMaps{update: r.update, events: newRecorder(kube{}, "router-x", r.log), log: r.log}
+	r.told = c.tell
 	for _, name := range names {
 		c.follow(kube{}, "edge", name, "")
 	}
@@ -109,7 +110,7 @@ func TestConfigMapsStayWhenDeleted(t *testing.T) {
 			want := func(table string, objects ...watchedObject) {
 				t.Helper()
 				wantTable(t, r, table)
-				if got := c.objects(); !slices.Equal(got, objects) {
+				if got := c.watched(); !slices.Equal(got, objects) {
 					t.Errorf("objects %v, want %v", got, objects)
 				}
 			}
@@ -156,7 +157,7 @@ func TestConfigMapsOfASelection(t *testing.T) {
 	if v := r.table().version; !strings.HasPrefix(v, "3-") {
 		t.Errorf("version %s, want that of 3", v)
 	}
-	if got := c.objects(); len(got) != 3 || !got[1].absent || got[0].absent || got[2].absent {
+	if got := c.watched(); len(got) != 3 || !got[1].absent || got[0].absent || got[2].absent {
 		t.Errorf("objects %v, want b absent", got)
 	}
 }
@@ -296,4 +297,27 @@ func TestSelectionFromServer(t *testing.T) {
 			t.Errorf("%d swaps, want 2", n)
 		}
 	})
+}
+
+// What a version did is told when it is in force, which the number of backends
+// may have delayed.
+func TestConfigMapsToldOnceInForce(t *testing.T) {
+	c, r, _ := fakeMaps(t, "routes")
+	known := r.backends
+	r.backends = ordinals{}
+	c.apply(0, fakeSet(fakeMap("routes", "1", "ns-01=backend-1 ns-02=bakend-2")))
+	if len(c.events.queue) != 0 {
+		t.Errorf("%d Events before there is a table, want none", len(c.events.queue))
+	}
+	r.resize(known)
+	for _, want := range []string{"OverridesRejected", "OverridesInForce"} {
+		select {
+		case e := <-c.events.queue:
+			if e.Reason != want || e.InvolvedObject.Name != "routes" || e.InvolvedObject.ResourceVersion != "1" {
+				t.Errorf("%+v, want %s of routes 1", e, want)
+			}
+		default:
+			t.Fatalf("no Event, want %s", want)
+		}
+	}
 }

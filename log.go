@@ -86,7 +86,9 @@ func (q *logQueue) run(log *slog.Logger) {
 		q.mu.Unlock()
 		if lost > 0 {
 			log.Warn("log lines dropped", "lines", lost)
-			closed = false // that line has woken us up
+			q.mu.Lock()
+			closed = closed && len(q.lines) == 0 // that line has woken us up, if its level is written
+			q.mu.Unlock()
 		}
 		if n, err := q.out.Write(lines); err != nil {
 			q.dropped.Add(int64(bytes.Count(lines[n:], []byte("\n"))))

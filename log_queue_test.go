@@ -177,3 +177,25 @@ func TestProcessEndsWithoutLog(t *testing.T) {
 		t.Errorf("the process ended with %v and error %v after %s, want exit code 0 after %s", state, err, took, logFlush)
 	}
 }
+
+// The end does not wait for a reader that took everything: the level of the log
+// may be above the line about dropped ones, which then wakes nobody.
+func TestLogQueueStopsAtErrorLevel(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		q := newLogQueue(io.Discard)
+		log, err := newLogger(q, "json", slog.LevelError)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for q.dropped.Load() == 0 {
+			log.Error("line", "filler", strings.Repeat("x", 100_000))
+		}
+		go q.run(log)
+		begun := time.Now()
+		q.stop()
+		if took := time.Since(begun); took > 0 {
+			t.Errorf("stop took %s with a reader that takes all, want no time", took)
+			q.signal() // lets run end
+		}
+	})
+}

@@ -59,6 +59,7 @@ import (
 )
 
 func main() {
+	signal.Ignore(syscall.SIGPIPE) // a log whose reader is gone is no reason to end all sessions
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	context.AfterFunc(ctx, stop) // the second signal kills
 	err := run(ctx, os.Args[1:], os.Getenv, os.Stdout)
@@ -197,7 +198,7 @@ func (p *program) follow(client *kube, namespace string, pods *pods) {
 			p.sources = append(p.sources, w.run)
 		}
 		p.sources = append(p.sources, events.run)
-		p.mover.told = maps.tellMoved
+		router.told, p.mover.told = maps.tell, maps.tellMoved
 		p.admin.configMaps = maps
 		p.admin.missing = maps.missing
 	}

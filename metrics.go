@@ -187,7 +187,7 @@ func (a *admin) writeWatches(m metricsWriter) {
 	each("router_watch_info", "Always 1; the label says what the API server last answered with.", func(object string, s watchStatus) {
 		m.sample("router_watch_info", 1, "object", object, "protocol", s.protocol)
 	})
-	objects := a.configMaps.objects()
+	objects := a.configMaps.watched()
 	if len(objects) == 0 {
 		return
 	}

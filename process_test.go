@@ -196,3 +196,48 @@ func TestProcessSecondSignalKills(t *testing.T) {
 		t.Errorf("the process ended with %v, want killed by SIGTERM", state)
 	}
 }
+
+// A log whose reader has gone away does not end the sessions.
+func TestProcessLogReaderGone(t *testing.T) {
+	out, in, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := newRouterProcess(t, append([]string{"-backends", echoBackends(t, 1), "-overrides", t.TempDir()}, onFreePorts...)...)
+	p.cmd.Stdout = in
+	p.start(t)
+	in.Close()
+	var reading sync.WaitGroup
+	enough := make(chan struct{})
+	reading.Go(func() {
+		buf := make([]byte, 4096)
+		for {
+			select {
+			case <-enough:
+				return
+			default:
+			}
+			out.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
+			n, _ := out.Read(buf)
+			p.log.Write(buf[:n])
+		}
+	})
+	p.await(t)
+	p.log.wait(t, "table", 1)
+	ws := p.open(t, "ns-01")
+	sayAndHear(t, ws, "before")
+	close(enough)
+	reading.Wait()
+	out.Close() // the reader of the log is gone
+	p.open(t, "ns-02").Close()
+	gone := make(chan *os.ProcessState, 1)
+	go func() { state, _ := p.cmd.Process.Wait(); gone <- state }()
+	select {
+	case state := <-gone:
+		t.Errorf("the router ended with %v: its sessions are lost with the reader of its log", state)
+	case <-time.After(2 * time.Second):
+		sayAndHear(t, ws, "after")
+		p.cmd.Process.Kill()
+		<-gone
+	}
+}

@@ -469,3 +469,34 @@ func TestProxyLogsLittle(t *testing.T) {
 		t.Errorf("%d lines, want 1 to %d:\n%s", lines, most, log.String())
 	}
 }
+
+// A name in the backend's 101 that is no token (RFC 9110 §5.1) does not reach the
+// client: a space before the colon makes one field look like another to who is
+// lenient (RFC 9112 §5.1: a proxy must remove it).
+func TestProxyAnswerNames(t *testing.T) {
+	for _, field := range []string{"Upgrade : h2c", "Transfer-Encoding : chunked", "Content-Length : 5", "A B: c", "Set-Cookie : a=b"} {
+		backend := startStub(t, "127.0.0.1:0", answer(strings.Replace(switching, "\r\n\r\n", "\r\n"+field+"\r\n\r\n", 1)))
+		p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
+		conn := p.send(t, "ns-01")
+		head := make([]byte, 4096)
+		conn.SetReadDeadline(time.Now().Add(patience))
+		n, _ := conn.Read(head)
+		if strings.Contains(string(head[:n]), field) {
+			t.Errorf("the client got %q", head[:n])
+		}
+	}
+}
+
+// What a client's Connection names ends here, and what the router says of the
+// request in its place is said all the same.
+func TestProxyNominatedForwarded(t *testing.T) {
+	backend := startStub(t, "127.0.0.1:0", echo)
+	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
+	p.ask(t, strings.Replace(upgradeRequest("/ws/ns-01"), "\r\n\r\n",
+		"\r\nConnection: X-Forwarded-Proto, X-Forwarded-Host\r\nX-Forwarded-Proto: https\r\nX-Forwarded-Host: h\r\n\r\n", 1))
+	for _, want := range []string{"X-Forwarded-Proto: http\r\n", "X-Forwarded-Host: www.mydomain.com\r\n"} {
+		if head := backend.heads()[0]; !strings.Contains(head, want) {
+			t.Errorf("the backend got %q, want %q in it", head, want)
+		}
+	}
+}

@@ -136,11 +136,11 @@ func (p *poller) run() {
 // runtime looks for what else is ready only when it has nothing to run.
 func (p *poller) poll() {
 	events, errno := p.buf.wait(p.epoll)
-	p.mu.Lock()
-	defer p.unlock()
 	for _, event := range events {
 		if event.Fd != bellSlot {
+			p.mu.Lock() // for each: begin and end need not wait for all
 			p.handle(event)
+			p.unlock()
 		}
 	}
 	if len(events) == eventsSize || errno == syscall.EINTR {
@@ -179,7 +179,7 @@ func (p *poller) watch(s *session) {
 		}
 		mask, op := uint32(edge), syscall.EPOLL_CTL_MOD
 		if s.reads(i) {
-			mask |= syscall.EPOLLIN | syscall.EPOLLRDHUP
+			mask |= syscall.EPOLLIN | syscall.EPOLLRDHUP | syscall.EPOLLPRI
 		}
 		if s.held[i.peer()] != nil {
 			mask |= syscall.EPOLLOUT

@@ -35,7 +35,8 @@ import (
 // is carried, and what comes for the side is dropped.
 
 const (
-	pollerTurn  = 16       // reads of one side before it is the others' turn
+	pollerTurn  = 4        // reads of one side before it is the others' turn
+	bulkPause   = 16       // full buffers that are not followed by a look at the next header, when one was in vain
 	spliceLeast = 16 << 10 // bytes of a frame to come that are worth a pipe
 )
 
@@ -49,7 +50,7 @@ type wire struct {
 	fd     [2]int32        // the sockets
 	mask   [2]uint32       // what epoll watches; 0: the socket is not in the set yet
 	fin    [2]bool         // the side has ended
-	bulk   [2]bool         // the side has much to send
+	bulk   [2]int8         // above 0: the side has much to send; below: full buffers until it may
 	half   cause           // why one direction is over, or causeNone
 	held   [2]*held        // from the side, not taken by its peer; nil if nothing
 	frames [2]frameScanner // of what came from the side
@@ -75,7 +76,7 @@ func (p *poller) handle(event syscall.EpollEvent) {
 	if event.Events&syscall.EPOLLOUT != 0 {
 		p.flush(s, i.peer())
 	}
-	const ended = syscall.EPOLLRDHUP | syscall.EPOLLHUP | syscall.EPOLLERR
+	const ended = syscall.EPOLLRDHUP | syscall.EPOLLHUP | syscall.EPOLLERR | syscall.EPOLLPRI // urgent data cuts a read short too
 	switch {
 	case s.reads(i) && event.Events&(syscall.EPOLLIN|ended) != 0:
 		p.drain(s, i, event.Events&ended != 0)
@@ -103,55 +104,77 @@ func (s *session) reads(i side) bool { return s.open && !s.fin[i] && s.held[i] =
 // fill reads the side once, and passes on what came. It reports whether there
 // may be more.
 func (p *poller) fill(s *session, i side, ended bool) (more bool) {
-	n, piped := 0, p.siphon(s, i, bufferSize)
-	if piped == nil {
-		limit := bufferSize
+	n, limit := 0, bufferSize
+	piped, errno := p.siphon(s, i, bufferSize)
+	if piped == nil && errno == 0 {
 		switch {
 		case s.parting != nil:
 			limit -= mostClose
-		case s.bulk[i]:
+		case s.bulk[i] > 0:
 			limit = int(min(bufferSize, s.frames[i].rest()+mostHeader))
 		}
-		var errno syscall.Errno
 		n, errno = p.buf.receive(s.fd[i], limit)
 		switch {
 		case errno == syscall.EAGAIN || errno == syscall.EINTR:
 			return errno == syscall.EINTR
-		case errno != 0 && s.parting == nil:
-			p.end(s, i.broken())
-			return false
-		case errno != 0 || n == 0:
+		case errno == 0 && n == 0:
 			p.finish(s, i)
 			return false
+		case errno == 0:
+			more = n == limit
+			n = p.scan(s, i, n)
+			s.weigh(i, more, limit)
+			piped, errno = p.siphon(s, i, bufferSize-n)
+		default:
+			n = 0
 		}
-		more = n == limit
-		n = p.scan(s, i, n)
-		s.bulk[i] = more && (limit == bufferSize || s.frames[i].rest() >= spliceLeast)
-		piped = p.siphon(s, i, bufferSize-n)
 	}
 	p.pass(s, i, n, piped)
+	if errno != 0 {
+		p.broke(s, i)
+		return false
+	}
 	return more || ended || piped != nil
 }
 
+// weigh judges whether the side has much to send, by a read that filled what it
+// was limited to, or did not. That frames are large shows when the next header
+// alone is read.
+func (s *session) weigh(i side, full bool, limit int) {
+	switch {
+	case !full:
+		s.bulk[i] = 0
+	case s.bulk[i] < 0:
+		s.bulk[i]++
+	case limit < bufferSize && s.frames[i].rest() < spliceLeast:
+		s.bulk[i] = -bulkPause
+	default:
+		s.bulk[i] = 1
+	}
+}
+
 // siphon moves payload of the side's present frame, up to limit bytes, into a
-// pipe. It returns nil if that is not worth it, or if nothing came: why shows when
-// the side is read.
-func (p *poller) siphon(s *session, i side, limit int) *pipe {
+// pipe. It returns nil if that is not worth it or nothing came, and the error if
+// the side is broken: splice(2) has taken it from the socket.
+func (p *poller) siphon(s *session, i side, limit int) (*pipe, syscall.Errno) {
 	rest := s.frames[i].rest()
-	if !s.bulk[i] || s.parting != nil || min(rest, uint64(limit)) < spliceLeast {
-		return nil
+	if s.bulk[i] <= 0 || s.parting != nil || min(rest, uint64(limit)) < spliceLeast {
+		return nil, 0
 	}
 	to := p.pipes.get()
 	if to == nil {
-		return nil
+		return nil, 0
 	}
 	n, errno := to.receive(s.fd[i], int(min(rest, uint64(limit))))
-	if errno != 0 || n == 0 {
-		p.pipes.put(to)
-		return nil
+	switch {
+	case errno == 0 && n > 0:
+		s.frames[i].skip(uint64(n))
+		return to, 0
+	case errno == syscall.EAGAIN || errno == syscall.EINTR || errno == syscall.EINVAL: // EINVAL: not from such a socket
+		errno = 0
 	}
-	s.frames[i].skip(uint64(n))
-	return to
+	p.pipes.put(to)
+	return nil, errno
 }
 
 // pass sends the first n bytes of the buffer, which came from the side, and then
@@ -191,7 +214,8 @@ func (p *poller) pour(s *session, i side, piped *pipe) *pipe {
 	return nil
 }
 
-// flush sends what is held of the side.
+// flush sends what is held of the side. Its memory is not pinned, so that is an
+// ordinary system call.
 func (p *poller) flush(s *session, i side) {
 	h := s.held[i]
 	if h == nil {
@@ -255,6 +279,16 @@ func (p *poller) finish(s *session, i side) {
 	}
 	p.halve(s, i.ended())
 	syscall.Shutdown(int(s.fd[i.peer()]), syscall.SHUT_WR) // a failure shows when the peer is read
+}
+
+// broke ends the session, as the side cannot be read. One that is to part goes on
+// with that.
+func (p *poller) broke(s *session, i side) {
+	if s.parting != nil {
+		p.finish(s, i)
+		return
+	}
+	p.end(s, i.broken())
 }
 
 // halve notes that one direction is over, and starts the clock for the other.

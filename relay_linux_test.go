@@ -8,6 +8,8 @@ import (
 	"log/slog"
 	"net"
 	"runtime"
+	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -148,5 +150,73 @@ func TestRelayManyReady(t *testing.T) {
 	}
 	for _, s := range sessions {
 		mustRead(t, s.backend, "x")
+	}
+}
+
+// hugeFrame begins a frame that never ends.
+func hugeFrame(masked bool) []byte {
+	b := []byte{0x82, 127, 0, 0, 1, 0, 0, 0, 0, 0}
+	if masked {
+		b[1] |= 0x80
+		b = append(b, 1, 2, 3, 4)
+	}
+	return b
+}
+
+// What a side sends as urgent data stops nobody: recv(2) returns short at the mark,
+// which does not mean that there is nothing more.
+func TestRelayUrgentData(t *testing.T) {
+	r := quietRelay(t)
+	near, nearFar := tcpPair(t)
+	far, farFar := tcpPair(t)
+	mustWrite(t, near, "before")
+	onDescriptor(t, near, func(fd int) {
+		if err := syscall.Sendto(fd, []byte("!"), syscall.MSG_OOB, nil); err != nil {
+			t.Fatal(err)
+		}
+	})
+	mustWrite(t, near, "after")
+	<-time.After(50 * time.Millisecond) // all of it is there when the poller reads
+	c := relayed{session: &session{namespace: "ns-01"}, relay: r, client: near, backend: farFar}
+	r.carry(c.session, [2]net.Conn{nearFar, far}, [2][]byte{})
+	mustRead(t, c.backend, "beforeafter")
+	c.end(causeDrain)
+}
+
+// A side that breaks within a large frame is broken: splice(2) has taken the
+// socket's error (sock_error in tcp_splice_read clears it), so the recv(2) after
+// it shows an end like any other.
+func TestRelayBreaksInLargeFrame(t *testing.T) {
+	for i, want := range []cause{causeClientError, causeBackendError} {
+		r := quietRelay(t)
+		c := carried(t, r, 0, nil, nil)
+		from, to := c.client, c.backend
+		if side(i) == server {
+			from, to = to, from
+		}
+		const size = 4 << 20
+		var all sync.WaitGroup
+		all.Go(func() {
+			from.Write(append(hugeFrame(side(i) == client), make([]byte, size)...))
+		})
+		to.SetReadDeadline(time.Now().Add(patience))
+		if _, err := io.CopyN(io.Discard, to, size); err != nil {
+			t.Fatal(err)
+		}
+		all.Wait()
+		<-time.After(50 * time.Millisecond)
+		c.session.poller.mu.Lock()
+		t.Logf("side %d: bulk %v, %d bytes of the frame to come", i, c.session.bulk[i], c.session.frames[i].rest())
+		c.session.poller.mu.Unlock()
+		reset(from)
+		begun := time.Now()
+		for c.session.why.Load() == 0 && time.Since(begun) < 2*time.Second {
+			<-time.After(time.Millisecond)
+		}
+		if got := cause(c.session.why.Load()); got != want {
+			c.session.poller.mu.Lock()
+			t.Errorf("side %d: after %s the cause is %v, want %v; half %v, fin %v", i, time.Since(begun).Round(time.Millisecond), got, want, c.session.half, c.session.fin)
+			c.session.poller.mu.Unlock()
+		}
 	}
 }

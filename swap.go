@@ -13,7 +13,8 @@ type router struct {
 	// Static after construction.
 	statefulSet string
 	log         *slog.Logger
-	swapped     func() // called after each swap; must not block
+	swapped     func()       // called after each swap; must not block
+	told        func(change) // gets what each source did in a swap; must not block. Or nil.
 
 	current atomic.Pointer[table] // nil until entries and backends are known, never again
 	swaps   atomic.Int64
@@ -28,18 +29,17 @@ type router struct {
 // table returns the table in force, nil if there was none yet.
 func (r *router) table() *table { return r.current.Load() }
 
-// update puts a table made of all sources of overrides in force, and returns
-// what those did that have changed. That is in the log too.
-func (r *router) update(sources ...entries) []change {
+// update puts a table made of all sources of overrides in force.
+func (r *router) update(sources ...entries) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	stale := len(sources) > 0 && sources[0].stale
 	if stale && r.heard {
-		return nil
+		return
 	}
 	r.heard = r.heard || !stale
 	r.sources = append([]entries{}, sources...)
-	return r.swap()
+	r.swap()
 }
 
 // resize puts a table for these backends in force, at least one. Entries are
@@ -53,11 +53,11 @@ func (r *router) resize(backends ordinals) {
 	}
 }
 
-// swap puts a table of what is known now in force, once all of it is. mu is
-// held.
-func (r *router) swap() []change {
+// swap puts a table of what is known now in force, once all of it is, and tells
+// what that did. mu is held.
+func (r *router) swap() {
 	if r.sources == nil || r.backends.count == 0 {
-		return nil
+		return
 	}
 	old := r.table()
 	t := newTable(r.statefulSet, r.backends, r.sources, old)
@@ -66,7 +66,12 @@ func (r *router) swap() []change {
 	r.swapped()
 	all := t.changes(old)
 	r.report(t, all)
-	return all
+	if r.told == nil {
+		return
+	}
+	for _, c := range all {
+		r.told(c)
+	}
 }
 
 // change is what the new state of one source did.

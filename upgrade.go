@@ -149,14 +149,23 @@ func endsHere(name string, named []string) bool {
 	return slices.Contains(named, name)
 }
 
-// isRouters reports whether the field says what only a router may. CGI programs
-// read _ as -, so a name with that is the same.
+// isRouters reports whether the field says what only the router says. CGI
+// programs read _ as -, so a name with that is the same.
 func isRouters(name string) bool {
 	if strings.Contains(name, "_") {
 		name = http.CanonicalHeaderKey(strings.ReplaceAll(name, "_", "-"))
 	}
-	return name == headerPod || name == headerTable
+	switch name {
+	case headerPod, headerTable, "X-Forwarded-For", "X-Forwarded-Proto", "X-Forwarded-Host":
+		return true
+	}
+	return false
 }
+
+// isOdd reports whether the name is no token (RFC 9110 §5.6.2), which net/http
+// checks in requests only: of what it lets through, one with a space, which some
+// would read as the name before that.
+func isOdd(name string) bool { return strings.Contains(name, " ") }
 
 // forwardedFor returns r's X-Forwarded-For with the peer's address appended. A
 // Unix socket has none: there the proxy before us has said it.
@@ -180,23 +189,19 @@ func requestHead(r *http.Request, peer, pod, version string) []byte {
 	if peer != "" {
 		head = appendField(head, "X-Forwarded-For", peer)
 	}
-	if r.Header.Get("X-Forwarded-Proto") == "" {
-		head = appendField(head, "X-Forwarded-Proto", "http")
+	proto, host := "http", r.Host // unless somebody before us has said it, for all who come after
+	named := namedByConnection(r.Header)
+	if before := r.Header.Get("X-Forwarded-Proto"); before != "" && !slices.Contains(named, "X-Forwarded-Proto") {
+		proto = before
 	}
-	if r.Header.Get("X-Forwarded-Host") == "" {
-		head = appendField(head, "X-Forwarded-Host", r.Host)
+	if before := r.Header.Get("X-Forwarded-Host"); before != "" && !slices.Contains(named, "X-Forwarded-Host") {
+		host = before
 	}
+	head = appendField(head, "X-Forwarded-Proto", proto)
+	head = appendField(head, "X-Forwarded-Host", host)
 	head = appendField(head, headerPod, pod)
 	head = appendField(head, headerTable, version)
-	head = appendFields(head, r.Header, func(name string) bool {
-		switch name {
-		case "X-Forwarded-For":
-			return true
-		case "X-Forwarded-Proto", "X-Forwarded-Host":
-			return r.Header.Get(name) == ""
-		}
-		return isRouters(name)
-	})
+	head = appendFields(head, r.Header, named, isRouters)
 	return append(head, "\r\n"...)
 }
 
@@ -204,7 +209,7 @@ func requestHead(r *http.Request, peer, pod, version string) []byte {
 func switchingHead(resp *http.Response) []byte {
 	head := append(make([]byte, 0, 512), "HTTP/1.1 101 Switching Protocols\r\n"...)
 	head = appendUpgrade(head)
-	head = appendFields(head, resp.Header, func(string) bool { return false })
+	head = appendFields(head, resp.Header, namedByConnection(resp.Header), isOdd)
 	return append(head, "\r\n"...)
 }
 
@@ -212,11 +217,11 @@ func appendUpgrade(head []byte) []byte {
 	return append(head, "Connection: Upgrade\r\nUpgrade: websocket\r\n"...)
 }
 
-// appendFields appends the fields of h that go on and are not left out.
+// appendFields appends the fields of h that go on, as Connection has not named
+// them, and are not left out.
 // Sec-WebSocket-* is spelled as RFC 6455 does: net/http has Sec-Websocket-*,
 // which is the same to HTTP (RFC 9110 §5.1) but not to every WebSocket program.
-func appendFields(head []byte, h http.Header, out func(name string) bool) []byte {
-	named := namedByConnection(h)
+func appendFields(head []byte, h http.Header, named []string, out func(name string) bool) []byte {
 	for name, values := range h {
 		if endsHere(name, named) || out(name) {
 			continue
@@ -231,12 +236,9 @@ func appendFields(head []byte, h http.Header, out func(name string) bool) []byte
 	return head
 }
 
-// appendField appends one field, whose name and value are as net/http has read
-// them: without a line's end, but for a CR that is nothing (RFC 9112 §2.2).
+// appendField appends one field, whose value is as net/http has read it: without
+// CR and LF.
 func appendField(head []byte, name, value string) []byte {
-	if strings.Contains(value, "\r") {
-		value = strings.ReplaceAll(value, "\r", " ")
-	}
 	head = append(append(head, name...), ": "...)
 	return append(append(head, value...), "\r\n"...)
 }
