@@ -91,6 +91,25 @@ func TestRelayLastWords(t *testing.T) {
 	}
 }
 
+// A frame that ends where the poller's buffer does leaves room for the Close frame.
+func TestPartFullBuffer(t *testing.T) {
+	r := quietRelay(t)
+	client, near := unixPair(t)
+	far, backend := unixPair(t)
+	s := &session{namespace: "ns-01"}
+	r.carry(s, [2]net.Conn{near, far}, [2][]byte{})
+	frame := frameBytes(0x82, true, bufferSize, make([]byte, bufferSize))
+	mustSend(t, client, frame[:len(frame)-bufferSize])
+	mustRead(t, backend, string(frame[:len(frame)-bufferSize]))
+	s.part(causeMoved, nil)
+	s.poller.mu.Lock()
+	mustSend(t, client, frame[len(frame)-bufferSize:])
+	s.poller.mu.Unlock()
+	mustRead(t, backend, string(frame[len(frame)-bufferSize:]))
+	mustFrames(t, backend, true, goesAway)
+	s.end(causeMoved)
+}
+
 // A session whose sockets cannot be had ends at once and has an account as well:
 // here the client's is closed already, as it would be with no descriptor left.
 func TestRelayRouterError(t *testing.T) {

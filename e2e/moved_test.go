@@ -1,9 +1,12 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"testing"
 	"time"
+
+	"github.com/coder/websocket"
 )
 
 // TestMoved changes the owner of half of the namespaces: their sessions are
@@ -30,6 +33,10 @@ func TestMoved(t *testing.T) {
 		case <-f.done:
 		case <-time.After(10 * time.Second):
 			t.Fatalf("%s: its session with %s is not closed", f.session.first.NS, f.session.first.Server)
+		}
+		var closed websocket.CloseError
+		if _, err := f.state(); !errors.As(err, &closed) || closed.Code != websocket.StatusServiceRestart || closed.Reason != "service restart" {
+			t.Errorf("a session was ended by %v, want Close 1012 \"service restart\"", err)
 		}
 	}
 	t.Logf("moved: %d sessions were closed within %s of kubectl apply", each, time.Since(began).Round(time.Millisecond))
