@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -18,6 +19,7 @@ func TestBadOverride(t *testing.T) {
 	const overridden, hashed, good = prefix + "bad-overridden", prefix + "bad-hashed", prefix + "bad-good"
 	s := newSystem(t)
 	s.keepOverrides()
+	s.withoutPolicy()
 	routers := s.routers(t.Context())
 	began := metav1.Now()
 	rejected := s.mustSum(routers, "router_table_rejected_entries")
@@ -74,24 +76,25 @@ func (s *system) checkKept(r *router, namespace, owner, value, kept string) {
 
 // logged is nil if a line of the router's log since then has all these words.
 func (s *system) logged(ctx context.Context, pod string, since metav1.Time, words ...string) error {
+	lines, log, err := s.lines(ctx, pod, since, words...)
+	if err == nil && lines == 0 {
+		err = fmt.Errorf("log of %s has no line with %q:\n%s", pod, words, log)
+	}
+	return err
+}
+
+// lines counts the lines of the router's log since then that have all these
+// words.
+func (s *system) lines(ctx context.Context, pod string, since metav1.Time, words ...string) (count int, log string, err error) {
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
-	log, err := s.client.CoreV1().Pods(s.namespace).GetLogs(pod, &corev1.PodLogOptions{
+	raw, err := s.client.CoreV1().Pods(s.namespace).GetLogs(pod, &corev1.PodLogOptions{
 		Container: "router", SinceTime: &since,
 	}).DoRaw(ctx)
-	if err != nil {
-		return err
-	}
-	for line := range strings.Lines(string(log)) {
-		found := 0
-		for _, word := range words {
-			if strings.Contains(line, word) {
-				found++
-			}
-		}
-		if found == len(words) {
-			return nil
+	for line := range strings.Lines(string(raw)) {
+		if !slices.ContainsFunc(words, func(word string) bool { return !strings.Contains(line, word) }) {
+			count++
 		}
 	}
-	return fmt.Errorf("log of %s has no line with %q:\n%s", pod, words, log)
+	return count, string(raw), err
 }

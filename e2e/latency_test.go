@@ -51,15 +51,10 @@ type latencies struct {
 }
 
 // fill puts n overrides of other namespaces into the ConfigMap and returns how
-// many bytes of data it then has. Kubernetes would note the owner of every key
-// in metadata.managedFields, which doubles the object and makes it too large
-// for etcd; once emptied, they are not kept (kubernetes.io/docs, Server-Side
-// Apply, Clearing managedFields).
+// many bytes of data it then has.
 func (s *system) fill(n int) int {
 	s.t.Helper()
-	maps := s.client.CoreV1().ConfigMaps(s.namespace)
-	clear := []byte(`{"metadata":{"managedFields":[{}],"annotations":{"kubectl.kubernetes.io/last-applied-configuration":null}}}`)
-	if _, err := maps.Patch(s.t.Context(), configMap, types.MergePatchType, clear, metav1.PatchOptions{}); err != nil {
+	if err := s.untrack(configMap); err != nil {
 		s.t.Fatal(err)
 	}
 	now, err := s.overrides(s.t.Context())
@@ -72,7 +67,7 @@ func (s *system) fill(n int) int {
 	for i := range n {
 		now.Data[fmt.Sprintf("%sbig-%09d", prefix, i)] = fmt.Sprintf("backend-%d", i%4)
 	}
-	after, err := maps.Update(s.t.Context(), now, metav1.UpdateOptions{})
+	after, err := s.client.CoreV1().ConfigMaps(s.namespace).Update(s.t.Context(), now, metav1.UpdateOptions{})
 	if err != nil {
 		s.t.Fatalf("a ConfigMap of %d overrides: %v", len(now.Data), err)
 	}
@@ -85,6 +80,16 @@ func (s *system) fill(n int) int {
 		s.t.Logf("the ConfigMap as JSON: %d bytes", len(object))
 	}
 	return bytes
+}
+
+// untrack makes Kubernetes forget who owns which key of a ConfigMap. It would
+// note that in metadata.managedFields, which doubles the object and makes it too
+// large for etcd; once emptied, they are not kept (kubernetes.io/docs,
+// Server-Side Apply, Clearing managedFields).
+func (s *system) untrack(name string) error {
+	clear := []byte(`{"metadata":{"managedFields":[{}],"annotations":{"kubectl.kubernetes.io/last-applied-configuration":null}}}`)
+	_, err := s.client.CoreV1().ConfigMaps(s.namespace).Patch(s.t.Context(), name, types.MergePatchType, clear, metav1.PatchOptions{})
+	return err
 }
 
 // measure changes one override n times between two backends.

@@ -70,13 +70,18 @@ type change struct {
 
 // patch sets overrides by a merge patch, and removes those whose value is nil.
 func (s *system) patch(ctx context.Context, data map[string]any) (change, error) {
+	return s.patchMap(ctx, configMap, data)
+}
+
+// patchMap does so in the ConfigMap of this name.
+func (s *system) patchMap(ctx context.Context, name string, data map[string]any) (change, error) {
 	body, err := json.Marshal(map[string]any{"data": data})
 	if err != nil {
 		return change{}, err
 	}
 	c := change{sent: time.Now()}
 	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotFirstResponseByte: func() { c.at = time.Now() }})
-	after, err := s.client.CoreV1().ConfigMaps(s.namespace).Patch(ctx, configMap, types.MergePatchType, body, metav1.PatchOptions{})
+	after, err := s.client.CoreV1().ConfigMaps(s.namespace).Patch(ctx, name, types.MergePatchType, body, metav1.PatchOptions{})
 	if err != nil {
 		return change{}, err
 	}
@@ -89,15 +94,7 @@ func (s *system) patch(ctx context.Context, data map[string]any) (change, error)
 // routers.
 func (s *system) apply(data map[string]string) string {
 	s.t.Helper()
-	// JSON is YAML, and its strings need no second thought about quotes.
-	manifest, err := json.Marshal(map[string]any{
-		"apiVersion": "v1", "kind": "ConfigMap",
-		"metadata": map[string]string{"name": configMap}, "data": data,
-	})
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	return strings.TrimSpace(s.mustKubectl(string(manifest),
+	return strings.TrimSpace(s.mustKubectl(manifestOf(s.t, configMap, nil, data),
 		"apply", "-f", "-", "-o", "jsonpath={.metadata.resourceVersion}"))
 }
 

@@ -78,12 +78,12 @@ type outside struct {
 	*router
 }
 
-// startRouter builds the router and runs it with no more flags than a
+// startRouter builds the router and runs it with these flags and no more than a
 // developer has to give, and waits until it is ready.
-func (s *system) startRouter() (outside, *dialer) {
+func (s *system) startRouter(flags ...string) (outside, *dialer) {
 	s.t.Helper()
-	p := start(s.t, s.build("."), "-listen=127.0.0.1:0", "-admin=127.0.0.1:0", "-log-format=json",
-		"-pod=outside", "-kube-namespace="+s.namespace, "-backends="+strings.Join(s.backendAddresses(), ","))
+	p := start(s.t, s.build("."), append(flags, "-listen=127.0.0.1:0", "-admin=127.0.0.1:0", "-log-format=json",
+		"-pod=outside", "-kube-namespace="+s.namespace, "-backends="+strings.Join(s.backendAddresses(), ","))...)
 	line := p.says(s.t, `"msg":"serving"`)
 	if kube := field(s.t, line, "kube"); kube != "http://127.0.0.1:8080" {
 		s.t.Errorf("the router follows %q by itself, want http://127.0.0.1:8080", kube)

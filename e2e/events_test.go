@@ -1,0 +1,165 @@
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prometheus/common/expfmt"
+	"github.com/prometheus/common/model"
+	authorization "k8s.io/api/authorization/v1"
+	rbac "k8s.io/api/rbac/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// TestEvents applies a ConfigMap with a bad entry, where no policy refuses it:
+// `kubectl describe` tells what came of it, once although there are several
+// routers, and traffic stays where it was.
+func TestEvents(t *testing.T) {
+	const overridden, hashed, good = prefix + "event-overridden", prefix + "event-hashed", prefix + "event-good"
+	s := newSystem(t)
+	s.keepOverrides()
+	s.withoutPolicy()
+	byOverride := s.other(s.mustOwner(overridden).Owner)
+	byHash := s.mustOwner(hashed).Owner
+	elsewhere := s.other(s.mustOwner(good).Owner)
+
+	s.applyTold(map[string]string{overridden: byOverride}, "1 overrides added, 0 changed, ", "")
+	sessions := []*follower{s.mustFollow(overridden), s.mustFollow(hashed)}
+	s.applyTold(map[string]string{overridden: "bakend-2", hashed: "backend-99", good: elsewhere},
+		"1 overrides added, 0 changed, 0 removed", fmt.Sprintf(`2 entries are not in force as written; `+
+			`%s: "backend-99", want backend-0 to backend-3, stays: hash; %s: "bakend-2", want backend-0 to backend-3, stays: %s`, hashed, overridden, byOverride))
+	s.mustLand(overridden, byOverride)
+	s.mustLand(hashed, byHash)
+	s.mustLand(good, elsewhere)
+	s.goOn(sessions, 2)
+	s.applyTold(map[string]string{overridden: byOverride, good: s.other(elsewhere)}, "0 overrides added, 1 changed, 0 removed", "")
+	s.applyTold(nil, "0 overrides added, 0 changed, 2 removed", "")
+	s.goOn(sessions[1:], 1)
+}
+
+// applyTold applies overrides, waits until each router has tried to write the
+// Events about that, and checks that there is one of a kind: what the version did,
+// and a Warning if that is not "".
+func (s *system) applyTold(data map[string]string, did, warning string) {
+	s.t.Helper()
+	before, err := s.conflicts(s.t.Context())
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	version := s.apply(data)
+	want := []string{"Normal OverridesInForce resourceVersion " + version + " is in force: " + did}
+	if warning != "" {
+		want = append(want, "Warning OverridesRejected "+warning)
+	}
+	least := before + float64(len(want)*(len(s.routers(s.t.Context()))-1))
+	eventually(s.t, 20*time.Second, "all routers to write their Events", func() error {
+		n, err := s.conflicts(s.t.Context())
+		if err == nil && n < least {
+			err = fmt.Errorf("the API server has refused %v, want %v", n, least)
+		}
+		return err
+	})
+	list, err := s.client.CoreV1().Events(s.namespace).List(s.t.Context(), metav1.ListOptions{FieldSelector: "involvedObject.kind=ConfigMap," +
+		"involvedObject.name=" + configMap + ",involvedObject.resourceVersion=" + version})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	var got []string
+	for _, e := range list.Items {
+		got = append(got, e.Type+" "+e.Reason+" "+e.Message)
+	}
+	slices.Sort(got)
+	if !slices.EqualFunc(got, want, strings.HasPrefix) {
+		s.t.Errorf("Events of version %s: %q, want %q", version, got, want)
+	}
+	_, described, _ := strings.Cut(s.mustKubectl("", "describe", "configmap", configMap), "\nEvents:")
+	for _, e := range list.Items {
+		line := regexp.MustCompile(e.Type + ` +` + e.Reason + ` .*` + regexp.QuoteMeta(e.Message))
+		if !line.MatchString(described) {
+			s.t.Errorf("kubectl describe does not show %s, but\n%s", line, described)
+		}
+	}
+}
+
+// conflicts is how many Events the API server has refused since its start, as it
+// had others of their names.
+func (s *system) conflicts(ctx context.Context) (float64, error) {
+	body, err := s.client.CoreV1().RESTClient().Get().AbsPath("/metrics").DoRaw(ctx)
+	if err != nil {
+		return 0, err
+	}
+	parser := expfmt.NewTextParser(model.LegacyValidation)
+	families, err := parser.TextToMetricFamilies(bytes.NewReader(body))
+	return metrics(families).sum("apiserver_request_total", "verb", "POST", "resource", "events", "code", "409"), err
+}
+
+// TestEventsForbidden: without the permission to write Events, routers follow
+// the overrides all the same, and say once that they may not.
+func TestEventsForbidden(t *testing.T) {
+	const namespace = prefix + "event-forbidden"
+	s := newSystem(t)
+	s.keepOverrides()
+	owner := s.other(s.mustOwner(namespace).Owner)
+	s.applyTold(map[string]string{namespace: owner}, "1 overrides added, 0 changed, ", "")
+
+	began, permit := metav1.Now(), s.withoutEvents()
+	for range 3 {
+		owner = s.other(owner)
+		s.awaitTable(t.Context(), s.apply(map[string]string{namespace: owner}))
+		s.mustLand(namespace, owner)
+	}
+	permit() // Events are written in order: after the next, those before were tried
+	s.applyTold(nil, "0 overrides added, 0 changed, 1 removed", "")
+	for _, r := range s.routers(t.Context()) {
+		lines, log, err := s.lines(t.Context(), r.pod, began, "no Event was written", "cannot create resource", "events")
+		if err != nil || lines != 1 {
+			t.Errorf("%s has told %d times (error %v), want once:\n%s", r.pod, lines, err, log)
+		}
+	}
+}
+
+// withoutEvents takes the permission to write Events from the routers, until
+// permit is called or the test ends.
+func (s *system) withoutEvents() (permit func()) {
+	s.t.Helper()
+	roles := s.client.RbacV1().Roles(s.namespace)
+	role, err := roles.Get(s.t.Context(), "router", metav1.GetOptions{})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	set := func(rules []rbac.PolicyRule, allowed bool) {
+		role.Rules, role.ResourceVersion = rules, ""
+		if _, err := roles.Update(context.Background(), role, metav1.UpdateOptions{}); err != nil {
+			s.t.Fatalf("the Role: %v", err)
+		}
+		s.awaitPermission(allowed)
+	}
+	rules := role.Rules
+	permit = func() { set(rules, true) }
+	s.t.Cleanup(permit)
+	set(slices.DeleteFunc(slices.Clone(rules), func(r rbac.PolicyRule) bool { return slices.Contains(r.Resources, "events") }), false)
+	return permit
+}
+
+// awaitPermission waits until the routers may write Events, or may not: the API
+// server follows its Roles with a delay.
+func (s *system) awaitPermission(allowed bool) {
+	s.t.Helper()
+	review := &authorization.SubjectAccessReview{Spec: authorization.SubjectAccessReviewSpec{
+		User:               "system:serviceaccount:" + s.namespace + ":router",
+		ResourceAttributes: &authorization.ResourceAttributes{Namespace: s.namespace, Verb: "create", Resource: "events"},
+	}}
+	eventually(s.t, 20*time.Second, "the permission to write Events to change", func() error {
+		answer, err := s.client.AuthorizationV1().SubjectAccessReviews().Create(context.Background(), review, metav1.CreateOptions{})
+		if err == nil && answer.Status.Allowed != allowed {
+			err = fmt.Errorf("it is %t, want %t", answer.Status.Allowed, allowed)
+		}
+		return err
+	})
+}
