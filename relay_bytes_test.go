@@ -88,15 +88,18 @@ func (f *flow) Read(b []byte) (n int, err error) {
 	return n, err
 }
 
-// begin makes the next frame: two of three are tiny, some have 16 MiB.
+// begin makes the next frame: most are tiny, some are of a size that a relay may
+// treat in one way or another, some have 16 MiB.
 func (f *flow) begin() {
-	switch f.frame = f.rng.IntN(126); f.rng.IntN(60) {
-	case 0:
+	switch n := f.rng.IntN(60); {
+	case n == 0:
 		f.frame = 16 << 20
+	case n < 15:
+		f.frame = logUniform(f.rng, 16<<20)
+	case n < 30:
+		f.frame = f.rng.IntN(200_000)
 	default:
-		if f.rng.IntN(3) == 0 {
-			f.frame = logUniform(f.rng, 16<<20)
-		}
+		f.frame = f.rng.IntN(126)
 	}
 	small := 2 + int(f.mask)/0x80*4 // the header of the last frame
 	switch last := f.left - small; {
