@@ -283,7 +283,7 @@ func TestRelayBytes(t *testing.T) {
 	defer begin() // or a failure below would wait for the backend
 	var running sync.WaitGroup
 	var total [2]int64
-	for n, sizes := range flowSizes(rand.New(rand.NewPCG(seed, 5)), count, 768<<20) {
+	for n, sizes := range flowSizes(rand.New(rand.NewPCG(seed, 5)), count, 512<<20) {
 		s := newFlowSession(noise, seed, n, sizes)
 		total[client] += int64(sizes[client])
 		total[server] += int64(sizes[server])
