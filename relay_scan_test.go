@@ -93,21 +93,25 @@ func wantScanTime(t *testing.T, r *relay, m *mover) {
 	if raced() {
 		most *= 20
 	}
-	for name, scan := range map[string]func(){
-		"where one flag is set":           func() { r.where((*session).ending) },
-		"where the owner is another":      func() { r.where(m.misplaced) },
-		"the sum of what they have taken": func() { r.bytes() },
-	} {
+	scans := map[string]struct {
+		most time.Duration
+		scan func()
+	}{
+		"where one flag is set":           {most, func() { r.where((*session).ending) }},
+		"where the owner is another":      {3 * most, func() { r.where(m.misplaced) }}, // of a lookup each, in a full cache
+		"the sum of what they have taken": {most, func() { r.bytes() }},
+	}
+	for name, tt := range scans {
 		var took []time.Duration
 		for range 9 {
 			begun := processorTime(t)
-			scan()
+			tt.scan()
 			took = append(took, processorTime(t)-begun)
 		}
 		slices.Sort(took)
 		t.Logf("%s: %s to %s", name, took[0], took[len(took)-1])
-		if took[0] > most { // the best: other programs' part in the cache is in all
-			t.Errorf("%s: a scan takes %s of processor time, want %s at most", name, took[0], most)
+		if took[0] > tt.most { // the best: other programs' part in the cache is in all
+			t.Errorf("%s: a scan takes %s of processor time, want %s at most", name, took[0], tt.most)
 		}
 	}
 }
