@@ -174,7 +174,6 @@ func (m *mover) plan(ctx context.Context, now time.Time) {
 	if fresh.left > 0 {
 		m.waves = append(m.waves, fresh)
 	}
-	m.pace.begin(now)
 }
 
 // await puts t with its new owner, which is dialled until it is there or ctx ends.

@@ -218,7 +218,7 @@ func TestMoveSettles(t *testing.T) {
 						t.Errorf("a session moved after %s, want %s", s.at, c.first)
 					}
 				}
-				wantLine(t, m.log.all("moved"), 1, map[string]any{"sessions": 6.0, "namespaces": 2.0, "cancelled": 0.0})
+				wantLine(t, m.log.all("moved"), 1, map[string]any{"sessions": 6.0, "namespaces": 2.0, "cancelled": 0.0, "seconds": 0.1})
 			})
 		})
 	}
@@ -234,12 +234,18 @@ func TestMovePace(t *testing.T) {
 				if len(all) != c.sessions {
 					t.Fatalf("%d sessions moved, want %d", len(all), c.sessions)
 				}
-				interval := time.Second / time.Duration(c.rate)
+				interval, late := time.Second/time.Duration(c.rate), 0
 				for i, s := range all {
-					want := m.settle + paceTick + time.Duration(i)*interval
-					if s.at < want-paceTick || s.at > want+interval/2+paceTick {
+					want := m.settle + time.Duration(i)*interval
+					if s.at < want || s.at > want+interval/2+paceTick {
 						t.Fatalf("session %d moved after %s, want %s", i, s.at, want)
 					}
+					if s.at > want+interval/8 {
+						late++
+					}
+				}
+				if interval > 10*paceTick && (late < c.sessions/4 || late == c.sessions) {
+					t.Errorf("%d sessions moved late by an eighth of the interval or more, want some jitter", late)
 				}
 				wantLine(t, m.log.all("moved"), 1, map[string]any{"version": "1", "sessions": float64(c.sessions), "namespaces": 1.0, "cut": 0.0})
 			})
@@ -267,20 +273,21 @@ func TestPaceCatchesUp(t *testing.T) {
 // An edit that takes the change back keeps what has not moved yet, and is told in
 // the receipt.
 func TestMoveTakenBack(t *testing.T) {
-	movesIn(t, 10, 100, pinned(1, 0), func(t *testing.T, m *moveTest) {
+	before, after := with(pinned(1, 0), "other", 1), with(pinned(1, 1), "other", 0)
+	movesIn(t, 10, 50, before, func(t *testing.T, m *moveTest) {
 		var told []moved
 		m.told = func(r moved) { told = append(told, r) }
-		m.table(pinned(1, 1))
+		m.table(after)
 		if got := m.after(700 * time.Millisecond); len(got) < 2 || len(got) > 3 || m.waiting.Load() != int64(100-len(got)) {
 			t.Errorf("%d moved and %d wait, want 2 or 3 and the rest", len(got), m.waiting.Load())
 		}
-		m.table(pinned(1, 0))
-		before := len(m.after(0))
-		if got := len(m.after(time.Minute)); got != before || m.waiting.Load() != 0 {
-			t.Errorf("%d moved before it was taken back and %d after, %d wait", before, got-before, m.waiting.Load())
+		m.table(before)
+		moved := len(m.after(0))
+		if got := len(m.after(time.Minute)); got != moved || m.waiting.Load() != 0 {
+			t.Errorf("%d moved before it was taken back and %d after, %d wait", moved, got-moved, m.waiting.Load())
 		}
-		wantLine(t, m.log.all("moved"), 1, map[string]any{"version": "1", "sessions": float64(before), "cancelled": float64(100 - before)})
-		if len(told) != 1 || told[0].sessions != before || told[0].cancelled != 100-before || told[0].time == 0 {
+		wantLine(t, m.log.all("moved"), 1, map[string]any{"version": "1", "sessions": float64(moved), "cancelled": float64(100 - moved)})
+		if len(told) != 1 || told[0].sessions != moved || told[0].cancelled != 100-moved || told[0].time == 0 {
 			t.Errorf("told %+v, want the same", told)
 		}
 	})
@@ -341,6 +348,20 @@ func TestMoveWaitsForTheOwner(t *testing.T) {
 		}
 		time.Sleep(time.Second)
 		wantLine(t, m.log.all("moved"), 1, map[string]any{"sessions": 9.0, "namespaces": 2.0, "cut": 5.0})
+	})
+}
+
+// What an edit gives an owner that is waited for waits too, before it has settled.
+func TestMoveToWhoIsWaitedFor(t *testing.T) {
+	data := with(pinned(1, 0), "other", 0)
+	movesIn(t, 10, 20, data, func(t *testing.T, m *moveTest) {
+		m.setAbsent(3, true)
+		m.table(with(with(data, "ns-00", 1), "other", 3))
+		moved := len(m.after(time.Second))
+		m.table(with(with(data, "ns-00", 3), "other", 3))
+		if got := len(m.after(time.Minute)); moved == 0 || got != moved || m.waiting.Load() != int64(40-moved) {
+			t.Errorf("%d moved and then %d more, %d wait; want some, none and the rest", moved, got-moved, m.waiting.Load())
+		}
 	})
 }
 

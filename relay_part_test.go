@@ -472,7 +472,7 @@ func TestPartLibrary(t *testing.T) {
 // Who does not go along is waited for within bounds: the client is told in half
 // of the time whatever the backend does, if it can be told at all.
 func TestPartBounds(t *testing.T) {
-	const bound = 600 * time.Millisecond
+	const bound = 1200 * time.Millisecond
 	half, whole, none := bound/2, bound, time.Duration(0)
 	up, down := frameBytes(0x81, true, 9, []byte("ab")), frameBytes(0x81, false, 9, []byte("ab")) // 7 bytes are missing
 	for name, c := range map[string]struct {
