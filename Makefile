@@ -12,7 +12,7 @@ ROUNDS      ?= 3
 BENCH_FLAGS ?=
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
-.PHONY: help build demo test churn fuzz bench benchcheck benchparts lint image push load deploy undeploy e2e certs clean
+.PHONY: help build demo test churn fuzz bench benchcheck benchparts lint image push load deploy undeploy e2e faults certs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -26,7 +26,7 @@ demo: build ## four backends, the router and the demo page on this machine
 
 test: ## all tests that need no cluster, with the race detector
 	go vet ./...
-	cd e2e && go vet ./...
+	cd e2e && go vet -tags controlplane ./...
 	cd bench && go vet ./... && go test -race -count=1 ./...
 	go test -race -count=1 ./...
 	go test -race -count=1 -tags portable -run 'Relay|Part|Proxy|Move|Drain' .
@@ -52,7 +52,7 @@ lint: ## gofmt, vet, staticcheck, and shellcheck where it is installed
 	@test -z "$$(gofmt -l . | tee /dev/stderr)"
 	go vet ./...
 	go run $(STATICCHECK) ./...
-	cd e2e && go vet ./... && go run $(STATICCHECK) ./...
+	cd e2e && go vet -tags controlplane ./... && go run $(STATICCHECK) -tags controlplane ./...
 	cd bench && go vet ./... && go run $(STATICCHECK) ./...
 	@if command -v shellcheck; then shellcheck k8s/*.sh certs/*.sh backend/*.sh bench/*.sh .ci/run; fi
 
@@ -73,6 +73,10 @@ undeploy: ## remove it again, except for overrides and certificate
 
 e2e: deploy ## deploy, then the end-to-end tests
 	cd e2e && go test -count=1 -v -timeout 30m $(E2E_FLAGS) ./...
+	$(if $(E2E_CONTROL_PLANE),$(MAKE) faults)
+
+faults: build ## faults of a test cluster's control plane, which E2E_CONTROL_PLANE stops and starts
+	cd e2e && go test -count=1 -v -timeout 20m -tags controlplane -run '^TestFault' $(E2E_FLAGS) .
 
 certs: ## a root CA and a certificate for mydomain.com, in certs/
 	certs/make.sh

@@ -18,4 +18,13 @@
 //	E2E_CONNECTIONS  how many connections TestHold5000 holds (5000)
 //	E2E_HOLD         for how long (2m)
 //	E2E_CLIENTS      how many clients TestScale has (300)
+//
+// The tests with the build tag "controlplane" (make faults) stop and
+// kill the API server and etcd of a cluster that is there for it, from within
+// its network, as root. They need no more deployed than "make build".
+//
+//	E2E_CONTROL_PLANE  a program that does "kill", "start", "pause" and "resume"
+//	                   with "apiserver", "etcd" and the other components
+//	CLUSTER_STATE      its directory, with the process ids in run/ and the keys
+//	                   in pki/ (/var/lib/k8s-test-cluster)
 package e2e

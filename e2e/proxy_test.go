@@ -89,14 +89,20 @@ func (s *system) startRouter(flags ...string) (outside, *dialer) {
 		s.t.Errorf("the router follows %q by itself, want http://127.0.0.1:8080", kube)
 	}
 	r := &router{pod: "outside", base: "http://" + field(s.t, line, "admin")}
-	eventually(s.t, 10*time.Second, "the router outside to be ready", func() error {
-		body, err := r.get(s.t.Context(), "/readyz")
+	r.awaitReady(s.t)
+	return outside{p, r}, &dialer{base: "ws://" + field(s.t, line, "listen"), http: http.DefaultClient}
+}
+
+// awaitReady waits until /readyz says so.
+func (r *router) awaitReady(t *testing.T) {
+	t.Helper()
+	eventually(t, 10*time.Second, r.pod+" to be ready", func() error {
+		body, err := r.get(t.Context(), "/readyz")
 		if err == nil && body != "ready\n" {
 			err = fmt.Errorf("/readyz says %q", body)
 		}
 		return err
 	})
-	return outside{p, r}, &dialer{base: "ws://" + field(s.t, line, "listen"), http: http.DefaultClient}
 }
 
 // backendAddresses returns where the backends are, in the order of their
@@ -109,7 +115,7 @@ func (s *system) backendAddresses() []string {
 		addr := net.JoinHostPort(pod.Status.PodIP, "9000")
 		if !answers(addr) {
 			s.t.Logf("pod %s does not answer at %s: local backends instead", pod.Name, addr)
-			return s.localBackends(len(s.pods(s.t.Context(), "backend")))
+			return s.localBackends(s.build("./backend"), len(s.pods(s.t.Context(), "backend")))
 		}
 		addrs = append(addrs, addr)
 	}
@@ -117,17 +123,11 @@ func (s *system) backendAddresses() []string {
 }
 
 // localBackends starts backends on this machine, with the names of the pods.
-func (s *system) localBackends(n int) []string {
+func (s *system) localBackends(program string, n int) []string {
 	s.t.Helper()
-	program := s.build("./backend")
 	var addrs []string
 	for i := range n {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			s.t.Fatal(err)
-		}
-		addr := l.Addr().String()
-		l.Close()
+		addr := freeAddress(s.t)
 		p := start(s.t, program, "-listen="+addr, fmt.Sprintf("-name=backend-%d", i))
 		eventually(s.t, 10*time.Second, "a local backend", func() error {
 			if answers(addr) {
@@ -141,4 +141,15 @@ func (s *system) localBackends(n int) []string {
 		addrs = append(addrs, addr)
 	}
 	return addrs
+}
+
+// freeAddress returns an address of this machine at which nothing listens.
+func freeAddress(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
 }

@@ -70,9 +70,17 @@ func newSystem(t *testing.T) *system {
 	return s
 }
 
-// loadConfig reads the kubeconfig as kubectl does, and sees that the API
-// server answers.
+// loadConfig reads the kubeconfig, and sees that the API server answers.
 func (s *system) loadConfig() {
+	s.t.Helper()
+	s.readConfig()
+	if _, err := s.client.Discovery().ServerVersion(); err != nil {
+		s.t.Fatalf("the API server %s does not answer: %v", s.config.Host, err)
+	}
+}
+
+// readConfig reads the kubeconfig as kubectl does.
+func (s *system) readConfig() {
 	s.t.Helper()
 	kubeconfig := clientcmd.NewNonInteractiveDeferredLoadingClientConfig(
 		clientcmd.NewDefaultClientConfigLoadingRules(), &clientcmd.ConfigOverrides{})
@@ -86,9 +94,6 @@ func (s *system) loadConfig() {
 	s.config.QPS = -1 // no limit: tests change the overrides ten times a second
 	if s.client, err = kubernetes.NewForConfig(s.config); err != nil {
 		s.t.Fatal(err)
-	}
-	if _, err = s.client.Discovery().ServerVersion(); err != nil {
-		s.t.Fatalf("the API server %s does not answer: %v", s.config.Host, err)
 	}
 }
 
