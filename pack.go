@@ -178,14 +178,21 @@ func (p *packed) record(at uint32) record {
 }
 
 // all are the records of p in order.
-func (p *packed) all() iter.Seq[record] {
+func (p *packed) all() iter.Seq[record] { return p.below(1<<32, new(uint32)) }
+
+// below are the records from at on whose hash is below end, in order. at follows:
+// they can be read once.
+func (p *packed) below(end uint64, at *uint32) iter.Seq[record] {
 	return func(yield func(record) bool) {
-		for at := uint32(0); at < uint32(len(p.records)); {
-			r := p.record(at)
+		for *at < uint32(len(p.records)) {
+			r := p.record(*at)
+			if uint64(r.hash) >= end {
+				return
+			}
+			*at = r.next
 			if !yield(r) {
 				return
 			}
-			at = r.next
 		}
 	}
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"maps"
 	"reflect"
 	"strings"
@@ -109,6 +110,26 @@ func TestTableReadsEntries(t *testing.T) {
 }
 
 // TestTableKeeps: what cannot be read changes nothing (invariant 3).
+// TestTableReadsAll: entries are read by ranges of hashes, and none is left out.
+func TestTableReadsAll(t *testing.T) {
+	const each = 1000
+	a, b := map[string]string{}, map[string]string{}
+	for i := range each {
+		a[fmt.Sprintf("a-%d", i)], b[fmt.Sprintf("b-%d", i)] = "backend-1", "backend-2"
+	}
+	table := newTable("backend", ordinals{count: 4}, []entries{{source: "a", data: pack(a)}, {source: "b", data: pack(b)}}, nil)
+	if table.overrides != 2*each {
+		t.Errorf("%d overrides, want %d", table.overrides, 2*each)
+	}
+	for want, data := range map[int]map[string]string{1: a, 2: b} {
+		for namespace := range data {
+			if owner, ok := table.owner(namespace); owner != want || !ok {
+				t.Fatalf("%s belongs to %d, want %d", namespace, owner, want)
+			}
+		}
+	}
+}
+
 func TestTableKeeps(t *testing.T) {
 	hashed := bucket("hashed", 4)
 	tests := map[string]struct {
