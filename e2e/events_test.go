@@ -13,6 +13,7 @@ import (
 	"github.com/prometheus/common/expfmt"
 	"github.com/prometheus/common/model"
 	authorization "k8s.io/api/authorization/v1"
+	corev1 "k8s.io/api/core/v1"
 	rbac "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
@@ -65,13 +66,9 @@ func (s *system) applyTold(data map[string]string, did, warning string) {
 		}
 		return err
 	})
-	list, err := s.client.CoreV1().Events(s.namespace).List(s.t.Context(), metav1.ListOptions{FieldSelector: "involvedObject.kind=ConfigMap," +
-		"involvedObject.name=" + configMap + ",involvedObject.resourceVersion=" + version})
-	if err != nil {
-		s.t.Fatal(err)
-	}
+	told := s.told(version)
 	var got []string
-	for _, e := range list.Items {
+	for _, e := range told {
 		got = append(got, e.Type+" "+e.Reason+" "+e.Message)
 	}
 	slices.Sort(got)
@@ -79,12 +76,23 @@ func (s *system) applyTold(data map[string]string, did, warning string) {
 		s.t.Errorf("Events of version %s: %q, want %q", version, got, want)
 	}
 	_, described, _ := strings.Cut(s.mustKubectl("", "describe", "configmap", configMap), "\nEvents:")
-	for _, e := range list.Items {
+	for _, e := range told {
 		line := regexp.MustCompile(e.Type + ` +` + e.Reason + ` .*` + regexp.QuoteMeta(e.Message))
 		if !line.MatchString(described) {
 			s.t.Errorf("kubectl describe does not show %s, but\n%s", line, described)
 		}
 	}
+}
+
+// told are the Events about this version of the ConfigMap.
+func (s *system) told(version string) []corev1.Event {
+	s.t.Helper()
+	list, err := s.client.CoreV1().Events(s.namespace).List(s.t.Context(), metav1.ListOptions{FieldSelector: "involvedObject.kind=ConfigMap," +
+		"involvedObject.name=" + configMap + ",involvedObject.resourceVersion=" + version})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return list.Items
 }
 
 // conflicts is how many Events the API server has refused since its start, as it
@@ -108,14 +116,23 @@ func TestEventsForbidden(t *testing.T) {
 	owner := s.other(s.mustOwner(namespace).Owner)
 	s.applyTold(map[string]string{namespace: owner}, "1 overrides added, 0 changed, ", "")
 
+	stays := []*follower{s.mustFollow(prefix + "event-stays")}
 	began, permit := metav1.Now(), s.withoutEvents()
+	var versions []string
 	for range 3 {
 		owner = s.other(owner)
-		s.awaitTable(t.Context(), s.apply(map[string]string{namespace: owner}))
+		versions = append(versions, s.apply(map[string]string{namespace: owner}))
+		s.awaitTable(t.Context(), versions[len(versions)-1])
 		s.mustLand(namespace, owner)
+		s.goOn(stays, 2) // in two seconds the Event is tried
 	}
-	permit() // Events are written in order: after the next, those before were tried
+	permit()
 	s.applyTold(nil, "0 overrides added, 0 changed, 1 removed", "")
+	for _, version := range versions {
+		if told := s.told(version); len(told) > 0 {
+			t.Errorf("without the permission there are Events: %v", told)
+		}
+	}
 	for _, r := range s.routers(t.Context()) {
 		lines, log, err := s.lines(t.Context(), r.pod, began, "no Event was written", "cannot create resource", "events")
 		if err != nil || lines != 1 {
