@@ -139,7 +139,11 @@ func (c *configMaps) swap() {
 // tell has Events written about what a ConfigMap did in a swap of the table,
 // which may come later than its update: with the number of backends.
 func (c *configMaps) tell(did change) {
-	if o, ok := (*c.objects.Load())[did.source]; ok {
+	objects := c.objects.Load()
+	if objects == nil {
+		return // it is of the mounted copy, before the API server was heard
+	}
+	if o, ok := (*objects)[did.source]; ok {
 		c.events.tell(o, did)
 	}
 }
