@@ -59,14 +59,14 @@ func (s *system) applyTold(data map[string]string, did, warning string) {
 		want = append(want, "Warning OverridesRejected "+warning)
 	}
 	least := before + float64(len(want)*(len(s.routers(s.t.Context()))-1))
+	var told []corev1.Event
 	eventually(s.t, 20*time.Second, "all routers to write their Events", func() error {
 		n, err := s.conflicts(s.t.Context())
-		if err == nil && n < least {
-			err = fmt.Errorf("the API server has refused %v, want %v", n, least)
+		if told = s.told(version); err == nil && (n < least || len(told) < len(want)) {
+			err = fmt.Errorf("there are %d, want %d, and the API server has refused %v, want %v", len(told), len(want), n, least)
 		}
 		return err
 	})
-	told := s.told(version)
 	var got []string
 	for _, e := range told {
 		got = append(got, e.Type+" "+e.Reason+" "+e.Message)
@@ -84,7 +84,8 @@ func (s *system) applyTold(data map[string]string, did, warning string) {
 	}
 }
 
-// told are the Events about this version of the ConfigMap.
+// told are the Events about this version of the ConfigMap, but for those of moves:
+// each router has its own.
 func (s *system) told(version string) []corev1.Event {
 	s.t.Helper()
 	list, err := s.client.CoreV1().Events(s.namespace).List(s.t.Context(), metav1.ListOptions{FieldSelector: "involvedObject.kind=ConfigMap," +
@@ -92,7 +93,7 @@ func (s *system) told(version string) []corev1.Event {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	return list.Items
+	return slices.DeleteFunc(list.Items, func(e corev1.Event) bool { return e.Reason == "SessionsMoved" })
 }
 
 // conflicts is how many Events the API server has refused since its start, as it
