@@ -104,10 +104,11 @@ type follower struct {
 	done    chan struct{} // closed when run has returned
 
 	// Guarded by mu.
-	mu   sync.Mutex
-	last message
-	seen time.Time // when last came
-	err  error     // why it ended; nil if it was stopped
+	mu    sync.Mutex
+	last  message
+	seen  time.Time // when last came
+	err   error     // why it ended; nil if it was stopped
+	ended time.Time // when it did
 }
 
 // follow takes the session over: it ends with close, or by itself.
@@ -134,7 +135,7 @@ func (f *follower) run(ctx context.Context) {
 		if err == nil {
 			f.last, f.seen = m, time.Now()
 		}
-		f.err = err
+		f.err, f.ended = err, time.Now()
 		f.mu.Unlock()
 		if err != nil {
 			return
@@ -161,6 +162,13 @@ func (f *follower) state() (int, error) {
 		return f.last.Counter, fmt.Errorf("session of %s with %s: silent for %s", f.last.NS, f.last.Server, silent)
 	}
 	return f.last.Counter, nil
+}
+
+// end returns when and why the session ended, nil if it did not or was stopped.
+func (f *follower) end() (time.Time, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.ended, f.err
 }
 
 // alive is state's error.

@@ -13,9 +13,11 @@
 //	                 LoadBalancer Service "router" if it answers, else its
 //	                 cluster IP, else its port of a node, else a port-forward
 //	                 to a router pod, which "forward" asks for and which does
-//	                 not bear TestOverrideLatency and TestHold5000
+//	                 not bear TestOverrideLatency and the tests with thousands
+//	                 of connections
 //	E2E_ARTIFACTS    where the screenshots go (artifacts)
-//	E2E_CONNECTIONS  how many connections TestHold5000 holds (5000)
+//	E2E_CONNECTIONS  how many connections TestHold5000, TestMove5000 and
+//	                 TestRolloutClosesClean hold (5000)
 //	E2E_HOLD         for how long (2m)
 //	E2E_CLIENTS      how many clients TestScale has (300)
 //

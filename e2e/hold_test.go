@@ -28,7 +28,7 @@ func TestHold5000(t *testing.T) {
 	swaps := s.mustSum(routers, "router_table_swaps_total")
 
 	began := time.Now()
-	held := s.hold(connections)
+	held := s.hold(connections, func(i int) string { return fmt.Sprintf("%shold-%05d", prefix, i) })
 	t.Logf("hold: %d connections opened in %.1f s", connections, time.Since(began).Seconds())
 	if sum := s.mustSum(routers, "router_sessions"); int(sum) < connections {
 		t.Errorf("the routers count %v sessions, want %d", sum, connections)
@@ -88,13 +88,13 @@ func (s *system) needFiles(n int) {
 	}
 }
 
-// hold opens connections, each of a namespace of its own, and follows them
-// until the test ends.
-func (s *system) hold(connections int) []*follower {
+// hold opens connections, the i-th of namespace(i), and follows them until the
+// test ends.
+func (s *system) hold(connections int, namespace func(i int) string) []*follower {
 	s.t.Helper()
 	held := make([]*follower, connections)
 	err := forEach(connections, 32, func(i int) error {
-		session, err := s.dialer.open(s.t.Context(), fmt.Sprintf("%shold-%05d", prefix, i))
+		session, err := s.dialer.open(s.t.Context(), namespace(i))
 		if err != nil {
 			return err
 		}
