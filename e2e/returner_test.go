@@ -15,6 +15,7 @@ type visit struct {
 	gap    time.Duration // since the session before ended; 0 for the first
 	tries  int           // attempts until it was open
 	ended  error         // nil while it is open
+	over   time.Time     // when it ended
 }
 
 // returner is a client that comes back when its session ends, as the page
@@ -97,15 +98,14 @@ func (r *returner) visit(session *session, tries int, left time.Time) *follower 
 }
 
 func (r *returner) leave(f *follower) {
-	f.mu.Lock()
-	err := f.err
-	f.mu.Unlock()
+	over, err := f.end()
 	if err == nil {
 		err = errors.New("the test ended it")
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.visits[len(r.visits)-1].ended = err
+	last := &r.visits[len(r.visits)-1]
+	last.ended, last.over = err, over
 	r.current = nil
 }
 
