@@ -273,8 +273,10 @@ func TestRelayBytes(t *testing.T) {
 	next := make(chan flowEnd, 1) // for the connection that comes to the backend
 	start := make(chan struct{})
 	begin := sync.OnceFunc(func() { close(start) })
+	var served sync.WaitGroup // what comes to the backend
 	backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
 		e := <-next
+		defer served.Done()
 		io.WriteString(conn, switching+string(e.early))
 		<-start
 		e.run(t, conn.(*net.TCPConn), br)
@@ -289,6 +291,7 @@ func TestRelayBytes(t *testing.T) {
 		total[server] += int64(sizes[server])
 		ends := s.ends
 		if n%2 == 0 {
+			served.Add(1)
 			next <- ends[server]
 			conn, br, _ := p.ask(t, upgradeRequest("/ws/ns-01")+string(ends[client].early))
 			running.Go(func() { <-start; ends[client].run(t, conn, br) })
@@ -304,6 +307,7 @@ func TestRelayBytes(t *testing.T) {
 	}
 	begin()
 	running.Wait()
+	served.Wait() // its last bytes are in its socket when the session is over
 	waitFor(t, p.relay)
 	if got := p.relay.bytes(); got != total {
 		t.Errorf("%d bytes were counted, want %d", got, total)
