@@ -1,3 +1,5 @@
+//go:build !portable && !386
+
 package main
 
 import (
@@ -52,7 +54,7 @@ func TestProcessParts(t *testing.T) {
 	t.Logf("move: %s of CPU time; memory in KiB before %v, after %v", p.cpuTime(t)-cpu, before, p.memory(t))
 	draining := leave(t, p.openParting(t, sessions, namespaces), goesAway)
 	cpu, second := p.cpuTime(t), p.memory(t)
-	if grown := second["VmRSS"] - before["VmRSS"]; grown > 32<<10 {
+	if grown := second["VmRSS"] - before["VmRSS"]; grown > 32<<10 && !raced() { // the race detector keeps memory of its own
 		t.Errorf("with as many sessions as before the move the router has %d KiB more", grown)
 	}
 	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil {
@@ -65,7 +67,7 @@ func TestProcessParts(t *testing.T) {
 	}
 	peak := state.SysUsage().(*syscall.Rusage).Maxrss
 	t.Logf("drain: %s of CPU time; memory in KiB before %v, at most %d", state.UserTime()+state.SystemTime()-cpu, second, peak)
-	if grown := int(peak) - second["VmHWM"]; grown > 32<<10 {
+	if grown := int(peak) - second["VmHWM"]; grown > 32<<10 && !raced() {
 		t.Errorf("the drain took %d KiB more than the router ever had", grown)
 	}
 }
