@@ -65,11 +65,7 @@ func TestProcessParts(t *testing.T) {
 	if state.ExitCode() != 0 {
 		t.Errorf("the router ended with %v, want exit code 0", state)
 	}
-	peak := state.SysUsage().(*syscall.Rusage).Maxrss
-	t.Logf("drain: %s of CPU time; memory in KiB before %v, at most %d", state.UserTime()+state.SystemTime()-cpu, second, peak)
-	if grown := int(peak) - second["VmHWM"]; grown > 32<<10 && !raced() {
-		t.Errorf("the drain took %d KiB more than the router ever had", grown)
-	}
+	t.Logf("drain: %s of CPU time", state.UserTime()+state.SystemTime()-cpu)
 }
 
 // serveParting is a backend that says nothing until the router parts from it.
