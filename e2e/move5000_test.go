@@ -69,7 +69,7 @@ func (s *system) giveAway(held []*follower, namespaces map[string]bool) (stay []
 		s.t.Fatal(err)
 	}
 	s.awaitMoved(gone)
-	s.t.Logf("move: %d sessions of %d namespaces had Close 1012 \"service restart\", %s", len(gone), len(owners), sinceChange(c.at, gone))
+	s.t.Logf("move: %d sessions of %d namespaces were closed, %s", len(gone), len(owners), sinceChange(c.at, gone))
 	s.checkPace(gone)
 	s.checkReceipts(gone, c.version, since)
 	s.goOn(stay, 3)
