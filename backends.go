@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"strconv"
 	"strings"
 	"time"
@@ -97,6 +98,34 @@ func (b *backends) dial(ctx context.Context, ordinal int) (net.Conn, error) {
 		return nil, err
 	}
 	return conn, nil
+}
+
+// atOnce returns the address of a backend that may be dialled now, if nobody has
+// to wait for that. The caller calls dialled.
+func (b *backends) atOnce(ordinal int) (addr netip.AddrPort, ok bool) {
+	if !b.holds.try(ordinal) {
+		return addr, false
+	}
+	now, cancel := context.WithTimeout(context.Background(), 0)
+	defer cancel()
+	text, err := b.locate(now, ordinal)
+	if err == nil {
+		addr, err = netip.ParseAddrPort(text) // not of a host's name, which has to be looked up
+	}
+	if err != nil {
+		b.holds.done(ordinal, err, true)
+		return addr, false
+	}
+	return addr, true
+}
+
+// dialled takes note of how the dial of an address from atOnce went; cut says that
+// its upgrade ended before it could.
+func (b *backends) dialled(ordinal int, err error, cut bool) {
+	if err != nil && !cut {
+		b.forget(ordinal)
+	}
+	b.holds.done(ordinal, err, cut)
 }
 
 // probe returns the backend's address, and whether it takes a connection now.

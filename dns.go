@@ -71,6 +71,9 @@ func (c *addressCache) get(ctx context.Context, host string) (string, error) {
 		c.lookups.Go(func() { c.resolve(a, host) })
 	}
 	c.mu.Unlock()
+	if a.finished() {
+		return a.addr, a.err // also when ctx has ended
+	}
 	select {
 	case <-a.done:
 		return a.addr, a.err

@@ -96,6 +96,19 @@ func (h *holds) wait(ctx context.Context, w *waiter, ordinal int, swaps int64) e
 	return cmp.Or(h.ready(ordinal), l.failure, ctx.Err())
 }
 
+// try reports whether the caller may dial the backend now, as nobody waits for it
+// and no dial has failed: the caller then calls done.
+func (h *holds) try(ordinal int) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	l := h.line(ordinal)
+	if len(l.waiting) > 0 || l.fails > 0 || l.dialing >= dialsMost || h.ready(ordinal) != nil {
+		return false
+	}
+	l.dialing++
+	return true
+}
+
 // done takes note of how a dial went; cut says that its upgrade ended before it
 // could.
 func (h *holds) done(ordinal int, err error, cut bool) {

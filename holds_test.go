@@ -243,8 +243,13 @@ func TestHoldWaitsForReadiness(t *testing.T) {
 	p.backends.holds.look()
 	mustAnswer(t, conn, 101)
 
-	ready.Store(false)
-	p.limits.hold = 50 * time.Millisecond
+}
+
+func TestHoldTimeout(t *testing.T) {
+	p := startProxy(t, []string{"127.0.0.1:1"}, map[string]string{}, func(p *proxy) {
+		p.backends.holds.ready = func(int) error { return errNotYet }
+		p.limits.hold = 50 * time.Millisecond
+	})
 	_, _, resp := p.ask(t, upgradeRequest("/ws/ns-02"))
 	body, _ := io.ReadAll(resp.Body)
 	if resp.StatusCode != 503 || !strings.Contains(string(body), "backend-0 could not be reached within 50ms: it is not ready") {

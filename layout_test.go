@@ -46,6 +46,7 @@ var layout = []struct {
 	{"proxy", "backends listen log move refusal relay route swap upgrade"},
 	{"upgrade", "pack refusal"},
 	{"refusal", ""},
+	{"express", "backends listen log move proxy rawio refusal relay upgrade"},
 	{"relay", "frame rawio"},
 	{"frame", ""},
 	{"rawio", ""},

@@ -197,6 +197,10 @@ type frontConn struct {
 	began    atomic.Bool // a byte came
 	read     atomic.Bool // a request reached the handler, or the count was made
 	closed   atomic.Bool
+
+	// Set before net/http has it.
+	backend net.Conn // the owner, which has got the client's upgrade, and is to answer; nil if none
+	owner   int      // its ordinal
 }
 
 func (c *frontConn) Read(b []byte) (int, error) {
@@ -212,6 +216,9 @@ func (c *frontConn) Close() error {
 		c.badHeads.Add(1)
 	}
 	err := c.Conn.Close()
+	if c.backend != nil {
+		c.backend.Close()
+	}
 	if !c.closed.Swap(true) {
 		c.gate.use(-upgradeDescriptors)
 	}
@@ -221,7 +228,8 @@ func (c *frontConn) Close() error {
 // CloseWrite is what net/http looks for to let the client read a 431 before the
 // connection is gone (golang/go#3595).
 func (c *frontConn) CloseWrite() error {
-	return c.Conn.(interface{ CloseWrite() error }).CloseWrite() // *net.TCPConn or *net.UnixConn
+	conn, _ := whole(c.Conn)
+	return conn.(interface{ CloseWrite() error }).CloseWrite() // *net.TCPConn or *net.UnixConn
 }
 
 // frontKey is the key of a request context's *frontConn.
@@ -232,4 +240,39 @@ func headRead(ctx context.Context) {
 	if c, ok := ctx.Value(frontKey{}).(*frontConn); ok {
 		c.read.Store(true)
 	}
+}
+
+// takeAsked returns the connection to the owner which has got the request, and its
+// ordinal; nil if none has. The caller closes it.
+func takeAsked(ctx context.Context) (conn net.Conn, owner int) {
+	c, ok := ctx.Value(frontKey{}).(*frontConn)
+	if !ok {
+		return nil, 0
+	}
+	conn, c.backend = c.backend, nil
+	return conn, c.owner
+}
+
+// resumed is a connection of which something was read before: first.
+type resumed struct {
+	net.Conn
+	first []byte
+}
+
+func (c *resumed) Read(b []byte) (int, error) {
+	if len(c.first) == 0 {
+		return c.Conn.Read(b)
+	}
+	n := copy(b, c.first)
+	c.first = c.first[n:]
+	return n, nil
+}
+
+// whole returns the connection without what was read of it before, and that, as
+// far as it was not read since.
+func whole(conn net.Conn) (net.Conn, []byte) {
+	if c, ok := conn.(*resumed); ok {
+		return c.Conn, c.first
+	}
+	return conn, nil
 }

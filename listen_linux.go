@@ -23,18 +23,22 @@ func openFiles() (int, error) {
 	return int(min(limit.Cur, math.MaxInt32)), nil
 }
 
+// socketControl is net.Dialer's Control, and net.ListenConfig's.
+type socketControl = func(network, address string, c syscall.RawConn) error
+
 // boundPeer returns what makes a TCP socket give up a peer that has been silent
 // for timeout, 0 for never. A listener's sockets have the options from it.
-func boundPeer(timeout time.Duration) (control func(network, address string, c syscall.RawConn) error, keepAlive net.KeepAliveConfig) {
+func boundPeer(timeout time.Duration) (control socketControl, keepAlive net.KeepAliveConfig) {
 	idle, interval := probes(timeout)
 	options := []struct{ level, name, value int }{
 		{syscall.IPPROTO_TCP, syscall.TCP_KEEPIDLE, int(idle.Seconds())},
 		{syscall.IPPROTO_TCP, syscall.TCP_KEEPINTVL, int(interval.Seconds())},
 		{syscall.IPPROTO_TCP, tcpUserTimeout, int(timeout.Milliseconds())},
 		{syscall.SOL_SOCKET, syscall.SO_KEEPALIVE, 1},
+		{syscall.IPPROTO_TCP, syscall.TCP_NODELAY, 1}, // which package net sets by itself, and express does not
 	}
 	if timeout == 0 {
-		options = nil
+		options = options[len(options)-1:]
 	}
 	return func(_, _ string, c syscall.RawConn) error {
 		var err error

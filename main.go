@@ -38,8 +38,8 @@
 // configmap, events, watch, kube and cluster (how the overrides come), statefulset,
 // endpoints, dns, backends and hold (how many owners there are, where, and the
 // wait for them), listen, proxy, upgrade and refusal (from request to session),
-// relay, frame, rawio, pace and move (the session's life), admin, plan, command,
-// metrics and log.
+// express (the same for what need not wait), relay, frame, rawio, pace and move (the
+// session's life), admin, plan, command, metrics and log.
 package main
 
 import (
@@ -231,9 +231,9 @@ func (p *program) serve(ctx context.Context, front, side net.Listener) error {
 	operators := &http.Server{Handler: p.admin.handler(), ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second,
 		ErrorLog: serverLog(p.log)}
 	failed := make(chan error, 2)
-	running.Go(func() {
-		failed <- clients.Serve(frontListener{front, p.gate, &p.proxy.results[resultBadHead]})
-	})
+	express := newExpress(p.proxy, front, p.gate)
+	running.Go(express.run)
+	running.Go(func() { failed <- clients.Serve(express) })
 	running.Go(func() { failed <- operators.Serve(side) })
 	p.log.Info("serving", "version", version(), "listen", front.Addr().String(), "admin", side.Addr().String(),
 		"pod", p.config.pod, "backends", p.proxy.backends.given.count, "kube", p.config.kube)
@@ -248,7 +248,7 @@ func (p *program) serve(ctx context.Context, front, side net.Listener) error {
 		p.announce()
 	case err = <-failed:
 	}
-	p.stopClients(clients, stopRequests)
+	p.stopClients(express, clients, stopRequests)
 	stopBackground()
 	operators.Close()
 	running.Wait()
@@ -267,8 +267,9 @@ func (p *program) announce() {
 
 // stopClients ends what clients have: nothing new is accepted, upgrades under
 // way are answered, and sessions are closed at a pace.
-func (p *program) stopClients(clients *http.Server, stopRequests context.CancelCauseFunc) {
+func (p *program) stopClients(express *express, clients *http.Server, stopRequests context.CancelCauseFunc) {
 	begun := time.Now()
+	express.stop()
 	stopRequests(errDraining)
 	bound, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()

@@ -11,7 +11,6 @@ import (
 	"net"
 	"net/http"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -88,12 +87,17 @@ func (p *proxy) report(r *http.Request, result result, err error) {
 // upgrade makes the request a session. A *refusal means that nothing was
 // answered yet.
 func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result, error) {
+	server, backend := takeAsked(r.Context())
 	namespace, no := p.check(r)
 	if no != nil {
+		if server != nil {
+			server.Close()
+		}
 		return no.result, no
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), p.limits.hold)
 	defer cancel()
+	var err error
 	var version string
 	owner := func() (owner int, err error) {
 		owner, version, err = p.owner(namespace)
@@ -101,28 +105,24 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result, error) 
 	}
 	peer := forwardedFor(r)
 	for {
-		server, backend, err := p.backends.hold(ctx, owner)
-		if err != nil {
-			return p.unreachable(r.Context(), backend, err)
+		var request []byte
+		if server == nil {
+			if server, backend, err = p.backends.hold(ctx, owner); err != nil {
+				return p.unreachable(r.Context(), backend, err)
+			}
+			request = requestHead(r, peer, p.pod, version)
 		}
-		// Clones: a session outlives its request, whose memory these are part of.
-		s := &session{namespace: strings.Clone(namespace), backend: backend, peer: lastBytes(peer, maxPeer)}
-		if result, err := p.connect(w, r, s, server, requestHead(r, peer, p.pod, version)); !errors.Is(err, errMoved) {
+		result, err := p.connect(w, r, newSession(namespace, backend, peer), server, request)
+		if !errors.Is(err, errMoved) {
 			return result, err
 		}
+		server = nil
 	}
 }
 
 // errMoved says that the namespace got another owner during the handshake: the
 // client, which knows of nothing yet, is to be connected to that.
 var errMoved = errors.New("the namespace got another owner")
-
-// maxPeer is how much of X-Forwarded-For, its end, a session keeps for the log,
-// in bytes.
-const maxPeer = 64
-
-// lastBytes returns a copy of the last n bytes of s.
-func lastBytes(s string, n int) string { return strings.Clone(s[max(0, len(s)-n):]) }
 
 // check returns the namespace of an upgrade request that is within the limits.
 func (p *proxy) check(r *http.Request) (string, *refusal) {
@@ -171,7 +171,7 @@ func (p *proxy) unreachable(client context.Context, backend int, err error) (res
 
 // connect sends the backend the request for an upgrade on its connection, of
 // which it takes care, and hands s to the relay or passes the backend's other
-// answer on.
+// answer on. An empty request was sent before.
 func (p *proxy) connect(w http.ResponseWriter, r *http.Request, s *session, backend net.Conn, request []byte) (result, error) {
 	handed := false
 	defer func() {
@@ -184,10 +184,7 @@ func (p *proxy) connect(w http.ResponseWriter, r *http.Request, s *session, back
 	stop := context.AfterFunc(r.Context(), func() { backend.Close() })
 	defer stop()
 	backend.SetDeadline(time.Now().Add(p.limits.handshake))
-	br, _ := p.readers.Get().(*bufio.Reader)
-	if br == nil {
-		br = bufio.NewReader(nil)
-	}
+	br := p.reader(nil)
 	resp, fromBackend, err := handshake(backend, br, request, p.limits.headerBytes)
 	if err != nil {
 		return p.broken(r.Context(), s.backend, err)
@@ -207,8 +204,10 @@ func (p *proxy) connect(w http.ResponseWriter, r *http.Request, s *session, back
 	}
 	backend.SetDeadline(time.Time{})
 	handed = true
-	p.handOver(s, [2]net.Conn{client, backend}, [2][]byte{fromClient, slices.Clone(fromBackend)})
+	backend, rest := whole(backend)
+	first := [2][]byte{fromClient, slices.Concat(fromBackend, rest)}
 	p.readers.Put(br)
+	p.handOver(s, func() { p.relay.carry(s, [2]net.Conn{client, backend}, first) })
 	return resultOK, nil
 }
 
@@ -257,7 +256,8 @@ func (p *proxy) hijack(w http.ResponseWriter, head []byte) (net.Conn, []byte, er
 		return nil, nil, fmt.Errorf("hijack: %w", err)
 	}
 	early, _ := rw.Reader.Peek(rw.Reader.Buffered()) // what is buffered: no error
-	client := conn.(*frontConn).Conn
+	client, rest := whole(conn.(*frontConn).Conn)
+	early = slices.Concat(early, rest)
 	client.SetDeadline(time.Now().Add(p.limits.handshake))
 	if _, err := client.Write(head); err != nil {
 		conn.Close()
@@ -267,14 +267,24 @@ func (p *proxy) hijack(w http.ResponseWriter, head []byte) (net.Conn, []byte, er
 	return client, early, nil
 }
 
-// handOver gives s to the relay, which from here on is the only one to touch
-// its sockets. A table that was swapped since s's owner was asked may have
+// handOver has carry give s to the relay, which from here on is the only one to
+// touch its sockets. A table that was swapped since s's owner was asked may have
 // given it another one: the relay knows s before the table is read again, so
 // either this check sees the new table or the swap's own check sees s.
-func (p *proxy) handOver(s *session, ends [2]net.Conn, first [2][]byte) {
+func (p *proxy) handOver(s *session, carry func()) {
 	p.waiting.Add(-1) // before, or the limit of sessions would count it twice
-	p.relay.carry(s, ends, first)
+	carry()
 	if p.moves.misplaced(s) {
 		s.part(causeMoved, nil)
 	}
+}
+
+// reader returns a pooled reader of r. The caller puts it back into readers.
+func (p *proxy) reader(r io.Reader) *bufio.Reader {
+	br, _ := p.readers.Get().(*bufio.Reader)
+	if br == nil {
+		return bufio.NewReader(r)
+	}
+	br.Reset(r)
+	return br
 }

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -115,7 +116,9 @@ func silent(conn net.Conn, br *bufio.Reader) { io.Copy(io.Discard, br) }
 // testProxy is a proxy that serves on addr.
 type testProxy struct {
 	*proxy
-	addr string
+	addr    string
+	express *express
+	http    atomic.Int64 // clients that net/http had
 }
 
 // startProxy serves a proxy to the backends at addrs, with the given overrides
@@ -124,6 +127,7 @@ func startProxy(t testing.TB, addrs []string, data map[string]string, change fun
 	t.Helper()
 	log := slog.New(slog.DiscardHandler)
 	b := fixedBackends("backend", addrs)
+	b.dialer = boundDialer(0)
 	router := &router{statefulSet: "backend", backends: b.given, log: log}
 	relay := newRelay(b.name, log)
 	gate := wideGate(t)
@@ -152,11 +156,19 @@ func startProxy(t testing.TB, addrs []string, data map[string]string, change fun
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancelCause(context.Background())
+	tp := &testProxy{proxy: p, addr: l.Addr().String(), express: newExpress(p, l, gate)}
 	front := newFront(ctx, p, log)
+	front.ConnState = func(_ net.Conn, state http.ConnState) {
+		if state == http.StateNew {
+			tp.http.Add(1)
+		}
+	}
 	var running sync.WaitGroup
-	running.Go(func() { front.Serve(frontListener{l, gate, &p.results[resultBadHead]}) })
+	running.Go(tp.express.run)
+	running.Go(func() { front.Serve(tp.express) })
 	running.Go(func() { mover.run(ctx) })
 	t.Cleanup(func() {
+		tp.express.stop()
 		cancel(errDraining)
 		front.Close()
 		p.upgrades.Wait()
@@ -164,7 +176,7 @@ func startProxy(t testing.TB, addrs []string, data map[string]string, change fun
 		relay.stop()
 		running.Wait()
 	})
-	return &testProxy{proxy: p, addr: l.Addr().String()}
+	return tp
 }
 
 // upgradeRequest is an upgrade of path as a browser would send it.

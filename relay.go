@@ -4,6 +4,7 @@ import (
 	"log/slog"
 	"maps"
 	"net"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -59,6 +60,16 @@ type session struct {
 
 	wire // its sockets, and who carries their bytes
 }
+
+// newSession returns a session for the relay to carry. The texts are cloned: it
+// outlives its request, whose memory they may be part of.
+func newSession(namespace string, backend int, peer string) *session {
+	return &session{namespace: strings.Clone(namespace), backend: backend, peer: strings.Clone(peer[max(0, len(peer)-maxPeer):])}
+}
+
+// maxPeer is how much of X-Forwarded-For, its end, a session keeps for the log,
+// in bytes.
+const maxPeer = 64
 
 // bytes returns count.
 func (s *session) bytes() [2]int64 { return [2]int64{s.count[client].Load(), s.count[server].Load()} }
@@ -124,11 +135,16 @@ func (r *relay) stop() {
 // fromBackend are bytes that were read before the hand-over and go first
 // (invariant 6).
 func (r *relay) carry(s *session, ends [2]net.Conn, first [2][]byte) {
-	s.started = time.Now()
 	r.carrier.attach(s, ends)
+	r.take(s, func() { r.carrier.begin(s, ends, first) })
+}
+
+// take puts s, which its carrier knows of, into the set, and then begins to carry.
+func (r *relay) take(s *session, begin func()) {
+	s.started = time.Now()
 	r.open.Add(1)
 	r.add(s)
-	r.carrier.begin(s, ends, first)
+	begin()
 	r.freed(1)
 }
 

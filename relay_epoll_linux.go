@@ -15,6 +15,8 @@ import (
 )
 
 const (
+	toRead = syscall.EPOLLIN | syscall.EPOLLRDHUP | syscall.EPOLLPRI
+
 	edge  = 1 << 31 // EPOLLET, which package syscall has as a negative number
 	again = 1 << 27 // in wire.mask: epoll has to look at the socket once more
 )
@@ -48,10 +50,11 @@ type poller struct {
 	done  []*session // that are over and not yet told to the relay
 }
 
-// slot is where an event finds its session.
+// slot is where an event finds its session, or its guest.
 type slot struct {
-	session *session // nil if free
-	round   int32    // of use: an event of an earlier round is stale
+	session *session // nil if free, or a guest's
+	guest   guest
+	round   int32 // of use: an event of an earlier round is stale
 }
 
 // start makes one poller for each CPU.
@@ -91,10 +94,11 @@ func (c *carrier) stop() {
 	}
 }
 
+// choose returns the poller of the next session.
+func (c *carrier) choose() *poller { return c.pollers[c.next.Add(1)%uint32(len(c.pollers))] }
+
 // attach chooses the poller of s. From here on s.end may be called.
-func (c *carrier) attach(s *session, _ [2]net.Conn) {
-	s.poller = c.pollers[c.next.Add(1)%uint32(len(c.pollers))]
-}
+func (c *carrier) attach(s *session, _ [2]net.Conn) { s.poller = c.choose() }
 
 // begin takes the sockets of s out of Go's hands and carries what came first.
 func (c *carrier) begin(s *session, ends [2]net.Conn, first [2][]byte) {
@@ -102,7 +106,13 @@ func (c *carrier) begin(s *session, ends [2]net.Conn, first [2][]byte) {
 	fds := takeDescriptors(ends)
 	p.mu.Lock()
 	defer p.unlock()
-	p.enter(s, fds)
+	p.launch(s, p.take(), fds, first)
+}
+
+// launch gives s its slot and sockets, and carries what came first.
+func (p *poller) launch(s *session, at int32, fds [2]int32, first [2][]byte) {
+	p.slots[at].session, p.slots[at].guest = s, nil
+	s.slot, s.fd, s.open = at, fds, true
 	switch {
 	case min(fds[client], fds[server]) < 0:
 		p.end(s, causeRouterError)
@@ -137,10 +147,17 @@ func (p *poller) run() {
 func (p *poller) poll() {
 	events, errno := p.buf.wait(p.epoll)
 	for _, event := range events {
-		if event.Fd != bellSlot {
-			p.mu.Lock() // for each: begin and end need not wait for all
+		if event.Fd == bellSlot {
+			continue
+		}
+		p.mu.Lock() // for each: begin and end need not wait for all
+		g := p.guest(event)
+		if g == nil {
 			p.handle(event)
-			p.unlock()
+		}
+		p.unlock()
+		if g != nil {
+			g.ready(side(event.Pad&1), event.Events)
 		}
 	}
 	if len(events) == eventsSize || errno == syscall.EINTR {
@@ -158,16 +175,21 @@ func (p *poller) unlock() {
 	}
 }
 
-// enter gives s a slot.
-func (p *poller) enter(s *session, fds [2]int32) {
+// take returns a free slot.
+func (p *poller) take() int32 {
 	if n := len(p.free); n > 0 {
-		s.slot, p.free = p.free[n-1], p.free[:n-1]
-	} else {
-		s.slot = int32(len(p.slots))
-		p.slots = append(p.slots, slot{})
+		at := p.free[n-1]
+		p.free = p.free[:n-1]
+		return at
 	}
-	p.slots[s.slot].session = s
-	s.fd, s.open = fds, true
+	p.slots = append(p.slots, slot{})
+	return int32(len(p.slots) - 1)
+}
+
+// vacate makes a slot free.
+func (p *poller) vacate(at int32) {
+	p.slots[at] = slot{round: (p.slots[at].round + 1) & (1<<30 - 1)}
+	p.free = append(p.free, at)
 }
 
 // watch makes epoll watch what s waits for. A change makes epoll look at the
@@ -179,7 +201,7 @@ func (p *poller) watch(s *session) {
 		}
 		mask, op := uint32(edge), syscall.EPOLL_CTL_MOD
 		if s.reads(i) {
-			mask |= syscall.EPOLLIN | syscall.EPOLLRDHUP | syscall.EPOLLPRI
+			mask |= toRead
 		}
 		if s.held[i.peer()] != nil {
 			mask |= syscall.EPOLLOUT
@@ -190,12 +212,17 @@ func (p *poller) watch(s *session) {
 		if s.mask[i] == 0 {
 			op = syscall.EPOLL_CTL_ADD
 		}
-		event := syscall.EpollEvent{Events: mask, Fd: s.slot, Pad: p.slots[s.slot].round<<1 | int32(i)}
-		if err := syscall.EpollCtl(p.epoll, op, int(s.fd[i]), &event); err != nil {
+		if err := p.control(op, s.slot, i, s.fd[i], mask); err != nil {
 			p.end(s, causeRouterError) // out of memory, or of epoll's user watches
 		}
 		s.mask[i] = mask
 	}
+}
+
+// control is epoll_ctl(2) for a side of what has the slot.
+func (p *poller) control(op int, at int32, i side, fd int32, mask uint32) error {
+	event := syscall.EpollEvent{Events: mask, Fd: at, Pad: p.slots[at].round<<1 | int32(i)}
+	return syscall.EpollCtl(p.epoll, op, int(fd), &event)
 }
 
 // takeDescriptors returns duplicates of the connections' descriptors, which

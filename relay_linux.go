@@ -315,9 +315,7 @@ func (p *poller) end(s *session, why cause) {
 	if s.wait != nil {
 		s.wait.Stop()
 	}
-	at := &p.slots[s.slot]
-	at.session, at.round = nil, (at.round+1)&(1<<30-1)
-	p.free = append(p.free, s.slot)
+	p.vacate(s.slot)
 	p.done = append(p.done, s)
 }
 

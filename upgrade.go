@@ -243,38 +243,46 @@ func appendField(head []byte, name, value string) []byte {
 	return append(append(head, value...), "\r\n"...)
 }
 
-// handshake sends head to the backend and reads its answer, which is not an
-// interim one. maxHead bounds the answer's head in bytes. early is what the
-// backend sent after a 101; the body of any other answer is read from conn
-// through br. The caller sets conn's deadline and closes it.
+// handshake sends head to the backend, unless it is empty, and reads the answer.
+// maxHead bounds the answer's head in bytes. early is what the backend sent after a
+// 101; the body of any other answer is read from conn through br. The caller sets
+// conn's deadline and closes it.
 func handshake(conn net.Conn, br *bufio.Reader, head []byte, maxHead int) (resp *http.Response, early []byte, err error) {
-	if _, err := conn.Write(head); err != nil {
-		return nil, nil, err
+	if len(head) > 0 {
+		if _, err := conn.Write(head); err != nil {
+			return nil, nil, err
+		}
 	}
 	limit := &io.LimitedReader{R: conn, N: int64(maxHead)}
 	br.Reset(limit)
+	resp, err = readAnswer(br)
+	if err == nil && resp.StatusCode == http.StatusSwitchingProtocols {
+		early, _ = br.Peek(br.Buffered()) // what is buffered: no error
+	}
+	limit.N = math.MaxInt64
+	return resp, early, err
+}
+
+// readAnswer reads the head of a backend's answer that is not an interim one: a
+// 101 to WebSocket, or any other.
+func readAnswer(br *bufio.Reader) (*http.Response, error) {
 	for range maxInterim {
 		resp, err := http.ReadResponse(br, nil) // nil: to a GET
-		if err != nil {
-			return nil, nil, fmt.Errorf("read the answer: %w", err)
+		switch {
+		case err != nil:
+			return nil, fmt.Errorf("read the answer: %w", err)
+		case resp.StatusCode < 100 || resp.StatusCode > 599:
+			return nil, fmt.Errorf("status %03d, want 100 to 599 (RFC 9110 §15)", resp.StatusCode)
+		case resp.StatusCode/100 > 1:
+			return resp, nil
+		case resp.StatusCode != http.StatusSwitchingProtocols: // an interim one (RFC 9110 §15.2)
+		case !hasToken(resp.Header, "Upgrade", "websocket"):
+			return nil, fmt.Errorf("the backend switched to %.40q, want websocket", resp.Header.Get("Upgrade"))
+		default:
+			return resp, nil
 		}
-		if resp.StatusCode/100 == 1 && resp.StatusCode != http.StatusSwitchingProtocols {
-			continue // RFC 9110 §15.2
-		}
-		if resp.StatusCode < 100 || resp.StatusCode > 599 {
-			return nil, nil, fmt.Errorf("status %03d, want 100 to 599 (RFC 9110 §15)", resp.StatusCode)
-		}
-		limit.N = math.MaxInt64
-		if resp.StatusCode != http.StatusSwitchingProtocols {
-			return resp, nil, nil
-		}
-		if !hasToken(resp.Header, "Upgrade", "websocket") {
-			return nil, nil, fmt.Errorf("the backend switched to %.40q, want websocket", resp.Header.Get("Upgrade"))
-		}
-		early, _ := br.Peek(br.Buffered()) // what is buffered: no error
-		return resp, early, nil
 	}
-	return nil, nil, fmt.Errorf("more than %d interim answers", maxInterim)
+	return nil, fmt.Errorf("more than %d interim answers", maxInterim)
 }
 
 // maxInterim is how many interim (1xx) answers may come before the final one.

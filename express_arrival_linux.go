@@ -1,0 +1,288 @@
+//go:build !portable && !386
+
+package main
+
+import (
+	"bytes"
+	"net/http"
+	"os"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// arrival is a client on the short way:
+//
+//	head ──read, checked, sent to the owner──> asked ──101──> session
+//	  │                                          │
+//	  └────────────── anything else ─────────────┴──> net/http, or closed
+type arrival struct {
+	// Static after admit.
+	express *express
+	poller  *poller
+	slot    int32
+	peer    string // the client's address, or ""
+	timer   *time.Timer
+
+	// Guarded by mu.
+	mu      sync.Mutex
+	over    bool      // it has left the short way
+	fd      [2]int32  // the sockets, -1: none
+	mask    [2]uint32 // what epoll watches
+	again   [2]bool   // epoll has told of something that is the session's
+	head    []byte    // what the client has sent
+	early   int       // where in that begins what came after its upgrade
+	session *session  // that it is to be; nil until the upgrade was read
+	request []byte    // of the upgrade for the backend, what is not sent yet
+	dialled bool      // the backend has taken a part of it
+	failure error     // of the dial
+}
+
+// ready goes on with what the poller tells of a socket.
+func (a *arrival) ready(i side, events uint32) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	ended := events&(syscall.EPOLLRDHUP|syscall.EPOLLHUP|syscall.EPOLLERR) != 0
+	a.again[i] = a.again[i] || ended || events&syscall.EPOLLPRI != 0
+	switch {
+	case a.over:
+	case a.session == nil && ended:
+		a.toHTTP(nil)
+	case a.session == nil:
+		a.arrive()
+	case i == server:
+		a.hear()
+	case ended:
+		a.gone()
+	default:
+		a.again[client] = true
+	}
+}
+
+// arrive reads the client's upgrade, and sends it to the owner.
+func (a *arrival) arrive() {
+	data, errno := a.receive(client)
+	switch {
+	case errno == syscall.EAGAIN || errno == syscall.EINTR:
+		return
+	case errno != 0 || len(data) == 0:
+		a.end()
+		return
+	}
+	a.head = data
+	if !a.check() || !a.dial() {
+		a.toHTTP(nil)
+	}
+}
+
+// check judges the upgrade, and makes the session and the request for the owner.
+func (a *arrival) check() bool {
+	p := a.express.proxy
+	r, size := a.express.upgrade(a.head)
+	if r == nil {
+		return false
+	}
+	r.RemoteAddr, a.early = a.peer, size
+	p.waiting.Add(1)
+	if namespace, no := p.check(r); no == nil {
+		if owner, version, err := p.owner(namespace); err == nil {
+			peer := forwardedFor(r)
+			a.request = requestHead(r, peer, p.pod, version)
+			a.session = newSession(namespace, owner, peer)
+			return true
+		}
+	}
+	p.waiting.Add(-1)
+	return false
+}
+
+// dial connects to the owner, if that may be done now, and sends the request. A
+// connection that is not there yet takes that later.
+func (a *arrival) dial() bool {
+	b := a.express.proxy.backends
+	addr, ok := b.atOnce(a.session.backend)
+	if !ok {
+		return false
+	}
+	fd, err := connectTo(addr, b.dialer.Control)
+	if err != nil {
+		b.dialled(a.session.backend, err, false)
+		return false
+	}
+	a.fd[server] = fd
+	if !a.send() {
+		return false
+	}
+	mask := uint32(toRead)
+	if len(a.request) > 0 {
+		mask |= syscall.EPOLLOUT
+	}
+	return a.watch(server, mask) == nil
+}
+
+// send sends of the request what the backend takes, and reports whether that is
+// well.
+func (a *arrival) send() bool {
+	n, errno := a.poller.send(a.fd[server], a.request)
+	if errno == syscall.EAGAIN || errno == syscall.EINTR {
+		return true
+	}
+	if errno != 0 {
+		a.failure = os.NewSyscallError("connect", errno)
+		return false
+	}
+	a.request = a.request[n:]
+	if !a.dialled {
+		a.dialled = true
+		a.express.proxy.backends.dialled(a.session.backend, nil, false)
+	}
+	return true
+}
+
+// hear goes on with the backend: it takes the request, or has answered.
+func (a *arrival) hear() {
+	if len(a.request) > 0 {
+		if !a.send() {
+			a.toHTTP(nil)
+			return
+		}
+		if len(a.request) > 0 {
+			return
+		}
+	}
+	data, errno := a.receive(server)
+	switch {
+	case errno == syscall.EAGAIN || errno == syscall.EINTR:
+	case errno != 0 || !a.answer(data):
+		a.toHTTP(data)
+	}
+}
+
+// answer makes the session, if data begins with a 101 that can be passed on.
+func (a *arrival) answer(data []byte) bool {
+	p := a.express.proxy
+	rest := bytes.NewReader(data)
+	br := p.reader(rest)
+	defer p.readers.Put(br)
+	resp, err := readAnswer(br)
+	if err != nil || resp.StatusCode != http.StatusSwitchingProtocols {
+		return false
+	}
+	if p.moves.misplaced(a.session) {
+		a.drop()
+		return false
+	}
+	head := switchingHead(resp)
+	if n, errno := a.poller.send(a.fd[client], head); errno != 0 || n < len(head) { // nothing else is in its buffer
+		a.gone()
+		return true
+	}
+	early := data[len(data)-rest.Len()-br.Buffered():]
+	a.over = true
+	a.timer.Stop()
+	p.results[resultOK].Add(1)
+	p.handOver(a.session, func() { a.become(early) })
+	return true
+}
+
+// become makes the relay carry the session.
+func (a *arrival) become(fromBackend []byte) {
+	for i, left := range a.again {
+		if left {
+			a.mask[i] |= again
+		}
+	}
+	a.poller.adopt(a.session, a.slot, a.fd, a.mask, [2][]byte{a.head[a.early:], fromBackend})
+}
+
+// receive returns what has come from the side, up to bufferSize.
+func (a *arrival) receive(i side) ([]byte, syscall.Errno) {
+	data, errno := a.poller.receive(a.fd[i])
+	a.again[i] = a.again[i] || len(data) == bufferSize
+	return data, errno
+}
+
+// watch makes the poller tell of the side.
+func (a *arrival) watch(i side, mask uint32) error {
+	a.mask[i] = mask | edge
+	return a.poller.watchGuest(syscall.EPOLL_CTL_ADD, a.slot, i, a.fd[i], a.mask[i])
+}
+
+// leave leaves the client to net/http, unless it is over.
+func (a *arrival) leave() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if !a.over {
+		a.failure = os.ErrDeadlineExceeded // if it was dialled in vain
+		a.toHTTP(nil)
+	}
+}
+
+// toHTTP leaves the client to net/http with all it has sent, and if the owner has
+// its upgrade, the owner too, with what came of the answer.
+func (a *arrival) toHTTP(answer []byte) {
+	if !a.dialled || len(a.request) > 0 {
+		a.drop()
+	}
+	a.finish()
+	x := a.express
+	socket := a.remove(client)
+	defer socket.Close()
+	conn, err := connOf(socket, x.proxy.backends.dialer.Control)
+	if err != nil {
+		a.drop()
+		x.refuse(socket, err)
+		return
+	}
+	front := &frontConn{Conn: &resumed{conn, a.head}, gate: x.gate, badHeads: &x.proxy.results[resultBadHead]}
+	if a.fd[server] >= 0 {
+		socket := a.remove(server)
+		defer socket.Close()
+		if conn, err := connOf(socket, x.proxy.backends.dialer.Control); err == nil { // else it is asked again
+			front.backend, front.owner = &resumed{conn, answer}, a.session.backend
+		}
+	}
+	x.leave(front)
+}
+
+// remove takes the side's socket from the poller.
+func (a *arrival) remove(i side) *os.File {
+	syscall.EpollCtl(a.poller.epoll, syscall.EPOLL_CTL_DEL, int(a.fd[i]), nil) // or it is watched while a duplicate is open
+	return os.NewFile(uintptr(a.fd[i]), "socket")
+}
+
+// drop closes the connection to the backend, if there is one.
+func (a *arrival) drop() {
+	if a.fd[server] < 0 {
+		return
+	}
+	if !a.dialled {
+		a.express.proxy.backends.dialled(a.session.backend, a.failure, a.failure == nil)
+	}
+	syscall.Close(int(a.fd[server]))
+	a.fd[server] = -1
+}
+
+// gone ends it since the client has left during its upgrade.
+func (a *arrival) gone() {
+	a.express.proxy.results[resultClientGone].Add(1)
+	a.end()
+}
+
+// end closes the sockets.
+func (a *arrival) end() {
+	a.drop()
+	a.finish()
+	syscall.Close(int(a.fd[client]))
+	a.express.gate.use(-upgradeDescriptors)
+}
+
+// finish ends the short way without a session.
+func (a *arrival) finish() {
+	a.over = true
+	a.timer.Stop()
+	a.poller.unseat(a.slot)
+	if a.session != nil {
+		a.express.proxy.waiting.Add(-1)
+	}
+}

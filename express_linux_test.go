@@ -1,0 +1,421 @@
+//go:build !portable && !386
+
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"net"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// inTwo writes what it is given in two parts, the second after pause.
+func inTwo(w io.Writer, text string, pause func()) {
+	io.WriteString(w, text[:len(text)/2])
+	pause()
+	io.WriteString(w, text[len(text)/2:])
+}
+
+// waitHTTP returns when net/http has a client.
+func (p *testProxy) waitHTTP(t testing.TB) {
+	for end := time.Now().Add(patience); p.http.Load() == 0; <-time.After(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Error("net/http has no client")
+			return
+		}
+	}
+}
+
+// What is plainly right goes the short way: net/http does not see it.
+func TestExpress(t *testing.T) {
+	backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
+		io.WriteString(conn, "HTTP/1.1 103 Early Hints\r\n\r\n"+switching+"hello ")
+		io.Copy(conn, br)
+	})
+	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
+	var clients []net.Conn
+	for _, early := range []string{"", "early ", strings.Repeat("much ", 30_000)} {
+		conn, br, resp := p.ask(t, upgradeRequest("/ws/ns-01/some/path?q=1")+early)
+		if resp.StatusCode != http.StatusSwitchingProtocols || resp.Header.Get("Sec-WebSocket-Accept") == "" {
+			t.Errorf("answer %s with %v", resp.Status, resp.Header)
+		}
+		mustWrite(t, conn, "late")
+		got := make([]byte, len("hello ")+len(early)+len("late"))
+		if _, err := io.ReadFull(br, got); err != nil || string(got) != "hello "+early+"late" {
+			t.Errorf("%d bytes came with the request: %.30q came back, and %v", len(early), got, err)
+		}
+		clients = append(clients, conn)
+	}
+	for i, head := range backend.heads() {
+		if !strings.HasPrefix(head, "GET /ws/ns-01/some/path?q=1 HTTP/1.1\r\n") || !strings.Contains(head, "X-Forwarded-For: 127.0.0.1\r\n") {
+			t.Errorf("request %d is %q", i, head)
+		}
+	}
+	if n, ok, waiting := p.http.Load(), p.results[resultOK].Load(), p.waiting.Load(); n != 0 || ok != 3 || waiting != 0 {
+		t.Errorf("net/http had %d clients, %d upgrades were good and %d are under way, want 0, 3, 0", n, ok, waiting)
+	}
+	for _, conn := range clients {
+		conn.Close()
+	}
+	for p.relay.size() > 0 {
+		<-time.After(time.Millisecond)
+	}
+	if used, _, _ := p.express.gate.state(); used != 0 {
+		t.Errorf("%d descriptors are counted as used after all, want 0", used)
+	}
+}
+
+// What is not plain, or has to wait, is net/http's from where it stands: the
+// backend is not asked twice.
+func TestExpressLeaves(t *testing.T) {
+	forbidden := "HTTP/1.1 403 Forbidden\r\nContent-Length: 9\r\n\r\nforbidden"
+	other := "HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\nConnection: Upgrade\r\n\r\n"
+	plain := upgradeRequest("/ws/ns-01")
+	late := func(conn net.Conn, br *bufio.Reader, pause func()) { pause(); echo(conn, br) }
+	in := func(text string) func(net.Conn, *bufio.Reader, func()) {
+		return func(conn net.Conn, br *bufio.Reader, pause func()) { inTwo(conn, text, pause); io.Copy(conn, br) }
+	}
+	once := func(serve func(net.Conn, *bufio.Reader)) func(net.Conn, *bufio.Reader, func()) {
+		return func(conn net.Conn, br *bufio.Reader, _ func()) { serve(conn, br) }
+	}
+	many := strings.Repeat("many bytes", 3000)
+	muchLater := func(conn net.Conn, br *bufio.Reader, pause func()) {
+		io.WriteString(conn, switching[:9])
+		pause()
+		io.WriteString(conn, switching[9:]+many)
+		io.Copy(conn, br)
+	}
+	tests := map[string]struct {
+		send  string
+		pause bool // before the part of send from cut on
+		cut   int
+		serve func(conn net.Conn, br *bufio.Reader, pause func())
+		want  int
+		body  string // of the answer; of a session, what comes back
+		asked int
+	}{
+		"request in parts":  {send: plain, pause: true, cut: 50, serve: once(echo), want: 101, asked: 1},
+		"silent at first":   {send: plain, pause: true, serve: once(echo), want: 101, asked: 1},
+		"early bytes":       {send: plain + many, serve: in(switching), want: 101, body: many, asked: 1},
+		"answer in parts":   {send: plain, serve: in(switching), want: 101, asked: 1},
+		"much after a part": {send: plain, serve: muchLater, want: 101, body: many, asked: 1},
+		"slow answer":       {send: plain, serve: late, want: 101, asked: 1},
+		"other answer":      {send: plain, serve: once(answer(forbidden)), want: 403, body: "forbidden", asked: 1},
+		"in parts":          {send: plain, serve: in(forbidden), want: 403, body: "forbidden", asked: 1},
+		"no answer":         {send: plain, serve: once(func(net.Conn, *bufio.Reader) {}), want: 502, body: "backend-0: read the answer: unexpected EOF\n", asked: 1},
+		"other protocol":    {send: plain, serve: once(answer(other)), want: 502, body: "backend-0: the backend switched to \"h2c\", want websocket\n", asked: 1},
+		"silent backend":    {send: plain, serve: once(silent), want: 504, body: "backend-0 gave no answer within 1s\n", asked: 1},
+		"no upgrade":        {send: "GET /ws/ns-01 HTTP/1.1\r\nHost: h\r\n\r\n", serve: once(echo), want: 426},
+		"expectation":       {send: strings.Replace(plain, "\r\n", "\r\nExpect: a miracle\r\n", 1), serve: once(echo), want: 417},
+		"odd host":          {send: strings.Replace(plain, "www.mydomain.com", "a b", 1), serve: once(echo), want: 400},
+		"odd name":          {send: strings.Replace(plain, "Origin", "Ori gin", 1), serve: once(echo), want: 400},
+		"long head":         {send: strings.Replace(plain, "Origin: ", "Origin: "+strings.Repeat("x", 8<<10), 1), serve: once(echo), want: 101, asked: 1}, // within what net/http adds to the limit
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var p *testProxy
+			pause := func() { p.waitHTTP(t) }
+			backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) { tt.serve(conn, br, pause) })
+			p = startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) { p.limits.handshake = time.Second })
+			conn, err := net.Dial("tcp", p.addr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			mustWrite(t, conn, tt.send[:tt.cut])
+			if tt.pause {
+				pause()
+			}
+			mustWrite(t, conn, tt.send[tt.cut:])
+			conn.SetReadDeadline(time.Now().Add(patience))
+			br := bufio.NewReader(conn)
+			resp, err := http.ReadResponse(br, nil)
+			if err != nil || resp.StatusCode != tt.want {
+				t.Fatalf("answer %+v, %v; want %d", resp, err, tt.want)
+			}
+			body, want := io.Reader(resp.Body), tt.body
+			if tt.want == http.StatusSwitchingProtocols {
+				mustWrite(t, conn, "late")
+				body, want = br, tt.body+"late"
+			}
+			got := make([]byte, len(want))
+			if _, err := io.ReadFull(body, got); err != nil || string(got) != want {
+				t.Errorf("%.60q came, and %v; want %.60q", got, err, want)
+			}
+			if n, asked, waiting := p.http.Load(), len(backend.heads()), p.waiting.Load(); n != 1 || asked != tt.asked || waiting > 0 && tt.want == 101 {
+				t.Errorf("net/http had %d clients, the backend was asked %d times, and %d upgrades are under way; want 1, %d, 0", n, asked, waiting, tt.asked)
+			}
+		})
+	}
+}
+
+// A client that leaves while its owner is asked takes the connection to that with
+// it.
+func TestExpressClientLeaves(t *testing.T) {
+	asked, left := make(chan struct{}), make(chan struct{})
+	backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
+		close(asked)
+		io.Copy(io.Discard, br)
+		close(left)
+	})
+	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
+	conn := p.send(t, "ns-01")
+	<-asked
+	conn.Close()
+	<-left
+	p.waitResult(t, resultClientGone)
+	p.waitWaiting(t, 0)
+}
+
+// An owner that refuses, and one whose connection is made late, are waited for.
+func TestExpressDial(t *testing.T) {
+	t.Run("refused", func(t *testing.T) {
+		addr := freeAddr(t)
+		p := startProxy(t, []string{addr}, map[string]string{}, nil)
+		conn := p.send(t, "ns-01")
+		p.waitHTTP(t)
+		startStub(t, addr, echo)
+		mustAnswer(t, conn, 101)
+	})
+	t.Run("late", func(t *testing.T) {
+		l, fill := fullListener(t)
+		p := startProxy(t, []string{l.Addr().String()}, map[string]string{}, nil)
+		conn := p.send(t, "ns-01")
+		p.waitHTTP(t) // after expressTime
+		var running sync.WaitGroup
+		defer running.Wait()
+		defer l.Close()
+		running.Go(func() {
+			for conn, err := l.Accept(); err == nil; conn, err = l.Accept() {
+				running.Go(func() {
+					defer conn.Close()
+					br := bufio.NewReader(conn)
+					if _, err := readHead(br); err == nil {
+						echo(conn, br)
+					}
+				})
+			}
+		})
+		for _, conn := range fill {
+			conn.Close()
+		}
+		mustAnswer(t, conn, 101)
+		conn.Close()
+	})
+}
+
+// fullListener is one whose backlog is full: who connects waits.
+func fullListener(t *testing.T) (l net.Listener, fill []net.Conn) {
+	t.Helper()
+	l = listenLocal(t)
+	raw, err := l.(*net.TCPListener).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw.Control(func(fd uintptr) { err = syscall.Listen(int(fd), 0) })
+	for err == nil {
+		var conn net.Conn
+		if conn, err = net.DialTimeout("tcp", l.Addr().String(), 100*time.Millisecond); err == nil {
+			fill = append(fill, conn)
+		}
+	}
+	return l, fill
+}
+
+// Both ways give the sockets of a session the same options.
+func TestExpressOptions(t *testing.T) {
+	backend := startStub(t, "127.0.0.1:0", echo)
+	whole := func(w io.Writer, text string) { io.WriteString(w, text) }
+	inTwo := func(w io.Writer, text string) { inTwo(w, text, func() { <-time.After(20 * time.Millisecond) }) }
+	for timeout, want := range map[time.Duration]string{time.Minute: "[1 30 15 60000 1]", 0: "[0 0 1]"} {
+		r := startRouter(t, "-backends", backend.addr, "-overrides", t.TempDir(), "-peer-timeout", timeout.String())
+		r.log.wait(t, "table", 1)
+		for i, write := range []func(io.Writer, string){whole, inTwo} {
+			conn, err := net.Dial("tcp", r.front)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			write(conn, upgradeRequest("/ws/ns-01"))
+			mustAnswer(t, conn, 101)
+			for side, got := range socketsOf(t, r.front, backend.addr) {
+				if got != want {
+					t.Errorf("with timeout %s and way %d the socket of the %s has %s, want %s", timeout, i, side, got, want)
+				}
+			}
+			conn.Close()
+			r.log.wait(t, "session ended", i+1)
+		}
+	}
+}
+
+// socketsOf returns the options of the router's two sockets of its only session: of
+// keepalive if it has that, the user timeout, and no delay.
+func socketsOf(t *testing.T, front, backend string) map[string]string {
+	t.Helper()
+	found := map[string]string{}
+	for fd := range 1000 {
+		local, lerr := syscall.Getsockname(fd)
+		peer, perr := syscall.Getpeername(fd)
+		if lerr != nil || perr != nil {
+			continue
+		}
+		side := map[bool]string{true: "client"}[addressOf(local) == front] + map[bool]string{true: "backend"}[addressOf(peer) == backend]
+		if side == "" {
+			continue // another test's, or of the other end
+		}
+		options := [][2]int{{syscall.SOL_SOCKET, syscall.SO_KEEPALIVE}, {syscall.IPPROTO_TCP, syscall.TCP_KEEPIDLE},
+			{syscall.IPPROTO_TCP, syscall.TCP_KEEPINTVL}, {syscall.IPPROTO_TCP, tcpUserTimeout}, {syscall.IPPROTO_TCP, syscall.TCP_NODELAY}}
+		if on, _ := syscall.GetsockoptInt(fd, options[0][0], options[0][1]); on == 0 {
+			options = slices.Delete(options, 1, 3)
+		}
+		var values []int
+		for _, o := range options {
+			value, err := syscall.GetsockoptInt(fd, o[0], o[1])
+			if err != nil {
+				t.Fatal(err)
+			}
+			values = append(values, value)
+		}
+		found[side] = fmt.Sprint(values)
+	}
+	if len(found) != 2 {
+		t.Fatalf("the router has sockets %v, want the client's and the backend's", found)
+	}
+	return found
+}
+
+// When the router stops, all that are on the short way are answered as ever: it
+// waits for no one that is silent.
+func TestExpressStops(t *testing.T) {
+	backend := startStub(t, "127.0.0.1:0", silent)
+	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
+	asked := p.send(t, "ns-01")
+	p.waitWaiting(t, 1)
+	var quiet []net.Conn
+	for _, text := range []string{"", "GET /ws/ns-01 HTTP/1.1\r\n"} {
+		conn, err := net.Dial("tcp", p.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		mustWrite(t, conn, text)
+		quiet = append(quiet, conn)
+	}
+	for len(p.guests()) < 3 && p.http.Load() < 2 {
+		<-time.After(time.Millisecond)
+	}
+	p.express.stop()
+	if n, guests := p.http.Load(), len(p.guests()); n != 3 || guests != 0 {
+		t.Errorf("net/http has %d clients and express %d, want all 3", n, guests)
+	}
+	if _, err := net.Dial("tcp", p.addr); err != nil {
+		t.Errorf("the listener is closed: %v; want that net/http does it", err)
+	}
+	asked.Close()
+	p.waitResult(t, resultClientGone)
+	for _, conn := range quiet {
+		conn.Close()
+	}
+}
+
+// guests returns those who are on the short way.
+func (p *testProxy) guests() (all []guest) {
+	for _, poller := range p.relay.carrier.pollers {
+		all = append(all, poller.guests()...)
+	}
+	return all
+}
+
+// FuzzExpress holds what is taken the short way against net/http's server: it would
+// give its handler the same request.
+func FuzzExpress(f *testing.F) {
+	for _, request := range []string{
+		upgradeRequest("/ws/ns-01"), upgradeRequest("/ws/ns-01") + "early", "GET / HTTP/1.1\nHost: h\n\n",
+		"GET / HTTP/1.1\r\nHost: h\r\nX: a\r\n b\r\n\r\n", "GET http://h/ws/x HTTP/1.1\r\nHost: h\r\n\r\n",
+		"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\n\r\nabc", "GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+		"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", "GET / HTTP/1.1\r\nHost: h\r\nX\x00: z\r\n\r\n", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+		"GET / HTTP/1.1\r\nHost: h\r\nX: \x7f\r\n\r\n", "GET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n",
+	} {
+		f.Add([]byte(request))
+	}
+	x := &express{proxy: &proxy{limits: limits{headerBytes: 4 << 10}}}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		got, size := x.upgrade(data)
+		if got == nil {
+			return
+		}
+		want, rest := served(t, data)
+		if want == nil {
+			t.Fatalf("express takes %q, net/http does not", data)
+		}
+		if got.Method != want.Method || got.RequestURI != want.RequestURI || got.Host != want.Host || got.ContentLength != want.ContentLength ||
+			!maps.EqualFunc(got.Header, want.Header, slices.Equal[[]string]) {
+			t.Errorf("express has %+v, net/http %+v", got, want)
+		}
+		if got.ContentLength == 0 && string(data[size:]) != rest {
+			t.Errorf("express has %q after the request, net/http %q", data[size:], rest)
+		}
+	})
+}
+
+// served returns the request that net/http's server gives its handler of data, and
+// what follows it; nil if it gives none.
+func served(t *testing.T, data []byte) (request *http.Request, rest string) {
+	t.Helper()
+	done := make(chan struct{}, 2)
+	conn := &spoken{Reader: bytes.NewReader(data)}
+	server := &http.Server{MaxHeaderBytes: 4 << 10, ErrorLog: serverLog(slog.New(slog.DiscardHandler))}
+	server.ConnState = func(_ net.Conn, state http.ConnState) {
+		if state == http.StateClosed {
+			done <- struct{}{}
+		}
+	}
+	server.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		defer func() { done <- struct{}{} }()
+		request = r.Clone(t.Context())
+		if _, rw, err := http.NewResponseController(w).Hijack(); err == nil {
+			all, _ := io.ReadAll(rw)
+			rest = string(all)
+		}
+	})
+	server.Serve(&oneListener{conn: conn}) // its error is the listener's second
+	<-done
+	return request, rest
+}
+
+// spoken is a connection whose client has said all it will, and hears nothing.
+type spoken struct{ *bytes.Reader }
+
+func (*spoken) Write(b []byte) (int, error)      { return len(b), nil }
+func (*spoken) Close() error                     { return nil }
+func (*spoken) LocalAddr() net.Addr              { return nil }
+func (*spoken) RemoteAddr() net.Addr             { return nil }
+func (*spoken) SetDeadline(time.Time) error      { return nil }
+func (*spoken) SetReadDeadline(time.Time) error  { return nil }
+func (*spoken) SetWriteDeadline(time.Time) error { return nil }
+
+// oneListener accepts one connection.
+type oneListener struct{ conn net.Conn }
+
+func (l *oneListener) Accept() (net.Conn, error) {
+	if conn := l.conn; conn != nil {
+		l.conn = nil
+		return conn, nil
+	}
+	return nil, net.ErrClosed
+}
+
+func (*oneListener) Close() error   { return nil }
+func (*oneListener) Addr() net.Addr { return nil }
