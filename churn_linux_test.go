@@ -304,6 +304,7 @@ func (p *routerProcess) settled(t *testing.T) {
 // set, and if an end is not counted or logged; after some 10,000 sessions also if
 // a timer outlives each, and after 100,000 if a few bytes of each stay.
 func TestProxyChurn(t *testing.T) {
+	const warmSessions = 1000 // at least: what a router keeps for good, it has by then, however slow the machine
 	addrs := churnBackend(t, "127.0.0.1") + "," + churnBackend(t, "127.0.0.2")
 	p := newRouterProcess(t, slices.Concat(onFreePorts, []string{"-backends", addrs, "-overrides", t.TempDir()})...)
 	c := &churn{log: churnLog{tail: p.log}}
@@ -313,7 +314,9 @@ func TestProxyChurn(t *testing.T) {
 	p.log.wait(t, "table", 1)
 	c.front = p.front
 
-	c.run(t, max(time.Second, *churnFlag/60), func() {})
+	warmUp := func() { c.run(t, max(time.Second, *churnFlag/60), func() {}) }
+	for warmUp(); c.echoed.Load() < warmSessions && !t.Failed(); warmUp() {
+	}
 	p.settled(t)
 	asked := 1
 	before := p.usage(t, asked)
