@@ -10,6 +10,7 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
@@ -113,7 +114,11 @@ func (s *session) send(from side, data []byte) bool {
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		s.end(causeHalfClose)
 	} else if err != nil {
-		s.half.CompareAndSwap(int32(causeNone), int32(from.peer().broken()))
+		broken := int32(from.peer().broken())
+		s.half.CompareAndSwap(int32(causeNone), broken)
+		if errors.Is(err, syscall.ETIMEDOUT) { // told to one call only: a read sees an end, and may have said so first
+			s.half.CompareAndSwap(int32(from.peer().ended()), broken)
+		}
 	}
 	return err == nil
 }
