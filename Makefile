@@ -4,6 +4,7 @@ IMAGE       ?= localhost:5000/router:latest
 REGISTRY    ?= localhost:5000
 FUZZTIME    ?= 10s
 CHURN       ?= 30m
+SOAK        ?= 30m
 E2E_FLAGS   ?=
 # no: the nodes pull the image from a registry (make push)
 LOAD        ?= yes
@@ -12,7 +13,7 @@ ROUNDS      ?= 3
 BENCH_FLAGS ?=
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
-.PHONY: help build demo test churn fuzz bench benchcheck benchparts lint image push load deploy undeploy e2e faults certs clean
+.PHONY: help build demo test churn fuzz bench benchcheck benchparts lint image push load deploy undeploy e2e faults soak certs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -77,6 +78,9 @@ e2e: deploy ## deploy, then the end-to-end tests
 
 faults: build ## faults of a test cluster's control plane, which E2E_CONTROL_PLANE stops and starts
 	cd e2e && go test -count=1 -v -timeout 20m -tags controlplane -run '^TestFault' $(E2E_FLAGS) .
+
+soak: build ## faults of such a control plane for SOAK, one after the other, with clients all the time
+	cd e2e && E2E_SOAK=$(SOAK) go test -count=1 -v -timeout 0 -tags controlplane -run '^TestSoak$$' $(E2E_FLAGS) .
 
 certs: ## a root CA and a certificate for mydomain.com, in certs/
 	certs/make.sh

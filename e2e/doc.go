@@ -21,7 +21,7 @@
 //	E2E_HOLD         for how long (2m)
 //	E2E_CLIENTS      how many clients TestScale has (300)
 //
-// The tests with the build tag "controlplane" (make faults) stop and
+// The tests with the build tag "controlplane" (make faults, make soak) stop and
 // kill the API server and etcd of a cluster that is there for it, from within
 // its network, as root. They need no more deployed than "make build".
 //
@@ -29,4 +29,6 @@
 //	                   with "apiserver", "etcd" and the other components
 //	CLUSTER_STATE      its directory, with the process ids in run/ and the keys
 //	                   in pki/ (/var/lib/k8s-test-cluster)
+//	E2E_SOAK           how long TestSoak has faults (30m)
+//	E2E_SEED           what its faults follow from. Default: another each time
 package e2e

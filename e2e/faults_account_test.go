@@ -143,10 +143,7 @@ func TestFault19Forbidden(t *testing.T) {
 	r := newRig(t)
 	pod, g := r.behind(r.newFiles())
 	trial := r.try("19", pod)
-	if err := r.client.RbacV1().RoleBindings(r.namespace).Delete(t.Context(), account, metav1.DeleteOptions{}); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(r.bindAgain)
+	r.unbind()
 	took := trial.followed(trial.write(), 2*time.Second)
 	t.Logf("fault 19: the stream that was open brought a write in %.2f s", took[0].Seconds())
 	g.cut(false)

@@ -20,7 +20,7 @@ func TestFault11OldConnectionLost(t *testing.T) {
 	r := newRig(t)
 	pod := r.pod()
 	trial := r.try("11", pod)
-	r.loseConnections(pod)
+	r.loseConnections(pod, r.address)
 	noticed := pod.logs(t, 21*time.Second, `"msg":"watch failed`)
 	t.Logf("fault 11: noticed in %.1f s", noticed.Seconds())
 	trial.recovered(2 * time.Second)

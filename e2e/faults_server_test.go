@@ -67,7 +67,7 @@ func TestFault08Terminated(t *testing.T) {
 	r.component("start", "apiserver")
 	r.reconnect()
 	took := trial.followed(trial.write(), 5*time.Second)
-	if ports := r.ports(pod); condition(old) == "" || len(ports) != 1 {
+	if ports := r.ports(pod, r.address); condition(old) == "" || len(ports) != 1 {
 		t.Errorf("the old API server is %q, connections from %q", condition(old), ports)
 	}
 	if errs := pod.count(`"msg":"watch failed`); errs != 0 {

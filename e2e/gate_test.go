@@ -148,11 +148,11 @@ func (p *plane) loseAll() (heal func()) {
 }
 
 // loseConnections loses the packets of the connections that a router has to the
-// API server now.
-func (p *plane) loseConnections(s *subject) (heal func()) {
+// address, where the API server or a gate is, now.
+func (p *plane) loseConnections(s *subject, address string) (heal func()) {
 	p.t.Helper()
 	var ends []func()
-	for _, port := range p.ports(s) {
+	for _, port := range p.ports(s, address) {
 		ends = append(ends, p.lose("--source-port", port), p.lose("--destination-port", port))
 	}
 	return func() {
@@ -162,10 +162,10 @@ func (p *plane) loseConnections(s *subject) (heal func()) {
 	}
 }
 
-// ports are those of a router's connections to the API server.
-func (p *plane) ports(s *subject) (ports []string) {
+// ports are those of a router's connections to the address.
+func (p *plane) ports(s *subject, address string) (ports []string) {
 	p.t.Helper()
-	out, err := exec.Command("ss", "-Htnp", "state", "established", "dst", p.address).Output()
+	out, err := exec.Command("ss", "-Htnp", "state", "established", "dst", address).Output()
 	if err != nil {
 		p.t.Fatalf("ss: %v", err)
 	}
@@ -176,7 +176,7 @@ func (p *plane) ports(s *subject) (ports []string) {
 		}
 	}
 	if len(ports) == 0 {
-		p.t.Fatalf("%s has no connection to %s:\n%s", s.pod, p.address, out)
+		p.t.Fatalf("%s has no connection to %s:\n%s", s.pod, address, out)
 	}
 	return ports
 }

@@ -223,6 +223,15 @@ func (p *plane) restoreOverrides(ctx context.Context, data map[string]string) er
 	return err
 }
 
+// unbind takes its Role from the service account, until the end of the test.
+func (p *plane) unbind() {
+	p.t.Helper()
+	if err := p.client.RbacV1().RoleBindings(p.namespace).Delete(p.t.Context(), account, metav1.DeleteOptions{}); err != nil {
+		p.t.Fatal(err)
+	}
+	p.t.Cleanup(p.bindAgain)
+}
+
 // bindAgain gives the service account its Role if it does not have it. It runs in
 // cleanups too.
 func (p *plane) bindAgain() {

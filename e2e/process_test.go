@@ -7,6 +7,7 @@ import (
 	"io"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -53,7 +54,10 @@ func start(t *testing.T, program string, args ...string) *process {
 		p.cmd.Process.Kill()
 		<-p.done
 		if t.Failed() {
-			t.Logf("%s %s printed:\n%s", program, strings.Join(args, " "), strings.Join(p.output(), "\n"))
+			said := slices.DeleteFunc(p.output(), func(line string) bool {
+				return strings.Contains(line, `"msg":"session `) || strings.Contains(line, `msg="session `)
+			})
+			t.Logf("%s %s printed, but for sessions:\n%s", program, strings.Join(args, " "), strings.Join(said, "\n"))
 		}
 	})
 	return p

@@ -27,6 +27,9 @@ const (
 	moved  = prefix + "moved"
 )
 
+// backendCount is how many backends the routers have.
+const backendCount = 4
+
 // subject is a router process that a fault is tried on.
 type subject struct {
 	*process
@@ -49,7 +52,7 @@ func newRig(t *testing.T) *rig {
 	if _, err := os.Stat(filepath.Join(bin, "router")); err != nil {
 		t.Fatalf("%v: \"make build\" makes it", err)
 	}
-	return &rig{plane: p, backends: p.localBackends(filepath.Join(bin, "backend"), 4), program: filepath.Join(bin, "router")}
+	return &rig{plane: p, backends: p.localBackends(filepath.Join(bin, "backend"), backendCount), program: filepath.Join(bin, "router")}
 }
 
 // within is the rig as a subtest has it.

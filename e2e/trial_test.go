@@ -78,9 +78,14 @@ func (t *trial) write() change {
 
 // next is the backend that moved gets with the next write.
 func (t *trial) next() string {
-	ordinal, _ := strconv.Atoi(strings.TrimPrefix(t.owner, "backend-"))
-	t.owner = fmt.Sprintf("backend-%d", (ordinal+1)%len(t.backends))
+	t.owner = after(t.owner, 1)
 	return t.owner
+}
+
+// after returns the backend that is so many after another, in a circle.
+func after(backend string, by int) string {
+	ordinal, _ := strconv.Atoi(strings.TrimPrefix(backend, "backend-"))
+	return fmt.Sprintf("backend-%d", (ordinal+by)%backendCount)
 }
 
 // followed waits until new sessions of all routers follow the change, and
