@@ -20,6 +20,7 @@
 //	                 TestRolloutClosesClean hold (5000)
 //	E2E_HOLD         for how long (2m)
 //	E2E_CLIENTS      how many clients TestScale has (300)
+//	E2E_CHANGES      how many changes TestOverrideLatency makes of each size (20)
 //
 // The tests with the build tag "controlplane" (make faults, make soak) stop and
 // kill the API server and etcd of a cluster that is there for it, from within

@@ -73,7 +73,8 @@ func (s *system) patch(ctx context.Context, data map[string]any) (change, error)
 	return s.patchMap(ctx, configMap, data)
 }
 
-// patchMap does so in the ConfigMap of this name.
+// patchMap does so in the ConfigMap of this name. The answer is without the data,
+// which at 1 MiB would take this machine longer than the change.
 func (s *system) patchMap(ctx context.Context, name string, data map[string]any) (change, error) {
 	body, err := json.Marshal(map[string]any{"data": data})
 	if err != nil {
@@ -81,8 +82,17 @@ func (s *system) patchMap(ctx context.Context, name string, data map[string]any)
 	}
 	c := change{sent: time.Now()}
 	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotFirstResponseByte: func() { c.at = time.Now() }})
-	after, err := s.client.CoreV1().ConfigMaps(s.namespace).Patch(ctx, name, types.MergePatchType, body, metav1.PatchOptions{})
+	result := s.client.CoreV1().RESTClient().Patch(types.MergePatchType).Namespace(s.namespace).Resource("configmaps").Name(name).
+		SetHeader("Accept", "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1").Body(body).Do(ctx)
+	if err := result.Error(); err != nil { // Raw does not read it
+		return change{}, err
+	}
+	answer, err := result.Raw()
 	if err != nil {
+		return change{}, err
+	}
+	var after metav1.PartialObjectMetadata
+	if err := json.Unmarshal(answer, &after); err != nil {
 		return change{}, err
 	}
 	c.version = after.ResourceVersion
