@@ -224,22 +224,6 @@ func errorClass(err error) string {
 	return "cut"
 }
 
-// cappedReader fails once limit bytes were read. Its reader moves the limit on
-// with each object, so that it bounds one object and not the stream.
-type cappedReader struct {
-	r           io.Reader
-	read, limit int64
-}
-
-func (c *cappedReader) Read(b []byte) (int, error) {
-	if c.read >= c.limit {
-		return 0, errTooBig
-	}
-	n, err := c.r.Read(b[:min(int64(len(b)), c.limit-c.read)])
-	c.read += int64(n)
-	return n, err
-}
-
 // object is what is read of every API object, and of every list.
 type object struct {
 	Kind     string `json:"kind"`
@@ -250,50 +234,4 @@ type object struct {
 		ResourceVersion string `json:"resourceVersion"`
 		Continue        string `json:"continue"` // lists only
 	} `json:"metadata"`
-}
-
-// decodeList reads a list to its end, of at most most bytes, one item after the
-// other: thirty of 1 MiB each would take 100 MiB as one text.
-func decodeList[T any](body io.Reader, most int64) (list object, items []*T, err error) {
-	capped := &cappedReader{r: body, limit: maxObject}
-	d := json.NewDecoder(capped)
-	err = within(d, '{', func() (err error) {
-		key, err := d.Token()
-		switch key {
-		case "kind":
-			return d.Decode(&list.Kind)
-		case "metadata":
-			return d.Decode(&list.Metadata)
-		case "items":
-			return within(d, '[', func() error {
-				items = append(items, new(T))
-				capped.limit = min(d.InputOffset()+maxObject, most)
-				return d.Decode(items[len(items)-1])
-			})
-		}
-		return cmp.Or(err, d.Decode(new(json.RawMessage)))
-	})
-	if _, end := d.Token(); err == nil && end != io.EOF {
-		err = fmt.Errorf("%w: more than a list", errAnswer)
-	}
-	return list, items, err
-}
-
-// within calls each for the elements of a JSON array or the members of an
-// object. null has none.
-func within(d *json.Decoder, open json.Delim, each func() error) error {
-	begin, err := d.Token()
-	if err != nil || begin == nil {
-		return err
-	}
-	if begin != open {
-		return fmt.Errorf("%w: %v, want %v", errAnswer, begin, open)
-	}
-	for d.More() {
-		if err := each(); err != nil {
-			return err
-		}
-	}
-	_, err = d.Token()
-	return err
 }

@@ -35,7 +35,7 @@
 //  11. Every goroutine has an owner that waits for it.
 //
 // Read main and config, then route, pack, hash and swap (who owns), dir,
-// configmap, events, watch, kube and cluster (how the overrides come), statefulset,
+// configmap, events, watch, decode, kube and cluster (how the overrides come), statefulset,
 // endpoints, dns, backends and hold (how many owners there are, where, and the
 // wait for them), listen, proxy, upgrade and refusal (from request to session),
 // express (the same for what need not wait), relay, frame, rawio, pace and move (the

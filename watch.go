@@ -183,34 +183,23 @@ func (w *watcher[T]) follow(body io.Reader) error {
 	}
 }
 
-// next applies one event. ADDED and MODIFIED mean the same. DELETED may mean
-// that the object has left the selection only (python#2228).
+// next applies one event. ADDED and MODIFIED mean the same. DELETED may mean that
+// the object has left the selection only (python#2228).
 func (w *watcher[T]) next(d *json.Decoder) error {
-	var event struct {
-		Type   string          `json:"type"`
-		Object json.RawMessage `json:"object"`
-	}
-	if err := d.Decode(&event); err != nil {
+	event, o, err := decodeEvent[T](d)
+	if err != nil {
 		return err
 	}
-	switch event.Type {
-	case "BOOKMARK":
+	if event == "BOOKMARK" {
 		w.tell(func(s *watchStatus) { s.confirmed = time.Now() })
 		return nil
-	case "ERROR": // also the 410 of a watch: an event in a 200 (kubernetes#35068)
-		no := &status{}
-		return cmp.Or(json.Unmarshal(event.Object, no), error(no))
-	case "ADDED", "MODIFIED", "DELETED":
-	default: // passed over, it would be lost for good (vector#5846)
-		return fmt.Errorf("%w: event of type %.60q", errAnswer, event.Type)
 	}
-	o := new(T)
-	if err := cmp.Or(json.Unmarshal(event.Object, o), w.verify(o)); err != nil {
+	if err := w.verify(o); err != nil {
 		return err
 	}
 	set := maps.Clone(w.set)
 	set[w.header(o).Metadata.Name] = o
-	if event.Type == "DELETED" {
+	if event == "DELETED" {
 		delete(set, w.header(o).Metadata.Name)
 	}
 	w.replace(set)
