@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"log/slog"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -66,13 +67,20 @@ func (r *router) swap() {
 	r.swapped()
 	all := t.changes(old)
 	r.report(t, all)
-	if r.told == nil {
-		return
-	}
 	for _, c := range all {
-		r.told(c)
+		if r.told != nil {
+			r.told(c)
+		}
+	}
+	if len(t.index.cells) > largeIndex {
+		runtime.GC()
 	}
 }
+
+// largeIndex is how many cells, of 8 bytes, are worth a collection of the old table
+// when it is out of force. By itself the runtime would let as much garbage come
+// together as there is in use: of a million overrides, three old indexes.
+const largeIndex = 1 << 18
 
 // change is what the new state of one source did.
 type change struct {
