@@ -35,7 +35,7 @@ type arrival struct {
 	session *session  // that it is to be; nil until the upgrade was read
 	request []byte    // of the upgrade for the backend, what is not sent yet
 	dialled bool      // the backend has taken a part of it
-	failure error     // of the dial
+	failure error     // of the dial; nil if that was given up, which says nothing about the backend
 }
 
 // ready goes on with what the poller tells of a socket.
@@ -213,7 +213,6 @@ func (a *arrival) leave() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if !a.over {
-		a.failure = os.ErrDeadlineExceeded // if it was dialled in vain
 		a.toHTTP(nil)
 	}
 }
