@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/http"
 	"os"
@@ -75,7 +76,7 @@ func TestPause(t *testing.T) {
 }
 
 func TestRetryAfter(t *testing.T) {
-	for asked, want := range map[int]time.Duration{0: 0, 7: 7 * time.Second, 61: time.Minute, 1 << 62: time.Minute} {
+	for asked, want := range map[int]time.Duration{0: 0, 7: 7 * time.Second, 61: time.Minute, math.MaxInt: time.Minute} {
 		s := &status{}
 		s.Details.RetryAfterSeconds = asked
 		if got := retryAfter(fmt.Errorf("list: %w", s)); got != want {
