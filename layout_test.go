@@ -52,7 +52,7 @@ var layout = []struct {
 	{"frame", ""},
 	{"rawio", ""},
 	{"pace", "relay"},
-	{"move", "pace relay route swap"},
+	{"move", "hash pace relay route swap"},
 	{"admin", "backends configmap listen pack proxy refusal relay route statefulset swap"},
 	{"plan", "admin backends configmap kube move pace proxy relay route swap"},
 	{"command", "admin backends config dir kube pack plan route"},

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"log/slog"
 	"math/rand/v2"
@@ -39,7 +40,7 @@ type mover struct {
 	// Owned by run.
 	first, due time.Time // of the changes that have not settled: when the first came, when they will; zero if none
 	waves      []*wave   // whose receipts are not written
-	ready      []turn    // in no order
+	ready      []turn    // by place
 	later      []turn    // whose owner has changed again: the next plan is for them
 	owners     map[int]*newOwner
 	forget     context.CancelFunc // ends all dial
@@ -160,7 +161,7 @@ func (m *mover) plan(ctx context.Context, now time.Time) {
 	fresh := &wave{begun: now, names: map[string]struct{}{}}
 	fresh.version = m.router.table().version
 	for _, s := range m.relay.where(func(s *session) bool { return !s.ending() && m.misplaced(s) }) {
-		t := turn{s, before[s]}
+		t := turn{s, before[s], spread(s.namespace)}
 		if delete(before, s); t.wave == nil {
 			t.wave = fresh
 			fresh.left++
@@ -169,7 +170,7 @@ func (m *mover) plan(ctx context.Context, now time.Time) {
 		m.await(ctx, t)
 	}
 	for s, c := range before {
-		m.drop(turn{s, c})
+		m.drop(turn{session: s, wave: c})
 	}
 	if fresh.left > 0 {
 		m.waves = append(m.waves, fresh)
@@ -217,6 +218,7 @@ func (m *mover) answered(d dialled) {
 	case m.owners[owner.backend] != owner: // of an earlier plan
 	case d.err == nil:
 		m.ready, owner.waiting, owner.there = append(m.ready, owner.waiting...), nil, true
+		slices.SortFunc(m.ready, func(a, b turn) int { return cmp.Compare(a.place, b.place) })
 		m.pace.begin(time.Now())
 	default:
 		owner.waiting = slices.DeleteFunc(owner.waiting, func(t turn) bool {
@@ -234,13 +236,13 @@ func (m *mover) answered(d dialled) {
 	}
 }
 
-// move makes the sessions part whose turn it is, any of those that are ready.
+// move makes the sessions part whose turn it is, from the last of those that are
+// ready.
 func (m *mover) move() {
 	now := time.Now()
 	for len(m.ready) > 0 && !m.pace.next().After(now) {
-		i, last := rand.IntN(len(m.ready)), len(m.ready)-1
-		t := m.ready[i]
-		m.ready[i] = m.ready[last]
+		last := len(m.ready) - 1
+		t := m.ready[last]
 		m.ready = m.ready[:last]
 		owner, _ := m.router.table().owner(t.session.namespace)
 		switch next := m.owners[owner]; {

@@ -254,6 +254,31 @@ func TestMovePace(t *testing.T) {
 	}
 }
 
+// All sessions of a namespace move in a row, in the same order on every router.
+func TestMoveByNamespace(t *testing.T) {
+	const namespaces, each = 12, 5
+	orders := map[string]bool{}
+	for range 3 {
+		movesIn(t, 100, each, pinned(namespaces, 0), func(t *testing.T, m *moveTest) {
+			m.table(pinned(namespaces, 1))
+			var order []string
+			for _, s := range m.after(time.Minute) {
+				order = append(order, s.namespace)
+			}
+			if len(order) != namespaces*each {
+				t.Fatalf("%d sessions moved, want %d", len(order), namespaces*each)
+			}
+			if order = slices.Compact(order); len(order) != namespaces {
+				t.Errorf("namespaces moved in this order, want each once: %q", order)
+			}
+			orders[fmt.Sprint(order)] = true
+		})
+	}
+	if len(orders) != 1 {
+		t.Errorf("three routers have different orders: %v", orders)
+	}
+}
+
 // A pace that fell behind makes up for a second of it, and not for more.
 func TestPaceCatchesUp(t *testing.T) {
 	begun := time.Unix(1000, 0)

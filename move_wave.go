@@ -27,10 +27,14 @@ type wave struct {
 	cuts    atomic.Int64
 }
 
-// turn is a session that is to move.
+// turn is a session that is to move. Its place is the hash of its namespace, so
+// that all sessions of one move in a row, and at about the same time in all
+// routers: they are apart, some with the old owner and some with the new one, for
+// as short as can be. To the old owners and the new ones the order is a random one.
 type turn struct {
 	session *session
 	wave    *wave
+	place   uint64
 }
 
 // send makes the session of t part.
