@@ -21,6 +21,14 @@ type ordinals struct{ first, count int }
 
 func (o ordinals) has(ordinal int) bool { return ordinal >= o.first && ordinal < o.first+o.count }
 
+// String is "4" for 0 to 3, "2+4" for 2 to 5.
+func (o ordinals) String() string {
+	if o.first == 0 {
+		return strconv.Itoa(o.count)
+	}
+	return strconv.Itoa(o.first) + "+" + strconv.Itoa(o.count)
+}
+
 // backends knows where each backend is, and dials it: at addresses that are
 // given, by DNS, or where the EndpointSlices say.
 type backends struct {

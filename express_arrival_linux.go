@@ -85,9 +85,9 @@ func (a *arrival) check() bool {
 	r.RemoteAddr, a.early = a.peer, size
 	p.waiting.Add(1)
 	if namespace, no := p.check(r); no == nil {
-		if owner, version, err := p.owner(namespace); err == nil {
+		if owner, table, err := p.owner(namespace); err == nil {
 			peer := forwardedFor(r)
-			a.request = requestHead(r, peer, p.pod, version)
+			a.request = requestHead(r, peer, p.pod, table)
 			a.session = newSession(namespace, owner, peer)
 			return true
 		}

@@ -98,9 +98,9 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result, error) 
 	ctx, cancel := context.WithTimeout(r.Context(), p.limits.hold)
 	defer cancel()
 	var err error
-	var version string
+	var table string
 	owner := func() (owner int, err error) {
-		owner, version, err = p.owner(namespace)
+		owner, table, err = p.owner(namespace)
 		return owner, err
 	}
 	peer := forwardedFor(r)
@@ -110,7 +110,7 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result, error) 
 			if server, backend, err = p.backends.hold(ctx, owner); err != nil {
 				return p.unreachable(r.Context(), backend, err)
 			}
-			request = requestHead(r, peer, p.pod, version)
+			request = requestHead(r, peer, p.pod, table)
 		}
 		result, err := p.connect(w, r, newSession(namespace, backend, peer), server, request)
 		if !errors.Is(err, errMoved) {
@@ -141,7 +141,7 @@ func (p *proxy) check(r *http.Request) (string, *refusal) {
 	return namespace, nil
 }
 
-// owner returns the backend that owns the namespace, and the version of the
+// owner returns the backend that owns the namespace, and the stamp of the
 // table that says so.
 func (p *proxy) owner(namespace string) (int, string, error) {
 	t := p.router.table()
@@ -152,7 +152,7 @@ func (p *proxy) owner(namespace string) (int, string, error) {
 	if !ok {
 		return 0, "", refuse(resultRefused, "the override of %q cannot be read, or others disagree: /owner of the router says more", namespace)
 	}
-	return owner, t.version, nil
+	return owner, t.stamp, nil
 }
 
 // unreachable says why there is no connection to the owner.

@@ -40,6 +40,7 @@ type table struct {
 	backends    ordinals  // at least 1
 	sources     []entries // of the overrides, in the order in which they are read
 	version     string    // of the source, or a hash of those of several
+	stamp       string    // version/backends: with the same, routers have the same owners
 
 	// The parts of index are the data of sources, then the namespaces that stay
 	// where they were: since an entry cannot be read, since entries disagree.
@@ -59,6 +60,7 @@ func newTable(statefulSet string, backends ordinals, sources []entries, old *tab
 		statefulSet: statefulSet, backends: backends, sources: slices.Clone(sources),
 		version: versionOf(sources), rejected: make([]int, len(sources)),
 	}
+	t.stamp = t.version + "/" + backends.String()
 	var parts []*packed
 	count := 0
 	for i := range t.sources {
@@ -89,14 +91,6 @@ func versionOf(sources []entries) string {
 		fmt.Fprintf(sum, "%q %q\n", e.source, e.version)
 	}
 	return fmt.Sprintf("%d-%016x", len(sources), sum.Sum64())
-}
-
-// source names the sources for people.
-func (t *table) source() string {
-	if len(t.sources) == 1 {
-		return t.sources[0].source
-	}
-	return fmt.Sprintf("%d objects", len(t.sources))
 }
 
 // read returns what the values mean.

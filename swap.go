@@ -2,6 +2,7 @@ package main
 
 import (
 	"cmp"
+	"fmt"
 	"log/slog"
 	"runtime"
 	"slices"
@@ -177,6 +178,14 @@ func firstTold(told []rejection, bad rejection) []rejection {
 		told = slices.Insert(told, at, bad)
 	}
 	return told[:min(maxTold, len(told))]
+}
+
+// source names the sources for people.
+func (t *table) source() string {
+	if len(t.sources) == 1 {
+		return t.sources[0].source
+	}
+	return fmt.Sprintf("%d objects", len(t.sources))
 }
 
 // report logs the new table: one line, and one for each entry that is rejected

@@ -179,8 +179,8 @@ func forwardedFor(r *http.Request) string {
 }
 
 // requestHead is the upgrade request as the backend gets it. peer is what
-// forwardedFor returned for it.
-func requestHead(r *http.Request, peer, pod, version string) []byte {
+// forwardedFor returned for it, table the stamp of the one that was asked.
+func requestHead(r *http.Request, peer, pod, table string) []byte {
 	head := append(make([]byte, 0, 1024), "GET "...)
 	head = append(head, target(r)...)
 	head = append(head, " HTTP/1.1\r\n"...)
@@ -200,7 +200,7 @@ func requestHead(r *http.Request, peer, pod, version string) []byte {
 	head = appendField(head, "X-Forwarded-Proto", proto)
 	head = appendField(head, "X-Forwarded-Host", host)
 	head = appendField(head, headerPod, pod)
-	head = appendField(head, headerTable, version)
+	head = appendField(head, headerTable, table)
 	head = appendFields(head, r.Header, named, isRouters)
 	return append(head, "\r\n"...)
 }
