@@ -1,0 +1,170 @@
+package e2e
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"io"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/go-logfmt/logfmt"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+)
+
+// stay is a session as the backend that had it wrote it down.
+type stay struct {
+	backend, namespace, router string
+	table                      string    // X-Router-Table: version/backends
+	opened, ended              time.Time // ended is zero while it is open
+	messages                   int       // that the backend sent; known once it has ended
+}
+
+// diary is what the backends write of their sessions, from the logs of all their
+// pods, those that come later too.
+type diary struct {
+	// Static after construction.
+	s       *system
+	since   metav1.Time
+	ctx     context.Context // of all reading
+	reading sync.WaitGroup
+
+	// Guarded by mu.
+	mu    sync.Mutex
+	pods  map[types.UID]bool // whose logs are read
+	stays []*stay
+	wrong []error
+}
+
+// keepDiary reads the backends' logs until the test ends.
+func (s *system) keepDiary() *diary {
+	s.t.Helper()
+	ctx, stop := context.WithCancel(context.Background())
+	d := &diary{s: s, since: metav1.Now(), ctx: ctx, pods: map[types.UID]bool{}}
+	pods := s.client.CoreV1().Pods(s.namespace)
+	label := metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=backend"}
+	list, err := pods.List(ctx, label)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	for _, pod := range list.Items {
+		d.meet(&pod)
+	}
+	label.ResourceVersion = list.ResourceVersion
+	events, err := pods.Watch(ctx, label)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	d.reading.Go(func() {
+		for event := range events.ResultChan() {
+			if pod, ok := event.Object.(*corev1.Pod); ok {
+				d.meet(pod)
+			}
+		}
+		if ctx.Err() == nil {
+			d.complain(fmt.Errorf("the watch of the backends' pods has ended"))
+		}
+	})
+	s.t.Cleanup(func() {
+		stop()
+		events.Stop()
+		d.reading.Wait()
+	})
+	return d
+}
+
+// meet reads the pod's log, once its container runs.
+func (d *diary) meet(pod *corev1.Pod) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	runs := slices.ContainsFunc(pod.Status.ContainerStatuses, func(c corev1.ContainerStatus) bool { return c.State.Running != nil })
+	if !runs || d.pods[pod.UID] {
+		return
+	}
+	d.pods[pod.UID] = true
+	d.reading.Go(func() {
+		log, err := d.s.client.CoreV1().Pods(d.s.namespace).GetLogs(pod.Name, &corev1.PodLogOptions{Follow: true, SinceTime: &d.since}).Stream(d.ctx)
+		if err != nil {
+			d.complain(fmt.Errorf("the log of %s: %w", pod.Name, err))
+			return
+		}
+		defer log.Close()
+		d.read(pod.Name, log)
+	})
+}
+
+// read takes the sessions from a backend's log. It may only end behind the line
+// with which the backend does.
+func (d *diary) read(backend string, log io.Reader) {
+	lines := logfmt.NewDecoder(log)
+	open := map[string]*stay{} // by the number that the backend gave them
+	last := ""
+	for lines.ScanRecord() {
+		line := map[string]string{}
+		for lines.ScanKeyval() {
+			line[string(lines.Key())] = string(lines.Value())
+		}
+		last = line["msg"]
+		if err := d.take(backend, open, line); err != nil {
+			d.complain(fmt.Errorf("the log of %s says %v: %w", backend, line, err))
+		}
+	}
+	if d.ctx.Err() == nil && last != "stopped" {
+		d.complain(fmt.Errorf("the log of %s ended after %q: %v", backend, last, lines.Err()))
+	}
+}
+
+// take reads one line of a log. The end of a session that was opened before the
+// diary was begun is left out.
+func (d *diary) take(backend string, open map[string]*stay, line map[string]string) error {
+	now, err := time.Parse(time.RFC3339Nano, line["time"])
+	if err != nil {
+		return err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	switch line["msg"] {
+	case "session open":
+		one := &stay{backend: backend, namespace: line["namespace"], router: line["router"], table: line["table"], opened: now}
+		open[line["session"]] = one
+		d.stays = append(d.stays, one)
+	case "session end":
+		if one := open[line["session"]]; one != nil {
+			one.ended = now
+			one.messages, err = strconv.Atoi(line["messages"])
+			delete(open, line["session"])
+		}
+	}
+	return err
+}
+
+func (d *diary) complain(err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.wrong = append(d.wrong, err)
+}
+
+// of returns the stays of each namespace that is one of those, in the order in
+// which they were opened, and fails the test if a log was not read to its end.
+func (d *diary) of(namespaces map[string]bool) map[string][]stay {
+	d.s.t.Helper()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := some(d.wrong); err != nil {
+		d.s.t.Fatal(err)
+	}
+	all := map[string][]stay{}
+	for _, one := range d.stays {
+		if namespaces[one.namespace] {
+			all[one.namespace] = append(all[one.namespace], *one)
+		}
+	}
+	for _, stays := range all {
+		slices.SortStableFunc(stays, func(a, b stay) int { return cmp.Compare(a.opened.UnixNano(), b.opened.UnixNano()) })
+	}
+	return all
+}
