@@ -139,14 +139,25 @@ func TestPagePolicy(t *testing.T) {
 	}
 }
 
+// A client is told to come back, and not on this connection: where it leads there
+// will be no router.
 func TestRouterIsGone(t *testing.T) {
 	s := start(t)
 	if s == nil {
 		return
 	}
 	s.router.server.Close()
-	wantAnswer(t, s.client(t, s.secure), "https://"+host+"/ws/ns-01", 502,
+	client, url := s.client(t, s.secure), "https://"+host+"/ws/ns-01"
+	wantAnswer(t, client, url, 502,
 		"no answer from the router, or one with a head of more than 4 KiB\n", map[string]string{"Retry-After": "1"})
+	res, err := client.Get(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	if !res.Close {
+		t.Error("the connection is kept")
+	}
 }
 
 // What the router sees of an upgrade, and of a request that is none.
