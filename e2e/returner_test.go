@@ -5,6 +5,8 @@ import (
 	"errors"
 	"sync"
 	"time"
+
+	"github.com/coder/websocket"
 )
 
 // visit is one session of a returner.
@@ -16,6 +18,7 @@ type visit struct {
 	tries  int           // attempts until it was open
 	ended  error         // nil while it is open
 	over   time.Time     // when it ended
+	had    int           // messages that had come by then
 }
 
 // returner is a client that comes back when its session ends, as the page
@@ -24,6 +27,7 @@ type returner struct {
 	// Static after construction.
 	dialer    *dialer
 	namespace string
+	talks     time.Duration // it sends a message so often; 0: never
 	stop      context.CancelFunc
 	running   sync.WaitGroup
 
@@ -35,9 +39,13 @@ type returner struct {
 }
 
 // goAndReturn starts a returner that ends with the test.
-func (s *system) goAndReturn(namespace string) *returner {
+func (s *system) goAndReturn(namespace string) *returner { return s.talkAndReturn(namespace, 0) }
+
+// talkAndReturn starts a returner that sends a message so often, which backends
+// answer, and ends with the test.
+func (s *system) talkAndReturn(namespace string, talks time.Duration) *returner {
 	ctx, stop := context.WithCancel(context.Background())
-	r := &returner{dialer: s.dialer, namespace: namespace, stop: stop}
+	r := &returner{dialer: s.dialer, namespace: namespace, talks: talks, stop: stop}
 	r.running.Go(func() { r.run(ctx) })
 	s.t.Cleanup(func() {
 		stop()
@@ -55,13 +63,31 @@ func (r *returner) run(ctx context.Context) {
 			return
 		}
 		f := r.visit(session, tries, left)
-		select {
-		case <-f.done:
-		case <-ctx.Done():
-		}
+		r.talk(ctx, f)
 		f.close()
 		left = time.Now()
 		r.leave(f)
+	}
+}
+
+// talk sends messages until the session or ctx has ended. What cannot be written
+// was not: that the session has ended, its reader sees.
+func (r *returner) talk(ctx context.Context, f *follower) {
+	var tick <-chan time.Time
+	if r.talks > 0 {
+		ticker := time.NewTicker(r.talks)
+		defer ticker.Stop()
+		tick = ticker.C
+	}
+	for {
+		select {
+		case <-f.done:
+			return
+		case <-ctx.Done():
+			return
+		case <-tick:
+			f.session.conn.Write(ctx, websocket.MessageText, []byte("hello"))
+		}
 	}
 }
 
@@ -99,13 +125,14 @@ func (r *returner) visit(session *session, tries int, left time.Time) *follower 
 
 func (r *returner) leave(f *follower) {
 	over, err := f.end()
+	had, _ := f.state()
 	if err == nil {
 		err = errors.New("the test ended it")
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	last := &r.visits[len(r.visits)-1]
-	last.ended, last.over = err, over
+	last.ended, last.over, last.had = err, over, had
 	r.current = nil
 }
 

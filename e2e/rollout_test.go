@@ -150,7 +150,8 @@ func (s *system) checkSpread(pod string, began time.Time, all []*returner) {
 	want := min(over, time.Duration(len(in))*100*time.Millisecond)
 	s.t.Logf("rollout: %s closed %d sessions within %.1f s (want %.1f s) from %.1f s on; in each %s: %v",
 		pod, len(in), took.Seconds(), want.Seconds(), first.Seconds(), bin, bins)
-	if took < want*9/10 || took > want+5*time.Second {
+	// The clients share their machine with all else: what they see late is no fault.
+	if took < want*9/10 || took > want+15*time.Second {
 		s.t.Errorf("%s closed its sessions within %s, want %s", pod, took, want)
 	}
 	if even := float64(len(in)) * bin.Seconds() / want.Seconds(); float64(most) > 2*even+10 {
