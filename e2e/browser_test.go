@@ -25,8 +25,16 @@ func (s *system) newBrowser() context.Context {
 		s.t.Fatal(err)
 	}
 	home := s.t.TempDir()
+	return startBrowser(s.t, home, append(s.trustInBrowser(home, addr),
+		chromedp.Flag("host-resolver-rules", "MAP "+hostName+":443 "+addr))...)
+}
+
+// startBrowser starts a headless Chromium with a home directory of its own, and
+// returns the context of its first tab. It ends with the test.
+func startBrowser(t *testing.T, home string, more ...chromedp.ExecAllocatorOption) context.Context {
+	t.Helper()
 	options := []chromedp.ExecAllocatorOption{
-		chromedp.ExecPath(findChromium(s.t)),
+		chromedp.ExecPath(findChromium(t)),
 		chromedp.Env("HOME=" + home),
 		chromedp.UserDataDir(filepath.Join(home, "profile")),
 		chromedp.NoFirstRun,
@@ -36,17 +44,15 @@ func (s *system) newBrowser() context.Context {
 		chromedp.Flag("disable-background-networking", true),
 		chromedp.Flag("disable-component-update", true),
 		chromedp.Flag("disable-sync", true),
-		chromedp.Flag("host-resolver-rules", "MAP "+hostName+":443 "+addr),
 		chromedp.WSURLReadTimeout(time.Minute),
 	}
 	if os.Getuid() == 0 {
 		options = append(options, chromedp.NoSandbox)
 	}
-	options = append(options, s.trustInBrowser(home, addr)...)
-	allocator, cancel := chromedp.NewExecAllocator(context.Background(), options...)
-	s.t.Cleanup(cancel)
-	tab, cancel := chromedp.NewContext(allocator, chromedp.WithErrorf(s.t.Logf))
-	s.t.Cleanup(func() {
+	allocator, cancel := chromedp.NewExecAllocator(context.Background(), append(options, more...)...)
+	t.Cleanup(cancel)
+	tab, cancel := chromedp.NewContext(allocator, chromedp.WithErrorf(t.Logf))
+	t.Cleanup(func() {
 		chromedp.Cancel(tab) // waits for the process, so that its files can be removed
 		cancel()
 	})

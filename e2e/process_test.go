@@ -27,13 +27,13 @@ type process struct {
 }
 
 // build compiles a package of the repository and returns the program's path.
-func (s *system) build(pkg string) string {
-	s.t.Helper()
-	program := filepath.Join(s.t.TempDir(), "program")
-	cmd := exec.CommandContext(s.t.Context(), "go", "build", "-o", program, pkg)
-	cmd.Dir = s.root
+func build(t *testing.T, pkg string) string {
+	t.Helper()
+	program := filepath.Join(t.TempDir(), "program")
+	cmd := exec.CommandContext(t.Context(), "go", "build", "-o", program, pkg)
+	cmd.Dir = ".."
 	if out, err := cmd.CombinedOutput(); err != nil {
-		s.t.Fatalf("go build %s: %v\n%s", pkg, err, out)
+		t.Fatalf("go build %s: %v\n%s", pkg, err, out)
 	}
 	return program
 }

@@ -76,21 +76,34 @@ func (s *system) startKubectlProxy() {
 type outside struct {
 	*process
 	*router
+	serving string // what it printed of that
+}
+
+// runRouter runs the router's program with these flags, at free addresses.
+func runRouter(t *testing.T, program string, flags ...string) outside {
+	t.Helper()
+	p := start(t, program, append(flags, "-listen=127.0.0.1:0", "-admin=127.0.0.1:0", "-log-format=json", "-pod=outside")...)
+	line := p.says(t, `"msg":"serving"`)
+	return outside{p, &router{pod: "outside", base: "http://" + field(t, line, "admin")}, line}
+}
+
+// address is where clients connect.
+func (o outside) address(t *testing.T) string {
+	t.Helper()
+	return "ws://" + field(t, o.serving, "listen")
 }
 
 // startRouter builds the router and runs it with these flags and no more than a
 // developer has to give, and waits until it is ready.
 func (s *system) startRouter(flags ...string) (outside, *dialer) {
 	s.t.Helper()
-	p := start(s.t, s.build("."), append(flags, "-listen=127.0.0.1:0", "-admin=127.0.0.1:0", "-log-format=json",
-		"-pod=outside", "-kube-namespace="+s.namespace, "-backends="+strings.Join(s.backendAddresses(), ","))...)
-	line := p.says(s.t, `"msg":"serving"`)
-	if kube := field(s.t, line, "kube"); kube != "http://127.0.0.1:8080" {
+	o := runRouter(s.t, build(s.t, "."), append(flags, "-kube-namespace="+s.namespace,
+		"-backends="+strings.Join(s.backendAddresses(), ","))...)
+	if kube := field(s.t, o.serving, "kube"); kube != "http://127.0.0.1:8080" {
 		s.t.Errorf("the router follows %q by itself, want http://127.0.0.1:8080", kube)
 	}
-	r := &router{pod: "outside", base: "http://" + field(s.t, line, "admin")}
-	r.awaitReady(s.t)
-	return outside{p, r}, &dialer{base: "ws://" + field(s.t, line, "listen"), http: http.DefaultClient}
+	o.awaitReady(s.t)
+	return o, &dialer{base: o.address(s.t), http: http.DefaultClient}
 }
 
 // awaitReady waits until /readyz says so.
@@ -115,7 +128,7 @@ func (s *system) backendAddresses() []string {
 		addr := net.JoinHostPort(pod.Status.PodIP, "9000")
 		if !answers(addr) {
 			s.t.Logf("pod %s does not answer at %s: local backends instead", pod.Name, addr)
-			return s.localBackends(s.build("./backend"), len(s.pods(s.t.Context(), "backend")))
+			return s.localBackends(build(s.t, "./backend"), len(s.pods(s.t.Context(), "backend")))
 		}
 		addrs = append(addrs, addr)
 	}
