@@ -19,10 +19,13 @@ import (
 
 // What the router says in its Close frames.
 var (
-	restarts  = websocket.CloseError{Code: websocket.StatusServiceRestart, Reason: "service restart"}
-	goesAway  = websocket.CloseError{Code: websocket.StatusGoingAway, Reason: "going away"}
-	flowing   = int64(3)         // messages of each stream before its session is closed
-	closeMost = 20 * time.Second // for the Close to be heard; the router gives a session 5 s once it is to end
+	restarts = websocket.CloseError{Code: websocket.StatusServiceRestart, Reason: "service restart"}
+	goesAway = websocket.CloseError{Code: websocket.StatusGoingAway, Reason: "going away"}
+)
+
+const (
+	flowing   = 3                // messages of each stream before its session is closed
+	closeMost = 20 * time.Second // for a Close to be heard; the router gives a session 5 s once it is to end
 )
 
 // flow is what the sessions of a round have in common.
@@ -221,10 +224,10 @@ func (s shape) sessions() int {
 	return 8
 }
 
-// librarys are the shapes that coder/websocket can hear the end of: version 1.8.15
+// forLibrary are the shapes that coder/websocket can hear the end of: version 1.8.15
 // panics when a Close comes between two fragments of a compressed message, as it
 // gives its window away and then writes to it (msgReader.Read).
-func librarys() []shape {
+func forLibrary() []shape {
 	return slices.DeleteFunc(slices.Clone(shapes), func(s shape) bool { return s.deflate && s.fragment > 0 })
 }
 
@@ -236,7 +239,7 @@ var directions = []flow{{}, {both: true}}
 func TestClosingMoved(t *testing.T) {
 	const rounds = 2
 	c, sessions := newClosing(t, build(t, ".")), 0
-	for _, s := range librarys() {
+	for _, s := range forLibrary() {
 		t.Run(s.name, func(t *testing.T) {
 			within := 0
 			for range rounds {
@@ -260,7 +263,7 @@ func TestClosingMoved(t *testing.T) {
 // TestClosingDrained stops the router while streams flow: both sides hear 1001.
 func TestClosingDrained(t *testing.T) {
 	program := build(t, ".")
-	for _, s := range librarys() {
+	for _, s := range forLibrary() {
 		t.Run(s.name, func(t *testing.T) {
 			for _, f := range directions {
 				c := newClosing(t, program)
@@ -290,7 +293,7 @@ func TestClosingDeaf(t *testing.T) {
 	c := newClosing(t, build(t, "."))
 	within, sessions := 0, 0
 	for _, f := range []flow{{deaf: true}, {deaf: true, both: true}} {
-		clients := c.dialAll(t, librarys(), each, f)
+		clients := c.dialAll(t, forLibrary(), each, f)
 		sessions += len(clients)
 		c.move(t)
 		within += closed(t, clients, restarts, flowing)
@@ -303,7 +306,7 @@ func TestClosingDeaf(t *testing.T) {
 
 	c = newClosing(t, c.cmd.Path)
 	f := flow{deaf: true, both: true}
-	clients := c.dialAll(t, librarys(), each, f)
+	clients := c.dialAll(t, forLibrary(), each, f)
 	c.stop(t)
 	closed(t, clients, goesAway, flowing)
 	c.backendClosed(t, c.owner, len(clients), f)

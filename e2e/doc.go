@@ -7,6 +7,8 @@
 // they use begin with "e2e-". A precondition that is not met is a failure that
 // says what to do, never a skip; to leave a test out, use -skip.
 //
+// TestClosing and its like need no cluster: the router that they run is a process.
+//
 // Environment:
 //
 //	E2E_ADDR         host:port of nginx. Default: the address of the

@@ -43,7 +43,6 @@ var shapes = []shape{
 
 const (
 	largest     = 16 << 20 // bytes of a message
-	ahead       = 64 << 10 // bytes
 	noisePeriod = 1021     // words of 4 bytes: messages begin at so many places of the noise
 	noiseSeed   = 0x2545f491
 	noiseStep   = 97 // words between the first messages of two streams
@@ -87,7 +86,10 @@ func (s stream) message(i int) []byte {
 // talk writes messages until one cannot be written. No more than ahead is on the
 // way to its hearer, if that is known: what the kernel takes is of no interest.
 func (s stream) talk(ctx context.Context, conn *websocket.Conn, hearer *hearing) {
-	window := int64(max(2, ahead/s.size))
+	window := int64(2)
+	if hearer != nil {
+		window = max(window, int64(hearer.ahead/s.size))
+	}
 	for i := int64(0); ; i++ {
 		for hearer != nil && i-hearer.whole.Load() >= window {
 			select {
@@ -125,14 +127,17 @@ func (s stream) say(ctx context.Context, conn *websocket.Conn, data []byte) erro
 type hearing struct {
 	stream
 	whole atomic.Int64  // messages
-	done  chan struct{} // closed when listen has returned
+	done  chan struct{} // closed when it has ended
+	ahead int           // bytes that may be on the way, but for two messages
 
 	// Set before done is closed.
 	within bool  // it ended within a message
 	err    error // why it ended
 }
 
-func newHearing(s stream) *hearing { return &hearing{stream: s, done: make(chan struct{})} }
+func newHearing(s stream) *hearing {
+	return &hearing{stream: s, done: make(chan struct{}), ahead: 64 << 10}
+}
 
 // listen reads messages until there is no more, or one that must not be there.
 func (h *hearing) listen(ctx context.Context, conn *websocket.Conn) {
@@ -182,7 +187,8 @@ func (h *hearing) closedBy(want websocket.CloseError, least int64) error {
 
 // streamer is a backend that sends a stream to each client, and listens to what
 // the client sends, if anything. The path says the shape; the query has the
-// number, and "deaf" if the backend is not to read anything.
+// number, and "deaf" if the backend is not to read anything, and "sliced" if it is the client's
+// business where frames end.
 type streamer struct {
 	ctx     context.Context
 	server  *httptest.Server
@@ -219,6 +225,9 @@ func (b *streamer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	s := stream{shapes[i], number}
 	h := newHearing(s.back())
+	if query.Has("sliced") {
+		h.fragment = 1
+	}
 	b.mu.Lock()
 	client := b.clients[number]
 	if !query.Has("deaf") {
