@@ -86,7 +86,7 @@ func (s stream) message(i int) []byte {
 // talk writes messages until one cannot be written. No more than ahead is on the
 // way to its hearer, if that is known: what the kernel takes is of no interest.
 func (s stream) talk(ctx context.Context, conn *websocket.Conn, hearer *hearing) {
-	window := int64(2)
+	window := int64(8)
 	if hearer != nil {
 		window = max(window, int64(hearer.ahead/s.size))
 	}
@@ -128,7 +128,7 @@ type hearing struct {
 	stream
 	whole atomic.Int64  // messages
 	done  chan struct{} // closed when it has ended
-	ahead int           // bytes that may be on the way, but for two messages
+	ahead int           // bytes that may be on the way, or 8 messages, if that is more
 
 	// Set before done is closed.
 	within bool  // it ended within a message
