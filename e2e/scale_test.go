@@ -27,7 +27,7 @@ func TestScale(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	c := &crowd{s: s, names: map[string]bool{}, router: s.build("."), diary: s.keepDiary(), owners: map[int]map[string]string{}}
+	c := &crowd{s: s, names: map[string]bool{}, router: build(t, "."), diary: s.keepDiary(), owners: map[int]map[string]string{}}
 	for i := range number(t, "E2E_CLIENTS", 300) {
 		namespace := fmt.Sprintf("%sscale-%d", prefix, i/2)
 		c.names[namespace] = true
