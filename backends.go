@@ -120,7 +120,7 @@ func (b *backends) atOnce(ordinal int) (addr netip.AddrPort, ok bool) {
 	if err == nil {
 		addr, err = netip.ParseAddrPort(text) // not of a host's name, which has to be looked up
 	}
-	if err != nil {
+	if err != nil || addr.Addr().Zone() != "" { // nor of a link's, which has
 		b.holds.done(ordinal, err, true)
 		return addr, false
 	}
