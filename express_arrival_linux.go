@@ -4,6 +4,8 @@ package main
 
 import (
 	"bytes"
+	"cmp"
+	"context"
 	"net/http"
 	"os"
 	"sync"
@@ -21,7 +23,7 @@ type arrival struct {
 	express *express
 	poller  *poller
 	slot    int32
-	peer    string // the client's address, or ""
+	peer    clientAddr
 	timer   *time.Timer
 
 	// Guarded by mu.
@@ -82,7 +84,7 @@ func (a *arrival) check() bool {
 	if r == nil {
 		return false
 	}
-	r.RemoteAddr, a.early = a.peer, size
+	r.RemoteAddr, a.early = a.peer.String(), size
 	p.waiting.Add(1)
 	if namespace, no := p.check(r); no == nil {
 		if owner, table, err := p.owner(namespace); err == nil {
@@ -195,10 +197,12 @@ func (a *arrival) become(fromBackend []byte) {
 	a.poller.adopt(a.session, a.slot, a.fd, a.mask, [2][]byte{a.head[a.early:], fromBackend})
 }
 
-// receive returns what has come from the side, up to bufferSize.
+// receive returns what has come from the side, up to the most that a head may
+// have: a longer one is never whole here, and is net/http's.
 func (a *arrival) receive(i side) ([]byte, syscall.Errno) {
-	data, errno := a.poller.receive(a.fd[i])
-	a.again[i] = a.again[i] || len(data) == bufferSize
+	most := min(bufferSize, a.express.proxy.limits.headerBytes)
+	data, errno := a.poller.receive(a.fd[i], most)
+	a.again[i] = a.again[i] || len(data) == most
 	return data, errno
 }
 
@@ -226,19 +230,20 @@ func (a *arrival) toHTTP(answer []byte) {
 	a.finish()
 	x := a.express
 	socket := a.remove(client)
-	defer socket.Close()
 	conn, err := connOf(socket, x.proxy.backends.dialer.Control)
 	if err != nil {
 		a.drop()
 		x.refuse(socket, err)
 		return
 	}
-	front := &frontConn{Conn: &resumed{conn, a.head}, gate: x.gate, badHeads: &x.proxy.results[resultBadHead]}
+	socket.Close() // before the owner is duplicated: there may be upgradeDescriptors at once
+	front := &frontConn{Conn: &resumed{conn, a.head}, peer: a.peer, gate: x.gate, badHeads: &x.proxy.results[resultBadHead]}
 	if a.fd[server] >= 0 {
 		socket := a.remove(server)
 		defer socket.Close()
 		if conn, err := connOf(socket, x.proxy.backends.dialer.Control); err == nil { // else it is asked again
-			front.backend, front.owner = &resumed{conn, answer}, a.session.backend
+			front.owner = a.session.backend
+			front.backend.Store(&resumed{conn, answer})
 		}
 	}
 	x.leave(front)
@@ -256,7 +261,7 @@ func (a *arrival) drop() {
 		return
 	}
 	if !a.dialled {
-		a.express.proxy.backends.dialled(a.session.backend, a.failure, a.failure == nil)
+		a.express.proxy.backends.dialled(a.session.backend, cmp.Or(a.failure, context.Canceled), a.failure == nil)
 	}
 	syscall.Close(int(a.fd[server]))
 	a.fd[server] = -1

@@ -184,8 +184,10 @@ func (x *express) accept() error {
 	}
 }
 
-// refuse answers a client of which net/http cannot have a connection.
+// refuse answers a client of which net/http cannot have a connection, and closes
+// its socket.
 func (x *express) refuse(client *os.File, reason error) {
+	defer client.Close()
 	client.WriteString( // its buffer is empty: that does not wait
 		"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
 	x.gate.use(-upgradeDescriptors)
@@ -203,7 +205,7 @@ func (x *express) report(reason error) {
 
 // admit gives the client to a poller.
 func (x *express) admit(fd int32, peer syscall.Sockaddr) {
-	a := &arrival{express: x, poller: x.proxy.relay.carrier.choose(), fd: [2]int32{fd, -1}, peer: addressOf(peer)}
+	a := &arrival{express: x, poller: x.proxy.relay.carrier.choose(), fd: [2]int32{fd, -1}, peer: clientAddr(addressOf(peer))}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.timer = time.AfterFunc(expressTime, a.leave)

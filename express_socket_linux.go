@@ -37,6 +37,12 @@ func addressOf(peer syscall.Sockaddr) string {
 	return ""
 }
 
+// clientAddr is what addressOf returned, as a net.Addr.
+type clientAddr string
+
+func (clientAddr) Network() string  { return "tcp" }
+func (a clientAddr) String() string { return string(a) }
+
 // connectTo begins to connect to a TCP address, and does not wait for that
 // (connect(2): EINPROGRESS). control sets the socket's options, as it does for
 // a net.Dialer. The caller closes the socket.

@@ -199,8 +199,17 @@ type frontConn struct {
 	closed   atomic.Bool
 
 	// Set before net/http has it.
-	backend net.Conn // the owner, which has got the client's upgrade, and is to answer; nil if none
-	owner   int      // its ordinal
+	peer    net.Addr                // where the client came from: its socket no longer says so once it was reset. nil: as Conn says
+	backend atomic.Pointer[resumed] // the owner, which has got the client's upgrade, and is to answer; nil if none, or when it was taken
+	owner   int                     // its ordinal
+}
+
+// RemoteAddr is the client's address.
+func (c *frontConn) RemoteAddr() net.Addr {
+	if c.peer != nil {
+		return c.peer
+	}
+	return c.Conn.RemoteAddr()
 }
 
 func (c *frontConn) Read(b []byte) (int, error) {
@@ -216,8 +225,8 @@ func (c *frontConn) Close() error {
 		c.badHeads.Add(1)
 	}
 	err := c.Conn.Close()
-	if c.backend != nil {
-		c.backend.Close()
+	if backend := c.backend.Swap(nil); backend != nil {
+		backend.Close()
 	}
 	if !c.closed.Swap(true) {
 		c.gate.use(-upgradeDescriptors)
@@ -249,8 +258,10 @@ func takeAsked(ctx context.Context) (conn net.Conn, owner int) {
 	if !ok {
 		return nil, 0
 	}
-	conn, c.backend = c.backend, nil
-	return conn, c.owner
+	if backend := c.backend.Swap(nil); backend != nil {
+		return backend, c.owner
+	}
+	return nil, 0
 }
 
 // resumed is a connection of which something was read before: first.

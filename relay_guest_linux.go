@@ -61,11 +61,11 @@ func (p *poller) guests() (all []guest) {
 	return all
 }
 
-// receive reads a guest's socket once, up to bufferSize bytes.
-func (p *poller) receive(fd int32) ([]byte, syscall.Errno) {
+// receive reads a guest's socket once, up to limit bytes, at most bufferSize.
+func (p *poller) receive(fd int32, limit int) ([]byte, syscall.Errno) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	n, errno := p.buf.receive(fd, bufferSize)
+	n, errno := p.buf.receive(fd, limit)
 	if errno != 0 {
 		return nil, errno
 	}
