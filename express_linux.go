@@ -174,7 +174,8 @@ func (x *express) accept() error {
 			pause = 0
 			x.gate.use(upgradeDescriptors)
 			x.admit(int32(fd), peer)
-		case errno.Temporary(): // others have left no descriptor, or the client is gone
+		case errno == syscall.ECONNABORTED: // the client is gone (accept(2)); package net goes on too
+		case errno.Temporary(): // others have left no descriptor
 			pause = min(max(2*pause, acceptFirst), acceptMost)
 			x.report(err)
 			time.Sleep(pause)
