@@ -34,12 +34,11 @@
 //     the backend, then to the client. What cannot be ended so in time is cut.
 //  11. Every goroutine has an owner that waits for it.
 //
-// Read main and config, then route, pack, hash and swap (who owns), dir,
-// configmap, events, watch, decode, kube and cluster (how the overrides come), statefulset,
-// endpoints, dns, backends and hold (how many owners there are, where, and the
-// wait for them), listen, proxy, upgrade and refusal (from request to session),
-// express (the same for what need not wait), relay, frame, rawio, pace and move (the
-// session's life), admin, plan, command, metrics and log.
+// Read main and config, then route, pack, hash and swap (who owns), dir, configmap,
+// events, watch, decode, kube and cluster (how the overrides come), statefulset,
+// endpoints, dns, backends and hold (where owners are), listen, proxy, upgrade and
+// refusal (from request to session), express (the same where nothing waits), relay,
+// frame, rawio, pace and move (its life), admin, plan, command, metrics and log.
 package main
 
 import (
