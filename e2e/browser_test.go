@@ -66,7 +66,7 @@ func findChromium(t *testing.T) string {
 			return path
 		}
 	}
-	t.Fatal(`Chromium is not installed: apt-get install chromium, or run make e2e E2E_FLAGS="-skip TestPage"`)
+	t.Fatal(`Chromium is not installed: apt-get install chromium, or run make e2e E2E_FLAGS="-skip Page"`)
 	return ""
 }
 

@@ -3,9 +3,10 @@ package e2e
 import (
 	"errors"
 	"fmt"
-	"strings"
 	"testing"
 	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 // TestUpdateLosesNothing replaces all routers and all backends, one after the other
@@ -31,7 +32,7 @@ func TestUpdateLosesNothing(t *testing.T) {
 		s.mustKubectl("", "rollout", "status", "--timeout=4m", what)
 	}
 	s.awaitWhole()
-	s.awaitDrained(began)
+	s.awaitDrained()
 	s.awaitOpen(all, "")
 	codes := s.checkEnds(all)
 
@@ -61,16 +62,20 @@ func TestUpdateLosesNothing(t *testing.T) {
 	}
 }
 
-// awaitDrained waits until no router is left that was there at the time.
-func (s *system) awaitDrained(began time.Time) {
+// awaitDrained waits until no router is left that is being deleted.
+func (s *system) awaitDrained() {
 	s.t.Helper()
 	eventually(s.t, 2*time.Minute, "the old routers to be gone", func() error {
-		out, err := s.kubectl(s.t.Context(), "", "get", "pods", "-l", "app.kubernetes.io/name=router",
-			"-o", `jsonpath={range .items[?(@.metadata.deletionTimestamp)]}{.metadata.name}{"\n"}{end}`)
-		if err == nil && out != "" {
-			err = fmt.Errorf("%q are there", strings.Fields(out))
+		list, err := s.client.CoreV1().Pods(s.namespace).List(s.t.Context(), metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=router"})
+		if err != nil {
+			return err
 		}
-		return err
+		for _, pod := range list.Items {
+			if pod.DeletionTimestamp != nil {
+				return fmt.Errorf("%s is there", pod.Name)
+			}
+		}
+		return nil
 	})
 }
 
