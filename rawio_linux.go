@@ -46,10 +46,10 @@ func newBuffer() *buffer {
 
 func (b *buffer) free() { b.pin.Unpin() }
 
-// wait takes up to eventsSize events from the epoll set, of those that are there
-// (epoll_pwait(2)).
-func (b *buffer) wait(epoll int) ([]syscall.EpollEvent, syscall.Errno) {
-	n, _, errno := syscall.RawSyscall6(syscall.SYS_EPOLL_PWAIT, uintptr(epoll), b.eventsAt, eventsSize, 0, 0, 0)
+// wait takes up to limit events from the epoll set, at most eventsSize, of those
+// that are there (epoll_pwait(2)).
+func (b *buffer) wait(epoll, limit int) ([]syscall.EpollEvent, syscall.Errno) {
+	n, _, errno := syscall.RawSyscall6(syscall.SYS_EPOLL_PWAIT, uintptr(epoll), b.eventsAt, uintptr(limit), 0, 0, 0)
 	if errno != 0 {
 		return nil, errno
 	}

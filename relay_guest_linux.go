@@ -40,15 +40,6 @@ func (p *poller) watchGuest(op int, at int32, i side, fd int32, mask uint32) err
 	return p.control(op, at, i, fd, mask)
 }
 
-// guest returns the one that the event is for, or nil. mu is held.
-func (p *poller) guest(event syscall.EpollEvent) guest {
-	at := p.slots[event.Fd]
-	if at.round != event.Pad>>1 {
-		return nil
-	}
-	return at.guest
-}
-
 // guests returns all.
 func (p *poller) guests() (all []guest) {
 	p.mu.Lock()

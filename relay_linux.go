@@ -66,21 +66,16 @@ type held struct {
 	pipe       *pipe // or nil
 }
 
-// handle serves one event: its slot is in Fd, the round and side in Pad.
-func (p *poller) handle(event syscall.EpollEvent) {
-	at, i := p.slots[event.Fd], side(event.Pad&1)
-	s := at.session
-	if s == nil || at.round != event.Pad>>1 {
-		return // it ended earlier in this batch
-	}
-	if event.Events&syscall.EPOLLOUT != 0 {
+// handle does what an event of the side asks for.
+func (p *poller) handle(s *session, i side, events uint32) {
+	if events&syscall.EPOLLOUT != 0 {
 		p.flush(s, i.peer())
 	}
 	const ended = syscall.EPOLLRDHUP | syscall.EPOLLHUP | syscall.EPOLLERR | syscall.EPOLLPRI // urgent data cuts a read short too
 	switch {
-	case s.reads(i) && event.Events&(syscall.EPOLLIN|ended) != 0:
-		p.drain(s, i, event.Events&ended != 0)
-	case event.Events&syscall.EPOLLERR != 0: // what is held of it goes first
+	case s.reads(i) && events&(syscall.EPOLLIN|ended) != 0:
+		p.drain(s, i, events&ended != 0)
+	case events&syscall.EPOLLERR != 0: // what is held of it goes first
 		p.halve(s, i.broken())
 	}
 	p.step(s)
