@@ -1,49 +1,54 @@
 package main
 
-import "time"
+import (
+	"errors"
+	"time"
+)
+
+const (
+	handshakes = 64                   // under way at a time
+	closing    = 5 * time.Millisecond // for the proxy to notice the end of the last
+)
 
 // connector opens a session, hears the greeting, closes it, and begins again.
 type connector struct {
 	*client
-	counting  bool
+	more      bool
 	latencies []time.Duration
 }
 
-func (k *connector) opened(s *session) {
-	if k.counting {
-		k.latencies = append(k.latencies, k.now()-s.begun)
+func openConnect(ports []int) (load, error) {
+	c, err := newClient(ports, names("ns-", 256))
+	if err != nil {
+		return nil, err
 	}
+	k := &connector{client: c}
+	c.user = k
+	return k, nil
+}
+
+func (k *connector) opened(s *session) {
+	k.latencies = append(k.latencies, k.now()-s.begun)
 	s.close()
-	k.dial()
+	if k.more {
+		k.dial()
+	}
 }
 
 func (k *connector) message(*session, *frame) {}
 
-// handshakes keeps 64 handshakes under way for the time d.
-func (k *connector) handshakes(d time.Duration) error {
-	for k.opening < 64 && k.failure == nil {
+func (k *connector) send(d time.Duration) error {
+	k.more = true
+	for k.opening < handshakes && k.failure == nil {
 		k.dial()
 	}
 	k.run(d)
-	return k.failure
+	k.more = false
+	err := k.until(func() bool { return k.opening == 0 || k.failure != nil })
+	time.Sleep(closing)
+	return errors.Join(err, k.failure)
 }
 
-// runConnect measures handshakes.
-func runConnect(t *target) (values, error) {
-	c, err := newClient(t.ports, names("ns-", 256))
-	if err != nil {
-		return nil, err
-	}
-	defer c.close()
-	k := &connector{client: c}
-	c.user = k
-	if err := k.handshakes(warmUp); err != nil {
-		return nil, err
-	}
-	k.counting = true
-	use, err := t.during(func() error { return k.handshakes(t.length) })
-	if err != nil {
-		return nil, err
-	}
-	return use.operations(k.latencies)
-}
+func (k *connector) count() { k.latencies = nil }
+
+func (k *connector) values(used use) (values, error) { return used.operations(k.latencies) }

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 )
 
@@ -23,9 +24,9 @@ type echo struct {
 	plain    []byte         // the payload of the message that was sent or compared last
 	frame    []byte         // the frame that was sent last
 	after    func(*session) // what follows a message that came back
+	waiting  int            // messages under way
 
-	counting  bool
-	latencies []time.Duration
+	latencies []time.Duration // of those that came back
 }
 
 // openEcho opens n sessions for messages of size bytes.
@@ -55,6 +56,7 @@ func (e *echo) label(s *session) {
 func (e *echo) ping(s *session, at time.Duration) {
 	s.sent++
 	s.busy, s.begun = true, at
+	e.waiting++
 	e.label(s)
 	e.frame = appendFrame(e.frame[:0], frameBinary, e.plain, &e.mask)
 	s.send(e.frame)
@@ -67,24 +69,29 @@ func (e *echo) message(s *session, f *frame) {
 		return
 	}
 	s.busy = false
-	if e.counting {
-		e.latencies = append(e.latencies, e.now()-s.begun)
-	}
+	e.waiting--
+	e.latencies = append(e.latencies, e.now()-s.begun)
 	e.after(s)
 }
 
 // verify sends one message on each session, some at a time, and waits for them.
 func (e *echo) verify() error {
-	next, waiting := 0, 0
-	e.after = func(*session) { waiting-- }
+	next := 0
+	e.after = func(*session) {}
 	err := e.until(func() bool {
-		for next < len(e.sessions) && waiting < width && e.failure == nil {
-			waiting++
+		for next < len(e.sessions) && e.waiting < width && e.failure == nil {
 			e.ping(e.sessions[next], e.now())
 			next++
 		}
-		return waiting == 0 || e.failure != nil
+		return e.waiting == 0 || e.failure != nil
 	})
+	return errors.Join(err, e.failure)
+}
+
+// settle waits for what is under way.
+func (e *echo) settle() error {
+	e.after = func(*session) {}
+	err := e.until(func() bool { return e.waiting == 0 || e.failure != nil })
 	return errors.Join(err, e.failure)
 }
 
@@ -92,25 +99,20 @@ func (e *echo) verify() error {
 func (e *echo) flood(d time.Duration) error {
 	e.after = func(s *session) { e.ping(s, e.now()) }
 	for _, s := range e.sessions {
-		if s.open() && !s.busy {
+		if s.open() {
 			e.after(s)
 		}
 	}
 	e.run(d)
-	return e.failure
+	return e.settle()
 }
 
 // pace sends pacedRate messages per second at even intervals for the time d, on
 // whatever sessions have none under way. Latency counts from when a message was
 // due.
 func (e *echo) pace(d time.Duration) error {
-	var free []*session
+	free := slices.Clone(e.sessions)
 	e.after = func(s *session) { free = append(free, s) }
-	for _, s := range e.sessions {
-		if !s.busy {
-			free = append(free, s)
-		}
-	}
 	begun := e.now()
 	for sent := 0; e.now()-begun < d && e.failure == nil; {
 		due := begun + time.Duration(sent)*time.Second/pacedRate
@@ -125,32 +127,34 @@ func (e *echo) pace(d time.Duration) error {
 		free = free[1:]
 		sent++
 	}
-	return e.failure
+	return e.settle()
 }
 
-// runEcho measures messages of size bytes, paced or as many as it takes.
-func runEcho(t *target, size int, paced bool) (values, error) {
-	e, err := openEcho(t.ports, busySessions, size)
-	if err != nil {
-		return nil, err
-	}
-	defer e.close()
-	send := e.flood
-	if paced {
-		send = e.pace
-	}
-	if err := send(warmUp); err != nil {
-		return nil, err
-	}
-	e.latencies = make([]time.Duration, 0, 1<<20)
-	e.counting = true
-	use, err := t.during(func() error { return send(t.length) })
-	if err != nil {
-		return nil, err
-	}
-	v, err := use.operations(e.latencies)
-	if paced {
-		delete(v, "busy_us") // a CPU that is mostly idle escapes the kernel's sampling by ticks
-	}
+func (e *echo) count() { e.latencies = make([]time.Duration, 0, 1<<20) }
+
+// flooding and pacing are the loads.
+type (
+	flooding struct{ *echo }
+	pacing   struct{ *echo }
+)
+
+func openFlood(ports []int, size int) (load, error) {
+	e, err := openEcho(ports, busySessions, size)
+	return flooding{e}, err
+}
+
+func openPace(ports []int, size int) (load, error) {
+	e, err := openEcho(ports, busySessions, size)
+	return pacing{e}, err
+}
+
+func (f flooding) send(d time.Duration) error      { return f.flood(d) }
+func (f flooding) values(used use) (values, error) { return used.operations(f.latencies) }
+
+func (p pacing) send(d time.Duration) error { return p.pace(d) }
+
+func (p pacing) values(used use) (values, error) {
+	v, err := used.operations(p.latencies)
+	delete(v, "busy_us") // a CPU that is mostly idle escapes the kernel's sampling by ticks
 	return v, err
 }

@@ -91,10 +91,16 @@ func TestScenarios(t *testing.T) {
 	ports := startTestBackends(t)
 	for _, sc := range scenarios() {
 		t.Run(sc.name, func(t *testing.T) {
-			v, err := sc.run(&target{ports: ports, settle: 20 * time.Millisecond, group: group{os.Getpid()},
-				backends: os.Getpid(), length: 500 * time.Millisecond, idle: 300})
-			if err != nil {
-				t.Fatal(err)
+			to := &target{ports: ports, settle: 20 * time.Millisecond, group: group{os.Getpid()}, backends: os.Getpid(), idle: 300}
+			c := &contender{run: new(run), target: to}
+			if sc.open != nil {
+				takeTurns([]*contender{c}, sc.open, 500*time.Millisecond)
+			} else {
+				c.runAlone(sc.run)
+			}
+			v := c.run.Values
+			if c.run.Error != "" {
+				t.Fatal(c.run.Error)
 			}
 			for _, q := range allRequirements() {
 				if _, ok := v[q.metric]; q.scenario == sc.name && !ok {

@@ -14,13 +14,18 @@ const (
 	// readSize is the least room for one read, in bytes.
 	readSize = 64 << 10
 
+	// batch is how many events a loop takes at once. Between two the other
+	// program of the load side has its turn: were that a time slice of the
+	// kernel's, latencies would be those of slices.
+	batch = 64
+
 	maskIn, maskOut = uint32(syscall.EPOLLIN), uint32(syscall.EPOLLOUT)
 )
 
 // loop is an epoll(7) loop of one thread, without a goroutine per connection.
 //
 // While there is traffic it does not sleep but yields the CPU to the other
-// program of the load side. A receiver that sleeps would have to be woken by
+// program of the load side, after each batch of events. A receiver that sleeps would have to be woken by
 // the proxy's send, an interrupt to another CPU that costs the proxy time which
 // packets for other machines do not cost, and which is great and unsteady in
 // virtual machines.
@@ -39,7 +44,7 @@ func newLoop() (*loop, error) {
 	if err != nil {
 		return nil, fmt.Errorf("epoll_create1: %w", err)
 	}
-	return &loop{epoll: epoll, events: make([]syscall.EpollEvent, 512), buf: make([]byte, 4*readSize), began: time.Now()}, nil
+	return &loop{epoll: epoll, events: make([]syscall.EpollEvent, batch), buf: make([]byte, 4*readSize), began: time.Now()}, nil
 }
 
 // now is the loop's monotonic clock.
@@ -79,6 +84,7 @@ func (l *loop) step(limit time.Duration) {
 func (l *loop) wait(limit time.Duration) []syscall.EpollEvent {
 	begun := l.now()
 	for now := begun; now-l.heard < spin; now = l.now() {
+		syscall.RawSyscall(syscall.SYS_SCHED_YIELD, 0, 0, 0)
 		if events := rawPoll(l.epoll, l.events); len(events) > 0 {
 			l.heard = now
 			return events
@@ -86,7 +92,6 @@ func (l *loop) wait(limit time.Duration) []syscall.EpollEvent {
 		if now-begun >= limit {
 			return nil
 		}
-		syscall.RawSyscall(syscall.SYS_SCHED_YIELD, 0, 0, 0)
 	}
 	left := max(limit-(l.now()-begun), 0)
 	n, err := syscall.EpollWait(l.epoll, l.events, int((left+time.Millisecond-1)/time.Millisecond))

@@ -5,9 +5,10 @@
 // with one of four backends, by a hash of the namespace, with a table of 1,000
 // overrides on top. README.md says what is measured and what makes it steady.
 //
-// Read main and suite (rounds), proxy (what is measured), target, process and
-// the scenarios check, idle, echo, stream and connect (what is run and measured),
-// client, backend, frame, loop and raw (the load), report and must (the tables).
+// Read main, suite and turns (rounds), proxy (what is measured), target, process
+// and the scenarios check, idle, echo, stream and connect (what is run and
+// measured), client, backend, frame, loop and raw (the load), report and must (the
+// tables).
 package main
 
 import (
@@ -51,7 +52,7 @@ func start(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	f := flag.NewFlagSet("bench", flag.ContinueOnError)
 	f.SetOutput(stderr)
 	f.IntVar(&o.rounds, "rounds", 3, "`number` of rounds, each of all scenarios against all proxies")
-	f.DurationVar(&o.length, "d", 4*time.Second, "length of a measurement")
+	f.DurationVar(&o.length, "d", 4*time.Second, "length of a measurement, in turns with the other proxies")
 	f.IntVar(&o.sessions, "n", 20_000, "idle `sessions`; fewer if the limit on open files says so")
 	f.StringVar(&o.scenarios, "scenarios", "", "`list` of check,idle,echo64,echo1k,paced,stream,connect (default all)")
 	f.StringVar(&o.proxies, "proxies", "", "`list` of router,nginx,nginx-64k,haproxy,haproxy-splice,direct (default all)")

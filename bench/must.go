@@ -9,7 +9,9 @@ import (
 )
 
 // requirement is a row of the first table: a figure of the router's own, or what
-// it is of the best peer's in the same round.
+// it is of the best peer's. The best is the one beside which the router does
+// worst in the median of the rounds: to take the best of each round would be to
+// compare with luck.
 type requirement struct {
 	what, unit       string
 	must, aim        float64
@@ -34,63 +36,59 @@ func allRequirements() []requirement {
 	}
 }
 
-// points returns q's figure of each round that has one.
-func (q *requirement) points(r *report) (points []point) {
-	rounds := map[int]map[string]*run{}
-	for _, m := range r.Runs {
-		if _, ok := m.Values[q.metric]; ok && m.Scenario == q.scenario {
-			if rounds[m.Round] == nil {
-				rounds[m.Round] = map[string]*run{}
+// points returns the router's figure of each round that has one; beside a peer,
+// what it is of that one's.
+func (q *requirement) points(r *report, peer string) (points []point) {
+	of := func(proxy string) map[int]*run {
+		runs := map[int]*run{}
+		for _, m := range r.Runs {
+			if _, ok := m.Values[q.metric]; ok && m.Scenario == q.scenario && m.Proxy == proxy {
+				runs[m.Round] = m
 			}
-			rounds[m.Round][m.Proxy] = m
 		}
+		return runs
 	}
-	for _, round := range slices.Sorted(maps.Keys(rounds)) {
-		if p, ok := q.point(rounds[round]); ok {
-			points = append(points, p)
+	beside := of(peer)
+	for round, m := range of(ours) {
+		p := point{value: m.Values[q.metric], disturbed: m.Disturbed != ""}
+		if peer != "" {
+			b := beside[round]
+			if b == nil {
+				continue
+			}
+			p.value /= b.Values[q.metric]
+			p.disturbed = p.disturbed || b.Disturbed != ""
 		}
+		points = append(points, p)
 	}
 	return settled(points)
 }
 
-// point compares the proxies of one round. It is disturbed if one of them was:
-// that one could have been the best.
-func (q *requirement) point(runs map[string]*run) (p point, ok bool) {
-	our := runs[ours]
-	if our == nil {
-		return p, false
+// best returns the points beside the best peer, and its name; or the router's own.
+func (q *requirement) best(r *report) (points []point, peer string) {
+	if q.peers == nil {
+		return q.points(r, ""), ""
 	}
-	p = point{value: our.Values[q.metric], disturbed: our.Disturbed != ""}
-	best := 1.0
-	for _, peer := range q.peers {
-		m := runs[peer]
-		if m == nil {
+	worst := 0.0
+	for _, candidate := range q.peers {
+		p := q.points(r, candidate)
+		if len(p) == 0 {
 			continue
 		}
-		p.disturbed = p.disturbed || m.Disturbed != ""
-		if value := m.Values[q.metric]; p.peer == "" || value < best {
-			best, p.peer = value, peer
+		if median, _, _ := spread(p); median > worst {
+			worst, points, peer = median, p, candidate
 		}
 	}
-	p.value /= best
-	return p, q.peers == nil || p.peer != ""
+	return points, peer
 }
 
-// against names the best peers, the one of most rounds first, and those that
-// were not measured.
-func (q *requirement) against(r *report, points []point) string {
-	rounds := map[string]int{}
-	for _, p := range points {
-		rounds[p.peer]++
-	}
-	text := strings.Join(slices.SortedFunc(maps.Keys(rounds), func(a, b string) int {
-		return cmp.Or(cmp.Compare(rounds[b], rounds[a]), cmp.Compare(a, b))
-	}), ", ")
+// against names the best peer, and those that were not measured.
+func (q *requirement) against(r *report, peer string) string {
 	absent := slices.DeleteFunc(slices.Clone(q.peers), func(peer string) bool { return slices.Contains(r.Proxies, peer) })
 	if len(absent) > 0 {
-		text += " (without " + strings.Join(absent, ", ") + ")"
+		peer += " (without " + strings.Join(absent, ", ") + ")"
 	}
-	return cmp.Or(strings.TrimSpace(text), "–")
+	return cmp.Or(strings.TrimSpace(peer), "–")
 }
 
 // requirements is the first table, and what is missing in it.
@@ -98,7 +96,7 @@ func (r *report) requirements() string {
 	var b strings.Builder
 	b.WriteString("| what | must | aim | seen | against | rounds' extremes |\n|---|---:|---:|---:|---|---|\n")
 	for _, q := range allRequirements() {
-		points := q.points(r)
+		points, peer := q.best(r)
 		seen, extremes := "–", "–"
 		if len(points) > 0 {
 			median, least, most := spread(points)
@@ -109,10 +107,10 @@ func (r *report) requirements() string {
 			extremes = fmt.Sprintf("%.2f–%.2f", least, most)
 		}
 		fmt.Fprintf(&b, "| %s | %.2f%s | %.2f%s | %s | %s | %s |\n", q.what, q.must, q.unit, q.aim, q.unit, seen,
-			q.against(r, points), extremes)
+			q.against(r, peer), extremes)
 	}
-	b.WriteString("\nSeen is the median of the rounds; of CPU and latency, what the router's is of the best peer's in the same round. " +
-		"Bold is over must.\n")
+	b.WriteString("\nSeen is the median of the rounds; of CPU and latency, what the router's is of another proxy's in the same round, " +
+		"of the one beside which it does worst. Bold is over must.\n")
 	for _, proxy := range slices.Sorted(maps.Keys(r.Missing)) {
 		fmt.Fprintf(&b, "Not measured: %s, since %s.\n", proxy, r.Missing[proxy])
 	}

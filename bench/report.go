@@ -100,7 +100,6 @@ func (r *report) failed() error {
 // point is a figure of one round.
 type point struct {
 	value     float64
-	peer      string // that ours is compared with
 	disturbed bool
 }
 

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"time"
 )
 
 // stream downloads frames of streamFrame bytes on sessions, whose ends it
@@ -74,24 +75,18 @@ func (d *download) received(p []byte) (used int) {
 	return used
 }
 
-// runStream measures 8 downloads.
-func runStream(t *target) (values, error) {
-	d, err := openStream(t.ports, 8, 1<<40, false)
-	if err != nil {
-		return nil, err
-	}
-	defer d.close()
-	d.run(warmUp / 2)
-	before := d.total
-	use, err := t.during(func() error {
-		d.run(t.length)
-		return d.failure
-	})
-	if err != nil {
-		return nil, err
-	}
-	return use.download(d.total - before)
+// filling is how long the proxy may go on filling buffers when nobody reads.
+const filling = 20 * time.Millisecond
+
+func (d *stream) send(length time.Duration) error {
+	d.run(length)
+	time.Sleep(filling)
+	return d.failure
 }
+
+func (d *stream) count() { d.total = 0 }
+
+func (d *stream) values(used use) (values, error) { return used.download(d.total) }
 
 // checkStream downloads 3000 frames, and compares every byte.
 func checkStream(ports []int) error {

@@ -139,62 +139,50 @@ func (s *suite) startBackends() (stop func(), err error) {
 // round runs every scenario against every proxy, of which another one is the
 // first in each round.
 func (s *suite) round(ctx context.Context, round int) error {
-	for _, scenario := range s.scenarios {
-		for i := range s.proxies {
-			p := s.proxies[(i+round-1)%len(s.proxies)]
-			if scenario.name == "check" && round > 1 || scenario.name == "idle" && p.direct() {
-				continue // once is enough; nobody has the memory
+	first := (round - 1) % len(s.proxies)
+	order := slices.Concat(s.proxies[first:], s.proxies[:first])
+	for _, sc := range s.scenarios {
+		var runs []*run
+		switch {
+		case sc.open != nil:
+			runs = s.measure(ctx, order, sc)
+		case sc.name == "check" && round > 1:
+			continue // once is enough
+		default:
+			for _, p := range order {
+				if sc.name != "idle" || !p.direct() { // nobody has the memory
+					runs = append(runs, s.measure(ctx, []*proxy{p}, sc)...)
+				}
 			}
-			m := s.measure(ctx, p, scenario)
-			if ctx.Err() != nil {
-				return errors.New("interrupted")
-			}
+		}
+		if ctx.Err() != nil {
+			return errors.New("interrupted")
+		}
+		for _, m := range runs {
 			m.Round = round
-			s.report.Runs = append(s.report.Runs, m)
 			fmt.Fprintln(s.log, m)
 		}
+		s.report.Runs = append(s.report.Runs, runs...)
 	}
 	return nil
 }
 
-// measure runs one scenario against p, again when it failed or other programs
-// disturbed it.
-func (s *suite) measure(ctx context.Context, p *proxy, sc scenario) *run {
-	m := &run{Proxy: p.name, Scenario: sc.name}
-	for m.Tries < tries && ctx.Err() == nil {
-		m.Tries++
-		m.Error, m.Disturbed = "", ""
+// measure runs one scenario against proxies, again when it failed with one, or
+// other programs disturbed it.
+func (s *suite) measure(ctx context.Context, proxies []*proxy, sc scenario) (runs []*run) {
+	for try := 1; try <= tries && ctx.Err() == nil; try++ {
 		s.awaitCalm(ctx)
-		var err error
-		if m.Values, err = s.once(p, sc); err != nil {
-			m.Error = err.Error()
-			continue
+		runs = s.once(proxies, sc)
+		calm := true
+		for _, m := range runs {
+			m.Tries, m.Disturbed = try, disturbed(sc.name, m.Values)
+			calm = calm && m.trouble() == ""
 		}
-		if m.Disturbed = disturbed(sc.name, m.Values); m.Disturbed == "" {
+		if calm {
 			break
 		}
 	}
-	return m
-}
-
-// once starts p afresh, and runs one scenario against it.
-func (s *suite) once(p *proxy, sc scenario) (values, error) {
-	t := &target{ports: p.ports(), backends: s.backends, overrides: !p.direct(), cpu: s.cpu, length: s.length,
-		idle: min(s.sessions, (s.files-1000)/p.files), settle: time.Second}
-	if t.idle < 1 {
-		return nil, fmt.Errorf("%d open files at most, want 2000", s.files)
-	}
-	if !p.direct() {
-		r, err := p.start(s.tmp, s.cpu)
-		if err != nil {
-			return nil, err
-		}
-		defer r.stop()
-		if t.group, err = processGroup(r.cmd.Process.Pid); err != nil {
-			return nil, err
-		}
-	}
-	return sc.run(t)
+	return runs
 }
 
 // disturbed says what took too much of the machine meanwhile.

@@ -10,32 +10,33 @@ import (
 
 // target is what a scenario is run against, and how.
 type target struct {
-	ports     []int // the proxy's, or of the backends
-	group     group // the proxy's processes, none without proxy
-	backends  int   // process of the backends
-	overrides bool  // the proxy has the overrides
-	cpu       int   // the proxy's
-	length    time.Duration
+	ports     []int         // the proxy's, or of the backends
+	group     group         // the proxy's processes, none without proxy
+	backends  int           // process of the backends
+	overrides bool          // the proxy has the overrides
+	cpu       int           // the proxy's
 	idle      int           // sessions of the scenario idle
 	settle    time.Duration // until memory is as it stays
 }
 
-// scenario is one kind of load and what is measured meanwhile.
+// scenario is one kind of load and what is measured meanwhile. Either proxies
+// take turns with the load that open makes, or each runs for itself.
 type scenario struct {
 	name string
+	open func(*target) (load, error)
 	run  func(*target) (values, error)
 }
 
 // scenarios returns them in the order of a round.
 func scenarios() []scenario {
 	return []scenario{
-		{"check", runCheck},
-		{"idle", runIdle},
-		{"echo64", func(t *target) (values, error) { return runEcho(t, 64, false) }},
-		{"echo1k", func(t *target) (values, error) { return runEcho(t, 1024, false) }},
-		{"paced", func(t *target) (values, error) { return runEcho(t, 64, true) }},
-		{"stream", runStream},
-		{"connect", runConnect},
+		{name: "check", run: runCheck},
+		{name: "idle", run: runIdle},
+		{name: "echo64", open: func(t *target) (load, error) { return openFlood(t.ports, 64) }},
+		{name: "echo1k", open: func(t *target) (load, error) { return openFlood(t.ports, 1024) }},
+		{name: "paced", open: func(t *target) (load, error) { return openPace(t.ports, 64) }},
+		{name: "stream", open: func(t *target) (load, error) { return openStream(t.ports, 8, 1<<40, false) }},
+		{name: "connect", open: func(t *target) (load, error) { return openConnect(t.ports) }},
 	}
 }
 
@@ -59,13 +60,14 @@ func (t *target) sample() (s sample, err error) {
 	return s, errors.Join(errs[:]...)
 }
 
-// use is what happened between two samples.
+// use is what happened between samples.
 type use struct {
 	wall    time.Duration
 	proxy   time.Duration // CPU time of the proxy's processes
 	busy    time.Duration // of its CPU, on top of that interrupts charged to no process
-	foreign float64       // what other programs used, in CPUs
-	steal   float64       // what other virtual machines used, of all CPUs
+	foreign time.Duration // CPU time of other programs
+	steal   time.Duration // CPU time of other virtual machines
+	cpus    time.Duration // of all CPUs
 }
 
 // during runs f and says what was used meanwhile.
@@ -81,14 +83,27 @@ func (t *target) during(f func() error) (u use, err error) {
 	all := sum(after.cpus, before.cpus)
 	u.wall, u.proxy = after.at.Sub(before.at), after.proxy-before.proxy
 	u.busy = after.cpus[t.cpu].busy - before.cpus[t.cpu].busy
-	known := u.proxy + after.load - before.load + after.backends - before.backends
-	u.foreign = max(all.busy-known, 0).Seconds() / u.wall.Seconds()
-	u.steal = float64(all.steal) / float64(max(all.busy+all.idle+all.steal, 1))
+	u.foreign = all.busy - (u.proxy + after.load - before.load + after.backends - before.backends)
+	u.steal, u.cpus = all.steal, all.busy+all.idle+all.steal
 	return u, err
 }
 
+// add makes u the use of both.
+func (u *use) add(more use) {
+	u.wall += more.wall
+	u.proxy += more.proxy
+	u.busy += more.busy
+	u.foreign += more.foreign
+	u.steal += more.steal
+	u.cpus += more.cpus
+}
+
 func (u use) values() values {
-	return values{"cpu_share": u.proxy.Seconds() / u.wall.Seconds(), "foreign": u.foreign, "steal": u.steal}
+	return values{
+		"cpu_share": u.proxy.Seconds() / u.wall.Seconds(),
+		"foreign":   max(u.foreign, 0).Seconds() / u.wall.Seconds(),
+		"steal":     u.steal.Seconds() / max(u.cpus, tick).Seconds(),
+	}
 }
 
 // operations returns what each operation cost, and the quantiles of their

@@ -1,0 +1,124 @@
+package main
+
+import (
+	"fmt"
+	"time"
+)
+
+// turn is how long one proxy is under load before it is the next one's turn. What
+// else is on the machine, other virtual machines above all, changes within
+// seconds, and is the same for all proxies so.
+const turn = 250 * time.Millisecond
+
+// load is what a scenario puts on a target, whose ports it has sessions with.
+type load interface {
+	// send goes on for the time d, and returns when nothing is under way any more.
+	send(d time.Duration) error
+	// count forgets what was sent so far.
+	count()
+	// values says what was sent since count, with what that used.
+	values(use) (values, error)
+	close()
+}
+
+// contender is a proxy in one measurement.
+type contender struct {
+	run    *run
+	target *target
+	stop   func() // ends the proxy
+	load   load   // or nil
+	use    use
+}
+
+// fail notes the first error.
+func (c *contender) fail(err error) {
+	if err != nil && c.run.Error == "" {
+		c.run.Error = err.Error()
+	}
+}
+
+// takeTurns measures a load on all, each for the time length in all.
+func takeTurns(all []*contender, open func(*target) (load, error), length time.Duration) {
+	each := func(f func(*contender) error) {
+		for _, c := range all {
+			if c.run.Error == "" {
+				c.fail(f(c))
+			}
+		}
+	}
+	var opened []load
+	each(func(c *contender) (err error) {
+		if c.load, err = open(c.target); err == nil {
+			opened = append(opened, c.load)
+		}
+		return err
+	})
+	each(func(c *contender) error { // the first time is to warm up
+		err := c.load.send(min(warmUp, length))
+		c.load.count()
+		return err
+	})
+	for left := length; left > 0; left -= turn {
+		each(func(c *contender) error {
+			used, err := c.target.during(func() error { return c.load.send(min(left, turn)) })
+			c.use.add(used)
+			return err
+		})
+	}
+	each(func(c *contender) (err error) {
+		c.run.Values, err = c.load.values(c.use)
+		return err
+	})
+	for _, l := range opened {
+		l.close()
+	}
+}
+
+// runAlone measures what run does.
+func (c *contender) runAlone(run func(*target) (values, error)) {
+	if c.run.Error == "" {
+		var err error
+		c.run.Values, err = run(c.target)
+		c.fail(err)
+	}
+}
+
+// contend starts a proxy afresh for a measurement.
+func (s *suite) contend(p *proxy, sc scenario) *contender {
+	c := &contender{run: &run{Proxy: p.name, Scenario: sc.name}, stop: func() {}}
+	c.target = &target{ports: p.ports(), backends: s.backends, overrides: !p.direct(), cpu: s.cpu,
+		idle: min(s.sessions, (s.files-1000)/p.files), settle: time.Second}
+	if c.target.idle < 1 {
+		c.fail(fmt.Errorf("%d open files at most, want 2000", s.files))
+	}
+	if p.direct() {
+		return c
+	}
+	r, err := p.start(s.tmp, s.cpu)
+	if err != nil {
+		c.fail(err)
+		return c
+	}
+	c.stop = r.stop
+	c.target.group, err = processGroup(r.cmd.Process.Pid)
+	c.fail(err)
+	return c
+}
+
+// once runs one scenario against proxies.
+func (s *suite) once(proxies []*proxy, sc scenario) (runs []*run) {
+	var all []*contender
+	for _, p := range proxies {
+		c := s.contend(p, sc)
+		defer c.stop()
+		all, runs = append(all, c), append(runs, c.run)
+	}
+	if sc.open != nil {
+		takeTurns(all, sc.open, s.length)
+		return runs
+	}
+	for _, c := range all {
+		c.runAlone(sc.run)
+	}
+	return runs
+}
