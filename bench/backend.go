@@ -91,10 +91,13 @@ func (b *backends) serve() error {
 
 // accept takes the connections that wait at the listener of a backend.
 func (b *backends) accept(listener, number int) {
-	for range 256 { // then it is the others' turn
+	for {
 		fd, _, err := syscall.Accept4(listener, syscall.SOCK_NONBLOCK|syscall.SOCK_CLOEXEC)
-		if err == syscall.EAGAIN || err == syscall.ECONNABORTED {
+		if err == syscall.EAGAIN {
 			return
+		}
+		if err == syscall.ECONNABORTED {
+			continue
 		}
 		if err == nil {
 			s := &served{backends: b, number: number}

@@ -19,7 +19,12 @@ const (
 	// kernel's, latencies would be those of slices.
 	batch = 64
 
-	maskIn, maskOut = uint32(syscall.EPOLLIN), uint32(syscall.EPOLLOUT)
+	// maskIn is edge-triggered (EPOLLET): else epoll looks at each connection
+	// once more to find that all was read.
+	maskIn  = uint32(syscall.EPOLLIN | syscall.EPOLLRDHUP | edge)
+	maskOut = uint32(syscall.EPOLLOUT)
+	edge    = 1 << 31
+	maskEnd = uint32(syscall.EPOLLRDHUP | syscall.EPOLLHUP | syscall.EPOLLERR)
 )
 
 // loop is an epoll(7) loop of one thread, without a goroutine per connection.
@@ -74,7 +79,7 @@ func (l *loop) step(limit time.Duration) {
 		if event.Events&maskOut != 0 {
 			c.flush()
 		}
-		if event.Events&^maskOut != 0 && l.conns[event.Fd] == c {
+		for more := event.Events&^maskOut != 0; more && l.conns[event.Fd] == c; more = event.Events&maskEnd != 0 {
 			c.read()
 		}
 	}
@@ -181,7 +186,7 @@ func (c *conn) read() {
 	copy(l.buf, c.in)
 	n, errno := rawRead(c.fd, l.buf[held:])
 	switch {
-	case errno == syscall.EAGAIN || errno == syscall.EINTR:
+	case errno == syscall.EAGAIN:
 		return
 	case errno != 0:
 		c.fail("read: " + errno.Error())
@@ -189,6 +194,9 @@ func (c *conn) read() {
 	case n == 0:
 		c.fail("closed by the peer")
 		return
+	}
+	if held+n == len(l.buf) {
+		c.modify() // epoll has to look again
 	}
 	p := l.buf[:held+n]
 	rest := p[c.end.received(p):]
@@ -248,13 +256,17 @@ func (c *conn) flush() {
 func (c *conn) watch() {
 	mask := maskIn
 	if len(c.out) > 0 || c.more {
-		mask |= maskOut
+		mask = mask&^edge | maskOut
 		if c.loop.holdReads {
 			mask = maskOut
 		}
 	}
 	if mask != c.mask {
 		c.mask = mask
-		syscall.EpollCtl(c.loop.epoll, syscall.EPOLL_CTL_MOD, c.fd, &syscall.EpollEvent{Events: mask, Fd: int32(c.fd)})
+		c.modify()
 	}
+}
+
+func (c *conn) modify() {
+	syscall.EpollCtl(c.loop.epoll, syscall.EPOLL_CTL_MOD, c.fd, &syscall.EpollEvent{Events: c.mask, Fd: int32(c.fd)})
 }
