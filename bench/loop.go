@@ -19,21 +19,22 @@ const (
 	// kernel's, latencies would be those of slices.
 	batch = 64
 
-	// maskIn is edge-triggered (EPOLLET): else epoll looks at each connection
-	// once more to find that all was read.
+	edge = 1 << 31 // EPOLLET, which package syscall has as a negative number
+	// maskIn is edge-triggered: else epoll looks at each connection once more to
+	// find that all was read.
 	maskIn  = uint32(syscall.EPOLLIN | syscall.EPOLLRDHUP | edge)
 	maskOut = uint32(syscall.EPOLLOUT)
-	edge    = 1 << 31
+	// maskEnd is told once: then a connection is read to its end.
 	maskEnd = uint32(syscall.EPOLLRDHUP | syscall.EPOLLHUP | syscall.EPOLLERR)
 )
 
 // loop is an epoll(7) loop of one thread, without a goroutine per connection.
 //
 // While there is traffic it does not sleep but yields the CPU to the other
-// program of the load side, after each batch of events. A receiver that sleeps would have to be woken by
-// the proxy's send, an interrupt to another CPU that costs the proxy time which
-// packets for other machines do not cost, and which is great and unsteady in
-// virtual machines.
+// program of the load side, after each batch of events. A receiver that sleeps
+// would have to be woken by the proxy's send, an interrupt to another CPU that
+// costs the proxy time which packets for other machines do not cost, and which is
+// great and unsteady in virtual machines.
 type loop struct {
 	epoll     int
 	events    []syscall.EpollEvent
@@ -267,6 +268,7 @@ func (c *conn) watch() {
 	}
 }
 
+// modify makes epoll look at c with its mask, also if that is no other one.
 func (c *conn) modify() {
 	syscall.EpollCtl(c.loop.epoll, syscall.EPOLL_CTL_MOD, c.fd, &syscall.EpollEvent{Events: c.mask, Fd: int32(c.fd)})
 }
