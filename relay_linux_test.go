@@ -126,6 +126,31 @@ func TestRelayRouterError(t *testing.T) {
 	c.wantAccount(t, tail, [2]int64{}, 0, time.Since(begun))
 }
 
+// More events than a poller takes before others have their turn, and none after
+// them: it has to come back for the rest by itself.
+func TestRelayComesBack(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1)) // one poller
+	r := quietRelay(t)
+	var all []relayed
+	for range 2*eventsSize + 50 {
+		all = append(all, carried(t, r, 0, nil, nil))
+	}
+	p := all[0].session.poller
+	p.mu.Lock()
+	mustWrite(t, all[0].client, "x")
+	waitBlocked(t)
+	for _, c := range all[1:] {
+		mustWrite(t, c.client, "x")
+	}
+	p.mu.Unlock()
+	for i, c := range all {
+		c.backend.SetReadDeadline(time.Now().Add(patience))
+		if _, err := io.ReadFull(c.backend, make([]byte, 1)); err != nil {
+			t.Fatalf("the message of session %d of %d: %v", i, len(all), err)
+		}
+	}
+}
+
 // waitBlocked waits until a poller has taken events and waits for its lock.
 func waitBlocked(t *testing.T) {
 	t.Helper()
