@@ -93,11 +93,7 @@ func TestScenarios(t *testing.T) {
 		t.Run(sc.name, func(t *testing.T) {
 			to := &target{ports: ports, settle: 20 * time.Millisecond, group: group{os.Getpid()}, backends: os.Getpid(), idle: 300}
 			c := &contender{run: new(run), target: to}
-			if sc.open != nil {
-				takeTurns([]*contender{c}, sc.open, 500*time.Millisecond)
-			} else {
-				c.runAlone(sc.run)
-			}
+			sc.measure([]*contender{c}, 500*time.Millisecond)
 			v := c.run.Values
 			if c.run.Error != "" {
 				t.Fatal(c.run.Error)

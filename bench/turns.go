@@ -74,12 +74,18 @@ func takeTurns(all []*contender, open func(*target) (load, error), length time.D
 	}
 }
 
-// runAlone measures what run does.
-func (c *contender) runAlone(run func(*target) (values, error)) {
-	if c.run.Error == "" {
-		var err error
-		c.run.Values, err = run(c.target)
-		c.fail(err)
+// measure runs the scenario against all that have not failed.
+func (sc scenario) measure(all []*contender, length time.Duration) {
+	if sc.open != nil {
+		takeTurns(all, sc.open, length)
+		return
+	}
+	for _, c := range all {
+		if c.run.Error == "" {
+			var err error
+			c.run.Values, err = sc.run(c.target)
+			c.fail(err)
+		}
 	}
 }
 
@@ -113,12 +119,6 @@ func (s *suite) once(proxies []*proxy, sc scenario) (runs []*run) {
 		defer c.stop()
 		all, runs = append(all, c), append(runs, c.run)
 	}
-	if sc.open != nil {
-		takeTurns(all, sc.open, s.length)
-		return runs
-	}
-	for _, c := range all {
-		c.runAlone(sc.run)
-	}
+	sc.measure(all, s.length)
 	return runs
 }

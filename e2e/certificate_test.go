@@ -49,7 +49,7 @@ func (s *system) awaitCertificate(serial string, held []*follower) {
 	replaced := time.Now()
 	seen := map[string]time.Duration{} // by router
 	routers := s.routers(s.t.Context())
-	eventually(s.t, 3*time.Minute, "the new certificate from every router", func() error {
+	eventually(s.t, 3*time.Minute, "the certificate "+serial+" from every router", func() error {
 		for _, f := range held {
 			if err := f.alive(); err != nil {
 				s.t.Fatalf("a session that was open before: %v", err)
@@ -63,7 +63,7 @@ func (s *system) awaitCertificate(serial string, held []*follower) {
 		switch {
 		case got == serial && !had:
 			seen[pod] = time.Since(replaced)
-			s.t.Logf("certificate: %s serves the new one %.0f s after the Secret was replaced", pod, seen[pod].Seconds())
+			s.t.Logf("certificate: %s serves the one that is in the Secret %.0f s after the Secret was replaced", pod, seen[pod].Seconds())
 		case got != serial && had:
 			s.t.Fatalf("%s went back to the certificate with serial number %s", pod, got)
 		}
