@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"strconv"
 	"syscall"
-	"time"
 )
 
 const (
@@ -30,7 +29,6 @@ type backends struct {
 	*loop
 	reply   []byte // to what was received last
 	stretch []byte // of a stream: as many frames as are written at once
-	failure error  // of a listener
 }
 
 // backendPorts returns the ports of the backends.
@@ -43,7 +41,7 @@ func backendPorts() (ports []int) {
 
 // newBackends listens on the ports, the i-th of which is backend-i's.
 func newBackends(ports []int) (*backends, error) {
-	l, err := newLoop()
+	l, err := newLoop(nil)
 	if err != nil {
 		return nil, err
 	}
@@ -54,7 +52,7 @@ func newBackends(ports []int) (*backends, error) {
 		if err != nil {
 			return nil, err
 		}
-		listener := &conn{accept: func() { b.accept(fd, number) }}
+		listener := &conn{accept: func() error { return b.accept(fd, number) }}
 		if err := l.add(listener, fd, nil); err != nil {
 			return nil, err
 		}
@@ -81,20 +79,12 @@ func listen(port int) (int, error) {
 	return fd, nil
 }
 
-// serve serves until a listener fails.
-func (b *backends) serve() error {
-	for b.failure == nil {
-		b.step(time.Minute)
-	}
-	return b.failure
-}
-
 // accept takes the connections that wait at the listener of a backend.
-func (b *backends) accept(listener, number int) {
+func (b *backends) accept(listener, number int) error {
 	for {
 		fd, _, err := syscall.Accept4(listener, syscall.SOCK_NONBLOCK|syscall.SOCK_CLOEXEC)
 		if err == syscall.EAGAIN {
-			return
+			return nil
 		}
 		if err == syscall.ECONNABORTED {
 			continue
@@ -104,8 +94,7 @@ func (b *backends) accept(listener, number int) {
 			err = b.add(&s.conn, fd, s)
 		}
 		if err != nil {
-			b.failure = fmt.Errorf("accept: %w", err)
-			return
+			return fmt.Errorf("accept: %w", err)
 		}
 	}
 }

@@ -14,8 +14,8 @@ type routing struct {
 
 // checkRouting opens 4 sessions of each namespace, and returns the backends that
 // these have.
-func checkRouting(ports []int, namespaces []string) ([]int, error) {
-	c, err := newClient(ports, namespaces)
+func checkRouting(t *target, namespaces []string) ([]int, error) {
+	c, err := newClient(t, namespaces)
 	if err != nil {
 		return nil, err
 	}
@@ -39,28 +39,28 @@ func (r *routing) message(*session, *frame) {}
 // be and every byte comes back.
 func runCheck(t *target) (values, error) {
 	v := values{}
-	if err := checkHash(t.ports, v); err != nil {
+	if err := checkHash(t, v); err != nil {
 		return nil, fmt.Errorf("without override: %w", err)
 	}
 	if t.overrides {
-		if err := checkOverrides(t.ports, v); err != nil {
+		if err := checkOverrides(t, v); err != nil {
 			return nil, fmt.Errorf("with override: %w", err)
 		}
 	}
 	for _, size := range []int{0, 1, 7, 125, 126, 127, 1024, 4095, 4096, 4097, 16384, 65535, 65536, 300_000, 2 << 20} {
-		if err := checkEcho(t.ports, size); err != nil {
+		if err := checkEcho(t, size); err != nil {
 			return nil, fmt.Errorf("echo of %d bytes: %w", size, err)
 		}
 	}
-	if err := checkStream(t.ports); err != nil {
+	if err := checkStream(t); err != nil {
 		return nil, fmt.Errorf("stream: %w", err)
 	}
 	return v, nil
 }
 
 // checkHash: a namespace has one backend, and every backend namespaces.
-func checkHash(ports []int, v values) error {
-	backends, err := checkRouting(ports, names("ns-", 500))
+func checkHash(t *target, v values) error {
+	backends, err := checkRouting(t, names("ns-", 500))
 	if err != nil {
 		return err
 	}
@@ -76,9 +76,9 @@ func checkHash(ports []int, v values) error {
 }
 
 // checkOverrides: a namespace with an override has that backend.
-func checkOverrides(ports []int, v values) error {
+func checkOverrides(t *target, v values) error {
 	namespaces := names(overridePrefix, overrideCount)
-	backends, err := checkRouting(ports, namespaces)
+	backends, err := checkRouting(t, namespaces)
 	if err != nil {
 		return err
 	}
@@ -92,8 +92,8 @@ func checkOverrides(ports []int, v values) error {
 }
 
 // checkEcho sends messages of one size on some sessions, twice.
-func checkEcho(ports []int, size int) error {
-	e, err := openEcho(ports, 8, size)
+func checkEcho(t *target, size int) error {
+	e, err := openEcho(t, 8, size)
 	if err != nil {
 		return err
 	}

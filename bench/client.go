@@ -44,12 +44,12 @@ type client struct {
 	failure    error    // of the first session that failed
 }
 
-func newClient(ports []int, namespaces []string) (*client, error) {
-	l, err := newLoop()
+func newClient(t *target, namespaces []string) (*client, error) {
+	l, err := newLoop(t.backends.loop)
 	if err != nil {
 		return nil, err
 	}
-	return &client{loop: l, ports: ports, namespaces: namespaces}, nil
+	return &client{loop: l, ports: t.ports, namespaces: namespaces}, nil
 }
 
 // names returns n namespaces that begin with prefix.

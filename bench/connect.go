@@ -17,8 +17,8 @@ type connector struct {
 	latencies []time.Duration
 }
 
-func openConnect(ports []int) (load, error) {
-	c, err := newClient(ports, names("ns-", 256))
+func openConnect(t *target) (load, error) {
+	c, err := newClient(t, names("ns-", 256))
 	if err != nil {
 		return nil, err
 	}
@@ -45,7 +45,7 @@ func (k *connector) send(d time.Duration) error {
 	k.run(d)
 	k.more = false
 	err := k.until(func() bool { return k.opening == 0 || k.failure != nil })
-	time.Sleep(closing)
+	k.run(closing)
 	return errors.Join(err, k.failure)
 }
 

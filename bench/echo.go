@@ -21,17 +21,17 @@ type echo struct {
 	*client
 	sessions []*session
 	mask     [4]byte
-	plain    []byte         // the payload of the message that was sent or compared last
-	frame    []byte         // the frame that was sent last
-	after    func(*session) // what follows a message that came back
-	waiting  int            // messages under way
+	plain    []byte                        // the payload of the message that was sent or compared last
+	frame    []byte                        // the frame that was sent last
+	after    func(*session, time.Duration) // what follows a message that came back, and when it did
+	waiting  int                           // messages under way
 
 	latencies []time.Duration // of those that came back
 }
 
 // openEcho opens n sessions for messages of size bytes.
-func openEcho(ports []int, n, size int) (*echo, error) {
-	c, err := newClient(ports, names("ns-", 256))
+func openEcho(t *target, n, size int) (*echo, error) {
+	c, err := newClient(t, names("ns-", 256))
 	if err != nil {
 		return nil, err
 	}
@@ -70,14 +70,15 @@ func (e *echo) message(s *session, f *frame) {
 	}
 	s.busy = false
 	e.waiting--
-	e.latencies = append(e.latencies, e.now()-s.begun)
-	e.after(s)
+	now := e.now()
+	e.latencies = append(e.latencies, now-s.begun)
+	e.after(s, now)
 }
 
 // verify sends one message on each session, some at a time, and waits for them.
 func (e *echo) verify() error {
 	next := 0
-	e.after = func(*session) {}
+	e.after = func(*session, time.Duration) {}
 	err := e.until(func() bool {
 		for next < len(e.sessions) && e.waiting < width && e.failure == nil {
 			e.ping(e.sessions[next], e.now())
@@ -90,17 +91,17 @@ func (e *echo) verify() error {
 
 // settle waits for what is under way.
 func (e *echo) settle() error {
-	e.after = func(*session) {}
+	e.after = func(*session, time.Duration) {}
 	err := e.until(func() bool { return e.waiting == 0 || e.failure != nil })
 	return errors.Join(err, e.failure)
 }
 
 // flood lets each session send when its message is back, for the time d.
 func (e *echo) flood(d time.Duration) error {
-	e.after = func(s *session) { e.ping(s, e.now()) }
+	e.after = e.ping
 	for _, s := range e.sessions {
 		if s.open() {
-			e.after(s)
+			e.ping(s, e.now())
 		}
 	}
 	e.run(d)
@@ -112,7 +113,7 @@ func (e *echo) flood(d time.Duration) error {
 // due.
 func (e *echo) pace(d time.Duration) error {
 	free := slices.Clone(e.sessions)
-	e.after = func(s *session) { free = append(free, s) }
+	e.after = func(s *session, _ time.Duration) { free = append(free, s) }
 	begun := e.now()
 	for sent := 0; e.now()-begun < d && e.failure == nil; {
 		due := begun + time.Duration(sent)*time.Second/pacedRate
@@ -138,13 +139,13 @@ type (
 	pacing   struct{ *echo }
 )
 
-func openFlood(ports []int, size int) (load, error) {
-	e, err := openEcho(ports, busySessions, size)
+func openFlood(t *target, size int) (load, error) {
+	e, err := openEcho(t, busySessions, size)
 	return flooding{e}, err
 }
 
-func openPace(ports []int, size int) (load, error) {
-	e, err := openEcho(ports, busySessions, size)
+func openPace(t *target, size int) (load, error) {
+	e, err := openEcho(t, busySessions, size)
 	return pacing{e}, err
 }
 

@@ -9,15 +9,15 @@ const usedSize = 16 << 10
 // runIdle measures the memory and the files of sessions at rest: how much more
 // the proxy has than with none, after a little traffic.
 func runIdle(t *target) (values, error) {
-	if err := makeBusy(t.ports); err != nil {
+	if err := makeBusy(t); err != nil {
 		return nil, err
 	}
-	time.Sleep(t.settle)
+	t.backends.run(t.settle)
 	base, err := t.group.memory()
 	if err != nil {
 		return nil, err
 	}
-	e, err := openEcho(t.ports, t.idle, usedSize)
+	e, err := openEcho(t, t.idle, usedSize)
 	if err != nil {
 		return nil, err
 	}
@@ -43,8 +43,8 @@ func runIdle(t *target) (values, error) {
 }
 
 // makeBusy makes the proxy allocate what it does once.
-func makeBusy(ports []int) error {
-	e, err := openEcho(ports, 16, 64)
+func makeBusy(t *target) error {
+	e, err := openEcho(t, 16, 64)
 	if err != nil {
 		return err
 	}

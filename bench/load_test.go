@@ -22,8 +22,9 @@ func listenTest(t *testing.T) (net.Listener, int) {
 	return l, l.Addr().(*net.TCPAddr).Port
 }
 
-// startTestBackends serves on free ports until the process ends.
-func startTestBackends(t *testing.T) []int {
+// startTestBackends listens on free ports until the test ends. What it returns is a
+// target without a proxy.
+func startTestBackends(t *testing.T) *target {
 	t.Helper()
 	var ports []int
 	for range backendCount {
@@ -35,25 +36,27 @@ func startTestBackends(t *testing.T) []int {
 	if err != nil {
 		t.Fatal(err)
 	}
-	go b.serve()
-	return ports
+	t.Cleanup(b.close)
+	return &target{ports: ports, backends: b}
 }
 
-// startRelays starts one relay for each port. What comes back from a port may be
-// changed; the n-th connection of relay i is to ports[i+n*shift].
-func startRelays(t *testing.T, ports []int, shift int, change func([]byte)) (relays []int) {
+// startRelays starts one relay for each port of to, and returns the target that is
+// these. What comes back from a port may be changed; the n-th connection of relay i
+// is to the port i+n*shift of to.
+func startRelays(t *testing.T, to *target, shift int, change func([]byte)) *target {
 	t.Helper()
-	for i := range ports {
+	relays := &target{backends: to.backends}
+	for i := range to.ports {
 		l, port := listenTest(t)
 		t.Cleanup(func() { l.Close() })
-		relays = append(relays, port)
+		relays.ports = append(relays.ports, port)
 		go func() {
 			for n := 0; ; n++ {
 				client, err := l.Accept()
 				if err != nil {
 					return
 				}
-				backend, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", ports[(i+n*shift)%len(ports)]))
+				backend, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", to.ports[(i+n*shift)%len(to.ports)]))
 				if err != nil {
 					t.Error(err)
 					return
@@ -88,10 +91,10 @@ func flip(at int) func([]byte) {
 }
 
 func TestScenarios(t *testing.T) {
-	ports := startTestBackends(t)
+	to := startTestBackends(t)
+	to.settle, to.group, to.idle = 20*time.Millisecond, group{os.Getpid()}, 300
 	for _, sc := range scenarios() {
 		t.Run(sc.name, func(t *testing.T) {
-			to := &target{ports: ports, settle: 20 * time.Millisecond, group: group{os.Getpid()}, backends: os.Getpid(), idle: 300}
 			c := &contender{run: new(run), target: to}
 			sc.measure([]*contender{c}, 500*time.Millisecond)
 			v := c.run.Values
@@ -126,35 +129,53 @@ func TestScenarios(t *testing.T) {
 
 // TestFailures: a proxy that does not do its job is found out.
 func TestFailures(t *testing.T) {
-	ports := startTestBackends(t)
+	direct := startTestBackends(t)
+	with := func(change func(*target)) *target {
+		to := *direct
+		change(&to)
+		return &to
+	}
 	asIs := func([]byte) {}
 	for name, test := range map[string]struct {
-		target target
+		target *target
 		want   string
 	}{
-		"a backend without namespaces": {target{ports: ports[:3]}, "namespaces of the backends: [167 167 166 0]"},
-		"a namespace at two backends":  {target{ports: startRelays(t, ports, 1, asIs)}, "before with backend-"},
-		"no overrides":                 {target{ports: ports, overrides: true}, "ov-0001 with backend-1, want backend-0"},
-		"nobody there":                 {target{ports: []int{1}}, "connection refused"},
-		"another status":               {target{ports: startRelays(t, ports, 0, flip(9))}, `answer "HTTP/1.1 001 Switching`},
-		"another Accept":               {target{ports: startRelays(t, ports, 0, flip(100))}, "Sec-WebSocket-Accept of another request"},
-		"another namespace":            {target{ports: startRelays(t, ports, 0, flip(170))}, "greeting"},
-		"a changed echo":               {target{ports: startRelays(t, ports, 0, flip(1000))}, "echo of 1024 bytes"},
+		"a backend without namespaces": {with(func(to *target) { to.ports = to.ports[:3] }), "namespaces of the backends: [167 167 166 0]"},
+		"a namespace at two backends":  {startRelays(t, direct, 1, asIs), "before with backend-"},
+		"no overrides":                 {with(func(to *target) { to.overrides = true }), "ov-0001 with backend-1, want backend-0"},
+		"nobody there":                 {with(func(to *target) { to.ports = []int{1} }), "connection refused"},
+		"another status":               {startRelays(t, direct, 0, flip(9)), `answer "HTTP/1.1 001 Switching`},
+		"another Accept":               {startRelays(t, direct, 0, flip(100)), "Sec-WebSocket-Accept of another request"},
+		"another namespace":            {startRelays(t, direct, 0, flip(170)), "greeting"},
+		"a changed echo":               {startRelays(t, direct, 0, flip(1000)), "echo of 1024 bytes"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, err := runCheck(&test.target)
+			_, err := runCheck(test.target)
 			if err == nil || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("got %v, want %q", err, test.want)
 			}
 		})
 	}
-	if err := checkStream(startRelays(t, ports, 0, flip(20000))); err == nil || !strings.Contains(err.Error(), "corrupt stream") {
+	if err := checkStream(startRelays(t, direct, 0, flip(20000))); err == nil || !strings.Contains(err.Error(), "corrupt stream") {
 		t.Errorf("got %v, want a corrupt stream", err)
 	}
 }
 
 func TestBackendRefuses(t *testing.T) {
-	ports := startTestBackends(t)
+	to := startTestBackends(t)
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				to.backends.step(10 * time.Millisecond)
+			}
+		}
+	}()
+	defer func() { close(stop); <-stopped }()
 	const headers = "Host: x\r\nupgrade: WebSocket\r\nsec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
 	for request, want := range map[string]string{
 		"GET /ws/a HTTP/1.1\r\n" + headers + "\x81\x00": "HTTP/1.1 101 ", // and closes on a frame that is not masked
@@ -162,7 +183,7 @@ func TestBackendRefuses(t *testing.T) {
 		"POST /ws/a HTTP/1.1\r\n" + headers:             "HTTP/1.1 400 ",
 		"GET /other HTTP/1.1\r\n" + headers:             "HTTP/1.1 400 ",
 	} {
-		conn, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", ports[0]))
+		conn, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", to.ports[0]))
 		if err != nil {
 			t.Fatal(err)
 		}

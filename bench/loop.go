@@ -7,16 +7,13 @@ import (
 )
 
 const (
-	// spin is how long a loop keeps polling after the last event before it sleeps.
-	spin = 300 * time.Millisecond
 	// stall is how long nothing may come while something is awaited.
 	stall = 30 * time.Second
 	// readSize is the least room for one read, in bytes.
 	readSize = 64 << 10
 
-	// batch is how many events a loop takes at once. Between two the other
-	// program of the load side has its turn: were that a time slice of the
-	// kernel's, latencies would be those of slices.
+	// batch is how many events a loop takes at once, before the other end of the
+	// load has its turn.
 	batch = 64
 
 	edge = 1 << 31 // EPOLLET, which package syscall has as a negative number
@@ -28,29 +25,33 @@ const (
 	maskEnd = uint32(syscall.EPOLLRDHUP | syscall.EPOLLHUP | syscall.EPOLLERR)
 )
 
-// loop is an epoll(7) loop of one thread, without a goroutine per connection.
+// loop is an epoll(7) loop, without a goroutine per connection. Clients and
+// backends have one each and share a thread, which steps the clients' loop and with
+// it the backends': two programs that take turns cost more, and it is the proxy that
+// should be at its limit.
 //
-// While there is traffic it does not sleep but yields the CPU to the other
-// program of the load side, after each batch of events. A receiver that sleeps
-// would have to be woken by the proxy's send, an interrupt to another CPU that
-// costs the proxy time which packets for other machines do not cost, and which is
-// great and unsteady in virtual machines.
+// It does not sleep while something is awaited. A receiver that sleeps would have
+// to be woken by the proxy's send, an interrupt to another CPU that costs the
+// proxy time which packets for other machines do not cost, and which is great and
+// unsteady in virtual machines.
 type loop struct {
 	epoll     int
 	events    []syscall.EpollEvent
 	conns     []*conn // by descriptor; nil: none
 	buf       []byte  // what was read last
 	holdReads bool    // a connection that does not take its output is not read
+	failure   error   // of a listener
 	began     time.Time
 	heard     time.Duration // when the last event was, on the loop's clock
+	other     *loop         // of the other end, which steps with this one; or nil
 }
 
-func newLoop() (*loop, error) {
+func newLoop(other *loop) (*loop, error) {
 	epoll, err := syscall.EpollCreate1(syscall.EPOLL_CLOEXEC)
 	if err != nil {
 		return nil, fmt.Errorf("epoll_create1: %w", err)
 	}
-	return &loop{epoll: epoll, events: make([]syscall.EpollEvent, batch), buf: make([]byte, 4*readSize), began: time.Now()}, nil
+	return &loop{epoll: epoll, events: make([]syscall.EpollEvent, batch), buf: make([]byte, 4*readSize), began: time.Now(), other: other}, nil
 }
 
 // now is the loop's monotonic clock.
@@ -66,15 +67,38 @@ func (l *loop) close() {
 	syscall.Close(l.epoll)
 }
 
-// step handles the events that are there, or come within limit.
+// step handles the events of both ends that are there; if there are none it waits
+// for the first, limit at most.
 func (l *loop) step(limit time.Duration) {
-	for _, event := range l.wait(limit) {
+	for begun := l.now(); ; {
+		events := l.handle()
+		if l.other != nil {
+			events += l.other.handle()
+		}
+		now := l.now()
+		if events > 0 {
+			l.heard = now
+			return
+		}
+		if now-begun >= limit {
+			return
+		}
+		syscall.RawSyscall(syscall.SYS_SCHED_YIELD, 0, 0, 0) // the proxy may have the same CPU
+	}
+}
+
+// handle handles a batch of the events that are there, and returns how many.
+func (l *loop) handle() int {
+	events := rawPoll(l.epoll, l.events)
+	for _, event := range events {
 		c := l.conns[event.Fd]
 		if c == nil { // closed by an event before this one
 			continue
 		}
 		if c.accept != nil {
-			c.accept()
+			if err := c.accept(); err != nil {
+				l.failure = err
+			}
 			continue
 		}
 		if event.Events&maskOut != 0 {
@@ -84,28 +108,7 @@ func (l *loop) step(limit time.Duration) {
 			c.read()
 		}
 	}
-}
-
-// wait returns the events that are there; nil if none come within limit.
-func (l *loop) wait(limit time.Duration) []syscall.EpollEvent {
-	begun := l.now()
-	for now := begun; now-l.heard < spin; now = l.now() {
-		syscall.RawSyscall(syscall.SYS_SCHED_YIELD, 0, 0, 0)
-		if events := rawPoll(l.epoll, l.events); len(events) > 0 {
-			l.heard = now
-			return events
-		}
-		if now-begun >= limit {
-			return nil
-		}
-	}
-	left := max(limit-(l.now()-begun), 0)
-	n, err := syscall.EpollWait(l.epoll, l.events, int((left+time.Millisecond-1)/time.Millisecond))
-	if err != nil || n == 0 { // EINTR, or nothing
-		return nil
-	}
-	l.heard = l.now()
-	return l.events[:n]
+	return len(events)
 }
 
 // run steps for the time d.
@@ -118,6 +121,9 @@ func (l *loop) run(d time.Duration) {
 // until steps until done; nothing may come for the time stall at most.
 func (l *loop) until(done func() bool) error {
 	for l.heard = l.now(); !done(); l.step(100 * time.Millisecond) {
+		if l.other != nil && l.other.failure != nil {
+			return l.other.failure
+		}
 		if l.now()-l.heard > stall {
 			return fmt.Errorf("nothing came for %s", stall)
 		}
@@ -141,12 +147,12 @@ type end interface {
 type conn struct {
 	loop   *loop
 	end    end
-	accept func() // of a listener, when there are connections to accept
-	fd     int    // -1 when closed
-	mask   uint32 // what epoll watches
-	in     []byte // received and not used yet
-	out    []byte // sent and not taken yet
-	more   bool   // drained will send more as soon as it is taken
+	accept func() error // of a listener, when there are connections to accept
+	fd     int          // -1 when closed
+	mask   uint32       // what epoll watches
+	in     []byte       // received and not used yet
+	out    []byte       // sent and not taken yet
+	more   bool         // drained will send more as soon as it is taken
 }
 
 // add makes c the connection of descriptor fd, which is the loop's from now on.

@@ -41,13 +41,6 @@ func main() {
 
 // start is the program. Progress goes to stderr, the table to stdout.
 func start(ctx context.Context, args []string, stdout, stderr io.Writer) error {
-	if len(args) == 1 && args[0] == "backends" {
-		b, err := newBackends(backendPorts())
-		if err != nil {
-			return err
-		}
-		return b.serve()
-	}
 	var o options
 	f := flag.NewFlagSet("bench", flag.ContinueOnError)
 	f.SetOutput(stderr)

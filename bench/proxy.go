@@ -1,13 +1,11 @@
 package main
 
 import (
-	"bufio"
 	"debug/buildinfo"
 	_ "embed"
 	"errors"
 	"fmt"
 	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -119,9 +117,9 @@ type running struct {
 	log   string
 }
 
-// start starts p on a CPU, in a new directory below tmp, and waits until it
-// routes. The caller stops it.
-func (p *proxy) start(tmp string, cpu int) (*running, error) {
+// start starts p on the CPU of its target, in a new directory below tmp, and waits
+// until it routes. The caller stops it.
+func (p *proxy) start(t *target, tmp string) (*running, error) {
 	dir := filepath.Join(tmp, p.name)
 	replace := strings.NewReplacer("@DIR@", dir, "@PORT@", strconv.Itoa(p.port), "@ADMIN@", strconv.Itoa(p.port+1)).Replace
 	if err := errors.Join(os.RemoveAll(dir), writeOverrides(dir), os.WriteFile(dir+"/config", []byte(replace(p.config)), 0o644)); err != nil {
@@ -136,7 +134,7 @@ func (p *proxy) start(tmp string, cpu int) (*running, error) {
 		return nil, err
 	}
 	defer log.Close()
-	args := append([]string{"-c", strconv.Itoa(cpu), p.program}, strings.Fields(replace(p.args))...)
+	args := append([]string{"-c", strconv.Itoa(t.cpu), p.program}, strings.Fields(replace(p.args))...)
 	r := &running{cmd: exec.Command("taskset", args...), ended: make(chan struct{}), log: log.Name()}
 	r.cmd.Dir, r.cmd.Stdout, r.cmd.Stderr = dir, log, log
 	r.cmd.Env = append(os.Environ(), "GOMAXPROCS=1")
@@ -145,7 +143,7 @@ func (p *proxy) start(tmp string, cpu int) (*running, error) {
 		return nil, err
 	}
 	go r.wait()
-	if err := r.await(p.port); err != nil {
+	if err := r.await(t); err != nil {
 		r.stop()
 		return nil, err
 	}
@@ -157,10 +155,10 @@ func (r *running) wait() {
 	close(r.ended)
 }
 
-// await waits until an upgrade at a port succeeds.
-func (r *running) await(port int) error {
+// await waits until a namespace with an override is opened.
+func (r *running) await(t *target) error {
 	for deadline := time.Now().Add(15 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		err := upgradeOnce(port)
+		_, err := checkRouting(t, []string{overridePrefix + "0000"})
 		if err == nil {
 			return nil
 		}
@@ -186,26 +184,6 @@ func (r *running) stop() {
 	}
 	syscall.Kill(group, syscall.SIGKILL) // what is left
 	<-r.ended
-}
-
-// upgradeOnce opens and closes a session of a namespace with an override.
-func upgradeOnce(port int) error {
-	conn, err := net.DialTimeout("tcp", fmt.Sprintf("127.0.0.1:%d", port), time.Second)
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
-	conn.SetDeadline(time.Now().Add(time.Second))
-	fmt.Fprintf(conn, "GET /ws/%s0000 HTTP/1.1\r\nHost: bench.example.com\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"+
-		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n", overridePrefix)
-	answer, err := http.ReadResponse(bufio.NewReader(conn), nil)
-	if err != nil {
-		return err
-	}
-	if answer.StatusCode != http.StatusSwitchingProtocols {
-		return fmt.Errorf("answer %q", answer.Status)
-	}
-	return nil
 }
 
 // writeOverrides makes dir, and in it the overrides in each proxy's language. The

@@ -19,8 +19,8 @@ type stream struct {
 }
 
 // openStream begins downloads of frames on each of n sessions.
-func openStream(ports []int, n int, frames int64, whole bool) (*stream, error) {
-	c, err := newClient(ports, names("ns-", 64))
+func openStream(t *target, n int, frames int64, whole bool) (*stream, error) {
+	c, err := newClient(t, names("ns-", 64))
 	if err != nil {
 		return nil, err
 	}
@@ -80,7 +80,7 @@ const filling = 20 * time.Millisecond
 
 func (d *stream) send(length time.Duration) error {
 	d.run(length)
-	time.Sleep(filling)
+	d.other.run(filling)
 	return d.failure
 }
 
@@ -89,8 +89,8 @@ func (d *stream) count() { d.total = 0 }
 func (d *stream) values(used use) (values, error) { return used.download(d.total) }
 
 // checkStream downloads 3000 frames, and compares every byte.
-func checkStream(ports []int) error {
-	d, err := openStream(ports, 4, 750, true)
+func checkStream(t *target) error {
+	d, err := openStream(t, 4, 750, true)
 	if err != nil {
 		return err
 	}

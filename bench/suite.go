@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -30,8 +28,8 @@ type suite struct {
 	scenarios []scenario
 	proxies   []*proxy
 	tmp       string // scratch directory
-	backends  int    // process of the backends
-	files     int    // limit on open files of one process
+	backends  *backends
+	files     int // limit on open files of one process
 	report    *report
 }
 
@@ -55,11 +53,10 @@ func measureAll(ctx context.Context, o options, log io.Writer) (*report, error) 
 	if err := os.Chmod(s.tmp, 0o755); err != nil { // nginx's worker is another user
 		return nil, err
 	}
-	stop, err := s.startBackends()
-	if err != nil {
+	if s.backends, err = newBackends(backendPorts()); err != nil {
 		return nil, err
 	}
-	defer stop()
+	defer s.backends.close()
 	for round := range o.rounds {
 		if err := s.round(ctx, round+1); err != nil {
 			return nil, err
@@ -106,34 +103,6 @@ func pick[T any](all []T, name func(T) string, list string) (picked []T, err err
 		picked = append(picked, all[i])
 	}
 	return picked, nil
-}
-
-// startBackends runs this program once more, on the same CPU.
-func (s *suite) startBackends() (stop func(), err error) {
-	self, err := os.Executable()
-	if err != nil {
-		return nil, err
-	}
-	log, err := os.Create(filepath.Join(s.tmp, "backends.log"))
-	if err != nil {
-		return nil, err
-	}
-	defer log.Close()
-	r := &running{cmd: exec.Command(self, "backends"), ended: make(chan struct{}), log: log.Name()}
-	r.cmd.Stderr = log
-	r.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
-	if err := r.cmd.Start(); err != nil {
-		return nil, err
-	}
-	go r.wait()
-	s.backends = r.cmd.Process.Pid
-	for _, port := range backendPorts() {
-		if err := r.await(port); err != nil {
-			r.stop()
-			return nil, fmt.Errorf("backends: %w", err)
-		}
-	}
-	return r.stop, nil
 }
 
 // round runs every scenario against every proxy, of which another one is the
@@ -205,9 +174,6 @@ func disturbed(scenario string, v values) string {
 // awaitCalm waits until other programs leave the machine idle for a second, for
 // the time calm at most.
 func (s *suite) awaitCalm(ctx context.Context) {
-	if s.calm > 0 {
-		time.Sleep(spin) // until the backends sleep
-	}
 	for deadline := time.Now().Add(s.calm); time.Now().Before(deadline) && ctx.Err() == nil; {
 		before, err := readCPUs()
 		if err != nil {

@@ -139,7 +139,9 @@ func TestNoProxy(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	p = &proxy{name: "x", program: "/bin/false", port: 1}
-	if _, err := p.start(t.TempDir(), 0); err == nil || !strings.Contains(err.Error(), "does not route: dial") {
+	to := startTestBackends(t)
+	to.ports = []int{p.port}
+	if _, err := p.start(to, t.TempDir()); err == nil || !strings.Contains(err.Error(), "connection refused; its log") {
 		t.Errorf("got %v", err)
 	}
 }
@@ -186,7 +188,7 @@ func TestTurns(t *testing.T) {
 	loads := []*countedLoad{{}, {failAt: 2}, {}, {}}
 	var all []*contender
 	for range loads {
-		all = append(all, &contender{run: new(run), target: &target{group: group{os.Getpid()}, backends: os.Getpid()}})
+		all = append(all, &contender{run: new(run), target: &target{group: group{os.Getpid()}}})
 	}
 	all[2].fail(errors.New("did not start"))
 	next := 0

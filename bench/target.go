@@ -10,9 +10,9 @@ import (
 
 // target is what a scenario is run against, and how.
 type target struct {
-	ports     []int         // the proxy's, or of the backends
-	group     group         // the proxy's processes, none without proxy
-	backends  int           // process of the backends
+	ports     []int // the proxy's, or of the backends
+	group     group // the proxy's processes, none without proxy
+	backends  *backends
 	overrides bool          // the proxy has the overrides
 	cpu       int           // the proxy's
 	idle      int           // sessions of the scenario idle
@@ -32,11 +32,11 @@ func scenarios() []scenario {
 	return []scenario{
 		{name: "check", run: runCheck},
 		{name: "idle", run: runIdle},
-		{name: "echo64", open: func(t *target) (load, error) { return openFlood(t.ports, 64) }},
-		{name: "echo1k", open: func(t *target) (load, error) { return openFlood(t.ports, 1024) }},
-		{name: "paced", open: func(t *target) (load, error) { return openPace(t.ports, 64) }},
-		{name: "stream", open: func(t *target) (load, error) { return openStream(t.ports, 8, 1<<40, false) }},
-		{name: "connect", open: func(t *target) (load, error) { return openConnect(t.ports) }},
+		{name: "echo64", open: func(t *target) (load, error) { return openFlood(t, 64) }},
+		{name: "echo1k", open: func(t *target) (load, error) { return openFlood(t, 1024) }},
+		{name: "paced", open: func(t *target) (load, error) { return openPace(t, 64) }},
+		{name: "stream", open: func(t *target) (load, error) { return openStream(t, 8, 1<<40, false) }},
+		{name: "connect", open: openConnect},
 	}
 }
 
@@ -45,17 +45,16 @@ type values map[string]float64
 
 // sample is CPU time used so far.
 type sample struct {
-	at                    time.Time
-	proxy, load, backends time.Duration // of processes
-	cpus                  map[int]cpuTicks
+	at          time.Time
+	proxy, load time.Duration // of processes
+	cpus        map[int]cpuTicks
 }
 
 func (t *target) sample() (s sample, err error) {
-	var errs [4]error
+	var errs [3]error
 	s.proxy, errs[0] = t.group.cpu()
 	s.load, errs[1] = processCPU(os.Getpid())
-	s.backends, errs[2] = processCPU(t.backends)
-	s.cpus, errs[3] = readCPUs()
+	s.cpus, errs[2] = readCPUs()
 	s.at = time.Now()
 	return s, errors.Join(errs[:]...)
 }
@@ -83,7 +82,7 @@ func (t *target) during(f func() error) (u use, err error) {
 	all := sum(after.cpus, before.cpus)
 	u.wall, u.proxy = after.at.Sub(before.at), after.proxy-before.proxy
 	u.busy = after.cpus[t.cpu].busy - before.cpus[t.cpu].busy
-	u.foreign = all.busy - (u.proxy + after.load - before.load + after.backends - before.backends)
+	u.foreign = all.busy - (u.proxy + after.load - before.load)
 	u.steal, u.cpus = all.steal, all.busy+all.idle+all.steal
 	return u, err
 }

@@ -100,7 +100,7 @@ func (s *suite) contend(p *proxy, sc scenario) *contender {
 	if p.direct() {
 		return c
 	}
-	r, err := p.start(s.tmp, s.cpu)
+	r, err := p.start(c.target, s.tmp)
 	if err != nil {
 		c.fail(err)
 		return c
