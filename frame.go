@@ -24,6 +24,7 @@ type frameScanner struct {
 	at     framePlace
 	more   uint8 // bytes of the length that are still to come, at frameLength
 	opcode uint8 // of the frame, unless at frameBoundary
+	split  bool  // the last data frame was not the end of its message
 }
 
 // framePlace is where in its frames a stream is.
@@ -71,6 +72,7 @@ func (f *frameScanner) scan(chunk []byte, masked bool) {
 func (f *frameScanner) next(chunk []byte, masked bool) (n int) {
 	if f.at == frameBoundary && len(chunk) > 0 {
 		if n = shortFrame(chunk, masked); n > 0 {
+			f.split = false
 			return n
 		}
 		f.begin(chunk[0])
@@ -96,11 +98,11 @@ func (f *frameScanner) next(chunk []byte, masked bool) (n int) {
 }
 
 // shortFrame returns how long the frame is that chunk begins with, if all of it
-// is there and it is a data frame with at most 125 bytes of payload, as most
-// are. It returns 0 for any other: the steps below are for all frames, but take
-// twice the time.
+// is there and it is a data frame with at most 125 bytes of payload that ends its
+// message, as most are. It returns 0 for any other: the steps below are for all
+// frames, but take twice the time.
 func shortFrame(chunk []byte, masked bool) int {
-	if len(chunk) < 2 || chunk[0]&0xf > opcodeData {
+	if len(chunk) < 2 || chunk[0]&0xf > opcodeData || chunk[0]&frameFin == 0 {
 		return 0
 	}
 	n := int(chunk[1])
@@ -122,6 +124,9 @@ func shortFrame(chunk []byte, masked bool) int {
 // begin takes the first byte of a frame: FIN, reserved bits, opcode.
 func (f *frameScanner) begin(b byte) {
 	f.opcode, f.at = b&0xf, frameSize
+	if f.opcode <= opcodeData {
+		f.split = b&frameFin == 0
+	}
 	control := f.opcode >= opcodeClose && f.opcode <= opcodeControl && b&frameFin != 0
 	if f.opcode > opcodeData && !control {
 		f.at = frameBroken
@@ -189,6 +194,11 @@ func (f *frameScanner) skip(n uint64) {
 // frames, or two fragments if it is a control frame (RFC 6455 §5.4), and no
 // Close frame has passed.
 func (f *frameScanner) boundary() bool { return f.at == frameBoundary }
+
+// whole reports whether every message that began has ended. Between the fragments
+// of one a control frame may stand, but a Close frame there leaves it without its
+// end.
+func (f *frameScanner) whole() bool { return !f.split }
 
 // closed reports whether a Close frame has passed, to its last byte. Nothing may
 // be put after it (RFC 6455 §5.5.1), and what comes is no longer looked at.

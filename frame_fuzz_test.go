@@ -92,20 +92,21 @@ func wantOracle(t *testing.T, stream []byte, masked bool, rng *rand.Rand) {
 
 // frameView is what there is to know of a scanner.
 type frameView struct {
-	boundary, closed, broken bool
-	rest                     uint64
+	boundary, whole, closed, broken bool // whole: at a boundary only
+	rest                            uint64
 }
 
 func viewOf(f *frameScanner) frameView {
-	return frameView{f.boundary(), f.closed(), f.broken(), f.rest()}
+	return frameView{f.boundary(), f.boundary() && f.whole(), f.closed(), f.broken(), f.rest()}
 }
 
 // frameOracle returns what is to be known after each number of bytes of a
 // stream, from none to all.
 func frameOracle(stream []byte, masked bool) (views []frameView) {
 	views = make([]frameView, len(stream)+1)
+	whole := true
 	for at := 0; at <= len(stream); {
-		views[at].boundary = true
+		views[at].boundary, views[at].whole = true, whole
 		header, rest, wrong := frameOracleHeader(stream[at:], masked)
 		switch {
 		case wrong > 0:
@@ -114,6 +115,9 @@ func frameOracle(stream []byte, masked bool) (views []frameView) {
 			return views
 		}
 		first := stream[at]
+		if first&8 == 0 {
+			whole = first&0x80 != 0
+		}
 		for at += header; rest > 0 && at <= len(stream); at++ {
 			views[at].rest = rest
 			rest--

@@ -73,6 +73,7 @@ func TestFrameForms(t *testing.T) {
 			for cut := range len(c.frame) + 1 {
 				var f frameScanner
 				want := frameView{boundary: cut == 0 || cut == len(c.frame)}
+				want.whole = cut == 0 || cut == len(c.frame) && c.frame[0]&0x80 != 0
 				if cut >= c.header {
 					want.rest = uint64(len(c.frame) - cut)
 				}

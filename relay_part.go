@@ -6,7 +6,8 @@ import (
 )
 
 // closeTime bounds how long a session goes on when it is to part: both its
-// sockets are closed then. The backend has the first half of it to answer.
+// sockets are closed then. The backend has the first half of it to answer, and the
+// client the first quarter to end a message of which the backend has a part.
 const closeTime = 5 * time.Second
 
 // mostClose is how many bytes a Close frame has at most.
@@ -15,7 +16,8 @@ const mostClose = 2 + maskKey + mostControl
 // parting is the end of a session by Close frames, each put where a frame ends in
 // what is written (RFC 6455 §5.5.1, §7.1.2):
 //
-//  1. The backend gets its Close frame, and nothing after it.
+//  1. The backend gets its Close frame, and nothing after it. It is put where a
+//     message ends, or between two fragments if that takes too long.
 //  2. What the backend still sends is carried until it answers: by its Close
 //     frame, or by its end. In the place of that the client gets its own Close
 //     frame, and nothing after it.
@@ -39,9 +41,10 @@ type parting struct {
 	over  [2]bool     // nothing more that comes from the side is carried
 	taken [2]bool     // and its peer's socket has all of it
 	ended [2]bool     // the side has ended
-	late  bool        // the backend's time is over
+	torn  bool        // the time is over for the client to end its message
+	late  bool        // and the backend's time
 	cut   atomic.Bool // not both sides answered in time
-	timer *time.Timer // of the backend's time, then of the session's
+	timer *time.Timer // of these times, then of the session's
 	done  func(cut bool)
 }
 
@@ -64,7 +67,7 @@ func newParting(why cause, done func(cut bool)) *parting {
 func (p *parting) sift(f *frameScanner, i side, buf []byte, n int) int {
 	at := 0
 	for !p.over[i] {
-		if f.boundary() && p.due(i, buf[at:n]) {
+		if f.boundary() && p.due(f, i, buf[at:n]) {
 			f.scan(buf[at:n], i == client)
 			p.put[i], p.over[i] = true, true
 			return at + copy(buf[at:], p.frame[i])
@@ -80,12 +83,33 @@ func (p *parting) sift(f *frameScanner, i side, buf []byte, n int) int {
 }
 
 // due reports whether the Close frame may stand here, at a boundary before rest.
-func (p *parting) due(i side, rest []byte) bool {
+func (p *parting) due(f *frameScanner, i side, rest []byte) bool {
 	closes := len(rest) > 0 && rest[0]&0xf == opcodeClose
 	if i == client {
-		return !closes
+		return !closes && (f.whole() || p.torn || p.ended[client])
 	}
 	return p.late || p.ended[server] || closes && p.put[client]
+}
+
+// begin starts the times of a parting that takes closing at most. overdue is called
+// at the end of each.
+func (p *parting) begin(closing time.Duration, overdue func()) {
+	p.timer = time.AfterFunc(closing/4, overdue)
+}
+
+// expire is for the end of one of the times. It reports whether it was the last.
+func (p *parting) expire(closing time.Duration) (last bool) {
+	switch {
+	case p.late:
+		return true
+	case p.torn:
+		p.late = true
+		p.timer.Reset(closing / 2)
+	default:
+		p.torn = true
+		p.timer.Reset(closing / 4)
+	}
+	return false
 }
 
 // offends reports whether the backend has to be cut off: the client is told now,

@@ -2,10 +2,7 @@
 
 package main
 
-import (
-	"syscall"
-	"time"
-)
+import "syscall"
 
 // part makes the session end by Close frames, within the relay's time for that.
 // It reports whether it did: a session that ends already does not part. why is
@@ -32,12 +29,11 @@ func (p *poller) depart(s *session) {
 		return
 	}
 	s.parting.over, s.parting.ended = s.fin, s.fin
-	s.parting.timer = time.AfterFunc(p.relay.closing/2, s.overdue)
+	s.parting.begin(p.relay.closing, s.overdue)
 	p.step(s)
 }
 
-// overdue is called when the backend's time to answer is over, and again when
-// the session's time to part is.
+// overdue is called when one of the times of the parting is over.
 func (s *session) overdue() {
 	p := s.poller
 	p.mu.Lock()
@@ -45,12 +41,10 @@ func (s *session) overdue() {
 	if !s.open {
 		return
 	}
-	if s.parting.late {
+	if s.parting.expire(p.relay.closing) {
 		p.cut(s)
 		return
 	}
-	s.parting.late = true
-	s.parting.timer.Reset(p.relay.closing / 2)
 	p.step(s)
 	p.watch(s)
 }

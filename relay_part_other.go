@@ -24,27 +24,29 @@ func (s *session) part(why cause, done func(cut bool)) bool {
 	}
 	t := newParting(why, done)
 	t.over, t.taken, t.ended = s.fin, s.fin, s.fin
-	t.timer = time.AfterFunc(s.closing/2, s.overdue)
+	t.begin(s.closing, s.overdue)
 	s.parting = t
-	s.conn[client].SetReadDeadline(past())
-	s.conn[server].SetReadDeadline(past())
+	s.wake()
 	return true
 }
 
-// overdue is called when the backend's time to answer is over, and again when
-// the session's time to part is.
+// overdue is called when one of the times of the parting is over.
 func (s *session) overdue() {
 	s.mu.Lock()
-	again := s.parting.late
-	if !again {
-		s.parting.late = true
-		s.parting.timer.Reset(s.closing / 2)
-		s.conn[server].SetReadDeadline(past())
+	last := s.parting.expire(s.closing)
+	if !last {
+		s.wake()
 	}
 	s.mu.Unlock()
-	if again {
+	if last {
 		s.cut()
 	}
+}
+
+// wake ends the reads of both sides, for the parting to go on. mu is held.
+func (s *session) wake() {
+	s.conn[client].SetReadDeadline(past())
+	s.conn[server].SetReadDeadline(past())
 }
 
 // scan follows the first n bytes of buf, which came from the side with err, and

@@ -269,7 +269,7 @@ func TestPartWithinAFrame(t *testing.T) {
 	next := func(masked bool) []byte { return frameBytes(0x82, masked, 300, make([]byte, 300)) }
 	for _, size := range []int{0, 5, 200, 70_000} {
 		payload := bytes.Repeat([]byte("x"), size)
-		up, down := frameBytes(0x01, true, uint64(size), payload), frameBytes(0x81, false, uint64(size), payload)
+		up, down := frameBytes(0x81, true, uint64(size), payload), frameBytes(0x81, false, uint64(size), payload)
 		for _, cut := range []int{1, 2, 3, 4, 7, len(down) - 1} {
 			if cut >= len(down) {
 				continue
@@ -291,6 +291,26 @@ func TestPartWithinAFrame(t *testing.T) {
 			s.wantCause(t, causeMoved)
 		}
 	}
+}
+
+// A Close frame waits for the end of a message from the client, whose fragments may
+// have control frames between them (RFC 6455 §5.4).
+func TestPartWithinAMessage(t *testing.T) {
+	s := carried(t, quietRelay(t), 0, nil, nil)
+	for _, first := range []byte{0x01, 0x00} {
+		mustSend(t, s.client, frameBytes(first, true, 2, []byte("ab")))
+		mustFrames(t, s.backend, true, fmt.Sprintf("%x \"ab\"", first))
+		s.part(causeMoved, nil) // the second time nothing
+		mustSend(t, s.client, frameBytes(0x89, true, 0, nil))
+		mustFrames(t, s.backend, true, `89 ""`)
+	}
+	mustSend(t, s.client, append(frameBytes(0x80, true, 2, []byte("ef")), frameBytes(0x81, true, 2, []byte("no"))...))
+	mustFrames(t, s.backend, true, `80 "ef"`, goesAway)
+	mustSend(t, s.backend, closeFrame(1001, "", false))
+	mustFrames(t, s.client, false, restarts)
+	s.client.Close()
+	mustEOF(t, s.backend)
+	s.wantCause(t, causeMoved)
 }
 
 // talker is one end of a session that sends frames until it is told to stop.
@@ -473,7 +493,9 @@ func TestPartLibrary(t *testing.T) {
 // of the time whatever the backend does, if it can be told at all.
 func TestPartBounds(t *testing.T) {
 	const bound = 1200 * time.Millisecond
-	half, whole, none := bound/2, bound, time.Duration(0)
+	quarter, half, whole, none := bound/4, bound/2, bound, time.Duration(0)
+	part := frameBytes(0x01, true, 2, []byte("ab")) // of a message
+
 	up, down := frameBytes(0x81, true, 9, []byte("ab")), frameBytes(0x81, false, 9, []byte("ab")) // 7 bytes are missing
 	for name, c := range map[string]struct {
 		before func(t *testing.T, s relayed) // that it is to part
@@ -511,6 +533,24 @@ func TestPartBounds(t *testing.T) {
 			mustReset(t, s.backend)
 			s.client.Close()
 		}, half, true},
+		"the client is within a message": {func(t *testing.T, s relayed) {
+			mustSend(t, s.client, part)
+			mustFrames(t, s.backend, true, `1 "ab"`)
+		}, func(t *testing.T, s relayed) {
+			mustFrames(t, s.backend, true, goesAway)
+			s.backend.Close()
+			mustFrames(t, s.client, false, restarts)
+			s.client.Close()
+		}, quarter, false},
+		"the client ends within a message": {func(t *testing.T, s relayed) {
+			mustSend(t, s.client, part)
+			mustFrames(t, s.backend, true, `1 "ab"`)
+		}, func(t *testing.T, s relayed) {
+			closeWrite(t, s.client)
+			mustFrames(t, s.backend, true, goesAway)
+			s.backend.Close()
+			mustFrames(t, s.client, false, restarts)
+		}, none, false},
 		"the backend is within a frame": {func(t *testing.T, s relayed) {
 			mustSend(t, s.backend, down)
 			mustRead(t, s.client, string(down))
