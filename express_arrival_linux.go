@@ -31,7 +31,7 @@ type arrival struct {
 	over    bool      // it has left the short way
 	fd      [2]int32  // the sockets, -1: none
 	mask    [2]uint32 // what epoll watches
-	again   [2]bool   // epoll has told of something that is the session's
+	unheard [2]bool   // epoll has told of something that is left to the session
 	head    []byte    // what the client has sent
 	early   int       // where in that begins what came after its upgrade
 	session *session  // that it is to be; nil until the upgrade was read
@@ -45,7 +45,7 @@ func (a *arrival) ready(i side, events uint32) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	ended := events&(syscall.EPOLLRDHUP|syscall.EPOLLHUP|syscall.EPOLLERR) != 0
-	a.again[i] = a.again[i] || ended || events&syscall.EPOLLPRI != 0
+	a.unheard[i] = a.unheard[i] || ended || events&syscall.EPOLLPRI != 0
 	switch {
 	case a.over:
 	case a.session == nil && ended:
@@ -55,9 +55,9 @@ func (a *arrival) ready(i side, events uint32) {
 	case i == server:
 		a.hear()
 	case ended:
-		a.gone()
+		a.clientGone()
 	default:
-		a.again[client] = true
+		a.unheard[client] = true
 	}
 }
 
@@ -68,7 +68,7 @@ func (a *arrival) arrive() {
 	case errno == syscall.EAGAIN || errno == syscall.EINTR:
 		return
 	case errno != 0 || len(data) == 0:
-		a.end()
+		a.closeBoth()
 		return
 	}
 	a.head = data
@@ -171,12 +171,12 @@ func (a *arrival) answer(data []byte) bool {
 		return false
 	}
 	if p.moves.misplaced(a.session) {
-		a.drop()
+		a.closeBackend()
 		return false
 	}
 	head := switchingHead(resp)
 	if n, errno := a.poller.send(a.fd[client], head); errno != 0 || n < len(head) { // nothing else is in its buffer
-		a.gone()
+		a.clientGone()
 		return true
 	}
 	early := data[len(data)-rest.Len()-br.Buffered():]
@@ -189,7 +189,7 @@ func (a *arrival) answer(data []byte) bool {
 
 // become makes the relay carry the session.
 func (a *arrival) become(fromBackend []byte) {
-	for i, left := range a.again {
+	for i, left := range a.unheard {
 		if left {
 			a.mask[i] |= again
 		}
@@ -202,7 +202,7 @@ func (a *arrival) become(fromBackend []byte) {
 func (a *arrival) receive(i side) ([]byte, syscall.Errno) {
 	most := min(bufferSize, a.express.proxy.limits.headerBytes)
 	data, errno := a.poller.receive(a.fd[i], most)
-	a.again[i] = a.again[i] || len(data) == most
+	a.unheard[i] = a.unheard[i] || len(data) == most
 	return data, errno
 }
 
@@ -225,14 +225,14 @@ func (a *arrival) leave() {
 // its upgrade, the owner too, with what came of the answer.
 func (a *arrival) toHTTP(answer []byte) {
 	if !a.dialled || len(a.request) > 0 {
-		a.drop()
+		a.closeBackend()
 	}
-	a.finish()
+	a.retire()
 	x := a.express
 	socket := a.remove(client)
 	conn, err := connOf(socket, x.proxy.backends.dialer.Control)
 	if err != nil {
-		a.drop()
+		a.closeBackend()
 		x.refuse(socket, err)
 		return
 	}
@@ -255,8 +255,8 @@ func (a *arrival) remove(i side) *os.File {
 	return os.NewFile(uintptr(a.fd[i]), "socket")
 }
 
-// drop closes the connection to the backend, if there is one.
-func (a *arrival) drop() {
+// closeBackend closes the connection to the backend, if there is one.
+func (a *arrival) closeBackend() {
 	if a.fd[server] < 0 {
 		return
 	}
@@ -267,22 +267,22 @@ func (a *arrival) drop() {
 	a.fd[server] = -1
 }
 
-// gone ends it since the client has left during its upgrade.
-func (a *arrival) gone() {
+// clientGone ends it since the client has left during its upgrade.
+func (a *arrival) clientGone() {
 	a.express.proxy.results[resultClientGone].Add(1)
-	a.end()
+	a.closeBoth()
 }
 
-// end closes the sockets.
-func (a *arrival) end() {
-	a.drop()
-	a.finish()
+// closeBoth ends it, and closes the sockets.
+func (a *arrival) closeBoth() {
+	a.closeBackend()
+	a.retire()
 	syscall.Close(int(a.fd[client]))
 	a.express.gate.use(-upgradeDescriptors)
 }
 
-// finish ends the short way without a session.
-func (a *arrival) finish() {
+// retire ends the short way without a session.
+func (a *arrival) retire() {
 	a.over = true
 	a.timer.Stop()
 	a.poller.unseat(a.slot)
