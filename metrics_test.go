@@ -218,7 +218,8 @@ func TestMetricsOfTheWatch(t *testing.T) {
 			`router_watch_object_absent` + of + `}`: 0, `router_watch_object_info` + of + `,uid="u",version="5"}`: 1,
 			`router_watch_state` + of + `,state="connecting"}`: 1}, true},
 		"no ConfigMap": {kubeAnswers(t, 200, noConfigMap), map[string]float64{`router_ready`: 0, `router_table_swaps_total`: 0,
-			`router_watch_object_absent` + of + `}`: 1, `router_watch_object_info` + of + `,uid="",version=""}`: 1}, true},
+			`router_watch_object_absent` + of + `}`: 1, `router_watch_object_info` + of + `,uid="",version=""}`: 1,
+			`router_watch_state` + of + `,state="connecting"}`: 1}, true}, // after the LIST
 		"forbidden": {kubeAnswers(t, 403, forbidden), map[string]float64{`router_ready`: 0,
 			`router_watch_object_absent` + of + `}`: 0, `router_watch_failures_in_row` + of + `}`: 1,
 			`router_watch_last_error` + of + `,class="forbidden"}`: 1, `router_watch_state` + of + `,state="waiting"}`: 1,
