@@ -49,7 +49,7 @@ func TestFault27RecreatedMeanwhile(t *testing.T) {
 	pod.awaitReady(t)
 	trial := r.try("27", pod)
 	g.cut(true)
-	pod.logs(t, 5*time.Second, `"state":"listing"`)
+	pod.logs(t, 5*time.Second, `"msg":"watch failed`)
 	trial.stands()
 	if err := r.client.CoreV1().ConfigMaps(r.namespace).Delete(t.Context(), configMap, metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
