@@ -18,6 +18,9 @@ func TestGate(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+			if want := files - 100 - 2*2 - relays; g.limit != want {
+				t.Fatalf("%d files: %d for clients, want %d", files, g.limit, want)
+			}
 			sessions := 0
 			for _, _, full := g.state(); !full; _, _, full = g.state() {
 				if err := g.wait(); err != nil {
@@ -47,7 +50,7 @@ func TestGate(t *testing.T) {
 // backends let one in that waits.
 func TestGateResizes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		g, err := newGate(200+runtime.GOMAXPROCS(0), 0)
+		g, err := newGate(200+pollerDescriptors*runtime.GOMAXPROCS(0), 0)
 		if err != nil {
 			t.Fatal(err)
 		}

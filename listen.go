@@ -75,10 +75,15 @@ func probes(timeout time.Duration) (idle, interval time.Duration) {
 	return max(timeout-2*interval, time.Second), interval
 }
 
-// reserved is how many descriptors are not for clients: of the log, the listeners,
-// Go's poller, the API server and, most, of the admin port. To these come two
-// for each backend, for its lookup, and pollerDescriptors for each CPU.
+// reserved is how many descriptors are for the log, the listeners, Go's poller, the
+// API server and, most, for the admin port.
 const reserved = 100
+
+// notForClients is how many descriptors are not for clients: those reserved, two
+// for each backend, for its lookup, and what the relay has for itself.
+func notForClients(backends int) int {
+	return reserved + 2*backends + pollerDescriptors*runtime.GOMAXPROCS(0)
+}
 
 // upgradeDescriptors is how many a client may need until it is a session: its
 // own, the backend's, and a duplicate of either while they are handed over.
@@ -100,9 +105,8 @@ type gate struct {
 // newGate returns the gate of a process that may open this many files, with this
 // many backends.
 func newGate(files, backends int) (*gate, error) {
-	rest := reserved + 2*backends + pollerDescriptors*runtime.GOMAXPROCS(0)
-	if files < rest+upgradeDescriptors {
-		return nil, fmt.Errorf("%d open files are allowed, want at least %d (ulimit -n)", files, rest+upgradeDescriptors)
+	if least := notForClients(backends) + upgradeDescriptors; files < least {
+		return nil, fmt.Errorf("%d open files are allowed, want at least %d (ulimit -n)", files, least)
 	}
 	g := &gate{files: files}
 	g.change.L = &g.mu
@@ -115,7 +119,7 @@ func newGate(files, backends int) (*gate, error) {
 func (g *gate) resize(backends int) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.limit = max(upgradeDescriptors, g.files-reserved-2*backends-runtime.GOMAXPROCS(0))
+	g.limit = max(upgradeDescriptors, g.files-notForClients(backends))
 	g.change.Signal()
 }
 
