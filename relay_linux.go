@@ -290,7 +290,18 @@ func (p *poller) broke(s *session, i side) {
 func (p *poller) halve(s *session, why cause) {
 	if s.half == causeNone {
 		s.half = why
-		s.wait = time.AfterFunc(p.relay.linger, func() { s.end(causeHalfClose) })
+		s.wait = time.AfterFunc(p.relay.linger, s.silent)
+	}
+}
+
+// silent ends the session, of which one direction is over and nothing comes in the
+// other. One that is to part has bounds of its own.
+func (s *session) silent() {
+	p := s.poller
+	p.mu.Lock()
+	defer p.unlock()
+	if s.parting == nil {
+		p.end(s, causeHalfClose)
 	}
 }
 

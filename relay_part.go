@@ -112,9 +112,11 @@ func (p *parting) expire(closing time.Duration) (last bool) {
 	return false
 }
 
-// offends reports whether the backend has to be cut off: the client is told now,
-// and it gave no answer.
-func (p *parting) offends() bool { return p.late && p.put[server] && !p.ended[server] }
+// offends reports whether the backend, which the scanner follows, has to be cut off:
+// the client is told now, and it gave no answer.
+func (p *parting) offends(f *frameScanner) bool {
+	return p.late && p.put[server] && !p.ended[server] && !f.closed()
+}
 
 // state reports whether both sides have answered and have what they should get,
 // or whether a side never will.

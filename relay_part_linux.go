@@ -80,7 +80,7 @@ func (p *poller) scan(s *session, i side, n int) int {
 		return n
 	}
 	n = s.parting.sift(&s.frames[i], i, p.buf.data[:], n)
-	if s.parting.offends() {
+	if s.parting.offends(&s.frames[server]) {
 		p.cutOff(s)
 	}
 	return n

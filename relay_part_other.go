@@ -26,6 +26,8 @@ func (s *session) part(why cause, done func(cut bool)) bool {
 	t.over, t.taken, t.ended = s.fin, s.fin, s.fin
 	t.begin(s.closing, s.overdue)
 	s.parting = t
+	s.conn[client].SetWriteDeadline(time.Time{}) // of limitSilence
+	s.conn[server].SetWriteDeadline(time.Time{})
 	s.wake()
 	return true
 }
@@ -67,7 +69,7 @@ func (s *session) scan(from side, buf []byte, n int, err error) (keep int, parts
 		t.ended[from] = true
 	}
 	n = t.sift(&s.frames[from], from, buf, n)
-	if t.offends() {
+	if t.offends(&s.frames[server]) {
 		s.cutOff()
 	}
 	return n, true

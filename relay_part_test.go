@@ -508,6 +508,15 @@ func TestPartBounds(t *testing.T) {
 			mustFrames(t, s.client, false, restarts)
 			mustEOF(t, s.client)
 		}, whole, true},
+		"the client answers late": {nil, func(t *testing.T, s relayed) {
+			mustFrames(t, s.backend, true, goesAway)
+			mustSend(t, s.backend, closeFrame(1001, "", false))
+			mustFrames(t, s.client, false, restarts)
+			<-time.After(bound * 2 / 3)
+			mustSend(t, s.client, closeFrame(1000, "", true))
+			mustEOF(t, s.client)
+			mustEOF(t, s.backend)
+		}, bound * 2 / 3, false},
 		"the backend does not answer": {nil, func(t *testing.T, s relayed) {
 			mustFrames(t, s.backend, true, goesAway)
 			mustFrames(t, s.client, false, restarts)
@@ -640,6 +649,20 @@ func TestPartBounds(t *testing.T) {
 			}
 		})
 	}
+}
+
+// What bounds a session that is half closed does not count for one that parts: the
+// client is told all the same.
+func TestPartAfterHalfClose(t *testing.T) {
+	r := quietRelay(t)
+	r.linger, r.closing = 100*time.Millisecond, 800*time.Millisecond
+	s := carried(t, r, 0, nil, nil)
+	closeWrite(t, s.client)
+	mustEOF(t, s.backend)
+	s.part(causeMoved, nil)
+	mustFrames(t, s.client, false, restarts)
+	mustEOF(t, s.client)
+	s.wantCause(t, causeMoved)
 }
 
 // mustReset reads until an error, which is to be a reset and not an end.
