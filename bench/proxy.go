@@ -112,9 +112,10 @@ func (p *proxy) find() error {
 
 // running is a proxy that has been started.
 type running struct {
-	cmd   *exec.Cmd
-	ended chan struct{} // closed when it has
-	log   string
+	cmd      *exec.Cmd
+	ended    chan struct{} // closed when it has
+	log      string
+	backends *backends // its own
 }
 
 // start starts p on the CPU of its target, in a new directory below tmp, and waits
@@ -135,7 +136,7 @@ func (p *proxy) start(t *target, tmp string) (*running, error) {
 	}
 	defer log.Close()
 	args := append([]string{"-c", strconv.Itoa(t.cpu), p.program}, strings.Fields(replace(p.args))...)
-	r := &running{cmd: exec.Command("taskset", args...), ended: make(chan struct{}), log: log.Name()}
+	r := &running{cmd: exec.Command("taskset", args...), ended: make(chan struct{}), log: log.Name(), backends: t.backends}
 	r.cmd.Dir, r.cmd.Stdout, r.cmd.Stderr = dir, log, log
 	r.cmd.Env = append(os.Environ(), "GOMAXPROCS=1")
 	r.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGTERM}
@@ -162,28 +163,33 @@ func (r *running) await(t *target) error {
 		if err == nil {
 			return nil
 		}
-		select {
-		case <-r.ended:
-		default:
-			if time.Now().Before(deadline) {
-				continue
-			}
+		if !r.over() && time.Now().Before(deadline) {
+			continue
 		}
 		log, _ := os.ReadFile(r.log)
 		return fmt.Errorf("does not route: %w; its log: %s", err, strings.Join(strings.Fields(string(log[max(len(log)-500, 0):])), " "))
 	}
 }
 
-// stop ends the processes of r.
+// stop ends the processes of r, while the backends answer what they still say.
 func (r *running) stop() {
 	group := -r.cmd.Process.Pid
 	syscall.Kill(group, syscall.SIGTERM)
-	select {
-	case <-r.ended:
-	case <-time.After(3 * time.Second):
+	for deadline := time.Now().Add(3 * time.Second); !r.over() && time.Now().Before(deadline); {
+		r.backends.step(10 * time.Millisecond)
 	}
 	syscall.Kill(group, syscall.SIGKILL) // what is left
 	<-r.ended
+}
+
+// over reports whether it has ended.
+func (r *running) over() bool {
+	select {
+	case <-r.ended:
+		return true
+	default:
+		return false
+	}
 }
 
 // writeOverrides makes dir, and in it the overrides in each proxy's language. The

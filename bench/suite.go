@@ -12,7 +12,10 @@ import (
 	"time"
 )
 
-const tries = 3 // of a measurement that fails or is disturbed
+const (
+	tries      = 3    // of a measurement that fails or is disturbed
+	spareFiles = 1000 // of the limit on open files, for all but sessions
+)
 
 // options are what the flags say.
 type options struct {
@@ -45,6 +48,9 @@ func measureAll(ctx context.Context, o options, log io.Writer) (*report, error) 
 	err := s.choose()
 	if err != nil {
 		return nil, err
+	}
+	if least := spareFiles + 2*busySessions*len(s.proxies); s.files < least {
+		return nil, fmt.Errorf("%d open files are allowed, want at least %d (ulimit -n)", s.files, least)
 	}
 	if s.tmp, err = os.MkdirTemp("", "bench-"); err != nil {
 		return nil, err
