@@ -7,7 +7,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -139,7 +138,7 @@ func TestFollowing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	waitMetrics(t, r, map[string]float64{`router_descriptors{kind="limit"}`: float64(files - reserved - 2*3 - runtime.GOMAXPROCS(0))})
+	waitMetrics(t, r, map[string]float64{`router_descriptors{kind="limit"}`: float64(files - notForClients(3))})
 
 	// A client of a backend that is not ready is held, until an edit gives its
 	// namespace to another.
