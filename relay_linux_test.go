@@ -227,6 +227,31 @@ func TestRelayUrgentData(t *testing.T) {
 	c.end(causeDrain)
 }
 
+// What the reader of a large frame does not take is held in a pipe, if reads filled
+// the buffer before, and is no more than a buffer would have.
+func TestRelayHoldsLittleInPipe(t *testing.T) {
+	const tries = 20 // a sender that is slow just then does not fill it
+	for range tries {
+		c := carried(t, quietRelay(t), 0, nil, nil)
+		mustSend(t, c.backend, hugeFrame(false))
+		stuff(c.backend)
+		n, piped := 0, false
+		c.session.poller.mu.Lock()
+		if held := c.session.held[server]; held != nil && held.pipe != nil {
+			n, piped = held.end-held.start+held.pipe.full, true
+		}
+		c.session.poller.mu.Unlock()
+		c.end(causeDrain)
+		if piped {
+			if n == 0 || n > heldMost {
+				t.Errorf("%d bytes are held, want 1 to %d", n, heldMost)
+			}
+			return
+		}
+	}
+	t.Errorf("no pipe was held in %d sessions", tries)
+}
+
 // A side that breaks within a large frame is broken: splice(2) has taken the
 // socket's error (sock_error in tcp_splice_read clears it), so the recv(2) after
 // it shows an end like any other.
