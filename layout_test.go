@@ -6,7 +6,6 @@ import (
 	"go/parser"
 	"go/token"
 	"go/types"
-	"maps"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -16,49 +15,11 @@ import (
 	"testing"
 )
 
-// layout is the root's files in their reading order, each with the files that
-// it uses: of whose types, functions, constants and variables it has the name,
-// methods and fields counting for the file of their type. main.go may use all.
-// What one file is for each system is one here.
-// No file uses one that, over others or not, uses it.
-var layout = []struct {
-	file string
-	uses string // space-separated
-}{
-	{"main", "*"},
-	{"config", "backends cluster dns kube log proxy"},
-	{"route", "backends hash pack"},
-	{"pack", "hash"},
-	{"hash", ""},
-	{"swap", "backends pack route"},
-	{"dir", "pack route"},
-	{"configmap", "events kube move pack route swap watch"},
-	{"events", "hash kube log move route swap"},
-	{"watch", "decode kube log"},
-	{"decode", "kube"},
-	{"kube", "log"},
-	{"cluster", "kube"},
-	{"statefulset", "backends endpoints kube log watch"},
-	{"endpoints", "backends dns hold kube watch"},
-	{"dns", "backends hold"},
-	{"backends", "hold"},
-	{"hold", ""},
-	{"listen", "relay"},
-	{"proxy", "backends listen log move refusal relay route swap upgrade"},
-	{"upgrade", "pack refusal"},
-	{"refusal", ""},
-	{"express", "backends listen log move proxy rawio refusal relay upgrade"},
-	{"relay", "frame rawio"},
-	{"frame", ""},
-	{"rawio", ""},
-	{"pace", "relay"},
-	{"move", "hash pace relay route swap"},
-	{"admin", "backends configmap listen pack proxy refusal relay route statefulset swap"},
-	{"plan", "admin backends configmap kube move pace proxy relay route swap"},
-	{"command", "admin backends config dir kube pack plan route"},
-	{"metrics", "admin backends configmap endpoints hold kube listen log move proxy refusal relay route statefulset swap watch"},
-	{"log", ""},
-}
+// layout is the root's files in their reading order. What one file is for each
+// system is one here.
+var layout = strings.Fields(`main config route pack hash swap dir configmap events watch decode kube
+	cluster statefulset endpoints dns backends hold listen proxy upgrade refusal express relay frame
+	rawio pace move admin plan command metrics log`)
 
 // sources is the root's files as they are, without tests.
 type sources struct {
@@ -150,31 +111,16 @@ func unit(name string) string {
 	return name
 }
 
-func TestLayoutUses(t *testing.T) {
-	s := parseSources(t)
-	actual := s.uses()
-	for _, row := range layout {
-		if actual[row.file] == nil {
-			t.Errorf("%s.go is in the layout but not there", row.file)
-		}
-		allowed := strings.Fields(row.uses)
-		if row.uses == "*" {
-			allowed = slices.Collect(maps.Keys(actual[row.file]))
-		}
-		for _, other := range slices.Sorted(maps.Keys(actual[row.file])) {
-			if !slices.Contains(allowed, other) {
-				t.Errorf("%s.go uses %s.go (%s), which the layout does not have", row.file, other, actual[row.file][other])
-			}
-		}
-		for _, other := range allowed {
-			if actual[row.file][other] == "" {
-				t.Errorf("%s.go does not use %s.go, which the layout has", row.file, other)
-			}
-		}
-		delete(actual, row.file)
+// TestLayoutIsWhole: the reading order has each file once, and no other.
+func TestLayoutIsWhole(t *testing.T) {
+	var actual []string
+	for _, name := range parseSources(t).names {
+		actual = append(actual, unit(name))
 	}
-	for file := range actual {
-		t.Errorf("%s.go is not in the layout", file)
+	slices.Sort(actual)
+	actual = slices.Compact(actual)
+	if want := slices.Sorted(slices.Values(layout)); !slices.Equal(actual, want) {
+		t.Errorf("the root has the files\n%v, the layout\n%v", actual, want)
 	}
 }
 
@@ -209,17 +155,14 @@ func TestPackageComment(t *testing.T) {
 		t.Fatal("no paragraph \"Read ...\" in the package comment")
 	}
 	order = regexp.MustCompile(`\([^)]*\)`).ReplaceAllString(order, "")
-	var want, got []string
-	for _, row := range layout {
-		want = append(want, row.file)
-	}
+	var got []string
 	for _, word := range regexp.MustCompile(`[a-z_]+`).FindAllString(order, -1) {
-		if slices.Contains(want, word) {
+		if slices.Contains(layout, word) {
 			got = append(got, word)
 		}
 	}
-	if !slices.Equal(got, want) {
-		t.Errorf("the reading order is\n%v, want\n%v", got, want)
+	if !slices.Equal(got, layout) {
+		t.Errorf("the reading order is\n%v, want\n%v", got, layout)
 	}
 }
 
