@@ -9,7 +9,7 @@ E2E_FLAGS   ?=
 # no: the nodes pull the image from a registry (make push)
 LOAD        ?= yes
 ROUNDS      ?= 3
-# of bin/bench (-h), such as -d 2s -n 1000 -proxies router,haproxy
+# of bin/bench (-h), such as -d 2s -n 1000 -proxies router,haproxy, or -before PATH of an older router
 BENCH_FLAGS ?=
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
 

@@ -48,7 +48,8 @@ func start(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	f.DurationVar(&o.length, "d", 4*time.Second, "length of a measurement, in turns with the other proxies")
 	f.IntVar(&o.sessions, "n", 20_000, "idle `sessions`; fewer if the limit on open files says so")
 	f.StringVar(&o.scenarios, "scenarios", "", "`list` of check,idle,echo64,echo1k,paced,stream,connect (default all)")
-	f.StringVar(&o.proxies, "proxies", "", "`list` of router,nginx,nginx-64k,haproxy,haproxy-splice,direct (default all)")
+	f.StringVar(&o.before, "before", "", "`path` of the router of a build before, to measure beside today's")
+	f.StringVar(&o.proxies, "proxies", "", "`list` of router,router-before,nginx,nginx-64k,haproxy,haproxy-splice,direct (default all)")
 	f.StringVar(&o.out, "out", "bench/results/"+time.Now().Format("20060102-150405"), "`path` of the report, without .md and .json")
 	f.IntVar(&o.cpu, "proxy-cpu", 0, "`number` of the proxy's CPU")
 	f.DurationVar(&o.calm, "calm", 2*time.Minute, "how long to wait for a calm machine before a measurement")
@@ -66,6 +67,6 @@ func start(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		return err
 	}
 	fmt.Fprintf(stderr, "report: %s.md and .json\n\n", o.out)
-	fmt.Fprint(stdout, r.requirements())
+	fmt.Fprint(stdout, r.summary())
 	return r.failed() // or ours and its peers would not be comparable
 }

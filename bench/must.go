@@ -36,6 +36,23 @@ func allRequirements() []requirement {
 	}
 }
 
+// mostOfBefore is what a figure may be of the same figure of the build before: a
+// change must not make the router dearer.
+const mostOfBefore = 1.02
+
+// besideBefore returns the rows that compare the router with the build before.
+func besideBefore() (rows []requirement) {
+	for _, q := range allRequirements() {
+		known := func(row requirement) bool { return row.scenario == q.scenario && row.metric == q.metric }
+		if q.metric == "files" || slices.ContainsFunc(rows, known) {
+			continue
+		}
+		q.unit, q.must, q.aim, q.peers = "", mostOfBefore, 1, []string{before}
+		rows = append(rows, q)
+	}
+	return rows
+}
+
 // points returns the router's figure of each round that has one; beside a peer,
 // what it is of that one's.
 func (q *requirement) points(r *report, peer string) (points []point) {
@@ -91,11 +108,26 @@ func (q *requirement) against(r *report, peer string) string {
 	return cmp.Or(strings.TrimSpace(peer), "–")
 }
 
-// requirements is the first table, and what is missing in it.
-func (r *report) requirements() string {
+// summary is the tables of what must be, and what is missing in them.
+func (r *report) summary() string {
+	var b strings.Builder
+	b.WriteString(r.requirements(allRequirements()))
+	if slices.Contains(r.Proxies, before) {
+		b.WriteString("\n" + r.requirements(besideBefore()))
+	}
+	b.WriteString("\nSeen is the median of the rounds; of CPU and latency, what the router's is of another proxy's in the same round, " +
+		"of the one beside which it does worst. Bold is over must.\n")
+	for _, proxy := range slices.Sorted(maps.Keys(r.Missing)) {
+		fmt.Fprintf(&b, "Not measured: %s, since %s.\n", proxy, r.Missing[proxy])
+	}
+	return b.String()
+}
+
+// requirements is a table of rows.
+func (r *report) requirements(rows []requirement) string {
 	var b strings.Builder
 	b.WriteString("| what | must | aim | seen | against | rounds' extremes |\n|---|---:|---:|---:|---|---|\n")
-	for _, q := range allRequirements() {
+	for _, q := range rows {
 		points, peer := q.best(r)
 		seen, extremes := "–", "–"
 		if len(points) > 0 {
@@ -108,11 +140,6 @@ func (r *report) requirements() string {
 		}
 		fmt.Fprintf(&b, "| %s | %.2f%s | %.2f%s | %s | %s | %s |\n", q.what, q.must, q.unit, q.aim, q.unit, seen,
 			q.against(r, peer), extremes)
-	}
-	b.WriteString("\nSeen is the median of the rounds; of CPU and latency, what the router's is of another proxy's in the same round, " +
-		"of the one beside which it does worst. Bold is over must.\n")
-	for _, proxy := range slices.Sorted(maps.Keys(r.Missing)) {
-		fmt.Fprintf(&b, "Not measured: %s, since %s.\n", proxy, r.Missing[proxy])
 	}
 	return b.String()
 }

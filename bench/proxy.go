@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -26,7 +27,8 @@ const (
 	overrideCount  = 1000
 	overridePrefix = "ov-"
 
-	ours = "router"
+	ours   = "router"
+	before = "router-before" // a build before, with the same arguments
 )
 
 // overrideBackend is the backend of the i-th override.
@@ -44,8 +46,9 @@ type proxy struct {
 	port    int
 }
 
-// proxies returns all. Each has one worker and logs warnings only.
-func proxies(router string) []*proxy {
+// proxies returns all. Each has one worker and logs warnings only. previous is the
+// program of a build before, "" for none.
+func proxies(router, previous string) []*proxy {
 	var addrs []string
 	for _, port := range backendPorts() {
 		addrs = append(addrs, "127.0.0.1:"+strconv.Itoa(port))
@@ -58,14 +61,20 @@ func proxies(router string) []*proxy {
 		return &proxy{name: name, program: "haproxy", files: files, args: "-db -f @DIR@/config",
 			config: strings.Replace(haproxyConf, "@SPLICE@", options, 1)}
 	}
+	build := func(name, program string) *proxy {
+		return &proxy{name: name, program: program, files: 2, args: "-listen 127.0.0.1:@PORT@ -admin 127.0.0.1:@ADMIN@ -backends " +
+			strings.Join(addrs, ",") + " -overrides @DIR@/overrides -kube none -log-level warn"}
+	}
 	list := []*proxy{
-		{name: ours, program: router, files: 2, args: "-listen 127.0.0.1:@PORT@ -admin 127.0.0.1:@ADMIN@ -backends " +
-			strings.Join(addrs, ",") + " -overrides @DIR@/overrides -kube none -log-level warn"},
+		build(ours, router),
 		nginx("nginx", "4k", "8k"),
 		nginx("nginx-64k", "64k", "128k"),
 		haproxy("haproxy", 2, ""),
 		haproxy("haproxy-splice", 3, "    option splice-request\n    option splice-response"), // 3: it wants room for pipes
 		{name: "direct", files: 1},
+	}
+	if previous != "" {
+		list = slices.Insert(list, 1, build(before, previous))
 	}
 	for i, p := range list {
 		p.port = firstProxy + 2*i
@@ -75,6 +84,9 @@ func proxies(router string) []*proxy {
 
 // direct is the load without a proxy.
 func (p *proxy) direct() bool { return p.program == "" }
+
+// isRouter reports whether p is a build of the router.
+func (p *proxy) isRouter() bool { return p.name == ours || p.name == before }
 
 func (p *proxy) ports() []int {
 	if p.direct() {
@@ -90,13 +102,16 @@ func (p *proxy) find() error {
 		return nil
 	}
 	path, err := exec.LookPath(p.program)
-	if err != nil && p.name != ours {
+	if err != nil && !p.isRouter() {
 		path, err = exec.LookPath("/usr/sbin/" + p.program) // not in everybody's PATH
+	}
+	if err != nil && p.isRouter() {
+		return err
 	}
 	if err != nil {
 		return fmt.Errorf("%s is not installed: apt-get install nginx-light haproxy", p.program)
 	}
-	if p.name == ours {
+	if p.isRouter() {
 		info, err := buildinfo.ReadFile(path)
 		if err != nil {
 			return err

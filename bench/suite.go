@@ -22,6 +22,7 @@ type options struct {
 	rounds, sessions, cpu   int
 	length, calm            time.Duration
 	scenarios, proxies, out string
+	before                  string // program of a build before, "" for none
 }
 
 // suite measures proxies in turn.
@@ -79,7 +80,7 @@ func (s *suite) choose() (err error) {
 	if s.scenarios, err = pick(scenarios(), func(sc scenario) string { return sc.name }, s.options.scenarios); err != nil {
 		return fmt.Errorf("-scenarios: %w", err)
 	}
-	wanted, err := pick(proxies("bin/router"), func(p *proxy) string { return p.name }, s.options.proxies)
+	wanted, err := pick(proxies("bin/router", s.before), func(p *proxy) string { return p.name }, s.options.proxies)
 	if err != nil {
 		return fmt.Errorf("-proxies: %w", err)
 	}

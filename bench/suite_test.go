@@ -48,7 +48,7 @@ func TestRequirements(t *testing.T) {
 		"what is missing":         {rounds(), "Not measured: nginx-64k, since it is away.\n"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if got := test.report.requirements(); !strings.Contains(got, test.want) {
+			if got := test.report.summary(); !strings.Contains(got, test.want) {
 				t.Errorf("got\n%swant\n%s", got, test.want)
 			}
 		})
@@ -57,8 +57,30 @@ func TestRequirements(t *testing.T) {
 
 func TestOwnFigure(t *testing.T) {
 	r := &report{Runs: []*run{{Proxy: ours, Scenario: "idle", Values: values{"pss_kib": 0.7049}}}}
-	if want := "| 0.70 KiB | 0.40 KiB | 0.70 KiB | – | 0.70–0.70 |"; !strings.Contains(r.requirements(), want) {
-		t.Errorf("got\n%swant %s", r.requirements(), want)
+	if want := "| 0.70 KiB | 0.40 KiB | 0.70 KiB | – | 0.70–0.70 |"; !strings.Contains(r.summary(), want) {
+		t.Errorf("got\n%swant %s", r.summary(), want)
+	}
+}
+
+func TestBesideBefore(t *testing.T) {
+	r := rounds()
+	if strings.Contains(r.summary(), before) {
+		t.Errorf("no build before was measured, got\n%s", r.summary())
+	}
+	r.Proxies = append(r.Proxies, before)
+	for i, cpu := range []float64{10, 8, 3} {
+		r.Runs = append(r.Runs,
+			&run{Round: i + 1, Proxy: before, Scenario: "echo64", Values: values{"cpu_us": cpu}},
+			&run{Round: i + 1, Proxy: ours, Scenario: "idle", Values: values{"pss_kib": 0.33}},
+			&run{Round: i + 1, Proxy: before, Scenario: "idle", Values: values{"pss_kib": 0.30}})
+	}
+	for _, want := range []string{
+		"| CPU per echo of 64 B | 1.02 | 1.00 | 1.00 | router-before | 0.80–1.12 |\n",
+		"| user memory per idle session | 1.02 | 1.00 | **1.10** | router-before | 1.10–1.10 |\n",
+	} {
+		if !strings.Contains(r.summary(), want) {
+			t.Errorf("got\n%swant\n%s", r.summary(), want)
+		}
 	}
 }
 
@@ -124,7 +146,7 @@ func TestConfigurations(t *testing.T) {
 		}
 	}
 	left := strings.NewReplacer("@DIR@", "", "@PORT@", "", "@ADMIN@", "")
-	for _, p := range proxies("router") {
+	for _, p := range proxies("router", "router") {
 		for line := range strings.Lines(left.Replace(p.config + p.args)) {
 			if strings.Contains(line, "@") {
 				t.Errorf("%s: %s", p.name, line)
