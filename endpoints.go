@@ -23,7 +23,7 @@ type endpointSlice struct {
 // endpoint is one address of a pod.
 type endpoint struct {
 	Addresses []string `json:"addresses"` // the first is meant
-	Hostname  string   `json:"hostname"`  // of a pod that the Service governs: its name
+	Hostname  string   `json:"hostname"`  // of a pod that the Service governs; its copies have it too
 	TargetRef struct {
 		Kind string `json:"kind"`
 		Name string `json:"name"`
@@ -35,10 +35,12 @@ type endpoint struct {
 	} `json:"conditions"`
 }
 
-// pod is the name of the endpoint's pod. There is no hostname if the Service is
-// not the one in the StatefulSet's spec.serviceName.
+// pod is the name of the endpoint's pod: that of its targetRef, which the API
+// server keeps unique. The hostname is a field of the pod's spec, which a copy of
+// the pod has too (kubectl debug --copy-to): it counts only where no pod is named,
+// in an EndpointSlice that somebody has written by hand.
 func (e *endpoint) pod() string {
-	if e.Hostname == "" && e.TargetRef.Kind == "Pod" {
+	if e.TargetRef.Kind == "Pod" && e.TargetRef.Name != "" {
 		return e.TargetRef.Name
 	}
 	return e.Hostname
