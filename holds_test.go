@@ -5,7 +5,6 @@ import (
 	"errors"
 	"io"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -252,7 +251,5 @@ func TestHoldTimeout(t *testing.T) {
 	})
 	_, _, resp := p.ask(t, upgradeRequest("/ws/ns-02"))
 	body, _ := io.ReadAll(resp.Body)
-	if resp.StatusCode != 503 || !strings.Contains(string(body), "backend-0 could not be reached within 50ms: it is not ready") {
-		t.Errorf("status %d, %q", resp.StatusCode, body)
-	}
+	p.mustTell(t, resp.StatusCode, string(body), "backend-0 could not be reached within 50ms: it is not ready")
 }

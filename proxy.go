@@ -73,14 +73,15 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 // report logs what an operator would look into: not what clients do wrong, and
-// no more than a line a second for each result.
+// no more than a line a second for each result. What a client or a backend has sent
+// is cut: a head of 16 KiB is four times that in quotes.
 func (p *proxy) report(r *http.Request, result result, err error) {
 	if err == nil || result.status() < http.StatusInternalServerError || result == resultClientGone {
 		return
 	}
 	if omitted, ok := p.logged[result].allow(time.Second); ok {
-		p.log.Warn("upgrade refused", "path", fmt.Sprintf("%.200s", r.URL.Path), "client", forwardedFor(r),
-			"result", result.String(), "reason", err.Error(), "omitted", omitted)
+		p.log.Warn("upgrade refused", "path", fmt.Sprintf("%.200s", r.URL.Path), "client", lastAddresses(forwardedFor(r)),
+			"result", result.String(), "reason", fmt.Sprintf("%.300s", err.Error()), "omitted", omitted)
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
@@ -119,13 +120,15 @@ type testProxy struct {
 	addr    string
 	express *express
 	http    atomic.Int64 // clients that net/http had
+	tail    *logTail     // of its log
 }
 
 // startProxy serves a proxy to the backends at addrs, with the given overrides
 // unless they are nil. change, if not nil, sees it before it starts.
 func startProxy(t testing.TB, addrs []string, data map[string]string, change func(*proxy)) *testProxy {
 	t.Helper()
-	log := slog.New(slog.DiscardHandler)
+	tail := newLogTail()
+	log := slog.New(slog.NewJSONHandler(tail, nil))
 	b := fixedBackends("backend", addrs)
 	b.dialer = boundDialer(0)
 	router := &router{statefulSet: "backend", backends: b.given, log: log}
@@ -156,7 +159,7 @@ func startProxy(t testing.TB, addrs []string, data map[string]string, change fun
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancelCause(context.Background())
-	tp := &testProxy{proxy: p, addr: l.Addr().String(), express: newExpress(p, l, gate)}
+	tp := &testProxy{proxy: p, addr: l.Addr().String(), express: newExpress(p, l, gate), tail: tail}
 	front := newFront(ctx, p, log)
 	front.ConnState = func(_ net.Conn, state http.ConnState) {
 		if state == http.StateNew {
@@ -224,6 +227,31 @@ func (p *testProxy) waitResult(t testing.TB, want result) {
 	}
 }
 
+// sentences are all that clients are told of what is not their fault.
+func sentences() map[int]string {
+	return map[int]string{
+		502: "the backend gave no valid answer\n",
+		503: "the service is not available now, try again later\n",
+		504: "the backend gave no answer in time\n",
+	}
+}
+
+// mustTell checks the text of an answer, and that the reason is in it, where that is
+// the client's fault, or else in the log.
+func (p *testProxy) mustTell(t testing.TB, status int, body, reason string) {
+	t.Helper()
+	text := body
+	if sentence, ok := sentences()[status]; ok {
+		if body != sentence {
+			t.Errorf("the client of a %d is told %q, want %q", status, body, sentence)
+		}
+		text = fmt.Sprint(p.tail.wait(t, "upgrade refused", 1)["reason"])
+	}
+	if !strings.Contains(text, reason) {
+		t.Errorf("the reason of a %d is %q, want %q in it", status, text, reason)
+	}
+}
+
 func TestProxyRefuses(t *testing.T) {
 	backend := startStub(t, "127.0.0.1:0", echo)
 	good := upgradeRequest("/ws/ns-01")
@@ -268,9 +296,10 @@ func TestProxyRefuses(t *testing.T) {
 			p := startProxy(t, []string{backend.addr}, map[string]string{"bad": "bakend-0"}, nil)
 			_, _, resp := p.ask(t, tt.request)
 			body, _ := io.ReadAll(resp.Body)
-			if resp.StatusCode != tt.status || !strings.Contains(string(body), tt.says) {
-				t.Errorf("status %d %q, want %d with %q", resp.StatusCode, body, tt.status, tt.says)
+			if resp.StatusCode != tt.status {
+				t.Errorf("status %d %q, want %d", resp.StatusCode, body, tt.status)
 			}
+			p.mustTell(t, tt.status, string(body), tt.says)
 			if got := resp.Header.Get("Upgrade") == "websocket"; got != (tt.status == 426) {
 				t.Errorf("Upgrade: %q", resp.Header.Get("Upgrade"))
 			}
@@ -428,9 +457,10 @@ func TestProxyBadAnswers(t *testing.T) {
 			})
 			_, _, resp := p.ask(t, upgradeRequest("/ws/ns-01"))
 			body, _ := io.ReadAll(resp.Body)
-			if resp.StatusCode != tt.status || !strings.Contains(string(body), tt.says) {
-				t.Errorf("status %d %q, want %d with %q", resp.StatusCode, body, tt.status, tt.says)
+			if resp.StatusCode != tt.status {
+				t.Errorf("status %d %q, want %d", resp.StatusCode, body, tt.status)
 			}
+			p.mustTell(t, tt.status, string(body), tt.says)
 			p.waitResult(t, tt.result)
 			p.waitWaiting(t, 0)
 		})
@@ -510,5 +540,21 @@ func TestProxyNominatedForwarded(t *testing.T) {
 		if head := backend.heads()[0]; !strings.Contains(head, want) {
 			t.Errorf("the backend got %q, want %q in it", head, want)
 		}
+	}
+}
+
+// A log line is short, whatever a client or a backend has sent.
+func TestProxyLogsShortLines(t *testing.T) {
+	for name, answer := range map[string]string{"silence": "", "an odd answer": "HTTP/1.1 200 OK\r\n" + strings.Repeat("\xff", 3000) + "\r\n\r\n"} {
+		t.Run(name, func(t *testing.T) {
+			backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, _ *bufio.Reader) { io.WriteString(conn, answer) })
+			var log bytes.Buffer
+			p := startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) { p.log = slog.New(slog.NewTextHandler(&log, nil)) })
+			_, _, resp := p.ask(t, strings.Replace(upgradeRequest("/ws/ns-01/"+strings.Repeat("%01%C3%A9", 300)), "\r\n",
+				"\r\nX-Forwarded-For: "+strings.Repeat("\xff", 4000)+"\r\n", 1))
+			if resp.StatusCode != 502 || log.Len() == 0 || log.Len() > 3000 {
+				t.Errorf("status %d and a line of %d bytes, want 502 and 1 to 3000", resp.StatusCode, log.Len())
+			}
+		})
 	}
 }

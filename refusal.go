@@ -53,13 +53,29 @@ func (r result) status() int {
 	return http.StatusServiceUnavailable
 }
 
-// refusal is an upgrade that did not happen, and why.
+// refusal is an upgrade that did not happen, and why. The reason is for the log:
+// of what the client did wrong it quotes the request alone, but of all else it names
+// backends, addresses and limits, which are no business of clients.
 type refusal struct {
 	result result
 	reason string
 }
 
 func (r *refusal) Error() string { return r.reason }
+
+// forClient is what the client reads: what is wrong with its request (4xx), or one
+// sentence for each status that says whose fault it is and nothing of the inside.
+func (no *refusal) forClient() string {
+	switch no.result.status() {
+	case http.StatusBadGateway:
+		return "the backend gave no valid answer"
+	case http.StatusServiceUnavailable:
+		return "the service is not available now, try again later"
+	case http.StatusGatewayTimeout:
+		return "the backend gave no answer in time"
+	}
+	return no.reason
+}
 
 func refuse(result result, format string, args ...any) *refusal {
 	return &refusal{result: result, reason: fmt.Sprintf(format, args...)}
@@ -79,7 +95,7 @@ func (no *refusal) answer(w http.ResponseWriter, bound time.Duration) {
 		w.Header().Set("Upgrade", "websocket")
 		w.Header().Set("Connection", "Upgrade")
 	}
-	http.Error(w, no.reason, no.result.status())
+	http.Error(w, no.forClient(), no.result.status())
 }
 
 // errDraining is the cause that ends the contexts of requests when the router

@@ -64,12 +64,15 @@ type session struct {
 // newSession returns a session for the relay to carry. The texts are cloned: it
 // outlives its request, whose memory they may be part of.
 func newSession(namespace string, backend int, peer string) *session {
-	return &session{namespace: strings.Clone(namespace), backend: backend, peer: strings.Clone(peer[max(0, len(peer)-maxPeer):])}
+	return &session{namespace: strings.Clone(namespace), backend: backend, peer: strings.Clone(lastAddresses(peer))}
 }
 
-// maxPeer is how much of X-Forwarded-For, its end, a session keeps for the log,
-// in bytes.
+// maxPeer is how much of X-Forwarded-For, its end, is for the log, in bytes.
 const maxPeer = 64
+
+// lastAddresses is the end of X-Forwarded-For, which those have written who are
+// nearest to the router.
+func lastAddresses(peer string) string { return peer[max(0, len(peer)-maxPeer):] }
 
 // bytes returns count.
 func (s *session) bytes() [2]int64 { return [2]int64{s.count[client].Load(), s.count[server].Load()} }
