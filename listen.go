@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
@@ -41,8 +42,9 @@ func listen(addr string, peerTimeout time.Duration) (net.Listener, error) {
 	return l, nil
 }
 
-// removeStale removes the socket at path if nobody listens on it. Anything else
-// there is an error.
+// removeStale removes the socket at path if nobody listens on it, which only
+// ECONNREFUSED says (unix(7)): a listener whose backlog is full answers EAGAIN, one
+// that this process may not connect to EACCES. Anything else there is an error.
 func removeStale(path string) error {
 	info, err := os.Lstat(path)
 	switch {
@@ -53,11 +55,17 @@ func removeStale(path string) error {
 	case info.Mode().Type() != fs.ModeSocket:
 		return fmt.Errorf("listen unix:%s: the file is there and is no socket", path)
 	}
-	if conn, err := net.DialTimeout("unix", path, time.Second); err == nil {
+	conn, err := net.DialTimeout("unix", path, time.Second)
+	switch {
+	case err == nil:
 		conn.Close()
 		return fmt.Errorf("listen unix:%s: another process listens there", path)
+	case errors.Is(err, fs.ErrNotExist): // removed meanwhile
+		return nil
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return os.Remove(path)
 	}
-	return os.Remove(path)
+	return fmt.Errorf("listen unix:%s: another process may listen there: %w", path, err)
 }
 
 // boundDialer returns a dialer of TCP, whose connections give up a peer that is

@@ -10,8 +10,10 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -81,6 +83,43 @@ func TestListenUnixRefusesLiveSocket(t *testing.T) {
 		conn.Close()
 	}
 	wantTakesConnections(t, live, path)
+}
+
+// A listener that is too busy to accept is not stale.
+func TestListenUnixRefusesFullSocket(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("where a full backlog refuses connections, nothing tells it from a stale socket")
+	}
+	path := filepath.Join(t.TempDir(), "router.sock")
+	live, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer syscall.Close(live)
+	if err := errors.Join(syscall.Bind(live, &syscall.SockaddrUnix{Name: path}), syscall.Listen(live, 1)); err != nil {
+		t.Fatal(err)
+	}
+	for err == nil { // fill the backlog
+		var conn net.Conn
+		if conn, err = net.Dial("unix", path); err == nil {
+			defer conn.Close()
+		}
+	}
+	if !errors.Is(err, syscall.EAGAIN) {
+		t.Fatalf("the backlog is full with %v, want EAGAIN", err)
+	}
+	before, err := os.Lstat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = listen("unix:"+path, 0)
+	want := "listen unix:" + path + ": another process may listen there: dial unix " + path + ": connect: resource temporarily unavailable"
+	if err == nil || err.Error() != want {
+		t.Errorf("error %v, want %s", err, want)
+	}
+	if after, err := os.Lstat(path); err != nil || !os.SameFile(before, after) {
+		t.Errorf("the socket is %v with error %v, want the one that was there", after, err)
+	}
 }
 
 func TestListenUnixKeepsOtherFiles(t *testing.T) {
