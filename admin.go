@@ -93,13 +93,20 @@ type ownership struct {
 	Address   string      `json:"address,omitempty"`
 	Ready     bool        `json:"ready"` // it takes a connection now
 	Error     string      `json:"error,omitempty"`
+	Note      string      `json:"note,omitempty"`
 	Table     string      `json:"table"` // the version
+	Stamp     string      `json:"stamp"` // what backends get as X-Router-Table
 	Rejected  []rejection `json:"rejected,omitempty"`
 }
 
+// owner answers GET /owner, for a namespace as clients have it.
 func (a *admin) owner(w http.ResponseWriter, r *http.Request) {
+	host := a.proxy.router.host
 	namespace := r.FormValue("namespace")
-	if want := namespaceFault(namespace); want != "" {
+	if host {
+		namespace = strings.ToLower(namespace) // as hostNamespace
+	}
+	if want := nameFault(namespace, host); want != "" {
 		writeJSON(w, http.StatusBadRequest, map[string]string{
 			"error": fmt.Sprintf("/owner?namespace= is %.260q, want %s", namespace, want)})
 		return
@@ -114,7 +121,8 @@ func (a *admin) owner(w http.ResponseWriter, r *http.Request) {
 
 // ownership looks the namespace up as an upgrade would, and dials its owner.
 func (a *admin) ownership(ctx context.Context, t *table, namespace string) ownership {
-	o := ownership{Namespace: namespace, Why: t.explain(namespace), Table: t.version, Rejected: t.rejectionsOf(namespace)}
+	o := ownership{Namespace: namespace, Why: t.explain(namespace), Note: keyFault(namespace), Table: t.version,
+		Stamp: t.stamp, Rejected: t.rejectionsOf(namespace)}
 	ordinal, ok := t.owner(namespace)
 	if !ok {
 		return o
@@ -157,7 +165,7 @@ func (a *admin) backends(w http.ResponseWriter, r *http.Request) {
 		asked.Go(func() { all[i].Address, all[i].Ready, all[i].Error = a.probe(r.Context(), all[i].Ordinal) })
 	}
 	asked.Wait()
-	writeJSON(w, http.StatusOK, map[string]any{"table": t.version, "backends": all})
+	writeJSON(w, http.StatusOK, map[string]any{"table": t.version, "stamp": t.stamp, "backends": all})
 }
 
 // probe dials a backend, and returns its address as far as that is known, whether

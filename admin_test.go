@@ -139,20 +139,20 @@ func TestOwnerAnswers(t *testing.T) {
 	b, updateFirst := adminOf(t, up.Addr().String(), gone)
 	updateFirst(entries{version: "1", data: pack(map[string]string{"refused": "backend-9"})})
 	hashed := hashedTo(t, "free", 0, 2)
-	address := up.Addr().String()
+	address, stamp := up.Addr().String(), a.proxy.router.table().stamp
 	tests := map[string]struct {
 		admin     *admin
 		namespace string
 		status    int
 		want      string
 	}{
-		"override": {a, "first", 200, `{"namespace":"first","owner":"backend-0","why":"override","address":"` + address + `","ready":true,"table":"41"}`},
-		"hash":     {a, hashed, 200, `{"namespace":"` + hashed + `","owner":"backend-0","why":"hash","address":"` + address + `","ready":true,"table":"41"}`},
+		"override": {a, "first", 200, `{"namespace":"first","owner":"backend-0","why":"override","address":"` + address + `","ready":true,"table":"41","stamp":"` + stamp + `"}`},
+		"hash":     {a, hashed, 200, `{"namespace":"` + hashed + `","owner":"backend-0","why":"hash","address":"` + address + `","ready":true,"table":"41","stamp":"` + stamp + `"}`},
 		"down": {a, "down", 200, `{"namespace":"down","owner":"backend-1","why":"override","address":"` + gone +
-			`","ready":false,"error":"dial tcp ` + gone + `: connect: connection refused","table":"41"}`},
+			`","ready":false,"error":"dial tcp ` + gone + `: connect: connection refused","table":"41","stamp":"` + stamp + `"}`},
 		"kept": {a, "kept", 200, `{"namespace":"kept","owner":"backend-0","why":"kept","address":"` + address +
-			`","ready":true,"table":"41","rejected":[{"source":"","value":"bakend-0","want":"backend-0 to backend-1","kept":"backend-0"}]}`},
-		"refused":       {b, "refused", 200, `{"namespace":"refused","why":"refused","ready":false,"table":"1","rejected":[{"source":"","value":"backend-9","want":"backend-0 to backend-1","kept":"refused"}]}`},
+			`","ready":true,"table":"41","stamp":"` + stamp + `","rejected":[{"source":"","value":"bakend-0","want":"backend-0 to backend-1","kept":"backend-0"}]}`},
+		"refused":       {b, "refused", 200, `{"namespace":"refused","why":"refused","ready":false,"table":"1","stamp":"` + b.proxy.router.table().stamp + `","rejected":[{"source":"","value":"backend-9","want":"backend-0 to backend-1","kept":"refused"}]}`},
 		"bad namespace": {a, "a/b", 400, `{"error":"/owner?namespace= is \"a/b\", want ` + jsonText(t, namespaceFault("a/b")) + `"}`},
 		"no namespace":  {a, "", 400, `{"error":"/owner?namespace= is \"\", want ` + jsonText(t, namespaceFault("")) + `"}`},
 	}
@@ -167,7 +167,7 @@ func TestOwnerAnswers(t *testing.T) {
 		entries{source: "b", version: "2", data: pack(map[string]string{"both": "backend-1"})})
 	const want = `"want":"the same backend in all objects","kept":"backend-0"}`
 	wantOwner(t, conflict, "both", 200, `{"namespace":"both","owner":"backend-0","why":"conflict","address":"`+address+
-		`","ready":true,"table":"`+conflict.proxy.router.table().version+`","rejected":[{"source":"a","value":"backend-0",`+want+
+		`","ready":true,"table":"`+conflict.proxy.router.table().version+`","stamp":"`+conflict.proxy.router.table().stamp+`","rejected":[{"source":"a","value":"backend-0",`+want+
 		`,{"source":"b","value":"backend-1",`+want+`]}`)
 	c, _ := adminOf(t, up.Addr().String())
 	wantOwner(t, c, "ns-01", 503, `{"error":"no overrides were read yet: they are late"}`)

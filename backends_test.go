@@ -150,13 +150,3 @@ func TestAddressCache(t *testing.T) {
 		t.Run(name, func(t *testing.T) { synctest.Test(t, test) })
 	}
 }
-
-// A table's stamp says which backends its namespaces are hashed to, where they
-// begin too: with the same version and other backends, owners differ.
-func TestTableStamp(t *testing.T) {
-	for want, backends := range map[string]ordinals{"41/4": {0, 4}, "41/2+4": {2, 4}, "41/1": {0, 1}} {
-		if got := newTable("backend", backends, []entries{{source: "test", version: "41"}}, nil).stamp; got != want {
-			t.Errorf("the stamp of %#v is %q, want %q", backends, got, want)
-		}
-	}
-}

@@ -23,6 +23,7 @@ type commands struct {
 	admin               string // URL of the router's admin port
 	replicas            int    // of owner without a router
 	statefulSet, folder string // the same
+	namespaceFrom       string // the same
 	out                 io.Writer
 }
 
@@ -43,6 +44,7 @@ func runCommand(ctx context.Context, args []string, out io.Writer) (is bool, err
 		f.IntVar(&c.replicas, "replicas", 0, "`number` of backends, to ask no router")
 		f.StringVar(&c.folder, "overrides", "", "`directory` with the overrides, with -replicas")
 		f.StringVar(&c.statefulSet, "statefulset", "backend", "`name` of the StatefulSet, with -replicas")
+		f.StringVar(&c.namespaceFrom, "namespace-from", "path", "where requests have their namespace, path or host, with -replicas")
 		usage, run = "Usage: router owner [flags] NAMESPACE...\n\nSays who owns namespaces, and why.\n\n", c.owners
 	}
 	switch err := f.Parse(args[1:]); {
@@ -145,8 +147,11 @@ func (c *commands) owners(ctx context.Context, namespaces []string) error {
 		}
 		line := strings.Join([]string{namespace, o.Owner, o.Why, o.Address, o.Error}, "\t")
 		fmt.Fprintln(t, strings.TrimRight(line, "\t"))
+		if o.Note != "" {
+			fmt.Fprintf(t, "\t%s\n", o.Note)
+		}
 		for _, bad := range o.Rejected {
-			fmt.Fprintf(t, "\trejected %q of %s, want %s\n", bad.Value, bad.Source, bad.Want)
+			fmt.Fprintf(t, "\trejected %q of %s, want %s\n", bad.Value, strings.TrimSpace(bad.Source+" "+bad.Key), bad.Want)
 		}
 	}
 	return nil
@@ -157,6 +162,9 @@ func (c *commands) table() (*table, error) {
 	if c.replicas < 1 || c.replicas > maxReplicas {
 		return nil, usageError{fmt.Errorf("-replicas %d, want 1 to %d", c.replicas, maxReplicas)}
 	}
+	if c.namespaceFrom != "path" && c.namespaceFrom != "host" {
+		return nil, usageError{fmt.Errorf("-namespace-from %q, want path or host", c.namespaceFrom)}
+	}
 	var sources []entries
 	if c.folder != "" {
 		data, version, err := (&directory{path: c.folder}).read()
@@ -165,15 +173,20 @@ func (c *commands) table() (*table, error) {
 		}
 		sources = []entries{{source: "directory " + c.folder, version: version, data: pack(data)}}
 	}
-	return newTable(c.statefulSet, ordinals{count: c.replicas}, sources, nil), nil
+	t := &table{statefulSet: c.statefulSet, host: c.namespaceFrom == "host", backends: ordinals{count: c.replicas}}
+	t.fill(sources, nil)
+	return t, nil
 }
 
 // owner is what a router with the table would say.
 func (c *commands) owner(t *table, namespace string) (ownership, error) {
-	if want := namespaceFault(namespace); want != "" {
+	if t.host {
+		namespace = strings.ToLower(namespace)
+	}
+	if want := nameFault(namespace, t.host); want != "" {
 		return ownership{}, usageError{fmt.Errorf("%.260q, want %s", namespace, want)}
 	}
-	o := ownership{Why: t.explain(namespace), Rejected: t.rejectionsOf(namespace)}
+	o := ownership{Why: t.explain(namespace), Note: keyFault(namespace), Rejected: t.rejectionsOf(namespace)}
 	if ordinal, ok := t.owner(namespace); ok {
 		o.Owner = t.name(ordinal)
 	}

@@ -193,8 +193,8 @@ func TestConflictIsTold(t *testing.T) {
 	c.apply(0, fakeSet(a))
 	c.apply(0, fakeSet(a, fakeMap("b", "2", "x=backend-2 y=backend-1")))
 	want := []rejection{
-		{"x", "ConfigMap edge/a", "backend-1", "the same backend in all objects", "backend-1"},
-		{"x", "ConfigMap edge/b", "backend-2", "the same backend in all objects", "backend-1"},
+		{"x", "ConfigMap edge/a", "backend-1", "the same backend in all objects", "backend-1", ""},
+		{"x", "ConfigMap edge/b", "backend-2", "the same backend in all objects", "backend-1", ""},
 	}
 	if got := r.table().rejectionsOf("x"); !slices.Equal(got, want) || r.table().explain("x") != whyConflict || r.table().conflicts != 1 {
 		t.Errorf("%d conflicts, %s, %v, want %v", r.table().conflicts, r.table().explain("x"), got, want)

@@ -36,7 +36,7 @@ func TestEventsAsTheAPIHasThem(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r, server, logged := fakeRecorder(t, fakeKubeScript{fakeCreated})
 		o, c := fakeChange(7)
-		c.rejected, c.shown = 2, []rejection{{"ns-01", "ConfigMap edge/routes", "bakend-2", "backend-0 to backend-3", "backend-1"}}
+		c.rejected, c.shown = 2, []rejection{{"ns-01", "ConfigMap edge/routes", "bakend-2", "backend-0 to backend-3", "backend-1", ""}}
 		r.tell(o, c)
 		names := map[string]bool{}
 		for _, want := range []struct{ kind, reason, message string }{
@@ -98,7 +98,7 @@ func TestEventMessageIsBounded(t *testing.T) {
 	for count, size := range map[int]int{1: 10, 5: 64, 8: 64, 1000: 253} {
 		_, c := fakeChange(1)
 		for i := range count {
-			bad := rejection{fmt.Sprintf("%0*d", size, i), "s", strings.Repeat("\x00", 64), "backend-0 to backend-3", "refused"}
+			bad := rejection{fmt.Sprintf("%0*d", size, i), "s", strings.Repeat("\x00", 64), "backend-0 to backend-3", "refused", ""}
 			if c.rejected++; c.rejected <= maxTold {
 				c.shown = append(c.shown, bad)
 			}

@@ -1,5 +1,9 @@
 package main
 
+// hashVersion says which function bucket is. It is part of a table's stamp: routers
+// of two releases that hash in different ways do not have the same owners.
+const hashVersion = 1
+
 // bucket returns the ordinal in [0, n) that the namespace hashes to. n must be
 // at least 1.
 //
@@ -9,7 +13,7 @@ package main
 // n to n+1 it moves 1/(n+1) of the namespaces, all of them to the new backend.
 //
 // The result is the same on every router in every release: a change here moves
-// tenants, and testdata/owners.txt would tell.
+// tenants, and testdata/owners.txt would tell. It would need another hashVersion.
 func bucket(namespace string, n int) int { return jump(spread(namespace), n) }
 
 // spread is the 64-bit hash of a namespace, of which all bits are worth the same.

@@ -17,12 +17,14 @@
 //  1. A table is never nil once ready and never changes: an update swaps the
 //     pointer. A lookup takes no lock and allocates nothing.
 //  2. A namespace never has two owners: the same overrides and the same number
-//     of backends give the same owner on every router, in every release.
+//     of backends give the same owner on every router, in every release. What also
+//     depends on the tables before is a table's stamp, which backends get.
 //  3. What cannot be read changes nothing: the namespace of a malformed
 //     override stays where it was, or is refused if that is not known; all
 //     other overrides apply.
 //  4. A deleted ConfigMap changes nothing, and a router that starts without
-//     one is not ready. "No overrides" is a ConfigMap with empty data.
+//     one is not ready. "No overrides" is a ConfigMap with empty data. Of those
+//     that a selector chooses this holds for the last.
 //  5. An API server that is gone changes nothing for clients.
 //  6. No byte is lost or reordered from hijack to end.
 //  7. An owner that does not answer is waited for up to a bound, then 503.
@@ -151,7 +153,7 @@ func newProgram(c *config, getenv func(string) string, log *slog.Logger) (*progr
 	if err != nil {
 		return nil, err
 	}
-	router := &router{statefulSet: c.statefulSet, backends: backends.given, log: log}
+	router := &router{statefulSet: c.statefulSet, host: c.namespaceFrom == "host", backends: backends.given, log: log}
 	relay := newRelay(backends.name, log)
 	relay.freed = func(descriptors int) { gate.use(-descriptors) }
 	probe := func(ctx context.Context, backend int) error {
@@ -166,7 +168,7 @@ func newProgram(c *config, getenv func(string) string, log *slog.Logger) (*progr
 		router: router, backends: backends, relay: relay, moves: mover,
 		limits: c.limits, pod: c.pod, namespace: pathNamespace, log: log,
 	}
-	if c.namespaceFrom == "host" {
+	if router.host {
 		p.proxy.namespace = hostNamespace
 	}
 	p.admin = &admin{proxy: p.proxy, gate: gate, started: time.Now()}

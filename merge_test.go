@@ -86,8 +86,31 @@ func TestMergeModel(t *testing.T) {
 					step, backends, sources, before, next.overrides, got, next.conflicts, model, conflicts)
 			}
 			wantCounts(t, next, old, before, model)
+			wantSums(t, next)
 			old = next
 		}
+	}
+}
+
+// wantSums holds content and kept against sums over all namespaces.
+func wantSums(t *testing.T, next *table) {
+	t.Helper()
+	var content, kept uint64
+	for i := range next.index.cells {
+		s := &next.index.cells[i]
+		if s.part == 0 {
+			continue
+		}
+		key := spread(string(next.index.record(s).namespace))
+		if next.stays(s) {
+			content, kept = content+key*weight(unreadable), kept+key*weight(next.means(s))
+		} else {
+			content += key * weight(next.means(s))
+		}
+	}
+	content += spread(fmt.Sprintf("hash 1, backends %s", next.backends))
+	if next.content != fmix64(content) || next.kept != fmix64(kept) {
+		t.Fatalf("stamp %s, want %016x.%016x", next.stamp, fmix64(content), fmix64(kept))
 	}
 }
 

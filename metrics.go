@@ -112,7 +112,7 @@ func (a *admin) writeTable(m metricsWriter) {
 		return
 	}
 	m.family("router_table_info", "gauge", "Always 1; the labels say which table is in force.")
-	m.sample("router_table_info", 1, "source", t.source(), "version", t.version)
+	m.sample("router_table_info", 1, "source", t.source(), "version", t.version, "stamp", t.stamp)
 	m.single("router_table_overrides", "gauge", "Overrides in force.", float64(t.overrides))
 	m.single("router_table_backends", "gauge", "Backends that namespaces are hashed over.", float64(t.backends.count))
 	m.family("router_table_rejected_entries", "gauge", "Entries that cannot be read.")

@@ -155,11 +155,12 @@ func waitMetrics(t *testing.T, r *runningRouter, values map[string]float64) *exp
 func TestMetricsOfASession(t *testing.T) {
 	dir := overridesDir(t, map[string]string{"ns-01": "backend-1", "bad": "bakend-1"})
 	r := startRouter(t, "-backends", echoBackends(t, 2), "-overrides", dir)
-	table := r.log.wait(t, "table", 1)["version"].(string)
+	line := r.log.wait(t, "table", 1)
+	table, stamp := line["version"].(string), line["stamp"].(string)
 	before := waitMetrics(t, r, map[string]float64{
 		`router_ready`: 1, `router_table_overrides`: 2, `router_table_backends`: 2, `router_table_conflicts`: 0,
 		`router_table_rejected_entries{object="directory ` + dir + `"}`: 1,
-		`router_table_swaps_total`:                                      1, `router_table_info{source="directory ` + dir + `",version="` + table + `"}`: 1,
+		`router_table_swaps_total`:                                      1, `router_table_info{source="directory ` + dir + `",version="` + table + `",stamp="` + stamp + `"}`: 1,
 		`router_build_info{version="` + version() + `",goversion="` + runtime.Version() + `"}`: 1,
 		`router_sessions{backend="backend-0"}`:                                                 0, `router_sessions{backend="backend-1"}`: 0,
 		`router_sessions_total{backend="backend-1"}`: 0, `router_upgrades_waiting`: 0,
@@ -206,13 +207,14 @@ func TestMetricsOfASession(t *testing.T) {
 
 func TestMetricsOfTheWatch(t *testing.T) {
 	const of = `{object="ConfigMap default/overwriting"`
+	stamp := tableOf(1, map[string]string{"ns-01": "backend-0"}, nil).stamp
 	tests := map[string]struct {
 		url  string
 		want map[string]float64
 		age  bool // the API server was heard
 	}{
 		"ConfigMap": {kubeAnswers(t, 200, oneConfigMap), map[string]float64{`router_ready`: 1,
-			`router_table_info{source="ConfigMap default/overwriting",version="5"}`: 1, `router_table_overrides`: 1,
+			`router_table_info{source="ConfigMap default/overwriting",version="5",stamp="` + stamp + `"}`: 1, `router_table_overrides`: 1,
 			`router_table_rejected_entries` + of + `}`: 0, `router_watch_info` + of + `,protocol="HTTP/1.1"}`: 1,
 			`router_watch_failures_in_row` + of + `}`: 0, `router_watch_last_error` + of + `,class="none"}`: 1,
 			`router_watch_object_absent` + of + `}`: 0, `router_watch_object_info` + of + `,uid="u",version="5"}`: 1,
@@ -256,7 +258,7 @@ func TestMetricsEscapeLabels(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if lacks := e.lacks(map[string]float64{`router_table_info{source="` + tt.want + `",version="` + tt.want + `"}`: 1}); lacks != "" {
+			if lacks := e.lacks(map[string]float64{`router_table_info{source="` + tt.want + `",version="` + tt.want + `",stamp="` + a.proxy.router.table().stamp + `"}`: 1}); lacks != "" {
 				t.Error(lacks)
 			}
 		})

@@ -9,6 +9,7 @@ import (
 	"maps"
 	"reflect"
 	"slices"
+	"strings"
 	"unicode/utf8"
 )
 
@@ -17,7 +18,9 @@ const (
 	maxValue   = 300       // bytes that are kept of a value; a name of a backend has fewer
 	maxSources = 1<<16 - 4 // parts in an index, and two that a table adds
 	recordHead = 9         // bytes of a record before its namespace
-	oddName    = 1 << 31   // the bit of record.which that is set if the name is no namespace
+
+	oddHost, oddPath = 1, 2 // of record.odd: the name cannot be the namespace of a host, or not of a path either
+	oddShift         = 30   // where a record has odd, above which
 )
 
 // packed is what one source of overrides holds, in one piece of memory: a million
@@ -25,8 +28,9 @@ const (
 // are in the order of their hashes: so an index of several is made from its
 // begin to its end, not here and there. It is immutable.
 type packed struct {
-	records []byte   // of each entry: hash, which (4 bytes each, little endian), len(namespace) (1 byte), namespace
+	records []byte   // of each entry: hash, odd and which (4 bytes each, little endian), len(namespace) (1 byte), namespace
 	values  []string // distinct
+	sums    []uint64 // of each value, of the spreads of its entries' namespaces
 	count   int      // of entries
 }
 
@@ -34,7 +38,8 @@ type packed struct {
 type record struct {
 	at, next  uint32 // where it begins and ends in records
 	hash      uint32 // upper half of spread
-	which     uint32 // of values, and perhaps oddName
+	which     uint32 // of values
+	odd       uint32 // 0, oddHost or oddPath
 	namespace []byte // part of records
 }
 
@@ -101,6 +106,7 @@ type packer struct {
 	records []record // their namespaces may be part of another text
 	bytes   int      // that they take
 	values  []string
+	sums    []uint64
 	known   map[string]uint32 // numbers of values
 }
 
@@ -115,13 +121,13 @@ func (p *packer) add(namespace, value []byte) {
 		}
 		which = uint32(len(p.values))
 		p.known[string(value)] = which
-		p.values = append(p.values, string(value))
+		p.values, p.sums = append(p.values, string(value)), append(p.sums, 0)
 	}
-	if namespaceFault(string(namespace)) != "" {
-		which |= oddName
-	}
+	odd := oddness(namespace)
 	namespace = namespace[:min(maxName, len(namespace))]
-	p.records = append(p.records, record{hash: upper(spread(namespace)), which: which, namespace: namespace})
+	key := spread(namespace)
+	p.sums[which] += key
+	p.records = append(p.records, record{hash: upper(key), which: which, odd: odd, namespace: namespace})
 	p.bytes += recordHead + len(namespace)
 }
 
@@ -134,7 +140,7 @@ func (p *packer) pack() *packed {
 	}
 	slices.Sort(order)
 	record := func(i int) record { return p.records[uint32(order[i])] }
-	done := &packed{records: make([]byte, 0, p.bytes), values: p.values, count: len(order)}
+	done := &packed{records: make([]byte, 0, p.bytes), values: p.values, sums: p.sums, count: len(order)}
 	for i := range order {
 		for j := i; j > 0 && record(j).compare(record(j-1)) < 0; j-- { // the same hash
 			order[j], order[j-1] = order[j-1], order[j]
@@ -161,7 +167,7 @@ func upper(key uint64) uint32 { return uint32(key >> 32) }
 func (p *packed) add(r record) (at uint32) {
 	at = uint32(len(p.records))
 	p.records = binary.LittleEndian.AppendUint32(p.records, r.hash)
-	p.records = binary.LittleEndian.AppendUint32(p.records, r.which)
+	p.records = binary.LittleEndian.AppendUint32(p.records, r.odd<<oddShift|r.which)
 	p.records = append(p.records, byte(len(r.namespace)))
 	p.records = append(p.records, r.namespace...)
 	return at
@@ -171,9 +177,10 @@ func (p *packed) add(r record) (at uint32) {
 func (p *packed) record(at uint32) record {
 	b := p.records[at:]
 	next := recordHead + uint32(b[recordHead-1])
+	which := binary.LittleEndian.Uint32(b[4:])
 	return record{
 		at: at, next: at + next, namespace: b[recordHead:next],
-		hash: binary.LittleEndian.Uint32(b), which: binary.LittleEndian.Uint32(b[4:]),
+		hash: binary.LittleEndian.Uint32(b), which: which & (1<<oddShift - 1), odd: which >> oddShift,
 	}
 }
 
@@ -198,7 +205,13 @@ func (p *packed) below(end uint64, at *uint32) iter.Seq[record] {
 }
 
 // value returns that of r, a record of p.
-func (p *packed) value(r record) string { return p.values[r.which&^oddName] }
+func (p *packed) value(r record) string { return p.values[r.which] }
+
+// equal reports whether p and other have the same entries. It may say no of the
+// same that came in another order.
+func (p *packed) equal(other *packed) bool {
+	return p == other || bytes.Equal(p.records, other.records) && slices.Equal(p.values, other.values)
+}
 
 // differences are the namespaces that p and other do not give the same value, in
 // order; with everything those of which they do too.
@@ -270,22 +283,73 @@ func find[S string | []byte](x *index, namespace S, hash uint32) *cell {
 // record returns what s leads to.
 func (x *index) record(s *cell) record { return x.parts[s.part-1].record(s.at) }
 
-// namespaceFault says what is wrong with a namespace, or "". The characters and
-// the length are those of a ConfigMap's keys, so that each namespace can be an
-// override (https://kubernetes.io/docs/concepts/configuration/configmap/). "."
-// and ".." would be dot segments of a path (RFC 3986 §3.3).
+// oddness says where a request cannot have this namespace: record.odd.
+func oddness(namespace []byte) uint32 {
+	switch {
+	case isLabel(namespace):
+		return 0
+	case isNamespace(namespace):
+		return oddHost
+	}
+	return oddPath
+}
+
+// namespaceFault says what is wrong with a namespace of a path, or "".
 func namespaceFault(s string) string {
-	const want = "a namespace of 1 to 253 characters of [-._a-zA-Z0-9] other than \".\" and \"..\""
-	if len(s) == 0 || len(s) > 253 || s == "." || s == ".." {
-		return want
+	if isNamespace(s) {
+		return ""
+	}
+	return "a namespace of 1 to 253 characters of [-._a-zA-Z0-9] other than \".\" and \"..\""
+}
+
+// labelFault says what is wrong with a namespace of a host name, in lower case, or
+// "".
+func labelFault(s string) string {
+	if isLabel(s) {
+		return ""
+	}
+	return "a namespace of 1 to 63 characters of [-_a-z0-9], the first label of a host name in lower case"
+}
+
+// isNamespace reports whether a path can have the namespace. The characters and
+// the length are those of a ConfigMap's keys, so that it can be an override: all
+// but those that keyFault names. "." and ".." would be dot segments of a path (RFC
+// 3986 §3.3).
+func isNamespace[S string | []byte](s S) bool {
+	if len(s) == 0 || len(s) > 253 || s[0] == '.' && (len(s) == 1 || len(s) == 2 && s[1] == '.') {
+		return false
 	}
 	for i := 0; i < len(s); i++ {
-		c := s[i]
-		switch {
-		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9', c == '-', c == '.', c == '_':
-		default:
-			return want
+		if c := s[i]; !isLabelByte(c) && c != '.' && (c < 'A' || c > 'Z') {
+			return false
 		}
+	}
+	return true
+}
+
+// isLabel reports whether a host name can have the namespace as its first label: of
+// at most 63 bytes (RFC 1035 §2.3.4), without a dot, and in lower case, as host
+// names have no case (RFC 4343). An underscore is allowed in DNS (RFC 2181 §11),
+// and browsers send it.
+func isLabel[S string | []byte](s S) bool {
+	for i := 0; i < len(s); i++ {
+		if !isLabelByte(s[i]) {
+			return false
+		}
+	}
+	return 1 <= len(s) && len(s) <= 63
+}
+
+func isLabelByte(c byte) bool {
+	return 'a' <= c && c <= 'z' || '0' <= c && c <= '9' || c == '-' || c == '_'
+}
+
+// keyFault says why a namespace can have no override, or "". A ConfigMap's keys do
+// not begin with two dots: a directory that it is mounted to has files of the kubelet
+// by such names (https://kubernetes.io/docs/concepts/configuration/configmap/).
+func keyFault(namespace string) string {
+	if strings.HasPrefix(namespace, "..") {
+		return "it can have no override: no key of a ConfigMap begins with two dots"
 	}
 	return ""
 }

@@ -40,8 +40,14 @@ func TestPack(t *testing.T) {
 				t.Error("not in order")
 			}
 			for r := range p.all() {
-				if odd := namespaceFault(string(r.namespace)) != ""; odd != (r.which&oddName != 0) {
-					t.Errorf("%q is marked as odd: %t", r.namespace, !odd)
+				name, want := string(r.namespace), uint32(0)
+				if namespaceFault(name) != "" {
+					want = oddPath
+				} else if labelFault(name) != "" {
+					want = oddHost
+				}
+				if r.odd != want {
+					t.Errorf("%q is marked with %d, want %d", name, r.odd, want)
 				}
 			}
 		})

@@ -87,7 +87,7 @@ func (p *proposal) table(now *table, err error) (*table, error) {
 		}
 		sources[i] = entries{source: sources[i].source, version: "proposed", data: &p.Data}
 	}
-	return newTable(now.statefulSet, backends, sources, now), nil
+	return now.with(backends, sources), nil
 }
 
 // replaces reports whether the ConfigMap that is proposed is of this source.

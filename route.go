@@ -37,10 +37,20 @@ type entries struct {
 // one. Its methods take no lock and owner does not allocate (invariant 1).
 type table struct {
 	statefulSet string    // the part of a backend's name before its ordinal
+	host        bool      // a namespace is the first label of a host name
 	backends    ordinals  // at least 1
 	sources     []entries // of the overrides, in the order in which they are read
-	version     string    // of the source, or a hash of those of several
-	stamp       string    // version/backends: with the same, routers have the same owners
+	version     string    // of the source, or a hash of those of several: for people
+	stamp       string    // content.kept
+
+	// Routers with the same content have the same owners, but for the namespaces that
+	// stay where they were; with the same kept, these too. content is a hash of what
+	// namespaces have as their override (an ordinal, or that they stay), of which
+	// backends there are, and of hashVersion: not of how and where it was written, nor
+	// of a resourceVersion, which two contents can have after a restored backup. An
+	// override counts also if it names the owner by hash: with other backends it would
+	// not.
+	content, kept uint64
 
 	// The parts of index are the data of sources, then the namespaces that stay
 	// where they were: since an entry cannot be read, since entries disagree.
@@ -56,11 +66,21 @@ type table struct {
 // an old table it is refused rather than hashed, since another router may know a
 // good value. All other entries apply (invariant 3).
 func newTable(statefulSet string, backends ordinals, sources []entries, old *table) *table {
-	t := &table{
-		statefulSet: statefulSet, backends: backends, sources: slices.Clone(sources),
-		version: versionOf(sources), rejected: make([]int, len(sources)),
-	}
-	t.stamp = t.version + "/" + backends.String()
+	t := &table{statefulSet: statefulSet, backends: backends}
+	t.fill(sources, old)
+	return t
+}
+
+// with returns the table that follows t with other backends or sources.
+func (t *table) with(backends ordinals, sources []entries) *table {
+	next := &table{statefulSet: t.statefulSet, host: t.host, backends: backends}
+	next.fill(sources, t)
+	return next
+}
+
+// fill is the rest of newTable.
+func (t *table) fill(sources []entries, old *table) {
+	t.sources, t.version, t.rejected = slices.Clone(sources), versionOf(sources), make([]int, len(sources))
 	var parts []*packed
 	count := 0
 	for i := range t.sources {
@@ -71,17 +91,28 @@ func newTable(statefulSet string, backends ordinals, sources []entries, old *tab
 		count += e.data.count
 	}
 	known := []int32{refused, hashed} // what the values of the last two parts mean
-	for i := range backends.count {
-		known = append(known, int32(backends.first+i))
+	for i := range t.backends.count {
+		known = append(known, int32(t.backends.first+i))
 	}
 	t.ordinals = append(t.ordinals, known, known)
 	t.index = newIndex(append(parts, &packed{}, &packed{}), count)
 	t.readSources(old)
-	return t
+	t.content = fmix64(t.content + spread(fmt.Sprintf("hash %d, backends %s", hashVersion, t.backends)))
+	t.kept = fmix64(t.kept)
+	t.stamp = fmt.Sprintf("%016x.%016x", t.content, t.kept)
 }
 
-// versionOf names the state of all sources: routers with the same have the same
-// overrides.
+// weight is what a meaning of a namespace counts in content and kept. These are
+// sums, of spread(namespace) × weight for each namespace, so that a source's part
+// is known once it is packed, but for the namespaces that it shares with others. A
+// spread is as good as random. Two contents differ by the sum of spread × the
+// difference of two weights over some namespaces: so they have the same sum by
+// accident only, once in 2^(64-k) times where 2^k divides all these differences.
+// With 0 for a namespace that is in one of both, and weights that are odd and in a
+// row, k is 0 for that, mostly 1 or 2, and at most 14 with 10,000 backends.
+func weight(meaning int) uint64 { return uint64(2*(meaning-unreadable) + 1) }
+
+// versionOf names the state of all sources for people.
 func versionOf(sources []entries) string {
 	if len(sources) == 1 {
 		return sources[0].version
@@ -93,14 +124,16 @@ func versionOf(sources []entries) string {
 	return fmt.Sprintf("%d-%016x", len(sources), sum.Sum64())
 }
 
-// read returns what the values mean.
+// read returns what the values mean, and counts their namespaces in content as if
+// all were in force and in no other source.
 func (t *table) read(p *packed) (ordinals []int32) {
-	for _, value := range p.values {
+	for i, value := range p.values {
 		ordinal, ok := t.ordinal(value)
 		if !ok {
 			ordinal = unreadable
 		}
 		ordinals = append(ordinals, int32(ordinal))
+		t.content += p.sums[i] * weight(ordinal)
 	}
 	return ordinals
 }
@@ -120,28 +153,48 @@ func (t *table) readSources(old *table) {
 	}
 }
 
-// add reads one entry of the i-th source, while t is being made.
+// add reads one entry of the i-th source, while t is being made. content has it
+// already, by read: what else was known of its namespace, or is now, is put right.
 func (t *table) add(i int, r record, old *table) {
-	if r.which&oddName != 0 {
+	ordinal := int(t.ordinals[i][r.which])
+	if t.odd(r) {
 		t.rejected[i]++
+		t.content -= spread(r.namespace) * weight(ordinal)
 		return
 	}
 	s := find(&t.index, r.namespace, r.hash)
-	was, ordinal := t.means(s), int(t.ordinals[i][r.which])
+	if s.part == 0 && ordinal != unreadable {
+		*s = cell{r.at, uint16(i + 1), uint16(r.hash)}
+		t.overrides++
+		return
+	}
+	before := t.counts(s)
 	switch {
 	case ordinal == unreadable:
 		t.rejected[i]++
 		if !t.stays(s) {
 			t.keep(s, len(t.sources), r, old)
 		}
-	case s.part == 0:
-		*s = cell{r.at, uint16(i + 1), uint16(r.hash)}
-		t.overrides++
-	case was != ordinal && !t.stays(s):
+	case !t.stays(s) && t.means(s) != ordinal:
 		t.conflicts++
 		t.keep(s, len(t.sources)+1, r, old)
 	}
+	t.content += spread(r.namespace) * (t.counts(s) - before - weight(ordinal))
 }
+
+// counts is the weight in content of the namespace that s leads to.
+func (t *table) counts(s *cell) uint64 {
+	switch {
+	case s.part == 0:
+		return 0
+	case t.stays(s):
+		return weight(unreadable)
+	}
+	return weight(t.means(s))
+}
+
+// odd reports whether no request can have the namespace of r.
+func (t *table) odd(r record) bool { return r.odd == oddPath || r.odd == oddHost && t.host }
 
 // keep makes s lead to an entry, in the part, that gives the namespace the owner
 // it had in old.
@@ -159,6 +212,7 @@ func (t *table) keep(s *cell, part int, r record, old *table) {
 	if ordinal == hashed {
 		t.overrides--
 	}
+	t.kept += spread(r.namespace) * weight(ordinal)
 	r.which = uint32(slices.Index(t.ordinals[part], int32(ordinal)))
 	*s = cell{t.index.parts[part].add(r), uint16(part + 1), uint16(r.hash)}
 }
@@ -210,9 +264,10 @@ func (t *table) explain(namespace string) string {
 type rejection struct {
 	namespace string
 	Source    string `json:"source"`
-	Value     string `json:"value"` // as it was found, cut to maxShownValue bytes
-	Want      string `json:"want"`  // what would have been right
-	Kept      string `json:"kept"`  // the owner it keeps, "hash", "refused" or "nothing"
+	Value     string `json:"value"`         // as it was found, cut to maxShownValue bytes
+	Want      string `json:"want"`          // what would have been right
+	Kept      string `json:"kept"`          // the owner it keeps, "hash", "refused" or "nothing"
+	Key       string `json:"key,omitempty"` // of an entry that is of no namespace
 }
 
 // maxShownValue is how much of a rejected value is shown, in bytes: a value may
@@ -233,15 +288,16 @@ func (t *table) rejections(i int) iter.Seq[rejection] {
 	}
 }
 
-// rejectionsOf are those of the namespace in all sources. It reads them from end
-// to end: it is for operators, not for requests.
+// rejectionsOf are those of the namespace in all sources, and of keys that would be
+// it in lower case where host names have it. It reads them from end to end: it is
+// for operators, not for requests.
 func (t *table) rejectionsOf(namespace string) (all []rejection) {
-	if !t.stays(find(&t.index, namespace, upper(spread(namespace)))) {
+	if !t.host && !t.stays(find(&t.index, namespace, upper(spread(namespace)))) {
 		return nil
 	}
 	for i := range t.sources {
 		for r := range t.sources[i].data.all() {
-			if string(r.namespace) != namespace {
+			if string(r.namespace) != namespace && !(t.host && strings.EqualFold(string(r.namespace), namespace)) {
 				continue
 			}
 			if bad, ok := t.judge(i, r); ok {
@@ -256,24 +312,24 @@ func (t *table) rejectionsOf(namespace string) (all []rejection) {
 func (t *table) judge(i int, r record) (bad rejection, ok bool) {
 	s := find(&t.index, r.namespace, r.hash)
 	bad = rejection{namespace: string(r.namespace), Source: t.sources[i].source, Kept: "nothing"}
-	which := r.which &^ oddName
+	odd := t.odd(r)
 	switch {
-	case r.which != which:
-		bad.Want = namespaceFault(bad.namespace)
-	case t.ordinals[i][which] == unreadable:
+	case odd:
+		bad.Key, bad.Want = bad.namespace, nameFault(bad.namespace, t.host)
+	case t.ordinals[i][r.which] == unreadable:
 		bad.Want = t.name(t.backends.first) + " to " + t.name(t.backends.first+t.backends.count-1)
 	case int(s.part) == len(t.sources)+2:
 		bad.Want = "the same backend in all objects"
 	default:
 		return bad, false
 	}
-	value := t.sources[i].data.values[which]
+	value := t.sources[i].data.value(r)
 	if len(value) > maxShownValue {
 		value = value[:maxShownValue] + "…"
 	}
 	bad.Value = strings.ToValidUTF8(value, "�")
 	switch ordinal := t.means(s); {
-	case r.which != which:
+	case odd:
 	case ordinal == hashed:
 		bad.Kept = whyHash
 	case ordinal == refused:
@@ -291,4 +347,12 @@ func (t *table) name(ordinal int) string { return backendName(t.statefulSet, ord
 func (t *table) ordinal(name string) (int, bool) {
 	ordinal, ok := backendOrdinal(t.statefulSet, name)
 	return ordinal, ok && t.backends.has(ordinal)
+}
+
+// nameFault says what is wrong with a namespace of a host name, or of a path, or "".
+func nameFault(name string, host bool) string {
+	if host {
+		return labelFault(name)
+	}
+	return namespaceFault(name)
 }

@@ -200,6 +200,54 @@ func TestTableRejectsNamespaces(t *testing.T) {
 	}
 }
 
+// A stamp is the same for what means the same, and another for what may not.
+func TestStamp(t *testing.T) {
+	of := func(first, count int, sources ...string) *table {
+		var all []entries
+		for i, data := range sources {
+			all = append(all, entries{source: fmt.Sprint(i), version: data, data: pack(pairs(data))})
+		}
+		return newTable("backend", ordinals{first, count}, all, nil)
+	}
+	const want = "ecafc8b9dee0470d.0000000000000000" // changed only with hashVersion, or with what a stamp is of
+	same := of(0, 4, "a=backend-1 b=backend-2")
+	if same.stamp != want {
+		t.Errorf("the stamp is %s, want %s", same.stamp, want)
+	}
+	for _, other := range []*table{
+		of(0, 4, "b=backend-2", "", "a=backend-1"),
+		of(0, 4, "a=backend-1 b=backend-2", "a=backend-1", "b=backend-2 a=backend-1"), // told twice
+		of(0, 4, "a=backend-1 b=backend-2 ..=backend-3 a/b=junk"),                     // no namespaces
+		newTable("backend", ordinals{0, 4}, []entries{{data: pack(map[string]string{"a": " backend-1\n", "b": "backend-2\t"})}}, nil),
+	} {
+		if other.stamp != same.stamp {
+			t.Errorf("the stamp of %+v is %s, want %s", other.sources, other.stamp, same.stamp)
+		}
+	}
+	all := map[string]bool{same.stamp: true}
+	byHash := backendName("backend", bucket("c", 4))
+	others := []*table{
+		of(0, 4, "a=backend-2 b=backend-1"), of(0, 4, "a=backend-1"), of(0, 4, "b=backend-2"), of(0, 4), of(0, 5), of(1, 4), of(0, 1), of(0, 14),
+		of(0, 5, "a=backend-1 b=backend-2"), of(1, 4, "a=backend-1 b=backend-2"),
+		of(0, 4, "a=backend-1 b=backend-2 c="+byHash), // with other backends it would not be the hash
+		of(0, 4, "a=backend-1 b=backend-2 c=junk"),
+	}
+	for _, other := range others {
+		if all[other.stamp] {
+			t.Errorf("the stamp %s is that of another", other.stamp)
+		}
+		all[other.stamp] = true
+	}
+	junk, conflict := of(0, 4, "a=junk b=backend-2"), of(0, 4, "a=backend-1 b=backend-2", "a=backend-3")
+	if junk.stamp != conflict.stamp || junk.kept == 0 {
+		t.Errorf("the stamps are %s and %s, want the same: a stays in both", junk.stamp, conflict.stamp)
+	}
+	next := same.with(same.backends, conflict.sources)
+	if next.content != junk.content || next.kept == junk.kept {
+		t.Errorf("the stamps are %s and %s, want the same content, and a kept where it is by one only", next.stamp, junk.stamp)
+	}
+}
+
 func TestTableIsImmutable(t *testing.T) {
 	old := seed(t)
 	data := map[string]string{"pinned-0": "backend-1", "pinned-3": "junk", "refused": "backend-2", "new": "x"}

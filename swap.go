@@ -14,6 +14,7 @@ import (
 type router struct {
 	// Static after construction.
 	statefulSet string
+	host        bool // a namespace is the first label of a host name
 	log         *slog.Logger
 	swapped     func()       // called after each swap; must not block
 	told        func(change) // gets what each source did in a swap; must not block. Or nil.
@@ -41,7 +42,41 @@ func (r *router) update(sources ...entries) {
 	}
 	r.heard = r.heard || !stale
 	r.sources = append([]entries{}, sources...)
-	r.swap()
+	if !r.relabel() {
+		r.swap()
+	}
+}
+
+// relabel reports whether the sources have nothing new but their versions, as after
+// a change of labels, and has the table in force say these then: that is no swap, of
+// which anybody is told. What each source has as before is the same in memory after
+// it. mu is held.
+func (r *router) relabel() bool {
+	t := r.table()
+	if t == nil {
+		return false
+	}
+	same := len(r.sources) == len(t.sources)
+	for i := range r.sources {
+		e := &r.sources[i]
+		e.data = cmp.Or(e.data, &packed{})
+		j := slices.IndexFunc(t.sources, named(e.source))
+		if j >= 0 && e.data.equal(t.sources[j].data) {
+			e.data = t.sources[j].data
+		}
+		same = same && i == j && e.data == t.sources[j].data
+	}
+	if same {
+		next := *t
+		next.sources, next.version = slices.Clone(r.sources), versionOf(r.sources)
+		r.current.Store(&next)
+	}
+	return same
+}
+
+// named returns a function that finds the source of the name.
+func named(source string) func(entries) bool {
+	return func(e entries) bool { return e.source == source }
 }
 
 // resize puts a table for these backends in force, at least one. Entries are
@@ -62,7 +97,8 @@ func (r *router) swap() {
 		return
 	}
 	old := r.table()
-	t := newTable(r.statefulSet, r.backends, r.sources, old)
+	t := &table{statefulSet: r.statefulSet, host: r.host, backends: r.backends}
+	t.fill(r.sources, old)
 	r.current.Store(t)
 	r.swaps.Add(1)
 	r.swapped()
@@ -87,6 +123,7 @@ const largeIndex = 1 << 18
 type change struct {
 	entries
 	first                   bool        // there was no table before
+	content, from           uint64      // of the table; and of the one before, if it had the same entries of this source
 	added, changed, removed int         // overrides
 	rejected                int         // entries that are rejected now
 	shown                   []rejection // the first of them by name
@@ -104,9 +141,6 @@ func (t *table) changes(old *table) (all []change) {
 	if first {
 		old = newTable(t.statefulSet, t.backends, nil, nil)
 	}
-	named := func(source string) func(entries) bool {
-		return func(e entries) bool { return e.source == source }
-	}
 	for i, e := range t.sources {
 		before, j := &packed{}, slices.IndexFunc(old.sources, named(e.source))
 		if j >= 0 {
@@ -115,7 +149,10 @@ func (t *table) changes(old *table) (all []change) {
 		if before == e.data && old.backends == t.backends {
 			continue
 		}
-		c := change{entries: e, first: first}
+		c := change{entries: e, first: first, content: t.content}
+		if before == e.data {
+			c.from = old.content
+		}
 		for r := range before.differences(e.data, old.backends != t.backends) {
 			c.count(old.pinned(r), t.pinned(r))
 		}
@@ -201,7 +238,7 @@ func (r *router) report(t *table, all []change) {
 	for _, n := range t.rejected {
 		rejected += n
 	}
-	r.log.Info("table", "source", source, "version", t.version, "backends", t.backends.count,
+	r.log.Info("table", "source", source, "version", t.version, "stamp", t.stamp, "backends", t.backends.count,
 		"overrides", t.overrides, "added", sum.added, "changed", sum.changed, "removed", sum.removed,
 		"rejected", rejected, "conflicts", t.conflicts)
 	for _, c := range all {

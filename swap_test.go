@@ -3,6 +3,8 @@ package main
 import (
 	"fmt"
 	"log/slog"
+	"maps"
+	"math/rand/v2"
 	"slices"
 	"strconv"
 	"sync"
@@ -82,7 +84,7 @@ func TestRouterTellsEachSwap(t *testing.T) {
 	var versions []string
 	r.swapped = func() { versions = append(versions, r.table().version) }
 	for _, version := range []string{"1", "2", "3"} {
-		r.update(entries{version: version})
+		r.update(entries{version: version, data: pack(map[string]string{"a": "backend-" + version})})
 	}
 	if want := []string{"1", "2", "3"}; !slices.Equal(versions, want) {
 		t.Errorf("swapped saw the tables %v, want %v", versions, want)
@@ -198,4 +200,166 @@ func TestRouterReportsTheEndOfACopy(t *testing.T) {
 	r.update(entries{source: "directory", version: "1", data: pack(map[string]string{"a": "backend-1", "b": "backend-2"}), stale: true})
 	r.update(entries{source: "ConfigMap", version: "2", data: pack(map[string]string{"a": "backend-1", "c": "backend-3"})})
 	wantLine(t, tail.all("table"), 2, map[string]any{"source": "ConfigMap", "overrides": 2.0, "added": 1.0, "changed": 0.0, "removed": 1.0})
+}
+
+// A source that is read again with the same entries, as after a change of its
+// labels, is no swap and is told to nobody, but the table says its version.
+func TestRouterOtherVersionOfTheSame(t *testing.T) {
+	r, tail := loggedRouter(t)
+	var told []change
+	r.told = func(c change) { told = append(told, c) }
+	a, b := map[string]string{"a": "backend-1", "x": "backend-1"}, map[string]string{"b": "junk", "x": "backend-2"}
+	source := func(name, version string, data map[string]string) entries {
+		return entries{source: name, version: version, data: pack(data)}
+	}
+	r.update(source("a", "1", a), source("b", "2", b))
+	first := r.table()
+	swapped := 0
+	r.swapped = func() { swapped++ }
+	told = nil
+	r.update(source("a", "3", a), source("b", "2", b))
+	next := r.table()
+	if next.version == first.version || next.sources[0].version != "3" || next.stamp != first.stamp {
+		t.Errorf("version %s of %+v, stamp %s, after %s, %s", next.version, next.sources, next.stamp, first.version, first.stamp)
+	}
+	if first.sources[0].version != "1" {
+		t.Error("the table before was changed")
+	}
+	if swapped != 0 || len(told) != 0 || r.swaps.Load() != 1 || len(tail.all("table")) != 1 {
+		t.Errorf("%d swaps, %d changes told, %d lines of tables, want that of the first only", swapped, len(told), len(tail.all("table")))
+	}
+	if got := next.rejectionsOf("x"); len(got) != 2 || next.explain("b") != whyRefused {
+		t.Errorf("x: %v; b: %s", got, next.explain("b"))
+	}
+
+	b["b"] = "backend-3"
+	r.update(source("a", "4", a), source("b", "5", b)) // one has other labels, one other entries
+	if swapped != 1 || len(told) != 1 || told[0].source != "b" || told[0].changed != 1 || r.table().sources[0].version != "4" {
+		t.Errorf("%d swaps, told %+v of %+v, want one of b", swapped, told, r.table().sources)
+	}
+	r.resize(ordinals{count: 3})
+	r.update(source("a", "6", a), source("b", "5", b))
+	if swapped != 2 || r.table().backends.count != 3 || r.table().sources[0].version != "6" {
+		t.Errorf("%d swaps, %+v", swapped, r.table())
+	}
+	r.update(source("a", "6", a)) // one source less is more than a version
+	if swapped != 3 || len(r.table().sources) != 1 {
+		t.Errorf("%d swaps, %+v", swapped, r.table().sources)
+	}
+}
+
+// stampWorld is what the routers of TestStampsAgree see: some ConfigMaps and a
+// number of backends, at one moment.
+type stampWorld struct {
+	data     [3]map[string]string
+	backends ordinals
+}
+
+// next changes one thing.
+func (w stampWorld) next(random *rand.Rand) stampWorld {
+	if random.IntN(4) == 0 {
+		w.backends.count = 2 + random.IntN(4)
+		return w
+	}
+	changed := random.IntN(len(w.data))
+	data := maps.Clone(w.data[changed])
+	for range 1 + random.IntN(2) {
+		namespace := fmt.Sprint("ns-", random.IntN(6))
+		data[namespace] = fmt.Sprint("backend-", random.IntN(7)) // some of them beyond the last
+		if random.IntN(3) == 0 {
+			delete(data, namespace)
+		}
+	}
+	w.data[changed] = data
+	return w
+}
+
+// show has the router see it: with shuffled sources of other names if it is odd,
+// and with values that are spelled otherwise.
+func (w stampWorld) show(r *router, version int, odd bool, random *rand.Rand) {
+	r.resize(w.backends)
+	var all []entries
+	for i, data := range w.data {
+		e := entries{source: fmt.Sprint("source-", i), version: fmt.Sprint(version), data: pack(data)}
+		if odd {
+			spelled := map[string]string{}
+			for namespace, value := range data {
+				spelled[namespace] = " " + value + "\n"
+			}
+			e = entries{source: fmt.Sprint("other-", i), version: fmt.Sprint("v", version), data: pack(spelled)}
+		}
+		all = append(all, e)
+	}
+	if odd {
+		random.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+	}
+	r.update(all...)
+}
+
+// TestStampsAgree: two routers see one history of edits, of which each misses some
+// versions, or starts later. Whenever their stamps are equal, so are their owners of
+// all namespaces; what they see last alone decides the content.
+func TestStampsAgree(t *testing.T) {
+	random := rand.New(rand.NewPCG(3, 4))
+	seen := map[string]int{}
+	quiet := slog.New(slog.DiscardHandler)
+	for range 400 {
+		w := stampWorld{backends: ordinals{count: 4}}
+		for i := range w.data {
+			w.data[i] = map[string]string{}
+		}
+		start := func() *router {
+			return &router{statefulSet: "backend", log: quiet, swapped: func() {}}
+		}
+		routers := []*router{start(), start()}
+		last := [2]int{-1, -2}
+		for version := range 30 {
+			w = w.next(random)
+			for i := range routers {
+				if random.IntN(40) == 0 {
+					routers[i] = start()
+				}
+				if routers[i].table() == nil || random.IntN(3) > 0 {
+					w.show(routers[i], version, i == 1, random)
+					last[i] = version
+				}
+			}
+			wantStampsAgree(t, routers[0].table(), routers[1].table(), last[0] == last[1], seen)
+		}
+	}
+	t.Logf("%v", seen)
+	for _, what := range []string{"equal", "equal, some stay", "other kept, other owners", "equal after other versions"} {
+		if seen[what] < 50 {
+			t.Errorf("%s: seen %d times, want more", what, seen[what])
+		}
+	}
+}
+
+// wantStampsAgree checks what the stamps of two tables say of their owners.
+func wantStampsAgree(t *testing.T, a, b *table, same bool, seen map[string]int) {
+	t.Helper()
+	owners := true
+	for i := range 6 {
+		namespace := fmt.Sprint("ns-", i)
+		ownerA, okA := a.owner(namespace)
+		ownerB, okB := b.owner(namespace)
+		owners = owners && ownerA == ownerB && okA == okB
+	}
+	if same && a.content != b.content {
+		t.Fatalf("of the same sources and backends the stamps are %s and %s", a.stamp, b.stamp)
+	}
+	if stays := a.kept != 0; a.stamp == b.stamp {
+		if !owners {
+			t.Fatalf("the stamp of both is %s, and their owners differ:\n%v %s\n%v %s", a.stamp, overridesOf(a), a.backends, overridesOf(b), b.backends)
+		}
+		seen["equal"]++
+		if stays {
+			seen["equal, some stay"]++
+		}
+		if !same {
+			seen["equal after other versions"]++
+		}
+	} else if a.content == b.content && !owners {
+		seen["other kept, other owners"]++
+	}
 }

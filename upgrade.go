@@ -84,7 +84,7 @@ func hostNamespace(r *http.Request) (string, *refusal) {
 	if !ok || domain == "" || err == nil {
 		return "", refuse(resultBadRequest, "host %.260q, want <namespace>.<domain>", r.Host)
 	}
-	if want := namespaceFault(label); want != "" {
+	if want := labelFault(label); want != "" {
 		return "", refuse(resultBadRequest, "namespace %.260q in the host, want %s", label, want)
 	}
 	return label, nil

@@ -19,7 +19,7 @@ import (
 // stay is a session as the backend that had it wrote it down.
 type stay struct {
 	backend, namespace, router string
-	table                      string    // X-Router-Table: version/backends
+	table                      string    // X-Router-Table, a stamp
 	opened, ended              time.Time // ended is zero while it is open
 	messages                   int       // that the backend sent; known once it has ended
 }

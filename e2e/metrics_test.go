@@ -59,12 +59,12 @@ func labelValues() map[string]string {
 		"router_descriptors kind":           "used limit",
 		"router_upgrades_total result": "ok bad_request bad_head not_found not_upgrade no_table refused hold_timeout " +
 			"client_gone max_sessions max_waiting bad_gateway gateway_timeout answered draining",
-		"router_watch_state object state":     "",
-		"router_watch_last_error object":      "",
-		"router_watch_info object":            "",
-		"router_backend_ready backend":        "backend-0 backend-1 backend-2 backend-3",
-		"router_build_info version goversion": "",
-		"router_table_info source version":    "",
+		"router_watch_state object state":        "",
+		"router_watch_last_error object":         "",
+		"router_watch_info object":               "",
+		"router_backend_ready backend":           "backend-0 backend-1 backend-2 backend-3",
+		"router_build_info version goversion":    "",
+		"router_table_info source version stamp": "",
 
 		"router_table_rejected_entries object":        "",
 		"router_watch_staleness_seconds object":       "",
