@@ -123,15 +123,15 @@ func (d *directory) signature() (string, error) {
 	return fmt.Sprintf("%016x", sum.Sum64()), nil
 }
 
-// files lists what may be files in the order of their names. Names with a dot in
-// front are not namespaces here: an editor's or the kubelet's own.
+// files lists what may be files in the order of their names. Names with two dots in
+// front are the kubelet's own, as of ..data: keyFault.
 func files(path string) ([]fs.DirEntry, error) {
 	all, err := os.ReadDir(path)
 	if err != nil {
 		return nil, err
 	}
 	return slices.DeleteFunc(all, func(file fs.DirEntry) bool {
-		return strings.HasPrefix(file.Name(), ".") || !file.Type().IsRegular() && file.Type() != fs.ModeSymlink
+		return keyFault(file.Name()) != "" || !file.Type().IsRegular() && file.Type() != fs.ModeSymlink
 	}), nil
 }
 

@@ -145,7 +145,7 @@ func TestDirectoryMountedConfigMap(t *testing.T) {
 	d.write(t, "..1/.hidden", "backend-1")
 	d.link(t, "..1", "..data")
 	d.link(t, "..data/ns-01", "ns-01")
-	d.want(t, map[string]string{"ns-01": "backend-1"})
+	d.want(t, map[string]string{"ns-01": "backend-1", ".hidden": "backend-1"})
 
 	d.mkdir(t, "..2")
 	d.write(t, "..2/ns-02", "backend-2")
@@ -170,7 +170,7 @@ func TestDirectoryOddFiles(t *testing.T) {
 		make func(t *testing.T, d *fakeDir)
 		want string // part of the entry's value, "" if there is none
 	}{
-		"hidden file":         {func(t *testing.T, d *fakeDir) { d.write(t, ".odd", "backend-1") }, "-"},
+		"the kubelet's file":  {func(t *testing.T, d *fakeDir) { d.write(t, "..odd", "backend-1") }, "-"},
 		"directory":           {func(t *testing.T, d *fakeDir) { d.mkdir(t, "odd") }, "-"},
 		"link to a directory": {func(t *testing.T, d *fakeDir) { d.link(t, "..", "odd") }, "-"},
 		"link to a file":      {func(t *testing.T, d *fakeDir) { d.link(t, "ns-01", "odd") }, "backend-1"},
@@ -275,8 +275,8 @@ func TestDirectoryRun(t *testing.T) {
 	t.Cleanup(func() { cancel(); <-done })
 	for _, want := range []string{"", "backend-1", "backend-2"} {
 		if want != "" {
-			d.write(t, ".next", want)
-			if err := os.Rename(filepath.Join(d.path, ".next"), filepath.Join(d.path, "ns-01")); err != nil {
+			d.write(t, "..next", want)
+			if err := os.Rename(filepath.Join(d.path, "..next"), filepath.Join(d.path, "ns-01")); err != nil {
 				t.Fatal(err)
 			}
 		}
