@@ -136,6 +136,12 @@ func (b *backends) dialled(ordinal int, err error, cut bool) {
 	b.holds.done(ordinal, err, cut)
 }
 
+// misdirected takes note that what answered at the backend's address is another.
+func (b *backends) misdirected(ordinal int, err error) {
+	b.forget(ordinal)
+	b.holds.misdirected(ordinal, err)
+}
+
 // probe returns the backend's address, and whether it takes a connection now.
 func (b *backends) probe(ctx context.Context, ordinal int) (addr string, err error) {
 	conn, err := b.dial(ctx, ordinal)

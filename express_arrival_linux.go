@@ -89,7 +89,7 @@ func (a *arrival) check() bool {
 	if namespace, no := p.check(r); no == nil {
 		if owner, table, err := p.owner(namespace); err == nil {
 			peer := forwardedFor(r)
-			a.request = requestHead(r, peer, p.pod, table)
+			a.request = requestHead(r, peer, p.pod, table, p.backends.name(owner))
 			a.session = newSession(namespace, owner, peer)
 			return true
 		}
@@ -170,6 +170,7 @@ func (a *arrival) answer(data []byte) bool {
 	if err != nil || resp.StatusCode != http.StatusSwitchingProtocols {
 		return false
 	}
+	p.backends.holds.meant(a.session.backend)
 	if p.moves.misplaced(a.session) {
 		a.closeBackend()
 		return false

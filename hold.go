@@ -28,7 +28,8 @@ type holds struct {
 	// Static after construction.
 	ready func(ordinal int) error // why a backend must not be dialled, or nil
 
-	swaps atomic.Int64 // of the table
+	swaps  atomic.Int64 // of the table
+	astray atomic.Int64 // lines whose astray is set
 
 	// Guarded by mu.
 	mu      sync.Mutex
@@ -44,6 +45,7 @@ type line struct {
 	failure error     // of the last dial that failed, nil since a good one
 	rest    time.Time // until then nobody dials
 	away    bool      // it was not ready at the last look
+	astray  bool      // another backend answered at its address, and it has not since
 }
 
 // waiter is one upgrade that waits for its turn.
@@ -117,29 +119,70 @@ func (h *holds) done(ordinal int, err error, cut bool) {
 	l := h.line(ordinal)
 	l.dialing--
 	switch {
+	case err == nil && l.astray: // the next waits for the answer, or long enough
+		h.failed(ordinal, l, l.failure)
 	case err == nil:
 		l.fails, l.failure = 0, nil
-	case !cut && !time.Now().Before(l.rest): // the first of those that fail together
-		wait := min(redialMost, redialFirst<<min(l.fails, 10))
-		wait = wait/2 + rand.N(wait)
-		l.fails, l.failure, l.rest = l.fails+1, err, time.Now().Add(wait)
-		time.AfterFunc(wait, func() {
-			h.mu.Lock()
-			defer h.mu.Unlock()
-			h.release(ordinal, l)
-		})
+	case !cut:
+		h.failed(ordinal, l, err)
 	}
 	h.release(ordinal, l)
 }
 
-// look is called after ready has changed its mind about any backend. One that
-// is back is dialled at once, whatever was before.
+// failed makes the line rest, longer each time. Of those that fail together, the
+// first counts. mu is held.
+func (h *holds) failed(ordinal int, l *line, err error) {
+	if time.Now().Before(l.rest) {
+		return
+	}
+	wait := min(redialMost, redialFirst<<min(l.fails, 10))
+	wait = wait/2 + rand.N(wait)
+	l.fails, l.failure, l.rest = l.fails+1, err, time.Now().Add(wait)
+	time.AfterFunc(wait, func() {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		h.release(ordinal, l)
+	})
+}
+
+// misdirected takes note that the backend's address is another backend's. As with
+// dials that fail, one upgrade at a time then asks for all, until meant.
+func (h *holds) misdirected(ordinal int, err error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	l := h.line(ordinal)
+	if !l.astray {
+		l.astray = true
+		h.astray.Add(1)
+	}
+	h.failed(ordinal, l, err)
+}
+
+// meant takes note that the backend has answered.
+func (h *holds) meant(ordinal int) {
+	if h.astray.Load() == 0 {
+		return
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	l := h.line(ordinal)
+	if !l.astray {
+		return
+	}
+	h.astray.Add(-1)
+	l.astray, l.fails, l.failure, l.rest = false, 0, nil, time.Time{}
+	h.release(ordinal, l)
+}
+
+// look is called after ready has changed its mind about any backend, or addresses
+// have changed. One that is back is dialled at once, whatever was before, and so is
+// one at whose address was another.
 func (h *holds) look() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for ordinal, l := range h.lines {
 		away := h.ready(ordinal) != nil
-		if l.away && !away {
+		if l.away && !away || l.astray {
 			l.fails, l.rest = 0, time.Time{}
 		}
 		l.away = away

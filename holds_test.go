@@ -18,6 +18,7 @@ type heldBackend struct {
 	down  atomic.Bool  // not ready
 	asked atomic.Int64 // whether it is ready
 	fails atomic.Bool  // dials fail
+	stray atomic.Bool  // another backend answers
 	take  atomic.Int64 // how long a dial takes
 
 	mu    sync.Mutex
@@ -71,7 +72,14 @@ func (b *heldBackend) upgrade(ctx context.Context, i int) error {
 		b.now--
 		b.mu.Unlock()
 		b.done(0, err, ctx.Err() != nil)
-		if err == nil || ctx.Err() != nil {
+		switch {
+		case err == nil && b.stray.Load():
+			b.misdirected(0, errors.New("421"))
+			w = b.enter()
+		case err == nil:
+			b.meant(0)
+			return nil
+		case ctx.Err() != nil:
 			return err
 		}
 	}
@@ -150,6 +158,35 @@ func TestHolds(t *testing.T) {
 			}
 			b.fails.Store(false)
 			all.Wait()
+		},
+		"another backend answers": func(t *testing.T, b *heldBackend) {
+			b.stray.Store(true)
+			all := b.queue(t, 20)
+			time.Sleep(10 * time.Second)
+			began, _ := b.dials()
+			if n := len(began); n < 8 || n > 20+24 {
+				t.Errorf("%d dials in 10 s, want one of each upgrade and then one each second or so", n)
+			}
+			if b.try(0) {
+				t.Error("another upgrade may dial at once")
+			}
+			b.stray.Store(false)
+			all.Wait()
+			if b.astray.Load() != 0 || !b.try(0) {
+				t.Error("the backend has answered, and is still looked for")
+			}
+		},
+		"another address": func(t *testing.T, b *heldBackend) {
+			b.stray.Store(true)
+			all := b.queue(t, 20)
+			time.Sleep(time.Minute)
+			b.stray.Store(false)
+			begun := time.Now()
+			b.look()
+			all.Wait()
+			if took := time.Since(begun); took != 0 {
+				t.Errorf("the backend was dialled %v after it had another address, want at once", took)
+			}
 		},
 		"back at once": func(t *testing.T, b *heldBackend) {
 			b.fails.Store(true)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -45,6 +46,7 @@ type proxy struct {
 	upgrades sync.WaitGroup // the same
 	results  [results]atomic.Int64
 	logged   [results]throttle
+	astray   throttle // of what misdirected logs
 }
 
 // ServeHTTP is the one place that answers a request that does not become a
@@ -105,16 +107,19 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result, error) 
 		return owner, err
 	}
 	peer := forwardedFor(r)
-	for {
+	for astray := error(nil); ; {
 		var request []byte
 		if server == nil {
 			if server, backend, err = p.backends.hold(ctx, owner); err != nil {
-				return p.unreachable(r.Context(), backend, err)
+				return p.unreachable(r.Context(), backend, err, astray)
 			}
-			request = requestHead(r, peer, p.pod, table)
+			request = requestHead(r, peer, p.pod, table, p.backends.name(backend))
 		}
 		result, err := p.connect(w, r, newSession(namespace, backend, peer), server, request)
-		if !errors.Is(err, errMoved) {
+		switch {
+		case errors.Is(err, errMisdirected):
+			astray = err
+		case !errors.Is(err, errMoved):
 			return result, err
 		}
 		server = nil
@@ -124,6 +129,9 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result, error) 
 // errMoved says that the namespace got another owner during the handshake: the
 // client, which knows of nothing yet, is to be connected to that.
 var errMoved = errors.New("the namespace got another owner")
+
+// errMisdirected says that what was dialled for a backend is another one (421).
+var errMisdirected = errors.New("what answers at its address is another backend")
 
 // check returns the namespace of an upgrade request that is within the limits.
 func (p *proxy) check(r *http.Request) (string, *refusal) {
@@ -156,14 +164,18 @@ func (p *proxy) owner(namespace string) (int, string, error) {
 	return owner, t.stamp, nil
 }
 
-// unreachable says why there is no connection to the owner.
-func (p *proxy) unreachable(client context.Context, backend int, err error) (result, error) {
+// unreachable says why there is no connection to the owner: err, and before that
+// astray, if another backend answered in its place.
+func (p *proxy) unreachable(client context.Context, backend int, err, astray error) (result, error) {
 	var no *refusal
 	switch {
 	case errors.As(err, &no):
 		return no.result, no
 	case client.Err() != nil:
 		no = gone(client)
+	case astray != nil || errors.Is(err, errMisdirected):
+		no = refuse(resultMisdirected, "%s could not be reached within %s: %v; at last: %v",
+			p.backends.name(backend), p.limits.hold, cmp.Or(astray, err), err)
 	default:
 		no = refuse(resultHoldTimeout, "%s could not be reached within %s: %v", p.backends.name(backend), p.limits.hold, err)
 	}
@@ -190,6 +202,10 @@ func (p *proxy) connect(w http.ResponseWriter, r *http.Request, s *session, back
 	if err != nil {
 		return p.broken(r.Context(), s.backend, err)
 	}
+	if resp.StatusCode == http.StatusMisdirectedRequest {
+		return p.misdirected(s.backend, backend.RemoteAddr())
+	}
+	p.backends.holds.meant(s.backend)
 	if resp.StatusCode != http.StatusSwitchingProtocols {
 		return p.pass(w, resp, backend)
 	}
@@ -210,6 +226,17 @@ func (p *proxy) connect(w http.ResponseWriter, r *http.Request, s *session, back
 	p.readers.Put(br)
 	p.handOver(s, func() { p.relay.carry(s, [2]net.Conn{client, backend}, first) })
 	return resultOK, nil
+}
+
+// misdirected takes note that what was dialled at addr for a backend has answered
+// 421: it is another one, and the backend is to be looked for again.
+func (p *proxy) misdirected(backend int, addr net.Addr) (result, error) {
+	err := fmt.Errorf("%s at %s: %w (421)", p.backends.name(backend), addr, errMisdirected)
+	p.backends.misdirected(backend, err)
+	if omitted, ok := p.astray.allow(time.Second); ok {
+		p.log.Warn("another backend answered", "backend", p.backends.name(backend), "address", addr.String(), "omitted", omitted)
+	}
+	return resultMisdirected, err
 }
 
 // broken says why there is no answer of the backend.

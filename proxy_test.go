@@ -339,7 +339,7 @@ func TestProxyForwardsTheRequest(t *testing.T) {
 		"sec-websocket-version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Protocol: chat, superchat\r\n"+
 		"Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\nOrigin: https://other.example\r\nCookie: a=b\r\n"+
 		"X-Secret: hop\r\nX-Forwarded-For: 203.0.113.9\r\nX-Forwarded-Proto: https\r\n"+
-		"X-Router-Pod: forged\r\nX-Router-Table: forged\r\nx_router_pod: forged\r\n\r\n")
+		"X-Router-Pod: forged\r\nX-Router-Table: forged\r\nx_router_pod: forged\r\nX-Router-Backend: backend-7\r\nX_Router_Backend: backend-7\r\n\r\n")
 	if resp.StatusCode != 101 {
 		t.Fatalf("status %s, want 101", resp.Status)
 	}
@@ -348,7 +348,7 @@ func TestProxyForwardsTheRequest(t *testing.T) {
 		"Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n" +
 		"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Protocol: chat, superchat\r\nSec-WebSocket-Version: 13\r\n" +
 		"Upgrade: websocket\r\nX-Forwarded-For: 203.0.113.9, 127.0.0.1\r\nX-Forwarded-Host: www.mydomain.com:8443\r\n" +
-		"X-Forwarded-Proto: https\r\nX-Router-Pod: router-x\r\nX-Router-Table: " + p.router.table().stamp + "\r\n\r\n"
+		"X-Forwarded-Proto: https\r\nX-Router-Backend: backend-0\r\nX-Router-Pod: router-x\r\nX-Router-Table: " + p.router.table().stamp + "\r\n\r\n"
 	if got := backend.heads()[0]; sortedHead(got) != sortedHead(want) {
 		t.Errorf("the backend got\n%s\nwant\n%s", got, want)
 	}
@@ -497,6 +497,77 @@ func TestProxyMovedInHandshake(t *testing.T) {
 	if heads := other.heads(); len(heads) != 1 || !strings.Contains(heads[0], "X-Router-Table: "+stamp+"\r\n") {
 		t.Errorf("the new owner got %q, want one request with table %s", heads, stamp)
 	}
+}
+
+// both has a test run with a request that the event loop takes, and with one that
+// it leaves to net/http, for its absolute target.
+func both(t *testing.T, test func(t *testing.T, request string)) {
+	for name, target := range map[string]string{"plain": "/ws/ns-01", "net/http": "http://www.mydomain.com/ws/ns-01"} {
+		t.Run(name, func(t *testing.T) { test(t, upgradeRequest(target)) })
+	}
+}
+
+const notMeant = "HTTP/1.1 421 Misdirected Request\r\nContent-Length: 9\r\n\r\nbackend-7"
+
+// A backend that answers 421 is another one. The client waits until the one that is
+// meant answers, and learns nothing of that.
+func TestProxyMisdirected(t *testing.T) {
+	both(t, func(t *testing.T, request string) {
+		var asked atomic.Int64
+		backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
+			if asked.Add(1) <= 3 {
+				io.WriteString(conn, notMeant)
+				return
+			}
+			echo(conn, br)
+		})
+		p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
+		_, _, resp := p.ask(t, request)
+		if resp.StatusCode != 101 {
+			t.Errorf("status %s, want 101", resp.Status)
+		}
+		p.waitResult(t, resultOK)
+		if heads := backend.heads(); len(heads) != 4 || !strings.Contains(heads[3], "X-Router-Backend: backend-0\r\n") {
+			t.Errorf("the backend was asked by %q, want four times", heads)
+		}
+		p.open(t, "ns-02")
+		if p.backends.holds.astray.Load() != 0 {
+			t.Error("a backend that has answered is still looked for")
+		}
+	})
+}
+
+// A backend that answers 421 for ever costs its clients the time of a hold, and
+// nobody a loop.
+func TestProxyMisdirectedForEver(t *testing.T) {
+	both(t, func(t *testing.T, request string) {
+		const clients = 20
+		backend := startStub(t, "127.0.0.1:0", answer(notMeant))
+		logged := &fakeKubeLog{}
+		p := startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) {
+			p.limits.hold, p.log = 500*time.Millisecond, slog.New(slog.NewTextHandler(logged, nil))
+		})
+		var all sync.WaitGroup
+		for range clients {
+			all.Go(func() {
+				_, br, resp := p.ask(t, request)
+				body, _ := io.ReadAll(io.LimitReader(br, 10))
+				if resp.StatusCode != 503 || resp.Header.Get("Retry-After") != "1" || strings.Contains(string(body), "backend-7") {
+					t.Errorf("%s with %v, want 503 with Retry-After", resp.Status, resp.Header)
+				}
+			})
+		}
+		all.Wait()
+		if n := p.results[resultMisdirected].Load(); n != clients {
+			t.Errorf("%d upgrades were misdirected, want %d", n, clients)
+		}
+		if n := len(backend.heads()); n > 3*clients {
+			t.Errorf("the backend was asked %d times by %d clients in half a second", n, clients)
+		}
+		if text := "backend-0 at " + backend.addr + ": what answers at its address is another backend (421)"; logged.count(text) == 0 {
+			t.Errorf("the log has no %q:\n%s", text, logged)
+		}
+	})
 }
 
 // One result is one log line at most a second, whatever the flood.

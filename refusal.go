@@ -20,6 +20,7 @@ const (
 	resultNoTable               // 503
 	resultRefused               // 503: the namespace's entry cannot be read
 	resultHoldTimeout           // 503
+	resultMisdirected           // 503: another backend has the owner's address
 	resultMaxSessions           // 503
 	resultMaxWaiting            // 503
 	resultDraining              // 503: the router stops
@@ -33,7 +34,7 @@ const (
 // String is the value of the metric's label.
 func (r result) String() string {
 	return [results]string{"ok", "bad_request", "bad_head", "not_found", "not_upgrade", "no_table", "refused",
-		"hold_timeout", "max_sessions", "max_waiting", "draining", "client_gone", "bad_gateway", "gateway_timeout", "answered"}[r]
+		"hold_timeout", "misdirected", "max_sessions", "max_waiting", "draining", "client_gone", "bad_gateway", "gateway_timeout", "answered"}[r]
 }
 
 // status is the HTTP status that goes with the result.

@@ -14,11 +14,14 @@ import (
 	"strings"
 )
 
-// Headers that tell the backend who routed the request to it, and by which
-// table. They are never taken from a client.
+// Headers that tell the backend who routed the request, by which table, and to
+// which backend. They are never taken from a client. A backend that is not the one
+// in headerBackend answers 421 Misdirected Request (RFC 9110 §15.5.20): the address
+// was that of another one, whose pod is gone.
 const (
-	headerPod   = "X-Router-Pod"
-	headerTable = "X-Router-Table"
+	headerPod     = "X-Router-Pod"
+	headerTable   = "X-Router-Table"
+	headerBackend = "X-Router-Backend"
 )
 
 // checkUpgrade says why r is not a WebSocket upgrade that can be passed on, or
@@ -156,7 +159,7 @@ func isRouters(name string) bool {
 		name = http.CanonicalHeaderKey(strings.ReplaceAll(name, "_", "-"))
 	}
 	switch name {
-	case headerPod, headerTable, "X-Forwarded-For", "X-Forwarded-Proto", "X-Forwarded-Host":
+	case headerPod, headerTable, headerBackend, "X-Forwarded-For", "X-Forwarded-Proto", "X-Forwarded-Host":
 		return true
 	}
 	return false
@@ -178,9 +181,9 @@ func forwardedFor(r *http.Request) string {
 	return strings.Join(append(slices.Clip(before), host), ", ")
 }
 
-// requestHead is the upgrade request as the backend gets it. peer is what
-// forwardedFor returned for it, table the stamp of the one that was asked.
-func requestHead(r *http.Request, peer, pod, table string) []byte {
+// requestHead is the upgrade request as the backend with this name gets it. peer is
+// what forwardedFor returned for it, table the stamp of the one that was asked.
+func requestHead(r *http.Request, peer, pod, table, backend string) []byte {
 	head := append(make([]byte, 0, 1024), "GET "...)
 	head = append(head, target(r)...)
 	head = append(head, " HTTP/1.1\r\n"...)
@@ -201,6 +204,7 @@ func requestHead(r *http.Request, peer, pod, table string) []byte {
 	head = appendField(head, "X-Forwarded-Host", host)
 	head = appendField(head, headerPod, pod)
 	head = appendField(head, headerTable, table)
+	head = appendField(head, headerBackend, backend)
 	head = appendFields(head, r.Header, named, isRouters)
 	return append(head, "\r\n"...)
 }

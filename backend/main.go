@@ -19,6 +19,8 @@ import (
 	"net/url"
 	"os"
 	"os/signal"
+	"strconv"
+	"strings"
 	"syscall"
 	"time"
 )
@@ -28,6 +30,7 @@ type config struct {
 	// The server.
 	listen    string
 	name      string        // never empty after parsing
+	named     bool          // it is that of a backend: given, or that of a StatefulSet's pod
 	interval  time.Duration // 0: only answers
 	page      string        // "" for none
 	writeTime time.Duration // one write, after which the connection is ended
@@ -113,10 +116,18 @@ func parseFlags(args []string, stdout io.Writer) (config, error) {
 	if err != nil {
 		return cfg, usageError{err}
 	}
-	if cfg.name == "" {
+	if cfg.named = cfg.name != ""; !cfg.named {
 		cfg.name, err = os.Hostname()
+		cfg.named = hasOrdinal(cfg.name)
 	}
 	return cfg, err
+}
+
+// hasOrdinal reports whether the host has the name of a StatefulSet's pod:
+// backend-2.
+func hasOrdinal(host string) bool {
+	_, err := strconv.Atoi(host[strings.LastIndexByte(host, '-')+1:])
+	return err == nil && strings.Contains(host, "-")
 }
 
 // newFlagSet prints nothing by itself: parseFlags and exitCode do.
@@ -125,7 +136,7 @@ func newFlagSet(cfg *config) *flag.FlagSet {
 	fs.SetOutput(io.Discard)
 	fs.Usage = func() {}
 	fs.StringVar(&cfg.listen, "listen", ":9000", "serve HTTP on `address`")
-	fs.StringVar(&cfg.name, "name", "", "`name` of this backend in messages (default the host name)")
+	fs.StringVar(&cfg.name, "name", "", "`name` of this backend, in messages and to routers (default the host name)")
 	fs.DurationVar(&cfg.interval, "interval", time.Second, "send a message every `duration`; 0: only answers")
 	fs.StringVar(&cfg.page, "page", "", "serve this HTML `file` at /, read again for each request")
 	fs.DurationVar(&cfg.writeTime, "write-time", 10*time.Second, "end a connection that takes nothing for this `duration`")

@@ -78,7 +78,7 @@ type testServer struct {
 }
 
 func quietConfig() config {
-	return config{name: "backend-0", writeTime: 5 * time.Second, closeTime: 5 * time.Second}
+	return config{name: "backend-0", named: true, writeTime: 5 * time.Second, closeTime: 5 * time.Second}
 }
 
 func quietLog() *slog.Logger { return slog.New(slog.DiscardHandler) }

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -175,6 +176,10 @@ func (s *server) serveWS(w http.ResponseWriter, r *http.Request, namespace strin
 		http.Error(w, "want a WebSocket upgrade", http.StatusUpgradeRequired)
 		return
 	}
+	if meant := r.Header.Get("X-Router-Backend"); s.isOther(meant) {
+		http.Error(w, "this is "+s.cfg.name+", not "+strconv.Quote(meant), http.StatusMisdirectedRequest)
+		return
+	}
 	if s.isStopping() {
 		http.Error(w, "stopping", http.StatusServiceUnavailable)
 		return
@@ -191,6 +196,13 @@ func (s *server) serveWS(w http.ResponseWriter, r *http.Request, namespace strin
 		return
 	}
 	s.start(ws, t.conn, r, namespace)
+}
+
+// isOther reports whether a router means another backend (RFC 9110 §15.5.20): it
+// has an address that is ours by now. A server that has no name of a backend, as
+// on a laptop, and a client without a router, are not judged.
+func (s *server) isOther(meant string) bool {
+	return meant != "" && meant != s.cfg.name && s.cfg.named
 }
 
 // acceptAnyone takes clients with any Origin or none, and the first of the

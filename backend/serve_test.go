@@ -92,6 +92,39 @@ func TestBadHandshakeIs400AndClosed(t *testing.T) {
 	}
 }
 
+// A router that means another backend has an old address, and is told so.
+func TestAnotherBackendIsMisdirected(t *testing.T) {
+	for name, tt := range map[string]struct {
+		named bool
+		meant string
+		code  int
+	}{
+		"it is meant":       {true, "backend-0", 101},
+		"another is meant":  {true, "backend-2", 421},
+		"no router":         {true, "", 101},
+		"no backend's name": {false, "backend-2", 101},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cfg := quietConfig()
+			cfg.named = tt.named
+			c := rawDial(t, startServer(t, cfg).addr)
+			c.write(head("/ws/ns-01", "X-Router-Backend: "+tt.meant))
+			resp, err := http.ReadResponse(c.r, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if resp.StatusCode != tt.code {
+				t.Errorf("status %s, want %d", resp.Status, tt.code)
+			}
+		})
+	}
+	for host, want := range map[string]bool{"backend-2": true, "a-b-10": true, "laptop": false, "my-laptop": false, "7": false, "": false} {
+		if got := hasOrdinal(host); got != want {
+			t.Errorf("hasOrdinal(%q) = %v, want %v", host, got, want)
+		}
+	}
+}
+
 func TestFirstSubprotocolIsChosen(t *testing.T) {
 	s := startServer(t, quietConfig())
 	c := rawDial(t, s.addr)
