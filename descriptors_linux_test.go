@@ -133,7 +133,7 @@ func TestProcessWaitsForDescriptors(t *testing.T) {
 	waitBody(t, &p.runningRouter, "/readyz", 503, why) // those who left are taken in turn, and then
 	open[half].Close()
 	waitBody(t, &p.runningRouter, "/readyz", 200, "ready\n")
-	if errors := append(p.log.all("http"), p.log.all("no descriptor for a client")...); len(errors) > 0 {
+	if errors := append(p.log.all("http"), p.log.all("cannot accept connections")...); len(errors) > 0 {
 		t.Errorf("there were troubles: %v", errors)
 	}
 }
@@ -152,7 +152,7 @@ func TestProcessSurvivesWithoutDescriptors(t *testing.T) {
 	for i := range files - others {
 		more = append(more, p.ask(t, fmt.Sprint("ns-", i)))
 	}
-	p.log.wait(t, "no descriptor for a client", 1) // "too many open files"
+	p.log.wait(t, "cannot accept connections", 1) // "too many open files"
 	p.wantQuiet(t)
 	for _, ws := range open {
 		sayAndHear(t, ws, "still here")

@@ -5,13 +5,9 @@ package main
 import (
 	"context"
 	"errors"
-	"io"
 	"net"
 	"net/http"
-	"os"
-	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -184,26 +180,5 @@ func TestFrontConnCloses(t *testing.T) {
 		if owner.n != 1 {
 			t.Fatalf("the owner's connection was closed %d times, want once", owner.n)
 		}
-	}
-}
-
-// A client that was gone before it was accepted ends nothing.
-func TestProcessAcceptsAfterAbort(t *testing.T) {
-	strace, err := exec.LookPath("strace")
-	if err != nil {
-		t.Skip(err)
-	}
-	p := newRouterProcess(t, slices.Concat(onFreePorts, []string{"-backends", echoBackends(t, 1), "-overrides", t.TempDir()})...)
-	traced := exec.Command(strace, append([]string{"-D", "-f", "-qq", "-o", os.DevNull, "-e", "trace=accept4",
-		"-e", "inject=accept4:error=ECONNABORTED:when=1"}, p.cmd.Args...)...) // -D: the process is the router, not strace
-	traced.Env, traced.Stdout, traced.Stderr = p.cmd.Env, p.cmd.Stdout, p.cmd.Stderr
-	p.cmd = traced
-	p.start(t)
-	p.await(t)
-	p.log.wait(t, "table", 1)
-	conn := p.ask(t, "ns-01")
-	mustAnswer(t, conn, http.StatusSwitchingProtocols)
-	if _, err := io.WriteString(conn, "still here"); err != nil {
-		t.Error(err)
 	}
 }

@@ -31,6 +31,7 @@ type express struct {
 	gate     *gate
 	log      *slog.Logger
 
+	retry    *acceptRetry
 	logged   throttle
 	stopping atomic.Bool
 	ended    chan struct{} // closed when run has
@@ -47,17 +48,10 @@ type express struct {
 // expressTime is how long a client may be on the short way.
 const expressTime = 500 * time.Millisecond
 
-// How long accept rests when it failed: at first, and then twice as long each
-// time, up to the most.
-const (
-	acceptFirst = 5 * time.Millisecond
-	acceptMost  = time.Second
-)
-
 // newExpress returns the front of a listener, whose clients it accepts while run
 // runs. Close closes the listener too.
 func newExpress(p *proxy, l net.Listener, g *gate) *express {
-	x := &express{proxy: p, listener: l, gate: g, log: p.log, ended: make(chan struct{})}
+	x := &express{proxy: p, listener: l, gate: g, log: p.log, retry: newAcceptRetry("-listen", p.log), ended: make(chan struct{})}
 	x.change.L = &x.mu
 	return x
 }
@@ -122,6 +116,7 @@ func (x *express) stop() {
 // shut ends run.
 func (x *express) shut() {
 	x.stopping.Store(true)
+	x.retry.close()
 	x.gate.close()
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -137,8 +132,8 @@ func (x *express) Close() error {
 	return x.listener.Close()
 }
 
-// run accepts clients until stop or Close, or until the listener fails, which
-// Accept then tells.
+// run accepts clients until stop or Close. That it can not even begin, Accept
+// tells.
 func (x *express) run() {
 	defer close(x.ended)
 	if err := x.accept(); !x.stopping.Load() {
@@ -163,23 +158,17 @@ func (x *express) accept() error {
 	if err != nil {
 		return err
 	}
-	for pause := time.Duration(0); ; {
+	for {
 		if err := x.gate.wait(); err != nil {
 			return err
 		}
 		fd, peer, err := acceptOne(raw)
-		errno, _ := err.(syscall.Errno)
 		switch {
 		case err == nil:
-			pause = 0
+			x.retry.again(nil)
 			x.gate.use(upgradeDescriptors)
 			x.admit(int32(fd), peer)
-		case errno == syscall.ECONNABORTED: // the client is gone (accept(2)); package net goes on too
-		case errno.Temporary(): // others have left no descriptor
-			pause = min(max(2*pause, acceptFirst), acceptMost)
-			x.report(err)
-			time.Sleep(pause)
-		default:
+		case !x.retry.again(err):
 			return os.NewSyscallError("accept4", err)
 		}
 	}
@@ -196,8 +185,8 @@ func (x *express) refuse(client *os.File, reason error) {
 	x.report(reason)
 }
 
-// report logs that a client was not accepted or not answered, as others have taken
-// the descriptors that the gate counts on, no more than once a second.
+// report logs that a client was not answered, as others have taken the descriptors
+// that the gate counts on, no more than once a second.
 func (x *express) report(reason error) {
 	if omitted, ok := x.logged.allow(time.Second); ok {
 		x.log.Warn("no descriptor for a client", "reason", reason.Error(), "omitted", omitted)

@@ -8,7 +8,7 @@ import "net"
 type express struct{ frontListener }
 
 func newExpress(p *proxy, l net.Listener, g *gate) *express {
-	return &express{frontListener{l, g, &p.results[resultBadHead]}}
+	return &express{frontListener{retryListener{l, newAcceptRetry("-listen", p.log)}, g, &p.results[resultBadHead]}}
 }
 
 func (x *express) run()  {}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"net"
 	"os"
 	"runtime"
@@ -174,6 +175,83 @@ func (g *gate) close() {
 	g.change.Signal()
 }
 
+// How long accept rests when it failed: at first, and then twice as long each
+// time, up to the most.
+const (
+	acceptFirst = 5 * time.Millisecond
+	acceptMost  = time.Second
+)
+
+// acceptRetry decides what follows a failed accept of a listener: another one,
+// after a pause, for as long as the listener is ours. What accept(2) and the
+// system under it can fail with is no closed list, and none of it is a reason to
+// stop: memory, descriptors and interfaces come back.
+type acceptRetry struct {
+	// Static after construction.
+	flag string // of the listener, for the log
+	log  *slog.Logger
+
+	closed   chan struct{} // closed by close
+	once     sync.Once     // for closed
+	throttle throttle
+
+	pause time.Duration // the last one; owned by who accepts
+}
+
+// newAcceptRetry returns the rule for the listener of the flag.
+func newAcceptRetry(flag string, log *slog.Logger) *acceptRetry {
+	return &acceptRetry{flag: flag, log: log, closed: make(chan struct{})}
+}
+
+// close is called before the listener is closed.
+func (a *acceptRetry) close() { a.once.Do(func() { close(a.closed) }) }
+
+// again is called with the result of each accept. It reports whether to accept
+// once more: nothing came, and the listener was not closed by us. After an error
+// it waits and logs, no more than a line a second.
+func (a *acceptRetry) again(err error) bool {
+	switch {
+	case err == nil:
+		a.pause = 0
+		return false
+	case errors.Is(err, net.ErrClosed) || errors.Is(err, os.ErrClosed):
+		return false
+	case errors.Is(err, syscall.ECONNABORTED): // the client is gone (accept(2)); package net goes on too
+		return true
+	}
+	if omitted, ok := a.throttle.allow(time.Second); ok {
+		a.log.Warn("cannot accept connections", "listener", a.flag, "reason", err.Error(), "omitted", omitted)
+	}
+	a.pause = min(max(2*a.pause, acceptFirst), acceptMost)
+	select {
+	case <-a.closed:
+		return false
+	case <-time.After(a.pause):
+		return true
+	}
+}
+
+// retryListener is a listener whose Accept fails only once it is closed. One
+// goroutine may accept.
+type retryListener struct {
+	net.Listener
+	retry *acceptRetry
+}
+
+func (l retryListener) Accept() (net.Conn, error) {
+	for {
+		conn, err := l.Listener.Accept()
+		if !l.retry.again(err) {
+			return conn, err
+		}
+	}
+}
+
+func (l retryListener) Close() error {
+	l.retry.close()
+	return l.Listener.Close()
+}
+
 // frontListener accepts clients that the gate has room for. It counts the
 // connections that end before net/http could make a request of what they sent:
 // too long, too slow or malformed. net/http answers these by itself and tells
@@ -190,7 +268,7 @@ func (l frontListener) Accept() (net.Conn, error) {
 	}
 	conn, err := l.Listener.Accept()
 	if err != nil {
-		return nil, err // net/http waits before it tries again where others have left no descriptor
+		return nil, err
 	}
 	l.gate.use(upgradeDescriptors)
 	return &frontConn{Conn: conn, gate: l.gate, badHeads: l.badHeads}, nil

@@ -213,7 +213,7 @@ func (p *program) follow(client *kube, namespace string, pods *pods) {
 	}
 }
 
-// serve runs everything until ctx ends or a listener fails, then stops it in
+// serve runs everything until ctx ends or clients cannot be listened to, then stops it in
 // order: first no new sessions, then the sessions end, then the rest.
 func (p *program) serve(ctx context.Context, front, side net.Listener) error {
 	if err := p.proxy.relay.start(); err != nil {
@@ -231,11 +231,11 @@ func (p *program) serve(ctx context.Context, front, side net.Listener) error {
 	clients := newFront(requests, p.proxy, p.log)
 	operators := &http.Server{Handler: p.admin.handler(), ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second,
 		ErrorLog: serverLog(p.log)}
-	failed := make(chan error, 2)
+	failed := make(chan error, 1)
 	express := newExpress(p.proxy, front, p.gate)
 	running.Go(express.run)
 	running.Go(func() { failed <- clients.Serve(express) })
-	running.Go(func() { failed <- operators.Serve(side) })
+	running.Go(func() { operators.Serve(retryListener{side, newAcceptRetry("-admin", p.log)}) }) // until Close
 	p.log.Info("serving", "version", version(), "listen", front.Addr().String(), "admin", side.Addr().String(),
 		"pod", p.config.pod, "backends", p.proxy.backends.given.count, "kube", p.config.kube)
 	if most := p.gate.sessions(); most < p.config.limits.sessions {

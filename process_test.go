@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -239,5 +240,54 @@ func TestProcessLogReaderGone(t *testing.T) {
 		sayAndHear(t, ws, "after")
 		p.cmd.Process.Kill()
 		<-gone
+	}
+}
+
+// traced makes strace run the process and tamper with its system calls.
+func (p *routerProcess) traced(t *testing.T, inject string) {
+	t.Helper()
+	strace, err := exec.LookPath("strace")
+	if err != nil {
+		t.Skip(err)
+	}
+	call, _, _ := strings.Cut(inject, ":")
+	traced := exec.Command(strace, append([]string{"-D", "-f", "-qq", "-o", os.DevNull, "-e", "trace=" + call, // -D: the process is the router, not strace
+		"-e", "inject=" + inject}, p.cmd.Args...)...)
+	traced.Env, traced.Stdout, traced.Stderr = p.cmd.Env, p.cmd.Stdout, p.cmd.Stderr
+	p.cmd = traced
+}
+
+// Whatever accept fails with, on the clients' listener and on the admin port's,
+// both go on accepting, and the sessions live.
+func TestProcessSurvivesAccept(t *testing.T) {
+	for _, errno := range []string{"ENOMEM", "ENOBUFS", "EPROTO", "EPERM", "EMFILE", "ECONNABORTED"} {
+		t.Run(errno, func(t *testing.T) {
+			p := newRouterProcess(t, slices.Concat(onFreePorts, []string{"-backends", echoBackends(t, 1), "-overrides", t.TempDir()})...)
+			p.traced(t, "accept4:error="+errno+":when=3+2") // of each thread's
+			p.start(t)
+			p.await(t)
+			p.log.wait(t, "table", 1)
+			ws := p.open(t, "ns-01")
+			failed := map[any]bool{}
+			for end := time.Now().Add(patience); len(failed) < 2 && time.Now().Before(end); {
+				p.open(t, "ns-02").Close()
+				if conn, err := net.Dial("tcp", p.side); err == nil { // a new one: get keeps its own
+					conn.Close()
+				}
+				if status, _ := p.get(t, "/healthz"); status != http.StatusOK {
+					t.Fatalf("healthz is %d", status)
+				}
+				for _, line := range p.log.all("cannot accept connections") {
+					failed[line["listener"]] = true
+				}
+				if errno == "ECONNABORTED" && len(p.log.all("session ended")) > 8 {
+					break
+				}
+			}
+			if want := errno != "ECONNABORTED"; failed["-listen"] != want || failed["-admin"] != want {
+				t.Errorf("the log tells of a failed accept of %v, want of both listeners' %v", failed, want)
+			}
+			sayAndHear(t, ws, "still here")
+		})
 	}
 }
