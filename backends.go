@@ -105,8 +105,18 @@ func (b *backends) dial(ctx context.Context, ordinal int) (net.Conn, error) {
 		b.forget(ordinal)
 		return nil, err
 	}
+	if conn.LocalAddr().String() == conn.RemoteAddr().String() { // package net tries twice more, and then returns it
+		conn.Close()
+		b.forget(ordinal)
+		return nil, fmt.Errorf("dial tcp %s: %w", addr, errToItself)
+	}
 	return conn, nil
 }
+
+// errToItself says that a connection's two ends are one socket: nobody listens at
+// the address, and the system has chosen its port for the end that dials (RFC 9293
+// §3.5, simultaneous open). It would answer a client with its own request.
+var errToItself = errors.New("connected to itself, as nobody listens there")
 
 // atOnce returns the address of a backend that may be dialled now, if nobody has
 // to wait for that. The caller calls dialled.

@@ -67,10 +67,11 @@ func TestExpress(t *testing.T) {
 	for _, conn := range clients {
 		conn.Close()
 	}
-	for p.relay.size() > 0 {
+	used := func() int { used, _, _ := p.express.gate.state(); return used }
+	for end := time.Now().Add(patience); used() != 0 && time.Now().Before(end); {
 		<-time.After(time.Millisecond)
 	}
-	if used, _, _ := p.express.gate.state(); used != 0 {
+	if used := used(); used != 0 {
 		t.Errorf("%d descriptors are counted as used after all, want 0", used)
 	}
 }

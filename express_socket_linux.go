@@ -5,6 +5,7 @@ package main
 import (
 	"cmp"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -58,11 +59,31 @@ func connectTo(addr netip.AddrPort, control socketControl) (int32, error) {
 	if err = control("tcp", addr.String(), descriptor(fd)); err == nil {
 		err = os.NewSyscallError("connect", syscall.Connect(fd, to))
 	}
+	if (err == nil || errors.Is(err, syscall.EINPROGRESS)) && isItself(fd, addr) {
+		err = fmt.Errorf("dial tcp %s: %w", addr, errToItself)
+	}
 	if err == nil || errors.Is(err, syscall.EINPROGRESS) {
 		return int32(fd), nil
 	}
 	syscall.Close(fd)
 	return -1, err
+}
+
+// isItself reports whether the socket, which connects to the address, has it too. It
+// has its own as soon as it connects.
+func isItself(fd int, to netip.AddrPort) bool {
+	local, err := syscall.Getsockname(fd)
+	if err != nil {
+		return false
+	}
+	var own netip.AddrPort
+	switch local := local.(type) {
+	case *syscall.SockaddrInet4:
+		own = netip.AddrPortFrom(netip.AddrFrom4(local.Addr), uint16(local.Port))
+	case *syscall.SockaddrInet6:
+		own = netip.AddrPortFrom(netip.AddrFrom16(local.Addr).Unmap(), uint16(local.Port))
+	}
+	return own.Port() == to.Port() && (own.Addr() == to.Addr().Unmap() || to.Addr().IsUnspecified())
 }
 
 // connOf makes a connection of a duplicate of the socket, and gives it its options

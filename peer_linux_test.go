@@ -4,6 +4,8 @@ import (
 	"bufio"
 	"io"
 	"net"
+	"net/http"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -143,5 +145,58 @@ func TestProxyPeerVanishes(t *testing.T) {
 				t.Errorf("ended with cause %v after %s, want %v after %s", line["cause"], took, tt.want, timeout)
 			}
 		})
+	}
+}
+
+// A connection to the backend whose two ends are one socket is a dial that failed:
+// the client is not answered with its own request, and the backend is waited for.
+func TestDialRefusesItself(t *testing.T) {
+	for name, pieces := range map[string][]string{
+		"at once": {upgradeRequest("/ws/ns-01")},
+		"held":    {upgradeRequest("/ws/ns-01")[:9], upgradeRequest("/ws/ns-01")[9:]},
+	} {
+		for _, host := range []string{"127.0.0.1", "0.0.0.0", "[::1]"} {
+			t.Run(name+" "+host, func(t *testing.T) {
+				t.Parallel()
+				_, port, _ := net.SplitHostPort(freeAddr(t))
+				own, err := net.ResolveTCPAddr("tcp", strings.Replace(host, "0.0.0.0", "127.0.0.1", 1)+":"+port)
+				if err != nil {
+					t.Fatal(err)
+				}
+				p := startProxy(t, []string{host + ":" + port}, map[string]string{}, func(p *proxy) {
+					p.limits.hold = 2 * time.Second
+					p.backends.dialer.Control = func(_, address string, c syscall.RawConn) error {
+						if address == "" {
+							return nil // it connects nowhere
+						}
+						return c.Control(func(fd uintptr) { bindTo(t, int(fd), own) }) // as the system does now and then by itself
+					}
+				})
+				conn, err := net.Dial("tcp", p.addr)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer conn.Close()
+				for _, piece := range pieces {
+					mustWrite(t, conn, piece)
+				}
+				mustAnswer(t, conn, http.StatusServiceUnavailable)
+				if reason := p.tail.wait(t, "upgrade refused", 1)["reason"].(string); !strings.Contains(reason, "connected to itself") {
+					t.Errorf("the log gives %q as the reason", reason)
+				}
+			})
+		}
+	}
+}
+
+// bindTo gives the socket the address.
+func bindTo(t *testing.T, fd int, addr *net.TCPAddr) {
+	var to syscall.Sockaddr = &syscall.SockaddrInet6{Port: addr.Port, Addr: [16]byte(addr.IP.To16())}
+	if ip := addr.IP.To4(); ip != nil {
+		to = &syscall.SockaddrInet4{Port: addr.Port, Addr: [4]byte(ip)}
+	}
+	syscall.SetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_REUSEADDR, 1)
+	if err := syscall.Bind(fd, to); err != nil {
+		t.Error(err)
 	}
 }
