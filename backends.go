@@ -162,33 +162,33 @@ func (b *backends) probe(ctx context.Context, ordinal int) (addr string, err err
 	return addr, err
 }
 
-// hold waits until the owner is ready, dials it, and returns the connection with
-// the ordinal that it leads to. It dials again for as long as the owner is called
+// hold waits until the owner is ready, dials it, and returns the connection to the one
+// that owner named last. It dials again for as long as the owner is called
 // ready, and asks owner again when the table was swapped. An error of owner ends
 // it, as does ctx: then the error is that of the last dial, or says what there
 // was to wait for.
-func (b *backends) hold(ctx context.Context, owner func() (int, error)) (net.Conn, int, error) {
+func (b *backends) hold(ctx context.Context, owner func() (int, error)) (net.Conn, error) {
 	w := b.holds.enter()
 	for last := error(nil); ; {
 		swaps := b.holds.swaps.Load()
 		ordinal, err := owner()
 		if err != nil {
-			return nil, ordinal, err
+			return nil, err
 		}
 		err = b.holds.wait(ctx, w, ordinal, swaps)
 		if errors.Is(err, errAskAgain) {
 			continue
 		}
 		if err != nil {
-			return nil, ordinal, err
+			return nil, err
 		}
 		conn, err := b.dial(ctx, ordinal)
 		b.holds.done(ordinal, err, ctx.Err() != nil)
 		if err == nil {
-			return conn, ordinal, nil
+			return conn, nil
 		}
 		if ctx.Err() != nil {
-			return nil, ordinal, cmp.Or(last, err) // not that of a dial cut short
+			return nil, cmp.Or(last, err) // not that of a dial cut short
 		}
 		last = err
 	}

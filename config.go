@@ -85,7 +85,8 @@ func (c *config) flags() *flag.FlagSet {
 	f.DurationVar(&c.limits.headerTime, "header-timeout", 10*time.Second, "how long a client may take to send its request")
 	f.IntVar(&c.limits.headerBytes, "max-header-bytes", 16<<10, "most `bytes` of a request's or an answer's head")
 	f.IntVar(&c.limits.sessions, "max-sessions", 100_000, "largest `number` of open sessions")
-	f.IntVar(&c.limits.waiting, "max-waiting", 10_000, "largest `number` of upgrades under way")
+	f.IntVar(&c.limits.waiting, "max-waiting", 10_000, "largest `number` of upgrades under way; half of it is divided evenly among the backends, of the\n"+
+		"rest one backend may have as much as it leaves free")
 	f.IntVar(&c.moveRate, "move-rate", 200, "`sessions` closed per second after their owner changed, 0 is no limit")
 	f.DurationVar(&c.moveSettle, "move-settle", 500*time.Millisecond, "how long owners have to stay as they are before sessions move, and at most ten\n"+
 		"times as long after the first change")

@@ -85,17 +85,14 @@ func (a *arrival) check() bool {
 		return false
 	}
 	r.RemoteAddr, a.early = a.peer.String(), size
-	p.waiting.Add(1)
-	if namespace, no := p.check(r); no == nil {
-		if owner, table, err := p.owner(namespace); err == nil {
-			peer := forwardedFor(r)
-			a.request = requestHead(r, peer, p.pod, table, p.backends.name(owner))
-			a.session = newSession(namespace, owner, peer)
-			return true
-		}
+	namespace, owner, table, no := p.admit(r)
+	if no != nil {
+		return false
 	}
-	p.waiting.Add(-1)
-	return false
+	peer := forwardedFor(r)
+	a.request = requestHead(r, peer, p.pod, table, p.backends.name(owner))
+	a.session = newSession(namespace, owner, peer)
+	return true
 }
 
 // dial connects to the owner, if that may be done now, and sends the request. A
@@ -288,6 +285,6 @@ func (a *arrival) retire() {
 	a.timer.Stop()
 	a.poller.unseat(a.slot)
 	if a.session != nil {
-		a.express.proxy.waiting.Add(-1)
+		a.express.proxy.waiting.leave(a.session.backend)
 	}
 }

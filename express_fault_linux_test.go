@@ -85,6 +85,32 @@ func TestExpressGivesUpADial(t *testing.T) {
 	}
 }
 
+// Clients that leave while their owner is dialled give their turns to dial on.
+func TestExpressGivesUpItsTurn(t *testing.T) {
+	l, fill := fullListener(t)
+	defer l.Close()
+	for _, conn := range fill {
+		defer conn.Close()
+	}
+	p := startProxy(t, []string{l.Addr().String()}, map[string]string{}, nil)
+	for range 2 * dialsMost {
+		conn := p.send(t, "ns-01")
+		p.waitWaiting(t, 1)
+		conn.Close()
+		p.waitWaiting(t, 0)
+	}
+	dialling := func() int {
+		p.backends.holds.mu.Lock()
+		defer p.backends.holds.mu.Unlock()
+		return p.backends.holds.line(0).dialing
+	}
+	for end := time.Now().Add(patience); dialling() != 0; <-time.After(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%d turns are taken after all have left, want 0", dialling())
+		}
+	}
+}
+
 // The backend is told of a client that has reset its connection where it came
 // from, and not only what the client says itself.
 func TestExpressForwardsWhoWasReset(t *testing.T) {

@@ -61,7 +61,7 @@ func TestExpress(t *testing.T) {
 			t.Errorf("request %d is %q", i, head)
 		}
 	}
-	if n, ok, waiting := p.http.Load(), p.results[resultOK].Load(), p.waiting.Load(); n != 0 || ok != 3 || waiting != 0 {
+	if n, ok, waiting := p.http.Load(), p.results[resultOK].Load(), p.underWay(); n != 0 || ok != 3 || waiting != 0 {
 		t.Errorf("net/http had %d clients, %d upgrades were good and %d are under way, want 0, 3, 0", n, ok, waiting)
 	}
 	for _, conn := range clients {
@@ -154,7 +154,7 @@ func TestExpressLeaves(t *testing.T) {
 			if _, err := io.ReadFull(body, got); err != nil || string(got) != want {
 				t.Errorf("%.60q came, and %v; want %.60q", got, err, want)
 			}
-			if n, asked, waiting := p.http.Load(), len(backend.heads()), p.waiting.Load(); n != 1 || asked != tt.asked || waiting > 0 && tt.want == 101 {
+			if n, asked, waiting := p.http.Load(), len(backend.heads()), p.underWay(); n != 1 || asked != tt.asked || waiting > 0 && tt.want == 101 {
 				t.Errorf("net/http had %d clients, the backend was asked %d times, and %d upgrades are under way; want 1, %d, 0", n, asked, waiting, tt.asked)
 			}
 		})

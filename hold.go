@@ -48,6 +48,75 @@ type line struct {
 	astray  bool      // another backend answered at its address, and it has not since
 }
 
+// places are those of the upgrades under way: held, dialled or in the handshake. One
+// backend cannot take those of the others, whatever it is that its upgrades wait for:
+// half of the limit is divided evenly among the backends, and of the other half, the
+// pool, a backend may have as much as it leaves free. So there is room for the clients
+// of the last one that works, and for a crowd that waits for one that restarts. The
+// zero value has none taken.
+type places struct {
+	mu     sync.Mutex // guards the rest
+	all    int
+	of     map[int]int // those taken, by ordinal
+	own    int         // of each backend
+	pooled int         // those taken beyond own
+}
+
+// take takes a place of the limit's for an upgrade to one of so many backends. The
+// caller calls leave. Each backend has at least one place, whatever the limit.
+func (p *places) take(ordinal, backends, limit int) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if own := max(1, limit/2/backends); own != p.own {
+		p.own, p.pooled = own, 0
+		for _, taken := range p.of {
+			p.pooled += max(0, taken-own)
+		}
+	}
+	free := limit - p.own*backends - p.pooled
+	if taken := p.of[ordinal]; taken >= p.own && taken-p.own >= free {
+		return false
+	}
+	p.add(ordinal, 1)
+	return true
+}
+
+// leave gives a place back.
+func (p *places) leave(ordinal int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.add(ordinal, -1)
+}
+
+// move makes a place that of an upgrade to another backend, which may then have more
+// than its share: that is how those who wait get away from a backend that is dead.
+func (p *places) move(from, to int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.add(from, -1)
+	p.add(to, 1)
+}
+
+// add counts n places more. mu is held.
+func (p *places) add(ordinal, n int) {
+	if p.of == nil {
+		p.of = map[int]int{}
+	}
+	before := p.of[ordinal]
+	p.pooled += max(0, before+n-p.own) - max(0, before-p.own)
+	p.all += n
+	if p.of[ordinal] = before + n; before+n == 0 {
+		delete(p.of, ordinal)
+	}
+}
+
+// taken is how many places are, and how many of these are the backend's.
+func (p *places) taken(ordinal int) (all, own int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.all, p.of[ordinal]
+}
+
 // waiter is one upgrade that waits for its turn.
 type waiter struct {
 	ticket int64         // its place among all: it keeps that until it has a connection

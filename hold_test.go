@@ -2,10 +2,13 @@ package main
 
 import (
 	"bufio"
+	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -41,12 +44,18 @@ func (p *testProxy) send(t testing.TB, namespace string) net.Conn {
 	return conn
 }
 
+// underWay is how many upgrades are.
+func (p *testProxy) underWay() int {
+	all, _ := p.waiting.taken(0)
+	return all
+}
+
 // waitWaiting waits until n upgrades are under way.
-func (p *testProxy) waitWaiting(t testing.TB, n int64) {
+func (p *testProxy) waitWaiting(t testing.TB, n int) {
 	t.Helper()
-	for end := time.Now().Add(patience); p.waiting.Load() != n; <-time.After(time.Millisecond) {
+	for end := time.Now().Add(patience); p.underWay() != n; <-time.After(time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatalf("%d upgrades under way, want %d", p.waiting.Load(), n)
+			t.Fatalf("%d upgrades under way, want %d", p.underWay(), n)
 		}
 	}
 }
@@ -139,18 +148,132 @@ func TestLimits(t *testing.T) {
 		for p.relay.size() == 2 {
 			<-time.After(time.Millisecond)
 		}
-		p.waitWaiting(t, 0) // the refused one counts until after its answer
 		p.open(t, "here")
 	})
 	t.Run("waiting", func(t *testing.T) {
-		p := startProxy(t, addrs, data, func(p *proxy) { p.limits.waiting = 2 })
+		p := startProxy(t, addrs, data, func(p *proxy) { p.limits.waiting = 4 }) // 1 of its own for each, 1 of the 2 others
 		p.send(t, "away")
 		p.send(t, "away")
 		p.waitWaiting(t, 2)
-		_, _, resp := p.ask(t, upgradeRequest("/ws/here"))
+		_, _, resp := p.ask(t, upgradeRequest("/ws/away"))
+		body, _ := io.ReadAll(resp.Body)
 		if resp.StatusCode != 503 || resp.Header.Get("Retry-After") != "1" {
 			t.Errorf("status %d, want 503 with Retry-After", resp.StatusCode)
 		}
+		p.mustTell(t, 503, string(body), "2 upgrades to backend-1 are under way, its share of 4, and 2 in all")
 		p.waitResult(t, resultMaxWaiting)
+		p.open(t, "here")
 	})
+}
+
+// Backends that are dead, in whatever way, take no places of those that work, even
+// if these are one of many and a crowd comes to them.
+func TestLimitsOfABackend(t *testing.T) {
+	dead := map[string]func(t *testing.T) string{
+		"refuses": func(t *testing.T) string { return refusingAddr(t) },
+		"silent":  func(t *testing.T) string { return startStub(t, "127.0.0.1:0", silent).addr },
+	}
+	for kind, addr := range dead {
+		for way, request := range bothWays("/ws/") {
+			t.Run(kind+", "+way, func(t *testing.T) {
+				t.Parallel()
+				addrs := []string{addr(t), addr(t), addr(t), startStub(t, "127.0.0.1:0", echo).addr}
+				data := map[string]string{"ns-0": "backend-0", "ns-1": "backend-1", "ns-2": "backend-2", "ns-3": "backend-3"}
+				p := startProxy(t, addrs, data, func(p *proxy) { p.limits.waiting = 40 })
+				to := func(backend int) string {
+					return strings.Replace(request, "/ws/", fmt.Sprintf("/ws/ns-%d", backend), 1)
+				}
+				for backend := range 3 {
+					for range 60 {
+						conn, err := net.Dial("tcp", p.addr)
+						if err != nil {
+							t.Fatal(err)
+						}
+						t.Cleanup(func() { conn.Close() })
+						mustWrite(t, conn, to(backend))
+					}
+				}
+				for p.results[resultMaxWaiting].Load() < 100 {
+					<-time.After(time.Millisecond)
+				}
+				var crowd sync.WaitGroup
+				for range 5 {
+					crowd.Go(func() {
+						for range 5 {
+							if _, _, resp := p.ask(t, to(3)); resp.StatusCode != 101 {
+								t.Errorf("status %d for the client of a backend that works, want 101", resp.StatusCode)
+							}
+						}
+					})
+				}
+				crowd.Wait()
+				if n := p.underWay(); n > 40 {
+					t.Errorf("%d upgrades are under way, want at most 40", n)
+				}
+			})
+		}
+	}
+}
+
+// What is said of places holds after all that can happen to them.
+func TestWaitingPlaces(t *testing.T) {
+	for _, shape := range []struct{ backends, limit int }{{1, 10}, {2, 10}, {7, 100}, {100, 10_000}, {100, 10}} {
+		var p places
+		rng := rand.New(rand.NewPCG(1, 2))
+		taken, all := map[int]int{}, 0
+		for range 50_000 {
+			backend := rng.IntN(rng.IntN(shape.backends) + 1) // those that come first have more
+			if n := taken[backend]; n > 0 && rng.IntN(3) == 0 {
+				p.leave(backend)
+				taken[backend]--
+				all--
+				continue
+			}
+			own := max(1, shape.limit/2/shape.backends)
+			ok := p.take(backend, shape.backends, shape.limit)
+			if !ok && taken[backend] < own {
+				t.Fatalf("%+v: refused with %d places taken of its own %d", shape, taken[backend], own)
+			}
+			if ok {
+				taken[backend]++
+				all++
+			}
+			if pool := shape.limit - own*shape.backends; ok && taken[backend]-own > (max(0, pool)+1)/2 {
+				t.Fatalf("%+v: %d places of one backend, want at most half of the %d of the pool", shape, taken[backend]-own, pool)
+			}
+			gotAll, gotOwn := p.taken(backend)
+			if gotAll != all || gotOwn != taken[backend] || all > max(shape.limit, shape.backends) {
+				t.Fatalf("%+v: %d places and %d of one backend, want %d and %d", shape, gotAll, gotOwn, all, taken[backend])
+			}
+		}
+		for backend, n := range taken {
+			for range n {
+				p.move(backend, backend+1)
+				p.leave(backend + 1)
+			}
+		}
+		if all, _ := p.taken(0); all != 0 || len(p.of) != 0 || p.pooled != 0 {
+			t.Errorf("%+v: %d places after all have left, %d backends, %d of the pool", shape, all, len(p.of), p.pooled)
+		}
+	}
+}
+
+// A limit that means something else for another number of backends counts anew.
+func TestWaitingPlacesAfterScaling(t *testing.T) {
+	var p places
+	count := func(backend, backends int) (n int) {
+		for p.take(backend, backends, 100) {
+			n++
+		}
+		return n
+	}
+	for i, want := range []struct{ backend, backends, taken int }{
+		{0, 2, 50}, // 25, and half of 50
+		{1, 2, 38}, // 25, and half of the other 25
+		{2, 5, 10}, // its own alone: the first two have 40 and 28 of the 50 of the pool
+	} {
+		if n := count(want.backend, want.backends); n != want.taken {
+			t.Errorf("step %d: %d places, want %d", i, n, want.taken)
+		}
+	}
 }

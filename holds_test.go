@@ -240,6 +240,26 @@ func TestHolds(t *testing.T) {
 			all.Wait()
 			b.wantInOrder(t)
 		},
+		"who gives up with its turn gives it on": func(t *testing.T, b *heldBackend) {
+			b.set(true)
+			ctx, cancel := context.WithCancel(t.Context())
+			var left sync.WaitGroup
+			for i := range dialsMost {
+				left.Go(func() { b.upgrade(ctx, i) })
+			}
+			synctest.Wait()
+			b.down.Store(false)
+			b.holds.mu.Lock() // they leave, and have their turns before they know
+			cancel()
+			b.holds.release(0, b.holds.line(0))
+			b.holds.mu.Unlock()
+			left.Wait()
+			begun := time.Now()
+			b.queue(t, dialsMost).Wait()
+			if took := time.Since(begun); took != 0 {
+				t.Errorf("the next upgrades were through after %v, want at once", took)
+			}
+		},
 		"swapped before it waits": func(t *testing.T, b *heldBackend) {
 			b.set(true)
 			swaps := b.swaps.Load()

@@ -95,8 +95,9 @@ func (a *admin) writeUpgrades(m metricsWriter) {
 	for r := range results {
 		m.sample("router_upgrades_total", float64(a.proxy.results[r].Load()), "result", r.String())
 	}
+	under, _ := a.proxy.waiting.taken(0)
 	m.single("router_upgrades_waiting", "gauge", "Upgrades under way: held, dialled or in the handshake.",
-		float64(a.proxy.waiting.Load()))
+		float64(under))
 	used, limit, full := a.gate.state()
 	m.family("router_descriptors", "gauge", "Descriptors that clients and their sessions may need, and may have.")
 	m.sample("router_descriptors", float64(used), "kind", "used")

@@ -71,7 +71,7 @@ func TestMoveAtHandOver(t *testing.T) {
 	p.router.update(entries{source: "test", version: "42", data: pack(map[string]string{"ns-01": "backend-1"})})
 	client, clientFar := tcpPair(t)
 	server, serverFar := tcpPair(t)
-	p.waiting.Add(1)
+	p.waiting.add(0, 1)
 	s := newSession("ns-01", 0, "")
 	p.handOver(s, func() { p.relay.carry(s, [2]net.Conn{clientFar, server}, [2][]byte{}) })
 	mustFrames(t, serverFar, true, goesAway)

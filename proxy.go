@@ -42,8 +42,8 @@ type proxy struct {
 
 	readers sync.Pool // of *bufio.Reader
 
-	waiting  atomic.Int64   // upgrades under way
-	upgrades sync.WaitGroup // the same
+	waiting  places         // of the upgrades under way
+	upgrades sync.WaitGroup // requests that net/http has
 	results  [results]atomic.Int64
 	logged   [results]throttle
 	astray   throttle // of what misdirected logs
@@ -55,14 +55,7 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	headRead(r.Context())
 	p.upgrades.Add(1)
 	defer p.upgrades.Done()
-	p.waiting.Add(1)
-	result, err := resultBadGateway, error(nil)
-	defer func() { // also for a panic, which net/http logs
-		if result != resultOK { // else handOver has done it
-			p.waiting.Add(-1)
-		}
-	}()
-	result, err = p.upgrade(w, r)
+	result, err := p.upgrade(w, r)
 	p.results[result].Add(1)
 	p.report(r, result, err)
 	var no *refusal
@@ -89,33 +82,49 @@ func (p *proxy) report(r *http.Request, result result, err error) {
 
 // upgrade makes the request a session. A *refusal means that nothing was
 // answered yet.
-func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result, error) {
-	server, backend := takeAsked(r.Context())
-	namespace, no := p.check(r)
+func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result result, err error) {
+	server, asked := takeAsked(r.Context())
+	namespace, backend, table, no := p.admit(r)
 	if no != nil {
 		if server != nil {
 			server.Close()
 		}
 		return no.result, no
 	}
+	result = resultBadGateway
+	defer func() { // also for a panic, which net/http logs
+		if result != resultOK { // else handOver has done it
+			p.waiting.leave(backend)
+		}
+	}()
+	goTo := func(another int) {
+		p.waiting.move(backend, another)
+		backend = another
+	}
+	if server != nil {
+		goTo(asked)
+	}
 	ctx, cancel := context.WithTimeout(r.Context(), p.limits.hold)
 	defer cancel()
-	var err error
-	var table string
-	owner := func() (owner int, err error) {
-		owner, table, err = p.owner(namespace)
-		return owner, err
+	owner := func() (int, error) {
+		owner, stamp, no := p.owner(namespace)
+		if no != nil {
+			return backend, no
+		}
+		table = stamp
+		goTo(owner)
+		return owner, nil
 	}
 	peer := forwardedFor(r)
 	for astray := error(nil); ; {
 		var request []byte
 		if server == nil {
-			if server, backend, err = p.backends.hold(ctx, owner); err != nil {
+			if server, err = p.backends.hold(ctx, owner); err != nil {
 				return p.unreachable(r.Context(), backend, err, astray)
 			}
 			request = requestHead(r, peer, p.pod, table, p.backends.name(backend))
 		}
-		result, err := p.connect(w, r, newSession(namespace, backend, peer), server, request)
+		result, err = p.connect(w, r, newSession(namespace, backend, peer), server, request)
 		switch {
 		case errors.Is(err, errMisdirected):
 			astray = err
@@ -133,26 +142,33 @@ var errMoved = errors.New("the namespace got another owner")
 // errMisdirected says that what was dialled for a backend is another one (421).
 var errMisdirected = errors.New("what answers at its address is another backend")
 
-// check returns the namespace of an upgrade request that is within the limits.
-func (p *proxy) check(r *http.Request) (string, *refusal) {
-	namespace, no := p.namespace(r)
-	if no == nil {
+// admit checks an upgrade request, and returns its namespace, and what owner does. It
+// takes a place of the owner's, which the caller gives back, or handOver.
+func (p *proxy) admit(r *http.Request) (namespace string, owner int, table string, no *refusal) {
+	if namespace, no = p.namespace(r); no == nil {
 		no = checkUpgrade(r)
 	}
-	switch waiting := p.waiting.Load(); {
-	case no != nil:
-		return "", no
-	case waiting > int64(p.limits.waiting):
-		return "", refuse(resultMaxWaiting, "%d upgrades are under way, the limit", p.limits.waiting)
-	case int64(p.relay.size())+waiting > int64(p.limits.sessions):
-		return "", refuse(resultMaxSessions, "%d sessions are open, the limit", p.limits.sessions)
+	if no == nil {
+		owner, table, no = p.owner(namespace)
 	}
-	return namespace, nil
+	if no != nil {
+		return "", 0, "", no
+	}
+	limit := p.limits.waiting
+	placed := p.waiting.take(owner, p.router.table().backends.count, limit)
+	switch all, own := p.waiting.taken(owner); {
+	case !placed:
+		no = refuse(resultMaxWaiting, "%d upgrades to %s are under way, its share of %d, and %d in all", own, p.backends.name(owner), limit, all)
+	case p.relay.size()+all > p.limits.sessions:
+		p.waiting.leave(owner)
+		no = refuse(resultMaxSessions, "%d sessions are open, the limit", p.limits.sessions)
+	}
+	return namespace, owner, table, no
 }
 
 // owner returns the backend that owns the namespace, and the stamp of the
 // table that says so.
-func (p *proxy) owner(namespace string) (int, string, error) {
+func (p *proxy) owner(namespace string) (int, string, *refusal) {
 	t := p.router.table()
 	if t == nil {
 		return 0, "", refuse(resultNoTable, "no overrides were read yet")
@@ -300,7 +316,7 @@ func (p *proxy) hijack(w http.ResponseWriter, head []byte) (net.Conn, []byte, er
 // given it another one: the relay knows s before the table is read again, so
 // either this check sees the new table or the swap's own check sees s.
 func (p *proxy) handOver(s *session, carry func()) {
-	p.waiting.Add(-1) // before, or the limit of sessions would count it twice
+	p.waiting.leave(s.backend) // before, or the limit of sessions would count it twice
 	carry()
 	if p.moves.misplaced(s) {
 		s.part(causeMoved, nil)

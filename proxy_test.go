@@ -188,6 +188,12 @@ func upgradeRequest(path string) string {
 		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nOrigin: https://www.mydomain.com\r\n\r\n"
 }
 
+// bothWays are the two ways of an upgrade: the relay's pollers take what is plain, and
+// net/http the other, as its target is in absolute form.
+func bothWays(path string) map[string]string {
+	return map[string]string{"plain": upgradeRequest(path), "net/http": upgradeRequest("http://www.mydomain.com" + path)}
+}
+
 // ask sends the request as it stands, and returns the connection and the answer
 // with its body still on it.
 func (p *testProxy) ask(t testing.TB, request string) (*net.TCPConn, *bufio.Reader, *http.Response) {
