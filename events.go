@@ -69,14 +69,15 @@ func newRecorder(k kube, pod string, log *slog.Logger) *recorder {
 // tell has Events written about what a version of an object did. It does not
 // block.
 func (r *recorder) tell(o object, c change) {
+	what := fmt.Sprintf("%x %x", c.from, c.content)
 	if c.rejected > 0 {
-		r.send(o, "Warning", "OverridesRejected", "", rejectedMessage(c))
+		r.send(o, "Warning", "OverridesRejected", what, rejectedMessage(c))
 	}
 	message := fmt.Sprintf("resourceVersion %s is in force: %d overrides added, %d changed, %d removed", c.version, c.added, c.changed, c.removed)
 	if c.first {
 		message = fmt.Sprintf("resourceVersion %s is in force in a router that starts: %d overrides", c.version, c.added)
 	}
-	r.send(o, "Normal", "OverridesInForce", "", message)
+	r.send(o, "Normal", "OverridesInForce", what, message)
 }
 
 // tellMoved has the receipt of a move written as an Event. Each router has its
@@ -106,11 +107,12 @@ func rejectedMessage(c change) string {
 }
 
 // send queues an Event. Its name is the same on every router that has the same
-// to say, so that the API server takes it from the first only; own is what sets
-// it apart if the others have not.
-func (r *recorder) send(o object, kind, reason, own, message string) {
+// to say, so that the API server takes it from the first only; what sets it apart
+// from others about this version of the object: of another number of backends, or of
+// another router.
+func (r *recorder) send(o object, kind, reason, what, message string) {
 	m, now := o.Metadata, time.Now().UTC().Truncate(time.Second)
-	name := fmt.Sprintf("%.200s.%016x", m.Name, spread(m.UID+" "+m.ResourceVersion+" "+reason+" "+own))
+	name := fmt.Sprintf("%.200s.%016x", m.Name, spread(m.UID+" "+m.ResourceVersion+" "+reason+" "+what))
 	e := event{
 		reference:      reference{APIVersion: "v1", Kind: "Event"},
 		Metadata:       reference{Namespace: m.Namespace, Name: name},

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net/http"
 	"slices"
 	"strings"
@@ -91,6 +92,57 @@ func TestEventNames(t *testing.T) {
 	a.Metadata.Name = strings.Repeat("n", 253)
 	if n := name(a, "x"); len(n) > 253 {
 		t.Errorf("%d bytes, want at most 253", len(n))
+	}
+}
+
+// What a version does with another number of backends has Events of its own: as
+// another name, or the API server would not take them. Routers that saw the same have
+// the same names; labels alone have none.
+func TestEventsOfAVersionThatDoesMore(t *testing.T) {
+	type told struct{ reason, message string }
+	history := func() map[string]told {
+		c, r, _ := fakeMaps(t, "routes")
+		all := map[string]told{}
+		take := func(want ...told) {
+			t.Helper()
+			var got []told
+			for len(c.events.queue) > 0 {
+				e := <-c.events.queue
+				one := told{e.Reason, e.Message}
+				if before, ok := all[e.Metadata.Name]; ok {
+					t.Errorf("%v has the name of %v", one, before)
+				}
+				all[e.Metadata.Name] = one
+				got = append(got, one)
+			}
+			if !slices.Equal(got, want) {
+				t.Errorf("Events %q, want %q", got, want)
+			}
+		}
+		const data = "a=backend-1 b=backend-3 c=backend-3 d=backend-3 e=junk"
+		const junk = `; e: "junk", want backend-0 to backend-`
+		c.apply(0, fakeSet(fakeMap("routes", "1", data)))
+		take(told{"OverridesRejected", "1 entries are not in force as written" + junk + "3, stays: refused"},
+			told{"OverridesInForce", "resourceVersion 1 is in force in a router that starts: 5 overrides"})
+		r.resize(ordinals{count: 3})
+		beyond := ""
+		for _, namespace := range []string{"b", "c", "d"} {
+			beyond += "; " + namespace + `: "backend-3", want backend-0 to backend-2, stays: refused`
+		}
+		take(told{"OverridesRejected", "4 entries are not in force as written" + beyond + junk + "2, stays: refused"},
+			told{"OverridesInForce", "resourceVersion 1 is in force: 0 overrides added, 3 changed, 0 removed"})
+		r.resize(ordinals{count: 4})
+		take(told{"OverridesRejected", "1 entries are not in force as written" + junk + "3, stays: refused"},
+			told{"OverridesInForce", "resourceVersion 1 is in force: 0 overrides added, 3 changed, 0 removed"})
+		c.apply(0, fakeSet(fakeMap("routes", "2", data))) // its labels
+		take()
+		if got := r.table().version; got != "2" {
+			t.Errorf("the table is of version %s, want 2", got)
+		}
+		return all
+	}
+	if one, other := history(), history(); !maps.Equal(one, other) {
+		t.Errorf("two routers that saw the same tell %q and %q", one, other)
 	}
 }
 
