@@ -35,11 +35,14 @@ func (p *present) UnmarshalJSON(b []byte) error {
 // configMaps makes tables of the ConfigMaps with overrides: those of some names,
 // with a watcher for each, or those that one label selector chooses.
 //
-// A ConfigMap that is deleted, or no longer selected, stays in force as it was,
+// A ConfigMap that is followed by name and is deleted stays in force as it was,
 // and is reported as absent, until one of its name is there again or the router
 // ends (invariant 4): a slip must not move every session twice. To take its
-// overrides out of force, empty it before it is deleted. Nothing is in force
-// before each name, or something selected, was there.
+// overrides out of force, empty it before it is deleted. One that a selector no
+// longer chooses is out of force at once, or a router that starts, which cannot know
+// it, would have other owners. Only when the selector chooses nothing any more does
+// all stay as it was: a router that starts then is not ready, and has no owners.
+// Nothing is in force before each name, or something selected, was there.
 type configMaps struct {
 	// Static after construction.
 	watchers []*watcher[configMap]
@@ -81,20 +84,23 @@ func (c *configMaps) apply(i int, set map[string]*configMap) {
 	defer c.mu.Unlock()
 	before, now := c.held[i], map[string]heldMap{}
 	for name, m := range before {
+		switch there := set[name] != nil; {
+		case !there && len(set) > 0:
+			c.log.Info("the object is no longer selected, its overrides are out of force", "object", m.title(),
+				"version", m.Metadata.ResourceVersion)
+			continue
+		case !there && !m.absent:
+			c.log.Warn("there is no such object any more, its overrides stay in force", "object", m.title(),
+				"version", m.Metadata.ResourceVersion)
+		case there && m.absent:
+			c.log.Info("the object is there again", "object", m.title(), "version", set[name].Metadata.ResourceVersion)
+		}
 		now[name] = heldMap{m.configMap, true}
 	}
 	for name, m := range set {
 		now[name] = heldMap{m, false}
-		if m.Binary && before[name].configMap != m {
+		if was := before[name].configMap; bool(m.Binary) && (was == nil || !bool(was.Binary) || !was.Data.equal(&m.Data)) {
 			c.log.Warn("binaryData is ignored", "object", m.title(), "version", m.Metadata.ResourceVersion)
-		}
-	}
-	for name, m := range now {
-		if m.absent && !before[name].absent {
-			c.log.Warn("there is no such object any more, its overrides stay in force", "object", m.title(),
-				"version", m.Metadata.ResourceVersion)
-		} else if before[name].absent && !m.absent {
-			c.log.Info("the object is there again", "object", m.title(), "version", m.Metadata.ResourceVersion)
 		}
 	}
 	if c.held[i] = now; len(now) == 0 {
@@ -184,11 +190,12 @@ func (c *configMaps) missing() string {
 
 // watchedObject is what is known of one ConfigMap.
 type watchedObject struct {
-	object, uid, version string // uid and version "" if it was never there
+	object, uid, version string // uid and version "" if it was never there; the object may be a selector then
 	absent               bool
 }
 
-// watched are those that are followed by name, and those that were ever there.
+// watched are those that are in force, and the names and selectors of which nothing
+// was ever there.
 func (c *configMaps) watched() (all []watchedObject) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -197,7 +204,7 @@ func (c *configMaps) watched() (all []watchedObject) {
 			m := c.held[i][name]
 			all = append(all, watchedObject{m.title(), m.Metadata.UID, m.Metadata.ResourceVersion, m.absent})
 		}
-		if len(c.held[i]) == 0 && w.name != "" {
+		if len(c.held[i]) == 0 {
 			all = append(all, watchedObject{object: w.what(), absent: c.held[i] != nil})
 		}
 	}

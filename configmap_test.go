@@ -114,12 +114,13 @@ func TestConfigMapsStayWhenDeleted(t *testing.T) {
 					t.Errorf("objects %v, want %v", got, objects)
 				}
 			}
+			followed := "ConfigMap edge/a"
 			if names == nil {
-				want("")
-			} else {
-				want("", watchedObject{object: "ConfigMap edge/a"})
+				followed = "ConfigMap edge/a=b"
 			}
+			want("", watchedObject{object: followed})
 			c.apply(0, fakeSet())
+			want("", watchedObject{object: followed, absent: true})
 			if why := c.missing(); !strings.Contains(why, "kubectl -n edge ") {
 				t.Errorf("missing: %s", why)
 			}
@@ -141,25 +142,59 @@ func TestConfigMapsStayWhenDeleted(t *testing.T) {
 	}
 }
 
-// A selection is one set: a LIST that brings several changes is one swap, and
-// one of them that leaves stays in force beside those that change.
+// A selection is one set: a LIST that brings several changes is one swap, and what
+// it no longer has is out of force, as for a router that starts then. Only when
+// nothing is selected any more all stays as it was.
 func TestConfigMapsOfASelection(t *testing.T) {
-	c, r, _ := fakeMaps(t)
-	a, b := fakeMap("a", "1", "ns-a=backend-1"), fakeMap("b", "2", "ns-b=backend-2")
-	c.apply(0, fakeSet(b, a))
-	wantTable(t, r, "ns-a=1 ns-b=2")
-	c.apply(0, fakeSet(a))
-	c.apply(0, fakeSet(a, fakeMap("c", "4", "ns-c=backend-3")))
-	wantTable(t, r, "ns-a=1 ns-b=2 ns-c=3")
-	if n := r.swaps.Load(); n != 2 {
-		t.Errorf("%d swaps, want 2: the one that left changed nothing", n)
+	c, r, log := fakeMaps(t)
+	a, b := fakeMap("a", "1", "x=backend-1 ns-a=backend-1"), fakeMap("b", "2", "x=backend-2 ns-b=backend-2")
+	want := func(table string, swaps int64, set map[string]*configMap, objects ...watchedObject) {
+		t.Helper()
+		wantTable(t, r, table)
+		if got := c.watched(); r.swaps.Load() != swaps || !slices.Equal(got, objects) {
+			t.Errorf("%d swaps, objects %v, want %d, %v", r.swaps.Load(), got, swaps, objects)
+		}
+		starts, started, _ := fakeMaps(t)
+		starts.apply(0, set)
+		switch {
+		case len(set) == 0 && started.table() != nil:
+			t.Error("a router that starts with nothing selected has a table")
+		case len(set) == 0 && starts.missing() != "no ConfigMap has the label: kubectl -n edge label configmap NAME a=b":
+			t.Errorf("a router that starts: %s", starts.missing())
+		case len(set) > 0 && started.table().content != r.table().content:
+			t.Errorf("a router that starts has other overrides %v", overridesOf(started.table()))
+		}
 	}
-	if v := r.table().version; !strings.HasPrefix(v, "3-") {
-		t.Errorf("version %s, want that of 3", v)
+	seesA, seesB := watchedObject{"ConfigMap edge/a", "u-a", "1", false}, watchedObject{"ConfigMap edge/b", "u-b", "2", false}
+	set := fakeSet(b, a)
+	c.apply(0, set)
+	want("ns-a=1 ns-b=2 x=refused", 1, set, seesA, seesB)
+	set = fakeSet(a)
+	c.apply(0, set)
+	want("ns-a=1 x=1", 2, set, seesA)
+	wantLine(t, log.all("the object is no longer selected, its overrides are out of force"), 1,
+		map[string]any{"level": "INFO", "object": "ConfigMap edge/b", "version": "2"})
+	wantLine(t, log.all("table"), 2, map[string]any{"source": "ConfigMap edge/b", "removed": 1.0, "overrides": 2.0})
+
+	set = fakeSet(b, fakeMap("c", "4", "ns-c=backend-3")) // one leaves and two come, in one LIST
+	c.apply(0, set)
+	seesC := watchedObject{"ConfigMap edge/c", "u-c", "4", false}
+	want("ns-b=2 ns-c=3 x=2", 3, set, seesB, seesC)
+	if v := r.table().version; !strings.HasPrefix(v, "2-") {
+		t.Errorf("version %s, want that of 2", v)
 	}
-	if got := c.watched(); len(got) != 3 || !got[1].absent || got[0].absent || got[2].absent {
-		t.Errorf("objects %v, want b absent", got)
+	stamp := r.table().stamp
+	c.apply(0, fakeSet()) // the label was taken from all
+	c.apply(0, fakeSet())
+	seesB.absent, seesC.absent = true, true
+	want("ns-b=2 ns-c=3 x=2", 3, nil, seesB, seesC)
+	if n := len(log.all("there is no such object any more, its overrides stay in force")); n != 2 || r.table().stamp != stamp {
+		t.Errorf("%d lines about what is absent, want 2; stamp %s after %s", n, r.table().stamp, stamp)
 	}
+	set = fakeSet(b) // and given back to one
+	c.apply(0, set)
+	seesB.absent = false
+	want("ns-b=2 x=2", 4, set, seesB)
 }
 
 // What two objects disagree on stays where it was, whoever comes first, until
@@ -263,13 +298,13 @@ func TestConfigMapFields(t *testing.T) {
 		t.Error("a number is taken for a text")
 	}
 	c, _, log := fakeMaps(t, "a")
-	for _, version := range []string{"1", "2"} {
-		m := fakeMap("a", version, "")
+	for i, data := range []string{"", "", "x=backend-1"} { // the second has other labels
+		m := fakeMap("a", fmt.Sprint(1+i), data)
 		m.Binary = true
 		c.apply(0, fakeSet(m))
 		c.apply(0, fakeSet(m))
 	}
-	wantLine(t, log.all("binaryData is ignored"), 2, map[string]any{"object": "ConfigMap edge/a", "version": "2"})
+	wantLine(t, log.all("binaryData is ignored"), 2, map[string]any{"object": "ConfigMap edge/a", "version": "3"})
 }
 
 // The whole with a server: a selection is listed, changed and merged.
@@ -292,9 +327,9 @@ func TestSelectionFromServer(t *testing.T) {
 		time.Sleep(30 * time.Second)
 		wantTable(t, r, "ns-a=1 ns-b=2")
 		time.Sleep(time.Minute)
-		wantTable(t, r, "ns-a=1 ns-b=3")
-		if n := r.swaps.Load(); n != 2 {
-			t.Errorf("%d swaps, want 2", n)
+		wantTable(t, r, "ns-b=3") // a was deleted, or has lost its label
+		if n := r.swaps.Load(); n != 3 {
+			t.Errorf("%d swaps, want 3", n)
 		}
 	})
 }

@@ -32,13 +32,14 @@ func TestSeveralConfigMaps(t *testing.T) {
 			sub.makeMap(one, map[string]string{prefix + "a": "backend-1", prefix + "both": "backend-2"})
 			sub.makeMap(two, map[string]string{prefix + "b": "backend-3"})
 			laptop, d := sub.startRouter(flags...)
-			sub.followSeveral(laptop, d, one, two)
+			sub.followSeveral(laptop, d, one, two, name == "label")
 		})
 	}
 }
 
-// followSeveral changes two ConfigMaps under the eyes of a router.
-func (s *system) followSeveral(r outside, d *dialer, one, two string) {
+// followSeveral changes two ConfigMaps under the eyes of a router, which follows
+// them by their label or their names.
+func (s *system) followSeveral(r outside, d *dialer, one, two string, byLabel bool) {
 	const a, b, both = prefix + "a", prefix + "b", prefix + "both"
 	owns := func(namespace, backend, why string) {
 		s.t.Helper()
@@ -81,10 +82,17 @@ func (s *system) followSeveral(r outside, d *dialer, one, two string) {
 	if err := s.client.CoreV1().ConfigMaps(s.namespace).Delete(s.t.Context(), two, metav1.DeleteOptions{}); err != nil {
 		s.t.Fatal(err)
 	}
-	r.says(s.t, "there is no such object any more, its overrides stay in force")
-	owns(b, "backend-0", "override")
-	owns(both, "backend-2", "conflict")
-	gauges(1, 1)
+	if byLabel {
+		r.says(s.t, "the object is no longer selected, its overrides are out of force")
+		owns(b, s.mustOwner(b).Owner, "hash") // the deployed routers do not follow these
+		owns(both, "backend-2", "override")
+		gauges(0, 0)
+	} else {
+		r.says(s.t, "there is no such object any more, its overrides stay in force")
+		owns(b, "backend-0", "override")
+		owns(both, "backend-2", "conflict")
+		gauges(1, 1)
+	}
 	s.setMap(one, map[string]string{a: "backend-3", both: "backend-2"})
 	owns(a, "backend-3", "override")
 
@@ -92,6 +100,14 @@ func (s *system) followSeveral(r outside, d *dialer, one, two string) {
 	owns(b, "backend-1", "override")
 	owns(both, "backend-2", "override")
 	gauges(0, 0)
+	if byLabel {
+		s.mustKubectl("", "label", "configmap", two, "app-")
+		owns(b, s.mustOwner(b).Owner, "hash")
+		s.mustKubectl("", "label", "configmap", one, "app-")
+		r.says(s.t, "there is no such object any more, its overrides stay in force")
+		owns(a, "backend-3", "override")
+		gauges(0, 1)
+	}
 	s.goOn([]*follower{f}, 1)
 }
 
