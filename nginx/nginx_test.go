@@ -7,11 +7,11 @@ package nginx_test
 import (
 	"bytes"
 	"crypto/tls"
-	"errors"
 	"io"
 	"net/http"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 )
@@ -149,7 +149,7 @@ func TestRouterIsGone(t *testing.T) {
 	s.router.server.Close()
 	client, url := s.client(t, s.secure), "https://"+host+"/ws/ns-01"
 	wantAnswer(t, client, url, 502,
-		"no answer from the router, or one with a head of more than 4 KiB\n", map[string]string{"Retry-After": "1"})
+		"no answer from the router, or one with a head of more than 16 KiB\n", map[string]string{"Retry-After": "1"})
 	res, err := client.Get(url)
 	if err != nil {
 		t.Fatal(err)
@@ -252,17 +252,129 @@ func TestAccessLog(t *testing.T) {
 	ws := s.dial(t, "/ws/ns-01?token=secret", nil)
 	echo(t, ws, bytes.Repeat([]byte("x"), 50_000))
 	ws.Close()
-	want := regexp.MustCompile(`^time=\S+ client=127\.0\.0\.1 host="www\.mydomain\.com" uri="/ws/busy" status=503 upstream=503 .*
-time=\S+ client=127\.0\.0\.1 host="www\.mydomain\.com:8443" uri="/ws/ns-01" status=101 upstream=101 seconds=\d+\.\d+ in=5\d{4} out=5\d{4} agent="[^"]*"
-$`)
-	var got []byte
-	err := until(func() error {
-		if got = readFile(t, filepath.Join(s.dir, "stdout")); !want.Match(got) {
-			return errors.New("the log has other lines")
+	s.logged(t, regexp.MustCompile(`^time=\S+ client=127\.0\.0\.1 host="www\.mydomain\.com" uri="/ws/busy" status=503 upstream="503" .*
+time=\S+ client=127\.0\.0\.1 host="www\.mydomain\.com:8443" uri="/ws/ns-01" status=101 upstream="101" seconds=\d+\.\d+ in=5\d{4} out=5\d{4} agent="[^"]*"
+$`))
+}
+
+const fields = "Host: " + host + "\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+
+// Lines as long as the router allows for a whole head arrive there. What is
+// longer, and what is malformed, nginx refuses, and says so in the log.
+func TestLargeRequests(t *testing.T) {
+	s := start(t)
+	if s == nil {
+		return
+	}
+	line := func(size int) string { return strings.Repeat("x", size) }
+	tests := map[string]struct {
+		request string
+		status  int
+		log     string // a line, or none
+	}{
+		"a cookie of 9,000":    {"GET /ws/a HTTP/1.1\r\nCookie: " + line(9000) + "\r\n" + fields, 101, ""},
+		"a cookie of 16,000":   {"GET /ws/b HTTP/1.1\r\nCookie: " + line(16_000) + "\r\n" + fields, 101, ""},
+		"ten of 1,500":         {"GET /ws/c HTTP/1.1\r\n" + strings.Repeat("Cookie: "+line(1500)+"\r\n", 10) + fields, 101, ""},
+		"a query of 16,000":    {"GET /ws/d?" + line(16_000) + " HTTP/1.1\r\n" + fields, 101, ""},
+		"a cookie of 17,000":   {"GET /ws/e HTTP/1.1\r\nCookie: " + line(17_000) + "\r\n" + fields, 431, `uri="/ws/e" status=431 upstream="-"`},
+		"forty of 1,500":       {"GET /ws/f HTTP/1.1\r\n" + strings.Repeat("Cookie: "+line(1500)+"\r\n", 40) + fields, 431, `uri="/ws/f" status=431 upstream="-"`},
+		"a query of 17,000":    {"GET /ws/g?" + line(17_000) + " HTTP/1.1\r\n" + fields, 414, `uri="-" status=414 upstream="-"`},
+		"two hosts":            {"GET /ws/h HTTP/1.1\r\nHost: a\r\n" + fields, 400, `uri="/ws/h" status=400 upstream="-"`},
+		"a control in a field": {"GET /ws/i HTTP/1.1\r\nX: \x00\r\n" + fields, 400, `uri="/ws/i" status=400 upstream="-"`},
+		"not HTTP":             {"\x01\r\n", 400, `uri="-" status=400 upstream="-"`},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			if res := s.request(t, test.request+"\r\n"); res.StatusCode != test.status {
+				t.Errorf("status %d, want %d", res.StatusCode, test.status)
+			}
+			if test.log != "" {
+				s.logged(t, regexp.MustCompile(`(?m)^time=.* `+test.log))
+			}
+		})
+	}
+}
+
+// The head of an answer may be as large as the router lets it be. One that is
+// larger than what a WebSocket has for its life is asked for again.
+func TestLargeAnswers(t *testing.T) {
+	s := start(t)
+	if s == nil {
+		return
+	}
+	tests := map[string]struct {
+		method, target string
+		status, asked  int
+	}{
+		"a small redirect":             {"GET", "/ws/%61?has=2000&redirect", 302, 1},
+		"a redirect":                   {"GET", "/ws/%61?has=8000&redirect", 302, 2},
+		"a large redirect":             {"GET", "/ws/%61?has=15000&redirect", 302, 2},
+		"a WebSocket":                  {"GET", "/ws/%61?has=8000", 101, 2},
+		"too large":                    {"GET", "/ws/%61?has=17000&redirect", 502, 2},
+		"POST is not asked for again":  {"POST", "/ws/%61?has=8000&redirect", 502, 1},
+		"neither is what is no answer": {"GET", "/ws/busy?has=2000", 503, 1},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			before := s.router.count()
+			res := s.request(t, test.method+" "+test.target+" HTTP/1.1\r\n"+fields+"\r\n")
+			if asked := s.router.count() - before; res.StatusCode != test.status || asked != test.asked {
+				t.Errorf("status %d, the router was asked %d times, want %d and %d", res.StatusCode, asked, test.status, test.asked)
+			}
+			size, _ := strconv.Atoi(strings.TrimSuffix(strings.TrimPrefix(test.target, "/ws/%61?has="), "&redirect"))
+			if got := len(res.Header["Set-Cookie"]); res.StatusCode < 500 && got != (size+999)/1000 {
+				t.Errorf("%d cookies of %d bytes", got, size)
+			}
+			if got := s.router.seen(); got.RequestURI != test.target || got.Host != host {
+				t.Errorf("the router was asked for %s of %s", got.RequestURI, got.Host)
+			}
+		})
+	}
+}
+
+// Every name that a field may have (RFC 9110 §5.6.2) arrives.
+func TestFieldNames(t *testing.T) {
+	s := start(t)
+	if s == nil {
+		return
+	}
+	res := s.request(t, "GET /ws/ns-01 HTTP/1.1\r\napi_key: 1\r\na.b: 2\r\nX_Forwarded_For: 192.0.2.1\r\n!#$%&'*+-.^_`|~: 3\r\n"+fields+"\r\n")
+	if res.StatusCode != 101 {
+		t.Errorf("status %d, want 101", res.StatusCode)
+	}
+	got := s.router.seen().Header
+	for name, want := range map[string]string{
+		"Api_key": "1", "A.b": "2", "!#$%&'*+-.^_`|~": "3", "X-Forwarded-For": "127.0.0.1", "X_forwarded_for": "192.0.2.1",
+	} {
+		if got := strings.Join(got[name], "|"); got != want {
+			t.Errorf("%s: %q, want %q", name, got, want)
 		}
-		return nil
-	})
-	if err != nil {
-		t.Errorf("%v:\n%s", err, got)
+	}
+}
+
+// The authority of a target comes before Host (RFC 9112 §3.2.2), with its port.
+func TestHost(t *testing.T) {
+	s := start(t)
+	if s == nil {
+		return
+	}
+	rest := strings.TrimPrefix(fields, "Host: "+host+"\r\n")
+	tests := map[string]struct{ request, host, target string }{
+		"of the field":                  {"GET /ws/a HTTP/1.1\r\nHost: a.example:8443\r\n", "a.example:8443", "/ws/a"},
+		"as it was sent":                {"GET /ws/a HTTP/1.1\r\nHost: A.example\r\n", "A.example", "/ws/a"},
+		"of the target":                 {"GET http://real.example/ws/a HTTP/1.1\r\nHost: other.example:1\r\n", "real.example", "/ws/a"},
+		"with a port":                   {"GET https://real.example:8443/ws/a?b=://c/ HTTP/1.1\r\nHost: other.example\r\n", "real.example:8443", "/ws/a?b=://c/"},
+		"of a WebSocket's target":       {"GET wss://Real.example/ws/a HTTP/1.1\r\nHost: other.example\r\n", "Real.example", "/ws/a"},
+		"an address":                    {"GET http://[::1]:80/ws/a HTTP/1.1\r\nHost: other.example\r\n", "[::1]:80", "/ws/a"},
+		"one in the query is no target": {"GET /ws/a?http://b.example/ HTTP/1.1\r\nHost: a.example\r\n", "a.example", "/ws/a?http://b.example/"},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			res := s.request(t, test.request+rest+"\r\n")
+			if got := s.router.seen(); res.StatusCode != 101 || got.Host != test.host || got.RequestURI != test.target || got.Header.Get("X-Forwarded-Host") != test.host {
+				t.Errorf("status %d, Host %q, X-Forwarded-Host %q, target %q, want %q and %q",
+					res.StatusCode, got.Host, got.Header.Get("X-Forwarded-Host"), got.RequestURI, test.host, test.target)
+			}
+		})
 	}
 }

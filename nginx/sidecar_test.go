@@ -3,7 +3,9 @@
 package nginx_test
 
 import (
+	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -16,6 +18,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -41,15 +44,16 @@ type sidecar struct {
 	roots  *x509.CertPool
 
 	router *stub
+	master int // the process id of the nginx that answers
 }
 
 // start returns a sidecar that answers, or nil, after a word in the log, on a
 // machine without nginx or openssl. Cleanup stops nginx and the stub.
 func start(t *testing.T) *sidecar {
 	t.Helper()
-	for _, program := range []string{"nginx", "openssl"} {
-		if _, err := exec.LookPath(program); err != nil {
-			t.Logf("nothing tested: %s is not installed", program)
+	for _, name := range []string{program(), "openssl"} {
+		if _, err := exec.LookPath(name); err != nil {
+			t.Logf("nothing tested: %s is not installed", name)
 			return nil
 		}
 	}
@@ -80,6 +84,10 @@ func start(t *testing.T) *sidecar {
 	t.Fatal("no free ports for nginx")
 	return nil
 }
+
+// program is the nginx that is tested: another than the one in the PATH with
+// the environment variable NGINX.
+func program() string { return cmp.Or(os.Getenv("NGINX"), "nginx") }
 
 // socketDir is a short path (a unix socket's has 107 bytes at most) that the
 // pod's user may enter.
@@ -157,7 +165,7 @@ func (s *sidecar) configure(t *testing.T) {
 // a pipe made by root is root's.
 func (s *sidecar) command(t *testing.T, args ...string) *exec.Cmd {
 	t.Helper()
-	cmd := exec.Command("nginx", append([]string{"-p", s.dir, "-e", "stderr", "-c", filepath.Join(s.dir, "nginx.conf")}, args...)...)
+	cmd := exec.Command(program(), append([]string{"-p", s.dir, "-e", "stderr", "-c", filepath.Join(s.dir, "nginx.conf")}, args...)...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if os.Geteuid() == 0 {
 		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: podUser, Gid: podUser}
@@ -174,6 +182,7 @@ func (s *sidecar) run(t *testing.T) error {
 	if err := cmd.Start(); err != nil {
 		return err
 	}
+	s.master = cmd.Process.Pid
 	ended := make(chan error, 1)
 	go func() { ended <- cmd.Wait(); close(ended) }()
 	t.Cleanup(func() {
@@ -257,6 +266,41 @@ func (s *sidecar) client(t *testing.T, address string) *http.Client {
 		Transport:     transport,
 		Timeout:       bound,
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+}
+
+// request sends text to 443 and returns the answer, whose body is read later
+// from the same connection; Cleanup closes it.
+func (s *sidecar) request(t *testing.T, text string) *http.Response {
+	t.Helper()
+	conn, err := tls.Dial("tcp", s.secure, s.tlsConfig())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	conn.SetDeadline(time.Now().Add(bound))
+	if _, err := io.WriteString(conn, text); err != nil {
+		t.Fatal(err)
+	}
+	res, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return res
+}
+
+// logged waits until what nginx wrote to its standard output matches.
+func (s *sidecar) logged(t *testing.T, want *regexp.Regexp) {
+	t.Helper()
+	var got []byte
+	err := until(func() error {
+		if got = readFile(t, filepath.Join(s.dir, "stdout")); !want.Match(got) {
+			return fmt.Errorf("the log has other lines than %s", want)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Errorf("%v:\n%.2000s", err, got)
 	}
 }
 

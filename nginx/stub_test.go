@@ -7,6 +7,8 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"strconv"
+	"strings"
 	"sync"
 	"testing"
 
@@ -15,11 +17,14 @@ import (
 
 // stub stands in the router's place: it remembers the head of the last
 // request, echoes on WebSockets, and refuses /ws/busy and what is no upgrade.
+// The query has=N gives it so many bytes of cookies to set, and
+// redirect= lets it answer 302.
 type stub struct {
 	server http.Server // closed by Cleanup, or earlier to be a router that is gone
 
-	mu   sync.Mutex
-	last *http.Request // guarded by mu
+	mu    sync.Mutex
+	last  *http.Request // guarded by mu
+	asked int           // requests so far; guarded by mu
 }
 
 func startStub(t *testing.T, socket string) *stub {
@@ -39,8 +44,14 @@ func startStub(t *testing.T, socket string) *stub {
 func (s *stub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.mu.Lock()
 	s.last = r.Clone(r.Context())
+	s.asked++
 	s.mu.Unlock()
+	for n, _ := strconv.Atoi(r.URL.Query().Get("has")); n > 0; n -= 1000 {
+		w.Header().Add("Set-Cookie", strings.Repeat("c", min(n, 1000)-len("Set-Cookie: \r\n")))
+	}
 	switch {
+	case r.URL.Query().Has("redirect"):
+		http.Redirect(w, r, "/login", http.StatusFound)
 	case r.URL.Path == "/ws/busy":
 		w.Header().Set("Retry-After", "7")
 		// Not for nginx: a backend may not send its clients to the page.
@@ -50,7 +61,11 @@ func (s *stub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Upgrade", "websocket")
 		http.Error(w, "not an upgrade", http.StatusUpgradeRequired)
 	default:
-		websocket.Server{Handler: func(ws *websocket.Conn) { io.Copy(ws, ws) }}.ServeHTTP(w, r)
+		cookies := w.Header()
+		websocket.Server{
+			Handshake: func(config *websocket.Config, _ *http.Request) error { config.Header = cookies; return nil },
+			Handler:   func(ws *websocket.Conn) { io.Copy(ws, ws) },
+		}.ServeHTTP(w, r)
 	}
 }
 
@@ -59,6 +74,13 @@ func (s *stub) seen() *http.Request {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.last
+}
+
+// count is how many requests there were.
+func (s *stub) count() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.asked
 }
 
 func readFile(t *testing.T, path string) []byte {
