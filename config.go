@@ -83,6 +83,7 @@ func (c *config) flags() *flag.FlagSet {
 	f.DurationVar(&c.limits.hold, "hold", 10*time.Second, "how long an upgrade waits for its owner")
 	f.DurationVar(&c.limits.handshake, "handshake-timeout", 10*time.Second, "how long a backend may take to answer an upgrade")
 	f.DurationVar(&c.limits.headerTime, "header-timeout", 10*time.Second, "how long a client may take to send its request")
+	f.IntVar(&c.limits.headerLines, "max-header-fields", 100, "largest `number` of fields in a request's head")
 	f.IntVar(&c.limits.headerBytes, "max-header-bytes", 16<<10, "most `bytes` of a request's or an answer's head")
 	f.IntVar(&c.limits.sessions, "max-sessions", 100_000, "largest `number` of open sessions")
 	f.IntVar(&c.limits.waiting, "max-waiting", 10_000, "largest `number` of upgrades under way; half of it is divided evenly among the backends, of the\n"+
@@ -175,6 +176,8 @@ func (c *config) check() error {
 		return fmt.Errorf("-configmap %s, -configmap-selector %s: want one of them", &c.configMaps, c.selector)
 	case c.limits.headerBytes < 1024:
 		return fmt.Errorf("-max-header-bytes %d, want at least 1024", c.limits.headerBytes)
+	case c.limits.headerLines < 16:
+		return fmt.Errorf("-max-header-fields %d, want at least 16", c.limits.headerLines)
 	case c.limits.sessions < 1 || c.limits.waiting < 1:
 		return fmt.Errorf("-max-sessions %d, -max-waiting %d, want at least 1", c.limits.sessions, c.limits.waiting)
 	case c.peerTimeout != 0 && (c.peerTimeout < 2*time.Second || c.peerTimeout > 18*time.Hour || c.peerTimeout%time.Second != 0):

@@ -70,6 +70,7 @@ var badUsage = map[string]struct {
 	"header time 0":        {args: "-replicas 1 -header-timeout 0s", want: "-header-timeout 0s, want more than 0"},
 	"header time no time":  {args: "-header-timeout ?", want: `invalid value "?" for flag -header-timeout: parse error`},
 	"header too small":     {args: "-replicas 1 -max-header-bytes 1023", want: "-max-header-bytes 1023, want at least 1024"},
+	"fields too few":       {args: "-replicas 1 -max-header-fields 15", want: "-max-header-fields 15, want at least 16"},
 	"header no number":     {args: "-max-header-bytes 16k", want: `invalid value "16k" for flag -max-header-bytes: parse error`},
 	"sessions 0":           {args: "-replicas 1 -max-sessions 0", want: "-max-sessions 0, -max-waiting 10000, want at least 1"},
 	"sessions no number":   {args: "-max-sessions many", want: `invalid value "many" for flag -max-sessions: parse error`},
@@ -179,7 +180,7 @@ func TestFlagBeatsEnvironment(t *testing.T) {
 		"kube": {"http://h:1", "http://h:2"}, "kube-namespace": {"e", "f"}, "configmap": {"g,g2", "h"}, "configmap-selector": {"i=1", "i=2"},
 		"overrides": {"/i", "/j"}, "namespace-from": {"host", "path"}, "pod": {"k", "l"},
 		"hold": {"1s", "2s"}, "handshake-timeout": {"3s", "4s"}, "header-timeout": {"5s", "6s"},
-		"max-header-bytes": {"2000", "3000"}, "max-sessions": {"1", "2"}, "max-waiting": {"3", "4"},
+		"max-header-bytes": {"2000", "3000"}, "max-header-fields": {"200", "300"}, "max-sessions": {"1", "2"}, "max-waiting": {"3", "4"},
 		"peer-timeout": {"5s", "6s"}, "idle-timeout": {"7s", "8s"}, "move-rate": {"5", "6"}, "move-settle": {"9s", "10s"}, "drain-delay": {"1s", "2s"}, "drain-time": {"3s", "4s"},
 		"log-format": {"json", "text"}, "log-level": {"DEBUG", "WARN"},
 	}

@@ -160,6 +160,9 @@ func (a *arrival) hear() {
 // answer makes the session, if data begins with a 101 that can be passed on.
 func (a *arrival) answer(data []byte) bool {
 	p := a.express.proxy
+	if !smallAnswer(data) {
+		return false
+	}
 	rest := bytes.NewReader(data)
 	br := p.reader(rest)
 	defer p.readers.Put(br)

@@ -208,6 +208,9 @@ func (x *express) admit(fd int32, peer syscall.Sockaddr) {
 // upgrade returns the request at the beginning of data and how long it is, or nil
 // if it is not plain: what net/http's server would do with it is net/http's.
 func (x *express) upgrade(data []byte) (*http.Request, int) {
+	if smallHead(data) == 0 {
+		return nil, 0
+	}
 	rest := bytes.NewReader(data)
 	br := x.proxy.reader(rest)
 	defer x.proxy.readers.Put(br)
@@ -217,6 +220,44 @@ func (x *express) upgrade(data []byte) (*http.Request, int) {
 		return nil, 0
 	}
 	return r, size
+}
+
+// A head on the short way has at most so many bytes, and so many lines and commas:
+// it is read on the goroutine that carries sessions, which wait meanwhile.
+const (
+	smallBytes = 4 << 10
+	smallParts = 64
+)
+
+// smallHead returns how long the head at the beginning of data is; 0 if it is not
+// whole or not small.
+func smallHead(data []byte) int {
+	data = data[:min(len(data), smallBytes)]
+	end := bytes.Index(data, []byte("\r\n\r\n"))
+	if end < 0 {
+		return 0
+	}
+	head := data[:end+len("\r\n\r\n")]
+	if bytes.Count(head, []byte("\n"))+bytes.Count(head, []byte(",")) > smallParts {
+		return 0
+	}
+	return len(head)
+}
+
+// smallAnswer reports whether the heads of a backend's answer, interim ones and the
+// last, are small.
+func smallAnswer(data []byte) bool {
+	for range maxInterim {
+		size := smallHead(data)
+		if size == 0 {
+			return false
+		}
+		if !bytes.HasPrefix(data, []byte("HTTP/1.1 1")) || bytes.HasPrefix(data, []byte("HTTP/1.1 101")) {
+			return true
+		}
+		data = data[size:]
+	}
+	return false
 }
 
 // isPlain reports whether there is nothing in the request that net/http's server

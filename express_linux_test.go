@@ -5,6 +5,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"fmt"
 	"io"
 	"log/slog"
@@ -156,6 +157,46 @@ func TestExpressLeaves(t *testing.T) {
 			}
 			if n, asked, waiting := p.http.Load(), len(backend.heads()), p.underWay(); n != 1 || asked != tt.asked || waiting > 0 && tt.want == 101 {
 				t.Errorf("net/http had %d clients, the backend was asked %d times, and %d upgrades are under way; want 1, %d, 0", n, asked, waiting, tt.asked)
+			}
+		})
+	}
+}
+
+// The goroutines that carry sessions read only heads that cost them little, of
+// clients and of backends, whatever they are made of: all others are net/http's
+// before they are parsed.
+func TestExpressReadsSmallHeads(t *testing.T) {
+	plain := upgradeRequest("/ws/ns-01")
+	with := func(head string, fields string) string { return strings.Replace(head, "\r\n", "\r\n"+fields, 1) }
+	fill := func(head string) int { return smallParts - strings.Count(head, "\n") - strings.Count(head, ",") }
+	long := func(head string) int { return smallBytes - len(head) - len("X: \r\n") }
+	tests := map[string]struct {
+		send, answer string // "": as ever
+		other        bool   // net/http has it
+	}{
+		"fields":           {send: with(plain, strings.Repeat("X: a\r\n", fill(plain)))},
+		"more fields":      {send: with(plain, strings.Repeat("X: a\r\n", fill(plain)+1)), other: true},
+		"names":            {send: strings.Replace(plain, "keep-alive", "keep-alive"+strings.Repeat(",a", fill(plain)), 1)},
+		"more names":       {send: strings.Replace(plain, "keep-alive", "keep-alive"+strings.Repeat(",a", fill(plain)+1), 1), other: true},
+		"bytes":            {send: with(plain, "X: "+strings.Repeat("x", long(plain))+"\r\n")},
+		"more bytes":       {send: with(plain, "X: "+strings.Repeat("x", long(plain)+1)+"\r\n"), other: true},
+		"early bytes":      {send: plain + strings.Repeat(",\n", smallParts)},
+		"answered":         {answer: with(switching, strings.Repeat("X: a\r\n", fill(switching)))},
+		"answered more":    {answer: with(switching, strings.Repeat("X: a\r\n", fill(switching)+1)), other: true},
+		"answered long":    {answer: with(switching, "X: "+strings.Repeat("x", long(switching)+1)+"\r\n"), other: true},
+		"greeting":         {answer: switching + strings.Repeat(",\n", smallParts)},
+		"hints":            {answer: "HTTP/1.1 103 Early Hints\r\n\r\n" + switching},
+		"long hints":       {answer: "HTTP/1.1 103 Early Hints\r\n" + strings.Repeat("X: a\r\n", smallParts) + "\r\n" + switching, other: true},
+		"long after hints": {answer: "HTTP/1.1 103 Early Hints\r\n\r\n" + with(switching, strings.Repeat("X: a\r\n", smallParts)), other: true},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			backend := startStub(t, "127.0.0.1:0", answer(cmp.Or(tt.answer, switching)))
+			p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
+			_, _, resp := p.ask(t, cmp.Or(tt.send, plain))
+			if had := p.http.Load() > 0; resp.StatusCode != http.StatusSwitchingProtocols || had != tt.other {
+				t.Errorf("answer %s, and net/http had it: %v; want 101, %v", resp.Status, had, tt.other)
 			}
 		})
 	}
@@ -351,7 +392,7 @@ func FuzzExpress(f *testing.F) {
 	} {
 		f.Add([]byte(request))
 	}
-	x := &express{proxy: &proxy{limits: limits{headerBytes: 4 << 10}}}
+	x := &express{proxy: &proxy{limits: limits{headerBytes: 4 << 10, headerLines: 100}}}
 	f.Fuzz(func(t *testing.T, data []byte) {
 		got, size := x.upgrade(data)
 		if got == nil {

@@ -23,6 +23,7 @@ type limits struct {
 	handshake   time.Duration // how long the backend has to answer, and the client to take the answer
 	headerTime  time.Duration // how long a client has to send its request's head
 	headerBytes int           // of a request's or an answer's head
+	headerLines int           // fields of a request's head
 	sessions    int           // open at once
 	waiting     int           // upgrades under way at once
 }
@@ -145,6 +146,9 @@ var errMisdirected = errors.New("what answers at its address is another backend"
 // admit checks an upgrade request, and returns its namespace, and what owner does. It
 // takes a place of the owner's, which the caller gives back, or handOver.
 func (p *proxy) admit(r *http.Request) (namespace string, owner int, table string, no *refusal) {
+	if n := countFields(r.Header); n > p.limits.headerLines {
+		return "", 0, "", refuse(resultBadHead, "%d header fields, want at most %d", n, p.limits.headerLines)
+	}
 	if namespace, no = p.namespace(r); no == nil {
 		no = checkUpgrade(r)
 	}

@@ -146,7 +146,7 @@ func startProxy(t testing.TB, addrs []string, data map[string]string, change fun
 	router.swapped = func() { mover.check(); b.holds.askAgain() }
 	p := &proxy{
 		router: router, backends: b, relay: relay, moves: mover, pod: "router-x", namespace: pathNamespace, log: log,
-		limits: limits{hold: patience, handshake: patience, headerTime: patience, headerBytes: 8 << 10, sessions: 1000, waiting: 1000},
+		limits: limits{hold: patience, handshake: patience, headerTime: patience, headerBytes: 8 << 10, headerLines: 100, sessions: 1000, waiting: 1000},
 	}
 	if data != nil {
 		router.update(entries{source: "test", version: "41", data: pack(data)})
@@ -634,5 +634,47 @@ func TestProxyLogsShortLines(t *testing.T) {
 				t.Errorf("status %d and a line of %d bytes, want 502 and 1 to 3000", resp.StatusCode, log.Len())
 			}
 		})
+	}
+}
+
+// A head has at most so many fields, however it comes and whatever they are.
+func TestProxyBoundsFields(t *testing.T) {
+	backend := startStub(t, "127.0.0.1:0", echo)
+	most := 20
+	p := startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) { p.limits.headerLines = most })
+	plain := upgradeRequest("/ws/ns-01")
+	room := most - (strings.Count(plain, "\n") - 2)
+	for name, field := range map[string]string{"one name": "X-A: a\r\n", "names": "X-%d: a\r\n", "no values": "X-%d:\r\n", "hosts": "X-Host-%d: h\r\n"} {
+		for _, more := range []int{0, 1} {
+			var fields strings.Builder
+			for i := range room + more {
+				if strings.Contains(field, "%d") {
+					fmt.Fprintf(&fields, field, i)
+				} else {
+					fields.WriteString(field)
+				}
+			}
+			request := strings.Replace(plain, "Origin", fields.String()+"Origin", 1)
+			for _, at := range []int{0, 40} {
+				conn, err := net.Dial("tcp", p.addr)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer conn.Close()
+				had := p.http.Load()
+				mustWrite(t, conn, request[:at])
+				for end := time.Now().Add(100 * time.Millisecond); at > 0 && p.http.Load() == had && time.Now().Before(end); {
+					<-time.After(time.Millisecond)
+				}
+				mustWrite(t, conn, request[at:])
+				mustAnswer(t, conn, []int{http.StatusSwitchingProtocols, http.StatusRequestHeaderFieldsTooLarge}[more])
+				if t.Failed() {
+					t.Fatalf("%s: %d fields from byte %d on", name, most+more, at)
+				}
+			}
+		}
+	}
+	if asked, bad := len(backend.heads()), p.results[resultBadHead].Load(); asked != 8 || bad != 8 {
+		t.Errorf("the backend was asked %d times and %d heads were bad, want 8, 8", asked, bad)
 	}
 }

@@ -14,7 +14,7 @@ type result int
 const (
 	resultOK             result = iota
 	resultBadRequest            // 400
-	resultBadHead               // 431 or closed by net/http: too long, too slow, malformed
+	resultBadHead               // 431: too many fields; or by net/http, or closed by that: too long, too slow, malformed
 	resultNotFound              // 404
 	resultNotUpgrade            // 426
 	resultNoTable               // 503
@@ -42,6 +42,8 @@ func (r result) status() int {
 	switch r {
 	case resultBadRequest:
 		return http.StatusBadRequest
+	case resultBadHead:
+		return http.StatusRequestHeaderFieldsTooLarge
 	case resultNotFound:
 		return http.StatusNotFound
 	case resultNotUpgrade:

@@ -129,13 +129,19 @@ func dropHopByHop(h http.Header) {
 	maps.DeleteFunc(h, func(name string, _ []string) bool { return endsHere(name, named) })
 }
 
-// namedByConnection returns the fields that Connection names, but for Upgrade.
-func namedByConnection(h http.Header) (names []string) {
+// namedByConnection returns the fields that Connection names, by canonical name, but
+// for those that end here anyway.
+func namedByConnection(h http.Header) (names map[string]bool) {
 	for _, value := range h["Connection"] {
 		for name := range strings.SplitSeq(value, ",") {
-			if name = textproto.TrimString(name); !strings.EqualFold(name, "Upgrade") {
-				names = append(names, http.CanonicalHeaderKey(name))
+			name = textproto.TrimString(name)
+			if name == "" || strings.EqualFold(name, "Upgrade") || strings.EqualFold(name, "Keep-Alive") {
+				continue
 			}
+			if names == nil {
+				names = map[string]bool{}
+			}
+			names[http.CanonicalHeaderKey(name)] = true
 		}
 	}
 	return names
@@ -144,12 +150,21 @@ func namedByConnection(h http.Header) (names []string) {
 // endsHere reports whether the field, which has its canonical name, is not to go
 // on: those that Connection names and those of RFC 9110 §7.6.1 are of one
 // connection only.
-func endsHere(name string, named []string) bool {
+func endsHere(name string, named map[string]bool) bool {
 	switch name {
 	case "Connection", "Keep-Alive", "Proxy-Connection", "Te", "Transfer-Encoding", "Upgrade":
 		return true
 	}
-	return slices.Contains(named, name)
+	return named[name]
+}
+
+// countFields returns how many lines the header has. Host is not in it, and is one.
+func countFields(h http.Header) int {
+	count := 1
+	for _, values := range h {
+		count += len(values)
+	}
+	return count
 }
 
 // isRouters reports whether the field says what only the router says. CGI
@@ -194,10 +209,10 @@ func requestHead(r *http.Request, peer, pod, table, backend string) []byte {
 	}
 	proto, host := "http", r.Host // unless somebody before us has said it, for all who come after
 	named := namedByConnection(r.Header)
-	if before := r.Header.Get("X-Forwarded-Proto"); before != "" && !slices.Contains(named, "X-Forwarded-Proto") {
+	if before := r.Header.Get("X-Forwarded-Proto"); before != "" && !named["X-Forwarded-Proto"] {
 		proto = before
 	}
-	if before := r.Header.Get("X-Forwarded-Host"); before != "" && !slices.Contains(named, "X-Forwarded-Host") {
+	if before := r.Header.Get("X-Forwarded-Host"); before != "" && !named["X-Forwarded-Host"] {
 		host = before
 	}
 	head = appendField(head, "X-Forwarded-Proto", proto)
@@ -225,7 +240,7 @@ func appendUpgrade(head []byte) []byte {
 // them, and are not left out.
 // Sec-WebSocket-* is spelled as RFC 6455 does: net/http has Sec-Websocket-*,
 // which is the same to HTTP (RFC 9110 §5.1) but not to every WebSocket program.
-func appendFields(head []byte, h http.Header, named []string, out func(name string) bool) []byte {
+func appendFields(head []byte, h http.Header, named map[string]bool, out func(name string) bool) []byte {
 	for name, values := range h {
 		if endsHere(name, named) || out(name) {
 			continue
