@@ -109,25 +109,26 @@ func titles(sources []entries) string {
 
 // compare says what next would do to the sessions.
 func (a *admin) compare(now, next *table) *plan {
-	moves := map[plannedMove]int{}
-	a.proxy.relay.where(func(s *session) bool {
-		if owner, ok := next.owner(s.namespace); ok && owner != s.backend {
-			moves[plannedMove{Namespace: s.namespace, From: next.name(s.backend), To: next.name(owner)}]++
-		}
-		return false
-	})
 	p := &plan{Table: now.version, Backends: next.backends.count, Moves: []plannedMove{}}
-	names := map[string]bool{}
-	for move, sessions := range moves {
-		p.Sessions += sessions
-		names[move.Namespace] = true
-		move.Sessions = sessions
-		p.Moves = append(p.Moves, move)
-	}
-	p.Namespaces = len(names)
-	slices.SortFunc(p.Moves, func(a, b plannedMove) int {
-		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.From, b.From))
+	moving := a.proxy.relay.where(func(s *session) bool {
+		owner, ok := next.owner(s.namespace)
+		return ok && owner != s.backend
 	})
+	p.Sessions = len(moving)
+	slices.SortFunc(moving, func(a, b *session) int {
+		return cmp.Or(cmp.Compare(a.namespace, b.namespace), cmp.Compare(a.backend, b.backend))
+	})
+	for i, s := range moving {
+		if i > 0 && s.namespace == moving[i-1].namespace && s.backend == moving[i-1].backend {
+			p.Moves[len(p.Moves)-1].Sessions++
+			continue
+		}
+		if i == 0 || s.namespace != moving[i-1].namespace {
+			p.Namespaces++
+		}
+		owner, _ := next.owner(s.namespace)
+		p.Moves = append(p.Moves, plannedMove{Namespace: s.namespace, From: next.name(s.backend), To: next.name(owner), Sessions: 1})
+	}
 	p.Seconds = float64(p.Sessions) * a.proxy.moves.pace.interval.Seconds()
 	for i := range next.sources {
 		for bad := range next.rejections(i) {

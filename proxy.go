@@ -317,8 +317,10 @@ func (p *proxy) hijack(w http.ResponseWriter, head []byte) (net.Conn, []byte, er
 
 // handOver has carry give s to the relay, which from here on is the only one to
 // touch its sockets. A table that was swapped since s's owner was asked may have
-// given it another one: the relay knows s before the table is read again, so
-// either this check sees the new table or the swap's own check sees s.
+// given it another one. The relay knows s before the table is read again here, and
+// the mover takes its snapshot of the sessions after the swap. The relay's lock puts
+// these two in order: when s comes first, the snapshot has s; when the snapshot
+// comes first, this check sees the new table.
 func (p *proxy) handOver(s *session, carry func()) {
 	p.waiting.leave(s.backend) // before, or the limit of sessions would count it twice
 	carry()

@@ -201,19 +201,43 @@ func (s *session) blame(why cause) bool { return s.why.CompareAndSwap(int32(caus
 // ending reports whether the session ends or has ended.
 func (s *session) ending() bool { return cause(s.why.Load()) != causeNone }
 
-// where returns the sessions for which match is true. match must be quick: no
-// session starts or ends meanwhile.
+// where returns the sessions, of those that are open at one moment of the call, for
+// which match is true. match is called without the relay's lock, so that sessions
+// start and end meanwhile: the caller may get some that have ended.
 func (r *relay) where(match func(*session) bool) []*session {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	var found []*session
-	for _, s := range r.sessions {
+	all, _ := r.snapshot()
+	found := all[:0]
+	for _, s := range all {
 		if match(s) {
 			found = append(found, s)
 		}
 	}
+	clear(all[len(found):])
 	return found
 }
+
+// snapshot returns the open sessions, and how many bytes those carried that have
+// ended, at one moment. It holds the lock for a copy of 8 bytes a session: no more
+// than that may be done under it, as sessions start and end on the goroutines that
+// carry all the others. The caller owns the slice.
+func (r *relay) snapshot() (open []*session, ended [2]int64) {
+	for {
+		room := r.size() + snapshotRoom // the memory is made, and cleared, without the lock
+		open = make([]*session, 0, room)
+		r.mu.Lock()
+		n := len(r.sessions)
+		if n <= room {
+			open, ended = append(open, r.sessions...), r.bytesOf
+		}
+		r.mu.Unlock()
+		if n <= room {
+			return open, ended
+		}
+	}
+}
+
+// snapshotRoom is how many sessions may start while a snapshot makes its memory.
+const snapshotRoom = 256
 
 // size returns how many sessions there are.
 func (r *relay) size() int {
@@ -230,12 +254,11 @@ func (r *relay) counts() map[int]backendCount {
 }
 
 // bytes returns how many bytes were carried in all, of open sessions too, by
-// the side they came from.
+// the side they came from. A session that ends meanwhile counts once, as one that
+// was open.
 func (r *relay) bytes() [2]int64 {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	sum := r.bytesOf
-	for _, s := range r.sessions {
+	open, sum := r.snapshot()
+	for _, s := range open {
 		n := s.bytes()
 		sum[client] += n[client]
 		sum[server] += n[server]

@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"runtime/debug"
 	"slices"
+	"sync"
 	"testing"
 	"time"
 )
@@ -113,6 +114,68 @@ func wantScanTime(t *testing.T, r *relay, m *mover) {
 		if took[0] > tt.most { // the best: other programs' part in the cache is in all
 			t.Errorf("%s: a scan takes %s of processor time, want %s at most", name, took[0], tt.most)
 		}
+	}
+}
+
+// Nothing is computed under the relay's lock: sessions start and end while others
+// are matched. Each of those that were there at one moment is matched once.
+func TestRelayScanHoldsNoLock(t *testing.T) {
+	r := newRelay(func(int) string { return "backend-0" }, slog.New(slog.DiscardHandler))
+	var all []*session
+	for range 10 {
+		all = append(all, &session{})
+		r.add(all[len(all)-1])
+	}
+	matched := map[*session]int{}
+	found := r.where(func(s *session) bool {
+		if !r.mu.TryLock() {
+			t.Fatal("match is called with the relay's lock held")
+		}
+		r.mu.Unlock()
+		if len(matched) == 0 { // the last takes the place of the first
+			r.remove(all[0], [2]int64{})
+			r.add(&session{})
+		}
+		matched[s]++
+		return s == all[0] || s == all[9]
+	})
+	for i, s := range all {
+		if matched[s] != 1 {
+			t.Errorf("session %d was matched %d times, want once", i, matched[s])
+		}
+	}
+	if len(matched) != len(all) || !slices.Equal(found, []*session{all[0], all[9]}) {
+		t.Errorf("%d were matched, %d found; want the 10 that were there and the 2 that match", len(matched), len(found))
+	}
+}
+
+// The sum of the bytes is right at every time while sessions end: each of them
+// counts once, as open or as ended.
+func TestRelayBytesWhileSessionsEnd(t *testing.T) {
+	r := newRelay(func(int) string { return "backend-0" }, slog.New(slog.DiscardHandler))
+	const sessions, each = 5000, 1000
+	all := make([]*session, sessions)
+	for i := range all {
+		all[i] = &session{}
+		all[i].count[client].Store(each)
+		all[i].count[server].Store(2 * each)
+		r.add(all[i])
+	}
+	var ending sync.WaitGroup
+	ending.Go(func() {
+		for _, s := range all {
+			r.remove(s, s.bytes())
+		}
+	})
+	want := [2]int64{sessions * each, 2 * sessions * each}
+	for open := sessions; open > 0; open = r.size() {
+		if got := r.bytes(); got != want {
+			t.Errorf("bytes = %d with about %d sessions open, want %d", got, open, want)
+		}
+	}
+	ending.Wait()
+	if got := r.bytes(); got != want {
+		t.Errorf("bytes = %d at the end, want %d", got, want)
 	}
 }
 
