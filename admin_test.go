@@ -138,7 +138,7 @@ func TestOwnerAnswers(t *testing.T) {
 	// Only a first table refuses: it does not know where the namespace was.
 	b, updateFirst := adminOf(t, up.Addr().String(), gone)
 	updateFirst(entries{version: "1", data: pack(map[string]string{"refused": "backend-9"})})
-	hashed := hashedTo(t, "free", 0, 2)
+	hashed, dots := hashedTo(t, "free", 0, 2), hashedTo(t, "..free", 0, 2)
 	address, stamp := up.Addr().String(), a.proxy.router.table().stamp
 	tests := map[string]struct {
 		admin     *admin
@@ -152,7 +152,9 @@ func TestOwnerAnswers(t *testing.T) {
 			`","ready":false,"error":"dial tcp ` + gone + `: connect: connection refused","table":"41","stamp":"` + stamp + `"}`},
 		"kept": {a, "kept", 200, `{"namespace":"kept","owner":"backend-0","why":"kept","address":"` + address +
 			`","ready":true,"table":"41","stamp":"` + stamp + `","rejected":[{"source":"","value":"bakend-0","want":"backend-0 to backend-1","kept":"backend-0"}]}`},
-		"refused":       {b, "refused", 200, `{"namespace":"refused","why":"refused","ready":false,"table":"1","stamp":"` + b.proxy.router.table().stamp + `","rejected":[{"source":"","value":"backend-9","want":"backend-0 to backend-1","kept":"refused"}]}`},
+		"refused": {b, "refused", 200, `{"namespace":"refused","why":"refused","ready":false,"table":"1","stamp":"` + b.proxy.router.table().stamp + `","rejected":[{"source":"","value":"backend-9","want":"backend-0 to backend-1","kept":"refused"}]}`},
+		"two dots": {a, dots, 200, `{"namespace":"` + dots + `","owner":"backend-0","why":"hash","address":"` + address +
+			`","ready":true,"note":"it can have no override: no key of a ConfigMap begins with two dots","table":"41","stamp":"` + stamp + `"}`},
 		"bad namespace": {a, "a/b", 400, `{"error":"/owner?namespace= is \"a/b\", want ` + jsonText(t, namespaceFault("a/b")) + `"}`},
 		"no namespace":  {a, "", 400, `{"error":"/owner?namespace= is \"\", want ` + jsonText(t, namespaceFault("")) + `"}`},
 	}

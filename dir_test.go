@@ -98,6 +98,10 @@ func TestDirectoryFollowsFiles(t *testing.T) {
 	}
 	d.remove(t, "ns-02")
 	d.want(t, map[string]string{"ns-01": "backend-10"})
+	d.write(t, ".ns", "backend-1")
+	d.write(t, "..ns", "backend-1") // no key of a ConfigMap
+	d.want(t, map[string]string{"ns-01": "backend-10", ".ns": "backend-1"})
+	d.remove(t, ".ns")
 	d.remove(t, "ns-01")
 	d.write(t, "ns-02", "backend-2")
 	d.write(t, "ns-01", "  backend-1")

@@ -292,10 +292,55 @@ func TestRunDrainsOnFailure(t *testing.T) {
 	}
 }
 
+// With -namespace-from=host, a key that no host name can have is rejected, and /owner
+// says of each name what its clients find.
 func TestRunNamespaceFromHost(t *testing.T) {
-	r := startRouter(t, "-backends", echoBackends(t, 2), "-overrides", t.TempDir(), "-namespace-from", "host")
-	r.log.wait(t, "table", 1)
-	config, err := websocket.NewConfig("ws://NS-01.mydomain.com/any/path", "http://origin.example/")
+	tenant, dotted := hashedTo(t, "tenant", 0, 2), hashedTo(t, "dotted", 0, 2)
+	upper := strings.ToUpper(tenant)
+	dir := overridesDir(t, map[string]string{"ns-01": "backend-1", "under_score": "backend-1", upper: "backend-1", dotted + ".name": "backend-1",
+		strings.Repeat("a", 64): "backend-1"})
+	r := startRouter(t, "-backends", echoBackends(t, 2), "-overrides", dir, "-namespace-from", "host")
+	line := r.log.wait(t, "table", 1)
+	if line["rejected"] != 3.0 || line["overrides"] != 2.0 {
+		t.Errorf("%v, want 3 entries rejected", line)
+	}
+	bad := r.log.wait(t, "entry rejected", 3)
+	if bad["want"] != labelFault("") || bad["kept"] != "nothing" {
+		t.Errorf("%v", bad)
+	}
+	waitMetrics(t, r, map[string]float64{`router_table_rejected_entries{object="directory ` + dir + `"}`: 3})
+	for i, one := range []struct{ host, asked, namespace, owner, why string }{
+		{"NS-01.mydomain.com", "NS-01", "ns-01", "backend-1", "override"},
+		{upper + ".mydomain.com", upper, tenant, "backend-0", "hash"},
+		{dotted + ".name.mydomain.com", dotted, dotted, "backend-0", "hash"},
+		{"under_score.mydomain.com", "under_score", "under_score", "backend-1", "override"},
+	} {
+		r.sayToHost(t, one.host)
+		if ended := r.log.wait(t, "session ended", i+1); ended["namespace"] != one.namespace || ended["backend"] != one.owner {
+			t.Errorf("%s: %v, want it of %s with %s", one.host, ended, one.namespace, one.owner)
+		}
+		status, body := r.get(t, "/owner?namespace="+one.asked)
+		var o ownership
+		if err := json.Unmarshal([]byte(body), &o); err != nil || status != 200 || o.Namespace != one.namespace || o.Owner != one.owner || o.Why != one.why {
+			t.Errorf("/owner of %s is %d %s, want %s with %s", one.asked, status, body, one.namespace, one.owner)
+		}
+		if one.asked == upper && (len(o.Rejected) != 1 || o.Rejected[0].Key != upper || o.Rejected[0].Want != labelFault("")) {
+			t.Errorf("/owner of %s is %s, want the key that is rejected", one.asked, body)
+		}
+	}
+	for _, namespace := range []string{dotted + ".name", strings.Repeat("a", 64), ".."} {
+		status, body := r.get(t, "/owner?namespace="+namespace)
+		var no struct{ Error string }
+		if err := json.Unmarshal([]byte(body), &no); err != nil || status != 400 || !strings.HasSuffix(no.Error, ", want "+labelFault(namespace)) {
+			t.Errorf("/owner of %s is %d %s, want 400 with %s", namespace, status, body, labelFault(namespace))
+		}
+	}
+}
+
+// sayToHost opens a session by the host's name, and ends it.
+func (r *runningRouter) sayToHost(t *testing.T, host string) {
+	t.Helper()
+	config, err := websocket.NewConfig("ws://"+host+"/any/path", "http://origin.example/")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -311,9 +356,6 @@ func TestRunNamespaceFromHost(t *testing.T) {
 	}
 	sayAndHear(t, ws, "hello")
 	ws.Close()
-	if got := r.log.wait(t, "session ended", 1)["namespace"]; got != "ns-01" {
-		t.Errorf("the session's namespace is %v, want ns-01", got)
-	}
 }
 
 // listenLocal listens on any port until the test ends.

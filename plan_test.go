@@ -117,6 +117,7 @@ func TestCommands(t *testing.T) {
 	defer s.Close()
 	admin := "-admin=" + s.URL
 	folder := overridesDir(t, map[string]string{"a": "backend-2\n", "bad": "bakend-2"})
+	hosts := overridesDir(t, map[string]string{"NS": "backend-2"})
 	file := filepath.Join(t.TempDir(), "map.json")
 	object := `{"kind":"ConfigMap","metadata":{"name":"overwriting"},"data":{"a":"backend-2","late":"backend-1","x":"no"}}`
 	if err := os.WriteFile(file, []byte(object), 0o600); err != nil {
@@ -141,9 +142,16 @@ func TestCommands(t *testing.T) {
 		"owner offline": {[]string{"owner", "-replicas", "4", "-overrides", folder, "a", "free", "bad"}, 0, "a     backend-2  override\nfree  " + hashed + "  hash\nbad              refused\n" +
 			"      rejected \"bakend-2\" of directory " + folder + ", want backend-0 to backend-3\n"},
 		"owner offline, bad name": {[]string{"owner", "-replicas", "4", ""}, 2, `"", want ` + namespaceFault("") + "\n"},
-		"owner of no backends":    {[]string{"owner", "-overrides", folder, "a"}, 2, "-replicas 0, want 1 to 10000\n"},
-		"owner, no folder":        {[]string{"owner", "-replicas", "1", "-overrides", "/nowhere", "a"}, 1, "-overrides: open /nowhere: no such file or directory\n"},
-		"no URL":                  {[]string{"owner", "-admin", ":", "a"}, 2, "-admin: parse \":/owner?namespace=a\": missing protocol scheme\n"},
+		"owner offline, of hosts": {[]string{"owner", "-replicas", "4", "-overrides", hosts, "-namespace-from", "host", "Ns", "free"}, 0,
+			"Ns    " + backendName("backend", bucket("ns", 4)) + "  hash\n      rejected \"backend-2\" of directory " + hosts + " NS, want " + labelFault("") +
+				"\nfree  " + hashed + "  hash\n"},
+		"owner offline, no host":    {[]string{"owner", "-replicas", "4", "-namespace-from", "host", "a.b"}, 2, `"a.b", want ` + labelFault("a.b") + "\n"},
+		"owner offline, from where": {[]string{"owner", "-replicas", "4", "-namespace-from", "header", "a"}, 2, "-namespace-from \"header\", want path or host\n"},
+		"owner of two dots": {[]string{"owner", "-replicas", "1", "..foo"}, 0,
+			"..foo  backend-0  hash\n       it can have no override: no key of a ConfigMap begins with two dots\n"},
+		"owner of no backends": {[]string{"owner", "-overrides", folder, "a"}, 2, "-replicas 0, want 1 to 10000\n"},
+		"owner, no folder":     {[]string{"owner", "-replicas", "1", "-overrides", "/nowhere", "a"}, 1, "-overrides: open /nowhere: no such file or directory\n"},
+		"no URL":               {[]string{"owner", "-admin", ":", "a"}, 2, "-admin: parse \":/owner?namespace=a\": missing protocol scheme\n"},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
