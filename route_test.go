@@ -224,6 +224,11 @@ func TestStamp(t *testing.T) {
 			t.Errorf("the stamp of %+v is %s, want %s", other.sources, other.stamp, same.stamp)
 		}
 	}
+	host := &table{statefulSet: "backend", host: true, backends: ordinals{0, 4}}
+	host.fill([]entries{{data: pack(pairs("a=backend-1 A=backend-2 b=backend-2 b.c=backend-3 D=junk"))}}, nil)
+	if host.stamp != same.stamp || host.rejected[0] != 3 {
+		t.Errorf("with keys that no host name has the stamp is %s, want %s; %d rejected", host.stamp, same.stamp, host.rejected[0])
+	}
 	all := map[string]bool{same.stamp: true}
 	byHash := backendName("backend", bucket("c", 4))
 	others := []*table{

@@ -20,7 +20,7 @@ import (
 
 // TestEvents applies a ConfigMap with a bad entry, where no policy refuses it:
 // `kubectl describe` tells what came of it, once although there are several
-// routers, and traffic stays where it was.
+// routers, and traffic stays where it was. An annotation is told by none.
 func TestEvents(t *testing.T) {
 	const overridden, hashed, good = prefix + "event-overridden", prefix + "event-hashed", prefix + "event-good"
 	s := newSystem(t)
@@ -39,7 +39,13 @@ func TestEvents(t *testing.T) {
 	s.mustLand(hashed, byHash)
 	s.mustLand(good, elsewhere)
 	s.goOn(sessions, 2)
+	untold := []string{s.annotate("router-test/seen=yes"), s.annotate("router-test/seen-")}
 	s.applyTold(map[string]string{overridden: byOverride, good: s.other(elsewhere)}, "0 overrides added, 1 changed, 0 removed", "")
+	for _, version := range untold { // what came later was written by all
+		if told := s.told(version); len(told) > 0 {
+			t.Errorf("another annotation has Events: %v", told)
+		}
+	}
 	s.applyTold(nil, "0 overrides added, 0 changed, 2 removed", "")
 	s.goOn(sessions[1:], 1)
 }
@@ -82,6 +88,21 @@ func (s *system) applyTold(data map[string]string, did, warning string) {
 			s.t.Errorf("kubectl describe does not show %s, but\n%s", line, described)
 		}
 	}
+}
+
+// annotate gives the ConfigMap another annotation, or takes one away, which is a
+// version that all routers' tables say and no swap.
+func (s *system) annotate(annotation string) (version string) {
+	s.t.Helper()
+	const swaps = "router_table_swaps_total"
+	routers := s.routers(s.t.Context())
+	before := s.mustSum(routers, swaps)
+	version = s.mustKubectl("", "annotate", "configmap", configMap, annotation, "--output=jsonpath={.metadata.resourceVersion}")
+	s.awaitTable(s.t.Context(), version)
+	if after := s.mustSum(routers, swaps); after != before {
+		s.t.Errorf("%s is %v after the annotation %s, want %v", swaps, after, annotation, before)
+	}
+	return version
 }
 
 // told are the Events about this version of the ConfigMap, but for those of moves:
