@@ -71,7 +71,7 @@ func (a *arrival) arrive() {
 		a.closeBoth()
 		return
 	}
-	a.head = data
+	a.head = afterEmptyLines(data)
 	if !a.check() || !a.dial() {
 		a.toHTTP(nil)
 	}

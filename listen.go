@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -302,13 +303,26 @@ func (c *frontConn) RemoteAddr() net.Addr {
 	return c.Conn.RemoteAddr()
 }
 
+// Read leaves out the empty lines before the first request.
 func (c *frontConn) Read(b []byte) (int, error) {
-	n, err := c.Conn.Read(b)
-	if n > 0 && !c.began.Load() {
-		c.began.Store(true)
+	for {
+		n, err := c.Conn.Read(b)
+		if n == 0 || c.began.Load() {
+			return n, err
+		}
+		if rest := afterEmptyLines(b[:n]); len(rest) > 0 {
+			c.began.Store(true)
+			return copy(b, rest), err
+		}
+		if err != nil {
+			return 0, err
+		}
 	}
-	return n, err
 }
+
+// afterEmptyLines returns data without the empty lines that it begins with: a server
+// should not mind at least one before a request (RFC 9112 §2.2).
+func afterEmptyLines(data []byte) []byte { return bytes.TrimLeft(data, "\r\n") }
 
 func (c *frontConn) Close() error {
 	if c.began.Load() && !c.read.Swap(true) {

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
 	"net"
 	"net/http"
 	"slices"
@@ -235,7 +234,11 @@ func (p *proxy) connect(w http.ResponseWriter, r *http.Request, s *session, back
 	if p.moves.misplaced(s) {
 		return resultBadGateway, errMoved
 	}
-	client, fromClient, err := p.hijack(w, switchingHead(resp))
+	head := switchingHead(resp)
+	if expectsContinue(r) {
+		head = append([]byte("HTTP/1.1 100 Continue\r\n\r\n"), head...)
+	}
+	client, fromClient, err := p.hijack(w, head)
 	if err != nil {
 		return resultClientGone, err
 	}
@@ -275,20 +278,25 @@ func (p *proxy) broken(client context.Context, backend int, err error) (result, 
 }
 
 // pass gives the client the backend's answer as it is: status, headers, body.
-// The body has as long as the head had.
+// The body has as long as the head had. One that is cut off is passed on as far as it
+// came, after its status.
 func (p *proxy) pass(w http.ResponseWriter, resp *http.Response, server net.Conn) (result, error) {
 	deadline := time.Now().Add(p.limits.handshake)
 	server.SetDeadline(deadline)
 	http.NewResponseController(w).SetWriteDeadline(deadline)
 	upgrade := resp.Header["Upgrade"] // what a 426 is about (RFC 9110 §15.5.22)
 	dropHopByHop(resp.Header)
-	if resp.StatusCode == http.StatusUpgradeRequired {
-		resp.Header["Upgrade"] = upgrade
-	}
 	w.Header()["Content-Type"] = nil // keeps net/http from guessing one
-	maps.Copy(w.Header(), resp.Header)
+	for name, values := range resp.Header {
+		w.Header()[spelled(name)] = values
+	}
+	if resp.StatusCode == http.StatusUpgradeRequired && len(upgrade) > 0 {
+		w.Header()["Upgrade"] = upgrade
+		w.Header()["Connection"] = []string{"Upgrade"} // which names it (RFC 9110 §7.8)
+	}
 	w.WriteHeader(resp.StatusCode)
 	if _, err := io.Copy(w, resp.Body); err != nil {
+		http.NewResponseController(w).Flush()       // the status and what there is: all else is dropped
 		return resultAnswered, http.ErrAbortHandler // the client must not take half a body for a whole one
 	}
 	return resultAnswered, nil

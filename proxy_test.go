@@ -291,7 +291,6 @@ func TestProxyRefuses(t *testing.T) {
 		"body":                       {with("\r\n\r\n", "\r\nContent-Length: 2\r\n\r\nhi"), 400, resultBadRequest, "body"},
 		"chunked body":               {with("\r\n\r\n", "\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"), 400, resultBadRequest, "body"},
 		"HTTP/1.0":                   {with("HTTP/1.1", "HTTP/1.0"), 400, resultBadRequest, "HTTP/1.0"},
-		"two Upgrade":                {with("Upgrade: websocket\r\n", "Upgrade: websocket\r\nUpgrade: websocket\r\n"), 400, resultBadRequest, "2 Upgrade headers"},
 		"two Host":                   {with("Host: www.mydomain.com\r\n", "Host: a\r\nHost: b\r\n"), 400, resultBadHead, "Bad Request"},
 		"no Host":                    {with("Host: www.mydomain.com\r\n", ""), 400, resultBadHead, "Host"},
 		"head too long":              {with("\r\n\r\n", "\r\nX-Long: "+strings.Repeat("x", 20<<10)+"\r\n\r\n"), 431, resultBadHead, ""},
@@ -345,6 +344,7 @@ func TestProxyForwardsTheRequest(t *testing.T) {
 		"sec-websocket-version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Protocol: chat, superchat\r\n"+
 		"Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\nOrigin: https://other.example\r\nCookie: a=b\r\n"+
 		"X-Secret: hop\r\nX-Forwarded-For: 203.0.113.9\r\nX-Forwarded-Proto: https\r\n"+
+		"X-Real-IP: 203.0.113.66\r\nx_real_ip: 203.0.113.66\r\nForwarded: for=203.0.113.66\r\nForwarded: for=203.0.113.67;host=h\r\n"+
 		"X-Router-Pod: forged\r\nX-Router-Table: forged\r\nx_router_pod: forged\r\nX-Router-Backend: backend-7\r\nX_Router_Backend: backend-7\r\n\r\n")
 	if resp.StatusCode != 101 {
 		t.Fatalf("status %s, want 101", resp.Status)
@@ -404,7 +404,7 @@ func TestProxyPassesOtherAnswers(t *testing.T) {
 		"chunked":    {"HTTP/1.1 429 Too Many Requests\r\nTransfer-Encoding: chunked\r\nRetry-After: 7\r\n\r\n4\r\nslow\r\n0\r\n\r\n", "slow", 429, http.Header{"Retry-After": {"7"}}},
 		"until EOF":  {"HTTP/1.1 500 Oh\r\nContent-Type: text/x\r\nSet-Cookie: a=1\r\nSet-Cookie: b=2\r\n\r\n" + long, long, 500, http.Header{"Set-Cookie": {"a=1", "b=2"}}},
 		"redirect":   {"HTTP/1.1 302 Found\r\nLocation: /elsewhere\r\nContent-Length: 0\r\n\r\n", "", 302, http.Header{"Location": {"/elsewhere"}}},
-		"upgrade":    {"HTTP/1.1 426 Upgrade Required\r\nUpgrade: h9\r\nContent-Length: 0\r\n\r\n", "", 426, http.Header{"Upgrade": {"h9"}}},
+		"upgrade":    {"HTTP/1.1 426 Upgrade Required\r\nUpgrade: h9\r\nConnection: Upgrade, X\r\nX: y\r\nContent-Length: 0\r\n\r\n", "", 426, http.Header{"Upgrade": {"h9"}, "Connection": {"Upgrade"}, "X": nil}},
 		"no content": {"HTTP/1.1 204 No Content\r\n\r\n", "", 204, nil},
 		"interim":    {"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", "ok", 200, http.Header{"Link": nil}},
 	}
@@ -427,13 +427,143 @@ func TestProxyPassesOtherAnswers(t *testing.T) {
 	}
 }
 
-// Half a body must not look like a whole one.
+// Half a body must not look like a whole one, and has its status.
 func TestProxyPassesTruncation(t *testing.T) {
-	backend := startStub(t, "127.0.0.1:0", answer("HTTP/1.1 500 Oh\r\nTransfer-Encoding: chunked\r\n\r\n4000\r\n"+strings.Repeat("half", 0x1000)+"\r\n"))
+	for _, body := range []string{
+		"Transfer-Encoding: chunked\r\n\r\n4000\r\n" + strings.Repeat("half", 0x1000) + "\r\n",
+		"Transfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n", "Transfer-Encoding: chunked\r\n\r\n",
+		"Content-Length: 100\r\n\r\nhalf", "Content-Length: 100\r\n\r\n",
+	} {
+		for way, request := range bothWays("/ws/ns-01") {
+			backend := startStub(t, "127.0.0.1:0", answer("HTTP/1.1 401 Unauthorized\r\nX-Why: quota\r\n"+body))
+			p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
+			_, _, resp := p.ask(t, request)
+			got, err := io.ReadAll(resp.Body)
+			if resp.StatusCode != 401 || resp.Header.Get("X-Why") != "quota" || err == nil {
+				t.Errorf("%s, %.60q: status %s, %v, body %.10q, error %v; want 401 and an error", way, body, resp.Status, resp.Header, got, err)
+			}
+			if want := strings.Contains(body, "half"); want != strings.HasPrefix(string(got), "half") {
+				t.Errorf("%s, %.60q: body %.10q, want what came", way, body, got)
+			}
+		}
+	}
+}
+
+// rawAnswer sends the request in one part and returns what comes back, up to the first
+// empty line that ends other than a 100.
+func (p *testProxy) rawAnswer(t testing.TB, request string) (all string) {
+	t.Helper()
+	conn, err := net.Dial("tcp", p.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	mustWrite(t, conn, request)
+	conn.SetReadDeadline(time.Now().Add(patience))
+	for br := bufio.NewReader(conn); ; {
+		head, err := readHead(br)
+		if all += head; err != nil {
+			t.Fatalf("%q came, and %v", all, err)
+		}
+		if !strings.HasPrefix(head, "HTTP/1.1 100 ") {
+			return all
+		}
+	}
+}
+
+// Upgrades that look odd and are right have a 101 on both ways, and the backend gets a
+// plain one.
+func TestProxyTakesOddUpgrades(t *testing.T) {
+	const continues = "HTTP/1.1 100 Continue\r\n\r\n"
+	tests := map[string]struct{ old, new, before, answer string }{
+		"two Upgrade":       {"Upgrade: websocket", "Upgrade: h2c\r\nUpgrade: websocket", "", switching},
+		"the same Upgrade":  {"Upgrade: websocket", "Upgrade: websocket\r\nUpgrade: WebSocket", "", switching},
+		"a list of Upgrade": {"Upgrade: websocket", "Upgrade: h2c, websocket", "", switching},
+		"two Connection":    {"Connection: keep-alive, Upgrade", "Connection: keep-alive\r\nConnection: Upgrade", "", switching},
+		"empty line":        {"GET", "\r\nGET", "", switching},
+		"two empty lines":   {"GET", "\r\n\r\nGET", "", switching},
+		"expectation":       {"Origin", "Expect: 100-continue\r\nOrigin", continues, switching},
+		"a 100 of both":     {"Origin", "Expect: 100-Continue\r\nOrigin", continues, continues + switching},
+		"a 100 of one":      {"GET", "GET", "", continues + switching},
+	}
+	for name, tt := range tests {
+		for way, request := range bothWays("/ws/ns-01") {
+			t.Run(name+", "+way, func(t *testing.T) {
+				backend := startStub(t, "127.0.0.1:0", answer(tt.answer))
+				p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
+				all := p.rawAnswer(t, strings.Replace(request, tt.old, tt.new, 1))
+				head, ok := strings.CutPrefix(all, tt.before)
+				if !ok || !strings.HasPrefix(head, "HTTP/1.1 101 ") {
+					t.Errorf("%q came, want %q and a 101", all, tt.before)
+				}
+				if heads := backend.heads(); len(heads) != 1 || strings.Count(heads[0], "Upgrade: websocket\r\n") != 1 || strings.Contains(heads[0], "Expect") {
+					t.Errorf("the backend got %q, want one plain upgrade", heads)
+				}
+			})
+		}
+	}
+}
+
+// A first byte at a time is as good, and empty lines alone are no bad head.
+func TestProxyEmptyLinesInParts(t *testing.T) {
+	backend := startStub(t, "127.0.0.1:0", echo)
 	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
-	_, _, resp := p.ask(t, upgradeRequest("/ws/ns-01"))
-	if body, err := io.ReadAll(resp.Body); err == nil {
-		t.Errorf("body %q without an error", body)
+	for _, request := range []string{upgradeRequest("/ws/ns-01"), ""} {
+		conn, err := net.Dial("tcp", p.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		for _, part := range []string{"\r", "\n", "\r\n", request} {
+			mustWrite(t, conn, part)
+			<-time.After(10 * time.Millisecond) // that they are apart is likely, and not needed
+		}
+		if request != "" {
+			mustAnswer(t, conn, 101)
+			continue
+		}
+		conn.(*net.TCPConn).CloseWrite()
+		mustBreak(t, conn)
+	}
+	if n := p.results[resultBadHead].Load(); n != 0 {
+		t.Errorf("%d bad heads are counted, want 0", n)
+	}
+}
+
+// A 101 has no length (RFC 9110 §8.6), and what follows it is all the other protocol's.
+func TestProxySwitchesWithoutALength(t *testing.T) {
+	for _, field := range []string{"Content-Length: 0", "content-length: 5", "Transfer-Encoding: chunked"} {
+		for way, request := range bothWays("/ws/ns-01") {
+			backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
+				io.WriteString(conn, strings.Replace(switching, "\r\n\r\n", "\r\n"+field+"\r\n\r\nfirst ", 1))
+				io.Copy(conn, br)
+			})
+			p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
+			conn, br, resp := p.ask(t, request)
+			mustWrite(t, conn, "late")
+			got := make([]byte, len("first late"))
+			if _, err := io.ReadFull(br, got); err != nil || string(got) != "first late" {
+				t.Errorf("%s, %s: %q came after the 101, %v; want all", way, field, got, err)
+			}
+			if resp.StatusCode != 101 || resp.Header.Get("Content-Length") != "" || resp.TransferEncoding != nil {
+				t.Errorf("%s, %s: %s with %v, want a 101 without it", way, field, resp.Status, resp.Header)
+			}
+		}
+	}
+}
+
+// Fields are spelled to the client as to WebSocket programs, whatever the status is.
+func TestProxySpells(t *testing.T) {
+	backend := startStub(t, "127.0.0.1:0", answer("HTTP/1.1 426 Upgrade Required\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"+
+		"Sec-WebSocket-Version: 13\r\nContent-Length: 0\r\n\r\n"))
+	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
+	for way, request := range bothWays("/ws/ns-01") {
+		head := p.rawAnswer(t, request)
+		for _, want := range []string{"\r\nConnection: Upgrade\r\n", "\r\nUpgrade: websocket\r\n", "\r\nSec-WebSocket-Version: 13\r\n"} {
+			if strings.Count(head, want) != 1 {
+				t.Errorf("%s: %q, want %q in it", way, head, want)
+			}
+		}
 	}
 }
 

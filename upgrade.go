@@ -31,8 +31,6 @@ func checkUpgrade(r *http.Request) *refusal {
 	switch {
 	case !r.ProtoAtLeast(1, 1):
 		return refuse(resultBadRequest, "%s, want HTTP/1.1 (RFC 6455 §4.1)", r.Proto)
-	case len(r.Header.Values("Upgrade")) > 1:
-		return refuse(resultBadRequest, "%d Upgrade headers, want one", len(r.Header.Values("Upgrade")))
 	case r.ContentLength != 0:
 		return refuse(resultBadRequest, "a body on an upgrade, want none")
 	case !hasToken(r.Header, "Upgrade", "websocket") || !hasToken(r.Header, "Connection", "upgrade"):
@@ -167,14 +165,17 @@ func countFields(h http.Header) int {
 	return count
 }
 
-// isRouters reports whether the field says what only the router says. CGI
-// programs read _ as -, so a name with that is the same.
+// isRouters reports whether the field says what only the router says: who routed the
+// request, and where it came from. X-Real-IP and Forwarded (RFC 7239) would say that
+// too, to backends that trust them, and nothing is appended to them, so what a client
+// has put there ends here. So does Expect, which the router answers (expectsContinue).
+// CGI programs read _ as -, so a name with that is the same.
 func isRouters(name string) bool {
 	if strings.Contains(name, "_") {
 		name = http.CanonicalHeaderKey(strings.ReplaceAll(name, "_", "-"))
 	}
 	switch name {
-	case headerPod, headerTable, headerBackend, "X-Forwarded-For", "X-Forwarded-Proto", "X-Forwarded-Host":
+	case headerPod, headerTable, headerBackend, "X-Forwarded-For", "X-Forwarded-Proto", "X-Forwarded-Host", "X-Real-Ip", "Forwarded", "Expect":
 		return true
 	}
 	return false
@@ -224,11 +225,20 @@ func requestHead(r *http.Request, peer, pod, table, backend string) []byte {
 	return append(head, "\r\n"...)
 }
 
-// switchingHead is the 101 as the client gets it.
+// expectsContinue reports whether a 101 must have a 100 before it (RFC 9110 §7.8). That
+// is the router's, and the only one: those of the backend are dropped as any interim
+// answer is.
+func expectsContinue(r *http.Request) bool { return hasToken(r.Header, "Expect", "100-continue") }
+
+// switchingHead is the 101 as the client gets it. It has no length (RFC 9110 §8.6),
+// whatever the backend says of one: what follows a 101 is the other protocol (RFC 9112
+// §6.3).
 func switchingHead(resp *http.Response) []byte {
 	head := append(make([]byte, 0, 512), "HTTP/1.1 101 Switching Protocols\r\n"...)
 	head = appendUpgrade(head)
-	head = appendFields(head, resp.Header, namedByConnection(resp.Header), isOdd)
+	head = appendFields(head, resp.Header, namedByConnection(resp.Header), func(name string) bool {
+		return isOdd(name) || name == "Content-Length"
+	})
 	return append(head, "\r\n"...)
 }
 
@@ -236,20 +246,25 @@ func appendUpgrade(head []byte) []byte {
 	return append(head, "Connection: Upgrade\r\nUpgrade: websocket\r\n"...)
 }
 
+// spelled is a field's name as it is sent. Sec-WebSocket-* is spelled as RFC 6455
+// does: net/http has Sec-Websocket-*, which is the same to HTTP (RFC 9110 §5.1) but
+// not to every WebSocket program.
+func spelled(name string) string {
+	if rest, ok := strings.CutPrefix(name, "Sec-Websocket-"); ok {
+		return "Sec-WebSocket-" + rest
+	}
+	return name
+}
+
 // appendFields appends the fields of h that go on, as Connection has not named
 // them, and are not left out.
-// Sec-WebSocket-* is spelled as RFC 6455 does: net/http has Sec-Websocket-*,
-// which is the same to HTTP (RFC 9110 §5.1) but not to every WebSocket program.
 func appendFields(head []byte, h http.Header, named map[string]bool, out func(name string) bool) []byte {
 	for name, values := range h {
 		if endsHere(name, named) || out(name) {
 			continue
 		}
-		if rest, ok := strings.CutPrefix(name, "Sec-Websocket-"); ok {
-			name = "Sec-WebSocket-" + rest
-		}
 		for _, value := range values {
-			head = appendField(head, name, value)
+			head = appendField(head, spelled(name), value)
 		}
 	}
 	return head
