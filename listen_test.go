@@ -187,7 +187,7 @@ func startCountingFront(t *testing.T, network string) *countingFront {
 	t.Helper()
 	quiet := slog.New(slog.DiscardHandler)
 	p := &proxy{namespace: pathNamespace, log: quiet,
-		limits: limits{headerTime: 200 * time.Millisecond, headerBytes: 2048}}
+		limits: limits{headerTime: 200 * time.Millisecond, headerBytes: 2048, headerLines: 100}}
 	l := listenLocal(t)
 	if network == "unix" {
 		var err error
