@@ -9,6 +9,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -243,18 +244,21 @@ func TestProcessLogReaderGone(t *testing.T) {
 	}
 }
 
-// traced makes strace run the process and tamper with its system calls.
-func (p *routerProcess) traced(t *testing.T, inject string) {
+// traced makes strace run the process and tamper with its system calls. What it did
+// is in the file that is returned.
+func (p *routerProcess) traced(t *testing.T, inject string) (file string) {
 	t.Helper()
 	strace, err := exec.LookPath("strace")
 	if err != nil {
 		t.Skip(err)
 	}
 	call, _, _ := strings.Cut(inject, ":")
-	traced := exec.Command(strace, append([]string{"-D", "-f", "-qq", "-o", os.DevNull, "-e", "trace=" + call, // -D: the process is the router, not strace
+	file = filepath.Join(t.TempDir(), "strace")
+	traced := exec.Command(strace, append([]string{"-D", "-f", "-qq", "-o", file, "-e", "trace=" + call, // -D: the process is the router, not strace
 		"-e", "inject=" + inject}, p.cmd.Args...)...)
 	traced.Env, traced.Stdout, traced.Stderr = p.cmd.Env, p.cmd.Stdout, p.cmd.Stderr
 	p.cmd = traced
+	return file
 }
 
 // Whatever accept fails with, on the clients' listener and on the admin port's,

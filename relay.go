@@ -1,12 +1,14 @@
 package main
 
 import (
+	"errors"
 	"log/slog"
 	"maps"
 	"net"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
@@ -35,6 +37,12 @@ func (c cause) String() string {
 
 // lingerTime is how long a half-closed session may be silent.
 const lingerTime = 30 * time.Second
+
+// goneTime is how long a session goes on of which one side has ended and takes
+// nothing any more. The other may still read what the kernel has for it, and would
+// lose that if its socket were closed while it sends: such a close is a reset (RFC
+// 1122 §4.2.2.13).
+const goneTime = 500 * time.Millisecond
 
 // sessionDescriptors is how many a session has: its sockets. While it is handed
 // over there may be one more.
@@ -92,12 +100,30 @@ func (i side) peer() side { return 1 - i }
 func (i side) ended() cause  { return [2]cause{causeClient, causeBackend}[i] }
 func (i side) broken() cause { return [2]cause{causeClientError, causeBackendError}[i] }
 
+// failed is the cause when a call on the side's socket failed: broken if the error
+// says that the peer is gone. Any other, such as ENOBUFS and ENOMEM, which unix(7)
+// has when memory is short, is the router's.
+func (i side) failed(err error) cause {
+	for _, gone := range []error{
+		syscall.EPIPE, syscall.ECONNRESET, syscall.ECONNABORTED, syscall.ENOTCONN, syscall.ETIMEDOUT, // tcp(7), unix(7)
+		syscall.EHOSTUNREACH, syscall.ENETUNREACH, syscall.EHOSTDOWN, syscall.ENETDOWN, // ICMP said so before it timed out
+		syscall.ECONNREFUSED, syscall.ENOPROTOOPT, syscall.EPROTO, syscall.EACCES, // ICMP too
+		net.ErrClosed, // the router has cut it off
+	} {
+		if errors.Is(err, gone) {
+			return i.broken()
+		}
+	}
+	return causeRouterError
+}
+
 // relay carries the bytes of all sessions. How it does that is the carrier's
 // business: relay_linux.go has one, relay_other.go one for all systems.
 type relay struct {
 	// Static after construction.
 	name    func(backend int) string
 	linger  time.Duration         // how long a half-closed session may be silent
+	gone    time.Duration         // how long a session goes on that is dead
 	closing time.Duration         // how long a session may take to part
 	freed   func(descriptors int) // that a session no longer needs
 	log     *slog.Logger
@@ -121,7 +147,7 @@ type backendCount struct{ open, total int }
 // names are for the log.
 func newRelay(name func(backend int) string, log *slog.Logger) *relay {
 	return &relay{
-		name: name, linger: lingerTime, closing: closeTime, freed: func(int) {}, log: log, byBackend: map[int]backendCount{},
+		name: name, linger: lingerTime, gone: goneTime, closing: closeTime, freed: func(int) {}, log: log, byBackend: map[int]backendCount{},
 	}
 }
 
@@ -193,6 +219,12 @@ func (r *relay) remove(s *session, n [2]int64) {
 	r.byBackend[s.backend] = backendCount{count.open - 1, count.total}
 	r.bytesOf[client] += n[client]
 	r.bytesOf[server] += n[server]
+}
+
+// dead reports whether nothing more can reach either side: each direction has ended
+// or is lost.
+func (w *wire) dead() bool {
+	return (w.fin[client] || w.lost[server]) && (w.fin[server] || w.lost[client])
 }
 
 // blame notes why the session ends, unless it was noted before.

@@ -31,8 +31,10 @@ import (
 //	                ended: the other side got our FIN
 //
 // When both directions have ended, or a socket cannot be read, the session is
-// over. A side that takes nothing any more may still have sent something: that
-// is carried, and what comes for the side is dropped.
+// over. A side of which a send failed since it is gone takes nothing any more: what
+// comes for it is dropped, from the byte on that it did not take. It may still have
+// sent something: that is carried. When that has ended too, the session is over
+// after goneTime. A send that fails for another reason ends the session at once.
 
 const (
 	pollerTurn  = 4        // reads of one side before it is the others' turn
@@ -50,6 +52,7 @@ type wire struct {
 	fd     [2]int32        // the sockets
 	mask   [2]uint32       // what epoll watches; 0: the socket is not in the set yet
 	fin    [2]bool         // the side has ended
+	lost   [2]bool         // the side takes nothing any more: nothing is sent to it
 	bulk   [2]int8         // above 0: the side has much to send; below: full buffers until it may
 	half   cause           // why one direction is over, or causeNone
 	held   [2]*held        // from the side, not taken by its peer; nil if nothing
@@ -76,7 +79,7 @@ func (p *poller) handle(s *session, i side, events uint32) {
 	case s.reads(i) && events&(syscall.EPOLLIN|ended) != 0:
 		p.drain(s, i, events&ended != 0)
 	case events&syscall.EPOLLERR != 0: // what is held of it goes first
-		p.halve(s, i.broken())
+		p.lose(s, i)
 	}
 	p.step(s)
 	p.watch(s)
@@ -126,7 +129,7 @@ func (p *poller) fill(s *session, i side, ended bool) (more bool) {
 	}
 	p.pass(s, i, n, piped)
 	if errno != 0 {
-		p.broke(s, i)
+		p.broke(s, i, errno)
 		return false
 	}
 	return more || ended || piped != nil
@@ -176,11 +179,11 @@ func (p *poller) siphon(s *session, i side, limit int) (*pipe, syscall.Errno) {
 // what was piped, to its peer, and holds what that does not take. Nothing is
 // held yet.
 func (p *poller) pass(s *session, i side, n int, piped *pipe) {
-	sent, flags := 0, 0
+	sent, flags := n, 0
 	if piped != nil {
 		flags = syscall.MSG_MORE
 	}
-	if n > 0 {
+	if n > 0 && s.sends(i) {
 		took, errno := p.buf.send(s.fd[i.peer()], n, flags)
 		sent = p.took(s, i, took, errno, n)
 	}
@@ -200,33 +203,31 @@ func (p *poller) pour(s *session, i side, piped *pipe) *pipe {
 	if piped == nil {
 		return nil
 	}
-	size := piped.full
-	n, errno := piped.send(s.fd[i.peer()])
-	if p.took(s, i, n, errno, size) < size {
-		return piped
+	if s.sends(i) {
+		size := piped.full
+		n, errno := piped.send(s.fd[i.peer()])
+		if p.took(s, i, n, errno, size) < size {
+			return piped
+		}
 	}
 	p.pipes.put(piped)
 	return nil
 }
 
-// flush sends what is held of the side. Its memory is not pinned, so that is an
-// ordinary system call.
+// sends reports whether what comes from the side is sent to its peer. All else is
+// dropped.
+func (s *session) sends(i side) bool { return s.open && !s.lost[i.peer()] }
+
+// flush sends what is held of the side, by way of the buffer.
 func (p *poller) flush(s *session, i side) {
 	h := s.held[i]
 	if h == nil {
 		return
 	}
-	if rest := h.buf[h.start:h.end]; len(rest) > 0 {
-		n, err := syscall.Write(int(s.fd[i.peer()]), rest)
-		errno, _ := err.(syscall.Errno) // 0 for nil
-		h.start += p.took(s, i, n, errno, len(rest))
-	}
-	if h.start == h.end {
-		h.pipe = p.pour(s, i, h.pipe)
-		if h.pipe == nil {
-			p.release(s, i)
-		}
-	}
+	n, piped := copy(p.buf.data[:], h.buf[h.start:h.end]), h.pipe
+	h.pipe = nil
+	p.release(s, i)
+	p.pass(s, i, n, piped)
 }
 
 // release forgets what is held of the side.
@@ -243,20 +244,53 @@ func (p *poller) release(s *session, i side) {
 }
 
 // took takes note of what the side's peer did with size bytes, and returns how
-// many it took: all, once it takes nothing any more.
+// many are done with: those that it took, or all, once it takes nothing any more.
 func (p *poller) took(s *session, i side, n int, errno syscall.Errno, size int) int {
-	switch errno {
-	case syscall.EAGAIN, syscall.EINTR:
-		return 0
-	case 0:
+	to := i.peer()
+	switch {
+	case errno == 0:
 		s.count[i].Add(int64(n))
 		if s.wait != nil {
 			s.wait.Reset(p.relay.linger)
 		}
 		return n
+	case errno == syscall.EAGAIN:
+		return 0
+	case errno == syscall.EINTR:
+		if s.mask[to] != 0 {
+			s.mask[to] |= again // it may be writable all the time
+		}
+		return 0
+	case to.failed(errno) == causeRouterError:
+		p.end(s, causeRouterError)
+	default:
+		p.lose(s, to)
 	}
-	p.halve(s, i.peer().broken())
 	return size
+}
+
+// lose notes that the side takes nothing any more, and drops what is held for it.
+func (p *poller) lose(s *session, i side) {
+	if !s.open || s.lost[i] {
+		return
+	}
+	s.lost[i] = true
+	p.release(s, i.peer())
+	p.halve(s, i.broken())
+	p.settle(s)
+}
+
+// settle ends the session if nothing can be carried any more, in either direction,
+// or after goneTime if one side is still there. One that is to part has bounds of
+// its own.
+func (p *poller) settle(s *session) {
+	switch {
+	case s.parting != nil || !s.dead():
+	case s.fin == [2]bool{true, true} || s.lost == [2]bool{true, true}:
+		p.end(s, s.half)
+	default:
+		s.wait.Reset(p.relay.gone)
+	}
 }
 
 // finish notes that the side has ended, of which nothing is held, and passes
@@ -268,22 +302,21 @@ func (p *poller) finish(s *session, i side) {
 		s.parting.ended[i] = true
 		return
 	}
-	if s.fin[i.peer()] {
-		p.end(s, s.half)
-		return
-	}
 	p.halve(s, i.ended())
-	syscall.Shutdown(int(s.fd[i.peer()]), syscall.SHUT_WR) // a failure shows when the peer is read
+	if !s.fin[i.peer()] {
+		syscall.Shutdown(int(s.fd[i.peer()]), syscall.SHUT_WR) // a failure shows when the peer is read
+	}
+	p.settle(s)
 }
 
 // broke ends the session, as the side cannot be read. One that is to part goes on
 // with that.
-func (p *poller) broke(s *session, i side) {
+func (p *poller) broke(s *session, i side, errno syscall.Errno) {
 	if s.parting != nil {
 		p.finish(s, i)
 		return
 	}
-	p.end(s, i.broken())
+	p.end(s, i.failed(errno))
 }
 
 // halve notes that one direction is over, and starts the clock for the other.
@@ -295,12 +328,16 @@ func (p *poller) halve(s *session, why cause) {
 }
 
 // silent ends the session, of which one direction is over and nothing comes in the
-// other. One that is to part has bounds of its own.
+// other, or can. One that is to part has bounds of its own.
 func (s *session) silent() {
 	p := s.poller
 	p.mu.Lock()
 	defer p.unlock()
-	if s.parting == nil {
+	switch {
+	case s.parting != nil:
+	case s.dead():
+		p.end(s, s.half)
+	default:
 		p.end(s, causeHalfClose)
 	}
 }

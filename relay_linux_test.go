@@ -3,12 +3,21 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
+	"errors"
+	"fmt"
 	"io"
 	"log/slog"
+	"math/rand/v2"
 	"net"
+	"net/http"
+	"os"
+	"path/filepath"
 	"runtime"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -287,5 +296,121 @@ func TestRelayBreaksInLargeFrame(t *testing.T) {
 			t.Errorf("side %d: after %s the cause is %v, want %v; half %v, fin %v", i, time.Since(begun).Round(time.Millisecond), got, want, c.session.half, c.session.fin)
 			c.session.poller.mu.Unlock()
 		}
+	}
+}
+
+// failedCalls are the errors that TestProcessFailedCalls injects, but for EAGAIN,
+// which would be a lie, and the causes that sessions end with then: none where no
+// session is harmed.
+var failedCalls = map[string][]string{
+	"ENOBUFS":    {"router_error"},
+	"ENOMEM":     {"router_error"},
+	"EIO":        {"router_error"},
+	"EPIPE":      {"client_error", "backend_error"},
+	"ECONNRESET": {"client_error", "backend_error"},
+	"EINTR":      nil,
+}
+
+// failedAt are the calls that carry bytes, and which of them fail in each thread:
+// the first and then one of so many.
+var failedAt = map[string]string{"sendto": "20+50", "recvfrom": "40+50", "splice": "2+5"}
+
+// System calls of the relay fail now and then, in streams of small and large frames
+// that readers dawdle over, so that some is held: no stream has a hole, and one that
+// ends early does so for the right cause. It fails if anything is sent to a side
+// after a send to it has failed.
+func TestProcessFailedCalls(t *testing.T) {
+	for errno, why := range failedCalls {
+		for call, when := range failedAt {
+			t.Run(call+" "+errno, func(t *testing.T) {
+				seed := randomSeed(t)
+				f := &flows{t: t, noise: newNoise(seed), seed: seed, whole: why == nil}
+				stub := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
+					io.WriteString(conn, switching)
+					if _, err := br.ReadByte(); err == nil { // else its upgrade has failed
+						f.play(conn.(*net.TCPConn), br, server)
+						f.ended.Add(1)
+					}
+				})
+				p := newRouterProcess(t, slices.Concat(onFreePorts, []string{"-listen", "unix:" + filepath.Join(t.TempDir(), "socket"),
+					"-backends", stub.addr, "-overrides", t.TempDir()})...)
+				done := p.traced(t, fmt.Sprintf("%s:error=%s:when=%s", call, errno, when))
+				p.start(t)
+				p.await(t)
+				p.log.wait(t, "table", 1)
+				var running sync.WaitGroup
+				var sessions atomic.Int64
+				for range 20 {
+					conn, err := net.Dial("unix", p.front)
+					if err != nil {
+						t.Fatal(err)
+					}
+					defer conn.Close()
+					mustWrite(t, conn, upgradeRequest("/ws/ns-01"))
+					running.Go(func() {
+						br := bufio.NewReader(conn)
+						if resp, err := http.ReadResponse(br, nil); err == nil && resp.StatusCode == http.StatusSwitchingProtocols {
+							sessions.Add(1)
+							conn.Write([]byte{0})
+							f.play(conn.(*net.UnixConn), br, client)
+						}
+						conn.Close()
+					})
+				}
+				running.Wait()
+				p.log.wait(t, "session ended", int(sessions.Load()))
+				for end := time.Now().Add(patience); f.whole && f.ended.Load() < sessions.Load() && time.Now().Before(end); {
+					<-time.After(time.Millisecond)
+				}
+				p.wantFailures(t, done, why)
+			})
+		}
+	}
+}
+
+// flows are sessions that carry all the same, so that none has to be known from
+// another.
+type flows struct {
+	t     *testing.T
+	noise []byte
+	seed  uint64
+	whole bool         // none ends early
+	ended atomic.Int64 // at their backends
+}
+
+// play is one end of a session. What comes is the beginning of what was sent.
+func (f *flows) play(conn halfConn, r io.Reader, from side) {
+	conn.SetDeadline(time.Now().Add(3 * patience))
+	flow := func(from side) *flow { return newFlow(f.noise, f.seed, 1<<20, from, true) }
+	var sending sync.WaitGroup
+	sending.Go(func() { flow(from).send(conn, rand.New(rand.NewPCG(f.seed, 1))) }) // or until the session is over
+	err := flow(from.peer()).check(r, rand.New(rand.NewPCG(f.seed, 2)))
+	if err != nil && (f.whole || errors.Unwrap(err) == nil) { // unless it is the connection's
+		f.t.Errorf("from side %d: %v", from.peer(), err)
+	}
+	sending.Wait()
+}
+
+// wantFailures checks that calls were made to fail, and what sessions ended with.
+func (p *routerProcess) wantFailures(t *testing.T, file string, why []string) {
+	t.Helper()
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	causes, harmed := map[string]int{}, 0
+	for _, line := range p.log.all("session ended") {
+		cause := line["cause"].(string)
+		causes[cause]++
+		if slices.Contains(why, cause) {
+			harmed++
+		} else if cause != "client" && cause != "backend" {
+			t.Errorf("a session ended with cause %s, want %q, or its own end", cause, why)
+		}
+	}
+	failed := bytes.Count(b, []byte("(INJECTED)"))
+	t.Logf("%d calls have failed, sessions ended with %v", failed, causes)
+	if failed == 0 || why != nil && harmed == 0 {
+		t.Errorf("%d calls have failed and harmed %d sessions, want some", failed, harmed)
 	}
 }

@@ -37,6 +37,8 @@ type wire struct {
 	mu      sync.Mutex
 	frames  [2]frameScanner // of what came from the side
 	fin     [2]bool         // the side has ended, and was not to part by then
+	lost    [2]bool         // the side takes nothing any more: nothing is sent to it
+	last    time.Time       // when the session, which is dead, is over; zero: it is not dead
 	parting *parting        // nil unless it is to part; after the end it stays as it is
 }
 
@@ -79,15 +81,14 @@ func (c *carrier) copy(s *session, from side, first []byte) {
 // peer that takes nothing stops the side: no more than relayBuffer is held
 // (invariant 9).
 func (c *carrier) relayFrom(s *session, from side, first []byte) {
-	lost := false
 	source := io.MultiReader(bytes.NewReader(first), s.conn[from])
 	buf := make([]byte, relayBuffer+mostClose)
 	for {
 		c.limitSilence(s, from)
 		n, err := source.Read(buf[:relayBuffer])
 		n, parts := s.scan(from, buf, n, err)
-		if n > 0 && !lost {
-			lost = !s.send(from, buf[:n])
+		if n > 0 {
+			s.send(from, buf[:n])
 		}
 		switch {
 		case parts:
@@ -100,35 +101,53 @@ func (c *carrier) relayFrom(s *session, from side, first []byte) {
 		case errors.Is(err, io.EOF):
 			c.halfClose(s, from)
 		default:
-			s.end(failure(err, from.broken()))
+			s.end(s.failure(from, err))
 		}
 		return
 	}
 }
 
-// send writes data from the side to its peer. It is false if the peer takes
-// nothing any more; what it has sent before is still carried.
-func (s *session) send(from side, data []byte) bool {
-	n, err := s.conn[from.peer()].Write(data)
-	s.count[from].Add(int64(n))
-	if errors.Is(err, os.ErrDeadlineExceeded) {
-		s.end(causeHalfClose)
-	} else if err != nil {
-		broken := int32(from.peer().broken())
-		s.half.CompareAndSwap(int32(causeNone), broken)
-		if errors.Is(err, syscall.ETIMEDOUT) { // told to one call only: a read sees an end, and may have said so first
-			s.half.CompareAndSwap(int32(from.peer().ended()), broken)
-		}
+// send writes data from the side to its peer. If that fails since the peer is gone,
+// it takes nothing any more; what it has sent before is still carried. Any other
+// failure ends the session.
+func (s *session) send(from side, data []byte) {
+	to := from.peer()
+	s.mu.Lock()
+	lost := s.lost[to]
+	s.mu.Unlock()
+	if lost {
+		return
 	}
-	return err == nil
+	n, err := s.conn[to].Write(data)
+	s.count[from].Add(int64(n))
+	switch {
+	case err == nil:
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		s.end(causeHalfClose)
+	case to.failed(err) == causeRouterError:
+		s.end(causeRouterError)
+	default:
+		s.half.CompareAndSwap(int32(causeNone), int32(to.broken()))
+		if errors.Is(err, syscall.ETIMEDOUT) { // told to one call only: a read sees an end, and may have said so first
+			s.half.CompareAndSwap(int32(to.ended()), int32(to.broken()))
+		}
+		s.mu.Lock()
+		s.lost[to] = true
+		s.mu.Unlock()
+	}
 }
 
-// failure returns broken, or causeHalfClose for what limitSilence cut.
-func failure(err error, broken cause) cause {
-	if errors.Is(err, os.ErrDeadlineExceeded) {
+// failure is why the session ends if reading the side fails with err.
+func (s *session) failure(from side, err error) cause {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded) && !s.last.IsZero():
+		return cause(s.half.Load())
+	case errors.Is(err, os.ErrDeadlineExceeded):
 		return causeHalfClose
 	}
-	return broken
+	return from.failed(err)
 }
 
 // halfClose passes the end of the side on, and starts the clock for the other
@@ -140,8 +159,8 @@ func (c *carrier) halfClose(s *session, from side) {
 }
 
 // limitSilence bounds, in a half-closed session, how long the side may be
-// silent, and how long its peer may take nothing. One that is to part has bounds
-// of its own.
+// silent, and how long its peer may take nothing; in one that is dead, how long it
+// lives. One that is to part has bounds of its own.
 func (c *carrier) limitSilence(s *session, from side) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -149,6 +168,12 @@ func (c *carrier) limitSilence(s *session, from side) {
 		return
 	}
 	limit := time.Now().Add(c.relay.linger)
+	if s.dead() {
+		if s.last.IsZero() {
+			s.last = time.Now().Add(c.relay.gone)
+		}
+		limit = s.last
+	}
 	s.conn[from].SetReadDeadline(limit)
 	s.conn[from.peer()].SetWriteDeadline(limit)
 }

@@ -3,10 +3,14 @@
 package main
 
 import (
+	"fmt"
 	"io"
 	"net"
+	"strings"
+	"sync"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // goneConn is a peer that was given up while it was written to: the write has the
@@ -33,5 +37,61 @@ func TestRelayTimedOutOrEnded(t *testing.T) {
 		mustWrite(t, client, "hello")
 		client.CloseWrite()
 		relayed{session: s, relay: r}.wantCause(t, want)
+	}
+}
+
+// failingConn is a peer of whose writes one fails, of which half is taken.
+type failingConn struct {
+	*net.TCPConn
+	failure error
+	left    int // writes before that
+}
+
+func (c *failingConn) Write(b []byte) (int, error) {
+	if c.left--; c.left == -1 {
+		n, _ := c.TCPConn.Write(b[:len(b)/2])
+		return n, c.failure
+	}
+	return c.TCPConn.Write(b)
+}
+
+// A write that fails is the last to that side, so that no stream has a hole. An
+// error that says that the peer is gone leaves what that has sent to be carried; any
+// other ends the session.
+func TestRelayFailedWrites(t *testing.T) {
+	for i := client; i <= server; i++ {
+		for _, failure := range []syscall.Errno{syscall.ENOBUFS, syscall.ENOMEM, syscall.EIO, syscall.EPIPE, syscall.ECONNRESET} {
+			t.Run(fmt.Sprintf("%s, %s", i.broken(), failure), func(t *testing.T) {
+				r := quietRelay(t)
+				var near [2]net.Conn
+				var far [2]*net.TCPConn
+				near[client], far[client] = tcpPair(t)
+				near[server], far[server] = tcpPair(t)
+				near[i] = &failingConn{near[i].(*net.TCPConn), failure, 3}
+				s := newSession("ns-01", 0, "")
+				r.carry(s, near, [2][]byte{})
+				var got []byte
+				var reading sync.WaitGroup
+				reading.Go(func() { got, _ = io.ReadAll(far[i]) }) // until the session is over
+				const stream = "abcdefghijklmnopqrstuvwxyz"
+				for k := range len(stream) / 2 {
+					io.WriteString(far[i.peer()], stream[2*k:2*k+2])
+					<-time.After(time.Millisecond) // a read of the relay each
+				}
+				want := i.failed(failure)
+				if want == i.broken() {
+					mustWrite(t, far[i], "still carried")
+					mustRead(t, far[i.peer()], "still carried")
+					far[i].CloseWrite()
+					mustEOF(t, far[i.peer()])
+					far[i.peer()].Close()
+				}
+				relayed{session: s, relay: r}.wantCause(t, want)
+				reading.Wait()
+				if !strings.HasPrefix(stream, string(got)) || len(got) == 0 || len(got) == len(stream) {
+					t.Errorf("the peer got %q, want the beginning of %q", got, stream)
+				}
+			})
+		}
 	}
 }

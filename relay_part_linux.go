@@ -65,7 +65,7 @@ func (p *poller) step(s *session) {
 		t.taken[i] = t.over[i] && s.held[i] == nil
 	}
 	switch answered, hopeless := t.state(&s.frames); {
-	case hopeless:
+	case hopeless, s.lost == [2]bool{true, true}:
 		p.cut(s)
 	case answered:
 		p.end(s, causeNone)
@@ -91,7 +91,7 @@ func (p *poller) cutOff(s *session) {
 	t, fd := s.parting, int(s.fd[server])
 	t.cut.Store(true)
 	s.fin[server], t.ended[server], t.over[client] = true, true, true
-	p.release(s, client)
+	p.lose(s, server)
 	syscall.SetsockoptLinger(fd, syscall.SOL_SOCKET, syscall.SO_LINGER, &syscall.Linger{Onoff: 1}) // a failure leaves a FIN in place of the RST
 	syscall.Close(fd)
 	s.fd[server] = -1

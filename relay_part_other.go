@@ -97,7 +97,7 @@ func (s *session) stepped(from side, err error) bool {
 func (s *session) cutOff() {
 	t := s.parting
 	t.cut.Store(true)
-	t.ended[server], t.over[client], t.taken[client] = true, true, true
+	t.ended[server], t.over[client], t.taken[client], s.lost[server] = true, true, true, true
 	if conn, ok := s.conn[server].(interface{ SetLinger(int) error }); ok {
 		conn.SetLinger(0) // a failure leaves a FIN in place of the RST
 	}

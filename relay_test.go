@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"math/rand/v2"
@@ -348,6 +349,84 @@ func TestRelayHalfClosedTalks(t *testing.T) {
 	c.backend.Close()
 	mustEOF(t, c.client)
 	c.wantCause(t, causeClient)
+}
+
+// gonePairs returns what a session is between, of which the given side can end and
+// then be gone: TCP tells of that by a FIN and an RST, and a Unix socket, which only
+// the client has, by EPIPE.
+func gonePairs(t *testing.T, gone side, unix bool) (ends [2]halfConn, near [2]net.Conn, leave func()) {
+	t.Helper()
+	for i := range ends {
+		if unix && side(i) == gone {
+			far, conn := unixPair(t)
+			ends[i], near[i] = far, conn
+			continue
+		}
+		far, conn := tcpPair(t)
+		ends[i], near[i] = far, conn
+	}
+	return ends, near, func() {
+		if conn, ok := ends[gone].(*net.TCPConn); ok {
+			reset(conn)
+			return
+		}
+		ends[gone].Close()
+	}
+}
+
+// A session of which one side has ended and is then gone has nothing to carry any
+// more, whatever the other goes on to say: it ends, long before half-closed ones do,
+// and the first cause counts. It fails if only a silence ends it.
+func TestRelayEndsWhenBothDirectionsAreDead(t *testing.T) {
+	for _, tt := range []struct {
+		gone side
+		unix bool
+	}{{client, false}, {client, true}, {server, false}} {
+		t.Run(fmt.Sprintf("%s, unix %t", tt.gone.ended(), tt.unix), func(t *testing.T) {
+			r := quietRelay(t)
+			r.linger = time.Hour
+			ends, near, leave := gonePairs(t, tt.gone, tt.unix)
+			s := newSession("ns-01", 0, "")
+			r.carry(s, near, [2][]byte{})
+			if err := ends[tt.gone].CloseWrite(); err != nil {
+				t.Fatal(err)
+			}
+			mustEOF(t, ends[tt.gone.peer()])
+			leave()
+			for end := time.Now().Add(patience); !s.gone.Load() && time.Now().Before(end); <-time.After(time.Millisecond) {
+				io.WriteString(ends[tt.gone.peer()], "tick") // fails once the session is over
+			}
+			relayed{session: s, relay: r}.wantCause(t, tt.gone.ended())
+		})
+	}
+}
+
+// What a side has sent before it ended and was gone comes to the other, which goes
+// on talking all the time. It fails if the session is over, and its sockets reset,
+// as soon as nothing more can be carried.
+func TestRelayCarriesTheLastBytesOfWhoIsGone(t *testing.T) {
+	r := quietRelay(t)
+	r.linger, r.gone = time.Hour, time.Hour
+	ends, near, leave := gonePairs(t, client, true)
+	far := ends[server].(*net.TCPConn)
+	far.SetReadBuffer(16 << 10)
+	s := newSession("ns-01", 0, "")
+	r.carry(s, near, [2][]byte{})
+	const last = 150 << 10 // more than is taken by who does not read: a part is in the router's kernel
+	mustWrite(t, ends[client], string(make([]byte, last)))
+	leave()
+	var ticks sync.WaitGroup
+	ticks.Go(func() {
+		for n := 0; n < 100; n++ {
+			io.WriteString(far, "tick")
+			<-time.After(time.Millisecond)
+		}
+	})
+	<-time.After(20 * time.Millisecond) // it talks before it reads; more or less of that is right too
+	mustReadAll(t, far, last)
+	ticks.Wait()
+	far.Close()
+	relayed{session: s, relay: r}.wantCause(t, causeClient)
 }
 
 func TestRelayEarlyBytes(t *testing.T) {
