@@ -427,6 +427,26 @@ func TestMoveSkipsWhatEnds(t *testing.T) {
 	})
 }
 
+// A session that ends between its turn and its Close frame is in no receipt, which
+// comes all the same.
+func TestMoveSkipsWhatCannotPart(t *testing.T) {
+	movesIn(t, 0, 5, pinned(1, 0), func(t *testing.T, m *moveTest) {
+		first := true
+		m.part = func(s *session, done func(bool)) bool {
+			if first {
+				s.blame(causeClient)
+			}
+			first = false
+			return m.parts(s, done)
+		}
+		m.table(pinned(1, 1))
+		if all := m.after(time.Minute); len(all) != 4 {
+			t.Errorf("%d moved, want 4", len(all))
+		}
+		wantLine(t, m.log.all("moved"), 1, map[string]any{"sessions": 4.0, "cancelled": 0.0})
+	})
+}
+
 // leaving closes both ends once they read a Close frame, and returns what the
 // client read.
 func leaving(s relayed) <-chan string {

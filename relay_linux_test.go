@@ -261,6 +261,52 @@ func TestRelayHoldsLittleInPipe(t *testing.T) {
 	t.Errorf("no pipe was held in %d sessions", tries)
 }
 
+// A session that is held in a pipe gives it back when it ends.
+func TestRelayGivesPipesBack(t *testing.T) {
+	r := quietRelay(t)
+	for piped, tries := 0, 0; piped <= 2*pipesMost; tries++ {
+		if tries == 40*pipesMost {
+			t.Fatalf("%d pipes were held in %d sessions, want one in most", piped, tries)
+		}
+		c := carried(t, r, 0, nil, nil)
+		mustSend(t, c.backend, hugeFrame(false))
+		c.backend.SetWriteDeadline(time.Now().Add(20 * time.Millisecond))
+		io.Copy(c.backend, endless{})
+		p := c.session.poller
+		p.mu.Lock()
+		if held := c.session.held[server]; held != nil && held.pipe != nil {
+			piped++
+		}
+		p.mu.Unlock()
+		c.end(causeDrain)
+		p.mu.Lock()
+		if used := p.pipes.made - len(p.pipes.empty); used != 0 {
+			t.Errorf("%d pipes are in use after the session, want none", used)
+		}
+		p.mu.Unlock()
+	}
+}
+
+// A side that breaks while something is held of it takes nothing any more: if its
+// peer takes nothing either, the session ends as a half-closed one does.
+func TestRelayBreaksWhileHeld(t *testing.T) {
+	r := quietRelay(t)
+	r.linger = 200 * time.Millisecond
+	client, near := unixPair(t)
+	far, backend := tcpPair(t)
+	s := newSession("ns-01", 0, "")
+	r.carry(s, [2]net.Conn{near, far}, [2][]byte{})
+	stuff(backend)
+	s.poller.mu.Lock()
+	if s.held[server] == nil {
+		t.Error("nothing is held of the backend")
+	}
+	s.poller.mu.Unlock()
+	reset(backend)
+	relayed{session: s, relay: r}.wantCause(t, causeHalfClose)
+	mustBreak(t, client)
+}
+
 // A side that breaks within a large frame is broken: splice(2) has taken the
 // socket's error (sock_error in tcp_splice_read clears it), so the recv(2) after
 // it shows an end like any other.

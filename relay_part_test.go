@@ -703,6 +703,24 @@ func TestPartAtHandOver(t *testing.T) {
 	relayed{session: s, relay: r}.wantCause(t, causeMoved)
 }
 
+// A session that is ended while it is handed over, between its registration and its
+// start, ends when it starts.
+func TestRelayEndsAtHandOver(t *testing.T) {
+	r := quietRelay(t)
+	client, clientFar := tcpPair(t)
+	server, serverFar := tcpPair(t)
+	s := newSession("ns-01", 0, "")
+	ends := [2]net.Conn{clientFar, server}
+	r.carrier.attach(s, ends)
+	r.take(s, func() {
+		s.end(causeDrain)
+		r.carrier.begin(s, ends, [2][]byte{})
+	})
+	relayed{session: s, relay: r}.wantCause(t, causeDrain)
+	mustBreak(t, client)
+	mustBreak(t, serverFar)
+}
+
 // However many ends come at once, done is called once.
 func TestPartEndsOnce(t *testing.T) {
 	r := quietRelay(t)

@@ -426,7 +426,7 @@ func TestRelayCarriesTheLastBytesOfWhoIsGone(t *testing.T) {
 	mustReadAll(t, far, last)
 	ticks.Wait()
 	far.Close()
-	relayed{session: s, relay: r}.wantCause(t, causeClient)
+	waitFor(t, r)
 }
 
 func TestRelayEarlyBytes(t *testing.T) {
