@@ -62,8 +62,11 @@ func (e *endpoint) usable() bool {
 
 // place is where a backend is.
 type place struct {
-	addrs []string // host:port; those that are usable if any is. Guarded by the mu of pods.
 	ready bool
+
+	// Guarded by the mu of pods.
+	addrs []string // host:port; those that are usable if any is
+	stale bool     // what was dialled there was no good
 }
 
 // usable is nil-safe: a backend that is in no EndpointSlice has no place.
@@ -102,7 +105,9 @@ func placesOf(set map[string]*endpointSlice, statefulSet, port string) map[int]*
 // pods follows the EndpointSlices of a headless Service, which say where each
 // backend is and whether it is ready, without DNS's caches: CoreDNS keeps for up
 // to 30 s that there is no such name. Until they were heard, and where they may
-// not be read, DNS says where a backend is.
+// not be read, DNS says where a backend is. So it does while they cannot be
+// followed any more (the rights were taken away, the API server is gone), for what
+// is not ready by them, or was no good when it was dialled.
 type pods struct {
 	// Static after construction.
 	statefulSet string
@@ -127,7 +132,7 @@ func followPods(client kube, namespace, statefulSet, service string, port int, l
 	p.watcher = &watcher[endpointSlice]{
 		kube: &client, path: "/apis/discovery.k8s.io/v1/namespaces/" + namespace + "/endpointslices", kind: "EndpointSlice",
 		namespace: namespace, selector: "kubernetes.io/service-name=" + service,
-		header: func(s *endpointSlice) *object { return &s.object }, apply: p.apply, log: log,
+		header: func(s *endpointSlice) *object { return &s.object }, apply: p.apply, failed: p.holds.look, log: log,
 	}
 	return p
 }
@@ -160,9 +165,12 @@ func (p *pods) ready(ordinal int) (ready, known bool) {
 	return p.places[ordinal].usable(), p.places != nil
 }
 
+// failing reports whether what is known of the places may be of the past.
+func (p *pods) failing() bool { return p.watcher.now().failing }
+
 // unready says why a backend must not be dialled now, or nil.
 func (p *pods) unready(ordinal int) error {
-	if ready, known := p.ready(ordinal); known && !ready {
+	if ready, known := p.ready(ordinal); known && !ready && !p.failing() {
 		return p.notReady(ordinal)
 	}
 	return nil
@@ -175,26 +183,41 @@ func (p *pods) notReady(ordinal int) error {
 // locate returns the address of a backend that is ready.
 func (p *pods) locate(ctx context.Context, ordinal int) (string, error) {
 	p.mu.Lock()
-	known, at, addr := p.places != nil, p.places[ordinal], ""
+	known, at, addr, stale := p.places != nil, p.places[ordinal], "", true
 	if at.usable() {
-		addr = at.addrs[0]
+		addr, stale = at.addrs[0], at.stale
 	}
 	p.mu.Unlock()
 	switch {
 	case !known:
 		return p.dns.locate(ctx, ordinal)
+	case stale && p.failing():
+		return p.locateAnew(ctx, ordinal, addr)
 	case addr == "":
 		return "", p.notReady(ordinal)
 	}
 	return addr, nil
 }
 
-// forget makes another address of the backend be dialled next, if it has one.
+// locateAnew asks DNS where a backend is. Where it does not say, in half of the
+// time of a dial, the address before is tried again, if there was one: a container
+// that restarts keeps it.
+func (p *pods) locateAnew(ctx context.Context, ordinal int, before string) (string, error) {
+	bound, cancel := context.WithTimeout(ctx, dialTime/2)
+	defer cancel()
+	addr, err := p.dns.locate(bound, ordinal)
+	if err != nil && before != "" && ctx.Err() == nil {
+		return before, nil
+	}
+	return addr, err
+}
+
+// forget makes another address of the backend be dialled next, if there is one.
 func (p *pods) forget(ordinal int) {
 	p.dns.forget(ordinal)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if at := p.places[ordinal]; at != nil {
-		at.addrs = append(at.addrs[1:], at.addrs[0])
+		at.addrs, at.stale = append(at.addrs[1:], at.addrs[0]), true
 	}
 }

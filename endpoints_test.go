@@ -3,12 +3,15 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -78,6 +81,62 @@ func TestPlaces(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestPodsWatchFails: while the EndpointSlices cannot be followed, DNS is asked for
+// what is not ready by them or was no good, and for nothing else.
+func TestPodsWatchFails(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeScale(fakeStateful{replicas: 4, ready: 4, note: "4"})
+		f.slices["one"] = fakeEndpoints(0, 1, 2)
+		n := serveScale(t, f)
+		p := startScale(t, n).pods
+		var asked atomic.Int64
+		byDNS := error(nil)
+		p.dns.locate = func(ctx context.Context, ordinal int) (string, error) {
+			asked.Add(1)
+			return fmt.Sprintf("10.9.9.%d:9000", ordinal), byDNS
+		}
+		want := func(ordinal int, addr, err string) {
+			t.Helper()
+			got, gotErr := p.locate(t.Context(), ordinal)
+			if got != addr || fmt.Sprint(gotErr) != err {
+				t.Errorf("backend-%d is at %q, %v; want %q, %s", ordinal, got, gotErr, addr, err)
+			}
+		}
+		p.forget(1)
+		want(1, "10.0.0.1:9000", "<nil>")
+		want(3, "", "backend-3 is not ready")
+		waited := make(chan error, 1)
+		go func() { waited <- p.holds.wait(t.Context(), p.holds.enter(), 3, 0) }()
+		synctest.Wait()
+		if n := asked.Load(); n != 0 {
+			t.Fatalf("DNS was asked %d times while the watch works", n)
+		}
+
+		f.change("endpointslices", func() { f.forbidden["LIST endpointslices"] = true })
+		time.Sleep(10 * time.Minute)     // the stream that there is goes on for some
+		if err := <-waited; err != nil { // it need not be ready any more to be dialled
+			t.Error(err)
+		}
+		p.holds.done(3, nil, false)
+		want(3, "10.9.9.3:9000", "<nil>")
+		want(0, "10.0.0.0:9000", "<nil>")
+		p.forget(0)
+		want(0, "10.9.9.0:9000", "<nil>")
+		byDNS = errors.New("no such host")
+		want(0, "10.0.0.0:9000", "<nil>")
+		want(3, "10.9.9.3:9000", "no such host")
+
+		before := asked.Load()
+		f.change("endpointslices", func() { delete(f.forbidden, "LIST endpointslices") })
+		time.Sleep(90 * time.Second)
+		want(0, "10.0.0.0:9000", "<nil>")
+		want(3, "", "backend-3 is not ready")
+		if n := asked.Load(); n != before {
+			t.Errorf("DNS was asked %d times since the watch works again", n-before)
+		}
+	})
 }
 
 // TestPodsLocate: where a backend is, from what is known of the EndpointSlices.

@@ -244,17 +244,17 @@ func (h *holds) meant(ordinal int) {
 }
 
 // look is called after ready has changed its mind about any backend, or addresses
-// have changed. One that is back is dialled at once, whatever was before, and so is
-// one at whose address was another.
+// may have changed: all are tried at once, and one that is back as if nothing had
+// been before.
 func (h *holds) look() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for ordinal, l := range h.lines {
 		away := h.ready(ordinal) != nil
-		if l.away && !away || l.astray {
-			l.fails, l.rest = 0, time.Time{}
+		if l.away && !away {
+			l.fails = 0
 		}
-		l.away = away
+		l.away, l.rest = away, time.Time{}
 		h.release(ordinal, l)
 	}
 }

@@ -136,7 +136,8 @@ func (a *admin) writeScale(m metricsWriter) {
 	m.family("router_backend_ready", "gauge", "1 if the backend is ready for new sessions, as far as is known.")
 	for i := range t.backends.count {
 		ordinal := t.backends.first + i
-		m.sample("router_backend_ready", boolean(a.proxy.backends.holds.ready(ordinal) == nil), "backend", t.name(ordinal))
+		ready, known := a.scale.pods.ready(ordinal)
+		m.sample("router_backend_ready", boolean(ready || !known), "backend", t.name(ordinal))
 	}
 }
 

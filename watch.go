@@ -49,6 +49,7 @@ type watcher[T any] struct {
 	name, selector string // of one object, or of labels: one of them
 	header         func(*T) *object
 	apply          func(set map[string]*T) // called by run only, must not change set; quick, or events are lost
+	failed         func()                  // called by run after a cycle that failed; nil for nobody; must not block
 	log            *slog.Logger
 
 	// Owned by run.
@@ -68,7 +69,11 @@ type watchStatus struct {
 	fails     int       // cycles in a row that were not healthy
 	healthy   bool      // the cycle was worth its LIST
 	failure   error     // the last one, nil since a healthy cycle
+	failing   bool      // a cycle failed, and nothing was confirmed since
 }
+
+// confirm takes note that the API server has said how things are.
+func (s *watchStatus) confirm() { s.confirmed, s.failing = time.Now(), false }
 
 // run cycles until ctx ends, and leaves no connection.
 func (w *watcher[T]) run(ctx context.Context) {
@@ -191,7 +196,7 @@ func (w *watcher[T]) next(d *json.Decoder) error {
 		return err
 	}
 	if event == "BOOKMARK" {
-		w.tell(func(s *watchStatus) { s.confirmed = time.Now() })
+		w.tell((*watchStatus).confirm)
 		return nil
 	}
 	if err := w.verify(o); err != nil {
@@ -221,7 +226,7 @@ func (w *watcher[T]) verify(o *T) error {
 // resourceVersions are compared for equality only: after a restored etcd a
 // smaller one is newer.
 func (w *watcher[T]) replace(now map[string]*T) {
-	w.tell(func(s *watchStatus) { s.confirmed = time.Now() })
+	w.tell((*watchStatus).confirm)
 	for name, old := range w.set {
 		if o := now[name]; o != nil && w.header(o).Metadata == w.header(old).Metadata {
 			now[name] = old
@@ -256,8 +261,11 @@ func (w *watcher[T]) settle(err error) time.Duration {
 		if !s.healthy {
 			s.fails++
 		}
-		s.healthy, s.failure = false, cmp.Or(err, s.failure)
+		s.healthy, s.failure, s.failing = false, cmp.Or(err, s.failure), s.failing || err != nil
 	})
+	if err != nil && w.failed != nil {
+		w.failed()
+	}
 	if err != nil {
 		if errorClass(err) != errorClass(before.failure) {
 			every = 0
