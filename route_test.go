@@ -253,6 +253,28 @@ func TestStamp(t *testing.T) {
 	}
 }
 
+// Of all ways to give six namespaces, named alike, to four backends, to none, or an
+// entry that cannot be read, no two have the same content; nor the same lower half of
+// it, but for as many as chance has.
+func TestStampTellsAssignmentsApart(t *testing.T) {
+	values := []string{"", "junk", "backend-0", "backend-1", "backend-2", "backend-3"}
+	const namespaces, total = 6, 6 * 6 * 6 * 6 * 6 * 6
+	whole, halves := map[uint64]bool{}, map[uint32]bool{}
+	for n := range total {
+		data := map[string]string{}
+		for i, rest := 0, n; i < namespaces; i, rest = i+1, rest/len(values) {
+			if value := values[rest%len(values)]; value != "" {
+				data[fmt.Sprint("tenant-", i)] = value
+			}
+		}
+		content := tableOf(4, data, nil).content
+		whole[content], halves[uint32(content)] = true, true
+	}
+	if len(whole) != total || total-len(halves) > 5 { // chance has a quarter of a pair
+		t.Errorf("%d contents and %d halves of %d", len(whole), len(halves), total)
+	}
+}
+
 func TestTableIsImmutable(t *testing.T) {
 	old := seed(t)
 	data := map[string]string{"pinned-0": "backend-1", "pinned-3": "junk", "refused": "backend-2", "new": "x"}
