@@ -97,7 +97,7 @@ func (c *commands) plan(ctx context.Context, args []string) error {
 	if n, nerr := strconv.Atoi(args[0]); nerr == nil {
 		body = fmt.Appendf(nil, `{"replicas":%d}`, n)
 	} else if args[0] == "-" {
-		body, err = io.ReadAll(io.LimitReader(os.Stdin, maxObject+1))
+		body, err = io.ReadAll(io.LimitReader(os.Stdin, maxPlan+1))
 	} else {
 		body, err = os.ReadFile(args[0])
 	}

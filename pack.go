@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"encoding/binary"
 	"encoding/json"
+	"fmt"
 	"iter"
 	"maps"
 	"reflect"
@@ -52,6 +53,11 @@ func pack(data map[string]string) *packed {
 	return p.pack()
 }
 
+// maxEntries is the most overrides in one object. The API server takes objects of at
+// most 1.5 MiB (etcd's --max-request-bytes), in which an entry with a name of three
+// characters and an empty value has 10 bytes.
+const maxEntries = 200_000
+
 // UnmarshalJSON packs an object of texts. encoding/json has seen to it that b is
 // valid; to have it make a map of 40,000 entries, to be packed after that, would
 // take most of the time between an edit and the table.
@@ -61,12 +67,14 @@ func (p *packed) UnmarshalJSON(b []byte) error {
 	switch b[0] {
 	case 'n': // null
 	case '{':
-		all.records = make([]record, 0, bytes.Count(b, []byte{','})+1)
 		for b = bytes.TrimLeft(b[1:], between); b[0] != '}'; b = bytes.TrimLeft(b, between) {
 			namespace, rest, _ := cutText(b)
 			value, rest, err := cutText(bytes.TrimLeft(rest, between))
 			if err != nil {
 				return err
+			}
+			if len(all.order) == maxEntries {
+				return fmt.Errorf("more than %d entries", maxEntries)
 			}
 			all.add(namespace, value)
 			b = rest
@@ -101,13 +109,12 @@ func cutText(b []byte) (text, rest []byte, err error) {
 	return text, rest, err
 }
 
-// packer makes a packed.
+// packer makes a packed. What it needs for that is in proportion to the names and
+// values that were added, whatever the text that they come from.
 type packer struct {
-	records []record // their namespaces may be part of another text
-	bytes   int      // that they take
-	values  []string
-	sums    []uint64
-	known   map[string]uint32 // numbers of values
+	packed                   // the records in the order in which they came
+	order  []uint64          // of the records: hash, and below it where the record begins
+	known  map[string]uint32 // numbers of values
 }
 
 // add takes spaces off the value, as a file's last newline is one.
@@ -120,33 +127,29 @@ func (p *packer) add(namespace, value []byte) {
 			p.known = map[string]uint32{}
 		}
 		which = uint32(len(p.values))
-		p.known[string(value)] = which
-		p.values, p.sums = append(p.values, string(value)), append(p.sums, 0)
+		text := string(value)
+		p.known[text] = which
+		p.values, p.sums = append(p.values, text), append(p.sums, 0)
 	}
 	odd := oddness(namespace)
 	namespace = namespace[:min(maxName, len(namespace))]
 	key := spread(namespace)
 	p.sums[which] += key
-	p.records = append(p.records, record{hash: upper(key), which: which, odd: odd, namespace: namespace})
-	p.bytes += recordHead + len(namespace)
+	at := p.packed.add(record{hash: upper(key), which: which, odd: odd, namespace: namespace})
+	p.order = append(p.order, uint64(upper(key))<<32|uint64(at))
 }
 
-// pack ends the making. It sorts numbers rather than records: hashes, and below
-// them where the records are.
+// pack ends the making. It sorts numbers rather than records.
 func (p *packer) pack() *packed {
-	order := make([]uint64, len(p.records))
-	for i, r := range p.records {
-		order[i] = uint64(r.hash)<<32 | uint64(i)
-	}
-	slices.Sort(order)
-	record := func(i int) record { return p.records[uint32(order[i])] }
-	done := &packed{records: make([]byte, 0, p.bytes), values: p.values, sums: p.sums, count: len(order)}
-	for i := range order {
+	slices.Sort(p.order)
+	record := func(i int) record { return p.record(uint32(p.order[i])) }
+	done := &packed{records: make([]byte, 0, len(p.records)), values: p.values, sums: p.sums, count: len(p.order)}
+	for i := range p.order {
 		for j := i; j > 0 && record(j).compare(record(j-1)) < 0; j-- { // the same hash
-			order[j], order[j-1] = order[j-1], order[j]
+			p.order[j], p.order[j-1] = p.order[j-1], p.order[j]
 		}
 	}
-	for i := range order {
+	for i := range p.order {
 		done.add(record(i))
 	}
 	return done

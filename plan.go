@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"encoding/json"
 	"errors"
@@ -12,6 +13,11 @@ import (
 
 // maxReplicas is the most backends that a plan may be for.
 const maxReplicas = 10_000
+
+// maxPlan is the most bytes of a plan's body. A ConfigMap has at most 1 MiB of data
+// (https://kubernetes.io/docs/concepts/configuration/configmap/), which is 6.3 MB in
+// JSON if each byte of it is escaped.
+const maxPlan = 8 << 20
 
 // proposal is what POST /plan takes: a ConfigMap as JSON, which need not say its
 // Kubernetes namespace, or {"replicas": 6}.
@@ -49,20 +55,39 @@ func (a *admin) plan(w http.ResponseWriter, r *http.Request) {
 		writeJSON(w, http.StatusServiceUnavailable, map[string]string{"error": strings.Join(a.noTable(), "\n")})
 		return
 	}
-	var p proposal
-	err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxObject)).Decode(&p)
-	if err != nil {
-		err = fmt.Errorf("the body is no JSON of a ConfigMap or {\"replicas\": number}: %w", err)
-	}
-	next, err := p.table(t, err)
+	next, err := a.propose(w, r, t)
 	switch tooBig := (&http.MaxBytesError{}); {
 	case errors.As(err, &tooBig):
+		err = fmt.Errorf("a body of more than %d bytes", tooBig.Limit)
 		writeJSON(w, http.StatusRequestEntityTooLarge, map[string]string{"error": err.Error()})
 	case err != nil:
 		writeJSON(w, http.StatusBadRequest, map[string]string{"error": err.Error()})
 	default:
 		writeJSON(w, http.StatusOK, a.compare(t, next))
 	}
+}
+
+// propose reads the proposal that r has, and returns the table that would be in
+// force after it, now being the one that is.
+func (a *admin) propose(w http.ResponseWriter, r *http.Request, now *table) (*table, error) {
+	if r.ContentLength > maxPlan {
+		w.Header().Set("Connection", "close") // not to read the body
+		return nil, &http.MaxBytesError{Limit: maxPlan}
+	}
+	size := r.ContentLength
+	if size < 0 { // not known
+		size = maxPlan
+	}
+	body := bytes.NewBuffer(make([]byte, 0, size+bytes.MinRead)) // so that it never grows
+	var p proposal
+	_, err := body.ReadFrom(http.MaxBytesReader(w, r.Body, maxPlan))
+	if err == nil {
+		err = json.Unmarshal(body.Bytes(), &p)
+	}
+	if err != nil {
+		err = fmt.Errorf("the body is no JSON of a ConfigMap or {\"replicas\": number}: %w", err)
+	}
+	return p.table(now, err)
 }
 
 // table returns the table that would be in force after the proposal, now being

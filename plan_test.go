@@ -57,9 +57,10 @@ func TestPlan(t *testing.T) {
 		"another name":   {configMap("other", "edge", `{}`), 400, `{"error":"ConfigMap edge/other is not among the sources of overrides: ConfigMap edge/overwriting"}`},
 		"another place":  {configMap("overwriting", "other", `{}`), 400, `{"error":"ConfigMap other/overwriting is not among the sources of overrides: ConfigMap edge/overwriting"}`},
 		"YAML":           {"kind: ConfigMap", 400, `{"error":"the body is no JSON of a ConfigMap or {\"replicas\": number}: invalid character 'k' looking for beginning of value"}`},
-		"nothing":        {"", 400, `{"error":"the body is no JSON of a ConfigMap or {\"replicas\": number}: EOF"}`},
+		"nothing":        {"", 400, `{"error":"the body is no JSON of a ConfigMap or {\"replicas\": number}: unexpected end of JSON input"}`},
 		"numbers":        {configMap("overwriting", "edge", `{"a":2}`), 400, `{"error":"the body is no JSON of a ConfigMap or {\"replicas\": number}: json: cannot unmarshal number into Go struct field proposal.configMap.data of type string"}`},
-		"too big":        {`"` + strings.Repeat("x", maxObject) + `"`, 413, `{"error":"the body is no JSON of a ConfigMap or {\"replicas\": number}: http: request body too large"}`},
+		"too big":        {`"` + strings.Repeat("x", maxPlan) + `"`, 413, `{"error":"a body of more than 8388608 bytes"}`},
+		"two objects":    {`{"replicas":3}{"replicas":4}`, 400, `{"error":"the body is no JSON of a ConfigMap or {\"replicas\": number}: invalid character '{' after top-level value"}`},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
