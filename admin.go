@@ -5,7 +5,9 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"log/slog"
 	"maps"
+	"net"
 	"net/http"
 	"slices"
 	"strings"
@@ -28,16 +30,97 @@ type admin struct {
 	draining atomic.Bool
 }
 
-// handler serves the admin port.
+// newAdminListener returns the listener of the admin port, on l.
+func newAdminListener(l net.Listener, log *slog.Logger) net.Listener {
+	return &boundedListener{Listener: retryListener{l, newAcceptRetry("-admin", log)}, max: adminConns}
+}
+
+// server returns the server of the admin port, for a newAdminListener. Whatever is
+// asked of the others, a new /healthz and /readyz get an answer: connections make room
+// for it, and what costs something has few turns.
+func (a *admin) server(log *slog.Logger) *http.Server {
+	return &http.Server{
+		Handler:           a.handler(),
+		ReadHeaderTimeout: 5 * time.Second,
+		ReadTimeout:       10 * time.Second, // with the body
+		WriteTimeout:      30 * time.Second,
+		IdleTimeout:       time.Minute,
+		MaxHeaderBytes:    8 << 10,
+		ErrorLog:          serverLog(log),
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			return context.WithValue(ctx, boundedKey{}, c)
+		},
+	}
+}
+
+// How many requests are answered at once, for each of these. Those that dial make
+// ownerTurns + dialsAtOnce connections, which are adminDials.
+const (
+	planTurns     = 1 // one plan takes up to 40 MiB
+	backendsTurns = 1
+	ownerTurns    = 8
+	dialsAtOnce   = adminDials - ownerTurns // of one /backends
+)
+
+// handler serves the admin port. It has to be asked for once: the turns belong to it.
 func (a *admin) handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	mux.HandleFunc("GET /readyz", a.readyz)
 	mux.HandleFunc("GET /metrics", a.metrics)
-	mux.HandleFunc("GET /owner", a.owner)
-	mux.HandleFunc("GET /backends", a.backends)
-	mux.HandleFunc("POST /plan", a.plan)
-	return mux
+	mux.HandleFunc("GET /owner", inTurns(ownerTurns, a.owner))
+	mux.HandleFunc("GET /backends", inTurns(backendsTurns, a.backends))
+	mux.HandleFunc("POST /plan", inTurns(planTurns, a.plan))
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if c, ok := r.Context().Value(boundedKey{}).(*boundedConn); ok {
+			c.setBusy(true)
+			defer c.setBusy(false)
+		}
+		if r.Method != http.MethodPost && r.ContentLength != 0 {
+			w.Header().Set("Connection", "close") // what is left of the body is not worth reading
+			writeJSON(w, http.StatusBadRequest, map[string]string{"error": fmt.Sprintf("%.20s with a body, want none", r.Method)})
+			return
+		}
+		mux.ServeHTTP(w, r)
+	})
+}
+
+const (
+	turnsWaiting = 4               // requests that wait for their turn
+	turnWait     = 3 * time.Second // the longest that one waits
+)
+
+// inTurns answers count requests at once with next. Few more wait, without their
+// bodies being read; the rest gets 503.
+func inTurns(count int, next http.HandlerFunc) http.HandlerFunc {
+	room := make(chan struct{}, count+turnsWaiting)
+	turns := make(chan struct{}, count)
+	return func(w http.ResponseWriter, r *http.Request) {
+		select {
+		case room <- struct{}{}:
+			defer func() { <-room }()
+		default:
+			answerBusy(w, r)
+			return
+		}
+		bound := time.NewTimer(turnWait)
+		defer bound.Stop()
+		select {
+		case turns <- struct{}{}:
+			defer func() { <-turns }()
+			next(w, r)
+		case <-bound.C:
+			answerBusy(w, r)
+		case <-r.Context().Done(): // the client is gone
+		}
+	}
+}
+
+// answerBusy answers a request that gets no turn.
+func answerBusy(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("Retry-After", "1")
+	w.Header().Set("Connection", "close") // not to read the body
+	writeJSON(w, http.StatusServiceUnavailable, map[string]string{"error": "too many requests for " + r.URL.Path + " at once"})
 }
 
 // notReady says why the router should get no new clients. Once there is a table
@@ -102,7 +185,7 @@ type ownership struct {
 // owner answers GET /owner, for a namespace as clients have it.
 func (a *admin) owner(w http.ResponseWriter, r *http.Request) {
 	host := a.proxy.router.host
-	namespace := r.FormValue("namespace")
+	namespace := r.URL.Query().Get("namespace") // FormValue would read a body
 	if host {
 		namespace = strings.ToLower(namespace) // as hostNamespace
 	}
@@ -155,17 +238,32 @@ func (a *admin) backends(w http.ResponseWriter, r *http.Request) {
 	}
 	counts, overrides := a.proxy.relay.counts(), pins(t)
 	maps.DeleteFunc(counts, func(ordinal int, n backendCount) bool { return n.open == 0 })
-	var asked sync.WaitGroup
 	all := []backendState{}
 	for _, ordinal := range a.everyBackend(counts) {
 		all = append(all, backendState{Name: t.name(ordinal), Ordinal: ordinal, Namespaces: t.backends.has(ordinal),
 			Overrides: overrides[ordinal], Sessions: counts[ordinal].open})
 	}
-	for i := range all {
-		asked.Go(func() { all[i].Address, all[i].Ready, all[i].Error = a.probe(r.Context(), all[i].Ordinal) })
-	}
-	asked.Wait()
+	a.probeAll(r.Context(), all)
 	writeJSON(w, http.StatusOK, map[string]any{"table": t.version, "stamp": t.stamp, "backends": all})
+}
+
+// probeTime bounds the dials of one /backends.
+const probeTime = 10 * time.Second
+
+// probeAll dials all backends, dialsAtOnce of them at a time.
+func (a *admin) probeAll(ctx context.Context, all []backendState) {
+	ctx, cancel := context.WithTimeout(ctx, probeTime)
+	defer cancel()
+	var dialling sync.WaitGroup
+	var next atomic.Int64
+	for range min(dialsAtOnce, len(all)) {
+		dialling.Go(func() {
+			for i := next.Add(1) - 1; i < int64(len(all)); i = next.Add(1) - 1 {
+				all[i].Address, all[i].Ready, all[i].Error = a.probe(ctx, all[i].Ordinal)
+			}
+		})
+	}
+	dialling.Wait()
 }
 
 // probe dials a backend, and returns its address as far as that is known, whether

@@ -1,15 +1,23 @@
 package main
 
 import (
+	"bufio"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"os"
+	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -88,6 +96,181 @@ func waitBody(t *testing.T, r *runningRouter, path string, wantStatus int, want 
 			t.Fatalf("%s is %d %q, want %d %q", path, status, body, wantStatus, want)
 		}
 	}
+}
+
+// However many connections others keep open, a new one gets an answer; there are
+// never more than adminConns.
+func TestAdminMakesRoom(t *testing.T) {
+	r := startRouter(t, "-backends", "127.0.0.1:1", "-overrides", t.TempDir())
+	said := map[string]string{"silent": "", "within a head": "GET /healthz HTTP/1.1\r\nHost:", "idle": "GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n"}
+	open := make(chan net.Conn, 3*100)
+	for name, text := range said {
+		for range 100 {
+			conn, err := net.Dial("tcp", r.side)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			mustWrite(t, conn, text)
+			if name == "idle" {
+				mustAnswer(t, conn, http.StatusOK)
+			}
+			open <- conn
+		}
+		waitBody(t, r, "/healthz", 200, "ok\n")
+	}
+	close(open)
+	var closed atomic.Int64
+	var reading sync.WaitGroup
+	for conn := range open {
+		reading.Go(func() {
+			conn.SetReadDeadline(time.Now().Add(2 * time.Second)) // less than the server's own bounds
+			if _, err := io.Copy(io.Discard, conn); !errors.Is(err, os.ErrDeadlineExceeded) {
+				closed.Add(1)
+			}
+		})
+	}
+	reading.Wait()
+	if left := 300 - closed.Load(); left > adminConns {
+		t.Errorf("%d connections are open, want %d at most", left, adminConns)
+	}
+}
+
+// A connection makes room that has no request, if there is one.
+func TestBoundedListener(t *testing.T) {
+	l := &boundedListener{Listener: listenLocal(t), max: 3}
+	var all []*boundedConn
+	accept := func() *boundedConn {
+		t.Helper()
+		conn, err := net.Dial("tcp", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		c, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		all = append(all, c.(*boundedConn))
+		return all[len(all)-1]
+	}
+	wantOpen := func(when string, want ...int) {
+		t.Helper()
+		var got []int
+		for i, c := range all {
+			if c.SetDeadline(time.Time{}) == nil { // else it is closed
+				got = append(got, i)
+			}
+		}
+		if !slices.Equal(got, want) || len(l.open) != len(want) {
+			t.Errorf("%s: open are %v, and %d are counted; want %v", when, got, len(l.open), want)
+		}
+	}
+	for range 3 {
+		accept()
+	}
+	wantOpen("at the bound", 0, 1, 2)
+	all[0].setBusy(true)
+	accept()
+	wantOpen("the first has a request", 0, 2, 3)
+	all[2].setBusy(true)
+	all[2].setBusy(false)
+	accept()
+	wantOpen("the third had one since the fourth came", 0, 2, 4)
+	all[2].setBusy(true)
+	all[4].setBusy(true)
+	accept()
+	wantOpen("all have one", 2, 4, 5)
+	all[0].setBusy(false)
+	all[4].Close()
+	accept()
+	wantOpen("one has left", 2, 5, 6)
+}
+
+// A body that nobody asked for is not read.
+func TestAdminTakesNoBodies(t *testing.T) {
+	r := startRouter(t, "-backends", "127.0.0.1:1", "-overrides", t.TempDir())
+	r.log.wait(t, "table", 1)
+	for _, path := range []string{"/healthz", "/readyz", "/metrics", "/owner?namespace=ns-01", "/backends", "/plan", "/"} {
+		for _, length := range []string{"Content-Length: 1073741824", "Transfer-Encoding: chunked"} {
+			conn, err := net.Dial("tcp", r.side)
+			if err != nil {
+				t.Fatal(err)
+			}
+			mustWrite(t, conn, "GET "+path+" HTTP/1.1\r\nHost: h\r\nContent-Type: multipart/form-data; boundary=B\r\n"+length+"\r\n\r\n")
+			conn.SetDeadline(time.Now().Add(patience))
+			resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+			if err != nil || resp.StatusCode != http.StatusBadRequest || !resp.Close {
+				t.Errorf("%s with %s: %+v, error %v; want 400 and Connection: close", path, length, resp, err)
+			}
+			conn.Close()
+		}
+	}
+	resp, err := http.Post(r.admin+"/owner?namespace=ns-01", "application/x-www-form-urlencoded", strings.NewReader("namespace=ns-02"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	if resp.StatusCode != http.StatusMethodNotAllowed {
+		t.Errorf("POST /owner is %s, want 405", resp.Status)
+	}
+}
+
+// unread is a body that must not be read.
+type unread struct{ t *testing.T }
+
+func (u unread) Read([]byte) (int, error) {
+	u.t.Error("the body of a request that waits was read")
+	return 0, io.EOF
+}
+
+// One plan is made at a time, a few more wait with their bodies unread, for a bounded
+// time; the rest hears at once to come again. All else is answered meanwhile.
+func TestPlansTakeTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := planAdmin(t)
+		h := a.handler()
+		ask := func(method, path string, body io.Reader) *httptest.ResponseRecorder {
+			w := httptest.NewRecorder()
+			h.ServeHTTP(w, httptest.NewRequest(method, path, body))
+			return w
+		}
+		wantBusy := func(w *httptest.ResponseRecorder, after, want time.Duration) {
+			if w.Code != 503 || w.Header().Get("Retry-After") != "1" || w.Body.String() != `{"error":"too many requests for /plan at once"}`+"\n" || after != want {
+				t.Errorf("%d %v %s after %s, want 503 after %s", w.Code, w.Header(), w.Body, after, want)
+			}
+		}
+		begun := time.Now()
+		reading, sending := io.Pipe()
+		var plans sync.WaitGroup
+		plans.Go(func() {
+			if w := ask("POST", "/plan", reading); w.Code != 200 {
+				t.Errorf("the first plan is %d %s, want 200", w.Code, w.Body)
+			}
+		})
+		synctest.Wait()
+		for range turnsWaiting {
+			plans.Go(func() { wantBusy(ask("POST", "/plan", unread{t}), time.Since(begun), turnWait) })
+		}
+		synctest.Wait()
+		wantBusy(ask("POST", "/plan", unread{t}), time.Since(begun), 0)
+		for path, want := range map[string]int{"/healthz": 200, "/readyz": 200, "/metrics": 200, "/owner?namespace=a/b": 400} {
+			if w := ask("GET", path, nil); w.Code != want {
+				t.Errorf("%s is %d while a plan is made, want %d", path, w.Code, want)
+			}
+		}
+		time.Sleep(turnWait + 1)
+		plans.Go(func() {
+			if w := ask("POST", "/plan", strings.NewReader(`{"replicas":3}`)); w.Code != 200 {
+				t.Errorf("the plan that waited is %d %s, want 200", w.Code, w.Body)
+			}
+		})
+		synctest.Wait()
+		io.WriteString(sending, `{"replicas":2}`)
+		sending.Close()
+		plans.Wait()
+	})
 }
 
 // adminOf is the admin of a proxy to the backends at addrs, which serves no

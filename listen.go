@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -85,9 +86,13 @@ func probes(timeout time.Duration) (idle, interval time.Duration) {
 	return max(timeout-2*interval, time.Second), interval
 }
 
-// reserved is how many descriptors are for the log, the listeners, Go's poller, the
-// API server and, most, for the admin port.
-const reserved = 100
+// Descriptors that are not for clients, whatever their number.
+const (
+	ownDescriptors = 44 // the log, the listeners, Go's poller, the API server
+	adminConns     = 32 // connections to the admin port
+	adminDials     = 24 // connections to backends that answers of the admin port make
+	reserved       = ownDescriptors + adminConns + adminDials
+)
 
 // notForClients is how many descriptors are not for clients: those reserved, two
 // for each backend, for its lookup, and what the relay has for itself.
@@ -252,6 +257,80 @@ func (l retryListener) Close() error {
 	l.retry.close()
 	return l.Listener.Close()
 }
+
+// boundedListener has at most max connections open. One more closes another: the
+// one that has been without a request for the longest, or, where all have one, the
+// one with the oldest. So a new connection always gets in, whatever others keep open.
+type boundedListener struct {
+	net.Listener
+	max int
+
+	mu   sync.Mutex
+	open []*boundedConn // by when they were accepted, or their last request began or ended. Guarded by mu.
+}
+
+// boundedConn is a connection of a boundedListener.
+type boundedConn struct {
+	net.Conn
+	listener *boundedListener
+	busy     bool // a request is being answered. Guarded by listener.mu.
+}
+
+// Accept returns the next connection. One goroutine may call it: then there is
+// never more than one connection above the bound, the one that is being closed.
+func (l *boundedListener) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	c := &boundedConn{Conn: conn, listener: l}
+	if over := l.add(c); over != nil {
+		over.Close()
+	}
+	return c, nil
+}
+
+// add takes note of c, and returns the connection that has to make room for it, nil
+// for none.
+func (l *boundedListener) add(c *boundedConn) (over *boundedConn) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.open) >= l.max {
+		at := max(0, slices.IndexFunc(l.open, func(c *boundedConn) bool { return !c.busy }))
+		over = l.open[at]
+		l.open = slices.Delete(l.open, at, at+1)
+	}
+	l.open = append(l.open, c)
+	return over
+}
+
+// setBusy says that a request of c begins or ends.
+func (c *boundedConn) setBusy(busy bool) {
+	l := c.listener
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	c.busy = busy
+	if at := slices.Index(l.open, c); at >= 0 { // else it has made room
+		l.open = append(slices.Delete(l.open, at, at+1), c)
+	}
+}
+
+func (c *boundedConn) Close() error {
+	l := c.listener
+	l.mu.Lock()
+	l.open = slices.DeleteFunc(l.open, func(other *boundedConn) bool { return other == c })
+	l.mu.Unlock()
+	return c.Conn.Close()
+}
+
+// CloseWrite is what net/http looks for to let the client read an answer to a
+// request that was not read to its end (golang/go#3595).
+func (c *boundedConn) CloseWrite() error {
+	return c.Conn.(interface{ CloseWrite() error }).CloseWrite() // *net.TCPConn or *net.UnixConn
+}
+
+// boundedKey is the key of a request context's *boundedConn.
+type boundedKey struct{}
 
 // frontListener accepts clients that the gate has room for. It counts the
 // connections that end before net/http could make a request of what they sent:

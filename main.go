@@ -229,13 +229,12 @@ func (p *program) serve(ctx context.Context, front, side net.Listener) error {
 	}
 	requests, stopRequests := context.WithCancelCause(context.Background())
 	clients := newFront(requests, p.proxy, p.log)
-	operators := &http.Server{Handler: p.admin.handler(), ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second,
-		ErrorLog: serverLog(p.log)}
+	operators := p.admin.server(p.log)
 	failed := make(chan error, 1)
 	express := newExpress(p.proxy, front, p.gate)
 	running.Go(express.run)
 	running.Go(func() { failed <- clients.Serve(express) })
-	running.Go(func() { operators.Serve(retryListener{side, newAcceptRetry("-admin", p.log)}) }) // until Close
+	running.Go(func() { operators.Serve(newAdminListener(side, p.log)) }) // until Close
 	p.log.Info("serving", "version", version(), "listen", front.Addr().String(), "admin", side.Addr().String(),
 		"pod", p.config.pod, "backends", p.proxy.backends.given.count, "kube", p.config.kube)
 	if most := p.gate.sessions(); most < p.config.limits.sessions {
