@@ -8,10 +8,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
@@ -41,6 +43,52 @@ func TestCertificate(t *testing.T) {
 	// and a handshake fails that gets them from two versions of the Secret.
 	putBack()
 	s.awaitCertificate(before, held)
+}
+
+// TestWrongPair puts a key into the Secret that is not the certificate's, nor of its
+// kind: no router is ready any more, nginx says why in its log, sessions go on; and
+// all is well again with the right one.
+func TestWrongPair(t *testing.T) {
+	s := newSystem(t)
+	held := []*follower{s.mustFollow(prefix + "certificate")}
+	cert, _ := s.newCertificate()
+	key, err := exec.CommandContext(t.Context(), "openssl", "genpkey", "-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	since := metav1.Now()
+	putBack := s.replaceSecret(map[string][]byte{"tls.crt": cert, "tls.key": key})
+	s.awaitNginx(false)
+	for _, pod := range s.pods(t.Context(), "router") {
+		log, err := s.client.CoreV1().Pods(s.namespace).GetLogs(pod.Name, &corev1.PodLogOptions{Container: "nginx", SinceTime: &since}).DoRaw(t.Context())
+		if err != nil || !strings.Contains(string(log), "SSL_do_handshake() failed") {
+			t.Errorf("%s: nginx's log (error %v) does not tell:\n%.2000s", pod.Name, err, log)
+		}
+		for _, status := range pod.Status.InitContainerStatuses {
+			if status.State.Running == nil {
+				t.Errorf("%s, container %q does not run: %+v", pod.Name, status.Name, status.State)
+			}
+		}
+	}
+	s.goOn(held, 3)
+	putBack()
+	s.awaitNginx(true)
+	s.mustFollow(prefix + "certificate-again")
+}
+
+// awaitNginx waits until nginx is ready in all routers' pods, or in none.
+func (s *system) awaitNginx(ready bool) {
+	s.t.Helper()
+	eventually(s.t, 3*time.Minute, fmt.Sprintf("nginx to be ready: %t", ready), func() error {
+		for _, pod := range s.pods(s.t.Context(), "router") {
+			for _, status := range pod.Status.InitContainerStatuses {
+				if status.Ready != ready {
+					return fmt.Errorf("%s, container %q: ready is %t", pod.Name, status.Name, status.Ready)
+				}
+			}
+		}
+		return nil
+	})
 }
 
 // awaitCertificate waits until every router's nginx shows the certificate.

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	corev1 "k8s.io/api/core/v1"
 	rbac "k8s.io/api/rbac/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -35,6 +36,95 @@ func TestDeployWithoutClusterRights(t *testing.T) {
 	}
 }
 
+// TestDeployWrongPair: a certificate and a key that do not fit are no success, but
+// the name of what is wrong.
+func TestDeployWrongPair(t *testing.T) {
+	s := newSystem(t)
+	cert, _ := s.newCertificate()
+	_, key := s.newCertificate()
+	for name, tt := range map[string]struct {
+		data map[string][]byte
+		want string
+	}{
+		"another key":    {map[string][]byte{"tls.crt": cert, "tls.key": key}, "tls.key in secret/nginx-tls is not the key of the certificate in tls.crt"},
+		"no certificate": {map[string][]byte{"tls.crt": key, "tls.key": key}, "tls.crt in secret/nginx-tls is no certificate"},
+		"no key":         {map[string][]byte{"tls.crt": cert, "tls.key": cert}, "tls.key in secret/nginx-tls is no key"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			namespace := s.newNamespace(t)
+			secret := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: tlsSecret}, Type: corev1.SecretTypeTLS, Data: tt.data}
+			if _, err := s.client.CoreV1().Secrets(namespace).Create(t.Context(), secret, metav1.CreateOptions{}); err != nil {
+				t.Fatal(err)
+			}
+			out, err := s.deploySh(t, namespace)
+			if err == nil || !strings.Contains(out, tt.want) {
+				t.Errorf("deploy.sh: %v, want %q:\n%s", err, tt.want, out)
+			}
+			deployments, err := s.client.AppsV1().Deployments(namespace).List(t.Context(), metav1.ListOptions{})
+			if err != nil || len(deployments.Items) > 0 {
+				t.Errorf("%d deployments (error %v), want none", len(deployments.Items), err)
+			}
+		})
+	}
+}
+
+// TestUndeploy removes what the repository has, of every version, and keeps what is
+// the user's, whatever its labels say.
+func TestUndeploy(t *testing.T) {
+	s := newSystem(t)
+	namespace := s.newNamespace(t)
+	labels := map[string]string{"app.kubernetes.io/part-of": "router", "app.kubernetes.io/name": "router"}
+	configMaps := s.client.CoreV1().ConfigMaps(namespace)
+	for _, name := range []string{configMap, "more-overrides", "nginx-mine", "nginx-5bt8b6cf9k"} {
+		if _, err := configMaps.Create(t.Context(), &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: labels}}, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	secret := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: tlsSecret, Labels: labels}}
+	if _, err := s.client.CoreV1().Secrets(namespace).Create(t.Context(), secret, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // again, with nothing left
+		if out, err := s.deploySh(t, namespace, "undeploy"); err != nil {
+			t.Fatalf("deploy.sh undeploy: %v\n%s", err, out)
+		}
+		for name, kept := range map[string]bool{configMap: true, "more-overrides": true, "nginx-mine": true, "nginx-5bt8b6cf9k": false} {
+			_, err := configMaps.Get(t.Context(), name, metav1.GetOptions{})
+			if (err == nil) != kept || err != nil && !apierrors.IsNotFound(err) {
+				t.Errorf("configmap/%s: %v, want it kept: %t", name, err, kept)
+			}
+		}
+		if _, err := s.client.CoreV1().Secrets(namespace).Get(t.Context(), tlsSecret, metav1.GetOptions{}); err != nil {
+			t.Errorf("secret/%s: %v", tlsSecret, err)
+		}
+	}
+}
+
+// newNamespace makes a Kubernetes namespace until the test ends.
+func (s *system) newNamespace(t *testing.T) string {
+	t.Helper()
+	namespaces := s.client.CoreV1().Namespaces()
+	made, err := namespaces.Create(t.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{GenerateName: prefix}}, metav1.CreateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := namespaces.Delete(context.Background(), made.Name, metav1.DeleteOptions{}); err != nil {
+			t.Errorf("the Kubernetes namespace %s could not be removed: %v", made.Name, err)
+		}
+	})
+	return made.Name
+}
+
+// deploySh runs k8s/deploy.sh about a Kubernetes namespace, and returns what it said.
+func (s *system) deploySh(t *testing.T, namespace string, args ...string) (string, error) {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), filepath.Join(s.root, "k8s", "deploy.sh"), args...)
+	cmd.Env = append(os.Environ(), "KUBECONFIG="+s.kubeconfig(func(c *api.Config) { c.Contexts[c.CurrentContext].Namespace = namespace }))
+	out, err := cmd.CombinedOutput()
+	return string(out), err
+}
+
 // allowAll lets a user do everything in the Kubernetes namespace until the test
 // ends.
 func (s *system) allowAll(user string) {
@@ -60,6 +150,16 @@ func (s *system) allowAll(user string) {
 // kubeconfigOf makes a copy of the kubeconfig, with which one is another user.
 func (s *system) kubeconfigOf(user string) (file string) {
 	s.t.Helper()
+	return s.kubeconfig(func(c *api.Config) {
+		for _, info := range c.AuthInfos { // one
+			info.Impersonate = user
+		}
+	})
+}
+
+// kubeconfig makes a copy of the current context's kubeconfig, with a change.
+func (s *system) kubeconfig(change func(*api.Config)) (file string) {
+	s.t.Helper()
 	kubeconfig, err := clientcmd.NewDefaultClientConfigLoadingRules().Load()
 	if err != nil {
 		s.t.Fatal(err)
@@ -67,9 +167,7 @@ func (s *system) kubeconfigOf(user string) (file string) {
 	if err := api.MinifyConfig(kubeconfig); err != nil {
 		s.t.Fatal(err)
 	}
-	for _, info := range kubeconfig.AuthInfos { // one
-		info.Impersonate = user
-	}
+	change(kubeconfig)
 	file = filepath.Join(s.t.TempDir(), "kubeconfig")
 	if err := clientcmd.WriteToFile(*kubeconfig, file); err != nil {
 		s.t.Fatal(err)

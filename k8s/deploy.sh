@@ -35,6 +35,23 @@ make_secret() {
   kubectl create secret tls nginx-tls --cert="$CERTS/tls.crt" --key="$CERTS/tls.key"
 }
 
+# check_secret: certificate and key in the cluster fit. Else nginx would start,
+# and every handshake fail.
+check_secret() {
+  local cert key
+  if ! command -v openssl >/dev/null; then
+    say "openssl is not installed: not checked that certificate and key in secret/nginx-tls fit"
+    return
+  fi
+  cert=$(secret 'tls\.crt' | openssl x509 -noout -pubkey) || die "tls.crt in secret/nginx-tls is no certificate"
+  key=$(secret 'tls\.key' | openssl pkey -pubout -passin pass:) || die "tls.key in secret/nginx-tls is no key without a password"
+  [ "$cert" = "$key" ] || die "tls.key in secret/nginx-tls is not the key of the certificate in tls.crt"
+}
+
+secret() { # key, with \ before its dots
+  kubectl get secret nginx-tls -o "jsonpath={.data.$1}" | base64 -d
+}
+
 # make_overwriting: --save-config lets a later `kubectl apply` of the user's
 # own file see what was there before.
 make_overwriting() {
@@ -106,6 +123,7 @@ deploy() {
   namespace=$(kubectl config view --minify -o 'jsonpath={..namespace}')
   say "context \"$context\", Kubernetes namespace \"${namespace:-default}\""
   if missing secret nginx-tls; then make_secret; fi
+  check_secret
   if missing configmap overwriting; then make_overwriting; fi
   kubectl apply -k "$K8S"
   policy apply || say "going on without k8s/policy.yaml: nothing refuses bad overrides at kubectl apply, routers report them"
@@ -114,11 +132,16 @@ deploy() {
   wait_for deployment router
 }
 
+# old_configmaps: those of nginx of earlier versions, whose names have other
+# hashes. The label alone is not enough: the overrides may carry it too.
+old_configmaps() {
+  kubectl get configmap -l app.kubernetes.io/part-of=router -o name | { grep -E '^configmap/nginx-[a-z0-9]{10}$' || true; }
+}
+
 undeploy() {
   kubectl delete -k "$K8S" --ignore-not-found
   policy delete --ignore-not-found || say "k8s/policy.yaml was not removed, if it was ever applied"
-  # The nginx ConfigMaps of earlier versions have other hashes in their names.
-  kubectl delete configmap -l app.kubernetes.io/part-of=router
+  old_configmaps | xargs -r kubectl delete
   say "kept: configmap/overwriting and secret/nginx-tls; to remove them too:"
   say "  kubectl delete configmap/overwriting secret/nginx-tls"
 }

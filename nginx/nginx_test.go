@@ -7,8 +7,11 @@ package nginx_test
 import (
 	"bytes"
 	"crypto/tls"
+	"fmt"
 	"io"
 	"net/http"
+	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strconv"
@@ -74,15 +77,17 @@ func TestAnswers(t *testing.T) {
 		body   string
 		header map[string]string
 	}{
-		"probe":                {"http://" + host + "/healthz", 200, "ok\n", nil},
-		"http is redirected":   {"http://" + host + "/ws/ns-01?a=b%2Fc", 301, "", map[string]string{"Location": "https://" + host + "/ws/ns-01?a=b%2Fc"}},
-		"page":                 {"https://" + host + "/", 200, page, map[string]string{"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache", "Server": "nginx"}},
-		"page by its name":     {"https://" + host + "/index.html", 404, "not found\n", nil},
-		"unknown path":         {"https://" + host + "/wsx", 404, "not found\n", nil},
-		"healthz is for plain": {"https://" + host + "/healthz", 404, "not found\n", nil},
-		"router's 503":         {"https://" + host + "/ws/busy", 503, "busy\n", map[string]string{"Retry-After": "7"}},
-		"router's 426":         {"https://" + host + "/ws/ns-01", 426, "not an upgrade\n", map[string]string{"Upgrade": "websocket"}},
-		"path without slash":   {"https://" + host + "/ws", 426, "not an upgrade\n", nil},
+		"probe":               {"http://" + host + "/healthz", 200, "ok\n", nil},
+		"http is redirected":  {"http://" + host + "/ws/ns-01?a=b%2Fc", 301, "", map[string]string{"Location": "https://" + host + "/ws/ns-01?a=b%2Fc"}},
+		"page":                {"https://" + host + "/", 200, page, map[string]string{"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache", "Server": "nginx"}},
+		"page by its name":    {"https://" + host + "/index.html", 404, "not found\n", nil},
+		"unknown path":        {"https://" + host + "/wsx", 404, "not found\n", nil},
+		"probe over TLS":      {"https://" + host + "/healthz", 200, "ok\n", nil},
+		"probe of TLS":        {"http://" + host + "/readyz", 200, "ok\n", nil},
+		"readyz is for plain": {"https://" + host + "/readyz", 404, "not found\n", nil},
+		"router's 503":        {"https://" + host + "/ws/busy", 503, "busy\n", map[string]string{"Retry-After": "7"}},
+		"router's 426":        {"https://" + host + "/ws/ns-01", 426, "not an upgrade\n", map[string]string{"Upgrade": "websocket"}},
+		"path without slash":  {"https://" + host + "/ws", 426, "not an upgrade\n", nil},
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -222,10 +227,96 @@ func TestReplacedCertificate(t *testing.T) {
 	echo(t, old, []byte("before"))
 	before := serial(t, s)
 	s.makeCertificate(t)
-	if after := serial(t, s); after == before {
-		t.Errorf("certificate %s is still served", after)
+	err := until(func() error { // ssl_certificate_cache has the old one for a second
+		if serial(t, s) == before {
+			return fmt.Errorf("certificate %s is still served", before)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
 	}
 	echo(t, old, []byte("after"))
+}
+
+// A key that does not fit the certificate: nginx goes on, but does not call itself
+// ready, and says why. Clients that fail by their own fault leave no line.
+func TestWrongPair(t *testing.T) {
+	s := start(t)
+	if s == nil {
+		return
+	}
+	probe := s.client(t, s.plain)
+	config := s.tlsConfig()
+	config.MinVersion, config.MaxVersion = tls.VersionTLS11, tls.VersionTLS11
+	if conn, err := tls.Dial("tcp", s.secure, config); err == nil {
+		conn.Close()
+		t.Error("TLS 1.1 is accepted")
+	}
+	wantAnswer(t, probe, "http://"+host+"/readyz", 200, "ok\n", nil)
+	if log := readFile(t, filepath.Join(s.dir, "stderr")); bytes.Contains(log, []byte("SSL")) {
+		t.Errorf("before: %s", log)
+	}
+	ws := s.dial(t, "/ws/ns-01", nil)
+	for _, algorithm := range [][]string{{"RSA", "rsa_keygen_bits:2048"}, {"EC", "ec_paramgen_curve:P-256"}} {
+		t.Run(algorithm[0], func(t *testing.T) {
+			out, err := exec.Command("openssl", "genpkey", "-algorithm", algorithm[0], "-pkeyopt", algorithm[1]).Output()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(filepath.Join(s.dir, "tls", "tls.key"), out, 0o644); err != nil {
+				t.Fatal(err)
+			}
+			before := len(readFile(t, filepath.Join(s.dir, "stderr")))
+			err = until(func() error { // ssl_certificate_cache has the old pair for a second
+				if got, err := probe.Get("http://" + host + "/readyz"); err != nil || got.StatusCode != 502 {
+					return fmt.Errorf("readyz: %v %v, want 502", got, err)
+				}
+				return nil
+			})
+			if log := readFile(t, filepath.Join(s.dir, "stderr"))[before:]; err != nil || !bytes.Contains(log, []byte("[error]")) || !bytes.Contains(log, []byte("SSL")) {
+				t.Errorf("%v; log: %s", err, log)
+			}
+			wantAnswer(t, probe, "http://"+host+"/healthz", 200, "ok\n", nil)
+			echo(t, ws, []byte("goes on"))
+		})
+	}
+	s.makeCertificate(t)
+	err := until(func() error {
+		res, err := probe.Get("http://" + host + "/readyz")
+		if err != nil || res.StatusCode != 200 {
+			return fmt.Errorf("readyz: %v %v, want 200", res, err)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+// Where nginx has it, a certificate is parsed once, and tickets are on; an older
+// one starts without.
+func TestStart(t *testing.T) {
+	s := start(t)
+	if s == nil {
+		return
+	}
+	version, err := exec.Command(program(), "-v").CombinedOutput()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var minor, patch int
+	_, number, _ := strings.Cut(string(version), "nginx/")
+	if _, err := fmt.Sscanf(number, "1.%d.%d", &minor, &patch); err != nil {
+		t.Fatalf("%s: %v", version, err)
+	}
+	want := ""
+	if minor > 27 || minor == 27 && patch >= 4 {
+		want = "ssl_certificate_cache max=4 valid=1s;\nssl_session_tickets on;\n"
+	}
+	if got := readFile(t, filepath.Join(s.dir, "tmp", "nginx-known.conf")); string(got) != want {
+		t.Errorf("%s knows %q, want %q", version, got, want)
+	}
 }
 
 // serial is the number of the certificate that a new connection gets.

@@ -134,24 +134,17 @@ func (s *sidecar) own(t *testing.T) {
 func (s *sidecar) configure(t *testing.T) {
 	t.Helper()
 	s.plain, s.secure = freeAddress(t), freeAddress(t)
-	conf := string(readFile(t, "nginx.conf"))
 	pairs := []string{
 		"listen 80 ", "listen " + s.plain + " ",
 		"listen 443 ", "listen " + s.secure + " ",
+		"https://127.0.0.1:443/", "https://" + s.secure + "/",
 		"/etc/nginx/tls/", filepath.Join(s.dir, "tls") + "/",
 		"/run/router/router.sock", filepath.Join(s.dir, "router.sock"),
 		"/usr/share/nginx/html", filepath.Join(s.dir, "html"),
 		" /tmp/", " " + filepath.Join(s.dir, "tmp") + "/",
 	}
-	for i := 0; i < len(pairs); i += 2 {
-		if !strings.Contains(conf, pairs[i]) {
-			t.Fatalf("nginx.conf does not contain %q", pairs[i])
-		}
-	}
-	conf = strings.NewReplacer(pairs...).Replace(conf)
-	if err := os.WriteFile(filepath.Join(s.dir, "nginx.conf"), []byte(conf), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	s.write(t, "nginx.conf", pairs)
+	s.write(t, "start.sh", []string{"=/tmp/", "=" + filepath.Join(s.dir, "tmp") + "/"})
 	for _, log := range []string{"stdout", "stderr"} {
 		if err := os.WriteFile(filepath.Join(s.dir, log), nil, 0o644); err != nil {
 			t.Fatal(err)
@@ -160,12 +153,27 @@ func (s *sidecar) configure(t *testing.T) {
 	s.own(t)
 }
 
+// write copies a file with texts replaced, each of which has to be there.
+func (s *sidecar) write(t *testing.T, name string, pairs []string) {
+	t.Helper()
+	text := string(readFile(t, name))
+	for i := 0; i < len(pairs); i += 2 {
+		if !strings.Contains(text, pairs[i]) {
+			t.Fatalf("%s does not contain %q", name, pairs[i])
+		}
+	}
+	text = strings.NewReplacer(pairs...).Replace(text)
+	if err := os.WriteFile(filepath.Join(s.dir, name), []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // command is nginx as the pod runs it: not root, logging to its own output.
 // Its output goes to files because nginx opens /dev/stdout again by name, and
 // a pipe made by root is root's.
 func (s *sidecar) command(t *testing.T, args ...string) *exec.Cmd {
 	t.Helper()
-	cmd := exec.Command(program(), append([]string{"-p", s.dir, "-e", "stderr", "-c", filepath.Join(s.dir, "nginx.conf")}, args...)...)
+	cmd := exec.Command("sh", append([]string{filepath.Join(s.dir, "start.sh"), program(), "-p", s.dir, "-e", "stderr", "-c", filepath.Join(s.dir, "nginx.conf")}, args...)...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if os.Geteuid() == 0 {
 		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: podUser, Gid: podUser}
@@ -197,15 +205,17 @@ func (s *sidecar) run(t *testing.T) error {
 			t.Logf("nginx:\n%s", readFile(t, filepath.Join(s.dir, "stderr")))
 		}
 	})
+	client := s.client(t, s.plain)
 	err := until(func() error {
 		select {
 		case err := <-ended:
 			return errors.Join(errEnded, err)
 		default:
 		}
-		conn, err := net.Dial("tcp", s.secure)
+		// The socket is there for -t already, which answers nobody.
+		res, err := client.Get("http://" + host + "/healthz")
 		if err == nil {
-			conn.Close()
+			res.Body.Close()
 		}
 		return err
 	})
