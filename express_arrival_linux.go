@@ -44,7 +44,8 @@ type arrival struct {
 func (a *arrival) ready(i side, events uint32) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	ended := events&(syscall.EPOLLRDHUP|syscall.EPOLLHUP|syscall.EPOLLERR) != 0
+	gone := events&(syscall.EPOLLHUP|syscall.EPOLLERR) != 0 // or half-closed, and to be answered
+	ended := gone || events&syscall.EPOLLRDHUP != 0
 	a.unheard[i] = a.unheard[i] || ended || events&syscall.EPOLLPRI != 0
 	switch {
 	case a.over:
@@ -54,7 +55,7 @@ func (a *arrival) ready(i side, events uint32) {
 		a.arrive()
 	case i == server:
 		a.hear()
-	case ended:
+	case gone:
 		a.clientGone()
 	default:
 		a.unheard[client] = true

@@ -96,7 +96,7 @@ func TestExpressGivesUpItsTurn(t *testing.T) {
 	for range 2 * dialsMost {
 		conn := p.send(t, "ns-01")
 		p.waitWaiting(t, 1)
-		conn.Close()
+		reset(conn.(*net.TCPConn))
 		p.waitWaiting(t, 0)
 	}
 	dialling := func() int {

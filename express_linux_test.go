@@ -214,7 +214,7 @@ func TestExpressClientLeaves(t *testing.T) {
 	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
 	conn := p.send(t, "ns-01")
 	<-asked
-	conn.Close()
+	reset(conn.(*net.TCPConn))
 	<-left
 	p.waitResult(t, resultClientGone)
 	p.waitWaiting(t, 0)
@@ -365,7 +365,7 @@ func TestExpressStops(t *testing.T) {
 	if _, err := net.Dial("tcp", p.addr); err != nil {
 		t.Errorf("the listener is closed: %v; want that net/http does it", err)
 	}
-	asked.Close()
+	reset(asked.(*net.TCPConn))
 	p.waitResult(t, resultClientGone)
 	for _, conn := range quiet {
 		conn.Close()

@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -125,9 +126,109 @@ func TestHandshakeEndsWithItsClient(t *testing.T) {
 	for len(backend.heads()) == 0 {
 		<-time.After(time.Millisecond)
 	}
-	conn.Close()
+	reset(conn.(*net.TCPConn))
 	p.waitResult(t, resultClientGone)
 	<-gone
+}
+
+// A client that half-closes its connection gets the answer of the owner that was asked,
+// whoever waits for that, and is there after it.
+func TestHalfClosedClientIsAnswered(t *testing.T) {
+	forbidden := "HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n"
+	for _, tt := range []struct {
+		answer string
+		status int
+		early  bool // it half-closes before its owner is asked
+		slow   bool // the owner answers when express has left the client to net/http
+	}{{switching, 101, false, false}, {switching, 101, true, false}, {switching, 101, false, true}, {forbidden, 403, false, false}, {forbidden, 403, true, true}} {
+		for way, request := range bothWays("/ws/ns-01") {
+			t.Run(fmt.Sprintf("%d, early %v, slow %v, %s", tt.status, tt.early, tt.slow, way), func(t *testing.T) {
+				t.Parallel()
+				var p *testProxy
+				asked, ended := make(chan struct{}), make(chan struct{})
+				backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
+					close(asked)
+					<-ended
+					for tt.slow && p.http.Load() == 0 {
+						<-time.After(time.Millisecond)
+					}
+					io.WriteString(conn, tt.answer)
+					io.Copy(io.Discard, br) // the FIN comes here too
+					io.WriteString(conn, "last words")
+				})
+				p = startProxy(t, []string{backend.addr}, map[string]string{}, nil)
+				conn, err := net.Dial("tcp", p.addr)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer conn.Close()
+				mustWrite(t, conn, request)
+				if !tt.early {
+					<-asked
+				}
+				conn.(*net.TCPConn).CloseWrite()
+				close(ended)
+				conn.SetReadDeadline(time.Now().Add(patience))
+				br := bufio.NewReader(conn)
+				resp, err := http.ReadResponse(br, nil)
+				if err != nil || resp.StatusCode != tt.status {
+					t.Fatalf("answer %+v, %v; want %d", resp, err, tt.status)
+				}
+				if rest, err := io.ReadAll(br); tt.status == 101 && string(rest) != "last words" {
+					t.Errorf("%q came after the 101, and %v; want the backend's last words", rest, err)
+				}
+			})
+		}
+	}
+}
+
+// One that is held gets its answer soon, as most who half-close have left: their
+// places are for others.
+func TestHalfClosedClientIsNotHeld(t *testing.T) {
+	for way, request := range bothWays("/ws/ns-01") {
+		t.Run(way, func(t *testing.T) {
+			t.Parallel()
+			p := startProxy(t, []string{refusingAddr(t)}, map[string]string{}, func(p *proxy) { p.limits.hold = time.Hour })
+			conn, err := net.Dial("tcp", p.addr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			mustWrite(t, conn, request)
+			p.waitWaiting(t, 1)
+			conn.(*net.TCPConn).CloseWrite()
+			mustAnswer(t, conn, 503)
+			p.waitResult(t, resultClientGone)
+			p.waitWaiting(t, 0)
+		})
+	}
+}
+
+// On a Unix socket, where a proxy is, a client that closes is gone at once.
+func TestHandshakeEndsWithItsProxy(t *testing.T) {
+	for way, request := range bothWays("/ws/ns-01") {
+		asked, gone := make(chan struct{}), make(chan struct{})
+		backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
+			close(asked)
+			io.Copy(io.Discard, br)
+			close(gone)
+		})
+		socket := filepath.Join(t.TempDir(), "s")
+		r := startRouter(t, "-listen", "unix:"+socket, "-backends", backend.addr, "-overrides", t.TempDir(), "-handshake-timeout", "1h")
+		r.log.wait(t, "table", 1)
+		conn, err := net.Dial("unix", socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		mustWrite(t, conn, request)
+		<-asked
+		conn.Close()
+		select {
+		case <-gone:
+		case <-time.After(patience):
+			t.Errorf("%s: the backend still has the upgrade of a client that is gone", way)
+		}
+	}
 }
 
 func TestLimits(t *testing.T) {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"net"
@@ -367,11 +368,13 @@ type frontConn struct {
 	began    atomic.Bool // a byte came
 	read     atomic.Bool // a request reached the handler, or the count was made
 	closed   atomic.Bool
+	ended    atomic.Bool // the client has ended its side of the connection, and may still listen
 
 	// Set before net/http has it.
 	peer    net.Addr                // where the client came from: its socket no longer says so once it was reset. nil: as Conn says
 	backend atomic.Pointer[resumed] // the owner, which has got the client's upgrade, and is to answer; nil if none, or when it was taken
 	owner   int                     // its ordinal
+	serves  context.Context         // ends when the router stops
 }
 
 // RemoteAddr is the client's address.
@@ -386,6 +389,11 @@ func (c *frontConn) RemoteAddr() net.Addr {
 func (c *frontConn) Read(b []byte) (int, error) {
 	for {
 		n, err := c.Conn.Read(b)
+		if errors.Is(err, io.EOF) {
+			conn, _ := whole(c.Conn)
+			_, tcp := conn.(*net.TCPConn)
+			c.ended.Store(tcp) // who is before us on a Unix socket closes it when its client has left
+		}
 		if n == 0 || c.began.Load() {
 			return n, err
 		}

@@ -295,6 +295,7 @@ func newFront(ctx context.Context, p *proxy, log *slog.Logger) *http.Server {
 		ErrorLog:          serverLog(log),
 		BaseContext:       func(net.Listener) context.Context { return ctx },
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			c.(*frontConn).serves = ctx
 			return context.WithValue(ctx, frontKey{}, c)
 		},
 	}

@@ -104,8 +104,9 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result result, 
 	if server != nil {
 		goTo(asked)
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), p.limits.hold)
+	client, hold, cancel := p.attend(r)
 	defer cancel()
+	r = r.WithContext(client)
 	owner := func() (int, error) {
 		owner, stamp, no := p.owner(namespace)
 		if no != nil {
@@ -119,8 +120,8 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result result, 
 	for astray := error(nil); ; {
 		var request []byte
 		if server == nil {
-			if server, err = p.backends.hold(ctx, owner); err != nil {
-				return p.unreachable(r.Context(), backend, err, astray)
+			if server, err = p.backends.hold(hold, owner); err != nil {
+				return p.unreachable(hold, backend, err, astray)
 			}
 			request = requestHead(r, peer, p.pod, table, p.backends.name(backend))
 		}
@@ -132,6 +133,41 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result result, 
 			return result, err
 		}
 		server = nil
+	}
+}
+
+// halfClosedHold bounds how long a client waits for its owner that has ended its side of
+// the connection.
+const halfClosedHold = time.Second
+
+// attend returns the contexts of an upgrade. client ends when the client is gone or the
+// router stops, hold also when the owner was waited for long enough. The caller calls
+// cancel.
+//
+// A client that has sent its request and a FIN may still listen (a half-close, RFC 9293
+// §3.6), and then gets its answer; most have left, and that looks the same until
+// something is sent to them. So the answer of an owner that was asked is waited for: it
+// is about to come, or -handshake-timeout is. But a place among those that are held is
+// theirs for halfClosedHold only; then they get 503. net/http ends the request's context
+// at a FIN as at a RST, which the connection knows from each other.
+func (p *proxy) attend(r *http.Request) (client, hold context.Context, cancel func()) {
+	request := r.Context()
+	front := request.Value(frontKey{}).(*frontConn)
+	client, leave := context.WithCancelCause(context.WithoutCancel(request))
+	hold, release := context.WithTimeout(client, p.limits.hold)
+	stopping := context.AfterFunc(front.serves, func() { leave(context.Cause(front.serves)) })
+	ended := context.AfterFunc(request, func() {
+		if front.ended.Load() {
+			time.AfterFunc(halfClosedHold, release)
+			return
+		}
+		leave(context.Cause(request))
+	})
+	return client, hold, func() {
+		stopping()
+		ended()
+		release()
+		leave(nil)
 	}
 }
 
@@ -185,13 +221,13 @@ func (p *proxy) owner(namespace string) (int, string, *refusal) {
 
 // unreachable says why there is no connection to the owner: err, and before that
 // astray, if another backend answered in its place.
-func (p *proxy) unreachable(client context.Context, backend int, err, astray error) (result, error) {
+func (p *proxy) unreachable(hold context.Context, backend int, err, astray error) (result, error) {
 	var no *refusal
 	switch {
 	case errors.As(err, &no):
 		return no.result, no
-	case client.Err() != nil:
-		no = gone(client)
+	case errors.Is(hold.Err(), context.Canceled):
+		no = gone(hold)
 	case astray != nil || errors.Is(err, errMisdirected):
 		no = refuse(resultMisdirected, "%s could not be reached within %s: %v; at last: %v",
 			p.backends.name(backend), p.limits.hold, cmp.Or(astray, err), err)
