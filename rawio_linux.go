@@ -62,6 +62,12 @@ func (b *buffer) receive(fd int32, limit int) (int, syscall.Errno) {
 	return int(n), errno
 }
 
+// peek is receive, but what it reads stays with the socket.
+func (b *buffer) peek(fd int32, limit int) (int, syscall.Errno) {
+	n, _, errno := syscall.RawSyscall6(syscall.SYS_RECVFROM, uintptr(fd), b.dataAt, uintptr(limit), syscall.MSG_PEEK, 0, 0)
+	return int(n), errno
+}
+
 // send writes the first size bytes of data to the socket (send(2)). flags are
 // MSG_MORE or none.
 func (b *buffer) send(fd int32, size, flags int) (int, syscall.Errno) {

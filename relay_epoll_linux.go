@@ -30,7 +30,9 @@ type carrier struct {
 	pollers []*poller
 	next    atomic.Uint32 // the poller of the next session, modulo their number
 	running sync.WaitGroup
-	spare   sync.Pool // of *held
+	budget  int64 // bytes that may be held; static after start
+	held    atomic.Int64
+	spare   [heldClasses]sync.Pool // of *held, by class
 }
 
 // poller carries the sessions of one epoll set.
@@ -59,7 +61,7 @@ type slot struct {
 
 // start makes one poller for each CPU.
 func (c *carrier) start(r *relay) error {
-	c.spare.New = func() any { return new(held) }
+	c.budget = heldBudget
 	for range runtime.GOMAXPROCS(0) {
 		fd, err := syscall.EpollCreate1(syscall.EPOLL_CLOEXEC)
 		if err != nil {

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"math/bits"
 	"syscall"
 	"time"
 )
@@ -17,8 +18,11 @@ import (
 // is a parked goroutine.
 //
 // What comes from one side is read into the poller's buffer and written to the
-// other. What the other does not take is held: the session keeps it in a pooled
-// buffer, stops reading that side, and waits until the other can be written.
+// other. What the other does not take is held: the session keeps it in a buffer of
+// about its size, stops reading that side, and waits until the other can be written.
+// All sessions together hold up to heldBudget. Beyond that a side is not read before
+// its peer has taken what it sent: the kernel keeps it until then, and stops the
+// sender.
 //
 // A side that fills the buffer has much to send. If it is in large frames, only
 // their headers are read, for the frame scanner, and their payload goes through
@@ -62,11 +66,38 @@ type wire struct {
 	parting *parting // nil unless it is to part; after the end it stays as it is
 }
 
-// held is what a side did not take: first what is in buf, then what is in pipe.
+// held is what a side did not take: first data, then what is in pipe. It may be
+// nothing, of a side that waits for its peer all the same.
 type held struct {
-	buf        [bufferSize]byte
-	start, end int
-	pipe       *pipe // or nil
+	data []byte // its capacity is of a class
+	pipe *pipe  // or nil
+	cost int64  // what it has of the budget, in bytes
+}
+
+const (
+	heldBudget  = 64 << 20 // bytes that all sessions hold: an eighth of the container's memory in k8s/router.yaml
+	heldLeast   = 64       // bytes of the smallest buffer that holds something
+	heldClasses = 11       // of buffers, each with twice the size of the one before: the last has bufferSize
+	forwardSize = 16 << 10 // bytes that are looked at, while the budget is used up
+)
+
+// heldClass returns the class of the smallest buffer for so many bytes.
+func heldClass(size int) int { return bits.Len(uint(max(size, 1)-1) / heldLeast) }
+
+// hold keeps what the side's peer did not take, and makes the side wait for it.
+func (p *poller) hold(s *session, i side, data []byte, piped *pipe) {
+	c := &p.relay.carrier
+	class := heldClass(len(data))
+	h, _ := c.spare[class].Get().(*held)
+	if h == nil {
+		h = &held{data: make([]byte, 0, heldLeast<<class)}
+	}
+	h.data, h.pipe, h.cost = append(h.data[:0], data...), piped, heldLeast<<class
+	if piped != nil {
+		h.cost += int64(piped.full)
+	}
+	c.held.Add(h.cost)
+	s.held[i] = h
 }
 
 // handle does what an event of the side asks for.
@@ -102,10 +133,16 @@ func (s *session) reads(i side) bool { return s.open && !s.fin[i] && s.held[i] =
 // fill reads the side once, and passes on what came. It reports whether there
 // may be more.
 func (p *poller) fill(s *session, i side, ended bool) (more bool) {
+	full := p.relay.carrier.held.Load() >= p.relay.carrier.budget
+	if full && s.parting == nil {
+		return p.forward(s, i, ended)
+	}
 	n, limit := 0, bufferSize
 	piped, errno := p.siphon(s, i, bufferSize)
 	if piped == nil && errno == 0 {
 		switch {
+		case s.parting != nil && full:
+			limit = forwardSize / 4
 		case s.parting != nil:
 			limit -= mostClose
 		case s.bulk[i] > 0:
@@ -133,6 +170,48 @@ func (p *poller) fill(s *session, i side, ended bool) (more bool) {
 		return false
 	}
 	return more || ended || piped != nil
+}
+
+// forward is fill while the budget is used up: it looks at what has come, sends it,
+// and reads what was taken. A session that is to part is not carried so, as what is
+// sent of it is not what came.
+func (p *poller) forward(s *session, i side, ended bool) (more bool) {
+	n, errno := p.buf.peek(s.fd[i], forwardSize)
+	switch {
+	case errno == syscall.EAGAIN || errno == syscall.EINTR:
+		return errno == syscall.EINTR
+	case errno != 0:
+		p.broke(s, i, errno)
+		return false
+	case n == 0:
+		p.finish(s, i)
+		return false
+	}
+	sent := n
+	if s.sends(i) {
+		took, errno := p.buf.send(s.fd[i.peer()], n, 0)
+		sent = p.took(s, i, took, errno, n)
+	}
+	s.bulk[i] = 0
+	p.skip(s, i, sent)
+	if sent < n && s.open {
+		p.hold(s, i, nil, nil)
+	}
+	return n == forwardSize || ended
+}
+
+// skip reads what was looked at and is done with.
+func (p *poller) skip(s *session, i side, n int) {
+	for n > 0 && s.open {
+		got, errno := p.buf.receive(s.fd[i], n)
+		switch {
+		case errno == 0 && got > 0:
+			s.frames[i].scan(p.buf.data[:got], i == client)
+			n -= got
+		case errno != syscall.EINTR: // it was there
+			p.end(s, causeRouterError)
+		}
+	}
 }
 
 // weigh judges whether the side has much to send, by a read that filled what it
@@ -191,9 +270,7 @@ func (p *poller) pass(s *session, i side, n int, piped *pipe) {
 		piped = p.pour(s, i, piped)
 	}
 	if sent < n || piped != nil {
-		h := p.relay.carrier.spare.Get().(*held)
-		h.start, h.end, h.pipe = 0, copy(h.buf[:], p.buf.data[sent:n]), piped
-		s.held[i] = h
+		p.hold(s, i, p.buf.data[sent:n], piped)
 	}
 }
 
@@ -224,7 +301,7 @@ func (p *poller) flush(s *session, i side) {
 	if h == nil {
 		return
 	}
-	n, piped := copy(p.buf.data[:], h.buf[h.start:h.end]), h.pipe
+	n, piped := copy(p.buf.data[:], h.data), h.pipe
 	h.pipe = nil
 	p.release(s, i)
 	p.pass(s, i, n, piped)
@@ -240,7 +317,8 @@ func (p *poller) release(s *session, i side) {
 		p.pipes.put(h.pipe)
 	}
 	s.held[i] = nil
-	p.relay.carrier.spare.Put(h)
+	p.relay.carrier.held.Add(-h.cost)
+	p.relay.carrier.spare[heldClass(cap(h.data))].Put(h)
 }
 
 // took takes note of what the side's peer did with size bytes, and returns how

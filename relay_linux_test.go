@@ -247,7 +247,7 @@ func TestRelayHoldsLittleInPipe(t *testing.T) {
 		n, piped := 0, false
 		c.session.poller.mu.Lock()
 		if held := c.session.held[server]; held != nil && held.pipe != nil {
-			n, piped = held.end-held.start+held.pipe.full, true
+			n, piped = len(held.data)+held.pipe.full, true
 		}
 		c.session.poller.mu.Unlock()
 		c.end(causeDrain)
@@ -458,5 +458,126 @@ func (p *routerProcess) wantFailures(t *testing.T, file string, why []string) {
 	t.Logf("%d calls have failed, sessions ended with %v", failed, causes)
 	if failed == 0 || why != nil && harmed == 0 {
 		t.Errorf("%d calls have failed and harmed %d sessions, want some", failed, harmed)
+	}
+}
+
+// heldBy returns how much the relay holds, in bytes of memory.
+func heldBy(r *relay) int64 { return r.carrier.held.Load() }
+
+// A session of which one byte is held costs little more than one at rest.
+func TestRelayHoldsInSizes(t *testing.T) {
+	const sessions = 1000
+	r := quietRelay(t)
+	near, backends := make([]net.Conn, sessions), make([]net.Conn, sessions)
+	inBatches(sessions, func(i int) {
+		_, n, f, b := smallPairs(t)
+		stuff(n)
+		n.SetDeadline(time.Time{})
+		near[i], backends[i] = f, b
+		r.carry(newSession("ns-01", 0, ""), [2]net.Conn{n, f}, [2][]byte{})
+	})
+	open := userMemory()
+	for _, conn := range backends {
+		mustWrite(t, conn, "x")
+	}
+	for end := time.Now().Add(patience); heldBy(r) < sessions*heldLeast && time.Now().Before(end); {
+		<-time.After(time.Millisecond)
+	}
+	full := userMemory()
+	t.Logf("a session takes %d bytes more while a byte is held", (full-open)/sessions)
+	if heldBy(r) != sessions*heldLeast || full-open > sessions*512 {
+		t.Errorf("%d sessions that hold a byte count %d bytes and take %d more than at rest, want %d and %d at most",
+			sessions, heldBy(r), full-open, sessions*heldLeast, sessions*512)
+	}
+	r.endAll(causeDrain)
+	waitFor(t, r)
+	if heldBy(r) != 0 {
+		t.Errorf("%d bytes are held of sessions that have ended", heldBy(r))
+	}
+	runtime.KeepAlive(near)
+}
+
+// Each size is of the smallest class that has room for it.
+func TestHeldClass(t *testing.T) {
+	for size, want := range map[int]int{0: 64, 1: 64, 64: 64, 65: 128, 4096: 4096, 4097: 8192, bufferSize - 1: bufferSize, bufferSize: bufferSize} {
+		if got := heldLeast << heldClass(size); got != want {
+			t.Errorf("%d bytes are held in %d, want %d", size, got, want)
+		}
+	}
+	if got := heldClass(bufferSize); got != heldClasses-1 {
+		t.Errorf("the largest class is %d, want %d", got, heldClasses-1)
+	}
+}
+
+// Stuck sessions hold what the budget allows and no more, others keep their
+// latency, and all that was sent comes when the stuck ones read.
+func TestRelayHoldsWithinBudget(t *testing.T) {
+	const sessions, budget = 300, 1 << 20
+	seed := randomSeed(t)
+	noise := newNoise(seed)
+	calm, crowded := quietRelay(t), quietRelay(t)
+	crowded.carrier.budget = budget
+	relays := [2][]relayed{echoing(t, calm, 20), echoing(t, crowded, 20)}
+	all, sent := make([]stuckSession, sessions), make([]int64, sessions)
+	for i := range all {
+		all[i] = carriedSmall(t, crowded)
+	}
+	inBatches(sessions, func(i int) {
+		sent[i] = stuffWith(all[i].backend, stuckFlow(noise, seed, i), 4<<10)
+		all[i].backend.CloseWrite()
+	})
+	got, most := heldBy(crowded), int64(budget+2*bufferSize*len(crowded.carrier.pollers)+sessions*heldLeast)
+	t.Logf("%d stuck sessions hold %d bytes", sessions, got)
+	if got < budget || got > most {
+		t.Errorf("%d stuck sessions hold %d bytes, want %d to %d", sessions, got, budget, most)
+	}
+	wantMedianEchoes(t, relays)
+	wantRest(t)
+	inBatches(sessions, func(i int) {
+		flow := stuckFlow(noise, seed, i)
+		flow.left = int(sent[i])
+		all[i].client.SetReadDeadline(time.Now().Add(patience))
+		if err := flow.check(all[i].client, rand.New(rand.NewPCG(seed, uint64(i)))); err != nil {
+			t.Errorf("session %d: %v", i, err)
+		}
+		all[i].client.Close()
+	})
+	for end := time.Now().Add(patience); crowded.size() > len(relays[1]) && time.Now().Before(end); {
+		<-time.After(time.Millisecond)
+	}
+	if got := heldBy(crowded); got != 0 {
+		t.Errorf("%d bytes are held with nothing stuck", got)
+	}
+}
+
+// Byte by byte the same while the budget is used up, all the time or now and then.
+func TestRelayBytesOverBudget(t *testing.T) {
+	for _, budget := range []int64{0, 100 << 10} {
+		t.Run(fmt.Sprint(budget), func(t *testing.T) {
+			const count = 40
+			seed := randomSeed(t)
+			noise := newNoise(seed)
+			r := quietRelay(t)
+			r.carrier.budget = budget
+			rng := rand.New(rand.NewPCG(seed, 5))
+			var running sync.WaitGroup
+			var total [2]int64
+			for n := range count {
+				sizes := [2]int{logUniform(rng, 4<<20), logUniform(rng, 4<<20)}
+				ends := newFlowSession(noise, seed, n, sizes).ends
+				near, nearFar := unixPair(t)
+				far, farFar := tcpPair(t)
+				nearFar.SetWriteBuffer(4 << 10 << (n % 8))
+				r.carry(newSession("ns-01", 0, ""), [2]net.Conn{nearFar, far}, [2][]byte{ends[client].early, ends[server].early})
+				running.Go(func() { ends[client].run(t, near, near) })
+				running.Go(func() { ends[server].run(t, farFar, farFar) })
+				total[client], total[server] = total[client]+int64(sizes[client]), total[server]+int64(sizes[server])
+			}
+			running.Wait()
+			waitFor(t, r)
+			if got := r.bytes(); got != total || heldBy(r) != 0 {
+				t.Errorf("%d bytes were counted and %d are held, want %d and 0", got, heldBy(r), total)
+			}
+		})
 	}
 }

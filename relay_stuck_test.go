@@ -262,8 +262,8 @@ func TestRelayStuckMemory(t *testing.T) {
 	const mega = 1 << 20
 	t.Logf("of %d MiB sent %d MiB were taken; memory: %d KiB open, %d MiB full, %d KiB after",
 		total/mega, taken/mega, (open-before)>>10, (full-before)/mega, (after-before)>>10)
-	if full-before > 200*mega {
-		t.Errorf("%d stuck sessions take %d MiB, want 200 at most", sessions, (full-before)/mega)
+	if full-before > 100*mega {
+		t.Errorf("%d stuck sessions take %d MiB, want 100 at most", sessions, (full-before)/mega)
 	}
 	if after-before > 20*mega {
 		t.Errorf("%d MiB are still in use, want 20 at most", (after-before)/mega)
