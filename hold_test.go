@@ -149,7 +149,7 @@ func TestHalfClosedClientIsAnswered(t *testing.T) {
 				backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
 					close(asked)
 					<-ended
-					for tt.slow && p.http.Load() == 0 {
+					for end := time.Now().Add(patience); tt.slow && p.http.Load() == 0 && time.Now().Before(end); {
 						<-time.After(time.Millisecond)
 					}
 					io.WriteString(conn, tt.answer)
