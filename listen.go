@@ -267,42 +267,58 @@ type boundedListener struct {
 	max int
 
 	mu   sync.Mutex
-	open []*boundedConn // by when they were accepted, or their last request began or ended. Guarded by mu.
+	open []*boundedConn // by since. Guarded by mu.
 }
 
 // boundedConn is a connection of a boundedListener.
 type boundedConn struct {
 	net.Conn
 	listener *boundedListener
-	busy     bool // a request is being answered. Guarded by listener.mu.
+
+	// Guarded by listener.mu.
+	busy  bool      // a request is being answered
+	since time.Time // when it was accepted, or its last request began or ended
 }
 
+// roomGrace is for how long a connection need not make room: long enough to have its
+// request read, also while somebody opens connections without end.
+const roomGrace = 5 * time.Millisecond
+
 // Accept returns the next connection. One goroutine may call it: then there is
-// never more than one connection above the bound, the one that is being closed.
+// never more than one connection above the bound, which waits for room.
 func (l *boundedListener) Accept() (net.Conn, error) {
 	conn, err := l.Listener.Accept()
 	if err != nil {
 		return nil, err
 	}
 	c := &boundedConn{Conn: conn, listener: l}
-	if over := l.add(c); over != nil {
-		over.Close()
+	over, wait := l.add(c)
+	for wait > 0 {
+		time.Sleep(wait)
+		over, wait = l.add(c)
+	}
+	if over != nil {
+		over.Conn.Close()
 	}
 	return c, nil
 }
 
 // add takes note of c, and returns the connection that has to make room for it, nil
-// for none.
-func (l *boundedListener) add(c *boundedConn) (over *boundedConn) {
+// for none. If there is a time to wait, c is to be added again after it.
+func (l *boundedListener) add(c *boundedConn) (over *boundedConn, wait time.Duration) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if len(l.open) >= l.max {
 		at := max(0, slices.IndexFunc(l.open, func(c *boundedConn) bool { return !c.busy }))
 		over = l.open[at]
+		if wait = roomGrace - time.Since(over.since); wait > 0 {
+			return nil, wait
+		}
 		l.open = slices.Delete(l.open, at, at+1)
 	}
+	c.since = time.Now()
 	l.open = append(l.open, c)
-	return over
+	return over, 0
 }
 
 // setBusy says that a request of c begins or ends.
@@ -310,7 +326,7 @@ func (c *boundedConn) setBusy(busy bool) {
 	l := c.listener
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	c.busy = busy
+	c.busy, c.since = busy, time.Now()
 	if at := slices.Index(l.open, c); at >= 0 { // else it has made room
 		l.open = append(slices.Delete(l.open, at, at+1), c)
 	}

@@ -53,17 +53,20 @@ func pack(data map[string]string) *packed {
 	return p.pack()
 }
 
-// maxEntries is the most overrides in one object. The API server takes objects of at
-// most 1.5 MiB (etcd's --max-request-bytes), in which an entry with a name of three
-// characters and an empty value has 10 bytes.
-const maxEntries = 200_000
+// The most bytes of one object's names and values, where each entry has entryHead
+// bytes more, as in the API server's protobuf. etcd takes 1.5 MiB at most
+// (--max-request-bytes).
+const (
+	maxData   = 2 << 20
+	entryHead = 6
+)
 
 // UnmarshalJSON packs an object of texts. encoding/json has seen to it that b is
 // valid; to have it make a map of 40,000 entries, to be packed after that, would
 // take most of the time between an edit and the table.
 func (p *packed) UnmarshalJSON(b []byte) error {
 	const between = " \t\r\n,:"
-	all := &packer{}
+	all, size := &packer{}, 0
 	switch b[0] {
 	case 'n': // null
 	case '{':
@@ -73,8 +76,8 @@ func (p *packed) UnmarshalJSON(b []byte) error {
 			if err != nil {
 				return err
 			}
-			if len(all.order) == maxEntries {
-				return fmt.Errorf("more than %d entries", maxEntries)
+			if size += entryHead + len(namespace) + len(value); size > maxData {
+				return fmt.Errorf("more than %d bytes in names and values", maxData)
 			}
 			all.add(namespace, value)
 			b = rest
