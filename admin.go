@@ -173,6 +173,7 @@ type ownership struct {
 	Namespace string      `json:"namespace"`
 	Owner     string      `json:"owner,omitempty"` // none if the namespace is refused
 	Why       string      `json:"why"`             // one of the why constants
+	Pod       string      `json:"pod,omitempty"`   // uid of the owner's pod, if it is known
 	Address   string      `json:"address,omitempty"`
 	Ready     bool        `json:"ready"` // it takes a connection now
 	Error     string      `json:"error,omitempty"`
@@ -211,6 +212,7 @@ func (a *admin) ownership(ctx context.Context, t *table, namespace string) owner
 		return o
 	}
 	o.Owner = t.name(ordinal)
+	o.Pod = a.proxy.backends.pod(ordinal)
 	o.Address, o.Ready, o.Error = a.probe(ctx, ordinal)
 	return o
 }
@@ -220,12 +222,14 @@ func (a *admin) ownership(ctx context.Context, t *table, namespace string) owner
 type backendState struct {
 	Name       string `json:"name"`
 	Ordinal    int    `json:"ordinal"`
+	Pod        string `json:"pod,omitempty"` // its uid, if that is known
 	Address    string `json:"address,omitempty"`
 	Ready      bool   `json:"ready"` // it takes a connection now
 	Error      string `json:"error,omitempty"`
-	Namespaces bool   `json:"namespaces"` // it owns some
-	Overrides  int    `json:"overrides"`  // of these, by overrides
-	Sessions   int    `json:"sessions"`   // of this router
+	Namespaces bool   `json:"namespaces"`         // it owns some
+	Overrides  int    `json:"overrides"`          // of these, by overrides
+	Sessions   int    `json:"sessions"`           // of this router
+	Replaced   int    `json:"replaced,omitempty"` // of these, with a pod that is the backend no more
 }
 
 // backends lists the backends that own namespaces, and those that still have
@@ -240,8 +244,8 @@ func (a *admin) backends(w http.ResponseWriter, r *http.Request) {
 	maps.DeleteFunc(counts, func(ordinal int, n backendCount) bool { return n.open == 0 })
 	all := []backendState{}
 	for _, ordinal := range a.everyBackend(counts) {
-		all = append(all, backendState{Name: t.name(ordinal), Ordinal: ordinal, Namespaces: t.backends.has(ordinal),
-			Overrides: overrides[ordinal], Sessions: counts[ordinal].open})
+		all = append(all, backendState{Name: t.name(ordinal), Ordinal: ordinal, Pod: a.proxy.backends.pod(ordinal), Namespaces: t.backends.has(ordinal),
+			Overrides: overrides[ordinal], Sessions: counts[ordinal].open, Replaced: counts[ordinal].behind})
 	}
 	a.probeAll(r.Context(), all)
 	writeJSON(w, http.StatusOK, map[string]any{"table": t.version, "stamp": t.stamp, "backends": all})

@@ -38,8 +38,9 @@ type backends struct {
 	dialer      net.Dialer
 	holds       *holds
 	locate      func(ctx context.Context, ordinal int) (addr string, err error)
-	forget      func(ordinal int) // the address was no good
-	close       func()            // returns when nothing that locate started runs any more
+	forget      func(ordinal int)        // the address was no good
+	pod         func(ordinal int) string // uid of the pod that locate finds, "" if not known
+	close       func()                   // returns when nothing that locate started runs any more
 }
 
 // name returns the name of the backend with this ordinal.
@@ -67,6 +68,9 @@ func backendOrdinal(statefulSet, name string) (int, bool) {
 // dial.
 func always(int) error { return nil }
 
+// unknownPod is for backends of which no pods are known.
+func unknownPod(int) string { return "" }
+
 // fixedBackends are at the given addresses, in the order of their ordinals.
 func fixedBackends(statefulSet string, addrs []string) *backends {
 	return &backends{
@@ -75,6 +79,7 @@ func fixedBackends(statefulSet string, addrs []string) *backends {
 		holds:       newHolds(always),
 		locate:      func(_ context.Context, ordinal int) (string, error) { return addrs[ordinal], nil },
 		forget:      func(int) {},
+		pod:         unknownPod,
 		close:       func() {},
 	}
 }
@@ -163,32 +168,33 @@ func (b *backends) probe(ctx context.Context, ordinal int) (addr string, err err
 }
 
 // hold waits until the owner is ready, dials it, and returns the connection to the one
-// that owner named last. It dials again for as long as the owner is called
+// that owner named last, and the uid of its pod, if that is known. It dials again for as long as the owner is called
 // ready, and asks owner again when the table was swapped. An error of owner ends
 // it, as does ctx: then the error is that of the last dial, or says what there
 // was to wait for.
-func (b *backends) hold(ctx context.Context, owner func() (int, error)) (net.Conn, error) {
+func (b *backends) hold(ctx context.Context, owner func() (int, error)) (net.Conn, string, error) {
 	w := b.holds.enter()
 	for last := error(nil); ; {
 		swaps := b.holds.swaps.Load()
 		ordinal, err := owner()
 		if err != nil {
-			return nil, err
+			return nil, "", err
 		}
 		err = b.holds.wait(ctx, w, ordinal, swaps)
 		if errors.Is(err, errAskAgain) {
 			continue
 		}
 		if err != nil {
-			return nil, err
+			return nil, "", err
 		}
+		pod := b.pod(ordinal) // before the address: a pod that is new by then is taken for the old one, never the other way
 		conn, err := b.dial(ctx, ordinal)
 		b.holds.done(ordinal, err, ctx.Err() != nil)
 		if err == nil {
-			return conn, nil
+			return conn, pod, nil
 		}
 		if ctx.Err() != nil {
-			return nil, cmp.Or(last, err) // not that of a dial cut short
+			return nil, "", cmp.Or(last, err) // not that of a dial cut short
 		}
 		last = err
 	}

@@ -33,6 +33,7 @@ func dnsBackends(count int, statefulSet, service string, port int) *backends {
 		holds:       newHolds(always),
 		locate:      func(ctx context.Context, ordinal int) (string, error) { return cache.get(ctx, cache.host(ordinal)) },
 		forget:      func(ordinal int) { cache.forget(cache.host(ordinal)) },
+		pod:         unknownPod,
 		close:       cache.lookups.Wait,
 	}
 }

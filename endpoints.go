@@ -27,6 +27,7 @@ type endpoint struct {
 	TargetRef struct {
 		Kind string `json:"kind"`
 		Name string `json:"name"`
+		UID  string `json:"uid"`
 	} `json:"targetRef"`
 	Conditions struct {
 		Ready       *bool `json:"ready"`       // nil is true
@@ -46,6 +47,14 @@ func (e *endpoint) pod() string {
 	return e.Hostname
 }
 
+// uid is that of the endpoint's pod, "" if no pod is named.
+func (e *endpoint) uid() string {
+	if e.TargetRef.Kind == "Pod" {
+		return e.TargetRef.UID
+	}
+	return ""
+}
+
 // usable reports whether new sessions may go there. A pod that terminates may
 // serve what it has, but a new session would end with it. With
 // publishNotReadyAddresses ready is always true, and serving is what it was.
@@ -63,6 +72,7 @@ func (e *endpoint) usable() bool {
 // place is where a backend is.
 type place struct {
 	ready bool
+	uid   string // of the pod, "" if not known
 
 	// Guarded by the mu of pods.
 	addrs []string // host:port; those that are usable if any is
@@ -76,7 +86,7 @@ func (p *place) usable() bool { return p != nil && p.ready }
 // from one to the other, or with an address of each family. What is not usable
 // counts only for a pod that nothing else is known of: an entry that is left over
 // from its last life, whose address may be another pod's by now, must not be
-// dialled.
+// dialled. A place is of one pod: while slices disagree, of the first.
 func placesOf(set map[string]*endpointSlice, statefulSet, port string) map[int]*place {
 	all := slices.SortedFunc(maps.Values(set), func(a, b *endpointSlice) int {
 		return cmp.Or(cmp.Compare(a.AddressType, b.AddressType), cmp.Compare(a.Metadata.Name, b.Metadata.Name))
@@ -90,11 +100,11 @@ func placesOf(set map[string]*endpointSlice, statefulSet, port string) map[int]*
 			}
 			known := places[ordinal]
 			if known == nil || !known.ready && e.usable() {
-				known = &place{ready: e.usable()}
+				known = &place{ready: e.usable(), uid: e.uid()}
 				places[ordinal] = known
 			}
 			addr := net.JoinHostPort(e.Addresses[0], port)
-			if known.ready == e.usable() && !slices.Contains(known.addrs, addr) {
+			if known.ready == e.usable() && known.uid == e.uid() && !slices.Contains(known.addrs, addr) {
 				known.addrs = append(known.addrs, addr)
 			}
 		}
@@ -115,7 +125,8 @@ type pods struct {
 	watcher     *watcher[endpointSlice]
 	dns         *backends
 	holds       *holds
-	changed     func() // called after the places changed
+	replaced    func(uids map[int]string) // gets the pods that are usable, by ordinal, before they are dialled
+	changed     func()                    // called after the places changed
 	log         *slog.Logger
 
 	mu     sync.Mutex
@@ -126,7 +137,7 @@ type pods struct {
 func followPods(client kube, namespace, statefulSet, service string, port int, log *slog.Logger) *pods {
 	p := &pods{
 		statefulSet: statefulSet, port: strconv.Itoa(port), dns: dnsBackends(0, statefulSet, service, port),
-		changed: func() {}, log: log,
+		replaced: func(map[int]string) {}, changed: func() {}, log: log,
 	}
 	p.holds = newHolds(p.unready)
 	p.watcher = &watcher[endpointSlice]{
@@ -139,7 +150,7 @@ func followPods(client kube, namespace, statefulSet, service string, port int, l
 
 // backends are the pods to be dialled.
 func (p *pods) backends() *backends {
-	return &backends{statefulSet: p.statefulSet, holds: p.holds, locate: p.locate, forget: p.forget, close: p.dns.close}
+	return &backends{statefulSet: p.statefulSet, holds: p.holds, locate: p.locate, forget: p.forget, pod: p.pod, close: p.dns.close}
 }
 
 // apply takes the EndpointSlices. None at all, not even an empty one, means that
@@ -150,7 +161,13 @@ func (p *pods) apply(set map[string]*endpointSlice) {
 		p.log.Warn("there is no such object, backends stay where they were", "object", p.watcher.what())
 		return
 	}
-	places := placesOf(set, p.statefulSet, p.port)
+	places, uids := placesOf(set, p.statefulSet, p.port), map[int]string{}
+	for ordinal, at := range places {
+		if at.usable() && at.uid != "" {
+			uids[ordinal] = at.uid
+		}
+	}
+	p.replaced(uids)
 	p.mu.Lock()
 	p.places = places
 	p.mu.Unlock()
@@ -197,6 +214,17 @@ func (p *pods) locate(ctx context.Context, ordinal int) (string, error) {
 		return "", p.notReady(ordinal)
 	}
 	return addr, nil
+}
+
+// pod returns the uid of the pod that locate finds, "" if it is not known.
+func (p *pods) pod(ordinal int) string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	at := p.places[ordinal]
+	if !at.usable() || at.stale && p.failing() {
+		return ""
+	}
+	return at.uid
 }
 
 // locateAnew asks DNS where a backend is. Where it does not say, in half of the

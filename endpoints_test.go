@@ -139,6 +139,36 @@ func TestPodsWatchFails(t *testing.T) {
 	})
 }
 
+// TestPodsReplaced: which pods the backends are is told before they are dialled, of
+// those that are usable.
+func TestPodsReplaced(t *testing.T) {
+	p := followPods(kube{}, "edge", "backend", "headless", 9000, slog.New(slog.DiscardHandler))
+	told := ""
+	p.replaced = func(uids map[int]string) { told = fmt.Sprint(uids, " after ", p.pod(0)) }
+	pod := func(addr, uid string, ready bool) string {
+		return fmt.Sprintf(`[{"addresses":[%q],"targetRef":{"kind":"Pod","name":"backend-0","uid":%q},"conditions":{"ready":%v}}]`, addr, uid, ready)
+	}
+	for _, step := range []struct {
+		slices map[string]string
+		want   string
+	}{
+		{map[string]string{"x": "IPv4 " + pod("10.0.0.1", "a", true)}, "map[0:a] after "},
+		{map[string]string{"x": "IPv4 " + pod("10.0.0.1", "a", false)}, "map[] after a"},
+		{map[string]string{"x": "IPv4 " + pod("10.0.0.2", "b", false)}, "map[] after "},
+		{map[string]string{"x": "IPv4 " + pod("10.0.0.2", "b", true)}, "map[0:b] after "},
+		{map[string]string{"x": "IPv4 " + pod("10.0.0.3", "c", true), "y": "IPv6 " + pod("fd00::2", "b", true)}, "map[0:c] after b"},
+		{map[string]string{"x": "IPv4 " + fakeEndpoints(0)}, "map[] after c"},
+	} {
+		p.apply(sliceSet(t, step.slices))
+		if told != step.want {
+			t.Errorf("after %v it was told %s, want %s", step.slices, told, step.want)
+		}
+		if n := len(p.places[0].addrs); n != 1 {
+			t.Errorf("after %v it has %d addresses, want one pod's", step.slices, n)
+		}
+	}
+}
+
 // TestPodsLocate: where a backend is, from what is known of the EndpointSlices.
 func TestPodsLocate(t *testing.T) {
 	p := followPods(kube{}, "edge", "backend", "headless", 9000, slog.New(slog.DiscardHandler))

@@ -100,8 +100,13 @@ func (a *arrival) check() bool {
 // connection that is not there yet takes that later.
 func (a *arrival) dial() bool {
 	b := a.express.proxy.backends
+	a.session.pod = b.pod(a.session.backend) // before the address, as in hold
 	addr, ok := b.atOnce(a.session.backend)
 	if !ok {
+		return false
+	}
+	if a.express.proxy.relay.leftBehind(a.session.namespace) != nil {
+		b.dialled(a.session.backend, context.Canceled, true)
 		return false
 	}
 	fd, err := connectTo(addr, b.dialer.Control)
@@ -244,7 +249,7 @@ func (a *arrival) toHTTP(answer []byte) {
 		socket := a.remove(server)
 		defer socket.Close()
 		if conn, err := connOf(socket, x.proxy.backends.dialer.Control); err == nil { // else it is asked again
-			front.owner = a.session.backend
+			front.owner, front.pod = a.session.backend, a.session.pod
 			front.backend.Store(&resumed{conn, answer})
 		}
 	}

@@ -198,7 +198,7 @@ func TestFrontConnCloses(t *testing.T) {
 		var both sync.WaitGroup
 		both.Go(func() { c.Close() })
 		both.Go(func() {
-			if conn, _ := takeAsked(context.WithValue(t.Context(), frontKey{}, c)); conn != nil {
+			if conn, _, _ := takeAsked(context.WithValue(t.Context(), frontKey{}, c)); conn != nil {
 				conn.Close()
 			}
 		})

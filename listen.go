@@ -390,6 +390,7 @@ type frontConn struct {
 	peer    net.Addr                // where the client came from: its socket no longer says so once it was reset. nil: as Conn says
 	backend atomic.Pointer[resumed] // the owner, which has got the client's upgrade, and is to answer; nil if none, or when it was taken
 	owner   int                     // its ordinal
+	pod     string                  // its pod's uid, "" if not known
 	serves  context.Context         // ends when the router stops
 }
 
@@ -458,17 +459,17 @@ func headRead(ctx context.Context) {
 	}
 }
 
-// takeAsked returns the connection to the owner which has got the request, and its
-// ordinal; nil if none has. The caller closes it.
-func takeAsked(ctx context.Context) (conn net.Conn, owner int) {
+// takeAsked returns the connection to the owner which has got the request, its
+// ordinal and its pod's uid; nil if none has. The caller closes it.
+func takeAsked(ctx context.Context) (conn net.Conn, owner int, pod string) {
 	c, ok := ctx.Value(frontKey{}).(*frontConn)
 	if !ok {
-		return nil, 0
+		return nil, 0, ""
 	}
 	if backend := c.backend.Swap(nil); backend != nil {
-		return backend, c.owner
+		return backend, c.owner, c.pod
 	}
-	return nil, 0
+	return nil, 0, ""
 }
 
 // resumed is a connection of which something was read before: first.

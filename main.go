@@ -162,6 +162,13 @@ func newProgram(c *config, getenv func(string) string, log *slog.Logger) (*progr
 	}
 	mover := newMover(router, relay, c.moveRate, probe, log)
 	mover.settle = c.moveSettle
+	if pods != nil {
+		pods.replaced = func(uids map[int]string) {
+			if relay.replace(uids) {
+				mover.check()
+			}
+		}
+	}
 	router.swapped = func() { mover.check(); backends.holds.askAgain() }
 	p := &program{config: c, gate: gate, mover: mover, log: log}
 	p.proxy = &proxy{

@@ -83,11 +83,19 @@ func nudge(c chan<- struct{}) {
 	}
 }
 
-// misplaced reports whether the session's namespace has another owner. A
-// namespace that is refused has no owner, and its sessions stay.
+// misplaced reports whether the session's namespace has another owner, or the same
+// which is another pod now.
 func (m *mover) misplaced(s *session) bool {
-	owner, ok := m.router.table().owner(s.namespace)
-	return ok && owner != s.backend
+	return m.owner(s) != s.backend || m.relay.replaced(s)
+}
+
+// owner returns the backend that the session's namespace belongs to. One that is
+// refused has no owner, and its sessions stay where they are.
+func (m *mover) owner(s *session) int {
+	if owner, ok := m.router.table().owner(s.namespace); ok {
+		return owner
+	}
+	return s.backend
 }
 
 // run moves sessions after each check, until ctx ends.
@@ -179,7 +187,7 @@ func (m *mover) plan(ctx context.Context, now time.Time) {
 
 // await puts t with its new owner, which is dialled until it is there or ctx ends.
 func (m *mover) await(ctx context.Context, t turn) {
-	backend, _ := m.router.table().owner(t.session.namespace)
+	backend := m.owner(t.session)
 	owner := m.owners[backend]
 	if owner == nil {
 		owner = &newOwner{backend: backend}
@@ -244,8 +252,7 @@ func (m *mover) move() {
 		last := len(m.ready) - 1
 		t := m.ready[last]
 		m.ready = m.ready[:last]
-		owner, _ := m.router.table().owner(t.session.namespace)
-		switch next := m.owners[owner]; {
+		switch next := m.owners[m.owner(t.session)]; {
 		case t.session.ending() || !m.misplaced(t.session):
 			m.drop(t)
 		case next == nil || !next.there: // the table has changed since the plan

@@ -1,14 +1,17 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"maps"
 	"net"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -79,6 +82,96 @@ func TestMoveAtHandOver(t *testing.T) {
 	mustFrames(t, client, false, restarts)
 	client.Close()
 	p.waitMoved(t, 1)
+}
+
+// When a backend is another pod, its sessions with the old one end as in a move,
+// also if that does not answer, and the next session of their namespace with the new
+// one is not opened before. Other namespaces need not wait.
+func TestMoveToAnotherPod(t *testing.T) {
+	hang := func(conn net.Conn, br *bufio.Reader) {
+		io.WriteString(conn, switching)
+		io.Copy(io.Discard, br)
+	}
+	for name, old := range map[string]func(net.Conn, *bufio.Reader){"that answers": echo, "that hangs": hang} {
+		t.Run(name, func(t *testing.T) {
+			both(t, func(t *testing.T, request string) { moveToAnotherPod(t, old, request) })
+		})
+	}
+}
+
+func moveToAnotherPod(t *testing.T, old func(net.Conn, *bufio.Reader), request string) {
+	var now atomic.Int32 // which of the pods is the backend
+	var relay atomic.Pointer[relay]
+	first := startStub(t, "127.0.0.1:0", old)
+	second := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
+		if relay.Load().leftBehind("ns-01") != nil {
+			io.WriteString(conn, "HTTP/1.1 404 Not Found\r\n\r\n") // to ns-02
+		} else {
+			echo(conn, br)
+		}
+	})
+	p := startProxy(t, []string{"127.0.0.1:1"}, map[string]string{}, func(p *proxy) {
+		relay.Store(p.relay)
+		p.relay.closing = time.Second
+		p.backends.pod = func(int) string { return []string{"a", "b"}[now.Load()] }
+		p.backends.locate = func(context.Context, int) (string, error) { return []string{first.addr, second.addr}[now.Load()], nil }
+	})
+	if p.relay.replace(map[int]string{0: "a"}) {
+		t.Error("a pod that is heard of first is another")
+	}
+	conn, _, _ := p.ask(t, request)
+	for p.relay.size() == 0 {
+		<-time.After(time.Millisecond)
+	}
+	if !p.relay.replace(map[int]string{0: "b"}) || p.relay.replace(map[int]string{0: "b"}) {
+		t.Error("a pod that is another is not, or is twice")
+	}
+	now.Store(1)
+	if n := p.relay.counts()[0]; n.open != 1 || n.behind != 1 {
+		t.Errorf("%+v, want one session, which is behind", n)
+	}
+	held, _ := net.Dial("tcp", p.addr)
+	defer held.Close()
+	mustWrite(t, held, request)
+	_, _, other := p.ask(t, upgradeRequest("/ws/ns-02"))
+	if other.StatusCode != 404 {
+		t.Errorf("ns-02 got %s, want the answer of the new pod", other.Status)
+	}
+	if heads := second.heads(); len(heads) != 1 {
+		t.Errorf("the new pod was asked by %q, want ns-02 only", heads)
+	}
+	p.moves.check()
+	mustFrames(t, conn, false, restarts)
+	conn.Close()
+	mustAnswer(t, held, 101)
+	p.waitMoved(t, 1)
+	for end := time.Now().Add(patience); p.relay.counts()[0] != (backendCount{open: 1, total: 2}); <-time.After(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%+v, want one session, with the new pod", p.relay.counts()[0])
+		}
+	}
+}
+
+// A session that its old pod has ended is no reason to wait, nor is it moved.
+func TestMoveAfterTheOldPod(t *testing.T) {
+	p := startProxy(t, []string{"127.0.0.1:1"}, map[string]string{}, nil)
+	p.relay.replace(map[int]string{0: "a"})
+	client, clientFar := tcpPair(t)
+	backend, backendFar := tcpPair(t)
+	s := newSession("ns-01", 0, "")
+	s.pod = "a"
+	p.relay.carry(s, [2]net.Conn{clientFar, backend}, [2][]byte{})
+	backendFar.CloseWrite()
+	for end := time.Now().Add(patience); !s.letGo.Load(); <-time.After(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("the end of the backend is not known")
+		}
+	}
+	p.relay.replace(map[int]string{0: "b"})
+	if p.relay.leftBehind("ns-01") != nil || p.moves.misplaced(s) {
+		t.Error("the session is behind, want it to end by itself")
+	}
+	client.Close()
 }
 
 // moveTest is a mover whose sessions have no sockets.

@@ -83,7 +83,7 @@ func (p *proxy) report(r *http.Request, result result, err error) {
 // upgrade makes the request a session. A *refusal means that nothing was
 // answered yet.
 func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result result, err error) {
-	server, asked := takeAsked(r.Context())
+	server, asked, pod := takeAsked(r.Context())
 	namespace, backend, table, no := p.admit(r)
 	if no != nil {
 		if server != nil {
@@ -114,18 +114,25 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result result, 
 		}
 		table = stamp
 		goTo(owner)
-		return owner, nil
+		return owner, p.awaitOld(hold, namespace, owner)
 	}
 	peer := forwardedFor(r)
 	for astray := error(nil); ; {
 		var request []byte
 		if server == nil {
-			if server, err = p.backends.hold(hold, owner); err != nil {
+			if server, pod, err = p.backends.hold(hold, owner); err != nil {
 				return p.unreachable(hold, backend, err, astray)
+			}
+			if p.relay.leftBehind(namespace) != nil { // the pod was replaced since owner was asked
+				server.Close()
+				server = nil
+				continue
 			}
 			request = requestHead(r, peer, p.pod, table, p.backends.name(backend))
 		}
-		result, err = p.connect(w, r, newSession(namespace, backend, peer), server, request)
+		s := newSession(namespace, backend, peer)
+		s.pod = pod
+		result, err = p.connect(w, r, s, server, request)
 		switch {
 		case errors.Is(err, errMisdirected):
 			astray = err
@@ -133,6 +140,21 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result result, 
 			return result, err
 		}
 		server = nil
+	}
+}
+
+// awaitOld returns when no session of the namespace is with a pod that is its
+// backend no more, or ctx has ended.
+func (p *proxy) awaitOld(ctx context.Context, namespace string, backend int) error {
+	over := p.relay.leftBehind(namespace)
+	if over == nil {
+		return nil
+	}
+	select {
+	case <-over:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("%q has a session with the pod that %s was", namespace, p.backends.name(backend))
 	}
 }
 

@@ -54,9 +54,14 @@ type session struct {
 	namespace string
 	peer      string // the client's addresses as X-Forwarded-For has them
 	backend   int    // ordinal
+	pod       string // uid of the backend's pod when it was dialled, "" if not known
 	started   time.Time
 
-	at int // in relay.sessions; guarded by relay.mu
+	// Guarded by relay.mu.
+	at     int  // in relay.sessions
+	behind bool // counted in relay.behind
+
+	letGo atomic.Bool // its pod has ended it, or was cut off
 
 	why   atomic.Int32    // a cause
 	gone  atomic.Bool     // it has ended, and was counted
@@ -138,16 +143,26 @@ type relay struct {
 	open  sync.WaitGroup // sessions
 	ended [causes]atomic.Int64
 	cut   [causes]atomic.Int64 // of these, those that were to part and did not in time
+
+	pods   atomic.Pointer[map[int]string] // uid of the pod that each backend is, by ordinal, of those that were ever known; stored with mu held
+	behind map[string]*behind             // by namespace; guarded by mu
 }
 
-// backendCount counts the sessions of one backend.
-type backendCount struct{ open, total int }
+// backendCount counts the sessions of one backend; behind are those with a pod that
+// is the backend no more.
+type backendCount struct{ open, total, behind int }
+
+// behind is the sessions of a namespace with pods that are replaced.
+type behind struct {
+	sessions int
+	over     chan struct{} // closed when there are none any more
+}
 
 // newRelay returns a relay, which carries between start and stop. The backends'
 // names are for the log.
 func newRelay(name func(backend int) string, log *slog.Logger) *relay {
 	return &relay{
-		name: name, linger: lingerTime, gone: goneTime, closing: closeTime, freed: func(int) {}, log: log, byBackend: map[int]backendCount{},
+		name: name, linger: lingerTime, gone: goneTime, closing: closeTime, freed: func(int) {}, log: log, byBackend: map[int]backendCount{}, behind: map[string]*behind{},
 	}
 }
 
@@ -204,21 +219,109 @@ func (r *relay) add(s *session) {
 	s.at = len(r.sessions)
 	r.sessions = append(r.sessions, s)
 	count := r.byBackend[s.backend]
-	r.byBackend[s.backend] = backendCount{count.open + 1, count.total + 1}
+	r.byBackend[s.backend] = backendCount{count.open + 1, count.total + 1, count.behind}
+	r.mark(s, r.replaced(s))
 }
 
 // remove takes s, whose bytes are n, out of the set. The last takes its place.
 func (r *relay) remove(s *session, n [2]int64) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.mark(s, false)
 	last := len(r.sessions) - 1
 	r.sessions[s.at], r.sessions[last].at = r.sessions[last], s.at
 	r.sessions[last] = nil
 	r.sessions = r.sessions[:last]
 	count := r.byBackend[s.backend]
-	r.byBackend[s.backend] = backendCount{count.open - 1, count.total}
+	r.byBackend[s.backend] = backendCount{count.open - 1, count.total, count.behind}
 	r.bytesOf[client] += n[client]
 	r.bytesOf[server] += n[server]
+}
+
+// replace takes the uids of the pods that the backends are now, and reports whether
+// one of them was another pod before. The sessions with that are behind then, until
+// they are over or the pod has let go of them: a namespace that has one must not
+// get a session with the new pod.
+func (r *relay) replace(pods map[int]string) (changed bool) {
+	r.mu.Lock()
+	now := map[int]string{}
+	if old := r.pods.Load(); old != nil {
+		maps.Copy(now, *old)
+	}
+	for ordinal, uid := range pods {
+		changed = changed || now[ordinal] != "" && now[ordinal] != uid
+		now[ordinal] = uid
+	}
+	r.pods.Store(&now) // add knows: of the others there is a list
+	r.mu.Unlock()
+	if !changed {
+		return false
+	}
+	for _, s := range r.where(func(s *session) bool { return s.pod != "" }) {
+		r.remark(s)
+	}
+	return true
+}
+
+// replaced reports whether the session is with a pod that is its backend no more.
+// It takes no lock.
+func (r *relay) replaced(s *session) bool {
+	pods := r.pods.Load()
+	if s.pod == "" || pods == nil {
+		return false
+	}
+	now := (*pods)[s.backend]
+	return now != "" && now != s.pod && !s.letGo.Load()
+}
+
+// remark counts s as what it is now, unless it is over.
+func (r *relay) remark(s *session) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if s.at < len(r.sessions) && r.sessions[s.at] == s {
+		r.mark(s, r.replaced(s))
+	}
+}
+
+// mark counts s as behind, or not. mu is held.
+func (r *relay) mark(s *session, is bool) {
+	if s.behind == is {
+		return
+	}
+	s.behind = is
+	b, step := r.behind[s.namespace], 1
+	if b == nil {
+		b = &behind{over: make(chan struct{})}
+		r.behind[s.namespace] = b
+	}
+	if !is {
+		step = -1
+	}
+	count := r.byBackend[s.backend]
+	r.byBackend[s.backend] = backendCount{count.open, count.total, count.behind + step}
+	if b.sessions += step; b.sessions == 0 {
+		delete(r.behind, s.namespace)
+		close(b.over)
+	}
+}
+
+// release takes note that the pod of s has ended it, or was cut off: it serves its
+// namespace no more. The carrier calls it, with its locks held or not.
+func (r *relay) release(s *session) {
+	if s.pod != "" && !s.letGo.Swap(true) {
+		r.remark(s)
+	}
+}
+
+// leftBehind returns nil if the namespace may get a session, or what is closed when
+// its last session with a pod that is replaced is over.
+func (r *relay) leftBehind(namespace string) <-chan struct{} {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if b := r.behind[namespace]; b != nil {
+		return b.over
+	}
+	return nil
 }
 
 // dead reports whether nothing more can reach either side: each direction has ended

@@ -376,6 +376,9 @@ func (p *poller) settle(s *session) {
 // goes on with that.
 func (p *poller) finish(s *session, i side) {
 	s.fin[i] = true
+	if i == server {
+		p.relay.release(s)
+	}
 	if s.parting != nil {
 		s.parting.ended[i] = true
 		return

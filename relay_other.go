@@ -70,6 +70,9 @@ func (c *carrier) copyToClient(s *session, first []byte)  { c.copy(s, server, fi
 // copy carries one direction; the second to end ends the session.
 func (c *carrier) copy(s *session, from side, first []byte) {
 	c.relayFrom(s, from, first)
+	if from == server {
+		c.relay.release(s)
+	}
 	if s.running.Add(-1) == 0 {
 		s.end(cause(s.half.Load())) // both ended by themselves, unless there was another cause
 		c.relay.over(s)
