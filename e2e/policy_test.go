@@ -12,6 +12,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 )
 
 // TestPolicy gives the API server overrides that no router could read: it
@@ -87,6 +88,36 @@ func TestPolicyScope(t *testing.T) {
 				t.Errorf("%v, want refused %t", err, tt.refused)
 			}
 		})
+	}
+}
+
+// TestPolicyOldEntry: an entry that was bad before the policy locks nothing but the
+// data: not the annotations, and not the end of the object.
+func TestPolicyOldEntry(t *testing.T) {
+	s := newSystem(t)
+	s.keepOverrides()
+	s.awaitPolicy(true)
+	configMaps := s.client.CoreV1().ConfigMaps(s.namespace)
+	object, err := configMaps.Create(t.Context(), &corev1.ConfigMap{
+		ObjectMeta: metav1.ObjectMeta{GenerateName: prefix, Finalizers: []string{"router/e2e"}}, Data: map[string]string{"a": "bakend-2"},
+	}, metav1.CreateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	update := func(what, patch string) {
+		if _, err := configMaps.Patch(t.Context(), object.Name, types.MergePatchType, []byte(patch), metav1.PatchOptions{}); err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	update("label", `{"metadata":{"labels":{"app":"router-overrides"}}}`)
+	update("annotate", `{"metadata":{"annotations":{"a":"b"}}}`)
+	if err := configMaps.Delete(t.Context(), object.Name, metav1.DeleteOptions{}); err != nil {
+		t.Error(err)
+	}
+	update("change what is being deleted", `{"data":{"a":"bakend-3"}}`)
+	update("remove the finalizer", `{"metadata":{"finalizers":null}}`)
+	if _, err := configMaps.Get(t.Context(), object.Name, metav1.GetOptions{}); !apierrors.IsNotFound(err) {
+		t.Errorf("it is still there: %v", err)
 	}
 }
 
