@@ -7,10 +7,7 @@ import (
 	"maps"
 	"net"
 	"net/http"
-	"os"
-	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -45,33 +42,12 @@ func planBodies() map[string][]byte {
 	}
 }
 
-// peakMemory is the most that the process has had in memory so far, in bytes
-// (proc_pid_status(5)).
-func (p *routerProcess) peakMemory(t *testing.T) int {
-	t.Helper()
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
-	if err != nil {
-		t.Fatal(err)
-	}
-	found := regexp.MustCompile(`VmHWM:\s+(\d+) kB`).FindSubmatch(b)
-	if found == nil {
-		t.Fatalf("no VmHWM in %s", b)
-	}
-	n, err := strconv.Atoi(string(found[1]))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return n << 10
-}
-
 // Whatever is sent to the admin port at once, a probe is answered, and the memory
 // that it takes is bounded.
 func TestProcessAdminUnderLoad(t *testing.T) {
-	if raced() {
-		t.Skip("the race detector takes more memory and time than is bounded here")
-	}
 	const grows = 64 << 20
 	p := newRouterProcess(t, slices.Concat(onFreePorts, []string{"-backends", echoBackends(t, 4), "-kube", kubeAnswers(t, 200, oneConfigMap)})...)
+	p.build(t)
 	p.start(t)
 	p.await(t)
 	p.log.wait(t, "table", 1)

@@ -10,7 +10,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -37,6 +39,18 @@ func newRouterProcess(t *testing.T, args ...string) *routerProcess {
 	return p
 }
 
+// build has the process run a program that is built for it, in place of this test
+// binary: the race detector takes memory and time of its own. start must not have been
+// called.
+func (p *routerProcess) build(t *testing.T) {
+	t.Helper()
+	program := filepath.Join(t.TempDir(), "router")
+	if out, err := exec.Command("go", "build", "-o", program, ".").CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	p.cmd.Path = program
+}
+
 // start starts the process, which the end of the test kills.
 func (p *routerProcess) start(t *testing.T) {
 	t.Helper()
@@ -58,6 +72,25 @@ func (p *routerProcess) wait(t *testing.T) *os.ProcessState {
 	defer timeout.Stop()
 	p.cmd.Wait() // its error is in the state
 	return p.cmd.ProcessState
+}
+
+// peakMemory is the most that the process has had in memory so far, in bytes
+// (proc_pid_status(5)).
+func (p *routerProcess) peakMemory(t *testing.T) int {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := regexp.MustCompile(`VmHWM:\s+(\d+) kB`).FindSubmatch(b)
+	if found == nil {
+		t.Fatalf("no VmHWM in %s", b)
+	}
+	n, err := strconv.Atoi(string(found[1]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n << 10
 }
 
 func TestProcessExitCodes(t *testing.T) {
