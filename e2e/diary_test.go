@@ -100,9 +100,17 @@ func (d *diary) meet(pod *corev1.Pod) {
 // read takes the sessions from a backend's log. It may only end behind the line
 // with which the backend does.
 func (d *diary) read(backend string, log io.Reader) {
+	last, err := d.scan(backend, log)
+	if d.ctx.Err() == nil && last != "stopped" {
+		d.complain(fmt.Errorf("the log of %s ended after %q: %v", backend, last, err))
+	}
+}
+
+// scan takes the sessions from a backend's log as far as it goes, and returns the
+// message of its last line.
+func (d *diary) scan(backend string, log io.Reader) (last string, err error) {
 	lines := logfmt.NewDecoder(log)
 	open := map[string]*stay{} // by the number that the backend gave them
-	last := ""
 	for lines.ScanRecord() {
 		line := map[string]string{}
 		for lines.ScanKeyval() {
@@ -113,9 +121,7 @@ func (d *diary) read(backend string, log io.Reader) {
 			d.complain(fmt.Errorf("the log of %s says %v: %w", backend, line, err))
 		}
 	}
-	if d.ctx.Err() == nil && last != "stopped" {
-		d.complain(fmt.Errorf("the log of %s ended after %q: %v", backend, last, lines.Err()))
-	}
+	return last, lines.Err()
 }
 
 // take reads one line of a log. The end of a session that was opened before the

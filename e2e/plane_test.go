@@ -246,10 +246,5 @@ func (p *plane) bindAgain() {
 	}
 }
 
-// cleanupContext is for what cleanups do: the test's own context has ended.
-func cleanupContext() (context.Context, context.CancelFunc) {
-	return context.WithTimeout(context.Background(), 20*time.Second)
-}
-
 // made reports whether there is the object that was to be created.
 func made(err error) bool { return err == nil || apierrors.IsAlreadyExists(err) }

@@ -25,6 +25,7 @@ type router struct {
 type ownership struct {
 	Owner    string
 	Why      string
+	Pod      string // its uid
 	Address  string
 	Ready    bool
 	Table    string

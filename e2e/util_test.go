@@ -131,6 +131,11 @@ func until(ctx context.Context, d time.Duration) {
 	}
 }
 
+// cleanupContext is for what cleanups do: the test's own context has ended.
+func cleanupContext() (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.Background(), 20*time.Second)
+}
+
 // TestPercentile holds the nearest rank, of times from 1 to n in falling order.
 func TestPercentile(t *testing.T) {
 	upTo := func(n int) []time.Duration {
