@@ -26,7 +26,9 @@
 //
 // The tests with the build tag "controlplane" (make faults, make soak) stop and
 // kill the API server and etcd of a cluster that is there for it, from within
-// its network, as root. They need no more deployed than "make build".
+// its network, as root. They need no more deployed than "make build", but for
+// TestFaultPodReplaced and TestFaultEndpointsForbidden, which are about what
+// "make deploy" deploys, and read the backends' logs in /var/log/pods.
 //
 //	E2E_CONTROL_PLANE  a program that does "kill", "start", "pause" and "resume"
 //	                   with "apiserver", "etcd" and the other components
