@@ -5,14 +5,12 @@ package main
 import (
 	"bufio"
 	"flag"
-	"fmt"
 	"io"
 	"maps"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strconv"
 	"sync"
@@ -23,6 +21,68 @@ import (
 
 // partsFlag is for the whole of what 20,000 descriptors allow: 9000.
 var partsFlag = flag.Int("parts", 600, "how many sessions TestProcessParts moves, and then drains")
+
+// stuckFlag is for the whole of what 20,000 descriptors allow: 9000.
+var stuckFlag = flag.Int("stuck", 600, "how many sessions TestProcessStuck has")
+
+// Sessions whose clients take nothing cost what is held of them, within a budget,
+// and all others go on.
+func TestProcessStuck(t *testing.T) {
+	t.Run("1 KiB", func(t *testing.T) { stickSessions(t, 1<<10, *stuckFlag*4) }) // 36 MiB for 9,000
+	t.Run("64 KiB", func(t *testing.T) { stickSessions(t, 64<<10, min(*stuckFlag*64*5/4, 2*heldBudget>>10)) })
+}
+
+// stickSessions sends pieces to clients that take none until each session holds one,
+// and checks that the router has at most that much more memory then, in KiB.
+func stickSessions(t *testing.T, piece, most int) {
+	sessions, conns := *stuckFlag, make(chan net.Conn, *stuckFlag)
+	done := make(chan struct{})
+	backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
+		io.WriteString(conn, switching)
+		conns <- conn
+		<-done
+	})
+	t.Cleanup(func() { close(done) }) // before the backend's own
+	addrs := backend.addr + "," + startStub(t, "127.0.0.2:0", echo).addr
+	overrides := pinned(10, 0)
+	overrides["other"] = "backend-1"
+	p := newRouterProcess(t, slices.Concat(onFreePorts, []string{"-listen", "unix:" + filepath.Join(t.TempDir(), "socket"),
+		"-backends", addrs, "-overrides", overridesDir(t, overrides), "-drain-time", "0"})...)
+	p.build(t)
+	p.start(t)
+	p.await(t)
+	p.log.wait(t, "table", 1)
+	p.openParting(t, sessions, 10)
+	other, err := net.Dial("unix", p.front)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	mustWrite(t, other, upgradeRequest("/ws/other"))
+	mustAnswer(t, other, http.StatusSwitchingProtocols)
+
+	before := p.memory(t)["VmRSS"]
+	stuck, data := make([]net.Conn, sessions), make([]byte, piece)
+	for i := range stuck {
+		stuck[i] = <-conns
+	}
+	for taken, grown := 0.0, 2.0; grown > 1; { // until all hold what they were sent last: only the other's byte is taken
+		was := taken
+		for _, conn := range stuck {
+			conn.SetWriteDeadline(time.Now().Add(10 * time.Millisecond))
+			conn.Write(data) // in part, where its buffers have no more room
+		}
+		mustWrite(t, other, "x")
+		mustRead(t, other, "x")
+		taken = scrape(t, &p.runningRouter).values[`router_bytes_total{direction="to_client"}`]
+		grown = taken - was
+	}
+	grown := p.memory(t)["VmRSS"] - before
+	t.Logf("%d sessions take %d KiB", sessions, grown)
+	if grown > most {
+		t.Errorf("%d sessions take %d KiB, want %d at most", sessions, grown, most)
+	}
+}
 
 // TestProcessParts moves all sessions of a router in a process of its own, and
 // drains as many. It holds the Close frames at both ends, the pace and the
@@ -132,19 +192,4 @@ func wantPace(t *testing.T, what string, times []time.Time, want time.Duration) 
 	if early, late := want/20+50*time.Millisecond, want/20+time.Second; took < want-early || took > want+late {
 		t.Errorf("%s: %d sessions in %s, want %s, at most %s less or %s more", what, len(times), took, want, early, late)
 	}
-}
-
-// memory is what Linux knows of the process's memory, in KiB: VmRSS now, VmHWM
-// at most.
-func (p *routerProcess) memory(t *testing.T) map[string]int {
-	t.Helper()
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
-	if err != nil {
-		t.Fatal(err)
-	}
-	kib := map[string]int{}
-	for _, m := range regexp.MustCompile(`(?m)^(VmHWM|VmRSS):\s+(\d+) kB$`).FindAllSubmatch(status, -1) {
-		kib[string(m[1])], _ = strconv.Atoi(string(m[2]))
-	}
-	return kib
 }

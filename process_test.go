@@ -74,23 +74,19 @@ func (p *routerProcess) wait(t *testing.T) *os.ProcessState {
 	return p.cmd.ProcessState
 }
 
-// peakMemory is the most that the process has had in memory so far, in bytes
-// (proc_pid_status(5)).
-func (p *routerProcess) peakMemory(t *testing.T) int {
+// memory is what Linux knows of the process's memory, in KiB: VmRSS now, VmHWM
+// at most.
+func (p *routerProcess) memory(t *testing.T) map[string]int {
 	t.Helper()
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
 	if err != nil {
 		t.Fatal(err)
 	}
-	found := regexp.MustCompile(`VmHWM:\s+(\d+) kB`).FindSubmatch(b)
-	if found == nil {
-		t.Fatalf("no VmHWM in %s", b)
+	kib := map[string]int{}
+	for _, m := range regexp.MustCompile(`(?m)^(VmHWM|VmRSS):\s+(\d+) kB$`).FindAllSubmatch(status, -1) {
+		kib[string(m[1])], _ = strconv.Atoi(string(m[2]))
 	}
-	n, err := strconv.Atoi(string(found[1]))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return n << 10
+	return kib
 }
 
 func TestProcessExitCodes(t *testing.T) {
