@@ -165,7 +165,18 @@ func TestProcessSurvivesWithoutDescriptors(t *testing.T) {
 		}
 		conn.Close()
 	}
-	p.open(t, "ns-01")
+	// The upgrades of those who left end by and by: until then a new client may be told
+	// 503 too.
+	for end := time.Now().Add(patience); ; {
+		ws, err := websocket.Dial(p.ws+"ns-01", "", "http://client")
+		if err == nil {
+			ws.Close()
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("a client that comes when all others have left: %v", err)
+		}
+	}
 }
 
 // marked checks that what it is given is one mark over and over.
