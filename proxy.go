@@ -43,6 +43,7 @@ type proxy struct {
 	readers sync.Pool // of *bufio.Reader
 
 	waiting  places         // of the upgrades under way
+	held     atomic.Int64   // bytes of the heads of those that net/http has
 	upgrades sync.WaitGroup // requests that net/http has
 	results  [results]atomic.Int64
 	logged   [results]throttle
@@ -86,10 +87,7 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result result, 
 	server, asked, pod := takeAsked(r.Context())
 	namespace, backend, table, no := p.admit(r)
 	if no != nil {
-		if server != nil {
-			server.Close()
-		}
-		return no.result, no
+		return decline(server, no)
 	}
 	result = resultBadGateway
 	defer func() { // also for a panic, which net/http logs
@@ -97,16 +95,19 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result result, 
 			p.waiting.leave(backend)
 		}
 	}()
-	goTo := func(another int) {
-		p.waiting.move(backend, another)
-		backend = another
-	}
+	goTo := func(another int) { p.waiting.move(backend, another); backend = another }
 	if server != nil {
 		goTo(asked)
 	}
 	client, hold, cancel := p.attend(r)
 	defer cancel()
-	r = r.WithContext(client)
+	peer := forwardedFor(r)
+	head := beginHead(r, peer, p.pod)
+	if !p.holdHead(len(head)) {
+		return decline(server, refuse(resultMaxWaiting, "the heads of the upgrades under way have %d bytes each, the limit", headShare))
+	}
+	defer p.held.Add(-int64(len(head)))
+	r = keepLittle(r, client)
 	owner := func() (int, error) {
 		owner, stamp, no := p.owner(namespace)
 		if no != nil {
@@ -116,7 +117,6 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result result, 
 		goTo(owner)
 		return owner, p.awaitOld(hold, namespace, owner)
 	}
-	peer := forwardedFor(r)
 	for astray := error(nil); ; {
 		var request []byte
 		if server == nil {
@@ -128,7 +128,7 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result result, 
 				server = nil
 				continue
 			}
-			request = requestHead(r, peer, p.pod, table, p.backends.name(backend))
+			request = endHead(head, table, p.backends.name(backend))
 		}
 		s := newSession(namespace, backend, peer)
 		s.pod = pod
@@ -141,6 +141,37 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result result, 
 		}
 		server = nil
 	}
+}
+
+// decline closes the owner's connection, if there is one, for an upgrade that is
+// refused.
+func decline(owner net.Conn, no *refusal) (result, error) {
+	if owner != nil {
+		owner.Close()
+	}
+	return no.result, no
+}
+
+// keepLittle drops the fields of a request that is to be held, but for those that
+// report and net/http still ask for, and returns it with the context.
+func keepLittle(r *http.Request, ctx context.Context) *http.Request {
+	r.Header = http.Header{"X-Forwarded-For": r.Header["X-Forwarded-For"], "Expect": r.Header["Expect"]}
+	return r.WithContext(ctx)
+}
+
+// headShare is how many bytes each of the upgrades that may be under way may have for
+// its head: together they may have that often as many. One may have more, if others
+// have less.
+const headShare = 2 << 10
+
+// holdHead counts n bytes more of heads that are kept, and reports whether there may be
+// so many. If so, the caller counts them back.
+func (p *proxy) holdHead(n int) bool {
+	if p.held.Add(int64(n)) <= int64(p.limits.waiting)*headShare {
+		return true
+	}
+	p.held.Add(-int64(n))
+	return false
 }
 
 // awaitOld returns when no session of the namespace is with a pod that is its

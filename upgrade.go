@@ -200,6 +200,12 @@ func forwardedFor(r *http.Request) string {
 // requestHead is the upgrade request as the backend with this name gets it. peer is
 // what forwardedFor returned for it, table the stamp of the one that was asked.
 func requestHead(r *http.Request, peer, pod, table, backend string) []byte {
+	return endHead(beginHead(r, peer, pod), table, backend)
+}
+
+// beginHead is what of requestHead does not depend on the backend: all that is of the
+// request.
+func beginHead(r *http.Request, peer, pod string) []byte {
 	head := append(make([]byte, 0, 1024), "GET "...)
 	head = append(head, target(r)...)
 	head = append(head, " HTTP/1.1\r\n"...)
@@ -219,9 +225,13 @@ func requestHead(r *http.Request, peer, pod, table, backend string) []byte {
 	head = appendField(head, "X-Forwarded-Proto", proto)
 	head = appendField(head, "X-Forwarded-Host", host)
 	head = appendField(head, headerPod, pod)
-	head = appendField(head, headerTable, table)
+	return appendFields(head, r.Header, named, isRouters)
+}
+
+// endHead makes requestHead of what beginHead has returned, which it leaves as it is.
+func endHead(begun []byte, table, backend string) []byte {
+	head := appendField(slices.Clip(begun), headerTable, table)
 	head = appendField(head, headerBackend, backend)
-	head = appendFields(head, r.Header, named, isRouters)
 	return append(head, "\r\n"...)
 }
 
