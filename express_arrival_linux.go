@@ -6,9 +6,12 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"errors"
+	"net"
 	"net/http"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -16,8 +19,9 @@ import (
 // arrival is a client on the short way:
 //
 //	head ──read, checked, sent to the owner──> asked ──101──> session
-//	  │                                          │
-//	  └────────────── anything else ─────────────┴──> net/http, or closed
+//	  │ └──the owner cannot be dialled──> held    │
+//	  │                                    │      │
+//	  └────────────── anything else ───────┴──────┴──> net/http, or closed
 type arrival struct {
 	// Static after admit.
 	express *express
@@ -28,17 +32,42 @@ type arrival struct {
 
 	// Guarded by mu.
 	mu      sync.Mutex
-	over    bool      // it has left the short way
-	fd      [2]int32  // the sockets, -1: none
-	mask    [2]uint32 // what epoll watches
-	unheard [2]bool   // epoll has told of something that is left to the session
-	head    []byte    // what the client has sent
-	early   int       // where in that begins what came after its upgrade
-	session *session  // that it is to be; nil until the upgrade was read
-	request []byte    // of the upgrade for the backend, what is not sent yet
-	dialled bool      // the backend has taken a part of it
-	failure error     // of the dial; nil if that was given up, which says nothing about the backend
+	over    bool       // it has left the short way
+	fd      [2]int32   // the sockets, -1: none
+	mask    [2]uint32  // what epoll watches
+	unheard [2]bool    // epoll has told of something that is left to the session
+	head    []byte     // what the client has sent
+	early   int        // where in that begins what came after its upgrade
+	session *session   // that it is to be; nil until the upgrade was read
+	request []byte     // of the upgrade for the backend, what is not sent yet
+	dialled bool       // the backend has taken a part of it
+	failure error      // of the dial; nil if that was given up, which says nothing about the backend
+	held    *heldOwner // nil if it is not held
 }
+
+// heldOwner is what an arrival has while it is held, in place of a session and a
+// request: with its head, that is all of it, without a goroutine. A client that is
+// held costs little, so that there may be many.
+type heldOwner struct {
+	// Static after construction.
+	namespace string
+	ctx       context.Context // ends with the time of hold, or when the arrival is over
+	cancel    context.CancelFunc
+	waiter    *waiter
+	state     atomic.Int32 // heldParked, and so on
+	last      error        // of the dials, if they failed; owned by goOn
+
+	// Guarded by the arrival's mu.
+	stamp   string  // of the table that says who the owner is
+	pending pending // what net/http gets; its owner changes with the table
+}
+
+// What an arrival that is held does about its place in the line.
+const (
+	heldParked int32 = iota // nothing: it waits to be roused
+	heldRuns                // a goroutine goes on with it
+	heldAgain               // and it was roused meanwhile
+)
 
 // ready goes on with what the poller tells of a socket.
 func (a *arrival) ready(i side, events uint32) {
@@ -49,6 +78,12 @@ func (a *arrival) ready(i side, events uint32) {
 	a.unheard[i] = a.unheard[i] || ended || events&syscall.EPOLLPRI != 0
 	switch {
 	case a.over:
+	case a.held != nil && i == server: // of a dial that has failed
+	case a.held != nil && gone:
+		a.clientGone()
+	case a.held != nil && ended:
+		a.toHTTP(nil)
+	case a.held != nil: // it is read by net/http
 	case a.session == nil && ended:
 		a.toHTTP(nil)
 	case a.session == nil:
@@ -66,15 +101,18 @@ func (a *arrival) ready(i side, events uint32) {
 func (a *arrival) arrive() {
 	data, errno := a.receive(client)
 	switch {
-	case errno == syscall.EAGAIN || errno == syscall.EINTR:
+	case errno == syscall.EAGAIN:
 		return
 	case errno != 0 || len(data) == 0:
 		a.closeBoth()
 		return
 	}
 	a.head = afterEmptyLines(data)
-	if !a.check() || !a.dial() {
+	switch {
+	case !a.check():
 		a.toHTTP(nil)
+	case !a.dial():
+		a.hold()
 	}
 }
 
@@ -93,6 +131,131 @@ func (a *arrival) check() bool {
 	peer := forwardedFor(r)
 	a.request = requestHead(r, peer, p.pod, table, p.backends.name(owner))
 	a.session = newSession(namespace, owner, peer)
+	return true
+}
+
+// hold waits for the owner, which cannot be dialled now, and then leaves the client to
+// net/http, which knows what to answer, with the connection to the owner or with the
+// failure. Until then it is not net/http's, whose buffers and goroutines would be
+// many times of what is needed.
+func (a *arrival) hold() {
+	p := a.express.proxy
+	if a.fd[server] >= 0 && a.dialled || a.unheard[client] || !p.holdHead(len(a.head)) {
+		a.toHTTP(nil)
+		return
+	}
+	a.closeBackend()
+	a.timer.Stop()
+	h := &heldOwner{namespace: a.session.namespace, waiter: p.backends.holds.enter()}
+	h.pending = pending{owner: a.session.backend, until: time.Now().Add(p.limits.hold)}
+	h.ctx, h.cancel = context.WithDeadline(context.Background(), h.pending.until)
+	h.waiter.call, h.waiter.wake = a.rouse, nil
+	h.state.Store(heldAgain) // it has to ask for its owner, as the table may be another by now
+	a.held, a.session, a.request, a.failure = h, nil, nil, nil
+	p.upgrades.Add(1) // until goOn is over
+	context.AfterFunc(h.ctx, a.rouse)
+	go a.goOn()
+}
+
+// rouse makes goOn be called, if it does not run.
+func (a *arrival) rouse() {
+	state := &a.held.state
+	if state.CompareAndSwap(heldParked, heldRuns) {
+		go a.goOn()
+		return
+	}
+	state.CompareAndSwap(heldRuns, heldAgain) // if goOn was about to end, it looks once more
+}
+
+// goOn goes on with an arrival that is held as far as that is possible now: when it has
+// its turn it dials, as backends.hold does.
+func (a *arrival) goOn() {
+	for {
+		a.held.state.Store(heldRuns)
+		if a.step() {
+			a.express.proxy.upgrades.Done()
+			return
+		}
+		if a.held.state.CompareAndSwap(heldRuns, heldParked) {
+			return
+		}
+	}
+}
+
+// step leaves the line, with its turn or without, and joins the owner's line again if
+// there is no connection. It reports whether the arrival is held no more.
+func (a *arrival) step() (over bool) {
+	h, b := a.held, a.express.proxy.backends
+	owner := h.pending.owner // only ask changes it
+	switch err := b.holds.leave(h.ctx, h.waiter, owner); {
+	case errors.Is(err, errAskAgain):
+	case err != nil:
+		return a.resume(nil, "", cmp.Or(h.last, err))
+	default:
+		pod := b.pod(owner) // before the address, as in backends.hold
+		conn, err := b.dial(h.ctx, owner)
+		b.holds.done(owner, err, h.ctx.Err() != nil)
+		switch {
+		case err == nil && a.express.proxy.relay.leftBehind(h.namespace) != nil: // the pod was replaced since ask
+			conn.Close()
+		case err == nil:
+			return a.resume(conn, pod, nil)
+		case h.ctx.Err() != nil:
+			return a.resume(nil, "", cmp.Or(h.last, err)) // not that of a dial cut short
+		default:
+			h.last = err
+		}
+	}
+	swaps := b.holds.swaps.Load()
+	if err := a.ask(); err != nil {
+		return a.resume(nil, "", err)
+	}
+	b.holds.join(h.waiter, h.pending.owner)
+	if b.holds.swaps.Load() != swaps { // askAgain may have come before it was in the line
+		a.rouse()
+	}
+	return false
+}
+
+// ask asks again who the owner is, and waits until that may get sessions of the
+// namespace.
+func (a *arrival) ask() error {
+	p, h := a.express.proxy, a.held
+	owner, stamp, no := p.owner(h.namespace)
+	if no != nil {
+		return no
+	}
+	a.mu.Lock()
+	if !a.over { // else its place was given back
+		p.waiting.move(h.pending.owner, owner)
+		h.pending.owner, h.stamp = owner, stamp
+	}
+	a.mu.Unlock()
+	return p.awaitOld(h.ctx, h.namespace, owner)
+}
+
+// resume sends the upgrade to the owner, if there is a connection now, or notes why
+// not, and leaves the client to net/http. If that was done before, it closes conn.
+func (a *arrival) resume(conn net.Conn, pod string, failure error) (over bool) {
+	p := a.express.proxy
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.over {
+		if conn != nil {
+			conn.Close()
+		}
+		return true
+	}
+	h := a.held
+	h.pending.failure = failure
+	if conn != nil {
+		h.pending.backend, h.pending.pod = conn, pod
+		r, _ := a.express.upgrade(a.head) // as it was taken before
+		r.RemoteAddr = a.peer.String()
+		conn.SetWriteDeadline(time.Now().Add(p.limits.handshake))
+		conn.Write(requestHead(r, forwardedFor(r), p.pod, h.stamp, p.backends.name(h.pending.owner))) // an error shows when the answer is read
+	}
+	a.toHTTP(nil)
 	return true
 }
 
@@ -129,7 +292,7 @@ func (a *arrival) dial() bool {
 // well.
 func (a *arrival) send() bool {
 	n, errno := a.poller.send(a.fd[server], a.request)
-	if errno == syscall.EAGAIN || errno == syscall.EINTR {
+	if errno == syscall.EAGAIN {
 		return true
 	}
 	if errno != 0 {
@@ -148,7 +311,7 @@ func (a *arrival) send() bool {
 func (a *arrival) hear() {
 	if len(a.request) > 0 {
 		if !a.send() {
-			a.toHTTP(nil)
+			a.hold()
 			return
 		}
 		if len(a.request) > 0 {
@@ -157,7 +320,7 @@ func (a *arrival) hear() {
 	}
 	data, errno := a.receive(server)
 	switch {
-	case errno == syscall.EAGAIN || errno == syscall.EINTR:
+	case errno == syscall.EAGAIN:
 	case errno != 0 || !a.answer(data):
 		a.toHTTP(data)
 	}
@@ -236,10 +399,17 @@ func (a *arrival) toHTTP(answer []byte) {
 	}
 	a.retire()
 	x := a.express
+	var done pending
+	if a.held != nil {
+		done = a.held.pending
+	}
 	socket := a.remove(client)
 	conn, err := connOf(socket, x.proxy.backends.dialer.Control)
 	if err != nil {
 		a.closeBackend()
+		if done.backend != nil {
+			done.backend.Close()
+		}
 		x.refuse(socket, err)
 		return
 	}
@@ -249,10 +419,10 @@ func (a *arrival) toHTTP(answer []byte) {
 		socket := a.remove(server)
 		defer socket.Close()
 		if conn, err := connOf(socket, x.proxy.backends.dialer.Control); err == nil { // else it is asked again
-			front.owner, front.pod = a.session.backend, a.session.pod
-			front.backend.Store(&resumed{conn, answer})
+			done = pending{backend: &resumed{conn, answer}, owner: a.session.backend, pod: a.session.pod}
 		}
 	}
+	front.pending.Store(&done)
 	x.leave(front)
 }
 
@@ -293,7 +463,13 @@ func (a *arrival) retire() {
 	a.over = true
 	a.timer.Stop()
 	a.poller.unseat(a.slot)
-	if a.session != nil {
-		a.express.proxy.waiting.leave(a.session.backend)
+	p := a.express.proxy
+	switch {
+	case a.held != nil:
+		a.held.cancel()
+		p.held.Add(-int64(len(a.head)))
+		p.waiting.leave(a.held.pending.owner)
+	case a.session != nil:
+		p.waiting.leave(a.session.backend)
 	}
 }

@@ -117,16 +117,16 @@ func TestExpressForwardsWhoWasReset(t *testing.T) {
 	backend := startStub(t, "127.0.0.1:0", echo)
 	clients, read := make(chan *net.TCPConn, 1), sync.Once{}
 	p := startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) {
-		p.namespace = func(r *http.Request) (string, *refusal) {
+		p.namespace = func(r *http.Request) (namespace string, no *refusal) {
 			read.Do(func() { // between the read of its head and the hand-over to net/http
 				conn := <-clients
 				conn.SetLinger(0)
 				conn.Close()
-				for range dialsMost { // so that it is net/http's
-					p.backends.holds.try(0)
-				}
-				time.AfterFunc(100*time.Millisecond, func() { p.backends.holds.done(0, nil, false) })
+				no = refuse(resultNotFound, "so that it is net/http's")
 			})
+			if no != nil {
+				return "", no
+			}
 			return pathNamespace(r)
 		}
 	})
@@ -194,11 +194,11 @@ func TestFrontConnCloses(t *testing.T) {
 		defer far.Close()
 		owner := &closes{}
 		c := &frontConn{Conn: near, gate: wideGate(t)}
-		c.backend.Store(&resumed{Conn: owner})
+		c.pending.Store(&pending{backend: owner})
 		var both sync.WaitGroup
 		both.Go(func() { c.Close() })
 		both.Go(func() {
-			if conn, _, _ := takeAsked(context.WithValue(t.Context(), frontKey{}, c)); conn != nil {
+			if conn := takePending(context.WithValue(t.Context(), frontKey{}, c)).backend; conn != nil {
 				conn.Close()
 			}
 		})

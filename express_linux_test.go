@@ -6,12 +6,16 @@ import (
 	"bufio"
 	"bytes"
 	"cmp"
+	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"maps"
 	"net"
 	"net/http"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -213,11 +217,87 @@ func TestExpressClientLeaves(t *testing.T) {
 	})
 	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
 	conn := p.send(t, "ns-01")
+	p.waitGuest(t).timer.Stop() // after which net/http would see it
 	<-asked
 	reset(conn.(*net.TCPConn))
-	<-left
+	select {
+	case <-left:
+	case <-time.After(patience):
+		t.Error("the backend keeps the connection for a client that has left")
+	}
 	p.waitResult(t, resultClientGone)
 	p.waitWaiting(t, 0)
+	if n := p.http.Load(); n != 0 {
+		t.Errorf("net/http had %d clients, want 0", n)
+	}
+}
+
+// What a client sends while its owner is asked is carried, though its socket is told of
+// once only.
+func TestExpressEarlyBytes(t *testing.T) {
+	sent := make(chan struct{})
+	backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
+		<-sent
+		echo(conn, br)
+	})
+	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
+	conn := p.send(t, "ns-01")
+	p.waitGuest(t)
+	mustWrite(t, conn, "early") // the poller is told of this before the answer
+	close(sent)
+	conn.SetReadDeadline(time.Now().Add(patience))
+	br := bufio.NewReader(conn)
+	if resp, err := http.ReadResponse(br, nil); err != nil || resp.StatusCode != http.StatusSwitchingProtocols {
+		t.Fatalf("answer %+v, %v; want 101", resp, err)
+	}
+	got := make([]byte, len("early"))
+	if _, err := io.ReadFull(br, got); err != nil || string(got) != "early" {
+		t.Errorf("%q came back, and %v; want what was sent before the answer", got, err)
+	}
+}
+
+// A socket that is left to net/http is out of the poller's set: epoll would tell of it
+// for as long as a duplicate is open (epoll(7)).
+func TestExpressLeavesTheSet(t *testing.T) {
+	backend := startStub(t, "127.0.0.1:0", silent)
+	for name, request := range map[string]string{"silent": "", "asked": upgradeRequest("/ws/ns-01")} {
+		t.Run(name, func(t *testing.T) {
+			p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
+			conn, err := net.Dial("tcp", p.addr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			mustWrite(t, conn, request)
+			if request != "" {
+				p.waitGuest(t).leave()
+			}
+			p.waitHTTP(t)
+			for i, poller := range p.relay.carrier.pollers {
+				info, err := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", poller.epoll)) // proc_pid_fdinfo(5)
+				if n := bytes.Count(info, []byte("tfd:")); err != nil || n != 1 {
+					t.Errorf("poller %d watches %d sockets, %v; want its bell only:\n%s", i, n, err, info)
+				}
+			}
+		})
+	}
+}
+
+// An interrupted call is made again: the client of a 101 is not taken for one that has
+// left (signal(7)).
+func TestProcessExpressInterrupted(t *testing.T) {
+	for _, call := range []string{"sendto", "recvfrom"} {
+		t.Run(call, func(t *testing.T) {
+			p := newRouterProcess(t, slices.Concat(onFreePorts, []string{"-backends", echoBackends(t, 1), "-overrides", t.TempDir()})...)
+			p.traced(t, call+":error=EINTR:when=1+2") // of each thread's
+			p.start(t)
+			p.await(t)
+			p.log.wait(t, "table", 1)
+			for range 8 {
+				sayAndHear(t, p.open(t, "ns-01"), "hello")
+			}
+		})
+	}
 }
 
 // An owner that refuses, and one whose connection is made late, are waited for.
@@ -226,7 +306,10 @@ func TestExpressDial(t *testing.T) {
 		addr := freeAddr(t)
 		p := startProxy(t, []string{addr}, map[string]string{}, nil)
 		conn := p.send(t, "ns-01")
-		p.waitHTTP(t)
+		p.waitHeld(t, 1)
+		if n := p.http.Load(); n != 0 {
+			t.Errorf("net/http has %d clients while one waits, want 0", n)
+		}
 		startStub(t, addr, echo)
 		mustAnswer(t, conn, 101)
 	})
@@ -255,6 +338,177 @@ func TestExpressDial(t *testing.T) {
 		mustAnswer(t, conn, 101)
 		conn.Close()
 	})
+}
+
+// waitHeld returns when so many clients are held on the short way.
+func (p *testProxy) waitHeld(t testing.TB, n int) {
+	t.Helper()
+	for end := time.Now().Add(patience); ; <-time.After(time.Millisecond) {
+		held := 0
+		for _, g := range p.guests() {
+			a := g.(*arrival)
+			a.mu.Lock()
+			if a.held != nil {
+				held++
+			}
+			a.mu.Unlock()
+		}
+		if held == n {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("%d clients are held, want %d", held, n)
+		}
+	}
+}
+
+// A client that is held is answered as ever: when its owner is there, when it is not in
+// time, when the router stops; and one that leaves is forgotten.
+func TestExpressHolds(t *testing.T) {
+	start := func(t *testing.T, hold time.Duration) (*testProxy, string) {
+		addr := freeAddr(t)
+		return startProxy(t, []string{addr, addr}, map[string]string{"ns-01": "backend-0"}, func(p *proxy) {
+			p.limits.hold, p.limits.waiting = hold, 4
+		}), addr
+	}
+	after := func(t *testing.T, p *testProxy) {
+		t.Helper()
+		p.waitWaiting(t, 0)
+		if n := p.held.Load(); n != 0 {
+			t.Errorf("%d bytes of heads are counted as held after all, want 0", n)
+		}
+	}
+	t.Run("in vain", func(t *testing.T) {
+		t.Parallel()
+		p, _ := start(t, 100*time.Millisecond)
+		mustAnswer(t, p.send(t, "ns-01"), http.StatusServiceUnavailable)
+		p.waitResult(t, resultHoldTimeout)
+		after(t, p)
+	})
+	t.Run("the client leaves", func(t *testing.T) {
+		t.Parallel()
+		p, _ := start(t, patience)
+		conn := p.send(t, "ns-01")
+		p.waitHeld(t, 1)
+		reset(conn.(*net.TCPConn))
+		p.waitResult(t, resultClientGone)
+		if n := p.http.Load(); n != 0 {
+			t.Errorf("net/http had %d clients, want 0", n)
+		}
+		after(t, p)
+	})
+	t.Run("not for longer", func(t *testing.T) {
+		t.Parallel()
+		var mu sync.Mutex
+		until := map[time.Time]bool{} // of those that wait
+		addr := refusingAddr(t)
+		p := startProxy(t, []string{addr}, map[string]string{}, func(p *proxy) {
+			p.limits.hold = dialTime - time.Millisecond // the deadline of a dial too
+			p.backends.locate = func(ctx context.Context, _ int) (string, error) {
+				mu.Lock()
+				defer mu.Unlock()
+				if at, _ := ctx.Deadline(); ctx.Err() == nil {
+					until[at] = true
+				}
+				return addr, nil
+			}
+		})
+		conn := p.send(t, "ns-01")
+		p.waitHeld(t, 1)
+		p.guests()[0].leave() // net/http holds it too
+		mustAnswer(t, conn, http.StatusServiceUnavailable)
+		mu.Lock()
+		defer mu.Unlock()
+		if len(until) != 1 || p.http.Load() != 1 {
+			t.Errorf("the upgrade was held until %v, want one time, on both ways", slices.Collect(maps.Keys(until)))
+		}
+	})
+	t.Run("the router stops", func(t *testing.T) {
+		t.Parallel()
+		p, _ := start(t, patience)
+		conn := p.send(t, "ns-01")
+		p.waitHeld(t, 1)
+		p.express.stop()
+		if guests := len(p.guests()); guests != 0 || p.http.Load() != 1 {
+			t.Errorf("%d clients are still held and net/http has %d, want 0, 1", guests, p.http.Load())
+		}
+		conn.Close()
+		p.waitResult(t, resultClientGone)
+		after(t, p)
+	})
+	t.Run("another owner", func(t *testing.T) {
+		t.Parallel()
+		p, addr := start(t, patience)
+		conn := p.send(t, "ns-01")
+		p.waitHeld(t, 1)
+		p.router.update(entries{source: "test", version: "42", data: pack(map[string]string{"ns-01": "backend-1"})})
+		backend := startStub(t, addr, echo)
+		mustAnswer(t, conn, http.StatusSwitchingProtocols)
+		if head := backend.heads()[0]; !strings.Contains(head, headerBackend+": backend-1\r\n") || !strings.Contains(head, headerTable+": "+p.router.table().stamp+"\r\n") {
+			t.Errorf("the backend got %q, want the second table and its owner", head)
+		}
+		after(t, p)
+	})
+	t.Run("too many bytes", func(t *testing.T) {
+		t.Parallel()
+		p, _ := start(t, patience)
+		head := strings.Replace(upgradeRequest("/ws/ns-01"), "Origin", "X: "+strings.Repeat("x", headShare+1024)+"\r\nOrigin", 1)
+		for i := range 2 { // in the bytes of four
+			conn, err := net.Dial("tcp", p.addr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			mustWrite(t, conn, head)
+			p.waitHeld(t, i+1)
+		}
+		_, _, resp := p.ask(t, head)
+		if resp.StatusCode != http.StatusServiceUnavailable || p.results[resultMaxWaiting].Load() != 1 {
+			t.Errorf("the third head gets %s, want 503 of the limit", resp.Status)
+		}
+	})
+}
+
+// TestProcessHolds has a router, in a process of its own, hold many upgrades as browsers
+// send them: each takes no more than 6 KiB.
+func TestProcessHolds(t *testing.T) {
+	const clients, most = 6000, 36 << 10 // KiB
+	request := strings.Replace(upgradeRequest("/ws/ns-01"), "Origin", "Pragma: no-cache\r\nCache-Control: no-cache\r\n"+
+		"User-Agent: Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/142.0.0.0 Safari/537.36\r\n"+
+		"Accept-Encoding: gzip, deflate, br, zstd\r\nAccept-Language: en-GB,en;q=0.9,de;q=0.8\r\n"+
+		"Cookie: session="+strings.Repeat("0123456789abcdef", 16)+"\r\n"+
+		"Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\nOrigin", 1)
+	for network, listen := range map[string]string{"tcp": "127.0.0.1:0", "unix": "unix:" + filepath.Join(t.TempDir(), "socket")} {
+		t.Run(network, func(t *testing.T) {
+			p := newRouterProcess(t, slices.Concat(onFreePorts, []string{"-listen", listen, "-backends", freeAddr(t), "-overrides", t.TempDir(),
+				"-hold", "5m", "-drain-time", "0"})...)
+			p.build(t)
+			p.start(t)
+			p.await(t)
+			p.log.wait(t, "table", 1)
+			before := p.memory(t)["VmRSS"]
+			for range clients {
+				conn, err := net.Dial(network, p.front)
+				for ; errors.Is(err, syscall.EAGAIN); conn, err = net.Dial(network, p.front) { // the backlog is full (unix(7))
+					<-time.After(time.Millisecond)
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer conn.Close()
+				mustWrite(t, conn, request)
+			}
+			waitMetrics(t, &p.runningRouter, map[string]float64{"router_upgrades_waiting": clients})
+			grown := func() int { return p.memory(t)["VmRSS"] - before }
+			for end := time.Now().Add(patience); grown() > most && time.Now().Before(end); {
+				<-time.After(10 * time.Millisecond)
+			}
+			t.Logf("%d upgrades of %d bytes: %d KiB, %d at most", clients, len(request), grown(), p.memory(t)["VmHWM"]-before)
+			if grown := grown(); grown > most {
+				t.Errorf("with %d upgrades of %d bytes the router has %d KiB more, want at most %d", clients, len(request), grown, most)
+			}
+		})
+	}
 }
 
 // fullListener is one whose backlog is full: who connects waits.
@@ -355,7 +609,7 @@ func TestExpressStops(t *testing.T) {
 		mustWrite(t, conn, text)
 		quiet = append(quiet, conn)
 	}
-	for len(p.guests()) < 3 && p.http.Load() < 2 {
+	for int64(len(p.guests()))+p.http.Load() < 3 {
 		<-time.After(time.Millisecond)
 	}
 	p.express.stop()

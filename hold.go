@@ -121,6 +121,7 @@ func (p *places) taken(ordinal int) (all, own int) {
 type waiter struct {
 	ticket int64         // its place among all: it keeps that until it has a connection
 	wake   chan struct{} // capacity 1, never closed: it has its turn, or must ask for its owner again
+	call   func()        // if not nil it is called in place of wake; mu is held: it must not block
 	turn   bool          // guarded by the holds' mu
 }
 
@@ -140,24 +141,36 @@ func (h *holds) enter() *waiter {
 // it returns errAskAgain if the table is not that of swaps any more, or, when ctx
 // has ended, what w waited for.
 func (h *holds) wait(ctx context.Context, w *waiter, ordinal int, swaps int64) error {
-	h.mu.Lock()
-	l := h.line(ordinal)
-	at, _ := l.place(w)
-	l.waiting = slices.Insert(l.waiting, at, w)
-	h.release(ordinal, l)
-	h.mu.Unlock()
+	h.join(w, ordinal)
 	if h.swaps.Load() == swaps { // or askAgain may have come before w was in the line
 		select {
 		case <-w.wake:
 		case <-ctx.Done():
 		}
 	}
+	return h.leave(ctx, w, ordinal)
+}
+
+// join puts w, which is in no line, into the backend's.
+func (h *holds) join(w *waiter, ordinal int) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	l := h.line(ordinal)
+	at, _ := l.place(w)
+	l.waiting = slices.Insert(l.waiting, at, w)
+	h.release(ordinal, l)
+}
+
+// leave takes w, which was roused or has waited enough, out of the backend's line, and
+// returns what wait does.
+func (h *holds) leave(ctx context.Context, w *waiter, ordinal int) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if w.turn {
 		w.turn = false
 		return nil
 	}
+	l := h.line(ordinal)
 	if at, ok := l.place(w); ok {
 		l.waiting = slices.Delete(l.waiting, at, at+1)
 	}
@@ -308,6 +321,10 @@ func (l *line) place(w *waiter) (int, bool) {
 }
 
 func (w *waiter) rouse() {
+	if w.call != nil {
+		w.call()
+		return
+	}
 	select {
 	case w.wake <- struct{}{}:
 	default:

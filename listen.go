@@ -388,10 +388,17 @@ type frontConn struct {
 
 	// Set before net/http has it.
 	peer    net.Addr                // where the client came from: its socket no longer says so once it was reset. nil: as Conn says
-	backend atomic.Pointer[resumed] // the owner, which has got the client's upgrade, and is to answer; nil if none, or when it was taken
-	owner   int                     // its ordinal
-	pod     string                  // its pod's uid, "" if not known
+	pending atomic.Pointer[pending] // of its first upgrade; nil if nothing, or when it was taken
 	serves  context.Context         // ends when the router stops
+}
+
+// pending is what was done already about an upgrade that net/http gets.
+type pending struct {
+	backend net.Conn  // the owner, which has got the upgrade, and is to answer; nil if none
+	owner   int       // its ordinal
+	pod     string    // its pod's uid, "" if not known
+	until   time.Time // the upgrade is held, up to then; zero if it is not
+	failure error     // why the owner could not be had; nil if that is still open
 }
 
 // RemoteAddr is the client's address.
@@ -433,8 +440,8 @@ func (c *frontConn) Close() error {
 		c.badHeads.Add(1)
 	}
 	err := c.Conn.Close()
-	if backend := c.backend.Swap(nil); backend != nil {
-		backend.Close()
+	if pending := c.pending.Swap(nil); pending != nil && pending.backend != nil {
+		pending.backend.Close()
 	}
 	if !c.closed.Swap(true) {
 		c.gate.use(-upgradeDescriptors)
@@ -459,17 +466,17 @@ func headRead(ctx context.Context) {
 	}
 }
 
-// takeAsked returns the connection to the owner which has got the request, its
-// ordinal and its pod's uid; nil if none has. The caller closes it.
-func takeAsked(ctx context.Context) (conn net.Conn, owner int, pod string) {
+// takePending returns what was done already about the request, which is nothing if it is
+// not the connection's first. The caller closes the backend's connection.
+func takePending(ctx context.Context) pending {
 	c, ok := ctx.Value(frontKey{}).(*frontConn)
 	if !ok {
-		return nil, 0, ""
+		return pending{}
 	}
-	if backend := c.backend.Swap(nil); backend != nil {
-		return backend, c.owner, c.pod
+	if pending := c.pending.Swap(nil); pending != nil {
+		return *pending
 	}
-	return nil, 0, ""
+	return pending{}
 }
 
 // resumed is a connection of which something was read before: first.

@@ -228,7 +228,7 @@ func (p *program) serve(ctx context.Context, front, side net.Listener) error {
 	}
 	background, stopBackground := context.WithCancel(context.Background())
 	var running sync.WaitGroup
-	for _, source := range append(p.sources, p.mover.run, p.proxy.relay.tidy) {
+	for _, source := range append(p.sources, p.mover.run, p.proxy.tidy) {
 		running.Go(func() { source(background) })
 	}
 	if idle := p.config.idleTimeout; idle > 0 {

@@ -150,6 +150,10 @@ func moveToAnotherPod(t *testing.T, old func(net.Conn, *bufio.Reader), request s
 			t.Fatalf("%+v, want one session, with the new pod", p.relay.counts()[0])
 		}
 	}
+	p.relay.replace(map[int]string{0: "c"})
+	if n := p.relay.counts()[0]; n.behind != 1 {
+		t.Errorf("%+v, want the session to know that its pod is b", n)
+	}
 }
 
 // A session that its old pod has ended is no reason to wait, nor is it moved.

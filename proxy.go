@@ -43,8 +43,9 @@ type proxy struct {
 	readers sync.Pool // of *bufio.Reader
 
 	waiting  places         // of the upgrades under way
-	held     atomic.Int64   // bytes of the heads of those that net/http has
-	upgrades sync.WaitGroup // requests that net/http has
+	admitted atomic.Int64   // upgrades so far
+	held     atomic.Int64   // bytes of the heads of those that are held, or net/http has
+	upgrades sync.WaitGroup // requests that net/http has, and clients that are held
 	results  [results]atomic.Int64
 	logged   [results]throttle
 	astray   throttle // of what misdirected logs
@@ -84,7 +85,8 @@ func (p *proxy) report(r *http.Request, result result, err error) {
 // upgrade makes the request a session. A *refusal means that nothing was
 // answered yet.
 func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result result, err error) {
-	server, asked, pod := takeAsked(r.Context())
+	before := takePending(r.Context())
+	server, pod := before.backend, before.pod
 	namespace, backend, table, no := p.admit(r)
 	if no != nil {
 		return decline(server, no)
@@ -96,10 +98,13 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result result, 
 		}
 	}()
 	goTo := func(another int) { p.waiting.move(backend, another); backend = another }
-	if server != nil {
-		goTo(asked)
+	switch {
+	case server != nil:
+		goTo(before.owner)
+	case before.failure != nil:
+		return p.unreachable(r.Context(), backend, before.failure, nil)
 	}
-	client, hold, cancel := p.attend(r)
+	client, hold, cancel := p.attend(r, before.until)
 	defer cancel()
 	peer := forwardedFor(r)
 	head := beginHead(r, peer, p.pod)
@@ -120,13 +125,8 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result result, 
 	for astray := error(nil); ; {
 		var request []byte
 		if server == nil {
-			if server, pod, err = p.backends.hold(hold, owner); err != nil {
+			if server, pod, err = p.reach(hold, namespace, owner); err != nil {
 				return p.unreachable(hold, backend, err, astray)
-			}
-			if p.relay.leftBehind(namespace) != nil { // the pod was replaced since owner was asked
-				server.Close()
-				server = nil
-				continue
 			}
 			request = endHead(head, table, p.backends.name(backend))
 		}
@@ -174,6 +174,18 @@ func (p *proxy) holdHead(n int) bool {
 	return false
 }
 
+// reach is backends.hold for the owner of the namespace, and looks once more whether
+// that may get sessions of it.
+func (p *proxy) reach(hold context.Context, namespace string, owner func() (int, error)) (net.Conn, string, error) {
+	for {
+		conn, pod, err := p.backends.hold(hold, owner)
+		if err != nil || p.relay.leftBehind(namespace) == nil {
+			return conn, pod, err
+		}
+		conn.Close() // the pod was replaced since owner was asked
+	}
+}
+
 // awaitOld returns when no session of the namespace is with a pod that is its
 // backend no more, or ctx has ended.
 func (p *proxy) awaitOld(ctx context.Context, namespace string, backend int) error {
@@ -194,8 +206,8 @@ func (p *proxy) awaitOld(ctx context.Context, namespace string, backend int) err
 const halfClosedHold = time.Second
 
 // attend returns the contexts of an upgrade. client ends when the client is gone or the
-// router stops, hold also when the owner was waited for long enough. The caller calls
-// cancel.
+// router stops, hold also when the owner was waited for long enough: at until, if the
+// upgrade has waited before. The caller calls cancel.
 //
 // A client that has sent its request and a FIN may still listen (a half-close, RFC 9293
 // §3.6), and then gets its answer; most have left, and that looks the same until
@@ -203,11 +215,14 @@ const halfClosedHold = time.Second
 // is about to come, or -handshake-timeout is. But a place among those that are held is
 // theirs for halfClosedHold only; then they get 503. net/http ends the request's context
 // at a FIN as at a RST, which the connection knows from each other.
-func (p *proxy) attend(r *http.Request) (client, hold context.Context, cancel func()) {
+func (p *proxy) attend(r *http.Request, until time.Time) (client, hold context.Context, cancel func()) {
 	request := r.Context()
 	front := request.Value(frontKey{}).(*frontConn)
 	client, leave := context.WithCancelCause(context.WithoutCancel(request))
-	hold, release := context.WithTimeout(client, p.limits.hold)
+	if until.IsZero() {
+		until = time.Now().Add(p.limits.hold)
+	}
+	hold, release := context.WithDeadline(client, until)
 	stopping := context.AfterFunc(front.serves, func() { leave(context.Cause(front.serves)) })
 	ended := context.AfterFunc(request, func() {
 		if front.ended.Load() {
@@ -246,6 +261,7 @@ func (p *proxy) admit(r *http.Request) (namespace string, owner int, table strin
 	if no != nil {
 		return "", 0, "", no
 	}
+	p.admitted.Add(1)
 	limit := p.limits.waiting
 	placed := p.waiting.take(owner, p.router.table().backends.count, limit)
 	switch all, own := p.waiting.taken(owner); {
@@ -256,6 +272,11 @@ func (p *proxy) admit(r *http.Request) (namespace string, owner int, table strin
 		no = refuse(resultMaxSessions, "%d sessions are open, the limit", p.limits.sessions)
 	}
 	return namespace, owner, table, no
+}
+
+// tidy is tidy for the memory of upgrades.
+func (p *proxy) tidy(ctx context.Context) {
+	tidy(ctx, func() int { return int(p.admitted.Load()) })
 }
 
 // owner returns the backend that owns the namespace, and the stamp of the

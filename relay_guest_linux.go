@@ -57,6 +57,9 @@ func (p *poller) receive(fd int32, limit int) ([]byte, syscall.Errno) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	n, errno := p.buf.receive(fd, limit)
+	for errno == syscall.EINTR { // what is there was told of, and will not be again
+		n, errno = p.buf.receive(fd, limit)
+	}
 	if errno != 0 {
 		return nil, errno
 	}
@@ -67,7 +70,12 @@ func (p *poller) receive(fd int32, limit int) ([]byte, syscall.Errno) {
 func (p *poller) send(fd int32, data []byte) (int, syscall.Errno) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.buf.send(fd, copy(p.buf.data[:], data), 0)
+	size := copy(p.buf.data[:], data)
+	for {
+		if n, errno := p.buf.send(fd, size, 0); errno != syscall.EINTR {
+			return n, errno
+		}
+	}
 }
 
 // adopt is carry for a session that was a guest: mask is what epoll watches of its

@@ -42,16 +42,16 @@ func (s *session) idle() bool {
 }
 
 const (
-	tidyAfter = 1000        // sessions opened
-	tidyCalm  = 10          // most that are opened in tidyTime while it is calm
+	tidyAfter = 1000        // handshakes
+	tidyCalm  = 10          // most that begin in tidyTime while it is calm
 	tidyTime  = time.Second // between two looks
 )
 
 // tidy gives the memory back that many handshakes took, as soon as it is calm
 // again, until ctx ends. By itself the runtime would keep it for minutes, as it
 // collects garbage when the heap has grown to twice its size: a router of idle
-// sessions would have more garbage than sessions.
-func (r *relay) tidy(ctx context.Context) {
+// sessions would have more garbage than sessions. begun is how many there were.
+func tidy(ctx context.Context, begun func() int) {
 	ticker := time.NewTicker(tidyTime)
 	defer ticker.Stop()
 	var tidied, before int
@@ -61,19 +61,11 @@ func (r *relay) tidy(ctx context.Context) {
 			return
 		case <-ticker.C:
 		}
-		now := r.opened()
+		now := begun()
 		if now-before <= tidyCalm && now-tidied >= tidyAfter {
 			debug.FreeOSMemory()
 			tidied = now
 		}
 		before = now
 	}
-}
-
-// opened returns how many sessions there were so far.
-func (r *relay) opened() (n int) {
-	for _, count := range r.counts() {
-		n += count.total
-	}
-	return n
 }

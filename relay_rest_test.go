@@ -3,18 +3,19 @@ package main
 import (
 	"context"
 	"runtime"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 )
 
 // Memory that handshakes took is given back once they pause, and only then.
-func TestRelayTidies(t *testing.T) {
+func TestTidy(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRelay(func(int) string { return "backend-0" }, nil)
+		var begun atomic.Int64
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
-		go r.tidy(ctx)
+		go tidy(ctx, func() int { return int(begun.Load()) })
 		collected := func() uint32 {
 			synctest.Wait()
 			var m runtime.MemStats
@@ -32,12 +33,10 @@ func TestRelayTidies(t *testing.T) {
 		time.Sleep(tidyTime / 2)
 		for i, step := range steps {
 			before := collected()
-			r.mu.Lock()
-			r.byBackend[0] = backendCount{total: r.byBackend[0].total + step.open}
-			r.mu.Unlock()
+			begun.Add(int64(step.open))
 			time.Sleep(tidyTime)
 			if got := collected() - before; got != step.want {
-				t.Errorf("step %d, %d sessions: %d collections, want %d", i, step.open, got, step.want)
+				t.Errorf("step %d, %d handshakes: %d collections, want %d", i, step.open, got, step.want)
 			}
 		}
 	})
