@@ -61,6 +61,15 @@ func (p *testProxy) waitWaiting(t testing.TB, n int) {
 	}
 }
 
+func (p *testProxy) waitSessions(t testing.TB, n int) {
+	t.Helper()
+	for end := time.Now().Add(patience); p.relay.size() != n; <-time.After(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%d sessions, want %d", p.relay.size(), n)
+		}
+	}
+}
+
 func mustAnswer(t testing.TB, conn net.Conn, status int) {
 	t.Helper()
 	conn.SetReadDeadline(time.Now().Add(patience))
@@ -240,15 +249,14 @@ func TestLimits(t *testing.T) {
 		p := startProxy(t, addrs, data, func(p *proxy) { p.limits.sessions = 2 })
 		first := p.open(t, "here")
 		p.open(t, "here")
+		p.waitSessions(t, 2) // the relay has a session a little later than its client
 		_, _, resp := p.ask(t, upgradeRequest("/ws/here"))
 		if resp.StatusCode != 503 || resp.Header.Get("Retry-After") != "1" {
 			t.Errorf("status %d, want 503 with Retry-After", resp.StatusCode)
 		}
 		p.waitResult(t, resultMaxSessions)
 		first.Close()
-		for p.relay.size() == 2 {
-			<-time.After(time.Millisecond)
-		}
+		p.waitSessions(t, 1)
 		p.open(t, "here")
 	})
 	t.Run("waiting", func(t *testing.T) {
