@@ -4,7 +4,12 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -29,6 +34,12 @@ func TestPolicy(t *testing.T) {
 		"good":               {map[string]string{"a": "backend-0", "b.C_d-1": "backend-10"}, taken},
 		"none":               {nil, taken},
 		"newlines, a space":  {map[string]string{"a": "backend-0\n", "b": "backend-1\r\n", "c": "backend-2 "}, taken},
+		"white space":        {map[string]string{"a": " \tbackend-0\n\n", "b": "\u3000backend-1\v\f\u0085"}, taken},
+		"a narrow space":     {map[string]string{"a": "backend-0", "b": "backend-1\u200b"}, `data has "b":"backend-1`},
+		"the highest":        {map[string]string{"a": "backend-999999999"}, taken},
+		"beyond the highest": {map[string]string{"a": "backend-1000000000"}, `data has "a":"backend-1000000000", want`},
+		"quotes":             {map[string]string{"ns-01": `"backend-2"`}, `data has "ns-01":'"backend-2"', want for each namespace the name of a backend, such as "backend-2", without quotes in the value`},
+		"a backslash":        {map[string]string{"a": `backend-1\`, "b": "backend-1"}, `data has "a":"backend-1\\", want`},
 		"another name":       {map[string]string{"a": "backend-0", "b": "bakend-2", "c": "backend-1"}, `data has "b":"bakend-2", want`},
 		"the first of two":   {map[string]string{"z": "x", "b.C_d-1": "backend-2x", "a": "backend-1"}, `data has "b.C_d-1":"backend-2x", want`},
 		"no number":          {map[string]string{"a": "backend-"}, `data has "a":"backend-", want`},
@@ -36,9 +47,10 @@ func TestPolicy(t *testing.T) {
 		"another spelling":   {map[string]string{"a": "backend-02"}, `data has "a":"backend-02", want`},
 		"two backends":       {map[string]string{"a": "backend-1 backend-2"}, `data has "a":"backend-1 backend-2", want`},
 		"empty":              {map[string]string{"a": ""}, `data has "a":"", want`},
-		"looks like entries": {map[string]string{"a": `x":"backend-1`, "b": "backend-1"}, `data has "a":"x`},
+		"looks like entries": {map[string]string{"a": `x":"backend-1`, "b": "backend-1"}, `data has "a":'x":"backend-1', want`},
 		"very long":          {map[string]string{"a": strings.Repeat("x", 100_000)}, `data has "a":"xxx`},
 		"a control":          {map[string]string{"a": "\x01" + "2"}, `data has "a":"`},
+		"controls":           {map[string]string{"a": "\x01" + "2\x03", "b": "\x02"}, `data has "a":"`},
 		"a key with a space": {map[string]string{"a b": "backend-1"}, "a valid config key must consist of"},
 		"a key of two dots":  {map[string]string{"..": "backend-1"}, "must not be '..'"},
 	} {
@@ -91,32 +103,185 @@ func TestPolicyScope(t *testing.T) {
 	}
 }
 
-// TestPolicyOldEntry: an entry that was bad before the policy locks nothing but the
-// data: not the annotations, and not the end of the object.
-func TestPolicyOldEntry(t *testing.T) {
+// TestPolicyAsRouter gives random values to the API server and to the router's
+// program: both take the same, and the API server names the entry.
+func TestPolicyAsRouter(t *testing.T) {
+	const values = 1000
 	s := newSystem(t)
 	s.keepOverrides()
 	s.awaitPolicy(true)
-	configMaps := s.client.CoreV1().ConfigMaps(s.namespace)
-	object, err := configMaps.Create(t.Context(), &corev1.ConfigMap{
-		ObjectMeta: metav1.ObjectMeta{GenerateName: prefix, Finalizers: []string{"router/e2e"}}, Data: map[string]string{"a": "bakend-2"},
-	}, metav1.CreateOptions{})
-	if err != nil {
-		t.Fatal(err)
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	random := rand.New(rand.NewPCG(seed, 0))
+	data := map[string]string{}
+	var keys []string
+	for i := range values {
+		key := fmt.Sprintf("backend-%d", i)
+		keys, data[key] = append(keys, key), randomValue(random)
 	}
-	update := func(what, patch string) {
-		if _, err := configMaps.Patch(t.Context(), object.Name, types.MergePatchType, []byte(patch), metav1.PatchOptions{}); err != nil {
-			t.Errorf("%s: %v", what, err)
+	routers := routerTakes(t, data)
+	var taken atomic.Int64
+	err := forEach(values, 8, func(i int) error {
+		key, value := keys[i], data[keys[i]]
+		object := &corev1.ConfigMap{
+			ObjectMeta: metav1.ObjectMeta{GenerateName: prefix, Labels: map[string]string{"app": "router-overrides"}},
+			Data:       map[string]string{"a": "backend-0", key: value, "z": " backend-1"},
 		}
-	}
-	update("label", `{"metadata":{"labels":{"app":"router-overrides"}}}`)
-	update("annotate", `{"metadata":{"annotations":{"a":"b"}}}`)
-	if err := configMaps.Delete(t.Context(), object.Name, metav1.DeleteOptions{}); err != nil {
+		_, err := s.client.CoreV1().ConfigMaps(s.namespace).Create(t.Context(), object, metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}})
+		switch {
+		case err == nil && routers[key]:
+			taken.Add(1)
+			return nil
+		case err != nil && !routers[key] && apierrors.IsInvalid(err) && strings.Contains(err.Error(), `data has "`+key+`":`):
+			return nil
+		}
+		return fmt.Errorf("%.400q: %.400v; the router takes it: %t", value, err, routers[key])
+	})
+	if err != nil {
 		t.Error(err)
 	}
-	update("change what is being deleted", `{"data":{"a":"bakend-3"}}`)
-	update("remove the finalizer", `{"metadata":{"finalizers":null}}`)
-	if _, err := configMaps.Get(t.Context(), object.Name, metav1.GetOptions{}); !apierrors.IsNotFound(err) {
+	if n := taken.Load(); n < values/5 || n > values*4/5 {
+		t.Errorf("%d of %d values are taken, want some of both kinds", n, values)
+	}
+}
+
+// randomValue is the name of a backend or something like it, perhaps with white
+// space or what looks like it. Numbers stay below 1,000 or have ten digits, so that
+// how many backends there are is not asked; 1,024 bytes are what the router reads
+// of a file.
+func randomValue(random *rand.Rand) string {
+	spaces := []string{
+		" ", "\t", "\n", "\r\n", "\v", "\f", "\u0085", "\u00a0", "\u1680", "\u2000", "\u2007", "\u200a", "\u2028", "\u2029",
+		"\u202f", "\u205f", "\u3000", strings.Repeat(" \n", 100),
+	}
+	odd := []string{
+		"\u200b", "\ufeff", "\u180e", "\x00", "\x01", "\x02", "\x03", "\x1f", "Backend-", "backend", "x", `"`, `\`, "'", `","b":"`, `", "`, `"}`,
+		"é", "\u0663", "\U0001f600", `\n`, `\u2003`, "1234567890", "-", "+", " ", "\t", strings.Repeat("9", 300), strings.Repeat("x", 600),
+	}
+	some := func(of []string, most int) (text string) {
+		for range random.IntN(most + 1) {
+			text += of[random.IntN(len(of))]
+		}
+		return text
+	}
+	value := "backend-" + some([]string{"0", "1", "7"}, 3)
+	if random.IntN(3) == 0 {
+		at := random.IntN(len(value) + 1)
+		value = value[:at] + some(odd, 2) + value[at:]
+	}
+	return some(spaces, 2) + value + some(spaces, 2)
+}
+
+// routerTakes asks the router's program which overrides it can read.
+func routerTakes(t *testing.T, data map[string]string) map[string]bool {
+	t.Helper()
+	folder := t.TempDir()
+	args := []string{"owner", "-overrides", folder, "-replicas", "1000"}
+	for key, value := range data {
+		if err := os.WriteFile(filepath.Join(folder, key), []byte(value), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		args = append(args, key)
+	}
+	out, err := exec.CommandContext(t.Context(), build(t, "."), args...).CombinedOutput()
+	if err != nil {
+		t.Fatalf("router owner: %v\n%s", err, out)
+	}
+	takes := map[string]bool{}
+	for line := range strings.Lines(string(out)) {
+		switch fields := strings.Fields(line); {
+		case len(fields) == 3 && fields[2] == "override":
+			takes[fields[0]] = true
+		case len(fields) == 2 && fields[1] == "refused":
+			takes[fields[0]] = false
+		}
+	}
+	if len(takes) != len(data) {
+		t.Fatalf("router owner tells of %d of %d namespaces:\n%.2000s", len(takes), len(data), out)
+	}
+	return takes
+}
+
+// TestPolicyOldEntry: entries that were bad before the policy lock nothing but
+// themselves: not the other entries, not the annotations and finalizers, and not the
+// end of the object.
+func TestPolicyOldEntry(t *testing.T) {
+	for name, others := range map[string]int{"few entries": 0, "many entries": 39_900} {
+		t.Run(name, func(t *testing.T) {
+			s := newSystem(t)
+			s.keepOverrides()
+			s.awaitPolicy(true)
+			testOldEntry(t, s, s.oldEntries(others))
+		})
+	}
+}
+
+// oldEntries makes a ConfigMap until the test ends that the policy would refuse: two
+// bad entries, a good one and others.
+func (s *system) oldEntries(others int) (name string) {
+	s.t.Helper()
+	configMaps := s.client.CoreV1().ConfigMaps(s.namespace)
+	object, err := configMaps.Create(s.t.Context(), &corev1.ConfigMap{
+		ObjectMeta: metav1.ObjectMeta{GenerateName: prefix, Finalizers: []string{"router/e2e", "router/e2e-2"}},
+	}, metav1.CreateOptions{})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() { // of a test that failed
+		configMaps.Delete(context.Background(), object.Name, metav1.DeleteOptions{})
+		configMaps.Patch(context.Background(), object.Name, types.MergePatchType, []byte(`{"metadata":{"finalizers":null}}`), metav1.PatchOptions{})
+	})
+	if err := s.untrack(object.Name); err != nil {
+		s.t.Fatal(err)
+	}
+	data := map[string]string{"a": "bakend-2", "good": "backend-1", "quoted": `"backend-1"`}
+	for i := range others {
+		data[fmt.Sprintf("%sbig-%09d", prefix, i)] = fmt.Sprintf("backend-%d", i%4)
+	}
+	patch, err := json.Marshal(map[string]any{"data": data})
+	if err == nil {
+		_, err = configMaps.Patch(s.t.Context(), object.Name, types.MergePatchType, patch, metav1.PatchOptions{})
+	}
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return object.Name
+}
+
+// testOldEntry changes what oldEntries made, and deletes it.
+func testOldEntry(t *testing.T, s *system, name string) {
+	configMaps := s.client.CoreV1().ConfigMaps(s.namespace)
+	const taken = ""
+	update := func(patch, want string) {
+		t.Helper()
+		_, err := configMaps.Patch(t.Context(), name, types.MergePatchType, []byte(patch), metav1.PatchOptions{})
+		if (err == nil) != (want == taken) || err != nil && !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %q", patch, err, want)
+		}
+	}
+	update(`{"metadata":{"labels":{"app":"router-overrides"}}}`, taken)
+	update(`{"metadata":{"annotations":{"a":"b"}}}`, taken)
+	update(`{"metadata":{"finalizers":["router/e2e"]}}`, taken)
+	update(`{"data":{"good":"backend-2","zz":"backend-0"}}`, taken)
+	update(`{"data":{"zz":null}}`, taken)
+	update(`{"data":{"good":"backend-"}}`, `data has "good":"backend-", want`)
+	update(`{"data":{"zz":"bakend-2"}}`, `data has "zz":"bakend-2", want`)
+	update(`{"data":{"a":"bakend-3"}}`, `data has "a":"bakend-3", want`)
+	update(`{"data":{"quoted":"backend-1"}}`, taken)
+	foreground := metav1.DeletePropagationForeground
+	if err := configMaps.Delete(t.Context(), name, metav1.DeleteOptions{PropagationPolicy: &foreground}); err != nil {
+		t.Error(err)
+	}
+	eventually(t, 30*time.Second, "the garbage collector to be done", func() error {
+		object, err := configMaps.Get(t.Context(), name, metav1.GetOptions{})
+		if err == nil && len(object.Finalizers) != 1 {
+			err = fmt.Errorf("finalizers %q", object.Finalizers)
+		}
+		return err
+	})
+	update(`{"data":{"a":"bakend-3"}}`, taken)
+	update(`{"metadata":{"finalizers":null}}`, taken)
+	if _, err := configMaps.Get(t.Context(), name, metav1.GetOptions{}); !apierrors.IsNotFound(err) {
 		t.Errorf("it is still there: %v", err)
 	}
 }
