@@ -62,7 +62,7 @@ func TestBackendCopy(t *testing.T) {
 		t.Errorf("/owner: %+v, want %s, whose pod is %s", o, victim, pod.UID)
 	}
 	checkReturns(t, clients, victim)
-	t.Logf("backend copy: %s was ready after %.1f s; %d sessions of %d namespaces, none with the copy", victim, ready.Seconds(), sessions, len(names))
+	t.Logf("backend copy: %s was ready after %.1f s; %d sessions of %d namespaces", victim, ready.Seconds(), sessions, len(names))
 }
 
 // copyPod copies a backend's pod with its labels, until the test ends, and waits
