@@ -217,12 +217,13 @@ func TestPolicyOldEntry(t *testing.T) {
 }
 
 // oldEntries makes a ConfigMap until the test ends that the policy would refuse: two
-// bad entries, a good one and others.
+// bad entries, a binary one, a good one and others.
 func (s *system) oldEntries(others int) (name string) {
 	s.t.Helper()
 	configMaps := s.client.CoreV1().ConfigMaps(s.namespace)
 	object, err := configMaps.Create(s.t.Context(), &corev1.ConfigMap{
 		ObjectMeta: metav1.ObjectMeta{GenerateName: prefix, Finalizers: []string{"router/e2e", "router/e2e-2"}},
+		BinaryData: map[string][]byte{"binary": []byte("backend-1")},
 	}, metav1.CreateOptions{})
 	if err != nil {
 		s.t.Fatal(err)
@@ -268,6 +269,8 @@ func testOldEntry(t *testing.T, s *system, name string) {
 	update(`{"data":{"zz":"bakend-2"}}`, `data has "zz":"bakend-2", want`)
 	update(`{"data":{"a":"bakend-3"}}`, `data has "a":"bakend-3", want`)
 	update(`{"data":{"quoted":"backend-1"}}`, taken)
+	update(`{"binaryData":{"binary":"eA=="}}`, "binaryData holds no overrides")
+	update(`{"binaryData":{"more":"eA=="}}`, "binaryData holds no overrides")
 	foreground := metav1.DeletePropagationForeground
 	if err := configMaps.Delete(t.Context(), name, metav1.DeleteOptions{PropagationPolicy: &foreground}); err != nil {
 		t.Error(err)
