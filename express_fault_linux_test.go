@@ -208,3 +208,20 @@ func TestFrontConnCloses(t *testing.T) {
 		}
 	}
 }
+
+// A head that net/http has read is kept by nobody, though the connection stays.
+func TestResumedForgets(t *testing.T) {
+	near, far := net.Pipe()
+	defer far.Close()
+	defer near.Close()
+	c := &resumed{near, []byte("head")}
+	for _, want := range []string{"hea", "d"} {
+		got := make([]byte, 3)
+		if n, err := c.Read(got); err != nil || string(got[:n]) != want {
+			t.Fatalf("%q was read, and %v; want %q", got[:n], err, want)
+		}
+	}
+	if c.first != nil {
+		t.Errorf("%d bytes are kept of a head that was read, want none", cap(c.first[:0]))
+	}
+}

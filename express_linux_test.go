@@ -449,24 +449,31 @@ func TestExpressHolds(t *testing.T) {
 		}
 		after(t, p)
 	})
-	t.Run("too many bytes", func(t *testing.T) {
-		t.Parallel()
-		p, _ := start(t, patience)
-		head := strings.Replace(upgradeRequest("/ws/ns-01"), "Origin", "X: "+strings.Repeat("x", headShare+1024)+"\r\nOrigin", 1)
-		for i := range 2 { // in the bytes of four
-			conn, err := net.Dial("tcp", p.addr)
-			if err != nil {
-				t.Fatal(err)
+	for way, request := range bothWays("/ws/ns-01") {
+		t.Run("too many bytes "+way, func(t *testing.T) {
+			t.Parallel()
+			p, _ := start(t, patience)
+			const size = headShare + 1024 // two of them in the bytes of four
+			head := strings.Replace(request, "Origin", "X: "+strings.Repeat("x", size)+"\r\nOrigin", 1)
+			for i := range 2 {
+				conn, err := net.Dial("tcp", p.addr)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer conn.Close()
+				mustWrite(t, conn, head)
+				for end := time.Now().Add(patience); p.held.Load() < int64(i+1)*size; <-time.After(time.Millisecond) {
+					if time.Now().After(end) {
+						t.Fatalf("%d bytes are held for %d heads of %d", p.held.Load(), i+1, len(head))
+					}
+				}
 			}
-			defer conn.Close()
-			mustWrite(t, conn, head)
-			p.waitHeld(t, i+1)
-		}
-		_, _, resp := p.ask(t, head)
-		if resp.StatusCode != http.StatusServiceUnavailable || p.results[resultMaxWaiting].Load() != 1 {
-			t.Errorf("the third head gets %s, want 503 of the limit", resp.Status)
-		}
-	})
+			_, _, resp := p.ask(t, head)
+			if resp.StatusCode != http.StatusServiceUnavailable || p.results[resultMaxWaiting].Load() != 1 {
+				t.Errorf("the third head gets %s, want 503 of the limit", resp.Status)
+			}
+		})
+	}
 }
 
 // TestProcessHolds has a router, in a process of its own, hold many upgrades as browsers

@@ -490,7 +490,9 @@ func (c *resumed) Read(b []byte) (int, error) {
 		return c.Conn.Read(b)
 	}
 	n := copy(b, c.first)
-	c.first = c.first[n:]
+	if c.first = c.first[n:]; len(c.first) == 0 {
+		c.first = nil // it is not kept for as long as the connection
+	}
 	return n, nil
 }
 

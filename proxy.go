@@ -43,7 +43,7 @@ type proxy struct {
 	readers sync.Pool // of *bufio.Reader
 
 	waiting  places         // of the upgrades under way
-	admitted atomic.Int64   // upgrades so far
+	begun    atomic.Int64   // upgrades so far, with those that were refused
 	held     atomic.Int64   // bytes of the heads of those that are held, or net/http has
 	upgrades sync.WaitGroup // requests that net/http has, and clients that are held
 	results  [results]atomic.Int64
@@ -249,6 +249,7 @@ var errMisdirected = errors.New("what answers at its address is another backend"
 // admit checks an upgrade request, and returns its namespace, and what owner does. It
 // takes a place of the owner's, which the caller gives back, or handOver.
 func (p *proxy) admit(r *http.Request) (namespace string, owner int, table string, no *refusal) {
+	p.begun.Add(1)
 	if n := countFields(r.Header); n > p.limits.headerLines {
 		return "", 0, "", refuse(resultBadHead, "%d header fields, want at most %d", n, p.limits.headerLines)
 	}
@@ -261,7 +262,6 @@ func (p *proxy) admit(r *http.Request) (namespace string, owner int, table strin
 	if no != nil {
 		return "", 0, "", no
 	}
-	p.admitted.Add(1)
 	limit := p.limits.waiting
 	placed := p.waiting.take(owner, p.router.table().backends.count, limit)
 	switch all, own := p.waiting.taken(owner); {
@@ -276,7 +276,7 @@ func (p *proxy) admit(r *http.Request) (namespace string, owner int, table strin
 
 // tidy is tidy for the memory of upgrades.
 func (p *proxy) tidy(ctx context.Context) {
-	tidy(ctx, func() int { return int(p.admitted.Load()) })
+	tidy(ctx, func() int { return int(p.begun.Load()) })
 }
 
 // owner returns the backend that owns the namespace, and the stamp of the
