@@ -133,7 +133,8 @@ func (s *sidecar) own(t *testing.T) {
 // replace that is not there is an error: the test would run something else.
 func (s *sidecar) configure(t *testing.T) {
 	t.Helper()
-	s.plain, s.secure = freeAddress(t), freeAddress(t)
+	addresses := freeAddresses(t, 2)
+	s.plain, s.secure = addresses[0], addresses[1]
 	pairs := []string{
 		"listen 80 ", "listen " + s.plain + " ",
 		"listen 443 ", "listen " + s.secure + " ",

@@ -99,13 +99,17 @@ func copyFile(t *testing.T, from, to string) {
 	}
 }
 
-// freeAddress is free until somebody takes it: nginx listens on no port 0.
-func freeAddress(t *testing.T) string {
+// freeAddresses are n of them, free until somebody takes one: nginx listens on no
+// port 0. All are open at the same time, so that none is there twice.
+func freeAddresses(t *testing.T, n int) (addresses []string) {
 	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	for range n {
+		listener, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer listener.Close()
+		addresses = append(addresses, listener.Addr().String())
 	}
-	defer listener.Close()
-	return listener.Addr().String()
+	return addresses
 }
