@@ -16,6 +16,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 )
 
@@ -295,7 +296,7 @@ func TestWrongPair(t *testing.T) {
 }
 
 // Where nginx has it, a certificate is parsed once, and tickets are on; an older
-// one starts without.
+// one starts without, and gives no ticket to who asks for one.
 func TestStart(t *testing.T) {
 	s := start(t)
 	if s == nil {
@@ -310,13 +311,44 @@ func TestStart(t *testing.T) {
 	if _, err := fmt.Sscanf(number, "1.%d.%d", &minor, &patch); err != nil {
 		t.Fatalf("%s: %v", version, err)
 	}
-	want := ""
-	if minor > 27 || minor == 27 && patch >= 4 {
+	tickets, want := minor > 27 || minor == 27 && patch >= 4, ""
+	if tickets {
 		want = "ssl_certificate_cache max=4 valid=1s;\nssl_session_tickets on;\n"
 	}
 	if got := readFile(t, filepath.Join(s.dir, "tmp", "nginx-known.conf")); string(got) != want {
 		t.Errorf("%s knows %q, want %q", version, got, want)
 	}
+	if got := s.givesTicket(t); got != tickets {
+		t.Errorf("%s gives a ticket: %t, want %t", version, got, tickets)
+	}
+	// Without start.sh there are none.
+	if err := os.Remove(filepath.Join(s.dir, "tmp", "nginx-known.conf")); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Kill(s.master, syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	err = until(func() error {
+		if s.givesTicket(t) {
+			return fmt.Errorf("%s gives a ticket that nobody has asked for", version)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+// givesTicket asks for a session ticket as a client with TLS 1.2 does: in 1.3 it
+// may be no more than a name in the server's cache.
+func (s *sidecar) givesTicket(t *testing.T) bool {
+	t.Helper()
+	cmd := exec.Command("openssl", "s_client", "-tls1_2", "-connect", s.secure, "-servername", host)
+	out, err := cmd.CombinedOutput() // with nothing to send it ends after the handshake
+	if err != nil || !bytes.Contains(out, []byte("Cipher")) {
+		t.Fatalf("openssl s_client: %v\n%s", err, out)
+	}
+	return bytes.Contains(out, []byte("TLS session ticket:"))
 }
 
 // serial is the number of the certificate that a new connection gets.
