@@ -41,6 +41,7 @@ type sidecar struct {
 	dir    string // everything nginx reads and writes
 	plain  string // address in the place of port 80
 	secure string // address in the place of port 443
+	probe  string // address in the place of port 8002
 	roots  *x509.CertPool
 
 	router *stub
@@ -133,12 +134,14 @@ func (s *sidecar) own(t *testing.T) {
 // replace that is not there is an error: the test would run something else.
 func (s *sidecar) configure(t *testing.T) {
 	t.Helper()
-	addresses := freeAddresses(t, 2)
-	s.plain, s.secure = addresses[0], addresses[1]
+	addresses := freeAddresses(t, 4)
+	s.plain, s.secure, s.probe = addresses[0], addresses[1], addresses[2]
 	pairs := []string{
 		"listen 80 ", "listen " + s.plain + " ",
 		"listen 443 ", "listen " + s.secure + " ",
-		"https://127.0.0.1:443/", "https://" + s.secure + "/",
+		"listen 8002;", "listen " + s.probe + ";",
+		"listen 127.0.0.1:8003 ", "listen " + addresses[3] + " ",
+		"https://127.0.0.1:8003/", "https://" + addresses[3] + "/",
 		"/etc/nginx/tls/", filepath.Join(s.dir, "tls") + "/",
 		"/run/router/router.sock", filepath.Join(s.dir, "router.sock"),
 		"/usr/share/nginx/html", filepath.Join(s.dir, "html"),
