@@ -446,6 +446,8 @@ func TestLargeAnswers(t *testing.T) {
 		"too large":                    {"GET", "/ws/%61?has=17000&redirect", 502, 2},
 		"POST is not asked for again":  {"POST", "/ws/%61?has=8000&redirect", 502, 1},
 		"neither is what is no answer": {"GET", "/ws/busy?has=2000", 503, 1},
+		"nor what is cut":              {"GET", "/ws/%61?says=HTTP/1.1%20101%20Switching%20Protocols%0D%0AUpgrade:%20webs", 502, 1},
+		"nor what is no HTTP":          {"GET", "/ws/%61?says=HTTP/1.1%20101%20Switching%20Protocols%0D%0A%00:%20x%0D%0A%0D%0A", 502, 1},
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {

@@ -17,8 +17,8 @@ import (
 
 // stub stands in the router's place: it remembers the head of the last
 // request, echoes on WebSockets, and refuses /ws/busy and what is no upgrade.
-// The query has=N gives it so many bytes of cookies to set, and
-// redirect= lets it answer 302.
+// The query has=N gives it so many bytes of cookies to set,
+// redirect= lets it answer 302, and says=TEXT that text alone, as it is.
 type stub struct {
 	server http.Server // closed by Cleanup, or earlier to be a router that is gone
 
@@ -50,6 +50,12 @@ func (s *stub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		w.Header().Add("Set-Cookie", strings.Repeat("c", min(n, 1000)-len("Set-Cookie: \r\n")))
 	}
 	switch {
+	case r.URL.Query().Has("says"):
+		conn, _, err := http.NewResponseController(w).Hijack()
+		if err == nil {
+			io.WriteString(conn, r.URL.Query().Get("says"))
+			conn.Close()
+		}
 	case r.URL.Query().Has("redirect"):
 		http.Redirect(w, r, "/login", http.StatusFound)
 	case r.URL.Path == "/ws/busy":
