@@ -75,7 +75,7 @@ func TestUndeploy(t *testing.T) {
 	namespace := s.newNamespace(t)
 	labels := map[string]string{"app.kubernetes.io/part-of": "router", "app.kubernetes.io/name": "router"}
 	configMaps := s.client.CoreV1().ConfigMaps(namespace)
-	for _, name := range []string{configMap, "more-overrides", "nginx-mine", "nginx-5bt8b6cf9k"} {
+	for _, name := range []string{configMap, "more-overrides", "nginx-mine", "nginx-production", "nginx-5bt8b6cf9k"} {
 		if _, err := configMaps.Create(t.Context(), &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: labels}}, metav1.CreateOptions{}); err != nil {
 			t.Fatal(err)
 		}
@@ -88,7 +88,7 @@ func TestUndeploy(t *testing.T) {
 		if out, err := s.deploySh(t, namespace, "undeploy"); err != nil {
 			t.Fatalf("deploy.sh undeploy: %v\n%s", err, out)
 		}
-		for name, kept := range map[string]bool{configMap: true, "more-overrides": true, "nginx-mine": true, "nginx-5bt8b6cf9k": false} {
+		for name, kept := range map[string]bool{configMap: true, "more-overrides": true, "nginx-mine": true, "nginx-production": true, "nginx-5bt8b6cf9k": false} {
 			_, err := configMaps.Get(t.Context(), name, metav1.GetOptions{})
 			if (err == nil) != kept || err != nil && !apierrors.IsNotFound(err) {
 				t.Errorf("configmap/%s: %v, want it kept: %t", name, err, kept)

@@ -133,9 +133,9 @@ deploy() {
 }
 
 # old_configmaps: those of nginx of earlier versions, whose names have other
-# hashes. The label alone is not enough: the overrides may carry it too.
+# hashes (of kustomize's alphabet). The label alone is not enough: the overrides may carry it too.
 old_configmaps() {
-  kubectl get configmap -l app.kubernetes.io/part-of=router -o name | { grep -E '^configmap/nginx-[a-z0-9]{10}$' || true; }
+  kubectl get configmap -l app.kubernetes.io/part-of=router -o name | { grep -E '^configmap/nginx-[2456789bcdfghkmt]{10}$' || true; }
 }
 
 undeploy() {
