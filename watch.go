@@ -10,6 +10,7 @@ import (
 	"maps"
 	"math/rand/v2"
 	"net/url"
+	"reflect"
 	"strconv"
 	"sync"
 	"time"
@@ -223,12 +224,12 @@ func (w *watcher[T]) verify(o *T) error {
 }
 
 // replace makes what is there now the set, and applies it if it is new.
-// resourceVersions are compared for equality only: after a restored etcd a
-// smaller one is newer.
+// The content is compared too: after a restored etcd a smaller resourceVersion may be
+// newer, and the same one may be of another content, which a router that starts has.
 func (w *watcher[T]) replace(now map[string]*T) {
 	w.tell((*watchStatus).confirm)
 	for name, old := range w.set {
-		if o := now[name]; o != nil && w.header(o).Metadata == w.header(old).Metadata {
+		if o := now[name]; o != nil && reflect.DeepEqual(o, old) {
 			now[name] = old
 		}
 	}

@@ -150,6 +150,55 @@ func TestWatchRequests(t *testing.T) {
 	})
 }
 
+// After a restored etcd resourceVersions come again, with other content: a router that
+// runs has what one has that starts. The same content is not applied again.
+func TestWatchSameVersionOtherContent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		network := newFakeKubeNet()
+		list := func(backend string) http.HandlerFunc { return fakeKubeList("12", fakeKubeObject("u1", "12", backend)) }
+		newFakeKube(t, network, fakeKubeScript{list("backend-1"), list("backend-2"), list("backend-2")},
+			fakeKubeScript{fakeKubeStream(), fakeKubeStream(), fakeKubeOpen()})
+		c, r, _ := fakeMaps(t, "routes")
+		c.watchers[0].kube = network.kube(t)
+		stop := fakeKubeRun(c.watchers[0].run)
+		time.Sleep(10 * time.Minute)
+		stop()
+		wantTable(t, r, "ns-01=2")
+		if news := c.watchers[0].news; news != 2 {
+			t.Errorf("%d sets were applied, want 2", news)
+		}
+	})
+}
+
+// So it is with what is read of a StatefulSet and of an EndpointSlice.
+func TestWatchComparesAllThatIsRead(t *testing.T) {
+	sets, slices := 0, 0
+	set := watcher[statefulSet]{header: func(s *statefulSet) *object { return &s.object }, apply: func(map[string]*statefulSet) { sets++ }}
+	slice := watcher[endpointSlice]{header: func(s *endpointSlice) *object { return &s.object }, apply: func(map[string]*endpointSlice) { slices++ }}
+	const meta = `"metadata":{"name":"n","uid":"u","resourceVersion":"1"`
+	for _, text := range []string{`},"spec":{"replicas":4}`, `},"spec":{"replicas":3}`, `,"annotations":{"router/backends":"3"}},"spec":{"replicas":3}`} {
+		for range 2 {
+			var s statefulSet
+			if err := json.Unmarshal([]byte("{"+meta+text+"}"), &s); err != nil {
+				t.Fatal(err)
+			}
+			set.replace(map[string]*statefulSet{"n": &s})
+		}
+	}
+	for _, addr := range []string{"10.0.0.1", "10.0.0.2"} {
+		for range 2 {
+			var s endpointSlice
+			if err := json.Unmarshal([]byte("{"+meta+`},"endpoints":[{"addresses":["`+addr+`"],"conditions":{"ready":true}}]}`), &s); err != nil {
+				t.Fatal(err)
+			}
+			slice.replace(map[string]*endpointSlice{"n": &s})
+		}
+	}
+	if sets != 3 || slices != 2 {
+		t.Errorf("%d StatefulSets and %d EndpointSlices were applied, want 3 and 2", sets, slices)
+	}
+}
+
 func TestWatchFault01NormalEnd(t *testing.T) {
 	for name, stream := range map[string]http.HandlerFunc{
 		"after a long life":   fakeKubeLast(20*time.Second, false),
