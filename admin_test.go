@@ -136,7 +136,7 @@ func TestAdminMakesRoom(t *testing.T) {
 	}
 }
 
-// A connection makes room that has no request, if there is one.
+// A connection makes room that had its turn, if there is one.
 func TestBoundedListener(t *testing.T) {
 	l := &boundedListener{Listener: listenLocal(t), max: 3}
 	var all []*boundedConn
@@ -177,15 +177,62 @@ func TestBoundedListener(t *testing.T) {
 	all[2].setBusy(true)
 	all[2].setBusy(false)
 	accept()
-	wantOpen("the third had one since the fourth came", 0, 2, 4)
-	all[2].setBusy(true)
+	wantOpen("the third had its turn, the fourth waits for it", 0, 3, 4)
+	all[3].setBusy(true)
 	all[4].setBusy(true)
 	accept()
-	wantOpen("all have one", 2, 4, 5)
+	wantOpen("all have one", 3, 4, 5)
 	all[0].setBusy(false)
 	all[4].Close()
 	accept()
-	wantOpen("one has left", 2, 5, 6)
+	wantOpen("one has left", 3, 5, 6)
+	all[5].setBusy(true)
+	all[5].setBusy(false)
+	accept()
+	wantOpen("the second had its turn", 3, 6, 7)
+}
+
+// A new connection has the time to say what it wants: others that come meanwhile wait.
+// Those that ask without a pause keep nobody out: they have had their turn.
+func TestRoomGrace(t *testing.T) {
+	const most, more = 3, 6
+	synctest.Test(t, func(t *testing.T) {
+		l := &boundedListener{Listener: alwaysOne{}, max: most}
+		accept := func() (c *boundedConn, took time.Duration) {
+			t.Helper()
+			begun := time.Now()
+			conn, err := l.Accept()
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { conn.Close() })
+			return conn.(*boundedConn), time.Since(begun)
+		}
+		begun := time.Now()
+		for range most + more {
+			accept()
+		}
+		if took := time.Since(begun); took < more/most*5*time.Millisecond {
+			t.Errorf("%d connections more than there is room for took %s, want 5ms for each %d", more, took, most)
+		}
+		for _, c := range slices.Clone(l.open) {
+			c.setBusy(true)
+			c.setBusy(false)
+		}
+		for range most {
+			if _, took := accept(); took != 0 {
+				t.Errorf("a connection waited %s for one that had its answer", took)
+			}
+		}
+	})
+}
+
+// alwaysOne is a listener to which somebody always connects.
+type alwaysOne struct{ net.Listener }
+
+func (alwaysOne) Accept() (net.Conn, error) {
+	conn, _ := net.Pipe()
+	return conn, nil
 }
 
 // A body that nobody asked for is not read.

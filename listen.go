@@ -259,9 +259,10 @@ func (l retryListener) Close() error {
 	return l.Listener.Close()
 }
 
-// boundedListener has at most max connections open. One more closes another: the
-// one that has been without a request for the longest, or, where all have one, the
-// one with the oldest. So a new connection always gets in, whatever others keep open.
+// boundedListener has at most max connections open. One more closes another, which had
+// its turn: of those without a request the one whose last ended first, else the oldest
+// that never had one, else the one with the oldest request. So a new connection always
+// gets in, whatever others keep open, and however fast they ask.
 type boundedListener struct {
 	net.Listener
 	max int
@@ -276,12 +277,15 @@ type boundedConn struct {
 	listener *boundedListener
 
 	// Guarded by listener.mu.
-	busy  bool      // a request is being answered
-	since time.Time // when it was accepted, or its last request began or ended
+	busy   bool      // a request is being answered
+	served bool      // it had a request
+	since  time.Time // when it was accepted, or its last request began or ended
 }
 
-// roomGrace is for how long a connection need not make room: long enough to have its
-// request read, also while somebody opens connections without end.
+// roomGrace is for how long a connection without an answer need not make room: long
+// enough to have its request read and answered, also while somebody opens connections
+// without end. One that had an answer has none: requests one after the other would
+// keep everybody out.
 const roomGrace = 5 * time.Millisecond
 
 // Accept returns the next connection. One goroutine may call it: then there is
@@ -309,9 +313,9 @@ func (l *boundedListener) add(c *boundedConn) (over *boundedConn, wait time.Dura
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if len(l.open) >= l.max {
-		at := max(0, slices.IndexFunc(l.open, func(c *boundedConn) bool { return !c.busy }))
+		at := l.next()
 		over = l.open[at]
-		if wait = roomGrace - time.Since(over.since); wait > 0 {
+		if wait = roomGrace - time.Since(over.since); wait > 0 && (over.busy || !over.served) {
 			return nil, wait
 		}
 		l.open = slices.Delete(l.open, at, at+1)
@@ -321,12 +325,23 @@ func (l *boundedListener) add(c *boundedConn) (over *boundedConn, wait time.Dura
 	return over, 0
 }
 
+// next returns which connection has to make room next. mu is held.
+func (l *boundedListener) next() int {
+	idle := func(served bool) int {
+		return slices.IndexFunc(l.open, func(c *boundedConn) bool { return !c.busy && c.served == served })
+	}
+	if at := idle(true); at >= 0 {
+		return at
+	}
+	return max(0, idle(false))
+}
+
 // setBusy says that a request of c begins or ends.
 func (c *boundedConn) setBusy(busy bool) {
 	l := c.listener
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	c.busy, c.since = busy, time.Now()
+	c.busy, c.served, c.since = busy, true, time.Now()
 	if at := slices.Index(l.open, c); at >= 0 { // else it has made room
 		l.open = append(slices.Delete(l.open, at, at+1), c)
 	}
