@@ -112,7 +112,8 @@ func rejectedMessage(c change) string {
 // another router.
 func (r *recorder) send(o object, kind, reason, what, message string) {
 	m, now := o.Metadata, time.Now().UTC().Truncate(time.Second)
-	name := fmt.Sprintf("%.200s.%016x", m.Name, spread(m.UID+" "+m.ResourceVersion+" "+reason+" "+what))
+	start := strings.TrimRight(fmt.Sprintf("%.200s", m.Name), ".-") // a DNS subdomain as the whole is
+	name := fmt.Sprintf("%s.%016x", start, spread(m.UID+" "+m.ResourceVersion+" "+reason+" "+what))
 	e := event{
 		reference:      reference{APIVersion: "v1", Kind: "Event"},
 		Metadata:       reference{Namespace: m.Namespace, Name: name},

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"maps"
 	"net/http"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -89,9 +90,13 @@ func TestEventNames(t *testing.T) {
 	if first != again || slices.Contains(others, first) {
 		t.Errorf("%s, again %s, of others %s", first, again, others)
 	}
-	a.Metadata.Name = strings.Repeat("n", 253)
-	if n := name(a, "x"); len(n) > 253 {
-		t.Errorf("%d bytes, want at most 253", len(n))
+	// https://kubernetes.io/docs/concepts/overview/working-with-objects/names/#dns-subdomain-names
+	subdomain := regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`)
+	for _, n := range []string{"n", "n-1.m", strings.Repeat("n", 253), strings.Repeat("n", 199) + ".m", strings.Repeat("n", 198) + "--m"} {
+		a.Metadata.Name = n
+		if n := name(a, "x"); len(n) > 253 || !subdomain.MatchString(n) {
+			t.Errorf("%q of %d bytes, want a DNS subdomain of at most 253", n, len(n))
+		}
 	}
 }
 
