@@ -97,6 +97,8 @@ func (no *refusal) answer(w http.ResponseWriter, bound time.Duration) {
 	case http.StatusUpgradeRequired:
 		w.Header().Set("Upgrade", "websocket")
 		w.Header().Set("Connection", "Upgrade")
+	case http.StatusRequestHeaderFieldsTooLarge: // as net/http does: the next head would be no smaller
+		w.Header().Set("Connection", "close")
 	}
 	http.Error(w, no.forClient(), no.result.status())
 }
