@@ -166,8 +166,12 @@ func (m *mover) plan(ctx context.Context, now time.Time) {
 	m.forget()
 	ctx, m.forget = context.WithCancel(ctx)
 	m.ready, m.later, m.owners = nil, nil, map[int]*newOwner{}
+	table := m.router.table()
+	if table == nil { // a pod was replaced before the overrides were read: there is no session yet
+		return
+	}
 	fresh := &wave{begun: now, names: map[string]struct{}{}}
-	fresh.version = m.router.table().version
+	fresh.version = table.version
 	for _, s := range m.relay.where(func(s *session) bool { return !s.ending() && m.misplaced(s) }) {
 		t := turn{s, before[s], spread(s.namespace)}
 		if delete(before, s); t.wave == nil {

@@ -156,6 +156,27 @@ func moveToAnotherPod(t *testing.T, old func(net.Conn, *bufio.Reader), request s
 	}
 }
 
+// A pod may be replaced before the overrides were read: then there is nothing to move.
+func TestMoveBeforeTheTable(t *testing.T) {
+	b := startStub(t, "127.0.0.1:0", echo)
+	p := startProxy(t, []string{b.addr, b.addr}, nil, nil)
+	p.relay.replace(map[int]string{0: "a"})
+	for range 2 { // when the second is taken, the first was dealt with
+		if p.moves.check(); !p.relay.replace(map[int]string{0: "b"}) {
+			p.relay.replace(map[int]string{0: "a"})
+		}
+		for end := time.Now().Add(patience); len(p.moves.wake) > 0; <-time.After(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatal("the mover looks no more")
+			}
+		}
+	}
+	p.router.update(entries{source: "test", version: "1", data: pack(map[string]string{"ns-01": "backend-0"})})
+	p.open(t, "ns-01")
+	p.router.update(entries{source: "test", version: "2", data: pack(map[string]string{"ns-01": "backend-1"})})
+	p.waitMoved(t, 1)
+}
+
 // A session that its old pod has ended is no reason to wait, nor is it moved.
 func TestMoveAfterTheOldPod(t *testing.T) {
 	p := startProxy(t, []string{"127.0.0.1:1"}, map[string]string{}, nil)
