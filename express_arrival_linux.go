@@ -210,9 +210,8 @@ func (a *arrival) step() (over bool) {
 	if err := a.ask(); err != nil {
 		return a.resume(nil, "", err)
 	}
-	b.holds.join(h.waiter, h.pending.owner)
-	if b.holds.swaps.Load() != swaps { // askAgain may have come before it was in the line
-		a.rouse()
+	if !b.holds.join(h.waiter, h.pending.owner, swaps) {
+		a.rouse() // to ask again
 	}
 	return false
 }

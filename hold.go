@@ -141,24 +141,30 @@ func (h *holds) enter() *waiter {
 // it returns errAskAgain if the table is not that of swaps any more, or, when ctx
 // has ended, what w waited for.
 func (h *holds) wait(ctx context.Context, w *waiter, ordinal int, swaps int64) error {
-	h.join(w, ordinal)
-	if h.swaps.Load() == swaps { // or askAgain may have come before w was in the line
-		select {
-		case <-w.wake:
-		case <-ctx.Done():
-		}
+	if !h.join(w, ordinal, swaps) {
+		return errAskAgain
+	}
+	select {
+	case <-w.wake:
+	case <-ctx.Done():
 	}
 	return h.leave(ctx, w, ordinal)
 }
 
-// join puts w, which is in no line, into the backend's.
-func (h *holds) join(w *waiter, ordinal int) {
+// join puts w, which is in no line, into the backend's, which may give it its turn at
+// once. It reports whether it did: not if the table is not that of swaps any more, as
+// the backend may own the namespace no more.
+func (h *holds) join(w *waiter, ordinal int, swaps int64) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if h.swaps.Load() != swaps { // after this look, askAgain finds w in the line
+		return false
+	}
 	l := h.line(ordinal)
 	at, _ := l.place(w)
 	l.waiting = slices.Insert(l.waiting, at, w)
 	h.release(ordinal, l)
+	return true
 }
 
 // leave takes w, which was roused or has waited enough, out of the backend's line, and

@@ -177,6 +177,64 @@ func TestMoveBeforeTheTable(t *testing.T) {
 	p.waitMoved(t, 1)
 }
 
+// replaced starts a proxy of two backends, of which backend-0, that owns ns-01, has a
+// session of that with the pod that it was before; fresh is the one that it is now. The
+// session stays, as no move is planned. change, if not nil, sees the proxy before it starts.
+func replaced(t *testing.T, change func(*proxy)) (p *testProxy, old *net.TCPConn, fresh, other *stubBackend) {
+	t.Helper()
+	var now atomic.Int32 // which of the pods is the backend
+	stubs := []*stubBackend{startStub(t, "127.0.0.1:0", echo), startStub(t, "127.0.0.1:0", echo), startStub(t, "127.0.0.1:0", echo)}
+	p = startProxy(t, []string{"127.0.0.1:1", stubs[2].addr}, map[string]string{"ns-01": "backend-0"}, func(p *proxy) {
+		p.moves.settle = time.Hour
+		p.backends.pod = func(i int) string { return []string{[]string{"a", "b"}[now.Load()], "z"}[i] }
+		p.backends.locate = func(_ context.Context, i int) (string, error) {
+			return []string{stubs[now.Load()].addr, stubs[2].addr}[i], nil
+		}
+		if change != nil {
+			change(p)
+		}
+	})
+	p.relay.replace(map[int]string{0: "a", 1: "z"})
+	old, _, _ = p.ask(t, upgradeRequest("/ws/ns-01"))
+	p.waitSessions(t, 1)
+	p.waitWaiting(t, 0)
+	p.relay.replace(map[int]string{0: "b"})
+	now.Store(1)
+	return p, old, stubs[1], stubs[2]
+}
+
+// hang makes an upgrade with the request that waits for the old pod.
+func (p *testProxy) hang(t *testing.T, request string) net.Conn {
+	t.Helper()
+	held, err := net.Dial("tcp", p.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { held.Close() })
+	mustWrite(t, held, request)
+	p.waitWaiting(t, 1)
+	return held
+}
+
+// An upgrade that waits for an old pod goes to who owns its namespace after that, if the
+// table was swapped meanwhile.
+func TestMoveOfWhoWaitsForTheOldPod(t *testing.T) {
+	both(t, func(t *testing.T, request string) {
+		p, old, fresh, other := replaced(t, nil)
+		held := p.hang(t, request)
+		<-time.After(20 * time.Millisecond) // it waits for the old pod by now, or the test shows nothing
+		p.router.update(entries{source: "test", version: "42", data: pack(map[string]string{"ns-01": "backend-1"})})
+		old.Close()
+		mustAnswer(t, held, 101)
+		if n := fresh.heads(); len(n) != 0 {
+			t.Errorf("backend-0, which owns ns-01 no more, was asked: %.60q", n)
+		}
+		if n := other.heads(); len(n) != 1 {
+			t.Errorf("backend-1 was asked %d times, want once", len(n))
+		}
+	})
+}
+
 // A session that its old pod has ended is no reason to wait, nor is it moved.
 func TestMoveAfterTheOldPod(t *testing.T) {
 	p := startProxy(t, []string{"127.0.0.1:1"}, map[string]string{}, nil)
