@@ -41,7 +41,9 @@ func (p *present) UnmarshalJSON(b []byte) error {
 // overrides out of force, empty it before it is deleted. One that a selector no
 // longer chooses is out of force at once, or a router that starts, which cannot know
 // it, would have other owners. Only when the selector chooses nothing any more does
-// all stay as it was: a router that starts then is not ready, and has no owners.
+// all stay as it was: a router that starts then is not ready, and has no owners. What
+// stays is what each router saw last, so where several are deleted at once routers may
+// differ, and their stamps say so: to empty each before it is deleted avoids that.
 // Nothing is in force before each name, or something selected, was there.
 type configMaps struct {
 	// Static after construction.

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -100,6 +101,26 @@ func TestPolicyScope(t *testing.T) {
 				t.Errorf("%v, want refused %t", err, tt.refused)
 			}
 		})
+	}
+}
+
+// Overrides that no router has read yet are judged when they get the label.
+func TestPolicyJudgesWhatIsLabelled(t *testing.T) {
+	s := newSystem(t)
+	s.awaitPolicy(true)
+	configMaps := s.client.CoreV1().ConfigMaps(s.namespace)
+	for value, refused := range map[string]bool{"bakend-2": true, "backend-2": false} {
+		object, err := configMaps.Create(t.Context(), &corev1.ConfigMap{
+			ObjectMeta: metav1.ObjectMeta{GenerateName: prefix}, Data: map[string]string{"a": value}}, metav1.CreateOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { configMaps.Delete(context.Background(), object.Name, metav1.DeleteOptions{}) })
+		_, err = configMaps.Patch(t.Context(), object.Name, types.MergePatchType,
+			[]byte(`{"metadata":{"labels":{"app":"router-overrides"}}}`), metav1.PatchOptions{DryRun: []string{metav1.DryRunAll}})
+		if refused != (err != nil) || refused && !strings.Contains(err.Error(), `data has "a":"bakend-2", want`) {
+			t.Errorf("labelled with %q: %v, want refused %t", value, err, refused)
+		}
 	}
 }
 
@@ -220,9 +241,12 @@ func TestPolicyOldEntry(t *testing.T) {
 // bad entries, a binary one, a good one and others.
 func (s *system) oldEntries(others int) (name string) {
 	s.t.Helper()
+	restore := s.withoutPolicy()
+	defer restore()
 	configMaps := s.client.CoreV1().ConfigMaps(s.namespace)
 	object, err := configMaps.Create(s.t.Context(), &corev1.ConfigMap{
-		ObjectMeta: metav1.ObjectMeta{GenerateName: prefix, Finalizers: []string{"router/e2e", "router/e2e-2"}},
+		ObjectMeta: metav1.ObjectMeta{GenerateName: prefix, Finalizers: []string{"router/e2e", "router/e2e-2"},
+			Labels: map[string]string{"app": "router-overrides"}},
 		BinaryData: map[string][]byte{"binary": []byte("backend-1")},
 	}, metav1.CreateOptions{})
 	if err != nil {
@@ -260,7 +284,6 @@ func testOldEntry(t *testing.T, s *system, name string) {
 			t.Errorf("%s: %v, want %q", patch, err, want)
 		}
 	}
-	update(`{"metadata":{"labels":{"app":"router-overrides"}}}`, taken)
 	update(`{"metadata":{"annotations":{"a":"b"}}}`, taken)
 	update(`{"metadata":{"finalizers":["router/e2e"]}}`, taken)
 	update(`{"data":{"good":"backend-2","zz":"backend-0"}}`, taken)
@@ -328,14 +351,15 @@ func manifestOf(t *testing.T, name string, labels, data map[string]string) strin
 	return string(manifest)
 }
 
-// withoutPolicy lets the API server take every override until the test ends.
-func (s *system) withoutPolicy() {
+// withoutPolicy lets the API server take every override until restore is called, or the
+// test ends.
+func (s *system) withoutPolicy() (restore func()) {
 	s.t.Helper()
 	policies := s.client.AdmissionregistrationV1().ValidatingAdmissionPolicies()
 	name := configMap + "." + s.namespace
 	policy, err := policies.Get(s.t.Context(), name, metav1.GetOptions{})
 	if apierrors.IsNotFound(err) { // Kubernetes before 1.30, or nobody may write policies
-		return
+		return func() {}
 	}
 	if err == nil {
 		err = policies.Delete(s.t.Context(), name, metav1.DeleteOptions{})
@@ -343,7 +367,7 @@ func (s *system) withoutPolicy() {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	s.t.Cleanup(func() {
+	restore = sync.OnceFunc(func() {
 		again := &admission.ValidatingAdmissionPolicy{
 			ObjectMeta: metav1.ObjectMeta{Name: name, Labels: policy.Labels, Annotations: policy.Annotations}, Spec: policy.Spec,
 		}
@@ -353,7 +377,9 @@ func (s *system) withoutPolicy() {
 		}
 		s.awaitPolicy(true)
 	})
+	s.t.Cleanup(restore)
 	s.awaitPolicy(false)
+	return restore
 }
 
 // awaitPolicy waits until the API server refuses bad overrides, or takes them:
