@@ -119,7 +119,7 @@ func (p *places) taken(ordinal int) (all, own int) {
 
 // waiter is one upgrade that waits for its turn.
 type waiter struct {
-	ticket int64         // its place among all: it keeps that until it has a connection
+	ticket int64         // its place among all: it keeps that until it has a connection; one that turns out to be of no use is asked for anew
 	wake   chan struct{} // capacity 1, never closed: it has its turn, or must ask for its owner again
 	call   func()        // if not nil it is called in place of wake; mu is held: it must not block
 	turn   bool          // guarded by the holds' mu

@@ -73,7 +73,7 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // no more than a line a second for each result. What a client or a backend has sent
 // is cut: a head of 16 KiB is four times that in quotes.
 func (p *proxy) report(r *http.Request, result result, err error) {
-	if err == nil || result.status() < http.StatusInternalServerError || result == resultClientGone {
+	if err == nil || result.status() < http.StatusInternalServerError || result == resultClientGone || result == resultAnswered {
 		return
 	}
 	if omitted, ok := p.logged[result].allow(time.Second); ok {

@@ -442,6 +442,9 @@ func TestProxyPassesTruncation(t *testing.T) {
 			if resp.StatusCode != 401 || resp.Header.Get("X-Why") != "quota" || err == nil {
 				t.Errorf("%s, %.60q: status %s, %v, body %.10q, error %v; want 401 and an error", way, body, resp.Status, resp.Header, got, err)
 			}
+			if logged := p.tail.all("upgrade refused"); len(logged) > 0 {
+				t.Errorf("%s, %.60q: logged %v, but the backend's answer was passed on", way, body, logged)
+			}
 			if want := strings.Contains(body, "half"); want != strings.HasPrefix(string(got), "half") {
 				t.Errorf("%s, %.60q: body %.10q, want what came", way, body, got)
 			}

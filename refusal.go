@@ -57,8 +57,8 @@ func (r result) status() int {
 }
 
 // refusal is an upgrade that did not happen, and why. The reason is for the log:
-// of what the client did wrong it quotes the request alone, but of all else it names
-// backends, addresses and limits, which are no business of clients.
+// of what the client did wrong (4xx) it quotes the request and says what was wanted,
+// but of all else it names backends and addresses, which are no business of clients.
 type refusal struct {
 	result result
 	reason string

@@ -354,6 +354,9 @@ func (p *poller) lose(s *session, i side) {
 	}
 	s.lost[i] = true
 	p.release(s, i.peer())
+	if i == server {
+		p.relay.release(s)
+	}
 	p.halve(s, i.broken())
 	p.settle(s)
 }

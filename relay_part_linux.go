@@ -95,7 +95,6 @@ func (p *poller) cutOff(s *session) {
 	syscall.SetsockoptLinger(fd, syscall.SOL_SOCKET, syscall.SO_LINGER, &syscall.Linger{Onoff: 1}) // a failure leaves a FIN in place of the RST
 	syscall.Close(fd)
 	s.fd[server] = -1
-	p.relay.release(s)
 }
 
 // cut ends the session before both sides have answered.
