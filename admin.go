@@ -68,9 +68,9 @@ func (a *admin) handler() http.Handler {
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	mux.HandleFunc("GET /readyz", a.readyz)
 	mux.HandleFunc("GET /metrics", a.metrics)
-	mux.HandleFunc("GET /owner", inTurns(ownerTurns, a.owner))
-	mux.HandleFunc("GET /backends", inTurns(backendsTurns, a.backends))
-	mux.HandleFunc("POST /plan", inTurns(planTurns, a.plan))
+	mux.HandleFunc("GET /owner", inTurns(ownerTurns, adminConns, a.owner))
+	mux.HandleFunc("GET /backends", inTurns(backendsTurns, adminConns, a.backends))
+	mux.HandleFunc("POST /plan", inTurns(planTurns, plansWaiting, a.plan))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if c, ok := r.Context().Value(boundedKey{}).(*boundedConn); ok {
 			c.setBusy(true)
@@ -86,14 +86,14 @@ func (a *admin) handler() http.Handler {
 }
 
 const (
-	turnsWaiting = 4               // requests that wait for their turn
+	plansWaiting = 4               // plans that wait for their turn, whose bodies the kernel has
 	turnWait     = 3 * time.Second // the longest that one waits
 )
 
-// inTurns answers count requests at once with next. Few more wait, without their
-// bodies being read; the rest gets 503.
-func inTurns(count int, next http.HandlerFunc) http.HandlerFunc {
-	room := make(chan struct{}, count+turnsWaiting)
+// inTurns answers count requests at once with next. As many as waiting wait, without
+// their bodies being read; the rest gets 503.
+func inTurns(count, waiting int, next http.HandlerFunc) http.HandlerFunc {
+	room := make(chan struct{}, count+waiting)
 	turns := make(chan struct{}, count)
 	return func(w http.ResponseWriter, r *http.Request) {
 		select {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -297,7 +298,7 @@ func TestPlansTakeTurns(t *testing.T) {
 			}
 		})
 		synctest.Wait()
-		for range turnsWaiting {
+		for range plansWaiting {
 			plans.Go(func() { wantBusy(ask("POST", "/plan", unread{t}), time.Since(begun), turnWait) })
 		}
 		synctest.Wait()
@@ -317,6 +318,32 @@ func TestPlansTakeTurns(t *testing.T) {
 		io.WriteString(sending, `{"replicas":2}`)
 		sending.Close()
 		plans.Wait()
+	})
+}
+
+// All that the port can have at once may ask who owns a namespace: none is sent away.
+func TestOwnersAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, update := adminOf(t, "127.0.0.1:1")
+		update(entries{source: "x", version: "1", data: pack(nil)})
+		found := make(chan struct{})
+		a.proxy.backends.locate = func(context.Context, int) (string, error) {
+			<-found
+			return "", errors.New("not there")
+		}
+		h := a.handler()
+		var asked sync.WaitGroup
+		for range adminConns {
+			asked.Go(func() {
+				w := httptest.NewRecorder()
+				if h.ServeHTTP(w, httptest.NewRequest("GET", "/owner?namespace=ns-01", nil)); w.Code != 200 {
+					t.Errorf("%d %s, want 200", w.Code, w.Body)
+				}
+			})
+		}
+		synctest.Wait()
+		close(found)
+		asked.Wait()
 	})
 }
 

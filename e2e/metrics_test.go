@@ -57,7 +57,7 @@ func labelValues() map[string]string {
 		"router_sessions_cut_total cause":   "moved drain",
 		"router_bytes_total direction":      "to_backend to_client",
 		"router_descriptors kind":           "used limit",
-		"router_upgrades_total result": "ok bad_request bad_head not_found not_upgrade no_table refused hold_timeout " +
+		"router_upgrades_total result": "ok bad_request bad_head not_found not_upgrade no_table refused hold_timeout misdirected " +
 			"client_gone max_sessions max_waiting bad_gateway gateway_timeout answered draining",
 		"router_watch_state object state":        "",
 		"router_watch_last_error object":         "",
