@@ -25,7 +25,7 @@ var (
 
 const (
 	flowing   = 3                // messages of each stream before its session is closed
-	closeMost = 20 * time.Second // for a Close to be heard; the router gives a session 5 s once it is to end
+	closeMost = 90 * time.Second // for streams to flow, and a Close to be heard: Chromium with all shapes takes half of it on two cores
 )
 
 // flow is what the sessions of a round have in common.
