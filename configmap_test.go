@@ -344,7 +344,7 @@ func TestConfigMapsToldOnceInForce(t *testing.T) {
 	if len(c.events.queue) != 0 {
 		t.Errorf("%d Events before there is a table, want none", len(c.events.queue))
 	}
-	r.resize(known)
+	r.resize(known, "")
 	for _, want := range []string{"OverridesRejected", "OverridesInForce"} {
 		select {
 		case e := <-c.events.queue:

@@ -69,7 +69,7 @@ func newRecorder(k kube, pod string, log *slog.Logger) *recorder {
 // tell has Events written about what a version of an object did. It does not
 // block.
 func (r *recorder) tell(o object, c change) {
-	what := fmt.Sprintf("%x %x", c.from, c.content)
+	what := fmt.Sprintf("%s %x", c.scaled, c.content)
 	if c.rejected > 0 {
 		r.send(o, "Warning", "OverridesRejected", what, rejectedMessage(c))
 	}
@@ -108,8 +108,8 @@ func rejectedMessage(c change) string {
 
 // send queues an Event. Its name is the same on every router that has the same
 // to say, so that the API server takes it from the first only; what sets it apart
-// from others about this version of the object: of another number of backends, or of
-// another router.
+// from others about this version of the object: another number of backends, the same
+// number after another change of the StatefulSet, or another router.
 func (r *recorder) send(o object, kind, reason, what, message string) {
 	m, now := o.Metadata, time.Now().UTC().Truncate(time.Second)
 	start := strings.TrimRight(fmt.Sprintf("%.200s", m.Name), ".-") // a DNS subdomain as the whole is

@@ -129,14 +129,14 @@ func TestEventsOfAVersionThatDoesMore(t *testing.T) {
 		c.apply(0, fakeSet(fakeMap("routes", "1", data)))
 		take(told{"OverridesRejected", "1 entries are not in force as written" + junk + "3, stays: refused"},
 			told{"OverridesInForce", "resourceVersion 1 is in force in a router that starts: 5 overrides"})
-		r.resize(ordinals{count: 3})
+		r.resize(ordinals{count: 3}, "u/2")
 		beyond := ""
 		for _, namespace := range []string{"b", "c", "d"} {
 			beyond += "; " + namespace + `: "backend-3", want backend-0 to backend-2, stays: refused`
 		}
 		take(told{"OverridesRejected", "4 entries are not in force as written" + beyond + junk + "2, stays: refused"},
 			told{"OverridesInForce", "resourceVersion 1 is in force: 0 overrides added, 3 changed, 0 removed"})
-		r.resize(ordinals{count: 4})
+		r.resize(ordinals{count: 4}, "u/3")
 		take(told{"OverridesRejected", "1 entries are not in force as written" + junk + "3, stays: refused"},
 			told{"OverridesInForce", "resourceVersion 1 is in force: 0 overrides added, 3 changed, 0 removed"})
 		c.apply(0, fakeSet(fakeMap("routes", "2", data))) // its labels
@@ -149,6 +149,44 @@ func TestEventsOfAVersionThatDoesMore(t *testing.T) {
 	if one, other := history(), history(); !maps.Equal(one, other) {
 		t.Errorf("two routers that saw the same tell %q and %q", one, other)
 	}
+}
+
+// A number of backends that there was before, within the life of an Event, is another
+// change of the table and has Events of its own. Two routers give them the same names.
+func TestEventsOfTheSameNumberAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeScale(fakeStateful{replicas: 4, ready: 4, note: "4"})
+		f.setReady(0, 1, 2, 3)
+		network := serveScale(t, f)
+		var routers [2]*configMaps
+		for i := range routers {
+			c, r, _ := fakeMaps(t, "routes")
+			c.apply(0, fakeSet(fakeMap("routes", "1", "a=backend-1 b=backend-3")))
+			<-c.events.queue // of a router that starts
+			startScaleFor(t, network, r.resize)
+			routers[i] = c
+		}
+		seen := map[string]string{}
+		for n, replicas := range []int{3, 4, 3, 4} {
+			f.scale(replicas)
+			synctest.Wait()
+			var names [2][]string
+			for i, c := range routers {
+				for len(c.events.queue) > 0 {
+					e := <-c.events.queue
+					names[i] = append(names[i], e.Metadata.Name)
+					one := fmt.Sprintf("change %d, %s: %s", n, e.Reason, e.Message)
+					if before, ok := seen[e.Metadata.Name]; ok && before != one {
+						t.Errorf("%q has the name of %q", one, before)
+					}
+					seen[e.Metadata.Name] = one
+				}
+			}
+			if want := 5 - replicas; len(names[0]) != want || !slices.Equal(names[0], names[1]) {
+				t.Errorf("scaled to %d, two routers have Events %v, want the same %d", replicas, names, want)
+			}
+		}
+	})
 }
 
 func TestEventMessageIsBounded(t *testing.T) {

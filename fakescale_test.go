@@ -18,14 +18,15 @@ import (
 // fakeScale is an API server of the StatefulSet edge/backend and of the
 // EndpointSlices of its Service, which change when a test says so.
 type fakeScale struct {
-	mu        sync.Mutex
-	version   int
-	set       *fakeStateful
-	slices    map[string]string // endpoints in JSON, by name
-	seen      map[string]int    // version of the last change, by kind
-	more      chan struct{}     // closed at each change
-	forbidden map[string]bool   // by verb and kind: "PATCH statefulsets"
-	conflicts int               // patches of a version that was not the last
+	mu         sync.Mutex
+	version    int
+	set        *fakeStateful
+	slices     map[string]string // endpoints in JSON, by name
+	seen       map[string]int    // version of the last change, by kind
+	generation int               // of the StatefulSet's spec
+	more       chan struct{}     // closed at each change
+	forbidden  map[string]bool   // by verb and kind: "PATCH statefulsets"
+	conflicts  int               // patches of a version that was not the last
 }
 
 // fakeStateful is the StatefulSet.
@@ -35,7 +36,7 @@ type fakeStateful struct {
 }
 
 func newFakeScale(set fakeStateful) *fakeScale {
-	return &fakeScale{version: 10, set: &set, slices: map[string]string{}, seen: map[string]int{}, more: make(chan struct{}),
+	return &fakeScale{version: 10, generation: 1, set: &set, slices: map[string]string{}, seen: map[string]int{}, more: make(chan struct{}),
 		forbidden: map[string]bool{}}
 }
 
@@ -51,7 +52,7 @@ func (f *fakeScale) change(kind string, change func()) {
 }
 
 func (f *fakeScale) scale(replicas int) {
-	f.change("statefulsets", func() { f.set.replicas = replicas })
+	f.change("statefulsets", func() { f.set.replicas = replicas; f.generation++ })
 }
 
 // setReady makes exactly these backends ready.
@@ -85,7 +86,7 @@ func (f *fakeScale) objects(kind string) (all []string, seen int) {
 			note = fmt.Sprintf(`,"annotations":{"other":"x","router/backends":%q}`, f.set.note)
 		}
 		all = append(all, fmt.Sprintf(`{"kind":"StatefulSet",%s,"spec":{"replicas":%d,"ordinals":{"start":%d}},"status":{"readyReplicas":%d}}`,
-			meta("backend", note), f.set.replicas, f.set.start, f.set.ready))
+			meta("backend", note+fmt.Sprintf(`,"generation":%d`, f.generation)), f.set.replicas, f.set.start, f.set.ready))
 	}
 	return all, f.seen[kind]
 }
@@ -186,11 +187,20 @@ func serveScale(t *testing.T, f http.Handler) *fakeKubeNet {
 
 // startScale starts a router's half that follows the StatefulSet.
 func startScale(t *testing.T, n *fakeKubeNet) *fakeRouter {
+	t.Helper()
+	return startScaleFor(t, n, func(ordinals, string) {})
+}
+
+// startScaleFor is startScale with another that gets what the StatefulSet says.
+func startScaleFor(t *testing.T, n *fakeKubeNet, resize func(ordinals, string)) *fakeRouter {
 	r := &fakeRouter{logged: &fakeKubeLog{}}
 	log := slog.New(slog.NewTextHandler(r.logged, nil))
 	client := *n.kube(t)
 	pods := followPods(client, "edge", "backend", "headless", 9000, log)
-	r.scale = followScale(client, "edge", pods, func(b ordinals) { r.last.Store(&b) }, log)
+	r.scale = followScale(client, "edge", pods, func(b ordinals, revision string) {
+		r.last.Store(&b)
+		resize(b, revision)
+	}, log)
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
 	for _, run := range []func(context.Context){pods.watcher.run, r.watcher.run, r.keepNote} {

@@ -182,7 +182,7 @@ func TestBackendsShowsWhatIsLeft(t *testing.T) {
 	update(entries{version: "1"})
 	a.proxy.relay.byBackend[1] = backendCount{open: 3, total: 5}
 	a.proxy.relay.byBackend[7] = backendCount{open: 0, total: 5}
-	a.proxy.router.resize(ordinals{0, 1})
+	a.proxy.router.resize(ordinals{0, 1}, "")
 	var got struct{ Backends []backendState }
 	if err := json.NewDecoder(answered(a, "/backends").Body).Decode(&got); err != nil {
 		t.Fatal(err)

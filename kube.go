@@ -232,6 +232,7 @@ type object struct {
 		Namespace       string `json:"namespace"`
 		UID             string `json:"uid"`
 		ResourceVersion string `json:"resourceVersion"`
-		Continue        string `json:"continue"` // lists only
+		Generation      int64  `json:"generation"` // of the spec, where there is one: 1 and up
+		Continue        string `json:"continue"`   // lists only
 	} `json:"metadata"`
 }

@@ -187,9 +187,9 @@ func newProgram(c *config, getenv func(string) string, log *slog.Logger) (*progr
 func (p *program) follow(client *kube, namespace string, pods *pods) {
 	router := p.proxy.router
 	if pods != nil {
-		p.admin.scale = followScale(*client, namespace, pods, func(backends ordinals) {
+		p.admin.scale = followScale(*client, namespace, pods, func(backends ordinals, revision string) {
 			p.gate.resize(backends.count)
-			router.resize(backends)
+			router.resize(backends, revision)
 		}, p.log)
 		p.sources = append(p.sources, pods.watcher.run, p.admin.scale.watcher.run, p.admin.scale.keepNote)
 	}

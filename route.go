@@ -39,6 +39,7 @@ type table struct {
 	statefulSet string    // the part of a backend's name before its ordinal
 	host        bool      // a namespace is the first label of a host name
 	backends    ordinals  // at least 1
+	revision    string    // of the StatefulSet, when it came to have these; "" if it was not asked
 	sources     []entries // of the overrides, in the order in which they are read
 	version     string    // of the source, or a hash of those of several: for people
 	stamp       string    // content.kept

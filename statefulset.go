@@ -83,6 +83,13 @@ func (s *statefulSet) backends() ordinals {
 	return ordinals{s.Spec.Ordinals.Start, count}
 }
 
+// revision names the spec. The API server counts a StatefulSet's specs, not what
+// changes in its annotations or status
+// (https://kubernetes.io/docs/reference/kubernetes-api/common-definitions/object-meta/).
+func (s *statefulSet) revision() string {
+	return fmt.Sprintf("%s/%d", s.Metadata.UID, s.Metadata.Generation)
+}
+
 // note is what the note should be: the backends that there are, and those after
 // them that are ready without a gap.
 func (s *statefulSet) note(ready func(ordinal int) bool) int {
@@ -99,7 +106,7 @@ type scale struct {
 	watcher *watcher[statefulSet]
 	kube    *kube // writes the note
 	pods    *pods
-	resize  func(ordinals) // called in order, with one backend at least
+	resize  func(backends ordinals, revision string) // called in order, with one backend at least
 	log     *slog.Logger
 
 	changed chan struct{} // capacity 1; wakes keepNote, never closed
@@ -112,7 +119,7 @@ type scale struct {
 
 // followScale follows the StatefulSet of the pods while its watcher and keepNote
 // run, and calls resize with what it says.
-func followScale(client kube, namespace string, pods *pods, resize func(ordinals), log *slog.Logger) *scale {
+func followScale(client kube, namespace string, pods *pods, resize func(ordinals, string), log *slog.Logger) *scale {
 	writer := client
 	writer.patch = true
 	c := &scale{kube: &writer, pods: pods, resize: resize, log: log, changed: make(chan struct{}, 1)}
@@ -140,7 +147,7 @@ func (c *scale) apply(set map[string]*statefulSet) {
 		return
 	}
 	if b := s.backends(); b.count > 0 {
-		c.resize(b)
+		c.resize(b, s.revision())
 	}
 	c.change()
 }

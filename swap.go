@@ -27,6 +27,7 @@ type router struct {
 	heard    bool      // entries that are not stale came
 	sources  []entries // the last, nil before the first
 	backends ordinals  // none before they are known
+	revision string    // of the StatefulSet, when it came to have these
 }
 
 // table returns the table in force, nil if there was none yet.
@@ -80,12 +81,13 @@ func named(source string) func(entries) bool {
 }
 
 // resize puts a table for these backends in force, at least one. Entries are
-// judged anew: "backend-7" is good once there are eight.
-func (r *router) resize(backends ordinals) {
+// judged anew: "backend-7" is good once there are eight. revision is that of the
+// StatefulSet that says so.
+func (r *router) resize(backends ordinals, revision string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if backends != r.backends {
-		r.backends = backends
+		r.backends, r.revision = backends, revision
 		r.swap()
 	}
 }
@@ -97,7 +99,7 @@ func (r *router) swap() {
 		return
 	}
 	old := r.table()
-	t := &table{statefulSet: r.statefulSet, host: r.host, backends: r.backends}
+	t := &table{statefulSet: r.statefulSet, host: r.host, backends: r.backends, revision: r.revision}
 	t.fill(r.sources, old)
 	r.current.Store(t)
 	r.swaps.Add(1)
@@ -123,7 +125,8 @@ const largeIndex = 1 << 18
 type change struct {
 	entries
 	first                   bool        // there was no table before
-	content, from           uint64      // of the table; and of the one before, if it had the same entries of this source
+	content                 uint64      // of the table
+	scaled                  string      // if the number of backends did it all: the StatefulSet's revision
 	added, changed, removed int         // overrides
 	rejected                int         // entries that are rejected now
 	shown                   []rejection // the first of them by name
@@ -151,7 +154,7 @@ func (t *table) changes(old *table) (all []change) {
 		}
 		c := change{entries: e, first: first, content: t.content}
 		if before == e.data {
-			c.from = old.content
+			c.scaled = t.revision
 		}
 		for r := range before.differences(e.data, old.backends != t.backends) {
 			c.count(old.pinned(r), t.pinned(r))

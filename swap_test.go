@@ -166,7 +166,7 @@ func TestRouterResizes(t *testing.T) {
 		{ordinals{1, 1}, 1, refused, 1, 6},
 	}
 	for _, step := range steps {
-		r.resize(step.backends)
+		r.resize(step.backends, "")
 		owner := func(namespace string) int { owner, _ := r.table().owner(namespace); return owner }
 		if a, late, hashed := owner("a"), owner("late"), owner("another"); a != step.a || late != step.late || hashed != step.hashed || swapped != step.swaps {
 			t.Errorf("with %+v owners %d, %d, %d after %d swaps, want %+v", step.backends, a, late, hashed, swapped, step)
@@ -186,7 +186,7 @@ func TestRouterKeepsAcrossResizes(t *testing.T) {
 		backends ordinals
 		want     int
 	}{{ordinals{0, 6}, 3}, {ordinals{2, 4}, 3}, {ordinals{0, 3}, refused}, {ordinals{0, 6}, refused}} {
-		r.resize(step.backends)
+		r.resize(step.backends, "")
 		if got, _ := r.table().owner("a"); got != step.want {
 			t.Errorf("with %+v the owner is %d, want %d", step.backends, got, step.want)
 		}
@@ -237,7 +237,7 @@ func TestRouterOtherVersionOfTheSame(t *testing.T) {
 	if swapped != 1 || len(told) != 1 || told[0].source != "b" || told[0].changed != 1 || r.table().sources[0].version != "4" {
 		t.Errorf("%d swaps, told %+v of %+v, want one of b", swapped, told, r.table().sources)
 	}
-	r.resize(ordinals{count: 3})
+	r.resize(ordinals{count: 3}, "")
 	r.update(source("a", "6", a), source("b", "5", b))
 	if swapped != 2 || r.table().backends.count != 3 || r.table().sources[0].version != "6" {
 		t.Errorf("%d swaps, %+v", swapped, r.table())
@@ -277,7 +277,7 @@ func (w stampWorld) next(random *rand.Rand) stampWorld {
 // show has the router see it: with shuffled sources of other names if it is odd,
 // and with values that are spelled otherwise.
 func (w stampWorld) show(r *router, version int, odd bool, random *rand.Rand) {
-	r.resize(w.backends)
+	r.resize(w.backends, "")
 	var all []entries
 	for i, data := range w.data {
 		e := entries{source: fmt.Sprint("source-", i), version: fmt.Sprint(version), data: pack(data)}
