@@ -62,23 +62,24 @@ type places struct {
 	pooled int         // those taken beyond own
 }
 
-// take takes a place of the limit's for an upgrade to one of so many backends. The
-// caller calls leave. Each backend has at least one place, whatever the limit.
-func (p *places) take(ordinal, backends, limit int) bool {
+// take takes a place of the limit's for an upgrade to one of so many backends, and
+// returns what taken does then. The caller calls leave. Each backend has at least one
+// place, whatever the limit.
+func (p *places) take(ordinal, backends, limit int) (all, own int, ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if own := max(1, limit/2/backends); own != p.own {
-		p.own, p.pooled = own, 0
+	if share := max(1, limit/2/backends); share != p.own {
+		p.own, p.pooled = share, 0
 		for _, taken := range p.of {
-			p.pooled += max(0, taken-own)
+			p.pooled += max(0, taken-share)
 		}
 	}
 	free := limit - p.own*backends - p.pooled
 	if taken := p.of[ordinal]; taken >= p.own && taken-p.own >= free {
-		return false
+		return p.all, taken, false
 	}
 	p.add(ordinal, 1)
-	return true
+	return p.all, p.of[ordinal], true
 }
 
 // leave gives a place back.

@@ -339,7 +339,7 @@ func TestWaitingPlaces(t *testing.T) {
 				continue
 			}
 			own := max(1, shape.limit/2/shape.backends)
-			ok := p.take(backend, shape.backends, shape.limit)
+			tookAll, tookOwn, ok := p.take(backend, shape.backends, shape.limit)
 			if !ok && taken[backend] < own {
 				t.Fatalf("%+v: refused with %d places taken of its own %d", shape, taken[backend], own)
 			}
@@ -351,7 +351,7 @@ func TestWaitingPlaces(t *testing.T) {
 				t.Fatalf("%+v: %d places of one backend, want at most half of the %d of the pool", shape, taken[backend]-own, pool)
 			}
 			gotAll, gotOwn := p.taken(backend)
-			if gotAll != all || gotOwn != taken[backend] || all > max(shape.limit, shape.backends) {
+			if tookAll != all || tookOwn != taken[backend] || gotAll != all || gotOwn != taken[backend] || all > max(shape.limit, shape.backends) {
 				t.Fatalf("%+v: %d places and %d of one backend, want %d and %d", shape, gotAll, gotOwn, all, taken[backend])
 			}
 		}
@@ -371,10 +371,12 @@ func TestWaitingPlaces(t *testing.T) {
 func TestWaitingPlacesAfterScaling(t *testing.T) {
 	var p places
 	count := func(backend, backends int) (n int) {
-		for p.take(backend, backends, 100) {
+		for {
+			if _, _, ok := p.take(backend, backends, 100); !ok {
+				return n
+			}
 			n++
 		}
-		return n
 	}
 	for i, want := range []struct{ backend, backends, taken int }{
 		{0, 2, 50}, // 25, and half of 50

@@ -107,7 +107,7 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result result, 
 	client, hold, cancel := p.attend(r, before.until)
 	defer cancel()
 	peer := forwardedFor(r)
-	head := beginHead(r, peer, p.pod)
+	head := slices.Clip(beginHead(r, peer, p.pod)) // it is ended for each owner that is asked
 	if !p.holdHead(len(head)) {
 		return decline(server, refuse(resultMaxWaiting, "the heads of the upgrades under way have %d bytes each, the limit", headShare))
 	}
@@ -263,8 +263,7 @@ func (p *proxy) admit(r *http.Request) (namespace string, owner int, table strin
 		return "", 0, "", no
 	}
 	limit := p.limits.waiting
-	placed := p.waiting.take(owner, p.router.table().backends.count, limit)
-	switch all, own := p.waiting.taken(owner); {
+	switch all, own, placed := p.waiting.take(owner, p.router.table().backends.count, limit); {
 	case !placed:
 		no = refuse(resultMaxWaiting, "%d upgrades to %s are under way, its share of %d, and %d in all", own, p.backends.name(owner), limit, all)
 	case p.relay.size()+all > p.limits.sessions:

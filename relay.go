@@ -52,17 +52,16 @@ const sessionDescriptors = 2
 type session struct {
 	// Static after hand-over.
 	namespace string
-	peer      string // the client's addresses as X-Forwarded-For has them
-	backend   int    // ordinal
-	pod       string // uid of the backend's pod when it was dialled, "" if not known
-	started   time.Time
+	peer      string        // the client's addresses as X-Forwarded-For has them
+	pod       string        // uid of the backend's pod when it was dialled, "" if not known
+	backend   int           // ordinal
+	started   time.Duration // since relay.began
 
 	// Guarded by relay.mu.
-	at     int  // in relay.sessions
-	behind bool // counted in relay.behind
+	at     int32 // in relay.sessions
+	behind bool  // counted in relay.behind
 
-	letGo atomic.Bool // its pod has ended it, or was cut off
-
+	letGo atomic.Bool     // its pod has ended it, or was cut off
 	why   atomic.Int32    // a cause
 	gone  atomic.Bool     // it has ended, and was counted
 	count [2]atomic.Int64 // bytes from each side that the other has taken, a Close frame of the router too
@@ -74,10 +73,15 @@ type session struct {
 	wire // its sockets, and who carries their bytes
 }
 
-// newSession returns a session for the relay to carry. The texts are cloned: it
-// outlives its request, whose memory they may be part of.
+// newSession returns a session for the relay to carry. The texts are copied, into
+// one piece of memory: it outlives its request, whose memory they may be part of.
 func newSession(namespace string, backend int, peer string) *session {
-	return &session{namespace: strings.Clone(namespace), backend: backend, peer: strings.Clone(lastAddresses(peer))}
+	peer = lastAddresses(peer)
+	var both strings.Builder
+	both.Grow(len(namespace) + len(peer))
+	both.WriteString(namespace)
+	both.WriteString(peer)
+	return &session{namespace: both.String()[:len(namespace)], backend: backend, peer: both.String()[len(namespace):]}
 }
 
 // maxPeer is how much of X-Forwarded-For, its end, is for the log, in bytes.
@@ -127,6 +131,7 @@ func (i side) failed(err error) cause {
 type relay struct {
 	// Static after construction.
 	name    func(backend int) string
+	began   time.Time
 	linger  time.Duration         // how long a half-closed session may be silent
 	gone    time.Duration         // how long a session goes on that is dead
 	closing time.Duration         // how long a session may take to part
@@ -162,7 +167,7 @@ type behind struct {
 // names are for the log.
 func newRelay(name func(backend int) string, log *slog.Logger) *relay {
 	return &relay{
-		name: name, linger: lingerTime, gone: goneTime, closing: closeTime, freed: func(int) {}, log: log, byBackend: map[int]backendCount{}, behind: map[string]*behind{},
+		name: name, began: time.Now(), linger: lingerTime, gone: goneTime, closing: closeTime, freed: func(int) {}, log: log, byBackend: map[int]backendCount{}, behind: map[string]*behind{},
 	}
 }
 
@@ -185,7 +190,7 @@ func (r *relay) carry(s *session, ends [2]net.Conn, first [2][]byte) {
 
 // take puts s, which its carrier knows of, into the set, and then begins to carry.
 func (r *relay) take(s *session, begin func()) {
-	s.started = time.Now()
+	s.started = time.Since(r.began)
 	r.open.Add(1)
 	r.add(s)
 	begin()
@@ -205,7 +210,7 @@ func (r *relay) over(s *session) {
 		r.cut[why].Add(1)
 	}
 	r.log.Info("session ended", "namespace", s.namespace, "backend", r.name(s.backend), "cause", why.String(), "cut", cut,
-		"client", s.peer, "seconds", time.Since(s.started).Seconds(),
+		"client", s.peer, "seconds", (time.Since(r.began) - s.started).Seconds(),
 		"to_backend", n[client], "to_client", n[server])
 	s.gone.Store(true)
 	r.freed(sessionDescriptors)
@@ -216,7 +221,7 @@ func (r *relay) over(s *session) {
 func (r *relay) add(s *session) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	s.at = len(r.sessions)
+	s.at = int32(len(r.sessions))
 	r.sessions = append(r.sessions, s)
 	count := r.byBackend[s.backend]
 	r.byBackend[s.backend] = backendCount{count.open + 1, count.total + 1, count.behind}
@@ -278,7 +283,7 @@ func (r *relay) replaced(s *session) bool {
 func (r *relay) remark(s *session) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if s.at < len(r.sessions) && r.sessions[s.at] == s {
+	if int(s.at) < len(r.sessions) && r.sessions[s.at] == s {
 		r.mark(s, r.replaced(s))
 	}
 }

@@ -51,14 +51,14 @@ type wire struct {
 	poller *poller // static after attach
 
 	// Guarded by poller.mu.
-	open   bool            // it has a slot and its sockets
-	slot   int32           // in poller.slots
 	fd     [2]int32        // the sockets
 	mask   [2]uint32       // what epoll watches; 0: the socket is not in the set yet
+	slot   int32           // in poller.slots
+	half   cause           // why one direction is over, or causeNone
+	open   bool            // it has a slot and its sockets
 	fin    [2]bool         // the side has ended
 	lost   [2]bool         // the side takes nothing any more: nothing is sent to it
 	bulk   [2]int8         // above 0: the side has much to send; below: full buffers until it may
-	half   cause           // why one direction is over, or causeNone
 	held   [2]*held        // from the side, not taken by its peer; nil if nothing
 	frames [2]frameScanner // of what came from the side
 	wait   *time.Timer     // bounds the silence of the other direction

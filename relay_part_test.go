@@ -687,7 +687,7 @@ func TestPartAtHandOver(t *testing.T) {
 	r := quietRelay(t)
 	client, clientFar := tcpPair(t)
 	server, serverFar := tcpPair(t)
-	s := &session{namespace: "ns-01", started: time.Now()}
+	s := newSession("ns-01", 0, "")
 	ends := [2]net.Conn{clientFar, server}
 	r.carrier.attach(s, ends)
 	if !s.part(causeMoved, nil) {

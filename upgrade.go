@@ -228,9 +228,10 @@ func beginHead(r *http.Request, peer, pod string) []byte {
 	return appendFields(head, r.Header, named, isRouters)
 }
 
-// endHead makes requestHead of what beginHead has returned, which it leaves as it is.
+// endHead makes requestHead of what beginHead has returned, in its memory if there is
+// room. A caller that needs the beginning again passes it without room (slices.Clip).
 func endHead(begun []byte, table, backend string) []byte {
-	head := appendField(slices.Clip(begun), headerTable, table)
+	head := appendField(begun, headerTable, table)
 	head = appendField(head, headerBackend, backend)
 	return append(head, "\r\n"...)
 }
@@ -258,8 +259,20 @@ func appendUpgrade(head []byte) []byte {
 
 // spelled is a field's name as it is sent. Sec-WebSocket-* is spelled as RFC 6455
 // does: net/http has Sec-Websocket-*, which is the same to HTTP (RFC 9110 §5.1) but
-// not to every WebSocket program.
+// not to every WebSocket program. Those of the RFC cost no memory.
 func spelled(name string) string {
+	switch name {
+	case "Sec-Websocket-Key":
+		return "Sec-WebSocket-Key"
+	case "Sec-Websocket-Version":
+		return "Sec-WebSocket-Version"
+	case "Sec-Websocket-Protocol":
+		return "Sec-WebSocket-Protocol"
+	case "Sec-Websocket-Extensions":
+		return "Sec-WebSocket-Extensions"
+	case "Sec-Websocket-Accept":
+		return "Sec-WebSocket-Accept"
+	}
 	if rest, ok := strings.CutPrefix(name, "Sec-Websocket-"); ok {
 		return "Sec-WebSocket-" + rest
 	}
