@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -15,8 +16,9 @@ import (
 	"testing/synctest"
 )
 
-// fakeScale is an API server of the StatefulSet edge/backend and of the
-// EndpointSlices of its Service, which change when a test says so.
+// fakeScale is an API server of the StatefulSet edge/backend, of the
+// EndpointSlices of its Service, and of ConfigMaps, which change when a test says so.
+// It takes Events.
 type fakeScale struct {
 	mu         sync.Mutex
 	version    int
@@ -27,6 +29,8 @@ type fakeScale struct {
 	more       chan struct{}     // closed at each change
 	forbidden  map[string]bool   // by verb and kind: "PATCH statefulsets"
 	conflicts  int               // patches of a version that was not the last
+	maps       map[string]string // ConfigMaps in JSON, by name
+	events     map[string]string // in JSON as they were posted, by name; the first of a name
 }
 
 // fakeStateful is the StatefulSet.
@@ -36,7 +40,7 @@ type fakeStateful struct {
 }
 
 func newFakeScale(set fakeStateful) *fakeScale {
-	return &fakeScale{version: 10, generation: 1, set: &set, slices: map[string]string{}, seen: map[string]int{}, more: make(chan struct{}),
+	return &fakeScale{version: 10, generation: 1, set: &set, slices: map[string]string{}, maps: map[string]string{}, events: map[string]string{}, seen: map[string]int{}, more: make(chan struct{}),
 		forbidden: map[string]bool{}}
 }
 
@@ -55,6 +59,15 @@ func (f *fakeScale) scale(replicas int) {
 	f.change("statefulsets", func() { f.set.replicas = replicas; f.generation++ })
 }
 
+// setMap makes the ConfigMap another version.
+func (f *fakeScale) setMap(name, version string, data map[string]string) {
+	f.change("configmaps", func() {
+		entries, _ := json.Marshal(data)
+		f.maps[name] = fmt.Sprintf(`{"kind":"ConfigMap","metadata":{"name":%q,"namespace":"edge","uid":"u-%s","resourceVersion":%q},"data":%s}`,
+			name, name, version, entries)
+	})
+}
+
 // setReady makes exactly these backends ready.
 func (f *fakeScale) setReady(ordinals ...int) {
 	f.change("endpointslices", func() { f.slices["one"] = fakeEndpoints(ordinals...) })
@@ -70,12 +83,19 @@ func fakeEndpoints(ordinals ...int) string {
 	return "[" + strings.Join(all, ",") + "]"
 }
 
-// objects are those of a kind as JSON, and the version of the last change.
-func (f *fakeScale) objects(kind string) (all []string, seen int) {
+// objects are those of a kind as JSON, and the version of the last change: of
+// ConfigMaps those that the selector of r means.
+func (f *fakeScale) objects(kind string, r *http.Request) (all []string, seen int) {
 	meta := func(name, more string) string {
 		return fmt.Sprintf(`"metadata":{"name":%q,"namespace":"edge","uid":"u-%s","resourceVersion":"%d"%s}`, name, name, f.seen[kind], more)
 	}
 	switch {
+	case kind == "configmaps":
+		for name, one := range f.maps {
+			if selector := r.FormValue("fieldSelector"); selector == "" || selector == "metadata.name="+name {
+				all = append(all, one)
+			}
+		}
 	case kind == "endpointslices":
 		for name, endpoints := range f.slices {
 			all = append(all, `{"kind":"EndpointSlice",`+meta(name, "")+`,"addressType":"IPv4","endpoints":`+endpoints+`}`)
@@ -94,22 +114,24 @@ func (f *fakeScale) objects(kind string) (all []string, seen int) {
 func (f *fakeScale) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	parts := strings.Split(strings.TrimSuffix(r.URL.Path, "/backend/status"), "/")
 	kind, verb := parts[len(parts)-1], "LIST"
-	if r.Method == http.MethodPatch {
-		verb = "PATCH"
+	if r.Method == http.MethodPatch || r.Method == http.MethodPost {
+		verb = r.Method
 	} else if r.FormValue("watch") != "" {
 		verb = "WATCH"
 	}
 	w.Header().Set("Content-Type", "application/json")
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	all, seen := f.objects(kind)
+	all, seen := f.objects(kind, r)
 	switch {
 	case f.forbidden[verb+" "+kind]:
 		fakeKubeSay(403, `{"kind":"Status","message":"cannot `+strings.ToLower(verb)+` resource \"`+kind+`\"","reason":"Forbidden","code":403}`)(w, r)
 	case verb == "PATCH":
 		f.patch(w, r)
+	case verb == "POST":
+		f.post(w, r)
 	case verb == "LIST":
-		name := map[string]string{"statefulsets": "StatefulSet", "endpointslices": "EndpointSlice"}[kind]
+		name := map[string]string{"statefulsets": "StatefulSet", "endpointslices": "EndpointSlice", "configmaps": "ConfigMap"}[kind]
 		fmt.Fprintf(w, `{"kind":"%sList","metadata":{"resourceVersion":"%d"},"items":[%s]}`, name, f.version, strings.Join(all, ","))
 	default:
 		f.watch(w, r, kind, seen)
@@ -124,7 +146,7 @@ func (f *fakeScale) watch(w http.ResponseWriter, r *http.Request, kind string, s
 	w.WriteHeader(http.StatusOK)
 	w.(http.Flusher).Flush()
 	for r.Context().Err() == nil {
-		if all, seen := f.objects(kind); seen != sent {
+		if all, seen := f.objects(kind, r); seen != sent {
 			sent = seen
 			for _, object := range all {
 				io.WriteString(w, fakeKubeEvent("MODIFIED", object))
@@ -163,6 +185,22 @@ func (f *fakeScale) patch(w http.ResponseWriter, r *http.Request) {
 		f.seen["statefulsets"] = f.version
 		close(f.more)
 		f.more = make(chan struct{})
+		io.WriteString(w, `{}`)
+	}
+}
+
+// post takes an Event, unless there is one of its name. mu is held.
+func (f *fakeScale) post(w http.ResponseWriter, r *http.Request) {
+	var e event
+	b, err := io.ReadAll(r.Body)
+	switch err := cmp.Or(err, json.Unmarshal(b, &e)); {
+	case err != nil || r.URL.Path != "/api/v1/namespaces/edge/events":
+		fakeKubeSay(400, `{"kind":"Status","message":"what?","code":400}`)(w, r)
+	case f.events[e.Metadata.Name] != "":
+		fakeKubeSay(409, `{"kind":"Status","message":"there is one","reason":"AlreadyExists","code":409}`)(w, r)
+	default:
+		f.events[e.Metadata.Name] = string(b)
+		w.WriteHeader(http.StatusCreated)
 		io.WriteString(w, `{}`)
 	}
 }
