@@ -152,7 +152,6 @@ func fakeKubeSay(status int, body string, headers ...string) http.HandlerFunc {
 // fakeKubeStream sends each part with a write of its own and ends cleanly.
 func fakeKubeStream(parts ...string) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) {
-		w.WriteHeader(http.StatusOK)
 		for _, part := range append([]string{""}, parts...) {
 			io.WriteString(w, part)
 			w.(http.Flusher).Flush()
