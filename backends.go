@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -170,32 +169,48 @@ func (b *backends) probe(ctx context.Context, ordinal int) (addr string, err err
 // hold waits until the owner is ready, dials it, and returns the connection to the one
 // that owner named last, and the uid of its pod, if that is known. It dials again for as long as the owner is called
 // ready, and asks owner again when the table was swapped. An error of owner ends
-// it, as does ctx: then the error is that of the last dial, or says what there
-// was to wait for.
+// it, as does ctx: then the error says what there was to wait for, or how the last
+// dial failed.
 func (b *backends) hold(ctx context.Context, owner func() (int, error)) (net.Conn, string, error) {
 	w := b.holds.enter()
-	for last := error(nil); ; {
+	for {
 		swaps := b.holds.swaps.Load()
 		ordinal, err := owner()
 		if err != nil {
 			return nil, "", err
 		}
-		err = b.holds.wait(ctx, w, ordinal, swaps)
-		if errors.Is(err, errAskAgain) {
-			continue
+		var conn net.Conn
+		var pod string
+		if err = b.holds.wait(ctx, w, ordinal, swaps); err == nil {
+			conn, pod, err = b.dialInTurn(ctx, w, ordinal)
 		}
-		if err != nil {
-			return nil, "", err
+		if !errors.Is(err, errAskAgain) {
+			return conn, pod, err
 		}
-		pod := b.pod(ordinal) // before the address: a pod that is new by then is taken for the old one, never the other way
-		conn, err := b.dial(ctx, ordinal)
-		b.holds.done(ordinal, err, ctx.Err() != nil)
-		if err == nil {
-			return conn, pod, nil
-		}
-		if ctx.Err() != nil {
-			return nil, "", cmp.Or(last, err) // not that of a dial cut short
-		}
-		last = err
 	}
+}
+
+// dialInTurn dials the backend for w, which has its turn, and returns the connection and
+// the uid of the pod, if that is known. If the dial fails it returns errAskAgain, or,
+// when ctx has ended, what holds.reason says: not the error of a dial that ctx cut short.
+func (b *backends) dialInTurn(ctx context.Context, w *waiter, ordinal int) (net.Conn, string, error) {
+	pod := b.pod(ordinal) // before the address: a pod that is new by then is taken for the old one, never the other way
+	conn, err := b.dial(ctx, ordinal)
+	cut := isOver(ctx)
+	b.holds.done(ordinal, err, cut)
+	switch {
+	case err == nil:
+		return conn, pod, nil
+	case cut:
+		return nil, "", b.holds.reason(w, ordinal, err)
+	}
+	w.failure = err
+	return nil, "", errAskAgain
+}
+
+// isOver reports whether ctx has ended, or its deadline has passed: a dial may see that
+// before ctx does.
+func isOver(ctx context.Context) bool {
+	deadline, ok := ctx.Deadline()
+	return ctx.Err() != nil || ok && !time.Now().Before(deadline)
 }

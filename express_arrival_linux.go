@@ -55,7 +55,6 @@ type heldOwner struct {
 	cancel    context.CancelFunc
 	waiter    *waiter
 	state     atomic.Int32 // heldParked, and so on
-	last      error        // of the dials, if they failed; owned by goOn
 
 	// Guarded by the arrival's mu.
 	stamp   string  // of the table that says who the owner is
@@ -187,24 +186,18 @@ func (a *arrival) goOn() {
 func (a *arrival) step() (over bool) {
 	h, b := a.held, a.express.proxy.backends
 	owner := h.pending.owner // only ask changes it
-	switch err := b.holds.leave(h.ctx, h.waiter, owner); {
+	var conn net.Conn
+	var pod string
+	err := b.holds.leave(h.ctx, h.waiter, owner)
+	if err == nil {
+		conn, pod, err = b.dialInTurn(h.ctx, h.waiter, owner)
+	}
+	switch {
 	case errors.Is(err, errAskAgain):
-	case err != nil:
-		return a.resume(nil, "", cmp.Or(h.last, err))
+	case err == nil && a.express.proxy.relay.leftBehind(h.namespace) != nil: // the pod was replaced since ask
+		conn.Close()
 	default:
-		pod := b.pod(owner) // before the address, as in backends.hold
-		conn, err := b.dial(h.ctx, owner)
-		b.holds.done(owner, err, h.ctx.Err() != nil)
-		switch {
-		case err == nil && a.express.proxy.relay.leftBehind(h.namespace) != nil: // the pod was replaced since ask
-			conn.Close()
-		case err == nil:
-			return a.resume(conn, pod, nil)
-		case h.ctx.Err() != nil:
-			return a.resume(nil, "", cmp.Or(h.last, err)) // not that of a dial cut short
-		default:
-			h.last = err
-		}
+		return a.resume(conn, pod, err)
 	}
 	swaps := b.holds.swaps.Load()
 	if err := a.ask(); err != nil {

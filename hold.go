@@ -124,6 +124,8 @@ type waiter struct {
 	wake   chan struct{} // capacity 1, never closed: it has its turn, or must ask for its owner again
 	call   func()        // if not nil it is called in place of wake; mu is held: it must not block
 	turn   bool          // guarded by the holds' mu
+
+	failure error // of its last dial that was not cut short, or nil; owned by who waits
 }
 
 func newHolds(ready func(ordinal int) error) *holds {
@@ -184,7 +186,21 @@ func (h *holds) leave(ctx context.Context, w *waiter, ordinal int) error {
 	if ctx.Err() == nil {
 		return errAskAgain
 	}
-	return cmp.Or(h.ready(ordinal), l.failure, ctx.Err())
+	return h.why(w, ordinal, ctx.Err())
+}
+
+// reason says why w, whose time is over, has no connection to the backend; err if
+// nothing else is known.
+func (h *holds) reason(w *waiter, ordinal int, err error) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.why(w, ordinal, err)
+}
+
+// why is what keeps the backend from being dialled, or else how the last dial of it
+// failed, or else the last of w's own; err if there is none of these. mu is held.
+func (h *holds) why(w *waiter, ordinal int, err error) error {
+	return cmp.Or(h.ready(ordinal), h.line(ordinal).failure, w.failure, err)
 }
 
 // try reports whether the caller may dial the backend now, as nobody waits for it

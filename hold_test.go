@@ -2,6 +2,8 @@ package main
 
 import (
 	"bufio"
+	"context"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -10,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -98,6 +101,63 @@ func TestHoldEnds(t *testing.T) {
 	p.mustTell(t, 503, string(body), "backend-0 could not be reached within 200ms: ")
 	p.mustTell(t, 503, string(body), "refused")
 	p.waitResult(t, resultHoldTimeout)
+}
+
+// A dial that the end of -hold cuts short says nothing about the backend: the log has
+// why the dial before it failed, though that was another upgrade's.
+func TestHoldEndsWithinADial(t *testing.T) {
+	both(t, func(t *testing.T, request string) {
+		p := startProxy(t, []string{"127.0.0.1:1"}, map[string]string{}, func(p *proxy) {
+			p.limits.hold = 200 * time.Millisecond
+			p.backends.dialer.ControlContext = func(ctx context.Context, _, _ string, _ syscall.RawConn) error {
+				<-ctx.Done()
+				return ctx.Err()
+			}
+		})
+		if !p.backends.holds.try(0) {
+			t.Fatal("nobody may dial")
+		}
+		p.backends.holds.done(0, errors.New("why the last dial failed"), false)
+		_, _, resp := p.ask(t, request)
+		body, _ := io.ReadAll(resp.Body)
+		p.mustTell(t, resp.StatusCode, string(body), "within 200ms: why the last dial failed")
+	})
+}
+
+// lateContext is a context whose deadline passes before it ends.
+type lateContext struct {
+	context.Context
+	late bool
+}
+
+func (c *lateContext) Deadline() (time.Time, bool) {
+	if c.late {
+		return time.Now().Add(-time.Second), true
+	}
+	return time.Now().Add(time.Hour), true
+}
+
+// A dial is cut short too where it sees that the deadline has passed before the context
+// ends: package net has a timer of its own for that.
+func TestHoldEndsBeforeItsContext(t *testing.T) {
+	ended, end := context.WithCancel(t.Context())
+	ctx := &lateContext{Context: ended}
+	b := fixedBackends("backend", []string{"127.0.0.1:1"})
+	locate, nowhere := b.locate, errors.New("nowhere")
+	b.locate = func(lookup context.Context, ordinal int) (string, error) {
+		switch {
+		case !ctx.late:
+			ctx.late = true
+			return "", nowhere
+		default:
+			return locate(lookup, ordinal)
+		}
+	}
+	b.forget = func(int) { time.AfterFunc(time.Second, end) } // a dial has failed: if it is not the end, this is
+	defer end()
+	if _, _, err := b.hold(ctx, func() (int, error) { return 0, nil }); !errors.Is(err, nowhere) {
+		t.Errorf("it ended with %v, want %v", err, nowhere)
+	}
 }
 
 // A client that is held when its namespace gets another owner goes there.
