@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"log/slog"
 	"maps"
 	"net"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -212,8 +214,26 @@ func (p *testProxy) hang(t *testing.T, request string) net.Conn {
 	}
 	t.Cleanup(func() { held.Close() })
 	mustWrite(t, held, request)
-	p.waitWaiting(t, 1)
+	stacks := make([]byte, 1<<20)
+	for end := time.Now().Add(patience); !bytes.Contains(stacks[:runtime.Stack(stacks, true)], []byte(".awaitOld(")); <-time.After(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("the upgrade does not wait for the old pod")
+		}
+	}
 	return held
+}
+
+// An upgrade waits for an old pod for as long as for an owner that is not ready.
+func TestHoldEndsWhileTheOldPodStays(t *testing.T) {
+	both(t, func(t *testing.T, request string) {
+		p, old, _, _ := replaced(t, func(p *proxy) { p.limits.hold = 300 * time.Millisecond })
+		t.Cleanup(func() { old.Close() })
+		_, _, resp := p.ask(t, request)
+		body, _ := io.ReadAll(resp.Body)
+		p.mustTell(t, resp.StatusCode, string(body), "has a session with the pod that backend-0 was")
+		p.waitResult(t, resultHoldTimeout)
+		p.waitWaiting(t, 0)
+	})
 }
 
 // An upgrade that waits for an old pod goes to who owns its namespace after that, if the
@@ -222,7 +242,6 @@ func TestMoveOfWhoWaitsForTheOldPod(t *testing.T) {
 	both(t, func(t *testing.T, request string) {
 		p, old, fresh, other := replaced(t, nil)
 		held := p.hang(t, request)
-		<-time.After(20 * time.Millisecond) // it waits for the old pod by now, or the test shows nothing
 		p.router.update(entries{source: "test", version: "42", data: pack(map[string]string{"ns-01": "backend-1"})})
 		old.Close()
 		mustAnswer(t, held, 101)
