@@ -213,14 +213,15 @@ func (p *poller) vacate(at int32) {
 }
 
 // watch makes epoll watch what s waits for. A change makes epoll look at the
-// socket again, so nothing that came before is missed.
+// socket again, so nothing that came before is missed. A side that has ended stays
+// watched as it was: that costs a call less, and its edges are over.
 func (p *poller) watch(s *session) {
 	for i := client; s.open && i <= server; i++ {
 		if s.fd[i] < 0 {
 			continue // cut off
 		}
 		mask, op := uint32(edge), syscall.EPOLL_CTL_MOD
-		if s.reads(i) {
+		if s.reads(i) || s.fin[i] {
 			mask |= toRead
 		}
 		if s.held[i.peer()] != nil {
