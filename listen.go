@@ -213,6 +213,15 @@ func newAcceptRetry(flag string, log *slog.Logger) *acceptRetry {
 // close is called before the listener is closed.
 func (a *acceptRetry) close() { a.once.Do(func() { close(a.closed) }) }
 
+func (a *acceptRetry) isClosed() bool {
+	select {
+	case <-a.closed:
+		return true
+	default:
+		return false
+	}
+}
+
 // again is called with the result of each accept. It reports whether to accept
 // once more: nothing came, and the listener was not closed by us. After an error
 // it waits and logs, no more than a line a second.
@@ -221,7 +230,7 @@ func (a *acceptRetry) again(err error) bool {
 	case err == nil:
 		a.pause = 0
 		return false
-	case errors.Is(err, net.ErrClosed) || errors.Is(err, os.ErrClosed):
+	case a.isClosed() || errors.Is(err, net.ErrClosed): // whatever the error: that of a file is not exported
 		return false
 	case errors.Is(err, syscall.ECONNABORTED): // the client is gone (accept(2)); package net goes on too
 		return true

@@ -286,3 +286,30 @@ func wantAnswer(t *testing.T, conn net.Conn, status int, leave bool) {
 		t.Errorf("the end is %v, want a clean one", err)
 	}
 }
+
+// An accept that fails since its listener is closed is no fault: it is not tried again,
+// and nothing is logged, whatever the error. That of a closed file, from which the fast
+// path accepts, is none that a package exports.
+func TestAcceptAfterClose(t *testing.T) {
+	file, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := file.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	file.Close()
+	closedFile := raw.Read(func(uintptr) bool { return true })
+	for _, err := range []error{net.ErrClosed, closedFile, syscall.EINVAL} {
+		log := newLogTail()
+		retry := newAcceptRetry("-listen", slog.New(slog.NewJSONHandler(log, nil)))
+		retry.close()
+		if err == nil || retry.again(err) {
+			t.Errorf("%v: accept is tried again, want an end", err)
+		}
+		if lines := log.all("cannot accept connections"); len(lines) > 0 {
+			t.Errorf("%v: %v is logged, want nothing", err, lines)
+		}
+	}
+}
