@@ -13,7 +13,6 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"os"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -21,23 +20,6 @@ import (
 	"testing/synctest"
 	"time"
 )
-
-// kubeAnswers is an API server that gives the same answer to each request;
-// status 0 is no answer for as long as the client waits.
-func kubeAnswers(t *testing.T, status int, body string) string {
-	t.Helper()
-	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if status == 0 || r.URL.Query().Get("watch") != "" {
-			<-r.Context().Done()
-			return
-		}
-		w.Header().Set("Content-Type", "application/json")
-		w.WriteHeader(status)
-		io.WriteString(w, body)
-	}))
-	t.Cleanup(s.Close)
-	return s.URL
-}
 
 func TestHealthz(t *testing.T) {
 	r := startRouter(t, "-backends", "127.0.0.1:1", "-kube", kubeAnswers(t, 0, ""))
@@ -50,13 +32,6 @@ func TestHealthz(t *testing.T) {
 		}
 	}
 }
-
-const (
-	oneConfigMap = `{"kind":"ConfigMapList","metadata":{"resourceVersion":"7"},"items":[{"metadata":{"name":"overwriting",` +
-		`"namespace":"default","uid":"u","resourceVersion":"5"},"data":{"ns-01":"backend-0"}}]}`
-	noConfigMap = `{"kind":"ConfigMapList","metadata":{"resourceVersion":"7"},"items":[]}`
-	forbidden   = `{"kind":"Status","message":"configmaps is forbidden","reason":"Forbidden","code":403,"details":{"retryAfterSeconds":60}}`
-)
 
 func TestReadyz(t *testing.T) {
 	gone := refusingAddr(t)
@@ -82,20 +57,6 @@ func TestReadyz(t *testing.T) {
 			r := startRouter(t, append(tt.args, "-backends", "127.0.0.1:1")...)
 			waitBody(t, r, "/readyz", tt.status, tt.want+"\n")
 		})
-	}
-}
-
-// waitBody asks until the answer is the one that is wanted.
-func waitBody(t *testing.T, r *runningRouter, path string, wantStatus int, want string) {
-	t.Helper()
-	for end := time.Now().Add(patience); ; <-time.After(10 * time.Millisecond) {
-		status, body := r.get(t, path)
-		if status == wantStatus && body == want {
-			return
-		}
-		if time.Now().After(end) {
-			t.Fatalf("%s is %d %q, want %d %q", path, status, body, wantStatus, want)
-		}
 	}
 }
 
@@ -135,105 +96,6 @@ func TestAdminMakesRoom(t *testing.T) {
 	if left := 300 - closed.Load(); left > adminConns {
 		t.Errorf("%d connections are open, want %d at most", left, adminConns)
 	}
-}
-
-// A connection makes room that had its turn, if there is one.
-func TestBoundedListener(t *testing.T) {
-	l := &boundedListener{Listener: listenLocal(t), max: 3}
-	var all []*boundedConn
-	accept := func() *boundedConn {
-		t.Helper()
-		conn, err := net.Dial("tcp", l.Addr().String())
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { conn.Close() })
-		c, err := l.Accept()
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { c.Close() })
-		all = append(all, c.(*boundedConn))
-		return all[len(all)-1]
-	}
-	wantOpen := func(when string, want ...int) {
-		t.Helper()
-		var got []int
-		for i, c := range all {
-			if c.SetDeadline(time.Time{}) == nil { // else it is closed
-				got = append(got, i)
-			}
-		}
-		if !slices.Equal(got, want) || len(l.open) != len(want) {
-			t.Errorf("%s: open are %v, and %d are counted; want %v", when, got, len(l.open), want)
-		}
-	}
-	for range 3 {
-		accept()
-	}
-	wantOpen("at the bound", 0, 1, 2)
-	all[0].setBusy(true)
-	accept()
-	wantOpen("the first has a request", 0, 2, 3)
-	all[2].setBusy(true)
-	all[2].setBusy(false)
-	accept()
-	wantOpen("the third had its turn, the fourth waits for it", 0, 3, 4)
-	all[3].setBusy(true)
-	all[4].setBusy(true)
-	accept()
-	wantOpen("all have one", 3, 4, 5)
-	all[0].setBusy(false)
-	all[4].Close()
-	accept()
-	wantOpen("one has left", 3, 5, 6)
-	all[5].setBusy(true)
-	all[5].setBusy(false)
-	accept()
-	wantOpen("the second had its turn", 3, 6, 7)
-}
-
-// A new connection has the time to say what it wants: others that come meanwhile wait.
-// Those that ask without a pause keep nobody out: they have had their turn.
-func TestRoomGrace(t *testing.T) {
-	const most, more = 3, 6
-	synctest.Test(t, func(t *testing.T) {
-		l := &boundedListener{Listener: alwaysOne{}, max: most}
-		accept := func() (c *boundedConn, took time.Duration) {
-			t.Helper()
-			begun := time.Now()
-			conn, err := l.Accept()
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { conn.Close() })
-			return conn.(*boundedConn), time.Since(begun)
-		}
-		begun := time.Now()
-		for range most + more {
-			accept()
-		}
-		if took := time.Since(begun); took < more/most*5*time.Millisecond {
-			t.Errorf("%d connections more than there is room for took %s, want 5ms for each %d", more, took, most)
-		}
-		for _, c := range slices.Clone(l.open) {
-			c.setBusy(true)
-			c.setBusy(false)
-		}
-		for range most {
-			if _, took := accept(); took != 0 {
-				t.Errorf("a connection waited %s for one that had its answer", took)
-			}
-		}
-	})
-}
-
-// alwaysOne is a listener to which somebody always connects.
-type alwaysOne struct{ net.Listener }
-
-func (alwaysOne) Accept() (net.Conn, error) {
-	conn, _ := net.Pipe()
-	return conn, nil
 }
 
 // A body that nobody asked for is not read.
@@ -458,19 +320,6 @@ func jsonText(t *testing.T, s string) string {
 	return string(b[1 : len(b)-1])
 }
 
-// hashedTo returns a namespace, the prefix and a number, that hashes to the
-// backend.
-func hashedTo(t *testing.T, prefix string, backend, backends int) string {
-	t.Helper()
-	for i := range 1000 {
-		if namespace := fmt.Sprint(prefix, "-", i); bucket(namespace, backends) == backend {
-			return namespace
-		}
-	}
-	t.Fatalf("no namespace hashes to %d", backend)
-	return ""
-}
-
 func TestOwnerShowsWhatIsRejected(t *testing.T) {
 	up := listenLocal(t)
 	a, update := adminOf(t, up.Addr().String())
@@ -487,4 +336,137 @@ func TestOwnerShowsWhatIsRejected(t *testing.T) {
 	if shown := got.Rejected[0].Value; !strings.HasPrefix(shown, "\"<�>\"éé") || !strings.HasSuffix(shown, "…") || len(shown) > 100 {
 		t.Errorf("the value is shown as %q", shown)
 	}
+}
+
+func TestReadyzFollowing(t *testing.T) {
+	maps := listOf("ConfigMap", map[string]string{"overwriting": `"data":{}`})
+	set := func(replicas int) http.HandlerFunc {
+		return listOf("StatefulSet", map[string]string{"backend": fmt.Sprintf(`"spec":{"replicas":%d}`, replicas)})
+	}
+	tests := map[string]struct {
+		lists  map[string]http.HandlerFunc
+		status int
+		want   string
+	}{
+		"all":              {map[string]http.HandlerFunc{"configmaps": maps, "statefulsets": set(4), "endpointslices": listOf("EndpointSlice", nil)}, 200, "ready"},
+		"no slices":        {map[string]http.HandlerFunc{"configmaps": maps, "statefulsets": set(4)}, 200, "ready"},
+		"no StatefulSet":   {map[string]http.HandlerFunc{"configmaps": maps, "statefulsets": listOf("StatefulSet", nil)}, 503, "the number of backends is not known yet: StatefulSet default/backend does not exist"},
+		"no replicas":      {map[string]http.HandlerFunc{"configmaps": maps, "statefulsets": set(0)}, 503, "the number of backends is not known yet: StatefulSet default/backend has no replicas"},
+		"no permission":    {map[string]http.HandlerFunc{"configmaps": maps}, 503, "the number of backends is not known yet: StatefulSet default/backend: 403 Forbidden: not this; the Role needs list and watch of statefulsets with resourceNames [backend]"},
+		"nothing, but one": {map[string]http.HandlerFunc{"statefulsets": set(4)}, 503, "no overrides were read yet: ConfigMap default/overwriting: 403 Forbidden: not this"},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r := startRouter(t, "-kube", kindAnswers(t, tt.lists))
+			waitBody(t, r, "/readyz", tt.status, tt.want+"\n")
+		})
+	}
+}
+
+// A backend beyond the last is listed for as long as it has sessions.
+func TestBackendsShowsWhatIsLeft(t *testing.T) {
+	a, update := adminOf(t, listenLocal(t).Addr().String(), listenLocal(t).Addr().String())
+	resp := answered(a, "/backends")
+	if resp.StatusCode != 503 {
+		t.Errorf("status %s without a table, want 503", resp.Status)
+	}
+	update(entries{version: "1"})
+	a.proxy.relay.byBackend[1] = backendCount{open: 3, total: 5}
+	a.proxy.relay.byBackend[7] = backendCount{open: 0, total: 5}
+	a.proxy.router.resize(ordinals{0, 1}, "")
+	var got struct{ Backends []backendState }
+	if err := json.NewDecoder(answered(a, "/backends").Body).Decode(&got); err != nil {
+		t.Fatal(err)
+	}
+	if all := got.Backends; len(all) != 2 || !all[0].Namespaces || all[1].Name != "backend-1" || all[1].Namespaces || all[1].Sessions != 3 {
+		t.Errorf("backends %+v, want backend-0, and backend-1 with 3 sessions only", got.Backends)
+	}
+}
+
+// planAdmin is an admin of 4 backends with sessions of namespaces "a" (3, on its
+// override backend-0), "b" (1, hashed) and one that is not where it belongs.
+func planAdmin(t *testing.T) *admin {
+	t.Helper()
+	a, update := adminOf(t, "127.0.0.1:1", "127.0.0.1:1", "127.0.0.1:1", "127.0.0.1:1")
+	a.proxy.moves = newMover(a.proxy.router, a.proxy.relay, 2, nil, slog.New(slog.DiscardHandler))
+	update(entries{source: "ConfigMap edge/overwriting", version: "7", data: pack(map[string]string{"a": "backend-0", "late": "backend-1"})})
+	for namespace, backends := range map[string][]int{"a": {0, 0, 0}, "b": {bucket("b", 4)}, "late": {0, 1}} {
+		for _, backend := range backends {
+			a.proxy.relay.add(&session{namespace: namespace, backend: backend})
+		}
+	}
+	return a
+}
+
+func TestPlan(t *testing.T) {
+	b := backendName("backend", bucket("b", 4))
+	other := (bucket("b", 4) + 1) % 4
+	configMap := func(name, namespace, data string) string {
+		return fmt.Sprintf(`{"kind":"ConfigMap","apiVersion":"v1","metadata":{"name":%q,"namespace":%q,"creationTimestamp":null},"data":%s}`, name, namespace, data)
+	}
+	const late = `{"namespace":"late","from":"backend-0","to":"backend-1","sessions":1}`
+	tests := map[string]struct {
+		body   string
+		status int
+		want   string
+	}{
+		"as it is": {configMap("overwriting", "edge", `{"a":"backend-0","late":"backend-1"}`), 200,
+			`{"table":"7","backends":4,"sessions":1,"namespaces":1,"seconds":0.5,"moves":[` + late + `],"rejected":0}`},
+		"an override moves": {configMap("overwriting", "", `{"a":"backend-2","late":"backend-1","b":"`+backendName("backend", other)+`"}`), 200,
+			`{"table":"7","backends":4,"sessions":5,"namespaces":3,"seconds":2.5,"moves":[{"namespace":"a","from":"backend-0","to":"backend-2","sessions":3},` +
+				`{"namespace":"b","from":"` + b + `","to":"` + backendName("backend", other) + `","sessions":1},` + late + `],"rejected":0}`},
+		"a bad entry stays": {configMap("overwriting", "edge", `{"a":"bakend-2","late":"backend-1"}`), 200,
+			`{"table":"7","backends":4,"sessions":1,"namespaces":1,"seconds":0.5,"moves":[` + late + `],"rejected":1,` +
+				`"rejections":["a: \"bakend-2\", want backend-0 to backend-3, keeps backend-0"]}`},
+		"fewer backends": {`{"replicas":1}`, 200, planFewer(t)},
+		"no replicas":    {`{"replicas":0}`, 400, `{"error":"replicas 0, want 1 to 10000"}`},
+		"too many":       {`{"replicas":10001}`, 400, `{"error":"replicas 10001, want 1 to 10000"}`},
+		"both":           {`{"replicas":3,"kind":"ConfigMap"}`, 400, `{"error":"a ConfigMap and replicas 3, want one of them"}`},
+		"another kind":   {`{"kind":"Secret"}`, 400, `{"error":"kind \"Secret\", want ConfigMap, or {\"replicas\": number}"}`},
+		"another name":   {configMap("other", "edge", `{}`), 400, `{"error":"ConfigMap edge/other is not among the sources of overrides: ConfigMap edge/overwriting"}`},
+		"another place":  {configMap("overwriting", "other", `{}`), 400, `{"error":"ConfigMap other/overwriting is not among the sources of overrides: ConfigMap edge/overwriting"}`},
+		"YAML":           {"kind: ConfigMap", 400, `{"error":"the body is no JSON of a ConfigMap or {\"replicas\": number}: invalid character 'k' looking for beginning of value"}`},
+		"nothing":        {"", 400, `{"error":"the body is no JSON of a ConfigMap or {\"replicas\": number}: unexpected end of JSON input"}`},
+		"numbers":        {configMap("overwriting", "edge", `{"a":2}`), 400, `{"error":"the body is no JSON of a ConfigMap or {\"replicas\": number}: json: cannot unmarshal number into Go struct field proposal.configMap.data of type string"}`},
+		"too big":        {`"` + strings.Repeat("x", maxPlan) + `"`, 413, `{"error":"a body of more than 8388608 bytes"}`},
+		"two objects":    {`{"replicas":3}{"replicas":4}`, 400, `{"error":"the body is no JSON of a ConfigMap or {\"replicas\": number}: invalid character '{' after top-level value"}`},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			a := planAdmin(t)
+			before := a.proxy.router.table()
+			w := httptest.NewRecorder()
+			a.handler().ServeHTTP(w, httptest.NewRequest("POST", "/plan", strings.NewReader(tt.body)))
+			if got := strings.TrimSpace(w.Body.String()); w.Code != tt.status || got != tt.want {
+				t.Errorf("%d %s\nwant %d %s", w.Code, got, tt.status, tt.want)
+			}
+			if a.proxy.router.table() != before {
+				t.Error("the plan was put in force")
+			}
+		})
+	}
+	a, _ := adminOf(t, "127.0.0.1:1")
+	w := httptest.NewRecorder()
+	a.handler().ServeHTTP(w, httptest.NewRequest("POST", "/plan", strings.NewReader(`{"replicas":1}`)))
+	if w.Code != http.StatusServiceUnavailable {
+		t.Errorf("status %d without a table, want 503", w.Code)
+	}
+}
+
+// planFewer is the plan for one backend: all go to backend-0, but for "late",
+// whose override leads to a backend that is gone.
+func planFewer(t *testing.T) string {
+	t.Helper()
+	p := plan{Table: "7", Backends: 1, Moves: []plannedMove{}, Rejected: 1,
+		Rejections: []string{`late: "backend-1", want backend-0 to backend-0, keeps refused`}}
+	if from := bucket("b", 4); from != 0 {
+		p.Sessions, p.Namespaces, p.Seconds = 1, 1, 0.5
+		p.Moves = append(p.Moves, plannedMove{"b", backendName("backend", from), "backend-0", 1})
+	}
+	b, err := json.Marshal(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
 }

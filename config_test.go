@@ -5,8 +5,6 @@ import (
 	"errors"
 	"flag"
 	"io"
-	"net/http"
-	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -149,27 +147,6 @@ func TestBadUsageIsComplete(t *testing.T) {
 			t.Errorf("error %v with exit code %d, want one of %s and 2", err, exitCode(err), variable)
 		}
 	})
-}
-
-func TestRunTimeFailures(t *testing.T) {
-	taken := httptest.NewServer(http.NotFoundHandler())
-	defer taken.Close()
-	addr := taken.Listener.Addr().String()
-	tests := map[string]struct{ args, want string }{
-		"front port taken": {"-listen " + addr, "-listen: listen tcp " + addr + ": bind: address already in use"},
-		"admin port taken": {"-listen 127.0.0.1:0 -admin " + addr, "-admin: listen tcp " + addr + ": bind: address already in use"},
-		"no address":       {"-listen 8000", "-listen: listen tcp: address 8000: missing port in address"},
-		"no folder":        {"-listen unix:/nowhere/s", "-listen: listen unix /nowhere/s: bind: no such file or directory"},
-		"no cluster":       {"-kube in-cluster", "KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set: this is no pod"},
-	}
-	for name, tt := range tests {
-		t.Run(name, func(t *testing.T) {
-			err := run(t.Context(), append([]string{"-replicas", "1"}, strings.Fields(tt.args)...), noEnvironment, io.Discard)
-			if err == nil || err.Error() != tt.want || exitCode(err) != 1 {
-				t.Errorf("error:\n%v\nwith exit code %d, want 1 and:\n%s", err, exitCode(err), tt.want)
-			}
-		})
-	}
 }
 
 // TestFlagBeatsEnvironment gives every flag in both ways.

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
@@ -177,12 +176,6 @@ func (r *recorder) post(ctx context.Context, e event) error {
 		return nil
 	}
 	return err
-}
-
-// refusedWith reports whether err is the API server's "no" with the code.
-func refusedWith(err error, code int) bool {
-	no := &status{}
-	return errors.As(err, &no) && no.Code == code
 }
 
 // sleep waits for d, or until ctx ends.

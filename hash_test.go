@@ -81,15 +81,6 @@ func writeOwners(t *testing.T, counts []int) {
 	}
 }
 
-// manyNamespaces differ in their last characters, as names of tenants do.
-func manyNamespaces(count int) []string {
-	namespaces := make([]string, count)
-	for i := range namespaces {
-		namespaces[i] = fmt.Sprintf("ns-%06d", i)
-	}
-	return namespaces
-}
-
 func TestBucketGrowth(t *testing.T) {
 	namespaces := manyNamespaces(100_000)
 	for _, n := range []int{1, 2, 3, 4, 5, 7, 8, 16, 20} {

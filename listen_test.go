@@ -11,10 +11,13 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -163,16 +166,6 @@ func linkToSocket(path string) error {
 	return os.Symlink(path+".other", path)
 }
 
-// wideGate is a gate that nobody waits at.
-func wideGate(t testing.TB) *gate {
-	t.Helper()
-	g, err := newGate(1<<20, 1)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return g
-}
-
 // countingFront is a server of clients of which a test sees when it is done
 // with a connection.
 type countingFront struct {
@@ -310,6 +303,194 @@ func TestAcceptAfterClose(t *testing.T) {
 		}
 		if lines := log.all("cannot accept connections"); len(lines) > 0 {
 			t.Errorf("%v: %v is logged, want nothing", err, lines)
+		}
+	}
+}
+
+// A connection makes room that had its turn, if there is one.
+func TestBoundedListener(t *testing.T) {
+	l := &boundedListener{Listener: listenLocal(t), max: 3}
+	var all []*boundedConn
+	accept := func() *boundedConn {
+		t.Helper()
+		conn, err := net.Dial("tcp", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		c, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		all = append(all, c.(*boundedConn))
+		return all[len(all)-1]
+	}
+	wantOpen := func(when string, want ...int) {
+		t.Helper()
+		var got []int
+		for i, c := range all {
+			if c.SetDeadline(time.Time{}) == nil { // else it is closed
+				got = append(got, i)
+			}
+		}
+		if !slices.Equal(got, want) || len(l.open) != len(want) {
+			t.Errorf("%s: open are %v, and %d are counted; want %v", when, got, len(l.open), want)
+		}
+	}
+	for range 3 {
+		accept()
+	}
+	wantOpen("at the bound", 0, 1, 2)
+	all[0].setBusy(true)
+	accept()
+	wantOpen("the first has a request", 0, 2, 3)
+	all[2].setBusy(true)
+	all[2].setBusy(false)
+	accept()
+	wantOpen("the third had its turn, the fourth waits for it", 0, 3, 4)
+	all[3].setBusy(true)
+	all[4].setBusy(true)
+	accept()
+	wantOpen("all have one", 3, 4, 5)
+	all[0].setBusy(false)
+	all[4].Close()
+	accept()
+	wantOpen("one has left", 3, 5, 6)
+	all[5].setBusy(true)
+	all[5].setBusy(false)
+	accept()
+	wantOpen("the second had its turn", 3, 6, 7)
+}
+
+// A new connection has the time to say what it wants: others that come meanwhile wait.
+// Those that ask without a pause keep nobody out: they have had their turn.
+func TestRoomGrace(t *testing.T) {
+	const most, more = 3, 6
+	synctest.Test(t, func(t *testing.T) {
+		l := &boundedListener{Listener: alwaysOne{}, max: most}
+		accept := func() (c *boundedConn, took time.Duration) {
+			t.Helper()
+			begun := time.Now()
+			conn, err := l.Accept()
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { conn.Close() })
+			return conn.(*boundedConn), time.Since(begun)
+		}
+		begun := time.Now()
+		for range most + more {
+			accept()
+		}
+		if took := time.Since(begun); took < more/most*5*time.Millisecond {
+			t.Errorf("%d connections more than there is room for took %s, want 5ms for each %d", more, took, most)
+		}
+		for _, c := range slices.Clone(l.open) {
+			c.setBusy(true)
+			c.setBusy(false)
+		}
+		for range most {
+			if _, took := accept(); took != 0 {
+				t.Errorf("a connection waited %s for one that had its answer", took)
+			}
+		}
+	})
+}
+
+// alwaysOne is a listener to which somebody always connects.
+type alwaysOne struct{ net.Listener }
+
+func (alwaysOne) Accept() (net.Conn, error) {
+	conn, _ := net.Pipe()
+	return conn, nil
+}
+
+func TestGate(t *testing.T) {
+	relays := pollerDescriptors * runtime.GOMAXPROCS(0)
+	for files := 110 + relays; files < 120+relays; files++ {
+		synctest.Test(t, func(t *testing.T) {
+			g, err := newGate(files, 2)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if want := files - 100 - 2*2 - relays; g.limit != want {
+				t.Fatalf("%d files: %d for clients, want %d", files, g.limit, want)
+			}
+			sessions := 0
+			for _, _, full := g.state(); !full; _, _, full = g.state() {
+				if err := g.wait(); err != nil {
+					t.Fatal(err)
+				}
+				g.use(upgradeDescriptors)
+				g.use(-1) // it is a session now
+				sessions++
+			}
+			if used, _, _ := g.state(); sessions != g.sessions() || used != 2*sessions || used > g.limit {
+				t.Errorf("%d files: %d sessions use %d descriptors of %d, want %d sessions", files, sessions, used, g.limit, g.sessions())
+			}
+			wantWaits(t, g)
+		})
+	}
+	least := 100 + 2*5 + relays + upgradeDescriptors
+	_, err := newGate(least-1, 5)
+	if err == nil || !strings.HasSuffix(err.Error(), " open files are allowed, want at least "+strconv.Itoa(least)+" (ulimit -n)") {
+		t.Errorf("error %v, want one that says %d", err, least)
+	}
+	if _, err := newGate(least, 5); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestGateResizes: more backends leave fewer descriptors to clients, and fewer
+// backends let one in that waits.
+func TestGateResizes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g, err := newGate(200+pollerDescriptors*runtime.GOMAXPROCS(0), 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for backends, want := range map[int]int{0: 100, 10: 80, 1000: upgradeDescriptors} {
+			if g.resize(backends); g.limit != want {
+				t.Errorf("%d descriptors for clients with %d backends, want %d", g.limit, backends, want)
+			}
+		}
+		g.resize(10)
+		g.use(80)
+		waited := make(chan error, 1)
+		go func() { waited <- g.wait() }()
+		synctest.Wait()
+		if len(waited) > 0 {
+			t.Error("a full gate did not wait")
+		}
+		g.resize(8)
+		if err := <-waited; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// wantWaits checks that the gate, which is full, keeps a client waiting until a
+// session is over, and no longer than until it is closed.
+func wantWaits(t *testing.T, g *gate) {
+	t.Helper()
+	waited := make(chan error, 1)
+	for _, step := range []struct {
+		end  func()
+		want error
+	}{{func() { g.use(-sessionDescriptors - 1) }, nil}, {g.close, net.ErrClosed}} {
+		used, _, _ := g.state()
+		g.use(max(0, g.limit-used))
+		go func() { waited <- g.wait() }()
+		synctest.Wait()
+		select {
+		case err := <-waited:
+			t.Errorf("a full gate did not wait: %v", err)
+		default:
+		}
+		step.end()
+		if err := <-waited; !errors.Is(err, step.want) {
+			t.Errorf("error %v, want %v", err, step.want)
 		}
 	}
 }

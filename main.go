@@ -36,11 +36,11 @@
 //     the backend, then to the client. What cannot be ended so in time is cut.
 //  11. Every goroutine has an owner that waits for it.
 //
-// Read main and config, then route, pack, hash and swap (who owns), dir, configmap,
-// events, watch, decode, kube and cluster (how the overrides come), statefulset,
-// endpoints, dns, backends and hold (where owners are), listen, proxy, upgrade and
-// refusal (from request to session), express (the same where nothing waits), relay,
-// frame, rawio, pace and move (its life), admin, plan, command, metrics and log.
+// Read main, command and config (what starts), metrics and admin (what operators
+// ask), fastpath, proxy, handshake and listen (from client to session), configmap,
+// directory, events and move (what a change of overrides does), route, overrides
+// and hash (who owns), discovery, backends, watch and kube (where owners are), relay
+// and websocket (the life of a session), and log. A file uses only those after it.
 package main
 
 import (

@@ -1,268 +1,18 @@
 package main
 
 import (
-	"bytes"
-	"context"
 	"encoding/json"
 	"errors"
-	"flag"
-	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"os"
-	"os/signal"
-	"path/filepath"
-	"regexp"
-	"runtime"
-	"runtime/debug"
-	"slices"
 	"strings"
-	"sync"
-	"syscall"
 	"testing"
 	"time"
 
 	"golang.org/x/net/websocket"
 )
-
-// asRouter in the environment makes the test binary behave as the program.
-const asRouter = "TEST_BINARY_IS_ROUTER"
-
-// update writes the golden files anew.
-var update = flag.Bool("update", false, "write testdata anew; testdata/owners.txt only if it is missing")
-
-func TestMain(m *testing.M) {
-	if os.Getenv(asRouter) != "" {
-		go tellMemory()
-		main()
-		return
-	}
-	code := m.Run()
-	http.DefaultClient.CloseIdleConnections()
-	if left := leakedGoroutines(); code == 0 && len(left) > 0 {
-		for stack, count := range left {
-			fmt.Fprintf(os.Stderr, "%d leaked goroutines:\n%s\n\n", count, stack)
-		}
-		code = 1
-	}
-	os.Exit(code)
-}
-
-// tellMemory writes for each SIGHUP what is left in use of the heap and the
-// stacks after a collection, as a line of the log.
-func tellMemory() {
-	asked := make(chan os.Signal, 1)
-	signal.Notify(asked, syscall.SIGHUP)
-	for range asked {
-		used := userMemory()
-		debug.FreeOSMemory()
-		fmt.Printf("{\"msg\":\"memory\",\"used\":%d}\n", used)
-	}
-}
-
-// leakedGoroutines gives goroutines some time to end and returns the stacks of
-// the rest, with how many there are of each.
-func leakedGoroutines() (left map[string]int) {
-	for range 50 {
-		if left = otherGoroutines(); len(left) == 0 {
-			break
-		}
-		time.Sleep(20 * time.Millisecond)
-	}
-	return left
-}
-
-// otherGoroutines returns the stacks of all goroutines but this one and those
-// that nobody can end.
-func otherGoroutines() map[string]int {
-	buf := make([]byte, 8<<20)
-	parent := regexp.MustCompile(` in goroutine \d+`)
-	stacks := map[string]int{}
-	for _, stack := range strings.Split(string(buf[:runtime.Stack(buf, true)]), "\n\n")[1:] {
-		_, frames, _ := strings.Cut(stack, "\n") // the first line has the number and the state
-		if !strings.Contains(frames, "os/signal.signal_recv") {
-			stacks[strings.TrimSpace(parent.ReplaceAllString(frames, ""))]++
-		}
-	}
-	return stacks
-}
-
-// logTail takes a router's log in JSON, and says when a line has come.
-type logTail struct {
-	mu    sync.Mutex
-	rest  []byte           // of a line that has not ended
-	lines []map[string]any // those that are JSON
-	more  chan struct{}    // closed when lines grow
-}
-
-func newLogTail() *logTail { return &logTail{more: make(chan struct{})} }
-
-func (l *logTail) Write(b []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.rest = append(l.rest, b...)
-	for {
-		line, rest, ended := bytes.Cut(l.rest, []byte("\n"))
-		if !ended {
-			return len(b), nil
-		}
-		l.rest = rest
-		fields := map[string]any{}
-		if json.Unmarshal(line, &fields) == nil {
-			l.lines = append(l.lines, fields)
-			close(l.more)
-			l.more = make(chan struct{})
-		}
-	}
-}
-
-// all returns the lines so far with this message.
-func (l *logTail) all(msg string) (found []map[string]any) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for _, fields := range l.lines {
-		if fields["msg"] == msg {
-			found = append(found, fields)
-		}
-	}
-	return found
-}
-
-// wait returns the n-th line with this message, counted from 1, once it is
-// there.
-func (l *logTail) wait(t testing.TB, msg string, n int) map[string]any {
-	t.Helper()
-	timeout := time.After(patience)
-	for {
-		l.mu.Lock()
-		more := l.more
-		l.mu.Unlock()
-		if found := l.all(msg); len(found) >= n {
-			return found[n-1]
-		}
-		select {
-		case <-more:
-		case <-timeout:
-			t.Fatalf("no line %d with msg=%q in the log", n, msg)
-		}
-	}
-}
-
-// runningRouter is a router on ports of its own.
-type runningRouter struct {
-	log         *logTail
-	ws, admin   string // the start of URLs
-	front, side string // addresses
-}
-
-// await reads from the log where the router listens.
-func (r *runningRouter) await(t testing.TB) {
-	t.Helper()
-	line := r.log.wait(t, "serving", 1)
-	r.front, r.side = line["listen"].(string), line["admin"].(string)
-	r.ws, r.admin = "ws://"+r.front+"/ws/", "http://"+r.side
-}
-
-// get asks the admin port.
-func (r *runningRouter) get(t testing.TB, path string) (status int, body string) {
-	t.Helper()
-	resp, err := http.Get(r.admin + path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	b, err := io.ReadAll(resp.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return resp.StatusCode, string(b)
-}
-
-// open makes a session and waits for its first echo.
-func (r *runningRouter) open(t testing.TB, namespace string) *websocket.Conn {
-	t.Helper()
-	config, err := websocket.NewConfig(r.ws+namespace, "http://origin.example/")
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
-	defer cancel()
-	ws, err := config.DialContext(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { ws.Close() })
-	ws.SetDeadline(time.Now().Add(2 * patience))
-	sayAndHear(t, ws, "hello")
-	return ws
-}
-
-func sayAndHear(t testing.TB, ws *websocket.Conn, text string) {
-	t.Helper()
-	var got string
-	if err := errors.Join(websocket.Message.Send(ws, text), websocket.Message.Receive(ws, &got)); err != nil {
-		t.Fatal(err)
-	}
-	if got != text {
-		t.Fatalf("heard %q, want %q", got, text)
-	}
-}
-
-// onFreePorts are the flags of every router that a test starts.
-var onFreePorts = []string{"-listen", "127.0.0.1:0", "-admin", "127.0.0.1:0", "-log-format", "json", "-pod", "router-x"}
-
-// startRouter runs the router in this process until the test ends.
-func startRouter(t testing.TB, args ...string) *runningRouter {
-	t.Helper()
-	r := &runningRouter{log: newLogTail()}
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	args = slices.Concat(onFreePorts, []string{"-drain-time", "0"}, args)
-	go func() { done <- run(ctx, args, noEnvironment, r.log) }()
-	t.Cleanup(func() {
-		cancel()
-		if err := <-done; err != nil {
-			t.Errorf("run: %v", err)
-		}
-	})
-	r.await(t)
-	return r
-}
-
-func noEnvironment(string) string { return "" }
-
-// echoBackends starts WebSocket servers that send back what they get, and
-// returns the list of their addresses for -backends.
-func echoBackends(t testing.TB, count int) string {
-	t.Helper()
-	var addrs []string
-	for range count {
-		addrs = append(addrs, websocketBackend(t, func(ws *websocket.Conn) { io.Copy(ws, ws) }))
-	}
-	return strings.Join(addrs, ",")
-}
-
-// websocketBackend starts a WebSocket server and returns its address.
-func websocketBackend(t testing.TB, serve func(*websocket.Conn)) string {
-	t.Helper()
-	s := httptest.NewServer(websocket.Server{Handler: serve})
-	t.Cleanup(s.Close)
-	return s.Listener.Addr().String()
-}
-
-// overridesDir returns a directory for -overrides.
-func overridesDir(t testing.TB, data map[string]string) string {
-	t.Helper()
-	dir := t.TempDir()
-	for namespace, value := range data {
-		if err := os.WriteFile(filepath.Join(dir, namespace), []byte(value), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	return dir
-}
 
 // TestRunDrainsOnFailure: a listener that fails ends the program with its
 // error, after the same orderly stop.
@@ -358,13 +108,118 @@ func (r *runningRouter) sayToHost(t *testing.T, host string) {
 	ws.Close()
 }
 
-// listenLocal listens on any port until the test ends.
-func listenLocal(t testing.TB) net.Listener {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+func TestRunTimeFailures(t *testing.T) {
+	taken := httptest.NewServer(http.NotFoundHandler())
+	defer taken.Close()
+	addr := taken.Listener.Addr().String()
+	tests := map[string]struct{ args, want string }{
+		"front port taken": {"-listen " + addr, "-listen: listen tcp " + addr + ": bind: address already in use"},
+		"admin port taken": {"-listen 127.0.0.1:0 -admin " + addr, "-admin: listen tcp " + addr + ": bind: address already in use"},
+		"no address":       {"-listen 8000", "-listen: listen tcp: address 8000: missing port in address"},
+		"no folder":        {"-listen unix:/nowhere/s", "-listen: listen unix /nowhere/s: bind: no such file or directory"},
+		"no cluster":       {"-kube in-cluster", "KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set: this is no pod"},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			err := run(t.Context(), append([]string{"-replicas", "1"}, strings.Fields(tt.args)...), noEnvironment, io.Discard)
+			if err == nil || err.Error() != tt.want || exitCode(err) != 1 {
+				t.Errorf("error:\n%v\nwith exit code %d, want 1 and:\n%s", err, exitCode(err), tt.want)
+			}
+		})
+	}
+}
+
+func TestRunIdleTimeout(t *testing.T) {
+	r := startRouter(t, "-backends", echoBackends(t, 1), "-overrides", t.TempDir(), "-idle-timeout", "1s")
+	r.log.wait(t, "table", 1)
+	r.open(t, "ns-01")
+	if line := r.log.wait(t, "session ended", 1); line["cause"] != "idle" || line["seconds"].(float64) < 1 {
+		t.Errorf("ended with cause %v after %v s, want idle after 1 s", line["cause"], line["seconds"])
+	}
+	waitMetrics(t, r, map[string]float64{`router_sessions_ended_total{cause="idle"}`: 1})
+}
+
+// TestFollowing: a whole router that is told nothing about its backends finds
+// them by the API server, and says what it found.
+func TestFollowing(t *testing.T) {
+	first := listenLocal(t)
+	_, port, err := net.SplitHostPort(first.Addr().String())
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { l.Close() })
-	return l
+	third := listenAt(t, "127.0.0.3:"+port)
+	for _, l := range []net.Listener{first, third} {
+		s := httptest.NewUnstartedServer(websocket.Server{Handler: func(ws *websocket.Conn) { io.Copy(ws, ws) }})
+		s.Listener.Close()
+		s.Listener = l
+		s.Start()
+		t.Cleanup(s.Close)
+	}
+	endpoints := `"addressType":"IPv4","endpoints":[{"hostname":"backend-2","addresses":["127.0.0.1"]},
+		{"hostname":"backend-3","addresses":["127.0.0.2"],"conditions":{"ready":false}},{"hostname":"backend-4","addresses":["127.0.0.3"]}]`
+	edited := make(chan struct{})
+	r := startRouter(t, "-backend-port", port, "-kube", kindAnswers(t, map[string]http.HandlerFunc{
+		"watch configmaps": func(w http.ResponseWriter, r *http.Request) {
+			w.(http.Flusher).Flush()
+			select {
+			case <-edited:
+			case <-r.Context().Done():
+			}
+			fakeKubeOpen(fakeKubeEvent("MODIFIED", `{"kind":"ConfigMap","metadata":{"name":"overwriting","namespace":"default","uid":"u",`+
+				`"resourceVersion":"8"},"data":{"a":"backend-2","b":"backend-4","c":"backend-4","d":"backend-4"}}`))(w, r)
+		},
+		"configmaps": listOf("ConfigMap", map[string]string{"overwriting": `"data":{"a":"backend-2","b":"backend-3","c":"backend-4","d":"backend-4","e":"backend-5"}`}),
+		"statefulsets": listOf("StatefulSet", map[string]string{
+			"backend": `"spec":{"replicas":3,"ordinals":{"start":2}}`}),
+		"endpointslices": listOf("EndpointSlice", map[string]string{"headless-x": endpoints}),
+	}))
+	waitBody(t, r, "/readyz", 200, "ready\n")
+	for end := time.Now().Add(patience); ; <-time.After(time.Millisecond) {
+		if _, body := r.get(t, "/metrics"); strings.Contains(body, `router_backend_ready{backend="backend-3"} 0`) {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal("the EndpointSlices are not heard")
+		}
+	}
+	r.open(t, "a")
+	r.open(t, "c")
+	r.open(t, "d")
+	waitMetrics(t, r, map[string]float64{`router_sessions{backend="backend-2"}`: 1, `router_sessions{backend="backend-3"}`: 0,
+		`router_sessions{backend="backend-4"}`: 2, `router_table_backends`: 3, `router_statefulset_replicas`: 3,
+		`router_backend_ready{backend="backend-2"}`: 1, `router_backend_ready{backend="backend-3"}`: 0,
+		`router_watch_info{object="EndpointSlice default/kubernetes.io/service-name=headless",protocol="HTTP/1.1"}`: 1,
+		`router_watch_info{object="StatefulSet default/backend",protocol="HTTP/1.1"}`:                               1})
+	_, body := r.get(t, "/backends")
+	stamp := r.log.wait(t, "table", 1)["stamp"].(string)
+	want := `{"backends":[{"name":"backend-2","ordinal":2,"address":"127.0.0.1:PORT","ready":true,"namespaces":true,"overrides":1,"sessions":1},` +
+		`{"name":"backend-3","ordinal":3,"ready":false,"error":"backend-3 is not ready","namespaces":true,"overrides":1,"sessions":0},` +
+		`{"name":"backend-4","ordinal":4,"address":"127.0.0.3:PORT","ready":true,"namespaces":true,"overrides":2,"sessions":2}],"stamp":"` + stamp + `","table":"5"}` + "\n"
+	if want := strings.ReplaceAll(want, "PORT", port); body != want {
+		t.Errorf("/backends is\n%s, want\n%s", body, want)
+	}
+	files, err := openFiles()
+	if err != nil {
+		t.Fatal(err)
+	}
+	waitMetrics(t, r, map[string]float64{`router_descriptors{kind="limit"}`: float64(files - notForClients(3))})
+
+	// A client of a backend that is not ready is held, until an edit gives its
+	// namespace to another.
+	opened := make(chan error)
+	go func() {
+		ws, err := websocket.Dial(r.ws+"b", "", "http://origin.example/")
+		if err == nil {
+			defer ws.Close()
+			err = websocket.Message.Send(ws, "hello")
+		}
+		opened <- err
+	}()
+	waitMetrics(t, r, map[string]float64{`router_upgrades_waiting`: 1, `router_sessions{backend="backend-4"}`: 2})
+	begun := time.Now()
+	close(edited)
+	if err := <-opened; err != nil || time.Since(begun) > 5*time.Second {
+		t.Errorf("%v after %v, want a session at once after the edit", err, time.Since(begun))
+	}
+	waitMetrics(t, r, map[string]float64{`router_sessions_total{backend="backend-4"}`: 3})
 }

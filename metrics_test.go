@@ -115,17 +115,6 @@ func TestExpositionCheckerIsStrict(t *testing.T) {
 	}
 }
 
-// scrape reads the metrics of a running router.
-func scrape(t *testing.T, r *runningRouter) *exposition {
-	t.Helper()
-	_, body := r.get(t, "/metrics")
-	e, err := parseExposition(body)
-	if err != nil {
-		t.Fatalf("%v\n%s", err, body)
-	}
-	return e
-}
-
 // lacks says which series has another value than is wanted, or "".
 func (e *exposition) lacks(values map[string]float64) string {
 	for series, want := range values {
@@ -134,22 +123,6 @@ func (e *exposition) lacks(values map[string]float64) string {
 		}
 	}
 	return ""
-}
-
-// waitMetrics scrapes until the series have these values: a client may have its
-// answer before it was counted.
-func waitMetrics(t *testing.T, r *runningRouter, values map[string]float64) *exposition {
-	t.Helper()
-	for end := time.Now().Add(patience); ; <-time.After(10 * time.Millisecond) {
-		e := scrape(t, r)
-		lacks := e.lacks(values)
-		if lacks == "" {
-			return e
-		}
-		if time.Now().After(end) {
-			t.Fatal(lacks)
-		}
-	}
 }
 
 func TestMetricsOfASession(t *testing.T) {

@@ -61,6 +61,37 @@ type dialled struct {
 	err error
 }
 
+// moved is the receipt of a change.
+type moved struct {
+	version    string // of the table
+	namespaces int    // that left their old owner, with sessions
+	sessions   int    // of these
+	cut        int    // of these, which did not part in time
+	cancelled  int    // sessions that stay, since a later change took this one back
+	time       time.Duration
+}
+
+// wave is the sessions that one settled change of the table moves.
+type wave struct {
+	moved
+	begun time.Time
+	left  int                 // sessions whose turn is to come
+	names map[string]struct{} // of the namespaces
+
+	parting atomic.Int64 // sessions that are not over
+	cuts    atomic.Int64
+}
+
+// turn is a session that is to move. Its place is the hash of its namespace, so
+// that all sessions of one move in a row, and at about the same time in all
+// routers: they are apart, some with the old owner and some with the new one, for
+// as short as can be. To the old owners and the new ones the order is a random one.
+type turn struct {
+	session *session
+	wave    *wave
+	place   uint64
+}
+
 // newMover returns a mover of so many sessions per second, 0 for all at once.
 // probe returns nil once the backend takes a connection.
 func newMover(router *router, relay *relay, rate int, probe func(context.Context, int) error, log *slog.Logger) *mover {
@@ -266,4 +297,113 @@ func (m *mover) move() {
 			m.pace.took(now)
 		}
 	}
+}
+
+// send makes the session of t part.
+func (m *mover) send(t turn) {
+	c := t.wave
+	c.left--
+	m.waiting.Add(-1)
+	c.parting.Add(1)
+	over := func(cut bool) {
+		if cut {
+			c.cuts.Add(1)
+		}
+		if c.parting.Add(-1) == 0 {
+			nudge(m.over)
+		}
+	}
+	if !m.part(t.session, over) { // it has just ended
+		c.parting.Add(-1)
+		return
+	}
+	c.sessions++
+	c.names[t.session.namespace] = struct{}{}
+}
+
+// drop takes note that the session of t need not move any more.
+func (m *mover) drop(t turn) {
+	t.wave.left--
+	m.waiting.Add(-1)
+	if !t.session.ending() {
+		t.wave.cancelled++
+	}
+}
+
+// receipts writes the receipts of the waves whose sessions are over.
+func (m *mover) receipts() {
+	m.waves = slices.DeleteFunc(m.waves, func(c *wave) bool {
+		if c.left > 0 || c.parting.Load() > 0 {
+			return false
+		}
+		c.namespaces, c.cut, c.time = len(c.names), int(c.cuts.Load()), time.Since(c.begun)
+		m.log.Info("moved", "version", c.version, "namespaces", c.namespaces, "sessions", c.sessions,
+			"seconds", c.time.Seconds(), "cut", c.cut, "cancelled", c.cancelled)
+		if m.told != nil {
+			m.told(c.moved)
+		}
+		return true
+	})
+}
+
+const (
+	paceTick    = 2 * time.Millisecond // the least wait: what is due by then is done together
+	paceCatchUp = time.Second          // how far behind its schedule a pace makes up for
+)
+
+// pace is one each interval, jittered by up to half of it. The schedule is an
+// absolute one: what was late does not make the rest late.
+type pace struct {
+	interval time.Duration // 0: all at once
+	slot     time.Time     // of the next
+	jitter   time.Duration // of the next
+}
+
+// begin starts the schedule, or goes on with it after a time without anything to
+// do.
+func (p *pace) begin(now time.Time) {
+	if p.slot.Before(now) {
+		p.slot = now
+	}
+}
+
+// next returns when the next is due.
+func (p *pace) next() time.Time { return p.slot.Add(p.jitter) }
+
+// took takes note that the next was done.
+func (p *pace) took(now time.Time) {
+	p.slot = p.slot.Add(p.interval)
+	p.begin(now.Add(-paceCatchUp))
+	p.jitter = rand.N(p.interval/2 + 1)
+}
+
+// drainSlowest is the longest time from one session to the next in a drain: a
+// router with few sessions need not use all of its time.
+const drainSlowest = 100 * time.Millisecond
+
+// drain makes all sessions part, in random order and spread over the given time,
+// and returns how many once they are over. When ctx ends the rest ends at once.
+func drain(ctx context.Context, r *relay, over time.Duration) int64 {
+	before := r.ended[causeDrain].Load()
+	stop := context.AfterFunc(ctx, func() { r.endAll(causeDrain) })
+	defer stop()
+	all := r.where(func(s *session) bool { return !s.ending() })
+	rand.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+	p := pace{interval: min(drainSlowest, over/time.Duration(max(1, len(all))))}
+	p.begin(time.Now())
+	for _, s := range all {
+		if s.ending() {
+			continue
+		}
+		if wait := time.Until(p.next()); wait >= paceTick {
+			select {
+			case <-ctx.Done():
+			case <-time.After(wait):
+			}
+		}
+		s.part(causeDrain, nil)
+		p.took(time.Now())
+	}
+	r.wait()
+	return r.ended[causeDrain].Load() - before
 }

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"runtime/debug"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -276,6 +277,35 @@ func (p *proxy) admit(r *http.Request) (namespace string, owner int, table strin
 // tidy is tidy for the memory of upgrades.
 func (p *proxy) tidy(ctx context.Context) {
 	tidy(ctx, func() int { return int(p.begun.Load()) })
+}
+
+const (
+	tidyAfter = 1000        // handshakes
+	tidyCalm  = 10          // most that begin in tidyTime while it is calm
+	tidyTime  = time.Second // between two looks
+)
+
+// tidy gives the memory back that many handshakes took, as soon as it is calm
+// again, until ctx ends. By itself the runtime would keep it for minutes, as it
+// collects garbage when the heap has grown to twice its size: a router of idle
+// sessions would have more garbage than sessions. begun is how many there were.
+func tidy(ctx context.Context, begun func() int) {
+	ticker := time.NewTicker(tidyTime)
+	defer ticker.Stop()
+	var tidied, before int
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		now := begun()
+		if now-before <= tidyCalm && now-tidied >= tidyAfter {
+			debug.FreeOSMemory()
+			tidied = now
+		}
+		before = now
+	}
 }
 
 // owner returns the backend that owns the namespace, and the stamp of the

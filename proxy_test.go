@@ -4,259 +4,23 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/http"
+	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 )
-
-// stubBackend is a listener whose connections are served by the function it was
-// made with, which gets the request and what follows it.
-type stubBackend struct {
-	addr string
-
-	// Guarded by mu.
-	mu    sync.Mutex
-	seen  []string // the heads of the requests, as sent
-	conns []net.Conn
-}
-
-func (b *stubBackend) heads() []string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return append([]string(nil), b.seen...)
-}
-
-// startStub serves on addr, "127.0.0.1:0" for any port. After serve returns the
-// connection is closed.
-func startStub(t testing.TB, addr string, serve func(conn net.Conn, br *bufio.Reader)) *stubBackend {
-	t.Helper()
-	l, err := net.Listen("tcp", addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	b := &stubBackend{addr: l.Addr().String()}
-	var running sync.WaitGroup
-	running.Go(func() {
-		for {
-			conn, err := l.Accept()
-			if err != nil {
-				return
-			}
-			b.mu.Lock()
-			b.conns = append(b.conns, conn)
-			b.mu.Unlock()
-			running.Go(func() {
-				defer conn.Close()
-				br := bufio.NewReader(conn)
-				head, err := readHead(br)
-				if err != nil {
-					return // a probe, or a client that gave up
-				}
-				b.mu.Lock()
-				b.seen = append(b.seen, head)
-				b.mu.Unlock()
-				serve(conn, br)
-			})
-		}
-	})
-	t.Cleanup(func() {
-		l.Close()
-		b.mu.Lock()
-		for _, conn := range b.conns {
-			conn.Close()
-		}
-		b.mu.Unlock()
-		running.Wait()
-	})
-	return b
-}
-
-// readHead reads up to and with the empty line.
-func readHead(br *bufio.Reader) (string, error) {
-	var head strings.Builder
-	for {
-		line, err := br.ReadString('\n')
-		head.WriteString(line)
-		if err != nil || line == "\r\n" {
-			return head.String(), err
-		}
-	}
-}
-
-const switching = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n" +
-	"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n"
-
-// echo switches and sends back what comes.
-func echo(conn net.Conn, br *bufio.Reader) {
-	io.WriteString(conn, switching)
-	io.Copy(conn, br)
-}
-
-// answer returns a backend that gives one answer and waits for the other side
-// to close.
-func answer(text string) func(net.Conn, *bufio.Reader) {
-	return func(conn net.Conn, br *bufio.Reader) {
-		io.WriteString(conn, text)
-		if strings.Contains(text, " 101 ") {
-			io.Copy(io.Discard, br)
-		}
-	}
-}
-
-// silent never answers.
-func silent(conn net.Conn, br *bufio.Reader) { io.Copy(io.Discard, br) }
-
-// testProxy is a proxy that serves on addr.
-type testProxy struct {
-	*proxy
-	addr    string
-	express *express
-	http    atomic.Int64 // clients that net/http had
-	tail    *logTail     // of its log
-}
-
-// startProxy serves a proxy to the backends at addrs, with the given overrides
-// unless they are nil. change, if not nil, sees it before it starts.
-func startProxy(t testing.TB, addrs []string, data map[string]string, change func(*proxy)) *testProxy {
-	t.Helper()
-	tail := newLogTail()
-	log := slog.New(slog.NewJSONHandler(tail, nil))
-	b := fixedBackends("backend", addrs)
-	b.dialer = boundDialer(0)
-	router := &router{statefulSet: "backend", backends: b.given, log: log}
-	relay := newRelay(b.name, log)
-	gate := wideGate(t)
-	relay.freed = func(descriptors int) { gate.use(-descriptors) }
-	if err := relay.start(); err != nil {
-		t.Fatal(err)
-	}
-	probe := func(ctx context.Context, backend int) error {
-		_, err := b.probe(ctx, backend)
-		return err
-	}
-	mover := newMover(router, relay, 0, probe, log)
-	router.swapped = func() { mover.check(); b.holds.askAgain() }
-	p := &proxy{
-		router: router, backends: b, relay: relay, moves: mover, pod: "router-x", namespace: pathNamespace, log: log,
-		limits: limits{hold: patience, handshake: patience, headerTime: patience, headerBytes: 8 << 10, headerLines: 100, sessions: 1000, waiting: 1000},
-	}
-	if data != nil {
-		router.update(entries{source: "test", version: "41", data: pack(data)})
-	}
-	if change != nil {
-		change(p)
-	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancelCause(context.Background())
-	tp := &testProxy{proxy: p, addr: l.Addr().String(), express: newExpress(p, l, gate), tail: tail}
-	front := newFront(ctx, p, log)
-	front.ConnState = func(_ net.Conn, state http.ConnState) {
-		if state == http.StateNew {
-			tp.http.Add(1)
-		}
-	}
-	var running sync.WaitGroup
-	running.Go(tp.express.run)
-	running.Go(func() { front.Serve(tp.express) })
-	running.Go(func() { mover.run(ctx) })
-	t.Cleanup(func() {
-		tp.express.stop()
-		cancel(errDraining)
-		front.Close()
-		p.upgrades.Wait()
-		relay.endAll(causeDrain)
-		relay.stop()
-		running.Wait()
-	})
-	return tp
-}
-
-// upgradeRequest is an upgrade of path as a browser would send it.
-func upgradeRequest(path string) string {
-	return "GET " + path + " HTTP/1.1\r\nHost: www.mydomain.com\r\nConnection: keep-alive, Upgrade\r\nUpgrade: websocket\r\n" +
-		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nOrigin: https://www.mydomain.com\r\n\r\n"
-}
-
-// bothWays are the two ways of an upgrade: the relay's pollers take what is plain, and
-// net/http the other, as its target is in absolute form.
-func bothWays(path string) map[string]string {
-	return map[string]string{"plain": upgradeRequest(path), "net/http": upgradeRequest("http://www.mydomain.com" + path)}
-}
-
-// ask sends the request as it stands, and returns the connection and the answer
-// with its body still on it.
-func (p *testProxy) ask(t testing.TB, request string) (*net.TCPConn, *bufio.Reader, *http.Response) {
-	t.Helper()
-	conn, err := net.Dial("tcp", p.addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	mustWrite(t, conn, request)
-	conn.SetReadDeadline(time.Now().Add(patience))
-	br := bufio.NewReader(conn)
-	resp, err := http.ReadResponse(br, nil)
-	if err != nil {
-		t.Fatalf("no answer: %v", err)
-	}
-	return conn.(*net.TCPConn), br, resp
-}
-
-// open makes a session and returns the client's end.
-func (p *testProxy) open(t testing.TB, namespace string) *net.TCPConn {
-	t.Helper()
-	conn, br, resp := p.ask(t, upgradeRequest("/ws/"+namespace))
-	if resp.StatusCode != http.StatusSwitchingProtocols || br.Buffered() > 0 {
-		t.Fatalf("status %s and %d bytes, want 101 and none", resp.Status, br.Buffered())
-	}
-	return conn
-}
-
-// waitResult waits until the result was counted once.
-func (p *testProxy) waitResult(t testing.TB, want result) {
-	t.Helper()
-	for end := time.Now().Add(patience); p.results[want].Load() == 0; <-time.After(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("no result %v", want)
-		}
-	}
-}
-
-// sentences are all that clients are told of what is not their fault.
-func sentences() map[int]string {
-	return map[int]string{
-		502: "the backend gave no valid answer\n",
-		503: "the service is not available now, try again later\n",
-		504: "the backend gave no answer in time\n",
-	}
-}
-
-// mustTell checks the text of an answer, and that the reason is in it, where that is
-// the client's fault, or else in the log.
-func (p *testProxy) mustTell(t testing.TB, status int, body, reason string) {
-	t.Helper()
-	text := body
-	if sentence, ok := sentences()[status]; ok {
-		if body != sentence {
-			t.Errorf("the client of a %d is told %q, want %q", status, body, sentence)
-		}
-		text = fmt.Sprint(p.tail.wait(t, "upgrade refused", 1)["reason"])
-	}
-	if !strings.Contains(text, reason) {
-		t.Errorf("the reason of a %d is %q, want %q in it", status, text, reason)
-	}
-}
 
 func TestProxyRefuses(t *testing.T) {
 	backend := startStub(t, "127.0.0.1:0", echo)
@@ -452,28 +216,6 @@ func TestProxyPassesTruncation(t *testing.T) {
 	}
 }
 
-// rawAnswer sends the request in one part and returns what comes back, up to the first
-// empty line that ends other than a 100.
-func (p *testProxy) rawAnswer(t testing.TB, request string) (all string) {
-	t.Helper()
-	conn, err := net.Dial("tcp", p.addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	mustWrite(t, conn, request)
-	conn.SetReadDeadline(time.Now().Add(patience))
-	for br := bufio.NewReader(conn); ; {
-		head, err := readHead(br)
-		if all += head; err != nil {
-			t.Fatalf("%q came, and %v", all, err)
-		}
-		if !strings.HasPrefix(head, "HTTP/1.1 100 ") {
-			return all
-		}
-	}
-}
-
 // Upgrades that look odd and are right have a 101 on both ways, and the backend gets a
 // plain one.
 func TestProxyTakesOddUpgrades(t *testing.T) {
@@ -635,14 +377,6 @@ func TestProxyMovedInHandshake(t *testing.T) {
 	stamp := p.router.table().stamp
 	if heads := other.heads(); len(heads) != 1 || !strings.Contains(heads[0], "X-Router-Table: "+stamp+"\r\n") {
 		t.Errorf("the new owner got %q, want one request with table %s", heads, stamp)
-	}
-}
-
-// both has a test run with a request that the event loop takes, and with one that
-// it leaves to net/http, for its absolute target.
-func both(t *testing.T, test func(t *testing.T, request string)) {
-	for name, target := range map[string]string{"plain": "/ws/ns-01", "net/http": "http://www.mydomain.com/ws/ns-01"} {
-		t.Run(name, func(t *testing.T) { test(t, upgradeRequest(target)) })
 	}
 }
 
@@ -813,5 +547,394 @@ func TestProxyBoundsFields(t *testing.T) {
 	}
 	if asked, bad := len(backend.heads()), p.results[resultBadHead].Load(); asked != 8 || bad != 8 {
 		t.Errorf("the backend was asked %d times and %d heads were bad, want 8, 8", asked, bad)
+	}
+}
+
+// rawAnswer sends the request in one part and returns what comes back, up to the first
+// empty line that ends other than a 100.
+func (p *testProxy) rawAnswer(t testing.TB, request string) (all string) {
+	t.Helper()
+	conn, err := net.Dial("tcp", p.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	mustWrite(t, conn, request)
+	conn.SetReadDeadline(time.Now().Add(patience))
+	for br := bufio.NewReader(conn); ; {
+		head, err := readHead(br)
+		if all += head; err != nil {
+			t.Fatalf("%q came, and %v", all, err)
+		}
+		if !strings.HasPrefix(head, "HTTP/1.1 100 ") {
+			return all
+		}
+	}
+}
+
+func TestHoldUntilTheOwnerIsThere(t *testing.T) {
+	addr := freeAddr(t)
+	p := startProxy(t, []string{addr}, map[string]string{}, nil)
+	conn := p.send(t, "ns-01")
+	p.waitWaiting(t, 1)
+	startStub(t, addr, echo)
+	mustAnswer(t, conn, 101)
+}
+
+func TestHoldEnds(t *testing.T) {
+	p := startProxy(t, []string{refusingAddr(t)}, map[string]string{}, func(p *proxy) { p.limits.hold = 200 * time.Millisecond })
+	_, _, resp := p.ask(t, upgradeRequest("/ws/ns-01"))
+	body, _ := io.ReadAll(resp.Body)
+	if resp.StatusCode != 503 || resp.Header.Get("Retry-After") != "1" {
+		t.Errorf("status %d, Retry-After %q, %q", resp.StatusCode, resp.Header.Get("Retry-After"), body)
+	}
+	p.mustTell(t, 503, string(body), "backend-0 could not be reached within 200ms: ")
+	p.mustTell(t, 503, string(body), "refused")
+	p.waitResult(t, resultHoldTimeout)
+}
+
+// A dial that the end of -hold cuts short says nothing about the backend: the log has
+// why the dial before it failed, though that was another upgrade's.
+func TestHoldEndsWithinADial(t *testing.T) {
+	both(t, func(t *testing.T, request string) {
+		p := startProxy(t, []string{"127.0.0.1:1"}, map[string]string{}, func(p *proxy) {
+			p.limits.hold = 200 * time.Millisecond
+			p.backends.dialer.ControlContext = func(ctx context.Context, _, _ string, _ syscall.RawConn) error {
+				<-ctx.Done()
+				return ctx.Err()
+			}
+		})
+		if !p.backends.holds.try(0) {
+			t.Fatal("nobody may dial")
+		}
+		p.backends.holds.done(0, errors.New("why the last dial failed"), false)
+		_, _, resp := p.ask(t, request)
+		body, _ := io.ReadAll(resp.Body)
+		p.mustTell(t, resp.StatusCode, string(body), "within 200ms: why the last dial failed")
+	})
+}
+
+// lateContext is a context whose deadline passes before it ends.
+type lateContext struct {
+	context.Context
+	late bool
+}
+
+func (c *lateContext) Deadline() (time.Time, bool) {
+	if c.late {
+		return time.Now().Add(-time.Second), true
+	}
+	return time.Now().Add(time.Hour), true
+}
+
+// A dial is cut short too where it sees that the deadline has passed before the context
+// ends: package net has a timer of its own for that.
+func TestHoldEndsBeforeItsContext(t *testing.T) {
+	ended, end := context.WithCancel(t.Context())
+	ctx := &lateContext{Context: ended}
+	b := fixedBackends("backend", []string{"127.0.0.1:1"})
+	locate, nowhere := b.locate, errors.New("nowhere")
+	b.locate = func(lookup context.Context, ordinal int) (string, error) {
+		switch {
+		case !ctx.late:
+			ctx.late = true
+			return "", nowhere
+		default:
+			return locate(lookup, ordinal)
+		}
+	}
+	b.forget = func(int) { time.AfterFunc(time.Second, end) } // a dial has failed: if it is not the end, this is
+	defer end()
+	if _, _, err := b.hold(ctx, func() (int, error) { return 0, nil }); !errors.Is(err, nowhere) {
+		t.Errorf("it ended with %v, want %v", err, nowhere)
+	}
+}
+
+// A client that is held when its namespace gets another owner goes there.
+func TestHoldFollowsTheTable(t *testing.T) {
+	other := startStub(t, "127.0.0.1:0", echo)
+	p := startProxy(t, []string{refusingAddr(t), other.addr}, map[string]string{"ns-01": "backend-0"}, nil)
+	conn := p.send(t, "ns-01")
+	p.waitWaiting(t, 1)
+	p.router.update(entries{source: "test", version: "42", data: pack(map[string]string{"ns-01": "backend-1"})})
+	mustAnswer(t, conn, 101)
+	stamp := p.router.table().stamp
+	if head := other.heads()[0]; !strings.Contains(head, "X-Router-Table: "+stamp+"\r\n") {
+		t.Errorf("the backend got %q, want table %s", head, stamp)
+	}
+}
+
+func TestHoldEndsWithItsClient(t *testing.T) {
+	p := startProxy(t, []string{refusingAddr(t)}, map[string]string{}, nil)
+	conn := p.send(t, "ns-01")
+	p.waitWaiting(t, 1)
+	conn.Close()
+	p.waitResult(t, resultClientGone)
+	p.waitWaiting(t, 0)
+}
+
+// A client that leaves while the backend thinks leaves nothing behind.
+func TestHandshakeEndsWithItsClient(t *testing.T) {
+	gone := make(chan struct{})
+	backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
+		io.Copy(io.Discard, br)
+		close(gone)
+	})
+	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
+	conn := p.send(t, "ns-01")
+	for len(backend.heads()) == 0 {
+		<-time.After(time.Millisecond)
+	}
+	reset(conn.(*net.TCPConn))
+	p.waitResult(t, resultClientGone)
+	<-gone
+}
+
+// A client that half-closes its connection gets the answer of the owner that was asked,
+// whoever waits for that, and is there after it.
+func TestHalfClosedClientIsAnswered(t *testing.T) {
+	forbidden := "HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n"
+	for _, tt := range []struct {
+		answer string
+		status int
+		early  bool // it half-closes before its owner is asked
+		slow   bool // the owner answers when express has left the client to net/http
+	}{{switching, 101, false, false}, {switching, 101, true, false}, {switching, 101, false, true}, {forbidden, 403, false, false}, {forbidden, 403, true, true}} {
+		for way, request := range bothWays("/ws/ns-01") {
+			t.Run(fmt.Sprintf("%d, early %v, slow %v, %s", tt.status, tt.early, tt.slow, way), func(t *testing.T) {
+				t.Parallel()
+				var p *testProxy
+				asked, ended := make(chan struct{}), make(chan struct{})
+				backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
+					close(asked)
+					<-ended
+					for end := time.Now().Add(patience); tt.slow && p.http.Load() == 0 && time.Now().Before(end); {
+						<-time.After(time.Millisecond)
+					}
+					io.WriteString(conn, tt.answer)
+					io.Copy(io.Discard, br) // the FIN comes here too
+					io.WriteString(conn, "last words")
+				})
+				p = startProxy(t, []string{backend.addr}, map[string]string{}, nil)
+				conn, err := net.Dial("tcp", p.addr)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer conn.Close()
+				mustWrite(t, conn, request)
+				if !tt.early {
+					<-asked
+				}
+				conn.(*net.TCPConn).CloseWrite()
+				close(ended)
+				conn.SetReadDeadline(time.Now().Add(patience))
+				br := bufio.NewReader(conn)
+				resp, err := http.ReadResponse(br, nil)
+				if err != nil || resp.StatusCode != tt.status {
+					t.Fatalf("answer %+v, %v; want %d", resp, err, tt.status)
+				}
+				if rest, err := io.ReadAll(br); tt.status == 101 && string(rest) != "last words" {
+					t.Errorf("%q came after the 101, and %v; want the backend's last words", rest, err)
+				}
+			})
+		}
+	}
+}
+
+// One that is held gets its answer soon, as most who half-close have left: their
+// places are for others.
+func TestHalfClosedClientIsNotHeld(t *testing.T) {
+	for way, request := range bothWays("/ws/ns-01") {
+		t.Run(way, func(t *testing.T) {
+			t.Parallel()
+			p := startProxy(t, []string{refusingAddr(t)}, map[string]string{}, func(p *proxy) { p.limits.hold = time.Hour })
+			conn, err := net.Dial("tcp", p.addr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			mustWrite(t, conn, request)
+			p.waitWaiting(t, 1)
+			conn.(*net.TCPConn).CloseWrite()
+			mustAnswer(t, conn, 503)
+			p.waitResult(t, resultClientGone)
+			p.waitWaiting(t, 0)
+		})
+	}
+}
+
+// On a Unix socket, where a proxy is, a client that closes is gone at once.
+func TestHandshakeEndsWithItsProxy(t *testing.T) {
+	for way, request := range bothWays("/ws/ns-01") {
+		asked, gone := make(chan struct{}), make(chan struct{})
+		backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
+			close(asked)
+			io.Copy(io.Discard, br)
+			close(gone)
+		})
+		socket := filepath.Join(t.TempDir(), "s")
+		r := startRouter(t, "-listen", "unix:"+socket, "-backends", backend.addr, "-overrides", t.TempDir(), "-handshake-timeout", "1h")
+		r.log.wait(t, "table", 1)
+		conn, err := net.Dial("unix", socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		mustWrite(t, conn, request)
+		<-asked
+		conn.Close()
+		select {
+		case <-gone:
+		case <-time.After(patience):
+			t.Errorf("%s: the backend still has the upgrade of a client that is gone", way)
+		}
+	}
+}
+
+func TestLimits(t *testing.T) {
+	backend := startStub(t, "127.0.0.1:0", echo)
+	addrs := []string{backend.addr, refusingAddr(t)}
+	data := map[string]string{"here": "backend-0", "away": "backend-1"}
+
+	t.Run("sessions", func(t *testing.T) {
+		p := startProxy(t, addrs, data, func(p *proxy) { p.limits.sessions = 2 })
+		first := p.open(t, "here")
+		p.open(t, "here")
+		p.waitSessions(t, 2) // the relay has a session a little later than its client
+		_, _, resp := p.ask(t, upgradeRequest("/ws/here"))
+		if resp.StatusCode != 503 || resp.Header.Get("Retry-After") != "1" {
+			t.Errorf("status %d, want 503 with Retry-After", resp.StatusCode)
+		}
+		p.waitResult(t, resultMaxSessions)
+		first.Close()
+		p.waitSessions(t, 1)
+		p.open(t, "here")
+	})
+	t.Run("waiting", func(t *testing.T) {
+		p := startProxy(t, addrs, data, func(p *proxy) { p.limits.waiting = 4 }) // 1 of its own for each, 1 of the 2 others
+		p.send(t, "away")
+		p.send(t, "away")
+		p.waitWaiting(t, 2)
+		_, _, resp := p.ask(t, upgradeRequest("/ws/away"))
+		body, _ := io.ReadAll(resp.Body)
+		if resp.StatusCode != 503 || resp.Header.Get("Retry-After") != "1" {
+			t.Errorf("status %d, want 503 with Retry-After", resp.StatusCode)
+		}
+		p.mustTell(t, 503, string(body), "2 upgrades to backend-1 are under way, its share of 4, and 2 in all")
+		p.waitResult(t, resultMaxWaiting)
+		p.open(t, "here")
+	})
+}
+
+// Backends that are dead, in whatever way, take no places of those that work, even
+// if these are one of many and a crowd comes to them.
+func TestLimitsOfABackend(t *testing.T) {
+	dead := map[string]func(t *testing.T) string{
+		"refuses": func(t *testing.T) string { return refusingAddr(t) },
+		"silent":  func(t *testing.T) string { return startStub(t, "127.0.0.1:0", silent).addr },
+	}
+	for kind, addr := range dead {
+		for way, request := range bothWays("/ws/") {
+			t.Run(kind+", "+way, func(t *testing.T) {
+				t.Parallel()
+				addrs := []string{addr(t), addr(t), addr(t), startStub(t, "127.0.0.1:0", echo).addr}
+				data := map[string]string{"ns-0": "backend-0", "ns-1": "backend-1", "ns-2": "backend-2", "ns-3": "backend-3"}
+				p := startProxy(t, addrs, data, func(p *proxy) { p.limits.waiting = 40 })
+				to := func(backend int) string {
+					return strings.Replace(request, "/ws/", fmt.Sprintf("/ws/ns-%d", backend), 1)
+				}
+				for backend := range 3 {
+					for range 60 {
+						conn, err := net.Dial("tcp", p.addr)
+						if err != nil {
+							t.Fatal(err)
+						}
+						t.Cleanup(func() { conn.Close() })
+						mustWrite(t, conn, to(backend))
+					}
+				}
+				for p.results[resultMaxWaiting].Load() < 100 {
+					<-time.After(time.Millisecond)
+				}
+				var crowd sync.WaitGroup
+				for range 5 {
+					crowd.Go(func() {
+						for range 5 {
+							if _, _, resp := p.ask(t, to(3)); resp.StatusCode != 101 {
+								t.Errorf("status %d for the client of a backend that works, want 101", resp.StatusCode)
+							}
+						}
+					})
+				}
+				crowd.Wait()
+				if n := p.underWay(); n > 40 {
+					t.Errorf("%d upgrades are under way, want at most 40", n)
+				}
+			})
+		}
+	}
+}
+
+// Memory that handshakes took is given back once they pause, and only then.
+func TestTidy(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var begun atomic.Int64
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		go tidy(ctx, func() int { return int(begun.Load()) })
+		collected := func() uint32 {
+			synctest.Wait()
+			var m runtime.MemStats
+			runtime.ReadMemStats(&m)
+			return m.NumForcedGC
+		}
+		steps := []struct {
+			open int // in one tidyTime
+			want uint32
+		}{
+			{tidyAfter - 1, 0}, {0, 0}, // too few
+			{tidyCalm + 1, 0}, {1, 1}, // calm after enough
+			{0, 0}, {tidyAfter, 0}, {tidyAfter, 0}, {tidyCalm, 1}, {0, 0},
+		}
+		time.Sleep(tidyTime / 2)
+		for i, step := range steps {
+			before := collected()
+			begun.Add(int64(step.open))
+			time.Sleep(tidyTime)
+			if got := collected() - before; got != step.want {
+				t.Errorf("step %d, %d handshakes: %d collections, want %d", i, step.open, got, step.want)
+			}
+		}
+	})
+}
+
+// BenchmarkHandshake is one session: dial, upgrade, first message, close. The
+// client and the backend are in the figure too.
+func BenchmarkHandshake(b *testing.B) {
+	greeting := switching + "hello"
+	backend := startStub(b, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
+		io.WriteString(conn, greeting)
+		br.ReadByte()
+	})
+	p := startProxy(b, []string{backend.addr}, map[string]string{}, nil)
+	request := []byte(upgradeRequest("/ws/ns-01"))
+	buf := make([]byte, 4096)
+	b.ReportAllocs()
+	for b.Loop() {
+		conn, err := net.Dial("tcp", p.addr)
+		if err != nil {
+			b.Fatal(err)
+		}
+		if _, err := conn.Write(request); err != nil {
+			b.Fatal(err)
+		}
+		for got := 0; got < len(greeting); {
+			n, err := conn.Read(buf)
+			if err != nil {
+				b.Fatal(err)
+			}
+			got += n
+		}
+		conn.(*net.TCPConn).SetLinger(0)
+		conn.Close()
 	}
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"log/slog"
 	"maps"
@@ -33,6 +34,27 @@ const (
 func (c cause) String() string {
 	return [causes]string{"none", "client", "backend", "client_error", "backend_error",
 		"router_error", "half_close", "idle", "moved", "drain"}[c]
+}
+
+// ended is the cause when the side ended first, broken when it failed.
+func (i side) ended() cause  { return [2]cause{causeClient, causeBackend}[i] }
+func (i side) broken() cause { return [2]cause{causeClientError, causeBackendError}[i] }
+
+// failed is the cause when a call on the side's socket failed: broken if the error
+// says that the peer is gone. Any other, such as ENOBUFS and ENOMEM, which unix(7)
+// has when memory is short, is the router's.
+func (i side) failed(err error) cause {
+	for _, gone := range []error{
+		syscall.EPIPE, syscall.ECONNRESET, syscall.ECONNABORTED, syscall.ENOTCONN, syscall.ETIMEDOUT, // tcp(7), unix(7)
+		syscall.EHOSTUNREACH, syscall.ENETUNREACH, syscall.EHOSTDOWN, syscall.ENETDOWN, // ICMP said so before it timed out
+		syscall.ECONNREFUSED, syscall.ENOPROTOOPT, syscall.EPROTO, syscall.EACCES, // ICMP too
+		net.ErrClosed, // the router has cut it off
+	} {
+		if errors.Is(err, gone) {
+			return i.broken()
+		}
+	}
+	return causeRouterError
 }
 
 // lingerTime is how long a half-closed session may be silent.
@@ -94,40 +116,8 @@ func lastAddresses(peer string) string { return peer[max(0, len(peer)-maxPeer):]
 // bytes returns count.
 func (s *session) bytes() [2]int64 { return [2]int64{s.count[client].Load(), s.count[server].Load()} }
 
-// side is one of a session's two ends.
-type side int
-
-const (
-	client side = iota
-	server
-)
-
-// peer is the side that gets what comes from i.
-func (i side) peer() side { return 1 - i }
-
-// ended is the cause when the side ended first, broken when it failed.
-func (i side) ended() cause  { return [2]cause{causeClient, causeBackend}[i] }
-func (i side) broken() cause { return [2]cause{causeClientError, causeBackendError}[i] }
-
-// failed is the cause when a call on the side's socket failed: broken if the error
-// says that the peer is gone. Any other, such as ENOBUFS and ENOMEM, which unix(7)
-// has when memory is short, is the router's.
-func (i side) failed(err error) cause {
-	for _, gone := range []error{
-		syscall.EPIPE, syscall.ECONNRESET, syscall.ECONNABORTED, syscall.ENOTCONN, syscall.ETIMEDOUT, // tcp(7), unix(7)
-		syscall.EHOSTUNREACH, syscall.ENETUNREACH, syscall.EHOSTDOWN, syscall.ENETDOWN, // ICMP said so before it timed out
-		syscall.ECONNREFUSED, syscall.ENOPROTOOPT, syscall.EPROTO, syscall.EACCES, // ICMP too
-		net.ErrClosed, // the router has cut it off
-	} {
-		if errors.Is(err, gone) {
-			return i.broken()
-		}
-	}
-	return causeRouterError
-}
-
 // relay carries the bytes of all sessions. How it does that is the carrier's
-// business: relay_linux.go has one, relay_other.go one for all systems.
+// business: relay_linux.go has one, relay_portable.go one for all systems.
 type relay struct {
 	// Static after construction.
 	name    func(backend int) string
@@ -415,3 +405,48 @@ func (r *relay) endAll(why cause) {
 
 // wait returns when all sessions have ended.
 func (r *relay) wait() { r.open.Wait() }
+
+// newParting has the Close frames for a cause, causeMoved or causeDrain. done, if
+// not nil, is called once the session is over; it must not block.
+func newParting(why cause, done func(cut bool)) *parting {
+	p := &parting{done: done}
+	p.frame[client] = closeFrame(closeGoingAway, "going away", true)
+	p.frame[server] = closeFrame(closeGoingAway, "going away", false)
+	if why == causeMoved {
+		p.frame[server] = closeFrame(closeServiceRestart, "service restart", false)
+	}
+	return p
+}
+
+// idleLooks is how often endIdle looks at a session in the time that it may be
+// idle.
+const idleLooks = 8
+
+// endIdle ends sessions of which no byte was carried for timeout, until ctx ends.
+// It is late by up to a quarter of that: a look, and one more for looks that come
+// too close to each other. Sessions need no timer, and no time for each byte.
+func (r *relay) endIdle(ctx context.Context, timeout time.Duration) {
+	look := time.NewTicker(timeout / idleLooks)
+	defer look.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-look.C:
+			for _, s := range r.where((*session).idle) {
+				s.end(causeIdle)
+			}
+		}
+	}
+}
+
+// idle takes a look, and reports whether there were enough without a change.
+func (s *session) idle() bool {
+	n := s.bytes()
+	if sum := n[client] + n[server]; sum != s.carried {
+		s.carried, s.quiet = sum, 0
+		return false
+	}
+	s.quiet++
+	return s.quiet > idleLooks
+}

@@ -1,10 +1,18 @@
 package main
 
 import (
+	"bytes"
+	"encoding/json"
 	"fmt"
+	"log/slog"
 	"maps"
+	"math/rand/v2"
 	"reflect"
+	"slices"
+	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"unicode/utf8"
 )
@@ -355,4 +363,670 @@ func TestNamespaceFault(t *testing.T) {
 			}
 		})
 	}
+}
+
+// lookupTable is a router of which the table has the given number of backends
+// and of overrides, for namespaces as manyNamespaces makes them.
+func lookupTable(t testing.TB, backends, overrides int) *router {
+	t.Helper()
+	data := make(map[string]string, overrides)
+	for i, namespace := range manyNamespaces(overrides) {
+		data[namespace] = backendName("backend", i%backends)
+	}
+	r := &router{statefulSet: "backend", backends: ordinals{count: backends}, log: slog.New(slog.DiscardHandler), swapped: func() {}}
+	r.update(entries{data: pack(data)})
+	return r
+}
+
+// missing returns as many namespaces that no table has.
+func missing(namespaces []string) []string {
+	others := make([]string, len(namespaces))
+	for i, namespace := range namespaces {
+		others[i] = "no-" + strings.TrimPrefix(namespace, "ns-")
+	}
+	return others
+}
+
+func TestOwnerAllocatesNothing(t *testing.T) {
+	r := lookupTable(t, 4, 1000)
+	for name, namespace := range map[string]string{"hit": "ns-000500", "miss": "no-000500", "long": strings.Repeat("x", 253)} {
+		t.Run(name, func(t *testing.T) {
+			if got := testing.AllocsPerRun(1000, func() { r.table().owner(namespace) }); got != 0 {
+				t.Errorf("a lookup allocates %v times, want 0", got)
+			}
+		})
+	}
+}
+
+// BenchmarkOwner is what a request's lookup costs. A miss is hashed, which takes
+// longer the more backends there are.
+func BenchmarkOwner(b *testing.B) {
+	misses := missing(manyNamespaces(100_000)) // so many that the processor cannot learn their branches
+	for _, backends := range []int{4, 16} {
+		for _, overrides := range []int{0, 1_000, 100_000} {
+			r := lookupTable(b, backends, overrides)
+			name := fmt.Sprintf("backends=%d/overrides=%d/", backends, overrides)
+			if hits := manyNamespaces(overrides); overrides > 0 {
+				b.Run(name+"hit", func(b *testing.B) { lookUp(b, r, hits) })
+			}
+			b.Run(name+"miss", func(b *testing.B) { lookUp(b, r, misses) })
+		}
+	}
+}
+
+// lookUp asks for the owners of the namespaces in random order.
+func lookUp(b *testing.B, r *router, namespaces []string) {
+	namespaces = shuffled(namespaces)
+	b.ReportAllocs()
+	sum, next := 0, 0
+	for b.Loop() {
+		owner, _ := r.table().owner(namespaces[next])
+		sum += owner
+		if next++; next == len(namespaces) {
+			next = 0
+		}
+	}
+	if sum < 0 {
+		b.Fatal("an owner below 0")
+	}
+}
+
+// FuzzTable: whatever the entries are, each is in force as it was written or
+// rejected, and each namespace has an owner in range or is refused.
+func FuzzTable(f *testing.F) {
+	f.Add("ns-01", "backend-2", "ns-02", "bakend-2", "backend-1", byte(3))
+	f.Add("..", "backend-0", "a/b", "backend-00", "", byte(0))
+	f.Add("ns-01", "backend-9\n", "ns-01", "", "junk", byte(255))
+	f.Add("\xff", "backend-\xff", "", strings.Repeat("x", 100), "backend-3", byte(2))
+	f.Fuzz(func(t *testing.T, a, valueA, b, valueB, before string, more byte) {
+		count := 1 + int(more)
+		old := tableOf(4, map[string]string{a: before}, nil)
+		data := map[string]string{a: valueA, b: valueB}
+		for _, old := range []*table{nil, old} {
+			table := tableOf(count, data, old)
+			for namespace, value := range data {
+				wantInForceOrRejected(t, table, namespace, value)
+			}
+			for _, namespace := range []string{a, b, "another"} {
+				if owner, ok := table.owner(namespace); ok != (owner != refused) || ok && (owner < 0 || owner >= count) {
+					t.Errorf("owner of %q is %d, %v with %d backends", namespace, owner, ok, count)
+				}
+			}
+		}
+	})
+}
+
+func wantInForceOrRejected(t *testing.T, table *table, namespace, value string) {
+	t.Helper()
+	ordinal, pinned := overridesOf(table)[namespace]
+	bad, rejected := rejectedOf(table)[namespace[:min(maxName, len(namespace))]]
+	switch {
+	case !rejected && (!pinned || table.name(ordinal) != strings.TrimSpace(value)):
+		t.Errorf("%q: %q is in force as %d, %v", namespace, value, ordinal, pinned)
+	case !rejected:
+		return
+	case pinned != (bad.Kept != "hash" && bad.Kept != "nothing"):
+		t.Errorf("%q: %q is rejected as %+v and in the table is %v", namespace, value, bad, pinned)
+	case !utf8.ValidString(bad.Value) || bad.Want == "":
+		t.Errorf("%q: %q is rejected as %+v", namespace, value, bad)
+	case namespaceFault(namespace) == "" && table.name(0) == strings.TrimSpace(value):
+		t.Errorf("%q: %q is rejected as %+v, want it in force", namespace, value, bad)
+	}
+}
+
+// mergeModel says where namespaces are in plain words: hashed or not there,
+// refused, or an ordinal.
+type mergeModel map[string]int
+
+// next is the model after the sources were read, in order, with so many
+// backends; m is nil before the first.
+func (m mergeModel) next(sources []map[string]string, backends int) (after mergeModel, conflicts int) {
+	stays := func(namespace string) int {
+		was, pinned := m[namespace]
+		switch {
+		case m == nil || pinned && (was == refused || was >= backends):
+			return refused
+		case !pinned:
+			return hashed
+		}
+		return was
+	}
+	after = mergeModel{}
+	odd := map[string]bool{} // stays where it was
+	for _, data := range sources {
+		for namespace, value := range data {
+			ordinal := unreadable
+			for n := range backends {
+				if value == backendName("backend", n) {
+					ordinal = n
+				}
+			}
+			other, there := after[namespace]
+			switch {
+			case odd[namespace]:
+			case ordinal == unreadable:
+				odd[namespace] = true
+			case there && other != ordinal:
+				odd[namespace] = true
+				conflicts++
+			default:
+				after[namespace] = ordinal
+			}
+			if odd[namespace] {
+				after[namespace] = stays(namespace)
+			}
+		}
+	}
+	maps.DeleteFunc(after, func(_ string, ordinal int) bool { return ordinal == hashed })
+	return after, conflicts
+}
+
+// TestMergeModel holds tables of three sources against the model, through many
+// updates of one source each, and sometimes of the number of backends.
+func TestMergeModel(t *testing.T) {
+	random := rand.New(rand.NewPCG(1, 2))
+	for range 300 {
+		var model mergeModel
+		var old *table
+		backends := 4
+		sources := make([]map[string]string, 3)
+		for step := range 20 {
+			changed := random.IntN(3)
+			sources[changed] = map[string]string{}
+			for range random.IntN(6) {
+				sources[changed][fmt.Sprint("ns-", random.IntN(8))] = fmt.Sprint("backend-", random.IntN(6))
+			}
+			if random.IntN(5) == 0 {
+				backends = 2 + random.IntN(4)
+			}
+			var all []entries
+			for i, data := range sources {
+				all = append(all, entries{source: fmt.Sprint("source-", i), version: fmt.Sprint(step), data: pack(data)})
+			}
+			before := model
+			var conflicts int
+			model, conflicts = model.next(sources, backends)
+			next := newTable("backend", ordinals{count: backends}, all, old)
+			got := mergeModel(overridesOf(next))
+			if !maps.Equal(got, model) || next.conflicts != conflicts || next.overrides != len(model) {
+				t.Fatalf("step %d, %d backends, sources %v after %v:\n%d overrides %v, %d conflicts; want\n%v, %d",
+					step, backends, sources, before, next.overrides, got, next.conflicts, model, conflicts)
+			}
+			wantCounts(t, next, old, before, model)
+			wantSums(t, next)
+			old = next
+		}
+	}
+}
+
+// wantSums holds content and kept against sums over all namespaces.
+func wantSums(t *testing.T, next *table) {
+	t.Helper()
+	var content, kept uint64
+	for i := range next.index.cells {
+		s := &next.index.cells[i]
+		if s.part == 0 {
+			continue
+		}
+		key := spread(string(next.index.record(s).namespace))
+		if next.stays(s) {
+			content, kept = content+key*weight(unreadable), kept+key*weight(next.means(s))
+		} else {
+			content += key * weight(next.means(s))
+		}
+	}
+	content += spread(fmt.Sprintf("hash 1, backends %s", next.backends))
+	if next.content != fmix64(content) || next.kept != fmix64(kept) {
+		t.Fatalf("stamp %s, want %016x.%016x", next.stamp, fmix64(content), fmix64(kept))
+	}
+}
+
+// wantCounts checks what a table says of its changes. With every source read
+// anew a namespace of several sources may be counted more than once.
+func wantCounts(t *testing.T, next, old *table, before, after mergeModel) {
+	t.Helper()
+	var sum change
+	for _, c := range next.changes(old) {
+		sum.added, sum.changed, sum.removed = sum.added+c.added, sum.changed+c.changed, sum.removed+c.removed
+	}
+	var want change
+	for namespace, ordinal := range after {
+		if was, ok := before[namespace]; !ok {
+			want.added++
+		} else if was != ordinal {
+			want.changed++
+		}
+	}
+	for namespace := range before {
+		if _, ok := after[namespace]; !ok {
+			want.removed++
+		}
+	}
+	for _, n := range [][2]int{{sum.added, want.added}, {sum.changed, want.changed}, {sum.removed, want.removed}} {
+		if n[0] < n[1] || n[0] > 3*n[1] {
+			t.Fatalf("%d added, %d changed, %d removed; want %d, %d, %d or up to three times that",
+				sum.added, sum.changed, sum.removed, want.added, want.changed, want.removed)
+		}
+	}
+}
+
+// loggedRouter is a router of 4 backends and its log.
+func loggedRouter(t *testing.T) (*router, *logTail) {
+	t.Helper()
+	tail := newLogTail()
+	log, err := newLogger(tail, "json", slog.LevelInfo)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &router{statefulSet: "backend", backends: ordinals{count: 4}, log: log, swapped: func() {}}, tail
+}
+
+// TestRouterSwaps reads the table in several goroutines while it is updated: it
+// is never nil, never older than before, and never of two updates.
+func TestRouterSwaps(t *testing.T) {
+	const updates = 1000
+	namespaces := []string{"a", "b", "c", "d", "e"}
+	r, tail := loggedRouter(t)
+	put := func(version int) {
+		data := map[string]string{}
+		for _, namespace := range namespaces {
+			data[namespace] = backendName("backend", version%4)
+		}
+		r.update(entries{version: strconv.Itoa(version), data: pack(data)})
+	}
+	put(1)
+	var done atomic.Bool
+	var readers sync.WaitGroup
+	for range 4 {
+		readers.Go(func() {
+			for last := 1; !done.Load(); {
+				last = wantWhole(t, r.table(), namespaces, last)
+			}
+		})
+	}
+	for version := 2; version <= updates; version++ {
+		put(version)
+	}
+	done.Store(true)
+	readers.Wait()
+	if got := r.swaps.Load(); got != updates {
+		t.Errorf("%d swaps, want %d", got, updates)
+	}
+	if got := len(tail.all("table")); got != updates {
+		t.Errorf("%d tables in the log, want %d", got, updates)
+	}
+}
+
+// wantWhole checks that the table is one that put has made, not before last, and
+// returns its version.
+func wantWhole(t *testing.T, table *table, namespaces []string, last int) int {
+	t.Helper()
+	if table == nil {
+		t.Error("the table is nil")
+		return last
+	}
+	version, err := strconv.Atoi(table.version)
+	if err != nil || version < last {
+		t.Errorf("version %s after %d", table.version, last)
+	}
+	for _, namespace := range namespaces {
+		if owner, ok := table.owner(namespace); !ok || owner != version%4 {
+			t.Errorf("owner of %s is %d in version %d, want %d", namespace, owner, version, version%4)
+		}
+	}
+	return version
+}
+
+func TestRouterTellsEachSwap(t *testing.T) {
+	r, _ := loggedRouter(t)
+	var versions []string
+	r.swapped = func() { versions = append(versions, r.table().version) }
+	for _, version := range []string{"1", "2", "3"} {
+		r.update(entries{version: version, data: pack(map[string]string{"a": "backend-" + version})})
+	}
+	if want := []string{"1", "2", "3"}; !slices.Equal(versions, want) {
+		t.Errorf("swapped saw the tables %v, want %v", versions, want)
+	}
+}
+
+// TestRouterStaleEntries: a copy counts only until the source was heard.
+func TestRouterStaleEntries(t *testing.T) {
+	r, _ := loggedRouter(t)
+	steps := []struct {
+		version string
+		stale   bool
+		want    string
+	}{{"copy-1", true, "copy-1"}, {"copy-2", true, "copy-2"}, {"7", false, "7"}, {"copy-3", true, "7"}, {"8", false, "8"}}
+	for _, step := range steps {
+		r.update(entries{version: step.version, stale: step.stale})
+		if got := r.table().version; got != step.want {
+			t.Errorf("after %q the table is of %q, want %q", step.version, got, step.want)
+		}
+	}
+}
+
+func TestRouterReports(t *testing.T) {
+	r, tail := loggedRouter(t)
+	data := map[string]string{"good": "backend-1"}
+	for i := range 25 {
+		data[fmt.Sprintf("bad-%02d", i)] = "bakend-" + strconv.Itoa(i)
+	}
+	r.update(entries{source: "test", version: "41", data: pack(data)})
+	wantLine(t, tail.all("table"), 1, map[string]any{"level": "INFO", "source": "test", "version": "41", "backends": 4.0,
+		"overrides": 26.0, "added": 26.0, "changed": 0.0, "removed": 0.0, "rejected": 25.0})
+	wantLine(t, tail.all("entry rejected"), 10, map[string]any{"level": "WARN", "source": "test", "version": "41",
+		"namespace": "bad-09", "value": "bakend-9", "want": "backend-0 to backend-3", "kept": "refused"})
+	wantLine(t, tail.all("more entries rejected"), 1, map[string]any{"level": "WARN", "count": 15.0})
+
+	data["bad-00"], data["bad-01"], data["good"] = "still wrong", "backend-3", "backend-2"
+	r.update(entries{source: "test", version: "42", data: pack(data)})
+	wantLine(t, tail.all("table"), 2, map[string]any{"version": "42", "added": 0.0, "changed": 2.0, "removed": 0.0, "rejected": 24.0})
+	wantLine(t, tail.all("entry rejected"), 11, map[string]any{"version": "42", "namespace": "bad-00", "value": "still wrong"})
+	wantLine(t, tail.all("more entries rejected"), 1, nil)
+}
+
+// TestRouterResizes: a table comes when overrides and backends are both known,
+// and each number of backends judges the same overrides anew.
+func TestRouterResizes(t *testing.T) {
+	r, tail := loggedRouter(t)
+	r.backends = ordinals{}
+	swapped := 0
+	r.swapped = func() { swapped++ }
+	r.update(entries{source: "test", version: "1", data: pack(map[string]string{"a": "backend-1", "late": "backend-5"})})
+	if r.table() != nil || swapped > 0 {
+		t.Fatal("there is a table before the number of backends is known")
+	}
+	steps := []struct {
+		backends ordinals
+		a, late  int // owners
+		hashed   int // owner of another namespace
+		swaps    int
+	}{
+		{ordinals{0, 4}, 1, refused, bucket("another", 4), 1},
+		{ordinals{0, 4}, 1, refused, bucket("another", 4), 1},
+		{ordinals{0, 6}, 1, 5, bucket("another", 6), 2},
+		{ordinals{0, 1}, refused, refused, 0, 3},
+		{ordinals{0, 6}, 1, 5, bucket("another", 6), 4},
+		{ordinals{3, 4}, refused, 5, 3 + bucket("another", 4), 5},
+		{ordinals{1, 1}, 1, refused, 1, 6},
+	}
+	for _, step := range steps {
+		r.resize(step.backends, "")
+		owner := func(namespace string) int { owner, _ := r.table().owner(namespace); return owner }
+		if a, late, hashed := owner("a"), owner("late"), owner("another"); a != step.a || late != step.late || hashed != step.hashed || swapped != step.swaps {
+			t.Errorf("with %+v owners %d, %d, %d after %d swaps, want %+v", step.backends, a, late, hashed, swapped, step)
+		}
+	}
+	wantLine(t, tail.all("table"), 6, map[string]any{"source": "test", "version": "1", "backends": 1.0, "rejected": 1.0})
+	wantLine(t, tail.all("entry rejected"), 5, map[string]any{"namespace": "late", "value": "backend-5", "want": "backend-1 to backend-1", "kept": "refused"})
+}
+
+// TestRouterKeepsAcrossResizes: a namespace whose entry cannot be read stays on
+// its backend for as long as that is there.
+func TestRouterKeepsAcrossResizes(t *testing.T) {
+	r, _ := loggedRouter(t)
+	r.update(entries{source: "test", version: "1", data: pack(map[string]string{"a": "backend-3"})})
+	r.update(entries{source: "test", version: "2", data: pack(map[string]string{"a": "bakend-3"})})
+	for _, step := range []struct {
+		backends ordinals
+		want     int
+	}{{ordinals{0, 6}, 3}, {ordinals{2, 4}, 3}, {ordinals{0, 3}, refused}, {ordinals{0, 6}, refused}} {
+		r.resize(step.backends, "")
+		if got, _ := r.table().owner("a"); got != step.want {
+			t.Errorf("with %+v the owner is %d, want %d", step.backends, got, step.want)
+		}
+	}
+}
+
+// TestRouterReportsTheEndOfACopy: what the copy of one source had and the real
+// one has too did not change.
+func TestRouterReportsTheEndOfACopy(t *testing.T) {
+	r, tail := loggedRouter(t)
+	r.update(entries{source: "directory", version: "1", data: pack(map[string]string{"a": "backend-1", "b": "backend-2"}), stale: true})
+	r.update(entries{source: "ConfigMap", version: "2", data: pack(map[string]string{"a": "backend-1", "c": "backend-3"})})
+	wantLine(t, tail.all("table"), 2, map[string]any{"source": "ConfigMap", "overrides": 2.0, "added": 1.0, "changed": 0.0, "removed": 1.0})
+}
+
+// A source that is read again with the same entries, as after a change of its
+// labels, is no swap and is told to nobody, but the table says its version.
+func TestRouterOtherVersionOfTheSame(t *testing.T) {
+	r, tail := loggedRouter(t)
+	var told []change
+	r.told = func(c change) { told = append(told, c) }
+	a, b := map[string]string{"a": "backend-1", "x": "backend-1"}, map[string]string{"b": "junk", "x": "backend-2"}
+	source := func(name, version string, data map[string]string) entries {
+		return entries{source: name, version: version, data: pack(data)}
+	}
+	r.update(source("a", "1", a), source("b", "2", b))
+	first := r.table()
+	swapped := 0
+	r.swapped = func() { swapped++ }
+	told = nil
+	r.update(source("a", "3", a), source("b", "2", b))
+	next := r.table()
+	if next.version == first.version || next.sources[0].version != "3" || next.stamp != first.stamp {
+		t.Errorf("version %s of %+v, stamp %s, after %s, %s", next.version, next.sources, next.stamp, first.version, first.stamp)
+	}
+	if first.sources[0].version != "1" {
+		t.Error("the table before was changed")
+	}
+	if swapped != 0 || len(told) != 0 || r.swaps.Load() != 1 || len(tail.all("table")) != 1 {
+		t.Errorf("%d swaps, %d changes told, %d lines of tables, want that of the first only", swapped, len(told), len(tail.all("table")))
+	}
+	if got := next.rejectionsOf("x"); len(got) != 2 || next.explain("b") != whyRefused {
+		t.Errorf("x: %v; b: %s", got, next.explain("b"))
+	}
+
+	b["b"] = "backend-3"
+	r.update(source("a", "4", a), source("b", "5", b)) // one has other labels, one other entries
+	if swapped != 1 || len(told) != 1 || told[0].source != "b" || told[0].changed != 1 || r.table().sources[0].version != "4" {
+		t.Errorf("%d swaps, told %+v of %+v, want one of b", swapped, told, r.table().sources)
+	}
+	r.resize(ordinals{count: 3}, "")
+	r.update(source("a", "6", a), source("b", "5", b))
+	if swapped != 2 || r.table().backends.count != 3 || r.table().sources[0].version != "6" {
+		t.Errorf("%d swaps, %+v", swapped, r.table())
+	}
+	r.update(source("a", "6", a)) // one source less is more than a version
+	if swapped != 3 || len(r.table().sources) != 1 {
+		t.Errorf("%d swaps, %+v", swapped, r.table().sources)
+	}
+}
+
+// stampWorld is what the routers of TestStampsAgree see: some ConfigMaps and a
+// number of backends, at one moment.
+type stampWorld struct {
+	data     [3]map[string]string
+	backends ordinals
+}
+
+// next changes one thing.
+func (w stampWorld) next(random *rand.Rand) stampWorld {
+	if random.IntN(4) == 0 {
+		w.backends.count = 2 + random.IntN(4)
+		return w
+	}
+	changed := random.IntN(len(w.data))
+	data := maps.Clone(w.data[changed])
+	for range 1 + random.IntN(2) {
+		namespace := fmt.Sprint("ns-", random.IntN(6))
+		data[namespace] = fmt.Sprint("backend-", random.IntN(7)) // some of them beyond the last
+		if random.IntN(3) == 0 {
+			delete(data, namespace)
+		}
+	}
+	w.data[changed] = data
+	return w
+}
+
+// show has the router see it: with shuffled sources of other names if it is odd,
+// and with values that are spelled otherwise.
+func (w stampWorld) show(r *router, version int, odd bool, random *rand.Rand) {
+	r.resize(w.backends, "")
+	var all []entries
+	for i, data := range w.data {
+		e := entries{source: fmt.Sprint("source-", i), version: fmt.Sprint(version), data: pack(data)}
+		if odd {
+			spelled := map[string]string{}
+			for namespace, value := range data {
+				spelled[namespace] = " " + value + "\n"
+			}
+			e = entries{source: fmt.Sprint("other-", i), version: fmt.Sprint("v", version), data: pack(spelled)}
+		}
+		all = append(all, e)
+	}
+	if odd {
+		random.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+	}
+	r.update(all...)
+}
+
+// TestStampsAgree: two routers see one history of edits, of which each misses some
+// versions, or starts later. Whenever their stamps are equal, so are their owners of
+// all namespaces; what they see last alone decides the content.
+func TestStampsAgree(t *testing.T) {
+	random := rand.New(rand.NewPCG(3, 4))
+	seen := map[string]int{}
+	quiet := slog.New(slog.DiscardHandler)
+	for range 400 {
+		w := stampWorld{backends: ordinals{count: 4}}
+		for i := range w.data {
+			w.data[i] = map[string]string{}
+		}
+		start := func() *router {
+			return &router{statefulSet: "backend", log: quiet, swapped: func() {}}
+		}
+		routers := []*router{start(), start()}
+		last := [2]int{-1, -2}
+		for version := range 30 {
+			w = w.next(random)
+			for i := range routers {
+				if random.IntN(40) == 0 {
+					routers[i] = start()
+				}
+				if routers[i].table() == nil || random.IntN(3) > 0 {
+					w.show(routers[i], version, i == 1, random)
+					last[i] = version
+				}
+			}
+			wantStampsAgree(t, routers[0].table(), routers[1].table(), last[0] == last[1], seen)
+		}
+	}
+	t.Logf("%v", seen)
+	for _, what := range []string{"equal", "equal, some stay", "other kept, other owners", "equal after other versions"} {
+		if seen[what] < 50 {
+			t.Errorf("%s: seen %d times, want more", what, seen[what])
+		}
+	}
+}
+
+// wantStampsAgree checks what the stamps of two tables say of their owners.
+func wantStampsAgree(t *testing.T, a, b *table, same bool, seen map[string]int) {
+	t.Helper()
+	owners := true
+	for i := range 6 {
+		namespace := fmt.Sprint("ns-", i)
+		ownerA, okA := a.owner(namespace)
+		ownerB, okB := b.owner(namespace)
+		owners = owners && ownerA == ownerB && okA == okB
+	}
+	if same && a.content != b.content {
+		t.Fatalf("of the same sources and backends the stamps are %s and %s", a.stamp, b.stamp)
+	}
+	if stays := a.kept != 0; a.stamp == b.stamp {
+		if !owners {
+			t.Fatalf("the stamp of both is %s, and their owners differ:\n%v %s\n%v %s", a.stamp, overridesOf(a), a.backends, overridesOf(b), b.backends)
+		}
+		seen["equal"]++
+		if stays {
+			seen["equal, some stay"]++
+		}
+		if !same {
+			seen["equal after other versions"]++
+		}
+	} else if a.content == b.content && !owners {
+		seen["other kept, other owners"]++
+	}
+}
+
+// largeMap is the JSON of the n-th ConfigMap of overrides, in edge. Its version
+// gives all namespaces another backend of 16 than the version before.
+func largeMap(n, overrides, version int) []byte {
+	var b bytes.Buffer
+	fmt.Fprintf(&b, `{"kind":"ConfigMap","metadata":{"name":"routes-%02d","namespace":"edge","uid":"u%d","resourceVersion":"%d"},"data":{`, n, n, version)
+	for i := range overrides {
+		fmt.Fprintf(&b, `"tenant-%07d":"backend-%d",`, n*overrides+i, (i+version)%16)
+	}
+	b.Truncate(b.Len() - 1)
+	b.WriteString("}}")
+	return b.Bytes()
+}
+
+// largeList is a LIST of them.
+func largeList(objects, overrides int) []byte {
+	var items [][]byte
+	for n := range objects {
+		items = append(items, largeMap(n, overrides, 1))
+	}
+	return fmt.Appendf(nil, `{"kind":"ConfigMapList","metadata":{"resourceVersion":"1"},"items":[%s]}`, bytes.Join(items, []byte(",")))
+}
+
+// largeMaps is a router with the overrides of that many ConfigMaps. It has 16
+// backends.
+func largeMaps(t testing.TB, objects, overrides int) (*configMaps, *router) {
+	t.Helper()
+	log := slog.New(slog.DiscardHandler)
+	r := &router{statefulSet: "backend", backends: ordinals{count: 16}, log: log, swapped: func() {}}
+	c := &configMaps{update: r.update, events: newRecorder(kube{}, "", log), log: log}
+	c.follow(kube{}, "edge", "", "a=b")
+	_, items, err := decodeList[configMap](bytes.NewReader(largeList(objects, overrides)), maxList)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.watchers[0].replace(fakeSet(items...))
+	if got := r.table().overrides; got != objects*overrides {
+		t.Fatalf("%d overrides, want %d", got, objects*overrides)
+	}
+	return c, r
+}
+
+// BenchmarkSwap is what an event takes that changes the backends of all
+// overrides of one ConfigMap, from its bytes to the table in force, with what
+// the log and the Events say.
+func BenchmarkSwap(b *testing.B) {
+	for _, size := range []struct{ objects, overrides int }{{1, 10}, {1, 10_000}, {1, 40_000}, {30, 33_334}} {
+		b.Run(fmt.Sprintf("objects=%d/overrides=%d", size.objects, size.objects*size.overrides), func(b *testing.B) {
+			c, r := largeMaps(b, size.objects, size.overrides)
+			var events [2][]byte
+			for i := range events {
+				events[i] = fmt.Appendf(nil, `{"type":"MODIFIED","object":%s}`, largeMap(0, size.overrides, i+2))
+			}
+			b.ReportAllocs()
+			swaps := r.swaps.Load()
+			n := 0
+			for b.Loop() {
+				if err := c.watchers[0].next(json.NewDecoder(bytes.NewReader(events[n%2]))); err != nil {
+					b.Fatal(err)
+				}
+				n++
+			}
+			if got := r.swaps.Load() - swaps; got != int64(n) {
+				b.Fatalf("%d swaps of %d events", got, n)
+			}
+		})
+	}
+}
+
+// BenchmarkOwnerOfAMillion is a lookup among a million overrides.
+func BenchmarkOwnerOfAMillion(b *testing.B) {
+	_, r := largeMaps(b, 30, 33_334)
+	names := make([]string, 1_000_000)
+	for i := range names {
+		names[i] = fmt.Sprintf("tenant-%07d", i)
+	}
+	b.Run("hit", func(b *testing.B) { lookUp(b, r, names) })
+	for i := range names {
+		names[i] = fmt.Sprintf("nobody-%07d", i)
+	}
+	b.Run("miss", func(b *testing.B) { lookUp(b, r, names) })
 }

@@ -15,11 +15,10 @@ import (
 	"testing"
 )
 
-// layout is the root's files in their reading order. What one file is for each
-// system is one here.
-var layout = strings.Fields(`main config route pack hash swap dir configmap events watch decode kube
-	cluster statefulset endpoints dns backends hold listen proxy upgrade refusal express relay frame
-	rawio pace move admin plan command metrics log`)
+// layout is the root's files in their reading order: a file uses only those after
+// it. What one file is for each system is one here.
+var layout = strings.Fields(`main command config metrics admin fastpath proxy handshake listen configmap directory
+	events move route overrides hash discovery backends watch kube relay websocket log`)
 
 // sources is the root's files as they are, without tests.
 type sources struct {
@@ -104,10 +103,13 @@ func (s *sources) name(pos token.Pos) string {
 	return unit(strings.TrimSuffix(s.fset.Position(pos).Filename, ".go"))
 }
 
-// unit is the file that another belongs to: relay to relay_linux and
-// relay_other.
+// unit is the file that another belongs to: relay to relay_linux, relay_portable
+// and epoll_linux, which is how relay_linux waits.
 func unit(name string) string {
 	name, _, _ = strings.Cut(name, "_")
+	if name == "epoll" {
+		return "relay"
+	}
 	return name
 }
 
@@ -124,25 +126,14 @@ func TestLayoutIsWhole(t *testing.T) {
 	}
 }
 
-func TestLayoutHasNoCircle(t *testing.T) {
-	uses := parseSources(t).uses()
-	done := map[string]bool{}
-	var visit func(file string, path []string)
-	visit = func(file string, path []string) {
-		if at := slices.Index(path, file); at >= 0 {
-			t.Errorf("a circle: %s", strings.Join(append(path[at:], file), " uses "))
-			return
+// TestLayoutGoesDown: no file uses one that is before it. So there is no circle.
+func TestLayoutGoesDown(t *testing.T) {
+	for file, others := range parseSources(t).uses() {
+		for other, identifier := range others {
+			if slices.Index(layout, other) < slices.Index(layout, file) {
+				t.Errorf("%s uses %s of %s, which is before it in the layout", file, identifier, other)
+			}
 		}
-		if done[file] {
-			return
-		}
-		for other := range uses[file] {
-			visit(other, append(slices.Clip(path), file))
-		}
-		done[file] = true
-	}
-	for file := range uses {
-		visit(file, nil)
 	}
 }
 
@@ -192,4 +183,99 @@ func TestGoModRequiresLittle(t *testing.T) {
 			t.Errorf("go.mod has %q, want to require nothing but golang.org/x/net", line)
 		}
 	}
+}
+
+// TestNoState: nothing happens before main, and no package variable can change.
+func TestNoState(t *testing.T) {
+	s := parseSources(t)
+	for _, name := range s.names {
+		for _, decl := range s.files[name].Decls {
+			switch decl := decl.(type) {
+			case *ast.FuncDecl:
+				if decl.Recv == nil && decl.Name.Name == "init" {
+					t.Errorf("%s.go has an init function", name)
+				}
+			case *ast.GenDecl:
+				for _, spec := range decl.Specs {
+					if value, ok := spec.(*ast.ValueSpec); ok && decl.Tok == token.VAR && !isSentinel(value) {
+						t.Errorf("%s.go has the package variable %s, want error sentinels only", name, value.Names[0])
+					}
+				}
+			}
+		}
+	}
+}
+
+// isSentinel reports whether a variable is an error to compare with: var
+// errName = errors.New(...) or fmt.Errorf(...).
+func isSentinel(v *ast.ValueSpec) bool {
+	if len(v.Names) != 1 || len(v.Values) != 1 || !strings.HasPrefix(v.Names[0].Name, "err") {
+		return false
+	}
+	call, ok := v.Values[0].(*ast.CallExpr)
+	if !ok {
+		return false
+	}
+	function := types.ExprString(call.Fun)
+	return function == "errors.New" || function == "fmt.Errorf"
+}
+
+// TestSizes: functions of 60 lines, nesting of 3 at most; a comment on every type
+// and on every function of more than 15 lines. A file holds one noun, whatever its
+// length.
+func TestSizes(t *testing.T) {
+	s := parseSources(t)
+	for _, name := range s.names {
+		file := s.files[name]
+		for _, decl := range file.Decls {
+			switch decl := decl.(type) {
+			case *ast.FuncDecl:
+				s.checkFunction(t, name, decl)
+			case *ast.GenDecl:
+				if decl.Tok == token.TYPE && decl.Doc == nil {
+					t.Errorf("%s.go:%d: a type without a comment", name, s.fset.Position(decl.Pos()).Line)
+				}
+			}
+		}
+	}
+}
+
+func (s *sources) checkFunction(t *testing.T, file string, f *ast.FuncDecl) {
+	t.Helper()
+	lines := s.fset.Position(f.End()).Line - s.fset.Position(f.Pos()).Line + 1
+	if lines > 60 {
+		t.Errorf("%s.go: %s has %d lines, want at most 60", file, f.Name, lines)
+	}
+	if lines > 15 && f.Doc == nil && f.Name.Name != "main" {
+		t.Errorf("%s.go: %s has %d lines and no comment", file, f.Name, lines)
+	}
+	if depth := nesting(f.Body); depth > 3 {
+		t.Errorf("%s.go: %s is nested %d deep, want at most 3", file, f.Name, depth)
+	}
+}
+
+// nesting is how deep the statements below n are in others. An else if is as
+// deep as its if.
+func nesting(n ast.Node) (deepest int) {
+	ast.Inspect(n, func(inner ast.Node) bool {
+		if inner == nil || inner == n {
+			return true
+		}
+		switch inner := inner.(type) {
+		case *ast.IfStmt:
+			deepest = max(deepest, 1+nesting(inner.Body))
+			switch other := inner.Else.(type) {
+			case *ast.IfStmt:
+				deepest = max(deepest, nesting(&ast.BlockStmt{List: []ast.Stmt{other}}))
+			case *ast.BlockStmt:
+				deepest = max(deepest, 1+nesting(other))
+			}
+			return false
+		case *ast.ForStmt, *ast.RangeStmt, *ast.SwitchStmt, *ast.TypeSwitchStmt, *ast.SelectStmt:
+			deepest = max(deepest, 1+nesting(inner))
+			return false
+		}
+		return true
+	})
+	return deepest
 }

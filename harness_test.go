@@ -1,0 +1,926 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"math"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/net/websocket"
+)
+
+// asRouter in the environment makes the test binary behave as the program.
+const asRouter = "TEST_BINARY_IS_ROUTER"
+
+// update writes the golden files anew.
+var update = flag.Bool("update", false, "write testdata anew; testdata/owners.txt only if it is missing")
+
+func TestMain(m *testing.M) {
+	if os.Getenv(asRouter) != "" {
+		go tellMemory()
+		main()
+		return
+	}
+	code := m.Run()
+	http.DefaultClient.CloseIdleConnections()
+	if left := leakedGoroutines(); code == 0 && len(left) > 0 {
+		for stack, count := range left {
+			fmt.Fprintf(os.Stderr, "%d leaked goroutines:\n%s\n\n", count, stack)
+		}
+		code = 1
+	}
+	os.Exit(code)
+}
+
+// tellMemory writes for each SIGHUP what is left in use of the heap and the
+// stacks after a collection, as a line of the log.
+func tellMemory() {
+	asked := make(chan os.Signal, 1)
+	signal.Notify(asked, syscall.SIGHUP)
+	for range asked {
+		used := userMemory()
+		debug.FreeOSMemory()
+		fmt.Printf("{\"msg\":\"memory\",\"used\":%d}\n", used)
+	}
+}
+
+// leakedGoroutines gives goroutines some time to end and returns the stacks of
+// the rest, with how many there are of each.
+func leakedGoroutines() (left map[string]int) {
+	for range 50 {
+		if left = otherGoroutines(); len(left) == 0 {
+			break
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	return left
+}
+
+// otherGoroutines returns the stacks of all goroutines but this one and those
+// that nobody can end.
+func otherGoroutines() map[string]int {
+	buf := make([]byte, 8<<20)
+	parent := regexp.MustCompile(` in goroutine \d+`)
+	stacks := map[string]int{}
+	for _, stack := range strings.Split(string(buf[:runtime.Stack(buf, true)]), "\n\n")[1:] {
+		_, frames, _ := strings.Cut(stack, "\n") // the first line has the number and the state
+		if !strings.Contains(frames, "os/signal.signal_recv") {
+			stacks[strings.TrimSpace(parent.ReplaceAllString(frames, ""))]++
+		}
+	}
+	return stacks
+}
+
+// patience bounds every wait of a test that should not wait.
+const patience = 10 * time.Second
+
+// seedFlag repeats a random test.
+var seedFlag = flag.Uint64("seed", 0, "seed of the random tests of the relay; 0 for another each time")
+
+// randomSeed returns the seed of a test, which is in its log.
+func randomSeed(t testing.TB) uint64 {
+	t.Helper()
+	seed := *seedFlag
+	for seed == 0 {
+		seed = rand.Uint64()
+	}
+	t.Logf("repeat with -seed %d", seed)
+	return seed
+}
+
+// logUniform returns 0 to most, as often below 100 as from 100 to 10,000.
+func logUniform(rng *rand.Rand, most int) int {
+	return int(math.Exp2(rng.Float64()*math.Log2(float64(most)+1))) - 1
+}
+
+// raced reports whether the race detector is on.
+func raced() bool {
+	info, _ := debug.ReadBuildInfo() // a test binary has it
+	return slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
+}
+
+// userMemory is what this process has in use for the heap and stacks, in bytes.
+// The far ends' part is in it too; the kernel's buffers are not.
+func userMemory() int64 {
+	for range 2 { // what was put in a sync.Pool outlives one
+		runtime.GC()
+	}
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return int64(m.HeapInuse + m.StackInuse)
+}
+
+func noEnvironment(string) string { return "" }
+
+// logTail takes a router's log in JSON, and says when a line has come.
+type logTail struct {
+	mu    sync.Mutex
+	rest  []byte           // of a line that has not ended
+	lines []map[string]any // those that are JSON
+	more  chan struct{}    // closed when lines grow
+}
+
+func (l *logTail) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.rest = append(l.rest, b...)
+	for {
+		line, rest, ended := bytes.Cut(l.rest, []byte("\n"))
+		if !ended {
+			return len(b), nil
+		}
+		l.rest = rest
+		fields := map[string]any{}
+		if json.Unmarshal(line, &fields) == nil {
+			l.lines = append(l.lines, fields)
+			close(l.more)
+			l.more = make(chan struct{})
+		}
+	}
+}
+
+// all returns the lines so far with this message.
+func (l *logTail) all(msg string) (found []map[string]any) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, fields := range l.lines {
+		if fields["msg"] == msg {
+			found = append(found, fields)
+		}
+	}
+	return found
+}
+
+// wait returns the n-th line with this message, counted from 1, once it is
+// there.
+func (l *logTail) wait(t testing.TB, msg string, n int) map[string]any {
+	t.Helper()
+	timeout := time.After(patience)
+	for {
+		l.mu.Lock()
+		more := l.more
+		l.mu.Unlock()
+		if found := l.all(msg); len(found) >= n {
+			return found[n-1]
+		}
+		select {
+		case <-more:
+		case <-timeout:
+			t.Fatalf("no line %d with msg=%q in the log", n, msg)
+		}
+	}
+}
+
+func newLogTail() *logTail { return &logTail{more: make(chan struct{})} }
+
+// wantLine checks how many lines there are, and fields of the last.
+func wantLine(t *testing.T, lines []map[string]any, count int, want map[string]any) {
+	t.Helper()
+	if len(lines) != count {
+		t.Fatalf("%d lines, want %d: %v", len(lines), count, lines)
+	}
+	for key, value := range want {
+		if got := lines[count-1][key]; got != value {
+			t.Errorf("%s=%v in the log, want %v", key, got, value)
+		}
+	}
+}
+
+// runningRouter is a router on ports of its own.
+type runningRouter struct {
+	log         *logTail
+	ws, admin   string // the start of URLs
+	front, side string // addresses
+}
+
+// await reads from the log where the router listens.
+func (r *runningRouter) await(t testing.TB) {
+	t.Helper()
+	line := r.log.wait(t, "serving", 1)
+	r.front, r.side = line["listen"].(string), line["admin"].(string)
+	r.ws, r.admin = "ws://"+r.front+"/ws/", "http://"+r.side
+}
+
+// get asks the admin port.
+func (r *runningRouter) get(t testing.TB, path string) (status int, body string) {
+	t.Helper()
+	resp, err := http.Get(r.admin + path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return resp.StatusCode, string(b)
+}
+
+// open makes a session and waits for its first echo.
+func (r *runningRouter) open(t testing.TB, namespace string) *websocket.Conn {
+	t.Helper()
+	config, err := websocket.NewConfig(r.ws+namespace, "http://origin.example/")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	ws, err := config.DialContext(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ws.Close() })
+	ws.SetDeadline(time.Now().Add(2 * patience))
+	sayAndHear(t, ws, "hello")
+	return ws
+}
+
+func sayAndHear(t testing.TB, ws *websocket.Conn, text string) {
+	t.Helper()
+	var got string
+	if err := errors.Join(websocket.Message.Send(ws, text), websocket.Message.Receive(ws, &got)); err != nil {
+		t.Fatal(err)
+	}
+	if got != text {
+		t.Fatalf("heard %q, want %q", got, text)
+	}
+}
+
+// onFreePorts are the flags of every router that a test starts.
+var onFreePorts = []string{"-listen", "127.0.0.1:0", "-admin", "127.0.0.1:0", "-log-format", "json", "-pod", "router-x"}
+
+// startRouter runs the router in this process until the test ends.
+func startRouter(t testing.TB, args ...string) *runningRouter {
+	t.Helper()
+	r := &runningRouter{log: newLogTail()}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	args = slices.Concat(onFreePorts, []string{"-drain-time", "0"}, args)
+	go func() { done <- run(ctx, args, noEnvironment, r.log) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("run: %v", err)
+		}
+	})
+	r.await(t)
+	return r
+}
+
+// overridesDir returns a directory for -overrides.
+func overridesDir(t testing.TB, data map[string]string) string {
+	t.Helper()
+	dir := t.TempDir()
+	for namespace, value := range data {
+		if err := os.WriteFile(filepath.Join(dir, namespace), []byte(value), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
+// waitBody asks until the answer is the one that is wanted.
+func waitBody(t *testing.T, r *runningRouter, path string, wantStatus int, want string) {
+	t.Helper()
+	for end := time.Now().Add(patience); ; <-time.After(10 * time.Millisecond) {
+		status, body := r.get(t, path)
+		if status == wantStatus && body == want {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("%s is %d %q, want %d %q", path, status, body, wantStatus, want)
+		}
+	}
+}
+
+// scrape reads the metrics of a running router.
+func scrape(t *testing.T, r *runningRouter) *exposition {
+	t.Helper()
+	_, body := r.get(t, "/metrics")
+	e, err := parseExposition(body)
+	if err != nil {
+		t.Fatalf("%v\n%s", err, body)
+	}
+	return e
+}
+
+// waitMetrics scrapes until the series have these values: a client may have its
+// answer before it was counted.
+func waitMetrics(t *testing.T, r *runningRouter, values map[string]float64) *exposition {
+	t.Helper()
+	for end := time.Now().Add(patience); ; <-time.After(10 * time.Millisecond) {
+		e := scrape(t, r)
+		lacks := e.lacks(values)
+		if lacks == "" {
+			return e
+		}
+		if time.Now().After(end) {
+			t.Fatal(lacks)
+		}
+	}
+}
+
+// stubBackend is a listener whose connections are served by the function it was
+// made with, which gets the request and what follows it.
+type stubBackend struct {
+	addr string
+
+	// Guarded by mu.
+	mu    sync.Mutex
+	seen  []string // the heads of the requests, as sent
+	conns []net.Conn
+}
+
+func (b *stubBackend) heads() []string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return append([]string(nil), b.seen...)
+}
+
+// startStub serves on addr, "127.0.0.1:0" for any port. After serve returns the
+// connection is closed.
+func startStub(t testing.TB, addr string, serve func(conn net.Conn, br *bufio.Reader)) *stubBackend {
+	t.Helper()
+	l, err := net.Listen("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := &stubBackend{addr: l.Addr().String()}
+	var running sync.WaitGroup
+	running.Go(func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			b.mu.Lock()
+			b.conns = append(b.conns, conn)
+			b.mu.Unlock()
+			running.Go(func() {
+				defer conn.Close()
+				br := bufio.NewReader(conn)
+				head, err := readHead(br)
+				if err != nil {
+					return // a probe, or a client that gave up
+				}
+				b.mu.Lock()
+				b.seen = append(b.seen, head)
+				b.mu.Unlock()
+				serve(conn, br)
+			})
+		}
+	})
+	t.Cleanup(func() {
+		l.Close()
+		b.mu.Lock()
+		for _, conn := range b.conns {
+			conn.Close()
+		}
+		b.mu.Unlock()
+		running.Wait()
+	})
+	return b
+}
+
+// readHead reads up to and with the empty line.
+func readHead(br *bufio.Reader) (string, error) {
+	var head strings.Builder
+	for {
+		line, err := br.ReadString('\n')
+		head.WriteString(line)
+		if err != nil || line == "\r\n" {
+			return head.String(), err
+		}
+	}
+}
+
+const switching = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n" +
+	"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n"
+
+// echo switches and sends back what comes.
+func echo(conn net.Conn, br *bufio.Reader) {
+	io.WriteString(conn, switching)
+	io.Copy(conn, br)
+}
+
+// answer returns a backend that gives one answer and waits for the other side
+// to close.
+func answer(text string) func(net.Conn, *bufio.Reader) {
+	return func(conn net.Conn, br *bufio.Reader) {
+		io.WriteString(conn, text)
+		if strings.Contains(text, " 101 ") {
+			io.Copy(io.Discard, br)
+		}
+	}
+}
+
+// silent never answers.
+func silent(conn net.Conn, br *bufio.Reader) { io.Copy(io.Discard, br) }
+
+// echoBackends starts WebSocket servers that send back what they get, and
+// returns the list of their addresses for -backends.
+func echoBackends(t testing.TB, count int) string {
+	t.Helper()
+	var addrs []string
+	for range count {
+		addrs = append(addrs, websocketBackend(t, func(ws *websocket.Conn) { io.Copy(ws, ws) }))
+	}
+	return strings.Join(addrs, ",")
+}
+
+// websocketBackend starts a WebSocket server and returns its address.
+func websocketBackend(t testing.TB, serve func(*websocket.Conn)) string {
+	t.Helper()
+	s := httptest.NewServer(websocket.Server{Handler: serve})
+	t.Cleanup(s.Close)
+	return s.Listener.Addr().String()
+}
+
+// listenLocal listens on any port until the test ends.
+func listenLocal(t testing.TB) net.Listener {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	return l
+}
+
+// listenAt listens until the test ends.
+func listenAt(t *testing.T, addr string) net.Listener {
+	t.Helper()
+	l, err := net.Listen("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	return l
+}
+
+// freeAddr returns an address where somebody may listen.
+func freeAddr(t testing.TB) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
+// refusingAddr returns an address where nobody listens, or can until the test
+// ends: its port is that of a connection.
+func refusingAddr(t testing.TB) string {
+	t.Helper()
+	conn, _ := tcpPair(t)
+	return conn.LocalAddr().String()
+}
+
+// testProxy is a proxy that serves on addr.
+type testProxy struct {
+	*proxy
+	addr    string
+	express *express
+	http    atomic.Int64 // clients that net/http had
+	tail    *logTail     // of its log
+}
+
+// ask sends the request as it stands, and returns the connection and the answer
+// with its body still on it.
+func (p *testProxy) ask(t testing.TB, request string) (*net.TCPConn, *bufio.Reader, *http.Response) {
+	t.Helper()
+	conn, err := net.Dial("tcp", p.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	mustWrite(t, conn, request)
+	conn.SetReadDeadline(time.Now().Add(patience))
+	br := bufio.NewReader(conn)
+	resp, err := http.ReadResponse(br, nil)
+	if err != nil {
+		t.Fatalf("no answer: %v", err)
+	}
+	return conn.(*net.TCPConn), br, resp
+}
+
+// open makes a session and returns the client's end.
+func (p *testProxy) open(t testing.TB, namespace string) *net.TCPConn {
+	t.Helper()
+	conn, br, resp := p.ask(t, upgradeRequest("/ws/"+namespace))
+	if resp.StatusCode != http.StatusSwitchingProtocols || br.Buffered() > 0 {
+		t.Fatalf("status %s and %d bytes, want 101 and none", resp.Status, br.Buffered())
+	}
+	return conn
+}
+
+// waitResult waits until the result was counted once.
+func (p *testProxy) waitResult(t testing.TB, want result) {
+	t.Helper()
+	for end := time.Now().Add(patience); p.results[want].Load() == 0; <-time.After(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("no result %v", want)
+		}
+	}
+}
+
+// mustTell checks the text of an answer, and that the reason is in it, where that is
+// the client's fault, or else in the log.
+func (p *testProxy) mustTell(t testing.TB, status int, body, reason string) {
+	t.Helper()
+	text := body
+	if sentence, ok := sentences()[status]; ok {
+		if body != sentence {
+			t.Errorf("the client of a %d is told %q, want %q", status, body, sentence)
+		}
+		text = fmt.Sprint(p.tail.wait(t, "upgrade refused", 1)["reason"])
+	}
+	if !strings.Contains(text, reason) {
+		t.Errorf("the reason of a %d is %q, want %q in it", status, text, reason)
+	}
+}
+
+// startProxy serves a proxy to the backends at addrs, with the given overrides
+// unless they are nil. change, if not nil, sees it before it starts.
+func startProxy(t testing.TB, addrs []string, data map[string]string, change func(*proxy)) *testProxy {
+	t.Helper()
+	tail := newLogTail()
+	log := slog.New(slog.NewJSONHandler(tail, nil))
+	b := fixedBackends("backend", addrs)
+	b.dialer = boundDialer(0)
+	router := &router{statefulSet: "backend", backends: b.given, log: log}
+	relay := newRelay(b.name, log)
+	gate := wideGate(t)
+	relay.freed = func(descriptors int) { gate.use(-descriptors) }
+	if err := relay.start(); err != nil {
+		t.Fatal(err)
+	}
+	probe := func(ctx context.Context, backend int) error {
+		_, err := b.probe(ctx, backend)
+		return err
+	}
+	mover := newMover(router, relay, 0, probe, log)
+	router.swapped = func() { mover.check(); b.holds.askAgain() }
+	p := &proxy{
+		router: router, backends: b, relay: relay, moves: mover, pod: "router-x", namespace: pathNamespace, log: log,
+		limits: limits{hold: patience, handshake: patience, headerTime: patience, headerBytes: 8 << 10, headerLines: 100, sessions: 1000, waiting: 1000},
+	}
+	if data != nil {
+		router.update(entries{source: "test", version: "41", data: pack(data)})
+	}
+	if change != nil {
+		change(p)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancelCause(context.Background())
+	tp := &testProxy{proxy: p, addr: l.Addr().String(), express: newExpress(p, l, gate), tail: tail}
+	front := newFront(ctx, p, log)
+	front.ConnState = func(_ net.Conn, state http.ConnState) {
+		if state == http.StateNew {
+			tp.http.Add(1)
+		}
+	}
+	var running sync.WaitGroup
+	running.Go(tp.express.run)
+	running.Go(func() { front.Serve(tp.express) })
+	running.Go(func() { mover.run(ctx) })
+	t.Cleanup(func() {
+		tp.express.stop()
+		cancel(errDraining)
+		front.Close()
+		p.upgrades.Wait()
+		relay.endAll(causeDrain)
+		relay.stop()
+		running.Wait()
+	})
+	return tp
+}
+
+// upgradeRequest is an upgrade of path as a browser would send it.
+func upgradeRequest(path string) string {
+	return "GET " + path + " HTTP/1.1\r\nHost: www.mydomain.com\r\nConnection: keep-alive, Upgrade\r\nUpgrade: websocket\r\n" +
+		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nOrigin: https://www.mydomain.com\r\n\r\n"
+}
+
+// bothWays are the two ways of an upgrade: the relay's pollers take what is plain, and
+// net/http the other, as its target is in absolute form.
+func bothWays(path string) map[string]string {
+	return map[string]string{"plain": upgradeRequest(path), "net/http": upgradeRequest("http://www.mydomain.com" + path)}
+}
+
+// both has a test run with a request that the event loop takes, and with one that
+// it leaves to net/http, for its absolute target.
+func both(t *testing.T, test func(t *testing.T, request string)) {
+	for name, target := range map[string]string{"plain": "/ws/ns-01", "net/http": "http://www.mydomain.com/ws/ns-01"} {
+		t.Run(name, func(t *testing.T) { test(t, upgradeRequest(target)) })
+	}
+}
+
+// send writes an upgrade request without waiting for its answer.
+func (p *testProxy) send(t testing.TB, namespace string) net.Conn {
+	t.Helper()
+	conn, err := net.Dial("tcp", p.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	mustWrite(t, conn, upgradeRequest("/ws/"+namespace))
+	return conn
+}
+
+// underWay is how many upgrades are.
+func (p *testProxy) underWay() int {
+	all, _ := p.waiting.taken(0)
+	return all
+}
+
+// waitWaiting waits until n upgrades are under way.
+func (p *testProxy) waitWaiting(t testing.TB, n int) {
+	t.Helper()
+	for end := time.Now().Add(patience); p.underWay() != n; <-time.After(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%d upgrades under way, want %d", p.underWay(), n)
+		}
+	}
+}
+
+func (p *testProxy) waitSessions(t testing.TB, n int) {
+	t.Helper()
+	for end := time.Now().Add(patience); p.relay.size() != n; <-time.After(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%d sessions, want %d", p.relay.size(), n)
+		}
+	}
+}
+
+func mustAnswer(t testing.TB, conn net.Conn, status int) {
+	t.Helper()
+	conn.SetReadDeadline(time.Now().Add(patience))
+	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil || resp.StatusCode != status {
+		t.Fatalf("answer %+v, %v; want %d", resp, err, status)
+	}
+}
+
+// sentences are all that clients are told of what is not their fault.
+func sentences() map[int]string {
+	return map[int]string{
+		502: "the backend gave no valid answer\n",
+		503: "the service is not available now, try again later\n",
+		504: "the backend gave no answer in time\n",
+	}
+}
+
+// wideGate is a gate that nobody waits at.
+func wideGate(t testing.TB) *gate {
+	t.Helper()
+	g, err := newGate(1<<20, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return g
+}
+
+// relayed is a session with the far ends of its sockets.
+type relayed struct {
+	*session
+	relay           *relay
+	client, backend *net.TCPConn
+}
+
+func (c relayed) wantCause(t testing.TB, want cause) {
+	t.Helper()
+	waitFor(t, c.relay)
+	if got := cause(c.why.Load()); got != want {
+		t.Errorf("cause = %v, want %v", got, want)
+	}
+	if got := c.relay.ended[want].Load(); got != 1 {
+		t.Errorf("ended[%v] = %d, want 1", want, got)
+	}
+}
+
+// wantAccount checks what is counted and logged of a session that has ended, the
+// only one of its relay.
+func (c relayed) wantAccount(t *testing.T, tail *logTail, taken [2]int64, least, most time.Duration) {
+	t.Helper()
+	r, got := c.relay, c.relay.bytes()
+	for i := client; i <= server; i++ {
+		if got[i] != taken[i] && taken[i] >= 0 {
+			t.Errorf("%d bytes came from side %d, want %d", got[i], i, taken[i])
+		}
+	}
+	wantLine(t, tail.all("session ended"), 1, map[string]any{"level": "INFO", "namespace": c.namespace,
+		"backend": r.name(c.session.backend), "cause": cause(c.why.Load()).String(), "client": c.peer,
+		"to_backend": float64(got[client]), "to_client": float64(got[server])})
+	seconds := tail.all("session ended")[0]["seconds"].(float64)
+	if seconds < least.Seconds() || seconds > most.Seconds() {
+		t.Errorf("seconds=%v in the log, want %v to %v", seconds, least.Seconds(), most.Seconds())
+	}
+	var ended int64
+	for i := range r.ended {
+		ended += r.ended[i].Load()
+	}
+	count := r.counts()[c.session.backend]
+	if ended != 1 || count.total != 1 || count.open != 0 || r.size() != 0 {
+		t.Errorf("%d ended of %d, %d and %d open; want 1 of 1, 0 and 0", ended, count.total, count.open, r.size())
+	}
+}
+
+func quietRelay(t testing.TB) *relay {
+	t.Helper()
+	name := func(i int) string { return backendName("backend", i) }
+	r := newRelay(name, slog.New(slog.DiscardHandler))
+	if err := r.start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		r.endAll(causeDrain)
+		r.stop()
+	})
+	return r
+}
+
+// carried starts a session in r.
+func carried(t testing.TB, r *relay, backend int, fromClient, fromBackend []byte) relayed {
+	t.Helper()
+	client, clientFar := tcpPair(t)
+	server, serverFar := tcpPair(t)
+	s := &session{namespace: "ns-01", backend: backend, peer: "192.0.2.7"}
+	r.carry(s, [2]net.Conn{clientFar, server}, [2][]byte{fromClient, fromBackend})
+	return relayed{session: s, relay: r, client: client, backend: serverFar}
+}
+
+// waitFor fails the test if the relay's sessions do not end by themselves.
+func waitFor(t testing.TB, r *relay) {
+	t.Helper()
+	done := make(chan struct{})
+	go func() { r.wait(); close(done) }()
+	select {
+	case <-done:
+	case <-time.After(patience):
+		t.Fatalf("%d sessions did not end", r.size())
+	}
+}
+
+// tcpPair returns the two ends of a TCP connection.
+func tcpPair(t testing.TB) (near, far *net.TCPConn) {
+	t.Helper()
+	a, b := pair(t, "tcp", "127.0.0.1:0")
+	return a.(*net.TCPConn), b.(*net.TCPConn)
+}
+
+// unixPair returns the two ends of a Unix socket, as nginx and the router have.
+func unixPair(t testing.TB) (near, far *net.UnixConn) {
+	t.Helper()
+	a, b := pair(t, "unix", filepath.Join(t.TempDir(), "s"))
+	return a.(*net.UnixConn), b.(*net.UnixConn)
+}
+
+// pair returns the two ends of a connection through addr.
+func pair(t testing.TB, network, addr string) (near, far net.Conn) {
+	t.Helper()
+	l, err := net.Listen(network, addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	if near, err = net.Dial(network, l.Addr().String()); err != nil {
+		t.Fatal(err)
+	}
+	if far, err = l.Accept(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { near.Close(); far.Close() })
+	return near, far
+}
+
+// halfConn is what TCP and Unix sockets have in common.
+type halfConn interface {
+	net.Conn
+	CloseWrite() error
+}
+
+func closeWrite(t testing.TB, conn *net.TCPConn) {
+	t.Helper()
+	if err := conn.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// reset closes conn with an RST.
+func reset(conn *net.TCPConn) {
+	conn.SetLinger(0)
+	conn.Close()
+}
+
+// endless is a source without an end.
+type endless struct{}
+
+func (endless) Read(b []byte) (int, error) { return len(b), nil }
+
+func mustWrite(t testing.TB, w io.Writer, s string) {
+	t.Helper()
+	if _, err := io.WriteString(w, s); err != nil {
+		t.Fatalf("write %q: %v", s, err)
+	}
+}
+
+func mustRead(t testing.TB, conn net.Conn, want string) {
+	t.Helper()
+	conn.SetReadDeadline(time.Now().Add(patience))
+	got := make([]byte, len(want))
+	if n, err := io.ReadFull(conn, got); err != nil || string(got) != want {
+		t.Fatalf("read %q, %v; want %q", got[:n], err, want)
+	}
+}
+
+// mustReadAll reads until EOF, which is to come after n bytes.
+func mustReadAll(t testing.TB, conn net.Conn, n int64) {
+	t.Helper()
+	conn.SetReadDeadline(time.Now().Add(patience))
+	if got, err := io.Copy(io.Discard, conn); got != n || err != nil {
+		t.Fatalf("read %d bytes, %v; want %d and EOF", got, err, n)
+	}
+}
+
+func mustEOF(t testing.TB, conn net.Conn) {
+	t.Helper()
+	conn.SetReadDeadline(time.Now().Add(patience))
+	if n, err := conn.Read(make([]byte, 1)); n != 0 || err != io.EOF {
+		t.Fatalf("read %d bytes, %v; want EOF", n, err)
+	}
+}
+
+// mustBreak reads until an error that is not a timeout.
+func mustBreak(t testing.TB, conn net.Conn) {
+	t.Helper()
+	conn.SetReadDeadline(time.Now().Add(patience))
+	_, err := io.Copy(io.Discard, conn)
+	var timeout net.Error
+	if errors.As(err, &timeout) && timeout.Timeout() {
+		t.Fatal("the connection is still open")
+	}
+}
+
+// manyNamespaces differ in their last characters, as names of tenants do.
+func manyNamespaces(count int) []string {
+	namespaces := make([]string, count)
+	for i := range namespaces {
+		namespaces[i] = fmt.Sprintf("ns-%06d", i)
+	}
+	return namespaces
+}
+
+// hashedTo returns a namespace, the prefix and a number, that hashes to the
+// backend.
+func hashedTo(t *testing.T, prefix string, backend, backends int) string {
+	t.Helper()
+	for i := range 1000 {
+		if namespace := fmt.Sprint(prefix, "-", i); bucket(namespace, backends) == backend {
+			return namespace
+		}
+	}
+	t.Fatalf("no namespace hashes to %d", backend)
+	return ""
+}
+
+// shuffled returns the namespaces in random order, in memory of their own that
+// is in this order too: when a request is routed, its own bytes were just read,
+// and those of the table's keys were not.
+func shuffled(namespaces []string) []string {
+	namespaces = slices.Clone(namespaces)
+	rng := rand.New(rand.NewPCG(3, 4))
+	rng.Shuffle(len(namespaces), func(i, j int) { namespaces[i], namespaces[j] = namespaces[j], namespaces[i] })
+	all := strings.Join(namespaces, "")
+	for i, namespace := range namespaces {
+		namespaces[i], all = all[:len(namespace)], all[len(namespace):]
+	}
+	return namespaces
+}
