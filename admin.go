@@ -22,20 +22,20 @@ import (
 // admin answers operators and probes, off the data path.
 type admin struct {
 	// Static after construction.
-	proxy      *proxy
-	gate       *gate
-	configMaps *configMaps   // nil without an API server
-	missing    func() string // why no overrides were read yet, in words, or ""
-	dropped    func() int64  // log lines
-	scale      *scale        // nil if the flags say how many backends there are
-	started    time.Time
+	proxy             *proxy
+	fdLimit           *descriptorLimit
+	configMaps        *configMaps     // nil without an API server
+	overridesNotReady func() string   // why no overrides were read yet, in words, or ""
+	droppedLogLines   func() int64    // log lines
+	replicaWatcher    *replicaWatcher // nil if the flags say how many backends there are
+	started           time.Time
 
 	draining atomic.Bool
 }
 
 // newAdminListener returns the listener of the admin port, on l.
 func newAdminListener(l net.Listener, log *slog.Logger) net.Listener {
-	return &boundedListener{Listener: retryListener{l, newAcceptRetry("-admin", log)}, max: adminConns}
+	return &limitListener{Listener: retryListener{l, newAcceptRetry("-admin", log)}, maxConns: maxAdminConns}
 }
 
 // server returns the server of the admin port, for a newAdminListener. Whatever is
@@ -51,18 +51,18 @@ func (a *admin) server(log *slog.Logger) *http.Server {
 		MaxHeaderBytes:    8 << 10,
 		ErrorLog:          serverLog(log),
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
-			return context.WithValue(ctx, boundedKey{}, c)
+			return context.WithValue(ctx, limitConnKey{}, c)
 		},
 	}
 }
 
 // How many requests are answered at once, for each of these. Those that dial make
-// ownerTurns + dialsAtOnce connections, which are adminDials.
+// maxConcurrentOwners + maxConcurrentDials connections, which are maxAdminDials.
 const (
-	planTurns     = 1 // one plan takes up to 40 MiB
-	backendsTurns = 1
-	ownerTurns    = 8
-	dialsAtOnce   = adminDials - ownerTurns // of one /backends
+	maxConcurrentPlans    = 1 // one plan takes up to 40 MiB
+	maxConcurrentBackends = 1
+	maxConcurrentOwners   = 8
+	maxConcurrentDials    = maxAdminDials - maxConcurrentOwners // of one /backends
 )
 
 // handler serves the admin port. It has to be asked for once: the turns belong to it.
@@ -71,11 +71,11 @@ func (a *admin) handler() http.Handler {
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	mux.HandleFunc("GET /readyz", a.readyz)
 	mux.HandleFunc("GET /metrics", a.metrics)
-	mux.HandleFunc("GET /owner", inTurns(ownerTurns, adminConns, a.owner))
-	mux.HandleFunc("GET /backends", inTurns(backendsTurns, adminConns, a.backends))
-	mux.HandleFunc("POST /plan", inTurns(planTurns, plansWaiting, a.plan))
+	mux.HandleFunc("GET /owner", limitConcurrency(maxConcurrentOwners, maxAdminConns, a.owner))
+	mux.HandleFunc("GET /backends", limitConcurrency(maxConcurrentBackends, maxAdminConns, a.backends))
+	mux.HandleFunc("POST /plan", limitConcurrency(maxConcurrentPlans, maxWaitingPlans, a.plan))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if c, ok := r.Context().Value(boundedKey{}).(*boundedConn); ok {
+		if c, ok := r.Context().Value(limitConnKey{}).(*limitConn); ok {
 			c.setBusy(true)
 			defer c.setBusy(false)
 		}
@@ -89,75 +89,75 @@ func (a *admin) handler() http.Handler {
 }
 
 const (
-	plansWaiting = 4               // plans that wait for their turn, whose bodies the kernel has
-	turnWait     = 3 * time.Second // the longest that one waits
+	maxWaitingPlans = 4               // plans that wait for their turn, whose bodies the kernel has
+	maxTurnWait     = 3 * time.Second // the longest that one waits
 )
 
-// inTurns answers count requests at once with next. As many as waiting wait, without
+// limitConcurrency answers count requests at once with next. As many as waiting wait, without
 // their bodies being read; the rest gets 503.
-func inTurns(count, waiting int, next http.HandlerFunc) http.HandlerFunc {
-	room := make(chan struct{}, count+waiting)
-	turns := make(chan struct{}, count)
+func limitConcurrency(count, waiting int, next http.HandlerFunc) http.HandlerFunc {
+	admitted := make(chan struct{}, count+waiting)
+	running := make(chan struct{}, count)
 	return func(w http.ResponseWriter, r *http.Request) {
 		select {
-		case room <- struct{}{}:
-			defer func() { <-room }()
+		case admitted <- struct{}{}:
+			defer func() { <-admitted }()
 		default:
-			answerBusy(w, r)
+			writeBusy(w, r)
 			return
 		}
-		bound := time.NewTimer(turnWait)
-		defer bound.Stop()
+		timeout := time.NewTimer(maxTurnWait)
+		defer timeout.Stop()
 		select {
-		case turns <- struct{}{}:
-			defer func() { <-turns }()
+		case running <- struct{}{}:
+			defer func() { <-running }()
 			next(w, r)
-		case <-bound.C:
-			answerBusy(w, r)
+		case <-timeout.C:
+			writeBusy(w, r)
 		case <-r.Context().Done(): // the client is gone
 		}
 	}
 }
 
-// answerBusy answers a request that gets no turn.
-func answerBusy(w http.ResponseWriter, r *http.Request) {
+// writeBusy answers a request that gets no turn.
+func writeBusy(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Retry-After", "1")
 	w.Header().Set("Connection", "close") // not to read the body
 	writeJSON(w, http.StatusServiceUnavailable, map[string]string{"error": "too many requests for " + r.URL.Path + " at once"})
 }
 
-// notReady says why the router should get no new clients. Once there is a table
+// whyNotReady says why the router should get no new clients. Once there is a table
 // the API server may be away for as long as it likes (invariant 5).
-func (a *admin) notReady() []string {
+func (a *admin) whyNotReady() []string {
 	var why []string
 	if a.draining.Load() {
 		why = append(why, errDraining.Error())
 	}
 	if a.proxy.router.table() == nil {
-		why = append(why, a.noTable()...)
+		why = append(why, a.whyNoTable()...)
 	}
-	if used, limit, full := a.gate.state(); full {
+	if used, limit, full := a.fdLimit.usage(); full {
 		why = append(why, fmt.Sprintf("clients wait for descriptors: %d of %d are used", used, limit))
 	}
 	return why
 }
 
-// noTable says why there is none yet.
-func (a *admin) noTable() (why []string) {
-	if missing := a.missing(); missing != "" {
+// whyNoTable says why there is none yet.
+func (a *admin) whyNoTable() (why []string) {
+	if missing := a.overridesNotReady(); missing != "" {
 		why = append(why, "no overrides were read yet: "+missing)
 	}
-	if a.scale == nil {
+	if a.replicaWatcher == nil {
 		return why
 	}
-	if missing := a.scale.missing(); missing != "" {
+	if missing := a.replicaWatcher.whyNotReady(); missing != "" {
 		why = append(why, "the number of backends is not known yet: "+missing)
 	}
 	return why
 }
 
 func (a *admin) readyz(w http.ResponseWriter, _ *http.Request) {
-	if why := a.notReady(); len(why) > 0 {
+	if why := a.whyNotReady(); len(why) > 0 {
 		http.Error(w, strings.Join(why, "\n"), http.StatusServiceUnavailable)
 		return
 	}
@@ -176,7 +176,7 @@ type ownership struct {
 	Namespace string      `json:"namespace"`
 	Owner     string      `json:"owner,omitempty"` // none if the namespace is refused
 	Why       string      `json:"why"`             // one of the why constants
-	Pod       string      `json:"pod,omitempty"`   // uid of the owner's pod, if it is known
+	PodUID    string      `json:"pod,omitempty"`   // uid of the owner's pod, if it is known
 	Address   string      `json:"address,omitempty"`
 	Ready     bool        `json:"ready"` // it takes a connection now
 	Error     string      `json:"error,omitempty"`
@@ -188,19 +188,19 @@ type ownership struct {
 
 // owner answers GET /owner, for a namespace as clients have it.
 func (a *admin) owner(w http.ResponseWriter, r *http.Request) {
-	host := a.proxy.router.host
+	host := a.proxy.router.fromHost
 	namespace := r.URL.Query().Get("namespace") // FormValue would read a body
 	if host {
 		namespace = strings.ToLower(namespace) // as hostNamespace
 	}
-	if want := nameFault(namespace, host); want != "" {
+	if want := namespaceFault(namespace, host); want != "" {
 		writeJSON(w, http.StatusBadRequest, map[string]string{
 			"error": fmt.Sprintf("/owner?namespace= is %.260q, want %s", namespace, want)})
 		return
 	}
 	t := a.proxy.router.table()
 	if t == nil {
-		writeJSON(w, http.StatusServiceUnavailable, map[string]string{"error": strings.Join(a.noTable(), "\n")})
+		writeJSON(w, http.StatusServiceUnavailable, map[string]string{"error": strings.Join(a.whyNoTable(), "\n")})
 		return
 	}
 	writeJSON(w, http.StatusOK, a.ownership(r.Context(), t, namespace))
@@ -208,14 +208,14 @@ func (a *admin) owner(w http.ResponseWriter, r *http.Request) {
 
 // ownership looks the namespace up as an upgrade would, and dials its owner.
 func (a *admin) ownership(ctx context.Context, t *table, namespace string) ownership {
-	o := ownership{Namespace: namespace, Why: t.explain(namespace), Note: keyFault(namespace), Table: t.version,
+	o := ownership{Namespace: namespace, Why: t.explain(namespace), Note: overrideKeyFault(namespace), Table: t.version,
 		Stamp: t.stamp, Rejected: t.rejectionsOf(namespace)}
 	ordinal, ok := t.owner(namespace)
 	if !ok {
 		return o
 	}
 	o.Owner = t.name(ordinal)
-	o.Pod = a.proxy.backends.pod(ordinal)
+	o.PodUID = a.proxy.backends.podUID(ordinal)
 	o.Address, o.Ready, o.Error = a.probe(ctx, ordinal)
 	return o
 }
@@ -225,7 +225,7 @@ func (a *admin) ownership(ctx context.Context, t *table, namespace string) owner
 type backendState struct {
 	Name       string `json:"name"`
 	Ordinal    int    `json:"ordinal"`
-	Pod        string `json:"pod,omitempty"` // its uid, if that is known
+	PodUID     string `json:"pod,omitempty"` // its uid, if that is known
 	Address    string `json:"address,omitempty"`
 	Ready      bool   `json:"ready"` // it takes a connection now
 	Error      string `json:"error,omitempty"`
@@ -240,30 +240,30 @@ type backendState struct {
 func (a *admin) backends(w http.ResponseWriter, r *http.Request) {
 	t := a.proxy.router.table()
 	if t == nil {
-		writeJSON(w, http.StatusServiceUnavailable, map[string]string{"error": strings.Join(a.noTable(), "\n")})
+		writeJSON(w, http.StatusServiceUnavailable, map[string]string{"error": strings.Join(a.whyNoTable(), "\n")})
 		return
 	}
-	counts, overrides := a.proxy.relay.counts(), pins(t)
+	counts, overrides := a.proxy.relay.counts(), overridesByBackend(t)
 	maps.DeleteFunc(counts, func(ordinal int, n backendCount) bool { return n.open == 0 })
 	all := []backendState{}
-	for _, ordinal := range a.everyBackend(counts) {
-		all = append(all, backendState{Name: t.name(ordinal), Ordinal: ordinal, Pod: a.proxy.backends.pod(ordinal), Namespaces: t.backends.has(ordinal),
-			Overrides: overrides[ordinal], Sessions: counts[ordinal].open, Replaced: counts[ordinal].behind})
+	for _, ordinal := range a.backendOrdinals(counts) {
+		all = append(all, backendState{Name: t.name(ordinal), Ordinal: ordinal, PodUID: a.proxy.backends.podUID(ordinal), Namespaces: t.backends.has(ordinal),
+			Overrides: overrides[ordinal], Sessions: counts[ordinal].open, Replaced: counts[ordinal].onOldPod})
 	}
 	a.probeAll(r.Context(), all)
 	writeJSON(w, http.StatusOK, map[string]any{"table": t.version, "stamp": t.stamp, "backends": all})
 }
 
-// probeTime bounds the dials of one /backends.
-const probeTime = 10 * time.Second
+// probeTimeout bounds the dials of one /backends.
+const probeTimeout = 10 * time.Second
 
-// probeAll dials all backends, dialsAtOnce of them at a time.
+// probeAll dials all backends, maxConcurrentDials of them at a time.
 func (a *admin) probeAll(ctx context.Context, all []backendState) {
-	ctx, cancel := context.WithTimeout(ctx, probeTime)
+	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
 	var dialling sync.WaitGroup
 	var next atomic.Int64
-	for range min(dialsAtOnce, len(all)) {
+	for range min(maxConcurrentDials, len(all)) {
 		dialling.Go(func() {
 			for i := next.Add(1) - 1; i < int64(len(all)); i = next.Add(1) - 1 {
 				all[i].Address, all[i].Ready, all[i].Error = a.probe(ctx, all[i].Ordinal)
@@ -283,20 +283,20 @@ func (a *admin) probe(ctx context.Context, ordinal int) (address string, ready b
 	return address, true, ""
 }
 
-// pins returns how many namespaces each backend owns by overrides.
-func pins(t *table) map[int]int {
+// overridesByBackend returns how many namespaces each backend owns by overrides.
+func overridesByBackend(t *table) map[int]int {
 	all := map[int]int{}
-	for i := range t.index.cells {
-		if s := &t.index.cells[i]; s.part != 0 {
-			all[t.means(s)]++
+	for i := range t.index.slots {
+		if s := &t.index.slots[i]; s.set != 0 {
+			all[t.ordinalOf(s)]++
 		}
 	}
 	return all
 }
 
-// everyBackend returns the ordinals, in order, of the backends that have
+// backendOrdinals returns the ordinals, in order, of the backends that have
 // namespaces and of those that had sessions.
-func (a *admin) everyBackend(counts map[int]backendCount) []int {
+func (a *admin) backendOrdinals(counts map[int]backendCount) []int {
 	all := slices.Collect(maps.Keys(counts))
 	if t := a.proxy.router.table(); t != nil {
 		for i := range t.backends.count {
@@ -316,10 +316,10 @@ func writeJSON(w http.ResponseWriter, status int, v any) {
 // maxReplicas is the most backends that a plan may be for.
 const maxReplicas = 10_000
 
-// maxPlan is the most bytes of a plan's body. A ConfigMap has at most 1 MiB of data
+// maxPlanBody is the most bytes of a plan's body. A ConfigMap has at most 1 MiB of data
 // (https://kubernetes.io/docs/concepts/configuration/configmap/), which is 6.3 MB in
 // JSON if each byte of it is escaped.
-const maxPlan = 8 << 20
+const maxPlanBody = 8 << 20
 
 // proposal is what POST /plan takes: a ConfigMap as JSON, which need not say its
 // Kubernetes namespace, or {"replicas": 6}.
@@ -354,10 +354,10 @@ type plannedMove struct {
 func (a *admin) plan(w http.ResponseWriter, r *http.Request) {
 	t := a.proxy.router.table()
 	if t == nil {
-		writeJSON(w, http.StatusServiceUnavailable, map[string]string{"error": strings.Join(a.noTable(), "\n")})
+		writeJSON(w, http.StatusServiceUnavailable, map[string]string{"error": strings.Join(a.whyNoTable(), "\n")})
 		return
 	}
-	next, err := a.propose(w, r, t)
+	next, err := a.readProposal(w, r, t)
 	switch tooBig := (&http.MaxBytesError{}); {
 	case errors.As(err, &tooBig):
 		err = fmt.Errorf("a body of more than %d bytes", tooBig.Limit)
@@ -365,37 +365,37 @@ func (a *admin) plan(w http.ResponseWriter, r *http.Request) {
 	case err != nil:
 		writeJSON(w, http.StatusBadRequest, map[string]string{"error": err.Error()})
 	default:
-		writeJSON(w, http.StatusOK, a.compare(t, next))
+		writeJSON(w, http.StatusOK, a.planMoves(t, next))
 	}
 }
 
-// propose reads the proposal that r has, and returns the table that would be in
+// readProposal reads the proposal that r has, and returns the table that would be in
 // force after it, now being the one that is.
-func (a *admin) propose(w http.ResponseWriter, r *http.Request, now *table) (*table, error) {
-	if r.ContentLength > maxPlan {
+func (a *admin) readProposal(w http.ResponseWriter, r *http.Request, current *table) (*table, error) {
+	if r.ContentLength > maxPlanBody {
 		w.Header().Set("Connection", "close") // not to read the body
-		return nil, &http.MaxBytesError{Limit: maxPlan}
+		return nil, &http.MaxBytesError{Limit: maxPlanBody}
 	}
 	size := r.ContentLength
 	if size < 0 { // not known
-		size = maxPlan
+		size = maxPlanBody
 	}
 	body := bytes.NewBuffer(make([]byte, 0, size+bytes.MinRead)) // so that it never grows
 	var p proposal
-	_, err := body.ReadFrom(http.MaxBytesReader(w, r.Body, maxPlan))
+	_, err := body.ReadFrom(http.MaxBytesReader(w, r.Body, maxPlanBody))
 	if err == nil {
 		err = json.Unmarshal(body.Bytes(), &p)
 	}
 	if err != nil {
 		err = fmt.Errorf("the body is no JSON of a ConfigMap or {\"replicas\": number}: %w", err)
 	}
-	return p.table(now, err)
+	return p.table(current, err)
 }
 
 // table returns the table that would be in force after the proposal, now being
 // the one that is.
-func (p *proposal) table(now *table, err error) (*table, error) {
-	backends, sources := now.backends, slices.Clone(now.sources)
+func (p *proposal) table(current *table, err error) (*table, error) {
+	backends, sources := current.backends, slices.Clone(current.sources)
 	switch {
 	case err != nil:
 		return nil, err
@@ -408,36 +408,36 @@ func (p *proposal) table(now *table, err error) (*table, error) {
 	case p.Kind != "ConfigMap":
 		return nil, fmt.Errorf("kind %.60q, want ConfigMap, or {\"replicas\": number}", p.Kind)
 	default:
-		i := slices.IndexFunc(sources, p.replaces)
+		i := slices.IndexFunc(sources, p.matches)
 		if i < 0 {
-			return nil, fmt.Errorf("%s is not among the sources of overrides: %s", p.title(), titles(sources))
+			return nil, fmt.Errorf("%s is not among the sources of overrides: %s", p.displayName(), sourceNames(sources))
 		}
-		sources[i] = entries{source: sources[i].source, version: "proposed", data: &p.Data}
+		sources[i] = sourceContent{source: sources[i].source, version: "proposed", overrides: &p.Data}
 	}
-	return now.with(backends, sources), nil
+	return current.with(backends, sources), nil
 }
 
-// replaces reports whether the ConfigMap that is proposed is of this source.
-func (p *proposal) replaces(e entries) bool {
+// matches reports whether the ConfigMap that is proposed is of this source.
+func (p *proposal) matches(src sourceContent) bool {
 	if p.Metadata.Namespace == "" {
-		return strings.HasPrefix(e.source, "ConfigMap ") && strings.HasSuffix(e.source, "/"+p.Metadata.Name)
+		return strings.HasPrefix(src.source, "ConfigMap ") && strings.HasSuffix(src.source, "/"+p.Metadata.Name)
 	}
-	return e.source == p.title()
+	return src.source == p.displayName()
 }
 
-// titles names the sources.
-func titles(sources []entries) string {
+// sourceNames names the sources.
+func sourceNames(sources []sourceContent) string {
 	var all []string
-	for _, e := range sources {
-		all = append(all, e.source)
+	for _, src := range sources {
+		all = append(all, src.source)
 	}
 	return strings.Join(all, ", ")
 }
 
-// compare says what next would do to the sessions.
-func (a *admin) compare(now, next *table) *plan {
-	p := &plan{Table: now.version, Backends: next.backends.count, Moves: []plannedMove{}}
-	moving := a.proxy.relay.where(func(s *session) bool {
+// planMoves says what next would do to the sessions.
+func (a *admin) planMoves(current, next *table) *plan {
+	p := &plan{Table: current.version, Backends: next.backends.count, Moves: []plannedMove{}}
+	moving := a.proxy.relay.filter(func(s *session) bool {
 		owner, ok := next.owner(s.namespace)
 		return ok && owner != s.backend
 	})
@@ -456,11 +456,11 @@ func (a *admin) compare(now, next *table) *plan {
 		owner, _ := next.owner(s.namespace)
 		p.Moves = append(p.Moves, plannedMove{Namespace: s.namespace, From: next.name(s.backend), To: next.name(owner), Sessions: 1})
 	}
-	p.Seconds = float64(p.Sessions) * a.proxy.moves.pace.interval.Seconds()
+	p.Seconds = float64(p.Sessions) * a.proxy.mover.pace.interval.Seconds()
 	for i := range next.sources {
 		for bad := range next.rejections(i) {
-			if p.Rejected++; p.Rejected <= maxTold {
-				p.Rejections = append(p.Rejections, fmt.Sprintf("%s: %q, want %s, keeps %s", bad.namespace, bad.Value, bad.Want, bad.Kept))
+			if p.Rejected++; p.Rejected <= maxExamples {
+				p.Rejections = append(p.Rejections, fmt.Sprintf("%s: %q, want %s, keeps %s", bad.namespace, bad.Value, bad.Expected, bad.Previous))
 			}
 		}
 	}

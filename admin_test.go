@@ -61,14 +61,14 @@ func TestReadyz(t *testing.T) {
 }
 
 // However many connections others keep open, a new one gets an answer; there are
-// never more than adminConns.
+// never more than maxAdminConns.
 func TestAdminMakesRoom(t *testing.T) {
 	r := startRouter(t, "-backends", "127.0.0.1:1", "-overrides", t.TempDir())
 	said := map[string]string{"silent": "", "within a head": "GET /healthz HTTP/1.1\r\nHost:", "idle": "GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n"}
 	open := make(chan net.Conn, 3*100)
 	for name, text := range said {
 		for range 100 {
-			conn, err := net.Dial("tcp", r.side)
+			conn, err := net.Dial("tcp", r.adminAddr)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -93,8 +93,8 @@ func TestAdminMakesRoom(t *testing.T) {
 		})
 	}
 	reading.Wait()
-	if left := 300 - closed.Load(); left > adminConns {
-		t.Errorf("%d connections are open, want %d at most", left, adminConns)
+	if left := 300 - closed.Load(); left > maxAdminConns {
+		t.Errorf("%d connections are open, want %d at most", left, maxAdminConns)
 	}
 }
 
@@ -104,7 +104,7 @@ func TestAdminTakesNoBodies(t *testing.T) {
 	r.log.wait(t, "table", 1)
 	for _, path := range []string{"/healthz", "/readyz", "/metrics", "/owner?namespace=ns-01", "/backends", "/plan", "/"} {
 		for _, length := range []string{"Content-Length: 1073741824", "Transfer-Encoding: chunked"} {
-			conn, err := net.Dial("tcp", r.side)
+			conn, err := net.Dial("tcp", r.adminAddr)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -160,8 +160,8 @@ func TestPlansTakeTurns(t *testing.T) {
 			}
 		})
 		synctest.Wait()
-		for range plansWaiting {
-			plans.Go(func() { wantBusy(ask("POST", "/plan", unread{t}), time.Since(begun), turnWait) })
+		for range maxWaitingPlans {
+			plans.Go(func() { wantBusy(ask("POST", "/plan", unread{t}), time.Since(begun), maxTurnWait) })
 		}
 		synctest.Wait()
 		wantBusy(ask("POST", "/plan", unread{t}), time.Since(begun), 0)
@@ -170,7 +170,7 @@ func TestPlansTakeTurns(t *testing.T) {
 				t.Errorf("%s is %d while a plan is made, want %d", path, w.Code, want)
 			}
 		}
-		time.Sleep(turnWait + 1)
+		time.Sleep(maxTurnWait + 1)
 		plans.Go(func() {
 			if w := ask("POST", "/plan", strings.NewReader(`{"replicas":3}`)); w.Code != 200 {
 				t.Errorf("the plan that waited is %d %s, want 200", w.Code, w.Body)
@@ -187,15 +187,15 @@ func TestPlansTakeTurns(t *testing.T) {
 func TestOwnersAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, update := adminOf(t, "127.0.0.1:1")
-		update(entries{source: "x", version: "1", data: pack(nil)})
+		update(sourceContent{source: "x", version: "1", overrides: newOverrideSet(nil)})
 		found := make(chan struct{})
-		a.proxy.backends.locate = func(context.Context, int) (string, error) {
+		a.proxy.backends.resolve = func(context.Context, int) (string, error) {
 			<-found
 			return "", errors.New("not there")
 		}
 		h := a.handler()
 		var asked sync.WaitGroup
-		for range adminConns {
+		for range maxAdminConns {
 			asked.Go(func() {
 				w := httptest.NewRecorder()
 				if h.ServeHTTP(w, httptest.NewRequest("GET", "/owner?namespace=ns-01", nil)); w.Code != 200 {
@@ -211,14 +211,14 @@ func TestOwnersAtOnce(t *testing.T) {
 
 // adminOf is the admin of a proxy to the backends at addrs, which serves no
 // clients. update puts entries in force.
-func adminOf(t *testing.T, addrs ...string) (a *admin, update func(...entries)) {
+func adminOf(t *testing.T, addrs ...string) (a *admin, update func(...sourceContent)) {
 	t.Helper()
 	quiet := slog.New(slog.DiscardHandler)
-	b := fixedBackends("backend", addrs)
-	router := &router{statefulSet: "backend", backends: b.given, log: quiet, swapped: func() {}}
-	p := &proxy{router: router, backends: b, relay: newRelay(b.name, quiet), moves: &mover{}, log: quiet}
-	return &admin{proxy: p, gate: wideGate(t), missing: func() string { return "they are late" },
-		dropped: func() int64 { return 0 }, started: time.Now()}, router.update
+	b := newStaticBackends("backend", addrs)
+	router := &router{statefulSet: "backend", backends: b.static, log: quiet, onSwap: func() {}}
+	p := &proxy{router: router, backends: b, relay: newRelay(b.name, quiet), mover: &mover{}, log: quiet}
+	return &admin{proxy: p, fdLimit: wideDescriptorLimit(t), overridesNotReady: func() string { return "they are late" },
+		droppedLogLines: func() int64 { return 0 }, started: time.Now()}, router.update
 }
 
 // answered is the admin's answer to GET path.
@@ -240,7 +240,7 @@ func TestReadyzWhileDraining(t *testing.T) {
 	wantReadyz(503, "no overrides were read yet: they are late\n")
 	a.draining.Store(true)
 	wantReadyz(503, "the router stops\nno overrides were read yet: they are late\n")
-	update(entries{})
+	update(sourceContent{})
 	wantReadyz(503, "the router stops\n")
 	a.draining.Store(false)
 	wantReadyz(200, "ready\n")
@@ -250,13 +250,13 @@ func TestOwnerAnswers(t *testing.T) {
 	up := listenLocal(t)
 	gone := refusingAddr(t)
 	a, update := adminOf(t, up.Addr().String(), gone)
-	update(entries{version: "40", data: pack(map[string]string{"kept": "backend-0"})})
-	update(entries{version: "41", data: pack(map[string]string{
+	update(sourceContent{version: "40", overrides: newOverrideSet(map[string]string{"kept": "backend-0"})})
+	update(sourceContent{version: "41", overrides: newOverrideSet(map[string]string{
 		"first": "backend-0", "down": "backend-1", "kept": "bakend-0",
 	})})
 	// Only a first table refuses: it does not know where the namespace was.
 	b, updateFirst := adminOf(t, up.Addr().String(), gone)
-	updateFirst(entries{version: "1", data: pack(map[string]string{"refused": "backend-9"})})
+	updateFirst(sourceContent{version: "1", overrides: newOverrideSet(map[string]string{"refused": "backend-9"})})
 	hashed, dots := hashedTo(t, "free", 0, 2), hashedTo(t, "..free", 0, 2)
 	address, stamp := up.Addr().String(), a.proxy.router.table().stamp
 	tests := map[string]struct {
@@ -274,8 +274,8 @@ func TestOwnerAnswers(t *testing.T) {
 		"refused": {b, "refused", 200, `{"namespace":"refused","why":"refused","ready":false,"table":"1","stamp":"` + b.proxy.router.table().stamp + `","rejected":[{"source":"","value":"backend-9","want":"backend-0 to backend-1","kept":"refused"}]}`},
 		"two dots": {a, dots, 200, `{"namespace":"` + dots + `","owner":"backend-0","why":"hash","address":"` + address +
 			`","ready":true,"note":"it can have no override: no key of a ConfigMap begins with two dots","table":"41","stamp":"` + stamp + `"}`},
-		"bad namespace": {a, "a/b", 400, `{"error":"/owner?namespace= is \"a/b\", want ` + jsonText(t, namespaceFault("a/b")) + `"}`},
-		"no namespace":  {a, "", 400, `{"error":"/owner?namespace= is \"\", want ` + jsonText(t, namespaceFault("")) + `"}`},
+		"bad namespace": {a, "a/b", 400, `{"error":"/owner?namespace= is \"a/b\", want ` + jsonText(t, pathNamespaceFault("a/b")) + `"}`},
+		"no namespace":  {a, "", 400, `{"error":"/owner?namespace= is \"\", want ` + jsonText(t, pathNamespaceFault("")) + `"}`},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -283,9 +283,9 @@ func TestOwnerAnswers(t *testing.T) {
 		})
 	}
 	conflict, update := adminOf(t, address, refusingAddr(t))
-	update(entries{source: "a", version: "1", data: pack(map[string]string{"both": "backend-0"})})
-	update(entries{source: "a", version: "1", data: pack(map[string]string{"both": "backend-0"})},
-		entries{source: "b", version: "2", data: pack(map[string]string{"both": "backend-1"})})
+	update(sourceContent{source: "a", version: "1", overrides: newOverrideSet(map[string]string{"both": "backend-0"})})
+	update(sourceContent{source: "a", version: "1", overrides: newOverrideSet(map[string]string{"both": "backend-0"})},
+		sourceContent{source: "b", version: "2", overrides: newOverrideSet(map[string]string{"both": "backend-1"})})
 	const want = `"want":"the same backend in all objects","kept":"backend-0"}`
 	wantOwner(t, conflict, "both", 200, `{"namespace":"both","owner":"backend-0","why":"conflict","address":"`+address+
 		`","ready":true,"table":"`+conflict.proxy.router.table().version+`","stamp":"`+conflict.proxy.router.table().stamp+`","rejected":[{"source":"a","value":"backend-0",`+want+
@@ -323,14 +323,14 @@ func jsonText(t *testing.T, s string) string {
 func TestOwnerShowsWhatIsRejected(t *testing.T) {
 	up := listenLocal(t)
 	a, update := adminOf(t, up.Addr().String())
-	update(entries{version: "1"})
-	update(entries{version: "2", data: pack(map[string]string{"ns-01": "\"<\xff>\"" + strings.Repeat("é", 1<<19)})})
+	update(sourceContent{version: "1"})
+	update(sourceContent{version: "2", overrides: newOverrideSet(map[string]string{"ns-01": "\"<\xff>\"" + strings.Repeat("é", 1<<19)})})
 	resp := answered(a, "/owner?namespace=ns-01")
 	var got ownership
 	if err := json.NewDecoder(resp.Body).Decode(&got); err != nil {
 		t.Fatal(err)
 	}
-	if got.Why != whyKept || got.Owner != "backend-0" || len(got.Rejected) != 1 || got.Rejected[0].Kept != whyHash {
+	if got.Why != whyPrevious || got.Owner != "backend-0" || len(got.Rejected) != 1 || got.Rejected[0].Previous != whyHash {
 		t.Fatalf("%+v, want kept where the hash has it", got)
 	}
 	if shown := got.Rejected[0].Value; !strings.HasPrefix(shown, "\"<�>\"éé") || !strings.HasSuffix(shown, "…") || len(shown) > 100 {
@@ -371,10 +371,10 @@ func TestBackendsShowsWhatIsLeft(t *testing.T) {
 	if resp.StatusCode != 503 {
 		t.Errorf("status %s without a table, want 503", resp.Status)
 	}
-	update(entries{version: "1"})
+	update(sourceContent{version: "1"})
 	a.proxy.relay.byBackend[1] = backendCount{open: 3, total: 5}
 	a.proxy.relay.byBackend[7] = backendCount{open: 0, total: 5}
-	a.proxy.router.resize(ordinals{0, 1}, "")
+	a.proxy.router.setBackends(ordinals{0, 1}, "")
 	var got struct{ Backends []backendState }
 	if err := json.NewDecoder(answered(a, "/backends").Body).Decode(&got); err != nil {
 		t.Fatal(err)
@@ -389,8 +389,8 @@ func TestBackendsShowsWhatIsLeft(t *testing.T) {
 func planAdmin(t *testing.T) *admin {
 	t.Helper()
 	a, update := adminOf(t, "127.0.0.1:1", "127.0.0.1:1", "127.0.0.1:1", "127.0.0.1:1")
-	a.proxy.moves = newMover(a.proxy.router, a.proxy.relay, 2, nil, slog.New(slog.DiscardHandler))
-	update(entries{source: "ConfigMap edge/overwriting", version: "7", data: pack(map[string]string{"a": "backend-0", "late": "backend-1"})})
+	a.proxy.mover = newMover(a.proxy.router, a.proxy.relay, 2, nil, slog.New(slog.DiscardHandler))
+	update(sourceContent{source: "ConfigMap edge/overwriting", version: "7", overrides: newOverrideSet(map[string]string{"a": "backend-0", "late": "backend-1"})})
 	for namespace, backends := range map[string][]int{"a": {0, 0, 0}, "b": {bucket("b", 4)}, "late": {0, 1}} {
 		for _, backend := range backends {
 			a.proxy.relay.add(&session{namespace: namespace, backend: backend})
@@ -429,7 +429,7 @@ func TestPlan(t *testing.T) {
 		"YAML":           {"kind: ConfigMap", 400, `{"error":"the body is no JSON of a ConfigMap or {\"replicas\": number}: invalid character 'k' looking for beginning of value"}`},
 		"nothing":        {"", 400, `{"error":"the body is no JSON of a ConfigMap or {\"replicas\": number}: unexpected end of JSON input"}`},
 		"numbers":        {configMap("overwriting", "edge", `{"a":2}`), 400, `{"error":"the body is no JSON of a ConfigMap or {\"replicas\": number}: json: cannot unmarshal number into Go struct field proposal.configMap.data of type string"}`},
-		"too big":        {`"` + strings.Repeat("x", maxPlan) + `"`, 413, `{"error":"a body of more than 8388608 bytes"}`},
+		"too big":        {`"` + strings.Repeat("x", maxPlanBody) + `"`, 413, `{"error":"a body of more than 8388608 bytes"}`},
 		"two objects":    {`{"replicas":3}{"replicas":4}`, 400, `{"error":"the body is no JSON of a ConfigMap or {\"replicas\": number}: invalid character '{' after top-level value"}`},
 	}
 	for name, tt := range tests {

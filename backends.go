@@ -16,8 +16,8 @@ import (
 	"time"
 )
 
-// dialTime bounds one dial: a pod that is gone may answer nothing at all.
-const dialTime = 2 * time.Second
+// dialTimeout bounds one dial: a pod that is gone may answer nothing at all.
+const dialTimeout = 2 * time.Second
 
 // ordinals are those of the backends that have namespaces: count of them, from
 // first on.
@@ -38,12 +38,12 @@ func (o ordinals) String() string {
 type backends struct {
 	// Static after construction.
 	statefulSet string   // the part of a backend's name before its ordinal
-	given       ordinals // what the flags say; none if the StatefulSet is followed
+	static      ordinals // what the flags say; none if the StatefulSet is followed
 	dialer      net.Dialer
-	holds       *holds
-	locate      func(ctx context.Context, ordinal int) (addr string, err error)
-	forget      func(ordinal int)        // the address was no good
-	pod         func(ordinal int) string // uid of the pod that locate finds, "" if not known
+	queues      *dialQueues
+	resolve     func(ctx context.Context, ordinal int) (addr string, err error)
+	invalidate  func(ordinal int)        // the address was no good
+	podUID      func(ordinal int) string // uid of the pod that locate finds, "" if not known
 	close       func()                   // returns when nothing that locate started runs any more
 }
 
@@ -68,22 +68,22 @@ func backendOrdinal(statefulSet, name string) (int, bool) {
 	return n, true
 }
 
-// always lets every backend be dialled: there is nothing that says more than the
+// alwaysReady lets every backend be dialled: there is nothing that says more than the
 // dial.
-func always(int) error { return nil }
+func alwaysReady(int) error { return nil }
 
-// unknownPod is for backends of which no pods are known.
-func unknownPod(int) string { return "" }
+// unknownPodUID is for backends of which no pods are known.
+func unknownPodUID(int) string { return "" }
 
-// fixedBackends are at the given addresses, in the order of their ordinals.
-func fixedBackends(statefulSet string, addrs []string) *backends {
+// newStaticBackends are at the given addresses, in the order of their ordinals.
+func newStaticBackends(statefulSet string, addrs []string) *backends {
 	return &backends{
 		statefulSet: statefulSet,
-		given:       ordinals{count: len(addrs)},
-		holds:       newHolds(always),
-		locate:      func(_ context.Context, ordinal int) (string, error) { return addrs[ordinal], nil },
-		forget:      func(int) {},
-		pod:         unknownPod,
+		static:      ordinals{count: len(addrs)},
+		queues:      newDialQueues(alwaysReady),
+		resolve:     func(_ context.Context, ordinal int) (string, error) { return addrs[ordinal], nil },
+		invalidate:  func(int) {},
+		podUID:      unknownPodUID,
 		close:       func() {},
 	}
 }
@@ -103,62 +103,62 @@ func parseBackends(list string) ([]string, error) {
 
 // dial connects to the backend once. The caller closes the connection.
 func (b *backends) dial(ctx context.Context, ordinal int) (net.Conn, error) {
-	ctx, cancel := context.WithTimeout(ctx, dialTime)
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()
-	addr, err := b.locate(ctx, ordinal)
+	addr, err := b.resolve(ctx, ordinal)
 	if err != nil {
 		return nil, err
 	}
 	conn, err := b.dialer.DialContext(ctx, "tcp", addr)
 	if err != nil {
-		b.forget(ordinal)
+		b.invalidate(ordinal)
 		return nil, err
 	}
 	if conn.LocalAddr().String() == conn.RemoteAddr().String() { // package net tries twice more, and then returns it
 		conn.Close()
-		b.forget(ordinal)
-		return nil, fmt.Errorf("dial tcp %s: %w", addr, errToItself)
+		b.invalidate(ordinal)
+		return nil, fmt.Errorf("dial tcp %s: %w", addr, errSelfConnect)
 	}
 	return conn, nil
 }
 
-// errToItself says that a connection's two ends are one socket: nobody listens at
+// errSelfConnect says that a connection's two ends are one socket: nobody listens at
 // the address, and the system has chosen its port for the end that dials (RFC 9293
 // §3.5, simultaneous open). It would answer a client with its own request.
-var errToItself = errors.New("connected to itself, as nobody listens there")
+var errSelfConnect = errors.New("connected to itself, as nobody listens there")
 
-// atOnce returns the address of a backend that may be dialled now, if nobody has
+// tryResolve returns the address of a backend that may be dialled now, if nobody has
 // to wait for that. The caller calls dialled.
-func (b *backends) atOnce(ordinal int) (addr netip.AddrPort, ok bool) {
-	if !b.holds.try(ordinal) {
+func (b *backends) tryResolve(ordinal int) (addr netip.AddrPort, ok bool) {
+	if !b.queues.tryDial(ordinal) {
 		return addr, false
 	}
 	now, cancel := context.WithTimeout(context.Background(), 0)
 	defer cancel()
-	text, err := b.locate(now, ordinal)
+	text, err := b.resolve(now, ordinal)
 	if err == nil {
 		addr, err = netip.ParseAddrPort(text) // not of a host's name, which has to be looked up
 	}
 	if err != nil || addr.Addr().Zone() != "" { // nor of a link's, which has
-		b.holds.done(ordinal, err, true)
+		b.queues.dialDone(ordinal, err, true)
 		return addr, false
 	}
 	return addr, true
 }
 
-// dialled takes note of how the dial of an address from atOnce went; cut says that
+// dialDone takes note of how the dial of an address from tryResolve went; cut says that
 // its upgrade ended before it could.
-func (b *backends) dialled(ordinal int, err error, cut bool) {
+func (b *backends) dialDone(ordinal int, err error, cut bool) {
 	if err != nil && !cut {
-		b.forget(ordinal)
+		b.invalidate(ordinal)
 	}
-	b.holds.done(ordinal, err, cut)
+	b.queues.dialDone(ordinal, err, cut)
 }
 
-// misdirected takes note that what answered at the backend's address is another.
-func (b *backends) misdirected(ordinal int, err error) {
-	b.forget(ordinal)
-	b.holds.misdirected(ordinal, err)
+// setMisdirected takes note that what answered at the backend's address is another.
+func (b *backends) setMisdirected(ordinal int, err error) {
+	b.invalidate(ordinal)
+	b.queues.setMisdirected(ordinal, err)
 }
 
 // probe returns the backend's address, and whether it takes a connection now.
@@ -167,50 +167,50 @@ func (b *backends) probe(ctx context.Context, ordinal int) (addr string, err err
 	if err == nil {
 		conn.Close()
 	}
-	addr, _ = b.locate(ctx, ordinal) // "" where dial has said why
+	addr, _ = b.resolve(ctx, ordinal) // "" where dial has said why
 	return addr, err
 }
 
-// hold waits until the owner is ready, dials it, and returns the connection to the one
+// dialOwner waits until the owner is ready, dials it, and returns the connection to the one
 // that owner named last, and the uid of its pod, if that is known. It dials again for as long as the owner is called
 // ready, and asks owner again when the table was swapped. An error of owner ends
 // it, as does ctx: then the error says what there was to wait for, or how the last
 // dial failed.
-func (b *backends) hold(ctx context.Context, owner func() (int, error)) (net.Conn, string, error) {
-	w := b.holds.enter()
+func (b *backends) dialOwner(ctx context.Context, owner func() (int, error)) (net.Conn, string, error) {
+	w := b.queues.newWaiter()
 	for {
-		swaps := b.holds.swaps.Load()
+		swaps := b.queues.swaps.Load()
 		ordinal, err := owner()
 		if err != nil {
 			return nil, "", err
 		}
 		var conn net.Conn
-		var pod string
-		if err = b.holds.wait(ctx, w, ordinal, swaps); err == nil {
-			conn, pod, err = b.dialInTurn(ctx, w, ordinal)
+		var podUID string
+		if err = b.queues.wait(ctx, w, ordinal, swaps); err == nil {
+			conn, podUID, err = b.dialInTurn(ctx, w, ordinal)
 		}
-		if !errors.Is(err, errAskAgain) {
-			return conn, pod, err
+		if !errors.Is(err, errRecheckOwner) {
+			return conn, podUID, err
 		}
 	}
 }
 
 // dialInTurn dials the backend for w, which has its turn, and returns the connection and
-// the uid of the pod, if that is known. If the dial fails it returns errAskAgain, or,
-// when ctx has ended, what holds.reason says: not the error of a dial that ctx cut short.
+// the uid of the pod, if that is known. If the dial fails it returns errRecheckOwner, or,
+// when ctx has ended, what queues.reason says: not the error of a dial that ctx cut short.
 func (b *backends) dialInTurn(ctx context.Context, w *waiter, ordinal int) (net.Conn, string, error) {
-	pod := b.pod(ordinal) // before the address: a pod that is new by then is taken for the old one, never the other way
+	pod := b.podUID(ordinal) // before the address: a pod that is new by then is taken for the old one, never the other way
 	conn, err := b.dial(ctx, ordinal)
 	cut := isOver(ctx)
-	b.holds.done(ordinal, err, cut)
+	b.queues.dialDone(ordinal, err, cut)
 	switch {
 	case err == nil:
 		return conn, pod, nil
 	case cut:
-		return nil, "", b.holds.reason(w, ordinal, err)
+		return nil, "", b.queues.reason(w, ordinal, err)
 	}
 	w.failure = err
-	return nil, "", errAskAgain
+	return nil, "", errRecheckOwner
 }
 
 // isOver reports whether ctx has ended, or its deadline has passed: a dial may see that
@@ -221,86 +221,86 @@ func isOver(ctx context.Context) bool {
 }
 
 const (
-	dialsMost   = 64 // dials of one backend at once
-	redialFirst = 50 * time.Millisecond
-	redialMost  = time.Second
+	maxDialsPerBackend = 64 // dials of one backend at once
+	minRedialDelay     = 50 * time.Millisecond
+	maxRedialDelay     = time.Second
 )
 
-// errAskAgain says that the table was swapped while an upgrade waited.
-var errAskAgain = errors.New("the owner may be another")
+// errRecheckOwner says that the table was swapped while an upgrade waited.
+var errRecheckOwner = errors.New("the owner may be another")
 
-// holds makes upgrades wait until their backend is ready, and then lets them
-// dial in the order in which they came, at most dialsMost at once. None of them
+// dialQueues makes upgrades wait until their backend is ready, and then lets them
+// dial in the order in which they came, at most maxDialsPerBackend at once. None of them
 // polls: what they wait for wakes them. While dials fail, one upgrade at a time
 // dials for all of its backend's.
-type holds struct {
+type dialQueues struct {
 	// Static after construction.
-	ready func(ordinal int) error // why a backend must not be dialled, or nil
+	checkReady func(ordinal int) error // why a backend must not be dialled, or nil
 
-	swaps  atomic.Int64 // of the table
-	astray atomic.Int64 // lines whose astray is set
+	swaps             atomic.Int64 // of the table
+	misdirectedQueues atomic.Int64 // lines whose astray is set
 
 	// Guarded by mu.
-	mu      sync.Mutex
-	tickets int64
-	lines   map[int]*line // by ordinal
+	mu           sync.Mutex
+	lastSequence int64
+	queues       map[int]*dialQueue // by ordinal
 }
 
-// line is the upgrades of one backend. It is guarded by the holds' mu.
-type line struct {
-	waiting []*waiter // by ticket
-	dialing int
-	fails   int       // dials in a row
-	failure error     // of the last dial that failed, nil since a good one
-	rest    time.Time // until then nobody dials
-	away    bool      // it was not ready at the last look
-	astray  bool      // another backend answered at its address, and it has not since
+// dialQueue is the upgrades of one backend. It is guarded by the holds' mu.
+type dialQueue struct {
+	waiters     []*waiter // by ticket
+	dialing     int
+	failures    int       // dials in a row
+	lastErr     error     // of the last dial that failed, nil since a good one
+	retryAt     time.Time // until then nobody dials
+	wasDown     bool      // it was not ready at the last look
+	misdirected bool      // another backend answered at its address, and it has not since
 }
 
-// places are those of the upgrades under way: held, dialled or in the handshake. One
+// upgradeLimit are those of the upgrades under way: held, dialled or in the handshake. One
 // backend cannot take those of the others, whatever it is that its upgrades wait for:
 // half of the limit is divided evenly among the backends, and of the other half, the
 // pool, a backend may have as much as it leaves free. So there is room for the clients
 // of the last one that works, and for a crowd that waits for one that restarts. The
 // zero value has none taken.
-type places struct {
-	mu     sync.Mutex // guards the rest
-	all    int
-	of     map[int]int // those taken, by ordinal
-	own    int         // of each backend
-	pooled int         // those taken beyond own
+type upgradeLimit struct {
+	mu        sync.Mutex // guards the rest
+	total     int
+	byBackend map[int]int // those taken, by ordinal
+	share     int         // of each backend
+	pooled    int         // those taken beyond own
 }
 
-// take takes a place of the limit's for an upgrade to one of so many backends, and
+// acquire takes a place of the limit's for an upgrade to one of so many backends, and
 // returns what taken does then. The caller calls leave. Each backend has at least one
 // place, whatever the limit.
-func (p *places) take(ordinal, backends, limit int) (all, own int, ok bool) {
+func (p *upgradeLimit) acquire(ordinal, backends, limit int) (all, own int, ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if share := max(1, limit/2/backends); share != p.own {
-		p.own, p.pooled = share, 0
-		for _, taken := range p.of {
+	if share := max(1, limit/2/backends); share != p.share {
+		p.share, p.pooled = share, 0
+		for _, taken := range p.byBackend {
 			p.pooled += max(0, taken-share)
 		}
 	}
-	free := limit - p.own*backends - p.pooled
-	if taken := p.of[ordinal]; taken >= p.own && taken-p.own >= free {
-		return p.all, taken, false
+	free := limit - p.share*backends - p.pooled
+	if taken := p.byBackend[ordinal]; taken >= p.share && taken-p.share >= free {
+		return p.total, taken, false
 	}
 	p.add(ordinal, 1)
-	return p.all, p.of[ordinal], true
+	return p.total, p.byBackend[ordinal], true
 }
 
-// leave gives a place back.
-func (p *places) leave(ordinal int) {
+// release gives a place back.
+func (p *upgradeLimit) release(ordinal int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.add(ordinal, -1)
 }
 
-// move makes a place that of an upgrade to another backend, which may then have more
+// transfer makes a place that of an upgrade to another backend, which may then have more
 // than its share: that is how those who wait get away from a backend that is dead.
-func (p *places) move(from, to int) {
+func (p *upgradeLimit) transfer(from, to int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.add(from, -1)
@@ -308,99 +308,99 @@ func (p *places) move(from, to int) {
 }
 
 // add counts n places more. mu is held.
-func (p *places) add(ordinal, n int) {
-	if p.of == nil {
-		p.of = map[int]int{}
+func (p *upgradeLimit) add(ordinal, n int) {
+	if p.byBackend == nil {
+		p.byBackend = map[int]int{}
 	}
-	before := p.of[ordinal]
-	p.pooled += max(0, before+n-p.own) - max(0, before-p.own)
-	p.all += n
-	if p.of[ordinal] = before + n; before+n == 0 {
-		delete(p.of, ordinal)
+	before := p.byBackend[ordinal]
+	p.pooled += max(0, before+n-p.share) - max(0, before-p.share)
+	p.total += n
+	if p.byBackend[ordinal] = before + n; before+n == 0 {
+		delete(p.byBackend, ordinal)
 	}
 }
 
-// taken is how many places are, and how many of these are the backend's.
-func (p *places) taken(ordinal int) (all, own int) {
+// inUse is how many places are, and how many of these are the backend's.
+func (p *upgradeLimit) inUse(ordinal int) (all, own int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.all, p.of[ordinal]
+	return p.total, p.byBackend[ordinal]
 }
 
 // waiter is one upgrade that waits for its turn.
 type waiter struct {
-	ticket int64         // its place among all: it keeps that until it has a connection; one that turns out to be of no use is asked for anew
-	wake   chan struct{} // capacity 1, never closed: it has its turn, or must ask for its owner again
-	call   func()        // if not nil it is called in place of wake; mu is held: it must not block
-	turn   bool          // guarded by the holds' mu
+	sequence int64         // its place among all: it keeps that until it has a connection; one that turns out to be of no use is asked for anew
+	woken    chan struct{} // capacity 1, never closed: it has its turn, or must ask for its owner again
+	onWake   func()        // if not nil it is called in place of wake; mu is held: it must not block
+	mayDial  bool          // guarded by the holds' mu
 
 	failure error // of its last dial that was not cut short, or nil; owned by who waits
 }
 
-func newHolds(ready func(ordinal int) error) *holds {
-	return &holds{ready: ready, lines: map[int]*line{}}
+func newDialQueues(ready func(ordinal int) error) *dialQueues {
+	return &dialQueues{checkReady: ready, queues: map[int]*dialQueue{}}
 }
 
-// enter gives the next ticket.
-func (h *holds) enter() *waiter {
+// newWaiter gives the next ticket.
+func (h *dialQueues) newWaiter() *waiter {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.tickets++
-	return &waiter{ticket: h.tickets, wake: make(chan struct{}, 1)}
+	h.lastSequence++
+	return &waiter{sequence: h.lastSequence, woken: make(chan struct{}, 1)}
 }
 
 // wait returns nil when w may dial the backend: the caller then calls done. Else
-// it returns errAskAgain if the table is not that of swaps any more, or, when ctx
+// it returns errRecheckOwner if the table is not that of swaps any more, or, when ctx
 // has ended, what w waited for.
-func (h *holds) wait(ctx context.Context, w *waiter, ordinal int, swaps int64) error {
-	if !h.join(w, ordinal, swaps) {
-		return errAskAgain
+func (h *dialQueues) wait(ctx context.Context, w *waiter, ordinal int, swaps int64) error {
+	if !h.enqueue(w, ordinal, swaps) {
+		return errRecheckOwner
 	}
 	select {
-	case <-w.wake:
+	case <-w.woken:
 	case <-ctx.Done():
 	}
-	return h.leave(ctx, w, ordinal)
+	return h.dequeue(ctx, w, ordinal)
 }
 
-// join puts w, which is in no line, into the backend's, which may give it its turn at
+// enqueue puts w, which is in no line, into the backend's, which may give it its turn at
 // once. It reports whether it did: not if the table is not that of swaps any more, as
 // the backend may own the namespace no more.
-func (h *holds) join(w *waiter, ordinal int, swaps int64) bool {
+func (h *dialQueues) enqueue(w *waiter, ordinal int, swaps int64) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.swaps.Load() != swaps { // after this look, askAgain finds w in the line
+	if h.swaps.Load() != swaps { // after this look, recheckOwners finds w in the line
 		return false
 	}
-	l := h.line(ordinal)
-	at, _ := l.place(w)
-	l.waiting = slices.Insert(l.waiting, at, w)
-	h.release(ordinal, l)
+	q := h.queue(ordinal)
+	at, _ := q.position(w)
+	q.waiters = slices.Insert(q.waiters, at, w)
+	h.startDials(ordinal, q)
 	return true
 }
 
-// leave takes w, which was roused or has waited enough, out of the backend's line, and
+// dequeue takes w, which was roused or has waited enough, out of the backend's line, and
 // returns what wait does.
-func (h *holds) leave(ctx context.Context, w *waiter, ordinal int) error {
+func (h *dialQueues) dequeue(ctx context.Context, w *waiter, ordinal int) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if w.turn {
-		w.turn = false
+	if w.mayDial {
+		w.mayDial = false
 		return nil
 	}
-	l := h.line(ordinal)
-	if at, ok := l.place(w); ok {
-		l.waiting = slices.Delete(l.waiting, at, at+1)
+	q := h.queue(ordinal)
+	if at, ok := q.position(w); ok {
+		q.waiters = slices.Delete(q.waiters, at, at+1)
 	}
 	if ctx.Err() == nil {
-		return errAskAgain
+		return errRecheckOwner
 	}
 	return h.why(w, ordinal, ctx.Err())
 }
 
 // reason says why w, whose time is over, has no connection to the backend; err if
 // nothing else is known.
-func (h *holds) reason(w *waiter, ordinal int, err error) error {
+func (h *dialQueues) reason(w *waiter, ordinal int, err error) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.why(w, ordinal, err)
@@ -408,190 +408,190 @@ func (h *holds) reason(w *waiter, ordinal int, err error) error {
 
 // why is what keeps the backend from being dialled, or else how the last dial of it
 // failed, or else the last of w's own; err if there is none of these. mu is held.
-func (h *holds) why(w *waiter, ordinal int, err error) error {
-	return cmp.Or(h.ready(ordinal), h.line(ordinal).failure, w.failure, err)
+func (h *dialQueues) why(w *waiter, ordinal int, err error) error {
+	return cmp.Or(h.checkReady(ordinal), h.queue(ordinal).lastErr, w.failure, err)
 }
 
-// try reports whether the caller may dial the backend now, as nobody waits for it
+// tryDial reports whether the caller may dial the backend now, as nobody waits for it
 // and no dial has failed: the caller then calls done.
-func (h *holds) try(ordinal int) bool {
+func (h *dialQueues) tryDial(ordinal int) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	l := h.line(ordinal)
-	if len(l.waiting) > 0 || l.fails > 0 || l.dialing >= dialsMost || h.ready(ordinal) != nil {
+	q := h.queue(ordinal)
+	if len(q.waiters) > 0 || q.failures > 0 || q.dialing >= maxDialsPerBackend || h.checkReady(ordinal) != nil {
 		return false
 	}
-	l.dialing++
+	q.dialing++
 	return true
 }
 
-// done takes note of how a dial went; cut says that its upgrade ended before it
+// dialDone takes note of how a dial went; cut says that its upgrade ended before it
 // could.
-func (h *holds) done(ordinal int, err error, cut bool) {
+func (h *dialQueues) dialDone(ordinal int, err error, cut bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	l := h.line(ordinal)
-	l.dialing--
+	q := h.queue(ordinal)
+	q.dialing--
 	switch {
-	case err == nil && l.astray: // the next waits for the answer, or long enough
-		h.failed(ordinal, l, l.failure)
+	case err == nil && q.misdirected: // the next waits for the answer, or long enough
+		h.dialFailed(ordinal, q, q.lastErr)
 	case err == nil:
-		l.fails, l.failure = 0, nil
+		q.failures, q.lastErr = 0, nil
 	case !cut:
-		h.failed(ordinal, l, err)
+		h.dialFailed(ordinal, q, err)
 	}
-	h.release(ordinal, l)
+	h.startDials(ordinal, q)
 }
 
-// failed makes the line rest, longer each time. Of those that fail together, the
+// dialFailed makes the line rest, longer each time. Of those that fail together, the
 // first counts. mu is held.
-func (h *holds) failed(ordinal int, l *line, err error) {
-	if time.Now().Before(l.rest) {
+func (h *dialQueues) dialFailed(ordinal int, q *dialQueue, err error) {
+	if time.Now().Before(q.retryAt) {
 		return
 	}
-	wait := min(redialMost, redialFirst<<min(l.fails, 10))
+	wait := min(maxRedialDelay, minRedialDelay<<min(q.failures, 10))
 	wait = wait/2 + rand.N(wait)
-	l.fails, l.failure, l.rest = l.fails+1, err, time.Now().Add(wait)
+	q.failures, q.lastErr, q.retryAt = q.failures+1, err, time.Now().Add(wait)
 	time.AfterFunc(wait, func() {
 		h.mu.Lock()
 		defer h.mu.Unlock()
-		h.release(ordinal, l)
+		h.startDials(ordinal, q)
 	})
 }
 
-// misdirected takes note that the backend's address is another backend's. As with
+// setMisdirected takes note that the backend's address is another backend's. As with
 // dials that fail, one upgrade at a time then asks for all, until meant.
-func (h *holds) misdirected(ordinal int, err error) {
+func (h *dialQueues) setMisdirected(ordinal int, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	l := h.line(ordinal)
-	if !l.astray {
-		l.astray = true
-		h.astray.Add(1)
+	q := h.queue(ordinal)
+	if !q.misdirected {
+		q.misdirected = true
+		h.misdirectedQueues.Add(1)
 	}
-	h.failed(ordinal, l, err)
+	h.dialFailed(ordinal, q, err)
 }
 
-// meant takes note that the backend has answered.
-func (h *holds) meant(ordinal int) {
-	if h.astray.Load() == 0 {
+// clearMisdirected takes note that the backend has answered.
+func (h *dialQueues) clearMisdirected(ordinal int) {
+	if h.misdirectedQueues.Load() == 0 {
 		return
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	l := h.line(ordinal)
-	if !l.astray {
+	q := h.queue(ordinal)
+	if !q.misdirected {
 		return
 	}
-	h.astray.Add(-1)
-	l.astray, l.fails, l.failure, l.rest = false, 0, nil, time.Time{}
-	h.release(ordinal, l)
+	h.misdirectedQueues.Add(-1)
+	q.misdirected, q.failures, q.lastErr, q.retryAt = false, 0, nil, time.Time{}
+	h.startDials(ordinal, q)
 }
 
-// look is called after ready has changed its mind about any backend, or addresses
+// readinessChanged is called after ready has changed its mind about any backend, or addresses
 // may have changed: all are tried at once, and one that is back as if nothing had
 // been before.
-func (h *holds) look() {
+func (h *dialQueues) readinessChanged() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	for ordinal, l := range h.lines {
-		away := h.ready(ordinal) != nil
-		if l.away && !away {
-			l.fails = 0
+	for ordinal, q := range h.queues {
+		down := h.checkReady(ordinal) != nil
+		if q.wasDown && !down {
+			q.failures = 0
 		}
-		l.away, l.rest = away, time.Time{}
-		h.release(ordinal, l)
+		q.wasDown, q.retryAt = down, time.Time{}
+		h.startDials(ordinal, q)
 	}
 }
 
-// askAgain makes all that wait ask for their owner again. It is called after the
+// recheckOwners makes all that wait ask for their owner again. It is called after the
 // table was swapped.
-func (h *holds) askAgain() {
+func (h *dialQueues) recheckOwners() {
 	h.swaps.Add(1)
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	for _, l := range h.lines {
-		for _, w := range l.waiting {
-			w.rouse()
+	for _, q := range h.queues {
+		for _, w := range q.waiters {
+			w.wake()
 		}
 	}
 }
 
-// release gives their turn to those that may dial now. mu is held.
-func (h *holds) release(ordinal int, l *line) {
-	if len(l.waiting) == 0 || h.ready(ordinal) != nil || time.Now().Before(l.rest) {
+// startDials gives their turn to those that may dial now. mu is held.
+func (h *dialQueues) startDials(ordinal int, q *dialQueue) {
+	if len(q.waiters) == 0 || h.checkReady(ordinal) != nil || time.Now().Before(q.retryAt) {
 		return
 	}
-	most := dialsMost
-	if l.fails > 0 {
-		most = 1
+	limit := maxDialsPerBackend
+	if q.failures > 0 {
+		limit = 1
 	}
-	n := max(0, min(len(l.waiting), most-l.dialing))
-	for _, w := range l.waiting[:n] {
-		w.turn = true
-		w.rouse()
+	n := max(0, min(len(q.waiters), limit-q.dialing))
+	for _, w := range q.waiters[:n] {
+		w.mayDial = true
+		w.wake()
 	}
-	l.dialing += n
-	l.waiting = slices.Delete(l.waiting, 0, n)
+	q.dialing += n
+	q.waiters = slices.Delete(q.waiters, 0, n)
 }
 
-// line returns the backend's. mu is held.
-func (h *holds) line(ordinal int) *line {
-	l := h.lines[ordinal]
-	if l == nil {
-		l = &line{away: h.ready(ordinal) != nil}
-		h.lines[ordinal] = l
+// queue returns the backend's. mu is held.
+func (h *dialQueues) queue(ordinal int) *dialQueue {
+	q := h.queues[ordinal]
+	if q == nil {
+		q = &dialQueue{wasDown: h.checkReady(ordinal) != nil}
+		h.queues[ordinal] = q
 	}
-	return l
+	return q
 }
 
-// place returns where w is in the line, or belongs.
-func (l *line) place(w *waiter) (int, bool) {
-	return slices.BinarySearchFunc(l.waiting, w.ticket, func(other *waiter, ticket int64) int {
-		return cmp.Compare(other.ticket, ticket)
+// position returns where w is in the line, or belongs.
+func (q *dialQueue) position(w *waiter) (int, bool) {
+	return slices.BinarySearchFunc(q.waiters, w.sequence, func(other *waiter, ticket int64) int {
+		return cmp.Compare(other.sequence, ticket)
 	})
 }
 
-func (w *waiter) rouse() {
-	if w.call != nil {
-		w.call()
+func (w *waiter) wake() {
+	if w.onWake != nil {
+		w.onWake()
 		return
 	}
 	select {
-	case w.wake <- struct{}{}:
+	case w.woken <- struct{}{}:
 	default:
 	}
 }
 
 const (
-	addressTTL = time.Second            // how long an address from DNS is believed
-	lookupRest = 200 * time.Millisecond // least time between two lookups of a name, whatever came of the first
-	lookupTime = 3 * time.Second        // bounds one lookup
+	addressTTL        = time.Second            // how long an address from DNS is believed
+	minLookupInterval = 200 * time.Millisecond // least time between two lookups of a name, whatever came of the first
+	lookupTimeout     = 3 * time.Second        // bounds one lookup
 )
 
-// dnsBackends are the pods of a StatefulSet with a headless Service, which
+// newDNSBackends are the pods of a StatefulSet with a headless Service, which
 // gives each the name <statefulSet>-<ordinal>.<service>
 // (https://kubernetes.io/docs/concepts/workloads/controllers/statefulset/#stable-network-id).
-func dnsBackends(count int, statefulSet, service string, port int) *backends {
+func newDNSBackends(count int, statefulSet, service string, port int) *backends {
 	cache := &addressCache{
 		host:   func(ordinal int) string { return backendName(statefulSet, ordinal) + "." + service },
 		port:   strconv.Itoa(port),
 		lookup: net.DefaultResolver.LookupNetIP,
-		byHost: map[string]*address{},
+		byHost: map[string]*dnsLookup{},
 	}
 	return &backends{
 		statefulSet: statefulSet,
-		given:       ordinals{count: count},
-		holds:       newHolds(always),
-		locate:      func(ctx context.Context, ordinal int) (string, error) { return cache.get(ctx, cache.host(ordinal)) },
-		forget:      func(ordinal int) { cache.forget(cache.host(ordinal)) },
-		pod:         unknownPod,
+		static:      ordinals{count: count},
+		queues:      newDialQueues(alwaysReady),
+		resolve:     func(ctx context.Context, ordinal int) (string, error) { return cache.get(ctx, cache.host(ordinal)) },
+		invalidate:  func(ordinal int) { cache.invalidate(cache.host(ordinal)) },
+		podUID:      unknownPodUID,
 		close:       cache.lookups.Wait,
 	}
 }
 
 // addressCache keeps addresses from DNS for addressTTL, failures and addresses
-// that were no good for lookupRest. However many wait for a name, it is looked
+// that were no good for minLookupInterval. However many wait for a name, it is looked
 // up once.
 type addressCache struct {
 	// Static after construction.
@@ -600,17 +600,17 @@ type addressCache struct {
 	lookup func(ctx context.Context, network, host string) ([]netip.Addr, error)
 
 	mu      sync.Mutex
-	byHost  map[string]*address // guarded by mu
-	lookups sync.WaitGroup      // under way
+	byHost  map[string]*dnsLookup // guarded by mu
+	lookups sync.WaitGroup        // under way
 }
 
-// address is one lookup, under way or done.
-type address struct {
-	done chan struct{} // closed by resolve when the fields below are set
-	addr string
-	err  error
-	rest time.Time // until then it is not looked up again
-	good time.Time // until then it is believed
+// dnsLookup is one lookup, under way or done.
+type dnsLookup struct {
+	done       chan struct{} // closed by resolve when the fields below are set
+	addr       string
+	err        error
+	retryAt    time.Time // until then it is not looked up again
+	validUntil time.Time // until then it is believed
 }
 
 // get returns host's address with the port, from the cache, from the lookup
@@ -619,12 +619,12 @@ func (c *addressCache) get(ctx context.Context, host string) (string, error) {
 	c.mu.Lock()
 	a := c.byHost[host]
 	if a == nil || a.expired() {
-		a = &address{done: make(chan struct{})}
+		a = &dnsLookup{done: make(chan struct{})}
 		c.byHost[host] = a
 		c.lookups.Go(func() { c.resolve(a, host) })
 	}
 	c.mu.Unlock()
-	if a.finished() {
+	if a.isDone() {
 		return a.addr, a.err // also when ctx has ended
 	}
 	select {
@@ -635,14 +635,14 @@ func (c *addressCache) get(ctx context.Context, host string) (string, error) {
 	}
 }
 
-// resolve fills a. It is bound by lookupTime and not by the one who asked
+// resolve fills a. It is bound by lookupTimeout and not by the one who asked
 // first: others wait for it too.
-func (c *addressCache) resolve(a *address, host string) {
-	ctx, cancel := context.WithTimeout(context.Background(), lookupTime)
+func (c *addressCache) resolve(a *dnsLookup, host string) {
+	ctx, cancel := context.WithTimeout(context.Background(), lookupTimeout)
 	defer cancel()
 	defer close(a.done)
 	ips, err := c.lookup(ctx, "ip", host)
-	a.rest = time.Now().Add(lookupRest)
+	a.retryAt = time.Now().Add(minLookupInterval)
 	if err == nil && len(ips) == 0 {
 		err = errors.New("no address")
 	}
@@ -651,19 +651,19 @@ func (c *addressCache) resolve(a *address, host string) {
 		return
 	}
 	a.addr = net.JoinHostPort(ips[0].Unmap().String(), c.port)
-	a.good = time.Now().Add(addressTTL)
+	a.validUntil = time.Now().Add(addressTTL)
 }
 
-// forget makes host's address be looked up again, after its rest.
-func (c *addressCache) forget(host string) {
+// invalidate makes host's address be looked up again, after its rest.
+func (c *addressCache) invalidate(host string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if a := c.byHost[host]; a != nil && a.finished() {
-		a.good = a.rest
+	if a := c.byHost[host]; a != nil && a.isDone() {
+		a.validUntil = a.retryAt
 	}
 }
 
-func (a *address) finished() bool {
+func (a *dnsLookup) isDone() bool {
 	select {
 	case <-a.done:
 		return true
@@ -674,6 +674,6 @@ func (a *address) finished() bool {
 
 // expired is called with the cache's lock held, which guards good once the
 // lookup is done.
-func (a *address) expired() bool {
-	return a.finished() && time.Now().After(a.good) && time.Now().After(a.rest)
+func (a *dnsLookup) expired() bool {
+	return a.isDone() && time.Now().After(a.validUntil) && time.Now().After(a.retryAt)
 }

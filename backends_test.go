@@ -44,14 +44,14 @@ func TestParseBackends(t *testing.T) {
 
 // What the short way dials is an address and a port. A zone is the link's, which
 // has to be looked up: a net.Dialer does.
-func TestBackendsAtOnce(t *testing.T) {
+func TestBackendsTryResolve(t *testing.T) {
 	addrs := []string{"127.0.0.1:9000", "[::1]:9000", "localhost:9000", "[fe80::1%eth0]:9000"}
-	b := fixedBackends("backend", addrs)
+	b := newStaticBackends("backend", addrs)
 	for ordinal, want := range []bool{true, true, false, false} {
-		if addr, ok := b.atOnce(ordinal); ok != want || ok && addr.String() != addrs[ordinal] {
-			t.Errorf("atOnce of %s is %s, %v; want %v", addrs[ordinal], addr, ok, want)
+		if addr, ok := b.tryResolve(ordinal); ok != want || ok && addr.String() != addrs[ordinal] {
+			t.Errorf("tryResolve of %s is %s, %v; want %v", addrs[ordinal], addr, ok, want)
 		}
-		if dialling := b.holds.lines[ordinal].dialing; (dialling == 1) != want {
+		if dialling := b.queues.queues[ordinal].dialing; (dialling == 1) != want {
 			t.Errorf("%s has %d dials under way, want %v", addrs[ordinal], dialling, want)
 		}
 	}
@@ -79,7 +79,7 @@ func (r *resolver) lookup(ctx context.Context, _, host string) ([]netip.Addr, er
 
 func TestAddressCache(t *testing.T) {
 	newCache := func(r *resolver) *addressCache {
-		return &addressCache{port: "9000", lookup: r.lookup, byHost: map[string]*address{}}
+		return &addressCache{port: "9000", lookup: r.lookup, byHost: map[string]*dnsLookup{}}
 	}
 	get := func(t *testing.T, c *addressCache, want string) {
 		t.Helper()
@@ -112,9 +112,9 @@ func TestAddressCache(t *testing.T) {
 		"dropped when it was no good": func(t *testing.T) {
 			c := newCache(&resolver{})
 			get(t, c, "10.0.0.1:9000")
-			c.forget("backend-2.headless")
+			c.invalidate("backend-2.headless")
 			get(t, c, "10.0.0.1:9000")
-			time.Sleep(lookupRest + time.Millisecond)
+			time.Sleep(minLookupInterval + time.Millisecond)
 			get(t, c, "10.0.0.2:9000")
 		},
 		"a failure is kept for a moment": func(t *testing.T) {
@@ -124,7 +124,7 @@ func TestAddressCache(t *testing.T) {
 				t.Errorf("error %v", err)
 			}
 			r.err = nil
-			time.Sleep(lookupRest - time.Millisecond)
+			time.Sleep(minLookupInterval - time.Millisecond)
 			if _, err := c.get(t.Context(), "backend-2.headless"); err == nil {
 				t.Error("looked up again too soon")
 			}
@@ -144,8 +144,8 @@ func TestAddressCache(t *testing.T) {
 		"a lookup is bounded": func(t *testing.T) {
 			c := newCache(&resolver{delay: time.Hour})
 			begun := time.Now()
-			if _, err := c.get(t.Context(), "backend-2.headless"); err == nil || time.Since(begun) != lookupTime {
-				t.Errorf("error %v after %s, want one after %s", err, time.Since(begun), lookupTime)
+			if _, err := c.get(t.Context(), "backend-2.headless"); err == nil || time.Since(begun) != lookupTimeout {
+				t.Errorf("error %v after %s, want one after %s", err, time.Since(begun), lookupTimeout)
 			}
 		},
 	}
@@ -154,9 +154,9 @@ func TestAddressCache(t *testing.T) {
 	}
 }
 
-// heldBackend is one backend whose readiness and dials a test decides on.
-type heldBackend struct {
-	*holds
+// queueTest is one backend whose readiness and dials a test decides on.
+type queueTest struct {
+	*dialQueues
 	down  atomic.Bool  // not ready
 	asked atomic.Int64 // whether it is ready
 	fails atomic.Bool  // dials fail
@@ -171,9 +171,9 @@ type heldBackend struct {
 
 var errNotYet = errors.New("it is not ready")
 
-func newHeldBackend() *heldBackend {
-	b := &heldBackend{}
-	b.holds = newHolds(func(int) error {
+func newQueueTest() *queueTest {
+	b := &queueTest{}
+	b.dialQueues = newDialQueues(func(int) error {
 		b.asked.Add(1)
 		if b.down.Load() {
 			return errNotYet
@@ -183,16 +183,16 @@ func newHeldBackend() *heldBackend {
 	return b
 }
 
-func (b *heldBackend) set(down bool) {
+func (b *queueTest) set(down bool) {
 	b.down.Store(down)
-	b.look()
+	b.readinessChanged()
 }
 
-// upgrade waits and dials until it is through, as backends.hold does.
-func (b *heldBackend) upgrade(ctx context.Context, i int) error {
-	w := b.enter()
+// upgrade waits and dials until it is through, as backends.dialOwner does.
+func (b *queueTest) upgrade(ctx context.Context, i int) error {
+	w := b.newWaiter()
 	for {
-		if err := b.wait(ctx, w, 0, b.swaps.Load()); errors.Is(err, errAskAgain) {
+		if err := b.wait(ctx, w, 0, b.swaps.Load()); errors.Is(err, errRecheckOwner) {
 			continue
 		} else if err != nil {
 			return err
@@ -213,13 +213,13 @@ func (b *heldBackend) upgrade(ctx context.Context, i int) error {
 		b.mu.Lock()
 		b.now--
 		b.mu.Unlock()
-		b.done(0, err, ctx.Err() != nil)
+		b.dialDone(0, err, ctx.Err() != nil)
 		switch {
 		case err == nil && b.stray.Load():
-			b.misdirected(0, errors.New("421"))
-			w = b.enter()
+			b.setMisdirected(0, errors.New("421"))
+			w = b.newWaiter()
 		case err == nil:
-			b.meant(0)
+			b.clearMisdirected(0)
 			return nil
 		case ctx.Err() != nil:
 			return err
@@ -227,15 +227,15 @@ func (b *heldBackend) upgrade(ctx context.Context, i int) error {
 	}
 }
 
-// waiting returns who waits for a backend.
-func (h *holds) waiting(ordinal int) []*waiter {
+// waitersOf returns who waits for a backend.
+func (h *dialQueues) waitersOf(ordinal int) []*waiter {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return slices.Clone(h.line(ordinal).waiting)
+	return slices.Clone(h.queue(ordinal).waiters)
 }
 
 // dials returns which upgrades dialled, in order, and how many at once.
-func (b *heldBackend) dials() (began []int, most int) {
+func (b *queueTest) dials() (began []int, limit int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return slices.Clone(b.began), b.most
@@ -243,18 +243,18 @@ func (b *heldBackend) dials() (began []int, most int) {
 
 // wantInOrder checks that upgrades dialled as they came, but for those that dial
 // at once.
-func (b *heldBackend) wantInOrder(t *testing.T) {
+func (b *queueTest) wantInOrder(t *testing.T) {
 	t.Helper()
-	began, most := b.dials()
+	began, limit := b.dials()
 	for i, upgrade := range began {
-		if upgrade/dialsMost != i/dialsMost || most != dialsMost {
-			t.Fatalf("upgrade %d was the %d-th to dial, %d did at once", upgrade, i, most)
+		if upgrade/maxDialsPerBackend != i/maxDialsPerBackend || limit != maxDialsPerBackend {
+			t.Fatalf("upgrade %d was the %d-th to dial, %d did at once", upgrade, i, limit)
 		}
 	}
 }
 
 // queue starts upgrades one after the other, and returns what waits for them.
-func (b *heldBackend) queue(t *testing.T, count int) *sync.WaitGroup {
+func (b *queueTest) queue(t *testing.T, count int) *sync.WaitGroup {
 	all := &sync.WaitGroup{}
 	for i := range count {
 		all.Go(func() {
@@ -267,9 +267,9 @@ func (b *heldBackend) queue(t *testing.T, count int) *sync.WaitGroup {
 	return all
 }
 
-func TestHolds(t *testing.T) {
-	tests := map[string]func(t *testing.T, b *heldBackend){
-		"first come, first served": func(t *testing.T, b *heldBackend) {
+func TestDialQueues(t *testing.T) {
+	tests := map[string]func(t *testing.T, b *queueTest){
+		"first come, first served": func(t *testing.T, b *queueTest) {
 			b.take.Store(int64(10 * time.Millisecond))
 			b.set(true)
 			all := b.queue(t, 200)
@@ -287,13 +287,13 @@ func TestHolds(t *testing.T) {
 			}
 			b.wantInOrder(t)
 		},
-		"strictly one after the other": func(t *testing.T, b *heldBackend) {
+		"strictly one after the other": func(t *testing.T, b *queueTest) {
 			b.fails.Store(true)
 			all := b.queue(t, 20)
 			time.Sleep(10 * time.Second)
-			began, most := b.dials()
-			if slices.Max(began) != 0 || most != 1 {
-				t.Errorf("%v dialled, %d at once, while dials failed: want the first alone", began, most)
+			began, limit := b.dials()
+			if slices.Max(began) != 0 || limit != 1 {
+				t.Errorf("%v dialled, %d at once, while dials failed: want the first alone", began, limit)
 			}
 			if n := len(began); n < 8 || n > 24 {
 				t.Errorf("%d dials in 10 s, want one each second or so", n)
@@ -301,7 +301,7 @@ func TestHolds(t *testing.T) {
 			b.fails.Store(false)
 			all.Wait()
 		},
-		"another backend answers": func(t *testing.T, b *heldBackend) {
+		"another backend answers": func(t *testing.T, b *queueTest) {
 			b.stray.Store(true)
 			all := b.queue(t, 20)
 			time.Sleep(10 * time.Second)
@@ -309,28 +309,28 @@ func TestHolds(t *testing.T) {
 			if n := len(began); n < 8 || n > 20+24 {
 				t.Errorf("%d dials in 10 s, want one of each upgrade and then one each second or so", n)
 			}
-			if b.try(0) {
+			if b.tryDial(0) {
 				t.Error("another upgrade may dial at once")
 			}
 			b.stray.Store(false)
 			all.Wait()
-			if b.astray.Load() != 0 || !b.try(0) {
+			if b.misdirectedQueues.Load() != 0 || !b.tryDial(0) {
 				t.Error("the backend has answered, and is still looked for")
 			}
 		},
-		"another address": func(t *testing.T, b *heldBackend) {
+		"another address": func(t *testing.T, b *queueTest) {
 			b.stray.Store(true)
 			all := b.queue(t, 20)
 			time.Sleep(time.Minute)
 			b.stray.Store(false)
 			begun := time.Now()
-			b.look()
+			b.readinessChanged()
 			all.Wait()
 			if took := time.Since(begun); took != 0 {
 				t.Errorf("the backend was dialled %v after it had another address, want at once", took)
 			}
 		},
-		"back at once": func(t *testing.T, b *heldBackend) {
+		"back at once": func(t *testing.T, b *queueTest) {
 			b.fails.Store(true)
 			all := b.queue(t, 20)
 			time.Sleep(time.Minute)
@@ -343,7 +343,7 @@ func TestHolds(t *testing.T) {
 				t.Errorf("the backend was dialled %v after it was ready again, want at once", took)
 			}
 		},
-		"who leaves makes room": func(t *testing.T, b *heldBackend) {
+		"who leaves makes room": func(t *testing.T, b *queueTest) {
 			b.set(true)
 			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 			defer cancel()
@@ -357,11 +357,11 @@ func TestHolds(t *testing.T) {
 			}
 			b.set(false)
 			all.Wait()
-			if n := len(b.waiting(0)); n > 0 {
+			if n := len(b.waitersOf(0)); n > 0 {
 				t.Errorf("%d are still in the line", n)
 			}
 		},
-		"a dial that is cut is no failure": func(t *testing.T, b *heldBackend) {
+		"a dial that is cut is no failure": func(t *testing.T, b *queueTest) {
 			b.take.Store(int64(time.Hour))
 			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 			defer cancel()
@@ -372,48 +372,48 @@ func TestHolds(t *testing.T) {
 				t.Errorf("the next dial: %v after %v, want at once", err, time.Since(begun))
 			}
 		},
-		"who asks again keeps its place": func(t *testing.T, b *heldBackend) {
+		"who asks again keeps its place": func(t *testing.T, b *queueTest) {
 			b.set(true)
-			all := b.queue(t, 2*dialsMost)
-			b.askAgain()
+			all := b.queue(t, 2*maxDialsPerBackend)
+			b.recheckOwners()
 			synctest.Wait()
 			b.take.Store(int64(time.Millisecond))
 			b.set(false)
 			all.Wait()
 			b.wantInOrder(t)
 		},
-		"who gives up with its turn gives it on": func(t *testing.T, b *heldBackend) {
+		"who gives up with its turn gives it on": func(t *testing.T, b *queueTest) {
 			b.set(true)
 			ctx, cancel := context.WithCancel(t.Context())
 			var left sync.WaitGroup
-			for i := range dialsMost {
+			for i := range maxDialsPerBackend {
 				left.Go(func() { b.upgrade(ctx, i) })
 			}
 			synctest.Wait()
 			b.down.Store(false)
-			b.holds.mu.Lock() // they leave, and have their turns before they know
+			b.dialQueues.mu.Lock() // they leave, and have their turns before they know
 			cancel()
-			b.holds.release(0, b.holds.line(0))
-			b.holds.mu.Unlock()
+			b.dialQueues.startDials(0, b.dialQueues.queue(0))
+			b.dialQueues.mu.Unlock()
 			left.Wait()
 			begun := time.Now()
-			b.queue(t, dialsMost).Wait()
+			b.queue(t, maxDialsPerBackend).Wait()
 			if took := time.Since(begun); took != 0 {
 				t.Errorf("the next upgrades were through after %v, want at once", took)
 			}
 		},
-		"swapped before it waits": func(t *testing.T, b *heldBackend) {
+		"swapped before it waits": func(t *testing.T, b *queueTest) {
 			b.set(true)
 			swaps := b.swaps.Load()
-			b.askAgain()
-			if err := b.wait(t.Context(), b.enter(), 0, swaps); !errors.Is(err, errAskAgain) {
-				t.Errorf("error %v, want %v", err, errAskAgain)
+			b.recheckOwners()
+			if err := b.wait(t.Context(), b.newWaiter(), 0, swaps); !errors.Is(err, errRecheckOwner) {
+				t.Errorf("error %v, want %v", err, errRecheckOwner)
 			}
 		},
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) { test(t, newHeldBackend()) })
+			synctest.Test(t, func(t *testing.T) { test(t, newQueueTest()) })
 		})
 	}
 }
@@ -424,7 +424,7 @@ func TestHoldWaitsForReadiness(t *testing.T) {
 	backend := startStub(t, "127.0.0.1:0", echo)
 	var ready atomic.Bool
 	p := startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) {
-		p.backends.holds.ready = func(int) error {
+		p.backends.queues.checkReady = func(int) error {
 			if ready.Load() {
 				return nil
 			}
@@ -432,43 +432,43 @@ func TestHoldWaitsForReadiness(t *testing.T) {
 		}
 	})
 	conn := p.send(t, "ns-01")
-	p.waitWaiting(t, 1)
-	p.backends.holds.look()
+	p.waitPending(t, 1)
+	p.backends.queues.readinessChanged()
 	if len(backend.heads()) > 0 {
 		t.Error("the backend was asked before it was ready")
 	}
 	ready.Store(true)
-	p.backends.holds.look()
+	p.backends.queues.readinessChanged()
 	mustAnswer(t, conn, 101)
 
 }
 
 func TestHoldTimeout(t *testing.T) {
 	p := startProxy(t, []string{"127.0.0.1:1"}, map[string]string{}, func(p *proxy) {
-		p.backends.holds.ready = func(int) error { return errNotYet }
-		p.limits.hold = 50 * time.Millisecond
+		p.backends.queues.checkReady = func(int) error { return errNotYet }
+		p.limits.holdTimeout = 50 * time.Millisecond
 	})
 	_, _, resp := p.ask(t, upgradeRequest("/ws/ns-02"))
 	body, _ := io.ReadAll(resp.Body)
-	p.mustTell(t, resp.StatusCode, string(body), "backend-0 could not be reached within 50ms: it is not ready")
+	p.mustRefuse(t, resp.StatusCode, string(body), "backend-0 could not be reached within 50ms: it is not ready")
 }
 
 // What is said of places holds after all that can happen to them.
-func TestWaitingPlaces(t *testing.T) {
+func TestUpgradeLimit(t *testing.T) {
 	for _, shape := range []struct{ backends, limit int }{{1, 10}, {2, 10}, {7, 100}, {100, 10_000}, {100, 10}} {
-		var p places
+		var p upgradeLimit
 		rng := rand.New(rand.NewPCG(1, 2))
 		taken, all := map[int]int{}, 0
 		for range 50_000 {
 			backend := rng.IntN(rng.IntN(shape.backends) + 1) // those that come first have more
 			if n := taken[backend]; n > 0 && rng.IntN(3) == 0 {
-				p.leave(backend)
+				p.release(backend)
 				taken[backend]--
 				all--
 				continue
 			}
 			own := max(1, shape.limit/2/shape.backends)
-			tookAll, tookOwn, ok := p.take(backend, shape.backends, shape.limit)
+			tookAll, tookOwn, ok := p.acquire(backend, shape.backends, shape.limit)
 			if !ok && taken[backend] < own {
 				t.Fatalf("%+v: refused with %d places taken of its own %d", shape, taken[backend], own)
 			}
@@ -479,29 +479,29 @@ func TestWaitingPlaces(t *testing.T) {
 			if pool := shape.limit - own*shape.backends; ok && taken[backend]-own > (max(0, pool)+1)/2 {
 				t.Fatalf("%+v: %d places of one backend, want at most half of the %d of the pool", shape, taken[backend]-own, pool)
 			}
-			gotAll, gotOwn := p.taken(backend)
+			gotAll, gotOwn := p.inUse(backend)
 			if tookAll != all || tookOwn != taken[backend] || gotAll != all || gotOwn != taken[backend] || all > max(shape.limit, shape.backends) {
 				t.Fatalf("%+v: %d places and %d of one backend, want %d and %d", shape, gotAll, gotOwn, all, taken[backend])
 			}
 		}
 		for backend, n := range taken {
 			for range n {
-				p.move(backend, backend+1)
-				p.leave(backend + 1)
+				p.transfer(backend, backend+1)
+				p.release(backend + 1)
 			}
 		}
-		if all, _ := p.taken(0); all != 0 || len(p.of) != 0 || p.pooled != 0 {
-			t.Errorf("%+v: %d places after all have left, %d backends, %d of the pool", shape, all, len(p.of), p.pooled)
+		if all, _ := p.inUse(0); all != 0 || len(p.byBackend) != 0 || p.pooled != 0 {
+			t.Errorf("%+v: %d places after all have left, %d backends, %d of the pool", shape, all, len(p.byBackend), p.pooled)
 		}
 	}
 }
 
 // A limit that means something else for another number of backends counts anew.
-func TestWaitingPlacesAfterScaling(t *testing.T) {
-	var p places
+func TestUpgradeLimitAfterScaling(t *testing.T) {
+	var p upgradeLimit
 	count := func(backend, backends int) (n int) {
 		for {
-			if _, _, ok := p.take(backend, backends, 100); !ok {
+			if _, _, ok := p.acquire(backend, backends, 100); !ok {
 				return n
 			}
 			n++

@@ -20,18 +20,18 @@ import (
 // commands are what the program does instead of routing when its first argument
 // says so: they ask a router that runs, or tables, and change nothing.
 type commands struct {
-	admin               string // URL of the router's admin port
-	replicas            int    // of owner without a router
-	statefulSet, folder string // the same
-	namespaceFrom       string // the same
-	out                 io.Writer
+	admin                     string // URL of the router's admin port
+	replicas                  int    // of owner without a router
+	statefulSet, overridesDir string // the same
+	namespaceFrom             string // the same
+	out                       io.Writer
 }
 
-// adminTime bounds one question to a router.
-const adminTime = 30 * time.Second
+// adminTimeout bounds one question to a router.
+const adminTimeout = 30 * time.Second
 
 // runCommand runs the command that args begin with, if they do.
-func runCommand(ctx context.Context, args []string, out io.Writer) (is bool, err error) {
+func runCommand(ctx context.Context, args []string, out io.Writer) (handled bool, err error) {
 	c := &commands{out: out}
 	if len(args) == 0 || args[0] != "plan" && args[0] != "owner" {
 		return false, nil
@@ -42,7 +42,7 @@ func runCommand(ctx context.Context, args []string, out io.Writer) (is bool, err
 	usage, run := "Usage: router plan [flags] FILE|-|NUMBER\n\nSays which sessions would move with a ConfigMap (JSON) or a number of backends.\n\n", c.plan
 	if args[0] == "owner" {
 		f.IntVar(&c.replicas, "replicas", 0, "`number` of backends, to ask no router")
-		f.StringVar(&c.folder, "overrides", "", "`directory` with the overrides, with -replicas")
+		f.StringVar(&c.overridesDir, "overrides", "", "`directory` with the overrides, with -replicas")
 		f.StringVar(&c.statefulSet, "statefulset", "backend", "`name` of the StatefulSet, with -replicas")
 		f.StringVar(&c.namespaceFrom, "namespace-from", "path", "where requests have their namespace, path or host, with -replicas")
 		usage, run = "Usage: router owner [flags] NAMESPACE...\n\nSays who owns namespaces, and why.\n\n", c.owners
@@ -59,9 +59,9 @@ func runCommand(ctx context.Context, args []string, out io.Writer) (is bool, err
 	return true, run(ctx, f.Args())
 }
 
-// ask sends a question to the router, and reads its answer into v.
-func (c *commands) ask(ctx context.Context, method, path string, body []byte, v any) error {
-	ctx, cancel := context.WithTimeout(ctx, adminTime)
+// do sends a question to the router, and reads its answer into v.
+func (c *commands) do(ctx context.Context, method, path string, body []byte, v any) error {
+	ctx, cancel := context.WithTimeout(ctx, adminTimeout)
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, method, strings.TrimSuffix(c.admin, "/")+path, bytes.NewReader(body))
 	if err != nil {
@@ -76,12 +76,12 @@ func (c *commands) ask(ctx context.Context, method, path string, body []byte, v 
 	if err != nil {
 		return err
 	}
-	var no struct{ Error string }
+	var failure struct{ Error string }
 	if resp.StatusCode != http.StatusOK {
-		if json.Unmarshal(answer, &no) != nil || no.Error == "" {
-			no.Error = fmt.Sprintf("%.200s", answer)
+		if json.Unmarshal(answer, &failure) != nil || failure.Error == "" {
+			failure.Error = fmt.Sprintf("%.200s", answer)
 		}
-		return fmt.Errorf("%s%s: %s: %s", c.admin, path, resp.Status, no.Error)
+		return fmt.Errorf("%s%s: %s: %s", c.admin, path, resp.Status, failure.Error)
 	}
 	return json.Unmarshal(answer, v)
 }
@@ -97,7 +97,7 @@ func (c *commands) plan(ctx context.Context, args []string) error {
 	if n, nerr := strconv.Atoi(args[0]); nerr == nil {
 		body = fmt.Appendf(nil, `{"replicas":%d}`, n)
 	} else if args[0] == "-" {
-		body, err = io.ReadAll(io.LimitReader(os.Stdin, maxPlan+1))
+		body, err = io.ReadAll(io.LimitReader(os.Stdin, maxPlanBody+1))
 	} else {
 		body, err = os.ReadFile(args[0])
 	}
@@ -105,7 +105,7 @@ func (c *commands) plan(ctx context.Context, args []string) error {
 		return err
 	}
 	var p plan
-	if err := c.ask(ctx, http.MethodPost, "/plan", body, &p); err != nil {
+	if err := c.do(ctx, http.MethodPost, "/plan", body, &p); err != nil {
 		return err
 	}
 	t := tabwriter.NewWriter(c.out, 0, 0, 2, ' ', 0)
@@ -127,21 +127,21 @@ func (c *commands) owners(ctx context.Context, namespaces []string) error {
 	if len(namespaces) == 0 {
 		return usageError{errors.New("no arguments, want namespaces")}
 	}
-	ask := func(namespace string) (o ownership, err error) {
-		err = c.ask(ctx, http.MethodGet, "/owner?"+url.Values{"namespace": {namespace}}.Encode(), nil, &o)
+	lookUp := func(namespace string) (o ownership, err error) {
+		err = c.do(ctx, http.MethodGet, "/owner?"+url.Values{"namespace": {namespace}}.Encode(), nil, &o)
 		return o, err
 	}
-	if c.replicas != 0 || c.folder != "" {
+	if c.replicas != 0 || c.overridesDir != "" {
 		t, err := c.table()
 		if err != nil {
 			return err
 		}
-		ask = func(namespace string) (ownership, error) { return c.owner(t, namespace) }
+		lookUp = func(namespace string) (ownership, error) { return c.owner(t, namespace) }
 	}
 	t := tabwriter.NewWriter(c.out, 0, 0, 2, ' ', 0)
 	defer t.Flush()
 	for _, namespace := range namespaces {
-		o, err := ask(namespace)
+		o, err := lookUp(namespace)
 		if err != nil {
 			return err
 		}
@@ -151,7 +151,7 @@ func (c *commands) owners(ctx context.Context, namespaces []string) error {
 			fmt.Fprintf(t, "\t%s\n", o.Note)
 		}
 		for _, bad := range o.Rejected {
-			fmt.Fprintf(t, "\trejected %q of %s, want %s\n", bad.Value, strings.TrimSpace(bad.Source+" "+bad.Key), bad.Want)
+			fmt.Fprintf(t, "\trejected %q of %s, want %s\n", bad.Value, strings.TrimSpace(bad.Source+" "+bad.Key), bad.Expected)
 		}
 	}
 	return nil
@@ -165,28 +165,28 @@ func (c *commands) table() (*table, error) {
 	if c.namespaceFrom != "path" && c.namespaceFrom != "host" {
 		return nil, usageError{fmt.Errorf("-namespace-from %q, want path or host", c.namespaceFrom)}
 	}
-	var sources []entries
-	if c.folder != "" {
-		data, version, err := (&directory{path: c.folder}).read()
+	var sources []sourceContent
+	if c.overridesDir != "" {
+		data, version, err := (&directory{path: c.overridesDir}).read()
 		if err != nil {
 			return nil, fmt.Errorf("-overrides: %w", err)
 		}
-		sources = []entries{{source: "directory " + c.folder, version: version, data: pack(data)}}
+		sources = []sourceContent{{source: "directory " + c.overridesDir, version: version, overrides: newOverrideSet(data)}}
 	}
-	t := &table{statefulSet: c.statefulSet, host: c.namespaceFrom == "host", backends: ordinals{count: c.replicas}}
-	t.fill(sources, nil)
+	t := &table{statefulSet: c.statefulSet, fromHost: c.namespaceFrom == "host", backends: ordinals{count: c.replicas}}
+	t.build(sources, nil)
 	return t, nil
 }
 
 // owner is what a router with the table would say.
 func (c *commands) owner(t *table, namespace string) (ownership, error) {
-	if t.host {
+	if t.fromHost {
 		namespace = strings.ToLower(namespace)
 	}
-	if want := nameFault(namespace, t.host); want != "" {
+	if want := namespaceFault(namespace, t.fromHost); want != "" {
 		return ownership{}, usageError{fmt.Errorf("%.260q, want %s", namespace, want)}
 	}
-	o := ownership{Why: t.explain(namespace), Note: keyFault(namespace), Rejected: t.rejectionsOf(namespace)}
+	o := ownership{Why: t.explain(namespace), Note: overrideKeyFault(namespace), Rejected: t.rejectionsOf(namespace)}
 	if ordinal, ok := t.owner(namespace); ok {
 		o.Owner = t.name(ordinal)
 	}

@@ -50,14 +50,14 @@ func TestCommands(t *testing.T) {
 		"plan, bad flag":   {[]string{"plan", "-replicas", "3"}, 2, "flag provided but not defined: -replicas\n"},
 		"owner":            {[]string{"owner", admin, "late"}, 0, "late  backend-1  override  127.0.0.1:1  dial tcp 127.0.0.1:1: connect: connection refused\n"},
 		"owner of nothing": {[]string{"owner", admin}, 2, "no arguments, want namespaces\n"},
-		"owner, bad name":  {[]string{"owner", admin, "a/b"}, 1, s.URL + "/owner?namespace=a%2Fb: 400 Bad Request: /owner?namespace= is \"a/b\", want " + namespaceFault("a/b") + "\n"},
+		"owner, bad name":  {[]string{"owner", admin, "a/b"}, 1, s.URL + "/owner?namespace=a%2Fb: 400 Bad Request: /owner?namespace= is \"a/b\", want " + pathNamespaceFault("a/b") + "\n"},
 		"owner offline": {[]string{"owner", "-replicas", "4", "-overrides", folder, "a", "free", "bad"}, 0, "a     backend-2  override\nfree  " + hashed + "  hash\nbad              refused\n" +
 			"      rejected \"bakend-2\" of directory " + folder + ", want backend-0 to backend-3\n"},
-		"owner offline, bad name": {[]string{"owner", "-replicas", "4", ""}, 2, `"", want ` + namespaceFault("") + "\n"},
+		"owner offline, bad name": {[]string{"owner", "-replicas", "4", ""}, 2, `"", want ` + pathNamespaceFault("") + "\n"},
 		"owner offline, of hosts": {[]string{"owner", "-replicas", "4", "-overrides", hosts, "-namespace-from", "host", "Ns", "free"}, 0,
-			"Ns    " + backendName("backend", bucket("ns", 4)) + "  hash\n      rejected \"backend-2\" of directory " + hosts + " NS, want " + labelFault("") +
+			"Ns    " + backendName("backend", bucket("ns", 4)) + "  hash\n      rejected \"backend-2\" of directory " + hosts + " NS, want " + hostNamespaceFault("") +
 				"\nfree  " + hashed + "  hash\n"},
-		"owner offline, no host":    {[]string{"owner", "-replicas", "4", "-namespace-from", "host", "a.b"}, 2, `"a.b", want ` + labelFault("a.b") + "\n"},
+		"owner offline, no host":    {[]string{"owner", "-replicas", "4", "-namespace-from", "host", "a.b"}, 2, `"a.b", want ` + hostNamespaceFault("a.b") + "\n"},
 		"owner offline, from where": {[]string{"owner", "-replicas", "4", "-namespace-from", "header", "a"}, 2, "-namespace-from \"header\", want path or host\n"},
 		"owner of two dots": {[]string{"owner", "-replicas", "1", "..foo"}, 0,
 			"..foo  backend-0  hash\n       it can have no override: no key of a ConfigMap begins with two dots\n"},

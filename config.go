@@ -14,34 +14,34 @@ import (
 
 // config is what the flags and the environment say.
 type config struct {
-	listen, admin            string
-	peerTimeout, idleTimeout time.Duration
+	listen, admin               string
+	tcpUserTimeout, idleTimeout time.Duration
 
 	backends, statefulSet, service string
 	replicas, backendPort          int
 
 	kube, kubeNamespace, overrides string
-	configMaps                     names
+	configMaps                     nameList
 	selector                       string // of ConfigMaps, by their labels
 
-	namespaceFrom, pod string
-	limits             limits
-	moveRate           int
-	moveSettle         time.Duration
+	namespaceFrom, podName string
+	limits                 limits
+	moveRate               int
+	moveSettle             time.Duration
 
-	drainDelay, drainTime time.Duration
+	drainDelay, drainDuration time.Duration
 
 	logFormat string
 	logLevel  slog.Level
 }
 
-// names is a list that a flag adds to, one or more with commas between them.
-type names []string
+// nameList is a list that a flag adds to, one or more with commas between them.
+type nameList []string
 
-func (n *names) String() string { return strings.Join(*n, ",") }
+func (n *nameList) String() string { return strings.Join(*n, ",") }
 
 // Set refuses what cannot be names: empty or the same twice.
-func (n *names) Set(list string) error {
+func (n *nameList) Set(list string) error {
 	for name := range strings.SplitSeq(list, ",") {
 		if name == "" || slices.Contains(*n, name) {
 			return fmt.Errorf("%q is empty or comes twice", name)
@@ -60,7 +60,7 @@ func (c *config) flags() *flag.FlagSet {
 	f.SetOutput(io.Discard)
 	f.StringVar(&c.listen, "listen", ":8000", "`address` for clients: host:port, or unix:/path of a socket")
 	f.StringVar(&c.admin, "admin", ":8001", "`address` for /healthz, /readyz, /metrics, /owner, /backends and /plan")
-	f.DurationVar(&c.peerTimeout, "peer-timeout", time.Minute, "how long a client or backend may leave TCP without an answer before its session\n"+
+	f.DurationVar(&c.tcpUserTimeout, "peer-timeout", time.Minute, "how long a client or backend may leave TCP without an answer before its session\n"+
 		"ends, in whole seconds, 0 is as long as the system lets it")
 	f.DurationVar(&c.idleTimeout, "idle-timeout", 0, "how long a session may carry nothing in either direction before it ends, 0 is for ever")
 
@@ -79,21 +79,21 @@ func (c *config) flags() *flag.FlagSet {
 		"copy that counts until the server was heard")
 
 	f.StringVar(&c.namespaceFrom, "namespace-from", "path", "where a request has its namespace: `path` (/ws/<namespace>) or host (its first label)")
-	f.StringVar(&c.pod, "pod", "", "`name` of this router for X-Router-Pod (default the host's name)")
-	f.DurationVar(&c.limits.hold, "hold", 10*time.Second, "how long an upgrade waits for its owner")
-	f.DurationVar(&c.limits.handshake, "handshake-timeout", 10*time.Second, "how long a backend may take to answer an upgrade")
-	f.DurationVar(&c.limits.headerTime, "header-timeout", 10*time.Second, "how long a client may take to send its request")
-	f.IntVar(&c.limits.headerLines, "max-header-fields", 100, "largest `number` of fields in a request's head")
+	f.StringVar(&c.podName, "pod", "", "`name` of this router for X-Router-Pod (default the host's name)")
+	f.DurationVar(&c.limits.holdTimeout, "hold", 10*time.Second, "how long an upgrade waits for its owner")
+	f.DurationVar(&c.limits.handshakeTimeout, "handshake-timeout", 10*time.Second, "how long a backend may take to answer an upgrade")
+	f.DurationVar(&c.limits.headerTimeout, "header-timeout", 10*time.Second, "how long a client may take to send its request")
+	f.IntVar(&c.limits.headerFields, "max-header-fields", 100, "largest `number` of fields in a request's head")
 	f.IntVar(&c.limits.headerBytes, "max-header-bytes", 16<<10, "most `bytes` of a request's or an answer's head")
 	f.IntVar(&c.limits.sessions, "max-sessions", 100_000, "largest `number` of open sessions")
-	f.IntVar(&c.limits.waiting, "max-waiting", 10_000, "largest `number` of upgrades under way; half of it is divided evenly among the backends, of the\n"+
+	f.IntVar(&c.limits.pendingUpgrades, "max-waiting", 10_000, "largest `number` of upgrades under way; half of it is divided evenly among the backends, of the\n"+
 		"rest one backend may have as much as it leaves free")
 	f.IntVar(&c.moveRate, "move-rate", 200, "`sessions` closed per second after their owner changed, 0 is no limit")
 	f.DurationVar(&c.moveSettle, "move-settle", 500*time.Millisecond, "how long owners have to stay as they are before sessions move, and at most ten\n"+
 		"times as long after the first change")
 
 	f.DurationVar(&c.drainDelay, "drain-delay", 0, "how long after SIGTERM clients are still accepted, until load balancers have noticed")
-	f.DurationVar(&c.drainTime, "drain-time", 30*time.Second, "the time over which sessions are then closed")
+	f.DurationVar(&c.drainDuration, "drain-time", 30*time.Second, "the time over which sessions are then closed")
 
 	f.StringVar(&c.logFormat, "log-format", "text", "`format` of the log: text or json")
 	f.TextVar(&c.logLevel, "log-level", slog.LevelInfo, "lowest `level` of the log: debug, info, warn or error")
@@ -115,11 +115,11 @@ func parseConfig(args []string, getenv func(string) string, w io.Writer) (*confi
 		err = fmt.Errorf("argument %q, want flags only", f.Arg(0))
 	}
 	if err == nil {
-		err = fromEnvironment(f, getenv)
+		err = setFromEnvironment(f, getenv)
 	}
 	if err == nil {
-		c.complete(getenv)
-		err = c.check()
+		c.setDefaults(getenv)
+		err = c.validate()
 	}
 	if err != nil {
 		return nil, usageError{err}
@@ -127,22 +127,22 @@ func parseConfig(args []string, getenv func(string) string, w io.Writer) (*confi
 	return c, nil
 }
 
-// variable is the environment's name of a flag.
-func variable(name string) string {
+// environmentName is the environment's name of a flag.
+func environmentName(name string) string {
 	return "ROUTER_" + strings.ToUpper(strings.ReplaceAll(name, "-", "_"))
 }
 
-// fromEnvironment sets the flags that were not given.
-func fromEnvironment(f *flag.FlagSet, getenv func(string) string) (err error) {
+// setFromEnvironment sets the flags that were not given.
+func setFromEnvironment(f *flag.FlagSet, getenv func(string) string) (err error) {
 	given := map[string]bool{}
 	f.Visit(func(fl *flag.Flag) { given[fl.Name] = true })
 	f.VisitAll(func(fl *flag.Flag) {
-		value := getenv(variable(fl.Name))
+		value := getenv(environmentName(fl.Name))
 		if value == "" || given[fl.Name] || err != nil {
 			return
 		}
 		if serr := fl.Value.Set(value); serr != nil {
-			err = fmt.Errorf("%s=%q: %w", variable(fl.Name), value, serr)
+			err = fmt.Errorf("%s=%q: %w", environmentName(fl.Name), value, serr)
 		}
 	})
 	return err
@@ -157,8 +157,8 @@ func writeHelp(f *flag.FlagSet, w io.Writer) {
 	f.PrintDefaults()
 }
 
-// check says which value cannot be.
-func (c *config) check() error {
+// validate says which value cannot be.
+func (c *config) validate() error {
 	switch {
 	case c.replicas < 0:
 		return fmt.Errorf("-replicas %d, want 1 or more", c.replicas)
@@ -176,12 +176,12 @@ func (c *config) check() error {
 		return fmt.Errorf("-configmap %s, -configmap-selector %s: want one of them", &c.configMaps, c.selector)
 	case c.limits.headerBytes < 1024:
 		return fmt.Errorf("-max-header-bytes %d, want at least 1024", c.limits.headerBytes)
-	case c.limits.headerLines < 16:
-		return fmt.Errorf("-max-header-fields %d, want at least 16", c.limits.headerLines)
-	case c.limits.sessions < 1 || c.limits.waiting < 1:
-		return fmt.Errorf("-max-sessions %d, -max-waiting %d, want at least 1", c.limits.sessions, c.limits.waiting)
-	case c.peerTimeout != 0 && (c.peerTimeout < 2*time.Second || c.peerTimeout > 18*time.Hour || c.peerTimeout%time.Second != 0):
-		return fmt.Errorf("-peer-timeout %s, want 0, or 2s to 18h in whole seconds", c.peerTimeout) // TCP_KEEPIDLE is 1 to 32767 s
+	case c.limits.headerFields < 16:
+		return fmt.Errorf("-max-header-fields %d, want at least 16", c.limits.headerFields)
+	case c.limits.sessions < 1 || c.limits.pendingUpgrades < 1:
+		return fmt.Errorf("-max-sessions %d, -max-waiting %d, want at least 1", c.limits.sessions, c.limits.pendingUpgrades)
+	case c.tcpUserTimeout != 0 && (c.tcpUserTimeout < 2*time.Second || c.tcpUserTimeout > 18*time.Hour || c.tcpUserTimeout%time.Second != 0):
+		return fmt.Errorf("-peer-timeout %s, want 0, or 2s to 18h in whole seconds", c.tcpUserTimeout) // TCP_KEEPIDLE is 1 to 32767 s
 	case c.idleTimeout != 0 && c.idleTimeout < time.Second:
 		return fmt.Errorf("-idle-timeout %s, want 0, or at least 1s", c.idleTimeout)
 	case c.moveRate < 0 || c.moveSettle < 0:
@@ -190,20 +190,20 @@ func (c *config) check() error {
 	for _, bound := range []struct {
 		flag string
 		time time.Duration
-	}{{"hold", c.limits.hold}, {"handshake-timeout", c.limits.handshake}, {"header-timeout", c.limits.headerTime}} {
+	}{{"hold", c.limits.holdTimeout}, {"handshake-timeout", c.limits.handshakeTimeout}, {"header-timeout", c.limits.headerTimeout}} {
 		if bound.time <= 0 {
 			return fmt.Errorf("-%s %s, want more than 0", bound.flag, bound.time)
 		}
 	}
-	if c.drainDelay < 0 || c.drainTime < 0 {
-		return fmt.Errorf("-drain-delay %s, -drain-time %s, want 0 or more", c.drainDelay, c.drainTime)
+	if c.drainDelay < 0 || c.drainDuration < 0 {
+		return fmt.Errorf("-drain-delay %s, -drain-time %s, want 0 or more", c.drainDelay, c.drainDuration)
 	}
 	_, err := newLogger(io.Discard, c.logFormat, c.logLevel)
 	return err
 }
 
-// complete fills in what depends on where the router runs.
-func (c *config) complete(getenv func(string) string) {
+// setDefaults fills in what depends on where the router runs.
+func (c *config) setDefaults(getenv func(string) string) {
 	if c.kube == "" {
 		switch {
 		case getenv("KUBERNETES_SERVICE_HOST") != "":
@@ -215,18 +215,18 @@ func (c *config) complete(getenv func(string) string) {
 		}
 	}
 	if c.configMaps == nil && c.selector == "" {
-		c.configMaps = names{"overwriting"}
+		c.configMaps = nameList{"overwriting"}
 	}
-	if c.pod == "" {
-		c.pod, _ = os.Hostname() // "" is a name too
+	if c.podName == "" {
+		c.podName, _ = os.Hostname() // "" is a name too
 	}
 }
 
-// backendSet returns the backends that the flags name, nil if the API server does.
-func (c *config) backendSet() (*backends, error) {
+// staticBackends returns the backends that the flags name, nil if the API server does.
+func (c *config) staticBackends() (*backends, error) {
 	switch {
 	case c.replicas > 0:
-		return dnsBackends(c.replicas, c.statefulSet, c.service, c.backendPort), nil
+		return newDNSBackends(c.replicas, c.statefulSet, c.service, c.backendPort), nil
 	case c.backends == "":
 		return nil, nil
 	}
@@ -234,24 +234,24 @@ func (c *config) backendSet() (*backends, error) {
 	if err != nil {
 		return nil, usageError{fmt.Errorf("-backends: %w", err)}
 	}
-	return fixedBackends(c.statefulSet, addrs), nil
+	return newStaticBackends(c.statefulSet, addrs), nil
 }
 
 // kubeClient returns a client of the API server and the Kubernetes namespace
 // of the ConfigMaps, or nil if there is no API server.
-func (c *config) kubeClient(getenv func(string) string) (*kube, string, error) {
+func (c *config) kubeClient(getenv func(string) string) (*kubeClient, string, error) {
 	switch c.kube {
 	case "none":
 		return nil, "", nil
 	case "in-cluster":
-		k, err := inCluster(getenv, serviceAccountDir)
+		k, err := newInClusterClient(getenv, serviceAccountDir)
 		if err != nil || c.kubeNamespace != "" {
 			return k, c.kubeNamespace, err
 		}
 		namespace, err := podNamespace(serviceAccountDir)
 		return k, namespace, err
 	}
-	k, err := throughProxy(c.kube)
+	k, err := newKubectlProxyClient(c.kube)
 	if err != nil {
 		return nil, "", usageError{err}
 	}

@@ -141,7 +141,7 @@ func TestBadUsageIsComplete(t *testing.T) {
 		if f.Value.Set("?") == nil {
 			return
 		}
-		variable := variable(f.Name)
+		variable := environmentName(f.Name)
 		_, err := parseConfig(nil, environment(map[string]string{variable: "?"}), io.Discard)
 		if err == nil || !strings.HasPrefix(err.Error(), variable+`="?": `) || exitCode(err) != 2 {
 			t.Errorf("error %v with exit code %d, want one of %s and 2", err, exitCode(err), variable)
@@ -168,7 +168,7 @@ func TestFlagBeatsEnvironment(t *testing.T) {
 	})
 	for name, value := range values {
 		t.Run(name, func(t *testing.T) {
-			env := map[string]string{variable(name): value[0]}
+			env := map[string]string{environmentName(name): value[0]}
 			if name != "backends" && name != "replicas" {
 				env["ROUTER_REPLICAS"] = "1"
 			}
@@ -218,8 +218,8 @@ func TestDefaultsOfThePlace(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if c.kube != tt.kube || c.pod != tt.pod {
-				t.Errorf("kube %q, pod %q; want %q, %q", c.kube, c.pod, tt.kube, tt.pod)
+			if c.kube != tt.kube || c.podName != tt.pod {
+				t.Errorf("kube %q, pod %q; want %q, %q", c.kube, c.podName, tt.kube, tt.pod)
 			}
 		})
 	}

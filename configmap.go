@@ -13,13 +13,13 @@ import (
 
 // configMap is what is read of a ConfigMap.
 type configMap struct {
-	object
-	Data   packed  `json:"data"`
-	Binary present `json:"binaryData"`
+	apiObject
+	Data   overrideSet `json:"data"`
+	Binary present     `json:"binaryData"`
 }
 
-// title names it for people.
-func (m *configMap) title() string {
+// displayName names it for people.
+func (m *configMap) displayName() string {
 	return "ConfigMap " + m.Metadata.Namespace + "/" + m.Metadata.Name
 }
 
@@ -48,34 +48,34 @@ func (p *present) UnmarshalJSON(b []byte) error {
 type configMaps struct {
 	// Static after construction.
 	watchers []*watcher[configMap]
-	update   func(...entries)
-	events   *recorder
+	update   func(...sourceContent)
+	events   *eventRecorder
 	log      *slog.Logger
 
 	mu      sync.Mutex
-	held    []map[string]heldMap // of each watcher by name, nil before its LIST. Guarded by mu.
-	applied []entries            // the last. Guarded by mu.
+	current []map[string]configMapState // of each watcher by name, nil before its LIST. Guarded by mu.
+	applied []sourceContent             // the last. Guarded by mu.
 
-	objects atomic.Pointer[map[string]object] // whose overrides were applied last, by their titles
+	objects atomic.Pointer[map[string]apiObject] // whose overrides were applied last, by their titles
 }
 
-// heldMap is a ConfigMap whose overrides are in force.
-type heldMap struct {
+// configMapState is a ConfigMap whose overrides are in force.
+type configMapState struct {
 	*configMap
 	absent bool
 }
 
-// follow adds a watcher: of the ConfigMap with the name, or of those that the
+// addWatcher adds a watcher: of the ConfigMap with the name, or of those that the
 // selector chooses. It must not be called once one of them runs.
-func (c *configMaps) follow(k kube, namespace, name, selector string) {
+func (c *configMaps) addWatcher(k kubeClient, namespace, name, selector string) {
 	i := len(c.watchers)
-	c.held = append(c.held, nil)
+	c.current = append(c.current, nil)
 	c.watchers = append(c.watchers, &watcher[configMap]{
 		kube: &k, path: "/api/v1/namespaces/" + namespace + "/configmaps", kind: "ConfigMap",
 		namespace: namespace, name: name, selector: selector,
-		header: func(m *configMap) *object { return &m.object },
-		apply:  func(set map[string]*configMap) { c.apply(i, set) },
-		log:    c.log,
+		meta:  func(m *configMap) *apiObject { return &m.apiObject },
+		apply: func(set map[string]*configMap) { c.apply(i, set) },
+		log:   c.log,
 	})
 }
 
@@ -84,38 +84,38 @@ func (c *configMaps) follow(k kube, namespace, name, selector string) {
 func (c *configMaps) apply(i int, set map[string]*configMap) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	before, now := c.held[i], map[string]heldMap{}
+	before, now := c.current[i], map[string]configMapState{}
 	for name, m := range before {
 		switch there := set[name] != nil; {
 		case !there && len(set) > 0:
-			c.log.Info("the object is no longer selected, its overrides are out of force", "object", m.title(),
+			c.log.Info("the object is no longer selected, its overrides are out of force", "object", m.displayName(),
 				"version", m.Metadata.ResourceVersion)
 			continue
 		case !there && !m.absent:
-			c.log.Warn("there is no such object any more, its overrides stay in force", "object", m.title(),
+			c.log.Warn("there is no such object any more, its overrides stay in force", "object", m.displayName(),
 				"version", m.Metadata.ResourceVersion)
 		case there && m.absent:
-			c.log.Info("the object is there again", "object", m.title(), "version", set[name].Metadata.ResourceVersion)
+			c.log.Info("the object is there again", "object", m.displayName(), "version", set[name].Metadata.ResourceVersion)
 		}
-		now[name] = heldMap{m.configMap, true}
+		now[name] = configMapState{m.configMap, true}
 	}
 	for name, m := range set {
-		now[name] = heldMap{m, false}
+		now[name] = configMapState{m, false}
 		if was := before[name].configMap; bool(m.Binary) && (was == nil || !bool(was.Binary) || !was.Data.equal(&m.Data)) {
-			c.log.Warn("binaryData is ignored", "object", m.title(), "version", m.Metadata.ResourceVersion)
+			c.log.Warn("binaryData is ignored", "object", m.displayName(), "version", m.Metadata.ResourceVersion)
 		}
 	}
-	if c.held[i] = now; len(now) == 0 {
-		c.log.Warn("there is no such object", "object", c.watchers[i].what())
+	if c.current[i] = now; len(now) == 0 {
+		c.log.Warn("there is no such object", "object", c.watchers[i].String())
 	}
-	c.swap()
+	c.updateTable()
 }
 
-// swap puts a table in force that is made of what is held, in the order of
+// updateTable puts a table in force that is made of what is held, in the order of
 // (Kubernetes namespace, name), if that is complete and new.
-func (c *configMaps) swap() {
+func (c *configMaps) updateTable() {
 	var all []*configMap
-	for _, held := range c.held {
+	for _, held := range c.current {
 		if len(held) == 0 {
 			return
 		}
@@ -126,11 +126,11 @@ func (c *configMaps) swap() {
 	slices.SortFunc(all, func(a, b *configMap) int {
 		return cmp.Or(cmp.Compare(a.Metadata.Namespace, b.Metadata.Namespace), cmp.Compare(a.Metadata.Name, b.Metadata.Name))
 	})
-	var sources []entries
-	objects := map[string]object{}
+	var sources []sourceContent
+	objects := map[string]apiObject{}
 	for _, m := range all {
-		objects[m.title()] = m.object
-		sources = append(sources, entries{source: m.title(), version: m.Metadata.ResourceVersion, data: &m.Data})
+		objects[m.displayName()] = m.apiObject
+		sources = append(sources, sourceContent{source: m.displayName(), version: m.Metadata.ResourceVersion, overrides: &m.Data})
 	}
 	if slices.Equal(sources, c.applied) {
 		return
@@ -144,47 +144,47 @@ func (c *configMaps) swap() {
 	c.update(sources...)
 }
 
-// tell has Events written about what a ConfigMap did in a swap of the table,
+// reportChange has Events written about what a ConfigMap did in a swap of the table,
 // which may come later than its update: with the number of backends.
-func (c *configMaps) tell(did change) {
+func (c *configMaps) reportChange(change sourceChange) {
 	objects := c.objects.Load()
 	if objects == nil {
 		return // it is of the mounted copy, before the API server was heard
 	}
-	if o, ok := (*objects)[did.source]; ok {
-		c.events.tell(o, did)
+	if o, ok := (*objects)[change.source]; ok {
+		c.events.reportChange(o, change)
 	}
 }
 
-// tellMoved has the receipt of a move written, as an Event on the first ConfigMap
+// reportMove has the receipt of a move written, as an Event on the first ConfigMap
 // that there is: a move may be due to several, or to the number of backends.
-func (c *configMaps) tellMoved(m moved) {
+func (c *configMaps) reportMove(m moveResult) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for _, held := range c.held {
+	for _, held := range c.current {
 		for _, name := range slices.Sorted(maps.Keys(held)) {
-			c.events.tellMoved(held[name].object, m)
+			c.events.reportMove(held[name].apiObject, m)
 			return
 		}
 	}
 }
 
-// missing says, in words, why there is no table yet.
-func (c *configMaps) missing() string {
+// whyNotReady says, in words, why there is no table yet.
+func (c *configMaps) whyNotReady() string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	var why []string
 	for i, w := range c.watchers {
-		switch failure := w.now().failure; {
-		case len(c.held[i]) > 0:
-		case c.held[i] != nil && w.name != "":
-			why = append(why, fmt.Sprintf("%s does not exist: kubectl -n %s create configmap %s", w.what(), w.namespace, w.name))
-		case c.held[i] != nil:
+		switch failure := w.snapshot().failure; {
+		case len(c.current[i]) > 0:
+		case c.current[i] != nil && w.name != "":
+			why = append(why, fmt.Sprintf("%s does not exist: kubectl -n %s create configmap %s", w.String(), w.namespace, w.name))
+		case c.current[i] != nil:
 			why = append(why, fmt.Sprintf("no ConfigMap has the label: kubectl -n %s label configmap NAME %s", w.namespace, w.selector))
 		case failure != nil:
-			why = append(why, w.what()+": "+failure.Error())
+			why = append(why, w.String()+": "+failure.Error())
 		default:
-			why = append(why, w.what()+" was asked for")
+			why = append(why, w.String()+" was asked for")
 		}
 	}
 	return strings.Join(why, "; ")
@@ -196,18 +196,18 @@ type watchedObject struct {
 	absent               bool
 }
 
-// watched are those that are in force, and the names and selectors of which nothing
+// watchedObjects are those that are in force, and the names and selectors of which nothing
 // was ever there.
-func (c *configMaps) watched() (all []watchedObject) {
+func (c *configMaps) watchedObjects() (all []watchedObject) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for i, w := range c.watchers {
-		for _, name := range slices.Sorted(maps.Keys(c.held[i])) {
-			m := c.held[i][name]
-			all = append(all, watchedObject{m.title(), m.Metadata.UID, m.Metadata.ResourceVersion, m.absent})
+		for _, name := range slices.Sorted(maps.Keys(c.current[i])) {
+			m := c.current[i][name]
+			all = append(all, watchedObject{m.displayName(), m.Metadata.UID, m.Metadata.ResourceVersion, m.absent})
 		}
-		if len(c.held[i]) == 0 {
-			all = append(all, watchedObject{object: w.what(), absent: c.held[i] != nil})
+		if len(c.current[i]) == 0 {
+			all = append(all, watchedObject{object: w.String(), absent: c.current[i] != nil})
 		}
 	}
 	return all

@@ -17,20 +17,20 @@ import (
 func fakeMaps(t *testing.T, names ...string) (*configMaps, *router, *logTail) {
 	t.Helper()
 	r, log := loggedRouter(t)
-	c := &configMaps{update: r.update, events: newRecorder(kube{}, "router-x", r.log), log: r.log}
-	r.told = c.tell
+	c := &configMaps{update: r.update, events: newEventRecorder(kubeClient{}, "router-x", r.log), log: r.log}
+	r.onChange = c.reportChange
 	for _, name := range names {
-		c.follow(kube{}, "edge", name, "")
+		c.addWatcher(kubeClient{}, "edge", name, "")
 	}
 	if len(names) == 0 {
-		c.follow(kube{}, "edge", "", "a=b")
+		c.addWatcher(kubeClient{}, "edge", "", "a=b")
 	}
 	return c, r, log
 }
 
 // fakeMap is a ConfigMap of entries like "ns-01=backend-1 ns-02=backend-2".
 func fakeMap(name, version, data string) *configMap {
-	m := &configMap{Data: *pack(pairs(data))}
+	m := &configMap{Data: *newOverrideSet(pairs(data))}
 	m.Kind, m.Metadata.Namespace, m.Metadata.Name = "ConfigMap", "edge", name
 	m.Metadata.UID, m.Metadata.ResourceVersion = "u-"+name, version
 	return m
@@ -80,7 +80,7 @@ func TestConfigMapsMustAllBeThere(t *testing.T) {
 	c.apply(1, fakeSet(fakeMap("b", "2", "ns-b=backend-2")))
 	c.apply(0, fakeSet())
 	wantTable(t, r, "")
-	if got, want := c.missing(), "ConfigMap edge/a does not exist: kubectl -n edge create configmap a; ConfigMap edge/c was asked for"; got != want {
+	if got, want := c.whyNotReady(), "ConfigMap edge/a does not exist: kubectl -n edge create configmap a; ConfigMap edge/c was asked for"; got != want {
 		t.Errorf("missing: %s, want %s", got, want)
 	}
 	if n := len(log.all("there is no such object")); n != 1 {
@@ -90,8 +90,8 @@ func TestConfigMapsMustAllBeThere(t *testing.T) {
 	wantTable(t, r, "")
 	c.apply(0, fakeSet(fakeMap("a", "1", "ns-a=backend-1")))
 	wantTable(t, r, "ns-a=1 ns-b=2")
-	if r.swaps.Load() != 1 || c.missing() != "" {
-		t.Errorf("%d swaps, missing: %s", r.swaps.Load(), c.missing())
+	if r.swaps.Load() != 1 || c.whyNotReady() != "" {
+		t.Errorf("%d swaps, missing: %s", r.swaps.Load(), c.whyNotReady())
 	}
 	c.apply(1, fakeSet(fakeMap("b", "4", "ns-b=backend-3 ns-b2=backend-0")))
 	wantTable(t, r, "ns-a=1 ns-b=3 ns-b2=0")
@@ -110,7 +110,7 @@ func TestConfigMapsStayWhenDeleted(t *testing.T) {
 			want := func(table string, objects ...watchedObject) {
 				t.Helper()
 				wantTable(t, r, table)
-				if got := c.watched(); !slices.Equal(got, objects) {
+				if got := c.watchedObjects(); !slices.Equal(got, objects) {
 					t.Errorf("objects %v, want %v", got, objects)
 				}
 			}
@@ -121,7 +121,7 @@ func TestConfigMapsStayWhenDeleted(t *testing.T) {
 			want("", watchedObject{object: followed})
 			c.apply(0, fakeSet())
 			want("", watchedObject{object: followed, absent: true})
-			if why := c.missing(); !strings.Contains(why, "kubectl -n edge ") {
+			if why := c.whyNotReady(); !strings.Contains(why, "kubectl -n edge ") {
 				t.Errorf("missing: %s", why)
 			}
 			c.apply(0, fakeSet(fakeMap("a", "1", "ns-01=backend-1")))
@@ -151,7 +151,7 @@ func TestConfigMapsOfASelection(t *testing.T) {
 	want := func(table string, swaps int64, set map[string]*configMap, objects ...watchedObject) {
 		t.Helper()
 		wantTable(t, r, table)
-		if got := c.watched(); r.swaps.Load() != swaps || !slices.Equal(got, objects) {
+		if got := c.watchedObjects(); r.swaps.Load() != swaps || !slices.Equal(got, objects) {
 			t.Errorf("%d swaps, objects %v, want %d, %v", r.swaps.Load(), got, swaps, objects)
 		}
 		starts, started, _ := fakeMaps(t)
@@ -159,9 +159,9 @@ func TestConfigMapsOfASelection(t *testing.T) {
 		switch {
 		case len(set) == 0 && started.table() != nil:
 			t.Error("a router that starts with nothing selected has a table")
-		case len(set) == 0 && starts.missing() != "no ConfigMap has the label: kubectl -n edge label configmap NAME a=b":
-			t.Errorf("a router that starts: %s", starts.missing())
-		case len(set) > 0 && started.table().content != r.table().content:
+		case len(set) == 0 && starts.whyNotReady() != "no ConfigMap has the label: kubectl -n edge label configmap NAME a=b":
+			t.Errorf("a router that starts: %s", starts.whyNotReady())
+		case len(set) > 0 && started.table().contentHash != r.table().contentHash:
 			t.Errorf("a router that starts has other overrides %v", overridesOf(started.table()))
 		}
 	}
@@ -222,7 +222,7 @@ func TestConfigMapsDisagree(t *testing.T) {
 
 // A disagreement is told for each object, and a router that starts with one
 // refuses the namespace rather than guess.
-func TestConflictIsTold(t *testing.T) {
+func TestConflictIsReported(t *testing.T) {
 	c, r, log := fakeMaps(t)
 	a := fakeMap("a", "1", "x=backend-1 y=backend-1")
 	c.apply(0, fakeSet(a))
@@ -244,8 +244,8 @@ func TestConflictIsTold(t *testing.T) {
 	c, r, _ = fakeMaps(t)
 	c.apply(0, fakeSet(a, fakeMap("b", "2", "x=backend-2 y=backend-1")))
 	wantTable(t, r, "x=refused y=1")
-	if why := r.table().explain("x"); why != whyRefused {
-		t.Errorf("why %s, want %s", why, whyRefused)
+	if why := r.table().explain("x"); why != whyUnresolved {
+		t.Errorf("why %s, want %s", why, whyUnresolved)
 	}
 }
 
@@ -336,7 +336,7 @@ func TestSelectionFromServer(t *testing.T) {
 
 // What a version did is told when it is in force, which the number of backends
 // may have delayed.
-func TestConfigMapsToldOnceInForce(t *testing.T) {
+func TestConfigMapsReportedOnceInForce(t *testing.T) {
 	c, r, _ := fakeMaps(t, "routes")
 	known := r.backends
 	r.backends = ordinals{}
@@ -344,7 +344,7 @@ func TestConfigMapsToldOnceInForce(t *testing.T) {
 	if len(c.events.queue) != 0 {
 		t.Errorf("%d Events before there is a table, want none", len(c.events.queue))
 	}
-	r.resize(known, "")
+	r.setBackends(known, "")
 	for _, want := range []string{"OverridesRejected", "OverridesInForce"} {
 		select {
 		case e := <-c.events.queue:

@@ -17,9 +17,9 @@ import (
 )
 
 const (
-	dirPoll  = 100 * time.Millisecond // between two looks at the directory
-	dirShare = 20                     // a look takes at most 1/dirShare of the time
-	dirValue = 1 << 10                // bytes that are read of a file: a name of a backend is shorter
+	dirPollInterval = 100 * time.Millisecond // between two looks at the directory
+	dirPollShare    = 20                     // a look takes at most 1/dirPollShare of the time
+	maxDirValue     = 1 << 10                // bytes that are read of a file: a name of a backend is shorter
 )
 
 // directory follows overrides in a directory with one file for each namespace,
@@ -27,16 +27,16 @@ const (
 // Linux only and silent on some network and mounted file systems.
 type directory struct {
 	// Static after construction.
-	path   string
-	stale  bool // it is a copy of what the API server has
-	update func(entries)
-	log    *slog.Logger
+	path        string
+	provisional bool // it is a copy of what the API server has
+	update      func(sourceContent)
+	log         *slog.Logger
 
-	problem atomic.Pointer[string] // why the last look failed; nil if it did not
+	lastError atomic.Pointer[string] // why the last look failed; nil if it did not
 
 	// Owned by run.
-	seen    string // the signature of the last look
-	applied string // the signature of what was given to update
+	lastSignature    string // the signature of the last look
+	appliedSignature string // the signature of what was given to update
 }
 
 // run looks until ctx ends. What it finds counts when two looks agree: a file
@@ -44,35 +44,35 @@ type directory struct {
 func (d *directory) run(ctx context.Context) {
 	for {
 		begun := time.Now()
-		d.look()
+		d.poll()
 		select {
 		case <-ctx.Done():
 			return
-		case <-time.After(max(dirPoll, dirShare*time.Since(begun))):
+		case <-time.After(max(dirPollInterval, dirPollShare*time.Since(begun))):
 		}
 	}
 }
 
-// missing says, in words, why nothing was given to update yet.
-func (d *directory) missing() string {
-	if problem := d.problem.Load(); problem != nil {
+// whyNotReady says, in words, why nothing was given to update yet.
+func (d *directory) whyNotReady() string {
+	if problem := d.lastError.Load(); problem != nil {
 		return *problem
 	}
 	return "directory " + d.path + " was not read yet"
 }
 
-// look compares the directory with the last look, and applies what is new and
+// poll compares the directory with the last look, and applies what is new and
 // settled. A directory that cannot be read changes nothing.
-func (d *directory) look() {
+func (d *directory) poll() {
 	signature, err := d.signature()
-	if err == nil && signature == d.seen && signature != d.applied {
+	if err == nil && signature == d.lastSignature && signature != d.appliedSignature {
 		err = d.apply(signature)
 	}
 	if err != nil {
-		d.fail(err)
+		d.setError(err)
 		return
 	}
-	d.seen = signature
+	d.lastSignature = signature
 }
 
 // apply reads the entries and gives them to update, unless the directory has
@@ -85,19 +85,19 @@ func (d *directory) apply(signature string) error {
 	if after, err := d.signature(); err != nil || after != signature {
 		return err
 	}
-	d.applied = signature
-	d.problem.Store(nil)
-	d.update(entries{source: "directory " + d.path, version: version, data: pack(data), stale: d.stale})
+	d.appliedSignature = signature
+	d.lastError.Store(nil)
+	d.update(sourceContent{source: "directory " + d.path, version: version, overrides: newOverrideSet(data), provisional: d.provisional})
 	return nil
 }
 
-// fail notes the error, and logs it if it is another than before.
-func (d *directory) fail(err error) {
+// setError notes the error, and logs it if it is another than before.
+func (d *directory) setError(err error) {
 	text := fmt.Sprintf("read the overrides: %v", err)
-	if old := d.problem.Swap(&text); old == nil || *old != text {
+	if old := d.lastError.Swap(&text); old == nil || *old != text {
 		d.log.Warn("directory", "error", text)
 	}
-	d.seen, d.applied = "", "" // look afresh when it is back
+	d.lastSignature, d.appliedSignature = "", "" // look afresh when it is back
 }
 
 // signature changes whenever a file may have changed. A mounted ConfigMap is
@@ -107,7 +107,7 @@ func (d *directory) signature() (string, error) {
 	if target, err := os.Readlink(filepath.Join(d.path, "..data")); err == nil {
 		return target, nil
 	}
-	found, err := files(d.path)
+	found, err := overrideFiles(d.path)
 	if err != nil {
 		return "", err
 	}
@@ -123,15 +123,15 @@ func (d *directory) signature() (string, error) {
 	return fmt.Sprintf("%016x", sum.Sum64()), nil
 }
 
-// files lists what may be files in the order of their names. Names with two dots in
-// front are the kubelet's own, as of ..data: keyFault.
-func files(path string) ([]fs.DirEntry, error) {
+// overrideFiles lists what may be files in the order of their names. Names with two dots in
+// front are the kubelet's own, as of ..data: overrideKeyFault.
+func overrideFiles(path string) ([]fs.DirEntry, error) {
 	all, err := os.ReadDir(path)
 	if err != nil {
 		return nil, err
 	}
 	return slices.DeleteFunc(all, func(file fs.DirEntry) bool {
-		return keyFault(file.Name()) != "" || !file.Type().IsRegular() && file.Type() != fs.ModeSymlink
+		return overrideKeyFault(file.Name()) != "" || !file.Type().IsRegular() && file.Type() != fs.ModeSymlink
 	}), nil
 }
 
@@ -144,14 +144,14 @@ func (d *directory) read() (map[string]string, string, error) {
 	if _, err := os.Lstat(path); err != nil {
 		path = d.path
 	}
-	found, err := files(path)
+	found, err := overrideFiles(path)
 	if err != nil {
 		return nil, "", err
 	}
 	data := make(map[string]string, len(found))
 	sum := fnv.New64a()
 	for _, file := range found {
-		value, ok, err := readStart(filepath.Join(path, file.Name()))
+		value, ok, err := readPrefix(filepath.Join(path, file.Name()))
 		if err != nil {
 			value = err.Error() // rejected as any value that names no backend
 		} else if !ok {
@@ -163,9 +163,9 @@ func (d *directory) read() (map[string]string, string, error) {
 	return data, fmt.Sprintf("dir-%016x", sum.Sum64()), nil
 }
 
-// readStart returns the first dirValue bytes of a file; ok is false if the path
+// readPrefix returns the first maxDirValue bytes of a file; ok is false if the path
 // leads to something else, such as a directory. Opening a pipe does not block.
-func readStart(path string) (value string, ok bool, err error) {
+func readPrefix(path string) (value string, ok bool, err error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return "", false, err
@@ -174,6 +174,6 @@ func readStart(path string) (value string, ok bool, err error) {
 	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
 		return "", false, err
 	}
-	b, err := io.ReadAll(io.LimitReader(f, dirValue))
+	b, err := io.ReadAll(io.LimitReader(f, maxDirValue))
 	return string(b), true, err
 }

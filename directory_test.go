@@ -17,7 +17,7 @@ import (
 // without a clock.
 type fakeDir struct {
 	*directory
-	applied []entries
+	applied []sourceContent
 	logged  *fakeKubeLog
 }
 
@@ -25,7 +25,7 @@ func newFakeDir(t *testing.T) *fakeDir {
 	d := &fakeDir{logged: &fakeKubeLog{}}
 	d.directory = &directory{
 		path:   filepath.Join(t.TempDir(), "overrides"),
-		update: func(e entries) { d.applied = append(d.applied, e) },
+		update: func(src sourceContent) { d.applied = append(d.applied, src) },
 		log:    slog.New(slog.NewTextHandler(d.logged, nil)),
 	}
 	d.mkdir(t, "")
@@ -70,7 +70,7 @@ func (d *fakeDir) want(t *testing.T, data map[string]string) {
 	t.Helper()
 	d.applied = nil
 	for range 4 {
-		d.look()
+		d.poll()
 	}
 	switch {
 	case data == nil && len(d.applied) > 0:
@@ -78,8 +78,8 @@ func (d *fakeDir) want(t *testing.T, data map[string]string) {
 	case data == nil:
 	case len(d.applied) != 1:
 		t.Fatalf("applied %v, want %v once; log:\n%s", d.applied, data, d.logged)
-	case !maps.Equal(unpack(d.applied[0].data), unpack(pack(data))):
-		t.Fatalf("applied %v, want %v", unpack(d.applied[0].data), data)
+	case !maps.Equal(unpack(d.applied[0].overrides), unpack(newOverrideSet(data))):
+		t.Fatalf("applied %v, want %v", unpack(d.applied[0].overrides), data)
 	}
 }
 
@@ -93,7 +93,7 @@ func TestDirectoryFollowsFiles(t *testing.T) {
 	one := d.applied[0]
 	d.write(t, "ns-01", "backend-10")
 	d.want(t, map[string]string{"ns-01": "backend-10", "ns-02": "backend-2"})
-	if d.applied[0].version == one.version || one.source != "directory "+d.path || one.stale {
+	if d.applied[0].version == one.version || one.source != "directory "+d.path || one.provisional {
 		t.Errorf("%+v, then version %s", one, d.applied[0].version)
 	}
 	d.remove(t, "ns-02")
@@ -122,7 +122,7 @@ func TestDirectorySettles(t *testing.T) {
 	d.applied = nil
 	for i := range 20 {
 		d.write(t, "ns-01", strings.Repeat("b", i))
-		d.look()
+		d.poll()
 	}
 	if d.applied != nil {
 		t.Errorf("applied %v while it was being written", d.applied)
@@ -183,7 +183,7 @@ func TestDirectoryOddFiles(t *testing.T) {
 		"dangling link":       {func(t *testing.T, d *fakeDir) { d.link(t, "nowhere", "odd") }, "no such file"},
 		"looping link":        {func(t *testing.T, d *fakeDir) { d.link(t, "odd", "odd") }, "too many levels"},
 		"empty":               {func(t *testing.T, d *fakeDir) { d.write(t, "odd", "\n") }, ""},
-		"1 MiB":               {func(t *testing.T, d *fakeDir) { d.write(t, "odd", strings.Repeat("x", 1<<20)) }, strings.Repeat("x", maxValue)},
+		"1 MiB":               {func(t *testing.T, d *fakeDir) { d.write(t, "odd", strings.Repeat("x", 1<<20)) }, strings.Repeat("x", maxValueBytes)},
 		"binary":              {func(t *testing.T, d *fakeDir) { d.write(t, "odd", "\x00\xff") }, "\x00\xff"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -191,13 +191,13 @@ func TestDirectoryOddFiles(t *testing.T) {
 			d.write(t, "ns-01", "backend-1")
 			c.make(t, d)
 			for range 4 {
-				d.look()
+				d.poll()
 			}
-			if len(d.applied) != 1 || unpack(d.applied[0].data)["ns-01"] != "backend-1" {
+			if len(d.applied) != 1 || unpack(d.applied[0].overrides)["ns-01"] != "backend-1" {
 				t.Fatalf("applied %v", d.applied)
 			}
-			odd, found := unpack(d.applied[0].data)["odd"]
-			if found != (c.want != "-") || found && !strings.Contains(odd, c.want) || len(odd) > dirValue {
+			odd, found := unpack(d.applied[0].overrides)["odd"]
+			if found != (c.want != "-") || found && !strings.Contains(odd, c.want) || len(odd) > maxDirValue {
 				t.Errorf("entry %.100q (%t), want %.100q", odd, found, c.want)
 			}
 		})
@@ -214,25 +214,25 @@ func (d *fakeDir) fifo(t *testing.T, name string) {
 func TestDirectoryMissing(t *testing.T) {
 	d := newFakeDir(t)
 	d.remove(t, "")
-	if why := d.missing(); !strings.Contains(why, "was not read yet") {
+	if why := d.whyNotReady(); !strings.Contains(why, "was not read yet") {
 		t.Errorf("missing: %s", why)
 	}
 	d.want(t, nil)
-	if why := d.missing(); !strings.Contains(why, "no such file") || d.logged.count("level=WARN") != 1 {
+	if why := d.whyNotReady(); !strings.Contains(why, "no such file") || d.logged.count("level=WARN") != 1 {
 		t.Errorf("missing: %s; log:\n%s", why, d.logged)
 	}
 	d.mkdir(t, "")
 	d.write(t, "ns-01", "backend-1")
 	d.want(t, map[string]string{"ns-01": "backend-1"})
 	version := d.applied[0].version
-	if d.problem.Load() != nil {
-		t.Errorf("problem: %s", d.missing())
+	if d.lastError.Load() != nil {
+		t.Errorf("problem: %s", d.whyNotReady())
 	}
 	os.Rename(d.path, d.path+".away")
 	d.want(t, nil)
 	os.Rename(d.path+".away", d.path)
 	d.want(t, map[string]string{"ns-01": "backend-1"})
-	if d.problem.Load() != nil || d.applied[0].version != version || d.logged.count("level=WARN") != 2 {
+	if d.lastError.Load() != nil || d.applied[0].version != version || d.logged.count("level=WARN") != 2 {
 		t.Errorf("version %s, want %s as before; log, want one warning each time:\n%s", d.applied[0].version, version, d.logged)
 	}
 }
@@ -240,12 +240,12 @@ func TestDirectoryMissing(t *testing.T) {
 // A removed directory, a bad entry and a stale copy change nothing in the table.
 func TestDirectoryAndTable(t *testing.T) {
 	d := newFakeDir(t)
-	r := &router{statefulSet: "backend", backends: ordinals{count: 4}, log: d.log, swapped: func() {}}
-	d.directory.update, d.stale = func(e entries) { r.update(e) }, true
+	r := &router{statefulSet: "backend", backends: ordinals{count: 4}, log: d.log, onSwap: func() {}}
+	d.directory.update, d.provisional = func(src sourceContent) { r.update(src) }, true
 	look := func(want string) {
 		t.Helper()
 		for range 4 {
-			d.look()
+			d.poll()
 		}
 		if got := fmt.Sprint(overridesOf(r.table())); got != want {
 			t.Errorf("overrides %s, want %s", got, want)
@@ -259,11 +259,11 @@ func TestDirectoryAndTable(t *testing.T) {
 	look("map[ns-01:1 ns-02:2 ns-03:3]")
 	d.remove(t, "")
 	look("map[ns-01:1 ns-02:2 ns-03:3]")
-	r.update(entries{source: "ConfigMap edge/routes", version: "7", data: pack(map[string]string{"ns-01": "backend-0"})})
+	r.update(sourceContent{source: "ConfigMap edge/routes", version: "7", overrides: newOverrideSet(map[string]string{"ns-01": "backend-0"})})
 	d.mkdir(t, "")
 	d.write(t, "ns-01", "backend-3")
 	look("map[ns-01:0]")
-	if source := r.table().source(); source != "ConfigMap edge/routes" {
+	if source := r.table().sourceName(); source != "ConfigMap edge/routes" {
 		t.Errorf("the table is of the %s", source)
 	}
 }
@@ -271,8 +271,8 @@ func TestDirectoryAndTable(t *testing.T) {
 // run finds a change by itself, soon, and ends with its context.
 func TestDirectoryRun(t *testing.T) {
 	d := newFakeDir(t)
-	applied := make(chan entries, 10)
-	d.directory.update = func(e entries) { applied <- e }
+	applied := make(chan sourceContent, 10)
+	d.directory.update = func(src sourceContent) { applied <- src }
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
 	go func() { defer close(done); d.run(ctx) }()
@@ -285,9 +285,9 @@ func TestDirectoryRun(t *testing.T) {
 			}
 		}
 		select {
-		case e := <-applied:
-			if unpack(e.data)["ns-01"] != want {
-				t.Errorf("applied %v, want %q", unpack(e.data), want)
+		case src := <-applied:
+			if unpack(src.overrides)["ns-01"] != want {
+				t.Errorf("applied %v, want %q", unpack(src.overrides), want)
 			}
 		case <-time.After(5 * time.Second):
 			t.Fatalf("%q was not found", want)

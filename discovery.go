@@ -19,7 +19,7 @@ import (
 
 // statefulSet is what is read of a StatefulSet.
 type statefulSet struct {
-	object
+	apiObject
 	Spec struct {
 		Replicas *int `json:"replicas"` // nil is 1
 		Ordinals struct {
@@ -29,28 +29,28 @@ type statefulSet struct {
 	Status struct {
 		ReadyReplicas int `json:"readyReplicas"`
 	} `json:"status"`
-	annotation string // noteKey's
+	annotation string // activeCountKey's
 }
 
-// noteKey is the annotation of the StatefulSet in which routers note how many
+// activeCountKey is the annotation of the StatefulSet in which routers note how many
 // backends have namespaces.
-const noteKey = "router/backends"
+const activeCountKey = "router/backends"
 
 // UnmarshalJSON reads one annotation of all.
 func (s *statefulSet) UnmarshalJSON(b []byte) error {
 	type plain statefulSet
-	var notes struct {
+	var annotated struct {
 		Metadata struct {
 			Annotations map[string]string `json:"annotations"`
 		} `json:"metadata"`
 	}
-	err := cmp.Or(json.Unmarshal(b, (*plain)(s)), json.Unmarshal(b, &notes))
-	s.annotation = notes.Metadata.Annotations[noteKey]
+	err := cmp.Or(json.Unmarshal(b, (*plain)(s)), json.Unmarshal(b, &annotated))
+	s.annotation = annotated.Metadata.Annotations[activeCountKey]
 	return err
 }
 
-// noted is the number in the annotation, 0 if there is none.
-func (s *statefulSet) noted() int {
+// activeCount is the number in the annotation, 0 if there is none.
+func (s *statefulSet) activeCount() int {
 	n, err := strconv.Atoi(s.annotation)
 	if err != nil || n < 1 {
 		return 0
@@ -80,8 +80,8 @@ func (s *statefulSet) replicas() int {
 //   - no note, since no router may write it: all of spec.replicas, at once.
 func (s *statefulSet) backends() ordinals {
 	count := s.replicas()
-	if noted := s.noted(); noted > 0 && (count == 0 || noted < count) {
-		count = noted
+	if active := s.activeCount(); active > 0 && (count == 0 || active < count) {
+		count = active
 	}
 	return ordinals{s.Spec.Ordinals.Start, count}
 }
@@ -93,9 +93,9 @@ func (s *statefulSet) revision() string {
 	return fmt.Sprintf("%s/%d", s.Metadata.UID, s.Metadata.Generation)
 }
 
-// note is what the note should be: the backends that there are, and those after
+// nextActiveCount is what the note should be: the backends that there are, and those after
 // them that are ready without a gap.
-func (s *statefulSet) note(ready func(ordinal int) bool) int {
+func (s *statefulSet) nextActiveCount(ready func(ordinal int) bool) int {
 	b := s.backends()
 	for b.count < s.replicas() && ready(b.first+b.count) {
 		b.count++
@@ -103,16 +103,16 @@ func (s *statefulSet) note(ready func(ordinal int) bool) int {
 	return b.count
 }
 
-// scale follows the StatefulSet, which says how many backends there are.
-type scale struct {
+// replicaWatcher follows the StatefulSet, which says how many backends there are.
+type replicaWatcher struct {
 	// Static after construction.
-	watcher *watcher[statefulSet]
-	kube    *kube // writes the note
-	pods    *pods
-	resize  func(backends ordinals, revision string) // called in order, with one backend at least
-	log     *slog.Logger
+	watcher   *watcher[statefulSet]
+	patcher   *kubeClient // writes the note
+	endpoints *endpointWatcher
+	onResize  func(backends ordinals, revision string) // called in order, with one backend at least
+	log       *slog.Logger
 
-	changed chan struct{} // capacity 1; wakes keepNote, never closed
+	changed chan struct{} // capacity 1; wakes keepActiveCount, never closed
 
 	// Guarded by mu.
 	mu     sync.Mutex
@@ -120,24 +120,24 @@ type scale struct {
 	absent bool
 }
 
-// followScale follows the StatefulSet of the pods while its watcher and keepNote
+// newReplicaWatcher follows the StatefulSet of the pods while its watcher and keepActiveCount
 // run, and calls resize with what it says.
-func followScale(client kube, namespace string, pods *pods, resize func(ordinals, string), log *slog.Logger) *scale {
+func newReplicaWatcher(client kubeClient, namespace string, endpoints *endpointWatcher, onResize func(ordinals, string), log *slog.Logger) *replicaWatcher {
 	writer := client
 	writer.patch = true
-	c := &scale{kube: &writer, pods: pods, resize: resize, log: log, changed: make(chan struct{}, 1)}
+	c := &replicaWatcher{patcher: &writer, endpoints: endpoints, onResize: onResize, log: log, changed: make(chan struct{}, 1)}
 	c.watcher = &watcher[statefulSet]{
 		kube: &client, path: "/apis/apps/v1/namespaces/" + namespace + "/statefulsets", kind: "StatefulSet",
-		namespace: namespace, name: pods.statefulSet,
-		header: func(s *statefulSet) *object { return &s.object }, apply: c.apply, log: log,
+		namespace: namespace, name: endpoints.statefulSet,
+		meta: func(s *statefulSet) *apiObject { return &s.apiObject }, apply: c.apply, log: log,
 	}
-	pods.changed = c.change
+	endpoints.onChange = c.wake
 	return c
 }
 
 // apply takes the StatefulSet. One that is deleted changes nothing, nor does one
 // that has no backends.
-func (c *scale) apply(set map[string]*statefulSet) {
+func (c *replicaWatcher) apply(set map[string]*statefulSet) {
 	s := set[c.watcher.name]
 	c.mu.Lock()
 	c.absent = s == nil
@@ -146,38 +146,38 @@ func (c *scale) apply(set map[string]*statefulSet) {
 	}
 	c.mu.Unlock()
 	if s == nil {
-		c.log.Warn("there is no such object, the number of backends stays as it was", "object", c.watcher.what())
+		c.log.Warn("there is no such object, the number of backends stays as it was", "object", c.watcher.String())
 		return
 	}
 	if b := s.backends(); b.count > 0 {
-		c.resize(b, s.revision())
+		c.onResize(b, s.revision())
 	}
-	c.change()
+	c.wake()
 }
 
-// change wakes keepNote.
-func (c *scale) change() {
+// wake wakes keepActiveCount.
+func (c *replicaWatcher) wake() {
 	select {
 	case c.changed <- struct{}{}:
 	default:
 	}
 }
 
-// keepNote keeps the note of the StatefulSet up to date, with all other routers,
+// keepActiveCount keeps the note of the StatefulSet up to date, with all other routers,
 // until ctx ends.
-func (c *scale) keepNote(ctx context.Context) {
+func (c *replicaWatcher) keepActiveCount(ctx context.Context) {
 	var limit throttle
 	for fails := 0; ; {
 		var again <-chan time.Time
 		changed := c.changed
-		err := c.writeNote(ctx)
+		err := c.writeActiveCount(ctx)
 		if fails++; err == nil {
 			fails = 0
 		} else if ctx.Err() == nil {
-			again, changed = time.After(pause(fails, retryAfter(err), rand.Float64())), nil
+			again, changed = time.After(backoff(fails, retryAfter(err), rand.Float64())), nil
 			if omitted, ok := limit.allow(time.Minute); ok {
 				c.log.Warn("cannot note the number of backends: the Role needs patch of statefulsets/status",
-					"object", c.watcher.what(), "error", err.Error(), "omitted", omitted)
+					"object", c.watcher.String(), "error", err.Error(), "omitted", omitted)
 			}
 		}
 		select {
@@ -189,46 +189,46 @@ func (c *scale) keepNote(ctx context.Context) {
 	}
 }
 
-// writeNote writes the note if it should be another. The patch is for the very
+// writeActiveCount writes the note if it should be another. The patch is for the very
 // version that was judged: if there is a later one, the API server refuses it,
 // and the watch brings that. So a router with an old picture of the StatefulSet
 // writes nothing. It goes to the status, whose patch may not change the spec.
-func (c *scale) writeNote(ctx context.Context) error {
+func (c *replicaWatcher) writeActiveCount(ctx context.Context) error {
 	c.mu.Lock()
 	s := c.latest
 	c.mu.Unlock()
 	if s == nil {
 		return nil
 	}
-	count := s.note(c.grown(s))
-	if count == s.noted() || count == 0 {
+	count := s.nextActiveCount(c.isServing(s))
+	if count == s.activeCount() || count == 0 {
 		return nil
 	}
-	note, err := json.Marshal(map[string]any{"metadata": map[string]any{
+	patch, err := json.Marshal(map[string]any{"metadata": map[string]any{
 		"uid": s.Metadata.UID, "resourceVersion": s.Metadata.ResourceVersion,
-		"annotations": map[string]string{noteKey: strconv.Itoa(count)}}})
+		"annotations": map[string]string{activeCountKey: strconv.Itoa(count)}}})
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, listTime)
+	ctx, cancel := context.WithTimeout(ctx, listTimeout)
 	defer cancel()
-	body, err := c.kube.ask(ctx, c.watcher.path+"/"+c.watcher.name+"/status", nil, note)
-	if no := (&status{}); errors.As(err, &no) && no.Code == http.StatusConflict {
+	body, err := c.patcher.do(ctx, c.watcher.path+"/"+c.watcher.name+"/status", nil, patch)
+	if statusErr := (&statusError{}); errors.As(err, &statusErr) && statusErr.Code == http.StatusConflict {
 		return nil
 	}
 	if err != nil {
 		return err
 	}
 	body.Close()
-	c.log.Info("number of backends noted", "object", c.watcher.what(), "backends", count, "before", s.noted())
+	c.log.Info("number of backends noted", "object", c.watcher.String(), "backends", count, "before", s.activeCount())
 	return nil
 }
 
-// grown says whether a backend that has no namespaces yet can serve them. Where
+// isServing says whether a backend that has no namespaces yet can serve them. Where
 // only the StatefulSet may be read, as many are ready as it says.
-func (c *scale) grown(s *statefulSet) func(ordinal int) bool {
+func (c *replicaWatcher) isServing(s *statefulSet) func(ordinal int) bool {
 	return func(ordinal int) bool {
-		ready, known := c.pods.ready(ordinal)
+		ready, known := c.endpoints.isReady(ordinal)
 		if !known {
 			return ordinal-s.Spec.Ordinals.Start < s.Status.ReadyReplicas
 		}
@@ -236,8 +236,8 @@ func (c *scale) grown(s *statefulSet) func(ordinal int) bool {
 	}
 }
 
-// replicas returns how many backends the StatefulSet is to have, if it is known.
-func (c *scale) replicas() (count int, known bool) {
+// specReplicas returns how many backends the StatefulSet is to have, if it is known.
+func (c *replicaWatcher) specReplicas() (count int, known bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.latest == nil {
@@ -246,30 +246,30 @@ func (c *scale) replicas() (count int, known bool) {
 	return c.latest.replicas(), true
 }
 
-// missing says, in words, why the number of backends is not known, or "".
-func (c *scale) missing() string {
+// whyNotReady says, in words, why the number of backends is not known, or "".
+func (c *replicaWatcher) whyNotReady() string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	switch failure := c.watcher.now().failure; {
+	switch failure := c.watcher.snapshot().failure; {
 	case c.latest != nil && c.latest.backends().count > 0:
 		return ""
 	case c.latest != nil:
-		return c.watcher.what() + " has no replicas"
+		return c.watcher.String() + " has no replicas"
 	case c.absent:
-		return c.watcher.what() + " does not exist"
+		return c.watcher.String() + " does not exist"
 	case errorClass(failure) == "forbidden":
 		return fmt.Sprintf("%s: %v; the Role needs list and watch of statefulsets with resourceNames [%s]",
-			c.watcher.what(), failure, c.watcher.name)
+			c.watcher.String(), failure, c.watcher.name)
 	case failure != nil:
-		return c.watcher.what() + ": " + failure.Error()
+		return c.watcher.String() + ": " + failure.Error()
 	}
-	return c.watcher.what() + " was asked for"
+	return c.watcher.String() + " was asked for"
 }
 
 // endpointSlice is what is read of an EndpointSlice
 // (https://kubernetes.io/docs/reference/kubernetes-api/service-resources/endpoint-slice-v1/).
 type endpointSlice struct {
-	object
+	apiObject
 	AddressType string     `json:"addressType"` // IPv4, IPv6 or FQDN
 	Endpoints   []endpoint `json:"endpoints"`
 }
@@ -313,49 +313,49 @@ func (e *endpoint) uid() string {
 // serve what it has, but a new session would end with it. With
 // publishNotReadyAddresses ready is always true, and serving is what it was.
 func (e *endpoint) usable() bool {
-	is := func(condition *bool, unset bool) bool {
+	valueOr := func(condition *bool, unset bool) bool {
 		if condition == nil {
 			return unset
 		}
 		return *condition
 	}
 	c := e.Conditions
-	return is(c.Ready, true) && is(c.Serving, true) && !is(c.Terminating, false)
+	return valueOr(c.Ready, true) && valueOr(c.Serving, true) && !valueOr(c.Terminating, false)
 }
 
-// place is where a backend is.
-type place struct {
+// podAddress is where a backend is.
+type podAddress struct {
 	ready bool
 	uid   string // of the pod, "" if not known
 
 	// Guarded by the mu of pods.
-	addrs []string // host:port; those that are usable if any is
-	stale bool     // what was dialled there was no good
+	addrs      []string // host:port; those that are usable if any is
+	dialFailed bool     // what was dialled there was no good
 }
 
 // usable is nil-safe: a backend that is in no EndpointSlice has no place.
-func (p *place) usable() bool { return p != nil && p.ready }
+func (p *podAddress) usable() bool { return p != nil && p.ready }
 
-// placesOf joins all slices. A pod may be in several: for a moment when it goes
+// podAddresses joins all slices. A pod may be in several: for a moment when it goes
 // from one to the other, or with an address of each family. What is not usable
 // counts only for a pod that nothing else is known of: an entry that is left over
 // from its last life, whose address may be another pod's by now, must not be
 // dialled. A place is of one pod: while slices disagree, of the first.
-func placesOf(set map[string]*endpointSlice, statefulSet, port string) map[int]*place {
+func podAddresses(set map[string]*endpointSlice, statefulSet, port string) map[int]*podAddress {
 	all := slices.SortedFunc(maps.Values(set), func(a, b *endpointSlice) int {
 		return cmp.Or(cmp.Compare(a.AddressType, b.AddressType), cmp.Compare(a.Metadata.Name, b.Metadata.Name))
 	})
-	places := map[int]*place{}
+	addresses := map[int]*podAddress{}
 	for _, slice := range all {
 		for _, e := range slice.Endpoints {
 			ordinal, ok := backendOrdinal(statefulSet, e.pod())
 			if !ok || len(e.Addresses) == 0 || slice.AddressType == "FQDN" {
 				continue
 			}
-			known := places[ordinal]
+			known := addresses[ordinal]
 			if known == nil || !known.ready && e.usable() {
-				known = &place{ready: e.usable(), uid: e.uid()}
-				places[ordinal] = known
+				known = &podAddress{ready: e.usable(), uid: e.uid()}
+				addresses[ordinal] = known
 			}
 			addr := net.JoinHostPort(e.Addresses[0], port)
 			if known.ready == e.usable() && known.uid == e.uid() && !slices.Contains(known.addrs, addr) {
@@ -363,143 +363,143 @@ func placesOf(set map[string]*endpointSlice, statefulSet, port string) map[int]*
 			}
 		}
 	}
-	return places
+	return addresses
 }
 
-// pods follows the EndpointSlices of a headless Service, which say where each
+// endpointWatcher follows the EndpointSlices of a headless Service, which say where each
 // backend is and whether it is ready, without DNS's caches: CoreDNS keeps for up
 // to 30 s that there is no such name. Until they were heard, and where they may
 // not be read, DNS says where a backend is. So it does while they cannot be
 // followed any more (the rights were taken away, the API server is gone), for what
 // is not ready by them, or was no good when it was dialled.
-type pods struct {
+type endpointWatcher struct {
 	// Static after construction.
 	statefulSet string
 	port        string
 	watcher     *watcher[endpointSlice]
 	dns         *backends
-	holds       *holds
-	replaced    func(uids map[int]string) // gets the pods that are usable, by ordinal, before they are dialled
-	changed     func()                    // called after the places changed
+	queues      *dialQueues
+	onPods      func(uids map[int]string) // gets the pods that are usable, by ordinal, before they are dialled
+	onChange    func()                    // called after the places changed
 	log         *slog.Logger
 
-	mu     sync.Mutex
-	places map[int]*place // by ordinal, nil before the first. Guarded by mu.
+	mu        sync.Mutex
+	addresses map[int]*podAddress // by ordinal, nil before the first. Guarded by mu.
 }
 
-// followPods follows the EndpointSlices while the watcher of the result runs.
-func followPods(client kube, namespace, statefulSet, service string, port int, log *slog.Logger) *pods {
-	p := &pods{
-		statefulSet: statefulSet, port: strconv.Itoa(port), dns: dnsBackends(0, statefulSet, service, port),
-		replaced: func(map[int]string) {}, changed: func() {}, log: log,
+// newEndpointWatcher follows the EndpointSlices while the watcher of the result runs.
+func newEndpointWatcher(client kubeClient, namespace, statefulSet, service string, port int, log *slog.Logger) *endpointWatcher {
+	p := &endpointWatcher{
+		statefulSet: statefulSet, port: strconv.Itoa(port), dns: newDNSBackends(0, statefulSet, service, port),
+		onPods: func(map[int]string) {}, onChange: func() {}, log: log,
 	}
-	p.holds = newHolds(p.unready)
+	p.queues = newDialQueues(p.checkReady)
 	p.watcher = &watcher[endpointSlice]{
 		kube: &client, path: "/apis/discovery.k8s.io/v1/namespaces/" + namespace + "/endpointslices", kind: "EndpointSlice",
 		namespace: namespace, selector: "kubernetes.io/service-name=" + service,
-		header: func(s *endpointSlice) *object { return &s.object }, apply: p.apply, failed: p.holds.look, log: log,
+		meta: func(s *endpointSlice) *apiObject { return &s.apiObject }, apply: p.apply, onFailure: p.queues.readinessChanged, log: log,
 	}
 	return p
 }
 
 // backends are the pods to be dialled.
-func (p *pods) backends() *backends {
-	return &backends{statefulSet: p.statefulSet, holds: p.holds, locate: p.locate, forget: p.forget, pod: p.pod, close: p.dns.close}
+func (p *endpointWatcher) backends() *backends {
+	return &backends{statefulSet: p.statefulSet, queues: p.queues, resolve: p.resolve, invalidate: p.invalidate, podUID: p.podUID, close: p.dns.close}
 }
 
 // apply takes the EndpointSlices. None at all, not even an empty one, means that
 // the Service is gone, which says nothing about the pods: they stay where they
 // were.
-func (p *pods) apply(set map[string]*endpointSlice) {
+func (p *endpointWatcher) apply(set map[string]*endpointSlice) {
 	if len(set) == 0 {
-		p.log.Warn("there is no such object, backends stay where they were", "object", p.watcher.what())
+		p.log.Warn("there is no such object, backends stay where they were", "object", p.watcher.String())
 		return
 	}
-	places, uids := placesOf(set, p.statefulSet, p.port), map[int]string{}
-	for ordinal, at := range places {
-		if at.usable() && at.uid != "" {
-			uids[ordinal] = at.uid
+	addresses, uids := podAddresses(set, p.statefulSet, p.port), map[int]string{}
+	for ordinal, address := range addresses {
+		if address.usable() && address.uid != "" {
+			uids[ordinal] = address.uid
 		}
 	}
-	p.replaced(uids)
+	p.onPods(uids)
 	p.mu.Lock()
-	p.places = places
+	p.addresses = addresses
 	p.mu.Unlock()
-	p.holds.look()
-	p.changed()
+	p.queues.readinessChanged()
+	p.onChange()
 }
 
 // ready reports whether a backend is, if that is known.
-func (p *pods) ready(ordinal int) (ready, known bool) {
+func (p *endpointWatcher) isReady(ordinal int) (ready, known bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.places[ordinal].usable(), p.places != nil
+	return p.addresses[ordinal].usable(), p.addresses != nil
 }
 
-// failing reports whether what is known of the places may be of the past.
-func (p *pods) failing() bool { return p.watcher.now().failing }
+// isOutdated reports whether what is known of the places may be of the past.
+func (p *endpointWatcher) isOutdated() bool { return p.watcher.snapshot().failing }
 
-// unready says why a backend must not be dialled now, or nil.
-func (p *pods) unready(ordinal int) error {
-	if ready, known := p.ready(ordinal); known && !ready && !p.failing() {
-		return p.notReady(ordinal)
+// checkReady says why a backend must not be dialled now, or nil.
+func (p *endpointWatcher) checkReady(ordinal int) error {
+	if ready, known := p.isReady(ordinal); known && !ready && !p.isOutdated() {
+		return p.notReadyError(ordinal)
 	}
 	return nil
 }
 
-func (p *pods) notReady(ordinal int) error {
+func (p *endpointWatcher) notReadyError(ordinal int) error {
 	return fmt.Errorf("%s is not ready", backendName(p.statefulSet, ordinal))
 }
 
-// locate returns the address of a backend that is ready.
-func (p *pods) locate(ctx context.Context, ordinal int) (string, error) {
+// resolve returns the address of a backend that is ready.
+func (p *endpointWatcher) resolve(ctx context.Context, ordinal int) (string, error) {
 	p.mu.Lock()
-	known, at, addr, stale := p.places != nil, p.places[ordinal], "", true
-	if at.usable() {
-		addr, stale = at.addrs[0], at.stale
+	known, address, addr, dialFailed := p.addresses != nil, p.addresses[ordinal], "", true
+	if address.usable() {
+		addr, dialFailed = address.addrs[0], address.dialFailed
 	}
 	p.mu.Unlock()
 	switch {
 	case !known:
-		return p.dns.locate(ctx, ordinal)
-	case stale && p.failing():
-		return p.locateAnew(ctx, ordinal, addr)
+		return p.dns.resolve(ctx, ordinal)
+	case dialFailed && p.isOutdated():
+		return p.resolveByDNS(ctx, ordinal, addr)
 	case addr == "":
-		return "", p.notReady(ordinal)
+		return "", p.notReadyError(ordinal)
 	}
 	return addr, nil
 }
 
-// pod returns the uid of the pod that locate finds, "" if it is not known.
-func (p *pods) pod(ordinal int) string {
+// podUID returns the uid of the pod that locate finds, "" if it is not known.
+func (p *endpointWatcher) podUID(ordinal int) string {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	at := p.places[ordinal]
-	if !at.usable() || at.stale && p.failing() {
+	address := p.addresses[ordinal]
+	if !address.usable() || address.dialFailed && p.isOutdated() {
 		return ""
 	}
-	return at.uid
+	return address.uid
 }
 
-// locateAnew asks DNS where a backend is. Where it does not say, in half of the
+// resolveByDNS asks DNS where a backend is. Where it does not say, in half of the
 // time of a dial, the address before is tried again, if there was one: a container
 // that restarts keeps it.
-func (p *pods) locateAnew(ctx context.Context, ordinal int, before string) (string, error) {
-	bound, cancel := context.WithTimeout(ctx, dialTime/2)
+func (p *endpointWatcher) resolveByDNS(ctx context.Context, ordinal int, before string) (string, error) {
+	bound, cancel := context.WithTimeout(ctx, dialTimeout/2)
 	defer cancel()
-	addr, err := p.dns.locate(bound, ordinal)
+	addr, err := p.dns.resolve(bound, ordinal)
 	if err != nil && before != "" && ctx.Err() == nil {
 		return before, nil
 	}
 	return addr, err
 }
 
-// forget makes another address of the backend be dialled next, if there is one.
-func (p *pods) forget(ordinal int) {
-	p.dns.forget(ordinal)
+// invalidate makes another address of the backend be dialled next, if there is one.
+func (p *endpointWatcher) invalidate(ordinal int) {
+	p.dns.invalidate(ordinal)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if at := p.places[ordinal]; at != nil {
-		at.addrs, at.stale = append(at.addrs[1:], at.addrs[0]), true
+	if address := p.addresses[ordinal]; address != nil {
+		address.addrs, address.dialFailed = append(address.addrs[1:], address.addrs[0]), true
 	}
 }

@@ -52,26 +52,28 @@ func TestStatefulSetBackends(t *testing.T) {
 			if got := s.backends(); got != tt.want {
 				t.Errorf("backends %+v, want %+v", got, tt.want)
 			}
-			if got := s.note(tt.ready); got != tt.note {
+			if got := s.nextActiveCount(tt.ready); got != tt.note {
 				t.Errorf("note %d, want %d", got, tt.note)
 			}
 		})
 	}
 }
 
-// TestScaleFollows: one router, from state to state.
-func TestScaleFollows(t *testing.T) {
+// TestReplicasFollow: one router, from state to state.
+func TestReplicasFollow(t *testing.T) {
 	type step struct {
 		what   string
-		change func(f *fakeScale)
+		change func(f *fakeReplicas)
 		want   ordinals
 	}
-	from, to := func(count int) ordinals { return ordinals{0, count} }, func(replicas int) func(*fakeScale) {
-		return func(f *fakeScale) { f.scale(replicas) }
+	from, to := func(count int) ordinals { return ordinals{0, count} }, func(replicas int) func(*fakeReplicas) {
+		return func(f *fakeReplicas) { f.scale(replicas) }
 	}
-	ready := func(ordinals ...int) func(*fakeScale) { return func(f *fakeScale) { f.setReady(ordinals...) } }
-	forbid := func(what, note string) func(*fakeScale) {
-		return func(f *fakeScale) { f.change("statefulsets", func() { f.forbidden[what], f.set.note = true, note }) }
+	ready := func(ordinals ...int) func(*fakeReplicas) { return func(f *fakeReplicas) { f.setReady(ordinals...) } }
+	forbid := func(what, note string) func(*fakeReplicas) {
+		return func(f *fakeReplicas) {
+			f.change("statefulsets", func() { f.forbidden[what], f.set.activeCount = true, note })
+		}
 	}
 	tests := map[string][]step{
 		"out and in": {
@@ -100,17 +102,17 @@ func TestScaleFollows(t *testing.T) {
 			{"backend-4 is back", ready(0, 1, 2, 3, 4), from(5)},
 		},
 		"deleted": {
-			{"deleted", func(f *fakeScale) { f.change("statefulsets", func() { f.set = nil }) }, from(4)},
-			{"made anew", func(f *fakeScale) { f.change("statefulsets", func() { f.set = &fakeStateful{replicas: 5} }) }, from(5)},
+			{"deleted", func(f *fakeReplicas) { f.change("statefulsets", func() { f.set = nil }) }, from(4)},
+			{"made anew", func(f *fakeReplicas) { f.change("statefulsets", func() { f.set = &fakeStateful{replicas: 5} }) }, from(5)},
 		},
 		"other ordinals": {
-			{"start at 2", func(f *fakeScale) { f.change("statefulsets", func() { f.set.start = 2 }) }, ordinals{2, 4}},
+			{"start at 2", func(f *fakeReplicas) { f.change("statefulsets", func() { f.set.start = 2 }) }, ordinals{2, 4}},
 		},
 		"only the StatefulSet may be read": {
 			{"forbidden", forbid("LIST endpointslices", "4"), from(4)},
 			{"scale to 6", to(6), from(4)},
-			{"five are ready", func(f *fakeScale) { f.change("statefulsets", func() { f.set.ready = 5 }) }, from(5)},
-			{"six are ready", func(f *fakeScale) { f.change("statefulsets", func() { f.set.ready = 6 }) }, from(6)},
+			{"five are ready", func(f *fakeReplicas) { f.change("statefulsets", func() { f.set.ready = 5 }) }, from(5)},
+			{"six are ready", func(f *fakeReplicas) { f.change("statefulsets", func() { f.set.ready = 6 }) }, from(6)},
 		},
 		"no note may be written": {
 			{"forbidden", forbid("PATCH statefulsets", ""), from(4)},
@@ -122,13 +124,13 @@ func TestScaleFollows(t *testing.T) {
 	for name, steps := range tests {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				f := newFakeScale(fakeStateful{replicas: 4, ready: 4, note: "4"})
+				f := newFakeReplicas(fakeStateful{replicas: 4, ready: 4, activeCount: "4"})
 				f.slices["one"] = fakeEndpoints(0, 1, 2, 3)
-				n := serveScale(t, f)
+				n := serveReplicas(t, f)
 				if steps[0].what == "forbidden" { // from the start
 					steps[0].change(f)
 				}
-				r := startScale(t, n)
+				r := startReplicas(t, n)
 				for _, s := range steps {
 					s.change(f)
 					time.Sleep(30 * time.Second) // until a watch that lost its object lists
@@ -142,24 +144,24 @@ func TestScaleFollows(t *testing.T) {
 	}
 }
 
-// TestScaleAgrees: whatever the StatefulSet goes through, and whenever a router
+// TestReplicasAgree: whatever the StatefulSet goes through, and whenever a router
 // starts, is cut off or comes back, all routers that have seen its last version
 // have the same backends: never more than it is to have, and more than before
 // only if these are ready.
-func TestScaleAgrees(t *testing.T) {
+func TestReplicasAgree(t *testing.T) {
 	for seed := range uint64(40) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) { scaleAtRandom(t, rand.New(rand.NewPCG(seed, 1))) })
+			synctest.Test(t, func(t *testing.T) { changeReplicasAtRandom(t, rand.New(rand.NewPCG(seed, 1))) })
 		})
 	}
 }
 
-func scaleAtRandom(t *testing.T, rng *rand.Rand) {
-	f := newFakeScale(fakeStateful{replicas: 4, ready: 4})
+func changeReplicasAtRandom(t *testing.T, rng *rand.Rand) {
+	f := newFakeReplicas(fakeStateful{replicas: 4, ready: 4})
 	f.slices["one"] = fakeEndpoints(0, 1, 2, 3)
-	net := serveScale(t, f)
-	away := serveScale(t, f) // of routers whose watches stand still now and then
-	routers := []*fakeRouter{startScale(t, net), startScale(t, away)}
+	net := serveReplicas(t, f)
+	away := serveReplicas(t, f) // of routers whose watches stand still now and then
+	routers := []*fakeRouter{startReplicas(t, net), startReplicas(t, away)}
 	replicas := 4
 	for range 30 {
 		ready := []int{}
@@ -170,7 +172,7 @@ func scaleAtRandom(t *testing.T, rng *rand.Rand) {
 		case 1:
 			away.freeze()
 		case 2:
-			routers = append(routers, startScale(t, net))
+			routers = append(routers, startReplicas(t, net))
 		default:
 			for i := range replicas {
 				if rng.IntN(4) > 0 {
@@ -221,7 +223,7 @@ func sliceSet(t *testing.T, all map[string]string) map[string]*endpointSlice {
 	return set
 }
 
-func TestPlaces(t *testing.T) {
+func TestPodAddresses(t *testing.T) {
 	pod := func(address, hostname, conditions string) string {
 		return fmt.Sprintf(`{"addresses":[%q],"hostname":%q,"conditions":{%s}}`, address, hostname, conditions)
 	}
@@ -260,7 +262,7 @@ func TestPlaces(t *testing.T) {
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
-			places := placesOf(sliceSet(t, tt.slices), "backend", "9000")
+			places := podAddresses(sliceSet(t, tt.slices), "backend", "9000")
 			var got []string
 			for _, ordinal := range slices.Sorted(maps.Keys(places)) {
 				got = append(got, fmt.Sprintln(ordinal, places[ordinal].ready, places[ordinal].addrs))
@@ -272,32 +274,32 @@ func TestPlaces(t *testing.T) {
 	}
 }
 
-// TestPodsWatchFails: while the EndpointSlices cannot be followed, DNS is asked for
+// TestEndpointsWatchFails: while the EndpointSlices cannot be followed, DNS is asked for
 // what is not ready by them or was no good, and for nothing else.
-func TestPodsWatchFails(t *testing.T) {
+func TestEndpointsWatchFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		f := newFakeScale(fakeStateful{replicas: 4, ready: 4, note: "4"})
+		f := newFakeReplicas(fakeStateful{replicas: 4, ready: 4, activeCount: "4"})
 		f.slices["one"] = fakeEndpoints(0, 1, 2)
-		n := serveScale(t, f)
-		p := startScale(t, n).pods
+		n := serveReplicas(t, f)
+		p := startReplicas(t, n).endpoints
 		var asked atomic.Int64
 		byDNS := error(nil)
-		p.dns.locate = func(ctx context.Context, ordinal int) (string, error) {
+		p.dns.resolve = func(ctx context.Context, ordinal int) (string, error) {
 			asked.Add(1)
 			return fmt.Sprintf("10.9.9.%d:9000", ordinal), byDNS
 		}
 		want := func(ordinal int, addr, err string) {
 			t.Helper()
-			got, gotErr := p.locate(t.Context(), ordinal)
+			got, gotErr := p.resolve(t.Context(), ordinal)
 			if got != addr || fmt.Sprint(gotErr) != err {
 				t.Errorf("backend-%d is at %q, %v; want %q, %s", ordinal, got, gotErr, addr, err)
 			}
 		}
-		p.forget(1)
+		p.invalidate(1)
 		want(1, "10.0.0.1:9000", "<nil>")
 		want(3, "", "backend-3 is not ready")
 		waited := make(chan error, 1)
-		go func() { waited <- p.holds.wait(t.Context(), p.holds.enter(), 3, 0) }()
+		go func() { waited <- p.queues.wait(t.Context(), p.queues.newWaiter(), 3, 0) }()
 		synctest.Wait()
 		if n := asked.Load(); n != 0 {
 			t.Fatalf("DNS was asked %d times while the watch works", n)
@@ -308,10 +310,10 @@ func TestPodsWatchFails(t *testing.T) {
 		if err := <-waited; err != nil { // it need not be ready any more to be dialled
 			t.Error(err)
 		}
-		p.holds.done(3, nil, false)
+		p.queues.dialDone(3, nil, false)
 		want(3, "10.9.9.3:9000", "<nil>")
 		want(0, "10.0.0.0:9000", "<nil>")
-		p.forget(0)
+		p.invalidate(0)
 		want(0, "10.9.9.0:9000", "<nil>")
 		byDNS = errors.New("no such host")
 		want(0, "10.0.0.0:9000", "<nil>")
@@ -328,12 +330,12 @@ func TestPodsWatchFails(t *testing.T) {
 	})
 }
 
-// TestPodsReplaced: which pods the backends are is told before they are dialled, of
+// TestEndpointsReplacePods: which pods the backends are is told before they are dialled, of
 // those that are usable.
-func TestPodsReplaced(t *testing.T) {
-	p := followPods(kube{}, "edge", "backend", "headless", 9000, slog.New(slog.DiscardHandler))
+func TestEndpointsReplacePods(t *testing.T) {
+	p := newEndpointWatcher(kubeClient{}, "edge", "backend", "headless", 9000, slog.New(slog.DiscardHandler))
 	told := ""
-	p.replaced = func(uids map[int]string) { told = fmt.Sprint(uids, " after ", p.pod(0)) }
+	p.onPods = func(uids map[int]string) { told = fmt.Sprint(uids, " after ", p.podUID(0)) }
 	pod := func(addr, uid string, ready bool) string {
 		return fmt.Sprintf(`[{"addresses":[%q],"targetRef":{"kind":"Pod","name":"backend-0","uid":%q},"conditions":{"ready":%v}}]`, addr, uid, ready)
 	}
@@ -352,20 +354,20 @@ func TestPodsReplaced(t *testing.T) {
 		if told != step.want {
 			t.Errorf("after %v it was told %s, want %s", step.slices, told, step.want)
 		}
-		if n := len(p.places[0].addrs); n != 1 {
+		if n := len(p.addresses[0].addrs); n != 1 {
 			t.Errorf("after %v it has %d addresses, want one pod's", step.slices, n)
 		}
 	}
 }
 
-// TestPodsLocate: where a backend is, from what is known of the EndpointSlices.
-func TestPodsLocate(t *testing.T) {
-	p := followPods(kube{}, "edge", "backend", "headless", 9000, slog.New(slog.DiscardHandler))
+// TestEndpointsResolve: where a backend is, from what is known of the EndpointSlices.
+func TestEndpointsResolve(t *testing.T) {
+	p := newEndpointWatcher(kubeClient{}, "edge", "backend", "headless", 9000, slog.New(slog.DiscardHandler))
 	asked := 0
-	p.dns.locate = func(context.Context, int) (string, error) { asked++; return "by DNS", nil }
+	p.dns.resolve = func(context.Context, int) (string, error) { asked++; return "by DNS", nil }
 	want := func(ordinal int, addr, err string) {
 		t.Helper()
-		got, gotErr := p.locate(t.Context(), ordinal)
+		got, gotErr := p.resolve(t.Context(), ordinal)
 		if got != addr || fmt.Sprint(gotErr) != err {
 			t.Errorf("backend-%d is at %q, %v; want %q, %s", ordinal, got, gotErr, addr, err)
 		}
@@ -377,10 +379,10 @@ func TestPodsLocate(t *testing.T) {
 	apply(map[string]string{"a": "IPv4 " + fakeEndpoints(0, 1), "b": `IPv6 [{"addresses":["fd00::1"],"hostname":"backend-0"}]`})
 	want(0, "10.0.0.0:9000", "<nil>")
 	want(2, "", "backend-2 is not ready")
-	p.forget(0)
+	p.invalidate(0)
 	want(0, "[fd00::1]:9000", "<nil>")
-	p.forget(0)
-	p.forget(1)
+	p.invalidate(0)
+	p.invalidate(1)
 	want(0, "10.0.0.0:9000", "<nil>")
 	want(1, "10.0.0.1:9000", "<nil>")
 	apply(nil) // the Service is gone: that says nothing about the pods
@@ -390,8 +392,8 @@ func TestPodsLocate(t *testing.T) {
 	waited := make(chan error, 1)
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	go func() { waited <- p.holds.wait(ctx, p.holds.enter(), 0, 0) }()
-	for len(p.holds.waiting(0)) == 0 {
+	go func() { waited <- p.queues.wait(ctx, p.queues.newWaiter(), 0, 0) }()
+	for len(p.queues.waitersOf(0)) == 0 {
 		<-time.After(time.Millisecond)
 	}
 	apply(map[string]string{"a": "IPv4 " + fakeEndpoints(0)})

@@ -17,63 +17,63 @@ import (
 )
 
 const (
-	toRead = syscall.EPOLLIN | syscall.EPOLLRDHUP | syscall.EPOLLPRI
+	epollReadEvents = syscall.EPOLLIN | syscall.EPOLLRDHUP | syscall.EPOLLPRI
 
-	edge  = 1 << 31 // EPOLLET, which package syscall has as a negative number
-	again = 1 << 27 // in wire.mask: epoll has to look at the socket once more
+	edgeTriggered = 1 << 31 // EPOLLET, which package syscall has as a negative number
+	rearm         = 1 << 27 // in sessionIO.epollMask: epoll has to look at the socket once more
 )
 
-// pollerDescriptors is the most that the poller of a CPU has for itself: its epoll
+// descriptorsPerPoller is the most that the poller of a CPU has for itself: its epoll
 // set, its bell and its pipes.
-const pollerDescriptors = 2 + 2*pipesMost
+const descriptorsPerPoller = 2 + 2*maxPipes
 
-// carrier is the pollers.
-type carrier struct {
-	pollers []*poller
-	next    atomic.Uint32 // the poller of the next session, modulo their number
-	running sync.WaitGroup
-	budget  int64 // bytes that may be held; static after start
-	held    atomic.Int64
-	spare   [heldClasses]sync.Pool // of *held, by class
+// engine is the pollers.
+type engine struct {
+	pollers      []*poller
+	next         atomic.Uint32 // the poller of the next session, modulo their number
+	running      sync.WaitGroup
+	unsentBudget int64 // bytes that may be held; static after start
+	unsentBytes  atomic.Int64
+	pools        [unsentClasses]sync.Pool // of *held, by class
 }
 
 // poller carries the sessions of one epoll set.
 type poller struct {
 	// Static after construction.
-	relay *relay
-	set   *os.File // the epoll set
-	epoll int      // its descriptor
-	bell  int      // an eventfd in the set
+	relay     *relay
+	epollFile *os.File // the epoll set
+	epollFD   int      // its descriptor
+	wakeFD    int      // an eventfd in the set
 
 	// Guarded by mu.
-	mu    sync.Mutex
-	buf   *buffer // but its events are run's
-	pipes pipes
-	slots []slot
-	free  []int32    // slots without a session
-	done  []*session // that are over and not yet told to the relay
+	mu        sync.Mutex
+	buf       *buffer // but its events are run's
+	pipes     pipes
+	slots     []slot
+	freeSlots []int32    // slots without a session
+	finished  []*session // that are over and not yet told to the relay
 }
 
 // slot is where an event finds its session, or its guest.
 type slot struct {
-	session *session // nil if free, or a guest's
-	guest   guest
-	round   int32 // of use: an event of an earlier round is stale
+	session    *session // nil if free, or a guest's
+	pending    pollClient
+	generation int32 // of use: an event of an earlier round is stale
 }
 
 // A poller serves guests too, which are not sessions yet: they have a slot and
 // sockets that it watches, and may become sessions.
 
-// guest is told of its sockets by its poller, which holds no lock then. Its
+// pollClient is told of its sockets by its poller, which holds no lock then. Its
 // events are edge-triggered.
-type guest interface {
-	ready(i side, events uint32)
-	leave() // the poller is to have no guests any more
+type pollClient interface {
+	handleEvent(i side, events uint32)
+	fallBackNow() // the poller is to have no guests any more
 }
 
 // start makes one poller for each CPU.
-func (c *carrier) start(r *relay) error {
-	c.budget = heldBudget
+func (c *engine) start(r *relay) error {
+	c.unsentBudget = maxUnsent
 	for range runtime.GOMAXPROCS(0) {
 		fd, err := syscall.EpollCreate1(syscall.EPOLL_CLOEXEC)
 		if err != nil {
@@ -81,10 +81,10 @@ func (c *carrier) start(r *relay) error {
 			return os.NewSyscallError("epoll_create1", err)
 		}
 		syscall.SetNonblock(fd, true) // for os.NewFile: that it is for Go's poller
-		p := &poller{relay: r, set: os.NewFile(uintptr(fd), "epoll"), epoll: fd, buf: newBuffer()}
+		p := &poller{relay: r, epollFile: os.NewFile(uintptr(fd), "epoll"), epollFD: fd, buf: newBuffer()}
 		c.pollers = append(c.pollers, p)
-		if p.bell, err = newBell(fd); err == nil {
-			err = p.set.SetDeadline(time.Time{}) // os.ErrNoDeadline: Go's poller did not take it
+		if p.wakeFD, err = newWakeDescriptor(fd); err == nil {
+			err = p.epollFile.SetDeadline(time.Time{}) // os.ErrNoDeadline: Go's poller did not take it
 		}
 		if err != nil {
 			c.stop()
@@ -96,56 +96,56 @@ func (c *carrier) start(r *relay) error {
 }
 
 // stop ends the pollers.
-func (c *carrier) stop() {
+func (c *engine) stop() {
 	for _, p := range c.pollers {
-		p.set.Close()
+		p.epollFile.Close()
 	}
 	c.running.Wait()
 	for _, p := range c.pollers {
-		syscall.Close(p.bell)
+		syscall.Close(p.wakeFD)
 		p.pipes.close()
 		p.buf.free()
 	}
 }
 
-// choose returns the poller of the next session.
-func (c *carrier) choose() *poller { return c.pollers[c.next.Add(1)%uint32(len(c.pollers))] }
+// nextPoller returns the poller of the next session.
+func (c *engine) nextPoller() *poller { return c.pollers[c.next.Add(1)%uint32(len(c.pollers))] }
 
-// attach chooses the poller of s. From here on s.end may be called.
-func (c *carrier) attach(s *session, _ [2]net.Conn) { s.poller = c.choose() }
+// assign chooses the poller of s. From here on s.end may be called.
+func (c *engine) assign(s *session, _ [2]net.Conn) { s.poller = c.nextPoller() }
 
-// begin takes the sockets of s out of Go's hands and carries what came first.
-func (c *carrier) begin(s *session, ends [2]net.Conn, first [2][]byte) {
+// startSession takes the sockets of s out of Go's hands and carries what came first.
+func (c *engine) startSession(s *session, conns [2]net.Conn, early [2][]byte) {
 	p := s.poller
-	fds := takeDescriptors(ends)
+	fds := detachDescriptors(conns)
 	p.mu.Lock()
 	defer p.unlock()
-	p.launch(s, p.take(), fds, first)
+	p.start(s, p.allocateSlot(), fds, early)
 }
 
-// launch gives s its slot and sockets, and carries what came first.
-func (p *poller) launch(s *session, at int32, fds [2]int32, first [2][]byte) {
-	p.slots[at].session, p.slots[at].guest = s, nil
-	s.slot, s.fd, s.open = at, fds, true
+// start gives s its slot and sockets, and carries what came first.
+func (p *poller) start(s *session, slotIndex int32, fds [2]int32, early [2][]byte) {
+	p.slots[slotIndex].session, p.slots[slotIndex].pending = s, nil
+	s.slot, s.fd, s.open = slotIndex, fds, true
 	switch {
-	case min(fds[client], fds[server]) < 0:
+	case min(fds[clientSide], fds[backendSide]) < 0:
 		p.end(s, causeRouterError)
-	case s.ending() && s.parting == nil:
+	case s.isClosing() && s.closing == nil:
 		p.end(s, causeNone)
 	default:
-		for i, data := range first {
-			s.frames[i].scan(data, side(i) == client)
-			p.pass(s, side(i), copy(p.buf.data[:], data), nil)
+		for i, data := range early {
+			s.frames[i].scan(data, side(i) == clientSide)
+			p.sendOrKeep(s, side(i), copy(p.buf.data[:], data), nil)
 		}
-		p.depart(s)
-		p.watch(s)
+		p.startClose(s)
+		p.updateEpoll(s)
 	}
 }
 
 // run carries until the epoll set is closed. poll is called when something is
 // new to the set since its last call began.
 func (p *poller) run() {
-	raw, err := p.set.SyscallConn()
+	raw, err := p.epollFile.SyscallConn()
 	if err != nil {
 		panic(err) // only for a file that is nil
 	}
@@ -155,7 +155,7 @@ func (p *poller) run() {
 	})
 }
 
-// poll handles what epoll has, up to eventsSize. It looks itself whether more has
+// poll handles what epoll has, up to maxEpollEvents. It looks itself whether more has
 // come meanwhile, which takes less than to be told of it by Go's poller. Where
 // there may be more still it rings: a poller that just went on would keep its CPU
 // for itself, since the runtime looks for what else is ready only when it has
@@ -164,105 +164,105 @@ func (p *poller) run() {
 // While a poller is busy its set could be out of Go's poller, for which each event
 // costs its sender 0.1 µs; but EPOLL_CTL_ADD of a set looks at all that is in it.
 func (p *poller) poll() {
-	for left := eventsSize; left > 0; {
-		events, errno := p.buf.wait(p.epoll, left)
+	for left := maxEpollEvents; left > 0; {
+		events, errno := p.buf.wait(p.epollFD, left)
 		if len(events) == 0 && errno == 0 {
 			return
 		}
 		for _, event := range events {
-			p.serve(event)
+			p.handleEvent(event)
 		}
 		left -= max(len(events), 1) // 1: EINTR
 	}
-	p.ring()
+	p.wake()
 }
 
-// serve handles one event: its slot is in Fd, the round and side in Pad.
-func (p *poller) serve(event syscall.EpollEvent) {
-	if event.Fd == bellSlot {
+// handleEvent handles one event: its slot is in Fd, the round and side in Pad.
+func (p *poller) handleEvent(event syscall.EpollEvent) {
+	if event.Fd == wakeSlot {
 		return
 	}
 	i := side(event.Pad & 1)
 	p.mu.Lock() // for each event: begin and end need not wait for all
-	at := p.slots[event.Fd]
-	if at.round != event.Pad>>1 {
-		at = slot{} // it ended earlier in this batch
+	target := p.slots[event.Fd]
+	if target.generation != event.Pad>>1 {
+		target = slot{} // it ended earlier in this batch
 	}
-	if at.session != nil {
-		p.handle(at.session, i, event.Events)
+	if target.session != nil {
+		p.handle(target.session, i, event.Events)
 	}
 	p.unlock()
-	if at.guest != nil {
-		at.guest.ready(i, event.Events)
+	if target.pending != nil {
+		target.pending.handleEvent(i, event.Events)
 	}
 }
 
 // unlock releases mu, and tells the relay of the sessions that are over.
 func (p *poller) unlock() {
-	done := p.done
-	p.done = nil
+	done := p.finished
+	p.finished = nil
 	p.mu.Unlock()
 	for _, s := range done {
-		p.relay.over(s)
+		p.relay.sessionEnded(s)
 	}
 }
 
-// take returns a free slot.
-func (p *poller) take() int32 {
-	if n := len(p.free); n > 0 {
-		at := p.free[n-1]
-		p.free = p.free[:n-1]
-		return at
+// allocateSlot returns a free slot.
+func (p *poller) allocateSlot() int32 {
+	if n := len(p.freeSlots); n > 0 {
+		slotIndex := p.freeSlots[n-1]
+		p.freeSlots = p.freeSlots[:n-1]
+		return slotIndex
 	}
 	p.slots = append(p.slots, slot{})
 	return int32(len(p.slots) - 1)
 }
 
-// vacate makes a slot free.
-func (p *poller) vacate(at int32) {
-	p.slots[at] = slot{round: (p.slots[at].round + 1) & (1<<30 - 1)}
-	p.free = append(p.free, at)
+// freeSlot makes a slot free.
+func (p *poller) freeSlot(slotIndex int32) {
+	p.slots[slotIndex] = slot{generation: (p.slots[slotIndex].generation + 1) & (1<<30 - 1)}
+	p.freeSlots = append(p.freeSlots, slotIndex)
 }
 
-// watch makes epoll watch what s waits for. A change makes epoll look at the
+// updateEpoll makes epoll watch what s waits for. A change makes epoll look at the
 // socket again, so nothing that came before is missed. A side that has ended stays
 // watched as it was: that costs a call less, and its edges are over.
-func (p *poller) watch(s *session) {
-	for i := client; s.open && i <= server; i++ {
+func (p *poller) updateEpoll(s *session) {
+	for i := clientSide; s.open && i <= backendSide; i++ {
 		if s.fd[i] < 0 {
 			continue // cut off
 		}
-		mask, op := uint32(edge), syscall.EPOLL_CTL_MOD
-		if s.reads(i) || s.fin[i] {
-			mask |= toRead
+		mask, op := uint32(edgeTriggered), syscall.EPOLL_CTL_MOD
+		if s.wantsRead(i) || s.fin[i] {
+			mask |= epollReadEvents
 		}
-		if s.held[i.peer()] != nil {
+		if s.unsent[i.other()] != nil {
 			mask |= syscall.EPOLLOUT
 		}
-		if mask == s.mask[i] {
+		if mask == s.epollMask[i] {
 			continue
 		}
-		if s.mask[i] == 0 {
+		if s.epollMask[i] == 0 {
 			op = syscall.EPOLL_CTL_ADD
 		}
-		if err := p.control(op, s.slot, i, s.fd[i], mask); err != nil {
+		if err := p.epollControl(op, s.slot, i, s.fd[i], mask); err != nil {
 			p.end(s, causeRouterError) // out of memory, or of epoll's user watches
 		}
-		s.mask[i] = mask
+		s.epollMask[i] = mask
 	}
 }
 
-// control is epoll_ctl(2) for a side of what has the slot.
-func (p *poller) control(op int, at int32, i side, fd int32, mask uint32) error {
-	event := syscall.EpollEvent{Events: mask, Fd: at, Pad: p.slots[at].round<<1 | int32(i)}
-	return syscall.EpollCtl(p.epoll, op, int(fd), &event)
+// epollControl is epoll_ctl(2) for a side of what has the slot.
+func (p *poller) epollControl(op int, slotIndex int32, i side, fd int32, mask uint32) error {
+	event := syscall.EpollEvent{Events: mask, Fd: slotIndex, Pad: p.slots[slotIndex].generation<<1 | int32(i)}
+	return syscall.EpollCtl(p.epollFD, op, int(fd), &event)
 }
 
-// takeDescriptors returns duplicates of the connections' descriptors, which
+// detachDescriptors returns duplicates of the connections' descriptors, which
 // are not in Go's poller, and closes the connections. A descriptor is -1 if it
 // could not be had.
-func takeDescriptors(ends [2]net.Conn) (fds [2]int32) {
-	for i, conn := range ends {
+func detachDescriptors(conns [2]net.Conn) (fds [2]int32) {
+	for i, conn := range conns {
 		fds[i] = -1
 		raw, _ := conn.(syscall.Conn).SyscallConn() // its error is a nil conn
 		raw.Control(func(fd uintptr) {              // its error is a closed conn
@@ -276,56 +276,56 @@ func takeDescriptors(ends [2]net.Conn) (fds [2]int32) {
 	return fds
 }
 
-// bellSlot is the slot in the events of a poller's bell, an eventfd(2). Each
+// wakeSlot is the slot in the events of a poller's bell, an eventfd(2). Each
 // write makes the edge-triggered set tell of itself, also if the last event of
 // the bell was not taken yet: EPOLL_CTL_MOD would not.
-const bellSlot = -1
+const wakeSlot = -1
 
-// newBell makes a bell in the epoll set. The caller closes it.
-func newBell(epoll int) (int, error) {
+// newWakeDescriptor makes a bell in the epoll set. The caller closes it.
+func newWakeDescriptor(epoll int) (int, error) {
 	fd, _, errno := syscall.RawSyscall(syscall.SYS_EVENTFD2, 0, syscall.O_CLOEXEC|syscall.O_NONBLOCK, 0)
 	if errno != 0 {
 		return -1, os.NewSyscallError("eventfd2", errno)
 	}
-	event := syscall.EpollEvent{Events: syscall.EPOLLIN | edge, Fd: bellSlot}
+	event := syscall.EpollEvent{Events: syscall.EPOLLIN | edgeTriggered, Fd: wakeSlot}
 	return int(fd), os.NewSyscallError("epoll_ctl", syscall.EpollCtl(epoll, syscall.EPOLL_CTL_ADD, int(fd), &event))
 }
 
-// ring makes poll be called again when others had their turn.
-func (p *poller) ring() {
-	syscall.Write(p.bell, binary.NativeEndian.AppendUint64(nil, 1)) // full after 2^64 of them
+// wake makes poll be called again when others had their turn.
+func (p *poller) wake() {
+	syscall.Write(p.wakeFD, binary.NativeEndian.AppendUint64(nil, 1)) // full after 2^64 of them
 }
 
-// seat gives g a slot.
-func (p *poller) seat(g guest) int32 {
+// addPending gives g a slot.
+func (p *poller) addPending(g pollClient) int32 {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	at := p.take()
-	p.slots[at].guest = g
-	return at
+	slotIndex := p.allocateSlot()
+	p.slots[slotIndex].pending = g
+	return slotIndex
 }
 
-// unseat takes the slot of a guest that does not become a session.
-func (p *poller) unseat(at int32) {
+// removePending takes the slot of a guest that does not become a session.
+func (p *poller) removePending(slotIndex int32) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.vacate(at)
+	p.freeSlot(slotIndex)
 }
 
-// watchGuest is control for a guest.
-func (p *poller) watchGuest(op int, at int32, i side, fd int32, mask uint32) error {
+// watchPending is control for a guest.
+func (p *poller) watchPending(op int, slotIndex int32, i side, fd int32, mask uint32) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.control(op, at, i, fd, mask)
+	return p.epollControl(op, slotIndex, i, fd, mask)
 }
 
-// guests returns all.
-func (p *poller) guests() (all []guest) {
+// pendingConns returns all.
+func (p *poller) pendingConns() (all []pollClient) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, at := range p.slots {
-		if at.guest != nil {
-			all = append(all, at.guest)
+		if at.pending != nil {
+			all = append(all, at.pending)
 		}
 	}
 	return all
@@ -357,14 +357,14 @@ func (p *poller) send(fd int32, data []byte) (int, syscall.Errno) {
 	}
 }
 
-// adopt is carry for a session that was a guest: mask is what epoll watches of its
+// startSession is carry for a session that was a guest: mask is what epoll watches of its
 // sockets.
-func (p *poller) adopt(s *session, at int32, fds [2]int32, mask [2]uint32, first [2][]byte) {
-	s.poller, s.mask = p, mask
-	p.relay.take(s, func() {
+func (p *poller) startSession(s *session, slotIndex int32, fds [2]int32, mask [2]uint32, early [2][]byte) {
+	s.poller, s.epollMask = p, mask
+	p.relay.register(s, func() {
 		p.mu.Lock()
 		defer p.unlock()
-		p.launch(s, at, fds, first)
+		p.start(s, slotIndex, fds, early)
 	})
 }
 
@@ -380,15 +380,15 @@ func (p *poller) adopt(s *session, at int32, fds [2]int32, mask [2]uint32, first
 // call for all of sockets, gets relay_portable.go.
 
 const (
-	bufferSize = 64 << 10 // bytes, of a buffer, and of what a pipe is given at most
-	eventsSize = 256      // taken from epoll at once
-	pipesMost  = 16       // of one poller
+	bufferSize     = 64 << 10 // bytes, of a buffer, and of what a pipe is given at most
+	maxEpollEvents = 256      // taken from epoll at once
+	maxPipes       = 16       // of one poller
 )
 
 // buffer is the memory that one poller's system calls read and write.
 type buffer struct {
 	data   [bufferSize]byte
-	events [eventsSize]syscall.EpollEvent
+	events [maxEpollEvents]syscall.EpollEvent
 
 	// Static after construction.
 	pin              runtime.Pinner
@@ -406,7 +406,7 @@ func newBuffer() *buffer {
 
 func (b *buffer) free() { b.pin.Unpin() }
 
-// wait takes up to limit events from the epoll set, at most eventsSize, of those
+// wait takes up to limit events from the epoll set, at most maxEpollEvents, of those
 // that are there (epoll_pwait(2)).
 func (b *buffer) wait(epoll, limit int) ([]syscall.EpollEvent, syscall.Errno) {
 	n, _, errno := syscall.RawSyscall6(syscall.SYS_EPOLL_PWAIT, uintptr(epoll), b.eventsAt, uintptr(limit), 0, 0, 0)
@@ -437,8 +437,8 @@ func (b *buffer) send(fd int32, size, flags int) (int, syscall.Errno) {
 
 // pipe carries bytes from socket to socket within the kernel (splice(2)).
 type pipe struct {
-	ends [2]int // to read from, to write to
-	full int    // bytes in it
+	ends   [2]int // to read from, to write to
+	queued int    // bytes in it
 }
 
 // newPipe returns nil if there are no descriptors left. The caller closes it.
@@ -464,16 +464,16 @@ const (
 func (p *pipe) receive(fd int32, limit int) (int, syscall.Errno) {
 	n, _, errno := syscall.RawSyscall6(syscall.SYS_SPLICE, uintptr(fd), 0, uintptr(p.ends[1]), 0, uintptr(limit), spliceMove|spliceNonblock)
 	if errno == 0 {
-		p.full = int(n)
+		p.queued = int(n)
 	}
 	return int(n), errno
 }
 
 // send moves what is in the pipe to the socket.
 func (p *pipe) send(fd int32) (int, syscall.Errno) {
-	n, _, errno := syscall.RawSyscall6(syscall.SYS_SPLICE, uintptr(p.ends[0]), 0, uintptr(fd), 0, uintptr(p.full), spliceMove|spliceNonblock)
+	n, _, errno := syscall.RawSyscall6(syscall.SYS_SPLICE, uintptr(p.ends[0]), 0, uintptr(fd), 0, uintptr(p.queued), spliceMove|spliceNonblock)
 	if errno == 0 {
-		p.full -= int(n)
+		p.queued -= int(n)
 	}
 	return int(n), errno
 }
@@ -491,7 +491,7 @@ func (p *pipes) get() *pipe {
 		p.empty = p.empty[:last]
 		return found
 	}
-	if p.made == pipesMost {
+	if p.made == maxPipes {
 		return nil
 	}
 	made := newPipe()
@@ -503,7 +503,7 @@ func (p *pipes) get() *pipe {
 
 // put takes a pipe back. One that is not empty is of no use any more.
 func (p *pipes) put(used *pipe) {
-	if used.full == 0 {
+	if used.queued == 0 {
 		p.empty = append(p.empty, used)
 		return
 	}

@@ -17,19 +17,19 @@ import (
 
 // fakeRecorder is a recorder that writes to a fakeKube, whose POSTs are answered
 // by the script.
-func fakeRecorder(t *testing.T, posts fakeKubeScript) (*recorder, *fakeKube, *fakeKubeLog) {
+func fakeRecorder(t *testing.T, posts fakeKubeScript) (*eventRecorder, *fakeKube, *fakeKubeLog) {
 	network, logged := newFakeKubeNet(), &fakeKubeLog{}
 	server := newFakeKube(t, network, nil, nil)
 	server.posts = posts
-	r := newRecorder(*network.kube(t), "router-x", slog.New(slog.NewTextHandler(logged, nil)))
+	r := newEventRecorder(*network.kube(t), "router-x", slog.New(slog.NewTextHandler(logged, nil)))
 	t.Cleanup(fakeKubeRun(r.run))
 	return r, server, logged
 }
 
 // fakeChange is what version n of edge/routes did.
-func fakeChange(n int) (object, change) {
+func fakeChange(n int) (apiObject, sourceChange) {
 	m := fakeMap("routes", fmt.Sprint(n), "")
-	return m.object, change{entries: entries{source: m.title(), version: fmt.Sprint(n)}, added: 3, changed: 2, removed: 1}
+	return m.apiObject, sourceChange{sourceContent: sourceContent{source: m.displayName(), version: fmt.Sprint(n)}, added: 3, changed: 2, removed: 1}
 }
 
 var fakeCreated = fakeKubeSay(201, `{"kind":"Event"}`)
@@ -38,8 +38,8 @@ func TestEventsAsTheAPIHasThem(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r, server, logged := fakeRecorder(t, fakeKubeScript{fakeCreated})
 		o, c := fakeChange(7)
-		c.rejected, c.shown = 2, []rejection{{"ns-01", "ConfigMap edge/routes", "bakend-2", "backend-0 to backend-3", "backend-1", ""}}
-		r.tell(o, c)
+		c.rejected, c.examples = 2, []rejection{{"ns-01", "ConfigMap edge/routes", "bakend-2", "backend-0 to backend-3", "backend-1", ""}}
+		r.reportChange(o, c)
 		names := map[string]bool{}
 		for _, want := range []struct{ kind, reason, message string }{
 			{"Warning", "OverridesRejected", `2 entries are not in force as written; ns-01: "bakend-2", want backend-0 to backend-3, stays: backend-1; and 1 more`},
@@ -76,9 +76,9 @@ func TestEventsAsTheAPIHasThem(t *testing.T) {
 // The name is the same on all routers, and another for another version, object
 // or reason.
 func TestEventNames(t *testing.T) {
-	name := func(o object, reason string) string {
-		r := newRecorder(kube{}, "router-"+reason, slog.New(slog.DiscardHandler))
-		r.send(o, "Normal", reason, "", "")
+	name := func(o apiObject, reason string) string {
+		r := newEventRecorder(kubeClient{}, "router-"+reason, slog.New(slog.DiscardHandler))
+		r.enqueue(o, "Normal", reason, "", "")
 		return (<-r.queue).Metadata.Name
 	}
 	a, _ := fakeChange(1)
@@ -129,14 +129,14 @@ func TestEventsOfAVersionThatDoesMore(t *testing.T) {
 		c.apply(0, fakeSet(fakeMap("routes", "1", data)))
 		take(told{"OverridesRejected", "1 entries are not in force as written" + junk + "3, stays: refused"},
 			told{"OverridesInForce", "resourceVersion 1 is in force in a router that starts: 5 overrides"})
-		r.resize(ordinals{count: 3}, "u/2")
+		r.setBackends(ordinals{count: 3}, "u/2")
 		beyond := ""
 		for _, namespace := range []string{"b", "c", "d"} {
 			beyond += "; " + namespace + `: "backend-3", want backend-0 to backend-2, stays: refused`
 		}
 		take(told{"OverridesRejected", "4 entries are not in force as written" + beyond + junk + "2, stays: refused"},
 			told{"OverridesInForce", "resourceVersion 1 is in force: 0 overrides added, 3 changed, 0 removed"})
-		r.resize(ordinals{count: 4}, "u/3")
+		r.setBackends(ordinals{count: 4}, "u/3")
 		take(told{"OverridesRejected", "1 entries are not in force as written" + junk + "3, stays: refused"},
 			told{"OverridesInForce", "resourceVersion 1 is in force: 0 overrides added, 3 changed, 0 removed"})
 		c.apply(0, fakeSet(fakeMap("routes", "2", data))) // its labels
@@ -155,15 +155,15 @@ func TestEventsOfAVersionThatDoesMore(t *testing.T) {
 // change of the table and has Events of its own. Two routers give them the same names.
 func TestEventsOfTheSameNumberAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		f := newFakeScale(fakeStateful{replicas: 4, ready: 4, note: "4"})
+		f := newFakeReplicas(fakeStateful{replicas: 4, ready: 4, activeCount: "4"})
 		f.setReady(0, 1, 2, 3)
-		network := serveScale(t, f)
+		network := serveReplicas(t, f)
 		var routers [2]*configMaps
 		for i := range routers {
 			c, r, _ := fakeMaps(t, "routes")
 			c.apply(0, fakeSet(fakeMap("routes", "1", "a=backend-1 b=backend-3")))
 			<-c.events.queue // of a router that starts
-			startScaleFor(t, network, r.resize)
+			startScaleFor(t, network, r.setBackends)
 			routers[i] = c
 		}
 		seen := map[string]string{}
@@ -194,13 +194,13 @@ func TestEventMessageIsBounded(t *testing.T) {
 		_, c := fakeChange(1)
 		for i := range count {
 			bad := rejection{fmt.Sprintf("%0*d", size, i), "s", strings.Repeat("\x00", 64), "backend-0 to backend-3", "refused", ""}
-			if c.rejected++; c.rejected <= maxTold {
-				c.shown = append(c.shown, bad)
+			if c.rejected++; c.rejected <= maxExamples {
+				c.examples = append(c.examples, bad)
 			}
 		}
 		message := rejectedMessage(c)
 		named := strings.Count(message, "refused")
-		if len(message) > eventMessage || named == 0 || named < count && !strings.HasSuffix(message, fmt.Sprintf("; and %d more", count-named)) {
+		if len(message) > maxEventMessage || named == 0 || named < count && !strings.HasSuffix(message, fmt.Sprintf("; and %d more", count-named)) {
 			t.Errorf("%d entries: %d bytes name %d: …%s", count, len(message), named, message[max(0, len(message)-60):])
 		}
 	}
@@ -225,9 +225,9 @@ func TestEventFailures(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				r, server, logged := fakeRecorder(t, tt.posts)
 				for i := range 50 {
-					r.tell(fakeChange(i))
+					r.reportChange(fakeChange(i))
 				}
-				time.Sleep(50*(eventPause+2*time.Second) + time.Minute)
+				time.Sleep(50*(eventInterval+2*time.Second) + time.Minute)
 				if n := len(strings.Fields(server.verbs())); n != tt.asked {
 					t.Errorf("%d requests, want %d", n, tt.asked)
 				}
@@ -245,15 +245,15 @@ func TestEventsDoNotBlock(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r, server, logged := fakeRecorder(t, fakeKubeScript{fakeKubeHang, fakeKubeHang, fakeCreated})
 		begun := time.Now()
-		for i := range 10 * eventQueue {
-			r.tell(fakeChange(i))
+		for i := range 10 * maxQueuedEvents {
+			r.reportChange(fakeChange(i))
 		}
 		if took := time.Since(begun); took != 0 || logged.count("too fast") != 1 {
 			t.Errorf("took %s, log:\n%s", took, logged)
 		}
 		time.Sleep(10 * time.Minute)
-		if n := len(strings.Fields(server.verbs())); n != eventQueue+2 && n != eventQueue+1 {
-			t.Errorf("%d requests, want %d and two that hung", n, eventQueue)
+		if n := len(strings.Fields(server.verbs())); n != maxQueuedEvents+2 && n != maxQueuedEvents+1 {
+			t.Errorf("%d requests, want %d and two that hung", n, maxQueuedEvents)
 		}
 	})
 }
@@ -262,13 +262,13 @@ func TestEventsDoNotBlock(t *testing.T) {
 func TestEventOfAMove(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r, server, _ := fakeRecorder(t, fakeKubeScript{fakeCreated})
-		c := &configMaps{events: r, held: []map[string]heldMap{nil, {"routes": {fakeMap("routes", "7", ""), false}}}}
-		receipt := moved{version: "7", namespaces: 14, sessions: 3201, cut: 12, cancelled: 1, time: 16_100 * time.Millisecond}
+		c := &configMaps{events: r, current: []map[string]configMapState{nil, {"routes": {fakeMap("routes", "7", ""), false}}}}
+		receipt := moveResult{version: "7", namespaces: 14, sessions: 3201, cut: 12, cancelled: 1, time: 16_100 * time.Millisecond}
 		names := map[string]bool{}
 		for range 2 {
 			time.Sleep(time.Second)
-			c.tellMoved(receipt)
-			var e event
+			c.reportMove(receipt)
+			var e kubeEvent
 			if err := json.NewDecoder(server.request(t).Body).Decode(&e); err != nil {
 				t.Fatal(err)
 			}
@@ -281,6 +281,6 @@ func TestEventOfAMove(t *testing.T) {
 		if len(names) != 2 {
 			t.Errorf("names %v, want one for each", names)
 		}
-		(&configMaps{held: []map[string]heldMap{nil}}).tellMoved(receipt) // there is none: nothing to tell on
+		(&configMaps{current: []map[string]configMapState{nil}}).reportMove(receipt) // there is none: nothing to tell on
 	})
 }

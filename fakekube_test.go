@@ -235,23 +235,23 @@ type fakeKubeClient struct {
 
 // fakeConfigMap is a ConfigMap as it comes.
 type fakeConfigMap struct {
-	object
+	apiObject
 	Data map[string]string `json:"data"`
 }
 
 // fakeKubeWatcher follows edge/routes, or what the selector chooses in edge.
-func fakeKubeWatcher(k *kube, selector string, log *slog.Logger, apply func(map[string]*fakeConfigMap)) *watcher[fakeConfigMap] {
+func fakeKubeWatcher(k *kubeClient, selector string, log *slog.Logger, apply func(map[string]*fakeConfigMap)) *watcher[fakeConfigMap] {
 	w := &watcher[fakeConfigMap]{kube: k, path: "/api/v1/namespaces/edge/configmaps", kind: "ConfigMap", namespace: "edge",
-		selector: selector, header: func(m *fakeConfigMap) *object { return &m.object }, apply: apply, log: log}
+		selector: selector, meta: func(m *fakeConfigMap) *apiObject { return &m.apiObject }, apply: apply, log: log}
 	if selector == "" {
 		w.name = "routes"
 	}
 	return w
 }
 
-func fakeKubeFollow(t *testing.T, k *kube) *fakeKubeClient { return fakeKubeSelect(t, k, "") }
+func fakeKubeFollow(t *testing.T, k *kubeClient) *fakeKubeClient { return fakeKubeSelect(t, k, "") }
 
-func fakeKubeSelect(t *testing.T, k *kube, selector string) *fakeKubeClient {
+func fakeKubeSelect(t *testing.T, k *kubeClient, selector string) *fakeKubeClient {
 	c := &fakeKubeClient{applied: make(chan string, 1000), logged: &fakeKubeLog{}}
 	c.watcher = fakeKubeWatcher(k, selector, slog.New(slog.NewTextHandler(c.logged, nil)), func(set map[string]*fakeConfigMap) {
 		all := []string{}
@@ -352,7 +352,7 @@ func (n *fakeKubeNet) dial(ctx context.Context, _, _ string) (net.Conn, error) {
 	if n.hole.Load() {
 		select {
 		case <-ctx.Done():
-		case <-time.After(5 * time.Second): // as long as dialTCP
+		case <-time.After(5 * time.Second): // as long as dialAPIServer
 		}
 		return nil, &net.OpError{Op: "dial", Net: "tcp", Err: os.ErrDeadlineExceeded}
 	}
@@ -372,8 +372,8 @@ func (n *fakeKubeNet) dial(ctx context.Context, _, _ string) (net.Conn, error) {
 func (n *fakeKubeNet) freeze() { n.frozen.Store(n.dials.Load()) }
 
 // kube returns a client over HTTP/1.1.
-func (n *fakeKubeNet) kube(t *testing.T) *kube {
-	k, err := throughProxy("http://127.0.0.1:8080")
+func (n *fakeKubeNet) kube(t *testing.T) *kubeClient {
+	k, err := newKubectlProxyClient("http://127.0.0.1:8080")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -457,12 +457,12 @@ func fakeKubeFile(t *testing.T, dir, name, content string) {
 }
 
 // fakeKubePod returns a client as in a pod, with the token "first".
-func fakeKubePod(t *testing.T, host, port string, ca []byte) *kube {
+func fakeKubePod(t *testing.T, host, port string, ca []byte) *kubeClient {
 	t.Helper()
 	dir := t.TempDir()
 	fakeKubeFile(t, dir, "ca.crt", string(ca))
 	fakeKubeFile(t, dir, "token", " first\n")
-	k, err := inCluster(func(name string) string {
+	k, err := newInClusterClient(func(name string) string {
 		return map[string]string{"KUBERNETES_SERVICE_HOST": host, "KUBERNETES_SERVICE_PORT": port}[name]
 	}, dir)
 	if err != nil {
@@ -483,11 +483,11 @@ func fakeKubeListen(t *testing.T) (l net.Listener, host, port string) {
 }
 
 // fakeKubeGet asks for the ConfigMaps and returns the error.
-func fakeKubeGet(t *testing.T, k *kube) error {
+func fakeKubeGet(t *testing.T, k *kubeClient) error {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context()) // which ends the connection
 	defer cancel()
-	body, err := k.ask(ctx, "/api/v1/namespaces/edge/configmaps", url.Values{"fieldSelector": {"metadata.name=routes"}}, nil)
+	body, err := k.do(ctx, "/api/v1/namespaces/edge/configmaps", url.Values{"fieldSelector": {"metadata.name=routes"}}, nil)
 	if err == nil {
 		body.Close()
 	}
@@ -554,10 +554,10 @@ func listOf(kind string, objects map[string]string) http.HandlerFunc {
 	return fakeKubeSay(200, fmt.Sprintf(`{"kind":"%sList","metadata":{"resourceVersion":"7"},"items":[%s]}`, kind, strings.Join(items, ",")))
 }
 
-// fakeScale is an API server of the StatefulSet edge/backend, of the
+// fakeReplicas is an API server of the StatefulSet edge/backend, of the
 // EndpointSlices of its Service, and of ConfigMaps, which change when a test says so.
 // It takes Events.
-type fakeScale struct {
+type fakeReplicas struct {
 	mu         sync.Mutex
 	version    int
 	set        *fakeStateful
@@ -574,16 +574,16 @@ type fakeScale struct {
 // fakeStateful is the StatefulSet.
 type fakeStateful struct {
 	replicas, start, ready int
-	note                   string
+	activeCount            string
 }
 
-func newFakeScale(set fakeStateful) *fakeScale {
-	return &fakeScale{version: 10, generation: 1, set: &set, slices: map[string]string{}, maps: map[string]string{}, events: map[string]string{}, seen: map[string]int{}, more: make(chan struct{}),
+func newFakeReplicas(set fakeStateful) *fakeReplicas {
+	return &fakeReplicas{version: 10, generation: 1, set: &set, slices: map[string]string{}, maps: map[string]string{}, events: map[string]string{}, seen: map[string]int{}, more: make(chan struct{}),
 		forbidden: map[string]bool{}}
 }
 
 // change changes an object of the kind, and the version.
-func (f *fakeScale) change(kind string, change func()) {
+func (f *fakeReplicas) change(kind string, change func()) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	change()
@@ -593,12 +593,12 @@ func (f *fakeScale) change(kind string, change func()) {
 	f.more = make(chan struct{})
 }
 
-func (f *fakeScale) scale(replicas int) {
+func (f *fakeReplicas) scale(replicas int) {
 	f.change("statefulsets", func() { f.set.replicas = replicas; f.generation++ })
 }
 
 // setMap makes the ConfigMap another version.
-func (f *fakeScale) setMap(name, version string, data map[string]string) {
+func (f *fakeReplicas) setMap(name, version string, data map[string]string) {
 	f.change("configmaps", func() {
 		entries, _ := json.Marshal(data)
 		f.maps[name] = fmt.Sprintf(`{"kind":"ConfigMap","metadata":{"name":%q,"namespace":"edge","uid":"u-%s","resourceVersion":%q},"data":%s}`,
@@ -607,7 +607,7 @@ func (f *fakeScale) setMap(name, version string, data map[string]string) {
 }
 
 // setReady makes exactly these backends ready.
-func (f *fakeScale) setReady(ordinals ...int) {
+func (f *fakeReplicas) setReady(ordinals ...int) {
 	f.change("endpointslices", func() { f.slices["one"] = fakeEndpoints(ordinals...) })
 	f.change("statefulsets", func() { f.set.ready = len(ordinals) })
 }
@@ -623,7 +623,7 @@ func fakeEndpoints(ordinals ...int) string {
 
 // objects are those of a kind as JSON, and the version of the last change: of
 // ConfigMaps those that the selector of r means.
-func (f *fakeScale) objects(kind string, r *http.Request) (all []string, seen int) {
+func (f *fakeReplicas) objects(kind string, r *http.Request) (all []string, seen int) {
 	meta := func(name, more string) string {
 		return fmt.Sprintf(`"metadata":{"name":%q,"namespace":"edge","uid":"u-%s","resourceVersion":"%d"%s}`, name, name, f.seen[kind], more)
 	}
@@ -640,8 +640,8 @@ func (f *fakeScale) objects(kind string, r *http.Request) (all []string, seen in
 		}
 	case f.set != nil:
 		note := ""
-		if f.set.note != "" {
-			note = fmt.Sprintf(`,"annotations":{"other":"x","router/backends":%q}`, f.set.note)
+		if f.set.activeCount != "" {
+			note = fmt.Sprintf(`,"annotations":{"other":"x","router/backends":%q}`, f.set.activeCount)
 		}
 		all = append(all, fmt.Sprintf(`{"kind":"StatefulSet",%s,"spec":{"replicas":%d,"ordinals":{"start":%d}},"status":{"readyReplicas":%d}}`,
 			meta("backend", note+fmt.Sprintf(`,"generation":%d`, f.generation)), f.set.replicas, f.set.start, f.set.ready))
@@ -649,7 +649,7 @@ func (f *fakeScale) objects(kind string, r *http.Request) (all []string, seen in
 	return all, f.seen[kind]
 }
 
-func (f *fakeScale) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+func (f *fakeReplicas) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	parts := strings.Split(strings.TrimSuffix(r.URL.Path, "/backend/status"), "/")
 	kind, verb := parts[len(parts)-1], "LIST"
 	if r.Method == http.MethodPatch || r.Method == http.MethodPost {
@@ -677,7 +677,7 @@ func (f *fakeScale) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 // watch sends all objects of the kind after each change. mu is held.
-func (f *fakeScale) watch(w http.ResponseWriter, r *http.Request, kind string, sent int) {
+func (f *fakeReplicas) watch(w http.ResponseWriter, r *http.Request, kind string, sent int) {
 	if version := r.FormValue("resourceVersion"); version != fmt.Sprint(f.version) {
 		sent = 0
 	}
@@ -702,7 +702,7 @@ func (f *fakeScale) watch(w http.ResponseWriter, r *http.Request, kind string, s
 }
 
 // patch changes the annotation, as of a version. mu is held.
-func (f *fakeScale) patch(w http.ResponseWriter, r *http.Request) {
+func (f *fakeReplicas) patch(w http.ResponseWriter, r *http.Request) {
 	var patch struct {
 		Metadata struct {
 			UID, ResourceVersion string
@@ -718,7 +718,7 @@ func (f *fakeScale) patch(w http.ResponseWriter, r *http.Request) {
 		f.conflicts++
 		fakeKubeSay(409, `{"kind":"Status","message":"the object has been modified","reason":"Conflict","code":409}`)(w, r)
 	default:
-		f.set.note = patch.Metadata.Annotations[noteKey]
+		f.set.activeCount = patch.Metadata.Annotations[activeCountKey]
 		f.version++
 		f.seen["statefulsets"] = f.version
 		close(f.more)
@@ -728,8 +728,8 @@ func (f *fakeScale) patch(w http.ResponseWriter, r *http.Request) {
 }
 
 // post takes an Event, unless there is one of its name. mu is held.
-func (f *fakeScale) post(w http.ResponseWriter, r *http.Request) {
-	var e event
+func (f *fakeReplicas) post(w http.ResponseWriter, r *http.Request) {
+	var e kubeEvent
 	b, err := io.ReadAll(r.Body)
 	switch err := cmp.Or(err, json.Unmarshal(b, &e)); {
 	case err != nil || r.URL.Path != "/api/v1/namespaces/edge/events":
@@ -743,16 +743,16 @@ func (f *fakeScale) post(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// fakeRouter is what follows a fakeScale.
+// fakeRouter is what follows a fakeReplicas.
 type fakeRouter struct {
-	*scale
+	*replicaWatcher
 	last   atomic.Pointer[ordinals]
 	logged *fakeKubeLog
 	stop   func()
 }
 
-// serveScale starts the API server in a network of pipes, for synctest.
-func serveScale(t *testing.T, f http.Handler) *fakeKubeNet {
+// serveReplicas starts the API server in a network of pipes, for synctest.
+func serveReplicas(t *testing.T, f http.Handler) *fakeKubeNet {
 	n := newFakeKubeNet()
 	s := &http.Server{Handler: f, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)}
 	done := make(chan struct{})
@@ -761,25 +761,25 @@ func serveScale(t *testing.T, f http.Handler) *fakeKubeNet {
 	return n
 }
 
-// startScale starts a router's half that follows the StatefulSet.
-func startScale(t *testing.T, n *fakeKubeNet) *fakeRouter {
+// startReplicas starts a router's half that follows the StatefulSet.
+func startReplicas(t *testing.T, n *fakeKubeNet) *fakeRouter {
 	t.Helper()
 	return startScaleFor(t, n, func(ordinals, string) {})
 }
 
-// startScaleFor is startScale with another that gets what the StatefulSet says.
+// startScaleFor is startReplicas with another that gets what the StatefulSet says.
 func startScaleFor(t *testing.T, n *fakeKubeNet, resize func(ordinals, string)) *fakeRouter {
 	r := &fakeRouter{logged: &fakeKubeLog{}}
 	log := slog.New(slog.NewTextHandler(r.logged, nil))
 	client := *n.kube(t)
-	pods := followPods(client, "edge", "backend", "headless", 9000, log)
-	r.scale = followScale(client, "edge", pods, func(b ordinals, revision string) {
+	pods := newEndpointWatcher(client, "edge", "backend", "headless", 9000, log)
+	r.replicaWatcher = newReplicaWatcher(client, "edge", pods, func(b ordinals, revision string) {
 		r.last.Store(&b)
 		resize(b, revision)
 	}, log)
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
-	for _, run := range []func(context.Context){pods.watcher.run, r.watcher.run, r.keepNote} {
+	for _, run := range []func(context.Context){pods.watcher.run, r.watcher.run, r.keepActiveCount} {
 		running.Go(func() { run(ctx) })
 	}
 	r.stop = func() { cancel(); running.Wait() }

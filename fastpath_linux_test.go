@@ -42,7 +42,7 @@ func (p *testProxy) waitHTTP(t testing.TB) {
 }
 
 // What is plainly right goes the short way: net/http does not see it.
-func TestExpress(t *testing.T) {
+func TestFastPath(t *testing.T) {
 	backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
 		io.WriteString(conn, "HTTP/1.1 103 Early Hints\r\n\r\n"+switching+"hello ")
 		io.Copy(conn, br)
@@ -72,7 +72,7 @@ func TestExpress(t *testing.T) {
 	for _, conn := range clients {
 		conn.Close()
 	}
-	used := func() int { used, _, _ := p.express.gate.state(); return used }
+	used := func() int { used, _, _ := p.fastPath.fdLimit.usage(); return used }
 	for end := time.Now().Add(patience); used() != 0 && time.Now().Before(end); {
 		<-time.After(time.Millisecond)
 	}
@@ -83,7 +83,7 @@ func TestExpress(t *testing.T) {
 
 // What is not plain, or has to wait, is net/http's from where it stands: the
 // backend is not asked twice.
-func TestExpressLeaves(t *testing.T) {
+func TestFastPathFallsBack(t *testing.T) {
 	forbidden := "HTTP/1.1 403 Forbidden\r\nContent-Length: 9\r\n\r\nforbidden"
 	other := "HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\nConnection: Upgrade\r\n\r\n"
 	plain := upgradeRequest("/ws/ns-01")
@@ -133,7 +133,7 @@ func TestExpressLeaves(t *testing.T) {
 			var p *testProxy
 			pause := func() { p.waitHTTP(t) }
 			backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) { tt.serve(conn, br, pause) })
-			p = startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) { p.limits.handshake = time.Second })
+			p = startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) { p.limits.handshakeTimeout = time.Second })
 			conn, err := net.Dial("tcp", p.addr)
 			if err != nil {
 				t.Fatal(err)
@@ -169,11 +169,11 @@ func TestExpressLeaves(t *testing.T) {
 // The goroutines that carry sessions read only heads that cost them little, of
 // clients and of backends, whatever they are made of: all others are net/http's
 // before they are parsed.
-func TestExpressReadsSmallHeads(t *testing.T) {
+func TestFastPathReadsSmallHeads(t *testing.T) {
 	plain := upgradeRequest("/ws/ns-01")
 	with := func(head string, fields string) string { return strings.Replace(head, "\r\n", "\r\n"+fields, 1) }
-	fill := func(head string) int { return smallParts - strings.Count(head, "\n") - strings.Count(head, ",") }
-	long := func(head string) int { return smallBytes - len(head) - len("X: \r\n") }
+	fill := func(head string) int { return maxSmallHeadParts - strings.Count(head, "\n") - strings.Count(head, ",") }
+	long := func(head string) int { return maxSmallHead - len(head) - len("X: \r\n") }
 	tests := map[string]struct {
 		send, answer string // "": as ever
 		other        bool   // net/http has it
@@ -184,14 +184,14 @@ func TestExpressReadsSmallHeads(t *testing.T) {
 		"more names":       {send: strings.Replace(plain, "keep-alive", "keep-alive"+strings.Repeat(",a", fill(plain)+1), 1), other: true},
 		"bytes":            {send: with(plain, "X: "+strings.Repeat("x", long(plain))+"\r\n")},
 		"more bytes":       {send: with(plain, "X: "+strings.Repeat("x", long(plain)+1)+"\r\n"), other: true},
-		"early bytes":      {send: plain + strings.Repeat(",\n", smallParts)},
+		"early bytes":      {send: plain + strings.Repeat(",\n", maxSmallHeadParts)},
 		"answered":         {answer: with(switching, strings.Repeat("X: a\r\n", fill(switching)))},
 		"answered more":    {answer: with(switching, strings.Repeat("X: a\r\n", fill(switching)+1)), other: true},
 		"answered long":    {answer: with(switching, "X: "+strings.Repeat("x", long(switching)+1)+"\r\n"), other: true},
-		"greeting":         {answer: switching + strings.Repeat(",\n", smallParts)},
+		"greeting":         {answer: switching + strings.Repeat(",\n", maxSmallHeadParts)},
 		"hints":            {answer: "HTTP/1.1 103 Early Hints\r\n\r\n" + switching},
-		"long hints":       {answer: "HTTP/1.1 103 Early Hints\r\n" + strings.Repeat("X: a\r\n", smallParts) + "\r\n" + switching, other: true},
-		"long after hints": {answer: "HTTP/1.1 103 Early Hints\r\n\r\n" + with(switching, strings.Repeat("X: a\r\n", smallParts)), other: true},
+		"long hints":       {answer: "HTTP/1.1 103 Early Hints\r\n" + strings.Repeat("X: a\r\n", maxSmallHeadParts) + "\r\n" + switching, other: true},
+		"long after hints": {answer: "HTTP/1.1 103 Early Hints\r\n\r\n" + with(switching, strings.Repeat("X: a\r\n", maxSmallHeadParts)), other: true},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -208,7 +208,7 @@ func TestExpressReadsSmallHeads(t *testing.T) {
 
 // A client that leaves while its owner is asked takes the connection to that with
 // it.
-func TestExpressClientLeaves(t *testing.T) {
+func TestFastPathClientLeaves(t *testing.T) {
 	asked, left := make(chan struct{}), make(chan struct{})
 	backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
 		close(asked)
@@ -217,7 +217,7 @@ func TestExpressClientLeaves(t *testing.T) {
 	})
 	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
 	conn := p.send(t, "ns-01")
-	p.waitGuest(t).timer.Stop() // after which net/http would see it
+	p.waitPendingConn(t).timer.Stop() // after which net/http would see it
 	<-asked
 	reset(conn.(*net.TCPConn))
 	select {
@@ -226,7 +226,7 @@ func TestExpressClientLeaves(t *testing.T) {
 		t.Error("the backend keeps the connection for a client that has left")
 	}
 	p.waitResult(t, resultClientGone)
-	p.waitWaiting(t, 0)
+	p.waitPending(t, 0)
 	if n := p.http.Load(); n != 0 {
 		t.Errorf("net/http had %d clients, want 0", n)
 	}
@@ -234,7 +234,7 @@ func TestExpressClientLeaves(t *testing.T) {
 
 // What a client sends while its owner is asked is carried, though its socket is told of
 // once only.
-func TestExpressEarlyBytes(t *testing.T) {
+func TestFastPathEarlyBytes(t *testing.T) {
 	sent := make(chan struct{})
 	backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
 		<-sent
@@ -242,7 +242,7 @@ func TestExpressEarlyBytes(t *testing.T) {
 	})
 	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
 	conn := p.send(t, "ns-01")
-	p.waitGuest(t)
+	p.waitPendingConn(t)
 	mustWrite(t, conn, "early") // the poller is told of this before the answer
 	close(sent)
 	conn.SetReadDeadline(time.Now().Add(patience))
@@ -258,7 +258,7 @@ func TestExpressEarlyBytes(t *testing.T) {
 
 // A socket that is left to net/http is out of the poller's set: epoll would tell of it
 // for as long as a duplicate is open (epoll(7)).
-func TestExpressLeavesTheSet(t *testing.T) {
+func TestFastPathLeavesTheSet(t *testing.T) {
 	backend := startStub(t, "127.0.0.1:0", silent)
 	for name, request := range map[string]string{"silent": "", "asked": upgradeRequest("/ws/ns-01")} {
 		t.Run(name, func(t *testing.T) {
@@ -270,11 +270,11 @@ func TestExpressLeavesTheSet(t *testing.T) {
 			defer conn.Close()
 			mustWrite(t, conn, request)
 			if request != "" {
-				p.waitGuest(t).leave()
+				p.waitPendingConn(t).fallBackNow()
 			}
 			p.waitHTTP(t)
-			for i, poller := range p.relay.carrier.pollers {
-				info, err := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", poller.epoll)) // proc_pid_fdinfo(5)
+			for i, poller := range p.relay.engine.pollers {
+				info, err := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", poller.epollFD)) // proc_pid_fdinfo(5)
 				if n := bytes.Count(info, []byte("tfd:")); err != nil || n != 1 {
 					t.Errorf("poller %d watches %d sockets, %v; want its bell only:\n%s", i, n, err, info)
 				}
@@ -285,7 +285,7 @@ func TestExpressLeavesTheSet(t *testing.T) {
 
 // An interrupted call is made again: the client of a 101 is not taken for one that has
 // left (signal(7)).
-func TestProcessExpressInterrupted(t *testing.T) {
+func TestProcessFastPathInterrupted(t *testing.T) {
 	for _, call := range []string{"sendto", "recvfrom"} {
 		t.Run(call, func(t *testing.T) {
 			p := newRouterProcess(t, slices.Concat(onFreePorts, []string{"-backends", echoBackends(t, 1), "-overrides", t.TempDir()})...)
@@ -301,7 +301,7 @@ func TestProcessExpressInterrupted(t *testing.T) {
 }
 
 // An owner that refuses, and one whose connection is made late, are waited for.
-func TestExpressDial(t *testing.T) {
+func TestFastPathDial(t *testing.T) {
 	t.Run("refused", func(t *testing.T) {
 		addr := freeAddr(t)
 		p := startProxy(t, []string{addr}, map[string]string{}, nil)
@@ -317,7 +317,7 @@ func TestExpressDial(t *testing.T) {
 		l, fill := fullListener(t)
 		p := startProxy(t, []string{l.Addr().String()}, map[string]string{}, nil)
 		conn := p.send(t, "ns-01")
-		p.waitHTTP(t) // after expressTime
+		p.waitHTTP(t) // after fastPathTimeout
 		var running sync.WaitGroup
 		defer running.Wait()
 		defer l.Close()
@@ -345,10 +345,10 @@ func (p *testProxy) waitHeld(t testing.TB, n int) {
 	t.Helper()
 	for end := time.Now().Add(patience); ; <-time.After(time.Millisecond) {
 		held := 0
-		for _, g := range p.guests() {
-			a := g.(*arrival)
+		for _, g := range p.pendingConns() {
+			a := g.(*pendingConn)
 			a.mu.Lock()
-			if a.held != nil {
+			if a.holding != nil {
 				held++
 			}
 			a.mu.Unlock()
@@ -364,17 +364,17 @@ func (p *testProxy) waitHeld(t testing.TB, n int) {
 
 // A client that is held is answered as ever: when its owner is there, when it is not in
 // time, when the router stops; and one that leaves is forgotten.
-func TestExpressHolds(t *testing.T) {
+func TestFastPathHolds(t *testing.T) {
 	start := func(t *testing.T, hold time.Duration) (*testProxy, string) {
 		addr := freeAddr(t)
 		return startProxy(t, []string{addr, addr}, map[string]string{"ns-01": "backend-0"}, func(p *proxy) {
-			p.limits.hold, p.limits.waiting = hold, 4
+			p.limits.holdTimeout, p.limits.pendingUpgrades = hold, 4
 		}), addr
 	}
 	after := func(t *testing.T, p *testProxy) {
 		t.Helper()
-		p.waitWaiting(t, 0)
-		if n := p.held.Load(); n != 0 {
+		p.waitPending(t, 0)
+		if n := p.headBytes.Load(); n != 0 {
 			t.Errorf("%d bytes of heads are counted as held after all, want 0", n)
 		}
 	}
@@ -403,8 +403,8 @@ func TestExpressHolds(t *testing.T) {
 		until := map[time.Time]bool{} // of those that wait
 		addr := refusingAddr(t)
 		p := startProxy(t, []string{addr}, map[string]string{}, func(p *proxy) {
-			p.limits.hold = dialTime - time.Millisecond // the deadline of a dial too
-			p.backends.locate = func(ctx context.Context, _ int) (string, error) {
+			p.limits.holdTimeout = dialTimeout - time.Millisecond // the deadline of a dial too
+			p.backends.resolve = func(ctx context.Context, _ int) (string, error) {
 				mu.Lock()
 				defer mu.Unlock()
 				if at, _ := ctx.Deadline(); ctx.Err() == nil {
@@ -415,7 +415,7 @@ func TestExpressHolds(t *testing.T) {
 		})
 		conn := p.send(t, "ns-01")
 		p.waitHeld(t, 1)
-		p.guests()[0].leave() // net/http holds it too
+		p.pendingConns()[0].fallBackNow() // net/http holds it too
 		mustAnswer(t, conn, http.StatusServiceUnavailable)
 		mu.Lock()
 		defer mu.Unlock()
@@ -428,8 +428,8 @@ func TestExpressHolds(t *testing.T) {
 		p, _ := start(t, patience)
 		conn := p.send(t, "ns-01")
 		p.waitHeld(t, 1)
-		p.express.stop()
-		if guests := len(p.guests()); guests != 0 || p.http.Load() != 1 {
+		p.fastPath.stop()
+		if guests := len(p.pendingConns()); guests != 0 || p.http.Load() != 1 {
 			t.Errorf("%d clients are still held and net/http has %d, want 0, 1", guests, p.http.Load())
 		}
 		conn.Close()
@@ -441,7 +441,7 @@ func TestExpressHolds(t *testing.T) {
 		p, addr := start(t, patience)
 		conn := p.send(t, "ns-01")
 		p.waitHeld(t, 1)
-		p.router.update(entries{source: "test", version: "42", data: pack(map[string]string{"ns-01": "backend-1"})})
+		p.router.update(sourceContent{source: "test", version: "42", overrides: newOverrideSet(map[string]string{"ns-01": "backend-1"})})
 		backend := startStub(t, addr, echo)
 		mustAnswer(t, conn, http.StatusSwitchingProtocols)
 		if head := backend.heads()[0]; !strings.Contains(head, headerBackend+": backend-1\r\n") || !strings.Contains(head, headerTable+": "+p.router.table().stamp+"\r\n") {
@@ -453,7 +453,7 @@ func TestExpressHolds(t *testing.T) {
 		t.Run("too many bytes "+way, func(t *testing.T) {
 			t.Parallel()
 			p, _ := start(t, patience)
-			const size = headShare + 1024 // two of them in the bytes of four
+			const size = headBytesPerUpgrade + 1024 // two of them in the bytes of four
 			head := strings.Replace(request, "Origin", "X: "+strings.Repeat("x", size)+"\r\nOrigin", 1)
 			for i := range 2 {
 				conn, err := net.Dial("tcp", p.addr)
@@ -462,14 +462,14 @@ func TestExpressHolds(t *testing.T) {
 				}
 				defer conn.Close()
 				mustWrite(t, conn, head)
-				for end := time.Now().Add(patience); p.held.Load() < int64(i+1)*size; <-time.After(time.Millisecond) {
+				for end := time.Now().Add(patience); p.headBytes.Load() < int64(i+1)*size; <-time.After(time.Millisecond) {
 					if time.Now().After(end) {
-						t.Fatalf("%d bytes are held for %d heads of %d", p.held.Load(), i+1, len(head))
+						t.Fatalf("%d bytes are held for %d heads of %d", p.headBytes.Load(), i+1, len(head))
 					}
 				}
 			}
 			_, _, resp := p.ask(t, head)
-			if resp.StatusCode != http.StatusServiceUnavailable || p.results[resultMaxWaiting].Load() != 1 {
+			if resp.StatusCode != http.StatusServiceUnavailable || p.results[resultMaxPending].Load() != 1 {
 				t.Errorf("the third head gets %s, want 503 of the limit", resp.Status)
 			}
 		})
@@ -495,8 +495,8 @@ func TestProcessHolds(t *testing.T) {
 			p.log.wait(t, "table", 1)
 			before := p.memory(t)["VmRSS"]
 			for range clients {
-				conn, err := net.Dial(network, p.front)
-				for ; errors.Is(err, syscall.EAGAIN); conn, err = net.Dial(network, p.front) { // the backlog is full (unix(7))
+				conn, err := net.Dial(network, p.clientAddr)
+				for ; errors.Is(err, syscall.EAGAIN); conn, err = net.Dial(network, p.clientAddr) { // the backlog is full (unix(7))
 					<-time.After(time.Millisecond)
 				}
 				if err != nil {
@@ -537,7 +537,7 @@ func fullListener(t *testing.T) (l net.Listener, fill []net.Conn) {
 }
 
 // Both ways give the sockets of a session the same options.
-func TestExpressOptions(t *testing.T) {
+func TestFastPathOptions(t *testing.T) {
 	backend := startStub(t, "127.0.0.1:0", echo)
 	whole := func(w io.Writer, text string) { io.WriteString(w, text) }
 	inTwo := func(w io.Writer, text string) { inTwo(w, text, func() { <-time.After(20 * time.Millisecond) }) }
@@ -545,14 +545,14 @@ func TestExpressOptions(t *testing.T) {
 		r := startRouter(t, "-backends", backend.addr, "-overrides", t.TempDir(), "-peer-timeout", timeout.String())
 		r.log.wait(t, "table", 1)
 		for i, write := range []func(io.Writer, string){whole, inTwo} {
-			conn, err := net.Dial("tcp", r.front)
+			conn, err := net.Dial("tcp", r.clientAddr)
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer conn.Close()
 			write(conn, upgradeRequest("/ws/ns-01"))
 			mustAnswer(t, conn, 101)
-			for side, got := range socketsOf(t, r.front, backend.addr) {
+			for side, got := range socketsOf(t, r.clientAddr, backend.addr) {
 				if got != want {
 					t.Errorf("with timeout %s and way %d the socket of the %s has %s, want %s", timeout, i, side, got, want)
 				}
@@ -601,11 +601,11 @@ func socketsOf(t *testing.T, front, backend string) map[string]string {
 
 // When the router stops, all that are on the short way are answered as ever: it
 // waits for no one that is silent.
-func TestExpressStops(t *testing.T) {
+func TestFastPathStops(t *testing.T) {
 	backend := startStub(t, "127.0.0.1:0", silent)
 	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
 	asked := p.send(t, "ns-01")
-	p.waitWaiting(t, 1)
+	p.waitPending(t, 1)
 	var quiet []net.Conn
 	for _, text := range []string{"", "GET /ws/ns-01 HTTP/1.1\r\n"} {
 		conn, err := net.Dial("tcp", p.addr)
@@ -616,11 +616,11 @@ func TestExpressStops(t *testing.T) {
 		mustWrite(t, conn, text)
 		quiet = append(quiet, conn)
 	}
-	for int64(len(p.guests()))+p.http.Load() < 3 {
+	for int64(len(p.pendingConns()))+p.http.Load() < 3 {
 		<-time.After(time.Millisecond)
 	}
-	p.express.stop()
-	if n, guests := p.http.Load(), len(p.guests()); n != 3 || guests != 0 {
+	p.fastPath.stop()
+	if n, guests := p.http.Load(), len(p.pendingConns()); n != 3 || guests != 0 {
 		t.Errorf("net/http has %d clients and express %d, want all 3", n, guests)
 	}
 	if _, err := net.Dial("tcp", p.addr); err != nil {
@@ -633,17 +633,17 @@ func TestExpressStops(t *testing.T) {
 	}
 }
 
-// guests returns those who are on the short way.
-func (p *testProxy) guests() (all []guest) {
-	for _, poller := range p.relay.carrier.pollers {
-		all = append(all, poller.guests()...)
+// pendingConns returns those who are on the short way.
+func (p *testProxy) pendingConns() (all []pollClient) {
+	for _, poller := range p.relay.engine.pollers {
+		all = append(all, poller.pendingConns()...)
 	}
 	return all
 }
 
-// FuzzExpress holds what is taken the short way against net/http's server: it would
+// FuzzFastPath holds what is taken the short way against net/http's server: it would
 // give its handler the same request.
-func FuzzExpress(f *testing.F) {
+func FuzzFastPath(f *testing.F) {
 	for _, request := range []string{
 		upgradeRequest("/ws/ns-01"), upgradeRequest("/ws/ns-01") + "early", "GET / HTTP/1.1\nHost: h\n\n",
 		"GET / HTTP/1.1\r\nHost: h\r\nX: a\r\n b\r\n\r\n", "GET http://h/ws/x HTTP/1.1\r\nHost: h\r\n\r\n",
@@ -653,7 +653,7 @@ func FuzzExpress(f *testing.F) {
 	} {
 		f.Add([]byte(request))
 	}
-	x := &express{proxy: &proxy{limits: limits{headerBytes: 4 << 10, headerLines: 100}}}
+	x := &fastPath{proxy: &proxy{limits: limits{headerBytes: 4 << 10, headerFields: 100}}}
 	f.Fuzz(func(t *testing.T, data []byte) {
 		got, size := x.upgrade(data)
 		if got == nil {
@@ -723,15 +723,15 @@ func (l *oneListener) Accept() (net.Conn, error) {
 func (*oneListener) Close() error   { return nil }
 func (*oneListener) Addr() net.Addr { return nil }
 
-// waitGuest returns the only client on the short way, once it has asked its owner.
-func (p *testProxy) waitGuest(t testing.TB) *arrival {
+// waitPendingConn returns the only client on the short way, once it has asked its owner.
+func (p *testProxy) waitPendingConn(t testing.TB) *pendingConn {
 	t.Helper()
-	p.waitWaiting(t, 1)
+	p.waitPending(t, 1)
 	for end := time.Now().Add(patience); ; <-time.After(time.Millisecond) {
-		for _, g := range p.guests() {
-			a := g.(*arrival)
+		for _, g := range p.pendingConns() {
+			a := g.(*pendingConn)
 			a.mu.Lock()
-			asked := a.fd[server] >= 0
+			asked := a.fd[backendSide] >= 0
 			a.mu.Unlock()
 			if asked {
 				return a
@@ -744,7 +744,7 @@ func (p *testProxy) waitGuest(t testing.TB) *arrival {
 }
 
 // The bound of an answer's head holds on both ways.
-func TestExpressBoundsTheAnswer(t *testing.T) {
+func TestFastPathBoundsTheResponse(t *testing.T) {
 	long := strings.Replace(switching, "\r\n", "\r\nX-Long: "+strings.Repeat("x", 9<<10)+"\r\n", 1)
 	backend := startStub(t, "127.0.0.1:0", answer(long))
 	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
@@ -753,7 +753,7 @@ func TestExpressBoundsTheAnswer(t *testing.T) {
 }
 
 // What a client sends beyond its head stays with the kernel until somebody takes it.
-func TestExpressReadsAHeadOnly(t *testing.T) {
+func TestFastPathReadsAHeadOnly(t *testing.T) {
 	backend := startStub(t, "127.0.0.1:0", silent)
 	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
 	conn, err := net.Dial("tcp", p.addr)
@@ -762,16 +762,16 @@ func TestExpressReadsAHeadOnly(t *testing.T) {
 	}
 	defer conn.Close()
 	mustWrite(t, conn, upgradeRequest("/ws/ns-01")+strings.Repeat("much ", 10_000))
-	a := p.waitGuest(t)
+	a := p.waitPendingConn(t)
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if n, most := len(a.head), p.limits.headerBytes; n > most {
-		t.Errorf("%d bytes of a client are kept, want at most the %d of a head", n, most)
+	if n, limit := len(a.head), p.limits.headerBytes; n > limit {
+		t.Errorf("%d bytes of a client are kept, want at most the %d of a head", n, limit)
 	}
 }
 
 // A dial that was given up leaves what others found out about the backend.
-func TestExpressGivesUpADial(t *testing.T) {
+func TestFastPathGivesUpADial(t *testing.T) {
 	l, fill := fullListener(t)
 	defer l.Close()
 	for _, conn := range fill {
@@ -780,37 +780,37 @@ func TestExpressGivesUpADial(t *testing.T) {
 	p := startProxy(t, []string{l.Addr().String()}, map[string]string{}, nil)
 	conn := p.send(t, "ns-01")
 	defer conn.Close()
-	a, failure := p.waitGuest(t), errors.New("no route")
-	if !p.backends.holds.try(0) {
+	a, failure := p.waitPendingConn(t), errors.New("no route")
+	if !p.backends.queues.tryDial(0) {
 		t.Fatal("the backend may not be dialled twice at once")
 	}
-	p.backends.dialled(0, failure, false)
-	a.leave()
-	p.backends.holds.mu.Lock()
-	defer p.backends.holds.mu.Unlock()
-	if line := p.backends.holds.lines[0]; line.fails != 1 || line.failure != failure {
-		t.Errorf("after a dial that was given up the backend has failed %d times, at last by %v; want 1, %v", line.fails, line.failure, failure)
+	p.backends.dialDone(0, failure, false)
+	a.fallBackNow()
+	p.backends.queues.mu.Lock()
+	defer p.backends.queues.mu.Unlock()
+	if line := p.backends.queues.queues[0]; line.failures != 1 || line.lastErr != failure {
+		t.Errorf("after a dial that was given up the backend has failed %d times, at last by %v; want 1, %v", line.failures, line.lastErr, failure)
 	}
 }
 
 // Clients that leave while their owner is dialled give their turns to dial on.
-func TestExpressGivesUpItsTurn(t *testing.T) {
+func TestFastPathGivesUpItsTurn(t *testing.T) {
 	l, fill := fullListener(t)
 	defer l.Close()
 	for _, conn := range fill {
 		defer conn.Close()
 	}
 	p := startProxy(t, []string{l.Addr().String()}, map[string]string{}, nil)
-	for range 2 * dialsMost {
+	for range 2 * maxDialsPerBackend {
 		conn := p.send(t, "ns-01")
-		p.waitWaiting(t, 1)
+		p.waitPending(t, 1)
 		reset(conn.(*net.TCPConn))
-		p.waitWaiting(t, 0)
+		p.waitPending(t, 0)
 	}
 	dialling := func() int {
-		p.backends.holds.mu.Lock()
-		defer p.backends.holds.mu.Unlock()
-		return p.backends.holds.line(0).dialing
+		p.backends.queues.mu.Lock()
+		defer p.backends.queues.mu.Unlock()
+		return p.backends.queues.queue(0).dialing
 	}
 	for end := time.Now().Add(patience); dialling() != 0; <-time.After(time.Millisecond) {
 		if time.Now().After(end) {
@@ -821,19 +821,19 @@ func TestExpressGivesUpItsTurn(t *testing.T) {
 
 // The backend is told of a client that has reset its connection where it came
 // from, and not only what the client says itself.
-func TestExpressForwardsWhoWasReset(t *testing.T) {
+func TestFastPathForwardsWhoWasReset(t *testing.T) {
 	backend := startStub(t, "127.0.0.1:0", echo)
 	clients, read := make(chan *net.TCPConn, 1), sync.Once{}
 	p := startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) {
-		p.namespace = func(r *http.Request) (namespace string, no *refusal) {
+		p.namespace = func(r *http.Request) (namespace string, refused *refusal) {
 			read.Do(func() { // between the read of its head and the hand-over to net/http
 				conn := <-clients
 				conn.SetLinger(0)
 				conn.Close()
-				no = refuse(resultNotFound, "so that it is net/http's")
+				refused = refuse(resultNotFound, "so that it is net/http's")
 			})
-			if no != nil {
-				return "", no
+			if refused != nil {
+				return "", refused
 			}
 			return pathNamespace(r)
 		}
@@ -851,8 +851,8 @@ func TestExpressForwardsWhoWasReset(t *testing.T) {
 	}
 }
 
-// While a client and its owner are handed over, they need upgradeDescriptors.
-func TestExpressDescriptors(t *testing.T) {
+// While a client and its owner are handed over, they need descriptorsPerUpgrade.
+func TestFastPathDescriptors(t *testing.T) {
 	backend := startStub(t, "127.0.0.1:0", silent)
 	var mu sync.Mutex
 	var open []int // descriptors of the process, at each duplicate
@@ -868,11 +868,11 @@ func TestExpressDescriptors(t *testing.T) {
 		}
 	})
 	p.send(t, "ns-01")
-	a := p.waitGuest(t)
+	a := p.waitPendingConn(t)
 	for end := time.Now().Add(patience); len(backend.heads()) == 0 && time.Now().Before(end); {
 		<-time.After(time.Millisecond)
 	}
-	a.leave()
+	a.fallBackNow()
 	mu.Lock()
 	defer mu.Unlock()
 	if len(open) != 2 || open[1] > open[0] {
@@ -896,17 +896,17 @@ func (c *closes) Close() error {
 
 // The server may close a client's connection while its request begins: the owner's
 // is closed once.
-func TestFrontConnCloses(t *testing.T) {
+func TestClientConnCloses(t *testing.T) {
 	for range 20 {
 		near, far := net.Pipe()
 		defer far.Close()
 		owner := &closes{}
-		c := &frontConn{Conn: near, gate: wideGate(t)}
-		c.pending.Store(&pending{backend: owner})
+		c := &clientConn{Conn: near, fdLimit: wideDescriptorLimit(t)}
+		c.upgrade.Store(&pendingUpgrade{backendConn: owner})
 		var both sync.WaitGroup
 		both.Go(func() { c.Close() })
 		both.Go(func() {
-			if conn := takePending(context.WithValue(t.Context(), frontKey{}, c)).backend; conn != nil {
+			if conn := takePendingUpgrade(context.WithValue(t.Context(), clientConnKey{}, c)).backendConn; conn != nil {
 				conn.Close()
 			}
 		})
@@ -918,18 +918,18 @@ func TestFrontConnCloses(t *testing.T) {
 }
 
 // A head that net/http has read is kept by nobody, though the connection stays.
-func TestResumedForgets(t *testing.T) {
+func TestPrefixedConnFreesPrefix(t *testing.T) {
 	near, far := net.Pipe()
 	defer far.Close()
 	defer near.Close()
-	c := &resumed{near, []byte("head")}
+	c := &prefixedConn{near, []byte("head")}
 	for _, want := range []string{"hea", "d"} {
 		got := make([]byte, 3)
 		if n, err := c.Read(got); err != nil || string(got[:n]) != want {
 			t.Fatalf("%q was read, and %v; want %q", got[:n], err, want)
 		}
 	}
-	if c.first != nil {
-		t.Errorf("%d bytes are kept of a head that was read, want none", cap(c.first[:0]))
+	if c.prefix != nil {
+		t.Errorf("%d bytes are kept of a head that was read, want none", cap(c.prefix[:0]))
 	}
 }

@@ -4,12 +4,12 @@ package main
 
 import "net"
 
-// express has no short way here: all clients are net/http's.
-type express struct{ frontListener }
+// fastPath has no short way here: all clients are net/http's.
+type fastPath struct{ clientListener }
 
-func newExpress(p *proxy, l net.Listener, g *gate) *express {
-	return &express{frontListener{retryListener{l, newAcceptRetry("-listen", p.log)}, g, &p.results[resultBadHead]}}
+func newFastPath(p *proxy, l net.Listener, g *descriptorLimit) *fastPath {
+	return &fastPath{clientListener{retryListener{l, newAcceptRetry("-listen", p.log)}, g, &p.results[resultBadHead]}}
 }
 
-func (x *express) run()  {}
-func (x *express) stop() {}
+func (x *fastPath) run()  {}
+func (x *fastPath) stop() {}

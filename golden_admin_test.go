@@ -137,7 +137,7 @@ func goldenProgram(t *testing.T, args ...string) (*program, string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.admin.dropped = func() int64 { return 0 }
+	p.admin.droppedLogLines = func() int64 { return 0 }
 	l, server := listenLocal(t), p.admin.server(p.log)
 	done := make(chan struct{})
 	go func() { defer close(done); server.Serve(newAdminListener(l, p.log)) }()
@@ -149,7 +149,7 @@ func goldenProgram(t *testing.T, args ...string) (*program, string) {
 // backend-0 and backend-3 echo, backend-1 refuses connections, backend-2 is not ready.
 // Its two ConfigMaps are of a first version.
 type goldenWorld struct {
-	*fakeScale
+	*fakeReplicas
 	url  string
 	port string
 }
@@ -168,7 +168,7 @@ func newGoldenWorld(t *testing.T) *goldenWorld {
 		s.Start()
 		t.Cleanup(s.Close)
 	}
-	w := &goldenWorld{fakeScale: newFakeScale(fakeStateful{replicas: 5, ready: 3, note: "4"}), port: port}
+	w := &goldenWorld{fakeReplicas: newFakeReplicas(fakeStateful{replicas: 5, ready: 3, activeCount: "4"}), port: port}
 	w.pods("pod-0")
 	w.setMap("one", "1", map[string]string{"moves": "backend-0", "stays": "backend-0", "kept": "backend-0", "both": "backend-0",
 		"down": "backend-1", "waits": "backend-2", "never": "backend-9"})
@@ -195,7 +195,7 @@ func (w *goldenWorld) pods(uid string) {
 func (w *goldenWorld) edit() {
 	data := map[string]string{"moves": "backend-3", "stays": "backend-0", "kept": "bakend-0\n", "both": "backend-0",
 		"down": "backend-1", "waits": "backend-2", "never": "backend-9"}
-	for i := range maxTold {
+	for i := range maxExamples {
 		data[fmt.Sprint("bad-", i)] = fmt.Sprint("junk ", i)
 	}
 	w.setMap("one", "2", data)
@@ -218,23 +218,23 @@ func TestGoldenAdmin(t *testing.T) {
 	r.until(t, "/readyz", "^ready\n$")
 	var g adminGolden
 	for _, path := range []string{"/healthz", "/readyz", "/healthz?any=thing", "/healthz/", "//healthz", "/", "/other", "/metrics/", "/owner/", "/debug/pprof/"} {
-		g.get(t, r.side, path)
+		g.get(t, r.adminAddr, path)
 	}
 	for _, method := range []string{"HEAD", "POST", "PUT", "DELETE", "OPTIONS"} {
-		g.ask(t, r.side, method+" /healthz HTTP/1.1\nHost: router\n\n", "")
+		g.ask(t, r.adminAddr, method+" /healthz HTTP/1.1\nHost: router\n\n", "")
 	}
 	for _, path := range []string{"/readyz", "/metrics", "/owner", "/backends"} {
-		g.post(t, r.side, path, "")
+		g.post(t, r.adminAddr, path, "")
 	}
-	g.ask(t, r.side, "HEAD /metrics HTTP/1.1\nHost: router\n\n", "")
-	g.get(t, r.side, "/plan")
+	g.ask(t, r.adminAddr, "HEAD /metrics HTTP/1.1\nHost: router\n\n", "")
+	g.get(t, r.adminAddr, "/plan")
 	g.title("requests that are not as they should be")
-	g.ask(t, r.side, "GET /healthz HTTP/1.1\nHost: router\nContent-Length: 4\n\nbody", "")
-	g.ask(t, r.side, "GET /owner?namespace=first HTTP/1.1\nHost: router\nTransfer-Encoding: chunked\n\n4\r\nbody\r\n0\r\n\r\n", "GET /owner?namespace=first, with a chunked body")
-	g.ask(t, r.side, "AMETHODTHATHASALONGNAME /healthz HTTP/1.1\nHost: router\nContent-Length: 4\n\nbody", "")
-	g.ask(t, r.side, "GET /healthz HTTP/1.1\n\n", "GET /healthz, without Host")
-	g.ask(t, r.side, "GET /healthz HTTP/1.1\nHost: router\nX: "+strings.Repeat("x", 20<<10)+"\n\n", "GET /healthz, with a head of 20 KiB")
-	g.ask(t, r.side, "nonsense\n\n", "")
+	g.ask(t, r.adminAddr, "GET /healthz HTTP/1.1\nHost: router\nContent-Length: 4\n\nbody", "")
+	g.ask(t, r.adminAddr, "GET /owner?namespace=first HTTP/1.1\nHost: router\nTransfer-Encoding: chunked\n\n4\r\nbody\r\n0\r\n\r\n", "GET /owner?namespace=first, with a chunked body")
+	g.ask(t, r.adminAddr, "AMETHODTHATHASALONGNAME /healthz HTTP/1.1\nHost: router\nContent-Length: 4\n\nbody", "")
+	g.ask(t, r.adminAddr, "GET /healthz HTTP/1.1\n\n", "GET /healthz, without Host")
+	g.ask(t, r.adminAddr, "GET /healthz HTTP/1.1\nHost: router\nX: "+strings.Repeat("x", 20<<10)+"\n\n", "GET /healthz, with a head of 20 KiB")
+	g.ask(t, r.adminAddr, "nonsense\n\n", "")
 	g.compare(t, "requests.txt")
 
 	g = adminGolden{}
@@ -242,27 +242,27 @@ func TestGoldenAdmin(t *testing.T) {
 	for _, query := range []string{"", "?namespace=", "?namespace=first", "?namespace=down", "?namespace=free-3", "?namespace=..free-3", "?namespace=bad",
 		"?namespace=empty", "?namespace=FIRST", "?namespace=a%20b", "?namespace=a/b", "?namespace=.", "?namespace=..", "?namespace=%22%0A%ff%C3%A9",
 		"?namespace=first&namespace=down", "?Namespace=first", "?namespace=first;x", "?namespace=%zz", "?namespace=" + strings.Repeat("a", 253), "?namespace=" + strings.Repeat("a", 300)} {
-		g.get(t, r.side, "/owner"+query)
+		g.get(t, r.adminAddr, "/owner"+query)
 	}
 	host := startRouter(t, "-backends", echoBackends(t, 1)+","+refusingAddr(t), "-namespace-from", "host",
 		"-overrides", overridesDir(t, map[string]string{"first": "backend-0", "Upper": "backend-0", "dotted.name": "backend-0", "upper": "backend-1"}))
 	host.until(t, "/readyz", "^ready\n$")
 	g.title("namespaces are in the host")
 	for _, query := range []string{"", "?namespace=first", "?namespace=FIRST", "?namespace=Upper", "?namespace=dotted.name", "?namespace=" + strings.Repeat("a", 63), "?namespace=" + strings.Repeat("a", 64)} {
-		g.get(t, host.side, "/owner"+query)
+		g.get(t, host.adminAddr, "/owner"+query)
 	}
 	g.compare(t, "owner.txt")
 
 	g = adminGolden{}
-	g.get(t, r.side, "/backends")
-	g.get(t, r.side, "/backends?any=thing")
+	g.get(t, r.adminAddr, "/backends")
+	g.get(t, r.adminAddr, "/backends?any=thing")
 	g.compare(t, "backends.txt")
 
 	g = adminGolden{}
 	g.title("overrides are in a directory")
-	g.post(t, r.side, "/plan", `{"replicas": 3}`)
-	g.post(t, r.side, "/plan", `{"kind": "ConfigMap", "metadata": {"name": "one"}}`)
-	goldenMetrics(t, r.side, "static.txt")
+	g.post(t, r.adminAddr, "/plan", `{"replicas": 3}`)
+	g.post(t, r.adminAddr, "/plan", `{"kind": "ConfigMap", "metadata": {"name": "one"}}`)
+	goldenMetrics(t, r.adminAddr, "static.txt")
 	g.compare(t, "plan_directory.txt")
 }
 
@@ -283,7 +283,7 @@ func TestGoldenAdminFollowing(t *testing.T) {
 		r.open(t, namespace)
 	}
 	var g adminGolden
-	goldenPlans(t, &g, r.side)
+	goldenPlans(t, &g, r.adminAddr)
 	g.compare(t, "plan.txt")
 
 	w.edit()
@@ -293,16 +293,16 @@ func TestGoldenAdminFollowing(t *testing.T) {
 	r.until(t, "/backends", `"replaced":4`)
 	g = adminGolden{}
 	for _, namespace := range []string{"moves", "stays", "kept", "both", "down", "waits", "never", "bad-3", "free"} {
-		g.get(t, r.side, "/owner?namespace="+namespace)
+		g.get(t, r.adminAddr, "/owner?namespace="+namespace)
 	}
 	g.compare(t, "owner_following.txt")
 	g = adminGolden{}
-	g.get(t, r.side, "/backends")
+	g.get(t, r.adminAddr, "/backends")
 	g.compare(t, "backends_following.txt")
 	g = adminGolden{}
-	g.post(t, r.side, "/plan", `{"replicas": 4}`)
+	g.post(t, r.adminAddr, "/plan", `{"replicas": 4}`)
 	g.compare(t, "plan_conflict.txt")
-	goldenMetrics(t, r.side, "following.txt")
+	goldenMetrics(t, r.adminAddr, "following.txt")
 }
 
 // goldenPlans asks for plans of each kind.
@@ -313,7 +313,7 @@ func goldenPlans(t *testing.T, g *adminGolden, addr string) {
 	}
 	const one = `"name": "one", "namespace": "edge"`
 	bad := map[string]string{}
-	for i := range maxTold + 2 {
+	for i := range maxExamples + 2 {
 		bad[fmt.Sprintf("bad-%02d", i)] = "junk"
 	}
 	many, err := json.Marshal(bad)
@@ -332,10 +332,10 @@ func goldenPlans(t *testing.T, g *adminGolden, addr string) {
 		g.post(t, addr, "/plan", body)
 	}
 	g.ask(t, addr, "POST /plan HTTP/1.1\nHost: router\nTransfer-Encoding: chunked\n\nf\r\n{\"replicas\": 4}\r\n0\r\n\r\n", "POST /plan, chunked")
-	g.ask(t, addr, fmt.Sprintf("POST /plan HTTP/1.1\nHost: router\nContent-Length: %d\n\n", maxPlan+1), "POST /plan, of more than 8 MiB")
-	size := maxPlan + 1
+	g.ask(t, addr, fmt.Sprintf("POST /plan HTTP/1.1\nHost: router\nContent-Length: %d\n\n", maxPlanBody+1), "POST /plan, of more than 8 MiB")
+	size := maxPlanBody + 1
 	g.ask(t, addr, fmt.Sprintf("POST /plan HTTP/1.1\nHost: router\nTransfer-Encoding: chunked\n\n%x\r\n%s\r\n0\r\n\r\n", size, strings.Repeat(" ", size)), "POST /plan, chunked, of more than 8 MiB")
-	for range planTurns { // which has its turn until its body is there
+	for range maxConcurrentPlans { // which has its turn until its body is there
 		conn, err := net.Dial("tcp", addr)
 		if err != nil {
 			t.Fatal(err)
@@ -416,7 +416,7 @@ func TestGoldenNotReady(t *testing.T) {
 		}
 		r := startRouter(t, args...)
 		r.until(t, "/readyz", tt.ready)
-		g.get(t, r.side, "/readyz")
+		g.get(t, r.adminAddr, "/readyz")
 		_, body := r.get(t, "/metrics")
 		for _, line := range regexp.MustCompile(`(?m)^router_(watch_last_error|watch_object_absent|watch_object_info|table_info|ready|statefulset_replicas)\b.*`).FindAllString(body, -1) {
 			if !strings.Contains(line, "EndpointSlice") { // which may come later
@@ -433,18 +433,18 @@ func TestGoldenNotReady(t *testing.T) {
 	g.post(t, addr, "/plan", `{"replicas": 4}`)
 	goldenMetrics(t, addr, "unheard.txt")
 	g.title("and it drains")
-	p.announce()
+	p.announceDrain()
 	g.get(t, addr, "/readyz")
 
 	p, addr = goldenProgram(t, "-overrides", "/FOLDER", "-kube", "none", "-replicas", "4")
 	g.title("before the directory was read")
 	g.get(t, addr, "/readyz")
 	g.title("a router that was ready and drains")
-	p.proxy.router.update(entries{source: "directory", version: "1"})
-	p.announce()
+	p.proxy.router.update(sourceContent{source: "directory", version: "1"})
+	p.announceDrain()
 	g.get(t, addr, "/readyz")
 	g.title("and has no descriptors for more clients")
-	p.gate.use(p.gate.limit)
+	p.fdLimit.add(p.fdLimit.limit)
 	g.get(t, addr, "/readyz")
 	g.title("and does not drain")
 	p.admin.draining.Store(false)
@@ -460,9 +460,9 @@ func TestGoldenErrorClasses(t *testing.T) {
 		name string
 		err  error
 	}{
-		{"nil", nil}, {"400", &status{Code: 400}}, {"401", &status{Code: 401}}, {"403", &status{Code: 403}}, {"404", &status{Code: 404}}, {"409", &status{Code: 409}},
-		{"410", &status{Code: 410}}, {"429", &status{Code: 429}}, {"500", &status{Code: 500}}, {"503", &status{Code: 503}}, {"504", &status{Code: 504}}, {"599", &status{Code: 599}},
-		{errTooBig.Error(), errTooBig}, {errAnswer.Error(), errAnswer}, {"syntax", &json.SyntaxError{}}, {"type", &json.UnmarshalTypeError{}},
+		{"nil", nil}, {"400", &statusError{Code: 400}}, {"401", &statusError{Code: 401}}, {"403", &statusError{Code: 403}}, {"404", &statusError{Code: 404}}, {"409", &statusError{Code: 409}},
+		{"410", &statusError{Code: 410}}, {"429", &statusError{Code: 429}}, {"500", &statusError{Code: 500}}, {"503", &statusError{Code: 503}}, {"504", &statusError{Code: 504}}, {"599", &statusError{Code: 599}},
+		{errTooBig.Error(), errTooBig}, {errBadResponse.Error(), errBadResponse}, {"syntax", &json.SyntaxError{}}, {"type", &json.UnmarshalTypeError{}},
 		{"dial", &net.OpError{Op: "dial", Err: io.EOF}}, {"dial, late", &net.OpError{Op: "dial", Err: os.ErrDeadlineExceeded}}, {"read", &net.OpError{Op: "read", Err: io.EOF}},
 		{"read, late", &net.OpError{Op: "read", Err: os.ErrDeadlineExceeded}}, {"alert", &net.OpError{Op: "remote error", Err: tls.AlertError(42)}},
 		{"certificate", &tls.CertificateVerificationError{Err: io.EOF}}, {"no TLS", tls.RecordHeaderError{}}, {"context", context.DeadlineExceeded},
@@ -500,7 +500,7 @@ func TestGoldenEvents(t *testing.T) {
 	w.setMap("one", "3", map[string]string{})
 	step("the end of overrides", 1)
 	bad := map[string]string{}
-	for i := range maxTold + 2 {
+	for i := range maxExamples + 2 {
 		bad[fmt.Sprintf("bad-%02d", i)] = strings.Repeat("j", i*40)
 	}
 	w.setMap("one", "4", bad)

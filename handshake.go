@@ -40,15 +40,15 @@ func checkUpgrade(r *http.Request) *refusal {
 		return refuse(resultNotUpgrade, "not a WebSocket upgrade, want Connection: Upgrade and Upgrade: websocket (RFC 6455 §4.1)")
 	case r.Method != http.MethodGet:
 		return refuse(resultBadRequest, "method %.20q on an upgrade, want GET", r.Method)
-	case hasDotSegment(path(r)):
-		return refuse(resultBadRequest, "a dot segment in the path %.200q, want none: it could name another namespace", path(r))
+	case hasDotSegment(requestPath(r)):
+		return refuse(resultBadRequest, "a dot segment in the path %.200q, want none: it could name another namespace", requestPath(r))
 	}
 	return nil
 }
 
-// target is the request's target as the backend gets it: as it was sent, without
+// requestTarget is the request's target as the backend gets it: as it was sent, without
 // the authority if it had one (RFC 9112 §3.2).
-func target(r *http.Request) string {
+func requestTarget(r *http.Request) string {
 	if strings.HasPrefix(r.RequestURI, "/") {
 		return r.RequestURI
 	}
@@ -56,8 +56,8 @@ func target(r *http.Request) string {
 }
 
 // path is the target's path, with its escapes.
-func path(r *http.Request) string {
-	path, _, _ := strings.Cut(target(r), "?")
+func requestPath(r *http.Request) string {
+	path, _, _ := strings.Cut(requestTarget(r), "?")
 	return path
 }
 
@@ -65,12 +65,12 @@ func path(r *http.Request) string {
 // taken as it was sent: a namespace has no characters to escape, and what the
 // backend sees must not read otherwise.
 func pathNamespace(r *http.Request) (string, *refusal) {
-	rest, ok := strings.CutPrefix(path(r), "/ws/")
+	rest, ok := strings.CutPrefix(requestPath(r), "/ws/")
 	if !ok {
-		return "", refuse(resultNotFound, "path %.200q, want /ws/<namespace>", path(r))
+		return "", refuse(resultNotFound, "path %.200q, want /ws/<namespace>", requestPath(r))
 	}
 	namespace, _, _ := strings.Cut(rest, "/")
-	if want := namespaceFault(namespace); want != "" {
+	if want := pathNamespaceFault(namespace); want != "" {
 		return "", refuse(resultBadRequest, "namespace %.260q in the path, want %s", namespace, want)
 	}
 	return namespace, nil
@@ -88,7 +88,7 @@ func hostNamespace(r *http.Request) (string, *refusal) {
 	if !ok || domain == "" || err == nil {
 		return "", refuse(resultBadRequest, "host %.260q, want <namespace>.<domain>", r.Host)
 	}
-	if want := labelFault(label); want != "" {
+	if want := hostNamespaceFault(label); want != "" {
 		return "", refuse(resultBadRequest, "namespace %.260q in the host, want %s", label, want)
 	}
 	return label, nil
@@ -124,15 +124,15 @@ func hasToken(h http.Header, name, token string) bool {
 	return false
 }
 
-// dropHopByHop removes the fields that end here.
-func dropHopByHop(h http.Header) {
-	named := namedByConnection(h)
-	maps.DeleteFunc(h, func(name string, _ []string) bool { return endsHere(name, named) })
+// removeHopByHopHeaders removes the fields that end here.
+func removeHopByHopHeaders(h http.Header) {
+	named := connectionHeaders(h)
+	maps.DeleteFunc(h, func(name string, _ []string) bool { return isHopByHop(name, named) })
 }
 
-// namedByConnection returns the fields that Connection names, by canonical name, but
+// connectionHeaders returns the fields that Connection names, by canonical name, but
 // for those that end here anyway.
-func namedByConnection(h http.Header) (names map[string]bool) {
+func connectionHeaders(h http.Header) (names map[string]bool) {
 	for _, value := range h["Connection"] {
 		for name := range strings.SplitSeq(value, ",") {
 			name = textproto.TrimString(name)
@@ -148,10 +148,10 @@ func namedByConnection(h http.Header) (names map[string]bool) {
 	return names
 }
 
-// endsHere reports whether the field, which has its canonical name, is not to go
+// isHopByHop reports whether the field, which has its canonical name, is not to go
 // on: those that Connection names and those of RFC 9110 §7.6.1 are of one
 // connection only.
-func endsHere(name string, named map[string]bool) bool {
+func isHopByHop(name string, named map[string]bool) bool {
 	switch name {
 	case "Connection", "Keep-Alive", "Proxy-Connection", "Te", "Transfer-Encoding", "Upgrade":
 		return true
@@ -168,12 +168,12 @@ func countFields(h http.Header) int {
 	return count
 }
 
-// isRouters reports whether the field says what only the router says: who routed the
+// isRouterHeader reports whether the field says what only the router says: who routed the
 // request, and where it came from. X-Real-IP and Forwarded (RFC 7239) would say that
 // too, to backends that trust them, and nothing is appended to them, so what a client
 // has put there ends here. So does Expect, which the router answers (expectsContinue).
 // CGI programs read _ as -, so a name with that is the same.
-func isRouters(name string) bool {
+func isRouterHeader(name string) bool {
 	if strings.Contains(name, "_") {
 		name = http.CanonicalHeaderKey(strings.ReplaceAll(name, "_", "-"))
 	}
@@ -184,10 +184,10 @@ func isRouters(name string) bool {
 	return false
 }
 
-// isOdd reports whether the name is no token (RFC 9110 §5.6.2), which net/http
+// isInvalidFieldName reports whether the name is no token (RFC 9110 §5.6.2), which net/http
 // checks in requests only: of what it lets through, one with a space, which some
 // would read as the name before that.
-func isOdd(name string) bool { return strings.Contains(name, " ") }
+func isInvalidFieldName(name string) bool { return strings.Contains(name, " ") }
 
 // forwardedFor returns r's X-Forwarded-For with the peer's address appended. A
 // Unix socket has none: there the proxy before us has said it.
@@ -203,14 +203,14 @@ func forwardedFor(r *http.Request) string {
 // requestHead is the upgrade request as the backend with this name gets it. peer is
 // what forwardedFor returned for it, table the stamp of the one that was asked.
 func requestHead(r *http.Request, peer, pod, table, backend string) []byte {
-	return endHead(beginHead(r, peer, pod), table, backend)
+	return finishRequestHead(startRequestHead(r, peer, pod), table, backend)
 }
 
-// beginHead is what of requestHead does not depend on the backend: all that is of the
+// startRequestHead is what of requestHead does not depend on the backend: all that is of the
 // request.
-func beginHead(r *http.Request, peer, pod string) []byte {
+func startRequestHead(r *http.Request, peer, pod string) []byte {
 	head := append(make([]byte, 0, 1024), "GET "...)
-	head = append(head, target(r)...)
+	head = append(head, requestTarget(r)...)
 	head = append(head, " HTTP/1.1\r\n"...)
 	head = appendField(head, "Host", r.Host)
 	head = appendUpgrade(head)
@@ -218,7 +218,7 @@ func beginHead(r *http.Request, peer, pod string) []byte {
 		head = appendField(head, "X-Forwarded-For", peer)
 	}
 	proto, host := "http", r.Host // unless somebody before us has said it, for all who come after
-	named := namedByConnection(r.Header)
+	named := connectionHeaders(r.Header)
 	if before := r.Header.Get("X-Forwarded-Proto"); before != "" && !named["X-Forwarded-Proto"] {
 		proto = before
 	}
@@ -228,12 +228,12 @@ func beginHead(r *http.Request, peer, pod string) []byte {
 	head = appendField(head, "X-Forwarded-Proto", proto)
 	head = appendField(head, "X-Forwarded-Host", host)
 	head = appendField(head, headerPod, pod)
-	return appendFields(head, r.Header, named, isRouters)
+	return appendFields(head, r.Header, named, isRouterHeader)
 }
 
-// endHead makes requestHead of what beginHead has returned, in its memory if there is
+// finishRequestHead makes requestHead of what startRequestHead has returned, in its memory if there is
 // room. A caller that needs the beginning again passes it without room (slices.Clip).
-func endHead(begun []byte, table, backend string) []byte {
+func finishRequestHead(begun []byte, table, backend string) []byte {
 	head := appendField(begun, headerTable, table)
 	head = appendField(head, headerBackend, backend)
 	return append(head, "\r\n"...)
@@ -244,14 +244,14 @@ func endHead(begun []byte, table, backend string) []byte {
 // answer is.
 func expectsContinue(r *http.Request) bool { return hasToken(r.Header, "Expect", "100-continue") }
 
-// switchingHead is the 101 as the client gets it. It has no length (RFC 9110 §8.6),
+// switchingProtocolsHead is the 101 as the client gets it. It has no length (RFC 9110 §8.6),
 // whatever the backend says of one: what follows a 101 is the other protocol (RFC 9112
 // §6.3).
-func switchingHead(resp *http.Response) []byte {
+func switchingProtocolsHead(resp *http.Response) []byte {
 	head := append(make([]byte, 0, 512), "HTTP/1.1 101 Switching Protocols\r\n"...)
 	head = appendUpgrade(head)
-	head = appendFields(head, resp.Header, namedByConnection(resp.Header), func(name string) bool {
-		return isOdd(name) || name == "Content-Length"
+	head = appendFields(head, resp.Header, connectionHeaders(resp.Header), func(name string) bool {
+		return isInvalidFieldName(name) || name == "Content-Length"
 	})
 	return append(head, "\r\n"...)
 }
@@ -260,10 +260,10 @@ func appendUpgrade(head []byte) []byte {
 	return append(head, "Connection: Upgrade\r\nUpgrade: websocket\r\n"...)
 }
 
-// spelled is a field's name as it is sent. Sec-WebSocket-* is spelled as RFC 6455
+// wireName is a field's name as it is sent. Sec-WebSocket-* is spelled as RFC 6455
 // does: net/http has Sec-Websocket-*, which is the same to HTTP (RFC 9110 §5.1) but
 // not to every WebSocket program. Those of the RFC cost no memory.
-func spelled(name string) string {
+func wireName(name string) string {
 	switch name {
 	case "Sec-Websocket-Key":
 		return "Sec-WebSocket-Key"
@@ -284,13 +284,13 @@ func spelled(name string) string {
 
 // appendFields appends the fields of h that go on, as Connection has not named
 // them, and are not left out.
-func appendFields(head []byte, h http.Header, named map[string]bool, out func(name string) bool) []byte {
+func appendFields(head []byte, h http.Header, named map[string]bool, omit func(name string) bool) []byte {
 	for name, values := range h {
-		if endsHere(name, named) || out(name) {
+		if isHopByHop(name, named) || omit(name) {
 			continue
 		}
 		for _, value := range values {
-			head = appendField(head, spelled(name), value)
+			head = appendField(head, wireName(name), value)
 		}
 	}
 	return head
@@ -315,7 +315,7 @@ func handshake(conn net.Conn, br *bufio.Reader, head []byte, maxHead int) (resp 
 	}
 	limit := &io.LimitedReader{R: conn, N: int64(maxHead)}
 	br.Reset(limit)
-	resp, err = readAnswer(br)
+	resp, err = readResponse(br)
 	if err == nil && resp.StatusCode == http.StatusSwitchingProtocols {
 		early, _ = br.Peek(br.Buffered()) // what is buffered: no error
 	}
@@ -323,10 +323,10 @@ func handshake(conn net.Conn, br *bufio.Reader, head []byte, maxHead int) (resp 
 	return resp, early, err
 }
 
-// readAnswer reads the head of a backend's answer that is not an interim one: a
+// readResponse reads the head of a backend's answer that is not an interim one: a
 // 101 to WebSocket, or any other.
-func readAnswer(br *bufio.Reader) (*http.Response, error) {
-	for range maxInterim {
+func readResponse(br *bufio.Reader) (*http.Response, error) {
+	for range maxInterimResponses {
 		resp, err := http.ReadResponse(br, nil) // nil: to a GET
 		switch {
 		case err != nil:
@@ -342,11 +342,11 @@ func readAnswer(br *bufio.Reader) (*http.Response, error) {
 			return resp, nil
 		}
 	}
-	return nil, fmt.Errorf("more than %d interim answers", maxInterim)
+	return nil, fmt.Errorf("more than %d interim answers", maxInterimResponses)
 }
 
-// maxInterim is how many interim (1xx) answers may come before the final one.
-const maxInterim = 8
+// maxInterimResponses is how many interim (1xx) answers may come before the final one.
+const maxInterimResponses = 8
 
 // result is what became of an upgrade request.
 type result int
@@ -358,22 +358,22 @@ const (
 	resultNotFound              // 404
 	resultNotUpgrade            // 426
 	resultNoTable               // 503
-	resultRefused               // 503: the namespace's entry cannot be read
+	resultUnresolved            // 503: the namespace's entry cannot be read
 	resultHoldTimeout           // 503
 	resultMisdirected           // 503: another backend has the owner's address
 	resultMaxSessions           // 503
-	resultMaxWaiting            // 503
+	resultMaxPending            // 503
 	resultDraining              // 503: the router stops
 	resultClientGone            // the client left before there was an answer
 	resultBadGateway            // 502
 	resultGatewayTimeout        // 504
-	resultAnswered              // the backend gave an answer other than 101
-	results                     // how many there are
+	resultOtherResponse         // the backend gave an answer other than 101
+	numResults                  // how many there are
 )
 
 // String is the value of the metric's label.
 func (r result) String() string {
-	return [results]string{"ok", "bad_request", "bad_head", "not_found", "not_upgrade", "no_table", "refused",
+	return [numResults]string{"ok", "bad_request", "bad_head", "not_found", "not_upgrade", "no_table", "refused",
 		"hold_timeout", "misdirected", "max_sessions", "max_waiting", "draining", "client_gone", "bad_gateway", "gateway_timeout", "answered"}[r]
 }
 
@@ -406,10 +406,10 @@ type refusal struct {
 
 func (r *refusal) Error() string { return r.reason }
 
-// forClient is what the client reads: what is wrong with its request (4xx), or one
+// clientMessage is what the client reads: what is wrong with its request (4xx), or one
 // sentence for each status that says whose fault it is and nothing of the inside.
-func (no *refusal) forClient() string {
-	switch no.result.status() {
+func (r *refusal) clientMessage() string {
+	switch r.result.status() {
 	case http.StatusBadGateway:
 		return "the backend gave no valid answer"
 	case http.StatusServiceUnavailable:
@@ -417,21 +417,21 @@ func (no *refusal) forClient() string {
 	case http.StatusGatewayTimeout:
 		return "the backend gave no answer in time"
 	}
-	return no.reason
+	return r.reason
 }
 
 func refuse(result result, format string, args ...any) *refusal {
 	return &refusal{result: result, reason: fmt.Sprintf(format, args...)}
 }
 
-// answer writes the refusal. The client has bound to send the rest of its
+// writeResponse writes the refusal. The client has bound to send the rest of its
 // request, and as long again to take the answer. A 503 may be tried again in a
 // second: clients add their own back-off.
-func (no *refusal) answer(w http.ResponseWriter, bound time.Duration) {
+func (r *refusal) writeResponse(w http.ResponseWriter, bound time.Duration) {
 	conn := http.NewResponseController(w)
 	conn.SetReadDeadline(time.Now().Add(bound)) // net/http reads what is left of a body before it answers
 	conn.SetWriteDeadline(time.Now().Add(2 * bound))
-	switch no.result.status() {
+	switch r.result.status() {
 	case http.StatusServiceUnavailable:
 		w.Header().Set("Retry-After", "1")
 	case http.StatusUpgradeRequired:
@@ -440,15 +440,15 @@ func (no *refusal) answer(w http.ResponseWriter, bound time.Duration) {
 	case http.StatusRequestHeaderFieldsTooLarge: // as net/http does: the next head would be no smaller
 		w.Header().Set("Connection", "close")
 	}
-	http.Error(w, no.forClient(), no.result.status())
+	http.Error(w, r.clientMessage(), r.result.status())
 }
 
 // errDraining is the cause that ends the contexts of requests when the router
 // stops.
 var errDraining = errors.New("the router stops")
 
-// gone says why the request's context ended.
-func gone(ctx context.Context) *refusal {
+// contextRefusal says why the request's context ended.
+func contextRefusal(ctx context.Context) *refusal {
 	if errors.Is(context.Cause(ctx), errDraining) {
 		return refuse(resultDraining, "%v", errDraining)
 	}

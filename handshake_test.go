@@ -22,12 +22,12 @@ func TestNamespaceFromHost(t *testing.T) {
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
-			got, no := hostNamespace(&http.Request{Host: tt.host})
-			if got != tt.want || (no == nil) != (tt.want != "") {
-				t.Errorf("hostNamespace(%q) = %q, %v; want %q", tt.host, got, no, tt.want)
+			got, refused := hostNamespace(&http.Request{Host: tt.host})
+			if got != tt.want || (refused == nil) != (tt.want != "") {
+				t.Errorf("hostNamespace(%q) = %q, %v; want %q", tt.host, got, refused, tt.want)
 			}
-			if no != nil && no.result != resultBadRequest {
-				t.Errorf("result %v, want bad_request", no.result)
+			if refused != nil && refused.result != resultBadRequest {
+				t.Errorf("result %v, want bad_request", refused.result)
 			}
 		})
 	}
@@ -55,13 +55,13 @@ func FuzzUpgrade(f *testing.F) {
 			return
 		}
 		in.RemoteAddr = "192.0.2.1:4711"
-		namespace, no := pathNamespace(in)
-		if no == nil {
-			no = checkUpgrade(in)
+		namespace, refused := pathNamespace(in)
+		if refused == nil {
+			refused = checkUpgrade(in)
 		}
-		if no != nil {
-			if no.result.status()/100 != 4 || no.reason == "" {
-				t.Fatalf("refused with %v %q", no.result, no.reason)
+		if refused != nil {
+			if refused.result.status()/100 != 4 || refused.reason == "" {
+				t.Fatalf("refused with %v %q", refused.result, refused.reason)
 			}
 			return
 		}
@@ -71,11 +71,11 @@ func FuzzUpgrade(f *testing.F) {
 		if err != nil {
 			t.Fatalf("the backend cannot read %q: %v", head, err)
 		}
-		again, no := pathNamespace(out)
+		again, refused := pathNamespace(out)
 		switch {
 		case rest.Buffered() > 0 || out.ContentLength != 0:
 			t.Fatalf("more than one request without a body: %q", head)
-		case no != nil || again != namespace || namespaceFault(namespace) != "":
+		case refused != nil || again != namespace || pathNamespaceFault(namespace) != "":
 			t.Fatalf("namespace %q became %q", namespace, again)
 		case strings.Join(out.Header.Values(headerPod), "|") != "router-x" || strings.Join(out.Header.Values(headerTable), "|") != "41" ||
 			strings.Join(out.Header.Values(headerBackend), "|") != "backend-2":

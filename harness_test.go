@@ -112,8 +112,8 @@ func randomSeed(t testing.TB) uint64 {
 }
 
 // logUniform returns 0 to most, as often below 100 as from 100 to 10,000.
-func logUniform(rng *rand.Rand, most int) int {
-	return int(math.Exp2(rng.Float64()*math.Log2(float64(most)+1))) - 1
+func logUniform(rng *rand.Rand, limit int) int {
+	return int(math.Exp2(rng.Float64()*math.Log2(float64(limit)+1))) - 1
 }
 
 // raced reports whether the race detector is on.
@@ -211,17 +211,17 @@ func wantLine(t *testing.T, lines []map[string]any, count int, want map[string]a
 
 // runningRouter is a router on ports of its own.
 type runningRouter struct {
-	log         *logTail
-	ws, admin   string // the start of URLs
-	front, side string // addresses
+	log                   *logTail
+	ws, admin             string // the start of URLs
+	clientAddr, adminAddr string // addresses
 }
 
 // await reads from the log where the router listens.
 func (r *runningRouter) await(t testing.TB) {
 	t.Helper()
 	line := r.log.wait(t, "serving", 1)
-	r.front, r.side = line["listen"].(string), line["admin"].(string)
-	r.ws, r.admin = "ws://"+r.front+"/ws/", "http://"+r.side
+	r.clientAddr, r.adminAddr = line["listen"].(string), line["admin"].(string)
+	r.ws, r.admin = "ws://"+r.clientAddr+"/ws/", "http://"+r.adminAddr
 }
 
 // get asks the admin port.
@@ -503,10 +503,10 @@ func refusingAddr(t testing.TB) string {
 // testProxy is a proxy that serves on addr.
 type testProxy struct {
 	*proxy
-	addr    string
-	express *express
-	http    atomic.Int64 // clients that net/http had
-	tail    *logTail     // of its log
+	addr     string
+	fastPath *fastPath
+	http     atomic.Int64 // clients that net/http had
+	tail     *logTail     // of its log
 }
 
 // ask sends the request as it stands, and returns the connection and the answer
@@ -548,9 +548,9 @@ func (p *testProxy) waitResult(t testing.TB, want result) {
 	}
 }
 
-// mustTell checks the text of an answer, and that the reason is in it, where that is
+// mustRefuse checks the text of an answer, and that the reason is in it, where that is
 // the client's fault, or else in the log.
-func (p *testProxy) mustTell(t testing.TB, status int, body, reason string) {
+func (p *testProxy) mustRefuse(t testing.TB, status int, body, reason string) {
 	t.Helper()
 	text := body
 	if sentence, ok := sentences()[status]; ok {
@@ -570,12 +570,12 @@ func startProxy(t testing.TB, addrs []string, data map[string]string, change fun
 	t.Helper()
 	tail := newLogTail()
 	log := slog.New(slog.NewJSONHandler(tail, nil))
-	b := fixedBackends("backend", addrs)
-	b.dialer = boundDialer(0)
-	router := &router{statefulSet: "backend", backends: b.given, log: log}
+	b := newStaticBackends("backend", addrs)
+	b.dialer = newDialer(0)
+	router := &router{statefulSet: "backend", backends: b.static, log: log}
 	relay := newRelay(b.name, log)
-	gate := wideGate(t)
-	relay.freed = func(descriptors int) { gate.use(-descriptors) }
+	gate := wideDescriptorLimit(t)
+	relay.freeDescriptors = func(descriptors int) { gate.add(-descriptors) }
 	if err := relay.start(); err != nil {
 		t.Fatal(err)
 	}
@@ -584,13 +584,13 @@ func startProxy(t testing.TB, addrs []string, data map[string]string, change fun
 		return err
 	}
 	mover := newMover(router, relay, 0, probe, log)
-	router.swapped = func() { mover.check(); b.holds.askAgain() }
+	router.onSwap = func() { mover.ownersChanged(); b.queues.recheckOwners() }
 	p := &proxy{
-		router: router, backends: b, relay: relay, moves: mover, pod: "router-x", namespace: pathNamespace, log: log,
-		limits: limits{hold: patience, handshake: patience, headerTime: patience, headerBytes: 8 << 10, headerLines: 100, sessions: 1000, waiting: 1000},
+		router: router, backends: b, relay: relay, mover: mover, podName: "router-x", namespace: pathNamespace, log: log,
+		limits: limits{holdTimeout: patience, handshakeTimeout: patience, headerTimeout: patience, headerBytes: 8 << 10, headerFields: 100, sessions: 1000, pendingUpgrades: 1000},
 	}
 	if data != nil {
-		router.update(entries{source: "test", version: "41", data: pack(data)})
+		router.update(sourceContent{source: "test", version: "41", overrides: newOverrideSet(data)})
 	}
 	if change != nil {
 		change(p)
@@ -600,22 +600,22 @@ func startProxy(t testing.TB, addrs []string, data map[string]string, change fun
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancelCause(context.Background())
-	tp := &testProxy{proxy: p, addr: l.Addr().String(), express: newExpress(p, l, gate), tail: tail}
-	front := newFront(ctx, p, log)
+	tp := &testProxy{proxy: p, addr: l.Addr().String(), fastPath: newFastPath(p, l, gate), tail: tail}
+	front := newClientServer(ctx, p, log)
 	front.ConnState = func(_ net.Conn, state http.ConnState) {
 		if state == http.StateNew {
 			tp.http.Add(1)
 		}
 	}
 	var running sync.WaitGroup
-	running.Go(tp.express.run)
-	running.Go(func() { front.Serve(tp.express) })
+	running.Go(tp.fastPath.run)
+	running.Go(func() { front.Serve(tp.fastPath) })
 	running.Go(func() { mover.run(ctx) })
 	t.Cleanup(func() {
-		tp.express.stop()
+		tp.fastPath.stop()
 		cancel(errDraining)
 		front.Close()
-		p.upgrades.Wait()
+		p.inFlight.Wait()
 		relay.endAll(causeDrain)
 		relay.stop()
 		running.Wait()
@@ -657,12 +657,12 @@ func (p *testProxy) send(t testing.TB, namespace string) net.Conn {
 
 // underWay is how many upgrades are.
 func (p *testProxy) underWay() int {
-	all, _ := p.waiting.taken(0)
+	all, _ := p.pendingUpgrades.inUse(0)
 	return all
 }
 
-// waitWaiting waits until n upgrades are under way.
-func (p *testProxy) waitWaiting(t testing.TB, n int) {
+// waitPending waits until n upgrades are under way.
+func (p *testProxy) waitPending(t testing.TB, n int) {
 	t.Helper()
 	for end := time.Now().Add(patience); p.underWay() != n; <-time.After(time.Millisecond) {
 		if time.Now().After(end) {
@@ -698,10 +698,10 @@ func sentences() map[int]string {
 	}
 }
 
-// wideGate is a gate that nobody waits at.
-func wideGate(t testing.TB) *gate {
+// wideDescriptorLimit is a gate that nobody waits at.
+func wideDescriptorLimit(t testing.TB) *descriptorLimit {
 	t.Helper()
-	g, err := newGate(1<<20, 1)
+	g, err := newDescriptorLimit(1<<20, 1)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -718,7 +718,7 @@ type relayed struct {
 func (c relayed) wantCause(t testing.TB, want cause) {
 	t.Helper()
 	waitFor(t, c.relay)
-	if got := cause(c.why.Load()); got != want {
+	if got := cause(c.cause.Load()); got != want {
 		t.Errorf("cause = %v, want %v", got, want)
 	}
 	if got := c.relay.ended[want].Load(); got != 1 {
@@ -731,14 +731,14 @@ func (c relayed) wantCause(t testing.TB, want cause) {
 func (c relayed) wantAccount(t *testing.T, tail *logTail, taken [2]int64, least, most time.Duration) {
 	t.Helper()
 	r, got := c.relay, c.relay.bytes()
-	for i := client; i <= server; i++ {
+	for i := clientSide; i <= backendSide; i++ {
 		if got[i] != taken[i] && taken[i] >= 0 {
 			t.Errorf("%d bytes came from side %d, want %d", got[i], i, taken[i])
 		}
 	}
 	wantLine(t, tail.all("session ended"), 1, map[string]any{"level": "INFO", "namespace": c.namespace,
-		"backend": r.name(c.session.backend), "cause": cause(c.why.Load()).String(), "client": c.peer,
-		"to_backend": float64(got[client]), "to_client": float64(got[server])})
+		"backend": r.backendName(c.session.backend), "cause": cause(c.cause.Load()).String(), "client": c.clientAddrs,
+		"to_backend": float64(got[clientSide]), "to_client": float64(got[backendSide])})
 	seconds := tail.all("session ended")[0]["seconds"].(float64)
 	if seconds < least.Seconds() || seconds > most.Seconds() {
 		t.Errorf("seconds=%v in the log, want %v to %v", seconds, least.Seconds(), most.Seconds())
@@ -767,13 +767,13 @@ func quietRelay(t testing.TB) *relay {
 	return r
 }
 
-// carried starts a session in r.
-func carried(t testing.TB, r *relay, backend int, fromClient, fromBackend []byte) relayed {
+// startedSession starts a session in r.
+func startedSession(t testing.TB, r *relay, backend int, fromClient, fromBackend []byte) relayed {
 	t.Helper()
 	client, clientFar := tcpPair(t)
 	server, serverFar := tcpPair(t)
-	s := &session{namespace: "ns-01", backend: backend, peer: "192.0.2.7"}
-	r.carry(s, [2]net.Conn{clientFar, server}, [2][]byte{fromClient, fromBackend})
+	s := &session{namespace: "ns-01", backend: backend, clientAddrs: "192.0.2.7"}
+	r.startSession(s, [2]net.Conn{clientFar, server}, [2][]byte{fromClient, fromBackend})
 	return relayed{session: s, relay: r, client: client, backend: serverFar}
 }
 

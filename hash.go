@@ -14,10 +14,10 @@ const hashVersion = 1
 //
 // The result is the same on every router in every release: a change here moves
 // tenants, and testdata/owners.txt would tell. It would need another hashVersion.
-func bucket(namespace string, n int) int { return jump(spread(namespace), n) }
+func bucket(namespace string, n int) int { return jump(hash64(namespace), n) }
 
-// spread is the 64-bit hash of a namespace, of which all bits are worth the same.
-func spread[S string | []byte](namespace S) uint64 { return fmix64(fnv1a(namespace)) }
+// hash64 is the 64-bit hash of a namespace, of which all bits are worth the same.
+func hash64[S string | []byte](namespace S) uint64 { return fmix64(fnv1a(namespace)) }
 
 // jump is bucket for a namespace of which spread is known.
 func jump(key uint64, n int) int {

@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-func TestInCluster(t *testing.T) {
+func TestInClusterClient(t *testing.T) {
 	ca, _ := fakeKubeCA(t)
 	for name, c := range map[string]struct{ host, port, ca, base, want string }{
 		"IPv4":    {"10.0.0.1", "443", string(ca), "https://10.0.0.1:443", ""},
@@ -28,7 +28,7 @@ func TestInCluster(t *testing.T) {
 			if c.ca != "" {
 				fakeKubeFile(t, dir, "ca.crt", c.ca)
 			}
-			k, err := inCluster(func(name string) string {
+			k, err := newInClusterClient(func(name string) string {
 				return map[string]string{"KUBERNETES_SERVICE_HOST": c.host, "KUBERNETES_SERVICE_PORT": c.port}[name]
 			}, dir)
 			switch {
@@ -41,7 +41,7 @@ func TestInCluster(t *testing.T) {
 	}
 }
 
-func TestThroughProxy(t *testing.T) {
+func TestKubectlProxyClient(t *testing.T) {
 	for base, want := range map[string]string{
 		"http://127.0.0.1:8080":      "http://127.0.0.1:8080",
 		"http://localhost:8080/":     "http://localhost:8080",
@@ -52,7 +52,7 @@ func TestThroughProxy(t *testing.T) {
 		"http://[::1":                "",
 		"":                           "",
 	} {
-		k, err := throughProxy(base)
+		k, err := newKubectlProxyClient(base)
 		if (err == nil) != (want != "") || err == nil && k.base.String() != want {
 			t.Errorf("%q: %+v, error %v, want %q", base, k, err, want)
 		}
@@ -84,9 +84,9 @@ func TestWatchFault22TokenRotated(t *testing.T) {
 		{"missing", "-", "second"},
 		{"back", "third\n", "third"},
 	} {
-		fakeKubeFile(t, k.dir, "token", step.file)
+		fakeKubeFile(t, k.accountDir, "token", step.file)
 		if step.file == "-" {
-			os.Remove(filepath.Join(k.dir, "token"))
+			os.Remove(filepath.Join(k.accountDir, "token"))
 		}
 		if err := fakeKubeGet(t, k); err != nil {
 			t.Fatal(err)
@@ -122,11 +122,11 @@ func TestWatchFault18Unauthorized(t *testing.T) {
 					fakeKubeList("1")(w, r)
 					return
 				}
-				fakeKubeFile(t, k.dir, "token", c.meanwhile)
+				fakeKubeFile(t, k.accountDir, "token", c.meanwhile)
 				fakeKubeSay(401, `{"kind":"Status","message":"Unauthorized","reason":"Unauthorized","code":401}`)(w, r)
 			}}, nil, certificate)
 			err := fakeKubeGet(t, k)
-			if no, _ := err.(*status); (err == nil) != c.ok || err != nil && no.Code != 401 {
+			if statusErr, _ := err.(*statusError); (err == nil) != c.ok || err != nil && statusErr.Code != 401 {
 				t.Errorf("error %v, want none: %t", err, c.ok)
 			}
 			var sent []string
@@ -165,13 +165,13 @@ func TestRefusals(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			l, host, port := fakeKubeListen(t)
 			server := newFakeKube(t, l, fakeKubeScript{c.answer}, nil)
-			k, err := throughProxy("http://" + net.JoinHostPort(host, port))
+			k, err := newKubectlProxyClient("http://" + net.JoinHostPort(host, port))
 			if err != nil {
 				t.Fatal(err)
 			}
 			err = fakeKubeGet(t, k)
-			no, ok := err.(*status)
-			if !ok || no.Error() != c.want || retryAfter(err) != c.after {
+			statusErr, ok := err.(*statusError)
+			if !ok || statusErr.Error() != c.want || retryAfter(err) != c.after {
 				t.Errorf("%T %v, want %s and a wait of %s", err, err, c.want, c.after)
 			}
 			r := server.request(t)
@@ -202,7 +202,7 @@ func TestWatchFault23CARotated(t *testing.T) {
 		{"old and new", string(other) + string(ca), true},
 		{"another CA again", string(other), false},
 	} {
-		fakeKubeFile(t, k.dir, "ca.crt", step.file)
+		fakeKubeFile(t, k.accountDir, "ca.crt", step.file)
 		err := fakeKubeGet(t, k)
 		if (err == nil) != step.ok || err != nil && !strings.Contains(err.Error(), "unknown authority") {
 			t.Errorf("%s: error %v, want none: %t", step.name, err, step.ok)
@@ -240,7 +240,7 @@ func TestWatchFault24Certificate(t *testing.T) {
 			newFakeKube(t, l, fakeKubeScript{fakeKubeList("1")}, nil)
 			k := fakeKubePod(t, c.host, port, ca)
 			k.dial = func(ctx context.Context, network, _ string) (net.Conn, error) {
-				return dialTCP(ctx, network, l.Addr().String())
+				return dialAPIServer(ctx, network, l.Addr().String())
 			}
 			err := fakeKubeGet(t, k)
 			if (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
@@ -266,12 +266,12 @@ func TestWatchFault44HostAndProxy(t *testing.T) {
 		dialled := ""
 		k.dial = func(ctx context.Context, network, addr string) (net.Conn, error) {
 			dialled = addr
-			return dialTCP(ctx, network, l.Addr().String())
+			return dialAPIServer(ctx, network, l.Addr().String())
 		}
 		if err := fakeKubeGet(t, k); err != nil {
 			t.Fatal(err)
 		}
-		if r := server.request(t); dialled != want || r.Host != want || k.connect().Proxy != nil {
+		if r := server.request(t); dialled != want || r.Host != want || k.newTransport().Proxy != nil {
 			t.Errorf("dialled %s for %s, want %s", dialled, r.Host, want)
 		}
 	}
@@ -313,7 +313,7 @@ func TestWatchFault33ResetWithinAnEvent(t *testing.T) {
 		conn.Close()
 	}
 	server := newFakeKube(t, l, append(fakeKubeLists(1), fakeKubeList("103", fakeKubeV(3))), fakeKubeScript{reset, fakeKubeOpen()})
-	k, err := throughProxy("http://" + net.JoinHostPort(host, port))
+	k, err := newKubectlProxyClient("http://" + net.JoinHostPort(host, port))
 	if err != nil {
 		t.Fatal(err)
 	}

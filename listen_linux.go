@@ -13,9 +13,9 @@ import (
 // acknowledgement. With keepalive it counts in place of TCP_KEEPCNT (tcp(7)).
 const tcpUserTimeout = 18
 
-// openFiles is how many files the process may have open: the hard limit, which
+// openFileLimit is how many files the process may have open: the hard limit, which
 // Go makes the soft one too.
-func openFiles() (int, error) {
+func openFileLimit() (int, error) {
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
 		return 0, os.NewSyscallError("getrlimit", err)
@@ -26,10 +26,10 @@ func openFiles() (int, error) {
 // socketControl is net.Dialer's Control, and net.ListenConfig's.
 type socketControl = func(network, address string, c syscall.RawConn) error
 
-// boundPeer returns what makes a TCP socket give up a peer that has been silent
+// tcpTimeoutOptions returns what makes a TCP socket give up a peer that has been silent
 // for timeout, 0 for never. A listener's sockets have the options from it.
-func boundPeer(timeout time.Duration) (control socketControl, keepAlive net.KeepAliveConfig) {
-	idle, interval := probes(timeout)
+func tcpTimeoutOptions(timeout time.Duration) (control socketControl, keepAlive net.KeepAliveConfig) {
+	idle, interval := keepAliveTimes(timeout)
 	options := []struct{ level, name, value int }{
 		{syscall.IPPROTO_TCP, syscall.TCP_KEEPIDLE, int(idle.Seconds())},
 		{syscall.IPPROTO_TCP, syscall.TCP_KEEPINTVL, int(interval.Seconds())},

@@ -16,12 +16,12 @@ import (
 	"time"
 )
 
-// TestProbes: TCP asks at times that it can have, once at least, and gives up
+// TestKeepAliveTimes: TCP asks at times that it can have, once at least, and gives up
 // at the timeout.
-func TestProbes(t *testing.T) {
+func TestKeepAliveTimes(t *testing.T) {
 	for seconds := 2; seconds <= 18*60*60; seconds++ {
 		timeout := time.Duration(seconds) * time.Second
-		idle, interval := probes(timeout)
+		idle, interval := keepAliveTimes(timeout)
 		if idle%time.Second != 0 || interval%time.Second != 0 || idle < time.Second || interval < time.Second ||
 			idle > 32767*time.Second || timeout <= idle || (timeout-idle)%interval != 0 || interval > timeout/2 {
 			t.Errorf("with a timeout of %s TCP asks after %s, then every %s", timeout, idle, interval)
@@ -52,8 +52,8 @@ func TestPeerOptions(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer l.Close()
-		b := fixedBackends("backend", []string{l.Addr().String()})
-		b.dialer = boundDialer(timeout)
+		b := newStaticBackends("backend", []string{l.Addr().String()})
+		b.dialer = newDialer(timeout)
 		dialled, err := b.dial(t.Context(), 0)
 		if err != nil {
 			t.Fatal(err)
@@ -110,12 +110,12 @@ func TestProxyPeerVanishes(t *testing.T) {
 		speak bool // the other side sends for as long as it can
 		want  cause
 	}{
-		"client, silent":         {client, false, false, causeClientError},
-		"client, sent to":        {client, false, true, causeClientError},
-		"client, reads nothing":  {client, true, true, causeClientError},
-		"backend, silent":        {server, false, false, causeBackendError},
-		"backend, sent to":       {server, false, true, causeBackendError},
-		"backend, reads nothing": {server, true, true, causeBackendError},
+		"client, silent":         {clientSide, false, false, causeClientError},
+		"client, sent to":        {clientSide, false, true, causeClientError},
+		"client, reads nothing":  {clientSide, true, true, causeClientError},
+		"backend, silent":        {backendSide, false, false, causeBackendError},
+		"backend, sent to":       {backendSide, false, true, causeBackendError},
+		"backend, reads nothing": {backendSide, true, true, causeBackendError},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -129,18 +129,18 @@ func TestProxyPeerVanishes(t *testing.T) {
 			})
 			r := startRouter(t, "-backends", stub.addr, "-overrides", t.TempDir(), "-peer-timeout", timeout.String())
 			r.log.wait(t, "table", 1)
-			ends := [2]net.Conn{(&testProxy{addr: r.front}).open(t, "ns-01"), <-accepted}
+			conns := [2]net.Conn{(&testProxy{addr: r.clientAddr}).open(t, "ns-01"), <-accepted}
 			begun := time.Now()
 			if !tt.there {
-				vanish(t, ends[tt.gone])
+				vanish(t, conns[tt.gone])
 			}
 			var other sync.WaitGroup
 			other.Go(func() { // ends when it is told to
-				io.Copy(io.Discard, ends[tt.gone.peer()])
-				ends[tt.gone.peer()].Close()
+				io.Copy(io.Discard, conns[tt.gone.other()])
+				conns[tt.gone.other()].Close()
 			})
 			if tt.speak {
-				other.Go(func() { io.Copy(ends[tt.gone.peer()], endless{}) })
+				other.Go(func() { io.Copy(conns[tt.gone.other()], endless{}) })
 			}
 			line := r.log.wait(t, "session ended", 1)
 			took := time.Since(begun)
@@ -168,7 +168,7 @@ func TestDialRefusesItself(t *testing.T) {
 					t.Fatal(err)
 				}
 				p := startProxy(t, []string{host + ":" + port}, map[string]string{}, func(p *proxy) {
-					p.limits.hold = 2 * time.Second
+					p.limits.holdTimeout = 2 * time.Second
 					p.backends.dialer.Control = func(_, address string, c syscall.RawConn) error {
 						if address == "" {
 							return nil // it connects nowhere
@@ -278,9 +278,9 @@ func (l *link) ip(words ...string) {
 // whether anything is sent to it or not.
 func TestProxyLinkCut(t *testing.T) {
 	const timeout = 2 * time.Second
-	for _, gone := range []side{client, server} {
+	for _, gone := range []side{clientSide, backendSide} {
 		for _, speak := range []bool{false, true} {
-			t.Run(fmt.Sprintf("%s, sent to %t", gone.ended(), speak), func(t *testing.T) {
+			t.Run(fmt.Sprintf("%s, sent to %t", gone.endCause(), speak), func(t *testing.T) {
 				l := newLink(t)
 				if l == nil {
 					return
@@ -293,36 +293,36 @@ func TestProxyLinkCut(t *testing.T) {
 					<-hold
 				}
 				var stub *stubBackend
-				if gone == server {
+				if gone == backendSide {
 					l.far(func() { stub = startStub(t, farEnd+":0", serve) })
 				} else {
 					stub = startStub(t, nearEnd+":0", serve)
 				}
 				r := startRouter(t, "-listen", nearEnd+":0", "-backends", stub.addr, "-overrides", t.TempDir(), "-peer-timeout", timeout.String())
 				r.log.wait(t, "table", 1)
-				var ends [2]net.Conn
-				open := func() { ends[client] = (&testProxy{addr: r.front}).open(t, "ns-01") }
-				if gone == client {
+				var conns [2]net.Conn
+				open := func() { conns[clientSide] = (&testProxy{addr: r.clientAddr}).open(t, "ns-01") }
+				if gone == clientSide {
 					l.far(open)
 				} else {
 					open()
 				}
-				ends[server] = <-accepted
+				conns[backendSide] = <-accepted
 				l.cut()
 				begun := time.Now()
 				var other sync.WaitGroup
 				other.Go(func() { // ends when it is told to
-					io.Copy(io.Discard, ends[gone.peer()])
-					ends[gone.peer()].Close()
+					io.Copy(io.Discard, conns[gone.other()])
+					conns[gone.other()].Close()
 				})
 				if speak {
-					other.Go(func() { io.Copy(ends[gone.peer()], endless{}) })
+					other.Go(func() { io.Copy(conns[gone.other()], endless{}) })
 				}
 				line := r.log.wait(t, "session ended", 1)
 				took := time.Since(begun)
 				other.Wait()
-				if line["cause"] != gone.broken().String() || took < timeout/2 || took > 3*timeout {
-					t.Errorf("ended with cause %v after %s, want %v after %s", line["cause"], took, gone.broken(), timeout)
+				if line["cause"] != gone.errorCause().String() || took < timeout/2 || took > 3*timeout {
+					t.Errorf("ended with cause %v after %s, want %v after %s", line["cause"], took, gone.errorCause(), timeout)
 				}
 			})
 		}

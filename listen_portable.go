@@ -9,12 +9,12 @@ import (
 	"time"
 )
 
-// openFiles is how many files the process may have open: it is not asked.
-func openFiles() (int, error) { return math.MaxInt32, nil }
+// openFileLimit is how many files the process may have open: it is not asked.
+func openFileLimit() (int, error) { return math.MaxInt32, nil }
 
-// boundPeer returns what makes a TCP socket give up a silent peer after timeout,
+// tcpTimeoutOptions returns what makes a TCP socket give up a silent peer after timeout,
 // 0 for never. Data that is not acknowledged has the system's own bound.
-func boundPeer(timeout time.Duration) (control func(network, address string, c syscall.RawConn) error, keepAlive net.KeepAliveConfig) {
-	idle, interval := probes(timeout)
+func tcpTimeoutOptions(timeout time.Duration) (control func(network, address string, c syscall.RawConn) error, keepAlive net.KeepAliveConfig) {
+	idle, interval := keepAliveTimes(timeout)
 	return nil, net.KeepAliveConfig{Enable: timeout > 0, Idle: idle, Interval: interval, Count: int((timeout - idle) / interval)}
 }

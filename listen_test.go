@@ -166,21 +166,21 @@ func linkToSocket(path string) error {
 	return os.Symlink(path+".other", path)
 }
 
-// countingFront is a server of clients of which a test sees when it is done
+// countingClients is a server of clients of which a test sees when it is done
 // with a connection.
-type countingFront struct {
+type countingClients struct {
 	addr     string
 	badHeads *atomic.Int64
 	closed   chan struct{} // one for each connection that net/http has closed
 }
 
-// startCountingFront serves on TCP, or on a Unix socket, a handler that answers
+// startCountingClients serves on TCP, or on a Unix socket, a handler that answers
 // as the proxy does when a path is unknown.
-func startCountingFront(t *testing.T, network string) *countingFront {
+func startCountingClients(t *testing.T, network string) *countingClients {
 	t.Helper()
 	quiet := slog.New(slog.DiscardHandler)
 	p := &proxy{namespace: pathNamespace, log: quiet,
-		limits: limits{headerTime: 200 * time.Millisecond, headerBytes: 2048, headerLines: 100}}
+		limits: limits{headerTimeout: 200 * time.Millisecond, headerBytes: 2048, headerFields: 100}}
 	l := listenLocal(t)
 	if network == "unix" {
 		var err error
@@ -188,16 +188,16 @@ func startCountingFront(t *testing.T, network string) *countingFront {
 			t.Fatal(err)
 		}
 	}
-	f := &countingFront{addr: l.Addr().String(), badHeads: &p.results[resultBadHead], closed: make(chan struct{}, 10)}
-	server := newFront(t.Context(), p, quiet)
+	f := &countingClients{addr: l.Addr().String(), badHeads: &p.results[resultBadHead], closed: make(chan struct{}, 10)}
+	server := newClientServer(t.Context(), p, quiet)
 	server.ConnState = func(_ net.Conn, state http.ConnState) {
 		if state == http.StateClosed {
 			f.closed <- struct{}{}
 		}
 	}
-	gate := wideGate(t)
+	gate := wideDescriptorLimit(t)
 	served := make(chan error, 1)
-	go func() { served <- server.Serve(frontListener{l, gate, f.badHeads}) }()
+	go func() { served <- server.Serve(clientListener{l, gate, f.badHeads}) }()
 	t.Cleanup(func() { server.Close(); <-served })
 	return f
 }
@@ -230,7 +230,7 @@ func TestBadHeads(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			for _, network := range []string{"tcp", "unix"} {
-				f := startCountingFront(t, network)
+				f := startCountingClients(t, network)
 				begun := time.Now()
 				conn, err := net.Dial(network, f.addr)
 				if err != nil {
@@ -298,7 +298,7 @@ func TestAcceptAfterClose(t *testing.T) {
 		log := newLogTail()
 		retry := newAcceptRetry("-listen", slog.New(slog.NewJSONHandler(log, nil)))
 		retry.close()
-		if err == nil || retry.again(err) {
+		if err == nil || retry.shouldRetry(err) {
 			t.Errorf("%v: accept is tried again, want an end", err)
 		}
 		if lines := log.all("cannot accept connections"); len(lines) > 0 {
@@ -309,9 +309,9 @@ func TestAcceptAfterClose(t *testing.T) {
 
 // A connection makes room that had its turn, if there is one.
 func TestBoundedListener(t *testing.T) {
-	l := &boundedListener{Listener: listenLocal(t), max: 3}
-	var all []*boundedConn
-	accept := func() *boundedConn {
+	l := &limitListener{Listener: listenLocal(t), maxConns: 3}
+	var all []*limitConn
+	accept := func() *limitConn {
 		t.Helper()
 		conn, err := net.Dial("tcp", l.Addr().String())
 		if err != nil {
@@ -323,7 +323,7 @@ func TestBoundedListener(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { c.Close() })
-		all = append(all, c.(*boundedConn))
+		all = append(all, c.(*limitConn))
 		return all[len(all)-1]
 	}
 	wantOpen := func(when string, want ...int) {
@@ -334,8 +334,8 @@ func TestBoundedListener(t *testing.T) {
 				got = append(got, i)
 			}
 		}
-		if !slices.Equal(got, want) || len(l.open) != len(want) {
-			t.Errorf("%s: open are %v, and %d are counted; want %v", when, got, len(l.open), want)
+		if !slices.Equal(got, want) || len(l.conns) != len(want) {
+			t.Errorf("%s: open are %v, and %d are counted; want %v", when, got, len(l.conns), want)
 		}
 	}
 	for range 3 {
@@ -368,8 +368,8 @@ func TestBoundedListener(t *testing.T) {
 func TestRoomGrace(t *testing.T) {
 	const most, more = 3, 6
 	synctest.Test(t, func(t *testing.T) {
-		l := &boundedListener{Listener: alwaysOne{}, max: most}
-		accept := func() (c *boundedConn, took time.Duration) {
+		l := &limitListener{Listener: alwaysOne{}, maxConns: most}
+		accept := func() (c *limitConn, took time.Duration) {
 			t.Helper()
 			begun := time.Now()
 			conn, err := l.Accept()
@@ -377,7 +377,7 @@ func TestRoomGrace(t *testing.T) {
 				t.Fatal(err)
 			}
 			t.Cleanup(func() { conn.Close() })
-			return conn.(*boundedConn), time.Since(begun)
+			return conn.(*limitConn), time.Since(begun)
 		}
 		begun := time.Now()
 		for range most + more {
@@ -386,7 +386,7 @@ func TestRoomGrace(t *testing.T) {
 		if took := time.Since(begun); took < more/most*5*time.Millisecond {
 			t.Errorf("%d connections more than there is room for took %s, want 5ms for each %d", more, took, most)
 		}
-		for _, c := range slices.Clone(l.open) {
+		for _, c := range slices.Clone(l.conns) {
 			c.setBusy(true)
 			c.setBusy(false)
 		}
@@ -406,11 +406,11 @@ func (alwaysOne) Accept() (net.Conn, error) {
 	return conn, nil
 }
 
-func TestGate(t *testing.T) {
-	relays := pollerDescriptors * runtime.GOMAXPROCS(0)
+func TestDescriptorLimit(t *testing.T) {
+	relays := descriptorsPerPoller * runtime.GOMAXPROCS(0)
 	for files := 110 + relays; files < 120+relays; files++ {
 		synctest.Test(t, func(t *testing.T) {
-			g, err := newGate(files, 2)
+			g, err := newDescriptorLimit(files, 2)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -418,69 +418,69 @@ func TestGate(t *testing.T) {
 				t.Fatalf("%d files: %d for clients, want %d", files, g.limit, want)
 			}
 			sessions := 0
-			for _, _, full := g.state(); !full; _, _, full = g.state() {
+			for _, _, full := g.usage(); !full; _, _, full = g.usage() {
 				if err := g.wait(); err != nil {
 					t.Fatal(err)
 				}
-				g.use(upgradeDescriptors)
-				g.use(-1) // it is a session now
+				g.add(descriptorsPerUpgrade)
+				g.add(-1) // it is a session now
 				sessions++
 			}
-			if used, _, _ := g.state(); sessions != g.sessions() || used != 2*sessions || used > g.limit {
-				t.Errorf("%d files: %d sessions use %d descriptors of %d, want %d sessions", files, sessions, used, g.limit, g.sessions())
+			if used, _, _ := g.usage(); sessions != g.maxSessions() || used != 2*sessions || used > g.limit {
+				t.Errorf("%d files: %d sessions use %d descriptors of %d, want %d sessions", files, sessions, used, g.limit, g.maxSessions())
 			}
-			wantWaits(t, g)
+			wantLimited(t, g)
 		})
 	}
-	least := 100 + 2*5 + relays + upgradeDescriptors
-	_, err := newGate(least-1, 5)
+	least := 100 + 2*5 + relays + descriptorsPerUpgrade
+	_, err := newDescriptorLimit(least-1, 5)
 	if err == nil || !strings.HasSuffix(err.Error(), " open files are allowed, want at least "+strconv.Itoa(least)+" (ulimit -n)") {
 		t.Errorf("error %v, want one that says %d", err, least)
 	}
-	if _, err := newGate(least, 5); err != nil {
+	if _, err := newDescriptorLimit(least, 5); err != nil {
 		t.Error(err)
 	}
 }
 
-// TestGateResizes: more backends leave fewer descriptors to clients, and fewer
+// TestDescriptorLimitFollowsBackends: more backends leave fewer descriptors to clients, and fewer
 // backends let one in that waits.
-func TestGateResizes(t *testing.T) {
+func TestDescriptorLimitFollowsBackends(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		g, err := newGate(200+pollerDescriptors*runtime.GOMAXPROCS(0), 0)
+		g, err := newDescriptorLimit(200+descriptorsPerPoller*runtime.GOMAXPROCS(0), 0)
 		if err != nil {
 			t.Fatal(err)
 		}
-		for backends, want := range map[int]int{0: 100, 10: 80, 1000: upgradeDescriptors} {
-			if g.resize(backends); g.limit != want {
+		for backends, want := range map[int]int{0: 100, 10: 80, 1000: descriptorsPerUpgrade} {
+			if g.setBackends(backends); g.limit != want {
 				t.Errorf("%d descriptors for clients with %d backends, want %d", g.limit, backends, want)
 			}
 		}
-		g.resize(10)
-		g.use(80)
+		g.setBackends(10)
+		g.add(80)
 		waited := make(chan error, 1)
 		go func() { waited <- g.wait() }()
 		synctest.Wait()
 		if len(waited) > 0 {
 			t.Error("a full gate did not wait")
 		}
-		g.resize(8)
+		g.setBackends(8)
 		if err := <-waited; err != nil {
 			t.Error(err)
 		}
 	})
 }
 
-// wantWaits checks that the gate, which is full, keeps a client waiting until a
+// wantLimited checks that the gate, which is full, keeps a client waiting until a
 // session is over, and no longer than until it is closed.
-func wantWaits(t *testing.T, g *gate) {
+func wantLimited(t *testing.T, g *descriptorLimit) {
 	t.Helper()
 	waited := make(chan error, 1)
 	for _, step := range []struct {
 		end  func()
 		want error
-	}{{func() { g.use(-sessionDescriptors - 1) }, nil}, {g.close, net.ErrClosed}} {
-		used, _, _ := g.state()
-		g.use(max(0, g.limit-used))
+	}{{func() { g.add(-descriptorsPerSession - 1) }, nil}, {g.close, net.ErrClosed}} {
+		used, _, _ := g.usage()
+		g.add(max(0, g.limit-used))
 		go func() { waited <- g.wait() }()
 		synctest.Wait()
 		select {

@@ -25,9 +25,9 @@ func newLogger(w io.Writer, format string, level slog.Level) (*slog.Logger, erro
 }
 
 const (
-	logRoom  = 4 << 20         // most bytes of lines that wait, some 15,000 lines
-	logSpare = 64 << 10        // bytes that are kept for the next lines
-	logFlush = 2 * time.Second // bounds how long the end waits for the last lines to be taken
+	maxLogQueue       = 4 << 20         // most bytes of lines that wait, some 15,000 lines
+	maxSpareLogBuffer = 64 << 10        // bytes that are kept for the next lines
+	logFlushTimeout   = 2 * time.Second // bounds how long the end waits for the last lines to be taken
 )
 
 // logQueue stands between the log and what takes its lines, so that nobody who
@@ -37,10 +37,10 @@ type logQueue struct {
 	out io.Writer // static
 
 	// Guarded by mu.
-	mu     sync.Mutex
-	lines  []byte
-	lost   int64 // lines since run last looked
-	closed bool
+	mu              sync.Mutex
+	lines           []byte
+	droppedSinceRun int64 // lines since run last looked
+	closed          bool
 
 	wake    chan struct{} // capacity 1: there are lines, or closed
 	done    chan struct{} // closed when run has returned
@@ -55,18 +55,18 @@ func newLogQueue(out io.Writer) *logQueue {
 func (q *logQueue) Write(line []byte) (int, error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if len(q.lines)+len(line) <= logRoom {
+	if len(q.lines)+len(line) <= maxLogQueue {
 		q.lines = append(q.lines, line...)
 	} else {
-		q.lost++
+		q.droppedSinceRun++
 		q.dropped.Add(1)
 	}
-	q.signal()
+	q.notify()
 	return len(line), nil
 }
 
-// signal makes run look. It does not block.
-func (q *logQueue) signal() {
+// notify makes run look. It does not block.
+func (q *logQueue) notify() {
 	select {
 	case q.wake <- struct{}{}:
 	default:
@@ -81,8 +81,8 @@ func (q *logQueue) run(log *slog.Logger) {
 	for closed := false; !closed; {
 		<-q.wake
 		q.mu.Lock()
-		lines, lost := q.lines, q.lost
-		q.lines, q.lost, closed = spare[:0], 0, q.closed
+		lines, lost := q.lines, q.droppedSinceRun
+		q.lines, q.droppedSinceRun, closed = spare[:0], 0, q.closed
 		q.mu.Unlock()
 		if lost > 0 {
 			log.Warn("log lines dropped", "lines", lost)
@@ -93,22 +93,22 @@ func (q *logQueue) run(log *slog.Logger) {
 		if n, err := q.out.Write(lines); err != nil {
 			q.dropped.Add(int64(bytes.Count(lines[n:], []byte("\n"))))
 		}
-		if spare = lines; cap(spare) > logSpare {
+		if spare = lines; cap(spare) > maxSpareLogBuffer {
 			spare = nil
 		}
 	}
 }
 
-// stop returns when all lines were written, or logFlush is over. Nobody logs any
+// stop returns when all lines were written, or logFlushTimeout is over. Nobody logs any
 // more.
 func (q *logQueue) stop() {
 	q.mu.Lock()
 	q.closed = true
-	q.signal()
+	q.notify()
 	q.mu.Unlock()
 	select {
 	case <-q.done:
-	case <-time.After(logFlush):
+	case <-time.After(logFlushTimeout):
 	}
 }
 
@@ -116,16 +116,16 @@ func (q *logQueue) stop() {
 // such as no descriptors left, and panics. Clients could provoke some lines, so
 // there is at most one a second.
 func serverLog(log *slog.Logger) *stdlog.Logger {
-	return stdlog.New(&serverLines{log: log}, "", 0)
+	return stdlog.New(&serverLogWriter{log: log}, "", 0)
 }
 
-// serverLines writes the lines of an http.Server.
-type serverLines struct {
+// serverLogWriter writes the lines of an http.Server.
+type serverLogWriter struct {
 	log   *slog.Logger
 	limit throttle
 }
 
-func (l *serverLines) Write(line []byte) (int, error) {
+func (l *serverLogWriter) Write(line []byte) (int, error) {
 	if omitted, ok := l.limit.allow(time.Second); ok {
 		l.log.Warn("http", "error", string(bytes.TrimSpace(line)), "omitted", omitted)
 	}

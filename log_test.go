@@ -144,8 +144,8 @@ func TestLogQueueStops(t *testing.T) {
 		log.Info("nobody reads this")
 		begun := time.Now()
 		q.stop()
-		if took := time.Since(begun); took != logFlush {
-			t.Errorf("stopped after %s, want %s", took, logFlush)
+		if took := time.Since(begun); took != logFlushTimeout {
+			t.Errorf("stopped after %s, want %s", took, logFlushTimeout)
 		}
 		out.CloseWithError(errors.New("the reader is gone"))
 		<-q.done
@@ -172,7 +172,7 @@ func TestLogQueueStopsAtErrorLevel(t *testing.T) {
 		q.stop()
 		if took := time.Since(begun); took > 0 {
 			t.Errorf("stop took %s with a reader that takes all, want no time", took)
-			q.signal() // lets run end
+			q.notify() // lets run end
 		}
 	})
 }

@@ -84,9 +84,9 @@ func exitCode(err error) int {
 }
 
 // run is the program: it serves until ctx ends, then drains, or runs a command.
-// Logs go to stdout, which is waited for at the end only, for logFlush at most.
+// Logs go to stdout, which is waited for at the end only, for logFlushTimeout at most.
 func run(ctx context.Context, args []string, getenv func(string) string, stdout io.Writer) error {
-	if is, err := runCommand(ctx, args, stdout); is {
+	if handled, err := runCommand(ctx, args, stdout); handled {
 		return err
 	}
 	c, err := parseConfig(args, getenv, stdout)
@@ -104,206 +104,206 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 	if err != nil {
 		return err
 	}
-	p.admin.dropped = queue.dropped.Load
-	front, err := listen(c.listen, c.peerTimeout)
+	p.admin.droppedLogLines = queue.dropped.Load
+	clientListener, err := listen(c.listen, c.tcpUserTimeout)
 	if err != nil {
 		return fmt.Errorf("-listen: %w", err)
 	}
-	defer front.Close()
-	side, err := listen(c.admin, c.peerTimeout)
+	defer clientListener.Close()
+	adminListener, err := listen(c.admin, c.tcpUserTimeout)
 	if err != nil {
 		return fmt.Errorf("-admin: %w", err)
 	}
-	defer side.Close()
-	return p.serve(ctx, front, side)
+	defer adminListener.Close()
+	return p.serve(ctx, clientListener, adminListener)
 }
 
 // program is the router's parts, wired.
 type program struct {
 	config  *config
-	gate    *gate
+	fdLimit *descriptorLimit
 	proxy   *proxy
 	mover   *mover
-	sources []func(context.Context) // where overrides and backends come from; each runs until its context ends
+	tasks   []func(context.Context) // where overrides and backends come from; each runs until its context ends
 	admin   *admin
 	log     *slog.Logger
 }
 
 // newProgram makes the parts that c asks for, which do nothing before serve.
 func newProgram(c *config, getenv func(string) string, log *slog.Logger) (*program, error) {
-	client, namespace, err := c.kubeClient(getenv)
+	kubeClient, namespace, err := c.kubeClient(getenv)
 	if err != nil {
 		return nil, err
 	}
-	backends, err := c.backendSet()
+	backends, err := c.staticBackends()
 	if err != nil {
 		return nil, err
 	}
-	var pods *pods
+	var endpoints *endpointWatcher
 	if backends == nil {
-		pods = followPods(*client, namespace, c.statefulSet, c.service, c.backendPort, log)
-		backends = pods.backends()
+		endpoints = newEndpointWatcher(*kubeClient, namespace, c.statefulSet, c.service, c.backendPort, log)
+		backends = endpoints.backends()
 	}
-	backends.dialer = boundDialer(c.peerTimeout)
-	files, err := openFiles()
+	backends.dialer = newDialer(c.tcpUserTimeout)
+	maxFiles, err := openFileLimit()
 	if err != nil {
 		return nil, err
 	}
-	gate, err := newGate(files, backends.given.count)
+	fdLimit, err := newDescriptorLimit(maxFiles, backends.static.count)
 	if err != nil {
 		return nil, err
 	}
-	router := &router{statefulSet: c.statefulSet, host: c.namespaceFrom == "host", backends: backends.given, log: log}
+	router := &router{statefulSet: c.statefulSet, fromHost: c.namespaceFrom == "host", backends: backends.static, log: log}
 	relay := newRelay(backends.name, log)
-	relay.freed = func(descriptors int) { gate.use(-descriptors) }
+	relay.freeDescriptors = func(descriptors int) { fdLimit.add(-descriptors) }
 	probe := func(ctx context.Context, backend int) error {
 		_, err := backends.probe(ctx, backend)
 		return err
 	}
 	mover := newMover(router, relay, c.moveRate, probe, log)
-	mover.settle = c.moveSettle
-	if pods != nil {
-		pods.replaced = func(uids map[int]string) {
-			if relay.replace(uids) {
-				mover.check()
+	mover.settleTime = c.moveSettle
+	if endpoints != nil {
+		endpoints.onPods = func(uids map[int]string) {
+			if relay.setPods(uids) {
+				mover.ownersChanged()
 			}
 		}
 	}
-	router.swapped = func() { mover.check(); backends.holds.askAgain() }
-	p := &program{config: c, gate: gate, mover: mover, log: log}
+	router.onSwap = func() { mover.ownersChanged(); backends.queues.recheckOwners() }
+	p := &program{config: c, fdLimit: fdLimit, mover: mover, log: log}
 	p.proxy = &proxy{
-		router: router, backends: backends, relay: relay, moves: mover,
-		limits: c.limits, pod: c.pod, namespace: pathNamespace, log: log,
+		router: router, backends: backends, relay: relay, mover: mover,
+		limits: c.limits, podName: c.podName, namespace: pathNamespace, log: log,
 	}
-	if router.host {
+	if router.fromHost {
 		p.proxy.namespace = hostNamespace
 	}
-	p.admin = &admin{proxy: p.proxy, gate: gate, started: time.Now()}
-	p.follow(client, namespace, pods)
+	p.admin = &admin{proxy: p.proxy, fdLimit: fdLimit, started: time.Now()}
+	p.addSources(kubeClient, namespace, endpoints)
 	return p, nil
 }
 
-// follow sets up the sources of overrides, and with pods that of their number.
-func (p *program) follow(client *kube, namespace string, pods *pods) {
+// addSources sets up the sources of overrides, and with pods that of their number.
+func (p *program) addSources(kubeClient *kubeClient, namespace string, endpoints *endpointWatcher) {
 	router := p.proxy.router
-	if pods != nil {
-		p.admin.scale = followScale(*client, namespace, pods, func(backends ordinals, revision string) {
-			p.gate.resize(backends.count)
-			router.resize(backends, revision)
+	if endpoints != nil {
+		p.admin.replicaWatcher = newReplicaWatcher(*kubeClient, namespace, endpoints, func(backends ordinals, revision string) {
+			p.fdLimit.setBackends(backends.count)
+			router.setBackends(backends, revision)
 		}, p.log)
-		p.sources = append(p.sources, pods.watcher.run, p.admin.scale.watcher.run, p.admin.scale.keepNote)
+		p.tasks = append(p.tasks, endpoints.watcher.run, p.admin.replicaWatcher.watcher.run, p.admin.replicaWatcher.keepActiveCount)
 	}
-	if client != nil {
-		events := newRecorder(*client, p.config.pod, p.log)
+	if kubeClient != nil {
+		events := newEventRecorder(*kubeClient, p.config.podName, p.log)
 		maps := &configMaps{update: router.update, events: events, log: p.log}
 		for _, name := range p.config.configMaps {
-			maps.follow(*client, namespace, name, "")
+			maps.addWatcher(*kubeClient, namespace, name, "")
 		}
 		if p.config.selector != "" {
-			maps.follow(*client, namespace, "", p.config.selector)
+			maps.addWatcher(*kubeClient, namespace, "", p.config.selector)
 		}
 		for _, w := range maps.watchers {
-			p.sources = append(p.sources, w.run)
+			p.tasks = append(p.tasks, w.run)
 		}
-		p.sources = append(p.sources, events.run)
-		router.told, p.mover.told = maps.tell, maps.tellMoved
+		p.tasks = append(p.tasks, events.run)
+		router.onChange, p.mover.onFinished = maps.reportChange, maps.reportMove
 		p.admin.configMaps = maps
-		p.admin.missing = maps.missing
+		p.admin.overridesNotReady = maps.whyNotReady
 	}
 	if p.config.overrides != "" {
-		d := &directory{path: p.config.overrides, stale: client != nil, log: p.log,
-			update: func(e entries) { router.update(e) }}
-		p.sources = append(p.sources, d.run)
-		if client == nil {
-			p.admin.missing = d.missing
+		d := &directory{path: p.config.overrides, provisional: kubeClient != nil, log: p.log,
+			update: func(src sourceContent) { router.update(src) }}
+		p.tasks = append(p.tasks, d.run)
+		if kubeClient == nil {
+			p.admin.overridesNotReady = d.whyNotReady
 		}
 	}
 }
 
 // serve runs everything until ctx ends or clients cannot be listened to, then stops it in
 // order: first no new sessions, then the sessions end, then the rest.
-func (p *program) serve(ctx context.Context, front, side net.Listener) error {
+func (p *program) serve(ctx context.Context, clientListener, adminListener net.Listener) error {
 	if err := p.proxy.relay.start(); err != nil {
 		return err
 	}
 	background, stopBackground := context.WithCancel(context.Background())
 	var running sync.WaitGroup
-	for _, source := range append(p.sources, p.mover.run, p.proxy.tidy) {
-		running.Go(func() { source(background) })
+	for _, task := range append(p.tasks, p.mover.run, p.proxy.freeMemory) {
+		running.Go(func() { task(background) })
 	}
 	if idle := p.config.idleTimeout; idle > 0 {
 		running.Go(func() { p.proxy.relay.endIdle(background, idle) })
 	}
 	requests, stopRequests := context.WithCancelCause(context.Background())
-	clients := newFront(requests, p.proxy, p.log)
-	operators := p.admin.server(p.log)
+	clientServer := newClientServer(requests, p.proxy, p.log)
+	adminServer := p.admin.server(p.log)
 	failed := make(chan error, 1)
-	express := newExpress(p.proxy, front, p.gate)
-	running.Go(express.run)
-	running.Go(func() { failed <- clients.Serve(express) })
-	running.Go(func() { operators.Serve(newAdminListener(side, p.log)) }) // until Close
-	p.log.Info("serving", "version", version(), "listen", front.Addr().String(), "admin", side.Addr().String(),
-		"pod", p.config.pod, "backends", p.proxy.backends.given.count, "kube", p.config.kube)
-	if most := p.gate.sessions(); most < p.config.limits.sessions {
+	fastPath := newFastPath(p.proxy, clientListener, p.fdLimit)
+	running.Go(fastPath.run)
+	running.Go(func() { failed <- clientServer.Serve(fastPath) })
+	running.Go(func() { adminServer.Serve(newAdminListener(adminListener, p.log)) }) // until Close
+	p.log.Info("serving", "version", version(), "listen", clientListener.Addr().String(), "admin", adminListener.Addr().String(),
+		"pod", p.config.podName, "backends", p.proxy.backends.static.count, "kube", p.config.kube)
+	if maxSessions := p.fdLimit.maxSessions(); maxSessions < p.config.limits.sessions {
 		p.log.Warn("the open files allow fewer sessions than -max-sessions",
-			"sessions", most, "max", p.config.limits.sessions, "files", p.gate.files)
+			"sessions", maxSessions, "max", p.config.limits.sessions, "files", p.fdLimit.maxFiles)
 	}
 
 	var err error
 	select {
 	case <-ctx.Done():
-		p.announce()
+		p.announceDrain()
 	case err = <-failed:
 	}
-	p.stopClients(express, clients, stopRequests)
+	p.stopClients(fastPath, clientServer, stopRequests)
 	stopBackground()
-	operators.Close()
+	adminServer.Close()
 	running.Wait()
 	p.proxy.backends.close()
 	return err
 }
 
-// announce makes the router not ready while it still accepts clients: load
+// announceDrain makes the router not ready while it still accepts clients: load
 // balancers need time to notice.
-func (p *program) announce() {
+func (p *program) announceDrain() {
 	p.admin.draining.Store(true)
 	p.log.Info("draining", "sessions", p.proxy.relay.size(),
-		"delay", p.config.drainDelay.String(), "time", p.config.drainTime.String())
+		"delay", p.config.drainDelay.String(), "time", p.config.drainDuration.String())
 	time.Sleep(p.config.drainDelay)
 }
 
 // stopClients ends what clients have: nothing new is accepted, upgrades under
 // way are answered, and sessions are closed at a pace.
-func (p *program) stopClients(express *express, clients *http.Server, stopRequests context.CancelCauseFunc) {
-	begun := time.Now()
-	express.stop()
+func (p *program) stopClients(fastPath *fastPath, clientServer *http.Server, stopRequests context.CancelCauseFunc) {
+	started := time.Now()
+	fastPath.stop()
 	stopRequests(errDraining)
-	bound, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	timeout, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
-	clients.Shutdown(bound) // it does not wait for hijacked connections (golang/go#17721)
-	clients.Close()         // for answers that took longer than the bound
-	p.proxy.upgrades.Wait()
-	ended := drain(context.Background(), p.proxy.relay, p.config.drainTime)
+	clientServer.Shutdown(timeout) // it does not wait for hijacked connections (golang/go#17721)
+	clientServer.Close()           // for answers that took longer than the bound
+	p.proxy.inFlight.Wait()
+	ended := drain(context.Background(), p.proxy.relay, p.config.drainDuration)
 	p.proxy.relay.stop()
-	p.log.Info("stopped", "sessions", ended, "seconds", time.Since(begun).Seconds())
+	p.log.Info("stopped", "sessions", ended, "seconds", time.Since(started).Seconds())
 }
 
-// newFront returns the server of clients. ctx bounds the requests until they
+// newClientServer returns the server of clients. ctx bounds the requests until they
 // are hijacked or answered.
-func newFront(ctx context.Context, p *proxy, log *slog.Logger) *http.Server {
+func newClientServer(ctx context.Context, p *proxy, log *slog.Logger) *http.Server {
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
 	return &http.Server{
 		Handler:           p,
-		ReadHeaderTimeout: p.limits.headerTime,
-		IdleTimeout:       p.limits.headerTime,
+		ReadHeaderTimeout: p.limits.headerTimeout,
+		IdleTimeout:       p.limits.headerTimeout,
 		MaxHeaderBytes:    p.limits.headerBytes,
 		Protocols:         protocols,
 		ErrorLog:          serverLog(log),
 		BaseContext:       func(net.Listener) context.Context { return ctx },
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
-			c.(*frontConn).serves = ctx
-			return context.WithValue(ctx, frontKey{}, c)
+			c.(*clientConn).serverCtx = ctx
+			return context.WithValue(ctx, clientConnKey{}, c)
 		},
 	}
 }

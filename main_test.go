@@ -55,7 +55,7 @@ func TestRunNamespaceFromHost(t *testing.T) {
 		t.Errorf("%v, want 3 entries rejected", line)
 	}
 	bad := r.log.wait(t, "entry rejected", 3)
-	if bad["want"] != labelFault("") || bad["kept"] != "nothing" {
+	if bad["want"] != hostNamespaceFault("") || bad["kept"] != "nothing" {
 		t.Errorf("%v", bad)
 	}
 	waitMetrics(t, r, map[string]float64{`router_table_rejected_entries{object="directory ` + dir + `"}`: 3})
@@ -74,15 +74,15 @@ func TestRunNamespaceFromHost(t *testing.T) {
 		if err := json.Unmarshal([]byte(body), &o); err != nil || status != 200 || o.Namespace != one.namespace || o.Owner != one.owner || o.Why != one.why {
 			t.Errorf("/owner of %s is %d %s, want %s with %s", one.asked, status, body, one.namespace, one.owner)
 		}
-		if one.asked == upper && (len(o.Rejected) != 1 || o.Rejected[0].Key != upper || o.Rejected[0].Want != labelFault("")) {
+		if one.asked == upper && (len(o.Rejected) != 1 || o.Rejected[0].Key != upper || o.Rejected[0].Expected != hostNamespaceFault("")) {
 			t.Errorf("/owner of %s is %s, want the key that is rejected", one.asked, body)
 		}
 	}
 	for _, namespace := range []string{dotted + ".name", strings.Repeat("a", 64), ".."} {
 		status, body := r.get(t, "/owner?namespace="+namespace)
 		var no struct{ Error string }
-		if err := json.Unmarshal([]byte(body), &no); err != nil || status != 400 || !strings.HasSuffix(no.Error, ", want "+labelFault(namespace)) {
-			t.Errorf("/owner of %s is %d %s, want 400 with %s", namespace, status, body, labelFault(namespace))
+		if err := json.Unmarshal([]byte(body), &no); err != nil || status != 400 || !strings.HasSuffix(no.Error, ", want "+hostNamespaceFault(namespace)) {
+			t.Errorf("/owner of %s is %d %s, want 400 with %s", namespace, status, body, hostNamespaceFault(namespace))
 		}
 	}
 }
@@ -94,7 +94,7 @@ func (r *runningRouter) sayToHost(t *testing.T, host string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	conn, err := net.Dial("tcp", r.front)
+	conn, err := net.Dial("tcp", r.clientAddr)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -198,11 +198,11 @@ func TestFollowing(t *testing.T) {
 	if want := strings.ReplaceAll(want, "PORT", port); body != want {
 		t.Errorf("/backends is\n%s, want\n%s", body, want)
 	}
-	files, err := openFiles()
+	files, err := openFileLimit()
 	if err != nil {
 		t.Fatal(err)
 	}
-	waitMetrics(t, r, map[string]float64{`router_descriptors{kind="limit"}`: float64(files - notForClients(3))})
+	waitMetrics(t, r, map[string]float64{`router_descriptors{kind="limit"}`: float64(files - internalDescriptors(3))})
 
 	// A client of a backend that is not ready is held, until an edit gives its
 	// namespace to another.

@@ -43,17 +43,17 @@ func (a *admin) writeMetrics(w io.Writer) {
 	m := metricsWriter{w}
 	m.family("router_build_info", "gauge", "Always 1; the labels say which build this is.")
 	m.sample("router_build_info", 1, "version", version(), "goversion", runtime.Version())
-	m.single("router_ready", "gauge", "1 if /readyz says so.", boolean(len(a.notReady()) == 0))
+	m.single("router_ready", "gauge", "1 if /readyz says so.", boolToFloat(len(a.whyNotReady()) == 0))
 	a.writeSessions(m)
 	a.writeUpgrades(m)
 	a.writeTable(m)
-	if a.scale != nil {
-		a.writeScale(m)
+	if a.replicaWatcher != nil {
+		a.writeReplicas(m)
 	}
 	if a.configMaps != nil {
-		a.writeWatches(m)
+		a.writeWatchers(m)
 	}
-	m.single("router_log_lines_dropped_total", "counter", "Log lines that nobody took in time.", float64(a.dropped()))
+	m.single("router_log_lines_dropped_total", "counter", "Log lines that nobody took in time.", float64(a.droppedLogLines()))
 	m.single("go_goroutines", "gauge", "Goroutines.", float64(runtime.NumGoroutine()))
 	m.single("process_start_time_seconds", "gauge", "Start of the process, in seconds since the epoch.",
 		float64(a.started.UnixNano())/float64(time.Second))
@@ -64,7 +64,7 @@ func (a *admin) writeMetrics(w io.Writer) {
 func (a *admin) writeSessions(m metricsWriter) {
 	relay, name := a.proxy.relay, a.proxy.backends.name
 	counts := relay.counts()
-	if all := a.everyBackend(counts); len(all) > 0 {
+	if all := a.backendOrdinals(counts); len(all) > 0 {
 		m.family("router_sessions", "gauge", "Open sessions.")
 		for _, i := range all {
 			m.sample("router_sessions", float64(counts[i].open), "backend", name(i))
@@ -75,7 +75,7 @@ func (a *admin) writeSessions(m metricsWriter) {
 		}
 	}
 	m.family("router_sessions_ended_total", "counter", "Sessions that ended, by cause.")
-	for c := causeNone + 1; c < causes; c++ {
+	for c := causeNone + 1; c < numCauses; c++ {
 		m.sample("router_sessions_ended_total", float64(relay.ended[c].Load()), "cause", c.String())
 	}
 	m.family("router_sessions_cut_total", "counter", "Sessions of which not both sides answered their Close frames in time, by cause.")
@@ -83,26 +83,26 @@ func (a *admin) writeSessions(m metricsWriter) {
 		m.sample("router_sessions_cut_total", float64(relay.cut[c].Load()), "cause", c.String())
 	}
 	m.single("router_sessions_to_move", "gauge", "Open sessions whose owner has changed and whose turn is to come.",
-		float64(a.proxy.moves.waiting.Load()))
+		float64(a.proxy.mover.pendingSessions.Load()))
 	bytes := relay.bytes()
 	m.family("router_bytes_total", "counter", "Bytes carried after the handshakes.")
-	m.sample("router_bytes_total", float64(bytes[client]), "direction", "to_backend")
-	m.sample("router_bytes_total", float64(bytes[server]), "direction", "to_client")
+	m.sample("router_bytes_total", float64(bytes[clientSide]), "direction", "to_backend")
+	m.sample("router_bytes_total", float64(bytes[backendSide]), "direction", "to_client")
 }
 
 func (a *admin) writeUpgrades(m metricsWriter) {
 	m.family("router_upgrades_total", "counter", "Upgrade requests, by what became of them.")
-	for r := range results {
+	for r := range numResults {
 		m.sample("router_upgrades_total", float64(a.proxy.results[r].Load()), "result", r.String())
 	}
-	under, _ := a.proxy.waiting.taken(0)
+	pending, _ := a.proxy.pendingUpgrades.inUse(0)
 	m.single("router_upgrades_waiting", "gauge", "Upgrades under way: held, dialled or in the handshake.",
-		float64(under))
-	used, limit, full := a.gate.state()
+		float64(pending))
+	used, limit, full := a.fdLimit.usage()
 	m.family("router_descriptors", "gauge", "Descriptors that clients and their sessions may need, and may have.")
 	m.sample("router_descriptors", float64(used), "kind", "used")
 	m.sample("router_descriptors", float64(limit), "kind", "limit")
-	m.single("router_accept_paused", "gauge", "1 if clients wait, in the kernel's backlog, for descriptors.", boolean(full))
+	m.single("router_accept_paused", "gauge", "1 if clients wait, in the kernel's backlog, for descriptors.", boolToFloat(full))
 }
 
 // writeTable writes the table in force, if there is one.
@@ -113,19 +113,19 @@ func (a *admin) writeTable(m metricsWriter) {
 		return
 	}
 	m.family("router_table_info", "gauge", "Always 1; the labels say which table is in force.")
-	m.sample("router_table_info", 1, "source", t.source(), "version", t.version, "stamp", t.stamp)
+	m.sample("router_table_info", 1, "source", t.sourceName(), "version", t.version, "stamp", t.stamp)
 	m.single("router_table_overrides", "gauge", "Overrides in force.", float64(t.overrides))
 	m.single("router_table_backends", "gauge", "Backends that namespaces are hashed over.", float64(t.backends.count))
 	m.family("router_table_rejected_entries", "gauge", "Entries that cannot be read.")
-	for i, e := range t.sources {
-		m.sample("router_table_rejected_entries", float64(t.rejected[i]), "object", e.source)
+	for i, src := range t.sources {
+		m.sample("router_table_rejected_entries", float64(t.rejected[i]), "object", src.source)
 	}
 	m.single("router_table_conflicts", "gauge", "Namespaces that objects give to different backends.", float64(t.conflicts))
 }
 
-// writeScale writes what is known of the StatefulSet and its pods.
-func (a *admin) writeScale(m metricsWriter) {
-	if replicas, known := a.scale.replicas(); known {
+// writeReplicas writes what is known of the StatefulSet and its pods.
+func (a *admin) writeReplicas(m metricsWriter) {
+	if replicas, known := a.replicaWatcher.specReplicas(); known {
 		m.single("router_statefulset_replicas", "gauge", "Backends that the StatefulSet is to have, with namespaces or not yet.",
 			float64(replicas))
 	}
@@ -136,40 +136,40 @@ func (a *admin) writeScale(m metricsWriter) {
 	m.family("router_backend_ready", "gauge", "1 if the backend is ready for new sessions, as far as is known.")
 	for i := range t.backends.count {
 		ordinal := t.backends.first + i
-		ready, known := a.scale.pods.ready(ordinal)
-		m.sample("router_backend_ready", boolean(ready || !known), "backend", t.name(ordinal))
+		ready, known := a.replicaWatcher.endpoints.isReady(ordinal)
+		m.sample("router_backend_ready", boolToFloat(ready || !known), "backend", t.name(ordinal))
 	}
 }
 
-// watched is a watcher of any kind.
-type watched interface {
-	what() string
-	now() watchStatus
+// objectWatcher is a watcher of any kind.
+type objectWatcher interface {
+	String() string
+	snapshot() watchStatus
 }
 
-// watches are all that there are.
-func (a *admin) watches() (all []watched) {
+// watchers are all that there are.
+func (a *admin) watchers() (all []objectWatcher) {
 	for _, w := range a.configMaps.watchers {
 		all = append(all, w)
 	}
-	if a.scale != nil {
-		all = append(all, a.scale.watcher, a.scale.pods.watcher)
+	if a.replicaWatcher != nil {
+		all = append(all, a.replicaWatcher.watcher, a.replicaWatcher.endpoints.watcher)
 	}
 	return all
 }
 
-// writeWatches writes how the API server's objects are followed.
-func (a *admin) writeWatches(m metricsWriter) {
-	all := a.watches()
+// writeWatchers writes how the API server's objects are followed.
+func (a *admin) writeWatchers(m metricsWriter) {
+	all := a.watchers()
 	each := func(name, help string, write func(object string, s watchStatus)) {
 		m.family(name, "gauge", help)
 		for _, w := range all {
-			write(w.what(), w.now())
+			write(w.String(), w.snapshot())
 		}
 	}
 	each("router_watch_state", "1 for the state that the watch is in.", func(object string, s watchStatus) {
 		for _, state := range []string{stateListing, stateConnecting, stateWatching, stateWaiting} {
-			m.sample("router_watch_state", boolean(s.state == state), "object", object, "state", state)
+			m.sample("router_watch_state", boolToFloat(s.state == state), "object", object, "state", state)
 		}
 	})
 	each("router_watch_staleness_seconds", "Time since the API server last said how things are, +Inf if it never did.",
@@ -181,7 +181,7 @@ func (a *admin) writeWatches(m metricsWriter) {
 			m.sample("router_watch_staleness_seconds", age, "object", object)
 		})
 	each("router_watch_failures_in_row", "LIST and WATCH cycles that failed since the last good one.", func(object string, s watchStatus) {
-		m.sample("router_watch_failures_in_row", float64(s.fails), "object", object)
+		m.sample("router_watch_failures_in_row", float64(s.failures), "object", object)
 	})
 	each("router_watch_last_error", "Always 1; the label says what failed since the last good cycle.", func(object string, s watchStatus) {
 		m.sample("router_watch_last_error", 1, "object", object, "class", errorClass(s.failure))
@@ -189,7 +189,7 @@ func (a *admin) writeWatches(m metricsWriter) {
 	each("router_watch_info", "Always 1; the label says what the API server last answered with.", func(object string, s watchStatus) {
 		m.sample("router_watch_info", 1, "object", object, "protocol", s.protocol)
 	})
-	objects := a.configMaps.watched()
+	objects := a.configMaps.watchedObjects()
 	if len(objects) == 0 {
 		return
 	}
@@ -199,11 +199,11 @@ func (a *admin) writeWatches(m metricsWriter) {
 	}
 	m.family("router_watch_object_absent", "gauge", "1 if there is no such object.")
 	for _, o := range objects {
-		m.sample("router_watch_object_absent", boolean(o.absent), "object", o.object)
+		m.sample("router_watch_object_absent", boolToFloat(o.absent), "object", o.object)
 	}
 }
 
-func boolean(b bool) float64 {
+func boolToFloat(b bool) float64 {
 	if b {
 		return 1
 	}

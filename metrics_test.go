@@ -141,10 +141,10 @@ func TestMetricsOfASession(t *testing.T) {
 		`router_log_lines_dropped_total`: 0, `router_accept_paused`: 0, `router_descriptors{kind="used"}`: 0,
 	})
 	zero := map[string]float64{}
-	for r := range results {
+	for r := range numResults {
 		zero[`router_upgrades_total{result="`+r.String()+`"}`] = 0
 	}
-	for c := causeNone + 1; c < causes; c++ {
+	for c := causeNone + 1; c < numCauses; c++ {
 		zero[`router_sessions_ended_total{cause="`+c.String()+`"}`] = 0
 	}
 	if lacks := before.lacks(zero); lacks != "" {
@@ -159,7 +159,7 @@ func TestMetricsOfASession(t *testing.T) {
 	})
 	ws.Close()
 	cause := r.log.wait(t, "session ended", 1)["cause"].(string) // either side may be the first: the backend answers a Close
-	resp, err := http.Get("http://" + r.front + "/ws/ns-01")
+	resp, err := http.Get("http://" + r.clientAddr + "/ws/ns-01")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -224,7 +224,7 @@ func TestMetricsEscapeLabels(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			a, update := adminOf(t, "127.0.0.1:1")
-			update(entries{source: tt.source, version: tt.source})
+			update(sourceContent{source: tt.source, version: tt.source})
 			var out strings.Builder
 			a.writeMetrics(&out)
 			e, err := parseExposition(out.String())
@@ -240,7 +240,7 @@ func TestMetricsEscapeLabels(t *testing.T) {
 
 func TestMetricsOfMoves(t *testing.T) {
 	a, _ := adminOf(t, "127.0.0.1:1")
-	a.proxy.moves.waiting.Store(3)
+	a.proxy.mover.pendingSessions.Store(3)
 	a.proxy.relay.cut[causeMoved].Store(4)
 	a.proxy.relay.cut[causeDrain].Store(5)
 	var out strings.Builder

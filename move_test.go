@@ -48,7 +48,7 @@ func TestMoveExactlyThose(t *testing.T) {
 		defer mustRead(t, conn, "pong")
 		defer mustWrite(t, conn, "pong")
 	}
-	p.router.update(entries{source: "test", version: "42", data: pack(after)})
+	p.router.update(sourceContent{source: "test", version: "42", overrides: newOverrideSet(after)})
 	for _, conn := range leaving {
 		mustFrames(t, conn, false, restarts)
 		conn.Close()
@@ -71,14 +71,14 @@ func (p *testProxy) waitMoved(t *testing.T, n int) {
 
 // A table that is swapped between the handshake and the hand-over does not
 // leave a session behind with its old owner.
-func TestMoveAtHandOver(t *testing.T) {
+func TestMoveAtSessionStart(t *testing.T) {
 	p := startProxy(t, []string{"127.0.0.1:1", "127.0.0.1:1"}, map[string]string{"ns-01": "backend-0"}, nil)
-	p.router.update(entries{source: "test", version: "42", data: pack(map[string]string{"ns-01": "backend-1"})})
+	p.router.update(sourceContent{source: "test", version: "42", overrides: newOverrideSet(map[string]string{"ns-01": "backend-1"})})
 	client, clientFar := tcpPair(t)
 	server, serverFar := tcpPair(t)
-	p.waiting.add(0, 1)
+	p.pendingUpgrades.add(0, 1)
 	s := newSession("ns-01", 0, "")
-	p.handOver(s, func() { p.relay.carry(s, [2]net.Conn{clientFar, server}, [2][]byte{}) })
+	p.startSession(s, func() { p.relay.startSession(s, [2]net.Conn{clientFar, server}, [2][]byte{}) })
 	mustFrames(t, serverFar, true, goesAway)
 	serverFar.Close()
 	mustFrames(t, client, false, restarts)
@@ -106,7 +106,7 @@ func moveToAnotherPod(t *testing.T, old func(net.Conn, *bufio.Reader), request s
 	var relay atomic.Pointer[relay]
 	first := startStub(t, "127.0.0.1:0", old)
 	second := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
-		if relay.Load().leftBehind("ns-01") != nil {
+		if relay.Load().oldPodSessionsDone("ns-01") != nil {
 			io.WriteString(conn, "HTTP/1.1 404 Not Found\r\n\r\n") // to ns-02
 		} else {
 			echo(conn, br)
@@ -114,22 +114,22 @@ func moveToAnotherPod(t *testing.T, old func(net.Conn, *bufio.Reader), request s
 	})
 	p := startProxy(t, []string{"127.0.0.1:1"}, map[string]string{}, func(p *proxy) {
 		relay.Store(p.relay)
-		p.relay.closing = time.Second
-		p.backends.pod = func(int) string { return []string{"a", "b"}[now.Load()] }
-		p.backends.locate = func(context.Context, int) (string, error) { return []string{first.addr, second.addr}[now.Load()], nil }
+		p.relay.closeTimeout = time.Second
+		p.backends.podUID = func(int) string { return []string{"a", "b"}[now.Load()] }
+		p.backends.resolve = func(context.Context, int) (string, error) { return []string{first.addr, second.addr}[now.Load()], nil }
 	})
-	if p.relay.replace(map[int]string{0: "a"}) {
+	if p.relay.setPods(map[int]string{0: "a"}) {
 		t.Error("a pod that is heard of first is another")
 	}
 	conn, _, _ := p.ask(t, request)
 	for p.relay.size() == 0 {
 		<-time.After(time.Millisecond)
 	}
-	if !p.relay.replace(map[int]string{0: "b"}) || p.relay.replace(map[int]string{0: "b"}) {
+	if !p.relay.setPods(map[int]string{0: "b"}) || p.relay.setPods(map[int]string{0: "b"}) {
 		t.Error("a pod that is another is not, or is twice")
 	}
 	now.Store(1)
-	if n := p.relay.counts()[0]; n.open != 1 || n.behind != 1 {
+	if n := p.relay.counts()[0]; n.open != 1 || n.onOldPod != 1 {
 		t.Errorf("%+v, want one session, which is behind", n)
 	}
 	held, _ := net.Dial("tcp", p.addr)
@@ -142,7 +142,7 @@ func moveToAnotherPod(t *testing.T, old func(net.Conn, *bufio.Reader), request s
 	if heads := second.heads(); len(heads) != 1 {
 		t.Errorf("the new pod was asked by %q, want ns-02 only", heads)
 	}
-	p.moves.check()
+	p.mover.ownersChanged()
 	mustFrames(t, conn, false, restarts)
 	conn.Close()
 	mustAnswer(t, held, 101)
@@ -152,8 +152,8 @@ func moveToAnotherPod(t *testing.T, old func(net.Conn, *bufio.Reader), request s
 			t.Fatalf("%+v, want one session, with the new pod", p.relay.counts()[0])
 		}
 	}
-	p.relay.replace(map[int]string{0: "c"})
-	if n := p.relay.counts()[0]; n.behind != 1 {
+	p.relay.setPods(map[int]string{0: "c"})
+	if n := p.relay.counts()[0]; n.onOldPod != 1 {
 		t.Errorf("%+v, want the session to know that its pod is b", n)
 	}
 }
@@ -162,20 +162,20 @@ func moveToAnotherPod(t *testing.T, old func(net.Conn, *bufio.Reader), request s
 func TestMoveBeforeTheTable(t *testing.T) {
 	b := startStub(t, "127.0.0.1:0", echo)
 	p := startProxy(t, []string{b.addr, b.addr}, nil, nil)
-	p.relay.replace(map[int]string{0: "a"})
+	p.relay.setPods(map[int]string{0: "a"})
 	for range 2 { // when the second is taken, the first was dealt with
-		if p.moves.check(); !p.relay.replace(map[int]string{0: "b"}) {
-			p.relay.replace(map[int]string{0: "a"})
+		if p.mover.ownersChanged(); !p.relay.setPods(map[int]string{0: "b"}) {
+			p.relay.setPods(map[int]string{0: "a"})
 		}
-		for end := time.Now().Add(patience); len(p.moves.wake) > 0; <-time.After(time.Millisecond) {
+		for end := time.Now().Add(patience); len(p.mover.wake) > 0; <-time.After(time.Millisecond) {
 			if time.Now().After(end) {
 				t.Fatal("the mover looks no more")
 			}
 		}
 	}
-	p.router.update(entries{source: "test", version: "1", data: pack(map[string]string{"ns-01": "backend-0"})})
+	p.router.update(sourceContent{source: "test", version: "1", overrides: newOverrideSet(map[string]string{"ns-01": "backend-0"})})
 	p.open(t, "ns-01")
-	p.router.update(entries{source: "test", version: "2", data: pack(map[string]string{"ns-01": "backend-1"})})
+	p.router.update(sourceContent{source: "test", version: "2", overrides: newOverrideSet(map[string]string{"ns-01": "backend-1"})})
 	p.waitMoved(t, 1)
 }
 
@@ -187,20 +187,20 @@ func replaced(t *testing.T, change func(*proxy)) (p *testProxy, old *net.TCPConn
 	var now atomic.Int32 // which of the pods is the backend
 	stubs := []*stubBackend{startStub(t, "127.0.0.1:0", echo), startStub(t, "127.0.0.1:0", echo), startStub(t, "127.0.0.1:0", echo)}
 	p = startProxy(t, []string{"127.0.0.1:1", stubs[2].addr}, map[string]string{"ns-01": "backend-0"}, func(p *proxy) {
-		p.moves.settle = time.Hour
-		p.backends.pod = func(i int) string { return []string{[]string{"a", "b"}[now.Load()], "z"}[i] }
-		p.backends.locate = func(_ context.Context, i int) (string, error) {
+		p.mover.settleTime = time.Hour
+		p.backends.podUID = func(i int) string { return []string{[]string{"a", "b"}[now.Load()], "z"}[i] }
+		p.backends.resolve = func(_ context.Context, i int) (string, error) {
 			return []string{stubs[now.Load()].addr, stubs[2].addr}[i], nil
 		}
 		if change != nil {
 			change(p)
 		}
 	})
-	p.relay.replace(map[int]string{0: "a", 1: "z"})
+	p.relay.setPods(map[int]string{0: "a", 1: "z"})
 	old, _, _ = p.ask(t, upgradeRequest("/ws/ns-01"))
 	p.waitSessions(t, 1)
-	p.waitWaiting(t, 0)
-	p.relay.replace(map[int]string{0: "b"})
+	p.waitPending(t, 0)
+	p.relay.setPods(map[int]string{0: "b"})
 	now.Store(1)
 	return p, old, stubs[1], stubs[2]
 }
@@ -215,7 +215,7 @@ func (p *testProxy) hang(t *testing.T, request string) net.Conn {
 	t.Cleanup(func() { held.Close() })
 	mustWrite(t, held, request)
 	stacks := make([]byte, 1<<20)
-	for end := time.Now().Add(patience); !bytes.Contains(stacks[:runtime.Stack(stacks, true)], []byte(".awaitOld(")); <-time.After(time.Millisecond) {
+	for end := time.Now().Add(patience); !bytes.Contains(stacks[:runtime.Stack(stacks, true)], []byte(".waitForOldPod(")); <-time.After(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("the upgrade does not wait for the old pod")
 		}
@@ -226,13 +226,13 @@ func (p *testProxy) hang(t *testing.T, request string) net.Conn {
 // An upgrade waits for an old pod for as long as for an owner that is not ready.
 func TestHoldEndsWhileTheOldPodStays(t *testing.T) {
 	both(t, func(t *testing.T, request string) {
-		p, old, _, _ := replaced(t, func(p *proxy) { p.limits.hold = 300 * time.Millisecond })
+		p, old, _, _ := replaced(t, func(p *proxy) { p.limits.holdTimeout = 300 * time.Millisecond })
 		t.Cleanup(func() { old.Close() })
 		_, _, resp := p.ask(t, request)
 		body, _ := io.ReadAll(resp.Body)
-		p.mustTell(t, resp.StatusCode, string(body), "has a session with the pod that backend-0 was")
+		p.mustRefuse(t, resp.StatusCode, string(body), "has a session with the pod that backend-0 was")
 		p.waitResult(t, resultHoldTimeout)
-		p.waitWaiting(t, 0)
+		p.waitPending(t, 0)
 	})
 }
 
@@ -242,7 +242,7 @@ func TestMoveOfWhoWaitsForTheOldPod(t *testing.T) {
 	both(t, func(t *testing.T, request string) {
 		p, old, fresh, other := replaced(t, nil)
 		held := p.hang(t, request)
-		p.router.update(entries{source: "test", version: "42", data: pack(map[string]string{"ns-01": "backend-1"})})
+		p.router.update(sourceContent{source: "test", version: "42", overrides: newOverrideSet(map[string]string{"ns-01": "backend-1"})})
 		old.Close()
 		mustAnswer(t, held, 101)
 		if n := fresh.heads(); len(n) != 0 {
@@ -257,20 +257,20 @@ func TestMoveOfWhoWaitsForTheOldPod(t *testing.T) {
 // A session that its old pod has ended is no reason to wait, nor is it moved.
 func TestMoveAfterTheOldPod(t *testing.T) {
 	p := startProxy(t, []string{"127.0.0.1:1"}, map[string]string{}, nil)
-	p.relay.replace(map[int]string{0: "a"})
+	p.relay.setPods(map[int]string{0: "a"})
 	client, clientFar := tcpPair(t)
 	backend, backendFar := tcpPair(t)
 	s := newSession("ns-01", 0, "")
-	s.pod = "a"
-	p.relay.carry(s, [2]net.Conn{clientFar, backend}, [2][]byte{})
+	s.podUID = "a"
+	p.relay.startSession(s, [2]net.Conn{clientFar, backend}, [2][]byte{})
 	backendFar.CloseWrite()
-	for end := time.Now().Add(patience); !s.letGo.Load(); <-time.After(time.Millisecond) {
+	for end := time.Now().Add(patience); !s.podDone.Load(); <-time.After(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("the end of the backend is not known")
 		}
 	}
-	p.relay.replace(map[int]string{0: "b"})
-	if p.relay.leftBehind("ns-01") != nil || p.moves.misplaced(s) {
+	p.relay.setPods(map[int]string{0: "b"})
+	if p.relay.oldPodSessionsDone("ns-01") != nil || p.mover.shouldMove(s) {
 		t.Error("the session is behind, want it to end by itself")
 	}
 	client.Close()
@@ -283,13 +283,13 @@ type moveTest struct {
 	started time.Time
 
 	// Guarded by relay.mu.
-	parted []parted
+	closed []closedSession
 	absent map[int]bool // backends that take no connection
 	dials  map[int]int  // by backend
 }
 
-// parted is one session that was made to part.
-type parted struct {
+// closedSession is one session that was made to part.
+type closedSession struct {
 	*session
 	at time.Duration // since the start
 }
@@ -301,9 +301,9 @@ func movesIn(t *testing.T, rate, each int, data map[string]string, play func(t *
 		m := &moveTest{log: newLogTail(), started: time.Now(), absent: map[int]bool{}, dials: map[int]int{}}
 		log := slog.New(slog.NewJSONHandler(m.log, nil))
 		relay := newRelay(func(i int) string { return backendName("backend", i) }, log)
-		router := &router{statefulSet: "backend", backends: ordinals{count: 5}, log: slog.New(slog.DiscardHandler), swapped: func() {}}
+		router := &router{statefulSet: "backend", backends: ordinals{count: 5}, log: slog.New(slog.DiscardHandler), onSwap: func() {}}
 		m.mover = newMover(router, relay, rate, m.dial, log)
-		m.settle, m.part = 500*time.Millisecond, m.parts
+		m.settleTime, m.closeSession = 500*time.Millisecond, m.recordClose
 		m.table(data)
 		for namespace := range data {
 			owner, _ := router.table().owner(namespace)
@@ -311,7 +311,7 @@ func movesIn(t *testing.T, rate, each int, data map[string]string, play func(t *
 				relay.add(&session{namespace: namespace, backend: owner})
 			}
 		}
-		router.swapped = m.check
+		router.onSwap = m.ownersChanged
 		ctx, cancel := context.WithCancel(t.Context())
 		var running sync.WaitGroup
 		running.Go(func() { m.run(ctx) })
@@ -343,14 +343,14 @@ func (m *moveTest) dialsOf(backend int) int {
 	return m.dials[backend]
 }
 
-// parts ends the session 100 ms later, and is refused if it ends already.
-func (m *moveTest) parts(s *session, done func(cut bool)) bool {
+// recordClose ends the session 100 ms later, and is refused if it ends already.
+func (m *moveTest) recordClose(s *session, done func(cut bool)) bool {
 	m.relay.mu.Lock()
 	defer m.relay.mu.Unlock()
-	if !s.blame(causeMoved) {
+	if !s.setCause(causeMoved) {
 		return false
 	}
-	m.parted = append(m.parted, parted{s, time.Since(m.started)})
+	m.closed = append(m.closed, closedSession{s, time.Since(m.started)})
 	time.AfterFunc(100*time.Millisecond, func() { done(len(s.namespace) > 5) })
 	return true
 }
@@ -358,16 +358,16 @@ func (m *moveTest) parts(s *session, done func(cut bool)) bool {
 // table puts overrides in force.
 func (m *moveTest) table(data map[string]string) {
 	version := fmt.Sprint(m.router.swaps.Load())
-	m.router.update(entries{source: "test", version: version, data: pack(data)})
+	m.router.update(sourceContent{source: "test", version: version, overrides: newOverrideSet(data)})
 }
 
 // after waits, and returns the sessions that have parted by then.
-func (m *moveTest) after(wait time.Duration) []parted {
+func (m *moveTest) after(wait time.Duration) []closedSession {
 	time.Sleep(wait)
 	synctest.Wait()
 	m.relay.mu.Lock()
 	defer m.relay.mu.Unlock()
-	return slices.Clone(m.parted)
+	return slices.Clone(m.closed)
 }
 
 // pinned gives n namespaces to one backend.
@@ -432,7 +432,7 @@ func TestMovePace(t *testing.T) {
 				}
 				interval, late := time.Second/time.Duration(c.rate), 0
 				for i, s := range all {
-					want := m.settle + time.Duration(i)*interval
+					want := m.settleTime + time.Duration(i)*interval
 					if s.at < want || s.at > want+interval/2+paceTick {
 						t.Fatalf("session %d moved after %s, want %s", i, s.at, want)
 					}
@@ -479,10 +479,10 @@ func TestPaceCatchesUp(t *testing.T) {
 	begun := time.Unix(1000, 0)
 	for behind, want := range map[time.Duration]int{0: 1, 500 * time.Millisecond: 51, time.Hour: 101} {
 		p := pace{interval: 10 * time.Millisecond}
-		p.begin(begun)
+		p.start(begun)
 		now, done := begun.Add(behind), 0
-		for !p.slot.After(now) && done < 1000 {
-			p.took(now)
+		for !p.scheduled.After(now) && done < 1000 {
+			p.advance(now)
 			done++
 		}
 		if done < want || done > want+1 {
@@ -496,16 +496,16 @@ func TestPaceCatchesUp(t *testing.T) {
 func TestMoveTakenBack(t *testing.T) {
 	before, after := with(pinned(1, 0), "other", 1), with(pinned(1, 1), "other", 0)
 	movesIn(t, 10, 50, before, func(t *testing.T, m *moveTest) {
-		var told []moved
-		m.told = func(r moved) { told = append(told, r) }
+		var told []moveResult
+		m.onFinished = func(r moveResult) { told = append(told, r) }
 		m.table(after)
-		if got := m.after(700 * time.Millisecond); len(got) < 2 || len(got) > 3 || m.waiting.Load() != int64(100-len(got)) {
-			t.Errorf("%d moved and %d wait, want 2 or 3 and the rest", len(got), m.waiting.Load())
+		if got := m.after(700 * time.Millisecond); len(got) < 2 || len(got) > 3 || m.pendingSessions.Load() != int64(100-len(got)) {
+			t.Errorf("%d moved and %d wait, want 2 or 3 and the rest", len(got), m.pendingSessions.Load())
 		}
 		m.table(before)
 		moved := len(m.after(0))
-		if got := len(m.after(time.Minute)); got != moved || m.waiting.Load() != 0 {
-			t.Errorf("%d moved before it was taken back and %d after, %d wait", moved, got-moved, m.waiting.Load())
+		if got := len(m.after(time.Minute)); got != moved || m.pendingSessions.Load() != 0 {
+			t.Errorf("%d moved before it was taken back and %d after, %d wait", moved, got-moved, m.pendingSessions.Load())
 		}
 		wantLine(t, m.log.all("moved"), 1, map[string]any{"version": "1", "sessions": float64(moved), "cancelled": float64(100 - moved)})
 		if len(told) != 1 || told[0].sessions != moved || told[0].cancelled != 100-moved || told[0].time == 0 {
@@ -516,7 +516,7 @@ func TestMoveTakenBack(t *testing.T) {
 
 // What an edit gives a third owner before its turn goes there, with the wave that
 // it was in; a second wave has a receipt of its own, and both share the pace.
-func TestMoveTwoWaves(t *testing.T) {
+func TestMoveTwoBatches(t *testing.T) {
 	data := with(pinned(1, 0), "other", 2)
 	movesIn(t, 10, 20, data, func(t *testing.T, m *moveTest) {
 		m.table(with(data, "ns-00", 1))
@@ -546,8 +546,8 @@ func TestMoveWaitsForTheOwner(t *testing.T) {
 		m.setAbsent(1, true)
 		m.table(with(with(data, "ns-00", 1), "other-one", 2))
 		all := m.after(20 * time.Second)
-		if len(all) != 5 || all[0].namespace != "other-one" || all[4].namespace != "other-one" || m.waiting.Load() != 5 {
-			t.Fatalf("%d moved and %d wait, want those to backend-2 and 5", len(all), m.waiting.Load())
+		if len(all) != 5 || all[0].namespace != "other-one" || all[4].namespace != "other-one" || m.pendingSessions.Load() != 5 {
+			t.Fatalf("%d moved and %d wait, want those to backend-2 and 5", len(all), m.pendingSessions.Load())
 		}
 		if dials := m.dialsOf(1); dials < 6 || dials > 15 {
 			t.Errorf("backend-1 was dialled %d times in 20 s, want it with a back-off", dials)
@@ -556,15 +556,15 @@ func TestMoveWaitsForTheOwner(t *testing.T) {
 		wantLine(t, m.log.all("moved"), 0, nil)
 		for _, s := range m.relay.sessions {
 			if s.namespace == "ns-00" {
-				s.blame(causeClient) // one ends by itself
+				s.setCause(causeClient) // one ends by itself
 				break
 			}
 		}
-		if m.after(newOwnerMost * 3 / 2); m.waiting.Load() != 4 {
-			t.Errorf("%d wait, want 4", m.waiting.Load())
+		if m.after(maxTargetRetry * 3 / 2); m.pendingSessions.Load() != 4 {
+			t.Errorf("%d wait, want 4", m.pendingSessions.Load())
 		}
 		m.setAbsent(1, false)
-		if all = m.after(newOwnerMost * 3 / 2); len(all) != 9 {
+		if all = m.after(maxTargetRetry * 3 / 2); len(all) != 9 {
 			t.Errorf("%d moved, want 9", len(all))
 		}
 		time.Sleep(time.Second)
@@ -580,8 +580,8 @@ func TestMoveToWhoIsWaitedFor(t *testing.T) {
 		m.table(with(with(data, "ns-00", 1), "other", 3))
 		moved := len(m.after(time.Second))
 		m.table(with(with(data, "ns-00", 3), "other", 3))
-		if got := len(m.after(time.Minute)); moved == 0 || got != moved || m.waiting.Load() != int64(40-moved) {
-			t.Errorf("%d moved and then %d more, %d wait; want some, none and the rest", moved, got-moved, m.waiting.Load())
+		if got := len(m.after(time.Minute)); moved == 0 || got != moved || m.pendingSessions.Load() != int64(40-moved) {
+			t.Errorf("%d moved and then %d more, %d wait; want some, none and the rest", moved, got-moved, m.pendingSessions.Load())
 		}
 	})
 }
@@ -595,8 +595,8 @@ func TestMoveForgetsTheOwner(t *testing.T) {
 		m.table(pinned(1, 0))
 		m.after(time.Second)
 		dials := m.dialsOf(1)
-		if all := m.after(time.Minute); len(all) != 0 || m.dialsOf(1) != dials || m.waiting.Load() != 0 {
-			t.Errorf("%d moved, %d dials more, %d wait; want none", len(all), m.dialsOf(1)-dials, m.waiting.Load())
+		if all := m.after(time.Minute); len(all) != 0 || m.dialsOf(1) != dials || m.pendingSessions.Load() != 0 {
+			t.Errorf("%d moved, %d dials more, %d wait; want none", len(all), m.dialsOf(1)-dials, m.pendingSessions.Load())
 		}
 		wantLine(t, m.log.all("moved"), 1, map[string]any{"sessions": 0.0, "cancelled": 5.0})
 	})
@@ -610,7 +610,7 @@ func TestMoveSkipsWhatEnds(t *testing.T) {
 		m.after(600 * time.Millisecond)
 		left := 0
 		for _, s := range m.relay.sessions {
-			if left < 10 && s.blame(causeClient) {
+			if left < 10 && s.setCause(causeClient) {
 				left++
 			}
 		}
@@ -627,12 +627,12 @@ func TestMoveSkipsWhatEnds(t *testing.T) {
 func TestMoveSkipsWhatCannotPart(t *testing.T) {
 	movesIn(t, 0, 5, pinned(1, 0), func(t *testing.T, m *moveTest) {
 		first := true
-		m.part = func(s *session, done func(bool)) bool {
+		m.closeSession = func(s *session, done func(bool)) bool {
 			if first {
-				s.blame(causeClient)
+				s.setCause(causeClient)
 			}
 			first = false
-			return m.parts(s, done)
+			return m.recordClose(s, done)
 		}
 		m.table(pinned(1, 1))
 		if all := m.after(time.Minute); len(all) != 4 {
@@ -664,13 +664,13 @@ func TestDrain(t *testing.T) {
 	r := quietRelay(t)
 	var reads []<-chan string
 	for range sessions {
-		reads = append(reads, leaving(carried(t, r, 0, nil, nil)))
+		reads = append(reads, leaving(startedSession(t, r, 0, nil, nil)))
 	}
 	begun := time.Now()
 	if ended := drain(t.Context(), r, over); ended != sessions {
 		t.Errorf("%d ended, want %d", ended, sessions)
 	}
-	if took := time.Since(begun); took < 3*over/4 || took > closeTime/2 {
+	if took := time.Since(begun); took < 3*over/4 || took > closeTimeout/2 {
 		t.Errorf("drained in %s, want it spread over %s", took, over)
 	}
 	for _, read := range reads {
@@ -687,12 +687,12 @@ func TestDrain(t *testing.T) {
 func TestDrainGivenUp(t *testing.T) {
 	r := quietRelay(t)
 	for range 20 {
-		carried(t, r, 0, nil, nil)
+		startedSession(t, r, 0, nil, nil)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
 	begun := time.Now()
-	if ended := drain(ctx, r, time.Hour); ended != 20 || time.Since(begun) > closeTime/2 {
+	if ended := drain(ctx, r, time.Hour); ended != 20 || time.Since(begun) > closeTimeout/2 {
 		t.Errorf("%d ended in %s, want 20 at once", ended, time.Since(begun))
 	}
 }

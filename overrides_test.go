@@ -12,7 +12,7 @@ import (
 )
 
 // unpack is the reverse of pack.
-func unpack(p *packed) map[string]string {
+func unpack(p *overrideSet) map[string]string {
 	data := map[string]string{}
 	for r := range p.all() {
 		data[string(r.namespace)] = p.value(r)
@@ -20,12 +20,12 @@ func unpack(p *packed) map[string]string {
 	return data
 }
 
-func TestPack(t *testing.T) {
+func TestOverrideSet(t *testing.T) {
 	long := strings.Repeat("x", 1000)
 	tests := map[string]struct{ data, want map[string]string }{
 		"nothing":         {nil, map[string]string{}},
 		"spaces":          {map[string]string{"a": " backend-1\r\n", "b": " \t"}, map[string]string{"a": "backend-1", "b": ""}},
-		"long":            {map[string]string{"a": long, long: "b"}, map[string]string{"a": long[:maxValue], long[:maxName]: "b"}},
+		"long":            {map[string]string{"a": long, long: "b"}, map[string]string{"a": long[:maxValueBytes], long[:maxNamespaceBytes]: "b"}},
 		"odd names":       {map[string]string{"": "a", "..": "b", "\xff": "c"}, map[string]string{"": "a", "..": "b", "\xff": "c"}},
 		"253 and 254":     {map[string]string{long[:253]: "a", long[:254]: "b"}, map[string]string{long[:253]: "a", long[:254]: "b"}},
 		"the same hash":   {map[string]string{"c184": "1", "caeb8": "2"}, map[string]string{"c184": "1", "caeb8": "2"}},
@@ -33,22 +33,22 @@ func TestPack(t *testing.T) {
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
-			p := pack(tt.data)
+			p := newOverrideSet(tt.data)
 			if got := unpack(p); !maps.Equal(got, tt.want) || p.count != len(tt.data) {
 				t.Errorf("%d entries %v, want %v", p.count, got, tt.want)
 			}
-			if !slices.IsSortedFunc(slices.Collect(p.all()), record.compare) {
+			if !slices.IsSortedFunc(slices.Collect(p.all()), override.compare) {
 				t.Error("not in order")
 			}
 			for r := range p.all() {
 				name, want := string(r.namespace), uint32(0)
-				if namespaceFault(name) != "" {
-					want = oddPath
-				} else if labelFault(name) != "" {
-					want = oddHost
+				if pathNamespaceFault(name) != "" {
+					want = invalidForPath
+				} else if hostNamespaceFault(name) != "" {
+					want = invalidForHost
 				}
-				if r.odd != want {
-					t.Errorf("%q is marked with %d, want %d", name, r.odd, want)
+				if r.invalidFor != want {
+					t.Errorf("%q is marked with %d, want %d", name, r.invalidFor, want)
 				}
 			}
 		})
@@ -56,7 +56,7 @@ func TestPack(t *testing.T) {
 }
 
 // What packing takes depends on the entries, not on what their values look like.
-func TestPackJSONMemory(t *testing.T) {
+func TestOverrideSetMemory(t *testing.T) {
 	values := map[string]string{
 		"commas": strings.Repeat(",", 1<<20),
 		"colons": strings.Repeat(`:`, 1<<20),
@@ -66,7 +66,7 @@ func TestPackJSONMemory(t *testing.T) {
 		b := []byte(`{"a":"` + value + `"}`)
 		var before, after runtime.MemStats
 		runtime.ReadMemStats(&before)
-		var p packed
+		var p overrideSet
 		err := p.UnmarshalJSON(b)
 		runtime.ReadMemStats(&after)
 		if took := after.TotalAlloc - before.TotalAlloc; err != nil || p.count != 1 || took > 1<<19 {
@@ -75,15 +75,15 @@ func TestPackJSONMemory(t *testing.T) {
 	}
 }
 
-func TestPackJSONBoundsData(t *testing.T) {
-	const entries = maxData / (entryHead + 6 + 4)
+func TestOverrideSetBoundsData(t *testing.T) {
+	const entries = maxConfigMapData / (entryOverhead + 6 + 4)
 	for _, more := range []int{0, 1} {
 		b := []byte("{")
 		for i := range entries + more {
 			b = fmt.Appendf(b, `"%06x":"\u0001abc",`, i)
 		}
 		b[len(b)-1] = '}'
-		var p packed
+		var p overrideSet
 		err := json.Unmarshal(b, &p)
 		if more == 0 && (err != nil || p.count != entries) {
 			t.Errorf("%d entries, error %v; want %d", p.count, err, entries)
@@ -94,8 +94,8 @@ func TestPackJSONBoundsData(t *testing.T) {
 	}
 }
 
-// FuzzPackJSON holds the reading of JSON against encoding/json's own.
-func FuzzPackJSON(f *testing.F) {
+// FuzzOverrideSet holds the reading of JSON against encoding/json's own.
+func FuzzOverrideSet(f *testing.F) {
 	for _, seed := range []string{
 		`null`, `{}`, `{"a":"1"}`, ` { "a" : "1" , "b" : "2" } `, `{"a":"\"\\","\u0062":"\ud834\udd1e\ud834"}`, "{\"a\":\"\xff\"}",
 		`{"a":1}`, `{"a":null}`, `{"a":{}}`, `[]`, `"x"`, `1`, `true`, `{"caeb8":"1","c184":"2"}`, `{"a":"1","a":"2"}`, `{"":""}`, "{\"a\":\"\u2028\x7f\"}",
@@ -104,7 +104,7 @@ func FuzzPackJSON(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		var want map[string]*string
-		var got packed
+		var got overrideSet
 		err, wantErr := json.Unmarshal(b, &got), json.Unmarshal(b, &want)
 		data := map[string]string{}
 		for name, value := range want {
@@ -116,10 +116,10 @@ func FuzzPackJSON(f *testing.F) {
 		if got.count > len(data) && wantErr == nil { // a name comes twice
 			return
 		}
-		if !slices.IsSortedFunc(slices.Collect(got.all()), record.compare) {
+		if !slices.IsSortedFunc(slices.Collect(got.all()), override.compare) {
 			t.Errorf("%s: not in order", b)
 		}
-		if (err == nil) != (wantErr == nil) || err == nil && !reflect.DeepEqual(unpack(&got), unpack(pack(data))) {
+		if (err == nil) != (wantErr == nil) || err == nil && !reflect.DeepEqual(unpack(&got), unpack(newOverrideSet(data))) {
 			t.Errorf("%s: %v, error %v; want %v, error %v", b, unpack(&got), err, data, wantErr)
 		}
 	})
@@ -143,7 +143,7 @@ func TestDifferences(t *testing.T) {
 		}
 		for _, everything := range []bool{false, true} {
 			got := map[string]bool{}
-			for r := range pack(a).differences(pack(b), everything) {
+			for r := range newOverrideSet(a).differences(newOverrideSet(b), everything) {
 				if got[string(r.namespace)] {
 					t.Errorf("%q: %s comes twice", tt, r.namespace)
 				}
@@ -160,34 +160,34 @@ func TestDifferences(t *testing.T) {
 // that is not there, at every size.
 func TestIndexFinds(t *testing.T) {
 	for _, size := range []int{0, 1, 2, 3, 10, 1000, 20_000} {
-		var parts []*packed
+		var parts []*overrideSet
 		names := manyNamespaces(size)
 		for i := range 4 {
 			data := map[string]string{}
 			for j := i; j < size; j += 4 {
 				data[names[j]] = fmt.Sprintf("backend-%d", i)
 			}
-			parts = append(parts, pack(data))
+			parts = append(parts, newOverrideSet(data))
 		}
-		x := newIndex(parts, size)
+		x := newOverrideIndex(parts, size)
 		for i, part := range parts {
 			for r := range part.all() {
-				s := find(&x, r.namespace, r.hash)
-				if s.part != 0 {
+				s := findSlot(&x, r.namespace, r.hash)
+				if s.set != 0 {
 					t.Fatalf("%s is there already", r.namespace)
 				}
-				*s = cell{r.at, uint16(i + 1), uint16(r.hash)}
+				*s = indexSlot{r.offset, uint16(i + 1), uint16(r.hash)}
 			}
 		}
 		for j, name := range names {
-			s := find(&x, name, upper(spread(name)))
-			if int(s.part) != j%4+1 || string(x.record(s).namespace) != name {
-				t.Fatalf("%d: %s is in part %d", size, name, s.part)
+			s := findSlot(&x, name, upper32(hash64(name)))
+			if int(s.set) != j%4+1 || string(x.overrideAt(s).namespace) != name {
+				t.Fatalf("%d: %s is in part %d", size, name, s.set)
 			}
 		}
 		for _, name := range missing(names) {
-			if s := find(&x, name, upper(spread(name))); s.part != 0 {
-				t.Fatalf("%d: %s is in part %d, want none", size, name, s.part)
+			if s := findSlot(&x, name, upper32(hash64(name))); s.set != 0 {
+				t.Fatalf("%d: %s is in part %d, want none", size, name, s.set)
 			}
 		}
 	}

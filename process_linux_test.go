@@ -152,7 +152,7 @@ func TestProcessDrains(t *testing.T) {
 	for _, ws := range open {
 		sayAndHear(t, ws, "still here")
 	}
-	waitRefused(t, p.front)
+	waitRefused(t, p.clientAddr)
 	ends := endTimes(open)
 	if spread := ends[sessions-1].Sub(ends[0]); spread < 400*time.Millisecond {
 		t.Errorf("%d sessions ended within %s, want them spread over -drain-time 800ms", sessions, spread)
@@ -312,7 +312,7 @@ func TestProcessSurvivesAccept(t *testing.T) {
 			failed := map[any]bool{}
 			for end := time.Now().Add(patience); len(failed) < 2 && time.Now().Before(end); {
 				p.open(t, "ns-02").Close()
-				if conn, err := net.Dial("tcp", p.side); err == nil { // a new one: get keeps its own
+				if conn, err := net.Dial("tcp", p.adminAddr); err == nil { // a new one: get keeps its own
 					conn.Close()
 				}
 				if status, _ := p.get(t, "/healthz"); status != http.StatusOK {
@@ -359,7 +359,7 @@ func startWithFiles(t *testing.T, files, others int) *routerProcess {
 // ask sends an upgrade and does not wait for the answer.
 func (p *routerProcess) ask(t *testing.T, namespace string) net.Conn {
 	t.Helper()
-	conn, err := net.Dial("tcp", p.front)
+	conn, err := net.Dial("tcp", p.clientAddr)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -405,23 +405,23 @@ func TestProcessWaitsForDescriptors(t *testing.T) {
 	const files = 300
 	p := startWithFiles(t, files, 0)
 	limit := int(scrape(t, &p.runningRouter).values[`router_descriptors{kind="limit"}`])
-	g := &gate{limit: limit}
+	g := &descriptorLimit{limit: limit}
 	p.log.wait(t, "the open files allow fewer sessions than -max-sessions", 1)
 	warning := p.log.all("the open files allow fewer sessions than -max-sessions")
-	wantLine(t, warning, 1, map[string]any{"files": files - 1.0, "sessions": float64(g.sessions()), "max": 100_000.0})
+	wantLine(t, warning, 1, map[string]any{"files": files - 1.0, "sessions": float64(g.maxSessions()), "max": 100_000.0})
 
 	var open []*websocket.Conn
-	for i := range g.sessions() {
+	for i := range g.maxSessions() {
 		open = append(open, p.open(t, fmt.Sprint("ns-", i)))
 	}
 	var waiting []net.Conn
-	for i := range 2 * g.sessions() {
+	for i := range 2 * g.maxSessions() {
 		waiting = append(waiting, p.ask(t, fmt.Sprint("ns-", i)))
 	}
-	full := map[string]float64{`router_accept_paused`: 1, `router_ready`: 0, `router_descriptors{kind="used"}`: float64(2 * g.sessions()),
-		`router_upgrades_waiting`: 0, `router_sessions{backend="backend-0"}`: float64(g.sessions())}
+	full := map[string]float64{`router_accept_paused`: 1, `router_ready`: 0, `router_descriptors{kind="used"}`: float64(2 * g.maxSessions()),
+		`router_upgrades_waiting`: 0, `router_sessions{backend="backend-0"}`: float64(g.maxSessions())}
 	waitMetrics(t, &p.runningRouter, full)
-	why := fmt.Sprintf("clients wait for descriptors: %d of %d are used\n", 2*g.sessions(), limit)
+	why := fmt.Sprintf("clients wait for descriptors: %d of %d are used\n", 2*g.maxSessions(), limit)
 	if status, body := p.get(t, "/readyz"); status != 503 || body != why {
 		t.Errorf("readyz is %d %q, want 503 %q", status, body, why)
 	}
@@ -430,7 +430,7 @@ func TestProcessWaitsForDescriptors(t *testing.T) {
 		sayAndHear(t, ws, "still here")
 	}
 
-	half := g.sessions() / 2
+	half := g.maxSessions() / 2
 	for _, ws := range open[:half] {
 		ws.Close()
 	}
@@ -516,7 +516,7 @@ func talk(t *testing.T, r *relay, number uint64, after time.Duration) {
 	client, near := unixPair(t)
 	far, backend := tcpPair(t)
 	s := &session{namespace: "ns-01"}
-	r.carry(s, [2]net.Conn{near, far}, [2][]byte{})
+	r.startSession(s, [2]net.Conn{near, far}, [2][]byte{})
 	var atClient, atBackend marked
 	binary.BigEndian.PutUint64(atClient.mark[:], number)
 	atBackend.mark = atClient.mark
@@ -552,7 +552,7 @@ func wantMarked(t *testing.T, m *marked, r io.Reader) {
 // by then. All come back.
 func TestRelayKeepsSessionsApart(t *testing.T) {
 	r := quietRelay(t)
-	carried(t, r, 0, nil, nil).end(causeDrain) // Go's poller has its descriptors now
+	startedSession(t, r, 0, nil, nil).end(causeDrain) // Go's poller has its descriptors now
 	before := descriptors(t)
 	const sessions, workers = 4000, 8
 	var all sync.WaitGroup
@@ -643,8 +643,8 @@ func TestProcessEndsWithoutLog(t *testing.T) {
 		t.Fatal(err)
 	}
 	state, err := p.cmd.Process.Wait()
-	if took := time.Since(begun); err != nil || state.ExitCode() != 0 || took < logFlush || took > 2*logFlush {
-		t.Errorf("the process ended with %v and error %v after %s, want exit code 0 after %s", state, err, took, logFlush)
+	if took := time.Since(begun); err != nil || state.ExitCode() != 0 || took < logFlushTimeout || took > 2*logFlushTimeout {
+		t.Errorf("the process ended with %v and error %v after %s, want exit code 0 after %s", state, err, took, logFlushTimeout)
 	}
 }
 
@@ -661,9 +661,9 @@ func planBodies() map[string][]byte {
 	one := func(text string, size int) func(int) string {
 		return func(int) string { return `"a":"` + strings.Repeat(text, size/len(text)) + `"` }
 	}
-	const most, entries = maxPlan - 100, (maxData - 100) / entryHead
+	const most, entries = maxPlanBody - 100, (maxConfigMapData - 100) / entryOverhead
 	return map[string][]byte{
-		"commas":          data(1, one(",", maxData-100)),
+		"commas":          data(1, one(",", maxConfigMapData-100)),
 		"escapes":         data(1, one(`\u0001`, most)),
 		"tiny":            data(entries*6/11, func(i int) string { return fmt.Sprintf(`"%05x":""`, i) }),
 		"distinct":        data(entries*6/16, func(i int) string { return fmt.Sprintf(`"%05x":"%05x"`, i, i) }),
@@ -701,7 +701,7 @@ func TestProcessAdminUnderLoad(t *testing.T) {
 		}
 	})
 	for range 300 { // idle
-		conn, err := net.Dial("tcp", p.side)
+		conn, err := net.Dial("tcp", p.adminAddr)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -777,7 +777,7 @@ func (p *routerProcess) probeHealth(t *testing.T) {
 	for range 3 {
 		<-time.After(10 * time.Millisecond)
 		var conn net.Conn
-		if conn, err = net.Dial("tcp", p.side); err != nil {
+		if conn, err = net.Dial("tcp", p.adminAddr); err != nil {
 			continue
 		}
 		conn.SetDeadline(time.Now().Add(patience))
@@ -812,8 +812,8 @@ const (
 
 // churn opens and closes sessions through a router in a process of its own.
 type churn struct {
-	front string   // the router's address
-	log   churnLog // the router's
+	clientAddr string   // the router's address
+	log        churnLog // the router's
 
 	// Sessions: those that had their echo, and upgrades that were given up.
 	echoed, givenUp atomic.Int64
@@ -906,7 +906,7 @@ func (c *churn) session(rng *rand.Rand, local net.Addr) error {
 	if way == clientResetsStuck && rng.IntN(10) > 0 {
 		way = clientResets
 	}
-	conn, err := (&net.Dialer{LocalAddr: local, Timeout: patience}).Dial("tcp", c.front)
+	conn, err := (&net.Dialer{LocalAddr: local, Timeout: patience}).Dial("tcp", c.clientAddr)
 	if err != nil {
 		return err
 	}
@@ -1080,7 +1080,7 @@ func TestProxyChurn(t *testing.T) {
 	p.start(t)
 	p.await(t)
 	p.log.wait(t, "table", 1)
-	c.front = p.front
+	c.clientAddr = p.clientAddr
 
 	warmUp := func() { c.run(t, max(time.Second, *churnFlag/60), func() {}) }
 	for warmUp(); c.echoed.Load() < warmSessions && !t.Failed(); warmUp() {

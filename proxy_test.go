@@ -58,7 +58,7 @@ func TestProxyRefuses(t *testing.T) {
 		"two Host":                   {with("Host: www.mydomain.com\r\n", "Host: a\r\nHost: b\r\n"), 400, resultBadHead, "Bad Request"},
 		"no Host":                    {with("Host: www.mydomain.com\r\n", ""), 400, resultBadHead, "Host"},
 		"head too long":              {with("\r\n\r\n", "\r\nX-Long: "+strings.Repeat("x", 20<<10)+"\r\n\r\n"), 431, resultBadHead, ""},
-		"namespace refused":          {with("ns-01", "bad"), 503, resultRefused, "cannot be read"},
+		"namespace refused":          {with("ns-01", "bad"), 503, resultUnresolved, "cannot be read"},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -68,7 +68,7 @@ func TestProxyRefuses(t *testing.T) {
 			if resp.StatusCode != tt.status {
 				t.Errorf("status %d %q, want %d", resp.StatusCode, body, tt.status)
 			}
-			p.mustTell(t, tt.status, string(body), tt.says)
+			p.mustRefuse(t, tt.status, string(body), tt.says)
 			if got := resp.Header.Get("Upgrade") == "websocket"; got != (tt.status == 426) {
 				t.Errorf("Upgrade: %q", resp.Header.Get("Upgrade"))
 			}
@@ -186,7 +186,7 @@ func TestProxyPassesOtherAnswers(t *testing.T) {
 					t.Errorf("%s: %q, want %q", name, got, want)
 				}
 			}
-			p.waitResult(t, resultAnswered)
+			p.waitResult(t, resultOtherResponse)
 		})
 	}
 }
@@ -333,7 +333,7 @@ func TestProxyBadAnswers(t *testing.T) {
 			backend := startStub(t, "127.0.0.1:0", tt.serve)
 			p := startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) {
 				if tt.status == 504 {
-					p.limits.handshake = 300 * time.Millisecond
+					p.limits.handshakeTimeout = 300 * time.Millisecond
 				}
 			})
 			_, _, resp := p.ask(t, upgradeRequest("/ws/ns-01"))
@@ -341,16 +341,16 @@ func TestProxyBadAnswers(t *testing.T) {
 			if resp.StatusCode != tt.status {
 				t.Errorf("status %d %q, want %d", resp.StatusCode, body, tt.status)
 			}
-			p.mustTell(t, tt.status, string(body), tt.says)
+			p.mustRefuse(t, tt.status, string(body), tt.says)
 			p.waitResult(t, tt.result)
-			p.waitWaiting(t, 0)
+			p.waitPending(t, 0)
 		})
 	}
 }
 
 // Who sends a body that does not come has an answer all the same, in time.
 func TestProxySlowBody(t *testing.T) {
-	p := startProxy(t, []string{"127.0.0.1:1"}, map[string]string{}, func(p *proxy) { p.limits.headerTime = 200 * time.Millisecond })
+	p := startProxy(t, []string{"127.0.0.1:1"}, map[string]string{}, func(p *proxy) { p.limits.headerTimeout = 200 * time.Millisecond })
 	conn, _, resp := p.ask(t, "POST /nowhere HTTP/1.1\r\nHost: h\r\nContent-Length: 1000\r\n\r\n")
 	if resp.StatusCode != 404 {
 		t.Errorf("status %d, want 404", resp.StatusCode)
@@ -371,7 +371,7 @@ func TestProxyMovedInHandshake(t *testing.T) {
 	p := startProxy(t, []string{backend.addr, other.addr}, map[string]string{"ns-01": "backend-0"}, nil)
 	conn := p.send(t, "ns-01")
 	<-asked
-	p.router.update(entries{source: "test", version: "42", data: pack(map[string]string{"ns-01": "backend-1"})})
+	p.router.update(sourceContent{source: "test", version: "42", overrides: newOverrideSet(map[string]string{"ns-01": "backend-1"})})
 	close(swapped)
 	mustAnswer(t, conn, 101)
 	stamp := p.router.table().stamp
@@ -404,7 +404,7 @@ func TestProxyMisdirected(t *testing.T) {
 			t.Errorf("the backend was asked by %q, want four times", heads)
 		}
 		p.open(t, "ns-02")
-		if p.backends.holds.astray.Load() != 0 {
+		if p.backends.queues.misdirectedQueues.Load() != 0 {
 			t.Error("a backend that has answered is still looked for")
 		}
 	})
@@ -418,7 +418,7 @@ func TestProxyMisdirectedForEver(t *testing.T) {
 		backend := startStub(t, "127.0.0.1:0", answer(notMeant))
 		logged := &fakeKubeLog{}
 		p := startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) {
-			p.limits.hold = 2 * time.Second // time for one to be asked, also on a busy machine
+			p.limits.holdTimeout = 2 * time.Second // time for one to be asked, also on a busy machine
 			p.log = slog.New(slog.NewTextHandler(logged, nil))
 		})
 		var all sync.WaitGroup
@@ -453,8 +453,8 @@ func TestProxyLogsLittle(t *testing.T) {
 		conn, _, _ := p.ask(t, upgradeRequest("/ws/ns-01"))
 		conn.Close()
 	}
-	if lines, most := strings.Count(log.String(), "\n"), 2+int(time.Since(begun).Seconds()); lines == 0 || lines > most {
-		t.Errorf("%d lines, want 1 to %d:\n%s", lines, most, log.String())
+	if lines, limit := strings.Count(log.String(), "\n"), 2+int(time.Since(begun).Seconds()); lines == 0 || lines > limit {
+		t.Errorf("%d lines, want 1 to %d:\n%s", lines, limit, log.String())
 	}
 }
 
@@ -508,10 +508,10 @@ func TestProxyLogsShortLines(t *testing.T) {
 // A head has at most so many fields, however it comes and whatever they are.
 func TestProxyBoundsFields(t *testing.T) {
 	backend := startStub(t, "127.0.0.1:0", echo)
-	most := 20
-	p := startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) { p.limits.headerLines = most })
+	limit := 20
+	p := startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) { p.limits.headerFields = limit })
 	plain := upgradeRequest("/ws/ns-01")
-	room := most - (strings.Count(plain, "\n") - 2)
+	room := limit - (strings.Count(plain, "\n") - 2)
 	for name, field := range map[string]string{"one name": "X-A: a\r\n", "names": "X-%d: a\r\n", "no values": "X-%d:\r\n", "hosts": "X-Host-%d: h\r\n"} {
 		for _, more := range []int{0, 1} {
 			var fields strings.Builder
@@ -540,7 +540,7 @@ func TestProxyBoundsFields(t *testing.T) {
 					_, err = io.Copy(io.Discard, conn) // to its end: who sends such heads keeps no connection
 				}
 				if t.Failed() || err != nil {
-					t.Fatalf("%v; %s: %d fields from byte %d on", err, name, most+more, at)
+					t.Fatalf("%v; %s: %d fields from byte %d on", err, name, limit+more, at)
 				}
 			}
 		}
@@ -576,20 +576,20 @@ func TestHoldUntilTheOwnerIsThere(t *testing.T) {
 	addr := freeAddr(t)
 	p := startProxy(t, []string{addr}, map[string]string{}, nil)
 	conn := p.send(t, "ns-01")
-	p.waitWaiting(t, 1)
+	p.waitPending(t, 1)
 	startStub(t, addr, echo)
 	mustAnswer(t, conn, 101)
 }
 
 func TestHoldEnds(t *testing.T) {
-	p := startProxy(t, []string{refusingAddr(t)}, map[string]string{}, func(p *proxy) { p.limits.hold = 200 * time.Millisecond })
+	p := startProxy(t, []string{refusingAddr(t)}, map[string]string{}, func(p *proxy) { p.limits.holdTimeout = 200 * time.Millisecond })
 	_, _, resp := p.ask(t, upgradeRequest("/ws/ns-01"))
 	body, _ := io.ReadAll(resp.Body)
 	if resp.StatusCode != 503 || resp.Header.Get("Retry-After") != "1" {
 		t.Errorf("status %d, Retry-After %q, %q", resp.StatusCode, resp.Header.Get("Retry-After"), body)
 	}
-	p.mustTell(t, 503, string(body), "backend-0 could not be reached within 200ms: ")
-	p.mustTell(t, 503, string(body), "refused")
+	p.mustRefuse(t, 503, string(body), "backend-0 could not be reached within 200ms: ")
+	p.mustRefuse(t, 503, string(body), "refused")
 	p.waitResult(t, resultHoldTimeout)
 }
 
@@ -598,19 +598,19 @@ func TestHoldEnds(t *testing.T) {
 func TestHoldEndsWithinADial(t *testing.T) {
 	both(t, func(t *testing.T, request string) {
 		p := startProxy(t, []string{"127.0.0.1:1"}, map[string]string{}, func(p *proxy) {
-			p.limits.hold = 200 * time.Millisecond
+			p.limits.holdTimeout = 200 * time.Millisecond
 			p.backends.dialer.ControlContext = func(ctx context.Context, _, _ string, _ syscall.RawConn) error {
 				<-ctx.Done()
 				return ctx.Err()
 			}
 		})
-		if !p.backends.holds.try(0) {
+		if !p.backends.queues.tryDial(0) {
 			t.Fatal("nobody may dial")
 		}
-		p.backends.holds.done(0, errors.New("why the last dial failed"), false)
+		p.backends.queues.dialDone(0, errors.New("why the last dial failed"), false)
 		_, _, resp := p.ask(t, request)
 		body, _ := io.ReadAll(resp.Body)
-		p.mustTell(t, resp.StatusCode, string(body), "within 200ms: why the last dial failed")
+		p.mustRefuse(t, resp.StatusCode, string(body), "within 200ms: why the last dial failed")
 	})
 }
 
@@ -632,9 +632,9 @@ func (c *lateContext) Deadline() (time.Time, bool) {
 func TestHoldEndsBeforeItsContext(t *testing.T) {
 	ended, end := context.WithCancel(t.Context())
 	ctx := &lateContext{Context: ended}
-	b := fixedBackends("backend", []string{"127.0.0.1:1"})
-	locate, nowhere := b.locate, errors.New("nowhere")
-	b.locate = func(lookup context.Context, ordinal int) (string, error) {
+	b := newStaticBackends("backend", []string{"127.0.0.1:1"})
+	locate, nowhere := b.resolve, errors.New("nowhere")
+	b.resolve = func(lookup context.Context, ordinal int) (string, error) {
 		switch {
 		case !ctx.late:
 			ctx.late = true
@@ -643,9 +643,9 @@ func TestHoldEndsBeforeItsContext(t *testing.T) {
 			return locate(lookup, ordinal)
 		}
 	}
-	b.forget = func(int) { time.AfterFunc(time.Second, end) } // a dial has failed: if it is not the end, this is
+	b.invalidate = func(int) { time.AfterFunc(time.Second, end) } // a dial has failed: if it is not the end, this is
 	defer end()
-	if _, _, err := b.hold(ctx, func() (int, error) { return 0, nil }); !errors.Is(err, nowhere) {
+	if _, _, err := b.dialOwner(ctx, func() (int, error) { return 0, nil }); !errors.Is(err, nowhere) {
 		t.Errorf("it ended with %v, want %v", err, nowhere)
 	}
 }
@@ -655,8 +655,8 @@ func TestHoldFollowsTheTable(t *testing.T) {
 	other := startStub(t, "127.0.0.1:0", echo)
 	p := startProxy(t, []string{refusingAddr(t), other.addr}, map[string]string{"ns-01": "backend-0"}, nil)
 	conn := p.send(t, "ns-01")
-	p.waitWaiting(t, 1)
-	p.router.update(entries{source: "test", version: "42", data: pack(map[string]string{"ns-01": "backend-1"})})
+	p.waitPending(t, 1)
+	p.router.update(sourceContent{source: "test", version: "42", overrides: newOverrideSet(map[string]string{"ns-01": "backend-1"})})
 	mustAnswer(t, conn, 101)
 	stamp := p.router.table().stamp
 	if head := other.heads()[0]; !strings.Contains(head, "X-Router-Table: "+stamp+"\r\n") {
@@ -667,10 +667,10 @@ func TestHoldFollowsTheTable(t *testing.T) {
 func TestHoldEndsWithItsClient(t *testing.T) {
 	p := startProxy(t, []string{refusingAddr(t)}, map[string]string{}, nil)
 	conn := p.send(t, "ns-01")
-	p.waitWaiting(t, 1)
+	p.waitPending(t, 1)
 	conn.Close()
 	p.waitResult(t, resultClientGone)
-	p.waitWaiting(t, 0)
+	p.waitPending(t, 0)
 }
 
 // A client that leaves while the backend thinks leaves nothing behind.
@@ -747,18 +747,18 @@ func TestHalfClosedClientIsNotHeld(t *testing.T) {
 	for way, request := range bothWays("/ws/ns-01") {
 		t.Run(way, func(t *testing.T) {
 			t.Parallel()
-			p := startProxy(t, []string{refusingAddr(t)}, map[string]string{}, func(p *proxy) { p.limits.hold = time.Hour })
+			p := startProxy(t, []string{refusingAddr(t)}, map[string]string{}, func(p *proxy) { p.limits.holdTimeout = time.Hour })
 			conn, err := net.Dial("tcp", p.addr)
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer conn.Close()
 			mustWrite(t, conn, request)
-			p.waitWaiting(t, 1)
+			p.waitPending(t, 1)
 			conn.(*net.TCPConn).CloseWrite()
 			mustAnswer(t, conn, 503)
 			p.waitResult(t, resultClientGone)
-			p.waitWaiting(t, 0)
+			p.waitPending(t, 0)
 		})
 	}
 }
@@ -810,17 +810,17 @@ func TestLimits(t *testing.T) {
 		p.open(t, "here")
 	})
 	t.Run("waiting", func(t *testing.T) {
-		p := startProxy(t, addrs, data, func(p *proxy) { p.limits.waiting = 4 }) // 1 of its own for each, 1 of the 2 others
+		p := startProxy(t, addrs, data, func(p *proxy) { p.limits.pendingUpgrades = 4 }) // 1 of its own for each, 1 of the 2 others
 		p.send(t, "away")
 		p.send(t, "away")
-		p.waitWaiting(t, 2)
+		p.waitPending(t, 2)
 		_, _, resp := p.ask(t, upgradeRequest("/ws/away"))
 		body, _ := io.ReadAll(resp.Body)
 		if resp.StatusCode != 503 || resp.Header.Get("Retry-After") != "1" {
 			t.Errorf("status %d, want 503 with Retry-After", resp.StatusCode)
 		}
-		p.mustTell(t, 503, string(body), "2 upgrades to backend-1 are under way, its share of 4, and 2 in all")
-		p.waitResult(t, resultMaxWaiting)
+		p.mustRefuse(t, 503, string(body), "2 upgrades to backend-1 are under way, its share of 4, and 2 in all")
+		p.waitResult(t, resultMaxPending)
 		p.open(t, "here")
 	})
 }
@@ -838,7 +838,7 @@ func TestLimitsOfABackend(t *testing.T) {
 				t.Parallel()
 				addrs := []string{addr(t), addr(t), addr(t), startStub(t, "127.0.0.1:0", echo).addr}
 				data := map[string]string{"ns-0": "backend-0", "ns-1": "backend-1", "ns-2": "backend-2", "ns-3": "backend-3"}
-				p := startProxy(t, addrs, data, func(p *proxy) { p.limits.waiting = 40 })
+				p := startProxy(t, addrs, data, func(p *proxy) { p.limits.pendingUpgrades = 40 })
 				to := func(backend int) string {
 					return strings.Replace(request, "/ws/", fmt.Sprintf("/ws/ns-%d", backend), 1)
 				}
@@ -852,7 +852,7 @@ func TestLimitsOfABackend(t *testing.T) {
 						mustWrite(t, conn, to(backend))
 					}
 				}
-				for p.results[resultMaxWaiting].Load() < 100 {
+				for p.results[resultMaxPending].Load() < 100 {
 					<-time.After(time.Millisecond)
 				}
 				var crowd sync.WaitGroup
@@ -875,12 +875,12 @@ func TestLimitsOfABackend(t *testing.T) {
 }
 
 // Memory that handshakes took is given back once they pause, and only then.
-func TestTidy(t *testing.T) {
+func TestFreeMemory(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var begun atomic.Int64
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
-		go tidy(ctx, func() int { return int(begun.Load()) })
+		go freeMemory(ctx, func() int { return int(begun.Load()) })
 		collected := func() uint32 {
 			synctest.Wait()
 			var m runtime.MemStats
@@ -888,18 +888,18 @@ func TestTidy(t *testing.T) {
 			return m.NumForcedGC
 		}
 		steps := []struct {
-			open int // in one tidyTime
+			open int // in one freeMemoryInterval
 			want uint32
 		}{
-			{tidyAfter - 1, 0}, {0, 0}, // too few
-			{tidyCalm + 1, 0}, {1, 1}, // calm after enough
-			{0, 0}, {tidyAfter, 0}, {tidyAfter, 0}, {tidyCalm, 1}, {0, 0},
+			{minHandshakesToFree - 1, 0}, {0, 0}, // too few
+			{maxCalmHandshakes + 1, 0}, {1, 1}, // calm after enough
+			{0, 0}, {minHandshakesToFree, 0}, {minHandshakesToFree, 0}, {maxCalmHandshakes, 1}, {0, 0},
 		}
-		time.Sleep(tidyTime / 2)
+		time.Sleep(freeMemoryInterval / 2)
 		for i, step := range steps {
 			before := collected()
 			begun.Add(int64(step.open))
-			time.Sleep(tidyTime)
+			time.Sleep(freeMemoryInterval)
 			if got := collected() - before; got != step.want {
 				t.Errorf("step %d, %d handshakes: %d collections, want %d", i, step.open, got, step.want)
 			}

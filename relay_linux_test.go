@@ -36,11 +36,11 @@ func TestRelayWakesItself(t *testing.T) {
 		server, backend := unixPair(t)
 		near.SetWriteBuffer(4 << 10)
 		s := &session{namespace: "ns-01"}
-		r.carry(s, [2]net.Conn{near, server}, [2][]byte{})
+		r.startSession(s, [2]net.Conn{near, server}, [2][]byte{})
 		p := s.poller
-		other := carried(t, r, 0, nil, nil)
+		other := startedSession(t, r, 0, nil, nil)
 		for other.session.poller != p {
-			other = carried(t, r, 0, nil, nil)
+			other = startedSession(t, r, 0, nil, nil)
 		}
 		stuff(backend)
 		want := stuff(client)
@@ -87,13 +87,13 @@ func TestRelayLastWords(t *testing.T) {
 			client, near := unixPair(t)
 			far, backend := tcpPair(t)
 			s := &session{namespace: "ns-01"}
-			r.carry(s, [2]net.Conn{near, far}, [2][]byte{})
+			r.startSession(s, [2]net.Conn{near, far}, [2][]byte{})
 			const last = 256 << 10 // more than the client's socket holds, less than the relay's and the router's kernel with it
 			if _, err := backend.Write(make([]byte, last)); err != nil {
 				t.Fatal(err)
 			}
-			for n := int64(-1); n != s.bytes()[server]; <-time.After(20 * time.Millisecond) {
-				n = s.bytes()[server] // until the client's socket is full
+			for n := int64(-1); n != s.bytes()[backendSide]; <-time.After(20 * time.Millisecond) {
+				n = s.bytes()[backendSide] // until the client's socket is full
 			}
 			tt.end(client, backend)
 			mustReadAll(t, client, last)
@@ -104,16 +104,16 @@ func TestRelayLastWords(t *testing.T) {
 }
 
 // A frame that ends where the poller's buffer does leaves room for the Close frame.
-func TestPartFullBuffer(t *testing.T) {
+func TestCloseGracefullyFullBuffer(t *testing.T) {
 	r := quietRelay(t)
 	client, near := unixPair(t)
 	far, backend := unixPair(t)
 	s := &session{namespace: "ns-01"}
-	r.carry(s, [2]net.Conn{near, far}, [2][]byte{})
+	r.startSession(s, [2]net.Conn{near, far}, [2][]byte{})
 	frame := frameBytes(0x82, true, bufferSize, make([]byte, bufferSize))
 	mustSend(t, client, frame[:len(frame)-bufferSize])
 	mustRead(t, backend, string(frame[:len(frame)-bufferSize]))
-	s.part(causeMoved, nil)
+	s.closeGracefully(causeMoved, nil)
 	s.poller.mu.Lock()
 	mustSend(t, client, frame[len(frame)-bufferSize:])
 	s.poller.mu.Unlock()
@@ -131,8 +131,8 @@ func TestRelayRouterError(t *testing.T) {
 	server, serverFar := tcpPair(t)
 	clientFar.Close()
 	begun := time.Now()
-	c := relayed{session: &session{namespace: "ns-01", peer: "192.0.2.7"}, relay: r, client: client, backend: serverFar}
-	r.carry(c.session, [2]net.Conn{clientFar, server}, [2][]byte{[]byte("lost"), nil})
+	c := relayed{session: &session{namespace: "ns-01", clientAddrs: "192.0.2.7"}, relay: r, client: client, backend: serverFar}
+	r.startSession(c.session, [2]net.Conn{clientFar, server}, [2][]byte{[]byte("lost"), nil})
 	mustEOF(t, c.backend)
 	c.wantCause(t, causeRouterError)
 	c.wantAccount(t, tail, [2]int64{}, 0, time.Since(begun))
@@ -144,8 +144,8 @@ func TestRelayComesBack(t *testing.T) {
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1)) // one poller
 	r := quietRelay(t)
 	var all []relayed
-	for range 2*eventsSize + 50 {
-		all = append(all, carried(t, r, 0, nil, nil))
+	for range 2*maxEpollEvents + 50 {
+		all = append(all, startedSession(t, r, 0, nil, nil))
 	}
 	p := all[0].session.poller
 	p.mu.Lock()
@@ -192,16 +192,16 @@ func readMost(conn net.Conn, most int64) int64 {
 func TestRelayManyReady(t *testing.T) {
 	r := quietRelay(t)
 	var sessions []relayed
-	for range 4 * eventsSize * len(r.carrier.pollers) {
-		sessions = append(sessions, carried(t, r, 0, nil, nil))
+	for range 4 * maxEpollEvents * len(r.engine.pollers) {
+		sessions = append(sessions, startedSession(t, r, 0, nil, nil))
 	}
-	for _, p := range r.carrier.pollers {
+	for _, p := range r.engine.pollers {
 		p.mu.Lock()
 	}
 	for _, s := range sessions {
 		mustWrite(t, s.client, "x")
 	}
-	for _, p := range r.carrier.pollers {
+	for _, p := range r.engine.pollers {
 		p.mu.Unlock()
 	}
 	for _, s := range sessions {
@@ -234,7 +234,7 @@ func TestRelayUrgentData(t *testing.T) {
 	mustWrite(t, near, "after")
 	<-time.After(50 * time.Millisecond) // all of it is there when the poller reads
 	c := relayed{session: &session{namespace: "ns-01"}, relay: r, client: near, backend: farFar}
-	r.carry(c.session, [2]net.Conn{nearFar, far}, [2][]byte{})
+	r.startSession(c.session, [2]net.Conn{nearFar, far}, [2][]byte{})
 	mustRead(t, c.backend, "beforeafter")
 	c.end(causeDrain)
 }
@@ -244,19 +244,19 @@ func TestRelayUrgentData(t *testing.T) {
 func TestRelayHoldsLittleInPipe(t *testing.T) {
 	const tries = 20 // a sender that is slow just then does not fill it
 	for range tries {
-		c := carried(t, quietRelay(t), 0, nil, nil)
+		c := startedSession(t, quietRelay(t), 0, nil, nil)
 		mustSend(t, c.backend, hugeFrame(false))
 		stuff(c.backend)
 		n, piped := 0, false
 		c.session.poller.mu.Lock()
-		if held := c.session.held[server]; held != nil && held.pipe != nil {
-			n, piped = len(held.data)+held.pipe.full, true
+		if held := c.session.unsent[backendSide]; held != nil && held.pipe != nil {
+			n, piped = len(held.data)+held.pipe.queued, true
 		}
 		c.session.poller.mu.Unlock()
 		c.end(causeDrain)
 		if piped {
-			if n == 0 || n > heldMost {
-				t.Errorf("%d bytes are held, want 1 to %d", n, heldMost)
+			if n == 0 || n > maxHeld {
+				t.Errorf("%d bytes are held, want 1 to %d", n, maxHeld)
 			}
 			return
 		}
@@ -267,17 +267,17 @@ func TestRelayHoldsLittleInPipe(t *testing.T) {
 // A session that is held in a pipe gives it back when it ends.
 func TestRelayGivesPipesBack(t *testing.T) {
 	r := quietRelay(t)
-	for piped, tries := 0, 0; piped <= 2*pipesMost; tries++ {
-		if tries == 40*pipesMost {
+	for piped, tries := 0, 0; piped <= 2*maxPipes; tries++ {
+		if tries == 40*maxPipes {
 			t.Fatalf("%d pipes were held in %d sessions, want one in most", piped, tries)
 		}
-		c := carried(t, r, 0, nil, nil)
+		c := startedSession(t, r, 0, nil, nil)
 		mustSend(t, c.backend, hugeFrame(false))
 		c.backend.SetWriteDeadline(time.Now().Add(20 * time.Millisecond))
 		io.Copy(c.backend, endless{})
 		p := c.session.poller
 		p.mu.Lock()
-		if held := c.session.held[server]; held != nil && held.pipe != nil {
+		if held := c.session.unsent[backendSide]; held != nil && held.pipe != nil {
 			piped++
 		}
 		p.mu.Unlock()
@@ -294,14 +294,14 @@ func TestRelayGivesPipesBack(t *testing.T) {
 // peer takes nothing either, the session ends as a half-closed one does.
 func TestRelayBreaksWhileHeld(t *testing.T) {
 	r := quietRelay(t)
-	r.linger = 200 * time.Millisecond
+	r.halfCloseTimeout = 200 * time.Millisecond
 	client, near := unixPair(t)
 	far, backend := tcpPair(t)
 	s := newSession("ns-01", 0, "")
-	r.carry(s, [2]net.Conn{near, far}, [2][]byte{})
+	r.startSession(s, [2]net.Conn{near, far}, [2][]byte{})
 	stuff(backend)
 	s.poller.mu.Lock()
-	if s.held[server] == nil {
+	if s.unsent[backendSide] == nil {
 		t.Error("nothing is held of the backend")
 	}
 	s.poller.mu.Unlock()
@@ -316,15 +316,15 @@ func TestRelayBreaksWhileHeld(t *testing.T) {
 func TestRelayBreaksInLargeFrame(t *testing.T) {
 	for i, want := range []cause{causeClientError, causeBackendError} {
 		r := quietRelay(t)
-		c := carried(t, r, 0, nil, nil)
+		c := startedSession(t, r, 0, nil, nil)
 		from, to := c.client, c.backend
-		if side(i) == server {
+		if side(i) == backendSide {
 			from, to = to, from
 		}
 		const size = 4 << 20
 		var all sync.WaitGroup
 		all.Go(func() {
-			from.Write(append(hugeFrame(side(i) == client), make([]byte, size)...))
+			from.Write(append(hugeFrame(side(i) == clientSide), make([]byte, size)...))
 		})
 		to.SetReadDeadline(time.Now().Add(patience))
 		if _, err := io.CopyN(io.Discard, to, size); err != nil {
@@ -333,16 +333,16 @@ func TestRelayBreaksInLargeFrame(t *testing.T) {
 		all.Wait()
 		<-time.After(50 * time.Millisecond)
 		c.session.poller.mu.Lock()
-		t.Logf("side %d: bulk %v, %d bytes of the frame to come", i, c.session.bulk[i], c.session.frames[i].rest())
+		t.Logf("side %d: bulk %v, %d bytes of the frame to come", i, c.session.bulk[i], c.session.frames[i].remaining())
 		c.session.poller.mu.Unlock()
 		reset(from)
 		begun := time.Now()
-		for c.session.why.Load() == 0 && time.Since(begun) < 2*time.Second {
+		for c.session.cause.Load() == 0 && time.Since(begun) < 2*time.Second {
 			<-time.After(time.Millisecond)
 		}
-		if got := cause(c.session.why.Load()); got != want {
+		if got := cause(c.session.cause.Load()); got != want {
 			c.session.poller.mu.Lock()
-			t.Errorf("side %d: after %s the cause is %v, want %v; half %v, fin %v", i, time.Since(begun).Round(time.Millisecond), got, want, c.session.half, c.session.fin)
+			t.Errorf("side %d: after %s the cause is %v, want %v; half %v, fin %v", i, time.Since(begun).Round(time.Millisecond), got, want, c.session.halfCloseCause, c.session.fin)
 			c.session.poller.mu.Unlock()
 		}
 	}
@@ -377,7 +377,7 @@ func TestProcessFailedCalls(t *testing.T) {
 				stub := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
 					io.WriteString(conn, switching)
 					if _, err := br.ReadByte(); err == nil { // else its upgrade has failed
-						f.play(conn.(*net.TCPConn), br, server)
+						f.play(conn.(*net.TCPConn), br, backendSide)
 						f.ended.Add(1)
 					}
 				})
@@ -390,7 +390,7 @@ func TestProcessFailedCalls(t *testing.T) {
 				var running sync.WaitGroup
 				var sessions atomic.Int64
 				for range 20 {
-					conn, err := net.Dial("unix", p.front)
+					conn, err := net.Dial("unix", p.clientAddr)
 					if err != nil {
 						t.Fatal(err)
 					}
@@ -401,7 +401,7 @@ func TestProcessFailedCalls(t *testing.T) {
 						if resp, err := http.ReadResponse(br, nil); err == nil && resp.StatusCode == http.StatusSwitchingProtocols {
 							sessions.Add(1)
 							conn.Write([]byte{0})
-							f.play(conn.(*net.UnixConn), br, client)
+							f.play(conn.(*net.UnixConn), br, clientSide)
 						}
 						conn.Close()
 					})
@@ -433,9 +433,9 @@ func (f *flows) play(conn halfConn, r io.Reader, from side) {
 	flow := func(from side) *flow { return newFlow(f.noise, f.seed, 1<<20, from, true) }
 	var sending sync.WaitGroup
 	sending.Go(func() { flow(from).send(conn, rand.New(rand.NewPCG(f.seed, 1))) }) // or until the session is over
-	err := flow(from.peer()).check(r, rand.New(rand.NewPCG(f.seed, 2)))
+	err := flow(from.other()).check(r, rand.New(rand.NewPCG(f.seed, 2)))
 	if err != nil && (f.whole || errors.Unwrap(err) == nil) { // unless it is the connection's
-		f.t.Errorf("from side %d: %v", from.peer(), err)
+		f.t.Errorf("from side %d: %v", from.other(), err)
 	}
 	sending.Wait()
 }
@@ -464,8 +464,8 @@ func (p *routerProcess) wantFailures(t *testing.T, file string, why []string) {
 	}
 }
 
-// heldBy returns how much the relay holds, in bytes of memory.
-func heldBy(r *relay) int64 { return r.carrier.held.Load() }
+// unsentOf returns how much the relay holds, in bytes of memory.
+func unsentOf(r *relay) int64 { return r.engine.unsentBytes.Load() }
 
 // A session of which one byte is held costs little more than one at rest.
 func TestRelayHoldsInSizes(t *testing.T) {
@@ -477,38 +477,38 @@ func TestRelayHoldsInSizes(t *testing.T) {
 		stuff(n)
 		n.SetDeadline(time.Time{})
 		near[i], backends[i] = f, b
-		r.carry(newSession("ns-01", 0, ""), [2]net.Conn{n, f}, [2][]byte{})
+		r.startSession(newSession("ns-01", 0, ""), [2]net.Conn{n, f}, [2][]byte{})
 	})
 	open := userMemory()
 	for _, conn := range backends {
 		mustWrite(t, conn, "x")
 	}
-	for end := time.Now().Add(patience); heldBy(r) < sessions*heldLeast && time.Now().Before(end); {
+	for end := time.Now().Add(patience); unsentOf(r) < sessions*minUnsentBuffer && time.Now().Before(end); {
 		<-time.After(time.Millisecond)
 	}
 	full := userMemory()
 	t.Logf("a session takes %d bytes more while a byte is held", (full-open)/sessions)
-	if heldBy(r) != sessions*heldLeast || full-open > sessions*512 {
+	if unsentOf(r) != sessions*minUnsentBuffer || full-open > sessions*512 {
 		t.Errorf("%d sessions that hold a byte count %d bytes and take %d more than at rest, want %d and %d at most",
-			sessions, heldBy(r), full-open, sessions*heldLeast, sessions*512)
+			sessions, unsentOf(r), full-open, sessions*minUnsentBuffer, sessions*512)
 	}
 	r.endAll(causeDrain)
 	waitFor(t, r)
-	if heldBy(r) != 0 {
-		t.Errorf("%d bytes are held of sessions that have ended", heldBy(r))
+	if unsentOf(r) != 0 {
+		t.Errorf("%d bytes are held of sessions that have ended", unsentOf(r))
 	}
 	runtime.KeepAlive(near)
 }
 
 // Each size is of the smallest class that has room for it.
-func TestHeldClass(t *testing.T) {
+func TestUnsentClass(t *testing.T) {
 	for size, want := range map[int]int{0: 64, 1: 64, 64: 64, 65: 128, 4096: 4096, 4097: 8192, bufferSize - 1: bufferSize, bufferSize: bufferSize} {
-		if got := heldLeast << heldClass(size); got != want {
+		if got := minUnsentBuffer << unsentClass(size); got != want {
 			t.Errorf("%d bytes are held in %d, want %d", size, got, want)
 		}
 	}
-	if got := heldClass(bufferSize); got != heldClasses-1 {
-		t.Errorf("the largest class is %d, want %d", got, heldClasses-1)
+	if got := unsentClass(bufferSize); got != unsentClasses-1 {
+		t.Errorf("the largest class is %d, want %d", got, unsentClasses-1)
 	}
 }
 
@@ -519,17 +519,17 @@ func TestRelayHoldsWithinBudget(t *testing.T) {
 	seed := randomSeed(t)
 	noise := newNoise(seed)
 	calm, crowded := quietRelay(t), quietRelay(t)
-	crowded.carrier.budget = budget
+	crowded.engine.unsentBudget = budget
 	relays := [2][]relayed{echoing(t, calm, 20), echoing(t, crowded, 20)}
 	all, sent := make([]stuckSession, sessions), make([]int64, sessions)
 	for i := range all {
-		all[i] = carriedSmall(t, crowded)
+		all[i] = startedSmallSession(t, crowded)
 	}
 	inBatches(sessions, func(i int) {
 		sent[i] = stuffWith(all[i].backend, stuckFlow(noise, seed, i), 4<<10)
 		all[i].backend.CloseWrite()
 	})
-	got, most := heldBy(crowded), int64(budget+2*bufferSize*len(crowded.carrier.pollers)+sessions*heldLeast)
+	got, most := unsentOf(crowded), int64(budget+2*bufferSize*len(crowded.engine.pollers)+sessions*minUnsentBuffer)
 	t.Logf("%d stuck sessions hold %d bytes", sessions, got)
 	if got < budget || got > most {
 		t.Errorf("%d stuck sessions hold %d bytes, want %d to %d", sessions, got, budget, most)
@@ -548,7 +548,7 @@ func TestRelayHoldsWithinBudget(t *testing.T) {
 	for end := time.Now().Add(patience); crowded.size() > len(relays[1]) && time.Now().Before(end); {
 		<-time.After(time.Millisecond)
 	}
-	if got := heldBy(crowded); got != 0 {
+	if got := unsentOf(crowded); got != 0 {
 		t.Errorf("%d bytes are held with nothing stuck", got)
 	}
 }
@@ -561,7 +561,7 @@ func TestRelayBytesOverBudget(t *testing.T) {
 			seed := randomSeed(t)
 			noise := newNoise(seed)
 			r := quietRelay(t)
-			r.carrier.budget = budget
+			r.engine.unsentBudget = budget
 			rng := rand.New(rand.NewPCG(seed, 5))
 			var running sync.WaitGroup
 			var total [2]int64
@@ -571,15 +571,15 @@ func TestRelayBytesOverBudget(t *testing.T) {
 				near, nearFar := unixPair(t)
 				far, farFar := tcpPair(t)
 				nearFar.SetWriteBuffer(4 << 10 << (n % 8))
-				r.carry(newSession("ns-01", 0, ""), [2]net.Conn{nearFar, far}, [2][]byte{ends[client].early, ends[server].early})
-				running.Go(func() { ends[client].run(t, near, near) })
-				running.Go(func() { ends[server].run(t, farFar, farFar) })
-				total[client], total[server] = total[client]+int64(sizes[client]), total[server]+int64(sizes[server])
+				r.startSession(newSession("ns-01", 0, ""), [2]net.Conn{nearFar, far}, [2][]byte{ends[clientSide].early, ends[backendSide].early})
+				running.Go(func() { ends[clientSide].run(t, near, near) })
+				running.Go(func() { ends[backendSide].run(t, farFar, farFar) })
+				total[clientSide], total[backendSide] = total[clientSide]+int64(sizes[clientSide]), total[backendSide]+int64(sizes[backendSide])
 			}
 			running.Wait()
 			waitFor(t, r)
-			if got := r.bytes(); got != total || heldBy(r) != 0 {
-				t.Errorf("%d bytes were counted and %d are held, want %d and 0", got, heldBy(r), total)
+			if got := r.bytes(); got != total || unsentOf(r) != 0 {
+				t.Errorf("%d bytes were counted and %d are held, want %d and 0", got, unsentOf(r), total)
 			}
 		})
 	}
@@ -595,12 +595,12 @@ var stuckFlag = flag.Int("stuck", 600, "how many sessions TestProcessStuck has")
 // and all others go on.
 func TestProcessStuck(t *testing.T) {
 	t.Run("1 KiB", func(t *testing.T) { stickSessions(t, 1<<10, *stuckFlag*4) }) // 36 MiB for 9,000
-	t.Run("64 KiB", func(t *testing.T) { stickSessions(t, 64<<10, min(*stuckFlag*64*5/4, 2*heldBudget>>10)) })
+	t.Run("64 KiB", func(t *testing.T) { stickSessions(t, 64<<10, min(*stuckFlag*64*5/4, 2*maxUnsent>>10)) })
 }
 
 // stickSessions sends pieces to clients that take none until each session holds one,
 // and checks that the router has at most that much more memory then, in KiB.
-func stickSessions(t *testing.T, piece, most int) {
+func stickSessions(t *testing.T, piece, limit int) {
 	sessions, conns := *stuckFlag, make(chan net.Conn, *stuckFlag)
 	done := make(chan struct{})
 	backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
@@ -618,8 +618,8 @@ func stickSessions(t *testing.T, piece, most int) {
 	p.start(t)
 	p.await(t)
 	p.log.wait(t, "table", 1)
-	p.openParting(t, sessions, 10)
-	other, err := net.Dial("unix", p.front)
+	p.openClosing(t, sessions, 10)
+	other, err := net.Dial("unix", p.clientAddr)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -645,19 +645,19 @@ func stickSessions(t *testing.T, piece, most int) {
 	}
 	grown := p.memory(t)["VmRSS"] - before
 	t.Logf("%d sessions take %d KiB", sessions, grown)
-	if grown > most {
-		t.Errorf("%d sessions take %d KiB, want %d at most", sessions, grown, most)
+	if grown > limit {
+		t.Errorf("%d sessions take %d KiB, want %d at most", sessions, grown, limit)
 	}
 }
 
-// TestProcessParts moves all sessions of a router in a process of its own, and
+// TestProcessClosesGracefully moves all sessions of a router in a process of its own, and
 // drains as many. It holds the Close frames at both ends, the pace and the
 // memory, and tells of the CPU time.
-func TestProcessParts(t *testing.T) {
+func TestProcessClosesGracefully(t *testing.T) {
 	const rate, namespaces = 2000, 10
 	sessions := *partsFlag
 	drainTime := time.Duration(sessions) * time.Second / rate
-	addrs := startStub(t, "127.0.0.1:0", serveParting(t)).addr + "," + startStub(t, "127.0.0.2:0", serveParting(t)).addr
+	addrs := startStub(t, "127.0.0.1:0", serveClosing(t)).addr + "," + startStub(t, "127.0.0.2:0", serveClosing(t)).addr
 	dir := overridesDir(t, pinned(namespaces, 0))
 	p := newRouterProcess(t, slices.Concat(onFreePorts, []string{"-listen", "unix:" + filepath.Join(t.TempDir(), "socket"),
 		"-backends", addrs, "-overrides", dir, "-move-rate", strconv.Itoa(rate), "-drain-delay", "0", "-drain-time", drainTime.String()})...)
@@ -665,7 +665,7 @@ func TestProcessParts(t *testing.T) {
 	p.await(t)
 	p.log.wait(t, "table", 1)
 
-	moving := leave(t, p.openParting(t, sessions, namespaces), restarts)
+	moving := leave(t, p.openClosing(t, sessions, namespaces), restarts)
 	cpu, before := p.cpuTime(t), p.memory(t)
 	for namespace, backend := range pinned(namespaces, 1) {
 		if err := os.WriteFile(filepath.Join(dir, namespace), []byte(backend), 0o644); err != nil {
@@ -678,7 +678,7 @@ func TestProcessParts(t *testing.T) {
 		t.Errorf("the receipt is %v, want %d sessions of %d namespaces and none cut", receipt, sessions, namespaces)
 	}
 	t.Logf("move: %s of CPU time; memory in KiB before %v, after %v", p.cpuTime(t)-cpu, before, p.memory(t))
-	draining := leave(t, p.openParting(t, sessions, namespaces), goesAway)
+	draining := leave(t, p.openClosing(t, sessions, namespaces), goesAway)
 	cpu, second := p.cpuTime(t), p.memory(t)
 	if grown := second["VmRSS"] - before["VmRSS"]; grown > 32<<10 && !raced() { // the race detector keeps memory of its own
 		t.Errorf("with as many sessions as before the move the router has %d KiB more", grown)
@@ -694,8 +694,8 @@ func TestProcessParts(t *testing.T) {
 	t.Logf("drain: %s of CPU time", state.UserTime()+state.SystemTime()-cpu)
 }
 
-// serveParting is a backend that says nothing until the router parts from it.
-func serveParting(t *testing.T) func(net.Conn, *bufio.Reader) {
+// serveClosing is a backend that says nothing until the router parts from it.
+func serveClosing(t *testing.T) func(net.Conn, *bufio.Reader) {
 	return func(conn net.Conn, br *bufio.Reader) {
 		io.WriteString(conn, switching)
 		first, payload, err := nextWireFrame(br, true, nil)
@@ -707,12 +707,12 @@ func serveParting(t *testing.T) func(net.Conn, *bufio.Reader) {
 	}
 }
 
-// openParting opens sessions of the namespaces of pinned, in turn.
-func (p *routerProcess) openParting(t *testing.T, sessions, namespaces int) (open []net.Conn) {
+// openClosing opens sessions of the namespaces of pinned, in turn.
+func (p *routerProcess) openClosing(t *testing.T, sessions, namespaces int) (open []net.Conn) {
 	t.Helper()
 	names := slices.Sorted(maps.Keys(pinned(namespaces, 0)))
 	for i := range sessions {
-		conn, err := net.Dial("unix", p.front)
+		conn, err := net.Dial("unix", p.clientAddr)
 		if err != nil {
 			t.Fatal(err)
 		}

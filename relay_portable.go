@@ -21,81 +21,83 @@ import (
 // relayBuffer is how many bytes are held for each direction of a session.
 const relayBuffer = 4 << 10
 
-// pollerDescriptors is how many the relay has for itself, for each CPU.
-const pollerDescriptors = 0
+// descriptorsPerPoller is how many the relay has for itself, for each CPU.
+const descriptorsPerPoller = 0
 
-// wire is the part of a session that its goroutines own.
-type wire struct {
+// sessionIO is the part of a session that its goroutines own.
+type sessionIO struct {
 	// Static after attach.
-	conn    [2]net.Conn
-	closing time.Duration // the relay's
+	conn         [2]net.Conn
+	closeTimeout time.Duration // the relay's
 
-	half    atomic.Int32 // why one direction is over, a cause
-	running atomic.Int32 // directions that have not ended
+	halfCloseCause atomic.Int32 // why one direction is over, a cause
+	running        atomic.Int32 // directions that have not ended
 
 	// Guarded by mu.
-	mu      sync.Mutex
-	frames  [2]frameScanner // of what came from the side
-	fin     [2]bool         // the side has ended, and was not to part by then
-	lost    [2]bool         // the side takes nothing any more: nothing is sent to it
-	last    time.Time       // when the session, which is dead, is over; zero: it is not dead
-	parting *parting        // nil unless it is to part; after the end it stays as it is
+	mu           sync.Mutex
+	frames       [2]frameScanner   // of what came from the side
+	fin          [2]bool           // the side has ended, and was not to part by then
+	writeFailed  [2]bool           // the side takes nothing any more: nothing is sent to it
+	deadDeadline time.Time         // when the session, which is dead, is over; zero: it is not dead
+	closing      *closingHandshake // nil unless it is to part; after the end it stays as it is
 }
 
-// carrier has nothing of its own: a session's goroutines are waited for with
+// engine has nothing of its own: a session's goroutines are waited for with
 // the session.
-type carrier struct{ relay *relay }
+type engine struct{ relay *relay }
 
-func (c *carrier) start(r *relay) error {
+func (c *engine) start(r *relay) error {
 	c.relay = r
 	return nil
 }
 
-func (c *carrier) stop() {}
+func (c *engine) stop() {}
 
-// attach gives s its sockets. From here on s.end and s.part may be called.
-func (c *carrier) attach(s *session, ends [2]net.Conn) { s.conn, s.closing = ends, c.relay.closing }
-
-// begin starts the goroutines of s, which carry what came first and then the
-// rest.
-func (c *carrier) begin(s *session, _ [2]net.Conn, first [2][]byte) {
-	s.running.Store(2)
-	go c.copyToBackend(s, first[client])
-	go c.copyToClient(s, first[server])
+// assign gives s its sockets. From here on s.end and s.closeGracefully may be called.
+func (c *engine) assign(s *session, conns [2]net.Conn) {
+	s.conn, s.closeTimeout = conns, c.relay.closeTimeout
 }
 
-func (c *carrier) copyToBackend(s *session, first []byte) { c.copy(s, client, first) }
-func (c *carrier) copyToClient(s *session, first []byte)  { c.copy(s, server, first) }
+// startSession starts the goroutines of s, which carry what came first and then the
+// rest.
+func (c *engine) startSession(s *session, _ [2]net.Conn, early [2][]byte) {
+	s.running.Store(2)
+	go c.copyToBackend(s, early[clientSide])
+	go c.copyToClient(s, early[backendSide])
+}
+
+func (c *engine) copyToBackend(s *session, first []byte) { c.copy(s, clientSide, first) }
+func (c *engine) copyToClient(s *session, first []byte)  { c.copy(s, backendSide, first) }
 
 // copy carries one direction; the second to end ends the session.
-func (c *carrier) copy(s *session, from side, first []byte) {
-	c.relayFrom(s, from, first)
-	if from == server {
-		c.relay.release(s)
+func (c *engine) copy(s *session, from side, first []byte) {
+	c.copyFrom(s, from, first)
+	if from == backendSide {
+		c.relay.setPodDone(s)
 	}
 	if s.running.Add(-1) == 0 {
-		s.end(cause(s.half.Load())) // both ended by themselves, unless there was another cause
-		c.relay.over(s)
+		s.end(cause(s.halfCloseCause.Load())) // both ended by themselves, unless there was another cause
+		c.relay.sessionEnded(s)
 	}
 }
 
-// relayFrom carries first and then what the side sends, until it ends, which is
+// copyFrom carries first and then what the side sends, until it ends, which is
 // passed on as a half-close, or cannot be read, which ends both directions. A
 // peer that takes nothing stops the side: no more than relayBuffer is held
 // (invariant 9).
-func (c *carrier) relayFrom(s *session, from side, first []byte) {
+func (c *engine) copyFrom(s *session, from side, first []byte) {
 	source := io.MultiReader(bytes.NewReader(first), s.conn[from])
-	buf := make([]byte, relayBuffer+mostClose)
+	buf := make([]byte, relayBuffer+maxCloseFrame)
 	for {
-		c.limitSilence(s, from)
+		c.setHalfCloseDeadlines(s, from)
 		n, err := source.Read(buf[:relayBuffer])
-		n, parts := s.scan(from, buf, n, err)
+		n, closing := s.scan(from, buf, n, err)
 		if n > 0 {
 			s.send(from, buf[:n])
 		}
 		switch {
-		case parts:
-			if s.stepped(from, err) {
+		case closing:
+			if s.continueClose(from, err) {
 				return
 			}
 			continue
@@ -104,7 +106,7 @@ func (c *carrier) relayFrom(s *session, from side, first []byte) {
 		case errors.Is(err, io.EOF):
 			c.halfClose(s, from)
 		default:
-			s.end(s.failure(from, err))
+			s.end(s.readCause(from, err))
 		}
 		return
 	}
@@ -114,113 +116,113 @@ func (c *carrier) relayFrom(s *session, from side, first []byte) {
 // it takes nothing any more; what it has sent before is still carried. Any other
 // failure ends the session.
 func (s *session) send(from side, data []byte) {
-	to := from.peer()
+	to := from.other()
 	s.mu.Lock()
-	lost := s.lost[to]
+	lost := s.writeFailed[to]
 	s.mu.Unlock()
 	if lost {
 		return
 	}
 	n, err := s.conn[to].Write(data)
-	s.count[from].Add(int64(n))
+	s.bytesFrom[from].Add(int64(n))
 	switch {
 	case err == nil:
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		s.end(causeHalfClose)
-	case to.failed(err) == causeRouterError:
+	case to.causeOf(err) == causeRouterError:
 		s.end(causeRouterError)
 	default:
-		s.half.CompareAndSwap(int32(causeNone), int32(to.broken()))
+		s.halfCloseCause.CompareAndSwap(int32(causeNone), int32(to.errorCause()))
 		if errors.Is(err, syscall.ETIMEDOUT) { // told to one call only: a read sees an end, and may have said so first
-			s.half.CompareAndSwap(int32(to.ended()), int32(to.broken()))
+			s.halfCloseCause.CompareAndSwap(int32(to.endCause()), int32(to.errorCause()))
 		}
 		s.mu.Lock()
-		s.lost[to] = true
+		s.writeFailed[to] = true
 		s.mu.Unlock()
 	}
 }
 
-// failure is why the session ends if reading the side fails with err.
-func (s *session) failure(from side, err error) cause {
+// readCause is why the session ends if reading the side fails with err.
+func (s *session) readCause(from side, err error) cause {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
-	case errors.Is(err, os.ErrDeadlineExceeded) && !s.last.IsZero():
-		return cause(s.half.Load())
+	case errors.Is(err, os.ErrDeadlineExceeded) && !s.deadDeadline.IsZero():
+		return cause(s.halfCloseCause.Load())
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return causeHalfClose
 	}
-	return from.failed(err)
+	return from.causeOf(err)
 }
 
 // halfClose passes the end of the side on, and starts the clock for the other
 // direction.
-func (c *carrier) halfClose(s *session, from side) {
-	s.half.CompareAndSwap(int32(causeNone), int32(from.ended()))
-	c.limitSilence(s, from.peer())
-	s.conn[from.peer()].(interface{ CloseWrite() error }).CloseWrite() // *net.TCPConn or *net.UnixConn; an error shows on its next read
+func (c *engine) halfClose(s *session, from side) {
+	s.halfCloseCause.CompareAndSwap(int32(causeNone), int32(from.endCause()))
+	c.setHalfCloseDeadlines(s, from.other())
+	s.conn[from.other()].(interface{ CloseWrite() error }).CloseWrite() // *net.TCPConn or *net.UnixConn; an error shows on its next read
 }
 
-// limitSilence bounds, in a half-closed session, how long the side may be
+// setHalfCloseDeadlines bounds, in a half-closed session, how long the side may be
 // silent, and how long its peer may take nothing; in one that is dead, how long it
 // lives. One that is to part has bounds of its own.
-func (c *carrier) limitSilence(s *session, from side) {
+func (c *engine) setHalfCloseDeadlines(s *session, from side) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if cause(s.half.Load()) == causeNone || s.parting != nil {
+	if cause(s.halfCloseCause.Load()) == causeNone || s.closing != nil {
 		return
 	}
-	limit := time.Now().Add(c.relay.linger)
-	if s.dead() {
-		if s.last.IsZero() {
-			s.last = time.Now().Add(c.relay.gone)
+	limit := time.Now().Add(c.relay.halfCloseTimeout)
+	if s.isDead() {
+		if s.deadDeadline.IsZero() {
+			s.deadDeadline = time.Now().Add(c.relay.deadTimeout)
 		}
-		limit = s.last
+		limit = s.deadDeadline
 	}
 	s.conn[from].SetReadDeadline(limit)
-	s.conn[from.peer()].SetWriteDeadline(limit)
+	s.conn[from.other()].SetWriteDeadline(limit)
 }
 
 // end ends the session: both sockets are closed. The first cause counts. It may
 // be called from anywhere, any number of times, once s was attached.
-func (s *session) end(why cause) {
-	s.mu.Lock() // after it, s.parting changes no more
-	s.blame(why)
+func (s *session) end(cause cause) {
+	s.mu.Lock() // after it, s.closing changes no more
+	s.setCause(cause)
 	s.mu.Unlock()
-	s.conn[client].Close()
-	s.conn[server].Close()
+	s.conn[clientSide].Close()
+	s.conn[backendSide].Close()
 }
 
-// past, as a deadline, wakes who reads.
-func past() time.Time { return time.Unix(1, 0) }
+// pastDeadline, as a deadline, wakes who reads.
+func pastDeadline() time.Time { return time.Unix(1, 0) }
 
-// part makes the session end by Close frames, within the relay's time for that.
-// It reports whether it did: a session that ends already does not part. why is
+// closeGracefully makes the session end by Close frames, within the relay's time for that.
+// It reports whether it did: a session that ends already does not part. cause is
 // causeMoved or causeDrain. done, if not nil, is called once the session is over,
-// from anywhere; it must not block. part may be called from anywhere, once s was
+// from anywhere; it must not block. closeGracefully may be called from anywhere, once s was
 // attached.
-func (s *session) part(why cause, done func(cut bool)) bool {
+func (s *session) closeGracefully(cause cause, done func(cut bool)) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.blame(why) {
+	if !s.setCause(cause) {
 		return false
 	}
-	t := newParting(why, done)
-	t.over, t.taken, t.ended = s.fin, s.fin, s.fin
-	t.begin(s.closing, s.overdue)
-	s.parting = t
-	s.conn[client].SetWriteDeadline(time.Time{}) // of limitSilence
-	s.conn[server].SetWriteDeadline(time.Time{})
-	s.wake()
+	h := newClosingHandshake(cause, done)
+	h.stopped, h.flushed, h.ended = s.fin, s.fin, s.fin
+	h.start(s.closeTimeout, s.closeExpired)
+	s.closing = h
+	s.conn[clientSide].SetWriteDeadline(time.Time{}) // of setHalfCloseDeadlines
+	s.conn[backendSide].SetWriteDeadline(time.Time{})
+	s.interruptReads()
 	return true
 }
 
-// overdue is called when one of the times of the parting is over.
-func (s *session) overdue() {
+// closeExpired is called when one of the times of the parting is over.
+func (s *session) closeExpired() {
 	s.mu.Lock()
-	last := s.parting.expire(s.closing)
+	last := s.closing.expire(s.closeTimeout)
 	if !last {
-		s.wake()
+		s.interruptReads()
 	}
 	s.mu.Unlock()
 	if last {
@@ -228,44 +230,44 @@ func (s *session) overdue() {
 	}
 }
 
-// wake ends the reads of both sides, for the parting to go on. mu is held.
-func (s *session) wake() {
-	s.conn[client].SetReadDeadline(past())
-	s.conn[server].SetReadDeadline(past())
+// interruptReads ends the reads of both sides, for the parting to go on. mu is held.
+func (s *session) interruptReads() {
+	s.conn[clientSide].SetReadDeadline(pastDeadline())
+	s.conn[backendSide].SetReadDeadline(pastDeadline())
 }
 
 // scan follows the first n bytes of buf, which came from the side with err, and
-// returns how many are to be written to its peer. parts is whether the session is
+// returns how many are to be written to its peer. closing is whether the session is
 // to part.
-func (s *session) scan(from side, buf []byte, n int, err error) (keep int, parts bool) {
+func (s *session) scan(from side, buf []byte, n int, err error) (keep int, closing bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	t, woken := s.parting, errors.Is(err, os.ErrDeadlineExceeded)
+	h, woken := s.closing, errors.Is(err, os.ErrDeadlineExceeded)
 	switch {
-	case t == nil:
-		s.frames[from].scan(buf[:n], from == client)
+	case h == nil:
+		s.frames[from].scan(buf[:n], from == clientSide)
 		s.fin[from] = err != nil
 		return n, false
 	case woken:
 		s.conn[from].SetReadDeadline(time.Time{})
 	case err != nil:
-		t.ended[from] = true
+		h.ended[from] = true
 	}
-	n = t.sift(&s.frames[from], from, buf, n)
-	if t.offends(&s.frames[server]) {
-		s.cutOff()
+	n = h.insertClose(&s.frames[from], from, buf, n)
+	if h.isBackendOverdue(&s.frames[backendSide]) {
+		s.resetBackend()
 	}
 	return n, true
 }
 
-// stepped takes note of what was carried of the side, which was read with err,
+// continueClose takes note of what was carried of the side, which was read with err,
 // and ends the session if its parting is over. It reports whether there is
 // nothing more to read.
-func (s *session) stepped(from side, err error) bool {
+func (s *session) continueClose(from side, err error) bool {
 	s.mu.Lock()
-	t := s.parting
-	t.taken[from] = t.over[from]
-	answered, hopeless := t.state(&s.frames)
+	h := s.closing
+	h.flushed[from] = h.stopped[from]
+	answered, hopeless := h.progress(&s.frames)
 	s.mu.Unlock()
 	switch {
 	case hopeless:
@@ -276,19 +278,19 @@ func (s *session) stepped(from side, err error) bool {
 	return err != nil && !errors.Is(err, os.ErrDeadlineExceeded)
 }
 
-// cutOff breaks the connection of the backend. mu is held.
-func (s *session) cutOff() {
-	t := s.parting
-	t.cut.Store(true)
-	t.ended[server], t.over[client], t.taken[client], s.lost[server] = true, true, true, true
-	if conn, ok := s.conn[server].(interface{ SetLinger(int) error }); ok {
+// resetBackend breaks the connection of the backend. mu is held.
+func (s *session) resetBackend() {
+	h := s.closing
+	h.cut.Store(true)
+	h.ended[backendSide], h.stopped[clientSide], h.flushed[clientSide], s.writeFailed[backendSide] = true, true, true, true
+	if conn, ok := s.conn[backendSide].(interface{ SetLinger(int) error }); ok {
 		conn.SetLinger(0) // a failure leaves a FIN in place of the RST
 	}
-	s.conn[server].Close()
+	s.conn[backendSide].Close()
 }
 
 // cut ends the session before both sides have answered.
 func (s *session) cut() {
-	s.parting.cut.Store(true)
+	s.closing.cut.Store(true)
 	s.end(causeNone)
 }

@@ -32,7 +32,7 @@ func TestRelayTimedOutOrEnded(t *testing.T) {
 		client, clientFar := tcpPair(t)
 		server, _ := tcpPair(t)
 		s := newSession("ns-01", 0, "")
-		r.carry(s, [2]net.Conn{clientFar, &goneConn{server, failure}}, [2][]byte{})
+		r.startSession(s, [2]net.Conn{clientFar, &goneConn{server, failure}}, [2][]byte{})
 		mustEOF(t, client)
 		mustWrite(t, client, "hello")
 		client.CloseWrite()
@@ -59,32 +59,32 @@ func (c *failingConn) Write(b []byte) (int, error) {
 // error that says that the peer is gone leaves what that has sent to be carried; any
 // other ends the session.
 func TestRelayFailedWrites(t *testing.T) {
-	for i := client; i <= server; i++ {
+	for i := clientSide; i <= backendSide; i++ {
 		for _, failure := range []syscall.Errno{syscall.ENOBUFS, syscall.ENOMEM, syscall.EIO, syscall.EPIPE, syscall.ECONNRESET} {
-			t.Run(fmt.Sprintf("%s, %s", i.broken(), failure), func(t *testing.T) {
+			t.Run(fmt.Sprintf("%s, %s", i.errorCause(), failure), func(t *testing.T) {
 				r := quietRelay(t)
 				var near [2]net.Conn
 				var far [2]*net.TCPConn
-				near[client], far[client] = tcpPair(t)
-				near[server], far[server] = tcpPair(t)
+				near[clientSide], far[clientSide] = tcpPair(t)
+				near[backendSide], far[backendSide] = tcpPair(t)
 				near[i] = &failingConn{near[i].(*net.TCPConn), failure, 3}
 				s := newSession("ns-01", 0, "")
-				r.carry(s, near, [2][]byte{})
+				r.startSession(s, near, [2][]byte{})
 				var got []byte
 				var reading sync.WaitGroup
 				reading.Go(func() { got, _ = io.ReadAll(far[i]) }) // until the session is over
 				const stream = "abcdefghijklmnopqrstuvwxyz"
 				for k := range len(stream) / 2 {
-					io.WriteString(far[i.peer()], stream[2*k:2*k+2])
+					io.WriteString(far[i.other()], stream[2*k:2*k+2])
 					<-time.After(time.Millisecond) // a read of the relay each
 				}
-				want := i.failed(failure)
-				if want == i.broken() {
+				want := i.causeOf(failure)
+				if want == i.errorCause() {
 					mustWrite(t, far[i], "still carried")
-					mustRead(t, far[i.peer()], "still carried")
+					mustRead(t, far[i.other()], "still carried")
 					far[i].CloseWrite()
-					mustEOF(t, far[i.peer()])
-					far[i.peer()].Close()
+					mustEOF(t, far[i.other()])
+					far[i.other()].Close()
 				}
 				relayed{session: s, relay: r}.wantCause(t, want)
 				reading.Wait()

@@ -69,8 +69,8 @@ func TestRelayEnds(t *testing.T) {
 			taken := [2]int64{stuff(c.client), stuff(c.backend)}
 			closeWrite(t, c.client)
 			closeWrite(t, c.backend)
-			mustReadAll(t, c.backend, taken[client])
-			mustReadAll(t, c.client, taken[server])
+			mustReadAll(t, c.backend, taken[clientSide])
+			mustReadAll(t, c.client, taken[backendSide])
 			return taken
 		}, causeNone}, // on a busy machine the backend's may be seen first: what the relay had no time for is not stuck
 		"client breaks": {func(t *testing.T, c relayed) [2]int64 {
@@ -142,10 +142,10 @@ func TestRelayEnds(t *testing.T) {
 			r.log = slog.New(slog.NewJSONHandler(tail, nil))
 			if tt.want == causeHalfClose {
 				least = 200 * time.Millisecond
-				r.linger = least
+				r.halfCloseTimeout = least
 			}
 			begun := time.Now()
-			c := carried(t, r, 2, nil, nil)
+			c := startedSession(t, r, 2, nil, nil)
 			if got := r.counts()[2].open; got != 1 {
 				t.Errorf("open = %d, want 1", got)
 			}
@@ -153,7 +153,7 @@ func TestRelayEnds(t *testing.T) {
 			if tt.want == causeNone {
 				waitFor(t, r)
 				tt.want = causeClient
-				if cause(c.why.Load()) == causeBackend {
+				if cause(c.cause.Load()) == causeBackend {
 					tt.want = causeBackend
 				}
 			}
@@ -166,11 +166,11 @@ func TestRelayEnds(t *testing.T) {
 // A half-closed session that goes on talking is not cut.
 func TestRelayHalfClosedTalks(t *testing.T) {
 	r := quietRelay(t)
-	r.linger = 300 * time.Millisecond
-	c := carried(t, r, 0, nil, nil)
+	r.halfCloseTimeout = 300 * time.Millisecond
+	c := startedSession(t, r, 0, nil, nil)
 	closeWrite(t, c.client)
 	mustEOF(t, c.backend)
-	for end := time.Now().Add(3 * r.linger); time.Now().Before(end); <-time.After(r.linger / 10) {
+	for end := time.Now().Add(3 * r.halfCloseTimeout); time.Now().Before(end); <-time.After(r.halfCloseTimeout / 10) {
 		mustWrite(t, c.backend, "x")
 		mustRead(t, c.client, "x")
 	}
@@ -209,22 +209,22 @@ func TestRelayEndsWhenBothDirectionsAreDead(t *testing.T) {
 	for _, tt := range []struct {
 		gone side
 		unix bool
-	}{{client, false}, {client, true}, {server, false}} {
-		t.Run(fmt.Sprintf("%s, unix %t", tt.gone.ended(), tt.unix), func(t *testing.T) {
+	}{{clientSide, false}, {clientSide, true}, {backendSide, false}} {
+		t.Run(fmt.Sprintf("%s, unix %t", tt.gone.endCause(), tt.unix), func(t *testing.T) {
 			r := quietRelay(t)
-			r.linger = time.Hour
+			r.halfCloseTimeout = time.Hour
 			ends, near, leave := gonePairs(t, tt.gone, tt.unix)
 			s := newSession("ns-01", 0, "")
-			r.carry(s, near, [2][]byte{})
+			r.startSession(s, near, [2][]byte{})
 			if err := ends[tt.gone].CloseWrite(); err != nil {
 				t.Fatal(err)
 			}
-			mustEOF(t, ends[tt.gone.peer()])
+			mustEOF(t, ends[tt.gone.other()])
 			leave()
-			for end := time.Now().Add(patience); !s.gone.Load() && time.Now().Before(end); <-time.After(time.Millisecond) {
-				io.WriteString(ends[tt.gone.peer()], "tick") // fails once the session is over
+			for end := time.Now().Add(patience); !s.finished.Load() && time.Now().Before(end); <-time.After(time.Millisecond) {
+				io.WriteString(ends[tt.gone.other()], "tick") // fails once the session is over
 			}
-			relayed{session: s, relay: r}.wantCause(t, tt.gone.ended())
+			relayed{session: s, relay: r}.wantCause(t, tt.gone.endCause())
 		})
 	}
 }
@@ -234,14 +234,14 @@ func TestRelayEndsWhenBothDirectionsAreDead(t *testing.T) {
 // as soon as nothing more can be carried.
 func TestRelayCarriesTheLastBytesOfWhoIsGone(t *testing.T) {
 	r := quietRelay(t)
-	r.linger, r.gone = time.Hour, time.Hour
-	ends, near, leave := gonePairs(t, client, true)
-	far := ends[server].(*net.TCPConn)
+	r.halfCloseTimeout, r.deadTimeout = time.Hour, time.Hour
+	ends, near, leave := gonePairs(t, clientSide, true)
+	far := ends[backendSide].(*net.TCPConn)
 	far.SetReadBuffer(16 << 10)
 	s := newSession("ns-01", 0, "")
-	r.carry(s, near, [2][]byte{})
+	r.startSession(s, near, [2][]byte{})
 	const last = 150 << 10 // more than is taken by who does not read: a part is in the router's kernel
-	mustWrite(t, ends[client], string(make([]byte, last)))
+	mustWrite(t, ends[clientSide], string(make([]byte, last)))
 	leave()
 	var ticks sync.WaitGroup
 	ticks.Go(func() {
@@ -258,7 +258,7 @@ func TestRelayCarriesTheLastBytesOfWhoIsGone(t *testing.T) {
 }
 
 func TestRelayEarlyBytes(t *testing.T) {
-	c := carried(t, quietRelay(t), 0, []byte("from the client"), []byte("from the backend"))
+	c := startedSession(t, quietRelay(t), 0, []byte("from the client"), []byte("from the backend"))
 	mustRead(t, c.backend, "from the client")
 	mustRead(t, c.client, "from the backend")
 	mustWrite(t, c.client, " and more")
@@ -277,7 +277,7 @@ func TestRelayEarlyBytes(t *testing.T) {
 func TestRelayStuckBothWays(t *testing.T) {
 	r := quietRelay(t)
 	for round := range 10 {
-		c := carried(t, r, 0, nil, nil)
+		c := startedSession(t, r, 0, nil, nil)
 		ends := [2]*net.TCPConn{c.client, c.backend}
 		var sent [2]int64
 		for i, conn := range ends {
@@ -302,7 +302,7 @@ func TestRelayEndsOnce(t *testing.T) {
 	r := quietRelay(t)
 	const sessions = 100
 	for range sessions {
-		c := carried(t, r, 0, nil, nil)
+		c := startedSession(t, r, 0, nil, nil)
 		var all sync.WaitGroup
 		for _, end := range []func(){
 			func() { c.end(causeMoved) }, func() { c.end(causeDrain) },
@@ -340,11 +340,11 @@ func TestRelayBothEnd(t *testing.T) {
 			conn.Close()
 		},
 	}
-	bystander := carried(t, r, 0, nil, nil)
+	bystander := startedSession(t, r, 0, nil, nil)
 	for range rounds {
 		var all sync.WaitGroup
 		for range atOnce {
-			c := carried(t, r, 0, nil, nil)
+			c := startedSession(t, r, 0, nil, nil)
 			for _, conn := range []*net.TCPConn{c.client, c.backend} {
 				way, last := ways[rng.IntN(len(ways))], make([]byte, logUniform(rng, 100_000))
 				all.Go(func() {
@@ -361,8 +361,8 @@ func TestRelayBothEnd(t *testing.T) {
 	bystander.end(causeDrain)
 	waitFor(t, r)
 	var ends int64
-	for _, why := range []cause{causeClient, causeBackend, causeClientError, causeBackendError} {
-		ends += r.ended[why].Load()
+	for _, cause := range []cause{causeClient, causeBackend, causeClientError, causeBackendError} {
+		ends += r.ended[cause].Load()
 	}
 	if ends != rounds*atOnce {
 		t.Errorf("%d sessions were ended by their sides, want %d", ends, rounds*atOnce)
@@ -373,7 +373,7 @@ func BenchmarkRelayMessage(b *testing.B) {
 	for _, size := range []int{64, 1024, 64 << 10} {
 		b.Run(byteSize(size), func(b *testing.B) {
 			r := quietRelay(b)
-			c := carried(b, r, 0, nil, nil)
+			c := startedSession(b, r, 0, nil, nil)
 			message := make([]byte, size)
 			b.SetBytes(int64(size))
 			b.ReportAllocs()
@@ -403,9 +403,9 @@ func byteSize(n int) string {
 func TestRelayEndsIdle(t *testing.T) {
 	const timeout = 800 * time.Millisecond
 	r := quietRelay(t)
-	silent := carried(t, r, 0, nil, nil)
-	spoke := carried(t, r, 0, []byte("hello"), []byte("hello"))
-	asks, tells := carried(t, r, 0, nil, nil), carried(t, r, 0, nil, nil)
+	silent := startedSession(t, r, 0, nil, nil)
+	spoke := startedSession(t, r, 0, []byte("hello"), []byte("hello"))
+	asks, tells := startedSession(t, r, 0, nil, nil), startedSession(t, r, 0, nil, nil)
 	begun := time.Now()
 	ctx, cancel := context.WithCancel(t.Context())
 	var looking sync.WaitGroup
@@ -420,7 +420,7 @@ func TestRelayEndsIdle(t *testing.T) {
 		mustWrite(t, tells.backend, "x")
 		mustRead(t, tells.client, "x")
 		<-time.After(timeout / 20)
-		if ended == 0 && silent.gone.Load() && spoke.gone.Load() {
+		if ended == 0 && silent.finished.Load() && spoke.finished.Load() {
 			ended = time.Since(begun)
 		}
 		if time.Since(begun) > patience {
@@ -431,8 +431,8 @@ func TestRelayEndsIdle(t *testing.T) {
 		t.Errorf("ended after %s, want -idle-timeout %s and at most a quarter more", ended, timeout)
 	}
 	for name, c := range map[string]relayed{"client sends": asks, "backend sends": tells} {
-		if c.ending() {
-			t.Errorf("%s: ended with cause %v, want open", name, cause(c.why.Load()))
+		if c.isClosing() {
+			t.Errorf("%s: ended with cause %v, want open", name, cause(c.cause.Load()))
 		}
 	}
 	waitFor(t, r) // now they are idle too
@@ -460,8 +460,8 @@ func scanned(t testing.TB, overrides int) (*relay, *mover, []*session) {
 	for i, namespace := range shuffled(manyNamespaces(scanSessions)) {
 		owner, _ := router.table().owner(namespace)
 		all[i] = &session{namespace: namespace, backend: owner}
-		all[i].count[client].Store(int64(i))
-		all[i].count[server].Store(1)
+		all[i].bytesFrom[clientSide].Store(int64(i))
+		all[i].bytesFrom[backendSide].Store(1)
 	}
 	rng := rand.New(rand.NewPCG(5, 6)) // in memory, sessions are not in the order of the set
 	rng.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
@@ -493,7 +493,7 @@ func TestRelayScan(t *testing.T) {
 	if got := r.size(); got != scanSessions/2 {
 		t.Errorf("%d sessions, want %d", got, scanSessions/2)
 	}
-	for _, s := range r.where(m.misplaced) {
+	for _, s := range r.filter(m.shouldMove) {
 		if !want[s] {
 			t.Errorf("%s was found, and is with its owner, has ended, or was found before", s.namespace)
 		}
@@ -524,8 +524,8 @@ func wantScanTime(t *testing.T, r *relay, m *mover, all []*session) {
 		}
 	}
 	scans := map[string]struct{ scan, plain func() }{
-		"where one flag is set":           {func() { r.where((*session).ending) }, each(func(s *session) { s.ending() })},
-		"where the owner is another":      {func() { r.where(m.misplaced) }, each(func(s *session) { m.misplaced(s) })},
+		"where one flag is set":           {func() { r.filter((*session).isClosing) }, each(func(s *session) { s.isClosing() })},
+		"where the owner is another":      {func() { r.filter(m.shouldMove) }, each(func(s *session) { m.shouldMove(s) })},
 		"the sum of what they have taken": {func() { r.bytes() }, each(func(s *session) { s.bytes() })},
 	}
 	for name, tt := range scans {
@@ -554,7 +554,7 @@ func TestRelayScanHoldsNoLock(t *testing.T) {
 		r.add(all[len(all)-1])
 	}
 	matched := map[*session]int{}
-	found := r.where(func(s *session) bool {
+	found := r.filter(func(s *session) bool {
 		if !r.mu.TryLock() {
 			t.Fatal("match is called with the relay's lock held")
 		}
@@ -584,8 +584,8 @@ func TestRelayBytesWhileSessionsEnd(t *testing.T) {
 	all := make([]*session, sessions)
 	for i := range all {
 		all[i] = &session{}
-		all[i].count[client].Store(each)
-		all[i].count[server].Store(2 * each)
+		all[i].bytesFrom[clientSide].Store(each)
+		all[i].bytesFrom[backendSide].Store(2 * each)
 		r.add(all[i])
 	}
 	var ending sync.WaitGroup
@@ -613,14 +613,14 @@ func BenchmarkRelayScan(b *testing.B) {
 		r, m, _ := scanned(b, overrides)
 		b.Run(fmt.Sprintf("misplaced/overrides=%d", overrides), func(b *testing.B) {
 			for b.Loop() {
-				r.where(m.misplaced)
+				r.filter(m.shouldMove)
 			}
 		})
 	}
 	r, _, _ := scanned(b, 0)
 	b.Run("ending", func(b *testing.B) {
 		for b.Loop() {
-			r.where((*session).ending)
+			r.filter((*session).isClosing)
 		}
 	})
 	b.Run("bytes", func(b *testing.B) {
@@ -630,8 +630,8 @@ func BenchmarkRelayScan(b *testing.B) {
 	})
 }
 
-// heldMost is how much the relay may hold of what a side does not take, in bytes.
-const heldMost = 64 << 10
+// maxHeld is how much the relay may hold of what a side does not take, in bytes.
+const maxHeld = 64 << 10
 
 // stuff writes until nothing is taken for a while, and returns how much was.
 func stuff(conn net.Conn) (n int64) { return stuffWith(conn, endless{}, 32<<10) }
@@ -669,15 +669,15 @@ func smallPairs(t testing.TB) (client, near halfConn, far, backend halfConn) {
 // stuckSession is a session of smallPairs.
 type stuckSession struct{ client, backend halfConn }
 
-func carriedSmall(t testing.TB, r *relay) stuckSession {
+func startedSmallSession(t testing.TB, r *relay) stuckSession {
 	t.Helper()
 	client, near, far, backend := smallPairs(t)
-	r.carry(&session{namespace: "ns-01"}, [2]net.Conn{near, far}, [2][]byte{})
+	r.startSession(&session{namespace: "ns-01"}, [2]net.Conn{near, far}, [2][]byte{})
 	return stuckSession{client, backend}
 }
 
 // A reader that stops stops its sender: of a session whose sockets are full no
-// more is taken than heldMost, and all of it comes when the reader goes on. It
+// more is taken than maxHeld, and all of it comes when the reader goes on. It
 // fails if more is held, or if a side is read while something is held of it.
 func TestRelayBackpressure(t *testing.T) {
 	client, near, far, backend := smallPairs(t)
@@ -685,13 +685,13 @@ func TestRelayBackpressure(t *testing.T) {
 	near.SetDeadline(time.Time{})
 	far.SetDeadline(time.Time{})
 	r := quietRelay(t)
-	r.carry(&session{namespace: "ns-01"}, [2]net.Conn{near, far}, [2][]byte{})
+	r.startSession(&session{namespace: "ns-01"}, [2]net.Conn{near, far}, [2][]byte{})
 	ends := [2]halfConn{client, backend}
 	for i, conn := range ends {
 		held := stuff(conn)
 		t.Logf("side %d: the kernel took %d bytes, and %d more when the session was carried", i, full[i], held)
-		if held > heldMost*5/4 { // the kernel counts in segments
-			t.Errorf("side %d: %d bytes were taken for a reader that does not read, want %d", i, held, heldMost)
+		if held > maxHeld*5/4 { // the kernel counts in segments
+			t.Errorf("side %d: %d bytes were taken for a reader that does not read, want %d", i, held, maxHeld)
 		}
 		full[i] += held
 		if err := conn.CloseWrite(); err != nil {
@@ -710,7 +710,7 @@ func echoing(t *testing.T, r *relay, count int) []relayed {
 	all := make([]relayed, count)
 	var echoes sync.WaitGroup
 	for i := range all {
-		c := carried(t, r, 0, nil, nil)
+		c := startedSession(t, r, 0, nil, nil)
 		all[i] = c
 		echoes.Go(func() { io.Copy(c.backend, c.backend) })
 	}
@@ -782,7 +782,7 @@ func TestRelayStuckStopsItselfOnly(t *testing.T) {
 	without, with := echoing(t, calm, others), echoing(t, crowded, others)
 	var all sync.WaitGroup
 	for range stuck {
-		c := carriedSmall(t, crowded)
+		c := startedSmallSession(t, crowded)
 		all.Go(func() { stuff(c.client) })
 		all.Go(func() { stuff(c.backend) })
 	}
@@ -825,8 +825,8 @@ func inBatches(count int, do func(i int)) {
 // stuckFlow is what comes from the backend of session i: of every other one
 // frames, which a relay may hold in another way than arbitrary bytes.
 func stuckFlow(noise []byte, seed uint64, i int) *flow {
-	f := newFlow(noise, seed+uint64(i), 64<<20, server, i%2 == 0)
-	f.whole = false // where it will stop is not known
+	f := newFlow(noise, seed+uint64(i), 64<<20, backendSide, i%2 == 0)
+	f.framed = false // where it will stop is not known
 	return f
 }
 
@@ -841,14 +841,14 @@ func TestRelayStuckMemory(t *testing.T) {
 	all, sent := make([]stuckSession, sessions), make([]int64, sessions)
 	before := userMemory()
 	for i := range all {
-		all[i] = carriedSmall(t, r)
+		all[i] = startedSmallSession(t, r)
 	}
 	open := userMemory()
 	inBatches(sessions, func(i int) {
 		sent[i] = stuffWith(all[i].backend, stuckFlow(noise, seed, i), 4<<10)
 		all[i].backend.CloseWrite()
 	})
-	full, taken := userMemory(), r.bytes()[server]
+	full, taken := userMemory(), r.bytes()[backendSide]
 	inBatches(sessions, func(i int) {
 		flow := stuckFlow(noise, seed, i)
 		flow.left = int(sent[i])
@@ -873,8 +873,8 @@ func TestRelayStuckMemory(t *testing.T) {
 	if after-before > 20*mega {
 		t.Errorf("%d MiB are still in use, want 20 at most", (after-before)/mega)
 	}
-	if total-taken < sessions*heldMost {
-		t.Errorf("%d bytes were not taken, want at least %d for each session: are they stuck?", total-taken, heldMost)
+	if total-taken < sessions*maxHeld {
+		t.Errorf("%d bytes were not taken, want at least %d for each session: are they stuck?", total-taken, maxHeld)
 	}
 	if got := r.bytes(); got != [2]int64{0, total} || r.ended[causeBackend].Load() != sessions {
 		t.Errorf("%d bytes and %d clean ends, want %d and %d", got, r.ended[causeBackend].Load(), total, sessions)
@@ -900,7 +900,7 @@ type flow struct {
 	at     int    // in noise, of the next byte
 	left   int    // bytes until the end
 	mask   byte   // 0x80 if the frames are masked
-	whole  bool   // it ends where a frame ends
+	framed bool   // it ends where a frame ends
 	header []byte // of the frame, what is left of it
 	frame  int    // bytes left of the frame's payload
 }
@@ -909,7 +909,7 @@ func newFlow(noise []byte, seed uint64, size int, from side, framed bool) *flow 
 	rng := rand.New(rand.NewPCG(seed, uint64(from)))
 	f := &flow{rng: rng, noise: noise, at: rng.IntN(len(noise)), left: size, frame: math.MaxInt}
 	if framed {
-		f.mask, f.whole, f.frame = []byte{0x80, 0}[from], rng.IntN(2) == 0, 0
+		f.mask, f.framed, f.frame = []byte{0x80, 0}[from], rng.IntN(2) == 0, 0
 	}
 	return f
 }
@@ -951,9 +951,9 @@ func (f *flow) begin() {
 	}
 	small := 2 + int(f.mask)/0x80*4 // the header of the last frame
 	switch last := f.left - small; {
-	case f.whole && last < 126:
+	case f.framed && last < 126:
 		f.frame = max(0, last)
-	case f.whole:
+	case f.framed:
 		f.frame = min(f.frame, last-14) // the longest header
 	}
 	f.header = []byte{0x81 + byte(f.rng.IntN(2)), f.mask}
@@ -973,8 +973,8 @@ func (f *flow) begin() {
 }
 
 // first returns the flow's first bytes, up to most.
-func (f *flow) first(most int) []byte {
-	b := make([]byte, most)
+func (f *flow) first(limit int) []byte {
+	b := make([]byte, limit)
 	n, _ := f.Read(b) // or all there is
 	return b[:n]
 }
@@ -1070,14 +1070,14 @@ type flowSession struct {
 func newFlowSession(noise []byte, seed uint64, number int, sizes [2]int) *flowSession {
 	s := &flowSession{total: sizes}
 	var flows [2][2]*flow
-	for i := client; i <= server; i++ {
+	for i := clientSide; i <= backendSide; i++ {
 		for j := range 2 {
 			flows[i][j] = newFlow(noise, seed+uint64(number), sizes[i], i, number>>(1+i)&1 == 0)
 		}
 	}
-	for i := client; i <= server; i++ {
+	for i := clientSide; i <= backendSide; i++ {
 		e := flowEnd{name: fmt.Sprintf("%s %d", [2]string{"client", "backend"}[i], number), seed: seed + uint64(number)<<32 + uint64(i)}
-		e.out, e.in = flows[i][0], flows[i.peer()][1]
+		e.out, e.in = flows[i][0], flows[i.other()][1]
 		e.early = e.out.first(logUniform(rand.New(rand.NewPCG(e.seed, 4)), 4<<10))
 		s.ends[i] = e
 	}
@@ -1129,23 +1129,23 @@ func TestRelayBytes(t *testing.T) {
 	var total [2]int64
 	for n, sizes := range flowSizes(rand.New(rand.NewPCG(seed, 5)), count, 512<<20) {
 		s := newFlowSession(noise, seed, n, sizes)
-		total[client] += int64(sizes[client])
-		total[server] += int64(sizes[server])
+		total[clientSide] += int64(sizes[clientSide])
+		total[backendSide] += int64(sizes[backendSide])
 		ends := s.ends
 		if n%2 == 0 {
 			served.Add(1)
-			next <- ends[server]
-			conn, br, _ := p.ask(t, upgradeRequest("/ws/ns-01")+string(ends[client].early))
-			running.Go(func() { <-start; ends[client].run(t, conn, br) })
+			next <- ends[backendSide]
+			conn, br, _ := p.ask(t, upgradeRequest("/ws/ns-01")+string(ends[clientSide].early))
+			running.Go(func() { <-start; ends[clientSide].run(t, conn, br) })
 			continue
 		}
 		near, nearFar := unixPair(t)
 		far, farFar := tcpPair(t)
 		nearFar.SetWriteBuffer(4 << 10 << (n / 8 % 8)) // little is taken in many parts
 		far.SetWriteBuffer(4 << 10 << (n / 8 % 8))
-		p.relay.carry(&session{namespace: "ns-01"}, [2]net.Conn{nearFar, far}, [2][]byte{ends[client].early, ends[server].early})
-		running.Go(func() { <-start; ends[client].run(t, near, near) })
-		running.Go(func() { <-start; ends[server].run(t, farFar, farFar) })
+		p.relay.startSession(&session{namespace: "ns-01"}, [2]net.Conn{nearFar, far}, [2][]byte{ends[clientSide].early, ends[backendSide].early})
+		running.Go(func() { <-start; ends[clientSide].run(t, near, near) })
+		running.Go(func() { <-start; ends[backendSide].run(t, farFar, farFar) })
 	}
 	begin()
 	running.Wait()

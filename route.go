@@ -15,96 +15,96 @@ import (
 
 // Why a namespace belongs to its owner, as /owner says it.
 const (
-	whyOverride = "override" // an entry
-	whyHash     = "hash"     // no entry
-	whyKept     = "kept"     // an entry that cannot be read: stays where it was
-	whyConflict = "conflict" // entries of several objects that name different backends: stays where it was
-	whyRefused  = "refused"  // stays where it was, and where that is is not known: 503
+	whyOverride   = "override" // an entry
+	whyHash       = "hash"     // no entry
+	whyPrevious   = "kept"     // an entry that cannot be read: stays where it was
+	whyConflict   = "conflict" // entries of several objects that name different backends: stays where it was
+	whyUnresolved = "refused"  // stays where it was, and where that is is not known: 503
 )
 
 // What an entry can mean instead of an ordinal.
 const (
-	hashed     = -1 // the same as no entry
-	refused    = -2 // the namespace is not served (invariant 3)
-	unreadable = -3
+	byHash       = -1 // the same as no entry
+	unresolved   = -2 // the namespace is not served (invariant 3)
+	invalidValue = -3
 )
 
-// entries is what one source of overrides holds at one moment.
-type entries struct {
-	source  string // for people: "ConfigMap edge/overwriting"
-	version string // the ConfigMap's resourceVersion, or a hash of a directory
-	data    *packed
-	stale   bool // a copy that may lag: counts only until the API server was heard
+// sourceContent is what one source of overrides holds at one moment.
+type sourceContent struct {
+	source      string // for people: "ConfigMap edge/overwriting"
+	version     string // the ConfigMap's resourceVersion, or a hash of a directory
+	overrides   *overrideSet
+	provisional bool // a copy that may lag: counts only until the API server was heard
 }
 
 // table says who owns which namespace. It is immutable: an update makes a new
 // one. Its methods take no lock and owner does not allocate (invariant 1).
 type table struct {
-	statefulSet string    // the part of a backend's name before its ordinal
-	host        bool      // a namespace is the first label of a host name
-	backends    ordinals  // at least 1
-	revision    string    // of the StatefulSet, when it came to have these; "" if it was not asked
-	sources     []entries // of the overrides, in the order in which they are read
-	version     string    // of the source, or a hash of those of several: for people
-	stamp       string    // content.kept
+	statefulSet string          // the part of a backend's name before its ordinal
+	fromHost    bool            // a namespace is the first label of a host name
+	backends    ordinals        // at least 1
+	revision    string          // of the StatefulSet, when it came to have these; "" if it was not asked
+	sources     []sourceContent // of the overrides, in the order in which they are read
+	version     string          // of the source, or a hash of those of several: for people
+	stamp       string          // content.kept
 
 	// Routers with the same content have the same owners, but for the namespaces that
-	// stay where they were; with the same kept, these too. content is a hash of what
+	// stay where they were; with the same kept, these too. contentHash is a hash of what
 	// namespaces have as their override (an ordinal, or that they stay), of which
 	// backends there are, and of hashVersion: not of how and where it was written, nor
 	// of a resourceVersion, which two contents can have after a restored backup. An
 	// override counts also if it names the owner by hash: with other backends it would
 	// not.
-	content, kept uint64
+	contentHash, pinnedHash uint64
 
 	// The parts of index are the data of sources, then the namespaces that stay
 	// where they were: since an entry cannot be read, since entries disagree.
-	index     index
-	ordinals  [][]int32 // for each part, for each of its values
-	overrides int       // namespaces of which owner does not ask the hash
-	rejected  []int     // for each source, entries that cannot be read
-	conflicts int       // namespaces whose entries disagree
+	index         overrideIndex
+	valueOrdinals [][]int32 // for each part, for each of its values
+	overrides     int       // namespaces of which owner does not ask the hash
+	rejected      []int     // for each source, entries that cannot be read
+	conflicts     int       // namespaces whose entries disagree
 }
 
 // newTable reads the sources. A namespace of which an entry cannot be read, or
 // to which two sources give different backends, stays where old had it; without
 // an old table it is refused rather than hashed, since another router may know a
 // good value. All other entries apply (invariant 3).
-func newTable(statefulSet string, backends ordinals, sources []entries, old *table) *table {
+func newTable(statefulSet string, backends ordinals, sources []sourceContent, old *table) *table {
 	t := &table{statefulSet: statefulSet, backends: backends}
-	t.fill(sources, old)
+	t.build(sources, old)
 	return t
 }
 
 // with returns the table that follows t with other backends or sources.
-func (t *table) with(backends ordinals, sources []entries) *table {
-	next := &table{statefulSet: t.statefulSet, host: t.host, backends: backends}
-	next.fill(sources, t)
+func (t *table) with(backends ordinals, sources []sourceContent) *table {
+	next := &table{statefulSet: t.statefulSet, fromHost: t.fromHost, backends: backends}
+	next.build(sources, t)
 	return next
 }
 
-// fill is the rest of newTable.
-func (t *table) fill(sources []entries, old *table) {
+// build is the rest of newTable.
+func (t *table) build(sources []sourceContent, old *table) {
 	t.sources, t.version, t.rejected = slices.Clone(sources), versionOf(sources), make([]int, len(sources))
-	var parts []*packed
+	var sets []*overrideSet
 	count := 0
 	for i := range t.sources {
-		e := &t.sources[i]
-		e.data = cmp.Or(e.data, &packed{})
-		parts = append(parts, e.data)
-		t.ordinals = append(t.ordinals, t.read(e.data))
-		count += e.data.count
+		src := &t.sources[i]
+		src.overrides = cmp.Or(src.overrides, &overrideSet{})
+		sets = append(sets, src.overrides)
+		t.valueOrdinals = append(t.valueOrdinals, t.resolveValues(src.overrides))
+		count += src.overrides.count
 	}
-	known := []int32{refused, hashed} // what the values of the last two parts mean
+	ordinals := []int32{unresolved, byHash} // what the values of the last two parts mean
 	for i := range t.backends.count {
-		known = append(known, int32(t.backends.first+i))
+		ordinals = append(ordinals, int32(t.backends.first+i))
 	}
-	t.ordinals = append(t.ordinals, known, known)
-	t.index = newIndex(append(parts, &packed{}, &packed{}), count)
-	t.readSources(old)
-	t.content = fmix64(t.content + spread(fmt.Sprintf("hash %d, backends %s", hashVersion, t.backends)))
-	t.kept = fmix64(t.kept)
-	t.stamp = fmt.Sprintf("%016x.%016x", t.content, t.kept)
+	t.valueOrdinals = append(t.valueOrdinals, ordinals, ordinals)
+	t.index = newOverrideIndex(append(sets, &overrideSet{}, &overrideSet{}), count)
+	t.mergeSources(old)
+	t.contentHash = fmix64(t.contentHash + hash64(fmt.Sprintf("hash %d, backends %s", hashVersion, t.backends)))
+	t.pinnedHash = fmix64(t.pinnedHash)
+	t.stamp = fmt.Sprintf("%016x.%016x", t.contentHash, t.pinnedHash)
 }
 
 // weight is what a meaning of a namespace counts in content and kept. These are
@@ -115,151 +115,155 @@ func (t *table) fill(sources []entries, old *table) {
 // accident only, once in 2^(64-k) times where 2^k divides all these differences.
 // With 0 for a namespace that is in one of both, and weights that are odd and in a
 // row, k is 0 for that, mostly 1 or 2, and at most 14 with 10,000 backends.
-func weight(meaning int) uint64 { return uint64(2*(meaning-unreadable) + 1) }
+func weight(meaning int) uint64 { return uint64(2*(meaning-invalidValue) + 1) }
 
 // versionOf names the state of all sources for people.
-func versionOf(sources []entries) string {
+func versionOf(sources []sourceContent) string {
 	if len(sources) == 1 {
 		return sources[0].version
 	}
 	sum := fnv.New64a()
-	for _, e := range sources {
-		fmt.Fprintf(sum, "%q %q\n", e.source, e.version)
+	for _, src := range sources {
+		fmt.Fprintf(sum, "%q %q\n", src.source, src.version)
 	}
 	return fmt.Sprintf("%d-%016x", len(sources), sum.Sum64())
 }
 
-// read returns what the values mean, and counts their namespaces in content as if
+// resolveValues returns what the values mean, and counts their namespaces in content as if
 // all were in force and in no other source.
-func (t *table) read(p *packed) (ordinals []int32) {
+func (t *table) resolveValues(p *overrideSet) (ordinals []int32) {
 	for i, value := range p.values {
 		ordinal, ok := t.ordinal(value)
 		if !ok {
-			ordinal = unreadable
+			ordinal = invalidValue
 		}
 		ordinals = append(ordinals, int32(ordinal))
-		t.content += p.sums[i] * weight(ordinal)
+		t.contentHash += p.hashSums[i] * weight(ordinal)
 	}
 	return ordinals
 }
 
-// readSources reads all entries, while t is being made: a range of hashes of each
+// mergeSources reads all entries, while t is being made: a range of hashes of each
 // source, then the next range. The cells of one range stay in the CPU's cache,
 // which makes a table of a million entries from 30 sources in half of the time.
-func (t *table) readSources(old *table) {
+func (t *table) mergeSources(old *table) {
 	const ranges = 64
 	at := make([]uint32, len(t.sources))
 	for n := range uint64(ranges) {
-		for i, e := range t.sources {
-			for r := range e.data.below((n+1)<<32/ranges, &at[i]) {
-				t.add(i, r, old)
+		for i, src := range t.sources {
+			for r := range src.overrides.rangeBelow((n+1)<<32/ranges, &at[i]) {
+				t.addOverride(i, r, old)
 			}
 		}
 	}
 }
 
-// add reads one entry of the i-th source, while t is being made. content has it
+// addOverride reads one entry of the i-th source, while t is being made. contentHash has it
 // already, by read: what else was known of its namespace, or is now, is put right.
-func (t *table) add(i int, r record, old *table) {
-	ordinal := int(t.ordinals[i][r.which])
-	if t.odd(r) {
+func (t *table) addOverride(i int, r override, old *table) {
+	ordinal := int(t.valueOrdinals[i][r.valueIndex])
+	if t.isInvalidName(r) {
 		t.rejected[i]++
-		t.content -= spread(r.namespace) * weight(ordinal)
+		t.contentHash -= hash64(r.namespace) * weight(ordinal)
 		return
 	}
-	s := find(&t.index, r.namespace, r.hash)
-	if s.part == 0 && ordinal != unreadable {
-		*s = cell{r.at, uint16(i + 1), uint16(r.hash)}
+	s := findSlot(&t.index, r.namespace, r.hash)
+	if s.set == 0 && ordinal != invalidValue {
+		*s = indexSlot{r.offset, uint16(i + 1), uint16(r.hash)}
 		t.overrides++
 		return
 	}
-	before := t.counts(s)
+	before := t.contribution(s)
 	switch {
-	case ordinal == unreadable:
+	case ordinal == invalidValue:
 		t.rejected[i]++
-		if !t.stays(s) {
-			t.keep(s, len(t.sources), r, old)
+		if !t.isPinned(s) {
+			t.pinToPrevious(s, len(t.sources), r, old)
 		}
-	case !t.stays(s) && t.means(s) != ordinal:
+	case !t.isPinned(s) && t.ordinalOf(s) != ordinal:
 		t.conflicts++
-		t.keep(s, len(t.sources)+1, r, old)
+		t.pinToPrevious(s, len(t.sources)+1, r, old)
 	}
-	t.content += spread(r.namespace) * (t.counts(s) - before - weight(ordinal))
+	t.contentHash += hash64(r.namespace) * (t.contribution(s) - before - weight(ordinal))
 }
 
-// counts is the weight in content of the namespace that s leads to.
-func (t *table) counts(s *cell) uint64 {
+// contribution is the weight in content of the namespace that s leads to.
+func (t *table) contribution(s *indexSlot) uint64 {
 	switch {
-	case s.part == 0:
+	case s.set == 0:
 		return 0
-	case t.stays(s):
-		return weight(unreadable)
+	case t.isPinned(s):
+		return weight(invalidValue)
 	}
-	return weight(t.means(s))
+	return weight(t.ordinalOf(s))
 }
 
-// odd reports whether no request can have the namespace of r.
-func (t *table) odd(r record) bool { return r.odd == oddPath || r.odd == oddHost && t.host }
+// isInvalidName reports whether no request can have the namespace of r.
+func (t *table) isInvalidName(r override) bool {
+	return r.invalidFor == invalidForPath || r.invalidFor == invalidForHost && t.fromHost
+}
 
-// keep makes s lead to an entry, in the part, that gives the namespace the owner
+// pinToPrevious makes s lead to an entry, in the part, that gives the namespace the owner
 // it had in old.
-func (t *table) keep(s *cell, part int, r record, old *table) {
-	ordinal := refused
+func (t *table) pinToPrevious(s *indexSlot, set int, r override, old *table) {
+	ordinal := unresolved
 	if old != nil {
-		ordinal = old.means(find(&old.index, r.namespace, r.hash))
+		ordinal = old.ordinalOf(findSlot(&old.index, r.namespace, r.hash))
 	}
 	if ordinal >= 0 && !t.backends.has(ordinal) {
-		ordinal = refused
+		ordinal = unresolved
 	}
-	if s.part == 0 {
+	if s.set == 0 {
 		t.overrides++
 	}
-	if ordinal == hashed {
+	if ordinal == byHash {
 		t.overrides--
 	}
-	t.kept += spread(r.namespace) * weight(ordinal)
-	r.which = uint32(slices.Index(t.ordinals[part], int32(ordinal)))
-	*s = cell{t.index.parts[part].add(r), uint16(part + 1), uint16(r.hash)}
+	t.pinnedHash += hash64(r.namespace) * weight(ordinal)
+	r.valueIndex = uint32(slices.Index(t.valueOrdinals[set], int32(ordinal)))
+	*s = indexSlot{t.index.sets[set].appendOverride(r), uint16(set + 1), uint16(r.hash)}
 }
 
-// means returns the ordinal that s leads to, hashed or refused.
-func (t *table) means(s *cell) int {
-	if s.part == 0 {
-		return hashed
+// ordinalOf returns the ordinal that s leads to, hashed or refused.
+func (t *table) ordinalOf(s *indexSlot) int {
+	if s.set == 0 {
+		return byHash
 	}
-	return int(t.ordinals[s.part-1][t.index.record(s).which])
+	return int(t.valueOrdinals[s.set-1][t.index.overrideAt(s).valueIndex])
 }
 
-// stays reports whether s leads to a namespace that stays where it was.
-func (t *table) stays(s *cell) bool { return int(s.part) > len(t.sources) }
+// isPinned reports whether s leads to a namespace that stays where it was.
+func (t *table) isPinned(s *indexSlot) bool { return int(s.set) > len(t.sources) }
 
 // owner returns the ordinal of the backend that owns the namespace; ok is false
 // if the namespace is refused.
 func (t *table) owner(namespace string) (ordinal int, ok bool) {
-	key := spread(namespace)
-	ordinal = t.means(find(&t.index, namespace, upper(key)))
-	if ordinal == hashed {
+	key := hash64(namespace)
+	ordinal = t.ordinalOf(findSlot(&t.index, namespace, upper32(key)))
+	if ordinal == byHash {
 		return t.backends.first + jump(key, t.backends.count), true
 	}
-	return ordinal, ordinal != refused
+	return ordinal, ordinal != unresolved
 }
 
-// pinned returns the ordinal of the override of r's namespace, hashed if it has
+// overrideOrdinal returns the ordinal of the override of r's namespace, hashed if it has
 // none, or refused.
-func (t *table) pinned(r record) int { return t.means(find(&t.index, r.namespace, r.hash)) }
+func (t *table) overrideOrdinal(r override) int {
+	return t.ordinalOf(findSlot(&t.index, r.namespace, r.hash))
+}
 
 // explain says why owner answers as it does.
 func (t *table) explain(namespace string) string {
-	s := find(&t.index, namespace, upper(spread(namespace)))
+	s := findSlot(&t.index, namespace, upper32(hash64(namespace)))
 	switch {
-	case s.part == 0:
+	case s.set == 0:
 		return whyHash
-	case t.means(s) == refused:
-		return whyRefused
-	case !t.stays(s):
+	case t.ordinalOf(s) == unresolved:
+		return whyUnresolved
+	case !t.isPinned(s):
 		return whyOverride
-	case int(s.part) == len(t.sources)+1:
-		return whyKept
+	case int(s.set) == len(t.sources)+1:
+		return whyPrevious
 	}
 	return whyConflict
 }
@@ -269,15 +273,15 @@ func (t *table) explain(namespace string) string {
 type rejection struct {
 	namespace string
 	Source    string `json:"source"`
-	Value     string `json:"value"`         // as it was found, cut to maxShownValue bytes
-	Want      string `json:"want"`          // what would have been right
-	Kept      string `json:"kept"`          // the owner it keeps, "hash", "refused" or "nothing"
+	Value     string `json:"value"`         // as it was found, cut to maxQuotedValue bytes
+	Expected  string `json:"want"`          // what would have been right
+	Previous  string `json:"kept"`          // the owner it keeps, "hash", "refused" or "nothing"
 	Key       string `json:"key,omitempty"` // of an entry that is of no namespace
 }
 
-// maxShownValue is how much of a rejected value is shown, in bytes: a value may
+// maxQuotedValue is how much of a rejected value is shown, in bytes: a value may
 // be 1 MiB of anything.
-const maxShownValue = 64
+const maxQuotedValue = 64
 
 // rejections are those of the i-th source.
 func (t *table) rejections(i int) iter.Seq[rejection] {
@@ -285,8 +289,8 @@ func (t *table) rejections(i int) iter.Seq[rejection] {
 		if t.rejected[i] == 0 && t.conflicts == 0 {
 			return
 		}
-		for r := range t.sources[i].data.all() {
-			if bad, ok := t.judge(i, r); ok && !yield(bad) {
+		for r := range t.sources[i].overrides.all() {
+			if bad, ok := t.check(i, r); ok && !yield(bad) {
 				return
 			}
 		}
@@ -297,15 +301,15 @@ func (t *table) rejections(i int) iter.Seq[rejection] {
 // it in lower case where host names have it. It reads them from end to end: it is
 // for operators, not for requests.
 func (t *table) rejectionsOf(namespace string) (all []rejection) {
-	if !t.host && !t.stays(find(&t.index, namespace, upper(spread(namespace)))) {
+	if !t.fromHost && !t.isPinned(findSlot(&t.index, namespace, upper32(hash64(namespace)))) {
 		return nil
 	}
 	for i := range t.sources {
-		for r := range t.sources[i].data.all() {
-			if string(r.namespace) != namespace && !(t.host && strings.EqualFold(string(r.namespace), namespace)) {
+		for r := range t.sources[i].overrides.all() {
+			if string(r.namespace) != namespace && !(t.fromHost && strings.EqualFold(string(r.namespace), namespace)) {
 				continue
 			}
-			if bad, ok := t.judge(i, r); ok {
+			if bad, ok := t.check(i, r); ok {
 				all = append(all, bad)
 			}
 		}
@@ -313,34 +317,34 @@ func (t *table) rejectionsOf(namespace string) (all []rejection) {
 	return all
 }
 
-// judge reports whether an entry of the i-th source is rejected.
-func (t *table) judge(i int, r record) (bad rejection, ok bool) {
-	s := find(&t.index, r.namespace, r.hash)
-	bad = rejection{namespace: string(r.namespace), Source: t.sources[i].source, Kept: "nothing"}
-	odd := t.odd(r)
+// check reports whether an entry of the i-th source is rejected.
+func (t *table) check(i int, r override) (bad rejection, ok bool) {
+	s := findSlot(&t.index, r.namespace, r.hash)
+	bad = rejection{namespace: string(r.namespace), Source: t.sources[i].source, Previous: "nothing"}
+	invalid := t.isInvalidName(r)
 	switch {
-	case odd:
-		bad.Key, bad.Want = bad.namespace, nameFault(bad.namespace, t.host)
-	case t.ordinals[i][r.which] == unreadable:
-		bad.Want = t.name(t.backends.first) + " to " + t.name(t.backends.first+t.backends.count-1)
-	case int(s.part) == len(t.sources)+2:
-		bad.Want = "the same backend in all objects"
+	case invalid:
+		bad.Key, bad.Expected = bad.namespace, namespaceFault(bad.namespace, t.fromHost)
+	case t.valueOrdinals[i][r.valueIndex] == invalidValue:
+		bad.Expected = t.name(t.backends.first) + " to " + t.name(t.backends.first+t.backends.count-1)
+	case int(s.set) == len(t.sources)+2:
+		bad.Expected = "the same backend in all objects"
 	default:
 		return bad, false
 	}
-	value := t.sources[i].data.value(r)
-	if len(value) > maxShownValue {
-		value = value[:maxShownValue] + "…"
+	value := t.sources[i].overrides.value(r)
+	if len(value) > maxQuotedValue {
+		value = value[:maxQuotedValue] + "…"
 	}
 	bad.Value = strings.ToValidUTF8(value, "�")
-	switch ordinal := t.means(s); {
-	case odd:
-	case ordinal == hashed:
-		bad.Kept = whyHash
-	case ordinal == refused:
-		bad.Kept = whyRefused
+	switch ordinal := t.ordinalOf(s); {
+	case invalid:
+	case ordinal == byHash:
+		bad.Previous = whyHash
+	case ordinal == unresolved:
+		bad.Previous = whyUnresolved
 	default:
-		bad.Kept = t.name(ordinal)
+		bad.Previous = t.name(ordinal)
 	}
 	return bad, true
 }
@@ -354,70 +358,70 @@ func (t *table) ordinal(name string) (int, bool) {
 	return ordinal, ok && t.backends.has(ordinal)
 }
 
-// nameFault says what is wrong with a namespace of a host name, or of a path, or "".
-func nameFault(name string, host bool) string {
+// namespaceFault says what is wrong with a namespace of a host name, or of a path, or "".
+func namespaceFault(name string, host bool) string {
 	if host {
-		return labelFault(name)
+		return hostNamespaceFault(name)
 	}
-	return namespaceFault(name)
+	return pathNamespaceFault(name)
 }
 
 // router holds the table in force.
 type router struct {
 	// Static after construction.
 	statefulSet string
-	host        bool // a namespace is the first label of a host name
+	fromHost    bool // a namespace is the first label of a host name
 	log         *slog.Logger
-	swapped     func()       // called after each swap; must not block
-	told        func(change) // gets what each source did in a swap; must not block. Or nil.
+	onSwap      func()             // called after each swap; must not block
+	onChange    func(sourceChange) // gets what each source did in a swap; must not block. Or nil.
 
 	current atomic.Pointer[table] // nil until entries and backends are known, never again
 	swaps   atomic.Int64
 
 	// Guarded by mu, which serialises swaps.
 	mu       sync.Mutex
-	heard    bool      // entries that are not stale came
-	sources  []entries // the last, nil before the first
-	backends ordinals  // none before they are known
-	revision string    // of the StatefulSet, when it came to have these
+	live     bool            // entries that are not stale came
+	sources  []sourceContent // the last, nil before the first
+	backends ordinals        // none before they are known
+	revision string          // of the StatefulSet, when it came to have these
 }
 
 // table returns the table in force, nil if there was none yet.
 func (r *router) table() *table { return r.current.Load() }
 
 // update puts a table made of all sources of overrides in force.
-func (r *router) update(sources ...entries) {
+func (r *router) update(sources ...sourceContent) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	stale := len(sources) > 0 && sources[0].stale
-	if stale && r.heard {
+	provisional := len(sources) > 0 && sources[0].provisional
+	if provisional && r.live {
 		return
 	}
-	r.heard = r.heard || !stale
-	r.sources = append([]entries{}, sources...)
-	if !r.relabel() {
+	r.live = r.live || !provisional
+	r.sources = append([]sourceContent{}, sources...)
+	if !r.updateVersions() {
 		r.swap()
 	}
 }
 
-// relabel reports whether the sources have nothing new but their versions, as after
+// updateVersions reports whether the sources have nothing new but their versions, as after
 // a change of labels, and has the table in force say these then: that is no swap, of
 // which anybody is told. What each source has as before is the same in memory after
 // it. mu is held.
-func (r *router) relabel() bool {
+func (r *router) updateVersions() bool {
 	t := r.table()
 	if t == nil {
 		return false
 	}
 	same := len(r.sources) == len(t.sources)
 	for i := range r.sources {
-		e := &r.sources[i]
-		e.data = cmp.Or(e.data, &packed{})
-		j := slices.IndexFunc(t.sources, named(e.source))
-		if j >= 0 && e.data.equal(t.sources[j].data) {
-			e.data = t.sources[j].data
+		src := &r.sources[i]
+		src.overrides = cmp.Or(src.overrides, &overrideSet{})
+		j := slices.IndexFunc(t.sources, sourceNamed(src.source))
+		if j >= 0 && src.overrides.equal(t.sources[j].overrides) {
+			src.overrides = t.sources[j].overrides
 		}
-		same = same && i == j && e.data == t.sources[j].data
+		same = same && i == j && src.overrides == t.sources[j].overrides
 	}
 	if same {
 		next := *t
@@ -427,15 +431,15 @@ func (r *router) relabel() bool {
 	return same
 }
 
-// named returns a function that finds the source of the name.
-func named(source string) func(entries) bool {
-	return func(e entries) bool { return e.source == source }
+// sourceNamed returns a function that finds the source of the name.
+func sourceNamed(source string) func(sourceContent) bool {
+	return func(src sourceContent) bool { return src.source == source }
 }
 
-// resize puts a table for these backends in force, at least one. Entries are
+// setBackends puts a table for these backends in force, at least one. Entries are
 // judged anew: "backend-7" is good once there are eight. revision is that of the
 // StatefulSet that says so.
-func (r *router) resize(backends ordinals, revision string) {
+func (r *router) setBackends(backends ordinals, revision string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if backends != r.backends {
@@ -451,77 +455,77 @@ func (r *router) swap() {
 		return
 	}
 	old := r.table()
-	t := &table{statefulSet: r.statefulSet, host: r.host, backends: r.backends, revision: r.revision}
-	t.fill(r.sources, old)
+	t := &table{statefulSet: r.statefulSet, fromHost: r.fromHost, backends: r.backends, revision: r.revision}
+	t.build(r.sources, old)
 	r.current.Store(t)
 	r.swaps.Add(1)
-	r.swapped()
+	r.onSwap()
 	all := t.changes(old)
-	r.report(t, all)
+	r.logSwap(t, all)
 	for _, c := range all {
-		if r.told != nil {
-			r.told(c)
+		if r.onChange != nil {
+			r.onChange(c)
 		}
 	}
-	if len(t.index.cells) > largeIndex {
+	if len(t.index.slots) > largeIndexSlots {
 		runtime.GC()
 	}
 }
 
-// largeIndex is how many cells, of 8 bytes, are worth a collection of the old table
+// largeIndexSlots is how many cells, of 8 bytes, are worth a collection of the old table
 // when it is out of force. By itself the runtime would let as much garbage come
 // together as there is in use: of a million overrides, three old indexes.
-const largeIndex = 1 << 18
+const largeIndexSlots = 1 << 18
 
-// change is what the new state of one source did.
-type change struct {
-	entries
-	first                   bool        // there was no table before
-	content                 uint64      // of the table
+// sourceChange is what the new state of one source did.
+type sourceChange struct {
+	sourceContent
+	initial                 bool        // there was no table before
+	contentHash             uint64      // of the table
 	scaled                  string      // if the number of backends did it all: the StatefulSet's revision
 	added, changed, removed int         // overrides
 	rejected                int         // entries that are rejected now
-	shown                   []rejection // the first of them by name
-	fresh                   int         // those that the table before did not reject
-	freshShown              []rejection // the first of them by name
+	examples                []rejection // the first of them by name
+	newlyRejected           int         // those that the table before did not reject
+	newExamples             []rejection // the first of them by name
 }
 
-// maxTold is how many rejected entries of a source are told one by one.
-const maxTold = 10
+// maxExamples is how many rejected entries of a source are told one by one.
+const maxExamples = 10
 
 // changes compares t with old, which may be nil. Sources that are the same in
 // both are left out.
-func (t *table) changes(old *table) (all []change) {
+func (t *table) changes(old *table) (all []sourceChange) {
 	first := old == nil
 	if first {
 		old = newTable(t.statefulSet, t.backends, nil, nil)
 	}
-	for i, e := range t.sources {
-		before, j := &packed{}, slices.IndexFunc(old.sources, named(e.source))
+	for i, src := range t.sources {
+		before, j := &overrideSet{}, slices.IndexFunc(old.sources, sourceNamed(src.source))
 		if j >= 0 {
-			before = old.sources[j].data
+			before = old.sources[j].overrides
 		}
-		if before == e.data && old.backends == t.backends {
+		if before == src.overrides && old.backends == t.backends {
 			continue
 		}
-		c := change{entries: e, first: first, content: t.content}
-		if before == e.data {
+		c := sourceChange{sourceContent: src, initial: first, contentHash: t.contentHash}
+		if before == src.overrides {
 			c.scaled = t.revision
 		}
-		for r := range before.differences(e.data, old.backends != t.backends) {
-			c.count(old.pinned(r), t.pinned(r))
+		for r := range before.differences(src.overrides, old.backends != t.backends) {
+			c.countChange(old.overrideOrdinal(r), t.overrideOrdinal(r))
 		}
-		c.judge(t, i, old, j)
+		c.countRejections(t, i, old, j)
 		all = append(all, c)
 	}
-	for _, e := range old.sources {
-		if slices.ContainsFunc(t.sources, named(e.source)) {
+	for _, src := range old.sources {
+		if slices.ContainsFunc(t.sources, sourceNamed(src.source)) {
 			continue
 		}
-		c := change{entries: entries{source: e.source}}
-		for r := range e.data.all() {
-			if t.pinned(r) == hashed {
-				c.count(old.pinned(r), hashed)
+		c := sourceChange{sourceContent: sourceContent{source: src.source}}
+		for r := range src.overrides.all() {
+			if t.overrideOrdinal(r) == byHash {
+				c.countChange(old.overrideOrdinal(r), byHash)
 			}
 		}
 		all = append(all, c)
@@ -529,23 +533,23 @@ func (t *table) changes(old *table) (all []change) {
 	return all
 }
 
-// count takes note of one namespace that had an override before, or hashed, and
+// countChange takes note of one namespace that had an override before, or hashed, and
 // has one after.
-func (c *change) count(before, after int) {
+func (c *sourceChange) countChange(before, after int) {
 	switch {
 	case before == after:
-	case before == hashed:
+	case before == byHash:
 		c.added++
-	case after == hashed:
+	case after == byHash:
 		c.removed++
 	default:
 		c.changed++
 	}
 }
 
-// judge takes note of the entries that are rejected of t's i-th source, which
+// countRejections takes note of the entries that are rejected of t's i-th source, which
 // was old's j-th, if that is not below 0.
-func (c *change) judge(t *table, i int, old *table, j int) {
+func (c *sourceChange) countRejections(t *table, i int, old *table, j int) {
 	known := map[rejection]bool{}
 	if j >= 0 {
 		for bad := range old.rejections(j) {
@@ -554,36 +558,36 @@ func (c *change) judge(t *table, i int, old *table, j int) {
 	}
 	for bad := range t.rejections(i) {
 		c.rejected++
-		c.shown = firstTold(c.shown, bad)
+		c.examples = addExample(c.examples, bad)
 		if !known[bad] {
-			c.fresh++
-			c.freshShown = firstTold(c.freshShown, bad)
+			c.newlyRejected++
+			c.newExamples = addExample(c.newExamples, bad)
 		}
 	}
 }
 
-// firstTold adds bad to those that are told, in the order of their names, if it
+// addExample adds bad to those that are told, in the order of their names, if it
 // is among the first.
-func firstTold(told []rejection, bad rejection) []rejection {
-	at, _ := slices.BinarySearchFunc(told, bad, func(a, b rejection) int { return cmp.Compare(a.namespace, b.namespace) })
-	if at < maxTold {
-		told = slices.Insert(told, at, bad)
+func addExample(examples []rejection, bad rejection) []rejection {
+	at, _ := slices.BinarySearchFunc(examples, bad, func(a, b rejection) int { return cmp.Compare(a.namespace, b.namespace) })
+	if at < maxExamples {
+		examples = slices.Insert(examples, at, bad)
 	}
-	return told[:min(maxTold, len(told))]
+	return examples[:min(maxExamples, len(examples))]
 }
 
-// source names the sources for people.
-func (t *table) source() string {
+// sourceName names the sources for people.
+func (t *table) sourceName() string {
 	if len(t.sources) == 1 {
 		return t.sources[0].source
 	}
 	return fmt.Sprintf("%d objects", len(t.sources))
 }
 
-// report logs the new table: one line, and one for each entry that is rejected
-// since this table, up to maxTold of a source.
-func (r *router) report(t *table, all []change) {
-	source, sum, rejected := t.source(), change{}, 0
+// logSwap logs the new table: one line, and one for each entry that is rejected
+// since this table, up to maxExamples of a source.
+func (r *router) logSwap(t *table, all []sourceChange) {
+	source, sum, rejected := t.sourceName(), sourceChange{}, 0
 	if len(all) == 1 {
 		source = all[0].source
 	}
@@ -597,12 +601,12 @@ func (r *router) report(t *table, all []change) {
 		"overrides", t.overrides, "added", sum.added, "changed", sum.changed, "removed", sum.removed,
 		"rejected", rejected, "conflicts", t.conflicts)
 	for _, c := range all {
-		for _, bad := range c.freshShown {
+		for _, bad := range c.newExamples {
 			r.log.Warn("entry rejected", "source", c.source, "version", c.version,
-				"namespace", bad.namespace, "value", bad.Value, "want", bad.Want, "kept", bad.Kept)
+				"namespace", bad.namespace, "value", bad.Value, "want", bad.Expected, "kept", bad.Previous)
 		}
-		if c.fresh > maxTold {
-			r.log.Warn("more entries rejected", "source", c.source, "count", c.fresh-maxTold)
+		if c.newlyRejected > maxExamples {
+			r.log.Warn("more entries rejected", "source", c.source, "count", c.newlyRejected-maxExamples)
 		}
 	}
 }

@@ -19,15 +19,15 @@ import (
 
 // tableOf makes a table of one source.
 func tableOf(backends int, data map[string]string, old *table) *table {
-	return newTable("backend", ordinals{count: backends}, []entries{{source: "test", version: "1", data: pack(data)}}, old)
+	return newTable("backend", ordinals{count: backends}, []sourceContent{{source: "test", version: "1", overrides: newOverrideSet(data)}}, old)
 }
 
 // overridesOf are the namespaces of which the table does not ask the hash.
 func overridesOf(t *table) map[string]int {
 	all := map[string]int{}
-	for _, part := range t.index.parts {
+	for _, part := range t.index.sets {
 		for r := range part.all() {
-			if ordinal := t.pinned(r); ordinal != hashed {
+			if ordinal := t.overrideOrdinal(r); ordinal != byHash {
 				all[string(r.namespace)] = ordinal
 			}
 		}
@@ -55,7 +55,7 @@ func seed(t *testing.T) *table {
 
 func TestTableReadsEntries(t *testing.T) {
 	const junk = 1 << 20
-	const bad = refused
+	const bad = unresolved
 	tests := map[string]struct {
 		value string
 		want  int
@@ -100,24 +100,24 @@ func TestTableReadsEntries(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			table := tableOf(4, map[string]string{"ns-01": tt.value}, nil)
 			got, ok := table.owner("ns-01")
-			if got != tt.want || ok != (tt.want != refused) {
+			if got != tt.want || ok != (tt.want != unresolved) {
 				t.Errorf("owner %d, %v; want %d", got, ok, tt.want)
 			}
 			bad, rejected := rejectedOf(table)["ns-01"]
-			if rejected != (tt.want == refused) {
+			if rejected != (tt.want == unresolved) {
 				t.Errorf("rejected is %v with owner %d", rejected, tt.want)
 			}
-			if rejected && (bad.Want != "backend-0 to backend-3" || bad.Kept != "refused") {
-				t.Errorf("rejected with want %q, kept %q", bad.Want, bad.Kept)
+			if rejected && (bad.Expected != "backend-0 to backend-3" || bad.Previous != "refused") {
+				t.Errorf("rejected with want %q, kept %q", bad.Expected, bad.Previous)
 			}
-			if !utf8.ValidString(bad.Value) || len(bad.Value) > 3*maxShownValue+len("…") {
+			if !utf8.ValidString(bad.Value) || len(bad.Value) > 3*maxQuotedValue+len("…") {
 				t.Errorf("the value is shown as %d bytes %.200q", len(bad.Value), bad.Value)
 			}
 		})
 	}
 }
 
-// TestTableKeeps: what cannot be read changes nothing (invariant 3).
+// TestTablePinsToPrevious: what cannot be read changes nothing (invariant 3).
 // TestTableReadsAll: entries are read by ranges of hashes, and none is left out.
 func TestTableReadsAll(t *testing.T) {
 	const each = 1000
@@ -125,7 +125,7 @@ func TestTableReadsAll(t *testing.T) {
 	for i := range each {
 		a[fmt.Sprintf("a-%d", i)], b[fmt.Sprintf("b-%d", i)] = "backend-1", "backend-2"
 	}
-	table := newTable("backend", ordinals{count: 4}, []entries{{source: "a", data: pack(a)}, {source: "b", data: pack(b)}}, nil)
+	table := newTable("backend", ordinals{count: 4}, []sourceContent{{source: "a", overrides: newOverrideSet(a)}, {source: "b", overrides: newOverrideSet(b)}}, nil)
 	if table.overrides != 2*each {
 		t.Errorf("%d overrides, want %d", table.overrides, 2*each)
 	}
@@ -138,7 +138,7 @@ func TestTableReadsAll(t *testing.T) {
 	}
 }
 
-func TestTableKeeps(t *testing.T) {
+func TestTablePinsToPrevious(t *testing.T) {
 	hashed := bucket("hashed", 4)
 	tests := map[string]struct {
 		namespace string
@@ -147,25 +147,25 @@ func TestTableKeeps(t *testing.T) {
 		owner     int
 		why, kept string
 	}{
-		"no old table":              {"hashed", nil, 4, refused, whyRefused, "refused"},
-		"old override":              {"pinned-3", seed(t), 4, 3, whyKept, "backend-3"},
-		"old hash":                  {"hashed", seed(t), 4, hashed, whyKept, "hash"},
-		"old refused":               {"refused", seed(t), 4, refused, whyRefused, "refused"},
-		"old override out of range": {"pinned-3", seed(t), 3, refused, whyRefused, "refused"},
-		"old override in range":     {"pinned-0", seed(t), 3, 0, whyKept, "backend-0"},
+		"no old table":              {"hashed", nil, 4, unresolved, whyUnresolved, "refused"},
+		"old override":              {"pinned-3", seed(t), 4, 3, whyPrevious, "backend-3"},
+		"old hash":                  {"hashed", seed(t), 4, hashed, whyPrevious, "hash"},
+		"old refused":               {"refused", seed(t), 4, unresolved, whyUnresolved, "refused"},
+		"old override out of range": {"pinned-3", seed(t), 3, unresolved, whyUnresolved, "refused"},
+		"old override in range":     {"pinned-0", seed(t), 3, 0, whyPrevious, "backend-0"},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
 			data := map[string]string{tt.namespace: "bakend-2", "other": "backend-1"}
 			next := tableOf(tt.backends, data, tt.old)
 			owner, ok := next.owner(tt.namespace)
-			if owner != tt.owner || ok != (tt.owner != refused) {
+			if owner != tt.owner || ok != (tt.owner != unresolved) {
 				t.Errorf("owner %d, %v; want %d", owner, ok, tt.owner)
 			}
 			if why := next.explain(tt.namespace); why != tt.why {
 				t.Errorf("why %q, want %q", why, tt.why)
 			}
-			want := rejection{namespace: tt.namespace, Source: "test", Value: "bakend-2", Want: "backend-0 to " + next.name(tt.backends-1), Kept: tt.kept}
+			want := rejection{namespace: tt.namespace, Source: "test", Value: "bakend-2", Expected: "backend-0 to " + next.name(tt.backends-1), Previous: tt.kept}
 			if got := rejectedOf(next); got[tt.namespace] != want || len(got) != 1 {
 				t.Errorf("rejected %v, want only %v", got, want)
 			}
@@ -202,7 +202,7 @@ func TestTableRejectsNamespaces(t *testing.T) {
 		t.Errorf("%d overrides %v, want %v", table.overrides, got, want)
 	}
 	for _, namespace := range []string{"a/b", ".."} {
-		if bad := rejectedOf(table)[namespace]; bad.Want != namespaceFault(namespace) || bad.Kept != "nothing" {
+		if bad := rejectedOf(table)[namespace]; bad.Expected != pathNamespaceFault(namespace) || bad.Previous != "nothing" {
 			t.Errorf("%q is rejected as %+v", namespace, bad)
 		}
 	}
@@ -211,9 +211,9 @@ func TestTableRejectsNamespaces(t *testing.T) {
 // A stamp is the same for what means the same, and another for what may not.
 func TestStamp(t *testing.T) {
 	of := func(first, count int, sources ...string) *table {
-		var all []entries
+		var all []sourceContent
 		for i, data := range sources {
-			all = append(all, entries{source: fmt.Sprint(i), version: data, data: pack(pairs(data))})
+			all = append(all, sourceContent{source: fmt.Sprint(i), version: data, overrides: newOverrideSet(pairs(data))})
 		}
 		return newTable("backend", ordinals{first, count}, all, nil)
 	}
@@ -226,14 +226,14 @@ func TestStamp(t *testing.T) {
 		of(0, 4, "b=backend-2", "", "a=backend-1"),
 		of(0, 4, "a=backend-1 b=backend-2", "a=backend-1", "b=backend-2 a=backend-1"), // told twice
 		of(0, 4, "a=backend-1 b=backend-2 ..=backend-3 a/b=junk"),                     // no namespaces
-		newTable("backend", ordinals{0, 4}, []entries{{data: pack(map[string]string{"a": " backend-1\n", "b": "backend-2\t"})}}, nil),
+		newTable("backend", ordinals{0, 4}, []sourceContent{{overrides: newOverrideSet(map[string]string{"a": " backend-1\n", "b": "backend-2\t"})}}, nil),
 	} {
 		if other.stamp != same.stamp {
 			t.Errorf("the stamp of %+v is %s, want %s", other.sources, other.stamp, same.stamp)
 		}
 	}
-	host := &table{statefulSet: "backend", host: true, backends: ordinals{0, 4}}
-	host.fill([]entries{{data: pack(pairs("a=backend-1 A=backend-2 b=backend-2 b.c=backend-3 D=junk"))}}, nil)
+	host := &table{statefulSet: "backend", fromHost: true, backends: ordinals{0, 4}}
+	host.build([]sourceContent{{overrides: newOverrideSet(pairs("a=backend-1 A=backend-2 b=backend-2 b.c=backend-3 D=junk"))}}, nil)
 	if host.stamp != same.stamp || host.rejected[0] != 3 {
 		t.Errorf("with keys that no host name has the stamp is %s, want %s; %d rejected", host.stamp, same.stamp, host.rejected[0])
 	}
@@ -252,11 +252,11 @@ func TestStamp(t *testing.T) {
 		all[other.stamp] = true
 	}
 	junk, conflict := of(0, 4, "a=junk b=backend-2"), of(0, 4, "a=backend-1 b=backend-2", "a=backend-3")
-	if junk.stamp != conflict.stamp || junk.kept == 0 {
+	if junk.stamp != conflict.stamp || junk.pinnedHash == 0 {
 		t.Errorf("the stamps are %s and %s, want the same: a stays in both", junk.stamp, conflict.stamp)
 	}
 	next := same.with(same.backends, conflict.sources)
-	if next.content != junk.content || next.kept == junk.kept {
+	if next.contentHash != junk.contentHash || next.pinnedHash == junk.pinnedHash {
 		t.Errorf("the stamps are %s and %s, want the same content, and a kept where it is by one only", next.stamp, junk.stamp)
 	}
 }
@@ -275,7 +275,7 @@ func TestStampTellsAssignmentsApart(t *testing.T) {
 				data[fmt.Sprint("tenant-", i)] = value
 			}
 		}
-		content := tableOf(4, data, nil).content
+		content := tableOf(4, data, nil).contentHash
 		whole[content], halves[uint32(content)] = true, true
 	}
 	if len(whole) != total || total-len(halves) > 5 { // chance has a quarter of a pair
@@ -358,8 +358,8 @@ func TestNamespaceFault(t *testing.T) {
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
-			if got := namespaceFault(tt.namespace); (got == "") != tt.ok {
-				t.Errorf("namespaceFault(%q) = %q", tt.namespace, got)
+			if got := pathNamespaceFault(tt.namespace); (got == "") != tt.ok {
+				t.Errorf("pathNamespaceFault(%q) = %q", tt.namespace, got)
 			}
 		})
 	}
@@ -373,8 +373,8 @@ func lookupTable(t testing.TB, backends, overrides int) *router {
 	for i, namespace := range manyNamespaces(overrides) {
 		data[namespace] = backendName("backend", i%backends)
 	}
-	r := &router{statefulSet: "backend", backends: ordinals{count: backends}, log: slog.New(slog.DiscardHandler), swapped: func() {}}
-	r.update(entries{data: pack(data)})
+	r := &router{statefulSet: "backend", backends: ordinals{count: backends}, log: slog.New(slog.DiscardHandler), onSwap: func() {}}
+	r.update(sourceContent{overrides: newOverrideSet(data)})
 	return r
 }
 
@@ -448,7 +448,7 @@ func FuzzTable(f *testing.F) {
 				wantInForceOrRejected(t, table, namespace, value)
 			}
 			for _, namespace := range []string{a, b, "another"} {
-				if owner, ok := table.owner(namespace); ok != (owner != refused) || ok && (owner < 0 || owner >= count) {
+				if owner, ok := table.owner(namespace); ok != (owner != unresolved) || ok && (owner < 0 || owner >= count) {
 					t.Errorf("owner of %q is %d, %v with %d backends", namespace, owner, ok, count)
 				}
 			}
@@ -459,17 +459,17 @@ func FuzzTable(f *testing.F) {
 func wantInForceOrRejected(t *testing.T, table *table, namespace, value string) {
 	t.Helper()
 	ordinal, pinned := overridesOf(table)[namespace]
-	bad, rejected := rejectedOf(table)[namespace[:min(maxName, len(namespace))]]
+	bad, rejected := rejectedOf(table)[namespace[:min(maxNamespaceBytes, len(namespace))]]
 	switch {
 	case !rejected && (!pinned || table.name(ordinal) != strings.TrimSpace(value)):
 		t.Errorf("%q: %q is in force as %d, %v", namespace, value, ordinal, pinned)
 	case !rejected:
 		return
-	case pinned != (bad.Kept != "hash" && bad.Kept != "nothing"):
+	case pinned != (bad.Previous != "hash" && bad.Previous != "nothing"):
 		t.Errorf("%q: %q is rejected as %+v and in the table is %v", namespace, value, bad, pinned)
-	case !utf8.ValidString(bad.Value) || bad.Want == "":
+	case !utf8.ValidString(bad.Value) || bad.Expected == "":
 		t.Errorf("%q: %q is rejected as %+v", namespace, value, bad)
-	case namespaceFault(namespace) == "" && table.name(0) == strings.TrimSpace(value):
+	case pathNamespaceFault(namespace) == "" && table.name(0) == strings.TrimSpace(value):
 		t.Errorf("%q: %q is rejected as %+v, want it in force", namespace, value, bad)
 	}
 }
@@ -484,10 +484,10 @@ func (m mergeModel) next(sources []map[string]string, backends int) (after merge
 	stays := func(namespace string) int {
 		was, pinned := m[namespace]
 		switch {
-		case m == nil || pinned && (was == refused || was >= backends):
-			return refused
+		case m == nil || pinned && (was == unresolved || was >= backends):
+			return unresolved
 		case !pinned:
-			return hashed
+			return byHash
 		}
 		return was
 	}
@@ -495,7 +495,7 @@ func (m mergeModel) next(sources []map[string]string, backends int) (after merge
 	odd := map[string]bool{} // stays where it was
 	for _, data := range sources {
 		for namespace, value := range data {
-			ordinal := unreadable
+			ordinal := invalidValue
 			for n := range backends {
 				if value == backendName("backend", n) {
 					ordinal = n
@@ -504,7 +504,7 @@ func (m mergeModel) next(sources []map[string]string, backends int) (after merge
 			other, there := after[namespace]
 			switch {
 			case odd[namespace]:
-			case ordinal == unreadable:
+			case ordinal == invalidValue:
 				odd[namespace] = true
 			case there && other != ordinal:
 				odd[namespace] = true
@@ -517,7 +517,7 @@ func (m mergeModel) next(sources []map[string]string, backends int) (after merge
 			}
 		}
 	}
-	maps.DeleteFunc(after, func(_ string, ordinal int) bool { return ordinal == hashed })
+	maps.DeleteFunc(after, func(_ string, ordinal int) bool { return ordinal == byHash })
 	return after, conflicts
 }
 
@@ -539,9 +539,9 @@ func TestMergeModel(t *testing.T) {
 			if random.IntN(5) == 0 {
 				backends = 2 + random.IntN(4)
 			}
-			var all []entries
+			var all []sourceContent
 			for i, data := range sources {
-				all = append(all, entries{source: fmt.Sprint("source-", i), version: fmt.Sprint(step), data: pack(data)})
+				all = append(all, sourceContent{source: fmt.Sprint("source-", i), version: fmt.Sprint(step), overrides: newOverrideSet(data)})
 			}
 			before := model
 			var conflicts int
@@ -563,20 +563,20 @@ func TestMergeModel(t *testing.T) {
 func wantSums(t *testing.T, next *table) {
 	t.Helper()
 	var content, kept uint64
-	for i := range next.index.cells {
-		s := &next.index.cells[i]
-		if s.part == 0 {
+	for i := range next.index.slots {
+		s := &next.index.slots[i]
+		if s.set == 0 {
 			continue
 		}
-		key := spread(string(next.index.record(s).namespace))
-		if next.stays(s) {
-			content, kept = content+key*weight(unreadable), kept+key*weight(next.means(s))
+		key := hash64(string(next.index.overrideAt(s).namespace))
+		if next.isPinned(s) {
+			content, kept = content+key*weight(invalidValue), kept+key*weight(next.ordinalOf(s))
 		} else {
-			content += key * weight(next.means(s))
+			content += key * weight(next.ordinalOf(s))
 		}
 	}
-	content += spread(fmt.Sprintf("hash 1, backends %s", next.backends))
-	if next.content != fmix64(content) || next.kept != fmix64(kept) {
+	content += hash64(fmt.Sprintf("hash 1, backends %s", next.backends))
+	if next.contentHash != fmix64(content) || next.pinnedHash != fmix64(kept) {
 		t.Fatalf("stamp %s, want %016x.%016x", next.stamp, fmix64(content), fmix64(kept))
 	}
 }
@@ -585,11 +585,11 @@ func wantSums(t *testing.T, next *table) {
 // anew a namespace of several sources may be counted more than once.
 func wantCounts(t *testing.T, next, old *table, before, after mergeModel) {
 	t.Helper()
-	var sum change
+	var sum sourceChange
 	for _, c := range next.changes(old) {
 		sum.added, sum.changed, sum.removed = sum.added+c.added, sum.changed+c.changed, sum.removed+c.removed
 	}
-	var want change
+	var want sourceChange
 	for namespace, ordinal := range after {
 		if was, ok := before[namespace]; !ok {
 			want.added++
@@ -618,7 +618,7 @@ func loggedRouter(t *testing.T) (*router, *logTail) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &router{statefulSet: "backend", backends: ordinals{count: 4}, log: log, swapped: func() {}}, tail
+	return &router{statefulSet: "backend", backends: ordinals{count: 4}, log: log, onSwap: func() {}}, tail
 }
 
 // TestRouterSwaps reads the table in several goroutines while it is updated: it
@@ -632,7 +632,7 @@ func TestRouterSwaps(t *testing.T) {
 		for _, namespace := range namespaces {
 			data[namespace] = backendName("backend", version%4)
 		}
-		r.update(entries{version: strconv.Itoa(version), data: pack(data)})
+		r.update(sourceContent{version: strconv.Itoa(version), overrides: newOverrideSet(data)})
 	}
 	put(1)
 	var done atomic.Bool
@@ -677,20 +677,20 @@ func wantWhole(t *testing.T, table *table, namespaces []string, last int) int {
 	return version
 }
 
-func TestRouterTellsEachSwap(t *testing.T) {
+func TestRouterReportsEachSwap(t *testing.T) {
 	r, _ := loggedRouter(t)
 	var versions []string
-	r.swapped = func() { versions = append(versions, r.table().version) }
+	r.onSwap = func() { versions = append(versions, r.table().version) }
 	for _, version := range []string{"1", "2", "3"} {
-		r.update(entries{version: version, data: pack(map[string]string{"a": "backend-" + version})})
+		r.update(sourceContent{version: version, overrides: newOverrideSet(map[string]string{"a": "backend-" + version})})
 	}
 	if want := []string{"1", "2", "3"}; !slices.Equal(versions, want) {
 		t.Errorf("swapped saw the tables %v, want %v", versions, want)
 	}
 }
 
-// TestRouterStaleEntries: a copy counts only until the source was heard.
-func TestRouterStaleEntries(t *testing.T) {
+// TestRouterProvisionalSource: a copy counts only until the source was heard.
+func TestRouterProvisionalSource(t *testing.T) {
 	r, _ := loggedRouter(t)
 	steps := []struct {
 		version string
@@ -698,7 +698,7 @@ func TestRouterStaleEntries(t *testing.T) {
 		want    string
 	}{{"copy-1", true, "copy-1"}, {"copy-2", true, "copy-2"}, {"7", false, "7"}, {"copy-3", true, "7"}, {"8", false, "8"}}
 	for _, step := range steps {
-		r.update(entries{version: step.version, stale: step.stale})
+		r.update(sourceContent{version: step.version, provisional: step.stale})
 		if got := r.table().version; got != step.want {
 			t.Errorf("after %q the table is of %q, want %q", step.version, got, step.want)
 		}
@@ -711,7 +711,7 @@ func TestRouterReports(t *testing.T) {
 	for i := range 25 {
 		data[fmt.Sprintf("bad-%02d", i)] = "bakend-" + strconv.Itoa(i)
 	}
-	r.update(entries{source: "test", version: "41", data: pack(data)})
+	r.update(sourceContent{source: "test", version: "41", overrides: newOverrideSet(data)})
 	wantLine(t, tail.all("table"), 1, map[string]any{"level": "INFO", "source": "test", "version": "41", "backends": 4.0,
 		"overrides": 26.0, "added": 26.0, "changed": 0.0, "removed": 0.0, "rejected": 25.0})
 	wantLine(t, tail.all("entry rejected"), 10, map[string]any{"level": "WARN", "source": "test", "version": "41",
@@ -719,7 +719,7 @@ func TestRouterReports(t *testing.T) {
 	wantLine(t, tail.all("more entries rejected"), 1, map[string]any{"level": "WARN", "count": 15.0})
 
 	data["bad-00"], data["bad-01"], data["good"] = "still wrong", "backend-3", "backend-2"
-	r.update(entries{source: "test", version: "42", data: pack(data)})
+	r.update(sourceContent{source: "test", version: "42", overrides: newOverrideSet(data)})
 	wantLine(t, tail.all("table"), 2, map[string]any{"version": "42", "added": 0.0, "changed": 2.0, "removed": 0.0, "rejected": 24.0})
 	wantLine(t, tail.all("entry rejected"), 11, map[string]any{"version": "42", "namespace": "bad-00", "value": "still wrong"})
 	wantLine(t, tail.all("more entries rejected"), 1, nil)
@@ -731,8 +731,8 @@ func TestRouterResizes(t *testing.T) {
 	r, tail := loggedRouter(t)
 	r.backends = ordinals{}
 	swapped := 0
-	r.swapped = func() { swapped++ }
-	r.update(entries{source: "test", version: "1", data: pack(map[string]string{"a": "backend-1", "late": "backend-5"})})
+	r.onSwap = func() { swapped++ }
+	r.update(sourceContent{source: "test", version: "1", overrides: newOverrideSet(map[string]string{"a": "backend-1", "late": "backend-5"})})
 	if r.table() != nil || swapped > 0 {
 		t.Fatal("there is a table before the number of backends is known")
 	}
@@ -742,16 +742,16 @@ func TestRouterResizes(t *testing.T) {
 		hashed   int // owner of another namespace
 		swaps    int
 	}{
-		{ordinals{0, 4}, 1, refused, bucket("another", 4), 1},
-		{ordinals{0, 4}, 1, refused, bucket("another", 4), 1},
+		{ordinals{0, 4}, 1, unresolved, bucket("another", 4), 1},
+		{ordinals{0, 4}, 1, unresolved, bucket("another", 4), 1},
 		{ordinals{0, 6}, 1, 5, bucket("another", 6), 2},
-		{ordinals{0, 1}, refused, refused, 0, 3},
+		{ordinals{0, 1}, unresolved, unresolved, 0, 3},
 		{ordinals{0, 6}, 1, 5, bucket("another", 6), 4},
-		{ordinals{3, 4}, refused, 5, 3 + bucket("another", 4), 5},
-		{ordinals{1, 1}, 1, refused, 1, 6},
+		{ordinals{3, 4}, unresolved, 5, 3 + bucket("another", 4), 5},
+		{ordinals{1, 1}, 1, unresolved, 1, 6},
 	}
 	for _, step := range steps {
-		r.resize(step.backends, "")
+		r.setBackends(step.backends, "")
 		owner := func(namespace string) int { owner, _ := r.table().owner(namespace); return owner }
 		if a, late, hashed := owner("a"), owner("late"), owner("another"); a != step.a || late != step.late || hashed != step.hashed || swapped != step.swaps {
 			t.Errorf("with %+v owners %d, %d, %d after %d swaps, want %+v", step.backends, a, late, hashed, swapped, step)
@@ -765,13 +765,13 @@ func TestRouterResizes(t *testing.T) {
 // its backend for as long as that is there.
 func TestRouterKeepsAcrossResizes(t *testing.T) {
 	r, _ := loggedRouter(t)
-	r.update(entries{source: "test", version: "1", data: pack(map[string]string{"a": "backend-3"})})
-	r.update(entries{source: "test", version: "2", data: pack(map[string]string{"a": "bakend-3"})})
+	r.update(sourceContent{source: "test", version: "1", overrides: newOverrideSet(map[string]string{"a": "backend-3"})})
+	r.update(sourceContent{source: "test", version: "2", overrides: newOverrideSet(map[string]string{"a": "bakend-3"})})
 	for _, step := range []struct {
 		backends ordinals
 		want     int
-	}{{ordinals{0, 6}, 3}, {ordinals{2, 4}, 3}, {ordinals{0, 3}, refused}, {ordinals{0, 6}, refused}} {
-		r.resize(step.backends, "")
+	}{{ordinals{0, 6}, 3}, {ordinals{2, 4}, 3}, {ordinals{0, 3}, unresolved}, {ordinals{0, 6}, unresolved}} {
+		r.setBackends(step.backends, "")
 		if got, _ := r.table().owner("a"); got != step.want {
 			t.Errorf("with %+v the owner is %d, want %d", step.backends, got, step.want)
 		}
@@ -782,8 +782,8 @@ func TestRouterKeepsAcrossResizes(t *testing.T) {
 // one has too did not change.
 func TestRouterReportsTheEndOfACopy(t *testing.T) {
 	r, tail := loggedRouter(t)
-	r.update(entries{source: "directory", version: "1", data: pack(map[string]string{"a": "backend-1", "b": "backend-2"}), stale: true})
-	r.update(entries{source: "ConfigMap", version: "2", data: pack(map[string]string{"a": "backend-1", "c": "backend-3"})})
+	r.update(sourceContent{source: "directory", version: "1", overrides: newOverrideSet(map[string]string{"a": "backend-1", "b": "backend-2"}), provisional: true})
+	r.update(sourceContent{source: "ConfigMap", version: "2", overrides: newOverrideSet(map[string]string{"a": "backend-1", "c": "backend-3"})})
 	wantLine(t, tail.all("table"), 2, map[string]any{"source": "ConfigMap", "overrides": 2.0, "added": 1.0, "changed": 0.0, "removed": 1.0})
 }
 
@@ -791,16 +791,16 @@ func TestRouterReportsTheEndOfACopy(t *testing.T) {
 // labels, is no swap and is told to nobody, but the table says its version.
 func TestRouterOtherVersionOfTheSame(t *testing.T) {
 	r, tail := loggedRouter(t)
-	var told []change
-	r.told = func(c change) { told = append(told, c) }
+	var told []sourceChange
+	r.onChange = func(c sourceChange) { told = append(told, c) }
 	a, b := map[string]string{"a": "backend-1", "x": "backend-1"}, map[string]string{"b": "junk", "x": "backend-2"}
-	source := func(name, version string, data map[string]string) entries {
-		return entries{source: name, version: version, data: pack(data)}
+	source := func(name, version string, data map[string]string) sourceContent {
+		return sourceContent{source: name, version: version, overrides: newOverrideSet(data)}
 	}
 	r.update(source("a", "1", a), source("b", "2", b))
 	first := r.table()
 	swapped := 0
-	r.swapped = func() { swapped++ }
+	r.onSwap = func() { swapped++ }
 	told = nil
 	r.update(source("a", "3", a), source("b", "2", b))
 	next := r.table()
@@ -813,7 +813,7 @@ func TestRouterOtherVersionOfTheSame(t *testing.T) {
 	if swapped != 0 || len(told) != 0 || r.swaps.Load() != 1 || len(tail.all("table")) != 1 {
 		t.Errorf("%d swaps, %d changes told, %d lines of tables, want that of the first only", swapped, len(told), len(tail.all("table")))
 	}
-	if got := next.rejectionsOf("x"); len(got) != 2 || next.explain("b") != whyRefused {
+	if got := next.rejectionsOf("x"); len(got) != 2 || next.explain("b") != whyUnresolved {
 		t.Errorf("x: %v; b: %s", got, next.explain("b"))
 	}
 
@@ -822,7 +822,7 @@ func TestRouterOtherVersionOfTheSame(t *testing.T) {
 	if swapped != 1 || len(told) != 1 || told[0].source != "b" || told[0].changed != 1 || r.table().sources[0].version != "4" {
 		t.Errorf("%d swaps, told %+v of %+v, want one of b", swapped, told, r.table().sources)
 	}
-	r.resize(ordinals{count: 3}, "")
+	r.setBackends(ordinals{count: 3}, "")
 	r.update(source("a", "6", a), source("b", "5", b))
 	if swapped != 2 || r.table().backends.count != 3 || r.table().sources[0].version != "6" {
 		t.Errorf("%d swaps, %+v", swapped, r.table())
@@ -862,18 +862,18 @@ func (w stampWorld) next(random *rand.Rand) stampWorld {
 // show has the router see it: with shuffled sources of other names if it is odd,
 // and with values that are spelled otherwise.
 func (w stampWorld) show(r *router, version int, odd bool, random *rand.Rand) {
-	r.resize(w.backends, "")
-	var all []entries
+	r.setBackends(w.backends, "")
+	var all []sourceContent
 	for i, data := range w.data {
-		e := entries{source: fmt.Sprint("source-", i), version: fmt.Sprint(version), data: pack(data)}
+		src := sourceContent{source: fmt.Sprint("source-", i), version: fmt.Sprint(version), overrides: newOverrideSet(data)}
 		if odd {
 			spelled := map[string]string{}
 			for namespace, value := range data {
 				spelled[namespace] = " " + value + "\n"
 			}
-			e = entries{source: fmt.Sprint("other-", i), version: fmt.Sprint("v", version), data: pack(spelled)}
+			src = sourceContent{source: fmt.Sprint("other-", i), version: fmt.Sprint("v", version), overrides: newOverrideSet(spelled)}
 		}
-		all = append(all, e)
+		all = append(all, src)
 	}
 	if odd {
 		random.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
@@ -894,7 +894,7 @@ func TestStampsAgree(t *testing.T) {
 			w.data[i] = map[string]string{}
 		}
 		start := func() *router {
-			return &router{statefulSet: "backend", log: quiet, swapped: func() {}}
+			return &router{statefulSet: "backend", log: quiet, onSwap: func() {}}
 		}
 		routers := []*router{start(), start()}
 		last := [2]int{-1, -2}
@@ -930,10 +930,10 @@ func wantStampsAgree(t *testing.T, a, b *table, same bool, seen map[string]int) 
 		ownerB, okB := b.owner(namespace)
 		owners = owners && ownerA == ownerB && okA == okB
 	}
-	if same && a.content != b.content {
+	if same && a.contentHash != b.contentHash {
 		t.Fatalf("of the same sources and backends the stamps are %s and %s", a.stamp, b.stamp)
 	}
-	if stays := a.kept != 0; a.stamp == b.stamp {
+	if stays := a.pinnedHash != 0; a.stamp == b.stamp {
 		if !owners {
 			t.Fatalf("the stamp of both is %s, and their owners differ:\n%v %s\n%v %s", a.stamp, overridesOf(a), a.backends, overridesOf(b), b.backends)
 		}
@@ -944,7 +944,7 @@ func wantStampsAgree(t *testing.T, a, b *table, same bool, seen map[string]int) 
 		if !same {
 			seen["equal after other versions"]++
 		}
-	} else if a.content == b.content && !owners {
+	} else if a.contentHash == b.contentHash && !owners {
 		seen["other kept, other owners"]++
 	}
 }
@@ -976,14 +976,14 @@ func largeList(objects, overrides int) []byte {
 func largeMaps(t testing.TB, objects, overrides int) (*configMaps, *router) {
 	t.Helper()
 	log := slog.New(slog.DiscardHandler)
-	r := &router{statefulSet: "backend", backends: ordinals{count: 16}, log: log, swapped: func() {}}
-	c := &configMaps{update: r.update, events: newRecorder(kube{}, "", log), log: log}
-	c.follow(kube{}, "edge", "", "a=b")
+	r := &router{statefulSet: "backend", backends: ordinals{count: 16}, log: log, onSwap: func() {}}
+	c := &configMaps{update: r.update, events: newEventRecorder(kubeClient{}, "", log), log: log}
+	c.addWatcher(kubeClient{}, "edge", "", "a=b")
 	_, items, err := decodeList[configMap](bytes.NewReader(largeList(objects, overrides)), maxList)
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.watchers[0].replace(fakeSet(items...))
+	c.watchers[0].setObjects(fakeSet(items...))
 	if got := r.table().overrides; got != objects*overrides {
 		t.Fatalf("%d overrides, want %d", got, objects*overrides)
 	}
@@ -1005,7 +1005,7 @@ func BenchmarkSwap(b *testing.B) {
 			swaps := r.swaps.Load()
 			n := 0
 			for b.Loop() {
-				if err := c.watchers[0].next(json.NewDecoder(bytes.NewReader(events[n%2]))); err != nil {
+				if err := c.watchers[0].applyEvent(json.NewDecoder(bytes.NewReader(events[n%2]))); err != nil {
 					b.Fatal(err)
 				}
 				n++

@@ -17,9 +17,9 @@ import (
 )
 
 const (
-	listTime     = 15 * time.Second  // bounds a LIST
-	watchMin     = 150 * time.Second // timeoutSeconds of a WATCH is between these:
-	watchMax     = 210 * time.Second // below the idle limits of load balancers (Azure has 240 s: Azure/kars#456)
+	listTimeout  = 15 * time.Second  // bounds a LIST
+	minWatchTime = 150 * time.Second // timeoutSeconds of a WATCH is between these:
+	maxWatchTime = 210 * time.Second // below the idle limits of load balancers (Azure has 240 s: Azure/kars#456)
 	watchGrace   = 15 * time.Second  // a WATCH that outlives its timeout by this is dead (python#1148)
 	healthyWatch = 10 * time.Second  // a WATCH that lived this long was worth its LIST
 
@@ -43,20 +43,20 @@ const (
 // back.
 type watcher[T any] struct {
 	// Static after construction.
-	kube           *kube
+	kube           *kubeClient
 	path           string // of the collection: "/apis/apps/v1/namespaces/edge/statefulsets"
 	kind           string // "StatefulSet"
 	namespace      string // Kubernetes namespace
 	name, selector string // of one object, or of labels: one of them
-	header         func(*T) *object
+	meta           func(*T) *apiObject
 	apply          func(set map[string]*T) // called by run only, must not change set; quick, or events are lost
-	failed         func()                  // called by run after a cycle that failed; nil for nobody; must not block
+	onFailure      func()                  // called by run after a cycle that failed; nil for nobody; must not block
 	log            *slog.Logger
 
 	// Owned by run.
-	set   map[string]*T // by name; nil before the first LIST
-	news  int           // how often it has changed
-	limit throttle      // of failures in the log
+	objects         map[string]*T // by name; nil before the first LIST
+	changes         int           // how often it has changed
+	failureThrottle throttle      // of failures in the log
 
 	mu     sync.Mutex
 	status watchStatus // guarded by mu; written by run and worthwhile
@@ -67,7 +67,7 @@ type watchStatus struct {
 	state     string
 	protocol  string    // of the last answer
 	confirmed time.Time // when the API server last said how things are; zero if never
-	fails     int       // cycles in a row that were not healthy
+	failures  int       // cycles in a row that were not healthy
 	healthy   bool      // the cycle was worth its LIST
 	failure   error     // the last one, nil since a healthy cycle
 	failing   bool      // a cycle failed, and nothing was confirmed since
@@ -79,64 +79,64 @@ func (s *watchStatus) confirm() { s.confirmed, s.failing = time.Now(), false }
 // run cycles until ctx ends, and leaves no connection.
 func (w *watcher[T]) run(ctx context.Context) {
 	for {
-		err := w.cycle(ctx)
+		err := w.listAndWatch(ctx)
 		if ctx.Err() != nil {
 			return
 		}
 		select {
 		case <-ctx.Done():
 			return
-		case <-time.After(w.settle(err)):
+		case <-time.After(w.finishCycle(err)):
 		}
 	}
 }
 
-// what names the object or the selection for people.
-func (w *watcher[T]) what() string { return w.kind + " " + w.namespace + "/" + w.name + w.selector }
+// String names the object or the selection for people.
+func (w *watcher[T]) String() string { return w.kind + " " + w.namespace + "/" + w.name + w.selector }
 
-// cycle lists and watches once. Without an error the stream ended cleanly, which
+// listAndWatch lists and watches once. Without an error the stream ended cleanly, which
 // does not mean that nothing was missed; that makes the cycle healthy if the
 // stream brought something, as does a life of healthyWatch. timeoutSeconds is
 // the server's; the context is for a server, or a network, that no longer keeps
 // it. The headers may take as long: some proxies hold them back until the first
 // event (kubectl#628).
-func (w *watcher[T]) cycle(ctx context.Context) error {
+func (w *watcher[T]) listAndWatch(ctx context.Context) error {
 	version, err := w.list(ctx)
 	if err != nil {
 		return err
 	}
-	w.enter(stateConnecting)
-	timeout := watchMin + rand.N(watchMax-watchMin)
+	w.setState(stateConnecting)
+	timeout := minWatchTime + rand.N(maxWatchTime-minWatchTime)
 	ctx, cancel := context.WithTimeout(ctx, timeout+watchGrace)
 	defer cancel()
-	body, err := w.ask(ctx, url.Values{"watch": {"1"}, "resourceVersion": {version},
+	body, err := w.get(ctx, url.Values{"watch": {"1"}, "resourceVersion": {version},
 		"timeoutSeconds": {strconv.Itoa(int(timeout.Seconds()))}, "allowWatchBookmarks": {"true"}})
 	if err != nil {
 		return err
 	}
 	defer body.Close()
-	w.enter(stateWatching)
-	defer time.AfterFunc(healthyWatch, w.worthwhile).Stop()
-	before := w.news
-	if err := w.follow(body); err != io.EOF {
+	w.setState(stateWatching)
+	defer time.AfterFunc(healthyWatch, w.markHealthy).Stop()
+	before := w.changes
+	if err := w.readEvents(body); err != io.EOF {
 		return cmp.Or(ctx.Err(), err)
 	}
-	if w.news > before {
-		w.worthwhile()
+	if w.changes > before {
+		w.markHealthy()
 	}
 	return nil
 }
 
-// ask asks for the target. Only with this fieldSelector does a Role that names
+// get asks for the target. Only with this fieldSelector does a Role that names
 // the object allow list and watch
 // (https://kubernetes.io/docs/reference/access-authn-authz/rbac/#referring-to-resources).
-func (w *watcher[T]) ask(ctx context.Context, query url.Values) (io.ReadCloser, error) {
+func (w *watcher[T]) get(ctx context.Context, query url.Values) (io.ReadCloser, error) {
 	if w.name != "" {
 		query.Set("fieldSelector", "metadata.name="+w.name)
 	} else {
 		query.Set("labelSelector", w.selector)
 	}
-	return w.kube.ask(ctx, w.path, query, nil)
+	return w.kube.do(ctx, w.path, query, nil)
 }
 
 // list asks without a resourceVersion, which is the consistent read
@@ -144,10 +144,10 @@ func (w *watcher[T]) ask(ctx context.Context, query url.Values) (io.ReadCloser, 
 // resourceVersion to watch from. The answer must be a whole list: one that means
 // nothing, such as {}, must not read as "there is none" (ingress-nginx#3043).
 func (w *watcher[T]) list(ctx context.Context) (version string, err error) {
-	w.enter(stateListing)
-	ctx, cancel := context.WithTimeout(ctx, listTime)
+	w.setState(stateListing)
+	ctx, cancel := context.WithTimeout(ctx, listTimeout)
 	defer cancel()
-	body, err := w.ask(ctx, url.Values{})
+	body, err := w.get(ctx, url.Values{})
 	if err != nil {
 		return "", err
 	}
@@ -158,142 +158,142 @@ func (w *watcher[T]) list(ctx context.Context) (version string, err error) {
 	}
 	if list.Kind != w.kind+"List" || list.Metadata.ResourceVersion == "" || list.Metadata.Continue != "" {
 		return "", fmt.Errorf("%w: kind %.60q, resourceVersion %.60q, continue %.60q, want a whole %sList",
-			errAnswer, list.Kind, list.Metadata.ResourceVersion, list.Metadata.Continue, w.kind)
+			errBadResponse, list.Kind, list.Metadata.ResourceVersion, list.Metadata.Continue, w.kind)
 	}
 	set := map[string]*T{}
 	for _, o := range items {
-		w.header(o).Kind = w.kind // items of a list have none
+		w.meta(o).Kind = w.kind // items of a list have none
 		if err := w.verify(o); err != nil {
 			return "", err
 		}
-		set[w.header(o).Metadata.Name] = o
+		set[w.meta(o).Metadata.Name] = o
 	}
 	if len(set) != len(items) {
-		return "", fmt.Errorf("%w: %d items of %d names", errAnswer, len(items), len(set))
+		return "", fmt.Errorf("%w: %d items of %d names", errBadResponse, len(items), len(set))
 	}
-	w.replace(set)
+	w.setObjects(set)
 	return list.Metadata.ResourceVersion, nil
 }
 
-// follow applies the events of a stream until its end, which is io.EOF if it is
+// readEvents applies the events of a stream until its end, which is io.EOF if it is
 // clean, and not if it was cut within an event. One decoder reads all of it:
 // events come in pieces and several at a time (python#1325).
-func (w *watcher[T]) follow(body io.Reader) error {
+func (w *watcher[T]) readEvents(body io.Reader) error {
 	capped := &cappedReader{r: body, limit: maxObject}
 	d := json.NewDecoder(capped)
 	for {
-		if err := w.next(d); err != nil {
+		if err := w.applyEvent(d); err != nil {
 			return err
 		}
 		capped.limit = d.InputOffset() + maxObject
 	}
 }
 
-// next applies one event. ADDED and MODIFIED mean the same. DELETED may mean that
+// applyEvent applies one event. ADDED and MODIFIED mean the same. DELETED may mean that
 // the object has left the selection only (python#2228).
-func (w *watcher[T]) next(d *json.Decoder) error {
+func (w *watcher[T]) applyEvent(d *json.Decoder) error {
 	event, o, err := decodeEvent[T](d)
 	if err != nil {
 		return err
 	}
 	if event == "BOOKMARK" {
-		w.tell((*watchStatus).confirm)
+		w.updateStatus((*watchStatus).confirm)
 		return nil
 	}
 	if err := w.verify(o); err != nil {
 		return err
 	}
-	set := maps.Clone(w.set)
-	set[w.header(o).Metadata.Name] = o
+	set := maps.Clone(w.objects)
+	set[w.meta(o).Metadata.Name] = o
 	if event == "DELETED" {
-		delete(set, w.header(o).Metadata.Name)
+		delete(set, w.meta(o).Metadata.Name)
 	}
-	w.replace(set)
+	w.setObjects(set)
 	return nil
 }
 
 // verify checks that o is an object that was asked for.
 func (w *watcher[T]) verify(o *T) error {
-	kind, m := w.header(o).Kind, w.header(o).Metadata
+	kind, m := w.meta(o).Kind, w.meta(o).Metadata
 	named := m.Namespace == w.namespace && m.Name != "" && (m.Name == w.name || w.name == "")
 	if kind != w.kind || !named || m.UID == "" || m.ResourceVersion == "" {
 		return fmt.Errorf("%w: %.60q %.260q/%.260q with uid %.60q and resourceVersion %.60q, want %s with both",
-			errAnswer, kind, m.Namespace, m.Name, m.UID, m.ResourceVersion, w.what())
+			errBadResponse, kind, m.Namespace, m.Name, m.UID, m.ResourceVersion, w.String())
 	}
 	return nil
 }
 
-// replace makes what is there now the set, and applies it if it is new.
+// setObjects makes what is there now the set, and applies it if it is new.
 // The content is compared too: after a restored etcd a smaller resourceVersion may be
 // newer, and the same one may be of another content, which a router that starts has.
-func (w *watcher[T]) replace(now map[string]*T) {
-	w.tell((*watchStatus).confirm)
-	for name, old := range w.set {
+func (w *watcher[T]) setObjects(now map[string]*T) {
+	w.updateStatus((*watchStatus).confirm)
+	for name, old := range w.objects {
 		if o := now[name]; o != nil && reflect.DeepEqual(o, old) {
 			now[name] = old
 		}
 	}
-	if w.set == nil || !maps.Equal(now, w.set) {
-		w.set = now
-		w.news++
+	if w.objects == nil || !maps.Equal(now, w.objects) {
+		w.objects = now
+		w.changes++
 		w.apply(now)
 	}
 }
 
-// worthwhile notes that the cycle is healthy: it was worth its LIST. Nothing
+// markHealthy notes that the cycle is healthy: it was worth its LIST. Nothing
 // less ends a row of failures. A load balancer that cuts every stream after
 // seconds makes this polling with a growing pause, not a hot loop
 // (kubespray#655), and a server that allows the LIST only does not fill the log.
-func (w *watcher[T]) worthwhile() {
-	w.tell(func(s *watchStatus) {
+func (w *watcher[T]) markHealthy() {
+	w.updateStatus(func(s *watchStatus) {
 		if s.failure != nil {
-			w.log.Info("watch works again", "object", w.what(), "fails", s.fails)
+			w.log.Info("watch works again", "object", w.String(), "fails", s.failures)
 		}
-		s.healthy, s.fails, s.failure = true, 0, nil
+		s.healthy, s.failures, s.failure = true, 0, nil
 	})
 }
 
-// settle takes note of how a cycle ended, and returns how long to wait. A
+// finishCycle takes note of how a cycle ended, and returns how long to wait. A
 // failure is logged if it is of another class than the last, or after a minute.
-func (w *watcher[T]) settle(err error) time.Duration {
-	before, every := w.now(), time.Minute
-	w.enter(stateWaiting)
-	w.tell(func(s *watchStatus) {
+func (w *watcher[T]) finishCycle(err error) time.Duration {
+	before, every := w.snapshot(), time.Minute
+	w.setState(stateWaiting)
+	w.updateStatus(func(s *watchStatus) {
 		if !s.healthy {
-			s.fails++
+			s.failures++
 		}
 		s.healthy, s.failure, s.failing = false, cmp.Or(err, s.failure), s.failing || err != nil
 	})
-	if err != nil && w.failed != nil {
-		w.failed()
+	if err != nil && w.onFailure != nil {
+		w.onFailure()
 	}
 	if err != nil {
 		if errorClass(err) != errorClass(before.failure) {
 			every = 0
 		}
-		if omitted, ok := w.limit.allow(every); ok {
-			w.log.Warn("watch failed, what was applied stays in force", "object", w.what(), "state", before.state,
-				"class", errorClass(err), "error", err.Error(), "fails", before.fails+1, "omitted", omitted)
+		if omitted, ok := w.failureThrottle.allow(every); ok {
+			w.log.Warn("watch failed, what was applied stays in force", "object", w.String(), "state", before.state,
+				"class", errorClass(err), "error", err.Error(), "fails", before.failures+1, "omitted", omitted)
 		}
 	}
-	return pause(w.now().fails, retryAfter(err), rand.Float64())
+	return backoff(w.snapshot().failures, retryAfter(err), rand.Float64())
 }
 
-// enter changes the state.
-func (w *watcher[T]) enter(state string) {
-	w.tell(func(s *watchStatus) { s.state, s.protocol = state, w.kube.protocol })
-	w.log.Debug("watch", "object", w.what(), "state", state)
+// setState changes the state.
+func (w *watcher[T]) setState(state string) {
+	w.updateStatus(func(s *watchStatus) { s.state, s.protocol = state, w.kube.protocol })
+	w.log.Debug("watch", "object", w.String(), "state", state)
 }
 
-func (w *watcher[T]) tell(f func(*watchStatus)) {
+func (w *watcher[T]) updateStatus(f func(*watchStatus)) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	f(&w.status)
 }
 
-// now returns the status.
-func (w *watcher[T]) now() (s watchStatus) {
-	w.tell(func(status *watchStatus) { s = *status })
+// snapshot returns the status.
+func (w *watcher[T]) snapshot() (s watchStatus) {
+	w.updateStatus(func(status *watchStatus) { s = *status })
 	return s
 }
 
@@ -318,10 +318,10 @@ func (c *cappedReader) Read(b []byte) (int, error) {
 
 // decodeList reads a list to its end, of at most most bytes, one item after the
 // other: thirty of 1 MiB each would take 100 MiB as one text.
-func decodeList[T any](body io.Reader, most int64) (list object, items []*T, err error) {
+func decodeList[T any](body io.Reader, maxBytes int64) (list apiObject, items []*T, err error) {
 	capped := &cappedReader{r: body, limit: maxObject}
 	d := json.NewDecoder(capped)
-	err = within(d, '{', func() (err error) {
+	err = decodeElements(d, '{', func() (err error) {
 		key, err := d.Token()
 		switch key {
 		case "kind":
@@ -329,16 +329,16 @@ func decodeList[T any](body io.Reader, most int64) (list object, items []*T, err
 		case "metadata":
 			return d.Decode(&list.Metadata)
 		case "items":
-			return within(d, '[', func() error {
+			return decodeElements(d, '[', func() error {
 				items = append(items, new(T))
-				capped.limit = min(d.InputOffset()+maxObject, most)
+				capped.limit = min(d.InputOffset()+maxObject, maxBytes)
 				return d.Decode(items[len(items)-1])
 			})
 		}
 		return cmp.Or(err, d.Decode(new(json.RawMessage)))
 	})
 	if _, end := d.Token(); err == nil && end != io.EOF {
-		err = fmt.Errorf("%w: more than a list", errAnswer)
+		err = fmt.Errorf("%w: more than a list", errBadResponse)
 	}
 	return list, items, err
 }
@@ -349,9 +349,9 @@ func decodeList[T any](body io.Reader, most int64) (list object, items []*T, err
 // a 200 (kubernetes#35068). io.EOF is the end of the stream before an event.
 func decodeEvent[T any](d *json.Decoder) (event string, o *T, err error) {
 	o = new(T)
-	no := &status{}
-	as := map[string]any{"ADDED": o, "MODIFIED": o, "DELETED": o, "ERROR": no, "BOOKMARK": new(json.RawMessage)}
-	err = within(d, '{', func() error {
+	statusErr := &statusError{}
+	as := map[string]any{"ADDED": o, "MODIFIED": o, "DELETED": o, "ERROR": statusErr, "BOOKMARK": new(json.RawMessage)}
+	err = decodeElements(d, '{', func() error {
 		key, err := d.Token()
 		switch to := as[event]; {
 		case key == "type":
@@ -365,22 +365,22 @@ func decodeEvent[T any](d *json.Decoder) (event string, o *T, err error) {
 	case err != nil:
 		return event, nil, err
 	case event == "ERROR":
-		return event, nil, no
+		return event, nil, statusErr
 	case as[event] == nil: // passed over, it would be lost for good (vector#5846)
-		return event, nil, fmt.Errorf("%w: event of type %.60q", errAnswer, event)
+		return event, nil, fmt.Errorf("%w: event of type %.60q", errBadResponse, event)
 	}
 	return event, o, nil
 }
 
-// within calls each for the elements of a JSON array or the members of an
+// decodeElements calls each for the elements of a JSON array or the members of an
 // object. null has none. io.EOF is an end before it only.
-func within(d *json.Decoder, open json.Delim, each func() error) error {
+func decodeElements(d *json.Decoder, open json.Delim, each func() error) error {
 	begin, err := d.Token()
 	if err != nil || begin == nil {
 		return err
 	}
 	if begin != open {
-		return fmt.Errorf("%w: %v, want %v", errAnswer, begin, open)
+		return fmt.Errorf("%w: %v, want %v", errBadResponse, begin, open)
 	}
 	for err == nil && d.More() {
 		err = each()

@@ -22,7 +22,7 @@ import (
 	"time"
 )
 
-func TestPause(t *testing.T) {
+func TestBackoff(t *testing.T) {
 	const s, ms = time.Second, time.Millisecond
 	for name, c := range map[string]struct {
 		fails    int
@@ -46,7 +46,7 @@ func TestPause(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			low, high := time.Hour, time.Duration(0)
 			for i := range 1000 {
-				wait := pause(c.fails, c.asked, float64(i)/1000)
+				wait := backoff(c.fails, c.asked, float64(i)/1000)
 				low, high = min(low, wait), max(high, wait)
 			}
 			if low < c.min || high > c.max {
@@ -61,7 +61,7 @@ func TestPause(t *testing.T) {
 
 func TestRetryAfter(t *testing.T) {
 	for asked, want := range map[int]time.Duration{0: 0, 7: 7 * time.Second, 61: time.Minute, math.MaxInt: time.Minute} {
-		s := &status{}
+		s := &statusError{}
 		s.Details.RetryAfterSeconds = asked
 		if got := retryAfter(fmt.Errorf("list: %w", s)); got != want {
 			t.Errorf("%d: %s, want %s", asked, got, want)
@@ -70,17 +70,17 @@ func TestRetryAfter(t *testing.T) {
 }
 
 func TestErrorClass(t *testing.T) {
-	unmarshal := func(text string) error { return json.Unmarshal([]byte(text), &object{}) }
+	unmarshal := func(text string) error { return json.Unmarshal([]byte(text), &apiObject{}) }
 	tests := []struct {
 		err  error
 		want string
 	}{
 		{nil, "none"},
-		{&status{Code: 401}, "unauthorized"}, {&status{Code: 403}, "forbidden"}, {&status{Code: 404}, "not_found"},
-		{&status{Code: 410}, "gone"}, {&status{Code: 429}, "too_many_requests"}, {&status{Code: 500}, "internal_server_error"},
-		{&status{Code: 503}, "service_unavailable"}, {&status{Code: 504}, "gateway_timeout"},
-		{&status{}, "refused"}, {&status{Code: 777}, "refused"},
-		{errTooBig, "too_big"}, {errAnswer, "bad_answer"}, {unmarshal("<html>"), "bad_answer"}, {unmarshal(`{"kind":1}`), "bad_answer"},
+		{&statusError{Code: 401}, "unauthorized"}, {&statusError{Code: 403}, "forbidden"}, {&statusError{Code: 404}, "not_found"},
+		{&statusError{Code: 410}, "gone"}, {&statusError{Code: 429}, "too_many_requests"}, {&statusError{Code: 500}, "internal_server_error"},
+		{&statusError{Code: 503}, "service_unavailable"}, {&statusError{Code: 504}, "gateway_timeout"},
+		{&statusError{}, "refused"}, {&statusError{Code: 777}, "refused"},
+		{errTooBig, "too_big"}, {errBadResponse, "bad_answer"}, {unmarshal("<html>"), "bad_answer"}, {unmarshal(`{"kind":1}`), "bad_answer"},
 		{&net.OpError{Op: "dial", Err: os.ErrDeadlineExceeded}, "dial"}, {&net.OpError{Op: "read", Err: os.ErrDeadlineExceeded}, "timeout"},
 		{context.DeadlineExceeded, "timeout"}, {&net.OpError{Op: "remote error", Err: errors.New("tls: bad certificate")}, "tls"},
 		{io.ErrUnexpectedEOF, "cut"}, {&net.OpError{Op: "read", Err: errors.New("connection reset by peer")}, "cut"},
@@ -148,7 +148,7 @@ func TestWatchSameVersionOtherContent(t *testing.T) {
 		time.Sleep(10 * time.Minute)
 		stop()
 		wantTable(t, r, "ns-01=2")
-		if news := c.watchers[0].news; news != 2 {
+		if news := c.watchers[0].changes; news != 2 {
 			t.Errorf("%d sets were applied, want 2", news)
 		}
 	})
@@ -157,8 +157,8 @@ func TestWatchSameVersionOtherContent(t *testing.T) {
 // So it is with what is read of a StatefulSet and of an EndpointSlice.
 func TestWatchComparesAllThatIsRead(t *testing.T) {
 	sets, slices := 0, 0
-	set := watcher[statefulSet]{header: func(s *statefulSet) *object { return &s.object }, apply: func(map[string]*statefulSet) { sets++ }}
-	slice := watcher[endpointSlice]{header: func(s *endpointSlice) *object { return &s.object }, apply: func(map[string]*endpointSlice) { slices++ }}
+	set := watcher[statefulSet]{meta: func(s *statefulSet) *apiObject { return &s.apiObject }, apply: func(map[string]*statefulSet) { sets++ }}
+	slice := watcher[endpointSlice]{meta: func(s *endpointSlice) *apiObject { return &s.apiObject }, apply: func(map[string]*endpointSlice) { slices++ }}
 	const meta = `"metadata":{"name":"n","uid":"u","resourceVersion":"1"`
 	for _, text := range []string{`},"spec":{"replicas":4}`, `},"spec":{"replicas":3}`, `,"annotations":{"router/backends":"3"}},"spec":{"replicas":3}`} {
 		for range 2 {
@@ -166,7 +166,7 @@ func TestWatchComparesAllThatIsRead(t *testing.T) {
 			if err := json.Unmarshal([]byte("{"+meta+text+"}"), &s); err != nil {
 				t.Fatal(err)
 			}
-			set.replace(map[string]*statefulSet{"n": &s})
+			set.setObjects(map[string]*statefulSet{"n": &s})
 		}
 	}
 	for _, addr := range []string{"10.0.0.1", "10.0.0.2"} {
@@ -175,7 +175,7 @@ func TestWatchComparesAllThatIsRead(t *testing.T) {
 			if err := json.Unmarshal([]byte("{"+meta+`},"endpoints":[{"addresses":["`+addr+`"],"conditions":{"ready":true}}]}`), &s); err != nil {
 				t.Fatal(err)
 			}
-			slice.replace(map[string]*endpointSlice{"n": &s})
+			slice.setObjects(map[string]*endpointSlice{"n": &s})
 		}
 	}
 	if sets != 3 || slices != 2 {
@@ -201,8 +201,8 @@ func TestWatchFault01NormalEnd(t *testing.T) {
 				if gap := again.at.Sub(<-ended); again.verb() != "LIST" || gap > 500*time.Millisecond {
 					t.Errorf("%s after %s, want a LIST within 500ms", again.verb(), gap)
 				}
-				if s := c.now(); s.fails != 0 {
-					t.Errorf("%d fails, want 0", s.fails)
+				if s := c.snapshot(); s.failures != 0 {
+					t.Errorf("%d fails, want 0", s.failures)
 				}
 			})
 		})
@@ -226,7 +226,7 @@ func TestWatchFault36CutEveryThreeSeconds(t *testing.T) {
 					t.Errorf("%d LISTs in 10 s, then %d in 10 min, want at most 5, then 20 to 60", first, then)
 				}
 				c.want(t, fakeKube1, fakeKube2, fakeKube3)
-				if fails := c.now().fails; fails < 10 {
+				if fails := c.snapshot().failures; fails < 10 {
 					t.Errorf("%d fails in a row", fails)
 				}
 				if n := c.logged.count("works again"); n != 0 {
@@ -290,14 +290,14 @@ func TestWatchFailsResetByHealthOnly(t *testing.T) {
 		c := fakeKubeFollow(t, network.kube(t))
 		c.want(t, fakeKube1)
 		synctest.Wait()
-		if s := c.now(); s.fails != 4 || s.failure == nil || s.state != stateWatching {
+		if s := c.snapshot(); s.failures != 4 || s.failure == nil || s.state != stateWatching {
 			t.Errorf("after four failures and a LIST: %+v", s)
 		}
 		if n := c.logged.count("watch failed"); n != 1 {
 			t.Errorf("%d failures logged, want the first only:\n%s", n, c.logged)
 		}
 		time.Sleep(healthyWatch + time.Millisecond)
-		if s := c.now(); s.fails != 0 || s.failure != nil {
+		if s := c.snapshot(); s.failures != 0 || s.failure != nil {
 			t.Errorf("after %s of a stream: %+v", healthyWatch, s)
 		}
 		if n := c.logged.count("works again"); n != 1 {
@@ -308,8 +308,8 @@ func TestWatchFailsResetByHealthOnly(t *testing.T) {
 		if took := time.Since(begun); took > 51*time.Second {
 			t.Errorf("the LIST after a long life came %s late", took-50*time.Second)
 		}
-		if s := c.now(); s.fails != 0 {
-			t.Errorf("a cut after a long life counts as %d failures", s.fails)
+		if s := c.snapshot(); s.failures != 0 {
+			t.Errorf("a cut after a long life counts as %d failures", s.failures)
 		}
 	})
 }
@@ -384,7 +384,7 @@ func TestWatchFault34ListMustBeWhole(t *testing.T) {
 				if n := c.logged.count("watch failed"); n != 1 || c.logged.count("works again") != 1 {
 					t.Errorf("log, want a failure and a recovery:\n%s", c.logged)
 				}
-				if s := c.now(); s.failure != nil || len(c.logged.String()) > 2000 {
+				if s := c.snapshot(); s.failure != nil || len(c.logged.String()) > 2000 {
 					t.Errorf("%+v, log:\n%.2000s", s, c.logged)
 				}
 			})
@@ -456,7 +456,7 @@ func TestStreamEnds(t *testing.T) {
 					if verbs := server.verbs(); verbs != "LIST WATCH LIST WATCH" {
 						t.Errorf("asked %s", verbs)
 					}
-					if s := c.now(); s.fails != 0 {
+					if s := c.snapshot(); s.failures != 0 {
 						t.Errorf("%+v", s)
 					}
 					if n := c.logged.count("watch failed"); n != 1 {
@@ -522,9 +522,9 @@ func TestBookmarkIsLife(t *testing.T) {
 		c := fakeKubeFollow(t, network.kube(t))
 		c.want(t, fakeKube1)
 		time.Sleep(59 * time.Second)
-		before := time.Since(c.now().confirmed)
+		before := time.Since(c.snapshot().confirmed)
 		time.Sleep(2 * time.Second)
-		if after := time.Since(c.now().confirmed); before < 58*time.Second || after > time.Second+time.Millisecond {
+		if after := time.Since(c.snapshot().confirmed); before < 58*time.Second || after > time.Second+time.Millisecond {
 			t.Errorf("last heard %s ago before the bookmark, %s ago after", before, after)
 		}
 		c.wantNothing(t)
@@ -590,8 +590,8 @@ func TestStreamMemory(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			endless := &fakeKubeEndless{}
-			w := fakeKubeWatcher(&kube{}, "", slog.New(slog.DiscardHandler), func(map[string]*fakeConfigMap) { t.Error("applied") })
-			err := w.follow(io.MultiReader(strings.NewReader(start), endless))
+			w := fakeKubeWatcher(&kubeClient{}, "", slog.New(slog.DiscardHandler), func(map[string]*fakeConfigMap) { t.Error("applied") })
+			err := w.readEvents(io.MultiReader(strings.NewReader(start), endless))
 			if !errors.Is(err, errTooBig) || endless.n > maxObject {
 				t.Errorf("%d bytes read, error %v, want at most %d and %v", endless.n, err, maxObject, errTooBig)
 			}
@@ -627,7 +627,7 @@ func (e *fakeKubeEndless) Read(b []byte) (int, error) {
 // What a control plane, or the way to it, can do is numbered. The tests of this
 // repository that show one have its number: TestWatchFault<number>..., and the
 // table below. 10 is also 11, 35 and 41, 13 is 14, 18 is 21, 22 is 21 too, 7 is
-// 39, 36 is 35, 44 is 45; 31 is TestTableKeeps, 32 BenchmarkSwap and
+// 39, 36 is 35, 44 is 45; 31 is TestTablePinsToPrevious, 32 BenchmarkSwap and
 // TestMemoryOfAMillion. A real control plane is needed to see 8 (it stops
 // gracefully), 38 (it drops a slow reader), 42 (the router is stopped) and 43
 // (kubectl proxy refuses a Host), and that it does what the others say it does.
@@ -659,7 +659,7 @@ func fakeKubeFor(d time.Duration, f, then http.HandlerFunc) fakeKubeScript {
 
 func watchFaults() map[string]fault {
 	const s, ms = time.Second, time.Millisecond
-	const once = backoffFirst * 3 / 2 // the longest first pause
+	const once = minBackoff * 3 / 2 // the longest first pause
 	two := fakeKubeLists(2)[1]
 	said := func(status string) fakeKubeScript {
 		return fakeKubeScript{fakeKubeOpen(fakeKubeEvent("ERROR", `{"kind":"Status","metadata":{},`+status+`}`))}
@@ -687,12 +687,12 @@ func watchFaults() map[string]fault {
 		"05 version from the future": {watches: fakeKubeScript{fakeKubeLast(20*s, false)}, lists: fakeKubeScript{fakeKubeList("3", fakeKubeV(0))},
 			want: []string{"0 map[ns-01:backend-0]"}, most: 20*s + once},
 		"06 garbage as version": {watches: fakeKubeScript{fakeKubeSay(500, `{"message":"strconv.ParseUint: parsing \"abc\""}`)}, most: once, class: "internal_server_error"},
-		"07 killed":             {watches: fakeKubeScript{fakeKubeLast(s, true)}, during: downFor(down, 20*s), least: 20 * s, most: 20*s + backoffMost*3/2, class: "cut", lines: 2},
+		"07 killed":             {watches: fakeKubeScript{fakeKubeLast(s, true)}, during: downFor(down, 20*s), least: 20 * s, most: 20*s + maxBackoff*3/2, class: "cut", lines: 2},
 		"07 gone for an hour": {watches: fakeKubeScript{fakeKubeLast(s, true)}, during: downFor(down, time.Hour), least: time.Hour,
-			most: time.Hour + backoffMost*3/2, class: "cut", lines: 62},
+			most: time.Hour + maxBackoff*3/2, class: "cut", lines: 62},
 		"09 graceful stop with Retry-After": {watches: ends, lists: fakeKubeScript{text(429, "no", "5"), text(429, "no", "5")}, least: 10 * s, most: 13 * s, class: "too_many_requests"},
-		"12 blackhole":                      {watches: fakeKubeScript{fakeKubeLast(s, true)}, during: downFor(hole, time.Minute), least: time.Minute, most: time.Minute + 5*s + backoffMost*3/2, class: "cut", lines: 3},
-		"15 etcd is dead":                   {watches: ends, lists: fakeKubeScript{fakeKubeHang, fakeKubeHang, fakeKubeHang}, least: 3 * listTime, most: 3*listTime + 12*s, class: "timeout"},
+		"12 blackhole":                      {watches: fakeKubeScript{fakeKubeLast(s, true)}, during: downFor(hole, time.Minute), least: time.Minute, most: time.Minute + 5*s + maxBackoff*3/2, class: "cut", lines: 3},
+		"15 etcd is dead":                   {watches: ends, lists: fakeKubeScript{fakeKubeHang, fakeKubeHang, fakeKubeHang}, least: 3 * listTimeout, most: 3*listTimeout + 12*s, class: "timeout"},
 		"16 flow control":                   {watches: ends, lists: fakeKubeScript{text(429, "Too many requests, please try again later.", "8")}, least: 8 * s, most: 10500 * ms, class: "too_many_requests"},
 		"17 503":                            {watches: ends, lists: fakeKubeScript{fakeKubeSay(503, "", "Retry-After", "1")}, least: s, most: 2500 * ms, class: "service_unavailable"},
 		"18 401 for a minute":               {watches: ends, lists: fakeKubeFor(time.Minute, fakeKubeSay(401, `{"message":"Unauthorized"}`), two), least: time.Minute, most: time.Minute + 24*s, class: "unauthorized", lines: 2},
@@ -763,7 +763,7 @@ func (f fault) check(t *testing.T, c *fakeKubeClient) {
 	}
 	time.Sleep(time.Minute)
 	c.wantNothing(t)
-	if s := c.now(); s.fails != 0 || s.failure != nil || s.state != stateWatching {
+	if s := c.snapshot(); s.failures != 0 || s.failure != nil || s.state != stateWatching {
 		t.Errorf("a minute later: %+v", s)
 	}
 	n := c.logged.count("watch failed")
@@ -817,7 +817,7 @@ func TestWatchFault10Frozen(t *testing.T) {
 		within       time.Duration
 	}{
 		"HTTP/2":   {[]tls.Certificate{certificate}, "HTTP/2.0", 20 * time.Second},
-		"HTTP/1.1": {nil, "HTTP/1.1", watchMax + watchGrace},
+		"HTTP/1.1": {nil, "HTTP/1.1", maxWatchTime + watchGrace},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -837,7 +837,7 @@ func TestWatchFault10Frozen(t *testing.T) {
 				network.freeze()
 				begun := time.Now()
 				client.want(t, fakeKube2)
-				if took := time.Since(begun); took > c.within+backoffFirst+time.Millisecond {
+				if took := time.Since(begun); took > c.within+minBackoff+time.Millisecond {
 					t.Errorf("noticed after %s, want %s", took, c.within)
 				}
 				if r := server.request(t); r.Proto != c.proto {
@@ -857,16 +857,16 @@ func TestWatchFault13Hangs(t *testing.T) {
 		list, watch http.HandlerFunc // the first
 		within      time.Duration    // from the start to version 2
 	}{
-		"LIST without a head": {list: fakeKubeHang, within: listTime},
-		"LIST without an end": {list: fakeKubeOpen(`{"kind":`), within: listTime},
+		"LIST without a head": {list: fakeKubeHang, within: listTimeout},
+		"LIST without an end": {list: fakeKubeOpen(`{"kind":`), within: listTimeout},
 		"no TLS handshake":    {fault: mute, tls: true, within: 5 * time.Second},
 		"WATCH without a head": {watch: func(_ http.ResponseWriter, r *http.Request) {
 			<-r.Context().Done()
-		}, within: watchMax + watchGrace},
+		}, within: maxWatchTime + watchGrace},
 		"half an event": {watch: func(w http.ResponseWriter, r *http.Request) {
 			fakeKubeStream(`{"type":"MODIF`)(w, r)
 			<-r.Context().Done()
-		}, within: watchMax + watchGrace},
+		}, within: maxWatchTime + watchGrace},
 	} {
 		t.Run(name, func(t *testing.T) {
 			ca, certificate := fakeKubeCA(t)
@@ -979,7 +979,7 @@ func TestStopInEveryState(t *testing.T) {
 					}
 					client := fakeKubeFollow(t, k)
 					time.Sleep(3 * time.Second)
-					if s, open := client.now(), network.open.Load(); s.state != c.state || (open == 1) == (c.state == stateWaiting) {
+					if s, open := client.snapshot(), network.open.Load(); s.state != c.state || (open == 1) == (c.state == stateWaiting) {
 						t.Fatalf("%d connections, %+v, want %s, and one unless it is that", open, s, c.state)
 					}
 					if c.frozen {
@@ -1037,13 +1037,13 @@ func FuzzWatchStream(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, stream []byte) {
 		var got []string
-		w := fakeKubeWatcher(&kube{}, "", slog.New(slog.DiscardHandler), func(set map[string]*fakeConfigMap) {
+		w := fakeKubeWatcher(&kubeClient{}, "", slog.New(slog.DiscardHandler), func(set map[string]*fakeConfigMap) {
 			if c := set["routes"]; c != nil {
 				got = append(got, fmt.Sprintf("%q %q %q", c.Metadata.UID, c.Metadata.ResourceVersion, c.Data))
 			}
 		})
-		w.set = map[string]*fakeConfigMap{} // as after a LIST
-		err := w.follow(bytes.NewReader(stream))
+		w.objects = map[string]*fakeConfigMap{} // as after a LIST
+		err := w.readEvents(bytes.NewReader(stream))
 		if want, certain := fakeKubeOracle(stream); certain && fmt.Sprint(got) != fmt.Sprint(want) {
 			t.Errorf("applied %s, want %s; error %v", got, want, err)
 		}

@@ -22,34 +22,34 @@ import (
 // order of fragments does not matter here, and a length in more bytes than it
 // needs, which §5.2 forbids, says where the frame ends just the same.
 type frameScanner struct {
-	left   uint64 // bytes of the frame after its length; the length as far as it is known at frameLength
-	at     framePlace
-	more   uint8 // bytes of the length that are still to come, at frameLength
-	opcode uint8 // of the frame, unless at frameBoundary
-	split  bool  // the last data frame was not the end of its message
+	frameLeft   uint64 // bytes of the frame after its length; the length as far as it is known at frameExtendedLength
+	state       frameState
+	lengthBytes uint8 // bytes of the length that are still to come, at frameExtendedLength
+	opcode      uint8 // of the frame, unless at frameBoundary
+	fragmented  bool  // the last data frame was not the end of its message
 }
 
-// framePlace is where in its frames a stream is.
-type framePlace uint8
+// frameState is where in its frames a stream is.
+type frameState uint8
 
 const (
-	frameBoundary framePlace = iota // between two frames or fragments
-	frameSize                       // before the second byte, with the mask bit and the length's 7 bits
-	frameLength                     // before or in the length of 16 or 64 bits
-	frameRest                       // in the masking key or the payload
-	frameClosed                     // after a Close frame
-	frameBroken                     // after a violation
+	frameBoundary       frameState = iota // between two frames or fragments
+	frameSecondByte                       // before the second byte, with the mask bit and the length's 7 bits
+	frameExtendedLength                   // before or in the length of 16 or 64 bits
+	framePayload                          // in the masking key or the payload
+	frameClosed                           // after a Close frame
+	frameBroken                           // after a violation
 )
 
 const (
-	frameFin      = 0x80 // in the first byte
-	frameMasked   = 0x80 // in the second byte
-	maskKey       = 4    // bytes
-	opcodeData    = 2    // the last opcode of data frames, which begin at 0 (RFC 6455 §11.8)
-	opcodeClose   = 8    // the first of control frames
-	opcodeControl = 10   // the last of control frames
-	mostHeader    = 14   // bytes before the payload
-	mostControl   = 125  // bytes of payload of a control frame (§5.5)
+	frameFin          = 0x80 // in the first byte
+	frameMasked       = 0x80 // in the second byte
+	maskKey           = 4    // bytes
+	opcodeData        = 2    // the last opcode of data frames, which begin at 0 (RFC 6455 §11.8)
+	opcodeClose       = 8    // the first of control frames
+	opcodeControl     = 10   // the last of control frames
+	maxFrameHeader    = 14   // bytes before the payload
+	maxControlPayload = 125  // bytes of payload of a control frame (§5.5)
 )
 
 // Codes of Close frames.
@@ -72,28 +72,28 @@ func (f *frameScanner) scan(chunk []byte, masked bool) {
 // over, which is all if there is no boundary in it. At a boundary, the next one
 // is the end of the frame that begins with chunk.
 func (f *frameScanner) next(chunk []byte, masked bool) (n int) {
-	if f.at == frameBoundary && len(chunk) > 0 {
+	if f.state == frameBoundary && len(chunk) > 0 {
 		if n = shortFrame(chunk, masked); n > 0 {
-			f.split = false
+			f.fragmented = false
 			return n
 		}
-		f.begin(chunk[0])
+		f.firstByte(chunk[0])
 		n = 1
 	}
-	if f.at == frameSize && n < len(chunk) {
-		f.size(chunk[n], masked)
+	if f.state == frameSecondByte && n < len(chunk) {
+		f.secondByte(chunk[n], masked)
 		n++
 	}
-	for f.at == frameLength && n < len(chunk) {
-		f.length(chunk[n], masked)
+	for f.state == frameExtendedLength && n < len(chunk) {
+		f.extendedLength(chunk[n], masked)
 		n++
 	}
-	if f.at == frameRest {
-		here := min(f.left, uint64(len(chunk)-n))
+	if f.state == framePayload {
+		here := min(f.frameLeft, uint64(len(chunk)-n))
 		f.skip(here)
 		n += int(here)
 	}
-	if f.at == frameClosed || f.at == frameBroken {
+	if f.state == frameClosed || f.state == frameBroken {
 		return len(chunk)
 	}
 	return n
@@ -123,104 +123,104 @@ func shortFrame(chunk []byte, masked bool) int {
 	return n
 }
 
-// begin takes the first byte of a frame: FIN, reserved bits, opcode.
-func (f *frameScanner) begin(b byte) {
-	f.opcode, f.at = b&0xf, frameSize
+// firstByte takes the first byte of a frame: FIN, reserved bits, opcode.
+func (f *frameScanner) firstByte(b byte) {
+	f.opcode, f.state = b&0xf, frameSecondByte
 	if f.opcode <= opcodeData {
-		f.split = b&frameFin == 0
+		f.fragmented = b&frameFin == 0
 	}
 	control := f.opcode >= opcodeClose && f.opcode <= opcodeControl && b&frameFin != 0
 	if f.opcode > opcodeData && !control {
-		f.at = frameBroken
+		f.state = frameBroken
 	}
 }
 
 // size takes the second byte of a frame: the mask bit and the length, or how
 // many bytes have the length.
-func (f *frameScanner) size(b byte, masked bool) {
+func (f *frameScanner) secondByte(b byte, masked bool) {
 	switch size := b &^ frameMasked; {
-	case b >= frameMasked != masked, f.opcode >= opcodeClose && size > mostControl:
-		f.at = frameBroken
+	case b >= frameMasked != masked, f.opcode >= opcodeClose && size > maxControlPayload:
+		f.state = frameBroken
 	case size > 125:
-		f.at, f.more = frameLength, 2+size&1*6 // 126 means 16 bits, 127 64
+		f.state, f.lengthBytes = frameExtendedLength, 2+size&1*6 // 126 means 16 bits, 127 64
 	default:
-		f.enter(uint64(size), masked)
+		f.startPayload(uint64(size), masked)
 	}
 }
 
-// length takes one byte of a length of 16 or 64 bits.
-func (f *frameScanner) length(b byte, masked bool) {
-	f.left = f.left<<8 | uint64(b)
-	f.more--
+// extendedLength takes one byte of a length of 16 or 64 bits.
+func (f *frameScanner) extendedLength(b byte, masked bool) {
+	f.frameLeft = f.frameLeft<<8 | uint64(b)
+	f.lengthBytes--
 	switch {
-	case f.more > 0:
-	case f.left>>63 != 0:
-		f.at = frameBroken
+	case f.lengthBytes > 0:
+	case f.frameLeft>>63 != 0:
+		f.state = frameBroken
 	default:
-		f.enter(f.left, masked)
+		f.startPayload(f.frameLeft, masked)
 	}
 }
 
-// enter begins what is after the length: the key if there is one, and the
+// startPayload begins what is after the length: the key if there is one, and the
 // payload. It may be empty: skip has to follow.
-func (f *frameScanner) enter(left uint64, masked bool) {
+func (f *frameScanner) startPayload(left uint64, masked bool) {
 	if masked {
 		left += maskKey
 	}
-	f.left, f.at = left, frameRest
+	f.frameLeft, f.state = left, framePayload
 }
 
-// rest returns how many bytes of the present frame are to come after its length,
+// remaining returns how many bytes of the present frame are to come after its length,
 // masking key and payload, up to 2^63+3. It is 0 at a boundary, while the length
 // is not known, and when there are no frames any more.
-func (f *frameScanner) rest() uint64 {
-	if f.at != frameRest {
+func (f *frameScanner) remaining() uint64 {
+	if f.state != framePayload {
 		return 0
 	}
-	return f.left
+	return f.frameLeft
 }
 
 // skip advances over n bytes that nobody looked at, at most rest.
 func (f *frameScanner) skip(n uint64) {
-	f.left -= n
+	f.frameLeft -= n
 	switch {
-	case f.left > 0 || f.at != frameRest:
+	case f.frameLeft > 0 || f.state != framePayload:
 	case f.opcode == opcodeClose:
-		f.at = frameClosed
+		f.state = frameClosed
 	default:
-		f.at = frameBoundary
+		f.state = frameBoundary
 	}
 }
 
-// boundary reports whether a frame may be put here: the stream is between two
+// atBoundary reports whether a frame may be put here: the stream is between two
 // frames, or two fragments if it is a control frame (RFC 6455 §5.4), and no
 // Close frame has passed.
-func (f *frameScanner) boundary() bool { return f.at == frameBoundary }
+func (f *frameScanner) atBoundary() bool { return f.state == frameBoundary }
 
-// whole reports whether every message that began has ended. Between the fragments
+// messageComplete reports whether every message that began has ended. Between the fragments
 // of one a control frame may stand, but a Close frame there leaves it without its
 // end.
-func (f *frameScanner) whole() bool { return !f.split }
+func (f *frameScanner) messageComplete() bool { return !f.fragmented }
 
 // closed reports whether a Close frame has passed, to its last byte. Nothing may
 // be put after it (RFC 6455 §5.5.1), and what comes is no longer looked at.
-func (f *frameScanner) closed() bool { return f.at == frameClosed }
+func (f *frameScanner) closed() bool { return f.state == frameClosed }
 
 // broken reports whether the stream is not one of frames. There will never be a
 // boundary, so it is of no use to wait for one.
-func (f *frameScanner) broken() bool { return f.at == frameBroken }
+func (f *frameScanner) broken() bool { return f.state == frameBroken }
 
 // closeFrame returns a Close frame (RFC 6455 §5.5.1). reason is UTF-8 for
 // people, and is cut to whole characters in 123 bytes. masked is for a frame to
 // the backend. The key is from crypto/rand: §5.3 wants a strong source of
 // entropy, and one frame in a session's life may take the time.
 func closeFrame(code uint16, reason string, masked bool) []byte {
-	most := min(len(reason), mostControl-2)
-	for most < len(reason) && most > 0 && !utf8.RuneStart(reason[most]) {
-		most--
+	size := min(len(reason), maxControlPayload-2)
+	for size < len(reason) && size > 0 && !utf8.RuneStart(reason[size]) {
+		size--
 	}
-	head := []byte{frameFin | opcodeClose, byte(2 + most)}
-	body := append(binary.BigEndian.AppendUint16(nil, code), reason[:most]...)
+	head := []byte{frameFin | opcodeClose, byte(2 + size)}
+	body := append(binary.BigEndian.AppendUint16(nil, code), reason[:size]...)
 	if !masked {
 		return append(head, body...)
 	}
@@ -236,23 +236,23 @@ func closeFrame(code uint16, reason string, masked bool) []byte {
 // side is one of a session's two ends.
 type side int
 
-// peer is the side that gets what comes from i.
-func (i side) peer() side { return 1 - i }
+// other is the side that gets what comes from i.
+func (i side) other() side { return 1 - i }
 
 const (
-	client side = iota
-	server
+	clientSide side = iota
+	backendSide
 )
 
-// closeTime bounds how long a session goes on when it is to part: both its
+// closeTimeout bounds how long a session goes on when it is to part: both its
 // sockets are closed then. The backend has the first half of it to answer, and the
 // client the first quarter to end a message of which the backend has a part.
-const closeTime = 5 * time.Second
+const closeTimeout = 5 * time.Second
 
-// mostClose is how many bytes a Close frame has at most.
-const mostClose = 2 + maskKey + mostControl
+// maxCloseFrame is how many bytes a Close frame has at most.
+const maxCloseFrame = 2 + maskKey + maxControlPayload
 
-// parting is the end of a session by Close frames, each put where a frame ends in
+// closingHandshake is the end of a session by Close frames, each put where a frame ends in
 // what is written (RFC 6455 §5.5.1, §7.1.2):
 //
 //  1. The backend gets its Close frame, and nothing after it. It is put where a
@@ -274,97 +274,97 @@ const mostClose = 2 + maskKey + mostControl
 // A Close frame that passes by itself is carried, and none is put after it. A
 // stream that cannot get to the end of a frame, because it is not one of frames
 // or has ended within one, leaves nothing to wait for: both sockets are closed.
-type parting struct {
-	frame [2][]byte   // the Close frame that is to end what comes from the side, for its peer
-	put   [2]bool     // it stands in the stream
-	over  [2]bool     // nothing more that comes from the side is carried
-	taken [2]bool     // and its peer's socket has all of it
-	ended [2]bool     // the side has ended
-	torn  bool        // the time is over for the client to end its message
-	late  bool        // and the backend's time
-	cut   atomic.Bool // not both sides answered in time
-	timer *time.Timer // of these times, then of the session's
-	done  func(cut bool)
+type closingHandshake struct {
+	frames         [2][]byte   // the Close frame that is to end what comes from the side, for its peer
+	sent           [2]bool     // it stands in the stream
+	stopped        [2]bool     // nothing more that comes from the side is carried
+	flushed        [2]bool     // and its peer's socket has all of it
+	ended          [2]bool     // the side has ended
+	messageOverdue bool        // the time is over for the client to end its message
+	answerOverdue  bool        // and the backend's time
+	cut            atomic.Bool // not both sides answered in time
+	timer          *time.Timer // of these times, then of the session's
+	onDone         func(cut bool)
 }
 
-// sift advances the scanner over the first n bytes of buf, which came from the
+// insertClose advances the scanner over the first n bytes of buf, which came from the
 // side, and returns how many bytes of buf are to be written to its peer. At the
 // end of those the Close frame is, if this is its place: buf has room for
-// mostClose more than n. With n of 0 the place may be where the stream is.
-func (p *parting) sift(f *frameScanner, i side, buf []byte, n int) int {
+// maxCloseFrame more than n. With n of 0 the place may be where the stream is.
+func (h *closingHandshake) insertClose(f *frameScanner, i side, buf []byte, n int) int {
 	at := 0
-	for !p.over[i] {
-		if f.boundary() && p.due(f, i, buf[at:n]) {
-			f.scan(buf[at:n], i == client)
-			p.put[i], p.over[i] = true, true
-			return at + copy(buf[at:], p.frame[i])
+	for !h.stopped[i] {
+		if f.atBoundary() && h.mayClose(f, i, buf[at:n]) {
+			f.scan(buf[at:n], i == clientSide)
+			h.sent[i], h.stopped[i] = true, true
+			return at + copy(buf[at:], h.frames[i])
 		}
-		p.over[i] = f.closed()
+		h.stopped[i] = f.closed()
 		if at == n {
 			return n
 		}
-		at += f.next(buf[at:n], i == client)
+		at += f.next(buf[at:n], i == clientSide)
 	}
-	f.scan(buf[at:n], i == client)
+	f.scan(buf[at:n], i == clientSide)
 	return at
 }
 
-// due reports whether the Close frame may stand here, at a boundary before rest.
-func (p *parting) due(f *frameScanner, i side, rest []byte) bool {
+// mayClose reports whether the Close frame may stand here, at a boundary before rest.
+func (h *closingHandshake) mayClose(f *frameScanner, i side, rest []byte) bool {
 	closes := len(rest) > 0 && rest[0]&0xf == opcodeClose
-	if i == client {
-		return !closes && (f.whole() || p.torn || p.ended[client])
+	if i == clientSide {
+		return !closes && (f.messageComplete() || h.messageOverdue || h.ended[clientSide])
 	}
-	return p.late || p.ended[server] || closes && p.put[client]
+	return h.answerOverdue || h.ended[backendSide] || closes && h.sent[clientSide]
 }
 
-// begin starts the times of a parting that takes closing at most. overdue is called
+// start starts the times of a parting that takes closing at most. overdue is called
 // at the end of each.
-func (p *parting) begin(closing time.Duration, overdue func()) {
-	p.timer = time.AfterFunc(closing/4, overdue)
+func (h *closingHandshake) start(closing time.Duration, overdue func()) {
+	h.timer = time.AfterFunc(closing/4, overdue)
 }
 
 // expire is for the end of one of the times. It reports whether it was the last.
-func (p *parting) expire(closing time.Duration) (last bool) {
+func (h *closingHandshake) expire(closing time.Duration) (last bool) {
 	switch {
-	case p.late:
+	case h.answerOverdue:
 		return true
-	case p.torn:
-		p.late = true
-		p.timer.Reset(closing / 2)
+	case h.messageOverdue:
+		h.answerOverdue = true
+		h.timer.Reset(closing / 2)
 	default:
-		p.torn = true
-		p.timer.Reset(closing / 4)
+		h.messageOverdue = true
+		h.timer.Reset(closing / 4)
 	}
 	return false
 }
 
-// offends reports whether the backend, which the scanner follows, has to be cut off:
+// isBackendOverdue reports whether the backend, which the scanner follows, has to be cut off:
 // the client is told now, and it gave no answer.
-func (p *parting) offends(f *frameScanner) bool {
-	return p.late && p.put[server] && !p.ended[server] && !f.closed()
+func (h *closingHandshake) isBackendOverdue(f *frameScanner) bool {
+	return h.answerOverdue && h.sent[backendSide] && !h.ended[backendSide] && !f.closed()
 }
 
-// state reports whether both sides have answered and have what they should get,
+// progress reports whether both sides have answered and have what they should get,
 // or whether a side never will.
-func (p *parting) state(frames *[2]frameScanner) (answered, hopeless bool) {
+func (h *closingHandshake) progress(frames *[2]frameScanner) (answered, hopeless bool) {
 	answered = true
 	for i := range frames {
 		f := &frames[i]
-		answered = answered && p.taken[i] && (p.ended[i] || f.closed())
-		hopeless = hopeless || !p.over[i] && (p.ended[i] || f.broken())
+		answered = answered && h.flushed[i] && (h.ended[i] || f.closed())
+		hopeless = hopeless || !h.stopped[i] && (h.ended[i] || f.broken())
 	}
 	return answered, hopeless
 }
 
 // finish is for a session that is over: it says so to who asked for it.
-func (p *parting) finish() (cut bool) {
-	if p.timer != nil {
-		p.timer.Stop()
+func (h *closingHandshake) finish() (cut bool) {
+	if h.timer != nil {
+		h.timer.Stop()
 	}
-	cut = p.cut.Load()
-	if p.done != nil {
-		p.done(cut)
+	cut = h.cut.Load()
+	if h.onDone != nil {
+		h.onDone(cut)
 	}
 	return cut
 }

@@ -89,7 +89,7 @@ func TestFrameForms(t *testing.T) {
 				}
 				f.scan(c.frame[cut:], c.masked)
 				f.scan(c.frame, c.masked)
-				if !f.boundary() {
+				if !f.atBoundary() {
 					t.Fatalf("cut after %d bytes, then a second one: %+v, want a boundary", cut, viewOf(&f))
 				}
 			}
@@ -140,7 +140,7 @@ func TestFrameViolations(t *testing.T) {
 					t.Errorf("next is at %d of %d bytes, want all", n, len(more))
 				}
 				f.scan(more, c.masked)
-				f.skip(f.rest())
+				f.skip(f.remaining())
 				if got, want := viewOf(&f), (frameView{broken: true}); got != want {
 					t.Errorf("%+v, want %+v", got, want)
 				}
@@ -154,8 +154,8 @@ func TestFrameLongest(t *testing.T) {
 	for masked, want := range map[bool]uint64{false: math.MaxInt64, true: math.MaxInt64 + 4} {
 		var f frameScanner
 		f.scan(frameBytes(0x82, masked, math.MaxInt64, nil)[:10], masked)
-		if f.rest() != want {
-			t.Errorf("masked %v: rest is %d, want %d", masked, f.rest(), want)
+		if f.remaining() != want {
+			t.Errorf("masked %v: rest is %d, want %d", masked, f.remaining(), want)
 		}
 		f.skip(want - 2)
 		f.scan([]byte{0x83}, masked)
@@ -163,7 +163,7 @@ func TestFrameLongest(t *testing.T) {
 			t.Errorf("masked %v: %+v, want %+v", masked, got, want)
 		}
 		f.scan(append([]byte{0x83}, frameBytes(0x8a, masked, 0, nil)...), masked)
-		if !f.boundary() {
+		if !f.atBoundary() {
 			t.Errorf("masked %v: %+v, want a boundary", masked, viewOf(&f))
 		}
 	}
@@ -177,14 +177,14 @@ func TestFrameClose(t *testing.T) {
 			end := frameBytes(0x88, masked, uint64(len(body)), []byte(body))
 			var f frameScanner
 			f.scan(append(frameBytes(0x01, masked, 1, []byte("x")), end[:len(end)-1]...), masked)
-			if f.closed() || f.boundary() {
+			if f.closed() || f.atBoundary() {
 				t.Errorf("before the last byte of %q: %+v, want neither closed nor a boundary", end, viewOf(&f))
 			}
 			for _, more := range [][]byte{end[len(end)-1:], nil, frameBytes(0x80, masked, 1, []byte("x")), {0x83, 0xff}} {
 				if n := f.next(more, masked); n != len(more) {
 					t.Errorf("next is at %d of %d bytes, want all", n, len(more))
 				}
-				f.skip(f.rest())
+				f.skip(f.remaining())
 				if got, want := viewOf(&f), (frameView{closed: true}); got != want {
 					t.Errorf("after %q and %q: %+v, want %+v", end, more, got, want)
 				}
@@ -209,12 +209,12 @@ func TestFrameNext(t *testing.T) {
 	var f frameScanner
 	rest := stream
 	for i, want := range want {
-		if n := f.next(rest, true); n != want || !f.boundary() {
+		if n := f.next(rest, true); n != want || !f.atBoundary() {
 			t.Fatalf("frame %d: %d bytes and %+v, want %d and a boundary", i, n, viewOf(&f), want)
 		}
 		rest = rest[want:]
 	}
-	if n := f.next(stream[:1], true); n != 1 || f.boundary() {
+	if n := f.next(stream[:1], true); n != 1 || f.atBoundary() {
 		t.Errorf("a first byte: %d bytes and %+v, want 1 and no boundary", n, viewOf(&f))
 	}
 	if n := f.next(nil, true); n != 0 {
@@ -441,7 +441,7 @@ func manyFrames(rng *rand.Rand, masked bool, count int) (stream []byte) {
 func wantOracle(t *testing.T, stream []byte, masked bool, rng *rand.Rand) {
 	t.Helper()
 	views := frameOracle(stream, masked)
-	most := []int{1, 3, 20, 1000, 1 << 17}[rng.IntN(5)]
+	limit := []int{1, 3, 20, 1000, 1 << 17}[rng.IntN(5)]
 	var f frameScanner
 	for at := 0; ; {
 		if got := viewOf(&f); got != views[at] {
@@ -450,8 +450,8 @@ func wantOracle(t *testing.T, stream []byte, masked bool, rng *rand.Rand) {
 		if at == len(stream) {
 			return
 		}
-		chunk := stream[at:min(len(stream), at+rng.IntN(most+1))]
-		switch rest := f.rest(); {
+		chunk := stream[at:min(len(stream), at+rng.IntN(limit+1))]
+		switch rest := f.remaining(); {
 		case rest > 0 && rng.IntN(2) == 0:
 			n := min(rest, uint64(len(chunk)))
 			f.skip(n)
@@ -479,7 +479,7 @@ type frameView struct {
 }
 
 func viewOf(f *frameScanner) frameView {
-	return frameView{f.boundary(), f.boundary() && f.whole(), f.closed(), f.broken(), f.rest()}
+	return frameView{f.atBoundary(), f.atBoundary() && f.messageComplete(), f.closed(), f.broken(), f.remaining()}
 }
 
 // frameOracle returns what is to be known after each number of bytes of a
@@ -560,7 +560,7 @@ func BenchmarkFrameScan(b *testing.B) {
 			for b.Loop() {
 				f.scan(chunk, true)
 			}
-			if !f.boundary() {
+			if !f.atBoundary() {
 				b.Fatal("not at a boundary after whole frames")
 			}
 			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*c.frames), "ns/frame")
@@ -650,9 +650,9 @@ func mustSend(t testing.TB, w io.Writer, frame []byte) {
 
 // The whole parting, step by step: the backend is told, what it says before it
 // answers comes to the client, then the client is told, with its own code.
-func TestPart(t *testing.T) {
+func TestCloseGracefully(t *testing.T) {
 	for name, c := range map[string]struct {
-		why    cause
+		cause  cause
 		answer []byte // of the backend; nil for its end
 		client string
 	}{
@@ -663,9 +663,9 @@ func TestPart(t *testing.T) {
 		"answered, and then a frame": {causeMoved, append(closeFrame(1000, "bye", false), frameBytes(0x81, false, 2, []byte("no"))...), restarts},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s := carried(t, quietRelay(t), 0, nil, nil)
+			s := startedSession(t, quietRelay(t), 0, nil, nil)
 			done := make(chan bool, 1)
-			if !s.part(c.why, func(cut bool) { done <- cut }) {
+			if !s.closeGracefully(c.cause, func(cut bool) { done <- cut }) {
 				t.Fatal("it does not part")
 			}
 			mustFrames(t, s.backend, true, goesAway)
@@ -682,11 +682,11 @@ func TestPart(t *testing.T) {
 			mustSend(t, s.client, closeFrame(1000, "", true))
 			mustEOF(t, s.client)
 			mustEOF(t, s.backend)
-			s.wantCause(t, c.why)
-			if <-done || s.relay.cut[c.why].Load() != 0 {
+			s.wantCause(t, c.cause)
+			if <-done || s.relay.cut[c.cause].Load() != 0 {
 				t.Error("it was cut, want it to part")
 			}
-			if s.part(causeDrain, nil) {
+			if s.closeGracefully(causeDrain, nil) {
 				t.Error("it parts again")
 			}
 		})
@@ -694,20 +694,20 @@ func TestPart(t *testing.T) {
 }
 
 // The sides' own Close frames are carried, and none is put after one.
-func TestPartAlreadyClosing(t *testing.T) {
-	for name, by := range map[string]side{"by the client": client, "by the backend": server} {
+func TestCloseGracefullyWhenAlreadyClosing(t *testing.T) {
+	for name, by := range map[string]side{"by the client": clientSide, "by the backend": backendSide} {
 		t.Run(name, func(t *testing.T) {
-			s := carried(t, quietRelay(t), 0, nil, nil)
-			ends := [2]net.Conn{s.client, s.backend}
-			first, second := ends[by], ends[by.peer()]
-			mustSend(t, first, closeFrame(1000, "bye", by == client))
-			mustFrames(t, second, by == client, `close 1000 "bye"`)
-			s.part(causeMoved, nil)
-			if by == server {
+			s := startedSession(t, quietRelay(t), 0, nil, nil)
+			conns := [2]net.Conn{s.client, s.backend}
+			first, second := conns[by], conns[by.other()]
+			mustSend(t, first, closeFrame(1000, "bye", by == clientSide))
+			mustFrames(t, second, by == clientSide, `close 1000 "bye"`)
+			s.closeGracefully(causeMoved, nil)
+			if by == backendSide {
 				mustFrames(t, s.backend, true, goesAway)
 			}
-			mustSend(t, second, closeFrame(1000, "yes", by == server))
-			if by == client {
+			mustSend(t, second, closeFrame(1000, "yes", by == backendSide))
+			if by == clientSide {
 				mustFrames(t, first, false, `close 1000 "yes"`)
 			}
 			mustEOF(t, s.client)
@@ -719,11 +719,11 @@ func TestPartAlreadyClosing(t *testing.T) {
 		})
 	}
 	t.Run("by the client, with the end of a frame", func(t *testing.T) {
-		s := carried(t, quietRelay(t), 0, nil, nil)
+		s := startedSession(t, quietRelay(t), 0, nil, nil)
 		frame := frameBytes(0x81, true, 2, []byte("hi"))
 		mustSend(t, s.client, frame[:5])
 		mustRead(t, s.backend, string(frame[:5]))
-		s.part(causeMoved, nil)
+		s.closeGracefully(causeMoved, nil)
 		mustSend(t, s.client, append(bytes.Clone(frame[5:]), closeFrame(1000, "bye", true)...))
 		mustRead(t, s.backend, string(frame[5:]))
 		mustFrames(t, s.backend, true, `close 1000 "bye"`)
@@ -735,16 +735,16 @@ func TestPartAlreadyClosing(t *testing.T) {
 
 // What a side has not taken yet goes before its Close frame, however much of it
 // that is: of some of the sizes here all that is held ends with a frame.
-func TestPartAfterWhatIsHeld(t *testing.T) {
+func TestCloseGracefullyAfterUnsentData(t *testing.T) {
 	for i, want := range []string{goesAway, restarts} {
 		r := quietRelay(t)
-		r.closing = 4 * time.Second
+		r.closeTimeout = 4 * time.Second
 		var all sync.WaitGroup
 		for frames := 60; frames < 460; frames += 20 {
 			client, near := unixPair(t)
 			far, backend := unixPair(t)
 			s := &session{namespace: "ns-01"}
-			r.carry(s, [2]net.Conn{near, far}, [2][]byte{})
+			r.startSession(s, [2]net.Conn{near, far}, [2][]byte{})
 			from, to := client, backend
 			if i == 1 {
 				from, to = backend, client
@@ -758,9 +758,9 @@ func TestPartAfterWhatIsHeld(t *testing.T) {
 					n = s.bytes()[i] // until no more is taken
 					held = int(n)
 				}
-				s.part(causeMoved, nil)
+				s.closeGracefully(causeMoved, nil)
 				if i == 1 { // it is due when the backend's time is over
-					<-time.After(r.closing * 5 / 8)
+					<-time.After(r.closeTimeout * 5 / 8)
 				}
 				to.SetReadDeadline(time.Now().Add(patience))
 				for n := 0; ; n++ {
@@ -784,24 +784,24 @@ func TestPartAfterWhatIsHeld(t *testing.T) {
 
 // A client that has ended its half and reads late gets all there is, to the Close
 // frame of the backend, which was not asked for it.
-func TestPartLateReader(t *testing.T) {
+func TestCloseGracefullyLateReader(t *testing.T) {
 	r := quietRelay(t)
 	var all sync.WaitGroup
 	for frames := 60; frames < 460; frames += 20 {
 		client, near := unixPair(t)
 		far, backend := unixPair(t)
 		s := &session{namespace: "ns-01"}
-		r.carry(s, [2]net.Conn{near, far}, [2][]byte{})
+		r.startSession(s, [2]net.Conn{near, far}, [2][]byte{})
 		client.CloseWrite()
 		mustEOF(t, backend)
 		frame := frameBytes(0x82, false, 1000, make([]byte, 1000))
 		stream := strings.Repeat(string(frame), frames) + string(closeFrame(1000, "", false))
 		all.Go(func() { io.WriteString(backend, stream) })
 		all.Go(func() {
-			for n := int64(-1); n != s.bytes()[server]; <-time.After(50 * time.Millisecond) {
-				n = s.bytes()[server] // until no more is taken
+			for n := int64(-1); n != s.bytes()[backendSide]; <-time.After(50 * time.Millisecond) {
+				n = s.bytes()[backendSide] // until no more is taken
 			}
-			s.part(causeMoved, nil)
+			s.closeGracefully(causeMoved, nil)
 			client.SetReadDeadline(time.Now().Add(patience))
 			if got, err := io.ReadAll(client); err != nil || string(got) != stream {
 				t.Errorf("%d frames: %d bytes, %v; want %d", frames, len(got), err, len(stream))
@@ -814,7 +814,7 @@ func TestPartLateReader(t *testing.T) {
 
 // A Close frame waits for the end of a frame that is on its way, however that
 // comes: cut anywhere, with the next one behind it.
-func TestPartWithinAFrame(t *testing.T) {
+func TestCloseGracefullyWithinAFrame(t *testing.T) {
 	next := func(masked bool) []byte { return frameBytes(0x82, masked, 300, make([]byte, 300)) }
 	for _, size := range []int{0, 5, 200, 70_000} {
 		payload := bytes.Repeat([]byte("x"), size)
@@ -823,12 +823,12 @@ func TestPartWithinAFrame(t *testing.T) {
 			if cut >= len(down) {
 				continue
 			}
-			s := carried(t, quietRelay(t), 0, nil, nil)
+			s := startedSession(t, quietRelay(t), 0, nil, nil)
 			mustSend(t, s.client, up[:cut])
 			mustSend(t, s.backend, down[:cut])
 			mustRead(t, s.backend, string(up[:cut]))
 			mustRead(t, s.client, string(down[:cut]))
-			s.part(causeMoved, nil)
+			s.closeGracefully(causeMoved, nil)
 			mustSend(t, s.client, append(bytes.Clone(up[cut:]), next(true)...))
 			mustRead(t, s.backend, string(up[cut:]))
 			mustFrames(t, s.backend, true, goesAway)
@@ -844,12 +844,12 @@ func TestPartWithinAFrame(t *testing.T) {
 
 // A Close frame waits for the end of a message from the client, whose fragments may
 // have control frames between them (RFC 6455 §5.4).
-func TestPartWithinAMessage(t *testing.T) {
-	s := carried(t, quietRelay(t), 0, nil, nil)
+func TestCloseGracefullyWithinAMessage(t *testing.T) {
+	s := startedSession(t, quietRelay(t), 0, nil, nil)
 	for _, first := range []byte{0x01, 0x00} {
 		mustSend(t, s.client, frameBytes(first, true, 2, []byte("ab")))
 		mustFrames(t, s.backend, true, fmt.Sprintf("%x \"ab\"", first))
-		s.part(causeMoved, nil) // the second time nothing
+		s.closeGracefully(causeMoved, nil) // the second time nothing
 		mustSend(t, s.client, frameBytes(0x89, true, 0, nil))
 		mustFrames(t, s.backend, true, `89 ""`)
 	}
@@ -940,7 +940,7 @@ func (a *talker) hear(told func()) (closed string, frames int, err error) {
 // It fails if a Close frame is put where a frame has not ended, or after what a
 // side did not take was forgotten; if the rest of a chunk is sent after it; if
 // the backend's own Close frame is carried.
-func TestPartInFullFlow(t *testing.T) {
+func TestCloseGracefullyInFullFlow(t *testing.T) {
 	single, fragments := []byte{0x82}, []byte{0x02, 0x00, 0x89, 0x00, 0x80, 0x8a}
 	for name, c := range map[string]struct {
 		size   int
@@ -961,8 +961,8 @@ func TestPartInFullFlow(t *testing.T) {
 			copy(noise, bytes.Repeat(newNoise(seed), 1+len(noise)/noiseSize))
 			for range c.rounds {
 				r := quietRelay(t)
-				r.closing = 2 * patience
-				s := carried(t, r, 0, nil, nil)
+				r.closeTimeout = 2 * patience
+				s := startedSession(t, r, 0, nil, nil)
 				var ends [2]*talker
 				for i, conn := range []net.Conn{s.client, s.backend} {
 					conn.SetDeadline(time.Now().Add(2 * patience))
@@ -988,10 +988,10 @@ func TestPartInFullFlow(t *testing.T) {
 					})
 				}
 				at := int64(rng.IntN(2 * c.size)) // let that much pass at first
-				for end := time.Now().Add(patience); s.bytes()[server] <= at && time.Now().Before(end); {
+				for end := time.Now().Add(patience); s.bytes()[backendSide] <= at && time.Now().Before(end); {
 					time.Sleep(time.Duration(rng.IntN(1000)) * time.Microsecond)
 				}
-				s.part(causeMoved, nil)
+				s.closeGracefully(causeMoved, nil)
 				both.Wait()
 				waitFor(t, r)
 				if got := r.cut[causeMoved].Load(); got != 0 {
@@ -1003,7 +1003,7 @@ func TestPartInFullFlow(t *testing.T) {
 }
 
 // Another implementation at both ends, through the proxy.
-func TestPartLibrary(t *testing.T) {
+func TestCloseGracefullyLibrary(t *testing.T) {
 	heard := make(chan string, 1)
 	addr := websocketBackend(t, func(ws *websocket.Conn) {
 		websocket.Message.Send(ws, "hello")
@@ -1022,8 +1022,8 @@ func TestPartLibrary(t *testing.T) {
 	if err := websocket.Message.Receive(ws, &message); err != nil || message != "hello" {
 		t.Fatalf("%q, %v", message, err)
 	}
-	for _, s := range p.relay.where(func(*session) bool { return true }) {
-		s.part(causeMoved, nil)
+	for _, s := range p.relay.filter(func(*session) bool { return true }) {
+		s.closeGracefully(causeMoved, nil)
 	}
 	if got, want := <-heard, `type 8, code 1001, reason "going away"`; got != want {
 		t.Errorf("the backend read %s, want %s", got, want)
@@ -1040,7 +1040,7 @@ func TestPartLibrary(t *testing.T) {
 
 // Who does not go along is waited for within bounds: the client is told in half
 // of the time whatever the backend does, if it can be told at all.
-func TestPartBounds(t *testing.T) {
+func TestCloseGracefullyBounds(t *testing.T) {
 	const bound = 1200 * time.Millisecond
 	quarter, half, whole, none := bound/4, bound/2, bound, time.Duration(0)
 	part := frameBytes(0x01, true, 2, []byte("ab")) // of a message
@@ -1181,13 +1181,13 @@ func TestPartBounds(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			r := quietRelay(t)
-			r.closing = bound
-			s := carried(t, r, 0, nil, nil)
+			r.closeTimeout = bound
+			s := startedSession(t, r, 0, nil, nil)
 			if c.before != nil {
 				c.before(t, s)
 			}
 			begun := time.Now()
-			s.part(causeMoved, nil)
+			s.closeGracefully(causeMoved, nil)
 			c.after(t, s)
 			s.wantCause(t, causeMoved)
 			if took := time.Since(begun); took < c.took || took > c.took+half {
@@ -1202,13 +1202,13 @@ func TestPartBounds(t *testing.T) {
 
 // What bounds a session that is half closed does not count for one that parts: the
 // client is told all the same.
-func TestPartAfterHalfClose(t *testing.T) {
+func TestCloseGracefullyAfterHalfClose(t *testing.T) {
 	r := quietRelay(t)
-	r.linger, r.closing = 100*time.Millisecond, 800*time.Millisecond
-	s := carried(t, r, 0, nil, nil)
+	r.halfCloseTimeout, r.closeTimeout = 100*time.Millisecond, 800*time.Millisecond
+	s := startedSession(t, r, 0, nil, nil)
 	closeWrite(t, s.client)
 	mustEOF(t, s.backend)
-	s.part(causeMoved, nil)
+	s.closeGracefully(causeMoved, nil)
 	mustFrames(t, s.client, false, restarts)
 	mustEOF(t, s.client)
 	s.wantCause(t, causeMoved)
@@ -1232,19 +1232,19 @@ func stuffFrames(conn net.Conn, masked bool) bool {
 
 // A session that is to part before its hand-over is done has its Close frames
 // all the same, after what came with the handshake.
-func TestPartAtHandOver(t *testing.T) {
+func TestCloseGracefullyAtSessionStart(t *testing.T) {
 	r := quietRelay(t)
 	client, clientFar := tcpPair(t)
 	server, serverFar := tcpPair(t)
 	s := newSession("ns-01", 0, "")
-	ends := [2]net.Conn{clientFar, server}
-	r.carrier.attach(s, ends)
-	if !s.part(causeMoved, nil) {
+	conns := [2]net.Conn{clientFar, server}
+	r.engine.assign(s, conns)
+	if !s.closeGracefully(causeMoved, nil) {
 		t.Fatal("it does not part")
 	}
-	r.open.Add(1)
+	r.openSessions.Add(1)
 	r.add(s)
-	r.carrier.begin(s, ends, [2][]byte{nil, frameBytes(0x81, false, 5, []byte("early"))})
+	r.engine.startSession(s, conns, [2][]byte{nil, frameBytes(0x81, false, 5, []byte("early"))})
 	mustFrames(t, serverFar, true, goesAway)
 	serverFar.Close()
 	mustFrames(t, client, false, `81 "early"`, restarts)
@@ -1254,16 +1254,16 @@ func TestPartAtHandOver(t *testing.T) {
 
 // A session that is ended while it is handed over, between its registration and its
 // start, ends when it starts.
-func TestRelayEndsAtHandOver(t *testing.T) {
+func TestRelayEndsAtSessionStart(t *testing.T) {
 	r := quietRelay(t)
 	client, clientFar := tcpPair(t)
 	server, serverFar := tcpPair(t)
 	s := newSession("ns-01", 0, "")
-	ends := [2]net.Conn{clientFar, server}
-	r.carrier.attach(s, ends)
-	r.take(s, func() {
+	conns := [2]net.Conn{clientFar, server}
+	r.engine.assign(s, conns)
+	r.register(s, func() {
 		s.end(causeDrain)
-		r.carrier.begin(s, ends, [2][]byte{})
+		r.engine.startSession(s, conns, [2][]byte{})
 	})
 	relayed{session: s, relay: r}.wantCause(t, causeDrain)
 	mustBreak(t, client)
@@ -1271,14 +1271,14 @@ func TestRelayEndsAtHandOver(t *testing.T) {
 }
 
 // However many ends come at once, done is called once.
-func TestPartEndsOnce(t *testing.T) {
+func TestCloseGracefullyEndsOnce(t *testing.T) {
 	r := quietRelay(t)
 	for range 100 {
-		c := carried(t, r, 0, nil, nil)
+		c := startedSession(t, r, 0, nil, nil)
 		var all sync.WaitGroup
 		var parted, done atomic.Int64
 		part := func() {
-			if c.part(causeMoved, func(bool) { done.Add(1) }) {
+			if c.closeGracefully(causeMoved, func(bool) { done.Add(1) }) {
 				parted.Add(1)
 			}
 		}
