@@ -414,6 +414,24 @@ type clientConn struct {
 	remoteAddr net.Addr                       // where the client came from: its socket no longer says so once it was reset. nil: as Conn says
 	upgrade    atomic.Pointer[pendingUpgrade] // of its first upgrade; nil if nothing, or when it was taken
 	serverCtx  context.Context                // ends when the router stops
+
+	unhandled atomic.Pointer[sync.WaitGroup] // counts it until the handler has its request; nil: it is not counted
+}
+
+// count has unhandled count the connection, if the head of its first request was read
+// already, until the handler has that request or the connection is closed.
+func (c *clientConn) count(unhandled *sync.WaitGroup) {
+	if _, first := unwrap(c.Conn); bytes.Contains(first, []byte("\r\n\r\n")) {
+		unhandled.Add(1)
+		c.unhandled.Store(unhandled)
+	}
+}
+
+// uncount ends what count began.
+func (c *clientConn) uncount() {
+	if unhandled := c.unhandled.Swap(nil); unhandled != nil {
+		unhandled.Done()
+	}
 }
 
 // pendingUpgrade is what was done already about an upgrade that net/http gets.
@@ -463,6 +481,7 @@ func (c *clientConn) Close() error {
 	if c.receiving.Load() && !c.requestRead.Swap(true) {
 		c.badHeads.Add(1)
 	}
+	c.uncount()
 	err := c.Conn.Close()
 	if pending := c.upgrade.Swap(nil); pending != nil && pending.backendConn != nil {
 		pending.backendConn.Close()
@@ -487,6 +506,7 @@ type clientConnKey struct{}
 func markRequestRead(ctx context.Context) {
 	if c, ok := ctx.Value(clientConnKey{}).(*clientConn); ok {
 		c.requestRead.Store(true)
+		c.uncount()
 	}
 }
 

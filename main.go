@@ -273,13 +273,19 @@ func (p *program) announceDrain() {
 }
 
 // stopClients ends what clients have: nothing new is accepted, upgrades under
-// way are answered, and sessions are closed at a pace.
+// way are answered, and sessions are closed at a pace. A client whose request net/http
+// has not given to the handler when Shutdown begins would get no answer, so those that
+// the event loop has left to it are waited for.
 func (p *program) stopClients(fastPath *fastPath, clientServer *http.Server, stopRequests context.CancelCauseFunc) {
 	started := time.Now()
+	clientServer.SetKeepAlivesEnabled(false) // from here on each answer says that it is the last
 	fastPath.stop()
 	stopRequests(errDraining)
 	timeout, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
+	handled, allHandled := context.WithCancel(timeout)
+	go func() { p.proxy.unhandled.Wait(); allHandled() }() // at the latest when clients are closed
+	<-handled.Done()
 	clientServer.Shutdown(timeout) // it does not wait for hijacked connections (golang/go#17721)
 	clientServer.Close()           // for answers that took longer than the bound
 	p.proxy.inFlight.Wait()
@@ -302,7 +308,9 @@ func newClientServer(ctx context.Context, p *proxy, log *slog.Logger) *http.Serv
 		ErrorLog:          serverLog(log),
 		BaseContext:       func(net.Listener) context.Context { return ctx },
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
-			c.(*clientConn).serverCtx = ctx
+			front := c.(*clientConn)
+			front.serverCtx = ctx
+			front.count(&p.unhandled)
 			return context.WithValue(ctx, clientConnKey{}, c)
 		},
 	}

@@ -47,6 +47,7 @@ type proxy struct {
 	handshakes          atomic.Int64   // upgrades so far, with those that were refused
 	headBytes           atomic.Int64   // bytes of the heads of those that are held, or net/http has
 	inFlight            sync.WaitGroup // requests that net/http has, and clients that are held
+	unhandled           sync.WaitGroup // requests that the event loop has read and left to net/http, and ServeHTTP has not yet
 	results             [numResults]atomic.Int64
 	logThrottles        [numResults]throttle
 	misdirectedThrottle throttle // of what misdirected logs

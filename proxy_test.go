@@ -938,3 +938,44 @@ func BenchmarkHandshake(b *testing.B) {
 		conn.Close()
 	}
 }
+
+// Clients that wait when the router stops get their 503: those that are held, and those
+// whose owner was asked and has not answered; of both ways of a handshake.
+func TestStopAnswersWhoWaits(t *testing.T) {
+	const clients = 64
+	for where, serve := range map[string]func(net.Conn, *bufio.Reader){"held": nil, "asked": silent} {
+		for way, request := range bothWays("/ws/ns-01") {
+			t.Run(where+", "+way, func(t *testing.T) {
+				addr := refusingAddr(t)
+				if serve != nil {
+					addr = startStub(t, "127.0.0.1:0", serve).addr
+				}
+				r := &runningRouter{log: newLogTail()}
+				ctx, stop := context.WithCancel(t.Context())
+				done := make(chan error, 1)
+				args := append(slices.Clone(onFreePorts), "-drain-time", "0", "-backends", addr, "-overrides", t.TempDir(), "-hold", "1h", "-handshake-timeout", "1h")
+				go func() { done <- run(ctx, args, noEnvironment, r.log) }()
+				r.await(t)
+				r.log.wait(t, "table", 1)
+				var conns []net.Conn
+				for range clients {
+					conn, err := net.Dial("tcp", r.clientAddr)
+					if err != nil {
+						t.Fatal(err)
+					}
+					defer conn.Close()
+					mustWrite(t, conn, request)
+					conns = append(conns, conn)
+				}
+				waitMetrics(t, r, map[string]float64{"router_upgrades_waiting": clients})
+				stop()
+				for _, conn := range conns {
+					mustAnswer(t, conn, 503)
+				}
+				if err := <-done; err != nil {
+					t.Errorf("run: %v", err)
+				}
+			})
+		}
+	}
+}
