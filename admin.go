@@ -8,10 +8,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"maps"
 	"net"
 	"net/http"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -24,9 +26,9 @@ type admin struct {
 	// Static after construction.
 	proxy             *proxy
 	fdLimit           *descriptorLimit
-	configMaps        *configMaps     // nil without an API server
-	overridesNotReady func() string   // why no overrides were read yet, in words, or ""
-	droppedLogLines   func() int64    // log lines
+	configMaps        *configMaps   // nil without an API server
+	overridesNotReady func() string // why no overrides were read yet, in words, or ""
+	logQueue          *logQueue
 	replicaWatcher    *replicaWatcher // nil if the flags say how many backends there are
 	started           time.Time
 
@@ -169,6 +171,47 @@ func (a *admin) metrics(w http.ResponseWriter, _ *http.Request) {
 	b := bufio.NewWriter(w)
 	a.writeMetrics(b)
 	b.Flush() // a scraper that left is no error
+}
+
+// writeMetrics writes all families, in this order: each component writes its own.
+func (a *admin) writeMetrics(w io.Writer) {
+	m := metricsWriter{w}
+	m.family("router_build_info", "gauge", "Always 1; the labels say which build this is.")
+	m.sample("router_build_info", 1, "version", version(), "goversion", runtime.Version())
+	m.single("router_ready", "gauge", "1 if /readyz says so.", boolToFloat(len(a.whyNotReady()) == 0))
+	counts := a.proxy.relay.counts()
+	a.proxy.relay.writeSessionMetrics(m, counts, a.backendOrdinals(counts))
+	a.proxy.mover.writeMetrics(m)
+	a.proxy.relay.writeByteMetrics(m)
+	a.proxy.writeMetrics(m)
+	a.fdLimit.writeMetrics(m)
+	a.proxy.router.writeMetrics(m)
+	if a.replicaWatcher != nil {
+		var active ordinals
+		if t := a.proxy.router.table(); t != nil {
+			active = t.backends
+		}
+		a.replicaWatcher.writeMetrics(m, active)
+	}
+	if a.configMaps != nil {
+		writeWatchMetrics(m, a.watchers())
+		a.configMaps.writeMetrics(m)
+	}
+	a.logQueue.writeMetrics(m)
+	m.single("go_goroutines", "gauge", "Goroutines.", float64(runtime.NumGoroutine()))
+	m.single("process_start_time_seconds", "gauge", "Start of the process, in seconds since the epoch.",
+		float64(a.started.UnixNano())/float64(time.Second))
+}
+
+// watchers returns the watchers of all objects.
+func (a *admin) watchers() (all []objectWatcher) {
+	for _, w := range a.configMaps.watchers {
+		all = append(all, w)
+	}
+	if a.replicaWatcher != nil {
+		all = append(all, a.replicaWatcher.watcher, a.replicaWatcher.endpoints.watcher)
+	}
+	return all
 }
 
 // ownership is the answer of /owner.

@@ -218,7 +218,7 @@ func adminOf(t *testing.T, addrs ...string) (a *admin, update func(...sourceCont
 	router := &router{statefulSet: "backend", backends: b.static, log: quiet, onSwap: func() {}}
 	p := &proxy{router: router, backends: b, relay: newRelay(b.name, quiet), mover: &mover{}, log: quiet}
 	return &admin{proxy: p, fdLimit: wideDescriptorLimit(t), overridesNotReady: func() string { return "they are late" },
-		droppedLogLines: func() int64 { return 0 }, started: time.Now()}, router.update
+		logQueue: newLogQueue(io.Discard), started: time.Now()}, router.update
 }
 
 // answered is the admin's answer to GET path.

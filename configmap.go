@@ -212,3 +212,19 @@ func (c *configMaps) watchedObjects() (all []watchedObject) {
 	}
 	return all
 }
+
+// writeMetrics writes which version of each ConfigMap is in force, and which are absent.
+func (c *configMaps) writeMetrics(m metricsWriter) {
+	objects := c.watchedObjects()
+	if len(objects) == 0 {
+		return
+	}
+	m.family("router_watch_object_info", "gauge", "Always 1; the labels say which version of an object is in force.")
+	for _, o := range objects {
+		m.sample("router_watch_object_info", 1, "object", o.object, "uid", o.uid, "version", o.version)
+	}
+	m.family("router_watch_object_absent", "gauge", "1 if there is no such object.")
+	for _, o := range objects {
+		m.sample("router_watch_object_absent", boolToFloat(o.absent), "object", o.object)
+	}
+}

@@ -246,6 +246,24 @@ func (c *replicaWatcher) specReplicas() (count int, known bool) {
 	return c.latest.replicas(), true
 }
 
+// writeMetrics writes how many backends the StatefulSet is to have, and which of those
+// that own namespaces are ready. active has a count of 0 while there is no table.
+func (c *replicaWatcher) writeMetrics(m metricsWriter, active ordinals) {
+	if replicas, known := c.specReplicas(); known {
+		m.single("router_statefulset_replicas", "gauge", "Backends that the StatefulSet is to have, with namespaces or not yet.",
+			float64(replicas))
+	}
+	if active.count == 0 {
+		return
+	}
+	m.family("router_backend_ready", "gauge", "1 if the backend is ready for new sessions, as far as is known.")
+	for i := range active.count {
+		ordinal := active.first + i
+		ready, known := c.endpoints.isReady(ordinal)
+		m.sample("router_backend_ready", boolToFloat(ready || !known), "backend", backendName(c.endpoints.statefulSet, ordinal))
+	}
+}
+
 // whyNotReady says, in words, why the number of backends is not known, or "".
 func (c *replicaWatcher) whyNotReady() string {
 	c.mu.Lock()

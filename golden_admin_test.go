@@ -137,7 +137,7 @@ func goldenProgram(t *testing.T, args ...string) (*program, string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.admin.droppedLogLines = func() int64 { return 0 }
+	p.admin.logQueue = newLogQueue(io.Discard)
 	l, server := listenLocal(t), p.admin.server(p.log)
 	done := make(chan struct{})
 	go func() { defer close(done); server.Serve(newAdminListener(l, p.log)) }()

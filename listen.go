@@ -174,6 +174,15 @@ func (g *descriptorLimit) usage() (used, limit int, full bool) {
 	return g.used, g.limit, g.used+descriptorsPerUpgrade > g.limit
 }
 
+// writeMetrics writes how many descriptors clients use, and whether some wait for one.
+func (g *descriptorLimit) writeMetrics(m metricsWriter) {
+	used, limit, full := g.usage()
+	m.family("router_descriptors", "gauge", "Descriptors that clients and their sessions may need, and may have.")
+	m.sample("router_descriptors", float64(used), "kind", "used")
+	m.sample("router_descriptors", float64(limit), "kind", "limit")
+	m.single("router_accept_paused", "gauge", "1 if clients wait, in the kernel's backlog, for descriptors.", boolToFloat(full))
+}
+
 // close ends wait.
 func (g *descriptorLimit) close() {
 	g.mu.Lock()

@@ -112,6 +112,11 @@ func (q *logQueue) stop() {
 	}
 }
 
+// writeMetrics writes how many lines were dropped.
+func (q *logQueue) writeMetrics(m metricsWriter) {
+	m.single("router_log_lines_dropped_total", "counter", "Log lines that nobody took in time.", float64(q.dropped.Load()))
+}
+
 // serverLog returns a log for http.Server: what it tells are its own troubles,
 // such as no descriptors left, and panics. Clients could provoke some lines, so
 // there is at most one a second.

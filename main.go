@@ -36,11 +36,11 @@
 //     the backend, then to the client. What cannot be ended so in time is cut.
 //  11. Every goroutine has an owner that waits for it.
 //
-// Read main, command and config (what starts), metrics and admin (what operators
-// ask), fastpath, proxy, handshake and listen (from client to session), configmap,
-// directory, events and move (what a change of overrides does), route, overrides
-// and hash (who owns), discovery, backends, watch and kube (where owners are), relay
-// and websocket (the life of a session), and log. A file uses only those after it.
+// Read main, command and config (what starts), admin (what operators ask), fastpath,
+// proxy, handshake and listen (from client to session), configmap, directory, events
+// and move (what a change of overrides does), route, overrides and hash (who owns),
+// discovery, backends, watch and kube (where owners are), relay and websocket (the
+// life of a session), log and metrics. A file uses only those after it.
 package main
 
 import (
@@ -104,7 +104,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 	if err != nil {
 		return err
 	}
-	p.admin.droppedLogLines = queue.dropped.Load
+	p.admin.logQueue = queue
 	clientListener, err := listen(c.listen, c.tcpUserTimeout)
 	if err != nil {
 		return fmt.Errorf("-listen: %w", err)

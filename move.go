@@ -407,3 +407,9 @@ func drain(ctx context.Context, r *relay, over time.Duration) int64 {
 	r.wait()
 	return r.ended[causeDrain].Load() - before
 }
+
+// writeMetrics writes how many sessions are still to be moved.
+func (m *mover) writeMetrics(w metricsWriter) {
+	w.single("router_sessions_to_move", "gauge", "Open sessions whose owner has changed and whose turn is to come.",
+		float64(m.pendingSessions.Load()))
+}

@@ -486,3 +486,13 @@ func (p *proxy) newReader(r io.Reader) *bufio.Reader {
 	br.Reset(r)
 	return br
 }
+
+// writeMetrics writes what became of the upgrades, and how many are under way.
+func (p *proxy) writeMetrics(m metricsWriter) {
+	m.family("router_upgrades_total", "counter", "Upgrade requests, by what became of them.")
+	for r := range numResults {
+		m.sample("router_upgrades_total", float64(p.results[r].Load()), "result", r.String())
+	}
+	pending, _ := p.pendingUpgrades.inUse(0)
+	m.single("router_upgrades_waiting", "gauge", "Upgrades under way: held, dialled or in the handshake.", float64(pending))
+}

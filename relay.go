@@ -402,6 +402,39 @@ func (r *relay) bytes() [2]int64 {
 	return sum
 }
 
+// writeSessionMetrics writes how many sessions there are with each of these backends,
+// and how they ended. The numbers are read one after the other: a session that ends
+// meanwhile may be in one and not yet in the other.
+func (r *relay) writeSessionMetrics(m metricsWriter, counts map[int]backendCount, backends []int) {
+	if len(backends) > 0 {
+		m.family("router_sessions", "gauge", "Open sessions.")
+		for _, ordinal := range backends {
+			m.sample("router_sessions", float64(counts[ordinal].open), "backend", r.backendName(ordinal))
+		}
+		m.family("router_sessions_total", "counter", "Sessions since the start.")
+		for _, ordinal := range backends {
+			m.sample("router_sessions_total", float64(counts[ordinal].total), "backend", r.backendName(ordinal))
+		}
+	}
+	m.family("router_sessions_ended_total", "counter", "Sessions that ended, by cause.")
+	for c := causeNone + 1; c < numCauses; c++ {
+		m.sample("router_sessions_ended_total", float64(r.ended[c].Load()), "cause", c.String())
+	}
+	m.family("router_sessions_cut_total", "counter",
+		"Sessions of which not both sides answered their Close frames in time, by cause.")
+	for _, c := range []cause{causeMoved, causeDrain} {
+		m.sample("router_sessions_cut_total", float64(r.cut[c].Load()), "cause", c.String())
+	}
+}
+
+// writeByteMetrics writes how many bytes were carried.
+func (r *relay) writeByteMetrics(m metricsWriter) {
+	bytes := r.bytes()
+	m.family("router_bytes_total", "counter", "Bytes carried after the handshakes.")
+	m.sample("router_bytes_total", float64(bytes[clientSide]), "direction", "to_backend")
+	m.sample("router_bytes_total", float64(bytes[backendSide]), "direction", "to_client")
+}
+
 // endAll ends all sessions at once.
 func (r *relay) endAll(cause cause) {
 	for _, s := range r.filter(func(*session) bool { return true }) {

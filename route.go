@@ -610,3 +610,21 @@ func (r *router) logSwap(t *table, all []sourceChange) {
 		}
 	}
 }
+
+// writeMetrics writes the table in force, if there is one.
+func (r *router) writeMetrics(m metricsWriter) {
+	m.single("router_table_swaps_total", "counter", "Tables put in force.", float64(r.swaps.Load()))
+	t := r.table()
+	if t == nil {
+		return
+	}
+	m.family("router_table_info", "gauge", "Always 1; the labels say which table is in force.")
+	m.sample("router_table_info", 1, "source", t.sourceName(), "version", t.version, "stamp", t.stamp)
+	m.single("router_table_overrides", "gauge", "Overrides in force.", float64(t.overrides))
+	m.single("router_table_backends", "gauge", "Backends that namespaces are hashed over.", float64(t.backends.count))
+	m.family("router_table_rejected_entries", "gauge", "Entries that cannot be read.")
+	for i, src := range t.sources {
+		m.sample("router_table_rejected_entries", float64(t.rejected[i]), "object", src.source)
+	}
+	m.single("router_table_conflicts", "gauge", "Namespaces that objects give to different backends.", float64(t.conflicts))
+}

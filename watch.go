@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"net/url"
 	"reflect"
@@ -295,6 +296,47 @@ func (w *watcher[T]) updateStatus(f func(*watchStatus)) {
 func (w *watcher[T]) snapshot() (s watchStatus) {
 	w.updateStatus(func(status *watchStatus) { s = *status })
 	return s
+}
+
+// objectWatcher is a watcher of any kind of object.
+type objectWatcher interface {
+	String() string
+	snapshot() watchStatus
+}
+
+// writeWatchMetrics writes the state of the watchers.
+func writeWatchMetrics(m metricsWriter, watchers []objectWatcher) {
+	gauge := func(name, help string, write func(object string, s watchStatus)) {
+		m.family(name, "gauge", help)
+		for _, w := range watchers {
+			write(w.String(), w.snapshot())
+		}
+	}
+	gauge("router_watch_state", "1 for the state that the watch is in.", func(object string, s watchStatus) {
+		for _, state := range []string{stateListing, stateConnecting, stateWatching, stateWaiting} {
+			m.sample("router_watch_state", boolToFloat(s.state == state), "object", object, "state", state)
+		}
+	})
+	gauge("router_watch_staleness_seconds", "Time since the API server last said how things are, +Inf if it never did.",
+		func(object string, s watchStatus) {
+			age := math.Inf(1)
+			if !s.confirmed.IsZero() {
+				age = time.Since(s.confirmed).Seconds()
+			}
+			m.sample("router_watch_staleness_seconds", age, "object", object)
+		})
+	gauge("router_watch_failures_in_row", "LIST and WATCH cycles that failed since the last good one.",
+		func(object string, s watchStatus) {
+			m.sample("router_watch_failures_in_row", float64(s.failures), "object", object)
+		})
+	gauge("router_watch_last_error", "Always 1; the label says what failed since the last good cycle.",
+		func(object string, s watchStatus) {
+			m.sample("router_watch_last_error", 1, "object", object, "class", errorClass(s.failure))
+		})
+	gauge("router_watch_info", "Always 1; the label says what the API server last answered with.",
+		func(object string, s watchStatus) {
+			m.sample("router_watch_info", 1, "object", object, "protocol", s.protocol)
+		})
 }
 
 // What the API server says is read from a stream: an object at a
