@@ -1359,3 +1359,105 @@ func (w *goldenWorld) takeEvents(t *testing.T, count int, out io.Writer) {
 func withoutName(event string) string {
 	return regexp.MustCompile(`("name":"\w+)\.[0-9a-f]{16}"`).ReplaceAllString(event, "$1.HASH\"")
 }
+
+// TestDocs: the documentation names what there is. docs/metrics.md has each family of
+// /metrics with its type and labels, and no other. Each router_* name, each flag in a code
+// span, and each quoted log message of the documentation exists.
+func TestDocs(t *testing.T) {
+	docs := map[string]string{}
+	paths, err := filepath.Glob("docs/*.md")
+	if err != nil || len(paths) == 0 {
+		t.Fatalf("%d files in docs/: %v", len(paths), err)
+	}
+	for _, path := range append(paths, "README.md", "CONTRIBUTING.md") {
+		docs[path] = readText(t, path)
+	}
+	families := goldenFamilies(t)
+	if got := documentedFamilies(docs["docs/metrics.md"]); !maps.Equal(got, families) {
+		for name := range families {
+			if got[name] != families[name] {
+				t.Errorf("docs/metrics.md has %q for %s, want %q", got[name], name, families[name])
+			}
+		}
+		for name := range got {
+			if families[name] == "" {
+				t.Errorf("docs/metrics.md has %s, which /metrics does not", name)
+			}
+		}
+	}
+	usage, log := readText(t, "testdata/help.txt"), readText(t, "testdata/golden/log.txt")
+	for path, text := range docs {
+		for _, name := range regexp.MustCompile(`\brouter_[a-z_]+[a-z]\b`).FindAllString(text, -1) {
+			if families[name] == "" && name != causeRouterError.String() {
+				t.Errorf("%s names %s, which /metrics does not have", path, name)
+			}
+		}
+		for _, span := range regexp.MustCompile("`-([a-z][a-z-]*)").FindAllStringSubmatch(text, -1) {
+			if !strings.Contains(usage, "\n  -"+span[1]) {
+				t.Errorf("%s names the flag -%s, which -h does not have", path, span[1])
+			}
+		}
+		for _, span := range regexp.MustCompile(`msg="([^"]*)"`).FindAllStringSubmatch(text, -1) {
+			if !strings.Contains(log, span[1]) {
+				t.Errorf("%s quotes the log message %q, which the router does not write", path, span[1])
+			}
+		}
+	}
+}
+
+// goldenFamilies are the families of /metrics in the golden files: of each, its type and
+// its labels in alphabetical order.
+func goldenFamilies(t *testing.T) map[string]string {
+	paths, err := filepath.Glob("testdata/golden/metrics/*.txt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	types, labels := map[string]string{}, map[string]map[string]bool{}
+	for _, path := range paths {
+		text := readText(t, path)
+		for _, m := range regexp.MustCompile(`(?m)^# TYPE (\S+) (\S+)$`).FindAllStringSubmatch(text, -1) {
+			types[m[1]] = m[2]
+		}
+		for _, m := range regexp.MustCompile(`(?m)^(router_\w+)\{(.*)\} `).FindAllStringSubmatch(text, -1) {
+			for _, label := range regexp.MustCompile(`(\w+)="`).FindAllStringSubmatch(m[2], -1) {
+				if labels[m[1]] == nil {
+					labels[m[1]] = map[string]bool{}
+				}
+				labels[m[1]][label[1]] = true
+			}
+		}
+	}
+	families := map[string]string{}
+	for name, kind := range types {
+		if !strings.HasPrefix(name, "router_") {
+			continue // of Go's runtime, whose documentation says what they are
+		}
+		families[name] = kind + " " + strings.Join(slices.Sorted(maps.Keys(labels[name])), ",")
+	}
+	return families
+}
+
+// documentedFamilies are the same in the tables of docs/metrics.md.
+func documentedFamilies(text string) map[string]string {
+	families := map[string]string{}
+	row := regexp.MustCompile("(?m)^\\| `(router_\\w+)` \\| (\\w+) \\| ([^|]*?) ?\\|")
+	for _, m := range row.FindAllStringSubmatch(text, -1) {
+		var labels []string
+		for _, label := range regexp.MustCompile("`(\\w+)`").FindAllStringSubmatch(m[3], -1) {
+			labels = append(labels, label[1])
+		}
+		slices.Sort(labels)
+		families[m[1]] = m[2] + " " + strings.Join(labels, ",")
+	}
+	return families
+}
+
+// readText returns what is in the file.
+func readText(t *testing.T, path string) string {
+	t.Helper()
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(data)
+}
