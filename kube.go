@@ -21,10 +21,17 @@ import (
 )
 
 const (
-	// Bytes of JSON: of one object (1 MiB of "<" in a ConfigMap is 6.3 MB), of a LIST.
-	maxObject, maxList     = 16 << 20, 256 << 20
-	minBackoff, maxBackoff = 500 * time.Millisecond, 15 * time.Second
-	maxRetryAfter          = 60 // the longest wait, in seconds, that a server may ask for
+	// maxObject bounds the JSON of one object, in bytes. 1 MiB of "<" in a ConfigMap is
+	// 6.3 MB of JSON.
+	maxObject = 16 << 20
+	// maxList bounds the JSON of a LIST, in bytes.
+	maxList = 256 << 20
+
+	// The waits between tries: see backoff.
+	minBackoff = 500 * time.Millisecond
+	maxBackoff = 15 * time.Second
+	// maxRetryAfter is the longest wait, in seconds, that the API server may ask for.
+	maxRetryAfter = 60
 )
 
 var (
@@ -32,30 +39,32 @@ var (
 	errBadResponse = errors.New("not what an API server answers")
 )
 
-// kubeClient speaks to one API server. It is not safe for concurrent use: each
-// watcher has its own, so that what one does to its connections is felt by no
-// other.
+// kubeClient sends requests to one API server. It is not safe for concurrent use: each
+// watcher has a client of its own, so that its connections do not depend on those of
+// another watcher.
 type kubeClient struct {
 	// Static after construction.
-	base       *url.URL
-	accountDir string // of the service account's files; "" through kubectl proxy
+	base       *url.URL // https, or http through kubectl proxy; without a path
+	accountDir string   // of the service account's files; "" through kubectl proxy
 	dial       func(ctx context.Context, network, addr string) (net.Conn, error)
-	patch      bool // what is sent changes an object
+	patch      bool // do sends an object by PATCH and not by POST
 
-	roots    *x509.CertPool // the last that were good; nil through kubectl proxy
-	token    string         // the last that was not empty
-	protocol string         // of the last answer: "HTTP/2.0", or "HTTP/1.1", which has no pings
+	// Changed by do.
+	roots    *x509.CertPool // from the last good ca.crt; nil through kubectl proxy
+	token    string         // the last that was not empty; "" through kubectl proxy
+	protocol string         // of the last response: "HTTP/1.1" (without pings) or "HTTP/2.0"
 }
 
-// newTransport returns a transport for one request, whose connection ends with the
-// request's context. No connection is ever used again: HTTP/2 would go on with
-// one that is half open after a request on it timed out, and also after
-// CloseIdleConnections (golang/go#36026). HTTP/2 pings notice it; HTTP/1.1 has none.
+// newTransport returns a transport for one request. Its connection is closed when the
+// context of the request ends, and no other request uses it. HTTP/2 would use a half-open
+// connection again after a request on it timed out, and also after CloseIdleConnections
+// (golang/go#36026). The pings of HTTP/2 detect such a connection; HTTP/1.1 has no pings.
 func (k *kubeClient) newTransport() *http.Transport {
 	return &http.Transport{
 		Proxy: nil, // HTTPS_PROXY is not for the API server (cert-manager#1371)
 		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
-			requestCtx := ctx.Value(k).(context.Context) // the request's: the transport's goes on when that ends
+			// The context of the request: the transport's own goes on when that ends.
+			requestCtx := ctx.Value(k).(context.Context)
 			conn, err := k.dial(requestCtx, network, addr)
 			if err == nil {
 				context.AfterFunc(requestCtx, func() { conn.Close() })
@@ -63,15 +72,19 @@ func (k *kubeClient) newTransport() *http.Transport {
 			return conn, err
 		},
 		TLSHandshakeTimeout: 5 * time.Second,
-		ForceAttemptHTTP2:   true, // a dialer of our own turns HTTP/2 off otherwise
-		HTTP2:               &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 5 * time.Second},
-		DisableCompression:  true,
-		TLSClientConfig:     &tls.Config{RootCAs: k.roots, MinVersion: tls.VersionTLS12},
+		ForceAttemptHTTP2:   true, // DialContext turns HTTP/2 off otherwise
+		HTTP2: &http.HTTP2Config{
+			SendPingTimeout: 15 * time.Second,
+			PingTimeout:     5 * time.Second,
+		},
+		DisableCompression: true,
+		TLSClientConfig:    &tls.Config{RootCAs: k.roots, MinVersion: tls.VersionTLS12},
 	}
 }
 
-// readCA reads which CAs to trust: others after a rotation (kubernetes#119483).
-// A file that cannot be read or has no certificate changes nothing.
+// readCA reads the CAs to trust from ca.crt, which changes when the CA is rotated
+// (kubernetes#119483). If the file cannot be read or has no certificate, readCA returns
+// an error and keeps the CAs from before.
 func (k *kubeClient) readCA() error {
 	ca, err := os.ReadFile(filepath.Join(k.accountDir, "ca.crt"))
 	if err != nil {
@@ -85,9 +98,9 @@ func (k *kubeClient) readCA() error {
 	return nil
 }
 
-// readToken reads the token, which the kubelet replaces about hourly, and
-// reports whether it is another than before. A file that is empty or cannot be
-// read keeps the last one (kubernetes#68164).
+// readToken reads the token, which the kubelet replaces about once an hour, and reports
+// whether it changed. If the file is empty or cannot be read, readToken keeps the token
+// from before (kubernetes#68164).
 func (k *kubeClient) readToken() (changed bool) {
 	b, err := os.ReadFile(filepath.Join(k.accountDir, "token"))
 	token := strings.TrimSpace(string(b))
@@ -98,18 +111,24 @@ func (k *kubeClient) readToken() (changed bool) {
 	return true
 }
 
-// do gets path?query, or creates the object, JSON, in the collection at path,
-// or patches what is there. It returns the body of an answer that is as it should
-// be, and JSON; the caller closes it, and it ends with ctx, which must end. A
-// refusal of the server is a *status. Token and CA are read before each request,
-// the token once more if it was refused (ManageIQ/kubeclient#530).
-func (k *kubeClient) do(ctx context.Context, path string, query url.Values, object []byte) (io.ReadCloser, error) {
-	if k.accountDir != "" { // through kubectl proxy no token must be sent
-		k.readCA() // its error shows when the connection does
+// do sends one request: GET path?query if object is nil. Else object is JSON, and do
+// creates it in the collection at path (POST), or patches the object at path (PATCH).
+//
+// do returns the body of a successful response, which is JSON. The caller closes it. The
+// body also ends when ctx ends, and ctx must end: the connection is closed then. do
+// returns a *statusError if the API server refused the request, and errBadResponse if the
+// response is not JSON. It reads the token and the CAs before each request, and sends the
+// request again if the answer was 401 and the token has changed since
+// (ManageIQ/kubeclient#530).
+func (k *kubeClient) do(ctx context.Context, path string, query url.Values,
+	object []byte) (io.ReadCloser, error) {
+	if k.accountDir != "" { // kubectl proxy must get no token
+		k.readCA() // if it fails and the CA has changed, the TLS handshake fails
 		k.readToken()
 	}
 	resp, err := k.roundTrip(ctx, path, query, object)
-	if err == nil && resp.StatusCode == http.StatusUnauthorized && k.accountDir != "" && k.readToken() {
+	if err == nil && resp.StatusCode == http.StatusUnauthorized &&
+		k.accountDir != "" && k.readToken() {
 		resp.Body.Close()
 		resp, err = k.roundTrip(ctx, path, query, object)
 	}
@@ -117,32 +136,37 @@ func (k *kubeClient) do(ctx context.Context, path string, query url.Values, obje
 		return nil, cmp.Or(ctx.Err(), err)
 	}
 	k.protocol = resp.Proto
-	if resp.StatusCode != http.StatusOK && (resp.StatusCode != http.StatusCreated || object == nil) {
+	created := resp.StatusCode == http.StatusCreated && object != nil
+	if resp.StatusCode != http.StatusOK && !created {
 		defer resp.Body.Close()
 		return nil, newStatusError(resp)
 	}
-	if media, _, _ := strings.Cut(resp.Header.Get("Content-Type"), ";"); media != "application/json" {
+	mediaType, _, _ := strings.Cut(resp.Header.Get("Content-Type"), ";")
+	if mediaType != "application/json" {
 		resp.Body.Close()
-		return nil, fmt.Errorf("%w: %.60q, want application/json", errBadResponse, media)
+		return nil, fmt.Errorf("%w: %.60q, want application/json", errBadResponse, mediaType)
 	}
 	return resp.Body, nil
 }
 
-// roundTrip sends one request, and follows no redirect, which would get the token.
-func (k *kubeClient) roundTrip(ctx context.Context, path string, query url.Values, object []byte) (*http.Response, error) {
-	u, method, media := *k.base, http.MethodGet, "application/json"
+// roundTrip sends one request. It follows no redirect: the other server would get the
+// token.
+func (k *kubeClient) roundTrip(ctx context.Context, path string, query url.Values,
+	object []byte) (*http.Response, error) {
+	u, method, mediaType := *k.base, http.MethodGet, "application/json"
 	u.Path, u.RawQuery = path, query.Encode()
 	if k.patch {
-		method, media = http.MethodPatch, "application/merge-patch+json"
+		method, mediaType = http.MethodPatch, "application/merge-patch+json"
 	} else if object != nil {
 		method = http.MethodPost
 	}
-	req, err := http.NewRequestWithContext(context.WithValue(ctx, k, ctx), method, u.String(), bytes.NewReader(object))
+	ctx = context.WithValue(ctx, k, ctx) // see newTransport
+	req, err := http.NewRequestWithContext(ctx, method, u.String(), bytes.NewReader(object))
 	if err != nil {
 		return nil, err
 	}
 	req.Header.Set("Accept", "application/json")
-	req.Header.Set("Content-Type", media)
+	req.Header.Set("Content-Type", mediaType)
 	req.Header.Set("User-Agent", "wsrouter/"+version())
 	if k.token != "" {
 		req.Header.Set("Authorization", "Bearer "+k.token)
@@ -150,8 +174,8 @@ func (k *kubeClient) roundTrip(ctx context.Context, path string, query url.Value
 	return k.newTransport().RoundTrip(req)
 }
 
-// statusError is the API server's own "no", over HTTP or in a watch: what is read of
-// its Status
+// statusError is an error that the API server answered: as a response that is not 2xx, or
+// as an ERROR event of a WATCH. It holds those fields of the Status that the router needs
 // (https://kubernetes.io/docs/reference/kubernetes-api/common-definitions/status/).
 type statusError struct {
 	Message string `json:"message"`
@@ -163,21 +187,26 @@ type statusError struct {
 }
 
 func (s *statusError) Error() string {
-	return fmt.Sprintf("%d %s: %s", s.Code, cmp.Or(s.Reason, http.StatusText(s.Code)), s.Message)
+	reason := cmp.Or(s.Reason, http.StatusText(s.Code))
+	return fmt.Sprintf("%d %s: %s", s.Code, reason, s.Message)
 }
 
-// retryAfter is how long the server wants to be left alone, at most maxRetryAfter.
+// retryAfter returns how long the API server asks to wait before the next request, at
+// most maxRetryAfter; 0 if err is no *statusError.
 func retryAfter(err error) time.Duration {
 	statusErr := &statusError{}
 	errors.As(err, &statusErr)
-	return time.Duration(min(statusErr.Details.RetryAfterSeconds, maxRetryAfter)) * time.Second
+	seconds := min(statusErr.Details.RetryAfterSeconds, maxRetryAfter)
+	return time.Duration(seconds) * time.Second
 }
 
-// backoff returns how long to wait after the fails-th cycle in a row that was not
-// healthy: exponential, jittered by half of itself in both directions, at least
-// what the server asked for. random is in [0, 1).
+// backoff returns how long to wait before the next request, after this many failures in a
+// row: minBackoff after the first, twice as long after each further one, at most
+// maxBackoff, all with a jitter of half of that up or down. After no failure it is a jitter
+// only, at most minBackoff. It is never less than minWait, which the API server asked for.
+// random is in [0, 1).
 func backoff(failures int, minWait time.Duration, random float64) time.Duration {
-	wait := random * float64(minBackoff) // replicas that were cut together come back apart
+	wait := random * float64(minBackoff) // routers that lost their streams together come back apart
 	if failures > 0 {
 		wait = (0.5 + random) * float64(min(maxBackoff, minBackoff<<min(failures-1, 10)))
 	}
@@ -187,10 +216,12 @@ func backoff(failures int, minWait time.Duration, random float64) time.Duration 
 	return time.Duration(wait)
 }
 
-// newStatusError makes an error of an answer that is not 200. Its body may be a
-// Status or plain text: that of flow control is text, of kubectl proxy too.
+// newStatusError returns the error of a response that is not 2xx. Its body is a Status in
+// JSON, or plain text from the API server's flow control and from kubectl proxy. The
+// caller closes the body.
 func newStatusError(resp *http.Response) *statusError {
-	body, _ := io.ReadAll(io.LimitReader(resp.Body, 16<<10)) // half a message is better than none
+	// If this fails, the first part of the message is better than none.
+	body, _ := io.ReadAll(io.LimitReader(resp.Body, 16<<10))
 	s := &statusError{}
 	if json.Unmarshal(body, s) != nil || s.Message == "" {
 		s = &statusError{Message: fmt.Sprintf("%.200s", bytes.TrimSpace(body))}
@@ -202,27 +233,31 @@ func newStatusError(resp *http.Response) *statusError {
 	return s
 }
 
-// hasStatus reports whether err is the API server's "no" with the code.
+// hasStatus reports whether err is a *statusError with this HTTP status code.
 func hasStatus(err error, code int) bool {
 	statusErr := &statusError{}
 	return errors.As(err, &statusErr) && statusErr.Code == code
 }
 
-// errorClass says in one word, of some dozens, what kind of failure err is.
+// errorClass returns the class of err, for the log and the metrics: one word of a small
+// set, "none" for nil.
 func errorClass(err error) string {
 	statusErr, opErr, netErr := &statusError{}, &net.OpError{}, net.Error(nil)
 	switch as := func(target any) bool { return errors.As(err, target) }; {
 	case err == nil:
 		return "none"
 	case as(&statusErr): // not_found, too_many_requests, ...
-		return cmp.Or(strings.ReplaceAll(strings.ToLower(http.StatusText(statusErr.Code)), " ", "_"), "refused")
+		text := strings.ToLower(http.StatusText(statusErr.Code))
+		return cmp.Or(strings.ReplaceAll(text, " ", "_"), "refused")
 	case errors.Is(err, errTooBig):
 		return "too_big"
-	case errors.Is(err, errBadResponse), as(new(*json.SyntaxError)), as(new(*json.UnmarshalTypeError)):
+	case errors.Is(err, errBadResponse),
+		as(new(*json.SyntaxError)), as(new(*json.UnmarshalTypeError)):
 		return "bad_answer"
 	case as(&opErr) && opErr.Op == "dial":
 		return "dial"
-	case as(new(*tls.CertificateVerificationError)), as(new(tls.RecordHeaderError)), as(&opErr) && opErr.Op == "remote error":
+	case as(new(*tls.CertificateVerificationError)), as(new(tls.RecordHeaderError)),
+		as(&opErr) && opErr.Op == "remote error":
 		return "tls"
 	case errors.Is(err, context.DeadlineExceeded), as(&netErr) && netErr.Timeout():
 		return "timeout"
@@ -230,7 +265,7 @@ func errorClass(err error) string {
 	return "cut"
 }
 
-// apiObject is what is read of every API object, and of every list.
+// apiObject holds the fields that the router reads of every API object and every list.
 type apiObject struct {
 	Kind     string `json:"kind"`
 	Metadata struct {
@@ -238,48 +273,55 @@ type apiObject struct {
 		Namespace       string `json:"namespace"`
 		UID             string `json:"uid"`
 		ResourceVersion string `json:"resourceVersion"`
-		Generation      int64  `json:"generation"` // of the spec, where there is one: 1 and up
-		Continue        string `json:"continue"`   // lists only
+		Generation      int64  `json:"generation"` // of the spec, from 1; 0 without a spec
+		Continue        string `json:"continue"`   // of a list: "" if the list is whole
 	} `json:"metadata"`
 }
 
-// serviceAccountDir is where a pod finds its token, CA and Kubernetes namespace
+// serviceAccountDir is the directory with a pod's token, CA and Kubernetes namespace
 // (https://kubernetes.io/docs/tasks/run-application/access-api-from-pod/).
 const serviceAccountDir = "/var/run/secrets/kubernetes.io/serviceaccount"
 
-// newInClusterClient returns a client with the pod's service account, whose files are in
-// dir. It fails only on what no waiting mends.
+// newInClusterClient returns a client that uses the pod's service account, with its files
+// in dir. It returns an error only for what a later try cannot mend.
 func newInClusterClient(getenv func(string) string, dir string) (*kubeClient, error) {
 	host, port := getenv("KUBERNETES_SERVICE_HOST"), getenv("KUBERNETES_SERVICE_PORT")
 	if host == "" || port == "" {
-		return nil, errors.New("KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set: this is no pod")
+		return nil, errors.New(
+			"KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set: this is no pod")
 	}
-	k := &kubeClient{base: &url.URL{Scheme: "https", Host: net.JoinHostPort(host, port)}, accountDir: dir, dial: dialAPIServer}
+	base := &url.URL{Scheme: "https", Host: net.JoinHostPort(host, port)}
+	k := &kubeClient{base: base, accountDir: dir, dial: dialAPIServer}
 	return k, k.readCA()
 }
 
-// newKubectlProxyClient returns a client of a kubectl proxy, which adds the credentials.
+// newKubectlProxyClient returns a client that uses the kubectl proxy at base, an URL such
+// as http://127.0.0.1:8001. The proxy adds the credentials.
 func newKubectlProxyClient(base string) (*kubeClient, error) {
 	u, err := url.Parse(base)
 	if err != nil || u.Scheme != "http" || u.Host == "" || strings.Trim(u.Path, "/") != "" {
-		return nil, fmt.Errorf("-kube %q, want in-cluster, none or the http://host:port of a kubectl proxy", base)
+		return nil, fmt.Errorf(
+			"-kube %q, want in-cluster, none or the http://host:port of a kubectl proxy", base)
 	}
-	return &kubeClient{base: &url.URL{Scheme: "http", Host: u.Host}, dial: dialAPIServer}, nil
+	u = &url.URL{Scheme: "http", Host: u.Host}
+	return &kubeClient{base: u, dial: dialAPIServer}, nil
 }
 
-// podNamespace returns the Kubernetes namespace that the pod with this service
-// account is in.
+// podNamespace returns the Kubernetes namespace of the pod, from the service account's
+// files in dir.
 func podNamespace(dir string) (string, error) {
 	b, err := os.ReadFile(filepath.Join(dir, "namespace"))
 	return strings.TrimSpace(string(b)), err
 }
 
-// dialAPIServer connects to an API server, or gives up after 5 s; keepalives end a
-// connection whose peer's host is gone for 30 s.
+// dialAPIServer connects to an API server within 5 s. TCP keepalive ends the connection
+// when the API server's host has not answered for 30 s. The caller closes the connection.
 func dialAPIServer(ctx context.Context, network, addr string) (net.Conn, error) {
 	d := net.Dialer{
-		Timeout:         5 * time.Second,
-		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 3},
+		Timeout: 5 * time.Second,
+		KeepAliveConfig: net.KeepAliveConfig{
+			Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 3,
+		},
 	}
 	return d.DialContext(ctx, network, addr)
 }

@@ -18,66 +18,82 @@ import (
 )
 
 const (
-	listTimeout  = 15 * time.Second  // bounds a LIST
-	minWatchTime = 150 * time.Second // timeoutSeconds of a WATCH is between these:
-	maxWatchTime = 210 * time.Second // below the idle limits of load balancers (Azure has 240 s: Azure/kars#456)
-	watchGrace   = 15 * time.Second  // a WATCH that outlives its timeout by this is dead (python#1148)
-	healthyWatch = 10 * time.Second  // a WATCH that lived this long was worth its LIST
-
-	stateListing, stateConnecting, stateWatching, stateWaiting = "listing", "connecting", "watching", "waiting"
+	// listTimeout bounds a LIST.
+	listTimeout = 15 * time.Second
+	// The timeoutSeconds of a WATCH is between these two. They are below the idle
+	// timeouts of load balancers (Azure has 240 s: Azure/kars#456).
+	minWatchTime = 150 * time.Second
+	maxWatchTime = 210 * time.Second
+	// A WATCH that outlives its timeoutSeconds by watchGrace is dead (python#1148).
+	watchGrace = 15 * time.Second
+	// A WATCH that lived for healthyWatch makes its cycle healthy.
+	healthyWatch = 10 * time.Second
 )
 
-// watcher follows an object or a collection of the API server. Each cycle is a
-// LIST, which tells what is so now, and a WATCH from the LIST's
-// resourceVersion, which tells what comes after; whatever ends it, the next
-// cycle starts from a LIST. Nothing is ever resumed: for so few objects a LIST
-// every three minutes costs less than 410 loops (kubernetes-client/java#1533),
-// resourceVersions from the future after a restored etcd (kubernetes#107457),
-// and events that were lost on the way (kubernetes#123072).
+// The states of a watcher.
+const (
+	stateListing    = "listing"
+	stateConnecting = "connecting"
+	stateWatching   = "watching"
+	stateWaiting    = "waiting"
+)
+
+// watcher follows one object, or a set of objects, of the API server. It repeats a
+// cycle: a LIST returns the objects as they are now, and a WATCH from the LIST's
+// resourceVersion returns each change after that. Whatever ends the WATCH, the next
+// cycle starts with a LIST. The watcher never resumes a WATCH. For so few objects a LIST
+// every three minutes is cheaper than what a resume can do: loop on 410
+// (kubernetes-client/java#1533), wait for a resourceVersion from the future after etcd
+// was restored (kubernetes#107457), and miss events that were lost (kubernetes#123072).
 //
 //	LISTING ──ok──> CONNECTING ──200──> WATCHING ──event──> WATCHING
 //	   ^ any error       │ any error        │ end of stream, ERROR, anything unexpected
 //	   └──── WAITING <───┴──────────────────┘
 //
-// No error is final and none changes the set: an API server that is starting
-// answers 403 to those who may (kubernetes#126038), and one that is gone comes
-// back.
+// No error is final, and no error changes the objects. An API server that is starting
+// answers 403 to clients that have the permission (kubernetes#126038), and an API server
+// that is down comes back.
 type watcher[T any] struct {
 	// Static after construction.
-	kube           *kubeClient
-	path           string // of the collection: "/apis/apps/v1/namespaces/edge/statefulsets"
-	kind           string // "StatefulSet"
-	namespace      string // Kubernetes namespace
-	name, selector string // of one object, or of labels: one of them
-	meta           func(*T) *apiObject
-	apply          func(set map[string]*T) // called by run only, must not change set; quick, or events are lost
-	onFailure      func()                  // called by run after a cycle that failed; nil for nobody; must not block
-	log            *slog.Logger
+	kube      *kubeClient
+	path      string // of the collection: "/apis/apps/v1/namespaces/edge/statefulsets"
+	kind      string // "StatefulSet"
+	namespace string // Kubernetes namespace
+	name      string // of the one object to follow; "" if selector is set
+	selector  string // a label selector; "" if name is set
+	meta      func(*T) *apiObject
+	// run calls apply with the objects, by name, after each change of them. apply must
+	// not change the map, and must be quick: the API server drops a WATCH whose reader is
+	// slow.
+	apply func(objects map[string]*T)
+	// run calls onFailure after each cycle that failed. It must not block. nil for none.
+	onFailure func()
+	log       *slog.Logger
 
 	// Owned by run.
 	objects         map[string]*T // by name; nil before the first LIST
-	changes         int           // how often it has changed
+	changes         int           // of objects
 	failureThrottle throttle      // of failures in the log
 
 	mu     sync.Mutex
-	status watchStatus // guarded by mu; written by run and worthwhile
+	status watchStatus // guarded by mu; written by run and by markHealthy
 }
 
-// watchStatus is what others may know of a watcher.
+// watchStatus is the status of a watcher, for /readyz, the log and the metrics.
 type watchStatus struct {
 	state     string
-	protocol  string    // of the last answer
-	confirmed time.Time // when the API server last said how things are; zero if never
+	protocol  string    // of the last response: "HTTP/1.1" or "HTTP/2.0"
+	confirmed time.Time // of the last LIST, event or bookmark; zero before the first
 	failures  int       // cycles in a row that were not healthy
-	healthy   bool      // the cycle was worth its LIST
-	failure   error     // the last one, nil since a healthy cycle
-	failing   bool      // a cycle failed, and nothing was confirmed since
+	healthy   bool      // the current cycle is healthy: see markHealthy
+	failure   error     // of the last cycle that failed; nil since a healthy cycle
+	failing   bool      // a cycle failed, and there was no LIST, event or bookmark since
 }
 
-// confirm takes note that the API server has said how things are.
+// confirm notes a LIST, an event or a bookmark: what is known is up to date.
 func (s *watchStatus) confirm() { s.confirmed, s.failing = time.Now(), false }
 
-// run cycles until ctx ends, and leaves no connection.
+// run repeats the cycle until ctx ends. When it returns, no connection is open.
 func (w *watcher[T]) run(ctx context.Context) {
 	for {
 		err := w.listAndWatch(ctx)
@@ -92,58 +108,38 @@ func (w *watcher[T]) run(ctx context.Context) {
 	}
 }
 
-// String names the object or the selection for people.
-func (w *watcher[T]) String() string { return w.kind + " " + w.namespace + "/" + w.name + w.selector }
+// String names the object or the selector, for people.
+func (w *watcher[T]) String() string {
+	return w.kind + " " + w.namespace + "/" + w.name + w.selector
+}
 
-// listAndWatch lists and watches once. Without an error the stream ended cleanly, which
-// does not mean that nothing was missed; that makes the cycle healthy if the
-// stream brought something, as does a life of healthyWatch. timeoutSeconds is
-// the server's; the context is for a server, or a network, that no longer keeps
-// it. The headers may take as long: some proxies hold them back until the first
-// event (kubectl#628).
+// listAndWatch is one cycle, without its WAITING. It returns nil if the WATCH ended
+// cleanly, which does not mean that no event was lost.
+//
+// The API server ends a WATCH after timeoutSeconds. The deadline of the context is for a
+// server or a network that does not. It bounds the wait for the response's headers too:
+// some proxies hold them back until the first event (kubectl#628).
 func (w *watcher[T]) listAndWatch(ctx context.Context) error {
 	version, err := w.list(ctx)
 	if err != nil {
 		return err
 	}
-	w.setState(stateConnecting)
 	timeout := minWatchTime + rand.N(maxWatchTime-minWatchTime)
 	ctx, cancel := context.WithTimeout(ctx, timeout+watchGrace)
 	defer cancel()
-	body, err := w.get(ctx, url.Values{"watch": {"1"}, "resourceVersion": {version},
-		"timeoutSeconds": {strconv.Itoa(int(timeout.Seconds()))}, "allowWatchBookmarks": {"true"}})
+	stream, err := w.connect(ctx, version, timeout)
 	if err != nil {
 		return err
 	}
-	defer body.Close()
-	w.setState(stateWatching)
-	defer time.AfterFunc(healthyWatch, w.markHealthy).Stop()
-	before := w.changes
-	if err := w.readEvents(body); err != io.EOF {
-		return cmp.Or(ctx.Err(), err)
-	}
-	if w.changes > before {
-		w.markHealthy()
-	}
-	return nil
+	defer stream.Close()
+	return w.watch(ctx, stream)
 }
 
-// get asks for the target. Only with this fieldSelector does a Role that names
-// the object allow list and watch
-// (https://kubernetes.io/docs/reference/access-authn-authz/rbac/#referring-to-resources).
-func (w *watcher[T]) get(ctx context.Context, query url.Values) (io.ReadCloser, error) {
-	if w.name != "" {
-		query.Set("fieldSelector", "metadata.name="+w.name)
-	} else {
-		query.Set("labelSelector", w.selector)
-	}
-	return w.kube.do(ctx, w.path, query, nil)
-}
-
-// list asks without a resourceVersion, which is the consistent read
-// (kubernetes#83520), makes what there is the set, and returns the
-// resourceVersion to watch from. The answer must be a whole list: one that means
-// nothing, such as {}, must not read as "there is none" (ingress-nginx#3043).
+// list is LISTING. It makes the objects that there are the watcher's objects, and returns
+// the resourceVersion to watch from. It sends no resourceVersion, which asks for a
+// consistent read (kubernetes#83520). The response must be a whole list: a response
+// without a meaning, such as {}, must not be read as "there are no objects"
+// (ingress-nginx#3043).
 func (w *watcher[T]) list(ctx context.Context) (version string, err error) {
 	w.setState(stateListing)
 	ctx, cancel := context.WithTimeout(ctx, listTimeout)
@@ -157,30 +153,75 @@ func (w *watcher[T]) list(ctx context.Context) (version string, err error) {
 	if err != nil {
 		return "", cmp.Or(ctx.Err(), err)
 	}
-	if list.Kind != w.kind+"List" || list.Metadata.ResourceVersion == "" || list.Metadata.Continue != "" {
-		return "", fmt.Errorf("%w: kind %.60q, resourceVersion %.60q, continue %.60q, want a whole %sList",
-			errBadResponse, list.Kind, list.Metadata.ResourceVersion, list.Metadata.Continue, w.kind)
+	m := list.Metadata
+	if list.Kind != w.kind+"List" || m.ResourceVersion == "" || m.Continue != "" {
+		return "", fmt.Errorf("%w: kind %.60q, resourceVersion %.60q, continue %.60q, "+
+			"want a whole %sList",
+			errBadResponse, list.Kind, m.ResourceVersion, m.Continue, w.kind)
 	}
-	set := map[string]*T{}
+	objects := map[string]*T{}
 	for _, o := range items {
-		w.meta(o).Kind = w.kind // items of a list have none
+		w.meta(o).Kind = w.kind // the items of a list have no kind
 		if err := w.verify(o); err != nil {
 			return "", err
 		}
-		set[w.meta(o).Metadata.Name] = o
+		objects[w.meta(o).Metadata.Name] = o
 	}
-	if len(set) != len(items) {
-		return "", fmt.Errorf("%w: %d items of %d names", errBadResponse, len(items), len(set))
+	if len(objects) != len(items) {
+		return "", fmt.Errorf("%w: %d items of %d names",
+			errBadResponse, len(items), len(objects))
 	}
-	w.setObjects(set)
-	return list.Metadata.ResourceVersion, nil
+	w.setObjects(objects)
+	return m.ResourceVersion, nil
 }
 
-// readEvents applies the events of a stream until its end, which is io.EOF if it is
-// clean, and not if it was cut within an event. One decoder reads all of it:
-// events come in pieces and several at a time (python#1325).
-func (w *watcher[T]) readEvents(body io.Reader) error {
-	capped := &cappedReader{r: body, limit: maxObject}
+// connect is CONNECTING. It returns the stream of a WATCH, which begins after the
+// resourceVersion version. The caller closes the stream.
+func (w *watcher[T]) connect(ctx context.Context, version string,
+	timeout time.Duration) (io.ReadCloser, error) {
+	w.setState(stateConnecting)
+	return w.get(ctx, url.Values{
+		"watch":               {"1"},
+		"resourceVersion":     {version},
+		"timeoutSeconds":      {strconv.Itoa(int(timeout.Seconds()))},
+		"allowWatchBookmarks": {"true"},
+	})
+}
+
+// watch is WATCHING. It applies the events of the stream until the stream ends, and
+// returns nil if it ended cleanly. The cycle is healthy if the stream lived for
+// healthyWatch, or brought a change and ended cleanly.
+func (w *watcher[T]) watch(ctx context.Context, stream io.Reader) error {
+	w.setState(stateWatching)
+	defer time.AfterFunc(healthyWatch, w.markHealthy).Stop()
+	before := w.changes
+	if err := w.readEvents(stream); err != io.EOF {
+		return cmp.Or(ctx.Err(), err)
+	}
+	if w.changes > before {
+		w.markHealthy()
+	}
+	return nil
+}
+
+// get sends a GET for the object or the selector, and returns the body of the response.
+// The caller closes it. A Role that names the object in resourceNames allows list and
+// watch only with this fieldSelector
+// (https://kubernetes.io/docs/reference/access-authn-authz/rbac/#referring-to-resources).
+func (w *watcher[T]) get(ctx context.Context, query url.Values) (io.ReadCloser, error) {
+	if w.name != "" {
+		query.Set("fieldSelector", "metadata.name="+w.name)
+	} else {
+		query.Set("labelSelector", w.selector)
+	}
+	return w.kube.do(ctx, w.path, query, nil)
+}
+
+// readEvents applies the events of a stream until it ends. It returns io.EOF for a clean
+// end, and another error for an end within an event. One decoder reads the whole stream:
+// a read may return a part of an event, or several events (python#1325).
+func (w *watcher[T]) readEvents(stream io.Reader) error {
+	capped := &cappedReader{r: stream, limit: maxObject}
 	d := json.NewDecoder(capped)
 	for {
 		if err := w.applyEvent(d); err != nil {
@@ -190,8 +231,9 @@ func (w *watcher[T]) readEvents(body io.Reader) error {
 	}
 }
 
-// applyEvent applies one event. ADDED and MODIFIED mean the same. DELETED may mean that
-// the object has left the selection only (python#2228).
+// applyEvent reads and applies one event. ADDED and MODIFIED mean the same: this is the
+// object now. DELETED also means that the object exists but no longer matches the
+// selector (python#2228).
 func (w *watcher[T]) applyEvent(d *json.Decoder) error {
 	event, o, err := decodeEvent[T](d)
 	if err != nil {
@@ -204,47 +246,49 @@ func (w *watcher[T]) applyEvent(d *json.Decoder) error {
 	if err := w.verify(o); err != nil {
 		return err
 	}
-	set := maps.Clone(w.objects)
-	set[w.meta(o).Metadata.Name] = o
+	objects := maps.Clone(w.objects)
+	objects[w.meta(o).Metadata.Name] = o
 	if event == "DELETED" {
-		delete(set, w.meta(o).Metadata.Name)
+		delete(objects, w.meta(o).Metadata.Name)
 	}
-	w.setObjects(set)
+	w.setObjects(objects)
 	return nil
 }
 
-// verify checks that o is an object that was asked for.
+// verify returns an error if o is not an object that the watcher follows.
 func (w *watcher[T]) verify(o *T) error {
 	kind, m := w.meta(o).Kind, w.meta(o).Metadata
 	named := m.Namespace == w.namespace && m.Name != "" && (m.Name == w.name || w.name == "")
 	if kind != w.kind || !named || m.UID == "" || m.ResourceVersion == "" {
-		return fmt.Errorf("%w: %.60q %.260q/%.260q with uid %.60q and resourceVersion %.60q, want %s with both",
+		return fmt.Errorf("%w: %.60q %.260q/%.260q with uid %.60q and resourceVersion %.60q, "+
+			"want %s with both",
 			errBadResponse, kind, m.Namespace, m.Name, m.UID, m.ResourceVersion, w.String())
 	}
 	return nil
 }
 
-// setObjects makes what is there now the set, and applies it if it is new.
-// The content is compared too: after a restored etcd a smaller resourceVersion may be
-// newer, and the same one may be of another content, which a router that starts has.
-func (w *watcher[T]) setObjects(now map[string]*T) {
+// setObjects replaces the objects, and calls apply if any of them changed. It compares
+// the contents too, not only the resourceVersions. After etcd was restored, a smaller
+// resourceVersion may be newer, and the same resourceVersion may be of another content,
+// which a router that starts then would have.
+func (w *watcher[T]) setObjects(objects map[string]*T) {
 	w.updateStatus((*watchStatus).confirm)
 	for name, old := range w.objects {
-		if o := now[name]; o != nil && reflect.DeepEqual(o, old) {
-			now[name] = old
+		if o := objects[name]; o != nil && reflect.DeepEqual(o, old) {
+			objects[name] = old
 		}
 	}
-	if w.objects == nil || !maps.Equal(now, w.objects) {
-		w.objects = now
+	if w.objects == nil || !maps.Equal(objects, w.objects) {
+		w.objects = objects
 		w.changes++
-		w.apply(now)
+		w.apply(objects)
 	}
 }
 
-// markHealthy notes that the cycle is healthy: it was worth its LIST. Nothing
-// less ends a row of failures. A load balancer that cuts every stream after
-// seconds makes this polling with a growing pause, not a hot loop
-// (kubespray#655), and a server that allows the LIST only does not fill the log.
+// markHealthy makes the cycle a healthy one, which ends the row of failures. A response
+// of 200 alone does not. So a load balancer that cuts every stream after seconds makes
+// the watcher poll with growing waits and not in a hot loop (kubespray#655), and a server
+// that allows only the LIST does not fill the log.
 func (w *watcher[T]) markHealthy() {
 	w.updateStatus(func(s *watchStatus) {
 		if s.failure != nil {
@@ -254,8 +298,9 @@ func (w *watcher[T]) markHealthy() {
 	})
 }
 
-// finishCycle takes note of how a cycle ended, and returns how long to wait. A
-// failure is logged if it is of another class than the last, or after a minute.
+// finishCycle is the beginning of WAITING. It notes how the cycle ended, and returns how
+// long to wait before the next one. It logs a failure if its class is not that of the
+// failure before, and else once a minute.
 func (w *watcher[T]) finishCycle(err error) time.Duration {
 	before, every := w.snapshot(), time.Minute
 	w.setState(stateWaiting)
@@ -273,38 +318,40 @@ func (w *watcher[T]) finishCycle(err error) time.Duration {
 			every = 0
 		}
 		if omitted, ok := w.failureThrottle.allow(every); ok {
-			w.log.Warn("watch failed, what was applied stays in force", "object", w.String(), "state", before.state,
-				"class", errorClass(err), "error", err.Error(), "fails", before.failures+1, "omitted", omitted)
+			w.log.Warn("watch failed, what was applied stays in force",
+				"object", w.String(), "state", before.state, "class", errorClass(err),
+				"error", err.Error(), "fails", before.failures+1, "omitted", omitted)
 		}
 	}
 	return backoff(w.snapshot().failures, retryAfter(err), rand.Float64())
 }
 
-// setState changes the state.
+// setState sets and logs the state.
 func (w *watcher[T]) setState(state string) {
 	w.updateStatus(func(s *watchStatus) { s.state, s.protocol = state, w.kube.protocol })
 	w.log.Debug("watch", "object", w.String(), "state", state)
 }
 
-func (w *watcher[T]) updateStatus(f func(*watchStatus)) {
+// updateStatus calls update with the status, under mu.
+func (w *watcher[T]) updateStatus(update func(*watchStatus)) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	f(&w.status)
+	update(&w.status)
 }
 
-// snapshot returns the status.
+// snapshot returns a copy of the status.
 func (w *watcher[T]) snapshot() (s watchStatus) {
 	w.updateStatus(func(status *watchStatus) { s = *status })
 	return s
 }
 
-// objectWatcher is a watcher of any kind of object.
+// objectWatcher is a watcher of objects of any kind.
 type objectWatcher interface {
 	String() string
 	snapshot() watchStatus
 }
 
-// writeWatchMetrics writes the state of the watchers.
+// writeWatchMetrics writes the metrics of the watchers.
 func writeWatchMetrics(m metricsWriter, watchers []objectWatcher) {
 	gauge := func(name, help string, write func(object string, s watchStatus)) {
 		m.family(name, "gauge", help)
@@ -312,12 +359,16 @@ func writeWatchMetrics(m metricsWriter, watchers []objectWatcher) {
 			write(w.String(), w.snapshot())
 		}
 	}
-	gauge("router_watch_state", "1 for the state that the watch is in.", func(object string, s watchStatus) {
-		for _, state := range []string{stateListing, stateConnecting, stateWatching, stateWaiting} {
-			m.sample("router_watch_state", boolToFloat(s.state == state), "object", object, "state", state)
-		}
-	})
-	gauge("router_watch_staleness_seconds", "Time since the API server last said how things are, +Inf if it never did.",
+	states := []string{stateListing, stateConnecting, stateWatching, stateWaiting}
+	gauge("router_watch_state", "1 for the state that the watch is in.",
+		func(object string, s watchStatus) {
+			for _, state := range states {
+				m.sample("router_watch_state", boolToFloat(s.state == state),
+					"object", object, "state", state)
+			}
+		})
+	gauge("router_watch_staleness_seconds",
+		"Time since the API server last said how things are, +Inf if it never did.",
 		func(object string, s watchStatus) {
 			age := math.Inf(1)
 			if !s.confirmed.IsZero() {
@@ -325,28 +376,29 @@ func writeWatchMetrics(m metricsWriter, watchers []objectWatcher) {
 			}
 			m.sample("router_watch_staleness_seconds", age, "object", object)
 		})
-	gauge("router_watch_failures_in_row", "LIST and WATCH cycles that failed since the last good one.",
+	gauge("router_watch_failures_in_row",
+		"LIST and WATCH cycles that failed since the last good one.",
 		func(object string, s watchStatus) {
 			m.sample("router_watch_failures_in_row", float64(s.failures), "object", object)
 		})
-	gauge("router_watch_last_error", "Always 1; the label says what failed since the last good cycle.",
+	gauge("router_watch_last_error",
+		"Always 1; the label says what failed since the last good cycle.",
 		func(object string, s watchStatus) {
-			m.sample("router_watch_last_error", 1, "object", object, "class", errorClass(s.failure))
+			m.sample("router_watch_last_error", 1,
+				"object", object, "class", errorClass(s.failure))
 		})
-	gauge("router_watch_info", "Always 1; the label says what the API server last answered with.",
+	gauge("router_watch_info",
+		"Always 1; the label says what the API server last answered with.",
 		func(object string, s watchStatus) {
 			m.sample("router_watch_info", 1, "object", object, "protocol", s.protocol)
 		})
 }
 
-// What the API server says is read from a stream: an object at a
-// time, each of a bounded size, and decoded once.
-
-// cappedReader fails once limit bytes were read. Its reader moves the limit on
-// with each object, so that it bounds one object and not the stream.
+// cappedReader fails with errTooBig once it has read limit bytes. Its user raises limit
+// for each object, so that it bounds one object and not the stream.
 type cappedReader struct {
 	r           io.Reader
-	read, limit int64
+	read, limit int64 // bytes
 }
 
 func (c *cappedReader) Read(b []byte) (int, error) {
@@ -358,9 +410,10 @@ func (c *cappedReader) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// decodeList reads a list to its end, of at most most bytes, one item after the
-// other: thirty of 1 MiB each would take 100 MiB as one text.
-func decodeList[T any](body io.Reader, maxBytes int64) (list apiObject, items []*T, err error) {
+// decodeList reads a list of at most maxBytes to its end. It decodes one item after the
+// other: thirty items of 1 MiB each would take 100 MiB as one text.
+func decodeList[T any](body io.Reader, maxBytes int64) (
+	list apiObject, items []*T, err error) {
 	capped := &cappedReader{r: body, limit: maxObject}
 	d := json.NewDecoder(capped)
 	err = decodeElements(d, '{', func() (err error) {
@@ -385,21 +438,27 @@ func decodeList[T any](body io.Reader, maxBytes int64) (list apiObject, items []
 	return list, items, err
 }
 
-// decodeEvent reads one event of a watch, whose type comes first and says as what
-// the object is decoded: at once, since to find its end and then decode it takes
-// twice as long. An ERROR is an error, also the 410 of a watch, which is an event in
-// a 200 (kubernetes#35068). io.EOF is the end of the stream before an event.
+// decodeEvent reads one event of a WATCH
+// (https://kubernetes.io/docs/reference/using-api/api-concepts/, "Efficient detection of
+// changes").
+// The type comes before the object and says how to decode it. So the object is decoded in
+// one pass: to find its end first and decode it then takes twice as long. An ERROR event
+// is returned as a *statusError, also the 410 of a WATCH, which is an event in a response
+// of 200 (kubernetes#35068). io.EOF is the end of the stream before an event.
 func decodeEvent[T any](d *json.Decoder) (event string, o *T, err error) {
 	o = new(T)
 	statusErr := &statusError{}
-	as := map[string]any{"ADDED": o, "MODIFIED": o, "DELETED": o, "ERROR": statusErr, "BOOKMARK": new(json.RawMessage)}
+	targets := map[string]any{
+		"ADDED": o, "MODIFIED": o, "DELETED": o,
+		"ERROR": statusErr, "BOOKMARK": new(json.RawMessage),
+	}
 	err = decodeElements(d, '{', func() error {
 		key, err := d.Token()
-		switch to := as[event]; {
+		switch target := targets[event]; {
 		case key == "type":
 			return d.Decode(&event)
-		case key == "object" && to != nil:
-			return d.Decode(to)
+		case key == "object" && target != nil:
+			return d.Decode(target)
 		}
 		return cmp.Or(err, d.Decode(new(json.RawMessage)))
 	})
@@ -408,14 +467,15 @@ func decodeEvent[T any](d *json.Decoder) (event string, o *T, err error) {
 		return event, nil, err
 	case event == "ERROR":
 		return event, nil, statusErr
-	case as[event] == nil: // passed over, it would be lost for good (vector#5846)
+	case targets[event] == nil: // if it were skipped, its change would be lost (vector#5846)
 		return event, nil, fmt.Errorf("%w: event of type %.60q", errBadResponse, event)
 	}
 	return event, o, nil
 }
 
-// decodeElements calls each for the elements of a JSON array or the members of an
-// object. null has none. io.EOF is an end before it only.
+// decodeElements calls each before every element of a JSON array, or before every member
+// of a JSON object. null has none. It returns io.EOF only for an end of the input before
+// the array or object.
 func decodeElements(d *json.Decoder, open json.Delim, each func() error) error {
 	begin, err := d.Token()
 	if err != nil || begin == nil {
