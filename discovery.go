@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -17,7 +16,8 @@ import (
 	"time"
 )
 
-// statefulSet is what is read of a StatefulSet.
+// statefulSet holds the fields that the router reads of a StatefulSet
+// (https://kubernetes.io/docs/reference/kubernetes-api/workload-resources/stateful-set-v1/).
 type statefulSet struct {
 	apiObject
 	Spec struct {
@@ -29,14 +29,14 @@ type statefulSet struct {
 	Status struct {
 		ReadyReplicas int `json:"readyReplicas"`
 	} `json:"status"`
-	annotation string // activeCountKey's
+	annotation string // the value of activeCountKey; "" if there is none
 }
 
-// activeCountKey is the annotation of the StatefulSet in which routers note how many
-// backends have namespaces.
+// activeCountKey is the StatefulSet's annotation in which the routers keep the active
+// count: how many backends own namespaces.
 const activeCountKey = "router/backends"
 
-// UnmarshalJSON reads one annotation of all.
+// UnmarshalJSON keeps one annotation of all.
 func (s *statefulSet) UnmarshalJSON(b []byte) error {
 	type plain statefulSet
 	var annotated struct {
@@ -49,7 +49,7 @@ func (s *statefulSet) UnmarshalJSON(b []byte) error {
 	return err
 }
 
-// activeCount is the number in the annotation, 0 if there is none.
+// activeCount returns the number in the annotation, at least 1, or 0 if there is none.
 func (s *statefulSet) activeCount() int {
 	n, err := strconv.Atoi(s.annotation)
 	if err != nil || n < 1 {
@@ -58,6 +58,7 @@ func (s *statefulSet) activeCount() int {
 	return n
 }
 
+// replicas returns spec.replicas.
 func (s *statefulSet) replicas() int {
 	if s.Spec.Replicas == nil {
 		return 1
@@ -65,19 +66,20 @@ func (s *statefulSet) replicas() int {
 	return *s.Spec.Replicas
 }
 
-// backends are those that have namespaces. It depends on nothing but the object
-// as it is now, so that routers that have seen the same version agree, also one
-// that has just started and one whose watch missed a state in between
-// (invariant 2). How many are ready does not say how many there are: with 5 of 6
-// ready a set grows from 4 and waits for backend-5, or has 6 of which one
-// restarts. What tells these apart is the note, which grows when backends are
-// ready for the first time, and which spec.replicas bounds at once:
+// backends returns the backends that own namespaces. The result depends only on the
+// object as it is now. So routers that have seen the same version agree, also a router
+// that has just started and a router whose watch missed a version (invariant 2).
+//
+// The number of ready pods does not say how many backends own namespaces. With 5 of 6
+// pods ready, a set may grow from 4 and wait for backend-5, or have 6 backends of which
+// one restarts. The active count distinguishes the two. It grows when a backend is ready
+// for the first time, and spec.replicas limits it at once:
 //
 //   - scaled in: the namespaces move before the pods are gone;
 //   - scaled out: a backend gets namespaces when it can serve them;
 //   - a pod that restarts, or fails for ever, changes nothing;
-//   - scaled to zero: as before. With no note either, there are none;
-//   - no note, since no router may write it: all of spec.replicas, at once.
+//   - scaled to zero: the active count stays. If there is none, there are no backends;
+//   - no active count, as no router has the right to write it: all of spec.replicas.
 func (s *statefulSet) backends() ordinals {
 	count := s.replicas()
 	if active := s.activeCount(); active > 0 && (count == 0 || active < count) {
@@ -86,15 +88,15 @@ func (s *statefulSet) backends() ordinals {
 	return ordinals{s.Spec.Ordinals.Start, count}
 }
 
-// revision names the spec. The API server counts a StatefulSet's specs, not what
-// changes in its annotations or status
+// revision identifies the spec. The API server increases the generation when the spec
+// changes, not when annotations or the status change
 // (https://kubernetes.io/docs/reference/kubernetes-api/common-definitions/object-meta/).
 func (s *statefulSet) revision() string {
 	return fmt.Sprintf("%s/%d", s.Metadata.UID, s.Metadata.Generation)
 }
 
-// nextActiveCount is what the note should be: the backends that there are, and those after
-// them that are ready without a gap.
+// nextActiveCount returns what the active count should be: the backends that own
+// namespaces, and those after them that are ready, up to the first that is not.
 func (s *statefulSet) nextActiveCount(ready func(ordinal int) bool) int {
 	b := s.backends()
 	for b.count < s.replicas() && ready(b.first+b.count) {
@@ -103,104 +105,115 @@ func (s *statefulSet) nextActiveCount(ready func(ordinal int) bool) int {
 	return b.count
 }
 
-// replicaWatcher follows the StatefulSet, which says how many backends there are.
+// replicaWatcher follows the StatefulSet, which says how many backends own namespaces,
+// and keeps its active count up to date.
 type replicaWatcher struct {
 	// Static after construction.
 	watcher   *watcher[statefulSet]
-	patcher   *kubeClient // writes the note
+	patcher   *kubeClient // writes the active count; used by keepActiveCount only
 	endpoints *endpointWatcher
-	onResize  func(backends ordinals, revision string) // called in order, with one backend at least
+	onResize  func(backends ordinals, revision string) // see newReplicaWatcher
 	log       *slog.Logger
 
 	changed chan struct{} // capacity 1; wakes keepActiveCount, never closed
 
 	// Guarded by mu.
 	mu     sync.Mutex
-	latest *statefulSet // nil before the first; one that was deleted stays
-	absent bool
+	latest *statefulSet // nil before the first LIST; if it is deleted, the last version
+	absent bool         // it does not exist
 }
 
-// newReplicaWatcher follows the StatefulSet of the pods while its watcher and keepActiveCount
-// run, and calls resize with what it says.
-func newReplicaWatcher(client kubeClient, namespace string, endpoints *endpointWatcher, onResize func(ordinals, string), log *slog.Logger) *replicaWatcher {
-	writer := client
-	writer.patch = true
-	c := &replicaWatcher{patcher: &writer, endpoints: endpoints, onResize: onResize, log: log, changed: make(chan struct{}, 1)}
-	c.watcher = &watcher[statefulSet]{
-		kube: &client, path: "/apis/apps/v1/namespaces/" + namespace + "/statefulsets", kind: "StatefulSet",
-		namespace: namespace, name: endpoints.statefulSet,
-		meta: func(s *statefulSet) *apiObject { return &s.apiObject }, apply: c.apply, log: log,
+// newReplicaWatcher returns a replicaWatcher of the StatefulSet of endpoints. The caller
+// runs its watcher and keepActiveCount. The watcher calls onResize for each version of
+// the StatefulSet that has at least one backend, one call at a time.
+func newReplicaWatcher(client kubeClient, namespace string, endpoints *endpointWatcher,
+	onResize func(backends ordinals, revision string), log *slog.Logger) *replicaWatcher {
+	patcher := client
+	patcher.patch = true
+	r := &replicaWatcher{
+		patcher: &patcher, endpoints: endpoints, onResize: onResize, log: log,
+		changed: make(chan struct{}, 1),
 	}
-	endpoints.onChange = c.wake
-	return c
+	r.watcher = &watcher[statefulSet]{
+		kube: &client, path: "/apis/apps/v1/namespaces/" + namespace + "/statefulsets",
+		kind: "StatefulSet", namespace: namespace, name: endpoints.statefulSet,
+		meta:  func(s *statefulSet) *apiObject { return &s.apiObject },
+		apply: r.apply, log: log,
+	}
+	endpoints.onChange = r.wake
+	return r
 }
 
-// apply takes the StatefulSet. One that is deleted changes nothing, nor does one
-// that has no backends.
-func (c *replicaWatcher) apply(set map[string]*statefulSet) {
-	s := set[c.watcher.name]
-	c.mu.Lock()
-	c.absent = s == nil
+// apply handles a new version of the StatefulSet. A StatefulSet that was deleted, or that
+// has no backends, does not change the number of backends.
+func (r *replicaWatcher) apply(set map[string]*statefulSet) {
+	s := set[r.watcher.name]
+	r.mu.Lock()
+	r.absent = s == nil
 	if s != nil {
-		c.latest = s
+		r.latest = s
 	}
-	c.mu.Unlock()
+	r.mu.Unlock()
 	if s == nil {
-		c.log.Warn("there is no such object, the number of backends stays as it was", "object", c.watcher.String())
+		r.log.Warn("there is no such object, the number of backends stays as it was",
+			"object", r.watcher.String())
 		return
 	}
 	if b := s.backends(); b.count > 0 {
-		c.onResize(b, s.revision())
+		r.onResize(b, s.revision())
 	}
-	c.wake()
+	r.wake()
 }
 
 // wake wakes keepActiveCount.
-func (c *replicaWatcher) wake() {
+func (r *replicaWatcher) wake() {
 	select {
-	case c.changed <- struct{}{}:
+	case r.changed <- struct{}{}:
 	default:
 	}
 }
 
-// keepActiveCount keeps the note of the StatefulSet up to date, with all other routers,
-// until ctx ends.
-func (c *replicaWatcher) keepActiveCount(ctx context.Context) {
-	var limit throttle
-	for fails := 0; ; {
-		var again <-chan time.Time
-		changed := c.changed
-		err := c.writeActiveCount(ctx)
-		if fails++; err == nil {
-			fails = 0
+// keepActiveCount writes the active count whenever it should change, until ctx ends. All
+// routers do the same.
+func (r *replicaWatcher) keepActiveCount(ctx context.Context) {
+	var failureThrottle throttle
+	for failures := 0; ; {
+		var retry <-chan time.Time
+		changed := r.changed
+		err := r.writeActiveCount(ctx)
+		if failures++; err == nil {
+			failures = 0
 		} else if ctx.Err() == nil {
-			again, changed = time.After(backoff(fails, retryAfter(err), rand.Float64())), nil
-			if omitted, ok := limit.allow(time.Minute); ok {
-				c.log.Warn("cannot note the number of backends: the Role needs patch of statefulsets/status",
-					"object", c.watcher.String(), "error", err.Error(), "omitted", omitted)
+			retry = time.After(backoff(failures, retryAfter(err), rand.Float64()))
+			changed = nil // a change does not shorten the wait
+			if omitted, ok := failureThrottle.allow(time.Minute); ok {
+				r.log.Warn("cannot note the number of backends: "+
+					"the Role needs patch of statefulsets/status",
+					"object", r.watcher.String(), "error", err.Error(), "omitted", omitted)
 			}
 		}
 		select {
 		case <-ctx.Done():
 			return
 		case <-changed:
-		case <-again:
+		case <-retry:
 		}
 	}
 }
 
-// writeActiveCount writes the note if it should be another. The patch is for the very
-// version that was judged: if there is a later one, the API server refuses it,
-// and the watch brings that. So a router with an old picture of the StatefulSet
-// writes nothing. It goes to the status, whose patch may not change the spec.
-func (c *replicaWatcher) writeActiveCount(ctx context.Context) error {
-	c.mu.Lock()
-	s := c.latest
-	c.mu.Unlock()
+// writeActiveCount writes the active count if it should change. The patch names the
+// resourceVersion that the decision is based on. If the API server has a later version,
+// it refuses the patch with 409, and the watch will bring that version. So a router with
+// an old version of the StatefulSet writes nothing. The patch goes to the status, so that
+// the Role does not allow a change of the spec.
+func (r *replicaWatcher) writeActiveCount(ctx context.Context) error {
+	r.mu.Lock()
+	s := r.latest
+	r.mu.Unlock()
 	if s == nil {
 		return nil
 	}
-	count := s.nextActiveCount(c.isServing(s))
+	count := s.nextActiveCount(r.isServing(s))
 	if count == s.activeCount() || count == 0 {
 		return nil
 	}
@@ -212,79 +225,84 @@ func (c *replicaWatcher) writeActiveCount(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, listTimeout)
 	defer cancel()
-	body, err := c.patcher.do(ctx, c.watcher.path+"/"+c.watcher.name+"/status", nil, patch)
-	if statusErr := (&statusError{}); errors.As(err, &statusErr) && statusErr.Code == http.StatusConflict {
+	body, err := r.patcher.do(ctx, r.watcher.path+"/"+r.watcher.name+"/status", nil, patch)
+	if hasStatus(err, http.StatusConflict) {
 		return nil
 	}
 	if err != nil {
 		return err
 	}
 	body.Close()
-	c.log.Info("number of backends noted", "object", c.watcher.String(), "backends", count, "before", s.activeCount())
+	r.log.Info("number of backends noted",
+		"object", r.watcher.String(), "backends", count, "before", s.activeCount())
 	return nil
 }
 
-// isServing says whether a backend that has no namespaces yet can serve them. Where
-// only the StatefulSet may be read, as many are ready as it says.
-func (c *replicaWatcher) isServing(s *statefulSet) func(ordinal int) bool {
+// isServing returns a function that reports whether a backend, which owns no namespaces
+// yet, can serve them. If the EndpointSlices are not known, status.readyReplicas says how
+// many backends can.
+func (r *replicaWatcher) isServing(s *statefulSet) func(ordinal int) bool {
 	return func(ordinal int) bool {
-		ready, known := c.endpoints.isReady(ordinal)
-		if !known {
-			return ordinal-s.Spec.Ordinals.Start < s.Status.ReadyReplicas
+		if ready, known := r.endpoints.isReady(ordinal); known {
+			return ready
 		}
-		return ready
+		return ordinal-s.Spec.Ordinals.Start < s.Status.ReadyReplicas
 	}
 }
 
-// specReplicas returns how many backends the StatefulSet is to have, if it is known.
-func (c *replicaWatcher) specReplicas() (count int, known bool) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.latest == nil {
+// specReplicas returns spec.replicas of the StatefulSet; known is false before the first
+// LIST that has it.
+func (r *replicaWatcher) specReplicas() (count int, known bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.latest == nil {
 		return 0, false
 	}
-	return c.latest.replicas(), true
+	return r.latest.replicas(), true
 }
 
-// writeMetrics writes how many backends the StatefulSet is to have, and which of those
-// that own namespaces are ready. active has a count of 0 while there is no table.
-func (c *replicaWatcher) writeMetrics(m metricsWriter, active ordinals) {
-	if replicas, known := c.specReplicas(); known {
-		m.single("router_statefulset_replicas", "gauge", "Backends that the StatefulSet is to have, with namespaces or not yet.",
+// writeMetrics writes spec.replicas, and for each backend that owns namespaces whether it
+// is ready. active.count is 0 if there is no table.
+func (r *replicaWatcher) writeMetrics(m metricsWriter, active ordinals) {
+	if replicas, known := r.specReplicas(); known {
+		m.single("router_statefulset_replicas", "gauge",
+			"Backends that the StatefulSet is to have, with namespaces or not yet.",
 			float64(replicas))
 	}
 	if active.count == 0 {
 		return
 	}
-	m.family("router_backend_ready", "gauge", "1 if the backend is ready for new sessions, as far as is known.")
+	m.family("router_backend_ready", "gauge",
+		"1 if the backend is ready for new sessions, as far as is known.")
 	for i := range active.count {
 		ordinal := active.first + i
-		ready, known := c.endpoints.isReady(ordinal)
-		m.sample("router_backend_ready", boolToFloat(ready || !known), "backend", backendName(c.endpoints.statefulSet, ordinal))
+		ready, known := r.endpoints.isReady(ordinal)
+		m.sample("router_backend_ready", boolToFloat(ready || !known),
+			"backend", backendName(r.endpoints.statefulSet, ordinal))
 	}
 }
 
-// whyNotReady says, in words, why the number of backends is not known, or "".
-func (c *replicaWatcher) whyNotReady() string {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	switch failure := c.watcher.snapshot().failure; {
-	case c.latest != nil && c.latest.backends().count > 0:
+// whyNotReady returns, in words, why the number of backends is not known, or "" if it is.
+func (r *replicaWatcher) whyNotReady() string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	switch failure := r.watcher.snapshot().failure; {
+	case r.latest != nil && r.latest.backends().count > 0:
 		return ""
-	case c.latest != nil:
-		return c.watcher.String() + " has no replicas"
-	case c.absent:
-		return c.watcher.String() + " does not exist"
+	case r.latest != nil:
+		return r.watcher.String() + " has no replicas"
+	case r.absent:
+		return r.watcher.String() + " does not exist"
 	case errorClass(failure) == "forbidden":
-		return fmt.Sprintf("%s: %v; the Role needs list and watch of statefulsets with resourceNames [%s]",
-			c.watcher.String(), failure, c.watcher.name)
+		return fmt.Sprintf("%s: %v; the Role needs list and watch of statefulsets "+
+			"with resourceNames [%s]", r.watcher.String(), failure, r.watcher.name)
 	case failure != nil:
-		return c.watcher.String() + ": " + failure.Error()
+		return r.watcher.String() + ": " + failure.Error()
 	}
-	return c.watcher.String() + " was asked for"
+	return r.watcher.String() + " was asked for"
 }
 
-// endpointSlice is what is read of an EndpointSlice
+// endpointSlice holds the fields that the router reads of an EndpointSlice
 // (https://kubernetes.io/docs/reference/kubernetes-api/service-resources/endpoint-slice-v1/).
 type endpointSlice struct {
 	apiObject
@@ -294,8 +312,8 @@ type endpointSlice struct {
 
 // endpoint is one address of a pod.
 type endpoint struct {
-	Addresses []string `json:"addresses"` // the first is meant
-	Hostname  string   `json:"hostname"`  // of a pod that the Service governs; its copies have it too
+	Addresses []string `json:"addresses"` // all of one pod; the router uses the first
+	Hostname  string   `json:"hostname"`  // of the pod; see pod
 	TargetRef struct {
 		Kind string `json:"kind"`
 		Name string `json:"name"`
@@ -303,15 +321,15 @@ type endpoint struct {
 	} `json:"targetRef"`
 	Conditions struct {
 		Ready       *bool `json:"ready"`       // nil is true
-		Serving     *bool `json:"serving"`     // nil is as ready
+		Serving     *bool `json:"serving"`     // nil is the same as ready
 		Terminating *bool `json:"terminating"` // nil is false
 	} `json:"conditions"`
 }
 
-// pod is the name of the endpoint's pod: that of its targetRef, which the API
-// server keeps unique. The hostname is a field of the pod's spec, which a copy of
-// the pod has too (kubectl debug --copy-to): it counts only where no pod is named,
-// in an EndpointSlice that somebody has written by hand.
+// pod returns the name of the endpoint's pod: the name in its targetRef, which is unique.
+// The hostname comes from the pod's spec, and a copy of the pod has the same one (kubectl
+// debug --copy-to). So it counts only if the targetRef names no pod, as in an
+// EndpointSlice that somebody has written by hand.
 func (e *endpoint) pod() string {
 	if e.TargetRef.Kind == "Pod" && e.TargetRef.Name != "" {
 		return e.TargetRef.Name
@@ -319,7 +337,7 @@ func (e *endpoint) pod() string {
 	return e.Hostname
 }
 
-// uid is that of the endpoint's pod, "" if no pod is named.
+// uid returns the uid of the endpoint's pod, or "" if the targetRef names no pod.
 func (e *endpoint) uid() string {
 	if e.TargetRef.Kind == "Pod" {
 		return e.TargetRef.UID
@@ -327,9 +345,9 @@ func (e *endpoint) uid() string {
 	return ""
 }
 
-// usable reports whether new sessions may go there. A pod that terminates may
-// serve what it has, but a new session would end with it. With
-// publishNotReadyAddresses ready is always true, and serving is what it was.
+// usable reports whether the router may open new sessions at the endpoint. A terminating
+// pod may serve its sessions, but a new session would end with it. ready is always true
+// if the Service has publishNotReadyAddresses; serving is then the pod's readiness.
 func (e *endpoint) usable() bool {
 	valueOr := func(condition *bool, unset bool) bool {
 		if condition == nil {
@@ -338,33 +356,39 @@ func (e *endpoint) usable() bool {
 		return *condition
 	}
 	c := e.Conditions
-	return valueOr(c.Ready, true) && valueOr(c.Serving, true) && !valueOr(c.Terminating, false)
+	return valueOr(c.Ready, true) && valueOr(c.Serving, true) &&
+		!valueOr(c.Terminating, false)
 }
 
-// podAddress is where a backend is.
+// podAddress holds the addresses of one backend's pod.
 type podAddress struct {
-	ready bool
+	// Static after construction.
+	ready bool   // the addresses are usable
 	uid   string // of the pod, "" if not known
 
-	// Guarded by the mu of pods.
-	addrs      []string // host:port; those that are usable if any is
-	dialFailed bool     // what was dialled there was no good
+	// Guarded by the endpointWatcher's mu.
+	addrs      []string // host:port, at least one; the first is dialled next
+	dialFailed bool     // a dial of one of them failed
 }
 
-// usable is nil-safe: a backend that is in no EndpointSlice has no place.
+// usable reports whether the addresses are usable. It is false for nil, a backend that is
+// in no EndpointSlice.
 func (p *podAddress) usable() bool { return p != nil && p.ready }
 
-// podAddresses joins all slices. A pod may be in several: for a moment when it goes
-// from one to the other, or with an address of each family. What is not usable
-// counts only for a pod that nothing else is known of: an entry that is left over
-// from its last life, whose address may be another pod's by now, must not be
-// dialled. A place is of one pod: while slices disagree, of the first.
-func podAddresses(set map[string]*endpointSlice, statefulSet, port string) map[int]*podAddress {
-	all := slices.SortedFunc(maps.Values(set), func(a, b *endpointSlice) int {
-		return cmp.Or(cmp.Compare(a.AddressType, b.AddressType), cmp.Compare(a.Metadata.Name, b.Metadata.Name))
+// podAddresses returns the address of each backend, by ordinal, from all slices. A pod
+// may be in several slices: for a moment when Kubernetes moves it from one to another, or
+// with an address of each family. An endpoint that is not usable counts only if the
+// backend has no usable one: it may be left from the pod's predecessor, and its address
+// may belong to another pod by now. All addresses of a backend are those of one pod:
+// while slices disagree about the pod, of the first one.
+func podAddresses(set map[string]*endpointSlice, statefulSet, port string) (
+	addresses map[int]*podAddress) {
+	sorted := slices.SortedFunc(maps.Values(set), func(a, b *endpointSlice) int {
+		return cmp.Or(cmp.Compare(a.AddressType, b.AddressType),
+			cmp.Compare(a.Metadata.Name, b.Metadata.Name))
 	})
-	addresses := map[int]*podAddress{}
-	for _, slice := range all {
+	addresses = map[int]*podAddress{}
+	for _, slice := range sorted {
 		for _, e := range slice.Endpoints {
 			ordinal, ok := backendOrdinal(statefulSet, e.pod())
 			if !ok || len(e.Addresses) == 0 || slice.AddressType == "FQDN" {
@@ -376,7 +400,8 @@ func podAddresses(set map[string]*endpointSlice, statefulSet, port string) map[i
 				addresses[ordinal] = known
 			}
 			addr := net.JoinHostPort(e.Addresses[0], port)
-			if known.ready == e.usable() && known.uid == e.uid() && !slices.Contains(known.addrs, addr) {
+			same := known.ready == e.usable() && known.uid == e.uid()
+			if same && !slices.Contains(known.addrs, addr) {
 				known.addrs = append(known.addrs, addr)
 			}
 		}
@@ -384,12 +409,14 @@ func podAddresses(set map[string]*endpointSlice, statefulSet, port string) map[i
 	return addresses
 }
 
-// endpointWatcher follows the EndpointSlices of a headless Service, which say where each
-// backend is and whether it is ready, without DNS's caches: CoreDNS keeps for up
-// to 30 s that there is no such name. Until they were heard, and where they may
-// not be read, DNS says where a backend is. So it does while they cannot be
-// followed any more (the rights were taken away, the API server is gone), for what
-// is not ready by them, or was no good when it was dialled.
+// endpointWatcher follows the EndpointSlices of a headless Service. They give the address
+// and the readiness of each backend without the caches of DNS: CoreDNS caches for up to
+// 30 s that a name does not exist.
+//
+// DNS gives the addresses before the first LIST of the EndpointSlices, and for ever if
+// the router has no right to read them. If the watch fails later (the right was taken
+// away, or the API server is down), DNS gives the address of each backend that the
+// EndpointSlices call not ready, or whose dial failed.
 type endpointWatcher struct {
 	// Static after construction.
 	statefulSet string
@@ -397,127 +424,143 @@ type endpointWatcher struct {
 	watcher     *watcher[endpointSlice]
 	dns         *backends
 	queues      *dialQueues
-	onPods      func(uids map[int]string) // gets the pods that are usable, by ordinal, before they are dialled
-	onChange    func()                    // called after the places changed
+	onPods      func(uids map[int]string) // gets the usable pods, by ordinal, before a dial
+	onChange    func()                    // called after addresses changed
 	log         *slog.Logger
 
 	mu        sync.Mutex
-	addresses map[int]*podAddress // by ordinal, nil before the first. Guarded by mu.
+	addresses map[int]*podAddress // by ordinal, nil before the first LIST; guarded by mu
 }
 
-// newEndpointWatcher follows the EndpointSlices while the watcher of the result runs.
-func newEndpointWatcher(client kubeClient, namespace, statefulSet, service string, port int, log *slog.Logger) *endpointWatcher {
-	p := &endpointWatcher{
-		statefulSet: statefulSet, port: strconv.Itoa(port), dns: newDNSBackends(0, statefulSet, service, port),
+// newEndpointWatcher returns an endpointWatcher of the Service. The caller runs its
+// watcher.
+func newEndpointWatcher(client kubeClient, namespace, statefulSet, service string, port int,
+	log *slog.Logger) *endpointWatcher {
+	e := &endpointWatcher{
+		statefulSet: statefulSet, port: strconv.Itoa(port),
+		dns:    newDNSBackends(0, statefulSet, service, port),
 		onPods: func(map[int]string) {}, onChange: func() {}, log: log,
 	}
-	p.queues = newDialQueues(p.checkReady)
-	p.watcher = &watcher[endpointSlice]{
-		kube: &client, path: "/apis/discovery.k8s.io/v1/namespaces/" + namespace + "/endpointslices", kind: "EndpointSlice",
-		namespace: namespace, selector: "kubernetes.io/service-name=" + service,
-		meta: func(s *endpointSlice) *apiObject { return &s.apiObject }, apply: p.apply, onFailure: p.queues.readinessChanged, log: log,
+	e.queues = newDialQueues(e.checkReady)
+	e.watcher = &watcher[endpointSlice]{
+		kube: &client,
+		path: "/apis/discovery.k8s.io/v1/namespaces/" + namespace + "/endpointslices",
+		kind: "EndpointSlice", namespace: namespace,
+		selector: "kubernetes.io/service-name=" + service,
+		meta:     func(s *endpointSlice) *apiObject { return &s.apiObject },
+		apply:    e.apply, onFailure: e.queues.readinessChanged, log: log,
 	}
-	return p
+	return e
 }
 
-// backends are the pods to be dialled.
-func (p *endpointWatcher) backends() *backends {
-	return &backends{statefulSet: p.statefulSet, queues: p.queues, resolve: p.resolve, invalidate: p.invalidate, podUID: p.podUID, close: p.dns.close}
+// backends returns the backends at the addresses of the pods.
+func (e *endpointWatcher) backends() *backends {
+	return &backends{
+		statefulSet: e.statefulSet,
+		queues:      e.queues,
+		resolve:     e.resolve,
+		invalidate:  e.invalidate,
+		podUID:      e.podUID,
+		close:       e.dns.close,
+	}
 }
 
-// apply takes the EndpointSlices. None at all, not even an empty one, means that
-// the Service is gone, which says nothing about the pods: they stay where they
-// were.
-func (p *endpointWatcher) apply(set map[string]*endpointSlice) {
+// apply handles new EndpointSlices. If there is not even an empty one, the Service was
+// deleted. That says nothing about the pods, so their addresses stay.
+func (e *endpointWatcher) apply(set map[string]*endpointSlice) {
 	if len(set) == 0 {
-		p.log.Warn("there is no such object, backends stay where they were", "object", p.watcher.String())
+		e.log.Warn("there is no such object, backends stay where they were",
+			"object", e.watcher.String())
 		return
 	}
-	addresses, uids := podAddresses(set, p.statefulSet, p.port), map[int]string{}
+	addresses, uids := podAddresses(set, e.statefulSet, e.port), map[int]string{}
 	for ordinal, address := range addresses {
 		if address.usable() && address.uid != "" {
 			uids[ordinal] = address.uid
 		}
 	}
-	p.onPods(uids)
-	p.mu.Lock()
-	p.addresses = addresses
-	p.mu.Unlock()
-	p.queues.readinessChanged()
-	p.onChange()
+	e.onPods(uids)
+	e.mu.Lock()
+	e.addresses = addresses
+	e.mu.Unlock()
+	e.queues.readinessChanged()
+	e.onChange()
 }
 
-// ready reports whether a backend is, if that is known.
-func (p *endpointWatcher) isReady(ordinal int) (ready, known bool) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.addresses[ordinal].usable(), p.addresses != nil
+// isReady reports whether the backend is ready; known is false before the first LIST.
+func (e *endpointWatcher) isReady(ordinal int) (ready, known bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.addresses[ordinal].usable(), e.addresses != nil
 }
 
-// isOutdated reports whether what is known of the places may be of the past.
-func (p *endpointWatcher) isOutdated() bool { return p.watcher.snapshot().failing }
+// isOutdated reports whether addresses may be out of date, as the watch fails.
+func (e *endpointWatcher) isOutdated() bool { return e.watcher.snapshot().failing }
 
-// checkReady says why a backend must not be dialled now, or nil.
-func (p *endpointWatcher) checkReady(ordinal int) error {
-	if ready, known := p.isReady(ordinal); known && !ready && !p.isOutdated() {
-		return p.notReadyError(ordinal)
+// checkReady returns why the backend must not be dialled now, or nil if it may be.
+func (e *endpointWatcher) checkReady(ordinal int) error {
+	if ready, known := e.isReady(ordinal); known && !ready && !e.isOutdated() {
+		return e.notReadyError(ordinal)
 	}
 	return nil
 }
 
-func (p *endpointWatcher) notReadyError(ordinal int) error {
-	return fmt.Errorf("%s is not ready", backendName(p.statefulSet, ordinal))
+func (e *endpointWatcher) notReadyError(ordinal int) error {
+	return fmt.Errorf("%s is not ready", backendName(e.statefulSet, ordinal))
 }
 
-// resolve returns the address of a backend that is ready.
-func (p *endpointWatcher) resolve(ctx context.Context, ordinal int) (string, error) {
-	p.mu.Lock()
-	known, address, addr, dialFailed := p.addresses != nil, p.addresses[ordinal], "", true
+// resolve returns the host:port of the backend, or an error if the backend is not ready.
+func (e *endpointWatcher) resolve(ctx context.Context, ordinal int) (string, error) {
+	e.mu.Lock()
+	known, address, addr, dialFailed := e.addresses != nil, e.addresses[ordinal], "", true
 	if address.usable() {
 		addr, dialFailed = address.addrs[0], address.dialFailed
 	}
-	p.mu.Unlock()
+	e.mu.Unlock()
 	switch {
 	case !known:
-		return p.dns.resolve(ctx, ordinal)
-	case dialFailed && p.isOutdated():
-		return p.resolveByDNS(ctx, ordinal, addr)
+		return e.dns.resolve(ctx, ordinal)
+	case dialFailed && e.isOutdated():
+		return e.resolveByDNS(ctx, ordinal, addr)
 	case addr == "":
-		return "", p.notReadyError(ordinal)
+		return "", e.notReadyError(ordinal)
 	}
 	return addr, nil
 }
 
-// podUID returns the uid of the pod that locate finds, "" if it is not known.
-func (p *endpointWatcher) podUID(ordinal int) string {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	address := p.addresses[ordinal]
-	if !address.usable() || address.dialFailed && p.isOutdated() {
+// podUID returns the uid of the pod that resolve finds, or "" if it is not known.
+func (e *endpointWatcher) podUID(ordinal int) string {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	address := e.addresses[ordinal]
+	if !address.usable() || address.dialFailed && e.isOutdated() {
 		return ""
 	}
 	return address.uid
 }
 
-// resolveByDNS asks DNS where a backend is. Where it does not say, in half of the
-// time of a dial, the address before is tried again, if there was one: a container
-// that restarts keeps it.
-func (p *endpointWatcher) resolveByDNS(ctx context.Context, ordinal int, before string) (string, error) {
-	bound, cancel := context.WithTimeout(ctx, dialTimeout/2)
+// resolveByDNS returns the host:port of the backend from DNS. If DNS does not answer
+// within half of dialTimeout, it returns last, the address from the EndpointSlices,
+// unless that is "": a container that restarts keeps its address.
+func (e *endpointWatcher) resolveByDNS(ctx context.Context, ordinal int,
+	last string) (string, error) {
+	dnsCtx, cancel := context.WithTimeout(ctx, dialTimeout/2)
 	defer cancel()
-	addr, err := p.dns.resolve(bound, ordinal)
-	if err != nil && before != "" && ctx.Err() == nil {
-		return before, nil
+	addr, err := e.dns.resolve(dnsCtx, ordinal)
+	if err != nil && last != "" && ctx.Err() == nil {
+		return last, nil
 	}
 	return addr, err
 }
 
-// invalidate makes another address of the backend be dialled next, if there is one.
-func (p *endpointWatcher) invalidate(ordinal int) {
-	p.dns.invalidate(ordinal)
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if address := p.addresses[ordinal]; address != nil {
-		address.addrs, address.dialFailed = append(address.addrs[1:], address.addrs[0]), true
+// invalidate notes that a dial of the backend failed. The next dial uses its next
+// address, if it has several.
+func (e *endpointWatcher) invalidate(ordinal int) {
+	e.dns.invalidate(ordinal)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if address := e.addresses[ordinal]; address != nil {
+		address.addrs = append(address.addrs[1:], address.addrs[0])
+		address.dialFailed = true
 	}
 }

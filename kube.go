@@ -202,9 +202,9 @@ func retryAfter(err error) time.Duration {
 
 // backoff returns how long to wait before the next request, after this many failures in a
 // row: minBackoff after the first, twice as long after each further one, at most
-// maxBackoff, all with a jitter of half of that up or down. After no failure it is a jitter
-// only, at most minBackoff. It is never less than minWait, which the API server asked for.
-// random is in [0, 1).
+// maxBackoff, all with a jitter of half of that up or down. After no failure it is a
+// jitter only, at most minBackoff. It is never less than minWait, which the API server
+// asked for. random is in [0, 1).
 func backoff(failures int, minWait time.Duration, random float64) time.Duration {
 	wait := random * float64(minBackoff) // routers that lost their streams together come back apart
 	if failures > 0 {
