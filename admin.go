@@ -24,13 +24,12 @@ import (
 // admin answers operators and probes, off the data path.
 type admin struct {
 	// Static after construction.
-	proxy             *proxy
-	fdLimit           *descriptorLimit
-	configMaps        *configMaps   // nil without an API server
-	overridesNotReady func() string // why no overrides were read yet, in words, or ""
-	logQueue          *logQueue
-	replicaWatcher    *replicaWatcher // nil if the flags say how many backends there are
-	started           time.Time
+	proxy          *proxy
+	fdLimit        *descriptorLimit
+	configMaps     *configMaps // nil without an API server
+	logQueue       *logQueue
+	replicaWatcher *replicaWatcher // nil if the flags say how many backends there are
+	started        time.Time
 
 	draining atomic.Bool
 }
@@ -146,7 +145,7 @@ func (a *admin) whyNotReady() []string {
 
 // whyNoTable says why there is none yet.
 func (a *admin) whyNoTable() (why []string) {
-	if missing := a.overridesNotReady(); missing != "" {
+	if missing := a.proxy.router.whyNoOverrides(); missing != "" {
 		why = append(why, "no overrides were read yet: "+missing)
 	}
 	if a.replicaWatcher == nil {
@@ -453,26 +452,27 @@ func (p *proposal) table(current *table, err error) (*table, error) {
 	default:
 		i := slices.IndexFunc(sources, p.matches)
 		if i < 0 {
-			return nil, fmt.Errorf("%s is not among the sources of overrides: %s", p.displayName(), sourceNames(sources))
+			return nil, fmt.Errorf("%s is not among the sources of overrides: %s", p.id(), sourceNames(sources))
 		}
-		sources[i] = sourceContent{source: sources[i].source, version: "proposed", overrides: &p.Data}
+		sources[i] = sourceContent{id: sources[i].id, version: "proposed", overrides: &p.Data}
 	}
 	return current.with(backends, sources), nil
 }
 
 // matches reports whether the ConfigMap that is proposed is of this source.
 func (p *proposal) matches(src sourceContent) bool {
-	if p.Metadata.Namespace == "" {
-		return strings.HasPrefix(src.source, "ConfigMap ") && strings.HasSuffix(src.source, "/"+p.Metadata.Name)
+	id := p.id()
+	if id.namespace == "" {
+		id.namespace = src.id.namespace
 	}
-	return src.source == p.displayName()
+	return id == src.id
 }
 
 // sourceNames names the sources.
 func sourceNames(sources []sourceContent) string {
 	var all []string
 	for _, src := range sources {
-		all = append(all, src.source)
+		all = append(all, src.id.String())
 	}
 	return strings.Join(all, ", ")
 }
@@ -503,7 +503,7 @@ func (a *admin) planMoves(current, next *table) *plan {
 	for i := range next.sources {
 		for bad := range next.rejections(i) {
 			if p.Rejected++; p.Rejected <= maxExamples {
-				p.Rejections = append(p.Rejections, fmt.Sprintf("%s: %q, want %s, keeps %s", bad.namespace, bad.Value, bad.Expected, bad.Previous))
+				p.Rejections = append(p.Rejections, fmt.Sprintf("%s, keeps %s", bad, bad.Previous))
 			}
 		}
 	}

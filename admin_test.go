@@ -187,7 +187,7 @@ func TestPlansTakeTurns(t *testing.T) {
 func TestOwnersAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, update := adminOf(t, "127.0.0.1:1")
-		update(sourceContent{source: "x", version: "1", overrides: newOverrideSet(nil)})
+		update(sourceContent{id: sourceID{name: "x"}, version: "1", overrides: newOverrideSet(nil)})
 		found := make(chan struct{})
 		a.proxy.backends.resolve = func(context.Context, int) (string, error) {
 			<-found
@@ -217,8 +217,8 @@ func adminOf(t *testing.T, addrs ...string) (a *admin, update func(...sourceCont
 	b := newStaticBackends("backend", addrs)
 	router := &router{statefulSet: "backend", backends: b.static, log: quiet, onSwap: func() {}}
 	p := &proxy{router: router, backends: b, relay: newRelay(b.name, quiet), mover: &mover{}, log: quiet}
-	return &admin{proxy: p, fdLimit: wideDescriptorLimit(t), overridesNotReady: func() string { return "they are late" },
-		logQueue: newLogQueue(io.Discard), started: time.Now()}, router.update
+	router.addSource(false, func(func(...sourceContent)) overrideSource { return &fakeSource{notReady: "they are late"} })
+	return &admin{proxy: p, fdLimit: wideDescriptorLimit(t), logQueue: newLogQueue(io.Discard), started: time.Now()}, router.update
 }
 
 // answered is the admin's answer to GET path.
@@ -283,9 +283,9 @@ func TestOwnerAnswers(t *testing.T) {
 		})
 	}
 	conflict, update := adminOf(t, address, refusingAddr(t))
-	update(sourceContent{source: "a", version: "1", overrides: newOverrideSet(map[string]string{"both": "backend-0"})})
-	update(sourceContent{source: "a", version: "1", overrides: newOverrideSet(map[string]string{"both": "backend-0"})},
-		sourceContent{source: "b", version: "2", overrides: newOverrideSet(map[string]string{"both": "backend-1"})})
+	update(sourceContent{id: sourceID{name: "a"}, version: "1", overrides: newOverrideSet(map[string]string{"both": "backend-0"})})
+	update(sourceContent{id: sourceID{name: "a"}, version: "1", overrides: newOverrideSet(map[string]string{"both": "backend-0"})},
+		sourceContent{id: sourceID{name: "b"}, version: "2", overrides: newOverrideSet(map[string]string{"both": "backend-1"})})
 	const want = `"want":"the same backend in all objects","kept":"backend-0"}`
 	wantOwner(t, conflict, "both", 200, `{"namespace":"both","owner":"backend-0","why":"conflict","address":"`+address+
 		`","ready":true,"table":"`+conflict.proxy.router.table().version+`","stamp":"`+conflict.proxy.router.table().stamp+`","rejected":[{"source":"a","value":"backend-0",`+want+
@@ -390,7 +390,7 @@ func planAdmin(t *testing.T) *admin {
 	t.Helper()
 	a, update := adminOf(t, "127.0.0.1:1", "127.0.0.1:1", "127.0.0.1:1", "127.0.0.1:1")
 	a.proxy.mover = newMover(a.proxy.router, a.proxy.relay, 2, nil, slog.New(slog.DiscardHandler))
-	update(sourceContent{source: "ConfigMap edge/overwriting", version: "7", overrides: newOverrideSet(map[string]string{"a": "backend-0", "late": "backend-1"})})
+	update(sourceContent{id: sourceID{"ConfigMap", "edge", "overwriting"}, version: "7", overrides: newOverrideSet(map[string]string{"a": "backend-0", "late": "backend-1"})})
 	for namespace, backends := range map[string][]int{"a": {0, 0, 0}, "b": {bucket("b", 4)}, "late": {0, 1}} {
 		for _, backend := range backends {
 			a.proxy.relay.add(&session{namespace: namespace, backend: backend})

@@ -167,11 +167,12 @@ func (c *commands) table() (*table, error) {
 	}
 	var sources []sourceContent
 	if c.overridesDir != "" {
-		data, version, err := (&directory{path: c.overridesDir}).read()
+		d := &directory{path: c.overridesDir}
+		data, version, err := d.read()
 		if err != nil {
 			return nil, fmt.Errorf("-overrides: %w", err)
 		}
-		sources = []sourceContent{{source: "directory " + c.overridesDir, version: version, overrides: newOverrideSet(data)}}
+		sources = []sourceContent{{id: d.id(), version: version, overrides: newOverrideSet(data)}}
 	}
 	t := &table{statefulSet: c.statefulSet, fromHost: c.namespaceFrom == "host", backends: ordinals{count: c.replicas}}
 	t.build(sources, nil)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"cmp"
+	"context"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -18,9 +19,9 @@ type configMap struct {
 	Binary present     `json:"binaryData"`
 }
 
-// displayName names it for people.
-func (m *configMap) displayName() string {
-	return "ConfigMap " + m.Metadata.Namespace + "/" + m.Metadata.Name
+// id identifies the ConfigMap among the sources of overrides.
+func (m *configMap) id() sourceID {
+	return sourceID{kind: "ConfigMap", namespace: m.Metadata.Namespace, name: m.Metadata.Name}
 }
 
 // present is whether a field of an object is there, whatever it holds.
@@ -56,13 +57,38 @@ type configMaps struct {
 	current []map[string]configMapState // of each watcher by name, nil before its LIST. Guarded by mu.
 	applied []sourceContent             // the last. Guarded by mu.
 
-	objects atomic.Pointer[map[string]apiObject] // whose overrides were applied last, by their titles
+	objects atomic.Pointer[map[sourceID]apiObject] // whose overrides were applied last
 }
 
 // configMapState is a ConfigMap whose overrides are in force.
 type configMapState struct {
 	*configMap
 	absent bool
+}
+
+// newConfigMaps follows the ConfigMaps with these names in a Kubernetes namespace or,
+// if selector is not "", those that the label selector chooses. update gets their
+// overrides. podName is this router's, for Events.
+func newConfigMaps(k kubeClient, namespace string, names []string, selector, podName string,
+	update func(...sourceContent), log *slog.Logger) *configMaps {
+	c := &configMaps{update: update, events: newEventRecorder(k, podName, log), log: log}
+	for _, name := range names {
+		c.addWatcher(k, namespace, name, "")
+	}
+	if selector != "" {
+		c.addWatcher(k, namespace, "", selector)
+	}
+	return c
+}
+
+// run watches the ConfigMaps and writes Events until ctx ends.
+func (c *configMaps) run(ctx context.Context) {
+	var running sync.WaitGroup
+	for _, w := range c.watchers {
+		running.Go(func() { w.run(ctx) })
+	}
+	running.Go(func() { c.events.run(ctx) })
+	running.Wait()
 }
 
 // addWatcher adds a watcher: of the ConfigMap with the name, or of those that the
@@ -88,21 +114,21 @@ func (c *configMaps) apply(i int, set map[string]*configMap) {
 	for name, m := range before {
 		switch there := set[name] != nil; {
 		case !there && len(set) > 0:
-			c.log.Info("the object is no longer selected, its overrides are out of force", "object", m.displayName(),
+			c.log.Info("the object is no longer selected, its overrides are out of force", "object", m.id().String(),
 				"version", m.Metadata.ResourceVersion)
 			continue
 		case !there && !m.absent:
-			c.log.Warn("there is no such object any more, its overrides stay in force", "object", m.displayName(),
+			c.log.Warn("there is no such object any more, its overrides stay in force", "object", m.id().String(),
 				"version", m.Metadata.ResourceVersion)
 		case there && m.absent:
-			c.log.Info("the object is there again", "object", m.displayName(), "version", set[name].Metadata.ResourceVersion)
+			c.log.Info("the object is there again", "object", m.id().String(), "version", set[name].Metadata.ResourceVersion)
 		}
 		now[name] = configMapState{m.configMap, true}
 	}
 	for name, m := range set {
 		now[name] = configMapState{m, false}
 		if was := before[name].configMap; bool(m.Binary) && (was == nil || !bool(was.Binary) || !was.Data.equal(&m.Data)) {
-			c.log.Warn("binaryData is ignored", "object", m.displayName(), "version", m.Metadata.ResourceVersion)
+			c.log.Warn("binaryData is ignored", "object", m.id().String(), "version", m.Metadata.ResourceVersion)
 		}
 	}
 	if c.current[i] = now; len(now) == 0 {
@@ -127,10 +153,10 @@ func (c *configMaps) updateTable() {
 		return cmp.Or(cmp.Compare(a.Metadata.Namespace, b.Metadata.Namespace), cmp.Compare(a.Metadata.Name, b.Metadata.Name))
 	})
 	var sources []sourceContent
-	objects := map[string]apiObject{}
+	objects := map[sourceID]apiObject{}
 	for _, m := range all {
-		objects[m.displayName()] = m.apiObject
-		sources = append(sources, sourceContent{source: m.displayName(), version: m.Metadata.ResourceVersion, overrides: &m.Data})
+		objects[m.id()] = m.apiObject
+		sources = append(sources, sourceContent{id: m.id(), version: m.Metadata.ResourceVersion, overrides: &m.Data})
 	}
 	if slices.Equal(sources, c.applied) {
 		return
@@ -151,7 +177,7 @@ func (c *configMaps) reportChange(change sourceChange) {
 	if objects == nil {
 		return // it is of the mounted copy, before the API server was heard
 	}
-	if o, ok := (*objects)[change.source]; ok {
+	if o, ok := (*objects)[change.id]; ok {
 		c.events.reportChange(o, change)
 	}
 }
@@ -204,7 +230,7 @@ func (c *configMaps) watchedObjects() (all []watchedObject) {
 	for i, w := range c.watchers {
 		for _, name := range slices.Sorted(maps.Keys(c.current[i])) {
 			m := c.current[i][name]
-			all = append(all, watchedObject{m.displayName(), m.Metadata.UID, m.Metadata.ResourceVersion, m.absent})
+			all = append(all, watchedObject{m.id().String(), m.Metadata.UID, m.Metadata.ResourceVersion, m.absent})
 		}
 		if len(c.current[i]) == 0 {
 			all = append(all, watchedObject{object: w.String(), absent: c.current[i] != nil})

@@ -17,14 +17,15 @@ import (
 func fakeMaps(t *testing.T, names ...string) (*configMaps, *router, *logTail) {
 	t.Helper()
 	r, log := loggedRouter(t)
-	c := &configMaps{update: r.update, events: newEventRecorder(kubeClient{}, "router-x", r.log), log: r.log}
-	r.onChange = c.reportChange
-	for _, name := range names {
-		c.addWatcher(kubeClient{}, "edge", name, "")
-	}
+	selector := ""
 	if len(names) == 0 {
-		c.addWatcher(kubeClient{}, "edge", "", "a=b")
+		selector = "a=b"
 	}
+	var c *configMaps
+	r.addSource(false, func(update func(...sourceContent)) overrideSource {
+		c = newConfigMaps(kubeClient{}, "edge", names, selector, "router-x", update, r.log)
+		return c
+	})
 	return c, r, log
 }
 

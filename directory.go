@@ -27,10 +27,9 @@ const (
 // Linux only and silent on some network and mounted file systems.
 type directory struct {
 	// Static after construction.
-	path        string
-	provisional bool // it is a copy of what the API server has
-	update      func(sourceContent)
-	log         *slog.Logger
+	path   string
+	update func(...sourceContent) // gets the overrides, once for each change
+	log    *slog.Logger
 
 	lastError atomic.Pointer[string] // why the last look failed; nil if it did not
 
@@ -38,6 +37,9 @@ type directory struct {
 	lastSignature    string // the signature of the last look
 	appliedSignature string // the signature of what was given to update
 }
+
+// id identifies the directory among the sources of overrides.
+func (d *directory) id() sourceID { return sourceID{kind: "directory", name: d.path} }
 
 // run looks until ctx ends. What it finds counts when two looks agree: a file
 // may be half written at the first.
@@ -58,7 +60,7 @@ func (d *directory) whyNotReady() string {
 	if problem := d.lastError.Load(); problem != nil {
 		return *problem
 	}
-	return "directory " + d.path + " was not read yet"
+	return d.id().String() + " was not read yet"
 }
 
 // poll compares the directory with the last look, and applies what is new and
@@ -87,7 +89,7 @@ func (d *directory) apply(signature string) error {
 	}
 	d.appliedSignature = signature
 	d.lastError.Store(nil)
-	d.update(sourceContent{source: "directory " + d.path, version: version, overrides: newOverrideSet(data), provisional: d.provisional})
+	d.update(sourceContent{id: d.id(), version: version, overrides: newOverrideSet(data)})
 	return nil
 }
 

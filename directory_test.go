@@ -25,7 +25,7 @@ func newFakeDir(t *testing.T) *fakeDir {
 	d := &fakeDir{logged: &fakeKubeLog{}}
 	d.directory = &directory{
 		path:   filepath.Join(t.TempDir(), "overrides"),
-		update: func(src sourceContent) { d.applied = append(d.applied, src) },
+		update: func(contents ...sourceContent) { d.applied = append(d.applied, contents...) },
 		log:    slog.New(slog.NewTextHandler(d.logged, nil)),
 	}
 	d.mkdir(t, "")
@@ -93,7 +93,7 @@ func TestDirectoryFollowsFiles(t *testing.T) {
 	one := d.applied[0]
 	d.write(t, "ns-01", "backend-10")
 	d.want(t, map[string]string{"ns-01": "backend-10", "ns-02": "backend-2"})
-	if d.applied[0].version == one.version || one.source != "directory "+d.path || one.provisional {
+	if d.applied[0].version == one.version || one.id.String() != "directory "+d.path {
 		t.Errorf("%+v, then version %s", one, d.applied[0].version)
 	}
 	d.remove(t, "ns-02")
@@ -241,7 +241,8 @@ func TestDirectoryMissing(t *testing.T) {
 func TestDirectoryAndTable(t *testing.T) {
 	d := newFakeDir(t)
 	r := &router{statefulSet: "backend", backends: ordinals{count: 4}, log: d.log, onSwap: func() {}}
-	d.directory.update, d.provisional = func(src sourceContent) { r.update(src) }, true
+	_, live := r.addFakeSource(false)
+	_, d.directory.update = r.addFakeSource(true)
 	look := func(want string) {
 		t.Helper()
 		for range 4 {
@@ -259,7 +260,7 @@ func TestDirectoryAndTable(t *testing.T) {
 	look("map[ns-01:1 ns-02:2 ns-03:3]")
 	d.remove(t, "")
 	look("map[ns-01:1 ns-02:2 ns-03:3]")
-	r.update(sourceContent{source: "ConfigMap edge/routes", version: "7", overrides: newOverrideSet(map[string]string{"ns-01": "backend-0"})})
+	live(sourceContent{id: sourceID{"ConfigMap", "edge", "routes"}, version: "7", overrides: newOverrideSet(map[string]string{"ns-01": "backend-0"})})
 	d.mkdir(t, "")
 	d.write(t, "ns-01", "backend-3")
 	look("map[ns-01:0]")
@@ -272,7 +273,7 @@ func TestDirectoryAndTable(t *testing.T) {
 func TestDirectoryRun(t *testing.T) {
 	d := newFakeDir(t)
 	applied := make(chan sourceContent, 10)
-	d.directory.update = func(src sourceContent) { applied <- src }
+	d.directory.update = func(contents ...sourceContent) { applied <- contents[0] }
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
 	go func() { defer close(done); d.run(ctx) }()

@@ -92,7 +92,7 @@ func rejectedMessage(c sourceChange) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%d entries are not in force as written", c.rejected)
 	for i, bad := range c.examples {
-		one := fmt.Sprintf("; %s: %q, want %s, stays: %s", bad.namespace, bad.Value, bad.Expected, bad.Previous)
+		one := fmt.Sprintf("; %s, stays: %s", bad, bad.Previous)
 		more := fmt.Sprintf("; and %d more", c.rejected-i)
 		if b.Len()+len(one)+len(more) > maxEventMessage {
 			return b.String() + more

@@ -29,7 +29,7 @@ func fakeRecorder(t *testing.T, posts fakeKubeScript) (*eventRecorder, *fakeKube
 // fakeChange is what version n of edge/routes did.
 func fakeChange(n int) (apiObject, sourceChange) {
 	m := fakeMap("routes", fmt.Sprint(n), "")
-	return m.apiObject, sourceChange{sourceContent: sourceContent{source: m.displayName(), version: fmt.Sprint(n)}, added: 3, changed: 2, removed: 1}
+	return m.apiObject, sourceChange{sourceContent: sourceContent{id: m.id(), version: fmt.Sprint(n)}, added: 3, changed: 2, removed: 1}
 }
 
 var fakeCreated = fakeKubeSay(201, `{"kind":"Event"}`)

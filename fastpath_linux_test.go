@@ -441,7 +441,7 @@ func TestFastPathHolds(t *testing.T) {
 		p, addr := start(t, patience)
 		conn := p.send(t, "ns-01")
 		p.waitHeld(t, 1)
-		p.router.update(sourceContent{source: "test", version: "42", overrides: newOverrideSet(map[string]string{"ns-01": "backend-1"})})
+		p.router.update(sourceContent{id: sourceID{name: "test"}, version: "42", overrides: newOverrideSet(map[string]string{"ns-01": "backend-1"})})
 		backend := startStub(t, addr, echo)
 		mustAnswer(t, conn, http.StatusSwitchingProtocols)
 		if head := backend.heads()[0]; !strings.Contains(head, headerBackend+": backend-1\r\n") || !strings.Contains(head, headerTable+": "+p.router.table().stamp+"\r\n") {

@@ -590,7 +590,7 @@ func startProxy(t testing.TB, addrs []string, data map[string]string, change fun
 		limits: limits{holdTimeout: patience, handshakeTimeout: patience, headerTimeout: patience, headerBytes: 8 << 10, headerFields: 100, sessions: 1000, pendingUpgrades: 1000},
 	}
 	if data != nil {
-		router.update(sourceContent{source: "test", version: "41", overrides: newOverrideSet(data)})
+		router.update(sourceContent{id: sourceID{name: "test"}, version: "41", overrides: newOverrideSet(data)})
 	}
 	if change != nil {
 		change(p)

@@ -194,29 +194,19 @@ func (p *program) addSources(kubeClient *kubeClient, namespace string, endpoints
 		p.tasks = append(p.tasks, endpoints.watcher.run, p.admin.replicaWatcher.watcher.run, p.admin.replicaWatcher.keepActiveCount)
 	}
 	if kubeClient != nil {
-		events := newEventRecorder(*kubeClient, p.config.podName, p.log)
-		maps := &configMaps{update: router.update, events: events, log: p.log}
-		for _, name := range p.config.configMaps {
-			maps.addWatcher(*kubeClient, namespace, name, "")
-		}
-		if p.config.selector != "" {
-			maps.addWatcher(*kubeClient, namespace, "", p.config.selector)
-		}
-		for _, w := range maps.watchers {
-			p.tasks = append(p.tasks, w.run)
-		}
-		p.tasks = append(p.tasks, events.run)
-		router.onChange, p.mover.onFinished = maps.reportChange, maps.reportMove
-		p.admin.configMaps = maps
-		p.admin.overridesNotReady = maps.whyNotReady
+		router.addSource(false, func(update func(...sourceContent)) overrideSource {
+			c := newConfigMaps(*kubeClient, namespace, p.config.configMaps, p.config.selector, p.config.podName, update, p.log)
+			p.admin.configMaps, p.mover.onFinished = c, c.reportMove
+			return c
+		})
 	}
-	if p.config.overrides != "" {
-		d := &directory{path: p.config.overrides, provisional: kubeClient != nil, log: p.log,
-			update: func(src sourceContent) { router.update(src) }}
-		p.tasks = append(p.tasks, d.run)
-		if kubeClient == nil {
-			p.admin.overridesNotReady = d.whyNotReady
-		}
+	if path := p.config.overrides; path != "" {
+		router.addSource(kubeClient != nil, func(update func(...sourceContent)) overrideSource {
+			return &directory{path: path, update: update, log: p.log}
+		})
+	}
+	for _, source := range router.sources {
+		p.tasks = append(p.tasks, source.run)
 	}
 }
 

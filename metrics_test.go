@@ -224,7 +224,7 @@ func TestMetricsEscapeLabels(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			a, update := adminOf(t, "127.0.0.1:1")
-			update(sourceContent{source: tt.source, version: tt.source})
+			update(sourceContent{id: sourceID{name: tt.source}, version: tt.source})
 			var out strings.Builder
 			a.writeMetrics(&out)
 			e, err := parseExposition(out.String())

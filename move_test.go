@@ -48,7 +48,7 @@ func TestMoveExactlyThose(t *testing.T) {
 		defer mustRead(t, conn, "pong")
 		defer mustWrite(t, conn, "pong")
 	}
-	p.router.update(sourceContent{source: "test", version: "42", overrides: newOverrideSet(after)})
+	p.router.update(sourceContent{id: sourceID{name: "test"}, version: "42", overrides: newOverrideSet(after)})
 	for _, conn := range leaving {
 		mustFrames(t, conn, false, restarts)
 		conn.Close()
@@ -73,7 +73,7 @@ func (p *testProxy) waitMoved(t *testing.T, n int) {
 // leave a session behind with its old owner.
 func TestMoveAtSessionStart(t *testing.T) {
 	p := startProxy(t, []string{"127.0.0.1:1", "127.0.0.1:1"}, map[string]string{"ns-01": "backend-0"}, nil)
-	p.router.update(sourceContent{source: "test", version: "42", overrides: newOverrideSet(map[string]string{"ns-01": "backend-1"})})
+	p.router.update(sourceContent{id: sourceID{name: "test"}, version: "42", overrides: newOverrideSet(map[string]string{"ns-01": "backend-1"})})
 	client, clientFar := tcpPair(t)
 	server, serverFar := tcpPair(t)
 	p.pendingUpgrades.add(0, 1)
@@ -173,9 +173,9 @@ func TestMoveBeforeTheTable(t *testing.T) {
 			}
 		}
 	}
-	p.router.update(sourceContent{source: "test", version: "1", overrides: newOverrideSet(map[string]string{"ns-01": "backend-0"})})
+	p.router.update(sourceContent{id: sourceID{name: "test"}, version: "1", overrides: newOverrideSet(map[string]string{"ns-01": "backend-0"})})
 	p.open(t, "ns-01")
-	p.router.update(sourceContent{source: "test", version: "2", overrides: newOverrideSet(map[string]string{"ns-01": "backend-1"})})
+	p.router.update(sourceContent{id: sourceID{name: "test"}, version: "2", overrides: newOverrideSet(map[string]string{"ns-01": "backend-1"})})
 	p.waitMoved(t, 1)
 }
 
@@ -242,7 +242,7 @@ func TestMoveOfWhoWaitsForTheOldPod(t *testing.T) {
 	both(t, func(t *testing.T, request string) {
 		p, old, fresh, other := replaced(t, nil)
 		held := p.hang(t, request)
-		p.router.update(sourceContent{source: "test", version: "42", overrides: newOverrideSet(map[string]string{"ns-01": "backend-1"})})
+		p.router.update(sourceContent{id: sourceID{name: "test"}, version: "42", overrides: newOverrideSet(map[string]string{"ns-01": "backend-1"})})
 		old.Close()
 		mustAnswer(t, held, 101)
 		if n := fresh.heads(); len(n) != 0 {
@@ -358,7 +358,7 @@ func (m *moveTest) recordClose(s *session, done func(cut bool)) bool {
 // table puts overrides in force.
 func (m *moveTest) table(data map[string]string) {
 	version := fmt.Sprint(m.router.swaps.Load())
-	m.router.update(sourceContent{source: "test", version: version, overrides: newOverrideSet(data)})
+	m.router.update(sourceContent{id: sourceID{name: "test"}, version: version, overrides: newOverrideSet(data)})
 }
 
 // after waits, and returns the sessions that have parted by then.

@@ -371,7 +371,7 @@ func TestProxyMovedInHandshake(t *testing.T) {
 	p := startProxy(t, []string{backend.addr, other.addr}, map[string]string{"ns-01": "backend-0"}, nil)
 	conn := p.send(t, "ns-01")
 	<-asked
-	p.router.update(sourceContent{source: "test", version: "42", overrides: newOverrideSet(map[string]string{"ns-01": "backend-1"})})
+	p.router.update(sourceContent{id: sourceID{name: "test"}, version: "42", overrides: newOverrideSet(map[string]string{"ns-01": "backend-1"})})
 	close(swapped)
 	mustAnswer(t, conn, 101)
 	stamp := p.router.table().stamp
@@ -656,7 +656,7 @@ func TestHoldFollowsTheTable(t *testing.T) {
 	p := startProxy(t, []string{refusingAddr(t), other.addr}, map[string]string{"ns-01": "backend-0"}, nil)
 	conn := p.send(t, "ns-01")
 	p.waitPending(t, 1)
-	p.router.update(sourceContent{source: "test", version: "42", overrides: newOverrideSet(map[string]string{"ns-01": "backend-1"})})
+	p.router.update(sourceContent{id: sourceID{name: "test"}, version: "42", overrides: newOverrideSet(map[string]string{"ns-01": "backend-1"})})
 	mustAnswer(t, conn, 101)
 	stamp := p.router.table().stamp
 	if head := other.heads()[0]; !strings.Contains(head, "X-Router-Table: "+stamp+"\r\n") {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"cmp"
+	"context"
 	"fmt"
 	"hash/fnv"
 	"iter"
@@ -29,12 +30,47 @@ const (
 	invalidValue = -3
 )
 
-// sourceContent is what one source of overrides holds at one moment.
+// sourceID identifies an object that holds overrides: a ConfigMap or a directory.
+type sourceID struct {
+	kind      string // "ConfigMap" or "directory"
+	namespace string // the Kubernetes namespace; "" for a directory
+	name      string // the ConfigMap's name, or the directory's path
+}
+
+// String returns the name that people read: "ConfigMap edge/overwriting".
+func (id sourceID) String() string {
+	switch id.kind {
+	case "":
+		return id.name
+	case "directory":
+		return id.kind + " " + id.name
+	}
+	return id.kind + " " + id.namespace + "/" + id.name
+}
+
+// sourceContent is the content of one object that holds overrides, at one moment.
 type sourceContent struct {
-	source      string // for people: "ConfigMap edge/overwriting"
-	version     string // the ConfigMap's resourceVersion, or a hash of a directory
-	overrides   *overrideSet
-	provisional bool // a copy that may lag: counts only until the API server was heard
+	id        sourceID
+	version   string // the ConfigMap's resourceVersion, or a hash of the directory's files
+	overrides *overrideSet
+}
+
+// overrideSource reads overrides from one place, as configMaps and directory do. It
+// gives all that it holds to the update function with which it was created: first when
+// that is complete, then after each change.
+type overrideSource interface {
+	// run reads the source until ctx ends.
+	run(ctx context.Context)
+	// whyNotReady says why the source has not called update yet. "" means that it has,
+	// or is about to.
+	whyNotReady() string
+}
+
+// changeReporter is an overrideSource that reports what its overrides changed.
+type changeReporter interface {
+	// reportChange reports a change that is in force. It must not block. It gets the
+	// changes of all sources.
+	reportChange(sourceChange)
 }
 
 // table says who owns which namespace. It is immutable: an update makes a new
@@ -124,7 +160,7 @@ func versionOf(sources []sourceContent) string {
 	}
 	sum := fnv.New64a()
 	for _, src := range sources {
-		fmt.Fprintf(sum, "%q %q\n", src.source, src.version)
+		fmt.Fprintf(sum, "%q %q\n", src.id.String(), src.version)
 	}
 	return fmt.Sprintf("%d-%016x", len(sources), sum.Sum64())
 }
@@ -279,6 +315,12 @@ type rejection struct {
 	Key       string `json:"key,omitempty"` // of an entry that is of no namespace
 }
 
+// String names the entry and says what would be right:
+// `ns-01: "bakend-2", want backend-0 to backend-3`.
+func (r rejection) String() string {
+	return fmt.Sprintf("%s: %q, want %s", r.namespace, r.Value, r.Expected)
+}
+
 // maxQuotedValue is how much of a rejected value is shown, in bytes: a value may
 // be 1 MiB of anything.
 const maxQuotedValue = 64
@@ -320,7 +362,7 @@ func (t *table) rejectionsOf(namespace string) (all []rejection) {
 // check reports whether an entry of the i-th source is rejected.
 func (t *table) check(i int, r override) (bad rejection, ok bool) {
 	s := findSlot(&t.index, r.namespace, r.hash)
-	bad = rejection{namespace: string(r.namespace), Source: t.sources[i].source, Previous: "nothing"}
+	bad = rejection{namespace: string(r.namespace), Source: t.sources[i].id.String(), Previous: "nothing"}
 	invalid := t.isInvalidName(r)
 	switch {
 	case invalid:
@@ -372,16 +414,15 @@ type router struct {
 	statefulSet string
 	fromHost    bool // a namespace is the first label of a host name
 	log         *slog.Logger
-	onSwap      func()             // called after each swap; must not block
-	onChange    func(sourceChange) // gets what each source did in a swap; must not block. Or nil.
+	onSwap      func()          // called after each swap; must not block
+	sources     []*routerSource // in the order of addSource
 
 	current atomic.Pointer[table] // nil until entries and backends are known, never again
 	swaps   atomic.Int64
 
 	// Guarded by mu, which serialises swaps.
 	mu       sync.Mutex
-	live     bool            // entries that are not stale came
-	sources  []sourceContent // the last, nil before the first
+	contents []sourceContent // of the sources, merged; nil before they are known
 	backends ordinals        // none before they are known
 	revision string          // of the StatefulSet, when it came to have these
 }
@@ -389,19 +430,70 @@ type router struct {
 // table returns the table in force, nil if there was none yet.
 func (r *router) table() *table { return r.current.Load() }
 
-// update puts a table made of all sources of overrides in force.
-func (r *router) update(sources ...sourceContent) {
+// routerSource is a source of overrides that a router merges with the others.
+type routerSource struct {
+	overrideSource
+	provisional bool            // a copy that may lag
+	contents    []sourceContent // nil before the first. Guarded by router.mu.
+}
+
+// addSource adds a source of overrides, which create makes: the source gives its
+// contents to update. A provisional source counts only until all others have given
+// theirs. The caller runs the source. addSource must not be called once one runs.
+func (r *router) addSource(provisional bool, create func(update func(...sourceContent)) overrideSource) {
+	s := &routerSource{provisional: provisional}
+	s.overrideSource = create(func(contents ...sourceContent) { r.setContents(s, contents) })
+	r.sources = append(r.sources, s)
+}
+
+// whyNoOverrides says why not all overrides are known yet, or "".
+func (r *router) whyNoOverrides() string {
+	var all []string
+	for _, s := range r.sources {
+		if s.provisional {
+			continue
+		}
+		if why := s.whyNotReady(); why != "" {
+			all = append(all, why)
+		}
+	}
+	return strings.Join(all, "; ")
+}
+
+// setContents replaces the contents of one source, and puts a table of all sources in
+// force once they are known.
+func (r *router) setContents(s *routerSource, contents []sourceContent) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	provisional := len(sources) > 0 && sources[0].provisional
-	if provisional && r.live {
-		return
-	}
-	r.live = r.live || !provisional
-	r.sources = append([]sourceContent{}, sources...)
-	if !r.updateVersions() {
+	s.contents = append([]sourceContent{}, contents...)
+	if r.contents = r.mergeContents(); r.contents != nil && !r.updateVersions() {
 		r.swap()
 	}
+}
+
+// mergeContents returns the contents of all sources in their order, without the
+// provisional ones. Until each of the others has given its contents, it returns the
+// provisional ones alone, nil if there are none. The caller holds r.mu.
+func (r *router) mergeContents() []sourceContent {
+	var live, provisional []sourceContent
+	complete := true
+	for _, s := range r.sources {
+		if s.provisional {
+			provisional = append(provisional, s.contents...)
+			continue
+		}
+		complete = complete && s.contents != nil
+		live = append(live, s.contents...)
+	}
+	if !complete {
+		return provisional
+	}
+	for _, s := range r.sources {
+		if s.provisional {
+			s.contents = nil // never read again
+		}
+	}
+	return append([]sourceContent{}, live...)
 }
 
 // updateVersions reports whether the sources have nothing new but their versions, as after
@@ -413,11 +505,11 @@ func (r *router) updateVersions() bool {
 	if t == nil {
 		return false
 	}
-	same := len(r.sources) == len(t.sources)
-	for i := range r.sources {
-		src := &r.sources[i]
+	same := len(r.contents) == len(t.sources)
+	for i := range r.contents {
+		src := &r.contents[i]
 		src.overrides = cmp.Or(src.overrides, &overrideSet{})
-		j := slices.IndexFunc(t.sources, sourceNamed(src.source))
+		j := slices.IndexFunc(t.sources, hasID(src.id))
 		if j >= 0 && src.overrides.equal(t.sources[j].overrides) {
 			src.overrides = t.sources[j].overrides
 		}
@@ -425,15 +517,15 @@ func (r *router) updateVersions() bool {
 	}
 	if same {
 		next := *t
-		next.sources, next.version = slices.Clone(r.sources), versionOf(r.sources)
+		next.sources, next.version = slices.Clone(r.contents), versionOf(r.contents)
 		r.current.Store(&next)
 	}
 	return same
 }
 
-// sourceNamed returns a function that finds the source of the name.
-func sourceNamed(source string) func(sourceContent) bool {
-	return func(src sourceContent) bool { return src.source == source }
+// hasID returns a function that reports whether a content is of the object with this ID.
+func hasID(id sourceID) func(sourceContent) bool {
+	return func(src sourceContent) bool { return src.id == id }
 }
 
 // setBackends puts a table for these backends in force, at least one. Entries are
@@ -451,20 +543,22 @@ func (r *router) setBackends(backends ordinals, revision string) {
 // swap puts a table of what is known now in force, once all of it is, and tells
 // what that did. mu is held.
 func (r *router) swap() {
-	if r.sources == nil || r.backends.count == 0 {
+	if r.contents == nil || r.backends.count == 0 {
 		return
 	}
 	old := r.table()
 	t := &table{statefulSet: r.statefulSet, fromHost: r.fromHost, backends: r.backends, revision: r.revision}
-	t.build(r.sources, old)
+	t.build(r.contents, old)
 	r.current.Store(t)
 	r.swaps.Add(1)
 	r.onSwap()
 	all := t.changes(old)
 	r.logSwap(t, all)
-	for _, c := range all {
-		if r.onChange != nil {
-			r.onChange(c)
+	for _, s := range r.sources {
+		if reporter, ok := s.overrideSource.(changeReporter); ok {
+			for _, c := range all {
+				reporter.reportChange(c)
+			}
 		}
 	}
 	if len(t.index.slots) > largeIndexSlots {
@@ -501,7 +595,7 @@ func (t *table) changes(old *table) (all []sourceChange) {
 		old = newTable(t.statefulSet, t.backends, nil, nil)
 	}
 	for i, src := range t.sources {
-		before, j := &overrideSet{}, slices.IndexFunc(old.sources, sourceNamed(src.source))
+		before, j := &overrideSet{}, slices.IndexFunc(old.sources, hasID(src.id))
 		if j >= 0 {
 			before = old.sources[j].overrides
 		}
@@ -519,10 +613,10 @@ func (t *table) changes(old *table) (all []sourceChange) {
 		all = append(all, c)
 	}
 	for _, src := range old.sources {
-		if slices.ContainsFunc(t.sources, sourceNamed(src.source)) {
+		if slices.ContainsFunc(t.sources, hasID(src.id)) {
 			continue
 		}
-		c := sourceChange{sourceContent: sourceContent{source: src.source}}
+		c := sourceChange{sourceContent: sourceContent{id: src.id}}
 		for r := range src.overrides.all() {
 			if t.overrideOrdinal(r) == byHash {
 				c.countChange(old.overrideOrdinal(r), byHash)
@@ -579,7 +673,7 @@ func addExample(examples []rejection, bad rejection) []rejection {
 // sourceName names the sources for people.
 func (t *table) sourceName() string {
 	if len(t.sources) == 1 {
-		return t.sources[0].source
+		return t.sources[0].id.String()
 	}
 	return fmt.Sprintf("%d objects", len(t.sources))
 }
@@ -589,7 +683,7 @@ func (t *table) sourceName() string {
 func (r *router) logSwap(t *table, all []sourceChange) {
 	source, sum, rejected := t.sourceName(), sourceChange{}, 0
 	if len(all) == 1 {
-		source = all[0].source
+		source = all[0].id.String()
 	}
 	for _, c := range all {
 		sum.added, sum.changed, sum.removed = sum.added+c.added, sum.changed+c.changed, sum.removed+c.removed
@@ -602,11 +696,11 @@ func (r *router) logSwap(t *table, all []sourceChange) {
 		"rejected", rejected, "conflicts", t.conflicts)
 	for _, c := range all {
 		for _, bad := range c.newExamples {
-			r.log.Warn("entry rejected", "source", c.source, "version", c.version,
+			r.log.Warn("entry rejected", "source", c.id.String(), "version", c.version,
 				"namespace", bad.namespace, "value", bad.Value, "want", bad.Expected, "kept", bad.Previous)
 		}
 		if c.newlyRejected > maxExamples {
-			r.log.Warn("more entries rejected", "source", c.source, "count", c.newlyRejected-maxExamples)
+			r.log.Warn("more entries rejected", "source", c.id.String(), "count", c.newlyRejected-maxExamples)
 		}
 	}
 }
@@ -624,7 +718,7 @@ func (r *router) writeMetrics(m metricsWriter) {
 	m.single("router_table_backends", "gauge", "Backends that namespaces are hashed over.", float64(t.backends.count))
 	m.family("router_table_rejected_entries", "gauge", "Entries that cannot be read.")
 	for i, src := range t.sources {
-		m.sample("router_table_rejected_entries", float64(t.rejected[i]), "object", src.source)
+		m.sample("router_table_rejected_entries", float64(t.rejected[i]), "object", src.id.String())
 	}
 	m.single("router_table_conflicts", "gauge", "Namespaces that objects give to different backends.", float64(t.conflicts))
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"log/slog"
@@ -19,7 +20,7 @@ import (
 
 // tableOf makes a table of one source.
 func tableOf(backends int, data map[string]string, old *table) *table {
-	return newTable("backend", ordinals{count: backends}, []sourceContent{{source: "test", version: "1", overrides: newOverrideSet(data)}}, old)
+	return newTable("backend", ordinals{count: backends}, []sourceContent{{id: sourceID{name: "test"}, version: "1", overrides: newOverrideSet(data)}}, old)
 }
 
 // overridesOf are the namespaces of which the table does not ask the hash.
@@ -125,7 +126,7 @@ func TestTableReadsAll(t *testing.T) {
 	for i := range each {
 		a[fmt.Sprintf("a-%d", i)], b[fmt.Sprintf("b-%d", i)] = "backend-1", "backend-2"
 	}
-	table := newTable("backend", ordinals{count: 4}, []sourceContent{{source: "a", overrides: newOverrideSet(a)}, {source: "b", overrides: newOverrideSet(b)}}, nil)
+	table := newTable("backend", ordinals{count: 4}, []sourceContent{{id: sourceID{name: "a"}, overrides: newOverrideSet(a)}, {id: sourceID{name: "b"}, overrides: newOverrideSet(b)}}, nil)
 	if table.overrides != 2*each {
 		t.Errorf("%d overrides, want %d", table.overrides, 2*each)
 	}
@@ -213,7 +214,7 @@ func TestStamp(t *testing.T) {
 	of := func(first, count int, sources ...string) *table {
 		var all []sourceContent
 		for i, data := range sources {
-			all = append(all, sourceContent{source: fmt.Sprint(i), version: data, overrides: newOverrideSet(pairs(data))})
+			all = append(all, sourceContent{id: sourceID{name: fmt.Sprint(i)}, version: data, overrides: newOverrideSet(pairs(data))})
 		}
 		return newTable("backend", ordinals{first, count}, all, nil)
 	}
@@ -541,7 +542,7 @@ func TestMergeModel(t *testing.T) {
 			}
 			var all []sourceContent
 			for i, data := range sources {
-				all = append(all, sourceContent{source: fmt.Sprint("source-", i), version: fmt.Sprint(step), overrides: newOverrideSet(data)})
+				all = append(all, sourceContent{id: sourceID{name: fmt.Sprint("source-", i)}, version: fmt.Sprint(step), overrides: newOverrideSet(data)})
 			}
 			before := model
 			var conflicts int
@@ -608,6 +609,32 @@ func wantCounts(t *testing.T, next, old *table, before, after mergeModel) {
 				sum.added, sum.changed, sum.removed, want.added, want.changed, want.removed)
 		}
 	}
+}
+
+// fakeSource is a source of overrides that reads nothing: its test calls update.
+type fakeSource struct {
+	notReady string
+	changes  []sourceChange // that it had to report
+}
+
+func (s *fakeSource) run(context.Context)         {}
+func (s *fakeSource) whyNotReady() string         { return s.notReady }
+func (s *fakeSource) reportChange(c sourceChange) { s.changes = append(s.changes, c) }
+
+// addFakeSource adds a fakeSource to the router, and returns its update function.
+func (r *router) addFakeSource(provisional bool) (s *fakeSource, update func(...sourceContent)) {
+	s = &fakeSource{}
+	r.addSource(provisional, func(u func(...sourceContent)) overrideSource { update = u; return s })
+	return s, update
+}
+
+// update gives the router the contents of its first source. It adds a fakeSource if
+// the router has no source.
+func (r *router) update(contents ...sourceContent) {
+	if r.sources == nil {
+		r.addFakeSource(false)
+	}
+	r.setContents(r.sources[0], contents)
 }
 
 // loggedRouter is a router of 4 backends and its log.
@@ -692,16 +719,44 @@ func TestRouterReportsEachSwap(t *testing.T) {
 // TestRouterProvisionalSource: a copy counts only until the source was heard.
 func TestRouterProvisionalSource(t *testing.T) {
 	r, _ := loggedRouter(t)
+	_, live := r.addFakeSource(false)
+	_, provisional := r.addFakeSource(true)
 	steps := []struct {
 		version string
-		stale   bool
+		update  func(...sourceContent)
 		want    string
-	}{{"copy-1", true, "copy-1"}, {"copy-2", true, "copy-2"}, {"7", false, "7"}, {"copy-3", true, "7"}, {"8", false, "8"}}
+	}{{"copy-1", provisional, "copy-1"}, {"copy-2", provisional, "copy-2"}, {"7", live, "7"}, {"copy-3", provisional, "7"}, {"8", live, "8"}}
 	for _, step := range steps {
-		r.update(sourceContent{version: step.version, provisional: step.stale})
+		step.update(sourceContent{version: step.version})
 		if got := r.table().version; got != step.want {
 			t.Errorf("after %q the table is of %q, want %q", step.version, got, step.want)
 		}
+	}
+}
+
+// TestRouterMergesSources: the table is of all sources in the order in which they were
+// added, once each has given its contents. A later update of one keeps the others'.
+func TestRouterMergesSources(t *testing.T) {
+	r, _ := loggedRouter(t)
+	first, updateFirst := r.addFakeSource(false)
+	second, updateSecond := r.addFakeSource(false)
+	content := func(name, data string) sourceContent {
+		return sourceContent{id: sourceID{name: name}, version: data, overrides: newOverrideSet(pairs(data))}
+	}
+	first.notReady, second.notReady = "a is missing", "b is missing"
+	if why := r.whyNoOverrides(); why != "a is missing; b is missing" {
+		t.Errorf("why %q", why)
+	}
+	updateSecond(content("b", "x=backend-2"))
+	if r.table() != nil {
+		t.Fatal("there is a table before the first source has given its contents")
+	}
+	updateFirst(content("a", "y=backend-1"))
+	wantTable(t, r, "x=2 y=1")
+	updateFirst(content("a", "y=backend-3"), content("c", "z=backend-0"))
+	wantTable(t, r, "x=2 y=3 z=0")
+	if got := sourceNames(r.table().sources); got != "a, c, b" {
+		t.Errorf("the sources are %s, want a, c, b", got)
 	}
 }
 
@@ -711,7 +766,7 @@ func TestRouterReports(t *testing.T) {
 	for i := range 25 {
 		data[fmt.Sprintf("bad-%02d", i)] = "bakend-" + strconv.Itoa(i)
 	}
-	r.update(sourceContent{source: "test", version: "41", overrides: newOverrideSet(data)})
+	r.update(sourceContent{id: sourceID{name: "test"}, version: "41", overrides: newOverrideSet(data)})
 	wantLine(t, tail.all("table"), 1, map[string]any{"level": "INFO", "source": "test", "version": "41", "backends": 4.0,
 		"overrides": 26.0, "added": 26.0, "changed": 0.0, "removed": 0.0, "rejected": 25.0})
 	wantLine(t, tail.all("entry rejected"), 10, map[string]any{"level": "WARN", "source": "test", "version": "41",
@@ -719,7 +774,7 @@ func TestRouterReports(t *testing.T) {
 	wantLine(t, tail.all("more entries rejected"), 1, map[string]any{"level": "WARN", "count": 15.0})
 
 	data["bad-00"], data["bad-01"], data["good"] = "still wrong", "backend-3", "backend-2"
-	r.update(sourceContent{source: "test", version: "42", overrides: newOverrideSet(data)})
+	r.update(sourceContent{id: sourceID{name: "test"}, version: "42", overrides: newOverrideSet(data)})
 	wantLine(t, tail.all("table"), 2, map[string]any{"version": "42", "added": 0.0, "changed": 2.0, "removed": 0.0, "rejected": 24.0})
 	wantLine(t, tail.all("entry rejected"), 11, map[string]any{"version": "42", "namespace": "bad-00", "value": "still wrong"})
 	wantLine(t, tail.all("more entries rejected"), 1, nil)
@@ -732,7 +787,7 @@ func TestRouterResizes(t *testing.T) {
 	r.backends = ordinals{}
 	swapped := 0
 	r.onSwap = func() { swapped++ }
-	r.update(sourceContent{source: "test", version: "1", overrides: newOverrideSet(map[string]string{"a": "backend-1", "late": "backend-5"})})
+	r.update(sourceContent{id: sourceID{name: "test"}, version: "1", overrides: newOverrideSet(map[string]string{"a": "backend-1", "late": "backend-5"})})
 	if r.table() != nil || swapped > 0 {
 		t.Fatal("there is a table before the number of backends is known")
 	}
@@ -765,8 +820,8 @@ func TestRouterResizes(t *testing.T) {
 // its backend for as long as that is there.
 func TestRouterKeepsAcrossResizes(t *testing.T) {
 	r, _ := loggedRouter(t)
-	r.update(sourceContent{source: "test", version: "1", overrides: newOverrideSet(map[string]string{"a": "backend-3"})})
-	r.update(sourceContent{source: "test", version: "2", overrides: newOverrideSet(map[string]string{"a": "bakend-3"})})
+	r.update(sourceContent{id: sourceID{name: "test"}, version: "1", overrides: newOverrideSet(map[string]string{"a": "backend-3"})})
+	r.update(sourceContent{id: sourceID{name: "test"}, version: "2", overrides: newOverrideSet(map[string]string{"a": "bakend-3"})})
 	for _, step := range []struct {
 		backends ordinals
 		want     int
@@ -782,8 +837,10 @@ func TestRouterKeepsAcrossResizes(t *testing.T) {
 // one has too did not change.
 func TestRouterReportsTheEndOfACopy(t *testing.T) {
 	r, tail := loggedRouter(t)
-	r.update(sourceContent{source: "directory", version: "1", overrides: newOverrideSet(map[string]string{"a": "backend-1", "b": "backend-2"}), provisional: true})
-	r.update(sourceContent{source: "ConfigMap", version: "2", overrides: newOverrideSet(map[string]string{"a": "backend-1", "c": "backend-3"})})
+	_, live := r.addFakeSource(false)
+	_, provisional := r.addFakeSource(true)
+	provisional(sourceContent{id: sourceID{name: "directory"}, version: "1", overrides: newOverrideSet(map[string]string{"a": "backend-1", "b": "backend-2"})})
+	live(sourceContent{id: sourceID{name: "ConfigMap"}, version: "2", overrides: newOverrideSet(map[string]string{"a": "backend-1", "c": "backend-3"})})
 	wantLine(t, tail.all("table"), 2, map[string]any{"source": "ConfigMap", "overrides": 2.0, "added": 1.0, "changed": 0.0, "removed": 1.0})
 }
 
@@ -791,17 +848,16 @@ func TestRouterReportsTheEndOfACopy(t *testing.T) {
 // labels, is no swap and is told to nobody, but the table says its version.
 func TestRouterOtherVersionOfTheSame(t *testing.T) {
 	r, tail := loggedRouter(t)
-	var told []sourceChange
-	r.onChange = func(c sourceChange) { told = append(told, c) }
+	fake, _ := r.addFakeSource(false)
 	a, b := map[string]string{"a": "backend-1", "x": "backend-1"}, map[string]string{"b": "junk", "x": "backend-2"}
 	source := func(name, version string, data map[string]string) sourceContent {
-		return sourceContent{source: name, version: version, overrides: newOverrideSet(data)}
+		return sourceContent{id: sourceID{name: name}, version: version, overrides: newOverrideSet(data)}
 	}
 	r.update(source("a", "1", a), source("b", "2", b))
 	first := r.table()
 	swapped := 0
 	r.onSwap = func() { swapped++ }
-	told = nil
+	fake.changes = nil
 	r.update(source("a", "3", a), source("b", "2", b))
 	next := r.table()
 	if next.version == first.version || next.sources[0].version != "3" || next.stamp != first.stamp {
@@ -810,8 +866,8 @@ func TestRouterOtherVersionOfTheSame(t *testing.T) {
 	if first.sources[0].version != "1" {
 		t.Error("the table before was changed")
 	}
-	if swapped != 0 || len(told) != 0 || r.swaps.Load() != 1 || len(tail.all("table")) != 1 {
-		t.Errorf("%d swaps, %d changes told, %d lines of tables, want that of the first only", swapped, len(told), len(tail.all("table")))
+	if swapped != 0 || len(fake.changes) != 0 || r.swaps.Load() != 1 || len(tail.all("table")) != 1 {
+		t.Errorf("%d swaps, %d changes told, %d lines of tables, want that of the first only", swapped, len(fake.changes), len(tail.all("table")))
 	}
 	if got := next.rejectionsOf("x"); len(got) != 2 || next.explain("b") != whyUnresolved {
 		t.Errorf("x: %v; b: %s", got, next.explain("b"))
@@ -819,7 +875,7 @@ func TestRouterOtherVersionOfTheSame(t *testing.T) {
 
 	b["b"] = "backend-3"
 	r.update(source("a", "4", a), source("b", "5", b)) // one has other labels, one other entries
-	if swapped != 1 || len(told) != 1 || told[0].source != "b" || told[0].changed != 1 || r.table().sources[0].version != "4" {
+	if told := fake.changes; swapped != 1 || len(told) != 1 || told[0].id.name != "b" || told[0].changed != 1 || r.table().sources[0].version != "4" {
 		t.Errorf("%d swaps, told %+v of %+v, want one of b", swapped, told, r.table().sources)
 	}
 	r.setBackends(ordinals{count: 3}, "")
@@ -865,13 +921,13 @@ func (w stampWorld) show(r *router, version int, odd bool, random *rand.Rand) {
 	r.setBackends(w.backends, "")
 	var all []sourceContent
 	for i, data := range w.data {
-		src := sourceContent{source: fmt.Sprint("source-", i), version: fmt.Sprint(version), overrides: newOverrideSet(data)}
+		src := sourceContent{id: sourceID{name: fmt.Sprint("source-", i)}, version: fmt.Sprint(version), overrides: newOverrideSet(data)}
 		if odd {
 			spelled := map[string]string{}
 			for namespace, value := range data {
 				spelled[namespace] = " " + value + "\n"
 			}
-			src = sourceContent{source: fmt.Sprint("other-", i), version: fmt.Sprint("v", version), overrides: newOverrideSet(spelled)}
+			src = sourceContent{id: sourceID{name: fmt.Sprint("other-", i)}, version: fmt.Sprint("v", version), overrides: newOverrideSet(spelled)}
 		}
 		all = append(all, src)
 	}
@@ -977,8 +1033,11 @@ func largeMaps(t testing.TB, objects, overrides int) (*configMaps, *router) {
 	t.Helper()
 	log := slog.New(slog.DiscardHandler)
 	r := &router{statefulSet: "backend", backends: ordinals{count: 16}, log: log, onSwap: func() {}}
-	c := &configMaps{update: r.update, events: newEventRecorder(kubeClient{}, "", log), log: log}
-	c.addWatcher(kubeClient{}, "edge", "", "a=b")
+	var c *configMaps
+	r.addSource(false, func(update func(...sourceContent)) overrideSource {
+		c = newConfigMaps(kubeClient{}, "edge", nil, "a=b", "", update, log)
+		return c
+	})
 	_, items, err := decodeList[configMap](bytes.NewReader(largeList(objects, overrides)), maxList)
 	if err != nil {
 		t.Fatal(err)
