@@ -187,8 +187,7 @@ func (r *replicaWatcher) keepActiveCount(ctx context.Context) {
 			retry = time.After(backoff(failures, retryAfter(err), rand.Float64()))
 			changed = nil // a change does not shorten the wait
 			if omitted, ok := failureThrottle.allow(time.Minute); ok {
-				r.log.Warn("cannot note the number of backends: "+
-					"the Role needs patch of statefulsets/status",
+				r.log.Warn("cannot note the number of backends: the Role needs patch of statefulsets/status",
 					"object", r.watcher.String(), "error", err.Error(), "omitted", omitted)
 			}
 		}
