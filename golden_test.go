@@ -1361,8 +1361,9 @@ func withoutName(event string) string {
 }
 
 // TestDocs: the documentation names what there is. docs/metrics.md has each family of
-// /metrics with its type and labels, and no other. Each router_* name, each flag in a code
-// span, and each quoted log message of the documentation exists.
+// /metrics with its type and labels, each result and each cause, and no other. Each
+// router_* name, each flag at the beginning of a code span, and each quoted log message of
+// the documentation exists.
 func TestDocs(t *testing.T) {
 	docs := map[string]string{}
 	paths, err := filepath.Glob("docs/*.md")
@@ -1373,18 +1374,10 @@ func TestDocs(t *testing.T) {
 		docs[path] = readText(t, path)
 	}
 	families := goldenFamilies(t)
-	if got := documentedFamilies(docs["docs/metrics.md"]); !maps.Equal(got, families) {
-		for name := range families {
-			if got[name] != families[name] {
-				t.Errorf("docs/metrics.md has %q for %s, want %q", got[name], name, families[name])
-			}
-		}
-		for name := range got {
-			if families[name] == "" {
-				t.Errorf("docs/metrics.md has %s, which /metrics does not", name)
-			}
-		}
-	}
+	wantDocumented(t, documentedFamilies(docs["docs/metrics.md"]), families)
+	exposition := readText(t, "testdata/golden/metrics/following.txt")
+	wantDocumented(t, documentedValues(docs["docs/metrics.md"], "Results"), labelValues(exposition, "router_upgrades_total", "result"))
+	wantDocumented(t, documentedValues(docs["docs/metrics.md"], "Causes"), labelValues(exposition, "router_sessions_ended_total", "cause"))
 	usage, log := readText(t, "testdata/help.txt"), readText(t, "testdata/golden/log.txt")
 	for path, text := range docs {
 		for _, name := range regexp.MustCompile(`\brouter_[a-z_]+[a-z]\b`).FindAllString(text, -1) {
@@ -1393,16 +1386,55 @@ func TestDocs(t *testing.T) {
 			}
 		}
 		for _, span := range regexp.MustCompile("`-([a-z][a-z-]*)").FindAllStringSubmatch(text, -1) {
-			if !strings.Contains(usage, "\n  -"+span[1]) {
+			if !regexp.MustCompile(`(?m)^  -` + span[1] + `( |$)`).MatchString(usage) {
 				t.Errorf("%s names the flag -%s, which -h does not have", path, span[1])
 			}
 		}
 		for _, span := range regexp.MustCompile(`msg="([^"]*)"`).FindAllStringSubmatch(text, -1) {
-			if !strings.Contains(log, span[1]) {
+			if !strings.Contains(log, strconv.Quote(span[1])+" ") {
 				t.Errorf("%s quotes the log message %q, which the router does not write", path, span[1])
 			}
 		}
 	}
+}
+
+// wantDocumented compares names of docs/metrics.md, and what it says of each, with those
+// of /metrics.
+func wantDocumented(t *testing.T, got, want map[string]string) {
+	t.Helper()
+	for name := range want {
+		if text, ok := got[name]; !ok || text != want[name] {
+			t.Errorf("docs/metrics.md has %q for %s, want %q", text, name, want[name])
+		}
+	}
+	for name := range got {
+		if _, ok := want[name]; !ok {
+			t.Errorf("docs/metrics.md has %s, which /metrics does not", name)
+		}
+	}
+}
+
+// documentedValues are the names in the first column of the table of that section.
+func documentedValues(text, section string) map[string]string {
+	_, text, _ = strings.Cut(text, "\n## "+section+"\n")
+	text, _, _ = strings.Cut(text, "\n## ")
+	values := map[string]string{}
+	for _, row := range regexp.MustCompile("(?m)^\\| (`[^|]*) \\|").FindAllStringSubmatch(text, -1) {
+		for _, value := range regexp.MustCompile("`(\\w+)`").FindAllStringSubmatch(row[1], -1) {
+			values[value[1]] = ""
+		}
+	}
+	return values
+}
+
+// labelValues are the values that the label has in the family's samples.
+func labelValues(exposition, family, label string) map[string]string {
+	values := map[string]string{}
+	samples := regexp.MustCompile(`(?m)^` + family + `\{` + label + `="(\w+)"\} `)
+	for _, sample := range samples.FindAllStringSubmatch(exposition, -1) {
+		values[sample[1]] = ""
+	}
+	return values
 }
 
 // goldenFamilies are the families of /metrics in the golden files: of each, its type and
@@ -1418,7 +1450,7 @@ func goldenFamilies(t *testing.T) map[string]string {
 		for _, m := range regexp.MustCompile(`(?m)^# TYPE (\S+) (\S+)$`).FindAllStringSubmatch(text, -1) {
 			types[m[1]] = m[2]
 		}
-		for _, m := range regexp.MustCompile(`(?m)^(router_\w+)\{(.*)\} `).FindAllStringSubmatch(text, -1) {
+		for _, m := range regexp.MustCompile(`(?m)^(\w+)\{(.*)\} `).FindAllStringSubmatch(text, -1) {
 			for _, label := range regexp.MustCompile(`(\w+)="`).FindAllStringSubmatch(m[2], -1) {
 				if labels[m[1]] == nil {
 					labels[m[1]] = map[string]bool{}
@@ -1429,9 +1461,6 @@ func goldenFamilies(t *testing.T) map[string]string {
 	}
 	families := map[string]string{}
 	for name, kind := range types {
-		if !strings.HasPrefix(name, "router_") {
-			continue // of Go's runtime, whose documentation says what they are
-		}
 		families[name] = kind + " " + strings.Join(slices.Sorted(maps.Keys(labels[name])), ",")
 	}
 	return families
@@ -1440,7 +1469,7 @@ func goldenFamilies(t *testing.T) map[string]string {
 // documentedFamilies are the same in the tables of docs/metrics.md.
 func documentedFamilies(text string) map[string]string {
 	families := map[string]string{}
-	row := regexp.MustCompile("(?m)^\\| `(router_\\w+)` \\| (\\w+) \\| ([^|]*?) ?\\|")
+	row := regexp.MustCompile("(?m)^\\| `(\\w+)` \\| (counter|gauge) \\| ([^|]*?) ?\\|")
 	for _, m := range row.FindAllStringSubmatch(text, -1) {
 		var labels []string
 		for _, label := range regexp.MustCompile("`(\\w+)`").FindAllStringSubmatch(m[3], -1) {
