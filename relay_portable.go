@@ -27,8 +27,8 @@ const descriptorsPerPoller = 0
 // sessionIO is the part of a session that its goroutines own.
 type sessionIO struct {
 	// Static after attach.
-	conn         [2]net.Conn
-	closeTimeout time.Duration // the relay's
+	conn  [2]net.Conn
+	relay *relay
 
 	halfCloseCause atomic.Int32 // why one direction is over, a cause
 	running        atomic.Int32 // directions that have not ended
@@ -55,7 +55,7 @@ func (c *engine) stop() {}
 
 // assign gives s its sockets. From here on s.end and s.closeGracefully may be called.
 func (c *engine) assign(s *session, conns [2]net.Conn) {
-	s.conn, s.closeTimeout = conns, c.relay.closeTimeout
+	s.conn, s.relay = conns, c.relay
 }
 
 // startSession starts the goroutines of s, which carry what came first and then the
@@ -209,7 +209,7 @@ func (s *session) closeGracefully(cause cause, done func(cut bool)) bool {
 	}
 	h := newClosingHandshake(cause, done)
 	h.stopped, h.flushed, h.ended = s.fin, s.fin, s.fin
-	h.start(s.closeTimeout, s.closeExpired)
+	h.start(s.relay.closeTimeout, s.closeExpired)
 	s.closing = h
 	s.conn[clientSide].SetWriteDeadline(time.Time{}) // of setHalfCloseDeadlines
 	s.conn[backendSide].SetWriteDeadline(time.Time{})
@@ -220,7 +220,7 @@ func (s *session) closeGracefully(cause cause, done func(cut bool)) bool {
 // closeExpired is called when one of the times of the parting is over.
 func (s *session) closeExpired() {
 	s.mu.Lock()
-	last := s.closing.expire(s.closeTimeout)
+	last := s.closing.expire(s.relay.closeTimeout)
 	if !last {
 		s.interruptReads()
 	}
@@ -287,6 +287,7 @@ func (s *session) resetBackend() {
 		conn.SetLinger(0) // a failure leaves a FIN in place of the RST
 	}
 	s.conn[backendSide].Close()
+	s.relay.setPodDone(s)
 }
 
 // cut ends the session before both sides have answered.

@@ -95,3 +95,36 @@ func TestRelayFailedWrites(t *testing.T) {
 		}
 	}
 }
+
+// watchedConn is a peer of whose writes each is told before.
+type watchedConn struct {
+	*net.TCPConn
+	onWrite func()
+}
+
+func (c *watchedConn) Write(b []byte) (int, error) { c.onWrite(); return c.TCPConn.Write(b) }
+
+// A namespace is free before the client of an old pod that was cut off is told, also if
+// that takes nothing any more.
+func TestRelayFreesTheNamespaceFirst(t *testing.T) {
+	r := quietRelay(t)
+	r.closeTimeout = time.Hour
+	client, clientFar := tcpPair(t)
+	backend, backendFar := tcpPair(t)
+	free := make(chan bool, 1)
+	s := newSession("ns-01", 0, "")
+	s.podUID = "a"
+	r.setPods(map[int]string{0: "a"})
+	r.startSession(s, [2]net.Conn{&watchedConn{clientFar, func() { free <- r.oldPodSessionsDone("ns-01") == nil }}, backend}, [2][]byte{})
+	r.setPods(map[int]string{0: "b"})
+	s.closeGracefully(causeMoved, nil)
+	s.closeExpired() // the time for the client's message
+	mustFrames(t, backendFar, true, goesAway)
+	s.closeExpired() // the time for the pod's answer
+	mustFrames(t, client, false, restarts)
+	if !<-free {
+		t.Error("the client is told before the namespace is free")
+	}
+	client.Close()
+	relayed{session: s, relay: r}.wantCause(t, causeMoved)
+}
