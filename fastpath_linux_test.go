@@ -933,3 +933,8 @@ func TestPrefixedConnFreesPrefix(t *testing.T) {
 		t.Errorf("%d bytes are kept of a head that was read, want none", cap(c.prefix[:0]))
 	}
 }
+
+// As TestMoveWithinADial, of an upgrade that was held before that dial.
+func TestMoveWithinADialOnceHeld(t *testing.T) {
+	moveWithinADial(t, upgradeRequest("/ws/ns-01"), true)
+}

@@ -507,6 +507,7 @@ type testProxy struct {
 	fastPath *fastPath
 	http     atomic.Int64 // clients that net/http had
 	tail     *logTail     // of its log
+	stop     func()       // stops it as a router stops its clients; only the first call does
 }
 
 // ask sends the request as it stands, and returns the connection and the answer
@@ -611,13 +612,19 @@ func startProxy(t testing.TB, addrs []string, data map[string]string, change fun
 	running.Go(tp.fastPath.run)
 	running.Go(func() { front.Serve(tp.fastPath) })
 	running.Go(func() { mover.run(ctx) })
+	var once sync.Once
+	tp.stop = func() {
+		once.Do(func() { (&program{config: &config{}, proxy: p, log: log}).stopClients(tp.fastPath, front, cancel) })
+	}
 	t.Cleanup(func() {
-		tp.fastPath.stop()
-		cancel(errDraining)
-		front.Close()
-		p.inFlight.Wait()
-		relay.endAll(causeDrain)
-		relay.stop()
+		once.Do(func() { // as stop, without the Close frames
+			tp.fastPath.stop()
+			cancel(errDraining)
+			front.Close()
+			p.inFlight.Wait()
+			relay.endAll(causeDrain)
+			relay.stop()
+		})
 		running.Wait()
 	})
 	return tp

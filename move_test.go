@@ -90,11 +90,7 @@ func TestMoveAtSessionStart(t *testing.T) {
 // also if that does not answer, and the next session of their namespace with the new
 // one is not opened before. Other namespaces need not wait.
 func TestMoveToAnotherPod(t *testing.T) {
-	hang := func(conn net.Conn, br *bufio.Reader) {
-		io.WriteString(conn, switching)
-		io.Copy(io.Discard, br)
-	}
-	for name, old := range map[string]func(net.Conn, *bufio.Reader){"that answers": echo, "that hangs": hang} {
+	for name, old := range map[string]func(net.Conn, *bufio.Reader){"that answers": echo, "that hangs": answer(switching)} {
 		t.Run(name, func(t *testing.T) {
 			both(t, func(t *testing.T, request string) { moveToAnotherPod(t, old, request) })
 		})
@@ -181,11 +177,12 @@ func TestMoveBeforeTheTable(t *testing.T) {
 
 // replaced starts a proxy of two backends, of which backend-0, that owns ns-01, has a
 // session of that with the pod that it was before; fresh is the one that it is now. The
-// session stays, as no move is planned. change, if not nil, sees the proxy before it starts.
+// session stays, as no move is planned, and the old pod does not answer a Close frame.
+// change, if not nil, sees the proxy before it starts.
 func replaced(t *testing.T, change func(*proxy)) (p *testProxy, old *net.TCPConn, fresh, other *stubBackend) {
 	t.Helper()
 	var now atomic.Int32 // which of the pods is the backend
-	stubs := []*stubBackend{startStub(t, "127.0.0.1:0", echo), startStub(t, "127.0.0.1:0", echo), startStub(t, "127.0.0.1:0", echo)}
+	stubs := []*stubBackend{startStub(t, "127.0.0.1:0", answer(switching)), startStub(t, "127.0.0.1:0", echo), startStub(t, "127.0.0.1:0", echo)}
 	p = startProxy(t, []string{"127.0.0.1:1", stubs[2].addr}, map[string]string{"ns-01": "backend-0"}, func(p *proxy) {
 		p.mover.settleTime = time.Hour
 		p.backends.podUID = func(i int) string { return []string{[]string{"a", "b"}[now.Load()], "z"}[i] }
@@ -197,12 +194,25 @@ func replaced(t *testing.T, change func(*proxy)) (p *testProxy, old *net.TCPConn
 		}
 	})
 	p.relay.setPods(map[int]string{0: "a", 1: "z"})
-	old, _, _ = p.ask(t, upgradeRequest("/ws/ns-01"))
-	p.waitSessions(t, 1)
-	p.waitPending(t, 0)
+	old = p.openStarted(t)
 	p.relay.setPods(map[int]string{0: "b"})
 	now.Store(1)
 	return p, old, stubs[1], stubs[2]
+}
+
+// openStarted opens the first session, of ns-01, and returns when its start is over: from
+// then on it is not closed if its pod is replaced, but by the mover.
+func (p *testProxy) openStarted(t *testing.T) *net.TCPConn {
+	t.Helper()
+	conn := p.open(t, "ns-01")
+	mustSend(t, conn, frameBytes(0x82, true, 2, []byte("hi")))
+	for end := time.Now().Add(patience); p.relay.bytes()[clientSide] == 0; <-time.After(time.Millisecond) { // the goroutine that starts it carries it
+		if time.Now().After(end) {
+			t.Fatal("nothing is carried")
+		}
+	}
+	p.inFlight.Wait() // or net/http's does
+	return conn
 }
 
 // hang makes an upgrade with the request that waits for the old pod.
@@ -234,6 +244,107 @@ func TestHoldEndsWhileTheOldPodStays(t *testing.T) {
 		p.waitResult(t, resultHoldTimeout)
 		p.waitPending(t, 0)
 	})
+}
+
+// An upgrade that waits for an old pod is answered when the router stops.
+func TestStopAnswersWhoWaitsForTheOldPod(t *testing.T) {
+	both(t, func(t *testing.T, request string) {
+		p, old, fresh, _ := replaced(t, func(p *proxy) { p.relay.closeTimeout, p.limits.holdTimeout = 100*time.Millisecond, 3*patience })
+		held := p.hang(t, request)
+		stopped := make(chan struct{})
+		go func() { p.stop(); close(stopped) }()
+		mustAnswer(t, held, 503)
+		old.Close()
+		select {
+		case <-stopped:
+		case <-time.After(patience):
+			t.Fatal("the router does not stop")
+		}
+		p.waitResult(t, resultDraining)
+		if n := p.underWay(); n != 0 {
+			t.Errorf("%d upgrades are under way in a router that has stopped", n)
+		}
+		if heads := fresh.heads(); len(heads) != 0 {
+			t.Errorf("the new pod was asked: %.60q", heads)
+		}
+	})
+}
+
+// A namespace is free as soon as its old pod, which does not answer the Close frame, is
+// cut off: its client is told, and need not leave before the new pod gets a session.
+func TestHoldEndsWhenTheOldPodIsCutOff(t *testing.T) {
+	both(t, func(t *testing.T, request string) {
+		p, old, fresh, _ := replaced(t, func(p *proxy) { p.relay.closeTimeout = time.Hour })
+		held := p.hang(t, request)
+		open, _ := p.relay.snapshot()
+		s := open[0]
+		if !s.closeGracefully(causeMoved, nil) {
+			t.Fatalf("the session ends already: %v", cause(s.cause.Load()))
+		}
+		s.closeExpired() // the time for the client's message
+		if p.relay.oldPodSessionsDone("ns-01") == nil {
+			t.Error("the namespace is free while the old pod may still answer")
+		}
+		s.closeExpired() // the time for the pod's answer
+		mustFrames(t, old, false, restarts)
+		if p.relay.oldPodSessionsDone("ns-01") != nil {
+			t.Error("the client is told before the namespace is free")
+		}
+		mustAnswer(t, held, 101)
+		for end := time.Now().Add(patience); p.relay.counts()[0] != (backendCount{open: 2, total: 2}); <-time.After(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("%+v, want the old session still there, and the new one", p.relay.counts()[0])
+			}
+		}
+		if heads := fresh.heads(); len(heads) != 1 {
+			t.Errorf("the new pod was asked %d times, want once", len(heads))
+		}
+		old.Close()
+		p.waitMoved(t, 1)
+	})
+}
+
+// An upgrade whose owner is replaced by another pod while it is dialled waits for the
+// old one, like any other, though it may have reached the new one already.
+func TestMoveWithinADial(t *testing.T) {
+	both(t, func(t *testing.T, request string) { moveWithinADial(t, request, false) })
+}
+
+// moveWithinADial replaces the owner's pod in the first dial for the request. putOff has
+// that be the second for the event loop, which does not know the address at once.
+func moveWithinADial(t *testing.T, request string, putOff bool) {
+	var now atomic.Int32               // which of the pods is the backend
+	var unknown, replacing atomic.Bool // the address is not known at once; the next dial finds another pod
+	first, second := startStub(t, "127.0.0.1:0", answer(switching)), startStub(t, "127.0.0.1:0", echo)
+	p := startProxy(t, []string{"127.0.0.1:1"}, map[string]string{}, func(p *proxy) {
+		p.mover.settleTime = time.Hour
+		p.backends.podUID = func(int) string {
+			if !unknown.Load() && replacing.CompareAndSwap(true, false) {
+				p.relay.setPods(map[int]string{0: "b"})
+				now.Store(1)
+			}
+			return []string{"a", "b"}[now.Load()]
+		}
+		p.backends.resolve = func(context.Context, int) (string, error) {
+			if unknown.CompareAndSwap(true, false) {
+				return "", errors.New("not known yet")
+			}
+			return []string{first.addr, second.addr}[now.Load()], nil
+		}
+	})
+	p.relay.setPods(map[int]string{0: "a"})
+	old := p.openStarted(t)
+	unknown.Store(putOff)
+	replacing.Store(true)
+	held := p.hang(t, request)
+	if got := [2]int{len(first.heads()), len(second.heads())}; got != [2]int{1, 0} || p.relay.size() != 1 {
+		t.Errorf("the pods were asked %d times, and there are %d sessions; want 1 and 0, and 1", got, p.relay.size())
+	}
+	old.Close()
+	mustAnswer(t, held, 101)
+	if got := [2]int{len(first.heads()), len(second.heads())}; got != [2]int{1, 1} {
+		t.Errorf("the pods were asked %d times, want once each", got)
+	}
 }
 
 // An upgrade that waits for an old pod goes to who owns its namespace after that, if the
