@@ -115,8 +115,6 @@ type replicaWatcher struct {
 	onResize  func(backends ordinals, revision string) // see newReplicaWatcher
 	log       *slog.Logger
 
-	changed chan struct{} // capacity 1; wakes keepActiveCount, never closed
-
 	// Guarded by mu.
 	mu     sync.Mutex
 	latest *statefulSet // nil before the first LIST; if it is deleted, the last version
@@ -132,7 +130,6 @@ func newReplicaWatcher(client kubeClient, namespace string, endpoints *endpointW
 	patcher.patch = true
 	r := &replicaWatcher{
 		patcher: &patcher, endpoints: endpoints, onResize: onResize, log: log,
-		changed: make(chan struct{}, 1),
 	}
 	r.watcher = &watcher[statefulSet]{
 		kube: &client, path: "/apis/apps/v1/namespaces/" + namespace + "/statefulsets",
@@ -140,7 +137,6 @@ func newReplicaWatcher(client kubeClient, namespace string, endpoints *endpointW
 		meta:  func(s *statefulSet) *apiObject { return &s.apiObject },
 		apply: r.apply, log: log,
 	}
-	endpoints.onChange = r.wake
 	return r
 }
 
@@ -162,15 +158,7 @@ func (r *replicaWatcher) apply(set map[string]*statefulSet) {
 	if b := s.backends(); b.count > 0 {
 		r.onResize(b, s.revision())
 	}
-	r.wake()
-}
-
-// wake wakes keepActiveCount.
-func (r *replicaWatcher) wake() {
-	select {
-	case r.changed <- struct{}{}:
-	default:
-	}
+	r.endpoints.changed.notify()
 }
 
 // keepActiveCount writes the active count whenever it should change, until ctx ends. All
@@ -179,12 +167,12 @@ func (r *replicaWatcher) keepActiveCount(ctx context.Context) {
 	var failureThrottle throttle
 	for failures := 0; ; {
 		var retry <-chan time.Time
-		changed := r.changed
+		changed := r.endpoints.changed
 		err := r.writeActiveCount(ctx)
 		if failures++; err == nil {
 			failures = 0
 		} else if ctx.Err() == nil {
-			retry = time.After(backoff(failures, retryAfter(err), rand.Float64()))
+			retry = time.After(retryDelay(failures, retryAfter(err), rand.Float64()))
 			changed = nil // a change does not shorten the wait
 			if omitted, ok := failureThrottle.allow(time.Minute); ok {
 				r.log.Warn("cannot note the number of backends: the Role needs patch of statefulsets/status",
@@ -423,8 +411,8 @@ type endpointWatcher struct {
 	watcher     *watcher[endpointSlice]
 	dns         *backends
 	queues      *dialQueues
-	onPods      func(uids map[int]string) // gets the usable pods, by ordinal, before a dial
-	onChange    func()                    // called after addresses changed
+	onPods      func(uids map[int]string) // see newEndpointWatcher
+	changed     wakeup                    // of keepActiveCount: a pod or the StatefulSet changed
 	log         *slog.Logger
 
 	mu        sync.Mutex
@@ -432,13 +420,14 @@ type endpointWatcher struct {
 }
 
 // newEndpointWatcher returns an endpointWatcher of the Service. The caller runs its
-// watcher.
+// watcher. The watcher calls onPods with the uids of the usable pods, by ordinal, before
+// any of them is dialled; a pod without a uid is left out. onPods must not block.
 func newEndpointWatcher(client kubeClient, namespace, statefulSet, service string, port int,
-	log *slog.Logger) *endpointWatcher {
+	onPods func(uids map[int]string), log *slog.Logger) *endpointWatcher {
 	e := &endpointWatcher{
 		statefulSet: statefulSet, port: strconv.Itoa(port),
 		dns:    newDNSBackends(0, statefulSet, service, port),
-		onPods: func(map[int]string) {}, onChange: func() {}, log: log,
+		onPods: onPods, changed: newWakeup(), log: log,
 	}
 	e.queues = newDialQueues(e.checkReady)
 	e.watcher = &watcher[endpointSlice]{
@@ -483,7 +472,7 @@ func (e *endpointWatcher) apply(set map[string]*endpointSlice) {
 	e.addresses = addresses
 	e.mu.Unlock()
 	e.queues.readinessChanged()
-	e.onChange()
+	e.changed.notify()
 }
 
 // isReady reports whether the backend is ready; known is false before the first LIST.

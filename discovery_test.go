@@ -330,12 +330,14 @@ func TestEndpointsWatchFails(t *testing.T) {
 	})
 }
 
-// TestEndpointsReplacePods: which pods the backends are is told before they are dialled, of
-// those that are usable.
+// TestEndpointsReplacePods: onPods gets the uids of the usable pods before they are
+// dialled.
 func TestEndpointsReplacePods(t *testing.T) {
-	p := newEndpointWatcher(kubeClient{}, "edge", "backend", "headless", 9000, slog.New(slog.DiscardHandler))
-	told := ""
-	p.onPods = func(uids map[int]string) { told = fmt.Sprint(uids, " after ", p.podUID(0)) }
+	got := ""
+	var p *endpointWatcher
+	p = newEndpointWatcher(kubeClient{}, "edge", "backend", "headless", 9000,
+		func(uids map[int]string) { got = fmt.Sprint(uids, " after ", p.podUID(0)) },
+		slog.New(slog.DiscardHandler))
 	pod := func(addr, uid string, ready bool) string {
 		return fmt.Sprintf(`[{"addresses":[%q],"targetRef":{"kind":"Pod","name":"backend-0","uid":%q},"conditions":{"ready":%v}}]`, addr, uid, ready)
 	}
@@ -351,8 +353,8 @@ func TestEndpointsReplacePods(t *testing.T) {
 		{map[string]string{"x": "IPv4 " + fakeEndpoints(0)}, "map[] after c"},
 	} {
 		p.apply(sliceSet(t, step.slices))
-		if told != step.want {
-			t.Errorf("after %v it was told %s, want %s", step.slices, told, step.want)
+		if got != step.want {
+			t.Errorf("after %v onPods got %s, want %s", step.slices, got, step.want)
 		}
 		if n := len(p.addresses[0].addrs); n != 1 {
 			t.Errorf("after %v it has %d addresses, want one pod's", step.slices, n)
@@ -362,7 +364,8 @@ func TestEndpointsReplacePods(t *testing.T) {
 
 // TestEndpointsResolve: where a backend is, from what is known of the EndpointSlices.
 func TestEndpointsResolve(t *testing.T) {
-	p := newEndpointWatcher(kubeClient{}, "edge", "backend", "headless", 9000, slog.New(slog.DiscardHandler))
+	p := newEndpointWatcher(kubeClient{}, "edge", "backend", "headless", 9000,
+		func(map[int]string) {}, slog.New(slog.DiscardHandler))
 	asked := 0
 	p.dns.resolve = func(context.Context, int) (string, error) { asked++; return "by DNS", nil }
 	want := func(ordinal int, addr, err string) {

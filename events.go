@@ -138,7 +138,7 @@ func (r *eventRecorder) run(ctx context.Context) {
 		case e := <-r.queue:
 			r.write(ctx, e)
 		}
-		r.sleep(ctx, eventInterval)
+		sleep(ctx, eventInterval)
 	}
 }
 
@@ -147,7 +147,7 @@ func (r *eventRecorder) run(ctx context.Context) {
 func (r *eventRecorder) write(ctx context.Context, e kubeEvent) {
 	err := r.post(ctx, e)
 	if err != nil && !hasStatus(err, http.StatusForbidden) {
-		r.sleep(ctx, backoff(1, retryAfter(err), rand.Float64()))
+		sleep(ctx, retryDelay(1, retryAfter(err), rand.Float64()))
 		err = r.post(ctx, e)
 	}
 	was := r.forbidden
@@ -176,12 +176,4 @@ func (r *eventRecorder) post(ctx context.Context, e kubeEvent) error {
 		return nil
 	}
 	return err
-}
-
-// sleep waits for d, or until ctx ends.
-func (r *eventRecorder) sleep(ctx context.Context, d time.Duration) {
-	select {
-	case <-ctx.Done():
-	case <-time.After(d):
-	}
 }

@@ -772,7 +772,7 @@ func startScaleFor(t *testing.T, n *fakeKubeNet, resize func(ordinals, string)) 
 	r := &fakeRouter{logged: &fakeKubeLog{}}
 	log := slog.New(slog.NewTextHandler(r.logged, nil))
 	client := *n.kube(t)
-	pods := newEndpointWatcher(client, "edge", "backend", "headless", 9000, log)
+	pods := newEndpointWatcher(client, "edge", "backend", "headless", 9000, func(map[int]string) {}, log)
 	r.replicaWatcher = newReplicaWatcher(client, "edge", pods, func(b ordinals, revision string) {
 		r.last.Store(&b)
 		resize(b, revision)

@@ -18,7 +18,7 @@ import (
 // layout is the root's files in their reading order: a file uses only those after
 // it. What one file is for each system is one here.
 var layout = strings.Fields(`main command config admin fastpath proxy handshake listen configmap directory
-	events move route overrides hash discovery backends watch kube relay websocket log metrics`)
+	events move route overrides hash discovery backends watch kube relay websocket log metrics wait`)
 
 // sources is the root's files as they are, without tests.
 type sources struct {

@@ -27,9 +27,9 @@ const (
 	// maxList bounds the JSON of a LIST, in bytes.
 	maxList = 256 << 20
 
-	// The waits between tries: see backoff.
-	minBackoff = 500 * time.Millisecond
-	maxBackoff = 15 * time.Second
+	// The waits between tries: see retryDelay.
+	minKubeRetry = 500 * time.Millisecond
+	maxKubeRetry = 15 * time.Second
 	// maxRetryAfter is the longest wait, in seconds, that the API server may ask for.
 	maxRetryAfter = 60
 )
@@ -200,20 +200,20 @@ func retryAfter(err error) time.Duration {
 	return time.Duration(seconds) * time.Second
 }
 
-// backoff returns how long to wait before the next request, after this many failures in a
-// row: minBackoff after the first, twice as long after each further one, at most
-// maxBackoff, all with a jitter of half of that up or down. After no failure it is a
-// jitter only, at most minBackoff. It is never less than minWait, which the API server
-// asked for. random is in [0, 1).
-func backoff(failures int, minWait time.Duration, random float64) time.Duration {
-	wait := random * float64(minBackoff) // routers that lost their streams together come back apart
+// retryDelay returns how long to wait before the next request, after this many failures in
+// a row: what a backoff from minKubeRetry to maxKubeRetry says, with its jitter, and after
+// no failure a jitter only, up to minKubeRetry: routers that lost their streams together
+// do not come back together. It is never less than minWait, which the API server asked
+// for. random is in [0, 1).
+func retryDelay(failures int, minWait time.Duration, random float64) time.Duration {
+	wait := time.Duration(random * float64(minKubeRetry))
 	if failures > 0 {
-		wait = (0.5 + random) * float64(min(maxBackoff, minBackoff<<min(failures-1, 10)))
+		wait = backoff{minKubeRetry, maxKubeRetry}.jittered(failures, random)
 	}
-	if float64(minWait) > wait {
-		wait = (1 + 0.2*random) * float64(minWait)
+	if minWait > wait {
+		wait = time.Duration((1 + 0.2*random) * float64(minWait))
 	}
-	return time.Duration(wait)
+	return wait
 }
 
 // newStatusError returns the error of a response that is not 2xx. Its body is a Status in

@@ -40,7 +40,8 @@
 // proxy, handshake and listen (from client to session), configmap, directory, events
 // and move (what a change of overrides does), route, overrides and hash (who owns),
 // discovery, backends, watch and kube (where owners are), relay and websocket (the
-// life of a session), log and metrics. A file uses only those after it.
+// life of a session), log and metrics, and wait (a back-off, a sleep, a wake-up). A
+// file uses only those after it.
 package main
 
 import (
@@ -139,9 +140,16 @@ func newProgram(c *config, getenv func(string) string, log *slog.Logger) (*progr
 	if err != nil {
 		return nil, err
 	}
+	relay := newRelay(func(ordinal int) string { return backendName(c.statefulSet, ordinal) }, log)
+	var mover *mover // the endpointWatcher uses it when it runs
 	var endpoints *endpointWatcher
 	if backends == nil {
-		endpoints = newEndpointWatcher(*kubeClient, namespace, c.statefulSet, c.service, c.backendPort, log)
+		endpoints = newEndpointWatcher(*kubeClient, namespace, c.statefulSet, c.service, c.backendPort,
+			func(uids map[int]string) {
+				if relay.setPods(uids) {
+					mover.ownersChanged()
+				}
+			}, log)
 		backends = endpoints.backends()
 	}
 	backends.dialer = newDialer(c.tcpUserTimeout)
@@ -154,21 +162,13 @@ func newProgram(c *config, getenv func(string) string, log *slog.Logger) (*progr
 		return nil, err
 	}
 	router := &router{statefulSet: c.statefulSet, fromHost: c.namespaceFrom == "host", backends: backends.static, log: log}
-	relay := newRelay(backends.name, log)
 	relay.freeDescriptors = func(descriptors int) { fdLimit.add(-descriptors) }
 	probe := func(ctx context.Context, backend int) error {
 		_, err := backends.probe(ctx, backend)
 		return err
 	}
-	mover := newMover(router, relay, c.moveRate, probe, log)
+	mover = newMover(router, relay, c.moveRate, probe, log)
 	mover.settleTime = c.moveSettle
-	if endpoints != nil {
-		endpoints.onPods = func(uids map[int]string) {
-			if relay.setPods(uids) {
-				mover.ownersChanged()
-			}
-		}
-	}
 	router.onSwap = func() { mover.ownersChanged(); backends.queues.recheckOwners() }
 	p := &program{config: c, fdLimit: fdLimit, mover: mover, log: log}
 	p.proxy = &proxy{

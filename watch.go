@@ -100,10 +100,8 @@ func (w *watcher[T]) run(ctx context.Context) {
 		if ctx.Err() != nil {
 			return
 		}
-		select {
-		case <-ctx.Done():
+		if sleep(ctx, w.finishCycle(err)) != nil {
 			return
-		case <-time.After(w.finishCycle(err)):
 		}
 	}
 }
@@ -323,7 +321,7 @@ func (w *watcher[T]) finishCycle(err error) time.Duration {
 				"error", err.Error(), "fails", before.failures+1, "omitted", omitted)
 		}
 	}
-	return backoff(w.snapshot().failures, retryAfter(err), rand.Float64())
+	return retryDelay(w.snapshot().failures, retryAfter(err), rand.Float64())
 }
 
 // setState sets and logs the state.

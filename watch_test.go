@@ -22,7 +22,7 @@ import (
 	"time"
 )
 
-func TestBackoff(t *testing.T) {
+func TestRetryDelay(t *testing.T) {
 	const s, ms = time.Second, time.Millisecond
 	for name, c := range map[string]struct {
 		fails    int
@@ -46,7 +46,7 @@ func TestBackoff(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			low, high := time.Hour, time.Duration(0)
 			for i := range 1000 {
-				wait := backoff(c.fails, c.asked, float64(i)/1000)
+				wait := retryDelay(c.fails, c.asked, float64(i)/1000)
 				low, high = min(low, wait), max(high, wait)
 			}
 			if low < c.min || high > c.max {
@@ -659,7 +659,7 @@ func fakeKubeFor(d time.Duration, f, then http.HandlerFunc) fakeKubeScript {
 
 func watchFaults() map[string]fault {
 	const s, ms = time.Second, time.Millisecond
-	const once = minBackoff * 3 / 2 // the longest first pause
+	const once = minKubeRetry * 3 / 2 // the longest first pause
 	two := fakeKubeLists(2)[1]
 	said := func(status string) fakeKubeScript {
 		return fakeKubeScript{fakeKubeOpen(fakeKubeEvent("ERROR", `{"kind":"Status","metadata":{},`+status+`}`))}
@@ -687,11 +687,11 @@ func watchFaults() map[string]fault {
 		"05 version from the future": {watches: fakeKubeScript{fakeKubeLast(20*s, false)}, lists: fakeKubeScript{fakeKubeList("3", fakeKubeV(0))},
 			want: []string{"0 map[ns-01:backend-0]"}, most: 20*s + once},
 		"06 garbage as version": {watches: fakeKubeScript{fakeKubeSay(500, `{"message":"strconv.ParseUint: parsing \"abc\""}`)}, most: once, class: "internal_server_error"},
-		"07 killed":             {watches: fakeKubeScript{fakeKubeLast(s, true)}, during: downFor(down, 20*s), least: 20 * s, most: 20*s + maxBackoff*3/2, class: "cut", lines: 2},
+		"07 killed":             {watches: fakeKubeScript{fakeKubeLast(s, true)}, during: downFor(down, 20*s), least: 20 * s, most: 20*s + maxKubeRetry*3/2, class: "cut", lines: 2},
 		"07 gone for an hour": {watches: fakeKubeScript{fakeKubeLast(s, true)}, during: downFor(down, time.Hour), least: time.Hour,
-			most: time.Hour + maxBackoff*3/2, class: "cut", lines: 62},
+			most: time.Hour + maxKubeRetry*3/2, class: "cut", lines: 62},
 		"09 graceful stop with Retry-After": {watches: ends, lists: fakeKubeScript{text(429, "no", "5"), text(429, "no", "5")}, least: 10 * s, most: 13 * s, class: "too_many_requests"},
-		"12 blackhole":                      {watches: fakeKubeScript{fakeKubeLast(s, true)}, during: downFor(hole, time.Minute), least: time.Minute, most: time.Minute + 5*s + maxBackoff*3/2, class: "cut", lines: 3},
+		"12 blackhole":                      {watches: fakeKubeScript{fakeKubeLast(s, true)}, during: downFor(hole, time.Minute), least: time.Minute, most: time.Minute + 5*s + maxKubeRetry*3/2, class: "cut", lines: 3},
 		"15 etcd is dead":                   {watches: ends, lists: fakeKubeScript{fakeKubeHang, fakeKubeHang, fakeKubeHang}, least: 3 * listTimeout, most: 3*listTimeout + 12*s, class: "timeout"},
 		"16 flow control":                   {watches: ends, lists: fakeKubeScript{text(429, "Too many requests, please try again later.", "8")}, least: 8 * s, most: 10500 * ms, class: "too_many_requests"},
 		"17 503":                            {watches: ends, lists: fakeKubeScript{fakeKubeSay(503, "", "Retry-After", "1")}, least: s, most: 2500 * ms, class: "service_unavailable"},
@@ -837,7 +837,7 @@ func TestWatchFault10Frozen(t *testing.T) {
 				network.freeze()
 				begun := time.Now()
 				client.want(t, fakeKube2)
-				if took := time.Since(begun); took > c.within+minBackoff+time.Millisecond {
+				if took := time.Since(begun); took > c.within+minKubeRetry+time.Millisecond {
 					t.Errorf("noticed after %s, want %s", took, c.within)
 				}
 				if r := server.request(t); r.Proto != c.proto {

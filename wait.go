@@ -1,0 +1,45 @@
+package main
+
+import (
+	"context"
+	"time"
+)
+
+// backoff gives the waits between the tries of what fails: min after the first failure,
+// twice as long after each further one, at most max.
+type backoff struct{ min, max time.Duration }
+
+// delay returns the wait after this many failures in a row, at least 1, without a jitter.
+func (b backoff) delay(failures int) time.Duration {
+	return min(b.max, b.min<<min(failures-1, 10))
+}
+
+// jittered returns the delay with a jitter of half of it up or down, so that those that
+// failed together do not try again together. random is in [0, 1).
+func (b backoff) jittered(failures int, random float64) time.Duration {
+	return time.Duration((0.5 + random) * float64(b.delay(failures)))
+}
+
+// sleep waits for d. If ctx ends before, it returns the error of ctx at once.
+func sleep(ctx context.Context, d time.Duration) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(d):
+		return nil
+	}
+}
+
+// wakeup wakes the goroutine that receives from it. It has a capacity of 1 and is never
+// closed: a notify before the receive is kept, and several of them are one.
+type wakeup chan struct{}
+
+func newWakeup() wakeup { return make(wakeup, 1) }
+
+// notify wakes the goroutine that receives. It does not block.
+func (w wakeup) notify() {
+	select {
+	case w <- struct{}{}:
+	default:
+	}
+}

@@ -1,0 +1,56 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+func TestBackoff(t *testing.T) {
+	b := backoff{min: 50 * time.Millisecond, max: time.Second}
+	for failures, want := range map[int]time.Duration{
+		1:    50 * time.Millisecond,
+		2:    100 * time.Millisecond,
+		5:    800 * time.Millisecond,
+		6:    time.Second,
+		1000: time.Second,
+	} {
+		if got := b.delay(failures); got != want {
+			t.Errorf("after %d failures %s, want %s", failures, got, want)
+		}
+		for random, want := range map[float64]time.Duration{0: want / 2, 0.5: want, 0.75: want * 5 / 4} {
+			if got := b.jittered(failures, random); got != want {
+				t.Errorf("after %d failures, with %v, %s, want %s", failures, random, got, want)
+			}
+		}
+	}
+}
+
+func TestSleep(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		begun := time.Now()
+		if err := sleep(ctx, time.Second); err != nil || time.Since(begun) != time.Second {
+			t.Errorf("error %v after %s, want none after 1s", err, time.Since(begun))
+		}
+		err := sleep(ctx, time.Hour)
+		if !errors.Is(err, context.DeadlineExceeded) || time.Since(begun) != time.Minute {
+			t.Errorf("error %v after %s, want that of the context after 1m", err, time.Since(begun))
+		}
+	})
+}
+
+func TestWakeup(t *testing.T) {
+	w := newWakeup()
+	w.notify()
+	w.notify()
+	<-w
+	select {
+	case <-w:
+		t.Error("two notifies woke twice, want once")
+	default:
+	}
+}
