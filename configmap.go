@@ -12,7 +12,7 @@ import (
 	"sync/atomic"
 )
 
-// configMap is what is read of a ConfigMap.
+// configMap is the part of a ConfigMap that the router reads.
 type configMap struct {
 	apiObject
 	Data   overrideSet `json:"data"`
@@ -21,56 +21,62 @@ type configMap struct {
 
 // id identifies the ConfigMap among the sources of overrides.
 func (m *configMap) id() sourceID {
-	return sourceID{kind: "ConfigMap", namespace: m.Metadata.Namespace, name: m.Metadata.Name}
+	return sourceID{"ConfigMap", m.Metadata.Namespace, m.Metadata.Name}
 }
 
-// present is whether a field of an object is there, whatever it holds.
+// present is whether a field of a JSON object is present and not empty.
 type present bool
 
-// UnmarshalJSON is called if the field is there.
+// UnmarshalJSON is called only if the field is present.
 func (p *present) UnmarshalJSON(b []byte) error {
 	*p = string(b) != "null" && string(b) != "{}"
 	return nil
 }
 
-// configMaps makes tables of the ConfigMaps with overrides: those of some names,
-// with a watcher for each, or those that one label selector chooses.
+// configMaps is a source of overrides: the ConfigMaps with given names, with a watcher
+// for each, or those that one label selector selects.
 //
-// A ConfigMap that is followed by name and is deleted stays in force as it was,
-// and is reported as absent, until one of its name is there again or the router
-// ends (invariant 4): a slip must not move every session twice. To take its
-// overrides out of force, empty it before it is deleted. One that a selector no
-// longer chooses is out of force at once, or a router that starts, which cannot know
-// it, would have other owners. Only when the selector chooses nothing any more does
-// all stay as it was: a router that starts then is not ready, and has no owners. What
-// stays is what each router saw last, so where several are deleted at once routers may
-// differ, and their stamps say so: to empty each before it is deleted avoids that.
-// Nothing is in force before each name, or something selected, was there.
+// It gives nothing to update before each named ConfigMap, or one that is selected, was
+// found.
+//
+// If a named ConfigMap is deleted, its last overrides stay in force, and it is reported
+// as absent, until it exists again or the router stops (invariant 4): a mistake must not
+// move every session twice. To remove its overrides, empty it before deleting it.
+//
+// If the selector no longer selects a ConfigMap, its overrides are out of force at once:
+// a router that starts later cannot know them and would compute other owners. Only if
+// the selector selects nothing, all last overrides stay in force: a router that starts
+// then is not ready, and serves no namespace. Each router keeps the overrides that it saw
+// last. If several ConfigMaps are deleted at once, routers may keep different ones; their
+// stamps differ then. To empty each before deleting it avoids that.
 type configMaps struct {
 	// Static after construction.
 	watchers []*watcher[configMap]
-	update   func(...sourceContent)
+	update   func(...sourceContent) // gets the contents of all ConfigMaps
 	events   *eventRecorder
 	log      *slog.Logger
 
+	// Guarded by mu, which is held while update runs.
 	mu      sync.Mutex
-	current []map[string]configMapState // of each watcher by name, nil before its LIST. Guarded by mu.
-	applied []sourceContent             // the last. Guarded by mu.
+	current []map[string]configMapState // of each watcher, by name; nil before its LIST
+	applied []sourceContent             // that update got last
 
-	objects atomic.Pointer[map[sourceID]apiObject] // whose overrides were applied last
+	objects atomic.Pointer[map[sourceID]apiObject] // of applied
 }
 
-// configMapState is a ConfigMap whose overrides are in force.
+// configMapState is the last version of a ConfigMap whose overrides are in force.
 type configMapState struct {
 	*configMap
-	absent bool
+	absent bool // it was deleted, or is no longer selected
 }
 
-// newConfigMaps follows the ConfigMaps with these names in a Kubernetes namespace or,
-// if selector is not "", those that the label selector chooses. update gets their
-// overrides. podName is this router's, for Events.
-func newConfigMaps(k kubeClient, namespace string, names []string, selector, podName string,
-	update func(...sourceContent), log *slog.Logger) *configMaps {
+// newConfigMaps returns the source of overrides in a Kubernetes namespace: the ConfigMaps
+// with these names or, if selector is not "", those that the label selector selects.
+// podName is the name of this router in Events.
+func newConfigMaps(
+	k kubeClient, namespace string, names []string, selector, podName string,
+	update func(...sourceContent), log *slog.Logger,
+) *configMaps {
 	c := &configMaps{update: update, events: newEventRecorder(k, podName, log), log: log}
 	for _, name := range names {
 		c.addWatcher(k, namespace, name, "")
@@ -91,13 +97,14 @@ func (c *configMaps) run(ctx context.Context) {
 	running.Wait()
 }
 
-// addWatcher adds a watcher: of the ConfigMap with the name, or of those that the
-// selector chooses. It must not be called once one of them runs.
+// addWatcher adds a watcher of the ConfigMap with the name, or of those that the selector
+// selects. It must not be called after run.
 func (c *configMaps) addWatcher(k kubeClient, namespace, name, selector string) {
 	i := len(c.watchers)
 	c.current = append(c.current, nil)
 	c.watchers = append(c.watchers, &watcher[configMap]{
-		kube: &k, path: "/api/v1/namespaces/" + namespace + "/configmaps", kind: "ConfigMap",
+		kube: &k, kind: "ConfigMap",
+		path:      "/api/v1/namespaces/" + namespace + "/configmaps",
 		namespace: namespace, name: name, selector: selector,
 		meta:  func(m *configMap) *apiObject { return &m.apiObject },
 		apply: func(set map[string]*configMap) { c.apply(i, set) },
@@ -105,97 +112,104 @@ func (c *configMaps) addWatcher(k kubeClient, namespace, name, selector string) 
 	})
 }
 
-// apply takes the set of the i-th watcher, and puts a table in force if it has
-// anything new and all others were heard.
+// apply stores the ConfigMaps that the i-th watcher has found, by name, and calls update
+// if their overrides are new and each other watcher has found some too.
 func (c *configMaps) apply(i int, set map[string]*configMap) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	before, now := c.current[i], map[string]configMapState{}
-	for name, m := range before {
-		switch there := set[name] != nil; {
-		case !there && len(set) > 0:
-			c.log.Info("the object is no longer selected, its overrides are out of force", "object", m.id().String(),
-				"version", m.Metadata.ResourceVersion)
+	previous, next := c.current[i], map[string]configMapState{}
+	for name, m := range previous {
+		switch found := set[name] != nil; {
+		case !found && len(set) > 0:
+			c.log.Info("the object is no longer selected, its overrides are out of force",
+				"object", m.id().String(), "version", m.Metadata.ResourceVersion)
 			continue
-		case !there && !m.absent:
-			c.log.Warn("there is no such object any more, its overrides stay in force", "object", m.id().String(),
-				"version", m.Metadata.ResourceVersion)
-		case there && m.absent:
-			c.log.Info("the object is there again", "object", m.id().String(), "version", set[name].Metadata.ResourceVersion)
+		case !found && !m.absent:
+			c.log.Warn("there is no such object any more, its overrides stay in force",
+				"object", m.id().String(), "version", m.Metadata.ResourceVersion)
+		case found && m.absent:
+			c.log.Info("the object is there again",
+				"object", m.id().String(), "version", set[name].Metadata.ResourceVersion)
 		}
-		now[name] = configMapState{m.configMap, true}
+		next[name] = configMapState{m.configMap, true}
 	}
 	for name, m := range set {
-		now[name] = configMapState{m, false}
-		if was := before[name].configMap; bool(m.Binary) && (was == nil || !bool(was.Binary) || !was.Data.equal(&m.Data)) {
-			c.log.Warn("binaryData is ignored", "object", m.id().String(), "version", m.Metadata.ResourceVersion)
+		next[name] = configMapState{m, false}
+		old := previous[name].configMap
+		if bool(m.Binary) && (old == nil || !bool(old.Binary) || !old.Data.equal(&m.Data)) {
+			c.log.Warn("binaryData is ignored",
+				"object", m.id().String(), "version", m.Metadata.ResourceVersion)
 		}
 	}
-	if c.current[i] = now; len(now) == 0 {
+	if c.current[i] = next; len(next) == 0 {
 		c.log.Warn("there is no such object", "object", c.watchers[i].String())
 	}
-	c.updateTable()
+	c.applyAll()
 }
 
-// updateTable puts a table in force that is made of what is held, in the order of
-// (Kubernetes namespace, name), if that is complete and new.
-func (c *configMaps) updateTable() {
+// applyAll gives the overrides of all ConfigMaps to update, in the order of their
+// Kubernetes namespaces and names, if each watcher has found some and they are new. The
+// caller holds c.mu.
+func (c *configMaps) applyAll() {
 	var all []*configMap
-	for _, held := range c.current {
-		if len(held) == 0 {
+	for _, found := range c.current {
+		if len(found) == 0 {
 			return
 		}
-		for m := range maps.Values(held) {
+		for m := range maps.Values(found) {
 			all = append(all, m.configMap)
 		}
 	}
 	slices.SortFunc(all, func(a, b *configMap) int {
-		return cmp.Or(cmp.Compare(a.Metadata.Namespace, b.Metadata.Namespace), cmp.Compare(a.Metadata.Name, b.Metadata.Name))
+		return cmp.Or(cmp.Compare(a.Metadata.Namespace, b.Metadata.Namespace),
+			cmp.Compare(a.Metadata.Name, b.Metadata.Name))
 	})
-	var sources []sourceContent
+	var contents []sourceContent
 	objects := map[sourceID]apiObject{}
 	for _, m := range all {
 		objects[m.id()] = m.apiObject
-		sources = append(sources, sourceContent{id: m.id(), version: m.Metadata.ResourceVersion, overrides: &m.Data})
+		contents = append(contents,
+			sourceContent{id: m.id(), version: m.Metadata.ResourceVersion, overrides: &m.Data})
 	}
-	if slices.Equal(sources, c.applied) {
+	if slices.Equal(contents, c.applied) {
 		return
 	}
-	if len(sources) > maxSources {
-		c.log.Error("too many objects, none of them is applied", "objects", len(sources), "most", maxSources)
+	if len(contents) > maxSources {
+		c.log.Error("too many objects, none of them is applied",
+			"objects", len(contents), "most", maxSources)
 		return
 	}
-	c.applied = sources
+	c.applied = contents
 	c.objects.Store(&objects)
-	c.update(sources...)
+	c.update(contents...)
 }
 
-// reportChange has Events written about what a ConfigMap did in a swap of the table,
-// which may come later than its update: with the number of backends.
+// reportChange queues Events about a change of a ConfigMap's overrides that is in force.
+// That may be later than update: when the number of backends is known, or changes.
 func (c *configMaps) reportChange(change sourceChange) {
 	objects := c.objects.Load()
 	if objects == nil {
-		return // it is of the mounted copy, before the API server was heard
+		return // the change is of a provisional source
 	}
 	if o, ok := (*objects)[change.id]; ok {
 		c.events.reportChange(o, change)
 	}
 }
 
-// reportMove has the receipt of a move written, as an Event on the first ConfigMap
-// that there is: a move may be due to several, or to the number of backends.
+// reportMove queues an Event about a move that ended, on the first ConfigMap: several may
+// have caused the move, or the number of backends.
 func (c *configMaps) reportMove(m moveResult) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for _, held := range c.current {
-		for _, name := range slices.Sorted(maps.Keys(held)) {
-			c.events.reportMove(held[name].apiObject, m)
+	for _, found := range c.current {
+		for _, name := range slices.Sorted(maps.Keys(found)) {
+			c.events.reportMove(found[name].apiObject, m)
 			return
 		}
 	}
 }
 
-// whyNotReady says, in words, why there is no table yet.
+// whyNotReady says which ConfigMaps were not found yet, and why; "" if there are none.
 func (c *configMaps) whyNotReady() string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -204,9 +218,11 @@ func (c *configMaps) whyNotReady() string {
 		switch failure := w.snapshot().failure; {
 		case len(c.current[i]) > 0:
 		case c.current[i] != nil && w.name != "":
-			why = append(why, fmt.Sprintf("%s does not exist: kubectl -n %s create configmap %s", w.String(), w.namespace, w.name))
+			why = append(why, fmt.Sprintf("%s does not exist: kubectl -n %s create configmap %s",
+				w.String(), w.namespace, w.name))
 		case c.current[i] != nil:
-			why = append(why, fmt.Sprintf("no ConfigMap has the label: kubectl -n %s label configmap NAME %s", w.namespace, w.selector))
+			why = append(why, fmt.Sprintf("no ConfigMap has the label: "+
+				"kubectl -n %s label configmap NAME %s", w.namespace, w.selector))
 		case failure != nil:
 			why = append(why, w.String()+": "+failure.Error())
 		default:
@@ -216,21 +232,24 @@ func (c *configMaps) whyNotReady() string {
 	return strings.Join(why, "; ")
 }
 
-// watchedObject is what is known of one ConfigMap.
+// watchedObject is the state of one ConfigMap for the metrics.
 type watchedObject struct {
-	object, uid, version string // uid and version "" if it was never there; the object may be a selector then
-	absent               bool
+	object       string // its display name, or the selector if that has found none yet
+	uid, version string // "" if it was never found
+	absent       bool   // it does not exist, or is not selected
 }
 
-// watchedObjects are those that are in force, and the names and selectors of which nothing
-// was ever there.
+// watchedObjects returns the ConfigMaps whose overrides are in force, and one for each
+// name or selector that has found none yet.
 func (c *configMaps) watchedObjects() (all []watchedObject) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for i, w := range c.watchers {
 		for _, name := range slices.Sorted(maps.Keys(c.current[i])) {
 			m := c.current[i][name]
-			all = append(all, watchedObject{m.id().String(), m.Metadata.UID, m.Metadata.ResourceVersion, m.absent})
+			all = append(all, watchedObject{
+				m.id().String(), m.Metadata.UID, m.Metadata.ResourceVersion, m.absent,
+			})
 		}
 		if len(c.current[i]) == 0 {
 			all = append(all, watchedObject{object: w.String(), absent: c.current[i] != nil})
@@ -239,15 +258,17 @@ func (c *configMaps) watchedObjects() (all []watchedObject) {
 	return all
 }
 
-// writeMetrics writes which version of each ConfigMap is in force, and which are absent.
+// writeMetrics writes the version of each ConfigMap in force, and which are absent.
 func (c *configMaps) writeMetrics(m metricsWriter) {
 	objects := c.watchedObjects()
 	if len(objects) == 0 {
 		return
 	}
-	m.family("router_watch_object_info", "gauge", "Always 1; the labels say which version of an object is in force.")
+	m.family("router_watch_object_info", "gauge",
+		"Always 1; the labels say which version of an object is in force.")
 	for _, o := range objects {
-		m.sample("router_watch_object_info", 1, "object", o.object, "uid", o.uid, "version", o.version)
+		m.sample("router_watch_object_info", 1,
+			"object", o.object, "uid", o.uid, "version", o.version)
 	}
 	m.family("router_watch_object_absent", "gauge", "1 if there is no such object.")
 	for _, o := range objects {

@@ -17,32 +17,32 @@ import (
 )
 
 const (
-	dirPollInterval = 100 * time.Millisecond // between two looks at the directory
-	dirPollShare    = 20                     // a look takes at most 1/dirPollShare of the time
-	maxDirValue     = 1 << 10                // bytes that are read of a file: a name of a backend is shorter
+	dirPollInterval = 100 * time.Millisecond // between two polls, at least
+	dirPollShare    = 20                     // polls take at most 1/dirPollShare of the time
+	maxDirValue     = 1 << 10                // bytes read of a file, at most
 )
 
-// directory follows overrides in a directory with one file for each namespace,
-// as a mounted ConfigMap is one. It looks rather than being told: inotify is
-// Linux only and silent on some network and mounted file systems.
+// directory is a source of overrides: a directory with one file for each namespace, such
+// as a mounted ConfigMap. It polls, because inotify exists only on Linux and reports
+// nothing on some network and mounted file systems.
 type directory struct {
 	// Static after construction.
 	path   string
 	update func(...sourceContent) // gets the overrides, once for each change
 	log    *slog.Logger
 
-	lastError atomic.Pointer[string] // why the last look failed; nil if it did not
+	lastError atomic.Pointer[string] // why the last poll failed; nil if it did not
 
 	// Owned by run.
-	lastSignature    string // the signature of the last look
-	appliedSignature string // the signature of what was given to update
+	lastSignature    string // found by the last poll
+	appliedSignature string // of the overrides that update got
 }
 
 // id identifies the directory among the sources of overrides.
 func (d *directory) id() sourceID { return sourceID{kind: "directory", name: d.path} }
 
-// run looks until ctx ends. What it finds counts when two looks agree: a file
-// may be half written at the first.
+// run polls the directory until ctx ends. A change is applied when two polls find the
+// same: a file may be half written at the first.
 func (d *directory) run(ctx context.Context) {
 	for {
 		begun := time.Now()
@@ -55,7 +55,7 @@ func (d *directory) run(ctx context.Context) {
 	}
 }
 
-// whyNotReady says, in words, why nothing was given to update yet.
+// whyNotReady says why update was not called yet. Its result means nothing after that.
 func (d *directory) whyNotReady() string {
 	if problem := d.lastError.Load(); problem != nil {
 		return *problem
@@ -63,8 +63,8 @@ func (d *directory) whyNotReady() string {
 	return d.id().String() + " was not read yet"
 }
 
-// poll compares the directory with the last look, and applies what is new and
-// settled. A directory that cannot be read changes nothing.
+// poll compares the directory with the last poll, and applies a change that both polls
+// found. If the directory cannot be read, the last overrides stay in force.
 func (d *directory) poll() {
 	signature, err := d.signature()
 	if err == nil && signature == d.lastSignature && signature != d.appliedSignature {
@@ -77,8 +77,8 @@ func (d *directory) poll() {
 	d.lastSignature = signature
 }
 
-// apply reads the entries and gives them to update, unless the directory has
-// changed since the signature was made: they could be of two times.
+// apply reads the overrides and gives them to update, unless the directory has changed
+// since the signature was computed: some could be older than others.
 func (d *directory) apply(signature string) error {
 	data, version, err := d.read()
 	if err != nil {
@@ -93,18 +93,18 @@ func (d *directory) apply(signature string) error {
 	return nil
 }
 
-// setError notes the error, and logs it if it is another than before.
+// setError stores the error, and logs it if it differs from the last one.
 func (d *directory) setError(err error) {
 	text := fmt.Sprintf("read the overrides: %v", err)
 	if old := d.lastError.Swap(&text); old == nil || *old != text {
 		d.log.Warn("directory", "error", text)
 	}
-	d.lastSignature, d.appliedSignature = "", "" // look afresh when it is back
+	d.lastSignature, d.appliedSignature = "", "" // read all again once the error is gone
 }
 
-// signature changes whenever a file may have changed. A mounted ConfigMap is
-// never written to: the kubelet makes a new directory and swaps the symbolic
-// link ..data to it, so there the link's target is enough.
+// signature returns a text that changes whenever a file may have changed. For a mounted
+// ConfigMap it is the target of the symbolic link ..data: the kubelet never writes to the
+// files, but makes a new directory and replaces the link.
 func (d *directory) signature() (string, error) {
 	if target, err := os.Readlink(filepath.Join(d.path, "..data")); err == nil {
 		return target, nil
@@ -125,22 +125,24 @@ func (d *directory) signature() (string, error) {
 	return fmt.Sprintf("%016x", sum.Sum64()), nil
 }
 
-// overrideFiles lists what may be files in the order of their names. Names with two dots in
-// front are the kubelet's own, as of ..data: overrideKeyFault.
+// overrideFiles returns the regular files and symbolic links of the directory at path, in
+// the order of their names. It leaves out names that begin with two dots, such as ..data:
+// these are the kubelet's own (see overrideKeyFault).
 func overrideFiles(path string) ([]fs.DirEntry, error) {
 	all, err := os.ReadDir(path)
 	if err != nil {
 		return nil, err
 	}
 	return slices.DeleteFunc(all, func(file fs.DirEntry) bool {
-		return overrideKeyFault(file.Name()) != "" || !file.Type().IsRegular() && file.Type() != fs.ModeSymlink
+		return overrideKeyFault(file.Name()) != "" ||
+			!file.Type().IsRegular() && file.Type() != fs.ModeSymlink
 	}), nil
 }
 
-// read returns the entries, and a version that is the same for the same
-// entries. A file that cannot be read is an entry that cannot be read. In a
-// mounted ConfigMap the links beside ..data come later and go later than what
-// they point to, so they are not asked.
+// read returns the overrides by namespace, and a version that depends on them alone. If
+// a file cannot be read, its override is invalid: its value is the error's text. In a
+// mounted ConfigMap, read uses the files in ..data: the kubelet adds and removes the
+// links beside ..data later than the files.
 func (d *directory) read() (map[string]string, string, error) {
 	path := filepath.Join(d.path, "..data")
 	if _, err := os.Lstat(path); err != nil {
@@ -155,7 +157,7 @@ func (d *directory) read() (map[string]string, string, error) {
 	for _, file := range found {
 		value, ok, err := readPrefix(filepath.Join(path, file.Name()))
 		if err != nil {
-			value = err.Error() // rejected as any value that names no backend
+			value = err.Error() // the table rejects it, as it names no backend
 		} else if !ok {
 			continue
 		}
@@ -165,8 +167,8 @@ func (d *directory) read() (map[string]string, string, error) {
 	return data, fmt.Sprintf("dir-%016x", sum.Sum64()), nil
 }
 
-// readPrefix returns the first maxDirValue bytes of a file; ok is false if the path
-// leads to something else, such as a directory. Opening a pipe does not block.
+// readPrefix returns the first maxDirValue bytes of the file at path. ok is false if it
+// is not a regular file but, for example, a directory. It does not block on a named pipe.
 func readPrefix(path string) (value string, ok bool, err error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {

@@ -12,33 +12,33 @@ import (
 )
 
 const (
-	maxQueuedEvents = 64                     // Events that may wait to be written
-	eventInterval   = 500 * time.Millisecond // from one to the next
-	eventTimeout    = 10 * time.Second       // bounds one request
-	maxEventMessage = 1024                   // bytes, the API's own limit
+	maxQueuedEvents = 64                     // Events that wait to be written, at most
+	eventInterval   = 500 * time.Millisecond // between two Events
+	eventTimeout    = 10 * time.Second       // for one request
+	maxEventMessage = 1024                   // bytes; the API's own limit
 )
 
-// eventRecorder writes Events about the objects that hold overrides, which `kubectl
-// describe` shows. They are a convenience: at most maxQueuedEvents wait, each is
-// tried twice, and nothing waits for them.
+// eventRecorder writes Events about the ConfigMaps with overrides. `kubectl describe`
+// shows them. They are a convenience: at most maxQueuedEvents wait, the recorder tries
+// to write each at most twice, and nothing waits for them.
 type eventRecorder struct {
 	// Static after construction.
 	kube    *kubeClient
-	podName string // name of this router
+	podName string // of this router
 	queue   chan kubeEvent
 	log     *slog.Logger
 
 	// Owned by run.
-	forbidden       bool     // the last try was
-	failureThrottle throttle // of failures in the log
+	forbidden       bool     // the API server forbade the last Event
+	failureThrottle throttle // limits the log lines about failures
 
-	dropThrottle throttle // of Events that were dropped, in the log
+	dropThrottle throttle // limits the log lines about Events that were dropped
 }
 
-// kubeEvent is a core/v1 Event: kubectl describe asks for its involvedObject
+// kubeEvent is a core/v1 Event. kubectl describe selects Events by involvedObject
 // (https://kubernetes.io/docs/reference/kubernetes-api/cluster-resources/event-v1/).
 type kubeEvent struct {
-	objectReference                    // without name and version
+	objectReference                    // apiVersion and kind only
 	Metadata           objectReference `json:"metadata"`
 	InvolvedObject     objectReference `json:"involvedObject"`
 	Type               string          `json:"type"`
@@ -51,7 +51,7 @@ type kubeEvent struct {
 	ReportingInstance  string          `json:"reportingInstance"`
 }
 
-// objectReference names an object of the API.
+// objectReference names an object in the API.
 type objectReference struct {
 	APIVersion      string `json:"apiVersion,omitempty"`
 	Kind            string `json:"kind,omitempty"`
@@ -62,42 +62,48 @@ type objectReference struct {
 }
 
 func newEventRecorder(k kubeClient, podName string, log *slog.Logger) *eventRecorder {
-	return &eventRecorder{kube: &k, podName: podName, queue: make(chan kubeEvent, maxQueuedEvents), log: log}
+	queue := make(chan kubeEvent, maxQueuedEvents)
+	return &eventRecorder{kube: &k, podName: podName, queue: queue, log: log}
 }
 
-// reportChange has Events written about what a version of an object did. It does not
-// block.
+// reportChange queues Events about a change of the object's overrides: one for its
+// rejected overrides, if any, and one for its counts. It does not block.
 func (r *eventRecorder) reportChange(o apiObject, c sourceChange) {
 	identity := fmt.Sprintf("%s %x", c.scaled, c.contentHash)
 	if c.rejected > 0 {
 		r.enqueue(o, "Warning", "OverridesRejected", identity, rejectedMessage(c))
 	}
-	message := fmt.Sprintf("resourceVersion %s is in force: %d overrides added, %d changed, %d removed", c.version, c.added, c.changed, c.removed)
+	message := "resourceVersion " + c.version + " is in force"
 	if c.initial {
-		message = fmt.Sprintf("resourceVersion %s is in force in a router that starts: %d overrides", c.version, c.added)
+		message += fmt.Sprintf(" in a router that starts: %d overrides", c.added)
+	} else {
+		message += fmt.Sprintf(": %d overrides added, %d changed, %d removed",
+			c.added, c.changed, c.removed)
 	}
 	r.enqueue(o, "Normal", "OverridesInForce", identity, message)
 }
 
-// reportMove has the receipt of a move written as an Event. Each router has its
-// own.
+// reportMove queues an Event about a move that ended. Each router writes its own. It
+// does not block.
 func (r *eventRecorder) reportMove(o apiObject, m moveResult) {
-	message := fmt.Sprintf("%s moved %d namespaces, %d sessions in %.1f s, %d cut, %d cancelled, for table %s",
+	message := fmt.Sprintf("%s moved %d namespaces, %d sessions in %.1f s, "+
+		"%d cut, %d cancelled, for table %s",
 		r.podName, m.namespaces, m.sessions, m.time.Seconds(), m.cut, m.cancelled, m.version)
 	r.enqueue(o, "Normal", "SessionsMoved", r.podName+time.Now().String(), message)
 }
 
-// rejectedMessage names the rejected entries, as many as there is room for.
+// rejectedMessage names the rejected overrides of c, as many as fit in maxEventMessage
+// bytes.
 func rejectedMessage(c sourceChange) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%d entries are not in force as written", c.rejected)
 	for i, bad := range c.examples {
-		one := fmt.Sprintf("; %s, stays: %s", bad, bad.Previous)
+		text := fmt.Sprintf("; %s, stays: %s", bad, bad.Previous)
 		more := fmt.Sprintf("; and %d more", c.rejected-i)
-		if b.Len()+len(one)+len(more) > maxEventMessage {
+		if b.Len()+len(text)+len(more) > maxEventMessage {
 			return b.String() + more
 		}
-		b.WriteString(one)
+		b.WriteString(text)
 	}
 	if more := c.rejected - len(c.examples); more > 0 {
 		fmt.Fprintf(&b, "; and %d more", more)
@@ -105,19 +111,25 @@ func rejectedMessage(c sourceChange) string {
 	return b.String()
 }
 
-// enqueue queues an Event. Its name is the same on every router that has the same
-// to say, so that the API server takes it from the first only; what sets it apart
-// from others about this version of the object: another number of backends, the same
-// number after another change of the StatefulSet, or another router.
+// enqueue queues an Event about the object, of type kind: "Normal" or "Warning". It drops
+// the Event if the queue is full. All routers give the same Event the same name, so that
+// the API server accepts it only once. identity distinguishes Events of one reason about
+// one version of the object: another number of backends, the same number after another
+// change of the StatefulSet, or another router.
 func (r *eventRecorder) enqueue(o apiObject, kind, reason, identity, message string) {
 	m, now := o.Metadata, time.Now().UTC().Truncate(time.Second)
-	start := strings.TrimRight(fmt.Sprintf("%.200s", m.Name), ".-") // a DNS subdomain as the whole is
-	name := fmt.Sprintf("%s.%016x", start, hash64(m.UID+" "+m.ResourceVersion+" "+reason+" "+identity))
+	// An Event's name is a DNS subdomain, so nothing before a dot may end with "." or "-".
+	prefix := strings.TrimRight(fmt.Sprintf("%.200s", m.Name), ".-")
+	hash := hash64(m.UID + " " + m.ResourceVersion + " " + reason + " " + identity)
+	name := fmt.Sprintf("%s.%016x", prefix, hash)
 	e := kubeEvent{
 		objectReference: objectReference{APIVersion: "v1", Kind: "Event"},
 		Metadata:        objectReference{Namespace: m.Namespace, Name: name},
-		InvolvedObject:  objectReference{"v1", o.Kind, m.Namespace, m.Name, m.UID, m.ResourceVersion},
-		Type:            kind, Reason: reason, Message: message, Count: 1, FirstTimestamp: now, LastTimestamp: now,
+		InvolvedObject: objectReference{
+			"v1", o.Kind, m.Namespace, m.Name, m.UID, m.ResourceVersion,
+		},
+		Type: kind, Reason: reason, Message: message,
+		Count: 1, FirstTimestamp: now, LastTimestamp: now,
 		ReportingComponent: "router", ReportingInstance: r.podName,
 	}
 	select {
@@ -129,7 +141,7 @@ func (r *eventRecorder) enqueue(o apiObject, kind, reason, identity, message str
 	}
 }
 
-// run writes Events until ctx ends.
+// run writes the queued Events until ctx ends.
 func (r *eventRecorder) run(ctx context.Context) {
 	for {
 		select {
@@ -142,8 +154,8 @@ func (r *eventRecorder) run(ctx context.Context) {
 	}
 }
 
-// write tries to write e, and once more if that fails for anything but a lack of
-// permission.
+// write writes e. If that fails, it tries once more, unless the API server forbids it. It
+// logs a failure, within failureThrottle.
 func (r *eventRecorder) write(ctx context.Context, e kubeEvent) {
 	err := r.post(ctx, e)
 	if err != nil && !hasStatus(err, http.StatusForbidden) {
@@ -156,11 +168,13 @@ func (r *eventRecorder) write(ctx context.Context, e kubeEvent) {
 		return
 	}
 	if omitted, ok := r.failureThrottle.allow(time.Minute); ok || r.forbidden {
-		r.log.Warn("no Event was written, the overrides are in force all the same", "error", err.Error(), "omitted", omitted)
+		r.log.Warn("no Event was written, the overrides are in force all the same",
+			"error", err.Error(), "omitted", omitted)
 	}
 }
 
-// post is nil too if another router was the first to write e.
+// post sends e to the API server. It returns nil too if another router has already
+// written e.
 func (r *eventRecorder) post(ctx context.Context, e kubeEvent) error {
 	ctx, cancel := context.WithTimeout(ctx, eventTimeout)
 	defer cancel()

@@ -1,7 +1,7 @@
 package main
 
-// hashVersion says which function bucket is. It is part of a table's stamp: routers
-// of two releases that hash in different ways do not have the same owners.
+// hashVersion is the version of the function bucket. It is part of a table's stamp: two
+// releases that hash in different ways do not compute the same owners.
 const hashVersion = 1
 
 // bucket returns the ordinal in [0, n) that the namespace hashes to. n must be
@@ -9,17 +9,17 @@ const hashVersion = 1
 //
 // It is jump consistent hash (Lamping and Veach, "A Fast, Minimal Memory,
 // Consistent Hash Algorithm", 2014) over a mixed FNV-1a. The ordinals of a
-// StatefulSet are what jump hash wants: added and removed only at the end. From
-// n to n+1 it moves 1/(n+1) of the namespaces, all of them to the new backend.
+// StatefulSet fit jump hash: they are added and removed only at the end. From n to
+// n+1 it moves 1/(n+1) of the namespaces, all of them to the new backend.
 //
-// The result is the same on every router in every release: a change here moves
-// tenants, and testdata/owners.txt would tell. It would need another hashVersion.
+// The result is the same on every router in every release. A change here moves
+// tenants and needs another hashVersion; testdata/owners.txt detects it.
 func bucket(namespace string, n int) int { return jump(hash64(namespace), n) }
 
-// hash64 is the 64-bit hash of a namespace, of which all bits are worth the same.
+// hash64 returns the 64-bit hash of a namespace. All its bits are equally random.
 func hash64[S string | []byte](namespace S) uint64 { return fmix64(fnv1a(namespace)) }
 
-// jump is bucket for a namespace of which spread is known.
+// jump is bucket for a namespace whose hash64 is key.
 func jump(key uint64, n int) int {
 	b, j := int64(-1), int64(0)
 	for j < int64(n) {
@@ -30,8 +30,8 @@ func jump(key uint64, n int) int {
 	return int(b)
 }
 
-// fnv1a is the 64-bit FNV-1a hash (draft-eastlake-fnv). hash/fnv gives the same
-// value, but through an interface, a conversion to bytes and an allocation.
+// fnv1a returns the 64-bit FNV-1a hash (draft-eastlake-fnv). hash/fnv returns the same
+// value, but needs an interface, a conversion to bytes and an allocation.
 func fnv1a[S string | []byte](s S) uint64 {
 	h := uint64(14695981039346656037)
 	for i := 0; i < len(s); i++ {
@@ -41,8 +41,8 @@ func fnv1a[S string | []byte](s S) uint64 {
 }
 
 // fmix64 is the finaliser of MurmurHash3: every bit of the input reaches every
-// bit of the output. FNV alone leaves names that differ in their last digit
-// close together.
+// bit of the output. FNV-1a alone gives similar hashes to names that differ only in
+// their last digit.
 func fmix64(k uint64) uint64 {
 	k ^= k >> 33
 	k *= 0xff51afd7ed558ccd

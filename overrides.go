@@ -15,36 +15,43 @@ import (
 )
 
 const (
-	maxNamespaceBytes   = 255       // bytes that are kept of a namespace; 253 are the most that one may have
-	maxValueBytes       = 300       // bytes that are kept of a value; a name of a backend has fewer
-	maxSources          = 1<<16 - 4 // parts in an index, and two that a table adds
-	overrideHeaderBytes = 9         // bytes of a record before its namespace
+	maxNamespaceBytes   = 255       // longer keys are cut; a valid namespace has at most 253
+	maxValueBytes       = 300       // longer values are cut; a backend's name is shorter
+	maxSources          = 1<<16 - 4 // indexSlot.set has 16 bits, and a table adds two sets
+	overrideHeaderBytes = 9         // bytes of a stored override before its namespace
 
-	invalidForHost, invalidForPath = 1, 2 // of override.invalidFor: the name cannot be the namespace of a host, or not of a path either
-	invalidForShift                = 30   // where a record has odd, above which
+	// Values of override.invalidFor; 0 is a namespace that is valid for both.
+	invalidForHost = 1 // no host name has this namespace, but a path may
+	invalidForPath = 2 // neither a host name nor a path has this namespace
+
+	invalidForShift = 30 // invalidFor is stored in the two bits above valueIndex
 )
 
-// overrideSet is what one source of overrides holds, in one piece of memory: a million
-// entries take 10 bytes each and the namespace, and 150 as a map of strings. They
-// are in the order of their hashes: so an index of several is made from its
-// begin to its end, not here and there. It is immutable.
+// overrideSet stores the overrides of one source in one piece of memory. Each of a
+// million overrides takes 10 bytes and its namespace; a map of strings takes 150. They
+// are in the order of their hashes, so that an index of several sets is filled from its
+// start to its end, which the CPU's cache favours. A set is immutable once it is built.
 type overrideSet struct {
-	data     []byte   // of each entry: hash, odd and which (4 bytes each, little endian), len(namespace) (1 byte), namespace
+	// For each override: its hash (4 bytes, little endian), invalidFor and valueIndex
+	// (4 bytes together, little endian), the length of its namespace (1 byte), and the
+	// namespace.
+	data     []byte
 	values   []string // distinct
-	hashSums []uint64 // of each value, of the spreads of its entries' namespaces
-	count    int      // of entries
+	hashSums []uint64 // for each value, the sum of hash64 of the namespaces that have it
+	count    int      // number of overrides
 }
 
-// override is one entry of a packed.
+// override is one override of an overrideSet: a namespace, and the backend's name as
+// its value.
 type override struct {
-	offset, end uint32 // where it begins and ends in records
-	hash        uint32 // upper half of spread
-	valueIndex  uint32 // of values
+	offset, end uint32 // where it begins and ends in data
+	hash        uint32 // upper32 of the namespace's hash64
+	valueIndex  uint32 // index into values
 	invalidFor  uint32 // 0, invalidForHost or invalidForPath
-	namespace   []byte // part of records
+	namespace   []byte // a part of data
 }
 
-// newOverrideSet packs a map.
+// newOverrideSet returns the set of the overrides in data, whose keys are namespaces.
 func newOverrideSet(data map[string]string) *overrideSet {
 	p := &setBuilder{}
 	for _, namespace := range slices.Sorted(maps.Keys(data)) {
@@ -53,17 +60,17 @@ func newOverrideSet(data map[string]string) *overrideSet {
 	return p.build()
 }
 
-// The most bytes of one object's names and values, where each entry has entryOverhead
-// bytes more, as in the API server's protobuf. etcd takes 1.5 MiB at most
-// (--max-request-bytes).
+// maxConfigMapData bounds the data of one ConfigMap: the bytes of its keys and values,
+// and entryOverhead bytes for each entry, as in the API server's protobuf. etcd accepts
+// at most 1.5 MiB (--max-request-bytes).
 const (
 	maxConfigMapData = 2 << 20
 	entryOverhead    = 6
 )
 
-// UnmarshalJSON packs an object of texts. encoding/json has seen to it that b is
-// valid; to have it make a map of 40,000 entries, to be packed after that, would
-// take most of the time between an edit and the table.
+// UnmarshalJSON reads a JSON object whose values are strings. encoding/json has already
+// checked that b is valid JSON. A map of 40,000 entries in between would take most of
+// the time from an edit to the new table.
 func (p *overrideSet) UnmarshalJSON(b []byte) error {
 	const between = " \t\r\n,:"
 	all, size := &setBuilder{}, 0
@@ -89,12 +96,14 @@ func (p *overrideSet) UnmarshalJSON(b []byte) error {
 	return nil
 }
 
-// cutJSONString returns the text that b, JSON, begins with, and what is after it.
+// cutJSONString decodes the JSON string that b begins with, and returns the rest of b
+// after it. It returns an error if b begins with another JSON value.
 func cutJSONString(b []byte) (text, rest []byte, err error) {
 	if b[0] != '"' {
 		var s string
 		err = json.NewDecoder(bytes.NewReader(b)).Decode(&s)
-		return nil, nil, cmp.Or(err, error(&json.UnmarshalTypeError{Value: "null", Type: reflect.TypeFor[string]()}))
+		null := &json.UnmarshalTypeError{Value: "null", Type: reflect.TypeFor[string]()}
+		return nil, nil, cmp.Or(err, error(null))
 	}
 	end := 1
 	for b[end] != '"' {
@@ -112,15 +121,16 @@ func cutJSONString(b []byte) (text, rest []byte, err error) {
 	return text, rest, err
 }
 
-// setBuilder makes a packed. What it needs for that is in proportion to the names and
-// values that were added, whatever the text that they come from.
+// setBuilder builds an overrideSet. Its memory is in proportion to the namespaces and
+// values that were added, not to the JSON that they come from.
 type setBuilder struct {
-	overrideSet                    // the records in the order in which they came
-	sortKeys     []uint64          // of the records: hash, and below it where the record begins
-	valueIndexes map[string]uint32 // numbers of values
+	overrideSet                    // the overrides in the order of add
+	sortKeys     []uint64          // of each override: hash<<32 | offset
+	valueIndexes map[string]uint32 // from a value to its index in values
 }
 
-// add takes spaces off the value, as a file's last newline is one.
+// add adds an override. It removes white space around the value, since a file may end
+// with a newline.
 func (p *setBuilder) add(namespace, value []byte) {
 	value = bytes.TrimSpace(value)
 	value = value[:min(maxValueBytes, len(value))]
@@ -138,27 +148,33 @@ func (p *setBuilder) add(namespace, value []byte) {
 	namespace = namespace[:min(maxNamespaceBytes, len(namespace))]
 	key := hash64(namespace)
 	p.hashSums[valueIndex] += key
-	at := p.overrideSet.appendOverride(override{hash: upper32(key), valueIndex: valueIndex, invalidFor: invalid, namespace: namespace})
-	p.sortKeys = append(p.sortKeys, uint64(upper32(key))<<32|uint64(at))
+	offset := p.appendOverride(override{
+		hash: upper32(key), valueIndex: valueIndex, invalidFor: invalid, namespace: namespace,
+	})
+	p.sortKeys = append(p.sortKeys, uint64(upper32(key))<<32|uint64(offset))
 }
 
-// build ends the making. It sorts numbers rather than records.
+// build returns the set. The builder must not be used afterwards. It sorts numbers,
+// which is faster than to sort overrides.
 func (p *setBuilder) build() *overrideSet {
 	slices.Sort(p.sortKeys)
-	record := func(i int) override { return p.overrideAt(uint32(p.sortKeys[i])) }
-	done := &overrideSet{data: make([]byte, 0, len(p.data)), values: p.values, hashSums: p.hashSums, count: len(p.sortKeys)}
-	for i := range p.sortKeys {
-		for j := i; j > 0 && record(j).compare(record(j-1)) < 0; j-- { // the same hash
+	ith := func(i int) override { return p.overrideAt(uint32(p.sortKeys[i])) }
+	set := &overrideSet{
+		data: make([]byte, 0, len(p.data)), values: p.values, hashSums: p.hashSums,
+		count: len(p.sortKeys),
+	}
+	for i := range p.sortKeys { // order those of the same hash by their namespace
+		for j := i; j > 0 && ith(j).compare(ith(j-1)) < 0; j-- {
 			p.sortKeys[j], p.sortKeys[j-1] = p.sortKeys[j-1], p.sortKeys[j]
 		}
 	}
 	for i := range p.sortKeys {
-		done.appendOverride(record(i))
+		set.appendOverride(ith(i))
 	}
-	return done
+	return set
 }
 
-// compare orders records by their hash, then by their namespace.
+// compare orders overrides by their hash, then by their namespace.
 func (r override) compare(other override) int {
 	if r.hash != other.hash {
 		return cmp.Compare(r.hash, other.hash)
@@ -166,43 +182,47 @@ func (r override) compare(other override) int {
 	return bytes.Compare(r.namespace, other.namespace)
 }
 
-// upper32 is the part of a hash that places a namespace.
+// upper32 returns the part of a hash64 that orders overrides and chooses a slot.
 func upper32(key uint64) uint32 { return uint32(key >> 32) }
 
-// appendOverride appends a record, while p is being made, and returns where.
-func (p *overrideSet) appendOverride(r override) (at uint32) {
-	at = uint32(len(p.data))
+// appendOverride appends an override to a set that is not in use yet, and returns its
+// offset. r.valueIndex is an index into p.values; r.offset and r.end are ignored.
+func (p *overrideSet) appendOverride(r override) (offset uint32) {
+	offset = uint32(len(p.data))
 	p.data = binary.LittleEndian.AppendUint32(p.data, r.hash)
-	p.data = binary.LittleEndian.AppendUint32(p.data, r.invalidFor<<invalidForShift|r.valueIndex)
+	packed := r.invalidFor<<invalidForShift | r.valueIndex
+	p.data = binary.LittleEndian.AppendUint32(p.data, packed)
 	p.data = append(p.data, byte(len(r.namespace)))
 	p.data = append(p.data, r.namespace...)
-	return at
+	return offset
 }
 
-// overrideAt returns the one that begins at at.
-func (p *overrideSet) overrideAt(at uint32) override {
-	b := p.data[at:]
-	next := overrideHeaderBytes + uint32(b[overrideHeaderBytes-1])
-	valueIndex := binary.LittleEndian.Uint32(b[4:])
+// overrideAt returns the override that begins at the offset. Its namespace is a part of
+// p.data.
+func (p *overrideSet) overrideAt(offset uint32) override {
+	b := p.data[offset:]
+	length := overrideHeaderBytes + uint32(b[overrideHeaderBytes-1])
+	packed := binary.LittleEndian.Uint32(b[4:])
 	return override{
-		offset: at, end: at + next, namespace: b[overrideHeaderBytes:next],
-		hash: binary.LittleEndian.Uint32(b), valueIndex: valueIndex & (1<<invalidForShift - 1), invalidFor: valueIndex >> invalidForShift,
+		offset: offset, end: offset + length, namespace: b[overrideHeaderBytes:length],
+		hash:       binary.LittleEndian.Uint32(b),
+		valueIndex: packed & (1<<invalidForShift - 1), invalidFor: packed >> invalidForShift,
 	}
 }
 
-// all are the records of p in order.
+// all returns the overrides of p in order.
 func (p *overrideSet) all() iter.Seq[override] { return p.rangeBelow(1<<32, new(uint32)) }
 
-// rangeBelow are the records from at on whose hash is below end, in order. at follows:
-// they can be read once.
-func (p *overrideSet) rangeBelow(end uint64, at *uint32) iter.Seq[override] {
+// rangeBelow returns, in order, the overrides from offset on whose hash is below end. It
+// advances offset, so the sequence can be read once.
+func (p *overrideSet) rangeBelow(end uint64, offset *uint32) iter.Seq[override] {
 	return func(yield func(override) bool) {
-		for *at < uint32(len(p.data)) {
-			r := p.overrideAt(*at)
+		for *offset < uint32(len(p.data)) {
+			r := p.overrideAt(*offset)
 			if uint64(r.hash) >= end {
 				return
 			}
-			*at = r.end
+			*offset = r.end
 			if !yield(r) {
 				return
 			}
@@ -210,18 +230,19 @@ func (p *overrideSet) rangeBelow(end uint64, at *uint32) iter.Seq[override] {
 	}
 }
 
-// value returns that of r, a record of p.
+// value returns the value of r, which must be an override of p.
 func (p *overrideSet) value(r override) string { return p.values[r.valueIndex] }
 
-// equal reports whether p and other have the same entries. It may say no of the
-// same that came in another order.
+// equal reports whether p and other have the same overrides. It may return false for
+// equal sets whose overrides were added in different orders.
 func (p *overrideSet) equal(other *overrideSet) bool {
-	return p == other || bytes.Equal(p.data, other.data) && slices.Equal(p.values, other.values)
+	return p == other ||
+		bytes.Equal(p.data, other.data) && slices.Equal(p.values, other.values)
 }
 
-// differences are the namespaces that p and other do not give the same value, in
-// order; with everything those of which they do too.
-func (p *overrideSet) differences(other *overrideSet, everything bool) iter.Seq[override] {
+// differences returns, in order, one override for each namespace to which p and other
+// do not give the same value; if all is true, for each namespace of both.
+func (p *overrideSet) differences(other *overrideSet, all bool) iter.Seq[override] {
 	return func(yield func(override) bool) {
 		for i, j := uint32(0), uint32(0); int(i) < len(p.data) || int(j) < len(other.data); {
 			var mine, others override
@@ -235,7 +256,7 @@ func (p *overrideSet) differences(other *overrideSet, everything bool) iter.Seq[
 				mine, others = p.overrideAt(i), other.overrideAt(j)
 				order = mine.compare(others)
 			}
-			differs := everything || order != 0 || p.value(mine) != other.value(others)
+			differs := all || order != 0 || p.value(mine) != other.value(others)
 			one := mine
 			if order <= 0 {
 				i = mine.end
@@ -250,34 +271,35 @@ func (p *overrideSet) differences(other *overrideSet, everything bool) iter.Seq[
 	}
 }
 
-// overrideIndex finds namespaces in several packed. It is a hash table with open
-// addressing: a lookup reads a few cells beside one another and one record, and what
-// a swap has to make anew is 8 bytes for each cell.
+// overrideIndex finds namespaces in several sets. It is a hash table with open
+// addressing. A lookup reads a few adjacent slots and one override. A new table needs
+// new slots only, of 8 bytes each.
 type overrideIndex struct {
 	sets  []*overrideSet
-	slots []indexSlot // a third of them are empty
+	slots []indexSlot // at least a third of them are empty
 }
 
-// indexSlot leads to a record. Its place among the cells is where the namespace's
-// hash points to, or after.
+// indexSlot points to an override. It is at the position that the namespace's hash
+// gives, or in the next free slot after it.
 type indexSlot struct {
-	offset      uint32
-	set         uint16 // number of the packed plus 1; 0 is an empty cell
-	fingerprint uint16 // lower half of the hash
+	offset      uint32 // of the override in its set
+	set         uint16 // index into sets, plus 1; 0 is an empty slot
+	fingerprint uint16 // lower half of override.hash
 }
 
-// newOverrideIndex returns an index without namespaces and with room for n.
-func newOverrideIndex(parts []*overrideSet, n int) overrideIndex {
-	return overrideIndex{sets: parts, slots: make([]indexSlot, n+n/2+1)}
+// newOverrideIndex returns an empty index of the sets, with room for n namespaces.
+func newOverrideIndex(sets []*overrideSet, n int) overrideIndex {
+	return overrideIndex{sets: sets, slots: make([]indexSlot, n+n/2+1)}
 }
 
-// findSlot returns the cell of the namespace with this hash, or the empty cell where
-// it belongs.
+// findSlot returns the slot of the namespace, whose override.hash is hash, or the empty
+// slot where it belongs.
 func findSlot[S string | []byte](x *overrideIndex, namespace S, hash uint32) *indexSlot {
 	i := uint64(hash) * uint64(len(x.slots)) >> 32
 	for {
 		s := &x.slots[i]
-		if s.set == 0 || s.fingerprint == uint16(hash) && string(x.overrideAt(s).namespace) == string(namespace) {
+		if s.set == 0 || s.fingerprint == uint16(hash) &&
+			string(x.overrideAt(s).namespace) == string(namespace) {
 			return s
 		}
 		if i++; i == uint64(len(x.slots)) {
@@ -286,12 +308,12 @@ func findSlot[S string | []byte](x *overrideIndex, namespace S, hash uint32) *in
 	}
 }
 
-// overrideAt returns what s leads to.
+// overrideAt returns the override that s points to. s must not be empty.
 func (x *overrideIndex) overrideAt(s *indexSlot) override {
 	return x.sets[s.set-1].overrideAt(s.offset)
 }
 
-// invalidFor says where a request cannot have this namespace: override.invalidFor.
+// invalidFor returns override.invalidFor of a namespace.
 func invalidFor(namespace []byte) uint32 {
 	switch {
 	case isHostNamespace(namespace):
@@ -302,7 +324,7 @@ func invalidFor(namespace []byte) uint32 {
 	return invalidForPath
 }
 
-// pathNamespaceFault says what is wrong with a namespace of a path, or "".
+// pathNamespaceFault says what a namespace of a path must be, or "" if this one is valid.
 func pathNamespaceFault(s string) string {
 	if isPathNamespace(s) {
 		return ""
@@ -310,21 +332,25 @@ func pathNamespaceFault(s string) string {
 	return "a namespace of 1 to 253 characters of [-._a-zA-Z0-9] other than \".\" and \"..\""
 }
 
-// hostNamespaceFault says what is wrong with a namespace of a host name, in lower case, or
-// "".
+// hostNamespaceFault says what a namespace of a host name must be, or "" if this one,
+// in lower case, is valid.
 func hostNamespaceFault(s string) string {
 	if isHostNamespace(s) {
 		return ""
 	}
-	return "a namespace of 1 to 63 characters of [-_a-z0-9], the first label of a host name in lower case"
+	return "a namespace of 1 to 63 characters of [-_a-z0-9], " +
+		"the first label of a host name in lower case"
 }
 
 // isPathNamespace reports whether a path can have the namespace. The characters and
-// the length are those of a ConfigMap's keys, so that it can be an override: all
-// but those that overrideKeyFault names. "." and ".." would be dot segments of a path (RFC
-// 3986 §3.3).
+// the length are those of a ConfigMap's keys, so that each namespace can have an
+// override, except those that overrideKeyFault names. "." and ".." would be dot segments
+// of a path (RFC 3986 §3.3).
 func isPathNamespace[S string | []byte](s S) bool {
-	if len(s) == 0 || len(s) > 253 || s[0] == '.' && (len(s) == 1 || len(s) == 2 && s[1] == '.') {
+	if len(s) == 0 || len(s) > 253 {
+		return false
+	}
+	if s[0] == '.' && (len(s) == 1 || len(s) == 2 && s[1] == '.') {
 		return false
 	}
 	for i := 0; i < len(s); i++ {
@@ -335,10 +361,10 @@ func isPathNamespace[S string | []byte](s S) bool {
 	return true
 }
 
-// isHostNamespace reports whether a host name can have the namespace as its first label: of
-// at most 63 bytes (RFC 1035 §2.3.4), without a dot, and in lower case, as host
-// names have no case (RFC 4343). An underscore is allowed in DNS (RFC 2181 §11),
-// and browsers send it.
+// isHostNamespace reports whether a host name can have the namespace as its first label.
+// A label has 1 to 63 bytes (RFC 1035 §2.3.4) and no dot. It must be in lower case,
+// since host names ignore case (RFC 4343). DNS allows an underscore (RFC 2181 §11), and
+// browsers send it.
 func isHostNamespace[S string | []byte](s S) bool {
 	for i := 0; i < len(s); i++ {
 		if !isHostNamespaceByte(s[i]) {
@@ -352,9 +378,10 @@ func isHostNamespaceByte(c byte) bool {
 	return 'a' <= c && c <= 'z' || '0' <= c && c <= '9' || c == '-' || c == '_'
 }
 
-// overrideKeyFault says why a namespace can have no override, or "". A ConfigMap's keys do
-// not begin with two dots: a directory that it is mounted to has files of the kubelet
-// by such names (https://kubernetes.io/docs/concepts/configuration/configmap/).
+// overrideKeyFault says why a namespace can have no override, or "" if it can. A
+// ConfigMap's keys cannot begin with two dots, because the kubelet has files with such
+// names in a directory where a ConfigMap is mounted
+// (https://kubernetes.io/docs/concepts/configuration/configmap/).
 func overrideKeyFault(namespace string) string {
 	if strings.HasPrefix(namespace, "..") {
 		return "it can have no override: no key of a ConfigMap begins with two dots"
