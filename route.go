@@ -14,20 +14,20 @@ import (
 	"sync/atomic"
 )
 
-// Why a namespace belongs to its owner, as /owner says it.
+// The reasons why a namespace has its owner, as /owner gives them.
 const (
-	whyOverride   = "override" // an entry
-	whyHash       = "hash"     // no entry
-	whyPrevious   = "kept"     // an entry that cannot be read: stays where it was
-	whyConflict   = "conflict" // entries of several objects that name different backends: stays where it was
-	whyUnresolved = "refused"  // stays where it was, and where that is is not known: 503
+	whyOverride   = "override" // an override names it
+	whyHash       = "hash"     // there is no override
+	whyPrevious   = "kept"     // it keeps its previous owner: an override is invalid
+	whyConflict   = "conflict" // it keeps its previous owner: overrides disagree
+	whyUnresolved = "refused"  // it would keep its previous owner, but none is known: 503
 )
 
-// What an entry can mean instead of an ordinal.
+// Values of an ordinal that are not the ordinal of a backend.
 const (
-	byHash       = -1 // the same as no entry
-	unresolved   = -2 // the namespace is not served (invariant 3)
-	invalidValue = -3
+	byHash       = -1 // the hash gives the owner, as without an override
+	unresolved   = -2 // there is no owner: the namespace is not served (invariant 3)
+	invalidValue = -3 // the override's value names no existing backend
 )
 
 // sourceID identifies an object that holds overrides: a ConfigMap or a directory.
@@ -73,55 +73,61 @@ type changeReporter interface {
 	reportChange(sourceChange)
 }
 
-// table says who owns which namespace. It is immutable: an update makes a new
-// one. Its methods take no lock and owner does not allocate (invariant 1).
+// table maps each namespace to its owner. It is immutable: an update makes a new one.
+// Its methods take no lock, and owner does not allocate (invariant 1).
 type table struct {
-	statefulSet string          // the part of a backend's name before its ordinal
+	statefulSet string          // the part of a backend's name before "-" and its ordinal
 	fromHost    bool            // a namespace is the first label of a host name
-	backends    ordinals        // at least 1
-	revision    string          // of the StatefulSet, when it came to have these; "" if it was not asked
-	sources     []sourceContent // of the overrides, in the order in which they are read
-	version     string          // of the source, or a hash of those of several: for people
-	stamp       string          // content.kept
+	backends    ordinals        // at least one
+	revision    string          // of the StatefulSet when backends changed; "" if not known
+	sources     []sourceContent // in the order in which they are merged
+	version     string          // of the only source, or a hash of all versions; for people
+	stamp       string          // contentHash.pinnedHash, each as 16 hexadecimal digits
 
-	// Routers with the same content have the same owners, but for the namespaces that
-	// stay where they were; with the same kept, these too. contentHash is a hash of what
-	// namespaces have as their override (an ordinal, or that they stay), of which
-	// backends there are, and of hashVersion: not of how and where it was written, nor
-	// of a resourceVersion, which two contents can have after a restored backup. An
-	// override counts also if it names the owner by hash: with other backends it would
-	// not.
+	// Routers with the same contentHash have the same owners, except for pinned
+	// namespaces; with the same pinnedHash, for these too.
+	//
+	// contentHash is a hash of the overrides (an ordinal for each namespace, or that it
+	// is pinned), of the backends, and of hashVersion. How and where an override is
+	// written does not count, nor its resourceVersion: two contents can have the same one
+	// after a backup is restored. An override counts also if it names the owner that the
+	// hash gives, since with other backends it would not. pinnedHash is a hash of the
+	// owners of the pinned namespaces.
 	contentHash, pinnedHash uint64
 
-	// The parts of index are the data of sources, then the namespaces that stay
-	// where they were: since an entry cannot be read, since entries disagree.
+	// The sets of index are those of sources, and two more with pinned namespaces,
+	// which keep their previous owners: one for invalid overrides, one for conflicts.
 	index         overrideIndex
-	valueOrdinals [][]int32 // for each part, for each of its values
-	overrides     int       // namespaces of which owner does not ask the hash
-	rejected      []int     // for each source, entries that cannot be read
-	conflicts     int       // namespaces whose entries disagree
+	valueOrdinals [][]int32 // for each set of index, the ordinal of each of its values
+	overrides     int       // namespaces whose owner is not given by the hash
+	rejected      []int     // for each source, its invalid overrides
+	conflicts     int       // namespaces whose overrides name different backends
 }
 
-// newTable reads the sources. A namespace of which an entry cannot be read, or
-// to which two sources give different backends, stays where old had it; without
-// an old table it is refused rather than hashed, since another router may know a
-// good value. All other entries apply (invariant 3).
-func newTable(statefulSet string, backends ordinals, sources []sourceContent, old *table) *table {
+// newTable merges the sources. A namespace is pinned to its owner in old if an override
+// of it is invalid, or if two sources give it different backends. Without old it is
+// unresolved, and not hashed, since another router may know a valid override. All other
+// overrides apply (invariant 3).
+func newTable(
+	statefulSet string, backends ordinals, sources []sourceContent, old *table,
+) *table {
 	t := &table{statefulSet: statefulSet, backends: backends}
 	t.build(sources, old)
 	return t
 }
 
-// with returns the table that follows t with other backends or sources.
+// with returns the table that would follow t, with these backends and sources.
 func (t *table) with(backends ordinals, sources []sourceContent) *table {
 	next := &table{statefulSet: t.statefulSet, fromHost: t.fromHost, backends: backends}
 	next.build(sources, t)
 	return next
 }
 
-// build is the rest of newTable.
+// build fills a table that has statefulSet, fromHost, backends and revision. old may be
+// nil.
 func (t *table) build(sources []sourceContent, old *table) {
-	t.sources, t.version, t.rejected = slices.Clone(sources), versionOf(sources), make([]int, len(sources))
+	t.sources, t.version = slices.Clone(sources), versionOf(sources)
+	t.rejected = make([]int, len(sources))
 	var sets []*overrideSet
 	count := 0
 	for i := range t.sources {
@@ -131,29 +137,32 @@ func (t *table) build(sources []sourceContent, old *table) {
 		t.valueOrdinals = append(t.valueOrdinals, t.resolveValues(src.overrides))
 		count += src.overrides.count
 	}
-	ordinals := []int32{unresolved, byHash} // what the values of the last two parts mean
+	ordinals := []int32{unresolved, byHash} // of the two sets of pinned namespaces
 	for i := range t.backends.count {
 		ordinals = append(ordinals, int32(t.backends.first+i))
 	}
 	t.valueOrdinals = append(t.valueOrdinals, ordinals, ordinals)
 	t.index = newOverrideIndex(append(sets, &overrideSet{}, &overrideSet{}), count)
 	t.mergeSources(old)
-	t.contentHash = fmix64(t.contentHash + hash64(fmt.Sprintf("hash %d, backends %s", hashVersion, t.backends)))
+	hashed := fmt.Sprintf("hash %d, backends %s", hashVersion, t.backends)
+	t.contentHash = fmix64(t.contentHash + hash64(hashed))
 	t.pinnedHash = fmix64(t.pinnedHash)
 	t.stamp = fmt.Sprintf("%016x.%016x", t.contentHash, t.pinnedHash)
 }
 
-// weight is what a meaning of a namespace counts in content and kept. These are
-// sums, of spread(namespace) × weight for each namespace, so that a source's part
-// is known once it is packed, but for the namespaces that it shares with others. A
-// spread is as good as random. Two contents differ by the sum of spread × the
-// difference of two weights over some namespaces: so they have the same sum by
-// accident only, once in 2^(64-k) times where 2^k divides all these differences.
-// With 0 for a namespace that is in one of both, and weights that are odd and in a
-// row, k is 0 for that, mostly 1 or 2, and at most 14 with 10,000 backends.
-func weight(meaning int) uint64 { return uint64(2*(meaning-invalidValue) + 1) }
+// weight returns the weight of an ordinal in contentHash and pinnedHash. These are sums
+// of hash64(namespace) × weight over namespaces, so that the sum of a source is known
+// once its set is built, except for the namespaces that it shares with other sources.
+//
+// hash64 is as good as random. Two contents differ by the sum of hash64 × the difference
+// of two weights, over some namespaces. So they have the same sum only by accident, once
+// in 2^(64-k) times, where 2^k divides all these differences. The weight is 0 for a
+// namespace that only one of both has; the others are consecutive odd numbers. So k is 0
+// in that case, otherwise mostly 1 or 2, and at most 14 with 10,000 backends.
+func weight(ordinal int) uint64 { return uint64(2*(ordinal-invalidValue) + 1) }
 
-// versionOf names the state of all sources for people.
+// versionOf returns the version of the only source, or a hash of the names and versions
+// of all: a text for people.
 func versionOf(sources []sourceContent) string {
 	if len(sources) == 1 {
 		return sources[0].version
@@ -165,37 +174,39 @@ func versionOf(sources []sourceContent) string {
 	return fmt.Sprintf("%d-%016x", len(sources), sum.Sum64())
 }
 
-// resolveValues returns what the values mean, and counts their namespaces in content as if
-// all were in force and in no other source.
-func (t *table) resolveValues(p *overrideSet) (ordinals []int32) {
-	for i, value := range p.values {
+// resolveValues returns the ordinals of the set's values. It adds the set's overrides to
+// contentHash as if all were in force and in no other source.
+func (t *table) resolveValues(set *overrideSet) (ordinals []int32) {
+	for i, value := range set.values {
 		ordinal, ok := t.ordinal(value)
 		if !ok {
 			ordinal = invalidValue
 		}
 		ordinals = append(ordinals, int32(ordinal))
-		t.contentHash += p.hashSums[i] * weight(ordinal)
+		t.contentHash += set.hashSums[i] * weight(ordinal)
 	}
 	return ordinals
 }
 
-// mergeSources reads all entries, while t is being made: a range of hashes of each
-// source, then the next range. The cells of one range stay in the CPU's cache,
-// which makes a table of a million entries from 30 sources in half of the time.
+// mergeSources adds the overrides of all sources: those of one range of hashes of each
+// source, then those of the next range. The index slots of one range stay in the CPU's
+// cache, which halves the time for a million overrides of 30 sources. Only build calls
+// it.
 func (t *table) mergeSources(old *table) {
 	const ranges = 64
-	at := make([]uint32, len(t.sources))
+	offsets := make([]uint32, len(t.sources))
 	for n := range uint64(ranges) {
 		for i, src := range t.sources {
-			for r := range src.overrides.rangeBelow((n+1)<<32/ranges, &at[i]) {
+			for r := range src.overrides.rangeBelow((n+1)<<32/ranges, &offsets[i]) {
 				t.addOverride(i, r, old)
 			}
 		}
 	}
 }
 
-// addOverride reads one entry of the i-th source, while t is being made. contentHash has it
-// already, by read: what else was known of its namespace, or is now, is put right.
+// addOverride adds one override of the i-th source. resolveValues has already added it to
+// contentHash; addOverride corrects that if the namespace has another override too, or if
+// this one is not valid. Only mergeSources calls it.
 func (t *table) addOverride(i int, r override, old *table) {
 	ordinal := int(t.valueOrdinals[i][r.valueIndex])
 	if t.isInvalidName(r) {
@@ -223,7 +234,7 @@ func (t *table) addOverride(i int, r override, old *table) {
 	t.contentHash += hash64(r.namespace) * (t.contribution(s) - before - weight(ordinal))
 }
 
-// contribution is the weight in content of the namespace that s leads to.
+// contribution returns the weight in contentHash of the namespace of the slot.
 func (t *table) contribution(s *indexSlot) uint64 {
 	switch {
 	case s.set == 0:
@@ -239,8 +250,8 @@ func (t *table) isInvalidName(r override) bool {
 	return r.invalidFor == invalidForPath || r.invalidFor == invalidForHost && t.fromHost
 }
 
-// pinToPrevious makes s lead to an entry, in the part, that gives the namespace the owner
-// it had in old.
+// pinToPrevious pins the namespace of r to the owner that it had in old, or to none: it
+// adds an override to the index's set with that number, and makes s point to it.
 func (t *table) pinToPrevious(s *indexSlot, set int, r override, old *table) {
 	ordinal := unresolved
 	if old != nil {
@@ -260,7 +271,7 @@ func (t *table) pinToPrevious(s *indexSlot, set int, r override, old *table) {
 	*s = indexSlot{t.index.sets[set].appendOverride(r), uint16(set + 1), uint16(r.hash)}
 }
 
-// ordinalOf returns the ordinal that s leads to, hashed or refused.
+// ordinalOf returns the ordinal that the slot points to, byHash or unresolved.
 func (t *table) ordinalOf(s *indexSlot) int {
 	if s.set == 0 {
 		return byHash
@@ -268,11 +279,11 @@ func (t *table) ordinalOf(s *indexSlot) int {
 	return int(t.valueOrdinals[s.set-1][t.index.overrideAt(s).valueIndex])
 }
 
-// isPinned reports whether s leads to a namespace that stays where it was.
+// isPinned reports whether the namespace of the slot keeps its previous owner.
 func (t *table) isPinned(s *indexSlot) bool { return int(s.set) > len(t.sources) }
 
-// owner returns the ordinal of the backend that owns the namespace; ok is false
-// if the namespace is refused.
+// owner returns the ordinal of the backend that owns the namespace. ok is false if the
+// namespace is unresolved.
 func (t *table) owner(namespace string) (ordinal int, ok bool) {
 	key := hash64(namespace)
 	ordinal = t.ordinalOf(findSlot(&t.index, namespace, upper32(key)))
@@ -282,13 +293,13 @@ func (t *table) owner(namespace string) (ordinal int, ok bool) {
 	return ordinal, ordinal != unresolved
 }
 
-// overrideOrdinal returns the ordinal of the override of r's namespace, hashed if it has
-// none, or refused.
+// overrideOrdinal returns the ordinal that t's override gives to the namespace of r,
+// byHash if t has none, or unresolved.
 func (t *table) overrideOrdinal(r override) int {
 	return t.ordinalOf(findSlot(&t.index, r.namespace, r.hash))
 }
 
-// explain says why owner answers as it does.
+// explain returns the reason why the namespace has its owner: one of the why constants.
 func (t *table) explain(namespace string) string {
 	s := findSlot(&t.index, namespace, upper32(hash64(namespace)))
 	switch {
@@ -304,28 +315,28 @@ func (t *table) explain(namespace string) string {
 	return whyConflict
 }
 
-// rejection is one entry that is not in force as it was written, and what became
-// of its namespace.
+// rejection describes an override that is not in force as written, and the owner that
+// its namespace has instead.
 type rejection struct {
 	namespace string
-	Source    string `json:"source"`
-	Value     string `json:"value"`         // as it was found, cut to maxQuotedValue bytes
-	Expected  string `json:"want"`          // what would have been right
-	Previous  string `json:"kept"`          // the owner it keeps, "hash", "refused" or "nothing"
-	Key       string `json:"key,omitempty"` // of an entry that is of no namespace
+	Source    string `json:"source"`        // sourceID.String
+	Value     string `json:"value"`         // cut to maxQuotedValue bytes
+	Expected  string `json:"want"`          // which values, or keys, would be valid
+	Previous  string `json:"kept"`          // its owner, "hash", "refused" or "nothing"
+	Key       string `json:"key,omitempty"` // of an override whose key is not a namespace
 }
 
-// String names the entry and says what would be right:
+// String returns the text of a rejected override for people:
 // `ns-01: "bakend-2", want backend-0 to backend-3`.
 func (r rejection) String() string {
 	return fmt.Sprintf("%s: %q, want %s", r.namespace, r.Value, r.Expected)
 }
 
-// maxQuotedValue is how much of a rejected value is shown, in bytes: a value may
-// be 1 MiB of anything.
+// maxQuotedValue is how many bytes of a rejected value are shown: a value may be 1 MiB of
+// anything.
 const maxQuotedValue = 64
 
-// rejections are those of the i-th source.
+// rejections returns the rejected overrides of the i-th source.
 func (t *table) rejections(i int) iter.Seq[rejection] {
 	return func(yield func(rejection) bool) {
 		if t.rejected[i] == 0 && t.conflicts == 0 {
@@ -339,16 +350,19 @@ func (t *table) rejections(i int) iter.Seq[rejection] {
 	}
 }
 
-// rejectionsOf are those of the namespace in all sources, and of keys that would be
-// it in lower case where host names have it. It reads them from end to end: it is
-// for operators, not for requests.
+// rejectionsOf returns the rejected overrides of the namespace in all sources. If
+// namespaces come from host names, it includes keys that equal the namespace but for
+// their case. It reads all overrides: it is for operators, not for requests.
 func (t *table) rejectionsOf(namespace string) (all []rejection) {
-	if !t.fromHost && !t.isPinned(findSlot(&t.index, namespace, upper32(hash64(namespace)))) {
+	s := findSlot(&t.index, namespace, upper32(hash64(namespace)))
+	if !t.fromHost && !t.isPinned(s) {
 		return nil
 	}
 	for i := range t.sources {
 		for r := range t.sources[i].overrides.all() {
-			if string(r.namespace) != namespace && !(t.fromHost && strings.EqualFold(string(r.namespace), namespace)) {
+			same := string(r.namespace) == namespace ||
+				t.fromHost && strings.EqualFold(string(r.namespace), namespace)
+			if !same {
 				continue
 			}
 			if bad, ok := t.check(i, r); ok {
@@ -359,16 +373,20 @@ func (t *table) rejectionsOf(namespace string) (all []rejection) {
 	return all
 }
 
-// check reports whether an entry of the i-th source is rejected.
+// check returns the rejection of an override of the i-th source. ok is false if it is
+// not rejected.
 func (t *table) check(i int, r override) (bad rejection, ok bool) {
 	s := findSlot(&t.index, r.namespace, r.hash)
-	bad = rejection{namespace: string(r.namespace), Source: t.sources[i].id.String(), Previous: "nothing"}
+	bad = rejection{
+		namespace: string(r.namespace), Source: t.sources[i].id.String(), Previous: "nothing",
+	}
 	invalid := t.isInvalidName(r)
 	switch {
 	case invalid:
 		bad.Key, bad.Expected = bad.namespace, namespaceFault(bad.namespace, t.fromHost)
 	case t.valueOrdinals[i][r.valueIndex] == invalidValue:
-		bad.Expected = t.name(t.backends.first) + " to " + t.name(t.backends.first+t.backends.count-1)
+		last := t.backends.first + t.backends.count - 1
+		bad.Expected = t.name(t.backends.first) + " to " + t.name(last)
 	case int(s.set) == len(t.sources)+2:
 		bad.Expected = "the same backend in all objects"
 	default:
@@ -394,13 +412,15 @@ func (t *table) check(i int, r override) (bad rejection, ok bool) {
 // name returns the name of the backend with this ordinal.
 func (t *table) name(ordinal int) string { return backendName(t.statefulSet, ordinal) }
 
-// ordinal reads the name of a backend that there is.
-func (t *table) ordinal(name string) (int, bool) {
-	ordinal, ok := backendOrdinal(t.statefulSet, name)
+// ordinal returns the ordinal in a backend's name. ok is false if there is no such
+// backend.
+func (t *table) ordinal(name string) (ordinal int, ok bool) {
+	ordinal, ok = backendOrdinal(t.statefulSet, name)
 	return ordinal, ok && t.backends.has(ordinal)
 }
 
-// namespaceFault says what is wrong with a namespace of a host name, or of a path, or "".
+// namespaceFault says what a namespace of a path, or of a host name, must be, or "" if
+// this one is valid.
 func namespaceFault(name string, host bool) string {
 	if host {
 		return hostNamespaceFault(name)
@@ -408,23 +428,23 @@ func namespaceFault(name string, host bool) string {
 	return pathNamespaceFault(name)
 }
 
-// router holds the table in force.
+// router merges the sources of overrides, and holds the table in force.
 type router struct {
 	// Static after construction.
 	statefulSet string
 	fromHost    bool // a namespace is the first label of a host name
 	log         *slog.Logger
-	onSwap      func()          // called after each swap; must not block
+	onSwap      func()          // called after each swap of the table; must not block
 	sources     []*routerSource // in the order of addSource
 
-	current atomic.Pointer[table] // nil until entries and backends are known, never again
-	swaps   atomic.Int64
+	current atomic.Pointer[table] // nil until overrides and backends are known, never again
+	swaps   atomic.Int64          // tables put in force
 
 	// Guarded by mu, which serialises swaps.
 	mu       sync.Mutex
 	contents []sourceContent // of the sources, merged; nil before they are known
-	backends ordinals        // none before they are known
-	revision string          // of the StatefulSet, when it came to have these
+	backends ordinals        // of the next table; count is 0 before they are known
+	revision string          // of the StatefulSet when backends changed
 }
 
 // table returns the table in force, nil if there was none yet.
@@ -440,7 +460,9 @@ type routerSource struct {
 // addSource adds a source of overrides, which create makes: the source gives its
 // contents to update. A provisional source counts only until all others have given
 // theirs. The caller runs the source. addSource must not be called once one runs.
-func (r *router) addSource(provisional bool, create func(update func(...sourceContent)) overrideSource) {
+func (r *router) addSource(
+	provisional bool, create func(update func(...sourceContent)) overrideSource,
+) {
 	s := &routerSource{provisional: provisional}
 	s.overrideSource = create(func(contents ...sourceContent) { r.setContents(s, contents) })
 	r.sources = append(r.sources, s)
@@ -496,10 +518,11 @@ func (r *router) mergeContents() []sourceContent {
 	return append([]sourceContent{}, live...)
 }
 
-// updateVersions reports whether the sources have nothing new but their versions, as after
-// a change of labels, and has the table in force say these then: that is no swap, of
-// which anybody is told. What each source has as before is the same in memory after
-// it. mu is held.
+// updateVersions reports whether r.contents differs from the table in force in versions
+// only, for example after a change of labels. If so, it puts a copy of the table with the
+// new versions in force; that does not count as a swap and is not reported. In any case,
+// sources whose overrides are unchanged share the old set in memory afterwards. The
+// caller holds r.mu.
 func (r *router) updateVersions() bool {
 	t := r.table()
 	if t == nil {
@@ -528,9 +551,9 @@ func hasID(id sourceID) func(sourceContent) bool {
 	return func(src sourceContent) bool { return src.id == id }
 }
 
-// setBackends puts a table for these backends in force, at least one. Entries are
-// judged anew: "backend-7" is good once there are eight. revision is that of the
-// StatefulSet that says so.
+// setBackends puts a table for these backends in force, at least one. It checks all
+// overrides again: "backend-7" is valid once there are eight. revision is the revision of
+// the StatefulSet that has these backends.
 func (r *router) setBackends(backends ordinals, revision string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -540,14 +563,17 @@ func (r *router) setBackends(backends ordinals, revision string) {
 	}
 }
 
-// swap puts a table of what is known now in force, once all of it is, and tells
-// what that did. mu is held.
+// swap puts a new table in force, and reports the changes. It does nothing before
+// overrides and backends are known. The caller holds r.mu.
 func (r *router) swap() {
 	if r.contents == nil || r.backends.count == 0 {
 		return
 	}
 	old := r.table()
-	t := &table{statefulSet: r.statefulSet, fromHost: r.fromHost, backends: r.backends, revision: r.revision}
+	t := &table{
+		statefulSet: r.statefulSet, fromHost: r.fromHost,
+		backends: r.backends, revision: r.revision,
+	}
 	t.build(r.contents, old)
 	r.current.Store(t)
 	r.swaps.Add(1)
@@ -566,47 +592,50 @@ func (r *router) swap() {
 	}
 }
 
-// largeIndexSlots is how many cells, of 8 bytes, are worth a collection of the old table
-// when it is out of force. By itself the runtime would let as much garbage come
-// together as there is in use: of a million overrides, three old indexes.
+// largeIndexSlots is the number of slots, of 8 bytes each, above which a swap runs the
+// garbage collector to free the old table. Otherwise the runtime would let as much
+// garbage accumulate as there is memory in use: for a million overrides, three old
+// indexes.
 const largeIndexSlots = 1 << 18
 
-// sourceChange is what the new state of one source did.
+// sourceChange describes how a new table changed the overrides of one source. The log and
+// the Events are written from it.
 type sourceChange struct {
-	sourceContent
+	sourceContent                       // the new content
 	initial                 bool        // there was no table before
-	contentHash             uint64      // of the table
-	scaled                  string      // if the number of backends did it all: the StatefulSet's revision
+	contentHash             uint64      // of the new table
+	scaled                  string      // table.revision, if only the backends changed
 	added, changed, removed int         // overrides
-	rejected                int         // entries that are rejected now
-	examples                []rejection // the first of them by name
-	newlyRejected           int         // those that the table before did not reject
-	newExamples             []rejection // the first of them by name
+	rejected                int         // overrides that the new table rejects
+	examples                []rejection // the first of them, by namespace
+	newlyRejected           int         // those that the old table did not reject
+	newExamples             []rejection // the first of them, by namespace
 }
 
-// maxExamples is how many rejected entries of a source are told one by one.
+// maxExamples is how many rejected overrides of a source are reported one by one.
 const maxExamples = 10
 
-// changes compares t with old, which may be nil. Sources that are the same in
-// both are left out.
+// changes returns the differences of t from old, which may be nil, by source: first those
+// of t's sources, then those of sources that only old has. It leaves out sources that did
+// not change.
 func (t *table) changes(old *table) (all []sourceChange) {
-	first := old == nil
-	if first {
+	initial := old == nil
+	if initial {
 		old = newTable(t.statefulSet, t.backends, nil, nil)
 	}
 	for i, src := range t.sources {
-		before, j := &overrideSet{}, slices.IndexFunc(old.sources, hasID(src.id))
+		previous, j := &overrideSet{}, slices.IndexFunc(old.sources, hasID(src.id))
 		if j >= 0 {
-			before = old.sources[j].overrides
+			previous = old.sources[j].overrides
 		}
-		if before == src.overrides && old.backends == t.backends {
+		if previous == src.overrides && old.backends == t.backends {
 			continue
 		}
-		c := sourceChange{sourceContent: src, initial: first, contentHash: t.contentHash}
-		if before == src.overrides {
+		c := sourceChange{sourceContent: src, initial: initial, contentHash: t.contentHash}
+		if previous == src.overrides {
 			c.scaled = t.revision
 		}
-		for r := range before.differences(src.overrides, old.backends != t.backends) {
+		for r := range previous.differences(src.overrides, old.backends != t.backends) {
 			c.countChange(old.overrideOrdinal(r), t.overrideOrdinal(r))
 		}
 		c.countRejections(t, i, old, j)
@@ -627,8 +656,8 @@ func (t *table) changes(old *table) (all []sourceChange) {
 	return all
 }
 
-// countChange takes note of one namespace that had an override before, or hashed, and
-// has one after.
+// countChange counts a namespace whose override had the ordinal before and has the
+// ordinal after. Each is byHash if there was, or is, no override.
 func (c *sourceChange) countChange(before, after int) {
 	switch {
 	case before == after:
@@ -641,8 +670,8 @@ func (c *sourceChange) countChange(before, after int) {
 	}
 }
 
-// countRejections takes note of the entries that are rejected of t's i-th source, which
-// was old's j-th, if that is not below 0.
+// countRejections counts the rejected overrides of t's i-th source, which is old's j-th
+// source. j is negative if old does not have it.
 func (c *sourceChange) countRejections(t *table, i int, old *table, j int) {
 	known := map[rejection]bool{}
 	if j >= 0 {
@@ -660,17 +689,19 @@ func (c *sourceChange) countRejections(t *table, i int, old *table, j int) {
 	}
 }
 
-// addExample adds bad to those that are told, in the order of their names, if it
-// is among the first.
+// addExample adds bad to the examples, in the order of their namespaces, if it is among
+// the first maxExamples.
 func addExample(examples []rejection, bad rejection) []rejection {
-	at, _ := slices.BinarySearchFunc(examples, bad, func(a, b rejection) int { return cmp.Compare(a.namespace, b.namespace) })
-	if at < maxExamples {
-		examples = slices.Insert(examples, at, bad)
+	i, _ := slices.BinarySearchFunc(examples, bad, func(a, b rejection) int {
+		return cmp.Compare(a.namespace, b.namespace)
+	})
+	if i < maxExamples {
+		examples = slices.Insert(examples, i, bad)
 	}
 	return examples[:min(maxExamples, len(examples))]
 }
 
-// sourceName names the sources for people.
+// sourceName returns the display name of the only source, or the number of sources.
 func (t *table) sourceName() string {
 	if len(t.sources) == 1 {
 		return t.sources[0].id.String()
@@ -678,47 +709,58 @@ func (t *table) sourceName() string {
 	return fmt.Sprintf("%d objects", len(t.sources))
 }
 
-// logSwap logs the new table: one line, and one for each entry that is rejected
-// since this table, up to maxExamples of a source.
+// logSwap logs the new table: one line, and one for each newly rejected override, up to
+// maxExamples for each source.
 func (r *router) logSwap(t *table, all []sourceChange) {
 	source, sum, rejected := t.sourceName(), sourceChange{}, 0
 	if len(all) == 1 {
 		source = all[0].id.String()
 	}
 	for _, c := range all {
-		sum.added, sum.changed, sum.removed = sum.added+c.added, sum.changed+c.changed, sum.removed+c.removed
+		sum.added += c.added
+		sum.changed += c.changed
+		sum.removed += c.removed
 	}
 	for _, n := range t.rejected {
 		rejected += n
 	}
-	r.log.Info("table", "source", source, "version", t.version, "stamp", t.stamp, "backends", t.backends.count,
-		"overrides", t.overrides, "added", sum.added, "changed", sum.changed, "removed", sum.removed,
+	r.log.Info("table", "source", source, "version", t.version, "stamp", t.stamp,
+		"backends", t.backends.count, "overrides", t.overrides,
+		"added", sum.added, "changed", sum.changed, "removed", sum.removed,
 		"rejected", rejected, "conflicts", t.conflicts)
 	for _, c := range all {
 		for _, bad := range c.newExamples {
 			r.log.Warn("entry rejected", "source", c.id.String(), "version", c.version,
-				"namespace", bad.namespace, "value", bad.Value, "want", bad.Expected, "kept", bad.Previous)
+				"namespace", bad.namespace, "value", bad.Value,
+				"want", bad.Expected, "kept", bad.Previous)
 		}
 		if c.newlyRejected > maxExamples {
-			r.log.Warn("more entries rejected", "source", c.id.String(), "count", c.newlyRejected-maxExamples)
+			r.log.Warn("more entries rejected",
+				"source", c.id.String(), "count", c.newlyRejected-maxExamples)
 		}
 	}
 }
 
 // writeMetrics writes the table in force, if there is one.
 func (r *router) writeMetrics(m metricsWriter) {
-	m.single("router_table_swaps_total", "counter", "Tables put in force.", float64(r.swaps.Load()))
+	m.single("router_table_swaps_total", "counter", "Tables put in force.",
+		float64(r.swaps.Load()))
 	t := r.table()
 	if t == nil {
 		return
 	}
-	m.family("router_table_info", "gauge", "Always 1; the labels say which table is in force.")
-	m.sample("router_table_info", 1, "source", t.sourceName(), "version", t.version, "stamp", t.stamp)
+	m.family("router_table_info", "gauge",
+		"Always 1; the labels say which table is in force.")
+	m.sample("router_table_info", 1,
+		"source", t.sourceName(), "version", t.version, "stamp", t.stamp)
 	m.single("router_table_overrides", "gauge", "Overrides in force.", float64(t.overrides))
-	m.single("router_table_backends", "gauge", "Backends that namespaces are hashed over.", float64(t.backends.count))
+	m.single("router_table_backends", "gauge", "Backends that namespaces are hashed over.",
+		float64(t.backends.count))
 	m.family("router_table_rejected_entries", "gauge", "Entries that cannot be read.")
 	for i, src := range t.sources {
-		m.sample("router_table_rejected_entries", float64(t.rejected[i]), "object", src.id.String())
+		m.sample("router_table_rejected_entries", float64(t.rejected[i]),
+			"object", src.id.String())
 	}
-	m.single("router_table_conflicts", "gauge", "Namespaces that objects give to different backends.", float64(t.conflicts))
+	m.single("router_table_conflicts", "gauge",
+		"Namespaces that objects give to different backends.", float64(t.conflicts))
 }
