@@ -1,14 +1,14 @@
 #!/bin/sh
-# start.sh NGINX [ARGUMENT...] runs nginx in its own place. It writes, before
-# that, what this nginx has and nginx.conf cannot ask for, since an older one
-# would not start: nginx itself is asked (-t). The image has no more than a
-# shell, and the file system is read-only but for /tmp.
+# start.sh NGINX [ARGUMENT...] replaces itself by nginx. Before that it writes the
+# directives that only newer versions of nginx have, and checks with "nginx -t" whether
+# this one accepts them. They cannot be in nginx.conf: an older nginx would not start.
+# The image has no more than a shell, and only /tmp is writable.
 #
-# ssl_certificate_cache (since 1.27.4): the pair is parsed once and not in each
-# handshake, which costs 1 ms and each connection 8 KiB for its life. A replaced
-# Secret is seen after valid.
-# ssl_session_tickets: since 1.23.2 their keys change with the session cache.
-# Without this line they are off, as nginx.conf says.
+# ssl_certificate_cache (since 1.27.4): nginx parses certificate and key once, and not
+# in each handshake, which takes 1 ms and 8 KiB for as long as the connection is open.
+# nginx notices a replaced Secret after the time in "valid".
+# ssl_session_tickets: since 1.23.2 their keys change with the session cache. Without
+# this line nginx.conf disables them.
 set -eu
 
 known=/tmp/nginx-known.conf
