@@ -9,7 +9,8 @@ E2E_FLAGS   ?=
 # no: the nodes pull the image from a registry (make push)
 LOAD        ?= yes
 ROUNDS      ?= 3
-# of bin/bench (-h), such as -d 2s -n 1000 -proxies router,haproxy, or -before PATH of an older router
+# flags of bin/bench (-h), such as -d 2s -n 1000 -proxies router,haproxy, or
+# -before PATH with the path of an older router
 BENCH_FLAGS ?=
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
@@ -18,38 +19,38 @@ STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
-build: ## the two static programs, bin/router and bin/backend
+build: ## build the two static programs, bin/router and bin/backend
 	CGO_ENABLED=0 go build -trimpath -o bin/router .
 	CGO_ENABLED=0 go build -trimpath -o bin/backend ./backend
 
-demo: build ## four backends, the router and the demo page on this machine
+demo: build ## run four backends, the router and the demo page on this machine
 	@backend/demo.sh
 
-test: ## all tests that need no cluster, with the race detector
+test: ## run all tests that need no cluster, with the race detector
 	go vet ./...
 	cd e2e && go vet -tags controlplane ./...
 	cd bench && go vet ./... && go test -race -count=1 ./...
 	go test -race -count=1 ./...
 	go test -race -count=1 -tags portable .
 
-churn: ## open and close sessions for CHURN; nothing may be left of them
+churn: ## open and close sessions for CHURN, then check that nothing is left of them
 	go test -count=1 -v -timeout 0 -run '^TestProxyChurn$$' . -churn $(CHURN)
 
-fuzz: ## each fuzz target for FUZZTIME
+fuzz: ## run each fuzz target for FUZZTIME
 	@for target in $$(grep -ho '^func Fuzz[A-Za-z]*' *_test.go | cut -d' ' -f2); do \
 		go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) . || exit 1; done
 
-bench: build ## the router beside nginx and HAProxy: a table (ROUNDS, BENCH_FLAGS)
+bench: build ## measure the router beside nginx and HAProxy (ROUNDS, BENCH_FLAGS)
 	cd bench && CGO_ENABLED=0 go build -trimpath -o ../bin/bench .
 	bench/run.sh -rounds $(ROUNDS) $(BENCH_FLAGS)
 
-benchcheck: ## that the comparison works: routing through each proxy, no figures
+benchcheck: ## check that the comparison works: routing through each proxy, no figures
 	$(MAKE) bench ROUNDS=1 BENCH_FLAGS='-scenarios check -calm 0s -out bin/benchcheck'
 
-benchparts: ## benchmarks of the parts
+benchparts: ## run Go's benchmarks of the parts
 	go test -run '^$$' -bench . -benchmem .
 
-lint: ## gofmt, vet, staticcheck, and shellcheck where it is installed
+lint: ## run gofmt, vet, staticcheck, and shellcheck if it is installed
 	@test -z "$$(gofmt -l . | tee /dev/stderr)"
 	go vet ./...
 	go run $(STATICCHECK) ./...
@@ -57,32 +58,32 @@ lint: ## gofmt, vet, staticcheck, and shellcheck where it is installed
 	cd bench && go vet ./... && go run $(STATICCHECK) ./...
 	@if command -v shellcheck; then shellcheck k8s/*.sh nginx/*.sh certs/*.sh backend/*.sh bench/*.sh .ci/run; fi
 
-image: build ## the image, with docker, podman or buildah
+image: build ## build the image, with docker, podman or buildah
 	k8s/image.sh build $(IMAGE)
 
-push: image ## the image to REGISTRY (localhost:5000)
+push: image ## push the image to REGISTRY (localhost:5000)
 	k8s/image.sh push $(IMAGE) $(REGISTRY)
 
-load: image ## the image into the cluster of the current kubeconfig
+load: image ## load the image into the cluster of the current kubeconfig context
 	k8s/image.sh load $(IMAGE)
 
-deploy: $(if $(filter no,$(LOAD)),,load) ## everything to the cluster of the current kubeconfig
+deploy: $(if $(filter no,$(LOAD)),,load) ## deploy everything to the cluster of the current kubeconfig context
 	LOAD=$(LOAD) k8s/deploy.sh
 
-undeploy: ## remove it again, except for overrides and certificate
+undeploy: ## remove everything, except for overrides and certificate
 	k8s/deploy.sh undeploy
 
 e2e: deploy ## deploy, then the end-to-end tests
 	cd e2e && go test -count=1 -v -timeout 30m $(E2E_FLAGS) ./...
 	$(if $(E2E_CONTROL_PLANE),$(MAKE) faults)
 
-faults: build ## faults of a test cluster's control plane, which E2E_CONTROL_PLANE stops and starts
+faults: build ## test faults of a test cluster's control plane; E2E_CONTROL_PLANE stops and starts it
 	cd e2e && go test -count=1 -v -timeout 20m -tags controlplane -run '^TestFault' $(E2E_FLAGS) .
 
-soak: build ## faults of such a control plane for SOAK, one after the other, with clients all the time
+soak: build ## test such faults, with clients all the time, one after the other for SOAK
 	cd e2e && E2E_SOAK=$(SOAK) go test -count=1 -v -timeout 0 -tags controlplane -run '^TestSoak$$' $(E2E_FLAGS) .
 
-certs: ## a root CA and a certificate for mydomain.com, in certs/
+certs: ## make a root CA and a certificate for mydomain.com, in certs/
 	certs/make.sh
 
 clean: ## remove what was built

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Runs bin/bench (make bench builds it, and passes bench's flags on; -h lists
-# them) where its figures are steady: load on a CPU of its own, as many open
-# files as are allowed, and, if it may, in a network namespace of its own. There
-# nobody else has connections or ports, and no congestion control paces: BBR sets
-# a timer for each send, which on loopback costs more than all the rest.
+# Runs bin/bench so that its figures are steady: the load has a CPU of its own, the
+# limit of open files is as high as allowed, and, if possible, there is a network
+# namespace of its own. In it nobody else has connections or ports, and no congestion
+# control paces: BBR sets a timer for each send, which on loopback takes more CPU than
+# all the rest. make bench builds bin/bench and passes on its flags; -h lists them.
 #
 # PROXY_CPU, LOAD_CPU  the CPUs of the proxy, and of load and backends (0, 1)
 # NETNS                no: stay in this network namespace

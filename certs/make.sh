@@ -7,13 +7,13 @@
 #   certs/make.sh [-d DIR] renew    make a new certificate in any case
 #
 #   DIR defaults to the folder of this script. Files in it:
-#   ca.crt  ca.key    the CA, 10 years; never overwritten, so that a browser
-#                     that trusts it goes on doing so
-#   tls.crt tls.key   the certificate and its key, 397 days (browsers refuse
-#                     more than 398); made again 30 days before it ends
+#   ca.crt  ca.key    the CA, 10 years; never overwritten, so that browsers
+#                     that trust it do not have to import it again
+#   tls.crt tls.key   the certificate and its key, 397 days (browsers reject
+#                     more than 398); made again 30 days before it expires
 #
-# Keys are born with mode 0600. New files are made beside the old ones and
-# renamed when all is well, so a reader never sees half a file.
+# Keys have mode 0600 from the beginning. The script writes new files beside the old
+# ones and renames them in the end, so a reader never sees half a file.
 set -eu
 umask 077
 
@@ -27,14 +27,14 @@ usage() {
     exit 2
 }
 
-# new_key FILE: browsers and Go take P-256, and signing with it is cheap.
+# new_key FILE makes a key of P-256: browsers and Go accept it, and signing is cheap.
 new_key() {
     openssl ecparam -name prime256v1 -genkey -noout -out "$1"
 }
 
-# openssl_config: asked for by openssl req, also where the machine has none.
-# The CA signs no other CA (pathlen) and, should its key be stolen, is trusted
-# for these names alone (nameConstraints).
+# openssl_config prints a configuration, because openssl req needs one and the machine
+# may have none. The CA can sign no other CA (pathlen). If somebody steals its key,
+# clients trust it for these names only (nameConstraints).
 openssl_config() {
     cat <<'END'
 [req]
@@ -62,7 +62,7 @@ subjectAltName = DNS:mydomain.com, DNS:*.mydomain.com, DNS:localhost, IP:127.0.0
 END
 }
 
-# make_ca: the certificate is renamed last; without it the CA counts as absent.
+# make_ca renames the certificate last: without it the CA counts as absent.
 make_ca() {
     new_key "$tmp/ca.key"
     openssl req -new -x509 -sha256 -days 3650 -key "$tmp/ca.key" -config "$tmp/openssl.cnf" \
@@ -73,7 +73,7 @@ make_ca() {
     echo "made $dir/ca.crt (trust this one in the browser)"
 }
 
-# make_leaf: the serial number is random, no file remembers the last one.
+# make_leaf uses a random serial number, so that no file has to store the last one.
 make_leaf() {
     new_key "$tmp/tls.key"
     openssl req -new -sha256 -key "$tmp/tls.key" -config "$tmp/openssl.cnf" \
@@ -88,7 +88,8 @@ make_leaf() {
     echo "made $dir/tls.crt, valid until $(openssl x509 -in "$dir/tls.crt" -noout -enddate | cut -d= -f2)"
 }
 
-# leaf_is_good: there, with its key, of this CA, and not about to end.
+# leaf_is_good succeeds if the certificate exists with its key, is of this CA, and does
+# not expire soon.
 leaf_is_good() {
     [ -f "$dir/tls.crt" ] && [ -f "$dir/tls.key" ] &&
         openssl x509 -in "$dir/tls.crt" -noout -checkend $((30 * 86400)) >/dev/null &&

@@ -139,7 +139,7 @@ func (s *system) setMap(name string, data map[string]string) {
 }
 
 // TestSelectorRole runs a router as a pod, with a label, and with a service
-// account that may do what the README says and nothing more. It follows, and says
+// account that has the rights of docs/operations.md and no more. It follows, and says
 // once that it may not write Events.
 func TestSelectorRole(t *testing.T) {
 	const name, namespace = prefix + "selector", prefix + "a"

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Brings everything to the cluster of the current kubeconfig context, into
-# that context's Kubernetes namespace, and waits until all pods are ready.
+# Deploys everything to the cluster of the current kubeconfig context, into that
+# context's Kubernetes namespace, and waits until all pods are ready.
 #
-#   deploy.sh          make what is missing, apply the rest, wait
+#   deploy.sh          create what is missing, apply the rest, wait
 #   deploy.sh undeploy remove it; the overrides and the certificate stay
 #
-# Two objects are made once and never changed here, because they are not the
-# repository's: the ConfigMap overwriting (the user's overrides) and the
-# Secret nginx-tls (perhaps a real certificate).
+# It creates two objects once and never changes them, because they belong to the
+# user: the ConfigMap overwriting (the overrides) and the Secret nginx-tls
+# (perhaps a real certificate).
 #
 # TIMEOUT  seconds to wait for the pods (180)
 # LOAD     no: the nodes pull the image from a registry
@@ -20,23 +20,23 @@ TIMEOUT=${TIMEOUT:-180}
 say() { printf '%s\n' "deploy.sh: $*"; }
 die() { say "$*" >&2; exit 1; }
 
-# missing KIND NAME: the cluster has no such object. Any other failure ends
-# the script: an API server that does not answer must not look like "none".
+# missing KIND NAME succeeds if the cluster has no such object. Any other failure
+# ends the script: an API server that does not answer must not look like "none".
 missing() {
   local found
   found=$(kubectl get "$1" "$2" --ignore-not-found -o name) || die "cannot ask the cluster for $1 $2"
   [ -z "$found" ]
 }
 
-# make_secret: from certs/; make.sh makes there what is missing or about to
-# expire.
+# make_secret creates the Secret from certs/, where make.sh creates what is missing or
+# expires soon.
 make_secret() {
   "$CERTS/make.sh"
   kubectl create secret tls nginx-tls --cert="$CERTS/tls.crt" --key="$CERTS/tls.key"
 }
 
-# check_secret: certificate and key in the cluster fit. Else nginx would start,
-# and every handshake fail.
+# check_secret checks that certificate and key in the cluster fit. If they did not, nginx
+# would start and every handshake would fail.
 check_secret() {
   local cert key
   if ! command -v openssl >/dev/null; then
@@ -52,23 +52,24 @@ secret() { # key, with \ before its dots
   kubectl get secret nginx-tls -o "jsonpath={.data.$1}" | base64 -d
 }
 
-# make_overwriting: --save-config lets a later `kubectl apply` of the user's
-# own file see what was there before.
+# make_overwriting creates the ConfigMap. With --save-config a later `kubectl apply` of
+# the user's own file knows what was there before.
 make_overwriting() {
   kubectl create --save-config -f "$K8S/overwriting.yaml"
 }
 
-# policy VERB...: kubectl about k8s/policy.yaml for the Kubernetes namespace of
-# the context.
+# policy VERB... runs kubectl with k8s/policy.yaml for the Kubernetes namespace of the
+# context.
 policy() {
   local namespace
   namespace=$(kubectl config view --minify -o 'jsonpath={..namespace}')
   sed "s/NAMESPACE/${namespace:-default}/" "$K8S/policy.yaml" | kubectl "$@" -f -
 }
 
-# roll_out: a new image with the old name is a new rollout only if the pods'
-# template changes, so it says which programs it is about. apply leaves the
-# annotation alone. From a registry (LOAD=no) the nodes have to pull it again.
+# roll_out starts a rollout if the programs changed. A new image with the old name is a
+# new rollout only if the pods' template changes, so an annotation has the programs'
+# checksum. `kubectl apply` does not remove it. From a registry (LOAD=no) the nodes have
+# to pull the image again.
 roll_out() {
   local sum pull=IfNotPresent
   if [ "${LOAD:-yes}" = no ]; then pull=Always; fi
@@ -83,14 +84,14 @@ patch_programs() { # object container sum pull-policy
     \"spec\":{\"containers\":[{\"name\":\"$2\",\"imagePullPolicy\":\"$4\"}]}}}}"
 }
 
-# wait_for KIND NAME: waits for the rollout, or says why it does not end.
+# wait_for KIND NAME waits for the rollout, or prints why it does not end.
 wait_for() {
   kubectl rollout status "$1/$2" --timeout="${TIMEOUT}s" && return
   explain "$2" >&2
   die "$1/$2 is not ready after $TIMEOUT s: the reason is above"
 }
 
-# explain NAME: pods, their latest warnings, and the last words of every
+# explain NAME prints pods, their latest warnings, and the end of the log of every
 # container that is not ready.
 explain() {
   local selector=app.kubernetes.io/name=$1 pod container
@@ -103,13 +104,13 @@ explain() {
   unready "$selector" | while read -r pod container; do
     printf '\n--- log of %s, container %s\n' "$pod" "$container"
     kubectl logs "$pod" -c "$container" --tail=20 </dev/null || true
-    # A container that ended has said why in the log of the run before.
+    # If a container ended, the reason is in the log of its run before.
     kubectl logs "$pod" -c "$container" --tail=20 --previous </dev/null 2>/dev/null || true
   done
   printf '\n'
 }
 
-# unready SELECTOR: "pod container" of every container that is not ready.
+# unready SELECTOR prints "pod container" for every container that is not ready.
 unready() {
   local fields='{range .items[*]}{.metadata.name}{range .status.initContainerStatuses[*]} {.name}={.ready}{end}{range .status.containerStatuses[*]} {.name}={.ready}{end}{"\n"}{end}'
   kubectl get pods -l "$1" -o "jsonpath=$fields" |
@@ -132,8 +133,9 @@ deploy() {
   wait_for deployment router
 }
 
-# old_configmaps: those of nginx of earlier versions, whose names have other
-# hashes (of kustomize's alphabet). The label alone is not enough: the overrides may carry it too.
+# old_configmaps prints the ConfigMaps of nginx of earlier versions, whose names have
+# other hashes (of kustomize's alphabet). The label alone is not enough: ConfigMaps with
+# overrides may have it too.
 old_configmaps() {
   kubectl get configmap -l app.kubernetes.io/part-of=router -o name | { grep -E '^configmap/nginx-[2456789bcdfghkmt]{10}$' || true; }
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the image and brings it to where the cluster can find it.
+# Builds the image, and pushes or loads it to where the cluster finds it.
 #
 #   image.sh build IMAGE            from the Dockerfile and bin/
 #   image.sh push IMAGE REGISTRY    as REGISTRY/<last part of IMAGE>
@@ -16,7 +16,7 @@ say() { printf '%s\n' "image.sh: $*"; }
 die() { say "$*" >&2; exit 1; }
 usage() { sed -n '2,9s/^#\( \|$\)//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 
-# works ENGINE: it is installed and, where it has a daemon, that answers.
+# works ENGINE succeeds if it is installed and its daemon, if it has one, answers.
 works() {
   case $1 in
     docker) docker info >/dev/null 2>&1 ;;
@@ -26,8 +26,8 @@ works() {
   esac
 }
 
-# engine: the name of the program that builds; build, push and load have to
-# agree on it, since each keeps its images in a place of its own.
+# engine prints the name of the program that builds. build, push and load have to use
+# the same one, because each stores its images in a place of its own.
 engine() {
   local e
   if [ -n "${CONTAINER_ENGINE:-}" ]; then
@@ -41,7 +41,8 @@ engine() {
   die "docker (with its daemon running), podman or buildah is needed, and none was found"
 }
 
-# buildah with what works in every container and on every file system.
+# buildah_ runs buildah with the storage driver that works in every container and on
+# every file system.
 buildah_() { buildah --storage-driver vfs "$@"; }
 
 build() { # image
@@ -64,7 +65,7 @@ push() { # image registry
   e=$(engine)
   ref=$2/${1##*/}
   case $2 in
-    # A registry on this machine speaks HTTP; docker assumes that by itself.
+    # A registry on this machine uses HTTP. docker assumes that by itself.
     localhost | localhost[:/]* | 127.*) plain=(--tls-verify=false) ;;
   esac
   say "pushing $ref with $e"
@@ -77,7 +78,7 @@ push() { # image registry
     say "the manifests use $1; in k8s run: kustomize edit set image ${1%:*}=$ref"
 }
 
-# archive IMAGE FILE: writes the image with its name, as `docker save` does.
+# archive IMAGE FILE writes the image with its name, as `docker save` does.
 archive() {
   case $(engine) in
     docker) docker save -o "$2" "$1" ;;
@@ -86,7 +87,7 @@ archive() {
   esac || die "$1 is not here: run \"make image\" first"
 }
 
-# containerd_socket: prints the socket to import into; fails if none is known.
+# containerd_socket prints the socket to import into, and fails if none is known.
 containerd_socket() {
   if [ -n "${CONTAINERD_SOCKET:-}" ]; then
     [ -S "$CONTAINERD_SOCKET" ] || die "CONTAINERD_SOCKET is \"$CONTAINERD_SOCKET\", which is not a socket"
@@ -98,7 +99,7 @@ containerd_socket() {
   fi
 }
 
-# on_k3s: the cluster is k3s and runs on this machine.
+# on_k3s succeeds if the cluster is k3s and runs on this machine.
 on_k3s() {
   command -v k3s >/dev/null &&
     kubectl get nodes -o 'jsonpath={.items[*].status.nodeInfo.kubeletVersion}' | grep -q '+k3s'
