@@ -137,7 +137,7 @@ func (p *poller) start(s *session, slotIndex int32, fds [2]int32, early [2][]byt
 			s.frames[i].scan(data, side(i) == clientSide)
 			p.sendOrKeep(s, side(i), copy(p.buf.data[:], data), nil)
 		}
-		p.startClose(s)
+		s.startClose()
 		p.updateEpoll(s)
 	}
 }

@@ -445,8 +445,26 @@ func (r *relay) endAll(cause cause) {
 // wait returns when all sessions have ended.
 func (r *relay) wait() { r.openSessions.Wait() }
 
-// newClosingHandshake has the Close frames for a cause, causeMoved or causeDrain. done, if
-// not nil, is called once the session is over; it must not block.
+// closeGracefully starts a closing handshake, which ends the session within the
+// relay's closeTimeout. It returns false, and does nothing, if the session ends or
+// has ended already. cause is causeMoved or causeDrain. done, if not nil, is called
+// once when the session is over, from any goroutine; it must not block.
+//
+// closeGracefully may be called from any goroutine, once the engine knows s.
+func (s *session) closeGracefully(cause cause, done func(cut bool)) bool {
+	s.lock()
+	defer s.unlock()
+	if !s.setCause(cause) {
+		return false
+	}
+	s.closing = newClosingHandshake(cause, done)
+	s.startClose()
+	return true
+}
+
+// newClosingHandshake returns a closing handshake with the Close frames for cause,
+// causeMoved or causeDrain. done, if not nil, is called once when the session is
+// over; it must not block.
 func newClosingHandshake(cause cause, done func(cut bool)) *closingHandshake {
 	h := &closingHandshake{onDone: done}
 	h.frames[clientSide] = closeFrame(closeGoingAway, "going away", true)

@@ -456,49 +456,39 @@ func (s *session) end(cause cause) {
 	p.end(s, cause)
 }
 
-// closeGracefully makes the session end by Close frames, within the relay's time for that.
-// It reports whether it did: a session that ends already does not part. cause is
-// causeMoved or causeDrain. done, if not nil, is called once the session is over,
-// from anywhere; it must not block. closeGracefully may be called from anywhere, once s was
-// attached.
-func (s *session) closeGracefully(cause cause, done func(cut bool)) bool {
-	p := s.poller
-	p.mu.Lock()
-	defer p.unlock()
-	if !s.setCause(cause) {
-		return false
-	}
-	s.closing = newClosingHandshake(cause, done)
-	p.startClose(s)
-	p.updateEpoll(s)
-	return true
-}
+// lock locks what guards the session's sockets and its closing handshake.
+func (s *session) lock() { s.poller.mu.Lock() }
 
-// startClose begins the parting of s if it is to part and has its sockets: else begin
-// does.
-func (p *poller) startClose(s *session) {
+// unlock unlocks what lock has locked. Sessions that have ended meanwhile are
+// reported to the relay.
+func (s *session) unlock() { s.poller.unlock() }
+
+// startClose starts the closing handshake, if the session is to have one and has its
+// sockets. If it has no sockets yet, poller.start does this. The caller holds
+// poller.mu.
+func (s *session) startClose() {
 	if s.closing == nil || !s.open {
 		return
 	}
-	s.closing.stopped, s.closing.ended = s.fin, s.fin
-	s.closing.start(p.relay.closeTimeout, s.closeExpired)
+	p := s.poller
+	s.closing.start(s.fin, p.relay.closeTimeout, s.closeExpired)
 	p.continueClose(s)
+	p.updateEpoll(s)
 }
 
-// closeExpired is called when one of the times of the parting is over.
+// closeExpired is called at the end of each part of the closing handshake's time.
 func (s *session) closeExpired() {
 	p := s.poller
 	p.mu.Lock()
 	defer p.unlock()
-	if !s.open {
-		return
+	switch {
+	case !s.open:
+	case s.closing.expire(p.relay.closeTimeout):
+		p.end(s, causeNone)
+	default:
+		p.continueClose(s)
+		p.updateEpoll(s)
 	}
-	if s.closing.expire(p.relay.closeTimeout) {
-		p.cutSession(s)
-		return
-	}
-	p.continueClose(s)
-	p.updateEpoll(s)
 }
 
 // continueClose goes on with the parting of s, if it is to part, as far as that is
@@ -516,10 +506,11 @@ func (p *poller) continueClose(s *session) {
 	for i := range h.flushed {
 		h.flushed[i] = h.stopped[i] && s.unsent[i] == nil
 	}
-	switch answered, hopeless := h.progress(&s.frames); {
-	case hopeless, s.writeFailed == [2]bool{true, true}:
-		p.cutSession(s)
-	case answered:
+	unreachable := s.writeFailed == [2]bool{true, true}
+	if unreachable {
+		h.cut.Store(true)
+	}
+	if h.progress(&s.frames) || unreachable {
 		p.end(s, causeNone)
 	}
 }
@@ -532,7 +523,7 @@ func (p *poller) scan(s *session, i side, n int) int {
 		return n
 	}
 	n = s.closing.insertClose(&s.frames[i], i, p.buf.data[:], n)
-	if s.closing.isBackendOverdue(&s.frames[backendSide]) {
+	if s.closing.giveUpBackend(&s.frames[backendSide]) {
 		p.resetBackend(s)
 	}
 	return n
@@ -540,17 +531,10 @@ func (p *poller) scan(s *session, i side, n int) int {
 
 // resetBackend breaks the connection of the backend.
 func (p *poller) resetBackend(s *session) {
-	h, fd := s.closing, int(s.fd[backendSide])
-	h.cut.Store(true)
-	s.fin[backendSide], h.ended[backendSide], h.stopped[clientSide] = true, true, true
+	fd := int(s.fd[backendSide])
+	s.fin[backendSide] = true
 	p.setWriteFailed(s, backendSide)
 	syscall.SetsockoptLinger(fd, syscall.SOL_SOCKET, syscall.SO_LINGER, &syscall.Linger{Onoff: 1}) // a failure leaves a FIN in place of the RST
 	syscall.Close(fd)
 	s.fd[backendSide] = -1
-}
-
-// cutSession ends the session before both sides have answered.
-func (p *poller) cutSession(s *session) {
-	s.closing.cut.Store(true)
-	p.end(s, causeNone)
 }

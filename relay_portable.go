@@ -196,28 +196,21 @@ func (s *session) end(cause cause) {
 // pastDeadline, as a deadline, wakes who reads.
 func pastDeadline() time.Time { return time.Unix(1, 0) }
 
-// closeGracefully makes the session end by Close frames, within the relay's time for that.
-// It reports whether it did: a session that ends already does not part. cause is
-// causeMoved or causeDrain. done, if not nil, is called once the session is over,
-// from anywhere; it must not block. closeGracefully may be called from anywhere, once s was
-// attached.
-func (s *session) closeGracefully(cause cause, done func(cut bool)) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if !s.setCause(cause) {
-		return false
-	}
-	h := newClosingHandshake(cause, done)
-	h.stopped, h.flushed, h.ended = s.fin, s.fin, s.fin
-	h.start(s.relay.closeTimeout, s.closeExpired)
-	s.closing = h
+// lock locks what guards the session's closing handshake.
+func (s *session) lock() { s.mu.Lock() }
+
+// unlock unlocks what lock has locked.
+func (s *session) unlock() { s.mu.Unlock() }
+
+// startClose starts the closing handshake. The caller holds mu.
+func (s *session) startClose() {
+	s.closing.start(s.fin, s.relay.closeTimeout, s.closeExpired)
 	s.conn[clientSide].SetWriteDeadline(time.Time{}) // of setHalfCloseDeadlines
 	s.conn[backendSide].SetWriteDeadline(time.Time{})
 	s.interruptReads()
-	return true
 }
 
-// closeExpired is called when one of the times of the parting is over.
+// closeExpired is called at the end of each part of the closing handshake's time.
 func (s *session) closeExpired() {
 	s.mu.Lock()
 	last := s.closing.expire(s.relay.closeTimeout)
@@ -226,7 +219,7 @@ func (s *session) closeExpired() {
 	}
 	s.mu.Unlock()
 	if last {
-		s.cut()
+		s.end(causeNone)
 	}
 }
 
@@ -254,7 +247,7 @@ func (s *session) scan(from side, buf []byte, n int, err error) (keep int, closi
 		h.ended[from] = true
 	}
 	n = h.insertClose(&s.frames[from], from, buf, n)
-	if h.isBackendOverdue(&s.frames[backendSide]) {
+	if h.giveUpBackend(&s.frames[backendSide]) {
 		s.resetBackend()
 	}
 	return n, true
@@ -267,12 +260,9 @@ func (s *session) continueClose(from side, err error) bool {
 	s.mu.Lock()
 	h := s.closing
 	h.flushed[from] = h.stopped[from]
-	answered, hopeless := h.progress(&s.frames)
+	over := h.progress(&s.frames)
 	s.mu.Unlock()
-	switch {
-	case hopeless:
-		s.cut()
-	case answered:
+	if over {
 		s.end(causeNone)
 	}
 	return err != nil && !errors.Is(err, os.ErrDeadlineExceeded)
@@ -280,18 +270,10 @@ func (s *session) continueClose(from side, err error) bool {
 
 // resetBackend breaks the connection of the backend. mu is held.
 func (s *session) resetBackend() {
-	h := s.closing
-	h.cut.Store(true)
-	h.ended[backendSide], h.stopped[clientSide], h.flushed[clientSide], s.writeFailed[backendSide] = true, true, true, true
+	s.writeFailed[backendSide] = true
 	if conn, ok := s.conn[backendSide].(interface{ SetLinger(int) error }); ok {
 		conn.SetLinger(0) // a failure leaves a FIN in place of the RST
 	}
 	s.conn[backendSide].Close()
 	s.relay.setPodDone(s)
-}
-
-// cut ends the session before both sides have answered.
-func (s *session) cut() {
-	s.closing.cut.Store(true)
-	s.end(causeNone)
 }

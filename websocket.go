@@ -318,46 +318,62 @@ func (h *closingHandshake) mayClose(f *frameScanner, i side, rest []byte) bool {
 	return h.answerOverdue || h.ended[backendSide] || closes && h.sent[clientSide]
 }
 
-// start starts the times of a parting that takes closing at most. overdue is called
-// at the end of each.
-func (h *closingHandshake) start(closing time.Duration, overdue func()) {
-	h.timer = time.AfterFunc(closing/4, overdue)
+// start starts the handshake of a session of which the sides in ended have ended
+// already. It may take timeout. overdue is called at the end of each of its three
+// parts, and calls expire.
+func (h *closingHandshake) start(ended [2]bool, timeout time.Duration, overdue func()) {
+	h.stopped, h.flushed, h.ended = ended, ended, ended
+	h.timer = time.AfterFunc(timeout/4, overdue)
 }
 
-// expire is for the end of one of the times. It reports whether it was the last.
-func (h *closingHandshake) expire(closing time.Duration) (last bool) {
+// expire is called at the end of one part of timeout. It reports whether that was
+// the last one: the caller ends the session then, which counts as cut.
+func (h *closingHandshake) expire(timeout time.Duration) (last bool) {
 	switch {
 	case h.answerOverdue:
+		h.cut.Store(true)
 		return true
 	case h.messageOverdue:
 		h.answerOverdue = true
-		h.timer.Reset(closing / 2)
+		h.timer.Reset(timeout / 2)
 	default:
 		h.messageOverdue = true
-		h.timer.Reset(closing / 4)
+		h.timer.Reset(timeout / 4)
 	}
 	return false
 }
 
-// isBackendOverdue reports whether the backend, which the scanner follows, has to be cut off:
-// the client is told now, and it gave no answer.
-func (h *closingHandshake) isBackendOverdue(f *frameScanner) bool {
-	return h.answerOverdue && h.sent[backendSide] && !h.ended[backendSide] && !f.closed()
+// giveUpBackend reports whether the caller has to reset the backend's connection,
+// because the backend did not answer in its time and the client has its Close frame.
+// The handshake goes on as if the backend had ended, and the session counts as cut.
+// f is the scanner of what the backend sends.
+func (h *closingHandshake) giveUpBackend(f *frameScanner) bool {
+	if !h.answerOverdue || !h.sent[backendSide] || h.ended[backendSide] || f.closed() {
+		return false
+	}
+	h.cut.Store(true)
+	h.ended[backendSide], h.stopped[clientSide], h.flushed[clientSide] = true, true, true
+	return true
 }
 
-// progress reports whether both sides have answered and have what they should get,
-// or whether a side never will.
-func (h *closingHandshake) progress(frames *[2]frameScanner) (answered, hopeless bool) {
-	answered = true
+// progress reports whether the caller has to end the session: both sides have
+// answered and got all they should get, or one of them never will. In the latter
+// case the session counts as cut.
+func (h *closingHandshake) progress(frames *[2]frameScanner) (over bool) {
+	answered, hopeless := true, false
 	for i := range frames {
 		f := &frames[i]
 		answered = answered && h.flushed[i] && (h.ended[i] || f.closed())
 		hopeless = hopeless || !h.stopped[i] && (h.ended[i] || f.broken())
 	}
-	return answered, hopeless
+	if hopeless {
+		h.cut.Store(true)
+	}
+	return answered || hopeless
 }
 
-// finish is for a session that is over: it says so to who asked for it.
+// finish stops the timer, calls onDone and returns whether the session was cut. It
+// is called once, when the session is over.
 func (h *closingHandshake) finish() (cut bool) {
 	if h.timer != nil {
 		h.timer.Stop()
