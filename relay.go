@@ -13,42 +13,50 @@ import (
 	"time"
 )
 
-// cause says why a session ended. The first one counts.
+// cause is the reason why a session ended. The first one counts.
 type cause int32
 
 const (
 	causeNone         cause = iota
-	causeClient             // the client ended first
-	causeBackend            // the backend ended first
-	causeClientError        // the client's connection broke
-	causeBackendError       // the backend's connection broke
-	causeRouterError        // the router could not carry it: no descriptors or memory left
-	causeHalfClose          // one side ended, the other neither ended nor sent anything for halfCloseTimeout
+	causeClient             // the client ended its stream first
+	causeBackend            // the backend ended its stream first
+	causeClientError        // the client's connection failed
+	causeBackendError       // the backend's connection failed
+	causeRouterError        // the router had no descriptors or memory left
+	causeHalfClose          // one side ended, the other sent nothing for halfCloseTimeout
 	causeIdle               // no byte was carried for -idle-timeout
-	causeMoved              // its namespace has another owner now
+	causeMoved              // the namespace has another owner now
 	causeDrain              // the router stops
-	numCauses               // how many there are
+	numCauses               // the number of causes
 )
 
-// String is the value of the log's "cause" and of the metric's label.
+// String returns the cause as the log's "cause" and the metrics' label have it.
 func (c cause) String() string {
 	return [numCauses]string{"none", "client", "backend", "client_error", "backend_error",
 		"router_error", "half_close", "idle", "moved", "drain"}[c]
 }
 
-// endCause is the cause when the side ended first, broken when it failed.
-func (i side) endCause() cause   { return [2]cause{causeClient, causeBackend}[i] }
-func (i side) errorCause() cause { return [2]cause{causeClientError, causeBackendError}[i] }
+// endCause is the cause if the side ends its stream first.
+func (i side) endCause() cause { return [2]cause{causeClient, causeBackend}[i] }
 
-// causeOf is the cause when a call on the side's socket failed: broken if the error
-// says that the peer is gone. Any other, such as ENOBUFS and ENOMEM, which unix(7)
-// has when memory is short, is the router's.
+// errorCause is the cause if the side's connection fails.
+func (i side) errorCause() cause {
+	return [2]cause{causeClientError, causeBackendError}[i]
+}
+
+// causeOf returns the cause if a call on the side's socket fails with err: errorCause
+// if err says that the connection is gone. All other errors are causeRouterError, such
+// as ENOBUFS and ENOMEM, which unix(7) returns if memory is short.
 func (i side) causeOf(err error) cause {
 	for _, gone := range []error{
-		syscall.EPIPE, syscall.ECONNRESET, syscall.ECONNABORTED, syscall.ENOTCONN, syscall.ETIMEDOUT, // tcp(7), unix(7)
-		syscall.EHOSTUNREACH, syscall.ENETUNREACH, syscall.EHOSTDOWN, syscall.ENETDOWN, // ICMP said so before it timed out
-		syscall.ECONNREFUSED, syscall.ENOPROTOOPT, syscall.EPROTO, syscall.EACCES, // ICMP too
-		net.ErrClosed, // the router has cut it off
+		// tcp(7), unix(7)
+		syscall.EPIPE, syscall.ECONNRESET, syscall.ECONNABORTED,
+		syscall.ENOTCONN, syscall.ETIMEDOUT,
+		// from an ICMP message that came before the timeout
+		syscall.EHOSTUNREACH, syscall.ENETUNREACH, syscall.EHOSTDOWN, syscall.ENETDOWN,
+		syscall.ECONNREFUSED, syscall.ENOPROTOOPT, syscall.EPROTO, syscall.EACCES,
+		// the router has closed it
+		net.ErrClosed,
 	} {
 		if errors.Is(err, gone) {
 			return i.errorCause()
@@ -57,25 +65,25 @@ func (i side) causeOf(err error) cause {
 	return causeRouterError
 }
 
-// halfCloseTimeout is how long a half-closed session may be silent.
+// halfCloseTimeout is the longest time that a half-closed session may carry nothing.
 const halfCloseTimeout = 30 * time.Second
 
-// deadTimeout is how long a session goes on of which one side has ended and takes
-// nothing any more. The other may still read what the kernel has for it, and would
-// lose that if its socket were closed while it sends: such a close is a reset (RFC
+// deadTimeout is how long a dead session (isDead) goes on if one side has not ended
+// its stream yet. That side may still read what the kernel has for it. It would lose
+// that if the relay closed its socket while it sends: such a close is a reset (RFC
 // 1122 §4.2.2.13).
 const deadTimeout = 500 * time.Millisecond
 
-// descriptorsPerSession is how many a session has: its sockets. While it is handed
-// over there may be one more.
+// descriptorsPerSession is the number of file descriptors of a session: its two
+// sockets. During the hand-over it may have one more.
 const descriptorsPerSession = 2
 
-// session is one proxied connection, from hand-over to the end.
+// session is one proxied connection, from the hand-over to its end.
 type session struct {
 	// Static after hand-over.
 	namespace   string
-	clientAddrs string        // the client's addresses as X-Forwarded-For has them
-	podUID      string        // uid of the backend's pod when it was dialled, "" if not known
+	clientAddrs string        // the client's addresses, from X-Forwarded-For
+	podUID      string        // uid of the backend's pod at the dial, "" if not known
 	backend     int           // ordinal
 	started     time.Duration // since relay.began
 
@@ -83,116 +91,135 @@ type session struct {
 	index    int32 // in relay.sessions
 	onOldPod bool  // counted in relay.oldPods
 
-	podDone   atomic.Bool     // its pod has ended it, or was cut off
-	cause     atomic.Int32    // a cause
-	finished  atomic.Bool     // it has ended, and was counted
-	bytesFrom [2]atomic.Int64 // bytes from each side that the other has taken, a Close frame of the router too
+	podDone   atomic.Bool     // its pod has ended its stream, or was reset
+	cause     atomic.Int32    // a cause; causeNone until the session ends
+	finished  atomic.Bool     // it has ended and was counted
+	bytesFrom [2]atomic.Int64 // by sender, taken by its peer's socket; with Close frames
 
 	// Owned by endIdle.
-	lastBytes int64 // bytes at its last look
-	idleCount int32 // looks since they changed
+	lastBytes int64 // sum of bytesFrom at the last check
+	idleCount int32 // checks since that sum changed
 
-	sessionIO // its sockets, and who carries their bytes
+	sessionIO // the engine's part: the sockets and their state
 }
 
-// newSession returns a session for the relay to carry. The texts are copied, into
-// one piece of memory: it outlives its request, whose memory they may be part of.
+// newSession returns a session for startSession. It copies namespace and clientAddrs
+// into one piece of memory, because they may be part of the request's memory, and a
+// session outlives its request.
 func newSession(namespace string, backend int, clientAddrs string) *session {
 	clientAddrs = lastClientAddrs(clientAddrs)
 	var both strings.Builder
 	both.Grow(len(namespace) + len(clientAddrs))
 	both.WriteString(namespace)
 	both.WriteString(clientAddrs)
-	return &session{namespace: both.String()[:len(namespace)], backend: backend, clientAddrs: both.String()[len(namespace):]}
+	return &session{
+		namespace:   both.String()[:len(namespace)],
+		backend:     backend,
+		clientAddrs: both.String()[len(namespace):],
+	}
 }
 
-// maxClientAddrs is how much of X-Forwarded-For, its end, is for the log, in bytes.
+// maxClientAddrs is how many bytes of X-Forwarded-For, from its end, the log has.
 const maxClientAddrs = 64
 
-// lastClientAddrs is the end of X-Forwarded-For, which those have written who are
-// nearest to the router.
+// lastClientAddrs returns the end of X-Forwarded-For. The proxies nearest to the
+// router have written it.
 func lastClientAddrs(clientAddrs string) string {
 	return clientAddrs[max(0, len(clientAddrs)-maxClientAddrs):]
 }
 
-// bytes returns count.
+// bytes returns bytesFrom, by the side from which the bytes came.
 func (s *session) bytes() [2]int64 {
 	return [2]int64{s.bytesFrom[clientSide].Load(), s.bytesFrom[backendSide].Load()}
 }
 
-// relay carries the bytes of all sessions. How it does that is the carrier's
-// business: relay_linux.go has one, relay_portable.go one for all systems.
+// relay holds all sessions. Its engine carries their bytes: relay_linux.go is the one
+// for Linux, relay_portable.go the one for all systems.
 type relay struct {
 	// Static after construction.
 	backendName      func(backend int) string
 	began            time.Time
-	halfCloseTimeout time.Duration         // how long a half-closed session may be silent
-	deadTimeout      time.Duration         // how long a session goes on that is dead
-	closeTimeout     time.Duration         // how long a session may take to part
-	freeDescriptors  func(descriptors int) // that a session no longer needs
+	halfCloseTimeout time.Duration // see the constants of the same names
+	deadTimeout      time.Duration
+	closeTimeout     time.Duration
+	freeDescriptors  func(count int) // called for descriptors that a session no longer has
 	log              *slog.Logger
 	engine           engine
 
 	// Guarded by mu.
 	mu         sync.Mutex
-	sessions   []*session           // in no order: where goes through all of them
-	endedBytes [2]int64             // that came from each side of the sessions that have ended
-	byBackend  map[int]backendCount // by ordinal
+	sessions   []*session                 // in no order: snapshot copies all of them
+	endedBytes [2]int64                   // bytesFrom of the ended sessions
+	byBackend  map[int]backendCount       // by ordinal
+	oldPods    map[string]*oldPodSessions // by namespace
 
-	openSessions sync.WaitGroup // sessions
-	ended        [numCauses]atomic.Int64
-	cut          [numCauses]atomic.Int64 // of these, those that were to part and did not in time
+	openSessions sync.WaitGroup          // wait waits for it
+	ended        [numCauses]atomic.Int64 // sessions
+	cut          [numCauses]atomic.Int64 // of these, those whose closing handshake was cut
 
-	podUIDs atomic.Pointer[map[int]string] // uid of the pod that each backend is, by ordinal, of those that were ever known; stored with mu held
-	oldPods map[string]*oldPodSessions     // by namespace; guarded by mu
+	// podUIDs is the uid of each backend's present pod, by ordinal, for all backends
+	// whose pod was ever known. It is stored with mu locked and read without.
+	podUIDs atomic.Pointer[map[int]string]
 }
 
-// backendCount counts the sessions of one backend; behind are those with a pod that
-// is the backend no more.
-type backendCount struct{ open, total, onOldPod int }
+// backendCount counts the sessions of one backend.
+type backendCount struct {
+	open     int
+	total    int // open and ended
+	onOldPod int // open, with a pod that was replaced
+}
 
-// oldPodSessions is the sessions of a namespace with pods that are replaced.
+// oldPodSessions counts the sessions of one namespace with pods that were replaced.
 type oldPodSessions struct {
 	sessions int
-	done     chan struct{} // closed when there are none any more
+	done     chan struct{} // closed when sessions becomes 0
 }
 
-// newRelay returns a relay, which carries between start and stop. The backends'
-// names are for the log.
+// newRelay returns a relay, which carries sessions between start and stop. name
+// returns a backend's name for the log.
 func newRelay(name func(backend int) string, log *slog.Logger) *relay {
 	return &relay{
-		backendName: name, began: time.Now(), halfCloseTimeout: halfCloseTimeout, deadTimeout: deadTimeout, closeTimeout: closeTimeout, freeDescriptors: func(int) {}, log: log, byBackend: map[int]backendCount{}, oldPods: map[string]*oldPodSessions{},
+		backendName:      name,
+		began:            time.Now(),
+		halfCloseTimeout: halfCloseTimeout,
+		deadTimeout:      deadTimeout,
+		closeTimeout:     closeTimeout,
+		freeDescriptors:  func(int) {},
+		log:              log,
+		byBackend:        map[int]backendCount{},
+		oldPods:          map[string]*oldPodSessions{},
 	}
 }
 
+// start starts the engine. If it fails, nothing has to be stopped.
 func (r *relay) start() error { return r.engine.start(r) }
 
-// stop waits until all sessions have ended.
+// stop waits until all sessions have ended, and stops the engine.
 func (r *relay) stop() {
 	r.wait()
 	r.engine.stop()
 }
 
-// startSession takes over both sockets of s and returns at once. After it nobody but
-// the relay closes them or touches them (invariant 8). fromClient and
-// fromBackend are bytes that were read before the hand-over and go first
-// (invariant 6).
+// startSession takes over both connections of s and returns at once. From then on
+// only the relay uses and closes them (invariant 8). early are the bytes that the
+// caller has already read from each side: the relay sends them first (invariant 6).
 func (r *relay) startSession(s *session, conns [2]net.Conn, early [2][]byte) {
 	r.engine.assign(s, conns)
 	r.register(s, func() { r.engine.startSession(s, conns, early) })
 }
 
-// register puts s, which its carrier knows of, into the set, and then begins to carry.
-func (r *relay) register(s *session, begin func()) {
+// register adds s, to which the engine has assigned its poller or sockets, and then
+// calls carry, which makes the engine carry its bytes.
+func (r *relay) register(s *session, carry func()) {
 	s.started = time.Since(r.began)
 	r.openSessions.Add(1)
 	r.add(s)
-	begin()
+	carry()
 	r.freeDescriptors(1)
 }
 
-// sessionEnded counts and logs the end of a session. The carrier calls it once for
-// each, when it has closed both sockets.
+// sessionEnded counts and logs the end of a session. The engine calls it once for each
+// session, after it has closed both sockets.
 func (r *relay) sessionEnded(s *session) {
 	cause, n, cut := cause(s.cause.Load()), s.bytes(), false
 	if s.closing != nil {
@@ -203,7 +230,8 @@ func (r *relay) sessionEnded(s *session) {
 	if cut {
 		r.cut[cause].Add(1)
 	}
-	r.log.Info("session ended", "namespace", s.namespace, "backend", r.backendName(s.backend), "cause", cause.String(), "cut", cut,
+	r.log.Info("session ended", "namespace", s.namespace,
+		"backend", r.backendName(s.backend), "cause", cause.String(), "cut", cut,
 		"client", s.clientAddrs, "seconds", (time.Since(r.began) - s.started).Seconds(),
 		"to_backend", n[clientSide], "to_client", n[backendSide])
 	s.finished.Store(true)
@@ -211,7 +239,7 @@ func (r *relay) sessionEnded(s *session) {
 	r.openSessions.Done()
 }
 
-// add puts s into the set.
+// add adds s to the open sessions.
 func (r *relay) add(s *session) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -222,7 +250,8 @@ func (r *relay) add(s *session) {
 	r.countOnOldPod(s, r.podReplaced(s))
 }
 
-// remove takes s, whose bytes are n, out of the set. The last takes its place.
+// remove removes s, which has carried n bytes from each side, from the open sessions.
+// The last one in the slice takes its index.
 func (r *relay) remove(s *session, n [2]int64) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -237,10 +266,10 @@ func (r *relay) remove(s *session, n [2]int64) {
 	r.endedBytes[backendSide] += n[backendSide]
 }
 
-// setPods takes the uids of the pods that the backends are now, and reports whether
-// one of them was another pod before. The sessions with that are behind then, until
-// they are over or the pod has let go of them: a namespace that has one must not
-// get a session with the new pod.
+// setPods stores the uids of the backends' present pods, by ordinal, and reports
+// whether one of these backends had another pod before. Sessions with a replaced pod
+// count as onOldPod until they are over or that pod has ended them: meanwhile their
+// namespaces must not get a session with the new pod.
 func (r *relay) setPods(pods map[int]string) (changed bool) {
 	r.mu.Lock()
 	now := map[int]string{}
@@ -251,7 +280,7 @@ func (r *relay) setPods(pods map[int]string) (changed bool) {
 		changed = changed || now[ordinal] != "" && now[ordinal] != uid
 		now[ordinal] = uid
 	}
-	r.podUIDs.Store(&now) // add knows: of the others there is a list
+	r.podUIDs.Store(&now) // from now on add uses it
 	r.mu.Unlock()
 	if !changed {
 		return false
@@ -262,8 +291,8 @@ func (r *relay) setPods(pods map[int]string) (changed bool) {
 	return true
 }
 
-// podReplaced reports whether the session is with a pod that is its backend no more.
-// It takes no lock.
+// podReplaced reports whether another pod has replaced the session's pod, and the old
+// one still has the session. It takes no lock.
 func (r *relay) podReplaced(s *session) bool {
 	pods := r.podUIDs.Load()
 	if s.podUID == "" || pods == nil {
@@ -273,7 +302,7 @@ func (r *relay) podReplaced(s *session) bool {
 	return now != "" && now != s.podUID && !s.podDone.Load()
 }
 
-// recountOnOldPod counts s as what it is now, unless it is over.
+// recountOnOldPod counts s again as onOldPod or not, unless it is over.
 func (r *relay) recountOnOldPod(s *session) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -282,64 +311,67 @@ func (r *relay) recountOnOldPod(s *session) {
 	}
 }
 
-// countOnOldPod counts s as behind, or not. mu is held.
+// countOnOldPod counts s as onOldPod or not. The caller holds mu.
 func (r *relay) countOnOldPod(s *session, onOldPod bool) {
 	if s.onOldPod == onOldPod {
 		return
 	}
 	s.onOldPod = onOldPod
-	b, step := r.oldPods[s.namespace], 1
-	if b == nil {
-		b = &oldPodSessions{done: make(chan struct{})}
-		r.oldPods[s.namespace] = b
+	old, step := r.oldPods[s.namespace], 1
+	if old == nil {
+		old = &oldPodSessions{done: make(chan struct{})}
+		r.oldPods[s.namespace] = old
 	}
 	if !onOldPod {
 		step = -1
 	}
 	count := r.byBackend[s.backend]
 	r.byBackend[s.backend] = backendCount{count.open, count.total, count.onOldPod + step}
-	if b.sessions += step; b.sessions == 0 {
+	if old.sessions += step; old.sessions == 0 {
 		delete(r.oldPods, s.namespace)
-		close(b.done)
+		close(old.done)
 	}
 }
 
-// setPodDone takes note that the pod of s has ended it, or was cut off: it serves its
-// namespace no more. The carrier calls it, with its locks held or not.
+// setPodDone notes that the pod of s has ended its stream, or that the relay has reset
+// its connection: for this session the pod no longer serves the namespace. The engine
+// calls it, with or without its own locks.
 func (r *relay) setPodDone(s *session) {
 	if s.podUID != "" && !s.podDone.Swap(true) {
 		r.recountOnOldPod(s)
 	}
 }
 
-// oldPodSessionsDone returns nil if the namespace may get a session, or what is closed when
-// its last session with a pod that is replaced is over.
+// oldPodSessionsDone returns nil if the namespace has no session with a replaced pod.
+// Otherwise it returns a channel that is closed when the last of them is over.
 func (r *relay) oldPodSessionsDone(namespace string) <-chan struct{} {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if b := r.oldPods[namespace]; b != nil {
-		return b.done
+	if old := r.oldPods[namespace]; old != nil {
+		return old.done
 	}
 	return nil
 }
 
-// isDead reports whether nothing more can reach either side: each direction has ended
-// or is lost.
+// isDead reports whether nothing more can reach either side: in each direction the
+// sender has ended its stream, or a write to the receiver has failed. The caller
+// holds the session's lock.
 func (w *sessionIO) isDead() bool {
-	return (w.fin[clientSide] || w.writeFailed[backendSide]) && (w.fin[backendSide] || w.writeFailed[clientSide])
+	return (w.fin[clientSide] || w.writeFailed[backendSide]) &&
+		(w.fin[backendSide] || w.writeFailed[clientSide])
 }
 
-// setCause notes why the session ends, unless it was noted before.
+// setCause sets the cause, unless it was set before. It reports whether it did.
 func (s *session) setCause(cause cause) bool {
 	return s.cause.CompareAndSwap(int32(causeNone), int32(cause))
 }
 
-// isClosing reports whether the session ends or has ended.
+// isClosing reports whether the session has a cause: it ends or has ended.
 func (s *session) isClosing() bool { return cause(s.cause.Load()) != causeNone }
 
-// filter returns the sessions, of those that are open at one moment of the call, for
-// which match is true. match is called without the relay's lock, so that sessions
-// start and end meanwhile: the caller may get some that have ended.
+// filter returns the sessions for which match returns true, of those that are open at
+// one moment of the call. It calls match without the relay's lock, so sessions may
+// start and end meanwhile: the result may contain sessions that have ended.
 func (r *relay) filter(match func(*session) bool) []*session {
 	all, _ := r.snapshot()
 	found := all[:0]
@@ -352,13 +384,13 @@ func (r *relay) filter(match func(*session) bool) []*session {
 	return found
 }
 
-// snapshot returns the open sessions, and how many bytes those carried that have
-// ended, at one moment. It holds the lock for a copy of 8 bytes a session: no more
-// than that may be done under it, as sessions start and end on the goroutines that
-// carry all the others. The caller owns the slice.
+// snapshot returns the open sessions, and the bytes of those that have ended, at one
+// moment. It holds the lock while it copies 8 bytes for each session. Nobody may hold
+// it longer, because sessions start and end on the goroutines that carry all others.
+// The caller owns the slice.
 func (r *relay) snapshot() (open []*session, ended [2]int64) {
 	for {
-		room := r.size() + snapshotRoom // the memory is made, and cleared, without the lock
+		room := r.size() + snapshotRoom // memory is allocated and cleared without the lock
 		open = make([]*session, 0, room)
 		r.mu.Lock()
 		n := len(r.sessions)
@@ -372,26 +404,26 @@ func (r *relay) snapshot() (open []*session, ended [2]int64) {
 	}
 }
 
-// snapshotRoom is how many sessions may start while a snapshot makes its memory.
+// snapshotRoom is how many sessions may start while snapshot allocates memory. If more
+// do, it begins again.
 const snapshotRoom = 256
 
-// size returns how many sessions there are.
+// size returns the number of open sessions.
 func (r *relay) size() int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return len(r.sessions)
 }
 
-// counts returns the counts of all backends that ever had a session.
+// counts returns the counts of all backends that ever had a session, by ordinal.
 func (r *relay) counts() map[int]backendCount {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return maps.Clone(r.byBackend)
 }
 
-// bytes returns how many bytes were carried in all, of open sessions too, by
-// the side they came from. A session that ends meanwhile counts once, as one that
-// was open.
+// bytes returns how many bytes all sessions have carried, open or ended, by the side
+// from which the bytes came. A session that ends meanwhile counts once, as open.
 func (r *relay) bytes() [2]int64 {
 	open, sum := r.snapshot()
 	for _, s := range open {
@@ -475,21 +507,22 @@ func newClosingHandshake(cause cause, done func(cut bool)) *closingHandshake {
 	return h
 }
 
-// idleChecks is how often endIdle looks at a session in the time that it may be
+// idleChecks is how many times endIdle checks a session in the time that it may be
 // idle.
 const idleChecks = 8
 
-// endIdle ends sessions of which no byte was carried for timeout, until ctx ends.
-// It is late by up to a quarter of that: a look, and one more for looks that come
-// too close to each other. Sessions need no timer, and no time for each byte.
+// endIdle ends the sessions that carried no byte for timeout, until ctx ends. It is
+// late by up to a quarter of timeout: by one check, and by one more because two
+// checks may come too close to each other. So sessions need no timer of their own,
+// and the relay does nothing for each byte.
 func (r *relay) endIdle(ctx context.Context, timeout time.Duration) {
-	look := time.NewTicker(timeout / idleChecks)
-	defer look.Stop()
+	ticker := time.NewTicker(timeout / idleChecks)
+	defer ticker.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-look.C:
+		case <-ticker.C:
 			for _, s := range r.filter((*session).checkIdle) {
 				s.end(causeIdle)
 			}
@@ -497,7 +530,8 @@ func (r *relay) endIdle(ctx context.Context, timeout time.Duration) {
 	}
 }
 
-// checkIdle takes a look, and reports whether there were enough without a change.
+// checkIdle checks the session once. It reports whether the last checks, enough for
+// the timeout, have found no change.
 func (s *session) checkIdle() bool {
 	n := s.bytes()
 	if sum := n[clientSide] + n[backendSide]; sum != s.lastBytes {

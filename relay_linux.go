@@ -8,116 +8,125 @@ import (
 	"time"
 )
 
-// This is the carrier for Linux. A session at rest is two descriptors and this
-// file's wire: no goroutine, no buffer.
+// This is the engine for Linux. A session that carries nothing consists of two
+// descriptors and the fields below: it has no goroutine and no buffer.
 //
-// Each poller has one epoll set (epoll(7)) with the sockets of its sessions. It
-// is edge-triggered: a socket is told of once, when something has come, or when
-// it is added or modified and something is there. The set's own descriptor is in
-// Go's poller, which tells of it in the same way, so a poller with nothing to do
-// is a parked goroutine.
+// Each poller has one epoll set (epoll(7)) with the sockets of its sessions. The set
+// is edge-triggered: it reports a socket once, when bytes arrive, or when the socket
+// is added or modified and has bytes. The set's own descriptor is in Go's poller,
+// which reports it in the same way. So a poller that has nothing to do is a parked
+// goroutine.
 //
-// What comes from one side is read into the poller's buffer and written to the
-// other. What the other does not take is held: the session keeps it in a buffer of
-// about its size, stops reading that side, and waits until the other can be written.
-// All sessions together hold up to maxUnsent. Beyond that a side is not read before
-// its peer has taken what it sent: the kernel keeps it until then, and stops the
-// sender.
+// The poller reads what comes from one side into its buffer and writes it to the
+// other side. Bytes that the other side's socket does not take are unsent: the session
+// keeps them in a buffer of about their size, stops reading the sender, and waits
+// until the other socket is writable. All sessions together keep up to maxUnsent
+// bytes. Above that the poller removes from a socket only what the peer's socket has
+// taken: the kernel keeps the rest, and stops the sender.
 //
-// A side that fills the buffer has much to send. If it is in large frames, only
-// their headers are read, for the frame scanner, and their payload goes through
-// a pipe of the poller's from socket to socket, uncopied. What the other side
-// does not take is held in the pipe.
+// A side that fills the poller's buffer has much to send (bulk). If its frames are
+// large, the poller reads only their headers, for the frame scanner. Their payload
+// goes from socket to socket through a pipe of the poller, without a copy. What the
+// other side does not take stays in the pipe.
 //
-//	one direction:  reading ──write came short──> holding ──flushed──> reading
-//	                   │ FIN                         (FIN is read after that)
+//	one direction:  reading ──short write──> unsent ──all sent──> reading
+//	                   │ FIN                    (a FIN is read after that)
 //	                   v
-//	                ended: the other side got our FIN
+//	                ended: the other side got the router's FIN
 //
-// When both directions have ended, or a socket cannot be read, the session is
-// over. A side of which a send failed since it is gone takes nothing any more: what
-// comes for it is dropped, from the byte on that it did not take. It may still have
-// sent something: that is carried. When that has ended too, the session is over
-// after deadTimeout. A send that fails for another reason ends the session at once.
+// The session is over when both directions have ended, or when reading a socket fails.
+// If a send fails because a side is gone, the poller sends nothing more to that side:
+// it drops all bytes for it, from the first that it did not take. That side may have
+// sent bytes before: the poller carries them. When they have ended too, the session
+// is over after deadTimeout. If a send fails for another reason, the session is over
+// at once.
 
 const (
-	maxReadsPerEvent = 4        // reads of one side before it is the others' turn
-	bulkPause        = 16       // full buffers that are not followed by a look at the next header, when one was in vain
-	minSplice        = 16 << 10 // bytes of a frame to come that are worth a pipe
+	maxReadsPerEvent = 4        // reads of one side before other sessions get their turn
+	bulkPause        = 16       // full reads that do not start bulk, after small frames
+	minSplice        = 16 << 10 // bytes left of a frame that are worth a pipe
 )
 
-// sessionIO is the part of a session that its poller owns.
+// sessionIO is the part of a session that its poller owns. Arrays are indexed by
+// side.
 type sessionIO struct {
-	poller *poller // static after attach
+	poller *poller // static after engine.assign
 
 	// Guarded by poller.mu.
-	fd             [2]int32        // the sockets
+	fd             [2]int32        // the sockets; -1: could not be had, or reset
 	epollMask      [2]uint32       // what epoll watches; 0: the socket is not in the set yet
 	slot           int32           // in poller.slots
-	halfCloseCause cause           // why one direction is over, or causeNone
-	open           bool            // it has a slot and its sockets
-	fin            [2]bool         // the side has ended
-	writeFailed    [2]bool         // the side takes nothing any more: nothing is sent to it
-	bulk           [2]int8         // above 0: the side has much to send; below: full buffers until it may
+	halfCloseCause cause           // why the first direction ended; causeNone if none has
+	open           bool            // it has its slot and its sockets
+	fin            [2]bool         // the side has ended its stream
+	writeFailed    [2]bool         // a send to the side failed: nothing more is sent to it
+	bulk           [2]int8         // > 0: the side has much to send; < 0: full reads to wait
 	unsent         [2]*unsentData  // from the side, not taken by its peer; nil if nothing
 	frames         [2]frameScanner // of what came from the side
-	halfCloseTimer *time.Timer     // bounds the silence of the other direction
+	halfCloseTimer *time.Timer     // nil until one direction has ended
 
-	closing *closingHandshake // nil unless it is to part; after the end it stays as it is
+	closing *closingHandshake // nil if there is none; set once
 }
 
-// unsentData is what a side did not take: first data, then what is in pipe. It may be
-// nothing, of a side that waits for its peer all the same.
+// unsentData is what the peer of a side did not take: first data, then the bytes in
+// pipe. Both may be empty: the side is not read all the same, until its peer's socket
+// is writable.
 type unsentData struct {
-	data []byte // its capacity is of a class
+	data []byte // its capacity is that of an unsentClass
 	pipe *pipe  // or nil
-	cost int64  // what it has of the budget, in bytes
+	cost int64  // its part of engine.unsentBytes
 }
 
 const (
-	maxUnsent       = 64 << 20 // bytes that all sessions hold: an eighth of the container's memory in k8s/router.yaml
-	minUnsentBuffer = 64       // bytes of the smallest buffer that holds something
-	unsentClasses   = 11       // of buffers, each with twice the size of the one before: the last has bufferSize
-	peekSize        = 16 << 10 // bytes that are looked at, while the budget is used up
+	maxUnsent       = 64 << 20 // bytes in all sessions: 1/8 of the memory in k8s/router.yaml
+	minUnsentBuffer = 64       // bytes of the smallest buffer
+	unsentClasses   = 11       // sizes of buffers, each twice the last: up to bufferSize
+	peekSize        = 16 << 10 // bytes that are peeked at above the budget
 )
 
-// unsentClass returns the class of the smallest buffer for so many bytes.
+// unsentClass returns the class of the smallest buffer for size bytes. Its capacity is
+// minUnsentBuffer<<class.
 func unsentClass(size int) int { return bits.Len(uint(max(size, 1)-1) / minUnsentBuffer) }
 
-// keepUnsent keeps what the side's peer did not take, and makes the side wait for it.
+// keepUnsent keeps a copy of data, and pipe, which the peer of side i did not take.
+// The side is not read until dropUnsent.
 func (p *poller) keepUnsent(s *session, i side, data []byte, pipe *pipe) {
-	c := &p.relay.engine
+	e := &p.relay.engine
 	class := unsentClass(len(data))
-	h, _ := c.pools[class].Get().(*unsentData)
-	if h == nil {
-		h = &unsentData{data: make([]byte, 0, minUnsentBuffer<<class)}
+	u, _ := e.pools[class].Get().(*unsentData)
+	if u == nil {
+		u = &unsentData{data: make([]byte, 0, minUnsentBuffer<<class)}
 	}
-	h.data, h.pipe, h.cost = append(h.data[:0], data...), pipe, minUnsentBuffer<<class
+	u.data, u.pipe, u.cost = append(u.data[:0], data...), pipe, minUnsentBuffer<<class
 	if pipe != nil {
-		h.cost += int64(pipe.queued)
+		u.cost += int64(pipe.queued)
 	}
-	c.unsentBytes.Add(h.cost)
-	s.unsent[i] = h
+	e.unsentBytes.Add(u.cost)
+	s.unsent[i] = u
 }
 
-// handle does what an event of the side asks for.
+// handle handles an epoll event of side i. The caller holds mu, as for all methods of
+// poller in this file.
 func (p *poller) handle(s *session, i side, events uint32) {
 	if events&syscall.EPOLLOUT != 0 {
 		p.flushUnsent(s, i.other())
 	}
-	const ended = syscall.EPOLLRDHUP | syscall.EPOLLHUP | syscall.EPOLLERR | syscall.EPOLLPRI // urgent data cuts a read short too
+	// EPOLLPRI because urgent data makes a read come short, as an end does.
+	const ended = syscall.EPOLLRDHUP | syscall.EPOLLHUP |
+		syscall.EPOLLERR | syscall.EPOLLPRI
 	switch {
 	case s.wantsRead(i) && events&(syscall.EPOLLIN|ended) != 0:
 		p.readReady(s, i, events&ended != 0)
-	case events&syscall.EPOLLERR != 0: // what is held of it goes first
+	case events&syscall.EPOLLERR != 0: // its unsent bytes are sent before it is read
 		p.setWriteFailed(s, i)
 	}
 	p.continueClose(s)
 	p.updateEpoll(s)
 }
 
-// readReady reads the side until it has nothing more for now, or for maxReadsPerEvent. Of
-// a side that has ended, the end is read too: it will not be told again.
+// readReady reads the side until its socket is empty, at most maxReadsPerEvent times.
+// If ended, the event reported an end or an error, which epoll will not report again:
+// it reads on until it has seen that.
 func (p *poller) readReady(s *session, i side, ended bool) {
 	for range maxReadsPerEvent {
 		if !p.readOnce(s, i, ended) || !s.wantsRead(i) {
@@ -127,11 +136,13 @@ func (p *poller) readReady(s *session, i side, ended bool) {
 	s.epollMask[i] |= rearm
 }
 
-// wantsRead reports whether the side is to be read.
-func (s *session) wantsRead(i side) bool { return s.open && !s.fin[i] && s.unsent[i] == nil }
+// wantsRead reports whether the poller may read the side now.
+func (s *session) wantsRead(i side) bool {
+	return s.open && !s.fin[i] && s.unsent[i] == nil
+}
 
-// readOnce reads the side once, and passes on what came. It reports whether there
-// may be more.
+// readOnce reads the side once and sends what came to its peer. It reports whether the
+// socket may have more.
 func (p *poller) readOnce(s *session, i side, ended bool) (more bool) {
 	overBudget := p.relay.engine.unsentBytes.Load() >= p.relay.engine.unsentBudget
 	if overBudget && s.closing == nil {
@@ -172,9 +183,10 @@ func (p *poller) readOnce(s *session, i side, ended bool) (more bool) {
 	return more || ended || pipe != nil
 }
 
-// forwardPeeked is fill while the budget is used up: it looks at what has come, sends it,
-// and reads what was taken. A session that is to part is not carried so, as what is
-// sent of it is not what came.
+// forwardPeeked is readOnce while the budget for unsent bytes is used up: it peeks at
+// what has come, sends that, and then reads as many bytes as the peer took. It is not
+// used during a closing handshake, because then the bytes to send differ from those
+// that came.
 func (p *poller) forwardPeeked(s *session, i side, ended bool) (more bool) {
 	n, errno := p.buf.peek(s.fd[i], peekSize)
 	switch {
@@ -200,7 +212,7 @@ func (p *poller) forwardPeeked(s *session, i side, ended bool) (more bool) {
 	return n == peekSize || ended
 }
 
-// discardPeeked reads what was looked at and is done with.
+// discardPeeked reads n bytes that were peeked at, and scans and drops them.
 func (p *poller) discardPeeked(s *session, i side, n int) {
 	for n > 0 && s.open {
 		got, errno := p.buf.receive(s.fd[i], n)
@@ -208,15 +220,16 @@ func (p *poller) discardPeeked(s *session, i side, n int) {
 		case errno == 0 && got > 0:
 			s.frames[i].scan(p.buf.data[:got], i == clientSide)
 			n -= got
-		case errno != syscall.EINTR: // it was there
+		case errno != syscall.EINTR: // cannot happen: the bytes were there
 			p.end(s, causeRouterError)
 		}
 	}
 }
 
-// detectBulk judges whether the side has much to send, by a read that filled what it
-// was limited to, or did not. That frames are large shows when the next header
-// alone is read.
+// detectBulk sets bulk after a read of the side. full reports whether the read returned
+// limit bytes. A full read starts bulk. The next read then has a limit below bufferSize
+// and ends with a header: if less than minSplice of that frame is left, its frames are
+// small, and the next bulkPause full reads do not start bulk.
 func (s *session) detectBulk(i side, full bool, limit int) {
 	switch {
 	case !full:
@@ -230,33 +243,36 @@ func (s *session) detectBulk(i side, full bool, limit int) {
 	}
 }
 
-// spliceIn moves payload of the side's present frame, up to limit bytes, into a
-// pipe. It returns nil if that is not worth it or nothing came, and the error if
-// the side is broken: splice(2) has taken it from the socket.
+// spliceIn moves payload of the side's present frame, up to limit bytes, into a pipe.
+// It returns nil if that is not worth it, or if nothing has come. It returns an error
+// if the connection failed: splice(2) has taken that error from the socket, so no later
+// read returns it.
 func (p *poller) spliceIn(s *session, i side, limit int) (*pipe, syscall.Errno) {
-	rest := s.frames[i].remaining()
-	if s.bulk[i] <= 0 || s.closing != nil || min(rest, uint64(limit)) < minSplice {
+	size := min(s.frames[i].remaining(), uint64(limit))
+	if s.bulk[i] <= 0 || s.closing != nil || size < minSplice {
 		return nil, 0
 	}
 	target := p.pipes.get()
 	if target == nil {
 		return nil, 0
 	}
-	n, errno := target.receive(s.fd[i], int(min(rest, uint64(limit))))
+	n, errno := target.receive(s.fd[i], int(size))
 	switch {
 	case errno == 0 && n > 0:
 		s.frames[i].skip(uint64(n))
 		return target, 0
-	case errno == syscall.EAGAIN || errno == syscall.EINTR || errno == syscall.EINVAL: // EINVAL: not from such a socket
+	case errno == syscall.EAGAIN || errno == syscall.EINTR:
+		errno = 0
+	case errno == syscall.EINVAL: // the socket's kind has no splice
 		errno = 0
 	}
 	p.pipes.put(target)
 	return nil, errno
 }
 
-// sendOrKeep sends the first n bytes of the buffer, which came from the side, and then
-// what was piped, to its peer, and holds what that does not take. Nothing is
-// held yet.
+// sendOrKeep sends the first n bytes of the buffer, which came from side i, and then
+// the bytes in pipe, which may be nil, to the peer. It keeps what the peer does not
+// take. The side has no unsent bytes before.
 func (p *poller) sendOrKeep(s *session, i side, n int, pipe *pipe) {
 	sent, flags := n, 0
 	if pipe != nil {
@@ -274,8 +290,8 @@ func (p *poller) sendOrKeep(s *session, i side, n int, pipe *pipe) {
 	}
 }
 
-// spliceOut sends what was piped, if anything was, and returns the pipe if something
-// is left in it.
+// spliceOut sends the bytes in pipe, if it is not nil, to the peer of side i. It returns
+// the pipe if bytes are left in it; otherwise it puts the pipe back and returns nil.
 func (p *poller) spliceOut(s *session, i side, pipe *pipe) *pipe {
 	if pipe == nil {
 		return nil
@@ -291,39 +307,42 @@ func (p *poller) spliceOut(s *session, i side, pipe *pipe) *pipe {
 	return nil
 }
 
-// canSend reports whether what comes from the side is sent to its peer. All else is
+// canSend reports whether bytes from side i are sent to its peer. If not, they are
 // dropped.
 func (s *session) canSend(i side) bool { return s.open && !s.writeFailed[i.other()] }
 
-// flushUnsent sends what is held of the side, by way of the buffer.
+// flushUnsent sends the unsent bytes of side i, through the poller's buffer.
 func (p *poller) flushUnsent(s *session, i side) {
-	h := s.unsent[i]
-	if h == nil {
+	u := s.unsent[i]
+	if u == nil {
 		return
 	}
-	n, pipe := copy(p.buf.data[:], h.data), h.pipe
-	h.pipe = nil
+	n, pipe := copy(p.buf.data[:], u.data), u.pipe
+	u.pipe = nil
 	p.dropUnsent(s, i)
 	p.sendOrKeep(s, i, n, pipe)
 }
 
-// dropUnsent forgets what is held of the side.
+// dropUnsent gives the memory and the pipe of the side's unsent bytes back.
 func (p *poller) dropUnsent(s *session, i side) {
-	h := s.unsent[i]
-	if h == nil {
+	u := s.unsent[i]
+	if u == nil {
 		return
 	}
-	if h.pipe != nil {
-		p.pipes.put(h.pipe)
+	if u.pipe != nil {
+		p.pipes.put(u.pipe)
 	}
 	s.unsent[i] = nil
-	p.relay.engine.unsentBytes.Add(-h.cost)
-	p.relay.engine.pools[unsentClass(cap(h.data))].Put(h)
+	p.relay.engine.unsentBytes.Add(-u.cost)
+	p.relay.engine.pools[unsentClass(cap(u.data))].Put(u)
 }
 
-// handleSent takes note of what the side's peer did with size bytes, and returns how
-// many are done with: those that it took, or all, once it takes nothing any more.
-func (p *poller) handleSent(s *session, i side, n int, errno syscall.Errno, size int) int {
+// handleSent handles the result of a send of size bytes from side i: its peer's socket
+// took n of them, or the send failed with errno. It returns how many bytes need not be
+// sent any more: n, or all of them if nothing more is sent to the peer.
+func (p *poller) handleSent(
+	s *session, i side, n int, errno syscall.Errno, size int,
+) int {
 	to := i.other()
 	switch {
 	case errno == 0:
@@ -336,7 +355,7 @@ func (p *poller) handleSent(s *session, i side, n int, errno syscall.Errno, size
 		return 0
 	case errno == syscall.EINTR:
 		if s.epollMask[to] != 0 {
-			s.epollMask[to] |= rearm // it may be writable all the time
+			s.epollMask[to] |= rearm // it may be writable already, which is no new event
 		}
 		return 0
 	case to.causeOf(errno) == causeRouterError:
@@ -347,7 +366,8 @@ func (p *poller) handleSent(s *session, i side, n int, errno syscall.Errno, size
 	return size
 }
 
-// setWriteFailed notes that the side takes nothing any more, and drops what is held for it.
+// setWriteFailed notes that a send to the side failed, and drops the unsent bytes for
+// it.
 func (p *poller) setWriteFailed(s *session, i side) {
 	if !s.open || s.writeFailed[i] {
 		return
@@ -361,9 +381,8 @@ func (p *poller) setWriteFailed(s *session, i side) {
 	p.endIfDead(s)
 }
 
-// endIfDead ends the session if nothing can be carried any more, in either direction,
-// or after deadTimeout if one side is still there. One that is to part has bounds of
-// its own.
+// endIfDead ends the session if it is dead: at once if both sides have ended or both
+// have failed, otherwise after deadTimeout. A closing handshake has its own timeout.
 func (p *poller) endIfDead(s *session) {
 	switch {
 	case s.closing != nil || !s.isDead():
@@ -374,9 +393,9 @@ func (p *poller) endIfDead(s *session) {
 	}
 }
 
-// sideEnded notes that the side has ended, of which nothing is held, and passes
-// that on. If the peer has ended before, the session is over. One that is to part
-// goes on with that.
+// sideEnded notes that the side, which has no unsent bytes, has ended its stream, and
+// half-closes the peer's socket. If the peer has ended before, the session is over. In
+// a closing handshake it only notes the end: continueClose does the rest.
 func (p *poller) sideEnded(s *session, i side) {
 	s.fin[i] = true
 	if i == backendSide {
@@ -388,13 +407,14 @@ func (p *poller) sideEnded(s *session, i side) {
 	}
 	p.halfClose(s, i.endCause())
 	if !s.fin[i.other()] {
-		syscall.Shutdown(int(s.fd[i.other()]), syscall.SHUT_WR) // a failure shows when the peer is read
+		// A failure shows when the peer is read.
+		syscall.Shutdown(int(s.fd[i.other()]), syscall.SHUT_WR)
 	}
 	p.endIfDead(s)
 }
 
-// readFailed ends the session, as the side cannot be read. One that is to part goes on
-// with that.
+// readFailed ends the session because reading the side failed. In a closing handshake
+// the side counts as ended instead.
 func (p *poller) readFailed(s *session, i side, errno syscall.Errno) {
 	if s.closing != nil {
 		p.sideEnded(s, i)
@@ -403,7 +423,8 @@ func (p *poller) readFailed(s *session, i side, errno syscall.Errno) {
 	p.end(s, i.causeOf(errno))
 }
 
-// halfClose notes that one direction is over, and starts the clock for the other.
+// halfClose notes cause as the reason why the first direction ended, and starts the
+// timer for the other direction.
 func (p *poller) halfClose(s *session, cause cause) {
 	if s.halfCloseCause == causeNone {
 		s.halfCloseCause = cause
@@ -411,8 +432,8 @@ func (p *poller) halfClose(s *session, cause cause) {
 	}
 }
 
-// halfCloseExpired ends the session, of which one direction is over and nothing comes in the
-// other, or can. One that is to part has bounds of its own.
+// halfCloseExpired ends a half-closed session that carried nothing for halfCloseTimeout,
+// or a dead one after deadTimeout. A closing handshake has its own timeout.
 func (s *session) halfCloseExpired() {
 	p := s.poller
 	p.mu.Lock()
@@ -426,7 +447,7 @@ func (s *session) halfCloseExpired() {
 	}
 }
 
-// end closes both sockets, if the session is not over yet.
+// end closes both sockets, unless that has been done. unlock then calls sessionEnded.
 func (p *poller) end(s *session, cause cause) {
 	if !s.open {
 		return
@@ -446,8 +467,8 @@ func (p *poller) end(s *session, cause cause) {
 	p.finished = append(p.finished, s)
 }
 
-// end ends the session. The first cause counts. It may be called from anywhere,
-// any number of times, once s was attached.
+// end ends the session. The first cause counts. It may be called from any goroutine, any
+// number of times, after engine.assign.
 func (s *session) end(cause cause) {
 	s.setCause(cause)
 	p := s.poller
@@ -491,8 +512,8 @@ func (s *session) closeExpired() {
 	}
 }
 
-// continueClose goes on with the parting of s, if it is to part, as far as that is
-// possible now.
+// continueClose does the next steps of the closing handshake that are possible now, if s
+// has one.
 func (p *poller) continueClose(s *session) {
 	h := s.closing
 	if h == nil || !s.open {
@@ -515,8 +536,9 @@ func (p *poller) continueClose(s *session) {
 	}
 }
 
-// scan follows the first n bytes of the buffer, which came from the side, and
-// returns how many are to be passed on.
+// scan scans the first n bytes of the buffer, which came from side i, and returns how
+// many bytes of the buffer are to be sent to the peer. In a closing handshake they may
+// end with the Close frame.
 func (p *poller) scan(s *session, i side, n int) int {
 	if s.closing == nil {
 		s.frames[i].scan(p.buf.data[:n], i == clientSide)
@@ -529,12 +551,14 @@ func (p *poller) scan(s *session, i side, n int) int {
 	return n
 }
 
-// resetBackend breaks the connection of the backend.
+// resetBackend resets the backend's connection.
 func (p *poller) resetBackend(s *session) {
 	fd := int(s.fd[backendSide])
 	s.fin[backendSide] = true
 	p.setWriteFailed(s, backendSide)
-	syscall.SetsockoptLinger(fd, syscall.SOL_SOCKET, syscall.SO_LINGER, &syscall.Linger{Onoff: 1}) // a failure leaves a FIN in place of the RST
+	abort := &syscall.Linger{Onoff: 1}
+	// If it fails, the backend gets a FIN instead of an RST.
+	syscall.SetsockoptLinger(fd, syscall.SOL_SOCKET, syscall.SO_LINGER, abort)
 	syscall.Close(fd)
 	s.fd[backendSide] = -1
 }

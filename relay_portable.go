@@ -14,82 +14,83 @@ import (
 	"time"
 )
 
-// This is the carrier for all systems: two goroutines for each session, with a
-// buffer each. After an RST Go's poller refuses to read what came before it, so
-// that part of a side's last bytes may be lost here.
+// This is the engine for all systems: each session has two goroutines with a buffer
+// each. After an RST Go's poller refuses to read the bytes that came before it: so a
+// side's last bytes may be lost here.
 
-// relayBuffer is how many bytes are held for each direction of a session.
+// relayBuffer is the size of the buffer for each direction of a session, in bytes.
 const relayBuffer = 4 << 10
 
-// descriptorsPerPoller is how many the relay has for itself, for each CPU.
+// descriptorsPerPoller is how many file descriptors the engine needs for each CPU.
 const descriptorsPerPoller = 0
 
-// sessionIO is the part of a session that its goroutines own.
+// sessionIO is the part of a session that its two goroutines own. Arrays are indexed
+// by side.
 type sessionIO struct {
-	// Static after attach.
+	// Static after engine.assign.
 	conn  [2]net.Conn
 	relay *relay
 
-	halfCloseCause atomic.Int32 // why one direction is over, a cause
+	halfCloseCause atomic.Int32 // why the first direction ended; causeNone if none has
 	running        atomic.Int32 // directions that have not ended
 
 	// Guarded by mu.
 	mu           sync.Mutex
 	frames       [2]frameScanner   // of what came from the side
-	fin          [2]bool           // the side has ended, and was not to part by then
-	writeFailed  [2]bool           // the side takes nothing any more: nothing is sent to it
-	deadDeadline time.Time         // when the session, which is dead, is over; zero: it is not dead
-	closing      *closingHandshake // nil unless it is to part; after the end it stays as it is
+	fin          [2]bool           // the side ended its stream before any closing handshake
+	writeFailed  [2]bool           // a write to the side failed: nothing more is sent to it
+	deadDeadline time.Time         // when the dead session is over; zero if it is not dead
+	closing      *closingHandshake // nil if there is none; set once
 }
 
-// engine has nothing of its own: a session's goroutines are waited for with
-// the session.
+// engine has no goroutines but those of its sessions, which the relay waits for.
 type engine struct{ relay *relay }
 
-func (c *engine) start(r *relay) error {
-	c.relay = r
+func (e *engine) start(r *relay) error {
+	e.relay = r
 	return nil
 }
 
-func (c *engine) stop() {}
+func (e *engine) stop() {}
 
-// assign gives s its sockets. From here on s.end and s.closeGracefully may be called.
-func (c *engine) assign(s *session, conns [2]net.Conn) {
-	s.conn, s.relay = conns, c.relay
+// assign gives s its connections. From then on s.end and s.closeGracefully may be
+// called.
+func (e *engine) assign(s *session, conns [2]net.Conn) {
+	s.conn, s.relay = conns, e.relay
 }
 
-// startSession starts the goroutines of s, which carry what came first and then the
-// rest.
-func (c *engine) startSession(s *session, _ [2]net.Conn, early [2][]byte) {
+// startSession starts the goroutines of s. They send early first, and then carry what
+// comes.
+func (e *engine) startSession(s *session, _ [2]net.Conn, early [2][]byte) {
 	s.running.Store(2)
-	go c.copyToBackend(s, early[clientSide])
-	go c.copyToClient(s, early[backendSide])
+	go e.copyToBackend(s, early[clientSide])
+	go e.copyToClient(s, early[backendSide])
 }
 
-func (c *engine) copyToBackend(s *session, first []byte) { c.copy(s, clientSide, first) }
-func (c *engine) copyToClient(s *session, first []byte)  { c.copy(s, backendSide, first) }
+func (e *engine) copyToBackend(s *session, early []byte) { e.copy(s, clientSide, early) }
+func (e *engine) copyToClient(s *session, early []byte)  { e.copy(s, backendSide, early) }
 
-// copy carries one direction; the second to end ends the session.
-func (c *engine) copy(s *session, from side, first []byte) {
-	c.copyFrom(s, from, first)
+// copy carries one direction. The second direction to end ends the session.
+func (e *engine) copy(s *session, from side, early []byte) {
+	e.copyFrom(s, from, early)
 	if from == backendSide {
-		c.relay.setPodDone(s)
+		e.relay.setPodDone(s)
 	}
 	if s.running.Add(-1) == 0 {
-		s.end(cause(s.halfCloseCause.Load())) // both ended by themselves, unless there was another cause
-		c.relay.sessionEnded(s)
+		s.end(cause(s.halfCloseCause.Load())) // has no effect if there is a cause already
+		e.relay.sessionEnded(s)
 	}
 }
 
-// copyFrom carries first and then what the side sends, until it ends, which is
-// passed on as a half-close, or cannot be read, which ends both directions. A
-// peer that takes nothing stops the side: no more than relayBuffer is held
-// (invariant 9).
-func (c *engine) copyFrom(s *session, from side, first []byte) {
-	source := io.MultiReader(bytes.NewReader(first), s.conn[from])
+// copyFrom sends early and then what comes from the side to its peer, until the side
+// ends, which half-closes the peer's connection, or a read fails, which ends the
+// session. If the peer does not read, at most relayBuffer bytes wait here, and then
+// the kernel stops the sender (invariant 9).
+func (e *engine) copyFrom(s *session, from side, early []byte) {
+	source := io.MultiReader(bytes.NewReader(early), s.conn[from])
 	buf := make([]byte, relayBuffer+maxCloseFrame)
 	for {
-		c.setHalfCloseDeadlines(s, from)
+		e.setHalfCloseDeadlines(s, from)
 		n, err := source.Read(buf[:relayBuffer])
 		n, closing := s.scan(from, buf, n, err)
 		if n > 0 {
@@ -104,7 +105,7 @@ func (c *engine) copyFrom(s *session, from side, first []byte) {
 		case err == nil:
 			continue
 		case errors.Is(err, io.EOF):
-			c.halfClose(s, from)
+			e.halfClose(s, from)
 		default:
 			s.end(s.readCause(from, err))
 		}
@@ -112,15 +113,15 @@ func (c *engine) copyFrom(s *session, from side, first []byte) {
 	}
 }
 
-// send writes data from the side to its peer. If that fails since the peer is gone,
-// it takes nothing any more; what it has sent before is still carried. Any other
-// failure ends the session.
+// send writes data from the side to its peer. If the write fails because the peer is
+// gone, nothing more is sent to the peer, but the bytes that it sent before are still
+// carried. Any other failure ends the session.
 func (s *session) send(from side, data []byte) {
 	to := from.other()
 	s.mu.Lock()
-	lost := s.writeFailed[to]
+	failed := s.writeFailed[to]
 	s.mu.Unlock()
-	if lost {
+	if failed {
 		return
 	}
 	n, err := s.conn[to].Write(data)
@@ -133,7 +134,9 @@ func (s *session) send(from side, data []byte) {
 		s.end(causeRouterError)
 	default:
 		s.halfCloseCause.CompareAndSwap(int32(causeNone), int32(to.errorCause()))
-		if errors.Is(err, syscall.ETIMEDOUT) { // told to one call only: a read sees an end, and may have said so first
+		// The kernel returns ETIMEDOUT from one call only: a read may have returned
+		// EOF instead, and have set the cause before.
+		if errors.Is(err, syscall.ETIMEDOUT) {
 			s.halfCloseCause.CompareAndSwap(int32(to.endCause()), int32(to.errorCause()))
 		}
 		s.mu.Lock()
@@ -142,7 +145,7 @@ func (s *session) send(from side, data []byte) {
 	}
 }
 
-// readCause is why the session ends if reading the side fails with err.
+// readCause returns the cause if reading the side fails with err.
 func (s *session) readCause(from side, err error) cause {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -155,27 +158,28 @@ func (s *session) readCause(from side, err error) cause {
 	return from.causeOf(err)
 }
 
-// halfClose passes the end of the side on, and starts the clock for the other
-// direction.
-func (c *engine) halfClose(s *session, from side) {
+// halfClose half-closes the connection of the side's peer after the side has ended, and
+// sets the deadlines of the other direction.
+func (e *engine) halfClose(s *session, from side) {
 	s.halfCloseCause.CompareAndSwap(int32(causeNone), int32(from.endCause()))
-	c.setHalfCloseDeadlines(s, from.other())
-	s.conn[from.other()].(interface{ CloseWrite() error }).CloseWrite() // *net.TCPConn or *net.UnixConn; an error shows on its next read
+	e.setHalfCloseDeadlines(s, from.other())
+	// It is a *net.TCPConn or *net.UnixConn. An error shows at its next read.
+	s.conn[from.other()].(interface{ CloseWrite() error }).CloseWrite()
 }
 
-// setHalfCloseDeadlines bounds, in a half-closed session, how long the side may be
-// silent, and how long its peer may take nothing; in one that is dead, how long it
-// lives. One that is to part has bounds of its own.
-func (c *engine) setHalfCloseDeadlines(s *session, from side) {
+// setHalfCloseDeadlines sets the deadlines of a half-closed session: how long the side
+// may send nothing, and how long its peer may take nothing. In a dead session both are
+// the time at which it is over. A closing handshake has its own timeout.
+func (e *engine) setHalfCloseDeadlines(s *session, from side) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if cause(s.halfCloseCause.Load()) == causeNone || s.closing != nil {
 		return
 	}
-	limit := time.Now().Add(c.relay.halfCloseTimeout)
+	limit := time.Now().Add(e.relay.halfCloseTimeout)
 	if s.isDead() {
 		if s.deadDeadline.IsZero() {
-			s.deadDeadline = time.Now().Add(c.relay.deadTimeout)
+			s.deadDeadline = time.Now().Add(e.relay.deadTimeout)
 		}
 		limit = s.deadDeadline
 	}
@@ -183,17 +187,17 @@ func (c *engine) setHalfCloseDeadlines(s *session, from side) {
 	s.conn[from.other()].SetWriteDeadline(limit)
 }
 
-// end ends the session: both sockets are closed. The first cause counts. It may
-// be called from anywhere, any number of times, once s was attached.
+// end ends the session: it closes both connections. The first cause counts. It may be
+// called from any goroutine, any number of times, after engine.assign.
 func (s *session) end(cause cause) {
-	s.mu.Lock() // after it, s.closing changes no more
+	s.mu.Lock() // so that s.closing does not change after the cause is set
 	s.setCause(cause)
 	s.mu.Unlock()
 	s.conn[clientSide].Close()
 	s.conn[backendSide].Close()
 }
 
-// pastDeadline, as a deadline, wakes who reads.
+// pastDeadline is a deadline that interrupts a read.
 func pastDeadline() time.Time { return time.Unix(1, 0) }
 
 // lock locks what guards the session's closing handshake.
@@ -223,25 +227,28 @@ func (s *session) closeExpired() {
 	}
 }
 
-// interruptReads ends the reads of both sides, for the parting to go on. mu is held.
+// interruptReads ends the reads of both sides, so that their goroutines continue the
+// closing handshake. The caller holds mu.
 func (s *session) interruptReads() {
 	s.conn[clientSide].SetReadDeadline(pastDeadline())
 	s.conn[backendSide].SetReadDeadline(pastDeadline())
 }
 
-// scan follows the first n bytes of buf, which came from the side with err, and
-// returns how many are to be written to its peer. closing is whether the session is
-// to part.
-func (s *session) scan(from side, buf []byte, n int, err error) (keep int, closing bool) {
+// scan scans the first n bytes of buf, which a read of the side returned with err, and
+// returns how many bytes of buf are to be written to the peer. closing reports whether
+// the session has a closing handshake: then those bytes may end with its Close frame.
+func (s *session) scan(
+	from side, buf []byte, n int, err error,
+) (toSend int, closing bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	h, woken := s.closing, errors.Is(err, os.ErrDeadlineExceeded)
+	h, interrupted := s.closing, errors.Is(err, os.ErrDeadlineExceeded)
 	switch {
 	case h == nil:
 		s.frames[from].scan(buf[:n], from == clientSide)
 		s.fin[from] = err != nil
 		return n, false
-	case woken:
+	case interrupted:
 		s.conn[from].SetReadDeadline(time.Time{})
 	case err != nil:
 		h.ended[from] = true
@@ -253,9 +260,9 @@ func (s *session) scan(from side, buf []byte, n int, err error) (keep int, closi
 	return n, true
 }
 
-// continueClose takes note of what was carried of the side, which was read with err,
-// and ends the session if its parting is over. It reports whether there is
-// nothing more to read.
+// continueClose is called after the bytes of a read of the side, which returned err,
+// were sent. It ends the session if the closing handshake is over. It reports whether
+// there is nothing more to read from the side.
 func (s *session) continueClose(from side, err error) bool {
 	s.mu.Lock()
 	h := s.closing
@@ -268,11 +275,11 @@ func (s *session) continueClose(from side, err error) bool {
 	return err != nil && !errors.Is(err, os.ErrDeadlineExceeded)
 }
 
-// resetBackend breaks the connection of the backend. mu is held.
+// resetBackend resets the backend's connection. The caller holds mu.
 func (s *session) resetBackend() {
 	s.writeFailed[backendSide] = true
 	if conn, ok := s.conn[backendSide].(interface{ SetLinger(int) error }); ok {
-		conn.SetLinger(0) // a failure leaves a FIN in place of the RST
+		conn.SetLinger(0) // if it fails, the backend gets a FIN instead of an RST
 	}
 	s.conn[backendSide].Close()
 	s.relay.setPodDone(s)

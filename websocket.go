@@ -9,34 +9,36 @@ import (
 	"unicode/utf8"
 )
 
-// frameScanner follows one direction of a session through its WebSocket frames
-// (RFC 6455 §5.2), to know where a frame of the router's own may stand. The zero
-// value is at the start of the stream, the first byte after the handshake.
+// frameScanner follows the WebSocket frames of one direction of a session (RFC 6455
+// §5.2). It finds where the router may insert a frame of its own. The zero value is
+// at the start of the stream, the first byte after the handshake.
 //
-// It judges only what finding the end of a frame rests on, and what shows that
-// this is no stream of frames: a mask bit that is wrong for the direction, a
-// reserved opcode, a control frame that is fragmented or too long, a length
-// over 63 bits. Then it is broken for good: it has no boundary any more, and
-// the stream is carried as it is. All else is between the endpoints: reserved
-// bits are their extensions' (permessage-deflate, RFC 7692, has RSV1), the
-// order of fragments does not matter here, and a length in more bytes than it
-// needs, which §5.2 forbids, says where the frame ends just the same.
+// It checks only what it needs to find the end of a frame, and what shows that the
+// stream does not consist of frames: a mask bit that is wrong for the direction, a
+// reserved opcode, a control frame that is fragmented or too long, a length of more
+// than 63 bits. After such a violation the scanner is broken for good: it finds no
+// boundary any more, and the relay carries the stream as it is.
+//
+// It ignores all else, which is between the endpoints: reserved bits belong to
+// extensions (permessage-deflate, RFC 7692, uses RSV1). The order of fragments does
+// not matter here. A length in more bytes than it needs, which §5.2 forbids, still
+// shows where the frame ends.
 type frameScanner struct {
-	frameLeft   uint64 // bytes of the frame after its length; the length as far as it is known at frameExtendedLength
+	frameLeft   uint64 // bytes after the length; in frameExtendedLength: the length so far
 	state       frameState
-	lengthBytes uint8 // bytes of the length that are still to come, at frameExtendedLength
-	opcode      uint8 // of the frame, unless at frameBoundary
-	fragmented  bool  // the last data frame was not the end of its message
+	lengthBytes uint8 // in frameExtendedLength: bytes of the length still to come
+	opcode      uint8 // of the frame; means nothing in frameBoundary
+	fragmented  bool  // the last data frame did not end its message
 }
 
-// frameState is where in its frames a stream is.
+// frameState is the part of a frame in which a stream is.
 type frameState uint8
 
 const (
 	frameBoundary       frameState = iota // between two frames or fragments
-	frameSecondByte                       // before the second byte, with the mask bit and the length's 7 bits
-	frameExtendedLength                   // before or in the length of 16 or 64 bits
-	framePayload                          // in the masking key or the payload
+	frameSecondByte                       // before the second byte
+	frameExtendedLength                   // before or within the length of 16 or 64 bits
+	framePayload                          // before or within the masking key and the payload
 	frameClosed                           // after a Close frame
 	frameBroken                           // after a violation
 )
@@ -45,32 +47,32 @@ const (
 	frameFin          = 0x80 // in the first byte
 	frameMasked       = 0x80 // in the second byte
 	maskKey           = 4    // bytes
-	opcodeData        = 2    // the last opcode of data frames, which begin at 0 (RFC 6455 §11.8)
-	opcodeClose       = 8    // the first of control frames
-	opcodeControl     = 10   // the last of control frames
+	opcodeData        = 2    // the largest opcode of data frames (RFC 6455 §11.8)
+	opcodeClose       = 8    // the smallest opcode of control frames
+	opcodeControl     = 10   // the largest opcode of control frames
 	maxFrameHeader    = 14   // bytes before the payload
-	maxControlPayload = 125  // bytes of payload of a control frame (§5.5)
+	maxControlPayload = 125  // bytes of payload of a control frame (RFC 6455 §5.5)
 )
 
-// Codes of Close frames.
+// Status codes of Close frames.
 const (
 	closeGoingAway      = 1001 // the endpoint goes away (RFC 6455 §7.4.1)
-	closeServiceRestart = 1012 // connect again (IANA's WebSocket Close Code Number Registry)
+	closeServiceRestart = 1012 // connect again (IANA WebSocket Close Code Number Registry)
 )
 
-// scan advances over chunk, which is what comes next in the stream, cut
-// anywhere. masked is whether this direction's frames have to be: those from the
-// client have, those from the backend must not be (RFC 6455 §5.1). It looks at
-// headers only, so its time is in the number of frames.
+// scan advances over chunk, the next bytes of the stream. A chunk may begin and end
+// anywhere. masked reports whether the frames of this direction must be masked:
+// frames from the client must be, frames from the backend must not be (RFC 6455
+// §5.1). It reads headers only: its time grows with the number of frames.
 func (f *frameScanner) scan(chunk []byte, masked bool) {
 	for len(chunk) > 0 {
 		chunk = chunk[f.next(chunk, masked):]
 	}
 }
 
-// next is scan up to the next boundary: it returns how much of chunk it advanced
-// over, which is all if there is no boundary in it. At a boundary, the next one
-// is the end of the frame that begins with chunk.
+// next is like scan, but stops at the next boundary. It returns how many bytes of
+// chunk it advanced over: all, if chunk has no boundary. If the scanner is at a
+// boundary already, the next one is the end of the frame that begins with chunk.
 func (f *frameScanner) next(chunk []byte, masked bool) (n int) {
 	if f.state == frameBoundary && len(chunk) > 0 {
 		if n = shortFrame(chunk, masked); n > 0 {
@@ -99,10 +101,10 @@ func (f *frameScanner) next(chunk []byte, masked bool) (n int) {
 	return n
 }
 
-// shortFrame returns how long the frame is that chunk begins with, if all of it
-// is there and it is a data frame with at most 125 bytes of payload that ends its
-// message, as most are. It returns 0 for any other: the steps below are for all
-// frames, but take twice the time.
+// shortFrame is the fast path for most frames: it returns the size in bytes of the
+// frame at the start of chunk if chunk has all of it, and it is a data frame with at
+// most 125 bytes of payload that ends its message. It returns 0 for all others. The
+// other methods handle every frame, but take twice the time.
 func shortFrame(chunk []byte, masked bool) int {
 	if len(chunk) < 2 || chunk[0]&0xf > opcodeData || chunk[0]&frameFin == 0 {
 		return 0
@@ -123,7 +125,7 @@ func shortFrame(chunk []byte, masked bool) int {
 	return n
 }
 
-// firstByte takes the first byte of a frame: FIN, reserved bits, opcode.
+// firstByte reads the first byte of a frame: FIN, reserved bits, opcode.
 func (f *frameScanner) firstByte(b byte) {
 	f.opcode, f.state = b&0xf, frameSecondByte
 	if f.opcode <= opcodeData {
@@ -135,8 +137,8 @@ func (f *frameScanner) firstByte(b byte) {
 	}
 }
 
-// size takes the second byte of a frame: the mask bit and the length, or how
-// many bytes have the length.
+// secondByte reads the second byte of a frame: the mask bit and the length, or the
+// number of bytes in which the length follows.
 func (f *frameScanner) secondByte(b byte, masked bool) {
 	switch size := b &^ frameMasked; {
 	case b >= frameMasked != masked, f.opcode >= opcodeClose && size > maxControlPayload:
@@ -148,7 +150,7 @@ func (f *frameScanner) secondByte(b byte, masked bool) {
 	}
 }
 
-// extendedLength takes one byte of a length of 16 or 64 bits.
+// extendedLength reads one byte of a length of 16 or 64 bits.
 func (f *frameScanner) extendedLength(b byte, masked bool) {
 	f.frameLeft = f.frameLeft<<8 | uint64(b)
 	f.lengthBytes--
@@ -161,18 +163,18 @@ func (f *frameScanner) extendedLength(b byte, masked bool) {
 	}
 }
 
-// startPayload begins what is after the length: the key if there is one, and the
-// payload. It may be empty: skip has to follow.
-func (f *frameScanner) startPayload(left uint64, masked bool) {
+// startPayload begins the part after the length: the masking key, if there is one,
+// and size bytes of payload. The part may be empty: the caller has to call skip.
+func (f *frameScanner) startPayload(size uint64, masked bool) {
 	if masked {
-		left += maskKey
+		size += maskKey
 	}
-	f.frameLeft, f.state = left, framePayload
+	f.frameLeft, f.state = size, framePayload
 }
 
-// remaining returns how many bytes of the present frame are to come after its length,
-// masking key and payload, up to 2^63+3. It is 0 at a boundary, while the length
-// is not known, and when there are no frames any more.
+// remaining returns how many bytes of masking key and payload the present frame still
+// has to come, up to 2^63+3. It is 0 at a boundary, while the length is not known,
+// and after a Close frame or a violation.
 func (f *frameScanner) remaining() uint64 {
 	if f.state != framePayload {
 		return 0
@@ -180,7 +182,7 @@ func (f *frameScanner) remaining() uint64 {
 	return f.frameLeft
 }
 
-// skip advances over n bytes that nobody looked at, at most rest.
+// skip advances over n bytes without reading them. n is at most remaining().
 func (f *frameScanner) skip(n uint64) {
 	f.frameLeft -= n
 	switch {
@@ -192,28 +194,27 @@ func (f *frameScanner) skip(n uint64) {
 	}
 }
 
-// atBoundary reports whether a frame may be put here: the stream is between two
-// frames, or two fragments if it is a control frame (RFC 6455 §5.4), and no
-// Close frame has passed.
+// atBoundary reports whether a frame may be inserted here: the stream is between two
+// frames, and no Close frame has passed. A control frame may stand between two
+// fragments of a message too (RFC 6455 §5.4).
 func (f *frameScanner) atBoundary() bool { return f.state == frameBoundary }
 
-// messageComplete reports whether every message that began has ended. Between the fragments
-// of one a control frame may stand, but a Close frame there leaves it without its
-// end.
+// messageComplete reports whether every message that began has ended. A Close frame
+// is allowed between two fragments too, but the message then never ends.
 func (f *frameScanner) messageComplete() bool { return !f.fragmented }
 
-// closed reports whether a Close frame has passed, to its last byte. Nothing may
-// be put after it (RFC 6455 §5.5.1), and what comes is no longer looked at.
+// closed reports whether all of a Close frame has passed. Nothing may follow it (RFC
+// 6455 §5.5.1), and the scanner ignores all further bytes.
 func (f *frameScanner) closed() bool { return f.state == frameClosed }
 
-// broken reports whether the stream is not one of frames. There will never be a
-// boundary, so it is of no use to wait for one.
+// broken reports whether the stream does not consist of frames. There will never be a
+// boundary again, so nobody should wait for one.
 func (f *frameScanner) broken() bool { return f.state == frameBroken }
 
-// closeFrame returns a Close frame (RFC 6455 §5.5.1). reason is UTF-8 for
-// people, and is cut to whole characters in 123 bytes. masked is for a frame to
-// the backend. The key is from crypto/rand: §5.3 wants a strong source of
-// entropy, and one frame in a session's life may take the time.
+// closeFrame returns a Close frame (RFC 6455 §5.5.1). reason is UTF-8 text for
+// people; at most 123 bytes of whole characters are used. A frame to the backend is
+// masked. Its masking key is from crypto/rand, because §5.3 demands a strong source
+// of entropy; one frame in a session's life may take that time.
 func closeFrame(code uint16, reason string, masked bool) []byte {
 	size := min(len(reason), maxControlPayload-2)
 	for size < len(reason) && size > 0 && !utf8.RuneStart(reason[size]) {
@@ -233,10 +234,10 @@ func closeFrame(code uint16, reason string, masked bool) []byte {
 	return slices.Concat(head, key[:], body)
 }
 
-// side is one of a session's two ends.
+// side is one of the two ends of a session.
 type side int
 
-// other is the side that gets what comes from i.
+// other returns the peer of i, which gets the bytes that come from i.
 func (i side) other() side { return 1 - i }
 
 const (
@@ -244,53 +245,58 @@ const (
 	backendSide
 )
 
-// closeTimeout bounds how long a session goes on when it is to part: both its
-// sockets are closed then. The backend has the first half of it to answer, and the
-// client the first quarter to end a message of which the backend has a part.
+// closeTimeout is the longest time of a closing handshake: after it the relay closes
+// both sockets. In its first quarter the client may end a message of which the
+// backend has a part. In its first half the backend may answer.
 const closeTimeout = 5 * time.Second
 
-// maxCloseFrame is how many bytes a Close frame has at most.
+// maxCloseFrame is the size of the largest Close frame, in bytes.
 const maxCloseFrame = 2 + maskKey + maxControlPayload
 
-// closingHandshake is the end of a session by Close frames, each put where a frame ends in
-// what is written (RFC 6455 §5.5.1, §7.1.2):
+// closingHandshake ends a session by Close frames. The router inserts each of them at
+// the end of a frame of the stream (RFC 6455 §5.5.1, §7.1.2):
 //
-//  1. The backend gets its Close frame, and nothing after it. It is put where a
-//     message ends, or between two fragments if that takes too long.
-//  2. What the backend still sends is carried until it answers: by its Close
-//     frame, or by its end. In the place of that the client gets its own Close
-//     frame, and nothing after it.
-//  3. When the client has answered too, both sockets are closed.
+//  1. The backend gets its Close frame, and nothing after it. The router inserts it
+//     at the end of a message, or between two fragments if the message takes too
+//     long.
+//  2. The relay carries what the backend still sends until the backend answers, by
+//     its Close frame or by the end of its stream. The client then gets the router's
+//     Close frame instead of the backend's, and nothing after it.
+//  3. When the client has answered too, the relay closes both sockets.
 //
-// The backend is first since a client comes back as soon as it is told, to the
-// new owner: by then the old one has let go of it, and all that the old one said
-// has come. One that does not answer in its time is cut off by a reset, so that
-// it does not read, later, what it did not read until then.
+// The backend is first because a client that gets a Close frame connects again at
+// once, to the new owner. By then the old owner has let go of it, and all that the
+// old owner sent has arrived. A backend that does not answer in its time is reset:
+// so it cannot read, later, what it has not read until then.
 //
-// What a side sends after its peer's Close frame was put is read and dropped: a
-// socket that is closed with something to read in it sends a reset, which
-// destroys what is on its way to the other side.
+// What a side sends after its peer got the Close frame is read and dropped. A socket
+// that is closed with unread bytes sends a reset, which destroys the bytes on their
+// way to the other side.
 //
-// A Close frame that passes by itself is carried, and none is put after it. A
-// stream that cannot get to the end of a frame, because it is not one of frames
-// or has ended within one, leaves nothing to wait for: both sockets are closed.
+// If a side sends a Close frame by itself, the relay carries it and inserts none after
+// it. If a stream cannot reach the end of a frame, because it does not consist of
+// frames or has ended within one, there is nothing to wait for: the relay closes both
+// sockets.
+//
+// The lock that guards the session's sockets guards all fields but cut. Arrays are
+// indexed by the side from which the bytes come.
 type closingHandshake struct {
-	frames         [2][]byte   // the Close frame that is to end what comes from the side, for its peer
-	sent           [2]bool     // it stands in the stream
+	frames         [2][]byte   // the Close frame that ends the stream to the side's peer
+	sent           [2]bool     // frames[side] was inserted
 	stopped        [2]bool     // nothing more that comes from the side is carried
-	flushed        [2]bool     // and its peer's socket has all of it
-	ended          [2]bool     // the side has ended
-	messageOverdue bool        // the time is over for the client to end its message
-	answerOverdue  bool        // and the backend's time
-	cut            atomic.Bool // not both sides answered in time
-	timer          *time.Timer // of these times, then of the session's
+	flushed        [2]bool     // stopped, and the peer's socket has taken all before
+	ended          [2]bool     // the side has ended its stream
+	messageOverdue bool        // the client's time to end its message is over
+	answerOverdue  bool        // the backend's time to answer is over
+	cut            atomic.Bool // the session ended before both sides had answered
+	timer          *time.Timer // of the present part of the session's closeTimeout
 	onDone         func(cut bool)
 }
 
-// insertClose advances the scanner over the first n bytes of buf, which came from the
-// side, and returns how many bytes of buf are to be written to its peer. At the
-// end of those the Close frame is, if this is its place: buf has room for
-// maxCloseFrame more than n. With n of 0 the place may be where the stream is.
+// insertClose advances the scanner over the first n bytes of buf, which came from
+// side i, and returns how many bytes of buf the caller has to write to the peer. They
+// end with the Close frame, if it may stand there: buf must have room for n +
+// maxCloseFrame bytes. With n = 0 the Close frame may stand where the stream is now.
 func (h *closingHandshake) insertClose(f *frameScanner, i side, buf []byte, n int) int {
 	at := 0
 	for !h.stopped[i] {
@@ -309,7 +315,8 @@ func (h *closingHandshake) insertClose(f *frameScanner, i side, buf []byte, n in
 	return at
 }
 
-// mayClose reports whether the Close frame may stand here, at a boundary before rest.
+// mayClose reports whether the Close frame may stand here, at a boundary: rest are the
+// next bytes that came from side i.
 func (h *closingHandshake) mayClose(f *frameScanner, i side, rest []byte) bool {
 	closes := len(rest) > 0 && rest[0]&0xf == opcodeClose
 	if i == clientSide {
