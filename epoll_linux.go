@@ -20,21 +20,21 @@ const (
 	epollReadEvents = syscall.EPOLLIN | syscall.EPOLLRDHUP | syscall.EPOLLPRI
 
 	edgeTriggered = 1 << 31 // EPOLLET, which package syscall has as a negative number
-	rearm         = 1 << 27 // in sessionIO.epollMask: epoll has to look at the socket once more
+	rearm         = 1 << 27 // in sessionIO.epollMask: makes updateEpoll modify the socket's entry
 )
 
-// descriptorsPerPoller is the most that the poller of a CPU has for itself: its epoll
-// set, its bell and its pipes.
+// descriptorsPerPoller is the largest number of file descriptors that the poller of a
+// CPU has for itself: its epoll set, its wake descriptor and its pipes.
 const descriptorsPerPoller = 2 + 2*maxPipes
 
-// engine is the pollers.
+// engine carries the sessions by pollers, one for each CPU.
 type engine struct {
 	pollers      []*poller
 	next         atomic.Uint32 // the poller of the next session, modulo their number
 	running      sync.WaitGroup
-	unsentBudget int64 // bytes that may be held; static after start
-	unsentBytes  atomic.Int64
-	pools        [unsentClasses]sync.Pool // of *held, by class
+	unsentBudget int64                    // maxUnsent; static after start
+	unsentBytes  atomic.Int64             // bytes of all buffers and pipes in unsentData
+	pools        [unsentClasses]sync.Pool // of *unsentData, by class
 }
 
 // poller carries the sessions of one epoll set.
@@ -47,11 +47,11 @@ type poller struct {
 
 	// Guarded by mu.
 	mu        sync.Mutex
-	buf       *buffer // but its events are run's
+	buf       *buffer // run owns buf.events
 	pipes     pipes
 	slots     []slot
-	freeSlots []int32    // slots without a session
-	finished  []*session // that are over and not yet told to the relay
+	freeSlots []int32    // indexes of free slots
+	finished  []*session // that are over; unlock reports them to the relay
 }
 
 // slot is where an event finds its session, or its guest.
@@ -71,37 +71,38 @@ type pollClient interface {
 	fallBackNow() // the poller is to have no guests any more
 }
 
-// start makes one poller for each CPU.
-func (c *engine) start(r *relay) error {
-	c.unsentBudget = maxUnsent
+// start makes and runs one poller for each CPU. If it fails, it has stopped them again.
+func (e *engine) start(r *relay) error {
+	e.unsentBudget = maxUnsent
 	for range runtime.GOMAXPROCS(0) {
 		fd, err := syscall.EpollCreate1(syscall.EPOLL_CLOEXEC)
 		if err != nil {
-			c.stop()
+			e.stop()
 			return os.NewSyscallError("epoll_create1", err)
 		}
-		syscall.SetNonblock(fd, true) // for os.NewFile: that it is for Go's poller
-		p := &poller{relay: r, epollFile: os.NewFile(uintptr(fd), "epoll"), epollFD: fd, buf: newBuffer()}
-		c.pollers = append(c.pollers, p)
+		syscall.SetNonblock(fd, true) // so that os.NewFile adds it to Go's poller
+		file := os.NewFile(uintptr(fd), "epoll")
+		p := &poller{relay: r, epollFile: file, epollFD: fd, buf: newBuffer()}
+		e.pollers = append(e.pollers, p)
 		if p.wakeFD, err = newWakeDescriptor(fd); err == nil {
-			err = p.epollFile.SetDeadline(time.Time{}) // os.ErrNoDeadline: Go's poller did not take it
+			err = file.SetDeadline(time.Time{}) // fails if it is not in Go's poller
 		}
 		if err != nil {
-			c.stop()
+			e.stop()
 			return fmt.Errorf("poll an epoll set: %w", err)
 		}
-		c.running.Go(p.run)
+		e.running.Go(p.run)
 	}
 	return nil
 }
 
-// stop ends the pollers.
-func (c *engine) stop() {
-	for _, p := range c.pollers {
+// stop stops the pollers and closes their descriptors. All sessions have ended before.
+func (e *engine) stop() {
+	for _, p := range e.pollers {
 		p.epollFile.Close()
 	}
-	c.running.Wait()
-	for _, p := range c.pollers {
+	e.running.Wait()
+	for _, p := range e.pollers {
 		syscall.Close(p.wakeFD)
 		p.pipes.close()
 		p.buf.free()
@@ -109,13 +110,17 @@ func (c *engine) stop() {
 }
 
 // nextPoller returns the poller of the next session.
-func (c *engine) nextPoller() *poller { return c.pollers[c.next.Add(1)%uint32(len(c.pollers))] }
+func (e *engine) nextPoller() *poller {
+	return e.pollers[e.next.Add(1)%uint32(len(e.pollers))]
+}
 
-// assign chooses the poller of s. From here on s.end may be called.
-func (c *engine) assign(s *session, _ [2]net.Conn) { s.poller = c.nextPoller() }
+// assign chooses the poller of s. From then on s.end and s.closeGracefully may be
+// called.
+func (e *engine) assign(s *session, _ [2]net.Conn) { s.poller = e.nextPoller() }
 
-// startSession takes the sockets of s out of Go's hands and carries what came first.
-func (c *engine) startSession(s *session, conns [2]net.Conn, early [2][]byte) {
+// startSession detaches the sockets of s from package net, and gives them and early to
+// its poller.
+func (e *engine) startSession(s *session, conns [2]net.Conn, early [2][]byte) {
 	p := s.poller
 	fds := detachDescriptors(conns)
 	p.mu.Lock()
@@ -123,7 +128,8 @@ func (c *engine) startSession(s *session, conns [2]net.Conn, early [2][]byte) {
 	p.start(s, p.allocateSlot(), fds, early)
 }
 
-// start gives s its slot and sockets, and carries what came first.
+// start gives s its slot and sockets, and sends early, which came from each side before.
+// It ends s if a socket is missing or s was ended before. The caller holds mu.
 func (p *poller) start(s *session, slotIndex int32, fds [2]int32, early [2][]byte) {
 	p.slots[slotIndex].session, p.slots[slotIndex].pending = s, nil
 	s.slot, s.fd, s.open = slotIndex, fds, true
@@ -142,27 +148,26 @@ func (p *poller) start(s *session, slotIndex int32, fds [2]int32, early [2][]byt
 	}
 }
 
-// run carries until the epoll set is closed. poll is called when something is
-// new to the set since its last call began.
+// run handles events until the epoll set is closed. Go's poller makes it call poll when
+// an event came to the set after the last call of poll began.
 func (p *poller) run() {
 	raw, err := p.epollFile.SyscallConn()
 	if err != nil {
 		panic(err) // only for a file that is nil
 	}
-	raw.Read(func(uintptr) bool { // its error is that the set was closed
+	raw.Read(func(uintptr) bool { // it returns an error when the set is closed
 		p.poll()
 		return false
 	})
 }
 
-// poll handles what epoll has, up to maxEpollEvents. It looks itself whether more has
-// come meanwhile, which takes less than to be told of it by Go's poller. Where
-// there may be more still it rings: a poller that just went on would keep its CPU
-// for itself, since the runtime looks for what else is ready only when it has
-// nothing to run.
+// poll handles the events of the epoll set, up to maxEpollEvents. After each batch it
+// asks epoll for more, which costs less than a wake-up by Go's poller. If it has
+// reached its limit, it calls wake and returns. If it just went on, it would keep its
+// CPU: the runtime looks for other ready goroutines only when it has nothing to run.
 //
-// While a poller is busy its set could be out of Go's poller, for which each event
-// costs its sender 0.1 µs; but EPOLL_CTL_ADD of a set looks at all that is in it.
+// Each event in a set that is in Go's poller costs its sender 0.1 µs. A busy poller
+// could take its set out of there, but EPOLL_CTL_ADD of a set checks all its sockets.
 func (p *poller) poll() {
 	for left := maxEpollEvents; left > 0; {
 		events, errno := p.buf.wait(p.epollFD, left)
@@ -177,16 +182,16 @@ func (p *poller) poll() {
 	p.wake()
 }
 
-// handleEvent handles one event: its slot is in Fd, the round and side in Pad.
+// handleEvent handles one event: Fd has its slot, Pad the slot's generation and the side.
 func (p *poller) handleEvent(event syscall.EpollEvent) {
 	if event.Fd == wakeSlot {
 		return
 	}
 	i := side(event.Pad & 1)
-	p.mu.Lock() // for each event: begin and end need not wait for all
+	p.mu.Lock() // for each event, so that start and end do not wait for a whole batch
 	target := p.slots[event.Fd]
 	if target.generation != event.Pad>>1 {
-		target = slot{} // it ended earlier in this batch
+		target = slot{} // the event is stale: the slot was freed since
 	}
 	if target.session != nil {
 		p.handle(target.session, i, event.Events)
@@ -197,7 +202,7 @@ func (p *poller) handleEvent(event syscall.EpollEvent) {
 	}
 }
 
-// unlock releases mu, and tells the relay of the sessions that are over.
+// unlock unlocks mu, and calls sessionEnded for the sessions that are over.
 func (p *poller) unlock() {
 	done := p.finished
 	p.finished = nil
@@ -207,7 +212,7 @@ func (p *poller) unlock() {
 	}
 }
 
-// allocateSlot returns a free slot.
+// allocateSlot returns the index of a free slot. The caller holds mu.
 func (p *poller) allocateSlot() int32 {
 	if n := len(p.freeSlots); n > 0 {
 		slotIndex := p.freeSlots[n-1]
@@ -218,19 +223,20 @@ func (p *poller) allocateSlot() int32 {
 	return int32(len(p.slots) - 1)
 }
 
-// freeSlot makes a slot free.
+// freeSlot frees a slot. The caller holds mu.
 func (p *poller) freeSlot(slotIndex int32) {
 	p.slots[slotIndex] = slot{generation: (p.slots[slotIndex].generation + 1) & (1<<30 - 1)}
 	p.freeSlots = append(p.freeSlots, slotIndex)
 }
 
-// updateEpoll makes epoll watch what s waits for. A change makes epoll look at the
-// socket again, so nothing that came before is missed. A side that has ended stays
-// watched as it was: that costs a call less, and its edges are over.
+// updateEpoll makes epoll watch for the events that s waits for. If the mask of a socket
+// changes, epoll checks the socket again, so no earlier event is missed. The mask of a
+// side that has ended does not change: no more events come, and it saves a system call.
+// The caller holds mu.
 func (p *poller) updateEpoll(s *session) {
 	for i := clientSide; s.open && i <= backendSide; i++ {
 		if s.fd[i] < 0 {
-			continue // cut off
+			continue // reset
 		}
 		mask, op := uint32(edgeTriggered), syscall.EPOLL_CTL_MOD
 		if s.wantsRead(i) || s.fin[i] {
@@ -246,26 +252,28 @@ func (p *poller) updateEpoll(s *session) {
 			op = syscall.EPOLL_CTL_ADD
 		}
 		if err := p.epollControl(op, s.slot, i, s.fd[i], mask); err != nil {
-			p.end(s, causeRouterError) // out of memory, or of epoll's user watches
+			p.end(s, causeRouterError) // no memory, or max_user_watches (epoll(7))
 		}
 		s.epollMask[i] = mask
 	}
 }
 
-// epollControl is epoll_ctl(2) for a side of what has the slot.
+// epollControl calls epoll_ctl(2) for the socket fd, which is side i of the session or
+// pending connection in the slot. The caller holds mu.
 func (p *poller) epollControl(op int, slotIndex int32, i side, fd int32, mask uint32) error {
-	event := syscall.EpollEvent{Events: mask, Fd: slotIndex, Pad: p.slots[slotIndex].generation<<1 | int32(i)}
+	pad := p.slots[slotIndex].generation<<1 | int32(i)
+	event := syscall.EpollEvent{Events: mask, Fd: slotIndex, Pad: pad}
 	return syscall.EpollCtl(p.epollFD, op, int(fd), &event)
 }
 
-// detachDescriptors returns duplicates of the connections' descriptors, which
-// are not in Go's poller, and closes the connections. A descriptor is -1 if it
-// could not be had.
+// detachDescriptors closes the connections and returns duplicates of their descriptors,
+// which are not in Go's poller. The caller closes them. A descriptor is -1 if fcntl(2)
+// failed.
 func detachDescriptors(conns [2]net.Conn) (fds [2]int32) {
 	for i, conn := range conns {
 		fds[i] = -1
-		raw, _ := conn.(syscall.Conn).SyscallConn() // its error is a nil conn
-		raw.Control(func(fd uintptr) {              // its error is a closed conn
+		raw, _ := conn.(syscall.Conn).SyscallConn() // fails only for a nil conn
+		raw.Control(func(fd uintptr) {              // fails only for a closed conn
 			n, _, errno := syscall.Syscall(syscall.SYS_FCNTL, fd, syscall.F_DUPFD_CLOEXEC, 0)
 			if errno == 0 {
 				fds[i] = int32(n)
@@ -276,12 +284,13 @@ func detachDescriptors(conns [2]net.Conn) (fds [2]int32) {
 	return fds
 }
 
-// wakeSlot is the slot in the events of a poller's bell, an eventfd(2). Each
-// write makes the edge-triggered set tell of itself, also if the last event of
-// the bell was not taken yet: EPOLL_CTL_MOD would not.
+// wakeSlot is the slot in the events of a poller's wake descriptor, an eventfd(2). Each
+// write to it makes the edge-triggered set report itself to Go's poller, even if nobody
+// has taken the descriptor's last event yet. EPOLL_CTL_MOD would not do that.
 const wakeSlot = -1
 
-// newWakeDescriptor makes a bell in the epoll set. The caller closes it.
+// newWakeDescriptor makes a wake descriptor and adds it to the epoll set. The caller
+// closes it.
 func newWakeDescriptor(epoll int) (int, error) {
 	fd, _, errno := syscall.RawSyscall(syscall.SYS_EVENTFD2, 0, syscall.O_CLOEXEC|syscall.O_NONBLOCK, 0)
 	if errno != 0 {
@@ -291,9 +300,10 @@ func newWakeDescriptor(epoll int) (int, error) {
 	return int(fd), os.NewSyscallError("epoll_ctl", syscall.EpollCtl(epoll, syscall.EPOLL_CTL_ADD, int(fd), &event))
 }
 
-// wake makes poll be called again when others had their turn.
+// wake makes run call poll again after other goroutines had their turn.
 func (p *poller) wake() {
-	syscall.Write(p.wakeFD, binary.NativeEndian.AppendUint64(nil, 1)) // full after 2^64 of them
+	one := binary.NativeEndian.AppendUint64(nil, 1)
+	syscall.Write(p.wakeFD, one) // an eventfd is full after 2^64-2
 }
 
 // addPending gives g a slot.
@@ -368,20 +378,20 @@ func (p *poller) startSession(s *session, slotIndex int32, fds [2]int32, mask [2
 	})
 }
 
-// These are the system calls of the event loop. Sockets are non-blocking here, so
-// no call waits, and the scheduler need not know of it: they are syscall.Read and
-// its like without what the runtime does around them. That is little by itself,
-// but it wakes the runtime's monitor (sysmon), which then looks every 20 µs and
-// takes the CPU from whoever is within a call. With few messages on many
-// sessions, that was half of all CPU time.
+// These are the system calls of the event loop. Its sockets are non-blocking, so no
+// call waits, and the Go scheduler need not know about them. They do the same as
+// syscall.Read and the like, but without the runtime's work around a call. That work
+// is small, but it wakes the runtime's monitor (sysmon), which then runs every 20 µs
+// and takes the CPU from goroutines that are within a system call. With few messages
+// on many sessions, that was half of all CPU time.
 //
-// Such calls take addresses. Those here are of pinned memory, which the garbage
-// collector neither moves nor frees (runtime.Pinner). Linux on 386, which has one
-// call for all of sockets, gets relay_portable.go.
+// Such calls need addresses. Those here are of pinned memory, which the garbage
+// collector neither moves nor frees (runtime.Pinner). Linux on 386 has one system call
+// for all socket operations, so it uses relay_portable.go.
 
 const (
-	bufferSize     = 64 << 10 // bytes, of a buffer, and of what a pipe is given at most
-	maxEpollEvents = 256      // taken from epoll at once
+	bufferSize     = 64 << 10 // bytes of a buffer, and the most that go into a pipe
+	maxEpollEvents = 256      // handled in one call of poll
 	maxPipes       = 16       // of one poller
 )
 
@@ -392,7 +402,7 @@ type buffer struct {
 
 	// Static after construction.
 	pin              runtime.Pinner
-	dataAt, eventsAt uintptr // the addresses
+	dataAt, eventsAt uintptr // the addresses of data and events
 }
 
 // newBuffer returns a buffer. The caller frees it.
@@ -406,10 +416,11 @@ func newBuffer() *buffer {
 
 func (b *buffer) free() { b.pin.Unpin() }
 
-// wait takes up to limit events from the epoll set, at most maxEpollEvents, of those
-// that are there (epoll_pwait(2)).
+// wait takes up to limit events, at most maxEpollEvents, from the epoll set. It does not
+// wait for new ones (epoll_pwait(2) with a timeout of 0).
 func (b *buffer) wait(epoll, limit int) ([]syscall.EpollEvent, syscall.Errno) {
-	n, _, errno := syscall.RawSyscall6(syscall.SYS_EPOLL_PWAIT, uintptr(epoll), b.eventsAt, uintptr(limit), 0, 0, 0)
+	n, _, errno := syscall.RawSyscall6(syscall.SYS_EPOLL_PWAIT,
+		uintptr(epoll), b.eventsAt, uintptr(limit), 0, 0, 0)
 	if errno != 0 {
 		return nil, errno
 	}
@@ -418,20 +429,23 @@ func (b *buffer) wait(epoll, limit int) ([]syscall.EpollEvent, syscall.Errno) {
 
 // receive reads up to limit bytes from the socket into data (recv(2)).
 func (b *buffer) receive(fd int32, limit int) (int, syscall.Errno) {
-	n, _, errno := syscall.RawSyscall6(syscall.SYS_RECVFROM, uintptr(fd), b.dataAt, uintptr(limit), 0, 0, 0)
+	n, _, errno := syscall.RawSyscall6(syscall.SYS_RECVFROM,
+		uintptr(fd), b.dataAt, uintptr(limit), 0, 0, 0)
 	return int(n), errno
 }
 
-// peek is receive, but what it reads stays with the socket.
+// peek is like receive, but leaves the bytes in the socket.
 func (b *buffer) peek(fd int32, limit int) (int, syscall.Errno) {
-	n, _, errno := syscall.RawSyscall6(syscall.SYS_RECVFROM, uintptr(fd), b.dataAt, uintptr(limit), syscall.MSG_PEEK, 0, 0)
+	n, _, errno := syscall.RawSyscall6(syscall.SYS_RECVFROM,
+		uintptr(fd), b.dataAt, uintptr(limit), syscall.MSG_PEEK, 0, 0)
 	return int(n), errno
 }
 
-// send writes the first size bytes of data to the socket (send(2)). flags are
-// MSG_MORE or none.
+// send writes the first size bytes of data to the socket (send(2)). flags is MSG_MORE
+// or 0.
 func (b *buffer) send(fd int32, size, flags int) (int, syscall.Errno) {
-	n, _, errno := syscall.RawSyscall6(syscall.SYS_SENDTO, uintptr(fd), b.dataAt, uintptr(size), uintptr(flags|syscall.MSG_NOSIGNAL), 0, 0)
+	n, _, errno := syscall.RawSyscall6(syscall.SYS_SENDTO,
+		uintptr(fd), b.dataAt, uintptr(size), uintptr(flags|syscall.MSG_NOSIGNAL), 0, 0)
 	return int(n), errno
 }
 
@@ -441,7 +455,7 @@ type pipe struct {
 	queued int    // bytes in it
 }
 
-// newPipe returns nil if there are no descriptors left. The caller closes it.
+// newPipe returns a pipe, which the caller closes, or nil if no descriptors are left.
 func newPipe() *pipe {
 	p := new(pipe)
 	if syscall.Pipe2(p.ends[:], syscall.O_CLOEXEC|syscall.O_NONBLOCK) != nil {
@@ -462,29 +476,31 @@ const (
 
 // receive moves up to limit bytes from the socket into the pipe, which is empty.
 func (p *pipe) receive(fd int32, limit int) (int, syscall.Errno) {
-	n, _, errno := syscall.RawSyscall6(syscall.SYS_SPLICE, uintptr(fd), 0, uintptr(p.ends[1]), 0, uintptr(limit), spliceMove|spliceNonblock)
+	n, _, errno := syscall.RawSyscall6(syscall.SYS_SPLICE,
+		uintptr(fd), 0, uintptr(p.ends[1]), 0, uintptr(limit), spliceMove|spliceNonblock)
 	if errno == 0 {
 		p.queued = int(n)
 	}
 	return int(n), errno
 }
 
-// send moves what is in the pipe to the socket.
+// send moves the pipe's bytes to the socket, as many as it takes.
 func (p *pipe) send(fd int32) (int, syscall.Errno) {
-	n, _, errno := syscall.RawSyscall6(syscall.SYS_SPLICE, uintptr(p.ends[0]), 0, uintptr(fd), 0, uintptr(p.queued), spliceMove|spliceNonblock)
+	n, _, errno := syscall.RawSyscall6(syscall.SYS_SPLICE,
+		uintptr(p.ends[0]), 0, uintptr(fd), 0, uintptr(p.queued), spliceMove|spliceNonblock)
 	if errno == 0 {
 		p.queued -= int(n)
 	}
 	return int(n), errno
 }
 
-// pipes are the empty pipes of a poller, and how many it has made.
+// pipes holds the empty pipes of a poller.
 type pipes struct {
 	empty []*pipe
-	made  int
+	made  int // pipes that are not closed: empty or in use
 }
 
-// get returns a pipe, or nil if the most are in use or no more can be made.
+// get returns an empty pipe, or nil if maxPipes are in use or none can be made.
 func (p *pipes) get() *pipe {
 	if last := len(p.empty) - 1; last >= 0 {
 		found := p.empty[last]
@@ -501,7 +517,7 @@ func (p *pipes) get() *pipe {
 	return made
 }
 
-// put takes a pipe back. One that is not empty is of no use any more.
+// put takes a pipe back. It closes the pipe if it still has bytes: those are dropped.
 func (p *pipes) put(used *pipe) {
 	if used.queued == 0 {
 		p.empty = append(p.empty, used)
@@ -511,7 +527,7 @@ func (p *pipes) put(used *pipe) {
 	p.made--
 }
 
-// close closes the pipes that are not in use.
+// close closes the empty pipes.
 func (p *pipes) close() {
 	for _, empty := range p.empty {
 		empty.close()

@@ -12,92 +12,107 @@ import (
 )
 
 const (
-	maxSettleFactor = 10                     // times the settle time is how long changes in a row are waited for
-	minTargetRetry  = 100 * time.Millisecond // from the first dial that failed to the next, then twice as long
+	maxSettleFactor = 10                     // × settleTime: the longest wait for changes to end
+	minTargetRetry  = 100 * time.Millisecond // after the first failed dial; doubles after each
 	maxTargetRetry  = 5 * time.Second
 )
 
-// mover makes the sessions part whose namespace has another owner now, at a pace
-// that the backends can bear (invariant 2). All other sessions stay. An owner has
-// to take a connection before it gets the first of a change's sessions: until
-// then they stay too.
+// mover closes the sessions whose namespace has another owner now, at a pace that the
+// backends can bear (invariant 2). Their clients connect again, to the new owner. All
+// other sessions stay. A new owner must accept a connection before the mover closes
+// the first session for it.
 type mover struct {
 	// Static after construction.
 	router       *router
 	relay        *relay
-	settleTime   time.Duration // how long the table has to stay as it is before sessions move
-	pace         pace          // owned by run
+	settleTime   time.Duration // time without a change of the table before sessions move
 	probe        func(ctx context.Context, backend int) error
-	closeSession func(s *session, done func(cut bool)) bool
-	onFinished   func(moveResult) // gets each receipt; nil for nobody; must not block for long
+	closeSession func(s *session, done func(cut bool)) bool // closeGracefully
+	onFinished   func(moveResult)                           // or nil; must not block for long
 	log          *slog.Logger
 
-	wake            chan struct{}   // capacity 1; sent to by check, never closed
-	batchDone       chan struct{}   // capacity 1; sent to when all sessions of a wave that have left are over
-	dialResults     chan dialResult // sent to by dial
-	pendingSessions atomic.Int64    // sessions that are to move and have not yet
+	wake            chan struct{}   // capacity 1; ownersChanged sends; never closed
+	batchDone       chan struct{}   // capacity 1; sent to when a batch's closes are all done
+	dialResults     chan dialResult // dialTarget sends
+	pendingSessions atomic.Int64    // sessions that have to move and have not moved yet
 
 	// Owned by run.
-	firstChange, settledAt time.Time       // of the changes that have not settled: when the first came, when they will; zero if none
-	batches                []*moveBatch    // whose receipts are not written
-	queue                  []queuedSession // by place
-	deferred               []queuedSession // whose owner has changed again: the next plan is for them
-	targets                map[int]*moveTarget
-	cancelDials            context.CancelFunc // ends all dial
-	dials                  sync.WaitGroup     // all dial
+	pace        pace
+	firstChange time.Time       // of the changes that have not settled
+	settledAt   time.Time       // when these changes will have settled; zero if there are none
+	batches     []*moveBatch    // that are not finished
+	queue       []queuedSession // with reachable targets, sorted by order
+	deferred    []queuedSession // whose owner changed again: the next batch queues them anew
+	targets     map[int]*moveTarget
+	cancelDials context.CancelFunc // ends all dialTarget
+	dials       sync.WaitGroup     // all dialTarget
 }
 
-// moveTarget is a backend that gets sessions.
+// moveTarget is a new owner of sessions in this move.
 type moveTarget struct {
 	backend   int
-	reachable bool            // it has taken a connection
-	queued    []queuedSession // until then
-	logged    bool            // the log says that they wait
+	reachable bool            // it has accepted a connection
+	queued    []queuedSession // until it is reachable
+	logged    bool            // the log says that its sessions wait
 }
 
-// dialResult is what came of dialling an owner: nil if it is there.
+// dialResult is the result of one dial of a target. err is nil if it is reachable.
 type dialResult struct {
 	*moveTarget
 	err error
 }
 
-// moveResult is the receipt of a change.
+// moveResult is the result of one move, for the log and the Events.
 type moveResult struct {
 	version    string // of the table
-	namespaces int    // that left their old owner, with sessions
-	sessions   int    // of these
-	cut        int    // of these, which did not part in time
-	cancelled  int    // sessions that stay, since a later change took this one back
+	namespaces int    // of these sessions
+	sessions   int    // that the mover closed
+	cut        int    // of these sessions: both sides did not answer in time
+	cancelled  int    // sessions that stayed because a later change moved them back
 	time       time.Duration
 }
 
-// moveBatch is the sessions that one settled change of the table moves.
+// moveBatch is the sessions that have to move because of one settled change of the
+// table. run owns it, but for the atomic fields.
 type moveBatch struct {
 	moveResult
 	begun        time.Time
-	remaining    int                 // sessions whose turn is to come
-	namespaceSet map[string]struct{} // of the namespaces
+	remaining    int                 // sessions that are queued or deferred
+	namespaceSet map[string]struct{} // namespaces of the closed sessions
 
-	unfinished atomic.Int64 // sessions that are not over
-	cuts       atomic.Int64
+	unfinished atomic.Int64 // sessions whose closing handshake goes on
+	cuts       atomic.Int64 // sessions whose closing handshake was cut
 }
 
-// queuedSession is a session that is to move. Its place is the hash of its namespace, so
-// that all sessions of one move in a row, and at about the same time in all
-// routers: they are apart, some with the old owner and some with the new one, for
-// as short as can be. To the old owners and the new ones the order is a random one.
+// queuedSession is a session that has to move. order is the hash of its namespace:
+// all sessions of a namespace move in a row, and at about the same time in all
+// routers. So the time is short in which some of them are with the old owner and some
+// with the new one. Across backends the order is random.
 type queuedSession struct {
 	session *session
 	batch   *moveBatch
 	order   uint64
 }
 
-// newMover returns a mover of so many sessions per second, 0 for all at once.
-// probe returns nil once the backend takes a connection.
-func newMover(router *router, relay *relay, rate int, probe func(context.Context, int) error, log *slog.Logger) *mover {
-	m := &mover{router: router, relay: relay, probe: probe, log: log,
-		wake: make(chan struct{}, 1), batchDone: make(chan struct{}, 1), dialResults: make(chan dialResult), cancelDials: func() {},
-		closeSession: func(s *session, done func(bool)) bool { return s.closeGracefully(causeMoved, done) }}
+// newMover returns a mover that moves rate sessions per second, or all at once if rate
+// is 0. probe dials a backend and returns nil if it accepted the connection.
+func newMover(
+	router *router, relay *relay, rate int,
+	probe func(ctx context.Context, backend int) error, log *slog.Logger,
+) *mover {
+	m := &mover{
+		router:      router,
+		relay:       relay,
+		probe:       probe,
+		log:         log,
+		wake:        make(chan struct{}, 1),
+		batchDone:   make(chan struct{}, 1),
+		dialResults: make(chan dialResult),
+		cancelDials: func() {},
+		closeSession: func(s *session, done func(cut bool)) bool {
+			return s.closeGracefully(causeMoved, done)
+		},
+	}
 	if rate > 0 {
 		m.pace.interval = time.Second / time.Duration(rate)
 	}
@@ -107,6 +122,8 @@ func newMover(router *router, relay *relay, rate int, probe func(context.Context
 // ownersChanged makes run look for sessions to move. It does not block.
 func (m *mover) ownersChanged() { notify(m.wake) }
 
+// notify sends to c, which has capacity 1, unless it is full: its receiver then does
+// the same work anyway.
 func notify(c chan<- struct{}) {
 	select {
 	case c <- struct{}{}:
@@ -114,14 +131,14 @@ func notify(c chan<- struct{}) {
 	}
 }
 
-// shouldMove reports whether the session's namespace has another owner, or the same
-// which is another pod now.
+// shouldMove reports whether the session's namespace has another owner now, or the same
+// owner with another pod.
 func (m *mover) shouldMove(s *session) bool {
 	return m.owner(s) != s.backend || m.relay.podReplaced(s)
 }
 
-// owner returns the backend that the session's namespace belongs to. One that is
-// refused has no owner, and its sessions stay where they are.
+// owner returns the owner of the session's namespace. If its override is unresolved, it
+// has no owner: its sessions stay with their backend, which owner then returns.
 func (m *mover) owner(s *session) int {
 	if owner, ok := m.router.table().owner(s.namespace); ok {
 		return owner
@@ -129,7 +146,7 @@ func (m *mover) owner(s *session) int {
 	return s.backend
 }
 
-// run moves sessions after each check, until ctx ends.
+// run moves sessions after each ownersChanged, until ctx ends.
 func (m *mover) run(ctx context.Context) {
 	defer m.dials.Wait()
 	defer func() { m.cancelDials() }()
@@ -156,7 +173,7 @@ func (m *mover) run(ctx context.Context) {
 	}
 }
 
-// setTimer sets the clock to the next thing that is to be done by the time.
+// setTimer sets the timer to the next time at which run has something to do.
 func (m *mover) setTimer(timer *time.Timer) {
 	timer.Stop()
 	next := m.settledAt
@@ -170,8 +187,8 @@ func (m *mover) setTimer(timer *time.Timer) {
 	}
 }
 
-// restartSettling waits for the table to settle: for as long again after each change, but
-// for a bounded time after the first.
+// restartSettling makes run wait for settleTime from now, but no longer than
+// maxSettleFactor times settleTime from the first change.
 func (m *mover) restartSettling(now time.Time) {
 	if m.settledAt.IsZero() {
 		m.firstChange = now
@@ -182,9 +199,9 @@ func (m *mover) restartSettling(now time.Time) {
 	}
 }
 
-// startBatch finds the sessions that are not with their owner. Those that were to move
-// before and still are remain with their wave; the rest of those
-// is cancelled. Each new owner has to show again that it is there.
+// startBatch queues all sessions that are not with their owner. Sessions that were
+// queued before stay in their batch. Those of them that need not move any more are
+// cancelled. Each target is dialled again, even if it was reachable before.
 func (m *mover) startBatch(ctx context.Context, now time.Time) {
 	all := slices.Concat(m.queue, m.deferred)
 	for _, target := range m.targets {
@@ -198,12 +215,13 @@ func (m *mover) startBatch(ctx context.Context, now time.Time) {
 	ctx, m.cancelDials = context.WithCancel(ctx)
 	m.queue, m.deferred, m.targets = nil, nil, map[int]*moveTarget{}
 	table := m.router.table()
-	if table == nil { // a pod was replaced before the overrides were read: there is no session yet
+	if table == nil { // a pod was replaced before there was a table: no sessions yet
 		return
 	}
 	newBatch := &moveBatch{begun: now, namespaceSet: map[string]struct{}{}}
 	newBatch.version = table.version
-	for _, s := range m.relay.filter(func(s *session) bool { return !s.isClosing() && m.shouldMove(s) }) {
+	moves := func(s *session) bool { return !s.isClosing() && m.shouldMove(s) }
+	for _, s := range m.relay.filter(moves) {
 		q := queuedSession{s, before[s], hash64(s.namespace)}
 		if delete(before, s); q.batch == nil {
 			q.batch = newBatch
@@ -220,7 +238,7 @@ func (m *mover) startBatch(ctx context.Context, now time.Time) {
 	}
 }
 
-// enqueue puts t with its new owner, which is dialled until it is there or ctx ends.
+// enqueue queues q for its new owner. It starts dialTarget if q is the first one there.
 func (m *mover) enqueue(ctx context.Context, q queuedSession) {
 	backend := m.owner(q.session)
 	target := m.targets[backend]
@@ -232,8 +250,8 @@ func (m *mover) enqueue(ctx context.Context, q queuedSession) {
 	target.queued = append(target.queued, q)
 }
 
-// dialTarget dials the owner until it takes a connection or ctx ends, and tells run of
-// each time.
+// dialTarget dials the target until it accepts a connection or ctx ends. It sends the
+// result of each dial to run.
 func (m *mover) dialTarget(ctx context.Context, target *moveTarget) {
 	for wait := minTargetRetry; ; wait = min(2*wait, maxTargetRetry) {
 		err := m.probe(ctx, target.backend)
@@ -253,15 +271,17 @@ func (m *mover) dialTarget(ctx context.Context, target *moveTarget) {
 	}
 }
 
-// handleDialResult makes those ready that waited for the owner, or says once that they
-// wait.
+// handleDialResult moves the target's sessions to the queue if it is reachable. If not,
+// it cancels those that have ended, and logs, once, that the others wait.
 func (m *mover) handleDialResult(d dialResult) {
 	target := d.moveTarget
 	switch {
-	case m.targets[target.backend] != target: // of an earlier plan
+	case m.targets[target.backend] != target: // of an earlier batch
 	case d.err == nil:
 		m.queue, target.queued, target.reachable = append(m.queue, target.queued...), nil, true
-		slices.SortFunc(m.queue, func(a, b queuedSession) int { return cmp.Compare(a.order, b.order) })
+		slices.SortFunc(m.queue, func(a, b queuedSession) int {
+			return cmp.Compare(a.order, b.order)
+		})
 		m.pace.start(time.Now())
 	default:
 		target.queued = slices.DeleteFunc(target.queued, func(q queuedSession) bool {
@@ -272,15 +292,16 @@ func (m *mover) handleDialResult(d dialResult) {
 			return over
 		})
 		if !target.logged {
-			m.log.Warn("sessions wait for their new owner", "backend", m.relay.backendName(target.backend),
+			m.log.Warn("sessions wait for their new owner",
+				"backend", m.relay.backendName(target.backend),
 				"sessions", len(target.queued), "error", d.err.Error())
 		}
 		target.logged = true
 	}
 }
 
-// moveDue makes the sessions part whose turn it is, from the last of those that are
-// ready.
+// moveDue moves the queued sessions that are due by the pace, from the end of the
+// queue.
 func (m *mover) moveDue() {
 	now := time.Now()
 	for len(m.queue) > 0 && !m.pace.next().After(now) {
@@ -290,7 +311,7 @@ func (m *mover) moveDue() {
 		switch target := m.targets[m.owner(q.session)]; {
 		case q.session.isClosing() || !m.shouldMove(q.session):
 			m.cancel(q)
-		case target == nil || !target.reachable: // the table has changed since the plan
+		case target == nil || !target.reachable: // the table has changed since startBatch
 			m.deferred = append(m.deferred, q)
 		default:
 			m.startMove(q)
@@ -299,13 +320,13 @@ func (m *mover) moveDue() {
 	}
 }
 
-// startMove makes the session of t part.
+// startMove starts the closing handshake of q's session.
 func (m *mover) startMove(q queuedSession) {
 	batch := q.batch
 	batch.remaining--
 	m.pendingSessions.Add(-1)
 	batch.unfinished.Add(1)
-	over := func(cut bool) {
+	done := func(cut bool) {
 		if cut {
 			batch.cuts.Add(1)
 		}
@@ -313,7 +334,7 @@ func (m *mover) startMove(q queuedSession) {
 			notify(m.batchDone)
 		}
 	}
-	if !m.closeSession(q.session, over) { // it has just ended
+	if !m.closeSession(q.session, done) { // it has just ended
 		batch.unfinished.Add(-1)
 		return
 	}
@@ -321,7 +342,8 @@ func (m *mover) startMove(q queuedSession) {
 	batch.namespaceSet[q.session.namespace] = struct{}{}
 }
 
-// cancel takes note that the session of t need not move any more.
+// cancel notes that q's session need not move any more. If the session has not ended,
+// it counts as cancelled.
 func (m *mover) cancel(q queuedSession) {
 	q.batch.remaining--
 	m.pendingSessions.Add(-1)
@@ -330,14 +352,17 @@ func (m *mover) cancel(q queuedSession) {
 	}
 }
 
-// finishBatches writes the receipts of the waves whose sessions are over.
+// finishBatches logs the batches whose sessions have all moved or were cancelled, and
+// passes their results to onFinished.
 func (m *mover) finishBatches() {
 	m.batches = slices.DeleteFunc(m.batches, func(batch *moveBatch) bool {
 		if batch.remaining > 0 || batch.unfinished.Load() > 0 {
 			return false
 		}
-		batch.namespaces, batch.cut, batch.time = len(batch.namespaceSet), int(batch.cuts.Load()), time.Since(batch.begun)
-		m.log.Info("moved", "version", batch.version, "namespaces", batch.namespaces, "sessions", batch.sessions,
+		batch.namespaces, batch.cut = len(batch.namespaceSet), int(batch.cuts.Load())
+		batch.time = time.Since(batch.begun)
+		m.log.Info("moved", "version", batch.version,
+			"namespaces", batch.namespaces, "sessions", batch.sessions,
 			"seconds", batch.time.Seconds(), "cut", batch.cut, "cancelled", batch.cancelled)
 		if m.onFinished != nil {
 			m.onFinished(batch.moveResult)
@@ -347,42 +372,43 @@ func (m *mover) finishBatches() {
 }
 
 const (
-	paceTick    = 2 * time.Millisecond // the least wait: what is due by then is done together
-	paceCatchUp = time.Second          // how far behind its schedule a pace makes up for
+	paceTick    = 2 * time.Millisecond // the shortest wait: all that is due by then is done at once
+	paceCatchUp = time.Second          // how much delay a pace makes up for
 )
 
-// pace is one each interval, jittered by up to half of it. The schedule is an
-// absolute one: what was late does not make the rest late.
+// pace spreads steps over time: one each interval, with a jitter of up to half of it.
+// The schedule is absolute: a step that is late does not delay the steps after it.
 type pace struct {
 	interval  time.Duration // 0: all at once
-	scheduled time.Time     // of the next
-	jitter    time.Duration // of the next
+	scheduled time.Time     // of the next step, without its jitter
+	jitter    time.Duration // of the next step
 }
 
-// start starts the schedule, or goes on with it after a time without anything to
-// do.
+// start starts the schedule, or continues it after a time without steps: the next step
+// is not due before now.
 func (p *pace) start(now time.Time) {
 	if p.scheduled.Before(now) {
 		p.scheduled = now
 	}
 }
 
-// next returns when the next is due.
+// next returns when the next step is due.
 func (p *pace) next() time.Time { return p.scheduled.Add(p.jitter) }
 
-// advance takes note that the next was done.
+// advance schedules the step after the one that was just done.
 func (p *pace) advance(now time.Time) {
 	p.scheduled = p.scheduled.Add(p.interval)
 	p.start(now.Add(-paceCatchUp))
 	p.jitter = rand.N(p.interval/2 + 1)
 }
 
-// maxDrainInterval is the longest time from one session to the next in a drain: a
-// router with few sessions need not use all of its time.
+// maxDrainInterval is the longest time between two sessions in a drain, so that a router
+// with few sessions does not use all of its time.
 const maxDrainInterval = 100 * time.Millisecond
 
-// drain makes all sessions part, in random order and spread over the given time,
-// and returns how many once they are over. When ctx ends the rest ends at once.
+// drain closes all sessions gracefully, in random order and spread over the given time,
+// and waits until they are over. When ctx ends, it ends all that are left at once. It
+// returns how many sessions have ended because of the drain.
 func drain(ctx context.Context, r *relay, over time.Duration) int64 {
 	before := r.ended[causeDrain].Load()
 	stop := context.AfterFunc(ctx, func() { r.endAll(causeDrain) })
