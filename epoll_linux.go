@@ -20,7 +20,7 @@ const (
 	epollReadEvents = syscall.EPOLLIN | syscall.EPOLLRDHUP | syscall.EPOLLPRI
 
 	edgeTriggered = 1 << 31 // EPOLLET, which package syscall has as a negative number
-	rearm         = 1 << 27 // in sessionIO.epollMask: makes updateEpoll modify the socket's entry
+	rearm         = 1 << 27 // in sessionIO.epollMask: makes updateEpoll set the mask again
 )
 
 // descriptorsPerPoller is the largest number of file descriptors that the poller of a
@@ -260,7 +260,9 @@ func (p *poller) updateEpoll(s *session) {
 
 // epollControl calls epoll_ctl(2) for the socket fd, which is side i of the session or
 // pending connection in the slot. The caller holds mu.
-func (p *poller) epollControl(op int, slotIndex int32, i side, fd int32, mask uint32) error {
+func (p *poller) epollControl(
+	op int, slotIndex int32, i side, fd int32, mask uint32,
+) error {
 	pad := p.slots[slotIndex].generation<<1 | int32(i)
 	event := syscall.EpollEvent{Events: mask, Fd: slotIndex, Pad: pad}
 	return syscall.EpollCtl(p.epollFD, op, int(fd), &event)
@@ -292,12 +294,14 @@ const wakeSlot = -1
 // newWakeDescriptor makes a wake descriptor and adds it to the epoll set. The caller
 // closes it.
 func newWakeDescriptor(epoll int) (int, error) {
-	fd, _, errno := syscall.RawSyscall(syscall.SYS_EVENTFD2, 0, syscall.O_CLOEXEC|syscall.O_NONBLOCK, 0)
+	const flags = syscall.O_CLOEXEC | syscall.O_NONBLOCK
+	fd, _, errno := syscall.RawSyscall(syscall.SYS_EVENTFD2, 0, flags, 0)
 	if errno != 0 {
 		return -1, os.NewSyscallError("eventfd2", errno)
 	}
 	event := syscall.EpollEvent{Events: syscall.EPOLLIN | edgeTriggered, Fd: wakeSlot}
-	return int(fd), os.NewSyscallError("epoll_ctl", syscall.EpollCtl(epoll, syscall.EPOLL_CTL_ADD, int(fd), &event))
+	err := syscall.EpollCtl(epoll, syscall.EPOLL_CTL_ADD, int(fd), &event)
+	return int(fd), os.NewSyscallError("epoll_ctl", err)
 }
 
 // wake makes run call poll again after other goroutines had their turn.

@@ -12,8 +12,8 @@ import (
 )
 
 const (
-	maxSettleFactor = 10                     // × settleTime: the longest wait for changes to end
-	minTargetRetry  = 100 * time.Millisecond // after the first failed dial; doubles after each
+	maxSettleFactor = 10                     // × settleTime: the longest wait for a stable table
+	minTargetRetry  = 100 * time.Millisecond // after the first failed dial; then it doubles
 	maxTargetRetry  = 5 * time.Second
 )
 
@@ -39,7 +39,7 @@ type mover struct {
 	// Owned by run.
 	pace        pace
 	firstChange time.Time       // of the changes that have not settled
-	settledAt   time.Time       // when these changes will have settled; zero if there are none
+	settledAt   time.Time       // when these will have settled; zero if there are none
 	batches     []*moveBatch    // that are not finished
 	queue       []queuedSession // with reachable targets, sorted by order
 	deferred    []queuedSession // whose owner changed again: the next batch queues them anew
@@ -372,7 +372,7 @@ func (m *mover) finishBatches() {
 }
 
 const (
-	paceTick    = 2 * time.Millisecond // the shortest wait: all that is due by then is done at once
+	paceTick    = 2 * time.Millisecond // the shortest wait: steps due by then are done at once
 	paceCatchUp = time.Second          // how much delay a pace makes up for
 )
 
