@@ -19,7 +19,7 @@ import (
 	"time"
 )
 
-// The sessions whose owner changed part, and only these.
+// The mover closes the sessions whose owner changed, and no others.
 func TestMoveExactlyThose(t *testing.T) {
 	var addrs []string
 	for range 4 {
@@ -69,8 +69,8 @@ func (p *testProxy) waitMoved(t *testing.T, n int) {
 	}
 }
 
-// A table that is swapped between the handshake and the hand-over does not
-// leave a session behind with its old owner.
+// If the table is swapped between the handshake and the hand-over, the session does not
+// stay with its old owner.
 func TestMoveAtSessionStart(t *testing.T) {
 	p := startProxy(t, []string{"127.0.0.1:1", "127.0.0.1:1"}, map[string]string{"ns-01": "backend-0"}, nil)
 	p.router.update(sourceContent{id: sourceID{name: "test"}, version: "42", overrides: newOverrideSet(map[string]string{"ns-01": "backend-1"})})
@@ -86,9 +86,9 @@ func TestMoveAtSessionStart(t *testing.T) {
 	p.waitMoved(t, 1)
 }
 
-// When a backend is another pod, its sessions with the old one end as in a move,
-// also if that does not answer, and the next session of their namespace with the new
-// one is not opened before. Other namespaces need not wait.
+// When a pod of a backend is replaced, the sessions with the old pod move, even if that
+// pod does not answer. A namespace gets no session with the new pod before. Other
+// namespaces need not wait.
 func TestMoveToAnotherPod(t *testing.T) {
 	for name, old := range map[string]func(net.Conn, *bufio.Reader){"that answers": echo, "that hangs": answer(switching)} {
 		t.Run(name, func(t *testing.T) {
@@ -98,7 +98,7 @@ func TestMoveToAnotherPod(t *testing.T) {
 }
 
 func moveToAnotherPod(t *testing.T, old func(net.Conn, *bufio.Reader), request string) {
-	var now atomic.Int32 // which of the pods is the backend
+	var now atomic.Int32 // index of the backend's present pod
 	var relay atomic.Pointer[relay]
 	first := startStub(t, "127.0.0.1:0", old)
 	second := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
@@ -115,22 +115,22 @@ func moveToAnotherPod(t *testing.T, old func(net.Conn, *bufio.Reader), request s
 		p.backends.resolve = func(context.Context, int) (string, error) { return []string{first.addr, second.addr}[now.Load()], nil }
 	})
 	if p.relay.setPods(map[int]string{0: "a"}) {
-		t.Error("a pod that is heard of first is another")
+		t.Error("setPods reports that the first known pod has replaced another")
 	}
 	conn, _, _ := p.ask(t, request)
 	for p.relay.size() == 0 {
 		<-time.After(time.Millisecond)
 	}
 	if !p.relay.setPods(map[int]string{0: "b"}) || p.relay.setPods(map[int]string{0: "b"}) {
-		t.Error("a pod that is another is not, or is twice")
+		t.Error("setPods does not report a replaced pod, or reports it twice")
 	}
 	now.Store(1)
 	if n := p.relay.counts()[0]; n.open != 1 || n.onOldPod != 1 {
-		t.Errorf("%+v, want one session, which is behind", n)
+		t.Errorf("%+v, want one session, with the old pod", n)
 	}
-	held, _ := net.Dial("tcp", p.addr)
-	defer held.Close()
-	mustWrite(t, held, request)
+	waiting, _ := net.Dial("tcp", p.addr)
+	defer waiting.Close()
+	mustWrite(t, waiting, request)
 	_, _, other := p.ask(t, upgradeRequest("/ws/ns-02"))
 	if other.StatusCode != 404 {
 		t.Errorf("ns-02 got %s, want the answer of the new pod", other.Status)
@@ -141,7 +141,7 @@ func moveToAnotherPod(t *testing.T, old func(net.Conn, *bufio.Reader), request s
 	p.mover.ownersChanged()
 	mustFrames(t, conn, false, restarts)
 	conn.Close()
-	mustAnswer(t, held, 101)
+	mustAnswer(t, waiting, 101)
 	p.waitMoved(t, 1)
 	for end := time.Now().Add(patience); p.relay.counts()[0] != (backendCount{open: 1, total: 2}); <-time.After(time.Millisecond) {
 		if time.Now().After(end) {
@@ -150,22 +150,22 @@ func moveToAnotherPod(t *testing.T, old func(net.Conn, *bufio.Reader), request s
 	}
 	p.relay.setPods(map[int]string{0: "c"})
 	if n := p.relay.counts()[0]; n.onOldPod != 1 {
-		t.Errorf("%+v, want the session to know that its pod is b", n)
+		t.Errorf("%+v, want the session with pod b to be on an old pod", n)
 	}
 }
 
-// A pod may be replaced before the overrides were read: then there is nothing to move.
+// If a pod is replaced before there is a table, there is nothing to move.
 func TestMoveBeforeTheTable(t *testing.T) {
 	b := startStub(t, "127.0.0.1:0", echo)
 	p := startProxy(t, []string{b.addr, b.addr}, nil, nil)
 	p.relay.setPods(map[int]string{0: "a"})
-	for range 2 { // when the second is taken, the first was dealt with
+	for range 2 { // when run takes the second one, it is done with the first
 		if p.mover.ownersChanged(); !p.relay.setPods(map[int]string{0: "b"}) {
 			p.relay.setPods(map[int]string{0: "a"})
 		}
 		for end := time.Now().Add(patience); len(p.mover.wake) > 0; <-time.After(time.Millisecond) {
 			if time.Now().After(end) {
-				t.Fatal("the mover looks no more")
+				t.Fatal("run does not receive from wake")
 			}
 		}
 	}
@@ -175,13 +175,13 @@ func TestMoveBeforeTheTable(t *testing.T) {
 	p.waitMoved(t, 1)
 }
 
-// replaced starts a proxy of two backends, of which backend-0, that owns ns-01, has a
-// session of that with the pod that it was before; fresh is the one that it is now. The
-// session stays, as no move is planned, and the old pod does not answer a Close frame.
-// change, if not nil, sees the proxy before it starts.
-func replaced(t *testing.T, change func(*proxy)) (p *testProxy, old *net.TCPConn, fresh, other *stubBackend) {
+// replaced starts a proxy with two backends. backend-0 owns ns-01, whose session, with
+// the client old, is with a pod that was replaced by newPod. backend-1 is other. The
+// session stays, because the settle time is long and the old pod does not answer a Close
+// frame. change, if not nil, may change the proxy before it starts.
+func replaced(t *testing.T, change func(*proxy)) (p *testProxy, old *net.TCPConn, newPod, other *stubBackend) {
 	t.Helper()
-	var now atomic.Int32 // which of the pods is the backend
+	var now atomic.Int32 // index of backend-0's present pod
 	stubs := []*stubBackend{startStub(t, "127.0.0.1:0", answer(switching)), startStub(t, "127.0.0.1:0", echo), startStub(t, "127.0.0.1:0", echo)}
 	p = startProxy(t, []string{"127.0.0.1:1", stubs[2].addr}, map[string]string{"ns-01": "backend-0"}, func(p *proxy) {
 		p.mover.settleTime = time.Hour
@@ -215,25 +215,25 @@ func (p *testProxy) openStarted(t *testing.T) *net.TCPConn {
 	return conn
 }
 
-// hang makes an upgrade with the request that waits for the old pod.
+// hang sends an upgrade and waits until it waits for the old pod.
 func (p *testProxy) hang(t *testing.T, request string) net.Conn {
 	t.Helper()
-	held, err := net.Dial("tcp", p.addr)
+	waiting, err := net.Dial("tcp", p.addr)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { held.Close() })
-	mustWrite(t, held, request)
+	t.Cleanup(func() { waiting.Close() })
+	mustWrite(t, waiting, request)
 	stacks := make([]byte, 1<<20)
 	for end := time.Now().Add(patience); !bytes.Contains(stacks[:runtime.Stack(stacks, true)], []byte(".waitForOldPod(")); <-time.After(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("the upgrade does not wait for the old pod")
 		}
 	}
-	return held
+	return waiting
 }
 
-// An upgrade waits for an old pod for as long as for an owner that is not ready.
+// An upgrade waits at most -hold for an old pod, as for an owner that is not ready.
 func TestHoldEndsWhileTheOldPodStays(t *testing.T) {
 	both(t, func(t *testing.T, request string) {
 		p, old, _, _ := replaced(t, func(p *proxy) { p.limits.holdTimeout = 300 * time.Millisecond })
@@ -249,11 +249,11 @@ func TestHoldEndsWhileTheOldPodStays(t *testing.T) {
 // An upgrade that waits for an old pod is answered when the router stops.
 func TestStopAnswersWhoWaitsForTheOldPod(t *testing.T) {
 	both(t, func(t *testing.T, request string) {
-		p, old, fresh, _ := replaced(t, func(p *proxy) { p.relay.closeTimeout, p.limits.holdTimeout = 100*time.Millisecond, 3*patience })
-		held := p.hang(t, request)
+		p, old, newPod, _ := replaced(t, func(p *proxy) { p.relay.closeTimeout, p.limits.holdTimeout = 100*time.Millisecond, 3*patience })
+		waiting := p.hang(t, request)
 		stopped := make(chan struct{})
 		go func() { p.stop(); close(stopped) }()
-		mustAnswer(t, held, 503)
+		mustAnswer(t, waiting, 503)
 		old.Close()
 		select {
 		case <-stopped:
@@ -264,7 +264,7 @@ func TestStopAnswersWhoWaitsForTheOldPod(t *testing.T) {
 		if n := p.underWay(); n != 0 {
 			t.Errorf("%d upgrades are under way in a router that has stopped", n)
 		}
-		if heads := fresh.heads(); len(heads) != 0 {
+		if heads := newPod.heads(); len(heads) != 0 {
 			t.Errorf("the new pod was asked: %.60q", heads)
 		}
 	})
@@ -274,8 +274,8 @@ func TestStopAnswersWhoWaitsForTheOldPod(t *testing.T) {
 // cut off: its client is told, and need not leave before the new pod gets a session.
 func TestHoldEndsWhenTheOldPodIsCutOff(t *testing.T) {
 	both(t, func(t *testing.T, request string) {
-		p, old, fresh, _ := replaced(t, func(p *proxy) { p.relay.closeTimeout = time.Hour })
-		held := p.hang(t, request)
+		p, old, newPod, _ := replaced(t, func(p *proxy) { p.relay.closeTimeout = time.Hour })
+		waiting := p.hang(t, request)
 		open, _ := p.relay.snapshot()
 		s := open[0]
 		if !s.closeGracefully(causeMoved, nil) {
@@ -290,13 +290,13 @@ func TestHoldEndsWhenTheOldPodIsCutOff(t *testing.T) {
 		if p.relay.oldPodSessionsDone("ns-01") != nil {
 			t.Error("the client is told before the namespace is free")
 		}
-		mustAnswer(t, held, 101)
+		mustAnswer(t, waiting, 101)
 		for end := time.Now().Add(patience); p.relay.counts()[0] != (backendCount{open: 2, total: 2}); <-time.After(time.Millisecond) {
 			if time.Now().After(end) {
 				t.Fatalf("%+v, want the old session still there, and the new one", p.relay.counts()[0])
 			}
 		}
-		if heads := fresh.heads(); len(heads) != 1 {
+		if heads := newPod.heads(); len(heads) != 1 {
 			t.Errorf("the new pod was asked %d times, want once", len(heads))
 		}
 		old.Close()
@@ -336,36 +336,37 @@ func moveWithinADial(t *testing.T, request string, putOff bool) {
 	old := p.openStarted(t)
 	unknown.Store(putOff)
 	replacing.Store(true)
-	held := p.hang(t, request)
+	waiting := p.hang(t, request)
 	if got := [2]int{len(first.heads()), len(second.heads())}; got != [2]int{1, 0} || p.relay.size() != 1 {
 		t.Errorf("the pods were asked %d times, and there are %d sessions; want 1 and 0, and 1", got, p.relay.size())
 	}
 	old.Close()
-	mustAnswer(t, held, 101)
+	mustAnswer(t, waiting, 101)
 	if got := [2]int{len(first.heads()), len(second.heads())}; got != [2]int{1, 1} {
 		t.Errorf("the pods were asked %d times, want once each", got)
 	}
 }
 
-// An upgrade that waits for an old pod goes to who owns its namespace after that, if the
-// table was swapped meanwhile.
+// If the table is swapped while an upgrade waits for an old pod, it goes to the new owner
+// of its namespace.
 func TestMoveOfWhoWaitsForTheOldPod(t *testing.T) {
 	both(t, func(t *testing.T, request string) {
-		p, old, fresh, other := replaced(t, nil)
-		held := p.hang(t, request)
+		p, old, newPod, other := replaced(t, nil)
+		waiting := p.hang(t, request)
 		p.router.update(sourceContent{id: sourceID{name: "test"}, version: "42", overrides: newOverrideSet(map[string]string{"ns-01": "backend-1"})})
 		old.Close()
-		mustAnswer(t, held, 101)
-		if n := fresh.heads(); len(n) != 0 {
-			t.Errorf("backend-0, which owns ns-01 no more, was asked: %.60q", n)
+		mustAnswer(t, waiting, 101)
+		if n := newPod.heads(); len(n) != 0 {
+			t.Errorf("backend-0, which no longer owns ns-01, got %.60q", n)
 		}
 		if n := other.heads(); len(n) != 1 {
-			t.Errorf("backend-1 was asked %d times, want once", len(n))
+			t.Errorf("backend-1 got %d requests, want 1", len(n))
 		}
 	})
 }
 
-// A session that its old pod has ended is no reason to wait, nor is it moved.
+// A session whose old pod has ended its stream does not make an upgrade wait, and does not
+// move.
 func TestMoveAfterTheOldPod(t *testing.T) {
 	p := startProxy(t, []string{"127.0.0.1:1"}, map[string]string{}, nil)
 	p.relay.setPods(map[int]string{0: "a"})
@@ -377,12 +378,12 @@ func TestMoveAfterTheOldPod(t *testing.T) {
 	backendFar.CloseWrite()
 	for end := time.Now().Add(patience); !s.podDone.Load(); <-time.After(time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatal("the end of the backend is not known")
+			t.Fatal("the relay does not know that the backend has ended")
 		}
 	}
 	p.relay.setPods(map[int]string{0: "b"})
 	if p.relay.oldPodSessionsDone("ns-01") != nil || p.mover.shouldMove(s) {
-		t.Error("the session is behind, want it to end by itself")
+		t.Error("the session counts as one with an old pod")
 	}
 	client.Close()
 }
@@ -395,18 +396,18 @@ type moveTest struct {
 
 	// Guarded by relay.mu.
 	closed []closedSession
-	absent map[int]bool // backends that take no connection
+	absent map[int]bool // backends that accept no connection
 	dials  map[int]int  // by backend
 }
 
-// closedSession is one session that was made to part.
+// closedSession is one session that the mover closed.
 type closedSession struct {
 	*session
 	at time.Duration // since the start
 }
 
-// movesIn runs play in a bubble, with a mover among 5 backends, so many sessions
-// of each namespace, which are with its owner, and time that passes by itself.
+// movesIn runs play in a synctest bubble, with a mover of rate sessions per second, 5
+// backends, and each sessions of every namespace in data, which are with their owners.
 func movesIn(t *testing.T, rate, each int, data map[string]string, play func(t *testing.T, m *moveTest)) {
 	synctest.Test(t, func(t *testing.T) {
 		m := &moveTest{log: newLogTail(), started: time.Now(), absent: map[int]bool{}, dials: map[int]int{}}
@@ -454,7 +455,8 @@ func (m *moveTest) dialsOf(backend int) int {
 	return m.dials[backend]
 }
 
-// recordClose ends the session 100 ms later, and is refused if it ends already.
+// recordClose is closeSession: the session is over 100 ms later. It returns false if the
+// session has a cause already.
 func (m *moveTest) recordClose(s *session, done func(cut bool)) bool {
 	m.relay.mu.Lock()
 	defer m.relay.mu.Unlock()
@@ -466,13 +468,13 @@ func (m *moveTest) recordClose(s *session, done func(cut bool)) bool {
 	return true
 }
 
-// table puts overrides in force.
+// table makes data the overrides of the router's table.
 func (m *moveTest) table(data map[string]string) {
 	version := fmt.Sprint(m.router.swaps.Load())
 	m.router.update(sourceContent{id: sourceID{name: "test"}, version: version, overrides: newOverrideSet(data)})
 }
 
-// after waits, and returns the sessions that have parted by then.
+// after waits, and returns the sessions that were closed by then.
 func (m *moveTest) after(wait time.Duration) []closedSession {
 	time.Sleep(wait)
 	synctest.Wait()
@@ -481,7 +483,7 @@ func (m *moveTest) after(wait time.Duration) []closedSession {
 	return slices.Clone(m.closed)
 }
 
-// pinned gives n namespaces to one backend.
+// pinned returns overrides of n namespaces to one backend.
 func pinned(n, backend int) map[string]string {
 	data := map[string]string{}
 	for i := range n {
@@ -490,15 +492,15 @@ func pinned(n, backend int) map[string]string {
 	return data
 }
 
-// with returns data with the namespace on another backend.
+// with returns a copy of data with the namespace on another backend.
 func with(data map[string]string, namespace string, backend int) map[string]string {
 	data = maps.Clone(data)
 	data[namespace] = backendName("backend", backend)
 	return data
 }
 
-// Changes in a row are one move, which starts when they have settled, or ten
-// times as long after the first.
+// Changes in a row become one move. It starts when they have settled, or after ten times
+// the settle time from the first.
 func TestMoveSettles(t *testing.T) {
 	for name, c := range map[string]struct {
 		changes int
@@ -531,7 +533,7 @@ func TestMoveSettles(t *testing.T) {
 	}
 }
 
-// The pace is kept, also when it is much faster than timers are.
+// The mover keeps the pace, even if that is much faster than timers are.
 func TestMovePace(t *testing.T) {
 	for _, c := range []struct{ rate, sessions int }{{1, 20}, {200, 3000}, {2000, 9000}, {50_000, 9000}} {
 		t.Run(fmt.Sprintf("%d of %d per second", c.sessions, c.rate), func(t *testing.T) {
@@ -585,7 +587,7 @@ func TestMoveByNamespace(t *testing.T) {
 	}
 }
 
-// A pace that fell behind makes up for a second of it, and not for more.
+// A pace that is late makes up for one second, and not for more.
 func TestPaceCatchesUp(t *testing.T) {
 	begun := time.Unix(1000, 0)
 	for behind, want := range map[time.Duration]int{0: 1, 500 * time.Millisecond: 51, time.Hour: 101} {
@@ -597,18 +599,18 @@ func TestPaceCatchesUp(t *testing.T) {
 			done++
 		}
 		if done < want || done > want+1 {
-			t.Errorf("%d were due when it was %s behind, want %d", done, behind, want)
+			t.Errorf("%d steps were due when the pace was %s late, want %d", done, behind, want)
 		}
 	}
 }
 
-// An edit that takes the change back keeps what has not moved yet, and is told in
-// the receipt.
+// An edit that reverts a change cancels the moves that are still to come, and the result
+// has their number.
 func TestMoveTakenBack(t *testing.T) {
 	before, after := with(pinned(1, 0), "other", 1), with(pinned(1, 1), "other", 0)
 	movesIn(t, 10, 50, before, func(t *testing.T, m *moveTest) {
-		var told []moveResult
-		m.onFinished = func(r moveResult) { told = append(told, r) }
+		var results []moveResult
+		m.onFinished = func(r moveResult) { results = append(results, r) }
 		m.table(after)
 		if got := m.after(700 * time.Millisecond); len(got) < 2 || len(got) > 3 || m.pendingSessions.Load() != int64(100-len(got)) {
 			t.Errorf("%d moved and %d wait, want 2 or 3 and the rest", len(got), m.pendingSessions.Load())
@@ -616,17 +618,17 @@ func TestMoveTakenBack(t *testing.T) {
 		m.table(before)
 		moved := len(m.after(0))
 		if got := len(m.after(time.Minute)); got != moved || m.pendingSessions.Load() != 0 {
-			t.Errorf("%d moved before it was taken back and %d after, %d wait", moved, got-moved, m.pendingSessions.Load())
+			t.Errorf("%d moved before the change was reverted and %d after, %d wait", moved, got-moved, m.pendingSessions.Load())
 		}
 		wantLine(t, m.log.all("moved"), 1, map[string]any{"version": "1", "sessions": float64(moved), "cancelled": float64(100 - moved)})
-		if len(told) != 1 || told[0].sessions != moved || told[0].cancelled != 100-moved || told[0].time == 0 {
-			t.Errorf("told %+v, want the same", told)
+		if len(results) != 1 || results[0].sessions != moved || results[0].cancelled != 100-moved || results[0].time == 0 {
+			t.Errorf("results %+v, want one, equal to the log", results)
 		}
 	})
 }
 
-// What an edit gives a third owner before its turn goes there, with the wave that
-// it was in; a second wave has a receipt of its own, and both share the pace.
+// If an edit gives sessions that are still queued to a third owner, they move there and
+// stay in their batch. A second batch has a result of its own. Both share the pace.
 func TestMoveTwoBatches(t *testing.T) {
 	data := with(pinned(1, 0), "other", 2)
 	movesIn(t, 10, 20, data, func(t *testing.T, m *moveTest) {
@@ -650,7 +652,7 @@ func TestMoveTwoBatches(t *testing.T) {
 	})
 }
 
-// Sessions stay until their new owner takes a connection; others move meanwhile.
+// Sessions stay until their new owner accepts a connection. Others move meanwhile.
 func TestMoveWaitsForTheOwner(t *testing.T) {
 	data := with(pinned(1, 0), "other-one", 0)
 	movesIn(t, 0, 5, data, func(t *testing.T, m *moveTest) {
@@ -667,7 +669,7 @@ func TestMoveWaitsForTheOwner(t *testing.T) {
 		wantLine(t, m.log.all("moved"), 0, nil)
 		for _, s := range m.relay.sessions {
 			if s.namespace == "ns-00" {
-				s.setCause(causeClient) // one ends by itself
+				s.setCause(causeClient) // one session ends by itself
 				break
 			}
 		}
@@ -683,7 +685,8 @@ func TestMoveWaitsForTheOwner(t *testing.T) {
 	})
 }
 
-// What an edit gives an owner that is waited for waits too, before it has settled.
+// If an edit gives queued sessions to an owner that is not reachable, they wait too, even
+// before the edit has settled.
 func TestMoveToWhoIsWaitedFor(t *testing.T) {
 	data := with(pinned(1, 0), "other", 0)
 	movesIn(t, 10, 20, data, func(t *testing.T, m *moveTest) {
@@ -697,7 +700,7 @@ func TestMoveToWhoIsWaitedFor(t *testing.T) {
 	})
 }
 
-// An owner that is waited for is not dialled any more once nothing goes there.
+// The mover stops dialling an owner when no session has to move there any more.
 func TestMoveForgetsTheOwner(t *testing.T) {
 	movesIn(t, 0, 5, pinned(1, 0), func(t *testing.T, m *moveTest) {
 		m.setAbsent(1, true)
@@ -713,8 +716,7 @@ func TestMoveForgetsTheOwner(t *testing.T) {
 	})
 }
 
-// A session that ends by itself takes no time from the others and is in no
-// receipt.
+// A session that ends by itself does not delay the others, and no result counts it.
 func TestMoveSkipsWhatEnds(t *testing.T) {
 	movesIn(t, 1, 20, pinned(1, 0), func(t *testing.T, m *moveTest) {
 		m.table(pinned(1, 1))
@@ -733,8 +735,8 @@ func TestMoveSkipsWhatEnds(t *testing.T) {
 	})
 }
 
-// A session that ends between its turn and its Close frame is in no receipt, which
-// comes all the same.
+// If a session ends just before closeSession, no result counts it, and the batch finishes
+// all the same.
 func TestMoveSkipsWhatCannotPart(t *testing.T) {
 	movesIn(t, 0, 5, pinned(1, 0), func(t *testing.T, m *moveTest) {
 		first := true
@@ -753,7 +755,7 @@ func TestMoveSkipsWhatCannotPart(t *testing.T) {
 	})
 }
 
-// leaving closes both ends once they read a Close frame, and returns what the
+// leaving closes each end after it has read a frame. It returns a channel with what the
 // client read.
 func leaving(s relayed) <-chan string {
 	read := make(chan string, 1)
@@ -794,7 +796,7 @@ func TestDrain(t *testing.T) {
 	}
 }
 
-// A drain that is given up ends what is left at once.
+// When its context ends, a drain ends all sessions that are left at once.
 func TestDrainGivenUp(t *testing.T) {
 	r := quietRelay(t)
 	for range 20 {

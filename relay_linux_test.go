@@ -26,9 +26,9 @@ import (
 	"time"
 )
 
-// Both sides of a session that is held in both directions become writable in
-// one batch of events. One then becomes readable by the other's flush, with data
-// there already: that must wake the poller, since nothing else will.
+// Both directions of a session have unsent bytes, and both sides become writable in one
+// batch of events. Flushing one side allows the poller to read the other, which has bytes
+// already. updateEpoll must then cause an event, because nothing else does.
 func TestRelayWakesItself(t *testing.T) {
 	r := quietRelay(t)
 	for round := range 4 {
@@ -48,7 +48,7 @@ func TestRelayWakesItself(t *testing.T) {
 		mustWrite(t, other.client, "x")
 		waitBlocked(t)
 		if round%2 == 0 {
-			readMost(client, 1<<20) // what the kernel has, and then no more
+			readMost(client, 1<<20) // all that the kernel has
 		}
 		got := readMost(backend, want)
 		if round%2 == 1 {
@@ -64,22 +64,21 @@ func TestRelayWakesItself(t *testing.T) {
 	}
 }
 
-// A backend that sends its last bytes and is gone is heard out: all that has come
-// to the router is carried. It fails if an RST, or that the backend takes nothing
-// any more, ends a session of which something is held.
-func TestRelayLastWords(t *testing.T) {
+// If a backend sends its last bytes and is gone, the relay carries all that it has sent. It
+// fails if an RST or a failed send to the backend ends a session with unsent bytes.
+func TestRelayLastBytes(t *testing.T) {
 	tests := map[string]struct {
 		end  func(client net.Conn, backend *net.TCPConn)
 		want cause
 	}{
-		"closes, and its client goes on talking": {func(client net.Conn, backend *net.TCPConn) {
+		"closes while its client goes on sending": {func(client net.Conn, backend *net.TCPConn) {
 			backend.Close()
 			for range 10 {
-				client.Write([]byte("ping"))       // its kernel answers with an RST; it may fail once all was sent to the client
-				<-time.After(5 * time.Millisecond) // the RST to one makes the next fail
+				client.Write([]byte("ping"))       // the backend's kernel answers with an RST; may fail
+				<-time.After(5 * time.Millisecond) // after the RST the relay's next send fails
 			}
 		}, causeBackendError},
-		"breaks": {func(_ net.Conn, backend *net.TCPConn) { reset(backend) }, causeBackendError},
+		"resets": {func(_ net.Conn, backend *net.TCPConn) { reset(backend) }, causeBackendError},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -88,7 +87,7 @@ func TestRelayLastWords(t *testing.T) {
 			far, backend := tcpPair(t)
 			s := &session{namespace: "ns-01"}
 			r.startSession(s, [2]net.Conn{near, far}, [2][]byte{})
-			const last = 256 << 10 // more than the client's socket holds, less than the relay's and the router's kernel with it
+			const last = 256 << 10 // more than the client's socket takes, less than with the router's buffers
 			if _, err := backend.Write(make([]byte, last)); err != nil {
 				t.Fatal(err)
 			}
@@ -103,7 +102,7 @@ func TestRelayLastWords(t *testing.T) {
 	}
 }
 
-// A frame that ends where the poller's buffer does leaves room for the Close frame.
+// If a frame ends at the end of the poller's buffer, there is room for the Close frame.
 func TestCloseGracefullyFullBuffer(t *testing.T) {
 	r := quietRelay(t)
 	client, near := unixPair(t)
@@ -122,8 +121,9 @@ func TestCloseGracefullyFullBuffer(t *testing.T) {
 	s.end(causeMoved)
 }
 
-// A session whose sockets cannot be had ends at once and has an account as well:
-// here the client's is closed already, as it would be with no descriptor left.
+// A session whose descriptors cannot be duplicated ends at once, and is counted and logged
+// like others. Here the client's connection is closed already, which has the same effect
+// as no free descriptor.
 func TestRelayRouterError(t *testing.T) {
 	r, tail := quietRelay(t), newLogTail()
 	r.log = slog.New(slog.NewJSONHandler(tail, nil))
@@ -138,8 +138,8 @@ func TestRelayRouterError(t *testing.T) {
 	c.wantAccount(t, tail, [2]int64{}, 0, time.Since(begun))
 }
 
-// More events than a poller takes before others have their turn, and none after
-// them: it has to come back for the rest by itself.
+// If more events come than poll handles in one call, and none after them, the poller has
+// to wake itself to handle the rest.
 func TestRelayComesBack(t *testing.T) {
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1)) // one poller
 	r := quietRelay(t)
@@ -163,7 +163,7 @@ func TestRelayComesBack(t *testing.T) {
 	}
 }
 
-// waitBlocked waits until a poller has taken events and waits for its lock.
+// waitBlocked waits until a poller has taken events and waits to lock its mu.
 func waitBlocked(t *testing.T) {
 	t.Helper()
 	buf := make([]byte, 1<<20)
@@ -174,21 +174,20 @@ func waitBlocked(t *testing.T) {
 			}
 		}
 		if time.Now().After(end) {
-			t.Fatal("no poller waits for its lock")
+			t.Fatal("no poller waits to lock its mu")
 		}
 	}
 }
 
-// readMost reads most bytes, or what comes until nothing did for a while, and
-// returns how much came.
-func readMost(conn net.Conn, most int64) int64 {
+// readMost reads up to limit bytes in 30 ms, and returns how many.
+func readMost(conn net.Conn, limit int64) int64 {
 	conn.SetReadDeadline(time.Now().Add(30 * time.Millisecond))
-	n, _ := io.CopyN(io.Discard, conn, most) // a timeout is expected
+	n, _ := io.CopyN(io.Discard, conn, limit) // a timeout is expected
 	return n
 }
 
-// More sockets can be ready at once than epoll tells of, several times over:
-// the poller is called again for the rest, though nothing new happens.
+// If several times more sockets are ready at once than one call of poll handles, the
+// poller handles all of them, though no new event comes.
 func TestRelayManyReady(t *testing.T) {
 	r := quietRelay(t)
 	var sessions []relayed
@@ -209,7 +208,7 @@ func TestRelayManyReady(t *testing.T) {
 	}
 }
 
-// hugeFrame begins a frame that never ends.
+// hugeFrame returns the header of a frame that never ends.
 func hugeFrame(masked bool) []byte {
 	b := []byte{0x82, 127, 0, 0, 1, 0, 0, 0, 0, 0}
 	if masked {
@@ -219,8 +218,8 @@ func hugeFrame(masked bool) []byte {
 	return b
 }
 
-// What a side sends as urgent data stops nobody: recv(2) returns short at the mark,
-// which does not mean that there is nothing more.
+// Urgent data of TCP does not stop a session: recv(2) returns fewer bytes at the mark, which
+// does not mean that the socket has no more.
 func TestRelayUrgentData(t *testing.T) {
 	r := quietRelay(t)
 	near, nearFar := tcpPair(t)
@@ -232,44 +231,44 @@ func TestRelayUrgentData(t *testing.T) {
 		}
 	})
 	mustWrite(t, near, "after")
-	<-time.After(50 * time.Millisecond) // all of it is there when the poller reads
+	<-time.After(50 * time.Millisecond) // so that all of it has come when the poller reads
 	c := relayed{session: &session{namespace: "ns-01"}, relay: r, client: near, backend: farFar}
 	r.startSession(c.session, [2]net.Conn{nearFar, far}, [2][]byte{})
 	mustRead(t, c.backend, "beforeafter")
 	c.end(causeDrain)
 }
 
-// What the reader of a large frame does not take is held in a pipe, if reads filled
-// the buffer before, and is no more than a buffer would have.
-func TestRelayHoldsLittleInPipe(t *testing.T) {
-	const tries = 20 // a sender that is slow just then does not fill it
+// If a reader does not take the payload of a large frame, and reads have filled the
+// buffer before, the unsent bytes are in a pipe. It has no more than a buffer.
+func TestRelayKeepsLittleInPipe(t *testing.T) {
+	const tries = 20 // a slow sender does not fill the poller's buffer
 	for range tries {
 		c := startedSession(t, quietRelay(t), 0, nil, nil)
 		mustSend(t, c.backend, hugeFrame(false))
 		stuff(c.backend)
 		n, piped := 0, false
 		c.session.poller.mu.Lock()
-		if held := c.session.unsent[backendSide]; held != nil && held.pipe != nil {
-			n, piped = len(held.data)+held.pipe.queued, true
+		if u := c.session.unsent[backendSide]; u != nil && u.pipe != nil {
+			n, piped = len(u.data)+u.pipe.queued, true
 		}
 		c.session.poller.mu.Unlock()
 		c.end(causeDrain)
 		if piped {
-			if n == 0 || n > maxHeld {
-				t.Errorf("%d bytes are held, want 1 to %d", n, maxHeld)
+			if n == 0 || n > maxUnsentPerSide {
+				t.Errorf("%d bytes are unsent, want 1 to %d", n, maxUnsentPerSide)
 			}
 			return
 		}
 	}
-	t.Errorf("no pipe was held in %d sessions", tries)
+	t.Errorf("none of %d sessions has kept a pipe", tries)
 }
 
-// A session that is held in a pipe gives it back when it ends.
+// A session with unsent bytes in a pipe gives the pipe back when it ends.
 func TestRelayGivesPipesBack(t *testing.T) {
 	r := quietRelay(t)
 	for piped, tries := 0, 0; piped <= 2*maxPipes; tries++ {
 		if tries == 40*maxPipes {
-			t.Fatalf("%d pipes were held in %d sessions, want one in most", piped, tries)
+			t.Fatalf("%d of %d sessions have kept a pipe, want most", piped, tries)
 		}
 		c := startedSession(t, r, 0, nil, nil)
 		mustSend(t, c.backend, hugeFrame(false))
@@ -277,7 +276,7 @@ func TestRelayGivesPipesBack(t *testing.T) {
 		io.Copy(c.backend, endless{})
 		p := c.session.poller
 		p.mu.Lock()
-		if held := c.session.unsent[backendSide]; held != nil && held.pipe != nil {
+		if u := c.session.unsent[backendSide]; u != nil && u.pipe != nil {
 			piped++
 		}
 		p.mu.Unlock()
@@ -290,9 +289,9 @@ func TestRelayGivesPipesBack(t *testing.T) {
 	}
 }
 
-// A side that breaks while something is held of it takes nothing any more: if its
-// peer takes nothing either, the session ends as a half-closed one does.
-func TestRelayBreaksWhileHeld(t *testing.T) {
+// If a side with unsent bytes resets, nothing more is sent to it. If its peer does not read
+// either, the session ends as a half-closed one does.
+func TestRelayResetWhileUnsent(t *testing.T) {
 	r := quietRelay(t)
 	r.halfCloseTimeout = 200 * time.Millisecond
 	client, near := unixPair(t)
@@ -302,7 +301,7 @@ func TestRelayBreaksWhileHeld(t *testing.T) {
 	stuff(backend)
 	s.poller.mu.Lock()
 	if s.unsent[backendSide] == nil {
-		t.Error("nothing is held of the backend")
+		t.Error("the backend has no unsent bytes")
 	}
 	s.poller.mu.Unlock()
 	reset(backend)
@@ -310,10 +309,10 @@ func TestRelayBreaksWhileHeld(t *testing.T) {
 	mustBreak(t, client)
 }
 
-// A side that breaks within a large frame is broken: splice(2) has taken the
-// socket's error (sock_error in tcp_splice_read clears it), so the recv(2) after
-// it shows an end like any other.
-func TestRelayBreaksInLargeFrame(t *testing.T) {
+// A reset within a large frame ends the session with an error as its cause. splice(2)
+// takes the socket's error (sock_error in tcp_splice_read clears it), so that a recv(2)
+// after it returns a plain end.
+func TestRelayResetInLargeFrame(t *testing.T) {
 	for i, want := range []cause{causeClientError, causeBackendError} {
 		r := quietRelay(t)
 		c := startedSession(t, r, 0, nil, nil)
@@ -342,15 +341,15 @@ func TestRelayBreaksInLargeFrame(t *testing.T) {
 		}
 		if got := cause(c.session.cause.Load()); got != want {
 			c.session.poller.mu.Lock()
-			t.Errorf("side %d: after %s the cause is %v, want %v; half %v, fin %v", i, time.Since(begun).Round(time.Millisecond), got, want, c.session.halfCloseCause, c.session.fin)
+			t.Errorf("side %d: after %s the cause is %v, want %v; halfCloseCause %v, fin %v", i, time.Since(begun).Round(time.Millisecond), got, want, c.session.halfCloseCause, c.session.fin)
 			c.session.poller.mu.Unlock()
 		}
 	}
 }
 
-// failedCalls are the errors that TestProcessFailedCalls injects, but for EAGAIN,
-// which would be a lie, and the causes that sessions end with then: none where no
-// session is harmed.
+// failedCalls has the errors that TestProcessFailedCalls injects, and the causes with
+// which sessions may end then: none if the error must not harm a session. EAGAIN is not
+// there, because the relay would wait for an event that does not come.
 var failedCalls = map[string][]string{
 	"ENOBUFS":    {"router_error"},
 	"ENOMEM":     {"router_error"},
@@ -360,14 +359,14 @@ var failedCalls = map[string][]string{
 	"EINTR":      nil,
 }
 
-// failedAt are the calls that carry bytes, and which of them fail in each thread:
-// the first and then one of so many.
+// failedAt has the system calls that carry bytes, and which of them fail in each thread,
+// in the syntax of strace: the first one, and the step to the next.
 var failedAt = map[string]string{"sendto": "20+50", "recvfrom": "40+50", "splice": "2+5"}
 
-// System calls of the relay fail now and then, in streams of small and large frames
-// that readers dawdle over, so that some is held: no stream has a hole, and one that
-// ends early does so for the right cause. It fails if anything is sent to a side
-// after a send to it has failed.
+// If system calls of the relay fail now and then, no stream has a hole, and a session that
+// ends early has the right cause. The streams have small and large frames, and readers
+// pause, so that bytes become unsent. It fails if anything is sent to a side after a send
+// to it has failed.
 func TestProcessFailedCalls(t *testing.T) {
 	for errno, why := range failedCalls {
 		for call, when := range failedAt {
@@ -376,7 +375,7 @@ func TestProcessFailedCalls(t *testing.T) {
 				f := &flows{t: t, noise: newNoise(seed), seed: seed, whole: why == nil}
 				stub := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
 					io.WriteString(conn, switching)
-					if _, err := br.ReadByte(); err == nil { // else its upgrade has failed
+					if _, err := br.ReadByte(); err == nil { // otherwise the upgrade has failed
 						f.play(conn.(*net.TCPConn), br, backendSide)
 						f.ended.Add(1)
 					}
@@ -417,30 +416,31 @@ func TestProcessFailedCalls(t *testing.T) {
 	}
 }
 
-// flows are sessions that carry all the same, so that none has to be known from
-// another.
+// flows are sessions that all carry the same bytes, so that nobody has to know which is
+// which.
 type flows struct {
 	t     *testing.T
 	noise []byte
 	seed  uint64
-	whole bool         // none ends early
-	ended atomic.Int64 // at their backends
+	whole bool         // no session may end early
+	ended atomic.Int64 // sessions that have ended at their backends
 }
 
-// play is one end of a session. What comes is the beginning of what was sent.
+// play is one end of a session. It checks that what comes is the beginning of the flow.
 func (f *flows) play(conn halfConn, r io.Reader, from side) {
 	conn.SetDeadline(time.Now().Add(3 * patience))
 	flow := func(from side) *flow { return newFlow(f.noise, f.seed, 1<<20, from, true) }
 	var sending sync.WaitGroup
-	sending.Go(func() { flow(from).send(conn, rand.New(rand.NewPCG(f.seed, 1))) }) // or until the session is over
+	sending.Go(func() { flow(from).send(conn, rand.New(rand.NewPCG(f.seed, 1))) }) // fails when the session is over
 	err := flow(from.other()).check(r, rand.New(rand.NewPCG(f.seed, 2)))
-	if err != nil && (f.whole || errors.Unwrap(err) == nil) { // unless it is the connection's
+	if err != nil && (f.whole || errors.Unwrap(err) == nil) { // check wraps only errors of the connection
 		f.t.Errorf("from side %d: %v", from.other(), err)
 	}
 	sending.Wait()
 }
 
-// wantFailures checks that calls were made to fail, and what sessions ended with.
+// wantFailures checks that strace, whose output is in file, made calls fail, and that the
+// sessions ended with a cause in why, or by their own ends.
 func (p *routerProcess) wantFailures(t *testing.T, file string, why []string) {
 	t.Helper()
 	b, err := os.ReadFile(file)
@@ -464,10 +464,10 @@ func (p *routerProcess) wantFailures(t *testing.T, file string, why []string) {
 	}
 }
 
-// unsentOf returns how much the relay holds, in bytes of memory.
+// unsentOf returns the memory that unsent bytes take, in bytes.
 func unsentOf(r *relay) int64 { return r.engine.unsentBytes.Load() }
 
-// A session of which one byte is held costs little more than one at rest.
+// A session with one unsent byte takes little more memory than one without.
 func TestRelayHoldsInSizes(t *testing.T) {
 	const sessions = 1000
 	r := quietRelay(t)
@@ -487,24 +487,24 @@ func TestRelayHoldsInSizes(t *testing.T) {
 		<-time.After(time.Millisecond)
 	}
 	full := userMemory()
-	t.Logf("a session takes %d bytes more while a byte is held", (full-open)/sessions)
+	t.Logf("a session takes %d bytes more with an unsent byte", (full-open)/sessions)
 	if unsentOf(r) != sessions*minUnsentBuffer || full-open > sessions*512 {
-		t.Errorf("%d sessions that hold a byte count %d bytes and take %d more than at rest, want %d and %d at most",
+		t.Errorf("%d sessions with an unsent byte count %d bytes and take %d more memory, want %d and at most %d",
 			sessions, unsentOf(r), full-open, sessions*minUnsentBuffer, sessions*512)
 	}
 	r.endAll(causeDrain)
 	waitFor(t, r)
 	if unsentOf(r) != 0 {
-		t.Errorf("%d bytes are held of sessions that have ended", unsentOf(r))
+		t.Errorf("%d bytes are unsent after all sessions have ended", unsentOf(r))
 	}
 	runtime.KeepAlive(near)
 }
 
-// Each size is of the smallest class that has room for it.
+// unsentClass returns the smallest class with room for the size.
 func TestUnsentClass(t *testing.T) {
 	for size, want := range map[int]int{0: 64, 1: 64, 64: 64, 65: 128, 4096: 4096, 4097: 8192, bufferSize - 1: bufferSize, bufferSize: bufferSize} {
 		if got := minUnsentBuffer << unsentClass(size); got != want {
-			t.Errorf("%d bytes are held in %d, want %d", size, got, want)
+			t.Errorf("%d bytes get a buffer of %d, want %d", size, got, want)
 		}
 	}
 	if got := unsentClass(bufferSize); got != unsentClasses-1 {
@@ -512,9 +512,9 @@ func TestUnsentClass(t *testing.T) {
 	}
 }
 
-// Stuck sessions hold what the budget allows and no more, others keep their
-// latency, and all that was sent comes when the stuck ones read.
-func TestRelayHoldsWithinBudget(t *testing.T) {
+// Stuck sessions keep as many unsent bytes as the budget allows and no more, other sessions
+// keep their latency, and all bytes arrive when the readers continue.
+func TestRelayKeepsWithinBudget(t *testing.T) {
 	const sessions, budget = 300, 1 << 20
 	seed := randomSeed(t)
 	noise := newNoise(seed)
@@ -530,9 +530,9 @@ func TestRelayHoldsWithinBudget(t *testing.T) {
 		all[i].backend.CloseWrite()
 	})
 	got, most := unsentOf(crowded), int64(budget+2*bufferSize*len(crowded.engine.pollers)+sessions*minUnsentBuffer)
-	t.Logf("%d stuck sessions hold %d bytes", sessions, got)
+	t.Logf("%d stuck sessions keep %d bytes", sessions, got)
 	if got < budget || got > most {
-		t.Errorf("%d stuck sessions hold %d bytes, want %d to %d", sessions, got, budget, most)
+		t.Errorf("%d stuck sessions keep %d bytes, want %d to %d", sessions, got, budget, most)
 	}
 	wantMedianEchoes(t, relays)
 	wantRest(t)
@@ -549,11 +549,11 @@ func TestRelayHoldsWithinBudget(t *testing.T) {
 		<-time.After(time.Millisecond)
 	}
 	if got := unsentOf(crowded); got != 0 {
-		t.Errorf("%d bytes are held with nothing stuck", got)
+		t.Errorf("%d bytes are unsent with no session stuck", got)
 	}
 }
 
-// Byte by byte the same while the budget is used up, all the time or now and then.
+// All bytes arrive unchanged while the budget is used up, always or now and then.
 func TestRelayBytesOverBudget(t *testing.T) {
 	for _, budget := range []int64{0, 100 << 10} {
 		t.Run(fmt.Sprint(budget), func(t *testing.T) {
@@ -579,27 +579,27 @@ func TestRelayBytesOverBudget(t *testing.T) {
 			running.Wait()
 			waitFor(t, r)
 			if got := r.bytes(); got != total || unsentOf(r) != 0 {
-				t.Errorf("%d bytes were counted and %d are held, want %d and 0", got, unsentOf(r), total)
+				t.Errorf("%d bytes were counted and %d are unsent, want %d and 0", got, unsentOf(r), total)
 			}
 		})
 	}
 }
 
-// partsFlag is for the whole of what 20,000 descriptors allow: 9000.
+// partsFlag may be up to 9000 with 20,000 descriptors.
 var partsFlag = flag.Int("parts", 600, "how many sessions TestProcessParts moves, and then drains")
 
-// stuckFlag is for the whole of what 20,000 descriptors allow: 9000.
+// stuckFlag may be up to 9000 with 20,000 descriptors.
 var stuckFlag = flag.Int("stuck", 600, "how many sessions TestProcessStuck has")
 
-// Sessions whose clients take nothing cost what is held of them, within a budget,
-// and all others go on.
+// Sessions whose clients do not read take as much memory as their unsent bytes, within the
+// budget, and all other sessions go on.
 func TestProcessStuck(t *testing.T) {
 	t.Run("1 KiB", func(t *testing.T) { stickSessions(t, 1<<10, *stuckFlag*4) }) // 36 MiB for 9,000
 	t.Run("64 KiB", func(t *testing.T) { stickSessions(t, 64<<10, min(*stuckFlag*64*5/4, 2*maxUnsent>>10)) })
 }
 
-// stickSessions sends pieces to clients that take none until each session holds one,
-// and checks that the router has at most that much more memory then, in KiB.
+// stickSessions sends pieces to clients that do not read until each session has unsent
+// bytes, and checks that the router then has at most limit KiB more memory.
 func stickSessions(t *testing.T, piece, limit int) {
 	sessions, conns := *stuckFlag, make(chan net.Conn, *stuckFlag)
 	done := make(chan struct{})
@@ -608,7 +608,7 @@ func stickSessions(t *testing.T, piece, limit int) {
 		conns <- conn
 		<-done
 	})
-	t.Cleanup(func() { close(done) }) // before the backend's own
+	t.Cleanup(func() { close(done) }) // runs before the backend's cleanup
 	addrs := backend.addr + "," + startStub(t, "127.0.0.2:0", echo).addr
 	overrides := pinned(10, 0)
 	overrides["other"] = "backend-1"
@@ -632,11 +632,11 @@ func stickSessions(t *testing.T, piece, limit int) {
 	for i := range stuck {
 		stuck[i] = <-conns
 	}
-	for taken, grown := 0.0, 2.0; grown > 1; { // until all hold what they were sent last: only the other's byte is taken
+	for taken, grown := 0.0, 2.0; grown > 1; { // until only the other client's byte is taken
 		was := taken
 		for _, conn := range stuck {
 			conn.SetWriteDeadline(time.Now().Add(10 * time.Millisecond))
-			conn.Write(data) // in part, where its buffers have no more room
+			conn.Write(data) // only in part if its buffers are full
 		}
 		mustWrite(t, other, "x")
 		mustRead(t, other, "x")
@@ -650,9 +650,8 @@ func stickSessions(t *testing.T, piece, limit int) {
 	}
 }
 
-// TestProcessClosesGracefully moves all sessions of a router in a process of its own, and
-// drains as many. It holds the Close frames at both ends, the pace and the
-// memory, and tells of the CPU time.
+// TestProcessClosesGracefully moves all sessions of a router process, and drains as many.
+// It checks the Close frames at both ends, the pace and the memory, and logs the CPU time.
 func TestProcessClosesGracefully(t *testing.T) {
 	const rate, namespaces = 2000, 10
 	sessions := *partsFlag
@@ -673,14 +672,14 @@ func TestProcessClosesGracefully(t *testing.T) {
 		}
 	}
 	wantPace(t, "move", moving(), drainTime)
-	receipt := p.log.wait(t, "moved", 1)
-	if receipt["sessions"] != float64(sessions) || receipt["namespaces"] != float64(namespaces) || receipt["cut"] != 0.0 {
-		t.Errorf("the receipt is %v, want %d sessions of %d namespaces and none cut", receipt, sessions, namespaces)
+	line := p.log.wait(t, "moved", 1)
+	if line["sessions"] != float64(sessions) || line["namespaces"] != float64(namespaces) || line["cut"] != 0.0 {
+		t.Errorf("the log has %v, want %d sessions of %d namespaces and none cut", line, sessions, namespaces)
 	}
 	t.Logf("move: %s of CPU time; memory in KiB before %v, after %v", p.cpuTime(t)-cpu, before, p.memory(t))
 	draining := leave(t, p.openClosing(t, sessions, namespaces), goesAway)
 	cpu, second := p.cpuTime(t), p.memory(t)
-	if grown := second["VmRSS"] - before["VmRSS"]; grown > 32<<10 && !raced() { // the race detector keeps memory of its own
+	if grown := second["VmRSS"] - before["VmRSS"]; grown > 32<<10 && !raced() { // the race detector needs memory of its own
 		t.Errorf("with as many sessions as before the move the router has %d KiB more", grown)
 	}
 	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil {
@@ -694,7 +693,7 @@ func TestProcessClosesGracefully(t *testing.T) {
 	t.Logf("drain: %s of CPU time", state.UserTime()+state.SystemTime()-cpu)
 }
 
-// serveClosing is a backend that says nothing until the router parts from it.
+// serveClosing is a backend that sends nothing until it gets the router's Close frame.
 func serveClosing(t *testing.T) func(net.Conn, *bufio.Reader) {
 	return func(conn net.Conn, br *bufio.Reader) {
 		io.WriteString(conn, switching)
@@ -707,7 +706,7 @@ func serveClosing(t *testing.T) func(net.Conn, *bufio.Reader) {
 	}
 }
 
-// openClosing opens sessions of the namespaces of pinned, in turn.
+// openClosing opens sessions of the namespaces of pinned, one after the other.
 func (p *routerProcess) openClosing(t *testing.T, sessions, namespaces int) (open []net.Conn) {
 	t.Helper()
 	names := slices.Sorted(maps.Keys(pinned(namespaces, 0)))
@@ -724,8 +723,8 @@ func (p *routerProcess) openClosing(t *testing.T, sessions, namespaces int) (ope
 	return open
 }
 
-// leave waits for the Close frame of each session, and answers it. What it
-// returns waits for all, and says when they came, in order.
+// leave starts to wait for the Close frame of each client, and answers it. The function
+// that it returns waits for all of them, and returns when they came, in order.
 func leave(t *testing.T, open []net.Conn, want string) func() []time.Time {
 	ends := make([]time.Time, len(open))
 	var reading sync.WaitGroup
@@ -749,8 +748,8 @@ func leave(t *testing.T, open []net.Conn, want string) func() []time.Time {
 	}
 }
 
-// wantPace checks that the times span so much: within a twentieth, and what a busy
-// machine may be late.
+// wantPace checks that the times span want: with a deviation of a twentieth, and some time
+// that a busy machine may be late.
 func wantPace(t *testing.T, what string, times []time.Time, want time.Duration) {
 	t.Helper()
 	took := times[len(times)-1].Sub(times[0])

@@ -13,8 +13,8 @@ import (
 	"time"
 )
 
-// goneConn is a peer that was given up while it was written to: the write has the
-// error, and a read sees an end.
+// goneConn is a connection that the kernel gave up during a write: the write returns the
+// error, and a read returns EOF.
 type goneConn struct {
 	net.Conn
 	failure error // of each write
@@ -24,8 +24,8 @@ func (c *goneConn) Read([]byte) (int, error)  { return 0, io.EOF }
 func (c *goneConn) Write([]byte) (int, error) { return 0, c.failure }
 func (c *goneConn) CloseWrite() error         { return nil }
 
-// A backend that is silent is broken, even if its end is seen before the error;
-// one that ends, and then takes nothing more, has ended.
+// If a write to the backend times out, the cause is an error, even if a read has returned
+// EOF before. If the backend ends and then takes nothing more, the cause is its end.
 func TestRelayTimedOutOrEnded(t *testing.T) {
 	for failure, want := range map[error]cause{syscall.ETIMEDOUT: causeBackendError, syscall.EPIPE: causeBackend} {
 		r := quietRelay(t)
@@ -40,7 +40,7 @@ func TestRelayTimedOutOrEnded(t *testing.T) {
 	}
 }
 
-// failingConn is a peer of whose writes one fails, of which half is taken.
+// failingConn is a connection of which one write fails, after half of its bytes.
 type failingConn struct {
 	*net.TCPConn
 	failure error
@@ -55,9 +55,9 @@ func (c *failingConn) Write(b []byte) (int, error) {
 	return c.TCPConn.Write(b)
 }
 
-// A write that fails is the last to that side, so that no stream has a hole. An
-// error that says that the peer is gone leaves what that has sent to be carried; any
-// other ends the session.
+// After a failed write nothing more is sent to that side, so that no stream has a hole. If
+// the error says that the peer is gone, the relay still carries what that has sent. Any
+// other error ends the session.
 func TestRelayFailedWrites(t *testing.T) {
 	for i := clientSide; i <= backendSide; i++ {
 		for _, failure := range []syscall.Errno{syscall.ENOBUFS, syscall.ENOMEM, syscall.EIO, syscall.EPIPE, syscall.ECONNRESET} {
@@ -76,7 +76,7 @@ func TestRelayFailedWrites(t *testing.T) {
 				const stream = "abcdefghijklmnopqrstuvwxyz"
 				for k := range len(stream) / 2 {
 					io.WriteString(far[i.other()], stream[2*k:2*k+2])
-					<-time.After(time.Millisecond) // a read of the relay each
+					<-time.After(time.Millisecond) // so that the relay reads each piece alone
 				}
 				want := i.causeOf(failure)
 				if want == i.errorCause() {

@@ -19,13 +19,13 @@ import (
 	"time"
 )
 
-// Every way to end: what was on its way arrives, and the session is counted and
-// logged once, with the bytes that each side's peer has taken (play returns
-// them, -1 for any), the cause and the duration.
+// A session can end in many ways. In each of them all bytes on their way arrive, and
+// the relay counts and logs the session once, with its cause, its duration, and the
+// bytes that each side's peer has taken: play returns them, -1 for any number.
 //
-// It fails if a FIN overtakes what is held, if an RST or a FIN is taken for the
-// other, if a second cause replaces the first, if a counter or a line is left
-// out, doubled or another's, and if the duration is not in seconds.
+// It fails if a FIN overtakes unsent bytes, if an RST and a FIN are confused, if a
+// second cause replaces the first, if a counter or a log line is missing, doubled or
+// wrong, and if the duration is not in seconds.
 func TestRelayEnds(t *testing.T) {
 	tests := map[string]struct {
 		play func(t *testing.T, c relayed) (taken [2]int64)
@@ -72,25 +72,25 @@ func TestRelayEnds(t *testing.T) {
 			mustReadAll(t, c.backend, taken[clientSide])
 			mustReadAll(t, c.client, taken[backendSide])
 			return taken
-		}, causeNone}, // on a busy machine the backend's may be seen first: what the relay had no time for is not stuck
-		"client breaks": {func(t *testing.T, c relayed) [2]int64 {
+		}, causeNone}, // on a busy machine the relay may see the backend's end first
+		"client resets": {func(t *testing.T, c relayed) [2]int64 {
 			reset(c.client)
 			mustBreak(t, c.backend)
 			return [2]int64{}
 		}, causeClientError},
-		"backend breaks": {func(t *testing.T, c relayed) [2]int64 {
+		"backend resets": {func(t *testing.T, c relayed) [2]int64 {
 			reset(c.backend)
 			mustBreak(t, c.client)
 			return [2]int64{}
 		}, causeBackendError},
-		"client breaks, for which bytes are held": {func(t *testing.T, c relayed) [2]int64 {
+		"client resets while bytes for it are unsent": {func(t *testing.T, c relayed) [2]int64 {
 			stuff(c.backend)
 			reset(c.client)
 			mustBreak(t, c.backend)
 			c.backend.Close()
 			return [2]int64{0, -1}
 		}, causeClientError},
-		"backend breaks, of which bytes are held": {func(t *testing.T, c relayed) [2]int64 {
+		"backend resets while bytes from it are unsent": {func(t *testing.T, c relayed) [2]int64 {
 			stuff(c.backend)
 			reset(c.backend)
 			c.client.SetReadDeadline(time.Now().Add(patience))
@@ -100,7 +100,7 @@ func TestRelayEnds(t *testing.T) {
 			}
 			return [2]int64{0, n}
 		}, causeBackendError},
-		"client breaks after it ended its half": {func(t *testing.T, c relayed) [2]int64 {
+		"client resets after it ended its half": {func(t *testing.T, c relayed) [2]int64 {
 			closeWrite(t, c.client)
 			mustEOF(t, c.backend)
 			reset(c.client)
@@ -116,7 +116,7 @@ func TestRelayEnds(t *testing.T) {
 		"nobody reads after a half-close": {func(t *testing.T, c relayed) [2]int64 {
 			closeWrite(t, c.client)
 			mustEOF(t, c.backend)
-			io.Copy(c.backend, endless{}) // until the relay cuts it
+			io.Copy(c.backend, endless{}) // until the relay ends the session
 			return [2]int64{0, -1}
 		}, causeHalfClose},
 		"its namespace moves while the router drains": {func(t *testing.T, c relayed) [2]int64 {
@@ -163,7 +163,7 @@ func TestRelayEnds(t *testing.T) {
 	}
 }
 
-// A half-closed session that goes on talking is not cut.
+// A half-closed session in which bytes still come does not end.
 func TestRelayHalfClosedTalks(t *testing.T) {
 	r := quietRelay(t)
 	r.halfCloseTimeout = 300 * time.Millisecond
@@ -179,9 +179,9 @@ func TestRelayHalfClosedTalks(t *testing.T) {
 	c.wantCause(t, causeClient)
 }
 
-// gonePairs returns what a session is between, of which the given side can end and
-// then be gone: TCP tells of that by a FIN and an RST, and a Unix socket, which only
-// the client has, by EPIPE.
+// gonePairs returns the ends of a session and the relay's connections to them. leave
+// makes the given side go away after it has ended its stream: the relay then gets an
+// RST from TCP, or EPIPE from a Unix socket, which only the client has.
 func gonePairs(t *testing.T, gone side, unix bool) (ends [2]halfConn, near [2]net.Conn, leave func()) {
 	t.Helper()
 	for i := range ends {
@@ -202,9 +202,9 @@ func gonePairs(t *testing.T, gone side, unix bool) (ends [2]halfConn, near [2]ne
 	}
 }
 
-// A session of which one side has ended and is then gone has nothing to carry any
-// more, whatever the other goes on to say: it ends, long before half-closed ones do,
-// and the first cause counts. It fails if only a silence ends it.
+// If one side has ended its stream and is then gone, the session is dead, whatever the
+// other side goes on to send. It ends long before halfCloseTimeout, and the first cause
+// counts. It fails if such a session ends only when the other side is silent.
 func TestRelayEndsWhenBothDirectionsAreDead(t *testing.T) {
 	for _, tt := range []struct {
 		gone side
@@ -229,9 +229,9 @@ func TestRelayEndsWhenBothDirectionsAreDead(t *testing.T) {
 	}
 }
 
-// What a side has sent before it ended and was gone comes to the other, which goes
-// on talking all the time. It fails if the session is over, and its sockets reset,
-// as soon as nothing more can be carried.
+// The bytes that a side sent before it was gone arrive at the other side, which goes on
+// sending all the time. It fails if the relay closes the sockets as soon as the session
+// is dead: that would reset the other side's connection.
 func TestRelayCarriesTheLastBytesOfWhoIsGone(t *testing.T) {
 	r := quietRelay(t)
 	r.halfCloseTimeout, r.deadTimeout = time.Hour, time.Hour
@@ -240,7 +240,7 @@ func TestRelayCarriesTheLastBytesOfWhoIsGone(t *testing.T) {
 	far.SetReadBuffer(16 << 10)
 	s := newSession("ns-01", 0, "")
 	r.startSession(s, near, [2][]byte{})
-	const last = 150 << 10 // more than is taken by who does not read: a part is in the router's kernel
+	const last = 150 << 10 // more than a socket takes unread: some are in the router's kernel
 	mustWrite(t, ends[clientSide], string(make([]byte, last)))
 	leave()
 	var ticks sync.WaitGroup
@@ -250,7 +250,7 @@ func TestRelayCarriesTheLastBytesOfWhoIsGone(t *testing.T) {
 			<-time.After(time.Millisecond)
 		}
 	})
-	<-time.After(20 * time.Millisecond) // it talks before it reads; more or less of that is right too
+	<-time.After(20 * time.Millisecond) // far sends before it reads; for how long is not important
 	mustReadAll(t, far, last)
 	ticks.Wait()
 	far.Close()
@@ -272,8 +272,8 @@ func TestRelayEarlyBytes(t *testing.T) {
 	}
 }
 
-// What is stuck in both directions flows when both sides read, though nothing
-// else happens that could wake the relay.
+// If both directions are stuck, and both sides then read, the bytes flow again, though
+// no other event wakes the relay.
 func TestRelayStuckBothWays(t *testing.T) {
 	r := quietRelay(t)
 	for round := range 10 {
@@ -297,7 +297,7 @@ func TestRelayStuckBothWays(t *testing.T) {
 	}
 }
 
-// Ends from several places at once are one end.
+// A session that several goroutines end at once ends once.
 func TestRelayEndsOnce(t *testing.T) {
 	r := quietRelay(t)
 	const sessions = 100
@@ -322,11 +322,11 @@ func TestRelayEndsOnce(t *testing.T) {
 	}
 }
 
-// Both sides end at the same moment, each in one way or another, with bytes on
-// their way: one end, of one of the two, and no other session's socket is closed.
+// If both sides end at the same moment, in any way, with bytes on their way, the session
+// ends once, with the cause of one of them, and no socket of another session is closed.
 //
-// It fails if a session is counted twice, or a socket closed twice: the next
-// session's, or the bystander's, is closed then.
+// It fails if a session is counted twice, or a socket is closed twice: that closes a
+// socket of the next session, or of the bystander.
 func TestRelayBothEnd(t *testing.T) {
 	const rounds, atOnce = 40, 25
 	r := quietRelay(t)
@@ -398,39 +398,39 @@ func byteSize(n int) string {
 	return backendName("B", n)
 }
 
-// A session that carries nothing ends in time; one that carries something now
-// and then, in whichever direction, stays for as long as it does.
+// A session that carries nothing for -idle-timeout ends. A session that carries
+// something now and then, in either direction, stays open.
 func TestRelayEndsIdle(t *testing.T) {
 	const timeout = 800 * time.Millisecond
 	r := quietRelay(t)
 	silent := startedSession(t, r, 0, nil, nil)
 	spoke := startedSession(t, r, 0, []byte("hello"), []byte("hello"))
-	asks, tells := startedSession(t, r, 0, nil, nil), startedSession(t, r, 0, nil, nil)
+	clientSends, backendSends := startedSession(t, r, 0, nil, nil), startedSession(t, r, 0, nil, nil)
 	begun := time.Now()
 	ctx, cancel := context.WithCancel(t.Context())
-	var looking sync.WaitGroup
-	looking.Go(func() { r.endIdle(ctx, timeout) })
-	defer looking.Wait()
+	var checking sync.WaitGroup
+	checking.Go(func() { r.endIdle(ctx, timeout) })
+	defer checking.Wait()
 	defer cancel()
 
 	var ended time.Duration
 	for ended == 0 || time.Since(begun) < 3*timeout {
-		mustWrite(t, asks.client, "x")
-		mustRead(t, asks.backend, "x")
-		mustWrite(t, tells.backend, "x")
-		mustRead(t, tells.client, "x")
+		mustWrite(t, clientSends.client, "x")
+		mustRead(t, clientSends.backend, "x")
+		mustWrite(t, backendSends.backend, "x")
+		mustRead(t, backendSends.client, "x")
 		<-time.After(timeout / 20)
 		if ended == 0 && silent.finished.Load() && spoke.finished.Load() {
 			ended = time.Since(begun)
 		}
 		if time.Since(begun) > patience {
-			t.Fatalf("%d sessions are open, want those that carry nothing ended", r.size())
+			t.Fatalf("%d sessions are open, want the idle ones to have ended", r.size())
 		}
 	}
 	if ended < timeout || ended > 3*timeout/2 {
 		t.Errorf("ended after %s, want -idle-timeout %s and at most a quarter more", ended, timeout)
 	}
-	for name, c := range map[string]relayed{"client sends": asks, "backend sends": tells} {
+	for name, c := range map[string]relayed{"client sends": clientSends, "backend sends": backendSends} {
 		if c.isClosing() {
 			t.Errorf("%s: ended with cause %v, want open", name, cause(c.cause.Load()))
 		}
@@ -441,16 +441,16 @@ func TestRelayEndsIdle(t *testing.T) {
 	}
 }
 
-// scanSessions is how many sessions a router is to look through.
+// scanSessions is how many sessions the relay of a scan has.
 const scanSessions = 100_000
 
-// scanFactor is how much longer than of a slice a scan may take: that of a map took
-// 10 times as long.
+// scanFactor is how many times as long as a loop over a slice a scan may take. A scan of
+// a map took 10 times as long.
 const scanFactor = 4
 
-// scanned returns a relay with scanSessions sessions that are with their owners,
-// and a mover for it. They have no sockets, which no process could have for so
-// many: they are in the relay's set, and nothing else of them is looked at.
+// scanned returns a relay with scanSessions sessions that are with their owners, and a
+// mover for it. The sessions have no sockets, because no process can have so many. They
+// are only in the relay's slice, and a scan uses nothing else of them.
 func scanned(t testing.TB, overrides int) (*relay, *mover, []*session) {
 	t.Helper()
 	log := slog.New(slog.DiscardHandler)
@@ -463,7 +463,7 @@ func scanned(t testing.TB, overrides int) (*relay, *mover, []*session) {
 		all[i].bytesFrom[clientSide].Store(int64(i))
 		all[i].bytesFrom[backendSide].Store(1)
 	}
-	rng := rand.New(rand.NewPCG(5, 6)) // in memory, sessions are not in the order of the set
+	rng := rand.New(rand.NewPCG(5, 6)) // in memory, sessions are not in the slice's order
 	rng.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
 	for _, s := range all {
 		r.add(s)
@@ -471,12 +471,12 @@ func scanned(t testing.TB, overrides int) (*relay, *mover, []*session) {
 	return r, newMover(router, r, 0, nil, log), all
 }
 
-// A scan finds exactly the sessions it is to find, also when others have ended
-// meanwhile, and takes little more of the processor than to look at them takes.
+// A scan finds exactly the sessions that match, also if others have ended before, and
+// needs little more processor time than a plain loop over them.
 //
-// It fails if a session is left out or comes twice, if another than the one that
-// ended is taken out, if the bytes of an ended session are forgotten, and if the
-// set is one that takes long to go through, as a map of so many did.
+// It fails if a session is missing or comes twice, if remove removes another session
+// than the one that ended, if the bytes of an ended session are forgotten, and if the
+// sessions are in a container that is slow to scan, as a map was.
 func TestRelayScan(t *testing.T) {
 	r, m, all := scanned(t, 1000)
 	want := map[*session]bool{}
@@ -511,22 +511,22 @@ func TestRelayScan(t *testing.T) {
 	wantScanTime(t, r, m, all)
 }
 
-// wantScanTime compares what a processor needs for scans with what it needs for the
-// same sessions in a slice, in turns, so that other programs have the same part in
-// both: in each turn that is more for one, and in the best of them little.
+// wantScanTime compares the processor time of scans with that of loops over the same
+// sessions in a slice. The two take turns, so that other programs disturb both alike,
+// and the best time of each counts.
 func wantScanTime(t *testing.T, r *relay, m *mover, all []*session) {
 	t.Helper()
-	each := func(look func(*session)) func() {
+	each := func(do func(*session)) func() {
 		return func() {
 			for _, s := range all {
-				look(s)
+				do(s)
 			}
 		}
 	}
 	scans := map[string]struct{ scan, plain func() }{
-		"where one flag is set":           {func() { r.filter((*session).isClosing) }, each(func(s *session) { s.isClosing() })},
-		"where the owner is another":      {func() { r.filter(m.shouldMove) }, each(func(s *session) { m.shouldMove(s) })},
-		"the sum of what they have taken": {func() { r.bytes() }, each(func(s *session) { s.bytes() })},
+		"sessions with a flag":        {func() { r.filter((*session).isClosing) }, each(func(s *session) { s.isClosing() })},
+		"sessions with another owner": {func() { r.filter(m.shouldMove) }, each(func(s *session) { m.shouldMove(s) })},
+		"sum of bytes":                {func() { r.bytes() }, each(func(s *session) { s.bytes() })},
 	}
 	for name, tt := range scans {
 		best := [2]time.Duration{time.Hour, time.Hour}
@@ -544,8 +544,8 @@ func wantScanTime(t *testing.T, r *relay, m *mover, all []*session) {
 	}
 }
 
-// Nothing is computed under the relay's lock: sessions start and end while others
-// are matched. Each of those that were there at one moment is matched once.
+// filter calls match without the relay's lock: sessions may start and end meanwhile.
+// Each session that was open at one moment is matched once.
 func TestRelayScanHoldsNoLock(t *testing.T) {
 	r := newRelay(func(int) string { return "backend-0" }, slog.New(slog.DiscardHandler))
 	var all []*session
@@ -559,7 +559,7 @@ func TestRelayScanHoldsNoLock(t *testing.T) {
 			t.Fatal("match is called with the relay's lock held")
 		}
 		r.mu.Unlock()
-		if len(matched) == 0 { // the last takes the place of the first
+		if len(matched) == 0 { // the last one takes the index of the first
 			r.remove(all[0], [2]int64{})
 			r.add(&session{})
 		}
@@ -576,8 +576,8 @@ func TestRelayScanHoldsNoLock(t *testing.T) {
 	}
 }
 
-// The sum of the bytes is right at every time while sessions end: each of them
-// counts once, as open or as ended.
+// The sum of the bytes is right at every moment while sessions end: each session counts
+// once, as open or as ended.
 func TestRelayBytesWhileSessionsEnd(t *testing.T) {
 	r := newRelay(func(int) string { return "backend-0" }, slog.New(slog.DiscardHandler))
 	const sessions, each = 5000, 1000
@@ -606,8 +606,8 @@ func TestRelayBytesWhileSessionsEnd(t *testing.T) {
 	}
 }
 
-// BenchmarkRelayScan is what a table's swap costs for scanSessions sessions that
-// stay, by how many overrides the table has, and what the set alone does.
+// BenchmarkRelayScan measures what a swap of the table costs if all scanSessions sessions
+// stay, by the number of overrides, and what the scans alone cost.
 func BenchmarkRelayScan(b *testing.B) {
 	for _, overrides := range []int{0, 1_000, 100_000} {
 		r, m, _ := scanned(b, overrides)
@@ -630,14 +630,14 @@ func BenchmarkRelayScan(b *testing.B) {
 	})
 }
 
-// maxHeld is how much the relay may hold of what a side does not take, in bytes.
-const maxHeld = 64 << 10
+// maxUnsentPerSide is how many unsent bytes from one side the relay may keep.
+const maxUnsentPerSide = 64 << 10
 
-// stuff writes until nothing is taken for a while, and returns how much was.
+// stuff writes until conn takes nothing for a while, and returns how many bytes it took.
 func stuff(conn net.Conn) (n int64) { return stuffWith(conn, endless{}, 32<<10) }
 
-// stuffWith writes pieces of what r has until nothing is taken for a while, and
-// returns how much was: no more than 64 MiB, which no kernel has for a socket.
+// stuffWith writes pieces from r until conn takes nothing for a while, and returns how
+// many bytes it took: at most 64 MiB, more than any kernel keeps for a socket.
 func stuffWith(conn net.Conn, r io.Reader, piece int) (n int64) {
 	for buf := make([]byte, piece); n < 64<<20; {
 		io.ReadFull(r, buf) // endless, or long enough
@@ -650,10 +650,10 @@ func stuffWith(conn net.Conn, r io.Reader, piece int) (n int64) {
 	return n
 }
 
-// smallPairs returns what a session is between, as behind nginx: the ends of a
-// Unix socket and of a TCP connection, of which the kernel holds little. (A TCP
-// socket that takes less than a segment at a time, 64 KiB on the loopback device,
-// is slow beyond measure.)
+// smallPairs returns the ends of a session and the relay's connections to them, as
+// behind nginx: a Unix socket and a TCP connection, with small buffers in the kernel. (A
+// TCP socket that takes less than a segment at a time, 64 KiB on the loopback device, is
+// extremely slow.)
 func smallPairs(t testing.TB) (client, near halfConn, far, backend halfConn) {
 	t.Helper()
 	c, n := unixPair(t)
@@ -676,9 +676,9 @@ func startedSmallSession(t testing.TB, r *relay) stuckSession {
 	return stuckSession{client, backend}
 }
 
-// A reader that stops stops its sender: of a session whose sockets are full no
-// more is taken than maxHeld, and all of it comes when the reader goes on. It
-// fails if more is held, or if a side is read while something is held of it.
+// A reader that stops makes its sender stop: from a side whose peer's socket is full the
+// relay takes at most maxUnsentPerSide bytes, and all of them arrive when the reader
+// continues. It fails if the relay keeps more, or reads a side that has unsent bytes.
 func TestRelayBackpressure(t *testing.T) {
 	client, near, far, backend := smallPairs(t)
 	full := [2]int64{stuff(client) + stuff(far), stuff(backend) + stuff(near)}
@@ -688,12 +688,13 @@ func TestRelayBackpressure(t *testing.T) {
 	r.startSession(&session{namespace: "ns-01"}, [2]net.Conn{near, far}, [2][]byte{})
 	ends := [2]halfConn{client, backend}
 	for i, conn := range ends {
-		held := stuff(conn)
-		t.Logf("side %d: the kernel took %d bytes, and %d more when the session was carried", i, full[i], held)
-		if held > maxHeld*5/4 { // the kernel counts in segments
-			t.Errorf("side %d: %d bytes were taken for a reader that does not read, want %d", i, held, maxHeld)
+		more := stuff(conn)
+		t.Logf("side %d: the kernel took %d bytes, and %d more in a session", i, full[i], more)
+		if more > maxUnsentPerSide*5/4 { // the kernel counts in segments
+			t.Errorf("side %d: the relay took %d bytes for a reader that does not read, want at most %d",
+				i, more, maxUnsentPerSide)
 		}
-		full[i] += held
+		full[i] += more
 		if err := conn.CloseWrite(); err != nil {
 			t.Fatal(err)
 		}
@@ -703,8 +704,7 @@ func TestRelayBackpressure(t *testing.T) {
 	waitFor(t, r)
 }
 
-// echoing starts sessions whose backends send back what comes, until the test
-// ends.
+// echoing starts sessions whose backends send back all that comes, until the test ends.
 func echoing(t *testing.T, r *relay, count int) []relayed {
 	t.Helper()
 	all := make([]relayed, count)
@@ -723,9 +723,8 @@ func echoing(t *testing.T, r *relay, count int) []relayed {
 	return all
 }
 
-// medianEchoes returns how long an echo takes in the sessions of each relay, in the
-// middle of many. They take turns, one echo at a time, so that other programs have
-// the same part in both.
+// medianEchoes returns the median time of an echo in the sessions of each relay. The
+// relays take turns, one echo at a time, so that other programs disturb both alike.
 func medianEchoes(t *testing.T, relays [2][]relayed) (medians [2]time.Duration) {
 	t.Helper()
 	const echoes = 3000
@@ -750,8 +749,8 @@ func medianEchoes(t *testing.T, relays [2][]relayed) (medians [2]time.Duration) 
 	return medians
 }
 
-// wantMedianEchoes checks that an echo takes no more than twice the time in the
-// second relay's sessions.
+// wantMedianEchoes checks that an echo in the second relay's sessions takes at most
+// twice the time of one in the first's.
 func wantMedianEchoes(t *testing.T, relays [2][]relayed) {
 	t.Helper()
 	medians := medianEchoes(t, relays)
@@ -761,7 +760,7 @@ func wantMedianEchoes(t *testing.T, relays [2][]relayed) {
 	}
 }
 
-// processorTime returns what this process has used.
+// processorTime returns the processor time that this process has used.
 func processorTime(t testing.TB) time.Duration {
 	t.Helper()
 	var u syscall.Rusage
@@ -771,11 +770,11 @@ func processorTime(t testing.TB) time.Duration {
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
-// Sessions that are stuck in both directions cost the others nothing, and at rest
-// no processor time. Latencies are compared with those of a relay without them.
+// Sessions that are stuck in both directions do not slow down other sessions, and need
+// no processor time while nothing happens. The latencies are compared with those of a
+// relay without stuck sessions.
 //
-// It fails if a poller waits for a socket, or asks again and again for what a
-// stuck one has.
+// It fails if a poller waits for one socket, or polls a stuck one again and again.
 func TestRelayStuckStopsItselfOnly(t *testing.T) {
 	const others, stuck = 50, 200
 	calm, crowded := quietRelay(t), quietRelay(t)
@@ -792,7 +791,7 @@ func TestRelayStuckStopsItselfOnly(t *testing.T) {
 	wantRest(t)
 }
 
-// wantRest waits until this process uses a tenth of a processor at most.
+// wantRest waits until this process uses at most a tenth of a processor.
 func wantRest(t *testing.T) {
 	t.Helper()
 	const rest = 200 * time.Millisecond
@@ -809,8 +808,8 @@ func wantRest(t *testing.T) {
 	}
 }
 
-// inBatches calls do for 0 to count-1, so many at once that a processor has time
-// for each.
+// inBatches calls do for 0 to count-1, with a bounded number of calls at once, so that a
+// processor has time for each.
 func inBatches(count int, do func(i int)) {
 	const atOnce = 200
 	for first := 0; first < count; first += atOnce {
@@ -822,17 +821,17 @@ func inBatches(count int, do func(i int)) {
 	}
 }
 
-// stuckFlow is what comes from the backend of session i: of every other one
-// frames, which a relay may hold in another way than arbitrary bytes.
+// stuckFlow returns what the backend of session i sends. Every other session has frames,
+// which a relay may keep in another way than arbitrary bytes.
 func stuckFlow(noise []byte, seed uint64, i int) *flow {
 	f := newFlow(noise, seed+uint64(i), 64<<20, backendSide, i%2 == 0)
-	f.framed = false // where it will stop is not known
+	f.framed = false // nobody knows where it will stop
 	return f
 }
 
-// Two thousand stuck sessions take bounded memory, each byte comes when their
-// readers go on, and the memory is given back. It fails if what is held is not
-// bounded or is lost at the end, and if the relay keeps buffers for ever.
+// Two thousand stuck sessions take bounded memory. When their readers continue, each
+// byte arrives, and the relay gives the memory back. It fails if unsent bytes are not
+// bounded, or are lost at the end, and if the relay keeps buffers for ever.
 func TestRelayStuckMemory(t *testing.T) {
 	const sessions = 2000
 	seed := randomSeed(t)
@@ -873,27 +872,27 @@ func TestRelayStuckMemory(t *testing.T) {
 	if after-before > 20*mega {
 		t.Errorf("%d MiB are still in use, want 20 at most", (after-before)/mega)
 	}
-	if total-taken < sessions*maxHeld {
-		t.Errorf("%d bytes were not taken, want at least %d for each session: are they stuck?", total-taken, maxHeld)
+	if total-taken < sessions*maxUnsentPerSide {
+		t.Errorf("%d bytes were not taken, want at least %d for each session: are they stuck?", total-taken, maxUnsentPerSide)
 	}
 	if got := r.bytes(); got != [2]int64{0, total} || r.ended[causeBackend].Load() != sessions {
 		t.Errorf("%d bytes and %d clean ends, want %d and %d", got, r.ended[causeBackend].Load(), total, sessions)
 	}
 }
 
-// noiseSize is prime: what is lost, repeated or in another's place, a multiple of
-// some power of two as a rule, does not look like what should be there.
+// noiseSize is prime. Bytes that are lost, repeated or in a wrong place are mostly
+// multiples of a power of two: so they never look like the right ones.
 const noiseSize = 1<<20 - 3
 
-// newNoise returns what the flows of a test are cut from.
+// newNoise returns random bytes, of which the flows of a test are parts.
 func newNoise(seed uint64) []byte {
 	noise := make([]byte, noiseSize)
 	rand.NewChaCha8([32]byte(binary.LittleEndian.AppendUint64(make([]byte, 24), seed))).Read(noise)
 	return noise
 }
 
-// flow is the bytes of one direction, the same ones for the same seed: arbitrary
-// bytes, or what looks like WebSocket frames (RFC 6455 §5.2) to who looks.
+// flow is the bytes of one direction, the same for the same seed: arbitrary bytes, or
+// WebSocket frames (RFC 6455 §5.2) with arbitrary payload.
 type flow struct {
 	rng    *rand.Rand
 	noise  []byte
@@ -901,7 +900,7 @@ type flow struct {
 	left   int    // bytes until the end
 	mask   byte   // 0x80 if the frames are masked
 	framed bool   // it ends where a frame ends
-	header []byte // of the frame, what is left of it
+	header []byte // what is left of the frame's header
 	frame  int    // bytes left of the frame's payload
 }
 
@@ -936,8 +935,8 @@ func (f *flow) Read(b []byte) (n int, err error) {
 	return n, err
 }
 
-// begin makes the next frame: most are tiny, some are of a size that a relay may
-// treat in one way or another, some have 16 MiB.
+// begin begins the next frame. Most frames are tiny, some have a size near a limit of the
+// relay, some have 16 MiB.
 func (f *flow) begin() {
 	switch n := f.rng.IntN(60); {
 	case n == 0:
@@ -949,12 +948,12 @@ func (f *flow) begin() {
 	default:
 		f.frame = f.rng.IntN(126)
 	}
-	small := 2 + int(f.mask)/0x80*4 // the header of the last frame
+	small := 2 + int(f.mask)/0x80*4 // bytes of the last frame's header
 	switch last := f.left - small; {
 	case f.framed && last < 126:
 		f.frame = max(0, last)
 	case f.framed:
-		f.frame = min(f.frame, last-14) // the longest header
+		f.frame = min(f.frame, last-14) // 14: the longest header
 	}
 	f.header = []byte{0x81 + byte(f.rng.IntN(2)), f.mask}
 	switch {
@@ -975,14 +974,14 @@ func (f *flow) begin() {
 // first returns the flow's first bytes, up to most.
 func (f *flow) first(limit int) []byte {
 	b := make([]byte, limit)
-	n, _ := f.Read(b) // or all there is
+	n, _ := f.Read(b) // fewer if the flow has no more
 	return b[:n]
 }
 
-// flowPiece is the most that is written or read at once, in bytes.
+// flowPiece is how many bytes are written or read at once, at most.
 const flowPiece = 128 << 10
 
-// send writes the flow in pieces of random sizes, and ends its half at once.
+// send writes the flow in pieces of random sizes, and then half-closes at once.
 func (f *flow) send(conn halfConn, rng *rand.Rand) error {
 	for buf := make([]byte, flowPiece); f.left > 0; dawdle(rng) {
 		n, _ := f.Read(buf[:1+logUniform(rng, len(buf)-1)])
@@ -993,8 +992,8 @@ func (f *flow) send(conn halfConn, rng *rand.Rand) error {
 	return conn.CloseWrite()
 }
 
-// check reads in pieces of random sizes until EOF, and names the first byte that
-// is not the flow's.
+// check reads in pieces of random sizes until EOF. It returns an error that names the
+// first byte that differs from the flow.
 func (f *flow) check(r io.Reader, rng *rand.Rand) error {
 	got, want := make([]byte, flowPiece), make([]byte, flowPiece)
 	for at := 0; ; dawdle(rng) {
@@ -1038,11 +1037,11 @@ type flowEnd struct {
 	name    string
 	seed    uint64
 	out, in *flow
-	early   []byte // the first of out, which is sent otherwise
+	early   []byte // the first bytes, which came with the handshake
 }
 
-// run sends and checks at the same time. r reads from conn, and may have read
-// ahead.
+// run sends and checks at the same time. r reads from conn, and may have bytes that it
+// read ahead.
 func (e flowEnd) run(t *testing.T, conn halfConn, r io.Reader) {
 	conn.SetDeadline(time.Now().Add(6 * patience))
 	var both sync.WaitGroup
@@ -1054,17 +1053,17 @@ func (e flowEnd) run(t *testing.T, conn halfConn, r io.Reader) {
 	both.Go(func() {
 		if err := e.in.check(r, rand.New(rand.NewPCG(e.seed, 3))); err != nil {
 			t.Errorf("to %s: %v", e.name, err)
-			conn.Close() // ends the rest of the session
+			conn.Close() // ends the session
 		}
 	})
 	both.Wait()
 }
 
-// flowSession is a session's flows, of which there are two of each direction:
-// one is sent, the other is what should come.
+// flowSession has the flows of a session. Each direction has two equal flows: one is
+// sent, the other is compared with what comes.
 type flowSession struct {
 	ends  [2]flowEnd // by side
-	total [2]int     // bytes, by the side they come from
+	total [2]int     // bytes, by the side that sends them
 }
 
 func newFlowSession(noise []byte, seed uint64, number int, sizes [2]int) *flowSession {
@@ -1084,8 +1083,8 @@ func newFlowSession(noise []byte, seed uint64, number int, sizes [2]int) *flowSe
 	return s
 }
 
-// flowSizes returns the sizes of the flows of count sessions, 64 MiB at most and
-// all together no more than budget.
+// flowSizes returns the sizes of the flows of count sessions: each at most 64 MiB, all
+// together at most budget.
 func flowSizes(rng *rand.Rand, count, budget int) [][2]int {
 	sizes := make([][2]int, count)
 	sizes[0] = [2]int{64 << 20, 0}
@@ -1100,22 +1099,22 @@ func flowSizes(rng *rand.Rand, count, budget int) [][2]int {
 	return sizes
 }
 
-// Byte by byte the same in both directions at once, from what came with the
-// handshake to what came before the FIN: 200 sessions of up to 64 MiB with every
-// write, read and pause at random, half of them through the proxy and half from a
-// Unix socket as nginx has it, half of the flows WebSocket frames.
+// All bytes arrive unchanged in both directions at once, from those that came with the
+// handshake to the last before the FIN: 200 sessions of up to 64 MiB, with random
+// writes, reads and pauses. Half of the sessions go through the proxy, half come from a
+// Unix socket as behind nginx. Half of the flows are WebSocket frames.
 //
-// It fails if what came first is left out or goes second; if what a side did not
-// take is written again from its start, or not at all before the FIN; if a turn
-// ends and nothing wakes the poller up; if the sides' counters are swapped.
+// It fails if early bytes are lost or come second; if unsent bytes are written again
+// from their start, or not before the FIN; if a poller stops reading a side and nothing
+// wakes it up; if the counters of the sides are swapped.
 func TestRelayBytes(t *testing.T) {
 	const count = 200
 	seed := randomSeed(t)
 	noise := newNoise(seed)
-	next := make(chan flowEnd, 1) // for the connection that comes to the backend
+	next := make(chan flowEnd, 1) // for the backend's next connection
 	start := make(chan struct{})
 	begin := sync.OnceFunc(func() { close(start) })
-	var served sync.WaitGroup // what comes to the backend
+	var served sync.WaitGroup // the backend's connections
 	backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
 		e := <-next
 		defer served.Done()
@@ -1141,7 +1140,7 @@ func TestRelayBytes(t *testing.T) {
 		}
 		near, nearFar := unixPair(t)
 		far, farFar := tcpPair(t)
-		nearFar.SetWriteBuffer(4 << 10 << (n / 8 % 8)) // little is taken in many parts
+		nearFar.SetWriteBuffer(4 << 10 << (n / 8 % 8)) // a small one takes bytes in many parts
 		far.SetWriteBuffer(4 << 10 << (n / 8 % 8))
 		p.relay.startSession(&session{namespace: "ns-01"}, [2]net.Conn{nearFar, far}, [2][]byte{ends[clientSide].early, ends[backendSide].early})
 		running.Go(func() { <-start; ends[clientSide].run(t, near, near) })
@@ -1149,7 +1148,7 @@ func TestRelayBytes(t *testing.T) {
 	}
 	begin()
 	running.Wait()
-	served.Wait() // its last bytes are in its socket when the session is over
+	served.Wait() // it may read its last bytes after the session is over
 	waitFor(t, p.relay)
 	if got := p.relay.bytes(); got != total {
 		t.Errorf("%d bytes were counted, want %d", got, total)

@@ -23,8 +23,8 @@ import (
 	"golang.org/x/net/websocket"
 )
 
-// frameBytes is a frame with its length in the fewest bytes. length is what the
-// header says, whatever there is of payload, which is as on the wire.
+// frameBytes returns a frame with its length in the fewest bytes. The header says length,
+// even if payload is shorter. payload goes into the frame unchanged: it is not masked.
 func frameBytes(first byte, masked bool, length uint64, payload []byte) []byte {
 	mask := byte(0)
 	if masked {
@@ -45,7 +45,7 @@ func frameBytes(first byte, masked bool, length uint64, payload []byte) []byte {
 	return append(frame, payload...)
 }
 
-// Every form of a header, cut at every place.
+// The scanner reads every form of a header, in two chunks, cut at every byte.
 func TestFrameForms(t *testing.T) {
 	text := func(n int) []byte { return bytes.Repeat([]byte{0x81}, n) }
 	for name, c := range map[string]struct {
@@ -79,9 +79,9 @@ func TestFrameForms(t *testing.T) {
 			for cut := range len(c.frame) + 1 {
 				var f frameScanner
 				want := frameView{boundary: cut == 0 || cut == len(c.frame)}
-				want.whole = cut == 0 || cut == len(c.frame) && c.frame[0]&0x80 != 0
+				want.complete = cut == 0 || cut == len(c.frame) && c.frame[0]&0x80 != 0
 				if cut >= c.header {
-					want.rest = uint64(len(c.frame) - cut)
+					want.remaining = uint64(len(c.frame) - cut)
 				}
 				f.scan(c.frame[:cut], c.masked)
 				if got := viewOf(&f); got != want {
@@ -97,7 +97,7 @@ func TestFrameForms(t *testing.T) {
 	}
 }
 
-// frameViolations end with the byte that shows what is wrong.
+// frameViolations are streams whose last byte shows the violation.
 var frameViolations = map[string]struct {
 	stream []byte
 	masked bool
@@ -149,17 +149,17 @@ func TestFrameViolations(t *testing.T) {
 	}
 }
 
-// A frame of the greatest length is carried to its end.
+// The scanner finds the end of the longest frame.
 func TestFrameLongest(t *testing.T) {
 	for masked, want := range map[bool]uint64{false: math.MaxInt64, true: math.MaxInt64 + 4} {
 		var f frameScanner
 		f.scan(frameBytes(0x82, masked, math.MaxInt64, nil)[:10], masked)
 		if f.remaining() != want {
-			t.Errorf("masked %v: rest is %d, want %d", masked, f.remaining(), want)
+			t.Errorf("masked %v: remaining = %d, want %d", masked, f.remaining(), want)
 		}
 		f.skip(want - 2)
 		f.scan([]byte{0x83}, masked)
-		if got, want := viewOf(&f), (frameView{rest: 1}); got != want {
+		if got, want := viewOf(&f), (frameView{remaining: 1}); got != want {
 			t.Errorf("masked %v: %+v, want %+v", masked, got, want)
 		}
 		f.scan(append([]byte{0x83}, frameBytes(0x8a, masked, 0, nil)...), masked)
@@ -169,8 +169,8 @@ func TestFrameLongest(t *testing.T) {
 	}
 }
 
-// A Close frame may come between two fragments. Up to its last byte it is a
-// frame as any; then nothing counts any more.
+// A Close frame may come between two fragments. After its last byte the scanner ignores
+// all that comes.
 func TestFrameClose(t *testing.T) {
 	for _, masked := range []bool{false, true} {
 		for _, body := range []string{"", "\x03\xe8", "\x03\xf4service restart"} {
@@ -193,7 +193,7 @@ func TestFrameClose(t *testing.T) {
 	}
 }
 
-// next stops after each frame, of whatever kind, and goes on from there.
+// next stops after each frame of any kind, and continues from there.
 func TestFrameNext(t *testing.T) {
 	var stream []byte
 	var want []int
@@ -234,8 +234,7 @@ func TestFrameScannerIsSmall(t *testing.T) {
 	}
 }
 
-// tapped is a connection whose traffic is kept, and whose reads are from
-// another source once there is one.
+// tapped is a connection that records its traffic. Reads come from source, if it is set.
 type tapped struct {
 	net.Conn
 	read, written []byte
@@ -256,8 +255,8 @@ func (c *tapped) Write(b []byte) (n int, err error) {
 	return c.Conn.Write(b)
 }
 
-// tappedClient is a client of golang.org/x/net/websocket with a server, which
-// serves it.
+// tappedClient returns a client of golang.org/x/net/websocket, whose connection serve
+// handles in a server of the same library.
 func tappedClient(t *testing.T, serve func(*websocket.Conn)) (*websocket.Conn, *tapped) {
 	t.Helper()
 	s := httptest.NewServer(websocket.Server{Handler: serve})
@@ -280,7 +279,7 @@ func tappedClient(t *testing.T, serve func(*websocket.Conn)) (*websocket.Conn, *
 	return ws, tap
 }
 
-// What another implementation sends, in both directions.
+// The scanner follows the frames of another implementation, in both directions.
 func TestFramesOfLibrary(t *testing.T) {
 	ws, tap := tappedClient(t, func(ws *websocket.Conn) {
 		var message []byte
@@ -318,8 +317,8 @@ func TestFramesOfLibrary(t *testing.T) {
 	}
 }
 
-// What another implementation reads of a Close frame: the client of an unmasked
-// one, the server of a masked one.
+// Another implementation reads the code and reason of a Close frame: its client reads an
+// unmasked one, its server a masked one.
 func TestCloseFrame(t *testing.T) {
 	for name, c := range map[string]struct {
 		code         uint16
@@ -366,7 +365,7 @@ func wantClosed(t *testing.T, frame []byte, masked bool) {
 	}
 }
 
-// readClose reads one frame as code and reason.
+// readClose reads one frame and returns its type, code and reason as text.
 func readClose(ws *websocket.Conn) string {
 	frame, err := ws.NewFrameReader()
 	if err != nil {
@@ -379,7 +378,8 @@ func readClose(ws *websocket.Conn) string {
 	return fmt.Sprintf("type %d, code %d, reason %q", frame.PayloadType(), binary.BigEndian.Uint16(payload), payload[2:])
 }
 
-// A key that comes twice in a row is one in 2^32.
+// Each Close frame has a new masking key. The same key twice in a row has a chance of
+// 1 in 2^32.
 func TestCloseFrameKeys(t *testing.T) {
 	keys := map[string]bool{}
 	for range 10 {
@@ -390,8 +390,8 @@ func TestCloseFrameKeys(t *testing.T) {
 	}
 }
 
-// FuzzFrames holds the scanner against a parse of the whole stream, however the
-// stream is cut.
+// FuzzFrames compares the scanner with a parser of the whole stream, however the stream
+// is cut into chunks.
 func FuzzFrames(f *testing.F) {
 	rng := rand.New(rand.NewPCG(1, 2))
 	for _, masked := range []bool{true, false} {
@@ -423,7 +423,7 @@ func TestFramesInRandomChunks(t *testing.T) {
 	}
 }
 
-// manyFrames are valid frames of all kinds but Close.
+// manyFrames returns count valid frames of all kinds but Close.
 func manyFrames(rng *rand.Rand, masked bool, count int) (stream []byte) {
 	for range count {
 		first := []byte{0x00, 0x80, 0x01, 0x82, 0xc1, 0x41, 0x89, 0x8a, 0xba}[rng.IntN(9)]
@@ -436,8 +436,8 @@ func manyFrames(rng *rand.Rand, masked bool, count int) (stream []byte) {
 	return stream
 }
 
-// wantOracle carries a stream in random chunks, in all the ways there are, and
-// compares after each.
+// wantOracle advances a scanner over the stream in random chunks, by all its methods, and
+// compares it with frameOracle after each.
 func wantOracle(t *testing.T, stream []byte, masked bool, rng *rand.Rand) {
 	t.Helper()
 	views := frameOracle(stream, masked)
@@ -472,23 +472,23 @@ func wantOracle(t *testing.T, stream []byte, masked bool, rng *rand.Rand) {
 	}
 }
 
-// frameView is what there is to know of a scanner.
+// frameView has the results of all methods of a scanner.
 type frameView struct {
-	boundary, whole, closed, broken bool // whole: at a boundary only
-	rest                            uint64
+	boundary, complete, closed, broken bool // complete: only at a boundary
+	remaining                          uint64
 }
 
 func viewOf(f *frameScanner) frameView {
 	return frameView{f.atBoundary(), f.atBoundary() && f.messageComplete(), f.closed(), f.broken(), f.remaining()}
 }
 
-// frameOracle returns what is to be known after each number of bytes of a
-// stream, from none to all.
+// frameOracle returns the expected view after each number of bytes of the stream, from
+// none to all.
 func frameOracle(stream []byte, masked bool) (views []frameView) {
 	views = make([]frameView, len(stream)+1)
-	whole := true
+	complete := true
 	for at := 0; at <= len(stream); {
-		views[at].boundary, views[at].whole = true, whole
+		views[at].boundary, views[at].complete = true, complete
 		header, rest, wrong := frameOracleHeader(stream[at:], masked)
 		switch {
 		case wrong > 0:
@@ -498,10 +498,10 @@ func frameOracle(stream []byte, masked bool) (views []frameView) {
 		}
 		first := stream[at]
 		if first&8 == 0 {
-			whole = first&0x80 != 0
+			complete = first&0x80 != 0
 		}
 		for at += header; rest > 0 && at <= len(stream); at++ {
-			views[at].rest = rest
+			views[at].remaining = rest
 			rest--
 		}
 		if first&0xf == 8 && at <= len(stream) {
@@ -511,9 +511,9 @@ func frameOracle(stream []byte, masked bool) (views []frameView) {
 	return views
 }
 
-// frameOracleHeader returns how long the header is up to the masking key, or 0
-// if it is not all there, and how much follows it. wrong is after how many bytes
-// it is seen to be a violation, if it is.
+// frameOracleHeader returns the length of the header up to the masking key, or 0 if b does
+// not have all of it, and how many bytes follow. If the header is a violation, wrong is
+// the number of bytes that show it; otherwise it is 0.
 func frameOracleHeader(b []byte, masked bool) (header int, rest uint64, wrong int) {
 	if len(b) == 0 {
 		return 0, 0, 0
@@ -549,7 +549,7 @@ func frameOracleHeader(b []byte, masked bool) (header int, rest uint64, wrong in
 	return header, rest, 0
 }
 
-// BenchmarkFrameScan is per chunk of whole frames, which are as from a client.
+// BenchmarkFrameScan scans chunks of whole frames, as from a client.
 func BenchmarkFrameScan(b *testing.B) {
 	for _, c := range []struct{ payload, frames int }{{64, 1}, {64, (64 << 10) / (64 + 6)}, {4096, 1}, {64<<10 - 14, 1}} {
 		frame := frameBytes(frameFin|2, true, uint64(c.payload), make([]byte, c.payload))
@@ -568,15 +568,16 @@ func BenchmarkFrameScan(b *testing.B) {
 	}
 }
 
-// What the two sides read of a session that moves.
+// The Close frames of a session that moves, as describeFrame returns them: the client
+// reads restarts, the backend goesAway.
 const (
 	restarts = `close 1012 "service restart"`
 	goesAway = `close 1001 "going away"`
 )
 
-// nextWireFrame reads one frame, with a parser of its own: its first byte and its
-// payload, of which that of control frames is unmasked. buf is used for it if it
-// is large enough.
+// nextWireFrame reads one frame with a parser of its own. It returns its first byte and
+// its payload. It unmasks the payload of control frames only. The payload is in buf if
+// that is large enough.
 func nextWireFrame(r io.Reader, masked bool, buf []byte) (first byte, payload []byte, err error) {
 	head := make([]byte, 14)
 	if _, err := io.ReadFull(r, head[:2]); err != nil {
@@ -620,7 +621,7 @@ func nextWireFrame(r io.Reader, masked bool, buf []byte) (first byte, payload []
 	return head[0], payload, nil
 }
 
-// describeFrame is a frame in words.
+// describeFrame returns a frame as text.
 func describeFrame(first byte, payload []byte) string {
 	switch {
 	case first&0xf == 8 && len(payload) >= 2:
@@ -648,8 +649,8 @@ func mustSend(t testing.TB, w io.Writer, frame []byte) {
 	mustWrite(t, w, string(frame))
 }
 
-// The whole parting, step by step: the backend is told, what it says before it
-// answers comes to the client, then the client is told, with its own code.
+// A closing handshake, step by step: the backend gets its Close frame, what it sends
+// before it answers arrives at the client, and then the client gets its own Close frame.
 func TestCloseGracefully(t *testing.T) {
 	for name, c := range map[string]struct {
 		cause  cause
@@ -666,7 +667,7 @@ func TestCloseGracefully(t *testing.T) {
 			s := startedSession(t, quietRelay(t), 0, nil, nil)
 			done := make(chan bool, 1)
 			if !s.closeGracefully(c.cause, func(cut bool) { done <- cut }) {
-				t.Fatal("it does not part")
+				t.Fatal("closeGracefully returned false")
 			}
 			mustFrames(t, s.backend, true, goesAway)
 			mustSend(t, s.client, frameBytes(0x81, true, 4, []byte("lost")))
@@ -684,16 +685,17 @@ func TestCloseGracefully(t *testing.T) {
 			mustEOF(t, s.backend)
 			s.wantCause(t, c.cause)
 			if <-done || s.relay.cut[c.cause].Load() != 0 {
-				t.Error("it was cut, want it to part")
+				t.Error("the session was cut, want a closing handshake")
 			}
 			if s.closeGracefully(causeDrain, nil) {
-				t.Error("it parts again")
+				t.Error("closeGracefully returned true a second time")
 			}
 		})
 	}
 }
 
-// The sides' own Close frames are carried, and none is put after one.
+// The relay carries Close frames that the sides send by themselves, and inserts none after
+// them.
 func TestCloseGracefullyWhenAlreadyClosing(t *testing.T) {
 	for name, by := range map[string]side{"by the client": clientSide, "by the backend": backendSide} {
 		t.Run(name, func(t *testing.T) {
@@ -714,7 +716,7 @@ func TestCloseGracefullyWhenAlreadyClosing(t *testing.T) {
 			mustEOF(t, s.backend)
 			s.wantCause(t, causeMoved)
 			if s.relay.cut[causeMoved].Load() != 0 {
-				t.Error("it was cut, want it to part")
+				t.Error("the session was cut, want a closing handshake")
 			}
 		})
 	}
@@ -733,8 +735,8 @@ func TestCloseGracefullyWhenAlreadyClosing(t *testing.T) {
 	})
 }
 
-// What a side has not taken yet goes before its Close frame, however much of it
-// that is: of some of the sizes here all that is held ends with a frame.
+// A side gets all unsent bytes before its Close frame, however many they are. With some
+// of the sizes here the unsent bytes end at the end of a frame.
 func TestCloseGracefullyAfterUnsentData(t *testing.T) {
 	for i, want := range []string{goesAway, restarts} {
 		r := quietRelay(t)
@@ -751,15 +753,15 @@ func TestCloseGracefullyAfterUnsentData(t *testing.T) {
 			}
 			frame := frameBytes(0x82, i == 0, 1000, make([]byte, 1000))
 			from.SetWriteDeadline(time.Now().Add(patience))
-			all.Go(func() { io.WriteString(from, strings.Repeat(string(frame), frames)) }) // the last may not be taken
+			all.Go(func() { io.WriteString(from, strings.Repeat(string(frame), frames)) }) // it may fail
 			all.Go(func() {
-				held := -1
+				carried := -1
 				for n := int64(-1); n != s.bytes()[i]; <-time.After(50 * time.Millisecond) {
-					n = s.bytes()[i] // until no more is taken
-					held = int(n)
+					n = s.bytes()[i] // until the peer takes no more
+					carried = int(n)
 				}
 				s.closeGracefully(causeMoved, nil)
-				if i == 1 { // it is due when the backend's time is over
+				if i == 1 { // the Close frame is due when the backend's time is over
 					<-time.After(r.closeTimeout * 5 / 8)
 				}
 				to.SetReadDeadline(time.Now().Add(patience))
@@ -768,8 +770,9 @@ func TestCloseGracefullyAfterUnsentData(t *testing.T) {
 					if first == 0x82 && len(payload) == 1000 && n < frames && err == nil {
 						continue
 					}
-					if got := describeFrame(first, payload); err != nil || got != want || (n+1)*len(frame) < held {
-						t.Errorf("from side %d: %.100s, %v after %d frames of %d, with %d bytes held; want %s", i, got, err, n, frames, held, want)
+					if got := describeFrame(first, payload); err != nil || got != want || (n+1)*len(frame) < carried {
+						t.Errorf("from side %d: %.100s, %v after %d of %d frames, with %d bytes carried before; want %s",
+							i, got, err, n, frames, carried, want)
 					}
 					break
 				}
@@ -782,8 +785,8 @@ func TestCloseGracefullyAfterUnsentData(t *testing.T) {
 	}
 }
 
-// A client that has ended its half and reads late gets all there is, to the Close
-// frame of the backend, which was not asked for it.
+// A client that has ended its half and reads late gets all bytes, with the Close frame
+// that the backend sends by itself.
 func TestCloseGracefullyLateReader(t *testing.T) {
 	r := quietRelay(t)
 	var all sync.WaitGroup
@@ -799,7 +802,7 @@ func TestCloseGracefullyLateReader(t *testing.T) {
 		all.Go(func() { io.WriteString(backend, stream) })
 		all.Go(func() {
 			for n := int64(-1); n != s.bytes()[backendSide]; <-time.After(50 * time.Millisecond) {
-				n = s.bytes()[backendSide] // until no more is taken
+				n = s.bytes()[backendSide] // until the client takes no more
 			}
 			s.closeGracefully(causeMoved, nil)
 			client.SetReadDeadline(time.Now().Add(patience))
@@ -812,8 +815,8 @@ func TestCloseGracefullyLateReader(t *testing.T) {
 	waitFor(t, r)
 }
 
-// A Close frame waits for the end of a frame that is on its way, however that
-// comes: cut anywhere, with the next one behind it.
+// A Close frame waits for the end of a frame that has begun, wherever that frame is cut,
+// and also if the next one comes right behind it.
 func TestCloseGracefullyWithinAFrame(t *testing.T) {
 	next := func(masked bool) []byte { return frameBytes(0x82, masked, 300, make([]byte, 300)) }
 	for _, size := range []int{0, 5, 200, 70_000} {
@@ -849,7 +852,7 @@ func TestCloseGracefullyWithinAMessage(t *testing.T) {
 	for _, first := range []byte{0x01, 0x00} {
 		mustSend(t, s.client, frameBytes(first, true, 2, []byte("ab")))
 		mustFrames(t, s.backend, true, fmt.Sprintf("%x \"ab\"", first))
-		s.closeGracefully(causeMoved, nil) // the second time nothing
+		s.closeGracefully(causeMoved, nil) // the second call does nothing
 		mustSend(t, s.client, frameBytes(0x89, true, 0, nil))
 		mustFrames(t, s.backend, true, `89 ""`)
 	}
@@ -862,17 +865,17 @@ func TestCloseGracefullyWithinAMessage(t *testing.T) {
 	s.wantCause(t, causeMoved)
 }
 
-// talker is one end of a session that sends frames until it is told to stop.
+// talker is one end of a session that sends frames until a channel is closed.
 type talker struct {
 	conn   net.Conn
-	masked bool // what it sends
+	masked bool // of the frames that it sends
 	size   int
 	firsts []byte // the first bytes of its frames, in turn
 	noise  []byte
 	rng    *rand.Rand
 }
 
-// frame is the k-th frame of who has these firsts.
+// frame returns the k-th frame that both ends send.
 func (a *talker) frame(k int, masked bool) (first byte, payload []byte) {
 	first = a.firsts[k%len(a.firsts)]
 	size := a.size
@@ -903,18 +906,18 @@ func (a *talker) talk(stop <-chan struct{}) error {
 	}
 }
 
-// hear reads frames and compares each, until a Close frame, after which nothing
-// may come. It calls told then, and returns that frame and how many came before.
-func (a *talker) hear(told func()) (closed string, frames int, err error) {
+// hear reads frames and compares each, until a Close frame, after which nothing may come.
+// It calls stop then, and returns the Close frame and the number of frames before it.
+func (a *talker) hear(stop func()) (closed string, frames int, err error) {
 	r, buf := bufio.NewReaderSize(a.conn, 64<<10), make([]byte, a.size)
 	for k := 0; ; k++ {
 		first, got, err := nextWireFrame(r, !a.masked, buf)
 		if err != nil {
-			told()
+			stop()
 			return "", k, fmt.Errorf("frame %d: %w", k, err)
 		}
 		if first&0xf == 8 {
-			told()
+			stop()
 			more, err := io.Copy(io.Discard, r)
 			if more > 0 {
 				err = fmt.Errorf("%d bytes after the Close frame", more)
@@ -922,24 +925,24 @@ func (a *talker) hear(told func()) (closed string, frames int, err error) {
 			return describeFrame(first, got), k, err
 		}
 		wantFirst, want := a.frame(k, !a.masked)
-		if first&8 != 0 && !a.masked { // frameBytes takes it as masked
+		if first&8 != 0 && !a.masked { // frameBytes did not mask it, and nextWireFrame unmasked it
 			for i := range got {
 				got[i] ^= "mask"[i%4]
 			}
 		}
 		if first != wantFirst || !bytes.Equal(got, want) {
-			told()
+			stop()
 			return "", k, fmt.Errorf("frame %d is %x with %d bytes, want %x with %d and the same ones", k, first, len(got), wantFirst, len(want))
 		}
 	}
 }
 
-// Close frames put into full streams, both at once: all that comes before is what
-// was sent, in whole frames, and nothing comes after.
+// The relay inserts Close frames into two streams that never stop: before them come the
+// frames that were sent, whole and unchanged, and after them nothing.
 //
-// It fails if a Close frame is put where a frame has not ended, or after what a
-// side did not take was forgotten; if the rest of a chunk is sent after it; if
-// the backend's own Close frame is carried.
+// It fails if a Close frame is inserted within a frame, or if unsent bytes before it are
+// lost; if the rest of a chunk is sent after it; if the backend's own Close frame is
+// carried too.
 func TestCloseGracefullyInFullFlow(t *testing.T) {
 	single, fragments := []byte{0x82}, []byte{0x02, 0x00, 0x89, 0x00, 0x80, 0x8a}
 	for name, c := range map[string]struct {
@@ -972,10 +975,10 @@ func TestCloseGracefullyInFullFlow(t *testing.T) {
 				var both sync.WaitGroup
 				for i, want := range []string{restarts, goesAway} {
 					stop := make(chan struct{})
-					told := sync.OnceFunc(func() { close(stop) })
+					closeStop := sync.OnceFunc(func() { close(stop) })
 					var writer sync.WaitGroup
 					both.Go(func() {
-						closed, frames, err := ends[i].hear(told)
+						closed, frames, err := ends[i].hear(closeStop)
 						if err != nil || closed != want {
 							t.Errorf("side %d: %s, %v after %d frames; want %s and EOF", i, closed, err, frames, want)
 						}
@@ -987,7 +990,7 @@ func TestCloseGracefullyInFullFlow(t *testing.T) {
 						}
 					})
 				}
-				at := int64(rng.IntN(2 * c.size)) // let that much pass at first
+				at := int64(rng.IntN(2 * c.size)) // bytes that pass before
 				for end := time.Now().Add(patience); s.bytes()[backendSide] <= at && time.Now().Before(end); {
 					time.Sleep(time.Duration(rng.IntN(1000)) * time.Microsecond)
 				}
@@ -1002,7 +1005,7 @@ func TestCloseGracefullyInFullFlow(t *testing.T) {
 	}
 }
 
-// Another implementation at both ends, through the proxy.
+// A closing handshake works with another implementation at both ends, through the proxy.
 func TestCloseGracefullyLibrary(t *testing.T) {
 	heard := make(chan string, 1)
 	addr := websocketBackend(t, func(ws *websocket.Conn) {
@@ -1029,7 +1032,7 @@ func TestCloseGracefullyLibrary(t *testing.T) {
 		t.Errorf("the backend read %s, want %s", got, want)
 	}
 	if err := websocket.Message.Receive(ws, &message); err != nil || message != "last" {
-		t.Errorf("the client got %q, %v; want what the backend said after it was told", message, err)
+		t.Errorf("the client got %q, %v; want the backend's last message", message, err)
 	}
 	if got, want := readClose(ws), `type 8, code 1012, reason "service restart"`; got != want {
 		t.Errorf("the client read %s, want %s", got, want)
@@ -1038,16 +1041,16 @@ func TestCloseGracefullyLibrary(t *testing.T) {
 	waitFor(t, p.relay)
 }
 
-// Who does not go along is waited for within bounds: the client is told in half
-// of the time whatever the backend does, if it can be told at all.
+// The relay waits for a side that does not answer for a bounded time. The client gets its
+// Close frame within half of that time, whatever the backend does, if it reads at all.
 func TestCloseGracefullyBounds(t *testing.T) {
 	const bound = 1200 * time.Millisecond
 	quarter, half, whole, none := bound/4, bound/2, bound, time.Duration(0)
-	part := frameBytes(0x01, true, 2, []byte("ab")) // of a message
+	part := frameBytes(0x01, true, 2, []byte("ab")) // the first fragment of a message
 
 	up, down := frameBytes(0x81, true, 9, []byte("ab")), frameBytes(0x81, false, 9, []byte("ab")) // 7 bytes are missing
 	for name, c := range map[string]struct {
-		before func(t *testing.T, s relayed) // that it is to part
+		before func(t *testing.T, s relayed) // before closeGracefully; nil: nothing
 		after  func(t *testing.T, s relayed)
 		took   time.Duration
 		cut    bool
@@ -1073,12 +1076,12 @@ func TestCloseGracefullyBounds(t *testing.T) {
 			mustSend(t, s.client, closeFrame(1000, "", true))
 			mustEOF(t, s.client)
 		}, half, true},
-		"the backend breaks": {nil, func(t *testing.T, s relayed) {
+		"the backend resets": {nil, func(t *testing.T, s relayed) {
 			reset(s.backend)
 			mustFrames(t, s.client, false, restarts)
 			s.client.Close()
 		}, none, false},
-		"the client breaks": {nil, func(t *testing.T, s relayed) {
+		"the client resets": {nil, func(t *testing.T, s relayed) {
 			reset(s.client)
 			mustFrames(t, s.backend, true, goesAway)
 			s.backend.Close()
@@ -1200,8 +1203,8 @@ func TestCloseGracefullyBounds(t *testing.T) {
 	}
 }
 
-// What bounds a session that is half closed does not count for one that parts: the
-// client is told all the same.
+// halfCloseTimeout does not end a closing handshake: the client gets its Close frame all
+// the same.
 func TestCloseGracefullyAfterHalfClose(t *testing.T) {
 	r := quietRelay(t)
 	r.halfCloseTimeout, r.closeTimeout = 100*time.Millisecond, 800*time.Millisecond
@@ -1214,7 +1217,7 @@ func TestCloseGracefullyAfterHalfClose(t *testing.T) {
 	s.wantCause(t, causeMoved)
 }
 
-// mustReset reads until an error, which is to be a reset and not an end.
+// mustReset reads until an error, and fails if that is not a reset.
 func mustReset(t testing.TB, conn net.Conn) {
 	t.Helper()
 	conn.SetReadDeadline(time.Now().Add(patience))
@@ -1223,15 +1226,15 @@ func mustReset(t testing.TB, conn net.Conn) {
 	}
 }
 
-// stuffFrames writes a frame, and reports whether it was taken.
+// stuffFrames writes a frame, and reports whether conn took all of it.
 func stuffFrames(conn net.Conn, masked bool) bool {
 	conn.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
 	_, err := conn.Write(frameBytes(0x82, masked, 32<<10, make([]byte, 32<<10)))
 	return err == nil
 }
 
-// A session that is to part before its hand-over is done has its Close frames
-// all the same, after what came with the handshake.
+// If closeGracefully is called before the hand-over is done, both sides get their Close
+// frames all the same, after the early bytes.
 func TestCloseGracefullyAtSessionStart(t *testing.T) {
 	r := quietRelay(t)
 	client, clientFar := tcpPair(t)
@@ -1240,7 +1243,7 @@ func TestCloseGracefullyAtSessionStart(t *testing.T) {
 	conns := [2]net.Conn{clientFar, server}
 	r.engine.assign(s, conns)
 	if !s.closeGracefully(causeMoved, nil) {
-		t.Fatal("it does not part")
+		t.Fatal("closeGracefully returned false")
 	}
 	r.openSessions.Add(1)
 	r.add(s)
@@ -1252,8 +1255,8 @@ func TestCloseGracefullyAtSessionStart(t *testing.T) {
 	relayed{session: s, relay: r}.wantCause(t, causeMoved)
 }
 
-// A session that is ended while it is handed over, between its registration and its
-// start, ends when it starts.
+// A session that is ended during its hand-over, between register and the engine's
+// startSession, ends when it starts.
 func TestRelayEndsAtSessionStart(t *testing.T) {
 	r := quietRelay(t)
 	client, clientFar := tcpPair(t)
@@ -1270,25 +1273,28 @@ func TestRelayEndsAtSessionStart(t *testing.T) {
 	mustBreak(t, serverFar)
 }
 
-// However many ends come at once, done is called once.
+// However many goroutines end a session at once, done is called once.
 func TestCloseGracefullyEndsOnce(t *testing.T) {
 	r := quietRelay(t)
 	for range 100 {
 		c := startedSession(t, r, 0, nil, nil)
 		var all sync.WaitGroup
-		var parted, done atomic.Int64
-		part := func() {
+		var started, done atomic.Int64
+		closeGracefully := func() {
 			if c.closeGracefully(causeMoved, func(bool) { done.Add(1) }) {
-				parted.Add(1)
+				started.Add(1)
 			}
 		}
-		for _, end := range []func(){part, part, func() { c.end(causeDrain) }, func() { reset(c.client) }, func() { c.backend.Close() }} {
+		for _, end := range []func(){
+			closeGracefully, closeGracefully, func() { c.end(causeDrain) },
+			func() { reset(c.client) }, func() { c.backend.Close() },
+		} {
 			all.Go(end)
 		}
 		all.Wait()
 		waitFor(t, r)
-		if parted.Load() != done.Load() {
-			t.Fatalf("it parted %d times and was done %d times", parted.Load(), done.Load())
+		if started.Load() != done.Load() {
+			t.Fatalf("closeGracefully returned true %d times, done was called %d times", started.Load(), done.Load())
 		}
 	}
 }
