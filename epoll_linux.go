@@ -128,8 +128,9 @@ func (e *engine) startSession(s *session, conns [2]net.Conn, early [2][]byte) {
 	p.start(s, p.allocateSlot(), fds, early)
 }
 
-// start gives s its slot and sockets, and sends early, which came from each side before.
-// It ends s if a socket is missing or s was ended before. The caller holds mu.
+// start gives s its slot and sockets, and sends early, which came from each side
+// before. It ends s if a socket is missing or s was ended before. The caller holds
+// mu.
 func (p *poller) start(s *session, slotIndex int32, fds [2]int32, early [2][]byte) {
 	p.slots[slotIndex].session, p.slots[slotIndex].pending = s, nil
 	s.slot, s.fd, s.open = slotIndex, fds, true
@@ -182,7 +183,8 @@ func (p *poller) poll() {
 	p.wake()
 }
 
-// handleEvent handles one event: Fd has its slot, Pad the slot's generation and the side.
+// handleEvent handles one event: Fd has its slot, Pad the slot's generation and the
+// side.
 func (p *poller) handleEvent(event syscall.EpollEvent) {
 	if event.Fd == wakeSlot {
 		return
@@ -229,10 +231,10 @@ func (p *poller) freeSlot(slotIndex int32) {
 	p.freeSlots = append(p.freeSlots, slotIndex)
 }
 
-// updateEpoll makes epoll watch for the events that s waits for. If the mask of a socket
-// changes, epoll checks the socket again, so no earlier event is missed. The mask of a
-// side that has ended does not change: no more events come, and it saves a system call.
-// The caller holds mu.
+// updateEpoll makes epoll watch for the events that s waits for. If the mask of a
+// socket changes, epoll checks the socket again, so no earlier event is missed. The
+// mask of a side that has ended does not change: no more events come, and it saves
+// a system call. The caller holds mu.
 func (p *poller) updateEpoll(s *session) {
 	for i := clientSide; s.open && i <= backendSide; i++ {
 		if s.fd[i] < 0 {
@@ -420,8 +422,8 @@ func newBuffer() *buffer {
 
 func (b *buffer) free() { b.pin.Unpin() }
 
-// wait takes up to limit events, at most maxEpollEvents, from the epoll set. It does not
-// wait for new ones (epoll_pwait(2) with a timeout of 0).
+// wait takes up to limit events, at most maxEpollEvents, from the epoll set. It
+// does not wait for new ones (epoll_pwait(2) with a timeout of 0).
 func (b *buffer) wait(epoll, limit int) ([]syscall.EpollEvent, syscall.Errno) {
 	n, _, errno := syscall.RawSyscall6(syscall.SYS_EPOLL_PWAIT,
 		uintptr(epoll), b.eventsAt, uintptr(limit), 0, 0, 0)

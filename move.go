@@ -402,8 +402,8 @@ func (p *pace) advance(now time.Time) {
 	p.jitter = rand.N(p.interval/2 + 1)
 }
 
-// maxDrainInterval is the longest time between two sessions in a drain, so that a router
-// with few sessions does not use all of its time.
+// maxDrainInterval is the longest time between two sessions in a drain, so that a
+// router with few sessions does not use all of its time.
 const maxDrainInterval = 100 * time.Millisecond
 
 // drain closes all sessions gracefully, in random order and spread over the given time,

@@ -175,10 +175,11 @@ func TestMoveBeforeTheTable(t *testing.T) {
 	p.waitMoved(t, 1)
 }
 
-// replaced starts a proxy with two backends. backend-0 owns ns-01, whose session, with
-// the client old, is with a pod that was replaced by newPod. backend-1 is other. The
-// session stays, because the settle time is long and the old pod does not answer a Close
-// frame. change, if not nil, may change the proxy before it starts.
+// replaced starts a proxy with two backends. backend-0 owns ns-01, whose session,
+// with the client old, is with a pod that was replaced by newPod. backend-1 is
+// other. The session stays, because the settle time is long and the old pod does
+// not answer a Close frame. change, if not nil, may change the proxy before it
+// starts.
 func replaced(t *testing.T, change func(*proxy)) (p *testProxy, old *net.TCPConn, newPod, other *stubBackend) {
 	t.Helper()
 	var now atomic.Int32 // index of backend-0's present pod
@@ -200,8 +201,8 @@ func replaced(t *testing.T, change func(*proxy)) (p *testProxy, old *net.TCPConn
 	return p, old, stubs[1], stubs[2]
 }
 
-// openStarted opens the first session, of ns-01, and returns when its start is over: from
-// then on it is not closed if its pod is replaced, but by the mover.
+// openStarted opens the first session, of ns-01, and returns when its start is
+// over: from then on it is not closed if its pod is replaced, but by the mover.
 func (p *testProxy) openStarted(t *testing.T) *net.TCPConn {
 	t.Helper()
 	conn := p.open(t, "ns-01")
@@ -310,8 +311,9 @@ func TestMoveWithinADial(t *testing.T) {
 	both(t, func(t *testing.T, request string) { moveWithinADial(t, request, false) })
 }
 
-// moveWithinADial replaces the owner's pod in the first dial for the request. putOff has
-// that be the second for the event loop, which does not know the address at once.
+// moveWithinADial replaces the owner's pod in the first dial for the request.
+// putOff has that be the second for the event loop, which does not know the address
+// at once.
 func moveWithinADial(t *testing.T, request string, putOff bool) {
 	var now atomic.Int32               // which of the pods is the backend
 	var unknown, replacing atomic.Bool // the address is not known at once; the next dial finds another pod
@@ -347,8 +349,8 @@ func moveWithinADial(t *testing.T, request string, putOff bool) {
 	}
 }
 
-// If the table is swapped while an upgrade waits for an old pod, it goes to the new owner
-// of its namespace.
+// If the table is swapped while an upgrade waits for an old pod, it goes to the new
+// owner of its namespace.
 func TestMoveOfWhoWaitsForTheOldPod(t *testing.T) {
 	both(t, func(t *testing.T, request string) {
 		p, old, newPod, other := replaced(t, nil)
@@ -365,8 +367,8 @@ func TestMoveOfWhoWaitsForTheOldPod(t *testing.T) {
 	})
 }
 
-// A session whose old pod has ended its stream does not make an upgrade wait, and does not
-// move.
+// A session whose old pod has ended its stream does not make an upgrade wait, and
+// does not move.
 func TestMoveAfterTheOldPod(t *testing.T) {
 	p := startProxy(t, []string{"127.0.0.1:1"}, map[string]string{}, nil)
 	p.relay.setPods(map[int]string{0: "a"})
@@ -455,8 +457,8 @@ func (m *moveTest) dialsOf(backend int) int {
 	return m.dials[backend]
 }
 
-// recordClose is closeSession: the session is over 100 ms later. It returns false if the
-// session has a cause already.
+// recordClose is closeSession: the session is over 100 ms later. It returns false
+// if the session has a cause already.
 func (m *moveTest) recordClose(s *session, done func(cut bool)) bool {
 	m.relay.mu.Lock()
 	defer m.relay.mu.Unlock()
@@ -499,8 +501,8 @@ func with(data map[string]string, namespace string, backend int) map[string]stri
 	return data
 }
 
-// Changes in a row become one move. It starts when they have settled, or after ten times
-// the settle time from the first.
+// Changes in a row become one move. It starts when they have settled, or after ten
+// times the settle time from the first.
 func TestMoveSettles(t *testing.T) {
 	for name, c := range map[string]struct {
 		changes int
@@ -604,8 +606,8 @@ func TestPaceCatchesUp(t *testing.T) {
 	}
 }
 
-// An edit that reverts a change cancels the moves that are still to come, and the result
-// has their number.
+// An edit that reverts a change cancels the moves that are still to come, and the
+// result has their number.
 func TestMoveTakenBack(t *testing.T) {
 	before, after := with(pinned(1, 0), "other", 1), with(pinned(1, 1), "other", 0)
 	movesIn(t, 10, 50, before, func(t *testing.T, m *moveTest) {
@@ -685,8 +687,8 @@ func TestMoveWaitsForTheOwner(t *testing.T) {
 	})
 }
 
-// If an edit gives queued sessions to an owner that is not reachable, they wait too, even
-// before the edit has settled.
+// If an edit gives queued sessions to an owner that is not reachable, they wait
+// too, even before the edit has settled.
 func TestMoveToWhoIsWaitedFor(t *testing.T) {
 	data := with(pinned(1, 0), "other", 0)
 	movesIn(t, 10, 20, data, func(t *testing.T, m *moveTest) {
@@ -735,8 +737,8 @@ func TestMoveSkipsWhatEnds(t *testing.T) {
 	})
 }
 
-// If a session ends just before closeSession, no result counts it, and the batch finishes
-// all the same.
+// If a session ends just before closeSession, no result counts it, and the batch
+// finishes all the same.
 func TestMoveSkipsWhatCannotPart(t *testing.T) {
 	movesIn(t, 0, 5, pinned(1, 0), func(t *testing.T, m *moveTest) {
 		first := true

@@ -290,8 +290,9 @@ func (p *poller) sendOrKeep(s *session, i side, n int, pipe *pipe) {
 	}
 }
 
-// spliceOut sends the bytes in pipe, if it is not nil, to the peer of side i. It returns
-// the pipe if bytes are left in it; otherwise it puts the pipe back and returns nil.
+// spliceOut sends the bytes in pipe, if it is not nil, to the peer of side i. It
+// returns the pipe if bytes are left in it; otherwise it puts the pipe back and
+// returns nil.
 func (p *poller) spliceOut(s *session, i side, pipe *pipe) *pipe {
 	if pipe == nil {
 		return nil
@@ -432,8 +433,9 @@ func (p *poller) halfClose(s *session, cause cause) {
 	}
 }
 
-// halfCloseExpired ends a half-closed session that carried nothing for halfCloseTimeout,
-// or a dead one after deadTimeout. A closing handshake has its own timeout.
+// halfCloseExpired ends a half-closed session that carried nothing for
+// halfCloseTimeout, or a dead one after deadTimeout. A closing handshake has its
+// own timeout.
 func (s *session) halfCloseExpired() {
 	p := s.poller
 	p.mu.Lock()
@@ -467,8 +469,8 @@ func (p *poller) end(s *session, cause cause) {
 	p.finished = append(p.finished, s)
 }
 
-// end ends the session. The first cause counts. It may be called from any goroutine, any
-// number of times, after engine.assign.
+// end ends the session. The first cause counts. It may be called from any
+// goroutine, any number of times, after engine.assign.
 func (s *session) end(cause cause) {
 	s.setCause(cause)
 	p := s.poller
@@ -512,8 +514,8 @@ func (s *session) closeExpired() {
 	}
 }
 
-// continueClose does the next steps of the closing handshake that are possible now, if s
-// has one.
+// continueClose does the next steps of the closing handshake that are possible now,
+// if s has one.
 func (p *poller) continueClose(s *session) {
 	h := s.closing
 	if h == nil || !s.open {

@@ -26,9 +26,10 @@ import (
 	"time"
 )
 
-// Both directions of a session have unsent bytes, and both sides become writable in one
-// batch of events. Flushing one side allows the poller to read the other, which has bytes
-// already. updateEpoll must then cause an event, because nothing else does.
+// Both directions of a session have unsent bytes, and both sides become writable in
+// one batch of events. Flushing one side allows the poller to read the other, which
+// has bytes already. updateEpoll must then cause an event, because nothing else
+// does.
 func TestRelayWakesItself(t *testing.T) {
 	r := quietRelay(t)
 	for round := range 4 {
@@ -64,8 +65,9 @@ func TestRelayWakesItself(t *testing.T) {
 	}
 }
 
-// If a backend sends its last bytes and is gone, the relay carries all that it has sent. It
-// fails if an RST or a failed send to the backend ends a session with unsent bytes.
+// If a backend sends its last bytes and is gone, the relay carries all that it has
+// sent. It fails if an RST or a failed send to the backend ends a session with
+// unsent bytes.
 func TestRelayLastBytes(t *testing.T) {
 	tests := map[string]struct {
 		end  func(client net.Conn, backend *net.TCPConn)
@@ -121,9 +123,9 @@ func TestCloseGracefullyFullBuffer(t *testing.T) {
 	s.end(causeMoved)
 }
 
-// A session whose descriptors cannot be duplicated ends at once, and is counted and logged
-// like others. Here the client's connection is closed already, which has the same effect
-// as no free descriptor.
+// A session whose descriptors cannot be duplicated ends at once, and is counted and
+// logged like others. Here the client's connection is closed already, which has the
+// same effect as no free descriptor.
 func TestRelayRouterError(t *testing.T) {
 	r, tail := quietRelay(t), newLogTail()
 	r.log = slog.New(slog.NewJSONHandler(tail, nil))
@@ -138,8 +140,8 @@ func TestRelayRouterError(t *testing.T) {
 	c.wantAccount(t, tail, [2]int64{}, 0, time.Since(begun))
 }
 
-// If more events come than poll handles in one call, and none after them, the poller has
-// to wake itself to handle the rest.
+// If more events come than poll handles in one call, and none after them, the
+// poller has to wake itself to handle the rest.
 func TestRelayComesBack(t *testing.T) {
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1)) // one poller
 	r := quietRelay(t)
@@ -218,8 +220,8 @@ func hugeFrame(masked bool) []byte {
 	return b
 }
 
-// Urgent data of TCP does not stop a session: recv(2) returns fewer bytes at the mark, which
-// does not mean that the socket has no more.
+// Urgent data of TCP does not stop a session: recv(2) returns fewer bytes at the
+// mark, which does not mean that the socket has no more.
 func TestRelayUrgentData(t *testing.T) {
 	r := quietRelay(t)
 	near, nearFar := tcpPair(t)
@@ -289,8 +291,8 @@ func TestRelayGivesPipesBack(t *testing.T) {
 	}
 }
 
-// If a side with unsent bytes resets, nothing more is sent to it. If its peer does not read
-// either, the session ends as a half-closed one does.
+// If a side with unsent bytes resets, nothing more is sent to it. If its peer does
+// not read either, the session ends as a half-closed one does.
 func TestRelayResetWhileUnsent(t *testing.T) {
 	r := quietRelay(t)
 	r.halfCloseTimeout = 200 * time.Millisecond
@@ -359,14 +361,14 @@ var failedCalls = map[string][]string{
 	"EINTR":      nil,
 }
 
-// failedAt has the system calls that carry bytes, and which of them fail in each thread,
-// in the syntax of strace: the first one, and the step to the next.
+// failedAt has the system calls that carry bytes, and which of them fail in each
+// thread, in the syntax of strace: the first one, and the step to the next.
 var failedAt = map[string]string{"sendto": "20+50", "recvfrom": "40+50", "splice": "2+5"}
 
-// If system calls of the relay fail now and then, no stream has a hole, and a session that
-// ends early has the right cause. The streams have small and large frames, and readers
-// pause, so that bytes become unsent. It fails if anything is sent to a side after a send
-// to it has failed.
+// If system calls of the relay fail now and then, no stream has a hole, and a
+// session that ends early has the right cause. The streams have small and large
+// frames, and readers pause, so that bytes become unsent. It fails if anything is
+// sent to a side after a send to it has failed.
 func TestProcessFailedCalls(t *testing.T) {
 	for errno, why := range failedCalls {
 		for call, when := range failedAt {
@@ -439,8 +441,8 @@ func (f *flows) play(conn halfConn, r io.Reader, from side) {
 	sending.Wait()
 }
 
-// wantFailures checks that strace, whose output is in file, made calls fail, and that the
-// sessions ended with a cause in why, or by their own ends.
+// wantFailures checks that strace, whose output is in file, made calls fail, and
+// that the sessions ended with a cause in why, or by their own ends.
 func (p *routerProcess) wantFailures(t *testing.T, file string, why []string) {
 	t.Helper()
 	b, err := os.ReadFile(file)
@@ -512,8 +514,8 @@ func TestUnsentClass(t *testing.T) {
 	}
 }
 
-// Stuck sessions keep as many unsent bytes as the budget allows and no more, other sessions
-// keep their latency, and all bytes arrive when the readers continue.
+// Stuck sessions keep as many unsent bytes as the budget allows and no more, other
+// sessions keep their latency, and all bytes arrive when the readers continue.
 func TestRelayKeepsWithinBudget(t *testing.T) {
 	const sessions, budget = 300, 1 << 20
 	seed := randomSeed(t)
@@ -591,8 +593,8 @@ var partsFlag = flag.Int("parts", 600, "how many sessions TestProcessParts moves
 // stuckFlag may be up to 9000 with 20,000 descriptors.
 var stuckFlag = flag.Int("stuck", 600, "how many sessions TestProcessStuck has")
 
-// Sessions whose clients do not read take as much memory as their unsent bytes, within the
-// budget, and all other sessions go on.
+// Sessions whose clients do not read take as much memory as their unsent bytes,
+// within the budget, and all other sessions go on.
 func TestProcessStuck(t *testing.T) {
 	t.Run("1 KiB", func(t *testing.T) { stickSessions(t, 1<<10, *stuckFlag*4) }) // 36 MiB for 9,000
 	t.Run("64 KiB", func(t *testing.T) { stickSessions(t, 64<<10, min(*stuckFlag*64*5/4, 2*maxUnsent>>10)) })
@@ -650,8 +652,9 @@ func stickSessions(t *testing.T, piece, limit int) {
 	}
 }
 
-// TestProcessClosesGracefully moves all sessions of a router process, and drains as many.
-// It checks the Close frames at both ends, the pace and the memory, and logs the CPU time.
+// TestProcessClosesGracefully moves all sessions of a router process, and drains as
+// many. It checks the Close frames at both ends, the pace and the memory, and logs
+// the CPU time.
 func TestProcessClosesGracefully(t *testing.T) {
 	const rate, namespaces = 2000, 10
 	sessions := *partsFlag
@@ -748,8 +751,8 @@ func leave(t *testing.T, open []net.Conn, want string) func() []time.Time {
 	}
 }
 
-// wantPace checks that the times span want: with a deviation of a twentieth, and some time
-// that a busy machine may be late.
+// wantPace checks that the times span want: with a deviation of a twentieth, and
+// some time that a busy machine may be late.
 func wantPace(t *testing.T, what string, times []time.Time, want time.Duration) {
 	t.Helper()
 	took := times[len(times)-1].Sub(times[0])

@@ -13,8 +13,8 @@ import (
 	"time"
 )
 
-// goneConn is a connection that the kernel gave up during a write: the write returns the
-// error, and a read returns EOF.
+// goneConn is a connection that the kernel gave up during a write: the write
+// returns the error, and a read returns EOF.
 type goneConn struct {
 	net.Conn
 	failure error // of each write
@@ -24,8 +24,9 @@ func (c *goneConn) Read([]byte) (int, error)  { return 0, io.EOF }
 func (c *goneConn) Write([]byte) (int, error) { return 0, c.failure }
 func (c *goneConn) CloseWrite() error         { return nil }
 
-// If a write to the backend times out, the cause is an error, even if a read has returned
-// EOF before. If the backend ends and then takes nothing more, the cause is its end.
+// If a write to the backend times out, the cause is an error, even if a read has
+// returned EOF before. If the backend ends and then takes nothing more, the cause
+// is its end.
 func TestRelayTimedOutOrEnded(t *testing.T) {
 	for failure, want := range map[error]cause{syscall.ETIMEDOUT: causeBackendError, syscall.EPIPE: causeBackend} {
 		r := quietRelay(t)
@@ -55,9 +56,9 @@ func (c *failingConn) Write(b []byte) (int, error) {
 	return c.TCPConn.Write(b)
 }
 
-// After a failed write nothing more is sent to that side, so that no stream has a hole. If
-// the error says that the peer is gone, the relay still carries what that has sent. Any
-// other error ends the session.
+// After a failed write nothing more is sent to that side, so that no stream has a
+// hole. If the error says that the peer is gone, the relay still carries what that
+// has sent. Any other error ends the session.
 func TestRelayFailedWrites(t *testing.T) {
 	for i := clientSide; i <= backendSide; i++ {
 		for _, failure := range []syscall.Errno{syscall.ENOBUFS, syscall.ENOMEM, syscall.EIO, syscall.EPIPE, syscall.ECONNRESET} {

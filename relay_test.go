@@ -322,8 +322,9 @@ func TestRelayEndsOnce(t *testing.T) {
 	}
 }
 
-// If both sides end at the same moment, in any way, with bytes on their way, the session
-// ends once, with the cause of one of them, and no socket of another session is closed.
+// If both sides end at the same moment, in any way, with bytes on their way, the
+// session ends once, with the cause of one of them, and no socket of another
+// session is closed.
 //
 // It fails if a session is counted twice, or a socket is closed twice: that closes a
 // socket of the next session, or of the bystander.
@@ -444,8 +445,8 @@ func TestRelayEndsIdle(t *testing.T) {
 // scanSessions is how many sessions the relay of a scan has.
 const scanSessions = 100_000
 
-// scanFactor is how many times as long as a loop over a slice a scan may take. A scan of
-// a map took 10 times as long.
+// scanFactor is how many times as long as a loop over a slice a scan may take. A
+// scan of a map took 10 times as long.
 const scanFactor = 4
 
 // scanned returns a relay with scanSessions sessions that are with their owners, and a
@@ -606,8 +607,8 @@ func TestRelayBytesWhileSessionsEnd(t *testing.T) {
 	}
 }
 
-// BenchmarkRelayScan measures what a swap of the table costs if all scanSessions sessions
-// stay, by the number of overrides, and what the scans alone cost.
+// BenchmarkRelayScan measures what a swap of the table costs if all scanSessions
+// sessions stay, by the number of overrides, and what the scans alone cost.
 func BenchmarkRelayScan(b *testing.B) {
 	for _, overrides := range []int{0, 1_000, 100_000} {
 		r, m, _ := scanned(b, overrides)
@@ -633,7 +634,8 @@ func BenchmarkRelayScan(b *testing.B) {
 // maxUnsentPerSide is how many unsent bytes from one side the relay may keep.
 const maxUnsentPerSide = 64 << 10
 
-// stuff writes until conn takes nothing for a while, and returns how many bytes it took.
+// stuff writes until conn takes nothing for a while, and returns how many bytes it
+// took.
 func stuff(conn net.Conn) (n int64) { return stuffWith(conn, endless{}, 32<<10) }
 
 // stuffWith writes pieces from r until conn takes nothing for a while, and returns how
@@ -651,9 +653,9 @@ func stuffWith(conn net.Conn, r io.Reader, piece int) (n int64) {
 }
 
 // smallPairs returns the ends of a session and the relay's connections to them, as
-// behind nginx: a Unix socket and a TCP connection, with small buffers in the kernel. (A
-// TCP socket that takes less than a segment at a time, 64 KiB on the loopback device, is
-// extremely slow.)
+// behind nginx: a Unix socket and a TCP connection, with small buffers in the
+// kernel. (A TCP socket that takes less than a segment at a time, 64 KiB on the
+// loopback device, is extremely slow.)
 func smallPairs(t testing.TB) (client, near halfConn, far, backend halfConn) {
 	t.Helper()
 	c, n := unixPair(t)
@@ -676,9 +678,10 @@ func startedSmallSession(t testing.TB, r *relay) stuckSession {
 	return stuckSession{client, backend}
 }
 
-// A reader that stops makes its sender stop: from a side whose peer's socket is full the
-// relay takes at most maxUnsentPerSide bytes, and all of them arrive when the reader
-// continues. It fails if the relay keeps more, or reads a side that has unsent bytes.
+// A reader that stops makes its sender stop: from a side whose peer's socket is
+// full the relay takes at most maxUnsentPerSide bytes, and all of them arrive when
+// the reader continues. It fails if the relay keeps more, or reads a side that has
+// unsent bytes.
 func TestRelayBackpressure(t *testing.T) {
 	client, near, far, backend := smallPairs(t)
 	full := [2]int64{stuff(client) + stuff(far), stuff(backend) + stuff(near)}
@@ -808,8 +811,8 @@ func wantRest(t *testing.T) {
 	}
 }
 
-// inBatches calls do for 0 to count-1, with a bounded number of calls at once, so that a
-// processor has time for each.
+// inBatches calls do for 0 to count-1, with a bounded number of calls at once, so
+// that a processor has time for each.
 func inBatches(count int, do func(i int)) {
 	const atOnce = 200
 	for first := 0; first < count; first += atOnce {
@@ -821,8 +824,8 @@ func inBatches(count int, do func(i int)) {
 	}
 }
 
-// stuckFlow returns what the backend of session i sends. Every other session has frames,
-// which a relay may keep in another way than arbitrary bytes.
+// stuckFlow returns what the backend of session i sends. Every other session has
+// frames, which a relay may keep in another way than arbitrary bytes.
 func stuckFlow(noise []byte, seed uint64, i int) *flow {
 	f := newFlow(noise, seed+uint64(i), 64<<20, backendSide, i%2 == 0)
 	f.framed = false // nobody knows where it will stop
@@ -935,8 +938,8 @@ func (f *flow) Read(b []byte) (n int, err error) {
 	return n, err
 }
 
-// begin begins the next frame. Most frames are tiny, some have a size near a limit of the
-// relay, some have 16 MiB.
+// begin begins the next frame. Most frames are tiny, some have a size near a limit
+// of the relay, some have 16 MiB.
 func (f *flow) begin() {
 	switch n := f.rng.IntN(60); {
 	case n == 0:

@@ -23,8 +23,9 @@ import (
 	"golang.org/x/net/websocket"
 )
 
-// frameBytes returns a frame with its length in the fewest bytes. The header says length,
-// even if payload is shorter. payload goes into the frame unchanged: it is not masked.
+// frameBytes returns a frame with its length in the fewest bytes. The header says
+// length, even if payload is shorter. payload goes into the frame unchanged: it is
+// not masked.
 func frameBytes(first byte, masked bool, length uint64, payload []byte) []byte {
 	mask := byte(0)
 	if masked {
@@ -234,7 +235,8 @@ func TestFrameScannerIsSmall(t *testing.T) {
 	}
 }
 
-// tapped is a connection that records its traffic. Reads come from source, if it is set.
+// tapped is a connection that records its traffic. Reads come from source, if it is
+// set.
 type tapped struct {
 	net.Conn
 	read, written []byte
@@ -317,8 +319,8 @@ func TestFramesOfLibrary(t *testing.T) {
 	}
 }
 
-// Another implementation reads the code and reason of a Close frame: its client reads an
-// unmasked one, its server a masked one.
+// Another implementation reads the code and reason of a Close frame: its client
+// reads an unmasked one, its server a masked one.
 func TestCloseFrame(t *testing.T) {
 	for name, c := range map[string]struct {
 		code         uint16
@@ -436,8 +438,8 @@ func manyFrames(rng *rand.Rand, masked bool, count int) (stream []byte) {
 	return stream
 }
 
-// wantOracle advances a scanner over the stream in random chunks, by all its methods, and
-// compares it with frameOracle after each.
+// wantOracle advances a scanner over the stream in random chunks, by all its
+// methods, and compares it with frameOracle after each.
 func wantOracle(t *testing.T, stream []byte, masked bool, rng *rand.Rand) {
 	t.Helper()
 	views := frameOracle(stream, masked)
@@ -511,9 +513,9 @@ func frameOracle(stream []byte, masked bool) (views []frameView) {
 	return views
 }
 
-// frameOracleHeader returns the length of the header up to the masking key, or 0 if b does
-// not have all of it, and how many bytes follow. If the header is a violation, wrong is
-// the number of bytes that show it; otherwise it is 0.
+// frameOracleHeader returns the length of the header up to the masking key, or 0 if
+// b does not have all of it, and how many bytes follow. If the header is a
+// violation, wrong is the number of bytes that show it; otherwise it is 0.
 func frameOracleHeader(b []byte, masked bool) (header int, rest uint64, wrong int) {
 	if len(b) == 0 {
 		return 0, 0, 0
@@ -649,8 +651,9 @@ func mustSend(t testing.TB, w io.Writer, frame []byte) {
 	mustWrite(t, w, string(frame))
 }
 
-// A closing handshake, step by step: the backend gets its Close frame, what it sends
-// before it answers arrives at the client, and then the client gets its own Close frame.
+// A closing handshake, step by step: the backend gets its Close frame, what it
+// sends before it answers arrives at the client, and then the client gets its own
+// Close frame.
 func TestCloseGracefully(t *testing.T) {
 	for name, c := range map[string]struct {
 		cause  cause
@@ -694,8 +697,8 @@ func TestCloseGracefully(t *testing.T) {
 	}
 }
 
-// The relay carries Close frames that the sides send by themselves, and inserts none after
-// them.
+// The relay carries Close frames that the sides send by themselves, and inserts
+// none after them.
 func TestCloseGracefullyWhenAlreadyClosing(t *testing.T) {
 	for name, by := range map[string]side{"by the client": clientSide, "by the backend": backendSide} {
 		t.Run(name, func(t *testing.T) {
@@ -815,8 +818,8 @@ func TestCloseGracefullyLateReader(t *testing.T) {
 	waitFor(t, r)
 }
 
-// A Close frame waits for the end of a frame that has begun, wherever that frame is cut,
-// and also if the next one comes right behind it.
+// A Close frame waits for the end of a frame that has begun, wherever that frame is
+// cut, and also if the next one comes right behind it.
 func TestCloseGracefullyWithinAFrame(t *testing.T) {
 	next := func(masked bool) []byte { return frameBytes(0x82, masked, 300, make([]byte, 300)) }
 	for _, size := range []int{0, 5, 200, 70_000} {
@@ -906,8 +909,9 @@ func (a *talker) talk(stop <-chan struct{}) error {
 	}
 }
 
-// hear reads frames and compares each, until a Close frame, after which nothing may come.
-// It calls stop then, and returns the Close frame and the number of frames before it.
+// hear reads frames and compares each, until a Close frame, after which nothing may
+// come. It calls stop then, and returns the Close frame and the number of frames
+// before it.
 func (a *talker) hear(stop func()) (closed string, frames int, err error) {
 	r, buf := bufio.NewReaderSize(a.conn, 64<<10), make([]byte, a.size)
 	for k := 0; ; k++ {
@@ -940,9 +944,9 @@ func (a *talker) hear(stop func()) (closed string, frames int, err error) {
 // The relay inserts Close frames into two streams that never stop: before them come the
 // frames that were sent, whole and unchanged, and after them nothing.
 //
-// It fails if a Close frame is inserted within a frame, or if unsent bytes before it are
-// lost; if the rest of a chunk is sent after it; if the backend's own Close frame is
-// carried too.
+// It fails if a Close frame is inserted within a frame, or if unsent bytes before
+// it are lost; if the rest of a chunk is sent after it; if the backend's own Close
+// frame is carried too.
 func TestCloseGracefullyInFullFlow(t *testing.T) {
 	single, fragments := []byte{0x82}, []byte{0x02, 0x00, 0x89, 0x00, 0x80, 0x8a}
 	for name, c := range map[string]struct {
@@ -1005,7 +1009,8 @@ func TestCloseGracefullyInFullFlow(t *testing.T) {
 	}
 }
 
-// A closing handshake works with another implementation at both ends, through the proxy.
+// A closing handshake works with another implementation at both ends, through the
+// proxy.
 func TestCloseGracefullyLibrary(t *testing.T) {
 	heard := make(chan string, 1)
 	addr := websocketBackend(t, func(ws *websocket.Conn) {
@@ -1041,8 +1046,9 @@ func TestCloseGracefullyLibrary(t *testing.T) {
 	waitFor(t, p.relay)
 }
 
-// The relay waits for a side that does not answer for a bounded time. The client gets its
-// Close frame within half of that time, whatever the backend does, if it reads at all.
+// The relay waits for a side that does not answer for a bounded time. The client
+// gets its Close frame within half of that time, whatever the backend does, if it
+// reads at all.
 func TestCloseGracefullyBounds(t *testing.T) {
 	const bound = 1200 * time.Millisecond
 	quarter, half, whole, none := bound/4, bound/2, bound, time.Duration(0)
@@ -1203,8 +1209,8 @@ func TestCloseGracefullyBounds(t *testing.T) {
 	}
 }
 
-// halfCloseTimeout does not end a closing handshake: the client gets its Close frame all
-// the same.
+// halfCloseTimeout does not end a closing handshake: the client gets its Close
+// frame all the same.
 func TestCloseGracefullyAfterHalfClose(t *testing.T) {
 	r := quietRelay(t)
 	r.halfCloseTimeout, r.closeTimeout = 100*time.Millisecond, 800*time.Millisecond
