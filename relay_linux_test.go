@@ -588,7 +588,7 @@ func TestRelayBytesOverBudget(t *testing.T) {
 }
 
 // partsFlag may be up to 9000 with 20,000 descriptors.
-var partsFlag = flag.Int("parts", 600, "how many sessions TestProcessParts moves, and then drains")
+var partsFlag = flag.Int("parts", 600, "how many sessions TestProcessClosesGracefully moves, and then drains")
 
 // stuckFlag may be up to 9000 with 20,000 descriptors.
 var stuckFlag = flag.Int("stuck", 600, "how many sessions TestProcessStuck has")
