@@ -449,9 +449,9 @@ func (h *dialQueues) dialFailed(ordinal int, q *dialQueue, err error) {
 	if time.Now().Before(q.retryAt) {
 		return
 	}
-	wait := min(maxRedialDelay, minRedialDelay<<min(q.failures, 10))
-	wait = wait/2 + rand.N(wait)
-	q.failures, q.lastErr, q.retryAt = q.failures+1, err, time.Now().Add(wait)
+	q.failures++
+	wait := backoff{minRedialDelay, maxRedialDelay}.jittered(q.failures, rand.Float64())
+	q.lastErr, q.retryAt = err, time.Now().Add(wait)
 	time.AfterFunc(wait, func() {
 		h.mu.Lock()
 		defer h.mu.Unlock()
