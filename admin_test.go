@@ -213,12 +213,10 @@ func TestOwnersAtOnce(t *testing.T) {
 // clients. update puts entries in force.
 func adminOf(t *testing.T, addrs ...string) (a *admin, update func(...sourceContent)) {
 	t.Helper()
-	quiet := slog.New(slog.DiscardHandler)
-	b := newStaticBackends("backend", addrs)
-	router := &router{statefulSet: "backend", backends: b.static, log: quiet, onSwap: func() {}}
-	p := &proxy{router: router, backends: b, relay: newRelay(b.name, quiet), mover: &mover{}, log: quiet}
-	router.addSource(false, func(func(...sourceContent)) overrideSource { return &fakeSource{notReady: "they are late"} })
-	return &admin{proxy: p, fdLimit: wideDescriptorLimit(t), logQueue: newLogQueue(io.Discard), started: time.Now()}, router.update
+	fdLimit := wideDescriptorLimit(t)
+	p := newProxy(&config{statefulSet: "backend"}, newStaticBackends("backend", addrs), fdLimit, slog.New(slog.DiscardHandler))
+	p.router.addSource(false, func(func(...sourceContent)) overrideSource { return &fakeSource{notReady: "they are late"} })
+	return &admin{proxy: p, fdLimit: fdLimit, logQueue: newLogQueue(io.Discard), started: time.Now()}, p.router.update
 }
 
 // answered is the admin's answer to GET path.
@@ -389,7 +387,7 @@ func TestBackendsShowsWhatIsLeft(t *testing.T) {
 func planAdmin(t *testing.T) *admin {
 	t.Helper()
 	a, update := adminOf(t, "127.0.0.1:1", "127.0.0.1:1", "127.0.0.1:1", "127.0.0.1:1")
-	a.proxy.mover = newMover(a.proxy.router, a.proxy.relay, 2, nil, slog.New(slog.DiscardHandler))
+	a.proxy.mover.pace.interval = time.Second / 2
 	update(sourceContent{id: sourceID{"ConfigMap", "edge", "overwriting"}, version: "7", overrides: newOverrideSet(map[string]string{"a": "backend-0", "late": "backend-1"})})
 	for namespace, backends := range map[string][]int{"a": {0, 0, 0}, "b": {bucket("b", 4)}, "late": {0, 1}} {
 		for _, backend := range backends {

@@ -949,11 +949,10 @@ func goldenProgram(t *testing.T, args ...string) (*program, string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p, err := newProgram(c, noEnvironment, slog.New(slog.DiscardHandler))
+	p, err := newProgram(c, noEnvironment, newLogQueue(io.Discard), slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.admin.logQueue = newLogQueue(io.Discard)
 	l, server := listenLocal(t), p.admin.server(p.log)
 	done := make(chan struct{})
 	go func() { defer close(done); server.Serve(newAdminListener(l, p.log)) }()

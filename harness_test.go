@@ -571,27 +571,17 @@ func startProxy(t testing.TB, addrs []string, data map[string]string, change fun
 	t.Helper()
 	tail := newLogTail()
 	log := slog.New(slog.NewJSONHandler(tail, nil))
-	b := newStaticBackends("backend", addrs)
-	b.dialer = newDialer(0)
-	router := &router{statefulSet: "backend", backends: b.static, log: log}
-	relay := newRelay(b.name, log)
-	gate := wideDescriptorLimit(t)
-	relay.freeDescriptors = func(descriptors int) { gate.add(-descriptors) }
-	if err := relay.start(); err != nil {
+	c := &config{statefulSet: "backend", podName: "router-x", limits: limits{
+		holdTimeout: patience, handshakeTimeout: patience, headerTimeout: patience,
+		headerBytes: 8 << 10, headerFields: 100, sessions: 1000, pendingUpgrades: 1000,
+	}}
+	fdLimit := wideDescriptorLimit(t)
+	p := newProxy(c, newStaticBackends("backend", addrs), fdLimit, log)
+	if err := p.relay.start(); err != nil {
 		t.Fatal(err)
 	}
-	probe := func(ctx context.Context, backend int) error {
-		_, err := b.probe(ctx, backend)
-		return err
-	}
-	mover := newMover(router, relay, 0, probe, log)
-	router.onSwap = func() { mover.ownersChanged(); b.queues.recheckOwners() }
-	p := &proxy{
-		router: router, backends: b, relay: relay, mover: mover, podName: "router-x", namespace: pathNamespace, log: log,
-		limits: limits{holdTimeout: patience, handshakeTimeout: patience, headerTimeout: patience, headerBytes: 8 << 10, headerFields: 100, sessions: 1000, pendingUpgrades: 1000},
-	}
 	if data != nil {
-		router.update(sourceContent{id: sourceID{name: "test"}, version: "41", overrides: newOverrideSet(data)})
+		p.router.update(sourceContent{id: sourceID{name: "test"}, version: "41", overrides: newOverrideSet(data)})
 	}
 	if change != nil {
 		change(p)
@@ -601,29 +591,29 @@ func startProxy(t testing.TB, addrs []string, data map[string]string, change fun
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancelCause(context.Background())
-	tp := &testProxy{proxy: p, addr: l.Addr().String(), fastPath: newFastPath(p, l, gate), tail: tail}
-	front := newClientServer(ctx, p, log)
-	front.ConnState = func(_ net.Conn, state http.ConnState) {
+	tp := &testProxy{proxy: p, addr: l.Addr().String(), fastPath: newFastPath(p, l, fdLimit), tail: tail}
+	server := newClientServer(ctx, p, log)
+	server.ConnState = func(_ net.Conn, state http.ConnState) {
 		if state == http.StateNew {
 			tp.http.Add(1)
 		}
 	}
 	var running sync.WaitGroup
 	running.Go(tp.fastPath.run)
-	running.Go(func() { front.Serve(tp.fastPath) })
-	running.Go(func() { mover.run(ctx) })
+	running.Go(func() { server.Serve(tp.fastPath) })
+	running.Go(func() { p.mover.run(ctx) })
 	var once sync.Once
 	tp.stop = func() {
-		once.Do(func() { (&program{config: &config{}, proxy: p, log: log}).stopClients(tp.fastPath, front, cancel) })
+		once.Do(func() { (&program{config: &config{}, proxy: p, log: log}).stopClients(tp.fastPath, server, cancel) })
 	}
 	t.Cleanup(func() {
 		once.Do(func() { // as stop, without the Close frames
 			tp.fastPath.stop()
 			cancel(errDraining)
-			front.Close()
+			server.Close()
 			p.inFlight.Wait()
-			relay.endAll(causeDrain)
-			relay.stop()
+			p.relay.endAll(causeDrain)
+			p.relay.stop()
 		})
 		running.Wait()
 	})

@@ -15,12 +15,13 @@ import (
 	"testing"
 )
 
-// layout is the root's files in their reading order: a file uses only those after
-// it. What one file is for each system is one here.
+// layout has the root's files in their reading order: a file uses only the files after
+// it. The files of one noun for several systems, like listen_linux.go and
+// listen_portable.go, count as one.
 var layout = strings.Fields(`main command config admin fastpath proxy handshake listen configmap directory
 	events move route overrides hash discovery backends watch kube relay websocket log metrics wait`)
 
-// sources is the root's files as they are, without tests.
+// sources has the root's files, parsed, without the tests.
 type sources struct {
 	fset  *token.FileSet
 	names []string // without .go, in alphabetical order
@@ -49,19 +50,19 @@ func parseSources(t *testing.T) *sources {
 	return s
 }
 
-// nameless imports nothing: what the standard library has is of no interest
-// here, and to check it would take seconds.
-type nameless struct{}
+// emptyImporter imports each package as an empty one: these tests need only what the root
+// declares, and to check the standard library would take seconds.
+type emptyImporter struct{}
 
-func (nameless) Import(path string) (*types.Package, error) {
+func (emptyImporter) Import(path string) (*types.Package, error) {
 	return types.NewPackage(path, filepath.Base(path)), nil
 }
 
-// uses returns for each file the others that it uses, and one identifier of
-// each that it does so with.
+// uses returns for each file the other files that it uses, each with an identifier that
+// it uses from there.
 func (s *sources) uses() map[string]map[string]string {
 	info := &types.Info{Uses: map[*ast.Ident]types.Object{}}
-	config := types.Config{Importer: nameless{}, Error: func(error) {}} // the compiler has no errors
+	config := types.Config{Importer: emptyImporter{}, Error: func(error) {}} // the compiler has no errors
 	var files []*ast.File
 	for _, name := range s.names {
 		files = append(files, s.files[name])
@@ -75,15 +76,15 @@ func (s *sources) uses() map[string]map[string]string {
 		if object.Pkg() != root {
 			continue
 		}
-		if from, to := s.name(ident.Pos()), s.name(home(object)); from != to {
+		if from, to := s.unitAt(ident.Pos()), s.unitAt(declaredAt(object)); from != to {
 			uses[from][to] = ident.Name
 		}
 	}
 	return uses
 }
 
-// home is where an object is declared, or the type of a method.
-func home(object types.Object) token.Pos {
+// declaredAt returns where an object is declared; for a method, where its type is.
+func declaredAt(object types.Object) token.Pos {
 	function, ok := object.(*types.Func)
 	if !ok || function.Signature().Recv() == nil {
 		return object.Pos()
@@ -98,13 +99,13 @@ func home(object types.Object) token.Pos {
 	return object.Pos()
 }
 
-// name is the name of the file at pos.
-func (s *sources) name(pos token.Pos) string {
+// unitAt returns the unit of the file at pos.
+func (s *sources) unitAt(pos token.Pos) string {
 	return unit(strings.TrimSuffix(s.fset.Position(pos).Filename, ".go"))
 }
 
-// unit is the file that another belongs to: relay to relay_linux, relay_portable
-// and epoll_linux, which is how relay_linux waits.
+// unit returns the noun that a file belongs to: relay for relay_linux, relay_portable
+// and epoll_linux, the event loop of relay_linux.
 func unit(name string) string {
 	name, _, _ = strings.Cut(name, "_")
 	if name == "epoll" {
@@ -113,7 +114,7 @@ func unit(name string) string {
 	return name
 }
 
-// TestLayoutIsWhole: the reading order has each file once, and no other.
+// TestLayoutIsWhole: the layout has each file once, and nothing else.
 func TestLayoutIsWhole(t *testing.T) {
 	var actual []string
 	for _, name := range parseSources(t).names {
@@ -126,7 +127,7 @@ func TestLayoutIsWhole(t *testing.T) {
 	}
 }
 
-// TestLayoutGoesDown: no file uses one that is before it. So there is no circle.
+// TestLayoutGoesDown: no file uses a file before it. So no files use each other.
 func TestLayoutGoesDown(t *testing.T) {
 	for file, others := range parseSources(t).uses() {
 		for other, identifier := range others {
@@ -137,8 +138,8 @@ func TestLayoutGoesDown(t *testing.T) {
 	}
 }
 
-// TestPackageComment holds the reading order of main.go's package comment, its
-// last paragraph, against the layout.
+// TestPackageComment: the reading order in the last paragraph of main.go's package
+// comment is the layout.
 func TestPackageComment(t *testing.T) {
 	comment := parseSources(t).files["main"].Doc.Text()
 	_, order, ok := strings.Cut(comment, "\nRead ")
@@ -154,6 +155,61 @@ func TestPackageComment(t *testing.T) {
 	}
 	if !slices.Equal(got, layout) {
 		t.Errorf("the reading order is\n%v, want\n%v", got, layout)
+	}
+}
+
+// TestPackageCommentNames: each step of a path and each lock in the package comment is a
+// method or a field of the root.
+func TestPackageCommentNames(t *testing.T) {
+	s := parseSources(t)
+	declared := map[string]bool{}
+	for _, file := range s.files {
+		for _, decl := range file.Decls {
+			addMembers(declared, decl)
+		}
+	}
+	listed := regexp.MustCompile(`(?m)^\t([a-zA-Z.]+\.[a-zA-Z]+(?:, [a-zA-Z]+\.[a-zA-Z]+)*)(?:  |$)`)
+	names := listed.FindAllStringSubmatch(s.files["main"].Doc.Text(), -1)
+	if len(names) < 30 {
+		t.Errorf("%d lines with names in the package comment, want its paths and locks", len(names))
+	}
+	for _, line := range names {
+		for name := range strings.SplitSeq(line[1], ", ") {
+			if !declared[name] {
+				t.Errorf("the package comment has %s, which no file declares", name)
+			}
+		}
+	}
+}
+
+// addMembers adds the method, or the fields of the structs, that decl declares, as
+// type.member.
+func addMembers(members map[string]bool, decl ast.Decl) {
+	switch decl := decl.(type) {
+	case *ast.FuncDecl:
+		if decl.Recv != nil {
+			receiver := strings.TrimPrefix(types.ExprString(decl.Recv.List[0].Type), "*")
+			receiver, _, _ = strings.Cut(receiver, "[")
+			members[receiver+"."+decl.Name.Name] = true
+		}
+	case *ast.GenDecl:
+		for _, spec := range decl.Specs {
+			addFields(members, spec)
+		}
+	}
+}
+
+func addFields(members map[string]bool, spec ast.Spec) {
+	declared, ok := spec.(*ast.TypeSpec)
+	if !ok {
+		return
+	}
+	if structure, ok := declared.Type.(*ast.StructType); ok {
+		for _, field := range structure.Fields.List {
+			for _, name := range field.Names {
+				members[declared.Name.Name+"."+name.Name] = true
+			}
+		}
 	}
 }
 
@@ -185,7 +241,7 @@ func TestGoModRequiresLittle(t *testing.T) {
 	}
 }
 
-// TestNoState: nothing happens before main, and no package variable can change.
+// TestNoState: no code runs before main, and no package variable can change.
 func TestNoState(t *testing.T) {
 	s := parseSources(t)
 	for _, name := range s.names {
@@ -206,8 +262,8 @@ func TestNoState(t *testing.T) {
 	}
 }
 
-// isSentinel reports whether a variable is an error to compare with: var
-// errName = errors.New(...) or fmt.Errorf(...).
+// isSentinel reports whether a variable is an error that others compare with:
+// var errName = errors.New(...) or fmt.Errorf(...).
 func isSentinel(v *ast.ValueSpec) bool {
 	if len(v.Names) != 1 || len(v.Values) != 1 || !strings.HasPrefix(v.Names[0].Name, "err") {
 		return false
@@ -220,9 +276,9 @@ func isSentinel(v *ast.ValueSpec) bool {
 	return function == "errors.New" || function == "fmt.Errorf"
 }
 
-// TestSizes: functions of 60 lines, nesting of 3 at most; a comment on every type
-// and on every function of more than 15 lines. A file holds one noun, whatever its
-// length.
+// TestSizes: a function has at most 60 lines and its statements nest at most 3 deep;
+// every type and every function of more than 15 lines has a comment. A file holds one
+// noun, whatever its length.
 func TestSizes(t *testing.T) {
 	s := parseSources(t)
 	for _, name := range s.names {
@@ -254,8 +310,8 @@ func (s *sources) checkFunction(t *testing.T, file string, f *ast.FuncDecl) {
 	}
 }
 
-// nesting is how deep the statements below n are in others. An else if is as
-// deep as its if.
+// nesting returns how deep the statements below n are nested. An else if is as deep as
+// its if.
 func nesting(n ast.Node) (deepest int) {
 	ast.Inspect(n, func(inner ast.Node) bool {
 		if inner == nil || inner == n {

@@ -1,40 +1,106 @@
 // Router sends each WebSocket to the backend that owns its namespace.
 //
-// A client opens /ws/<namespace>. The owner of the namespace, a pod of a
-// StatefulSet, is the override in a ConfigMap if there is one, else the
-// namespace's hash. The router opens the same path there and from then on
-// carries bytes. When the table of overrides changes, the sessions whose owner
-// changed are closed, at a pace, and only these.
+// A client opens /ws/<namespace>. A pod of a StatefulSet owns the namespace: the
+// pod that an override in a ConfigMap names, else the pod that the namespace's
+// hash chooses. The router opens the same path on that pod and from then on
+// carries bytes. When the overrides change, the router closes the sessions whose
+// owner changed, at a limited rate, and only these.
 //
-//	client ─TLS─ nginx ─unix socket─ net/http ── proxy: check, own, dial, handshake, hijack ── relay ── backend-N
-//	                                                │                │
-//	                                       route: owner(namespace)  backends: backend-N to address, ready
-//	                                                │                │
-//	                        watch or dir: overrides, number    watch, DNS or a list
+//	client
+//	  │ TLS
+//	nginx
+//	  │ Unix socket
+//	fast path (Linux), or net/http for what is not plain
+//	  │
+//	proxy ── who owns the namespace? ── router ──── ConfigMaps or a directory
+//	  │ ──── where is the owner? ────── backends ── EndpointSlices, DNS or a list
+//	  │ handshake with the owner
+//	relay ── carries the session's bytes
+//	  │
+//	backend-N
 //
-// What always holds:
+// What always holds (the code cites these by number):
 //
-//  1. A table is never nil once ready and never changes: an update swaps the
-//     pointer. A lookup takes no lock and allocates nothing.
-//  2. A namespace never has two owners: the same overrides and the same number
-//     of backends give the same owner on every router, in every release. What also
-//     depends on the tables before is a table's stamp, which backends get.
-//  3. What cannot be read changes nothing: the namespace of a malformed
-//     override stays where it was, or is refused if that is not known; all
+//  1. A table never changes: an update swaps the pointer to it. Once there is a
+//     table, the pointer is never nil. A lookup takes no lock and allocates nothing.
+//  2. A namespace never has two owners: the same overrides and the same number of
+//     backends give the same owner on every router, in every release. The owner of
+//     an invalid override depends on earlier tables too; a table's stamp, which
+//     backends get as a header, shows where two routers differ in that.
+//  3. An invalid override changes nothing: its namespace keeps its previous owner.
+//     A router that does not know the previous owner refuses the namespace. All
 //     other overrides apply.
-//  4. A deleted ConfigMap changes nothing, and a router that starts without
-//     one is not ready. "No overrides" is a ConfigMap with empty data. Of those
-//     that a selector chooses this holds for the last.
-//  5. An API server that is gone changes nothing for clients.
-//  6. No byte is lost or reordered from hijack to end.
-//  7. An owner that does not answer is waited for up to a bound, then 503.
-//     Never another backend.
-//  8. After the hand-over only the relay touches the two sockets. A session
-//     ends once, with one cause, counted and logged once.
-//  9. A slow reader stops its own session only, with bounded memory.
-//  10. A move or drain ends a session by Close frames where frames end, first to
-//     the backend, then to the client. What cannot be ended so in time is cut.
-//  11. Every goroutine has an owner that waits for it.
+//  4. A deleted ConfigMap changes nothing, and a router that starts without one is
+//     not ready. "No overrides" is a ConfigMap with empty data. With a selector,
+//     this holds for the last ConfigMap that it chooses.
+//  5. An API server that is down changes nothing for clients.
+//  6. No byte is lost or reordered between hijack and end.
+//  7. If an owner does not answer, its clients wait up to a bound and then get 503.
+//     They never get another backend.
+//  8. After the hand-over only the relay touches the two sockets. A session ends
+//     once, with one cause, and is counted and logged once.
+//  9. A slow reader stops its own session only. The memory of each is bounded.
+//  10. A move or drain ends a session with Close frames, each at the end of a frame:
+//     first to the backend, then to the client. A session that does not end so in
+//     time is cut.
+//  11. Each goroutine has an owner that waits for it.
+//
+// The way of one connection, each step a function:
+//
+//	fastPath.run              accepts a client
+//	pendingConn.readRequest   reads its request without a goroutine
+//	proxy.admit               checks the request and looks up the owner
+//	pendingConn.dial          sends the request to the owner
+//	pendingConn.handleResponse  sends the owner's 101 to the client
+//
+// or, for each client that the fast path leaves to net/http with pendingConn.fallBack,
+//
+//	proxy.ServeHTTP           answers the request if it does not become a session
+//	proxy.upgrade             calls admit, and waits until the owner takes the request
+//	backends.dialOwner        waits until the owner is ready, and dials it
+//	proxy.completeUpgrade     does the handshake with the owner
+//	proxy.hijack              sends the 101 to the client
+//
+// and then, for both,
+//
+//	proxy.startSession        looks once more whether the owner is still the owner
+//	relay.register            counts the session
+//	poller.start              gives the sockets to the event loop
+//	poller.handle             carries bytes, for each event of a socket
+//	poller.end                closes both sockets
+//	relay.sessionEnded        counts and logs the end
+//
+// From a change of a ConfigMap to the first move:
+//
+//	watcher.run               lists and watches, again and again
+//	watcher.applyEvent        decodes one event
+//	configMaps.apply          keeps the newest version of each ConfigMap
+//	router.setContents        merges the overrides of all sources
+//	router.swap               puts a new table in force
+//	table.build               decides for each entry whether it is in force
+//	mover.ownersChanged       wakes the mover
+//	mover.startBatch          finds the sessions whose owner changed
+//	mover.dialTarget          waits until the new owner takes a connection
+//	mover.moveDue             starts the moves that are due, at the rate
+//	session.closeGracefully   begins the closing handshake
+//	closingHandshake.insertClose  puts a Close frame where one may stand
+//	mover.finishBatches       logs the result
+//
+// A goroutine that holds a lock takes only locks that are further down:
+//
+//	configMaps.mu             held while the router swaps its table
+//	router.mu                 held while a swap wakes upgrades that wait, and writes to the log
+//	pendingConn.mu            held while one client of the fast path takes a step
+//	fastPath.mu
+//	dialQueues.mu             held while it asks whether a backend is ready
+//	replicaWatcher.mu, endpointWatcher.mu
+//	watcher.mu
+//	poller.mu                 session.mu in relay_portable.go
+//	relay.mu
+//	upgradeLimit.mu, descriptorLimit.mu, addressCache.mu, limitListener.mu, logQueue.mu
+//
+// Locks on one line are never held together. Nothing waits for the network with a
+// lock held.
 //
 // Read main, command and config (what starts), admin (what operators ask), fastpath,
 // proxy, handshake and listen (from client to session), configmap, directory, events
@@ -61,7 +127,7 @@ import (
 )
 
 func main() {
-	signal.Ignore(syscall.SIGPIPE) // a log whose reader is gone is no reason to end all sessions
+	signal.Ignore(syscall.SIGPIPE) // a log without a reader must not end all sessions
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	context.AfterFunc(ctx, stop) // the second signal kills
 	err := run(ctx, os.Args[1:], os.Getenv, os.Stdout)
@@ -71,8 +137,8 @@ func main() {
 	os.Exit(exitCode(err))
 }
 
-// exitCode is 0 for a normal end and help, 2 for an error in the flags or the
-// environment, 1 for any other.
+// exitCode returns 0 for a normal end and for help, 2 for an error in the flags or
+// the environment, and 1 for any other error.
 func exitCode(err error) int {
 	var usage usageError
 	switch {
@@ -84,9 +150,11 @@ func exitCode(err error) int {
 	return 1
 }
 
-// run is the program: it serves until ctx ends, then drains, or runs a command.
-// Logs go to stdout, which is waited for at the end only, for logFlushTimeout at most.
-func run(ctx context.Context, args []string, getenv func(string) string, stdout io.Writer) error {
+// run is the program: it runs a subcommand, or serves until ctx ends and then drains.
+// Logs go to stdout. Only the end waits for stdout, for logFlushTimeout at most.
+func run(
+	ctx context.Context, args []string, getenv func(string) string, stdout io.Writer,
+) error {
 	if handled, err := runCommand(ctx, args, stdout); handled {
 		return err
 	}
@@ -101,11 +169,10 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 	}
 	go queue.run(log)
 	defer queue.stop()
-	p, err := newProgram(c, getenv, log)
+	p, err := newProgram(c, getenv, queue, log)
 	if err != nil {
 		return err
 	}
-	p.admin.logQueue = queue
 	clientListener, err := listen(c.listen, c.tcpUserTimeout)
 	if err != nil {
 		return fmt.Errorf("-listen: %w", err)
@@ -119,19 +186,20 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 	return p.serve(ctx, clientListener, adminListener)
 }
 
-// program is the router's parts, wired.
+// program is the router's components, wired.
 type program struct {
 	config  *config
 	fdLimit *descriptorLimit
 	proxy   *proxy
-	mover   *mover
-	tasks   []func(context.Context) // where overrides and backends come from; each runs until its context ends
+	tasks   []func(context.Context) // each runs until its context ends
 	admin   *admin
 	log     *slog.Logger
 }
 
-// newProgram makes the parts that c asks for, which do nothing before serve.
-func newProgram(c *config, getenv func(string) string, log *slog.Logger) (*program, error) {
+// newProgram makes the components that c asks for. They do nothing before serve.
+func newProgram(
+	c *config, getenv func(string) string, queue *logQueue, log *slog.Logger,
+) (*program, error) {
 	kubeClient, namespace, err := c.kubeClient(getenv)
 	if err != nil {
 		return nil, err
@@ -140,19 +208,18 @@ func newProgram(c *config, getenv func(string) string, log *slog.Logger) (*progr
 	if err != nil {
 		return nil, err
 	}
-	relay := newRelay(func(ordinal int) string { return backendName(c.statefulSet, ordinal) }, log)
-	var mover *mover // the endpointWatcher uses it when it runs
+	var proxy *proxy // onPods uses it when the endpointWatcher runs
 	var endpoints *endpointWatcher
 	if backends == nil {
-		endpoints = newEndpointWatcher(*kubeClient, namespace, c.statefulSet, c.service, c.backendPort,
-			func(uids map[int]string) {
-				if relay.setPods(uids) {
-					mover.ownersChanged()
-				}
-			}, log)
+		onPods := func(uids map[int]string) {
+			if proxy.relay.setPods(uids) {
+				proxy.mover.ownersChanged()
+			}
+		}
+		endpoints = newEndpointWatcher(*kubeClient, namespace,
+			c.statefulSet, c.service, c.backendPort, onPods, log)
 		backends = endpoints.backends()
 	}
-	backends.dialer = newDialer(c.tcpUserTimeout)
 	maxFiles, err := openFileLimit()
 	if err != nil {
 		return nil, err
@@ -161,48 +228,73 @@ func newProgram(c *config, getenv func(string) string, log *slog.Logger) (*progr
 	if err != nil {
 		return nil, err
 	}
-	router := &router{statefulSet: c.statefulSet, fromHost: c.namespaceFrom == "host", backends: backends.static, log: log}
+	proxy = newProxy(c, backends, fdLimit, log)
+	p := &program{config: c, fdLimit: fdLimit, proxy: proxy, log: log}
+	p.admin = &admin{proxy: p.proxy, fdLimit: fdLimit, logQueue: queue, started: time.Now()}
+	if endpoints != nil {
+		p.followStatefulSet(kubeClient, namespace, endpoints)
+	}
+	p.addSources(kubeClient, namespace)
+	return p, nil
+}
+
+// newProxy wires a proxy with a router, a relay and a mover of its own. fdLimit counts
+// the descriptors of its clients and sessions. The caller starts the relay, runs the
+// mover, and stops both.
+func newProxy(
+	c *config, backends *backends, fdLimit *descriptorLimit, log *slog.Logger,
+) *proxy {
+	backends.dialer = newDialer(c.tcpUserTimeout)
+	router := &router{statefulSet: c.statefulSet, fromHost: c.namespaceFrom == "host",
+		backends: backends.static, log: log}
+	relay := newRelay(backends.name, log)
 	relay.freeDescriptors = func(descriptors int) { fdLimit.add(-descriptors) }
 	probe := func(ctx context.Context, backend int) error {
 		_, err := backends.probe(ctx, backend)
 		return err
 	}
-	mover = newMover(router, relay, c.moveRate, probe, log)
+	mover := newMover(router, relay, c.moveRate, probe, log)
 	mover.settleTime = c.moveSettle
 	router.onSwap = func() { mover.ownersChanged(); backends.queues.recheckOwners() }
-	p := &program{config: c, fdLimit: fdLimit, mover: mover, log: log}
-	p.proxy = &proxy{
+	p := &proxy{
 		router: router, backends: backends, relay: relay, mover: mover,
 		limits: c.limits, podName: c.podName, namespace: pathNamespace, log: log,
 	}
 	if router.fromHost {
-		p.proxy.namespace = hostNamespace
+		p.namespace = hostNamespace
 	}
-	p.admin = &admin{proxy: p.proxy, fdLimit: fdLimit, started: time.Now()}
-	p.addSources(kubeClient, namespace, endpoints)
-	return p, nil
+	return p
 }
 
-// addSources sets up the sources of overrides, and with pods that of their number.
-func (p *program) addSources(kubeClient *kubeClient, namespace string, endpoints *endpointWatcher) {
-	router := p.proxy.router
-	if endpoints != nil {
-		p.admin.replicaWatcher = newReplicaWatcher(*kubeClient, namespace, endpoints, func(backends ordinals, revision string) {
-			p.fdLimit.setBackends(backends.count)
-			router.setBackends(backends, revision)
-		}, p.log)
-		p.tasks = append(p.tasks, endpoints.watcher.run, p.admin.replicaWatcher.watcher.run, p.admin.replicaWatcher.keepActiveCount)
+// followStatefulSet takes the number of backends from the StatefulSet, and their
+// addresses and pods from its EndpointSlices.
+func (p *program) followStatefulSet(
+	kubeClient *kubeClient, namespace string, endpoints *endpointWatcher,
+) {
+	onResize := func(backends ordinals, revision string) {
+		p.fdLimit.setBackends(backends.count)
+		p.proxy.router.setBackends(backends, revision)
 	}
+	replicas := newReplicaWatcher(*kubeClient, namespace, endpoints, onResize, p.log)
+	p.admin.replicaWatcher = replicas
+	p.tasks = append(p.tasks, endpoints.watcher.run, replicas.watcher.run, replicas.keepActiveCount)
+}
+
+// addSources sets up the sources of overrides: the ConfigMaps if there is an API server,
+// and a directory, which then counts only until the ConfigMaps were read.
+func (p *program) addSources(kubeClient *kubeClient, namespace string) {
+	c, router := p.config, p.proxy.router
 	if kubeClient != nil {
 		router.addSource(false, func(update func(...sourceContent)) overrideSource {
-			c := newConfigMaps(*kubeClient, namespace, p.config.configMaps, p.config.selector, p.config.podName, update, p.log)
-			p.admin.configMaps, p.mover.onFinished = c, c.reportMove
-			return c
+			maps := newConfigMaps(*kubeClient, namespace, c.configMaps, c.selector,
+				c.podName, update, p.log)
+			p.admin.configMaps, p.proxy.mover.onFinished = maps, maps.reportMove
+			return maps
 		})
 	}
-	if path := p.config.overrides; path != "" {
+	if c.overrides != "" {
 		router.addSource(kubeClient != nil, func(update func(...sourceContent)) overrideSource {
-			return &directory{path: path, update: update, log: p.log}
+			return &directory{path: c.overrides, update: update, log: p.log}
 		})
 	}
 	for _, source := range router.sources {
@@ -210,15 +302,15 @@ func (p *program) addSources(kubeClient *kubeClient, namespace string, endpoints
 	}
 }
 
-// serve runs everything until ctx ends or clients cannot be listened to, then stops it in
-// order: first no new sessions, then the sessions end, then the rest.
+// serve runs everything until ctx ends or the client listener fails. Then it stops in
+// this order: new clients, the sessions, everything else. It closes neither listener.
 func (p *program) serve(ctx context.Context, clientListener, adminListener net.Listener) error {
 	if err := p.proxy.relay.start(); err != nil {
 		return err
 	}
 	background, stopBackground := context.WithCancel(context.Background())
 	var running sync.WaitGroup
-	for _, task := range append(p.tasks, p.mover.run, p.proxy.freeMemory) {
+	for _, task := range append(p.tasks, p.proxy.mover.run, p.proxy.freeMemory) {
 		running.Go(func() { task(background) })
 	}
 	if idle := p.config.idleTimeout; idle > 0 {
@@ -232,12 +324,7 @@ func (p *program) serve(ctx context.Context, clientListener, adminListener net.L
 	running.Go(fastPath.run)
 	running.Go(func() { failed <- clientServer.Serve(fastPath) })
 	running.Go(func() { adminServer.Serve(newAdminListener(adminListener, p.log)) }) // until Close
-	p.log.Info("serving", "version", version(), "listen", clientListener.Addr().String(), "admin", adminListener.Addr().String(),
-		"pod", p.config.podName, "backends", p.proxy.backends.static.count, "kube", p.config.kube)
-	if maxSessions := p.fdLimit.maxSessions(); maxSessions < p.config.limits.sessions {
-		p.log.Warn("the open files allow fewer sessions than -max-sessions",
-			"sessions", maxSessions, "max", p.config.limits.sessions, "files", p.fdLimit.maxFiles)
-	}
+	p.logServing(clientListener.Addr(), adminListener.Addr())
 
 	var err error
 	select {
@@ -253,8 +340,19 @@ func (p *program) serve(ctx context.Context, clientListener, adminListener net.L
 	return err
 }
 
-// announceDrain makes the router not ready while it still accepts clients: load
-// balancers need time to notice.
+// logServing logs where the router listens, and warns if the process may not open enough
+// files for -max-sessions.
+func (p *program) logServing(client, admin net.Addr) {
+	p.log.Info("serving", "version", version(), "listen", client.String(), "admin", admin.String(),
+		"pod", p.config.podName, "backends", p.proxy.backends.static.count, "kube", p.config.kube)
+	if maxSessions := p.fdLimit.maxSessions(); maxSessions < p.config.limits.sessions {
+		p.log.Warn("the open files allow fewer sessions than -max-sessions",
+			"sessions", maxSessions, "max", p.config.limits.sessions, "files", p.fdLimit.maxFiles)
+	}
+}
+
+// announceDrain makes /readyz fail while the router still accepts clients, for
+// -drain-delay: load balancers need time to notice.
 func (p *program) announceDrain() {
 	p.admin.draining.Store(true)
 	p.log.Info("draining", "sessions", p.proxy.relay.size(),
@@ -262,30 +360,34 @@ func (p *program) announceDrain() {
 	time.Sleep(p.config.drainDelay)
 }
 
-// stopClients ends what clients have: nothing new is accepted, upgrades under
-// way are answered, and sessions are closed at a pace. A client whose request net/http
-// has not given to the handler when Shutdown begins would get no answer, so those that
-// the event loop has left to it are waited for.
-func (p *program) stopClients(fastPath *fastPath, clientServer *http.Server, stopRequests context.CancelCauseFunc) {
+// stopClients stops accepting clients, answers the upgrades under way, and closes the
+// sessions over -drain-time. It returns when all of them have ended.
+//
+// When Shutdown begins, net/http drops a client whose request it has not given to the
+// handler: that client would get no answer. So stopClients first waits, for at most two
+// seconds, for the clients that the fast path has left to net/http.
+func (p *program) stopClients(
+	fastPath *fastPath, clientServer *http.Server, stopRequests context.CancelCauseFunc,
+) {
 	started := time.Now()
-	clientServer.SetKeepAlivesEnabled(false) // from here on each answer says that it is the last
+	clientServer.SetKeepAlivesEnabled(false) // each answer now says Connection: close
 	fastPath.stop()
 	stopRequests(errDraining)
 	timeout, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
 	handled, allHandled := context.WithCancel(timeout)
-	go func() { p.proxy.unhandled.Wait(); allHandled() }() // at the latest when clients are closed
+	go func() { p.proxy.unhandled.Wait(); allHandled() }() // ends at the latest with Close below
 	<-handled.Done()
 	clientServer.Shutdown(timeout) // it does not wait for hijacked connections (golang/go#17721)
-	clientServer.Close()           // for answers that took longer than the bound
+	clientServer.Close()           // for answers that took longer than the timeout
 	p.proxy.inFlight.Wait()
 	ended := drain(context.Background(), p.proxy.relay, p.config.drainDuration)
 	p.proxy.relay.stop()
 	p.log.Info("stopped", "sessions", ended, "seconds", time.Since(started).Seconds())
 }
 
-// newClientServer returns the server of clients. ctx bounds the requests until they
-// are hijacked or answered.
+// newClientServer returns net/http's server for clients. ctx ends their requests, until
+// they are hijacked or answered.
 func newClientServer(ctx context.Context, p *proxy, log *slog.Logger) *http.Server {
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
@@ -298,9 +400,9 @@ func newClientServer(ctx context.Context, p *proxy, log *slog.Logger) *http.Serv
 		ErrorLog:          serverLog(log),
 		BaseContext:       func(net.Listener) context.Context { return ctx },
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
-			front := c.(*clientConn)
-			front.serverCtx = ctx
-			front.count(&p.unhandled)
+			client := c.(*clientConn)
+			client.serverCtx = ctx
+			client.count(&p.unhandled)
 			return context.WithValue(ctx, clientConnKey{}, c)
 		},
 	}

@@ -27,7 +27,7 @@ func TestRunDrainsOnFailure(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p, err := newProgram(c, noEnvironment, logger)
+	p, err := newProgram(c, noEnvironment, newLogQueue(io.Discard), logger)
 	if err != nil {
 		t.Fatal(err)
 	}
