@@ -21,32 +21,34 @@ import (
 	"time"
 )
 
-// admin answers operators and probes, off the data path.
+// admin answers operators and probes on the admin port, which clients do not use.
 type admin struct {
 	// Static after construction.
 	proxy          *proxy
 	fdLimit        *descriptorLimit
-	configMaps     *configMaps // nil without an API server
 	logQueue       *logQueue
-	replicaWatcher *replicaWatcher // nil if the flags say how many backends there are
+	configMaps     *configMaps     // nil without an API server
+	replicaWatcher *replicaWatcher // nil if flags give the number of backends
 	started        time.Time
 
-	draining atomic.Bool
+	draining atomic.Bool // set by main when the drain begins
 }
 
-// newAdminListener returns the listener of the admin port, on l.
+// newAdminListener returns a listener that accepts from l, keeps at most maxAdminConns
+// connections open, and goes on after errors. It closes l.
 func newAdminListener(l net.Listener, log *slog.Logger) net.Listener {
-	return &limitListener{Listener: retryListener{l, newAcceptRetry("-admin", log)}, maxConns: maxAdminConns}
+	retry := retryListener{l, newAcceptRetry("-admin", log)}
+	return &limitListener{Listener: retry, maxConns: maxAdminConns}
 }
 
-// server returns the server of the admin port, for a newAdminListener. Whatever is
-// asked of the others, a new /healthz and /readyz get an answer: connections make room
-// for it, and what costs something has few turns.
+// server returns the server of the admin port, for a newAdminListener. A new /healthz or
+// /readyz always gets an answer, whatever others request: older connections make room
+// for it, and few requests that cost much run at once.
 func (a *admin) server(log *slog.Logger) *http.Server {
 	return &http.Server{
 		Handler:           a.handler(),
 		ReadHeaderTimeout: 5 * time.Second,
-		ReadTimeout:       10 * time.Second, // with the body
+		ReadTimeout:       10 * time.Second, // including the body
 		WriteTimeout:      30 * time.Second,
 		IdleTimeout:       time.Minute,
 		MaxHeaderBytes:    8 << 10,
@@ -57,45 +59,53 @@ func (a *admin) server(log *slog.Logger) *http.Server {
 	}
 }
 
-// How many requests are answered at once, for each of these. Those that dial make
-// maxConcurrentOwners + maxConcurrentDials connections, which are maxAdminDials.
+// How many requests of each kind run at once. Together they dial at most maxAdminDials
+// connections: one for each /owner, maxConcurrentDials for a /backends.
 const (
-	maxConcurrentPlans    = 1 // one plan takes up to 40 MiB
+	maxConcurrentPlans    = 1 // a plan takes up to 40 MiB
 	maxConcurrentBackends = 1
 	maxConcurrentOwners   = 8
-	maxConcurrentDials    = maxAdminDials - maxConcurrentOwners // of one /backends
+	maxConcurrentDials    = maxAdminDials - maxConcurrentOwners
 )
 
-// handler serves the admin port. It has to be asked for once: the turns belong to it.
+// handler returns the handler of the admin port. Its limits are its own, so a server has
+// one handler.
 func (a *admin) handler() http.Handler {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
+	mux.HandleFunc("GET /healthz", healthz)
 	mux.HandleFunc("GET /readyz", a.readyz)
 	mux.HandleFunc("GET /metrics", a.metrics)
-	mux.HandleFunc("GET /owner", limitConcurrency(maxConcurrentOwners, maxAdminConns, a.owner))
-	mux.HandleFunc("GET /backends", limitConcurrency(maxConcurrentBackends, maxAdminConns, a.backends))
-	mux.HandleFunc("POST /plan", limitConcurrency(maxConcurrentPlans, maxWaitingPlans, a.plan))
+	mux.HandleFunc("GET /owner",
+		limitConcurrency(maxConcurrentOwners, maxAdminConns, a.owner))
+	mux.HandleFunc("GET /backends",
+		limitConcurrency(maxConcurrentBackends, maxAdminConns, a.backends))
+	mux.HandleFunc("POST /plan",
+		limitConcurrency(maxConcurrentPlans, maxWaitingPlans, a.plan))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if c, ok := r.Context().Value(limitConnKey{}).(*limitConn); ok {
 			c.setBusy(true)
 			defer c.setBusy(false)
 		}
 		if r.Method != http.MethodPost && r.ContentLength != 0 {
-			w.Header().Set("Connection", "close") // what is left of the body is not worth reading
-			writeJSON(w, http.StatusBadRequest, map[string]string{"error": fmt.Sprintf("%.20s with a body, want none", r.Method)})
+			w.Header().Set("Connection", "close") // so that net/http does not read the body
+			writeError(w, http.StatusBadRequest,
+				fmt.Sprintf("%.20s with a body, want none", r.Method))
 			return
 		}
 		mux.ServeHTTP(w, r)
 	})
 }
 
+func healthz(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") }
+
 const (
-	maxWaitingPlans = 4               // plans that wait for their turn, whose bodies the kernel has
-	maxTurnWait     = 3 * time.Second // the longest that one waits
+	maxWaitingPlans = 4               // plans that wait; their bodies stay in the kernel
+	maxQueueTime    = 3 * time.Second // how long a request waits until it runs
 )
 
-// limitConcurrency answers count requests at once with next. As many as waiting wait, without
-// their bodies being read; the rest gets 503.
+// limitConcurrency returns a handler that runs next for count requests at once. Up to
+// waiting more requests wait, for at most maxQueueTime, and their bodies are not read.
+// All others get 503.
 func limitConcurrency(count, waiting int, next http.HandlerFunc) http.HandlerFunc {
 	admitted := make(chan struct{}, count+waiting)
 	running := make(chan struct{}, count)
@@ -107,7 +117,7 @@ func limitConcurrency(count, waiting int, next http.HandlerFunc) http.HandlerFun
 			writeBusy(w, r)
 			return
 		}
-		timeout := time.NewTimer(maxTurnWait)
+		timeout := time.NewTimer(maxQueueTime)
 		defer timeout.Stop()
 		select {
 		case running <- struct{}{}:
@@ -120,15 +130,16 @@ func limitConcurrency(count, waiting int, next http.HandlerFunc) http.HandlerFun
 	}
 }
 
-// writeBusy answers a request that gets no turn.
+// writeBusy answers a request that may not run now with 503.
 func writeBusy(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Retry-After", "1")
-	w.Header().Set("Connection", "close") // not to read the body
-	writeJSON(w, http.StatusServiceUnavailable, map[string]string{"error": "too many requests for " + r.URL.Path + " at once"})
+	w.Header().Set("Connection", "close") // so that net/http does not read the body
+	writeError(w, http.StatusServiceUnavailable,
+		"too many requests for "+r.URL.Path+" at once")
 }
 
-// whyNotReady says why the router should get no new clients. Once there is a table
-// the API server may be away for as long as it likes (invariant 5).
+// whyNotReady returns why the router should get no new clients, or nothing if it should.
+// Once there is a table, the API server may be down for any time (invariant 5).
 func (a *admin) whyNotReady() []string {
 	var why []string
 	if a.draining.Load() {
@@ -138,12 +149,13 @@ func (a *admin) whyNotReady() []string {
 		why = append(why, a.whyNoTable()...)
 	}
 	if used, limit, full := a.fdLimit.usage(); full {
-		why = append(why, fmt.Sprintf("clients wait for descriptors: %d of %d are used", used, limit))
+		why = append(why,
+			fmt.Sprintf("clients wait for descriptors: %d of %d are used", used, limit))
 	}
 	return why
 }
 
-// whyNoTable says why there is none yet.
+// whyNoTable returns why there is no table yet.
 func (a *admin) whyNoTable() (why []string) {
 	if missing := a.proxy.router.whyNoOverrides(); missing != "" {
 		why = append(why, "no overrides were read yet: "+missing)
@@ -169,15 +181,17 @@ func (a *admin) metrics(w http.ResponseWriter, _ *http.Request) {
 	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 	b := bufio.NewWriter(w)
 	a.writeMetrics(b)
-	b.Flush() // a scraper that left is no error
+	b.Flush() // it fails only if the client is gone
 }
 
-// writeMetrics writes all families, in this order: each component writes its own.
+// writeMetrics writes all metric families. Each component writes its own; here is their
+// order.
 func (a *admin) writeMetrics(w io.Writer) {
 	m := metricsWriter{w}
 	m.family("router_build_info", "gauge", "Always 1; the labels say which build this is.")
 	m.sample("router_build_info", 1, "version", version(), "goversion", runtime.Version())
-	m.single("router_ready", "gauge", "1 if /readyz says so.", boolToFloat(len(a.whyNotReady()) == 0))
+	m.single("router_ready", "gauge", "1 if /readyz says so.",
+		boolToFloat(len(a.whyNotReady()) == 0))
 	counts := a.proxy.relay.counts()
 	a.proxy.relay.writeSessionMetrics(m, counts, a.backendOrdinals(counts))
 	a.proxy.mover.writeMetrics(m)
@@ -198,7 +212,8 @@ func (a *admin) writeMetrics(w io.Writer) {
 	}
 	a.logQueue.writeMetrics(m)
 	m.single("go_goroutines", "gauge", "Goroutines.", float64(runtime.NumGoroutine()))
-	m.single("process_start_time_seconds", "gauge", "Start of the process, in seconds since the epoch.",
+	m.single("process_start_time_seconds", "gauge",
+		"Start of the process, in seconds since the epoch.",
 		float64(a.started.UnixNano())/float64(time.Second))
 }
 
@@ -216,108 +231,135 @@ func (a *admin) watchers() (all []objectWatcher) {
 // ownership is the answer of /owner.
 type ownership struct {
 	Namespace string      `json:"namespace"`
-	Owner     string      `json:"owner,omitempty"` // none if the namespace is refused
+	Owner     string      `json:"owner,omitempty"` // "" if the namespace is refused
 	Why       string      `json:"why"`             // one of the why constants
-	PodUID    string      `json:"pod,omitempty"`   // uid of the owner's pod, if it is known
+	PodUID    string      `json:"pod,omitempty"`   // of the owner's pod, if known
 	Address   string      `json:"address,omitempty"`
-	Ready     bool        `json:"ready"` // it takes a connection now
+	Ready     bool        `json:"ready"` // the owner takes a connection now
 	Error     string      `json:"error,omitempty"`
 	Note      string      `json:"note,omitempty"`
-	Table     string      `json:"table"` // the version
+	Table     string      `json:"table"` // the table's version
 	Stamp     string      `json:"stamp"` // what backends get as X-Router-Table
 	Rejected  []rejection `json:"rejected,omitempty"`
 }
 
-// owner answers GET /owner, for a namespace as clients have it.
+// owner answers GET /owner: it looks the namespace up as an upgrade would, and dials its
+// owner.
 func (a *admin) owner(w http.ResponseWriter, r *http.Request) {
-	host := a.proxy.router.fromHost
-	namespace := r.URL.Query().Get("namespace") // FormValue would read a body
-	if host {
-		namespace = strings.ToLower(namespace) // as hostNamespace
-	}
-	if want := namespaceFault(namespace, host); want != "" {
-		writeJSON(w, http.StatusBadRequest, map[string]string{
-			"error": fmt.Sprintf("/owner?namespace= is %.260q, want %s", namespace, want)})
+	asked := r.URL.Query().Get("namespace") // FormValue would read a body
+	namespace, want := clientNamespace(asked, a.proxy.router.fromHost)
+	if want != "" {
+		writeError(w, http.StatusBadRequest,
+			fmt.Sprintf("/owner?namespace= is %.260q, want %s", namespace, want))
 		return
 	}
+	t := a.tableOrError(w)
+	if t == nil {
+		return
+	}
+	o, ordinal := newOwnership(t, namespace)
+	if o.Owner != "" {
+		o.PodUID = a.proxy.backends.podUID(ordinal)
+		o.Address, o.Ready, o.Error = a.probe(r.Context(), ordinal)
+	}
+	writeJSON(w, http.StatusOK, o)
+}
+
+// tableOrError returns the table in force. Without one it answers 503 and returns nil.
+func (a *admin) tableOrError(w http.ResponseWriter) *table {
 	t := a.proxy.router.table()
 	if t == nil {
-		writeJSON(w, http.StatusServiceUnavailable, map[string]string{"error": strings.Join(a.whyNoTable(), "\n")})
-		return
+		writeError(w, http.StatusServiceUnavailable, strings.Join(a.whyNoTable(), "\n"))
 	}
-	writeJSON(w, http.StatusOK, a.ownership(r.Context(), t, namespace))
+	return t
 }
 
-// ownership looks the namespace up as an upgrade would, and dials its owner.
-func (a *admin) ownership(ctx context.Context, t *table, namespace string) ownership {
-	o := ownership{Namespace: namespace, Why: t.explain(namespace), Note: overrideKeyFault(namespace), Table: t.version,
-		Stamp: t.stamp, Rejected: t.rejectionsOf(namespace)}
+// clientNamespace returns the namespace that a client has with this name in its request.
+// If no request can have it, want says what a namespace may be; else want is "".
+func clientNamespace(name string, fromHost bool) (namespace, want string) {
+	if fromHost {
+		name = strings.ToLower(name) // as hostNamespace does
+	}
+	return name, namespaceFault(name, fromHost)
+}
+
+// newOwnership returns who owns the namespace in t, without the state of the owner, and
+// the owner's ordinal. Owner is "" if t refuses the namespace.
+func newOwnership(t *table, namespace string) (o ownership, ordinal int) {
+	o = ownership{
+		Namespace: namespace, Why: t.explain(namespace), Note: overrideKeyFault(namespace),
+		Table: t.version, Stamp: t.stamp, Rejected: t.rejectionsOf(namespace),
+	}
 	ordinal, ok := t.owner(namespace)
-	if !ok {
-		return o
+	if ok {
+		o.Owner = t.name(ordinal)
 	}
-	o.Owner = t.name(ordinal)
-	o.PodUID = a.proxy.backends.podUID(ordinal)
-	o.Address, o.Ready, o.Error = a.probe(ctx, ordinal)
-	return o
+	return o, ordinal
 }
 
-// backendState is one backend in the answer of /backends. One that has no
-// namespaces and no sessions is safe to remove.
+// backendState is one backend in the answer of /backends. A backend without namespaces
+// and without sessions is safe to remove.
 type backendState struct {
 	Name       string `json:"name"`
 	Ordinal    int    `json:"ordinal"`
-	PodUID     string `json:"pod,omitempty"` // its uid, if that is known
+	PodUID     string `json:"pod,omitempty"` // of its pod, if known
 	Address    string `json:"address,omitempty"`
 	Ready      bool   `json:"ready"` // it takes a connection now
 	Error      string `json:"error,omitempty"`
-	Namespaces bool   `json:"namespaces"`         // it owns some
-	Overrides  int    `json:"overrides"`          // of these, by overrides
-	Sessions   int    `json:"sessions"`           // of this router
-	Replaced   int    `json:"replaced,omitempty"` // of these, with a pod that is the backend no more
+	Namespaces bool   `json:"namespaces"`         // it owns namespaces
+	Overrides  int    `json:"overrides"`          // how many it owns by overrides
+	Sessions   int    `json:"sessions"`           // open in this router
+	Replaced   int    `json:"replaced,omitempty"` // of these, with an earlier pod
 }
 
-// backends lists the backends that own namespaces, and those that still have
-// sessions.
+// backends answers GET /backends: the backends that own namespaces, and those that still
+// have sessions.
 func (a *admin) backends(w http.ResponseWriter, r *http.Request) {
-	t := a.proxy.router.table()
+	t := a.tableOrError(w)
 	if t == nil {
-		writeJSON(w, http.StatusServiceUnavailable, map[string]string{"error": strings.Join(a.whyNoTable(), "\n")})
 		return
 	}
 	counts, overrides := a.proxy.relay.counts(), overridesByBackend(t)
 	maps.DeleteFunc(counts, func(ordinal int, n backendCount) bool { return n.open == 0 })
 	all := []backendState{}
 	for _, ordinal := range a.backendOrdinals(counts) {
-		all = append(all, backendState{Name: t.name(ordinal), Ordinal: ordinal, PodUID: a.proxy.backends.podUID(ordinal), Namespaces: t.backends.has(ordinal),
-			Overrides: overrides[ordinal], Sessions: counts[ordinal].open, Replaced: counts[ordinal].onOldPod})
+		all = append(all, backendState{
+			Name: t.name(ordinal), Ordinal: ordinal,
+			PodUID:     a.proxy.backends.podUID(ordinal),
+			Namespaces: t.backends.has(ordinal), Overrides: overrides[ordinal],
+			Sessions: counts[ordinal].open, Replaced: counts[ordinal].onOldPod,
+		})
 	}
 	a.probeAll(r.Context(), all)
-	writeJSON(w, http.StatusOK, map[string]any{"table": t.version, "stamp": t.stamp, "backends": all})
+	answer := map[string]any{"table": t.version, "stamp": t.stamp, "backends": all}
+	writeJSON(w, http.StatusOK, answer)
 }
 
-// probeTimeout bounds the dials of one /backends.
+// probeTimeout bounds all dials of one /backends.
 const probeTimeout = 10 * time.Second
 
-// probeAll dials all backends, maxConcurrentDials of them at a time.
+// probeAll dials all backends, maxConcurrentDials at a time, and sets their Address,
+// Ready and Error.
 func (a *admin) probeAll(ctx context.Context, all []backendState) {
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
-	var dialling sync.WaitGroup
+	var dials sync.WaitGroup
 	var next atomic.Int64
 	for range min(maxConcurrentDials, len(all)) {
-		dialling.Go(func() {
+		dials.Go(func() {
 			for i := next.Add(1) - 1; i < int64(len(all)); i = next.Add(1) - 1 {
 				all[i].Address, all[i].Ready, all[i].Error = a.probe(ctx, all[i].Ordinal)
 			}
 		})
 	}
-	dialling.Wait()
+	dials.Wait()
 }
 
-// probe dials a backend, and returns its address as far as that is known, whether
-// it takes a connection, and why not.
-func (a *admin) probe(ctx context.Context, ordinal int) (address string, ready bool, why string) {
+// probe dials a backend once. It returns the backend's address, "" if not known, whether
+// the backend takes a connection, and if not, why.
+func (a *admin) probe(
+	ctx context.Context, ordinal int,
+) (address string, ready bool, why string) {
 	address, err := a.proxy.backends.probe(ctx, ordinal)
 	if err != nil {
 		return address, false, err.Error()
@@ -325,7 +367,8 @@ func (a *admin) probe(ctx context.Context, ordinal int) (address string, ready b
 	return address, true, ""
 }
 
-// overridesByBackend returns how many namespaces each backend owns by overrides.
+// overridesByBackend returns how many namespaces each backend owns by overrides, by
+// ordinal.
 func overridesByBackend(t *table) map[int]int {
 	all := map[int]int{}
 	for i := range t.index.slots {
@@ -336,8 +379,8 @@ func overridesByBackend(t *table) map[int]int {
 	return all
 }
 
-// backendOrdinals returns the ordinals, in order, of the backends that have
-// namespaces and of those that had sessions.
+// backendOrdinals returns the sorted ordinals of the backends that own namespaces and of
+// those in counts.
 func (a *admin) backendOrdinals(counts map[int]backendCount) []int {
 	all := slices.Collect(maps.Keys(counts))
 	if t := a.proxy.router.table(); t != nil {
@@ -349,42 +392,47 @@ func (a *admin) backendOrdinals(counts map[int]backendCount) []int {
 	return slices.Compact(all)
 }
 
+// writeError answers with {"error": text}.
+func writeError(w http.ResponseWriter, status int, text string) {
+	writeJSON(w, status, map[string]string{"error": text})
+}
+
 func writeJSON(w http.ResponseWriter, status int, v any) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
-	json.NewEncoder(w).Encode(v) // a client that left is no error
+	json.NewEncoder(w).Encode(v) // it fails only if the client is gone
 }
 
-// maxReplicas is the most backends that a plan may be for.
+// maxReplicas is how many backends a plan may have.
 const maxReplicas = 10_000
 
-// maxPlanBody is the most bytes of a plan's body. A ConfigMap has at most 1 MiB of data
-// (https://kubernetes.io/docs/concepts/configuration/configmap/), which is 6.3 MB in
-// JSON if each byte of it is escaped.
+// maxPlanBody bounds the body of POST /plan, in bytes. A ConfigMap has at most 1 MiB of
+// data (https://kubernetes.io/docs/concepts/configuration/configmap/), which is 6.3 MB of
+// JSON if each byte is escaped.
 const maxPlanBody = 8 << 20
 
-// proposal is what POST /plan takes: a ConfigMap as JSON, which need not say its
-// Kubernetes namespace, or {"replicas": 6}.
+// proposal is the body of POST /plan: a ConfigMap as JSON, with or without its Kubernetes
+// namespace, or {"replicas": 6}.
 type proposal struct {
 	configMap
 	Replicas *int `json:"replicas"`
 }
 
-// plan says what a change would do: which sessions of this router would move. A
-// namespace without sessions is not in it.
+// plan is the answer of POST /plan: which sessions of this router a change would move. It
+// leaves out namespaces without sessions.
 type plan struct {
-	Table      string        `json:"table"`      // the version that is in force
+	Table      string        `json:"table"`      // version of the table in force
 	Backends   int           `json:"backends"`   // after the change
 	Sessions   int           `json:"sessions"`   // that would move
-	Namespaces int           `json:"namespaces"` // of these
-	Seconds    float64       `json:"seconds"`    // that it would take at least
+	Namespaces int           `json:"namespaces"` // of these sessions
+	Seconds    float64       `json:"seconds"`    // that the moves would take at least
 	Moves      []plannedMove `json:"moves"`
 	Rejected   int           `json:"rejected"`             // entries that would be rejected
-	Rejections []string      `json:"rejections,omitempty"` // the first of them
+	Rejections []string      `json:"rejections,omitempty"` // the first maxExamples
 }
 
-// plannedMove is the sessions of one namespace that would go from a backend to
-// another. There may be two of a namespace while it moves already.
+// plannedMove has the sessions of one namespace that would move from one backend to
+// another. A namespace that is moving already may have two.
 type plannedMove struct {
 	Namespace string `json:"namespace"`
 	From      string `json:"from"`
@@ -392,74 +440,77 @@ type plannedMove struct {
 	Sessions  int    `json:"sessions"`
 }
 
-// plan answers POST /plan, which changes nothing.
+// plan answers POST /plan. It changes nothing.
 func (a *admin) plan(w http.ResponseWriter, r *http.Request) {
-	t := a.proxy.router.table()
+	t := a.tableOrError(w)
 	if t == nil {
-		writeJSON(w, http.StatusServiceUnavailable, map[string]string{"error": strings.Join(a.whyNoTable(), "\n")})
 		return
 	}
 	next, err := a.readProposal(w, r, t)
 	switch tooBig := (&http.MaxBytesError{}); {
 	case errors.As(err, &tooBig):
-		err = fmt.Errorf("a body of more than %d bytes", tooBig.Limit)
-		writeJSON(w, http.StatusRequestEntityTooLarge, map[string]string{"error": err.Error()})
+		writeError(w, http.StatusRequestEntityTooLarge,
+			fmt.Sprintf("a body of more than %d bytes", tooBig.Limit))
 	case err != nil:
-		writeJSON(w, http.StatusBadRequest, map[string]string{"error": err.Error()})
+		writeError(w, http.StatusBadRequest, err.Error())
 	default:
 		writeJSON(w, http.StatusOK, a.planMoves(t, next))
 	}
 }
 
-// readProposal reads the proposal that r has, and returns the table that would be in
-// force after it, now being the one that is.
-func (a *admin) readProposal(w http.ResponseWriter, r *http.Request, current *table) (*table, error) {
+// readProposal reads the proposal in r's body, and returns the table that would follow
+// current. A body above maxPlanBody is an *http.MaxBytesError.
+func (a *admin) readProposal(
+	w http.ResponseWriter, r *http.Request, current *table,
+) (*table, error) {
 	if r.ContentLength > maxPlanBody {
-		w.Header().Set("Connection", "close") // not to read the body
+		w.Header().Set("Connection", "close") // so that net/http does not read the body
 		return nil, &http.MaxBytesError{Limit: maxPlanBody}
 	}
 	size := r.ContentLength
 	if size < 0 { // not known
 		size = maxPlanBody
 	}
-	body := bytes.NewBuffer(make([]byte, 0, size+bytes.MinRead)) // so that it never grows
+	body := bytes.NewBuffer(make([]byte, 0, size+bytes.MinRead)) // it never grows
 	var p proposal
 	_, err := body.ReadFrom(http.MaxBytesReader(w, r.Body, maxPlanBody))
 	if err == nil {
 		err = json.Unmarshal(body.Bytes(), &p)
 	}
 	if err != nil {
-		err = fmt.Errorf("the body is no JSON of a ConfigMap or {\"replicas\": number}: %w", err)
+		return nil, fmt.Errorf(
+			"the body is no JSON of a ConfigMap or {\"replicas\": number}: %w", err)
 	}
-	return p.table(current, err)
+	return p.table(current)
 }
 
-// table returns the table that would be in force after the proposal, now being
-// the one that is.
-func (p *proposal) table(current *table, err error) (*table, error) {
+// table returns the table that would follow current.
+func (p *proposal) table(current *table) (*table, error) {
 	backends, sources := current.backends, slices.Clone(current.sources)
 	switch {
-	case err != nil:
-		return nil, err
 	case p.Replicas != nil && p.Kind != "":
-		return nil, fmt.Errorf("a %.60s and replicas %d, want one of them", p.Kind, *p.Replicas)
+		return nil, fmt.Errorf("a %.60s and replicas %d, want one of them",
+			p.Kind, *p.Replicas)
 	case p.Replicas != nil && (*p.Replicas < 1 || *p.Replicas > maxReplicas):
 		return nil, fmt.Errorf("replicas %d, want 1 to %d", *p.Replicas, maxReplicas)
 	case p.Replicas != nil:
 		backends.count = *p.Replicas
 	case p.Kind != "ConfigMap":
-		return nil, fmt.Errorf("kind %.60q, want ConfigMap, or {\"replicas\": number}", p.Kind)
+		return nil, fmt.Errorf("kind %.60q, want ConfigMap, or {\"replicas\": number}",
+			p.Kind)
 	default:
 		i := slices.IndexFunc(sources, p.matches)
 		if i < 0 {
-			return nil, fmt.Errorf("%s is not among the sources of overrides: %s", p.id(), sourceNames(sources))
+			return nil, fmt.Errorf("%s is not among the sources of overrides: %s",
+				p.id(), sourceNames(sources))
 		}
-		sources[i] = sourceContent{id: sources[i].id, version: "proposed", overrides: &p.Data}
+		sources[i] = sourceContent{
+			id: sources[i].id, version: "proposed", overrides: &p.Data}
 	}
 	return current.with(backends, sources), nil
 }
 
-// matches reports whether the ConfigMap that is proposed is of this source.
+// matches reports whether the proposed ConfigMap is a new version of this source.
 func (p *proposal) matches(src sourceContent) bool {
 	id := p.id()
 	if id.namespace == "" {
@@ -468,7 +519,7 @@ func (p *proposal) matches(src sourceContent) bool {
 	return id == src.id
 }
 
-// sourceNames names the sources.
+// sourceNames returns the names of the sources, separated by commas.
 func sourceNames(sources []sourceContent) string {
 	var all []string
 	for _, src := range sources {
@@ -477,16 +528,18 @@ func sourceNames(sources []sourceContent) string {
 	return strings.Join(all, ", ")
 }
 
-// planMoves says what next would do to the sessions.
+// planMoves returns which sessions would move if next followed current.
 func (a *admin) planMoves(current, next *table) *plan {
-	p := &plan{Table: current.version, Backends: next.backends.count, Moves: []plannedMove{}}
+	p := &plan{
+		Table: current.version, Backends: next.backends.count, Moves: []plannedMove{}}
 	moving := a.proxy.relay.filter(func(s *session) bool {
 		owner, ok := next.owner(s.namespace)
 		return ok && owner != s.backend
 	})
 	p.Sessions = len(moving)
 	slices.SortFunc(moving, func(a, b *session) int {
-		return cmp.Or(cmp.Compare(a.namespace, b.namespace), cmp.Compare(a.backend, b.backend))
+		return cmp.Or(
+			cmp.Compare(a.namespace, b.namespace), cmp.Compare(a.backend, b.backend))
 	})
 	for i, s := range moving {
 		if i > 0 && s.namespace == moving[i-1].namespace && s.backend == moving[i-1].backend {
@@ -497,7 +550,9 @@ func (a *admin) planMoves(current, next *table) *plan {
 			p.Namespaces++
 		}
 		owner, _ := next.owner(s.namespace)
-		p.Moves = append(p.Moves, plannedMove{Namespace: s.namespace, From: next.name(s.backend), To: next.name(owner), Sessions: 1})
+		p.Moves = append(p.Moves, plannedMove{
+			Namespace: s.namespace, From: next.name(s.backend), To: next.name(owner),
+			Sessions: 1})
 	}
 	p.Seconds = float64(p.Sessions) * a.proxy.mover.pace.interval.Seconds()
 	for i := range next.sources {

@@ -161,7 +161,7 @@ func TestPlansTakeTurns(t *testing.T) {
 		})
 		synctest.Wait()
 		for range maxWaitingPlans {
-			plans.Go(func() { wantBusy(ask("POST", "/plan", unread{t}), time.Since(begun), maxTurnWait) })
+			plans.Go(func() { wantBusy(ask("POST", "/plan", unread{t}), time.Since(begun), maxQueueTime) })
 		}
 		synctest.Wait()
 		wantBusy(ask("POST", "/plan", unread{t}), time.Since(begun), 0)
@@ -170,7 +170,7 @@ func TestPlansTakeTurns(t *testing.T) {
 				t.Errorf("%s is %d while a plan is made, want %d", path, w.Code, want)
 			}
 		}
-		time.Sleep(maxTurnWait + 1)
+		time.Sleep(maxQueueTime + 1)
 		plans.Go(func() {
 			if w := ask("POST", "/plan", strings.NewReader(`{"replicas":3}`)); w.Code != 200 {
 				t.Errorf("the plan that waited is %d %s, want 200", w.Code, w.Body)

@@ -17,35 +17,45 @@ import (
 	"time"
 )
 
-// commands are what the program does instead of routing when its first argument
-// says so: they ask a router that runs, or tables, and change nothing.
-type commands struct {
-	admin                     string // URL of the router's admin port
-	replicas                  int    // of owner without a router
-	statefulSet, overridesDir string // the same
-	namespaceFrom             string // the same
-	out                       io.Writer
+// command is a subcommand, with its flags. It asks a running router, or builds a table of
+// its own, and changes nothing.
+type command struct {
+	admin string // URL of the router's admin port
+	out   io.Writer
+
+	// Of owner, to build a table without a router; replicas is 0 to ask a router.
+	replicas                  int
+	statefulSet, overridesDir string
+	namespaceFrom             string // "path" or "host"
 }
 
-// adminTimeout bounds one question to a router.
+// adminTimeout bounds one request to a router.
 const adminTimeout = 30 * time.Second
 
-// runCommand runs the command that args begin with, if they do.
-func runCommand(ctx context.Context, args []string, out io.Writer) (handled bool, err error) {
-	c := &commands{out: out}
+// runCommand runs the subcommand that is args[0]. handled is false if it is none.
+func runCommand(
+	ctx context.Context, args []string, out io.Writer,
+) (handled bool, err error) {
+	c := &command{out: out}
 	if len(args) == 0 || args[0] != "plan" && args[0] != "owner" {
 		return false, nil
 	}
 	f := flag.NewFlagSet("router "+args[0], flag.ContinueOnError)
 	f.SetOutput(io.Discard)
-	f.StringVar(&c.admin, "admin", "http://127.0.0.1:8001", "`URL` of a router's admin port")
-	usage, run := "Usage: router plan [flags] FILE|-|NUMBER\n\nSays which sessions would move with a ConfigMap (JSON) or a number of backends.\n\n", c.plan
+	f.StringVar(&c.admin, "admin", "http://127.0.0.1:8001",
+		"`URL` of a router's admin port")
+	run, usage := c.plan, "Usage: router plan [flags] FILE|-|NUMBER\n\n"+
+		"Says which sessions would move with a ConfigMap (JSON) or a number of backends.\n\n"
 	if args[0] == "owner" {
 		f.IntVar(&c.replicas, "replicas", 0, "`number` of backends, to ask no router")
-		f.StringVar(&c.overridesDir, "overrides", "", "`directory` with the overrides, with -replicas")
-		f.StringVar(&c.statefulSet, "statefulset", "backend", "`name` of the StatefulSet, with -replicas")
-		f.StringVar(&c.namespaceFrom, "namespace-from", "path", "where requests have their namespace, path or host, with -replicas")
-		usage, run = "Usage: router owner [flags] NAMESPACE...\n\nSays who owns namespaces, and why.\n\n", c.owners
+		f.StringVar(&c.overridesDir, "overrides", "",
+			"`directory` with the overrides, with -replicas")
+		f.StringVar(&c.statefulSet, "statefulset", "backend",
+			"`name` of the StatefulSet, with -replicas")
+		f.StringVar(&c.namespaceFrom, "namespace-from", "path",
+			"where requests have their namespace, path or host, with -replicas")
+		run, usage = c.owners, "Usage: router owner [flags] NAMESPACE...\n\n"+
+			"Says who owns namespaces, and why.\n\n"
 	}
 	switch err := f.Parse(args[1:]); {
 	case errors.Is(err, flag.ErrHelp):
@@ -59,11 +69,13 @@ func runCommand(ctx context.Context, args []string, out io.Writer) (handled bool
 	return true, run(ctx, f.Args())
 }
 
-// do sends a question to the router, and reads its answer into v.
-func (c *commands) do(ctx context.Context, method, path string, body []byte, v any) error {
+// do sends a request to the router's admin port, and decodes the JSON of its answer into
+// v. An answer other than 200 is an error, with the text that the router gave.
+func (c *command) do(ctx context.Context, method, path string, body []byte, v any) error {
 	ctx, cancel := context.WithTimeout(ctx, adminTimeout)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, method, strings.TrimSuffix(c.admin, "/")+path, bytes.NewReader(body))
+	url := strings.TrimSuffix(c.admin, "/") + path
+	req, err := http.NewRequestWithContext(ctx, method, url, bytes.NewReader(body))
 	if err != nil {
 		return usageError{fmt.Errorf("-admin: %w", err)}
 	}
@@ -86,15 +98,16 @@ func (c *commands) do(ctx context.Context, method, path string, body []byte, v a
 	return json.Unmarshal(answer, v)
 }
 
-// plan prints what a ConfigMap, in a file or - for the standard input, or a number
-// of backends would move.
-func (c *commands) plan(ctx context.Context, args []string) error {
+// plan prints which sessions a change would move. The change is a ConfigMap as JSON, in a
+// file or on the standard input for -, or a number of backends.
+func (c *command) plan(ctx context.Context, args []string) error {
 	if len(args) != 1 {
-		return usageError{fmt.Errorf("%d arguments, want one: a file, -, or a number of backends", len(args))}
+		return usageError{fmt.Errorf(
+			"%d arguments, want one: a file, -, or a number of backends", len(args))}
 	}
 	var body []byte
 	var err error
-	if n, nerr := strconv.Atoi(args[0]); nerr == nil {
+	if n, notNumber := strconv.Atoi(args[0]); notNumber == nil {
 		body = fmt.Appendf(nil, `{"replicas":%d}`, n)
 	} else if args[0] == "-" {
 		body, err = io.ReadAll(io.LimitReader(os.Stdin, maxPlanBody+1))
@@ -110,25 +123,28 @@ func (c *commands) plan(ctx context.Context, args []string) error {
 	}
 	t := tabwriter.NewWriter(c.out, 0, 0, 2, ' ', 0)
 	for _, m := range p.Moves {
-		fmt.Fprintf(t, "%s\t%s\tto %s\t%d sessions\n", m.Namespace, m.From, m.To, m.Sessions)
+		fmt.Fprintf(t, "%s\t%s\tto %s\t%d sessions\n",
+			m.Namespace, m.From, m.To, m.Sessions)
 	}
 	t.Flush()
 	for _, bad := range p.Rejections {
 		fmt.Fprintln(c.out, "rejected:", bad)
 	}
-	_, err = fmt.Fprintf(c.out, "%d sessions of %d namespaces would move, in %.1f s; %d backends, %d entries rejected\n",
+	_, err = fmt.Fprintf(c.out, "%d sessions of %d namespaces would move, in %.1f s; "+
+		"%d backends, %d entries rejected\n",
 		p.Sessions, p.Namespaces, p.Seconds, p.Backends, p.Rejected)
 	return err
 }
 
-// owners prints who owns the namespaces: as a router says it, or as one that has
-// just started would with these replicas.
-func (c *commands) owners(ctx context.Context, namespaces []string) error {
+// owners prints who owns the namespaces. It asks a router. With -replicas or -overrides
+// it answers as a router would that has just started with these.
+func (c *command) owners(ctx context.Context, namespaces []string) error {
 	if len(namespaces) == 0 {
 		return usageError{errors.New("no arguments, want namespaces")}
 	}
 	lookUp := func(namespace string) (o ownership, err error) {
-		err = c.do(ctx, http.MethodGet, "/owner?"+url.Values{"namespace": {namespace}}.Encode(), nil, &o)
+		query := url.Values{"namespace": {namespace}}
+		err = c.do(ctx, http.MethodGet, "/owner?"+query.Encode(), nil, &o)
 		return o, err
 	}
 	if c.replicas != 0 || c.overridesDir != "" {
@@ -145,25 +161,33 @@ func (c *commands) owners(ctx context.Context, namespaces []string) error {
 		if err != nil {
 			return err
 		}
-		line := strings.Join([]string{namespace, o.Owner, o.Why, o.Address, o.Error}, "\t")
-		fmt.Fprintln(t, strings.TrimRight(line, "\t"))
-		if o.Note != "" {
-			fmt.Fprintf(t, "\t%s\n", o.Note)
-		}
-		for _, bad := range o.Rejected {
-			fmt.Fprintf(t, "\trejected %q of %s, want %s\n", bad.Value, strings.TrimSpace(bad.Source+" "+bad.Key), bad.Expected)
-		}
+		printOwner(t, namespace, o)
 	}
 	return nil
 }
 
-// table is that of -replicas and -overrides.
-func (c *commands) table() (*table, error) {
-	if c.replicas < 1 || c.replicas > maxReplicas {
-		return nil, usageError{fmt.Errorf("-replicas %d, want 1 to %d", c.replicas, maxReplicas)}
+// printOwner writes one namespace: a row of cells for a tabwriter, and below it what is
+// wrong with its overrides.
+func printOwner(w io.Writer, namespace string, o ownership) {
+	row := strings.Join([]string{namespace, o.Owner, o.Why, o.Address, o.Error}, "\t")
+	fmt.Fprintln(w, strings.TrimRight(row, "\t"))
+	if o.Note != "" {
+		fmt.Fprintf(w, "\t%s\n", o.Note)
 	}
-	if c.namespaceFrom != "path" && c.namespaceFrom != "host" {
-		return nil, usageError{fmt.Errorf("-namespace-from %q, want path or host", c.namespaceFrom)}
+	for _, bad := range o.Rejected {
+		entry := strings.TrimSpace(bad.Source + " " + bad.Key)
+		fmt.Fprintf(w, "\trejected %q of %s, want %s\n", bad.Value, entry, bad.Expected)
+	}
+}
+
+// table returns the table that a router would start with, for the flags.
+func (c *command) table() (*table, error) {
+	if c.replicas < 1 || c.replicas > maxReplicas {
+		return nil, usageError{
+			fmt.Errorf("-replicas %d, want 1 to %d", c.replicas, maxReplicas)}
+	}
+	if err := checkNamespaceFrom(c.namespaceFrom); err != nil {
+		return nil, usageError{err}
 	}
 	var sources []sourceContent
 	if c.overridesDir != "" {
@@ -174,22 +198,18 @@ func (c *commands) table() (*table, error) {
 		}
 		sources = []sourceContent{{id: d.id(), version: version, overrides: newOverrideSet(data)}}
 	}
-	t := &table{statefulSet: c.statefulSet, fromHost: c.namespaceFrom == "host", backends: ordinals{count: c.replicas}}
+	t := &table{statefulSet: c.statefulSet, fromHost: c.namespaceFrom == "host",
+		backends: ordinals{count: c.replicas}}
 	t.build(sources, nil)
 	return t, nil
 }
 
-// owner is what a router with the table would say.
-func (c *commands) owner(t *table, namespace string) (ownership, error) {
-	if t.fromHost {
-		namespace = strings.ToLower(namespace)
-	}
-	if want := namespaceFault(namespace, t.fromHost); want != "" {
+// owner answers as a router with the table would. The backends are not dialled.
+func (c *command) owner(t *table, namespace string) (ownership, error) {
+	namespace, want := clientNamespace(namespace, t.fromHost)
+	if want != "" {
 		return ownership{}, usageError{fmt.Errorf("%.260q, want %s", namespace, want)}
 	}
-	o := ownership{Why: t.explain(namespace), Note: overrideKeyFault(namespace), Rejected: t.rejectionsOf(namespace)}
-	if ordinal, ok := t.owner(namespace); ok {
-		o.Owner = t.name(ordinal)
-	}
+	o, _ := newOwnership(t, namespace)
 	return o, nil
 }

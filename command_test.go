@@ -12,8 +12,9 @@ import (
 	"testing"
 )
 
-// command runs the program with args and returns what it prints, or its error.
-func command(t *testing.T, args ...string) (string, int) {
+// commandOutput runs the program with args and returns its output, or its error, and its
+// exit code.
+func commandOutput(t *testing.T, args ...string) (string, int) {
 	t.Helper()
 	var out bytes.Buffer
 	if err := run(t.Context(), args, noEnvironment, &out); err != nil {
@@ -67,13 +68,13 @@ func TestCommands(t *testing.T) {
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
-			if got, code := command(t, tt.args...); got != tt.want || code != tt.code {
+			if got, code := commandOutput(t, tt.args...); got != tt.want || code != tt.code {
 				t.Errorf("exit code %d:\n%s\nwant %d:\n%s", code, got, tt.code, tt.want)
 			}
 		})
 	}
 	for _, name := range []string{"plan", "owner"} {
-		if got, code := command(t, name, "-h"); code != 0 || !strings.HasPrefix(got, "Usage: router "+name+" [flags] ") || !strings.Contains(got, "-admin URL") {
+		if got, code := commandOutput(t, name, "-h"); code != 0 || !strings.HasPrefix(got, "Usage: router "+name+" [flags] ") || !strings.Contains(got, "-admin URL") {
 			t.Errorf("%s -h is %d:\n%s", name, code, got)
 		}
 	}
@@ -87,7 +88,7 @@ func TestCommandAnswersOfOthers(t *testing.T) {
 	}))
 	defer s.Close()
 	want := s.URL + "/plan: 502 Bad Gateway: <html>\n"
-	if got, code := command(t, "plan", "-admin", s.URL, "3"); got != want || code != 1 {
+	if got, code := commandOutput(t, "plan", "-admin", s.URL, "3"); got != want || code != 1 {
 		t.Errorf("%d %s, want 1 %s", code, got, want)
 	}
 }

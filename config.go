@@ -12,35 +12,43 @@ import (
 	"time"
 )
 
-// config is what the flags and the environment say.
+// config has the values of the flags, from the command line or the environment. Nothing
+// changes it after parseConfig.
 type config struct {
-	listen, admin               string
-	tcpUserTimeout, idleTimeout time.Duration
+	// Listeners and sockets.
+	listen, admin               string        // addresses, as listen takes them
+	tcpUserTimeout, idleTimeout time.Duration // 0: none
 
+	// Where the backends are.
 	backends, statefulSet, service string
 	replicas, backendPort          int
 
-	kube, kubeNamespace, overrides string
+	// Where the overrides are.
+	kube, kubeNamespace, overrides string // overrides is a directory
 	configMaps                     nameList
-	selector                       string // of ConfigMaps, by their labels
+	selector                       string // a label selector for ConfigMaps
 
-	namespaceFrom, podName string
+	// Requests, and moves of sessions.
+	namespaceFrom, podName string // namespaceFrom is "path" or "host"
 	limits                 limits
-	moveRate               int
+	moveRate               int // sessions per second, 0: no limit
 	moveSettle             time.Duration
 
+	// The end.
 	drainDelay, drainDuration time.Duration
 
 	logFormat string
 	logLevel  slog.Level
 }
 
-// nameList is a list that a flag adds to, one or more with commas between them.
+// nameList is a flag with a list of names, separated by commas. The flag may be repeated:
+// each adds to the list.
 type nameList []string
 
 func (n *nameList) String() string { return strings.Join(*n, ",") }
 
-// Set refuses what cannot be names: empty or the same twice.
+// Set adds the names in list. It returns an error for an empty name and for one that is
+// in the list already.
 func (n *nameList) Set(list string) error {
 	for name := range strings.SplitSeq(list, ",") {
 		if name == "" || slices.Contains(*n, name) {
@@ -51,59 +59,96 @@ func (n *nameList) Set(list string) error {
 	return nil
 }
 
-// usageError is an error in the command line or the environment.
+// usageError is an error in the command line or the environment: the exit code is 2.
 type usageError struct{ error }
 
-// flags returns the flag set that fills c, with the defaults.
+// flags returns a flag set that writes into c, and writes the defaults into c.
 func (c *config) flags() *flag.FlagSet {
 	f := flag.NewFlagSet("router", flag.ContinueOnError)
 	f.SetOutput(io.Discard)
-	f.StringVar(&c.listen, "listen", ":8000", "`address` for clients: host:port, or unix:/path of a socket")
-	f.StringVar(&c.admin, "admin", ":8001", "`address` for /healthz, /readyz, /metrics, /owner, /backends and /plan")
-	f.DurationVar(&c.tcpUserTimeout, "peer-timeout", time.Minute, "how long a client or backend may leave TCP without an answer before its session\n"+
-		"ends, in whole seconds, 0 is as long as the system lets it")
-	f.DurationVar(&c.idleTimeout, "idle-timeout", 0, "how long a session may carry nothing in either direction before it ends, 0 is for ever")
+	f.StringVar(&c.listen, "listen", ":8000",
+		"`address` for clients: host:port, or unix:/path of a socket")
+	f.StringVar(&c.admin, "admin", ":8001",
+		"`address` for /healthz, /readyz, /metrics, /owner, /backends and /plan")
+	f.DurationVar(&c.tcpUserTimeout, "peer-timeout", time.Minute,
+		"how long a client or backend may leave TCP without an answer before its session\n"+
+			"ends, in whole seconds, 0 is as long as the system lets it")
+	f.DurationVar(&c.idleTimeout, "idle-timeout", 0,
+		"how long a session may carry nothing in either direction before it ends, 0 is for ever")
 
-	f.StringVar(&c.backends, "backends", "", "fixed `list` of backends, host:port,host:port,... in the order of their ordinals")
-	f.IntVar(&c.replicas, "replicas", 0, "`number` of backends, which DNS then finds; without it and -backends the API server says both")
-	f.StringVar(&c.statefulSet, "statefulset", "backend", "`name` of the StatefulSet: backends are <name>-0, <name>-1, ...")
-	f.StringVar(&c.service, "service", "headless", "`name` of its headless Service: backends are at <backend>.<name>")
-	f.IntVar(&c.backendPort, "backend-port", 9000, "`port` of the backends, without -backends")
+	f.StringVar(&c.backends, "backends", "",
+		"fixed `list` of backends, host:port,host:port,... in the order of their ordinals")
+	f.IntVar(&c.replicas, "replicas", 0,
+		"`number` of backends, which DNS then finds; "+
+			"without it and -backends the API server says both")
+	f.StringVar(&c.statefulSet, "statefulset", "backend",
+		"`name` of the StatefulSet: backends are <name>-0, <name>-1, ...")
+	f.StringVar(&c.service, "service", "headless",
+		"`name` of its headless Service: backends are at <backend>.<name>")
+	f.IntVar(&c.backendPort, "backend-port", 9000,
+		"`port` of the backends, without -backends")
 
-	f.StringVar(&c.kube, "kube", "", "API `server` with the overrides: in-cluster, none, or the http://host:port of a kubectl\n"+
-		"proxy (default in-cluster in a pod, else none with -overrides, else http://127.0.0.1:8080)")
-	f.StringVar(&c.kubeNamespace, "kube-namespace", "", "Kubernetes `namespace` of the ConfigMaps (default the pod's own, else \"default\")")
-	f.Var(&c.configMaps, "configmap", "`name` of a ConfigMap with overrides; may be repeated (default overwriting)")
-	f.StringVar(&c.selector, "configmap-selector", "", "`labels` of the ConfigMaps with overrides, like app=router-overrides, in place of names")
-	f.StringVar(&c.overrides, "overrides", "", "`directory` with the overrides, one file for each namespace; with an API server a\n"+
-		"copy that counts until the server was heard")
+	f.StringVar(&c.kube, "kube", "",
+		"API `server` with the overrides: in-cluster, none, or the http://host:port of a kubectl\n"+
+			"proxy (default in-cluster in a pod, else none with -overrides, "+
+			"else http://127.0.0.1:8080)")
+	f.StringVar(&c.kubeNamespace, "kube-namespace", "",
+		"Kubernetes `namespace` of the ConfigMaps (default the pod's own, else \"default\")")
+	f.Var(&c.configMaps, "configmap",
+		"`name` of a ConfigMap with overrides; may be repeated (default overwriting)")
+	f.StringVar(&c.selector, "configmap-selector", "",
+		"`labels` of the ConfigMaps with overrides, like app=router-overrides, in place of names")
+	f.StringVar(&c.overrides, "overrides", "",
+		"`directory` with the overrides, one file for each namespace; with an API server a\n"+
+			"copy that counts until the server was heard")
 
-	f.StringVar(&c.namespaceFrom, "namespace-from", "path", "where a request has its namespace: `path` (/ws/<namespace>) or host (its first label)")
-	f.StringVar(&c.podName, "pod", "", "`name` of this router for X-Router-Pod (default the host's name)")
-	f.DurationVar(&c.limits.holdTimeout, "hold", 10*time.Second, "how long an upgrade waits for its owner")
-	f.DurationVar(&c.limits.handshakeTimeout, "handshake-timeout", 10*time.Second, "how long a backend may take to answer an upgrade")
-	f.DurationVar(&c.limits.headerTimeout, "header-timeout", 10*time.Second, "how long a client may take to send its request")
-	f.IntVar(&c.limits.headerFields, "max-header-fields", 100, "largest `number` of fields in a request's head")
-	f.IntVar(&c.limits.headerBytes, "max-header-bytes", 16<<10, "most `bytes` of a request's or an answer's head")
-	f.IntVar(&c.limits.sessions, "max-sessions", 100_000, "largest `number` of open sessions")
-	f.IntVar(&c.limits.pendingUpgrades, "max-waiting", 10_000, "largest `number` of upgrades under way; half of it is divided evenly among the backends, of the\n"+
-		"rest one backend may have as much as it leaves free")
-	f.IntVar(&c.moveRate, "move-rate", 200, "`sessions` closed per second after their owner changed, 0 is no limit")
-	f.DurationVar(&c.moveSettle, "move-settle", 500*time.Millisecond, "how long owners have to stay as they are before sessions move, and at most ten\n"+
-		"times as long after the first change")
-
-	f.DurationVar(&c.drainDelay, "drain-delay", 0, "how long after SIGTERM clients are still accepted, until load balancers have noticed")
-	f.DurationVar(&c.drainDuration, "drain-time", 30*time.Second, "the time over which sessions are then closed")
-
+	c.trafficFlags(f)
 	f.StringVar(&c.logFormat, "log-format", "text", "`format` of the log: text or json")
-	f.TextVar(&c.logLevel, "log-level", slog.LevelInfo, "lowest `level` of the log: debug, info, warn or error")
+	f.TextVar(&c.logLevel, "log-level", slog.LevelInfo,
+		"lowest `level` of the log: debug, info, warn or error")
 	return f
 }
 
-// parseConfig reads args, then the environment for flags that are not there. It
-// returns flag.ErrHelp if help was asked for, which it has then written to w,
-// and a usageError for a value that cannot be.
-func parseConfig(args []string, getenv func(string) string, w io.Writer) (*config, error) {
+// trafficFlags adds the flags for requests, moves and the drain to f.
+func (c *config) trafficFlags(f *flag.FlagSet) {
+	f.StringVar(&c.namespaceFrom, "namespace-from", "path",
+		"where a request has its namespace: `path` (/ws/<namespace>) or host (its first label)")
+	f.StringVar(&c.podName, "pod", "",
+		"`name` of this router for X-Router-Pod (default the host's name)")
+	f.DurationVar(&c.limits.holdTimeout, "hold", 10*time.Second,
+		"how long an upgrade waits for its owner")
+	f.DurationVar(&c.limits.handshakeTimeout, "handshake-timeout", 10*time.Second,
+		"how long a backend may take to answer an upgrade")
+	f.DurationVar(&c.limits.headerTimeout, "header-timeout", 10*time.Second,
+		"how long a client may take to send its request")
+	f.IntVar(&c.limits.headerFields, "max-header-fields", 100,
+		"largest `number` of fields in a request's head")
+	f.IntVar(&c.limits.headerBytes, "max-header-bytes", 16<<10,
+		"most `bytes` of a request's or an answer's head")
+	f.IntVar(&c.limits.sessions, "max-sessions", 100_000,
+		"largest `number` of open sessions")
+	f.IntVar(&c.limits.pendingUpgrades, "max-waiting", 10_000,
+		"largest `number` of upgrades under way; "+
+			"half of it is divided evenly among the backends, of the\n"+
+			"rest one backend may have as much as it leaves free")
+	f.IntVar(&c.moveRate, "move-rate", 200,
+		"`sessions` closed per second after their owner changed, 0 is no limit")
+	f.DurationVar(&c.moveSettle, "move-settle", 500*time.Millisecond,
+		"how long owners have to stay as they are before sessions move, and at most ten\n"+
+			"times as long after the first change")
+
+	f.DurationVar(&c.drainDelay, "drain-delay", 0,
+		"how long after SIGTERM clients are still accepted, until load balancers have noticed")
+	f.DurationVar(&c.drainDuration, "drain-time", 30*time.Second,
+		"the time over which sessions are then closed")
+}
+
+// parseConfig reads the flags in args, and those that are not in args from the
+// environment. If args ask for help, it writes the help to w and returns flag.ErrHelp.
+// Any other error is a usageError.
+func parseConfig(
+	args []string, getenv func(string) string, w io.Writer,
+) (*config, error) {
 	c := &config{}
 	f := c.flags()
 	err := f.Parse(args)
@@ -127,22 +172,22 @@ func parseConfig(args []string, getenv func(string) string, w io.Writer) (*confi
 	return c, nil
 }
 
-// environmentName is the environment's name of a flag.
+// environmentName returns the environment variable of a flag.
 func environmentName(name string) string {
 	return "ROUTER_" + strings.ToUpper(strings.ReplaceAll(name, "-", "_"))
 }
 
-// setFromEnvironment sets the flags that were not given.
+// setFromEnvironment sets the flags that args did not set from the environment.
 func setFromEnvironment(f *flag.FlagSet, getenv func(string) string) (err error) {
-	given := map[string]bool{}
-	f.Visit(func(fl *flag.Flag) { given[fl.Name] = true })
+	inArgs := map[string]bool{}
+	f.Visit(func(fl *flag.Flag) { inArgs[fl.Name] = true })
 	f.VisitAll(func(fl *flag.Flag) {
 		value := getenv(environmentName(fl.Name))
-		if value == "" || given[fl.Name] || err != nil {
+		if value == "" || inArgs[fl.Name] || err != nil {
 			return
 		}
-		if serr := fl.Value.Set(value); serr != nil {
-			err = fmt.Errorf("%s=%q: %w", environmentName(fl.Name), value, serr)
+		if invalid := fl.Value.Set(value); invalid != nil {
+			err = fmt.Errorf("%s=%q: %w", environmentName(fl.Name), value, invalid)
 		}
 	})
 	return err
@@ -157,52 +202,98 @@ func writeHelp(f *flag.FlagSet, w io.Writer) {
 	f.PrintDefaults()
 }
 
-// validate says which value cannot be.
+// validate returns an error for the first value that the router cannot use.
 func (c *config) validate() error {
-	switch {
-	case c.replicas < 0:
-		return fmt.Errorf("-replicas %d, want 1 or more", c.replicas)
-	case c.backends == "" && c.replicas == 0 && c.kube == "none":
-		return errors.New("-replicas or -backends is needed without an API server: how many backends are there?")
-	case c.backends != "" && c.replicas != 0:
-		return errors.New("-replicas and -backends: want one of them, the list says how many")
-	case c.backendPort < 1 || c.backendPort > 65535:
-		return fmt.Errorf("-backend-port %d, want 1 to 65535", c.backendPort)
-	case c.namespaceFrom != "path" && c.namespaceFrom != "host":
-		return fmt.Errorf("-namespace-from %q, want path or host", c.namespaceFrom)
-	case c.kube == "none" && c.overrides == "":
-		return errors.New("-kube none: want -overrides too, or there is no table")
-	case c.selector != "" && c.configMaps != nil:
-		return fmt.Errorf("-configmap %s, -configmap-selector %s: want one of them", &c.configMaps, c.selector)
-	case c.limits.headerBytes < 1024:
-		return fmt.Errorf("-max-header-bytes %d, want at least 1024", c.limits.headerBytes)
-	case c.limits.headerFields < 16:
-		return fmt.Errorf("-max-header-fields %d, want at least 16", c.limits.headerFields)
-	case c.limits.sessions < 1 || c.limits.pendingUpgrades < 1:
-		return fmt.Errorf("-max-sessions %d, -max-waiting %d, want at least 1", c.limits.sessions, c.limits.pendingUpgrades)
-	case c.tcpUserTimeout != 0 && (c.tcpUserTimeout < 2*time.Second || c.tcpUserTimeout > 18*time.Hour || c.tcpUserTimeout%time.Second != 0):
-		return fmt.Errorf("-peer-timeout %s, want 0, or 2s to 18h in whole seconds", c.tcpUserTimeout) // TCP_KEEPIDLE is 1 to 32767 s
-	case c.idleTimeout != 0 && c.idleTimeout < time.Second:
-		return fmt.Errorf("-idle-timeout %s, want 0, or at least 1s", c.idleTimeout)
-	case c.moveRate < 0 || c.moveSettle < 0:
-		return fmt.Errorf("-move-rate %d, -move-settle %s, want 0 or more", c.moveRate, c.moveSettle)
+	if err := c.validateBackends(); err != nil {
+		return err
 	}
-	for _, bound := range []struct {
-		flag string
-		time time.Duration
-	}{{"hold", c.limits.holdTimeout}, {"handshake-timeout", c.limits.handshakeTimeout}, {"header-timeout", c.limits.headerTimeout}} {
-		if bound.time <= 0 {
-			return fmt.Errorf("-%s %s, want more than 0", bound.flag, bound.time)
-		}
-	}
-	if c.drainDelay < 0 || c.drainDuration < 0 {
-		return fmt.Errorf("-drain-delay %s, -drain-time %s, want 0 or more", c.drainDelay, c.drainDuration)
+	if err := c.validateLimits(); err != nil {
+		return err
 	}
 	_, err := newLogger(io.Discard, c.logFormat, c.logLevel)
 	return err
 }
 
-// setDefaults fills in what depends on where the router runs.
+// validateBackends checks the flags about backends and overrides.
+func (c *config) validateBackends() error {
+	switch {
+	case c.replicas < 0:
+		return fmt.Errorf("-replicas %d, want 1 or more", c.replicas)
+	case c.backends == "" && c.replicas == 0 && c.kube == "none":
+		return errors.New("-replicas or -backends is needed without an API server: " +
+			"how many backends are there?")
+	case c.backends != "" && c.replicas != 0:
+		return errors.New("-replicas and -backends: want one of them, the list says how many")
+	case c.backendPort < 1 || c.backendPort > 65535:
+		return fmt.Errorf("-backend-port %d, want 1 to 65535", c.backendPort)
+	}
+	if err := checkNamespaceFrom(c.namespaceFrom); err != nil {
+		return err
+	}
+	switch {
+	case c.kube == "none" && c.overrides == "":
+		return errors.New("-kube none: want -overrides too, or there is no table")
+	case c.selector != "" && c.configMaps != nil:
+		return fmt.Errorf("-configmap %s, -configmap-selector %s: want one of them",
+			&c.configMaps, c.selector)
+	}
+	return nil
+}
+
+// checkNamespaceFrom returns an error for a bad value of -namespace-from.
+func checkNamespaceFrom(value string) error {
+	if value != "path" && value != "host" {
+		return fmt.Errorf("-namespace-from %q, want path or host", value)
+	}
+	return nil
+}
+
+// validateLimits checks the flags with times and numbers.
+func (c *config) validateLimits() error {
+	switch {
+	case c.limits.headerBytes < 1024:
+		return fmt.Errorf("-max-header-bytes %d, want at least 1024", c.limits.headerBytes)
+	case c.limits.headerFields < 16:
+		return fmt.Errorf("-max-header-fields %d, want at least 16", c.limits.headerFields)
+	case c.limits.sessions < 1 || c.limits.pendingUpgrades < 1:
+		return fmt.Errorf("-max-sessions %d, -max-waiting %d, want at least 1",
+			c.limits.sessions, c.limits.pendingUpgrades)
+	case !validTCPUserTimeout(c.tcpUserTimeout):
+		return fmt.Errorf("-peer-timeout %s, want 0, or 2s to 18h in whole seconds",
+			c.tcpUserTimeout)
+	case c.idleTimeout != 0 && c.idleTimeout < time.Second:
+		return fmt.Errorf("-idle-timeout %s, want 0, or at least 1s", c.idleTimeout)
+	case c.moveRate < 0 || c.moveSettle < 0:
+		return fmt.Errorf("-move-rate %d, -move-settle %s, want 0 or more",
+			c.moveRate, c.moveSettle)
+	}
+	for _, timeout := range []struct {
+		flag  string
+		value time.Duration
+	}{
+		{"hold", c.limits.holdTimeout},
+		{"handshake-timeout", c.limits.handshakeTimeout},
+		{"header-timeout", c.limits.headerTimeout},
+	} {
+		if timeout.value <= 0 {
+			return fmt.Errorf("-%s %s, want more than 0", timeout.flag, timeout.value)
+		}
+	}
+	if c.drainDelay < 0 || c.drainDuration < 0 {
+		return fmt.Errorf("-drain-delay %s, -drain-time %s, want 0 or more",
+			c.drainDelay, c.drainDuration)
+	}
+	return nil
+}
+
+// validTCPUserTimeout reports whether keepalive can be set for the timeout: TCP_KEEPIDLE
+// takes 1 to 32,767 whole seconds (tcp(7)).
+func validTCPUserTimeout(timeout time.Duration) bool {
+	return timeout == 0 ||
+		timeout >= 2*time.Second && timeout <= 18*time.Hour && timeout%time.Second == 0
+}
+
+// setDefaults sets the defaults that depend on where the router runs.
 func (c *config) setDefaults(getenv func(string) string) {
 	if c.kube == "" {
 		switch {
@@ -218,11 +309,12 @@ func (c *config) setDefaults(getenv func(string) string) {
 		c.configMaps = nameList{"overwriting"}
 	}
 	if c.podName == "" {
-		c.podName, _ = os.Hostname() // "" is a name too
+		c.podName, _ = os.Hostname() // "" will do
 	}
 }
 
-// staticBackends returns the backends that the flags name, nil if the API server does.
+// staticBackends returns the backends that the flags name, or nil if the API server names
+// them.
 func (c *config) staticBackends() (*backends, error) {
 	switch {
 	case c.replicas > 0:
@@ -237,8 +329,8 @@ func (c *config) staticBackends() (*backends, error) {
 	return newStaticBackends(c.statefulSet, addrs), nil
 }
 
-// kubeClient returns a client of the API server and the Kubernetes namespace
-// of the ConfigMaps, or nil if there is no API server.
+// kubeClient returns a client of the API server, or nil if there is none, and the
+// Kubernetes namespace of the ConfigMaps.
 func (c *config) kubeClient(getenv func(string) string) (*kubeClient, string, error) {
 	switch c.kube {
 	case "none":

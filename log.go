@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// newLogger returns the log in the format "text" or "json".
+// newLogger returns a log that writes to w, in the format "text" or "json".
 func newLogger(w io.Writer, format string, level slog.Level) (*slog.Logger, error) {
 	options := &slog.HandlerOptions{Level: level}
 	switch format {
@@ -25,33 +25,34 @@ func newLogger(w io.Writer, format string, level slog.Level) (*slog.Logger, erro
 }
 
 const (
-	maxLogQueue       = 4 << 20         // most bytes of lines that wait, some 15,000 lines
-	maxSpareLogBuffer = 64 << 10        // bytes that are kept for the next lines
-	logFlushTimeout   = 2 * time.Second // bounds how long the end waits for the last lines to be taken
+	maxLogQueue       = 4 << 20         // bytes of queued lines, some 15,000 lines
+	maxSpareLogBuffer = 64 << 10        // bytes of a written buffer that is used again
+	logFlushTimeout   = 2 * time.Second // how long stop waits for run
 )
 
-// logQueue stands between the log and what takes its lines, so that nobody who
-// logs waits for that: a pipe that is not read must not stop sessions. Lines for
-// which there is no room are dropped, counted, and told of.
+// logQueue queues lines of the log until run has written them to out, so that no
+// goroutine that logs waits for out: a pipe that nobody reads must not stop sessions. If
+// the queue is full, it drops and counts lines, and later logs how many it dropped.
 type logQueue struct {
-	out io.Writer // static
+	// Static after construction.
+	out  io.Writer
+	wake chan struct{} // wakes run; capacity 1, never closed
+	done chan struct{} // closed when run has returned
+
+	dropped atomic.Int64 // lines since the start
 
 	// Guarded by mu.
 	mu              sync.Mutex
-	lines           []byte
-	droppedSinceRun int64 // lines since run last looked
+	lines           []byte // queued
+	droppedSinceRun int64  // lines since run last took the queue
 	closed          bool
-
-	wake    chan struct{} // capacity 1: there are lines, or closed
-	done    chan struct{} // closed when run has returned
-	dropped atomic.Int64  // lines since the start
 }
 
 func newLogQueue(out io.Writer) *logQueue {
 	return &logQueue{out: out, wake: make(chan struct{}, 1), done: make(chan struct{})}
 }
 
-// Write takes a line, and has no error.
+// Write queues a line, or drops it. It never fails, and it does not block.
 func (q *logQueue) Write(line []byte) (int, error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -65,7 +66,7 @@ func (q *logQueue) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// notify makes run look. It does not block.
+// notify wakes run. It does not block.
 func (q *logQueue) notify() {
 	select {
 	case q.wake <- struct{}{}:
@@ -73,8 +74,8 @@ func (q *logQueue) notify() {
 	}
 }
 
-// run writes the lines until stop, with a line to log, which is the queue's own,
-// where some were dropped.
+// run writes the queued lines until stop. log writes to this queue: where lines were
+// dropped, run logs how many.
 func (q *logQueue) run(log *slog.Logger) {
 	defer close(q.done)
 	var spare []byte
@@ -87,7 +88,7 @@ func (q *logQueue) run(log *slog.Logger) {
 		if lost > 0 {
 			log.Warn("log lines dropped", "lines", lost)
 			q.mu.Lock()
-			closed = closed && len(q.lines) == 0 // that line has woken us up, if its level is written
+			closed = closed && len(q.lines) == 0 // the warning may have woken run
 			q.mu.Unlock()
 		}
 		if n, err := q.out.Write(lines); err != nil {
@@ -99,8 +100,8 @@ func (q *logQueue) run(log *slog.Logger) {
 	}
 }
 
-// stop returns when all lines were written, or logFlushTimeout is over. Nobody logs any
-// more.
+// stop returns when all lines are written, or after logFlushTimeout. The caller must not
+// log after it.
 func (q *logQueue) stop() {
 	q.mu.Lock()
 	q.closed = true
@@ -114,17 +115,18 @@ func (q *logQueue) stop() {
 
 // writeMetrics writes how many lines were dropped.
 func (q *logQueue) writeMetrics(m metricsWriter) {
-	m.single("router_log_lines_dropped_total", "counter", "Log lines that nobody took in time.", float64(q.dropped.Load()))
+	m.single("router_log_lines_dropped_total", "counter",
+		"Log lines that nobody took in time.", float64(q.dropped.Load()))
 }
 
-// serverLog returns a log for http.Server: what it tells are its own troubles,
-// such as no descriptors left, and panics. Clients could provoke some lines, so
-// there is at most one a second.
+// serverLog returns a log for http.Server, which logs its own errors, such as no
+// descriptors left, and panics of handlers. Clients can cause some of these lines, so it
+// writes at most one a second.
 func serverLog(log *slog.Logger) *stdlog.Logger {
 	return stdlog.New(&serverLogWriter{log: log}, "", 0)
 }
 
-// serverLogWriter writes the lines of an http.Server.
+// serverLogWriter writes the lines of an http.Server to log.
 type serverLogWriter struct {
 	log   *slog.Logger
 	limit throttle
@@ -137,24 +139,24 @@ func (l *serverLogWriter) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// throttle lets a log line through now and then.
+// throttle limits how often a line is logged. The zero value has logged none.
 type throttle struct {
-	last    atomic.Int64 // unix nanoseconds of the last line; 0 is never
-	omitted atomic.Int64 // lines since
+	last    atomic.Int64 // Unix nanoseconds of the last line; 0 before the first
+	omitted atomic.Int64 // lines since then that were not logged
 }
 
-// allow reports whether a line may be written, if the last one was longer than
-// every ago, and how many were omitted since.
-func (t *throttle) allow(every time.Duration) (omitted int64, ok bool) {
+// allow reports whether the caller may log a line: the last one was at least interval
+// ago. omitted is how many lines were not logged since that one.
+func (t *throttle) allow(interval time.Duration) (omitted int64, ok bool) {
 	now, last := time.Now().UnixNano(), t.last.Load()
-	if last != 0 && now-last < int64(every) || !t.last.CompareAndSwap(last, now) {
+	if last != 0 && now-last < int64(interval) || !t.last.CompareAndSwap(last, now) {
 		t.omitted.Add(1)
 		return 0, false
 	}
 	return t.omitted.Swap(0), true
 }
 
-// version is what the go command noted about this build.
+// version returns the version that the go command put into this binary, or "unknown".
 func version() string {
 	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
 		return info.Main.Version

@@ -89,7 +89,7 @@
 // A goroutine that holds a lock takes only locks that are further down:
 //
 //	configMaps.mu             held while the router swaps its table
-//	router.mu                 held while a swap wakes upgrades that wait, and writes to the log
+//	router.mu                 held while a swap wakes waiting upgrades and logs
 //	pendingConn.mu            held while one client of the fast path takes a step
 //	fastPath.mu
 //	dialQueues.mu             held while it asks whether a backend is ready
@@ -230,7 +230,7 @@ func newProgram(
 	}
 	proxy = newProxy(c, backends, fdLimit, log)
 	p := &program{config: c, fdLimit: fdLimit, proxy: proxy, log: log}
-	p.admin = &admin{proxy: p.proxy, fdLimit: fdLimit, logQueue: queue, started: time.Now()}
+	p.admin = &admin{proxy: proxy, fdLimit: fdLimit, logQueue: queue, started: time.Now()}
 	if endpoints != nil {
 		p.followStatefulSet(kubeClient, namespace, endpoints)
 	}
@@ -277,7 +277,8 @@ func (p *program) followStatefulSet(
 	}
 	replicas := newReplicaWatcher(*kubeClient, namespace, endpoints, onResize, p.log)
 	p.admin.replicaWatcher = replicas
-	p.tasks = append(p.tasks, endpoints.watcher.run, replicas.watcher.run, replicas.keepActiveCount)
+	p.tasks = append(p.tasks,
+		endpoints.watcher.run, replicas.watcher.run, replicas.keepActiveCount)
 }
 
 // addSources sets up the sources of overrides: the ConfigMaps if there is an API server,
@@ -304,7 +305,9 @@ func (p *program) addSources(kubeClient *kubeClient, namespace string) {
 
 // serve runs everything until ctx ends or the client listener fails. Then it stops in
 // this order: new clients, the sessions, everything else. It closes neither listener.
-func (p *program) serve(ctx context.Context, clientListener, adminListener net.Listener) error {
+func (p *program) serve(
+	ctx context.Context, clientListener, adminListener net.Listener,
+) error {
 	if err := p.proxy.relay.start(); err != nil {
 		return err
 	}
@@ -319,11 +322,12 @@ func (p *program) serve(ctx context.Context, clientListener, adminListener net.L
 	requests, stopRequests := context.WithCancelCause(context.Background())
 	clientServer := newClientServer(requests, p.proxy, p.log)
 	adminServer := p.admin.server(p.log)
+	adminConns := newAdminListener(adminListener, p.log)
 	failed := make(chan error, 1)
 	fastPath := newFastPath(p.proxy, clientListener, p.fdLimit)
 	running.Go(fastPath.run)
 	running.Go(func() { failed <- clientServer.Serve(fastPath) })
-	running.Go(func() { adminServer.Serve(newAdminListener(adminListener, p.log)) }) // until Close
+	running.Go(func() { adminServer.Serve(adminConns) }) // until Close
 	p.logServing(clientListener.Addr(), adminListener.Addr())
 
 	var err error
@@ -343,11 +347,14 @@ func (p *program) serve(ctx context.Context, clientListener, adminListener net.L
 // logServing logs where the router listens, and warns if the process may not open enough
 // files for -max-sessions.
 func (p *program) logServing(client, admin net.Addr) {
-	p.log.Info("serving", "version", version(), "listen", client.String(), "admin", admin.String(),
-		"pod", p.config.podName, "backends", p.proxy.backends.static.count, "kube", p.config.kube)
-	if maxSessions := p.fdLimit.maxSessions(); maxSessions < p.config.limits.sessions {
+	p.log.Info("serving",
+		"version", version(), "listen", client.String(), "admin", admin.String(),
+		"pod", p.config.podName, "backends", p.proxy.backends.static.count,
+		"kube", p.config.kube)
+	wanted := p.config.limits.sessions
+	if sessions := p.fdLimit.maxSessions(); sessions < wanted {
 		p.log.Warn("the open files allow fewer sessions than -max-sessions",
-			"sessions", maxSessions, "max", p.config.limits.sessions, "files", p.fdLimit.maxFiles)
+			"sessions", sessions, "max", wanted, "files", p.fdLimit.maxFiles)
 	}
 }
 
@@ -376,9 +383,9 @@ func (p *program) stopClients(
 	timeout, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
 	handled, allHandled := context.WithCancel(timeout)
-	go func() { p.proxy.unhandled.Wait(); allHandled() }() // ends at the latest with Close below
+	go func() { p.proxy.unhandled.Wait(); allHandled() }() // ends at the latest with Close
 	<-handled.Done()
-	clientServer.Shutdown(timeout) // it does not wait for hijacked connections (golang/go#17721)
+	clientServer.Shutdown(timeout) // not of hijacked connections (golang/go#17721)
 	clientServer.Close()           // for answers that took longer than the timeout
 	p.proxy.inFlight.Wait()
 	ended := drain(context.Background(), p.proxy.relay, p.config.drainDuration)

@@ -7,15 +7,17 @@ import (
 )
 
 // metricsWriter writes the Prometheus text format, version 0.0.4
-// (https://prometheus.io/docs/instrumenting/exposition_formats/).
+// (https://prometheus.io/docs/instrumenting/exposition_formats/). Each component writes
+// its own families with it; admin.writeMetrics calls them. Errors of w are dropped.
 type metricsWriter struct{ w io.Writer }
 
-// family starts a metric; its samples follow.
+// family starts a family of the kind "counter" or "gauge". Its samples follow, at least
+// one.
 func (m metricsWriter) family(name, kind, help string) {
 	fmt.Fprintf(m.w, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
 }
 
-// sample writes one value with labels given as name, value, name, value...
+// sample writes one value. The labels are name, value, name, value...
 func (m metricsWriter) sample(name string, value float64, labels ...string) {
 	if len(labels) == 0 {
 		fmt.Fprintf(m.w, "%s %v\n", name, value)
@@ -24,12 +26,13 @@ func (m metricsWriter) sample(name string, value float64, labels ...string) {
 	escape := strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`)
 	pairs := make([]string, 0, len(labels)/2)
 	for i := 0; i < len(labels); i += 2 {
-		pairs = append(pairs, labels[i]+`="`+escape.Replace(strings.ToValidUTF8(labels[i+1], "�"))+`"`)
+		text := escape.Replace(strings.ToValidUTF8(labels[i+1], "�"))
+		pairs = append(pairs, labels[i]+`="`+text+`"`)
 	}
 	fmt.Fprintf(m.w, "%s{%s} %v\n", name, strings.Join(pairs, ","), value)
 }
 
-// single writes a metric of one value.
+// single writes a family with one sample and no labels.
 func (m metricsWriter) single(name, kind, help string, value float64) {
 	m.family(name, kind, help)
 	m.sample(name, value)
