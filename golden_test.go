@@ -1214,7 +1214,7 @@ func notReadyCases(t *testing.T) []notReadyCase {
 		{"no replicas", nil, scaled(listOf("StatefulSet", map[string]string{"backend": `"spec":{"replicas":0}`})), "^the number.*replicas"},
 		{"no permission of the StatefulSet", nil, map[string]http.HandlerFunc{"configmaps": maps, "endpointslices": slices}, "^the number.*403"},
 		{"another failure of the StatefulSet", nil, scaled(no(500, "InternalError")), "^the number.*500"},
-		{"neither", nil, map[string]http.HandlerFunc{"configmaps": noMaps, "statefulsets": noSets, "endpointslices": slices}, "(?s)kubectl.*StatefulSet"},
+		{"neither", nil, map[string]http.HandlerFunc{"configmaps": noMaps, "statefulsets": noSets, "endpointslices": slices}, "(?s)kubectl.*StatefulSet.*exist"},
 		{"no directory", append([]string{"-kube", "none", "-overrides", "/nowhere"}, static...), nil, "nowhere"},
 		{"no directory, and no ConfigMap", append([]string{"-overrides", "/nowhere"}, static...), mapped(noMaps), "kubectl"},
 	}
