@@ -107,7 +107,7 @@ func TestFault29And32Large(t *testing.T) {
 // again and again.
 func TestFault30TooLarge(t *testing.T) {
 	r := newRig(t)
-	r.program = r.buildWith("kube.go", "16 << 20, 256 << 20", "64 << 10, 256 << 20")
+	r.program = r.buildWith("kube.go", "maxObject = 16 << 20", "maxObject = 64 << 10")
 	pod := r.pod()
 	trial := r.try("30", pod)
 	before := trial.owner
