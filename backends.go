@@ -329,10 +329,10 @@ func (p *upgradeLimit) inUse(ordinal int) (all, own int) {
 
 // waiter is one upgrade that waits for its turn.
 type waiter struct {
-	sequence int64         // its place among all: it keeps that until it has a connection; one that turns out to be of no use is asked for anew
-	woken    chan struct{} // capacity 1, never closed: it has its turn, or must ask for its owner again
-	onWake   func()        // if not nil it is called in place of wake; mu is held: it must not block
-	mayDial  bool          // guarded by the holds' mu
+	sequence int64  // its place among all: it keeps that until it has a connection; one that turns out to be of no use is asked for anew
+	woken    wakeup // it may dial, or has to ask for its owner again
+	onWake   func() // if not nil it is called in place of wake; mu is held: it must not block
+	mayDial  bool   // guarded by the holds' mu
 
 	failure error // of its last dial that was not cut short, or nil; owned by who waits
 }
@@ -346,7 +346,7 @@ func (h *dialQueues) newWaiter() *waiter {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.lastSequence++
-	return &waiter{sequence: h.lastSequence, woken: make(chan struct{}, 1)}
+	return &waiter{sequence: h.lastSequence, woken: newWakeup()}
 }
 
 // wait returns nil when w may dial the backend: the caller then calls done. Else
@@ -557,10 +557,7 @@ func (w *waiter) wake() {
 		w.onWake()
 		return
 	}
-	select {
-	case w.woken <- struct{}{}:
-	default:
-	}
+	w.woken.notify()
 }
 
 const (

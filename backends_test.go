@@ -42,7 +42,7 @@ func TestParseBackends(t *testing.T) {
 	}
 }
 
-// What the short way dials is an address and a port. A zone is the link's, which
+// What the fast path dials is an address and a port. A zone is the link's, which
 // has to be looked up: a net.Dialer does.
 func TestBackendsTryResolve(t *testing.T) {
 	addrs := []string{"127.0.0.1:9000", "[::1]:9000", "localhost:9000", "[fe80::1%eth0]:9000"}

@@ -54,21 +54,19 @@ type poller struct {
 	finished  []*session // that are over; unlock reports them to the relay
 }
 
-// slot is where an event finds its session, or its guest.
+// slot is where an event finds its session, or its pending connection.
 type slot struct {
-	session    *session // nil if free, or a guest's
+	session    *session // nil if free, or of a pending connection
 	pending    pollClient
-	generation int32 // of use: an event of an earlier round is stale
+	generation int32 // of the use: an event of an earlier one is ignored
 }
 
-// A poller serves guests too, which are not sessions yet: they have a slot and
-// sockets that it watches, and may become sessions.
-
-// pollClient is told of its sockets by its poller, which holds no lock then. Its
-// events are edge-triggered.
+// pollClient is a connection that is not a session yet and may become one: it has a slot,
+// and the poller watches its sockets. The poller calls it with edge-triggered events, and
+// holds no lock then.
 type pollClient interface {
 	handleEvent(i side, events uint32)
-	fallBackNow() // the poller is to have no guests any more
+	fallBackNow() // the router stops: leave the poller
 }
 
 // start makes and runs one poller for each CPU. If it fails, it has stopped them again.
@@ -321,21 +319,21 @@ func (p *poller) addPending(g pollClient) int32 {
 	return slotIndex
 }
 
-// removePending takes the slot of a guest that does not become a session.
+// removePending frees the slot of a connection that does not become a session.
 func (p *poller) removePending(slotIndex int32) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.freeSlot(slotIndex)
 }
 
-// watchPending is control for a guest.
+// watchPending is epollControl for a pending connection.
 func (p *poller) watchPending(op int, slotIndex int32, i side, fd int32, mask uint32) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.epollControl(op, slotIndex, i, fd, mask)
 }
 
-// pendingConns returns all.
+// pendingConns returns all connections that are not sessions yet.
 func (p *poller) pendingConns() (all []pollClient) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -347,12 +345,12 @@ func (p *poller) pendingConns() (all []pollClient) {
 	return all
 }
 
-// receive reads a guest's socket once, up to limit bytes, at most bufferSize.
+// receive reads a pending connection's socket once, up to limit bytes, at most bufferSize.
 func (p *poller) receive(fd int32, limit int) ([]byte, syscall.Errno) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	n, errno := p.buf.receive(fd, limit)
-	for errno == syscall.EINTR { // what is there was told of, and will not be again
+	for errno == syscall.EINTR { // the edge was reported, and will not be again
 		n, errno = p.buf.receive(fd, limit)
 	}
 	if errno != 0 {
@@ -361,7 +359,7 @@ func (p *poller) receive(fd int32, limit int) ([]byte, syscall.Errno) {
 	return slices.Clone(p.buf.data[:n]), 0
 }
 
-// send writes to a guest's socket once, up to bufferSize bytes.
+// send writes to a pending connection's socket once, up to bufferSize bytes.
 func (p *poller) send(fd int32, data []byte) (int, syscall.Errno) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -373,9 +371,11 @@ func (p *poller) send(fd int32, data []byte) (int, syscall.Errno) {
 	}
 }
 
-// startSession is carry for a session that was a guest: mask is what epoll watches of its
-// sockets.
-func (p *poller) startSession(s *session, slotIndex int32, fds [2]int32, mask [2]uint32, early [2][]byte) {
+// startSession starts a session that was a pending connection and keeps its slot and
+// sockets. mask is what epoll watches of these. early is what each side has sent.
+func (p *poller) startSession(
+	s *session, slotIndex int32, fds [2]int32, mask [2]uint32, early [2][]byte,
+) {
 	s.poller, s.epollMask = p, mask
 	p.relay.register(s, func() {
 		p.mu.Lock()

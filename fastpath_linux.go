@@ -21,7 +21,7 @@ import (
 	"time"
 )
 
-// fastPath is the short way from a client to its backend. The relay's pollers
+// fastPath takes a client to its backend without net/http. The relay's pollers
 // read the upgrade, send it to the owner, and send the answer back, on the
 // sockets that become the session: no goroutine waits, and nothing is handed from
 // Go's poller to epoll. That is what a storm of reconnects costs the least by.
@@ -50,7 +50,7 @@ type fastPath struct {
 	acceptErr error      // why no more come
 }
 
-// fastPathTimeout is how long a client may be on the short way.
+// fastPathTimeout is how long a client may be on the fast path.
 const fastPathTimeout = 500 * time.Millisecond
 
 // newFastPath returns the front of a listener, whose clients it accepts while run
@@ -137,8 +137,8 @@ func (x *fastPath) Close() error {
 	return x.listener.Close()
 }
 
-// run accepts clients until stop or Close. That it can not even begin, Accept
-// tells.
+// run accepts clients until stop or Close. If it cannot begin, Accept returns the
+// error.
 func (x *fastPath) run() {
 	defer close(x.done)
 	if err := x.acceptClients(); !x.stopping.Load() {
@@ -227,7 +227,7 @@ func (x *fastPath) upgrade(data []byte) (*http.Request, int) {
 	return r, size
 }
 
-// A head on the short way has at most so many bytes, and so many lines and commas:
+// A head on the fast path has at most so many bytes, and so many lines and commas:
 // it is read on the goroutine that carries sessions, which wait meanwhile.
 const (
 	maxSmallHead      = 4 << 10
@@ -279,7 +279,7 @@ func isPlainRequest(r *http.Request) bool {
 // hostBytes are those of the hosts and ports that are plain.
 const hostBytes = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-_:[]"
 
-// pendingConn is a client on the short way:
+// pendingConn is a client on the fast path:
 //
 //	head ──read, checked, sent to the owner──> asked ──101──> session
 //	  │ └──the owner cannot be dialled──> held    │
@@ -295,10 +295,10 @@ type pendingConn struct {
 
 	// Guarded by mu.
 	mu        sync.Mutex
-	fellBack  bool         // it has left the short way
+	fellBack  bool         // it has left the fast path
 	fd        [2]int32     // the sockets, -1: none
 	epollMask [2]uint32    // what epoll watches
-	rearmed   [2]bool      // epoll has told of something that is left to the session
+	rearmed   [2]bool      // epoll reported something that is left to the session
 	head      []byte       // what the client has sent
 	early     int          // where in that begins what came after its upgrade
 	session   *session     // that it is to be; nil until the upgrade was read
@@ -308,30 +308,30 @@ type pendingConn struct {
 	holding   *heldUpgrade // nil if it is not held
 }
 
-// heldUpgrade is what an arrival has while it is held, in place of a session and a
+// heldUpgrade is what a connection has while it is held, in place of a session and a
 // request: with its head, that is all of it, without a goroutine. A client that is
 // held costs little, so that there may be many.
 type heldUpgrade struct {
 	// Static after construction.
 	namespace string
-	ctx       context.Context // ends with the time of hold, or when the arrival is over
+	ctx       context.Context // ends at -hold, or when the connection has left
 	cancel    context.CancelFunc
 	waiter    *waiter
 	state     atomic.Int32 // holdParked, and so on
 
-	// Guarded by the arrival's mu.
+	// Guarded by pendingConn.mu.
 	stamp   string         // of the table that says who the owner is
 	upgrade pendingUpgrade // what net/http gets; its owner changes with the table
 }
 
-// What an arrival that is held does about its place in the line.
+// What a held connection does about its place in the dial queue.
 const (
-	holdParked  int32 = iota // nothing: it waits to be roused
+	holdParked  int32 = iota // nothing: it waits for wake
 	holdRunning              // a goroutine goes on with it
-	holdRerun                // and it was roused meanwhile
+	holdRerun                // and wake was called meanwhile
 )
 
-// handleEvent goes on with what the poller tells of a socket.
+// handleEvent handles what epoll reports of a socket.
 func (a *pendingConn) handleEvent(i side, events uint32) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -429,8 +429,8 @@ func (a *pendingConn) wake() {
 	state.CompareAndSwap(holdRunning, holdRerun) // if runHold was about to end, it looks once more
 }
 
-// runHold goes on with an arrival that is held as far as that is possible now: when it has
-// its turn it dials, as backends.dialOwner does.
+// runHold takes a held connection as far as possible now: when it may dial, it dials, as
+// backends.dialOwner does.
 func (a *pendingConn) runHold() {
 	for {
 		a.holding.state.Store(holdRunning)
@@ -444,8 +444,8 @@ func (a *pendingConn) runHold() {
 	}
 }
 
-// tryOwner leaves the line, with its turn or without, and joins the owner's line again if
-// there is no connection. It reports whether the arrival is held no more.
+// tryOwner leaves the dial queue, and joins the owner's queue again if there is no
+// connection. It reports whether the client is no longer held.
 func (a *pendingConn) tryOwner() (over bool) {
 	h, b := a.holding, a.fastPath.proxy.backends
 	owner := h.upgrade.owner // only ask changes it
@@ -713,7 +713,7 @@ func (a *pendingConn) closeBoth() {
 	a.fastPath.fdLimit.add(-descriptorsPerUpgrade)
 }
 
-// finish ends the short way without a session.
+// finish ends the fast path without a session.
 func (a *pendingConn) finish() {
 	a.fellBack = true
 	a.timer.Stop()

@@ -41,7 +41,7 @@ func (p *testProxy) waitHTTP(t testing.TB) {
 	}
 }
 
-// What is plainly right goes the short way: net/http does not see it.
+// What is plainly right takes the fast path: net/http does not see it.
 func TestFastPath(t *testing.T) {
 	backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
 		io.WriteString(conn, "HTTP/1.1 103 Early Hints\r\n\r\n"+switching+"hello ")
@@ -232,7 +232,7 @@ func TestFastPathClientLeaves(t *testing.T) {
 	}
 }
 
-// What a client sends while its owner is asked is carried, though its socket is told of
+// What a client sends while its owner is asked is carried, though epoll reports its socket
 // once only.
 func TestFastPathEarlyBytes(t *testing.T) {
 	sent := make(chan struct{})
@@ -243,7 +243,7 @@ func TestFastPathEarlyBytes(t *testing.T) {
 	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
 	conn := p.send(t, "ns-01")
 	p.waitPendingConn(t)
-	mustWrite(t, conn, "early") // the poller is told of this before the answer
+	mustWrite(t, conn, "early") // epoll reports this before the answer
 	close(sent)
 	conn.SetReadDeadline(time.Now().Add(patience))
 	br := bufio.NewReader(conn)
@@ -340,7 +340,7 @@ func TestFastPathDial(t *testing.T) {
 	})
 }
 
-// waitHeld returns when so many clients are held on the short way.
+// waitHeld returns when so many clients are held on the fast path.
 func (p *testProxy) waitHeld(t testing.TB, n int) {
 	t.Helper()
 	for end := time.Now().Add(patience); ; <-time.After(time.Millisecond) {
@@ -429,8 +429,8 @@ func TestFastPathHolds(t *testing.T) {
 		conn := p.send(t, "ns-01")
 		p.waitHeld(t, 1)
 		p.fastPath.stop()
-		if guests := len(p.pendingConns()); guests != 0 || p.http.Load() != 1 {
-			t.Errorf("%d clients are still held and net/http has %d, want 0, 1", guests, p.http.Load())
+		if pending := len(p.pendingConns()); pending != 0 || p.http.Load() != 1 {
+			t.Errorf("%d clients are still held and net/http has %d, want 0, 1", pending, p.http.Load())
 		}
 		conn.Close()
 		p.waitResult(t, resultClientGone)
@@ -599,7 +599,7 @@ func socketsOf(t *testing.T, front, backend string) map[string]string {
 	return found
 }
 
-// When the router stops, all that are on the short way are answered as ever: it
+// When the router stops, all that are on the fast path are answered as ever: it
 // waits for no one that is silent.
 func TestFastPathStops(t *testing.T) {
 	backend := startStub(t, "127.0.0.1:0", silent)
@@ -620,8 +620,8 @@ func TestFastPathStops(t *testing.T) {
 		<-time.After(time.Millisecond)
 	}
 	p.fastPath.stop()
-	if n, guests := p.http.Load(), len(p.pendingConns()); n != 3 || guests != 0 {
-		t.Errorf("net/http has %d clients and express %d, want all 3", n, guests)
+	if n, pending := p.http.Load(), len(p.pendingConns()); n != 3 || pending != 0 {
+		t.Errorf("net/http has %d clients and the fast path %d, want all 3", n, pending)
 	}
 	if _, err := net.Dial("tcp", p.addr); err != nil {
 		t.Errorf("the listener is closed: %v; want that net/http does it", err)
@@ -633,7 +633,7 @@ func TestFastPathStops(t *testing.T) {
 	}
 }
 
-// pendingConns returns those who are on the short way.
+// pendingConns returns those who are on the fast path.
 func (p *testProxy) pendingConns() (all []pollClient) {
 	for _, poller := range p.relay.engine.pollers {
 		all = append(all, poller.pendingConns()...)
@@ -641,7 +641,7 @@ func (p *testProxy) pendingConns() (all []pollClient) {
 	return all
 }
 
-// FuzzFastPath holds what is taken the short way against net/http's server: it would
+// FuzzFastPath holds what is taken the fast path against net/http's server: it would
 // give its handler the same request.
 func FuzzFastPath(f *testing.F) {
 	for _, request := range []string{
@@ -661,14 +661,14 @@ func FuzzFastPath(f *testing.F) {
 		}
 		want, rest := served(t, data)
 		if want == nil {
-			t.Fatalf("express takes %q, net/http does not", data)
+			t.Fatalf("the fast path takes %q, net/http does not", data)
 		}
 		if got.Method != want.Method || got.RequestURI != want.RequestURI || got.Host != want.Host || got.ContentLength != want.ContentLength ||
 			!maps.EqualFunc(got.Header, want.Header, slices.Equal[[]string]) {
-			t.Errorf("express has %+v, net/http %+v", got, want)
+			t.Errorf("the fast path has %+v, net/http %+v", got, want)
 		}
 		if got.ContentLength == 0 && string(data[size:]) != rest {
-			t.Errorf("express has %q after the request, net/http %q", data[size:], rest)
+			t.Errorf("the fast path has %q after the request, net/http %q", data[size:], rest)
 		}
 	})
 }
@@ -723,7 +723,7 @@ func (l *oneListener) Accept() (net.Conn, error) {
 func (*oneListener) Close() error   { return nil }
 func (*oneListener) Addr() net.Addr { return nil }
 
-// waitPendingConn returns the only client on the short way, once it has asked its owner.
+// waitPendingConn returns the only client on the fast path, once it has asked its owner.
 func (p *testProxy) waitPendingConn(t testing.TB) *pendingConn {
 	t.Helper()
 	p.waitPending(t, 1)
@@ -738,7 +738,7 @@ func (p *testProxy) waitPendingConn(t testing.TB) *pendingConn {
 			}
 		}
 		if time.Now().After(end) {
-			t.Fatal("nobody is on the short way")
+			t.Fatal("nobody is on the fast path")
 		}
 	}
 }
@@ -819,8 +819,8 @@ func TestFastPathGivesUpItsTurn(t *testing.T) {
 	}
 }
 
-// The backend is told of a client that has reset its connection where it came
-// from, and not only what the client says itself.
+// The backend reads where a client came from that has reset its connection
+// meanwhile, and not only what the client says itself.
 func TestFastPathForwardsWhoWasReset(t *testing.T) {
 	backend := startStub(t, "127.0.0.1:0", echo)
 	clients, read := make(chan *net.TCPConn, 1), sync.Once{}

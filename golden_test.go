@@ -568,10 +568,10 @@ func switchingWith(fields string) string {
 // refusals are the upgrades that are right and do not become a session.
 //
 // These cannot be provoked from outside, or not at will:
-//   - no descriptor for a client (express.refuse, which writes "503 Service
+//   - no descriptor for a client (fastPath.refuseClient, which writes "503 Service
 //     Unavailable", Retry-After: 1, Connection: close, Content-Length: 0 by itself):
 //     something else in the process would have to take the descriptors that are kept for
-//     clients. express_fault_linux_test.go does that.
+//     clients. fastpath_linux_test.go does that.
 //   - a session with the pod that the backend was before (awaitOld): the client gets the
 //     answer of "503 no owner in time", since only the reason in the log is another. It
 //     needs the API server: move_test.go has it.
@@ -652,7 +652,7 @@ func TestGoldenClientAnswers(t *testing.T) {
 func mustHaveRefusals(t *testing.T, seen string) {
 	t.Helper()
 	notSeen := []string{
-		"the client left", // nobody is told of it
+		"the client left", // nobody gets an answer
 	}
 	s, found := parseSources(t), 0
 	for _, name := range s.names {

@@ -556,7 +556,7 @@ func (p *testProxy) mustRefuse(t testing.TB, status int, body, reason string) {
 	text := body
 	if sentence, ok := sentences()[status]; ok {
 		if body != sentence {
-			t.Errorf("the client of a %d is told %q, want %q", status, body, sentence)
+			t.Errorf("the client of a %d reads %q, want %q", status, body, sentence)
 		}
 		text = fmt.Sprint(p.tail.wait(t, "upgrade refused", 1)["reason"])
 	}
@@ -686,7 +686,7 @@ func mustAnswer(t testing.TB, conn net.Conn, status int) {
 	}
 }
 
-// sentences are all that clients are told of what is not their fault.
+// sentences are all that clients read about what is not their fault.
 func sentences() map[int]string {
 	return map[int]string{
 		502: "the backend gave no valid answer\n",

@@ -211,7 +211,7 @@ type acceptRetry struct {
 	once        sync.Once     // for closed
 	logThrottle throttle
 
-	backoff time.Duration // the last one; owned by who accepts
+	failures int // in a row; owned by the goroutine that accepts
 }
 
 // newAcceptRetry returns the rule for the listener of the flag.
@@ -237,7 +237,7 @@ func (a *acceptRetry) isClosed() bool {
 func (a *acceptRetry) shouldRetry(err error) bool {
 	switch {
 	case err == nil:
-		a.backoff = 0
+		a.failures = 0
 		return false
 	case a.isClosed() || errors.Is(err, net.ErrClosed): // whatever the error: that of a file is not exported
 		return false
@@ -247,11 +247,11 @@ func (a *acceptRetry) shouldRetry(err error) bool {
 	if omitted, ok := a.logThrottle.allow(time.Second); ok {
 		a.log.Warn("cannot accept connections", "listener", a.flag, "reason", err.Error(), "omitted", omitted)
 	}
-	a.backoff = min(max(2*a.backoff, minAcceptBackoff), maxAcceptBackoff)
+	a.failures++
 	select {
 	case <-a.closed:
 		return false
-	case <-time.After(a.backoff):
+	case <-time.After(backoff{minAcceptBackoff, maxAcceptBackoff}.delay(a.failures)):
 		return true
 	}
 }
@@ -382,10 +382,10 @@ func (c *limitConn) CloseWrite() error {
 // limitConnKey is the key of a request context's *limitConn.
 type limitConnKey struct{}
 
-// clientListener accepts clients that the gate has room for. It counts the
+// clientListener accepts clients that the descriptor limit has room for. It counts the
 // connections that end before net/http could make a request of what they sent:
-// too long, too slow or malformed. net/http answers these by itself and tells
-// nobody. One goroutine may accept.
+// too long, too slow or malformed. net/http answers these by itself and reports them
+// nowhere. One goroutine may accept.
 type clientListener struct {
 	net.Listener
 	fdLimit  *descriptorLimit

@@ -35,7 +35,7 @@ func tcpTimeoutOptions(timeout time.Duration) (control socketControl, keepAlive 
 		{syscall.IPPROTO_TCP, syscall.TCP_KEEPINTVL, int(interval.Seconds())},
 		{syscall.IPPROTO_TCP, tcpUserTimeout, int(timeout.Milliseconds())},
 		{syscall.SOL_SOCKET, syscall.SO_KEEPALIVE, 1},
-		{syscall.IPPROTO_TCP, syscall.TCP_NODELAY, 1}, // which package net sets by itself, and express does not
+		{syscall.IPPROTO_TCP, syscall.TCP_NODELAY, 1}, // which package net sets by itself, and the fast path does not
 	}
 	if timeout == 0 {
 		options = options[len(options)-1:]

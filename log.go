@@ -36,7 +36,7 @@ const (
 type logQueue struct {
 	// Static after construction.
 	out  io.Writer
-	wake chan struct{} // wakes run; capacity 1, never closed
+	wake wakeup        // of run
 	done chan struct{} // closed when run has returned
 
 	dropped atomic.Int64 // lines since the start
@@ -49,7 +49,7 @@ type logQueue struct {
 }
 
 func newLogQueue(out io.Writer) *logQueue {
-	return &logQueue{out: out, wake: make(chan struct{}, 1), done: make(chan struct{})}
+	return &logQueue{out: out, wake: newWakeup(), done: make(chan struct{})}
 }
 
 // Write queues a line, or drops it. It never fails, and it does not block.
@@ -62,16 +62,8 @@ func (q *logQueue) Write(line []byte) (int, error) {
 		q.droppedSinceRun++
 		q.dropped.Add(1)
 	}
-	q.notify()
+	q.wake.notify()
 	return len(line), nil
-}
-
-// notify wakes run. It does not block.
-func (q *logQueue) notify() {
-	select {
-	case q.wake <- struct{}{}:
-	default:
-	}
 }
 
 // run writes the queued lines until stop. log writes to this queue: where lines were
@@ -105,7 +97,7 @@ func (q *logQueue) run(log *slog.Logger) {
 func (q *logQueue) stop() {
 	q.mu.Lock()
 	q.closed = true
-	q.notify()
+	q.wake.notify()
 	q.mu.Unlock()
 	select {
 	case <-q.done:

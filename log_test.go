@@ -172,7 +172,7 @@ func TestLogQueueStopsAtErrorLevel(t *testing.T) {
 		q.stop()
 		if took := time.Since(begun); took > 0 {
 			t.Errorf("stop took %s with a reader that takes all, want no time", took)
-			q.notify() // lets run end
+			q.wake.notify() // lets run end
 		}
 	})
 }

@@ -31,8 +31,8 @@ type mover struct {
 	onFinished   func(moveResult)                           // or nil; must not block for long
 	log          *slog.Logger
 
-	wake            chan struct{}   // capacity 1; ownersChanged sends; never closed
-	batchDone       chan struct{}   // capacity 1; sent to when a batch's closes are all done
+	wake            wakeup          // of run, by ownersChanged
+	batchDone       wakeup          // of run, when a batch's closes are all done
 	dialResults     chan dialResult // dialTarget sends
 	pendingSessions atomic.Int64    // sessions that have to move and have not moved yet
 
@@ -105,8 +105,8 @@ func newMover(
 		relay:       relay,
 		probe:       probe,
 		log:         log,
-		wake:        make(chan struct{}, 1),
-		batchDone:   make(chan struct{}, 1),
+		wake:        newWakeup(),
+		batchDone:   newWakeup(),
 		dialResults: make(chan dialResult),
 		cancelDials: func() {},
 		closeSession: func(s *session, done func(cut bool)) bool {
@@ -120,16 +120,7 @@ func newMover(
 }
 
 // ownersChanged makes run look for sessions to move. It does not block.
-func (m *mover) ownersChanged() { notify(m.wake) }
-
-// notify sends to c, which has capacity 1, unless it is full: its receiver then does
-// the same work anyway.
-func notify(c chan<- struct{}) {
-	select {
-	case c <- struct{}{}:
-	default:
-	}
-}
+func (m *mover) ownersChanged() { m.wake.notify() }
 
 // shouldMove reports whether the session's namespace has another owner now, or the same
 // owner with another pod.
@@ -253,20 +244,16 @@ func (m *mover) enqueue(ctx context.Context, q queuedSession) {
 // dialTarget dials the target until it accepts a connection or ctx ends. It sends the
 // result of each dial to run.
 func (m *mover) dialTarget(ctx context.Context, target *moveTarget) {
-	for wait := minTargetRetry; ; wait = min(2*wait, maxTargetRetry) {
+	retry := backoff{minTargetRetry, maxTargetRetry}
+	for failures := 1; ; failures++ {
 		err := m.probe(ctx, target.backend)
 		select {
 		case <-ctx.Done():
 			return
 		case m.dialResults <- dialResult{target, err}:
 		}
-		if err == nil {
+		if err == nil || sleep(ctx, retry.jittered(failures, rand.Float64())) != nil {
 			return
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-time.After(wait/2 + rand.N(wait)):
 		}
 	}
 }
@@ -331,7 +318,7 @@ func (m *mover) startMove(q queuedSession) {
 			batch.cuts.Add(1)
 		}
 		if batch.unfinished.Add(-1) == 0 {
-			notify(m.batchDone)
+			m.batchDone.notify()
 		}
 	}
 	if !m.closeSession(q.session, done) { // it has just ended

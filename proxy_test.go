@@ -698,7 +698,7 @@ func TestHalfClosedClientIsAnswered(t *testing.T) {
 		answer string
 		status int
 		early  bool // it half-closes before its owner is asked
-		slow   bool // the owner answers when express has left the client to net/http
+		slow   bool // the owner answers when the client has fallen back to net/http
 	}{{switching, 101, false, false}, {switching, 101, true, false}, {switching, 101, false, true}, {forbidden, 403, false, false}, {forbidden, 403, true, true}} {
 		for way, request := range bothWays("/ws/ns-01") {
 			t.Run(fmt.Sprintf("%d, early %v, slow %v, %s", tt.status, tt.early, tt.slow, way), func(t *testing.T) {
