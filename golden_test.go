@@ -170,23 +170,6 @@ func (r *goldenRouter) dial(t *testing.T) net.Conn {
 	return conn
 }
 
-// open makes a session and returns the client's end.
-func (r *goldenRouter) open(t *testing.T, namespace string) *net.TCPConn {
-	t.Helper()
-	conn := r.dial(t)
-	mustWrite(t, conn, upgradeRequest("/ws/"+namespace))
-	head := bytes.Buffer{}
-	for !bytes.HasSuffix(head.Bytes(), []byte("\r\n\r\n")) { // and not a byte more
-		if _, err := io.CopyN(&head, conn, 1); err != nil {
-			t.Fatalf("%q, %v; want a 101", head.String(), err)
-		}
-	}
-	if !strings.HasPrefix(head.String(), "HTTP/1.1 101 ") {
-		t.Fatalf("%q, want a 101", head.String())
-	}
-	return conn.(*net.TCPConn)
-}
-
 // upgrades returns what became of upgrades so far, as the metrics say it, once it is of
 // n.
 func (r *goldenRouter) upgrades(t *testing.T, n int) string {
