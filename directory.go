@@ -47,10 +47,8 @@ func (d *directory) run(ctx context.Context) {
 	for {
 		begun := time.Now()
 		d.poll()
-		select {
-		case <-ctx.Done():
+		if sleep(ctx, max(dirPollInterval, dirPollShare*time.Since(begun))) != nil {
 			return
-		case <-time.After(max(dirPollInterval, dirPollShare*time.Since(begun))):
 		}
 	}
 }

@@ -194,9 +194,7 @@ func (r *replicaWatcher) keepActiveCount(ctx context.Context) {
 // an old version of the StatefulSet writes nothing. The patch goes to the status, so that
 // the Role does not allow a change of the spec.
 func (r *replicaWatcher) writeActiveCount(ctx context.Context) error {
-	r.mu.Lock()
-	s := r.latest
-	r.mu.Unlock()
+	s := r.lastStatefulSet()
 	if s == nil {
 		return nil
 	}
@@ -237,24 +235,21 @@ func (r *replicaWatcher) isServing(s *statefulSet) func(ordinal int) bool {
 	}
 }
 
-// specReplicas returns spec.replicas of the StatefulSet; known is false before the first
-// LIST that has it.
-func (r *replicaWatcher) specReplicas() (count int, known bool) {
+// lastStatefulSet returns the last version of the StatefulSet, nil before the first LIST
+// that has it.
+func (r *replicaWatcher) lastStatefulSet() *statefulSet {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.latest == nil {
-		return 0, false
-	}
-	return r.latest.replicas(), true
+	return r.latest
 }
 
 // writeMetrics writes spec.replicas, and for each backend that owns namespaces whether it
 // is ready. active.count is 0 if there is no table.
 func (r *replicaWatcher) writeMetrics(m metricsWriter, active ordinals) {
-	if replicas, known := r.specReplicas(); known {
+	if s := r.lastStatefulSet(); s != nil {
 		m.single("router_statefulset_replicas", "gauge",
 			"Backends that the StatefulSet is to have, with namespaces or not yet.",
-			float64(replicas))
+			float64(s.replicas()))
 	}
 	if active.count == 0 {
 		return
@@ -336,15 +331,10 @@ func (e *endpoint) uid() string {
 // pod may serve its sessions, but a new session would end with it. ready is always true
 // if the Service has publishNotReadyAddresses; serving is then the pod's readiness.
 func (e *endpoint) usable() bool {
-	valueOr := func(condition *bool, unset bool) bool {
-		if condition == nil {
-			return unset
-		}
-		return *condition
-	}
 	c := e.Conditions
-	return valueOr(c.Ready, true) && valueOr(c.Serving, true) &&
-		!valueOr(c.Terminating, false)
+	isFalse := func(condition *bool) bool { return condition != nil && !*condition }
+	terminating := c.Terminating != nil && *c.Terminating
+	return !isFalse(c.Ready) && !isFalse(c.Serving) && !terminating
 }
 
 // podAddress holds the addresses of one backend's pod.
@@ -409,7 +399,7 @@ type endpointWatcher struct {
 	statefulSet string
 	port        string
 	watcher     *watcher[endpointSlice]
-	dns         *backends
+	dnsBackends *backends
 	queues      *dialQueues
 	onPods      func(uids map[int]string) // see newEndpointWatcher
 	changed     wakeup                    // of keepActiveCount: a pod or the StatefulSet changed
@@ -426,8 +416,8 @@ func newEndpointWatcher(client kubeClient, namespace, statefulSet, service strin
 	onPods func(uids map[int]string), log *slog.Logger) *endpointWatcher {
 	e := &endpointWatcher{
 		statefulSet: statefulSet, port: strconv.Itoa(port),
-		dns:    newDNSBackends(0, statefulSet, service, port),
-		onPods: onPods, changed: newWakeup(), log: log,
+		dnsBackends: newDNSBackends(0, statefulSet, service, port),
+		onPods:      onPods, changed: newWakeup(), log: log,
 	}
 	e.queues = newDialQueues(e.checkReady)
 	e.watcher = &watcher[endpointSlice]{
@@ -449,7 +439,7 @@ func (e *endpointWatcher) backends() *backends {
 		resolve:     e.resolve,
 		invalidate:  e.invalidate,
 		podUID:      e.podUID,
-		close:       e.dns.close,
+		close:       e.dnsBackends.close,
 	}
 }
 
@@ -507,7 +497,7 @@ func (e *endpointWatcher) resolve(ctx context.Context, ordinal int) (string, err
 	e.mu.Unlock()
 	switch {
 	case !known:
-		return e.dns.resolve(ctx, ordinal)
+		return e.dnsBackends.resolve(ctx, ordinal)
 	case dialFailed && e.isOutdated():
 		return e.resolveByDNS(ctx, ordinal, addr)
 	case addr == "":
@@ -534,7 +524,7 @@ func (e *endpointWatcher) resolveByDNS(ctx context.Context, ordinal int,
 	last string) (string, error) {
 	dnsCtx, cancel := context.WithTimeout(ctx, dialTimeout/2)
 	defer cancel()
-	addr, err := e.dns.resolve(dnsCtx, ordinal)
+	addr, err := e.dnsBackends.resolve(dnsCtx, ordinal)
 	if err != nil && last != "" && ctx.Err() == nil {
 		return last, nil
 	}
@@ -544,7 +534,7 @@ func (e *endpointWatcher) resolveByDNS(ctx context.Context, ordinal int,
 // invalidate notes that a dial of the backend failed. The next dial uses its next
 // address, if it has several.
 func (e *endpointWatcher) invalidate(ordinal int) {
-	e.dns.invalidate(ordinal)
+	e.dnsBackends.invalidate(ordinal)
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if address := e.addresses[ordinal]; address != nil {

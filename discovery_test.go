@@ -284,7 +284,7 @@ func TestEndpointsWatchFails(t *testing.T) {
 		p := startReplicas(t, n).endpoints
 		var asked atomic.Int64
 		byDNS := error(nil)
-		p.dns.resolve = func(ctx context.Context, ordinal int) (string, error) {
+		p.dnsBackends.resolve = func(ctx context.Context, ordinal int) (string, error) {
 			asked.Add(1)
 			return fmt.Sprintf("10.9.9.%d:9000", ordinal), byDNS
 		}
@@ -367,7 +367,7 @@ func TestEndpointsResolve(t *testing.T) {
 	p := newEndpointWatcher(kubeClient{}, "edge", "backend", "headless", 9000,
 		func(map[int]string) {}, slog.New(slog.DiscardHandler))
 	asked := 0
-	p.dns.resolve = func(context.Context, int) (string, error) { asked++; return "by DNS", nil }
+	p.dnsBackends.resolve = func(context.Context, int) (string, error) { asked++; return "by DNS", nil }
 	want := func(ordinal int, addr, err string) {
 		t.Helper()
 		got, gotErr := p.resolve(t.Context(), ordinal)

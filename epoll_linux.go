@@ -20,7 +20,7 @@ const (
 	epollReadEvents = syscall.EPOLLIN | syscall.EPOLLRDHUP | syscall.EPOLLPRI
 
 	edgeTriggered = 1 << 31 // EPOLLET, which package syscall has as a negative number
-	rearm         = 1 << 27 // in sessionIO.epollMask: makes updateEpoll set the mask again
+	maskStale     = 1 << 27 // in sessionIO.epollMask: makes updateEpoll set the mask again
 )
 
 // descriptorsPerPoller is the largest number of file descriptors that the poller of a
@@ -51,7 +51,7 @@ type poller struct {
 	pipes     pipes
 	slots     []slot
 	freeSlots []int32    // indexes of free slots
-	finished  []*session // that are over; unlock reports them to the relay
+	ended     []*session // that are over; unlock reports them to the relay
 }
 
 // slot is where an event finds its session, or its pending connection.
@@ -116,20 +116,20 @@ func (e *engine) nextPoller() *poller {
 // called.
 func (e *engine) assign(s *session, _ [2]net.Conn) { s.poller = e.nextPoller() }
 
-// startSession detaches the sockets of s from package net, and gives them and early to
+// carry detaches the sockets of s from package net, and gives them and early to
 // its poller.
-func (e *engine) startSession(s *session, conns [2]net.Conn, early [2][]byte) {
+func (e *engine) carry(s *session, conns [2]net.Conn, early [2][]byte) {
 	p := s.poller
 	fds := detachDescriptors(conns)
 	p.mu.Lock()
 	defer p.unlock()
-	p.start(s, p.allocateSlot(), fds, early)
+	p.carry(s, p.allocateSlot(), fds, early)
 }
 
-// start gives s its slot and sockets, and sends early, which came from each side
+// carry gives s its slot and sockets, and sends early, which came from each side
 // before. It ends s if a socket is missing or s was ended before. The caller holds
 // mu.
-func (p *poller) start(s *session, slotIndex int32, fds [2]int32, early [2][]byte) {
+func (p *poller) carry(s *session, slotIndex int32, fds [2]int32, early [2][]byte) {
 	p.slots[slotIndex].session, p.slots[slotIndex].pending = s, nil
 	s.slot, s.fd, s.open = slotIndex, fds, true
 	switch {
@@ -188,7 +188,7 @@ func (p *poller) handleEvent(event syscall.EpollEvent) {
 		return
 	}
 	i := side(event.Pad & 1)
-	p.mu.Lock() // for each event, so that start and end do not wait for a whole batch
+	p.mu.Lock() // for each event, so that carry and end do not wait for a whole batch
 	target := p.slots[event.Fd]
 	if target.generation != event.Pad>>1 {
 		target = slot{} // the event is stale: the slot was freed since
@@ -204,10 +204,10 @@ func (p *poller) handleEvent(event syscall.EpollEvent) {
 
 // unlock unlocks mu, and calls sessionEnded for the sessions that are over.
 func (p *poller) unlock() {
-	done := p.finished
-	p.finished = nil
+	ended := p.ended
+	p.ended = nil
 	p.mu.Unlock()
-	for _, s := range done {
+	for _, s := range ended {
 		p.relay.sessionEnded(s)
 	}
 }
@@ -371,16 +371,16 @@ func (p *poller) send(fd int32, data []byte) (int, syscall.Errno) {
 	}
 }
 
-// startSession starts a session that was a pending connection and keeps its slot and
+// promote starts a session that was a pending connection and keeps its slot and
 // sockets. mask is what epoll watches of these. early is what each side has sent.
-func (p *poller) startSession(
+func (p *poller) promote(
 	s *session, slotIndex int32, fds [2]int32, mask [2]uint32, early [2][]byte,
 ) {
 	s.poller, s.epollMask = p, mask
 	p.relay.register(s, func() {
 		p.mu.Lock()
 		defer p.unlock()
-		p.start(s, slotIndex, fds, early)
+		p.carry(s, slotIndex, fds, early)
 	})
 }
 

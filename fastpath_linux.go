@@ -608,7 +608,7 @@ func (a *pendingConn) handleResponse(data []byte) bool {
 	a.fellBack = true
 	a.timer.Stop()
 	p.results[resultOK].Add(1)
-	p.startSession(a.session, func() { a.startSession(early) })
+	p.handOver(a.session, func() { a.startSession(early) })
 	return true
 }
 
@@ -616,10 +616,10 @@ func (a *pendingConn) handleResponse(data []byte) bool {
 func (a *pendingConn) startSession(fromBackend []byte) {
 	for i, left := range a.rearmed {
 		if left {
-			a.epollMask[i] |= rearm
+			a.epollMask[i] |= maskStale
 		}
 	}
-	a.poller.startSession(a.session, a.slot, a.fd, a.epollMask, [2][]byte{a.head[a.early:], fromBackend})
+	a.poller.promote(a.session, a.slot, a.fd, a.epollMask, [2][]byte{a.head[a.early:], fromBackend})
 }
 
 // receive returns what has come from the side, up to the most that a head may

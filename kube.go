@@ -194,8 +194,10 @@ func (s *statusError) Error() string {
 // retryAfter returns how long the API server asks to wait before the next request, at
 // most maxRetryAfter; 0 if err is no *statusError.
 func retryAfter(err error) time.Duration {
-	statusErr := &statusError{}
-	errors.As(err, &statusErr)
+	statusErr, ok := errors.AsType[*statusError](err)
+	if !ok {
+		return 0
+	}
 	seconds := min(statusErr.Details.RetryAfterSeconds, maxRetryAfter)
 	return time.Duration(seconds) * time.Second
 }
@@ -235,8 +237,8 @@ func newStatusError(resp *http.Response) *statusError {
 
 // hasStatus reports whether err is a *statusError with this HTTP status code.
 func hasStatus(err error, code int) bool {
-	statusErr := &statusError{}
-	return errors.As(err, &statusErr) && statusErr.Code == code
+	statusErr, ok := errors.AsType[*statusError](err)
+	return ok && statusErr.Code == code
 }
 
 // errorClass returns the class of err, for the log and the metrics: one word of a small

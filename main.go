@@ -63,9 +63,9 @@
 //
 // and then, for both,
 //
-//	proxy.startSession        looks once more whether the owner is still the owner
+//	proxy.handOver            looks once more whether the owner is still the owner
 //	relay.register            counts the session
-//	poller.start              gives the sockets to the event loop
+//	poller.carry              gives the sockets to the event loop
 //	poller.handle             carries bytes, for each event of a socket
 //	poller.end                closes both sockets
 //	relay.sessionEnded        counts and logs the end
@@ -245,17 +245,20 @@ func newProxy(
 	c *config, backends *backends, fdLimit *descriptorLimit, log *slog.Logger,
 ) *proxy {
 	backends.dialer = newDialer(c.tcpUserTimeout)
-	router := &router{statefulSet: c.statefulSet, fromHost: c.namespaceFrom == "host",
-		backends: backends.static, log: log}
+	var mover *mover // onSwap uses it when there are sources
+	router := &router{
+		statefulSet: c.statefulSet, fromHost: c.namespaceFrom == "host",
+		backends: backends.static, log: log,
+		onSwap: func() { mover.ownersChanged(); backends.queues.recheckOwners() },
+	}
 	relay := newRelay(backends.name, log)
 	relay.freeDescriptors = func(descriptors int) { fdLimit.add(-descriptors) }
 	probe := func(ctx context.Context, backend int) error {
 		_, err := backends.probe(ctx, backend)
 		return err
 	}
-	mover := newMover(router, relay, c.moveRate, probe, log)
+	mover = newMover(router, relay, c.moveRate, probe, log)
 	mover.settleTime = c.moveSettle
-	router.onSwap = func() { mover.ownersChanged(); backends.queues.recheckOwners() }
 	p := &proxy{
 		router: router, backends: backends, relay: relay, mover: mover,
 		limits: c.limits, podName: c.podName, namespace: pathNamespace, log: log,
@@ -289,7 +292,7 @@ func (p *program) addSources(kubeClient *kubeClient, namespace string) {
 		router.addSource(false, func(update func(...sourceContent)) overrideSource {
 			maps := newConfigMaps(*kubeClient, namespace, c.configMaps, c.selector,
 				c.podName, update, p.log)
-			p.admin.configMaps, p.proxy.mover.onFinished = maps, maps.reportMove
+			p.admin.configMaps = maps
 			return maps
 		})
 	}

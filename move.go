@@ -27,8 +27,7 @@ type mover struct {
 	relay        *relay
 	settleTime   time.Duration // time without a change of the table before sessions move
 	probe        func(ctx context.Context, backend int) error
-	closeSession func(s *session, done func(cut bool)) bool // closeGracefully
-	onFinished   func(moveResult)                           // or nil; must not block for long
+	closeSession func(s *session, onEnd func(cut bool)) bool // closeGracefully
 	log          *slog.Logger
 
 	wake            wakeup          // of run, by ownersChanged
@@ -72,6 +71,12 @@ type moveResult struct {
 	time       time.Duration
 }
 
+// moveReporter is an overrideSource that reports moves.
+type moveReporter interface {
+	// reportMove reports a move that ended. It must not block for long.
+	reportMove(moveResult)
+}
+
 // moveBatch is the sessions that have to move because of one settled change of the
 // table. run owns it, but for the atomic fields.
 type moveBatch struct {
@@ -109,8 +114,8 @@ func newMover(
 		batchDone:   newWakeup(),
 		dialResults: make(chan dialResult),
 		cancelDials: func() {},
-		closeSession: func(s *session, done func(cut bool)) bool {
-			return s.closeGracefully(causeMoved, done)
+		closeSession: func(s *session, onEnd func(cut bool)) bool {
+			return s.closeGracefully(causeMoved, onEnd)
 		},
 	}
 	if rate > 0 {
@@ -313,7 +318,7 @@ func (m *mover) startMove(q queuedSession) {
 	batch.remaining--
 	m.pendingSessions.Add(-1)
 	batch.unfinished.Add(1)
-	done := func(cut bool) {
+	onEnd := func(cut bool) {
 		if cut {
 			batch.cuts.Add(1)
 		}
@@ -321,7 +326,7 @@ func (m *mover) startMove(q queuedSession) {
 			m.batchDone.notify()
 		}
 	}
-	if !m.closeSession(q.session, done) { // it has just ended
+	if !m.closeSession(q.session, onEnd) { // it has just ended
 		batch.unfinished.Add(-1)
 		return
 	}
@@ -340,7 +345,7 @@ func (m *mover) cancel(q queuedSession) {
 }
 
 // finishBatches logs the batches whose sessions have all moved or were cancelled, and
-// passes their results to onFinished.
+// passes their results to the sources of overrides that report moves.
 func (m *mover) finishBatches() {
 	m.batches = slices.DeleteFunc(m.batches, func(batch *moveBatch) bool {
 		if batch.remaining > 0 || batch.unfinished.Load() > 0 {
@@ -351,8 +356,10 @@ func (m *mover) finishBatches() {
 		m.log.Info("moved", "version", batch.version,
 			"namespaces", batch.namespaces, "sessions", batch.sessions,
 			"seconds", batch.time.Seconds(), "cut", batch.cut, "cancelled", batch.cancelled)
-		if m.onFinished != nil {
-			m.onFinished(batch.moveResult)
+		for _, s := range m.router.sources {
+			if reporter, ok := s.overrideSource.(moveReporter); ok {
+				reporter.reportMove(batch.moveResult)
+			}
 		}
 		return true
 	})

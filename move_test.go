@@ -78,7 +78,7 @@ func TestMoveAtSessionStart(t *testing.T) {
 	server, serverFar := tcpPair(t)
 	p.pendingUpgrades.add(0, 1)
 	s := newSession("ns-01", 0, "")
-	p.startSession(s, func() { p.relay.startSession(s, [2]net.Conn{clientFar, server}, [2][]byte{}) })
+	p.handOver(s, func() { p.relay.startSession(s, [2]net.Conn{clientFar, server}, [2][]byte{}) })
 	mustFrames(t, serverFar, true, goesAway)
 	serverFar.Close()
 	mustFrames(t, client, false, restarts)
@@ -606,13 +606,21 @@ func TestPaceCatchesUp(t *testing.T) {
 	}
 }
 
+// moveRecorder is a source of overrides that records the reported moves.
+type moveRecorder struct {
+	overrideSource
+	results []moveResult
+}
+
+func (r *moveRecorder) reportMove(m moveResult) { r.results = append(r.results, m) }
+
 // An edit that reverts a change cancels the moves that are still to come, and the
 // result has their number.
 func TestMoveTakenBack(t *testing.T) {
 	before, after := with(pinned(1, 0), "other", 1), with(pinned(1, 1), "other", 0)
 	movesIn(t, 10, 50, before, func(t *testing.T, m *moveTest) {
-		var results []moveResult
-		m.onFinished = func(r moveResult) { results = append(results, r) }
+		reported := &moveRecorder{}
+		m.router.sources = append(m.router.sources, &routerSource{overrideSource: reported, provisional: true})
 		m.table(after)
 		if got := m.after(700 * time.Millisecond); len(got) < 2 || len(got) > 3 || m.pendingSessions.Load() != int64(100-len(got)) {
 			t.Errorf("%d moved and %d wait, want 2 or 3 and the rest", len(got), m.pendingSessions.Load())
@@ -623,6 +631,7 @@ func TestMoveTakenBack(t *testing.T) {
 			t.Errorf("%d moved before the change was reverted and %d after, %d wait", moved, got-moved, m.pendingSessions.Load())
 		}
 		wantLine(t, m.log.all("moved"), 1, map[string]any{"version": "1", "sessions": float64(moved), "cancelled": float64(100 - moved)})
+		results := reported.results
 		if len(results) != 1 || results[0].sessions != moved || results[0].cancelled != 100-moved || results[0].time == 0 {
 			t.Errorf("results %+v, want one, equal to the log", results)
 		}

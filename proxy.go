@@ -95,7 +95,7 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result result, 
 	}
 	result = resultBadGateway
 	defer func() { // also for a panic, which net/http logs
-		if result != resultOK { // else startSession has done it
+		if result != resultOK { // else handOver has done it
 			p.pendingUpgrades.release(backend)
 		}
 	}()
@@ -249,7 +249,7 @@ var errOwnerChanged = errors.New("the namespace got another owner")
 var errMisdirected = errors.New("what answers at its address is another backend")
 
 // admit checks an upgrade request, and returns its namespace, and what owner does. It
-// takes a place of the owner's, which the caller gives back, or startSession.
+// takes a place of the owner's, which the caller gives back, or handOver.
 func (p *proxy) admit(r *http.Request) (namespace string, owner int, table string, refused *refusal) {
 	p.handshakes.Add(1)
 	if n := countFields(r.Header); n > p.limits.headerFields {
@@ -387,7 +387,7 @@ func (p *proxy) completeUpgrade(w http.ResponseWriter, r *http.Request, s *sessi
 	backendConn, rest := unwrap(backendConn)
 	early := [2][]byte{fromClient, slices.Concat(fromBackend, rest)}
 	p.readers.Put(br)
-	p.startSession(s, func() { p.relay.startSession(s, [2]net.Conn{clientConn, backendConn}, early) })
+	p.handOver(s, func() { p.relay.startSession(s, [2]net.Conn{clientConn, backendConn}, early) })
 	return resultOK, nil
 }
 
@@ -463,13 +463,13 @@ func (p *proxy) hijack(w http.ResponseWriter, head []byte) (net.Conn, []byte, er
 	return client, early, nil
 }
 
-// startSession has carry give s to the relay, which from here on is the only one to
+// handOver has start give s to the relay, which from here on is the only one to
 // touch its sockets. A table that was swapped since s's owner was asked may have
 // given it another one. The relay knows s before the table is read again here, and
 // the mover takes its snapshot of the sessions after the swap. The relay's lock puts
 // these two in order: when s comes first, the snapshot has s; when the snapshot
 // comes first, this check sees the new table.
-func (p *proxy) startSession(s *session, start func()) {
+func (p *proxy) handOver(s *session, start func()) {
 	p.pendingUpgrades.release(s.backend) // before, or the limit of sessions would count it twice
 	start()
 	if p.mover.shouldMove(s) {

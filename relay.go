@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"maps"
 	"net"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -48,7 +49,7 @@ func (i side) errorCause() cause {
 // if err says that the connection is gone. All other errors are causeRouterError, such
 // as ENOBUFS and ENOMEM, which unix(7) returns if memory is short.
 func (i side) causeOf(err error) cause {
-	for _, gone := range []error{
+	gone := []error{
 		// tcp(7), unix(7)
 		syscall.EPIPE, syscall.ECONNRESET, syscall.ECONNABORTED,
 		syscall.ENOTCONN, syscall.ETIMEDOUT,
@@ -57,10 +58,9 @@ func (i side) causeOf(err error) cause {
 		syscall.ECONNREFUSED, syscall.ENOPROTOOPT, syscall.EPROTO, syscall.EACCES,
 		// the router has closed it
 		net.ErrClosed,
-	} {
-		if errors.Is(err, gone) {
-			return i.errorCause()
-		}
+	}
+	if slices.ContainsFunc(gone, func(e error) bool { return errors.Is(err, e) }) {
+		return i.errorCause()
 	}
 	return causeRouterError
 }
@@ -93,7 +93,7 @@ type session struct {
 
 	podDone   atomic.Bool     // its pod has ended its stream, or was reset
 	cause     atomic.Int32    // a cause; causeNone until the session ends
-	finished  atomic.Bool     // it has ended and was counted
+	counted   atomic.Bool     // it has ended and was counted
 	bytesFrom [2]atomic.Int64 // by sender, taken by its peer's socket; with Close frames
 
 	// Owned by endIdle.
@@ -107,16 +107,8 @@ type session struct {
 // into one piece of memory, because they may be part of the request's memory, and a
 // session outlives its request.
 func newSession(namespace string, backend int, clientAddrs string) *session {
-	clientAddrs = lastClientAddrs(clientAddrs)
-	var both strings.Builder
-	both.Grow(len(namespace) + len(clientAddrs))
-	both.WriteString(namespace)
-	both.WriteString(clientAddrs)
-	return &session{
-		namespace:   both.String()[:len(namespace)],
-		backend:     backend,
-		clientAddrs: both.String()[len(namespace):],
-	}
+	both, n := strings.Join([]string{namespace, lastClientAddrs(clientAddrs)}, ""), len(namespace)
+	return &session{namespace: both[:n], backend: backend, clientAddrs: both[n:]}
 }
 
 // maxClientAddrs is how many bytes of X-Forwarded-For, from its end, the log has.
@@ -205,7 +197,7 @@ func (r *relay) stop() {
 // caller has already read from each side: the relay sends them first (invariant 6).
 func (r *relay) startSession(s *session, conns [2]net.Conn, early [2][]byte) {
 	r.engine.assign(s, conns)
-	r.register(s, func() { r.engine.startSession(s, conns, early) })
+	r.register(s, func() { r.engine.carry(s, conns, early) })
 }
 
 // register adds s, to which the engine has assigned its poller or sockets, and then
@@ -223,7 +215,7 @@ func (r *relay) register(s *session, carry func()) {
 func (r *relay) sessionEnded(s *session) {
 	cause, n, cut := cause(s.cause.Load()), s.bytes(), false
 	if s.closing != nil {
-		cut = s.closing.finish()
+		cut = s.closing.end()
 	}
 	r.remove(s, n)
 	r.ended[cause].Add(1)
@@ -234,7 +226,7 @@ func (r *relay) sessionEnded(s *session) {
 		"backend", r.backendName(s.backend), "cause", cause.String(), "cut", cut,
 		"client", s.clientAddrs, "seconds", (time.Since(r.began) - s.started).Seconds(),
 		"to_backend", n[clientSide], "to_client", n[backendSide])
-	s.finished.Store(true)
+	s.counted.Store(true)
 	r.freeDescriptors(descriptorsPerSession)
 	r.openSessions.Done()
 }
@@ -374,14 +366,7 @@ func (s *session) isClosing() bool { return cause(s.cause.Load()) != causeNone }
 // start and end meanwhile: the result may contain sessions that have ended.
 func (r *relay) filter(match func(*session) bool) []*session {
 	all, _ := r.snapshot()
-	found := all[:0]
-	for _, s := range all {
-		if match(s) {
-			found = append(found, s)
-		}
-	}
-	clear(all[len(found):])
-	return found
+	return slices.DeleteFunc(all, func(s *session) bool { return !match(s) })
 }
 
 // snapshot returns the open sessions, and the bytes of those that have ended, at one
@@ -479,32 +464,31 @@ func (r *relay) wait() { r.openSessions.Wait() }
 
 // closeGracefully starts a closing handshake, which ends the session within the
 // relay's closeTimeout. It returns false, and does nothing, if the session ends or
-// has ended already. cause is causeMoved or causeDrain. done, if not nil, is called
+// has ended already. cause is causeMoved or causeDrain. onEnd, if not nil, is called
 // once when the session is over, from any goroutine; it must not block.
 //
 // closeGracefully may be called from any goroutine, once the engine knows s.
-func (s *session) closeGracefully(cause cause, done func(cut bool)) bool {
+func (s *session) closeGracefully(cause cause, onEnd func(cut bool)) bool {
 	s.lock()
 	defer s.unlock()
 	if !s.setCause(cause) {
 		return false
 	}
-	s.closing = newClosingHandshake(cause, done)
+	s.closing = newClosingHandshake(cause, onEnd)
 	s.startClose()
 	return true
 }
 
 // newClosingHandshake returns a closing handshake with the Close frames for cause,
-// causeMoved or causeDrain. done, if not nil, is called once when the session is
+// causeMoved or causeDrain. onEnd, if not nil, is called once when the session is
 // over; it must not block.
-func newClosingHandshake(cause cause, done func(cut bool)) *closingHandshake {
-	h := &closingHandshake{onDone: done}
-	h.frames[clientSide] = closeFrame(closeGoingAway, "going away", true)
-	h.frames[backendSide] = closeFrame(closeGoingAway, "going away", false)
+func newClosingHandshake(cause cause, onEnd func(cut bool)) *closingHandshake {
+	toBackend := closeFrame(closeGoingAway, "going away", true)
+	toClient := closeFrame(closeGoingAway, "going away", false)
 	if cause == causeMoved {
-		h.frames[backendSide] = closeFrame(closeServiceRestart, "service restart", false)
+		toClient = closeFrame(closeServiceRestart, "service restart", false)
 	}
-	return h
+	return &closingHandshake{frames: [2][]byte{toBackend, toClient}, onEnd: onEnd}
 }
 
 // idleChecks is how many times endIdle checks a session in the time that it may be

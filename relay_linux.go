@@ -60,13 +60,22 @@ type sessionIO struct {
 	open           bool            // it has its slot and its sockets
 	fin            [2]bool         // the side has ended its stream
 	writeFailed    [2]bool         // a send to the side failed: nothing more is sent to it
-	bulk           [2]int8         // > 0: the side has much to send; < 0: full reads to wait
+	bulk           [2]bulkState    // of what the side sends
 	unsent         [2]*unsentData  // from the side, not taken by its peer; nil if nothing
 	frames         [2]frameScanner // of what came from the side
 	halfCloseTimer *time.Timer     // nil until one direction has ended
 
 	closing *closingHandshake // nil if there is none; set once
 }
+
+// bulkState says whether a side has much to send. From -bulkPause to -1 it counts the
+// full reads that are still to come before one may make it inBulk.
+type bulkState int8
+
+const (
+	notBulk bulkState = 0
+	inBulk  bulkState = 1
+)
 
 // unsentData is what the peer of a side did not take: first data, then the bytes in
 // pipe. Both may be empty: the side is not read all the same, until its peer's socket
@@ -133,7 +142,7 @@ func (p *poller) readReady(s *session, i side, ended bool) {
 			return
 		}
 	}
-	s.epollMask[i] |= rearm
+	s.epollMask[i] |= maskStale
 }
 
 // wantsRead reports whether the poller may read the side now.
@@ -156,7 +165,7 @@ func (p *poller) readOnce(s *session, i side, ended bool) (more bool) {
 			limit = peekSize / 4
 		case s.closing != nil:
 			limit -= maxCloseFrame
-		case s.bulk[i] > 0:
+		case s.bulk[i] == inBulk:
 			limit = int(min(bufferSize, s.frames[i].remaining()+maxFrameHeader))
 		}
 		n, errno = p.buf.receive(s.fd[i], limit)
@@ -204,7 +213,7 @@ func (p *poller) forwardPeeked(s *session, i side, ended bool) (more bool) {
 		took, errno := p.buf.send(s.fd[i.other()], n, 0)
 		sent = p.handleSent(s, i, took, errno, n)
 	}
-	s.bulk[i] = 0
+	s.bulk[i] = notBulk
 	p.discardPeeked(s, i, sent)
 	if sent < n && s.open {
 		p.keepUnsent(s, i, nil, nil)
@@ -233,13 +242,13 @@ func (p *poller) discardPeeked(s *session, i side, n int) {
 func (s *session) detectBulk(i side, full bool, limit int) {
 	switch {
 	case !full:
-		s.bulk[i] = 0
-	case s.bulk[i] < 0:
+		s.bulk[i] = notBulk
+	case s.bulk[i] < notBulk:
 		s.bulk[i]++
 	case limit < bufferSize && s.frames[i].remaining() < minSplice:
 		s.bulk[i] = -bulkPause
 	default:
-		s.bulk[i] = 1
+		s.bulk[i] = inBulk
 	}
 }
 
@@ -249,7 +258,7 @@ func (s *session) detectBulk(i side, full bool, limit int) {
 // read returns it.
 func (p *poller) spliceIn(s *session, i side, limit int) (*pipe, syscall.Errno) {
 	size := min(s.frames[i].remaining(), uint64(limit))
-	if s.bulk[i] <= 0 || s.closing != nil || size < minSplice {
+	if s.bulk[i] != inBulk || s.closing != nil || size < minSplice {
 		return nil, 0
 	}
 	target := p.pipes.get()
@@ -261,9 +270,8 @@ func (p *poller) spliceIn(s *session, i side, limit int) (*pipe, syscall.Errno) 
 	case errno == 0 && n > 0:
 		s.frames[i].skip(uint64(n))
 		return target, 0
-	case errno == syscall.EAGAIN || errno == syscall.EINTR:
-		errno = 0
-	case errno == syscall.EINVAL: // the socket's kind has no splice
+	case errno == syscall.EAGAIN, errno == syscall.EINTR,
+		errno == syscall.EINVAL: // the socket's kind has no splice
 		errno = 0
 	}
 	p.pipes.put(target)
@@ -356,7 +364,7 @@ func (p *poller) handleSent(
 		return 0
 	case errno == syscall.EINTR:
 		if s.epollMask[to] != 0 {
-			s.epollMask[to] |= rearm // it may be writable already, which is no new event
+			s.epollMask[to] |= maskStale // it may be writable already, which is no new event
 		}
 		return 0
 	case to.causeOf(errno) == causeRouterError:
@@ -466,7 +474,7 @@ func (p *poller) end(s *session, cause cause) {
 		s.halfCloseTimer.Stop()
 	}
 	p.freeSlot(s.slot)
-	p.finished = append(p.finished, s)
+	p.ended = append(p.ended, s)
 }
 
 // end ends the session. The first cause counts. It may be called from any
@@ -487,7 +495,7 @@ func (s *session) lock() { s.poller.mu.Lock() }
 func (s *session) unlock() { s.poller.unlock() }
 
 // startClose starts the closing handshake, if the session is to have one and has its
-// sockets. If it has no sockets yet, poller.start does this. The caller holds
+// sockets. If it has no sockets yet, poller.carry does this. The caller holds
 // poller.mu.
 func (s *session) startClose() {
 	if s.closing == nil || !s.open {

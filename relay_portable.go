@@ -59,16 +59,13 @@ func (e *engine) assign(s *session, conns [2]net.Conn) {
 	s.conn, s.relay = conns, e.relay
 }
 
-// startSession starts the goroutines of s. They send early first, and then carry what
+// carry starts the goroutines of s. They send early first, and then carry what
 // comes.
-func (e *engine) startSession(s *session, _ [2]net.Conn, early [2][]byte) {
+func (e *engine) carry(s *session, _ [2]net.Conn, early [2][]byte) {
 	s.running.Store(2)
-	go e.copyToBackend(s, early[clientSide])
-	go e.copyToClient(s, early[backendSide])
+	go e.copy(s, clientSide, early[clientSide])
+	go e.copy(s, backendSide, early[backendSide])
 }
-
-func (e *engine) copyToBackend(s *session, early []byte) { e.copy(s, clientSide, early) }
-func (e *engine) copyToClient(s *session, early []byte)  { e.copy(s, backendSide, early) }
 
 // copy carries one direction. The second direction to end ends the session.
 func (e *engine) copy(s *session, from side, early []byte) {

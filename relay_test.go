@@ -221,7 +221,7 @@ func TestRelayEndsWhenBothDirectionsAreDead(t *testing.T) {
 			}
 			mustEOF(t, ends[tt.gone.other()])
 			leave()
-			for end := time.Now().Add(patience); !s.finished.Load() && time.Now().Before(end); <-time.After(time.Millisecond) {
+			for end := time.Now().Add(patience); !s.counted.Load() && time.Now().Before(end); <-time.After(time.Millisecond) {
 				io.WriteString(ends[tt.gone.other()], "tick") // fails once the session is over
 			}
 			relayed{session: s, relay: r}.wantCause(t, tt.gone.endCause())
@@ -421,7 +421,7 @@ func TestRelayEndsIdle(t *testing.T) {
 		mustWrite(t, backendSends.backend, "x")
 		mustRead(t, backendSends.client, "x")
 		<-time.After(timeout / 20)
-		if ended == 0 && silent.finished.Load() && spoke.finished.Load() {
+		if ended == 0 && silent.counted.Load() && spoke.counted.Load() {
 			ended = time.Since(begun)
 		}
 		if time.Since(begun) > patience {

@@ -308,10 +308,10 @@ func (w *watcher[T]) finishCycle(err error) time.Duration {
 		}
 		s.healthy, s.failure, s.failing = false, cmp.Or(err, s.failure), s.failing || err != nil
 	})
-	if err != nil && w.onFailure != nil {
-		w.onFailure()
-	}
 	if err != nil {
+		if w.onFailure != nil {
+			w.onFailure()
+		}
 		if errorClass(err) != errorClass(before.failure) {
 			every = 0
 		}

@@ -290,7 +290,7 @@ type closingHandshake struct {
 	answerOverdue  bool        // the backend's time to answer is over
 	cut            atomic.Bool // the session ended before both sides had answered
 	timer          *time.Timer // of the present part of the session's closeTimeout
-	onDone         func(cut bool)
+	onEnd          func(cut bool)
 }
 
 // insertClose advances the scanner over the first n bytes of buf, which came from
@@ -379,15 +379,15 @@ func (h *closingHandshake) progress(frames *[2]frameScanner) (over bool) {
 	return answered || hopeless
 }
 
-// finish stops the timer, calls onDone and returns whether the session was cut. It
+// end stops the timer, calls onEnd and returns whether the session was cut. It
 // is called once, when the session is over.
-func (h *closingHandshake) finish() (cut bool) {
+func (h *closingHandshake) end() (cut bool) {
 	if h.timer != nil {
 		h.timer.Stop()
 	}
 	cut = h.cut.Load()
-	if h.onDone != nil {
-		h.onDone(cut)
+	if h.onEnd != nil {
+		h.onEnd(cut)
 	}
 	return cut
 }

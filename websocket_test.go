@@ -1253,7 +1253,7 @@ func TestCloseGracefullyAtSessionStart(t *testing.T) {
 	}
 	r.openSessions.Add(1)
 	r.add(s)
-	r.engine.startSession(s, conns, [2][]byte{nil, frameBytes(0x81, false, 5, []byte("early"))})
+	r.engine.carry(s, conns, [2][]byte{nil, frameBytes(0x81, false, 5, []byte("early"))})
 	mustFrames(t, serverFar, true, goesAway)
 	serverFar.Close()
 	mustFrames(t, client, false, `81 "early"`, restarts)
@@ -1272,7 +1272,7 @@ func TestRelayEndsAtSessionStart(t *testing.T) {
 	r.engine.assign(s, conns)
 	r.register(s, func() {
 		s.end(causeDrain)
-		r.engine.startSession(s, conns, [2][]byte{})
+		r.engine.carry(s, conns, [2][]byte{})
 	})
 	relayed{session: s, relay: r}.wantCause(t, causeDrain)
 	mustBreak(t, client)
