@@ -22,7 +22,7 @@ import (
 )
 
 func TestHealthz(t *testing.T) {
-	r := startRouter(t, "-backends", "127.0.0.1:1", "-kube", kubeAnswers(t, 0, ""))
+	r := startRouter(t, "-backends", "127.0.0.1:1", "-kube", kubeAnswers(t, hang))
 	if status, body := r.get(t, "/healthz"); status != 200 || body != "ok\n" {
 		t.Errorf("healthz is %d %q, want 200 ok, ready or not", status, body)
 	}
@@ -42,14 +42,14 @@ func TestReadyz(t *testing.T) {
 	}{
 		"directory":                {[]string{"-overrides", t.TempDir()}, 200, "ready"},
 		"no directory":             {[]string{"-overrides", "/nowhere"}, 503, "no overrides were read yet: read the overrides: open /nowhere: no such file or directory"},
-		"ConfigMap":                {[]string{"-kube", kubeAnswers(t, 200, oneConfigMap)}, 200, "ready"},
-		"no ConfigMap":             {[]string{"-kube", kubeAnswers(t, 200, noConfigMap)}, 503, "no overrides were read yet: ConfigMap default/overwriting does not exist: kubectl -n default create configmap overwriting"},
-		"other ConfigMap":          {[]string{"-kube", kubeAnswers(t, 200, noConfigMap), "-configmap", "o", "-kube-namespace", "n"}, 503, "no overrides were read yet: ConfigMap n/o does not exist: kubectl -n n create configmap o"},
-		"forbidden":                {[]string{"-kube", kubeAnswers(t, 403, forbidden)}, 503, "no overrides were read yet: ConfigMap default/overwriting: 403 Forbidden: configmaps is forbidden"},
+		"ConfigMap":                {[]string{"-kube", kubeAnswers(t, oneMap())}, 200, "ready"},
+		"no ConfigMap":             {[]string{"-kube", kubeAnswers(t, listOf("ConfigMap", nil))}, 503, "no overrides were read yet: ConfigMap default/overwriting does not exist: kubectl -n default create configmap overwriting"},
+		"other ConfigMap":          {[]string{"-kube", kubeAnswers(t, listOf("ConfigMap", nil)), "-configmap", "o", "-kube-namespace", "n"}, 503, "no overrides were read yet: ConfigMap n/o does not exist: kubectl -n n create configmap o"},
+		"forbidden":                {[]string{"-kube", kubeAnswers(t, forbidden())}, 503, "no overrides were read yet: ConfigMap default/overwriting: 403 Forbidden: configmaps is forbidden"},
 		"no API server":            {[]string{"-kube", "http://" + gone}, 503, "no overrides were read yet: ConfigMap default/overwriting: dial tcp " + gone + ": connect: connection refused"},
-		"no answer":                {[]string{"-kube", kubeAnswers(t, 0, "")}, 503, "no overrides were read yet: ConfigMap default/overwriting was asked for"},
-		"no ConfigMap, but a copy": {[]string{"-kube", kubeAnswers(t, 200, noConfigMap), "-overrides", t.TempDir()}, 200, "ready"},
-		"nothing, and no copy":     {[]string{"-kube", kubeAnswers(t, 0, ""), "-overrides", "/nowhere"}, 503, "no overrides were read yet: ConfigMap default/overwriting was asked for"},
+		"no answer":                {[]string{"-kube", kubeAnswers(t, hang)}, 503, "no overrides were read yet: ConfigMap default/overwriting was asked for"},
+		"no ConfigMap, but a copy": {[]string{"-kube", kubeAnswers(t, listOf("ConfigMap", nil)), "-overrides", t.TempDir()}, 200, "ready"},
+		"nothing, and no copy":     {[]string{"-kube", kubeAnswers(t, hang), "-overrides", "/nowhere"}, 503, "no overrides were read yet: ConfigMap default/overwriting was asked for"},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {

@@ -309,22 +309,19 @@ func TestConfigMapFields(t *testing.T) {
 }
 
 // The whole with a server: a selection is listed, changed and merged.
-func TestSelectionFromServer(t *testing.T) {
+func TestConfigMapsSelectedFromServer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		network := newFakeKubeNet()
 		named := func(name, version, backend string) string {
-			return strings.NewReplacer("routes", name, "ns-01", "ns-"+name).Replace(fakeKubeObject("u-"+name, version, backend))
+			return strings.NewReplacer("routes", name, "ns-01", "ns-"+name).Replace(routesMap("u-"+name, version, backend))
 		}
-		newFakeKube(t, network, fakeKubeScript{fakeKubeList("9", named("b", "2", "backend-2"), named("a", "1", "backend-1"))},
-			fakeKubeScript{func(w http.ResponseWriter, r *http.Request) {
-				fakeKubeStream()(w, r)
-				time.Sleep(time.Minute)
-				fakeKubeOpen(fakeKubeEvent("MODIFIED", named("b", "12", "backend-3")), fakeKubeEvent("DELETED", named("a", "13", "backend-1")))(w, r)
-			}})
+		network := newPipeNetwork()
+		scriptedKube(script{mapList("9", named("b", "2", "backend-2"), named("a", "1", "backend-1"))}, script{func(w http.ResponseWriter, r *http.Request) {
+			streamFor(time.Minute, false)(w, r)
+			openStream(watchEvent("MODIFIED", named("b", "12", "backend-3")), watchEvent("DELETED", named("a", "13", "backend-1")))(w, r)
+		}}).serve(t, network)
 		c, r, _ := fakeMaps(t)
 		c.watchers[0].kube = network.kube(t)
-		stop := fakeKubeRun(c.watchers[0].run)
-		defer stop()
+		inBackground(t, c.watchers[0].run)
 		time.Sleep(30 * time.Second)
 		wantTable(t, r, "ns-a=1 ns-b=2")
 		time.Sleep(time.Minute)

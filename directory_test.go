@@ -18,11 +18,11 @@ import (
 type fakeDir struct {
 	*directory
 	applied []sourceContent
-	logged  *fakeKubeLog
+	logged  *textLog
 }
 
 func newFakeDir(t *testing.T) *fakeDir {
-	d := &fakeDir{logged: &fakeKubeLog{}}
+	d := &fakeDir{logged: &textLog{}}
 	d.directory = &directory{
 		path:   filepath.Join(t.TempDir(), "overrides"),
 		update: func(contents ...sourceContent) { d.applied = append(d.applied, contents...) },

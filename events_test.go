@@ -3,7 +3,6 @@ package main
 import (
 	"encoding/json"
 	"fmt"
-	"io"
 	"log/slog"
 	"maps"
 	"net/http"
@@ -17,12 +16,12 @@ import (
 
 // fakeRecorder is a recorder that writes to a fakeKube, whose POSTs are answered
 // by the script.
-func fakeRecorder(t *testing.T, posts fakeKubeScript) (*eventRecorder, *fakeKube, *fakeKubeLog) {
-	network, logged := newFakeKubeNet(), &fakeKubeLog{}
-	server := newFakeKube(t, network, nil, nil)
-	server.posts = posts
+func fakeRecorder(t *testing.T, posts script) (*eventRecorder, *fakeKube, *textLog) {
+	network, logged, server := newPipeNetwork(), &textLog{}, newFakeKube()
+	server.scripts["POST"] = posts
+	server.serve(t, network)
 	r := newEventRecorder(*network.kube(t), "router-x", slog.New(slog.NewTextHandler(logged, nil)))
-	t.Cleanup(fakeKubeRun(r.run))
+	inBackground(t, r.run)
 	return r, server, logged
 }
 
@@ -32,11 +31,11 @@ func fakeChange(n int) (apiObject, sourceChange) {
 	return m.apiObject, sourceChange{sourceContent: sourceContent{id: m.id(), version: fmt.Sprint(n)}, added: 3, changed: 2, removed: 1}
 }
 
-var fakeCreated = fakeKubeSay(201, `{"kind":"Event"}`)
+var fakeCreated = respond(201, `{"kind":"Event"}`)
 
 func TestEventsAsTheAPIHasThem(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r, server, logged := fakeRecorder(t, fakeKubeScript{fakeCreated})
+		r, server, logged := fakeRecorder(t, script{fakeCreated})
 		o, c := fakeChange(7)
 		c.rejected, c.examples = 2, []rejection{{"ns-01", "ConfigMap edge/routes", "bakend-2", "backend-0 to backend-3", "backend-1", ""}}
 		r.reportChange(o, c)
@@ -50,8 +49,7 @@ func TestEventsAsTheAPIHasThem(t *testing.T) {
 				t.Error(got)
 			}
 			var e map[string]any
-			b, _ := io.ReadAll(request.Body)
-			if err := json.Unmarshal(b, &e); err != nil {
+			if err := json.Unmarshal(request.body, &e); err != nil {
 				t.Fatal(err)
 			}
 			meta := e["metadata"].(map[string]any)
@@ -64,7 +62,7 @@ func TestEventsAsTheAPIHasThem(t *testing.T) {
 				t.Errorf("%v %v %v %v: %v, want %v", e["apiVersion"], e["kind"], e["type"], e["reason"], e["message"], want)
 			}
 			if _, err := time.Parse(time.RFC3339, e["lastTimestamp"].(string)); err != nil || e["count"] != 1.0 || e["reportingInstance"] != "router-x" {
-				t.Errorf("%s, error %v", b, err)
+				t.Errorf("%s, error %v", request.body, err)
 			}
 		}
 		if len(names) != 2 || logged.String() != "" {
@@ -155,15 +153,14 @@ func TestEventsOfAVersionThatDoesMore(t *testing.T) {
 // change of the table and has Events of its own. Two routers give them the same names.
 func TestEventsOfTheSameNumberAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		f := newFakeReplicas(fakeStateful{replicas: 4, ready: 4, activeCount: "4"})
-		f.setReady(0, 1, 2, 3)
-		network := serveReplicas(t, f)
+		f, network := kubeOfFour("4"), newPipeNetwork()
+		f.serve(t, network)
 		var routers [2]*configMaps
 		for i := range routers {
 			c, r, _ := fakeMaps(t, "routes")
 			c.apply(0, fakeSet(fakeMap("routes", "1", "a=backend-1 b=backend-3")))
 			<-c.events.queue // of a router that starts
-			startScaleFor(t, network, r.setBackends)
+			followReplicas(t, network, r.setBackends)
 			routers[i] = c
 		}
 		seen := map[string]string{}
@@ -209,17 +206,17 @@ func TestEventMessageIsBounded(t *testing.T) {
 // An Event is tried twice, and what cannot be written is told with restraint.
 func TestEventFailures(t *testing.T) {
 	for name, tt := range map[string]struct {
-		posts fakeKubeScript
+		posts script
 		asked int // requests for 50 Events
 		lines int
 	}{
-		"created":            {fakeKubeScript{fakeCreated}, 50, 0},
-		"another router's":   {fakeKubeScript{fakeKubeSay(409, `{"message":"exists","reason":"AlreadyExists"}`)}, 50, 0},
-		"no permission":      {fakeKubeScript{fakeKubeSay(403, `{"message":"events is forbidden","reason":"Forbidden"}`)}, 50, 1},
-		"busy once":          {fakeKubeScript{fakeKubeSay(429, "no", "Retry-After", "7"), fakeCreated}, 51, 0},
-		"always broken":      {fakeKubeScript{fakeKubeSay(500, "no")}, 100, 1},
-		"cut":                {fakeKubeScript{func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }}, 100, 1},
-		"permission is lost": {fakeKubeScript{fakeCreated, fakeKubeSay(403, "no"), fakeKubeSay(403, "no"), fakeCreated, fakeKubeSay(403, "no")}, 50, 2},
+		"created":            {script{fakeCreated}, 50, 0},
+		"another router's":   {script{respond(409, `{"message":"exists","reason":"AlreadyExists"}`)}, 50, 0},
+		"no permission":      {script{respond(403, `{"message":"events is forbidden","reason":"Forbidden"}`)}, 50, 1},
+		"busy once":          {script{respond(429, "no", "Retry-After", "7"), fakeCreated}, 51, 0},
+		"always broken":      {script{respond(500, "no")}, 100, 1},
+		"cut":                {script{func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }}, 100, 1},
+		"permission is lost": {script{fakeCreated, respond(403, "no"), respond(403, "no"), fakeCreated, respond(403, "no")}, 50, 2},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -243,7 +240,7 @@ func TestEventFailures(t *testing.T) {
 // and the rest is dropped.
 func TestEventsDoNotBlock(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r, server, logged := fakeRecorder(t, fakeKubeScript{fakeKubeHang, fakeKubeHang, fakeCreated})
+		r, server, logged := fakeRecorder(t, script{hang, hang, fakeCreated})
 		begun := time.Now()
 		for i := range 10 * maxQueuedEvents {
 			r.reportChange(fakeChange(i))
@@ -261,7 +258,7 @@ func TestEventsDoNotBlock(t *testing.T) {
 // Each router tells of what it has moved, on the ConfigMap that there is.
 func TestEventOfAMove(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r, server, _ := fakeRecorder(t, fakeKubeScript{fakeCreated})
+		r, server, _ := fakeRecorder(t, script{fakeCreated})
 		c := &configMaps{events: r, current: []map[string]configMapState{nil, {"routes": {fakeMap("routes", "7", ""), false}}}}
 		receipt := moveResult{version: "7", namespaces: 14, sessions: 3201, cut: 12, cancelled: 1, time: 16_100 * time.Millisecond}
 		names := map[string]bool{}
@@ -269,7 +266,7 @@ func TestEventOfAMove(t *testing.T) {
 			time.Sleep(time.Second)
 			c.reportMove(receipt)
 			var e kubeEvent
-			if err := json.NewDecoder(server.request(t).Body).Decode(&e); err != nil {
+			if err := json.Unmarshal(server.request(t).body, &e); err != nil {
 				t.Fatal(err)
 			}
 			const want = "router-x moved 14 namespaces, 3201 sessions in 16.1 s, 12 cut, 1 cancelled, for table 7"

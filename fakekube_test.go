@@ -20,8 +20,6 @@ import (
 	"math/big"
 	"net"
 	"net/http"
-	"net/http/httptest"
-	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -34,181 +32,447 @@ import (
 	"time"
 )
 
-// fakeKube is an API server of the ConfigMap edge/routes. The n-th LIST is
-// answered by lists[n], the n-th WATCH by watches[n], the n-th POST by posts[n];
-// the last of each stays.
+// fakeKube is an API server. It has objects, which the test changes, and which clients
+// list, watch, patch and create as those of a real one. Where it has a script, the
+// script answers instead.
 type fakeKube struct {
-	lists, watches, posts []http.HandlerFunc
-	arrived               chan fakeKubeRequest
+	arrived chan fakeRequest // what was requested; without what came when it was full
 
-	mu                      sync.Mutex
-	listed, watched, posted int // guarded by mu
+	// Guarded by mu.
+	mu      sync.Mutex
+	scripts map[string]script            // by verb, "LIST", or verb and kind, "LIST configmaps"
+	objects map[string]map[string]string // JSON by kind, "configmaps", and name
+	history []watchedChange              // its length is the server's resourceVersion
+	changed chan struct{}                // closed at each change
+	set     fakeStatefulSet              // the StatefulSet edge/backend
+	events  map[string]string            // JSON of the Events that were created, by name
 }
 
-func (f *fakeKube) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	seen := fakeKubeRequest{r.Clone(context.Background()), time.Now()}
-	if body, _ := io.ReadAll(r.Body); len(body) > 0 {
-		seen.Body = io.NopCloser(bytes.NewReader(body))
-	}
-	f.arrived <- seen
-	w.Header().Set("Content-Type", "application/json")
-	f.mu.Lock()
-	script, n := f.lists, &f.listed
-	switch seen.verb() {
-	case "WATCH":
-		script, n = f.watches, &f.watched
-	case "POST":
-		script, n = f.posts, &f.posted
-	}
-	answer := script[min(*n, len(script)-1)]
-	*n++
-	f.mu.Unlock()
-	answer(w, r)
-}
+// script has one answer for each request, in order. The last one stays.
+type script = []http.HandlerFunc
 
-// verbs returns what was asked since the last call, such as "LIST WATCH LIST".
-func (f *fakeKube) verbs() string {
-	var verbs []string
-	for {
-		select {
-		case r := <-f.arrived:
-			verbs = append(verbs, r.verb())
-		default:
-			return strings.Join(verbs, " ")
-		}
-	}
-}
+// watchedChange is a change of an object, as a WATCH of its kind sends it.
+type watchedChange struct{ kind, name, event string }
 
-// request returns the next request.
-func (f *fakeKube) request(t *testing.T) fakeKubeRequest {
-	t.Helper()
-	select {
-	case r := <-f.arrived:
-		return r
-	case <-time.After(fakeKubePatience()):
-		t.Fatal("no request came")
-		panic("unreachable")
-	}
-}
-
-// fakeKubeRequest is a request as the server saw it.
-type fakeKubeRequest struct {
+// fakeRequest is a request as the server saw it.
+type fakeRequest struct {
 	*http.Request
-	at time.Time
+	at   time.Time
+	body []byte
 }
 
-func (r fakeKubeRequest) verb() string {
-	if r.Method == http.MethodPost {
-		return "POST"
-	}
-	if r.URL.Query().Get("watch") == "1" {
+// verb returns LIST, WATCH, or the method of what is neither.
+func (r fakeRequest) verb() string {
+	switch {
+	case r.Method != http.MethodGet:
+		return r.Method
+	case r.URL.Query().Get("watch") == "1":
 		return "WATCH"
 	}
 	return "LIST"
 }
 
-// newFakeKube serves on l, with TLS if it has a certificate, until the test ends.
-func newFakeKube(t *testing.T, l net.Listener, lists, watches []http.HandlerFunc, certificates ...tls.Certificate) *fakeKube {
-	f := &fakeKube{lists: lists, watches: watches, posts: []http.HandlerFunc{fakeKubeSay(201, "{}")}, arrived: make(chan fakeKubeRequest, 1000)}
+// selects reports whether the request is for the object, by its fieldSelector.
+func (r fakeRequest) selects(name string) bool {
+	field := r.FormValue("fieldSelector")
+	return field == "" || field == "metadata.name="+name
+}
+
+func newFakeKube() *fakeKube {
+	return &fakeKube{arrived: make(chan fakeRequest, 1000), scripts: map[string]script{}, objects: map[string]map[string]string{},
+		changed: make(chan struct{}), events: map[string]string{}}
+}
+
+// scriptedKube answers each LIST and each WATCH by a script.
+func scriptedKube(lists, watches script) *fakeKube {
+	f := newFakeKube()
+	f.scripts["LIST"], f.scripts["WATCH"] = lists, watches
+	return f
+}
+
+// kubeAnswers is an API server that answers every LIST alike, and no WATCH.
+func kubeAnswers(t *testing.T, list http.HandlerFunc) (url string) {
+	return scriptedKube(script{list}, script{hang}).url(t)
+}
+
+// kindAnswers is an API server that answers LIST by kind, and WATCH where there is an
+// answer for "WATCH <kind>". It forbids to list the other kinds.
+func kindAnswers(t *testing.T, lists map[string]http.HandlerFunc) (url string) {
+	f := newFakeKube()
+	f.scripts["LIST"] = script{statusAnswer(403, "Forbidden", "not this")}
+	for kind, answer := range lists {
+		if strings.HasPrefix(kind, "WATCH ") {
+			f.scripts[kind] = script{answer}
+		} else if answer != nil {
+			f.scripts["LIST "+kind] = script{answer}
+		}
+	}
+	return f.url(t)
+}
+
+// url serves on a real socket until the test ends.
+func (f *fakeKube) url(t *testing.T) string {
+	l, host, port := listenHostPort(t)
+	f.serve(t, l)
+	return "http://" + net.JoinHostPort(host, port)
+}
+
+// serve serves on l, with TLS if there is a certificate, until the test ends.
+func (f *fakeKube) serve(t *testing.T, l net.Listener, certificates ...tls.Certificate) *fakeKube {
 	s := &http.Server{Handler: f, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo),
 		TLSConfig: &tls.Config{Certificates: certificates}}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
+	var serving sync.WaitGroup
+	serving.Go(func() {
 		if certificates == nil {
 			s.Serve(l)
 		} else {
 			s.ServeTLS(l, "", "")
 		}
-	}()
-	t.Cleanup(func() { s.Close(); <-done })
+	})
+	t.Cleanup(func() { s.Close(); serving.Wait() })
 	return f
 }
 
-// fakeKubePatience is how long a test waits for what must come. In synctest,
-// where the year is 2000, waiting costs nothing.
-func fakeKubePatience() time.Duration {
+func (f *fakeKube) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	seen := fakeRequest{Request: r.Clone(context.Background()), at: time.Now()}
+	seen.body, _ = io.ReadAll(r.Body)
+	select {
+	case f.arrived <- seen:
+	default:
+	}
+	w.Header().Set("Content-Type", "application/json")
+	f.answer(seen, r.Context())(w, r)
+}
+
+// answer returns the next answer of the script, or that of the objects.
+func (f *fakeKube) answer(r fakeRequest, ctx context.Context) http.HandlerFunc {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	parts := strings.Split(strings.TrimSuffix(r.URL.Path, "/backend/status"), "/")
+	kind := parts[len(parts)-1]
+	for _, key := range []string{r.verb() + " " + kind, r.verb()} {
+		if answers := f.scripts[key]; len(answers) > 0 {
+			f.scripts[key] = answers[min(1, len(answers)-1):]
+			return answers[0]
+		}
+	}
+	switch r.verb() {
+	case "PATCH":
+		return f.patch(r)
+	case "POST":
+		return f.create(r)
+	case "WATCH":
+		return f.watch(kind, r)
+	}
+	items := []string{}
+	for _, name := range slices.Sorted(maps.Keys(f.objects[kind])) {
+		if r.selects(name) {
+			items = append(items, f.objects[kind][name])
+		}
+	}
+	kinds := map[string]string{"configmaps": "ConfigMap", "statefulsets": "StatefulSet", "endpointslices": "EndpointSlice"}
+	return listAnswer(kinds[kind], strconv.Itoa(len(f.history)), items...)
+}
+
+// watch sends the changes since the request's resourceVersion until the client is gone.
+func (f *fakeKube) watch(kind string, asked fakeRequest) http.HandlerFunc {
+	sent, err := strconv.Atoi(asked.FormValue("resourceVersion"))
+	if err != nil || sent > len(f.history) {
+		sent = len(f.history)
+	}
+	return func(w http.ResponseWriter, r *http.Request) {
+		for r.Context().Err() == nil {
+			f.mu.Lock()
+			news, changed := f.history[sent:], f.changed
+			f.mu.Unlock()
+			sent += len(news)
+			for _, change := range news {
+				if change.kind == kind && asked.selects(change.name) {
+					io.WriteString(w, change.event)
+				}
+			}
+			w.(http.Flusher).Flush()
+			select {
+			case <-changed:
+			case <-r.Context().Done():
+			}
+		}
+	}
+}
+
+// patch writes the active count of the StatefulSet, if the client knows its last version.
+func (f *fakeKube) patch(r fakeRequest) http.HandlerFunc {
+	var patch struct {
+		Metadata struct {
+			UID, ResourceVersion string
+			Annotations          map[string]string
+		}
+	}
+	switch err := json.Unmarshal(r.body, &patch); {
+	case err != nil || r.Header.Get("Content-Type") != "application/merge-patch+json" || patch.Metadata.UID != "u-backend" ||
+		r.URL.Path != "/apis/apps/v1/namespaces/edge/statefulsets/backend/status":
+		return statusAnswer(400, "BadRequest", "what?")
+	case patch.Metadata.ResourceVersion != f.set.version:
+		return statusAnswer(409, "Conflict", "the object has been modified")
+	}
+	f.set.activeCount = patch.Metadata.Annotations[activeCountKey]
+	f.putStatefulSet()
+	return respond(200, "{}")
+}
+
+// create takes an Event, unless there is one of its name.
+func (f *fakeKube) create(r fakeRequest) http.HandlerFunc {
+	var e kubeEvent
+	switch err := json.Unmarshal(r.body, &e); {
+	case err != nil || r.URL.Path != "/api/v1/namespaces/edge/events":
+		return statusAnswer(400, "BadRequest", "what?")
+	case f.events[e.Metadata.Name] != "":
+		return statusAnswer(409, "AlreadyExists", "there is one")
+	}
+	f.events[e.Metadata.Name] = string(r.body)
+	return respond(201, "{}")
+}
+
+// put makes o an object of its kind, or deletes the one of its name. The caller holds mu.
+func (f *fakeKube) put(kind, event string, o fakeObject) {
+	if f.objects[kind] == nil {
+		f.objects[kind] = map[string]string{}
+	}
+	if f.objects[kind][o.name] = o.json(); event == "DELETED" {
+		delete(f.objects[kind], o.name)
+	}
+	f.history = append(f.history, watchedChange{kind, o.name, watchEvent(event, o.json())})
+	close(f.changed)
+	f.changed = make(chan struct{})
+}
+
+// fakeStatefulSet is the StatefulSet edge/backend.
+type fakeStatefulSet struct {
+	replicas, start, ready int
+	activeCount            string // its annotation; "" if it has none
+	version                string
+	generation             int
+}
+
+// setStatefulSet changes the StatefulSet.
+func (f *fakeKube) setStatefulSet(change func(*fakeStatefulSet)) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	change(&f.set)
+	f.putStatefulSet()
+}
+
+// putStatefulSet makes set the StatefulSet's next version. The caller holds mu.
+func (f *fakeKube) putStatefulSet() {
+	s := &f.set
+	s.version = strconv.Itoa(len(f.history) + 1)
+	o := fakeObject{kind: "StatefulSet", name: "backend", uid: "u-backend", version: s.version, meta: fmt.Sprintf(`,"generation":%d`, s.generation),
+		rest: fmt.Sprintf(`"spec":{"replicas":%d,"ordinals":{"start":%d}},"status":{"readyReplicas":%d}`, s.replicas, s.start, s.ready)}
+	if s.activeCount != "" {
+		o.meta += fmt.Sprintf(`,"annotations":{"other":"x","router/backends":%q}`, s.activeCount)
+	}
+	f.put("statefulsets", "MODIFIED", o)
+}
+
+// scale changes the spec of the StatefulSet.
+func (f *fakeKube) scale(replicas int) {
+	f.setStatefulSet(func(s *fakeStatefulSet) { s.replicas = replicas; s.generation++ })
+}
+
+// deleteStatefulSet deletes the StatefulSet.
+func (f *fakeKube) deleteStatefulSet() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.put("statefulsets", "DELETED", fakeObject{kind: "StatefulSet", name: "backend", uid: "u-backend", version: f.set.version, rest: `"spec":{}`})
+}
+
+// setMap makes the ConfigMap edge/name another version.
+func (f *fakeKube) setMap(name, version string, data map[string]string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	entries, _ := json.Marshal(data)
+	f.put("configmaps", "MODIFIED", fakeObject{kind: "ConfigMap", name: name, uid: "u-" + name, version: version, rest: `"data":` + string(entries)})
+}
+
+// setEndpoints makes these the endpoints of the one EndpointSlice.
+func (f *fakeKube) setEndpoints(endpoints string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.put("endpointslices", "MODIFIED", fakeObject{kind: "EndpointSlice", name: "one", uid: "u-one", version: strconv.Itoa(len(f.history) + 1),
+		rest: `"addressType":"IPv4","endpoints":` + endpoints})
+}
+
+// setReady makes exactly these backends ready.
+func (f *fakeKube) setReady(ordinals ...int) {
+	f.setEndpoints(readyEndpoints(ordinals...))
+	f.setStatefulSet(func(s *fakeStatefulSet) { s.ready = len(ordinals) })
+}
+
+// readyEndpoints are the endpoints of pods that are ready, at 10.0.0.<ordinal>.
+func readyEndpoints(ordinals ...int) string {
+	all := []string{}
+	for _, i := range ordinals {
+		all = append(all, fmt.Sprintf(`{"addresses":["10.0.0.%d"],"hostname":"backend-%d","conditions":{"ready":true}}`, i, i))
+	}
+	return "[" + strings.Join(all, ",") + "]"
+}
+
+// forbid answers requests of this verb and kind with 403.
+func (f *fakeKube) forbid(verb, kind string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.scripts[verb+" "+kind] = script{statusAnswer(403, "Forbidden", "cannot "+strings.ToLower(verb)+" resource "+kind)}
+}
+
+// allow takes forbid back.
+func (f *fakeKube) allow(verb, kind string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	delete(f.scripts, verb+" "+kind)
+}
+
+// verbs returns what was requested since the last call, such as "LIST WATCH LIST".
+func (f *fakeKube) verbs() string {
+	var verbs []string
+	for len(f.arrived) > 0 {
+		verbs = append(verbs, (<-f.arrived).verb())
+	}
+	return strings.Join(verbs, " ")
+}
+
+// request returns the next request.
+func (f *fakeKube) request(t *testing.T) fakeRequest {
+	t.Helper()
+	select {
+	case r := <-f.arrived:
+		return r
+	case <-time.After(kubePatience()):
+		t.Fatal("no request came")
+		panic("unreachable")
+	}
+}
+
+// kubePatience is how long a test waits for what must come. In synctest, where the year
+// is 2000, waiting costs nothing.
+func kubePatience() time.Duration {
 	if time.Now().Year() == 2000 {
 		return 4 * time.Minute
 	}
 	return 15 * time.Second
 }
 
-// fakeKubeScript is what a fakeKube answers, in order.
-type fakeKubeScript = []http.HandlerFunc
-
-func fakeKubeV(n int) string {
-	return fakeKubeObject("u1", strconv.Itoa(n), "backend-"+strconv.Itoa(n))
+// fakeObject is an API object. Its zero fields are those of a ConfigMap in edge.
+type fakeObject struct {
+	kind, namespace, name string
+	uid, version          string
+	meta                  string // more of its metadata, such as `,"generation":1`
+	rest                  string // what it has beside its metadata, such as `"data":{}`
 }
 
-// fakeKubeLists answers with version 1, then 2...
-func fakeKubeLists(n int) (lists fakeKubeScript) {
+func (o fakeObject) json() string {
+	return fmt.Sprintf(`{"kind":%q,"apiVersion":"v1","metadata":{"name":%q,"namespace":%q,"uid":%q,"resourceVersion":%q,"managedFields":[{"manager":"kubectl"}]%s},%s}`,
+		cmp.Or(o.kind, "ConfigMap"), o.name, cmp.Or(o.namespace, "edge"), o.uid, o.version, o.meta, o.rest)
+}
+
+// routesMap is the ConfigMap edge/routes with ns-01 on the backend.
+func routesMap(uid, version, backend string) string {
+	return fakeObject{name: "routes", uid: uid, version: version, rest: fmt.Sprintf(`"data":{"ns-01":%q}`, backend)}.json()
+}
+
+// routesV is version n of edge/routes.
+func routesV(n int) string { return routesMap("u1", strconv.Itoa(n), "backend-"+strconv.Itoa(n)) }
+
+// What a watcher applies of these versions.
+const (
+	applied1 = "1 map[ns-01:backend-1]"
+	applied2 = "2 map[ns-01:backend-2]"
+	applied3 = "3 map[ns-01:backend-3]"
+)
+
+// listsTo answers with version 1 of edge/routes, then with each up to n.
+func listsTo(n int) (lists script) {
 	for i := 1; i <= n; i++ {
-		lists = append(lists, fakeKubeList(strconv.Itoa(100+i), fakeKubeV(i)))
+		lists = append(lists, listAnswer("ConfigMap", strconv.Itoa(100+i), routesV(i)))
 	}
 	return lists
 }
 
-const (
-	fakeKube1 = "1 map[ns-01:backend-1]"
-	fakeKube2 = "2 map[ns-01:backend-2]"
-	fakeKube3 = "3 map[ns-01:backend-3]"
-)
-
-// fakeKubeObject is the ConfigMap edge/routes with ns-01 on the backend.
-func fakeKubeObject(uid, version, backend string) string {
-	return fmt.Sprintf(`{"kind":"ConfigMap","apiVersion":"v1","metadata":{"name":"routes","namespace":"edge","uid":%q,`+
-		`"resourceVersion":%q,"managedFields":[{"manager":"kubectl"}]},"data":{"ns-01":%q}}`, uid, version, backend)
+// listAnswer answers a LIST, whose resourceVersion is not that of an item. The items of
+// a real one have no kind.
+func listAnswer(kind, version string, items ...string) http.HandlerFunc {
+	itemKind := fmt.Sprintf(`"kind":%q,"apiVersion":"v1",`, kind)
+	return respond(200, fmt.Sprintf(`{"kind":"%sList","apiVersion":"v1","metadata":{"resourceVersion":%q},"items":[%s]}`,
+		kind, version, strings.ReplaceAll(strings.Join(items, ","), itemKind, "")))
 }
 
-func fakeKubeEvent(kind, object string) string {
-	return `{"type":"` + kind + `","object":` + object + "}\n"
+// mapList answers a LIST of ConfigMaps.
+func mapList(version string, items ...string) http.HandlerFunc {
+	return listAnswer("ConfigMap", version, items...)
 }
 
-// fakeKubeList answers a LIST whose own resourceVersion is larger than that of
-// its item, as on a real server.
-func fakeKubeList(version string, items ...string) http.HandlerFunc {
-	for i := range items {
-		items[i] = strings.Replace(items[i], `"kind":"ConfigMap","apiVersion":"v1",`, "", 1)
+// listOf answers with objects of the kind in the Kubernetes namespace "default", by name,
+// each with what it has beside its metadata.
+func listOf(kind string, objects map[string]string) http.HandlerFunc {
+	items := []string{}
+	for name, rest := range objects {
+		items = append(items, fakeObject{kind: kind, namespace: "default", name: name, uid: "u", version: "5", rest: rest}.json())
 	}
-	return fakeKubeSay(200, `{"kind":"ConfigMapList","apiVersion":"v1","metadata":{"resourceVersion":"`+version+`"},"items":[`+
-		strings.Join(items, ",")+`]}`)
+	return listAnswer(kind, "7", items...)
 }
 
-// fakeKubeSay answers with a body and headers given as name, value, name...
-func fakeKubeSay(status int, body string, headers ...string) http.HandlerFunc {
+// oneMap answers with the one override of ns-01 that a router without flags looks for.
+func oneMap() http.HandlerFunc {
+	return listOf("ConfigMap", map[string]string{"overwriting": `"data":{"ns-01":"backend-0"}`})
+}
+
+// forbidden answers that the client may not list ConfigMaps, and is to wait a minute.
+func forbidden() http.HandlerFunc {
+	return respond(403, `{"kind":"Status","message":"configmaps is forbidden","reason":"Forbidden","code":403,"details":{"retryAfterSeconds":60}}`)
+}
+
+// statusAnswer answers with a Status.
+func statusAnswer(code int, reason, message string) http.HandlerFunc {
+	return respond(code, fmt.Sprintf(`{"kind":"Status","message":%q,"reason":%q,"code":%d}`, message, reason, code))
+}
+
+// respond answers with a body and headers given as name, value, name...
+func respond(code int, body string, headers ...string) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) {
 		for i := 0; i < len(headers); i += 2 {
 			w.Header().Set(headers[i], headers[i+1])
 		}
-		w.WriteHeader(status)
+		w.WriteHeader(code)
 		io.WriteString(w, body)
 	}
 }
 
-// fakeKubeStream sends each part with a write of its own and ends cleanly.
-func fakeKubeStream(parts ...string) http.HandlerFunc {
-	return func(w http.ResponseWriter, _ *http.Request) {
+// hang sends nothing, not even a head.
+func hang(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }
+
+// watchEvent is an event as a WATCH sends it.
+func watchEvent(kind, object string) string {
+	return `{"type":"` + kind + `","object":` + object + "}\n"
+}
+
+// stream sends each part with a write of its own and ends cleanly.
+func stream(parts ...string) http.HandlerFunc { return streamFor(0, false, parts...) }
+
+// cutStream is a stream whose connection is cut after its parts.
+func cutStream(parts ...string) http.HandlerFunc { return streamFor(0, true, parts...) }
+
+// openStream stays open after its parts, for the timeoutSeconds of the request.
+func openStream(parts ...string) http.HandlerFunc { return streamFor(-1, false, parts...) }
+
+// streamFor sends the parts, waits for d, or for timeoutSeconds if d is negative, and
+// ends, by a cut or cleanly.
+func streamFor(d time.Duration, cut bool, parts ...string) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
 		for _, part := range append([]string{""}, parts...) {
 			io.WriteString(w, part)
 			w.(http.Flusher).Flush()
 		}
-	}
-}
-
-// fakeKubeOpen is a stream that stays open after its parts, for timeoutSeconds.
-func fakeKubeOpen(parts ...string) http.HandlerFunc { return fakeKubeLast(0, false, parts...) }
-
-// fakeKubeCut is a stream whose connection is cut after its parts.
-func fakeKubeCut(parts ...string) http.HandlerFunc { return fakeKubeLast(1, true, parts...) }
-
-// fakeKubeLast is a stream that lasts for d after its parts, or timeoutSeconds if
-// d is 0, and then ends, by a cut or cleanly.
-func fakeKubeLast(d time.Duration, cut bool, parts ...string) http.HandlerFunc {
-	return func(w http.ResponseWriter, r *http.Request) {
-		fakeKubeStream(parts...)(w, r)
 		life := d
-		if life == 0 {
+		if d < 0 {
 			life, _ = time.ParseDuration(r.URL.Query().Get("timeoutSeconds") + "s")
 			life = cmp.Or(life, time.Hour) // of a LIST
 		}
@@ -222,14 +486,13 @@ func fakeKubeLast(d time.Duration, cut bool, parts ...string) http.HandlerFunc {
 	}
 }
 
-// fakeKubeHang sends nothing, not even a head.
-func fakeKubeHang(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }
-
-// fakeKubeClient is a watcher under test, running.
-type fakeKubeClient struct {
+// watchTest is a watcher of edge/routes that runs, its API server and their network.
+type watchTest struct {
 	*watcher[fakeConfigMap]
+	server  *fakeKube
+	network *pipeNetwork
 	applied chan string // "<resourceVersion> <data>" each time, of several in order; "none"
-	logged  *fakeKubeLog
+	logged  *textLog
 	stop    func() // ends run and waits for it
 }
 
@@ -239,8 +502,8 @@ type fakeConfigMap struct {
 	Data map[string]string `json:"data"`
 }
 
-// fakeKubeWatcher follows edge/routes, or what the selector chooses in edge.
-func fakeKubeWatcher(k *kubeClient, selector string, log *slog.Logger, apply func(map[string]*fakeConfigMap)) *watcher[fakeConfigMap] {
+// routesWatcher follows edge/routes, or what the selector chooses in edge.
+func routesWatcher(k *kubeClient, selector string, log *slog.Logger, apply func(map[string]*fakeConfigMap)) *watcher[fakeConfigMap] {
 	w := &watcher[fakeConfigMap]{kube: k, path: "/api/v1/namespaces/edge/configmaps", kind: "ConfigMap", namespace: "edge",
 		selector: selector, meta: func(m *fakeConfigMap) *apiObject { return &m.apiObject }, apply: apply, log: log}
 	if selector == "" {
@@ -249,32 +512,63 @@ func fakeKubeWatcher(k *kubeClient, selector string, log *slog.Logger, apply fun
 	return w
 }
 
-func fakeKubeFollow(t *testing.T, k *kubeClient) *fakeKubeClient { return fakeKubeSelect(t, k, "") }
+// startWatch runs a watcher of a server that answers by these scripts, over HTTP/1.1, in
+// a synctest bubble.
+func startWatch(t *testing.T, lists, watches script) *watchTest {
+	return startWatchOver(t, "HTTP/1.1", newPipeNetwork(), lists, watches)
+}
 
-func fakeKubeSelect(t *testing.T, k *kubeClient, selector string) *fakeKubeClient {
-	c := &fakeKubeClient{applied: make(chan string, 1000), logged: &fakeKubeLog{}}
-	c.watcher = fakeKubeWatcher(k, selector, slog.New(slog.NewTextHandler(c.logged, nil)), func(set map[string]*fakeConfigMap) {
+// startWatchOver is startWatch over "HTTP/1.1" or "HTTP/2.0".
+func startWatchOver(t *testing.T, proto string, network *pipeNetwork, lists, watches script) *watchTest {
+	k, server := network.kube(t), scriptedKube(lists, watches)
+	if proto == "HTTP/1.1" {
+		server.serve(t, network)
+	} else {
+		ca, certificate := makeCA(t)
+		k = podClient(t, "127.0.0.1", "6443", ca)
+		k.dial = network.dial
+		server.serve(t, network, certificate)
+	}
+	c := watchWith(t, k, "")
+	c.server, c.network = server, network
+	return c
+}
+
+// watchWith runs a watcher with this client, of edge/routes or of what the selector
+// chooses.
+func watchWith(t *testing.T, k *kubeClient, selector string) *watchTest {
+	c := &watchTest{applied: make(chan string, 1000), logged: &textLog{}}
+	c.watcher = routesWatcher(k, selector, slog.New(slog.NewTextHandler(c.logged, nil)), func(set map[string]*fakeConfigMap) {
 		all := []string{}
 		for _, name := range slices.Sorted(maps.Keys(set)) {
 			all = append(all, fmt.Sprint(set[name].Metadata.ResourceVersion, " ", set[name].Data))
 		}
 		c.applied <- cmp.Or(strings.Join(all, ", "), "none")
 	})
-	c.stop = fakeKubeRun(c.run)
-	t.Cleanup(c.stop)
+	c.stop = inBackground(t, c.run)
 	return c
 }
 
-// fakeKubeRun starts run; stop ends it and waits for it.
-func fakeKubeRun(run func(context.Context)) (stop func()) {
+// inBackground starts the functions. stop ends their context and waits for them; the end
+// of the test does too.
+func inBackground(t *testing.T, functions ...func(context.Context)) (stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan struct{})
-	go func() { defer close(done); run(ctx) }()
-	return func() { cancel(); <-done }
+	var running sync.WaitGroup
+	for _, run := range functions {
+		running.Go(func() { run(ctx) })
+	}
+	stop = func() { cancel(); running.Wait() }
+	t.Cleanup(stop)
+	return stop
+}
+
+// inBubble is a subtest in a synctest bubble.
+func inBubble(t *testing.T, name string, test func(t *testing.T)) {
+	t.Run(name, func(t *testing.T) { synctest.Test(t, test) })
 }
 
 // want checks what is applied next, in order.
-func (c *fakeKubeClient) want(t *testing.T, contents ...string) {
+func (c *watchTest) want(t *testing.T, contents ...string) {
 	t.Helper()
 	for _, want := range contents {
 		select {
@@ -282,43 +576,51 @@ func (c *fakeKubeClient) want(t *testing.T, contents ...string) {
 			if got != want {
 				t.Fatalf("applied %.200s, want %.200s", got, want)
 			}
-		case <-time.After(fakeKubePatience()):
+		case <-time.After(kubePatience()):
 			t.Fatalf("nothing was applied, want %.200s; log:\n%s", want, c.logged)
 		}
 	}
 }
 
 // wantNothing checks that nothing more was applied.
-func (c *fakeKubeClient) wantNothing(t *testing.T) {
+func (c *watchTest) wantNothing(t *testing.T) {
 	t.Helper()
 	if len(c.applied) > 0 {
 		t.Errorf("applied %.200s, want nothing", <-c.applied)
 	}
 }
 
-// fakeKubeLog holds a log.
-type fakeKubeLog struct {
+// wantVerbs checks what was requested since the last call.
+func (c *watchTest) wantVerbs(t *testing.T, want string) {
+	t.Helper()
+	if got := c.server.verbs(); got != want {
+		t.Errorf("requested %s, want %s", got, want)
+	}
+}
+
+// textLog holds a log.
+type textLog struct {
 	mu sync.Mutex
 	b  bytes.Buffer // guarded by mu
 }
 
-func (l *fakeKubeLog) Write(b []byte) (int, error) {
+func (l *textLog) Write(b []byte) (int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.b.Write(b)
 }
 
-func (l *fakeKubeLog) String() string {
+func (l *textLog) String() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.b.String()
 }
 
-func (l *fakeKubeLog) count(text string) int { return strings.Count(l.String(), text) }
+func (l *textLog) count(text string) int { return strings.Count(l.String(), text) }
 
-// fakeKubeNet is a network of pipes with one server: for synctest, where real
-// sockets would hold time up.
-type fakeKubeNet struct {
+// pipeNetwork is a network of pipes with one server: for synctest, where real sockets
+// would hold time up.
+type pipeNetwork struct {
 	conns  chan net.Conn
 	closed chan struct{}
 	dials  atomic.Int32
@@ -328,11 +630,11 @@ type fakeKubeNet struct {
 	frozen atomic.Int32 // connections up to this dial take bytes and bring none, as those to a stopped host do
 }
 
-func newFakeKubeNet() *fakeKubeNet {
-	return &fakeKubeNet{conns: make(chan net.Conn), closed: make(chan struct{})}
+func newPipeNetwork() *pipeNetwork {
+	return &pipeNetwork{conns: make(chan net.Conn), closed: make(chan struct{})}
 }
 
-func (n *fakeKubeNet) Accept() (net.Conn, error) {
+func (n *pipeNetwork) Accept() (net.Conn, error) {
 	select {
 	case c := <-n.conns:
 		return c, nil
@@ -341,10 +643,10 @@ func (n *fakeKubeNet) Accept() (net.Conn, error) {
 	}
 }
 
-func (n *fakeKubeNet) Close() error   { close(n.closed); return nil }
-func (n *fakeKubeNet) Addr() net.Addr { return &net.TCPAddr{} }
+func (n *pipeNetwork) Close() error   { close(n.closed); return nil }
+func (n *pipeNetwork) Addr() net.Addr { return &net.TCPAddr{} }
 
-func (n *fakeKubeNet) dial(ctx context.Context, _, _ string) (net.Conn, error) {
+func (n *pipeNetwork) dial(ctx context.Context, _, _ string) (net.Conn, error) {
 	born := n.dials.Add(1)
 	if n.down.Load() {
 		return nil, &net.OpError{Op: "dial", Net: "tcp", Err: errors.New("connection refused")}
@@ -360,7 +662,7 @@ func (n *fakeKubeNet) dial(ctx context.Context, _, _ string) (net.Conn, error) {
 	select {
 	case n.conns <- server:
 		n.open.Add(1)
-		return &fakeKubeConn{Conn: client, net: n, born: born}, nil
+		return &pipeConn{Conn: client, net: n, born: born}, nil
 	case <-n.closed:
 		return nil, net.ErrClosed
 	case <-ctx.Done():
@@ -369,32 +671,29 @@ func (n *fakeKubeNet) dial(ctx context.Context, _, _ string) (net.Conn, error) {
 }
 
 // freeze stops what goes over the connections that are open.
-func (n *fakeKubeNet) freeze() { n.frozen.Store(n.dials.Load()) }
+func (n *pipeNetwork) freeze() { n.frozen.Store(n.dials.Load()) }
 
 // kube returns a client over HTTP/1.1.
-func (n *fakeKubeNet) kube(t *testing.T) *kubeClient {
-	k, err := newKubectlProxyClient("http://127.0.0.1:8080")
-	if err != nil {
-		t.Fatal(err)
-	}
+func (n *pipeNetwork) kube(t *testing.T) *kubeClient {
+	k := proxyClient(t, "http://127.0.0.1:8080")
 	k.dial = n.dial
 	return k
 }
 
-// fakeKubeConn is the client's end of a connection.
-type fakeKubeConn struct {
+// pipeConn is the client's end of a connection.
+type pipeConn struct {
 	net.Conn
-	net  *fakeKubeNet
+	net  *pipeNetwork
 	born int32
 	once sync.Once // for Close
 }
 
-func (c *fakeKubeConn) Close() error {
+func (c *pipeConn) Close() error {
 	c.once.Do(func() { c.net.open.Add(-1) })
 	return c.Conn.Close()
 }
 
-func (c *fakeKubeConn) Read(b []byte) (int, error) {
+func (c *pipeConn) Read(b []byte) (int, error) {
 	for {
 		n, err := c.Conn.Read(b)
 		if err != nil || c.born > c.net.frozen.Load() {
@@ -403,22 +702,22 @@ func (c *fakeKubeConn) Read(b []byte) (int, error) {
 	}
 }
 
-func (c *fakeKubeConn) Write(b []byte) (int, error) {
+func (c *pipeConn) Write(b []byte) (int, error) {
 	if c.born <= c.net.frozen.Load() {
 		return len(b), nil
 	}
 	return c.Conn.Write(b)
 }
 
-// fakeKubeCA makes a CA and a server certificate for the hosts, which are
-// valid in synctest's year 2000 too.
-func fakeKubeCA(t *testing.T, hosts ...string) (ca []byte, server tls.Certificate) {
+// makeCA makes a CA and a server certificate for the hosts, which are valid in
+// synctest's year 2000 too.
+func makeCA(t *testing.T, hosts ...string) (ca []byte, server tls.Certificate) {
 	t.Helper()
-	return fakeKubeCASince(t, 1990, hosts...)
+	return makeCASince(t, 1990, hosts...)
 }
 
-// fakeKubeCASince is not valid before the year.
-func fakeKubeCASince(t *testing.T, year int, hosts ...string) (ca []byte, server tls.Certificate) {
+// makeCASince is makeCA, not valid before the year.
+func makeCASince(t *testing.T, year int, hosts ...string) (ca []byte, server tls.Certificate) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -443,355 +742,43 @@ func fakeKubeCASince(t *testing.T, year int, hosts ...string) (ca []byte, server
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
 }
 
-// fakeKubeFile writes a file of a service account as the kubelet does: it is
-// there as a whole or not at all.
-func fakeKubeFile(t *testing.T, dir, name, content string) {
+// writeAccountFile writes a file of a service account as the kubelet does: it is there
+// as a whole or not at all.
+func writeAccountFile(t *testing.T, dir, name, content string) {
 	t.Helper()
 	next := filepath.Join(dir, "."+name)
-	if err := os.WriteFile(next, []byte(content), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Rename(next, filepath.Join(dir, name)); err != nil {
+	if err := errors.Join(os.WriteFile(next, []byte(content), 0o600), os.Rename(next, filepath.Join(dir, name))); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// fakeKubePod returns a client as in a pod, with the token "first".
-func fakeKubePod(t *testing.T, host, port string, ca []byte) *kubeClient {
+// podClient returns a client as in a pod, with the token "first".
+func podClient(t *testing.T, host, port string, ca []byte) *kubeClient {
 	t.Helper()
 	dir := t.TempDir()
-	fakeKubeFile(t, dir, "ca.crt", string(ca))
-	fakeKubeFile(t, dir, "token", " first\n")
-	k, err := newInClusterClient(func(name string) string {
-		return map[string]string{"KUBERNETES_SERVICE_HOST": host, "KUBERNETES_SERVICE_PORT": port}[name]
-	}, dir)
+	writeAccountFile(t, dir, "ca.crt", string(ca))
+	writeAccountFile(t, dir, "token", " first\n")
+	k, err := newInClusterClient(environment(map[string]string{"KUBERNETES_SERVICE_HOST": host, "KUBERNETES_SERVICE_PORT": port}), dir)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return k
 }
 
-// fakeKubeListen returns a listener on a real socket and its host and port.
-func fakeKubeListen(t *testing.T) (l net.Listener, host, port string) {
+// proxyClient returns a client of a kubectl proxy.
+func proxyClient(t *testing.T, base string) *kubeClient {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	k, err := newKubectlProxyClient(base)
 	if err != nil {
 		t.Fatal(err)
 	}
+	return k
+}
+
+// listenHostPort returns a listener on a real socket and its host and port.
+func listenHostPort(t *testing.T) (l net.Listener, host, port string) {
+	t.Helper()
+	l = listenLocal(t)
 	host, port, _ = net.SplitHostPort(l.Addr().String())
 	return l, host, port
-}
-
-// fakeKubeGet asks for the ConfigMaps and returns the error.
-func fakeKubeGet(t *testing.T, k *kubeClient) error {
-	t.Helper()
-	ctx, cancel := context.WithCancel(t.Context()) // which ends the connection
-	defer cancel()
-	body, err := k.do(ctx, "/api/v1/namespaces/edge/configmaps", url.Values{"fieldSelector": {"metadata.name=routes"}}, nil)
-	if err == nil {
-		body.Close()
-	}
-	return err
-}
-
-// kubeAnswers is an API server that gives the same answer to each request;
-// status 0 is no answer for as long as the client waits.
-func kubeAnswers(t *testing.T, status int, body string) string {
-	t.Helper()
-	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if status == 0 || r.URL.Query().Get("watch") != "" {
-			<-r.Context().Done()
-			return
-		}
-		w.Header().Set("Content-Type", "application/json")
-		w.WriteHeader(status)
-		io.WriteString(w, body)
-	}))
-	t.Cleanup(s.Close)
-	return s.URL
-}
-
-const (
-	oneConfigMap = `{"kind":"ConfigMapList","metadata":{"resourceVersion":"7"},"items":[{"metadata":{"name":"overwriting",` +
-		`"namespace":"default","uid":"u","resourceVersion":"5"},"data":{"ns-01":"backend-0"}}]}`
-	noConfigMap = `{"kind":"ConfigMapList","metadata":{"resourceVersion":"7"},"items":[]}`
-	forbidden   = `{"kind":"Status","message":"configmaps is forbidden","reason":"Forbidden","code":403,"details":{"retryAfterSeconds":60}}`
-)
-
-// kindAnswers is an API server that lists each kind as is told, by the last part
-// of the path; watches bring what is told for "watch <part>", or nothing.
-func kindAnswers(t *testing.T, lists map[string]http.HandlerFunc) string {
-	t.Helper()
-	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		kind := r.URL.Path[strings.LastIndex(r.URL.Path, "/")+1:]
-		answer := lists[kind]
-		if r.FormValue("watch") != "" {
-			answer = lists["watch "+kind]
-		}
-		switch {
-		case r.FormValue("watch") != "" && answer == nil:
-			w.Header().Set("Content-Type", "application/json")
-			w.(http.Flusher).Flush()
-			<-r.Context().Done()
-		case answer == nil:
-			fakeKubeSay(403, `{"kind":"Status","message":"not this","reason":"Forbidden","code":403}`, "Content-Type", "application/json")(w, r)
-		default:
-			w.Header().Set("Content-Type", "application/json")
-			answer(w, r)
-		}
-	}))
-	t.Cleanup(s.Close)
-	return s.URL
-}
-
-// listOf answers with a list of objects of the kind in the Kubernetes namespace
-// "default", each named, with the rest of its JSON.
-func listOf(kind string, objects map[string]string) http.HandlerFunc {
-	items := []string{}
-	for name, rest := range objects {
-		items = append(items, fmt.Sprintf(`{"metadata":{"name":%q,"namespace":"default","uid":"u","resourceVersion":"5"},%s}`, name, rest))
-	}
-	return fakeKubeSay(200, fmt.Sprintf(`{"kind":"%sList","metadata":{"resourceVersion":"7"},"items":[%s]}`, kind, strings.Join(items, ",")))
-}
-
-// fakeReplicas is an API server of the StatefulSet edge/backend, of the
-// EndpointSlices of its Service, and of ConfigMaps, which change when a test says so.
-// It takes Events.
-type fakeReplicas struct {
-	mu         sync.Mutex
-	version    int
-	set        *fakeStateful
-	slices     map[string]string // endpoints in JSON, by name
-	seen       map[string]int    // version of the last change, by kind
-	generation int               // of the StatefulSet's spec
-	more       chan struct{}     // closed at each change
-	forbidden  map[string]bool   // by verb and kind: "PATCH statefulsets"
-	conflicts  int               // patches of a version that was not the last
-	maps       map[string]string // ConfigMaps in JSON, by name
-	events     map[string]string // in JSON as they were posted, by name; the first of a name
-}
-
-// fakeStateful is the StatefulSet.
-type fakeStateful struct {
-	replicas, start, ready int
-	activeCount            string
-}
-
-func newFakeReplicas(set fakeStateful) *fakeReplicas {
-	return &fakeReplicas{version: 10, generation: 1, set: &set, slices: map[string]string{}, maps: map[string]string{}, events: map[string]string{}, seen: map[string]int{}, more: make(chan struct{}),
-		forbidden: map[string]bool{}}
-}
-
-// change changes an object of the kind, and the version.
-func (f *fakeReplicas) change(kind string, change func()) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	change()
-	f.version++
-	f.seen[kind] = f.version
-	close(f.more)
-	f.more = make(chan struct{})
-}
-
-func (f *fakeReplicas) scale(replicas int) {
-	f.change("statefulsets", func() { f.set.replicas = replicas; f.generation++ })
-}
-
-// setMap makes the ConfigMap another version.
-func (f *fakeReplicas) setMap(name, version string, data map[string]string) {
-	f.change("configmaps", func() {
-		entries, _ := json.Marshal(data)
-		f.maps[name] = fmt.Sprintf(`{"kind":"ConfigMap","metadata":{"name":%q,"namespace":"edge","uid":"u-%s","resourceVersion":%q},"data":%s}`,
-			name, name, version, entries)
-	})
-}
-
-// setReady makes exactly these backends ready.
-func (f *fakeReplicas) setReady(ordinals ...int) {
-	f.change("endpointslices", func() { f.slices["one"] = fakeEndpoints(ordinals...) })
-	f.change("statefulsets", func() { f.set.ready = len(ordinals) })
-}
-
-// fakeEndpoints are the endpoints of pods that are ready, at 10.0.0.<ordinal>.
-func fakeEndpoints(ordinals ...int) string {
-	all := []string{}
-	for _, i := range ordinals {
-		all = append(all, fmt.Sprintf(`{"addresses":["10.0.0.%d"],"hostname":"backend-%d","conditions":{"ready":true}}`, i, i))
-	}
-	return "[" + strings.Join(all, ",") + "]"
-}
-
-// objects are those of a kind as JSON, and the version of the last change: of
-// ConfigMaps those that the selector of r means.
-func (f *fakeReplicas) objects(kind string, r *http.Request) (all []string, seen int) {
-	meta := func(name, more string) string {
-		return fmt.Sprintf(`"metadata":{"name":%q,"namespace":"edge","uid":"u-%s","resourceVersion":"%d"%s}`, name, name, f.seen[kind], more)
-	}
-	switch {
-	case kind == "configmaps":
-		for name, one := range f.maps {
-			if selector := r.FormValue("fieldSelector"); selector == "" || selector == "metadata.name="+name {
-				all = append(all, one)
-			}
-		}
-	case kind == "endpointslices":
-		for name, endpoints := range f.slices {
-			all = append(all, `{"kind":"EndpointSlice",`+meta(name, "")+`,"addressType":"IPv4","endpoints":`+endpoints+`}`)
-		}
-	case f.set != nil:
-		note := ""
-		if f.set.activeCount != "" {
-			note = fmt.Sprintf(`,"annotations":{"other":"x","router/backends":%q}`, f.set.activeCount)
-		}
-		all = append(all, fmt.Sprintf(`{"kind":"StatefulSet",%s,"spec":{"replicas":%d,"ordinals":{"start":%d}},"status":{"readyReplicas":%d}}`,
-			meta("backend", note+fmt.Sprintf(`,"generation":%d`, f.generation)), f.set.replicas, f.set.start, f.set.ready))
-	}
-	return all, f.seen[kind]
-}
-
-func (f *fakeReplicas) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	parts := strings.Split(strings.TrimSuffix(r.URL.Path, "/backend/status"), "/")
-	kind, verb := parts[len(parts)-1], "LIST"
-	if r.Method == http.MethodPatch || r.Method == http.MethodPost {
-		verb = r.Method
-	} else if r.FormValue("watch") != "" {
-		verb = "WATCH"
-	}
-	w.Header().Set("Content-Type", "application/json")
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	all, seen := f.objects(kind, r)
-	switch {
-	case f.forbidden[verb+" "+kind]:
-		fakeKubeSay(403, `{"kind":"Status","message":"cannot `+strings.ToLower(verb)+` resource \"`+kind+`\"","reason":"Forbidden","code":403}`)(w, r)
-	case verb == "PATCH":
-		f.patch(w, r)
-	case verb == "POST":
-		f.post(w, r)
-	case verb == "LIST":
-		name := map[string]string{"statefulsets": "StatefulSet", "endpointslices": "EndpointSlice", "configmaps": "ConfigMap"}[kind]
-		fmt.Fprintf(w, `{"kind":"%sList","metadata":{"resourceVersion":"%d"},"items":[%s]}`, name, f.version, strings.Join(all, ","))
-	default:
-		f.watch(w, r, kind, seen)
-	}
-}
-
-// watch sends all objects of the kind after each change. mu is held.
-func (f *fakeReplicas) watch(w http.ResponseWriter, r *http.Request, kind string, sent int) {
-	if version := r.FormValue("resourceVersion"); version != fmt.Sprint(f.version) {
-		sent = 0
-	}
-	w.WriteHeader(http.StatusOK)
-	w.(http.Flusher).Flush()
-	for r.Context().Err() == nil {
-		if all, seen := f.objects(kind, r); seen != sent {
-			sent = seen
-			for _, object := range all {
-				io.WriteString(w, fakeKubeEvent("MODIFIED", object))
-			}
-			w.(http.Flusher).Flush()
-		}
-		more := f.more
-		f.mu.Unlock()
-		select {
-		case <-more:
-		case <-r.Context().Done():
-		}
-		f.mu.Lock()
-	}
-}
-
-// patch changes the annotation, as of a version. mu is held.
-func (f *fakeReplicas) patch(w http.ResponseWriter, r *http.Request) {
-	var patch struct {
-		Metadata struct {
-			UID, ResourceVersion string
-			Annotations          map[string]string
-		}
-	}
-	err := json.NewDecoder(r.Body).Decode(&patch)
-	switch {
-	case err != nil || r.Header.Get("Content-Type") != "application/merge-patch+json" || patch.Metadata.UID != "u-backend" ||
-		!strings.HasSuffix(r.URL.Path, "/apis/apps/v1/namespaces/edge/statefulsets/backend/status"):
-		fakeKubeSay(400, `{"kind":"Status","message":"what?","code":400}`)(w, r)
-	case patch.Metadata.ResourceVersion != fmt.Sprint(f.seen["statefulsets"]):
-		f.conflicts++
-		fakeKubeSay(409, `{"kind":"Status","message":"the object has been modified","reason":"Conflict","code":409}`)(w, r)
-	default:
-		f.set.activeCount = patch.Metadata.Annotations[activeCountKey]
-		f.version++
-		f.seen["statefulsets"] = f.version
-		close(f.more)
-		f.more = make(chan struct{})
-		io.WriteString(w, `{}`)
-	}
-}
-
-// post takes an Event, unless there is one of its name. mu is held.
-func (f *fakeReplicas) post(w http.ResponseWriter, r *http.Request) {
-	var e kubeEvent
-	b, err := io.ReadAll(r.Body)
-	switch err := cmp.Or(err, json.Unmarshal(b, &e)); {
-	case err != nil || r.URL.Path != "/api/v1/namespaces/edge/events":
-		fakeKubeSay(400, `{"kind":"Status","message":"what?","code":400}`)(w, r)
-	case f.events[e.Metadata.Name] != "":
-		fakeKubeSay(409, `{"kind":"Status","message":"there is one","reason":"AlreadyExists","code":409}`)(w, r)
-	default:
-		f.events[e.Metadata.Name] = string(b)
-		w.WriteHeader(http.StatusCreated)
-		io.WriteString(w, `{}`)
-	}
-}
-
-// fakeRouter is what follows a fakeReplicas.
-type fakeRouter struct {
-	*replicaWatcher
-	last   atomic.Pointer[ordinals]
-	logged *fakeKubeLog
-	stop   func()
-}
-
-// serveReplicas starts the API server in a network of pipes, for synctest.
-func serveReplicas(t *testing.T, f http.Handler) *fakeKubeNet {
-	n := newFakeKubeNet()
-	s := &http.Server{Handler: f, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)}
-	done := make(chan struct{})
-	go func() { defer close(done); s.Serve(net.Listener(n)) }()
-	t.Cleanup(func() { s.Close(); <-done })
-	return n
-}
-
-// startReplicas starts a router's half that follows the StatefulSet.
-func startReplicas(t *testing.T, n *fakeKubeNet) *fakeRouter {
-	t.Helper()
-	return startScaleFor(t, n, func(ordinals, string) {})
-}
-
-// startScaleFor is startReplicas with another that gets what the StatefulSet says.
-func startScaleFor(t *testing.T, n *fakeKubeNet, resize func(ordinals, string)) *fakeRouter {
-	r := &fakeRouter{logged: &fakeKubeLog{}}
-	log := slog.New(slog.NewTextHandler(r.logged, nil))
-	client := *n.kube(t)
-	pods := newEndpointWatcher(client, "edge", "backend", "headless", 9000, func(map[int]string) {}, log)
-	r.replicaWatcher = newReplicaWatcher(client, "edge", pods, func(b ordinals, revision string) {
-		r.last.Store(&b)
-		resize(b, revision)
-	}, log)
-	ctx, cancel := context.WithCancel(context.Background())
-	var running sync.WaitGroup
-	for _, run := range []func(context.Context){pods.watcher.run, r.watcher.run, r.keepActiveCount} {
-		running.Go(func() { run(ctx) })
-	}
-	r.stop = func() { cancel(); running.Wait() }
-	t.Cleanup(r.stop)
-	synctest.Wait()
-	return r
-}
-
-// now is the backends that the router has.
-func (r *fakeRouter) now() ordinals {
-	if b := r.last.Load(); b != nil {
-		return *b
-	}
-	return ordinals{}
 }

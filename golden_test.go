@@ -947,7 +947,7 @@ func goldenProgram(t *testing.T, args ...string) (*program, string) {
 // backend-0 and backend-3 echo, backend-1 refuses connections, backend-2 is not ready.
 // Its two ConfigMaps are of a first version.
 type goldenWorld struct {
-	*fakeReplicas
+	*fakeKube
 	url  string
 	port string
 }
@@ -966,14 +966,13 @@ func newGoldenWorld(t *testing.T) *goldenWorld {
 		s.Start()
 		t.Cleanup(s.Close)
 	}
-	w := &goldenWorld{fakeReplicas: newFakeReplicas(fakeStateful{replicas: 5, ready: 3, activeCount: "4"}), port: port}
+	w := &goldenWorld{fakeKube: newFakeKube(), port: port}
+	w.setStatefulSet(func(s *fakeStatefulSet) { s.replicas, s.ready, s.activeCount, s.generation = 5, 3, "4", 1 })
 	w.pods("pod-0")
 	w.setMap("one", "1", map[string]string{"moves": "backend-0", "stays": "backend-0", "kept": "backend-0", "both": "backend-0",
 		"down": "backend-1", "waits": "backend-2", "never": "backend-9"})
 	w.setMap("two", "1", map[string]string{"both": "backend-0"})
-	s := httptest.NewServer(w)
-	t.Cleanup(s.Close)
-	w.url = s.URL
+	w.url = w.fakeKube.url(t)
 	return w
 }
 
@@ -983,9 +982,7 @@ func (w *goldenWorld) pods(uid string) {
 		return fmt.Sprintf(`{"addresses":["127.0.0.%d"],"targetRef":{"kind":"Pod","name":"backend-%d","uid":%q},"conditions":{"ready":%t}}`,
 			ordinal+1, ordinal, uid, ready)
 	}
-	w.change("endpointslices", func() {
-		w.slices["one"] = "[" + strings.Join([]string{one(0, uid, true), one(1, "pod-1", true), one(2, "pod-2", false), one(3, "pod-3", true)}, ",") + "]"
-	})
+	w.setEndpoints("[" + strings.Join([]string{one(0, uid, true), one(1, "pod-1", true), one(2, "pod-2", false), one(3, "pod-3", true)}, ",") + "]")
 }
 
 // edit makes second versions: an override that moves, entries that can't be in force
@@ -1172,7 +1169,7 @@ func notReadyCases(t *testing.T) []notReadyCase {
 		return map[string]http.HandlerFunc{"configmaps": maps}
 	}
 	no := func(code int, reason string) http.HandlerFunc {
-		return fakeKubeSay(code, fmt.Sprintf(`{"kind":"Status","message":"the server's words","reason":%q,"code":%d}`, reason, code))
+		return respond(code, fmt.Sprintf(`{"kind":"Status","message":"the server's words","reason":%q,"code":%d}`, reason, code))
 	}
 	static := []string{"-backends", "127.0.0.1:1"}
 	return []notReadyCase{
@@ -1184,12 +1181,12 @@ func notReadyCases(t *testing.T) []notReadyCase {
 		{"no permission at all", nil, map[string]http.HandlerFunc{}, "(?s)403.*403"},
 		{"unauthorized", static, mapped(no(401, "Unauthorized")), "401"},
 		{"a status of no name", static, mapped(no(499, "")), "499"},
-		{"too many requests, in text", static, mapped(fakeKubeSay(429, "Too many requests, please try again later.\n", "Content-Type", "text/plain", "Retry-After", "3600")), "429"},
-		{"an answer in HTML", static, mapped(fakeKubeSay(200, "<html>", "Content-Type", "text/html")), "html"},
-		{"an answer that is no JSON", static, mapped(fakeKubeSay(200, "{no")), "invalid"},
+		{"too many requests, in text", static, mapped(respond(429, "Too many requests, please try again later.\n", "Content-Type", "text/plain", "Retry-After", "3600")), "429"},
+		{"an answer in HTML", static, mapped(respond(200, "<html>", "Content-Type", "text/html")), "html"},
+		{"an answer that is no JSON", static, mapped(respond(200, "{no")), "invalid"},
 		{"a list of another kind", static, mapped(listOf("Secret", nil)), "Secret"},
 		{"an object of another type", static, mapped(listOf("ConfigMap", map[string]string{"overwriting": `"data":3`})), "number"},
-		{"a list that is no list", static, mapped(fakeKubeSay(200, "[]")), "not what"},
+		{"a list that is no list", static, mapped(respond(200, "[]")), "not what"},
 		{"an answer that is cut", static, mapped(func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }), "EOF"},
 		{"no API server", append([]string{"-kube", "http://" + refusingAddr(t)}, static...), nil, "refused"},
 		{"no StatefulSet", nil, scaled(noSets), "^the number.*exist"},

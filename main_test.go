@@ -159,13 +159,13 @@ func TestFollowing(t *testing.T) {
 		{"hostname":"backend-3","addresses":["127.0.0.2"],"conditions":{"ready":false}},{"hostname":"backend-4","addresses":["127.0.0.3"]}]`
 	edited := make(chan struct{})
 	r := startRouter(t, "-backend-port", port, "-kube", kindAnswers(t, map[string]http.HandlerFunc{
-		"watch configmaps": func(w http.ResponseWriter, r *http.Request) {
+		"WATCH configmaps": func(w http.ResponseWriter, r *http.Request) {
 			w.(http.Flusher).Flush()
 			select {
 			case <-edited:
 			case <-r.Context().Done():
 			}
-			fakeKubeOpen(fakeKubeEvent("MODIFIED", `{"kind":"ConfigMap","metadata":{"name":"overwriting","namespace":"default","uid":"u",`+
+			openStream(watchEvent("MODIFIED", `{"kind":"ConfigMap","metadata":{"name":"overwriting","namespace":"default","uid":"u",`+
 				`"resourceVersion":"8"},"data":{"a":"backend-2","b":"backend-4","c":"backend-4","d":"backend-4"}}`))(w, r)
 		},
 		"configmaps": listOf("ConfigMap", map[string]string{"overwriting": `"data":{"a":"backend-2","b":"backend-3","c":"backend-4","d":"backend-4","e":"backend-5"}`}),

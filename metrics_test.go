@@ -186,16 +186,16 @@ func TestMetricsOfTheWatch(t *testing.T) {
 		want map[string]float64
 		age  bool // the API server was heard
 	}{
-		"ConfigMap": {kubeAnswers(t, 200, oneConfigMap), map[string]float64{`router_ready`: 1,
+		"ConfigMap": {kubeAnswers(t, oneMap()), map[string]float64{`router_ready`: 1,
 			`router_table_info{source="ConfigMap default/overwriting",version="5",stamp="` + stamp + `"}`: 1, `router_table_overrides`: 1,
 			`router_table_rejected_entries` + of + `}`: 0, `router_watch_info` + of + `,protocol="HTTP/1.1"}`: 1,
 			`router_watch_failures_in_row` + of + `}`: 0, `router_watch_last_error` + of + `,class="none"}`: 1,
 			`router_watch_object_absent` + of + `}`: 0, `router_watch_object_info` + of + `,uid="u",version="5"}`: 1,
 			`router_watch_state` + of + `,state="connecting"}`: 1}, true},
-		"no ConfigMap": {kubeAnswers(t, 200, noConfigMap), map[string]float64{`router_ready`: 0, `router_table_swaps_total`: 0,
+		"no ConfigMap": {kubeAnswers(t, listOf("ConfigMap", nil)), map[string]float64{`router_ready`: 0, `router_table_swaps_total`: 0,
 			`router_watch_object_absent` + of + `}`: 1, `router_watch_object_info` + of + `,uid="",version=""}`: 1,
 			`router_watch_state` + of + `,state="connecting"}`: 1}, true}, // after the LIST
-		"forbidden": {kubeAnswers(t, 403, forbidden), map[string]float64{`router_ready`: 0,
+		"forbidden": {kubeAnswers(t, forbidden()), map[string]float64{`router_ready`: 0,
 			`router_watch_object_absent` + of + `}`: 0, `router_watch_failures_in_row` + of + `}`: 1,
 			`router_watch_last_error` + of + `,class="forbidden"}`: 1, `router_watch_state` + of + `,state="waiting"}`: 1,
 			`router_watch_state` + of + `,state="listing"}`: 0, `router_watch_state` + of + `,state="connecting"}`: 0,

@@ -680,7 +680,7 @@ func planBodies() map[string][]byte {
 // that it takes is bounded.
 func TestProcessAdminUnderLoad(t *testing.T) {
 	const grows = 64 << 20
-	p := newRouterProcess(t, slices.Concat(onFreePorts, []string{"-backends", echoBackends(t, 4), "-kube", kubeAnswers(t, 200, oneConfigMap)})...)
+	p := newRouterProcess(t, slices.Concat(onFreePorts, []string{"-backends", echoBackends(t, 4), "-kube", kubeAnswers(t, oneMap())})...)
 	p.build(t)
 	p.start(t)
 	p.await(t)
@@ -1133,10 +1133,8 @@ func (c *churn) wantAccounts(t *testing.T, p *routerProcess) {
 func TestMemoryOfAMillion(t *testing.T) {
 	const objects, overrides, events, most = 30, 33_334, 14, 96 << 10 // KiB
 	next := make(chan int, events)
-	l, host, port := fakeKubeListen(t)
-	list := largeList(objects, overrides)
-	newFakeKube(t, l, fakeKubeScript{fakeKubeSay(200, string(list))}, fakeKubeScript{func(w http.ResponseWriter, r *http.Request) {
-		fakeKubeStream()(w, r)
+	server := scriptedKube(script{respond(200, string(largeList(objects, overrides)))}, script{func(w http.ResponseWriter, r *http.Request) {
+		stream()(w, r)
 		for version := range next {
 			fmt.Fprintf(w, `{"type":"MODIFIED","object":%s}`, largeMap(version%objects, overrides, version))
 			w.(http.Flusher).Flush()
@@ -1144,7 +1142,7 @@ func TestMemoryOfAMillion(t *testing.T) {
 		<-r.Context().Done()
 	}})
 	p := newRouterProcess(t, append([]string{"-replicas", "16", "-configmap-selector", "a=b", "-kube-namespace", "edge", "-drain-time", "0",
-		"-kube", "http://" + net.JoinHostPort(host, port)}, onFreePorts...)...)
+		"-kube", server.url(t)}, onFreePorts...)...)
 	p.build(t)
 	p.start(t)
 	p.log.wait(t, "table", 1)

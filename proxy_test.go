@@ -416,7 +416,7 @@ func TestProxyMisdirectedForEver(t *testing.T) {
 	both(t, func(t *testing.T, request string) {
 		const clients = 20
 		backend := startStub(t, "127.0.0.1:0", answer(notMeant))
-		logged := &fakeKubeLog{}
+		logged := &textLog{}
 		p := startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) {
 			p.limits.holdTimeout = 2 * time.Second // time for one to be asked, also on a busy machine
 			p.log = slog.New(slog.NewTextHandler(logged, nil))

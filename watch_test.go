@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -14,9 +13,11 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -97,198 +98,162 @@ func TestErrorClass(t *testing.T) {
 
 func TestWatchRequests(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		network := newFakeKubeNet()
-		server := newFakeKube(t, network, fakeKubeLists(3), fakeKubeScript{fakeKubeOpen()})
-		c := fakeKubeFollow(t, network.kube(t))
+		c := startWatch(t, listsTo(3), script{openStream()})
 		timeouts := map[string]bool{}
+		const path = "/api/v1/namespaces/edge/configmaps?"
 		for cycle := range 10 {
-			list := server.request(t)
-			const path = "/api/v1/namespaces/edge/configmaps"
-			if want := path + "?fieldSelector=metadata.name%3Droutes"; list.RequestURI != want {
-				t.Fatalf("LIST %s, want %s", list.RequestURI, want)
+			list := c.server.request(t)
+			if want := path + "fieldSelector=metadata.name%3Droutes"; list.RequestURI != want || list.Header.Get("Accept") != "application/json" {
+				t.Fatalf("LIST %s, Accept %s, want %s, application/json", list.RequestURI, list.Header.Get("Accept"), want)
 			}
-			if accept := list.Header.Get("Accept"); accept != "application/json" {
-				t.Errorf("Accept: %s", accept)
+			watch := c.server.request(t)
+			timeout := watch.URL.Query().Get("timeoutSeconds")
+			timeouts[timeout] = true
+			if n, err := strconv.Atoi(timeout); err != nil || n < 150 || n > 210 {
+				t.Errorf("timeoutSeconds %q, want 150 to 210", timeout)
 			}
-			watch := server.request(t)
-			query := watch.URL.Query()
-			timeout, err := strconv.Atoi(query.Get("timeoutSeconds"))
-			if err != nil || timeout < 150 || timeout > 210 {
-				t.Errorf("timeoutSeconds %q, want 150 to 210", query.Get("timeoutSeconds"))
-			}
-			timeouts[query.Get("timeoutSeconds")] = true
-			query.Del("timeoutSeconds")
-			want := fmt.Sprintf("allowWatchBookmarks=true&fieldSelector=metadata.name%%3Droutes&resourceVersion=%d&watch=1", 101+min(cycle, 2))
-			if watch.URL.Path != path || query.Encode() != want {
-				t.Errorf("WATCH %s?%s, want %s?%s", watch.URL.Path, query.Encode(), path, want)
+			want := fmt.Sprintf(path+"allowWatchBookmarks=true&fieldSelector=metadata.name%%3Droutes&resourceVersion=%d&timeoutSeconds=%s&watch=1",
+				101+min(cycle, 2), timeout)
+			if watch.RequestURI != want {
+				t.Errorf("WATCH %s, want %s", watch.RequestURI, want)
 			}
 		}
 		if len(timeouts) < 3 {
 			t.Errorf("ten cycles had the timeouts %v only", timeouts)
 		}
-		c.want(t, fakeKube1, fakeKube2, fakeKube3)
-		c.wantNothing(t) // eight LISTs told nothing new
+		c.want(t, applied1, applied2, applied3)
+		c.wantNothing(t) // eight LISTs brought nothing new
 		if log := c.logged.String(); log != "" {
 			t.Errorf("clean ends were logged:\n%s", log)
 		}
 	})
 }
 
-// After a restored etcd resourceVersions come again, with other content: a router that
-// runs has what one has that starts. The same content is not applied again.
+// After a restored etcd resourceVersions come again, with other content. A router that
+// runs then has what a router has that starts then. The same content is not applied
+// again.
 func TestWatchSameVersionOtherContent(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		network := newFakeKubeNet()
-		list := func(backend string) http.HandlerFunc { return fakeKubeList("12", fakeKubeObject("u1", "12", backend)) }
-		newFakeKube(t, network, fakeKubeScript{list("backend-1"), list("backend-2"), list("backend-2")},
-			fakeKubeScript{fakeKubeStream(), fakeKubeStream(), fakeKubeOpen()})
-		c, r, _ := fakeMaps(t, "routes")
-		c.watchers[0].kube = network.kube(t)
-		stop := fakeKubeRun(c.watchers[0].run)
+		list := func(backend string) http.HandlerFunc { return mapList("12", routesMap("u1", "12", backend)) }
+		c := startWatch(t, script{list("backend-1"), list("backend-2"), list("backend-2")}, script{stream(), stream(), openStream()})
+		c.want(t, "12 map[ns-01:backend-1]", "12 map[ns-01:backend-2]")
 		time.Sleep(10 * time.Minute)
-		stop()
-		wantTable(t, r, "ns-01=2")
-		if news := c.watchers[0].changes; news != 2 {
-			t.Errorf("%d sets were applied, want 2", news)
-		}
+		c.wantNothing(t)
 	})
 }
 
-// So it is with what is read of a StatefulSet and of an EndpointSlice.
+// A StatefulSet, an EndpointSlice and a ConfigMap of the same version are compared whole.
 func TestWatchComparesAllThatIsRead(t *testing.T) {
-	sets, slices := 0, 0
-	set := watcher[statefulSet]{meta: func(s *statefulSet) *apiObject { return &s.apiObject }, apply: func(map[string]*statefulSet) { sets++ }}
-	slice := watcher[endpointSlice]{meta: func(s *endpointSlice) *apiObject { return &s.apiObject }, apply: func(map[string]*endpointSlice) { slices++ }}
-	const meta = `"metadata":{"name":"n","uid":"u","resourceVersion":"1"`
-	for _, text := range []string{`},"spec":{"replicas":4}`, `},"spec":{"replicas":3}`, `,"annotations":{"router/backends":"3"}},"spec":{"replicas":3}`} {
-		for range 2 {
-			var s statefulSet
-			if err := json.Unmarshal([]byte("{"+meta+text+"}"), &s); err != nil {
-				t.Fatal(err)
-			}
-			set.setObjects(map[string]*statefulSet{"n": &s})
+	const meta = `{"metadata":{"name":"n","uid":"u","resourceVersion":"1"`
+	wantApplied(t, func(o *statefulSet) *apiObject { return &o.apiObject },
+		meta+`},"spec":{"replicas":4}}`, meta+`},"spec":{"replicas":3}}`, meta+`,"annotations":{"router/backends":"3"}},"spec":{"replicas":3}}`)
+	wantApplied(t, func(o *endpointSlice) *apiObject { return &o.apiObject },
+		meta+`},"endpoints":`+readyEndpoints(1)+"}", meta+`},"endpoints":`+readyEndpoints(2)+"}")
+	wantApplied(t, func(o *configMap) *apiObject { return &o.apiObject }, meta+`},"data":{"a":"1"}}`, meta+`},"data":{"a":"2"}}`)
+}
+
+// wantApplied checks that each of the objects is applied once, though each comes twice.
+func wantApplied[T any](t *testing.T, meta func(*T) *apiObject, objects ...string) {
+	t.Helper()
+	applied := 0
+	w := watcher[T]{meta: meta, apply: func(map[string]*T) { applied++ }}
+	for i := range 2 * len(objects) {
+		o := new(T)
+		if err := json.Unmarshal([]byte(objects[i/2]), o); err != nil {
+			t.Fatal(err)
 		}
+		w.setObjects(map[string]*T{"n": o})
 	}
-	for _, addr := range []string{"10.0.0.1", "10.0.0.2"} {
-		for range 2 {
-			var s endpointSlice
-			if err := json.Unmarshal([]byte("{"+meta+`},"endpoints":[{"addresses":["`+addr+`"],"conditions":{"ready":true}}]}`), &s); err != nil {
-				t.Fatal(err)
-			}
-			slice.setObjects(map[string]*endpointSlice{"n": &s})
-		}
-	}
-	if sets != 3 || slices != 2 {
-		t.Errorf("%d StatefulSets and %d EndpointSlices were applied, want 3 and 2", sets, slices)
+	if applied != len(objects) {
+		t.Errorf("%d of %T were applied, want %d", applied, *new(T), len(objects))
 	}
 }
 
-func TestWatchFault01NormalEnd(t *testing.T) {
+func TestWatchNormalEndListsAtOnce(t *testing.T) {
 	for name, stream := range map[string]http.HandlerFunc{
-		"after a long life":   fakeKubeLast(20*time.Second, false),
-		"after a new version": fakeKubeStream(fakeKubeEvent("MODIFIED", fakeKubeV(2))),
+		"after a long life":   streamFor(20*time.Second, false),
+		"after a new version": stream(watchEvent("MODIFIED", routesV(2))),
 	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				network := newFakeKubeNet()
-				ended := make(chan time.Time, 1)
-				server := newFakeKube(t, network, fakeKubeLists(1), fakeKubeScript{
-					func(w http.ResponseWriter, r *http.Request) { stream(w, r); ended <- time.Now() }, fakeKubeOpen()})
-				c := fakeKubeFollow(t, network.kube(t))
-				server.request(t)
-				server.request(t)
-				again := server.request(t)
-				if gap := again.at.Sub(<-ended); again.verb() != "LIST" || gap > 500*time.Millisecond {
-					t.Errorf("%s after %s, want a LIST within 500ms", again.verb(), gap)
-				}
-				if s := c.snapshot(); s.failures != 0 {
-					t.Errorf("%d fails, want 0", s.failures)
-				}
-			})
+		inBubble(t, name, func(t *testing.T) {
+			ended := make(chan time.Time, 1)
+			c := startWatch(t, listsTo(1), script{func(w http.ResponseWriter, r *http.Request) { stream(w, r); ended <- time.Now() }, openStream()})
+			c.server.request(t)
+			c.server.request(t)
+			again := c.server.request(t)
+			if gap := again.at.Sub(<-ended); again.verb() != "LIST" || gap > 500*time.Millisecond {
+				t.Errorf("%s after %s, want a LIST within 500ms", again.verb(), gap)
+			}
+			if s := c.snapshot(); s.failures != 0 {
+				t.Errorf("%d failures, want 0", s.failures)
+			}
 		})
 	}
 }
 
-// A load balancer that cuts every stream after 3 s must not make a hot loop, and
-// updates must arrive all the same.
-func TestWatchFault36CutEveryThreeSeconds(t *testing.T) {
+// A load balancer that cuts every stream after 3 s makes no hot loop, and updates arrive
+// all the same.
+func TestWatchCutEveryThreeSecondsPolls(t *testing.T) {
 	for name, cut := range map[string]bool{"cleanly": false, "by a reset": true} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				network := newFakeKubeNet()
-				server := newFakeKube(t, network, fakeKubeLists(30), fakeKubeScript{fakeKubeLast(3*time.Second, cut)})
-				c := fakeKubeFollow(t, network.kube(t))
-				time.Sleep(10 * time.Second)
-				first := strings.Count(server.verbs(), "LIST")
-				time.Sleep(10 * time.Minute)
-				then := strings.Count(server.verbs(), "LIST")
-				if first > 5 || then < 20 || then > 60 {
-					t.Errorf("%d LISTs in 10 s, then %d in 10 min, want at most 5, then 20 to 60", first, then)
-				}
-				c.want(t, fakeKube1, fakeKube2, fakeKube3)
-				if fails := c.snapshot().failures; fails < 10 {
-					t.Errorf("%d fails in a row", fails)
-				}
-				if n := c.logged.count("works again"); n != 0 {
-					t.Errorf("it was said %d times to work again", n)
-				}
-				if n := c.logged.count("watch failed"); cut && (n < 8 || n > 11) || !cut && n != 0 {
-					t.Errorf("%d failures logged, want one a minute if they are any:\n%s", n, c.logged)
-				}
-			})
+		inBubble(t, name, func(t *testing.T) {
+			c := startWatch(t, listsTo(30), script{streamFor(3*time.Second, cut)})
+			time.Sleep(10 * time.Second)
+			first := strings.Count(c.server.verbs(), "LIST")
+			time.Sleep(10 * time.Minute)
+			then := strings.Count(c.server.verbs(), "LIST")
+			if first > 5 || then < 20 || then > 60 {
+				t.Errorf("%d LISTs in 10 s, then %d in 10 min, want at most 5, then 20 to 60", first, then)
+			}
+			c.want(t, applied1, applied2, applied3)
+			if failures := c.snapshot().failures; failures < 10 {
+				t.Errorf("%d failures in a row", failures)
+			}
+			failed, recovered := c.logged.count("watch failed"), c.logged.count("works again")
+			if recovered != 0 || cut && (failed < 8 || failed > 11) || !cut && failed != 0 {
+				t.Errorf("%d recoveries and %d failures logged, want one failure a minute if there are any:\n%s", recovered, failed, c.logged)
+			}
 		})
 	}
 }
 
 // Each source of a failure loop backs off alike.
-func TestWatchBackOff(t *testing.T) {
-	good := fakeKubeList("101", fakeKubeV(1))
+func TestWatchBacksOff(t *testing.T) {
+	good := mapList("101", routesV(1))
 	for name, c := range map[string]struct{ list, watch http.HandlerFunc }{
-		"LIST refused":              {fakeKubeSay(403, "no"), fakeKubeOpen()},
-		"LIST is HTML":              {fakeKubeSay(200, "<html>", "Content-Type", "text/html"), fakeKubeOpen()},
-		"WATCH refused":             {good, fakeKubeSay(403, "no")},
-		"WATCH ends at once":        {good, fakeKubeStream()},
-		"WATCH cut at once":         {good, fakeKubeCut()},
-		"WATCH of garbage":          {good, fakeKubeStream("garbage")},
-		"WATCH of an ERROR":         {good, fakeKubeStream(fakeKubeEvent("ERROR", `{"code":410}`))},
-		"WATCH of what is known":    {good, fakeKubeStream(fakeKubeEvent("ADDED", fakeKubeV(1)))},
-		"WATCH of a BOOKMARK":       {good, fakeKubeStream(fakeKubeEvent("BOOKMARK", `{}`))},
-		"WATCH of a deleted object": {fakeKubeList("101"), fakeKubeStream(fakeKubeEvent("DELETED", fakeKubeV(1)))},
+		"LIST refused":              {respond(403, "no"), openStream()},
+		"LIST is HTML":              {respond(200, "<html>", "Content-Type", "text/html"), openStream()},
+		"WATCH refused":             {good, respond(403, "no")},
+		"WATCH ends at once":        {good, stream()},
+		"WATCH cut at once":         {good, cutStream()},
+		"WATCH of garbage":          {good, stream("garbage")},
+		"WATCH of an ERROR":         {good, stream(watchEvent("ERROR", `{"code":410}`))},
+		"WATCH of what is known":    {good, stream(watchEvent("ADDED", routesV(1)))},
+		"WATCH of a BOOKMARK":       {good, stream(watchEvent("BOOKMARK", `{}`))},
+		"WATCH of a deleted object": {mapList("101"), stream(watchEvent("DELETED", routesV(1)))},
 	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				network := newFakeKubeNet()
-				server := newFakeKube(t, network, fakeKubeScript{c.list}, fakeKubeScript{c.watch})
-				client := fakeKubeFollow(t, network.kube(t))
-				time.Sleep(10 * time.Second)
-				if n := strings.Count(server.verbs(), "LIST"); n > 10 {
-					t.Errorf("%d LISTs in the first 10 s, want at most 1/s", n)
-				}
-				time.Sleep(time.Minute)
-				server.verbs()
-				time.Sleep(time.Hour)
-				if n := strings.Count(server.verbs(), "LIST"); n < 3600/23 || n > 3600/7 {
-					t.Errorf("%d LISTs in an hour, want one in 7.5 to 22.5 s", n)
-				}
-				if n := client.logged.count("level=WARN"); n > 80 {
-					t.Errorf("%d warnings in an hour", n)
-				}
-				if n := client.logged.count("works again"); n > 0 {
-					t.Errorf("it was said %d times to work again", n)
-				}
-			})
+		inBubble(t, name, func(t *testing.T) {
+			client := startWatch(t, script{c.list}, script{c.watch})
+			time.Sleep(10 * time.Second)
+			if n := strings.Count(client.server.verbs(), "LIST"); n > 10 {
+				t.Errorf("%d LISTs in the first 10 s, want at most 1/s", n)
+			}
+			time.Sleep(time.Minute)
+			client.server.verbs()
+			time.Sleep(time.Hour)
+			if n := strings.Count(client.server.verbs(), "LIST"); n < 3600/23 || n > 3600/7 {
+				t.Errorf("%d LISTs in an hour, want one in 7.5 to 22.5 s", n)
+			}
+			if warned, recovered := client.logged.count("level=WARN"), client.logged.count("works again"); warned > 80 || recovered > 0 {
+				t.Errorf("%d warnings and %d recoveries logged in an hour", warned, recovered)
+			}
 		})
 	}
 }
 
-func TestWatchFailsResetByHealthOnly(t *testing.T) {
+func TestWatchRecoversByAHealthyStreamOnly(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		network := newFakeKubeNet()
-		no := fakeKubeSay(503, "busy", "Content-Type", "text/plain")
-		newFakeKube(t, network, append(fakeKubeScript{no, no, no, no}, fakeKubeLists(2)...),
-			fakeKubeScript{fakeKubeLast(time.Minute, true), fakeKubeOpen()})
-		c := fakeKubeFollow(t, network.kube(t))
-		c.want(t, fakeKube1)
+		no := respond(503, "busy", "Content-Type", "text/plain")
+		c := startWatch(t, append(script{no, no, no, no}, listsTo(2)...), script{streamFor(time.Minute, true), openStream()})
+		c.want(t, applied1)
 		synctest.Wait()
 		if s := c.snapshot(); s.failures != 4 || s.failure == nil || s.state != stateWatching {
 			t.Errorf("after four failures and a LIST: %+v", s)
@@ -301,10 +266,10 @@ func TestWatchFailsResetByHealthOnly(t *testing.T) {
 			t.Errorf("after %s of a stream: %+v", healthyWatch, s)
 		}
 		if n := c.logged.count("works again"); n != 1 {
-			t.Errorf("it was said %d times to work again, want once:\n%s", n, c.logged)
+			t.Errorf("%d recoveries logged, want one:\n%s", n, c.logged)
 		}
 		begun := time.Now()
-		c.want(t, fakeKube2)
+		c.want(t, applied2)
 		if took := time.Since(begun); took > 51*time.Second {
 			t.Errorf("the LIST after a long life came %s late", took-50*time.Second)
 		}
@@ -316,21 +281,12 @@ func TestWatchFailsResetByHealthOnly(t *testing.T) {
 
 func TestWatchLogsEachClassOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		network := newFakeKubeNet()
-		var lists fakeKubeScript
-		for i := range 4 {
-			lists = append(lists, fakeKubeSay(403, "no "+strconv.Itoa(i)))
-		}
-		for i := range 3 {
-			lists = append(lists, fakeKubeSay(410, fmt.Sprintf(`{"message":"too old: %d","reason":"Expired"}`, i)))
-		}
-		newFakeKube(t, network, append(lists, fakeKubeLists(1)...), fakeKubeScript{fakeKubeOpen()})
-		c := fakeKubeFollow(t, network.kube(t))
-		for range 4 {
-			time.Sleep(time.Minute)
-		}
-		forbidden, expired := c.logged.count("403 Forbidden"), c.logged.count("410 Expired")
-		if forbidden != 1 || expired < 1 || expired > 2 || c.logged.count("works again") != 1 {
+		forbidden, expired := respond(403, "no"), respond(410, `{"message":"too old","reason":"Expired"}`)
+		lists := append(script{forbidden, forbidden, forbidden, forbidden, expired, expired, expired}, listsTo(1)...)
+		c := startWatch(t, lists, script{openStream()})
+		time.Sleep(4 * time.Minute)
+		first, second := c.logged.count("403 Forbidden"), c.logged.count("410 Expired")
+		if first != 1 || second < 1 || second > 2 || c.logged.count("works again") != 1 {
 			t.Errorf("want each failure once, or after a minute, and the recovery once:\n%s", c.logged)
 		}
 		if !strings.Contains(c.logged.String(), "omitted=3") {
@@ -339,24 +295,24 @@ func TestWatchLogsEachClassOnce(t *testing.T) {
 	})
 }
 
-func TestWatchFault34ListMustBeWhole(t *testing.T) {
-	good := fakeKubeV(9)
+func TestWatchRejectsListsThatAreNotWhole(t *testing.T) {
+	good := routesV(9)
 	list := func(meta, items string) http.HandlerFunc {
-		return fakeKubeSay(200, `{"kind":"ConfigMapList","metadata":{`+meta+`},"items":[`+items+`]}`)
+		return respond(200, `{"kind":"ConfigMapList","metadata":{`+meta+`},"items":[`+items+`]}`)
 	}
 	const rv = `"resourceVersion":"109"`
 	for name, bad := range map[string]http.HandlerFunc{
-		"HTML":                 fakeKubeSay(200, "<html>log in</html>", "Content-Type", "text/html; charset=utf-8"),
-		"HTML said to be JSON": fakeKubeSay(200, "<html>log in</html>"),
-		"text/plain":           fakeKubeSay(200, `{"kind":"ConfigMapList","metadata":{`+rv+`},"items":[]}`, "Content-Type", "text/plain"),
-		"nothing":              fakeKubeSay(200, ""),
-		"204":                  fakeKubeSay(204, ""),
-		"null":                 fakeKubeSay(200, "null"),
-		"{}":                   fakeKubeSay(200, "{}"),
-		"[]":                   fakeKubeSay(200, "[]"),
-		"a Status":             fakeKubeSay(200, `{"kind":"Status","metadata":{},"status":"Success"}`),
-		"a ConfigMap":          fakeKubeSay(200, good),
-		"another kind":         fakeKubeSay(200, `{"kind":"SecretList","metadata":{`+rv+`},"items":[]}`),
+		"HTML":                 respond(200, "<html>log in</html>", "Content-Type", "text/html; charset=utf-8"),
+		"HTML said to be JSON": respond(200, "<html>log in</html>"),
+		"text/plain":           respond(200, `{"kind":"ConfigMapList","metadata":{`+rv+`},"items":[]}`, "Content-Type", "text/plain"),
+		"nothing":              respond(200, ""),
+		"204":                  respond(204, ""),
+		"null":                 respond(200, "null"),
+		"{}":                   respond(200, "{}"),
+		"[]":                   respond(200, "[]"),
+		"a Status":             respond(200, `{"kind":"Status","metadata":{},"status":"Success"}`),
+		"a ConfigMap":          respond(200, good),
+		"another kind":         respond(200, `{"kind":"SecretList","metadata":{`+rv+`},"items":[]}`),
 		"no resourceVersion":   list("", good),
 		"continue":             list(rv+`,"continue":"more"`, good),
 		"two items":            list(rv, good+","+good),
@@ -365,39 +321,29 @@ func TestWatchFault34ListMustBeWhole(t *testing.T) {
 		"no uid":               list(rv, strings.Replace(good, `"u1"`, `""`, 1)),
 		"no version in item":   list(rv, strings.Replace(good, `"9"`, `""`, 1)),
 		"data of numbers":      list(rv, strings.Replace(good, `"backend-9"`, `9`, 1)),
-		"followed by junk":     fakeKubeSay(200, `{"kind":"ConfigMapList","metadata":{`+rv+`},"items":[]} x`),
-		"cut":                  fakeKubeSay(200, `{"kind":"ConfigMapList","metadata":{`+rv+`},"items":[`+good+`]}`, "Content-Length", "1000"),
-		"half":                 fakeKubeSay(200, `{"kind":"ConfigMapList","metadata":{`+rv+`},"items":[`+good),
+		"followed by junk":     respond(200, `{"kind":"ConfigMapList","metadata":{`+rv+`},"items":[]} x`),
+		"cut":                  respond(200, `{"kind":"ConfigMapList","metadata":{`+rv+`},"items":[`+good+`]}`, "Content-Length", "1000"),
+		"half":                 respond(200, `{"kind":"ConfigMapList","metadata":{`+rv+`},"items":[`+good),
 		"over the cap":         list(rv, strings.Replace(good, "backend-9", strings.Repeat("x", maxObject), 1)),
 	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				network := newFakeKubeNet()
-				server := newFakeKube(t, network, fakeKubeScript{fakeKubeLists(1)[0], bad, fakeKubeLists(2)[1]},
-					fakeKubeScript{fakeKubeStream(), fakeKubeOpen()})
-				c := fakeKubeFollow(t, network.kube(t))
-				c.want(t, fakeKube1, fakeKube2)
-				time.Sleep(time.Minute)
-				if verbs := server.verbs(); verbs != "LIST WATCH LIST LIST WATCH" {
-					t.Errorf("asked %s; want no WATCH after the bad LIST", verbs)
-				}
-				if n := c.logged.count("watch failed"); n != 1 || c.logged.count("works again") != 1 {
-					t.Errorf("log, want a failure and a recovery:\n%s", c.logged)
-				}
-				if s := c.snapshot(); s.failure != nil || len(c.logged.String()) > 2000 {
-					t.Errorf("%+v, log:\n%.2000s", s, c.logged)
-				}
-			})
+		inBubble(t, name, func(t *testing.T) {
+			c := startWatch(t, script{listsTo(1)[0], bad, listsTo(2)[1]}, script{stream(), openStream()})
+			c.want(t, applied1, applied2)
+			time.Sleep(time.Minute)
+			c.wantVerbs(t, "LIST WATCH LIST LIST WATCH") // no WATCH after the bad LIST
+			failed, recovered := c.logged.count("watch failed"), c.logged.count("works again")
+			if s := c.snapshot(); s.failure != nil || failed != 1 || recovered != 1 || len(c.logged.String()) > 2000 {
+				t.Errorf("%+v; log, want a failure and a recovery:\n%.2000s", s, c.logged)
+			}
 		})
 	}
 }
 
-// Whatever ends a stream, nothing but whole events about the object counts, and
-// the next thing asked is a LIST.
-func TestStreamEnds(t *testing.T) {
-	good, next := fakeKubeEvent("MODIFIED", fakeKubeV(2)), fakeKubeEvent("MODIFIED", fakeKubeV(3))
+// Whatever ends a stream, only whole events about the object count, and a LIST comes next.
+func TestWatchListsAfterABadEvent(t *testing.T) {
+	good, next := watchEvent("MODIFIED", routesV(2)), watchEvent("MODIFIED", routesV(3))
 	change := func(old, new string) string { return strings.Replace(next, old, new, 1) }
-	status := func(s string) string { return fakeKubeEvent("ERROR", `{"kind":"Status","metadata":{},`+s+`}`) }
+	status := func(s string) string { return watchEvent("ERROR", `{"kind":"Status","metadata":{},`+s+`}`) }
 	for name, bad := range map[string]string{
 		"garbage":             "garbage",
 		"HTML":                "<html>",
@@ -431,13 +377,13 @@ func TestStreamEnds(t *testing.T) {
 		"code is a string":    status(`"code":"410"`),
 		"ERROR of a string":   `{"type":"ERROR","object":"no"}`,
 		"ERROR of nothing":    `{"type":"ERROR"}`,
-		"ERROR of ConfigMap":  fakeKubeEvent("ERROR", fakeKubeV(3)),
+		"ERROR of ConfigMap":  watchEvent("ERROR", routesV(3)),
 		"half an event":       next[:len(next)/2],
 		"all but a brace":     strings.TrimSuffix(next, "}\n"),
 		"over the cap":        change("backend-3", strings.Repeat("x", maxObject)),
 	} {
 		for how, stream := range map[string]http.HandlerFunc{
-			"then open": fakeKubeOpen(good, bad), "then end": fakeKubeStream(good, bad), "then cut": fakeKubeCut(good, bad),
+			"then open": openStream(good, bad), "then end": stream(good, bad), "then cut": cutStream(good, bad),
 		} {
 			if len(bad) > maxObject && how != "then end" {
 				continue // one of them takes long enough
@@ -445,130 +391,111 @@ func TestStreamEnds(t *testing.T) {
 			if how == "then open" && strings.HasPrefix(next, strings.TrimSpace(bad)) && bad != "" {
 				continue // nothing is wrong yet
 			}
-			t.Run(name+" "+how, func(t *testing.T) {
-				synctest.Test(t, func(t *testing.T) {
-					network := newFakeKubeNet()
-					lists := fakeKubeScript{fakeKubeLists(1)[0], fakeKubeList("104", fakeKubeV(4))}
-					server := newFakeKube(t, network, lists, fakeKubeScript{stream, fakeKubeOpen()})
-					c := fakeKubeFollow(t, network.kube(t))
-					c.want(t, fakeKube1, fakeKube2, "4 map[ns-01:backend-4]")
-					time.Sleep(time.Minute)
-					if verbs := server.verbs(); verbs != "LIST WATCH LIST WATCH" {
-						t.Errorf("asked %s", verbs)
-					}
-					if s := c.snapshot(); s.failures != 0 {
-						t.Errorf("%+v", s)
-					}
-					if n := c.logged.count("watch failed"); n != 1 {
-						t.Errorf("%d failures logged, want 1:\n%.2000s", n, c.logged)
-					}
-				})
+			inBubble(t, name+" "+how, func(t *testing.T) {
+				c := startWatch(t, script{listsTo(1)[0], mapList("104", routesV(4))}, script{stream, openStream()})
+				c.want(t, applied1, applied2, "4 map[ns-01:backend-4]")
+				time.Sleep(time.Minute)
+				c.wantVerbs(t, "LIST WATCH LIST WATCH")
+				if n := c.logged.count("watch failed"); n != 1 || c.snapshot().failures != 0 {
+					t.Errorf("%d failures logged, want 1, and a recovery from %+v:\n%.2000s", n, c.snapshot(), c.logged)
+				}
 			})
 		}
 	}
 }
 
 // An event is what its bytes are, however they come.
-func TestWatchFault29Pieces(t *testing.T) {
-	two, three := fakeKubeEvent("ADDED", fakeKubeV(2)), fakeKubeEvent("MODIFIED", fakeKubeV(3))
+func TestWatchReadsEventsInPieces(t *testing.T) {
+	two, three := watchEvent("ADDED", routesV(2)), watchEvent("MODIFIED", routesV(3))
 	wide := strings.Replace(two, "backend-2", "größer-𝄞", 1)
 	middle := strings.Index(wide, "𝄞") + 2
 	for name, c := range map[string]struct {
 		parts []string
 		want  []string
 	}{
-		"byte by byte":            {strings.Split(two+three, ""), []string{fakeKube2, fakeKube3}},
-		"both in one write":       {[]string{two + three}, []string{fakeKube2, fakeKube3}},
-		"one and a half":          {[]string{two + three[:40], three[40:]}, []string{fakeKube2, fakeKube3}},
+		"byte by byte":            {strings.Split(two+three, ""), []string{applied2, applied3}},
+		"both in one write":       {[]string{two + three}, []string{applied2, applied3}},
+		"one and a half":          {[]string{two + three[:40], three[40:]}, []string{applied2, applied3}},
 		"cut in a UTF-8 sequence": {[]string{wide[:middle], wide[middle:]}, []string{"2 map[ns-01:größer-𝄞]"}},
-		"no line ends":            {[]string{strings.TrimSpace(two), strings.TrimSpace(three)}, []string{fakeKube2, fakeKube3}},
-		"blank lines":             {[]string{"\n\n" + two + "\r\n\n", three}, []string{fakeKube2, fakeKube3}},
-		"repeated":                {[]string{two, two, three, three}, []string{fakeKube2, fakeKube3}},
-		"after a bookmark":        {[]string{fakeKubeEvent("BOOKMARK", `{"kind":"ConfigMap","metadata":{"resourceVersion":"2"}}`), two}, []string{fakeKube2}},
-		"after an odd bookmark":   {[]string{fakeKubeEvent("BOOKMARK", `[1]`), two}, []string{fakeKube2}},
-		"many bookmarks":          {[]string{strings.Repeat(fakeKubeEvent("BOOKMARK", `{}`), 1000), two}, []string{fakeKube2}},
-		"a smaller version":       {[]string{three, two}, []string{fakeKube3, fakeKube2}},
-		"another uid":             {[]string{two, strings.Replace(two, `"u1"`, `"u2"`, 1)}, []string{fakeKube2, fakeKube2}},
+		"no line ends":            {[]string{strings.TrimSpace(two), strings.TrimSpace(three)}, []string{applied2, applied3}},
+		"blank lines":             {[]string{"\n\n" + two + "\r\n\n", three}, []string{applied2, applied3}},
+		"repeated":                {[]string{two, two, three, three}, []string{applied2, applied3}},
+		"after a bookmark":        {[]string{watchEvent("BOOKMARK", `{"kind":"ConfigMap","metadata":{"resourceVersion":"2"}}`), two}, []string{applied2}},
+		"after an odd bookmark":   {[]string{watchEvent("BOOKMARK", `[1]`), two}, []string{applied2}},
+		"many bookmarks":          {[]string{strings.Repeat(watchEvent("BOOKMARK", `{}`), 1000), two}, []string{applied2}},
+		"a smaller version":       {[]string{three, two}, []string{applied3, applied2}},
+		"another uid":             {[]string{two, strings.Replace(two, `"u1"`, `"u2"`, 1)}, []string{applied2, applied2}},
 		"no data":                 {[]string{strings.Replace(two, `,"data":{"ns-01":"backend-2"}`, "", 1)}, []string{"2 map[]"}},
 		"three of 6 MB": {
 			[]string{strings.Repeat(strings.Replace(two, "backend-2", strings.Repeat(`\u003c`, 1<<20), 1), 3), three},
-			[]string{"2 map[ns-01:" + strings.Repeat("<", 1<<20) + "]", fakeKube3}},
+			[]string{"2 map[ns-01:" + strings.Repeat("<", 1<<20) + "]", applied3}},
 	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				network := newFakeKubeNet()
-				server := newFakeKube(t, network, fakeKubeLists(1), fakeKubeScript{fakeKubeOpen(c.parts...)})
-				client := fakeKubeFollow(t, network.kube(t))
-				client.want(t, fakeKube1)
-				client.want(t, c.want...)
-				time.Sleep(time.Minute)
-				client.wantNothing(t)
-				if verbs := server.verbs(); verbs != "LIST WATCH" || client.logged.String() != "" {
-					t.Errorf("asked %s, log:\n%s", verbs, client.logged)
-				}
-			})
+		inBubble(t, name, func(t *testing.T) {
+			client := startWatch(t, listsTo(1), script{openStream(c.parts...)})
+			client.want(t, applied1)
+			client.want(t, c.want...)
+			time.Sleep(time.Minute)
+			client.wantNothing(t)
+			client.wantVerbs(t, "LIST WATCH")
+			if log := client.logged.String(); log != "" {
+				t.Errorf("log:\n%s", log)
+			}
 		})
 	}
 }
 
-func TestBookmarkIsLife(t *testing.T) {
+func TestWatchBookmarkConfirms(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		network := newFakeKubeNet()
-		newFakeKube(t, network, fakeKubeLists(1), fakeKubeScript{func(w http.ResponseWriter, r *http.Request) {
-			fakeKubeStream()(w, r)
-			time.Sleep(time.Minute)
-			fakeKubeOpen(fakeKubeEvent("BOOKMARK", `{"kind":"ConfigMap","metadata":{"resourceVersion":"500"}}`))(w, r)
+		c := startWatch(t, listsTo(1), script{func(w http.ResponseWriter, r *http.Request) {
+			streamFor(time.Minute, false)(w, r)
+			openStream(watchEvent("BOOKMARK", `{"kind":"ConfigMap","metadata":{"resourceVersion":"500"}}`))(w, r)
 		}})
-		c := fakeKubeFollow(t, network.kube(t))
-		c.want(t, fakeKube1)
+		c.want(t, applied1)
 		time.Sleep(59 * time.Second)
 		before := time.Since(c.snapshot().confirmed)
 		time.Sleep(2 * time.Second)
 		if after := time.Since(c.snapshot().confirmed); before < 58*time.Second || after > time.Second+time.Millisecond {
-			t.Errorf("last heard %s ago before the bookmark, %s ago after", before, after)
+			t.Errorf("confirmed %s ago before the bookmark, %s ago after", before, after)
 		}
 		c.wantNothing(t)
 	})
 }
 
-// The set is what the server says is there: what comes is in it whatever its
+// The objects are those that the server has: what comes is among them whatever its
 // version, and what goes is not.
-func TestWatchFault25DeletedAndRecreated(t *testing.T) {
+func TestWatchDeletedAndRecreated(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		network := newFakeKubeNet()
-		recreated := fakeKubeObject("u2", "1", "backend-7")
-		newFakeKube(t, network, fakeKubeScript{fakeKubeList("99"), fakeKubeList("102", fakeKubeV(3)), fakeKubeList("103"), fakeKubeList("2", recreated)},
-			fakeKubeScript{
-				fakeKubeLast(20*time.Second, false),
-				fakeKubeLast(20*time.Second, false, fakeKubeEvent("DELETED", fakeKubeV(4))),
-				fakeKubeLast(20*time.Second, false, fakeKubeEvent("ADDED", fakeKubeObject("u3", "1", "backend-5"))),
-				fakeKubeOpen(fakeKubeEvent("DELETED", recreated), fakeKubeEvent("DELETED", recreated), fakeKubeEvent("ADDED", fakeKubeObject("u4", "0", "backend-8"))),
-			})
-		c := fakeKubeFollow(t, network.kube(t))
-		c.want(t, "none", fakeKube3, "none", "1 map[ns-01:backend-5]", "1 map[ns-01:backend-7]", "none", "0 map[ns-01:backend-8]")
+		recreated := routesMap("u2", "1", "backend-7")
+		c := startWatch(t, script{mapList("99"), mapList("102", routesV(3)), mapList("103"), mapList("2", recreated)}, script{
+			streamFor(20*time.Second, false),
+			streamFor(20*time.Second, false, watchEvent("DELETED", routesV(4))),
+			streamFor(20*time.Second, false, watchEvent("ADDED", routesMap("u3", "1", "backend-5"))),
+			openStream(watchEvent("DELETED", recreated), watchEvent("DELETED", recreated), watchEvent("ADDED", routesMap("u4", "0", "backend-8"))),
+		})
+		c.want(t, "none", applied3, "none", "1 map[ns-01:backend-5]", "1 map[ns-01:backend-7]", "none", "0 map[ns-01:backend-8]")
 		time.Sleep(time.Minute)
 		c.wantNothing(t)
 	})
 }
 
-// A selection is replaced by each LIST, and changed by events one by one.
-func TestWatchFault28LeavesTheSelection(t *testing.T) {
+// Each LIST replaces a selection; each event changes one object of it.
+func TestWatchOfASelection(t *testing.T) {
 	named := func(name, version, backend string) string {
-		return strings.Replace(fakeKubeObject("u-"+name, version, backend), "routes", name, 1)
+		return strings.Replace(routesMap("u-"+name, version, backend), "routes", name, 1)
 	}
 	synctest.Test(t, func(t *testing.T) {
-		network := newFakeKubeNet()
-		server := newFakeKube(t, network, fakeKubeScript{
-			fakeKubeList("10", named("b", "2", "backend-2"), named("a", "1", "backend-1")),
-			fakeKubeList("20", named("a", "1", "backend-1"), named("c", "3", "backend-3")),
-			fakeKubeList("5", named("c", "3", "backend-3"), named("a", "1", "backend-1")),
-		}, fakeKubeScript{
-			fakeKubeLast(time.Minute, false, fakeKubeEvent("ADDED", named("c", "11", "backend-9")),
-				fakeKubeEvent("DELETED", named("a", "12", "backend-1")), fakeKubeEvent("DELETED", named("z", "13", "backend-1"))),
-			fakeKubeLast(time.Minute, false),
-			fakeKubeOpen(),
-		})
-		c := fakeKubeSelect(t, network.kube(t), "app=router-overrides")
+		network := newPipeNetwork()
+		server := scriptedKube(script{
+			mapList("10", named("b", "2", "backend-2"), named("a", "1", "backend-1")),
+			mapList("20", named("a", "1", "backend-1"), named("c", "3", "backend-3")),
+			mapList("5", named("c", "3", "backend-3"), named("a", "1", "backend-1")),
+		}, script{
+			streamFor(time.Minute, false, watchEvent("ADDED", named("c", "11", "backend-9")),
+				watchEvent("DELETED", named("a", "12", "backend-1")), watchEvent("DELETED", named("z", "13", "backend-1"))),
+			streamFor(time.Minute, false),
+			openStream(),
+		}).serve(t, network)
+		c := watchWith(t, network.kube(t), "app=router-overrides")
 		const a1, b2, c3, c11 = "1 map[ns-01:backend-1]", "2 map[ns-01:backend-2]", "3 map[ns-01:backend-3]", "11 map[ns-01:backend-9]"
 		c.want(t, a1+", "+b2, a1+", "+b2+", "+c11, b2+", "+c11, a1+", "+c3)
 		time.Sleep(5 * time.Minute)
@@ -582,15 +509,14 @@ func TestWatchFault28LeavesTheSelection(t *testing.T) {
 	})
 }
 
-// The reader of a stream takes no more than the cap of one object, even from a
-// server that never stops.
-func TestStreamMemory(t *testing.T) {
+// A stream is read up to the largest object, even from a server that never stops.
+func TestWatchGivesUpAnEndlessEvent(t *testing.T) {
 	for name, start := range map[string]string{
-		"an object": `{"type":"MODIFIED","object":{"data":{"a":"`, "spaces after an event": fakeKubeEvent("BOOKMARK", `{}`),
+		"an object": `{"type":"MODIFIED","object":{"data":{"a":"`, "spaces after an event": watchEvent("BOOKMARK", `{}`),
 	} {
 		t.Run(name, func(t *testing.T) {
-			endless := &fakeKubeEndless{}
-			w := fakeKubeWatcher(&kubeClient{}, "", slog.New(slog.DiscardHandler), func(map[string]*fakeConfigMap) { t.Error("applied") })
+			endless := &endlessSpaces{}
+			w := routesWatcher(&kubeClient{}, "", slog.New(slog.DiscardHandler), func(map[string]*fakeConfigMap) { t.Error("applied") })
 			err := w.readEvents(io.MultiReader(strings.NewReader(start), endless))
 			if !errors.Is(err, errTooBig) || endless.n > maxObject {
 				t.Errorf("%d bytes read, error %v, want at most %d and %v", endless.n, err, maxObject, errTooBig)
@@ -599,10 +525,9 @@ func TestStreamMemory(t *testing.T) {
 	}
 }
 
-// A LIST without end is given up too.
-func TestListMemory(t *testing.T) {
+func TestWatchGivesUpAnEndlessList(t *testing.T) {
 	const most = 1 << 20
-	item := fakeKubeV(1) + ","
+	item := routesV(1) + ","
 	list := strings.NewReader(`{"items":[` + strings.Repeat(item, 2*most/len(item)))
 	_, items, err := decodeList[fakeConfigMap](list, most)
 	if want := most / len(item); !errors.Is(err, errTooBig) || len(items) < want-1 || len(items) > want+1 {
@@ -610,10 +535,10 @@ func TestListMemory(t *testing.T) {
 	}
 }
 
-// fakeKubeEndless is spaces without end, or what a test can bear of them.
-type fakeKubeEndless struct{ n int }
+// endlessSpaces is spaces without end, or what a test can bear of them.
+type endlessSpaces struct{ n int }
 
-func (e *fakeKubeEndless) Read(b []byte) (int, error) {
+func (e *endlessSpaces) Read(b []byte) (int, error) {
 	if e.n > 2*maxObject {
 		return 0, io.ErrNoProgress
 	}
@@ -624,90 +549,80 @@ func (e *fakeKubeEndless) Read(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// What a control plane, or the way to it, can do is numbered. The tests of this
-// repository that show one have its number: TestWatchFault<number>..., and the
-// table below. 10 is also 11, 35 and 41, 13 is 14, 18 is 21, 22 is 21 too, 7 is
-// 39, 36 is 35, 44 is 45; 31 is TestTablePinsToPrevious, 32 BenchmarkSwap and
-// TestMemoryOfAMillion. A real control plane is needed to see 8 (it stops
-// gracefully), 38 (it drops a slow reader), 42 (the router is stopped) and 43
-// (kubectl proxy refuses a Host), and that it does what the others say it does.
-
-// fault is what goes wrong after version 1 was applied, if not stated otherwise,
-// and how version 2 comes to be applied.
+// fault is what goes wrong after version 1 was applied, unless said otherwise, and how
+// version 2 comes to be applied.
 type fault struct {
-	lists, watches fakeKubeScript     // the first LIST and the last WATCH are added
-	during         func(*fakeKubeNet) // is called when version 1 is applied
+	lists, watches script             // the first LIST and the last WATCH are added
+	during         func(*pipeNetwork) // is called when version 1 is applied
 	want           []string           // what is applied then; version 2 if nil
 	least, most    time.Duration      // when; from version 1
 	class          string             // of the failure in the log, "" if there must be none
 	lines          int                // of failures in the log, at most; 1 if 0
 }
 
-// fakeKubeFor answers like f until the time is over, then like then.
-func fakeKubeFor(d time.Duration, f, then http.HandlerFunc) fakeKubeScript {
-	var begun time.Time
-	return slices.Repeat(fakeKubeScript{func(w http.ResponseWriter, r *http.Request) {
-		if begun.IsZero() {
-			begun = time.Now()
-		}
-		if time.Since(begun) > d {
+// answerFor answers like f until the time is over, then like then.
+func answerFor(d time.Duration, f, then http.HandlerFunc) script {
+	end := sync.OnceValue(func() time.Time { return time.Now().Add(d) }) // from the first request
+	return slices.Repeat(script{func(w http.ResponseWriter, r *http.Request) {
+		if time.Now().After(end()) {
 			f = then
 		}
 		f(w, r)
 	}}, 1000)
 }
 
+// watchFaults are what a control plane, or the way to it, can do to a watch.
 func watchFaults() map[string]fault {
 	const s, ms = time.Second, time.Millisecond
 	const once = minKubeRetry * 3 / 2 // the longest first pause
-	two := fakeKubeLists(2)[1]
-	said := func(status string) fakeKubeScript {
-		return fakeKubeScript{fakeKubeOpen(fakeKubeEvent("ERROR", `{"kind":"Status","metadata":{},`+status+`}`))}
+	two := listsTo(2)[1]
+	said := func(status string) script {
+		return script{openStream(watchEvent("ERROR", `{"kind":"Status","metadata":{},`+status+`}`))}
 	}
 	text := func(code int, body, after string) http.HandlerFunc {
-		return fakeKubeSay(code, body, "Content-Type", "text/plain", "Retry-After", after)
+		return respond(code, body, "Content-Type", "text/plain", "Retry-After", after)
 	}
-	ends := fakeKubeScript{fakeKubeStream()}
-	big := strings.Replace(fakeKubeEvent("MODIFIED", fakeKubeV(9)), "backend-9", strings.Repeat("x", maxObject), 1)
-	recreated := fakeKubeEvent("ADDED", fakeKubeObject("u2", "0", "backend-2"))
-	downFor := func(flag func(*fakeKubeNet, bool), d time.Duration) func(*fakeKubeNet) {
-		return func(n *fakeKubeNet) {
+	ends := script{stream()}
+	big := strings.Replace(watchEvent("MODIFIED", routesV(9)), "backend-9", strings.Repeat("x", maxObject), 1)
+	recreated := watchEvent("ADDED", routesMap("u2", "0", "backend-2"))
+	downFor := func(flag func(*pipeNetwork, bool), d time.Duration) func(*pipeNetwork) {
+		return func(n *pipeNetwork) {
 			flag(n, true)
 			time.AfterFunc(d, func() { flag(n, false) })
 		}
 	}
-	down := func(n *fakeKubeNet, on bool) { n.down.Store(on) }
-	hole := func(n *fakeKubeNet, on bool) { n.hole.Store(on) }
+	down := func(n *pipeNetwork, on bool) { n.down.Store(on) }
+	hole := func(n *pipeNetwork, on bool) { n.hole.Store(on) }
 	return map[string]fault{
-		"02 410 as an event": {watches: said(`"message":"too old resource version: 226 (349)","reason":"Expired","code":410`), most: once, class: "gone"},
-		"03 410 as a status": {watches: fakeKubeScript{fakeKubeSay(410, `{"reason":"Expired"}`)}, most: once, class: "gone"},
-		"03 410 of a LIST":   {watches: ends, lists: fakeKubeScript{fakeKubeSay(410, `{"reason":"Expired"}`)}, most: 2500 * ms, class: "gone"},
-		"04 500 as an event": {watches: said(`"message":"RequestWatchProgress is disabled","reason":"InternalError","code":500`), most: once, class: "internal_server_error"},
-		"04 429 as an event": {watches: said(`"code":429,"details":{"retryAfterSeconds":5}`), least: 5 * s, most: 6 * s, class: "too_many_requests"},
-		"05 version from the future": {watches: fakeKubeScript{fakeKubeLast(20*s, false)}, lists: fakeKubeScript{fakeKubeList("3", fakeKubeV(0))},
+		"410 as an event": {watches: said(`"message":"too old resource version: 226 (349)","reason":"Expired","code":410`), most: once, class: "gone"},
+		"410 as a status": {watches: script{respond(410, `{"reason":"Expired"}`)}, most: once, class: "gone"},
+		"410 of a LIST":   {watches: ends, lists: script{respond(410, `{"reason":"Expired"}`)}, most: 2500 * ms, class: "gone"},
+		"500 as an event": {watches: said(`"message":"RequestWatchProgress is disabled","reason":"InternalError","code":500`), most: once, class: "internal_server_error"},
+		"429 as an event": {watches: said(`"code":429,"details":{"retryAfterSeconds":5}`), least: 5 * s, most: 6 * s, class: "too_many_requests"},
+		"version from the future": {watches: script{streamFor(20*s, false)}, lists: script{mapList("3", routesV(0))},
 			want: []string{"0 map[ns-01:backend-0]"}, most: 20*s + once},
-		"06 garbage as version": {watches: fakeKubeScript{fakeKubeSay(500, `{"message":"strconv.ParseUint: parsing \"abc\""}`)}, most: once, class: "internal_server_error"},
-		"07 killed":             {watches: fakeKubeScript{fakeKubeLast(s, true)}, during: downFor(down, 20*s), least: 20 * s, most: 20*s + maxKubeRetry*3/2, class: "cut", lines: 2},
-		"07 gone for an hour": {watches: fakeKubeScript{fakeKubeLast(s, true)}, during: downFor(down, time.Hour), least: time.Hour,
+		"garbage as version": {watches: script{respond(500, `{"message":"strconv.ParseUint: parsing \"abc\""}`)}, most: once, class: "internal_server_error"},
+		"killed":             {watches: script{streamFor(s, true)}, during: downFor(down, 20*s), least: 20 * s, most: 20*s + maxKubeRetry*3/2, class: "cut", lines: 2},
+		"gone for an hour": {watches: script{streamFor(s, true)}, during: downFor(down, time.Hour), least: time.Hour,
 			most: time.Hour + maxKubeRetry*3/2, class: "cut", lines: 62},
-		"09 graceful stop with Retry-After": {watches: ends, lists: fakeKubeScript{text(429, "no", "5"), text(429, "no", "5")}, least: 10 * s, most: 13 * s, class: "too_many_requests"},
-		"12 blackhole":                      {watches: fakeKubeScript{fakeKubeLast(s, true)}, during: downFor(hole, time.Minute), least: time.Minute, most: time.Minute + 5*s + maxKubeRetry*3/2, class: "cut", lines: 3},
-		"15 etcd is dead":                   {watches: ends, lists: fakeKubeScript{fakeKubeHang, fakeKubeHang, fakeKubeHang}, least: 3 * listTimeout, most: 3*listTimeout + 12*s, class: "timeout"},
-		"16 flow control":                   {watches: ends, lists: fakeKubeScript{text(429, "Too many requests, please try again later.", "8")}, least: 8 * s, most: 10500 * ms, class: "too_many_requests"},
-		"17 503":                            {watches: ends, lists: fakeKubeScript{fakeKubeSay(503, "", "Retry-After", "1")}, least: s, most: 2500 * ms, class: "service_unavailable"},
-		"18 401 for a minute":               {watches: ends, lists: fakeKubeFor(time.Minute, fakeKubeSay(401, `{"message":"Unauthorized"}`), two), least: time.Minute, most: time.Minute + 24*s, class: "unauthorized", lines: 2},
-		"19 403 for an hour":                {watches: ends, lists: fakeKubeFor(time.Hour, fakeKubeSay(403, `{"reason":"Forbidden"}`), two), least: time.Hour, most: time.Hour + 24*s, class: "forbidden", lines: 61},
-		"26 recreated with a smaller version": {watches: fakeKubeScript{fakeKubeOpen(fakeKubeEvent("DELETED", fakeKubeV(7)), recreated)},
+		"graceful stop with Retry-After": {watches: ends, lists: script{text(429, "no", "5"), text(429, "no", "5")}, least: 10 * s, most: 13 * s, class: "too_many_requests"},
+		"blackhole":                      {watches: script{streamFor(s, true)}, during: downFor(hole, time.Minute), least: time.Minute, most: time.Minute + 5*s + maxKubeRetry*3/2, class: "cut", lines: 3},
+		"etcd is dead":                   {watches: ends, lists: script{hang, hang, hang}, least: 3 * listTimeout, most: 3*listTimeout + 12*s, class: "timeout"},
+		"flow control":                   {watches: ends, lists: script{text(429, "Too many requests, please try again later.", "8")}, least: 8 * s, most: 10500 * ms, class: "too_many_requests"},
+		"503":                            {watches: ends, lists: script{respond(503, "", "Retry-After", "1")}, least: s, most: 2500 * ms, class: "service_unavailable"},
+		"401 for a minute":               {watches: ends, lists: answerFor(time.Minute, respond(401, `{"message":"Unauthorized"}`), two), least: time.Minute, most: time.Minute + 24*s, class: "unauthorized", lines: 2},
+		"403 for an hour":                {watches: ends, lists: answerFor(time.Hour, respond(403, `{"reason":"Forbidden"}`), two), least: time.Hour, most: time.Hour + 24*s, class: "forbidden", lines: 61},
+		"recreated with a smaller version": {watches: script{openStream(watchEvent("DELETED", routesV(7)), recreated)},
 			want: []string{"none", "0 map[ns-01:backend-2]"}},
-		"27 recreated while away": {watches: fakeKubeScript{fakeKubeCut()}, lists: fakeKubeScript{fakeKubeList("1", fakeKubeObject("u2", "1", "backend-2"))},
+		"recreated while away": {watches: script{cutStream()}, lists: script{mapList("1", routesMap("u2", "1", "backend-2"))},
 			want: []string{"1 map[ns-01:backend-2]"}, most: once, class: "cut"},
-		"30 over the cap":         {watches: fakeKubeScript{fakeKubeOpen(big)}, most: once, class: "too_big"},
-		"33 half an event":        {watches: fakeKubeScript{fakeKubeCut(big[:1000])}, most: once, class: "cut"},
-		"34 HTML":                 {watches: ends, lists: fakeKubeScript{fakeKubeSay(200, "<html>", "Content-Type", "text/html")}, most: 2500 * ms, class: "bad_answer"},
-		"37 GOAWAY":               {watches: fakeKubeScript{goAway}, least: 30 * s, most: 30 * s},
-		"40 proxy without server": {watches: ends, lists: fakeKubeScript{text(500, "dial tcp 127.0.0.1:6443: connect: connection refused", "")}, most: 2500 * ms, class: "internal_server_error"},
-		"46 no namespace":         {watches: append(ends, ends...), lists: fakeKubeScript{fakeKubeList("102")}, want: []string{"none", fakeKube2}, most: 3 * s},
-		"47 404":                  {watches: ends, lists: fakeKubeScript{text(404, "404 page not found\n", "")}, most: 2500 * ms, class: "not_found"},
+		"over the cap":         {watches: script{openStream(big)}, most: once, class: "too_big"},
+		"half an event":        {watches: script{cutStream(big[:1000])}, most: once, class: "cut"},
+		"HTML":                 {watches: ends, lists: script{respond(200, "<html>", "Content-Type", "text/html")}, most: 2500 * ms, class: "bad_answer"},
+		"GOAWAY":               {watches: script{goAway}, least: 30 * s, most: 30 * s},
+		"proxy without server": {watches: ends, lists: script{text(500, "dial tcp 127.0.0.1:6443: connect: connection refused", "")}, most: 2500 * ms, class: "internal_server_error"},
+		"no namespace":         {watches: append(ends, ends...), lists: script{mapList("102")}, want: []string{"none", applied2}, most: 3 * s},
+		"404":                  {watches: ends, lists: script{text(404, "404 page not found\n", "")}, most: 2500 * ms, class: "not_found"},
 	}
 }
 
@@ -715,47 +630,37 @@ func watchFaults() map[string]fault {
 // that.
 func goAway(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Connection", "close") // HTTP/2: GOAWAY
-	fakeKubeStream()(w, r)
+	stream()(w, r)
 	time.Sleep(30 * time.Second)
-	fakeKubeOpen(fakeKubeEvent("MODIFIED", fakeKubeV(2)))(w, r)
+	openStream(watchEvent("MODIFIED", routesV(2)))(w, r)
 }
 
-func TestWatchFault(t *testing.T) {
-	ca, certificate := fakeKubeCA(t)
+func TestWatchSurvivesFaults(t *testing.T) {
 	for name := range watchFaults() {
-		for proto, certificates := range map[string][]tls.Certificate{"HTTP/2": {certificate}, "HTTP/1.1": nil} {
-			t.Run(name+" "+proto, func(t *testing.T) {
+		for _, proto := range []string{"HTTP/2.0", "HTTP/1.1"} {
+			inBubble(t, name+" "+proto, func(t *testing.T) {
 				f := watchFaults()[name] // of its own: it has state
-				synctest.Test(t, func(t *testing.T) {
-					network := newFakeKubeNet()
-					lists := append(append(fakeKubeLists(1), f.lists...), fakeKubeLists(2)[1])
-					server := newFakeKube(t, network, lists, append(f.watches, fakeKubeOpen()), certificates...)
-					k := network.kube(t)
-					if certificates != nil {
-						k = fakeKubePod(t, "127.0.0.1", "6443", ca)
-						k.dial = network.dial
-					}
-					c := fakeKubeFollow(t, k)
-					c.want(t, fakeKube1)
-					if f.during != nil {
-						f.during(network)
-					}
-					f.check(t, c)
-					wantFreshVersions(t, server)
-				})
+				lists := append(append(listsTo(1), f.lists...), listsTo(2)[1])
+				c := startWatchOver(t, proto, newPipeNetwork(), lists, append(f.watches, openStream()))
+				c.want(t, applied1)
+				if f.during != nil {
+					f.during(c.network)
+				}
+				f.check(t, c)
+				wantNoResume(t, c.server)
 			})
 		}
 	}
 }
 
-// check waits for what is to be applied, and holds when, and what the log says.
-func (f fault) check(t *testing.T, c *fakeKubeClient) {
+// check waits for what is to be applied, and checks when it is, and what the log says.
+func (f fault) check(t *testing.T, c *watchTest) {
 	t.Helper()
 	begun := time.Now()
 	time.Sleep(max(0, f.least-time.Millisecond))
 	c.wantNothing(t)
 	if f.want == nil {
-		f.want = []string{fakeKube2}
+		f.want = []string{applied2}
 	}
 	c.want(t, f.want...)
 	if took := time.Since(begun); took > f.most+time.Millisecond {
@@ -775,9 +680,9 @@ func (f fault) check(t *testing.T, c *fakeKubeClient) {
 	}
 }
 
-// wantFreshVersions checks that no LIST had a resourceVersion, and that each
-// WATCH came after a LIST and not after a WATCH.
-func wantFreshVersions(t *testing.T, server *fakeKube) {
+// wantNoResume checks that no LIST had a resourceVersion, and that each WATCH came after a
+// LIST.
+func wantNoResume(t *testing.T, server *fakeKube) {
 	t.Helper()
 	for last := ""; len(server.arrived) > 0; {
 		r := server.request(t)
@@ -789,160 +694,116 @@ func wantFreshVersions(t *testing.T, server *fakeKube) {
 	}
 }
 
-// An API server that starts answers 403 to those who may (fault 20): with
-// nothing ever applied too, it is asked again.
-func TestWatchFault20ForbiddenAtStart(t *testing.T) {
+// An API server that starts answers 403 to those who may. It is asked again, also with
+// nothing ever applied.
+func TestWatchForbiddenAtStart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		network := newFakeKubeNet()
-		no := fakeKubeSay(403, `{"message":"configmaps is forbidden","reason":"Forbidden","code":403}`)
-		newFakeKube(t, network, append(fakeKubeScript{no, no, no}, fakeKubeLists(1)...), fakeKubeScript{fakeKubeOpen()})
-		c := fakeKubeFollow(t, network.kube(t))
+		no := statusAnswer(403, "Forbidden", "configmaps is forbidden")
+		c := startWatch(t, append(script{no, no, no}, listsTo(1)...), script{openStream()})
 		begun := time.Now()
-		c.want(t, fakeKube1)
+		c.want(t, applied1)
 		if took := time.Since(begun); took > 6*time.Second {
 			t.Errorf("took %s", took)
 		}
 	})
 }
 
-// A host that is stopped, or a link that swallows everything, is noticed by
-// HTTP/2 pings within 20 s. Through kubectl proxy there are none: there the
-// deadline of the WATCH is what is left. Either way the old connection is not
-// tried again.
-func TestWatchFault10Frozen(t *testing.T) {
-	ca, certificate := fakeKubeCA(t)
-	for name, c := range map[string]struct {
-		certificates []tls.Certificate
-		proto        string
-		within       time.Duration
-	}{
-		"HTTP/2":   {[]tls.Certificate{certificate}, "HTTP/2.0", 20 * time.Second},
-		"HTTP/1.1": {nil, "HTTP/1.1", maxWatchTime + watchGrace},
-	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				network := newFakeKubeNet()
-				server := newFakeKube(t, network, fakeKubeLists(2), fakeKubeScript{fakeKubeOpen()}, c.certificates...)
-				k := network.kube(t)
-				if c.certificates != nil {
-					k = fakeKubePod(t, "127.0.0.1", "6443", ca)
-					k.dial = network.dial
-				}
-				client := fakeKubeFollow(t, k)
-				client.want(t, fakeKube1)
-				time.Sleep(40 * time.Second) // a quiet connection that works is kept
-				if verbs := server.verbs(); verbs != "LIST WATCH" {
-					t.Errorf("asked %s", verbs)
-				}
-				network.freeze()
-				begun := time.Now()
-				client.want(t, fakeKube2)
-				if took := time.Since(begun); took > c.within+minKubeRetry+time.Millisecond {
-					t.Errorf("noticed after %s, want %s", took, c.within)
-				}
-				if r := server.request(t); r.Proto != c.proto {
-					t.Errorf("%s, want %s", r.Proto, c.proto)
-				}
-			})
+// HTTP/2 pings notice within 20 s that a host is stopped, or that a link swallows
+// everything. HTTP/1.1, as through kubectl proxy, has none: the deadline of the WATCH is
+// what is left. The old connection is not used again.
+func TestWatchNoticesAFrozenServer(t *testing.T) {
+	for proto, within := range map[string]time.Duration{"HTTP/2.0": 20 * time.Second, "HTTP/1.1": maxWatchTime + watchGrace} {
+		inBubble(t, proto, func(t *testing.T) {
+			c := startWatchOver(t, proto, newPipeNetwork(), listsTo(2), script{openStream()})
+			c.want(t, applied1)
+			time.Sleep(40 * time.Second) // a quiet connection that works is kept
+			c.wantVerbs(t, "LIST WATCH")
+			c.network.freeze()
+			begun := time.Now()
+			c.want(t, applied2)
+			if took := time.Since(begun); took > within+minKubeRetry+time.Millisecond {
+				t.Errorf("noticed after %s, want %s", took, within)
+			}
+			if r := c.server.request(t); r.Proto != proto {
+				t.Errorf("%s, want %s", r.Proto, proto)
+			}
 		})
 	}
 }
 
-// What hangs is given up on after a bound, and asked again on a new connection.
-func TestWatchFault13Hangs(t *testing.T) {
-	mute := func(n *fakeKubeNet) { n.frozen.Store(1) } // the first connection
+// A request that hangs is given up after a bound, and sent again on a new connection.
+func TestWatchGivesUpWhatHangs(t *testing.T) {
+	halfAnEvent := func(w http.ResponseWriter, r *http.Request) {
+		stream(`{"type":"MODIF`)(w, r)
+		hang(w, r)
+	}
 	for name, c := range map[string]struct {
-		fault       func(*fakeKubeNet)
-		tls         bool
 		list, watch http.HandlerFunc // the first
-		within      time.Duration    // from the start to version 2
+		proto       string
+		frozen      bool          // the first connection
+		within      time.Duration // from the start to version 2
 	}{
-		"LIST without a head": {list: fakeKubeHang, within: listTimeout},
-		"LIST without an end": {list: fakeKubeOpen(`{"kind":`), within: listTimeout},
-		"no TLS handshake":    {fault: mute, tls: true, within: 5 * time.Second},
-		"WATCH without a head": {watch: func(_ http.ResponseWriter, r *http.Request) {
-			<-r.Context().Done()
-		}, within: maxWatchTime + watchGrace},
-		"half an event": {watch: func(w http.ResponseWriter, r *http.Request) {
-			fakeKubeStream(`{"type":"MODIF`)(w, r)
-			<-r.Context().Done()
-		}, within: maxWatchTime + watchGrace},
+		"LIST without a head":  {list: hang, within: listTimeout},
+		"LIST without an end":  {list: openStream(`{"kind":`), within: listTimeout},
+		"no TLS handshake":     {proto: "HTTP/2.0", frozen: true, within: 5 * time.Second},
+		"WATCH without a head": {watch: hang, within: maxWatchTime + watchGrace},
+		"half an event":        {watch: halfAnEvent, within: maxWatchTime + watchGrace},
 	} {
-		t.Run(name, func(t *testing.T) {
-			ca, certificate := fakeKubeCA(t)
-			synctest.Test(t, func(t *testing.T) {
-				network := newFakeKubeNet()
-				if c.fault != nil {
-					c.fault(network)
-				}
-				lists, watches := fakeKubeScript{fakeKubeLists(2)[1]}, fakeKubeScript{fakeKubeOpen()}
-				if c.list != nil {
-					lists = append(fakeKubeScript{c.list}, lists...)
-				}
-				if c.watch != nil {
-					lists, watches = append(fakeKubeLists(1), lists...), append(fakeKubeScript{c.watch}, watches...)
-				}
-				k, certificates := network.kube(t), []tls.Certificate(nil)
-				if c.tls {
-					k, certificates = fakeKubePod(t, "127.0.0.1", "6443", ca), []tls.Certificate{certificate}
-					k.dial = network.dial
-				}
-				newFakeKube(t, network, lists, watches, certificates...)
-				client := fakeKubeFollow(t, k)
-				begun := time.Now()
-				if c.watch != nil {
-					client.want(t, fakeKube1)
-				}
-				client.want(t, fakeKube2)
-				if took := time.Since(begun); took > c.within+750*time.Millisecond {
-					t.Errorf("took %s, want at most %s and a first pause", took, c.within)
-				}
-			})
+		inBubble(t, name, func(t *testing.T) {
+			network, lists, watches := newPipeNetwork(), script{listsTo(2)[1]}, script{openStream()}
+			if c.frozen {
+				network.frozen.Store(1)
+			}
+			if c.list != nil {
+				lists = append(script{c.list}, lists...)
+			}
+			if c.watch != nil {
+				lists, watches = listsTo(2), append(script{c.watch}, watches...)
+			}
+			begun := time.Now()
+			client := startWatchOver(t, cmp.Or(c.proto, "HTTP/1.1"), network, lists, watches)
+			if c.watch != nil {
+				client.want(t, applied1)
+			}
+			client.want(t, applied2)
+			if took := time.Since(begun); took > c.within+750*time.Millisecond {
+				t.Errorf("took %s, want at most %s and a first pause", took, c.within)
+			}
 		})
 	}
 }
 
 // No connection is used for a second request, however the first ended, and none
 // is left.
-func TestConnectionServesOneRequest(t *testing.T) {
-	ca, certificate := fakeKubeCA(t)
-	ok := fakeKubeLists(1)[0]
+func TestWatchUsesAConnectionOnce(t *testing.T) {
+	ok := listsTo(1)[0]
 	for name, c := range map[string]struct{ list, watch http.HandlerFunc }{
-		"LIST 401":        {fakeKubeSay(401, `{"message":"Unauthorized"}`), nil},
-		"LIST 500":        {fakeKubeSay(500, "dial tcp 127.0.0.1:6443: refused"), nil},
-		"LIST 302":        {fakeKubeSay(302, "", "Location", "http://elsewhere/"), nil},
-		"LIST cut":        {fakeKubeCut("{"), nil},
-		"LIST of garbage": {fakeKubeSay(200, "<html>"), nil},
-		"WATCH 410":       {ok, fakeKubeSay(410, `{"reason":"Expired"}`)},
-		"WATCH ends":      {ok, fakeKubeStream()},
-		"WATCH cut":       {ok, fakeKubeCut()},
-		"WATCH ERROR":     {ok, fakeKubeOpen(fakeKubeEvent("ERROR", `{"code":410}`))},
+		"LIST 401":        {respond(401, `{"message":"Unauthorized"}`), nil},
+		"LIST 500":        {respond(500, "dial tcp 127.0.0.1:6443: refused"), nil},
+		"LIST 302":        {respond(302, "", "Location", "http://elsewhere/"), nil},
+		"LIST cut":        {cutStream("{"), nil},
+		"LIST of garbage": {respond(200, "<html>"), nil},
+		"WATCH 410":       {ok, respond(410, `{"reason":"Expired"}`)},
+		"WATCH ends":      {ok, stream()},
+		"WATCH cut":       {ok, cutStream()},
+		"WATCH ERROR":     {ok, openStream(watchEvent("ERROR", `{"code":410}`))},
 	} {
-		for proto, certificates := range map[string][]tls.Certificate{"HTTP/2": {certificate}, "HTTP/1.1": nil} {
-			t.Run(name+" "+proto, func(t *testing.T) {
-				synctest.Test(t, func(t *testing.T) {
-					network := newFakeKubeNet()
-					watches := fakeKubeScript{fakeKubeOpen()}
-					if c.watch != nil {
-						watches = fakeKubeScript{c.watch, fakeKubeOpen()}
-					}
-					server := newFakeKube(t, network, fakeKubeScript{c.list, fakeKubeLists(2)[1]}, watches, certificates...)
-					k := network.kube(t)
-					if certificates != nil {
-						k = fakeKubePod(t, "127.0.0.1", "6443", ca)
-						k.dial = network.dial
-					}
-					client := fakeKubeFollow(t, k)
-					if c.watch != nil {
-						client.want(t, fakeKube1)
-					}
-					client.want(t, fakeKube2)
-					time.Sleep(time.Second)
-					requests := len(strings.Fields(server.verbs()))
-					if n, open := network.dials.Load(), network.open.Load(); int(n) != requests || open != 1 {
-						t.Errorf("%d connections for %d requests, %d open; want as many, and that of the WATCH open", n, requests, open)
-					}
-				})
+		for _, proto := range []string{"HTTP/2.0", "HTTP/1.1"} {
+			inBubble(t, name+" "+proto, func(t *testing.T) {
+				watches := script{openStream()}
+				if c.watch != nil {
+					watches = script{c.watch, openStream()}
+				}
+				client := startWatchOver(t, proto, newPipeNetwork(), script{c.list, listsTo(2)[1]}, watches)
+				if c.watch != nil {
+					client.want(t, applied1)
+				}
+				client.want(t, applied2)
+				time.Sleep(time.Second)
+				requests := len(strings.Fields(client.server.verbs()))
+				if n, open := client.network.dials.Load(), client.network.open.Load(); int(n) != requests || open != 1 {
+					t.Errorf("%d connections for %d requests, %d open; want as many, and that of the WATCH open", n, requests, open)
+				}
 			})
 		}
 	}
@@ -950,182 +811,140 @@ func TestConnectionServesOneRequest(t *testing.T) {
 
 // run ends with its context in every state, at once, and leaves neither a
 // goroutine (the bubble would not end) nor a connection.
-func TestStopInEveryState(t *testing.T) {
-	ca, certificate := fakeKubeCA(t)
-	ok := fakeKubeLists(1)[0]
+func TestWatchStopsInEveryState(t *testing.T) {
+	ok := listsTo(1)[0]
 	for name, c := range map[string]struct {
 		list, watch http.HandlerFunc
 		state       string
 		frozen      bool
 	}{
-		"listing":           {fakeKubeHang, nil, stateListing, false},
-		"within a list":     {fakeKubeOpen(`{"kind"`), nil, stateListing, false},
-		"connecting":        {ok, fakeKubeHang, stateConnecting, false},
-		"watching":          {ok, fakeKubeOpen(), stateWatching, false},
-		"watching, frozen":  {ok, fakeKubeOpen(), stateWatching, true},
-		"within an event":   {ok, fakeKubeOpen(`{"type"`), stateWatching, false},
-		"waiting":           {fakeKubeSay(500, "no", "Retry-After", "60"), nil, stateWaiting, false},
-		"waiting after one": {ok, fakeKubeSay(500, "no", "Retry-After", "60"), stateWaiting, false},
+		"listing":           {hang, nil, stateListing, false},
+		"within a list":     {openStream(`{"kind"`), nil, stateListing, false},
+		"connecting":        {ok, hang, stateConnecting, false},
+		"watching":          {ok, openStream(), stateWatching, false},
+		"watching, frozen":  {ok, openStream(), stateWatching, true},
+		"within an event":   {ok, openStream(`{"type"`), stateWatching, false},
+		"waiting":           {respond(500, "no", "Retry-After", "60"), nil, stateWaiting, false},
+		"waiting after one": {ok, respond(500, "no", "Retry-After", "60"), stateWaiting, false},
 	} {
-		for proto, certificates := range map[string][]tls.Certificate{"HTTP/2": {certificate}, "HTTP/1.1": nil} {
-			t.Run(name+" "+proto, func(t *testing.T) {
-				synctest.Test(t, func(t *testing.T) {
-					network := newFakeKubeNet()
-					newFakeKube(t, network, fakeKubeScript{c.list}, fakeKubeScript{c.watch}, certificates...)
-					k := network.kube(t)
-					if certificates != nil {
-						k = fakeKubePod(t, "127.0.0.1", "6443", ca)
-						k.dial = network.dial
-					}
-					client := fakeKubeFollow(t, k)
-					time.Sleep(3 * time.Second)
-					if s, open := client.snapshot(), network.open.Load(); s.state != c.state || (open == 1) == (c.state == stateWaiting) {
-						t.Fatalf("%d connections, %+v, want %s, and one unless it is that", open, s, c.state)
-					}
-					if c.frozen {
-						network.freeze()
-					}
-					begun := time.Now()
-					client.stop()
-					synctest.Wait()
-					if took := time.Since(begun); took > time.Second || network.open.Load() != 0 {
-						t.Errorf("stopped after %s with %d connections", took, network.open.Load())
-					}
-				})
+		for _, proto := range []string{"HTTP/2.0", "HTTP/1.1"} {
+			inBubble(t, name+" "+proto, func(t *testing.T) {
+				client := startWatchOver(t, proto, newPipeNetwork(), script{c.list}, script{c.watch})
+				time.Sleep(3 * time.Second)
+				if s, open := client.snapshot(), client.network.open.Load(); s.state != c.state || (open == 1) == (c.state == stateWaiting) {
+					t.Fatalf("%d connections, %+v, want %s, and one unless it is that", open, s, c.state)
+				}
+				if c.frozen {
+					client.network.freeze()
+				}
+				client.wantStops(t)
+				if open := client.network.open.Load(); open != 0 {
+					t.Errorf("%d connections are open", open)
+				}
 			})
 		}
 	}
 }
 
-func TestStopWhileConnecting(t *testing.T) {
+// wantStops checks that run ends with its context, at once.
+func (c *watchTest) wantStops(t *testing.T) {
+	t.Helper()
+	begun := time.Now()
+	c.stop()
+	synctest.Wait()
+	if took := time.Since(begun); took > time.Second {
+		t.Errorf("stopped after %s", took)
+	}
+}
+
+func TestWatchStopsWhileConnecting(t *testing.T) {
 	for name, conn := range map[string]bool{"dial": false, "TLS handshake": true} {
-		t.Run(name, func(t *testing.T) {
-			ca, _ := fakeKubeCA(t)
-			synctest.Test(t, func(t *testing.T) {
-				k := fakeKubePod(t, "127.0.0.1", "6443", ca)
-				k.dial = func(ctx context.Context, _, _ string) (net.Conn, error) {
-					if conn {
-						client, _ := net.Pipe()
-						return client, nil
-					}
-					<-ctx.Done()
-					return nil, ctx.Err()
+		inBubble(t, name, func(t *testing.T) {
+			ca, _ := makeCA(t)
+			k := podClient(t, "127.0.0.1", "6443", ca)
+			k.dial = func(ctx context.Context, _, _ string) (net.Conn, error) {
+				if conn {
+					client, _ := net.Pipe()
+					return client, nil
 				}
-				c := fakeKubeFollow(t, k)
-				time.Sleep(time.Second)
-				begun := time.Now()
-				c.stop()
-				synctest.Wait()
-				if took := time.Since(begun); took > time.Second {
-					t.Errorf("stopped after %s", took)
-				}
-			})
+				<-ctx.Done()
+				return nil, ctx.Err()
+			}
+			c := watchWith(t, k, "")
+			time.Sleep(time.Second)
+			c.wantStops(t)
 		})
 	}
 }
 
-// FuzzWatchStream holds what is applied of a stream against a decode of its own:
-// of whole values only, in order, up to the first that is not an event.
+// FuzzWatchStream compares what is applied of a stream with what encoding/json finds in
+// it: the whole events, in order, up to the first that is none.
 func FuzzWatchStream(f *testing.F) {
 	for _, seed := range []string{
-		fakeKubeEvent("ADDED", fakeKubeV(1)) + fakeKubeEvent("MODIFIED", fakeKubeV(2)),
-		fakeKubeEvent("DELETED", fakeKubeV(1)) + fakeKubeEvent("ADDED", fakeKubeV(1)),
-		fakeKubeEvent("BOOKMARK", `{}`) + fakeKubeEvent("ERROR", `{"code":410}`) + fakeKubeEvent("ADDED", fakeKubeV(1)),
-		fakeKubeEvent("ADDED", fakeKubeV(1))[:100], `{"type":"ADDED","object":{"kind":"ConfigMap","data":null}}`, "\xff", "[[[[",
+		watchEvent("ADDED", routesV(1)) + watchEvent("MODIFIED", routesV(2)),
+		watchEvent("DELETED", routesV(1)) + watchEvent("ADDED", routesV(1)),
+		watchEvent("BOOKMARK", `{}`) + watchEvent("ERROR", `{"code":410}`) + watchEvent("ADDED", routesV(1)),
+		watchEvent("ADDED", routesV(1))[:100], `{"type":"ADDED","object":{"kind":"ConfigMap","data":null}}`, "\xff", "[[[[",
 	} {
 		f.Add([]byte(seed))
 	}
 	f.Fuzz(func(t *testing.T, stream []byte) {
 		var got []string
-		w := fakeKubeWatcher(&kubeClient{}, "", slog.New(slog.DiscardHandler), func(set map[string]*fakeConfigMap) {
+		w := routesWatcher(&kubeClient{}, "", slog.New(slog.DiscardHandler), func(set map[string]*fakeConfigMap) {
 			if c := set["routes"]; c != nil {
 				got = append(got, fmt.Sprintf("%q %q %q", c.Metadata.UID, c.Metadata.ResourceVersion, c.Data))
 			}
 		})
 		w.objects = map[string]*fakeConfigMap{} // as after a LIST
 		err := w.readEvents(bytes.NewReader(stream))
-		if want, certain := fakeKubeOracle(stream); certain && fmt.Sprint(got) != fmt.Sprint(want) {
+		if want, certain := wantOfStream(stream); certain && fmt.Sprint(got) != fmt.Sprint(want) {
 			t.Errorf("applied %s, want %s; error %v", got, want, err)
 		}
 	})
 }
 
-// fakeKubeOracle says what of a stream is to be applied. It is not certain about
-// keys that encoding/json takes for one another, or that come twice.
-func fakeKubeOracle(stream []byte) (want []string, certain bool) {
-	last, begin := "", int64(0)
-	for decoder := json.NewDecoder(bytes.NewReader(stream)); ; begin = decoder.InputOffset() {
-		var event any
-		if decoder.Decode(&event) != nil {
+// wantOfStream returns what of a stream is to be applied. It is not certain about keys
+// that encoding/json takes for one another, that come twice, or in another order.
+func wantOfStream(stream []byte) (want []string, certain bool) {
+	var last *fakeConfigMap
+	for d := json.NewDecoder(bytes.NewReader(stream)); ; {
+		var text json.RawMessage
+		if d.Decode(&text) != nil {
 			return want, true
 		}
-		if fakeKubeOddKeys(stream[begin:decoder.InputOffset()]) {
+		if hasOddKeys(text) {
 			return nil, false
 		}
-		kind, _ := fakeKubeText(event, "type")
-		if kind == "BOOKMARK" {
+		var event struct {
+			Type   string
+			Object json.RawMessage
+		}
+		err, o := json.Unmarshal(text, &event), &fakeConfigMap{}
+		if err == nil && event.Type == "BOOKMARK" {
 			continue
 		}
-		this, data, ok := fakeKubeAbout(fakeKubeField(event, "object"))
-		if !ok || kind != "ADDED" && kind != "MODIFIED" && kind != "DELETED" {
-			return want, true
-		}
+		err = cmp.Or(err, json.Unmarshal(event.Object, o))
+		m, isChange := o.Metadata, event.Type == "ADDED" || event.Type == "MODIFIED" || event.Type == "DELETED"
 		switch {
-		case kind == "DELETED":
-			last = ""
-		case this != last:
-			want, last = append(want, this+" "+data), this
+		case err != nil || !isChange || o.Kind != "ConfigMap" || m.Name != "routes" || m.Namespace != "edge" || m.UID == "" || m.ResourceVersion == "":
+			return want, true
+		case event.Type == "DELETED":
+			last = nil
+		case !reflect.DeepEqual(o, last):
+			want, last = append(want, fmt.Sprintf("%q %q %q", m.UID, m.ResourceVersion, o.Data)), o
 		}
 	}
 }
 
-// fakeKubeAbout returns an object's identity and data, if it is the one watched.
-func fakeKubeAbout(object any) (this, data string, ok bool) {
-	m := fakeKubeField(object, "metadata")
-	kind, _ := fakeKubeText(object, "kind")
-	name, _ := fakeKubeText(m, "name")
-	namespace, _ := fakeKubeText(m, "namespace")
-	uid, _ := fakeKubeText(m, "uid")
-	version, _ := fakeKubeText(m, "resourceVersion")
-	_, ok = fakeKubeText(m, "continue")
-	if !ok || kind != "ConfigMap" || name != "routes" || namespace != "edge" || uid == "" || version == "" {
-		return "", "", false
-	}
-	found, ok := fakeKubeField(object, "data").(map[string]any)
-	if !ok && fakeKubeField(object, "data") != nil {
-		return "", "", false
-	}
-	texts := map[string]string{}
-	for key := range found {
-		if texts[key], ok = fakeKubeText(found, key); !ok {
-			return "", "", false
-		}
-	}
-	return fmt.Sprintf("%q %q", uid, version), fmt.Sprintf("%q", texts), true
-}
-
-// fakeKubeOddKeys reports whether a key of an event comes twice or in another
-// spelling.
-func fakeKubeOddKeys(event []byte) bool {
+// hasOddKeys reports whether a key of an event comes twice, in another spelling, or the
+// object before its type.
+func hasOddKeys(event []byte) bool {
 	lower := bytes.ToLower(event)
-	for _, key := range []string{"type", "object", "kind", "metadata", "name", "namespace", "uid", "resourceVersion", "continue", "data"} {
+	for _, key := range []string{"type", "object", "kind", "metadata", "name", "namespace", "uid", "resourceVersion", "continue", "generation", "data"} {
 		n := bytes.Count(lower, []byte(`"`+strings.ToLower(key)+`"`))
 		if n > 1 || n != bytes.Count(event, []byte(`"`+key+`"`)) {
 			return true
 		}
 	}
-	return bytes.ContainsAny(event, `\ſ`) || bytes.Contains(event, []byte(`"continue"`))
-}
-
-func fakeKubeField(v any, key string) any {
-	m, _ := v.(map[string]any)
-	return m[key]
-}
-
-// fakeKubeText returns a field that is text; ok is false if it is anything else
-// but null.
-func fakeKubeText(v any, key string) (text string, ok bool) {
-	field := fakeKubeField(v, key)
-	text, ok = field.(string)
-	return text, ok || field == nil
+	return bytes.ContainsAny(event, `\ſK`) || bytes.Index(event, []byte(`"object"`)) < bytes.Index(event, []byte(`"type"`))
 }
