@@ -357,9 +357,7 @@ func (a *admin) probeAll(ctx context.Context, all []backendState) {
 
 // probe dials a backend once. It returns the backend's address, "" if not known, whether
 // the backend takes a connection, and if not, why.
-func (a *admin) probe(
-	ctx context.Context, ordinal int,
-) (address string, ready bool, why string) {
+func (a *admin) probe(ctx context.Context, ordinal int) (string, bool, string) {
 	address, err := a.proxy.backends.probe(ctx, ordinal)
 	if err != nil {
 		return address, false, err.Error()
@@ -460,9 +458,8 @@ func (a *admin) plan(w http.ResponseWriter, r *http.Request) {
 
 // readProposal reads the proposal in r's body, and returns the table that would follow
 // current. A body above maxPlanBody is an *http.MaxBytesError.
-func (a *admin) readProposal(
-	w http.ResponseWriter, r *http.Request, current *table,
-) (*table, error) {
+func (a *admin) readProposal(w http.ResponseWriter, r *http.Request,
+	current *table) (*table, error) {
 	if r.ContentLength > maxPlanBody {
 		w.Header().Set("Connection", "close") // so that net/http does not read the body
 		return nil, &http.MaxBytesError{Limit: maxPlanBody}
@@ -507,7 +504,7 @@ func (p *proposal) table(current *table) (*table, error) {
 		sources[i] = sourceContent{
 			id: sources[i].id, version: "proposed", overrides: &p.Data}
 	}
-	return current.with(backends, sources), nil
+	return newTable(current.statefulSet, current.fromHost, backends, sources, current), nil
 }
 
 // matches reports whether the proposed ConfigMap is a new version of this source.
@@ -558,7 +555,7 @@ func (a *admin) planMoves(current, next *table) *plan {
 	for i := range next.sources {
 		for bad := range next.rejections(i) {
 			if p.Rejected++; p.Rejected <= maxExamples {
-				p.Rejections = append(p.Rejections, fmt.Sprintf("%s, keeps %s", bad, bad.Previous))
+				p.Rejections = append(p.Rejections, fmt.Sprintf("%s, keeps %s", bad, bad.InForce))
 			}
 		}
 	}

@@ -328,7 +328,7 @@ func TestOwnerShowsWhatIsRejected(t *testing.T) {
 	if err := json.NewDecoder(resp.Body).Decode(&got); err != nil {
 		t.Fatal(err)
 	}
-	if got.Why != whyPrevious || got.Owner != "backend-0" || len(got.Rejected) != 1 || got.Rejected[0].Previous != whyHash {
+	if got.Why != whyPrevious || got.Owner != "backend-0" || len(got.Rejected) != 1 || got.Rejected[0].InForce != whyHash {
 		t.Fatalf("%+v, want kept where the hash has it", got)
 	}
 	if shown := got.Rejected[0].Value; !strings.HasPrefix(shown, "\"<�>\"éé") || !strings.HasSuffix(shown, "…") || len(shown) > 100 {

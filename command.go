@@ -33,9 +33,8 @@ type command struct {
 const adminTimeout = 30 * time.Second
 
 // runCommand runs the subcommand that is args[0]. handled is false if it is none.
-func runCommand(
-	ctx context.Context, args []string, out io.Writer,
-) (handled bool, err error) {
+func runCommand(ctx context.Context, args []string, out io.Writer) (
+	handled bool, err error) {
 	c := &command{out: out}
 	if len(args) == 0 || args[0] != "plan" && args[0] != "owner" {
 		return false, nil
@@ -198,10 +197,8 @@ func (c *command) table() (*table, error) {
 		}
 		sources = []sourceContent{{id: d.id(), version: version, overrides: newOverrideSet(data)}}
 	}
-	t := &table{statefulSet: c.statefulSet, fromHost: c.namespaceFrom == "host",
-		backends: ordinals{count: c.replicas}}
-	t.build(sources, nil)
-	return t, nil
+	fromHost, backends := c.namespaceFrom == "host", ordinals{count: c.replicas}
+	return newTable(c.statefulSet, fromHost, backends, sources, nil), nil
 }
 
 // owner answers as a router with the table would. The backends are not dialled.

@@ -146,9 +146,8 @@ func (c *config) trafficFlags(f *flag.FlagSet) {
 // parseConfig reads the flags in args, and those that are not in args from the
 // environment. If args ask for help, it writes the help to w and returns flag.ErrHelp.
 // Any other error is a usageError.
-func parseConfig(
-	args []string, getenv func(string) string, w io.Writer,
-) (*config, error) {
+func parseConfig(args []string, getenv func(string) string,
+	w io.Writer) (*config, error) {
 	c := &config{}
 	f := c.flags()
 	err := f.Parse(args)

@@ -73,10 +73,8 @@ type configMapState struct {
 // newConfigMaps returns the source of overrides in a Kubernetes namespace: the ConfigMaps
 // with these names or, if selector is not "", those that the label selector selects.
 // podName is the name of this router in Events.
-func newConfigMaps(
-	k kubeClient, namespace string, names []string, selector, podName string,
-	update func(...sourceContent), log *slog.Logger,
-) *configMaps {
+func newConfigMaps(k kubeClient, namespace string, names []string,
+	selector, podName string, update func(...sourceContent), log *slog.Logger) *configMaps {
 	c := &configMaps{update: update, events: newEventRecorder(k, podName, log), log: log}
 	for _, name := range names {
 		c.addWatcher(k, namespace, name, "")

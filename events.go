@@ -69,7 +69,7 @@ func newEventRecorder(k kubeClient, podName string, log *slog.Logger) *eventReco
 // reportChange queues Events about a change of the object's overrides: one for its
 // rejected overrides, if any, and one for its counts. It does not block.
 func (r *eventRecorder) reportChange(o apiObject, c sourceChange) {
-	identity := fmt.Sprintf("%s %x", c.scaled, c.contentHash)
+	identity := fmt.Sprintf("%s %x", c.resizeRevision, c.contentHash)
 	if c.rejected > 0 {
 		r.enqueue(o, "Warning", "OverridesRejected", identity, rejectedMessage(c))
 	}
@@ -98,7 +98,7 @@ func rejectedMessage(c sourceChange) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%d entries are not in force as written", c.rejected)
 	for i, bad := range c.examples {
-		text := fmt.Sprintf("; %s, stays: %s", bad, bad.Previous)
+		text := fmt.Sprintf("; %s, stays: %s", bad, bad.InForce)
 		more := fmt.Sprintf("; and %d more", c.rejected-i)
 		if b.Len()+len(text)+len(more) > maxEventMessage {
 			return b.String() + more

@@ -77,7 +77,7 @@
 //	configMaps.apply          keeps the newest version of each ConfigMap
 //	router.setContents        merges the overrides of all sources
 //	router.swap               puts a new table in force
-//	table.build               decides for each entry whether it is in force
+//	newTable                  decides for each entry whether it is in force
 //	mover.ownersChanged       wakes the mover
 //	mover.startBatch          finds the sessions whose owner changed
 //	mover.dialTarget          waits until the new owner takes a connection
@@ -152,9 +152,8 @@ func exitCode(err error) int {
 
 // run is the program: it runs a subcommand, or serves until ctx ends and then drains.
 // Logs go to stdout. Only the end waits for stdout, for logFlushTimeout at most.
-func run(
-	ctx context.Context, args []string, getenv func(string) string, stdout io.Writer,
-) error {
+func run(ctx context.Context, args []string, getenv func(string) string,
+	stdout io.Writer) error {
 	if handled, err := runCommand(ctx, args, stdout); handled {
 		return err
 	}
@@ -197,9 +196,8 @@ type program struct {
 }
 
 // newProgram makes the components that c asks for. They do nothing before serve.
-func newProgram(
-	c *config, getenv func(string) string, queue *logQueue, log *slog.Logger,
-) (*program, error) {
+func newProgram(c *config, getenv func(string) string, queue *logQueue,
+	log *slog.Logger) (*program, error) {
 	kubeClient, namespace, err := c.kubeClient(getenv)
 	if err != nil {
 		return nil, err
@@ -241,9 +239,8 @@ func newProgram(
 // newProxy wires a proxy with a router, a relay and a mover of its own. fdLimit counts
 // the descriptors of its clients and sessions. The caller starts the relay, runs the
 // mover, and stops both.
-func newProxy(
-	c *config, backends *backends, fdLimit *descriptorLimit, log *slog.Logger,
-) *proxy {
+func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
+	log *slog.Logger) *proxy {
 	backends.dialer = newDialer(c.tcpUserTimeout)
 	var mover *mover // onSwap uses it when there are sources
 	router := &router{
@@ -271,9 +268,8 @@ func newProxy(
 
 // followStatefulSet takes the number of backends from the StatefulSet, and their
 // addresses and pods from its EndpointSlices.
-func (p *program) followStatefulSet(
-	kubeClient *kubeClient, namespace string, endpoints *endpointWatcher,
-) {
+func (p *program) followStatefulSet(kubeClient *kubeClient, namespace string,
+	endpoints *endpointWatcher) {
 	onResize := func(backends ordinals, revision string) {
 		p.fdLimit.setBackends(backends.count)
 		p.proxy.router.setBackends(backends, revision)
@@ -308,9 +304,7 @@ func (p *program) addSources(kubeClient *kubeClient, namespace string) {
 
 // serve runs everything until ctx ends or the client listener fails. Then it stops in
 // this order: new clients, the sessions, everything else. It closes neither listener.
-func (p *program) serve(
-	ctx context.Context, clientListener, adminListener net.Listener,
-) error {
+func (p *program) serve(ctx context.Context, clients, admin net.Listener) error {
 	if err := p.proxy.relay.start(); err != nil {
 		return err
 	}
@@ -325,13 +319,13 @@ func (p *program) serve(
 	requests, stopRequests := context.WithCancelCause(context.Background())
 	clientServer := newClientServer(requests, p.proxy, p.log)
 	adminServer := p.admin.server(p.log)
-	adminConns := newAdminListener(adminListener, p.log)
+	adminConns := newAdminListener(admin, p.log)
 	failed := make(chan error, 1)
-	fastPath := newFastPath(p.proxy, clientListener, p.fdLimit)
+	fastPath := newFastPath(p.proxy, clients, p.fdLimit)
 	running.Go(fastPath.run)
 	running.Go(func() { failed <- clientServer.Serve(fastPath) })
 	running.Go(func() { adminServer.Serve(adminConns) }) // until Close
-	p.logServing(clientListener.Addr(), adminListener.Addr())
+	p.logServing(clients.Addr(), admin.Addr())
 
 	var err error
 	select {
@@ -376,9 +370,8 @@ func (p *program) announceDrain() {
 // When Shutdown begins, net/http drops a client whose request it has not given to the
 // handler: that client would get no answer. So stopClients first waits, for at most two
 // seconds, for the clients that the fast path has left to net/http.
-func (p *program) stopClients(
-	fastPath *fastPath, clientServer *http.Server, stopRequests context.CancelCauseFunc,
-) {
+func (p *program) stopClients(fastPath *fastPath, clientServer *http.Server,
+	stopRequests context.CancelCauseFunc) {
 	started := time.Now()
 	clientServer.SetKeepAlivesEnabled(false) // each answer now says Connection: close
 	fastPath.stop()

@@ -101,10 +101,8 @@ type queuedSession struct {
 
 // newMover returns a mover that moves rate sessions per second, or all at once if rate
 // is 0. probe dials a backend and returns nil if it accepted the connection.
-func newMover(
-	router *router, relay *relay, rate int,
-	probe func(ctx context.Context, backend int) error, log *slog.Logger,
-) *mover {
+func newMover(router *router, relay *relay, rate int,
+	probe func(ctx context.Context, backend int) error, log *slog.Logger) *mover {
 	m := &mover{
 		router:      router,
 		relay:       relay,

@@ -53,11 +53,11 @@ type override struct {
 
 // newOverrideSet returns the set of the overrides in data, whose keys are namespaces.
 func newOverrideSet(data map[string]string) *overrideSet {
-	p := &setBuilder{}
+	b := newSetBuilder()
 	for _, namespace := range slices.Sorted(maps.Keys(data)) {
-		p.add([]byte(namespace), []byte(data[namespace]))
+		b.add([]byte(namespace), []byte(data[namespace]))
 	}
-	return p.build()
+	return b.build()
 }
 
 // maxConfigMapData bounds the data of one ConfigMap: the bytes of its keys and values,
@@ -71,9 +71,9 @@ const (
 // UnmarshalJSON reads a JSON object whose values are strings. encoding/json has already
 // checked that b is valid JSON. A map of 40,000 entries in between would take most of
 // the time from an edit to the new table.
-func (p *overrideSet) UnmarshalJSON(b []byte) error {
+func (s *overrideSet) UnmarshalJSON(b []byte) error {
 	const between = " \t\r\n,:"
-	all, size := &setBuilder{}, 0
+	all, size := newSetBuilder(), 0
 	switch b[0] {
 	case 'n': // null
 	case '{':
@@ -92,7 +92,7 @@ func (p *overrideSet) UnmarshalJSON(b []byte) error {
 	default:
 		return json.Unmarshal(b, new(map[string]string)) // its error
 	}
-	*p = *all.build()
+	*s = *all.build()
 	return nil
 }
 
@@ -129,46 +129,44 @@ type setBuilder struct {
 	valueIndexes map[string]uint32 // from a value to its index in values
 }
 
+func newSetBuilder() *setBuilder { return &setBuilder{valueIndexes: map[string]uint32{}} }
+
 // add adds an override. It removes white space around the value, since a file may end
 // with a newline.
-func (p *setBuilder) add(namespace, value []byte) {
+func (b *setBuilder) add(namespace, value []byte) {
 	value = bytes.TrimSpace(value)
 	value = value[:min(maxValueBytes, len(value))]
-	valueIndex, ok := p.valueIndexes[string(value)]
+	valueIndex, ok := b.valueIndexes[string(value)]
 	if !ok {
-		if p.valueIndexes == nil {
-			p.valueIndexes = map[string]uint32{}
-		}
-		valueIndex = uint32(len(p.values))
-		text := string(value)
-		p.valueIndexes[text] = valueIndex
-		p.values, p.hashSums = append(p.values, text), append(p.hashSums, 0)
+		valueIndex = uint32(len(b.values))
+		b.values, b.hashSums = append(b.values, string(value)), append(b.hashSums, 0)
+		b.valueIndexes[b.values[valueIndex]] = valueIndex
 	}
 	invalid := invalidFor(namespace)
 	namespace = namespace[:min(maxNamespaceBytes, len(namespace))]
 	key := hash64(namespace)
-	p.hashSums[valueIndex] += key
-	offset := p.appendOverride(override{
+	b.hashSums[valueIndex] += key
+	offset := b.appendOverride(override{
 		hash: upper32(key), valueIndex: valueIndex, invalidFor: invalid, namespace: namespace,
 	})
-	p.sortKeys = append(p.sortKeys, uint64(upper32(key))<<32|uint64(offset))
+	b.sortKeys = append(b.sortKeys, uint64(upper32(key))<<32|uint64(offset))
 }
 
 // build returns the set. The builder must not be used afterwards. It sorts numbers,
 // which is faster than to sort overrides.
-func (p *setBuilder) build() *overrideSet {
-	slices.Sort(p.sortKeys)
-	ith := func(i int) override { return p.overrideAt(uint32(p.sortKeys[i])) }
+func (b *setBuilder) build() *overrideSet {
+	slices.Sort(b.sortKeys)
+	ith := func(i int) override { return b.overrideAt(uint32(b.sortKeys[i])) }
 	set := &overrideSet{
-		data: make([]byte, 0, len(p.data)), values: p.values, hashSums: p.hashSums,
-		count: len(p.sortKeys),
+		data: make([]byte, 0, len(b.data)), values: b.values, hashSums: b.hashSums,
+		count: len(b.sortKeys),
 	}
-	for i := range p.sortKeys { // order those of the same hash by their namespace
+	for i := range b.sortKeys { // order those of the same hash by their namespace
 		for j := i; j > 0 && ith(j).compare(ith(j-1)) < 0; j-- {
-			p.sortKeys[j], p.sortKeys[j-1] = p.sortKeys[j-1], p.sortKeys[j]
+			b.sortKeys[j], b.sortKeys[j-1] = b.sortKeys[j-1], b.sortKeys[j]
 		}
 	}
-	for i := range p.sortKeys {
+	for i := range b.sortKeys {
 		set.appendOverride(ith(i))
 	}
 	return set
@@ -186,21 +184,21 @@ func (r override) compare(other override) int {
 func upper32(key uint64) uint32 { return uint32(key >> 32) }
 
 // appendOverride appends an override to a set that is not in use yet, and returns its
-// offset. r.valueIndex is an index into p.values; r.offset and r.end are ignored.
-func (p *overrideSet) appendOverride(r override) (offset uint32) {
-	offset = uint32(len(p.data))
-	p.data = binary.LittleEndian.AppendUint32(p.data, r.hash)
+// offset. r.valueIndex is an index into s.values; r.offset and r.end are ignored.
+func (s *overrideSet) appendOverride(r override) (offset uint32) {
+	offset = uint32(len(s.data))
+	s.data = binary.LittleEndian.AppendUint32(s.data, r.hash)
 	packed := r.invalidFor<<invalidForShift | r.valueIndex
-	p.data = binary.LittleEndian.AppendUint32(p.data, packed)
-	p.data = append(p.data, byte(len(r.namespace)))
-	p.data = append(p.data, r.namespace...)
+	s.data = binary.LittleEndian.AppendUint32(s.data, packed)
+	s.data = append(s.data, byte(len(r.namespace)))
+	s.data = append(s.data, r.namespace...)
 	return offset
 }
 
 // overrideAt returns the override that begins at the offset. Its namespace is a part of
-// p.data.
-func (p *overrideSet) overrideAt(offset uint32) override {
-	b := p.data[offset:]
+// s.data.
+func (s *overrideSet) overrideAt(offset uint32) override {
+	b := s.data[offset:]
 	length := overrideHeaderBytes + uint32(b[overrideHeaderBytes-1])
 	packed := binary.LittleEndian.Uint32(b[4:])
 	return override{
@@ -210,15 +208,15 @@ func (p *overrideSet) overrideAt(offset uint32) override {
 	}
 }
 
-// all returns the overrides of p in order.
-func (p *overrideSet) all() iter.Seq[override] { return p.rangeBelow(1<<32, new(uint32)) }
+// all returns the overrides of s in order.
+func (s *overrideSet) all() iter.Seq[override] { return s.rangeBelow(1<<32, new(uint32)) }
 
 // rangeBelow returns, in order, the overrides from offset on whose hash is below end. It
 // advances offset, so the sequence can be read once.
-func (p *overrideSet) rangeBelow(end uint64, offset *uint32) iter.Seq[override] {
+func (s *overrideSet) rangeBelow(end uint64, offset *uint32) iter.Seq[override] {
 	return func(yield func(override) bool) {
-		for *offset < uint32(len(p.data)) {
-			r := p.overrideAt(*offset)
+		for *offset < uint32(len(s.data)) {
+			r := s.overrideAt(*offset)
 			if uint64(r.hash) >= end {
 				return
 			}
@@ -230,33 +228,33 @@ func (p *overrideSet) rangeBelow(end uint64, offset *uint32) iter.Seq[override] 
 	}
 }
 
-// value returns the value of r, which must be an override of p.
-func (p *overrideSet) value(r override) string { return p.values[r.valueIndex] }
+// value returns the value of r, which must be an override of s.
+func (s *overrideSet) value(r override) string { return s.values[r.valueIndex] }
 
-// equal reports whether p and other have the same overrides. It may return false for
+// equal reports whether s and other have the same overrides. It may return false for
 // equal sets whose overrides were added in different orders.
-func (p *overrideSet) equal(other *overrideSet) bool {
-	return p == other ||
-		bytes.Equal(p.data, other.data) && slices.Equal(p.values, other.values)
+func (s *overrideSet) equal(other *overrideSet) bool {
+	return s == other ||
+		bytes.Equal(s.data, other.data) && slices.Equal(s.values, other.values)
 }
 
-// differences returns, in order, one override for each namespace to which p and other
+// differences returns, in order, one override for each namespace to which s and other
 // do not give the same value; if all is true, for each namespace of both.
-func (p *overrideSet) differences(other *overrideSet, all bool) iter.Seq[override] {
+func (s *overrideSet) differences(other *overrideSet, all bool) iter.Seq[override] {
 	return func(yield func(override) bool) {
-		for i, j := uint32(0), uint32(0); int(i) < len(p.data) || int(j) < len(other.data); {
+		for i, j := uint32(0), uint32(0); int(i) < len(s.data) || int(j) < len(other.data); {
 			var mine, others override
 			order := 0
 			switch {
-			case int(i) == len(p.data):
+			case int(i) == len(s.data):
 				others, order = other.overrideAt(j), 1
 			case int(j) == len(other.data):
-				mine, order = p.overrideAt(i), -1
+				mine, order = s.overrideAt(i), -1
 			default:
-				mine, others = p.overrideAt(i), other.overrideAt(j)
+				mine, others = s.overrideAt(i), other.overrideAt(j)
 				order = mine.compare(others)
 			}
-			differs := all || order != 0 || p.value(mine) != other.value(others)
+			differs := all || order != 0 || s.value(mine) != other.value(others)
 			one := mine
 			if order <= 0 {
 				i = mine.end
@@ -294,23 +292,23 @@ func newOverrideIndex(sets []*overrideSet, n int) overrideIndex {
 
 // findSlot returns the slot of the namespace, whose override.hash is hash, or the empty
 // slot where it belongs.
-func findSlot[S string | []byte](x *overrideIndex, namespace S, hash uint32) *indexSlot {
-	i := uint64(hash) * uint64(len(x.slots)) >> 32
+func findSlot[S string | []byte](index *overrideIndex, namespace S, hash uint32) *indexSlot {
+	i := uint64(hash) * uint64(len(index.slots)) >> 32
 	for {
-		s := &x.slots[i]
+		s := &index.slots[i]
 		if s.set == 0 || s.fingerprint == uint16(hash) &&
-			string(x.overrideAt(s).namespace) == string(namespace) {
+			string(index.overrideAt(s).namespace) == string(namespace) {
 			return s
 		}
-		if i++; i == uint64(len(x.slots)) {
+		if i++; i == uint64(len(index.slots)) {
 			i = 0
 		}
 	}
 }
 
 // overrideAt returns the override that s points to. s must not be empty.
-func (x *overrideIndex) overrideAt(s *indexSlot) override {
-	return x.sets[s.set-1].overrideAt(s.offset)
+func (index *overrideIndex) overrideAt(s *indexSlot) override {
+	return index.sets[s.set-1].overrideAt(s.offset)
 }
 
 // invalidFor returns override.invalidFor of a namespace.

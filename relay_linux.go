@@ -349,9 +349,8 @@ func (p *poller) dropUnsent(s *session, i side) {
 // handleSent handles the result of a send of size bytes from side i: its peer's socket
 // took n of them, or the send failed with errno. It returns how many bytes need not be
 // sent any more: n, or all of them if nothing more is sent to the peer.
-func (p *poller) handleSent(
-	s *session, i side, n int, errno syscall.Errno, size int,
-) int {
+func (p *poller) handleSent(s *session, i side, n int, errno syscall.Errno,
+	size int) int {
 	to := i.other()
 	switch {
 	case errno == 0:

@@ -234,9 +234,8 @@ func (s *session) interruptReads() {
 // scan scans the first n bytes of buf, which a read of the side returned with err, and
 // returns how many bytes of buf are to be written to the peer. closing reports whether
 // the session has a closing handshake: then those bytes may end with its Close frame.
-func (s *session) scan(
-	from side, buf []byte, n int, err error,
-) (toSend int, closing bool) {
+func (s *session) scan(from side, buf []byte, n int, err error) (
+	toSend int, closing bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	h, interrupted := s.closing, errors.Is(err, os.ErrDeadlineExceeded)

@@ -108,26 +108,13 @@ type table struct {
 // of it is invalid, or if two sources give it different backends. Without old it is
 // unresolved, and not hashed, since another router may know a valid override. All other
 // overrides apply (invariant 3).
-func newTable(
-	statefulSet string, backends ordinals, sources []sourceContent, old *table,
-) *table {
-	t := &table{statefulSet: statefulSet, backends: backends}
-	t.build(sources, old)
-	return t
-}
-
-// with returns the table that would follow t, with these backends and sources.
-func (t *table) with(backends ordinals, sources []sourceContent) *table {
-	next := &table{statefulSet: t.statefulSet, fromHost: t.fromHost, backends: backends}
-	next.build(sources, t)
-	return next
-}
-
-// build fills a table that has statefulSet, fromHost, backends and revision. old may be
-// nil.
-func (t *table) build(sources []sourceContent, old *table) {
-	t.sources, t.version = slices.Clone(sources), versionOf(sources)
-	t.rejected = make([]int, len(sources))
+func newTable(statefulSet string, fromHost bool, backends ordinals,
+	sources []sourceContent, old *table) *table {
+	t := &table{
+		statefulSet: statefulSet, fromHost: fromHost, backends: backends,
+		sources: slices.Clone(sources), version: versionOf(sources),
+		rejected: make([]int, len(sources)),
+	}
 	var sets []*overrideSet
 	count := 0
 	for i := range t.sources {
@@ -148,6 +135,7 @@ func (t *table) build(sources []sourceContent, old *table) {
 	t.contentHash = fmix64(t.contentHash + hash64(hashed))
 	t.pinnedHash = fmix64(t.pinnedHash)
 	t.stamp = fmt.Sprintf("%016x.%016x", t.contentHash, t.pinnedHash)
+	return t
 }
 
 // weight returns the weight of an ordinal in contentHash and pinnedHash. These are sums
@@ -190,7 +178,7 @@ func (t *table) resolveValues(set *overrideSet) (ordinals []int32) {
 
 // mergeSources adds the overrides of all sources: those of one range of hashes of each
 // source, then those of the next range. The index slots of one range stay in the CPU's
-// cache, which halves the time for a million overrides of 30 sources. Only build calls
+// cache, which halves the time for a million overrides of 30 sources. Only newTable calls
 // it.
 func (t *table) mergeSources(old *table) {
 	const ranges = 64
@@ -322,7 +310,7 @@ type rejection struct {
 	Source    string `json:"source"`        // sourceID.String
 	Value     string `json:"value"`         // cut to maxQuotedValue bytes
 	Expected  string `json:"want"`          // which values, or keys, would be valid
-	Previous  string `json:"kept"`          // its owner, "hash", "refused" or "nothing"
+	InForce   string `json:"kept"`          // its owner, "hash", "refused" or "nothing"
 	Key       string `json:"key,omitempty"` // of an override whose key is not a namespace
 }
 
@@ -378,7 +366,7 @@ func (t *table) rejectionsOf(namespace string) (all []rejection) {
 func (t *table) check(i int, r override) (bad rejection, ok bool) {
 	s := findSlot(&t.index, r.namespace, r.hash)
 	bad = rejection{
-		namespace: string(r.namespace), Source: t.sources[i].id.String(), Previous: "nothing",
+		namespace: string(r.namespace), Source: t.sources[i].id.String(), InForce: "nothing",
 	}
 	invalid := t.isInvalidName(r)
 	switch {
@@ -400,11 +388,11 @@ func (t *table) check(i int, r override) (bad rejection, ok bool) {
 	switch ordinal := t.ordinalOf(s); {
 	case invalid:
 	case ordinal == byHash:
-		bad.Previous = whyHash
+		bad.InForce = whyHash
 	case ordinal == unresolved:
-		bad.Previous = whyUnresolved
+		bad.InForce = whyUnresolved
 	default:
-		bad.Previous = t.name(ordinal)
+		bad.InForce = t.name(ordinal)
 	}
 	return bad, true
 }
@@ -460,9 +448,8 @@ type routerSource struct {
 // addSource adds a source of overrides, which create makes: the source gives its
 // contents to update. A provisional source counts only until all others have given
 // theirs. The caller runs the source. addSource must not be called once one runs.
-func (r *router) addSource(
-	provisional bool, create func(update func(...sourceContent)) overrideSource,
-) {
+func (r *router) addSource(provisional bool,
+	create func(update func(...sourceContent)) overrideSource) {
 	s := &routerSource{provisional: provisional}
 	s.overrideSource = create(func(contents ...sourceContent) { r.setContents(s, contents) })
 	r.sources = append(r.sources, s)
@@ -570,11 +557,8 @@ func (r *router) swap() {
 		return
 	}
 	old := r.table()
-	t := &table{
-		statefulSet: r.statefulSet, fromHost: r.fromHost,
-		backends: r.backends, revision: r.revision,
-	}
-	t.build(r.contents, old)
+	t := newTable(r.statefulSet, r.fromHost, r.backends, r.contents, old)
+	t.revision = r.revision
 	r.current.Store(t)
 	r.swaps.Add(1)
 	r.onSwap()
@@ -604,7 +588,7 @@ type sourceChange struct {
 	sourceContent                       // the new content
 	initial                 bool        // there was no table before
 	contentHash             uint64      // of the new table
-	scaled                  string      // table.revision, if only the backends changed
+	resizeRevision          string      // table.revision, if only the backends changed
 	added, changed, removed int         // overrides
 	rejected                int         // overrides that the new table rejects
 	examples                []rejection // the first of them, by namespace
@@ -621,7 +605,7 @@ const maxExamples = 10
 func (t *table) changes(old *table) (all []sourceChange) {
 	initial := old == nil
 	if initial {
-		old = newTable(t.statefulSet, t.backends, nil, nil)
+		old = newTable(t.statefulSet, t.fromHost, t.backends, nil, nil)
 	}
 	for i, src := range t.sources {
 		previous, j := &overrideSet{}, slices.IndexFunc(old.sources, hasID(src.id))
@@ -633,7 +617,7 @@ func (t *table) changes(old *table) (all []sourceChange) {
 		}
 		c := sourceChange{sourceContent: src, initial: initial, contentHash: t.contentHash}
 		if previous == src.overrides {
-			c.scaled = t.revision
+			c.resizeRevision = t.revision
 		}
 		for r := range previous.differences(src.overrides, old.backends != t.backends) {
 			c.countChange(old.overrideOrdinal(r), t.overrideOrdinal(r))
@@ -732,7 +716,7 @@ func (r *router) logSwap(t *table, all []sourceChange) {
 		for _, bad := range c.newExamples {
 			r.log.Warn("entry rejected", "source", c.id.String(), "version", c.version,
 				"namespace", bad.namespace, "value", bad.Value,
-				"want", bad.Expected, "kept", bad.Previous)
+				"want", bad.Expected, "kept", bad.InForce)
 		}
 		if c.newlyRejected > maxExamples {
 			r.log.Warn("more entries rejected",

@@ -20,7 +20,7 @@ import (
 
 // tableOf makes a table of one source.
 func tableOf(backends int, data map[string]string, old *table) *table {
-	return newTable("backend", ordinals{count: backends}, []sourceContent{{id: sourceID{name: "test"}, version: "1", overrides: newOverrideSet(data)}}, old)
+	return newTable("backend", false, ordinals{count: backends}, []sourceContent{{id: sourceID{name: "test"}, version: "1", overrides: newOverrideSet(data)}}, old)
 }
 
 // overridesOf are the namespaces of which the table does not ask the hash.
@@ -108,8 +108,8 @@ func TestTableReadsEntries(t *testing.T) {
 			if rejected != (tt.want == unresolved) {
 				t.Errorf("rejected is %v with owner %d", rejected, tt.want)
 			}
-			if rejected && (bad.Expected != "backend-0 to backend-3" || bad.Previous != "refused") {
-				t.Errorf("rejected with want %q, kept %q", bad.Expected, bad.Previous)
+			if rejected && (bad.Expected != "backend-0 to backend-3" || bad.InForce != "refused") {
+				t.Errorf("rejected with want %q, kept %q", bad.Expected, bad.InForce)
 			}
 			if !utf8.ValidString(bad.Value) || len(bad.Value) > 3*maxQuotedValue+len("…") {
 				t.Errorf("the value is shown as %d bytes %.200q", len(bad.Value), bad.Value)
@@ -126,7 +126,7 @@ func TestTableReadsAll(t *testing.T) {
 	for i := range each {
 		a[fmt.Sprintf("a-%d", i)], b[fmt.Sprintf("b-%d", i)] = "backend-1", "backend-2"
 	}
-	table := newTable("backend", ordinals{count: 4}, []sourceContent{{id: sourceID{name: "a"}, overrides: newOverrideSet(a)}, {id: sourceID{name: "b"}, overrides: newOverrideSet(b)}}, nil)
+	table := newTable("backend", false, ordinals{count: 4}, []sourceContent{{id: sourceID{name: "a"}, overrides: newOverrideSet(a)}, {id: sourceID{name: "b"}, overrides: newOverrideSet(b)}}, nil)
 	if table.overrides != 2*each {
 		t.Errorf("%d overrides, want %d", table.overrides, 2*each)
 	}
@@ -166,7 +166,7 @@ func TestTablePinsToPrevious(t *testing.T) {
 			if why := next.explain(tt.namespace); why != tt.why {
 				t.Errorf("why %q, want %q", why, tt.why)
 			}
-			want := rejection{namespace: tt.namespace, Source: "test", Value: "bakend-2", Expected: "backend-0 to " + next.name(tt.backends-1), Previous: tt.kept}
+			want := rejection{namespace: tt.namespace, Source: "test", Value: "bakend-2", Expected: "backend-0 to " + next.name(tt.backends-1), InForce: tt.kept}
 			if got := rejectedOf(next); got[tt.namespace] != want || len(got) != 1 {
 				t.Errorf("rejected %v, want only %v", got, want)
 			}
@@ -203,7 +203,7 @@ func TestTableRejectsNamespaces(t *testing.T) {
 		t.Errorf("%d overrides %v, want %v", table.overrides, got, want)
 	}
 	for _, namespace := range []string{"a/b", ".."} {
-		if bad := rejectedOf(table)[namespace]; bad.Expected != pathNamespaceFault(namespace) || bad.Previous != "nothing" {
+		if bad := rejectedOf(table)[namespace]; bad.Expected != pathNamespaceFault(namespace) || bad.InForce != "nothing" {
 			t.Errorf("%q is rejected as %+v", namespace, bad)
 		}
 	}
@@ -216,7 +216,7 @@ func TestStamp(t *testing.T) {
 		for i, data := range sources {
 			all = append(all, sourceContent{id: sourceID{name: fmt.Sprint(i)}, version: data, overrides: newOverrideSet(pairs(data))})
 		}
-		return newTable("backend", ordinals{first, count}, all, nil)
+		return newTable("backend", false, ordinals{first, count}, all, nil)
 	}
 	const want = "ecafc8b9dee0470d.0000000000000000" // changed only with hashVersion, or with what a stamp is of
 	same := of(0, 4, "a=backend-1 b=backend-2")
@@ -227,14 +227,13 @@ func TestStamp(t *testing.T) {
 		of(0, 4, "b=backend-2", "", "a=backend-1"),
 		of(0, 4, "a=backend-1 b=backend-2", "a=backend-1", "b=backend-2 a=backend-1"), // told twice
 		of(0, 4, "a=backend-1 b=backend-2 ..=backend-3 a/b=junk"),                     // no namespaces
-		newTable("backend", ordinals{0, 4}, []sourceContent{{overrides: newOverrideSet(map[string]string{"a": " backend-1\n", "b": "backend-2\t"})}}, nil),
+		newTable("backend", false, ordinals{0, 4}, []sourceContent{{overrides: newOverrideSet(map[string]string{"a": " backend-1\n", "b": "backend-2\t"})}}, nil),
 	} {
 		if other.stamp != same.stamp {
 			t.Errorf("the stamp of %+v is %s, want %s", other.sources, other.stamp, same.stamp)
 		}
 	}
-	host := &table{statefulSet: "backend", fromHost: true, backends: ordinals{0, 4}}
-	host.build([]sourceContent{{overrides: newOverrideSet(pairs("a=backend-1 A=backend-2 b=backend-2 b.c=backend-3 D=junk"))}}, nil)
+	host := newTable("backend", true, ordinals{0, 4}, []sourceContent{{overrides: newOverrideSet(pairs("a=backend-1 A=backend-2 b=backend-2 b.c=backend-3 D=junk"))}}, nil)
 	if host.stamp != same.stamp || host.rejected[0] != 3 {
 		t.Errorf("with keys that no host name has the stamp is %s, want %s; %d rejected", host.stamp, same.stamp, host.rejected[0])
 	}
@@ -256,7 +255,7 @@ func TestStamp(t *testing.T) {
 	if junk.stamp != conflict.stamp || junk.pinnedHash == 0 {
 		t.Errorf("the stamps are %s and %s, want the same: a stays in both", junk.stamp, conflict.stamp)
 	}
-	next := same.with(same.backends, conflict.sources)
+	next := newTable(same.statefulSet, same.fromHost, same.backends, conflict.sources, same)
 	if next.contentHash != junk.contentHash || next.pinnedHash == junk.pinnedHash {
 		t.Errorf("the stamps are %s and %s, want the same content, and a kept where it is by one only", next.stamp, junk.stamp)
 	}
@@ -466,7 +465,7 @@ func wantInForceOrRejected(t *testing.T, table *table, namespace, value string) 
 		t.Errorf("%q: %q is in force as %d, %v", namespace, value, ordinal, pinned)
 	case !rejected:
 		return
-	case pinned != (bad.Previous != "hash" && bad.Previous != "nothing"):
+	case pinned != (bad.InForce != "hash" && bad.InForce != "nothing"):
 		t.Errorf("%q: %q is rejected as %+v and in the table is %v", namespace, value, bad, pinned)
 	case !utf8.ValidString(bad.Value) || bad.Expected == "":
 		t.Errorf("%q: %q is rejected as %+v", namespace, value, bad)
@@ -547,7 +546,7 @@ func TestMergeModel(t *testing.T) {
 			before := model
 			var conflicts int
 			model, conflicts = model.next(sources, backends)
-			next := newTable("backend", ordinals{count: backends}, all, old)
+			next := newTable("backend", false, ordinals{count: backends}, all, old)
 			got := mergeModel(overridesOf(next))
 			if !maps.Equal(got, model) || next.conflicts != conflicts || next.overrides != len(model) {
 				t.Fatalf("step %d, %d backends, sources %v after %v:\n%d overrides %v, %d conflicts; want\n%v, %d",
