@@ -1,7 +1,7 @@
 package main
 
 import (
-	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -32,37 +32,29 @@ func newFakeDir(t *testing.T) *fakeDir {
 	return d
 }
 
-func (d *fakeDir) mkdir(t *testing.T, name string) {
+// must is for what does not fail.
+func must(t *testing.T, errs ...error) {
 	t.Helper()
-	if err := os.Mkdir(filepath.Join(d.path, name), 0o755); err != nil {
+	if err := errors.Join(errs...); err != nil {
 		t.Fatal(err)
 	}
 }
 
+func (d *fakeDir) at(name string) string { return filepath.Join(d.path, name) }
+
+func (d *fakeDir) mkdir(t *testing.T, name string) { must(t, os.Mkdir(d.at(name), 0o755)) }
+
 func (d *fakeDir) write(t *testing.T, name, content string) {
-	t.Helper()
-	if err := os.WriteFile(filepath.Join(d.path, name), []byte(content), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(d.at(name), []byte(content), 0o644))
 }
 
 func (d *fakeDir) link(t *testing.T, target, name string) {
-	t.Helper()
-	next := filepath.Join(d.path, "..next")
-	if err := os.Symlink(target, next); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Rename(next, filepath.Join(d.path, name)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Symlink(target, d.at("..next")), os.Rename(d.at("..next"), d.at(name)))
 }
 
-func (d *fakeDir) remove(t *testing.T, name string) {
-	t.Helper()
-	if err := os.RemoveAll(filepath.Join(d.path, name)); err != nil {
-		t.Fatal(err)
-	}
-}
+func (d *fakeDir) remove(t *testing.T, name string) { must(t, os.RemoveAll(d.at(name))) }
+
+func (d *fakeDir) fifo(t *testing.T, name string) { must(t, syscall.Mkfifo(d.at(name), 0o600)) }
 
 // want looks until nothing can change any more, and checks what was applied: at
 // most one update, or none if data is nil.
@@ -204,13 +196,6 @@ func TestDirectoryOddFiles(t *testing.T) {
 	}
 }
 
-func (d *fakeDir) fifo(t *testing.T, name string) {
-	t.Helper()
-	if err := syscall.Mkfifo(filepath.Join(d.path, name), 0o600); err != nil {
-		t.Fatal(err)
-	}
-}
-
 func TestDirectoryMissing(t *testing.T) {
 	d := newFakeDir(t)
 	d.remove(t, "")
@@ -274,16 +259,11 @@ func TestDirectoryRun(t *testing.T) {
 	d := newFakeDir(t)
 	applied := make(chan sourceContent, 10)
 	d.directory.update = func(contents ...sourceContent) { applied <- contents[0] }
-	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan struct{})
-	go func() { defer close(done); d.run(ctx) }()
-	t.Cleanup(func() { cancel(); <-done })
+	stop := inBackground(t, d.run)
 	for _, want := range []string{"", "backend-1", "backend-2"} {
 		if want != "" {
 			d.write(t, "..next", want)
-			if err := os.Rename(filepath.Join(d.path, "..next"), filepath.Join(d.path, "ns-01")); err != nil {
-				t.Fatal(err)
-			}
+			must(t, os.Rename(d.at("..next"), d.at("ns-01")))
 		}
 		select {
 		case src := <-applied:
@@ -294,10 +274,5 @@ func TestDirectoryRun(t *testing.T) {
 			t.Fatalf("%q was not found", want)
 		}
 	}
-	cancel()
-	select {
-	case <-done:
-	case <-time.After(time.Second):
-		t.Error("run did not end with its context")
-	}
+	stop()
 }

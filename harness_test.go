@@ -36,7 +36,7 @@ import (
 const asRouter = "TEST_BINARY_IS_ROUTER"
 
 // update writes the golden files anew.
-var update = flag.Bool("update", false, "write testdata anew; testdata/owners.txt only if it is missing")
+var update = flag.Bool("update", false, "write testdata anew, except for testdata/owners.txt")
 
 func TestMain(m *testing.M) {
 	if os.Getenv(asRouter) != "" {

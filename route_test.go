@@ -9,7 +9,6 @@ import (
 	"maps"
 	"math/rand/v2"
 	"reflect"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -18,9 +17,14 @@ import (
 	"unicode/utf8"
 )
 
+// contentOf is the content of a source of overrides.
+func contentOf(source, version string, data map[string]string) sourceContent {
+	return sourceContent{id: sourceID{name: source}, version: version, overrides: newOverrideSet(data)}
+}
+
 // tableOf makes a table of one source.
 func tableOf(backends int, data map[string]string, old *table) *table {
-	return newTable("backend", false, ordinals{count: backends}, []sourceContent{{id: sourceID{name: "test"}, version: "1", overrides: newOverrideSet(data)}}, old)
+	return newTable("backend", false, ordinals{count: backends}, []sourceContent{contentOf("test", "1", data)}, old)
 }
 
 // overridesOf are the namespaces of which the table does not ask the hash.
@@ -55,78 +59,40 @@ func seed(t *testing.T) *table {
 }
 
 func TestTableReadsEntries(t *testing.T) {
-	const junk = 1 << 20
-	const bad = unresolved
-	tests := map[string]struct {
-		value string
-		want  int
-	}{
-		"plain":                  {"backend-2", 2},
-		"first":                  {"backend-0", 0},
-		"last":                   {"backend-3", 3},
-		"newline at the end":     {"backend-2\n", 2},
-		"spaces around":          {" \t backend-2\r\n ", 2},
-		"unknown name":           {"bakend-2", bad},
-		"ordinal out of range":   {"backend-9", bad},
-		"just out of range":      {"backend-4", bad},
-		"leading zero":           {"backend-02", bad},
-		"zero twice":             {"backend-00", bad},
-		"plus sign":              {"backend-+1", bad},
-		"minus sign":             {"backend--1", bad},
-		"minus zero":             {"backend--0", bad},
-		"no ordinal":             {"backend-", bad},
-		"only the prefix":        {"backend", bad},
-		"only the ordinal":       {"2", bad},
-		"empty":                  {"", bad},
-		"spaces only":            {" \n", bad},
-		"space within":           {"backend- 2", bad},
-		"two names":              {"backend-1 backend-2", bad},
-		"upper case":             {"Backend-2", bad},
-		"other prefix":           {"server-2", bad},
-		"prefix of the prefix":   {"mybackend-2", bad},
-		"address":                {"backend-2.headless:9000", bad},
-		"hexadecimal":            {"backend-0x2", bad},
-		"underscore":             {"backend-0_2", bad},
-		"exponent":               {"backend-1e0", bad},
-		"other digits":           {"backend-２", bad},
-		"very long number":       {"backend-" + strings.Repeat("9", 400), bad},
-		"long number around 2^n": {"backend-18446744073709551618", bad},
-		"1 MiB of junk":          {strings.Repeat("<", junk), bad},
-		"1 MiB of spaces":        {strings.Repeat(" ", junk), bad},
-		"invalid UTF-8":          {"backend-\xff", bad},
-		"NUL":                    {"backend-2\x00", bad},
-		"JSON":                   {`"backend-2"`, bad},
+	valid := map[string]int{"backend-2": 2, "backend-0": 0, "backend-3": 3, "backend-2\n": 2, " \t backend-2\r\n ": 2}
+	invalid := []string{"bakend-2", "backend-9", "backend-4", "backend-02", "backend-00", "backend-+1", "backend--1", "backend--0", "backend-",
+		"backend", "2", "", " \n", "backend- 2", "backend-1 backend-2", "Backend-2", "server-2", "mybackend-2", "backend-2.headless:9000",
+		"backend-0x2", "backend-0_2", "backend-1e0", "backend-２", "backend-" + strings.Repeat("9", 400), "backend-18446744073709551618",
+		strings.Repeat("<", 1<<20), strings.Repeat(" ", 1<<20), "backend-\xff", "backend-2\x00", `"backend-2"`}
+	for value, want := range valid {
+		table := tableOf(4, map[string]string{"ns-01": value}, nil)
+		if got, ok := table.owner("ns-01"); got != want || !ok || len(rejectedOf(table)) != 0 {
+			t.Errorf("%q: owner %d, %v, rejected %v; want %d", value, got, ok, rejectedOf(table), want)
+		}
 	}
-	for name, tt := range tests {
-		t.Run(name, func(t *testing.T) {
-			table := tableOf(4, map[string]string{"ns-01": tt.value}, nil)
-			got, ok := table.owner("ns-01")
-			if got != tt.want || ok != (tt.want != unresolved) {
-				t.Errorf("owner %d, %v; want %d", got, ok, tt.want)
-			}
-			bad, rejected := rejectedOf(table)["ns-01"]
-			if rejected != (tt.want == unresolved) {
-				t.Errorf("rejected is %v with owner %d", rejected, tt.want)
-			}
-			if rejected && (bad.Expected != "backend-0 to backend-3" || bad.InForce != "refused") {
-				t.Errorf("rejected with want %q, kept %q", bad.Expected, bad.InForce)
-			}
-			if !utf8.ValidString(bad.Value) || len(bad.Value) > 3*maxQuotedValue+len("…") {
-				t.Errorf("the value is shown as %d bytes %.200q", len(bad.Value), bad.Value)
-			}
-		})
+	for _, value := range invalid {
+		table := tableOf(4, map[string]string{"ns-01": value}, nil)
+		bad, rejected := rejectedOf(table)["ns-01"]
+		if got, ok := table.owner("ns-01"); got != unresolved || ok || !rejected {
+			t.Errorf("%.100q: owner %d, %v, rejected: %v; want it rejected", value, got, ok, rejected)
+		}
+		if bad.Expected != "backend-0 to backend-3" || bad.InForce != "refused" {
+			t.Errorf("%.100q is rejected with %+v", value, bad)
+		}
+		if !utf8.ValidString(bad.Value) || len(bad.Value) > 3*maxQuotedValue+len("…") {
+			t.Errorf("the value is shown as %d bytes %.200q", len(bad.Value), bad.Value)
+		}
 	}
 }
 
-// TestTablePinsToPrevious: what cannot be read changes nothing (invariant 3).
-// TestTableReadsAll: entries are read by ranges of hashes, and none is left out.
+// Entries are read by ranges of hashes, and none is left out.
 func TestTableReadsAll(t *testing.T) {
 	const each = 1000
 	a, b := map[string]string{}, map[string]string{}
 	for i := range each {
 		a[fmt.Sprintf("a-%d", i)], b[fmt.Sprintf("b-%d", i)] = "backend-1", "backend-2"
 	}
-	table := newTable("backend", false, ordinals{count: 4}, []sourceContent{{id: sourceID{name: "a"}, overrides: newOverrideSet(a)}, {id: sourceID{name: "b"}, overrides: newOverrideSet(b)}}, nil)
+	table := newTable("backend", false, ordinals{count: 4}, []sourceContent{contentOf("a", "1", a), contentOf("b", "1", b)}, nil)
 	if table.overrides != 2*each {
 		t.Errorf("%d overrides, want %d", table.overrides, 2*each)
 	}
@@ -139,6 +105,7 @@ func TestTableReadsAll(t *testing.T) {
 	}
 }
 
+// An entry that cannot be read changes nothing (invariant 3).
 func TestTablePinsToPrevious(t *testing.T) {
 	hashed := bucket("hashed", 4)
 	tests := map[string]struct {
@@ -181,8 +148,7 @@ func TestTablePinsToPrevious(t *testing.T) {
 	}
 }
 
-// TestTableForgets: an entry that was removed, or mended, is as if it had never
-// been wrong.
+// An entry that was removed, or mended, is as if it had never been wrong.
 func TestTableForgets(t *testing.T) {
 	bad := tableOf(4, map[string]string{"a": "junk", "b": "junk"}, nil)
 	next := tableOf(4, map[string]string{"b": "backend-1"}, bad)
@@ -198,7 +164,7 @@ func TestTableForgets(t *testing.T) {
 }
 
 func TestTableRejectsNamespaces(t *testing.T) {
-	table := tableOf(4, map[string]string{"a/b": "backend-1", "..": "backend-2", "ok": "backend-3"}, nil)
+	table := tableOf(4, pairs("a/b=backend-1 ..=backend-2 ok=backend-3"), nil)
 	if got, want := overridesOf(table), map[string]int{"ok": 3}; !maps.Equal(got, want) || table.overrides != 1 {
 		t.Errorf("%d overrides %v, want %v", table.overrides, got, want)
 	}
@@ -214,7 +180,7 @@ func TestStamp(t *testing.T) {
 	of := func(first, count int, sources ...string) *table {
 		var all []sourceContent
 		for i, data := range sources {
-			all = append(all, sourceContent{id: sourceID{name: fmt.Sprint(i)}, version: data, overrides: newOverrideSet(pairs(data))})
+			all = append(all, contentOf(fmt.Sprint(i), data, pairs(data)))
 		}
 		return newTable("backend", false, ordinals{first, count}, all, nil)
 	}
@@ -298,70 +264,45 @@ func TestTableIsImmutable(t *testing.T) {
 
 func TestTableChanges(t *testing.T) {
 	type counts struct{ added, changed, removed int }
-	tests := map[string]struct {
-		old, new map[string]string
+	for name, tt := range map[string]struct {
+		old, new string // old is "-" for no table
 		want     counts
 	}{
-		"first":          {nil, map[string]string{"a": "backend-0", "b": "backend-1"}, counts{added: 2}},
-		"same":           {map[string]string{"a": "backend-0"}, map[string]string{"a": "backend-0\n"}, counts{}},
-		"one of each":    {map[string]string{"a": "backend-0", "b": "backend-1", "c": "backend-2"}, map[string]string{"b": "backend-2", "c": "backend-2", "d": "backend-3"}, counts{1, 1, 1}},
-		"all removed":    {map[string]string{"a": "backend-0", "b": "backend-1"}, map[string]string{}, counts{removed: 2}},
-		"kept":           {map[string]string{"a": "backend-1"}, map[string]string{"a": "junk"}, counts{}},
-		"bad, was hash":  {map[string]string{}, map[string]string{"a": "junk"}, counts{}},
-		"mended":         {map[string]string{"a": "junk"}, map[string]string{"a": "backend-1"}, counts{changed: 1}},
-		"first, refused": {nil, map[string]string{"a": "junk"}, counts{added: 1}},
-	}
-	for name, tt := range tests {
-		t.Run(name, func(t *testing.T) {
-			var old *table
-			if tt.old != nil {
-				old = tableOf(4, tt.old, nil)
-			}
-			var got counts
-			for _, c := range tableOf(4, tt.new, old).changes(old) {
-				got = counts{got.added + c.added, got.changed + c.changed, got.removed + c.removed}
-			}
-			if got != tt.want {
-				t.Errorf("%+v, want %+v", got, tt.want)
-			}
-		})
+		"first":          {"-", "a=backend-0 b=backend-1", counts{added: 2}},
+		"same":           {"a=backend-0", "a=backend-0", counts{}},
+		"one of each":    {"a=backend-0 b=backend-1 c=backend-2", "b=backend-2 c=backend-2 d=backend-3", counts{1, 1, 1}},
+		"all removed":    {"a=backend-0 b=backend-1", "", counts{removed: 2}},
+		"kept":           {"a=backend-1", "a=junk", counts{}},
+		"bad, was hash":  {"", "a=junk", counts{}},
+		"mended":         {"a=junk", "a=backend-1", counts{changed: 1}},
+		"first, refused": {"-", "a=junk", counts{added: 1}},
+	} {
+		var old *table
+		if tt.old != "-" {
+			old = tableOf(4, pairs(tt.old), nil)
+		}
+		var got counts
+		for _, c := range tableOf(4, pairs(tt.new), old).changes(old) {
+			got = counts{got.added + c.added, got.changed + c.changed, got.removed + c.removed}
+		}
+		if got != tt.want {
+			t.Errorf("%s: %+v, want %+v", name, got, tt.want)
+		}
 	}
 }
 
-func TestNamespaceFault(t *testing.T) {
-	tests := map[string]struct {
-		namespace string
-		ok        bool
-	}{
-		"one letter":     {"a", true},
-		"all kinds":      {"a-Z_0.9", true},
-		"dots":           {"...", true},
-		"hidden":         {".a", true},
-		"253":            {strings.Repeat("a", 253), true},
-		"empty":          {"", false},
-		"254":            {strings.Repeat("a", 254), false},
-		"dot":            {".", false},
-		"dot dot":        {"..", false},
-		"slash":          {"a/b", false},
-		"escaped":        {"a%2Fb", false},
-		"space":          {"a b", false},
-		"colon":          {"a:b", false},
-		"at":             {"a@b", false},
-		"letter, not us": {"ä", false},
-		"NUL":            {"a\x00", false},
-		"newline":        {"a\n", false},
-		"invalid UTF-8":  {"a\xff", false},
-		"below 0":        {"/", false},
-		"above z":        {"{", false},
-		"above Z":        {"[", false},
-		"below a":        {"`", false},
+func TestPathNamespaceFault(t *testing.T) {
+	long := strings.Repeat("a", 254)
+	for _, valid := range []string{"a", "a-Z_0.9", "...", ".a", long[:253]} {
+		if fault := pathNamespaceFault(valid); fault != "" {
+			t.Errorf("%q: %s", valid, fault)
+		}
 	}
-	for name, tt := range tests {
-		t.Run(name, func(t *testing.T) {
-			if got := pathNamespaceFault(tt.namespace); (got == "") != tt.ok {
-				t.Errorf("pathNamespaceFault(%q) = %q", tt.namespace, got)
-			}
-		})
+	invalid := []string{"", long, ".", "..", "a/b", "a%2Fb", "a b", "a:b", "a@b", "ä", "a\x00", "a\n", "a\xff", "/", "{", "[", "`"}
+	for _, namespace := range invalid { // the last four are next to valid characters
+		if pathNamespaceFault(namespace) == "" {
+			t.Errorf("%q is valid", namespace)
+		}
 	}
 }
 
@@ -541,7 +482,7 @@ func TestMergeModel(t *testing.T) {
 			}
 			var all []sourceContent
 			for i, data := range sources {
-				all = append(all, sourceContent{id: sourceID{name: fmt.Sprint("source-", i)}, version: fmt.Sprint(step), overrides: newOverrideSet(data)})
+				all = append(all, contentOf(fmt.Sprint("source-", i), fmt.Sprint(step), data))
 			}
 			before := model
 			var conflicts int
@@ -647,19 +588,21 @@ func loggedRouter(t *testing.T) (*router, *logTail) {
 	return &router{statefulSet: "backend", backends: ordinals{count: 4}, log: log, onSwap: func() {}}, tail
 }
 
-// TestRouterSwaps reads the table in several goroutines while it is updated: it
-// is never nil, never older than before, and never of two updates.
+// The table that several goroutines read while it is updated is never nil, never older
+// than before, and never of two updates. onSwap sees each.
 func TestRouterSwaps(t *testing.T) {
 	const updates = 1000
 	namespaces := []string{"a", "b", "c", "d", "e"}
 	r, tail := loggedRouter(t)
+	var versions []string // of the tables that onSwap saw
 	put := func(version int) {
 		data := map[string]string{}
 		for _, namespace := range namespaces {
 			data[namespace] = backendName("backend", version%4)
 		}
-		r.update(sourceContent{version: strconv.Itoa(version), overrides: newOverrideSet(data)})
+		r.update(contentOf("test", strconv.Itoa(version), data))
 	}
+	r.onSwap = func() { versions = append(versions, r.table().version) }
 	put(1)
 	var done atomic.Bool
 	var readers sync.WaitGroup
@@ -675,8 +618,8 @@ func TestRouterSwaps(t *testing.T) {
 	}
 	done.Store(true)
 	readers.Wait()
-	if got := r.swaps.Load(); got != updates {
-		t.Errorf("%d swaps, want %d", got, updates)
+	if got := r.swaps.Load(); got != updates || len(versions) != updates || versions[0] != "1" || versions[1] != "2" || versions[updates-1] != "1000" {
+		t.Errorf("%d swaps of the versions %v, want each of %d", got, versions, updates)
 	}
 	if got := len(tail.all("table")); got != updates {
 		t.Errorf("%d tables in the log, want %d", got, updates)
@@ -703,19 +646,7 @@ func wantWhole(t *testing.T, table *table, namespaces []string, last int) int {
 	return version
 }
 
-func TestRouterReportsEachSwap(t *testing.T) {
-	r, _ := loggedRouter(t)
-	var versions []string
-	r.onSwap = func() { versions = append(versions, r.table().version) }
-	for _, version := range []string{"1", "2", "3"} {
-		r.update(sourceContent{version: version, overrides: newOverrideSet(map[string]string{"a": "backend-" + version})})
-	}
-	if want := []string{"1", "2", "3"}; !slices.Equal(versions, want) {
-		t.Errorf("swapped saw the tables %v, want %v", versions, want)
-	}
-}
-
-// TestRouterProvisionalSource: a copy counts only until the source was heard.
+// A copy counts only until its source has given its contents.
 func TestRouterProvisionalSource(t *testing.T) {
 	r, _ := loggedRouter(t)
 	_, live := r.addFakeSource(false)
@@ -733,15 +664,13 @@ func TestRouterProvisionalSource(t *testing.T) {
 	}
 }
 
-// TestRouterMergesSources: the table is of all sources in the order in which they were
-// added, once each has given its contents. A later update of one keeps the others'.
+// The table is of all sources in the order in which they were added, once each has given
+// its contents. A later update of one keeps the others'.
 func TestRouterMergesSources(t *testing.T) {
 	r, _ := loggedRouter(t)
 	first, updateFirst := r.addFakeSource(false)
 	second, updateSecond := r.addFakeSource(false)
-	content := func(name, data string) sourceContent {
-		return sourceContent{id: sourceID{name: name}, version: data, overrides: newOverrideSet(pairs(data))}
-	}
+	content := func(name, data string) sourceContent { return contentOf(name, data, pairs(data)) }
 	first.notReady, second.notReady = "a is missing", "b is missing"
 	if why := r.whyNoOverrides(); why != "a is missing; b is missing" {
 		t.Errorf("why %q", why)
@@ -765,7 +694,7 @@ func TestRouterReports(t *testing.T) {
 	for i := range 25 {
 		data[fmt.Sprintf("bad-%02d", i)] = "bakend-" + strconv.Itoa(i)
 	}
-	r.update(sourceContent{id: sourceID{name: "test"}, version: "41", overrides: newOverrideSet(data)})
+	r.update(contentOf("test", "41", data))
 	wantLine(t, tail.all("table"), 1, map[string]any{"level": "INFO", "source": "test", "version": "41", "backends": 4.0,
 		"overrides": 26.0, "added": 26.0, "changed": 0.0, "removed": 0.0, "rejected": 25.0})
 	wantLine(t, tail.all("entry rejected"), 10, map[string]any{"level": "WARN", "source": "test", "version": "41",
@@ -773,20 +702,20 @@ func TestRouterReports(t *testing.T) {
 	wantLine(t, tail.all("more entries rejected"), 1, map[string]any{"level": "WARN", "count": 15.0})
 
 	data["bad-00"], data["bad-01"], data["good"] = "still wrong", "backend-3", "backend-2"
-	r.update(sourceContent{id: sourceID{name: "test"}, version: "42", overrides: newOverrideSet(data)})
+	r.update(contentOf("test", "42", data))
 	wantLine(t, tail.all("table"), 2, map[string]any{"version": "42", "added": 0.0, "changed": 2.0, "removed": 0.0, "rejected": 24.0})
 	wantLine(t, tail.all("entry rejected"), 11, map[string]any{"version": "42", "namespace": "bad-00", "value": "still wrong"})
 	wantLine(t, tail.all("more entries rejected"), 1, nil)
 }
 
-// TestRouterResizes: a table comes when overrides and backends are both known,
-// and each number of backends judges the same overrides anew.
+// There is a table when overrides and backends are both known. Each number of backends
+// reads the same overrides anew.
 func TestRouterResizes(t *testing.T) {
 	r, tail := loggedRouter(t)
 	r.backends = ordinals{}
 	swapped := 0
 	r.onSwap = func() { swapped++ }
-	r.update(sourceContent{id: sourceID{name: "test"}, version: "1", overrides: newOverrideSet(map[string]string{"a": "backend-1", "late": "backend-5"})})
+	r.update(contentOf("test", "1", pairs("a=backend-1 late=backend-5")))
 	if r.table() != nil || swapped > 0 {
 		t.Fatal("there is a table before the number of backends is known")
 	}
@@ -815,12 +744,11 @@ func TestRouterResizes(t *testing.T) {
 	wantLine(t, tail.all("entry rejected"), 5, map[string]any{"namespace": "late", "value": "backend-5", "want": "backend-1 to backend-1", "kept": "refused"})
 }
 
-// TestRouterKeepsAcrossResizes: a namespace whose entry cannot be read stays on
-// its backend for as long as that is there.
+// A namespace whose entry cannot be read stays on its backend for as long as that exists.
 func TestRouterKeepsAcrossResizes(t *testing.T) {
 	r, _ := loggedRouter(t)
-	r.update(sourceContent{id: sourceID{name: "test"}, version: "1", overrides: newOverrideSet(map[string]string{"a": "backend-3"})})
-	r.update(sourceContent{id: sourceID{name: "test"}, version: "2", overrides: newOverrideSet(map[string]string{"a": "bakend-3"})})
+	r.update(contentOf("test", "1", pairs("a=backend-3")))
+	r.update(contentOf("test", "2", pairs("a=bakend-3")))
 	for _, step := range []struct {
 		backends ordinals
 		want     int
@@ -832,14 +760,13 @@ func TestRouterKeepsAcrossResizes(t *testing.T) {
 	}
 }
 
-// TestRouterReportsTheEndOfACopy: what the copy of one source had and the real
-// one has too did not change.
+// What the copy of a source had, and the source has too, did not change.
 func TestRouterReportsTheEndOfACopy(t *testing.T) {
 	r, tail := loggedRouter(t)
 	_, live := r.addFakeSource(false)
 	_, provisional := r.addFakeSource(true)
-	provisional(sourceContent{id: sourceID{name: "directory"}, version: "1", overrides: newOverrideSet(map[string]string{"a": "backend-1", "b": "backend-2"})})
-	live(sourceContent{id: sourceID{name: "ConfigMap"}, version: "2", overrides: newOverrideSet(map[string]string{"a": "backend-1", "c": "backend-3"})})
+	provisional(contentOf("directory", "1", pairs("a=backend-1 b=backend-2")))
+	live(contentOf("ConfigMap", "2", pairs("a=backend-1 c=backend-3")))
 	wantLine(t, tail.all("table"), 2, map[string]any{"source": "ConfigMap", "overrides": 2.0, "added": 1.0, "changed": 0.0, "removed": 1.0})
 }
 
@@ -849,15 +776,12 @@ func TestRouterOtherVersionOfTheSame(t *testing.T) {
 	r, tail := loggedRouter(t)
 	fake, _ := r.addFakeSource(false)
 	a, b := map[string]string{"a": "backend-1", "x": "backend-1"}, map[string]string{"b": "junk", "x": "backend-2"}
-	source := func(name, version string, data map[string]string) sourceContent {
-		return sourceContent{id: sourceID{name: name}, version: version, overrides: newOverrideSet(data)}
-	}
-	r.update(source("a", "1", a), source("b", "2", b))
+	r.update(contentOf("a", "1", a), contentOf("b", "2", b))
 	first := r.table()
 	swapped := 0
 	r.onSwap = func() { swapped++ }
 	fake.changes = nil
-	r.update(source("a", "3", a), source("b", "2", b))
+	r.update(contentOf("a", "3", a), contentOf("b", "2", b))
 	next := r.table()
 	if next.version == first.version || next.sources[0].version != "3" || next.stamp != first.stamp {
 		t.Errorf("version %s of %+v, stamp %s, after %s, %s", next.version, next.sources, next.stamp, first.version, first.stamp)
@@ -873,16 +797,16 @@ func TestRouterOtherVersionOfTheSame(t *testing.T) {
 	}
 
 	b["b"] = "backend-3"
-	r.update(source("a", "4", a), source("b", "5", b)) // one has other labels, one other entries
+	r.update(contentOf("a", "4", a), contentOf("b", "5", b)) // one has other labels, one other entries
 	if told := fake.changes; swapped != 1 || len(told) != 1 || told[0].id.name != "b" || told[0].changed != 1 || r.table().sources[0].version != "4" {
 		t.Errorf("%d swaps, told %+v of %+v, want one of b", swapped, told, r.table().sources)
 	}
 	r.setBackends(ordinals{count: 3}, "")
-	r.update(source("a", "6", a), source("b", "5", b))
+	r.update(contentOf("a", "6", a), contentOf("b", "5", b))
 	if swapped != 2 || r.table().backends.count != 3 || r.table().sources[0].version != "6" {
 		t.Errorf("%d swaps, %+v", swapped, r.table())
 	}
-	r.update(source("a", "6", a)) // one source less is more than a version
+	r.update(contentOf("a", "6", a)) // one source less is more than a version
 	if swapped != 3 || len(r.table().sources) != 1 {
 		t.Errorf("%d swaps, %+v", swapped, r.table().sources)
 	}
@@ -920,13 +844,13 @@ func (w stampWorld) show(r *router, version int, odd bool, random *rand.Rand) {
 	r.setBackends(w.backends, "")
 	var all []sourceContent
 	for i, data := range w.data {
-		src := sourceContent{id: sourceID{name: fmt.Sprint("source-", i)}, version: fmt.Sprint(version), overrides: newOverrideSet(data)}
+		src := contentOf(fmt.Sprint("source-", i), fmt.Sprint(version), data)
 		if odd {
 			spelled := map[string]string{}
 			for namespace, value := range data {
 				spelled[namespace] = " " + value + "\n"
 			}
-			src = sourceContent{id: sourceID{name: fmt.Sprint("other-", i)}, version: fmt.Sprint("v", version), overrides: newOverrideSet(spelled)}
+			src = contentOf(fmt.Sprint("other-", i), fmt.Sprint("v", version), spelled)
 		}
 		all = append(all, src)
 	}
@@ -936,8 +860,8 @@ func (w stampWorld) show(r *router, version int, odd bool, random *rand.Rand) {
 	r.update(all...)
 }
 
-// TestStampsAgree: two routers see one history of edits, of which each misses some
-// versions, or starts later. Whenever their stamps are equal, so are their owners of
+// Two routers see one history of edits, of which each misses some versions, or starts
+// later. Whenever their stamps are equal, so are their owners of
 // all namespaces; what they see last alone decides the content.
 func TestStampsAgree(t *testing.T) {
 	random := rand.New(rand.NewPCG(3, 4))
