@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"flag"
 	"fmt"
@@ -346,9 +347,5 @@ func (c *config) kubeClient(getenv func(string) string) (*kubeClient, string, er
 	if err != nil {
 		return nil, "", usageError{err}
 	}
-	namespace := c.kubeNamespace
-	if namespace == "" {
-		namespace = "default"
-	}
-	return k, namespace, nil
+	return k, cmp.Or(c.kubeNamespace, "default"), nil
 }

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -145,26 +144,20 @@ func (c *configMaps) apply(i int, set map[string]*configMap) {
 	c.applyAll()
 }
 
-// applyAll gives the overrides of all ConfigMaps to update, in the order of their
-// Kubernetes namespaces and names, if each watcher has found some and they are new. The
-// caller holds c.mu.
+// applyAll gives the overrides of all ConfigMaps to update, in the order of their names,
+// if each watcher has found some and they are new. The caller holds c.mu.
 func (c *configMaps) applyAll() {
-	var all []*configMap
+	all := map[string]configMapState{}
 	for _, found := range c.current {
 		if len(found) == 0 {
 			return
 		}
-		for m := range maps.Values(found) {
-			all = append(all, m.configMap)
-		}
+		maps.Copy(all, found)
 	}
-	slices.SortFunc(all, func(a, b *configMap) int {
-		return cmp.Or(cmp.Compare(a.Metadata.Namespace, b.Metadata.Namespace),
-			cmp.Compare(a.Metadata.Name, b.Metadata.Name))
-	})
 	var contents []sourceContent
 	objects := map[sourceID]apiObject{}
-	for _, m := range all {
+	for _, name := range slices.Sorted(maps.Keys(all)) {
+		m := all[name]
 		objects[m.id()] = m.apiObject
 		contents = append(contents,
 			sourceContent{id: m.id(), version: m.Metadata.ResourceVersion, overrides: &m.Data})

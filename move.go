@@ -414,10 +414,7 @@ func drain(ctx context.Context, r *relay, over time.Duration) int64 {
 			continue
 		}
 		if wait := time.Until(p.next()); wait >= paceTick {
-			select {
-			case <-ctx.Done():
-			case <-time.After(wait):
-			}
+			sleep(ctx, wait)
 		}
 		s.closeGracefully(causeDrain, nil)
 		p.advance(time.Now())

@@ -345,10 +345,7 @@ func hostNamespaceFault(s string) string {
 // override, except those that overrideKeyFault names. "." and ".." would be dot segments
 // of a path (RFC 3986 §3.3).
 func isPathNamespace[S string | []byte](s S) bool {
-	if len(s) == 0 || len(s) > 253 {
-		return false
-	}
-	if s[0] == '.' && (len(s) == 1 || len(s) == 2 && s[1] == '.') {
+	if len(s) == 0 || len(s) > 253 || string(s) == "." || string(s) == ".." {
 		return false
 	}
 	for i := 0; i < len(s); i++ {
