@@ -21,22 +21,11 @@ import (
 	"golang.org/x/net/websocket"
 )
 
-// runClient runs the client and returns its exit code and output.
-func runClient(t *testing.T, stdin string, args ...string) (code int, out, errOut string) {
-	t.Helper()
-	var o, e logBuffer
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-	defer cancel()
-	err := run(ctx, args, stdio{strings.NewReader(stdin), &o, &e})
-	code = exitCode(err, &e)
-	return code, o.String(), e.String()
-}
-
 func TestClientCounts(t *testing.T) {
 	cfg := quietConfig()
 	cfg.interval = time.Millisecond
-	s := startServer(t, cfg)
-	code, out, errOut := runClient(t, "", "-connect", "ws://"+s.addr+"/ws/ns-01", "-n", "3")
+	s := startServer(t, cfg, "tcp")
+	code, out, errOut := runProgram(t, "", "-connect", "ws://"+s.addr+"/ws/ns-01", "-n", "3")
 	want := `{"server":"backend-0","counter":1,"ns":"ns-01"}
 {"server":"backend-0","counter":2,"ns":"ns-01"}
 {"server":"backend-0","counter":3,"ns":"ns-01"}
@@ -48,24 +37,18 @@ func TestClientCounts(t *testing.T) {
 }
 
 func TestClientSendsLines(t *testing.T) {
-	s := startServer(t, quietConfig()) // no interval: only answers
-	code, out, errOut := runClient(t, "one\n\nthree", "-connect", "ws://"+s.addr+"/ws/ns-01", "-n", "4")
+	s := startServer(t, quietConfig(), "tcp") // no interval: only answers
+	code, out, errOut := runProgram(t, "one\n\nthree", "-connect", "ws://"+s.addr+"/ws/ns-01", "-n", "4")
 	if code != 0 || strings.Count(out, "\n") != 4 || errOut != "" {
 		t.Errorf("exit code %d, stdout:\n%sstderr: %q", code, out, errOut)
 	}
 }
 
 func TestClientDialsAnotherAddress(t *testing.T) {
-	s := startServer(t, quietConfig())
-	path := filepath.Join(t.TempDir(), "sock")
-	ln, err := net.Listen("unix", path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	u := startServerOn(t, quietConfig(), ln)
-	for name, addr := range map[string]string{"tcp": s.addr, "unix": "unix:" + u.addr} {
-		t.Run(name, func(t *testing.T) {
-			code, _, errOut := runClient(t, "", "-connect", "ws://nowhere.invalid/ws/ns-01", "-addr", addr, "-n", "1")
+	for network, prefix := range map[string]string{"tcp": "", "unix": "unix:"} {
+		t.Run(network, func(t *testing.T) {
+			addr := prefix + startServer(t, quietConfig(), network).addr
+			code, _, errOut := runProgram(t, "", "-connect", "ws://nowhere.invalid/ws/ns-01", "-addr", addr, "-n", "1")
 			if code != 0 {
 				t.Errorf("exit code %d: %s", code, errOut)
 			}
@@ -90,7 +73,7 @@ func TestClientTLS(t *testing.T) {
 	}
 	addr := ts.Listener.Addr().String()
 
-	code, out, errOut := runClient(t, "", "-connect", "wss://www.example.com/ws/ns-01", "-addr", addr, "-ca", ca, "-n", "1")
+	code, out, errOut := runProgram(t, "", "-connect", "wss://www.example.com/ws/ns-01", "-addr", addr, "-ca", ca, "-n", "1")
 	if code != 0 || !strings.Contains(out, `"ns":"ns-01"`) {
 		t.Errorf("exit code %d, stdout %q, stderr %q", code, out, errOut)
 	}
@@ -101,86 +84,65 @@ func TestClientTLS(t *testing.T) {
 		"CA not trusted": {"-connect", "wss://www.example.com/ws/ns-01", "-addr", addr},
 		"wrong name":     {"-connect", "wss://www.example.org/ws/ns-01", "-addr", addr, "-ca", ca},
 	} {
-		if code, _, errOut := runClient(t, "", args...); code != 1 || !strings.Contains(errOut, "x509") {
+		if code, _, errOut := runProgram(t, "", args...); code != 1 || !strings.Contains(errOut, "x509") {
 			t.Errorf("%s: exit code %d, stderr %q", name, code, errOut)
 		}
 	}
 	b.running.Wait()
 }
 
-func TestClientTellsRefusals(t *testing.T) {
-	tests := map[string]struct {
-		answer http.HandlerFunc
-		says   string
-	}{
-		"text": {func(w http.ResponseWriter, _ *http.Request) {
-			http.Error(w, "no owner\nfor ns-01", http.StatusServiceUnavailable)
-		}, `server answered 503 Service Unavailable: "no owner"`},
-		"empty": {func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(404) },
-			"server answered 404 Not Found\n"},
-		"long": {func(w http.ResponseWriter, _ *http.Request) {
-			w.WriteHeader(500)
-			io.WriteString(w, strings.Repeat("x", 100_000))
-		}, "500 Internal Server Error: \"xxx"},
-	}
-	for name, tt := range tests {
-		t.Run(name, func(t *testing.T) {
-			ts := httptest.NewServer(tt.answer)
-			t.Cleanup(ts.Close)
-			code, out, errOut := runClient(t, "", "-connect", strings.Replace(ts.URL, "http", "ws", 1)+"/ws/ns-01")
-			if code != 1 || out != "" || !strings.Contains(errOut, tt.says) || len(errOut) > 500 {
-				t.Errorf("exit code %d, stdout %q, stderr %q; want %q", code, out, errOut, tt.says)
-			}
-		})
-	}
+// refuse answers each request with this status and body.
+func refuse(status int, body string) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(status)
+		io.WriteString(w, body)
+	})
 }
 
-// serverOf accepts any upgrade and gives the connection to handle.
-func serverOf(t *testing.T, handle websocket.Handler) (url string) {
-	t.Helper()
-	ts := httptest.NewServer(websocket.Server{Handshake: acceptAnyone, Handler: handle})
-	t.Cleanup(ts.Close)
-	return strings.Replace(ts.URL, "http", "ws", 1)
+// greet accepts any upgrade, sends a message and then a Close with this code, or cuts the
+// connection if it is 0.
+func greet(code int) http.Handler {
+	return websocket.Server{Handshake: acceptAnyone, Handler: func(ws *websocket.Conn) {
+		websocket.Message.Send(ws, "hello")
+		if code != 0 {
+			ws.WriteClose(code)
+			io.Copy(io.Discard, ws)
+		}
+	}}
 }
 
 func TestClientExitCodes(t *testing.T) {
 	tests := map[string]struct {
-		code int // of the Close; 0 cuts the connection
-		exit int
-		says string
+		server http.Handler
+		exit   int
+		out    string
+		says   string
 	}{
-		"normal":     {1000, 0, "closed by the server: Close 1000"},
-		"going away": {1001, 0, "closed by the server: Close 1001"},
-		"restart":    {1012, 0, "closed by the server: Close 1012"},
-		"policy":     {1008, 1, "closed by the server: Close 1008"},
-		"cut":        {0, 1, "without a Close"},
+		"normal":       {greet(1000), 0, "hello\n", "closed by the server: Close 1000"},
+		"going away":   {greet(1001), 0, "hello\n", "closed by the server: Close 1001"},
+		"restart":      {greet(1012), 0, "hello\n", "closed by the server: Close 1012"},
+		"policy":       {greet(1008), 1, "hello\n", "closed by the server: Close 1008"},
+		"cut":          {greet(0), 1, "hello\n", "without a Close"},
+		"refused":      {refuse(503, "no owner\nfor ns-01"), 1, "", `server answered 503 Service Unavailable: "no owner"`},
+		"no text":      {refuse(404, ""), 1, "", "server answered 404 Not Found\n"},
+		"long refusal": {refuse(500, strings.Repeat("x", 100_000)), 1, "", "500 Internal Server Error: \"xxx"},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
-			url := serverOf(t, func(ws *websocket.Conn) {
-				websocket.Message.Send(ws, "hello")
-				if tt.code == 0 {
-					return
-				}
-				ws.WriteClose(tt.code)
-				io.Copy(io.Discard, ws)
-			})
-			exit, out, errOut := runClient(t, "", "-connect", url+"/")
-			if exit != tt.exit || out != "hello\n" || !strings.Contains(errOut, tt.says) {
-				t.Errorf("exit code %d, stdout %q, stderr %q", exit, out, errOut)
+			ts := httptest.NewServer(tt.server)
+			t.Cleanup(ts.Close)
+			code, out, errOut := runProgram(t, "", "-connect", strings.Replace(ts.URL, "http", "ws", 1)+"/ws/ns-01")
+			if code != tt.exit || out != tt.out || !strings.Contains(errOut, tt.says) || len(errOut) > 500 {
+				t.Errorf("exit code %d, stdout %q, stderr %q; want %d, %q and %q", code, out, errOut, tt.exit, tt.out, tt.says)
 			}
 		})
 	}
 }
 
 func TestClientWithoutServer(t *testing.T) {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	ln.Close()
-	code, _, errOut := runClient(t, "", "-connect", "ws://"+ln.Addr().String()+"/ws/ns-01")
-	if code != 1 || !strings.Contains(errOut, "refused") {
+	s := startServer(t, quietConfig(), "tcp")
+	s.stop()
+	if code, _, errOut := runProgram(t, "", "-connect", "ws://"+s.addr+"/ws/ns-01"); code != 1 || !strings.Contains(errOut, "refused") {
 		t.Errorf("exit code %d, stderr %q", code, errOut)
 	}
 }
@@ -188,7 +150,7 @@ func TestClientWithoutServer(t *testing.T) {
 // TestClientInterrupted sends SIGINT to the program, while its standard input
 // is open and silent.
 func TestClientInterrupted(t *testing.T) {
-	s := startServer(t, quietConfig())
+	s := startServer(t, quietConfig(), "tcp")
 	cmd := exec.Command(os.Args[0], "-connect", "ws://"+s.addr+"/ws/ns-01")
 	cmd.Env = append(os.Environ(), asMain+"=1")
 	var errOut bytes.Buffer

@@ -25,30 +25,25 @@ func TestMain(m *testing.M) {
 		main()
 		return
 	}
-	code := m.Run()
-	if left := leaked(); code == 0 && left != "" {
+	code, left := m.Run(), otherStacks()
+	for end := time.Now().Add(patience); left != "" && time.Now().Before(end); left = otherStacks() {
+		time.Sleep(10 * time.Millisecond)
+	}
+	if code == 0 && left != "" {
 		fmt.Fprintf(os.Stderr, "leaked goroutines:\n\n%s\n", left)
 		code = 1
 	}
 	os.Exit(code)
 }
 
-// leaked gives goroutines some time to end and returns the stacks of the rest.
-func leaked() string {
-	var left string
-	for range 20 {
-		if left = otherStacks(); left == "" {
-			break
-		}
-		time.Sleep(50 * time.Millisecond)
-	}
-	return left
-}
+// patience bounds every wait for what should come soon.
+const patience = 20 * time.Second
 
+// otherStacks returns the stacks of all goroutines but this one.
 func otherStacks() string {
 	buf := make([]byte, 1<<20)
-	stacks := strings.Split(string(buf[:runtime.Stack(buf, true)]), "\n\n")
-	return strings.Join(stacks[1:], "\n\n") // the first is our own
+	_, others, _ := strings.Cut(string(buf[:runtime.Stack(buf, true)]), "\n\n")
+	return others
 }
 
 // logBuffer collects what a server logs.
@@ -83,9 +78,11 @@ func quietConfig() config {
 
 func quietLog() *slog.Logger { return slog.New(slog.DiscardHandler) }
 
-func startServer(t *testing.T, cfg config) *testServer {
+// startServer runs a server until the test ends. network is "tcp" or "unix".
+func startServer(t *testing.T, cfg config, network string) *testServer {
 	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	addr := map[string]string{"tcp": "127.0.0.1:0", "unix": filepath.Join(t.TempDir(), "sock")}[network]
+	ln, err := net.Listen(network, addr)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -109,21 +106,24 @@ func startServerOn(t *testing.T, cfg config, ln net.Listener) *testServer {
 	return &testServer{s, ln.Addr().String(), log, stop}
 }
 
+// runProgram runs the program with this standard input, and returns its exit code and
+// output.
+func runProgram(t *testing.T, stdin string, args ...string) (code int, out, errOut string) {
+	t.Helper()
+	var o, e logBuffer
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	code = exitCode(run(ctx, args, stdio{strings.NewReader(stdin), &o, &e}), &e)
+	return code, o.String(), e.String()
+}
+
 func TestHelpIsGolden(t *testing.T) {
 	want, err := os.ReadFile(filepath.Join("testdata", "help.txt"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	var out, errOut bytes.Buffer
-	err = run(t.Context(), []string{"-h"}, stdio{strings.NewReader(""), &out, &errOut})
-	if got := exitCode(err, &errOut); got != 0 {
-		t.Errorf("exit code %d, want 0", got)
-	}
-	if got := out.String(); got != string(want) {
-		t.Errorf("help differs from testdata/help.txt; got:\n%s", got)
-	}
-	if errOut.Len() > 0 {
-		t.Errorf("stderr %q, want nothing", errOut.String())
+	if code, out, errOut := runProgram(t, "", "-h"); code != 0 || out != string(want) || errOut != "" {
+		t.Errorf("exit code %d, stderr %q; help differs from testdata/help.txt if this is another:\n%s", code, errOut, out)
 	}
 }
 
@@ -151,13 +151,8 @@ func TestWrongCommandLine(t *testing.T) {
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
-			var errOut bytes.Buffer
-			err := run(t.Context(), tt.args, stdio{strings.NewReader(""), io.Discard, io.Discard})
-			if got := exitCode(err, &errOut); got != tt.code {
-				t.Errorf("exit code %d, want %d", got, tt.code)
-			}
-			if got := errOut.String(); !strings.Contains(got, tt.says) {
-				t.Errorf("stderr %q, want %q in it", got, tt.says)
+			if code, _, errOut := runProgram(t, "", tt.args...); code != tt.code || !strings.Contains(errOut, tt.says) {
+				t.Errorf("exit code %d, stderr %q; want %d and %q in it", code, errOut, tt.code, tt.says)
 			}
 		})
 	}
@@ -168,12 +163,8 @@ func TestNameIsHostNameByDefault(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cfg, err := parseFlags(nil, io.Discard)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if cfg.name != want {
-		t.Errorf("name %q, want %q", cfg.name, want)
+	if cfg, err := parseFlags(nil, io.Discard); err != nil || cfg.name != want {
+		t.Errorf("name %q, %v; want %q", cfg.name, err, want)
 	}
 }
 

@@ -4,10 +4,10 @@ import (
 	"bufio"
 	"encoding/binary"
 	"encoding/json"
-	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -37,7 +37,7 @@ func rawDial(t *testing.T, addr string) *rawClient {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { conn.Close() })
-	conn.SetDeadline(time.Now().Add(20 * time.Second))
+	conn.SetDeadline(time.Now().Add(patience))
 	return &rawClient{t, conn, bufio.NewReader(conn)}
 }
 
@@ -45,8 +45,7 @@ func rawDial(t *testing.T, addr string) *rawClient {
 func rawOpen(t *testing.T, addr, path string, lines ...string) *rawClient {
 	t.Helper()
 	c := rawDial(t, addr)
-	c.write(head(path, lines...))
-	c.mustUpgrade()
+	c.mustUpgrade(head(path, lines...))
 	return c
 }
 
@@ -57,12 +56,27 @@ func (c *rawClient) write(s string) {
 	}
 }
 
-func (c *rawClient) mustUpgrade() *http.Response {
+// ask sends a request and returns the answer with its body.
+func (c *rawClient) ask(request string) (*http.Response, string) {
 	c.t.Helper()
+	c.write(request)
 	resp, err := http.ReadResponse(c.r, nil)
 	if err != nil {
 		c.t.Fatal(err)
 	}
+	if resp.StatusCode == http.StatusSwitchingProtocols {
+		return resp, ""
+	}
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return resp, string(body)
+}
+
+func (c *rawClient) mustUpgrade(request string) *http.Response {
+	c.t.Helper()
+	resp, _ := c.ask(request)
 	if resp.StatusCode != http.StatusSwitchingProtocols {
 		c.t.Fatalf("status %s, want 101", resp.Status)
 	}
@@ -144,24 +158,15 @@ func (c *rawClient) mustCounter(want int) message {
 	return m
 }
 
-// mustLog waits for all words on one line of the log.
+// mustLog waits for a line of the log that has all of the words.
 func (s *testServer) mustLog(t *testing.T, words ...string) {
 	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
 		for line := range strings.Lines(s.log.String()) {
-			if containsAll(line, words) {
+			if !slices.ContainsFunc(words, func(word string) bool { return !strings.Contains(line, word) }) {
 				return
 			}
 		}
 	}
-	t.Errorf("no line with %s in the log:\n%s", fmt.Sprint(words), s.log)
-}
-
-func containsAll(line string, words []string) bool {
-	for _, w := range words {
-		if !strings.Contains(line, w) {
-			return false
-		}
-	}
-	return true
+	t.Errorf("no line with %q in the log:\n%s", words, s.log)
 }

@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"fmt"
 	"io"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,8 +13,6 @@ import (
 	"syscall"
 	"testing"
 	"time"
-
-	"golang.org/x/net/websocket"
 )
 
 func TestHTTP(t *testing.T) {
@@ -25,7 +22,7 @@ func TestHTTP(t *testing.T) {
 	}
 	cfg := quietConfig()
 	cfg.page = page
-	s := startServer(t, cfg)
+	s := startServer(t, cfg, "tcp")
 	tests := map[string]struct {
 		path string
 		code int
@@ -43,7 +40,7 @@ func TestHTTP(t *testing.T) {
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
-			resp, body := get(t, s.addr, tt.path)
+			resp, body := rawDial(t, s.addr).ask(get(tt.path))
 			if resp.StatusCode != tt.code || !strings.Contains(body, tt.body) {
 				t.Errorf("%s %q, want %d %q", resp.Status, body, tt.code, tt.body)
 			}
@@ -55,69 +52,43 @@ func TestHTTP(t *testing.T) {
 	if err := os.WriteFile(page, []byte("second"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, body := get(t, s.addr, "/"); body != "second" {
+	if _, body := rawDial(t, s.addr).ask(get("/")); body != "second" {
 		t.Errorf("page %q after the file changed, want second", body)
 	}
 }
 
-// get does not resolve dots in the path, and leaves no connection behind.
-func get(t *testing.T, addr, path string) (*http.Response, string) {
-	t.Helper()
-	c := rawDial(t, addr)
-	c.write("GET " + path + " HTTP/1.1\r\nHost: backend\r\nConnection: close\r\n\r\n")
-	resp, err := http.ReadResponse(c.r, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	body, err := io.ReadAll(resp.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return resp, string(body)
+// get is a request that leaves no connection behind. Dots in the path stay.
+func get(path string) string {
+	return "GET " + path + " HTTP/1.1\r\nHost: backend\r\nConnection: close\r\n\r\n"
 }
 
-func TestBadHandshakeIs400AndClosed(t *testing.T) {
-	s := startServer(t, quietConfig())
-	c := rawDial(t, s.addr)
-	c.write("GET /ws/ns-01 HTTP/1.1\r\nHost: backend\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
-	resp, err := http.ReadResponse(c.r, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if resp.StatusCode != 400 {
-		t.Errorf("status %s, want 400", resp.Status)
-	}
-	if _, err := io.Copy(io.Discard, resp.Body); err != nil {
-		t.Errorf("body: %v, want it to end", err)
-	}
-}
-
-// A router that means another backend has an old address, and is told so.
-func TestAnotherBackendIsMisdirected(t *testing.T) {
+func TestUpgrades(t *testing.T) {
 	for name, tt := range map[string]struct {
-		named bool
-		meant string
-		code  int
+		named    bool
+		request  string
+		code     int
+		protocol string
 	}{
-		"it is meant":       {true, "backend-0", 101},
-		"another is meant":  {true, "backend-2", 421},
-		"no router":         {true, "", 101},
-		"no backend's name": {false, "backend-2", 101},
+		"no version and no key":           {true, "GET /ws/ns-01 HTTP/1.1\r\nHost: backend\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n", 400, ""},
+		"no router":                       {true, head("/ws/ns-01"), 101, ""},
+		"the first subprotocol is chosen": {true, head("/ws/ns-01", "Sec-WebSocket-Protocol: chat, superchat"), 101, "chat"},
+		"a router means it":               {true, head("/ws/ns-01", "X-Router-Backend: backend-0"), 101, ""},
+		"a router has an old address":     {true, head("/ws/ns-01", "X-Router-Backend: backend-2"), 421, ""},
+		"it has no backend's name":        {false, head("/ws/ns-01", "X-Router-Backend: backend-2"), 101, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			cfg := quietConfig()
 			cfg.named = tt.named
-			c := rawDial(t, startServer(t, cfg).addr)
-			c.write(head("/ws/ns-01", "X-Router-Backend: "+tt.meant))
-			resp, err := http.ReadResponse(c.r, nil)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if resp.StatusCode != tt.code {
-				t.Errorf("status %s, want %d", resp.Status, tt.code)
+			resp, _ := rawDial(t, startServer(t, cfg, "tcp").addr).ask(tt.request)
+			if got := resp.Header.Get("Sec-WebSocket-Protocol"); resp.StatusCode != tt.code || got != tt.protocol {
+				t.Errorf("status %s, subprotocol %q; want %d and %q", resp.Status, got, tt.code, tt.protocol)
 			}
 		})
 	}
+}
+
+// The name of a StatefulSet's pod ends with its ordinal.
+func TestHasOrdinal(t *testing.T) {
 	for host, want := range map[string]bool{"backend-2": true, "a-b-10": true, "laptop": false, "my-laptop": false, "7": false, "": false} {
 		if got := hasOrdinal(host); got != want {
 			t.Errorf("hasOrdinal(%q) = %v, want %v", host, got, want)
@@ -125,41 +96,26 @@ func TestAnotherBackendIsMisdirected(t *testing.T) {
 	}
 }
 
-func TestFirstSubprotocolIsChosen(t *testing.T) {
-	s := startServer(t, quietConfig())
-	c := rawDial(t, s.addr)
-	c.write(head("/ws/ns-01", "Sec-WebSocket-Protocol: chat, superchat"))
-	if got := c.mustUpgrade().Header.Get("Sec-WebSocket-Protocol"); got != "chat" {
-		t.Errorf("subprotocol %q, want chat", got)
-	}
-}
-
 func TestStopRefusesNewWork(t *testing.T) {
-	s := startServer(t, quietConfig())
+	s := startServer(t, quietConfig(), "tcp")
 	s.refuse()
-	if resp, body := get(t, s.addr, "/healthz"); resp.StatusCode != 503 || body != "stopping\n" {
-		t.Errorf("/healthz %s %q, want 503", resp.Status, body)
-	}
-	c := rawDial(t, s.addr)
-	c.write(head("/ws/ns-01"))
-	resp, err := http.ReadResponse(c.r, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if resp.StatusCode != 503 {
-		t.Errorf("upgrade: %s, want 503", resp.Status)
+	for _, request := range []string{get("/healthz"), head("/ws/ns-01")} {
+		if resp, body := rawDial(t, s.addr).ask(request); resp.StatusCode != 503 || body != "stopping\n" {
+			t.Errorf("%.12s: %s %q, want 503", request, resp.Status, body)
+		}
 	}
 }
 
+// A client that does not answer the Close gets nothing after it, and is cut.
 func TestStopCutsSilentClients(t *testing.T) {
 	cfg := quietConfig()
-	cfg.closeTime = 50 * time.Millisecond
-	s := startServer(t, cfg)
+	cfg.closeTime, cfg.interval = 50*time.Millisecond, time.Millisecond
+	s := startServer(t, cfg, "tcp")
 	c := rawOpen(t, s.addr, "/ws/ns-01")
 	c.mustCounter(1)
 	s.stop()
 	c.mustClose(closeGoingAway)
-	c.mustEOF()
+	c.mustEOF() // for 50 ticks there was nothing
 	s.mustLog(t, "session end", "reason=stop")
 	s.mustLog(t, "msg=stopped")
 }
@@ -228,35 +184,18 @@ func startProgram(t *testing.T, args ...string) (cmd *exec.Cmd, addr string, res
 func TestOneGoroutinePerSession(t *testing.T) {
 	cfg := quietConfig()
 	cfg.interval = time.Hour
-	s := startServer(t, cfg)
+	s := startServer(t, cfg, "tcp")
 	rawOpen(t, s.addr, "/ws/ns-01").mustCounter(1) // the server is up
 	before := runtime.NumGoroutine()
 	const sessions = 50
 	for range sessions {
 		rawOpen(t, s.addr, "/ws/ns-01").mustCounter(1)
 	}
-	var more int
-	for range 100 { // the goroutines of net/http end a moment after the 101
-		if more = runtime.NumGoroutine() - before; more <= sessions {
-			return
-		}
-		time.Sleep(10 * time.Millisecond)
+	more := sessions + 1
+	for end := time.Now().Add(patience); more > sessions && time.Now().Before(end); time.Sleep(time.Millisecond) {
+		more = runtime.NumGoroutine() - before // those of net/http end a moment after the 101
 	}
-	t.Errorf("%d goroutines more for %d sessions", more, sessions)
-}
-
-func TestXNetClient(t *testing.T) {
-	s := startServer(t, quietConfig())
-	ws, err := websocket.Dial("ws://"+s.addr+"/ws/ns-01", "", "http://anywhere.example")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { ws.Close() })
-	var got message
-	if err := websocket.JSON.Receive(ws, &got); err != nil {
-		t.Fatal(err)
-	}
-	if want := (message{Server: "backend-0", Counter: 1, NS: "ns-01"}); got != want {
-		t.Errorf("got %+v, want %+v", got, want)
+	if more > sessions {
+		t.Errorf("%d goroutines more for %d sessions", more, sessions)
 	}
 }

@@ -10,7 +10,7 @@ import (
 )
 
 func TestMessage(t *testing.T) {
-	s := startServer(t, quietConfig())
+	s := startServer(t, quietConfig(), "tcp")
 	tests := map[string]struct {
 		path   string
 		header []string
@@ -34,7 +34,7 @@ func TestMessage(t *testing.T) {
 }
 
 func TestLogSaysWhoServedWhat(t *testing.T) {
-	s := startServer(t, quietConfig())
+	s := startServer(t, quietConfig(), "tcp")
 	c := rawOpen(t, s.addr, "/ws/ns-07", "X-Router-Pod: router-abc", "X-Router-Table: 4711",
 		"X-Forwarded-For: 192.0.2.1")
 	c.mustCounter(1)
@@ -49,7 +49,7 @@ func TestLogSaysWhoServedWhat(t *testing.T) {
 func TestCounterHasNoGaps(t *testing.T) {
 	cfg := quietConfig()
 	cfg.interval = time.Millisecond
-	s := startServer(t, cfg)
+	s := startServer(t, cfg, "tcp")
 	c := rawOpen(t, s.addr, "/ws/ns-01")
 	const sent = 200
 	written := make(chan error, 1)
@@ -66,17 +66,16 @@ func TestCounterHasNoGaps(t *testing.T) {
 }
 
 func TestEveryKindOfMessageIsAnswered(t *testing.T) {
-	s := startServer(t, quietConfig())
+	s := startServer(t, quietConfig(), "tcp")
 	c := rawOpen(t, s.addr, "/ws/ns-01")
 	c.mustCounter(1)
-	c.write(frameOf(websocket.TextFrame, "text"))
-	c.mustCounter(2)
-	c.write(frameOf(websocket.BinaryFrame, "\x00\xff"))
-	c.mustCounter(3)
-	c.write(frameOf(websocket.TextFrame, ""))
-	c.mustCounter(4)
-	c.write(frameOf(websocket.TextFrame, strings.Repeat("x", 60000)))
-	c.mustCounter(5)
+	for i, frame := range []string{
+		frameOf(websocket.TextFrame, "text"), frameOf(websocket.BinaryFrame, "\x00\xff"),
+		frameOf(websocket.TextFrame, ""), frameOf(websocket.TextFrame, strings.Repeat("x", 60000)),
+	} {
+		c.write(frame)
+		c.mustCounter(i + 2)
+	}
 	c.write(frameOf(websocket.PongFrame, "unasked") + frameOf(websocket.PingFrame, "ping"))
 	if got := c.mustNext(websocket.PongFrame); got != "ping" {
 		t.Errorf("pong %q, want ping", got)
@@ -84,11 +83,10 @@ func TestEveryKindOfMessageIsAnswered(t *testing.T) {
 }
 
 func TestFramesThatCameWithTheRequest(t *testing.T) {
-	s := startServer(t, quietConfig())
+	s := startServer(t, quietConfig(), "tcp")
 	c := rawDial(t, s.addr)
-	c.write(head("/ws/ns-01") + frameOf(websocket.TextFrame, strings.Repeat("x", 2000)) +
+	c.mustUpgrade(head("/ws/ns-01") + frameOf(websocket.TextFrame, strings.Repeat("x", 2000)) +
 		frameOf(websocket.PingFrame, "early"))
-	c.mustUpgrade()
 	c.mustCounter(1)
 	c.mustCounter(2)
 	if got := c.mustNext(websocket.PongFrame); got != "early" {
@@ -99,7 +97,7 @@ func TestFramesThatCameWithTheRequest(t *testing.T) {
 // TestEnds is what a client may do to end a connection, the Close that answers
 // (0: none can be asked for), and the reason in the log.
 func TestEnds(t *testing.T) {
-	s := startServer(t, quietConfig())
+	s := startServer(t, quietConfig(), "tcp")
 	huge := "\x82\xff\x40\x00\x00\x00\x00\x00\x00\x00\x01\x02\x03\x04" // 2^62 bytes to come
 	tests := map[string]struct {
 		send   string
@@ -131,18 +129,6 @@ func TestEnds(t *testing.T) {
 	}
 }
 
-func TestNoMessageAfterClose(t *testing.T) {
-	cfg := quietConfig()
-	cfg.interval = time.Millisecond
-	cfg.closeTime = 50 * time.Millisecond
-	s := startServer(t, cfg)
-	c := rawOpen(t, s.addr, "/ws/ns-01")
-	c.mustCounter(1)
-	s.stop()
-	c.mustClose(closeGoingAway)
-	c.mustEOF() // for 50 ticks there was nothing
-}
-
 // smallBuffers makes the kernel keep little for a client that does not read.
 type smallBuffers struct{ net.Listener }
 
@@ -162,7 +148,6 @@ func TestClientThatDoesNotRead(t *testing.T) {
 	cfg := quietConfig()
 	cfg.writeTime = 200 * time.Millisecond
 	s := startServerOn(t, cfg, smallBuffers{ln})
-
 	other := rawOpen(t, s.addr, "/ws/other")
 	other.mustCounter(1)
 	stuck := rawOpen(t, s.addr, "/ws/stuck")
@@ -185,7 +170,7 @@ func TestBoundIsPerWrite(t *testing.T) {
 	cfg := quietConfig()
 	cfg.writeTime = 100 * time.Millisecond
 	cfg.interval = 250 * time.Millisecond
-	s := startServer(t, cfg)
+	s := startServer(t, cfg, "tcp")
 	c := rawOpen(t, s.addr, "/ws/ns-01")
 	c.mustCounter(1)
 	c.mustCounter(2)
