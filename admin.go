@@ -89,7 +89,7 @@ func (a *admin) handler() http.Handler {
 		if r.Method != http.MethodPost && r.ContentLength != 0 {
 			w.Header().Set("Connection", "close") // so that net/http does not read the body
 			writeError(w, http.StatusBadRequest,
-				fmt.Sprintf("%.20s with a body, want none", r.Method))
+				fmt.Sprintf("%.20s must not have a body", r.Method))
 			return
 		}
 		mux.ServeHTTP(w, r)
@@ -158,7 +158,7 @@ func (a *admin) whyNotReady() []string {
 // whyNoTable returns why there is no table yet.
 func (a *admin) whyNoTable() (why []string) {
 	if missing := a.proxy.router.whyNoOverrides(); missing != "" {
-		why = append(why, "no overrides were read yet: "+missing)
+		why = append(why, "no overrides have been read yet: "+missing)
 	}
 	if a.replicaWatcher == nil {
 		return why
@@ -188,9 +188,9 @@ func (a *admin) metrics(w http.ResponseWriter, _ *http.Request) {
 // order.
 func (a *admin) writeMetrics(w io.Writer) {
 	m := metricsWriter{w}
-	m.family("router_build_info", "gauge", "Always 1; the labels say which build this is.")
+	m.family("router_build_info", "gauge", "Always 1. The labels have the versions of the router and of Go.")
 	m.sample("router_build_info", 1, "version", version(), "goversion", runtime.Version())
-	m.single("router_ready", "gauge", "1 if /readyz says so.",
+	m.single("router_ready", "gauge", "1 if /readyz answers ready.",
 		boolToFloat(len(a.whyNotReady()) == 0))
 	counts := a.proxy.relay.counts()
 	a.proxy.relay.writeSessionMetrics(m, counts, a.backendOrdinals(counts))
@@ -213,8 +213,8 @@ func (a *admin) writeMetrics(w io.Writer) {
 	a.logQueue.writeMetrics(m)
 	m.single("go_goroutines", "gauge", "Goroutines.", float64(runtime.NumGoroutine()))
 	m.single("process_start_time_seconds", "gauge",
-		"Start of the process, in seconds since the epoch.",
-		float64(a.started.UnixNano())/float64(time.Second))
+		"Start of the process, in seconds since 1970.",
+		unixSeconds(a.started))
 }
 
 // watchers returns the watchers of all objects.
@@ -250,7 +250,7 @@ func (a *admin) owner(w http.ResponseWriter, r *http.Request) {
 	namespace, want := clientNamespace(asked, a.proxy.router.fromHost)
 	if want != "" {
 		writeError(w, http.StatusBadRequest,
-			fmt.Sprintf("/owner?namespace= is %.260q, want %s", namespace, want))
+			fmt.Sprintf("/owner?namespace= must be %s (got %.260q)", want, asked))
 		return
 	}
 	t := a.tableOrError(w)
@@ -300,16 +300,16 @@ func newOwnership(t *table, namespace string) (o ownership, ordinal int) {
 // backendState is one backend in the answer of /backends. A backend without namespaces
 // and without sessions is safe to remove.
 type backendState struct {
-	Name       string `json:"name"`
-	Ordinal    int    `json:"ordinal"`
-	PodUID     string `json:"pod,omitempty"` // of its pod, if known
-	Address    string `json:"address,omitempty"`
-	Ready      bool   `json:"ready"` // it takes a connection now
-	Error      string `json:"error,omitempty"`
-	Namespaces bool   `json:"namespaces"`         // it owns namespaces
-	Overrides  int    `json:"overrides"`          // how many it owns by overrides
-	Sessions   int    `json:"sessions"`           // open in this router
-	Replaced   int    `json:"replaced,omitempty"` // of these, with an earlier pod
+	Name             string `json:"name"`
+	Ordinal          int    `json:"ordinal"`
+	PodUID           string `json:"pod,omitempty"` // of its pod, if known
+	Address          string `json:"address,omitempty"`
+	Ready            bool   `json:"ready"` // it takes a connection now
+	Error            string `json:"error,omitempty"`
+	OwnsNamespaces   bool   `json:"owns_namespaces"`               // it owns namespaces
+	Overrides        int    `json:"overrides"`                     // how many it owns by overrides
+	Sessions         int    `json:"sessions"`                      // open in this router
+	SessionsOnOldPod int    `json:"sessions_on_old_pod,omitempty"` // of these, with an earlier pod
 }
 
 // backends answers GET /backends: the backends that own namespaces, and those that still
@@ -325,9 +325,9 @@ func (a *admin) backends(w http.ResponseWriter, r *http.Request) {
 	for _, ordinal := range a.backendOrdinals(counts) {
 		all = append(all, backendState{
 			Name: t.name(ordinal), Ordinal: ordinal,
-			PodUID:     a.proxy.backends.podUID(ordinal),
-			Namespaces: t.backends.has(ordinal), Overrides: overrides[ordinal],
-			Sessions: counts[ordinal].open, Replaced: counts[ordinal].onOldPod,
+			PodUID:         a.proxy.backends.podUID(ordinal),
+			OwnsNamespaces: t.backends.has(ordinal), Overrides: overrides[ordinal],
+			Sessions: counts[ordinal].open, SessionsOnOldPod: counts[ordinal].onOldPod,
 		})
 	}
 	a.probeAll(r.Context(), all)
@@ -448,7 +448,7 @@ func (a *admin) plan(w http.ResponseWriter, r *http.Request) {
 	switch tooBig := (&http.MaxBytesError{}); {
 	case errors.As(err, &tooBig):
 		writeError(w, http.StatusRequestEntityTooLarge,
-			fmt.Sprintf("a body of more than %d bytes", tooBig.Limit))
+			fmt.Sprintf("the body has more than %d bytes", tooBig.Limit))
 	case err != nil:
 		writeError(w, http.StatusBadRequest, err.Error())
 	default:
@@ -476,7 +476,7 @@ func (a *admin) readProposal(w http.ResponseWriter, r *http.Request,
 	}
 	if err != nil {
 		return nil, fmt.Errorf(
-			"the body is no JSON of a ConfigMap or {\"replicas\": number}: %w", err)
+			"the body must be a ConfigMap in JSON or {\"replicas\": number}: %w", err)
 	}
 	return p.table(current)
 }
@@ -486,19 +486,19 @@ func (p *proposal) table(current *table) (*table, error) {
 	backends, sources := current.backends, slices.Clone(current.sources)
 	switch {
 	case p.Replicas != nil && p.Kind != "":
-		return nil, fmt.Errorf("a %.60s and replicas %d, want one of them",
-			p.Kind, *p.Replicas)
+		return nil, fmt.Errorf("the body must not have both a %.60s and replicas",
+			p.Kind)
 	case p.Replicas != nil && (*p.Replicas < 1 || *p.Replicas > maxReplicas):
-		return nil, fmt.Errorf("replicas %d, want 1 to %d", *p.Replicas, maxReplicas)
+		return nil, fmt.Errorf("replicas must be 1 to %d (got %d)", maxReplicas, *p.Replicas)
 	case p.Replicas != nil:
 		backends.count = *p.Replicas
 	case p.Kind != "ConfigMap":
-		return nil, fmt.Errorf("kind %.60q, want ConfigMap, or {\"replicas\": number}",
+		return nil, fmt.Errorf("the body must be a ConfigMap (got kind %.60q) or {\"replicas\": number}",
 			p.Kind)
 	default:
 		i := slices.IndexFunc(sources, p.matches)
 		if i < 0 {
-			return nil, fmt.Errorf("%s is not among the sources of overrides: %s",
+			return nil, fmt.Errorf("%s is not a source of overrides; the sources are: %s",
 				p.id(), sourceNames(sources))
 		}
 		sources[i] = sourceContent{
@@ -555,7 +555,7 @@ func (a *admin) planMoves(current, next *table) *plan {
 	for i := range next.sources {
 		for bad := range next.rejections(i) {
 			if p.Rejected++; p.Rejected <= maxExamples {
-				p.Rejections = append(p.Rejections, fmt.Sprintf("%s, keeps %s", bad, bad.InForce))
+				p.Rejections = append(p.Rejections, fmt.Sprintf("%s, in force: %s", bad, bad.InForce))
 			}
 		}
 	}

@@ -41,15 +41,15 @@ func TestReadyz(t *testing.T) {
 		want   string
 	}{
 		"directory":                {[]string{"-overrides", t.TempDir()}, 200, "ready"},
-		"no directory":             {[]string{"-overrides", "/nowhere"}, 503, "no overrides were read yet: read the overrides: open /nowhere: no such file or directory"},
+		"no directory":             {[]string{"-overrides", "/nowhere"}, 503, "no overrides have been read yet: read the overrides: open /nowhere: no such file or directory"},
 		"ConfigMap":                {[]string{"-kube", kubeAnswers(t, oneMap())}, 200, "ready"},
-		"no ConfigMap":             {[]string{"-kube", kubeAnswers(t, listOf("ConfigMap", nil))}, 503, "no overrides were read yet: ConfigMap default/overwriting does not exist: kubectl -n default create configmap overwriting"},
-		"other ConfigMap":          {[]string{"-kube", kubeAnswers(t, listOf("ConfigMap", nil)), "-configmap", "o", "-kube-namespace", "n"}, 503, "no overrides were read yet: ConfigMap n/o does not exist: kubectl -n n create configmap o"},
-		"forbidden":                {[]string{"-kube", kubeAnswers(t, forbidden())}, 503, "no overrides were read yet: ConfigMap default/overwriting: 403 Forbidden: configmaps is forbidden"},
-		"no API server":            {[]string{"-kube", "http://" + gone}, 503, "no overrides were read yet: ConfigMap default/overwriting: dial tcp " + gone + ": connect: connection refused"},
-		"no answer":                {[]string{"-kube", kubeAnswers(t, hang)}, 503, "no overrides were read yet: ConfigMap default/overwriting was asked for"},
+		"no ConfigMap":             {[]string{"-kube", kubeAnswers(t, listOf("ConfigMap", nil))}, 503, "no overrides have been read yet: ConfigMap default/overwriting does not exist: kubectl -n default create configmap overwriting"},
+		"other ConfigMap":          {[]string{"-kube", kubeAnswers(t, listOf("ConfigMap", nil)), "-configmap", "o", "-kube-namespace", "n"}, 503, "no overrides have been read yet: ConfigMap n/o does not exist: kubectl -n n create configmap o"},
+		"forbidden":                {[]string{"-kube", kubeAnswers(t, forbidden())}, 503, "no overrides have been read yet: ConfigMap default/overwriting: 403 Forbidden: configmaps is forbidden"},
+		"no API server":            {[]string{"-kube", "http://" + gone}, 503, "no overrides have been read yet: ConfigMap default/overwriting: dial tcp " + gone + ": connect: connection refused"},
+		"no answer":                {[]string{"-kube", kubeAnswers(t, hang)}, 503, "no overrides have been read yet: ConfigMap default/overwriting: no answer from the API server yet"},
 		"no ConfigMap, but a copy": {[]string{"-kube", kubeAnswers(t, listOf("ConfigMap", nil)), "-overrides", t.TempDir()}, 200, "ready"},
-		"nothing, and no copy":     {[]string{"-kube", kubeAnswers(t, hang), "-overrides", "/nowhere"}, 503, "no overrides were read yet: ConfigMap default/overwriting was asked for"},
+		"nothing, and no copy":     {[]string{"-kube", kubeAnswers(t, hang), "-overrides", "/nowhere"}, 503, "no overrides have been read yet: ConfigMap default/overwriting: no answer from the API server yet"},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -101,7 +101,7 @@ func TestAdminMakesRoom(t *testing.T) {
 // A body that nobody asked for is not read.
 func TestAdminTakesNoBodies(t *testing.T) {
 	r := startRouter(t, "-backends", "127.0.0.1:1", "-overrides", t.TempDir())
-	r.log.wait(t, "table", 1)
+	r.log.wait(t, "routing table updated", 1)
 	for _, path := range []string{"/healthz", "/readyz", "/metrics", "/owner?namespace=ns-01", "/backends", "/plan", "/"} {
 		for _, length := range []string{"Content-Length: 1073741824", "Transfer-Encoding: chunked"} {
 			conn, err := net.Dial("tcp", r.adminAddr)
@@ -235,11 +235,11 @@ func TestReadyzWhileDraining(t *testing.T) {
 			t.Errorf("readyz is %s %q, want %d %q", resp.Status, body, status, want)
 		}
 	}
-	wantReadyz(503, "no overrides were read yet: they are late\n")
+	wantReadyz(503, "no overrides have been read yet: they are late\n")
 	a.draining.Store(true)
-	wantReadyz(503, "the router stops\nno overrides were read yet: they are late\n")
+	wantReadyz(503, "the router is stopping\nno overrides have been read yet: they are late\n")
 	update(sourceContent{})
-	wantReadyz(503, "the router stops\n")
+	wantReadyz(503, "the router is stopping\n")
 	a.draining.Store(false)
 	wantReadyz(200, "ready\n")
 }
@@ -267,13 +267,13 @@ func TestOwnerAnswers(t *testing.T) {
 		"hash":     {a, hashed, 200, `{"namespace":"` + hashed + `","owner":"backend-0","why":"hash","address":"` + address + `","ready":true,"table":"41","stamp":"` + stamp + `"}`},
 		"down": {a, "down", 200, `{"namespace":"down","owner":"backend-1","why":"override","address":"` + gone +
 			`","ready":false,"error":"dial tcp ` + gone + `: connect: connection refused","table":"41","stamp":"` + stamp + `"}`},
-		"kept": {a, "kept", 200, `{"namespace":"kept","owner":"backend-0","why":"kept","address":"` + address +
-			`","ready":true,"table":"41","stamp":"` + stamp + `","rejected":[{"source":"","value":"bakend-0","want":"backend-0 to backend-1","kept":"backend-0"}]}`},
-		"refused": {b, "refused", 200, `{"namespace":"refused","why":"refused","ready":false,"table":"1","stamp":"` + b.proxy.router.table().stamp + `","rejected":[{"source":"","value":"backend-9","want":"backend-0 to backend-1","kept":"refused"}]}`},
+		"kept": {a, "kept", 200, `{"namespace":"kept","owner":"backend-0","why":"previous","address":"` + address +
+			`","ready":true,"table":"41","stamp":"` + stamp + `","rejected":[{"source":"","value":"bakend-0","expected":"backend-0 to backend-1","in_force":"backend-0"}]}`},
+		"refused": {b, "refused", 200, `{"namespace":"refused","why":"unresolved","ready":false,"table":"1","stamp":"` + b.proxy.router.table().stamp + `","rejected":[{"source":"","value":"backend-9","expected":"backend-0 to backend-1","in_force":"unresolved"}]}`},
 		"two dots": {a, dots, 200, `{"namespace":"` + dots + `","owner":"backend-0","why":"hash","address":"` + address +
-			`","ready":true,"note":"it can have no override: no key of a ConfigMap begins with two dots","table":"41","stamp":"` + stamp + `"}`},
-		"bad namespace": {a, "a/b", 400, `{"error":"/owner?namespace= is \"a/b\", want ` + jsonText(t, pathNamespaceFault("a/b")) + `"}`},
-		"no namespace":  {a, "", 400, `{"error":"/owner?namespace= is \"\", want ` + jsonText(t, pathNamespaceFault("")) + `"}`},
+			`","ready":true,"note":"it cannot have an override: no key of a ConfigMap begins with two dots","table":"41","stamp":"` + stamp + `"}`},
+		"bad namespace": {a, "a/b", 400, `{"error":"/owner?namespace= must be ` + jsonText(t, pathNamespaceFault("a/b")) + ` (got \"a/b\")"}`},
+		"no namespace":  {a, "", 400, `{"error":"/owner?namespace= must be ` + jsonText(t, pathNamespaceFault("")) + ` (got \"\")"}`},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -284,12 +284,12 @@ func TestOwnerAnswers(t *testing.T) {
 	update(sourceContent{id: sourceID{name: "a"}, version: "1", overrides: newOverrideSet(map[string]string{"both": "backend-0"})})
 	update(sourceContent{id: sourceID{name: "a"}, version: "1", overrides: newOverrideSet(map[string]string{"both": "backend-0"})},
 		sourceContent{id: sourceID{name: "b"}, version: "2", overrides: newOverrideSet(map[string]string{"both": "backend-1"})})
-	const want = `"want":"the same backend in all objects","kept":"backend-0"}`
+	const want = `"expected":"the same backend in all sources","in_force":"backend-0"}`
 	wantOwner(t, conflict, "both", 200, `{"namespace":"both","owner":"backend-0","why":"conflict","address":"`+address+
 		`","ready":true,"table":"`+conflict.proxy.router.table().version+`","stamp":"`+conflict.proxy.router.table().stamp+`","rejected":[{"source":"a","value":"backend-0",`+want+
 		`,{"source":"b","value":"backend-1",`+want+`]}`)
 	c, _ := adminOf(t, up.Addr().String())
-	wantOwner(t, c, "ns-01", 503, `{"error":"no overrides were read yet: they are late"}`)
+	wantOwner(t, c, "ns-01", 503, `{"error":"no overrides have been read yet: they are late"}`)
 }
 
 // wantOwner checks the answer of /owner.
@@ -351,7 +351,7 @@ func TestReadyzFollowing(t *testing.T) {
 		"no StatefulSet":   {map[string]http.HandlerFunc{"configmaps": maps, "statefulsets": listOf("StatefulSet", nil)}, 503, "the number of backends is not known yet: StatefulSet default/backend does not exist"},
 		"no replicas":      {map[string]http.HandlerFunc{"configmaps": maps, "statefulsets": set(0)}, 503, "the number of backends is not known yet: StatefulSet default/backend has no replicas"},
 		"no permission":    {map[string]http.HandlerFunc{"configmaps": maps}, 503, "the number of backends is not known yet: StatefulSet default/backend: 403 Forbidden: not this; the Role needs list and watch of statefulsets with resourceNames [backend]"},
-		"nothing, but one": {map[string]http.HandlerFunc{"statefulsets": set(4)}, 503, "no overrides were read yet: ConfigMap default/overwriting: 403 Forbidden: not this"},
+		"nothing, but one": {map[string]http.HandlerFunc{"statefulsets": set(4)}, 503, "no overrides have been read yet: ConfigMap default/overwriting: 403 Forbidden: not this"},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -377,7 +377,7 @@ func TestBackendsShowsWhatIsLeft(t *testing.T) {
 	if err := json.NewDecoder(answered(a, "/backends").Body).Decode(&got); err != nil {
 		t.Fatal(err)
 	}
-	if all := got.Backends; len(all) != 2 || !all[0].Namespaces || all[1].Name != "backend-1" || all[1].Namespaces || all[1].Sessions != 3 {
+	if all := got.Backends; len(all) != 2 || !all[0].OwnsNamespaces || all[1].Name != "backend-1" || all[1].OwnsNamespaces || all[1].Sessions != 3 {
 		t.Errorf("backends %+v, want backend-0, and backend-1 with 3 sessions only", got.Backends)
 	}
 }
@@ -416,19 +416,19 @@ func TestPlan(t *testing.T) {
 				`{"namespace":"b","from":"` + b + `","to":"` + backendName("backend", other) + `","sessions":1},` + late + `],"rejected":0}`},
 		"a bad entry stays": {configMap("overwriting", "edge", `{"a":"bakend-2","late":"backend-1"}`), 200,
 			`{"table":"7","backends":4,"sessions":1,"namespaces":1,"seconds":0.5,"moves":[` + late + `],"rejected":1,` +
-				`"rejections":["a: \"bakend-2\", want backend-0 to backend-3, keeps backend-0"]}`},
+				`"rejections":["a: \"bakend-2\", expected backend-0 to backend-3, in force: backend-0"]}`},
 		"fewer backends": {`{"replicas":1}`, 200, planFewer(t)},
-		"no replicas":    {`{"replicas":0}`, 400, `{"error":"replicas 0, want 1 to 10000"}`},
-		"too many":       {`{"replicas":10001}`, 400, `{"error":"replicas 10001, want 1 to 10000"}`},
-		"both":           {`{"replicas":3,"kind":"ConfigMap"}`, 400, `{"error":"a ConfigMap and replicas 3, want one of them"}`},
-		"another kind":   {`{"kind":"Secret"}`, 400, `{"error":"kind \"Secret\", want ConfigMap, or {\"replicas\": number}"}`},
-		"another name":   {configMap("other", "edge", `{}`), 400, `{"error":"ConfigMap edge/other is not among the sources of overrides: ConfigMap edge/overwriting"}`},
-		"another place":  {configMap("overwriting", "other", `{}`), 400, `{"error":"ConfigMap other/overwriting is not among the sources of overrides: ConfigMap edge/overwriting"}`},
-		"YAML":           {"kind: ConfigMap", 400, `{"error":"the body is no JSON of a ConfigMap or {\"replicas\": number}: invalid character 'k' looking for beginning of value"}`},
-		"nothing":        {"", 400, `{"error":"the body is no JSON of a ConfigMap or {\"replicas\": number}: unexpected end of JSON input"}`},
-		"numbers":        {configMap("overwriting", "edge", `{"a":2}`), 400, `{"error":"the body is no JSON of a ConfigMap or {\"replicas\": number}: json: cannot unmarshal number into Go struct field proposal.configMap.data of type string"}`},
-		"too big":        {`"` + strings.Repeat("x", maxPlanBody) + `"`, 413, `{"error":"a body of more than 8388608 bytes"}`},
-		"two objects":    {`{"replicas":3}{"replicas":4}`, 400, `{"error":"the body is no JSON of a ConfigMap or {\"replicas\": number}: invalid character '{' after top-level value"}`},
+		"no replicas":    {`{"replicas":0}`, 400, `{"error":"replicas must be 1 to 10000 (got 0)"}`},
+		"too many":       {`{"replicas":10001}`, 400, `{"error":"replicas must be 1 to 10000 (got 10001)"}`},
+		"both":           {`{"replicas":3,"kind":"ConfigMap"}`, 400, `{"error":"the body must not have both a ConfigMap and replicas"}`},
+		"another kind":   {`{"kind":"Secret"}`, 400, `{"error":"the body must be a ConfigMap (got kind \"Secret\") or {\"replicas\": number}"}`},
+		"another name":   {configMap("other", "edge", `{}`), 400, `{"error":"ConfigMap edge/other is not a source of overrides; the sources are: ConfigMap edge/overwriting"}`},
+		"another place":  {configMap("overwriting", "other", `{}`), 400, `{"error":"ConfigMap other/overwriting is not a source of overrides; the sources are: ConfigMap edge/overwriting"}`},
+		"YAML":           {"kind: ConfigMap", 400, `{"error":"the body must be a ConfigMap in JSON or {\"replicas\": number}: invalid character 'k' looking for beginning of value"}`},
+		"nothing":        {"", 400, `{"error":"the body must be a ConfigMap in JSON or {\"replicas\": number}: unexpected end of JSON input"}`},
+		"numbers":        {configMap("overwriting", "edge", `{"a":2}`), 400, `{"error":"the body must be a ConfigMap in JSON or {\"replicas\": number}: json: cannot unmarshal number into Go struct field proposal.configMap.data of type string"}`},
+		"too big":        {`"` + strings.Repeat("x", maxPlanBody) + `"`, 413, `{"error":"the body has more than 8388608 bytes"}`},
+		"two objects":    {`{"replicas":3}{"replicas":4}`, 400, `{"error":"the body must be a ConfigMap in JSON or {\"replicas\": number}: invalid character '{' after top-level value"}`},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -457,7 +457,7 @@ func TestPlan(t *testing.T) {
 func planFewer(t *testing.T) string {
 	t.Helper()
 	p := plan{Table: "7", Backends: 1, Moves: []plannedMove{}, Rejected: 1,
-		Rejections: []string{`late: "backend-1", want backend-0 to backend-0, keeps refused`}}
+		Rejections: []string{`late: "backend-1", expected backend-0 to backend-0, in force: unresolved`}}
 	if from := bucket("b", 4); from != 0 {
 		p.Sessions, p.Namespaces, p.Seconds = 1, 1, 0.5
 		p.Moves = append(p.Moves, plannedMove{"b", backendName("backend", from), "backend-0", 1})

@@ -95,7 +95,7 @@ func parseBackends(list string) ([]string, error) {
 		addrs[i] = strings.TrimSpace(addr)
 		host, port, err := net.SplitHostPort(addrs[i])
 		if n, perr := strconv.Atoi(port); err != nil || host == "" || perr != nil || n < 1 || n > 65535 {
-			return nil, fmt.Errorf("backend %d is %q, want host:port", i, addrs[i])
+			return nil, fmt.Errorf("backend %d must be host:port (got %q)", i, addrs[i])
 		}
 	}
 	return addrs, nil
@@ -125,7 +125,7 @@ func (b *backends) dial(ctx context.Context, ordinal int) (net.Conn, error) {
 // errSelfConnect says that a connection's two ends are one socket: nobody listens at
 // the address, and the system has chosen its port for the end that dials (RFC 9293
 // §3.5, simultaneous open). It would answer a client with its own request.
-var errSelfConnect = errors.New("connected to itself, as nobody listens there")
+var errSelfConnect = errors.New("connected to itself: nothing listens there")
 
 // tryResolve returns the address of a backend that may be dialled now, if nobody has
 // to wait for that. The caller calls dialled.
@@ -227,7 +227,7 @@ const (
 )
 
 // errRecheckOwner says that the table was swapped while an upgrade waited.
-var errRecheckOwner = errors.New("the owner may be another")
+var errRecheckOwner = errors.New("the owner may have changed")
 
 // dialQueues makes upgrades wait until their backend is ready, and then lets them
 // dial in the order in which they came, at most maxDialsPerBackend at once. None of them

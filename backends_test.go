@@ -22,11 +22,11 @@ func TestParseBackends(t *testing.T) {
 	}{
 		"two":       {"127.0.0.1:9000, backend-1.headless:9000", "127.0.0.1:9000|backend-1.headless:9000"},
 		"IPv6":      {"[::1]:9000", "[::1]:9000"},
-		"no port":   {"127.0.0.1", `backend 0 is "127.0.0.1", want host:port`},
-		"no host":   {"127.0.0.1:1,:9000", `backend 1 is ":9000", want host:port`},
-		"bad port":  {"a:http", `backend 0 is "a:http", want host:port`},
-		"high port": {"a:65536", `backend 0 is "a:65536", want host:port`},
-		"empty":     {"a:1,", `backend 1 is "", want host:port`},
+		"no port":   {"127.0.0.1", `backend 0 must be host:port (got "127.0.0.1")`},
+		"no host":   {"127.0.0.1:1,:9000", `backend 1 must be host:port (got ":9000")`},
+		"bad port":  {"a:http", `backend 0 must be host:port (got "a:http")`},
+		"high port": {"a:65536", `backend 0 must be host:port (got "a:65536")`},
+		"empty":     {"a:1,", `backend 1 must be host:port (got "")`},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {

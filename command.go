@@ -44,9 +44,9 @@ func runCommand(ctx context.Context, args []string, out io.Writer) (
 	f.StringVar(&c.admin, "admin", "http://127.0.0.1:8001",
 		"`URL` of a router's admin port")
 	run, usage := c.plan, "Usage: router plan [flags] FILE|-|NUMBER\n\n"+
-		"Says which sessions would move with a ConfigMap (JSON) or a number of backends.\n\n"
+		"Shows which sessions would move with a ConfigMap (JSON) or a number of backends.\n\n"
 	if args[0] == "owner" {
-		f.IntVar(&c.replicas, "replicas", 0, "`number` of backends, to ask no router")
+		f.IntVar(&c.replicas, "replicas", 0, "`number` of backends, to answer without a router")
 		f.StringVar(&c.overridesDir, "overrides", "",
 			"`directory` with the overrides, with -replicas")
 		f.StringVar(&c.statefulSet, "statefulset", "backend",
@@ -54,7 +54,7 @@ func runCommand(ctx context.Context, args []string, out io.Writer) (
 		f.StringVar(&c.namespaceFrom, "namespace-from", "path",
 			"where requests have their namespace, path or host, with -replicas")
 		run, usage = c.owners, "Usage: router owner [flags] NAMESPACE...\n\n"+
-			"Says who owns namespaces, and why.\n\n"
+			"Shows who owns namespaces, and why.\n\n"
 	}
 	switch err := f.Parse(args[1:]); {
 	case errors.Is(err, flag.ErrHelp):
@@ -102,7 +102,7 @@ func (c *command) do(ctx context.Context, method, path string, body []byte, v an
 func (c *command) plan(ctx context.Context, args []string) error {
 	if len(args) != 1 {
 		return usageError{fmt.Errorf(
-			"%d arguments, want one: a file, -, or a number of backends", len(args))}
+			"one argument is required: a file, -, or a number of backends (got %d)", len(args))}
 	}
 	var body []byte
 	var err error
@@ -130,7 +130,7 @@ func (c *command) plan(ctx context.Context, args []string) error {
 		fmt.Fprintln(c.out, "rejected:", bad)
 	}
 	_, err = fmt.Fprintf(c.out, "%d sessions of %d namespaces would move, in %.1f s; "+
-		"%d backends, %d entries rejected\n",
+		"%d backends, %d overrides rejected\n",
 		p.Sessions, p.Namespaces, p.Seconds, p.Backends, p.Rejected)
 	return err
 }
@@ -139,7 +139,7 @@ func (c *command) plan(ctx context.Context, args []string) error {
 // it answers as a router would that has just started with these.
 func (c *command) owners(ctx context.Context, namespaces []string) error {
 	if len(namespaces) == 0 {
-		return usageError{errors.New("no arguments, want namespaces")}
+		return usageError{errors.New("at least one namespace is required")}
 	}
 	lookUp := func(namespace string) (o ownership, err error) {
 		query := url.Values{"namespace": {namespace}}
@@ -175,7 +175,7 @@ func printOwner(w io.Writer, namespace string, o ownership) {
 	}
 	for _, bad := range o.Rejected {
 		entry := strings.TrimSpace(bad.Source + " " + bad.Key)
-		fmt.Fprintf(w, "\trejected %q of %s, want %s\n", bad.Value, entry, bad.Expected)
+		fmt.Fprintf(w, "\trejected: %q in %s, expected %s\n", bad.Value, entry, bad.Expected)
 	}
 }
 
@@ -183,7 +183,7 @@ func printOwner(w io.Writer, namespace string, o ownership) {
 func (c *command) table() (*table, error) {
 	if c.replicas < 1 || c.replicas > maxReplicas {
 		return nil, usageError{
-			fmt.Errorf("-replicas %d, want 1 to %d", c.replicas, maxReplicas)}
+			fmt.Errorf("-replicas must be 1 to %d (got %d)", maxReplicas, c.replicas)}
 	}
 	if err := checkNamespaceFrom(c.namespaceFrom); err != nil {
 		return nil, usageError{err}
@@ -205,7 +205,7 @@ func (c *command) table() (*table, error) {
 func (c *command) owner(t *table, namespace string) (ownership, error) {
 	namespace, want := clientNamespace(namespace, t.fromHost)
 	if want != "" {
-		return ownership{}, usageError{fmt.Errorf("%.260q, want %s", namespace, want)}
+		return ownership{}, usageError{fmt.Errorf("the argument must be %s (got %.260q)", want, namespace)}
 	}
 	o, _ := newOwnership(t, namespace)
 	return o, nil

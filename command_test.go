@@ -43,26 +43,26 @@ func TestCommands(t *testing.T) {
 		want string // parts, in order
 	}{
 		"plan a file": {[]string{"plan", admin, file}, 0, "a     backend-0  to backend-2  3 sessions\nlate  backend-0  to backend-1  1 sessions\n" +
-			"rejected: x: \"no\", want backend-0 to backend-3, keeps hash\n4 sessions of 2 namespaces would move, in 2.0 s; 4 backends, 1 entries rejected\n"},
-		"plan a number":    {[]string{"plan", admin, "4"}, 0, "late  backend-0  to backend-1  1 sessions\n1 sessions of 1 namespaces would move, in 0.5 s; 4 backends, 0 entries rejected\n"},
-		"plan no number":   {[]string{"plan", admin, "0"}, 1, s.URL + "/plan: 400 Bad Request: replicas 0, want 1 to 10000\n"},
+			"rejected: x: \"no\", expected backend-0 to backend-3, in force: hash\n4 sessions of 2 namespaces would move, in 2.0 s; 4 backends, 1 overrides rejected\n"},
+		"plan a number":    {[]string{"plan", admin, "4"}, 0, "late  backend-0  to backend-1  1 sessions\n1 sessions of 1 namespaces would move, in 0.5 s; 4 backends, 0 overrides rejected\n"},
+		"plan no number":   {[]string{"plan", admin, "0"}, 1, s.URL + "/plan: 400 Bad Request: replicas must be 1 to 10000 (got 0)\n"},
 		"plan no file":     {[]string{"plan", admin, "/nowhere"}, 1, "open /nowhere: no such file or directory\n"},
-		"plan nothing":     {[]string{"plan", admin}, 2, "0 arguments, want one: a file, -, or a number of backends\n"},
+		"plan nothing":     {[]string{"plan", admin}, 2, "one argument is required: a file, -, or a number of backends (got 0)\n"},
 		"plan, bad flag":   {[]string{"plan", "-replicas", "3"}, 2, "flag provided but not defined: -replicas\n"},
 		"owner":            {[]string{"owner", admin, "late"}, 0, "late  backend-1  override  127.0.0.1:1  dial tcp 127.0.0.1:1: connect: connection refused\n"},
-		"owner of nothing": {[]string{"owner", admin}, 2, "no arguments, want namespaces\n"},
-		"owner, bad name":  {[]string{"owner", admin, "a/b"}, 1, s.URL + "/owner?namespace=a%2Fb: 400 Bad Request: /owner?namespace= is \"a/b\", want " + pathNamespaceFault("a/b") + "\n"},
-		"owner offline": {[]string{"owner", "-replicas", "4", "-overrides", folder, "a", "free", "bad"}, 0, "a     backend-2  override\nfree  " + hashed + "  hash\nbad              refused\n" +
-			"      rejected \"bakend-2\" of directory " + folder + ", want backend-0 to backend-3\n"},
-		"owner offline, bad name": {[]string{"owner", "-replicas", "4", ""}, 2, `"", want ` + pathNamespaceFault("") + "\n"},
+		"owner of nothing": {[]string{"owner", admin}, 2, "at least one namespace is required\n"},
+		"owner, bad name":  {[]string{"owner", admin, "a/b"}, 1, s.URL + "/owner?namespace=a%2Fb: 400 Bad Request: /owner?namespace= must be " + pathNamespaceFault("a/b") + " (got \"a/b\")\n"},
+		"owner offline": {[]string{"owner", "-replicas", "4", "-overrides", folder, "a", "free", "bad"}, 0, "a     backend-2  override\nfree  " + hashed + "  hash\nbad              unresolved\n" +
+			"      rejected: \"bakend-2\" in directory " + folder + ", expected backend-0 to backend-3\n"},
+		"owner offline, bad name": {[]string{"owner", "-replicas", "4", ""}, 2, "the argument must be " + pathNamespaceFault("") + " (got \"\")\n"},
 		"owner offline, of hosts": {[]string{"owner", "-replicas", "4", "-overrides", hosts, "-namespace-from", "host", "Ns", "free"}, 0,
-			"Ns    " + backendName("backend", bucket("ns", 4)) + "  hash\n      rejected \"backend-2\" of directory " + hosts + " NS, want " + hostNamespaceFault("") +
+			"Ns    " + backendName("backend", bucket("ns", 4)) + "  hash\n      rejected: \"backend-2\" in directory " + hosts + " NS, expected " + hostNamespaceFault("") +
 				"\nfree  " + hashed + "  hash\n"},
-		"owner offline, no host":    {[]string{"owner", "-replicas", "4", "-namespace-from", "host", "a.b"}, 2, `"a.b", want ` + hostNamespaceFault("a.b") + "\n"},
-		"owner offline, from where": {[]string{"owner", "-replicas", "4", "-namespace-from", "header", "a"}, 2, "-namespace-from \"header\", want path or host\n"},
+		"owner offline, no host":    {[]string{"owner", "-replicas", "4", "-namespace-from", "host", "a.b"}, 2, "the argument must be " + hostNamespaceFault("a.b") + " (got \"a.b\")\n"},
+		"owner offline, from where": {[]string{"owner", "-replicas", "4", "-namespace-from", "header", "a"}, 2, "-namespace-from must be path or host (got \"header\")\n"},
 		"owner of two dots": {[]string{"owner", "-replicas", "1", "..foo"}, 0,
-			"..foo  backend-0  hash\n       it can have no override: no key of a ConfigMap begins with two dots\n"},
-		"owner of no backends": {[]string{"owner", "-overrides", folder, "a"}, 2, "-replicas 0, want 1 to 10000\n"},
+			"..foo  backend-0  hash\n       it cannot have an override: no key of a ConfigMap begins with two dots\n"},
+		"owner of no backends": {[]string{"owner", "-overrides", folder, "a"}, 2, "-replicas must be 1 to 10000 (got 0)\n"},
 		"owner, no folder":     {[]string{"owner", "-replicas", "1", "-overrides", "/nowhere", "a"}, 1, "-overrides: open /nowhere: no such file or directory\n"},
 		"no URL":               {[]string{"owner", "-admin", ":", "a"}, 2, "-admin: parse \":/owner?namespace=a\": missing protocol scheme\n"},
 	}

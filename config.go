@@ -53,7 +53,7 @@ func (n *nameList) String() string { return strings.Join(*n, ",") }
 func (n *nameList) Set(list string) error {
 	for name := range strings.SplitSeq(list, ",") {
 		if name == "" || slices.Contains(*n, name) {
-			return fmt.Errorf("%q is empty or comes twice", name)
+			return fmt.Errorf("%q is empty or repeated", name)
 		}
 		*n = append(*n, name)
 	}
@@ -71,17 +71,17 @@ func (c *config) flags() *flag.FlagSet {
 		"`address` for clients: host:port, or unix:/path of a socket")
 	f.StringVar(&c.admin, "admin", ":8001",
 		"`address` for /healthz, /readyz, /metrics, /owner, /backends and /plan")
-	f.DurationVar(&c.tcpUserTimeout, "peer-timeout", time.Minute,
-		"how long a client or backend may leave TCP without an answer before its session\n"+
-			"ends, in whole seconds, 0 is as long as the system lets it")
+	f.DurationVar(&c.tcpUserTimeout, "tcp-user-timeout", time.Minute,
+		"how long a client or backend may not answer TCP before its session ends, in\n"+
+			"whole seconds, 0 is the limit of the system")
 	f.DurationVar(&c.idleTimeout, "idle-timeout", 0,
-		"how long a session may carry nothing in either direction before it ends, 0 is for ever")
+		"how long a session may carry no byte in either direction before it ends, 0 is no limit")
 
 	f.StringVar(&c.backends, "backends", "",
 		"fixed `list` of backends, host:port,host:port,... in the order of their ordinals")
 	f.IntVar(&c.replicas, "replicas", 0,
-		"`number` of backends, which DNS then finds; "+
-			"without it and -backends the API server says both")
+		"`number` of backends, whose addresses are looked up in DNS (default with neither this\n"+
+			"nor -backends: the API server gives the number and the addresses)")
 	f.StringVar(&c.statefulSet, "statefulset", "backend",
 		"`name` of the StatefulSet: backends are <name>-0, <name>-1, ...")
 	f.StringVar(&c.service, "service", "headless",
@@ -100,8 +100,8 @@ func (c *config) flags() *flag.FlagSet {
 	f.StringVar(&c.selector, "configmap-selector", "",
 		"`labels` of the ConfigMaps with overrides, like app=router-overrides, in place of names")
 	f.StringVar(&c.overrides, "overrides", "",
-		"`directory` with the overrides, one file for each namespace; with an API server a\n"+
-			"copy that counts until the server was heard")
+		"`directory` with the overrides, one file for each namespace; with an API server, a\n"+
+			"copy that is used until the server has answered")
 
 	c.trafficFlags(f)
 	f.StringVar(&c.logFormat, "log-format", "text", "`format` of the log: text or json")
@@ -113,8 +113,8 @@ func (c *config) flags() *flag.FlagSet {
 // trafficFlags adds the flags for requests, moves and the drain to f.
 func (c *config) trafficFlags(f *flag.FlagSet) {
 	f.StringVar(&c.namespaceFrom, "namespace-from", "path",
-		"where a request has its namespace: `path` (/ws/<namespace>) or host (its first label)")
-	f.StringVar(&c.podName, "pod", "",
+		"where the namespace of a request is: `path` (/ws/<namespace>) or host (its first label)")
+	f.StringVar(&c.podName, "pod-name", "",
 		"`name` of this router for X-Router-Pod (default the host's name)")
 	f.DurationVar(&c.limits.holdTimeout, "hold", 10*time.Second,
 		"how long an upgrade waits for its owner")
@@ -123,25 +123,24 @@ func (c *config) trafficFlags(f *flag.FlagSet) {
 	f.DurationVar(&c.limits.headerTimeout, "header-timeout", 10*time.Second,
 		"how long a client may take to send its request")
 	f.IntVar(&c.limits.headerFields, "max-header-fields", 100,
-		"largest `number` of fields in a request's head")
+		"maximum `number` of fields in a request's head")
 	f.IntVar(&c.limits.headerBytes, "max-header-bytes", 16<<10,
-		"most `bytes` of a request's or an answer's head")
+		"maximum `bytes` of a request's or a response's head")
 	f.IntVar(&c.limits.sessions, "max-sessions", 100_000,
-		"largest `number` of open sessions")
-	f.IntVar(&c.limits.pendingUpgrades, "max-waiting", 10_000,
-		"largest `number` of upgrades under way; "+
-			"half of it is divided evenly among the backends, of the\n"+
-			"rest one backend may have as much as it leaves free")
+		"maximum `number` of open sessions")
+	f.IntVar(&c.limits.pendingUpgrades, "max-pending-upgrades", 10_000,
+		"maximum `number` of upgrades under way; half of it is divided evenly among the\n"+
+			"backends, of the other half one backend may use as much as is free")
 	f.IntVar(&c.moveRate, "move-rate", 200,
-		"`sessions` closed per second after their owner changed, 0 is no limit")
+		"`sessions` that this router closes per second after their owner changed, 0 is no limit")
 	f.DurationVar(&c.moveSettle, "move-settle", 500*time.Millisecond,
-		"how long owners have to stay as they are before sessions move, and at most ten\n"+
-			"times as long after the first change")
+		"how long owners have to stay unchanged before sessions move; sessions move at the latest\n"+
+			"ten times as long after the first change")
 
 	f.DurationVar(&c.drainDelay, "drain-delay", 0,
-		"how long after SIGTERM clients are still accepted, until load balancers have noticed")
-	f.DurationVar(&c.drainDuration, "drain-time", 30*time.Second,
-		"the time over which sessions are then closed")
+		"how long clients are still accepted after SIGTERM, so that load balancers can notice")
+	f.DurationVar(&c.drainDuration, "drain-duration", 30*time.Second,
+		"the time over which sessions are closed after -drain-delay")
 }
 
 // parseConfig reads the flags in args, and those that are not in args from the
@@ -157,7 +156,7 @@ func parseConfig(args []string, getenv func(string) string,
 		return nil, flag.ErrHelp
 	}
 	if err == nil && f.NArg() > 0 {
-		err = fmt.Errorf("argument %q, want flags only", f.Arg(0))
+		err = fmt.Errorf("unexpected argument %q: the router takes flags only", f.Arg(0))
 	}
 	if err == nil {
 		err = setFromEnvironment(f, getenv)
@@ -196,7 +195,7 @@ func setFromEnvironment(f *flag.FlagSet, getenv func(string) string) (err error)
 func writeHelp(f *flag.FlagSet, w io.Writer) {
 	fmt.Fprint(w, "router sends each WebSocket to the backend that owns its namespace.\n\n"+
 		"Usage: router [flags], router plan -h, router owner -h\n\n"+
-		"Each flag can be given in the environment too: -drain-time as ROUTER_DRAIN_TIME.\n"+
+		"Each flag can be given in the environment too: -drain-duration as ROUTER_DRAIN_DURATION.\n"+
 		"Times are like 500ms, 10s, 5m.\n\n")
 	f.SetOutput(w)
 	f.PrintDefaults()
@@ -218,23 +217,22 @@ func (c *config) validate() error {
 func (c *config) validateBackends() error {
 	switch {
 	case c.replicas < 0:
-		return fmt.Errorf("-replicas %d, want 1 or more", c.replicas)
+		return fmt.Errorf("-replicas must be at least 1 (got %d)", c.replicas)
 	case c.backends == "" && c.replicas == 0 && c.kube == "none":
-		return errors.New("-replicas or -backends is needed without an API server: " +
-			"how many backends are there?")
+		return errors.New("-replicas or -backends is required without an API server")
 	case c.backends != "" && c.replicas != 0:
-		return errors.New("-replicas and -backends: want one of them, the list says how many")
+		return errors.New("-replicas and -backends exclude each other: the list has the number of backends")
 	case c.backendPort < 1 || c.backendPort > 65535:
-		return fmt.Errorf("-backend-port %d, want 1 to 65535", c.backendPort)
+		return fmt.Errorf("-backend-port must be 1 to 65535 (got %d)", c.backendPort)
 	}
 	if err := checkNamespaceFrom(c.namespaceFrom); err != nil {
 		return err
 	}
 	switch {
 	case c.kube == "none" && c.overrides == "":
-		return errors.New("-kube none: want -overrides too, or there is no table")
+		return errors.New("-kube none requires -overrides")
 	case c.selector != "" && c.configMaps != nil:
-		return fmt.Errorf("-configmap %s, -configmap-selector %s: want one of them",
+		return fmt.Errorf("-configmap and -configmap-selector exclude each other (got %s and %s)",
 			&c.configMaps, c.selector)
 	}
 	return nil
@@ -243,7 +241,7 @@ func (c *config) validateBackends() error {
 // checkNamespaceFrom returns an error for a bad value of -namespace-from.
 func checkNamespaceFrom(value string) error {
 	if value != "path" && value != "host" {
-		return fmt.Errorf("-namespace-from %q, want path or host", value)
+		return fmt.Errorf("-namespace-from must be path or host (got %q)", value)
 	}
 	return nil
 }
@@ -251,37 +249,44 @@ func checkNamespaceFrom(value string) error {
 // validateLimits checks the flags with times and numbers.
 func (c *config) validateLimits() error {
 	switch {
-	case c.limits.headerBytes < 1024:
-		return fmt.Errorf("-max-header-bytes %d, want at least 1024", c.limits.headerBytes)
-	case c.limits.headerFields < 16:
-		return fmt.Errorf("-max-header-fields %d, want at least 16", c.limits.headerFields)
-	case c.limits.sessions < 1 || c.limits.pendingUpgrades < 1:
-		return fmt.Errorf("-max-sessions %d, -max-waiting %d, want at least 1",
-			c.limits.sessions, c.limits.pendingUpgrades)
 	case !validTCPUserTimeout(c.tcpUserTimeout):
-		return fmt.Errorf("-peer-timeout %s, want 0, or 2s to 18h in whole seconds",
+		return fmt.Errorf("-tcp-user-timeout must be 0, or 2s to 18h in whole seconds (got %s)",
 			c.tcpUserTimeout)
 	case c.idleTimeout != 0 && c.idleTimeout < time.Second:
-		return fmt.Errorf("-idle-timeout %s, want 0, or at least 1s", c.idleTimeout)
-	case c.moveRate < 0 || c.moveSettle < 0:
-		return fmt.Errorf("-move-rate %d, -move-settle %s, want 0 or more",
-			c.moveRate, c.moveSettle)
+		return fmt.Errorf("-idle-timeout must be 0 or at least 1s (got %s)", c.idleTimeout)
 	}
-	for _, timeout := range []struct {
-		flag  string
-		value time.Duration
+	for _, number := range []struct {
+		flag       string
+		value, min int
 	}{
-		{"hold", c.limits.holdTimeout},
-		{"handshake-timeout", c.limits.handshakeTimeout},
-		{"header-timeout", c.limits.headerTimeout},
+		{"max-header-bytes", c.limits.headerBytes, 1024},
+		{"max-header-fields", c.limits.headerFields, 16},
+		{"max-sessions", c.limits.sessions, 1},
+		{"max-pending-upgrades", c.limits.pendingUpgrades, 1},
+		{"move-rate", c.moveRate, 0},
 	} {
-		if timeout.value <= 0 {
-			return fmt.Errorf("-%s %s, want more than 0", timeout.flag, timeout.value)
+		if number.value < number.min {
+			return fmt.Errorf("-%s must be at least %d (got %d)",
+				number.flag, number.min, number.value)
 		}
 	}
-	if c.drainDelay < 0 || c.drainDuration < 0 {
-		return fmt.Errorf("-drain-delay %s, -drain-time %s, want 0 or more",
-			c.drainDelay, c.drainDuration)
+	for _, timeout := range []struct {
+		flag       string
+		value, min time.Duration
+	}{
+		{"hold", c.limits.holdTimeout, 1},
+		{"handshake-timeout", c.limits.handshakeTimeout, 1},
+		{"header-timeout", c.limits.headerTimeout, 1},
+		{"move-settle", c.moveSettle, 0},
+		{"drain-delay", c.drainDelay, 0},
+		{"drain-duration", c.drainDuration, 0},
+	} {
+		if timeout.value < 0 {
+			return fmt.Errorf("-%s must not be negative (got %s)", timeout.flag, timeout.value)
+		}
+		if timeout.value < timeout.min {
+			return fmt.Errorf("-%s must not be 0", timeout.flag)
+		}
 	}
 	return nil
 }

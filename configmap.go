@@ -118,14 +118,14 @@ func (c *configMaps) apply(i int, set map[string]*configMap) {
 	for name, m := range previous {
 		switch found := set[name] != nil; {
 		case !found && len(set) > 0:
-			c.log.Info("the object is no longer selected, its overrides are out of force",
+			c.log.Info("ConfigMap no longer selected; its overrides are removed",
 				"object", m.id().String(), "version", m.Metadata.ResourceVersion)
 			continue
 		case !found && !m.absent:
-			c.log.Warn("there is no such object any more, its overrides stay in force",
+			c.log.Warn("ConfigMap deleted; keeping its last overrides",
 				"object", m.id().String(), "version", m.Metadata.ResourceVersion)
 		case found && m.absent:
-			c.log.Info("the object is there again",
+			c.log.Info("ConfigMap found again",
 				"object", m.id().String(), "version", set[name].Metadata.ResourceVersion)
 		}
 		next[name] = configMapState{m.configMap, true}
@@ -134,12 +134,12 @@ func (c *configMaps) apply(i int, set map[string]*configMap) {
 		next[name] = configMapState{m, false}
 		old := previous[name].configMap
 		if bool(m.Binary) && (old == nil || !bool(old.Binary) || !old.Data.equal(&m.Data)) {
-			c.log.Warn("binaryData is ignored",
+			c.log.Warn("ConfigMap has binaryData, which is ignored",
 				"object", m.id().String(), "version", m.Metadata.ResourceVersion)
 		}
 	}
 	if c.current[i] = next; len(next) == 0 {
-		c.log.Warn("there is no such object", "object", c.watchers[i].String())
+		c.log.Warn("ConfigMap not found", "object", c.watchers[i].String())
 	}
 	c.applyAll()
 }
@@ -166,8 +166,8 @@ func (c *configMaps) applyAll() {
 		return
 	}
 	if len(contents) > maxSources {
-		c.log.Error("too many objects, none of them is applied",
-			"objects", len(contents), "most", maxSources)
+		c.log.Error("too many ConfigMaps; none is applied",
+			"objects", len(contents), "max", maxSources)
 		return
 	}
 	c.applied = contents
@@ -217,7 +217,7 @@ func (c *configMaps) whyNotReady() string {
 		case failure != nil:
 			why = append(why, w.String()+": "+failure.Error())
 		default:
-			why = append(why, w.String()+" was asked for")
+			why = append(why, w.String()+": no answer from the API server yet")
 		}
 	}
 	return strings.Join(why, "; ")
@@ -225,9 +225,8 @@ func (c *configMaps) whyNotReady() string {
 
 // watchedObject is the state of one ConfigMap for the metrics.
 type watchedObject struct {
-	object       string // its display name, or the selector if that has found none yet
-	uid, version string // "" if it was never found
-	absent       bool   // it does not exist, or is not selected
+	object string // its display name, or the selector if that has found none yet
+	absent bool   // it does not exist, or is not selected
 }
 
 // watchedObjects returns the ConfigMaps whose overrides are in force, and one for each
@@ -238,9 +237,7 @@ func (c *configMaps) watchedObjects() (all []watchedObject) {
 	for i, w := range c.watchers {
 		for _, name := range slices.Sorted(maps.Keys(c.current[i])) {
 			m := c.current[i][name]
-			all = append(all, watchedObject{
-				m.id().String(), m.Metadata.UID, m.Metadata.ResourceVersion, m.absent,
-			})
+			all = append(all, watchedObject{m.id().String(), m.absent})
 		}
 		if len(c.current[i]) == 0 {
 			all = append(all, watchedObject{object: w.String(), absent: c.current[i] != nil})
@@ -249,19 +246,13 @@ func (c *configMaps) watchedObjects() (all []watchedObject) {
 	return all
 }
 
-// writeMetrics writes the version of each ConfigMap in force, and which are absent.
+// writeMetrics writes which ConfigMaps are absent.
 func (c *configMaps) writeMetrics(m metricsWriter) {
 	objects := c.watchedObjects()
 	if len(objects) == 0 {
 		return
 	}
-	m.family("router_watch_object_info", "gauge",
-		"Always 1; the labels say which version of an object is in force.")
-	for _, o := range objects {
-		m.sample("router_watch_object_info", 1,
-			"object", o.object, "uid", o.uid, "version", o.version)
-	}
-	m.family("router_watch_object_absent", "gauge", "1 if there is no such object.")
+	m.family("router_watch_object_absent", "gauge", "1 if the object does not exist.")
 	for _, o := range objects {
 		m.sample("router_watch_object_absent", boolToFloat(o.absent), "object", o.object)
 	}

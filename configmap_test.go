@@ -81,10 +81,10 @@ func TestConfigMapsMustAllBeThere(t *testing.T) {
 	c.apply(1, fakeSet(fakeMap("b", "2", "ns-b=backend-2")))
 	c.apply(0, fakeSet())
 	wantTable(t, r, "")
-	if got, want := c.whyNotReady(), "ConfigMap edge/a does not exist: kubectl -n edge create configmap a; ConfigMap edge/c was asked for"; got != want {
+	if got, want := c.whyNotReady(), "ConfigMap edge/a does not exist: kubectl -n edge create configmap a; ConfigMap edge/c: no answer from the API server yet"; got != want {
 		t.Errorf("missing: %s, want %s", got, want)
 	}
-	if n := len(log.all("there is no such object")); n != 1 {
+	if n := len(log.all("ConfigMap not found")); n != 1 {
 		t.Errorf("absence was logged %d times", n)
 	}
 	c.apply(2, fakeSet(fakeMap("c", "3", "")))
@@ -96,7 +96,7 @@ func TestConfigMapsMustAllBeThere(t *testing.T) {
 	}
 	c.apply(1, fakeSet(fakeMap("b", "4", "ns-b=backend-3 ns-b2=backend-0")))
 	wantTable(t, r, "ns-a=1 ns-b=3 ns-b2=0")
-	wantLine(t, log.all("table"), 2, map[string]any{"source": "ConfigMap edge/b", "added": 1.0, "changed": 1.0, "removed": 0.0})
+	wantLine(t, log.all("routing table updated"), 2, map[string]any{"source": "ConfigMap edge/b", "added": 1.0, "changed": 1.0, "removed": 0.0})
 	if r.swaps.Load() != 2 {
 		t.Errorf("%d swaps after one event, want one more", r.swaps.Load())
 	}
@@ -126,19 +126,19 @@ func TestConfigMapsStayWhenDeleted(t *testing.T) {
 				t.Errorf("missing: %s", why)
 			}
 			c.apply(0, fakeSet(fakeMap("a", "1", "ns-01=backend-1")))
-			want("ns-01=1", watchedObject{"ConfigMap edge/a", "u-a", "1", false})
+			want("ns-01=1", watchedObject{"ConfigMap edge/a", false})
 			c.apply(0, fakeSet())
 			c.apply(0, fakeSet())
-			want("ns-01=1", watchedObject{"ConfigMap edge/a", "u-a", "1", true})
-			if n := r.swaps.Load(); n != 1 || len(log.all("there is no such object any more, its overrides stay in force")) != 1 {
+			want("ns-01=1", watchedObject{"ConfigMap edge/a", true})
+			if n := r.swaps.Load(); n != 1 || len(log.all("ConfigMap deleted; keeping its last overrides")) != 1 {
 				t.Errorf("%d swaps, want 1, and one line about the absence", n)
 			}
 			c.apply(0, fakeSet(fakeMap("a", "1", "ns-01=backend-2"))) // the same version of another object
-			want("ns-01=2", watchedObject{"ConfigMap edge/a", "u-a", "1", false})
+			want("ns-01=2", watchedObject{"ConfigMap edge/a", false})
 			c.apply(0, fakeSet(fakeMap("a", "3", "")))
 			c.apply(0, fakeSet())
-			want("", watchedObject{"ConfigMap edge/a", "u-a", "3", true})
-			wantLine(t, log.all("the object is there again"), 1, map[string]any{"object": "ConfigMap edge/a"})
+			want("", watchedObject{"ConfigMap edge/a", true})
+			wantLine(t, log.all("ConfigMap found again"), 1, map[string]any{"object": "ConfigMap edge/a"})
 		})
 	}
 }
@@ -166,20 +166,20 @@ func TestConfigMapsOfASelection(t *testing.T) {
 			t.Errorf("a router that starts has other overrides %v", overridesOf(started.table()))
 		}
 	}
-	seesA, seesB := watchedObject{"ConfigMap edge/a", "u-a", "1", false}, watchedObject{"ConfigMap edge/b", "u-b", "2", false}
+	seesA, seesB := watchedObject{"ConfigMap edge/a", false}, watchedObject{"ConfigMap edge/b", false}
 	set := fakeSet(b, a)
 	c.apply(0, set)
 	want("ns-a=1 ns-b=2 x=refused", 1, set, seesA, seesB)
 	set = fakeSet(a)
 	c.apply(0, set)
 	want("ns-a=1 x=1", 2, set, seesA)
-	wantLine(t, log.all("the object is no longer selected, its overrides are out of force"), 1,
+	wantLine(t, log.all("ConfigMap no longer selected; its overrides are removed"), 1,
 		map[string]any{"level": "INFO", "object": "ConfigMap edge/b", "version": "2"})
-	wantLine(t, log.all("table"), 2, map[string]any{"source": "ConfigMap edge/b", "removed": 1.0, "overrides": 2.0})
+	wantLine(t, log.all("routing table updated"), 2, map[string]any{"source": "ConfigMap edge/b", "removed": 1.0, "overrides": 2.0})
 
 	set = fakeSet(b, fakeMap("c", "4", "ns-c=backend-3")) // one leaves and two come, in one LIST
 	c.apply(0, set)
-	seesC := watchedObject{"ConfigMap edge/c", "u-c", "4", false}
+	seesC := watchedObject{"ConfigMap edge/c", false}
 	want("ns-b=2 ns-c=3 x=2", 3, set, seesB, seesC)
 	if v := r.table().version; !strings.HasPrefix(v, "2-") {
 		t.Errorf("version %s, want that of 2", v)
@@ -189,7 +189,7 @@ func TestConfigMapsOfASelection(t *testing.T) {
 	c.apply(0, fakeSet())
 	seesB.absent, seesC.absent = true, true
 	want("ns-b=2 ns-c=3 x=2", 3, nil, seesB, seesC)
-	if n := len(log.all("there is no such object any more, its overrides stay in force")); n != 2 || r.table().stamp != stamp {
+	if n := len(log.all("ConfigMap deleted; keeping its last overrides")); n != 2 || r.table().stamp != stamp {
 		t.Errorf("%d lines about what is absent, want 2; stamp %s after %s", n, r.table().stamp, stamp)
 	}
 	set = fakeSet(b) // and given back to one
@@ -229,8 +229,8 @@ func TestConflictIsReported(t *testing.T) {
 	c.apply(0, fakeSet(a))
 	c.apply(0, fakeSet(a, fakeMap("b", "2", "x=backend-2 y=backend-1")))
 	want := []rejection{
-		{"x", "ConfigMap edge/a", "backend-1", "the same backend in all objects", "backend-1", ""},
-		{"x", "ConfigMap edge/b", "backend-2", "the same backend in all objects", "backend-1", ""},
+		{"x", "ConfigMap edge/a", "backend-1", "the same backend in all sources", "backend-1", ""},
+		{"x", "ConfigMap edge/b", "backend-2", "the same backend in all sources", "backend-1", ""},
 	}
 	if got := r.table().rejectionsOf("x"); !slices.Equal(got, want) || r.table().explain("x") != whyConflict || r.table().conflicts != 1 {
 		t.Errorf("%d conflicts, %s, %v, want %v", r.table().conflicts, r.table().explain("x"), got, want)
@@ -238,9 +238,9 @@ func TestConflictIsReported(t *testing.T) {
 	if got := r.table().rejectionsOf("y"); got != nil || r.table().explain("y") != whyOverride {
 		t.Errorf("y: %s, %v", r.table().explain("y"), got)
 	}
-	wantLine(t, log.all("entry rejected"), 1, map[string]any{"source": "ConfigMap edge/b", "version": "2", "namespace": "x",
-		"value": "backend-2", "want": "the same backend in all objects", "kept": "backend-1"})
-	wantLine(t, log.all("table"), 2, map[string]any{"source": "ConfigMap edge/b", "conflicts": 1.0, "rejected": 0.0, "overrides": 2.0})
+	wantLine(t, log.all("override rejected"), 1, map[string]any{"source": "ConfigMap edge/b", "version": "2", "namespace": "x",
+		"value": "backend-2", "expected": "the same backend in all sources", "in_force": "backend-1"})
+	wantLine(t, log.all("routing table updated"), 2, map[string]any{"source": "ConfigMap edge/b", "conflicts": 1.0, "rejected": 0.0, "overrides": 2.0})
 
 	c, r, _ = fakeMaps(t)
 	c.apply(0, fakeSet(a, fakeMap("b", "2", "x=backend-2 y=backend-1")))
@@ -305,7 +305,7 @@ func TestConfigMapFields(t *testing.T) {
 		c.apply(0, fakeSet(m))
 		c.apply(0, fakeSet(m))
 	}
-	wantLine(t, log.all("binaryData is ignored"), 2, map[string]any{"object": "ConfigMap edge/a", "version": "3"})
+	wantLine(t, log.all("ConfigMap has binaryData, which is ignored"), 2, map[string]any{"object": "ConfigMap edge/a", "version": "3"})
 }
 
 // The whole with a server: a selection is listed, changed and merged.

@@ -58,7 +58,7 @@ func (d *directory) whyNotReady() string {
 	if problem := d.lastError.Load(); problem != nil {
 		return *problem
 	}
-	return d.id().String() + " was not read yet"
+	return d.id().String() + " has not been read yet"
 }
 
 // poll compares the directory with the last poll, and applies a change that both polls
@@ -95,7 +95,7 @@ func (d *directory) apply(signature string) error {
 func (d *directory) setError(err error) {
 	text := fmt.Sprintf("read the overrides: %v", err)
 	if old := d.lastError.Swap(&text); old == nil || *old != text {
-		d.log.Warn("directory", "error", text)
+		d.log.Warn("cannot read the overrides directory", "error", text)
 	}
 	d.lastSignature, d.appliedSignature = "", "" // read all again once the error is gone
 }

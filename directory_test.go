@@ -199,7 +199,7 @@ func TestDirectoryOddFiles(t *testing.T) {
 func TestDirectoryMissing(t *testing.T) {
 	d := newFakeDir(t)
 	d.remove(t, "")
-	if why := d.whyNotReady(); !strings.Contains(why, "was not read yet") {
+	if why := d.whyNotReady(); !strings.Contains(why, "has not been read yet") {
 		t.Errorf("missing: %s", why)
 	}
 	d.want(t, nil)

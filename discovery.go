@@ -151,7 +151,7 @@ func (r *replicaWatcher) apply(set map[string]*statefulSet) {
 	}
 	r.mu.Unlock()
 	if s == nil {
-		r.log.Warn("there is no such object, the number of backends stays as it was",
+		r.log.Warn("StatefulSet not found; keeping the last number of backends",
 			"object", r.watcher.String())
 		return
 	}
@@ -175,7 +175,7 @@ func (r *replicaWatcher) keepActiveCount(ctx context.Context) {
 			retry = time.After(retryDelay(failures, retryAfter(err), rand.Float64()))
 			changed = nil // a change does not shorten the wait
 			if omitted, ok := failureThrottle.allow(time.Minute); ok {
-				r.log.Warn("cannot note the number of backends: the Role needs patch of statefulsets/status",
+				r.log.Warn("cannot record the number of backends: the Role needs patch of statefulsets/status",
 					"object", r.watcher.String(), "error", err.Error(), "omitted", omitted)
 			}
 		}
@@ -218,8 +218,8 @@ func (r *replicaWatcher) writeActiveCount(ctx context.Context) error {
 		return err
 	}
 	body.Close()
-	r.log.Info("number of backends noted",
-		"object", r.watcher.String(), "backends", count, "before", s.activeCount())
+	r.log.Info("number of backends recorded",
+		"object", r.watcher.String(), "backends", count, "previous", s.activeCount())
 	return nil
 }
 
@@ -248,14 +248,14 @@ func (r *replicaWatcher) lastStatefulSet() *statefulSet {
 func (r *replicaWatcher) writeMetrics(m metricsWriter, active ordinals) {
 	if s := r.lastStatefulSet(); s != nil {
 		m.single("router_statefulset_replicas", "gauge",
-			"Backends that the StatefulSet is to have, with namespaces or not yet.",
+			"Replicas that the StatefulSet should have.",
 			float64(s.replicas()))
 	}
 	if active.count == 0 {
 		return
 	}
 	m.family("router_backend_ready", "gauge",
-		"1 if the backend is ready for new sessions, as far as is known.")
+		"1 if the backend is ready for new sessions, or if the router does not know.")
 	for i := range active.count {
 		ordinal := active.first + i
 		ready, known := r.endpoints.isReady(ordinal)
@@ -281,7 +281,7 @@ func (r *replicaWatcher) whyNotReady() string {
 	case failure != nil:
 		return r.watcher.String() + ": " + failure.Error()
 	}
-	return r.watcher.String() + " was asked for"
+	return r.watcher.String() + ": no answer from the API server yet"
 }
 
 // endpointSlice holds the fields that the router reads of an EndpointSlice
@@ -447,7 +447,7 @@ func (e *endpointWatcher) backends() *backends {
 // deleted. That says nothing about the pods, so their addresses stay.
 func (e *endpointWatcher) apply(set map[string]*endpointSlice) {
 	if len(set) == 0 {
-		e.log.Warn("there is no such object, backends stay where they were",
+		e.log.Warn("EndpointSlices not found; keeping the last addresses",
 			"object", e.watcher.String())
 		return
 	}

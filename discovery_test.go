@@ -360,7 +360,7 @@ func TestEndpointsWatchFailsAsksDNS(t *testing.T) {
 		wantResolved(t, p, 0, "10.0.0.0:9000", "<nil>")
 		wantResolved(t, p, 3, "", "backend-3 is not ready")
 		if n := asked.Load(); n != before {
-			t.Errorf("DNS was asked %d times since the watch works again", n-before)
+			t.Errorf("DNS was asked %d times since the watch recovered", n-before)
 		}
 	})
 }

@@ -75,7 +75,7 @@ func (r *eventRecorder) reportChange(o apiObject, c sourceChange) {
 	}
 	message := "resourceVersion " + c.version + " is in force"
 	if c.initial {
-		message += fmt.Sprintf(" in a router that starts: %d overrides", c.added)
+		message += fmt.Sprintf(" in a router that started: %d overrides", c.added)
 	} else {
 		message += fmt.Sprintf(": %d overrides added, %d changed, %d removed",
 			c.added, c.changed, c.removed)
@@ -96,9 +96,9 @@ func (r *eventRecorder) reportMove(o apiObject, m moveResult) {
 // bytes.
 func rejectedMessage(c sourceChange) string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%d entries are not in force as written", c.rejected)
+	fmt.Fprintf(&b, "rejected overrides: %d", c.rejected)
 	for i, bad := range c.examples {
-		text := fmt.Sprintf("; %s, stays: %s", bad, bad.InForce)
+		text := fmt.Sprintf("; %s, in force: %s", bad, bad.InForce)
 		more := fmt.Sprintf("; and %d more", c.rejected-i)
 		if b.Len()+len(text)+len(more) > maxEventMessage {
 			return b.String() + more
@@ -136,7 +136,7 @@ func (r *eventRecorder) enqueue(o apiObject, kind, reason, identity, message str
 	case r.queue <- e:
 	default:
 		if omitted, ok := r.dropThrottle.allow(time.Minute); ok {
-			r.log.Warn("Events come too fast to write them all", "dropped", omitted+1)
+			r.log.Warn("event queue full; events dropped", "dropped", omitted+1)
 		}
 	}
 }
@@ -168,7 +168,7 @@ func (r *eventRecorder) write(ctx context.Context, e kubeEvent) {
 		return
 	}
 	if omitted, ok := r.failureThrottle.allow(time.Minute); ok || r.forbidden {
-		r.log.Warn("no Event was written, the overrides are in force all the same",
+		r.log.Warn("cannot write Event; the overrides are in force",
 			"error", err.Error(), "omitted", omitted)
 	}
 }

@@ -41,7 +41,7 @@ func TestEventsAsTheAPIHasThem(t *testing.T) {
 		r.reportChange(o, c)
 		names := map[string]bool{}
 		for _, want := range []struct{ kind, reason, message string }{
-			{"Warning", "OverridesRejected", `2 entries are not in force as written; ns-01: "bakend-2", want backend-0 to backend-3, stays: backend-1; and 1 more`},
+			{"Warning", "OverridesRejected", `rejected overrides: 2; ns-01: "bakend-2", expected backend-0 to backend-3, in force: backend-1; and 1 more`},
 			{"Normal", "OverridesInForce", "resourceVersion 7 is in force: 3 overrides added, 2 changed, 1 removed"},
 		} {
 			request := server.request(t)
@@ -123,19 +123,19 @@ func TestEventsOfAVersionThatDoesMore(t *testing.T) {
 			}
 		}
 		const data = "a=backend-1 b=backend-3 c=backend-3 d=backend-3 e=junk"
-		const junk = `; e: "junk", want backend-0 to backend-`
+		const junk = `; e: "junk", expected backend-0 to backend-`
 		c.apply(0, fakeSet(fakeMap("routes", "1", data)))
-		take(told{"OverridesRejected", "1 entries are not in force as written" + junk + "3, stays: refused"},
-			told{"OverridesInForce", "resourceVersion 1 is in force in a router that starts: 5 overrides"})
+		take(told{"OverridesRejected", "rejected overrides: 1" + junk + "3, in force: unresolved"},
+			told{"OverridesInForce", "resourceVersion 1 is in force in a router that started: 5 overrides"})
 		r.setBackends(ordinals{count: 3}, "u/2")
 		beyond := ""
 		for _, namespace := range []string{"b", "c", "d"} {
-			beyond += "; " + namespace + `: "backend-3", want backend-0 to backend-2, stays: refused`
+			beyond += "; " + namespace + `: "backend-3", expected backend-0 to backend-2, in force: unresolved`
 		}
-		take(told{"OverridesRejected", "4 entries are not in force as written" + beyond + junk + "2, stays: refused"},
+		take(told{"OverridesRejected", "rejected overrides: 4" + beyond + junk + "2, in force: unresolved"},
 			told{"OverridesInForce", "resourceVersion 1 is in force: 0 overrides added, 3 changed, 0 removed"})
 		r.setBackends(ordinals{count: 4}, "u/3")
-		take(told{"OverridesRejected", "1 entries are not in force as written" + junk + "3, stays: refused"},
+		take(told{"OverridesRejected", "rejected overrides: 1" + junk + "3, in force: unresolved"},
 			told{"OverridesInForce", "resourceVersion 1 is in force: 0 overrides added, 3 changed, 0 removed"})
 		c.apply(0, fakeSet(fakeMap("routes", "2", data))) // its labels
 		take()
@@ -190,13 +190,13 @@ func TestEventMessageIsBounded(t *testing.T) {
 	for count, size := range map[int]int{1: 10, 5: 64, 8: 64, 1000: 253} {
 		_, c := fakeChange(1)
 		for i := range count {
-			bad := rejection{fmt.Sprintf("%0*d", size, i), "s", strings.Repeat("\x00", 64), "backend-0 to backend-3", "refused", ""}
+			bad := rejection{fmt.Sprintf("%0*d", size, i), "s", strings.Repeat("\x00", 64), "backend-0 to backend-3", "unresolved", ""}
 			if c.rejected++; c.rejected <= maxExamples {
 				c.examples = append(c.examples, bad)
 			}
 		}
 		message := rejectedMessage(c)
-		named := strings.Count(message, "refused")
+		named := strings.Count(message, "unresolved")
 		if len(message) > maxEventMessage || named == 0 || named < count && !strings.HasSuffix(message, fmt.Sprintf("; and %d more", count-named)) {
 			t.Errorf("%d entries: %d bytes name %d: …%s", count, len(message), named, message[max(0, len(message)-60):])
 		}
@@ -245,7 +245,7 @@ func TestEventsDoNotBlock(t *testing.T) {
 		for i := range 10 * maxQueuedEvents {
 			r.reportChange(fakeChange(i))
 		}
-		if took := time.Since(begun); took != 0 || logged.count("too fast") != 1 {
+		if took := time.Since(begun); took != 0 || logged.count("event queue full") != 1 {
 			t.Errorf("took %s, log:\n%s", took, logged)
 		}
 		time.Sleep(10 * time.Minute)

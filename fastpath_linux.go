@@ -194,7 +194,7 @@ func (x *fastPath) refuseClient(client *os.File, reason error) {
 // that the gate counts on, no more than once a second.
 func (x *fastPath) logNoDescriptor(reason error) {
 	if omitted, ok := x.logThrottle.allow(time.Second); ok {
-		x.log.Warn("no descriptor for a client", "reason", reason.Error(), "omitted", omitted)
+		x.log.Warn("cannot accept clients: out of file descriptors", "reason", reason.Error(), "omitted", omitted)
 	}
 }
 

@@ -292,7 +292,7 @@ func TestProcessFastPathInterrupted(t *testing.T) {
 			p.traced(t, call+":error=EINTR:when=1+2") // of each thread's
 			p.start(t)
 			p.await(t)
-			p.log.wait(t, "table", 1)
+			p.log.wait(t, "routing table updated", 1)
 			for range 8 {
 				sayAndHear(t, p.open(t, "ns-01"), "hello")
 			}
@@ -423,7 +423,7 @@ func TestFastPathHolds(t *testing.T) {
 			t.Errorf("the upgrade was held until %v, want one time, on both ways", slices.Collect(maps.Keys(until)))
 		}
 	})
-	t.Run("the router stops", func(t *testing.T) {
+	t.Run("the router is stopping", func(t *testing.T) {
 		t.Parallel()
 		p, _ := start(t, patience)
 		conn := p.send(t, "ns-01")
@@ -488,11 +488,11 @@ func TestProcessHolds(t *testing.T) {
 	for network, listen := range map[string]string{"tcp": "127.0.0.1:0", "unix": "unix:" + filepath.Join(t.TempDir(), "socket")} {
 		t.Run(network, func(t *testing.T) {
 			p := newRouterProcess(t, slices.Concat(onFreePorts, []string{"-listen", listen, "-backends", freeAddr(t), "-overrides", t.TempDir(),
-				"-hold", "5m", "-drain-time", "0"})...)
+				"-hold", "5m", "-drain-duration", "0"})...)
 			p.build(t)
 			p.start(t)
 			p.await(t)
-			p.log.wait(t, "table", 1)
+			p.log.wait(t, "routing table updated", 1)
 			before := p.memory(t)["VmRSS"]
 			for range clients {
 				conn, err := net.Dial(network, p.clientAddr)
@@ -505,7 +505,7 @@ func TestProcessHolds(t *testing.T) {
 				defer conn.Close()
 				mustWrite(t, conn, request)
 			}
-			waitMetrics(t, &p.runningRouter, map[string]float64{"router_upgrades_waiting": clients})
+			waitMetrics(t, &p.runningRouter, map[string]float64{"router_pending_upgrades": clients})
 			grown := func() int { return p.memory(t)["VmRSS"] - before }
 			for end := time.Now().Add(patience); grown() > most && time.Now().Before(end); {
 				<-time.After(10 * time.Millisecond)
@@ -542,8 +542,8 @@ func TestFastPathOptions(t *testing.T) {
 	whole := func(w io.Writer, text string) { io.WriteString(w, text) }
 	inTwo := func(w io.Writer, text string) { inTwo(w, text, func() { <-time.After(20 * time.Millisecond) }) }
 	for timeout, want := range map[time.Duration]string{time.Minute: "[1 30 15 60000 1]", 0: "[0 0 1]"} {
-		r := startRouter(t, "-backends", backend.addr, "-overrides", t.TempDir(), "-peer-timeout", timeout.String())
-		r.log.wait(t, "table", 1)
+		r := startRouter(t, "-backends", backend.addr, "-overrides", t.TempDir(), "-tcp-user-timeout", timeout.String())
+		r.log.wait(t, "routing table updated", 1)
 		for i, write := range []func(io.Writer, string){whole, inTwo} {
 			conn, err := net.Dial("tcp", r.clientAddr)
 			if err != nil {

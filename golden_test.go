@@ -116,7 +116,7 @@ func volatileOfClients() []volatile {
 		{`/tmp/\S*`, "PATH"},
 		// A dial that ends with the hold and one that ends before it differ in their words
 		// only: which of the two comes last is chance.
-		{`; at last: [^\n]* result=`, "; at last: REASON result="},
+		{`; last error: [^\n]* result=`, "; last error: REASON result="},
 		{`(could not be reached within \S+: )[^;\n]*(; at last| result=)`, "${1}REASON${2}"},
 		{`omitted=\d+`, "omitted=NUMBER"},
 	}
@@ -136,7 +136,7 @@ func startGolden(t *testing.T, overrides string, args ...string) *goldenRouter {
 	r := &goldenRouter{runningRouter: runningRouter{log: newLogTail()}}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	args = slices.Concat(onFreePorts, []string{"-kube", "none", "-overrides", overrides, "-drain-time", "0", "-move-settle", "0",
+	args = slices.Concat(onFreePorts, []string{"-kube", "none", "-overrides", overrides, "-drain-duration", "0", "-move-settle", "0",
 		"-max-sessions", "1000"}, args)
 	go func() { done <- run(ctx, args, noEnvironment, r.log) }()
 	r.stop = sync.OnceFunc(func() {
@@ -148,7 +148,7 @@ func startGolden(t *testing.T, overrides string, args ...string) *goldenRouter {
 	t.Cleanup(r.stop)
 	r.await(t)
 	if _, err := os.Stat(overrides); err == nil {
-		r.log.wait(t, "table", 1)
+		r.log.wait(t, "routing table updated", 1)
 	}
 	return r
 }
@@ -551,7 +551,7 @@ func switchingWith(fields string) string {
 // refusals are the upgrades that are right and do not become a session.
 //
 // These cannot be provoked from outside, or not at will:
-//   - no descriptor for a client (fastPath.refuseClient, which writes "503 Service
+//   - cannot accept clients: out of file descriptors (fastPath.refuseClient, which writes "503 Service
 //     Unavailable", Retry-After: 1, Connection: close, Content-Length: 0 by itself):
 //     something else in the process would have to take the descriptors that are kept for
 //     clients. fastpath_linux_test.go does that.
@@ -561,16 +561,16 @@ func switchingWith(fields string) string {
 //   - errors of hijack and of the write of the 101: the client is gone, and gets nothing.
 func refusals() map[string]clientCase {
 	good := upgradeRequest("/ws/ns-01")
-	waiting := func(n int) string { return fmt.Sprintf("router_upgrades_waiting %d", n) }
+	waiting := func(n int) string { return fmt.Sprintf("router_pending_upgrades %d", n) }
 	return map[string]clientCase{
-		"503 no table":           {request: good, noTable: true},
-		"503 rejected override":  {request: good, overrides: map[string]string{"ns-01": "bakend-0"}, serve: echo},
-		"503 no owner in time":   {request: good, args: "-hold 5s"},
-		"503 another backend":    {request: good, args: "-hold 5s", serve: answer(notMeant), often: true},
-		"503 sessions":           {request: good, args: "-max-sessions 1", serve: echo, before: occupied(good, `router_sessions\{.*\} 1`), earlier: 1},
-		"503 upgrades under way": {request: good, args: "-max-waiting 1 -handshake-timeout 1m", serve: silent, before: occupied(good, waiting(1))},
-		"503 heads under way":    {request: upgradeWith("Origin: ", "Origin: "+strings.Repeat("x", headBytesPerUpgrade)), args: "-max-waiting 1"},
-		"503 the router stops":   {request: good, during: stopRouter, stops: true},
+		"503 no table":               {request: good, noTable: true},
+		"503 rejected override":      {request: good, overrides: map[string]string{"ns-01": "bakend-0"}, serve: echo},
+		"503 no owner in time":       {request: good, args: "-hold 5s"},
+		"503 another backend":        {request: good, args: "-hold 5s", serve: answer(notMeant), often: true},
+		"503 sessions":               {request: good, args: "-max-sessions 1", serve: echo, before: occupied(good, `router_sessions\{.*\} 1`), earlier: 1},
+		"503 upgrades under way":     {request: good, args: "-max-pending-upgrades 1 -handshake-timeout 1m", serve: silent, before: occupied(good, waiting(1))},
+		"503 heads under way":        {request: upgradeWith("Origin: ", "Origin: "+strings.Repeat("x", headBytesPerUpgrade)), args: "-max-pending-upgrades 1"},
+		"503 the router is stopping": {request: good, during: stopRouter, stops: true},
 		"no answer, client left": {request: good, during: func(t *testing.T, r *goldenRouter, conn net.Conn) {
 			r.metric(t, waiting(1))
 			reset(conn.(*net.TCPConn))
@@ -611,7 +611,7 @@ func refusals() map[string]clientCase {
 
 // stopRouter stops the router while it holds the client.
 func stopRouter(t *testing.T, r *goldenRouter, conn net.Conn) {
-	r.metric(t, "router_upgrades_waiting 1")
+	r.metric(t, "router_pending_upgrades 1")
 	go r.stop()
 	r.log.wait(t, "draining", 1)
 }
@@ -693,7 +693,7 @@ func heads() map[string]clientCase {
 		cases[name] = clientCase{request: request, serve: answer(switching)}
 	}
 	host := cases["as browsers send it"]
-	host.request, host.args = upgradeRequest("/any/path"), "-namespace-from host -pod another-router -statefulset db"
+	host.request, host.args = upgradeRequest("/any/path"), "-namespace-from host -pod-name another-router -statefulset db"
 	cases["namespace in the host"] = host
 	unix := cases["through another proxy"]
 	unix.args = "-listen unix:"
@@ -764,7 +764,7 @@ func TestGoldenCommands(t *testing.T) {
 		t.Fatal(err)
 	}
 	r := startGolden(t, dir, "-backends", echoBackends(t, 3))
-	r.log.wait(t, "table", 1)
+	r.log.wait(t, "routing table updated", 1)
 	for _, namespace := range []string{"pinned", "pinned", "b", "a", "a"} {
 		r.runningRouter.open(t, namespace)
 	}
@@ -1082,10 +1082,9 @@ func TestGoldenAdminFollowing(t *testing.T) {
 	g.compare(t, "plan.txt")
 
 	w.edit()
-	r.until(t, "/metrics", `(?m)^router_watch_object_info\{object="ConfigMap edge/one".*version="2"} 1$`)
 	r.until(t, "/metrics", `(?m)^router_table_conflicts 1$`)
 	w.pods("pod-0-again")
-	r.until(t, "/backends", `"replaced":4`)
+	r.until(t, "/backends", `"sessions_on_old_pod":4`)
 	g = adminGolden{}
 	for _, namespace := range []string{"moves", "stays", "kept", "both", "down", "waits", "never", "bad-3", "free"} {
 		g.get(t, r.adminAddr, "/owner?namespace="+namespace)
@@ -1174,7 +1173,7 @@ func notReadyCases(t *testing.T) []notReadyCase {
 	static := []string{"-backends", "127.0.0.1:1"}
 	return []notReadyCase{
 		{"no ConfigMap", static, mapped(noMaps), "kubectl"},
-		{"another ConfigMap", append([]string{"-configmap", "other"}, static...), mapped(maps), "not what"},
+		{"another ConfigMap", append([]string{"-configmap", "other"}, static...), mapped(maps), "not a response"},
 		{"no ConfigMap of two", append([]string{"-configmap", "one,other"}, static...), mapped(noMaps), "kubectl.*kubectl"},
 		{"no ConfigMap has the label", append([]string{"-configmap-selector", "a=b,c"}, static...), mapped(noMaps), "kubectl"},
 		{"no permission", static, mapped(nil), "403"},
@@ -1186,7 +1185,7 @@ func notReadyCases(t *testing.T) []notReadyCase {
 		{"an answer that is no JSON", static, mapped(respond(200, "{no")), "invalid"},
 		{"a list of another kind", static, mapped(listOf("Secret", nil)), "Secret"},
 		{"an object of another type", static, mapped(listOf("ConfigMap", map[string]string{"overwriting": `"data":3`})), "number"},
-		{"a list that is no list", static, mapped(respond(200, "[]")), "not what"},
+		{"a list that is no list", static, mapped(respond(200, "[]")), "not a response"},
 		{"an answer that is cut", static, mapped(func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }), "EOF"},
 		{"no API server", append([]string{"-kube", "http://" + refusingAddr(t)}, static...), nil, "refused"},
 		{"no StatefulSet", nil, scaled(noSets), "^the number.*exist"},
@@ -1213,7 +1212,7 @@ func TestGoldenNotReady(t *testing.T) {
 		r.until(t, "/readyz", tt.ready)
 		g.get(t, r.adminAddr, "/readyz")
 		_, body := r.get(t, "/metrics")
-		for _, line := range regexp.MustCompile(`(?m)^router_(watch_last_error|watch_object_absent|watch_object_info|table_info|ready|statefulset_replicas)\b.*`).FindAllString(body, -1) {
+		for _, line := range regexp.MustCompile(`(?m)^router_(watch_failures_total\{.*\} [1-9]|(?:watch_object_absent|table_info|ready|statefulset_replicas)\b).*`).FindAllString(body, -1) {
 			if !strings.Contains(line, "EndpointSlice") { // which may come later
 				fmt.Fprintln(&g.text, line)
 			}
@@ -1248,7 +1247,7 @@ func TestGoldenNotReady(t *testing.T) {
 	g.compare(t, "readyz.txt")
 }
 
-// TestGoldenErrorClasses: the label of router_watch_last_error.
+// TestGoldenErrorClasses: the label of router_watch_failures_total.
 func TestGoldenErrorClasses(t *testing.T) {
 	var out strings.Builder
 	for _, tt := range []struct {

@@ -33,15 +33,15 @@ const (
 func checkUpgrade(r *http.Request) *refusal {
 	switch {
 	case !r.ProtoAtLeast(1, 1):
-		return refuse(resultBadRequest, "%s, want HTTP/1.1 (RFC 6455 §4.1)", r.Proto)
+		return refuse(resultBadRequest, "an upgrade must use HTTP/1.1 (got %s; RFC 6455 §4.1)", r.Proto)
 	case r.ContentLength != 0:
-		return refuse(resultBadRequest, "a body on an upgrade, want none")
+		return refuse(resultBadRequest, "an upgrade must not have a body")
 	case !hasToken(r.Header, "Upgrade", "websocket") || !hasToken(r.Header, "Connection", "upgrade"):
-		return refuse(resultNotUpgrade, "not a WebSocket upgrade, want Connection: Upgrade and Upgrade: websocket (RFC 6455 §4.1)")
+		return refuse(resultNotUpgrade, "not a WebSocket upgrade: Connection: Upgrade and Upgrade: websocket are required (RFC 6455 §4.1)")
 	case r.Method != http.MethodGet:
-		return refuse(resultBadRequest, "method %.20q on an upgrade, want GET", r.Method)
+		return refuse(resultBadRequest, "the method of an upgrade must be GET (got %.20q)", r.Method)
 	case hasDotSegment(requestPath(r)):
-		return refuse(resultBadRequest, "a dot segment in the path %.200q, want none: it could name another namespace", requestPath(r))
+		return refuse(resultBadRequest, "the path %.200q has a dot segment, which could name another namespace", requestPath(r))
 	}
 	return nil
 }
@@ -67,11 +67,11 @@ func requestPath(r *http.Request) string {
 func pathNamespace(r *http.Request) (string, *refusal) {
 	rest, ok := strings.CutPrefix(requestPath(r), "/ws/")
 	if !ok {
-		return "", refuse(resultNotFound, "path %.200q, want /ws/<namespace>", requestPath(r))
+		return "", refuse(resultNotFound, "the path must be /ws/<namespace> (got %.200q)", requestPath(r))
 	}
 	namespace, _, _ := strings.Cut(rest, "/")
 	if want := pathNamespaceFault(namespace); want != "" {
-		return "", refuse(resultBadRequest, "namespace %.260q in the path, want %s", namespace, want)
+		return "", refuse(resultBadRequest, "the path must have %s (got %.260q)", want, namespace)
 	}
 	return namespace, nil
 }
@@ -86,10 +86,10 @@ func hostNamespace(r *http.Request) (string, *refusal) {
 	label, domain, ok := strings.Cut(strings.ToLower(host), ".")
 	_, err := netip.ParseAddr(strings.Trim(host, "[]"))
 	if !ok || domain == "" || err == nil {
-		return "", refuse(resultBadRequest, "host %.260q, want <namespace>.<domain>", r.Host)
+		return "", refuse(resultBadRequest, "the host must be <namespace>.<domain> (got %.260q)", r.Host)
 	}
 	if want := hostNamespaceFault(label); want != "" {
-		return "", refuse(resultBadRequest, "namespace %.260q in the host, want %s", label, want)
+		return "", refuse(resultBadRequest, "the host must begin with %s (got %.260q)", want, label)
 	}
 	return label, nil
 }
@@ -332,12 +332,12 @@ func readResponse(br *bufio.Reader) (*http.Response, error) {
 		case err != nil:
 			return nil, fmt.Errorf("read the answer: %w", err)
 		case resp.StatusCode < 100 || resp.StatusCode > 599:
-			return nil, fmt.Errorf("status %03d, want 100 to 599 (RFC 9110 §15)", resp.StatusCode)
+			return nil, fmt.Errorf("the status must be 100 to 599 (got %03d; RFC 9110 §15)", resp.StatusCode)
 		case resp.StatusCode/100 > 1:
 			return resp, nil
 		case resp.StatusCode != http.StatusSwitchingProtocols: // an interim one (RFC 9110 §15.2)
 		case !hasToken(resp.Header, "Upgrade", "websocket"):
-			return nil, fmt.Errorf("the backend switched to %.40q, want websocket", resp.Header.Get("Upgrade"))
+			return nil, fmt.Errorf("the backend switched to %.40q instead of websocket", resp.Header.Get("Upgrade"))
 		default:
 			return resp, nil
 		}
@@ -373,8 +373,8 @@ const (
 
 // String is the value of the metric's label.
 func (r result) String() string {
-	return [numResults]string{"ok", "bad_request", "bad_head", "not_found", "not_upgrade", "no_table", "refused",
-		"hold_timeout", "misdirected", "max_sessions", "max_waiting", "draining", "client_gone", "bad_gateway", "gateway_timeout", "answered"}[r]
+	return [numResults]string{"ok", "bad_request", "bad_head", "not_found", "not_upgrade", "no_table", "unresolved",
+		"hold_timeout", "misdirected", "max_sessions", "max_pending_upgrades", "draining", "client_gone", "bad_gateway", "gateway_timeout", "answered"}[r]
 }
 
 // status is the HTTP status that goes with the result.
@@ -445,7 +445,7 @@ func (r *refusal) writeResponse(w http.ResponseWriter, bound time.Duration) {
 
 // errDraining is the cause that ends the contexts of requests when the router
 // stops.
-var errDraining = errors.New("the router stops")
+var errDraining = errors.New("the router is stopping")
 
 // contextRefusal says why the request's context ended.
 func contextRefusal(ctx context.Context) *refusal {

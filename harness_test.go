@@ -270,7 +270,7 @@ func sayAndHear(t testing.TB, ws *websocket.Conn, text string) {
 }
 
 // onFreePorts are the flags of every router that a test starts.
-var onFreePorts = []string{"-listen", "127.0.0.1:0", "-admin", "127.0.0.1:0", "-log-format", "json", "-pod", "router-x"}
+var onFreePorts = []string{"-listen", "127.0.0.1:0", "-admin", "127.0.0.1:0", "-log-format", "json", "-pod-name", "router-x"}
 
 // startRouter runs the router in this process until the test ends.
 func startRouter(t testing.TB, args ...string) *runningRouter {
@@ -278,7 +278,7 @@ func startRouter(t testing.TB, args ...string) *runningRouter {
 	r := &runningRouter{log: newLogTail()}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	args = slices.Concat(onFreePorts, []string{"-drain-time", "0"}, args)
+	args = slices.Concat(onFreePorts, []string{"-drain-duration", "0"}, args)
 	go func() { done <- run(ctx, args, noEnvironment, r.log) }()
 	t.Cleanup(func() {
 		cancel()
@@ -558,7 +558,7 @@ func (p *testProxy) mustRefuse(t testing.TB, status int, body, reason string) {
 		if body != sentence {
 			t.Errorf("the client of a %d reads %q, want %q", status, body, sentence)
 		}
-		text = fmt.Sprint(p.tail.wait(t, "upgrade refused", 1)["reason"])
+		text = fmt.Sprint(p.tail.wait(t, "upgrade failed", 1)["reason"])
 	}
 	if !strings.Contains(text, reason) {
 		t.Errorf("the reason of a %d is %q, want %q in it", status, text, reason)

@@ -36,7 +36,7 @@ const (
 
 var (
 	errTooBig      = fmt.Errorf("an object of more than %d bytes", maxObject)
-	errBadResponse = errors.New("not what an API server answers")
+	errBadResponse = errors.New("not a response of an API server")
 )
 
 // kubeClient sends requests to one API server. It is not safe for concurrent use: each
@@ -144,7 +144,7 @@ func (k *kubeClient) do(ctx context.Context, path string, query url.Values,
 	mediaType, _, _ := strings.Cut(resp.Header.Get("Content-Type"), ";")
 	if mediaType != "application/json" {
 		resp.Body.Close()
-		return nil, fmt.Errorf("%w: %.60q, want application/json", errBadResponse, mediaType)
+		return nil, fmt.Errorf("%w: Content-Type %.60q, expected application/json", errBadResponse, mediaType)
 	}
 	return resp.Body, nil
 }
@@ -250,12 +250,12 @@ func errorClass(err error) string {
 		return "none"
 	case as(&statusErr): // not_found, too_many_requests, ...
 		text := strings.ToLower(http.StatusText(statusErr.Code))
-		return cmp.Or(strings.ReplaceAll(text, " ", "_"), "refused")
+		return cmp.Or(strings.ReplaceAll(text, " ", "_"), "unknown_status")
 	case errors.Is(err, errTooBig):
 		return "too_big"
 	case errors.Is(err, errBadResponse),
 		as(new(*json.SyntaxError)), as(new(*json.UnmarshalTypeError)):
-		return "bad_answer"
+		return "bad_response"
 	case as(&opErr) && opErr.Op == "dial":
 		return "dial"
 	case as(new(*tls.CertificateVerificationError)), as(new(tls.RecordHeaderError)),
@@ -264,7 +264,12 @@ func errorClass(err error) string {
 	case errors.Is(err, context.DeadlineExceeded), as(&netErr) && netErr.Timeout():
 		return "timeout"
 	}
-	return "cut"
+	return "connection_lost"
+}
+
+// connectionClasses returns the classes of errorClass that are no HTTP status.
+func connectionClasses() []string {
+	return []string{"bad_response", "connection_lost", "dial", "timeout", "tls", "too_big"}
 }
 
 // apiObject holds the fields that the router reads of every API object and every list.
@@ -290,7 +295,7 @@ func newInClusterClient(getenv func(string) string, dir string) (*kubeClient, er
 	host, port := getenv("KUBERNETES_SERVICE_HOST"), getenv("KUBERNETES_SERVICE_PORT")
 	if host == "" || port == "" {
 		return nil, errors.New(
-			"KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set: this is no pod")
+			"KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set: the router does not run in a pod")
 	}
 	base := &url.URL{Scheme: "https", Host: net.JoinHostPort(host, port)}
 	k := &kubeClient{base: base, accountDir: dir, dial: dialAPIServer}
@@ -303,7 +308,7 @@ func newKubectlProxyClient(base string) (*kubeClient, error) {
 	u, err := url.Parse(base)
 	if err != nil || u.Scheme != "http" || u.Host == "" || strings.Trim(u.Path, "/") != "" {
 		return nil, fmt.Errorf(
-			"-kube %q, want in-cluster, none or the http://host:port of a kubectl proxy", base)
+			"-kube must be in-cluster, none or the http://host:port of a kubectl proxy (got %q)", base)
 	}
 	u = &url.URL{Scheme: "http", Host: u.Host}
 	return &kubeClient{base: u, dial: dialAPIServer}, nil

@@ -57,7 +57,7 @@ func removeStaleSocket(path string) error {
 	case err != nil:
 		return err
 	case info.Mode().Type() != fs.ModeSocket:
-		return fmt.Errorf("listen unix:%s: the file is there and is no socket", path)
+		return fmt.Errorf("listen unix:%s: the file exists and is not a socket", path)
 	}
 	conn, err := net.DialTimeout("unix", path, time.Second)
 	switch {
@@ -122,7 +122,7 @@ type descriptorLimit struct {
 // many backends.
 func newDescriptorLimit(files, backends int) (*descriptorLimit, error) {
 	if least := internalDescriptors(backends) + descriptorsPerUpgrade; files < least {
-		return nil, fmt.Errorf("%d open files are allowed, want at least %d (ulimit -n)", files, least)
+		return nil, fmt.Errorf("the limit of open files must be at least %d (got %d; ulimit -n)", least, files)
 	}
 	g := &descriptorLimit{maxFiles: files}
 	g.changed.L = &g.mu
@@ -174,13 +174,29 @@ func (g *descriptorLimit) usage() (used, limit int, full bool) {
 	return g.used, g.limit, g.used+descriptorsPerUpgrade > g.limit
 }
 
-// writeMetrics writes how many descriptors clients use, and whether some wait for one.
+// writeMetrics writes how many descriptors clients use, whether some wait for one, and
+// those of the whole process.
 func (g *descriptorLimit) writeMetrics(m metricsWriter) {
 	used, limit, full := g.usage()
-	m.family("router_descriptors", "gauge", "Descriptors that clients and their sessions may need, and may have.")
-	m.sample("router_descriptors", float64(used), "kind", "used")
-	m.sample("router_descriptors", float64(limit), "kind", "limit")
-	m.single("router_accept_paused", "gauge", "1 if clients wait, in the kernel's backlog, for descriptors.", boolToFloat(full))
+	m.single("router_client_descriptors", "gauge", "File descriptors that clients and their sessions have or may need.", float64(used))
+	m.single("router_client_descriptors_limit", "gauge", "File descriptors that clients and their sessions may have.", float64(limit))
+	m.single("router_accept_paused", "gauge", "1 while clients wait in the listen backlog for file descriptors.", boolToFloat(full))
+	if open, ok := openDescriptors(); ok {
+		m.single("process_open_fds", "gauge", "Open file descriptors.", float64(open))
+	}
+	m.single("process_max_fds", "gauge", "File descriptors that the process may open.", float64(g.maxFiles))
+}
+
+// openDescriptors returns how many file descriptors the process has open. ok is false on
+// systems without proc(5), and while the process cannot open one more.
+func openDescriptors() (n int, ok bool) {
+	folder, err := os.Open("/proc/self/fd")
+	if err != nil {
+		return 0, false
+	}
+	defer folder.Close()
+	names, err := folder.Readdirnames(-1)
+	return len(names) - 1, err == nil // without that of folder
 }
 
 // close ends wait.

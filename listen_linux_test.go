@@ -127,8 +127,8 @@ func TestProxyPeerVanishes(t *testing.T) {
 				accepted <- conn
 				<-hold
 			})
-			r := startRouter(t, "-backends", stub.addr, "-overrides", t.TempDir(), "-peer-timeout", timeout.String())
-			r.log.wait(t, "table", 1)
+			r := startRouter(t, "-backends", stub.addr, "-overrides", t.TempDir(), "-tcp-user-timeout", timeout.String())
+			r.log.wait(t, "routing table updated", 1)
 			conns := [2]net.Conn{(&testProxy{addr: r.clientAddr}).open(t, "ns-01"), <-accepted}
 			begun := time.Now()
 			if !tt.there {
@@ -185,7 +185,7 @@ func TestDialRefusesItself(t *testing.T) {
 					mustWrite(t, conn, piece)
 				}
 				mustAnswer(t, conn, http.StatusServiceUnavailable)
-				if reason := p.tail.wait(t, "upgrade refused", 1)["reason"].(string); !strings.Contains(reason, "connected to itself") {
+				if reason := p.tail.wait(t, "upgrade failed", 1)["reason"].(string); !strings.Contains(reason, "connected to itself") {
 					t.Errorf("the log gives %q as the reason", reason)
 				}
 			})
@@ -298,8 +298,8 @@ func TestProxyLinkCut(t *testing.T) {
 				} else {
 					stub = startStub(t, nearEnd+":0", serve)
 				}
-				r := startRouter(t, "-listen", nearEnd+":0", "-backends", stub.addr, "-overrides", t.TempDir(), "-peer-timeout", timeout.String())
-				r.log.wait(t, "table", 1)
+				r := startRouter(t, "-listen", nearEnd+":0", "-backends", stub.addr, "-overrides", t.TempDir(), "-tcp-user-timeout", timeout.String())
+				r.log.wait(t, "routing table updated", 1)
 				var conns [2]net.Conn
 				open := func() { conns[clientSide] = (&testProxy{addr: r.clientAddr}).open(t, "ns-01") }
 				if gone == clientSide {

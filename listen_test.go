@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"log/slog"
@@ -12,7 +13,6 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
-	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -145,7 +145,7 @@ func TestListenUnixKeepsOtherFiles(t *testing.T) {
 				t.Fatal(err)
 			}
 			_, err = listen("unix:"+path, 0)
-			if want := "listen unix:" + path + ": the file is there and is no socket"; err == nil || err.Error() != want {
+			if want := "listen unix:" + path + ": the file exists and is not a socket"; err == nil || err.Error() != want {
 				t.Errorf("error %v, want %s", err, want)
 			}
 			after, err := os.Lstat(path)
@@ -434,7 +434,7 @@ func TestDescriptorLimit(t *testing.T) {
 	}
 	least := 100 + 2*5 + relays + descriptorsPerUpgrade
 	_, err := newDescriptorLimit(least-1, 5)
-	if err == nil || !strings.HasSuffix(err.Error(), " open files are allowed, want at least "+strconv.Itoa(least)+" (ulimit -n)") {
+	if err == nil || err.Error() != fmt.Sprintf("the limit of open files must be at least %d (got %d; ulimit -n)", least, least-1) {
 		t.Errorf("error %v, want one that says %d", err, least)
 	}
 	if _, err := newDescriptorLimit(least, 5); err != nil {

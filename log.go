@@ -21,7 +21,7 @@ func newLogger(w io.Writer, format string, level slog.Level) (*slog.Logger, erro
 	case "json":
 		return slog.New(slog.NewJSONHandler(w, options)), nil
 	}
-	return nil, fmt.Errorf("-log-format %q, want text or json", format)
+	return nil, fmt.Errorf("-log-format must be text or json (got %q)", format)
 }
 
 const (
@@ -108,7 +108,7 @@ func (q *logQueue) stop() {
 // writeMetrics writes how many lines were dropped.
 func (q *logQueue) writeMetrics(m metricsWriter) {
 	m.single("router_log_lines_dropped_total", "counter",
-		"Log lines that nobody took in time.", float64(q.dropped.Load()))
+		"Log lines that were dropped because nobody read the log in time.", float64(q.dropped.Load()))
 }
 
 // serverLog returns a log for http.Server, which logs its own errors, such as no
@@ -126,7 +126,7 @@ type serverLogWriter struct {
 
 func (l *serverLogWriter) Write(line []byte) (int, error) {
 	if omitted, ok := l.limit.allow(time.Second); ok {
-		l.log.Warn("http", "error", string(bytes.TrimSpace(line)), "omitted", omitted)
+		l.log.Warn("HTTP server error", "error", string(bytes.TrimSpace(line)), "omitted", omitted)
 	}
 	return len(line), nil
 }

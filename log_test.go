@@ -33,7 +33,7 @@ func TestNewLogger(t *testing.T) {
 			t.Errorf("%s: %s", format, out.String())
 		}
 	}
-	if _, err := newLogger(&bytes.Buffer{}, "xml", slog.LevelInfo); err == nil || !strings.Contains(err.Error(), `"xml", want text or json`) {
+	if _, err := newLogger(&bytes.Buffer{}, "xml", slog.LevelInfo); err == nil || !strings.Contains(err.Error(), `text or json (got "xml")`) {
 		t.Errorf("format xml: error %v", err)
 	}
 }

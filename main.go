@@ -350,8 +350,8 @@ func (p *program) logServing(client, admin net.Addr) {
 		"kube", p.config.kube)
 	wanted := p.config.limits.sessions
 	if sessions := p.fdLimit.maxSessions(); sessions < wanted {
-		p.log.Warn("the open files allow fewer sessions than -max-sessions",
-			"sessions", sessions, "max", wanted, "files", p.fdLimit.maxFiles)
+		p.log.Warn("open file limit allows fewer sessions than -max-sessions",
+			"sessions", sessions, "max_sessions", wanted, "max_files", p.fdLimit.maxFiles)
 	}
 }
 
@@ -360,12 +360,12 @@ func (p *program) logServing(client, admin net.Addr) {
 func (p *program) announceDrain() {
 	p.admin.draining.Store(true)
 	p.log.Info("draining", "sessions", p.proxy.relay.size(),
-		"delay", p.config.drainDelay.String(), "time", p.config.drainDuration.String())
+		"delay", p.config.drainDelay.String(), "duration", p.config.drainDuration.String())
 	time.Sleep(p.config.drainDelay)
 }
 
 // stopClients stops accepting clients, answers the upgrades under way, and closes the
-// sessions over -drain-time. It returns when all of them have ended.
+// sessions over -drain-duration. It returns when all of them have ended.
 //
 // When Shutdown begins, net/http drops a client whose request it has not given to the
 // handler: that client would get no answer. So stopClients first waits, for at most two

@@ -18,7 +18,7 @@ import (
 // error, after the same orderly stop.
 func TestRunDrainsOnFailure(t *testing.T) {
 	log := newLogTail()
-	args := []string{"-backends", echoBackends(t, 1), "-kube", "none", "-overrides", t.TempDir(), "-drain-time", "0", "-log-format", "json"}
+	args := []string{"-backends", echoBackends(t, 1), "-kube", "none", "-overrides", t.TempDir(), "-drain-duration", "0", "-log-format", "json"}
 	c, err := parseConfig(args, noEnvironment, io.Discard)
 	if err != nil {
 		t.Fatal(err)
@@ -50,15 +50,15 @@ func TestRunNamespaceFromHost(t *testing.T) {
 	dir := overridesDir(t, map[string]string{"ns-01": "backend-1", "under_score": "backend-1", upper: "backend-1", dotted + ".name": "backend-1",
 		strings.Repeat("a", 64): "backend-1"})
 	r := startRouter(t, "-backends", echoBackends(t, 2), "-overrides", dir, "-namespace-from", "host")
-	line := r.log.wait(t, "table", 1)
+	line := r.log.wait(t, "routing table updated", 1)
 	if line["rejected"] != 3.0 || line["overrides"] != 2.0 {
 		t.Errorf("%v, want 3 entries rejected", line)
 	}
-	bad := r.log.wait(t, "entry rejected", 3)
-	if bad["want"] != hostNamespaceFault("") || bad["kept"] != "nothing" {
+	bad := r.log.wait(t, "override rejected", 3)
+	if bad["expected"] != hostNamespaceFault("") || bad["in_force"] != "none" {
 		t.Errorf("%v", bad)
 	}
-	waitMetrics(t, r, map[string]float64{`router_table_rejected_entries{object="directory ` + dir + `"}`: 3})
+	waitMetrics(t, r, map[string]float64{`router_table_rejected_overrides{source="directory ` + dir + `"}`: 3})
 	for i, one := range []struct{ host, asked, namespace, owner, why string }{
 		{"NS-01.mydomain.com", "NS-01", "ns-01", "backend-1", "override"},
 		{upper + ".mydomain.com", upper, tenant, "backend-0", "hash"},
@@ -81,7 +81,7 @@ func TestRunNamespaceFromHost(t *testing.T) {
 	for _, namespace := range []string{dotted + ".name", strings.Repeat("a", 64), ".."} {
 		status, body := r.get(t, "/owner?namespace="+namespace)
 		var no struct{ Error string }
-		if err := json.Unmarshal([]byte(body), &no); err != nil || status != 400 || !strings.HasSuffix(no.Error, ", want "+hostNamespaceFault(namespace)) {
+		if err := json.Unmarshal([]byte(body), &no); err != nil || status != 400 || !strings.Contains(no.Error, " must be "+hostNamespaceFault(namespace)+" (got ") {
 			t.Errorf("/owner of %s is %d %s, want 400 with %s", namespace, status, body, hostNamespaceFault(namespace))
 		}
 	}
@@ -117,7 +117,7 @@ func TestRunTimeFailures(t *testing.T) {
 		"admin port taken": {"-listen 127.0.0.1:0 -admin " + addr, "-admin: listen tcp " + addr + ": bind: address already in use"},
 		"no address":       {"-listen 8000", "-listen: listen tcp: address 8000: missing port in address"},
 		"no folder":        {"-listen unix:/nowhere/s", "-listen: listen unix /nowhere/s: bind: no such file or directory"},
-		"no cluster":       {"-kube in-cluster", "KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set: this is no pod"},
+		"no cluster":       {"-kube in-cluster", "KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set: the router does not run in a pod"},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -131,7 +131,7 @@ func TestRunTimeFailures(t *testing.T) {
 
 func TestRunIdleTimeout(t *testing.T) {
 	r := startRouter(t, "-backends", echoBackends(t, 1), "-overrides", t.TempDir(), "-idle-timeout", "1s")
-	r.log.wait(t, "table", 1)
+	r.log.wait(t, "routing table updated", 1)
 	r.open(t, "ns-01")
 	if line := r.log.wait(t, "session ended", 1); line["cause"] != "idle" || line["seconds"].(float64) < 1 {
 		t.Errorf("ended with cause %v after %v s, want idle after 1 s", line["cause"], line["seconds"])
@@ -191,10 +191,10 @@ func TestFollowing(t *testing.T) {
 		`router_watch_info{object="EndpointSlice default/kubernetes.io/service-name=headless",protocol="HTTP/1.1"}`: 1,
 		`router_watch_info{object="StatefulSet default/backend",protocol="HTTP/1.1"}`:                               1})
 	_, body := r.get(t, "/backends")
-	stamp := r.log.wait(t, "table", 1)["stamp"].(string)
-	want := `{"backends":[{"name":"backend-2","ordinal":2,"address":"127.0.0.1:PORT","ready":true,"namespaces":true,"overrides":1,"sessions":1},` +
-		`{"name":"backend-3","ordinal":3,"ready":false,"error":"backend-3 is not ready","namespaces":true,"overrides":1,"sessions":0},` +
-		`{"name":"backend-4","ordinal":4,"address":"127.0.0.3:PORT","ready":true,"namespaces":true,"overrides":2,"sessions":2}],"stamp":"` + stamp + `","table":"5"}` + "\n"
+	stamp := r.log.wait(t, "routing table updated", 1)["stamp"].(string)
+	want := `{"backends":[{"name":"backend-2","ordinal":2,"address":"127.0.0.1:PORT","ready":true,"owns_namespaces":true,"overrides":1,"sessions":1},` +
+		`{"name":"backend-3","ordinal":3,"ready":false,"error":"backend-3 is not ready","owns_namespaces":true,"overrides":1,"sessions":0},` +
+		`{"name":"backend-4","ordinal":4,"address":"127.0.0.3:PORT","ready":true,"owns_namespaces":true,"overrides":2,"sessions":2}],"stamp":"` + stamp + `","table":"5"}` + "\n"
 	if want := strings.ReplaceAll(want, "PORT", port); body != want {
 		t.Errorf("/backends is\n%s, want\n%s", body, want)
 	}
@@ -202,7 +202,7 @@ func TestFollowing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	waitMetrics(t, r, map[string]float64{`router_descriptors{kind="limit"}`: float64(files - internalDescriptors(3))})
+	waitMetrics(t, r, map[string]float64{`router_client_descriptors_limit`: float64(files - internalDescriptors(3))})
 
 	// A client of a backend that is not ready is held, until an edit gives its
 	// namespace to another.
@@ -215,11 +215,11 @@ func TestFollowing(t *testing.T) {
 		}
 		opened <- err
 	}()
-	waitMetrics(t, r, map[string]float64{`router_upgrades_waiting`: 1, `router_sessions{backend="backend-4"}`: 2})
+	waitMetrics(t, r, map[string]float64{`router_pending_upgrades`: 1, `router_sessions{backend="backend-4"}`: 2})
 	begun := time.Now()
 	close(edited)
 	if err := <-opened; err != nil || time.Since(begun) > 5*time.Second {
 		t.Errorf("%v after %v, want a session at once after the edit", err, time.Since(begun))
 	}
-	waitMetrics(t, r, map[string]float64{`router_sessions_total{backend="backend-4"}`: 3})
+	waitMetrics(t, r, map[string]float64{`router_sessions_opened_total{backend="backend-4"}`: 3})
 }

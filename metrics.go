@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"time"
 )
 
 // metricsWriter writes the Prometheus text format, version 0.0.4
@@ -36,6 +37,15 @@ func (m metricsWriter) sample(name string, value float64, labels ...string) {
 func (m metricsWriter) single(name, kind, help string, value float64) {
 	m.family(name, kind, help)
 	m.sample(name, value)
+}
+
+// unixSeconds returns the time in seconds since 1970, as metrics have it; 0 for the zero
+// time.
+func unixSeconds(t time.Time) float64 {
+	if t.IsZero() {
+		return 0
+	}
+	return float64(t.UnixNano()) / float64(time.Second)
 }
 
 // boolToFloat returns 1 for true and 0 for false, as gauges have them.

@@ -115,17 +115,17 @@ func (e *exposition) lacks(values map[string]float64) string {
 func TestMetricsOfASession(t *testing.T) {
 	dir := overridesDir(t, map[string]string{"ns-01": "backend-1", "bad": "bakend-1"})
 	r := startRouter(t, "-backends", echoBackends(t, 2), "-overrides", dir)
-	line := r.log.wait(t, "table", 1)
+	line := r.log.wait(t, "routing table updated", 1)
 	table, stamp := line["version"].(string), line["stamp"].(string)
 	before := waitMetrics(t, r, map[string]float64{
 		`router_ready`: 1, `router_table_overrides`: 2, `router_table_backends`: 2, `router_table_conflicts`: 0,
-		`router_table_rejected_entries{object="directory ` + dir + `"}`: 1,
-		`router_table_swaps_total`:                                      1, `router_table_info{source="directory ` + dir + `",version="` + table + `",stamp="` + stamp + `"}`: 1,
+		`router_table_rejected_overrides{source="directory ` + dir + `"}`: 1,
+		`router_table_updates_total`:                                      1, `router_table_info{source="directory ` + dir + `",version="` + table + `",stamp="` + stamp + `"}`: 1,
 		`router_build_info{version="` + version() + `",goversion="` + runtime.Version() + `"}`: 1,
 		`router_sessions{backend="backend-0"}`:                                                 0, `router_sessions{backend="backend-1"}`: 0,
-		`router_sessions_total{backend="backend-1"}`: 0, `router_upgrades_waiting`: 0,
+		`router_sessions_opened_total{backend="backend-1"}`: 0, `router_pending_upgrades`: 0,
 		`router_bytes_total{direction="to_backend"}`: 0, `router_bytes_total{direction="to_client"}`: 0,
-		`router_log_lines_dropped_total`: 0, `router_accept_paused`: 0, `router_descriptors{kind="used"}`: 0,
+		`router_log_lines_dropped_total`: 0, `router_accept_paused`: 0, `router_client_descriptors`: 0,
 	})
 	zero := map[string]float64{}
 	for r := range numResults {
@@ -141,7 +141,7 @@ func TestMetricsOfASession(t *testing.T) {
 	ws := r.open(t, "ns-01") // "hello" there and back: 2 and 4 bytes of header
 	waitMetrics(t, r, map[string]float64{
 		`router_sessions{backend="backend-0"}`: 0, `router_sessions{backend="backend-1"}`: 1,
-		`router_sessions_total{backend="backend-1"}`: 1, `router_upgrades_total{result="ok"}`: 1, `router_upgrades_waiting`: 0,
+		`router_sessions_opened_total{backend="backend-1"}`: 1, `router_upgrades_total{result="ok"}`: 1, `router_pending_upgrades`: 0,
 		`router_bytes_total{direction="to_backend"}`: 11, `router_bytes_total{direction="to_client"}`: 7,
 	})
 	ws.Close()
@@ -152,7 +152,7 @@ func TestMetricsOfASession(t *testing.T) {
 	}
 	resp.Body.Close()
 	after := waitMetrics(t, r, map[string]float64{
-		`router_sessions{backend="backend-1"}`: 0, `router_sessions_total{backend="backend-1"}`: 1,
+		`router_sessions{backend="backend-1"}`: 0, `router_sessions_opened_total{backend="backend-1"}`: 1,
 		`router_sessions_ended_total{cause="` + cause + `"}`: 1, `router_upgrades_total{result="not_upgrade"}`: 1,
 	})
 	for series, value := range before.values {
@@ -169,22 +169,22 @@ func TestMetricsOfTheWatch(t *testing.T) {
 	const of = `{object="ConfigMap default/overwriting"`
 	stamp := tableOf(1, map[string]string{"ns-01": "backend-0"}, nil).stamp
 	tests := map[string]struct {
-		url  string
-		want map[string]float64
-		age  bool // the API server was heard
+		url       string
+		want      map[string]float64
+		confirmed bool // the API server has answered with the object
 	}{
 		"ConfigMap": {kubeAnswers(t, oneMap()), map[string]float64{`router_ready`: 1,
 			`router_table_info{source="ConfigMap default/overwriting",version="5",stamp="` + stamp + `"}`: 1, `router_table_overrides`: 1,
-			`router_table_rejected_entries` + of + `}`: 0, `router_watch_info` + of + `,protocol="HTTP/1.1"}`: 1,
-			`router_watch_failures_in_row` + of + `}`: 0, `router_watch_last_error` + of + `,class="none"}`: 1,
-			`router_watch_object_absent` + of + `}`: 0, `router_watch_object_info` + of + `,uid="u",version="5"}`: 1,
+			`router_table_rejected_overrides{source="ConfigMap default/overwriting"}`: 0, `router_watch_info` + of + `,protocol="HTTP/1.1"}`: 1,
+			`router_watch_consecutive_failures` + of + `}`: 0, `router_watch_failures_total` + of + `,class="dial"}`: 0,
+			`router_watch_object_absent` + of + `}`:            0,
 			`router_watch_state` + of + `,state="connecting"}`: 1}, true},
-		"no ConfigMap": {kubeAnswers(t, listOf("ConfigMap", nil)), map[string]float64{`router_ready`: 0, `router_table_swaps_total`: 0,
-			`router_watch_object_absent` + of + `}`: 1, `router_watch_object_info` + of + `,uid="",version=""}`: 1,
+		"no ConfigMap": {kubeAnswers(t, listOf("ConfigMap", nil)), map[string]float64{`router_ready`: 0, `router_table_updates_total`: 0,
+			`router_watch_object_absent` + of + `}`:            1,
 			`router_watch_state` + of + `,state="connecting"}`: 1}, true}, // after the LIST
 		"forbidden": {kubeAnswers(t, forbidden()), map[string]float64{`router_ready`: 0,
-			`router_watch_object_absent` + of + `}`: 0, `router_watch_failures_in_row` + of + `}`: 1,
-			`router_watch_last_error` + of + `,class="forbidden"}`: 1, `router_watch_state` + of + `,state="waiting"}`: 1,
+			`router_watch_object_absent` + of + `}`: 0, `router_watch_consecutive_failures` + of + `}`: 1,
+			`router_watch_failures_total` + of + `,class="forbidden"}`: 1, `router_watch_state` + of + `,state="backoff"}`: 1,
 			`router_watch_state` + of + `,state="listing"}`: 0, `router_watch_state` + of + `,state="connecting"}`: 0,
 			`router_watch_state` + of + `,state="watching"}`: 0}, false},
 	}
@@ -192,8 +192,9 @@ func TestMetricsOfTheWatch(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			r := startRouter(t, "-backends", "127.0.0.1:1", "-kube", tt.url)
 			e := waitMetrics(t, r, tt.want)
-			if age := e.values["router_watch_staleness_seconds"+of+"}"]; age < 0 || (age < patience.Seconds()) != tt.age {
-				t.Errorf("router_watch_staleness_seconds is %v", age)
+			confirmed := e.values["router_watch_confirmed_timestamp_seconds"+of+"}"]
+			if age := time.Since(time.Unix(int64(confirmed), 0)); tt.confirmed && (age < 0 || age > time.Minute) || !tt.confirmed && confirmed != 0 {
+				t.Errorf("router_watch_confirmed_timestamp_seconds is %v", confirmed)
 			}
 		})
 	}

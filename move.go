@@ -282,7 +282,7 @@ func (m *mover) handleDialResult(d dialResult) {
 			return over
 		})
 		if !target.logged {
-			m.log.Warn("sessions wait for their new owner",
+			m.log.Warn("new owner unreachable; move delayed",
 				"backend", m.relay.backendName(target.backend),
 				"sessions", len(target.queued), "error", d.err.Error())
 		}
@@ -351,7 +351,7 @@ func (m *mover) finishBatches() {
 		}
 		batch.namespaces, batch.cut = len(batch.namespaceSet), int(batch.cuts.Load())
 		batch.time = time.Since(batch.begun)
-		m.log.Info("moved", "version", batch.version,
+		m.log.Info("move finished", "version", batch.version,
 			"namespaces", batch.namespaces, "sessions", batch.sessions,
 			"seconds", batch.time.Seconds(), "cut", batch.cut, "cancelled", batch.cancelled)
 		for _, s := range m.router.sources {
@@ -425,6 +425,6 @@ func drain(ctx context.Context, r *relay, over time.Duration) int64 {
 
 // writeMetrics writes how many sessions are still to be moved.
 func (m *mover) writeMetrics(w metricsWriter) {
-	w.single("router_sessions_to_move", "gauge", "Open sessions whose owner has changed and whose turn is to come.",
+	w.single("router_sessions_to_move", "gauge", "Open sessions whose owner changed and which have not been closed yet.",
 		float64(m.pendingSessions.Load()))
 }

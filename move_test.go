@@ -241,7 +241,7 @@ func TestHoldEndsWhileTheOldPodStays(t *testing.T) {
 		t.Cleanup(func() { old.Close() })
 		_, _, resp := p.ask(t, request)
 		body, _ := io.ReadAll(resp.Body)
-		p.mustRefuse(t, resp.StatusCode, string(body), "has a session with the pod that backend-0 was")
+		p.mustRefuse(t, resp.StatusCode, string(body), "still has a session with the previous pod of backend-0")
 		p.waitResult(t, resultHoldTimeout)
 		p.waitPending(t, 0)
 	})
@@ -529,7 +529,7 @@ func TestMoveSettles(t *testing.T) {
 						t.Errorf("a session moved after %s, want %s", s.at, c.first)
 					}
 				}
-				wantLine(t, m.log.all("moved"), 1, map[string]any{"sessions": 6.0, "namespaces": 2.0, "cancelled": 0.0, "seconds": 0.1})
+				wantLine(t, m.log.all("move finished"), 1, map[string]any{"sessions": 6.0, "namespaces": 2.0, "cancelled": 0.0, "seconds": 0.1})
 			})
 		})
 	}
@@ -558,7 +558,7 @@ func TestMovePace(t *testing.T) {
 				if interval > 10*paceTick && (late < c.sessions/4 || late == c.sessions) {
 					t.Errorf("%d sessions moved late by an eighth of the interval or more, want some jitter", late)
 				}
-				wantLine(t, m.log.all("moved"), 1, map[string]any{"version": "1", "sessions": float64(c.sessions), "namespaces": 1.0, "cut": 0.0})
+				wantLine(t, m.log.all("move finished"), 1, map[string]any{"version": "1", "sessions": float64(c.sessions), "namespaces": 1.0, "cut": 0.0})
 			})
 		})
 	}
@@ -630,7 +630,7 @@ func TestMoveTakenBack(t *testing.T) {
 		if got := len(m.after(time.Minute)); got != moved || m.pendingSessions.Load() != 0 {
 			t.Errorf("%d moved before the change was reverted and %d after, %d wait", moved, got-moved, m.pendingSessions.Load())
 		}
-		wantLine(t, m.log.all("moved"), 1, map[string]any{"version": "1", "sessions": float64(moved), "cancelled": float64(100 - moved)})
+		wantLine(t, m.log.all("move finished"), 1, map[string]any{"version": "1", "sessions": float64(moved), "cancelled": float64(100 - moved)})
 		results := reported.results
 		if len(results) != 1 || results[0].sessions != moved || results[0].cancelled != 100-moved || results[0].time == 0 {
 			t.Errorf("results %+v, want one, equal to the log", results)
@@ -650,7 +650,7 @@ func TestMoveTwoBatches(t *testing.T) {
 		if len(all) != 40 || all[39].at < 4800*time.Millisecond || all[39].at > 5100*time.Millisecond {
 			t.Errorf("%d moved, the last after %s; want 40 at 10 per second, but for half a second", len(all), all[len(all)-1].at)
 		}
-		lines := m.log.all("moved")
+		lines := m.log.all("move finished")
 		wantLine(t, lines, 2, nil)
 		for _, line := range lines {
 			if line["sessions"] != 20.0 || line["namespaces"] != 1.0 || line["cancelled"] != 0.0 {
@@ -676,8 +676,8 @@ func TestMoveWaitsForTheOwner(t *testing.T) {
 		if dials := m.dialsOf(1); dials < 6 || dials > 15 {
 			t.Errorf("backend-1 was dialled %d times in 20 s, want it with a back-off", dials)
 		}
-		wantLine(t, m.log.all("sessions wait for their new owner"), 1, map[string]any{"level": "WARN", "backend": "backend-1", "error": "nobody there"})
-		wantLine(t, m.log.all("moved"), 0, nil)
+		wantLine(t, m.log.all("new owner unreachable; move delayed"), 1, map[string]any{"level": "WARN", "backend": "backend-1", "error": "nobody there"})
+		wantLine(t, m.log.all("move finished"), 0, nil)
 		for _, s := range m.relay.sessions {
 			if s.namespace == "ns-00" {
 				s.setCause(causeClient) // one session ends by itself
@@ -692,7 +692,7 @@ func TestMoveWaitsForTheOwner(t *testing.T) {
 			t.Errorf("%d moved, want 9", len(all))
 		}
 		time.Sleep(time.Second)
-		wantLine(t, m.log.all("moved"), 1, map[string]any{"sessions": 9.0, "namespaces": 2.0, "cut": 5.0})
+		wantLine(t, m.log.all("move finished"), 1, map[string]any{"sessions": 9.0, "namespaces": 2.0, "cut": 5.0})
 	})
 }
 
@@ -723,7 +723,7 @@ func TestMoveForgetsTheOwner(t *testing.T) {
 		if all := m.after(time.Minute); len(all) != 0 || m.dialsOf(1) != dials || m.pendingSessions.Load() != 0 {
 			t.Errorf("%d moved, %d dials more, %d wait; want none", len(all), m.dialsOf(1)-dials, m.pendingSessions.Load())
 		}
-		wantLine(t, m.log.all("moved"), 1, map[string]any{"sessions": 0.0, "cancelled": 5.0})
+		wantLine(t, m.log.all("move finished"), 1, map[string]any{"sessions": 0.0, "cancelled": 5.0})
 	})
 }
 
@@ -742,7 +742,7 @@ func TestMoveSkipsWhatEnds(t *testing.T) {
 		if len(all) != 10 || all[9].at > 10*time.Second {
 			t.Errorf("%d moved, the last after %s; want 10 in 10 s", len(all), all[len(all)-1].at)
 		}
-		wantLine(t, m.log.all("moved"), 1, map[string]any{"sessions": 10.0, "cancelled": 0.0})
+		wantLine(t, m.log.all("move finished"), 1, map[string]any{"sessions": 10.0, "cancelled": 0.0})
 	})
 }
 
@@ -762,7 +762,7 @@ func TestMoveSkipsWhatCannotPart(t *testing.T) {
 		if all := m.after(time.Minute); len(all) != 4 {
 			t.Errorf("%d moved, want 4", len(all))
 		}
-		wantLine(t, m.log.all("moved"), 1, map[string]any{"sessions": 4.0, "cancelled": 0.0})
+		wantLine(t, m.log.all("move finished"), 1, map[string]any{"sessions": 4.0, "cancelled": 0.0})
 	})
 }
 

@@ -379,7 +379,7 @@ func isHostNamespaceByte(c byte) bool {
 // (https://kubernetes.io/docs/concepts/configuration/configmap/).
 func overrideKeyFault(namespace string) string {
 	if strings.HasPrefix(namespace, "..") {
-		return "it can have no override: no key of a ConfigMap begins with two dots"
+		return "it cannot have an override: no key of a ConfigMap begins with two dots"
 	}
 	return ""
 }

@@ -129,10 +129,10 @@ func TestProcessDrains(t *testing.T) {
 	const sessions = 8
 	dir := overridesDir(t, map[string]string{"ns-0": "backend-1"})
 	p := newRouterProcess(t, slices.Concat(onFreePorts, []string{"-backends", echoBackends(t, 2), "-overrides", dir,
-		"-drain-delay", "2s", "-drain-time", "800ms"})...)
+		"-drain-delay", "2s", "-drain-duration", "800ms"})...)
 	p.start(t)
 	p.await(t)
-	p.log.wait(t, "table", 1)
+	p.log.wait(t, "routing table updated", 1)
 	if status, body := p.get(t, "/readyz"); status != 200 || body != "ready\n" {
 		t.Fatalf("readyz is %d %q, want 200 ready", status, body)
 	}
@@ -145,7 +145,7 @@ func TestProcessDrains(t *testing.T) {
 		t.Fatal(err)
 	}
 	p.log.wait(t, "draining", 1)
-	if status, body := p.get(t, "/readyz"); status != 503 || body != "the router stops\n" {
+	if status, body := p.get(t, "/readyz"); status != 503 || body != "the router is stopping\n" {
 		t.Errorf("readyz is %d %q while draining, want 503 and why", status, body)
 	}
 	open = append(open, p.open(t, "latecomer"))
@@ -155,7 +155,7 @@ func TestProcessDrains(t *testing.T) {
 	waitRefused(t, p.clientAddr)
 	ends := endTimes(open)
 	if spread := ends[sessions-1].Sub(ends[0]); spread < 400*time.Millisecond {
-		t.Errorf("%d sessions ended within %s, want them spread over -drain-time 800ms", sessions, spread)
+		t.Errorf("%d sessions ended within %s, want them spread over -drain-duration 800ms", sessions, spread)
 	}
 
 	if state := p.wait(t); state.ExitCode() != 0 || p.stderr.Len() > 0 {
@@ -209,7 +209,7 @@ func TestProcessSecondSignalKills(t *testing.T) {
 		"-drain-delay", "1h"})...)
 	p.start(t)
 	p.await(t)
-	p.log.wait(t, "table", 1)
+	p.log.wait(t, "routing table updated", 1)
 	ws := p.open(t, "ns-01")
 	p.cmd.Process.Signal(syscall.SIGTERM)
 	p.log.wait(t, "draining", 1)
@@ -262,7 +262,7 @@ func TestProcessLogReaderGone(t *testing.T) {
 		}
 	})
 	p.await(t)
-	p.log.wait(t, "table", 1)
+	p.log.wait(t, "routing table updated", 1)
 	ws := p.open(t, "ns-01")
 	sayAndHear(t, ws, "before")
 	close(enough)
@@ -307,7 +307,7 @@ func TestProcessSurvivesAccept(t *testing.T) {
 			p.traced(t, "accept4:error="+errno+":when=3+2") // of each thread's
 			p.start(t)
 			p.await(t)
-			p.log.wait(t, "table", 1)
+			p.log.wait(t, "routing table updated", 1)
 			ws := p.open(t, "ns-01")
 			failed := map[any]bool{}
 			for end := time.Now().Add(patience); len(failed) < 2 && time.Now().Before(end); {
@@ -352,7 +352,7 @@ func startWithFiles(t *testing.T, files, others int) *routerProcess {
 	p.cmd = shell
 	p.start(t)
 	p.await(t)
-	p.log.wait(t, "table", 1)
+	p.log.wait(t, "routing table updated", 1)
 	return p
 }
 
@@ -404,11 +404,11 @@ func TestProcessWaitsForDescriptors(t *testing.T) {
 	t.Parallel()
 	const files = 300
 	p := startWithFiles(t, files, 0)
-	limit := int(scrape(t, &p.runningRouter).values[`router_descriptors{kind="limit"}`])
+	limit := int(scrape(t, &p.runningRouter).values[`router_client_descriptors_limit`])
 	g := &descriptorLimit{limit: limit}
-	p.log.wait(t, "the open files allow fewer sessions than -max-sessions", 1)
-	warning := p.log.all("the open files allow fewer sessions than -max-sessions")
-	wantLine(t, warning, 1, map[string]any{"files": files - 1.0, "sessions": float64(g.maxSessions()), "max": 100_000.0})
+	p.log.wait(t, "open file limit allows fewer sessions than -max-sessions", 1)
+	warning := p.log.all("open file limit allows fewer sessions than -max-sessions")
+	wantLine(t, warning, 1, map[string]any{"max_files": files - 1.0, "sessions": float64(g.maxSessions()), "max_sessions": 100_000.0})
 
 	var open []*websocket.Conn
 	for i := range g.maxSessions() {
@@ -418,8 +418,8 @@ func TestProcessWaitsForDescriptors(t *testing.T) {
 	for i := range 2 * g.maxSessions() {
 		waiting = append(waiting, p.ask(t, fmt.Sprint("ns-", i)))
 	}
-	full := map[string]float64{`router_accept_paused`: 1, `router_ready`: 0, `router_descriptors{kind="used"}`: float64(2 * g.maxSessions()),
-		`router_upgrades_waiting`: 0, `router_sessions{backend="backend-0"}`: float64(g.maxSessions())}
+	full := map[string]float64{`router_accept_paused`: 1, `router_ready`: 0, `router_client_descriptors`: float64(2 * g.maxSessions()),
+		`router_pending_upgrades`: 0, `router_sessions{backend="backend-0"}`: float64(g.maxSessions())}
 	waitMetrics(t, &p.runningRouter, full)
 	why := fmt.Sprintf("clients wait for descriptors: %d of %d are used\n", 2*g.maxSessions(), limit)
 	if status, body := p.get(t, "/readyz"); status != 503 || body != why {
@@ -447,7 +447,7 @@ func TestProcessWaitsForDescriptors(t *testing.T) {
 	waitBody(t, &p.runningRouter, "/readyz", 503, why) // those who left are taken in turn, and then
 	open[half].Close()
 	waitBody(t, &p.runningRouter, "/readyz", 200, "ready\n")
-	if errors := append(p.log.all("http"), p.log.all("cannot accept connections")...); len(errors) > 0 {
+	if errors := append(p.log.all("HTTP server error"), p.log.all("cannot accept connections")...); len(errors) > 0 {
 		t.Errorf("there were troubles: %v", errors)
 	}
 }
@@ -604,7 +604,7 @@ func startStalling(t *testing.T, sessions int) (p *routerProcess, resume func())
 	p.cmd.Stdout = reader
 	p.start(t)
 	p.await(t)
-	p.log.wait(t, "table", 1)
+	p.log.wait(t, "routing table updated", 1)
 	reader.held.Lock()
 	resume = sync.OnceFunc(reader.held.Unlock)
 	t.Cleanup(resume)
@@ -612,7 +612,7 @@ func startStalling(t *testing.T, sessions int) (p *routerProcess, resume func())
 	for i := range sessions {
 		p.open(t, fmt.Sprint(long, i)).Close()
 	}
-	waitMetrics(t, &p.runningRouter, map[string]float64{`router_sessions_total{backend="backend-0"}`: float64(sessions),
+	waitMetrics(t, &p.runningRouter, map[string]float64{`router_sessions_opened_total{backend="backend-0"}`: float64(sessions),
 		`router_sessions{backend="backend-0"}`: 0, `router_log_lines_dropped_total`: 0})
 	return p, resume
 }
@@ -684,7 +684,7 @@ func TestProcessAdminUnderLoad(t *testing.T) {
 	p.build(t)
 	p.start(t)
 	p.await(t)
-	p.log.wait(t, "table", 1)
+	p.log.wait(t, "routing table updated", 1)
 	bodies := planBodies()
 	before := p.memory(t)["VmHWM"] << 10
 
@@ -1059,7 +1059,7 @@ func (p *routerProcess) usage(t *testing.T, n int) (u usage) {
 // settled waits until no session and no upgrade is left.
 func (p *routerProcess) settled(t *testing.T) {
 	t.Helper()
-	waitMetrics(t, &p.runningRouter, map[string]float64{"router_upgrades_waiting": 0,
+	waitMetrics(t, &p.runningRouter, map[string]float64{"router_pending_upgrades": 0,
 		`router_sessions{backend="backend-0"}`: 0, `router_sessions{backend="backend-1"}`: 0})
 }
 
@@ -1079,7 +1079,7 @@ func TestProxyChurn(t *testing.T) {
 	p.cmd.Stdout = &c.log
 	p.start(t)
 	p.await(t)
-	p.log.wait(t, "table", 1)
+	p.log.wait(t, "routing table updated", 1)
 	c.clientAddr = p.clientAddr
 
 	warmUp := func() { c.run(t, max(time.Second, *churnFlag/60), func() {}) }
@@ -1116,7 +1116,7 @@ func (c *churn) wantAccounts(t *testing.T, p *routerProcess) {
 	var total, ended float64
 	for series, value := range scrape(t, &p.runningRouter).values {
 		switch {
-		case strings.HasPrefix(series, "router_sessions_total{"):
+		case strings.HasPrefix(series, "router_sessions_opened_total{"):
 			total += value
 		case strings.HasPrefix(series, "router_sessions_ended_total{"):
 			ended += value
@@ -1141,14 +1141,14 @@ func TestMemoryOfAMillion(t *testing.T) {
 		}
 		<-r.Context().Done()
 	}})
-	p := newRouterProcess(t, append([]string{"-replicas", "16", "-configmap-selector", "a=b", "-kube-namespace", "edge", "-drain-time", "0",
+	p := newRouterProcess(t, append([]string{"-replicas", "16", "-configmap-selector", "a=b", "-kube-namespace", "edge", "-drain-duration", "0",
 		"-kube", server.url(t)}, onFreePorts...)...)
 	p.build(t)
 	p.start(t)
-	p.log.wait(t, "table", 1)
+	p.log.wait(t, "routing table updated", 1)
 	for version := 2; version < 2+events; version++ {
 		next <- version
-		line := p.log.wait(t, "table", version)
+		line := p.log.wait(t, "routing table updated", version)
 		if line["overrides"] != float64(objects*overrides) || line["changed"] != float64(overrides) {
 			t.Fatalf("%v", line)
 		}

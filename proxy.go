@@ -79,7 +79,7 @@ func (p *proxy) logFailure(r *http.Request, result result, err error) {
 		return
 	}
 	if omitted, ok := p.logThrottles[result].allow(time.Second); ok {
-		p.log.Warn("upgrade refused", "path", fmt.Sprintf("%.200s", r.URL.Path), "client", lastClientAddrs(forwardedFor(r)),
+		p.log.Warn("upgrade failed", "path", fmt.Sprintf("%.200s", r.URL.Path), "client", lastClientAddrs(forwardedFor(r)),
 			"result", result.String(), "reason", fmt.Sprintf("%.300s", err.Error()), "omitted", omitted)
 	}
 }
@@ -111,7 +111,7 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result result, 
 	clientAddrs := forwardedFor(r)
 	head := slices.Clip(startRequestHead(r, clientAddrs, p.podName)) // it is ended for each owner that is asked
 	if !p.reserveHead(len(head)) {
-		return refuseAndClose(backendConn, refuse(resultMaxPending, "the heads of the upgrades under way have %d bytes each, the limit", headBytesPerUpgrade))
+		return refuseAndClose(backendConn, refuse(resultMaxPending, "the heads of the pending upgrades have %d bytes each, the limit", headBytesPerUpgrade))
 	}
 	defer p.headBytes.Add(-int64(len(head)))
 	r = trimRequest(r, clientCtx)
@@ -199,7 +199,7 @@ func (p *proxy) waitForOldPod(ctx context.Context, namespace string, backend int
 	case <-over:
 		return nil
 	case <-ctx.Done():
-		return fmt.Errorf("%q has a session with the pod that %s was", namespace, p.backends.name(backend))
+		return fmt.Errorf("%q still has a session with the previous pod of %s", namespace, p.backends.name(backend))
 	}
 }
 
@@ -246,14 +246,14 @@ func (p *proxy) upgradeContexts(r *http.Request, until time.Time) (clientCtx, ho
 var errOwnerChanged = errors.New("the namespace got another owner")
 
 // errMisdirected says that what was dialled for a backend is another one (421).
-var errMisdirected = errors.New("what answers at its address is another backend")
+var errMisdirected = errors.New("another backend answers at its address")
 
 // admit checks an upgrade request, and returns its namespace, and what owner does. It
 // takes a place of the owner's, which the caller gives back, or handOver.
 func (p *proxy) admit(r *http.Request) (namespace string, owner int, table string, refused *refusal) {
 	p.handshakes.Add(1)
 	if n := countFields(r.Header); n > p.limits.headerFields {
-		return "", 0, "", refuse(resultBadHead, "%d header fields, want at most %d", n, p.limits.headerFields)
+		return "", 0, "", refuse(resultBadHead, "too many header fields: at most %d are allowed (got %d)", p.limits.headerFields, n)
 	}
 	if namespace, refused = p.namespace(r); refused == nil {
 		refused = checkUpgrade(r)
@@ -267,7 +267,7 @@ func (p *proxy) admit(r *http.Request) (namespace string, owner int, table strin
 	limit := p.limits.pendingUpgrades
 	switch all, own, acquired := p.pendingUpgrades.acquire(owner, p.router.table().backends.count, limit); {
 	case !acquired:
-		refused = refuse(resultMaxPending, "%d upgrades to %s are under way, its share of %d, and %d in all", own, p.backends.name(owner), limit, all)
+		refused = refuse(resultMaxPending, "%d upgrades to %s are pending, its share of %d; %d in all", own, p.backends.name(owner), limit, all)
 	case p.relay.size()+all > p.limits.sessions:
 		p.pendingUpgrades.release(owner)
 		refused = refuse(resultMaxSessions, "%d sessions are open, the limit", p.limits.sessions)
@@ -314,11 +314,11 @@ func freeMemory(ctx context.Context, begun func() int) {
 func (p *proxy) owner(namespace string) (int, string, *refusal) {
 	t := p.router.table()
 	if t == nil {
-		return 0, "", refuse(resultNoTable, "no overrides were read yet")
+		return 0, "", refuse(resultNoTable, "no overrides have been read yet")
 	}
 	owner, ok := t.owner(namespace)
 	if !ok {
-		return 0, "", refuse(resultUnresolved, "the override of %q cannot be read, or others disagree: /owner of the router says more", namespace)
+		return 0, "", refuse(resultUnresolved, "the override of %q is invalid or conflicts with another, and its previous owner is not known: see /owner", namespace)
 	}
 	return owner, t.stamp, nil
 }
@@ -333,7 +333,7 @@ func (p *proxy) unreachableError(holdCtx context.Context, backend int, err, misd
 	case errors.Is(holdCtx.Err(), context.Canceled):
 		refused = contextRefusal(holdCtx)
 	case misdirected != nil || errors.Is(err, errMisdirected):
-		refused = refuse(resultMisdirected, "%s could not be reached within %s: %v; at last: %v",
+		refused = refuse(resultMisdirected, "%s could not be reached within %s: %v; last error: %v",
 			p.backends.name(backend), p.limits.holdTimeout, cmp.Or(misdirected, err), err)
 	default:
 		refused = refuse(resultHoldTimeout, "%s could not be reached within %s: %v", p.backends.name(backend), p.limits.holdTimeout, err)
@@ -489,10 +489,10 @@ func (p *proxy) newReader(r io.Reader) *bufio.Reader {
 
 // writeMetrics writes what became of the upgrades, and how many are under way.
 func (p *proxy) writeMetrics(m metricsWriter) {
-	m.family("router_upgrades_total", "counter", "Upgrade requests, by what became of them.")
+	m.family("router_upgrades_total", "counter", "Upgrade requests, by result.")
 	for r := range numResults {
 		m.sample("router_upgrades_total", float64(p.results[r].Load()), "result", r.String())
 	}
 	pending, _ := p.pendingUpgrades.inUse(0)
-	m.single("router_upgrades_waiting", "gauge", "Upgrades under way: held, dialled or in the handshake.", float64(pending))
+	m.single("router_pending_upgrades", "gauge", "Upgrades that wait for their owner, dial it, or wait for its answer.", float64(pending))
 }

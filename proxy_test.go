@@ -34,8 +34,8 @@ func TestProxyRefuses(t *testing.T) {
 	}{
 		"unknown path":               {with("/ws/ns-01", "/other"), 404, resultNotFound, `"/other"`},
 		"root":                       {with("/ws/ns-01", "/"), 404, resultNotFound, `"/"`},
-		"no namespace":               {with("/ws/ns-01", "/ws/"), 400, resultBadRequest, `namespace ""`},
-		"empty namespace":            {with("/ws/ns-01", "/ws//x"), 400, resultBadRequest, `namespace ""`},
+		"no namespace":               {with("/ws/ns-01", "/ws/"), 400, resultBadRequest, `(got "")`},
+		"empty namespace":            {with("/ws/ns-01", "/ws//x"), 400, resultBadRequest, `(got "")`},
 		"bad character":              {with("/ws/ns-01", "/ws/ns+01"), 400, resultBadRequest, `"ns+01"`},
 		"escaped namespace":          {with("/ws/ns-01", "/ws/ns%2D01"), 400, resultBadRequest, `"ns%2D01"`},
 		"escaped slash":              {with("/ws/ns-01", "/ws/ns-01%2F..%2Fns-02"), 400, resultBadRequest, "namespace"},
@@ -58,7 +58,7 @@ func TestProxyRefuses(t *testing.T) {
 		"two Host":                   {with("Host: www.mydomain.com\r\n", "Host: a\r\nHost: b\r\n"), 400, resultBadHead, "Bad Request"},
 		"no Host":                    {with("Host: www.mydomain.com\r\n", ""), 400, resultBadHead, "Host"},
 		"head too long":              {with("\r\n\r\n", "\r\nX-Long: "+strings.Repeat("x", 20<<10)+"\r\n\r\n"), 431, resultBadHead, ""},
-		"namespace refused":          {with("ns-01", "bad"), 503, resultUnresolved, "cannot be read"},
+		"namespace refused":          {with("ns-01", "bad"), 503, resultUnresolved, "is invalid or conflicts"},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -206,7 +206,7 @@ func TestProxyPassesTruncation(t *testing.T) {
 			if resp.StatusCode != 401 || resp.Header.Get("X-Why") != "quota" || err == nil {
 				t.Errorf("%s, %.60q: status %s, %v, body %.10q, error %v; want 401 and an error", way, body, resp.Status, resp.Header, got, err)
 			}
-			if logged := p.tail.all("upgrade refused"); len(logged) > 0 {
+			if logged := p.tail.all("upgrade failed"); len(logged) > 0 {
 				t.Errorf("%s, %.60q: logged %v, but the backend's answer was passed on", way, body, logged)
 			}
 			if want := strings.Contains(body, "half"); want != strings.HasPrefix(string(got), "half") {
@@ -322,10 +322,10 @@ func TestProxyBadAnswers(t *testing.T) {
 		"silence":        {silent, 504, resultGatewayTimeout, "backend-0 gave no answer within 300ms"},
 		"close":          {func(net.Conn, *bufio.Reader) {}, 502, resultBadGateway, "backend-0: "},
 		"not HTTP":       {answer("SSH-2.0-OpenSSH\r\n\r\n"), 502, resultBadGateway, "malformed"},
-		"other protocol": {answer(strings.Replace(switching, "websocket", "h2c", 1)), 502, resultBadGateway, `"h2c", want websocket`},
+		"other protocol": {answer(strings.Replace(switching, "websocket", "h2c", 1)), 502, resultBadGateway, `"h2c" instead of websocket`},
 		"long head":      {answer("HTTP/1.1 101 S\r\nX: " + strings.Repeat("x", 20<<10)), 502, resultBadGateway, "backend-0: "},
-		"status 099":     {answer("HTTP/1.1 099 Odd\r\nContent-Length: 0\r\n\r\n"), 502, resultBadGateway, "status 099"},
-		"status 600":     {answer("HTTP/1.1 600 Odd\r\nContent-Length: 0\r\n\r\n"), 502, resultBadGateway, "status 600"},
+		"status 099":     {answer("HTTP/1.1 099 Odd\r\nContent-Length: 0\r\n\r\n"), 502, resultBadGateway, "(got 099; "},
+		"status 600":     {answer("HTTP/1.1 600 Odd\r\nContent-Length: 0\r\n\r\n"), 502, resultBadGateway, "(got 600; "},
 		"interim only":   {answer(strings.Repeat("HTTP/1.1 100 Continue\r\n\r\n", 20)), 502, resultBadGateway, "interim"},
 	}
 	for name, tt := range tests {
@@ -438,7 +438,7 @@ func TestProxyMisdirectedForEver(t *testing.T) {
 		if n := len(backend.heads()); n > 3*clients {
 			t.Errorf("the backend was asked %d times by %d clients in two seconds", n, clients)
 		}
-		if text := "backend-0 at " + backend.addr + ": what answers at its address is another backend (421)"; logged.count(text) == 0 {
+		if text := "backend-0 at " + backend.addr + ": another backend answers at its address (421)"; logged.count(text) == 0 {
 			t.Errorf("the log has no %q:\n%s", text, logged)
 		}
 	})
@@ -774,7 +774,7 @@ func TestHandshakeEndsWithItsProxy(t *testing.T) {
 		})
 		socket := filepath.Join(t.TempDir(), "s")
 		r := startRouter(t, "-listen", "unix:"+socket, "-backends", backend.addr, "-overrides", t.TempDir(), "-handshake-timeout", "1h")
-		r.log.wait(t, "table", 1)
+		r.log.wait(t, "routing table updated", 1)
 		conn, err := net.Dial("unix", socket)
 		if err != nil {
 			t.Fatal(err)
@@ -819,7 +819,7 @@ func TestLimits(t *testing.T) {
 		if resp.StatusCode != 503 || resp.Header.Get("Retry-After") != "1" {
 			t.Errorf("status %d, want 503 with Retry-After", resp.StatusCode)
 		}
-		p.mustRefuse(t, 503, string(body), "2 upgrades to backend-1 are under way, its share of 4, and 2 in all")
+		p.mustRefuse(t, 503, string(body), "2 upgrades to backend-1 are pending, its share of 4; 2 in all")
 		p.waitResult(t, resultMaxPending)
 		p.open(t, "here")
 	})
@@ -953,10 +953,10 @@ func TestStopAnswersWhoWaits(t *testing.T) {
 				r := &runningRouter{log: newLogTail()}
 				ctx, stop := context.WithCancel(t.Context())
 				done := make(chan error, 1)
-				args := append(slices.Clone(onFreePorts), "-drain-time", "0", "-backends", addr, "-overrides", t.TempDir(), "-hold", "1h", "-handshake-timeout", "1h")
+				args := append(slices.Clone(onFreePorts), "-drain-duration", "0", "-backends", addr, "-overrides", t.TempDir(), "-hold", "1h", "-handshake-timeout", "1h")
 				go func() { done <- run(ctx, args, noEnvironment, r.log) }()
 				r.await(t)
-				r.log.wait(t, "table", 1)
+				r.log.wait(t, "routing table updated", 1)
 				var conns []net.Conn
 				for range clients {
 					conn, err := net.Dial("tcp", r.clientAddr)
@@ -967,7 +967,7 @@ func TestStopAnswersWhoWaits(t *testing.T) {
 					mustWrite(t, conn, request)
 					conns = append(conns, conn)
 				}
-				waitMetrics(t, r, map[string]float64{"router_upgrades_waiting": clients})
+				waitMetrics(t, r, map[string]float64{"router_pending_upgrades": clients})
 				stop()
 				for _, conn := range conns {
 					mustAnswer(t, conn, 503)

@@ -428,9 +428,9 @@ func (r *relay) writeSessionMetrics(m metricsWriter, counts map[int]backendCount
 		for _, ordinal := range backends {
 			m.sample("router_sessions", float64(counts[ordinal].open), "backend", r.backendName(ordinal))
 		}
-		m.family("router_sessions_total", "counter", "Sessions since the start.")
+		m.family("router_sessions_opened_total", "counter", "Sessions that were opened.")
 		for _, ordinal := range backends {
-			m.sample("router_sessions_total", float64(counts[ordinal].total), "backend", r.backendName(ordinal))
+			m.sample("router_sessions_opened_total", float64(counts[ordinal].total), "backend", r.backendName(ordinal))
 		}
 	}
 	m.family("router_sessions_ended_total", "counter", "Sessions that ended, by cause.")
@@ -438,7 +438,7 @@ func (r *relay) writeSessionMetrics(m metricsWriter, counts map[int]backendCount
 		m.sample("router_sessions_ended_total", float64(r.ended[c].Load()), "cause", c.String())
 	}
 	m.family("router_sessions_cut_total", "counter",
-		"Sessions of which not both sides answered their Close frames in time, by cause.")
+		"Sessions in which client and backend did not both answer their Close frames in time, by cause.")
 	for _, c := range []cause{causeMoved, causeDrain} {
 		m.sample("router_sessions_cut_total", float64(r.cut[c].Load()), "cause", c.String())
 	}
@@ -447,7 +447,7 @@ func (r *relay) writeSessionMetrics(m metricsWriter, counts map[int]backendCount
 // writeByteMetrics writes how many bytes were carried.
 func (r *relay) writeByteMetrics(m metricsWriter) {
 	bytes := r.bytes()
-	m.family("router_bytes_total", "counter", "Bytes carried after the handshakes.")
+	m.family("router_bytes_total", "counter", "Bytes passed on after the handshakes, by direction.")
 	m.sample("router_bytes_total", float64(bytes[clientSide]), "direction", "to_backend")
 	m.sample("router_bytes_total", float64(bytes[backendSide]), "direction", "to_client")
 }

@@ -387,7 +387,7 @@ func TestProcessFailedCalls(t *testing.T) {
 				done := p.traced(t, fmt.Sprintf("%s:error=%s:when=%s", call, errno, when))
 				p.start(t)
 				p.await(t)
-				p.log.wait(t, "table", 1)
+				p.log.wait(t, "routing table updated", 1)
 				var running sync.WaitGroup
 				var sessions atomic.Int64
 				for range 20 {
@@ -615,11 +615,11 @@ func stickSessions(t *testing.T, piece, limit int) {
 	overrides := pinned(10, 0)
 	overrides["other"] = "backend-1"
 	p := newRouterProcess(t, slices.Concat(onFreePorts, []string{"-listen", "unix:" + filepath.Join(t.TempDir(), "socket"),
-		"-backends", addrs, "-overrides", overridesDir(t, overrides), "-drain-time", "0"})...)
+		"-backends", addrs, "-overrides", overridesDir(t, overrides), "-drain-duration", "0"})...)
 	p.build(t)
 	p.start(t)
 	p.await(t)
-	p.log.wait(t, "table", 1)
+	p.log.wait(t, "routing table updated", 1)
 	p.openClosing(t, sessions, 10)
 	other, err := net.Dial("unix", p.clientAddr)
 	if err != nil {
@@ -662,10 +662,10 @@ func TestProcessClosesGracefully(t *testing.T) {
 	addrs := startStub(t, "127.0.0.1:0", serveClosing(t)).addr + "," + startStub(t, "127.0.0.2:0", serveClosing(t)).addr
 	dir := overridesDir(t, pinned(namespaces, 0))
 	p := newRouterProcess(t, slices.Concat(onFreePorts, []string{"-listen", "unix:" + filepath.Join(t.TempDir(), "socket"),
-		"-backends", addrs, "-overrides", dir, "-move-rate", strconv.Itoa(rate), "-drain-delay", "0", "-drain-time", drainTime.String()})...)
+		"-backends", addrs, "-overrides", dir, "-move-rate", strconv.Itoa(rate), "-drain-delay", "0", "-drain-duration", drainTime.String()})...)
 	p.start(t)
 	p.await(t)
-	p.log.wait(t, "table", 1)
+	p.log.wait(t, "routing table updated", 1)
 
 	moving := leave(t, p.openClosing(t, sessions, namespaces), restarts)
 	cpu, before := p.cpuTime(t), p.memory(t)
@@ -675,7 +675,7 @@ func TestProcessClosesGracefully(t *testing.T) {
 		}
 	}
 	wantPace(t, "move", moving(), drainTime)
-	line := p.log.wait(t, "moved", 1)
+	line := p.log.wait(t, "move finished", 1)
 	if line["sessions"] != float64(sessions) || line["namespaces"] != float64(namespaces) || line["cut"] != 0.0 {
 		t.Errorf("the log has %v, want %d sessions of %d namespaces and none cut", line, sessions, namespaces)
 	}

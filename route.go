@@ -12,15 +12,16 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // The reasons why a namespace has its owner, as /owner gives them.
 const (
-	whyOverride   = "override" // an override names it
-	whyHash       = "hash"     // there is no override
-	whyPrevious   = "kept"     // it keeps its previous owner: an override is invalid
-	whyConflict   = "conflict" // it keeps its previous owner: overrides disagree
-	whyUnresolved = "refused"  // it would keep its previous owner, but none is known: 503
+	whyOverride   = "override"   // an override names it
+	whyHash       = "hash"       // there is no override
+	whyPrevious   = "previous"   // it keeps its previous owner: an override is invalid
+	whyConflict   = "conflict"   // it keeps its previous owner: overrides disagree
+	whyUnresolved = "unresolved" // it would keep its previous owner, but none is known: 503
 )
 
 // Values of an ordinal that are not the ordinal of a backend.
@@ -79,6 +80,7 @@ type table struct {
 	statefulSet string          // the part of a backend's name before "-" and its ordinal
 	fromHost    bool            // a namespace is the first label of a host name
 	backends    ordinals        // at least one
+	updated     time.Time       // when the router put it in force; zero for others
 	revision    string          // of the StatefulSet when backends changed; "" if not known
 	sources     []sourceContent // in the order in which they are merged
 	version     string          // of the only source, or a hash of all versions; for people
@@ -309,15 +311,15 @@ type rejection struct {
 	namespace string
 	Source    string `json:"source"`        // sourceID.String
 	Value     string `json:"value"`         // cut to maxQuotedValue bytes
-	Expected  string `json:"want"`          // which values, or keys, would be valid
-	InForce   string `json:"kept"`          // its owner, "hash", "refused" or "nothing"
+	Expected  string `json:"expected"`      // which values, or keys, would be valid
+	InForce   string `json:"in_force"`      // its owner, "hash", "unresolved" or "none"
 	Key       string `json:"key,omitempty"` // of an override whose key is not a namespace
 }
 
 // String returns the text of a rejected override for people:
-// `ns-01: "bakend-2", want backend-0 to backend-3`.
+// `ns-01: "bakend-2", expected backend-0 to backend-3`.
 func (r rejection) String() string {
-	return fmt.Sprintf("%s: %q, want %s", r.namespace, r.Value, r.Expected)
+	return fmt.Sprintf("%s: %q, expected %s", r.namespace, r.Value, r.Expected)
 }
 
 // maxQuotedValue is how many bytes of a rejected value are shown: a value may be 1 MiB of
@@ -366,7 +368,7 @@ func (t *table) rejectionsOf(namespace string) (all []rejection) {
 func (t *table) check(i int, r override) (bad rejection, ok bool) {
 	s := findSlot(&t.index, r.namespace, r.hash)
 	bad = rejection{
-		namespace: string(r.namespace), Source: t.sources[i].id.String(), InForce: "nothing",
+		namespace: string(r.namespace), Source: t.sources[i].id.String(), InForce: "none",
 	}
 	invalid := t.isInvalidName(r)
 	switch {
@@ -376,7 +378,7 @@ func (t *table) check(i int, r override) (bad rejection, ok bool) {
 		last := t.backends.first + t.backends.count - 1
 		bad.Expected = t.name(t.backends.first) + " to " + t.name(last)
 	case int(s.set) == len(t.sources)+2:
-		bad.Expected = "the same backend in all objects"
+		bad.Expected = "the same backend in all sources"
 	default:
 		return bad, false
 	}
@@ -558,7 +560,7 @@ func (r *router) swap() {
 	}
 	old := r.table()
 	t := newTable(r.statefulSet, r.fromHost, r.backends, r.contents, old)
-	t.revision = r.revision
+	t.revision, t.updated = r.revision, time.Now()
 	r.current.Store(t)
 	r.swaps.Add(1)
 	r.onSwap()
@@ -690,7 +692,7 @@ func (t *table) sourceName() string {
 	if len(t.sources) == 1 {
 		return t.sources[0].id.String()
 	}
-	return fmt.Sprintf("%d objects", len(t.sources))
+	return fmt.Sprintf("%d sources", len(t.sources))
 }
 
 // logSwap logs the new table: one line, and one for each newly rejected override, up to
@@ -708,18 +710,18 @@ func (r *router) logSwap(t *table, all []sourceChange) {
 	for _, n := range t.rejected {
 		rejected += n
 	}
-	r.log.Info("table", "source", source, "version", t.version, "stamp", t.stamp,
+	r.log.Info("routing table updated", "source", source, "version", t.version, "stamp", t.stamp,
 		"backends", t.backends.count, "overrides", t.overrides,
 		"added", sum.added, "changed", sum.changed, "removed", sum.removed,
 		"rejected", rejected, "conflicts", t.conflicts)
 	for _, c := range all {
 		for _, bad := range c.newExamples {
-			r.log.Warn("entry rejected", "source", c.id.String(), "version", c.version,
+			r.log.Warn("override rejected", "source", c.id.String(), "version", c.version,
 				"namespace", bad.namespace, "value", bad.Value,
-				"want", bad.Expected, "kept", bad.InForce)
+				"expected", bad.Expected, "in_force", bad.InForce)
 		}
 		if c.newlyRejected > maxExamples {
-			r.log.Warn("more entries rejected",
+			r.log.Warn("more overrides rejected",
 				"source", c.id.String(), "count", c.newlyRejected-maxExamples)
 		}
 	}
@@ -727,24 +729,27 @@ func (r *router) logSwap(t *table, all []sourceChange) {
 
 // writeMetrics writes the table in force, if there is one.
 func (r *router) writeMetrics(m metricsWriter) {
-	m.single("router_table_swaps_total", "counter", "Tables put in force.",
+	m.single("router_table_updates_total", "counter", "Routing tables that came into force.",
 		float64(r.swaps.Load()))
 	t := r.table()
 	if t == nil {
 		return
 	}
 	m.family("router_table_info", "gauge",
-		"Always 1; the labels say which table is in force.")
+		"Always 1. The labels have source, version and stamp of the routing table in force.")
 	m.sample("router_table_info", 1,
 		"source", t.sourceName(), "version", t.version, "stamp", t.stamp)
+	m.single("router_table_updated_timestamp_seconds", "gauge",
+		"When the routing table in force came into force, in seconds since 1970.",
+		unixSeconds(t.updated))
 	m.single("router_table_overrides", "gauge", "Overrides in force.", float64(t.overrides))
-	m.single("router_table_backends", "gauge", "Backends that namespaces are hashed over.",
+	m.single("router_table_backends", "gauge", "Backends over which namespaces are hashed.",
 		float64(t.backends.count))
-	m.family("router_table_rejected_entries", "gauge", "Entries that cannot be read.")
+	m.family("router_table_rejected_overrides", "gauge", "Overrides that are not in force because they are invalid, by source.")
 	for i, src := range t.sources {
-		m.sample("router_table_rejected_entries", float64(t.rejected[i]),
-			"object", src.id.String())
+		m.sample("router_table_rejected_overrides", float64(t.rejected[i]),
+			"source", src.id.String())
 	}
 	m.single("router_table_conflicts", "gauge",
-		"Namespaces that objects give to different backends.", float64(t.conflicts))
+		"Namespaces to which sources give different backends.", float64(t.conflicts))
 }

@@ -76,7 +76,7 @@ func TestTableReadsEntries(t *testing.T) {
 		if got, ok := table.owner("ns-01"); got != unresolved || ok || !rejected {
 			t.Errorf("%.100q: owner %d, %v, rejected: %v; want it rejected", value, got, ok, rejected)
 		}
-		if bad.Expected != "backend-0 to backend-3" || bad.InForce != "refused" {
+		if bad.Expected != "backend-0 to backend-3" || bad.InForce != "unresolved" {
 			t.Errorf("%.100q is rejected with %+v", value, bad)
 		}
 		if !utf8.ValidString(bad.Value) || len(bad.Value) > 3*maxQuotedValue+len("…") {
@@ -115,11 +115,11 @@ func TestTablePinsToPrevious(t *testing.T) {
 		owner     int
 		why, kept string
 	}{
-		"no old table":              {"hashed", nil, 4, unresolved, whyUnresolved, "refused"},
+		"no old table":              {"hashed", nil, 4, unresolved, whyUnresolved, "unresolved"},
 		"old override":              {"pinned-3", seed(t), 4, 3, whyPrevious, "backend-3"},
 		"old hash":                  {"hashed", seed(t), 4, hashed, whyPrevious, "hash"},
-		"old refused":               {"refused", seed(t), 4, unresolved, whyUnresolved, "refused"},
-		"old override out of range": {"pinned-3", seed(t), 3, unresolved, whyUnresolved, "refused"},
+		"old refused":               {"refused", seed(t), 4, unresolved, whyUnresolved, "unresolved"},
+		"old override out of range": {"pinned-3", seed(t), 3, unresolved, whyUnresolved, "unresolved"},
 		"old override in range":     {"pinned-0", seed(t), 3, 0, whyPrevious, "backend-0"},
 	}
 	for name, tt := range tests {
@@ -169,7 +169,7 @@ func TestTableRejectsNamespaces(t *testing.T) {
 		t.Errorf("%d overrides %v, want %v", table.overrides, got, want)
 	}
 	for _, namespace := range []string{"a/b", ".."} {
-		if bad := rejectedOf(table)[namespace]; bad.Expected != pathNamespaceFault(namespace) || bad.InForce != "nothing" {
+		if bad := rejectedOf(table)[namespace]; bad.Expected != pathNamespaceFault(namespace) || bad.InForce != "none" {
 			t.Errorf("%q is rejected as %+v", namespace, bad)
 		}
 	}
@@ -406,7 +406,7 @@ func wantInForceOrRejected(t *testing.T, table *table, namespace, value string) 
 		t.Errorf("%q: %q is in force as %d, %v", namespace, value, ordinal, pinned)
 	case !rejected:
 		return
-	case pinned != (bad.InForce != "hash" && bad.InForce != "nothing"):
+	case pinned != (bad.InForce != "hash" && bad.InForce != "none"):
 		t.Errorf("%q: %q is rejected as %+v and in the table is %v", namespace, value, bad, pinned)
 	case !utf8.ValidString(bad.Value) || bad.Expected == "":
 		t.Errorf("%q: %q is rejected as %+v", namespace, value, bad)
@@ -621,7 +621,7 @@ func TestRouterSwaps(t *testing.T) {
 	if got := r.swaps.Load(); got != updates || len(versions) != updates || versions[0] != "1" || versions[1] != "2" || versions[updates-1] != "1000" {
 		t.Errorf("%d swaps of the versions %v, want each of %d", got, versions, updates)
 	}
-	if got := len(tail.all("table")); got != updates {
+	if got := len(tail.all("routing table updated")); got != updates {
 		t.Errorf("%d tables in the log, want %d", got, updates)
 	}
 }
@@ -695,17 +695,17 @@ func TestRouterReports(t *testing.T) {
 		data[fmt.Sprintf("bad-%02d", i)] = "bakend-" + strconv.Itoa(i)
 	}
 	r.update(contentOf("test", "41", data))
-	wantLine(t, tail.all("table"), 1, map[string]any{"level": "INFO", "source": "test", "version": "41", "backends": 4.0,
+	wantLine(t, tail.all("routing table updated"), 1, map[string]any{"level": "INFO", "source": "test", "version": "41", "backends": 4.0,
 		"overrides": 26.0, "added": 26.0, "changed": 0.0, "removed": 0.0, "rejected": 25.0})
-	wantLine(t, tail.all("entry rejected"), 10, map[string]any{"level": "WARN", "source": "test", "version": "41",
-		"namespace": "bad-09", "value": "bakend-9", "want": "backend-0 to backend-3", "kept": "refused"})
-	wantLine(t, tail.all("more entries rejected"), 1, map[string]any{"level": "WARN", "count": 15.0})
+	wantLine(t, tail.all("override rejected"), 10, map[string]any{"level": "WARN", "source": "test", "version": "41",
+		"namespace": "bad-09", "value": "bakend-9", "expected": "backend-0 to backend-3", "in_force": "unresolved"})
+	wantLine(t, tail.all("more overrides rejected"), 1, map[string]any{"level": "WARN", "count": 15.0})
 
 	data["bad-00"], data["bad-01"], data["good"] = "still wrong", "backend-3", "backend-2"
 	r.update(contentOf("test", "42", data))
-	wantLine(t, tail.all("table"), 2, map[string]any{"version": "42", "added": 0.0, "changed": 2.0, "removed": 0.0, "rejected": 24.0})
-	wantLine(t, tail.all("entry rejected"), 11, map[string]any{"version": "42", "namespace": "bad-00", "value": "still wrong"})
-	wantLine(t, tail.all("more entries rejected"), 1, nil)
+	wantLine(t, tail.all("routing table updated"), 2, map[string]any{"version": "42", "added": 0.0, "changed": 2.0, "removed": 0.0, "rejected": 24.0})
+	wantLine(t, tail.all("override rejected"), 11, map[string]any{"version": "42", "namespace": "bad-00", "value": "still wrong"})
+	wantLine(t, tail.all("more overrides rejected"), 1, nil)
 }
 
 // There is a table when overrides and backends are both known. Each number of backends
@@ -740,8 +740,8 @@ func TestRouterResizes(t *testing.T) {
 			t.Errorf("with %+v owners %d, %d, %d after %d swaps, want %+v", step.backends, a, late, hashed, swapped, step)
 		}
 	}
-	wantLine(t, tail.all("table"), 6, map[string]any{"source": "test", "version": "1", "backends": 1.0, "rejected": 1.0})
-	wantLine(t, tail.all("entry rejected"), 5, map[string]any{"namespace": "late", "value": "backend-5", "want": "backend-1 to backend-1", "kept": "refused"})
+	wantLine(t, tail.all("routing table updated"), 6, map[string]any{"source": "test", "version": "1", "backends": 1.0, "rejected": 1.0})
+	wantLine(t, tail.all("override rejected"), 5, map[string]any{"namespace": "late", "value": "backend-5", "expected": "backend-1 to backend-1", "in_force": "unresolved"})
 }
 
 // A namespace whose entry cannot be read stays on its backend for as long as that exists.
@@ -767,7 +767,7 @@ func TestRouterReportsTheEndOfACopy(t *testing.T) {
 	_, provisional := r.addFakeSource(true)
 	provisional(contentOf("directory", "1", pairs("a=backend-1 b=backend-2")))
 	live(contentOf("ConfigMap", "2", pairs("a=backend-1 c=backend-3")))
-	wantLine(t, tail.all("table"), 2, map[string]any{"source": "ConfigMap", "overrides": 2.0, "added": 1.0, "changed": 0.0, "removed": 1.0})
+	wantLine(t, tail.all("routing table updated"), 2, map[string]any{"source": "ConfigMap", "overrides": 2.0, "added": 1.0, "changed": 0.0, "removed": 1.0})
 }
 
 // A source that is read again with the same entries, as after a change of its
@@ -789,8 +789,8 @@ func TestRouterOtherVersionOfTheSame(t *testing.T) {
 	if first.sources[0].version != "1" {
 		t.Error("the table before was changed")
 	}
-	if swapped != 0 || len(fake.changes) != 0 || r.swaps.Load() != 1 || len(tail.all("table")) != 1 {
-		t.Errorf("%d swaps, %d changes told, %d lines of tables, want that of the first only", swapped, len(fake.changes), len(tail.all("table")))
+	if swapped != 0 || len(fake.changes) != 0 || r.swaps.Load() != 1 || len(tail.all("routing table updated")) != 1 {
+		t.Errorf("%d swaps, %d changes told, %d lines of tables, want that of the first only", swapped, len(fake.changes), len(tail.all("routing table updated")))
 	}
 	if got := next.rejectionsOf("x"); len(got) != 2 || next.explain("b") != whyUnresolved {
 		t.Errorf("x: %v; b: %s", got, next.explain("b"))

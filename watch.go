@@ -8,10 +8,10 @@ import (
 	"io"
 	"log/slog"
 	"maps"
-	"math"
 	"math/rand/v2"
 	"net/url"
 	"reflect"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -35,7 +35,7 @@ const (
 	stateListing    = "listing"
 	stateConnecting = "connecting"
 	stateWatching   = "watching"
-	stateWaiting    = "waiting"
+	stateBackoff    = "backoff"
 )
 
 // watcher follows one object, or a set of objects, of the API server. It repeats a
@@ -48,7 +48,7 @@ const (
 //
 //	LISTING ──ok──> CONNECTING ──200──> WATCHING ──event──> WATCHING
 //	   ^ any error       │ any error        │ end of stream, ERROR, anything unexpected
-//	   └──── WAITING <───┴──────────────────┘
+//	   └──── BACKOFF <───┴──────────────────┘
 //
 // No error is final, and no error changes the objects. An API server that is starting
 // answers 403 to clients that have the permission (kubernetes#126038), and an API server
@@ -88,10 +88,20 @@ type watchStatus struct {
 	healthy   bool      // the current cycle is healthy: see markHealthy
 	failure   error     // of the last cycle that failed; nil since a healthy cycle
 	failing   bool      // a cycle failed, and there was no LIST, event or bookmark since
+	// failureCounts has the cycles that failed since the start, by errorClass.
+	failureCounts map[string]int
 }
 
 // confirm notes a LIST, an event or a bookmark: what is known is up to date.
 func (s *watchStatus) confirm() { s.confirmed, s.failing = time.Now(), false }
+
+// countFailure counts a cycle that failed with an error of the class.
+func (s *watchStatus) countFailure(class string) {
+	if s.failureCounts == nil {
+		s.failureCounts = map[string]int{}
+	}
+	s.failureCounts[class]++
+}
 
 // run repeats the cycle until ctx ends. When it returns, no connection is open.
 func (w *watcher[T]) run(ctx context.Context) {
@@ -111,7 +121,7 @@ func (w *watcher[T]) String() string {
 	return w.kind + " " + w.namespace + "/" + w.name + w.selector
 }
 
-// listAndWatch is one cycle, without its WAITING. It returns nil if the WATCH ended
+// listAndWatch is one cycle, without its BACKOFF. It returns nil if the WATCH ended
 // cleanly, which does not mean that no event was lost.
 //
 // The API server ends a WATCH after timeoutSeconds. The deadline of the context is for a
@@ -154,7 +164,7 @@ func (w *watcher[T]) list(ctx context.Context) (version string, err error) {
 	m := list.Metadata
 	if list.Kind != w.kind+"List" || m.ResourceVersion == "" || m.Continue != "" {
 		return "", fmt.Errorf("%w: kind %.60q, resourceVersion %.60q, continue %.60q, "+
-			"want a whole %sList",
+			"expected a whole %sList",
 			errBadResponse, list.Kind, m.ResourceVersion, m.Continue, w.kind)
 	}
 	objects := map[string]*T{}
@@ -259,7 +269,7 @@ func (w *watcher[T]) verify(o *T) error {
 	named := m.Namespace == w.namespace && m.Name != "" && (m.Name == w.name || w.name == "")
 	if kind != w.kind || !named || m.UID == "" || m.ResourceVersion == "" {
 		return fmt.Errorf("%w: %.60q %.260q/%.260q with uid %.60q and resourceVersion %.60q, "+
-			"want %s with both",
+			"expected %s with both",
 			errBadResponse, kind, m.Namespace, m.Name, m.UID, m.ResourceVersion, w.String())
 	}
 	return nil
@@ -290,21 +300,24 @@ func (w *watcher[T]) setObjects(objects map[string]*T) {
 func (w *watcher[T]) markHealthy() {
 	w.updateStatus(func(s *watchStatus) {
 		if s.failure != nil {
-			w.log.Info("watch works again", "object", w.String(), "fails", s.failures)
+			w.log.Info("watch recovered", "object", w.String(), "failures", s.failures)
 		}
 		s.healthy, s.failures, s.failure = true, 0, nil
 	})
 }
 
-// finishCycle is the beginning of WAITING. It notes how the cycle ended, and returns how
+// finishCycle is the beginning of BACKOFF. It notes how the cycle ended, and returns how
 // long to wait before the next one. It logs a failure if its class is not that of the
 // failure before, and else once a minute.
 func (w *watcher[T]) finishCycle(err error) time.Duration {
 	before, every := w.snapshot(), time.Minute
-	w.setState(stateWaiting)
+	w.setState(stateBackoff)
 	w.updateStatus(func(s *watchStatus) {
 		if !s.healthy {
 			s.failures++
+		}
+		if err != nil {
+			s.countFailure(errorClass(err))
 		}
 		s.healthy, s.failure, s.failing = false, cmp.Or(err, s.failure), s.failing || err != nil
 	})
@@ -316,9 +329,9 @@ func (w *watcher[T]) finishCycle(err error) time.Duration {
 			every = 0
 		}
 		if omitted, ok := w.failureThrottle.allow(every); ok {
-			w.log.Warn("watch failed, what was applied stays in force",
+			w.log.Warn("watch failed; keeping the last state",
 				"object", w.String(), "state", before.state, "class", errorClass(err),
-				"error", err.Error(), "fails", before.failures+1, "omitted", omitted)
+				"error", err.Error(), "failures", before.failures+1, "omitted", omitted)
 		}
 	}
 	return retryDelay(w.snapshot().failures, retryAfter(err), rand.Float64())
@@ -327,7 +340,7 @@ func (w *watcher[T]) finishCycle(err error) time.Duration {
 // setState sets and logs the state.
 func (w *watcher[T]) setState(state string) {
 	w.updateStatus(func(s *watchStatus) { s.state, s.protocol = state, w.kube.protocol })
-	w.log.Debug("watch", "object", w.String(), "state", state)
+	w.log.Debug("watch state changed", "object", w.String(), "state", state)
 }
 
 // updateStatus calls update with the status, under mu.
@@ -339,7 +352,10 @@ func (w *watcher[T]) updateStatus(update func(*watchStatus)) {
 
 // snapshot returns a copy of the status.
 func (w *watcher[T]) snapshot() (s watchStatus) {
-	w.updateStatus(func(status *watchStatus) { s = *status })
+	w.updateStatus(func(status *watchStatus) {
+		s = *status
+		s.failureCounts = maps.Clone(status.failureCounts)
+	})
 	return s
 }
 
@@ -351,42 +367,46 @@ type objectWatcher interface {
 
 // writeWatchMetrics writes the metrics of the watchers.
 func writeWatchMetrics(m metricsWriter, watchers []objectWatcher) {
-	gauge := func(name, help string, write func(object string, s watchStatus)) {
-		m.family(name, "gauge", help)
+	family := func(name, kind, help string, write func(object string, s watchStatus)) {
+		m.family(name, kind, help)
 		for _, w := range watchers {
 			write(w.String(), w.snapshot())
 		}
 	}
-	states := []string{stateListing, stateConnecting, stateWatching, stateWaiting}
-	gauge("router_watch_state", "1 for the state that the watch is in.",
+	states := []string{stateListing, stateConnecting, stateWatching, stateBackoff}
+	family("router_watch_state", "gauge", "1 for the state of the watch.",
 		func(object string, s watchStatus) {
 			for _, state := range states {
 				m.sample("router_watch_state", boolToFloat(s.state == state),
 					"object", object, "state", state)
 			}
 		})
-	gauge("router_watch_staleness_seconds",
-		"Time since the API server last said how things are, +Inf if it never did.",
+	family("router_watch_confirmed_timestamp_seconds", "gauge",
+		"When the API server last confirmed the object, in seconds since 1970; 0 if it never did.",
 		func(object string, s watchStatus) {
-			age := math.Inf(1)
-			if !s.confirmed.IsZero() {
-				age = time.Since(s.confirmed).Seconds()
+			m.sample("router_watch_confirmed_timestamp_seconds", unixSeconds(s.confirmed),
+				"object", object)
+		})
+	family("router_watch_consecutive_failures", "gauge",
+		"Failed cycles of LIST and WATCH since the last good one.",
+		func(object string, s watchStatus) {
+			m.sample("router_watch_consecutive_failures", float64(s.failures), "object", object)
+		})
+	family("router_watch_failures_total", "counter",
+		"Failed cycles of LIST and WATCH, by class of the error.",
+		func(object string, s watchStatus) {
+			counts := map[string]int{} // rates need a 0 before the first failure
+			for _, class := range connectionClasses() {
+				counts[class] = 0
 			}
-			m.sample("router_watch_staleness_seconds", age, "object", object)
+			maps.Copy(counts, s.failureCounts)
+			for _, class := range slices.Sorted(maps.Keys(counts)) {
+				m.sample("router_watch_failures_total", float64(counts[class]),
+					"object", object, "class", class)
+			}
 		})
-	gauge("router_watch_failures_in_row",
-		"LIST and WATCH cycles that failed since the last good one.",
-		func(object string, s watchStatus) {
-			m.sample("router_watch_failures_in_row", float64(s.failures), "object", object)
-		})
-	gauge("router_watch_last_error",
-		"Always 1; the label says what failed since the last good cycle.",
-		func(object string, s watchStatus) {
-			m.sample("router_watch_last_error", 1,
-				"object", object, "class", errorClass(s.failure))
-		})
-	gauge("router_watch_info",
-		"Always 1; the label says what the API server last answered with.",
+	family("router_watch_info", "gauge",
+		"Always 1. The label has the HTTP version of the API server's last response.",
 		func(object string, s watchStatus) {
 			m.sample("router_watch_info", 1, "object", object, "protocol", s.protocol)
 		})
@@ -480,7 +500,7 @@ func decodeElements(d *json.Decoder, open json.Delim, each func() error) error {
 		return err
 	}
 	if begin != open {
-		return fmt.Errorf("%w: %v, want %v", errBadResponse, begin, open)
+		return fmt.Errorf("%w: %v, expected %v", errBadResponse, begin, open)
 	}
 	for err == nil && d.More() {
 		err = each()

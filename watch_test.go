@@ -80,11 +80,11 @@ func TestErrorClass(t *testing.T) {
 		{&statusError{Code: 401}, "unauthorized"}, {&statusError{Code: 403}, "forbidden"}, {&statusError{Code: 404}, "not_found"},
 		{&statusError{Code: 410}, "gone"}, {&statusError{Code: 429}, "too_many_requests"}, {&statusError{Code: 500}, "internal_server_error"},
 		{&statusError{Code: 503}, "service_unavailable"}, {&statusError{Code: 504}, "gateway_timeout"},
-		{&statusError{}, "refused"}, {&statusError{Code: 777}, "refused"},
-		{errTooBig, "too_big"}, {errBadResponse, "bad_answer"}, {unmarshal("<html>"), "bad_answer"}, {unmarshal(`{"kind":1}`), "bad_answer"},
+		{&statusError{}, "unknown_status"}, {&statusError{Code: 777}, "unknown_status"},
+		{errTooBig, "too_big"}, {errBadResponse, "bad_response"}, {unmarshal("<html>"), "bad_response"}, {unmarshal(`{"kind":1}`), "bad_response"},
 		{&net.OpError{Op: "dial", Err: os.ErrDeadlineExceeded}, "dial"}, {&net.OpError{Op: "read", Err: os.ErrDeadlineExceeded}, "timeout"},
 		{context.DeadlineExceeded, "timeout"}, {&net.OpError{Op: "remote error", Err: errors.New("tls: bad certificate")}, "tls"},
-		{io.ErrUnexpectedEOF, "cut"}, {&net.OpError{Op: "read", Err: errors.New("connection reset by peer")}, "cut"},
+		{io.ErrUnexpectedEOF, "connection_lost"}, {&net.OpError{Op: "read", Err: errors.New("connection reset by peer")}, "connection_lost"},
 	}
 	for _, tt := range tests {
 		if got := errorClass(tt.err); got != tt.want {
@@ -207,7 +207,7 @@ func TestWatchCutEveryThreeSecondsPolls(t *testing.T) {
 			if failures := c.snapshot().failures; failures < 10 {
 				t.Errorf("%d failures in a row", failures)
 			}
-			failed, recovered := c.logged.count("watch failed"), c.logged.count("works again")
+			failed, recovered := c.logged.count("watch failed"), c.logged.count("watch recovered")
 			if recovered != 0 || cut && (failed < 8 || failed > 11) || !cut && failed != 0 {
 				t.Errorf("%d recoveries and %d failures logged, want one failure a minute if there are any:\n%s", recovered, failed, c.logged)
 			}
@@ -242,7 +242,7 @@ func TestWatchBacksOff(t *testing.T) {
 			if n := strings.Count(client.server.verbs(), "LIST"); n < 3600/23 || n > 3600/7 {
 				t.Errorf("%d LISTs in an hour, want one in 7.5 to 22.5 s", n)
 			}
-			if warned, recovered := client.logged.count("level=WARN"), client.logged.count("works again"); warned > 80 || recovered > 0 {
+			if warned, recovered := client.logged.count("level=WARN"), client.logged.count("watch recovered"); warned > 80 || recovered > 0 {
 				t.Errorf("%d warnings and %d recoveries logged in an hour", warned, recovered)
 			}
 		})
@@ -265,7 +265,7 @@ func TestWatchRecoversByAHealthyStreamOnly(t *testing.T) {
 		if s := c.snapshot(); s.failures != 0 || s.failure != nil {
 			t.Errorf("after %s of a stream: %+v", healthyWatch, s)
 		}
-		if n := c.logged.count("works again"); n != 1 {
+		if n := c.logged.count("watch recovered"); n != 1 {
 			t.Errorf("%d recoveries logged, want one:\n%s", n, c.logged)
 		}
 		begun := time.Now()
@@ -286,7 +286,7 @@ func TestWatchLogsEachClassOnce(t *testing.T) {
 		c := startWatch(t, lists, script{openStream()})
 		time.Sleep(4 * time.Minute)
 		first, second := c.logged.count("403 Forbidden"), c.logged.count("410 Expired")
-		if first != 1 || second < 1 || second > 2 || c.logged.count("works again") != 1 {
+		if first != 1 || second < 1 || second > 2 || c.logged.count("watch recovered") != 1 {
 			t.Errorf("want each failure once, or after a minute, and the recovery once:\n%s", c.logged)
 		}
 		if !strings.Contains(c.logged.String(), "omitted=3") {
@@ -331,7 +331,7 @@ func TestWatchRejectsListsThatAreNotWhole(t *testing.T) {
 			c.want(t, applied1, applied2)
 			time.Sleep(time.Minute)
 			c.wantVerbs(t, "LIST WATCH LIST LIST WATCH") // no WATCH after the bad LIST
-			failed, recovered := c.logged.count("watch failed"), c.logged.count("works again")
+			failed, recovered := c.logged.count("watch failed"), c.logged.count("watch recovered")
 			if s := c.snapshot(); s.failure != nil || failed != 1 || recovered != 1 || len(c.logged.String()) > 2000 {
 				t.Errorf("%+v; log, want a failure and a recovery:\n%.2000s", s, c.logged)
 			}
@@ -602,11 +602,11 @@ func watchFaults() map[string]fault {
 		"version from the future": {watches: script{streamFor(20*s, false)}, lists: script{mapList("3", routesV(0))},
 			want: []string{"0 map[ns-01:backend-0]"}, most: 20*s + once},
 		"garbage as version": {watches: script{respond(500, `{"message":"strconv.ParseUint: parsing \"abc\""}`)}, most: once, class: "internal_server_error"},
-		"killed":             {watches: script{streamFor(s, true)}, during: downFor(down, 20*s), least: 20 * s, most: 20*s + maxKubeRetry*3/2, class: "cut", lines: 2},
+		"killed":             {watches: script{streamFor(s, true)}, during: downFor(down, 20*s), least: 20 * s, most: 20*s + maxKubeRetry*3/2, class: "connection_lost", lines: 2},
 		"gone for an hour": {watches: script{streamFor(s, true)}, during: downFor(down, time.Hour), least: time.Hour,
-			most: time.Hour + maxKubeRetry*3/2, class: "cut", lines: 62},
+			most: time.Hour + maxKubeRetry*3/2, class: "connection_lost", lines: 62},
 		"graceful stop with Retry-After": {watches: ends, lists: script{text(429, "no", "5"), text(429, "no", "5")}, least: 10 * s, most: 13 * s, class: "too_many_requests"},
-		"blackhole":                      {watches: script{streamFor(s, true)}, during: downFor(hole, time.Minute), least: time.Minute, most: time.Minute + 5*s + maxKubeRetry*3/2, class: "cut", lines: 3},
+		"blackhole":                      {watches: script{streamFor(s, true)}, during: downFor(hole, time.Minute), least: time.Minute, most: time.Minute + 5*s + maxKubeRetry*3/2, class: "connection_lost", lines: 3},
 		"etcd is dead":                   {watches: ends, lists: script{hang, hang, hang}, least: 3 * listTimeout, most: 3*listTimeout + 12*s, class: "timeout"},
 		"flow control":                   {watches: ends, lists: script{text(429, "Too many requests, please try again later.", "8")}, least: 8 * s, most: 10500 * ms, class: "too_many_requests"},
 		"503":                            {watches: ends, lists: script{respond(503, "", "Retry-After", "1")}, least: s, most: 2500 * ms, class: "service_unavailable"},
@@ -615,10 +615,10 @@ func watchFaults() map[string]fault {
 		"recreated with a smaller version": {watches: script{openStream(watchEvent("DELETED", routesV(7)), recreated)},
 			want: []string{"none", "0 map[ns-01:backend-2]"}},
 		"recreated while away": {watches: script{cutStream()}, lists: script{mapList("1", routesMap("u2", "1", "backend-2"))},
-			want: []string{"1 map[ns-01:backend-2]"}, most: once, class: "cut"},
+			want: []string{"1 map[ns-01:backend-2]"}, most: once, class: "connection_lost"},
 		"over the cap":         {watches: script{openStream(big)}, most: once, class: "too_big"},
-		"half an event":        {watches: script{cutStream(big[:1000])}, most: once, class: "cut"},
-		"HTML":                 {watches: ends, lists: script{respond(200, "<html>", "Content-Type", "text/html")}, most: 2500 * ms, class: "bad_answer"},
+		"half an event":        {watches: script{cutStream(big[:1000])}, most: once, class: "connection_lost"},
+		"HTML":                 {watches: ends, lists: script{respond(200, "<html>", "Content-Type", "text/html")}, most: 2500 * ms, class: "bad_response"},
 		"GOAWAY":               {watches: script{goAway}, least: 30 * s, most: 30 * s},
 		"proxy without server": {watches: ends, lists: script{text(500, "dial tcp 127.0.0.1:6443: connect: connection refused", "")}, most: 2500 * ms, class: "internal_server_error"},
 		"no namespace":         {watches: append(ends, ends...), lists: script{mapList("102")}, want: []string{"none", applied2}, most: 3 * s},
@@ -675,7 +675,7 @@ func (f fault) check(t *testing.T, c *watchTest) {
 	if f.class == "" && n > 0 || f.class != "" && (n == 0 || n > cmp.Or(f.lines, 1) || !strings.Contains(c.logged.String(), "class="+f.class+" ")) {
 		t.Errorf("%d failures logged, want some of class %q, at most %d:\n%.3000s", n, f.class, cmp.Or(f.lines, 1), c.logged)
 	}
-	if again := c.logged.count("works again"); (again == 1) != (n > 0) {
+	if again := c.logged.count("watch recovered"); (again == 1) != (n > 0) {
 		t.Errorf("it was said %d times to work again:\n%.3000s", again, c.logged)
 	}
 }
@@ -824,14 +824,14 @@ func TestWatchStopsInEveryState(t *testing.T) {
 		"watching":          {ok, openStream(), stateWatching, false},
 		"watching, frozen":  {ok, openStream(), stateWatching, true},
 		"within an event":   {ok, openStream(`{"type"`), stateWatching, false},
-		"waiting":           {respond(500, "no", "Retry-After", "60"), nil, stateWaiting, false},
-		"waiting after one": {ok, respond(500, "no", "Retry-After", "60"), stateWaiting, false},
+		"waiting":           {respond(500, "no", "Retry-After", "60"), nil, stateBackoff, false},
+		"waiting after one": {ok, respond(500, "no", "Retry-After", "60"), stateBackoff, false},
 	} {
 		for _, proto := range []string{"HTTP/2.0", "HTTP/1.1"} {
 			inBubble(t, name+" "+proto, func(t *testing.T) {
 				client := startWatchOver(t, proto, newPipeNetwork(), script{c.list}, script{c.watch})
 				time.Sleep(3 * time.Second)
-				if s, open := client.snapshot(), client.network.open.Load(); s.state != c.state || (open == 1) == (c.state == stateWaiting) {
+				if s, open := client.snapshot(), client.network.open.Load(); s.state != c.state || (open == 1) == (c.state == stateBackoff) {
 					t.Fatalf("%d connections, %+v, want %s, and one unless it is that", open, s, c.state)
 				}
 				if c.frozen {

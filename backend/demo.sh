@@ -21,9 +21,9 @@ for i in 0 1 2 3; do
   bin/backend -listen "127.0.0.1:900$i" -name "backend-$i" -page nginx/index.html -log-level warn &
   running+=($!)
 done
-bin/router -listen 127.0.0.1:8000 -admin 127.0.0.1:8001 -drain-time 1s \
+bin/router -listen 127.0.0.1:8000 -admin 127.0.0.1:8001 -drain-duration 1s \
   -backends 127.0.0.1:9000,127.0.0.1:9001,127.0.0.1:9002,127.0.0.1:9003 \
-  -overrides "$OVERRIDES" -pod laptop &
+  -overrides "$OVERRIDES" -pod-name laptop &
 running+=($!)
 
 cat <<TEXT

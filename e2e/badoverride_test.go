@@ -22,7 +22,7 @@ func TestBadOverride(t *testing.T) {
 	s.withoutPolicy()
 	routers := s.routers(t.Context())
 	began := metav1.Now()
-	rejected := s.mustSum(routers, "router_table_rejected_entries")
+	rejected := s.mustSum(routers, "router_table_rejected_overrides")
 	byOverride := s.other(s.mustOwner(overridden).Owner)
 	byHash := s.mustOwner(hashed).Owner
 	elsewhere := s.other(s.mustOwner(good).Owner)
@@ -38,15 +38,15 @@ func TestBadOverride(t *testing.T) {
 		if err := r.owns(t.Context(), good, elsewhere, "override"); err != nil {
 			t.Error(err)
 		}
-		if err := s.logged(t.Context(), r.pod, began, "entry rejected", overridden, "bakend-2"); err != nil {
+		if err := s.logged(t.Context(), r.pod, began, "override rejected", overridden, "bakend-2"); err != nil {
 			t.Error(err)
 		}
-		if err := s.logged(t.Context(), r.pod, began, "entry rejected", hashed, "backend-99"); err != nil {
+		if err := s.logged(t.Context(), r.pod, began, "override rejected", hashed, "backend-99"); err != nil {
 			t.Error(err)
 		}
 	}
-	if got := s.mustSum(routers, "router_table_rejected_entries") - rejected; got != float64(2*len(routers)) {
-		t.Errorf("router_table_rejected_entries rose by %v over %d routers, want 2 each", got, len(routers))
+	if got := s.mustSum(routers, "router_table_rejected_overrides") - rejected; got != float64(2*len(routers)) {
+		t.Errorf("router_table_rejected_overrides rose by %v over %d routers, want 2 each", got, len(routers))
 	}
 	s.mustLand(overridden, byOverride)
 	s.mustLand(hashed, byHash)
@@ -54,23 +54,23 @@ func TestBadOverride(t *testing.T) {
 	s.goOn(sessions, 2)
 
 	s.awaitTable(t.Context(), s.apply(map[string]string{overridden: byOverride, good: elsewhere}))
-	if got := s.mustSum(routers, "router_table_rejected_entries"); got != rejected {
-		t.Errorf("router_table_rejected_entries is %v after the correction, want %v", got, rejected)
+	if got := s.mustSum(routers, "router_table_rejected_overrides"); got != rejected {
+		t.Errorf("router_table_rejected_overrides is %v after the correction, want %v", got, rejected)
 	}
 	s.goOn(sessions, 1)
 }
 
 // checkKept asks a router why a namespace with a bad override is where it is.
-func (s *system) checkKept(r *router, namespace, owner, value, kept string) {
+func (s *system) checkKept(r *router, namespace, owner, value, inForce string) {
 	s.t.Helper()
 	o, err := r.owner(s.t.Context(), namespace)
 	switch {
 	case err != nil:
 		s.t.Error(err)
-	case o.Owner != owner || o.Why != "kept":
+	case o.Owner != owner || o.Why != "previous":
 		s.t.Errorf("%s: %s belongs to %q by %q, want %q by \"kept\"", r.pod, namespace, o.Owner, o.Why, owner)
-	case len(o.Rejected) != 1 || o.Rejected[0].Value != value || o.Rejected[0].Kept != kept || o.Rejected[0].Want == "":
-		s.t.Errorf("%s: %s: rejected is %+v, want value %q, kept %q, and what would be right", r.pod, namespace, o.Rejected, value, kept)
+	case len(o.Rejected) != 1 || o.Rejected[0].Value != value || o.Rejected[0].InForce != inForce || o.Rejected[0].Expected == "":
+		s.t.Errorf("%s: %s: rejected is %+v, want value %q, in force %q, and what would be right", r.pod, namespace, o.Rejected, value, inForce)
 	}
 }
 

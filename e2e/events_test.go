@@ -33,8 +33,8 @@ func TestEvents(t *testing.T) {
 	s.applyTold(map[string]string{overridden: byOverride}, "1 overrides added, 0 changed, ", "")
 	sessions := []*follower{s.mustFollow(overridden), s.mustFollow(hashed)}
 	s.applyTold(map[string]string{overridden: "bakend-2", hashed: "backend-99", good: elsewhere},
-		"1 overrides added, 0 changed, 0 removed", fmt.Sprintf(`2 entries are not in force as written; `+
-			`%s: "backend-99", want backend-0 to backend-3, stays: hash; %s: "bakend-2", want backend-0 to backend-3, stays: %s`, hashed, overridden, byOverride))
+		"1 overrides added, 0 changed, 0 removed", fmt.Sprintf(`rejected overrides: 2; `+
+			`%s: "backend-99", expected backend-0 to backend-3, in force: hash; %s: "bakend-2", expected backend-0 to backend-3, in force: %s`, hashed, overridden, byOverride))
 	s.mustLand(overridden, byOverride)
 	s.mustLand(hashed, byHash)
 	s.mustLand(good, elsewhere)
@@ -94,7 +94,7 @@ func (s *system) applyTold(data map[string]string, did, warning string) {
 // version that all routers' tables say and no swap.
 func (s *system) annotate(annotation string) (version string) {
 	s.t.Helper()
-	const swaps = "router_table_swaps_total"
+	const swaps = "router_table_updates_total"
 	routers := s.routers(s.t.Context())
 	before := s.mustSum(routers, swaps)
 	version = s.mustKubectl("", "annotate", "configmap", configMap, annotation, "--output=jsonpath={.metadata.resourceVersion}")

@@ -29,11 +29,11 @@ func TestFault25And26Deleted(t *testing.T) {
 	trial := r.try("25, 26", subjects...)
 	r.mustKubectl("", "--namespace="+r.namespace, "delete", "configmap", configMap)
 	for _, s := range subjects {
-		s.logs(t, 5*time.Second, "there is no such object any more")
+		s.logs(t, 5*time.Second, "ConfigMap deleted; keeping its last overrides")
 	}
 	trial.stands()
 	late := r.inPod(r.newFiles(), r.address)
-	late.logs(t, 5*time.Second, "there is no such object")
+	late.logs(t, 5*time.Second, "ConfigMap not found")
 	if _, err := late.get(t.Context(), "/readyz"); err == nil || !strings.Contains(err.Error(), "create configmap "+configMap) {
 		t.Errorf("fault 25: /readyz of a router that started without the object: %v, want how to make it", err)
 	}
@@ -121,7 +121,7 @@ func TestFault30TooLarge(t *testing.T) {
 	trial.owner = before
 	trial.stands()
 	m, err := pod.metrics(t.Context())
-	if fails := m.sum("router_watch_failures_in_row"); err != nil || fails < 2 || fails > 6 {
+	if fails := m.sum("router_watch_consecutive_failures"); err != nil || fails < 2 || fails > 6 {
 		t.Errorf("fault 30: %v failures in five seconds, want 2 to 6 (%v)", fails, err)
 	}
 	r.put(map[string]string{kept: "backend-3", moved: before})
@@ -170,7 +170,7 @@ func TestFault31Malformed(t *testing.T) {
 	late := r.pod()
 	for namespace, owner := range owners {
 		for _, s := range subjects {
-			if err := s.owns(t.Context(), namespace, owner, "kept"); err != nil {
+			if err := s.owns(t.Context(), namespace, owner, "previous"); err != nil {
 				t.Errorf("fault 31: %v", err)
 			}
 		}
@@ -198,7 +198,7 @@ func TestFault38SlowConsumer(t *testing.T) {
 	if err := trial.visitors[0].finish(); err != nil {
 		t.Error(err)
 	}
-	swaps := r.mustSum([]*router{pod.router}, "router_table_swaps_total")
+	swaps := r.mustSum([]*router{pod.router}, "router_table_updates_total")
 	pod.cmd.Process.Signal(syscall.SIGSTOP)
 	defer pod.cmd.Process.Signal(syscall.SIGCONT)
 	const writes = 75
@@ -207,7 +207,7 @@ func TestFault38SlowConsumer(t *testing.T) {
 	}
 	pod.cmd.Process.Signal(syscall.SIGCONT)
 	took := trial.followed(change{version: trial.version, at: time.Now()}, 22500*time.Millisecond)
-	swaps = r.mustSum([]*router{pod.router}, "router_table_swaps_total") - swaps
+	swaps = r.mustSum([]*router{pod.router}, "router_table_updates_total") - swaps
 	if swaps >= writes {
 		t.Errorf("fault 38: %v tables for %d writes, want fewer: the API server waited for the router", swaps, writes)
 	}
@@ -236,7 +236,7 @@ func TestFault39ProxyRestarted(t *testing.T) {
 	laptop := r.laptop(address)
 	trial := r.try("39", laptop)
 	proxy.cmd.Process.Kill()
-	laptop.logs(t, 5*time.Second, failedWith("cut"))
+	laptop.logs(t, 5*time.Second, failedWith("connection_lost"))
 	laptop.logs(t, 5*time.Second, failedWith("dial"))
 	trial.stands()
 	r.kubectlProxy(address)

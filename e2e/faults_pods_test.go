@@ -197,7 +197,7 @@ func (s *system) awaitOtherPod(name string, uid types.UID) *corev1.Pod {
 func (s *system) awaitWaiting(upgrades int) {
 	s.t.Helper()
 	eventually(s.t, 10*time.Second, "upgrades to wait", func() error {
-		sum, err := sumOver(s.t.Context(), s.routers(s.t.Context()), "router_upgrades_waiting")
+		sum, err := sumOver(s.t.Context(), s.routers(s.t.Context()), "router_pending_upgrades")
 		if err == nil && int(sum) < upgrades {
 			err = fmt.Errorf("%v wait, want %d", sum, upgrades)
 		}
@@ -243,7 +243,7 @@ func TestFaultEndpointsForbidden(t *testing.T) {
 	p.component("start", "apiserver")
 	p.reconnect()
 	s.client = p.client
-	s.awaitEndpointWatch("the EndpointSlices to be forbidden", "router_watch_last_error", "class", "forbidden")
+	s.awaitEndpointsForbidden("the EndpointSlices to be forbidden")
 
 	s.mustKubectl("", "delete", "pod", victim, "--wait=false")
 	s.awaitOwn(s.awaitOtherPod(victim, old.UID), old)
@@ -253,11 +253,13 @@ func TestFaultEndpointsForbidden(t *testing.T) {
 	for _, namespace := range mine {
 		s.mustLand(namespace, victim)
 	}
-	s.awaitEndpointWatch("the EndpointSlices to be forbidden still", "router_watch_last_error", "class", "forbidden")
+	s.awaitEndpointsForbidden("the EndpointSlices to be forbidden still")
 	gaps, refusals := checkReturns(t, clients, victim)
 
 	giveBack()
-	s.awaitEndpointWatch("the EndpointSlices to be followed", "router_watch_state", "state", "watching")
+	s.awaitEndpointWatch("the EndpointSlices to be followed", func(m metrics, object string) bool {
+		return m.sum("router_watch_state", "object", object, "state", "watching") == 1
+	})
 	for _, r := range s.routers(t.Context()) {
 		if err := r.hasPod(s, mine[0], victim, s.pod(victim).UID); err != nil {
 			t.Error(err)
@@ -309,18 +311,31 @@ func (s *system) forbidEndpoints() (giveBack func()) {
 	return giveBack
 }
 
-// awaitEndpointWatch waits until the watch of EndpointSlices has this label in every
-// router.
-func (s *system) awaitEndpointWatch(what, metric, label, value string) {
+// awaitEndpointsForbidden waits until the watch of EndpointSlices fails in every router,
+// and has failed as forbidden.
+func (s *system) awaitEndpointsForbidden(what string) {
+	s.t.Helper()
+	s.awaitEndpointWatch(what, func(m metrics, object string) bool {
+		return m.sum("router_watch_consecutive_failures", "object", object) > 0 &&
+			m.sum("router_watch_failures_total", "object", object, "class", "forbidden") > 0
+	})
+}
+
+// awaitEndpointWatch waits until the watch of EndpointSlices is so in every router.
+func (s *system) awaitEndpointWatch(what string, is func(m metrics, object string) bool) {
 	s.t.Helper()
 	object := "EndpointSlice " + s.namespace + "/kubernetes.io/service-name=headless"
-	routers := s.routers(s.t.Context())
 	eventually(s.t, 40*time.Second, what, func() error {
-		sum, err := sumOver(s.t.Context(), routers, metric, "object", object, label, value)
-		if err == nil && int(sum) != len(routers) {
-			err = fmt.Errorf("it is so in %v of %d routers", sum, len(routers))
+		for _, r := range s.routers(s.t.Context()) {
+			m, err := r.metrics(s.t.Context())
+			if err != nil {
+				return err
+			}
+			if !is(m, object) {
+				return fmt.Errorf("it is not so in %s", r.pod)
+			}
 		}
-		return err
+		return nil
 	})
 }
 

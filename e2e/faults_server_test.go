@@ -23,7 +23,7 @@ func TestFault07And40APIServerKilled(t *testing.T) {
 	trial := r.try("07, 40", subjects...)
 	r.kill("apiserver")
 	for _, s := range subjects {
-		s.logs(t, 5*time.Second, failedWith("cut"))
+		s.logs(t, 5*time.Second, failedWith("connection_lost"))
 	}
 	subjects[0].logs(t, 5*time.Second, failedWith("dial"))
 	subjects[1].logs(t, 5*time.Second, failedWith("internal_server_error"))
@@ -75,7 +75,7 @@ func TestFault08Terminated(t *testing.T) {
 	}
 	t.Logf("fault 08: a write to the next API server came through the stream of the one that ends in %.2f s", took[0].Seconds())
 	syscall.Kill(old, syscall.SIGKILL)
-	pod.logs(t, 5*time.Second, failedWith("cut"))
+	pod.logs(t, 5*time.Second, failedWith("connection_lost"))
 	trial.recovered(5 * time.Second)
 }
 
@@ -87,9 +87,9 @@ func TestFault10And13And41APIServerPaused(t *testing.T) {
 	subjects := r.both()
 	trial := r.try("10, 13, 41", subjects...)
 	r.component("pause", "apiserver")
-	noticed := subjects[0].logs(t, 21*time.Second, failedWith("cut"))
+	noticed := subjects[0].logs(t, 21*time.Second, failedWith("connection_lost"))
 	handshake := subjects[0].logs(t, 8*time.Second, failedWith("timeout"))
-	proxied := subjects[1].logs(t, 30*time.Second, failedWith("cut"))
+	proxied := subjects[1].logs(t, 30*time.Second, failedWith("connection_lost"))
 	t.Logf("fault 10: noticed in %.1f s; fault 13: the next failure %.1f s later; fault 41: noticed in %.1f s",
 		noticed.Seconds(), handshake.Seconds(), (noticed + handshake + proxied).Seconds())
 	trial.stands()

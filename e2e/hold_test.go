@@ -25,7 +25,7 @@ func TestHold5000(t *testing.T) {
 	s.needFiles(connections + 500)
 	s.keepOverrides()
 	routers := s.routers(t.Context())
-	swaps := s.mustSum(routers, "router_table_swaps_total")
+	swaps := s.mustSum(routers, "router_table_updates_total")
 
 	began := time.Now()
 	held := s.hold(connections, func(i int) string { return fmt.Sprintf("%shold-%05d", prefix, i) })
@@ -56,14 +56,14 @@ func TestHold5000(t *testing.T) {
 		"%d changes of other overrides (%.1f per second), %v table swaps in %d routers; the test itself used %d MiB",
 		connections, took.Seconds(), lost, after-before, float64(after-before)/float64(connections)/took.Seconds(),
 		changes, float64(changes)/took.Seconds(),
-		s.mustSum(routers, "router_table_swaps_total")-swaps, len(routers), memory.Sys>>20)
+		s.mustSum(routers, "router_table_updates_total")-swaps, len(routers), memory.Sys>>20)
 	if lost > 0 {
 		t.Errorf("%d of %d connections were lost", lost, connections)
 	}
 	if want := int(took/changePause) * 9 / 10; changes < want {
 		t.Errorf("%d changes, want at least %d: the API server is too slow for ten a second", changes, want)
 	}
-	if got := s.mustSum(routers, "router_table_swaps_total") - swaps; got < float64(changes*len(routers))/2 {
+	if got := s.mustSum(routers, "router_table_updates_total") - swaps; got < float64(changes*len(routers))/2 {
 		t.Errorf("%v table swaps in %d routers after %d changes", got, len(routers), changes)
 	}
 	// Backends send once a second; a little less is the time one message takes.

@@ -14,36 +14,39 @@ import (
 func metricNames() map[string]dto.MetricType {
 	const counter, gauge = dto.MetricType_COUNTER, dto.MetricType_GAUGE
 	return map[string]dto.MetricType{
-		"router_build_info":              gauge,
-		"router_ready":                   gauge,
-		"router_sessions":                gauge,
-		"router_sessions_total":          counter,
-		"router_sessions_ended_total":    counter,
-		"router_sessions_cut_total":      counter,
-		"router_sessions_to_move":        gauge,
-		"router_upgrades_total":          counter,
-		"router_upgrades_waiting":        gauge,
-		"router_bytes_total":             counter,
-		"router_descriptors":             gauge,
-		"router_accept_paused":           gauge,
-		"router_log_lines_dropped_total": counter,
-		"router_table_info":              gauge,
-		"router_table_overrides":         gauge,
-		"router_table_backends":          gauge,
-		"router_table_rejected_entries":  gauge,
-		"router_table_conflicts":         gauge,
-		"router_table_swaps_total":       counter,
-		"router_statefulset_replicas":    gauge,
-		"router_backend_ready":           gauge,
-		"router_watch_state":             gauge,
-		"router_watch_staleness_seconds": gauge,
-		"router_watch_failures_in_row":   gauge,
-		"router_watch_last_error":        gauge,
-		"router_watch_info":              gauge,
-		"router_watch_object_absent":     gauge,
-		"router_watch_object_info":       gauge,
-		"go_goroutines":                  gauge,
-		"process_start_time_seconds":     gauge,
+		"router_build_info":                        gauge,
+		"router_ready":                             gauge,
+		"router_sessions":                          gauge,
+		"router_sessions_opened_total":             counter,
+		"router_sessions_ended_total":              counter,
+		"router_sessions_cut_total":                counter,
+		"router_sessions_to_move":                  gauge,
+		"router_upgrades_total":                    counter,
+		"router_pending_upgrades":                  gauge,
+		"router_bytes_total":                       counter,
+		"router_client_descriptors":                gauge,
+		"router_client_descriptors_limit":          gauge,
+		"router_accept_paused":                     gauge,
+		"router_log_lines_dropped_total":           counter,
+		"router_table_info":                        gauge,
+		"router_table_overrides":                   gauge,
+		"router_table_backends":                    gauge,
+		"router_table_rejected_overrides":          gauge,
+		"router_table_conflicts":                   gauge,
+		"router_table_updates_total":               counter,
+		"router_statefulset_replicas":              gauge,
+		"router_backend_ready":                     gauge,
+		"router_watch_state":                       gauge,
+		"router_watch_confirmed_timestamp_seconds": gauge,
+		"router_watch_consecutive_failures":        gauge,
+		"router_watch_failures_total":              counter,
+		"router_watch_info":                        gauge,
+		"router_watch_object_absent":               gauge,
+		"router_table_updated_timestamp_seconds":   gauge,
+		"process_open_fds":                         gauge,
+		"process_max_fds":                          gauge,
+		"go_goroutines":                            gauge,
+		"process_start_time_seconds":               gauge,
 	}
 }
 
@@ -51,26 +54,24 @@ func metricNames() map[string]dto.MetricType {
 // a rate has something to begin with.
 func labelValues() map[string]string {
 	return map[string]string{
-		"router_sessions backend":           "backend-0 backend-1 backend-2 backend-3",
-		"router_sessions_total backend":     "backend-0 backend-1 backend-2 backend-3",
-		"router_sessions_ended_total cause": "client backend client_error backend_error router_error half_close idle moved drain",
-		"router_sessions_cut_total cause":   "moved drain",
-		"router_bytes_total direction":      "to_backend to_client",
-		"router_descriptors kind":           "used limit",
-		"router_upgrades_total result": "ok bad_request bad_head not_found not_upgrade no_table refused hold_timeout misdirected " +
-			"client_gone max_sessions max_waiting bad_gateway gateway_timeout answered draining",
-		"router_watch_state object state":        "",
-		"router_watch_last_error object":         "",
-		"router_watch_info object":               "",
-		"router_backend_ready backend":           "backend-0 backend-1 backend-2 backend-3",
-		"router_build_info version goversion":    "",
-		"router_table_info source version stamp": "",
+		"router_sessions backend":              "backend-0 backend-1 backend-2 backend-3",
+		"router_sessions_opened_total backend": "backend-0 backend-1 backend-2 backend-3",
+		"router_sessions_ended_total cause":    "client backend client_error backend_error router_error half_close idle moved drain",
+		"router_sessions_cut_total cause":      "moved drain",
+		"router_bytes_total direction":         "to_backend to_client",
+		"router_upgrades_total result": "ok bad_request bad_head not_found not_upgrade no_table unresolved hold_timeout misdirected " +
+			"client_gone max_sessions max_pending_upgrades bad_gateway gateway_timeout answered draining",
+		"router_watch_state object state":          "",
+		"router_watch_failures_total object class": "bad_response connection_lost dial timeout tls too_big",
+		"router_watch_info object":                 "",
+		"router_backend_ready backend":             "backend-0 backend-1 backend-2 backend-3",
+		"router_build_info version goversion":      "",
+		"router_table_info source version stamp":   "",
 
-		"router_table_rejected_entries object":        "",
-		"router_watch_staleness_seconds object":       "",
-		"router_watch_failures_in_row object":         "",
-		"router_watch_object_absent object":           "",
-		"router_watch_object_info object uid version": "",
+		"router_table_rejected_overrides source":          "",
+		"router_watch_confirmed_timestamp_seconds object": "",
+		"router_watch_consecutive_failures object":        "",
+		"router_watch_object_absent object":               "",
 	}
 }
 
@@ -92,14 +93,14 @@ func TestMetrics(t *testing.T) {
 				t.Errorf("%s: %s is %v in all, want %v", r.pod, name, got, want)
 			}
 		}
-		good, fast := m.sum("router_watch_last_error", "class", "none"), m.sum("router_watch_info", "protocol", "HTTP/2.0")
-		if good != watches || fast != watches {
-			t.Errorf("%s: %v watches without an error, %v over HTTP/2, want %d", r.pod, good, fast, watches)
+		failures, fast := m.sum("router_watch_consecutive_failures"), m.sum("router_watch_info", "protocol", "HTTP/2.0")
+		if failures != 0 || fast != watches {
+			t.Errorf("%s: %v failures, %v watches over HTTP/2, want 0 and %d", r.pod, failures, fast, watches)
 		}
 	}
 
 	s.awaitSessions(routers, 0)
-	rising := []string{"router_sessions_total", "router_upgrades_total", "router_bytes_total"}
+	rising := []string{"router_sessions_opened_total", "router_upgrades_total", "router_bytes_total"}
 	before := map[string]float64{}
 	for _, name := range rising {
 		before[name] = s.mustSum(routers, name)
@@ -111,7 +112,7 @@ func TestMetrics(t *testing.T) {
 	}
 	s.awaitSessions(routers, sessions)
 	for name, least := range map[string]float64{
-		"router_sessions_total": sessions, "router_upgrades_total": sessions, "router_bytes_total": 40 * sessions,
+		"router_sessions_opened_total": sessions, "router_upgrades_total": sessions, "router_bytes_total": 40 * sessions,
 	} {
 		if rose := s.mustSum(routers, name) - before[name]; rose < least {
 			t.Errorf("%s rose by %v with %d sessions, want at least %v", name, rose, sessions, least)

@@ -177,7 +177,7 @@ func (s *system) checkReceipts(gone []*follower, version string, since metav1.Ti
 			return err
 		})
 		s.t.Logf("move: %s: %+v", pod, got)
-		want := receipt{Msg: "moved", Version: version, Namespaces: len(names), Sessions: len(all), Seconds: got.Seconds}
+		want := receipt{Msg: "move finished", Version: version, Namespaces: len(names), Sessions: len(all), Seconds: got.Seconds}
 		if got != want {
 			s.t.Errorf("%s: the receipt is %+v, want %+v", pod, got, want)
 		}
@@ -192,7 +192,7 @@ func (s *system) receipt(ctx context.Context, pod, version string, since metav1.
 	}
 	for line := range strings.Lines(log) {
 		var r receipt
-		if json.Unmarshal([]byte(line), &r) == nil && r.Msg == "moved" && r.Version == version {
+		if json.Unmarshal([]byte(line), &r) == nil && r.Msg == "move finished" && r.Version == version {
 			return r, nil
 		}
 	}

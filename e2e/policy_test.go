@@ -38,17 +38,17 @@ func TestPolicy(t *testing.T) {
 		"white space":        {map[string]string{"a": " \tbackend-0\n\n", "b": "\u3000backend-1\v\f\u0085"}, taken},
 		"a narrow space":     {map[string]string{"a": "backend-0", "b": "backend-1\u200b"}, `data has "b":"backend-1`},
 		"the highest":        {map[string]string{"a": "backend-999999999"}, taken},
-		"beyond the highest": {map[string]string{"a": "backend-1000000000"}, `data has "a":"backend-1000000000", want`},
-		"quotes":             {map[string]string{"ns-01": `"backend-2"`}, `data has "ns-01":'"backend-2"', want for each namespace the name of a backend, such as "backend-2", without quotes in the value`},
-		"a backslash":        {map[string]string{"a": `backend-1\`, "b": "backend-1"}, `data has "a":"backend-1\\", want`},
-		"another name":       {map[string]string{"a": "backend-0", "b": "bakend-2", "c": "backend-1"}, `data has "b":"bakend-2", want`},
-		"the first of two":   {map[string]string{"z": "x", "b.C_d-1": "backend-2x", "a": "backend-1"}, `data has "b.C_d-1":"backend-2x", want`},
-		"no number":          {map[string]string{"a": "backend-"}, `data has "a":"backend-", want`},
-		"negative":           {map[string]string{"a": "backend--1"}, `data has "a":"backend--1", want`},
-		"another spelling":   {map[string]string{"a": "backend-02"}, `data has "a":"backend-02", want`},
-		"two backends":       {map[string]string{"a": "backend-1 backend-2"}, `data has "a":"backend-1 backend-2", want`},
-		"empty":              {map[string]string{"a": ""}, `data has "a":"", want`},
-		"looks like entries": {map[string]string{"a": `x":"backend-1`, "b": "backend-1"}, `data has "a":'x":"backend-1', want`},
+		"beyond the highest": {map[string]string{"a": "backend-1000000000"}, `data has "a":"backend-1000000000": the value must be`},
+		"quotes":             {map[string]string{"ns-01": `"backend-2"`}, `data has "ns-01":'"backend-2"': the value must be the name of a backend, such as "backend-2", without quotes in the value`},
+		"a backslash":        {map[string]string{"a": `backend-1\`, "b": "backend-1"}, `data has "a":"backend-1\\": the value must be`},
+		"another name":       {map[string]string{"a": "backend-0", "b": "bakend-2", "c": "backend-1"}, `data has "b":"bakend-2": the value must be`},
+		"the first of two":   {map[string]string{"z": "x", "b.C_d-1": "backend-2x", "a": "backend-1"}, `data has "b.C_d-1":"backend-2x": the value must be`},
+		"no number":          {map[string]string{"a": "backend-"}, `data has "a":"backend-": the value must be`},
+		"negative":           {map[string]string{"a": "backend--1"}, `data has "a":"backend--1": the value must be`},
+		"another spelling":   {map[string]string{"a": "backend-02"}, `data has "a":"backend-02": the value must be`},
+		"two backends":       {map[string]string{"a": "backend-1 backend-2"}, `data has "a":"backend-1 backend-2": the value must be`},
+		"empty":              {map[string]string{"a": ""}, `data has "a":"": the value must be`},
+		"looks like entries": {map[string]string{"a": `x":"backend-1`, "b": "backend-1"}, `data has "a":'x":"backend-1': the value must be`},
 		"very long":          {map[string]string{"a": strings.Repeat("x", 100_000)}, `data has "a":"xxx`},
 		"a control":          {map[string]string{"a": "\x01" + "2"}, `data has "a":"`},
 		"controls":           {map[string]string{"a": "\x01" + "2\x03", "b": "\x02"}, `data has "a":"`},
@@ -118,7 +118,7 @@ func TestPolicyJudgesWhatIsLabelled(t *testing.T) {
 		t.Cleanup(func() { configMaps.Delete(context.Background(), object.Name, metav1.DeleteOptions{}) })
 		_, err = configMaps.Patch(t.Context(), object.Name, types.MergePatchType,
 			[]byte(`{"metadata":{"labels":{"app":"router-overrides"}}}`), metav1.PatchOptions{DryRun: []string{metav1.DryRunAll}})
-		if refused != (err != nil) || refused && !strings.Contains(err.Error(), `data has "a":"bakend-2", want`) {
+		if refused != (err != nil) || refused && !strings.Contains(err.Error(), `data has "a":"bakend-2": the value must be`) {
 			t.Errorf("labelled with %q: %v, want refused %t", value, err, refused)
 		}
 	}
@@ -288,12 +288,12 @@ func testOldEntry(t *testing.T, s *system, name string) {
 	update(`{"metadata":{"finalizers":["router/e2e"]}}`, taken)
 	update(`{"data":{"good":"backend-2","zz":"backend-0"}}`, taken)
 	update(`{"data":{"zz":null}}`, taken)
-	update(`{"data":{"good":"backend-"}}`, `data has "good":"backend-", want`)
-	update(`{"data":{"zz":"bakend-2"}}`, `data has "zz":"bakend-2", want`)
-	update(`{"data":{"a":"bakend-3"}}`, `data has "a":"bakend-3", want`)
+	update(`{"data":{"good":"backend-"}}`, `data has "good":"backend-": the value must be`)
+	update(`{"data":{"zz":"bakend-2"}}`, `data has "zz":"bakend-2": the value must be`)
+	update(`{"data":{"a":"bakend-3"}}`, `data has "a":"bakend-3": the value must be`)
 	update(`{"data":{"quoted":"backend-1"}}`, taken)
-	update(`{"binaryData":{"binary":"eA=="}}`, "binaryData holds no overrides")
-	update(`{"binaryData":{"more":"eA=="}}`, "binaryData holds no overrides")
+	update(`{"binaryData":{"binary":"eA=="}}`, "binaryData cannot hold overrides")
+	update(`{"binaryData":{"more":"eA=="}}`, "binaryData cannot hold overrides")
 	foreground := metav1.DeletePropagationForeground
 	if err := configMaps.Delete(t.Context(), name, metav1.DeleteOptions{PropagationPolicy: &foreground}); err != nil {
 		t.Error(err)
@@ -330,7 +330,7 @@ func TestPolicyLarge(t *testing.T) {
 	with := patched()
 	odd := fmt.Sprintf("%sbig-%09d", prefix, overrides/2)
 	_, err := s.patch(t.Context(), map[string]any{odd: "bakend-3"})
-	if want := `data has "` + odd + `":"bakend-3", want`; !apierrors.IsInvalid(err) || !strings.Contains(err.Error(), want) {
+	if want := `data has "` + odd + `":"bakend-3": the value must be`; !apierrors.IsInvalid(err) || !strings.Contains(err.Error(), want) {
 		t.Errorf("%v, want %q", err, want)
 	}
 	s.withoutPolicy()

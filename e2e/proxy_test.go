@@ -82,7 +82,7 @@ type outside struct {
 // runRouter runs the router's program with these flags, at free addresses.
 func runRouter(t *testing.T, program string, flags ...string) outside {
 	t.Helper()
-	p := start(t, program, append(flags, "-listen=127.0.0.1:0", "-admin=127.0.0.1:0", "-log-format=json", "-pod=outside")...)
+	p := start(t, program, append(flags, "-listen=127.0.0.1:0", "-admin=127.0.0.1:0", "-log-format=json", "-pod-name=outside")...)
 	line := p.says(t, `"msg":"serving"`)
 	return outside{p, &router{pod: "outside", base: "http://" + field(t, line, "admin")}, line}
 }

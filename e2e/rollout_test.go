@@ -12,7 +12,7 @@ import (
 
 // TestRolloutClosesClean replaces both routers, as `kubectl rollout restart`
 // does, under thousands of connections through nginx. Every session ends with a
-// Close frame and none by a cut, the ends are spread over -drain-time, and every
+// Close frame and none by a cut, the ends are spread over -drain-duration, and every
 // client gets in again.
 func TestRolloutClosesClean(t *testing.T) {
 	connections := number(t, "E2E_CONNECTIONS", 5000)
@@ -116,12 +116,12 @@ func ended(codes *tally, err error) error {
 }
 
 // checkSpread logs how many sessions of the router ended in each two seconds of
-// its drain, and holds that they were spread over -drain-time. A drain of few
+// its drain, and holds that they were spread over -drain-duration. A drain of few
 // sessions is shorter: it waits for a tenth of a second at most between two.
 func (s *system) checkSpread(pod string, began time.Time, all []*returner) {
 	s.t.Helper()
 	const bin = 2 * time.Second
-	over, err := time.ParseDuration(s.routerFlag("-drain-time", "30s"))
+	over, err := time.ParseDuration(s.routerFlag("-drain-duration", "30s"))
 	if err != nil {
 		s.t.Fatal(err)
 	}

@@ -29,7 +29,10 @@ type ownership struct {
 	Address  string
 	Ready    bool
 	Table    string
-	Rejected []struct{ Source, Value, Want, Kept string }
+	Rejected []struct {
+		Source, Value, Expected string
+		InForce                 string `json:"in_force"`
+	}
 }
 
 // get reads a page of the admin port. An answer other than 200 is an error

@@ -238,7 +238,7 @@ func (s *system) disagreed(routers []*router, began time.Time, before int) (most
 		}
 		for line := range strings.Lines(log) {
 			one := swap{pod: r.pod}
-			if json.Unmarshal([]byte(line), &one) == nil && one.Msg == "table" && one.Time.After(began) {
+			if json.Unmarshal([]byte(line), &one) == nil && one.Msg == "routing table updated" && one.Time.After(began) {
 				swaps = append(swaps, one)
 			}
 		}

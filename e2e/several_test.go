@@ -74,21 +74,21 @@ func (s *system) followSeveral(r outside, d *dialer, one, two string, byLabel bo
 	owns(both, "backend-2", "conflict")
 	gauges(1, 0)
 	o, err := r.owner(s.t.Context(), both)
-	if err != nil || len(o.Rejected) != 2 || o.Rejected[0].Value != "backend-2" || o.Rejected[1].Value != "backend-1" || o.Rejected[0].Kept != "backend-2" {
+	if err != nil || len(o.Rejected) != 2 || o.Rejected[0].Value != "backend-2" || o.Rejected[1].Value != "backend-1" || o.Rejected[0].InForce != "backend-2" {
 		s.t.Errorf("rejected (error %v): %+v, want what both say", err, o.Rejected)
 	}
-	r.says(s.t, `"msg":"entry rejected","source":"ConfigMap `+s.namespace+"/"+two+`"`)
+	r.says(s.t, `"msg":"override rejected","source":"ConfigMap `+s.namespace+"/"+two+`"`)
 
 	if err := s.client.CoreV1().ConfigMaps(s.namespace).Delete(s.t.Context(), two, metav1.DeleteOptions{}); err != nil {
 		s.t.Fatal(err)
 	}
 	if byLabel {
-		r.says(s.t, "the object is no longer selected, its overrides are out of force")
+		r.says(s.t, "ConfigMap no longer selected; its overrides are removed")
 		owns(b, s.mustOwner(b).Owner, "hash") // the deployed routers do not follow these
 		owns(both, "backend-2", "override")
 		gauges(0, 0)
 	} else {
-		r.says(s.t, "there is no such object any more, its overrides stay in force")
+		r.says(s.t, "ConfigMap deleted; keeping its last overrides")
 		owns(b, "backend-0", "override")
 		owns(both, "backend-2", "conflict")
 		gauges(1, 1)
@@ -104,7 +104,7 @@ func (s *system) followSeveral(r outside, d *dialer, one, two string, byLabel bo
 		s.mustKubectl("", "label", "configmap", two, "app-")
 		owns(b, s.mustOwner(b).Owner, "hash")
 		s.mustKubectl("", "label", "configmap", one, "app-")
-		r.says(s.t, "there is no such object any more, its overrides stay in force")
+		r.says(s.t, "ConfigMap deleted; keeping its last overrides")
 		owns(a, "backend-3", "override")
 		gauges(0, 1)
 	}

@@ -33,7 +33,7 @@ func (s *samples) take(ctx context.Context, of *subject) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.all = append(s.all, sample{time.Now(), int(m.sum("go_goroutines")), int(m.sum("router_descriptors", "kind", "used")), memory(of.cmd.Process.Pid)})
+	s.all = append(s.all, sample{time.Now(), int(m.sum("go_goroutines")), int(m.sum("router_client_descriptors")), memory(of.cmd.Process.Pid)})
 	return nil
 }
 

@@ -65,7 +65,7 @@ func (r *rig) within(t *testing.T) *rig {
 // run starts a router by a command to which its program and flags are added.
 func (r *rig) run(name, kube string, command ...string) *subject {
 	r.t.Helper()
-	command = append(command, r.program, "-listen=127.0.0.1:0", "-admin=127.0.0.1:0", "-log-format=json", "-pod="+name,
+	command = append(command, r.program, "-listen=127.0.0.1:0", "-admin=127.0.0.1:0", "-log-format=json", "-pod-name="+name,
 		"-kube="+kube, "-kube-namespace="+r.namespace, "-backends="+strings.Join(r.backends, ","))
 	p := start(r.t, command[0], command[1:]...)
 	line := p.says(r.t, `"msg":"serving"`)
@@ -235,7 +235,7 @@ func (s *subject) figures(t *testing.T) figures {
 	}
 	f := figures{goroutines: int(m.sum("go_goroutines")), memory: memory(s.cmd.Process.Pid)}
 	for _, line := range s.output() {
-		if !strings.Contains(line, `"msg":"session ended"`) && !strings.Contains(line, `"msg":"table"`) {
+		if !strings.Contains(line, `"msg":"session ended"`) && !strings.Contains(line, `"msg":"routing table updated"`) {
 			f.lines++
 		}
 	}
