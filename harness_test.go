@@ -46,11 +46,13 @@ func TestMain(m *testing.M) {
 	}
 	code := m.Run()
 	http.DefaultClient.CloseIdleConnections()
-	if left := leakedGoroutines(); code == 0 && len(left) > 0 {
-		for stack, count := range left {
-			fmt.Fprintf(os.Stderr, "%d leaked goroutines:\n%s\n\n", count, stack)
-		}
-		code = 1
+	left := otherGoroutines()
+	for end := time.Now().Add(time.Second); len(left) > 0 && time.Now().Before(end); left = otherGoroutines() {
+		time.Sleep(20 * time.Millisecond)
+	}
+	for stack, count := range left {
+		fmt.Fprintf(os.Stderr, "%d leaked goroutines:\n%s\n\n", count, stack)
+		code = max(code, 1)
 	}
 	os.Exit(code)
 }
@@ -65,18 +67,6 @@ func tellMemory() {
 		debug.FreeOSMemory()
 		fmt.Printf("{\"msg\":\"memory\",\"used\":%d}\n", used)
 	}
-}
-
-// leakedGoroutines gives goroutines some time to end and returns the stacks of
-// the rest, with how many there are of each.
-func leakedGoroutines() (left map[string]int) {
-	for range 50 {
-		if left = otherGoroutines(); len(left) == 0 {
-			break
-		}
-		time.Sleep(20 * time.Millisecond)
-	}
-	return left
 }
 
 // otherGoroutines returns the stacks of all goroutines but this one and those
@@ -96,6 +86,21 @@ func otherGoroutines() map[string]int {
 
 // patience bounds every wait of a test that should not wait.
 const patience = 10 * time.Second
+
+// eventually polls until get returns want. It fails the test if that takes too long.
+func eventually[T comparable](t testing.TB, what string, want T, get func() T) {
+	t.Helper()
+	for end, pause := time.Now().Add(2*patience), time.Millisecond; ; time.Sleep(pause) {
+		got := get()
+		if got == want {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("%s: %v, want %v", what, got, want)
+		}
+		pause = min(2*pause, 10*time.Millisecond)
+	}
+}
 
 // seedFlag repeats a random test.
 var seedFlag = flag.Uint64("seed", 0, "seed of the random tests of the relay; 0 for another each time")
@@ -214,6 +219,7 @@ type runningRouter struct {
 	log                   *logTail
 	ws, admin             string // the start of URLs
 	clientAddr, adminAddr string // addresses
+	stop                  func() // stops it and waits; only the first call does
 }
 
 // await reads from the log where the router listens.
@@ -280,12 +286,13 @@ func startRouter(t testing.TB, args ...string) *runningRouter {
 	done := make(chan error, 1)
 	args = slices.Concat(onFreePorts, []string{"-drain-duration", "0"}, args)
 	go func() { done <- run(ctx, args, noEnvironment, r.log) }()
-	t.Cleanup(func() {
+	r.stop = sync.OnceFunc(func() {
 		cancel()
 		if err := <-done; err != nil {
 			t.Errorf("run: %v", err)
 		}
 	})
+	t.Cleanup(r.stop)
 	r.await(t)
 	return r
 }
@@ -305,15 +312,10 @@ func overridesDir(t testing.TB, data map[string]string) string {
 // waitBody asks until the answer is the one that is wanted.
 func waitBody(t *testing.T, r *runningRouter, path string, wantStatus int, want string) {
 	t.Helper()
-	for end := time.Now().Add(patience); ; <-time.After(10 * time.Millisecond) {
+	eventually(t, path, fmt.Sprintf("%d %q", wantStatus, want), func() string {
 		status, body := r.get(t, path)
-		if status == wantStatus && body == want {
-			return
-		}
-		if time.Now().After(end) {
-			t.Fatalf("%s is %d %q, want %d %q", path, status, body, wantStatus, want)
-		}
-	}
+		return fmt.Sprintf("%d %q", status, body)
+	})
 }
 
 // scrape reads the metrics of a running router.
@@ -329,18 +331,13 @@ func scrape(t *testing.T, r *runningRouter) *exposition {
 
 // waitMetrics scrapes until the series have these values: a client may have its
 // answer before it was counted.
-func waitMetrics(t *testing.T, r *runningRouter, values map[string]float64) *exposition {
+func waitMetrics(t *testing.T, r *runningRouter, values map[string]float64) (e *exposition) {
 	t.Helper()
-	for end := time.Now().Add(patience); ; <-time.After(10 * time.Millisecond) {
-		e := scrape(t, r)
-		lacks := e.lacks(values)
-		if lacks == "" {
-			return e
-		}
-		if time.Now().After(end) {
-			t.Fatal(lacks)
-		}
-	}
+	eventually(t, "the metrics lack", "", func() string {
+		e = scrape(t, r)
+		return e.lacks(values)
+	})
+	return e
 }
 
 // stubBackend is a listener whose connections are served by the function it was
@@ -364,10 +361,7 @@ func (b *stubBackend) heads() []string {
 // connection is closed.
 func startStub(t testing.TB, addr string, serve func(conn net.Conn, br *bufio.Reader)) *stubBackend {
 	t.Helper()
-	l, err := net.Listen("tcp", addr)
-	if err != nil {
-		t.Fatal(err)
-	}
+	l := listenAt(t, addr)
 	b := &stubBackend{addr: l.Addr().String()}
 	var running sync.WaitGroup
 	running.Go(func() {
@@ -459,19 +453,29 @@ func websocketBackend(t testing.TB, serve func(*websocket.Conn)) string {
 	return s.Listener.Addr().String()
 }
 
-// listenLocal listens on any port until the test ends.
-func listenLocal(t testing.TB) net.Listener {
+// dial connects to addr, or to the Unix socket if addr is a path, until the test ends.
+func dial(t testing.TB, addr string) net.Conn {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	network := "tcp"
+	if strings.HasPrefix(addr, "/") {
+		network = "unix"
+	}
+	conn, err := net.Dial(network, addr)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { l.Close() })
-	return l
+	t.Cleanup(func() { conn.Close() })
+	return conn
+}
+
+// listenLocal listens on any port until the test ends.
+func listenLocal(t testing.TB) net.Listener {
+	t.Helper()
+	return listenAt(t, "127.0.0.1:0")
 }
 
 // listenAt listens until the test ends.
-func listenAt(t *testing.T, addr string) net.Listener {
+func listenAt(t testing.TB, addr string) net.Listener {
 	t.Helper()
 	l, err := net.Listen("tcp", addr)
 	if err != nil {
@@ -484,10 +488,7 @@ func listenAt(t *testing.T, addr string) net.Listener {
 // freeAddr returns an address where somebody may listen.
 func freeAddr(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	l := listenLocal(t)
 	defer l.Close()
 	return l.Addr().String()
 }
@@ -514,11 +515,7 @@ type testProxy struct {
 // with its body still on it.
 func (p *testProxy) ask(t testing.TB, request string) (*net.TCPConn, *bufio.Reader, *http.Response) {
 	t.Helper()
-	conn, err := net.Dial("tcp", p.addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
+	conn := dial(t, p.addr)
 	mustWrite(t, conn, request)
 	conn.SetReadDeadline(time.Now().Add(patience))
 	br := bufio.NewReader(conn)
@@ -539,14 +536,10 @@ func (p *testProxy) open(t testing.TB, namespace string) *net.TCPConn {
 	return conn
 }
 
-// waitResult waits until the result was counted once.
+// waitResult waits until the result was counted.
 func (p *testProxy) waitResult(t testing.TB, want result) {
 	t.Helper()
-	for end := time.Now().Add(patience); p.results[want].Load() == 0; <-time.After(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("no result %v", want)
-		}
-	}
+	eventually(t, fmt.Sprintf("an upgrade with result %v", want), true, func() bool { return p.results[want].Load() > 0 })
 }
 
 // mustRefuse checks the text of an answer, and that the reason is in it, where that is
@@ -626,28 +619,23 @@ func upgradeRequest(path string) string {
 		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nOrigin: https://www.mydomain.com\r\n\r\n"
 }
 
-// bothWays are the two ways of an upgrade: the relay's pollers take what is plain, and
-// net/http the other, as its target is in absolute form.
+// bothWays are the two ways of an upgrade: the event loop takes what is plain, and
+// leaves the other to net/http, as its target is in absolute form.
 func bothWays(path string) map[string]string {
 	return map[string]string{"plain": upgradeRequest(path), "net/http": upgradeRequest("http://www.mydomain.com" + path)}
 }
 
-// both has a test run with a request that the event loop takes, and with one that
-// it leaves to net/http, for its absolute target.
+// both has a test run with an upgrade of ns-01 in both ways.
 func both(t *testing.T, test func(t *testing.T, request string)) {
-	for name, target := range map[string]string{"plain": "/ws/ns-01", "net/http": "http://www.mydomain.com/ws/ns-01"} {
-		t.Run(name, func(t *testing.T) { test(t, upgradeRequest(target)) })
+	for name, request := range bothWays("/ws/ns-01") {
+		t.Run(name, func(t *testing.T) { test(t, request) })
 	}
 }
 
 // send writes an upgrade request without waiting for its answer.
 func (p *testProxy) send(t testing.TB, namespace string) net.Conn {
 	t.Helper()
-	conn, err := net.Dial("tcp", p.addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
+	conn := dial(t, p.addr)
 	mustWrite(t, conn, upgradeRequest("/ws/"+namespace))
 	return conn
 }
@@ -661,20 +649,12 @@ func (p *testProxy) underWay() int {
 // waitPending waits until n upgrades are under way.
 func (p *testProxy) waitPending(t testing.TB, n int) {
 	t.Helper()
-	for end := time.Now().Add(patience); p.underWay() != n; <-time.After(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("%d upgrades under way, want %d", p.underWay(), n)
-		}
-	}
+	eventually(t, "upgrades under way", n, p.underWay)
 }
 
 func (p *testProxy) waitSessions(t testing.TB, n int) {
 	t.Helper()
-	for end := time.Now().Add(patience); p.relay.size() != n; <-time.After(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("%d sessions, want %d", p.relay.size(), n)
-		}
-	}
+	eventually(t, "sessions", n, p.relay.size)
 }
 
 func mustAnswer(t testing.TB, conn net.Conn, status int) {
@@ -709,8 +689,11 @@ func wideDescriptorLimit(t testing.TB) *descriptorLimit {
 type relayed struct {
 	*session
 	relay           *relay
-	client, backend *net.TCPConn
+	client, backend halfConn
 }
+
+// ends returns both far ends, by side.
+func (c relayed) ends() [2]halfConn { return [2]halfConn{c.client, c.backend} }
 
 func (c relayed) wantCause(t testing.TB, want cause) {
 	t.Helper()
@@ -764,14 +747,38 @@ func quietRelay(t testing.TB) *relay {
 	return r
 }
 
-// startedSession starts a session in r.
-func startedSession(t testing.TB, r *relay, backend int, fromClient, fromBackend []byte) relayed {
+// sockets are the connections of a session: the relay gets the near ends, the client
+// and the backend have the far ones. Arrays are indexed by side.
+type sockets struct {
+	far  [2]halfConn
+	near [2]net.Conn
+}
+
+// newSockets returns sockets of these networks, tcp or unix.
+func newSockets(t testing.TB, client, backend string) (s sockets) {
 	t.Helper()
-	client, clientFar := tcpPair(t)
-	server, serverFar := tcpPair(t)
-	s := &session{namespace: "ns-01", backend: backend, clientAddrs: "192.0.2.7"}
-	r.startSession(s, [2]net.Conn{clientFar, server}, [2][]byte{fromClient, fromBackend})
-	return relayed{session: s, relay: r, client: client, backend: serverFar}
+	for i, network := range []string{client, backend} {
+		s.far[i], s.near[i] = pair(t, network)
+	}
+	return s
+}
+
+// start starts s in r. early is what the relay gets with the sockets.
+func (c sockets) start(r *relay, s *session, early [2][]byte) relayed {
+	r.startSession(s, c.near, early)
+	return relayed{session: s, relay: r, client: c.far[clientSide], backend: c.far[backendSide]}
+}
+
+// startedSession starts a session of ns-01 with backend 0 in r, over TCP.
+func startedSession(t testing.TB, r *relay) relayed {
+	t.Helper()
+	return startedOver(t, r, "tcp", "tcp")
+}
+
+// startedOver is startedSession over these networks, tcp or unix.
+func startedOver(t testing.TB, r *relay, client, backend string) relayed {
+	t.Helper()
+	return newSockets(t, client, backend).start(r, newSession("ns-01", 0, "192.0.2.7"), [2][]byte{})
 }
 
 // waitFor fails the test if the relay's sessions do not end by themselves.
@@ -789,51 +796,61 @@ func waitFor(t testing.TB, r *relay) {
 // tcpPair returns the two ends of a TCP connection.
 func tcpPair(t testing.TB) (near, far *net.TCPConn) {
 	t.Helper()
-	a, b := pair(t, "tcp", "127.0.0.1:0")
+	a, b := pair(t, "tcp")
 	return a.(*net.TCPConn), b.(*net.TCPConn)
 }
 
 // unixPair returns the two ends of a Unix socket, as nginx and the router have.
 func unixPair(t testing.TB) (near, far *net.UnixConn) {
 	t.Helper()
-	a, b := pair(t, "unix", filepath.Join(t.TempDir(), "s"))
+	a, b := pair(t, "unix")
 	return a.(*net.UnixConn), b.(*net.UnixConn)
 }
 
-// pair returns the two ends of a connection through addr.
-func pair(t testing.TB, network, addr string) (near, far net.Conn) {
+// pair returns the two ends of a connection, until the test ends.
+func pair(t testing.TB, network string) (near, far halfConn) {
 	t.Helper()
+	addr := "127.0.0.1:0"
+	if network == "unix" {
+		addr = filepath.Join(t.TempDir(), "s")
+	}
 	l, err := net.Listen(network, addr)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	if near, err = net.Dial(network, l.Addr().String()); err != nil {
+	a, err := net.Dial(network, l.Addr().String())
+	if err != nil {
 		t.Fatal(err)
 	}
-	if far, err = l.Accept(); err != nil {
+	b, err := l.Accept()
+	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { near.Close(); far.Close() })
-	return near, far
+	t.Cleanup(func() { a.Close(); b.Close() })
+	return a.(halfConn), b.(halfConn)
 }
 
 // halfConn is what TCP and Unix sockets have in common.
 type halfConn interface {
 	net.Conn
 	CloseWrite() error
+	SetReadBuffer(bytes int) error
+	SetWriteBuffer(bytes int) error
 }
 
-func closeWrite(t testing.TB, conn *net.TCPConn) {
+func closeWrite(t testing.TB, conn halfConn) {
 	t.Helper()
 	if err := conn.CloseWrite(); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// reset closes conn with an RST.
-func reset(conn *net.TCPConn) {
-	conn.SetLinger(0)
+// reset closes conn, a TCP connection with an RST.
+func reset(conn net.Conn) {
+	if tcp, ok := conn.(*net.TCPConn); ok {
+		tcp.SetLinger(0)
+	}
 	conn.Close()
 }
 

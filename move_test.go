@@ -773,10 +773,10 @@ func leaving(s relayed) <-chan string {
 	for i, conn := range []net.Conn{s.client, s.backend} {
 		go func() {
 			conn.SetDeadline(time.Now().Add(patience))
-			first, payload, err := nextWireFrame(conn, i == 1, nil)
+			got, err := readFrame(conn, i == 1)
 			conn.Close()
 			if i == 0 {
-				read <- fmt.Sprint(describeFrame(first, payload), " ", err)
+				read <- fmt.Sprint(got, " ", err)
 			}
 		}()
 	}
@@ -788,7 +788,7 @@ func TestDrain(t *testing.T) {
 	r := quietRelay(t)
 	var reads []<-chan string
 	for range sessions {
-		reads = append(reads, leaving(startedSession(t, r, 0, nil, nil)))
+		reads = append(reads, leaving(startedSession(t, r)))
 	}
 	begun := time.Now()
 	if ended := drain(t.Context(), r, over); ended != sessions {
@@ -811,7 +811,7 @@ func TestDrain(t *testing.T) {
 func TestDrainGivenUp(t *testing.T) {
 	r := quietRelay(t)
 	for range 20 {
-		startedSession(t, r, 0, nil, nil)
+		startedSession(t, r)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()

@@ -552,7 +552,7 @@ func wantMarked(t *testing.T, m *marked, r io.Reader) {
 // by then. All come back.
 func TestRelayKeepsSessionsApart(t *testing.T) {
 	r := quietRelay(t)
-	startedSession(t, r, 0, nil, nil).end(causeDrain) // Go's poller has its descriptors now
+	startedSession(t, r).end(causeDrain) // Go's poller has its descriptors now
 	before := descriptors(t)
 	const sessions, workers = 4000, 8
 	var all sync.WaitGroup

@@ -16,6 +16,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -33,35 +34,32 @@ import (
 func TestRelayWakesItself(t *testing.T) {
 	r := quietRelay(t)
 	for round := range 4 {
-		client, near := unixPair(t)
-		server, backend := unixPair(t)
-		near.SetWriteBuffer(4 << 10)
-		s := &session{namespace: "ns-01"}
-		r.startSession(s, [2]net.Conn{near, server}, [2][]byte{})
-		p := s.poller
-		other := startedSession(t, r, 0, nil, nil)
-		for other.session.poller != p {
-			other = startedSession(t, r, 0, nil, nil)
+		pairs := newSockets(t, "unix", "unix")
+		pairs.near[clientSide].(halfConn).SetWriteBuffer(4 << 10)
+		c := pairs.start(r, newSession("ns-01", 0, ""), [2][]byte{})
+		p, other := c.poller, startedSession(t, r)
+		for other.poller != p {
+			other = startedSession(t, r)
 		}
-		stuff(backend)
-		want := stuff(client)
+		stuff(c.backend)
+		want := stuff(c.client)
 		p.mu.Lock()
 		mustWrite(t, other.client, "x")
 		waitBlocked(t)
 		if round%2 == 0 {
-			readMost(client, 1<<20) // all that the kernel has
+			readMost(c.client, 1<<20) // all that the kernel has
 		}
-		got := readMost(backend, want)
+		got := readMost(c.backend, want)
 		if round%2 == 1 {
-			readMost(client, 1<<20)
+			readMost(c.client, 1<<20)
 		}
 		p.mu.Unlock()
-		backend.SetReadDeadline(time.Now().Add(patience))
-		n, err := io.CopyN(io.Discard, backend, want-got)
+		c.backend.SetReadDeadline(time.Now().Add(patience))
+		n, err := io.CopyN(io.Discard, c.backend, want-got)
 		if err != nil {
 			t.Fatalf("round %d: the backend got %d bytes of %d: %v", round, got+n, want, err)
 		}
-		s.end(causeDrain)
+		c.end(causeDrain)
 	}
 }
 
@@ -69,58 +67,42 @@ func TestRelayWakesItself(t *testing.T) {
 // sent. It fails if an RST or a failed send to the backend ends a session with
 // unsent bytes.
 func TestRelayLastBytes(t *testing.T) {
-	tests := map[string]struct {
-		end  func(client net.Conn, backend *net.TCPConn)
-		want cause
-	}{
-		"closes while its client goes on sending": {func(client net.Conn, backend *net.TCPConn) {
-			backend.Close()
+	for name, end := range map[string]func(c relayed){
+		"closes while its client goes on sending": func(c relayed) {
+			c.backend.Close()
 			for range 10 {
-				client.Write([]byte("ping"))       // the backend's kernel answers with an RST; may fail
+				c.client.Write([]byte("ping"))     // the backend's kernel answers with an RST; may fail
 				<-time.After(5 * time.Millisecond) // after the RST the relay's next send fails
 			}
-		}, causeBackendError},
-		"resets": {func(_ net.Conn, backend *net.TCPConn) { reset(backend) }, causeBackendError},
-	}
-	for name, tt := range tests {
+		},
+		"resets": func(c relayed) { reset(c.backend) },
+	} {
 		t.Run(name, func(t *testing.T) {
-			r := quietRelay(t)
-			client, near := unixPair(t)
-			far, backend := tcpPair(t)
-			s := &session{namespace: "ns-01"}
-			r.startSession(s, [2]net.Conn{near, far}, [2][]byte{})
+			c := startedOver(t, quietRelay(t), "unix", "tcp")
 			const last = 256 << 10 // more than the client's socket takes, less than with the router's buffers
-			if _, err := backend.Write(make([]byte, last)); err != nil {
-				t.Fatal(err)
-			}
-			for n := int64(-1); n != s.bytes()[backendSide]; <-time.After(20 * time.Millisecond) {
-				n = s.bytes()[backendSide] // until the client's socket is full
-			}
-			tt.end(client, backend)
-			mustReadAll(t, client, last)
-			client.Close()
-			relayed{session: s, relay: r}.wantCause(t, tt.want)
+			mustWrite(t, c.backend, string(make([]byte, last)))
+			c.waitStuck(backendSide)
+			end(c)
+			mustReadAll(t, c.client, last)
+			c.client.Close()
+			c.wantCause(t, causeBackendError)
 		})
 	}
 }
 
 // If a frame ends at the end of the poller's buffer, there is room for the Close frame.
 func TestCloseGracefullyFullBuffer(t *testing.T) {
-	r := quietRelay(t)
-	client, near := unixPair(t)
-	far, backend := unixPair(t)
-	s := &session{namespace: "ns-01"}
-	r.startSession(s, [2]net.Conn{near, far}, [2][]byte{})
+	c := startedOver(t, quietRelay(t), "unix", "unix")
 	frame := frameBytes(0x82, true, bufferSize, make([]byte, bufferSize))
-	mustSend(t, client, frame[:len(frame)-bufferSize])
-	mustRead(t, backend, string(frame[:len(frame)-bufferSize]))
-	s.closeGracefully(causeMoved, nil)
-	s.poller.mu.Lock()
-	mustSend(t, client, frame[len(frame)-bufferSize:])
-	s.poller.mu.Unlock()
-	mustRead(t, backend, string(frame[len(frame)-bufferSize:]))
-	mustFrames(t, backend, true, goesAway)
-	s.end(causeMoved)
+	mustSend(t, c.client, frame[:len(frame)-bufferSize])
+	mustRead(t, c.backend, string(frame[:len(frame)-bufferSize]))
+	c.closeGracefully(causeMoved, nil)
+	c.poller.mu.Lock()
+	mustSend(t, c.client, frame[len(frame)-bufferSize:])
+	c.poller.mu.Unlock()
+	mustRead(t, c.backend, string(frame[len(frame)-bufferSize:]))
+	mustFrames(t, c.backend, true, goesAway)
+	c.end(causeMoved)
 }
 
 // A session whose descriptors cannot be duplicated ends at once, and is counted and
@@ -129,12 +111,10 @@ func TestCloseGracefullyFullBuffer(t *testing.T) {
 func TestRelayRouterError(t *testing.T) {
 	r, tail := quietRelay(t), newLogTail()
 	r.log = slog.New(slog.NewJSONHandler(tail, nil))
-	client, clientFar := tcpPair(t)
-	server, serverFar := tcpPair(t)
-	clientFar.Close()
+	pairs := newSockets(t, "tcp", "tcp")
+	pairs.near[clientSide].Close()
 	begun := time.Now()
-	c := relayed{session: &session{namespace: "ns-01", clientAddrs: "192.0.2.7"}, relay: r, client: client, backend: serverFar}
-	r.startSession(c.session, [2]net.Conn{clientFar, server}, [2][]byte{[]byte("lost"), nil})
+	c := pairs.start(r, newSession("ns-01", 0, "192.0.2.7"), [2][]byte{[]byte("lost"), nil})
 	mustEOF(t, c.backend)
 	c.wantCause(t, causeRouterError)
 	c.wantAccount(t, tail, [2]int64{}, 0, time.Since(begun))
@@ -147,7 +127,7 @@ func TestRelayComesBack(t *testing.T) {
 	r := quietRelay(t)
 	var all []relayed
 	for range 2*maxEpollEvents + 50 {
-		all = append(all, startedSession(t, r, 0, nil, nil))
+		all = append(all, startedSession(t, r))
 	}
 	p := all[0].session.poller
 	p.mu.Lock()
@@ -169,16 +149,10 @@ func TestRelayComesBack(t *testing.T) {
 func waitBlocked(t *testing.T) {
 	t.Helper()
 	buf := make([]byte, 1<<20)
-	for end := time.Now().Add(patience); ; <-time.After(time.Millisecond) {
-		for stack := range bytes.SplitSeq(buf[:runtime.Stack(buf, true)], []byte("\n\n")) {
-			if bytes.Contains(stack, []byte("[sync.Mutex.Lock")) && bytes.Contains(stack, []byte("(*poller).poll")) {
-				return
-			}
-		}
-		if time.Now().After(end) {
-			t.Fatal("no poller waits to lock its mu")
-		}
-	}
+	blocked := regexp.MustCompile(`\[sync\.Mutex\.Lock.*\](\n.+)*\(\*poller\)\.poll`)
+	eventually(t, "a poller waits to lock its mu", true, func() bool {
+		return blocked.Match(buf[:runtime.Stack(buf, true)])
+	})
 }
 
 // readMost reads up to limit bytes in 30 ms, and returns how many.
@@ -194,7 +168,7 @@ func TestRelayManyReady(t *testing.T) {
 	r := quietRelay(t)
 	var sessions []relayed
 	for range 4 * maxEpollEvents * len(r.engine.pollers) {
-		sessions = append(sessions, startedSession(t, r, 0, nil, nil))
+		sessions = append(sessions, startedSession(t, r))
 	}
 	for _, p := range r.engine.pollers {
 		p.mu.Lock()
@@ -211,33 +185,37 @@ func TestRelayManyReady(t *testing.T) {
 }
 
 // hugeFrame returns the header of a frame that never ends.
-func hugeFrame(masked bool) []byte {
-	b := []byte{0x82, 127, 0, 0, 1, 0, 0, 0, 0, 0}
-	if masked {
-		b[1] |= 0x80
-		b = append(b, 1, 2, 3, 4)
-	}
-	return b
-}
+func hugeFrame(masked bool) []byte { return frameBytes(0x82, masked, 1<<40, nil) }
 
 // Urgent data of TCP does not stop a session: recv(2) returns fewer bytes at the
 // mark, which does not mean that the socket has no more.
 func TestRelayUrgentData(t *testing.T) {
 	r := quietRelay(t)
-	near, nearFar := tcpPair(t)
-	far, farFar := tcpPair(t)
-	mustWrite(t, near, "before")
-	onDescriptor(t, near, func(fd int) {
+	pairs := newSockets(t, "tcp", "tcp")
+	client := pairs.far[clientSide].(*net.TCPConn)
+	mustWrite(t, client, "before")
+	onDescriptor(t, client, func(fd int) {
 		if err := syscall.Sendto(fd, []byte("!"), syscall.MSG_OOB, nil); err != nil {
 			t.Fatal(err)
 		}
 	})
-	mustWrite(t, near, "after")
+	mustWrite(t, client, "after")
 	<-time.After(50 * time.Millisecond) // so that all of it has come when the poller reads
-	c := relayed{session: &session{namespace: "ns-01"}, relay: r, client: near, backend: farFar}
-	r.startSession(c.session, [2]net.Conn{nearFar, far}, [2][]byte{})
+	c := pairs.start(r, newSession("ns-01", 0, ""), [2][]byte{})
 	mustRead(t, c.backend, "beforeafter")
 	c.end(causeDrain)
+}
+
+// piped returns how many unsent bytes the session has from the backend, and whether some
+// are in a pipe.
+func (c relayed) piped() (n int, kept bool) {
+	c.poller.mu.Lock()
+	defer c.poller.mu.Unlock()
+	u := c.unsent[backendSide]
+	if u == nil || u.pipe == nil {
+		return 0, false
+	}
+	return len(u.data) + u.pipe.queued, true
 }
 
 // If a reader does not take the payload of a large frame, and reads have filled the
@@ -245,15 +223,10 @@ func TestRelayUrgentData(t *testing.T) {
 func TestRelayKeepsLittleInPipe(t *testing.T) {
 	const tries = 20 // a slow sender does not fill the poller's buffer
 	for range tries {
-		c := startedSession(t, quietRelay(t), 0, nil, nil)
+		c := startedSession(t, quietRelay(t))
 		mustSend(t, c.backend, hugeFrame(false))
 		stuff(c.backend)
-		n, piped := 0, false
-		c.session.poller.mu.Lock()
-		if u := c.session.unsent[backendSide]; u != nil && u.pipe != nil {
-			n, piped = len(u.data)+u.pipe.queued, true
-		}
-		c.session.poller.mu.Unlock()
+		n, piped := c.piped()
 		c.end(causeDrain)
 		if piped {
 			if n == 0 || n > maxUnsentPerSide {
@@ -272,17 +245,15 @@ func TestRelayGivesPipesBack(t *testing.T) {
 		if tries == 40*maxPipes {
 			t.Fatalf("%d of %d sessions have kept a pipe, want most", piped, tries)
 		}
-		c := startedSession(t, r, 0, nil, nil)
+		c := startedSession(t, r)
 		mustSend(t, c.backend, hugeFrame(false))
 		c.backend.SetWriteDeadline(time.Now().Add(20 * time.Millisecond))
 		io.Copy(c.backend, endless{})
-		p := c.session.poller
-		p.mu.Lock()
-		if u := c.session.unsent[backendSide]; u != nil && u.pipe != nil {
+		if _, kept := c.piped(); kept {
 			piped++
 		}
-		p.mu.Unlock()
 		c.end(causeDrain)
+		p := c.poller
 		p.mu.Lock()
 		if used := p.pipes.made - len(p.pipes.empty); used != 0 {
 			t.Errorf("%d pipes are in use after the session, want none", used)
@@ -296,19 +267,16 @@ func TestRelayGivesPipesBack(t *testing.T) {
 func TestRelayResetWhileUnsent(t *testing.T) {
 	r := quietRelay(t)
 	r.halfCloseTimeout = 200 * time.Millisecond
-	client, near := unixPair(t)
-	far, backend := tcpPair(t)
-	s := newSession("ns-01", 0, "")
-	r.startSession(s, [2]net.Conn{near, far}, [2][]byte{})
-	stuff(backend)
-	s.poller.mu.Lock()
-	if s.unsent[backendSide] == nil {
+	c := startedOver(t, r, "unix", "tcp")
+	stuff(c.backend)
+	c.poller.mu.Lock()
+	if c.unsent[backendSide] == nil {
 		t.Error("the backend has no unsent bytes")
 	}
-	s.poller.mu.Unlock()
-	reset(backend)
-	relayed{session: s, relay: r}.wantCause(t, causeHalfClose)
-	mustBreak(t, client)
+	c.poller.mu.Unlock()
+	reset(c.backend)
+	c.wantCause(t, causeHalfClose)
+	mustBreak(t, c.client)
 }
 
 // A reset within a large frame ends the session with an error as its cause. splice(2)
@@ -316,36 +284,17 @@ func TestRelayResetWhileUnsent(t *testing.T) {
 // after it returns a plain end.
 func TestRelayResetInLargeFrame(t *testing.T) {
 	for i, want := range []cause{causeClientError, causeBackendError} {
-		r := quietRelay(t)
-		c := startedSession(t, r, 0, nil, nil)
-		from, to := c.client, c.backend
-		if side(i) == backendSide {
-			from, to = to, from
-		}
+		c := startedSession(t, quietRelay(t))
+		from, to := c.ends()[i], c.ends()[1-i]
 		const size = 4 << 20
-		var all sync.WaitGroup
-		all.Go(func() {
-			from.Write(append(hugeFrame(side(i) == clientSide), make([]byte, size)...))
-		})
+		go from.Write(append(hugeFrame(side(i) == clientSide), make([]byte, size)...))
 		to.SetReadDeadline(time.Now().Add(patience))
 		if _, err := io.CopyN(io.Discard, to, size); err != nil {
 			t.Fatal(err)
 		}
-		all.Wait()
-		<-time.After(50 * time.Millisecond)
-		c.session.poller.mu.Lock()
-		t.Logf("side %d: bulk %v, %d bytes of the frame to come", i, c.session.bulk[i], c.session.frames[i].remaining())
-		c.session.poller.mu.Unlock()
+		<-time.After(50 * time.Millisecond) // until nothing is left to read
 		reset(from)
-		begun := time.Now()
-		for c.session.cause.Load() == 0 && time.Since(begun) < 2*time.Second {
-			<-time.After(time.Millisecond)
-		}
-		if got := cause(c.session.cause.Load()); got != want {
-			c.session.poller.mu.Lock()
-			t.Errorf("side %d: after %s the cause is %v, want %v; halfCloseCause %v, fin %v", i, time.Since(begun).Round(time.Millisecond), got, want, c.session.halfCloseCause, c.session.fin)
-			c.session.poller.mu.Unlock()
-		}
+		c.wantCause(t, want)
 	}
 }
 
@@ -391,11 +340,7 @@ func TestProcessFailedCalls(t *testing.T) {
 				var running sync.WaitGroup
 				var sessions atomic.Int64
 				for range 20 {
-					conn, err := net.Dial("unix", p.clientAddr)
-					if err != nil {
-						t.Fatal(err)
-					}
-					defer conn.Close()
+					conn := dial(t, p.clientAddr)
 					mustWrite(t, conn, upgradeRequest("/ws/ns-01"))
 					running.Go(func() {
 						br := bufio.NewReader(conn)
@@ -409,8 +354,8 @@ func TestProcessFailedCalls(t *testing.T) {
 				}
 				running.Wait()
 				p.log.wait(t, "session ended", int(sessions.Load()))
-				for end := time.Now().Add(patience); f.whole && f.ended.Load() < sessions.Load() && time.Now().Before(end); {
-					<-time.After(time.Millisecond)
+				if f.whole {
+					eventually(t, "sessions that have ended at their backends", sessions.Load(), f.ended.Load)
 				}
 				p.wantFailures(t, done, why)
 			})
@@ -466,40 +411,38 @@ func (p *routerProcess) wantFailures(t *testing.T, file string, why []string) {
 	}
 }
 
-// unsentOf returns the memory that unsent bytes take, in bytes.
-func unsentOf(r *relay) int64 { return r.engine.unsentBytes.Load() }
+// waitUnsent waits until unsent bytes take this much memory, in bytes.
+func waitUnsent(t *testing.T, r *relay, want int64) {
+	t.Helper()
+	eventually(t, "bytes of memory for unsent bytes", want, r.engine.unsentBytes.Load)
+}
 
 // A session with one unsent byte takes little more memory than one without.
 func TestRelayHoldsInSizes(t *testing.T) {
 	const sessions = 1000
 	r := quietRelay(t)
-	near, backends := make([]net.Conn, sessions), make([]net.Conn, sessions)
+	all := make([]relayed, sessions)
 	inBatches(sessions, func(i int) {
-		_, n, f, b := smallPairs(t)
-		stuff(n)
-		n.SetDeadline(time.Time{})
-		near[i], backends[i] = f, b
-		r.startSession(newSession("ns-01", 0, ""), [2]net.Conn{n, f}, [2][]byte{})
+		pairs := smallSockets(t)
+		near := pairs.near[clientSide]
+		stuff(near)
+		near.SetDeadline(time.Time{})
+		all[i] = pairs.start(r, newSession("ns-01", 0, ""), [2][]byte{})
 	})
 	open := userMemory()
-	for _, conn := range backends {
-		mustWrite(t, conn, "x")
+	for _, c := range all {
+		mustWrite(t, c.backend, "x")
 	}
-	for end := time.Now().Add(patience); unsentOf(r) < sessions*minUnsentBuffer && time.Now().Before(end); {
-		<-time.After(time.Millisecond)
-	}
+	waitUnsent(t, r, sessions*minUnsentBuffer)
 	full := userMemory()
 	t.Logf("a session takes %d bytes more with an unsent byte", (full-open)/sessions)
-	if unsentOf(r) != sessions*minUnsentBuffer || full-open > sessions*512 {
-		t.Errorf("%d sessions with an unsent byte count %d bytes and take %d more memory, want %d and at most %d",
-			sessions, unsentOf(r), full-open, sessions*minUnsentBuffer, sessions*512)
+	if full-open > sessions*512 {
+		t.Errorf("%d sessions with an unsent byte take %d bytes more memory, want at most %d",
+			sessions, full-open, sessions*512)
 	}
 	r.endAll(causeDrain)
 	waitFor(t, r)
-	if unsentOf(r) != 0 {
-		t.Errorf("%d bytes are unsent after all sessions have ended", unsentOf(r))
-	}
-	runtime.KeepAlive(near)
+	waitUnsent(t, r, 0)
 }
 
 // unsentClass returns the smallest class with room for the size.
@@ -518,41 +461,38 @@ func TestUnsentClass(t *testing.T) {
 // sessions keep their latency, and all bytes arrive when the readers continue.
 func TestRelayKeepsWithinBudget(t *testing.T) {
 	const sessions, budget = 300, 1 << 20
-	seed := randomSeed(t)
-	noise := newNoise(seed)
 	calm, crowded := quietRelay(t), quietRelay(t)
 	crowded.engine.unsentBudget = budget
 	relays := [2][]relayed{echoing(t, calm, 20), echoing(t, crowded, 20)}
-	all, sent := make([]stuckSession, sessions), make([]int64, sessions)
-	for i := range all {
-		all[i] = startedSmallSession(t, crowded)
-	}
-	inBatches(sessions, func(i int) {
-		sent[i] = stuffWith(all[i].backend, stuckFlow(noise, seed, i), 4<<10)
-		all[i].backend.CloseWrite()
-	})
-	got, most := unsentOf(crowded), int64(budget+2*bufferSize*len(crowded.engine.pollers)+sessions*minUnsentBuffer)
+	stuck := newStuckSessions(t, crowded, sessions)
+	stuck.fill()
+	got, most := crowded.engine.unsentBytes.Load(), int64(budget+2*bufferSize*len(crowded.engine.pollers)+sessions*minUnsentBuffer)
 	t.Logf("%d stuck sessions keep %d bytes", sessions, got)
 	if got < budget || got > most {
 		t.Errorf("%d stuck sessions keep %d bytes, want %d to %d", sessions, got, budget, most)
 	}
 	wantMedianEchoes(t, relays)
 	wantRest(t)
-	inBatches(sessions, func(i int) {
-		flow := stuckFlow(noise, seed, i)
-		flow.left = int(sent[i])
-		all[i].client.SetReadDeadline(time.Now().Add(patience))
-		if err := flow.check(all[i].client, rand.New(rand.NewPCG(seed, uint64(i)))); err != nil {
-			t.Errorf("session %d: %v", i, err)
-		}
-		all[i].client.Close()
-	})
-	for end := time.Now().Add(patience); crowded.size() > len(relays[1]) && time.Now().Before(end); {
-		<-time.After(time.Millisecond)
+	stuck.read(t)
+	waitUnsent(t, crowded, 0)
+}
+
+// While the budget is used up, a stuck session in its closing handshake keeps at most as
+// many bytes as one read may have then. It fails if it keeps a whole buffer.
+func TestCloseGracefullyOverBudget(t *testing.T) {
+	const sessions = 20
+	r := quietRelay(t)
+	r.engine.unsentBudget, r.closeTimeout = 0, time.Hour
+	stuck := newStuckSessions(t, r, sessions)
+	for _, c := range stuck.all {
+		c.closeGracefully(causeMoved, nil)
+		mustFrames(t, c.backend, true, goesAway)
 	}
-	if got := unsentOf(crowded); got != 0 {
-		t.Errorf("%d bytes are unsent with no session stuck", got)
+	stuck.fill()
+	if got := r.engine.unsentBytes.Load(); got < sessions*minUnsentBuffer || got > sessions*peekSize/4 {
+		t.Errorf("%d closing sessions keep %d bytes, want at most %d", sessions, got, sessions*peekSize/4)
 	}
+	stuck.read(t)
 }
 
 // All bytes arrive unchanged while the budget is used up, always or now and then.
@@ -570,19 +510,20 @@ func TestRelayBytesOverBudget(t *testing.T) {
 			for n := range count {
 				sizes := [2]int{logUniform(rng, 4<<20), logUniform(rng, 4<<20)}
 				ends := newFlowSession(noise, seed, n, sizes).ends
-				near, nearFar := unixPair(t)
-				far, farFar := tcpPair(t)
-				nearFar.SetWriteBuffer(4 << 10 << (n % 8))
-				r.startSession(newSession("ns-01", 0, ""), [2]net.Conn{nearFar, far}, [2][]byte{ends[clientSide].early, ends[backendSide].early})
-				running.Go(func() { ends[clientSide].run(t, near, near) })
-				running.Go(func() { ends[backendSide].run(t, farFar, farFar) })
-				total[clientSide], total[backendSide] = total[clientSide]+int64(sizes[clientSide]), total[backendSide]+int64(sizes[backendSide])
+				pairs := newSockets(t, "unix", "tcp")
+				pairs.near[clientSide].(halfConn).SetWriteBuffer(4 << 10 << (n % 8))
+				pairs.start(r, newSession("ns-01", 0, ""), [2][]byte{ends[clientSide].early, ends[backendSide].early})
+				for i, conn := range pairs.far {
+					running.Go(func() { ends[i].run(t, conn, conn) })
+					total[i] += int64(sizes[i])
+				}
 			}
 			running.Wait()
 			waitFor(t, r)
-			if got := r.bytes(); got != total || unsentOf(r) != 0 {
-				t.Errorf("%d bytes were counted and %d are unsent, want %d and 0", got, unsentOf(r), total)
+			if got := r.bytes(); got != total {
+				t.Errorf("%d bytes were counted, want %d", got, total)
 			}
+			waitUnsent(t, r, 0)
 		})
 	}
 }
@@ -621,11 +562,7 @@ func stickSessions(t *testing.T, piece, limit int) {
 	p.await(t)
 	p.log.wait(t, "routing table updated", 1)
 	p.openClosing(t, sessions, 10)
-	other, err := net.Dial("unix", p.clientAddr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer other.Close()
+	other := dial(t, p.clientAddr)
 	mustWrite(t, other, upgradeRequest("/ws/other"))
 	mustAnswer(t, other, http.StatusSwitchingProtocols)
 
@@ -700,8 +637,7 @@ func TestProcessClosesGracefully(t *testing.T) {
 func serveClosing(t *testing.T) func(net.Conn, *bufio.Reader) {
 	return func(conn net.Conn, br *bufio.Reader) {
 		io.WriteString(conn, switching)
-		first, payload, err := nextWireFrame(br, true, nil)
-		if got := describeFrame(first, payload); err != nil || got != goesAway {
+		if got, err := readFrame(br, true); err != nil || got != goesAway {
 			t.Errorf("a backend read %s, %v; want %s", got, err, goesAway)
 			return
 		}
@@ -714,11 +650,7 @@ func (p *routerProcess) openClosing(t *testing.T, sessions, namespaces int) (ope
 	t.Helper()
 	names := slices.Sorted(maps.Keys(pinned(namespaces, 0)))
 	for i := range sessions {
-		conn, err := net.Dial("unix", p.clientAddr)
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { conn.Close() })
+		conn := dial(t, p.clientAddr)
 		mustWrite(t, conn, upgradeRequest("/ws/"+names[i%namespaces]))
 		mustAnswer(t, conn, http.StatusSwitchingProtocols)
 		open = append(open, conn)
@@ -735,9 +667,9 @@ func leave(t *testing.T, open []net.Conn, want string) func() []time.Time {
 		reading.Go(func() {
 			defer conn.Close()
 			conn.SetDeadline(time.Now().Add(6 * patience))
-			first, payload, err := nextWireFrame(conn, false, nil)
+			got, err := readFrame(conn, false)
 			ends[i] = time.Now()
-			if got := describeFrame(first, payload); err != nil || got != want {
+			if err != nil || got != want {
 				t.Errorf("client %d read %s, %v; want %s", i, got, err, want)
 			}
 			conn.Write(closeFrame(1000, "", true))

@@ -30,14 +30,13 @@ func (c *goneConn) CloseWrite() error         { return nil }
 func TestRelayTimedOutOrEnded(t *testing.T) {
 	for failure, want := range map[error]cause{syscall.ETIMEDOUT: causeBackendError, syscall.EPIPE: causeBackend} {
 		r := quietRelay(t)
-		client, clientFar := tcpPair(t)
-		server, _ := tcpPair(t)
-		s := newSession("ns-01", 0, "")
-		r.startSession(s, [2]net.Conn{clientFar, &goneConn{server, failure}}, [2][]byte{})
-		mustEOF(t, client)
-		mustWrite(t, client, "hello")
-		client.CloseWrite()
-		relayed{session: s, relay: r}.wantCause(t, want)
+		pairs := newSockets(t, "tcp", "tcp")
+		pairs.near[backendSide] = &goneConn{pairs.near[backendSide], failure}
+		c := pairs.start(r, newSession("ns-01", 0, ""), [2][]byte{})
+		mustEOF(t, c.client)
+		mustWrite(t, c.client, "hello")
+		c.client.CloseWrite()
+		c.wantCause(t, want)
 	}
 }
 
@@ -64,30 +63,27 @@ func TestRelayFailedWrites(t *testing.T) {
 		for _, failure := range []syscall.Errno{syscall.ENOBUFS, syscall.ENOMEM, syscall.EIO, syscall.EPIPE, syscall.ECONNRESET} {
 			t.Run(fmt.Sprintf("%s, %s", i.errorCause(), failure), func(t *testing.T) {
 				r := quietRelay(t)
-				var near [2]net.Conn
-				var far [2]*net.TCPConn
-				near[clientSide], far[clientSide] = tcpPair(t)
-				near[backendSide], far[backendSide] = tcpPair(t)
-				near[i] = &failingConn{near[i].(*net.TCPConn), failure, 3}
-				s := newSession("ns-01", 0, "")
-				r.startSession(s, near, [2][]byte{})
+				pairs := newSockets(t, "tcp", "tcp")
+				pairs.near[i] = &failingConn{pairs.near[i].(*net.TCPConn), failure, 3}
+				c := pairs.start(r, newSession("ns-01", 0, ""), [2][]byte{})
+				end, other := c.ends()[i], c.ends()[i.other()]
 				var got []byte
 				var reading sync.WaitGroup
-				reading.Go(func() { got, _ = io.ReadAll(far[i]) }) // until the session is over
+				reading.Go(func() { got, _ = io.ReadAll(end) }) // until the session is over
 				const stream = "abcdefghijklmnopqrstuvwxyz"
 				for k := range len(stream) / 2 {
-					io.WriteString(far[i.other()], stream[2*k:2*k+2])
+					io.WriteString(other, stream[2*k:2*k+2])
 					<-time.After(time.Millisecond) // so that the relay reads each piece alone
 				}
 				want := i.causeOf(failure)
 				if want == i.errorCause() {
-					mustWrite(t, far[i], "still carried")
-					mustRead(t, far[i.other()], "still carried")
-					far[i].CloseWrite()
-					mustEOF(t, far[i.other()])
-					far[i.other()].Close()
+					mustWrite(t, end, "still carried")
+					mustRead(t, other, "still carried")
+					end.CloseWrite()
+					mustEOF(t, other)
+					other.Close()
 				}
-				relayed{session: s, relay: r}.wantCause(t, want)
+				c.wantCause(t, want)
 				reading.Wait()
 				if !strings.HasPrefix(stream, string(got)) || len(got) == 0 || len(got) == len(stream) {
 					t.Errorf("the peer got %q, want the beginning of %q", got, stream)
@@ -97,7 +93,7 @@ func TestRelayFailedWrites(t *testing.T) {
 	}
 }
 
-// watchedConn is a peer of whose writes each is told before.
+// watchedConn is a client's connection that calls onWrite before each write.
 type watchedConn struct {
 	*net.TCPConn
 	onWrite func()
@@ -105,27 +101,28 @@ type watchedConn struct {
 
 func (c *watchedConn) Write(b []byte) (int, error) { c.onWrite(); return c.TCPConn.Write(b) }
 
-// A namespace is free before the client of an old pod that was cut off is told, also if
-// that takes nothing any more.
+// A namespace is free before the client of an old pod that was cut off gets its Close
+// frame, also if that client takes nothing any more.
 func TestRelayFreesTheNamespaceFirst(t *testing.T) {
 	r := quietRelay(t)
 	r.closeTimeout = time.Hour
-	client, clientFar := tcpPair(t)
-	backend, backendFar := tcpPair(t)
 	free := make(chan bool, 1)
 	s := newSession("ns-01", 0, "")
 	s.podUID = "a"
 	r.setPods(map[int]string{0: "a"})
-	r.startSession(s, [2]net.Conn{&watchedConn{clientFar, func() { free <- r.oldPodSessionsDone("ns-01") == nil }}, backend}, [2][]byte{})
+	pairs := newSockets(t, "tcp", "tcp")
+	onWrite := func() { free <- r.oldPodSessionsDone("ns-01") == nil }
+	pairs.near[clientSide] = &watchedConn{pairs.near[clientSide].(*net.TCPConn), onWrite}
+	c := pairs.start(r, s, [2][]byte{})
 	r.setPods(map[int]string{0: "b"})
 	s.closeGracefully(causeMoved, nil)
 	s.closeExpired() // the time for the client's message
-	mustFrames(t, backendFar, true, goesAway)
+	mustFrames(t, c.backend, true, goesAway)
 	s.closeExpired() // the time for the pod's answer
-	mustFrames(t, client, false, restarts)
+	mustFrames(t, c.client, false, restarts)
 	if !<-free {
-		t.Error("the client is told before the namespace is free")
+		t.Error("the client gets its Close frame before the namespace is free")
 	}
-	client.Close()
-	relayed{session: s, relay: r}.wantCause(t, causeMoved)
+	c.client.Close()
+	c.wantCause(t, causeMoved)
 }

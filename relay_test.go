@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -145,7 +146,7 @@ func TestRelayEnds(t *testing.T) {
 				r.halfCloseTimeout = least
 			}
 			begun := time.Now()
-			c := startedSession(t, r, 2, nil, nil)
+			c := newSockets(t, "tcp", "tcp").start(r, newSession("ns-01", 2, "192.0.2.7"), [2][]byte{})
 			if got := r.counts()[2].open; got != 1 {
 				t.Errorf("open = %d, want 1", got)
 			}
@@ -167,7 +168,7 @@ func TestRelayEnds(t *testing.T) {
 func TestRelayHalfClosedTalks(t *testing.T) {
 	r := quietRelay(t)
 	r.halfCloseTimeout = 300 * time.Millisecond
-	c := startedSession(t, r, 0, nil, nil)
+	c := startedSession(t, r)
 	closeWrite(t, c.client)
 	mustEOF(t, c.backend)
 	for end := time.Now().Add(3 * r.halfCloseTimeout); time.Now().Before(end); <-time.After(r.halfCloseTimeout / 10) {
@@ -179,52 +180,30 @@ func TestRelayHalfClosedTalks(t *testing.T) {
 	c.wantCause(t, causeClient)
 }
 
-// gonePairs returns the ends of a session and the relay's connections to them. leave
-// makes the given side go away after it has ended its stream: the relay then gets an
-// RST from TCP, or EPIPE from a Unix socket, which only the client has.
-func gonePairs(t *testing.T, gone side, unix bool) (ends [2]halfConn, near [2]net.Conn, leave func()) {
-	t.Helper()
-	for i := range ends {
-		if unix && side(i) == gone {
-			far, conn := unixPair(t)
-			ends[i], near[i] = far, conn
-			continue
-		}
-		far, conn := tcpPair(t)
-		ends[i], near[i] = far, conn
-	}
-	return ends, near, func() {
-		if conn, ok := ends[gone].(*net.TCPConn); ok {
-			reset(conn)
-			return
-		}
-		ends[gone].Close()
-	}
-}
-
 // If one side has ended its stream and is then gone, the session is dead, whatever the
 // other side goes on to send. It ends long before halfCloseTimeout, and the first cause
 // counts. It fails if such a session ends only when the other side is silent.
+//
+// The relay gets an RST from a TCP connection that is gone, and EPIPE from a Unix socket,
+// which only the client has.
 func TestRelayEndsWhenBothDirectionsAreDead(t *testing.T) {
 	for _, tt := range []struct {
-		gone side
-		unix bool
-	}{{clientSide, false}, {clientSide, true}, {backendSide, false}} {
-		t.Run(fmt.Sprintf("%s, unix %t", tt.gone.endCause(), tt.unix), func(t *testing.T) {
+		gone          side
+		clientNetwork string
+	}{{clientSide, "tcp"}, {clientSide, "unix"}, {backendSide, "tcp"}} {
+		t.Run(fmt.Sprint(tt.gone.endCause(), " of ", tt.clientNetwork), func(t *testing.T) {
 			r := quietRelay(t)
 			r.halfCloseTimeout = time.Hour
-			ends, near, leave := gonePairs(t, tt.gone, tt.unix)
-			s := newSession("ns-01", 0, "")
-			r.startSession(s, near, [2][]byte{})
-			if err := ends[tt.gone].CloseWrite(); err != nil {
-				t.Fatal(err)
-			}
-			mustEOF(t, ends[tt.gone.other()])
-			leave()
-			for end := time.Now().Add(patience); !s.counted.Load() && time.Now().Before(end); <-time.After(time.Millisecond) {
-				io.WriteString(ends[tt.gone.other()], "tick") // fails once the session is over
-			}
-			relayed{session: s, relay: r}.wantCause(t, tt.gone.endCause())
+			c := startedOver(t, r, tt.clientNetwork, "tcp")
+			gone, other := c.ends()[tt.gone], c.ends()[tt.gone.other()]
+			closeWrite(t, gone)
+			mustEOF(t, other)
+			reset(gone)
+			eventually(t, "the session is over", true, func() bool {
+				io.WriteString(other, "tick") // fails once the session is over
+				return c.counted.Load()
+			})
+			c.wantCause(t, tt.gone.endCause())
 		})
 	}
 }
@@ -235,30 +214,29 @@ func TestRelayEndsWhenBothDirectionsAreDead(t *testing.T) {
 func TestRelayCarriesTheLastBytesOfWhoIsGone(t *testing.T) {
 	r := quietRelay(t)
 	r.halfCloseTimeout, r.deadTimeout = time.Hour, time.Hour
-	ends, near, leave := gonePairs(t, clientSide, true)
-	far := ends[backendSide].(*net.TCPConn)
-	far.SetReadBuffer(16 << 10)
-	s := newSession("ns-01", 0, "")
-	r.startSession(s, near, [2][]byte{})
+	pairs := newSockets(t, "unix", "tcp")
+	pairs.far[backendSide].SetReadBuffer(16 << 10)
+	c := pairs.start(r, newSession("ns-01", 0, ""), [2][]byte{})
 	const last = 150 << 10 // more than a socket takes unread: some are in the router's kernel
-	mustWrite(t, ends[clientSide], string(make([]byte, last)))
-	leave()
+	mustWrite(t, c.client, string(make([]byte, last)))
+	c.client.Close()
 	var ticks sync.WaitGroup
 	ticks.Go(func() {
-		for n := 0; n < 100; n++ {
-			io.WriteString(far, "tick")
+		for range 100 {
+			io.WriteString(c.backend, "tick")
 			<-time.After(time.Millisecond)
 		}
 	})
-	<-time.After(20 * time.Millisecond) // far sends before it reads; for how long is not important
-	mustReadAll(t, far, last)
+	<-time.After(20 * time.Millisecond) // the backend sends before it reads; for how long is not important
+	mustReadAll(t, c.backend, last)
 	ticks.Wait()
-	far.Close()
+	c.backend.Close()
 	waitFor(t, r)
 }
 
 func TestRelayEarlyBytes(t *testing.T) {
-	c := startedSession(t, quietRelay(t), 0, []byte("from the client"), []byte("from the backend"))
+	early := [2][]byte{[]byte("from the client"), []byte("from the backend")}
+	c := newSockets(t, "tcp", "tcp").start(quietRelay(t), newSession("ns-01", 0, ""), early)
 	mustRead(t, c.backend, "from the client")
 	mustRead(t, c.client, "from the backend")
 	mustWrite(t, c.client, " and more")
@@ -277,14 +255,10 @@ func TestRelayEarlyBytes(t *testing.T) {
 func TestRelayStuckBothWays(t *testing.T) {
 	r := quietRelay(t)
 	for round := range 10 {
-		c := startedSession(t, r, 0, nil, nil)
-		ends := [2]*net.TCPConn{c.client, c.backend}
-		var sent [2]int64
-		for i, conn := range ends {
-			sent[i] = stuff(conn)
-		}
+		c := startedSession(t, r)
+		sent := [2]int64{stuff(c.client), stuff(c.backend)}
 		var both sync.WaitGroup
-		for i, conn := range ends {
+		for i, conn := range c.ends() {
 			both.Go(func() {
 				conn.SetReadDeadline(time.Now().Add(patience))
 				if n, err := io.CopyN(io.Discard, conn, sent[1-i]); err != nil {
@@ -294,31 +268,6 @@ func TestRelayStuckBothWays(t *testing.T) {
 		}
 		both.Wait()
 		c.end(causeDrain)
-	}
-}
-
-// A session that several goroutines end at once ends once.
-func TestRelayEndsOnce(t *testing.T) {
-	r := quietRelay(t)
-	const sessions = 100
-	for range sessions {
-		c := startedSession(t, r, 0, nil, nil)
-		var all sync.WaitGroup
-		for _, end := range []func(){
-			func() { c.end(causeMoved) }, func() { c.end(causeDrain) },
-			func() { reset(c.client) }, func() { c.backend.Close() },
-		} {
-			all.Go(end)
-		}
-		all.Wait()
-	}
-	waitFor(t, r)
-	var total int64
-	for i := range r.ended {
-		total += r.ended[i].Load()
-	}
-	if total != sessions || r.ended[causeNone].Load() != 0 {
-		t.Errorf("%d ends, %d without a cause; want %d and 0", total, r.ended[causeNone].Load(), sessions)
 	}
 }
 
@@ -332,21 +281,21 @@ func TestRelayBothEnd(t *testing.T) {
 	const rounds, atOnce = 40, 25
 	r := quietRelay(t)
 	rng := rand.New(rand.NewPCG(randomSeed(t), 0))
-	ways := []func(*net.TCPConn){
-		func(conn *net.TCPConn) { conn.Close() },
-		reset,
-		func(conn *net.TCPConn) {
+	ways := []func(halfConn){
+		func(conn halfConn) { conn.Close() },
+		func(conn halfConn) { reset(conn) },
+		func(conn halfConn) {
 			conn.CloseWrite()
 			io.Copy(io.Discard, conn) // or until the other's RST
 			conn.Close()
 		},
 	}
-	bystander := startedSession(t, r, 0, nil, nil)
+	bystander := startedSession(t, r)
 	for range rounds {
 		var all sync.WaitGroup
 		for range atOnce {
-			c := startedSession(t, r, 0, nil, nil)
-			for _, conn := range []*net.TCPConn{c.client, c.backend} {
+			c := startedSession(t, r)
+			for _, conn := range c.ends() {
 				way, last := ways[rng.IntN(len(ways))], make([]byte, logUniform(rng, 100_000))
 				all.Go(func() {
 					conn.SetDeadline(time.Now().Add(patience))
@@ -372,9 +321,9 @@ func TestRelayBothEnd(t *testing.T) {
 
 func BenchmarkRelayMessage(b *testing.B) {
 	for _, size := range []int{64, 1024, 64 << 10} {
-		b.Run(byteSize(size), func(b *testing.B) {
+		b.Run(fmt.Sprint(size, " B"), func(b *testing.B) {
 			r := quietRelay(b)
-			c := startedSession(b, r, 0, nil, nil)
+			c := startedSession(b, r)
 			message := make([]byte, size)
 			b.SetBytes(int64(size))
 			b.ReportAllocs()
@@ -392,21 +341,15 @@ func BenchmarkRelayMessage(b *testing.B) {
 	}
 }
 
-func byteSize(n int) string {
-	if n >= 1024 {
-		return backendName("KiB", n/1024)
-	}
-	return backendName("B", n)
-}
-
 // A session that carries nothing for -idle-timeout ends. A session that carries
 // something now and then, in either direction, stays open.
 func TestRelayEndsIdle(t *testing.T) {
 	const timeout = 800 * time.Millisecond
 	r := quietRelay(t)
-	silent := startedSession(t, r, 0, nil, nil)
-	spoke := startedSession(t, r, 0, []byte("hello"), []byte("hello"))
-	clientSends, backendSends := startedSession(t, r, 0, nil, nil), startedSession(t, r, 0, nil, nil)
+	silent := startedSession(t, r)
+	hello := [2][]byte{[]byte("hello"), []byte("hello")}
+	spoke := newSockets(t, "tcp", "tcp").start(r, newSession("ns-01", 0, ""), hello)
+	clientSends, backendSends := startedSession(t, r), startedSession(t, r)
 	begun := time.Now()
 	ctx, cancel := context.WithCancel(t.Context())
 	var checking sync.WaitGroup
@@ -634,6 +577,15 @@ func BenchmarkRelayScan(b *testing.B) {
 // maxUnsentPerSide is how many unsent bytes from one side the relay may keep.
 const maxUnsentPerSide = 64 << 10
 
+// waitStuck waits until the peer of a side takes no more, and returns how many bytes it
+// took.
+func (c relayed) waitStuck(from side) (n int64) {
+	for n = -1; n != c.bytes()[from]; <-time.After(50 * time.Millisecond) {
+		n = c.bytes()[from]
+	}
+	return n
+}
+
 // stuff writes until conn takes nothing for a while, and returns how many bytes it
 // took.
 func stuff(conn net.Conn) (n int64) { return stuffWith(conn, endless{}, 32<<10) }
@@ -652,30 +604,25 @@ func stuffWith(conn net.Conn, r io.Reader, piece int) (n int64) {
 	return n
 }
 
-// smallPairs returns the ends of a session and the relay's connections to them, as
-// behind nginx: a Unix socket and a TCP connection, with small buffers in the
-// kernel. (A TCP socket that takes less than a segment at a time, 64 KiB on the
-// loopback device, is extremely slow.)
-func smallPairs(t testing.TB) (client, near halfConn, far, backend halfConn) {
+// smallSockets are sockets as behind nginx, a Unix socket and a TCP connection, with
+// small buffers in the kernel. (A TCP socket that takes less than a segment at a time,
+// 64 KiB on the loopback device, is extremely slow.)
+func smallSockets(t testing.TB) sockets {
 	t.Helper()
-	c, n := unixPair(t)
-	f, b := tcpPair(t)
-	for _, conn := range []interface{ SetWriteBuffer(int) error }{c, n, f, b} {
-		conn.SetWriteBuffer(16 << 10)
+	c := newSockets(t, "unix", "tcp")
+	for i := range c.far {
+		c.far[i].SetWriteBuffer(16 << 10)
+		c.near[i].(halfConn).SetWriteBuffer(16 << 10)
 	}
-	f.SetReadBuffer(64 << 10)
-	b.SetReadBuffer(64 << 10)
-	return c, n, f, b
+	c.far[backendSide].SetReadBuffer(64 << 10)
+	c.near[backendSide].(halfConn).SetReadBuffer(64 << 10)
+	return c
 }
 
-// stuckSession is a session of smallPairs.
-type stuckSession struct{ client, backend halfConn }
-
-func startedSmallSession(t testing.TB, r *relay) stuckSession {
+// startedSmallSession starts a session over small sockets.
+func startedSmallSession(t testing.TB, r *relay) relayed {
 	t.Helper()
-	client, near, far, backend := smallPairs(t)
-	r.startSession(&session{namespace: "ns-01"}, [2]net.Conn{near, far}, [2][]byte{})
-	return stuckSession{client, backend}
+	return smallSockets(t).start(r, newSession("ns-01", 0, ""), [2][]byte{})
 }
 
 // A reader that stops makes its sender stop: from a side whose peer's socket is
@@ -683,14 +630,16 @@ func startedSmallSession(t testing.TB, r *relay) stuckSession {
 // the reader continues. It fails if the relay keeps more, or reads a side that has
 // unsent bytes.
 func TestRelayBackpressure(t *testing.T) {
-	client, near, far, backend := smallPairs(t)
-	full := [2]int64{stuff(client) + stuff(far), stuff(backend) + stuff(near)}
-	near.SetDeadline(time.Time{})
-	far.SetDeadline(time.Time{})
+	pairs := smallSockets(t)
+	var full [2]int64
+	for i := range full { // the way to the relay, and the way on from it
+		near := pairs.near[side(i).other()]
+		full[i] = stuff(pairs.far[i]) + stuff(near)
+		near.SetDeadline(time.Time{})
+	}
 	r := quietRelay(t)
-	r.startSession(&session{namespace: "ns-01"}, [2]net.Conn{near, far}, [2][]byte{})
-	ends := [2]halfConn{client, backend}
-	for i, conn := range ends {
+	c := pairs.start(r, newSession("ns-01", 0, ""), [2][]byte{})
+	for i, conn := range c.ends() {
 		more := stuff(conn)
 		t.Logf("side %d: the kernel took %d bytes, and %d more in a session", i, full[i], more)
 		if more > maxUnsentPerSide*5/4 { // the kernel counts in segments
@@ -698,12 +647,10 @@ func TestRelayBackpressure(t *testing.T) {
 				i, more, maxUnsentPerSide)
 		}
 		full[i] += more
-		if err := conn.CloseWrite(); err != nil {
-			t.Fatal(err)
-		}
+		closeWrite(t, conn)
 	}
-	mustReadAll(t, backend, full[0])
-	mustReadAll(t, client, full[1])
+	mustReadAll(t, c.backend, full[0])
+	mustReadAll(t, c.client, full[1])
 	waitFor(t, r)
 }
 
@@ -713,7 +660,7 @@ func echoing(t *testing.T, r *relay, count int) []relayed {
 	all := make([]relayed, count)
 	var echoes sync.WaitGroup
 	for i := range all {
-		c := startedSession(t, r, 0, nil, nil)
+		c := startedSession(t, r)
 		all[i] = c
 		echoes.Go(func() { io.Copy(c.backend, c.backend) })
 	}
@@ -726,9 +673,10 @@ func echoing(t *testing.T, r *relay, count int) []relayed {
 	return all
 }
 
-// medianEchoes returns the median time of an echo in the sessions of each relay. The
-// relays take turns, one echo at a time, so that other programs disturb both alike.
-func medianEchoes(t *testing.T, relays [2][]relayed) (medians [2]time.Duration) {
+// wantMedianEchoes checks that an echo in the second relay's sessions takes at most twice
+// the time of one in the first's. The relays take turns, one echo at a time, so that
+// other programs disturb both alike.
+func wantMedianEchoes(t *testing.T, relays [2][]relayed) {
 	t.Helper()
 	const echoes = 3000
 	var took [2][]time.Duration
@@ -745,21 +693,12 @@ func medianEchoes(t *testing.T, relays [2][]relayed) (medians [2]time.Duration) 
 			took[i] = append(took[i], time.Since(begun))
 		}
 	}
-	for i := range took {
-		slices.Sort(took[i])
-		medians[i] = took[i][echoes/2]
-	}
-	return medians
-}
-
-// wantMedianEchoes checks that an echo in the second relay's sessions takes at most
-// twice the time of one in the first's.
-func wantMedianEchoes(t *testing.T, relays [2][]relayed) {
-	t.Helper()
-	medians := medianEchoes(t, relays)
-	t.Logf("half of all echoes took at most %s without stuck sessions and %s with them", medians[0], medians[1])
-	if medians[1] > 2*medians[0] {
-		t.Errorf("half of all echoes took %s or more with stuck sessions, want twice the %s without at most", medians[1], medians[0])
+	slices.Sort(took[0])
+	slices.Sort(took[1])
+	without, with := took[0][echoes/2], took[1][echoes/2]
+	t.Logf("half of all echoes took at most %s without stuck sessions and %s with them", without, with)
+	if with > 2*without {
+		t.Errorf("half of all echoes took %s or more with stuck sessions, want twice the %s without at most", with, without)
 	}
 }
 
@@ -797,18 +736,11 @@ func TestRelayStuckStopsItselfOnly(t *testing.T) {
 // wantRest waits until this process uses at most a tenth of a processor.
 func wantRest(t *testing.T) {
 	t.Helper()
-	const rest = 200 * time.Millisecond
-	for end := time.Now().Add(patience); ; {
+	eventually(t, "with nothing to do, a tenth of a processor at most is used", true, func() bool {
 		begun := processorTime(t)
-		<-time.After(rest)
-		took := processorTime(t) - begun
-		if took <= rest/10 {
-			return
-		}
-		if time.Now().After(end) {
-			t.Fatalf("%s of processor time in %s with nothing to do, want a tenth at most", took, rest)
-		}
-	}
+		<-time.After(200 * time.Millisecond)
+		return processorTime(t)-begun <= 20*time.Millisecond
+	})
 }
 
 // inBatches calls do for 0 to count-1, with a bounded number of calls at once, so
@@ -824,12 +756,52 @@ func inBatches(count int, do func(i int)) {
 	}
 }
 
-// stuckFlow returns what the backend of session i sends. Every other session has
-// frames, which a relay may keep in another way than arbitrary bytes.
-func stuckFlow(noise []byte, seed uint64, i int) *flow {
-	f := newFlow(noise, seed+uint64(i), 64<<20, backendSide, i%2 == 0)
+// stuckSessions are sessions whose clients do not read.
+type stuckSessions struct {
+	all   []relayed
+	sent  []int64 // by the backends
+	noise []byte
+	seed  uint64
+}
+
+func newStuckSessions(t *testing.T, r *relay, count int) *stuckSessions {
+	t.Helper()
+	seed := randomSeed(t)
+	s := &stuckSessions{sent: make([]int64, count), noise: newNoise(seed), seed: seed}
+	for range count {
+		s.all = append(s.all, startedSmallSession(t, r))
+	}
+	return s
+}
+
+// flow returns what the backend of session i sends. Every other session has frames,
+// which a relay may keep in another way than arbitrary bytes.
+func (s *stuckSessions) flow(i int) *flow {
+	f := newFlow(s.noise, s.seed+uint64(i), 64<<20, backendSide, i%2 == 0)
 	f.framed = false // nobody knows where it will stop
 	return f
+}
+
+// fill has the backends send until nobody takes any more, and then end.
+func (s *stuckSessions) fill() {
+	inBatches(len(s.all), func(i int) {
+		s.sent[i] = stuffWith(s.all[i].backend, s.flow(i), 4<<10)
+		s.all[i].backend.CloseWrite()
+	})
+}
+
+// read has the clients read. It checks that all bytes arrive.
+func (s *stuckSessions) read(t *testing.T) {
+	t.Helper()
+	inBatches(len(s.all), func(i int) {
+		flow, client := s.flow(i), s.all[i].client
+		flow.left = int(s.sent[i])
+		client.SetReadDeadline(time.Now().Add(patience))
+		if err := flow.check(client, rand.New(rand.NewPCG(s.seed, uint64(i)))); err != nil {
+			t.Errorf("session %d: %v", i, err)
+		}
+		client.Close()
+	})
 }
 
 // Two thousand stuck sessions take bounded memory. When their readers continue, each
@@ -837,33 +809,17 @@ func stuckFlow(noise []byte, seed uint64, i int) *flow {
 // bounded, or are lost at the end, and if the relay keeps buffers for ever.
 func TestRelayStuckMemory(t *testing.T) {
 	const sessions = 2000
-	seed := randomSeed(t)
-	noise := newNoise(seed)
 	r := quietRelay(t)
-	all, sent := make([]stuckSession, sessions), make([]int64, sessions)
 	before := userMemory()
-	for i := range all {
-		all[i] = startedSmallSession(t, r)
-	}
+	stuck := newStuckSessions(t, r, sessions)
 	open := userMemory()
-	inBatches(sessions, func(i int) {
-		sent[i] = stuffWith(all[i].backend, stuckFlow(noise, seed, i), 4<<10)
-		all[i].backend.CloseWrite()
-	})
+	stuck.fill()
 	full, taken := userMemory(), r.bytes()[backendSide]
-	inBatches(sessions, func(i int) {
-		flow := stuckFlow(noise, seed, i)
-		flow.left = int(sent[i])
-		all[i].client.SetReadDeadline(time.Now().Add(patience))
-		if err := flow.check(all[i].client, rand.New(rand.NewPCG(seed, uint64(i)))); err != nil {
-			t.Errorf("session %d: %v", i, err)
-		}
-		all[i].client.Close()
-	})
+	stuck.read(t)
 	waitFor(t, r)
 	after := userMemory()
 	var total int64
-	for _, n := range sent {
+	for _, n := range stuck.sent {
 		total += n
 	}
 	const mega = 1 << 20
@@ -901,7 +857,7 @@ type flow struct {
 	noise  []byte
 	at     int    // in noise, of the next byte
 	left   int    // bytes until the end
-	mask   byte   // 0x80 if the frames are masked
+	masked bool   // the frames are
 	framed bool   // it ends where a frame ends
 	header []byte // what is left of the frame's header
 	frame  int    // bytes left of the frame's payload
@@ -911,7 +867,7 @@ func newFlow(noise []byte, seed uint64, size int, from side, framed bool) *flow 
 	rng := rand.New(rand.NewPCG(seed, uint64(from)))
 	f := &flow{rng: rng, noise: noise, at: rng.IntN(len(noise)), left: size, frame: math.MaxInt}
 	if framed {
-		f.mask, f.framed, f.frame = []byte{0x80, 0}[from], rng.IntN(2) == 0, 0
+		f.masked, f.framed, f.frame = from == clientSide, rng.IntN(2) == 0, 0
 	}
 	return f
 }
@@ -951,27 +907,13 @@ func (f *flow) begin() {
 	default:
 		f.frame = f.rng.IntN(126)
 	}
-	small := 2 + int(f.mask)/0x80*4 // bytes of the last frame's header
-	switch last := f.left - small; {
+	switch last := f.left - len(frameBytes(0x81, f.masked, 0, nil)); {
 	case f.framed && last < 126:
 		f.frame = max(0, last)
 	case f.framed:
 		f.frame = min(f.frame, last-14) // 14: the longest header
 	}
-	f.header = []byte{0x81 + byte(f.rng.IntN(2)), f.mask}
-	switch {
-	case f.frame < 126:
-		f.header[1] |= byte(f.frame)
-	case f.frame < 1<<16:
-		f.header[1] |= 126
-		f.header = binary.BigEndian.AppendUint16(f.header, uint16(f.frame))
-	default:
-		f.header[1] |= 127
-		f.header = binary.BigEndian.AppendUint64(f.header, uint64(f.frame))
-	}
-	if f.mask != 0 {
-		f.header = binary.BigEndian.AppendUint32(f.header, f.rng.Uint32())
-	}
+	f.header = frameBytes(0x81+byte(f.rng.IntN(2)), f.masked, uint64(f.frame), nil)
 }
 
 // first returns the flow's first bytes, up to most.
@@ -1002,7 +944,11 @@ func (f *flow) check(r io.Reader, rng *rand.Rand) error {
 	for at := 0; ; dawdle(rng) {
 		n, err := r.Read(got[:1+logUniform(rng, len(got)-1)])
 		m, _ := f.Read(want[:n])
-		if same := equalBytes(got[:n], want[:m]); same < n {
+		if !bytes.Equal(got[:n], want[:m]) {
+			same := 0
+			for same < m && got[same] == want[same] {
+				same++
+			}
 			return fmt.Errorf("byte %d and on: % x, want % x and %d more", at+same,
 				got[same:min(n, same+16)], want[same:min(m, same+16)], f.left)
 		}
@@ -1014,18 +960,6 @@ func (f *flow) check(r io.Reader, rng *rand.Rand) error {
 			return fmt.Errorf("%w at byte %d of %d", err, at, at+f.left)
 		}
 	}
-}
-
-// equalBytes returns how many bytes at the start of a and b are the same.
-func equalBytes(a, b []byte) int {
-	if string(a) == string(b) {
-		return len(a)
-	}
-	n := 0
-	for n < min(len(a), len(b)) && a[n] == b[n] {
-		n++
-	}
-	return n
 }
 
 // dawdle pauses now and then.
@@ -1141,13 +1075,12 @@ func TestRelayBytes(t *testing.T) {
 			running.Go(func() { <-start; ends[clientSide].run(t, conn, br) })
 			continue
 		}
-		near, nearFar := unixPair(t)
-		far, farFar := tcpPair(t)
-		nearFar.SetWriteBuffer(4 << 10 << (n / 8 % 8)) // a small one takes bytes in many parts
-		far.SetWriteBuffer(4 << 10 << (n / 8 % 8))
-		p.relay.startSession(&session{namespace: "ns-01"}, [2]net.Conn{nearFar, far}, [2][]byte{ends[clientSide].early, ends[backendSide].early})
-		running.Go(func() { <-start; ends[clientSide].run(t, near, near) })
-		running.Go(func() { <-start; ends[backendSide].run(t, farFar, farFar) })
+		pairs := newSockets(t, "unix", "tcp")
+		for i, conn := range pairs.near {
+			conn.(halfConn).SetWriteBuffer(4 << 10 << (n / 8 % 8)) // a small one takes bytes in many parts
+			running.Go(func() { <-start; ends[i].run(t, pairs.far[i], pairs.far[i]) })
+		}
+		pairs.start(p.relay, newSession("ns-01", 0, ""), [2][]byte{ends[clientSide].early, ends[backendSide].early})
 	}
 	begin()
 	running.Wait()

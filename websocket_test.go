@@ -10,7 +10,6 @@ import (
 	"math"
 	"math/rand/v2"
 	"net"
-	"net/http/httptest"
 	"reflect"
 	"slices"
 	"strings"
@@ -46,63 +45,14 @@ func frameBytes(first byte, masked bool, length uint64, payload []byte) []byte {
 	return append(frame, payload...)
 }
 
-// The scanner reads every form of a header, in two chunks, cut at every byte.
-func TestFrameForms(t *testing.T) {
-	text := func(n int) []byte { return bytes.Repeat([]byte{0x81}, n) }
-	for name, c := range map[string]struct {
-		frame  []byte
-		masked bool
-		header int // bytes before the masking key
-	}{
-		"empty":                     {frameBytes(0x81, false, 0, nil), false, 2},
-		"empty, masked":             {frameBytes(0x81, true, 0, nil), true, 2},
-		"a byte":                    {frameBytes(0x81, false, 1, text(1)), false, 2},
-		"125 bytes":                 {frameBytes(0x81, false, 125, text(125)), false, 2},
-		"125 bytes, masked":         {frameBytes(0x82, true, 125, text(125)), true, 2},
-		"126 bytes":                 {frameBytes(0x81, false, 126, text(126)), false, 4},
-		"127 bytes, masked":         {frameBytes(0x81, true, 127, text(127)), true, 4},
-		"65535 bytes":               {frameBytes(0x81, false, 65535, text(65535)), false, 4},
-		"65535 bytes, masked":       {frameBytes(0x81, true, 65535, text(65535)), true, 4},
-		"65536 bytes":               {frameBytes(0x82, false, 65536, text(65536)), false, 10},
-		"65536 bytes, masked":       {frameBytes(0x82, true, 65536, text(65536)), true, 10},
-		"first fragment":            {frameBytes(0x01, false, 3, text(3)), false, 2},
-		"fragment":                  {frameBytes(0x00, true, 3, text(3)), true, 2},
-		"last fragment":             {frameBytes(0x80, true, 300, text(300)), true, 4},
-		"ping":                      {frameBytes(0x89, true, 0, nil), true, 2},
-		"pong":                      {frameBytes(0x8a, false, 125, text(125)), false, 2},
-		"compressed":                {frameBytes(0xc1, true, 9, text(9)), true, 2},
-		"all reserved bits":         {frameBytes(0xf2, false, 9, text(9)), false, 2},
-		"3 bytes as 16 bits":        {[]byte{0x81, 126, 0, 3, 'a', 'b', 'c'}, false, 4},
-		"0 bytes as 64 bits":        {[]byte{0x81, 127, 0, 0, 0, 0, 0, 0, 0, 0}, false, 10},
-		"1 byte as 64 bits, masked": {[]byte{0x81, 0xff, 0, 0, 0, 0, 0, 0, 0, 1, 'm', 'a', 's', 'k', 'x'}, true, 10},
-	} {
-		t.Run(name, func(t *testing.T) {
-			for cut := range len(c.frame) + 1 {
-				var f frameScanner
-				want := frameView{boundary: cut == 0 || cut == len(c.frame)}
-				want.complete = cut == 0 || cut == len(c.frame) && c.frame[0]&0x80 != 0
-				if cut >= c.header {
-					want.remaining = uint64(len(c.frame) - cut)
-				}
-				f.scan(c.frame[:cut], c.masked)
-				if got := viewOf(&f); got != want {
-					t.Fatalf("after %d of %d bytes: %+v, want %+v", cut, len(c.frame), got, want)
-				}
-				f.scan(c.frame[cut:], c.masked)
-				f.scan(c.frame, c.masked)
-				if !f.atBoundary() {
-					t.Fatalf("cut after %d bytes, then a second one: %+v, want a boundary", cut, viewOf(&f))
-				}
-			}
-		})
-	}
+// frameStream is what one side sends.
+type frameStream struct {
+	stream []byte
+	masked bool
 }
 
 // frameViolations are streams whose last byte shows the violation.
-var frameViolations = map[string]struct {
-	stream []byte
-	masked bool
-}{
+var frameViolations = map[string]frameStream{
 	"client without mask":         {[]byte{0x81, 0x05}, true},
 	"client without mask, long":   {[]byte{0x81, 0x7e}, true},
 	"backend with mask":           {[]byte{0x81, 0x85}, false},
@@ -121,32 +71,56 @@ var frameViolations = map[string]struct {
 	"after a fragment and a pong": {[]byte{0x01, 0x80, 'm', 'a', 's', 'k', 0x8a, 0x80, 'm', 'a', 's', 'k', 0x80, 0x00}, true},
 }
 
-func TestFrameViolations(t *testing.T) {
-	for name, c := range frameViolations {
-		t.Run(name, func(t *testing.T) {
+// frameStreams returns streams with every form of a header, every violation and every
+// end, each with more bytes behind it.
+func frameStreams() (all []frameStream) {
+	for _, masked := range []bool{true, false} {
+		next := frameBytes(0x81, masked, 3, []byte("abc"))
+		for _, first := range []byte{0x81, 0x82, 0x01, 0x00, 0x80, 0xc1, 0xf2, 0x89, 0x8a} {
+			for _, size := range []int{0, 1, 125, 126, 127, 65535, 65536} {
+				if first&8 == 0 || size <= maxControlPayload {
+					frame := frameBytes(first, masked, uint64(size), bytes.Repeat([]byte{0x83}, size))
+					all = append(all, frameStream{append(frame, next...), masked})
+				}
+			}
+		}
+		for _, body := range []string{"", "\x03\xe8", "\x03\xf4service restart"} {
+			part := frameBytes(0x01, masked, 1, []byte("x"))
+			end := frameBytes(0x88, masked, uint64(len(body)), []byte(body))
+			all = append(all, frameStream{slices.Concat(part, end, next, []byte{0x83, 0xff}), masked})
+		}
+		longest := frameBytes(0x82, masked, math.MaxInt64, []byte("abc"))
+		all = append(all, frameStream{longest, masked})
+	}
+	for _, c := range frameViolations {
+		next := frameBytes(0x81, c.masked, 1, []byte("x"))
+		all = append(all, frameStream{slices.Concat(c.stream, next, make([]byte, 200)), c.masked})
+	}
+	return append(all, // lengths in more bytes than they need
+		frameStream{[]byte{0x81, 126, 0, 3, 'a', 'b', 'c'}, false},
+		frameStream{[]byte{0x81, 127, 0, 0, 0, 0, 0, 0, 0, 0}, false},
+		frameStream{[]byte{0x81, 0xff, 0, 0, 0, 0, 0, 0, 0, 1, 'm', 'a', 's', 'k', 'x'}, true})
+}
+
+// The scanner follows every stream, in two chunks, cut at every byte.
+func TestFramesCutAnywhere(t *testing.T) {
+	for _, c := range frameStreams() {
+		views := frameOracle(c.stream, c.masked)
+		for cut, want := range views {
 			var f frameScanner
-			for more := range 200 {
-				f = frameScanner{}
-				if f.scan(append(bytes.Clone(c.stream), make([]byte, more)...), c.masked); !f.broken() {
-					t.Fatalf("%+v after a chunk with %d bytes more, want broken", viewOf(&f), more)
-				}
+			if f.scan(c.stream[:cut], c.masked); viewOf(&f) != want {
+				t.Fatalf("%.20q, after %d of %d bytes: %+v, want %+v", c.stream, cut, len(c.stream), viewOf(&f), want)
 			}
-			f = frameScanner{}
-			if f.scan(c.stream[:len(c.stream)-1], c.masked); f.broken() {
-				t.Error("broken before the byte that shows it")
+			if f.scan(c.stream[cut:], c.masked); viewOf(&f) != views[len(c.stream)] {
+				t.Fatalf("%.20q, cut after %d bytes: %+v, want %+v", c.stream, cut, viewOf(&f), views[len(c.stream)])
 			}
-			f.scan(c.stream[len(c.stream)-1:], c.masked)
-			for _, more := range [][]byte{nil, frameBytes(0x81, c.masked, 1, []byte("x")), make([]byte, 1000)} {
-				if n := f.next(more, c.masked); n != len(more) {
-					t.Errorf("next is at %d of %d bytes, want all", n, len(more))
-				}
-				f.scan(more, c.masked)
-				f.skip(f.remaining())
-				if got, want := viewOf(&f), (frameView{broken: true}); got != want {
-					t.Errorf("%+v, want %+v", got, want)
-				}
-			}
-		})
+		}
+	}
+	for name, c := range frameViolations {
+		views, last := frameOracle(c.stream, c.masked), len(c.stream)
+		if views[last-1].broken || !views[last].broken {
+			t.Errorf("%s: %+v and then %+v, want the last byte to break it", name, views[last-1], views[last])
+		}
 	}
 }
 
@@ -170,59 +144,6 @@ func TestFrameLongest(t *testing.T) {
 	}
 }
 
-// A Close frame may come between two fragments. After its last byte the scanner ignores
-// all that comes.
-func TestFrameClose(t *testing.T) {
-	for _, masked := range []bool{false, true} {
-		for _, body := range []string{"", "\x03\xe8", "\x03\xf4service restart"} {
-			end := frameBytes(0x88, masked, uint64(len(body)), []byte(body))
-			var f frameScanner
-			f.scan(append(frameBytes(0x01, masked, 1, []byte("x")), end[:len(end)-1]...), masked)
-			if f.closed() || f.atBoundary() {
-				t.Errorf("before the last byte of %q: %+v, want neither closed nor a boundary", end, viewOf(&f))
-			}
-			for _, more := range [][]byte{end[len(end)-1:], nil, frameBytes(0x80, masked, 1, []byte("x")), {0x83, 0xff}} {
-				if n := f.next(more, masked); n != len(more) {
-					t.Errorf("next is at %d of %d bytes, want all", n, len(more))
-				}
-				f.skip(f.remaining())
-				if got, want := viewOf(&f), (frameView{closed: true}); got != want {
-					t.Errorf("after %q and %q: %+v, want %+v", end, more, got, want)
-				}
-			}
-		}
-	}
-}
-
-// next stops after each frame of any kind, and continues from there.
-func TestFrameNext(t *testing.T) {
-	var stream []byte
-	var want []int
-	for _, size := range []int{0, 1, 125, 126, 300, 65536, 5} {
-		for _, first := range []byte{0x01, 0x89, 0x80} {
-			if first == 0x89 {
-				size %= 126
-			}
-			frame := frameBytes(first, true, uint64(size), make([]byte, size))
-			stream, want = append(stream, frame...), append(want, len(frame))
-		}
-	}
-	var f frameScanner
-	rest := stream
-	for i, want := range want {
-		if n := f.next(rest, true); n != want || !f.atBoundary() {
-			t.Fatalf("frame %d: %d bytes and %+v, want %d and a boundary", i, n, viewOf(&f), want)
-		}
-		rest = rest[want:]
-	}
-	if n := f.next(stream[:1], true); n != 1 || f.atBoundary() {
-		t.Errorf("a first byte: %d bytes and %+v, want 1 and no boundary", n, viewOf(&f))
-	}
-	if n := f.next(nil, true); n != 0 {
-		t.Errorf("next of nothing is %d, want 0", n)
-	}
-}
-
 // Hundreds of thousands of sessions have two scanners each.
 func TestFrameScannerIsSmall(t *testing.T) {
 	if size := reflect.TypeFor[frameScanner]().Size(); size > 16 {
@@ -235,18 +156,13 @@ func TestFrameScannerIsSmall(t *testing.T) {
 	}
 }
 
-// tapped is a connection that records its traffic. Reads come from source, if it is
-// set.
+// tapped is a connection that records its traffic.
 type tapped struct {
 	net.Conn
 	read, written []byte
-	source        io.Reader
 }
 
 func (c *tapped) Read(b []byte) (n int, err error) {
-	if c.source != nil {
-		return c.source.Read(b)
-	}
 	n, err = c.Conn.Read(b)
 	c.read = append(c.read, b[:n]...)
 	return n, err
@@ -257,39 +173,25 @@ func (c *tapped) Write(b []byte) (n int, err error) {
 	return c.Conn.Write(b)
 }
 
-// tappedClient returns a client of golang.org/x/net/websocket, whose connection serve
-// handles in a server of the same library.
-func tappedClient(t *testing.T, serve func(*websocket.Conn)) (*websocket.Conn, *tapped) {
-	t.Helper()
-	s := httptest.NewServer(websocket.Server{Handler: serve})
-	t.Cleanup(s.Close)
-	config, err := websocket.NewConfig("ws"+strings.TrimPrefix(s.URL, "http"), "http://origin.example/")
-	if err != nil {
-		t.Fatal(err)
-	}
-	conn, err := net.Dial("tcp", s.Listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	conn.SetDeadline(time.Now().Add(patience))
-	tap := &tapped{Conn: conn}
-	ws, err := websocket.NewClient(config, tap)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return ws, tap
-}
-
 // The scanner follows the frames of another implementation, in both directions.
 func TestFramesOfLibrary(t *testing.T) {
-	ws, tap := tappedClient(t, func(ws *websocket.Conn) {
+	addr := websocketBackend(t, func(ws *websocket.Conn) {
 		var message []byte
 		for websocket.Message.Receive(ws, &message) == nil {
 			websocket.Message.Send(ws, message)
 		}
 		ws.WriteClose(1000)
 	})
+	config, err := websocket.NewConfig("ws://"+addr, "http://origin.example/")
+	if err != nil {
+		t.Fatal(err)
+	}
+	tap := &tapped{Conn: dial(t, addr)}
+	tap.SetDeadline(time.Now().Add(patience))
+	ws, err := websocket.NewClient(config, tap)
+	if err != nil {
+		t.Fatal(err)
+	}
 	sizes := []int{0, 1, 125, 126, 127, 65535, 65536, 200_000}
 	for _, size := range sizes {
 		sayAndHear(t, ws, strings.Repeat("x", size))
@@ -319,8 +221,7 @@ func TestFramesOfLibrary(t *testing.T) {
 	}
 }
 
-// Another implementation reads the code and reason of a Close frame: its client
-// reads an unmasked one, its server a masked one.
+// A Close frame has the code, and as many whole characters of the reason as it may have.
 func TestCloseFrame(t *testing.T) {
 	for name, c := range map[string]struct {
 		code         uint16
@@ -335,49 +236,14 @@ func TestCloseFrame(t *testing.T) {
 		"cut before 4 bytes":  {closeGoingAway, strings.Repeat("🚪", 1000), strings.Repeat("🚪", 30)},
 		"not UTF-8, too long": {closeGoingAway, strings.Repeat("\x80", 200), ""},
 	} {
-		t.Run(name, func(t *testing.T) {
-			read := make(chan string, 1)
-			ws, tap := tappedClient(t, func(ws *websocket.Conn) { read <- readClose(ws) })
-			want := fmt.Sprintf("type 8, code %d, reason %q", c.code, c.want)
-			masked, unmasked := closeFrame(c.code, c.reason, true), closeFrame(c.code, c.reason, false)
-			tap.Conn.Write(masked)
-			if got := <-read; got != want {
-				t.Errorf("the server read %s, want %s", got, want)
+		for _, masked := range []bool{false, true} {
+			frame := bytes.NewReader(closeFrame(c.code, c.reason, masked))
+			got, err := readFrame(frame, masked)
+			if want := fmt.Sprintf("close %d %q", c.code, c.want); got != want || err != nil || frame.Len() > 0 {
+				t.Errorf("%s, masked %v: %s, %v and %d bytes more; want %s", name, masked, got, err, frame.Len(), want)
 			}
-			tap.source = bytes.NewReader(unmasked)
-			if got := readClose(ws); got != want {
-				t.Errorf("the client read %s, want %s", got, want)
-			}
-			wantClosed(t, masked, true)
-			wantClosed(t, unmasked, false)
-		})
+		}
 	}
-}
-
-// wantClosed fails if the frame is not one Close frame to its last byte.
-func wantClosed(t *testing.T, frame []byte, masked bool) {
-	t.Helper()
-	var f frameScanner
-	f.scan(frame[:len(frame)-1], masked)
-	if f.closed() {
-		t.Errorf("closed before the end of %q", frame)
-	}
-	if f.scan(frame[len(frame)-1:], masked); !f.closed() {
-		t.Errorf("not closed after %q", frame)
-	}
-}
-
-// readClose reads one frame and returns its type, code and reason as text.
-func readClose(ws *websocket.Conn) string {
-	frame, err := ws.NewFrameReader()
-	if err != nil {
-		return err.Error()
-	}
-	payload, err := io.ReadAll(frame)
-	if err != nil || len(payload) < 2 {
-		return fmt.Sprintf("payload %q, error %v", payload, err)
-	}
-	return fmt.Sprintf("type %d, code %d, reason %q", frame.PayloadType(), binary.BigEndian.Uint16(payload), payload[2:])
 }
 
 // Each Close frame has a new masking key. The same key twice in a row has a chance of
@@ -396,13 +262,8 @@ func TestCloseFrameKeys(t *testing.T) {
 // is cut into chunks.
 func FuzzFrames(f *testing.F) {
 	rng := rand.New(rand.NewPCG(1, 2))
-	for _, masked := range []bool{true, false} {
-		f.Add(manyFrames(rng, masked, 3), masked, rng.Uint64())
-		f.Add(append(frameBytes(0x82, masked, 1<<63-1, nil), "abc"...), masked, rng.Uint64())
-		f.Add(append(frameBytes(0x88, masked, 2, []byte("\x03\xe8")), 0xff), masked, rng.Uint64())
-		for _, violation := range frameViolations {
-			f.Add(violation.stream, masked, rng.Uint64())
-		}
+	for _, c := range append(frameStreams(), frameStream{manyFrames(rng, true, 3), true}, frameStream{manyFrames(rng, false, 3), false}) {
+		f.Add(c.stream, c.masked, rng.Uint64())
 	}
 	f.Fuzz(func(t *testing.T, stream []byte, masked bool, seed uint64) {
 		wantOracle(t, stream, masked, rand.New(rand.NewPCG(seed, seed)))
@@ -577,38 +438,29 @@ const (
 	goesAway = `close 1001 "going away"`
 )
 
-// nextWireFrame reads one frame with a parser of its own. It returns its first byte and
-// its payload. It unmasks the payload of control frames only. The payload is in buf if
+// nextFrame reads one frame with the parser of frameOracle. It returns its first byte and
+// its payload, and unmasks the payload of control frames only. The payload is in buf if
 // that is large enough.
-func nextWireFrame(r io.Reader, masked bool, buf []byte) (first byte, payload []byte, err error) {
-	head := make([]byte, 14)
-	if _, err := io.ReadFull(r, head[:2]); err != nil {
+func nextFrame(r io.Reader, masked bool, buf []byte) (first byte, payload []byte, err error) {
+	head := make([]byte, 2, maxFrameHeader)
+	if _, err := io.ReadFull(r, head); err != nil {
 		return 0, nil, err
 	}
-	if masked != (head[1]&0x80 != 0) {
-		return 0, nil, fmt.Errorf("header % x, want masked %v", head[:2], masked)
+	more := map[byte]int{126: 2, 127: 8}[head[1]&0x7f]
+	if masked {
+		more += maskKey
 	}
-	size, more := uint64(head[1]&0x7f), 0
-	switch size {
-	case 126:
-		more = 2
-	case 127:
-		more = 8
-	}
-	if _, err := io.ReadFull(r, head[6:6+more]); err != nil {
+	head = head[:2+more]
+	if _, err := io.ReadFull(r, head[2:]); err != nil {
 		return 0, nil, fmt.Errorf("within a header: %w", err)
 	}
-	switch more {
-	case 2:
-		size = uint64(binary.BigEndian.Uint16(head[6:]))
-	case 8:
-		size = binary.BigEndian.Uint64(head[6:])
+	_, size, wrong := frameOracleHeader(head, masked)
+	if wrong > 0 {
+		return 0, nil, fmt.Errorf("header % x, want masked %v", head, masked)
 	}
-	var key [4]byte
+	var key []byte
 	if masked {
-		if _, err := io.ReadFull(r, key[:]); err != nil {
-			return 0, nil, fmt.Errorf("within a key: %w", err)
-		}
+		size, key = size-maskKey, head[len(head)-maskKey:]
 	}
 	if uint64(cap(buf)) < size {
 		buf = make([]byte, size)
@@ -617,19 +469,22 @@ func nextWireFrame(r io.Reader, masked bool, buf []byte) (first byte, payload []
 	if n, err := io.ReadFull(r, payload); err != nil {
 		return 0, nil, fmt.Errorf("at byte %d of %d of a payload: %w", n, size, err)
 	}
-	for i := 0; i < len(payload) && head[0]&8 != 0; i++ {
-		payload[i] ^= key[i%4]
+	for i := 0; masked && head[0]&8 != 0 && i < len(payload); i++ {
+		payload[i] ^= key[i%maskKey]
 	}
 	return head[0], payload, nil
 }
 
+// readFrame reads one frame and returns it as text.
+func readFrame(r io.Reader, masked bool) (string, error) {
+	first, payload, err := nextFrame(r, masked, nil)
+	return describeFrame(first, payload), err
+}
+
 // describeFrame returns a frame as text.
 func describeFrame(first byte, payload []byte) string {
-	switch {
-	case first&0xf == 8 && len(payload) >= 2:
+	if first&0xf == 8 && len(payload) >= 2 {
 		return fmt.Sprintf("close %d %q", binary.BigEndian.Uint16(payload), payload[2:])
-	case first&0xf == 8:
-		return "close"
 	}
 	return fmt.Sprintf("%x %q", first, payload)
 }
@@ -639,8 +494,7 @@ func mustFrames(t testing.TB, conn net.Conn, masked bool, want ...string) {
 	t.Helper()
 	conn.SetReadDeadline(time.Now().Add(patience))
 	for _, want := range want {
-		first, payload, err := nextWireFrame(conn, masked, nil)
-		if got := describeFrame(first, payload); err != nil || got != want {
+		if got, err := readFrame(conn, masked); err != nil || got != want {
 			t.Fatalf("read %.200s, %v; want %s", got, err, want)
 		}
 	}
@@ -667,7 +521,7 @@ func TestCloseGracefully(t *testing.T) {
 		"answered, and then a frame": {causeMoved, append(closeFrame(1000, "bye", false), frameBytes(0x81, false, 2, []byte("no"))...), restarts},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s := startedSession(t, quietRelay(t), 0, nil, nil)
+			s := startedSession(t, quietRelay(t))
 			done := make(chan bool, 1)
 			if !s.closeGracefully(c.cause, func(cut bool) { done <- cut }) {
 				t.Fatal("closeGracefully returned false")
@@ -702,7 +556,7 @@ func TestCloseGracefully(t *testing.T) {
 func TestCloseGracefullyWhenAlreadyClosing(t *testing.T) {
 	for name, by := range map[string]side{"by the client": clientSide, "by the backend": backendSide} {
 		t.Run(name, func(t *testing.T) {
-			s := startedSession(t, quietRelay(t), 0, nil, nil)
+			s := startedSession(t, quietRelay(t))
 			conns := [2]net.Conn{s.client, s.backend}
 			first, second := conns[by], conns[by.other()]
 			mustSend(t, first, closeFrame(1000, "bye", by == clientSide))
@@ -724,7 +578,7 @@ func TestCloseGracefullyWhenAlreadyClosing(t *testing.T) {
 		})
 	}
 	t.Run("by the client, with the end of a frame", func(t *testing.T) {
-		s := startedSession(t, quietRelay(t), 0, nil, nil)
+		s := startedSession(t, quietRelay(t))
 		frame := frameBytes(0x81, true, 2, []byte("hi"))
 		mustSend(t, s.client, frame[:5])
 		mustRead(t, s.backend, string(frame[:5]))
@@ -746,30 +600,20 @@ func TestCloseGracefullyAfterUnsentData(t *testing.T) {
 		r.closeTimeout = 4 * time.Second
 		var all sync.WaitGroup
 		for frames := 60; frames < 460; frames += 20 {
-			client, near := unixPair(t)
-			far, backend := unixPair(t)
-			s := &session{namespace: "ns-01"}
-			r.startSession(s, [2]net.Conn{near, far}, [2][]byte{})
-			from, to := client, backend
-			if i == 1 {
-				from, to = backend, client
-			}
+			s := startedOver(t, r, "unix", "unix")
+			from, to := s.ends()[i], s.ends()[1-i]
 			frame := frameBytes(0x82, i == 0, 1000, make([]byte, 1000))
 			from.SetWriteDeadline(time.Now().Add(patience))
 			all.Go(func() { io.WriteString(from, strings.Repeat(string(frame), frames)) }) // it may fail
 			all.Go(func() {
-				carried := -1
-				for n := int64(-1); n != s.bytes()[i]; <-time.After(50 * time.Millisecond) {
-					n = s.bytes()[i] // until the peer takes no more
-					carried = int(n)
-				}
+				carried := int(s.waitStuck(side(i)))
 				s.closeGracefully(causeMoved, nil)
 				if i == 1 { // the Close frame is due when the backend's time is over
 					<-time.After(r.closeTimeout * 5 / 8)
 				}
 				to.SetReadDeadline(time.Now().Add(patience))
 				for n := 0; ; n++ {
-					first, payload, err := nextWireFrame(to, i == 0, nil)
+					first, payload, err := nextFrame(to, i == 0, nil)
 					if first == 0x82 && len(payload) == 1000 && n < frames && err == nil {
 						continue
 					}
@@ -779,8 +623,8 @@ func TestCloseGracefullyAfterUnsentData(t *testing.T) {
 					}
 					break
 				}
-				client.Close()
-				backend.Close()
+				s.client.Close()
+				s.backend.Close()
 			})
 		}
 		all.Wait()
@@ -794,22 +638,17 @@ func TestCloseGracefullyLateReader(t *testing.T) {
 	r := quietRelay(t)
 	var all sync.WaitGroup
 	for frames := 60; frames < 460; frames += 20 {
-		client, near := unixPair(t)
-		far, backend := unixPair(t)
-		s := &session{namespace: "ns-01"}
-		r.startSession(s, [2]net.Conn{near, far}, [2][]byte{})
-		client.CloseWrite()
-		mustEOF(t, backend)
+		s := startedOver(t, r, "unix", "unix")
+		closeWrite(t, s.client)
+		mustEOF(t, s.backend)
 		frame := frameBytes(0x82, false, 1000, make([]byte, 1000))
 		stream := strings.Repeat(string(frame), frames) + string(closeFrame(1000, "", false))
-		all.Go(func() { io.WriteString(backend, stream) })
+		all.Go(func() { io.WriteString(s.backend, stream) })
 		all.Go(func() {
-			for n := int64(-1); n != s.bytes()[backendSide]; <-time.After(50 * time.Millisecond) {
-				n = s.bytes()[backendSide] // until the client takes no more
-			}
+			s.waitStuck(backendSide)
 			s.closeGracefully(causeMoved, nil)
-			client.SetReadDeadline(time.Now().Add(patience))
-			if got, err := io.ReadAll(client); err != nil || string(got) != stream {
+			s.client.SetReadDeadline(time.Now().Add(patience))
+			if got, err := io.ReadAll(s.client); err != nil || string(got) != stream {
 				t.Errorf("%d frames: %d bytes, %v; want %d", frames, len(got), err, len(stream))
 			}
 		})
@@ -829,7 +668,7 @@ func TestCloseGracefullyWithinAFrame(t *testing.T) {
 			if cut >= len(down) {
 				continue
 			}
-			s := startedSession(t, quietRelay(t), 0, nil, nil)
+			s := startedSession(t, quietRelay(t))
 			mustSend(t, s.client, up[:cut])
 			mustSend(t, s.backend, down[:cut])
 			mustRead(t, s.backend, string(up[:cut]))
@@ -851,7 +690,7 @@ func TestCloseGracefullyWithinAFrame(t *testing.T) {
 // A Close frame waits for the end of a message from the client, whose fragments may
 // have control frames between them (RFC 6455 §5.4).
 func TestCloseGracefullyWithinAMessage(t *testing.T) {
-	s := startedSession(t, quietRelay(t), 0, nil, nil)
+	s := startedSession(t, quietRelay(t))
 	for _, first := range []byte{0x01, 0x00} {
 		mustSend(t, s.client, frameBytes(first, true, 2, []byte("ab")))
 		mustFrames(t, s.backend, true, fmt.Sprintf("%x \"ab\"", first))
@@ -915,7 +754,7 @@ func (a *talker) talk(stop <-chan struct{}) error {
 func (a *talker) hear(stop func()) (closed string, frames int, err error) {
 	r, buf := bufio.NewReaderSize(a.conn, 64<<10), make([]byte, a.size)
 	for k := 0; ; k++ {
-		first, got, err := nextWireFrame(r, !a.masked, buf)
+		first, got, err := nextFrame(r, !a.masked, buf)
 		if err != nil {
 			stop()
 			return "", k, fmt.Errorf("frame %d: %w", k, err)
@@ -929,7 +768,7 @@ func (a *talker) hear(stop func()) (closed string, frames int, err error) {
 			return describeFrame(first, got), k, err
 		}
 		wantFirst, want := a.frame(k, !a.masked)
-		if first&8 != 0 && !a.masked { // frameBytes did not mask it, and nextWireFrame unmasked it
+		if first&8 != 0 && !a.masked { // frameBytes did not mask it, and nextFrame unmasked it
 			for i := range got {
 				got[i] ^= "mask"[i%4]
 			}
@@ -969,7 +808,7 @@ func TestCloseGracefullyInFullFlow(t *testing.T) {
 			for range c.rounds {
 				r := quietRelay(t)
 				r.closeTimeout = 2 * patience
-				s := startedSession(t, r, 0, nil, nil)
+				s := startedSession(t, r)
 				var ends [2]*talker
 				for i, conn := range []net.Conn{s.client, s.backend} {
 					conn.SetDeadline(time.Now().Add(2 * patience))
@@ -1007,6 +846,20 @@ func TestCloseGracefullyInFullFlow(t *testing.T) {
 			}
 		})
 	}
+}
+
+// readClose reads one frame by another implementation, and returns its type, code and
+// reason as text.
+func readClose(ws *websocket.Conn) string {
+	frame, err := ws.NewFrameReader()
+	if err != nil {
+		return err.Error()
+	}
+	payload, err := io.ReadAll(frame)
+	if err != nil || len(payload) < 2 {
+		return fmt.Sprintf("payload %q, error %v", payload, err)
+	}
+	return fmt.Sprintf("type %d, code %d, reason %q", frame.PayloadType(), binary.BigEndian.Uint16(payload), payload[2:])
 }
 
 // A closing handshake works with another implementation at both ends, through the
@@ -1191,7 +1044,7 @@ func TestCloseGracefullyBounds(t *testing.T) {
 			t.Parallel()
 			r := quietRelay(t)
 			r.closeTimeout = bound
-			s := startedSession(t, r, 0, nil, nil)
+			s := startedSession(t, r)
 			if c.before != nil {
 				c.before(t, s)
 			}
@@ -1214,7 +1067,7 @@ func TestCloseGracefullyBounds(t *testing.T) {
 func TestCloseGracefullyAfterHalfClose(t *testing.T) {
 	r := quietRelay(t)
 	r.halfCloseTimeout, r.closeTimeout = 100*time.Millisecond, 800*time.Millisecond
-	s := startedSession(t, r, 0, nil, nil)
+	s := startedSession(t, r)
 	closeWrite(t, s.client)
 	mustEOF(t, s.backend)
 	s.closeGracefully(causeMoved, nil)
@@ -1283,7 +1136,7 @@ func TestRelayEndsAtSessionStart(t *testing.T) {
 func TestCloseGracefullyEndsOnce(t *testing.T) {
 	r := quietRelay(t)
 	for range 100 {
-		c := startedSession(t, r, 0, nil, nil)
+		c := startedSession(t, r)
 		var all sync.WaitGroup
 		var started, done atomic.Int64
 		closeGracefully := func() {
