@@ -13,7 +13,6 @@ import (
 	"go/ast"
 	"go/token"
 	"go/types"
-	"golang.org/x/net/websocket"
 	"io"
 	"log/slog"
 	"maps"
@@ -31,6 +30,8 @@ import (
 	"testing"
 	"time"
 	"unicode/utf8"
+
+	"golang.org/x/net/websocket"
 )
 
 // golden compares got with testdata/golden/NAME, or writes that file with -update. It
@@ -107,46 +108,30 @@ func TestGoldenDifference(t *testing.T) {
 }
 
 // What is another in each run, in all that clients, backends and the log get.
-func volatileOfClients() []volatile {
-	return []volatile{
-		{`Date: [^\n]+`, "Date: DATE"},
-		{`(read|write) tcp 127\.0\.0\.1:\d+->127\.0\.0\.1:\d+`, "$1 tcp ADDRESS->ADDRESS"},
-		{`127\.0\.0\.1:\d+`, "ADDRESS"},
-		{`seconds=\S+`, "seconds=SECONDS"},
-		{`/tmp/\S*`, "PATH"},
-		// A dial that ends with the hold and one that ends before it differ in their words
-		// only: which of the two comes last is chance.
-		{`; last error: [^\n]* result=`, "; last error: REASON result="},
-		{`(could not be reached within \S+: )[^;\n]*(; at last| result=)`, "${1}REASON${2}"},
-		{`omitted=\d+`, "omitted=NUMBER"},
-	}
+var volatileOfClients = []volatile{
+	{`Date: [^\n]+`, "Date: DATE"},
+	{`(read|write) tcp 127\.0\.0\.1:\d+->127\.0\.0\.1:\d+`, "$1 tcp ADDRESS->ADDRESS"},
+	{`127\.0\.0\.1:\d+`, "ADDRESS"},
+	{`seconds=\S+`, "seconds=SECONDS"},
+	{`/tmp/\S*`, "PATH"},
+	// A dial that ends with the hold and one that ends before it differ in their words
+	// only: which of the two comes last is chance.
+	{`; last error: [^\n]* result=`, "; last error: REASON result="},
+	{`(could not be reached within \S+: )[^;\n]*(; last error| result=)`, "${1}REASON${2}"},
+	{`omitted=\d+`, "omitted=NUMBER"},
 }
 
 // goldenRouter is a router that a test stops, to read its log to the end.
 type goldenRouter struct {
-	runningRouter
-	stop  func()
+	*runningRouter
 	conns []net.Conn // of clients
 }
 
-// startGolden starts the router as main does, and waits until it has a table if it has
-// overrides.
+// startGolden starts the router, and waits until it has a table if it has overrides.
 func startGolden(t *testing.T, overrides string, args ...string) *goldenRouter {
 	t.Helper()
-	r := &goldenRouter{runningRouter: runningRouter{log: newLogTail()}}
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	args = slices.Concat(onFreePorts, []string{"-kube", "none", "-overrides", overrides, "-drain-duration", "0", "-move-settle", "0",
-		"-max-sessions", "1000"}, args)
-	go func() { done <- run(ctx, args, noEnvironment, r.log) }()
-	r.stop = sync.OnceFunc(func() {
-		cancel()
-		if err := <-done; err != nil {
-			t.Errorf("run: %v", err)
-		}
-	})
-	t.Cleanup(r.stop)
-	r.await(t)
+	args = slices.Concat([]string{"-kube", "none", "-overrides", overrides, "-move-settle", "0", "-max-sessions", "1000"}, args)
+	r := &goldenRouter{runningRouter: startRouter(t, args...)}
 	if _, err := os.Stat(overrides); err == nil {
 		r.log.wait(t, "routing table updated", 1)
 	}
@@ -156,15 +141,7 @@ func startGolden(t *testing.T, overrides string, args ...string) *goldenRouter {
 // dial connects to the router as a client.
 func (r *goldenRouter) dial(t *testing.T) net.Conn {
 	t.Helper()
-	network := "tcp"
-	if strings.HasPrefix(r.clientAddr, "/") {
-		network = "unix"
-	}
-	conn, err := net.Dial(network, r.clientAddr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
+	conn := dial(t, r.clientAddr)
 	conn.SetReadDeadline(time.Now().Add(2 * patience))
 	r.conns = append(r.conns, conn)
 	return conn
@@ -174,23 +151,19 @@ func (r *goldenRouter) dial(t *testing.T) net.Conn {
 // n.
 func (r *goldenRouter) upgrades(t *testing.T, n int) string {
 	t.Helper()
-	sample := regexp.MustCompile(`(?m)^router_upgrades_total(\{.*\}) (\d+)$`)
-	for end := time.Now().Add(2 * patience); ; <-time.After(5 * time.Millisecond) {
+	sample := regexp.MustCompile(`(?m)^router_upgrades_total(\{.*\}) ([1-9]\d*)$`)
+	var all []string
+	eventually(t, "upgrades that are counted", n, func() (sum int) {
 		_, text := r.get(t, "/metrics")
-		sum, all := 0, []string{}
+		all = nil
 		for _, m := range sample.FindAllStringSubmatch(text, -1) {
-			if count, _ := strconv.Atoi(m[2]); count > 0 {
-				sum += count
-				all = append(all, m[1]+" "+m[2])
-			}
+			count, _ := strconv.Atoi(m[2])
+			sum += count
+			all = append(all, m[1]+" "+m[2])
 		}
-		if sum == n {
-			return strings.Join(all, ", ")
-		}
-		if time.Now().After(end) {
-			t.Fatalf("%v upgrades are counted, want %d", all, n)
-		}
-	}
+		return sum
+	})
+	return strings.Join(all, ", ")
 }
 
 // warnings returns the lines of the log above Info, each once, with their fields in the
@@ -200,7 +173,7 @@ func (r *goldenRouter) warnings() (lines []string) {
 	defer r.log.mu.Unlock()
 	for _, line := range r.log.lines {
 		if line["level"] != "INFO" {
-			lines = append(lines, steady(logged(line), volatileOfClients()...))
+			lines = append(lines, steady(logged(line), volatileOfClients...))
 		}
 	}
 	slices.Sort(lines)
@@ -368,17 +341,11 @@ func (c *clientCase) run(t *testing.T, request string) (seen string, heads []str
 	}
 	text, switched, closes := goldenAnswer(t, conn, strings.Fields(request + " -")[0])
 	rest, result := "", ""
-	switch {
-	case c.stops:
+	if !c.stops {
+		result = r.upgrades(t, count)
+	}
+	if !switched {
 		rest = keeps(t, conn, closes)
-	case switched:
-		result = r.upgrades(t, count)
-	case closes:
-		rest = keeps(t, conn, true)
-		result = r.upgrades(t, count)
-	default:
-		result = r.upgrades(t, count)
-		rest = keeps(t, conn, false)
 	}
 	for _, conn := range r.conns {
 		conn.Close()
@@ -397,7 +364,7 @@ func (c *clientCase) run(t *testing.T, request string) (seen string, heads []str
 	if c.often {
 		heads = slices.Compact(heads)
 	}
-	return steady(seen, volatileOfClients()...), heads
+	return steady(seen, volatileOfClients...), heads
 }
 
 // playAll plays each case in both ways that a handshake has, which have to give the
@@ -461,7 +428,7 @@ func atPath(path string) clientCase { return clientCase{request: upgradeRequest(
 
 // badRequests are the requests that are wrong in themselves.
 func badRequests() map[string]clientCase {
-	cases := map[string]clientCase{
+	return map[string]clientCase{
 		"404 another path":             atPath("/other"),
 		"404 root":                     atPath("/"),
 		"404 long path":                atPath("/" + strings.Repeat("p", 300)),
@@ -511,7 +478,6 @@ func badRequests() map[string]clientCase {
 		"426 before the overrides":     {request: "GET /ws/ns-01 HTTP/1.1\r\nHost: h\r\n\r\n", noTable: true},
 		"400 early bytes of a refused": {request: upgradeRequest("/ws/ns+01") + "\x81\x80\x00\x00\x00\x00"},
 	}
-	return cases
 }
 
 // occupied occupies what the router has for clients: a session, or an upgrade that the
@@ -526,16 +492,7 @@ func occupied(request string, sign string) func(t *testing.T, r *goldenRouter) {
 // metric waits until the metrics have a line of the pattern.
 func (r *goldenRouter) metric(t *testing.T, pattern string) {
 	t.Helper()
-	line := regexp.MustCompile(`(?m)^` + pattern + `$`)
-	for end := time.Now().Add(2 * patience); ; <-time.After(5 * time.Millisecond) {
-		_, text := r.get(t, "/metrics")
-		if line.MatchString(text) {
-			return
-		}
-		if time.Now().After(end) {
-			t.Fatalf("no %q in the metrics", pattern)
-		}
-	}
+	r.until(t, "/metrics", `(?m)^`+pattern+`$`)
 }
 
 // fromBackend is an upgrade that gets this from its owner.
@@ -879,17 +836,12 @@ func (g *adminGolden) post(t *testing.T, addr, path, body string) {
 // adminAnswer sends the request and returns what comes back.
 func adminAnswer(t *testing.T, addr, request string) (status string, head []string, body string) {
 	t.Helper()
-	conn, err := net.Dial("tcp", addr)
-	if err != nil {
-		t.Fatal(err)
-	}
+	conn := dial(t, addr)
 	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(patience))
 	start, rest, _ := strings.Cut(request, "\n\n")
 	method, _, _ := strings.Cut(start, " ")
-	if _, err := io.WriteString(conn, strings.ReplaceAll(start+"\n\n", "\n", "\r\n")+rest); err != nil {
-		t.Fatal(err)
-	}
+	mustWrite(t, conn, strings.ReplaceAll(start+"\n\n", "\n", "\r\n")+rest)
 	resp, err := http.ReadResponse(bufio.NewReader(conn), &http.Request{Method: method})
 	if err != nil {
 		t.Fatalf("%.100q: %v", request, err)
@@ -911,17 +863,12 @@ func adminAnswer(t *testing.T, addr, request string) (status string, head []stri
 }
 
 // until asks for path until the body has the pattern.
-func (r *runningRouter) until(t *testing.T, path, pattern string) (body string) {
+func (r *runningRouter) until(t *testing.T, path, pattern string) {
 	t.Helper()
-	for end := time.Now().Add(patience); ; <-time.After(5 * time.Millisecond) {
+	eventually(t, path+" matches "+pattern, true, func() bool {
 		_, body := r.get(t, path)
-		if regexp.MustCompile(pattern).MatchString(body) {
-			return body
-		}
-		if time.Now().After(end) {
-			t.Fatalf("%s is\n%s\nwant %s", path, body, pattern)
-		}
-	}
+		return regexp.MustCompile(pattern).MatchString(body)
+	})
 }
 
 // goldenProgram is a router as main wires it, whose sources do not run: nothing
@@ -1130,21 +1077,15 @@ func goldenPlans(t *testing.T, g *adminGolden, addr string) {
 	size := maxPlanBody + 1
 	g.ask(t, addr, fmt.Sprintf("POST /plan HTTP/1.1\nHost: router\nTransfer-Encoding: chunked\n\n%x\r\n%s\r\n0\r\n\r\n", size, strings.Repeat(" ", size)), "POST /plan, chunked, of more than 8 MiB")
 	for range maxConcurrentPlans { // which has its turn until its body is there
-		conn, err := net.Dial("tcp", addr)
-		if err != nil {
-			t.Fatal(err)
-		}
+		conn := dial(t, addr)
 		defer conn.Close()
-		fmt.Fprintf(conn, "POST /plan HTTP/1.1\r\nHost: router\r\nContent-Length: 15\r\n\r\n")
+		mustWrite(t, conn, "POST /plan HTTP/1.1\r\nHost: router\r\nContent-Length: 15\r\n\r\n")
 	}
 	const plan = "POST /plan HTTP/1.1\nHost: router\nContent-Length: 15\n\n{\"replicas\": 4}"
-	for end := time.Now().Add(patience); ; {
-		if status, _, _ := adminAnswer(t, addr, plan); status == "503 Service Unavailable" {
-			break
-		} else if time.Now().After(end) {
-			t.Fatalf("%s while another plan has the turn", status)
-		}
-	}
+	eventually(t, "the answer while another plan has the turn", "503 Service Unavailable", func() string {
+		status, _, _ := adminAnswer(t, addr, plan)
+		return status
+	})
 	g.ask(t, addr, plan, "POST /plan, while another has the turn")
 }
 
@@ -1309,20 +1250,15 @@ func TestGoldenEvents(t *testing.T) {
 func (w *goldenWorld) takeEvents(t *testing.T, count int, out io.Writer) {
 	t.Helper()
 	var all []string
-	for end := time.Now().Add(patience); ; <-time.After(5 * time.Millisecond) {
+	eventually(t, fmt.Sprintf("%d Events have come", count), true, func() bool {
 		w.mu.Lock()
+		defer w.mu.Unlock()
 		all = slices.Collect(maps.Values(w.events))
 		if len(all) >= count {
 			clear(w.events)
 		}
-		w.mu.Unlock()
-		if len(all) >= count {
-			break
-		}
-		if time.Now().After(end) {
-			t.Fatalf("%d Events, want %d: %s", len(all), count, all)
-		}
-	}
+		return len(all) >= count
+	})
 	slices.SortFunc(all, func(a, b string) int { return cmp.Compare(withoutName(a), withoutName(b)) })
 	for _, one := range all {
 		var b bytes.Buffer

@@ -48,42 +48,76 @@ func TestMoveExactlyThose(t *testing.T) {
 		defer mustRead(t, conn, "pong")
 		defer mustWrite(t, conn, "pong")
 	}
-	p.router.update(sourceContent{id: sourceID{name: "test"}, version: "42", overrides: newOverrideSet(after)})
+	p.override("42", after)
 	for _, conn := range leaving {
 		mustFrames(t, conn, false, restarts)
 		conn.Close()
 	}
-	p.waitMoved(t, len(leave))
+	p.waitMoved(t, int64(len(leave)))
 	if got := p.relay.size(); got != len(stay) {
 		t.Errorf("%d sessions left, want %d", got, len(stay))
 	}
 }
 
+// override makes data the proxy's overrides.
+func (p *testProxy) override(version string, data map[string]string) {
+	p.router.update(sourceContent{id: sourceID{name: "test"}, version: version, overrides: newOverrideSet(data)})
+}
+
 // waitMoved waits until n sessions have moved.
-func (p *testProxy) waitMoved(t *testing.T, n int) {
+func (p *testProxy) waitMoved(t *testing.T, n int64) {
 	t.Helper()
-	for end := time.Now().Add(patience); p.relay.ended[causeMoved].Load() < int64(n); <-time.After(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("%d sessions moved, want %d", p.relay.ended[causeMoved].Load(), n)
-		}
-	}
+	eventually(t, "sessions that have moved", n, p.relay.ended[causeMoved].Load)
+}
+
+// waitCount waits until backend 0 has this count.
+func (p *testProxy) waitCount(t *testing.T, want backendCount) {
+	t.Helper()
+	eventually(t, "sessions of backend-0", want, func() backendCount { return p.relay.counts()[0] })
 }
 
 // If the table is swapped between the handshake and the hand-over, the session does not
 // stay with its old owner.
 func TestMoveAtSessionStart(t *testing.T) {
 	p := startProxy(t, []string{"127.0.0.1:1", "127.0.0.1:1"}, map[string]string{"ns-01": "backend-0"}, nil)
-	p.router.update(sourceContent{id: sourceID{name: "test"}, version: "42", overrides: newOverrideSet(map[string]string{"ns-01": "backend-1"})})
-	client, clientFar := tcpPair(t)
-	server, serverFar := tcpPair(t)
+	p.override("42", map[string]string{"ns-01": "backend-1"})
 	p.pendingUpgrades.add(0, 1)
-	s := newSession("ns-01", 0, "")
-	p.handOver(s, func() { p.relay.startSession(s, [2]net.Conn{clientFar, server}, [2][]byte{}) })
-	mustFrames(t, serverFar, true, goesAway)
-	serverFar.Close()
-	mustFrames(t, client, false, restarts)
-	client.Close()
+	pairs, s := newSockets(t, "tcp", "tcp"), newSession("ns-01", 0, "")
+	p.handOver(s, func() { pairs.start(p.relay, s, [2][]byte{}) })
+	mustFrames(t, pairs.far[backendSide], true, goesAway)
+	pairs.far[backendSide].Close()
+	mustFrames(t, pairs.far[clientSide], false, restarts)
+	pairs.far[clientSide].Close()
 	p.waitMoved(t, 1)
+}
+
+// pods are two pods of backend-0: the second replaces the first.
+type pods struct {
+	stubs [2]*stubBackend
+	now   atomic.Int32 // the present one
+}
+
+// newPods starts the two pods.
+func newPods(t *testing.T, first, second func(net.Conn, *bufio.Reader)) *pods {
+	t.Helper()
+	return &pods{stubs: [2]*stubBackend{startStub(t, "127.0.0.1:0", first), startStub(t, "127.0.0.1:0", second)}}
+}
+
+// serve has the proxy find the present pod behind backend 0, with uid a and then b.
+func (b *pods) serve(p *proxy) {
+	uid, resolve := p.backends.podUID, p.backends.resolve
+	p.backends.podUID = func(i int) string {
+		if i != 0 {
+			return uid(i)
+		}
+		return []string{"a", "b"}[b.now.Load()]
+	}
+	p.backends.resolve = func(ctx context.Context, i int) (string, error) {
+		if i != 0 {
+			return resolve(ctx, i)
+		}
+		return b.stubs[b.now.Load()].addr, nil
+	}
 }
 
 // When a pod of a backend is replaced, the sessions with the old pod move, even if that
@@ -98,10 +132,8 @@ func TestMoveToAnotherPod(t *testing.T) {
 }
 
 func moveToAnotherPod(t *testing.T, old func(net.Conn, *bufio.Reader), request string) {
-	var now atomic.Int32 // index of the backend's present pod
 	var relay atomic.Pointer[relay]
-	first := startStub(t, "127.0.0.1:0", old)
-	second := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
+	pods := newPods(t, old, func(conn net.Conn, br *bufio.Reader) {
 		if relay.Load().oldPodSessionsDone("ns-01") != nil {
 			io.WriteString(conn, "HTTP/1.1 404 Not Found\r\n\r\n") // to ns-02
 		} else {
@@ -111,31 +143,27 @@ func moveToAnotherPod(t *testing.T, old func(net.Conn, *bufio.Reader), request s
 	p := startProxy(t, []string{"127.0.0.1:1"}, map[string]string{}, func(p *proxy) {
 		relay.Store(p.relay)
 		p.relay.closeTimeout = time.Second
-		p.backends.podUID = func(int) string { return []string{"a", "b"}[now.Load()] }
-		p.backends.resolve = func(context.Context, int) (string, error) { return []string{first.addr, second.addr}[now.Load()], nil }
+		pods.serve(p)
 	})
 	if p.relay.setPods(map[int]string{0: "a"}) {
 		t.Error("setPods reports that the first known pod has replaced another")
 	}
 	conn, _, _ := p.ask(t, request)
-	for p.relay.size() == 0 {
-		<-time.After(time.Millisecond)
-	}
+	p.waitSessions(t, 1)
 	if !p.relay.setPods(map[int]string{0: "b"}) || p.relay.setPods(map[int]string{0: "b"}) {
 		t.Error("setPods does not report a replaced pod, or reports it twice")
 	}
-	now.Store(1)
+	pods.now.Store(1)
 	if n := p.relay.counts()[0]; n.open != 1 || n.onOldPod != 1 {
 		t.Errorf("%+v, want one session, with the old pod", n)
 	}
-	waiting, _ := net.Dial("tcp", p.addr)
-	defer waiting.Close()
+	waiting := dial(t, p.addr)
 	mustWrite(t, waiting, request)
 	_, _, other := p.ask(t, upgradeRequest("/ws/ns-02"))
 	if other.StatusCode != 404 {
 		t.Errorf("ns-02 got %s, want the answer of the new pod", other.Status)
 	}
-	if heads := second.heads(); len(heads) != 1 {
+	if heads := pods.stubs[1].heads(); len(heads) != 1 {
 		t.Errorf("the new pod was asked by %q, want ns-02 only", heads)
 	}
 	p.mover.ownersChanged()
@@ -143,11 +171,7 @@ func moveToAnotherPod(t *testing.T, old func(net.Conn, *bufio.Reader), request s
 	conn.Close()
 	mustAnswer(t, waiting, 101)
 	p.waitMoved(t, 1)
-	for end := time.Now().Add(patience); p.relay.counts()[0] != (backendCount{open: 1, total: 2}); <-time.After(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("%+v, want one session, with the new pod", p.relay.counts()[0])
-		}
-	}
+	p.waitCount(t, backendCount{open: 1, total: 2}) // with the new pod
 	p.relay.setPods(map[int]string{0: "c"})
 	if n := p.relay.counts()[0]; n.onOldPod != 1 {
 		t.Errorf("%+v, want the session with pod b to be on an old pod", n)
@@ -163,15 +187,11 @@ func TestMoveBeforeTheTable(t *testing.T) {
 		if p.mover.ownersChanged(); !p.relay.setPods(map[int]string{0: "b"}) {
 			p.relay.setPods(map[int]string{0: "a"})
 		}
-		for end := time.Now().Add(patience); len(p.mover.wake) > 0; <-time.After(time.Millisecond) {
-			if time.Now().After(end) {
-				t.Fatal("run does not receive from wake")
-			}
-		}
+		eventually(t, "wake-ups that run has not received", 0, func() int { return len(p.mover.wake) })
 	}
-	p.router.update(sourceContent{id: sourceID{name: "test"}, version: "1", overrides: newOverrideSet(map[string]string{"ns-01": "backend-0"})})
+	p.override("1", map[string]string{"ns-01": "backend-0"})
 	p.open(t, "ns-01")
-	p.router.update(sourceContent{id: sourceID{name: "test"}, version: "2", overrides: newOverrideSet(map[string]string{"ns-01": "backend-1"})})
+	p.override("2", map[string]string{"ns-01": "backend-1"})
 	p.waitMoved(t, 1)
 }
 
@@ -182,23 +202,20 @@ func TestMoveBeforeTheTable(t *testing.T) {
 // starts.
 func replaced(t *testing.T, change func(*proxy)) (p *testProxy, old *net.TCPConn, newPod, other *stubBackend) {
 	t.Helper()
-	var now atomic.Int32 // index of backend-0's present pod
-	stubs := []*stubBackend{startStub(t, "127.0.0.1:0", answer(switching)), startStub(t, "127.0.0.1:0", echo), startStub(t, "127.0.0.1:0", echo)}
-	p = startProxy(t, []string{"127.0.0.1:1", stubs[2].addr}, map[string]string{"ns-01": "backend-0"}, func(p *proxy) {
+	pods := newPods(t, answer(switching), echo)
+	other = startStub(t, "127.0.0.1:0", echo)
+	p = startProxy(t, []string{"127.0.0.1:1", other.addr}, map[string]string{"ns-01": "backend-0"}, func(p *proxy) {
 		p.mover.settleTime = time.Hour
-		p.backends.podUID = func(i int) string { return []string{[]string{"a", "b"}[now.Load()], "z"}[i] }
-		p.backends.resolve = func(_ context.Context, i int) (string, error) {
-			return []string{stubs[now.Load()].addr, stubs[2].addr}[i], nil
-		}
+		pods.serve(p)
 		if change != nil {
 			change(p)
 		}
 	})
-	p.relay.setPods(map[int]string{0: "a", 1: "z"})
+	p.relay.setPods(map[int]string{0: "a"})
 	old = p.openStarted(t)
 	p.relay.setPods(map[int]string{0: "b"})
-	now.Store(1)
-	return p, old, stubs[1], stubs[2]
+	pods.now.Store(1)
+	return p, old, pods.stubs[1], other
 }
 
 // openStarted opens the first session, of ns-01, and returns when its start is
@@ -207,11 +224,7 @@ func (p *testProxy) openStarted(t *testing.T) *net.TCPConn {
 	t.Helper()
 	conn := p.open(t, "ns-01")
 	mustSend(t, conn, frameBytes(0x82, true, 2, []byte("hi")))
-	for end := time.Now().Add(patience); p.relay.bytes()[clientSide] == 0; <-time.After(time.Millisecond) { // the goroutine that starts it carries it
-		if time.Now().After(end) {
-			t.Fatal("nothing is carried")
-		}
-	}
+	eventually(t, "the goroutine that starts it carries a frame", true, func() bool { return p.relay.bytes()[clientSide] > 0 })
 	p.inFlight.Wait() // or net/http's does
 	return conn
 }
@@ -219,18 +232,11 @@ func (p *testProxy) openStarted(t *testing.T) *net.TCPConn {
 // hang sends an upgrade and waits until it waits for the old pod.
 func (p *testProxy) hang(t *testing.T, request string) net.Conn {
 	t.Helper()
-	waiting, err := net.Dial("tcp", p.addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { waiting.Close() })
+	waiting, stacks := dial(t, p.addr), make([]byte, 1<<20)
 	mustWrite(t, waiting, request)
-	stacks := make([]byte, 1<<20)
-	for end := time.Now().Add(patience); !bytes.Contains(stacks[:runtime.Stack(stacks, true)], []byte(".waitForOldPod(")); <-time.After(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("the upgrade does not wait for the old pod")
-		}
-	}
+	eventually(t, "the upgrade waits for the old pod", true, func() bool {
+		return bytes.Contains(stacks[:runtime.Stack(stacks, true)], []byte(".waitForOldPod("))
+	})
 	return waiting
 }
 
@@ -292,11 +298,7 @@ func TestHoldEndsWhenTheOldPodIsCutOff(t *testing.T) {
 			t.Error("the client is told before the namespace is free")
 		}
 		mustAnswer(t, waiting, 101)
-		for end := time.Now().Add(patience); p.relay.counts()[0] != (backendCount{open: 2, total: 2}); <-time.After(time.Millisecond) {
-			if time.Now().After(end) {
-				t.Fatalf("%+v, want the old session still there, and the new one", p.relay.counts()[0])
-			}
-		}
+		p.waitCount(t, backendCount{open: 2, total: 2}) // the old session is still there
 		if heads := newPod.heads(); len(heads) != 1 {
 			t.Errorf("the new pod was asked %d times, want once", len(heads))
 		}
@@ -315,38 +317,42 @@ func TestMoveWithinADial(t *testing.T) {
 // putOff has that be the second for the event loop, which does not know the address
 // at once.
 func moveWithinADial(t *testing.T, request string, putOff bool) {
-	var now atomic.Int32               // which of the pods is the backend
 	var unknown, replacing atomic.Bool // the address is not known at once; the next dial finds another pod
-	first, second := startStub(t, "127.0.0.1:0", answer(switching)), startStub(t, "127.0.0.1:0", echo)
+	pods := newPods(t, answer(switching), echo)
 	p := startProxy(t, []string{"127.0.0.1:1"}, map[string]string{}, func(p *proxy) {
 		p.mover.settleTime = time.Hour
-		p.backends.podUID = func(int) string {
+		pods.serve(p)
+		uid, resolve := p.backends.podUID, p.backends.resolve
+		p.backends.podUID = func(i int) string {
 			if !unknown.Load() && replacing.CompareAndSwap(true, false) {
 				p.relay.setPods(map[int]string{0: "b"})
-				now.Store(1)
+				pods.now.Store(1)
 			}
-			return []string{"a", "b"}[now.Load()]
+			return uid(i)
 		}
-		p.backends.resolve = func(context.Context, int) (string, error) {
+		p.backends.resolve = func(ctx context.Context, i int) (string, error) {
 			if unknown.CompareAndSwap(true, false) {
 				return "", errors.New("not known yet")
 			}
-			return []string{first.addr, second.addr}[now.Load()], nil
+			return resolve(ctx, i)
 		}
 	})
+	wantAsked := func(want [2]int) {
+		t.Helper()
+		if got := [2]int{len(pods.stubs[0].heads()), len(pods.stubs[1].heads())}; got != want {
+			t.Errorf("the pods were asked %d times, want %d", got, want)
+		}
+	}
 	p.relay.setPods(map[int]string{0: "a"})
 	old := p.openStarted(t)
 	unknown.Store(putOff)
 	replacing.Store(true)
 	waiting := p.hang(t, request)
-	if got := [2]int{len(first.heads()), len(second.heads())}; got != [2]int{1, 0} || p.relay.size() != 1 {
-		t.Errorf("the pods were asked %d times, and there are %d sessions; want 1 and 0, and 1", got, p.relay.size())
-	}
+	wantAsked([2]int{1, 0})
+	p.waitSessions(t, 1)
 	old.Close()
 	mustAnswer(t, waiting, 101)
-	if got := [2]int{len(first.heads()), len(second.heads())}; got != [2]int{1, 1} {
-		t.Errorf("the pods were asked %d times, want once each", got)
-	}
+	wantAsked([2]int{1, 1})
 }
 
 // If the table is swapped while an upgrade waits for an old pod, it goes to the new
@@ -355,7 +361,7 @@ func TestMoveOfWhoWaitsForTheOldPod(t *testing.T) {
 	both(t, func(t *testing.T, request string) {
 		p, old, newPod, other := replaced(t, nil)
 		waiting := p.hang(t, request)
-		p.router.update(sourceContent{id: sourceID{name: "test"}, version: "42", overrides: newOverrideSet(map[string]string{"ns-01": "backend-1"})})
+		p.override("42", map[string]string{"ns-01": "backend-1"})
 		old.Close()
 		mustAnswer(t, waiting, 101)
 		if n := newPod.heads(); len(n) != 0 {
@@ -372,22 +378,16 @@ func TestMoveOfWhoWaitsForTheOldPod(t *testing.T) {
 func TestMoveAfterTheOldPod(t *testing.T) {
 	p := startProxy(t, []string{"127.0.0.1:1"}, map[string]string{}, nil)
 	p.relay.setPods(map[int]string{0: "a"})
-	client, clientFar := tcpPair(t)
-	backend, backendFar := tcpPair(t)
 	s := newSession("ns-01", 0, "")
 	s.podUID = "a"
-	p.relay.startSession(s, [2]net.Conn{clientFar, backend}, [2][]byte{})
-	backendFar.CloseWrite()
-	for end := time.Now().Add(patience); !s.podDone.Load(); <-time.After(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("the relay does not know that the backend has ended")
-		}
-	}
+	c := newSockets(t, "tcp", "tcp").start(p.relay, s, [2][]byte{})
+	closeWrite(t, c.backend)
+	eventually(t, "the pod is done with the session", true, s.podDone.Load)
 	p.relay.setPods(map[int]string{0: "b"})
 	if p.relay.oldPodSessionsDone("ns-01") != nil || p.mover.shouldMove(s) {
 		t.Error("the session counts as one with an old pod")
 	}
-	client.Close()
+	c.client.Close()
 }
 
 // moveTest is a mover whose sessions have no sockets.
@@ -455,6 +455,14 @@ func (m *moveTest) dialsOf(backend int) int {
 	m.relay.mu.Lock()
 	defer m.relay.mu.Unlock()
 	return m.dials[backend]
+}
+
+// wantPending checks how many sessions wait for their move.
+func (m *moveTest) wantPending(t *testing.T, want int) {
+	t.Helper()
+	if got := m.pendingSessions.Load(); got != int64(want) {
+		t.Errorf("%d sessions wait for their move, want %d", got, want)
+	}
 }
 
 // recordClose is closeSession: the session is over 100 ms later. It returns false
@@ -622,14 +630,16 @@ func TestMoveTakenBack(t *testing.T) {
 		reported := &moveRecorder{}
 		m.router.sources = append(m.router.sources, &routerSource{overrideSource: reported, provisional: true})
 		m.table(after)
-		if got := m.after(700 * time.Millisecond); len(got) < 2 || len(got) > 3 || m.pendingSessions.Load() != int64(100-len(got)) {
-			t.Errorf("%d moved and %d wait, want 2 or 3 and the rest", len(got), m.pendingSessions.Load())
+		moved := len(m.after(700 * time.Millisecond))
+		if moved < 2 || moved > 3 {
+			t.Errorf("%d moved, want 2 or 3", moved)
 		}
+		m.wantPending(t, 100-moved)
 		m.table(before)
-		moved := len(m.after(0))
-		if got := len(m.after(time.Minute)); got != moved || m.pendingSessions.Load() != 0 {
-			t.Errorf("%d moved before the change was reverted and %d after, %d wait", moved, got-moved, m.pendingSessions.Load())
+		if got := len(m.after(time.Minute)); got != moved {
+			t.Errorf("%d moved before the change was reverted and %d after", moved, got-moved)
 		}
+		m.wantPending(t, 0)
 		wantLine(t, m.log.all("move finished"), 1, map[string]any{"version": "1", "sessions": float64(moved), "cancelled": float64(100 - moved)})
 		results := reported.results
 		if len(results) != 1 || results[0].sessions != moved || results[0].cancelled != 100-moved || results[0].time == 0 {
@@ -670,9 +680,10 @@ func TestMoveWaitsForTheOwner(t *testing.T) {
 		m.setAbsent(1, true)
 		m.table(with(with(data, "ns-00", 1), "other-one", 2))
 		all := m.after(20 * time.Second)
-		if len(all) != 5 || all[0].namespace != "other-one" || all[4].namespace != "other-one" || m.pendingSessions.Load() != 5 {
-			t.Fatalf("%d moved and %d wait, want those to backend-2 and 5", len(all), m.pendingSessions.Load())
+		if len(all) != 5 || all[0].namespace != "other-one" || all[4].namespace != "other-one" {
+			t.Fatalf("%d moved, want the 5 to backend-2", len(all))
 		}
+		m.wantPending(t, 5)
 		if dials := m.dialsOf(1); dials < 6 || dials > 15 {
 			t.Errorf("backend-1 was dialled %d times in 20 s, want it with a back-off", dials)
 		}
@@ -684,9 +695,8 @@ func TestMoveWaitsForTheOwner(t *testing.T) {
 				break
 			}
 		}
-		if m.after(maxTargetRetry * 3 / 2); m.pendingSessions.Load() != 4 {
-			t.Errorf("%d wait, want 4", m.pendingSessions.Load())
-		}
+		m.after(maxTargetRetry * 3 / 2)
+		m.wantPending(t, 4)
 		m.setAbsent(1, false)
 		if all = m.after(maxTargetRetry * 3 / 2); len(all) != 9 {
 			t.Errorf("%d moved, want 9", len(all))
@@ -705,9 +715,10 @@ func TestMoveToWhoIsWaitedFor(t *testing.T) {
 		m.table(with(with(data, "ns-00", 1), "other", 3))
 		moved := len(m.after(time.Second))
 		m.table(with(with(data, "ns-00", 3), "other", 3))
-		if got := len(m.after(time.Minute)); moved == 0 || got != moved || m.pendingSessions.Load() != int64(40-moved) {
-			t.Errorf("%d moved and then %d more, %d wait; want some, none and the rest", moved, got-moved, m.pendingSessions.Load())
+		if got := len(m.after(time.Minute)); moved == 0 || got != moved {
+			t.Errorf("%d moved and then %d more; want some and none", moved, got-moved)
 		}
+		m.wantPending(t, 40-moved)
 	})
 }
 
@@ -720,9 +731,10 @@ func TestMoveForgetsTheOwner(t *testing.T) {
 		m.table(pinned(1, 0))
 		m.after(time.Second)
 		dials := m.dialsOf(1)
-		if all := m.after(time.Minute); len(all) != 0 || m.dialsOf(1) != dials || m.pendingSessions.Load() != 0 {
-			t.Errorf("%d moved, %d dials more, %d wait; want none", len(all), m.dialsOf(1)-dials, m.pendingSessions.Load())
+		if all := m.after(time.Minute); len(all) != 0 || m.dialsOf(1) != dials {
+			t.Errorf("%d moved, %d dials more; want none", len(all), m.dialsOf(1)-dials)
 		}
+		m.wantPending(t, 0)
 		wantLine(t, m.log.all("move finished"), 1, map[string]any{"sessions": 0.0, "cancelled": 5.0})
 	})
 }
@@ -746,16 +758,12 @@ func TestMoveSkipsWhatEnds(t *testing.T) {
 	})
 }
 
-// If a session ends just before closeSession, no result counts it, and the batch
-// finishes all the same.
-func TestMoveSkipsWhatCannotPart(t *testing.T) {
+// The same if a session ends just before closeSession.
+func TestMoveSkipsWhatCannotClose(t *testing.T) {
 	movesIn(t, 0, 5, pinned(1, 0), func(t *testing.T, m *moveTest) {
-		first := true
+		var once sync.Once
 		m.closeSession = func(s *session, done func(bool)) bool {
-			if first {
-				s.setCause(causeClient)
-			}
-			first = false
+			once.Do(func() { s.setCause(causeClient) })
 			return m.recordClose(s, done)
 		}
 		m.table(pinned(1, 1))
@@ -766,29 +774,22 @@ func TestMoveSkipsWhatCannotPart(t *testing.T) {
 	})
 }
 
-// leaving closes each end after it has read a frame. It returns a channel with what the
-// client read.
-func leaving(s relayed) <-chan string {
-	read := make(chan string, 1)
-	for i, conn := range []net.Conn{s.client, s.backend} {
-		go func() {
-			conn.SetDeadline(time.Now().Add(patience))
-			got, err := readFrame(conn, i == 1)
-			conn.Close()
-			if i == 0 {
-				read <- fmt.Sprint(got, " ", err)
-			}
-		}()
-	}
-	return read
-}
-
+// A drain ends all sessions, spread over its time.
 func TestDrain(t *testing.T) {
 	const sessions, over = 20, 400 * time.Millisecond
 	r := quietRelay(t)
-	var reads []<-chan string
+	var leaving sync.WaitGroup
 	for range sessions {
-		reads = append(reads, leaving(startedSession(t, r)))
+		c := startedSession(t, r)
+		for i, conn := range c.ends() {
+			leaving.Go(func() { // each end closes when it has its Close frame
+				conn.SetDeadline(time.Now().Add(patience))
+				if got, err := readFrame(conn, side(i) == backendSide); err != nil || got != goesAway {
+					t.Errorf("side %d read %s, %v; want %s", i, got, err, goesAway)
+				}
+				conn.Close()
+			})
+		}
 	}
 	begun := time.Now()
 	if ended := drain(t.Context(), r, over); ended != sessions {
@@ -797,11 +798,7 @@ func TestDrain(t *testing.T) {
 	if took := time.Since(begun); took < 3*over/4 || took > closeTimeout/2 {
 		t.Errorf("drained in %s, want it spread over %s", took, over)
 	}
-	for _, read := range reads {
-		if got, want := <-read, goesAway+" <nil>"; got != want {
-			t.Errorf("a client read %s, want %s", got, want)
-		}
-	}
+	leaving.Wait()
 	if got := r.ended[causeDrain].Load(); got != sessions || r.size() != 0 || r.cut[causeDrain].Load() != 0 {
 		t.Errorf("%d ended by drain, %d left, %d cut; want %d, 0 and 0", got, r.size(), r.cut[causeDrain].Load(), sessions)
 	}

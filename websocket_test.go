@@ -903,6 +903,13 @@ func TestCloseGracefullyLibrary(t *testing.T) {
 // gets its Close frame within half of that time, whatever the backend does, if it
 // reads at all.
 func TestCloseGracefullyBounds(t *testing.T) {
+	within := func(from, to func(relayed) halfConn, data []byte) func(t *testing.T, s relayed) {
+		return func(t *testing.T, s relayed) {
+			mustSend(t, from(s), data)
+			mustRead(t, to(s), string(data))
+		}
+	}
+	client, backend := func(s relayed) halfConn { return s.client }, func(s relayed) halfConn { return s.backend }
 	const bound = 1200 * time.Millisecond
 	quarter, half, whole, none := bound/4, bound/2, bound, time.Duration(0)
 	part := frameBytes(0x01, true, 2, []byte("ab")) // the first fragment of a message
@@ -945,43 +952,28 @@ func TestCloseGracefullyBounds(t *testing.T) {
 			mustFrames(t, s.backend, true, goesAway)
 			s.backend.Close()
 		}, none, false},
-		"the client is within a frame": {func(t *testing.T, s relayed) {
-			mustSend(t, s.client, up)
-			mustRead(t, s.backend, string(up))
-		}, func(t *testing.T, s relayed) {
+		"the client is within a frame": {within(client, backend, up), func(t *testing.T, s relayed) {
 			mustFrames(t, s.client, false, restarts)
 			mustReset(t, s.backend)
 			s.client.Close()
 		}, half, true},
-		"the client is within a message": {func(t *testing.T, s relayed) {
-			mustSend(t, s.client, part)
-			mustFrames(t, s.backend, true, `1 "ab"`)
-		}, func(t *testing.T, s relayed) {
+		"the client is within a message": {within(client, backend, part), func(t *testing.T, s relayed) {
 			mustFrames(t, s.backend, true, goesAway)
 			s.backend.Close()
 			mustFrames(t, s.client, false, restarts)
 			s.client.Close()
 		}, quarter, false},
-		"the client ends within a message": {func(t *testing.T, s relayed) {
-			mustSend(t, s.client, part)
-			mustFrames(t, s.backend, true, `1 "ab"`)
-		}, func(t *testing.T, s relayed) {
+		"the client ends within a message": {within(client, backend, part), func(t *testing.T, s relayed) {
 			closeWrite(t, s.client)
 			mustFrames(t, s.backend, true, goesAway)
 			s.backend.Close()
 			mustFrames(t, s.client, false, restarts)
 		}, none, false},
-		"the backend is within a frame": {func(t *testing.T, s relayed) {
-			mustSend(t, s.backend, down)
-			mustRead(t, s.client, string(down))
-		}, func(t *testing.T, s relayed) {
+		"the backend is within a frame": {within(backend, client, down), func(t *testing.T, s relayed) {
 			mustFrames(t, s.backend, true, goesAway)
 			mustEOF(t, s.client)
 		}, whole, true},
-		"the backend gets to the end of its frame late": {func(t *testing.T, s relayed) {
-			mustSend(t, s.backend, down)
-			mustRead(t, s.client, string(down))
-		}, func(t *testing.T, s relayed) {
+		"the backend gets to the end of its frame late": {within(backend, client, down), func(t *testing.T, s relayed) {
 			<-time.After(bound * 2 / 3)
 			mustSend(t, s.backend, append([]byte("cdefghi"), frameBytes(0x81, false, 2, []byte("no"))...))
 			mustRead(t, s.client, "cdefghi")
@@ -989,36 +981,25 @@ func TestCloseGracefullyBounds(t *testing.T) {
 			mustReset(t, s.backend)
 			s.client.Close()
 		}, bound * 2 / 3, true},
-		"the backend ends within a frame": {func(t *testing.T, s relayed) {
-			mustSend(t, s.backend, down)
-			mustRead(t, s.client, string(down))
-		}, func(t *testing.T, s relayed) {
+		"the backend ends within a frame": {within(backend, client, down), func(t *testing.T, s relayed) {
 			s.backend.Close()
 			mustEOF(t, s.client)
 		}, none, true},
-		"no frames from the client": {func(t *testing.T, s relayed) {
-			mustWrite(t, s.client, "GET / HTTP/1.1\r\n")
-			mustRead(t, s.backend, "GET / HTTP/1.1\r\n")
-		}, func(t *testing.T, s relayed) {
+		"no frames from the client": {within(client, backend, []byte("GET / HTTP/1.1\r\n")), func(t *testing.T, s relayed) {
 			mustEOF(t, s.client)
 			mustEOF(t, s.backend)
 		}, none, true},
-		"no frames from the backend": {func(t *testing.T, s relayed) {
-			mustWrite(t, s.backend, "HTTP/1.1 200 OK\r\n")
-			mustRead(t, s.client, "HTTP/1.1 200 OK\r\n")
-		}, func(t *testing.T, s relayed) {
+		"no frames from the backend": {within(backend, client, []byte("HTTP/1.1 200 OK\r\n")), func(t *testing.T, s relayed) {
 			mustEOF(t, s.client)
 			mustBreak(t, s.backend)
 		}, none, true},
 		"the client reads nothing": {func(t *testing.T, s relayed) {
-			for stuff := stuffFrames(s.backend, false); stuff; stuff = stuffFrames(s.backend, false) {
-			}
+			stuffFrames(s.backend, false)
 		}, func(t *testing.T, s relayed) {
 			mustBreak(t, s.backend)
 		}, whole, true},
 		"the backend reads nothing": {func(t *testing.T, s relayed) {
-			for stuff := stuffFrames(s.client, true); stuff; stuff = stuffFrames(s.client, true) {
-			}
+			stuffFrames(s.client, true)
 		}, func(t *testing.T, s relayed) {
 			mustFrames(t, s.client, false, restarts)
 			s.client.Close()
@@ -1032,6 +1013,13 @@ func TestCloseGracefullyBounds(t *testing.T) {
 			mustFrames(t, s.client, false, `81 "last"`, restarts)
 			mustEOF(t, s.client)
 		}, none, false},
+		"the client has ended, and the backend is silent": {func(t *testing.T, s relayed) {
+			closeWrite(t, s.client)
+			mustEOF(t, s.backend)
+		}, func(t *testing.T, s relayed) { // longer than halfCloseTimeout
+			mustFrames(t, s.client, false, restarts)
+			mustEOF(t, s.client)
+		}, half, true},
 		"the backend has ended": {func(t *testing.T, s relayed) {
 			closeWrite(t, s.backend)
 			mustEOF(t, s.client)
@@ -1043,7 +1031,7 @@ func TestCloseGracefullyBounds(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			r := quietRelay(t)
-			r.closeTimeout = bound
+			r.closeTimeout, r.halfCloseTimeout = bound, quarter
 			s := startedSession(t, r)
 			if c.before != nil {
 				c.before(t, s)
@@ -1062,20 +1050,6 @@ func TestCloseGracefullyBounds(t *testing.T) {
 	}
 }
 
-// halfCloseTimeout does not end a closing handshake: the client gets its Close
-// frame all the same.
-func TestCloseGracefullyAfterHalfClose(t *testing.T) {
-	r := quietRelay(t)
-	r.halfCloseTimeout, r.closeTimeout = 100*time.Millisecond, 800*time.Millisecond
-	s := startedSession(t, r)
-	closeWrite(t, s.client)
-	mustEOF(t, s.backend)
-	s.closeGracefully(causeMoved, nil)
-	mustFrames(t, s.client, false, restarts)
-	mustEOF(t, s.client)
-	s.wantCause(t, causeMoved)
-}
-
 // mustReset reads until an error, and fails if that is not a reset.
 func mustReset(t testing.TB, conn net.Conn) {
 	t.Helper()
@@ -1085,30 +1059,27 @@ func mustReset(t testing.TB, conn net.Conn) {
 	}
 }
 
-// stuffFrames writes a frame, and reports whether conn took all of it.
-func stuffFrames(conn net.Conn, masked bool) bool {
-	conn.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
-	_, err := conn.Write(frameBytes(0x82, masked, 32<<10, make([]byte, 32<<10)))
-	return err == nil
+// stuffFrames writes frames until conn takes no more.
+func stuffFrames(conn net.Conn, masked bool) {
+	frame := frameBytes(0x82, masked, 32<<10, make([]byte, 32<<10))
+	for err := error(nil); err == nil; _, err = conn.Write(frame) {
+		conn.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
+	}
 }
 
 // If closeGracefully is called before the hand-over is done, both sides get their Close
 // frames all the same, after the early bytes.
 func TestCloseGracefullyAtSessionStart(t *testing.T) {
-	r := quietRelay(t)
-	client, clientFar := tcpPair(t)
-	server, serverFar := tcpPair(t)
-	s := newSession("ns-01", 0, "")
-	conns := [2]net.Conn{clientFar, server}
-	r.engine.assign(s, conns)
+	r, pairs, s := quietRelay(t), newSockets(t, "tcp", "tcp"), newSession("ns-01", 0, "")
+	r.engine.assign(s, pairs.near)
 	if !s.closeGracefully(causeMoved, nil) {
 		t.Fatal("closeGracefully returned false")
 	}
-	r.openSessions.Add(1)
-	r.add(s)
-	r.engine.carry(s, conns, [2][]byte{nil, frameBytes(0x81, false, 5, []byte("early"))})
-	mustFrames(t, serverFar, true, goesAway)
-	serverFar.Close()
+	early := [2][]byte{nil, frameBytes(0x81, false, 5, []byte("early"))}
+	r.register(s, func() { r.engine.carry(s, pairs.near, early) })
+	client, backend := pairs.far[clientSide], pairs.far[backendSide]
+	mustFrames(t, backend, true, goesAway)
+	backend.Close()
 	mustFrames(t, client, false, `81 "early"`, restarts)
 	client.Close()
 	relayed{session: s, relay: r}.wantCause(t, causeMoved)
@@ -1117,28 +1088,26 @@ func TestCloseGracefullyAtSessionStart(t *testing.T) {
 // A session that is ended during its hand-over, between register and the engine's
 // startSession, ends when it starts.
 func TestRelayEndsAtSessionStart(t *testing.T) {
-	r := quietRelay(t)
-	client, clientFar := tcpPair(t)
-	server, serverFar := tcpPair(t)
-	s := newSession("ns-01", 0, "")
-	conns := [2]net.Conn{clientFar, server}
-	r.engine.assign(s, conns)
+	r, pairs, s := quietRelay(t), newSockets(t, "tcp", "tcp"), newSession("ns-01", 0, "")
+	r.engine.assign(s, pairs.near)
 	r.register(s, func() {
 		s.end(causeDrain)
-		r.engine.carry(s, conns, [2][]byte{})
+		r.engine.carry(s, pairs.near, [2][]byte{})
 	})
 	relayed{session: s, relay: r}.wantCause(t, causeDrain)
-	mustBreak(t, client)
-	mustBreak(t, serverFar)
+	mustBreak(t, pairs.far[clientSide])
+	mustBreak(t, pairs.far[backendSide])
 }
 
-// However many goroutines end a session at once, done is called once.
-func TestCloseGracefullyEndsOnce(t *testing.T) {
+// A session that several goroutines end at once ends once, with one cause, and done is
+// called once.
+func TestRelayEndsOnce(t *testing.T) {
+	const sessions = 100
 	r := quietRelay(t)
-	for range 100 {
+	var started, done atomic.Int64
+	for range sessions {
 		c := startedSession(t, r)
 		var all sync.WaitGroup
-		var started, done atomic.Int64
 		closeGracefully := func() {
 			if c.closeGracefully(causeMoved, func(bool) { done.Add(1) }) {
 				started.Add(1)
@@ -1155,5 +1124,12 @@ func TestCloseGracefullyEndsOnce(t *testing.T) {
 		if started.Load() != done.Load() {
 			t.Fatalf("closeGracefully returned true %d times, done was called %d times", started.Load(), done.Load())
 		}
+	}
+	var total int64
+	for i := range r.ended {
+		total += r.ended[i].Load()
+	}
+	if total != sessions || r.ended[causeNone].Load() != 0 {
+		t.Errorf("%d ends, %d without a cause; want %d and 0", total, r.ended[causeNone].Load(), sessions)
 	}
 }
