@@ -707,7 +707,8 @@ func TestCloseGracefullyWithinAMessage(t *testing.T) {
 	s.wantCause(t, causeMoved)
 }
 
-// talker is one end of a session that sends frames until a channel is closed.
+// talker is one end of a session that sends frames until stop is closed. Both ends send
+// the same frames.
 type talker struct {
 	conn   net.Conn
 	masked bool // of the frames that it sends
@@ -715,30 +716,29 @@ type talker struct {
 	firsts []byte // the first bytes of its frames, in turn
 	noise  []byte
 	rng    *rand.Rand
+	stop   chan struct{}
 }
 
-// frame returns the k-th frame that both ends send.
-func (a *talker) frame(k int, masked bool) (first byte, payload []byte) {
-	first = a.firsts[k%len(a.firsts)]
-	size := a.size
+// frame returns the k-th frame, as it is sent or unmasked.
+func (a *talker) frame(k int, masked bool) []byte {
+	first, size := a.firsts[k%len(a.firsts)], a.size
 	if first&8 != 0 {
-		size = min(size, 125)
+		size = min(size, maxControlPayload)
 	}
-	return first, a.noise[k%1000:][:size]
+	return frameBytes(first, masked, uint64(size), a.noise[k%1000:][:size])
 }
 
-// talk writes whole frames, in pieces of any size, until stop is closed, and then
-// a Close frame.
-func (a *talker) talk(stop <-chan struct{}) error {
+// talk writes whole frames, in pieces of any size, until stop is closed, and then a
+// Close frame.
+func (a *talker) talk() error {
 	for k := 0; ; k++ {
 		select {
-		case <-stop:
+		case <-a.stop:
 			_, err := a.conn.Write(closeFrame(1000, "", a.masked))
 			return err
 		default:
 		}
-		first, payload := a.frame(k, a.masked)
-		for rest := frameBytes(first, a.masked, uint64(len(payload)), payload); len(rest) > 0; {
+		for rest := a.frame(k, a.masked); len(rest) > 0; {
 			n := 1 + logUniform(a.rng, len(rest)-1)
 			if _, err := a.conn.Write(rest[:n]); err != nil {
 				return fmt.Errorf("write: %w", err)
@@ -748,35 +748,31 @@ func (a *talker) talk(stop <-chan struct{}) error {
 	}
 }
 
-// hear reads frames and compares each, until a Close frame, after which nothing may
-// come. It calls stop then, and returns the Close frame and the number of frames
-// before it.
-func (a *talker) hear(stop func()) (closed string, frames int, err error) {
-	r, buf := bufio.NewReaderSize(a.conn, 64<<10), make([]byte, a.size)
+// hear compares the frames that come, until a Close frame, after which nothing may come.
+// It closes stop then, and returns an error if the Close frame is not want.
+func (a *talker) hear(want string) error {
+	var raw bytes.Buffer
+	r, buf := io.TeeReader(bufio.NewReaderSize(a.conn, 64<<10), &raw), make([]byte, a.size)
 	for k := 0; ; k++ {
-		first, got, err := nextFrame(r, !a.masked, buf)
-		if err != nil {
-			stop()
-			return "", k, fmt.Errorf("frame %d: %w", k, err)
+		raw.Reset()
+		first, payload, err := nextFrame(r, !a.masked, buf)
+		switch {
+		case err != nil:
+			return fmt.Errorf("frame %d: %w", k, err)
+		case first&0xf != 8 && !bytes.Equal(raw.Bytes(), a.frame(k, !a.masked)):
+			return fmt.Errorf("frame %d, %x with %d bytes, is not what was sent", k, first, len(payload))
+		case first&0xf != 8:
+			continue
 		}
-		if first&0xf == 8 {
-			stop()
-			more, err := io.Copy(io.Discard, r)
-			if more > 0 {
-				err = fmt.Errorf("%d bytes after the Close frame", more)
-			}
-			return describeFrame(first, got), k, err
+		close(a.stop)
+		if got := describeFrame(first, payload); got != want {
+			return fmt.Errorf("%s after %d frames, want %s", got, k, want)
 		}
-		wantFirst, want := a.frame(k, !a.masked)
-		if first&8 != 0 && !a.masked { // frameBytes did not mask it, and nextFrame unmasked it
-			for i := range got {
-				got[i] ^= "mask"[i%4]
-			}
+		more, err := io.Copy(io.Discard, r)
+		if more > 0 {
+			err = fmt.Errorf("%d bytes after the Close frame", more)
 		}
-		if first != wantFirst || !bytes.Equal(got, want) {
-			stop()
-			return "", k, fmt.Errorf("frame %d is %x with %d bytes, want %x with %d and the same ones", k, first, len(got), wantFirst, len(want))
-		}
+		return err
 	}
 }
 
@@ -809,26 +805,19 @@ func TestCloseGracefullyInFullFlow(t *testing.T) {
 				r := quietRelay(t)
 				r.closeTimeout = 2 * patience
 				s := startedSession(t, r)
-				var ends [2]*talker
-				for i, conn := range []net.Conn{s.client, s.backend} {
-					conn.SetDeadline(time.Now().Add(2 * patience))
-					ends[i] = &talker{conn: conn, masked: i == 0, size: c.size, firsts: c.firsts, noise: noise,
-						rng: rand.New(rand.NewPCG(rng.Uint64(), 0))}
-				}
 				var both sync.WaitGroup
 				for i, want := range []string{restarts, goesAway} {
-					stop := make(chan struct{})
-					closeStop := sync.OnceFunc(func() { close(stop) })
-					var writer sync.WaitGroup
+					a := &talker{conn: s.ends()[i], masked: i == 0, size: c.size, firsts: c.firsts, noise: noise,
+						rng: rand.New(rand.NewPCG(rng.Uint64(), 0)), stop: make(chan struct{})}
+					a.conn.SetDeadline(time.Now().Add(2 * patience))
 					both.Go(func() {
-						closed, frames, err := ends[i].hear(closeStop)
-						if err != nil || closed != want {
-							t.Errorf("side %d: %s, %v after %d frames; want %s and EOF", i, closed, err, frames, want)
+						if err := a.hear(want); err != nil {
+							t.Errorf("side %d: %v", i, err)
+							a.conn.Close() // ends the writer
 						}
-						writer.Wait()
 					})
-					writer.Go(func() {
-						if err := ends[i].talk(stop); err != nil {
+					both.Go(func() {
+						if err := a.talk(); err != nil {
 							t.Errorf("side %d: %v", i, err)
 						}
 					})
