@@ -88,25 +88,6 @@ func steady(text string, values ...volatile) string {
 	return text
 }
 
-// The helper itself: what differs is found, and the line is right.
-func TestGoldenDifference(t *testing.T) {
-	for _, tt := range []struct{ want, got, difference string }{
-		{"a\nb\n", "a\nb\n", ""},
-		{"", "", ""},
-		{"a\nb\n", "a\nc\n", "2:\n got \"c\\n\"\nwant \"b\\n\"\n2 lines are wanted, 2 came"},
-		{"a\nb\n", "a\n", "2:\n got the end\nwant \"b\\n\"\n2 lines are wanted, 1 came"},
-		{"a\n", "a\nb\n", "2:\n got \"b\\n\"\nwant the end\n1 lines are wanted, 2 came"},
-		{"a\n", "a", "1:\n got \"a\"\nwant \"a\\n\"\n1 lines are wanted, 0 came"},
-	} {
-		if got := firstDifference(tt.want, tt.got); got != tt.difference {
-			t.Errorf("%q and %q differ in\n%s\nwant\n%s", tt.want, tt.got, got, tt.difference)
-		}
-	}
-	if got := steady("port 4711 at 12:30", volatile{`port \d+`, "port PORT"}, volatile{`\d+:\d+`, "TIME"}); got != "port PORT at TIME" {
-		t.Errorf("%q", got)
-	}
-}
-
 // What is another in each run, in all that clients, backends and the log get.
 var volatileOfClients = []volatile{
 	{`Date: [^\n]+`, "Date: DATE"},

@@ -31,12 +31,6 @@ func TestNamespaceFromHost(t *testing.T) {
 			}
 		})
 	}
-	backend := startStub(t, "127.0.0.1:0", echo)
-	p := startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) { p.namespace = hostNamespace })
-	_, _, resp := p.ask(t, upgradeRequest("/any/path"))
-	if head := backend.heads(); resp.StatusCode != 101 || !strings.HasPrefix(head[0], "GET /any/path HTTP/1.1\r\nHost: www.mydomain.com\r\n") {
-		t.Errorf("status %d, the backend got %q", resp.StatusCode, head)
-	}
 }
 
 // What the check lets through reaches the backend as one request for the same

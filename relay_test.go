@@ -234,43 +234,6 @@ func TestRelayCarriesTheLastBytesOfWhoIsGone(t *testing.T) {
 	waitFor(t, r)
 }
 
-func TestRelayEarlyBytes(t *testing.T) {
-	early := [2][]byte{[]byte("from the client"), []byte("from the backend")}
-	c := newSockets(t, "tcp", "tcp").start(quietRelay(t), newSession("ns-01", 0, ""), early)
-	mustRead(t, c.backend, "from the client")
-	mustRead(t, c.client, "from the backend")
-	mustWrite(t, c.client, " and more")
-	mustWrite(t, c.backend, " and more")
-	mustRead(t, c.backend, " and more")
-	mustRead(t, c.client, " and more")
-	c.end(causeDrain)
-	waitFor(t, c.relay)
-	if got := c.relay.bytes(); got != [2]int64{24, 25} {
-		t.Errorf("bytes = %d, want 24 and 25", got)
-	}
-}
-
-// If both directions are stuck, and both sides then read, the bytes flow again, though
-// no other event wakes the relay.
-func TestRelayStuckBothWays(t *testing.T) {
-	r := quietRelay(t)
-	for round := range 10 {
-		c := startedSession(t, r)
-		sent := [2]int64{stuff(c.client), stuff(c.backend)}
-		var both sync.WaitGroup
-		for i, conn := range c.ends() {
-			both.Go(func() {
-				conn.SetReadDeadline(time.Now().Add(patience))
-				if n, err := io.CopyN(io.Discard, conn, sent[1-i]); err != nil {
-					t.Errorf("round %d: read %d bytes of %d: %v", round, n, sent[1-i], err)
-				}
-			})
-		}
-		both.Wait()
-		c.end(causeDrain)
-	}
-}
-
 // If both sides end at the same moment, in any way, with bytes on their way, the
 // session ends once, with the cause of one of them, and no socket of another
 // session is closed.
@@ -488,15 +451,23 @@ func wantScanTime(t *testing.T, r *relay, m *mover, all []*session) {
 	}
 }
 
+// withoutSockets returns a relay with sessions that are only in its slice. Each has
+// carried bytes from the client, and twice as many from the backend.
+func withoutSockets(count int, bytes int64) (*relay, []*session) {
+	r, all := newRelay(func(int) string { return "backend-0" }, slog.New(slog.DiscardHandler)), make([]*session, count)
+	for i := range all {
+		all[i] = &session{}
+		all[i].bytesFrom[clientSide].Store(bytes)
+		all[i].bytesFrom[backendSide].Store(2 * bytes)
+		r.add(all[i])
+	}
+	return r, all
+}
+
 // filter calls match without the relay's lock: sessions may start and end meanwhile.
 // Each session that was open at one moment is matched once.
 func TestRelayScanHoldsNoLock(t *testing.T) {
-	r := newRelay(func(int) string { return "backend-0" }, slog.New(slog.DiscardHandler))
-	var all []*session
-	for range 10 {
-		all = append(all, &session{})
-		r.add(all[len(all)-1])
-	}
+	r, all := withoutSockets(10, 0)
 	matched := map[*session]int{}
 	found := r.filter(func(s *session) bool {
 		if !r.mu.TryLock() {
@@ -523,15 +494,8 @@ func TestRelayScanHoldsNoLock(t *testing.T) {
 // The sum of the bytes is right at every moment while sessions end: each session counts
 // once, as open or as ended.
 func TestRelayBytesWhileSessionsEnd(t *testing.T) {
-	r := newRelay(func(int) string { return "backend-0" }, slog.New(slog.DiscardHandler))
 	const sessions, each = 5000, 1000
-	all := make([]*session, sessions)
-	for i := range all {
-		all[i] = &session{}
-		all[i].bytesFrom[clientSide].Store(each)
-		all[i].bytesFrom[backendSide].Store(2 * each)
-		r.add(all[i])
-	}
+	r, all := withoutSockets(sessions, each)
 	var ending sync.WaitGroup
 	ending.Go(func() {
 		for _, s := range all {
