@@ -124,7 +124,7 @@ func TestRelayRouterError(t *testing.T) {
 func waitBlocked(t *testing.T) {
 	t.Helper()
 	buf := make([]byte, 1<<20)
-	blocked := regexp.MustCompile(`\[sync\.Mutex\.Lock.*\](\n.+)*\(\*poller\)\.poll`)
+	blocked := regexp.MustCompile(`\[sync\.Mutex\.Lock.*(\n.+)*\(\*poller\)\.poll`)
 	eventually(t, "a poller waits to lock its mu", true, func() bool {
 		return blocked.Match(buf[:runtime.Stack(buf, true)])
 	})
