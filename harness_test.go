@@ -754,12 +754,12 @@ type sockets struct {
 	near [2]net.Conn
 }
 
-// newSockets returns sockets of these networks, tcp or unix.
+// newSockets returns sockets of these networks, tcp or unix: the client dials the router,
+// and the router the backend.
 func newSockets(t testing.TB, client, backend string) (s sockets) {
 	t.Helper()
-	for i, network := range []string{client, backend} {
-		s.far[i], s.near[i] = pair(t, network)
-	}
+	s.far[clientSide], s.near[clientSide] = pair(t, client)
+	s.near[backendSide], s.far[backendSide] = pair(t, backend)
 	return s
 }
 
