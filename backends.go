@@ -16,16 +16,16 @@ import (
 	"time"
 )
 
-// dialTimeout bounds one dial: a pod that is gone may answer nothing at all.
+// dialTimeout bounds one dial. A pod that is gone may not answer at all.
 const dialTimeout = 2 * time.Second
 
-// ordinals are those of the backends that have namespaces: count of them, from
-// first on.
+// ordinals are the ordinals of the backends that own namespaces: first, first+1 and so
+// on, count in all.
 type ordinals struct{ first, count int }
 
 func (o ordinals) has(ordinal int) bool { return ordinal >= o.first && ordinal < o.first+o.count }
 
-// String is "4" for 0 to 3, "2+4" for 2 to 5.
+// String returns "4" for 0 to 3, and "2+4" for 2 to 5.
 func (o ordinals) String() string {
 	if o.first == 0 {
 		return strconv.Itoa(o.count)
@@ -33,18 +33,18 @@ func (o ordinals) String() string {
 	return strconv.Itoa(o.first) + "+" + strconv.Itoa(o.count)
 }
 
-// backends knows where each backend is, and dials it: at addresses that are
-// given, by DNS, or where the EndpointSlices say.
+// backends knows the address of each backend, and dials it. The addresses are from
+// -backends, from DNS or from EndpointSlices.
 type backends struct {
 	// Static after construction.
 	statefulSet string   // the part of a backend's name before its ordinal
-	static      ordinals // what the flags say; none if the StatefulSet is followed
+	static      ordinals // from the flags; none if the router follows the StatefulSet
 	dialer      net.Dialer
 	queues      *dialQueues
 	resolve     func(ctx context.Context, ordinal int) (addr string, err error)
-	invalidate  func(ordinal int)        // the address was no good
-	podUID      func(ordinal int) string // uid of the pod that locate finds, "" if not known
-	close       func()                   // returns when nothing that locate started runs any more
+	invalidate  func(ordinal int)        // called if a dial of the address failed
+	podUID      func(ordinal int) string // uid of the pod at the address, "" if not known
+	close       func()                   // waits until no goroutine of resolve runs
 }
 
 // name returns the name of the backend with this ordinal.
@@ -54,8 +54,8 @@ func backendName(statefulSet string, ordinal int) string {
 	return statefulSet + "-" + strconv.Itoa(ordinal)
 }
 
-// backendOrdinal reads the name of a backend. Only the one spelling that
-// backendName makes is taken: no sign, no leading zero.
+// backendOrdinal returns the ordinal in the name of a backend. It takes only the one
+// spelling that backendName makes: no sign, no leading zero.
 func backendOrdinal(statefulSet, name string) (int, bool) {
 	digits, ok := strings.CutPrefix(name, statefulSet+"-")
 	if !ok || len(digits) > 9 {
@@ -68,14 +68,14 @@ func backendOrdinal(statefulSet, name string) (int, bool) {
 	return n, true
 }
 
-// alwaysReady lets every backend be dialled: there is nothing that says more than the
-// dial.
+// alwaysReady is the checkReady of backends whose readiness is not known.
 func alwaysReady(int) error { return nil }
 
-// unknownPodUID is for backends of which no pods are known.
+// unknownPodUID is the podUID of backends whose pods are not known.
 func unknownPodUID(int) string { return "" }
 
-// newStaticBackends are at the given addresses, in the order of their ordinals.
+// newStaticBackends returns backends at the given addresses, in the order of their
+// ordinals.
 func newStaticBackends(statefulSet string, addrs []string) *backends {
 	return &backends{
 		statefulSet: statefulSet,
@@ -88,7 +88,7 @@ func newStaticBackends(statefulSet string, addrs []string) *backends {
 	}
 }
 
-// parseBackends reads the list of host:port of -backends.
+// parseBackends parses -backends, a list of host:port.
 func parseBackends(list string) ([]string, error) {
 	addrs := strings.Split(list, ",")
 	for i, addr := range addrs {
@@ -102,81 +102,103 @@ func parseBackends(list string) ([]string, error) {
 }
 
 // dial connects to the backend once. The caller closes the connection.
-func (b *backends) dial(ctx context.Context, ordinal int) (net.Conn, error) {
-	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
-	defer cancel()
-	addr, err := b.resolve(ctx, ordinal)
-	if err != nil {
-		return nil, err
+func (b *backends) dial(ctx context.Context, ordinal int) (conn net.Conn, err error) {
+	err = b.dialWith(ctx, ordinal, func(ctx context.Context, addr string) (err error) {
+		conn, err = dialAddr(ctx, &b.dialer, addr)
+		return err
+	})
+	return conn, err
+}
+
+// connector connects to an address, host:port, and keeps the connection. ctx bounds it.
+type connector = func(ctx context.Context, addr string) error
+
+// dialWith connects to the backend once, with connect. ctx and dialTimeout bound it.
+func (b *backends) dialWith(ctx context.Context, ordinal int, connect connector) error {
+	bound := ctx
+	if end, ok := ctx.Deadline(); !ok || time.Until(end) > dialTimeout {
+		var cancel context.CancelFunc
+		bound, cancel = context.WithTimeout(ctx, dialTimeout)
+		defer cancel()
 	}
-	conn, err := b.dialer.DialContext(ctx, "tcp", addr)
+	addr, err := b.resolve(bound, ordinal)
 	if err != nil {
+		return err
+	}
+	if err = connect(bound, addr); err != nil && !isOver(ctx) { // a dial that ctx cut short proves nothing
 		b.invalidate(ordinal)
+	}
+	return err
+}
+
+// dialInTurn is dialWith for w, which may dial (dialQueues.wait or tryDial). Then the
+// next waiter may dial. It returns the uid of the pod, or "" if that is not known. If the
+// dial fails it returns errRecheckOwner. If ctx ended before, it returns
+// dialQueues.reason, not the error of the dial that ctx has cut short.
+func (b *backends) dialInTurn(ctx context.Context, w *waiter, ordinal int, connect connector) (podUID string, err error) {
+	// Before resolve: so a new pod may count as the old one, but never the other way.
+	podUID = b.podUID(ordinal)
+	err = b.dialWith(ctx, ordinal, connect)
+	cut := isOver(ctx)
+	b.queues.dialDone(ordinal, err, cut)
+	switch {
+	case err == nil:
+		return podUID, nil
+	case cut:
+		return "", b.queues.reason(w, ordinal, err)
+	}
+	w.failure = err
+	return "", errRecheckOwner
+}
+
+// isOver reports whether ctx has ended or its deadline has passed. A dial may see that
+// the deadline has passed before ctx ends.
+func isOver(ctx context.Context) bool {
+	deadline, ok := ctx.Deadline()
+	return ctx.Err() != nil || ok && !time.Now().Before(deadline)
+}
+
+// dialAddr connects to the address. The caller closes the connection.
+func dialAddr(ctx context.Context, dialer *net.Dialer, addr string) (net.Conn, error) {
+	conn, err := dialer.DialContext(ctx, "tcp", addr)
+	if err != nil {
 		return nil, err
 	}
-	if conn.LocalAddr().String() == conn.RemoteAddr().String() { // package net tries twice more, and then returns it
+	if conn.LocalAddr().String() == conn.RemoteAddr().String() { // package net tries again twice, then returns it
 		conn.Close()
-		b.invalidate(ordinal)
 		return nil, fmt.Errorf("dial tcp %s: %w", addr, errSelfConnect)
 	}
 	return conn, nil
 }
 
-// errSelfConnect says that a connection's two ends are one socket: nobody listens at
-// the address, and the system has chosen its port for the end that dials (RFC 9293
+// errSelfConnect says that the two ends of a connection are one socket: nobody listens
+// at the address, and the kernel has chosen its port for the socket that dials (RFC 9293
 // §3.5, simultaneous open). It would answer a client with its own request.
 var errSelfConnect = errors.New("connected to itself: nothing listens there")
 
-// tryResolve returns the address of a backend that may be dialled now, if nobody has
-// to wait for that. The caller calls dialled.
-func (b *backends) tryResolve(ordinal int) (addr netip.AddrPort, ok bool) {
-	if !b.queues.tryDial(ordinal) {
-		return addr, false
-	}
-	now, cancel := context.WithTimeout(context.Background(), 0)
-	defer cancel()
-	text, err := b.resolve(now, ordinal)
-	if err == nil {
-		addr, err = netip.ParseAddrPort(text) // not of a host's name, which has to be looked up
-	}
-	if err != nil || addr.Addr().Zone() != "" { // nor of a link's, which has
-		b.queues.dialDone(ordinal, err, true)
-		return addr, false
-	}
-	return addr, true
-}
-
-// dialDone takes note of how the dial of an address from tryResolve went; cut says that
-// its upgrade ended before it could.
-func (b *backends) dialDone(ordinal int, err error, cut bool) {
-	if err != nil && !cut {
-		b.invalidate(ordinal)
-	}
-	b.queues.dialDone(ordinal, err, cut)
-}
-
-// setMisdirected takes note that what answered at the backend's address is another.
+// setMisdirected notes that another backend has answered at the backend's address.
 func (b *backends) setMisdirected(ordinal int, err error) {
 	b.invalidate(ordinal)
 	b.queues.setMisdirected(ordinal, err)
 }
 
-// probe returns the backend's address, and whether it takes a connection now.
+// probe returns the backend's address, and dials it once. err is nil if it accepted the
+// connection.
 func (b *backends) probe(ctx context.Context, ordinal int) (addr string, err error) {
 	conn, err := b.dial(ctx, ordinal)
 	if err == nil {
 		conn.Close()
 	}
-	addr, _ = b.resolve(ctx, ordinal) // "" where dial has said why
+	addr, _ = b.resolve(ctx, ordinal) // if it fails, so has dial
 	return addr, err
 }
 
-// dialOwner waits until the owner is ready, dials it, and returns the connection to the one
-// that owner named last, and the uid of its pod, if that is known. It dials again for as long as the owner is called
-// ready, and asks owner again when the table was swapped. An error of owner ends
-// it, as does ctx: then the error says what there was to wait for, or how the last
-// dial failed.
-func (b *backends) dialOwner(ctx context.Context, owner func() (int, error)) (net.Conn, string, error) {
+// dialOwner waits until the owner is ready, and dials it. It returns a connection to the
+// backend that owner returned last, and the uid of that backend's pod, or "" if that is
+// not known. It asks owner again if the table was swapped or a dial failed. It returns an
+// error of owner, and an error if ctx ends: what it waited for, or why the last dial
+// failed. The caller closes the connection.
+func (b *backends) dialOwner(ctx context.Context, owner func() (int, error)) (conn net.Conn, podUID string, err error) {
 	w := b.queues.newWaiter()
 	for {
 		swaps := b.queues.swaps.Load()
@@ -184,40 +206,16 @@ func (b *backends) dialOwner(ctx context.Context, owner func() (int, error)) (ne
 		if err != nil {
 			return nil, "", err
 		}
-		var conn net.Conn
-		var podUID string
 		if err = b.queues.wait(ctx, w, ordinal, swaps); err == nil {
-			conn, podUID, err = b.dialInTurn(ctx, w, ordinal)
+			podUID, err = b.dialInTurn(ctx, w, ordinal, func(ctx context.Context, addr string) (err error) {
+				conn, err = dialAddr(ctx, &b.dialer, addr)
+				return err
+			})
 		}
 		if !errors.Is(err, errRecheckOwner) {
 			return conn, podUID, err
 		}
 	}
-}
-
-// dialInTurn dials the backend for w, which has its turn, and returns the connection and
-// the uid of the pod, if that is known. If the dial fails it returns errRecheckOwner, or,
-// when ctx has ended, what queues.reason says: not the error of a dial that ctx cut short.
-func (b *backends) dialInTurn(ctx context.Context, w *waiter, ordinal int) (net.Conn, string, error) {
-	pod := b.podUID(ordinal) // before the address: a pod that is new by then is taken for the old one, never the other way
-	conn, err := b.dial(ctx, ordinal)
-	cut := isOver(ctx)
-	b.queues.dialDone(ordinal, err, cut)
-	switch {
-	case err == nil:
-		return conn, pod, nil
-	case cut:
-		return nil, "", b.queues.reason(w, ordinal, err)
-	}
-	w.failure = err
-	return nil, "", errRecheckOwner
-}
-
-// isOver reports whether ctx has ended, or its deadline has passed: a dial may see that
-// before ctx does.
-func isOver(ctx context.Context) bool {
-	deadline, ok := ctx.Deadline()
-	return ctx.Err() != nil || ok && !time.Now().Before(deadline)
 }
 
 const (
@@ -226,54 +224,55 @@ const (
 	maxRedialDelay     = time.Second
 )
 
-// errRecheckOwner says that the table was swapped while an upgrade waited.
+// errRecheckOwner says that an upgrade has to ask again who its owner is: the table was
+// swapped while it waited, or its dial failed.
 var errRecheckOwner = errors.New("the owner may have changed")
 
-// dialQueues makes upgrades wait until their backend is ready, and then lets them
-// dial in the order in which they came, at most maxDialsPerBackend at once. None of them
-// polls: what they wait for wakes them. While dials fail, one upgrade at a time
-// dials for all of its backend's.
+// dialQueues makes upgrades wait until their backend is ready. Then they dial it in the
+// order in which they came, at most maxDialsPerBackend at once. No upgrade polls: each is
+// woken. While the dials of a backend fail, one upgrade at a time dials for all of them.
 type dialQueues struct {
 	// Static after construction.
-	checkReady func(ordinal int) error // why a backend must not be dialled, or nil
+	checkReady func(ordinal int) error // why a backend cannot be dialled now, or nil
 
-	swaps             atomic.Int64 // of the table
-	misdirectedQueues atomic.Int64 // lines whose astray is set
+	swaps             atomic.Int64 // how often the table was swapped
+	misdirectedQueues atomic.Int64 // queues with misdirected
 
 	// Guarded by mu.
 	mu           sync.Mutex
-	lastSequence int64
+	lastSequence int64              // of a waiter
 	queues       map[int]*dialQueue // by ordinal
 }
 
-// dialQueue is the upgrades of one backend. It is guarded by the holds' mu.
+// dialQueue has the upgrades that wait for one backend. dialQueues.mu guards it.
 type dialQueue struct {
-	waiters     []*waiter // by ticket
-	dialing     int
-	failures    int       // dials in a row
-	lastErr     error     // of the last dial that failed, nil since a good one
-	retryAt     time.Time // until then nobody dials
-	wasDown     bool      // it was not ready at the last look
+	waiters     []*waiter // in the order of their sequence
+	dialing     int       // dials under way
+	failures    int       // failed dials in a row
+	lastErr     error     // of the last failed dial, nil after a successful one
+	retryAt     time.Time // until then no upgrade dials
+	wasDown     bool      // it was not ready when that was last checked
 	misdirected bool      // another backend answered at its address, and it has not since
 }
 
-// upgradeLimit are those of the upgrades under way: held, dialled or in the handshake. One
-// backend cannot take those of the others, whatever it is that its upgrades wait for:
-// half of the limit is divided evenly among the backends, and of the other half, the
-// pool, a backend may have as much as it leaves free. So there is room for the clients
-// of the last one that works, and for a crowd that waits for one that restarts. The
-// zero value has none taken.
+// upgradeLimit bounds the pending upgrades: those that wait, dial, or are in the
+// handshake. A backend's upgrades cannot take the places of the other backends' ones,
+// whatever they wait for: half of the limit is divided evenly among the backends. The
+// other half is a pool, of which a backend may take as many places as it leaves free. So
+// there is room for the clients of the last backend that works, and for the many clients
+// that wait for one that restarts. The zero value counts none.
 type upgradeLimit struct {
-	mu        sync.Mutex // guards the rest
+	mu        sync.Mutex // guards all fields
 	total     int
-	byBackend map[int]int // those taken, by ordinal
-	share     int         // of each backend
-	pooled    int         // those taken beyond own
+	byBackend map[int]int // places taken, by ordinal
+	share     int         // places of each backend
+	pooled    int         // places taken beyond the shares
+	headBytes int         // of the heads that are kept
 }
 
-// acquire takes a place of the limit's for an upgrade to one of so many backends, and
-// returns what taken does then. The caller calls leave. Each backend has at least one
-// place, whatever the limit.
+// acquire takes a place for an upgrade to a backend, one of so many. Each backend has at
+// least one place, whatever the limit. It returns how many places are taken then, in all
+// and by this backend. If ok is false, it took none. The caller calls release.
 func (p *upgradeLimit) acquire(ordinal, backends, limit int) (all, own int, ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -298,8 +297,8 @@ func (p *upgradeLimit) release(ordinal int) {
 	p.add(ordinal, -1)
 }
 
-// transfer makes a place that of an upgrade to another backend, which may then have more
-// than its share: that is how those who wait get away from a backend that is dead.
+// transfer gives a place to another backend, which may then have more than its share: so
+// clients that wait for a dead backend can go to a new owner.
 func (p *upgradeLimit) transfer(from, to int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -307,7 +306,7 @@ func (p *upgradeLimit) transfer(from, to int) {
 	p.add(to, 1)
 }
 
-// add counts n places more. mu is held.
+// add counts n more places as taken. The caller holds mu.
 func (p *upgradeLimit) add(ordinal, n int) {
 	if p.byBackend == nil {
 		p.byBackend = map[int]int{}
@@ -320,38 +319,112 @@ func (p *upgradeLimit) add(ordinal, n int) {
 	}
 }
 
-// inUse is how many places are, and how many of these are the backend's.
+// inUse returns how many places are taken, in all and by the backend.
 func (p *upgradeLimit) inUse(ordinal int) (all, own int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.total, p.byBackend[ordinal]
 }
 
-// waiter is one upgrade that waits for its turn.
-type waiter struct {
-	sequence int64  // its place among all: it keeps that until it has a connection; one that turns out to be of no use is asked for anew
-	woken    wakeup // it may dial, or has to ask for its owner again
-	onWake   func() // if not nil it is called in place of wake; mu is held: it must not block
-	mayDial  bool   // guarded by the holds' mu
+// reserveHead counts n bytes more of heads that are kept, and reports whether so many are
+// allowed with this limit of upgrades. If not, it counts none.
+func (p *upgradeLimit) reserveHead(n, limit int) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if n > 0 && p.headBytes+n > limit*headBytesPerUpgrade {
+		return false
+	}
+	p.headBytes += n
+	return true
+}
 
-	failure error // of its last dial that was not cut short, or nil; owned by who waits
+// headBytesPerUpgrade is how many bytes the heads of the pending upgrades may have on
+// average. One may have more if others have fewer.
+const headBytesPerUpgrade = 2 << 10
+
+// pendingUpgrade is an upgrade from its admission until it is a session or is answered.
+// It goes with its client from the fast path to net/http. One goroutine at a time owns
+// it.
+type pendingUpgrade struct {
+	limit     *upgradeLimit // counts it; nil after release
+	namespace string
+	owner     int    // the ordinal of the backend that owns the namespace
+	table     string // the stamp of the table that says so
+	headBytes int    // of its head, as limit counts them
+
+	// Set when the owner was dialled.
+	podUID       string    // of the owner's pod, "" if not known
+	holdDeadline time.Time // until then it waits for its owner; zero if it has not waited
+	dialErr      error     // why it has waited in vain; nil while that is open
+	backendConn  net.Conn  // to the owner, which may have the request already; or nil
+}
+
+// setOwner makes the upgrade one to the owner that the table with this stamp names.
+func (u *pendingUpgrade) setOwner(owner int, table string) {
+	u.limit.transfer(u.owner, owner)
+	u.owner, u.table = owner, table
+}
+
+// reserveHead counts n bytes of its head, in place of those that it counted before. It
+// reports whether so many are allowed with this limit of upgrades.
+func (u *pendingUpgrade) reserveHead(n, limit int) bool {
+	ok := u.limit.reserveHead(n-u.headBytes, limit)
+	if ok {
+		u.headBytes = n
+	}
+	return ok
+}
+
+// release ends the count of the upgrade in its limit. More calls do nothing.
+func (u *pendingUpgrade) release() {
+	if u.limit == nil {
+		return
+	}
+	u.reserveHead(0, 0)
+	u.limit.release(u.owner)
+	u.limit = nil
+}
+
+// close releases the upgrade, and closes the connection to its owner if it has one.
+func (u *pendingUpgrade) close() {
+	u.release()
+	if u.backendConn != nil {
+		u.backendConn.Close()
+	}
+}
+
+// waiter is an upgrade in a dial queue.
+type waiter struct {
+	sequence int64  // its position among all waiters; it keeps that until it is connected
+	woken    wakeup // what wait waits for; unused if onWake is another function
+	onWake   func() // called when it may dial or has to recheck its owner; mu is held
+	mayDial  bool   // guarded by dialQueues.mu
+	failure  error  // of its last dial that was not cut short, or nil; not guarded
 }
 
 func newDialQueues(ready func(ordinal int) error) *dialQueues {
 	return &dialQueues{checkReady: ready, queues: map[int]*dialQueue{}}
 }
 
-// newWaiter gives the next ticket.
+// newWaiter returns a waiter for wait.
 func (h *dialQueues) newWaiter() *waiter {
+	w := &waiter{woken: newWakeup()}
+	w.onWake = w.woken.notify
+	h.setSequence(w)
+	return w
+}
+
+// setSequence gives w its position: behind all others.
+func (h *dialQueues) setSequence(w *waiter) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.lastSequence++
-	return &waiter{sequence: h.lastSequence, woken: newWakeup()}
+	w.sequence = h.lastSequence
 }
 
-// wait returns nil when w may dial the backend: the caller then calls done. Else
-// it returns errRecheckOwner if the table is not that of swaps any more, or, when ctx
-// has ended, what w waited for.
+// wait returns nil when w may dial the backend. The caller then calls dialDone. wait
+// returns errRecheckOwner if swaps is not the number of swaps any more, and what w waited
+// for if ctx ends.
 func (h *dialQueues) wait(ctx context.Context, w *waiter, ordinal int, swaps int64) error {
 	if !h.enqueue(w, ordinal, swaps) {
 		return errRecheckOwner
@@ -363,13 +436,13 @@ func (h *dialQueues) wait(ctx context.Context, w *waiter, ordinal int, swaps int
 	return h.dequeue(ctx, w, ordinal)
 }
 
-// enqueue puts w, which is in no line, into the backend's, which may give it its turn at
-// once. It reports whether it did: not if the table is not that of swaps any more, as
-// the backend may own the namespace no more.
+// enqueue puts w, which is in no queue, into the backend's queue. w may then dial at
+// once. It reports whether it did so: not if swaps is not the number of swaps any more,
+// because the backend may not be the owner any more.
 func (h *dialQueues) enqueue(w *waiter, ordinal int, swaps int64) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.swaps.Load() != swaps { // after this look, recheckOwners finds w in the line
+	if h.swaps.Load() != swaps { // after this check, recheckOwners finds w in the queue
 		return false
 	}
 	q := h.queue(ordinal)
@@ -379,8 +452,8 @@ func (h *dialQueues) enqueue(w *waiter, ordinal int, swaps int64) bool {
 	return true
 }
 
-// dequeue takes w, which was roused or has waited enough, out of the backend's line, and
-// returns what wait does.
+// dequeue takes w, which was woken or whose ctx has ended, out of the backend's queue. It
+// returns what wait returns.
 func (h *dialQueues) dequeue(ctx context.Context, w *waiter, ordinal int) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -398,22 +471,22 @@ func (h *dialQueues) dequeue(ctx context.Context, w *waiter, ordinal int) error 
 	return h.why(w, ordinal, ctx.Err())
 }
 
-// reason says why w, whose time is over, has no connection to the backend; err if
-// nothing else is known.
+// reason returns why w, whose ctx has ended, is not connected to the backend, or err if
+// no reason is known.
 func (h *dialQueues) reason(w *waiter, ordinal int, err error) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.why(w, ordinal, err)
 }
 
-// why is what keeps the backend from being dialled, or else how the last dial of it
-// failed, or else the last of w's own; err if there is none of these. mu is held.
+// why returns why the backend cannot be dialled, or why the last dial of it failed, or
+// why the last dial of w failed, or err. The caller holds mu.
 func (h *dialQueues) why(w *waiter, ordinal int, err error) error {
 	return cmp.Or(h.checkReady(ordinal), h.queue(ordinal).lastErr, w.failure, err)
 }
 
-// tryDial reports whether the caller may dial the backend now, as nobody waits for it
-// and no dial has failed: the caller then calls done.
+// tryDial reports whether the caller may dial the backend now: the backend is ready, no
+// upgrade waits for it, and its last dial did not fail. The caller then calls dialDone.
 func (h *dialQueues) tryDial(ordinal int) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -425,15 +498,15 @@ func (h *dialQueues) tryDial(ordinal int) bool {
 	return true
 }
 
-// dialDone takes note of how a dial went; cut says that its upgrade ended before it
-// could.
+// dialDone notes the result of a dial. cut says that the context of the upgrade ended
+// before the dial could succeed or fail.
 func (h *dialQueues) dialDone(ordinal int, err error, cut bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	q := h.queue(ordinal)
 	q.dialing--
 	switch {
-	case err == nil && q.misdirected: // the next waits for the answer, or long enough
+	case err == nil && q.misdirected: // the next upgrade waits for the answer, or for retryAt
 		h.dialFailed(ordinal, q, q.lastErr)
 	case err == nil:
 		q.failures, q.lastErr = 0, nil
@@ -443,8 +516,8 @@ func (h *dialQueues) dialDone(ordinal int, err error, cut bool) {
 	h.startDials(ordinal, q)
 }
 
-// dialFailed makes the line rest, longer each time. Of those that fail together, the
-// first counts. mu is held.
+// dialFailed lets no upgrade dial the backend until retryAt. Of dials that fail together
+// only the first counts. The caller holds mu.
 func (h *dialQueues) dialFailed(ordinal int, q *dialQueue, err error) {
 	if time.Now().Before(q.retryAt) {
 		return
@@ -459,8 +532,8 @@ func (h *dialQueues) dialFailed(ordinal int, q *dialQueue, err error) {
 	})
 }
 
-// setMisdirected takes note that the backend's address is another backend's. As with
-// dials that fail, one upgrade at a time then asks for all, until meant.
+// setMisdirected notes that another backend has answered at the backend's address. As
+// after a failed dial, one upgrade at a time then dials, until clearMisdirected.
 func (h *dialQueues) setMisdirected(ordinal int, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -472,7 +545,7 @@ func (h *dialQueues) setMisdirected(ordinal int, err error) {
 	h.dialFailed(ordinal, q, err)
 }
 
-// clearMisdirected takes note that the backend has answered.
+// clearMisdirected notes that the backend has answered.
 func (h *dialQueues) clearMisdirected(ordinal int) {
 	if h.misdirectedQueues.Load() == 0 {
 		return
@@ -488,9 +561,9 @@ func (h *dialQueues) clearMisdirected(ordinal int) {
 	h.startDials(ordinal, q)
 }
 
-// readinessChanged is called after ready has changed its mind about any backend, or addresses
-// may have changed: all are tried at once, and one that is back as if nothing had
-// been before.
+// readinessChanged is called when the result of checkReady or the address of any backend
+// may have changed. Upgrades may then dial at once. The failed dials of a backend that
+// has become ready are forgotten.
 func (h *dialQueues) readinessChanged() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -504,20 +577,20 @@ func (h *dialQueues) readinessChanged() {
 	}
 }
 
-// recheckOwners makes all that wait ask for their owner again. It is called after the
-// table was swapped.
+// recheckOwners makes all waiters ask for their owner again. It is called after the table
+// was swapped.
 func (h *dialQueues) recheckOwners() {
 	h.swaps.Add(1)
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, q := range h.queues {
 		for _, w := range q.waiters {
-			w.wake()
+			w.onWake()
 		}
 	}
 }
 
-// startDials gives their turn to those that may dial now. mu is held.
+// startDials lets the waiters dial that may do so now. The caller holds mu.
 func (h *dialQueues) startDials(ordinal int, q *dialQueue) {
 	if len(q.waiters) == 0 || h.checkReady(ordinal) != nil || time.Now().Before(q.retryAt) {
 		return
@@ -529,13 +602,13 @@ func (h *dialQueues) startDials(ordinal int, q *dialQueue) {
 	n := max(0, min(len(q.waiters), limit-q.dialing))
 	for _, w := range q.waiters[:n] {
 		w.mayDial = true
-		w.wake()
+		w.onWake()
 	}
 	q.dialing += n
 	q.waiters = slices.Delete(q.waiters, 0, n)
 }
 
-// queue returns the backend's. mu is held.
+// queue returns the backend's queue. The caller holds mu.
 func (h *dialQueues) queue(ordinal int) *dialQueue {
 	q := h.queues[ordinal]
 	if q == nil {
@@ -545,29 +618,21 @@ func (h *dialQueues) queue(ordinal int) *dialQueue {
 	return q
 }
 
-// position returns where w is in the line, or belongs.
+// position returns the index of w in the queue, or else where it belongs.
 func (q *dialQueue) position(w *waiter) (int, bool) {
 	return slices.BinarySearchFunc(q.waiters, w.sequence, func(other *waiter, ticket int64) int {
 		return cmp.Compare(other.sequence, ticket)
 	})
 }
 
-func (w *waiter) wake() {
-	if w.onWake != nil {
-		w.onWake()
-		return
-	}
-	w.woken.notify()
-}
-
 const (
-	addressTTL        = time.Second            // how long an address from DNS is believed
-	minLookupInterval = 200 * time.Millisecond // least time between two lookups of a name, whatever came of the first
-	lookupTimeout     = 3 * time.Second        // bounds one lookup
+	addressTTL        = time.Second            // how long an address from DNS is used
+	minLookupInterval = 200 * time.Millisecond // between two lookups of a name
+	lookupTimeout     = 3 * time.Second        // of one lookup
 )
 
-// newDNSBackends are the pods of a StatefulSet with a headless Service, which
-// gives each the name <statefulSet>-<ordinal>.<service>
+// newDNSBackends returns backends that are the pods of a StatefulSet with a headless
+// Service, which gives each pod the name <statefulSet>-<ordinal>.<service>
 // (https://kubernetes.io/docs/concepts/workloads/controllers/statefulset/#stable-network-id).
 func newDNSBackends(count int, statefulSet, service string, port int) *backends {
 	cache := &addressCache{
@@ -587,9 +652,9 @@ func newDNSBackends(count int, statefulSet, service string, port int) *backends 
 	}
 }
 
-// addressCache keeps addresses from DNS for addressTTL, failures and addresses
-// that were no good for minLookupInterval. However many wait for a name, it is looked
-// up once.
+// addressCache keeps addresses from DNS for addressTTL. It keeps errors, and addresses
+// that could not be dialled, for minLookupInterval. One lookup serves all upgrades that
+// wait for its name.
 type addressCache struct {
 	// Static after construction.
 	host   func(ordinal int) string
@@ -598,20 +663,21 @@ type addressCache struct {
 
 	mu      sync.Mutex
 	byHost  map[string]*dnsLookup // guarded by mu
-	lookups sync.WaitGroup        // under way
+	lookups sync.WaitGroup        // those under way
 }
 
 // dnsLookup is one lookup, under way or done.
 type dnsLookup struct {
-	done       chan struct{} // closed by resolve when the fields below are set
+	done chan struct{} // closed by resolve when it has set the fields below
+
 	addr       string
 	err        error
-	retryAt    time.Time // until then it is not looked up again
-	validUntil time.Time // until then it is believed
+	retryAt    time.Time // until then the name is not looked up again
+	validUntil time.Time // until then addr is used; guarded by addressCache.mu
 }
 
-// get returns host's address with the port, from the cache, from the lookup
-// under way, or from a new one.
+// get returns the host's address with the port: from the cache, from the lookup under
+// way, or from a new one. ctx bounds the wait.
 func (c *addressCache) get(ctx context.Context, host string) (string, error) {
 	c.mu.Lock()
 	a := c.byHost[host]
@@ -622,7 +688,7 @@ func (c *addressCache) get(ctx context.Context, host string) (string, error) {
 	}
 	c.mu.Unlock()
 	if a.isDone() {
-		return a.addr, a.err // also when ctx has ended
+		return a.addr, a.err // even if ctx has ended
 	}
 	select {
 	case <-a.done:
@@ -632,8 +698,8 @@ func (c *addressCache) get(ctx context.Context, host string) (string, error) {
 	}
 }
 
-// resolve fills a. It is bound by lookupTimeout and not by the one who asked
-// first: others wait for it too.
+// resolve looks the host up and sets a's fields. lookupTimeout bounds it, and not the
+// context of the upgrade that came first, because others wait for it too.
 func (c *addressCache) resolve(a *dnsLookup, host string) {
 	ctx, cancel := context.WithTimeout(context.Background(), lookupTimeout)
 	defer cancel()
@@ -651,7 +717,7 @@ func (c *addressCache) resolve(a *dnsLookup, host string) {
 	a.validUntil = time.Now().Add(addressTTL)
 }
 
-// invalidate makes host's address be looked up again, after its rest.
+// invalidate makes get look the host up again after retryAt.
 func (c *addressCache) invalidate(host string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -669,8 +735,8 @@ func (a *dnsLookup) isDone() bool {
 	}
 }
 
-// expired is called with the cache's lock held, which guards good once the
-// lookup is done.
+// expired reports whether the name has to be looked up again. The caller holds
+// addressCache.mu.
 func (a *dnsLookup) expired() bool {
 	return a.isDone() && time.Now().After(a.validUntil) && time.Now().After(a.retryAt)
 }

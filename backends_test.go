@@ -42,21 +42,6 @@ func TestParseBackends(t *testing.T) {
 	}
 }
 
-// What the fast path dials is an address and a port. A zone is the link's, which
-// has to be looked up: a net.Dialer does.
-func TestBackendsTryResolve(t *testing.T) {
-	addrs := []string{"127.0.0.1:9000", "[::1]:9000", "localhost:9000", "[fe80::1%eth0]:9000"}
-	b := newStaticBackends("backend", addrs)
-	for ordinal, want := range []bool{true, true, false, false} {
-		if addr, ok := b.tryResolve(ordinal); ok != want || ok && addr.String() != addrs[ordinal] {
-			t.Errorf("tryResolve of %s is %s, %v; want %v", addrs[ordinal], addr, ok, want)
-		}
-		if dialling := b.queues.queues[ordinal].dialing; (dialling == 1) != want {
-			t.Errorf("%s has %d dials under way, want %v", addrs[ordinal], dialling, want)
-		}
-	}
-}
-
 // resolver is a lookup that a test holds back and counts.
 type resolver struct {
 	asked atomic.Int64

@@ -6,10 +6,10 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"reflect"
 	"runtime"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -54,19 +54,27 @@ type poller struct {
 	ended     []*session // that are over; unlock reports them to the relay
 }
 
-// slot is where an event finds its session, or its pending connection.
+// slot is where an event finds its session, or what is not one yet.
 type slot struct {
-	session    *session // nil if free, or of a pending connection
-	pending    pollClient
-	generation int32 // of the use: an event of an earlier one is ignored
+	session    *session // nil if the slot is free, or a handler's
+	handler    handler
+	generation int32 // of use: an event of an earlier round is stale
 }
 
-// pollClient is a connection that is not a session yet and may become one: it has a slot,
-// and the poller watches its sockets. The poller calls it with edge-triggered events, and
-// holds no lock then.
-type pollClient interface {
+// handler has two sockets that the poller watches, and that may become a session's.
+type handler interface {
+	// handleEvent is called with the events of a side. The poller's mu is held.
 	handleEvent(i side, events uint32)
-	fallBackNow() // the router stops: leave the poller
+	// handleStop is called when the router stops. The poller's mu is held.
+	handleStop()
+}
+
+// sockets are those of a handler. They are guarded by the poller's mu.
+type sockets struct {
+	fd     [2]int32  // -1: none
+	mask   [2]uint32 // what epoll watches; 0: the socket is not in the set yet
+	events [2]uint32 // that came since the side was read
+	unread [2]bool   // there is something that a session has to look at
 }
 
 // start makes and runs one poller for each CPU. If it fails, it has stopped them again.
@@ -130,7 +138,7 @@ func (e *engine) carry(s *session, conns [2]net.Conn, early [2][]byte) {
 // before. It ends s if a socket is missing or s was ended before. The caller holds
 // mu.
 func (p *poller) carry(s *session, slotIndex int32, fds [2]int32, early [2][]byte) {
-	p.slots[slotIndex].session, p.slots[slotIndex].pending = s, nil
+	p.slots[slotIndex].session, p.slots[slotIndex].handler = s, nil
 	s.slot, s.fd, s.open = slotIndex, fds, true
 	switch {
 	case min(fds[clientSide], fds[backendSide]) < 0:
@@ -189,16 +197,13 @@ func (p *poller) handleEvent(event syscall.EpollEvent) {
 	}
 	i := side(event.Pad & 1)
 	p.mu.Lock() // for each event, so that carry and end do not wait for a whole batch
-	target := p.slots[event.Fd]
-	if target.generation != event.Pad>>1 {
-		target = slot{} // the event is stale: the slot was freed since
-	}
-	if target.session != nil {
+	defer p.unlock()
+	switch target := p.slots[event.Fd]; {
+	case target.generation != event.Pad>>1: // the event is stale: the slot was freed since
+	case target.session != nil:
 		p.handle(target.session, i, event.Events)
-	}
-	p.unlock()
-	if target.pending != nil {
-		target.pending.handleEvent(i, event.Events)
+	case target.handler != nil:
+		target.handler.handleEvent(i, event.Events)
 	}
 }
 
@@ -227,6 +232,91 @@ func (p *poller) allocateSlot() int32 {
 func (p *poller) freeSlot(slotIndex int32) {
 	p.slots[slotIndex] = slot{generation: (p.slots[slotIndex].generation + 1) & (1<<30 - 1)}
 	p.freeSlots = append(p.freeSlots, slotIndex)
+}
+
+// addPending gives h a slot.
+func (p *poller) addPending(h handler) int32 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	slotIndex := p.allocateSlot()
+	p.slots[slotIndex].handler = h
+	return slotIndex
+}
+
+// interruptPending calls handleStop of all handlers.
+func (p *poller) interruptPending() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, at := range p.slots {
+		if at.handler != nil {
+			at.handler.handleStop()
+		}
+	}
+}
+
+// removePending takes the sockets out of the set, and the slot of a handler that does not
+// become a session. It leaves the sockets open.
+func (p *poller) removePending(slotIndex int32, from *sockets) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for i, fd := range from.fd {
+		if from.mask[i] != 0 { // or it is watched while a duplicate is open
+			syscall.EpollCtl(p.epollFD, syscall.EPOLL_CTL_DEL, int(fd), nil)
+		}
+	}
+	p.freeSlot(slotIndex)
+}
+
+// promote registers s and carries it on the sockets of a handler, whose slot it gets.
+func (p *poller) promote(s *session, slotIndex int32, from *sockets, early [2][]byte) {
+	s.poller = p
+	p.relay.register(s, func() {
+		p.mu.Lock()
+		defer p.unlock()
+		s.epollMask = from.mask
+		for i, events := range from.events {
+			if s.epollMask[i] != 0 && (events != 0 || from.unread[i]) {
+				s.epollMask[i] |= maskStale
+			}
+		}
+		p.carry(s, slotIndex, from.fd, early)
+	})
+}
+
+// watchPending makes epoll watch a side of a handler for mask. mu is held.
+func (p *poller) watchPending(slotIndex int32, of *sockets, i side, mask uint32) error {
+	op := syscall.EPOLL_CTL_MOD
+	if of.mask[i] == 0 {
+		op = syscall.EPOLL_CTL_ADD
+	}
+	if mask |= edgeTriggered; mask == of.mask[i] {
+		return nil
+	}
+	err := p.epollControl(op, slotIndex, i, of.fd[i], mask)
+	if err == nil {
+		of.mask[i] = mask
+	}
+	return err
+}
+
+// connect starts to connect the socket to a TCP address.
+func (p *poller) connect(fd int, to netip.AddrPort) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if errno := p.buf.connect(fd, to); errno != 0 && errno != syscall.EINPROGRESS {
+		return os.NewSyscallError("connect", errno)
+	}
+	return nil
+}
+
+// send writes to the socket once, up to bufferSize bytes. mu is held.
+func (p *poller) send(fd int32, data []byte) (int, syscall.Errno) {
+	size := copy(p.buf.data[:], data)
+	for {
+		if n, errno := p.buf.send(fd, size, 0); errno != syscall.EINTR {
+			return n, errno
+		}
+	}
 }
 
 // updateEpoll makes epoll watch for the events that s waits for. If the mask of a
@@ -273,17 +363,24 @@ func (p *poller) epollControl(
 // failed.
 func detachDescriptors(conns [2]net.Conn) (fds [2]int32) {
 	for i, conn := range conns {
-		fds[i] = -1
-		raw, _ := conn.(syscall.Conn).SyscallConn() // fails only for a nil conn
-		raw.Control(func(fd uintptr) {              // fails only for a closed conn
-			n, _, errno := syscall.Syscall(syscall.SYS_FCNTL, fd, syscall.F_DUPFD_CLOEXEC, 0)
-			if errno == 0 {
-				fds[i] = int32(n)
-			}
-		})
-		conn.Close()
+		fds[i] = detachDescriptor(conn)
 	}
 	return fds
+}
+
+// detachDescriptor returns a duplicate of the connection's descriptor, -1 if it could not
+// be had, and closes the connection.
+func detachDescriptor(conn net.Conn) int32 {
+	taken := int32(-1)
+	raw, _ := conn.(syscall.Conn).SyscallConn() // fails only for a nil conn
+	raw.Control(func(fd uintptr) {              // fails only for a closed conn
+		n, _, errno := syscall.Syscall(syscall.SYS_FCNTL, fd, syscall.F_DUPFD_CLOEXEC, 0)
+		if errno == 0 {
+			taken = int32(n)
+		}
+	})
+	conn.Close()
+	return taken
 }
 
 // wakeSlot is the slot in the events of a poller's wake descriptor, an eventfd(2). Each
@@ -308,80 +405,6 @@ func newWakeDescriptor(epoll int) (int, error) {
 func (p *poller) wake() {
 	one := binary.NativeEndian.AppendUint64(nil, 1)
 	syscall.Write(p.wakeFD, one) // an eventfd is full after 2^64-2
-}
-
-// addPending gives g a slot.
-func (p *poller) addPending(g pollClient) int32 {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	slotIndex := p.allocateSlot()
-	p.slots[slotIndex].pending = g
-	return slotIndex
-}
-
-// removePending frees the slot of a connection that does not become a session.
-func (p *poller) removePending(slotIndex int32) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.freeSlot(slotIndex)
-}
-
-// watchPending is epollControl for a pending connection.
-func (p *poller) watchPending(op int, slotIndex int32, i side, fd int32, mask uint32) error {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.epollControl(op, slotIndex, i, fd, mask)
-}
-
-// pendingConns returns all connections that are not sessions yet.
-func (p *poller) pendingConns() (all []pollClient) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for _, at := range p.slots {
-		if at.pending != nil {
-			all = append(all, at.pending)
-		}
-	}
-	return all
-}
-
-// receive reads a pending connection's socket once, up to limit bytes, at most bufferSize.
-func (p *poller) receive(fd int32, limit int) ([]byte, syscall.Errno) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	n, errno := p.buf.receive(fd, limit)
-	for errno == syscall.EINTR { // the edge was reported, and will not be again
-		n, errno = p.buf.receive(fd, limit)
-	}
-	if errno != 0 {
-		return nil, errno
-	}
-	return slices.Clone(p.buf.data[:n]), 0
-}
-
-// send writes to a pending connection's socket once, up to bufferSize bytes.
-func (p *poller) send(fd int32, data []byte) (int, syscall.Errno) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	size := copy(p.buf.data[:], data)
-	for {
-		if n, errno := p.buf.send(fd, size, 0); errno != syscall.EINTR {
-			return n, errno
-		}
-	}
-}
-
-// promote starts a session that was a pending connection and keeps its slot and
-// sockets. mask is what epoll watches of these. early is what each side has sent.
-func (p *poller) promote(
-	s *session, slotIndex int32, fds [2]int32, mask [2]uint32, early [2][]byte,
-) {
-	s.poller, s.epollMask = p, mask
-	p.relay.register(s, func() {
-		p.mu.Lock()
-		defer p.unlock()
-		p.carry(s, slotIndex, fds, early)
-	})
 }
 
 // These are the system calls of the event loop. Its sockets are non-blocking, so no
@@ -453,6 +476,34 @@ func (b *buffer) send(fd int32, size, flags int) (int, syscall.Errno) {
 	n, _, errno := syscall.RawSyscall6(syscall.SYS_SENDTO,
 		uintptr(fd), b.dataAt, uintptr(size), uintptr(flags|syscall.MSG_NOSIGNAL), 0, 0)
 	return int(n), errno
+}
+
+// connect starts to connect the socket to a TCP address (connect(2)), which it encodes
+// into data: struct sockaddr_in of ip(7), or sockaddr_in6 of ipv6(7).
+func (b *buffer) connect(fd int, to netip.AddrPort) syscall.Errno {
+	ip, family := to.Addr(), uint16(syscall.AF_INET6)
+	if ip.Is4() {
+		family = syscall.AF_INET
+	}
+	addr := binary.NativeEndian.AppendUint16(b.data[:0], family)
+	addr = binary.BigEndian.AppendUint16(addr, to.Port())
+	if ip.Is4() {
+		addr = append(append(addr, ip.AsSlice()...), make([]byte, 8)...) // sin_zero
+	} else {
+		addr = append(append(addr, make([]byte, 4)...), ip.AsSlice()...) // sin6_flowinfo
+		addr = append(addr, make([]byte, 4)...)                          // sin6_scope_id
+	}
+	_, _, errno := syscall.RawSyscall(syscall.SYS_CONNECT,
+		uintptr(fd), b.dataAt, uintptr(len(addr)))
+	return errno
+}
+
+// closeSocket closes a socket that does not linger (close(2)).
+func closeSocket(fd int32) { syscall.RawSyscall(syscall.SYS_CLOSE, uintptr(fd), 0, 0) }
+
+// endStream sends a FIN (shutdown(2)).
+func endStream(fd int32) {
+	syscall.RawSyscall(syscall.SYS_SHUTDOWN, uintptr(fd), syscall.SHUT_WR, 0)
 }
 
 // pipe carries bytes from socket to socket within the kernel (splice(2)).

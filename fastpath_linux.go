@@ -3,17 +3,17 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"cmp"
 	"context"
 	"errors"
-	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
 	"os"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -21,725 +21,758 @@ import (
 	"time"
 )
 
-// fastPath takes a client to its backend without net/http. The relay's pollers
-// read the upgrade, send it to the owner, and send the answer back, on the
-// sockets that become the session: no goroutine waits, and nothing is handed from
-// Go's poller to epoll. That is what a storm of reconnects costs the least by.
+// fastPath takes clients to their backends without net/http, which costs less CPU. Each
+// client has a goroutine, which reads its request, dials the owner, sends the request
+// and the response on, and gives both sockets to the relay: see pendingConn.serve. From
+// the beginning these sockets are in the epoll set of the poller that carries the
+// session, and never in Go's poller.
 //
-// It takes what is plainly right and can go on at once. All else it leaves to
-// net/http and ServeHTTP, where it stands: what has to wait, to be refused, or to
-// be answered by anything but a 101. To net/http, it is the listener of these.
+// The fast path takes plain upgrades, and responses of 101. All other clients fall back
+// to net/http: it has fastPath as its listener, and ServeHTTP goes on where the fast
+// path stopped.
 type fastPath struct {
 	// Static after construction.
-	proxy    *proxy
-	listener net.Listener
-	fdLimit  *descriptorLimit
-	log      *slog.Logger
-
+	proxy       *proxy
+	listener    net.Listener
+	file        *os.File // a duplicate of the listener's socket; nil if there is none
+	fdLimit     *descriptorLimit
+	log         *slog.Logger
 	retry       *acceptRetry
 	logThrottle throttle
-	stopping    atomic.Bool
-	done        chan struct{} // closed when run has
 
-	// Guarded by mu.
-	mu        sync.Mutex
-	changed   sync.Cond
-	file      *os.File   // the listener's socket, while run accepts
-	fallbacks []net.Conn // to net/http, which has not accepted them yet
-	idle      bool       // net/http waits for more: it knows of all that it has accepted
-	acceptErr error      // why no more come
+	stopping   atomic.Bool     // all clients have to fall back
+	open       context.Context // ends when Accept has to fail, with its error
+	failAccept context.CancelCauseFunc
+	fallbacks  chan net.Conn // to Accept
+
+	done    chan struct{}  // closed when run has ended
+	pending sync.WaitGroup // the pendingConns
 }
 
-// fastPathTimeout is how long a client may be on the fast path.
+// fastPathTimeout is how long a client may be on the fast path before it falls back. The
+// time in a dial queue does not count.
 const fastPathTimeout = 500 * time.Millisecond
 
-// newFastPath returns the front of a listener, whose clients it accepts while run
-// runs. Close closes the listener too.
-func newFastPath(p *proxy, l net.Listener, g *descriptorLimit) *fastPath {
-	x := &fastPath{proxy: p, listener: l, fdLimit: g, log: p.log, retry: newAcceptRetry("-listen", p.log), done: make(chan struct{})}
-	x.changed.L = &x.mu
-	return x
+// newFastPath returns the fast path of a *net.TCPListener or *net.UnixListener. run
+// accepts its clients. Close closes the listener too.
+func newFastPath(p *proxy, l net.Listener, fdLimit *descriptorLimit) *fastPath {
+	f := &fastPath{
+		proxy: p, listener: l, fdLimit: fdLimit, log: p.log,
+		retry:     newAcceptRetry("-listen", p.log),
+		fallbacks: make(chan net.Conn), done: make(chan struct{}),
+	}
+	f.open, f.failAccept = context.WithCancelCause(context.Background())
+	file, err := l.(interface{ File() (*os.File, error) }).File()
+	if f.file = file; err != nil {
+		f.failAccept(err)
+	}
+	return f
 }
 
-func (x *fastPath) Addr() net.Addr { return x.listener.Addr() }
+func (f *fastPath) Addr() net.Addr { return f.listener.Addr() }
 
-// Accept returns the next client that is left to net/http.
-func (x *fastPath) Accept() (net.Conn, error) {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	for x.idle = true; len(x.fallbacks) == 0 && x.acceptErr == nil; x.changed.Wait() {
-		x.changed.Broadcast() // to stop
-	}
-	if len(x.fallbacks) == 0 {
-		return nil, x.acceptErr
-	}
-	x.idle = false
-	conn := x.fallbacks[0]
-	x.fallbacks = slices.Delete(x.fallbacks, 0, 1)
-	return conn, nil
-}
-
-// handToHTTP has net/http accept the client.
-func (x *fastPath) handToHTTP(conn net.Conn) {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	if x.acceptErr != nil {
-		conn.Close()
-		return
-	}
-	x.fallbacks = append(x.fallbacks, conn)
-	x.changed.Broadcast()
-}
-
-// fail ends Accept once it has returned what was left.
-func (x *fastPath) fail(err error) {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	if x.acceptErr == nil {
-		x.acceptErr = err
-	}
-	x.changed.Broadcast()
-}
-
-// stop ends run, which must have begun, and leaves all clients that are not
-// sessions to net/http, which has accepted them when it returns.
-func (x *fastPath) stop() {
-	x.stopAccepting()
-	<-x.done
-	for _, p := range x.proxy.relay.engine.pollers {
-		for _, g := range p.pendingConns() {
-			g.fallBackNow()
+// Accept returns the next client that falls back to net/http.
+func (f *fastPath) Accept() (net.Conn, error) {
+	for {
+		select {
+		case conn := <-f.fallbacks:
+			if conn != nil { // nil is from stop: net/http has come back for the next client
+				return conn, nil
+			}
+		case <-f.open.Done():
+			return nil, context.Cause(f.open)
 		}
 	}
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	for (len(x.fallbacks) > 0 || !x.idle) && x.acceptErr == nil {
-		x.changed.Wait()
+}
+
+// stop ends run, which must have begun, and makes all pending clients fall back. When it
+// returns, net/http has accepted them.
+func (f *fastPath) stop() {
+	f.stopAccepting()
+	<-f.done
+	f.pending.Wait()
+	f.handToHTTP(nil)
+}
+
+// handToHTTP waits until Accept takes the client. It closes the client if Accept fails.
+func (f *fastPath) handToHTTP(conn net.Conn) {
+	select {
+	case f.fallbacks <- conn:
+	case <-f.open.Done():
+		if conn != nil {
+			conn.Close()
+		}
 	}
 }
 
-// stopAccepting ends run.
-func (x *fastPath) stopAccepting() {
-	x.stopping.Store(true)
-	x.retry.close()
-	x.fdLimit.close()
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	if x.file != nil {
-		x.file.Close()
+// stopAccepting ends run, and makes the pending clients fall back.
+func (f *fastPath) stopAccepting() {
+	f.stopping.Store(true)
+	for _, p := range f.proxy.relay.engine.pollers {
+		p.interruptPending()
 	}
+	f.retry.close()
+	f.fdLimit.close()
+	f.file.Close()
 }
 
 // Close closes the listener, and ends Accept and run.
-func (x *fastPath) Close() error {
-	x.stopAccepting()
-	x.fail(net.ErrClosed)
-	return x.listener.Close()
+func (f *fastPath) Close() error {
+	f.stopAccepting()
+	f.failAccept(net.ErrClosed)
+	return f.listener.Close()
 }
 
-// run accepts clients until stop or Close. If it cannot begin, Accept returns the
-// error.
-func (x *fastPath) run() {
-	defer close(x.done)
-	if err := x.acceptClients(); !x.stopping.Load() {
-		x.fail(err)
+// run accepts clients until stop or Close. If it cannot, Accept returns the error.
+func (f *fastPath) run() {
+	defer close(f.done)
+	if err := f.acceptClients(); !f.stopping.Load() {
+		f.failAccept(err)
 	}
 }
 
-// acceptClients gives clients to the pollers, when the gate has room for them.
-func (x *fastPath) acceptClients() error {
-	file, err := x.listener.(interface{ File() (*os.File, error) }).File() // *net.TCPListener or *net.UnixListener
-	if err != nil {
-		return err
-	}
-	defer file.Close()
-	x.mu.Lock()
-	x.file = file
-	x.mu.Unlock()
-	if x.stopping.Load() {
-		return net.ErrClosed
-	}
-	raw, err := file.SyscallConn()
+// acceptClients accepts clients when the descriptor limit has room for them, until
+// stopAccepting.
+func (f *fastPath) acceptClients() error {
+	raw, err := f.file.SyscallConn()
 	if err != nil {
 		return err
 	}
 	for {
-		if err := x.fdLimit.wait(); err != nil {
+		if err := f.fdLimit.wait(); err != nil {
 			return err
 		}
 		fd, peer, err := acceptSocket(raw)
 		switch {
 		case err == nil:
-			x.retry.shouldRetry(nil)
-			x.fdLimit.add(descriptorsPerUpgrade)
-			x.addClient(int32(fd), peer)
-		case !x.retry.shouldRetry(err):
+			f.retry.shouldRetry(nil)
+			f.fdLimit.add(descriptorsPerUpgrade)
+			f.startClient(int32(fd), peer)
+		case !f.retry.shouldRetry(err):
 			return os.NewSyscallError("accept4", err)
 		}
 	}
 }
 
-// refuseClient answers a client of which net/http cannot have a connection, and closes
-// its socket.
-func (x *fastPath) refuseClient(client *os.File, reason error) {
+// startClient starts the goroutine of a client.
+func (f *fastPath) startClient(fd int32, peer syscall.Sockaddr) {
+	poller := f.proxy.relay.engine.nextPoller()
+	c := &pendingConn{fastPath: f, poller: poller, remoteAddr: clientAddr(addrString(peer))}
+	c.fd = [2]int32{fd, -1}
+	c.changed.L = &poller.mu
+	c.slot = poller.addPending(c)
+	f.pending.Add(1)
+	go c.serve()
+}
+
+// refuseClient answers a client that cannot fall back, because no descriptor is left for
+// its duplicate, and closes its socket.
+func (f *fastPath) refuseClient(client *os.File, reason error) {
 	defer client.Close()
-	client.WriteString( // its buffer is empty: that does not wait
-		"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
-	x.fdLimit.add(-descriptorsPerUpgrade)
-	x.proxy.results[resultMaxSessions].Add(1)
-	x.logNoDescriptor(reason)
-}
-
-// logNoDescriptor logs that a client was not answered, as others have taken the descriptors
-// that the gate counts on, no more than once a second.
-func (x *fastPath) logNoDescriptor(reason error) {
-	if omitted, ok := x.logThrottle.allow(time.Second); ok {
-		x.log.Warn("cannot accept clients: out of file descriptors", "reason", reason.Error(), "omitted", omitted)
+	client.WriteString("HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\n" +
+		"Connection: close\r\nContent-Length: 0\r\n\r\n") // the socket's buffer is empty
+	f.fdLimit.add(-descriptorsPerUpgrade)
+	f.proxy.results[resultMaxSessions].Add(1)
+	if omitted, ok := f.logThrottle.allow(time.Second); ok {
+		f.log.Warn("cannot accept clients: out of file descriptors", "reason", reason.Error(), "omitted", omitted)
 	}
 }
 
-// addClient gives the client to a poller.
-func (x *fastPath) addClient(fd int32, peer syscall.Sockaddr) {
-	a := &pendingConn{fastPath: x, poller: x.proxy.relay.engine.nextPoller(), fd: [2]int32{fd, -1}, remoteAddr: clientAddr(addressOf(peer))}
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.timer = time.AfterFunc(fastPathTimeout, a.fallBackNow)
-	a.slot = a.poller.addPending(a)
-	if err := a.watch(clientSide, epollReadEvents); err != nil {
-		a.fallBack(nil)
-	}
+// parseHead reads a head with read from the beginning of data. It returns what follows
+// the head.
+func (p *proxy) parseHead(
+	data []byte, read func(*bufio.Reader) error,
+) (rest []byte, err error) {
+	source := bytes.NewReader(data)
+	br := p.newReader(source)
+	defer p.readers.Put(br)
+	err = read(br)
+	return data[len(data)-source.Len()-br.Buffered():], err
 }
 
-// upgrade returns the request at the beginning of data and how long it is, or nil
-// if it is not plain: what net/http's server would do with it is net/http's.
-func (x *fastPath) upgrade(data []byte) (*http.Request, int) {
-	if smallHeadLen(data) == 0 {
-		return nil, 0
-	}
-	rest := bytes.NewReader(data)
-	br := x.proxy.newReader(rest)
-	defer x.proxy.readers.Put(br)
-	r, err := http.ReadRequest(br)
-	size := len(data) - rest.Len() - br.Buffered()
-	if err != nil || size > x.proxy.limits.headerBytes || !isPlainRequest(r) {
+// parseUpgrade returns the request at the beginning of data and the length of its head.
+// It returns nil if the head is not whole or not plain.
+func (f *fastPath) parseUpgrade(data []byte) (r *http.Request, size int) {
+	rest, err := f.proxy.parseHead(data, func(br *bufio.Reader) (err error) {
+		r, err = http.ReadRequest(br)
+		return err
+	})
+	size = len(data) - len(rest)
+	if err != nil || size > f.proxy.limits.headerBytes || !isPlainRequest(r) {
 		return nil, 0
 	}
 	return r, size
 }
 
-// A head on the fast path has at most so many bytes, and so many lines and commas:
-// it is read on the goroutine that carries sessions, which wait meanwhile.
-const (
-	maxSmallHead      = 4 << 10
-	maxSmallHeadParts = 64
-)
-
-// smallHeadLen returns how long the head at the beginning of data is; 0 if it is not
-// whole or not small.
-func smallHeadLen(data []byte) int {
-	data = data[:min(len(data), maxSmallHead)]
-	end := bytes.Index(data, []byte("\r\n\r\n"))
-	if end < 0 {
-		return 0
+// parseSwitching returns the 101 at the beginning of data, and what follows it. It
+// returns nil for another response, and for a head that is not whole.
+func (f *fastPath) parseSwitching(data []byte) (resp *http.Response, rest []byte) {
+	rest, err := f.proxy.parseHead(data, func(br *bufio.Reader) (err error) {
+		resp, err = readResponse(br)
+		return err
+	})
+	if err != nil || resp.StatusCode != http.StatusSwitchingProtocols {
+		return nil, nil
 	}
-	head := data[:end+len("\r\n\r\n")]
-	if bytes.Count(head, []byte("\n"))+bytes.Count(head, []byte(",")) > maxSmallHeadParts {
-		return 0
-	}
-	return len(head)
+	return resp, rest
 }
 
-// isSmallResponse reports whether the heads of a backend's answer, interim ones and the
-// last, are small.
-func isSmallResponse(data []byte) bool {
-	for range maxInterimResponses {
-		size := smallHeadLen(data)
-		if size == 0 {
-			return false
-		}
-		if !bytes.HasPrefix(data, []byte("HTTP/1.1 1")) || bytes.HasPrefix(data, []byte("HTTP/1.1 101")) {
-			return true
-		}
-		data = data[size:]
-	}
-	return false
-}
-
-// isPlainRequest reports whether there is nothing in the request that net/http's server
-// checks and http.ReadRequest does not.
+// isPlainRequest reports whether net/http's server, which checks more than
+// http.ReadRequest, would give the request to its handler as it is.
 func isPlainRequest(r *http.Request) bool {
 	for name := range r.Header {
 		if isInvalidFieldName(name) || name == "Expect" {
 			return false
 		}
 	}
-	return r.Proto == "HTTP/1.1" && strings.HasPrefix(r.RequestURI, "/") && r.Host != "" && strings.Trim(r.Host, hostBytes) == ""
+	return r.Proto == "HTTP/1.1" && strings.HasPrefix(r.RequestURI, "/") &&
+		r.Host != "" && strings.Trim(r.Host, hostBytes) == ""
 }
 
-// hostBytes are those of the hosts and ports that are plain.
+// hostBytes are the bytes of a plain Host.
 const hostBytes = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-_:[]"
 
-// pendingConn is a client on the fast path:
-//
-//	head ──read, checked, sent to the owner──> asked ──101──> session
-//	  │ └──the owner cannot be dialled──> held    │
-//	  │                                    │      │
-//	  └────────────── anything else ───────┴──────┴──> net/http, or closed
+// pendingConn is a client on the fast path, until it is a session or falls back. It has
+// one goroutine. While its owner cannot be dialled it has none: it is parked in the
+// owner's dial queue and takes little memory, so there may be many.
 type pendingConn struct {
-	// Static after admit.
+	// Static after construction.
 	fastPath   *fastPath
 	poller     *poller
-	slot       int32
-	remoteAddr clientAddr
-	timer      *time.Timer
+	slot       int32      // index in poller.slots
+	remoteAddr clientAddr // of the client
+
+	// Guarded by poller.mu.
+	sockets
+	changed sync.Cond // events changed, or ctx has ended
+	gone    bool      // the client has closed or reset its connection
+	holding bool      // a client that half-closes its connection has to fall back
+
+	// Owned by its goroutine. Before it parks, it leaves these to the next one.
+	ctx     *pendingContext // ends when the client is gone, or its time is over
+	head    []byte          // what the client has sent
+	earlyAt int             // index in head of what follows the request
+	request *http.Request   // nil before it was read, and while it waits for its owner
+	upgrade *pendingUpgrade // nil before its admission
+	waiter  waiter          // its sequence is 0 if the owner could be dialled at once
+
+	parked atomic.Bool
+}
+
+// pendingContext is the context of a pendingConn: one of package context would take a
+// thirtieth of the CPU time of a handshake.
+type pendingContext struct {
+	// Static after construction.
+	mu       *sync.Mutex // poller.mu
+	deadline time.Time
+	timer    *time.Timer // calls expire
 
 	// Guarded by mu.
-	mu        sync.Mutex
-	fellBack  bool         // it has left the fast path
-	fd        [2]int32     // the sockets, -1: none
-	epollMask [2]uint32    // what epoll watches
-	rearmed   [2]bool      // epoll reported something that is left to the session
-	head      []byte       // what the client has sent
-	early     int          // where in that begins what came after its upgrade
-	session   *session     // that it is to be; nil until the upgrade was read
-	request   []byte       // of the upgrade for the backend, what is not sent yet
-	dialled   bool         // the backend has taken a part of it
-	dialErr   error        // of the dial; nil if that was given up, which says nothing about the backend
-	holding   *heldUpgrade // nil if it is not held
+	onEnd func()        // called at the end, with mu locked; may be nil
+	err   error         // not nil from the end on
+	done  chan struct{} // closed at the end; nil until Done was called
 }
 
-// heldUpgrade is what a connection has while it is held, in place of a session and a
-// request: with its head, that is all of it, without a goroutine. A client that is
-// held costs little, so that there may be many.
-type heldUpgrade struct {
-	// Static after construction.
-	namespace string
-	ctx       context.Context // ends at -hold, or when the connection has left
-	cancel    context.CancelFunc
-	waiter    *waiter
-	state     atomic.Int32 // holdParked, and so on
-
-	// Guarded by pendingConn.mu.
-	stamp   string         // of the table that says who the owner is
-	upgrade pendingUpgrade // what net/http gets; its owner changes with the table
+// end ends the context with the error, unless it has ended. The caller holds mu.
+func (x *pendingContext) end(err error) {
+	if x.err != nil {
+		return
+	}
+	x.err = err
+	if x.done != nil {
+		close(x.done)
+	}
+	if x.onEnd != nil {
+		x.onEnd()
+	}
 }
 
-// What a held connection does about its place in the dial queue.
-const (
-	holdParked  int32 = iota // nothing: it waits for wake
-	holdRunning              // a goroutine goes on with it
-	holdRerun                // and wake was called meanwhile
-)
+// expire ends the context at its deadline.
+func (x *pendingContext) expire() {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.end(context.DeadlineExceeded)
+}
 
-// handleEvent handles what epoll reports of a socket.
-func (a *pendingConn) handleEvent(i side, events uint32) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	gone := events&(syscall.EPOLLHUP|syscall.EPOLLERR) != 0 // or half-closed, and to be answered
-	ended := gone || events&syscall.EPOLLRDHUP != 0
-	a.rearmed[i] = a.rearmed[i] || ended || events&syscall.EPOLLPRI != 0
+func (x *pendingContext) Deadline() (time.Time, bool) { return x.deadline, true }
+func (x *pendingContext) Value(any) any               { return nil }
+
+func (x *pendingContext) Err() error {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return x.err
+}
+
+func (x *pendingContext) Done() <-chan struct{} {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if x.done == nil {
+		x.done = make(chan struct{})
+		if x.err != nil {
+			close(x.done)
+		}
+	}
+	return x.done
+}
+
+// serve takes a client from accept to its session.
+func (c *pendingConn) serve() {
+	growStack(0)
+	p := c.fastPath.proxy
+	c.setDeadline(time.Now().Add(fastPathTimeout), false)
+	head, err := c.read(clientSide)
+	c.head = trimEmptyLines(head)
 	switch {
-	case a.fellBack:
-	case a.holding != nil && i == backendSide: // of a dial that has failed
-	case a.holding != nil && gone:
-		a.clientGone()
-	case a.holding != nil && ended:
-		a.fallBack(nil)
-	case a.holding != nil: // it is read by net/http
-	case a.session == nil && ended:
-		a.fallBack(nil)
-	case a.session == nil:
-		a.readRequest()
-	case i == backendSide:
-		a.handleBackend()
-	case gone:
-		a.clientGone()
+	case c.ctx.Err() != nil:
+		c.fallBack(nil, nil)
+	case err != nil:
+		c.close()
+	case !c.admit():
+		c.fallBack(nil, nil)
+	case p.relay.oldPodSessionsDone(c.upgrade.namespace) != nil ||
+		!p.backends.queues.tryDial(c.upgrade.owner):
+		go c.hold() // on a new stack, which is small
 	default:
-		a.rearmed[clientSide] = true
+		c.dialOwner()
 	}
 }
 
-// readRequest reads the client's upgrade, and sends it to the owner.
-func (a *pendingConn) readRequest() {
-	data, errno := a.receive(clientSide)
-	switch {
-	case errno == syscall.EAGAIN:
-		return
-	case errno != 0 || len(data) == 0:
-		a.closeBoth()
-		return
-	}
-	a.head = trimEmptyLines(data)
-	switch {
-	case !a.admit():
-		a.fallBack(nil)
-	case !a.dial():
-		a.hold()
-	}
+// growStack makes the stack of its goroutine as large as serve needs it. Without it the
+// stack would grow twice in serve, and each time copy what is on it by then.
+//
+//go:noinline
+func growStack(i int) byte {
+	var room [6 << 10]byte
+	return room[i]
 }
 
-// admit judges the upgrade, and makes the session and the request for the owner.
-func (a *pendingConn) admit() bool {
-	p := a.fastPath.proxy
-	r, size := a.fastPath.upgrade(a.head)
-	if r == nil {
+// admit parses and admits the upgrade. From then on the poller watches the client. It
+// reports whether the client stays on the fast path.
+func (c *pendingConn) admit() bool {
+	if c.request = c.parseUpgrade(); c.request == nil {
 		return false
 	}
-	r.RemoteAddr, a.early = a.remoteAddr.String(), size
-	namespace, owner, table, refused := p.admit(r)
+	upgrade, refused := c.fastPath.proxy.admit(c.request)
 	if refused != nil {
 		return false
 	}
-	peer := forwardedFor(r)
-	a.request = requestHead(r, peer, p.podName, table, p.backends.name(owner))
-	a.session = newSession(namespace, owner, peer)
-	return true
+	c.upgrade = upgrade
+	return c.watch(clientSide) == nil
 }
 
-// hold waits for the owner, which cannot be dialled now, and then leaves the client to
-// net/http, which knows what to answer, with the connection to the owner or with the
-// failure. Until then it is not net/http's, whose buffers and goroutines would be
-// many times of what is needed.
-func (a *pendingConn) hold() {
-	p := a.fastPath.proxy
-	if a.fd[backendSide] >= 0 && a.dialled || a.rearmed[clientSide] || !p.reserveHead(len(a.head)) {
-		a.fallBack(nil)
-		return
+// parseUpgrade returns the client's request, or nil if it is not plain.
+func (c *pendingConn) parseUpgrade() *http.Request {
+	r, size := c.fastPath.parseUpgrade(c.head)
+	if r != nil {
+		r.RemoteAddr, c.earlyAt = c.remoteAddr.String(), size
 	}
-	a.closeBackend()
-	a.timer.Stop()
-	h := &heldUpgrade{namespace: a.session.namespace, waiter: p.backends.queues.newWaiter()}
-	h.upgrade = pendingUpgrade{owner: a.session.backend, holdDeadline: time.Now().Add(p.limits.holdTimeout)}
-	h.ctx, h.cancel = context.WithDeadline(context.Background(), h.upgrade.holdDeadline)
-	h.waiter.onWake, h.waiter.woken = a.wake, nil
-	h.state.Store(holdRerun) // it has to ask for its owner, as the table may be another by now
-	a.holding, a.session, a.request, a.dialErr = h, nil, nil, nil
-	p.inFlight.Add(1) // until runHold is over
-	context.AfterFunc(h.ctx, a.wake)
-	go a.runHold()
+	return r
 }
 
-// wake makes runHold be called, if it does not run.
-func (a *pendingConn) wake() {
-	state := &a.holding.state
-	if state.CompareAndSwap(holdParked, holdRunning) {
-		go a.runHold()
-		return
-	}
-	state.CompareAndSwap(holdRunning, holdRerun) // if runHold was about to end, it looks once more
-}
-
-// runHold takes a held connection as far as possible now: when it may dial, it dials, as
-// backends.dialOwner does.
-func (a *pendingConn) runHold() {
-	for {
-		a.holding.state.Store(holdRunning)
-		if a.tryOwner() {
-			a.fastPath.proxy.inFlight.Done()
-			return
-		}
-		if a.holding.state.CompareAndSwap(holdRunning, holdParked) {
-			return
-		}
-	}
-}
-
-// tryOwner leaves the dial queue, and joins the owner's queue again if there is no
-// connection. It reports whether the client is no longer held.
-func (a *pendingConn) tryOwner() (over bool) {
-	h, b := a.holding, a.fastPath.proxy.backends
-	owner := h.upgrade.owner // only ask changes it
-	var conn net.Conn
-	var pod string
-	err := b.queues.dequeue(h.ctx, h.waiter, owner)
-	if err == nil {
-		conn, pod, err = b.dialInTurn(h.ctx, h.waiter, owner)
-	}
+// dialOwner dials the owner, as it may, and goes on with askOwner or hold.
+func (c *pendingConn) dialOwner() {
+	p, u := c.fastPath.proxy, c.upgrade
+	podUID, err := p.backends.dialInTurn(c.ctx, &c.waiter, u.owner, c.connect)
 	switch {
+	case err == nil && p.relay.oldPodSessionsDone(u.namespace) == nil:
+		u.podUID = podUID
+		c.askOwner()
+	case err == nil: // the pod was replaced meanwhile
+		c.closeBackend()
+		go c.hold()
 	case errors.Is(err, errRecheckOwner):
-	case err == nil && a.fastPath.proxy.relay.oldPodSessionsDone(h.namespace) != nil: // the pod was replaced since ask
-		conn.Close()
+		go c.hold()
 	default:
-		return a.finishHold(conn, pod, err)
-	}
-	swaps := b.queues.swaps.Load()
-	if err := a.recheckOwner(); err != nil {
-		return a.finishHold(nil, "", err)
-	}
-	if !b.queues.enqueue(h.waiter, h.upgrade.owner, swaps) {
-		a.wake() // to ask again
-	}
-	return false
-}
-
-// recheckOwner asks again who the owner is, and waits until that may get sessions of the
-// namespace.
-func (a *pendingConn) recheckOwner() error {
-	p, h := a.fastPath.proxy, a.holding
-	owner, stamp, refused := p.owner(h.namespace)
-	if refused != nil {
-		return refused
-	}
-	a.mu.Lock()
-	if !a.fellBack { // else its place was given back
-		p.pendingUpgrades.transfer(h.upgrade.owner, owner)
-		h.upgrade.owner, h.stamp = owner, stamp
-	}
-	a.mu.Unlock()
-	return p.waitForOldPod(h.ctx, h.namespace, owner)
-}
-
-// finishHold sends the upgrade to the owner, if there is a connection now, or notes why
-// not, and leaves the client to net/http. If that was done before, it closes conn.
-func (a *pendingConn) finishHold(conn net.Conn, pod string, failure error) (over bool) {
-	p := a.fastPath.proxy
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if a.fellBack {
-		if conn != nil {
-			conn.Close()
-		}
-		return true
-	}
-	h := a.holding
-	h.upgrade.dialErr = failure
-	if conn != nil {
-		h.upgrade.backendConn, h.upgrade.podUID = conn, pod
-		r, _ := a.fastPath.upgrade(a.head) // as it was taken before
-		r.RemoteAddr = a.remoteAddr.String()
-		conn.SetWriteDeadline(time.Now().Add(p.limits.handshakeTimeout))
-		conn.Write(requestHead(r, forwardedFor(r), p.podName, h.stamp, p.backends.name(h.upgrade.owner))) // an error shows when the answer is read
-	}
-	a.fallBack(nil)
-	return true
-}
-
-// dial connects to the owner, if that may be done now, and sends the request. A
-// connection that is not there yet takes that later.
-func (a *pendingConn) dial() bool {
-	b := a.fastPath.proxy.backends
-	a.session.podUID = b.podUID(a.session.backend) // before the address, as in hold
-	addr, ok := b.tryResolve(a.session.backend)
-	if !ok {
-		return false
-	}
-	if a.fastPath.proxy.relay.oldPodSessionsDone(a.session.namespace) != nil {
-		b.dialDone(a.session.backend, context.Canceled, true)
-		return false
-	}
-	fd, err := connectTo(addr, b.dialer.Control)
-	if err != nil {
-		b.dialDone(a.session.backend, err, false)
-		return false
-	}
-	a.fd[backendSide] = fd
-	if !a.send() {
-		return false
-	}
-	mask := uint32(epollReadEvents)
-	if len(a.request) > 0 {
-		mask |= syscall.EPOLLOUT
-	}
-	return a.watch(backendSide, mask) == nil
-}
-
-// send sends of the request what the backend takes, and reports whether that is
-// well.
-func (a *pendingConn) send() bool {
-	n, errno := a.poller.send(a.fd[backendSide], a.request)
-	if errno == syscall.EAGAIN {
-		return true
-	}
-	if errno != 0 {
-		a.dialErr = os.NewSyscallError("connect", errno)
-		return false
-	}
-	a.request = a.request[n:]
-	if !a.dialled {
-		a.dialled = true
-		a.fastPath.proxy.backends.dialDone(a.session.backend, nil, false)
-	}
-	return true
-}
-
-// handleBackend goes on with the backend: it takes the request, or has answered.
-func (a *pendingConn) handleBackend() {
-	if len(a.request) > 0 {
-		if !a.send() {
-			a.hold()
-			return
-		}
-		if len(a.request) > 0 {
-			return
-		}
-	}
-	data, errno := a.receive(backendSide)
-	switch {
-	case errno == syscall.EAGAIN:
-	case errno != 0 || !a.handleResponse(data):
-		a.fallBack(data)
+		c.fallBack(nil, err)
 	}
 }
 
-// handleResponse makes the session, if data begins with a 101 that can be passed on.
-func (a *pendingConn) handleResponse(data []byte) bool {
-	p := a.fastPath.proxy
-	if !isSmallResponse(data) {
-		return false
+// askOwner sends the owner the request, and makes the session of its 101.
+func (c *pendingConn) askOwner() {
+	p, u := c.fastPath.proxy, c.upgrade
+	if c.wasHeld() {
+		c.setDeadline(time.Now().Add(fastPathTimeout), false)
+		c.request = c.parseUpgrade()
 	}
-	rest := bytes.NewReader(data)
-	br := p.newReader(rest)
-	defer p.readers.Put(br)
-	resp, err := readResponse(br)
-	if err != nil || resp.StatusCode != http.StatusSwitchingProtocols {
-		return false
-	}
-	p.backends.queues.clearMisdirected(a.session.backend)
-	if p.mover.shouldMove(a.session) {
-		a.closeBackend()
-		return false
-	}
-	head := switchingProtocolsHead(resp)
-	if n, errno := a.poller.send(a.fd[clientSide], head); errno != 0 || n < len(head) { // nothing else is in its buffer
-		a.clientGone()
-		return true
-	}
-	early := data[len(data)-rest.Len()-br.Buffered():]
-	a.fellBack = true
-	a.timer.Stop()
-	p.results[resultOK].Add(1)
-	p.handOver(a.session, func() { a.startSession(early) })
-	return true
-}
-
-// startSession makes the relay carry the session.
-func (a *pendingConn) startSession(fromBackend []byte) {
-	for i, left := range a.rearmed {
-		if left {
-			a.epollMask[i] |= maskStale
-		}
-	}
-	a.poller.promote(a.session, a.slot, a.fd, a.epollMask, [2][]byte{a.head[a.early:], fromBackend})
-}
-
-// receive returns what has come from the side, up to the most that a head may
-// have: a longer one is never whole here, and is net/http's.
-func (a *pendingConn) receive(i side) ([]byte, syscall.Errno) {
-	limit := min(bufferSize, a.fastPath.proxy.limits.headerBytes)
-	data, errno := a.poller.receive(a.fd[i], limit)
-	a.rearmed[i] = a.rearmed[i] || len(data) == limit
-	return data, errno
-}
-
-// watch makes the poller tell of the side.
-func (a *pendingConn) watch(i side, mask uint32) error {
-	a.epollMask[i] = mask | edgeTriggered
-	return a.poller.watchPending(syscall.EPOLL_CTL_ADD, a.slot, i, a.fd[i], a.epollMask[i])
-}
-
-// fallBackNow leaves the client to net/http, unless it is over.
-func (a *pendingConn) fallBackNow() {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if !a.fellBack {
-		a.fallBack(nil)
-	}
-}
-
-// fallBack leaves the client to net/http with all it has sent, and if the owner has
-// its upgrade, the owner too, with what came of the answer.
-func (a *pendingConn) fallBack(answer []byte) {
-	if !a.dialled || len(a.request) > 0 {
-		a.closeBackend()
-	}
-	a.finish()
-	x := a.fastPath
-	var done pendingUpgrade
-	if a.holding != nil {
-		done = a.holding.upgrade
-	}
-	socket := a.detach(clientSide)
-	conn, err := connFromSocket(socket, x.proxy.backends.dialer.Control)
-	if err != nil {
-		a.closeBackend()
-		if done.backendConn != nil {
-			done.backendConn.Close()
-		}
-		x.refuseClient(socket, err)
+	clientAddrs, owner := forwardedFor(c.request), p.backends.name(u.owner)
+	head := requestHead(c.request, clientAddrs, p.podName, u.table, owner)
+	if c.write(backendSide, head) != nil {
+		c.closeBackend()
+		c.fallBack(nil, nil)
 		return
 	}
-	socket.Close() // before the owner is duplicated: there may be descriptorsPerUpgrade at once
-	front := &clientConn{Conn: &prefixedConn{conn, a.head}, remoteAddr: a.remoteAddr, fdLimit: x.fdLimit, badHeads: &x.proxy.results[resultBadHead]}
-	if a.fd[backendSide] >= 0 {
-		socket := a.detach(backendSide)
-		defer socket.Close()
-		if conn, err := connFromSocket(socket, x.proxy.backends.dialer.Control); err == nil { // else it is asked again
-			done = pendingUpgrade{backendConn: &prefixedConn{conn, answer}, owner: a.session.backend, podUID: a.session.podUID}
-		}
-	}
-	front.upgrade.Store(&done)
-	x.handToHTTP(front)
-}
-
-// detach takes the side's socket from the poller.
-func (a *pendingConn) detach(i side) *os.File {
-	syscall.EpollCtl(a.poller.epollFD, syscall.EPOLL_CTL_DEL, int(a.fd[i]), nil) // or it is watched while a duplicate is open
-	return os.NewFile(uintptr(a.fd[i]), "socket")
-}
-
-// closeBackend closes the connection to the backend, if there is one.
-func (a *pendingConn) closeBackend() {
-	if a.fd[backendSide] < 0 {
+	answer, _ := c.read(backendSide) // net/http gets the error again
+	resp, fromBackend := c.fastPath.parseSwitching(answer)
+	if resp == nil {
+		c.fallBack(answer, nil)
 		return
 	}
-	if !a.dialled {
-		a.fastPath.proxy.backends.dialDone(a.session.backend, cmp.Or(a.dialErr, context.Canceled), a.dialErr == nil)
+	p.backends.queues.clearMisdirected(u.owner)
+	s, err := p.newSession(u, clientAddrs)
+	if err != nil {
+		c.closeBackend()
+		c.fallBack(nil, nil)
+		return
 	}
-	syscall.Close(int(a.fd[backendSide]))
-	a.fd[backendSide] = -1
+	if !c.respond(switchingProtocolsHead(resp)) {
+		c.closeGone()
+		return
+	}
+	c.endContext()
+	early := [2][]byte{c.head[c.earlyAt:], fromBackend}
+	p.handOver(u, s, func() { c.poller.promote(s, c.slot, &c.sockets, early) })
+	c.fastPath.pending.Done()
 }
 
-// clientGone ends it since the client has left during its upgrade.
-func (a *pendingConn) clientGone() {
-	a.fastPath.proxy.results[resultClientGone].Add(1)
-	a.closeBoth()
+// hold parks the client in the dial queue of its owner, which cannot be dialled now. If
+// it may dial, has to ask for its owner again, or its time is over, resume goes on.
+func (c *pendingConn) hold() {
+	p, u := c.fastPath.proxy, c.upgrade
+	if !c.wasHeld() {
+		if !u.reserveHead(len(c.head), p.limits.pendingUpgrades) {
+			c.fallBack(nil, nil)
+			return
+		}
+		u.holdDeadline, c.request = time.Now().Add(p.limits.holdTimeout), nil
+		c.waiter.onWake = c.unpark
+		p.backends.queues.setSequence(&c.waiter)
+		c.setDeadline(u.holdDeadline, true)
+	}
+	swaps := p.backends.queues.swaps.Load()
+	if err := p.recheckOwner(c.ctx, u); err != nil {
+		c.fallBack(nil, err)
+		return
+	}
+	ctx := c.ctx
+	c.parked.Store(true) // from now on another goroutine may own c
+	if !p.backends.queues.enqueue(&c.waiter, u.owner, swaps) || ctx.Err() != nil {
+		c.unpark()
+	}
 }
 
-// closeBoth ends it, and closes the sockets.
-func (a *pendingConn) closeBoth() {
-	a.closeBackend()
-	a.finish()
-	syscall.Close(int(a.fd[clientSide]))
-	a.fastPath.fdLimit.add(-descriptorsPerUpgrade)
+// unpark starts a goroutine for c if it is parked. It does not block.
+func (c *pendingConn) unpark() {
+	if c.parked.CompareAndSwap(true, false) {
+		go c.resume()
+	}
 }
 
-// finish ends the fast path without a session.
-func (a *pendingConn) finish() {
-	a.fellBack = true
-	a.timer.Stop()
-	a.poller.removePending(a.slot)
-	p := a.fastPath.proxy
-	switch {
-	case a.holding != nil:
-		a.holding.cancel()
-		p.headBytes.Add(-int64(len(a.head)))
-		p.pendingUpgrades.release(a.holding.upgrade.owner)
-	case a.session != nil:
-		p.pendingUpgrades.release(a.session.backend)
+// resume goes on with c, which was parked.
+func (c *pendingConn) resume() {
+	queues := c.fastPath.proxy.backends.queues
+	switch err := queues.dequeue(c.ctx, &c.waiter, c.upgrade.owner); {
+	case err == nil:
+		c.dialOwner()
+	case errors.Is(err, errRecheckOwner):
+		c.hold()
+	default:
+		c.fallBack(nil, err)
+	}
+}
+
+// wasHeld reports whether the client has waited for its owner.
+func (c *pendingConn) wasHeld() bool { return c.waiter.sequence != 0 }
+
+// fallBack leaves the client to net/http, with what it has sent and its upgrade. If the
+// owner has got the request, its connection goes too, with what it has answered. failure
+// is why the owner could not be reached. A client that is gone is closed.
+func (c *pendingConn) fallBack(answer []byte, failure error) {
+	if c.upgrade != nil && c.isGone() {
+		c.closeGone()
+		return
+	}
+	if c.wasHeld() && !errors.Is(c.ctx.Err(), context.Canceled) {
+		c.upgrade.dialErr = failure
+	}
+	f, control := c.fastPath, c.fastPath.proxy.backends.dialer.Control
+	defer f.pending.Done()
+	c.detach()
+	socket := os.NewFile(uintptr(c.fd[clientSide]), "socket")
+	conn, err := connFromSocket(socket, control)
+	if err != nil {
+		c.closeBackend()
+		c.release()
+		f.refuseClient(socket, err)
+		return
+	}
+	socket.Close() // before the owner's has a duplicate: descriptorsPerUpgrade
+	client := &clientConn{
+		Conn: &prefixedConn{conn, c.head}, remoteAddr: c.remoteAddr,
+		fdLimit: f.fdLimit, badHeads: &f.proxy.results[resultBadHead],
+	}
+	if c.fd[backendSide] >= 0 {
+		socket := os.NewFile(uintptr(c.fd[backendSide]), "socket")
+		if conn, err := connFromSocket(socket, control); err == nil { // else it is asked again
+			c.upgrade.backendConn = &prefixedConn{conn, answer}
+		}
+		socket.Close()
+	}
+	client.upgrade.Store(c.upgrade)
+	f.handToHTTP(client)
+}
+
+// closeGone closes a client that has left during its upgrade.
+func (c *pendingConn) closeGone() {
+	c.fastPath.proxy.results[resultClientGone].Add(1)
+	c.close()
+}
+
+// close ends the upgrade and closes both sockets.
+func (c *pendingConn) close() {
+	c.detach()
+	c.closeBackend()
+	closeSocket(c.fd[clientSide])
+	c.release()
+	c.fastPath.fdLimit.add(-descriptorsPerUpgrade)
+	c.fastPath.pending.Done()
+}
+
+// release releases the upgrade, if it was admitted.
+func (c *pendingConn) release() {
+	if c.upgrade != nil {
+		c.upgrade.release()
+	}
+}
+
+// detach takes the sockets from the poller, and ends the context.
+func (c *pendingConn) detach() {
+	c.endContext()
+	c.poller.removePending(c.slot, &c.sockets)
+}
+
+// endContext ends the context, and nothing follows from that.
+func (c *pendingConn) endContext() {
+	c.ctx.timer.Stop()
+	c.poller.mu.Lock()
+	defer c.poller.mu.Unlock()
+	c.ctx.onEnd = nil
+	c.ctx.end(context.Canceled)
+}
+
+// setDeadline gives c a context that ends at the deadline, in place of the one before.
+// holding is for the field of that name.
+func (c *pendingConn) setDeadline(deadline time.Time, holding bool) {
+	if c.ctx != nil {
+		c.endContext()
+	}
+	c.poller.mu.Lock()
+	defer c.poller.mu.Unlock()
+	ctx := &pendingContext{mu: &c.poller.mu, deadline: deadline, onEnd: c.interrupt}
+	ctx.timer = time.AfterFunc(time.Until(deadline), ctx.expire)
+	c.ctx, c.holding = ctx, holding
+	c.cancelIfGone()
+}
+
+// interrupt wakes the goroutine of c, or starts one if c is parked. The caller holds
+// poller.mu.
+func (c *pendingConn) interrupt() {
+	c.changed.Signal()
+	c.unpark()
+}
+
+// handleStop makes the client fall back. The caller holds poller.mu.
+func (c *pendingConn) handleStop() { c.cancelIfGone() }
+
+// handleEvent notes what epoll reports of a side. The caller holds poller.mu.
+func (c *pendingConn) handleEvent(i side, events uint32) {
+	const gone = syscall.EPOLLHUP | syscall.EPOLLERR // a half-closed client is not gone
+	const end = gone | syscall.EPOLLRDHUP | syscall.EPOLLPRI
+	c.events[i] |= events
+	c.unread[i] = c.unread[i] || events&end != 0
+	c.gone = c.gone || i == clientSide && events&gone != 0
+	c.cancelIfGone()
+	c.changed.Signal()
+}
+
+// cancelIfGone ends the context if the client is gone, has half-closed its connection
+// while it waits for its owner, or has to fall back. The caller holds poller.mu.
+func (c *pendingConn) cancelIfGone() {
+	gone := c.gone || c.holding && c.unread[clientSide]
+	if c.ctx != nil && (gone || c.fastPath.stopping.Load()) {
+		c.ctx.end(context.Canceled)
+	}
+}
+
+// isGone reports whether the client is gone.
+func (c *pendingConn) isGone() bool {
+	c.poller.mu.Lock()
+	defer c.poller.mu.Unlock()
+	return c.gone
+}
+
+// watch makes the poller watch what comes from the side.
+func (c *pendingConn) watch(i side) error {
+	c.poller.mu.Lock()
+	defer c.poller.mu.Unlock()
+	return c.poller.watchPending(c.slot, &c.sockets, i, epollReadEvents)
+}
+
+// wait makes epoll watch the side for the events in mask, and returns when there are
+// events that came after c.events was cleared. ctx bounds it. The caller holds
+// poller.mu.
+func (c *pendingConn) wait(ctx context.Context, i side, mask uint32) error {
+	if err := c.poller.watchPending(c.slot, &c.sockets, i, mask); err != nil {
+		return err
+	}
+	for c.events[i] == 0 {
+		err := c.ctx.err
+		if ctx != context.Context(c.ctx) {
+			err = cmp.Or(err, ctx.Err())
+		}
+		if err != nil {
+			return err
+		}
+		c.changed.Wait()
+	}
+	return nil
+}
+
+// read waits until the side has sent something, and returns it, up to the longest head
+// that is allowed. The rest stays in the socket.
+func (c *pendingConn) read(i side) ([]byte, error) {
+	p, limit := c.poller, min(bufferSize, c.fastPath.proxy.limits.headerBytes)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for {
+		c.events[i] = 0
+		n, errno := p.buf.receive(c.fd[i], limit)
+		switch {
+		case errno == syscall.EINTR:
+		case errno == syscall.EAGAIN:
+			if err := c.wait(c.ctx, i, epollReadEvents); err != nil {
+				return nil, err
+			}
+		case errno != 0:
+			return nil, os.NewSyscallError("recv", errno)
+		case n == 0:
+			return nil, io.EOF
+		default:
+			c.unread[i] = c.unread[i] || n == limit
+			return bytes.Clone(p.buf.data[:n]), nil
+		}
+	}
+}
+
+// write writes data to the side, and waits until the socket takes all of it.
+func (c *pendingConn) write(i side, data []byte) error {
+	p := c.poller
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for len(data) > 0 {
+		c.events[i] = 0
+		n, errno := p.send(c.fd[i], data)
+		switch errno {
+		case 0:
+			data = data[n:]
+		case syscall.EAGAIN:
+			err := c.wait(c.ctx, i, epollReadEvents|syscall.EPOLLOUT)
+			if err != nil {
+				return err
+			}
+		default:
+			return os.NewSyscallError("send", errno)
+		}
+	}
+	return nil
+}
+
+// respond sends the client the head of a response. The socket's buffer is empty: it
+// takes all of the head, unless the client is gone.
+func (c *pendingConn) respond(head []byte) bool {
+	c.poller.mu.Lock()
+	defer c.poller.mu.Unlock()
+	n, errno := c.poller.send(c.fd[clientSide], head)
+	return errno == 0 && n == len(head)
+}
+
+// connect is a connector: it connects to a backend's address, host:port.
+func (c *pendingConn) connect(ctx context.Context, addr string) error {
+	dialer := &c.fastPath.proxy.backends.dialer
+	to, err := netip.ParseAddrPort(addr)
+	if err != nil || to.Addr().Zone() != "" { // package net looks up the host or the zone
+		conn, err := dialAddr(ctx, dialer, addr)
+		if err == nil {
+			c.setBackend(detachDescriptor(conn))
+		}
+		return err
+	}
+	fd, err := connectTo(c.poller, to, dialer.Control)
+	if c.setBackend(fd); err == nil {
+		err = c.waitConnected(ctx)
+	}
+	if err == nil {
+		return nil
+	}
+	c.closeBackend()
+	if errors.Is(err, context.DeadlineExceeded) {
+		err = os.ErrDeadlineExceeded // as package net returns it
+	}
+	return &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(to), Err: err}
+}
+
+// waitConnected returns nil when the backend's socket is connected, or else why it
+// cannot be.
+func (c *pendingConn) waitConnected(ctx context.Context) error {
+	fd := int(c.fd[backendSide])
+	if isConnected(fd) {
+		return nil
+	}
+	if ctx != context.Context(c.ctx) { // the end of c.ctx interrupts by itself
+		defer context.AfterFunc(ctx, func() {
+			c.poller.mu.Lock()
+			defer c.poller.mu.Unlock()
+			c.interrupt()
+		})()
+	}
+	c.poller.mu.Lock()
+	defer c.poller.mu.Unlock()
+	for !isConnected(fd) {
+		errno, err := syscall.GetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_ERROR)
+		if err == nil && errno != 0 {
+			err = syscall.Errno(errno)
+		}
+		if err != nil {
+			return os.NewSyscallError("connect", err)
+		}
+		c.events[backendSide] = 0
+		err = c.wait(ctx, backendSide, epollReadEvents|syscall.EPOLLOUT)
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// setBackend sets the backend's socket, which epoll does not watch yet.
+func (c *pendingConn) setBackend(fd int32) {
+	const i = backendSide
+	c.poller.mu.Lock()
+	defer c.poller.mu.Unlock()
+	c.fd[i], c.mask[i], c.events[i], c.unread[i] = fd, 0, 0, false
+}
+
+// closeBackend closes the connection to the backend if there is one.
+func (c *pendingConn) closeBackend() {
+	if c.fd[backendSide] >= 0 {
+		closeSocket(c.fd[backendSide])
+		c.setBackend(-1)
 	}
 }
 
 // acceptSocket waits for the next client (accept4(2)).
-func acceptSocket(listener syscall.RawConn) (fd int, peer syscall.Sockaddr, err error) {
+func acceptSocket(
+	listener syscall.RawConn,
+) (fd int, peer syscall.Sockaddr, err error) {
+	const flags = syscall.SOCK_NONBLOCK | syscall.SOCK_CLOEXEC
 	closed := listener.Read(func(listener uintptr) bool {
-		fd, peer, err = syscall.Accept4(int(listener), syscall.SOCK_NONBLOCK|syscall.SOCK_CLOEXEC)
+		fd, peer, err = syscall.Accept4(int(listener), flags)
 		return err != syscall.EAGAIN
 	})
 	return fd, peer, cmp.Or(closed, err)
 }
 
-// addressOf is the address as net.Addr has it: of a Unix socket, none.
-func addressOf(peer syscall.Sockaddr) string {
+// addrString returns the address as net.Addr has it, or "" for a Unix socket.
+func addrString(peer syscall.Sockaddr) string {
 	switch peer := peer.(type) {
 	case *syscall.SockaddrInet4:
 		return netip.AddrPortFrom(netip.AddrFrom4(peer.Addr), uint16(peer.Port)).String()
@@ -755,39 +788,46 @@ func addressOf(peer syscall.Sockaddr) string {
 	return ""
 }
 
-// clientAddr is what addressOf returned, as a net.Addr.
+// clientAddr is what addrString returned, as a net.Addr.
 type clientAddr string
 
 func (clientAddr) Network() string  { return "tcp" }
 func (a clientAddr) String() string { return string(a) }
 
-// connectTo begins to connect to a TCP address, and does not wait for that
-// (connect(2): EINPROGRESS). control sets the socket's options, as it does for
-// a net.Dialer. The caller closes the socket.
-func connectTo(addr netip.AddrPort, control socketControl) (int32, error) {
-	family, to := syscall.AF_INET6, syscall.Sockaddr(&syscall.SockaddrInet6{Port: int(addr.Port()), Addr: addr.Addr().As16()})
+// connectTo returns a TCP socket that connects to the address, with p's memory. It does
+// not wait until it is connected (connect(2): EINPROGRESS). control sets the socket's
+// options, as it does for a net.Dialer. The caller closes the socket.
+func connectTo(p *poller, addr netip.AddrPort, control socketControl) (int32, error) {
+	family := syscall.AF_INET6
 	if addr.Addr().Is4() {
-		family, to = syscall.AF_INET, &syscall.SockaddrInet4{Port: int(addr.Port()), Addr: addr.Addr().As4()}
+		family = syscall.AF_INET
 	}
-	fd, err := syscall.Socket(family, syscall.SOCK_STREAM|syscall.SOCK_NONBLOCK|syscall.SOCK_CLOEXEC, 0)
+	const kind = syscall.SOCK_STREAM | syscall.SOCK_NONBLOCK | syscall.SOCK_CLOEXEC
+	fd, err := syscall.Socket(family, kind, 0)
 	if err != nil {
 		return -1, os.NewSyscallError("socket", err)
 	}
 	if err = control("tcp", addr.String(), descriptor(fd)); err == nil {
-		err = os.NewSyscallError("connect", syscall.Connect(fd, to))
+		err = p.connect(fd, addr)
 	}
-	if (err == nil || errors.Is(err, syscall.EINPROGRESS)) && isSelfConnect(fd, addr) {
-		err = fmt.Errorf("dial tcp %s: %w", addr, errSelfConnect)
+	if err == nil && isSelfConnect(fd, addr) {
+		err = errSelfConnect
 	}
-	if err == nil || errors.Is(err, syscall.EINPROGRESS) {
-		return int32(fd), nil
+	if err != nil {
+		closeSocket(int32(fd))
+		return -1, err
 	}
-	syscall.Close(fd)
-	return -1, err
+	return int32(fd), nil
 }
 
-// isSelfConnect reports whether the socket, which connects to the address, has it too. It
-// has its own as soon as it connects.
+// isConnected reports whether a socket of connectTo is connected.
+func isConnected(fd int) bool {
+	_, err := syscall.Getpeername(fd)
+	return err == nil
+}
+
+// isSelfConnect reports whether the socket, which connects to the address, has that
+// address itself. A socket has its address as soon as it connects.
 func isSelfConnect(fd int, to netip.AddrPort) bool {
 	local, err := syscall.Getsockname(fd)
 	if err != nil {
@@ -800,18 +840,19 @@ func isSelfConnect(fd int, to netip.AddrPort) bool {
 	case *syscall.SockaddrInet6:
 		own = netip.AddrPortFrom(netip.AddrFrom16(local.Addr).Unmap(), uint16(local.Port))
 	}
-	return own.Port() == to.Port() && (own.Addr() == to.Addr().Unmap() || to.Addr().IsUnspecified())
+	return own.Port() == to.Port() &&
+		(own.Addr() == to.Addr().Unmap() || to.Addr().IsUnspecified())
 }
 
-// connFromSocket makes a connection of a duplicate of the socket, and gives it its options
-// again: package net sets those of keepalive as it likes. The caller closes both.
+// connFromSocket returns a connection with a duplicate of the socket. control sets the
+// options that package net has set to its own of keepalive. The caller closes both.
 func connFromSocket(socket *os.File, control socketControl) (net.Conn, error) {
 	conn, err := net.FileConn(socket)
 	if err != nil {
 		return nil, err
 	}
 	if tcp, ok := conn.(*net.TCPConn); ok {
-		raw, _ := tcp.SyscallConn() // its error is a nil conn
+		raw, _ := tcp.SyscallConn() // fails only for a nil conn
 		err = errors.Join(tcp.SetKeepAlive(false), control("tcp", "", raw))
 	}
 	if err != nil {
@@ -820,7 +861,7 @@ func connFromSocket(socket *os.File, control socketControl) (net.Conn, error) {
 	return conn, err
 }
 
-// descriptor is the syscall.RawConn of a socket that is not in Go's poller.
+// descriptor is a socket that is not in Go's poller, as a syscall.RawConn.
 type descriptor int
 
 func (d descriptor) Control(f func(fd uintptr)) error { f(uintptr(d)); return nil }

@@ -5,7 +5,6 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -19,10 +18,235 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 )
+
+// waitPendingConn returns the only client on the fast path, once its owner is dialled.
+func (p *testProxy) waitPendingConn(t testing.TB) *pendingConn {
+	t.Helper()
+	p.waitPending(t, 1)
+	for end := time.Now().Add(patience); ; <-time.After(time.Millisecond) {
+		for _, c := range p.pendingConns() {
+			c.poller.mu.Lock()
+			dialled := c.fd[backendSide] >= 0
+			c.poller.mu.Unlock()
+			if dialled {
+				return c
+			}
+		}
+		if time.Now().After(end) {
+			t.Fatal("nobody is on the fast path")
+		}
+	}
+}
+
+// The bound of an answer's head holds on both ways.
+func TestFastPathBoundsTheResponse(t *testing.T) {
+	long := strings.Replace(switching, "\r\n", "\r\nX-Long: "+strings.Repeat("x", 9<<10)+"\r\n", 1)
+	backend := startStub(t, "127.0.0.1:0", answer(long))
+	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
+	mustAnswer(t, p.send(t, "ns-01"), http.StatusBadGateway)
+	p.waitResult(t, resultBadGateway)
+}
+
+// What a client sends beyond its head stays with the kernel until somebody takes it.
+func TestFastPathReadsAHeadOnly(t *testing.T) {
+	backend := startStub(t, "127.0.0.1:0", silent)
+	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
+	conn, err := net.Dial("tcp", p.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	mustWrite(t, conn, upgradeRequest("/ws/ns-01")+strings.Repeat("much ", 10_000))
+	c := p.waitPendingConn(t)
+	c.poller.mu.Lock()
+	defer c.poller.mu.Unlock()
+	if n, limit := len(c.head), p.limits.headerBytes; n > limit {
+		t.Errorf("%d bytes of a client are kept, want at most the %d of a head", n, limit)
+	}
+}
+
+// A dial that was given up leaves what others found out about the backend.
+func TestFastPathGivesUpADial(t *testing.T) {
+	l := fullListener(t)
+	var forgotten atomic.Int64
+	p := startProxy(t, []string{l.Addr().String()}, map[string]string{}, func(p *proxy) {
+		p.backends.invalidate = func(int) { forgotten.Add(1) }
+	})
+	conn := p.send(t, "ns-01")
+	defer conn.Close()
+	c, failure := p.waitPendingConn(t), errors.New("no route")
+	if !p.backends.queues.tryDial(0) {
+		t.Fatal("the backend may not be dialled twice at once")
+	}
+	p.backends.queues.dialDone(0, failure, false)
+	c.giveUp()
+	p.waitHTTP(t)
+	if n := forgotten.Load(); n != 0 {
+		t.Errorf("the backend's address was forgotten %d times, want it kept", n)
+	}
+	p.backends.queues.mu.Lock()
+	defer p.backends.queues.mu.Unlock()
+	if line := p.backends.queues.queues[0]; line.failures != 1 || line.lastErr != failure {
+		t.Errorf("after a dial that was given up the backend has failed %d times, at last by %v; want 1, %v", line.failures, line.lastErr, failure)
+	}
+}
+
+// A backend that has answered is looked for no more.
+func TestFastPathMeant(t *testing.T) {
+	backend := startStub(t, "127.0.0.1:0", echo)
+	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
+	p.backends.queues.setMisdirected(0, errMisdirected)
+	p.open(t, "ns-01")
+	if astray, n := p.backends.queues.misdirectedQueues.Load(), p.http.Load(); astray != 0 || n != 0 {
+		t.Errorf("%d backends are looked for and net/http had %d clients, want 0, 0", astray, n)
+	}
+}
+
+// Clients that leave while their owner is dialled give their turns to dial on.
+func TestFastPathGivesUpItsTurn(t *testing.T) {
+	l := fullListener(t)
+	p := startProxy(t, []string{l.Addr().String()}, map[string]string{}, nil)
+	for range 2 * maxDialsPerBackend {
+		conn := p.send(t, "ns-01")
+		p.waitPending(t, 1)
+		reset(conn.(*net.TCPConn))
+		p.waitPending(t, 0)
+	}
+	dialling := func() int {
+		p.backends.queues.mu.Lock()
+		defer p.backends.queues.mu.Unlock()
+		return p.backends.queues.queue(0).dialing
+	}
+	for end := time.Now().Add(patience); dialling() != 0; <-time.After(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%d turns are taken after all have left, want 0", dialling())
+		}
+	}
+}
+
+// The backend is told of a client that has reset its connection where it came
+// from, and not only what the client says itself.
+func TestFastPathForwardsWhoWasReset(t *testing.T) {
+	backend := startStub(t, "127.0.0.1:0", echo)
+	clients, read := make(chan *net.TCPConn, 1), sync.Once{}
+	p := startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) {
+		p.namespace = func(r *http.Request) (namespace string, refused *refusal) {
+			read.Do(func() { // between the read of its head and the hand-over to net/http
+				conn := <-clients
+				conn.SetLinger(0)
+				conn.Close()
+				refused = refuse(resultNotFound, "so that it is net/http's")
+			})
+			if refused != nil {
+				return "", refused
+			}
+			return pathNamespace(r)
+		}
+	})
+	conn, err := net.Dial("tcp", p.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	forged := strings.Replace(upgradeRequest("/ws/ns-01"), "\r\n", "\r\nX-Forwarded-For: 203.0.113.9\r\n", 1)
+	mustWrite(t, conn, forged+strings.Repeat("early ", 1000)) // net/http does not see the end behind that
+	clients <- conn.(*net.TCPConn)
+	p.waitResult(t, resultClientGone)
+	if heads := backend.heads(); len(heads) != 1 || !strings.Contains(heads[0], "X-Forwarded-For: 203.0.113.9, 127.0.0.1\r\n") {
+		t.Errorf("the backend got %q, want one request with X-Forwarded-For: 203.0.113.9, 127.0.0.1", heads)
+	}
+}
+
+// While a client and its owner are handed over, they need descriptorsPerUpgrade.
+func TestFastPathDescriptors(t *testing.T) {
+	backend := startStub(t, "127.0.0.1:0", silent)
+	var mu sync.Mutex
+	var open []int // descriptors of the process, at each duplicate
+	p := startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) {
+		control := p.backends.dialer.Control
+		p.backends.dialer.Control = func(network, address string, c syscall.RawConn) error {
+			mu.Lock()
+			defer mu.Unlock()
+			if files, err := filepath.Glob("/proc/self/fd/*"); err == nil && address == "" {
+				open = append(open, len(files))
+			}
+			return control(network, address, c)
+		}
+	})
+	p.send(t, "ns-01")
+	c := p.waitPendingConn(t)
+	for end := time.Now().Add(patience); len(backend.heads()) == 0 && time.Now().Before(end); {
+		<-time.After(time.Millisecond)
+	}
+	c.giveUp()
+	p.waitHTTP(t)
+	mu.Lock()
+	defer mu.Unlock()
+	if len(open) != 2 || open[1] > open[0] {
+		t.Errorf("with the client's duplicate %v descriptors are open, and then with its owner's; want as many", open)
+	}
+}
+
+// closes counts how often a connection is closed.
+type closes struct {
+	net.Conn
+	mu sync.Mutex
+	n  int
+}
+
+func (c *closes) Close() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.n++
+	return nil
+}
+
+// The server may close a client's connection while its request begins: its upgrade, and
+// the connection to the owner with it, is closed once.
+func TestClientConnCloses(t *testing.T) {
+	for range 20 {
+		near, far := net.Pipe()
+		defer far.Close()
+		var limit upgradeLimit
+		limit.acquire(0, 1, 10)
+		owner := &closes{}
+		c := &clientConn{Conn: near, fdLimit: wideDescriptorLimit(t)}
+		c.upgrade.Store(&pendingUpgrade{limit: &limit, backendConn: owner})
+		var both sync.WaitGroup
+		both.Go(func() { c.Close() })
+		both.Go(func() {
+			ctx := context.WithValue(t.Context(), clientConnKey{}, c)
+			if u := takePendingUpgrade(ctx); u != nil {
+				u.close()
+			}
+		})
+		both.Wait()
+		if pending, _ := limit.inUse(0); owner.n != 1 || pending != 0 {
+			t.Fatalf("the owner's connection was closed %d times, and %d upgrades are pending; want 1, 0", owner.n, pending)
+		}
+	}
+}
+
+// A head that net/http has read is kept by nobody, though the connection stays.
+func TestPrefixedConnFreesPrefix(t *testing.T) {
+	near, far := net.Pipe()
+	defer far.Close()
+	defer near.Close()
+	c := &prefixedConn{near, []byte("head")}
+	for _, want := range []string{"hea", "d"} {
+		got := make([]byte, 3)
+		if n, err := c.Read(got); err != nil || string(got[:n]) != want {
+			t.Fatalf("%q was read, and %v; want %q", got[:n], err, want)
+		}
+	}
+	if c.prefix != nil {
+		t.Errorf("%d bytes are kept of a head that was read, want none", cap(c.prefix[:0]))
+	}
+}
 
 // inTwo writes what it is given in two parts, the second after pause.
 func inTwo(w io.Writer, text string, pause func()) {
@@ -162,45 +386,8 @@ func TestFastPathFallsBack(t *testing.T) {
 			if n, asked, waiting := p.http.Load(), len(backend.heads()), p.underWay(); n != 1 || asked != tt.asked || waiting > 0 && tt.want == 101 {
 				t.Errorf("net/http had %d clients, the backend was asked %d times, and %d upgrades are under way; want 1, %d, 0", n, asked, waiting, tt.asked)
 			}
-		})
-	}
-}
-
-// The goroutines that carry sessions read only heads that cost them little, of
-// clients and of backends, whatever they are made of: all others are net/http's
-// before they are parsed.
-func TestFastPathReadsSmallHeads(t *testing.T) {
-	plain := upgradeRequest("/ws/ns-01")
-	with := func(head string, fields string) string { return strings.Replace(head, "\r\n", "\r\n"+fields, 1) }
-	fill := func(head string) int { return maxSmallHeadParts - strings.Count(head, "\n") - strings.Count(head, ",") }
-	long := func(head string) int { return maxSmallHead - len(head) - len("X: \r\n") }
-	tests := map[string]struct {
-		send, answer string // "": as ever
-		other        bool   // net/http has it
-	}{
-		"fields":           {send: with(plain, strings.Repeat("X: a\r\n", fill(plain)))},
-		"more fields":      {send: with(plain, strings.Repeat("X: a\r\n", fill(plain)+1)), other: true},
-		"names":            {send: strings.Replace(plain, "keep-alive", "keep-alive"+strings.Repeat(",a", fill(plain)), 1)},
-		"more names":       {send: strings.Replace(plain, "keep-alive", "keep-alive"+strings.Repeat(",a", fill(plain)+1), 1), other: true},
-		"bytes":            {send: with(plain, "X: "+strings.Repeat("x", long(plain))+"\r\n")},
-		"more bytes":       {send: with(plain, "X: "+strings.Repeat("x", long(plain)+1)+"\r\n"), other: true},
-		"early bytes":      {send: plain + strings.Repeat(",\n", maxSmallHeadParts)},
-		"answered":         {answer: with(switching, strings.Repeat("X: a\r\n", fill(switching)))},
-		"answered more":    {answer: with(switching, strings.Repeat("X: a\r\n", fill(switching)+1)), other: true},
-		"answered long":    {answer: with(switching, "X: "+strings.Repeat("x", long(switching)+1)+"\r\n"), other: true},
-		"greeting":         {answer: switching + strings.Repeat(",\n", maxSmallHeadParts)},
-		"hints":            {answer: "HTTP/1.1 103 Early Hints\r\n\r\n" + switching},
-		"long hints":       {answer: "HTTP/1.1 103 Early Hints\r\n" + strings.Repeat("X: a\r\n", maxSmallHeadParts) + "\r\n" + switching, other: true},
-		"long after hints": {answer: "HTTP/1.1 103 Early Hints\r\n\r\n" + with(switching, strings.Repeat("X: a\r\n", maxSmallHeadParts)), other: true},
-	}
-	for name, tt := range tests {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			backend := startStub(t, "127.0.0.1:0", answer(cmp.Or(tt.answer, switching)))
-			p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
-			_, _, resp := p.ask(t, cmp.Or(tt.send, plain))
-			if had := p.http.Load() > 0; resp.StatusCode != http.StatusSwitchingProtocols || had != tt.other {
-				t.Errorf("answer %s, and net/http had it: %v; want 101, %v", resp.Status, had, tt.other)
+			if n := p.handshakes.Load(); tt.asked == 1 && n != 1 {
+				t.Errorf("the upgrade was admitted %d times, want once on both ways", n)
 			}
 		})
 	}
@@ -216,8 +403,8 @@ func TestFastPathClientLeaves(t *testing.T) {
 		close(left)
 	})
 	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
+	begun := time.Now()
 	conn := p.send(t, "ns-01")
-	p.waitPendingConn(t).timer.Stop() // after which net/http would see it
 	<-asked
 	reset(conn.(*net.TCPConn))
 	select {
@@ -227,7 +414,7 @@ func TestFastPathClientLeaves(t *testing.T) {
 	}
 	p.waitResult(t, resultClientGone)
 	p.waitPending(t, 0)
-	if n := p.http.Load(); n != 0 {
+	if n := p.http.Load(); n != 0 && time.Since(begun) < fastPathTimeout {
 		t.Errorf("net/http had %d clients, want 0", n)
 	}
 }
@@ -243,7 +430,7 @@ func TestFastPathEarlyBytes(t *testing.T) {
 	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
 	conn := p.send(t, "ns-01")
 	p.waitPendingConn(t)
-	mustWrite(t, conn, "early") // epoll reports this before the answer
+	mustWrite(t, conn, "early") // the poller has an event of this before the response
 	close(sent)
 	conn.SetReadDeadline(time.Now().Add(patience))
 	br := bufio.NewReader(conn)
@@ -253,6 +440,19 @@ func TestFastPathEarlyBytes(t *testing.T) {
 	got := make([]byte, len("early"))
 	if _, err := io.ReadFull(br, got); err != nil || string(got) != "early" {
 		t.Errorf("%q came back, and %v; want what was sent before the answer", got, err)
+	}
+}
+
+// A backend that ends with its answer ends the session: its socket is told of once
+// only, before the answer is read.
+func TestFastPathBackendEnds(t *testing.T) {
+	backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, _ *bufio.Reader) { io.WriteString(conn, switching+"bye") })
+	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
+	for range 50 {
+		_, br, resp := p.ask(t, upgradeRequest("/ws/ns-01"))
+		if rest, err := io.ReadAll(br); resp.StatusCode != http.StatusSwitchingProtocols || string(rest) != "bye" || err != nil {
+			t.Fatalf("answer %s and then %q, %v; want 101, the backend's last words and its end", resp.Status, rest, err)
+		}
 	}
 }
 
@@ -270,13 +470,13 @@ func TestFastPathLeavesTheSet(t *testing.T) {
 			defer conn.Close()
 			mustWrite(t, conn, request)
 			if request != "" {
-				p.waitPendingConn(t).fallBackNow()
+				p.waitPendingConn(t).giveUp()
 			}
 			p.waitHTTP(t)
 			for i, poller := range p.relay.engine.pollers {
 				info, err := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", poller.epollFD)) // proc_pid_fdinfo(5)
 				if n := bytes.Count(info, []byte("tfd:")); err != nil || n != 1 {
-					t.Errorf("poller %d watches %d sockets, %v; want its bell only:\n%s", i, n, err, info)
+					t.Errorf("poller %d watches %d sockets, %v; want its wake descriptor only:\n%s", i, n, err, info)
 				}
 			}
 		})
@@ -314,13 +514,12 @@ func TestFastPathDial(t *testing.T) {
 		mustAnswer(t, conn, 101)
 	})
 	t.Run("late", func(t *testing.T) {
-		l, fill := fullListener(t)
+		var running sync.WaitGroup
+		t.Cleanup(running.Wait)
+		l := fullListener(t)
 		p := startProxy(t, []string{l.Addr().String()}, map[string]string{}, nil)
 		conn := p.send(t, "ns-01")
 		p.waitHTTP(t) // after fastPathTimeout
-		var running sync.WaitGroup
-		defer running.Wait()
-		defer l.Close()
 		running.Go(func() {
 			for conn, err := l.Accept(); err == nil; conn, err = l.Accept() {
 				running.Go(func() {
@@ -332,12 +531,22 @@ func TestFastPathDial(t *testing.T) {
 				})
 			}
 		})
-		for _, conn := range fill {
-			conn.Close()
-		}
 		mustAnswer(t, conn, 101)
 		conn.Close()
 	})
+}
+
+// A backend whose address is a name is dialled too.
+func TestFastPathDialsByName(t *testing.T) {
+	backend := startStub(t, "127.0.0.1:0", echo)
+	_, port, _ := net.SplitHostPort(backend.addr)
+	p := startProxy(t, []string{"localhost:" + port}, map[string]string{}, nil)
+	conn := p.open(t, "ns-01")
+	mustWrite(t, conn, "hello")
+	mustRead(t, conn, "hello")
+	if n := p.http.Load(); n != 0 {
+		t.Errorf("net/http had %d clients, want 0", n)
+	}
 }
 
 // waitHeld returns when so many clients are held on the fast path.
@@ -345,13 +554,12 @@ func (p *testProxy) waitHeld(t testing.TB, n int) {
 	t.Helper()
 	for end := time.Now().Add(patience); ; <-time.After(time.Millisecond) {
 		held := 0
-		for _, g := range p.pendingConns() {
-			a := g.(*pendingConn)
-			a.mu.Lock()
-			if a.holding != nil {
+		for _, c := range p.pendingConns() {
+			c.poller.mu.Lock()
+			if c.holding {
 				held++
 			}
-			a.mu.Unlock()
+			c.poller.mu.Unlock()
 		}
 		if held == n {
 			return
@@ -374,7 +582,7 @@ func TestFastPathHolds(t *testing.T) {
 	after := func(t *testing.T, p *testProxy) {
 		t.Helper()
 		p.waitPending(t, 0)
-		if n := p.headBytes.Load(); n != 0 {
+		if n := p.headBytes(); n != 0 {
 			t.Errorf("%d bytes of heads are counted as held after all, want 0", n)
 		}
 	}
@@ -400,22 +608,24 @@ func TestFastPathHolds(t *testing.T) {
 	t.Run("not for longer", func(t *testing.T) {
 		t.Parallel()
 		var mu sync.Mutex
-		until := map[time.Time]bool{} // of those that wait
+		until := map[time.Time]bool{} // of the dials, but for the first, which is made before the upgrade is held
+		dials := 0
 		addr := refusingAddr(t)
 		p := startProxy(t, []string{addr}, map[string]string{}, func(p *proxy) {
 			p.limits.holdTimeout = dialTimeout - time.Millisecond // the deadline of a dial too
 			p.backends.resolve = func(ctx context.Context, _ int) (string, error) {
 				mu.Lock()
 				defer mu.Unlock()
-				if at, _ := ctx.Deadline(); ctx.Err() == nil {
+				if at, _ := ctx.Deadline(); dials > 0 {
 					until[at] = true
 				}
+				dials++
 				return addr, nil
 			}
 		})
 		conn := p.send(t, "ns-01")
 		p.waitHeld(t, 1)
-		p.pendingConns()[0].fallBackNow() // net/http holds it too
+		p.pendingConns()[0].giveUp() // net/http holds it too
 		mustAnswer(t, conn, http.StatusServiceUnavailable)
 		mu.Lock()
 		defer mu.Unlock()
@@ -448,6 +658,11 @@ func TestFastPathHolds(t *testing.T) {
 			t.Errorf("the backend got %q, want the second table and its owner", head)
 		}
 		after(t, p)
+		for ordinal := range 2 {
+			if _, own := p.pendingUpgrades.inUse(ordinal); own != 0 {
+				t.Errorf("%d places of backend-%d are taken after all, want 0", own, ordinal)
+			}
+		}
 	})
 	for way, request := range bothWays("/ws/ns-01") {
 		t.Run("too many bytes "+way, func(t *testing.T) {
@@ -462,9 +677,9 @@ func TestFastPathHolds(t *testing.T) {
 				}
 				defer conn.Close()
 				mustWrite(t, conn, head)
-				for end := time.Now().Add(patience); p.headBytes.Load() < int64(i+1)*size; <-time.After(time.Millisecond) {
+				for end := time.Now().Add(patience); p.headBytes() < (i+1)*size; <-time.After(time.Millisecond) {
 					if time.Now().After(end) {
-						t.Fatalf("%d bytes are held for %d heads of %d", p.headBytes.Load(), i+1, len(head))
+						t.Fatalf("%d bytes are held for %d heads of %d", p.headBytes(), i+1, len(head))
 					}
 				}
 			}
@@ -473,6 +688,77 @@ func TestFastPathHolds(t *testing.T) {
 				t.Errorf("the third head gets %s, want 503 of the limit", resp.Status)
 			}
 		})
+	}
+}
+
+// A client that has gone before it is held is not held. One that has half-closed its
+// connection is net/http's, which holds it for halfClosedHold.
+func TestFastPathHoldsNobodyWhoIsGone(t *testing.T) {
+	for name, leave := range map[string]func(*net.TCPConn){
+		"reset":       func(conn *net.TCPConn) { reset(conn) },
+		"half-closed": func(conn *net.TCPConn) { conn.CloseWrite() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var p *testProxy
+			clients, left := make(chan *net.TCPConn, 1), sync.Once{}
+			p = startProxy(t, []string{"127.0.0.1:1"}, map[string]string{}, func(proxy *proxy) {
+				proxy.limits.holdTimeout = time.Hour
+				proxy.backends.queues.checkReady = func(int) error {
+					left.Do(func() { // the client was admitted, and is not held yet
+						leave(<-clients)
+						p.waitLeft(t)
+					})
+					return errors.New("not ready")
+				}
+			})
+			conn := p.send(t, "ns-01")
+			clients <- conn.(*net.TCPConn)
+			p.waitResult(t, resultClientGone)
+			if name == "half-closed" {
+				mustAnswer(t, conn, http.StatusServiceUnavailable)
+			}
+		})
+	}
+}
+
+// A client that leaves just before it is parked does not stay parked: the end of its
+// context starts no goroutine, as it is not parked yet.
+func TestFastPathParksNobodyWhoIsGone(t *testing.T) {
+	p := startProxy(t, []string{"127.0.0.1:1"}, map[string]string{}, func(p *proxy) {
+		p.limits.holdTimeout = time.Hour
+		var once sync.Once
+		p.backends.queues.checkReady = func(int) error {
+			once.Do(p.relay.mu.Lock) // the client was admitted; recheckOwner waits
+			return errors.New("not ready")
+		}
+	})
+	conn := p.send(t, "ns-01")
+	unlock := sync.OnceFunc(p.relay.mu.Unlock)
+	defer unlock()
+	waitStacks(t, "the client is held", func(stacks []byte) bool {
+		return bytes.Contains(stacks, []byte(".recheckOwner("))
+	})
+	reset(conn.(*net.TCPConn))
+	p.waitLeft(t)
+	unlock()
+	p.waitResult(t, resultClientGone)
+}
+
+// waitLeft returns when the poller knows that its only client has gone or half-closed.
+func (p *testProxy) waitLeft(t testing.TB) {
+	for end := time.Now().Add(patience); ; <-time.After(time.Millisecond) {
+		c := p.pendingConns()[0]
+		c.poller.mu.Lock()
+		left := c.unread[clientSide]
+		c.poller.mu.Unlock()
+		if left {
+			return
+		}
+		if time.Now().After(end) {
+			t.Error("the poller does not know that the client has left")
+			return
+		}
 	}
 }
 
@@ -518,24 +804,6 @@ func TestProcessHolds(t *testing.T) {
 	}
 }
 
-// fullListener is one whose backlog is full: who connects waits.
-func fullListener(t *testing.T) (l net.Listener, fill []net.Conn) {
-	t.Helper()
-	l = listenLocal(t)
-	raw, err := l.(*net.TCPListener).SyscallConn()
-	if err != nil {
-		t.Fatal(err)
-	}
-	raw.Control(func(fd uintptr) { err = syscall.Listen(int(fd), 0) })
-	for err == nil {
-		var conn net.Conn
-		if conn, err = net.DialTimeout("tcp", l.Addr().String(), 100*time.Millisecond); err == nil {
-			fill = append(fill, conn)
-		}
-	}
-	return l, fill
-}
-
 // Both ways give the sockets of a session the same options.
 func TestFastPathOptions(t *testing.T) {
 	backend := startStub(t, "127.0.0.1:0", echo)
@@ -574,7 +842,7 @@ func socketsOf(t *testing.T, front, backend string) map[string]string {
 		if lerr != nil || perr != nil {
 			continue
 		}
-		side := map[bool]string{true: "client"}[addressOf(local) == front] + map[bool]string{true: "backend"}[addressOf(peer) == backend]
+		side := map[bool]string{true: "client"}[addrString(local) == front] + map[bool]string{true: "backend"}[addrString(peer) == backend]
 		if side == "" {
 			continue // another test's, or of the other end
 		}
@@ -634,14 +902,27 @@ func TestFastPathStops(t *testing.T) {
 }
 
 // pendingConns returns those who are on the fast path.
-func (p *testProxy) pendingConns() (all []pollClient) {
+func (p *testProxy) pendingConns() (all []*pendingConn) {
 	for _, poller := range p.relay.engine.pollers {
-		all = append(all, poller.pendingConns()...)
+		poller.mu.Lock()
+		for _, at := range poller.slots {
+			if at.handler != nil {
+				all = append(all, at.handler.(*pendingConn))
+			}
+		}
+		poller.mu.Unlock()
 	}
 	return all
 }
 
-// FuzzFastPath holds what is taken the fast path against net/http's server: it would
+// giveUp ends its time.
+func (c *pendingConn) giveUp() {
+	c.poller.mu.Lock()
+	defer c.poller.mu.Unlock()
+	c.ctx.end(context.Canceled)
+}
+
+// FuzzFastPath holds what is taken by the fast path against net/http's server: it would
 // give its handler the same request.
 func FuzzFastPath(f *testing.F) {
 	for _, request := range []string{
@@ -655,7 +936,7 @@ func FuzzFastPath(f *testing.F) {
 	}
 	x := &fastPath{proxy: &proxy{limits: limits{headerBytes: 4 << 10, headerFields: 100}}}
 	f.Fuzz(func(t *testing.T, data []byte) {
-		got, size := x.upgrade(data)
+		got, size := x.parseUpgrade(data)
 		if got == nil {
 			return
 		}
@@ -722,217 +1003,6 @@ func (l *oneListener) Accept() (net.Conn, error) {
 
 func (*oneListener) Close() error   { return nil }
 func (*oneListener) Addr() net.Addr { return nil }
-
-// waitPendingConn returns the only client on the fast path, once it has asked its owner.
-func (p *testProxy) waitPendingConn(t testing.TB) *pendingConn {
-	t.Helper()
-	p.waitPending(t, 1)
-	for end := time.Now().Add(patience); ; <-time.After(time.Millisecond) {
-		for _, g := range p.pendingConns() {
-			a := g.(*pendingConn)
-			a.mu.Lock()
-			asked := a.fd[backendSide] >= 0
-			a.mu.Unlock()
-			if asked {
-				return a
-			}
-		}
-		if time.Now().After(end) {
-			t.Fatal("nobody is on the fast path")
-		}
-	}
-}
-
-// The bound of an answer's head holds on both ways.
-func TestFastPathBoundsTheResponse(t *testing.T) {
-	long := strings.Replace(switching, "\r\n", "\r\nX-Long: "+strings.Repeat("x", 9<<10)+"\r\n", 1)
-	backend := startStub(t, "127.0.0.1:0", answer(long))
-	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
-	mustAnswer(t, p.send(t, "ns-01"), http.StatusBadGateway)
-	p.waitResult(t, resultBadGateway)
-}
-
-// What a client sends beyond its head stays with the kernel until somebody takes it.
-func TestFastPathReadsAHeadOnly(t *testing.T) {
-	backend := startStub(t, "127.0.0.1:0", silent)
-	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
-	conn, err := net.Dial("tcp", p.addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	mustWrite(t, conn, upgradeRequest("/ws/ns-01")+strings.Repeat("much ", 10_000))
-	a := p.waitPendingConn(t)
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if n, limit := len(a.head), p.limits.headerBytes; n > limit {
-		t.Errorf("%d bytes of a client are kept, want at most the %d of a head", n, limit)
-	}
-}
-
-// A dial that was given up leaves what others found out about the backend.
-func TestFastPathGivesUpADial(t *testing.T) {
-	l, fill := fullListener(t)
-	defer l.Close()
-	for _, conn := range fill {
-		defer conn.Close()
-	}
-	p := startProxy(t, []string{l.Addr().String()}, map[string]string{}, nil)
-	conn := p.send(t, "ns-01")
-	defer conn.Close()
-	a, failure := p.waitPendingConn(t), errors.New("no route")
-	if !p.backends.queues.tryDial(0) {
-		t.Fatal("the backend may not be dialled twice at once")
-	}
-	p.backends.dialDone(0, failure, false)
-	a.fallBackNow()
-	p.backends.queues.mu.Lock()
-	defer p.backends.queues.mu.Unlock()
-	if line := p.backends.queues.queues[0]; line.failures != 1 || line.lastErr != failure {
-		t.Errorf("after a dial that was given up the backend has failed %d times, at last by %v; want 1, %v", line.failures, line.lastErr, failure)
-	}
-}
-
-// Clients that leave while their owner is dialled give their turns to dial on.
-func TestFastPathGivesUpItsTurn(t *testing.T) {
-	l, fill := fullListener(t)
-	defer l.Close()
-	for _, conn := range fill {
-		defer conn.Close()
-	}
-	p := startProxy(t, []string{l.Addr().String()}, map[string]string{}, nil)
-	for range 2 * maxDialsPerBackend {
-		conn := p.send(t, "ns-01")
-		p.waitPending(t, 1)
-		reset(conn.(*net.TCPConn))
-		p.waitPending(t, 0)
-	}
-	dialling := func() int {
-		p.backends.queues.mu.Lock()
-		defer p.backends.queues.mu.Unlock()
-		return p.backends.queues.queue(0).dialing
-	}
-	for end := time.Now().Add(patience); dialling() != 0; <-time.After(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("%d turns are taken after all have left, want 0", dialling())
-		}
-	}
-}
-
-// The backend reads where a client came from that has reset its connection
-// meanwhile, and not only what the client says itself.
-func TestFastPathForwardsWhoWasReset(t *testing.T) {
-	backend := startStub(t, "127.0.0.1:0", echo)
-	clients, read := make(chan *net.TCPConn, 1), sync.Once{}
-	p := startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) {
-		p.namespace = func(r *http.Request) (namespace string, refused *refusal) {
-			read.Do(func() { // between the read of its head and the hand-over to net/http
-				conn := <-clients
-				conn.SetLinger(0)
-				conn.Close()
-				refused = refuse(resultNotFound, "so that it is net/http's")
-			})
-			if refused != nil {
-				return "", refused
-			}
-			return pathNamespace(r)
-		}
-	})
-	conn, err := net.Dial("tcp", p.addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	forged := strings.Replace(upgradeRequest("/ws/ns-01"), "\r\n", "\r\nX-Forwarded-For: 203.0.113.9\r\n", 1)
-	mustWrite(t, conn, forged+strings.Repeat("early ", 1000)) // net/http does not see the end behind that
-	clients <- conn.(*net.TCPConn)
-	p.waitResult(t, resultClientGone)
-	if heads := backend.heads(); len(heads) != 1 || !strings.Contains(heads[0], "X-Forwarded-For: 203.0.113.9, 127.0.0.1\r\n") {
-		t.Errorf("the backend got %q, want one request with X-Forwarded-For: 203.0.113.9, 127.0.0.1", heads)
-	}
-}
-
-// While a client and its owner are handed over, they need descriptorsPerUpgrade.
-func TestFastPathDescriptors(t *testing.T) {
-	backend := startStub(t, "127.0.0.1:0", silent)
-	var mu sync.Mutex
-	var open []int // descriptors of the process, at each duplicate
-	p := startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) {
-		control := p.backends.dialer.Control
-		p.backends.dialer.Control = func(network, address string, c syscall.RawConn) error {
-			mu.Lock()
-			defer mu.Unlock()
-			if files, err := filepath.Glob("/proc/self/fd/*"); err == nil && address == "" {
-				open = append(open, len(files))
-			}
-			return control(network, address, c)
-		}
-	})
-	p.send(t, "ns-01")
-	a := p.waitPendingConn(t)
-	for end := time.Now().Add(patience); len(backend.heads()) == 0 && time.Now().Before(end); {
-		<-time.After(time.Millisecond)
-	}
-	a.fallBackNow()
-	mu.Lock()
-	defer mu.Unlock()
-	if len(open) != 2 || open[1] > open[0] {
-		t.Errorf("with the client's duplicate %v descriptors are open, and then with its owner's; want as many", open)
-	}
-}
-
-// closes counts how often a connection is closed.
-type closes struct {
-	net.Conn
-	mu sync.Mutex
-	n  int
-}
-
-func (c *closes) Close() error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.n++
-	return nil
-}
-
-// The server may close a client's connection while its request begins: the owner's
-// is closed once.
-func TestClientConnCloses(t *testing.T) {
-	for range 20 {
-		near, far := net.Pipe()
-		defer far.Close()
-		owner := &closes{}
-		c := &clientConn{Conn: near, fdLimit: wideDescriptorLimit(t)}
-		c.upgrade.Store(&pendingUpgrade{backendConn: owner})
-		var both sync.WaitGroup
-		both.Go(func() { c.Close() })
-		both.Go(func() {
-			if conn := takePendingUpgrade(context.WithValue(t.Context(), clientConnKey{}, c)).backendConn; conn != nil {
-				conn.Close()
-			}
-		})
-		both.Wait()
-		if owner.n != 1 {
-			t.Fatalf("the owner's connection was closed %d times, want once", owner.n)
-		}
-	}
-}
-
-// A head that net/http has read is kept by nobody, though the connection stays.
-func TestPrefixedConnFreesPrefix(t *testing.T) {
-	near, far := net.Pipe()
-	defer far.Close()
-	defer near.Close()
-	c := &prefixedConn{near, []byte("head")}
-	for _, want := range []string{"hea", "d"} {
-		got := make([]byte, 3)
-		if n, err := c.Read(got); err != nil || string(got[:n]) != want {
-			t.Fatalf("%q was read, and %v; want %q", got[:n], err, want)
-		}
-	}
-	if c.prefix != nil {
-		t.Errorf("%d bytes are kept of a head that was read, want none", cap(c.prefix[:0]))
-	}
-}
 
 // As TestMoveWithinADial, of an upgrade that was held before that dial.
 func TestMoveWithinADialOnceHeld(t *testing.T) {

@@ -474,6 +474,26 @@ func listenLocal(t testing.TB) net.Listener {
 	return listenAt(t, "127.0.0.1:0")
 }
 
+// fullListener listens until the test ends. Its backlog is full, so a dial of it waits
+// until the test accepts what is before it.
+func fullListener(t *testing.T) net.Listener {
+	t.Helper()
+	l := listenLocal(t)
+	raw, err := l.(*net.TCPListener).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw.Control(func(fd uintptr) { err = syscall.Listen(int(fd), 0) })
+	for err == nil {
+		var conn net.Conn
+		conn, err = net.DialTimeout("tcp", l.Addr().String(), 100*time.Millisecond)
+		if err == nil {
+			t.Cleanup(func() { conn.Close() })
+		}
+	}
+	return l
+}
+
 // listenAt listens until the test ends.
 func listenAt(t testing.TB, addr string) net.Listener {
 	t.Helper()
@@ -619,8 +639,8 @@ func upgradeRequest(path string) string {
 		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nOrigin: https://www.mydomain.com\r\n\r\n"
 }
 
-// bothWays are the two ways of an upgrade: the event loop takes what is plain, and
-// leaves the other to net/http, as its target is in absolute form.
+// bothWays are the two ways of an upgrade: the fast path takes what is plain, and
+// net/http the other, as its target is in absolute form.
 func bothWays(path string) map[string]string {
 	return map[string]string{"plain": upgradeRequest(path), "net/http": upgradeRequest("http://www.mydomain.com" + path)}
 }
@@ -644,6 +664,13 @@ func (p *testProxy) send(t testing.TB, namespace string) net.Conn {
 func (p *testProxy) underWay() int {
 	all, _ := p.pendingUpgrades.inUse(0)
 	return all
+}
+
+// headBytes returns how many bytes of heads the limit counts.
+func (p *testProxy) headBytes() int {
+	p.pendingUpgrades.mu.Lock()
+	defer p.pendingUpgrades.mu.Unlock()
+	return p.pendingUpgrades.headBytes
 }
 
 // waitPending waits until n upgrades are under way.
@@ -747,16 +774,16 @@ func quietRelay(t testing.TB) *relay {
 	return r
 }
 
-// sockets are the connections of a session: the relay gets the near ends, the client
+// sessionConns are the connections of a session: the relay gets the near ends, the client
 // and the backend have the far ones. Arrays are indexed by side.
-type sockets struct {
+type sessionConns struct {
 	far  [2]halfConn
 	near [2]net.Conn
 }
 
-// newSockets returns sockets of these networks, tcp or unix: the client dials the router,
+// newSessionConns returns connections of these networks, tcp or unix: the client dials the router,
 // and the router the backend.
-func newSockets(t testing.TB, client, backend string) (s sockets) {
+func newSessionConns(t testing.TB, client, backend string) (s sessionConns) {
 	t.Helper()
 	s.far[clientSide], s.near[clientSide] = pair(t, client)
 	s.near[backendSide], s.far[backendSide] = pair(t, backend)
@@ -764,7 +791,7 @@ func newSockets(t testing.TB, client, backend string) (s sockets) {
 }
 
 // start starts s in r. early is what the relay gets with the sockets.
-func (c sockets) start(r *relay, s *session, early [2][]byte) relayed {
+func (c sessionConns) start(r *relay, s *session, early [2][]byte) relayed {
 	r.startSession(s, c.near, early)
 	return relayed{session: s, relay: r, client: c.far[clientSide], backend: c.far[backendSide]}
 }
@@ -778,7 +805,7 @@ func startedSession(t testing.TB, r *relay) relayed {
 // startedOver is startedSession over these networks, tcp or unix.
 func startedOver(t testing.TB, r *relay, client, backend string) relayed {
 	t.Helper()
-	return newSockets(t, client, backend).start(r, newSession("ns-01", 0, "192.0.2.7"), [2][]byte{})
+	return newSessionConns(t, client, backend).start(r, newSession("ns-01", 0, "192.0.2.7"), [2][]byte{})
 }
 
 // waitFor fails the test if the relay's sessions do not end by themselves.

@@ -459,15 +459,6 @@ func (c *clientConn) uncount() {
 	}
 }
 
-// pendingUpgrade is what was done already about an upgrade that net/http gets.
-type pendingUpgrade struct {
-	backendConn  net.Conn  // the owner, which has got the upgrade, and is to answer; nil if none
-	owner        int       // its ordinal
-	podUID       string    // its pod's uid, "" if not known
-	holdDeadline time.Time // the upgrade is held, up to then; zero if it is not
-	dialErr      error     // why the owner could not be had; nil if that is still open
-}
-
 // RemoteAddr is the client's address.
 func (c *clientConn) RemoteAddr() net.Addr {
 	if c.remoteAddr != nil {
@@ -508,8 +499,8 @@ func (c *clientConn) Close() error {
 	}
 	c.uncount()
 	err := c.Conn.Close()
-	if pending := c.upgrade.Swap(nil); pending != nil && pending.backendConn != nil {
-		pending.backendConn.Close()
+	if upgrade := c.upgrade.Swap(nil); upgrade != nil {
+		upgrade.close()
 	}
 	if !c.closed.Swap(true) {
 		c.fdLimit.add(-descriptorsPerUpgrade)
@@ -535,17 +526,13 @@ func markRequestRead(ctx context.Context) {
 	}
 }
 
-// takePendingUpgrade returns what was done already about the request, which is nothing if it is
-// not the connection's first. The caller closes the backend's connection.
-func takePendingUpgrade(ctx context.Context) pendingUpgrade {
-	c, ok := ctx.Value(clientConnKey{}).(*clientConn)
-	if !ok {
-		return pendingUpgrade{}
+// takePendingUpgrade returns the upgrade that the fast path has admitted for the request,
+// or nil. The caller closes it.
+func takePendingUpgrade(ctx context.Context) *pendingUpgrade {
+	if c, ok := ctx.Value(clientConnKey{}).(*clientConn); ok {
+		return c.upgrade.Swap(nil)
 	}
-	if pending := c.upgrade.Swap(nil); pending != nil {
-		return *pending
-	}
-	return pendingUpgrade{}
+	return nil
 }
 
 // prefixedConn is a connection of which something was read before: first.

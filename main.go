@@ -48,10 +48,10 @@
 // The way of one connection, each step a function:
 //
 //	fastPath.run              accepts a client
-//	pendingConn.readRequest   reads its request without a goroutine
+//	pendingConn.serve         reads its request, in a goroutine of its own
 //	proxy.admit               checks the request and looks up the owner
-//	pendingConn.dial          sends the request to the owner
-//	pendingConn.handleResponse  sends the owner's 101 to the client
+//	pendingConn.dialOwner     dials the owner, or parks the client in its dial queue
+//	pendingConn.askOwner      sends the owner the request, and the client the owner's 101
 //
 // or, for each client that the fast path leaves to net/http with pendingConn.fallBack,
 //
@@ -90,8 +90,6 @@
 //
 //	configMaps.mu             held while the router swaps its table
 //	router.mu                 held while a swap wakes waiting upgrades and logs
-//	pendingConn.mu            held while one client of the fast path takes a step
-//	fastPath.mu
 //	dialQueues.mu             held while it asks whether a backend is ready
 //	replicaWatcher.mu, endpointWatcher.mu
 //	watcher.mu

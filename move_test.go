@@ -81,9 +81,10 @@ func (p *testProxy) waitCount(t *testing.T, want backendCount) {
 func TestMoveAtSessionStart(t *testing.T) {
 	p := startProxy(t, []string{"127.0.0.1:1", "127.0.0.1:1"}, map[string]string{"ns-01": "backend-0"}, nil)
 	p.override("42", map[string]string{"ns-01": "backend-1"})
-	p.pendingUpgrades.add(0, 1)
-	pairs, s := newSockets(t, "tcp", "tcp"), newSession("ns-01", 0, "")
-	p.handOver(s, func() { pairs.start(p.relay, s, [2][]byte{}) })
+	p.pendingUpgrades.acquire(0, 2, 10)
+	pairs, s := newSessionConns(t, "tcp", "tcp"), newSession("ns-01", 0, "")
+	u := &pendingUpgrade{limit: &p.pendingUpgrades}
+	p.handOver(u, s, func() { pairs.start(p.relay, s, [2][]byte{}) })
 	mustFrames(t, pairs.far[backendSide], true, goesAway)
 	pairs.far[backendSide].Close()
 	mustFrames(t, pairs.far[clientSide], false, restarts)
@@ -232,12 +233,19 @@ func (p *testProxy) openStarted(t *testing.T) *net.TCPConn {
 // hang sends an upgrade and waits until it waits for the old pod.
 func (p *testProxy) hang(t *testing.T, request string) net.Conn {
 	t.Helper()
-	waiting, stacks := dial(t, p.addr), make([]byte, 1<<20)
+	waiting := dial(t, p.addr)
 	mustWrite(t, waiting, request)
-	eventually(t, "the upgrade waits for the old pod", true, func() bool {
-		return bytes.Contains(stacks[:runtime.Stack(stacks, true)], []byte(".waitForOldPod("))
+	waitStacks(t, "the upgrade waits for the old pod", func(stacks []byte) bool {
+		return bytes.Contains(stacks, []byte(".waitForOldPod("))
 	})
 	return waiting
+}
+
+// waitStacks returns when ok is true of the stacks of all goroutines: when what says is so.
+func waitStacks(t *testing.T, what string, ok func(stacks []byte) bool) {
+	t.Helper()
+	stacks := make([]byte, 1<<20)
+	eventually(t, what, true, func() bool { return ok(stacks[:runtime.Stack(stacks, true)]) })
 }
 
 // An upgrade waits at most -hold for an old pod, as for an owner that is not ready.
@@ -380,7 +388,7 @@ func TestMoveAfterTheOldPod(t *testing.T) {
 	p.relay.setPods(map[int]string{0: "a"})
 	s := newSession("ns-01", 0, "")
 	s.podUID = "a"
-	c := newSockets(t, "tcp", "tcp").start(p.relay, s, [2][]byte{})
+	c := newSessionConns(t, "tcp", "tcp").start(p.relay, s, [2][]byte{})
 	closeWrite(t, c.backend)
 	eventually(t, "the pod is done with the session", true, s.podDone.Load)
 	p.relay.setPods(map[int]string{0: "b"})

@@ -17,19 +17,18 @@ import (
 	"time"
 )
 
-// limits bound what clients can take.
+// limits bounds what clients can take.
 type limits struct {
 	holdTimeout      time.Duration // how long an upgrade waits for its owner
-	handshakeTimeout time.Duration // how long the backend has to answer, and the client to take the answer
+	handshakeTimeout time.Duration // of the backend's answer, and of the write to the client
 	headerTimeout    time.Duration // how long a client has to send its request's head
-	headerBytes      int           // of a request's or an answer's head
-	headerFields     int           // fields of a request's head
+	headerBytes      int           // of the head of a request or an answer
+	headerFields     int           // of a request
 	sessions         int           // open at once
-	pendingUpgrades  int           // upgrades under way at once
+	pendingUpgrades  int           // at once
 }
 
-// proxy is the HTTP half of a connection: it answers a request, or makes it a
-// session and hands that to the relay.
+// proxy answers a request, or makes it a session and gives that to the relay.
 type proxy struct {
 	// Static after construction.
 	router    *router
@@ -43,24 +42,25 @@ type proxy struct {
 
 	readers sync.Pool // of *bufio.Reader
 
-	pendingUpgrades     upgradeLimit   // of the upgrades under way
-	handshakes          atomic.Int64   // upgrades so far, with those that were refused
-	headBytes           atomic.Int64   // bytes of the heads of those that are held, or net/http has
-	inFlight            sync.WaitGroup // requests that net/http has, and clients that are held
-	unhandled           sync.WaitGroup // requests that the event loop has read and left to net/http, and ServeHTTP has not yet
+	pendingUpgrades     upgradeLimit
+	handshakes          atomic.Int64   // calls of admit
+	inFlight            sync.WaitGroup // requests that net/http has
+	unhandled           sync.WaitGroup // requests on their way from the fast path to ServeHTTP
 	results             [numResults]atomic.Int64
 	logThrottles        [numResults]throttle
-	misdirectedThrottle throttle // of what misdirected logs
+	misdirectedThrottle throttle // of the log in handleMisdirected
 }
 
-// ServeHTTP is the one place that answers a request that does not become a
-// session, except for what net/http refuses by itself.
+// ServeHTTP answers each request that does not become a session, except those that
+// net/http refuses by itself.
 func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	markRequestRead(r.Context())
 	p.inFlight.Add(1)
 	defer p.inFlight.Done()
 	result, err := p.upgrade(w, r)
-	p.results[result].Add(1)
+	if result != resultOK { // else handOver has counted it
+		p.results[result].Add(1)
+	}
 	p.logFailure(r, result, err)
 	var refused *refusal
 	switch {
@@ -71,161 +71,122 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// logFailure logs what an operator would look into: not what clients do wrong, and
-// no more than a line a second for each result. What a client or a backend has sent
-// is cut: a head of 16 KiB is four times that in quotes.
+// logFailure logs the failures that an operator would look into: not the mistakes of
+// clients, and at most one line a second for each result. It cuts what the client or the
+// backend has sent: in quotes, a head of 16 KiB takes four times that.
 func (p *proxy) logFailure(r *http.Request, result result, err error) {
-	if err == nil || result.status() < http.StatusInternalServerError || result == resultClientGone || result == resultOtherResponse {
+	if err == nil || result.status() < http.StatusInternalServerError ||
+		result == resultClientGone || result == resultOtherResponse {
 		return
 	}
 	if omitted, ok := p.logThrottles[result].allow(time.Second); ok {
-		p.log.Warn("upgrade failed", "path", fmt.Sprintf("%.200s", r.URL.Path), "client", lastClientAddrs(forwardedFor(r)),
-			"result", result.String(), "reason", fmt.Sprintf("%.300s", err.Error()), "omitted", omitted)
+		p.log.Warn("upgrade failed", "path", fmt.Sprintf("%.200s", r.URL.Path),
+			"client", lastClientAddrs(forwardedFor(r)), "result", result.String(),
+			"reason", fmt.Sprintf("%.300s", err.Error()), "omitted", omitted)
 	}
 }
 
-// upgrade makes the request a session. A *refusal means that nothing was
-// answered yet.
-func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result result, err error) {
-	pending := takePendingUpgrade(r.Context())
-	backendConn, podUID := pending.backendConn, pending.podUID
-	namespace, backend, table, refused := p.admit(r)
-	if refused != nil {
-		return refuseAndClose(backendConn, refused)
-	}
-	result = resultBadGateway
-	defer func() { // also for a panic, which net/http logs
-		if result != resultOK { // else handOver has done it
-			p.pendingUpgrades.release(backend)
+// upgrade makes the request a session, or passes the owner's other answer on. If it
+// returns a *refusal, nothing was answered yet.
+func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result, error) {
+	u := takePendingUpgrade(r.Context())
+	if u == nil {
+		admitted, refused := p.admit(r)
+		if refused != nil {
+			return refused.result, refused
 		}
-	}()
-	setBackend := func(another int) { p.pendingUpgrades.transfer(backend, another); backend = another }
-	switch {
-	case backendConn != nil:
-		setBackend(pending.owner)
-	case pending.dialErr != nil:
-		return p.unreachableError(r.Context(), backend, pending.dialErr, nil)
+		u = admitted
 	}
-	clientCtx, holdCtx, cancel := p.upgradeContexts(r, pending.holdDeadline)
+	defer u.close() // also after a panic, which net/http logs
+	if u.dialErr != nil {
+		return p.unreachableError(r.Context(), u.owner, u.dialErr, nil)
+	}
+	clientCtx, holdCtx, cancel := p.upgradeContexts(r, u.holdDeadline)
 	defer cancel()
 	clientAddrs := forwardedFor(r)
-	head := slices.Clip(startRequestHead(r, clientAddrs, p.podName)) // it is ended for each owner that is asked
-	if !p.reserveHead(len(head)) {
-		return refuseAndClose(backendConn, refuse(resultMaxPending, "the heads of the pending upgrades have %d bytes each, the limit", headBytesPerUpgrade))
+	// Each owner that is asked gets a copy of head with an end of its own.
+	head := slices.Clip(startRequestHead(r, clientAddrs, p.podName))
+	if !u.reserveHead(len(head), p.limits.pendingUpgrades) {
+		refused := refuse(resultMaxPending,
+			"the heads of the pending upgrades have %d bytes each, the limit",
+			headBytesPerUpgrade)
+		return refused.result, refused
 	}
-	defer p.headBytes.Add(-int64(len(head)))
 	r = trimRequest(r, clientCtx)
-	owner := func() (int, error) {
-		owner, stamp, refused := p.owner(namespace)
-		if refused != nil {
-			return backend, refused
-		}
-		table = stamp
-		setBackend(owner)
-		return owner, p.waitForOldPod(holdCtx, namespace, owner)
-	}
 	for misdirected := error(nil); ; {
 		var request []byte
-		if backendConn == nil {
-			if backendConn, podUID, err = p.dialOwner(holdCtx, namespace, owner); err != nil {
-				return p.unreachableError(holdCtx, backend, err, misdirected)
+		if u.backendConn == nil {
+			if err := p.dialOwner(holdCtx, u); err != nil {
+				return p.unreachableError(holdCtx, u.owner, err, misdirected)
 			}
-			request = finishRequestHead(head, table, p.backends.name(backend))
+			request = finishRequestHead(head, u.table, p.backends.name(u.owner))
 		}
-		s := newSession(namespace, backend, clientAddrs)
-		s.podUID = podUID
-		result, err = p.completeUpgrade(w, r, s, backendConn, request)
+		result, err := p.completeUpgrade(w, r, u, clientAddrs, request)
 		switch {
 		case errors.Is(err, errMisdirected):
 			misdirected = err
 		case !errors.Is(err, errOwnerChanged):
 			return result, err
 		}
-		backendConn = nil
 	}
 }
 
-// refuseAndClose closes the owner's connection, if there is one, for an upgrade that is
-// refused.
-func refuseAndClose(backendConn net.Conn, refused *refusal) (result, error) {
-	if backendConn != nil {
-		backendConn.Close()
-	}
-	return refused.result, refused
-}
-
-// trimRequest drops the fields of a request that is to be held, but for those that
-// report and net/http still ask for, and returns it with the context.
+// trimRequest returns the request with the context, and without the header fields that
+// only its head needs: an upgrade that waits should take little memory.
 func trimRequest(r *http.Request, ctx context.Context) *http.Request {
-	r.Header = http.Header{"X-Forwarded-For": r.Header["X-Forwarded-For"], "Expect": r.Header["Expect"]}
+	r.Header = http.Header{
+		"X-Forwarded-For": r.Header["X-Forwarded-For"], // for logFailure
+		"Expect":          r.Header["Expect"],          // for expectsContinue and net/http
+	}
 	return r.WithContext(ctx)
 }
 
-// headBytesPerUpgrade is how many bytes each of the upgrades that may be under way may have for
-// its head: together they may have that often as many. One may have more, if others
-// have less.
-const headBytesPerUpgrade = 2 << 10
-
-// reserveHead counts n bytes more of heads that are kept, and reports whether there may be
-// so many. If so, the caller counts them back.
-func (p *proxy) reserveHead(n int) bool {
-	if p.headBytes.Add(int64(n)) <= int64(p.limits.pendingUpgrades)*headBytesPerUpgrade {
-		return true
+// dialOwner waits until the owner of the namespace may have a session of it, and dials
+// that owner. ctx bounds it. u then has the connection.
+func (p *proxy) dialOwner(ctx context.Context, u *pendingUpgrade) error {
+	recheck := func() (int, error) {
+		err := p.recheckOwner(ctx, u)
+		return u.owner, err
 	}
-	p.headBytes.Add(-int64(n))
-	return false
-}
-
-// dialOwner is backends.dialOwner for the owner of the namespace, and looks once more whether
-// that may get sessions of it.
-func (p *proxy) dialOwner(holdCtx context.Context, namespace string, owner func() (int, error)) (net.Conn, string, error) {
 	for {
-		conn, podUID, err := p.backends.dialOwner(holdCtx, owner)
-		if err != nil || p.relay.oldPodSessionsDone(namespace) == nil {
-			return conn, podUID, err
+		conn, podUID, err := p.backends.dialOwner(ctx, recheck)
+		if err != nil {
+			return err
 		}
-		conn.Close() // the pod was replaced since owner was asked
+		if p.relay.oldPodSessionsDone(u.namespace) == nil {
+			u.backendConn, u.podUID = conn, podUID
+			return nil
+		}
+		conn.Close() // the pod was replaced since recheckOwner
 	}
 }
 
-// waitForOldPod returns when no session of the namespace is with a pod that is its
-// backend no more, or ctx has ended.
-func (p *proxy) waitForOldPod(ctx context.Context, namespace string, backend int) error {
-	over := p.relay.oldPodSessionsDone(namespace)
-	if over == nil {
-		return nil
-	}
-	select {
-	case <-over:
-		return nil
-	case <-ctx.Done():
-		return fmt.Errorf("%q still has a session with the previous pod of %s", namespace, p.backends.name(backend))
-	}
-}
-
-// halfClosedHold bounds how long a client waits for its owner that has ended its side of
-// the connection.
+// halfClosedHold is how long a half-closed client waits for its owner.
 const halfClosedHold = time.Second
 
-// upgradeContexts returns the contexts of an upgrade. clientCtx ends when the client is gone or the
-// router stops, hold also when the owner was waited for long enough: at until, if the
-// upgrade has waited before. The caller calls cancel.
+// upgradeContexts returns the contexts of an upgrade. clientCtx ends when the client is
+// gone or the router stops. holdCtx also ends at the deadline until which the upgrade
+// waits for its owner: after -hold if it is zero. The caller calls cancel.
 //
 // A client that has sent its request and a FIN may still listen (a half-close, RFC 9293
-// §3.6), and then gets its answer; most have left, and that looks the same until
-// something is sent to them. So the answer of an owner that was asked is waited for: it
-// is about to come, or -handshake-timeout is. But a place among those that are held is
-// theirs for halfClosedHold only; then they get 503. net/http ends the request's context
-// at a FIN as at a RST, which the connection knows from each other.
-func (p *proxy) upgradeContexts(r *http.Request, until time.Time) (clientCtx, holdCtx context.Context, cancel func()) {
+// §3.6), and then gets its answer. Most of them have left, which looks the same until the
+// router sends something. So such a client waits for the answer of an owner that has its
+// request, at most -handshake-timeout. But it waits for an owner for halfClosedHold only,
+// and then gets 503. net/http ends the context of the request after a FIN as after a RST.
+// The clientConn knows which of the two it was.
+func (p *proxy) upgradeContexts(
+	r *http.Request, deadline time.Time,
+) (clientCtx, holdCtx context.Context, cancel func()) {
 	request := r.Context()
 	conn := request.Value(clientConnKey{}).(*clientConn)
 	clientCtx, cancelClient := context.WithCancelCause(context.WithoutCancel(request))
-	if until.IsZero() {
-		until = time.Now().Add(p.limits.holdTimeout)
+	if deadline.IsZero() {
+		deadline = time.Now().Add(p.limits.holdTimeout)
 	}
-	holdCtx, cancelHold := context.WithDeadline(clientCtx, until)
-	stopServerWatch := context.AfterFunc(conn.serverCtx, func() { cancelClient(context.Cause(conn.serverCtx)) })
+	holdCtx, cancelHold := context.WithDeadline(clientCtx, deadline)
+	stopServerWatch := context.AfterFunc(conn.serverCtx, func() {
+		cancelClient(context.Cause(conn.serverCtx))
+	})
 	stopRequestWatch := context.AfterFunc(request, func() {
 		if conn.readEOF.Load() {
 			time.AfterFunc(halfClosedHold, cancelHold)
@@ -241,56 +202,94 @@ func (p *proxy) upgradeContexts(r *http.Request, until time.Time) (clientCtx, ho
 	}
 }
 
-// errOwnerChanged says that the namespace got another owner during the handshake: the
-// client, which knows of nothing yet, is to be connected to that.
+// errOwnerChanged says that the namespace got another owner during the handshake. The
+// client, which has read nothing yet, has to go to that one.
 var errOwnerChanged = errors.New("the namespace got another owner")
 
-// errMisdirected says that what was dialled for a backend is another one (421).
+// errMisdirected says that another backend answered at the owner's address (421).
 var errMisdirected = errors.New("another backend answers at its address")
 
-// admit checks an upgrade request, and returns its namespace, and what owner does. It
-// takes a place of the owner's, which the caller gives back, or handOver.
-func (p *proxy) admit(r *http.Request) (namespace string, owner int, table string, refused *refusal) {
+// admit checks an upgrade request, finds its owner, and counts it in the limits. Both
+// ways of a handshake begin with it. The caller calls release or handOver.
+func (p *proxy) admit(r *http.Request) (*pendingUpgrade, *refusal) {
 	p.handshakes.Add(1)
 	if n := countFields(r.Header); n > p.limits.headerFields {
-		return "", 0, "", refuse(resultBadHead, "too many header fields: at most %d are allowed (got %d)", p.limits.headerFields, n)
+		return nil, refuse(resultBadHead, "too many header fields: at most %d are allowed (got %d)",
+			p.limits.headerFields, n)
 	}
-	if namespace, refused = p.namespace(r); refused == nil {
+	namespace, refused := p.namespace(r)
+	if refused == nil {
 		refused = checkUpgrade(r)
 	}
-	if refused == nil {
-		owner, table, refused = p.owner(namespace)
-	}
 	if refused != nil {
-		return "", 0, "", refused
+		return nil, refused
+	}
+	owner, table, refused := p.owner(namespace)
+	if refused != nil {
+		return nil, refused
 	}
 	limit := p.limits.pendingUpgrades
-	switch all, own, acquired := p.pendingUpgrades.acquire(owner, p.router.table().backends.count, limit); {
-	case !acquired:
-		refused = refuse(resultMaxPending, "%d upgrades to %s are pending, its share of %d; %d in all", own, p.backends.name(owner), limit, all)
-	case p.relay.size()+all > p.limits.sessions:
-		p.pendingUpgrades.release(owner)
-		refused = refuse(resultMaxSessions, "%d sessions are open, the limit", p.limits.sessions)
+	backends := p.router.table().backends.count
+	all, own, acquired := p.pendingUpgrades.acquire(owner, backends, limit)
+	if !acquired {
+		return nil, refuse(resultMaxPending,
+			"%d upgrades to %s are pending, its share of %d; %d in all",
+			own, p.backends.name(owner), limit, all)
 	}
-	return namespace, owner, table, refused
+	u := &pendingUpgrade{limit: &p.pendingUpgrades,
+		namespace: namespace, owner: owner, table: table}
+	if p.relay.size()+all > p.limits.sessions {
+		u.release()
+		return nil, refuse(resultMaxSessions,
+			"%d sessions are open, the limit", p.limits.sessions)
+	}
+	return u, nil
 }
 
-// freeMemory is tidy for the memory of upgrades.
+// recheckOwner asks again which backend owns the namespace, and waits until that may have
+// a session of it: until no session of the namespace is with a pod that was replaced. ctx
+// bounds that. It returns a *refusal if there is no owner.
+func (p *proxy) recheckOwner(ctx context.Context, u *pendingUpgrade) error {
+	owner, table, refused := p.owner(u.namespace)
+	if refused != nil {
+		return refused
+	}
+	u.setOwner(owner, table)
+	return p.waitForOldPod(ctx, u)
+}
+
+// waitForOldPod returns when no session of the namespace is with a pod that was replaced.
+// If ctx ends before, it returns an error.
+func (p *proxy) waitForOldPod(ctx context.Context, u *pendingUpgrade) error {
+	done := p.relay.oldPodSessionsDone(u.namespace)
+	if done == nil {
+		return nil
+	}
+	select {
+	case <-done:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("%q still has a session with the previous pod of %s",
+			u.namespace, p.backends.name(u.owner))
+	}
+}
+
+// freeMemory gives back the memory of handshakes, until ctx ends.
 func (p *proxy) freeMemory(ctx context.Context) {
 	freeMemory(ctx, func() int { return int(p.handshakes.Load()) })
 }
 
 const (
-	minHandshakesToFree = 1000        // handshakes
-	maxCalmHandshakes   = 10          // most that begin in freeMemoryInterval while it is calm
-	freeMemoryInterval  = time.Second // between two looks
+	minHandshakesToFree = 1000        // handshakes since the memory was given back
+	maxCalmHandshakes   = 10          // handshakes in freeMemoryInterval while it is calm
+	freeMemoryInterval  = time.Second // between two checks
 )
 
-// freeMemory gives the memory back that many handshakes took, as soon as it is calm
-// again, until ctx ends. By itself the runtime would keep it for minutes, as it
-// collects garbage when the heap has grown to twice its size: a router of idle
-// sessions would have more garbage than sessions. begun is how many there were.
-func freeMemory(ctx context.Context, begun func() int) {
+// freeMemory gives the memory that many handshakes took back to the system as soon as it
+// is calm again, until ctx ends. The runtime alone would keep it for minutes: it collects
+// garbage when the heap has doubled, and a router of idle sessions would have more
+// garbage than sessions. handshakes returns how many there were so far.
+func freeMemory(ctx context.Context, handshakes func() int) {
 	ticker := time.NewTicker(freeMemoryInterval)
 	defer ticker.Stop()
 	var freed, before int
@@ -300,7 +299,7 @@ func freeMemory(ctx context.Context, begun func() int) {
 			return
 		case <-ticker.C:
 		}
-		now := begun()
+		now := handshakes()
 		if now-before <= maxCalmHandshakes && now-freed >= minHandshakesToFree {
 			debug.FreeOSMemory()
 			freed = now
@@ -309,8 +308,8 @@ func freeMemory(ctx context.Context, begun func() int) {
 	}
 }
 
-// owner returns the backend that owns the namespace, and the stamp of the
-// table that says so.
+// owner returns the backend that owns the namespace, and the stamp of the table that says
+// so.
 func (p *proxy) owner(namespace string) (int, string, *refusal) {
 	t := p.router.table()
 	if t == nil {
@@ -318,14 +317,18 @@ func (p *proxy) owner(namespace string) (int, string, *refusal) {
 	}
 	owner, ok := t.owner(namespace)
 	if !ok {
-		return 0, "", refuse(resultUnresolved, "the override of %q is invalid or conflicts with another, and its previous owner is not known: see /owner", namespace)
+		return 0, "", refuse(resultUnresolved,
+			"the override of %q is invalid or conflicts with another, and its previous owner is not known: see /owner",
+			namespace)
 	}
 	return owner, t.stamp, nil
 }
 
-// unreachableError says why there is no connection to the owner: err, and before that
-// astray, if another backend answered in its place.
-func (p *proxy) unreachableError(holdCtx context.Context, backend int, err, misdirected error) (result, error) {
+// unreachableError returns why there is no connection to the backend: err, and misdirected
+// if another backend has answered in its place.
+func (p *proxy) unreachableError(
+	holdCtx context.Context, backend int, err, misdirected error,
+) (result, error) {
 	var refused *refusal
 	switch {
 	case errors.As(err, &refused):
@@ -333,46 +336,52 @@ func (p *proxy) unreachableError(holdCtx context.Context, backend int, err, misd
 	case errors.Is(holdCtx.Err(), context.Canceled):
 		refused = contextRefusal(holdCtx)
 	case misdirected != nil || errors.Is(err, errMisdirected):
-		refused = refuse(resultMisdirected, "%s could not be reached within %s: %v; last error: %v",
-			p.backends.name(backend), p.limits.holdTimeout, cmp.Or(misdirected, err), err)
+		refused = refuse(resultMisdirected,
+			"%s could not be reached within %s: %v; last error: %v", p.backends.name(backend),
+			p.limits.holdTimeout, cmp.Or(misdirected, err), err)
 	default:
-		refused = refuse(resultHoldTimeout, "%s could not be reached within %s: %v", p.backends.name(backend), p.limits.holdTimeout, err)
+		refused = refuse(resultHoldTimeout, "%s could not be reached within %s: %v",
+			p.backends.name(backend), p.limits.holdTimeout, err)
 	}
 	return refused.result, refused
 }
 
-// completeUpgrade sends the backend the request for an upgrade on its connection, of
-// which it takes care, and hands s to the relay or passes the backend's other
-// answer on. An empty request was sent before.
-func (p *proxy) completeUpgrade(w http.ResponseWriter, r *http.Request, s *session, backendConn net.Conn, request []byte) (result, error) {
-	handedOver := false
+// completeUpgrade sends the owner the request, on the connection that u has, and makes
+// the session of its 101, or passes its other answer on. An empty request was sent
+// before. It closes the connection if that does not become the session's.
+func (p *proxy) completeUpgrade(
+	w http.ResponseWriter, r *http.Request,
+	u *pendingUpgrade, clientAddrs string, request []byte,
+) (result, error) {
+	backendConn, handedOver := u.backendConn, false
+	u.backendConn = nil
 	defer func() {
 		if !handedOver {
 			backendConn.Close()
 		}
 	}()
-	// The request's context bounds the handshake only: a client that leaves
-	// need not wait for the backend's answer.
+	// A client that leaves need not wait for the backend's answer.
 	stop := context.AfterFunc(r.Context(), func() { backendConn.Close() })
 	defer stop()
 	backendConn.SetDeadline(time.Now().Add(p.limits.handshakeTimeout))
 	br := p.newReader(nil)
 	resp, fromBackend, err := handshake(backendConn, br, request, p.limits.headerBytes)
 	if err != nil {
-		return p.handshakeError(r.Context(), s.backend, err)
+		return p.handshakeError(r.Context(), u.owner, err)
 	}
 	if resp.StatusCode == http.StatusMisdirectedRequest {
-		return p.handleMisdirected(s.backend, backendConn.RemoteAddr())
+		return p.handleMisdirected(u.owner, backendConn.RemoteAddr())
 	}
-	p.backends.queues.clearMisdirected(s.backend)
+	p.backends.queues.clearMisdirected(u.owner)
 	if resp.StatusCode != http.StatusSwitchingProtocols {
 		return p.passResponse(w, resp, backendConn)
 	}
 	if !stop() {
-		return p.handshakeError(r.Context(), s.backend, r.Context().Err())
+		return p.handshakeError(r.Context(), u.owner, r.Context().Err())
 	}
-	if p.mover.shouldMove(s) {
-		return resultBadGateway, errOwnerChanged
+	s, err := p.newSession(u, clientAddrs)
+	if err != nil {
+		return resultBadGateway, err
 	}
 	head := switchingProtocolsHead(resp)
 	if expectsContinue(r) {
@@ -387,44 +396,50 @@ func (p *proxy) completeUpgrade(w http.ResponseWriter, r *http.Request, s *sessi
 	backendConn, rest := unwrap(backendConn)
 	early := [2][]byte{fromClient, slices.Concat(fromBackend, rest)}
 	p.readers.Put(br)
-	p.handOver(s, func() { p.relay.startSession(s, [2]net.Conn{clientConn, backendConn}, early) })
+	conns := [2]net.Conn{clientConn, backendConn}
+	p.handOver(u, s, func() { p.relay.startSession(s, conns, early) })
 	return resultOK, nil
 }
 
-// handleMisdirected takes note that what was dialled at addr for a backend has answered
-// 421: it is another one, and the backend is to be looked for again.
+// handleMisdirected notes that what answered at addr is not the backend (421). The
+// backend's address then has to be looked up again.
 func (p *proxy) handleMisdirected(backend int, addr net.Addr) (result, error) {
 	err := fmt.Errorf("%s at %s: %w (421)", p.backends.name(backend), addr, errMisdirected)
 	p.backends.setMisdirected(backend, err)
 	if omitted, ok := p.misdirectedThrottle.allow(time.Second); ok {
-		p.log.Warn("another backend answered", "backend", p.backends.name(backend), "address", addr.String(), "omitted", omitted)
+		p.log.Warn("another backend answered", "backend", p.backends.name(backend),
+			"address", addr.String(), "omitted", omitted)
 	}
 	return resultMisdirected, err
 }
 
-// handshakeError says why there is no answer of the backend.
-func (p *proxy) handshakeError(clientCtx context.Context, backend int, err error) (result, error) {
+// handshakeError returns why the backend has given no answer.
+func (p *proxy) handshakeError(
+	clientCtx context.Context, backend int, err error,
+) (result, error) {
 	var timeout net.Error
 	var refused *refusal
 	switch {
 	case clientCtx.Err() != nil:
 		refused = contextRefusal(clientCtx)
 	case errors.As(err, &timeout) && timeout.Timeout():
-		refused = refuse(resultGatewayTimeout, "%s gave no answer within %s", p.backends.name(backend), p.limits.handshakeTimeout)
+		refused = refuse(resultGatewayTimeout, "%s gave no answer within %s",
+			p.backends.name(backend), p.limits.handshakeTimeout)
 	default:
 		refused = refuse(resultBadGateway, "%s: %v", p.backends.name(backend), err)
 	}
 	return refused.result, refused
 }
 
-// passResponse gives the client the backend's answer as it is: status, headers, body.
-// The body has as long as the head had. One that is cut off is passed on as far as it
-// came, after its status.
-func (p *proxy) passResponse(w http.ResponseWriter, resp *http.Response, backendConn net.Conn) (result, error) {
+// passResponse sends the client the backend's answer: status, header and body. The body
+// has as much time as the head had. If it is cut off, the client gets what came of it.
+func (p *proxy) passResponse(
+	w http.ResponseWriter, resp *http.Response, backendConn net.Conn,
+) (result, error) {
 	deadline := time.Now().Add(p.limits.handshakeTimeout)
 	backendConn.SetDeadline(deadline)
 	http.NewResponseController(w).SetWriteDeadline(deadline)
-	upgrade := resp.Header["Upgrade"] // what a 426 is about (RFC 9110 §15.5.22)
+	upgrade := resp.Header["Upgrade"] // a 426 needs it (RFC 9110 §15.5.22)
 	removeHopByHopHeaders(resp.Header)
 	w.Header()["Content-Type"] = nil // keeps net/http from guessing one
 	for name, values := range resp.Header {
@@ -432,26 +447,26 @@ func (p *proxy) passResponse(w http.ResponseWriter, resp *http.Response, backend
 	}
 	if resp.StatusCode == http.StatusUpgradeRequired && len(upgrade) > 0 {
 		w.Header()["Upgrade"] = upgrade
-		w.Header()["Connection"] = []string{"Upgrade"} // which names it (RFC 9110 §7.8)
+		w.Header()["Connection"] = []string{"Upgrade"} // it names Upgrade (RFC 9110 §7.8)
 	}
 	w.WriteHeader(resp.StatusCode)
 	if _, err := io.Copy(w, resp.Body); err != nil {
-		http.NewResponseController(w).Flush()            // the status and what there is: all else is dropped
-		return resultOtherResponse, http.ErrAbortHandler // the client must not take half a body for a whole one
+		http.NewResponseController(w).Flush() // the status and what came of the body
+		// The client must not take half a body for a whole one.
+		return resultOtherResponse, http.ErrAbortHandler
 	}
 	return resultOtherResponse, nil
 }
 
-// hijack takes the client's connection from net/http and sends the 101 on it. It
-// returns the connection with what the client has sent after its request. On an
-// error the connection is closed, and nothing can be answered any more
-// (http.Hijacker: the caller owns the connection and what its reader holds).
+// hijack takes the client's connection from net/http and sends head, the 101, on it. It
+// returns the connection and what the client has sent after its request. If it fails, it
+// has closed the connection, and nothing can be answered any more.
 func (p *proxy) hijack(w http.ResponseWriter, head []byte) (net.Conn, []byte, error) {
 	conn, rw, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		return nil, nil, fmt.Errorf("hijack: %w", err)
 	}
-	early, _ := rw.Reader.Peek(rw.Reader.Buffered()) // what is buffered: no error
+	early, _ := rw.Reader.Peek(rw.Reader.Buffered()) // no error: it is buffered
 	client, rest := unwrap(conn.(*clientConn).Conn)
 	early = slices.Concat(early, rest)
 	client.SetDeadline(time.Now().Add(p.limits.handshakeTimeout))
@@ -463,21 +478,34 @@ func (p *proxy) hijack(w http.ResponseWriter, head []byte) (net.Conn, []byte, er
 	return client, early, nil
 }
 
-// handOver has start give s to the relay, which from here on is the only one to
-// touch its sockets. A table that was swapped since s's owner was asked may have
-// given it another one. The relay knows s before the table is read again here, and
-// the mover takes its snapshot of the sessions after the swap. The relay's lock puts
-// these two in order: when s comes first, the snapshot has s; when the snapshot
-// comes first, this check sees the new table.
-func (p *proxy) handOver(s *session, start func()) {
-	p.pendingUpgrades.release(s.backend) // before, or the limit of sessions would count it twice
+// newSession returns the session of an upgrade whose owner has answered 101, or
+// errOwnerChanged.
+func (p *proxy) newSession(u *pendingUpgrade, clientAddrs string) (*session, error) {
+	s := newSession(u.namespace, u.owner, clientAddrs)
+	s.podUID = u.podUID
+	if p.mover.shouldMove(s) {
+		return nil, errOwnerChanged
+	}
+	return s, nil
+}
+
+// handOver makes s of the upgrade: start gives the relay s and its sockets, which from then
+// on only the relay touches. Both ways of a handshake end with it.
+//
+// If the table was swapped since newSession, the namespace may have another owner. The
+// relay knows s before handOver reads the table again, and the mover takes its snapshot of
+// the sessions after the swap. The relay's lock puts these two in order: if s comes
+// first, the snapshot has s; if the snapshot comes first, handOver sees the new table.
+func (p *proxy) handOver(u *pendingUpgrade, s *session, start func()) {
+	p.results[resultOK].Add(1)
+	u.release() // before start, or the limit of sessions would count it twice
 	start()
 	if p.mover.shouldMove(s) {
 		s.closeGracefully(causeMoved, nil)
 	}
 }
 
-// newReader returns a pooled reader of r. The caller puts it back into readers.
+// newReader returns a reader of r. The caller puts it back into readers.
 func (p *proxy) newReader(r io.Reader) *bufio.Reader {
 	br, _ := p.readers.Get().(*bufio.Reader)
 	if br == nil {
@@ -487,7 +515,7 @@ func (p *proxy) newReader(r io.Reader) *bufio.Reader {
 	return br
 }
 
-// writeMetrics writes what became of the upgrades, and how many are under way.
+// writeMetrics writes the results of the upgrades, and how many are pending.
 func (p *proxy) writeMetrics(m metricsWriter) {
 	m.family("router_upgrades_total", "counter", "Upgrade requests, by result.")
 	for r := range numResults {

@@ -16,7 +16,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -597,13 +596,8 @@ func TestHoldEnds(t *testing.T) {
 // why the dial before it failed, though that was another upgrade's.
 func TestHoldEndsWithinADial(t *testing.T) {
 	both(t, func(t *testing.T, request string) {
-		p := startProxy(t, []string{"127.0.0.1:1"}, map[string]string{}, func(p *proxy) {
-			p.limits.holdTimeout = 200 * time.Millisecond
-			p.backends.dialer.ControlContext = func(ctx context.Context, _, _ string, _ syscall.RawConn) error {
-				<-ctx.Done()
-				return ctx.Err()
-			}
-		})
+		p := startProxy(t, []string{fullListener(t).Addr().String()}, map[string]string{},
+			func(p *proxy) { p.limits.holdTimeout = 200 * time.Millisecond })
 		if !p.backends.queues.tryDial(0) {
 			t.Fatal("nobody may dial")
 		}

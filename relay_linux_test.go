@@ -34,7 +34,7 @@ import (
 func TestRelayWakesItself(t *testing.T) {
 	r := quietRelay(t)
 	for round := range 4 {
-		pairs := newSockets(t, "unix", "unix")
+		pairs := newSessionConns(t, "unix", "unix")
 		pairs.near[clientSide].(halfConn).SetWriteBuffer(4 << 10)
 		c := pairs.start(r, newSession("ns-01", 0, ""), [2][]byte{})
 		p, other := c.poller, startedSession(t, r)
@@ -111,7 +111,7 @@ func TestCloseGracefullyFullBuffer(t *testing.T) {
 func TestRelayRouterError(t *testing.T) {
 	r, tail := quietRelay(t), newLogTail()
 	r.log = slog.New(slog.NewJSONHandler(tail, nil))
-	pairs := newSockets(t, "tcp", "tcp")
+	pairs := newSessionConns(t, "tcp", "tcp")
 	pairs.near[clientSide].Close()
 	begun := time.Now()
 	c := pairs.start(r, newSession("ns-01", 0, "192.0.2.7"), [2][]byte{[]byte("lost"), nil})
@@ -166,7 +166,7 @@ func hugeFrame(masked bool) []byte { return frameBytes(0x82, masked, 1<<40, nil)
 // mark, which does not mean that the socket has no more.
 func TestRelayUrgentData(t *testing.T) {
 	r := quietRelay(t)
-	pairs := newSockets(t, "tcp", "tcp")
+	pairs := newSessionConns(t, "tcp", "tcp")
 	client := pairs.far[clientSide].(*net.TCPConn)
 	mustWrite(t, client, "before")
 	onDescriptor(t, client, func(fd int) {
@@ -459,7 +459,7 @@ func TestRelayBytesOverBudget(t *testing.T) {
 			for n := range count {
 				sizes := [2]int{logUniform(rng, 4<<20), logUniform(rng, 4<<20)}
 				ends := newFlowSession(noise, seed, n, sizes).ends
-				pairs := newSockets(t, "unix", "tcp")
+				pairs := newSessionConns(t, "unix", "tcp")
 				pairs.near[clientSide].(halfConn).SetWriteBuffer(4 << 10 << (n % 8))
 				pairs.start(r, newSession("ns-01", 0, ""), [2][]byte{ends[clientSide].early, ends[backendSide].early})
 				for i, conn := range pairs.far {

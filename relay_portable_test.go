@@ -30,7 +30,7 @@ func (c *goneConn) CloseWrite() error         { return nil }
 func TestRelayTimedOutOrEnded(t *testing.T) {
 	for failure, want := range map[error]cause{syscall.ETIMEDOUT: causeBackendError, syscall.EPIPE: causeBackend} {
 		r := quietRelay(t)
-		pairs := newSockets(t, "tcp", "tcp")
+		pairs := newSessionConns(t, "tcp", "tcp")
 		pairs.near[backendSide] = &goneConn{pairs.near[backendSide], failure}
 		c := pairs.start(r, newSession("ns-01", 0, ""), [2][]byte{})
 		mustEOF(t, c.client)
@@ -63,7 +63,7 @@ func TestRelayFailedWrites(t *testing.T) {
 		for _, failure := range []syscall.Errno{syscall.ENOBUFS, syscall.ENOMEM, syscall.EIO, syscall.EPIPE, syscall.ECONNRESET} {
 			t.Run(fmt.Sprintf("%s, %s", i.errorCause(), failure), func(t *testing.T) {
 				r := quietRelay(t)
-				pairs := newSockets(t, "tcp", "tcp")
+				pairs := newSessionConns(t, "tcp", "tcp")
 				pairs.near[i] = &failingConn{pairs.near[i].(*net.TCPConn), failure, 3}
 				c := pairs.start(r, newSession("ns-01", 0, ""), [2][]byte{})
 				end, other := c.ends()[i], c.ends()[i.other()]
@@ -110,7 +110,7 @@ func TestRelayFreesTheNamespaceFirst(t *testing.T) {
 	s := newSession("ns-01", 0, "")
 	s.podUID = "a"
 	r.setPods(map[int]string{0: "a"})
-	pairs := newSockets(t, "tcp", "tcp")
+	pairs := newSessionConns(t, "tcp", "tcp")
 	onWrite := func() { free <- r.oldPodSessionsDone("ns-01") == nil }
 	pairs.near[clientSide] = &watchedConn{pairs.near[clientSide].(*net.TCPConn), onWrite}
 	c := pairs.start(r, s, [2][]byte{})

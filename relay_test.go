@@ -146,7 +146,7 @@ func TestRelayEnds(t *testing.T) {
 				r.halfCloseTimeout = least
 			}
 			begun := time.Now()
-			c := newSockets(t, "tcp", "tcp").start(r, newSession("ns-01", 2, "192.0.2.7"), [2][]byte{})
+			c := newSessionConns(t, "tcp", "tcp").start(r, newSession("ns-01", 2, "192.0.2.7"), [2][]byte{})
 			if got := r.counts()[2].open; got != 1 {
 				t.Errorf("open = %d, want 1", got)
 			}
@@ -214,7 +214,7 @@ func TestRelayEndsWhenBothDirectionsAreDead(t *testing.T) {
 func TestRelayCarriesTheLastBytesOfWhoIsGone(t *testing.T) {
 	r := quietRelay(t)
 	r.halfCloseTimeout, r.deadTimeout = time.Hour, time.Hour
-	pairs := newSockets(t, "unix", "tcp")
+	pairs := newSessionConns(t, "unix", "tcp")
 	pairs.far[backendSide].SetReadBuffer(16 << 10)
 	c := pairs.start(r, newSession("ns-01", 0, ""), [2][]byte{})
 	const last = 150 << 10 // more than a socket takes unread: some are in the router's kernel
@@ -311,7 +311,7 @@ func TestRelayEndsIdle(t *testing.T) {
 	r := quietRelay(t)
 	silent := startedSession(t, r)
 	hello := [2][]byte{[]byte("hello"), []byte("hello")}
-	spoke := newSockets(t, "tcp", "tcp").start(r, newSession("ns-01", 0, ""), hello)
+	spoke := newSessionConns(t, "tcp", "tcp").start(r, newSession("ns-01", 0, ""), hello)
 	clientSends, backendSends := startedSession(t, r), startedSession(t, r)
 	begun := time.Now()
 	ctx, cancel := context.WithCancel(t.Context())
@@ -571,9 +571,9 @@ func stuffWith(conn net.Conn, r io.Reader, piece int) (n int64) {
 // smallSockets are sockets as behind nginx, a Unix socket and a TCP connection, with
 // small buffers in the kernel. (A TCP socket that takes less than a segment at a time,
 // 64 KiB on the loopback device, is extremely slow.)
-func smallSockets(t testing.TB) sockets {
+func smallSockets(t testing.TB) sessionConns {
 	t.Helper()
-	c := newSockets(t, "unix", "tcp")
+	c := newSessionConns(t, "unix", "tcp")
 	for i := range c.far {
 		c.far[i].SetWriteBuffer(16 << 10)
 		c.near[i].(halfConn).SetWriteBuffer(16 << 10)
@@ -1039,7 +1039,7 @@ func TestRelayBytes(t *testing.T) {
 			running.Go(func() { <-start; ends[clientSide].run(t, conn, br) })
 			continue
 		}
-		pairs := newSockets(t, "unix", "tcp")
+		pairs := newSessionConns(t, "unix", "tcp")
 		for i, conn := range pairs.near {
 			conn.(halfConn).SetWriteBuffer(4 << 10 << (n / 8 % 8)) // a small one takes bytes in many parts
 			running.Go(func() { <-start; ends[i].run(t, pairs.far[i], pairs.far[i]) })

@@ -1037,7 +1037,7 @@ func stuffFrames(conn net.Conn, masked bool) {
 // If closeGracefully is called before the hand-over is done, both sides get their Close
 // frames all the same, after the early bytes.
 func TestCloseGracefullyAtSessionStart(t *testing.T) {
-	r, pairs, s := quietRelay(t), newSockets(t, "tcp", "tcp"), newSession("ns-01", 0, "")
+	r, pairs, s := quietRelay(t), newSessionConns(t, "tcp", "tcp"), newSession("ns-01", 0, "")
 	r.engine.assign(s, pairs.near)
 	if !s.closeGracefully(causeMoved, nil) {
 		t.Fatal("closeGracefully returned false")
@@ -1055,7 +1055,7 @@ func TestCloseGracefullyAtSessionStart(t *testing.T) {
 // A session that is ended during its hand-over, between register and the engine's
 // startSession, ends when it starts.
 func TestRelayEndsAtSessionStart(t *testing.T) {
-	r, pairs, s := quietRelay(t), newSockets(t, "tcp", "tcp"), newSession("ns-01", 0, "")
+	r, pairs, s := quietRelay(t), newSessionConns(t, "tcp", "tcp"), newSession("ns-01", 0, "")
 	r.engine.assign(s, pairs.near)
 	r.register(s, func() {
 		s.end(causeDrain)
