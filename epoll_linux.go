@@ -6,7 +6,6 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net"
-	"net/netip"
 	"os"
 	"reflect"
 	"runtime"
@@ -299,16 +298,6 @@ func (p *poller) watchPending(slotIndex int32, of *sockets, i side, mask uint32)
 	return err
 }
 
-// connect starts to connect the socket to a TCP address.
-func (p *poller) connect(fd int, to netip.AddrPort) error {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if errno := p.buf.connect(fd, to); errno != 0 && errno != syscall.EINPROGRESS {
-		return os.NewSyscallError("connect", errno)
-	}
-	return nil
-}
-
 // send writes to the socket once, up to bufferSize bytes. mu is held.
 func (p *poller) send(fd int32, data []byte) (int, syscall.Errno) {
 	size := copy(p.buf.data[:], data)
@@ -476,34 +465,6 @@ func (b *buffer) send(fd int32, size, flags int) (int, syscall.Errno) {
 	n, _, errno := syscall.RawSyscall6(syscall.SYS_SENDTO,
 		uintptr(fd), b.dataAt, uintptr(size), uintptr(flags|syscall.MSG_NOSIGNAL), 0, 0)
 	return int(n), errno
-}
-
-// connect starts to connect the socket to a TCP address (connect(2)), which it encodes
-// into data: struct sockaddr_in of ip(7), or sockaddr_in6 of ipv6(7).
-func (b *buffer) connect(fd int, to netip.AddrPort) syscall.Errno {
-	ip, family := to.Addr(), uint16(syscall.AF_INET6)
-	if ip.Is4() {
-		family = syscall.AF_INET
-	}
-	addr := binary.NativeEndian.AppendUint16(b.data[:0], family)
-	addr = binary.BigEndian.AppendUint16(addr, to.Port())
-	if ip.Is4() {
-		addr = append(append(addr, ip.AsSlice()...), make([]byte, 8)...) // sin_zero
-	} else {
-		addr = append(append(addr, make([]byte, 4)...), ip.AsSlice()...) // sin6_flowinfo
-		addr = append(addr, make([]byte, 4)...)                          // sin6_scope_id
-	}
-	_, _, errno := syscall.RawSyscall(syscall.SYS_CONNECT,
-		uintptr(fd), b.dataAt, uintptr(len(addr)))
-	return errno
-}
-
-// closeSocket closes a socket that does not linger (close(2)).
-func closeSocket(fd int32) { syscall.RawSyscall(syscall.SYS_CLOSE, uintptr(fd), 0, 0) }
-
-// endStream sends a FIN (shutdown(2)).
-func endStream(fd int32) {
-	syscall.RawSyscall(syscall.SYS_SHUTDOWN, uintptr(fd), syscall.SHUT_WR, 0)
 }
 
 // pipe carries bytes from socket to socket within the kernel (splice(2)).

@@ -521,7 +521,7 @@ func (c *pendingConn) closeGone() {
 func (c *pendingConn) close() {
 	c.detach()
 	c.closeBackend()
-	closeSocket(c.fd[clientSide])
+	syscall.Close(int(c.fd[clientSide]))
 	c.release()
 	c.fastPath.fdLimit.add(-descriptorsPerUpgrade)
 	c.fastPath.pending.Done()
@@ -696,7 +696,7 @@ func (c *pendingConn) connect(ctx context.Context, addr string) error {
 		}
 		return err
 	}
-	fd, err := connectTo(c.poller, to, dialer.Control)
+	fd, err := connectTo(to, dialer.Control)
 	if c.setBackend(fd); err == nil {
 		err = c.waitConnected(ctx)
 	}
@@ -754,7 +754,7 @@ func (c *pendingConn) setBackend(fd int32) {
 // closeBackend closes the connection to the backend if there is one.
 func (c *pendingConn) closeBackend() {
 	if c.fd[backendSide] >= 0 {
-		closeSocket(c.fd[backendSide])
+		syscall.Close(int(c.fd[backendSide]))
 		c.setBackend(-1)
 	}
 }
@@ -794,13 +794,15 @@ type clientAddr string
 func (clientAddr) Network() string  { return "tcp" }
 func (a clientAddr) String() string { return string(a) }
 
-// connectTo returns a TCP socket that connects to the address, with p's memory. It does
-// not wait until it is connected (connect(2): EINPROGRESS). control sets the socket's
-// options, as it does for a net.Dialer. The caller closes the socket.
-func connectTo(p *poller, addr netip.AddrPort, control socketControl) (int32, error) {
-	family := syscall.AF_INET6
+// connectTo returns a TCP socket that connects to the address. It does not wait until it
+// is connected (connect(2): EINPROGRESS). control sets the socket's options, as it does
+// for a net.Dialer. The caller closes the socket.
+func connectTo(addr netip.AddrPort, control socketControl) (int32, error) {
+	family, to := syscall.AF_INET6, syscall.Sockaddr(&syscall.SockaddrInet6{
+		Port: int(addr.Port()), Addr: addr.Addr().As16()})
 	if addr.Addr().Is4() {
 		family = syscall.AF_INET
+		to = &syscall.SockaddrInet4{Port: int(addr.Port()), Addr: addr.Addr().As4()}
 	}
 	const kind = syscall.SOCK_STREAM | syscall.SOCK_NONBLOCK | syscall.SOCK_CLOEXEC
 	fd, err := syscall.Socket(family, kind, 0)
@@ -808,13 +810,16 @@ func connectTo(p *poller, addr netip.AddrPort, control socketControl) (int32, er
 		return -1, os.NewSyscallError("socket", err)
 	}
 	if err = control("tcp", addr.String(), descriptor(fd)); err == nil {
-		err = p.connect(fd, addr)
+		err = os.NewSyscallError("connect", syscall.Connect(fd, to))
+		if errors.Is(err, syscall.EINPROGRESS) {
+			err = nil
+		}
 	}
 	if err == nil && isSelfConnect(fd, addr) {
 		err = errSelfConnect
 	}
 	if err != nil {
-		closeSocket(int32(fd))
+		syscall.Close(fd)
 		return -1, err
 	}
 	return int32(fd), nil

@@ -416,7 +416,7 @@ func (p *poller) sideEnded(s *session, i side) {
 	p.halfClose(s, i.endCause())
 	if !s.fin[i.other()] {
 		// A failure shows when the peer is read.
-		endStream(s.fd[i.other()])
+		syscall.Shutdown(int(s.fd[i.other()]), syscall.SHUT_WR)
 	}
 	p.endIfDead(s)
 }
@@ -465,7 +465,7 @@ func (p *poller) end(s *session, cause cause) {
 	s.open = false
 	for i, fd := range s.fd {
 		if fd >= 0 {
-			closeSocket(fd)
+			syscall.Close(int(fd))
 		}
 		p.dropUnsent(s, side(i))
 	}
