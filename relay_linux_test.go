@@ -5,6 +5,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"flag"
 	"fmt"
@@ -20,6 +21,7 @@ import (
 	"runtime"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -70,12 +72,17 @@ func TestRelayLastBytes(t *testing.T) {
 	for name, end := range map[string]func(c relayed){
 		"closes while its client goes on sending": func(c relayed) {
 			c.backend.Close()
-			for range 10 {
-				c.client.Write([]byte("ping"))     // the backend's kernel answers with an RST; may fail
-				<-time.After(5 * time.Millisecond) // after the RST the relay's next send fails
-			}
+			eventually(t, "a send to the backend has failed", true, func() bool {
+				c.client.Write([]byte("ping")) // the backend's kernel answers with an RST
+				c.lock()
+				defer c.unlock()
+				return c.writeFailed[backendSide]
+			})
 		},
-		"resets": func(c relayed) { reset(c.backend) },
+		"resets": func(c relayed) {
+			waitAcked(t, c.backend) // a reset drops what is still to be sent
+			reset(c.backend)
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := startedOver(t, quietRelay(t), "unix", "tcp")
@@ -88,6 +95,25 @@ func TestRelayLastBytes(t *testing.T) {
 			c.wantCause(t, causeBackendError)
 		})
 	}
+}
+
+// waitAcked returns when the peer's kernel has all that was written to an IPv4 connection.
+func waitAcked(t *testing.T, conn net.Conn) {
+	t.Helper()
+	local := conn.LocalAddr().(*net.TCPAddr)
+	ip := binary.NativeEndian.Uint32(local.IP.To4())
+	address := fmt.Sprintf("%08X:%04X", ip, local.Port)
+	eventually(t, "bytes that are not acknowledged", "00000000", func() string {
+		sockets, _ := os.ReadFile("/proc/self/net/tcp") // proc_net_tcp(5)
+		for line := range strings.Lines(string(sockets)) {
+			fields := strings.Fields(line)
+			if len(fields) > 4 && fields[1] == address {
+				queued, _, _ := strings.Cut(fields[4], ":")
+				return queued
+			}
+		}
+		return "no such socket"
+	})
 }
 
 // If a frame ends at the end of the poller's buffer, there is room for the Close frame.
