@@ -6,6 +6,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/tls"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -645,6 +646,121 @@ func heads() map[string]clientCase {
 func TestGoldenBackendHeads(t *testing.T) {
 	_, got := playAll(t, heads())
 	golden(t, "backend_heads.txt", inNames(got))
+}
+
+// closeCase is a session and what ends it. finish is called with the two connections of
+// the session, after both have carried a message.
+type closeCase struct {
+	args   string // flags of the router
+	silent bool   // neither client nor backend answers a Close frame
+	finish func(t *testing.T, r *goldenRouter, overrides string, client, backend net.Conn)
+}
+
+func closeCases() map[string]closeCase {
+	move := func(t *testing.T, r *goldenRouter, overrides string, client, backend net.Conn) {
+		if err := os.WriteFile(filepath.Join(overrides, "ns-01"), []byte("backend-1"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	drain := func(t *testing.T, r *goldenRouter, overrides string, client, backend net.Conn) { r.stop() }
+	return map[string]closeCase{
+		"another owner":                    {finish: move},
+		"another owner, nobody answers":    {finish: move, silent: true},
+		"the router stops":                 {finish: drain},
+		"the router stops, nobody answers": {finish: drain, silent: true},
+		"the client ends": {finish: func(t *testing.T, r *goldenRouter, overrides string, client, backend net.Conn) {
+			client.(*net.TCPConn).CloseWrite()
+		}},
+		"the client resets": {finish: func(t *testing.T, r *goldenRouter, overrides string, client, backend net.Conn) {
+			client.(*net.TCPConn).SetLinger(0)
+			client.Close()
+		}},
+		"the backend ends": {finish: func(t *testing.T, r *goldenRouter, overrides string, client, backend net.Conn) {
+			backend.(*net.TCPConn).CloseWrite()
+		}},
+		"the backend resets": {finish: func(t *testing.T, r *goldenRouter, overrides string, client, backend net.Conn) {
+			backend.(*net.TCPConn).SetLinger(0)
+			backend.Close()
+		}},
+		"nothing is sent": {args: "-idle-timeout 1s",
+			finish: func(t *testing.T, r *goldenRouter, overrides string, client, backend net.Conn) {}},
+	}
+}
+
+// readsToEnd reads frames until the connection ends. Unless it is silent, it answers a
+// Close frame and then ends.
+func readsToEnd(conn net.Conn, br io.Reader, masked, silent bool) string {
+	var all strings.Builder
+	for {
+		first, payload, err := nextFrame(br, masked, nil)
+		switch {
+		case errors.Is(err, net.ErrClosed):
+			return all.String() + "it has reset its connection\n"
+		case err != nil:
+			if !silent {
+				conn.Close()
+			}
+			return all.String() + plainError(err) + "\n"
+		}
+		all.WriteString(describeFrame(first, payload) + "\n")
+		if first&0xf == 8 && !silent {
+			conn.Write(closeFrame(binary.BigEndian.Uint16(payload), "", !masked))
+			conn.(*net.TCPConn).CloseWrite()
+		}
+	}
+}
+
+// play returns what client and backend read, and the end of the session in the log.
+func (c *closeCase) play(t *testing.T) string {
+	t.Helper()
+	conns, toBackend := make(chan net.Conn, 1), make(chan string, 1)
+	stub := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
+		io.WriteString(conn, switching)
+		mustSend(t, conn, frameBytes(0x81, false, 2, []byte("hi")))
+		if _, _, err := nextFrame(br, true, nil); err != nil {
+			t.Error(err)
+		}
+		conns <- conn
+		toBackend <- readsToEnd(conn, br, true, c.silent)
+	})
+	other := startStub(t, "127.0.0.1:0", func(net.Conn, *bufio.Reader) {})
+	overrides := overridesDir(t, map[string]string{"ns-01": "backend-0"})
+	r := startGolden(t, overrides, append([]string{"-backends", stub.addr + "," + other.addr}, strings.Fields(c.args)...)...)
+	client := r.dial(t)
+	mustWrite(t, client, upgradeRequest("/ws/ns-01"))
+	br := bufio.NewReader(client)
+	if _, err := http.ReadResponse(br, nil); err != nil {
+		t.Fatal(err)
+	}
+	mustSend(t, client, frameBytes(0x81, true, 2, []byte("ho")))
+	if _, _, err := nextFrame(br, false, nil); err != nil {
+		t.Fatal(err)
+	}
+	backend, toClient := <-conns, make(chan string, 1)
+	go func() { toClient <- readsToEnd(client, br, false, c.silent) }()
+	c.finish(t, r, overrides, client, backend)
+	ended := r.log.wait(t, "session ended", 1)
+	return part("client: ", <-toClient) + part("backend: ", <-toBackend) +
+		fmt.Sprintf("log: cause %v, cut %v\n", ended["cause"], ended["cut"])
+}
+
+// What client and backend read at the end of a session, for each of its causes that can
+// be provoked from outside: the Close frames, and how the connections end.
+func TestGoldenCloses(t *testing.T) {
+	var mu sync.Mutex
+	sections := map[string]string{}
+	t.Run("all", func(t *testing.T) {
+		for name, c := range closeCases() {
+			t.Run(name, func(t *testing.T) {
+				t.Parallel()
+				seen := c.play(t)
+				mu.Lock()
+				defer mu.Unlock()
+				sections[name] = "== " + name + "\n" + seen
+			})
+		}
+	})
+	golden(t, "closes.txt", inNames(sections))
 }
 
 // commandSeen runs the program as main does, and returns what a user sees of it. Variables of
