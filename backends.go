@@ -620,8 +620,8 @@ func (h *dialQueues) queue(ordinal int) *dialQueue {
 
 // position returns the index of w in the queue, or else where it belongs.
 func (q *dialQueue) position(w *waiter) (int, bool) {
-	return slices.BinarySearchFunc(q.waiters, w.sequence, func(other *waiter, ticket int64) int {
-		return cmp.Compare(other.sequence, ticket)
+	return slices.BinarySearchFunc(q.waiters, w.sequence, func(other *waiter, sequence int64) int {
+		return cmp.Compare(other.sequence, sequence)
 	})
 }
 

@@ -94,7 +94,8 @@ func (c *config) flags() *flag.FlagSet {
 			"proxy (default in-cluster in a pod, else none with -overrides, "+
 			"else http://127.0.0.1:8080)")
 	f.StringVar(&c.kubeNamespace, "kube-namespace", "",
-		"Kubernetes `namespace` of the ConfigMaps (default the pod's own, else \"default\")")
+		"Kubernetes `namespace` of the ConfigMaps, the StatefulSet and its EndpointSlices\n"+
+			"(default the pod's own, else \"default\")")
 	f.Var(&c.configMaps, "configmap",
 		"`name` of a ConfigMap with overrides; may be repeated (default overwriting)")
 	f.StringVar(&c.selector, "configmap-selector", "",

@@ -99,7 +99,7 @@ var volatileOfClients = []volatile{
 	// A dial that ends with the hold and one that ends before it differ in their words
 	// only: which of the two comes last is chance.
 	{`; last error: [^\n]* result=`, "; last error: REASON result="},
-	{`(could not be reached within \S+: )[^;\n]*(; at last| result=)`, "${1}REASON${2}"},
+	{`(could not be reached within \S+: )[^;\n]*(; last error:| result=)`, "${1}REASON${2}"},
 	{`omitted=\d+`, "omitted=NUMBER"},
 }
 

@@ -326,7 +326,7 @@ func handshake(conn net.Conn, br *bufio.Reader, head []byte, maxHead int) (resp 
 // readResponse reads the head of a backend's answer that is not an interim one: a
 // 101 to WebSocket, or any other.
 func readResponse(br *bufio.Reader) (*http.Response, error) {
-	for range maxInterimResponses {
+	for range maxInterimResponses + 1 {
 		resp, err := http.ReadResponse(br, nil) // nil: to a GET
 		switch {
 		case err != nil:

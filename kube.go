@@ -303,7 +303,7 @@ func newInClusterClient(getenv func(string) string, dir string) (*kubeClient, er
 }
 
 // newKubectlProxyClient returns a client that uses the kubectl proxy at base, an URL such
-// as http://127.0.0.1:8001. The proxy adds the credentials.
+// as http://127.0.0.1:8080. The proxy adds the credentials.
 func newKubectlProxyClient(base string) (*kubeClient, error) {
 	u, err := url.Parse(base)
 	if err != nil || u.Scheme != "http" || u.Host == "" || strings.Trim(u.Path, "/") != "" {

@@ -118,7 +118,7 @@ type descriptorLimit struct {
 	changed sync.Cond // used fell, or closed
 }
 
-// newDescriptorLimit returns the gate of a process that may open this many files, with this
+// newDescriptorLimit returns the limit of a process that may open this many files, with this
 // many backends.
 func newDescriptorLimit(files, backends int) (*descriptorLimit, error) {
 	if least := internalDescriptors(backends) + descriptorsPerUpgrade; files < least {

@@ -23,7 +23,7 @@
 //
 //  1. A table never changes: an update swaps the pointer to it. Once there is a
 //     table, the pointer is never nil. A lookup takes no lock and allocates nothing.
-//  2. A namespace never has two owners: the same overrides and the same number of
+//  2. A table gives a namespace one owner: the same overrides and the same number of
 //     backends give the same owner on every router, in every release. The owner of
 //     an invalid override depends on earlier tables too; a table's stamp, which
 //     backends get as a header, shows where two routers differ in that.
@@ -35,7 +35,7 @@
 //     this holds for the last ConfigMap that it chooses.
 //  5. An API server that is down changes nothing for clients.
 //  6. No byte is lost or reordered between hijack and end.
-//  7. If an owner does not answer, its clients wait up to a bound and then get 503.
+//  7. If an owner cannot be reached, its clients wait up to a bound and then get 503.
 //     They never get another backend.
 //  8. After the hand-over only the relay touches the two sockets. A session ends
 //     once, with one cause, and is counted and logged once.
@@ -43,7 +43,7 @@
 //  10. A move or drain ends a session with Close frames, each at the end of a frame:
 //     first to the backend, then to the client. A session that does not end so in
 //     time is cut.
-//  11. Each goroutine has an owner that waits for it.
+//  11. Each goroutine has an owner that waits for it, for a bounded time at the stop.
 //
 // The way of one connection, each step a function:
 //
@@ -70,15 +70,16 @@
 //	poller.end                closes both sockets
 //	relay.sessionEnded        counts and logs the end
 //
-// From a change of a ConfigMap to the first move:
+// From a change of a ConfigMap to the last move:
 //
 //	watcher.run               lists and watches, again and again
-//	watcher.applyEvent        decodes one event
+//	watcher.applyEvent        decodes one event and applies it
 //	configMaps.apply          keeps the newest version of each ConfigMap
-//	router.setContents        merges the overrides of all sources
+//	router.setContents        collects the contents of all sources
 //	router.swap               puts a new table in force
-//	newTable                  decides for each entry whether it is in force
+//	newTable                  merges them, and decides which overrides are in force
 //	mover.ownersChanged       wakes the mover
+//	mover.restartSettling     waits until the table has stayed for -move-settle
 //	mover.startBatch          finds the sessions whose owner changed
 //	mover.dialTarget          waits until the new owner takes a connection
 //	mover.moveDue             starts the moves that are due, at the rate

@@ -17,8 +17,8 @@ const (
 	maxTargetRetry  = 5 * time.Second
 )
 
-// mover closes the sessions whose namespace has another owner now, at a pace that the
-// backends can bear (invariant 2). Their clients connect again, to the new owner. All
+// mover closes the sessions whose namespace has another owner now (invariant 2), at a pace
+// that the backends can bear. Their clients connect again, to the new owner. All
 // other sessions stay. A new owner must accept a connection before the mover closes
 // the first session for it.
 type mover struct {

@@ -69,8 +69,8 @@ func TestRelayWakesItself(t *testing.T) {
 // sent. It fails if an RST or a failed send to the backend ends a session with
 // unsent bytes.
 func TestRelayLastBytes(t *testing.T) {
-	for name, end := range map[string]func(c relayed){
-		"closes while its client goes on sending": func(c relayed) {
+	for name, end := range map[string]func(t *testing.T, c relayed){
+		"closes while its client goes on sending": func(t *testing.T, c relayed) {
 			c.backend.Close()
 			eventually(t, "a send to the backend has failed", true, func() bool {
 				c.client.Write([]byte("ping")) // the backend's kernel answers with an RST
@@ -79,7 +79,7 @@ func TestRelayLastBytes(t *testing.T) {
 				return c.writeFailed[backendSide]
 			})
 		},
-		"resets": func(c relayed) {
+		"resets": func(t *testing.T, c relayed) {
 			waitAcked(t, c.backend) // a reset drops what is still to be sent
 			reset(c.backend)
 		},
@@ -89,7 +89,7 @@ func TestRelayLastBytes(t *testing.T) {
 			const last = 256 << 10 // more than the client's socket takes, less than with the router's buffers
 			mustWrite(t, c.backend, string(make([]byte, last)))
 			c.waitStuck(backendSide)
-			end(c)
+			end(t, c)
 			mustReadAll(t, c.client, last)
 			c.client.Close()
 			c.wantCause(t, causeBackendError)
@@ -104,7 +104,7 @@ func waitAcked(t *testing.T, conn net.Conn) {
 	ip := binary.NativeEndian.Uint32(local.IP.To4())
 	address := fmt.Sprintf("%08X:%04X", ip, local.Port)
 	eventually(t, "bytes that are not acknowledged", "00000000", func() string {
-		sockets, _ := os.ReadFile("/proc/self/net/tcp") // proc_net_tcp(5)
+		sockets, _ := os.ReadFile("/proc/thread-self/net/tcp") // proc_net_tcp(5)
 		for line := range strings.Lines(string(sockets)) {
 			fields := strings.Fields(line)
 			if len(fields) > 4 && fields[1] == address {

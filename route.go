@@ -742,7 +742,7 @@ func (r *router) writeMetrics(m metricsWriter) {
 	m.single("router_table_updated_timestamp_seconds", "gauge",
 		"When the routing table in force came into force, in seconds since 1970.",
 		unixSeconds(t.updated))
-	m.single("router_table_overrides", "gauge", "Overrides in force.", float64(t.overrides))
+	m.single("router_table_overrides", "gauge", "Namespaces whose owner is not given by the hash.", float64(t.overrides))
 	m.single("router_table_backends", "gauge", "Backends over which namespaces are hashed.",
 		float64(t.backends.count))
 	m.family("router_table_rejected_overrides", "gauge", "Overrides that are not in force because they are invalid, by source.")
