@@ -479,18 +479,11 @@ func TestProcessSurvivesWithoutDescriptors(t *testing.T) {
 		}
 		conn.Close()
 	}
-	// The upgrades of those who left end by and by: until then a new client may be told
-	// 503 too.
-	for end := time.Now().Add(patience); ; {
-		ws, err := websocket.Dial(p.ws+"ns-01", "", "http://client")
-		if err == nil {
-			ws.Close()
-			return
-		}
-		if time.Now().After(end) {
-			t.Fatalf("a client that comes when all others have left: %v", err)
-		}
-	}
+	// The upgrades of those who left end by and by. Then there are descriptors again.
+	waitMetrics(t, &p.runningRouter, map[string]float64{
+		`router_pending_upgrades`: 0, `router_sessions{backend="backend-0"}`: float64(len(open)),
+	})
+	p.open(t, "ns-01")
 }
 
 // marked checks that what it is given is one mark over and over.
