@@ -426,7 +426,7 @@ func (h *dialQueues) setSequence(w *waiter) {
 // returns errRecheckOwner if swaps is not the number of swaps any more, and what w waited
 // for if ctx ends.
 func (h *dialQueues) wait(ctx context.Context, w *waiter, ordinal int, swaps int64) error {
-	if !h.enqueue(w, ordinal, swaps) {
+	if !h.enqueue(context.Background(), w, ordinal, swaps) {
 		return errRecheckOwner
 	}
 	select {
@@ -438,11 +438,15 @@ func (h *dialQueues) wait(ctx context.Context, w *waiter, ordinal int, swaps int
 
 // enqueue puts w, which is in no queue, into the backend's queue. w may then dial at
 // once. It reports whether it did so: not if swaps is not the number of swaps any more,
-// because the backend may not be the owner any more.
-func (h *dialQueues) enqueue(w *waiter, ordinal int, swaps int64) bool {
+// because the backend may not be the owner any more, and not if ctx has ended, because
+// dequeue may have been called already.
+func (h *dialQueues) enqueue(
+	ctx context.Context, w *waiter, ordinal int, swaps int64,
+) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.swaps.Load() != swaps { // after this check, recheckOwners finds w in the queue
+	// After these checks, recheckOwners and dequeue find w in the queue.
+	if h.swaps.Load() != swaps || ctx.Err() != nil {
 		return false
 	}
 	q := h.queue(ordinal)

@@ -204,14 +204,20 @@ func (f *fastPath) parseUpgrade(data []byte) (r *http.Request, size int) {
 	return r, size
 }
 
+// maxFastResponse is how many bytes the head of a 101 may have on the fast path, which
+// sends it at once: the empty buffer of any socket takes as many.
+const maxFastResponse = 4 << 10
+
 // parseSwitching returns the 101 at the beginning of data, and what follows it. It
-// returns nil for another response, and for a head that is not whole.
+// returns nil for another response, for a head that is not whole, and for one that is
+// longer than maxFastResponse.
 func (f *fastPath) parseSwitching(data []byte) (resp *http.Response, rest []byte) {
 	rest, err := f.proxy.parseHead(data, func(br *bufio.Reader) (err error) {
 		resp, err = readResponse(br)
 		return err
 	})
-	if err != nil || resp.StatusCode != http.StatusSwitchingProtocols {
+	if err != nil || resp.StatusCode != http.StatusSwitchingProtocols ||
+		len(data)-len(rest) > maxFastResponse {
 		return nil, nil
 	}
 	return resp, rest
@@ -443,9 +449,9 @@ func (c *pendingConn) hold() {
 		c.fallBack(nil, err)
 		return
 	}
-	ctx := c.ctx
+	ctx, owner := c.ctx, u.owner
 	c.parked.Store(true) // from now on another goroutine may own c
-	if !p.backends.queues.enqueue(&c.waiter, u.owner, swaps) || ctx.Err() != nil {
+	if !p.backends.queues.enqueue(ctx, &c.waiter, owner, swaps) {
 		c.unpark()
 	}
 }
@@ -721,7 +727,7 @@ func (c *pendingConn) waitConnected(ctx context.Context) error {
 		defer context.AfterFunc(ctx, func() {
 			c.poller.mu.Lock()
 			defer c.poller.mu.Unlock()
-			c.interrupt()
+			c.changed.Signal() // it may come late, when c is parked: that is not unpark's
 		})()
 	}
 	c.poller.mu.Lock()

@@ -15,6 +15,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -1007,4 +1008,94 @@ func (*oneListener) Addr() net.Addr { return nil }
 // As TestMoveWithinADial, of an upgrade that was held before that dial.
 func TestMoveWithinADialOnceHeld(t *testing.T) {
 	moveWithinADial(t, upgradeRequest("/ws/ns-01"), true)
+}
+
+// The time of a held client ends between its park and its place in the queue of its
+// owner. It leaves nothing in the queue: a turn to dial that nobody takes would stop the
+// dials of that owner for ever.
+func TestFastPathQueuesNobodyWhoIsOver(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1)) // resume runs before hold goes on
+	for range 8 {                                   // or mostly so
+		queueWhoIsOver(t)
+	}
+}
+
+func queueWhoIsOver(t *testing.T) {
+	t.Helper()
+	var ready atomic.Bool
+	p := startProxy(t, []string{"127.0.0.1:1"}, map[string]string{}, func(p *proxy) {
+		p.limits.holdTimeout = time.Hour
+		p.backends.queues.checkReady = func(int) error {
+			if ready.Load() {
+				return nil
+			}
+			return errors.New("not ready")
+		}
+	})
+	queues := p.backends.queues
+	queued := func() [2]int {
+		queues.mu.Lock()
+		defer queues.mu.Unlock()
+		q := queues.queue(0)
+		return [2]int{len(q.waiters), q.dialing}
+	}
+	conn := p.send(t, "ns-01")
+	p.waitHeld(t, 1)
+	eventually(t, "waiters and dials", [2]int{1, 0}, queued)
+	c := p.pendingConns()[0]
+	p.relay.mu.Lock()
+	queues.recheckOwners() // the table is swapped
+	waitStacks(t, "hold asks for the owner again", func(stacks []byte) bool {
+		return bytes.Contains(stacks, []byte(".recheckOwner("))
+	})
+	queues.mu.Lock() // another client is at the queues
+	p.relay.mu.Unlock()
+	waitStacks(t, "hold comes to the queue", func(stacks []byte) bool {
+		return bytes.Contains(stacks, []byte(".enqueue(")) && c.parked.Load()
+	})
+	queues.mu.Unlock()
+	c.ctx.expire() // its time is over
+	mustAnswer(t, conn, http.StatusServiceUnavailable)
+	p.waitPending(t, 0)
+	eventually(t, "waiters and dials", [2]int{0, 0}, queued)
+	ready.Store(true)
+	queues.readinessChanged()
+	if got := queued(); got != [2]int{0, 0} {
+		t.Errorf("%v waiters and dials after the owner is ready, want none", got)
+	}
+}
+
+// A 101 that is longer than the buffer of the client's socket arrives whole, both ways.
+func TestUpgradeWithALongResponse(t *testing.T) {
+	long := strings.Replace(switching, "\r\n", "\r\nX-Long: "+strings.Repeat("x", 30<<10)+"\r\n", 1)
+	small := net.Dialer{Control: func(_, _ string, raw syscall.RawConn) error {
+		return raw.Control(func(fd uintptr) {
+			syscall.SetsockoptInt(int(fd), syscall.IPPROTO_TCP, syscall.TCP_MAXSEG, 88)
+			syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 2304)
+		})
+	}}
+	for name, request := range bothWays("/ws/ns-01") {
+		t.Run(name, func(t *testing.T) {
+			backend := startStub(t, "127.0.0.1:0", answer(long+"early"))
+			p := startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) {
+				p.limits.headerBytes = 66 << 10
+			})
+			conn, err := small.Dial("tcp", p.addr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			mustWrite(t, conn, request)
+			conn.SetReadDeadline(time.Now().Add(patience))
+			br := bufio.NewReader(conn)
+			resp, err := http.ReadResponse(br, nil)
+			if err != nil || resp.StatusCode != http.StatusSwitchingProtocols || len(resp.Header.Get("X-Long")) != 30<<10 {
+				t.Fatalf("the client got %v, %v; want the whole 101", resp, err)
+			}
+			early := make([]byte, 5)
+			if _, err := io.ReadFull(br, early); err != nil || string(early) != "early" {
+				t.Errorf("after the 101 the client got %q, %v; want what came with it", early, err)
+			}
+		})
+	}
 }

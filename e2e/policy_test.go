@@ -213,7 +213,7 @@ func routerTakes(t *testing.T, data map[string]string) map[string]bool {
 		switch fields := strings.Fields(line); {
 		case len(fields) == 3 && fields[2] == "override":
 			takes[fields[0]] = true
-		case len(fields) == 2 && fields[1] == "refused":
+		case len(fields) == 2 && fields[1] == "unresolved":
 			takes[fields[0]] = false
 		}
 	}
