@@ -34,7 +34,12 @@ func TestFault16TooManyRequests(t *testing.T) {
 	allow := r.starve()
 	asker := r.newAsker(r.token(nil))
 	asker.run(8, 0)
-	until(t.Context(), 2*time.Second) // until the API server has heard of it
+	eventually(t, 20*time.Second, "the API server rejects the account", func() error {
+		if asker.told(string(metav1.StatusReasonTooManyRequests)) < 100 {
+			return errors.New("it was answered " + asker.answers())
+		}
+		return nil
+	})
 	g.cut(false)
 	pod.logs(t, 20*time.Second, failedWith("too_many_requests"))
 	trial.stands()
