@@ -120,7 +120,7 @@ func TestBadUsage(t *testing.T) {
 	}
 }
 
-// TestBadUsageIsComplete fails when a flag is added and badUsage is not told.
+// TestBadUsageIsComplete fails when a flag is added and badUsage has no case of it.
 func TestBadUsageIsComplete(t *testing.T) {
 	anything := map[string]bool{ // names and places: whatever is wrong with them shows at run time
 		"listen": true, "admin": true, "overrides": true, "statefulset": true, "service": true,

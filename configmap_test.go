@@ -221,7 +221,7 @@ func TestConfigMapsDisagree(t *testing.T) {
 	}
 }
 
-// A disagreement is told for each object, and a router that starts with one
+// A conflict is reported for each object, and a router that starts with one
 // refuses the namespace rather than guess.
 func TestConflictIsReported(t *testing.T) {
 	c, r, log := fakeMaps(t)
@@ -332,7 +332,7 @@ func TestConfigMapsSelectedFromServer(t *testing.T) {
 	})
 }
 
-// What a version did is told when it is in force, which the number of backends
+// What a version changed is reported when it is in force, which the number of backends
 // may have delayed.
 func TestConfigMapsReportedOnceInForce(t *testing.T) {
 	c, r, _ := fakeMaps(t, "routes")

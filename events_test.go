@@ -102,16 +102,16 @@ func TestEventNames(t *testing.T) {
 // another name, or the API server would not take them. Routers that saw the same have
 // the same names; labels alone have none.
 func TestEventsOfAVersionThatDoesMore(t *testing.T) {
-	type told struct{ reason, message string }
-	history := func() map[string]told {
+	type eventText struct{ reason, message string }
+	history := func() map[string]eventText {
 		c, r, _ := fakeMaps(t, "routes")
-		all := map[string]told{}
-		take := func(want ...told) {
+		all := map[string]eventText{}
+		take := func(want ...eventText) {
 			t.Helper()
-			var got []told
+			var got []eventText
 			for len(c.events.queue) > 0 {
 				e := <-c.events.queue
-				one := told{e.Reason, e.Message}
+				one := eventText{e.Reason, e.Message}
 				if before, ok := all[e.Metadata.Name]; ok {
 					t.Errorf("%v has the name of %v", one, before)
 				}
@@ -125,18 +125,18 @@ func TestEventsOfAVersionThatDoesMore(t *testing.T) {
 		const data = "a=backend-1 b=backend-3 c=backend-3 d=backend-3 e=junk"
 		const junk = `; e: "junk", expected backend-0 to backend-`
 		c.apply(0, fakeSet(fakeMap("routes", "1", data)))
-		take(told{"OverridesRejected", "rejected overrides: 1" + junk + "3, in force: unresolved"},
-			told{"OverridesInForce", "resourceVersion 1 is in force in a router that started: 5 overrides"})
+		take(eventText{"OverridesRejected", "rejected overrides: 1" + junk + "3, in force: unresolved"},
+			eventText{"OverridesInForce", "resourceVersion 1 is in force in a router that started: 5 overrides"})
 		r.setBackends(ordinals{count: 3}, "u/2")
 		beyond := ""
 		for _, namespace := range []string{"b", "c", "d"} {
 			beyond += "; " + namespace + `: "backend-3", expected backend-0 to backend-2, in force: unresolved`
 		}
-		take(told{"OverridesRejected", "rejected overrides: 4" + beyond + junk + "2, in force: unresolved"},
-			told{"OverridesInForce", "resourceVersion 1 is in force: 0 overrides added, 3 changed, 0 removed"})
+		take(eventText{"OverridesRejected", "rejected overrides: 4" + beyond + junk + "2, in force: unresolved"},
+			eventText{"OverridesInForce", "resourceVersion 1 is in force: 0 overrides added, 3 changed, 0 removed"})
 		r.setBackends(ordinals{count: 4}, "u/3")
-		take(told{"OverridesRejected", "rejected overrides: 1" + junk + "3, in force: unresolved"},
-			told{"OverridesInForce", "resourceVersion 1 is in force: 0 overrides added, 3 changed, 0 removed"})
+		take(eventText{"OverridesRejected", "rejected overrides: 1" + junk + "3, in force: unresolved"},
+			eventText{"OverridesInForce", "resourceVersion 1 is in force: 0 overrides added, 3 changed, 0 removed"})
 		c.apply(0, fakeSet(fakeMap("routes", "2", data))) // its labels
 		take()
 		if got := r.table().version; got != "2" {
@@ -203,7 +203,7 @@ func TestEventMessageIsBounded(t *testing.T) {
 	}
 }
 
-// An Event is tried twice, and what cannot be written is told with restraint.
+// An Event is tried twice, and what cannot be written is eventText with restraint.
 func TestEventFailures(t *testing.T) {
 	for name, tt := range map[string]struct {
 		posts script

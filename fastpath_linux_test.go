@@ -130,8 +130,8 @@ func TestFastPathGivesUpItsTurn(t *testing.T) {
 	}
 }
 
-// The backend is told of a client that has reset its connection where it came
-// from, and not only what the client says itself.
+// The backend gets the address of a client that has reset its connection, and not only
+// what the client says itself.
 func TestFastPathForwardsWhoWasReset(t *testing.T) {
 	backend := startStub(t, "127.0.0.1:0", echo)
 	clients, read := make(chan *net.TCPConn, 1), sync.Once{}
@@ -444,7 +444,7 @@ func TestFastPathEarlyBytes(t *testing.T) {
 	}
 }
 
-// A backend that ends with its answer ends the session: its socket is told of once
+// A backend that ends with its answer ends the session: epoll reports its socket once
 // only, before the answer is read.
 func TestFastPathBackendEnds(t *testing.T) {
 	backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, _ *bufio.Reader) { io.WriteString(conn, switching+"bye") })

@@ -135,7 +135,7 @@ func TestProxyPeerVanishes(t *testing.T) {
 				vanish(t, conns[tt.gone])
 			}
 			var other sync.WaitGroup
-			other.Go(func() { // ends when it is told to
+			other.Go(func() { // ends with the stream
 				io.Copy(io.Discard, conns[tt.gone.other()])
 				conns[tt.gone.other()].Close()
 			})
@@ -311,7 +311,7 @@ func TestProxyLinkCut(t *testing.T) {
 				l.cut()
 				begun := time.Now()
 				var other sync.WaitGroup
-				other.Go(func() { // ends when it is told to
+				other.Go(func() { // ends with the stream
 					io.Copy(io.Discard, conns[gone.other()])
 					conns[gone.other()].Close()
 				})

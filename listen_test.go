@@ -91,7 +91,7 @@ func TestListenUnixRefusesLiveSocket(t *testing.T) {
 // A listener that is too busy to accept is not stale.
 func TestListenUnixRefusesFullSocket(t *testing.T) {
 	if runtime.GOOS != "linux" {
-		t.Skip("where a full backlog refuses connections, nothing tells it from a stale socket")
+		t.Skip("where a full backlog refuses connections, a busy listener looks like a stale socket")
 	}
 	path := filepath.Join(t.TempDir(), "router.sock")
 	live, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)

@@ -71,7 +71,7 @@ func queuedLog(t *testing.T, out io.Writer) (*logQueue, *slog.Logger) {
 }
 
 // A log that nobody reads makes nobody wait. What was dropped is counted, and
-// told of once somebody reads.
+// reported once somebody reads.
 func TestLogQueueDrops(t *testing.T) {
 	out, in, err := os.Pipe()
 	if err != nil {

@@ -139,7 +139,7 @@ func TestRunIdleTimeout(t *testing.T) {
 	waitMetrics(t, r, map[string]float64{`router_sessions_ended_total{cause="idle"}`: 1})
 }
 
-// TestFollowing: a whole router that is told nothing about its backends finds
+// TestFollowing: a whole router without flags for its backends finds
 // them by the API server, and says what it found.
 func TestFollowing(t *testing.T) {
 	first := listenLocal(t)

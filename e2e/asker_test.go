@@ -79,8 +79,8 @@ func (a *asker) ask() string {
 	return "no connection"
 }
 
-// told is how often there was this answer.
-func (a *asker) told(answer string) int {
+// times returns how often there was this answer.
+func (a *asker) times(answer string) int {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.count[answer]

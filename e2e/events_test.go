@@ -20,7 +20,7 @@ import (
 
 // TestEvents applies a ConfigMap with a bad entry, where no policy refuses it:
 // `kubectl describe` tells what came of it, once although there are several
-// routers, and traffic stays where it was. An annotation is told by none.
+// routers, and traffic stays where it was. No router reports an annotation.
 func TestEvents(t *testing.T) {
 	const overridden, hashed, good = prefix + "event-overridden", prefix + "event-hashed", prefix + "event-good"
 	s := newSystem(t)
@@ -42,8 +42,8 @@ func TestEvents(t *testing.T) {
 	untold := []string{s.annotate("router-test/seen=yes"), s.annotate("router-test/seen-")}
 	s.applyTold(map[string]string{overridden: byOverride, good: s.other(elsewhere)}, "0 overrides added, 1 changed, 0 removed", "")
 	for _, version := range untold { // what came later was written by all
-		if told := s.told(version); len(told) > 0 {
-			t.Errorf("another annotation has Events: %v", told)
+		if events := s.eventsOf(version); len(events) > 0 {
+			t.Errorf("another annotation has Events: %v", events)
 		}
 	}
 	s.applyTold(nil, "0 overrides added, 0 changed, 2 removed", "")
@@ -65,16 +65,16 @@ func (s *system) applyTold(data map[string]string, did, warning string) {
 		want = append(want, "Warning OverridesRejected "+warning)
 	}
 	least := before + float64(len(want)*(len(s.routers(s.t.Context()))-1))
-	var told []corev1.Event
+	var events []corev1.Event
 	eventually(s.t, 20*time.Second, "all routers to write their Events", func() error {
 		n, err := s.conflicts(s.t.Context())
-		if told = s.told(version); err == nil && (n < least || len(told) < len(want)) {
-			err = fmt.Errorf("there are %d, want %d, and the API server has refused %v, want %v", len(told), len(want), n, least)
+		if events = s.eventsOf(version); err == nil && (n < least || len(events) < len(want)) {
+			err = fmt.Errorf("there are %d, want %d, and the API server has refused %v, want %v", len(events), len(want), n, least)
 		}
 		return err
 	})
 	var got []string
-	for _, e := range told {
+	for _, e := range events {
 		got = append(got, e.Type+" "+e.Reason+" "+e.Message)
 	}
 	slices.Sort(got)
@@ -82,7 +82,7 @@ func (s *system) applyTold(data map[string]string, did, warning string) {
 		s.t.Errorf("Events of version %s: %q, want %q", version, got, want)
 	}
 	_, described, _ := strings.Cut(s.mustKubectl("", "describe", "configmap", configMap), "\nEvents:")
-	for _, e := range told {
+	for _, e := range events {
 		line := regexp.MustCompile(e.Type + ` +` + e.Reason + ` .*` + regexp.QuoteMeta(e.Message))
 		if !line.MatchString(described) {
 			s.t.Errorf("kubectl describe does not show %s, but\n%s", line, described)
@@ -105,9 +105,9 @@ func (s *system) annotate(annotation string) (version string) {
 	return version
 }
 
-// told are the Events about this version of the ConfigMap, but for those of moves:
+// eventsOf returns the Events about this version of the ConfigMap, but for those of moves:
 // each router has its own.
-func (s *system) told(version string) []corev1.Event {
+func (s *system) eventsOf(version string) []corev1.Event {
 	s.t.Helper()
 	list, err := s.client.CoreV1().Events(s.namespace).List(s.t.Context(), metav1.ListOptions{FieldSelector: "involvedObject.kind=ConfigMap," +
 		"involvedObject.name=" + configMap + ",involvedObject.resourceVersion=" + version})
@@ -151,14 +151,14 @@ func TestEventsForbidden(t *testing.T) {
 	permit()
 	s.applyTold(nil, "0 overrides added, 0 changed, 1 removed", "")
 	for _, version := range versions {
-		if told := s.told(version); len(told) > 0 {
-			t.Errorf("without the permission there are Events: %v", told)
+		if events := s.eventsOf(version); len(events) > 0 {
+			t.Errorf("without the permission there are Events: %v", events)
 		}
 	}
 	for _, r := range s.routers(t.Context()) {
 		lines, log, err := s.lines(t.Context(), r.pod, began, "cannot write Event; the overrides are in force", "cannot create resource", "events")
 		if err != nil || lines != 1 {
-			t.Errorf("%s has told %d times (error %v), want once:\n%s", r.pod, lines, err, log)
+			t.Errorf("%s has logged it %d times (error %v), want once:\n%s", r.pod, lines, err, log)
 		}
 	}
 }

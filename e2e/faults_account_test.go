@@ -35,7 +35,7 @@ func TestFault16TooManyRequests(t *testing.T) {
 	asker := r.newAsker(r.token(nil))
 	asker.run(8, 0)
 	eventually(t, 20*time.Second, "the API server rejects the account", func() error {
-		if asker.told(string(metav1.StatusReasonTooManyRequests)) < 100 {
+		if asker.times(string(metav1.StatusReasonTooManyRequests)) < 100 {
 			return errors.New("it was answered " + asker.answers())
 		}
 		return nil

@@ -124,7 +124,7 @@ func TestFault09And37Shutdown(t *testing.T) {
 	finish := r.linger()
 	syscall.Kill(old, syscall.SIGTERM)
 	eventually(t, 10*time.Second, "the API server to refuse what is new", func() error {
-		if asker.told(string(metav1.StatusReasonTooManyRequests)) == 0 {
+		if asker.times(string(metav1.StatusReasonTooManyRequests)) == 0 {
 			return fmt.Errorf("it answered %v", asker.answers())
 		}
 		return nil

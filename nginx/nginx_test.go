@@ -29,7 +29,7 @@ func TestConfigurationIsValid(t *testing.T) {
 	s.configure(t) // -t binds too, and the first ports are taken
 	err := s.command(t, "-t").Run()
 	out := readFile(t, filepath.Join(s.dir, "stderr"))
-	// Who may not raise the limit of open files is told so, and goes on.
+	// Who may not raise the limit of open files reads that in the log, and goes on.
 	out = regexp.MustCompile(`(?m)^.*setrlimit\(RLIMIT_NOFILE.*$`).ReplaceAll(out, nil)
 	if err != nil || bytes.Contains(out, []byte("[warn]")) || bytes.Contains(out, []byte("[alert]")) {
 		t.Errorf("nginx -t: %v\n%s", err, out)
@@ -150,7 +150,7 @@ func TestPagePolicy(t *testing.T) {
 	}
 }
 
-// A client is told to come back, and not on this connection: where it leads there
+// A client has to come back, and not on this connection: where it leads there
 // will be no router.
 func TestRouterIsGone(t *testing.T) {
 	s := start(t)
