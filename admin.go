@@ -53,9 +53,7 @@ func (a *admin) server(log *slog.Logger) *http.Server {
 		IdleTimeout:       time.Minute,
 		MaxHeaderBytes:    8 << 10,
 		ErrorLog:          serverLog(log),
-		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
-			return context.WithValue(ctx, limitConnKey{}, c)
-		},
+		ConnState:         noteConnState,
 	}
 }
 
@@ -82,10 +80,6 @@ func (a *admin) handler() http.Handler {
 	mux.HandleFunc("POST /plan",
 		limitConcurrency(maxConcurrentPlans, maxWaitingPlans, a.plan))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if c, ok := r.Context().Value(limitConnKey{}).(*limitConn); ok {
-			c.setBusy(true)
-			defer c.setBusy(false)
-		}
 		if r.Method != http.MethodPost && r.ContentLength != 0 {
 			w.Header().Set("Connection", "close") // so that net/http does not read the body
 			writeError(w, http.StatusBadRequest,

@@ -98,6 +98,63 @@ func TestAdminMakesRoom(t *testing.T) {
 	}
 }
 
+// A connection makes no room while its answer is being sent.
+func TestAdminSendsAnswersBeforeItMakesRoom(t *testing.T) {
+	sending, send := make(chan struct{}, 1), make(chan struct{})
+	log := slog.New(slog.DiscardHandler)
+	l := newAdminListener(slowListener{listenLocal(t), sending, send}, log)
+	server := new(admin).server(log)
+	go server.Serve(l)
+	defer server.Close()
+	dial := func() net.Conn {
+		t.Helper()
+		conn, err := net.Dial("tcp", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		return conn
+	}
+	asks := dial()
+	mustWrite(t, asks, "GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n")
+	<-sending
+	var first net.Conn
+	for range maxAdminConns {
+		if conn := dial(); first == nil {
+			first = conn
+		}
+	}
+	if _, err := first.Read(make([]byte, 1)); err != io.EOF {
+		t.Errorf("the oldest silent connection ends with %v, want %v", err, io.EOF)
+	}
+	close(send)
+	mustAnswer(t, asks, http.StatusOK)
+}
+
+// slowListener accepts connections that send when the channel send is closed, and say so.
+type slowListener struct {
+	net.Listener
+	sending chan<- struct{}
+	send    <-chan struct{}
+}
+
+func (l slowListener) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	return slowConn{conn, l}, err
+}
+
+// slowConn is a connection of a slowListener.
+type slowConn struct {
+	net.Conn
+	listener slowListener
+}
+
+func (c slowConn) Write(b []byte) (int, error) {
+	c.listener.sending <- struct{}{}
+	<-c.listener.send
+	return c.Conn.Write(b)
+}
+
 // A body that nobody asked for is not read.
 func TestAdminTakesNoBodies(t *testing.T) {
 	r := startRouter(t, "-backends", "127.0.0.1:1", "-overrides", t.TempDir())

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"runtime"
 	"slices"
@@ -370,6 +371,14 @@ func (l *limitListener) evictionIndex() int {
 	return max(0, idle(false))
 }
 
+// noteConnState is the http.Server.ConnState of a limitListener's server. A connection
+// is busy from the end of a request's head until its answer is sent.
+func noteConnState(conn net.Conn, state http.ConnState) {
+	if c, ok := conn.(*limitConn); ok && (state == http.StateActive || state == http.StateIdle) {
+		c.setBusy(state == http.StateActive)
+	}
+}
+
 // setBusy says that a request of c begins or ends.
 func (c *limitConn) setBusy(busy bool) {
 	l := c.listener
@@ -394,9 +403,6 @@ func (c *limitConn) Close() error {
 func (c *limitConn) CloseWrite() error {
 	return c.Conn.(interface{ CloseWrite() error }).CloseWrite() // *net.TCPConn or *net.UnixConn
 }
-
-// limitConnKey is the key of a request context's *limitConn.
-type limitConnKey struct{}
 
 // clientListener accepts clients that the descriptor limit has room for. It counts the
 // connections that end before net/http could make a request of what they sent:

@@ -383,8 +383,8 @@ func TestRoomGrace(t *testing.T) {
 		for range most + more {
 			accept()
 		}
-		if took := time.Since(begun); took < more/most*5*time.Millisecond {
-			t.Errorf("%d connections more than there is room for took %s, want 5ms for each %d", more, took, most)
+		if took := time.Since(begun); took < more/most*evictionGrace {
+			t.Errorf("%d connections more than there is room for took %s, want %s for each %d", more, took, evictionGrace, most)
 		}
 		for _, c := range slices.Clone(l.conns) {
 			c.setBusy(true)
@@ -408,13 +408,13 @@ func (alwaysOne) Accept() (net.Conn, error) {
 
 func TestDescriptorLimit(t *testing.T) {
 	relays := descriptorsPerPoller * runtime.GOMAXPROCS(0)
-	for files := 110 + relays; files < 120+relays; files++ {
+	for files := reservedDescriptors + 10 + relays; files < reservedDescriptors+20+relays; files++ {
 		synctest.Test(t, func(t *testing.T) {
 			g, err := newDescriptorLimit(files, 2)
 			if err != nil {
 				t.Fatal(err)
 			}
-			if want := files - 100 - 2*2 - relays; g.limit != want {
+			if want := files - reservedDescriptors - 2*2 - relays; g.limit != want {
 				t.Fatalf("%d files: %d for clients, want %d", files, g.limit, want)
 			}
 			sessions := 0
@@ -432,7 +432,7 @@ func TestDescriptorLimit(t *testing.T) {
 			wantLimited(t, g)
 		})
 	}
-	least := 100 + 2*5 + relays + descriptorsPerUpgrade
+	least := reservedDescriptors + 2*5 + relays + descriptorsPerUpgrade
 	_, err := newDescriptorLimit(least-1, 5)
 	if err == nil || err.Error() != fmt.Sprintf("the limit of open files must be at least %d (got %d; ulimit -n)", least, least-1) {
 		t.Errorf("error %v, want one that says %d", err, least)
@@ -446,7 +446,7 @@ func TestDescriptorLimit(t *testing.T) {
 // backends let one in that waits.
 func TestDescriptorLimitFollowsBackends(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		g, err := newDescriptorLimit(200+descriptorsPerPoller*runtime.GOMAXPROCS(0), 0)
+		g, err := newDescriptorLimit(reservedDescriptors+100+descriptorsPerPoller*runtime.GOMAXPROCS(0), 0)
 		if err != nil {
 			t.Fatal(err)
 		}
