@@ -162,12 +162,8 @@ func TestDialRefusesItself(t *testing.T) {
 		for _, host := range []string{"127.0.0.1", "0.0.0.0", "[::1]"} {
 			t.Run(name+" "+host, func(t *testing.T) {
 				t.Parallel()
-				_, port, _ := net.SplitHostPort(freeAddr(t))
-				own, err := net.ResolveTCPAddr("tcp", strings.Replace(host, "0.0.0.0", "127.0.0.1", 1)+":"+port)
-				if err != nil {
-					t.Fatal(err)
-				}
-				p := startProxy(t, []string{host + ":" + port}, map[string]string{}, func(p *proxy) {
+				own := reserve(t, strings.Replace(host, "0.0.0.0", "127.0.0.1", 1)+":0")
+				p := startProxy(t, []string{fmt.Sprintf("%s:%d", host, own.Port)}, map[string]string{}, func(p *proxy) {
 					p.limits.holdTimeout = 2 * time.Second
 					p.backends.dialer.Control = func(_, address string, c syscall.RawConn) error {
 						if address == "" {
@@ -191,6 +187,37 @@ func TestDialRefusesItself(t *testing.T) {
 			})
 		}
 	}
+}
+
+// reserve returns an address of the host where nobody listens, and which is given to
+// no other socket until the test ends: a socket of its own has it, that does nothing.
+func reserve(t *testing.T, host string) *net.TCPAddr {
+	t.Helper()
+	addr, err := net.ResolveTCPAddr("tcp", host)
+	if err != nil {
+		t.Fatal(err)
+	}
+	family := syscall.AF_INET6
+	if addr.IP.To4() != nil {
+		family = syscall.AF_INET
+	}
+	fd, err := syscall.Socket(family, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { syscall.Close(fd) })
+	bindTo(t, fd, addr)
+	name, err := syscall.Getsockname(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	switch name := name.(type) {
+	case *syscall.SockaddrInet4:
+		addr.Port = name.Port
+	case *syscall.SockaddrInet6:
+		addr.Port = name.Port
+	}
+	return addr
 }
 
 // bindTo gives the socket the address.
