@@ -25,12 +25,12 @@ func (r *rig) behind(files accountFiles) (*subject, *gate) {
 	return s, g
 }
 
-// TestFault16TooManyRequests gives the routers' account no share of the API
+// TestFaultTooManyRequests gives the routers' account no share of the API
 // server, which answers 429 to it as long as another of its requests is served.
-func TestFault16TooManyRequests(t *testing.T) {
+func TestFaultTooManyRequests(t *testing.T) {
 	r := newRig(t)
 	pod, g := r.behind(r.newFiles())
-	trial := r.try("16", pod)
+	trial := r.try(pod)
 	allow := r.starve()
 	asker := r.newAsker(r.token(nil))
 	asker.run(8, 0)
@@ -45,7 +45,7 @@ func TestFault16TooManyRequests(t *testing.T) {
 	trial.stands()
 	allow()
 	asker.stop()
-	t.Logf("fault 16: the account was answered %s", asker.answers())
+	t.Logf("the account was answered %s", asker.answers())
 	trial.recovered(22500 * time.Millisecond)
 }
 
@@ -87,10 +87,10 @@ func (p *plane) starve() (allow func()) {
 	return allow
 }
 
-// TestFault18And22Token revokes a token, which the API server notices within
+// TestFaultTokenRevoked revokes a token, which the API server notices within
 // ten seconds. A router whose files have another by then has no failure; one
 // whose files have not gets 401 until they have.
-func TestFault18And22Token(t *testing.T) {
+func TestFaultTokenRevoked(t *testing.T) {
 	r := newRig(t)
 	files, rotated := r.newFiles(), r.newFiles()
 	token, revoke := r.boundToken()
@@ -98,7 +98,7 @@ func TestFault18And22Token(t *testing.T) {
 	rotated.put("token", token+"\n")
 	pod, g := r.behind(files)
 	other, otherGate := r.behind(rotated)
-	trial, otherTrial := r.try("18", pod), r.try("22", other)
+	trial, otherTrial := r.try(pod), r.try(other)
 	trial.owner, trial.version = otherTrial.owner, otherTrial.version
 
 	next := r.token(nil)
@@ -110,7 +110,7 @@ func TestFault18And22Token(t *testing.T) {
 	trial.stands()
 	otherTrial.recovered(2 * time.Second)
 	if n := other.count(failedWith("unauthorized")); n != 0 {
-		t.Errorf("fault 22: %d answers 401, want none with the new token in the file", n)
+		t.Errorf("%d answers 401, want none with the new token in the file", n)
 	}
 	trial.owner, trial.version = otherTrial.owner, otherTrial.version
 	files.put("token", next)
@@ -142,20 +142,20 @@ func (p *plane) boundToken() (token string, revoke func()) {
 	}
 }
 
-// TestFault19Forbidden takes the Role from the routers' account and gives it
+// TestFaultRoleTaken takes the Role from the routers' account and gives it
 // back. What was open goes on; what is asked anew is refused.
-func TestFault19Forbidden(t *testing.T) {
+func TestFaultRoleTaken(t *testing.T) {
 	r := newRig(t)
 	pod, g := r.behind(r.newFiles())
-	trial := r.try("19", pod)
+	trial := r.try(pod)
 	r.unbind()
 	took := trial.followed(trial.write(), 2*time.Second)
-	t.Logf("fault 19: the stream that was open brought a write in %.2f s", took[0].Seconds())
+	t.Logf("the stream that was open brought a write in %.2f s", took[0].Seconds())
 	g.cut(false)
 	pod.logs(t, 10*time.Second, failedWith("forbidden"))
 	for _, word := range []string{"system:serviceaccount:" + r.namespace + ":" + account, "list", "configmaps"} {
 		if pod.count(word) == 0 {
-			t.Errorf("fault 19: the log does not say %q", word)
+			t.Errorf("the log does not say %q", word)
 		}
 	}
 	trial.stands()
@@ -163,28 +163,28 @@ func TestFault19Forbidden(t *testing.T) {
 	trial.recovered(22500 * time.Millisecond)
 }
 
-// TestFault21NoToken empties the token's file: the last token stays in use. A
+// TestFaultTokenEmpty empties the token's file: the last token stays in use. A
 // router that never had one is "anonymous" until it gets one.
-func TestFault21NoToken(t *testing.T) {
+func TestFaultTokenEmpty(t *testing.T) {
 	r := newRig(t)
 	files := r.newFiles()
 	token := r.token(nil)
 	pod, g := r.behind(files)
 	files.put("token", "")
-	trial := r.try("21", pod)
+	trial := r.try(pod)
 	g.cut(false)
 	trial.recovered(2 * time.Second)
 	if n := pod.count(`"state":"listing"`); n != 0 {
-		t.Errorf("fault 21: %d LISTs failed, want none with the last token", n)
+		t.Errorf("%d LISTs failed, want none with the last token", n)
 	}
 
 	late := r.inPod(files, r.address)
 	late.logs(t, 5*time.Second, "system:anonymous")
 	if _, err := late.get(t.Context(), "/readyz"); err == nil || !strings.Contains(err.Error(), "system:anonymous") {
-		t.Errorf("fault 21: /readyz of a router without a token: %v, want the API server's words", err)
+		t.Errorf("/readyz of a router without a token: %v, want the API server's words", err)
 	}
 	files.put("token", token)
 	began := time.Now()
 	late.awaitReady(t)
-	t.Logf("fault 21: a router that started without a token was ready %.2f s after it was there", time.Since(began).Seconds())
+	t.Logf("a router that started without a token was ready %.2f s after it was there", time.Since(began).Seconds())
 }

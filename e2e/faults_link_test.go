@@ -14,40 +14,40 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// TestFault11OldConnectionLost loses all packets of the connection that the
+// TestFaultConnectionLost loses all packets of the connection that the
 // watch has, and no others. HTTP/2's pings notice, and a new one must be made.
-func TestFault11OldConnectionLost(t *testing.T) {
+func TestFaultConnectionLost(t *testing.T) {
 	r := newRig(t)
 	pod := r.pod()
-	trial := r.try("11", pod)
+	trial := r.try(pod)
 	r.loseConnections(pod, r.address)
 	noticed := pod.logs(t, 21*time.Second, `"msg":"watch failed`)
-	t.Logf("fault 11: noticed in %.1f s", noticed.Seconds())
+	t.Logf("noticed in %.1f s", noticed.Seconds())
 	trial.recovered(2 * time.Second)
 }
 
-// TestFault12AllLost loses all packets between routers and API server.
-func TestFault12AllLost(t *testing.T) {
+// TestFaultAllPacketsLost loses all packets between routers and API server.
+func TestFaultAllPacketsLost(t *testing.T) {
 	r := newRig(t)
 	pod := r.pod()
-	trial := r.try("12", pod)
+	trial := r.try(pod)
 	heal := r.loseAll()
 	noticed := pod.logs(t, 21*time.Second, `"msg":"watch failed`)
 	pod.logs(t, 10*time.Second, failedWith("dial"))
-	t.Logf("fault 12: noticed in %.1f s", noticed.Seconds())
+	t.Logf("noticed in %.1f s", noticed.Seconds())
 	trial.stands()
 	heal()
 	trial.recovered(22500 * time.Millisecond)
 }
 
-// TestFault27RecreatedMeanwhile deletes the overrides and makes them again
+// TestFaultOverridesRecreatedUnseen deletes the overrides and makes them again
 // while the router cannot hear of it.
-func TestFault27RecreatedMeanwhile(t *testing.T) {
+func TestFaultOverridesRecreatedUnseen(t *testing.T) {
 	r := newRig(t)
 	g := newGate(t, r.address)
 	pod := r.inPod(r.newFiles(), g.addr)
 	pod.awaitReady(t)
-	trial := r.try("27", pod)
+	trial := r.try(pod)
 	g.cut(true)
 	pod.logs(t, 5*time.Second, `"msg":"watch failed`)
 	trial.stands()
@@ -61,22 +61,22 @@ func TestFault27RecreatedMeanwhile(t *testing.T) {
 	trial.recovered(10 * time.Second)
 }
 
-// TestFault36CutEvery3Seconds has a load balancer that ends each stream after
+// TestFaultCutEvery3Seconds has a load balancer that ends each stream after
 // three seconds. Writes still arrive, at the latest with the next LIST, and the
 // router does not ask more often than that.
-func TestFault36CutEvery3Seconds(t *testing.T) {
+func TestFaultCutEvery3Seconds(t *testing.T) {
 	const during = 12 * time.Second
 	r := newRig(t)
 	g := newGate(t, r.address)
 	pod := r.inPod(r.newFiles(), g.addr)
 	pod.awaitReady(t)
-	trial := r.try("36", pod)
+	trial := r.try(pod)
 	before := g.live(3 * time.Second)
 	g.cut(false)
 	began, writes := time.Now(), 0
 	for ; time.Since(began) < during; writes++ {
 		took := trial.followed(trial.write(), 22500*time.Millisecond)
-		t.Logf("fault 36: a write between the cuts arrived in %.2f s", took[0].Seconds())
+		t.Logf("a write between the cuts arrived in %.2f s", took[0].Seconds())
 		until(t.Context(), 4*time.Second)
 	}
 	accepted, took := g.live(0)-before, time.Since(began)
@@ -85,7 +85,7 @@ func TestFault36CutEvery3Seconds(t *testing.T) {
 		t.Errorf("%d connections in %s, want at most %d", accepted, took, most)
 	}
 	trial.recovered(22500 * time.Millisecond)
-	t.Logf("fault 36: %d connections in %.0f s", accepted, took.Seconds())
+	t.Logf("%d connections in %.0f s", accepted, took.Seconds())
 }
 
 // detour is a proxy in front of kubectl proxy that changes what the router asks
@@ -133,37 +133,37 @@ func asks(watch bool, with url.Values) func(*http.Request) {
 	}
 }
 
-// TestFault02And03And04And06And47Answers has the API server answer 410 as an event in a 200, 410 as a
+// TestFaultUnexpectedAnswers has the API server answer 410 as an event in a 200, 410 as a
 // status, an ERROR of another code in a 200, a 500 to a resourceVersion that is
 // none, and 404 to a path that it does not know. If it is only the WATCH that
 // gets the answer, writes arrive with the LISTs.
-func TestFault02And03And04And06And47Answers(t *testing.T) {
+func TestFaultUnexpectedAnswers(t *testing.T) {
 	r := newRig(t)
 	proxy := freeAddress(t)
 	r.kubectlProxy(proxy)
 	for name, fault := range map[string]struct {
-		number, class string
-		watch         bool
-		change        func(*http.Request)
+		class  string
+		watch  bool
+		change func(*http.Request)
 	}{
-		"410 in a stream": {"02", "gone", true, asks(true, url.Values{"resourceVersion": {"1"}})},
-		"410": {"03", "gone", false, asks(false, url.Values{
+		"410 in a stream": {"gone", true, asks(true, url.Values{"resourceVersion": {"1"}})},
+		"410": {"gone", false, asks(false, url.Values{
 			"resourceVersionMatch": {"Exact"}, "resourceVersion": {r.compact()}})},
-		"500 in a stream": {"04", "internal_server_error", true, asks(true, url.Values{
+		"500 in a stream": {"internal_server_error", true, asks(true, url.Values{
 			"sendInitialEvents": {"true"}, "resourceVersionMatch": {"NotOlderThan"}})},
-		"500": {"06", "internal_server_error", true, asks(true, url.Values{"resourceVersion": {"abc"}})},
-		"404": {"47", "not_found", false, func(req *http.Request) { req.URL.Path = "/apis/nope/v1/x" }},
+		"500": {"internal_server_error", true, asks(true, url.Values{"resourceVersion": {"abc"}})},
+		"404": {"not_found", false, func(req *http.Request) { req.URL.Path = "/apis/nope/v1/x" }},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := r.within(t)
 			d := newDetour(t, proxy)
 			s := r.laptop(d.Listener.Addr().String())
-			trial := r.try(fault.number, s)
+			trial := r.try(s)
 			d.use(fault.change)
 			s.logs(t, 5*time.Second, failedWith(fault.class))
 			if fault.watch {
 				took := trial.followed(trial.write(), 22500*time.Millisecond)
-				t.Logf("fault %s: a write arrived with a LIST in %.2f s", fault.number, took[0].Seconds())
+				t.Logf("a write arrived with a LIST in %.2f s", took[0].Seconds())
 			} else {
 				trial.stands()
 			}

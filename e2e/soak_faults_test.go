@@ -10,37 +10,37 @@ import (
 // hardship is a kind of fault that the soak has. It is undone by what begin
 // returns.
 type hardship struct {
-	name        string // with its number in the table of faults
-	least, most int    // seconds that it lasts
+	name        string
+	least, most int // seconds that it lasts
 	begin       func(*soak) (end func())
 }
 
 // hardships are all that the soak chooses from. Not among them are those that
-// stop the router itself (38, 42), unmake writes (05) or have a memory to be held
-// of their own (29, 30, 32).
+// stop the router itself, unmake writes (etcd restored) or have a memory to be held
+// of their own (large events).
 func hardships() []hardship {
 	return []hardship{
-		{"02 compacted while cut", 2, 8, (*soak).compacted},
-		{"07, 40 API server killed", 2, 10, (*soak).killed},
-		{"08 API server terminated", 5, 10, (*soak).terminated},
-		{"10, 13, 41 API server paused", 2, 26, (*soak).paused},
-		{"11 connections lost", 5, 26, (*soak).lost},
-		{"12 all packets lost", 5, 26, (*soak).allLost},
-		{"14 etcd paused", 2, 18, (*soak).etcdPaused},
-		{"15 etcd killed", 2, 12, (*soak).etcdKilled},
-		{"16 too many requests", 2, 8, (*soak).starved},
-		{"18 token refused", 2, 10, func(s *soak) func() { return s.given("token", "none.of.yours") }},
-		{"19 forbidden", 2, 10, (*soak).forbidden},
-		{"20 forbidden at start", 8, 12, (*soak).withoutRoles},
-		{"21 token gone", 2, 6, func(s *soak) func() { return s.given("token", "") }},
-		{"23 another CA", 2, 10, func(s *soak) func() { return s.given("ca.crt", newAuthority(s.t).pem()) }},
-		{"25 deleted", 2, 10, (*soak).deleted},
-		{"26 replaced", 0, 0, (*soak).deleted},
-		{"27 replaced while cut", 2, 8, (*soak).replacedMeanwhile},
-		{"31 malformed", 2, 6, (*soak).malformed},
-		{"33 link cut", 1, 12, (*soak).cut},
-		{"36 cut every 3 s", 9, 15, (*soak).cutOften},
-		{"39 kubectl proxy restarted", 1, 8, (*soak).proxyRestarted},
+		{"compacted while cut", 2, 8, (*soak).compacted},
+		{"API server killed", 2, 10, (*soak).killed},
+		{"API server terminated", 5, 10, (*soak).terminated},
+		{"API server paused", 2, 26, (*soak).paused},
+		{"connections lost", 5, 26, (*soak).lost},
+		{"all packets lost", 5, 26, (*soak).allLost},
+		{"etcd paused", 2, 18, (*soak).etcdPaused},
+		{"etcd killed", 2, 12, (*soak).etcdKilled},
+		{"too many requests", 2, 8, (*soak).starved},
+		{"token refused", 2, 10, func(s *soak) func() { return s.given("token", "none.of.yours") }},
+		{"forbidden", 2, 10, (*soak).forbidden},
+		{"forbidden at start", 8, 12, (*soak).withoutRoles},
+		{"token gone", 2, 6, func(s *soak) func() { return s.given("token", "") }},
+		{"another CA", 2, 10, func(s *soak) func() { return s.given("ca.crt", newAuthority(s.t).pem()) }},
+		{"deleted", 2, 10, (*soak).deleted},
+		{"replaced", 0, 0, (*soak).deleted},
+		{"replaced while cut", 2, 8, (*soak).replacedMeanwhile},
+		{"malformed", 2, 6, (*soak).malformed},
+		{"link cut", 1, 12, (*soak).cut},
+		{"cut every 3 s", 9, 15, (*soak).cutOften},
+		{"kubectl proxy restarted", 1, 8, (*soak).proxyRestarted},
 	}
 }
 

@@ -25,7 +25,6 @@ const (
 // with recovered.
 type trial struct {
 	*rig
-	number   string // in the table of faults
 	subjects []*subject
 	before   []figures
 	held     []*follower
@@ -36,13 +35,13 @@ type trial struct {
 }
 
 // try sees that the routers follow, and sends visitors.
-func (r *rig) try(number string, subjects ...*subject) *trial {
+func (r *rig) try(subjects ...*subject) *trial {
 	r.t.Helper()
 	now, err := r.overrides(r.t.Context())
 	if err != nil {
 		r.t.Fatal(err)
 	}
-	t := &trial{rig: r, number: number, subjects: subjects, memory: mostMemory, owner: now.Data[moved]}
+	t := &trial{rig: r, subjects: subjects, memory: mostMemory, owner: now.Data[moved]}
 	t.followed(t.write(), 10*time.Second)
 	for _, s := range subjects {
 		session, err := s.dialer.open(r.t.Context(), kept)
@@ -122,7 +121,7 @@ func (t *trial) stands() {
 		_, unready := s.get(t.t.Context(), "/readyz")
 		err := errors.Join(unready, s.hasTable(t.t.Context(), t.version), s.dialer.lands(t.t.Context(), moved, t.owner))
 		if err != nil {
-			t.t.Errorf("fault %s: %v", t.number, err)
+			t.t.Error(err)
 		}
 	}
 }
@@ -134,8 +133,8 @@ func (t *trial) recovered(within time.Duration) {
 	ended := time.Now()
 	c := t.write()
 	took := t.followed(c, within)
-	t.t.Logf("fault %s: recovered in %.1f s after the write (%s), which was taken %.1f s after the end; %s",
-		t.number, slices.Max(took).Seconds(), t.each(took), c.at.Sub(ended).Seconds(), t.check())
+	t.t.Logf("recovered in %.1f s after the write (%s), which was taken %.1f s after the end; %s",
+		slices.Max(took).Seconds(), t.each(took), c.at.Sub(ended).Seconds(), t.check())
 }
 
 // each says how long each router took.
@@ -155,10 +154,10 @@ func (t *trial) check() string {
 	for i, s := range t.subjects {
 		v := t.visitors[i]
 		if err := v.finish(); err != nil {
-			t.t.Errorf("fault %s: %s: new sessions: %v", t.number, s.pod, err)
+			t.t.Errorf("%s: new sessions: %v", s.pod, err)
 		}
 		if err := t.held[i].alive(); err != nil {
-			t.t.Errorf("fault %s: %s: %v", t.number, s.pod, err)
+			t.t.Errorf("%s: %v", s.pod, err)
 		}
 		visits, slowest = visits+v.visits, max(slowest, v.slowest)
 		lines = max(lines, t.grown(s, t.before[i]))
@@ -178,7 +177,7 @@ func (t *trial) grown(s *subject, before figures) (lines int) {
 		return nil
 	})
 	if lines = now.lines - before.lines; lines > mostLines {
-		t.t.Errorf("fault %s: %s logged %d lines, want at most %d", t.number, s.pod, lines, mostLines)
+		t.t.Errorf("%s logged %d lines, want at most %d", s.pod, lines, mostLines)
 	}
 	return lines
 }
