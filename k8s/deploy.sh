@@ -59,11 +59,18 @@ make_overwriting() {
 }
 
 # policy VERB... runs kubectl with k8s/policy.yaml for the Kubernetes namespace of the
-# context.
+# context. It fails if the user has no right to that, or if Kubernetes before 1.30 has no
+# such kind. Any other failure ends the script.
 policy() {
-  local namespace
+  local namespace errors other
   namespace=$(kubectl config view --minify -o 'jsonpath={..namespace}')
-  sed "s/NAMESPACE/${namespace:-default}/" "$K8S/policy.yaml" | kubectl "$@" -f -
+  { errors=$(sed "s/NAMESPACE/${namespace:-default}/" "$K8S/policy.yaml" | kubectl "$@" -f - 2>&1 >&3) && return; } 3>&1
+  printf '%s\n' "$errors" >&2
+  other=$(grep -vE '\(Forbidden\)|no matches for kind' <<<"$errors" | grep -iE '^(error|unable|the connection)' || true)
+  if [ -n "$other" ] || ! grep -qE '\(Forbidden\)|no matches for kind' <<<"$errors"; then
+    die "kubectl $1 of k8s/policy.yaml failed"
+  fi
+  return 1
 }
 
 # roll_out starts a rollout if the programs changed. A new image with the old name is a
