@@ -296,8 +296,8 @@ func (l retryListener) Close() error {
 
 // limitListener has at most max connections open. One more closes another, which had
 // its turn: of those without a request the one whose last ended first, else the oldest
-// that never had one, else the one with the oldest request. So a new connection always
-// gets in, whatever others keep open, and however fast they ask.
+// that never sent anything, else the one with the oldest request. So a new connection
+// always gets in, whatever others keep open, and however fast they ask.
 type limitListener struct {
 	net.Listener
 	maxConns int
@@ -310,6 +310,7 @@ type limitListener struct {
 type limitConn struct {
 	net.Conn
 	listener *limitListener
+	begun    atomic.Bool // a part of a request was read
 
 	// Guarded by listener.mu.
 	busy   bool      // a request is being answered
@@ -362,13 +363,25 @@ func (l *limitListener) add(c *limitConn) (evicted *limitConn, wait time.Duratio
 
 // evictionIndex returns which connection has to make room next. mu is held.
 func (l *limitListener) evictionIndex() int {
-	idle := func(served bool) int {
-		return slices.IndexFunc(l.conns, func(c *limitConn) bool { return !c.busy && c.served == served })
-	}
-	if at := idle(true); at >= 0 {
+	idle := func(c *limitConn) bool { return !c.busy && c.served }
+	if at := slices.IndexFunc(l.conns, idle); at >= 0 {
 		return at
 	}
-	return max(0, idle(false))
+	return max(0, slices.IndexFunc(l.conns, (*limitConn).isSilent))
+}
+
+// isSilent reports whether c never sent anything. The caller holds mu of the listener.
+func (c *limitConn) isSilent() bool {
+	return !c.busy && !c.begun.Load() && !hasUnread(c.Conn)
+}
+
+// Read is net.Conn's. A connection of which something was read is no silent one.
+func (c *limitConn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if n > 0 {
+		c.begun.Store(true)
+	}
+	return n, err
 }
 
 // noteConnState is the http.Server.ConnState of a limitListener's server. A connection

@@ -152,6 +152,46 @@ func TestProxyPeerVanishes(t *testing.T) {
 	}
 }
 
+// A connection whose request is on its way to its handler makes no room for others while
+// there are silent ones, however long the way takes: a burst of silent connections costs
+// no /healthz its answer.
+func TestBoundedListenerKeepsWhoAsks(t *testing.T) {
+	l := &limitListener{Listener: listenLocal(t), maxConns: 3}
+	connect := func(sends string) (client, accepted net.Conn) {
+		t.Helper()
+		client, err := net.Dial("tcp", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { client.Close() })
+		mustWrite(t, client, sends)
+		accepted, err = l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { accepted.Close() })
+		return client, accepted
+	}
+	asks := upgradeRequest("/healthz")
+	_, read := connect(asks)
+	if _, err := read.Read(make([]byte, len(asks))); err != nil {
+		t.Fatal(err)
+	}
+	_, unread := connect(asks)
+	eventually(t, "the request has arrived", true, func() bool { return hasUnread(unread.(*limitConn).Conn) })
+	for range 10 {
+		connect("")
+	}
+	for what, conn := range map[string]net.Conn{"read": read, "not read": unread} {
+		if err := conn.SetDeadline(time.Time{}); err != nil {
+			t.Errorf("the connection whose request is %s has made room: %v", what, err)
+		}
+	}
+	if len(l.conns) != 3 {
+		t.Errorf("%d connections are open, want 3", len(l.conns))
+	}
+}
+
 // A connection to the backend whose two ends are one socket is a dial that failed:
 // the client is not answered with its own request, and the backend is waited for.
 func TestDialRefusesItself(t *testing.T) {
