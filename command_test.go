@@ -33,9 +33,7 @@ func TestCommands(t *testing.T) {
 	hosts := overridesDir(t, map[string]string{"NS": "backend-2"})
 	file := filepath.Join(t.TempDir(), "map.json")
 	object := `{"kind":"ConfigMap","metadata":{"name":"overwriting"},"data":{"a":"backend-2","late":"backend-1","x":"no"}}`
-	if err := os.WriteFile(file, []byte(object), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(file, []byte(object), 0o600))
 	hashed := backendName("backend", bucket("free", 4))
 	tests := map[string]struct {
 		args []string

@@ -19,14 +19,10 @@ func TestHelpIsGolden(t *testing.T) {
 	}
 	golden := filepath.Join("testdata", "help.txt")
 	if *update {
-		if err := os.WriteFile(golden, out.Bytes(), 0o644); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(golden, out.Bytes(), 0o644))
 	}
 	want, err := os.ReadFile(golden)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if out.String() != string(want) {
 		t.Errorf("the help differs from %s (-update writes it anew):\n%s", golden, out.String())
 	}
@@ -182,9 +178,7 @@ func TestFlagBeatsEnvironment(t *testing.T) {
 func wantFlag(t *testing.T, args []string, env map[string]string, name, want string) {
 	t.Helper()
 	got, err := parseConfig(args, environment(env), io.Discard)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	c := &config{}
 	flags := c.flags() // whose values are the fields of c
 	*c = *got
@@ -195,9 +189,7 @@ func wantFlag(t *testing.T, args []string, env map[string]string, name, want str
 
 func TestDefaultsOfThePlace(t *testing.T) {
 	host, err := os.Hostname()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	pod := map[string]string{"KUBERNETES_SERVICE_HOST": "10.96.0.1"}
 	tests := map[string]struct {
 		args string
@@ -215,9 +207,7 @@ func TestDefaultsOfThePlace(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			args := append([]string{"-replicas", "1"}, strings.Fields(tt.args)...)
 			c, err := parseConfig(args, environment(tt.env), io.Discard)
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			if c.kube != tt.kube || c.podName != tt.pod {
 				t.Errorf("kube %q, pod %q; want %q, %q", c.kube, c.podName, tt.kube, tt.pod)
 			}

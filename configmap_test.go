@@ -287,9 +287,7 @@ func TestConfigMapFields(t *testing.T) {
 		`{"data":{"a":"2"},"binaryData":{"b":"eA=="}}`: {"map[a:2]", true},
 	} {
 		var m configMap
-		if err := json.Unmarshal([]byte(text), &m); err != nil {
-			t.Fatal(err)
-		}
+		must(t, json.Unmarshal([]byte(text), &m))
 		if got := fmt.Sprint(unpack(&m.Data)); got != want.data || m.Binary != want.binary {
 			t.Errorf("%s: %s, binaryData %t; want %s, %t", text, got, m.Binary, want.data, want.binary)
 		}

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -30,14 +29,6 @@ func newFakeDir(t *testing.T) *fakeDir {
 	}
 	d.mkdir(t, "")
 	return d
-}
-
-// must is for what does not fail.
-func must(t *testing.T, errs ...error) {
-	t.Helper()
-	if err := errors.Join(errs...); err != nil {
-		t.Fatal(err)
-	}
 }
 
 func (d *fakeDir) at(name string) string { return filepath.Join(d.path, name) }
@@ -122,9 +113,7 @@ func TestDirectorySettles(t *testing.T) {
 	d.want(t, map[string]string{"ns-01": strings.Repeat("b", 19)})
 
 	before, err := d.signature()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	d.write(t, "ns-01", "backend-1")
 	d.applied = nil
 	if err := d.apply(before); err != nil || d.applied != nil {

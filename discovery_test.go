@@ -46,9 +46,7 @@ func TestStatefulSetBackends(t *testing.T) {
 			if tt.annotated == "" {
 				object = fmt.Sprintf(`{"spec":{%s}}`, tt.spec)
 			}
-			if err := json.Unmarshal([]byte(object), s); err != nil {
-				t.Fatal(err)
-			}
+			must(t, json.Unmarshal([]byte(object), s))
 			isReady := func(ordinal int) bool { return strings.Contains(tt.ready, strconv.Itoa(ordinal)) }
 			if got, next := s.backends(), s.nextActiveCount(isReady); got != tt.want || next != tt.next {
 				t.Errorf("backends %+v, next active count %d; want %+v, %d", got, next, tt.want, tt.next)
@@ -243,9 +241,7 @@ func sliceSet(t *testing.T, all ...string) map[string]*endpointSlice {
 		family, list, _ := strings.Cut(endpoints, " ")
 		s := &endpointSlice{AddressType: family}
 		s.Metadata.Name = fmt.Sprint("slice-", i)
-		if err := json.Unmarshal([]byte(list), &s.Endpoints); err != nil {
-			t.Fatal(err)
-		}
+		must(t, json.Unmarshal([]byte(list), &s.Endpoints))
 		set[s.Metadata.Name] = s
 	}
 	return set

@@ -49,9 +49,7 @@ func TestEventsAsTheAPIHasThem(t *testing.T) {
 				t.Error(got)
 			}
 			var e map[string]any
-			if err := json.Unmarshal(request.body, &e); err != nil {
-				t.Fatal(err)
-			}
+			must(t, json.Unmarshal(request.body, &e))
 			meta := e["metadata"].(map[string]any)
 			names[meta["name"].(string)] = true
 			about := map[string]any{"apiVersion": "v1", "kind": "ConfigMap", "namespace": "edge", "name": "routes", "uid": "u-routes", "resourceVersion": "7"}
@@ -218,20 +216,18 @@ func TestEventFailures(t *testing.T) {
 		"cut":                {script{func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }}, 100, 1},
 		"permission is lost": {script{fakeCreated, respond(403, "no"), respond(403, "no"), fakeCreated, respond(403, "no")}, 50, 2},
 	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				r, server, logged := fakeRecorder(t, tt.posts)
-				for i := range 50 {
-					r.reportChange(fakeChange(i))
-				}
-				time.Sleep(50*(eventInterval+2*time.Second) + time.Minute)
-				if n := len(strings.Fields(server.verbs())); n != tt.asked {
-					t.Errorf("%d requests, want %d", n, tt.asked)
-				}
-				if lines := logged.count("\n"); lines < tt.lines || lines > 2*tt.lines {
-					t.Errorf("%d lines, want %d:\n%s", lines, tt.lines, logged)
-				}
-			})
+		inBubble(t, name, func(t *testing.T) {
+			r, server, logged := fakeRecorder(t, tt.posts)
+			for i := range 50 {
+				r.reportChange(fakeChange(i))
+			}
+			time.Sleep(50*(eventInterval+2*time.Second) + time.Minute)
+			if n := len(strings.Fields(server.verbs())); n != tt.asked {
+				t.Errorf("%d requests, want %d", n, tt.asked)
+			}
+			if lines := logged.count("\n"); lines < tt.lines || lines > 2*tt.lines {
+				t.Errorf("%d lines, want %d:\n%s", lines, tt.lines, logged)
+			}
 		})
 	}
 }
@@ -266,9 +262,7 @@ func TestEventOfAMove(t *testing.T) {
 			time.Sleep(time.Second)
 			c.reportMove(receipt)
 			var e kubeEvent
-			if err := json.Unmarshal(server.request(t).body, &e); err != nil {
-				t.Fatal(err)
-			}
+			must(t, json.Unmarshal(server.request(t).body, &e))
 			const want = "router-x moved 14 namespaces, 3201 sessions in 16.1 s, 12 cut, 1 cancelled, for table 7"
 			if e.Type != "Normal" || e.Reason != "SessionsMoved" || e.Message != want || e.InvolvedObject.Name != "routes" {
 				t.Errorf("%+v, want %q about routes", e, want)

@@ -720,9 +720,7 @@ func makeCA(t *testing.T, hosts ...string) (ca []byte, server tls.Certificate) {
 func makeCASince(t *testing.T, year int, hosts ...string) (ca []byte, server tls.Certificate) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	template := &x509.Certificate{
 		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: t.Name()},
 		NotBefore: time.Date(year, 1, 1, 0, 0, 0, 0, time.UTC), NotAfter: time.Date(2100, 1, 1, 0, 0, 0, 0, time.UTC),
@@ -736,9 +734,7 @@ func makeCASince(t *testing.T, year int, hosts ...string) (ca []byte, server tls
 		}
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
 }
 
@@ -747,9 +743,7 @@ func makeCASince(t *testing.T, year int, hosts ...string) (ca []byte, server tls
 func writeAccountFile(t *testing.T, dir, name, content string) {
 	t.Helper()
 	next := filepath.Join(dir, "."+name)
-	if err := errors.Join(os.WriteFile(next, []byte(content), 0o600), os.Rename(next, filepath.Join(dir, name))); err != nil {
-		t.Fatal(err)
-	}
+	must(t, errors.Join(os.WriteFile(next, []byte(content), 0o600), os.Rename(next, filepath.Join(dir, name))))
 }
 
 // podClient returns a client as in a pod, with the token "first".
@@ -759,9 +753,7 @@ func podClient(t *testing.T, host, port string, ca []byte) *kubeClient {
 	writeAccountFile(t, dir, "ca.crt", string(ca))
 	writeAccountFile(t, dir, "token", " first\n")
 	k, err := newInClusterClient(environment(map[string]string{"KUBERNETES_SERVICE_HOST": host, "KUBERNETES_SERVICE_PORT": port}), dir)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return k
 }
 
@@ -769,9 +761,7 @@ func podClient(t *testing.T, host, port string, ca []byte) *kubeClient {
 func proxyClient(t *testing.T, base string) *kubeClient {
 	t.Helper()
 	k, err := newKubectlProxyClient(base)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return k
 }
 

@@ -140,6 +140,14 @@ func userMemory() int64 {
 
 func noEnvironment(string) string { return "" }
 
+// must is for what does not fail.
+func must(t testing.TB, errs ...error) {
+	t.Helper()
+	if err := errors.Join(errs...); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // logTail takes a router's log in JSON, and says when a line has come.
 type logTail struct {
 	mu    sync.Mutex

@@ -18,9 +18,7 @@ const ownersFile = "testdata/owners.txt"
 func TestOwnersArePinned(t *testing.T) {
 	counts := []int{1, 2, 3, 4, 5, 8, 16, 100}
 	b, err := os.ReadFile(ownersFile)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	pinned := map[string]bool{}
 	for line := range strings.Lines(string(b)) {
 		fields := strings.Fields(line)

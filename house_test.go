@@ -31,18 +31,14 @@ type sources struct {
 func parseSources(t *testing.T) *sources {
 	t.Helper()
 	paths, err := filepath.Glob("*.go")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	s := &sources{fset: token.NewFileSet(), files: map[string]*ast.File{}}
 	for _, path := range paths {
 		if strings.HasSuffix(path, "_test.go") {
 			continue
 		}
 		file, err := parser.ParseFile(s.fset, path, nil, parser.ParseComments)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		name := strings.TrimSuffix(path, ".go")
 		s.names = append(s.names, name)
 		s.files[name] = file
@@ -218,9 +214,7 @@ func TestImportsAreStandardLibrary(t *testing.T) {
 	for _, name := range s.names {
 		for _, spec := range s.files[name].Imports {
 			path, err := strconv.Unquote(spec.Path.Value)
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			if _, err := os.Stat(filepath.Join(build.Default.GOROOT, "src", path)); err != nil || path == "C" || path == "unsafe" {
 				t.Errorf("%s.go imports %q, want the standard library only, without unsafe", name, path)
 			}
@@ -230,9 +224,7 @@ func TestImportsAreStandardLibrary(t *testing.T) {
 
 func TestGoModRequiresLittle(t *testing.T) {
 	b, err := os.ReadFile("go.mod")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	allowed := regexp.MustCompile(`^(|module router|go 1\.\d+(\.\d+)?|require golang\.org/x/net v\S+)$`)
 	for line := range strings.Lines(string(b)) {
 		if line = strings.TrimSpace(line); !allowed.MatchString(line) {

@@ -108,9 +108,7 @@ func TestKubeTokenRotated(t *testing.T) {
 		if step.file == "-" {
 			os.Remove(filepath.Join(k.accountDir, "token"))
 		}
-		if err := getMaps(t, k); err != nil {
-			t.Fatal(err)
-		}
+		must(t, getMaps(t, k))
 		r := server.request(t)
 		if got := r.Header["Authorization"]; !slices.Equal(got, []string{"Bearer " + step.want}) {
 			t.Errorf("%s: Authorization: %q, want Bearer %s", step.name, got, step.want)
@@ -201,9 +199,7 @@ func TestKubeCARotated(t *testing.T) {
 	server := scriptedKube(script{mapList("1")}, nil)
 	k := tlsKube(t, server)
 	right, err := os.ReadFile(filepath.Join(k.accountDir, "ca.crt"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	other, _ := makeCA(t)
 	for _, step := range []struct {
 		name, file string
@@ -284,9 +280,7 @@ func TestKubeIgnoresTheProxy(t *testing.T) {
 			dialled = addr
 			return dialInstead(l)(ctx, network, addr)
 		}
-		if err := getMaps(t, k); err != nil {
-			t.Fatal(err)
-		}
+		must(t, getMaps(t, k))
 		if r := server.request(t); dialled != want || r.Host != want || k.newTransport().Proxy != nil {
 			t.Errorf("dialled %s for %s, want %s", dialled, r.Host, want)
 		}
@@ -301,9 +295,8 @@ func TestWatchOverTLS(t *testing.T) {
 	server := scriptedKube(lists, script{cutStream(half), openStream(watchEvent("MODIFIED", routesV(3)))})
 	c := watchWith(t, tlsKube(t, server), "")
 	c.want(t, applied1, applied2, applied3)
-	if verbs := server.verbs(); verbs != "LIST WATCH LIST LIST WATCH" {
-		t.Errorf("requested %s", verbs)
-	}
+	c.server = server
+	c.wantVerbs(t, "LIST WATCH LIST LIST WATCH")
 	if log := c.logged.String(); strings.Contains(log, "first") || strings.Contains(log, "Bearer") || strings.Count(log, "\n") != 2 {
 		t.Errorf("log, want two failures and no token:\n%s", log)
 	}

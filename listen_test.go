@@ -24,13 +24,9 @@ import (
 func TestListenUnix(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "router.sock")
 	l, err := listen("unix:"+path, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	info, err := os.Lstat(path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if want := fs.ModeSocket | 0o660; info.Mode() != want {
 		t.Errorf("mode %v, want %v", info.Mode(), want)
 	}
@@ -44,44 +40,46 @@ func TestListenUnix(t *testing.T) {
 // wantTakesConnections dials path and accepts from l.
 func wantTakesConnections(t *testing.T, l net.Listener, path string) {
 	t.Helper()
-	conn, err := net.Dial("unix", path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	conn.Close()
-	if conn, err = l.Accept(); err != nil {
-		t.Fatal(err)
-	}
+	dial(t, path).Close()
+	conn, err := l.Accept()
+	must(t, err)
 	conn.Close()
 }
 
 func TestListenUnixReplacesStaleSocket(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "router.sock")
-	killed, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	killed.SetUnlinkOnClose(false) // as a process that is killed leaves it
-	killed.Close()
+	must(t, leaveSocket(path))
 	l, err := listen("unix:"+path, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer l.Close()
 	wantTakesConnections(t, l, path)
+}
+
+// leaveSocket leaves a socket at path, as a process that is killed does.
+func leaveSocket(path string) error {
+	killed, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err == nil {
+		killed.SetUnlinkOnClose(false)
+		err = killed.Close()
+	}
+	return err
+}
+
+// wantNoListener checks why nobody can listen on path.
+func wantNoListener(t *testing.T, path, why string) {
+	t.Helper()
+	want := "listen unix:" + path + ": " + why
+	if _, err := listen("unix:"+path, 0); err == nil || err.Error() != want {
+		t.Errorf("error %v, want %s", err, want)
+	}
 }
 
 func TestListenUnixRefusesLiveSocket(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "router.sock")
 	live, err := net.Listen("unix", path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer live.Close()
-	_, err = listen("unix:"+path, 0)
-	if want := "listen unix:" + path + ": another process listens there"; err == nil || err.Error() != want {
-		t.Errorf("error %v, want %s", err, want)
-	}
+	wantNoListener(t, path, "another process listens there")
 	if conn, err := live.Accept(); err == nil { // the question whether it is live
 		conn.Close()
 	}
@@ -95,13 +93,9 @@ func TestListenUnixRefusesFullSocket(t *testing.T) {
 	}
 	path := filepath.Join(t.TempDir(), "router.sock")
 	live, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer syscall.Close(live)
-	if err := errors.Join(syscall.Bind(live, &syscall.SockaddrUnix{Name: path}), syscall.Listen(live, 1)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, errors.Join(syscall.Bind(live, &syscall.SockaddrUnix{Name: path}), syscall.Listen(live, 1)))
 	for err == nil { // fill the backlog
 		var conn net.Conn
 		if conn, err = net.Dial("unix", path); err == nil {
@@ -112,14 +106,8 @@ func TestListenUnixRefusesFullSocket(t *testing.T) {
 		t.Fatalf("the backlog is full with %v, want EAGAIN", err)
 	}
 	before, err := os.Lstat(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, err = listen("unix:"+path, 0)
-	want := "listen unix:" + path + ": another process may listen there: dial unix " + path + ": connect: resource temporarily unavailable"
-	if err == nil || err.Error() != want {
-		t.Errorf("error %v, want %s", err, want)
-	}
+	must(t, err)
+	wantNoListener(t, path, "another process may listen there: dial unix "+path+": connect: resource temporarily unavailable")
 	if after, err := os.Lstat(path); err != nil || !os.SameFile(before, after) {
 		t.Errorf("the socket is %v with error %v, want the one that was there", after, err)
 	}
@@ -127,43 +115,28 @@ func TestListenUnixRefusesFullSocket(t *testing.T) {
 
 func TestListenUnixKeepsOtherFiles(t *testing.T) {
 	tests := map[string]func(path string) error{
-		"plain file":       func(path string) error { return os.WriteFile(path, []byte("precious"), 0o600) },
-		"empty file":       func(path string) error { return os.WriteFile(path, nil, 0o600) },
-		"directory":        func(path string) error { return os.Mkdir(path, 0o700) },
-		"link to a file":   func(path string) error { return os.Symlink("/etc/hostname", path) },
-		"link to nothing":  func(path string) error { return os.Symlink("/nowhere", path) },
-		"link to a socket": linkToSocket,
+		"plain file":      func(path string) error { return os.WriteFile(path, []byte("precious"), 0o600) },
+		"empty file":      func(path string) error { return os.WriteFile(path, nil, 0o600) },
+		"directory":       func(path string) error { return os.Mkdir(path, 0o700) },
+		"link to a file":  func(path string) error { return os.Symlink("/etc/hostname", path) },
+		"link to nothing": func(path string) error { return os.Symlink("/nowhere", path) },
+		"link to a socket": func(path string) error {
+			return errors.Join(leaveSocket(path+".other"), os.Symlink(path+".other", path))
+		},
 	}
 	for name, make := range tests {
 		t.Run(name, func(t *testing.T) {
 			path := filepath.Join(t.TempDir(), "router.sock")
-			if err := make(path); err != nil {
-				t.Fatal(err)
-			}
+			must(t, make(path))
 			before, err := os.Lstat(path)
-			if err != nil {
-				t.Fatal(err)
-			}
-			_, err = listen("unix:"+path, 0)
-			if want := "listen unix:" + path + ": the file exists and is not a socket"; err == nil || err.Error() != want {
-				t.Errorf("error %v, want %s", err, want)
-			}
+			must(t, err)
+			wantNoListener(t, path, "the file exists and is not a socket")
 			after, err := os.Lstat(path)
 			if err != nil || !os.SameFile(before, after) || before.Size() != after.Size() {
 				t.Errorf("the file is %v with error %v, want what was there", after, err)
 			}
 		})
 	}
-}
-
-func linkToSocket(path string) error {
-	stale, err := net.ListenUnix("unix", &net.UnixAddr{Name: path + ".other", Net: "unix"})
-	if err != nil {
-		return err
-	}
-	stale.SetUnlinkOnClose(false)
-	stale.Close()
-	return os.Symlink(path+".other", path)
 }
 
 // countingClients is a server of clients of which a test sees when it is done
@@ -184,9 +157,8 @@ func startCountingClients(t *testing.T, network string) *countingClients {
 	l := listenLocal(t)
 	if network == "unix" {
 		var err error
-		if l, err = listen("unix:"+filepath.Join(t.TempDir(), "s"), 0); err != nil {
-			t.Fatal(err)
-		}
+		l, err = listen("unix:"+filepath.Join(t.TempDir(), "s"), 0)
+		must(t, err)
 	}
 	f := &countingClients{addr: l.Addr().String(), badHeads: &p.results[resultBadHead], closed: make(chan struct{}, 10)}
 	server := newClientServer(t.Context(), p, quiet)
@@ -232,15 +204,9 @@ func TestBadHeads(t *testing.T) {
 			for _, network := range []string{"tcp", "unix"} {
 				f := startCountingClients(t, network)
 				begun := time.Now()
-				conn, err := net.Dial(network, f.addr)
-				if err != nil {
-					t.Fatal(err)
-				}
-				defer conn.Close()
+				conn := dial(t, f.addr)
 				conn.SetDeadline(time.Now().Add(patience))
-				if _, err := io.WriteString(conn, tt.send); err != nil {
-					t.Fatal(err)
-				}
+				mustWrite(t, conn, tt.send)
 				wantAnswer(t, conn, tt.status, tt.leave)
 				if tt.leave {
 					conn.Close()
@@ -265,9 +231,7 @@ func wantAnswer(t *testing.T, conn net.Conn, status int, leave bool) {
 	br := bufio.NewReader(conn)
 	if status != 0 {
 		resp, err := http.ReadResponse(br, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		if resp.StatusCode != status {
 			t.Errorf("status %s, want %d", resp.Status, status)
 		}
@@ -285,13 +249,9 @@ func wantAnswer(t *testing.T, conn net.Conn, status int, leave bool) {
 // path accepts, is none that a package exports.
 func TestAcceptAfterClose(t *testing.T) {
 	file, err := os.Open(os.DevNull)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	raw, err := file.SyscallConn()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	file.Close()
 	closedFile := raw.Read(func(uintptr) bool { return true })
 	for _, err := range []error{net.ErrClosed, closedFile, syscall.EINVAL} {
@@ -311,20 +271,13 @@ func TestAcceptAfterClose(t *testing.T) {
 func TestBoundedListener(t *testing.T) {
 	l := &limitListener{Listener: listenLocal(t), maxConns: 3}
 	var all []*limitConn
-	accept := func() *limitConn {
+	accept := func() {
 		t.Helper()
-		conn, err := net.Dial("tcp", l.Addr().String())
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { conn.Close() })
+		dial(t, l.Addr().String())
 		c, err := l.Accept()
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		t.Cleanup(func() { c.Close() })
 		all = append(all, c.(*limitConn))
-		return all[len(all)-1]
 	}
 	wantOpen := func(when string, want ...int) {
 		t.Helper()
@@ -373,9 +326,7 @@ func TestRoomGrace(t *testing.T) {
 			t.Helper()
 			begun := time.Now()
 			conn, err := l.Accept()
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			t.Cleanup(func() { conn.Close() })
 			return conn.(*limitConn), time.Since(begun)
 		}
@@ -411,17 +362,13 @@ func TestDescriptorLimit(t *testing.T) {
 	for files := reservedDescriptors + 10 + relays; files < reservedDescriptors+20+relays; files++ {
 		synctest.Test(t, func(t *testing.T) {
 			g, err := newDescriptorLimit(files, 2)
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			if want := files - reservedDescriptors - 2*2 - relays; g.limit != want {
 				t.Fatalf("%d files: %d for clients, want %d", files, g.limit, want)
 			}
 			sessions := 0
 			for _, _, full := g.usage(); !full; _, _, full = g.usage() {
-				if err := g.wait(); err != nil {
-					t.Fatal(err)
-				}
+				must(t, g.wait())
 				g.add(descriptorsPerUpgrade)
 				g.add(-1) // it is a session now
 				sessions++
@@ -447,9 +394,7 @@ func TestDescriptorLimit(t *testing.T) {
 func TestDescriptorLimitFollowsBackends(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g, err := newDescriptorLimit(reservedDescriptors+100+descriptorsPerPoller*runtime.GOMAXPROCS(0), 0)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		for backends, want := range map[int]int{0: 100, 10: 80, 1000: descriptorsPerUpgrade} {
 			if g.setBackends(backends); g.limit != want {
 				t.Errorf("%d descriptors for clients with %d backends, want %d", g.limit, backends, want)

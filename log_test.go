@@ -24,9 +24,7 @@ func TestNewLogger(t *testing.T) {
 	} {
 		var out bytes.Buffer
 		log, err := newLogger(&out, format, slog.LevelWarn)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		log.Info("a")
 		log.Warn("b", "key", "a value")
 		if !check(out.String()) {
@@ -63,9 +61,7 @@ func queuedLog(t *testing.T, out io.Writer) (*logQueue, *slog.Logger) {
 	t.Helper()
 	q := newLogQueue(out)
 	log, err := newLogger(q, "json", slog.LevelInfo)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	go q.run(log)
 	return q, log
 }
@@ -74,9 +70,7 @@ func queuedLog(t *testing.T, out io.Writer) (*logQueue, *slog.Logger) {
 // reported once somebody reads.
 func TestLogQueueDrops(t *testing.T) {
 	out, in, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer out.Close()
 	q, log := queuedLog(t, in)
 	sent := 0
@@ -161,9 +155,7 @@ func TestLogQueueStopsAtErrorLevel(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		q := newLogQueue(io.Discard)
 		log, err := newLogger(q, "json", slog.LevelError)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		for q.dropped.Load() == 0 {
 			log.Error("line", "filler", strings.Repeat("x", 100_000))
 		}

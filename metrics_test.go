@@ -147,9 +147,7 @@ func TestMetricsOfASession(t *testing.T) {
 	ws.Close()
 	cause := r.log.wait(t, "session ended", 1)["cause"].(string) // either side may be the first: the backend answers a Close
 	resp, err := http.Get("http://" + r.clientAddr + "/ws/ns-01")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	resp.Body.Close()
 	after := waitMetrics(t, r, map[string]float64{
 		`router_sessions{backend="backend-1"}`: 0, `router_sessions_opened_total{backend="backend-1"}`: 1,
@@ -216,9 +214,7 @@ func TestMetricsEscapeLabels(t *testing.T) {
 			var out strings.Builder
 			a.writeMetrics(&out)
 			e, err := parseExposition(out.String())
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			if lacks := e.lacks(map[string]float64{`router_table_info{source="` + tt.want + `",version="` + tt.want + `",stamp="` + a.proxy.router.table().stamp + `"}`: 1}); lacks != "" {
 				t.Error(lacks)
 			}
@@ -234,9 +230,7 @@ func TestMetricsOfMoves(t *testing.T) {
 	var out strings.Builder
 	a.writeMetrics(&out)
 	e, err := parseExposition(out.String())
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if lacks := e.lacks(map[string]float64{`router_sessions_to_move`: 3,
 		`router_sessions_cut_total{cause="moved"}`: 4, `router_sessions_cut_total{cause="drain"}`: 5}); lacks != "" {
 		t.Error(lacks)

@@ -195,11 +195,7 @@ func TestRelayUrgentData(t *testing.T) {
 	pairs := newSessionConns(t, "tcp", "tcp")
 	client := pairs.far[clientSide].(*net.TCPConn)
 	mustWrite(t, client, "before")
-	onDescriptor(t, client, func(fd int) {
-		if err := syscall.Sendto(fd, []byte("!"), syscall.MSG_OOB, nil); err != nil {
-			t.Fatal(err)
-		}
-	})
+	onDescriptor(t, client, func(fd int) { must(t, syscall.Sendto(fd, []byte("!"), syscall.MSG_OOB, nil)) })
 	mustWrite(t, client, "after")
 	<-time.After(50 * time.Millisecond) // so that all of it has come when the poller reads
 	c := pairs.start(r, newSession("ns-01", 0, ""), [2][]byte{})
@@ -306,17 +302,14 @@ func TestProcessFailedCalls(t *testing.T) {
 						f.ended.Add(1)
 					}
 				})
-				p := newRouterProcess(t, slices.Concat(onFreePorts, []string{"-listen", "unix:" + filepath.Join(t.TempDir(), "socket"),
-					"-backends", stub.addr, "-overrides", t.TempDir()})...)
+				p := newRouterProcess(t, "-listen", "unix:"+filepath.Join(t.TempDir(), "socket"),
+					"-backends", stub.addr, "-overrides", t.TempDir())
 				done := p.traced(t, fmt.Sprintf("%s:error=%s:when=%s", call, errno, when))
-				p.start(t)
-				p.await(t)
-				p.log.wait(t, "routing table updated", 1)
+				p.serve(t)
 				var running sync.WaitGroup
 				var sessions atomic.Int64
 				for range 20 {
-					conn := dial(t, p.clientAddr)
-					mustWrite(t, conn, upgradeRequest("/ws/ns-01"))
+					conn := p.ask(t, "ns-01")
 					running.Go(func() {
 						br := bufio.NewReader(conn)
 						if resp, err := http.ReadResponse(br, nil); err == nil && resp.StatusCode == http.StatusSwitchingProtocols {
@@ -366,9 +359,7 @@ func (f *flows) play(conn halfConn, r io.Reader, from side) {
 func (p *routerProcess) wantFailures(t *testing.T, file string, why []string) {
 	t.Helper()
 	b, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	causes, harmed := map[string]int{}, 0
 	for _, line := range p.log.all("session ended") {
 		cause := line["cause"].(string)
@@ -530,15 +521,12 @@ func stickSessions(t *testing.T, piece, limit int) {
 	addrs := backend.addr + "," + startStub(t, "127.0.0.2:0", echo).addr
 	overrides := pinned(10, 0)
 	overrides["other"] = "backend-1"
-	p := newRouterProcess(t, slices.Concat(onFreePorts, []string{"-listen", "unix:" + filepath.Join(t.TempDir(), "socket"),
-		"-backends", addrs, "-overrides", overridesDir(t, overrides), "-drain-duration", "0"})...)
+	p := newRouterProcess(t, "-listen", "unix:"+filepath.Join(t.TempDir(), "socket"),
+		"-backends", addrs, "-overrides", overridesDir(t, overrides), "-drain-duration", "0")
 	p.build(t)
-	p.start(t)
-	p.await(t)
-	p.log.wait(t, "routing table updated", 1)
+	p.serve(t)
 	p.openClosing(t, sessions, 10)
-	other := dial(t, p.clientAddr)
-	mustWrite(t, other, upgradeRequest("/ws/other"))
+	other := p.ask(t, "other")
 	mustAnswer(t, other, http.StatusSwitchingProtocols)
 
 	before := p.memory(t)["VmRSS"]
@@ -573,18 +561,14 @@ func TestProcessClosesGracefully(t *testing.T) {
 	drainTime := time.Duration(sessions) * time.Second / rate
 	addrs := startStub(t, "127.0.0.1:0", serveClosing(t)).addr + "," + startStub(t, "127.0.0.2:0", serveClosing(t)).addr
 	dir := overridesDir(t, pinned(namespaces, 0))
-	p := newRouterProcess(t, slices.Concat(onFreePorts, []string{"-listen", "unix:" + filepath.Join(t.TempDir(), "socket"),
-		"-backends", addrs, "-overrides", dir, "-move-rate", strconv.Itoa(rate), "-drain-delay", "0", "-drain-duration", drainTime.String()})...)
-	p.start(t)
-	p.await(t)
-	p.log.wait(t, "routing table updated", 1)
+	p := newRouterProcess(t, "-listen", "unix:"+filepath.Join(t.TempDir(), "socket"),
+		"-backends", addrs, "-overrides", dir, "-move-rate", strconv.Itoa(rate), "-drain-delay", "0", "-drain-duration", drainTime.String())
+	p.serve(t)
 
 	moving := leave(t, p.openClosing(t, sessions, namespaces), restarts)
 	cpu, before := p.cpuTime(t), p.memory(t)
 	for namespace, backend := range pinned(namespaces, 1) {
-		if err := os.WriteFile(filepath.Join(dir, namespace), []byte(backend), 0o644); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(filepath.Join(dir, namespace), []byte(backend), 0o644))
 	}
 	wantPace(t, "move", moving(), drainTime)
 	line := p.log.wait(t, "move finished", 1)
@@ -597,14 +581,9 @@ func TestProcessClosesGracefully(t *testing.T) {
 	if grown := second["VmRSS"] - before["VmRSS"]; grown > 32<<10 && !raced() { // the race detector needs memory of its own
 		t.Errorf("with as many sessions as before the move the router has %d KiB more", grown)
 	}
-	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil {
-		t.Fatal(err)
-	}
+	must(t, p.cmd.Process.Signal(syscall.SIGTERM))
 	wantPace(t, "drain", draining(), drainTime)
-	state := p.wait(t)
-	if state.ExitCode() != 0 {
-		t.Errorf("the router ended with %v, want exit code 0", state)
-	}
+	state := p.wantSuccess(t)
 	t.Logf("drain: %s of CPU time", state.UserTime()+state.SystemTime()-cpu)
 }
 
@@ -625,8 +604,7 @@ func (p *routerProcess) openClosing(t *testing.T, sessions, namespaces int) (ope
 	t.Helper()
 	names := slices.Sorted(maps.Keys(pinned(namespaces, 0)))
 	for i := range sessions {
-		conn := dial(t, p.clientAddr)
-		mustWrite(t, conn, upgradeRequest("/ws/"+names[i%namespaces]))
+		conn := p.ask(t, names[i%namespaces])
 		mustAnswer(t, conn, http.StatusSwitchingProtocols)
 		open = append(open, conn)
 	}

@@ -159,9 +159,7 @@ func wantApplied[T any](t *testing.T, meta func(*T) *apiObject, objects ...strin
 	w := watcher[T]{meta: meta, apply: func(map[string]*T) { applied++ }}
 	for i := range 2 * len(objects) {
 		o := new(T)
-		if err := json.Unmarshal([]byte(objects[i/2]), o); err != nil {
-			t.Fatal(err)
-		}
+		must(t, json.Unmarshal([]byte(objects[i/2]), o))
 		w.setObjects(map[string]*T{"n": o})
 	}
 	if applied != len(objects) {

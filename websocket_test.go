@@ -163,15 +163,11 @@ func TestFramesOfLibrary(t *testing.T) {
 		ws.WriteClose(1000)
 	})
 	config, err := websocket.NewConfig("ws://"+addr, "http://origin.example/")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	tap := &tapped{Conn: dial(t, addr)}
 	tap.SetDeadline(time.Now().Add(patience))
 	ws, err := websocket.NewClient(config, tap)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	sizes := []int{0, 1, 125, 126, 127, 65535, 65536, 200_000}
 	for _, size := range sizes {
 		sayAndHear(t, ws, strings.Repeat("x", size))
@@ -841,9 +837,7 @@ func TestCloseGracefullyLibrary(t *testing.T) {
 	})
 	p := startProxy(t, []string{addr}, map[string]string{}, nil)
 	ws, err := websocket.Dial("ws://"+p.addr+"/ws/ns-01", "", "http://origin.example/")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer ws.Close()
 	ws.SetDeadline(time.Now().Add(patience))
 	var message string
