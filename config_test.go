@@ -106,9 +106,7 @@ func TestBadUsage(t *testing.T) {
 			if err == nil || err.Error() != tt.want {
 				t.Errorf("error:\n%v\nwant:\n%s", err, tt.want)
 			}
-			if got := exitCode(err); got != 2 {
-				t.Errorf("exit code %d, want 2", got)
-			}
+			wantEqual(t, "the exit code", exitCode(err), 2)
 			if out.Len() > 0 {
 				t.Errorf("output %q, want none", out.String())
 			}

@@ -81,12 +81,9 @@ func TestConfigMapsMustAllBeThere(t *testing.T) {
 	c.apply(1, fakeSet(fakeMap("b", "2", "ns-b=backend-2")))
 	c.apply(0, fakeSet())
 	wantTable(t, r, "")
-	if got, want := c.whyNotReady(), "ConfigMap edge/a does not exist: kubectl -n edge create configmap a; ConfigMap edge/c: no answer from the API server yet"; got != want {
-		t.Errorf("missing: %s, want %s", got, want)
-	}
-	if n := len(log.all("ConfigMap not found")); n != 1 {
-		t.Errorf("absence was logged %d times", n)
-	}
+	wantEqual(t, "why it is not ready", c.whyNotReady(),
+		"ConfigMap edge/a does not exist: kubectl -n edge create configmap a; ConfigMap edge/c: no answer from the API server yet")
+	wantEqual(t, "lines about the absence", len(log.all("ConfigMap not found")), 1)
 	c.apply(2, fakeSet(fakeMap("c", "3", "")))
 	wantTable(t, r, "")
 	c.apply(0, fakeSet(fakeMap("a", "1", "ns-a=backend-1")))
@@ -97,9 +94,7 @@ func TestConfigMapsMustAllBeThere(t *testing.T) {
 	c.apply(1, fakeSet(fakeMap("b", "4", "ns-b=backend-3 ns-b2=backend-0")))
 	wantTable(t, r, "ns-a=1 ns-b=3 ns-b2=0")
 	wantLine(t, log.all("routing table updated"), 2, map[string]any{"source": "ConfigMap edge/b", "added": 1.0, "changed": 1.0, "removed": 0.0})
-	if r.swaps.Load() != 2 {
-		t.Errorf("%d swaps after one event, want one more", r.swaps.Load())
-	}
+	wantEqual(t, "swaps after one event more", r.swaps.Load(), 2)
 }
 
 // A deleted ConfigMap stays in force until there is one of its name again
@@ -245,9 +240,7 @@ func TestConflictIsReported(t *testing.T) {
 	c, r, _ = fakeMaps(t)
 	c.apply(0, fakeSet(a, fakeMap("b", "2", "x=backend-2 y=backend-1")))
 	wantTable(t, r, "x=refused y=1")
-	if why := r.table().explain("x"); why != whyUnresolved {
-		t.Errorf("why %s, want %s", why, whyUnresolved)
-	}
+	wantEqual(t, "why", r.table().explain("x"), whyUnresolved)
 }
 
 // The order in which objects come, and how they are followed, is not seen in the
@@ -324,9 +317,7 @@ func TestConfigMapsSelectedFromServer(t *testing.T) {
 		wantTable(t, r, "ns-a=1 ns-b=2")
 		time.Sleep(time.Minute)
 		wantTable(t, r, "ns-b=3") // a was deleted, or has lost its label
-		if n := r.swaps.Load(); n != 3 {
-			t.Errorf("%d swaps, want 3", n)
-		}
+		wantEqual(t, "swaps", r.swaps.Load(), 3)
 	})
 }
 
@@ -337,9 +328,7 @@ func TestConfigMapsReportedOnceInForce(t *testing.T) {
 	known := r.backends
 	r.backends = ordinals{}
 	c.apply(0, fakeSet(fakeMap("routes", "1", "ns-01=backend-1 ns-02=bakend-2")))
-	if len(c.events.queue) != 0 {
-		t.Errorf("%d Events before there is a table, want none", len(c.events.queue))
-	}
+	wantEqual(t, "Events before there is a table", len(c.events.queue), 0)
 	r.setBackends(known, "")
 	for _, want := range []string{"OverridesRejected", "OverridesInForce"} {
 		select {

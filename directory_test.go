@@ -89,12 +89,8 @@ func TestDirectoryFollowsFiles(t *testing.T) {
 	d.write(t, "ns-02", "backend-2")
 	d.write(t, "ns-01", "  backend-1")
 	d.want(t, map[string]string{"ns-01": "  backend-1", "ns-02": "backend-2"})
-	if d.applied[0].version != one.version {
-		t.Errorf("the same content has the versions %s and %s", one.version, d.applied[0].version)
-	}
-	if log := d.logged.String(); log != "" {
-		t.Errorf("log:\n%s", log)
-	}
+	wantEqual(t, "the version of the same content", d.applied[0].version, one.version)
+	wantEqual(t, "the log", d.logged.String(), "")
 }
 
 // What is not settled is not applied: the second look must find what the first
@@ -222,9 +218,7 @@ func TestDirectoryAndTable(t *testing.T) {
 		for range 4 {
 			d.poll()
 		}
-		if got := fmt.Sprint(overridesOf(r.table())); got != want {
-			t.Errorf("overrides %s, want %s", got, want)
-		}
+		wantEqual(t, "overrides", fmt.Sprint(overridesOf(r.table())), want)
 	}
 	d.write(t, "ns-01", "backend-1\n")
 	d.write(t, "ns-02", "backend-2")
@@ -238,9 +232,7 @@ func TestDirectoryAndTable(t *testing.T) {
 	d.mkdir(t, "")
 	d.write(t, "ns-01", "backend-3")
 	look("map[ns-01:0]")
-	if source := r.table().sourceName(); source != "ConfigMap edge/routes" {
-		t.Errorf("the table is of the %s", source)
-	}
+	wantEqual(t, "the source of the table", r.table().sourceName(), "ConfigMap edge/routes")
 }
 
 // run finds a change by itself, soon, and ends with its context.
@@ -256,9 +248,7 @@ func TestDirectoryRun(t *testing.T) {
 		}
 		select {
 		case src := <-applied:
-			if unpack(src.overrides)["ns-01"] != want {
-				t.Errorf("applied %v, want %q", unpack(src.overrides), want)
-			}
+			wantEqual(t, "the override of ns-01", unpack(src.overrides)["ns-01"], want)
 		case <-time.After(5 * time.Second):
 			t.Fatalf("%q was not found", want)
 		}

@@ -296,9 +296,7 @@ func TestPodAddresses(t *testing.T) {
 			for _, ordinal := range slices.Sorted(maps.Keys(addresses)) {
 				got = append(got, fmt.Sprint(ordinal, " ", addresses[ordinal].ready, " ", addresses[ordinal].addrs))
 			}
-			if got := strings.Join(got, ", "); got != tt.want {
-				t.Errorf("addresses %s, want %s", got, tt.want)
-			}
+			wantEqual(t, "addresses", strings.Join(got, ", "), tt.want)
 		})
 	}
 }
@@ -355,9 +353,7 @@ func TestEndpointsWatchFailsAsksDNS(t *testing.T) {
 		time.Sleep(90 * time.Second)
 		wantResolved(t, p, 0, "10.0.0.0:9000", "<nil>")
 		wantResolved(t, p, 3, "", "backend-3 is not ready")
-		if n := asked.Load(); n != before {
-			t.Errorf("DNS was asked %d times since the watch recovered", n-before)
-		}
+		wantEqual(t, "requests to DNS since the watch recovered", asked.Load()-before, 0)
 	})
 }
 
@@ -383,12 +379,8 @@ func TestEndpointsReplacePods(t *testing.T) {
 		{[]string{"IPv4 " + readyEndpoints(0)}, "map[] after c"},
 	} {
 		p.apply(sliceSet(t, step.slices...))
-		if got != step.want {
-			t.Errorf("after %v onPods got %s, want %s", step.slices, got, step.want)
-		}
-		if n := len(p.addresses[0].addrs); n != 1 {
-			t.Errorf("after %v it has %d addresses, want one pod's", step.slices, n)
-		}
+		wantEqual(t, fmt.Sprint("what onPods got after ", step.slices), got, step.want)
+		wantEqual(t, fmt.Sprint("addresses of the one pod after ", step.slices), len(p.addresses[0].addrs), 1)
 	}
 }
 

@@ -137,9 +137,7 @@ func TestEventsOfAVersionThatDoesMore(t *testing.T) {
 			eventText{"OverridesInForce", "resourceVersion 1 is in force: 0 overrides added, 3 changed, 0 removed"})
 		c.apply(0, fakeSet(fakeMap("routes", "2", data))) // its labels
 		take()
-		if got := r.table().version; got != "2" {
-			t.Errorf("the table is of version %s, want 2", got)
-		}
+		wantEqual(t, "the version of the table", r.table().version, "2")
 		return all
 	}
 	if one, other := history(), history(); !maps.Equal(one, other) {
@@ -222,9 +220,7 @@ func TestEventFailures(t *testing.T) {
 				r.reportChange(fakeChange(i))
 			}
 			time.Sleep(50*(eventInterval+2*time.Second) + time.Minute)
-			if n := len(strings.Fields(server.verbs())); n != tt.asked {
-				t.Errorf("%d requests, want %d", n, tt.asked)
-			}
+			wantEqual(t, "requests", len(strings.Fields(server.verbs())), tt.asked)
 			if lines := logged.count("\n"); lines < tt.lines || lines > 2*tt.lines {
 				t.Errorf("%d lines, want %d:\n%s", lines, tt.lines, logged)
 			}
@@ -269,9 +265,7 @@ func TestEventOfAMove(t *testing.T) {
 			}
 			names[e.Metadata.Name] = true
 		}
-		if len(names) != 2 {
-			t.Errorf("names %v, want one for each", names)
-		}
+		wantEqual(t, "names, one for each Event", len(names), 2)
 		(&configMaps{current: []map[string]configMapState{nil}}).reportMove(receipt) // there is none: nothing to tell on
 	})
 }

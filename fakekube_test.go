@@ -593,9 +593,7 @@ func (c *watchTest) wantNothing(t *testing.T) {
 // wantVerbs checks what was requested since the last call.
 func (c *watchTest) wantVerbs(t *testing.T, want string) {
 	t.Helper()
-	if got := c.server.verbs(); got != want {
-		t.Errorf("requested %s, want %s", got, want)
-	}
+	wantEqual(t, "requests", c.server.verbs(), want)
 }
 
 // textLog holds a log.

@@ -102,6 +102,14 @@ func eventually[T comparable](t testing.TB, what string, want T, get func() T) {
 	}
 }
 
+// wantEqual checks that something is as wanted.
+func wantEqual[T comparable](t testing.TB, what string, got, want T) {
+	t.Helper()
+	if got != want {
+		t.Errorf("%s: %v, want %v", what, got, want)
+	}
+}
+
 // seedFlag repeats a random test.
 var seedFlag = flag.Uint64("seed", 0, "seed of the random tests of the relay; 0 for another each time")
 

@@ -35,9 +35,7 @@ func TestOwnersArePinned(t *testing.T) {
 			}
 		}
 	}
-	if len(pinned) != 1000 {
-		t.Errorf("%d namespaces are pinned, want 1000", len(pinned))
-	}
+	wantEqual(t, "pinned namespaces", len(pinned), 1000)
 }
 
 func TestBucketGrowth(t *testing.T) {

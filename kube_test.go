@@ -149,9 +149,7 @@ func TestKubeUnauthorizedTriesANewToken(t *testing.T) {
 			for len(server.arrived) > 0 {
 				sent = append(sent, strings.TrimPrefix(server.request(t).Header.Get("Authorization"), "Bearer "))
 			}
-			if got := strings.Join(sent, " "); got != c.sent {
-				t.Errorf("sent %s, want %s", got, c.sent)
-			}
+			wantEqual(t, "tokens sent", strings.Join(sent, " "), c.sent)
 		})
 	}
 }

@@ -33,12 +33,8 @@ func TestKeepAliveTimes(t *testing.T) {
 func onDescriptor(t testing.TB, conn net.Conn, f func(fd int)) {
 	t.Helper()
 	raw, err := conn.(syscall.Conn).SyscallConn()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := raw.Control(func(fd uintptr) { f(int(fd)) }); err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
+	must(t, raw.Control(func(fd uintptr) { f(int(fd)) }))
 }
 
 // A connection of a client has its options from the listener, one to a backend
@@ -48,21 +44,15 @@ func TestPeerOptions(t *testing.T) {
 	off := map[string]int{"keepalive": 0, "user timeout": 0, "no delay": 1}
 	for timeout, want := range map[time.Duration]map[string]int{time.Minute: on, 0: off} {
 		l, err := listen("127.0.0.1:0", timeout)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		defer l.Close()
 		b := newStaticBackends("backend", []string{l.Addr().String()})
 		b.dialer = newDialer(timeout)
 		dialled, err := b.dial(t.Context(), 0)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		defer dialled.Close()
 		accepted, err := l.Accept()
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		defer accepted.Close()
 		wantOptions(t, dialled, want)
 		wantOptions(t, accepted, want)
@@ -94,9 +84,7 @@ func wantOptions(t *testing.T, conn net.Conn, want map[string]int) {
 func vanish(t testing.TB, conn net.Conn) {
 	t.Helper()
 	onDescriptor(t, conn, func(fd int) {
-		if err := syscall.SetsockoptInt(fd, syscall.IPPROTO_IP, syscall.IP_MINTTL, 255); err != nil {
-			t.Fatal(err)
-		}
+		must(t, syscall.SetsockoptInt(fd, syscall.IPPROTO_IP, syscall.IP_MINTTL, 255))
 	})
 }
 
@@ -108,46 +96,27 @@ func TestProxyPeerVanishes(t *testing.T) {
 		gone  side
 		there bool // but reads nothing
 		speak bool // the other side sends for as long as it can
-		want  cause
 	}{
-		"client, silent":         {clientSide, false, false, causeClientError},
-		"client, sent to":        {clientSide, false, true, causeClientError},
-		"client, reads nothing":  {clientSide, true, true, causeClientError},
-		"backend, silent":        {backendSide, false, false, causeBackendError},
-		"backend, sent to":       {backendSide, false, true, causeBackendError},
-		"backend, reads nothing": {backendSide, true, true, causeBackendError},
+		"client, silent":         {clientSide, false, false},
+		"client, sent to":        {clientSide, false, true},
+		"client, reads nothing":  {clientSide, true, true},
+		"backend, silent":        {backendSide, false, false},
+		"backend, sent to":       {backendSide, false, true},
+		"backend, reads nothing": {backendSide, true, true},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			accepted, hold := make(chan net.Conn, 1), make(chan struct{})
-			defer close(hold)
-			stub := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
-				io.WriteString(conn, switching)
-				accepted <- conn
-				<-hold
-			})
+			serve, accepted, release := holdingBackend()
+			defer release()
+			stub := startStub(t, "127.0.0.1:0", serve)
 			r := startRouter(t, "-backends", stub.addr, "-overrides", t.TempDir(), "-tcp-user-timeout", timeout.String())
 			r.log.wait(t, "routing table updated", 1)
 			conns := [2]net.Conn{(&testProxy{addr: r.clientAddr}).open(t, "ns-01"), <-accepted}
-			begun := time.Now()
 			if !tt.there {
 				vanish(t, conns[tt.gone])
 			}
-			var other sync.WaitGroup
-			other.Go(func() { // ends with the stream
-				io.Copy(io.Discard, conns[tt.gone.other()])
-				conns[tt.gone.other()].Close()
-			})
-			if tt.speak {
-				other.Go(func() { io.Copy(conns[tt.gone.other()], endless{}) })
-			}
-			line := r.log.wait(t, "session ended", 1)
-			took := time.Since(begun)
-			other.Wait()
-			if line["cause"] != tt.want.String() || took < timeout/2 || took > 2*timeout {
-				t.Errorf("ended with cause %v after %s, want %v after %s", line["cause"], took, tt.want, timeout)
-			}
+			wantGoneWithin(t, r, conns, tt.gone, tt.speak, timeout, 2*timeout)
 		})
 	}
 }
@@ -157,27 +126,18 @@ func TestProxyPeerVanishes(t *testing.T) {
 // no /healthz its answer.
 func TestBoundedListenerKeepsWhoAsks(t *testing.T) {
 	l := &limitListener{Listener: listenLocal(t), maxConns: 3}
-	connect := func(sends string) (client, accepted net.Conn) {
+	connect := func(sends string) net.Conn {
 		t.Helper()
-		client, err := net.Dial("tcp", l.Addr().String())
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { client.Close() })
-		mustWrite(t, client, sends)
-		accepted, err = l.Accept()
-		if err != nil {
-			t.Fatal(err)
-		}
+		mustWrite(t, dial(t, l.Addr().String()), sends)
+		accepted, err := l.Accept()
+		must(t, err)
 		t.Cleanup(func() { accepted.Close() })
-		return client, accepted
+		return accepted
 	}
 	asks := upgradeRequest("/healthz")
-	_, read := connect(asks)
-	if _, err := read.Read(make([]byte, len(asks))); err != nil {
-		t.Fatal(err)
-	}
-	_, unread := connect(asks)
+	read := connect(asks)
+	mustRead(t, read, asks)
+	unread := connect(asks)
 	eventually(t, "the request has arrived", true, func() bool { return hasUnread(unread.(*limitConn).Conn) })
 	for range 10 {
 		connect("")
@@ -187,8 +147,39 @@ func TestBoundedListenerKeepsWhoAsks(t *testing.T) {
 			t.Errorf("the connection whose request is %s has made room: %v", what, err)
 		}
 	}
-	if len(l.conns) != 3 {
-		t.Errorf("%d connections are open, want 3", len(l.conns))
+	wantEqual(t, "open connections", len(l.conns), 3)
+}
+
+// holdingBackend returns a backend that accepts an upgrade, gives the connection to
+// accepted, and reads nothing until release is called, which must be before its stub ends.
+func holdingBackend() (serve func(net.Conn, *bufio.Reader), accepted chan net.Conn, release func()) {
+	accepted, hold := make(chan net.Conn, 1), make(chan struct{})
+	return func(conn net.Conn, _ *bufio.Reader) {
+		io.WriteString(conn, switching)
+		accepted <- conn
+		<-hold
+	}, accepted, func() { close(hold) }
+}
+
+// wantGoneWithin checks that the router ends its session, of which a side is gone from now
+// on, because of that side: after timeout, at most after limit. The other side reads, and
+// if speak is true it sends as much as it can.
+func wantGoneWithin(t *testing.T, r *runningRouter, conns [2]net.Conn, gone side, speak bool, timeout, limit time.Duration) {
+	t.Helper()
+	begun, other := time.Now(), conns[gone.other()]
+	var using sync.WaitGroup
+	using.Go(func() { // ends with the stream
+		io.Copy(io.Discard, other)
+		other.Close()
+	})
+	if speak {
+		using.Go(func() { io.Copy(other, endless{}) })
+	}
+	line := r.log.wait(t, "session ended", 1)
+	took := time.Since(begun)
+	using.Wait()
+	if line["cause"] != gone.errorCause().String() || took < timeout/2 || took > limit {
+		t.Errorf("ended with cause %v after %s, want %v after %s", line["cause"], took, gone.errorCause(), timeout)
 	}
 }
 
@@ -212,11 +203,7 @@ func TestDialRefusesItself(t *testing.T) {
 						return c.Control(func(fd uintptr) { bindTo(t, int(fd), own) }) // as the system does now and then by itself
 					}
 				})
-				conn, err := net.Dial("tcp", p.addr)
-				if err != nil {
-					t.Fatal(err)
-				}
-				defer conn.Close()
+				conn := dial(t, p.addr)
 				for _, piece := range pieces {
 					mustWrite(t, conn, piece)
 				}
@@ -234,23 +221,17 @@ func TestDialRefusesItself(t *testing.T) {
 func reserve(t *testing.T, host string) *net.TCPAddr {
 	t.Helper()
 	addr, err := net.ResolveTCPAddr("tcp", host)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	family := syscall.AF_INET6
 	if addr.IP.To4() != nil {
 		family = syscall.AF_INET
 	}
 	fd, err := syscall.Socket(family, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	t.Cleanup(func() { syscall.Close(fd) })
 	bindTo(t, fd, addr)
 	name, err := syscall.Getsockname(fd)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	switch name := name.(type) {
 	case *syscall.SockaddrInet4:
 		addr.Port = name.Port
@@ -352,13 +333,8 @@ func TestProxyLinkCut(t *testing.T) {
 				if l == nil {
 					return
 				}
-				accepted, hold := make(chan net.Conn, 1), make(chan struct{})
-				defer close(hold)
-				serve := func(conn net.Conn, _ *bufio.Reader) {
-					io.WriteString(conn, switching)
-					accepted <- conn
-					<-hold
-				}
+				serve, accepted, release := holdingBackend()
+				defer release()
 				var stub *stubBackend
 				if gone == backendSide {
 					l.far(func() { stub = startStub(t, farEnd+":0", serve) })
@@ -376,21 +352,7 @@ func TestProxyLinkCut(t *testing.T) {
 				}
 				conns[backendSide] = <-accepted
 				l.cut()
-				begun := time.Now()
-				var other sync.WaitGroup
-				other.Go(func() { // ends with the stream
-					io.Copy(io.Discard, conns[gone.other()])
-					conns[gone.other()].Close()
-				})
-				if speak {
-					other.Go(func() { io.Copy(conns[gone.other()], endless{}) })
-				}
-				line := r.log.wait(t, "session ended", 1)
-				took := time.Since(begun)
-				other.Wait()
-				if line["cause"] != gone.errorCause().String() || took < timeout/2 || took > 3*timeout {
-					t.Errorf("ended with cause %v after %s, want %v after %s", line["cause"], took, gone.errorCause(), timeout)
-				}
+				wantGoneWithin(t, r, conns, gone, speak, timeout, 3*timeout)
 			})
 		}
 	}

@@ -27,9 +27,7 @@ func TestListenUnix(t *testing.T) {
 	must(t, err)
 	info, err := os.Lstat(path)
 	must(t, err)
-	if want := fs.ModeSocket | 0o660; info.Mode() != want {
-		t.Errorf("mode %v, want %v", info.Mode(), want)
-	}
+	wantEqual(t, "the mode", info.Mode(), fs.ModeSocket|0o660)
 	wantTakesConnections(t, l, path)
 	l.Close()
 	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
@@ -212,9 +210,7 @@ func TestBadHeads(t *testing.T) {
 					conn.Close()
 				}
 				<-f.closed
-				if got := f.badHeads.Load(); got != tt.counted {
-					t.Errorf("%s: %d bad heads counted, want %d", network, got, tt.counted)
-				}
+				wantEqual(t, "bad heads over "+network, f.badHeads.Load(), tt.counted)
 				if took := time.Since(begun); !tt.leave && tt.status == 0 && took < 150*time.Millisecond { // its clock does not begin with ours
 					t.Errorf("%s: closed after %s, want -header-timeout 200ms", network, took)
 				}
@@ -232,9 +228,7 @@ func wantAnswer(t *testing.T, conn net.Conn, status int, leave bool) {
 	if status != 0 {
 		resp, err := http.ReadResponse(br, nil)
 		must(t, err)
-		if resp.StatusCode != status {
-			t.Errorf("status %s, want %d", resp.Status, status)
-		}
+		wantEqual(t, "the status", resp.StatusCode, status)
 	}
 	if leave {
 		return

@@ -138,14 +138,10 @@ func TestLogQueueStops(t *testing.T) {
 		log.Info("nobody reads this")
 		begun := time.Now()
 		q.stop()
-		if took := time.Since(begun); took != logFlushTimeout {
-			t.Errorf("stopped after %s, want %s", took, logFlushTimeout)
-		}
+		wantEqual(t, "the time to stop", time.Since(begun), logFlushTimeout)
 		out.CloseWithError(errors.New("the reader is gone"))
 		<-q.done
-		if got := q.dropped.Load(); got != 1 {
-			t.Errorf("%d lines dropped, want 1", got)
-		}
+		wantEqual(t, "dropped lines", q.dropped.Load(), 1)
 	})
 }
 

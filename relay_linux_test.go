@@ -226,9 +226,7 @@ func TestRelayKeepsLittleInPipes(t *testing.T) {
 		c.poller.mu.Unlock()
 		c.end(causeDrain)
 		c.poller.mu.Lock()
-		if used := c.poller.pipes.made - len(c.poller.pipes.empty); used != 0 {
-			t.Errorf("%d pipes are in use after the session, want none", used)
-		}
+		wantEqual(t, "pipes in use after the session", c.poller.pipes.made-len(c.poller.pipes.empty), 0)
 		c.poller.mu.Unlock()
 	}
 }
@@ -414,13 +412,9 @@ func TestRelayHoldsInSizes(t *testing.T) {
 // unsentClass returns the smallest class with room for the size.
 func TestUnsentClass(t *testing.T) {
 	for size, want := range map[int]int{0: 64, 1: 64, 64: 64, 65: 128, 4096: 4096, 4097: 8192, bufferSize - 1: bufferSize, bufferSize: bufferSize} {
-		if got := minUnsentBuffer << unsentClass(size); got != want {
-			t.Errorf("%d bytes get a buffer of %d, want %d", size, got, want)
-		}
+		wantEqual(t, fmt.Sprint("the buffer for ", size, " bytes"), minUnsentBuffer<<unsentClass(size), want)
 	}
-	if got := unsentClass(bufferSize); got != unsentClasses-1 {
-		t.Errorf("the largest class is %d, want %d", got, unsentClasses-1)
-	}
+	wantEqual(t, "the largest class", unsentClass(bufferSize), unsentClasses-1)
 }
 
 // Stuck sessions keep as many unsent bytes as the budget allows and no more, other
@@ -486,9 +480,7 @@ func TestRelayBytesOverBudget(t *testing.T) {
 			}
 			running.Wait()
 			waitFor(t, r)
-			if got := r.bytes(); got != total {
-				t.Errorf("%d bytes were counted, want %d", got, total)
-			}
+			wantEqual(t, "bytes", r.bytes(), total)
 			waitUnsent(t, r, 0)
 		})
 	}

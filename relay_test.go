@@ -129,9 +129,7 @@ func TestRelayEnds(t *testing.T) {
 			}
 			begun := time.Now()
 			c := newSessionConns(t, "tcp", "tcp").start(r, newSession("ns-01", 2, "192.0.2.7"), [2][]byte{})
-			if got := r.counts()[2].open; got != 1 {
-				t.Errorf("open = %d, want 1", got)
-			}
+			wantEqual(t, "open sessions", r.counts()[2].open, 1)
 			taken := tt.play(t, c)
 			if tt.want == causeNone {
 				waitFor(t, r)
@@ -259,9 +257,7 @@ func TestRelayBothEnd(t *testing.T) {
 	for _, cause := range []cause{causeClient, causeBackend, causeClientError, causeBackendError} {
 		ends += r.ended[cause].Load()
 	}
-	if ends != rounds*atOnce {
-		t.Errorf("%d sessions were ended by their sides, want %d", ends, rounds*atOnce)
-	}
+	wantEqual(t, "sessions that their sides ended", ends, rounds*atOnce)
 }
 
 func BenchmarkRelayMessage(b *testing.B) {
@@ -325,9 +321,7 @@ func TestRelayEndsIdle(t *testing.T) {
 		}
 	}
 	waitFor(t, r) // now they are idle too
-	if got := r.ended[causeIdle].Load(); got != 4 {
-		t.Errorf("%d sessions ended with cause idle, want 4", got)
-	}
+	wantEqual(t, "sessions that were idle", r.ended[causeIdle].Load(), 4)
 }
 
 // scanSessions is how many sessions the relay of a scan has.
@@ -379,9 +373,7 @@ func TestRelayScan(t *testing.T) {
 		r.remove(all[i], all[i].bytes())
 		delete(want, all[i])
 	}
-	if got := r.size(); got != scanSessions/2 {
-		t.Errorf("%d sessions, want %d", got, scanSessions/2)
-	}
+	wantEqual(t, "sessions", r.size(), scanSessions/2)
 	for _, s := range r.filter(m.shouldMove) {
 		if !want[s] {
 			t.Errorf("%s was found, and is with its owner, has ended, or was found before", s.namespace)
@@ -391,9 +383,7 @@ func TestRelayScan(t *testing.T) {
 	if len(want) > 0 {
 		t.Errorf("%d sessions were not found", len(want))
 	}
-	if got, want := r.bytes(), [2]int64{scanSessions * (scanSessions - 1) / 2, scanSessions}; got != want {
-		t.Errorf("bytes = %d, want %d", got, want)
-	}
+	wantEqual(t, "bytes", r.bytes(), [2]int64{scanSessions * (scanSessions - 1) / 2, scanSessions})
 	for i := 1; i < scanSessions; i += 2 {
 		r.add(all[i])
 	}
@@ -486,14 +476,10 @@ func TestRelayBytesWhileSessionsEnd(t *testing.T) {
 	})
 	want := [2]int64{sessions * each, 2 * sessions * each}
 	for open := sessions; open > 0; open = r.size() {
-		if got := r.bytes(); got != want {
-			t.Errorf("bytes = %d with about %d sessions open, want %d", got, open, want)
-		}
+		wantEqual(t, fmt.Sprint("bytes with about ", open, " sessions open"), r.bytes(), want)
 	}
 	ending.Wait()
-	if got := r.bytes(); got != want {
-		t.Errorf("bytes = %d at the end, want %d", got, want)
-	}
+	wantEqual(t, "bytes at the end", r.bytes(), want)
 }
 
 // BenchmarkRelayScan measures what a swap of the table costs if all scanSessions
@@ -1032,10 +1018,6 @@ func TestRelayBytes(t *testing.T) {
 	running.Wait()
 	served.Wait() // it may read its last bytes after the session is over
 	waitFor(t, p.relay)
-	if got := p.relay.bytes(); got != total {
-		t.Errorf("%d bytes were counted, want %d", got, total)
-	}
-	if got := p.relay.ended[causeClient].Load() + p.relay.ended[causeBackend].Load(); got != count {
-		t.Errorf("%d clean ends, want %d", got, count)
-	}
+	wantEqual(t, "bytes", p.relay.bytes(), total)
+	wantEqual(t, "clean ends", p.relay.ended[causeClient].Load()+p.relay.ended[causeBackend].Load(), count)
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -17,13 +18,9 @@ func TestBackoff(t *testing.T) {
 		6:    time.Second,
 		1000: time.Second,
 	} {
-		if got := b.delay(failures); got != want {
-			t.Errorf("after %d failures %s, want %s", failures, got, want)
-		}
+		wantEqual(t, fmt.Sprint("the delay after ", failures), b.delay(failures), want)
 		for random, want := range map[float64]time.Duration{0: want / 2, 0.5: want, 0.75: want * 5 / 4} {
-			if got := b.jittered(failures, random); got != want {
-				t.Errorf("after %d failures, with %v, %s, want %s", failures, random, got, want)
-			}
+			wantEqual(t, fmt.Sprint("the delay after ", failures, " with ", random), b.jittered(failures, random), want)
 		}
 	}
 }

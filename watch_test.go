@@ -64,9 +64,7 @@ func TestRetryAfter(t *testing.T) {
 	for asked, want := range map[int]time.Duration{0: 0, 7: 7 * time.Second, 61: time.Minute, math.MaxInt: time.Minute} {
 		s := &statusError{}
 		s.Details.RetryAfterSeconds = asked
-		if got := retryAfter(fmt.Errorf("list: %w", s)); got != want {
-			t.Errorf("%d: %s, want %s", asked, got, want)
-		}
+		wantEqual(t, fmt.Sprint("asked for ", asked), retryAfter(fmt.Errorf("list: %w", s)), want)
 	}
 }
 
@@ -87,9 +85,7 @@ func TestErrorClass(t *testing.T) {
 		{io.ErrUnexpectedEOF, "connection_lost"}, {&net.OpError{Op: "read", Err: errors.New("connection reset by peer")}, "connection_lost"},
 	}
 	for _, tt := range tests {
-		if got := errorClass(tt.err); got != tt.want {
-			t.Errorf("%v is %s, want %s", tt.err, got, tt.want)
-		}
+		wantEqual(t, fmt.Sprint("the class of ", tt.err), errorClass(tt.err), tt.want)
 		if tt.err != nil && errorClass(fmt.Errorf("list: %w", tt.err)) != tt.want {
 			t.Errorf("%v within another is not %s", tt.err, tt.want)
 		}
@@ -123,9 +119,7 @@ func TestWatchRequests(t *testing.T) {
 		}
 		c.want(t, applied1, applied2, applied3)
 		c.wantNothing(t) // eight LISTs brought nothing new
-		if log := c.logged.String(); log != "" {
-			t.Errorf("clean ends were logged:\n%s", log)
-		}
+		wantEqual(t, "the log of clean ends", c.logged.String(), "")
 	})
 }
 
@@ -162,9 +156,7 @@ func wantApplied[T any](t *testing.T, meta func(*T) *apiObject, objects ...strin
 		must(t, json.Unmarshal([]byte(objects[i/2]), o))
 		w.setObjects(map[string]*T{"n": o})
 	}
-	if applied != len(objects) {
-		t.Errorf("%d of %T were applied, want %d", applied, *new(T), len(objects))
-	}
+	wantEqual(t, fmt.Sprintf("%T that were applied", *new(T)), applied, len(objects))
 }
 
 func TestWatchNormalEndListsAtOnce(t *testing.T) {
@@ -181,9 +173,7 @@ func TestWatchNormalEndListsAtOnce(t *testing.T) {
 			if gap := again.at.Sub(<-ended); again.verb() != "LIST" || gap > 500*time.Millisecond {
 				t.Errorf("%s after %s, want a LIST within 500ms", again.verb(), gap)
 			}
-			if s := c.snapshot(); s.failures != 0 {
-				t.Errorf("%d failures, want 0", s.failures)
-			}
+			wantEqual(t, "failures", c.snapshot().failures, 0)
 		})
 	}
 }
@@ -271,9 +261,7 @@ func TestWatchRecoversByAHealthyStreamOnly(t *testing.T) {
 		if took := time.Since(begun); took > 51*time.Second {
 			t.Errorf("the LIST after a long life came %s late", took-50*time.Second)
 		}
-		if s := c.snapshot(); s.failures != 0 {
-			t.Errorf("a cut after a long life counts as %d failures", s.failures)
-		}
+		wantEqual(t, "failures by a cut after a long life", c.snapshot().failures, 0)
 	})
 }
 
@@ -435,9 +423,7 @@ func TestWatchReadsEventsInPieces(t *testing.T) {
 			time.Sleep(time.Minute)
 			client.wantNothing(t)
 			client.wantVerbs(t, "LIST WATCH")
-			if log := client.logged.String(); log != "" {
-				t.Errorf("log:\n%s", log)
-			}
+			wantEqual(t, "the log", client.logged.String(), "")
 		})
 	}
 }
@@ -722,9 +708,7 @@ func TestWatchNoticesAFrozenServer(t *testing.T) {
 			if took := time.Since(begun); took > within+minKubeRetry+time.Millisecond {
 				t.Errorf("noticed after %s, want %s", took, within)
 			}
-			if r := c.server.request(t); r.Proto != proto {
-				t.Errorf("%s, want %s", r.Proto, proto)
-			}
+			wantEqual(t, "the protocol", c.server.request(t).Proto, proto)
 		})
 	}
 }
@@ -836,9 +820,7 @@ func TestWatchStopsInEveryState(t *testing.T) {
 					client.network.freeze()
 				}
 				client.wantStops(t)
-				if open := client.network.open.Load(); open != 0 {
-					t.Errorf("%d connections are open", open)
-				}
+				wantEqual(t, "open connections", client.network.open.Load(), 0)
 			})
 		}
 	}

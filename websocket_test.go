@@ -131,9 +131,7 @@ func TestFrameScannerIsSmall(t *testing.T) {
 	}
 	var f frameScanner
 	chunk := manyFrames(rand.New(rand.NewPCG(1, 1)), true, 100)
-	if n := testing.AllocsPerRun(100, func() { f.scan(chunk, true) }); n != 0 {
-		t.Errorf("%v allocations in a scan, want 0", n)
-	}
+	wantEqual(t, "allocations in a scan", testing.AllocsPerRun(100, func() { f.scan(chunk, true) }), 0)
 }
 
 // tapped is a connection that records its traffic.
@@ -803,9 +801,7 @@ func TestCloseGracefullyInFullFlow(t *testing.T) {
 				s.closeGracefully(causeMoved, nil)
 				both.Wait()
 				waitFor(t, r)
-				if got := r.cut[causeMoved].Load(); got != 0 {
-					t.Errorf("%d were cut, want none", got)
-				}
+				wantEqual(t, "sessions that were cut", r.cut[causeMoved].Load(), 0)
 			}
 		})
 	}
@@ -847,15 +843,11 @@ func TestCloseGracefullyLibrary(t *testing.T) {
 	for _, s := range p.relay.filter(func(*session) bool { return true }) {
 		s.closeGracefully(causeMoved, nil)
 	}
-	if got, want := <-heard, `type 8, code 1001, reason "going away"`; got != want {
-		t.Errorf("the backend read %s, want %s", got, want)
-	}
+	wantEqual(t, "what the backend read", <-heard, `type 8, code 1001, reason "going away"`)
 	if err := websocket.Message.Receive(ws, &message); err != nil || message != "last" {
 		t.Errorf("the client got %q, %v; want the backend's last message", message, err)
 	}
-	if got, want := readClose(ws), `type 8, code 1012, reason "service restart"`; got != want {
-		t.Errorf("the client read %s, want %s", got, want)
-	}
+	wantEqual(t, "what the client read", readClose(ws), `type 8, code 1012, reason "service restart"`)
 	ws.Close()
 	waitFor(t, p.relay)
 }
@@ -1004,9 +996,7 @@ func TestCloseGracefullyBounds(t *testing.T) {
 			if took := time.Since(begun); took < c.took || took > c.took+half {
 				t.Errorf("it was over after %s, want %s and at most %s more", took, c.took, half)
 			}
-			if got := r.cut[causeMoved].Load() == 1; got != c.cut {
-				t.Errorf("cut is %v, want %v", got, c.cut)
-			}
+			wantEqual(t, "cut", r.cut[causeMoved].Load() == 1, c.cut)
 		})
 	}
 }
