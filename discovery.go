@@ -21,7 +21,7 @@ import (
 type statefulSet struct {
 	apiObject
 	Spec struct {
-		Replicas *int `json:"replicas"` // nil is 1
+		Replicas int `json:"replicas"` // 1 if it is not set
 		Ordinals struct {
 			Start int `json:"start"`
 		} `json:"ordinals"`
@@ -36,7 +36,7 @@ type statefulSet struct {
 // count: how many backends own namespaces.
 const activeCountKey = "router/backends"
 
-// UnmarshalJSON keeps one annotation of all.
+// UnmarshalJSON sets the default of spec.replicas, and keeps one annotation of all.
 func (s *statefulSet) UnmarshalJSON(b []byte) error {
 	type plain statefulSet
 	var annotated struct {
@@ -44,6 +44,7 @@ func (s *statefulSet) UnmarshalJSON(b []byte) error {
 			Annotations map[string]string `json:"annotations"`
 		} `json:"metadata"`
 	}
+	s.Spec.Replicas = 1
 	err := cmp.Or(json.Unmarshal(b, (*plain)(s)), json.Unmarshal(b, &annotated))
 	s.annotation = annotated.Metadata.Annotations[activeCountKey]
 	return err
@@ -56,14 +57,6 @@ func (s *statefulSet) activeCount() int {
 		return 0
 	}
 	return n
-}
-
-// replicas returns spec.replicas.
-func (s *statefulSet) replicas() int {
-	if s.Spec.Replicas == nil {
-		return 1
-	}
-	return *s.Spec.Replicas
 }
 
 // backends returns the backends that own namespaces. The result depends only on the
@@ -81,7 +74,7 @@ func (s *statefulSet) replicas() int {
 //   - scaled to zero: the active count stays. If there is none, there are no backends;
 //   - no active count, as no router has the right to write it: all of spec.replicas.
 func (s *statefulSet) backends() ordinals {
-	count := s.replicas()
+	count := s.Spec.Replicas
 	if active := s.activeCount(); active > 0 && (count == 0 || active < count) {
 		count = active
 	}
@@ -99,7 +92,7 @@ func (s *statefulSet) revision() string {
 // namespaces, and those after them that are ready, up to the first that is not.
 func (s *statefulSet) nextActiveCount(ready func(ordinal int) bool) int {
 	b := s.backends()
-	for b.count < s.replicas() && ready(b.first+b.count) {
+	for b.count < s.Spec.Replicas && ready(b.first+b.count) {
 		b.count++
 	}
 	return b.count
@@ -248,19 +241,18 @@ func (r *replicaWatcher) lastStatefulSet() *statefulSet {
 func (r *replicaWatcher) writeMetrics(m metricsWriter, active ordinals) {
 	if s := r.lastStatefulSet(); s != nil {
 		m.single("router_statefulset_replicas", "gauge",
-			"Replicas that the StatefulSet should have.",
-			float64(s.replicas()))
+			"Replicas that the StatefulSet should have.", float64(s.Spec.Replicas))
 	}
 	if active.count == 0 {
 		return
 	}
-	m.family("router_backend_ready", "gauge",
+	sample := m.family("router_backend_ready", "gauge",
 		"1 if the backend is ready for new sessions, or if the router does not know.")
 	for i := range active.count {
 		ordinal := active.first + i
 		ready, known := r.endpoints.isReady(ordinal)
-		m.sample("router_backend_ready", boolToFloat(ready || !known),
-			"backend", backendName(r.endpoints.statefulSet, ordinal))
+		name := backendName(r.endpoints.statefulSet, ordinal)
+		sample(boolToFloat(ready || !known), "backend", name)
 	}
 }
 

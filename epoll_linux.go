@@ -127,7 +127,10 @@ func (e *engine) assign(s *session, _ [2]net.Conn) { s.poller = e.nextPoller() }
 // its poller.
 func (e *engine) carry(s *session, conns [2]net.Conn, early [2][]byte) {
 	p := s.poller
-	fds := detachDescriptors(conns)
+	var fds [2]int32
+	for i, conn := range conns {
+		fds[i] = detachDescriptor(conn)
+	}
 	p.mu.Lock()
 	defer p.unlock()
 	p.carry(s, p.allocateSlot(), fds, early)
@@ -347,18 +350,9 @@ func (p *poller) epollControl(
 	return syscall.EpollCtl(p.epollFD, op, int(fd), &event)
 }
 
-// detachDescriptors closes the connections and returns duplicates of their descriptors,
-// which are not in Go's poller. The caller closes them. A descriptor is -1 if fcntl(2)
-// failed.
-func detachDescriptors(conns [2]net.Conn) (fds [2]int32) {
-	for i, conn := range conns {
-		fds[i] = detachDescriptor(conn)
-	}
-	return fds
-}
-
-// detachDescriptor returns a duplicate of the connection's descriptor, -1 if it could not
-// be had, and closes the connection.
+// detachDescriptor returns a duplicate of the connection's descriptor, which is not in
+// Go's poller, and closes the connection. The caller closes the descriptor. It is -1 if
+// fcntl(2) failed.
 func detachDescriptor(conn net.Conn) int32 {
 	taken := int32(-1)
 	raw, _ := conn.(syscall.Conn).SyscallConn() // fails only for a nil conn

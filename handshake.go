@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -264,22 +265,17 @@ func appendUpgrade(head []byte) []byte {
 // does: net/http has Sec-Websocket-*, which is the same to HTTP (RFC 9110 §5.1) but
 // not to every WebSocket program. Those of the RFC cost no memory.
 func wireName(name string) string {
-	switch name {
-	case "Sec-Websocket-Key":
-		return "Sec-WebSocket-Key"
-	case "Sec-Websocket-Version":
-		return "Sec-WebSocket-Version"
-	case "Sec-Websocket-Protocol":
-		return "Sec-WebSocket-Protocol"
-	case "Sec-Websocket-Extensions":
-		return "Sec-WebSocket-Extensions"
-	case "Sec-Websocket-Accept":
-		return "Sec-WebSocket-Accept"
+	rest, ok := strings.CutPrefix(name, "Sec-Websocket-")
+	if !ok {
+		return name
 	}
-	if rest, ok := strings.CutPrefix(name, "Sec-Websocket-"); ok {
-		return "Sec-WebSocket-" + rest
+	for _, known := range [...]string{"Sec-WebSocket-Key", "Sec-WebSocket-Version",
+		"Sec-WebSocket-Protocol", "Sec-WebSocket-Extensions", "Sec-WebSocket-Accept"} {
+		if strings.EqualFold(known, name) {
+			return known
+		}
 	}
-	return name
+	return "Sec-WebSocket-" + rest
 }
 
 // appendFields appends the fields of h that go on, as Connection has not named
@@ -379,21 +375,13 @@ func (r result) String() string {
 
 // status is the HTTP status that goes with the result.
 func (r result) status() int {
-	switch r {
-	case resultBadRequest:
-		return http.StatusBadRequest
-	case resultBadHead:
-		return http.StatusRequestHeaderFieldsTooLarge
-	case resultNotFound:
-		return http.StatusNotFound
-	case resultNotUpgrade:
-		return http.StatusUpgradeRequired
-	case resultBadGateway:
-		return http.StatusBadGateway
-	case resultGatewayTimeout:
-		return http.StatusGatewayTimeout
-	}
-	return http.StatusServiceUnavailable
+	status := [numResults]int{
+		resultBadRequest: http.StatusBadRequest,
+		resultBadHead:    http.StatusRequestHeaderFieldsTooLarge,
+		resultNotFound:   http.StatusNotFound, resultNotUpgrade: http.StatusUpgradeRequired,
+		resultBadGateway: http.StatusBadGateway, resultGatewayTimeout: http.StatusGatewayTimeout,
+	}[r]
+	return cmp.Or(status, http.StatusServiceUnavailable)
 }
 
 // refusal is an upgrade that did not happen, and why. The reason is for the log:
