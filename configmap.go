@@ -252,8 +252,8 @@ func (c *configMaps) writeMetrics(m metricsWriter) {
 	if len(objects) == 0 {
 		return
 	}
-	m.family("router_watch_object_absent", "gauge", "1 if the object does not exist.")
+	sample := m.family("router_watch_object_absent", "gauge", "1 if the object does not exist.")
 	for _, o := range objects {
-		m.sample("router_watch_object_absent", boolToFloat(o.absent), "object", o.object)
+		sample(boolToFloat(o.absent), "object", o.object)
 	}
 }

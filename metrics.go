@@ -12,10 +12,12 @@ import (
 // its own families with it; admin.writeMetrics calls them. Errors of w are dropped.
 type metricsWriter struct{ w io.Writer }
 
-// family starts a family of the kind "counter" or "gauge". Its samples follow, at least
-// one.
-func (m metricsWriter) family(name, kind, help string) {
+// family starts a family of the kind "counter" or "gauge". The function that it returns
+// writes a sample of it, as m.sample does: at least one, before the next family.
+func (m metricsWriter) family(name, kind, help string) (
+	sample func(value float64, labels ...string)) {
 	fmt.Fprintf(m.w, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
+	return func(value float64, labels ...string) { m.sample(name, value, labels...) }
 }
 
 // sample writes one value. The labels are name, value, name, value...

@@ -424,32 +424,33 @@ func (r *relay) bytes() [2]int64 {
 // meanwhile may be in one and not yet in the other.
 func (r *relay) writeSessionMetrics(m metricsWriter, counts map[int]backendCount, backends []int) {
 	if len(backends) > 0 {
-		m.family("router_sessions", "gauge", "Open sessions.")
+		open := m.family("router_sessions", "gauge", "Open sessions.")
 		for _, ordinal := range backends {
-			m.sample("router_sessions", float64(counts[ordinal].open), "backend", r.backendName(ordinal))
+			open(float64(counts[ordinal].open), "backend", r.backendName(ordinal))
 		}
-		m.family("router_sessions_opened_total", "counter", "Sessions that were opened.")
+		opened := m.family("router_sessions_opened_total", "counter", "Sessions that were opened.")
 		for _, ordinal := range backends {
-			m.sample("router_sessions_opened_total", float64(counts[ordinal].total), "backend", r.backendName(ordinal))
+			opened(float64(counts[ordinal].total), "backend", r.backendName(ordinal))
 		}
 	}
-	m.family("router_sessions_ended_total", "counter", "Sessions that ended, by cause.")
+	ended := m.family("router_sessions_ended_total", "counter", "Sessions that ended, by cause.")
 	for c := causeNone + 1; c < numCauses; c++ {
-		m.sample("router_sessions_ended_total", float64(r.ended[c].Load()), "cause", c.String())
+		ended(float64(r.ended[c].Load()), "cause", c.String())
 	}
-	m.family("router_sessions_cut_total", "counter",
+	cut := m.family("router_sessions_cut_total", "counter",
 		"Sessions in which client and backend did not both answer their Close frames in time, by cause.")
 	for _, c := range []cause{causeMoved, causeDrain} {
-		m.sample("router_sessions_cut_total", float64(r.cut[c].Load()), "cause", c.String())
+		cut(float64(r.cut[c].Load()), "cause", c.String())
 	}
 }
 
 // writeByteMetrics writes how many bytes were carried.
 func (r *relay) writeByteMetrics(m metricsWriter) {
 	bytes := r.bytes()
-	m.family("router_bytes_total", "counter", "Bytes passed on after the handshakes, by direction.")
-	m.sample("router_bytes_total", float64(bytes[clientSide]), "direction", "to_backend")
-	m.sample("router_bytes_total", float64(bytes[backendSide]), "direction", "to_client")
+	sample := m.family("router_bytes_total", "counter",
+		"Bytes passed on after the handshakes, by direction.")
+	sample(float64(bytes[clientSide]), "direction", "to_backend")
+	sample(float64(bytes[backendSide]), "direction", "to_client")
 }
 
 // endAll ends all sessions at once.

@@ -367,49 +367,43 @@ type objectWatcher interface {
 
 // writeWatchMetrics writes the metrics of the watchers.
 func writeWatchMetrics(m metricsWriter, watchers []objectWatcher) {
-	family := func(name, kind, help string, write func(object string, s watchStatus)) {
-		m.family(name, kind, help)
+	type sampler = func(value float64, labels ...string)
+	family := func(name, kind, help string, write func(s watchStatus, sample sampler)) {
+		sample := m.family(name, kind, help)
 		for _, w := range watchers {
-			write(w.String(), w.snapshot())
+			write(w.snapshot(), func(value float64, labels ...string) {
+				sample(value, append([]string{"object", w.String()}, labels...)...)
+			})
 		}
 	}
-	states := []string{stateListing, stateConnecting, stateWatching, stateBackoff}
 	family("router_watch_state", "gauge", "1 for the state of the watch.",
-		func(object string, s watchStatus) {
+		func(s watchStatus, sample sampler) {
+			states := []string{stateListing, stateConnecting, stateWatching, stateBackoff}
 			for _, state := range states {
-				m.sample("router_watch_state", boolToFloat(s.state == state),
-					"object", object, "state", state)
+				sample(boolToFloat(s.state == state), "state", state)
 			}
 		})
 	family("router_watch_confirmed_timestamp_seconds", "gauge",
 		"When the API server last confirmed the object, in seconds since 1970; 0 if it never did.",
-		func(object string, s watchStatus) {
-			m.sample("router_watch_confirmed_timestamp_seconds", unixSeconds(s.confirmed),
-				"object", object)
-		})
+		func(s watchStatus, sample sampler) { sample(unixSeconds(s.confirmed)) })
 	family("router_watch_consecutive_failures", "gauge",
 		"Failed cycles of LIST and WATCH since the last good one.",
-		func(object string, s watchStatus) {
-			m.sample("router_watch_consecutive_failures", float64(s.failures), "object", object)
-		})
+		func(s watchStatus, sample sampler) { sample(float64(s.failures)) })
 	family("router_watch_failures_total", "counter",
 		"Failed cycles of LIST and WATCH, by class of the error.",
-		func(object string, s watchStatus) {
+		func(s watchStatus, sample sampler) {
 			counts := map[string]int{} // rates need a 0 before the first failure
 			for _, class := range connectionClasses() {
 				counts[class] = 0
 			}
 			maps.Copy(counts, s.failureCounts)
 			for _, class := range slices.Sorted(maps.Keys(counts)) {
-				m.sample("router_watch_failures_total", float64(counts[class]),
-					"object", object, "class", class)
+				sample(float64(counts[class]), "class", class)
 			}
 		})
 	family("router_watch_info", "gauge",
 		"Always 1. The label has the HTTP version of the API server's last response.",
-		func(object string, s watchStatus) {
-			m.sample("router_watch_info", 1, "object", object, "protocol", s.protocol)
-		})
+		func(s watchStatus, sample sampler) { sample(1, "protocol", s.protocol) })
 }
 
 // cappedReader fails with errTooBig once it has read limit bytes. Its user raises limit
