@@ -299,21 +299,3 @@ func TestWatchOverTLS(t *testing.T) {
 		t.Errorf("log, want two failures and no token:\n%s", log)
 	}
 }
-
-func TestWatchResetWithinAnEventListsAgain(t *testing.T) {
-	server := scriptedKube(append(listsTo(1), mapList("103", routesV(3))), script{func(w http.ResponseWriter, r *http.Request) {
-		event := watchEvent("MODIFIED", routesV(2))
-		stream(event[:len(event)-5])(w, r)
-		conn, _, err := http.NewResponseController(w).Hijack()
-		if err != nil {
-			t.Error(err)
-			return
-		}
-		reset(conn.(*net.TCPConn))
-	}, openStream()})
-	c := watchWith(t, proxyClient(t, server.url(t)), "")
-	c.want(t, applied1, applied3)
-	if verbs := server.verbs(); !strings.HasPrefix(verbs, "LIST WATCH LIST") {
-		t.Errorf("requested %s", verbs)
-	}
-}

@@ -237,9 +237,11 @@ func TestWatchBacksOff(t *testing.T) {
 	}
 }
 
+// An API server that starts answers 403 to those who may. It is asked again, also with
+// nothing ever applied.
 func TestWatchRecoversByAHealthyStreamOnly(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		no := respond(503, "busy", "Content-Type", "text/plain")
+		no := statusAnswer(403, "Forbidden", "configmaps is forbidden")
 		c := startWatch(t, append(script{no, no, no, no}, listsTo(2)...), script{streamFor(time.Minute, true), openStream()})
 		c.want(t, applied1)
 		synctest.Wait()
@@ -676,20 +678,6 @@ func wantNoResume(t *testing.T, server *fakeKube) {
 		}
 		last = r.verb()
 	}
-}
-
-// An API server that starts answers 403 to those who may. It is asked again, also with
-// nothing ever applied.
-func TestWatchForbiddenAtStart(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		no := statusAnswer(403, "Forbidden", "configmaps is forbidden")
-		c := startWatch(t, append(script{no, no, no}, listsTo(1)...), script{openStream()})
-		begun := time.Now()
-		c.want(t, applied1)
-		if took := time.Since(begun); took > 6*time.Second {
-			t.Errorf("took %s", took)
-		}
-	})
 }
 
 // HTTP/2 pings notice within 20 s that a host is stopped, or that a link swallows
