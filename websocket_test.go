@@ -856,142 +856,87 @@ func TestCloseGracefullyLibrary(t *testing.T) {
 // gets its Close frame within half of that time, whatever the backend does, if it
 // reads at all.
 func TestCloseGracefullyBounds(t *testing.T) {
-	within := func(from, to func(relayed) halfConn, data []byte) func(t *testing.T, s relayed) {
-		return func(t *testing.T, s relayed) {
-			mustSend(t, from(s), data)
-			mustRead(t, to(s), string(data))
-		}
-	}
-	client, backend := func(s relayed) halfConn { return s.client }, func(s relayed) halfConn { return s.backend }
+	type step = func(t *testing.T, s relayed)
+	type steps []step
 	const bound = 1200 * time.Millisecond
-	quarter, half, whole, none := bound/4, bound/2, bound, time.Duration(0)
-	part := frameBytes(0x01, true, 2, []byte("ab")) // the first fragment of a message
-
+	quarter, half, whole, none, late := bound/4, bound/2, bound, time.Duration(0), bound*2/3
+	clientIsClosed := func(t *testing.T, s relayed) { mustFrames(t, s.client, false, restarts) }
+	backendIsClosed := func(t *testing.T, s relayed) { mustFrames(t, s.backend, true, goesAway) }
+	clientAnswers := func(t *testing.T, s relayed) { mustSend(t, s.client, closeFrame(1000, "", true)) }
+	backendAnswers := func(t *testing.T, s relayed) { mustSend(t, s.backend, closeFrame(1001, "", false)) }
+	clientLeaves := func(_ *testing.T, s relayed) { s.client.Close() }
+	backendLeaves := func(_ *testing.T, s relayed) { s.backend.Close() }
+	clientEnds := func(t *testing.T, s relayed) { closeWrite(t, s.client) }
+	clientIsEnded := func(t *testing.T, s relayed) { mustEOF(t, s.client) }
+	backendIsEnded := func(t *testing.T, s relayed) { mustEOF(t, s.backend) }
+	backendIsReset := func(t *testing.T, s relayed) { mustReset(t, s.backend) }
+	backendIsCut := func(t *testing.T, s relayed) { mustBreak(t, s.backend) }
+	waits := func(*testing.T, relayed) { <-time.After(late) }
+	fromClient := func(data []byte) step {
+		return func(t *testing.T, s relayed) { mustSend(t, s.client, data); mustRead(t, s.backend, string(data)) }
+	}
+	fromBackend := func(data []byte) step {
+		return func(t *testing.T, s relayed) { mustSend(t, s.backend, data); mustRead(t, s.client, string(data)) }
+	}
+	part := frameBytes(0x01, true, 2, []byte("ab"))                                               // the first fragment of a message
 	up, down := frameBytes(0x81, true, 9, []byte("ab")), frameBytes(0x81, false, 9, []byte("ab")) // 7 bytes are missing
 	for name, c := range map[string]struct {
-		before func(t *testing.T, s relayed) // before closeGracefully; nil: nothing
-		after  func(t *testing.T, s relayed)
-		took   time.Duration
-		cut    bool
+		before, after steps // closeGracefully
+		took          time.Duration
+		cut           bool
 	}{
-		"the client does not answer": {nil, func(t *testing.T, s relayed) {
-			s.backend.Close()
-			mustFrames(t, s.client, false, restarts)
-			mustEOF(t, s.client)
-		}, whole, true},
-		"the client answers late": {nil, func(t *testing.T, s relayed) {
-			mustFrames(t, s.backend, true, goesAway)
-			mustSend(t, s.backend, closeFrame(1001, "", false))
-			mustFrames(t, s.client, false, restarts)
-			<-time.After(bound * 2 / 3)
-			mustSend(t, s.client, closeFrame(1000, "", true))
-			mustEOF(t, s.client)
-			mustEOF(t, s.backend)
-		}, bound * 2 / 3, false},
-		"the backend does not answer": {nil, func(t *testing.T, s relayed) {
-			mustFrames(t, s.backend, true, goesAway)
-			mustFrames(t, s.client, false, restarts)
-			mustReset(t, s.backend)
-			mustSend(t, s.client, closeFrame(1000, "", true))
-			mustEOF(t, s.client)
-		}, half, true},
-		"the backend resets": {nil, func(t *testing.T, s relayed) {
-			reset(s.backend)
-			mustFrames(t, s.client, false, restarts)
-			s.client.Close()
-		}, none, false},
-		"the client resets": {nil, func(t *testing.T, s relayed) {
-			reset(s.client)
-			mustFrames(t, s.backend, true, goesAway)
-			s.backend.Close()
-		}, none, false},
-		"the client is within a frame": {within(client, backend, up), func(t *testing.T, s relayed) {
-			mustFrames(t, s.client, false, restarts)
-			mustReset(t, s.backend)
-			s.client.Close()
-		}, half, true},
-		"the client is within a message": {within(client, backend, part), func(t *testing.T, s relayed) {
-			mustFrames(t, s.backend, true, goesAway)
-			s.backend.Close()
-			mustFrames(t, s.client, false, restarts)
-			s.client.Close()
-		}, quarter, false},
-		"the client ends within a message": {within(client, backend, part), func(t *testing.T, s relayed) {
-			closeWrite(t, s.client)
-			mustFrames(t, s.backend, true, goesAway)
-			s.backend.Close()
-			mustFrames(t, s.client, false, restarts)
-		}, none, false},
-		"the backend is within a frame": {within(backend, client, down), func(t *testing.T, s relayed) {
-			mustFrames(t, s.backend, true, goesAway)
-			mustEOF(t, s.client)
-		}, whole, true},
-		"the backend gets to the end of its frame late": {within(backend, client, down), func(t *testing.T, s relayed) {
-			<-time.After(bound * 2 / 3)
+		"the client does not answer": {nil, steps{backendLeaves, clientIsClosed, clientIsEnded}, whole, true},
+		"the client answers late": {nil,
+			steps{backendIsClosed, backendAnswers, clientIsClosed, waits, clientAnswers, clientIsEnded, backendIsEnded}, late, false},
+		"the backend does not answer": {nil,
+			steps{backendIsClosed, clientIsClosed, backendIsReset, clientAnswers, clientIsEnded}, half, true},
+		"the backend resets": {nil,
+			steps{func(_ *testing.T, s relayed) { reset(s.backend) }, clientIsClosed, clientLeaves}, none, false},
+		"the client resets": {nil,
+			steps{func(_ *testing.T, s relayed) { reset(s.client) }, backendIsClosed, backendLeaves}, none, false},
+		"the client is within a frame": {steps{fromClient(up)},
+			steps{clientIsClosed, backendIsReset, clientLeaves}, half, true},
+		"the client is within a message": {steps{fromClient(part)},
+			steps{backendIsClosed, backendLeaves, clientIsClosed, clientLeaves}, quarter, false},
+		"the client ends within a message": {steps{fromClient(part)},
+			steps{clientEnds, backendIsClosed, backendLeaves, clientIsClosed}, none, false},
+		"the backend is within a frame": {steps{fromBackend(down)}, steps{backendIsClosed, clientIsEnded}, whole, true},
+		"the backend gets to the end of its frame late": {steps{fromBackend(down)}, steps{waits, func(t *testing.T, s relayed) {
 			mustSend(t, s.backend, append([]byte("cdefghi"), frameBytes(0x81, false, 2, []byte("no"))...))
 			mustRead(t, s.client, "cdefghi")
-			mustFrames(t, s.client, false, restarts)
-			mustReset(t, s.backend)
-			s.client.Close()
-		}, bound * 2 / 3, true},
-		"the backend ends within a frame": {within(backend, client, down), func(t *testing.T, s relayed) {
-			s.backend.Close()
-			mustEOF(t, s.client)
-		}, none, true},
-		"no frames from the client": {within(client, backend, []byte("GET / HTTP/1.1\r\n")), func(t *testing.T, s relayed) {
-			mustEOF(t, s.client)
-			mustEOF(t, s.backend)
-		}, none, true},
-		"no frames from the backend": {within(backend, client, []byte("HTTP/1.1 200 OK\r\n")), func(t *testing.T, s relayed) {
-			mustEOF(t, s.client)
-			mustBreak(t, s.backend)
-		}, none, true},
-		"the client reads nothing": {func(t *testing.T, s relayed) {
-			stuffFrames(s.backend, false)
-		}, func(t *testing.T, s relayed) {
-			mustBreak(t, s.backend)
-		}, whole, true},
-		"the backend reads nothing": {func(t *testing.T, s relayed) {
-			stuffFrames(s.client, true)
-		}, func(t *testing.T, s relayed) {
-			mustFrames(t, s.client, false, restarts)
-			s.client.Close()
-		}, half, true},
-		"the client has ended": {func(t *testing.T, s relayed) {
-			closeWrite(t, s.client)
-			mustEOF(t, s.backend)
-		}, func(t *testing.T, s relayed) {
+		}, clientIsClosed, backendIsReset, clientLeaves}, late, true},
+		"the backend ends within a frame": {steps{fromBackend(down)}, steps{backendLeaves, clientIsEnded}, none, true},
+		"no frames from the client": {steps{fromClient([]byte("GET / HTTP/1.1\r\n"))},
+			steps{clientIsEnded, backendIsEnded}, none, true},
+		"no frames from the backend": {steps{fromBackend([]byte("HTTP/1.1 200 OK\r\n"))},
+			steps{clientIsEnded, backendIsCut}, none, true},
+		"the client reads nothing": {steps{func(_ *testing.T, s relayed) { stuffFrames(s.backend, false) }},
+			steps{backendIsCut}, whole, true},
+		"the backend reads nothing": {steps{func(_ *testing.T, s relayed) { stuffFrames(s.client, true) }},
+			steps{clientIsClosed, clientLeaves}, half, true},
+		"the client has ended": {steps{clientEnds, backendIsEnded}, steps{func(t *testing.T, s relayed) {
 			mustSend(t, s.backend, frameBytes(0x81, false, 4, []byte("last")))
 			s.backend.Close()
 			mustFrames(t, s.client, false, `81 "last"`, restarts)
-			mustEOF(t, s.client)
-		}, none, false},
-		"the client has ended, and the backend is silent": {func(t *testing.T, s relayed) {
-			closeWrite(t, s.client)
-			mustEOF(t, s.backend)
-		}, func(t *testing.T, s relayed) { // longer than halfCloseTimeout
-			mustFrames(t, s.client, false, restarts)
-			mustEOF(t, s.client)
-		}, half, true},
-		"the backend has ended": {func(t *testing.T, s relayed) {
-			closeWrite(t, s.backend)
-			mustEOF(t, s.client)
-		}, func(t *testing.T, s relayed) {
-			mustFrames(t, s.backend, true, goesAway)
-			s.client.Close()
-		}, none, false},
+		}, clientIsEnded}, none, false},
+		"the client has ended, and the backend is silent": { // longer than halfCloseTimeout
+			steps{clientEnds, backendIsEnded}, steps{clientIsClosed, clientIsEnded}, half, true},
+		"the backend has ended": {steps{func(t *testing.T, s relayed) { closeWrite(t, s.backend) }, clientIsEnded},
+			steps{backendIsClosed, clientLeaves}, none, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			r := quietRelay(t)
 			r.closeTimeout, r.halfCloseTimeout = bound, quarter
 			s := startedSession(t, r)
-			if c.before != nil {
-				c.before(t, s)
+			for _, step := range c.before {
+				step(t, s)
 			}
 			begun := time.Now()
 			s.closeGracefully(causeMoved, nil)
-			c.after(t, s)
+			for _, step := range c.after {
+				step(t, s)
+			}
 			s.wantCause(t, causeMoved)
 			if took := time.Since(begun); took < c.took || took > c.took+half {
 				t.Errorf("it was over after %s, want %s and at most %s more", took, c.took, half)
