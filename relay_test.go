@@ -20,6 +20,21 @@ import (
 	"time"
 )
 
+// step is a part of what happens to a session.
+type step = func(t *testing.T, s relayed)
+
+// What one side does.
+func closesConn(i side) step { return func(_ *testing.T, s relayed) { s.ends()[i].Close() } }
+func halfCloses(i side) step { return func(t *testing.T, s relayed) { closeWrite(t, s.ends()[i]) } }
+func resets(i side) step     { return func(_ *testing.T, s relayed) { reset(s.ends()[i]) } }
+func says(i side, text string) step {
+	return func(t *testing.T, s relayed) { mustWrite(t, s.ends()[i], text); mustRead(t, s.ends()[i.other()], text) }
+}
+
+// What one side reads: an end, or a reset as well.
+func hasEnd(i side) step { return func(t *testing.T, s relayed) { mustEOF(t, s.ends()[i]) } }
+func isCut(i side) step  { return func(t *testing.T, s relayed) { mustBreak(t, s.ends()[i]) } }
+
 // A session can end in many ways. In each of them all bytes on their way arrive, and
 // the relay counts and logs the session once, with its cause, its duration, and the
 // bytes that each side's peer has taken: play returns them, -1 for any number.
@@ -32,6 +47,16 @@ func TestRelayEnds(t *testing.T) {
 		play func(t *testing.T, c relayed) (taken [2]int64)
 		want cause // causeNone: either side's end
 	}
+	plays := func(taken [2]int64, steps ...step) func(*testing.T, relayed) [2]int64 {
+		return func(t *testing.T, c relayed) [2]int64 {
+			for _, step := range steps {
+				step(t, c)
+			}
+			return taken
+		}
+	}
+	const client, backend = clientSide, backendSide
+	drains := func(_ *testing.T, c relayed) { c.end(causeDrain) }
 	tests := map[string]end{
 		"both end their halves while neither reads": {func(t *testing.T, c relayed) [2]int64 {
 			taken := [2]int64{stuff(c.client), stuff(c.backend)}
@@ -41,13 +66,8 @@ func TestRelayEnds(t *testing.T) {
 			mustReadAll(t, c.client, taken[backendSide])
 			return taken
 		}, causeNone}, // on a busy machine the relay may see the backend's end first
-		"client resets while bytes for it are unsent": {func(t *testing.T, c relayed) [2]int64 {
-			stuff(c.backend)
-			reset(c.client)
-			mustBreak(t, c.backend)
-			c.backend.Close()
-			return [2]int64{0, -1}
-		}, causeClientError},
+		"client resets while bytes for it are unsent": {plays([2]int64{0, -1}, func(_ *testing.T, c relayed) { stuff(c.backend) },
+			resets(client), isCut(backend), closesConn(backend)), causeClientError},
 		"backend resets while bytes from it are unsent": {func(t *testing.T, c relayed) [2]int64 {
 			stuff(c.backend)
 			reset(c.backend)
@@ -58,42 +78,18 @@ func TestRelayEnds(t *testing.T) {
 			}
 			return [2]int64{0, n}
 		}, causeBackendError},
-		"client resets after it ended its half": {func(t *testing.T, c relayed) [2]int64 {
-			closeWrite(t, c.client)
-			mustEOF(t, c.backend)
-			reset(c.client)
-			c.backend.Close()
-			return [2]int64{}
-		}, causeClient},
-		"nothing comes after a half-close": {func(t *testing.T, c relayed) [2]int64 {
-			closeWrite(t, c.client)
-			mustEOF(t, c.backend)
-			mustBreak(t, c.client)
-			return [2]int64{}
-		}, causeHalfClose},
-		"nobody reads after a half-close": {func(t *testing.T, c relayed) [2]int64 {
-			closeWrite(t, c.client)
-			mustEOF(t, c.backend)
-			io.Copy(c.backend, endless{}) // until the relay ends the session
-			return [2]int64{0, -1}
-		}, causeHalfClose},
-		"its namespace moves while the router drains": {func(t *testing.T, c relayed) [2]int64 {
-			c.end(causeMoved)
-			c.end(causeDrain)
-			mustBreak(t, c.client)
-			mustBreak(t, c.backend)
-			return [2]int64{}
-		}, causeMoved},
-		"the router drains": {func(t *testing.T, c relayed) [2]int64 {
-			mustWrite(t, c.client, "question")
-			mustRead(t, c.backend, "question")
-			c.end(causeDrain)
-			mustBreak(t, c.client)
-			mustBreak(t, c.backend)
-			return [2]int64{8, 0}
-		}, causeDrain},
+		"client resets after it ended its half": {plays([2]int64{},
+			halfCloses(client), hasEnd(backend), resets(client), closesConn(backend)), causeClient},
+		"nothing comes after a half-close": {plays([2]int64{},
+			halfCloses(client), hasEnd(backend), isCut(client)), causeHalfClose},
+		"nobody reads after a half-close": {plays([2]int64{0, -1}, halfCloses(client), hasEnd(backend),
+			func(_ *testing.T, c relayed) { io.Copy(c.backend, endless{}) }), causeHalfClose}, // until the relay ends the session
+		"its namespace moves while the router drains": {plays([2]int64{}, func(_ *testing.T, c relayed) { c.end(causeMoved) },
+			drains, isCut(client), isCut(backend)), causeMoved},
+		"the router drains": {plays([2]int64{8, 0},
+			says(client, "question"), drains, isCut(client), isCut(backend)), causeDrain},
 	}
-	for i, first := range map[side]string{clientSide: "client", backendSide: "backend"} {
+	for i, first := range map[side]string{client: "client", backend: "backend"} {
 		tests[first+" ends its half, the other side answers and ends"] = end{func(t *testing.T, c relayed) [2]int64 {
 			conn, other := c.ends()[i], c.ends()[i.other()]
 			mustWrite(t, conn, "question")
@@ -104,19 +100,10 @@ func TestRelayEnds(t *testing.T) {
 			other.Close()
 			mustRead(t, conn, "answer")
 			mustEOF(t, conn)
-			return map[side][2]int64{clientSide: {8, 6}, backendSide: {6, 8}}[i]
+			return map[side][2]int64{client: {8, 6}, backend: {6, 8}}[i]
 		}, i.endCause()}
-		tests[first+" closes"] = end{func(t *testing.T, c relayed) [2]int64 {
-			c.ends()[i].Close()
-			mustEOF(t, c.ends()[i.other()])
-			c.ends()[i.other()].Close()
-			return [2]int64{}
-		}, i.endCause()}
-		tests[first+" resets"] = end{func(t *testing.T, c relayed) [2]int64 {
-			reset(c.ends()[i])
-			mustBreak(t, c.ends()[i.other()])
-			return [2]int64{}
-		}, i.errorCause()}
+		tests[first+" closes"] = end{plays([2]int64{}, closesConn(i), hasEnd(i.other()), closesConn(i.other())), i.endCause()}
+		tests[first+" resets"] = end{plays([2]int64{}, resets(i), isCut(i.other())), i.errorCause()}
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {

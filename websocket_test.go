@@ -178,10 +178,7 @@ func TestFramesOfLibrary(t *testing.T) {
 		stream []byte
 		masked bool
 		frames int
-	}{
-		"from the client":  {tap.written, true, len(sizes) + 2},
-		"from the backend": {tap.read, false, len(sizes) + 2},
-	} {
+	}{"from the client": {tap.written, true, len(sizes) + 2}, "from the backend": {tap.read, false, len(sizes) + 2}} {
 		_, stream, _ := bytes.Cut(c.stream, []byte("\r\n\r\n"))
 		var f frameScanner
 		frames := 0
@@ -856,73 +853,59 @@ func TestCloseGracefullyLibrary(t *testing.T) {
 // gets its Close frame within half of that time, whatever the backend does, if it
 // reads at all.
 func TestCloseGracefullyBounds(t *testing.T) {
-	type step = func(t *testing.T, s relayed)
 	type steps []step
+	const client, backend = clientSide, backendSide
 	const bound = 1200 * time.Millisecond
 	quarter, half, whole, none, late := bound/4, bound/2, bound, time.Duration(0), bound*2/3
 	clientIsClosed := func(t *testing.T, s relayed) { mustFrames(t, s.client, false, restarts) }
 	backendIsClosed := func(t *testing.T, s relayed) { mustFrames(t, s.backend, true, goesAway) }
 	clientAnswers := func(t *testing.T, s relayed) { mustSend(t, s.client, closeFrame(1000, "", true)) }
 	backendAnswers := func(t *testing.T, s relayed) { mustSend(t, s.backend, closeFrame(1001, "", false)) }
-	clientLeaves := func(_ *testing.T, s relayed) { s.client.Close() }
-	backendLeaves := func(_ *testing.T, s relayed) { s.backend.Close() }
-	clientEnds := func(t *testing.T, s relayed) { closeWrite(t, s.client) }
-	clientIsEnded := func(t *testing.T, s relayed) { mustEOF(t, s.client) }
-	backendIsEnded := func(t *testing.T, s relayed) { mustEOF(t, s.backend) }
 	backendIsReset := func(t *testing.T, s relayed) { mustReset(t, s.backend) }
-	backendIsCut := func(t *testing.T, s relayed) { mustBreak(t, s.backend) }
 	waits := func(*testing.T, relayed) { <-time.After(late) }
-	fromClient := func(data []byte) step {
-		return func(t *testing.T, s relayed) { mustSend(t, s.client, data); mustRead(t, s.backend, string(data)) }
-	}
-	fromBackend := func(data []byte) step {
-		return func(t *testing.T, s relayed) { mustSend(t, s.backend, data); mustRead(t, s.client, string(data)) }
-	}
-	part := frameBytes(0x01, true, 2, []byte("ab"))                                               // the first fragment of a message
-	up, down := frameBytes(0x81, true, 9, []byte("ab")), frameBytes(0x81, false, 9, []byte("ab")) // 7 bytes are missing
+	part := says(client, string(frameBytes(0x01, true, 2, []byte("ab")))) // the first fragment of a message
+	up := says(client, string(frameBytes(0x81, true, 9, []byte("ab"))))   // 7 bytes are missing
+	down := says(backend, string(frameBytes(0x81, false, 9, []byte("ab"))))
 	for name, c := range map[string]struct {
 		before, after steps // closeGracefully
 		took          time.Duration
 		cut           bool
 	}{
-		"the client does not answer": {nil, steps{backendLeaves, clientIsClosed, clientIsEnded}, whole, true},
+		"the client does not answer": {nil, steps{closesConn(backend), clientIsClosed, hasEnd(client)}, whole, true},
 		"the client answers late": {nil,
-			steps{backendIsClosed, backendAnswers, clientIsClosed, waits, clientAnswers, clientIsEnded, backendIsEnded}, late, false},
+			steps{backendIsClosed, backendAnswers, clientIsClosed, waits, clientAnswers, hasEnd(client), hasEnd(backend)}, late, false},
 		"the backend does not answer": {nil,
-			steps{backendIsClosed, clientIsClosed, backendIsReset, clientAnswers, clientIsEnded}, half, true},
-		"the backend resets": {nil,
-			steps{func(_ *testing.T, s relayed) { reset(s.backend) }, clientIsClosed, clientLeaves}, none, false},
-		"the client resets": {nil,
-			steps{func(_ *testing.T, s relayed) { reset(s.client) }, backendIsClosed, backendLeaves}, none, false},
-		"the client is within a frame": {steps{fromClient(up)},
-			steps{clientIsClosed, backendIsReset, clientLeaves}, half, true},
-		"the client is within a message": {steps{fromClient(part)},
-			steps{backendIsClosed, backendLeaves, clientIsClosed, clientLeaves}, quarter, false},
-		"the client ends within a message": {steps{fromClient(part)},
-			steps{clientEnds, backendIsClosed, backendLeaves, clientIsClosed}, none, false},
-		"the backend is within a frame": {steps{fromBackend(down)}, steps{backendIsClosed, clientIsEnded}, whole, true},
-		"the backend gets to the end of its frame late": {steps{fromBackend(down)}, steps{waits, func(t *testing.T, s relayed) {
+			steps{backendIsClosed, clientIsClosed, backendIsReset, clientAnswers, hasEnd(client)}, half, true},
+		"the backend resets":           {nil, steps{resets(backend), clientIsClosed, closesConn(client)}, none, false},
+		"the client resets":            {nil, steps{resets(client), backendIsClosed, closesConn(backend)}, none, false},
+		"the client is within a frame": {steps{up}, steps{clientIsClosed, backendIsReset, closesConn(client)}, half, true},
+		"the client is within a message": {steps{part},
+			steps{backendIsClosed, closesConn(backend), clientIsClosed, closesConn(client)}, quarter, false},
+		"the client ends within a message": {steps{part},
+			steps{halfCloses(client), backendIsClosed, closesConn(backend), clientIsClosed}, none, false},
+		"the backend is within a frame": {steps{down}, steps{backendIsClosed, hasEnd(client)}, whole, true},
+		"the backend gets to the end of its frame late": {steps{down}, steps{waits, func(t *testing.T, s relayed) {
 			mustSend(t, s.backend, append([]byte("cdefghi"), frameBytes(0x81, false, 2, []byte("no"))...))
 			mustRead(t, s.client, "cdefghi")
-		}, clientIsClosed, backendIsReset, clientLeaves}, late, true},
-		"the backend ends within a frame": {steps{fromBackend(down)}, steps{backendLeaves, clientIsEnded}, none, true},
-		"no frames from the client": {steps{fromClient([]byte("GET / HTTP/1.1\r\n"))},
-			steps{clientIsEnded, backendIsEnded}, none, true},
-		"no frames from the backend": {steps{fromBackend([]byte("HTTP/1.1 200 OK\r\n"))},
-			steps{clientIsEnded, backendIsCut}, none, true},
+		}, clientIsClosed, backendIsReset, closesConn(client)}, late, true},
+		"the backend ends within a frame": {steps{down}, steps{closesConn(backend), hasEnd(client)}, none, true},
+		"no frames from the client": {steps{says(client, "GET / HTTP/1.1\r\n")},
+			steps{hasEnd(client), hasEnd(backend)}, none, true},
+		"no frames from the backend": {steps{says(backend, "HTTP/1.1 200 OK\r\n")},
+			steps{hasEnd(client), isCut(backend)}, none, true},
 		"the client reads nothing": {steps{func(_ *testing.T, s relayed) { stuffFrames(s.backend, false) }},
-			steps{backendIsCut}, whole, true},
+			steps{isCut(backend)}, whole, true},
 		"the backend reads nothing": {steps{func(_ *testing.T, s relayed) { stuffFrames(s.client, true) }},
-			steps{clientIsClosed, clientLeaves}, half, true},
-		"the client has ended": {steps{clientEnds, backendIsEnded}, steps{func(t *testing.T, s relayed) {
+			steps{clientIsClosed, closesConn(client)}, half, true},
+		"the client has ended": {steps{halfCloses(client), hasEnd(backend)}, steps{func(t *testing.T, s relayed) {
 			mustSend(t, s.backend, frameBytes(0x81, false, 4, []byte("last")))
 			s.backend.Close()
 			mustFrames(t, s.client, false, `81 "last"`, restarts)
-		}, clientIsEnded}, none, false},
+		}, hasEnd(client)}, none, false},
 		"the client has ended, and the backend is silent": { // longer than halfCloseTimeout
-			steps{clientEnds, backendIsEnded}, steps{clientIsClosed, clientIsEnded}, half, true},
-		"the backend has ended": {steps{func(t *testing.T, s relayed) { closeWrite(t, s.backend) }, clientIsEnded},
-			steps{backendIsClosed, clientLeaves}, none, false},
+			steps{halfCloses(client), hasEnd(backend)}, steps{clientIsClosed, hasEnd(client)}, half, true},
+		"the backend has ended": {steps{halfCloses(backend), hasEnd(client)},
+			steps{backendIsClosed, closesConn(client)}, none, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
