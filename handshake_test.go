@@ -33,6 +33,14 @@ func TestNamespaceFromHost(t *testing.T) {
 	}
 }
 
+// Fields of WebSocket are spelled as RFC 6455 does, also those that it does not have.
+func TestWireName(t *testing.T) {
+	for name, want := range map[string]string{"Sec-Websocket-Key": "Sec-WebSocket-Key", "Sec-Websocket-Accept": "Sec-WebSocket-Accept",
+		"Sec-Websocket-Other": "Sec-WebSocket-Other", "X-Websocket": "X-Websocket"} {
+		wantEqual(t, name, wireName(name), want)
+	}
+}
+
 // What the check lets through reaches the backend as one request for the same
 // namespace, without a body and without forged headers.
 func FuzzUpgrade(f *testing.F) {
