@@ -135,9 +135,14 @@ func newTable(statefulSet string, fromHost bool, backends ordinals,
 	t.mergeSources(old)
 	hashed := fmt.Sprintf("hash %d, backends %s", hashVersion, t.backends)
 	t.contentHash = fmix64(t.contentHash + hash64(hashed))
+	t.finishStamp()
+	return t
+}
+
+// finishStamp sets stamp, once contentHash and the sum in pinnedHash are complete.
+func (t *table) finishStamp() {
 	t.pinnedHash = fmix64(t.pinnedHash)
 	t.stamp = fmt.Sprintf("%016x.%016x", t.contentHash, t.pinnedHash)
-	return t
 }
 
 // weight returns the weight of an ordinal in contentHash and pinnedHash. These are sums
@@ -256,9 +261,15 @@ func (t *table) pinToPrevious(s *indexSlot, set int, r override, old *table) {
 	if ordinal == byHash {
 		t.overrides--
 	}
+	*s = indexSlot{t.pin(set, r, ordinal), uint16(set + 1), uint16(r.hash)}
+}
+
+// pin adds r to the set of pinned namespaces with that number, with this ordinal, and
+// returns its offset there.
+func (t *table) pin(set int, r override, ordinal int) (offset uint32) {
 	t.pinnedHash += hash64(r.namespace) * weight(ordinal)
 	r.valueIndex = uint32(slices.Index(t.valueOrdinals[set], int32(ordinal)))
-	*s = indexSlot{t.index.sets[set].appendOverride(r), uint16(set + 1), uint16(r.hash)}
+	return t.index.sets[set].appendOverride(r)
 }
 
 // ordinalOf returns the ordinal that the slot points to, byHash or unresolved.
@@ -281,6 +292,40 @@ func (t *table) owner(namespace string) (ordinal int, ok bool) {
 		return t.backends.first + jump(key, t.backends.count), true
 	}
 	return ordinal, ordinal != unresolved
+}
+
+// lookup is owner for a namespace with this hash64. It returns unresolved if the
+// namespace has no owner, and whether the namespace is pinned.
+func (t *table) lookup(namespace string, key uint64) (ordinal int, pinned bool) {
+	s := findSlot(&t.index, namespace, upper32(key))
+	if ordinal = t.ordinalOf(s); ordinal == byHash {
+		ordinal = t.backends.first + jump(key, t.backends.count)
+	}
+	return ordinal, t.isPinned(s)
+}
+
+// pinTo returns a table like t in which each pinned namespace has the owner that previous
+// returns, which may be unresolved.
+func (t *table) pinTo(previous func(namespace string) int) *table {
+	next := *t
+	next.pinnedHash = 0
+	next.index.sets = slices.Clone(t.index.sets)
+	for set := len(t.sources); set < len(next.index.sets); set++ {
+		old := t.index.sets[set]
+		next.index.sets[set] = &overrideSet{}
+		for r := range old.all() {
+			ordinal := previous(string(r.namespace))
+			switch {
+			case !t.backends.has(ordinal):
+				ordinal = unresolved
+			case ordinal == t.backends.first+jump(hash64(r.namespace), t.backends.count):
+				ordinal = byHash
+			}
+			next.pin(set, r, ordinal)
+		}
+	}
+	next.finishStamp()
+	return &next
 }
 
 // overrideOrdinal returns the ordinal that t's override gives to the namespace of r,

@@ -1,0 +1,193 @@
+package main
+
+import (
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"testing"
+	"time"
+)
+
+// randomTable returns the table after old with one to four backends, from the first on,
+// and random overrides of a few namespaces, some of them invalid.
+func randomTable(r *rand.Rand, old *table, namespaces []string) *table {
+	data := map[string]string{}
+	for _, ns := range namespaces {
+		if r.IntN(3) == 0 {
+			data[ns] = fmt.Sprintf("backend-%d", r.IntN(6)) // invalid from the number of backends on
+		}
+	}
+	sources := []sourceContent{{id: sourceID{name: "a"}, overrides: newOverrideSet(data)}}
+	return newTable("backend", false, ordinals{r.IntN(2), 1 + r.IntN(4)}, sources, old)
+}
+
+// randomMark returns a mark with random bounds.
+func randomMark(r *rand.Rand) mark {
+	m := mark{upto: []uint64{0, allPlaces, allPlaces, r.Uint64() >> 1}[r.IntN(4)]}
+	for ordinal := range 5 {
+		switch r.IntN(8) {
+		case 0:
+			m.away = append(m.away, ordinal)
+		case 1:
+			m.gone = append(m.gone, ordinal)
+		}
+	}
+	return m
+}
+
+// A namespace changes its owner only while it is held: at each step it has the owner of
+// before, or is held until the step is done and has the new owner then. Whatever the
+// tables, the marks and their order are (R1, R2).
+func TestViewChangesOwnersOnlyWhileHeld(t *testing.T) {
+	namespaces := make([]string, 24)
+	for i := range namespaces {
+		namespaces[i] = fmt.Sprintf("ns-%02d", i)
+	}
+	held, moved, pinned := 0, 0, 0
+	for seed := range uint64(3000) {
+		r := rand.New(rand.NewPCG(seed, 1))
+		seen := []*table{randomTable(r, nil, namespaces)}
+		v := newView(seen[0], nil, time.UnixMilli(0))
+		for range 12 {
+			newest := seen[len(seen)-1]
+			switch r.IntN(4) {
+			case 0:
+				newest = randomTable(r, newest, namespaces)
+			case 1:
+				newest = seen[r.IntN(len(seen))] // an edit is taken back
+			}
+			seen = append(seen, newest)
+			next := v.next(newest, randomMark(r), time.UnixMilli(0))
+			if next.step <= v.step {
+				t.Fatalf("seed %d: step %d follows %d", seed, next.step, v.step)
+			}
+			done := *next
+			done.done = true
+			for _, ns := range namespaces {
+				before, _, _ := v.owner(ns)
+				during, _, state := next.owner(ns)
+				after, _, _ := done.owner(ns)
+				if _, isPinned := newest.lookup(ns, hash64(ns)); isPinned {
+					pinned++
+				}
+				switch {
+				case state == isHeld && after != before && during == after:
+					held++
+				case state != isHeld && during == before && after == before:
+				case state == isUnknown && after == unresolved: // nobody is admitted
+				default:
+					t.Fatalf("seed %d: %s was with %d, is with %d (%d), then with %d",
+						seed, ns, before, during, state, after)
+				}
+				if before != after {
+					moved++
+				}
+			}
+			v = &done
+		}
+	}
+	if held < 1000 || moved < 1000 || pinned < 1000 {
+		t.Errorf("%d held, %d moved, %d pinned: the test has tested little", held, moved, pinned)
+	}
+}
+
+// However a change was begun, two steps that cover everything end it: each namespace has
+// the owner that the newest table gives it, and each pinned one the owner that it had.
+func TestViewComesToRest(t *testing.T) {
+	namespaces := []string{"a", "b", "c", "d", "e", "f", "g", "h"}
+	for seed := range uint64(3000) {
+		r := rand.New(rand.NewPCG(seed, 2))
+		newest := randomTable(r, nil, namespaces)
+		v := newView(newest, nil, time.UnixMilli(0))
+		step := func(m mark) {
+			next := *v.next(newest, m, time.UnixMilli(0))
+			next.done = true
+			v = &next
+		}
+		for range r.IntN(8) {
+			if r.IntN(2) == 0 {
+				newest = randomTable(r, newest, namespaces)
+			}
+			step(randomMark(r))
+		}
+		before := map[string]int{}
+		for _, ns := range namespaces {
+			before[ns] = v.after(ns)
+		}
+		for range 3 {
+			step(mark{upto: allPlaces})
+		}
+		if !v.isAtRest(newest.contentHash) {
+			t.Fatalf("seed %d: %d records are left", seed, len(v.records))
+		}
+		for _, ns := range namespaces {
+			want, isPinned := newest.lookup(ns, hash64(ns))
+			if isPinned {
+				want = before[ns]
+			}
+			if isPinned && !newest.backends.has(want) {
+				want = unresolved
+			}
+			if got := v.after(ns); got != want {
+				t.Fatalf("seed %d: %s is with %d, want %d (pinned: %t)", seed, ns, got, want, isPinned)
+			}
+		}
+	}
+}
+
+// restingMover returns a mover of the router, at rest with its table.
+func restingMover(r *router) *mover {
+	log := slog.New(slog.DiscardHandler)
+	m := newMover(r, newRelay(func(i int) string { return backendName("backend", i) }, log), 0, nil, func() {}, log)
+	m.ownersChanged()
+	return m
+}
+
+// Nobody who asks for an owner allocates, be a change under way or not.
+func TestAssignAllocatesNothing(t *testing.T) {
+	r := lookupTable(t, 4, 1000)
+	m := restingMover(r)
+	wantNone := func(when string) {
+		t.Helper()
+		for _, namespace := range []string{"ns-00000007", "another"} {
+			if n := testing.AllocsPerRun(1000, func() { m.assign(namespace) }); n != 0 {
+				t.Errorf("%s: %v allocations to ask for the owner of %s, want none", when, n, namespace)
+			}
+		}
+	}
+	wantNone("at rest")
+	other := newTable("backend", false, ordinals{count: 5}, nil, r.table())
+	m.current.Store(m.current.Load().next(other, mark{upto: allPlaces / 2}, time.Now()))
+	wantNone("in a step")
+}
+
+// BenchmarkAssign compares who asks the view for an owner with who asks the table.
+func BenchmarkAssign(b *testing.B) {
+	tables := map[string]*router{"overrides=100000": lookupTable(b, 4, 100_000)}
+	_, tables["overrides=1000000"] = largeMaps(b, 30, 33_334)
+	for size, r := range tables {
+		m := restingMover(r)
+		names := make([]string, 100_000)
+		for i := range names {
+			names[i] = fmt.Sprintf("tenant-%07d", i)
+		}
+		names = shuffled(names)
+		ask := func(name string, owner func(namespace string) int) {
+			b.Run(size+"/"+name, func(b *testing.B) {
+				b.ReportAllocs()
+				sum, next := 0, 0
+				for b.Loop() {
+					sum += owner(names[next])
+					if next++; next == len(names) {
+						next = 0
+					}
+				}
+				if sum < 0 {
+					b.Fatal("no owners")
+				}
+			})
+		}
+		ask("table", func(namespace string) int { owner, _ := r.table().owner(namespace); return owner })
+		ask("view", func(namespace string) int { return m.assign(namespace).owner })
+	}
+}
