@@ -75,6 +75,7 @@ func (a *admin) handler() http.Handler {
 	mux.HandleFunc("GET /metrics", a.metrics)
 	mux.HandleFunc("GET /owner",
 		limitConcurrency(maxConcurrentOwners, maxAdminConns, a.owner))
+	mux.HandleFunc("GET /status", a.status)
 	mux.HandleFunc("GET /backends",
 		limitConcurrency(maxConcurrentBackends, maxAdminConns, a.backends))
 	mux.HandleFunc("POST /plan",
@@ -225,9 +226,12 @@ func (a *admin) watchers() (all []objectWatcher) {
 // ownership is the answer of /owner.
 type ownership struct {
 	Namespace string      `json:"namespace"`
-	Owner     string      `json:"owner,omitempty"` // "" if the namespace is refused
-	Why       string      `json:"why"`             // one of the why constants
-	PodUID    string      `json:"pod,omitempty"`   // of the owner's pod, if known
+	Owner     string      `json:"owner,omitempty"`        // "" if the namespace is refused
+	HeldBy    int64       `json:"held_by_step,omitempty"` // clients wait until previous is over
+	Previous  string      `json:"previous,omitempty"`     // owner until the step is done
+	Next      string      `json:"next,omitempty"`         // owner when its turn in a hand-off has come
+	Why       string      `json:"why"`                    // one of the why constants
+	PodUID    string      `json:"pod,omitempty"`          // of the owner's pod, if known
 	Address   string      `json:"address,omitempty"`
 	Ready     bool        `json:"ready"` // the owner takes a connection now
 	Error     string      `json:"error,omitempty"`
@@ -252,11 +256,26 @@ func (a *admin) owner(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	o, ordinal := newOwnership(t, namespace)
+	ordinal = a.addHandoff(&o, ordinal, namespace)
 	if o.Owner != "" {
 		o.PodUID = a.proxy.backends.podUID(ordinal)
 		o.Address, o.Ready, o.Error = a.probe(r.Context(), ordinal)
 	}
 	writeJSON(w, http.StatusOK, o)
+}
+
+// status answers GET /status: how far a change of owners has come.
+func (a *admin) status(w http.ResponseWriter, _ *http.Request) {
+	t := a.tableOrError(w)
+	if t == nil {
+		return
+	}
+	writeJSON(w, http.StatusOK, struct {
+		handoffStatus
+		Sessions int    `json:"sessions"` // open in this router
+		Table    string `json:"table"`    // the newest table's version
+		Stamp    string `json:"stamp"`
+	}{a.proxy.mover.status(), a.proxy.relay.size(), t.version, t.stamp})
 }
 
 // tableOrError returns the table in force. Without one it answers 503 and returns nil.
@@ -289,6 +308,22 @@ func newOwnership(t *table, namespace string) (o ownership, ordinal int) {
 		o.Owner = t.name(ordinal)
 	}
 	return o, ordinal
+}
+
+// addHandoff adds what the hand-off under way says of the namespace, which has this owner
+// in the newest table. It returns the owner's ordinal now.
+func (a *admin) addHandoff(o *ownership, inTable int, namespace string) (ordinal int) {
+	m := a.proxy.mover
+	switch now := m.assign(namespace); {
+	case now.state == isHeld:
+		o.HeldBy, o.Owner = now.step, m.relay.backendName(now.owner)
+		o.Previous = m.relay.backendName(m.current.Load().before(namespace))
+		return now.owner
+	case now.state == isOwned && now.owner != inTable:
+		o.Next, o.Owner = o.Owner, m.relay.backendName(now.owner)
+		return now.owner
+	}
+	return inTable
 }
 
 // backendState is one backend in the answer of /backends. A backend without namespaces

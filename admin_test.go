@@ -271,7 +271,7 @@ func TestOwnersAtOnce(t *testing.T) {
 func adminOf(t *testing.T, addrs ...string) (a *admin, update func(...sourceContent)) {
 	t.Helper()
 	fdLimit := wideDescriptorLimit(t)
-	p := newProxy(&config{statefulSet: "backend"}, newStaticBackends("backend", addrs), fdLimit, slog.New(slog.DiscardHandler))
+	p := newProxy(&config{statefulSet: "backend", handoff: "off"}, newStaticBackends("backend", addrs), fdLimit, slog.New(slog.DiscardHandler))
 	p.router.addSource(false, func(func(...sourceContent)) overrideSource { return &fakeSource{notReady: "they are late"} })
 	return &admin{proxy: p, fdLimit: fdLimit, logQueue: newLogQueue(io.Discard), started: time.Now()}, p.router.update
 }
@@ -281,6 +281,53 @@ func answered(a *admin, path string) *http.Response {
 	w := httptest.NewRecorder()
 	a.handler().ServeHTTP(w, httptest.NewRequest("GET", path, nil))
 	return w.Result()
+}
+
+// While a step waits for a backend, all who ask are told so, and nobody afterwards.
+func TestStatusOfAStep(t *testing.T) {
+	var there atomic.Bool
+	silent := startStub(t, "127.0.0.1:0", answer(switching)) // it answers no Close frame
+	p := startProxy(t, []string{silent.addr, refusingAddr(t)}, map[string]string{"ns-01": "backend-0"}, func(p *proxy) {
+		p.relay.closeTimeout = time.Hour
+		p.mover.probe = func(context.Context, int) error {
+			if there.Load() {
+				return nil
+			}
+			return errors.New("nobody there")
+		}
+	})
+	a := &admin{proxy: p.proxy, fdLimit: wideDescriptorLimit(t), logQueue: newLogQueue(io.Discard), started: time.Now()}
+	ask := func(path string) string {
+		t.Helper()
+		body, err := io.ReadAll(answered(a, path).Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(body)
+	}
+	contains := func(path, want string) {
+		t.Helper()
+		eventually(t, path+" contains "+want, true, func() bool { return strings.Contains(ask(path), want) })
+	}
+	contains("/status", `"in_progress":false,"done":1,`)
+	client := p.open(t, "ns-01")
+	p.override("42", map[string]string{"ns-01": "backend-1"})
+	contains("/owner?namespace=ns-01", `"owner":"backend-0","next":"backend-1"`) // backend-1 is not there
+	contains("/status", `"in_progress":true,`)
+	p.override("43", map[string]string{"ns-01": "backend-0"})
+	contains("/status", `"in_progress":false,`)
+	there.Store(true)
+	p.override("44", map[string]string{"ns-01": "backend-1"})
+	contains("/owner?namespace=ns-01", `"owner":"backend-1","held_by_step":1`)
+	contains("/owner?namespace=ns-01", `"previous":"backend-0"`)
+	contains("/status", `"sessions_to_move":0,"unproven":0,"waiting_for":[{"backend":"backend-0","sessions":1,"upgrades":0,"seconds":`)
+	if text := ask("/metrics"); strings.Contains(text, `router_handoff_waiting_seconds{for="backend-0"} 0`+"\n") {
+		t.Error("router_handoff_waiting_seconds of backend-0 is 0")
+	}
+	p.relay.endAll(causeDrain)
+	client.Close()
+	contains("/status", `"in_progress":false,"done":1,`)
+	contains("/metrics", `router_handoff_waiting_seconds{for="backend-0"} 0`+"\n")
 }
 
 func TestReadyzWhileDraining(t *testing.T) {

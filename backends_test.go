@@ -175,9 +175,9 @@ func (b *queueTest) set(down bool) {
 
 // upgrade waits and dials until it is through, as backends.dialOwner does.
 func (b *queueTest) upgrade(ctx context.Context, i int) error {
-	w := b.newWaiter()
+	w := b.newWaiter("ns")
 	for {
-		if err := b.wait(ctx, w, 0, b.swaps.Load()); errors.Is(err, errRecheckOwner) {
+		if err := b.wait(ctx, w, 0, always0); errors.Is(err, errRecheckOwner) {
 			continue
 		} else if err != nil {
 			return err
@@ -202,7 +202,7 @@ func (b *queueTest) upgrade(ctx context.Context, i int) error {
 		switch {
 		case err == nil && b.stray.Load():
 			b.setMisdirected(0, errors.New("421"))
-			w = b.newWaiter()
+			w = b.newWaiter("ns")
 		case err == nil:
 			b.clearMisdirected(0)
 			return nil
@@ -211,6 +211,9 @@ func (b *queueTest) upgrade(ctx context.Context, i int) error {
 		}
 	}
 }
+
+// always0 is a queueFinder that knows one queue.
+func always0(string) int { return 0 }
 
 // waitersOf returns who waits for a backend.
 func (h *dialQueues) waitersOf(ordinal int) []*waiter {
@@ -360,7 +363,7 @@ func TestDialQueues(t *testing.T) {
 		"who asks again keeps its place": func(t *testing.T, b *queueTest) {
 			b.set(true)
 			all := b.queue(t, 2*maxDialsPerBackend)
-			b.recheckOwners()
+			b.recheckOwners(func(string) int { return 1 })
 			synctest.Wait()
 			b.take.Store(int64(time.Millisecond))
 			b.set(false)
@@ -387,12 +390,31 @@ func TestDialQueues(t *testing.T) {
 				t.Errorf("the next upgrades were through after %v, want at once", took)
 			}
 		},
-		"swapped before it waits": func(t *testing.T, b *queueTest) {
+		"the owner changes before it waits": func(t *testing.T, b *queueTest) {
 			b.set(true)
-			swaps := b.swaps.Load()
-			b.recheckOwners()
-			if err := b.wait(t.Context(), b.newWaiter(), 0, swaps); !errors.Is(err, errRecheckOwner) {
+			other := func(string) int { return 1 }
+			if err := b.wait(t.Context(), b.newWaiter("ns"), 0, other); !errors.Is(err, errRecheckOwner) {
 				t.Errorf("error %v, want %v", err, errRecheckOwner)
+			}
+		},
+		"only those whose owner changes ask again": func(t *testing.T, b *queueTest) {
+			b.set(true)
+			var asked [2]error
+			var waiting sync.WaitGroup
+			for i, namespace := range []string{"moves", "stays"} {
+				waiting.Go(func() { asked[i] = b.wait(t.Context(), b.newWaiter(namespace), 0, always0) })
+			}
+			synctest.Wait()
+			b.recheckOwners(func(namespace string) int { return len(namespace) - len("moves") }) // both stay
+			b.recheckOwners(func(namespace string) int { return map[string]int{"moves": queueHeld}[namespace] })
+			synctest.Wait()
+			if left := b.waitersOf(0); len(left) != 1 || left[0].namespace != "stays" {
+				t.Errorf("%d wait, want only the one that stays", len(left))
+			}
+			b.set(false)
+			waiting.Wait()
+			if !errors.Is(asked[0], errRecheckOwner) || asked[1] != nil {
+				t.Errorf("results %v, want %v and nil", asked, errRecheckOwner)
 			}
 		},
 	}
@@ -409,7 +431,7 @@ func TestHoldWaitsForReadiness(t *testing.T) {
 	backend := startStub(t, "127.0.0.1:0", echo)
 	var ready atomic.Bool
 	p := startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) {
-		p.backends.queues.checkReady = func(int) error {
+		p.backends.queues.backendReady = func(int) error {
 			if ready.Load() {
 				return nil
 			}
@@ -430,7 +452,7 @@ func TestHoldWaitsForReadiness(t *testing.T) {
 
 func TestHoldTimeout(t *testing.T) {
 	p := startProxy(t, []string{"127.0.0.1:1"}, map[string]string{}, func(p *proxy) {
-		p.backends.queues.checkReady = func(int) error { return errNotYet }
+		p.backends.queues.backendReady = func(int) error { return errNotYet }
 		p.limits.holdTimeout = 50 * time.Millisecond
 	})
 	_, _, resp := p.ask(t, upgradeRequest("/ws/ns-02"))

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -36,7 +37,7 @@ const adminTimeout = 30 * time.Second
 func runCommand(ctx context.Context, args []string, out io.Writer) (
 	handled bool, err error) {
 	c := &command{out: out}
-	if len(args) == 0 || args[0] != "plan" && args[0] != "owner" {
+	if len(args) == 0 || !slices.Contains([]string{"plan", "owner", "status"}, args[0]) {
 		return false, nil
 	}
 	f := flag.NewFlagSet("router "+args[0], flag.ContinueOnError)
@@ -45,7 +46,11 @@ func runCommand(ctx context.Context, args []string, out io.Writer) (
 		"`URL` of a router's admin port")
 	run, usage := c.plan, "Usage: router plan [flags] FILE|-|NUMBER\n\n"+
 		"Shows which sessions would move with a ConfigMap (JSON) or a number of backends.\n\n"
-	if args[0] == "owner" {
+	switch args[0] {
+	case "status":
+		run, usage = c.status, "Usage: router status [flags]\n\n"+
+			"Shows how far a change of owners has come, and for which backends it waits.\n\n"
+	case "owner":
 		f.IntVar(&c.replicas, "replicas", 0, "`number` of backends, to answer without a router")
 		f.StringVar(&c.overridesDir, "overrides", "",
 			"`directory` with the overrides, with -replicas")
@@ -135,6 +140,34 @@ func (c *command) plan(ctx context.Context, args []string) error {
 	return err
 }
 
+// status prints how far a change of owners has come.
+func (c *command) status(ctx context.Context, args []string) error {
+	if len(args) != 0 {
+		return usageError{fmt.Errorf("no argument is allowed (got %q)", args[0])}
+	}
+	var s struct {
+		handoffStatus
+		Sessions int
+		Table    string
+	}
+	if err := c.do(ctx, http.MethodGet, "/status", nil, &s); err != nil {
+		return err
+	}
+	fmt.Fprintf(c.out, "table %s, step %d (-handoff %s), %d sessions\n",
+		s.Table, s.Step, s.Mode, s.Sessions)
+	if s.InProgress {
+		fmt.Fprintf(c.out, "a change of owners is under way: %.0f %% done, %d sessions to move\n",
+			100*s.Done, s.ToMove)
+	} else {
+		fmt.Fprintln(c.out, "no change of owners is under way")
+	}
+	for _, w := range s.WaitingFor {
+		fmt.Fprintf(c.out, "waits for %s since %.1f s: %d sessions, %d upgrades\n",
+			w.Backend, w.Seconds, w.Sessions, w.Upgrades)
+	}
+	return nil
+}
+
 // owners prints who owns the namespaces. It asks a router. With -replicas or -overrides
 // it answers as a router would that has just started with these.
 func (c *command) owners(ctx context.Context, namespaces []string) error {
@@ -170,6 +203,12 @@ func (c *command) owners(ctx context.Context, namespaces []string) error {
 func printOwner(w io.Writer, namespace string, o ownership) {
 	row := strings.Join([]string{namespace, o.Owner, o.Why, o.Address, o.Error}, "\t")
 	fmt.Fprintln(w, strings.TrimRight(row, "\t"))
+	switch {
+	case o.HeldBy != 0:
+		fmt.Fprintf(w, "\theld by step %d until its sessions with %s are over\n", o.HeldBy, o.Previous)
+	case o.Next != "":
+		fmt.Fprintf(w, "\tmoves to %s in its turn\n", o.Next)
+	}
 	if o.Note != "" {
 		fmt.Fprintf(w, "\t%s\n", o.Note)
 	}

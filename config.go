@@ -34,6 +34,8 @@ type config struct {
 	limits                 limits
 	moveRate               int // sessions per second, 0: no limit
 	moveSettle             time.Duration
+	handoff                string        // "single" or "off"
+	handoffUnproven        time.Duration // 0: for ever
 
 	// The end.
 	drainDelay, drainDuration time.Duration
@@ -70,7 +72,7 @@ func (c *config) flags() *flag.FlagSet {
 	f.StringVar(&c.listen, "listen", ":8000",
 		"`address` for clients: host:port, or unix:/path of a socket")
 	f.StringVar(&c.admin, "admin", ":8001",
-		"`address` for /healthz, /readyz, /metrics, /owner, /backends and /plan")
+		"`address` for /healthz, /readyz, /metrics, /owner, /status, /backends and /plan")
 	f.DurationVar(&c.tcpUserTimeout, "tcp-user-timeout", time.Minute,
 		"how long a client or backend may not answer TCP before its session ends, in\n"+
 			"whole seconds, 0 is the limit of the system")
@@ -137,6 +139,12 @@ func (c *config) trafficFlags(f *flag.FlagSet) {
 	f.DurationVar(&c.moveSettle, "move-settle", 500*time.Millisecond,
 		"how long owners have to stay unchanged before sessions move; sessions move at the latest\n"+
 			"ten times as long after the first change")
+	f.StringVar(&c.handoff, "handoff", "single",
+		"`mode` of a change of owners: single (a namespace opens with its new owner after this\n"+
+			"router has closed it with the previous one) or off (it opens at once)")
+	f.DurationVar(&c.handoffUnproven, "handoff-unproven", time.Minute,
+		"how long a hand-off waits for a backend that has got an upgrade whose client has left,\n"+
+			"until it answers or ends its connection, 0 is no limit")
 
 	f.DurationVar(&c.drainDelay, "drain-delay", 0,
 		"how long clients are still accepted after SIGTERM, so that load balancers can notice")
@@ -195,7 +203,7 @@ func setFromEnvironment(f *flag.FlagSet, getenv func(string) string) (err error)
 
 func writeHelp(f *flag.FlagSet, w io.Writer) {
 	fmt.Fprint(w, "router sends each WebSocket to the backend that owns its namespace.\n\n"+
-		"Usage: router [flags], router plan -h, router owner -h\n\n"+
+		"Usage: router [flags], router plan -h, router owner -h, router status -h\n\n"+
 		"Each flag can be given in the environment too: -drain-duration as ROUTER_DRAIN_DURATION.\n"+
 		"Times are like 500ms, 10s, 5m.\n\n")
 	f.SetOutput(w)
@@ -228,6 +236,9 @@ func (c *config) validateBackends() error {
 	}
 	if err := checkNamespaceFrom(c.namespaceFrom); err != nil {
 		return err
+	}
+	if c.handoff != "single" && c.handoff != "off" {
+		return fmt.Errorf("-handoff must be single or off (got %q)", c.handoff)
 	}
 	switch {
 	case c.kube == "none" && c.overrides == "":
@@ -279,6 +290,7 @@ func (c *config) validateLimits() error {
 		{"handshake-timeout", c.limits.handshakeTimeout, 1},
 		{"header-timeout", c.limits.headerTimeout, 1},
 		{"move-settle", c.moveSettle, 0},
+		{"handoff-unproven", c.handoffUnproven, 0},
 		{"drain-delay", c.drainDelay, 0},
 		{"drain-duration", c.drainDuration, 0},
 	} {

@@ -80,6 +80,8 @@ var badUsage = map[string]struct {
 	"idle no time":         {args: "-idle-timeout never", want: `invalid value "never" for flag -idle-timeout: parse error`},
 	"rate negative":        {args: "-replicas 1 -move-rate -1", want: "-move-rate must be at least 0 (got -1)"},
 	"settle negative":      {args: "-replicas 1 -move-settle -1s", want: "-move-settle must not be negative (got -1s)"},
+	"handoff other":        {args: "-replicas 1 -handoff both", want: `-handoff must be single or off (got "both")`},
+	"unproven negative":    {args: "-replicas 1 -handoff-unproven -1s", want: "-handoff-unproven must not be negative (got -1s)"},
 	"settle no time":       {args: "-move-settle 1", want: `invalid value "1" for flag -move-settle: parse error`},
 	"rate no number":       {args: "-move-rate 200/s", want: `invalid value "200/s" for flag -move-rate: parse error`},
 	"delay negative":       {args: "-replicas 1 -drain-delay -1s", want: "-drain-delay must not be negative (got -1s)"},
@@ -152,7 +154,7 @@ func TestFlagBeatsEnvironment(t *testing.T) {
 		"overrides": {"/i", "/j"}, "namespace-from": {"host", "path"}, "pod-name": {"k", "l"},
 		"hold": {"1s", "2s"}, "handshake-timeout": {"3s", "4s"}, "header-timeout": {"5s", "6s"},
 		"max-header-bytes": {"2000", "3000"}, "max-header-fields": {"200", "300"}, "max-sessions": {"1", "2"}, "max-pending-upgrades": {"3", "4"},
-		"tcp-user-timeout": {"5s", "6s"}, "idle-timeout": {"7s", "8s"}, "move-rate": {"5", "6"}, "move-settle": {"9s", "10s"}, "drain-delay": {"1s", "2s"}, "drain-duration": {"3s", "4s"},
+		"tcp-user-timeout": {"5s", "6s"}, "idle-timeout": {"7s", "8s"}, "move-rate": {"5", "6"}, "move-settle": {"9s", "10s"}, "handoff": {"off", "single"}, "handoff-unproven": {"11s", "12s"}, "drain-delay": {"1s", "2s"}, "drain-duration": {"3s", "4s"},
 		"log-format": {"json", "text"}, "log-level": {"DEBUG", "WARN"},
 	}
 	(&config{}).flags().VisitAll(func(f *flag.Flag) {

@@ -328,7 +328,9 @@ func TestEndpointsWatchFailsAsksDNS(t *testing.T) {
 		wantResolved(t, p, 1, "10.0.0.1:9000", "<nil>")
 		wantResolved(t, p, 3, "", "backend-3 is not ready")
 		waited := make(chan error, 1)
-		go func() { waited <- p.queues.wait(t.Context(), p.queues.newWaiter(), 3, 0) }()
+		go func() {
+			waited <- p.queues.wait(t.Context(), p.queues.newWaiter("ns"), 3, func(string) int { return 3 })
+		}()
 		synctest.Wait()
 		if n := asked.Load(); n != 0 {
 			t.Fatalf("DNS was asked %d times while the watch works", n)
@@ -410,7 +412,7 @@ func TestEndpointsResolve(t *testing.T) {
 	waited := make(chan error, 1)
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	go func() { waited <- p.queues.wait(ctx, p.queues.newWaiter(), 0, 0) }()
+	go func() { waited <- p.queues.wait(ctx, p.queues.newWaiter("ns"), 0, always0) }()
 	for len(p.queues.waitersOf(0)) == 0 {
 		<-time.After(time.Millisecond)
 	}

@@ -259,14 +259,22 @@ func (p *poller) interruptPending() {
 // removePending takes the sockets out of the set, and the slot of a handler that does not
 // become a session. It leaves the sockets open.
 func (p *poller) removePending(slotIndex int32, from *sockets) {
+	p.unwatchPending(from, clientSide)
+	p.unwatchPending(from, backendSide)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for i, fd := range from.fd {
-		if from.mask[i] != 0 { // or it is watched while a duplicate is open
-			syscall.EpollCtl(p.epollFD, syscall.EPOLL_CTL_DEL, int(fd), nil)
-		}
-	}
 	p.freeSlot(slotIndex)
+}
+
+// unwatchPending takes the socket of a side out of the set: else it is watched while a
+// duplicate is open.
+func (p *poller) unwatchPending(from *sockets, i side) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if from.mask[i] != 0 {
+		syscall.EpollCtl(p.epollFD, syscall.EPOLL_CTL_DEL, int(from.fd[i]), nil)
+		from.mask[i] = 0
+	}
 }
 
 // promote registers s and carries it on the sockets of a handler, whose slot it gets.

@@ -336,7 +336,7 @@ func (c *pendingConn) serve() {
 	case !c.admit():
 		c.fallBack(nil, nil)
 	case p.relay.oldPodSessionsDone(c.upgrade.namespace) != nil ||
-		!p.backends.queues.tryDial(c.upgrade.owner):
+		!p.backends.queues.tryDial(c.upgrade.queue()):
 		go c.hold() // on a new stack, which is small
 	default:
 		c.dialOwner()
@@ -400,10 +400,15 @@ func (c *pendingConn) askOwner() {
 		c.setDeadline(time.Now().Add(fastPathTimeout), false)
 		c.request = c.parseUpgrade()
 	}
-	clientAddrs, owner := forwardedFor(c.request), p.backends.name(u.owner)
-	head := requestHead(c.request, clientAddrs, p.podName, u.table, owner)
-	if c.write(backendSide, head) != nil {
+	if !p.startFlight(u) {
 		c.closeBackend()
+		go c.hold()
+		return
+	}
+	clientAddrs, owner := forwardedFor(c.request), p.backends.name(u.owner)
+	head := requestHead(c.request, clientAddrs, p.podName, u.stamp, u.step, owner)
+	if c.write(backendSide, head) != nil {
+		c.abandonBackend()
 		c.fallBack(nil, nil)
 		return
 	}
@@ -416,7 +421,7 @@ func (c *pendingConn) askOwner() {
 	p.backends.queues.clearMisdirected(u.owner)
 	s, err := p.newSession(u, clientAddrs)
 	if err != nil {
-		c.closeBackend()
+		c.abandonBackend()
 		c.fallBack(nil, nil)
 		return
 	}
@@ -440,18 +445,17 @@ func (c *pendingConn) hold() {
 			return
 		}
 		u.holdDeadline, c.request = time.Now().Add(p.limits.holdTimeout), nil
-		c.waiter.onWake = c.unpark
+		c.waiter.namespace, c.waiter.onWake = u.namespace, c.unpark
 		p.backends.queues.setSequence(&c.waiter)
 		c.setDeadline(u.holdDeadline, true)
 	}
-	swaps := p.backends.queues.swaps.Load()
 	if err := p.recheckOwner(c.ctx, u); err != nil {
 		c.fallBack(nil, err)
 		return
 	}
-	ctx, owner := c.ctx, u.owner
+	ctx, queue := c.ctx, u.queue()
 	c.parked.Store(true) // from now on another goroutine may own c
-	if !p.backends.queues.enqueue(ctx, &c.waiter, owner, swaps) {
+	if !p.backends.queues.enqueue(ctx, &c.waiter, queue, p.mover.findQueue) {
 		c.unpark()
 	}
 }
@@ -466,7 +470,7 @@ func (c *pendingConn) unpark() {
 // resume goes on with c, which was parked.
 func (c *pendingConn) resume() {
 	queues := c.fastPath.proxy.backends.queues
-	switch err := queues.dequeue(c.ctx, &c.waiter, c.upgrade.owner); {
+	switch err := queues.dequeue(c.ctx, &c.waiter, c.upgrade.queue()); {
 	case err == nil:
 		c.dialOwner()
 	case errors.Is(err, errRecheckOwner):
@@ -496,7 +500,7 @@ func (c *pendingConn) fallBack(answer []byte, failure error) {
 	socket := os.NewFile(uintptr(c.fd[clientSide]), "socket")
 	conn, err := connFromSocket(socket, control)
 	if err != nil {
-		c.closeBackend()
+		c.abandonBackend()
 		c.release()
 		f.refuseClient(socket, err)
 		return
@@ -507,11 +511,11 @@ func (c *pendingConn) fallBack(answer []byte, failure error) {
 		fdLimit: f.fdLimit, badHeads: &f.proxy.results[resultBadHead],
 	}
 	if c.fd[backendSide] >= 0 {
-		socket := os.NewFile(uintptr(c.fd[backendSide]), "socket")
-		if conn, err := connFromSocket(socket, control); err == nil { // else it is asked again
+		if conn := c.takeBackend(); conn != nil {
 			c.upgrade.backendConn = &prefixedConn{conn, answer}
+		} else { // it is asked again
+			c.upgrade.abandon(nil)
 		}
-		socket.Close()
 	}
 	client.upgrade.Store(c.upgrade)
 	f.handToHTTP(client)
@@ -523,10 +527,10 @@ func (c *pendingConn) closeGone() {
 	c.close()
 }
 
-// close ends the upgrade and closes both sockets.
+// close ends the upgrade, closes the client's socket, and abandons the backend's.
 func (c *pendingConn) close() {
 	c.detach()
-	c.closeBackend()
+	c.abandonBackend()
 	syscall.Close(int(c.fd[clientSide]))
 	c.release()
 	c.fastPath.fdLimit.add(-descriptorsPerUpgrade)
@@ -763,6 +767,32 @@ func (c *pendingConn) closeBackend() {
 		syscall.Close(int(c.fd[backendSide]))
 		c.setBackend(-1)
 	}
+}
+
+// abandonBackend gives up the connection to the backend, if there is one. The backend may
+// have the request.
+func (c *pendingConn) abandonBackend() {
+	switch {
+	case c.fd[backendSide] < 0:
+	case c.upgrade.flight == nil:
+		c.closeBackend()
+	default:
+		c.upgrade.abandon(c.takeBackend())
+	}
+}
+
+// takeBackend takes the connection to the backend from the poller. It returns nil, and
+// has closed the socket, if there is no descriptor for its duplicate.
+func (c *pendingConn) takeBackend() net.Conn {
+	c.poller.unwatchPending(&c.sockets, backendSide)
+	socket := os.NewFile(uintptr(c.fd[backendSide]), "socket")
+	defer socket.Close()
+	c.setBackend(-1)
+	conn, err := connFromSocket(socket, c.fastPath.proxy.backends.dialer.Control)
+	if err != nil {
+		return nil
+	}
+	return conn
 }
 
 // acceptSocket waits for the next client (accept4(2)).

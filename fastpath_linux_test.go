@@ -705,7 +705,7 @@ func TestFastPathHoldsNobodyWhoIsGone(t *testing.T) {
 			clients, left := make(chan *net.TCPConn, 1), sync.Once{}
 			p = startProxy(t, []string{"127.0.0.1:1"}, map[string]string{}, func(proxy *proxy) {
 				proxy.limits.holdTimeout = time.Hour
-				proxy.backends.queues.checkReady = func(int) error {
+				proxy.backends.queues.backendReady = func(int) error {
 					left.Do(func() { // the client was admitted, and is not held yet
 						leave(<-clients)
 						p.waitLeft(t)
@@ -729,7 +729,7 @@ func TestFastPathParksNobodyWhoIsGone(t *testing.T) {
 	p := startProxy(t, []string{"127.0.0.1:1"}, map[string]string{}, func(p *proxy) {
 		p.limits.holdTimeout = time.Hour
 		var once sync.Once
-		p.backends.queues.checkReady = func(int) error {
+		p.backends.queues.backendReady = func(int) error {
 			once.Do(p.relay.mu.Lock) // the client was admitted; recheckOwner waits
 			return errors.New("not ready")
 		}
@@ -1025,7 +1025,7 @@ func queueWhoIsOver(t *testing.T) {
 	var ready atomic.Bool
 	p := startProxy(t, []string{"127.0.0.1:1"}, map[string]string{}, func(p *proxy) {
 		p.limits.holdTimeout = time.Hour
-		p.backends.queues.checkReady = func(int) error {
+		p.backends.queues.backendReady = func(int) error {
 			if ready.Load() {
 				return nil
 			}
@@ -1044,7 +1044,7 @@ func queueWhoIsOver(t *testing.T) {
 	eventually(t, "waiters and dials", [2]int{1, 0}, queued)
 	c := p.pendingConns()[0]
 	p.relay.mu.Lock()
-	queues.recheckOwners() // the table is swapped
+	queues.recheckOwners(func(string) int { return unresolved }) // as if the owner had changed
 	waitStacks(t, "hold asks for the owner again", func(stacks []byte) bool {
 		return bytes.Contains(stacks, []byte(".recheckOwner("))
 	})

@@ -14,17 +14,20 @@ import (
 	"net/netip"
 	"net/textproto"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 )
 
-// Headers that tell the backend who routed the request, by which table, and to
-// which backend. They are never taken from a client. A backend that is not the one
+// Headers that tell the backend who routed the request, by which table, by which step of
+// a hand-off, and to which backend. A step only rises: of two requests for a namespace
+// with different owners, the newer owner has the higher one. They are never taken from a client. A backend that is not the one
 // in headerBackend answers 421 Misdirected Request (RFC 9110 §15.5.20): the address
 // was that of another one, whose pod is gone.
 const (
 	headerPod     = "X-Router-Pod"
 	headerTable   = "X-Router-Table"
+	headerStep    = "X-Router-Step"
 	headerBackend = "X-Router-Backend"
 )
 
@@ -179,7 +182,7 @@ func isRouterHeader(name string) bool {
 		name = http.CanonicalHeaderKey(strings.ReplaceAll(name, "_", "-"))
 	}
 	switch name {
-	case headerPod, headerTable, headerBackend, "X-Forwarded-For", "X-Forwarded-Proto", "X-Forwarded-Host", "X-Real-Ip", "Forwarded", "Expect":
+	case headerPod, headerTable, headerStep, headerBackend, "X-Forwarded-For", "X-Forwarded-Proto", "X-Forwarded-Host", "X-Real-Ip", "Forwarded", "Expect":
 		return true
 	}
 	return false
@@ -202,9 +205,9 @@ func forwardedFor(r *http.Request) string {
 }
 
 // requestHead is the upgrade request as the backend with this name gets it. peer is
-// what forwardedFor returned for it, table the stamp of the one that was asked.
-func requestHead(r *http.Request, peer, pod, table, backend string) []byte {
-	return finishRequestHead(startRequestHead(r, peer, pod), table, backend)
+// what forwardedFor returned for it, stamp and step are those of the owner's assignment.
+func requestHead(r *http.Request, peer, pod, stamp string, step int64, backend string) []byte {
+	return finishRequestHead(startRequestHead(r, peer, pod), stamp, step, backend)
 }
 
 // startRequestHead is what of requestHead does not depend on the backend: all that is of the
@@ -234,8 +237,10 @@ func startRequestHead(r *http.Request, peer, pod string) []byte {
 
 // finishRequestHead makes requestHead of what startRequestHead has returned, in its memory if there is
 // room. A caller that needs the beginning again passes it without room (slices.Clip).
-func finishRequestHead(begun []byte, table, backend string) []byte {
-	head := appendField(begun, headerTable, table)
+func finishRequestHead(begun []byte, stamp string, step int64, backend string) []byte {
+	head := appendField(begun, headerTable, stamp)
+	head = append(append(head, headerStep...), ": "...)
+	head = append(strconv.AppendInt(head, step, 10), "\r\n"...)
 	head = appendField(head, headerBackend, backend)
 	return append(head, "\r\n"...)
 }

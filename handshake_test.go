@@ -48,7 +48,7 @@ func FuzzUpgrade(f *testing.F) {
 	f.Add(upgradeRequest("/ws/ns-01/deep?q=1#f"))
 	f.Add(upgradeRequest("http://other.example/ws/ns-01"))
 	f.Add(upgradeRequest("/ws/ns-01/%2e%2e/ns-02"))
-	f.Add("GET /ws/ns-01 HTTP/1.1\r\nHost: h\r\nConnection: Upgrade, X-Router-Pod, Host\r\nUpgrade: websocket\r\nX_Router_Pod: x\r\nX-Router-Table: x\r\nX-ROUTER_Backend: x\r\n\r\n")
+	f.Add("GET /ws/ns-01 HTTP/1.1\r\nHost: h\r\nConnection: Upgrade, X-Router-Pod, Host\r\nUpgrade: websocket\r\nX_Router_Pod: x\r\nX-Router-Table: x\r\nX-ROUTER_Backend: x\r\nx_router-step: 9\r\n\r\n")
 	f.Add("GET /ws/ns-01 HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: h2c\r\nUpgrade: websocket\r\nExpect: 100-continue\r\nForwarded: for=x\r\n\r\n")
 	f.Add("POST /ws/a HTTP/1.0\r\nTransfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n")
 	f.Fuzz(func(t *testing.T, request string) {
@@ -67,7 +67,7 @@ func FuzzUpgrade(f *testing.F) {
 			}
 			return
 		}
-		head := requestHead(in, forwardedFor(in), "router-x", "41", "backend-2")
+		head := requestHead(in, forwardedFor(in), "router-x", "41", 7, "backend-2")
 		rest := bufio.NewReader(bytes.NewReader(head))
 		out, err := http.ReadRequest(rest)
 		if err != nil {
@@ -80,7 +80,7 @@ func FuzzUpgrade(f *testing.F) {
 		case refused != nil || again != namespace || pathNamespaceFault(namespace) != "":
 			t.Fatalf("namespace %q became %q", namespace, again)
 		case strings.Join(out.Header.Values(headerPod), "|") != "router-x" || strings.Join(out.Header.Values(headerTable), "|") != "41" ||
-			strings.Join(out.Header.Values(headerBackend), "|") != "backend-2":
+			strings.Join(out.Header.Values(headerStep), "|") != "7" || strings.Join(out.Header.Values(headerBackend), "|") != "backend-2":
 			t.Fatalf("forged: %q", head)
 		case out.Host != in.Host || checkUpgrade(out) != nil:
 			t.Fatalf("host %q, want %q; %v", out.Host, in.Host, checkUpgrade(out))

@@ -643,6 +643,7 @@ func startProxy(t testing.TB, addrs []string, data map[string]string, change fun
 			p.inFlight.Wait()
 			p.relay.endAll(causeDrain)
 			p.relay.stop()
+			p.mover.flights.stop()
 		})
 		running.Wait()
 	})

@@ -530,8 +530,7 @@ func (c *clientConn) Close() error {
 // CloseWrite is what net/http looks for to let the client read a 431 before the
 // connection is gone (golang/go#3595).
 func (c *clientConn) CloseWrite() error {
-	conn, _ := unwrap(c.Conn)
-	return conn.(interface{ CloseWrite() error }).CloseWrite() // *net.TCPConn or *net.UnixConn
+	return c.Conn.(interface{ CloseWrite() error }).CloseWrite() // *net.TCPConn, *net.UnixConn or *prefixedConn
 }
 
 // clientConnKey is the key of a request context's *clientConn.
@@ -569,6 +568,11 @@ func (c *prefixedConn) Read(b []byte) (int, error) {
 		c.prefix = nil // it is not kept for as long as the connection
 	}
 	return n, nil
+}
+
+// CloseWrite ends this side of the connection.
+func (c *prefixedConn) CloseWrite() error {
+	return c.Conn.(interface{ CloseWrite() error }).CloseWrite() // *net.TCPConn or *net.UnixConn
 }
 
 // unwrap returns the connection without what was read of it before, and that, as

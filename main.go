@@ -4,7 +4,8 @@
 // pod that an override in a ConfigMap names, else the pod that the namespace's
 // hash chooses. The router opens the same path on that pod and from then on
 // carries bytes. When the overrides change, the router closes the sessions whose
-// owner changed, at a limited rate, and only these.
+// owner changed, at a limited rate, and only these. A namespace opens with its new
+// owner when its last session with the previous one is over.
 //
 //	client
 //	  │ TLS
@@ -12,7 +13,7 @@
 //	  │ Unix socket
 //	fast path (Linux), or net/http for what is not plain
 //	  │
-//	proxy ── who owns the namespace? ── router ──── ConfigMaps or a directory
+//	proxy ── who owns the namespace? ── mover ───── router ── ConfigMaps, a directory
 //	  │ ──── where is the owner? ────── backends ── EndpointSlices, DNS or a list
 //	  │ handshake with the owner
 //	relay ── carries the session's bytes
@@ -26,7 +27,9 @@
 //  2. A table gives a namespace one owner: the same overrides and the same number of
 //     backends give the same owner on every router, in every release. The owner of
 //     an invalid override depends on earlier tables too; a table's stamp, which
-//     backends get as a header, shows where two routers differ in that.
+//     backends get as a header, shows where two routers differ in that. From one
+//     table to the next, a router has no session of a namespace, and no upgrade that
+//     a backend may have got, with two owners.
 //  3. An invalid override changes nothing: its namespace keeps its previous owner.
 //     A router that does not know the previous owner refuses the namespace. All
 //     other overrides apply.
@@ -63,7 +66,8 @@
 //
 // and then, for both,
 //
-//	proxy.handOver            looks once more whether the owner is still the owner
+//	mover.startFlight         just before the request is sent: asks once more who the owner is
+//	proxy.handOver            ends the flight when the relay has the session
 //	relay.register            counts the session
 //	poller.carry              gives the sockets to the event loop
 //	poller.handle             carries bytes, for each event of a socket
@@ -79,19 +83,23 @@
 //	router.swap               puts a new table in force
 //	newTable                  merges them, and decides which overrides are in force
 //	mover.ownersChanged       wakes the mover
+//	mover.prepare             finds the sessions whose owner changed
 //	mover.restartSettling     waits until the table has stayed for -move-settle
-//	mover.startBatch          finds the sessions whose owner changed
 //	mover.dialTarget          waits until the new owner takes a connection
-//	mover.moveDue             starts the moves that are due, at the rate
+//	mover.nextMark            chooses the namespaces of the next step, at the rate
+//	view.next                 holds them: from now on their clients wait
+//	mover.release             closes their sessions, and waits for the end of all flights
 //	session.closeGracefully   begins the closing handshake
 //	closingHandshake.insertClose  puts a Close frame where one may stand
-//	mover.finishBatches       logs the result
+//	mover.finishStep          opens the namespaces with their new owners
+//	mover.reportFinished      logs the result
 //
 // A goroutine that holds a lock takes only locks that are further down:
 //
 //	configMaps.mu             held while the router swaps its table
 //	router.mu                 held while a swap wakes waiting upgrades and logs
 //	dialQueues.mu             held while it asks whether a backend is ready
+//	flights.mu                held while it asks which flights a step waits for
 //	replicaWatcher.mu, endpointWatcher.mu
 //	watcher.mu
 //	poller.mu                 session.mu in relay_portable.go
@@ -102,11 +110,11 @@
 // lock held.
 //
 // Read main, command and config (what starts), admin (what operators ask), fastpath,
-// proxy, handshake and listen (from client to session), configmap, directory, events
-// and move (what a change of overrides does), route, overrides and hash (who owns),
-// discovery, backends, watch and kube (where owners are), relay and websocket (the
-// life of a session), log and metrics, and wait (a back-off, a sleep, a wake-up). A
-// file uses only those after it.
+// proxy, handshake, listen and upgrade (from client to session), configmap, directory,
+// events, move, handoff and flight (what a change of overrides does), route, overrides
+// and hash (who owns), discovery, backends, dialqueue, watch and kube (where owners
+// are), relay and websocket (the life of a session), log and metrics, and wait (a
+// back-off, a sleep, a wake-up). A file uses only those after it.
 package main
 
 import (
@@ -245,7 +253,7 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 	router := &router{
 		statefulSet: c.statefulSet, fromHost: c.namespaceFrom == "host",
 		backends: backends.static, log: log,
-		onSwap: func() { mover.ownersChanged(); backends.queues.recheckOwners() },
+		onSwap: func() { mover.ownersChanged() },
 	}
 	relay := newRelay(backends.name, log)
 	relay.freeDescriptors = func(descriptors int) { fdLimit.add(-descriptors) }
@@ -253,8 +261,11 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 		_, err := backends.probe(ctx, backend)
 		return err
 	}
-	mover = newMover(router, relay, c.moveRate, probe, log)
-	mover.settleTime = c.moveSettle
+	onStep := func() { backends.queues.recheckOwners(mover.findQueue) }
+	mover = newMover(router, relay, c.moveRate, probe, onStep, log)
+	mover.settleTime, mover.off = c.moveSettle, c.handoff == "off"
+	mover.flights.unprovenTimeout = c.handoffUnproven
+	mover.flights.addDescriptors = fdLimit.add
 	p := &proxy{
 		router: router, backends: backends, relay: relay, mover: mover,
 		limits: c.limits, podName: c.podName, namespace: pathNamespace, log: log,
@@ -385,6 +396,7 @@ func (p *program) stopClients(fastPath *fastPath, clientServer *http.Server,
 	p.proxy.inFlight.Wait()
 	ended := drain(context.Background(), p.proxy.relay, p.config.drainDuration)
 	p.proxy.relay.stop()
+	p.proxy.mover.flights.stop()
 	p.log.Info("stopped", "sessions", ended, "seconds", time.Since(started).Seconds())
 }
 

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -83,7 +84,7 @@ func TestMoveAtSessionStart(t *testing.T) {
 	p.override("42", map[string]string{"ns-01": "backend-1"})
 	p.pendingUpgrades.acquire(0, 2, 10)
 	pairs, s := newSessionConns(t, "tcp", "tcp"), newSession("ns-01", 0, "")
-	u := &pendingUpgrade{limit: &p.pendingUpgrades}
+	u := &pendingUpgrade{limit: &p.pendingUpgrades, namespace: "ns-01"}
 	p.handOver(u, s, func() { pairs.start(p.relay, s, [2][]byte{}) })
 	mustFrames(t, pairs.far[backendSide], true, goesAway)
 	pairs.far[backendSide].Close()
@@ -367,9 +368,10 @@ func moveWithinADial(t *testing.T, request string, putOff bool) {
 // owner of its namespace.
 func TestMoveOfWhoWaitsForTheOldPod(t *testing.T) {
 	both(t, func(t *testing.T, request string) {
-		p, old, newPod, other := replaced(t, nil)
+		p, old, newPod, other := replaced(t, func(p *proxy) { p.mover.settleTime, p.relay.closeTimeout = 0, 300*time.Millisecond })
 		waiting := p.hang(t, request)
 		p.override("42", map[string]string{"ns-01": "backend-1"})
+		eventually(t, "owner of ns-01", 1, func() int { return p.mover.assign("ns-01").owner })
 		old.Close()
 		mustAnswer(t, waiting, 101)
 		if n := newPod.heads(); len(n) != 0 {
@@ -390,7 +392,7 @@ func TestMoveAfterTheOldPod(t *testing.T) {
 	s.podUID = "a"
 	c := newSessionConns(t, "tcp", "tcp").start(p.relay, s, [2][]byte{})
 	closeWrite(t, c.backend)
-	eventually(t, "the pod is done with the session", true, s.podDone.Load)
+	eventually(t, "the pod is done with the session", true, s.released.Load)
 	p.relay.setPods(map[int]string{0: "b"})
 	if p.relay.oldPodSessionsDone("ns-01") != nil || p.mover.shouldMove(s) {
 		t.Error("the session counts as one with an old pod")
@@ -424,8 +426,9 @@ func movesIn(t *testing.T, rate, each int, data map[string]string, play func(t *
 		log := slog.New(slog.NewJSONHandler(m.log, nil))
 		relay := newRelay(func(i int) string { return backendName("backend", i) }, log)
 		router := &router{statefulSet: "backend", backends: ordinals{count: 5}, log: slog.New(slog.DiscardHandler), onSwap: func() {}}
-		m.mover = newMover(router, relay, rate, m.dial, log)
+		m.mover = newMover(router, relay, rate, m.dial, func() {}, log)
 		m.settleTime, m.closeSession = 500*time.Millisecond, m.recordClose
+		router.onSwap = m.ownersChanged
 		m.table(data)
 		for namespace := range data {
 			owner, _ := router.table().owner(namespace)
@@ -433,7 +436,6 @@ func movesIn(t *testing.T, rate, each int, data map[string]string, play func(t *
 				relay.add(&session{namespace: namespace, backend: owner})
 			}
 		}
-		router.onSwap = m.ownersChanged
 		ctx, cancel := context.WithCancel(t.Context())
 		var running sync.WaitGroup
 		running.Go(func() { m.run(ctx) })
@@ -482,8 +484,26 @@ func (m *moveTest) recordClose(s *session, done func(cut bool)) bool {
 		return false
 	}
 	m.closed = append(m.closed, closedSession{s, time.Since(m.started)})
-	time.AfterFunc(100*time.Millisecond, func() { done(len(s.namespace) > 5) })
+	time.AfterFunc(100*time.Millisecond, func() {
+		m.release(s)
+		done(len(s.namespace) > 5)
+	})
 	return true
+}
+
+// leave ends the session as its client does, and reports whether that was its end.
+func (m *moveTest) leave(s *session) bool {
+	if !s.setCause(causeClient) {
+		return false
+	}
+	m.release(s)
+	return true
+}
+
+// release has the session be over.
+func (m *moveTest) release(s *session) {
+	s.counted.Store(true)
+	m.relay.onReleased()
 }
 
 // table makes data the overrides of the router's table.
@@ -555,8 +575,8 @@ func TestMoveSettles(t *testing.T) {
 func TestMovePace(t *testing.T) {
 	for _, c := range []struct{ rate, sessions int }{{1, 20}, {200, 3000}, {2000, 9000}, {50_000, 9000}} {
 		t.Run(fmt.Sprintf("%d of %d per second", c.sessions, c.rate), func(t *testing.T) {
-			movesIn(t, c.rate, c.sessions, pinned(1, 0), func(t *testing.T, m *moveTest) {
-				m.table(pinned(1, 1))
+			movesIn(t, c.rate, 1, pinned(c.sessions, 0), func(t *testing.T, m *moveTest) {
+				m.table(pinned(c.sessions, 1))
 				all := m.after(time.Minute)
 				if len(all) != c.sessions {
 					t.Fatalf("%d sessions moved, want %d", len(all), c.sessions)
@@ -564,7 +584,7 @@ func TestMovePace(t *testing.T) {
 				interval, late := time.Second/time.Duration(c.rate), 0
 				for i, s := range all {
 					want := m.settleTime + time.Duration(i)*interval
-					if s.at < want || s.at > want+interval/2+paceTick {
+					if s.at < want || s.at > want+interval/2+2*stepInterval+paceTick { // a step takes 100 ms
 						t.Fatalf("session %d moved after %s, want %s", i, s.at, want)
 					}
 					if s.at > want+interval/8 {
@@ -574,13 +594,14 @@ func TestMovePace(t *testing.T) {
 				if interval > 10*paceTick && (late < c.sessions/4 || late == c.sessions) {
 					t.Errorf("%d sessions moved late by an eighth of the interval or more, want some jitter", late)
 				}
-				wantLine(t, m.log.all("move finished"), 1, map[string]any{"version": "1", "sessions": float64(c.sessions), "namespaces": 1.0, "cut": 0.0})
+				wantLine(t, m.log.all("move finished"), 1, map[string]any{"version": "1", "sessions": float64(c.sessions), "namespaces": float64(c.sessions)})
 			})
 		})
 	}
 }
 
-// All sessions of a namespace move in a row, in the same order on every router.
+// All sessions of a namespace move at once, and the namespaces in the same order on every
+// router.
 func TestMoveByNamespace(t *testing.T) {
 	const namespaces, each = 12, 5
 	orders := map[string]bool{}
@@ -588,7 +609,11 @@ func TestMoveByNamespace(t *testing.T) {
 		movesIn(t, 100, each, pinned(namespaces, 0), func(t *testing.T, m *moveTest) {
 			m.table(pinned(namespaces, 1))
 			var order []string
-			for _, s := range m.after(time.Minute) {
+			all := m.after(time.Minute)
+			slices.SortStableFunc(all, func(a, b closedSession) int {
+				return cmp.Or(cmp.Compare(a.at, b.at), cmp.Compare(placeOf(hash64(a.namespace)), placeOf(hash64(b.namespace))))
+			})
+			for _, s := range all {
 				order = append(order, s.namespace)
 			}
 			if len(order) != namespaces*each {
@@ -633,8 +658,8 @@ func (r *moveRecorder) reportMove(m moveResult) { r.results = append(r.results, 
 // An edit that reverts a change cancels the moves that are still to come, and the
 // result has their number.
 func TestMoveTakenBack(t *testing.T) {
-	before, after := with(pinned(1, 0), "other", 1), with(pinned(1, 1), "other", 0)
-	movesIn(t, 10, 50, before, func(t *testing.T, m *moveTest) {
+	before, after := pinned(100, 0), pinned(100, 1)
+	movesIn(t, 10, 1, before, func(t *testing.T, m *moveTest) {
 		reported := &moveRecorder{}
 		m.router.sources = append(m.router.sources, &routerSource{overrideSource: reported, provisional: true})
 		m.table(after)
@@ -656,23 +681,29 @@ func TestMoveTakenBack(t *testing.T) {
 	})
 }
 
-// If an edit gives sessions that are still queued to a third owner, they move there and
-// stay in their batch. A second batch has a result of its own. Both share the pace.
+// If an edit gives sessions that are still queued to a third owner, they move there. Each
+// table has a result of its own. All moves share the pace.
 func TestMoveTwoBatches(t *testing.T) {
-	data := with(pinned(1, 0), "other", 2)
-	movesIn(t, 10, 20, data, func(t *testing.T, m *moveTest) {
-		m.table(with(data, "ns-00", 1))
-		m.after(time.Second)
-		m.table(with(with(data, "ns-00", 3), "other", 4))
+	data := func(first, others int) map[string]string {
+		data := pinned(20, first)
+		for i := range 20 {
+			data[fmt.Sprintf("other-%02d", i)] = backendName("backend", others)
+		}
+		return data
+	}
+	movesIn(t, 10, 1, data(0, 2), func(t *testing.T, m *moveTest) {
+		m.table(data(1, 2))
+		moved := len(m.after(time.Second))
+		m.table(data(3, 4))
 		all := m.after(time.Minute)
-		if len(all) != 40 || all[39].at < 4800*time.Millisecond || all[39].at > 5100*time.Millisecond {
+		if len(all) != 40 || all[39].at < 4800*time.Millisecond || all[39].at > 5300*time.Millisecond {
 			t.Errorf("%d moved, the last after %s; want 40 at 10 per second, but for half a second", len(all), all[len(all)-1].at)
 		}
 		lines := m.log.all("move finished")
 		wantLine(t, lines, 2, nil)
-		for _, line := range lines {
-			if line["sessions"] != 20.0 || line["namespaces"] != 1.0 || line["cancelled"] != 0.0 {
-				t.Errorf("%v, want 20 sessions of one namespace in each", line)
+		for i, want := range []int{moved, 40 - moved} {
+			if line := lines[i]; line["sessions"] != float64(want) || line["namespaces"] != float64(want) || line["cancelled"] != 0.0 {
+				t.Errorf("%v, want %d sessions", line, want)
 			}
 		}
 		if m.dialsOf(1) != 1 || m.dialsOf(3) != 1 || m.dialsOf(4) != 1 || m.dialsOf(0) != 0 {
@@ -699,7 +730,7 @@ func TestMoveWaitsForTheOwner(t *testing.T) {
 		wantLine(t, m.log.all("move finished"), 0, nil)
 		for _, s := range m.relay.sessions {
 			if s.namespace == "ns-00" {
-				s.setCause(causeClient) // one session ends by itself
+				m.leave(s) // one session ends by itself
 				break
 			}
 		}
@@ -717,12 +748,12 @@ func TestMoveWaitsForTheOwner(t *testing.T) {
 // If an edit gives queued sessions to an owner that is not reachable, they wait
 // too, even before the edit has settled.
 func TestMoveToWhoIsWaitedFor(t *testing.T) {
-	data := with(pinned(1, 0), "other", 0)
-	movesIn(t, 10, 20, data, func(t *testing.T, m *moveTest) {
+	data := with(pinned(39, 0), "other", 0)
+	movesIn(t, 10, 1, data, func(t *testing.T, m *moveTest) {
 		m.setAbsent(3, true)
-		m.table(with(with(data, "ns-00", 1), "other", 3))
+		m.table(with(pinned(39, 1), "other", 3))
 		moved := len(m.after(time.Second))
-		m.table(with(with(data, "ns-00", 3), "other", 3))
+		m.table(with(pinned(39, 3), "other", 3))
 		if got := len(m.after(time.Minute)); moved == 0 || got != moved {
 			t.Errorf("%d moved and then %d more; want some and none", moved, got-moved)
 		}
@@ -749,12 +780,12 @@ func TestMoveForgetsTheOwner(t *testing.T) {
 
 // A session that ends by itself does not delay the others, and no result counts it.
 func TestMoveSkipsWhatEnds(t *testing.T) {
-	movesIn(t, 1, 20, pinned(1, 0), func(t *testing.T, m *moveTest) {
-		m.table(pinned(1, 1))
+	movesIn(t, 1, 1, pinned(20, 0), func(t *testing.T, m *moveTest) {
+		m.table(pinned(20, 1))
 		m.after(600 * time.Millisecond)
 		left := 0
 		for _, s := range m.relay.sessions {
-			if left < 10 && s.setCause(causeClient) {
+			if left < 10 && m.leave(s) {
 				left++
 			}
 		}
@@ -771,7 +802,7 @@ func TestMoveSkipsWhatCannotClose(t *testing.T) {
 	movesIn(t, 0, 5, pinned(1, 0), func(t *testing.T, m *moveTest) {
 		var once sync.Once
 		m.closeSession = func(s *session, done func(bool)) bool {
-			once.Do(func() { s.setCause(causeClient) })
+			once.Do(func() { m.leave(s) })
 			return m.recordClose(s, done)
 		}
 		m.table(pinned(1, 1))

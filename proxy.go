@@ -119,7 +119,12 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result, error) 
 			if err := p.dialOwner(holdCtx, u); err != nil {
 				return p.unreachableError(holdCtx, u.owner, err, misdirected)
 			}
-			request = finishRequestHead(head, u.table, p.backends.name(u.owner))
+			if !p.startFlight(u) {
+				u.backendConn.Close()
+				u.backendConn = nil
+				continue
+			}
+			request = finishRequestHead(head, u.stamp, u.step, p.backends.name(u.owner))
 		}
 		result, err := p.completeUpgrade(w, r, u, clientAddrs, request)
 		switch {
@@ -146,10 +151,10 @@ func trimRequest(r *http.Request, ctx context.Context) *http.Request {
 func (p *proxy) dialOwner(ctx context.Context, u *pendingUpgrade) error {
 	recheck := func() (int, error) {
 		err := p.recheckOwner(ctx, u)
-		return u.owner, err
+		return u.queue(), err
 	}
 	for {
-		conn, podUID, err := p.backends.dialOwner(ctx, recheck)
+		conn, podUID, err := p.backends.dialOwner(ctx, u.namespace, recheck, p.mover.findQueue)
 		if err != nil {
 			return err
 		}
@@ -159,6 +164,16 @@ func (p *proxy) dialOwner(ctx context.Context, u *pendingUpgrade) error {
 		}
 		conn.Close() // the pod was replaced since recheckOwner
 	}
+}
+
+// startFlight notes that the owner gets the request now, which the caller sends next. It
+// returns false if the namespace has another owner by now, or none.
+func (p *proxy) startFlight(u *pendingUpgrade) bool {
+	f, now, ok := p.mover.startFlight(u.namespace, u.owner, u.podUID)
+	if ok {
+		u.flight, u.assignment = f, now
+	}
+	return ok
 }
 
 // halfClosedHold is how long a half-closed client waits for its owner.
@@ -224,20 +239,20 @@ func (p *proxy) admit(r *http.Request) (*pendingUpgrade, *refusal) {
 	if refused != nil {
 		return nil, refused
 	}
-	owner, table, refused := p.owner(namespace)
+	assigned, refused := p.owner(namespace)
 	if refused != nil {
 		return nil, refused
 	}
 	limit := p.limits.pendingUpgrades
 	backends := p.router.table().backends.count
-	all, own, acquired := p.pendingUpgrades.acquire(owner, backends, limit)
+	all, own, acquired := p.pendingUpgrades.acquire(assigned.owner, backends, limit)
 	if !acquired {
 		return nil, refuse(resultMaxPending,
 			"%d upgrades to %s are pending, its share of %d; %d in all",
-			own, p.backends.name(owner), limit, all)
+			own, p.backends.name(assigned.owner), limit, all)
 	}
 	u := &pendingUpgrade{limit: &p.pendingUpgrades,
-		namespace: namespace, owner: owner, table: table}
+		namespace: namespace, assignment: assigned}
 	if p.relay.size()+all > p.limits.sessions {
 		u.release()
 		return nil, refuse(resultMaxSessions,
@@ -250,11 +265,11 @@ func (p *proxy) admit(r *http.Request) (*pendingUpgrade, *refusal) {
 // a session of it: until no session of the namespace is with a pod that was replaced. ctx
 // bounds that. It returns a *refusal if there is no owner.
 func (p *proxy) recheckOwner(ctx context.Context, u *pendingUpgrade) error {
-	owner, table, refused := p.owner(u.namespace)
+	assigned, refused := p.owner(u.namespace)
 	if refused != nil {
 		return refused
 	}
-	u.setOwner(owner, table)
+	u.assign(assigned)
 	return p.waitForOldPod(ctx, u)
 }
 
@@ -308,20 +323,18 @@ func freeMemory(ctx context.Context, handshakes func() int) {
 	}
 }
 
-// owner returns the backend that owns the namespace, and the stamp of the table that says
-// so.
-func (p *proxy) owner(namespace string) (int, string, *refusal) {
-	t := p.router.table()
-	if t == nil {
-		return 0, "", refuse(resultNoTable, "no overrides have been read yet")
-	}
-	owner, ok := t.owner(namespace)
-	if !ok {
-		return 0, "", refuse(resultUnresolved,
+// owner returns the backend that owns the namespace, or the next one if it is held.
+func (p *proxy) owner(namespace string) (assignment, *refusal) {
+	a := p.mover.assign(namespace)
+	switch a.state {
+	case noTableYet:
+		return a, refuse(resultNoTable, "no overrides have been read yet")
+	case isUnknown:
+		return a, refuse(resultUnresolved,
 			"the override of %q is invalid or conflicts with another, and its previous owner is not known: see /owner",
 			namespace)
 	}
-	return owner, t.stamp, nil
+	return a, nil
 }
 
 // unreachableError returns why there is no connection to the backend: err, and misdirected
@@ -348,7 +361,7 @@ func (p *proxy) unreachableError(
 
 // completeUpgrade sends the owner the request, on the connection that u has, and makes
 // the session of its 101, or passes its other answer on. An empty request was sent
-// before. It closes the connection if that does not become the session's.
+// before. It abandons the connection if that does not become the session's.
 func (p *proxy) completeUpgrade(
 	w http.ResponseWriter, r *http.Request,
 	u *pendingUpgrade, clientAddrs string, request []byte,
@@ -357,17 +370,20 @@ func (p *proxy) completeUpgrade(
 	u.backendConn = nil
 	defer func() {
 		if !handedOver {
-			backendConn.Close()
+			u.abandon(backendConn)
 		}
 	}()
-	// A client that leaves need not wait for the backend's answer.
-	stop := context.AfterFunc(r.Context(), func() { backendConn.Close() })
-	defer stop()
 	backendConn.SetDeadline(time.Now().Add(p.limits.handshakeTimeout))
+	// A client that leaves need not wait for the backend's answer.
+	stop := context.AfterFunc(r.Context(), func() { backendConn.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
 	br := p.newReader(nil)
 	resp, fromBackend, err := handshake(backendConn, br, request, p.limits.headerBytes)
 	if err != nil {
 		return p.handshakeError(r.Context(), u.owner, err)
+	}
+	if resp.StatusCode != http.StatusSwitchingProtocols {
+		u.endFlight() // it has refused the request
 	}
 	if resp.StatusCode == http.StatusMisdirectedRequest {
 		return p.handleMisdirected(u.owner, backendConn.RemoteAddr())
@@ -492,14 +508,15 @@ func (p *proxy) newSession(u *pendingUpgrade, clientAddrs string) (*session, err
 // handOver makes s of the upgrade: start gives the relay s and its sockets, which from then
 // on only the relay touches. Both ways of a handshake end with it.
 //
-// If the table was swapped since newSession, the namespace may have another owner. The
-// relay knows s before handOver reads the table again, and the mover takes its snapshot of
-// the sessions after the swap. The relay's lock puts these two in order: if s comes
-// first, the snapshot has s; if the snapshot comes first, handOver sees the new table.
+// The flight ends when the relay has s. So a step of a hand-off, which looks at the
+// flights first and at the sessions then, finds one of them. With -handoff=off, and if the
+// pod was replaced, handOver asks again: the relay knows s before, and the mover looks for
+// sessions after such a change.
 func (p *proxy) handOver(u *pendingUpgrade, s *session, start func()) {
 	p.results[resultOK].Add(1)
 	u.release() // before start, or the limit of sessions would count it twice
 	start()
+	u.endFlight()
 	if p.mover.shouldMove(s) {
 		s.closeGracefully(causeMoved, nil)
 	}

@@ -108,7 +108,7 @@ func TestProxyForwardsTheRequest(t *testing.T) {
 		"Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\nOrigin: https://other.example\r\nCookie: a=b\r\n"+
 		"X-Secret: hop\r\nX-Forwarded-For: 203.0.113.9\r\nX-Forwarded-Proto: https\r\n"+
 		"X-Real-IP: 203.0.113.66\r\nx_real_ip: 203.0.113.66\r\nForwarded: for=203.0.113.66\r\nForwarded: for=203.0.113.67;host=h\r\n"+
-		"X-Router-Pod: forged\r\nX-Router-Table: forged\r\nx_router_pod: forged\r\nX-Router-Backend: backend-7\r\nX_Router_Backend: backend-7\r\n\r\n")
+		"X-Router-Pod: forged\r\nX-Router-Table: forged\r\nX-Router-Step: 7\r\nx_router_pod: forged\r\nX-Router-Backend: backend-7\r\nX_Router_Backend: backend-7\r\n\r\n")
 	if resp.StatusCode != 101 {
 		t.Fatalf("status %s, want 101", resp.Status)
 	}
@@ -117,7 +117,8 @@ func TestProxyForwardsTheRequest(t *testing.T) {
 		"Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n" +
 		"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Protocol: chat, superchat\r\nSec-WebSocket-Version: 13\r\n" +
 		"Upgrade: websocket\r\nX-Forwarded-For: 203.0.113.9, 127.0.0.1\r\nX-Forwarded-Host: www.mydomain.com:8443\r\n" +
-		"X-Forwarded-Proto: https\r\nX-Router-Backend: backend-0\r\nX-Router-Pod: router-x\r\nX-Router-Table: " + p.router.table().stamp + "\r\n\r\n"
+		"X-Forwarded-Proto: https\r\nX-Router-Backend: backend-0\r\nX-Router-Pod: router-x\r\nX-Router-Table: " + p.router.table().stamp + "\r\n" +
+		fmt.Sprintf("X-Router-Step: %d\r\n\r\n", p.mover.assign("ns-01").step)
 	if got := backend.heads()[0]; sortedHead(got) != sortedHead(want) {
 		t.Errorf("the backend got\n%s\nwant\n%s", got, want)
 	}
@@ -371,6 +372,7 @@ func TestProxyMovedInHandshake(t *testing.T) {
 	conn := p.send(t, "ns-01")
 	<-asked
 	p.router.update(sourceContent{id: sourceID{name: "test"}, version: "42", overrides: newOverrideSet(map[string]string{"ns-01": "backend-1"})})
+	eventually(t, "owner of ns-01", 1, func() int { return p.mover.assign("ns-01").owner })
 	close(swapped)
 	mustAnswer(t, conn, 101)
 	stamp := p.router.table().stamp
@@ -639,7 +641,7 @@ func TestHoldEndsBeforeItsContext(t *testing.T) {
 	}
 	b.invalidate = func(int) { time.AfterFunc(time.Second, end) } // a dial has failed: if it is not the end, this is
 	defer end()
-	if _, _, err := b.dialOwner(ctx, func() (int, error) { return 0, nil }); !errors.Is(err, nowhere) {
+	if _, _, err := b.dialOwner(ctx, "ns-01", func() (int, error) { return 0, nil }, always0); !errors.Is(err, nowhere) {
 		t.Errorf("it ended with %v, want %v", err, nowhere)
 	}
 }

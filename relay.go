@@ -91,7 +91,7 @@ type session struct {
 	index    int32 // in relay.sessions
 	onOldPod bool  // counted in relay.oldPods
 
-	podDone   atomic.Bool     // its pod has ended its stream, or was reset
+	released  atomic.Bool     // its backend has ended its stream, or was reset
 	cause     atomic.Int32    // a cause; causeNone until the session ends
 	counted   atomic.Bool     // it has ended and was counted
 	bytesFrom [2]atomic.Int64 // by sender, taken by its peer's socket; with Close frames
@@ -135,6 +135,7 @@ type relay struct {
 	deadTimeout      time.Duration
 	closeTimeout     time.Duration
 	freeDescriptors  func(count int) // called for descriptors that a session no longer has
+	onReleased       func()          // called when a session is released; must not block
 	log              *slog.Logger
 	engine           engine
 
@@ -177,6 +178,7 @@ func newRelay(name func(backend int) string, log *slog.Logger) *relay {
 		deadTimeout:      deadTimeout,
 		closeTimeout:     closeTimeout,
 		freeDescriptors:  func(int) {},
+		onReleased:       func() {},
 		log:              log,
 		byBackend:        map[int]backendCount{},
 		oldPods:          map[string]*oldPodSessions{},
@@ -227,6 +229,7 @@ func (r *relay) sessionEnded(s *session) {
 		"client", s.clientAddrs, "seconds", (time.Since(r.began) - s.started).Seconds(),
 		"to_backend", n[clientSide], "to_client", n[backendSide])
 	s.counted.Store(true)
+	r.onReleased()
 	r.freeDescriptors(descriptorsPerSession)
 	r.openSessions.Done()
 }
@@ -286,12 +289,18 @@ func (r *relay) setPods(pods map[int]string) (changed bool) {
 // podReplaced reports whether another pod has replaced the session's pod, and the old
 // one still has the session. It takes no lock.
 func (r *relay) podReplaced(s *session) bool {
+	return r.isOldPod(s.backend, s.podUID) && !s.released.Load()
+}
+
+// isOldPod reports whether another pod has replaced the backend's pod with this uid. It
+// takes no lock.
+func (r *relay) isOldPod(backend int, podUID string) bool {
 	pods := r.podUIDs.Load()
-	if s.podUID == "" || pods == nil {
+	if podUID == "" || pods == nil {
 		return false
 	}
-	now := (*pods)[s.backend]
-	return now != "" && now != s.podUID && !s.podDone.Load()
+	now := (*pods)[backend]
+	return now != "" && now != podUID
 }
 
 // recountOnOldPod counts s again as onOldPod or not, unless it is over.
@@ -325,13 +334,17 @@ func (r *relay) countOnOldPod(s *session, onOldPod bool) {
 	}
 }
 
-// setPodDone notes that the pod of s has ended its stream, or that the relay has reset
-// its connection: for this session the pod no longer serves the namespace. The engine
+// setReleased notes that the backend of s has ended its stream, or that the relay has reset
+// its connection: for this session the backend no longer serves the namespace. The engine
 // calls it, with or without its own locks.
-func (r *relay) setPodDone(s *session) {
-	if s.podUID != "" && !s.podDone.Swap(true) {
+func (r *relay) setReleased(s *session) {
+	if s.released.Swap(true) {
+		return
+	}
+	if s.podUID != "" {
 		r.recountOnOldPod(s)
 	}
+	r.onReleased()
 }
 
 // oldPodSessionsDone returns nil if the namespace has no session with a replaced pod.
@@ -360,6 +373,9 @@ func (s *session) setCause(cause cause) bool {
 
 // isClosing reports whether the session has a cause: it ends or has ended.
 func (s *session) isClosing() bool { return cause(s.cause.Load()) != causeNone }
+
+// isReleased reports whether the session's backend serves its namespace no longer.
+func (s *session) isReleased() bool { return s.released.Load() || s.counted.Load() }
 
 // filter returns the sessions for which match returns true, of those that are open at
 // one moment of the call. It calls match without the relay's lock, so sessions may

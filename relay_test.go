@@ -338,7 +338,9 @@ func scanned(t testing.TB, overrides int) (*relay, *mover, []*session) {
 	for _, s := range all {
 		r.add(s)
 	}
-	return r, newMover(router, r, 0, nil, log), all
+	m := newMover(router, r, 0, nil, func() {}, log)
+	m.ownersChanged()
+	return r, m, all
 }
 
 // A scan finds exactly the sessions that match, also if others have ended before, and

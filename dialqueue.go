@@ -1,0 +1,307 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	maxDialsPerBackend = 64 // dials of one backend at once
+	minRedialDelay     = 50 * time.Millisecond
+	maxRedialDelay     = time.Second
+)
+
+// errRecheckOwner says that an upgrade has to ask again who its owner is: that has changed
+// while it waited, or its dial failed.
+var errRecheckOwner = errors.New("the owner may have changed")
+
+// queueHeld is the ordinal of a queue that is never ready: that of the upgrades whose
+// namespace is being handed over.
+const queueHeld = -4
+
+// errHeld is why queueHeld is not ready.
+var errHeld = errors.New("the namespace is being handed over")
+
+// queueFinder returns the ordinal of the queue in which an upgrade of the namespace has to
+// wait: its owner's, queueHeld, or another negative number if it has no owner. It takes no
+// lock.
+type queueFinder = func(namespace string) (ordinal int)
+
+// dialQueues makes upgrades wait until their backend is ready. Then they dial it in the
+// order in which they came, at most maxDialsPerBackend at once. No upgrade polls: each is
+// woken. While the dials of a backend fail, one upgrade at a time dials for all of them.
+type dialQueues struct {
+	// Static after construction.
+	backendReady func(ordinal int) error // why a backend cannot be dialled now, or nil
+
+	misdirectedQueues atomic.Int64 // queues with misdirected
+
+	// Guarded by mu.
+	mu           sync.Mutex
+	lastSequence int64              // of a waiter
+	queues       map[int]*dialQueue // by ordinal
+}
+
+// dialQueue has the upgrades that wait for one backend. dialQueues.mu guards it.
+type dialQueue struct {
+	waiters     []*waiter // in the order of their sequence
+	dialing     int       // dials under way
+	failures    int       // failed dials in a row
+	lastErr     error     // of the last failed dial, nil after a successful one
+	retryAt     time.Time // until then no upgrade dials
+	wasDown     bool      // it was not ready when that was last checked
+	misdirected bool      // another backend answered at its address, and it has not since
+}
+
+// waiter is an upgrade in a dial queue.
+type waiter struct {
+	namespace string
+	sequence  int64  // its position among all waiters; it keeps that until it is connected
+	woken     wakeup // what wait waits for; unused if onWake is another function
+	onWake    func() // called when it may dial or has to recheck its owner; mu is held
+	mayDial   bool   // guarded by dialQueues.mu
+	failure   error  // of its last dial that was not cut short, or nil; not guarded
+}
+
+func newDialQueues(ready func(ordinal int) error) *dialQueues {
+	return &dialQueues{backendReady: ready, queues: map[int]*dialQueue{}}
+}
+
+// checkReady returns why the upgrades in the queue cannot dial now, or nil.
+func (h *dialQueues) checkReady(ordinal int) error {
+	if ordinal == queueHeld {
+		return errHeld
+	}
+	return h.backendReady(ordinal)
+}
+
+// newWaiter returns a waiter for wait, of an upgrade of the namespace.
+func (h *dialQueues) newWaiter(namespace string) *waiter {
+	w := &waiter{namespace: namespace, woken: newWakeup()}
+	w.onWake = w.woken.notify
+	h.setSequence(w)
+	return w
+}
+
+// setSequence gives w its position: behind all others.
+func (h *dialQueues) setSequence(w *waiter) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.lastSequence++
+	w.sequence = h.lastSequence
+}
+
+// wait returns nil when w may dial the backend. The caller then calls dialDone. wait
+// returns errRecheckOwner if w has to wait in another queue, and what w waited for if ctx
+// ends.
+func (h *dialQueues) wait(
+	ctx context.Context, w *waiter, ordinal int, find queueFinder,
+) error {
+	if !h.enqueue(context.Background(), w, ordinal, find) {
+		return errRecheckOwner
+	}
+	select {
+	case <-w.woken:
+	case <-ctx.Done():
+	}
+	return h.dequeue(ctx, w, ordinal)
+}
+
+// enqueue puts w, which is in no queue, into the queue. w may then dial at once. It
+// reports whether it did so: not if w has to wait in another queue by now, and not if ctx
+// has ended, because dequeue may have been called already.
+func (h *dialQueues) enqueue(
+	ctx context.Context, w *waiter, ordinal int, find queueFinder,
+) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	// After these checks, recheckOwners and dequeue find w in the queue.
+	if find(w.namespace) != ordinal || ctx.Err() != nil {
+		return false
+	}
+	q := h.queue(ordinal)
+	at, _ := q.position(w)
+	q.waiters = slices.Insert(q.waiters, at, w)
+	h.startDials(ordinal, q)
+	return true
+}
+
+// dequeue takes w, which was woken or whose ctx has ended, out of the backend's queue. It
+// returns what wait returns.
+func (h *dialQueues) dequeue(ctx context.Context, w *waiter, ordinal int) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if w.mayDial {
+		w.mayDial = false
+		return nil
+	}
+	q := h.queue(ordinal)
+	if at, ok := q.position(w); ok {
+		q.waiters = slices.Delete(q.waiters, at, at+1)
+	}
+	if ctx.Err() == nil {
+		return errRecheckOwner
+	}
+	return h.why(w, ordinal, ctx.Err())
+}
+
+// reason returns why w, whose ctx has ended, is not connected to the backend, or err if
+// no reason is known.
+func (h *dialQueues) reason(w *waiter, ordinal int, err error) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.why(w, ordinal, err)
+}
+
+// why returns why the backend cannot be dialled, or why the last dial of it failed, or
+// why the last dial of w failed, or err. The caller holds mu.
+func (h *dialQueues) why(w *waiter, ordinal int, err error) error {
+	return cmp.Or(h.checkReady(ordinal), h.queue(ordinal).lastErr, w.failure, err)
+}
+
+// tryDial reports whether the caller may dial the backend now: the backend is ready, no
+// upgrade waits for it, and its last dial did not fail. The caller then calls dialDone.
+func (h *dialQueues) tryDial(ordinal int) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	q := h.queue(ordinal)
+	if len(q.waiters) > 0 || q.failures > 0 || q.dialing >= maxDialsPerBackend || h.checkReady(ordinal) != nil {
+		return false
+	}
+	q.dialing++
+	return true
+}
+
+// dialDone notes the result of a dial. cut says that the context of the upgrade ended
+// before the dial could succeed or fail.
+func (h *dialQueues) dialDone(ordinal int, err error, cut bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	q := h.queue(ordinal)
+	q.dialing--
+	switch {
+	case err == nil && q.misdirected: // the next upgrade waits for the answer, or for retryAt
+		h.dialFailed(ordinal, q, q.lastErr)
+	case err == nil:
+		q.failures, q.lastErr = 0, nil
+	case !cut:
+		h.dialFailed(ordinal, q, err)
+	}
+	h.startDials(ordinal, q)
+}
+
+// dialFailed lets no upgrade dial the backend until retryAt. Of dials that fail together
+// only the first counts. The caller holds mu.
+func (h *dialQueues) dialFailed(ordinal int, q *dialQueue, err error) {
+	if time.Now().Before(q.retryAt) {
+		return
+	}
+	q.failures++
+	wait := backoff{minRedialDelay, maxRedialDelay}.jittered(q.failures, rand.Float64())
+	q.lastErr, q.retryAt = err, time.Now().Add(wait)
+	time.AfterFunc(wait, func() {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		h.startDials(ordinal, q)
+	})
+}
+
+// setMisdirected notes that another backend has answered at the backend's address. As
+// after a failed dial, one upgrade at a time then dials, until clearMisdirected.
+func (h *dialQueues) setMisdirected(ordinal int, err error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	q := h.queue(ordinal)
+	if !q.misdirected {
+		q.misdirected = true
+		h.misdirectedQueues.Add(1)
+	}
+	h.dialFailed(ordinal, q, err)
+}
+
+// clearMisdirected notes that the backend has answered.
+func (h *dialQueues) clearMisdirected(ordinal int) {
+	if h.misdirectedQueues.Load() == 0 {
+		return
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	q := h.queue(ordinal)
+	if !q.misdirected {
+		return
+	}
+	h.misdirectedQueues.Add(-1)
+	q.misdirected, q.failures, q.lastErr, q.retryAt = false, 0, nil, time.Time{}
+	h.startDials(ordinal, q)
+}
+
+// readinessChanged is called when the result of checkReady or the address of any backend
+// may have changed. Upgrades may then dial at once. The failed dials of a backend that
+// has become ready are forgotten.
+func (h *dialQueues) readinessChanged() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for ordinal, q := range h.queues {
+		down := h.checkReady(ordinal) != nil
+		if q.wasDown && !down {
+			q.failures = 0
+		}
+		q.wasDown, q.retryAt = down, time.Time{}
+		h.startDials(ordinal, q)
+	}
+}
+
+// recheckOwners wakes the waiters that have to wait in another queue. It is called after
+// what find returns has changed.
+func (h *dialQueues) recheckOwners(find queueFinder) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for ordinal, q := range h.queues {
+		for _, w := range q.waiters {
+			if find(w.namespace) != ordinal {
+				w.onWake()
+			}
+		}
+	}
+}
+
+// startDials lets the waiters dial that may do so now. The caller holds mu.
+func (h *dialQueues) startDials(ordinal int, q *dialQueue) {
+	if len(q.waiters) == 0 || h.checkReady(ordinal) != nil || time.Now().Before(q.retryAt) {
+		return
+	}
+	limit := maxDialsPerBackend
+	if q.failures > 0 {
+		limit = 1
+	}
+	n := max(0, min(len(q.waiters), limit-q.dialing))
+	for _, w := range q.waiters[:n] {
+		w.mayDial = true
+		w.onWake()
+	}
+	q.dialing += n
+	q.waiters = slices.Delete(q.waiters, 0, n)
+}
+
+// queue returns the backend's queue. The caller holds mu.
+func (h *dialQueues) queue(ordinal int) *dialQueue {
+	q := h.queues[ordinal]
+	if q == nil {
+		q = &dialQueue{wasDown: h.checkReady(ordinal) != nil}
+		h.queues[ordinal] = q
+	}
+	return q
+}
+
+// position returns the index of w in the queue, or else where it belongs.
+func (q *dialQueue) position(w *waiter) (int, bool) {
+	return slices.BinarySearchFunc(q.waiters, w.sequence, func(other *waiter, sequence int64) int {
+		return cmp.Compare(other.sequence, sequence)
+	})
+}

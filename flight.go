@@ -1,0 +1,147 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+// flight is the request of an upgrade, from just before it is sent until it is over: its
+// backend has refused it or has ended its side of the connection, the relay has the
+// session, or the request was not sent. Until then the backend may serve the namespace.
+type flight struct {
+	flights   *flights
+	namespace string
+	backend   int    // ordinal
+	podUID    string // of the backend's pod, "" if not known
+}
+
+// flights are all requests in flight. A step of a hand-off is done when none of them is
+// with another backend than the next owner.
+type flights struct {
+	// Static after construction.
+	unprovenTimeout time.Duration   // how long the end of an abandoned flight is waited for; 0: for ever
+	onEnd           func()          // called when a flight is over; must not block
+	addDescriptors  func(count int) // called for descriptors of abandoned flights
+	backendName     func(backend int) string
+	log             *slog.Logger
+	open            context.Context // ends when nobody waits for the end of flights any more
+	close           context.CancelFunc
+
+	unproven atomic.Int64 // abandoned flights whose end was not seen
+
+	mu        sync.Mutex
+	all       map[*flight]struct{} // guarded by mu
+	abandoned sync.WaitGroup       // the goroutines of abandoned flights
+}
+
+// newFlights returns flights without an entry. The caller calls stop.
+func newFlights(name func(backend int) string, log *slog.Logger) *flights {
+	f := &flights{
+		onEnd: func() {}, addDescriptors: func(int) {}, backendName: name, log: log,
+		all: map[*flight]struct{}{},
+	}
+	f.open, f.close = context.WithCancel(context.Background())
+	return f
+}
+
+// stop ends the wait for all abandoned flights.
+func (f *flights) stop() {
+	f.close()
+	f.abandoned.Wait()
+}
+
+// add adds a flight. The caller ends or abandons it.
+func (f *flights) add(namespace string, backend int, podUID string) *flight {
+	e := &flight{f, namespace, backend, podUID}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.all[e] = struct{}{}
+	return e
+}
+
+// any reports whether match returns true for one of the flights.
+func (f *flights) any(match func(*flight) bool) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for e := range f.all {
+		if match(e) {
+			return true
+		}
+	}
+	return false
+}
+
+// end ends the flight: it is over.
+func (e *flight) end() {
+	f := e.flights
+	f.mu.Lock()
+	delete(f.all, e)
+	f.mu.Unlock()
+	f.onEnd()
+}
+
+// abandon gives the flight up, since nobody needs its answer. It tells the backend so
+// with a FIN, and ends the flight when the backend has ended its side too, or after
+// unprovenTimeout: a backend may take a request that was reset long after the reset. It
+// takes over conn, which is nil if there is no descriptor for it, and calls onEnd at the
+// end of the flight. It does not block.
+func (e *flight) abandon(conn net.Conn, onEnd func()) {
+	f := e.flights
+	f.addDescriptors(1)
+	f.abandoned.Go(func() {
+		defer f.addDescriptors(-1)
+		defer onEnd()
+		defer e.end()
+		if f.awaitEnd(conn) || f.open.Err() != nil {
+			return
+		}
+		f.unproven.Add(1)
+		f.log.Warn("gave up waiting for the end of an upgrade",
+			"namespace", e.namespace, "backend", f.backendName(e.backend),
+			"seconds", f.unprovenTimeout.Seconds())
+	})
+}
+
+// awaitEnd closes conn after its peer has ended its side, or when the time is over. It
+// reports whether the peer has ended its side.
+func (f *flights) awaitEnd(conn net.Conn) bool {
+	ctx := f.open
+	if f.unprovenTimeout > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, f.unprovenTimeout)
+		defer cancel()
+	}
+	if conn == nil {
+		<-ctx.Done()
+		return false
+	}
+	defer conn.Close()
+	if conn, ok := conn.(interface{ CloseWrite() error }); ok {
+		conn.CloseWrite()
+	}
+	for ctx.Err() == nil {
+		conn.SetDeadline(time.Time{})
+		stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
+		_, err := io.Copy(io.Discard, conn)
+		stop()
+		if !errors.Is(err, os.ErrDeadlineExceeded) { // else who has abandoned it may have set it
+			return err == nil || errors.Is(err, syscall.ECONNRESET)
+		}
+	}
+	return false
+}
+
+// writeMetrics writes how many flights were given up.
+func (f *flights) writeMetrics(w metricsWriter) {
+	w.single("router_handoff_unproven_total", "counter",
+		"Upgrades and sessions that a backend may have served after they were given up.",
+		float64(f.unproven.Load()))
+}

@@ -1,0 +1,176 @@
+package main
+
+import (
+	"net"
+	"sync"
+	"time"
+)
+
+// upgradeLimit bounds the pending upgrades: those that wait, dial, or are in the
+// handshake. A backend's upgrades cannot take the places of the other backends' ones,
+// whatever they wait for: half of the limit is divided evenly among the backends. The
+// other half is a pool, of which a backend may take as many places as it leaves free. So
+// there is room for the clients of the last backend that works, and for the many clients
+// that wait for one that restarts. The zero value counts none.
+type upgradeLimit struct {
+	mu        sync.Mutex // guards all fields
+	total     int
+	byBackend map[int]int // places taken, by ordinal
+	share     int         // places of each backend
+	pooled    int         // places taken beyond the shares
+	headBytes int         // of the heads that are kept
+}
+
+// acquire takes a place for an upgrade to a backend, one of so many. Each backend has at
+// least one place, whatever the limit. It returns how many places are taken then, in all
+// and by this backend. If ok is false, it took none. The caller calls release.
+func (p *upgradeLimit) acquire(ordinal, backends, limit int) (all, own int, ok bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if share := max(1, limit/2/backends); share != p.share {
+		p.share, p.pooled = share, 0
+		for _, taken := range p.byBackend {
+			p.pooled += max(0, taken-share)
+		}
+	}
+	free := limit - p.share*backends - p.pooled
+	if taken := p.byBackend[ordinal]; taken >= p.share && taken-p.share >= free {
+		return p.total, taken, false
+	}
+	p.add(ordinal, 1)
+	return p.total, p.byBackend[ordinal], true
+}
+
+// take takes a place, even if the backend has its share.
+func (p *upgradeLimit) take(ordinal int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.add(ordinal, 1)
+}
+
+// release gives a place back.
+func (p *upgradeLimit) release(ordinal int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.add(ordinal, -1)
+}
+
+// transfer gives a place to another backend, which may then have more than its share: so
+// clients that wait for a dead backend can go to a new owner.
+func (p *upgradeLimit) transfer(from, to int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.add(from, -1)
+	p.add(to, 1)
+}
+
+// add counts n more places as taken. The caller holds mu.
+func (p *upgradeLimit) add(ordinal, n int) {
+	if p.byBackend == nil {
+		p.byBackend = map[int]int{}
+	}
+	before := p.byBackend[ordinal]
+	p.pooled += max(0, before+n-p.share) - max(0, before-p.share)
+	p.total += n
+	if p.byBackend[ordinal] = before + n; before+n == 0 {
+		delete(p.byBackend, ordinal)
+	}
+}
+
+// inUse returns how many places are taken, in all and by the backend.
+func (p *upgradeLimit) inUse(ordinal int) (all, own int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.total, p.byBackend[ordinal]
+}
+
+// reserveHead counts n bytes more of heads that are kept, and reports whether so many are
+// allowed with this limit of upgrades. If not, it counts none.
+func (p *upgradeLimit) reserveHead(n, limit int) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if n > 0 && p.headBytes+n > limit*headBytesPerUpgrade {
+		return false
+	}
+	p.headBytes += n
+	return true
+}
+
+// headBytesPerUpgrade is how many bytes the heads of the pending upgrades may have on
+// average. One may have more if others have fewer.
+const headBytesPerUpgrade = 2 << 10
+
+// pendingUpgrade is an upgrade from its admission until it is a session or is answered.
+// It goes with its client from the fast path to net/http. One goroutine at a time owns
+// it.
+type pendingUpgrade struct {
+	limit     *upgradeLimit // counts it until release
+	released  bool
+	namespace string
+	assignment
+	headBytes int // of its head, as limit counts them
+
+	// Set when the owner was dialled.
+	podUID       string    // of the owner's pod, "" if not known
+	holdDeadline time.Time // until then it waits for its owner; zero if it has not waited
+	dialErr      error     // why it has waited in vain; nil while that is open
+	backendConn  net.Conn  // to the owner, which may have the request already; or nil
+	flight       *flight   // of the request; nil if it was not sent or is over
+}
+
+// assign makes the upgrade one to the owner that a says.
+func (u *pendingUpgrade) assign(a assignment) {
+	u.limit.transfer(u.owner, a.owner)
+	u.assignment = a
+}
+
+// endFlight notes that the request is over: its owner has refused it, or the relay has
+// the session.
+func (u *pendingUpgrade) endFlight() {
+	if u.flight != nil {
+		u.flight.end()
+		u.flight = nil
+	}
+}
+
+// abandon takes over conn, a connection to the owner that became no session, and closes
+// it: if the owner may have the request, not before that is over. Until then a place of
+// the owner stays taken. conn is nil if there was no descriptor for it.
+func (u *pendingUpgrade) abandon(conn net.Conn) {
+	if u.flight == nil {
+		if conn != nil {
+			conn.Close()
+		}
+		return
+	}
+	limit, backend := u.limit, u.flight.backend
+	limit.take(backend)
+	u.flight.abandon(conn, func() { limit.release(backend) })
+	u.flight = nil
+}
+
+// reserveHead counts n bytes of its head, in place of those that it counted before. It
+// reports whether so many are allowed with this limit of upgrades.
+func (u *pendingUpgrade) reserveHead(n, limit int) bool {
+	ok := u.limit.reserveHead(n-u.headBytes, limit)
+	if ok {
+		u.headBytes = n
+	}
+	return ok
+}
+
+// release ends the count of the upgrade in its limit. More calls do nothing.
+func (u *pendingUpgrade) release() {
+	if u.released {
+		return
+	}
+	u.reserveHead(0, 0)
+	u.limit.release(u.owner)
+	u.released = true
+}
+
+// close releases the upgrade, and abandons the connection to its owner if it has one.
+func (u *pendingUpgrade) close() {
+	u.abandon(u.backendConn)
+	u.release()
+}
