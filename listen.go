@@ -296,8 +296,8 @@ func (l retryListener) Close() error {
 
 // limitListener has at most max connections open. One more closes another, which had
 // its turn: of those without a request the one whose last ended first, else the oldest
-// that never sent anything, else the one with the oldest request. So a new connection
-// always gets in, whatever others keep open, and however fast they ask.
+// that has sent none for silentTime, else the oldest. So a new connection always gets in,
+// whatever others keep open, and however fast they ask.
 type limitListener struct {
 	net.Listener
 	maxConns int
@@ -310,7 +310,6 @@ type limitListener struct {
 type limitConn struct {
 	net.Conn
 	listener *limitListener
-	begun    atomic.Bool // a part of a request was read
 
 	// Guarded by listener.mu.
 	busy   bool      // a request is being answered
@@ -323,6 +322,10 @@ type limitConn struct {
 // without end. One that had an answer has none: requests one after the other would
 // keep everybody out.
 const evictionGrace = 5 * time.Millisecond
+
+// silentTime is how long a new connection may send no request before it makes room for
+// others that are older and busy: a client on a busy machine needs its time.
+const silentTime = 200 * time.Millisecond
 
 // Accept returns the next connection. One goroutine may call it: then there is
 // never more than one connection above the bound, which waits for room.
@@ -367,21 +370,8 @@ func (l *limitListener) evictionIndex() int {
 	if at := slices.IndexFunc(l.conns, idle); at >= 0 {
 		return at
 	}
-	return max(0, slices.IndexFunc(l.conns, (*limitConn).isSilent))
-}
-
-// isSilent reports whether c never sent anything. The caller holds mu of the listener.
-func (c *limitConn) isSilent() bool {
-	return !c.busy && !c.begun.Load() && !hasUnread(c.Conn)
-}
-
-// Read is net.Conn's. A connection of which something was read is no silent one.
-func (c *limitConn) Read(b []byte) (int, error) {
-	n, err := c.Conn.Read(b)
-	if n > 0 {
-		c.begun.Store(true)
-	}
-	return n, err
+	silent := func(c *limitConn) bool { return !c.busy && time.Since(c.since) > silentTime }
+	return max(0, slices.IndexFunc(l.conns, silent))
 }
 
 // noteConnState is the http.Server.ConnState of a limitListener's server. A connection

@@ -55,22 +55,3 @@ func tcpTimeoutOptions(timeout time.Duration) (control socketControl, keepAlive 
 		return err
 	}, net.KeepAliveConfig{}
 }
-
-// hasUnread reports whether conn's peer sent bytes that nobody has read. It does not wait
-// for others that read.
-func hasUnread(conn net.Conn) bool {
-	socket, ok := conn.(syscall.Conn)
-	if !ok {
-		return false
-	}
-	raw, err := socket.SyscallConn()
-	if err != nil {
-		return false // it is closed
-	}
-	n := 0
-	raw.Control(func(fd uintptr) {
-		const flags = syscall.MSG_PEEK | syscall.MSG_DONTWAIT
-		n, _, _ = syscall.Recvfrom(int(fd), make([]byte, 1), flags)
-	})
-	return n > 0
-}

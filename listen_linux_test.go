@@ -121,35 +121,6 @@ func TestProxyPeerVanishes(t *testing.T) {
 	}
 }
 
-// A connection whose request is on its way to its handler makes no room for others while
-// there are silent ones, however long the way takes: a burst of silent connections costs
-// no /healthz its answer.
-func TestBoundedListenerKeepsWhoAsks(t *testing.T) {
-	l := &limitListener{Listener: listenLocal(t), maxConns: 3}
-	connect := func(sends string) net.Conn {
-		t.Helper()
-		mustWrite(t, dial(t, l.Addr().String()), sends)
-		accepted, err := l.Accept()
-		must(t, err)
-		t.Cleanup(func() { accepted.Close() })
-		return accepted
-	}
-	asks := upgradeRequest("/healthz")
-	read := connect(asks)
-	mustRead(t, read, asks)
-	unread := connect(asks)
-	eventually(t, "the request has arrived", true, func() bool { return hasUnread(unread.(*limitConn).Conn) })
-	for range 10 {
-		connect("")
-	}
-	for what, conn := range map[string]net.Conn{"read": read, "not read": unread} {
-		if err := conn.SetDeadline(time.Time{}); err != nil {
-			t.Errorf("the connection whose request is %s has made room: %v", what, err)
-		}
-	}
-	wantEqual(t, "open connections", len(l.conns), 3)
-}
-
 // holdingBackend returns a backend that accepts an upgrade, gives the connection to
 // accepted, and reads nothing until release is called, which must be before its stub ends.
 func holdingBackend() (serve func(net.Conn, *bufio.Reader), accepted chan net.Conn, release func()) {

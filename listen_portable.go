@@ -18,7 +18,3 @@ func tcpTimeoutOptions(timeout time.Duration) (control func(network, address str
 	idle, interval := keepAliveTimes(timeout)
 	return nil, net.KeepAliveConfig{Enable: timeout > 0, Idle: idle, Interval: interval, Count: int((timeout - idle) / interval)}
 }
-
-// hasUnread reports whether conn's peer sent bytes that nobody has read: this is not
-// asked.
-func hasUnread(net.Conn) bool { return false }

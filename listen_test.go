@@ -310,6 +310,28 @@ func TestBoundedListener(t *testing.T) {
 	wantOpen("the second had its turn", 3, 6, 7)
 }
 
+// A new connection that has said nothing yet makes no room before one that is older and
+// busy, for silentTime: what others ask for keeps no probe out.
+func TestBoundedListenerLetsNewOnesSpeak(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &limitListener{Listener: alwaysOne{}, maxConns: 3}
+		var all []*limitConn
+		for _, after := range []time.Duration{0, 0, 0, evictionGrace, silentTime + 1} {
+			time.Sleep(after)
+			conn, err := l.Accept()
+			must(t, err)
+			t.Cleanup(func() { conn.Close() })
+			all = append(all, conn.(*limitConn))
+			if len(all) <= 2 {
+				conn.(*limitConn).setBusy(true)
+			}
+		}
+		if want := []*limitConn{all[1], all[3], all[4]}; !slices.Equal(l.conns, want) { // 0 made room for 3, and 2 for 4
+			t.Errorf("open are %v of %v, want %v", l.conns, all, want)
+		}
+	})
+}
+
 // A new connection has the time to say what it wants: others that come meanwhile wait.
 // Those that ask without a pause keep nobody out: they have had their turn.
 func TestRoomGrace(t *testing.T) {
