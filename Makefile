@@ -14,7 +14,7 @@ ROUNDS      ?= 3
 BENCH_FLAGS ?=
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
-.PHONY: help build demo test churn fuzz bench benchcheck benchparts lint image push load deploy undeploy e2e faults soak certs clean
+.PHONY: help build demo test churn handoff fuzz bench benchcheck benchparts lint image push load deploy undeploy e2e faults soak certs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -35,6 +35,9 @@ test: ## run all tests that need no cluster, with the race detector
 
 churn: ## open and close sessions for CHURN, then check that nothing is left of them
 	go test -count=1 -v -timeout 0 -run '^TestProxyChurn$$' . -churn $(CHURN)
+
+handoff: ## prove that no namespace has two owners while owners change, at the whole size
+	go test -count=1 -v -timeout 0 -parallel 4 -run '^TestHandoff' . -whole
 
 fuzz: ## run each fuzz target for FUZZTIME
 	@for target in $$(grep -ho '^func Fuzz[A-Za-z]*' *_test.go | cut -d' ' -f2); do \
