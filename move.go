@@ -16,9 +16,9 @@ const (
 	maxSettleFactor = 10                     // × settleTime: the longest wait for a stable table
 	stepInterval    = 100 * time.Millisecond // the shortest time between two steps that close sessions
 	minTargetRetry  = 100 * time.Millisecond // after the first failed dial; then it doubles
-	maxTargetRetry  = 5 * time.Second
-	requeueInterval = time.Second      // how old the queue may be: new sessions have to move too
-	maxAwayTime     = 60 * time.Second // how long namespaces wait for a new owner that is not there
+	maxTargetRetry  = 600 * time.Millisecond // so that namespaces follow within 1 s
+	requeueInterval = time.Second            // how old the queue may be: new sessions have to move too
+	maxAwayTime     = 60 * time.Second       // how long namespaces wait for a new owner that is not there
 )
 
 // mover decides who owns a namespace now, and brings the router from one table to the

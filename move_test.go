@@ -723,7 +723,7 @@ func TestMoveWaitsForTheOwner(t *testing.T) {
 			t.Fatalf("%d moved, want the 5 to backend-2", len(all))
 		}
 		m.wantPending(t, 5)
-		if dials := m.dialsOf(1); dials < 6 || dials > 15 {
+		if dials := m.dialsOf(1); dials < 20 || dials > 80 {
 			t.Errorf("backend-1 was dialled %d times in 20 s, want it with a back-off", dials)
 		}
 		wantLine(t, m.log.all("new owner unreachable; move delayed"), 1, map[string]any{"level": "WARN", "backend": "backend-1", "error": "nobody there"})
