@@ -266,6 +266,12 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 	mover.settleTime, mover.off = c.moveSettle, c.handoff == "off"
 	mover.flights.unprovenTimeout = c.handoffUnproven
 	mover.flights.addDescriptors = fdLimit.add
+	if !mover.off {
+		relay.onUnreleased = func(s *session, backend net.Conn) {
+			f := mover.flights.add(s.namespace, s.backend, s.podUID)
+			f.abandon(backend, func() {})
+		}
+	}
 	p := &proxy{
 		router: router, backends: backends, relay: relay, mover: mover,
 		limits: c.limits, podName: c.podName, namespace: pathNamespace, log: log,

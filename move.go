@@ -500,19 +500,22 @@ func earliest(a, b time.Time) time.Time {
 
 // release closes the sessions of v's step, and reports whether all of them, and the
 // upgrades that their backends may have got, are over. An upgrade becomes a session
-// before it leaves the flights: so release looks at the flights first.
+// before it leaves the flights: so release looks at the flights first. It looks at them
+// again at last, as a session whose client has left becomes a flight.
 func (m *mover) release(v *view) bool {
 	m.releasing.Store(true)
+	blocks := func(f *flight) bool { return m.blocks(v, f) }
 	for {
 		m.closing = slices.DeleteFunc(m.closing, (*session).isReleased)
 		if len(m.closing) > 0 {
 			return false
 		}
-		inFlight := m.flights.any(func(f *flight) bool { return m.blocks(v, f) })
+		inFlight := m.flights.any(blocks)
 		m.closing = m.relay.filter(func(s *session) bool {
 			return v.misplaces(s.namespace, s.backend) && !s.isReleased()
 		})
 		if len(m.closing) == 0 {
+			inFlight = inFlight || m.flights.any(blocks)
 			m.releasing.Store(inFlight)
 			return !inFlight
 		}

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"maps"
 	"net"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -134,8 +135,9 @@ type relay struct {
 	halfCloseTimeout time.Duration // see the constants of the same names
 	deadTimeout      time.Duration
 	closeTimeout     time.Duration
-	freeDescriptors  func(count int) // called for descriptors that a session no longer has
-	onReleased       func()          // called when a session is released; must not block
+	freeDescriptors  func(count int)                    // called for descriptors that a session no longer has
+	onReleased       func()                             // called when a session is released; must not block
+	onUnreleased     func(s *session, backend net.Conn) // see abandonBackend; nil: nobody waits
 	log              *slog.Logger
 	engine           engine
 
@@ -345,6 +347,24 @@ func (r *relay) setReleased(s *session) {
 		r.recountOnOldPod(s)
 	}
 	r.onReleased()
+}
+
+// waitsForEnd reports whether the backend of s, which ends without a closing handshake,
+// has to end its stream too before its namespace is released: it may not have read yet
+// that the client is gone.
+func (r *relay) waitsForEnd(s *session) bool {
+	return r.onUnreleased != nil && s.closing == nil && !s.released.Load()
+}
+
+// abandonBackend gives the backend's socket of such a session to onUnreleased, which
+// closes it. It closes the file.
+func (r *relay) abandonBackend(s *session, socket *os.File) {
+	conn, err := net.FileConn(socket)
+	socket.Close()
+	if err != nil {
+		conn = nil // there is no descriptor for it
+	}
+	r.onUnreleased(s, conn)
 }
 
 // oldPodSessionsDone returns nil if the namespace has no session with a replaced pod.

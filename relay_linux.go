@@ -4,6 +4,7 @@ package main
 
 import (
 	"math/bits"
+	"os"
 	"syscall"
 	"time"
 )
@@ -464,7 +465,12 @@ func (p *poller) end(s *session, cause cause) {
 	s.setCause(cause)
 	s.open = false
 	for i, fd := range s.fd {
-		if fd >= 0 {
+		switch {
+		case fd < 0:
+		case side(i) == backendSide && p.relay.waitsForEnd(s):
+			syscall.EpollCtl(p.epollFD, syscall.EPOLL_CTL_DEL, int(fd), nil) // a duplicate stays
+			p.relay.abandonBackend(s, os.NewFile(uintptr(fd), "socket"))
+		default:
 			syscall.Close(int(fd))
 		}
 		p.dropUnsent(s, side(i))

@@ -188,8 +188,14 @@ func (e *engine) setHalfCloseDeadlines(s *session, from side) {
 // called from any goroutine, any number of times, after engine.assign.
 func (s *session) end(cause cause) {
 	s.mu.Lock() // so that s.closing does not change after the cause is set
-	s.setCause(cause)
+	abandons := s.setCause(cause) && s.relay.waitsForEnd(s)
 	s.mu.Unlock()
+	conn, ok := s.conn[backendSide].(interface{ File() (*os.File, error) })
+	if abandons && ok {
+		if socket, err := conn.File(); err == nil { // a duplicate
+			s.relay.abandonBackend(s, socket)
+		}
+	}
 	s.conn[clientSide].Close()
 	s.conn[backendSide].Close()
 }
