@@ -1,12 +1,16 @@
 // Backend is the demo server behind the router, and its command-line client.
 //
 // As a server it is what a pod of the StatefulSet runs: a WebSocket on
-// /ws/<namespace> says which backend serves the namespace and counts up. With
-// -connect it is a client that prints what such a server sends.
+// /ws/<namespace> says which backend serves the namespace and counts up. Each
+// namespace has a count that goes on where it was when another backend becomes
+// the owner: room.go is the model for backends that keep state. With -store-listen
+// it is the store of these counts, and with -connect a client that prints what
+// a server sends.
 //
 // Reading order: main.go (flags), serve.go (HTTP and the life of the server),
-// session.go (one connection), wire.go (what x/net/websocket leaves open),
-// connect.go (the client).
+// session.go (one connection), room.go (the state of a namespace, and its
+// hand-over to another backend), store.go (where the state is kept), wire.go (what
+// x/net/websocket leaves open), connect.go (the client).
 package main
 
 import (
@@ -36,6 +40,12 @@ type config struct {
 	writeTime time.Duration // one write, after which the connection is ended
 	closeTime time.Duration // from our Close to the end of the connection
 	logLevel  slog.Level
+	store     string        // URL of a store; "": in memory
+	saveDelay time.Duration // from a change to its save
+
+	// The store.
+	storeListen string // "" for the server
+	storeDir    string // "": in memory
 
 	// The client.
 	connect string // "" for the server
@@ -56,7 +66,12 @@ type usageError struct{ error }
 const synopsis = `Backend is a demo server for the router, and a WebSocket client.
 
   backend [-listen :9000] [-name backend-0]          serve /ws/<namespace>
+  backend -store-listen :9100                        keep state for backends
   backend -connect ws://127.0.0.1:8000/ws/ns-01      print what a server sends
+
+The answer to the message "count" has a total, which is that of the namespace. With
+-store, it goes on where it was on another backend. POST /release saves it for the
+next owner: docs/applications.md.
 
 The client sends each line of its standard input as one message. It ends with
 exit code 0 after -n messages, when the server closes with 1000, 1001 or 1012,
@@ -81,6 +96,9 @@ func run(ctx context.Context, args []string, std stdio) error {
 		return connect(ctx, cfg, std)
 	}
 	log := slog.New(slog.NewTextHandler(std.err, &slog.HandlerOptions{Level: cfg.logLevel}))
+	if cfg.storeListen != "" {
+		return serveStore(ctx, cfg, log)
+	}
 	return serve(ctx, cfg, log.With("server", cfg.name))
 }
 
@@ -142,6 +160,10 @@ func newFlagSet(cfg *config) *flag.FlagSet {
 	fs.DurationVar(&cfg.writeTime, "write-time", 10*time.Second, "end a connection that takes nothing for this `duration`")
 	fs.DurationVar(&cfg.closeTime, "close-time", 5*time.Second, "wait this `duration` for the peer after a Close")
 	fs.TextVar(&cfg.logLevel, "log-level", slog.LevelInfo, "`level`: debug, info, warn or error")
+	fs.StringVar(&cfg.store, "store", "", "keep the counts of namespaces in the store at this `URL` (default in memory)")
+	fs.DurationVar(&cfg.saveDelay, "save-delay", 2*time.Second, "save a count this `duration` after it has changed")
+	fs.StringVar(&cfg.storeListen, "store-listen", "", "be a store: serve it on `address`")
+	fs.StringVar(&cfg.storeDir, "store-dir", "", "store: keep the counts in this `directory` (default in memory)")
 	fs.StringVar(&cfg.connect, "connect", "", "be a client of this ws:// or wss:// `URL`")
 	fs.StringVar(&cfg.ca, "ca", "", "client: trust the certificates in this PEM `file` too")
 	fs.StringVar(&cfg.addr, "addr", "", "client: connect to `host:port` (or unix:/path) whatever the URL names")
@@ -164,12 +186,31 @@ func (cfg *config) check(fs *flag.FlagSet) error {
 		return fmt.Errorf("-n %d: want 0 or more", cfg.count)
 	case cfg.connect == "" && (cfg.ca != "" || cfg.addr != "" || cfg.count != 0):
 		return errors.New("-ca, -addr and -n need -connect")
+	case cfg.saveDelay < 0:
+		return fmt.Errorf("-save-delay %v: want 0 or more", cfg.saveDelay)
+	case cfg.storeDir != "" && cfg.storeListen == "":
+		return errors.New("-store-dir needs -store-listen")
+	case cfg.storeListen != "" && (cfg.store != "" || cfg.connect != ""):
+		return errors.New("-store-listen excludes -store and -connect")
 	case cfg.connect == "":
-		return nil
+		return cfg.checkStore()
 	}
 	u, err := url.Parse(cfg.connect)
 	if err != nil || u.Host == "" || u.Scheme != "ws" && u.Scheme != "wss" {
 		return fmt.Errorf("-connect %q: want ws://host/path or wss://host/path", cfg.connect)
 	}
+	return nil
+}
+
+// checkStore checks -store, and takes a slash from its end.
+func (cfg *config) checkStore() error {
+	if cfg.store == "" {
+		return nil
+	}
+	u, err := url.Parse(cfg.store)
+	if err != nil || u.Host == "" || u.Scheme != "http" || strings.Trim(u.Path, "/") != "" {
+		return fmt.Errorf("-store %q: want http://host:port", cfg.store)
+	}
+	cfg.store = "http://" + u.Host
 	return nil
 }

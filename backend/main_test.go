@@ -141,6 +141,11 @@ func TestWrongCommandLine(t *testing.T) {
 		"bad level":         {[]string{"-log-level", "loud"}, 2, `"loud"`},
 		"argument":          {[]string{"serve"}, 2, `"serve"`},
 		"client flag":       {[]string{"-n", "1"}, 2, "need -connect"},
+		"save delay":        {[]string{"-save-delay", "-1s"}, 2, "-save-delay -1s"},
+		"https store":       {[]string{"-store", "https://store"}, 2, "https://store"},
+		"store with a path": {[]string{"-store", "http://store/a"}, 2, "http://host:port"},
+		"directory alone":   {[]string{"-store-dir", "/tmp"}, 2, "needs -store-listen"},
+		"store of a store":  {[]string{"-store-listen", ":0", "-store", "http://a"}, 2, "excludes"},
 		"negative count":    {[]string{"-connect", "ws://h/", "-n", "-1"}, 2, "-n -1"},
 		"http URL":          {[]string{"-connect", "http://h/ws/a"}, 2, `"http://h/ws/a"`},
 		"URL without host":  {[]string{"-connect", "ws:///ws/a"}, 2, "ws://host/path"},
@@ -173,4 +178,15 @@ func TestExitCodeOfWrappedErrors(t *testing.T) {
 	if got := exitCode(wrapped, io.Discard); got != 2 {
 		t.Errorf("exit code %d, want 2", got)
 	}
+}
+
+// rawClosedAddr is an address at which nobody listens.
+func rawClosedAddr(t *testing.T) string {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	return ln.Addr().String()
 }

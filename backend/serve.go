@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -20,13 +21,16 @@ import (
 const (
 	headerTime  = 10 * time.Second
 	headerBytes = 16 << 10
+
+	maxReleaseBytes = 1 << 20 // of the body of a release
 )
 
 // server is the HTTP handler, and owns the sessions.
 type server struct {
 	// Static after construction.
-	cfg config
-	log *slog.Logger
+	cfg   config
+	log   *slog.Logger
+	rooms *rooms
 
 	running sync.WaitGroup // one for each session in the set
 
@@ -46,7 +50,13 @@ func serve(ctx context.Context, cfg config, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	return newServer(cfg, log).serve(ctx, ln)
+	s := newServer(cfg, log)
+	if cfg.store != "" {
+		remote := newHTTPStore(cfg.store)
+		defer remote.client.CloseIdleConnections()
+		s.rooms.store = remote
+	}
+	return s.serve(ctx, ln)
 }
 
 // checkPage finds a mistyped -page at the start rather than in the browser.
@@ -64,8 +74,14 @@ func checkPage(file string) error {
 	return nil
 }
 
+// newServer returns a server that keeps the state of namespaces in memory.
 func newServer(cfg config, log *slog.Logger) *server {
-	return &server{cfg: cfg, log: log, sessions: make(map[*session]struct{})}
+	return &server{
+		cfg:      cfg,
+		log:      log,
+		rooms:    newRooms(newLocalStore(""), cfg.saveDelay, log),
+		sessions: make(map[*session]struct{}),
+	}
 }
 
 // serve owns ln. It starts the one goroutine that accepts and waits for it.
@@ -92,8 +108,8 @@ func (s *server) serve(ctx context.Context, ln net.Listener) error {
 }
 
 // stop closes the listener, sends Close 1001 to every session at the same
-// time, waits the close time for the peers, then cuts what is left. Nothing of
-// the server runs when it returns.
+// time, waits the close time for the peers, then cuts what is left. Then it saves
+// the state of all namespaces. Nothing of the server runs when it returns.
 func (s *server) stop(hs *http.Server) {
 	open := s.refuse()
 	s.log.Info("stop", "sessions", len(open))
@@ -113,7 +129,17 @@ func (s *server) stop(hs *http.Server) {
 	s.running.Wait()
 	cut()
 	byes.Wait()
+	s.save()
 	s.log.Info("stopped")
+}
+
+// save saves the state of all namespaces, once all sessions have ended.
+func (s *server) save() {
+	ctx, cancel := context.WithTimeout(context.Background(), storeTime)
+	defer cancel()
+	if err := s.rooms.close(ctx); err != nil {
+		s.log.Error("state lost", "error", err.Error())
+	}
 }
 
 // cutAll closes the connections below the sessions; their run does the rest.
@@ -148,6 +174,8 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case isWS && namespace != "":
 		s.serveWS(w, r, namespace)
+	case r.URL.Path == "/release":
+		s.serveRelease(w, r)
 	case r.URL.Path == "/healthz":
 		s.serveHealth(w)
 	case r.URL.Path == "/" && s.cfg.page != "":
@@ -177,11 +205,15 @@ func (s *server) serveWS(w http.ResponseWriter, r *http.Request, namespace strin
 		return
 	}
 	if meant := r.Header.Get("X-Router-Backend"); s.isOther(meant) {
-		http.Error(w, "this is "+s.cfg.name+", not "+strconv.Quote(meant), http.StatusMisdirectedRequest)
+		s.answerOther(w, meant)
 		return
 	}
 	if s.isStopping() {
 		http.Error(w, "stopping", http.StatusServiceUnavailable)
+		return
+	}
+	m, ok := s.enter(w, r, namespace)
+	if !ok {
 		return
 	}
 	t := &takeover{ResponseWriter: w, writeTime: s.cfg.writeTime}
@@ -193,9 +225,74 @@ func (s *server) serveWS(w http.ResponseWriter, r *http.Request, namespace strin
 	handshake.ServeHTTP(t, r)
 	if ws == nil { // x/net has answered 400
 		t.conn.Close()
+		m.leave()
 		return
 	}
-	s.start(ws, t.conn, r, namespace)
+	s.start(ws, t.conn, r, m)
+}
+
+// enter counts the session in the namespace's room before the handshake. If it reports
+// false it has answered the request: 409 if the router's step is too low, so that it
+// looks for the owner again, and 503 if there is no state.
+func (s *server) enter(w http.ResponseWriter, r *http.Request, namespace string) (*member, bool) {
+	step, err := parseStep(r.Header)
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return nil, false
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), storeTime)
+	defer cancel()
+	m, err := s.rooms.enter(ctx, namespace, step)
+	if err == nil {
+		return m, true
+	}
+	log := s.log.With("namespace", namespace, "step", step, "error", err.Error())
+	if stale, ok := errors.AsType[staleError](err); ok {
+		log.Info("upgrade refused")
+		answerStale(w, stale)
+		return nil, false
+	}
+	log.Warn("cannot load")
+	w.Header().Set("Retry-After", "1")
+	http.Error(w, "the state of the namespace cannot be loaded", http.StatusServiceUnavailable)
+	return nil, false
+}
+
+// serveRelease answers a router that gives namespaces to other owners, as of the step in
+// its header. 204 says that they are released: see rooms.release.
+func (s *server) serveRelease(w http.ResponseWriter, r *http.Request) {
+	if r.Method != http.MethodPost {
+		w.Header().Set("Allow", http.MethodPost)
+		http.Error(w, "want POST", http.StatusMethodNotAllowed)
+		return
+	}
+	if meant := r.Header.Get("X-Router-Backend"); s.isOther(meant) {
+		s.answerOther(w, meant)
+		return
+	}
+	var body struct {
+		Namespaces []string `json:"namespaces"`
+	}
+	step, err := parseStep(r.Header)
+	if err == nil {
+		err = json.NewDecoder(http.MaxBytesReader(w, r.Body, maxReleaseBytes)).Decode(&body)
+	}
+	if err == nil && step == 0 {
+		err = errors.New("no " + stepHeader)
+	}
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	log := s.log.With("step", step, "namespaces", len(body.Namespaces),
+		"router", r.Header.Get("X-Router-Pod"))
+	if err := s.rooms.release(r.Context(), body.Namespaces, step); err != nil {
+		log.Warn("release failed", "error", err.Error())
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+		return
+	}
+	log.Info("released")
+	w.WriteHeader(http.StatusNoContent)
 }
 
 // isOther reports whether a router means another backend (RFC 9110 §15.5.20): it
@@ -203,6 +300,10 @@ func (s *server) serveWS(w http.ResponseWriter, r *http.Request, namespace strin
 // on a laptop, and a client without a router, are not judged.
 func (s *server) isOther(meant string) bool {
 	return meant != "" && meant != s.cfg.name && s.cfg.named
+}
+
+func (s *server) answerOther(w http.ResponseWriter, meant string) {
+	http.Error(w, "this is "+s.cfg.name+", not "+strconv.Quote(meant), http.StatusMisdirectedRequest)
 }
 
 // acceptAnyone takes clients with any Origin or none, and the first of the
@@ -213,28 +314,35 @@ func acceptAnyone(cfg *websocket.Config, _ *http.Request) error {
 }
 
 // start puts a session into the set, writes the line that says who serves
-// which namespace, and lets it run. With a stop in between it closes conn.
-func (s *server) start(ws *websocket.Conn, conn net.Conn, r *http.Request, namespace string) {
-	router := r.Header.Get("X-Router-Pod")
+// which namespace, and lets it run. With a stop in between it closes conn, with a
+// release in between it sends Close 1012.
+func (s *server) start(ws *websocket.Conn, conn net.Conn, r *http.Request, m *member) {
+	router, namespace := r.Header.Get("X-Router-Pod"), m.room.namespace
 	ses := &session{
-		ws: ws, conn: conn, opened: time.Now(),
+		ws: ws, conn: conn, member: m, opened: time.Now(),
 		interval: s.cfg.interval, closeTime: s.cfg.closeTime,
 		next: message{Server: s.cfg.name, NS: namespace, Router: router},
 	}
 	id, ok := s.add(ses)
 	if !ok {
 		conn.Close()
+		m.leave()
 		return
 	}
 	ses.log = s.log.With("session", id, "namespace", namespace)
-	ses.log.Info("session open", "router", router, "table", r.Header.Get("X-Router-Table"),
+	ses.log.Info("session open", "router", router, "table", r.Header.Get("X-Router-Table"), "step", m.step,
 		"remote", conn.RemoteAddr().String(), "for", r.Header.Get("X-Forwarded-For"))
+	release := func() { ses.goodbye(closeRestart, "released") }
+	if !m.begin(release) {
+		release()
+	}
 	go s.runSession(ses)
 }
 
 func (s *server) runSession(ses *session) {
 	defer s.running.Done()
 	ses.run()
+	ses.member.leave()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.sessions, ses)

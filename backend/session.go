@@ -17,12 +17,16 @@ import (
 // maxMessage is the longest frame, in bytes, that a client may send.
 const maxMessage = 64 << 10
 
+// countMessage raises the count of the namespace; the answer has it.
+const countMessage = "count"
+
 // message is what a client receives; the order of the fields is part of it.
 type message struct {
 	Server  string `json:"server"`
 	Counter int    `json:"counter"`
 	NS      string `json:"ns"`
 	Router  string `json:"router,omitempty"` // pod of the router, if one came before
+	Total   int64  `json:"total,omitempty"`  // count of the namespace, in the answer to "count"
 }
 
 // session is one connection. It costs one goroutine (run), which reads, and
@@ -31,6 +35,7 @@ type session struct {
 	// Static after construction.
 	ws        *websocket.Conn
 	conn      net.Conn // below ws; closed by end, earlier by whoever must cut it
+	member    *member  // counts the session in its room
 	log       *slog.Logger
 	interval  time.Duration // 0: no timer
 	closeTime time.Duration
@@ -69,9 +74,15 @@ func (s *session) tick() {
 	}
 }
 
-func (s *session) answer() {
+// answer answers a message. A total that the client has read is in the state with which
+// the next owner of the namespace begins: see rooms.
+func (s *session) answer(message []byte) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if string(message) == countMessage {
+		s.next.Total, _ = s.member.add()
+		defer func() { s.next.Total = 0 }()
+	}
 	s.sendLocked()
 }
 
@@ -107,6 +118,7 @@ func (s *session) sendLocked() bool {
 // frame that is not accepted is answered by a Close; then it goes on reading,
 // for the peer's Close, until the deadline that goodbye sets.
 func (s *session) read() error {
+	var start [len(countMessage) + 1]byte // of a message: one byte more shows a longer one
 	for {
 		f, err := nextFrame(s.ws)
 		if err != nil {
@@ -115,10 +127,11 @@ func (s *session) read() error {
 		if n := f.Len(); n < 0 || n > maxMessage {
 			s.goodbye(closeTooBig, fmt.Sprintf("message of %d bytes", n))
 		}
+		n, _ := io.ReadFull(f, start[:]) // fails if the message is short
 		if _, err := io.Copy(io.Discard, f); err != nil {
 			return err
 		}
-		s.answer()
+		s.answer(start[:n])
 	}
 }
 
