@@ -104,6 +104,7 @@
 //	watcher.mu
 //	poller.mu                 session.mu in relay_portable.go
 //	relay.mu
+//	releaser.mu, releaseMemory.mu
 //	upgradeLimit.mu, descriptorLimit.mu, addressCache.mu, limitListener.mu, logQueue.mu
 //
 // Locks on one line are never held together. Nothing waits for the network with a
@@ -111,9 +112,9 @@
 //
 // Read main, command and config (what starts), admin (what operators ask), fastpath,
 // proxy, handshake, listen and upgrade (from client to session), configmap, directory,
-// events, move, handoff and flight (what a change of overrides does), route, overrides
-// and hash (who owns), discovery, backends, dialqueue, watch and kube (where owners
-// are), relay and websocket (the life of a session), log and metrics, and wait (a
+// events, move, handoff, flight and release (what a change of overrides does), route,
+// overrides and hash (who owns), discovery, backends, dialqueue, watch and kube (where
+// owners are), relay and websocket (the life of a session), log and metrics, and wait (a
 // back-off, a sleep, a wake-up). A file uses only those after it.
 package main
 

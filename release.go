@@ -1,0 +1,431 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	// maxReleaseBatch is how many namespaces one request has: 260 kB of JSON at most.
+	maxReleaseBatch = 1000
+	// releaseTimeout bounds one request: a backend ends sessions, and stores state.
+	releaseTimeout = 20 * time.Second
+	// maxReleaseAnswer bounds what is read of an answer, in bytes.
+	maxReleaseAnswer = 4 << 10
+	// The waits between the tries of one backend.
+	minReleaseRetry = 500 * time.Millisecond
+	maxReleaseRetry = 5 * time.Second
+	// maxRemembered is how many namespaces each half of a releaseMemory has: some 10 MB.
+	maxRemembered = 1 << 17
+)
+
+// releaser asks backends to give namespaces away (-release PATH): to end all sessions of
+// these, and to store their state, before the next owner begins. It sends
+//
+//	POST PATH
+//	X-Router-Step: 1795871234567
+//	X-Router-Backend: backend-2
+//	{"namespaces":["ns-01","ns-02"]}
+//
+// and 2xx is the answer that this was done. From then on the backend refuses upgrades of
+// these namespaces with a lower step. It may get the same request several times, from
+// each router. All methods are safe for concurrent use.
+type releaser struct {
+	// Static after construction.
+	path     string
+	podName  string // of this router, for the backend's log
+	backends *backends
+	isGone   func(ctx context.Context, ordinal int) bool // the backend's pod does not exist
+	timeout  time.Duration                               // of one request
+	client   http.Client
+	log      *slog.Logger
+	lifetime context.Context // of connections and runs, until close
+	cancel   context.CancelFunc
+	running  sync.WaitGroup // runs
+
+	mu      sync.Mutex
+	waiting map[string]releaseWait // by the backend's name; guarded by mu
+}
+
+// releaseWait says what a hand-off waits for.
+type releaseWait struct {
+	since time.Time // of the first try that failed
+	err   error     // of the last one
+}
+
+// newReleaser returns a releaser that POSTs path. isGone reports whether the pod of a
+// backend is gone for good: it need not release anything. The caller closes the releaser.
+func newReleaser(path, podName string, backends *backends,
+	isGone func(ctx context.Context, ordinal int) bool, log *slog.Logger) *releaser {
+	r := &releaser{path: path, podName: podName, backends: backends, isGone: isGone,
+		timeout: releaseTimeout, log: log, waiting: map[string]releaseWait{}}
+	r.lifetime, r.cancel = context.WithCancel(context.Background())
+	r.client = http.Client{
+		Transport: &http.Transport{
+			DialContext:            r.dial,
+			DisableCompression:     true,
+			MaxConnsPerHost:        2,
+			MaxIdleConnsPerHost:    1,
+			IdleConnTimeout:        30 * time.Second,
+			MaxResponseHeaderBytes: 16 << 10,
+		},
+		CheckRedirect: func(*http.Request, []*http.Request) error {
+			return http.ErrUseLastResponse // to release is this backend's own work
+		},
+	}
+	return r
+}
+
+// close ends all runs and connections, and waits for the runs.
+func (r *releaser) close() {
+	r.cancel()
+	r.running.Wait()
+	r.client.CloseIdleConnections()
+}
+
+// host returns the host of the URL to the backend. It has the pod's uid, so that the
+// connections to a pod that was replaced are not used any more.
+func (r *releaser) host(ordinal int) string {
+	return strconv.Itoa(ordinal) + "." + r.backends.podUID(ordinal)
+}
+
+// dial connects to a backend, as for a session. addr has what host returned. The
+// transport dials with a context that goes on when the request ends; lifetime does not.
+func (r *releaser) dial(_ context.Context, _, addr string) (net.Conn, error) {
+	digits, _, _ := strings.Cut(addr, ".")
+	ordinal, err := strconv.Atoi(digits)
+	if err != nil {
+		return nil, err
+	}
+	return r.backends.dial(r.lifetime, ordinal)
+}
+
+// release asks the backend to release the namespaces as of this step, once. It returns
+// those that are not released, and why. ctx bounds it, and timeout each of its requests.
+func (r *releaser) release(ctx context.Context, ordinal int, namespaces []string,
+	step int64) (left []string, err error) {
+	for len(namespaces) > 0 {
+		n := min(len(namespaces), maxReleaseBatch)
+		if err := r.post(ctx, ordinal, namespaces[:n], step); err != nil {
+			return namespaces, fmt.Errorf("%s has not released %d namespaces: POST %s: %w",
+				r.backends.name(ordinal), len(namespaces), r.path, err)
+		}
+		namespaces = namespaces[n:]
+	}
+	return nil, nil
+}
+
+// post sends one request. It returns nil if the answer is 2xx.
+func (r *releaser) post(ctx context.Context, ordinal int, namespaces []string,
+	step int64) error {
+	body, err := json.Marshal(map[string][]string{"namespaces": namespaces})
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, r.timeout,
+		fmt.Errorf("no answer within %s", r.timeout))
+	defer cancel()
+	target := "http://" + r.host(ordinal) + r.path
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, target, bytes.NewReader(body))
+	if err != nil {
+		return err
+	}
+	req.Host = r.backends.name(ordinal)
+	req.Header.Set("Content-Type", "application/json")
+	req.Header.Set("X-Router-Pod", r.podName)
+	req.Header.Set("X-Router-Step", strconv.FormatInt(step, 10))
+	req.Header.Set("X-Router-Backend", r.backends.name(ordinal))
+	// It may be sent twice: net/http does so if a kept connection turns out to be closed.
+	// A key without a value is not sent (http.Transport).
+	req.Header["Idempotency-Key"] = nil
+	resp, err := r.client.Do(req)
+	if err != nil {
+		return requestError(err)
+	}
+	defer resp.Body.Close()
+	answer, err := io.ReadAll(io.LimitReader(resp.Body, maxReleaseAnswer))
+	switch {
+	case resp.StatusCode/100 != 2:
+		return fmt.Errorf("%s: %.200q", resp.Status, bytes.TrimSpace(answer))
+	case err != nil:
+		return requestError(err)
+	}
+	return nil
+}
+
+// requestError returns why a request got no answer, without its URL, which means nothing
+// to others.
+func requestError(err error) error {
+	if urlErr, ok := errors.AsType[*url.Error](err); ok {
+		return urlErr.Err
+	}
+	return err
+}
+
+// releaseSet has the namespaces that backends have to release in a step, by backend.
+type releaseSet map[int]map[string]struct{}
+
+// add adds a namespace of a backend. It may be there already.
+func (s releaseSet) add(namespace string, backend int) {
+	if s[backend] == nil {
+		s[backend] = map[string]struct{}{}
+	}
+	s[backend][namespace] = struct{}{}
+}
+
+// releaseRun is the release of one step by all backends of a releaseSet.
+type releaseRun struct {
+	left atomic.Int64 // backends that have not released their namespaces
+}
+
+// isDone reports whether all backends have released their namespaces.
+func (run *releaseRun) isDone() bool { return run.left.Load() == 0 }
+
+// start asks all backends of the set to release their namespaces, each again and again
+// until it has done so or is gone. It calls onDone when all have, unless there are none.
+// It does not block, and set must not change any more. The run ends with ctx, which is
+// lifetime or one below it, and is not done then.
+func (r *releaser) start(ctx context.Context, step int64, set releaseSet,
+	onDone func()) *releaseRun {
+	run := &releaseRun{}
+	run.left.Store(int64(len(set)))
+	for ordinal, namespaces := range set {
+		names := slices.Sorted(maps.Keys(namespaces))
+		r.running.Go(func() {
+			if r.keepReleasing(ctx, ordinal, names, step) && run.left.Add(-1) == 0 {
+				onDone()
+			}
+		})
+	}
+	return run
+}
+
+// keepReleasing asks the backend until it has released the namespaces, or is gone, and
+// reports true then. It reports false if ctx ended before.
+func (r *releaser) keepReleasing(ctx context.Context, ordinal int, namespaces []string,
+	step int64) bool {
+	name := r.backends.name(ordinal)
+	defer r.endWait(name)
+	retry := backoff{minReleaseRetry, maxReleaseRetry}
+	for failures := 1; ; failures++ {
+		left, err := r.release(ctx, ordinal, namespaces, step)
+		switch {
+		case err == nil:
+			return true
+		case ctx.Err() != nil:
+			return false
+		case r.isGone(ctx, ordinal):
+			r.log.Warn("backend is gone; its namespaces count as released",
+				"backend", name, "namespaces", len(left), "step", step)
+			return true
+		}
+		namespaces = left
+		r.noteFailure(name, step, err)
+		if sleep(ctx, retry.jittered(failures, rand.Float64())) != nil {
+			return false
+		}
+	}
+}
+
+// noteFailure notes why a backend is waited for. It logs the first failure of a wait; waits
+// has the last one.
+func (r *releaser) noteFailure(name string, step int64, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	wait, known := r.waiting[name]
+	if !known {
+		wait.since = time.Now()
+		r.log.Warn("backend has not released its namespaces; hand-off waits",
+			"backend", name, "step", step, "error", err.Error())
+	}
+	wait.err = err
+	r.waiting[name] = wait
+}
+
+// endWait ends the wait for the backend, if there is one.
+func (r *releaser) endWait(name string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if wait, known := r.waiting[name]; known {
+		r.log.Info("hand-off no longer waits for backend", "backend", name,
+			"seconds", time.Since(wait.since).Seconds())
+		delete(r.waiting, name)
+	}
+}
+
+// waits returns for which backends a hand-off waits, by name, after a try that failed.
+func (r *releaser) waits() map[string]releaseWait {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return maps.Clone(r.waiting)
+}
+
+// stepReleases releases what the steps of a hand-off need, one step after the other. Of a
+// nil *stepReleases, as without -release, each step is done. One goroutine owns it.
+type stepReleases struct {
+	releaser *releaser
+	memory   *releaseMemory
+
+	run    *releaseRun // of the step; nil before begin has been followed by isDone
+	cancel context.CancelFunc
+}
+
+func newStepReleases(r *releaser, memory *releaseMemory) *stepReleases {
+	return &stepReleases{releaser: r, memory: memory, cancel: func() {}}
+}
+
+// close ends the run of the step, and closes the releaser. The owner has ended.
+func (s *stepReleases) close() {
+	if s != nil {
+		s.releaser.close()
+	}
+}
+
+// begin begins a step, before its view is in force. It ends the step before, if that is
+// not done.
+func (s *stepReleases) begin() {
+	if s == nil {
+		return
+	}
+	s.cancel()
+	s.run = nil
+	s.memory.hold()
+}
+
+// isDone is called when all sessions and flights of the step are over, and then again
+// whenever onDone was called. It reports whether the backends have released all that the
+// router had in the step or shortly before, and of which match returns true: this backend
+// is not the owner after the step.
+func (s *stepReleases) isDone(step int64, match func(namespace string, backend int) bool,
+	onDone func()) bool {
+	if s == nil {
+		return true
+	}
+	if s.run == nil {
+		var ctx context.Context
+		ctx, s.cancel = context.WithCancel(s.releaser.lifetime)
+		s.run = s.releaser.start(ctx, step, s.memory.namespaces(match), onDone)
+	}
+	if !s.run.isDone() {
+		return false
+	}
+	s.cancel()
+	s.memory.unhold()
+	return true
+}
+
+// releaseMemory knows which namespaces this router had lately, and with which backend:
+// their state may not be stored yet (-release-memory).
+//
+// It forgets a namespace between keep and 2*keep after its last session has ended, and
+// nothing during a step. To have it too long does no harm: a release has nothing to do
+// then.
+type releaseMemory struct {
+	// Static after construction.
+	keep time.Duration
+	max  int // of each half
+	log  *slog.Logger
+
+	// Guarded by mu.
+	mu     sync.Mutex
+	recent map[backendNamespace]struct{} // noted since began
+	older  map[backendNamespace]struct{} // noted before, in at most keep; never changed
+	began  time.Time
+	held   bool // a step is under way: nothing is forgotten
+}
+
+// backendNamespace is a namespace that was with a backend.
+type backendNamespace struct {
+	backend   int
+	namespace string
+}
+
+func newReleaseMemory(keep time.Duration, log *slog.Logger) *releaseMemory {
+	return &releaseMemory{keep: keep, max: maxRemembered, log: log,
+		recent: map[backendNamespace]struct{}{}, began: time.Now()}
+}
+
+// note notes that the backend has a session or an upgrade of the namespace, which is about
+// to be over. It comes before the mover can see that it is over.
+func (m *releaseMemory) note(namespace string, backend int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.forget(time.Now())
+	key := backendNamespace{backend, namespace}
+	if _, known := m.recent[key]; !known && len(m.recent) >= m.max {
+		m.log.Warn("too many namespaces to remember; the oldest will not be released",
+			"namespaces", len(m.older), "max", m.max)
+		m.startHalf(time.Now())
+	}
+	m.recent[key] = struct{}{}
+}
+
+// hold makes the memory forget nothing until unhold: what the router had in the last keep
+// is there until the step is done, however long that takes.
+func (m *releaseMemory) hold() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.forget(time.Now())
+	m.held = true
+}
+
+// unhold ends hold. What was noted since keep is there for keep more.
+func (m *releaseMemory) unhold() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if now := time.Now(); now.Sub(m.began) > m.keep {
+		m.startHalf(now)
+	}
+	m.held = false
+}
+
+// namespaces returns what it has, of which match returns true.
+func (m *releaseMemory) namespaces(match func(namespace string, backend int) bool) releaseSet {
+	m.mu.Lock()
+	m.forget(time.Now())
+	recent, older := maps.Clone(m.recent), m.older
+	m.mu.Unlock()
+	set := releaseSet{}
+	for _, half := range []map[backendNamespace]struct{}{recent, older} {
+		for key := range half {
+			if match(key.namespace, key.backend) {
+				set.add(key.namespace, key.backend)
+			}
+		}
+	}
+	return set
+}
+
+// forget drops what is older than 2*keep, and nothing that is younger than keep. The
+// caller holds mu.
+func (m *releaseMemory) forget(now time.Time) {
+	switch age := now.Sub(m.began); {
+	case m.held:
+	case age > 2*m.keep:
+		m.recent = nil
+		m.startHalf(now)
+	case age > m.keep:
+		m.startHalf(m.began.Add(m.keep))
+	}
+}
+
+// startHalf makes the recent half the older one. The caller holds mu.
+func (m *releaseMemory) startHalf(began time.Time) {
+	m.older, m.recent, m.began = m.recent, map[backendNamespace]struct{}{}, began
+}
