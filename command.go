@@ -162,8 +162,11 @@ func (c *command) status(ctx context.Context, args []string) error {
 		fmt.Fprintln(c.out, "no change of owners is under way")
 	}
 	for _, w := range s.WaitingFor {
-		fmt.Fprintf(c.out, "waits for %s since %.1f s: %d sessions, %d upgrades\n",
-			w.Backend, w.Seconds, w.Sessions, w.Upgrades)
+		fmt.Fprintf(c.out, "waits for %s since %.1f s: %d sessions, %d upgrades, %d releases\n",
+			w.Backend, w.Seconds, w.Sessions, w.Upgrades, w.Releases)
+		if w.Error != "" {
+			fmt.Fprintf(c.out, "  %s\n", w.Error)
+		}
 	}
 	return nil
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net/url"
 	"os"
 	"slices"
 	"strings"
@@ -36,6 +37,8 @@ type config struct {
 	moveSettle             time.Duration
 	handoff                string        // "single" or "off"
 	handoffUnproven        time.Duration // 0: for ever
+	release                string        // the path; "" for none
+	releaseMemory          time.Duration
 
 	// The end.
 	drainDelay, drainDuration time.Duration
@@ -145,6 +148,11 @@ func (c *config) trafficFlags(f *flag.FlagSet) {
 	f.DurationVar(&c.handoffUnproven, "handoff-unproven", time.Minute,
 		"how long a hand-off waits for a backend that has got an upgrade whose client has left,\n"+
 			"until it answers or ends its connection, 0 is no limit")
+	f.StringVar(&c.release, "release", "",
+		"`path` that is POSTed to the previous owner of the namespaces of a hand-off, so that it\n"+
+			"stores their state; their next owner begins after its 2xx (default none)")
+	f.DurationVar(&c.releaseMemory, "release-memory", time.Minute,
+		"how long after the last session of a namespace its owner is asked to release it")
 
 	f.DurationVar(&c.drainDelay, "drain-delay", 0,
 		"how long clients are still accepted after SIGTERM, so that load balancers can notice")
@@ -240,12 +248,30 @@ func (c *config) validateBackends() error {
 	if c.handoff != "single" && c.handoff != "off" {
 		return fmt.Errorf("-handoff must be single or off (got %q)", c.handoff)
 	}
+	if err := c.validateRelease(); err != nil {
+		return err
+	}
 	switch {
 	case c.kube == "none" && c.overrides == "":
 		return errors.New("-kube none requires -overrides")
 	case c.selector != "" && c.configMaps != nil:
 		return fmt.Errorf("-configmap and -configmap-selector exclude each other (got %s and %s)",
 			&c.configMaps, c.selector)
+	}
+	return nil
+}
+
+// validateRelease checks -release.
+func (c *config) validateRelease() error {
+	if c.release == "" {
+		return nil
+	}
+	u, err := url.ParseRequestURI(c.release)
+	switch {
+	case err != nil || u.Host != "" || u.RawQuery != "" || !strings.HasPrefix(c.release, "/"):
+		return fmt.Errorf("-release must be a path such as /release (got %q)", c.release)
+	case c.handoff == "off":
+		return errors.New("-release requires a hand-off: not -handoff off")
 	}
 	return nil
 }
@@ -291,6 +317,7 @@ func (c *config) validateLimits() error {
 		{"header-timeout", c.limits.headerTimeout, 1},
 		{"move-settle", c.moveSettle, 0},
 		{"handoff-unproven", c.handoffUnproven, 0},
+		{"release-memory", c.releaseMemory, 1},
 		{"drain-delay", c.drainDelay, 0},
 		{"drain-duration", c.drainDuration, 0},
 	} {

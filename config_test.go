@@ -84,6 +84,13 @@ var badUsage = map[string]struct {
 	"unproven negative":    {args: "-replicas 1 -handoff-unproven -1s", want: "-handoff-unproven must not be negative (got -1s)"},
 	"settle no time":       {args: "-move-settle 1", want: `invalid value "1" for flag -move-settle: parse error`},
 	"rate no number":       {args: "-move-rate 200/s", want: `invalid value "200/s" for flag -move-rate: parse error`},
+	"release no path":      {args: "-replicas 1 -release release", want: `-release must be a path such as /release (got "release")`},
+	"release of a URL":     {args: "-replicas 1 -release http://h/release", want: `-release must be a path such as /release (got "http://h/release")`},
+	"release with a query": {args: "-replicas 1 -release /release?a", want: `-release must be a path such as /release (got "/release?a")`},
+	"release, no hand-off": {args: "-replicas 1 -handoff off -release /release", want: "-release requires a hand-off: not -handoff off"},
+	"memory 0":             {args: "-replicas 1 -release-memory 0", want: "-release-memory must not be 0"},
+	"memory negative":      {args: "-replicas 1 -release-memory -1s", want: "-release-memory must not be negative (got -1s)"},
+	"memory no time":       {args: "-release-memory 60", want: `invalid value "60" for flag -release-memory: parse error`},
 	"delay negative":       {args: "-replicas 1 -drain-delay -1s", want: "-drain-delay must not be negative (got -1s)"},
 	"delay no time":        {args: "-drain-delay 5", want: `invalid value "5" for flag -drain-delay: parse error`},
 	"drain negative":       {args: "-replicas 1 -drain-duration -1ms", want: "-drain-duration must not be negative (got -1ms)"},
@@ -155,6 +162,7 @@ func TestFlagBeatsEnvironment(t *testing.T) {
 		"hold": {"1s", "2s"}, "handshake-timeout": {"3s", "4s"}, "header-timeout": {"5s", "6s"},
 		"max-header-bytes": {"2000", "3000"}, "max-header-fields": {"200", "300"}, "max-sessions": {"1", "2"}, "max-pending-upgrades": {"3", "4"},
 		"tcp-user-timeout": {"5s", "6s"}, "idle-timeout": {"7s", "8s"}, "move-rate": {"5", "6"}, "move-settle": {"9s", "10s"}, "handoff": {"off", "single"}, "handoff-unproven": {"11s", "12s"}, "drain-delay": {"1s", "2s"}, "drain-duration": {"3s", "4s"},
+		"release": {"/a", "/b"}, "release-memory": {"5s", "6s"},
 		"log-format": {"json", "text"}, "log-level": {"DEBUG", "WARN"},
 	}
 	(&config{}).flags().VisitAll(func(f *flag.Flag) {

@@ -646,6 +646,7 @@ func startProxy(t testing.TB, addrs []string, data map[string]string, change fun
 			p.mover.flights.stop()
 		})
 		running.Wait()
+		p.mover.releases.close()
 	})
 	return tp
 }

@@ -273,6 +273,9 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 			f.abandon(backend, func() {})
 		}
 	}
+	if c.release != "" {
+		followReleases(c, mover, backends)
+	}
 	p := &proxy{
 		router: router, backends: backends, relay: relay, mover: mover,
 		limits: c.limits, podName: c.podName, namespace: pathNamespace, log: log,
@@ -281,6 +284,14 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 		p.namespace = hostNamespace
 	}
 	return p
+}
+
+// followReleases makes the mover ask previous owners to release namespaces.
+func followReleases(c *config, m *mover, b *backends) {
+	isGone := func(context.Context, int) bool { return false } // it may not get pods
+	memory := newReleaseMemory(c.releaseMemory, m.log)
+	m.flights.note, m.relay.note = memory.note, memory.note
+	m.releases = newStepReleases(newReleaser(c.release, c.podName, b, isGone, m.log), memory)
 }
 
 // followStatefulSet takes the number of backends from the StatefulSet, and their
@@ -354,6 +365,7 @@ func (p *program) serve(ctx context.Context, clients, admin net.Listener) error 
 	stopBackground()
 	adminServer.Close()
 	running.Wait()
+	p.proxy.mover.releases.close()
 	p.proxy.backends.close()
 	return err
 }

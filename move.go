@@ -40,6 +40,7 @@ type mover struct {
 	closeSession func(s *session, onEnd func(cut bool)) bool // closeGracefully
 	onStep       func()                                      // the view has changed; must not block
 	flights      *flights
+	releases     *stepReleases // nil without -release
 	log          *slog.Logger
 
 	current atomic.Pointer[view] // nil before the first table; only run replaces it then
@@ -369,7 +370,8 @@ func (m *mover) handleDialResult(d dialResult) {
 func (m *mover) advance(now time.Time) time.Time {
 	for {
 		v := m.current.Load()
-		if v == nil || !v.done && !m.release(v) {
+		if v == nil || !v.done && !(m.release(v) &&
+			m.releases.isDone(v.step, v.misplaces, m.wake.notify)) {
 			return time.Time{}
 		}
 		if !v.done {
@@ -394,9 +396,17 @@ func (m *mover) advance(now time.Time) time.Time {
 		case !v.advances(t.contentHash, &next):
 			return again
 		}
-		m.current.Store(v.next(t, next, now))
-		m.onStep()
+		m.beginStep(v.next(t, next, now))
 	}
+}
+
+// beginStep puts a view with a new step in force.
+func (m *mover) beginStep(v *view) {
+	if !v.done {
+		m.releases.begin()
+	}
+	m.current.Store(v)
+	m.onStep()
 }
 
 // nextMark returns the mark of the next step, and when a later one may go further, zero
@@ -573,9 +583,11 @@ type handoffStatus struct {
 // stepWait is what a step waits for at one backend.
 type stepWait struct {
 	Backend  string  `json:"backend"`
-	Sessions int     `json:"sessions"` // that have not ended yet
-	Upgrades int     `json:"upgrades"` // that it has got and neither answered nor ended
-	Seconds  float64 `json:"seconds"`  // since the step began
+	Sessions int     `json:"sessions"`        // that have not ended yet
+	Upgrades int     `json:"upgrades"`        // that it has got and neither answered nor ended
+	Releases int     `json:"releases"`        // namespaces whose state it has not stored yet (-release)
+	Error    string  `json:"error,omitempty"` // why not
+	Seconds  float64 `json:"seconds"`         // since the step began
 }
 
 // status returns how far a change of owners has come.
@@ -624,6 +636,14 @@ func (m *mover) waitingFor(v *view) []stepWait {
 		w := count[s.backend]
 		w.Sessions++
 		count[s.backend] = w
+	}
+	for backend, wait := range m.releases.waits() {
+		w := count[backend]
+		w.Releases = wait.namespaces
+		if wait.err != nil {
+			w.Error = wait.err.Error()
+		}
+		count[backend] = w
 	}
 	for _, backend := range slices.Sorted(maps.Keys(count)) {
 		w := count[backend]

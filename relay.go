@@ -138,6 +138,7 @@ type relay struct {
 	freeDescriptors  func(count int)                    // called for descriptors that a session no longer has
 	onReleased       func()                             // called when a session is released; must not block
 	onUnreleased     func(s *session, backend net.Conn) // see abandonBackend; nil: nobody waits
+	note             noteNamespace                      // called just before a session is released
 	log              *slog.Logger
 	engine           engine
 
@@ -181,6 +182,7 @@ func newRelay(name func(backend int) string, log *slog.Logger) *relay {
 		closeTimeout:     closeTimeout,
 		freeDescriptors:  func(int) {},
 		onReleased:       func() {},
+		note:             func(string, int) {},
 		log:              log,
 		byBackend:        map[int]backendCount{},
 		oldPods:          map[string]*oldPodSessions{},
@@ -214,6 +216,9 @@ func (r *relay) register(s *session, carry func()) {
 	r.freeDescriptors(1)
 }
 
+// noteNamespace notes that a namespace was with a backend. It must not block.
+type noteNamespace = func(namespace string, backend int)
+
 // sessionEnded counts and logs the end of a session. The engine calls it once for each
 // session, after it has closed both sockets.
 func (r *relay) sessionEnded(s *session) {
@@ -221,6 +226,7 @@ func (r *relay) sessionEnded(s *session) {
 	if s.closing != nil {
 		cut = s.closing.end()
 	}
+	r.note(s.namespace, s.backend)
 	r.remove(s, n)
 	r.ended[cause].Add(1)
 	if cut {
@@ -340,6 +346,7 @@ func (r *relay) countOnOldPod(s *session, onOldPod bool) {
 // its connection: for this session the backend no longer serves the namespace. The engine
 // calls it, with or without its own locks.
 func (r *relay) setReleased(s *session) {
+	r.note(s.namespace, s.backend)
 	if s.released.Swap(true) {
 		return
 	}

@@ -60,13 +60,14 @@ type releaser struct {
 	running  sync.WaitGroup // runs
 
 	mu      sync.Mutex
-	waiting map[string]releaseWait // by the backend's name; guarded by mu
+	waiting map[int]*releaseWait // by ordinal; guarded by mu, with what it points to
 }
 
-// releaseWait says what a hand-off waits for.
+// releaseWait is a backend that has not released its namespaces yet.
 type releaseWait struct {
-	since time.Time // of the first try that failed
-	err   error     // of the last one
+	namespaces int // that are left
+	since      time.Time
+	err        error // of the last try that failed; nil before
 }
 
 // newReleaser returns a releaser that POSTs path. isGone reports whether the pod of a
@@ -74,7 +75,7 @@ type releaseWait struct {
 func newReleaser(path, podName string, backends *backends,
 	isGone func(ctx context.Context, ordinal int) bool, log *slog.Logger) *releaser {
 	r := &releaser{path: path, podName: podName, backends: backends, isGone: isGone,
-		timeout: releaseTimeout, log: log, waiting: map[string]releaseWait{}}
+		timeout: releaseTimeout, log: log, waiting: map[int]*releaseWait{}}
 	r.lifetime, r.cancel = context.WithCancel(context.Background())
 	r.client = http.Client{
 		Transport: &http.Transport{
@@ -221,7 +222,8 @@ func (r *releaser) start(ctx context.Context, step int64, set releaseSet,
 func (r *releaser) keepReleasing(ctx context.Context, ordinal int, namespaces []string,
 	step int64) bool {
 	name := r.backends.name(ordinal)
-	defer r.endWait(name)
+	wait := r.startWait(ordinal, len(namespaces))
+	defer r.endWait(ordinal, wait)
 	retry := backoff{minReleaseRetry, maxReleaseRetry}
 	for failures := 1; ; failures++ {
 		left, err := r.release(ctx, ordinal, namespaces, step)
@@ -234,46 +236,56 @@ func (r *releaser) keepReleasing(ctx context.Context, ordinal int, namespaces []
 			r.log.Warn("backend is gone; its namespaces count as released",
 				"backend", name, "namespaces", len(left), "step", step)
 			return true
+		case failures == 1:
+			r.log.Warn("backend has not released its namespaces; hand-off waits",
+				"backend", name, "step", step, "error", err.Error())
 		}
 		namespaces = left
-		r.noteFailure(name, step, err)
+		r.noteFailure(wait, len(left), err)
 		if sleep(ctx, retry.jittered(failures, rand.Float64())) != nil {
 			return false
 		}
 	}
 }
 
-// noteFailure notes why a backend is waited for. It logs the first failure of a wait; waits
-// has the last one.
-func (r *releaser) noteFailure(name string, step int64, err error) {
+// startWait notes that a step waits for the backend. The caller calls endWait.
+func (r *releaser) startWait(ordinal, namespaces int) *releaseWait {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	wait, known := r.waiting[name]
-	if !known {
-		wait.since = time.Now()
-		r.log.Warn("backend has not released its namespaces; hand-off waits",
-			"backend", name, "step", step, "error", err.Error())
-	}
-	wait.err = err
-	r.waiting[name] = wait
+	wait := &releaseWait{namespaces: namespaces, since: time.Now()}
+	r.waiting[ordinal] = wait
+	return wait
 }
 
-// endWait ends the wait for the backend, if there is one.
-func (r *releaser) endWait(name string) {
+// noteFailure notes how many namespaces are left, and why.
+func (r *releaser) noteFailure(wait *releaseWait, left int, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if wait, known := r.waiting[name]; known {
-		r.log.Info("hand-off no longer waits for backend", "backend", name,
-			"seconds", time.Since(wait.since).Seconds())
-		delete(r.waiting, name)
+	wait.namespaces, wait.err = left, err
+}
+
+// endWait ends a wait. It logs that if there was a failure.
+func (r *releaser) endWait(ordinal int, wait *releaseWait) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if wait.err != nil {
+		r.log.Info("hand-off no longer waits for backend",
+			"backend", r.backends.name(ordinal), "seconds", time.Since(wait.since).Seconds())
+	}
+	if r.waiting[ordinal] == wait { // else that of the next step
+		delete(r.waiting, ordinal)
 	}
 }
 
-// waits returns for which backends a hand-off waits, by name, after a try that failed.
-func (r *releaser) waits() map[string]releaseWait {
+// waits returns which backends have not released their namespaces yet, by ordinal.
+func (r *releaser) waits() map[int]releaseWait {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return maps.Clone(r.waiting)
+	waits := map[int]releaseWait{}
+	for ordinal, wait := range r.waiting {
+		waits[ordinal] = *wait
+	}
+	return waits
 }
 
 // stepReleases releases what the steps of a hand-off need, one step after the other. Of a
@@ -288,6 +300,14 @@ type stepReleases struct {
 
 func newStepReleases(r *releaser, memory *releaseMemory) *stepReleases {
 	return &stepReleases{releaser: r, memory: memory, cancel: func() {}}
+}
+
+// waits is that of the releaser. Any goroutine may call it.
+func (s *stepReleases) waits() map[int]releaseWait {
+	if s == nil {
+		return nil
+	}
+	return s.releaser.waits()
 }
 
 // close ends the run of the step, and closes the releaser. The owner has ended.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -16,13 +17,17 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"golang.org/x/net/websocket"
 )
 
-// releasingBackend is a backend that answers releases, and keeps what it was asked.
+// releasingBackend is a backend that answers releases, and keeps what it was asked. On
+// other paths it takes WebSockets, and sends back what it gets.
 type releasingBackend struct {
 	*httptest.Server
-	answer atomic.Pointer[http.HandlerFunc] // nil: 204
-	conns  atomic.Int64                     // that were accepted
+	upgrades atomic.Int64
+	answer   atomic.Pointer[http.HandlerFunc] // nil: 204
+	conns    atomic.Int64                     // that were accepted
 
 	mu       sync.Mutex
 	requests []releaseRequest // guarded by mu
@@ -50,6 +55,11 @@ func newReleasingBackend(t *testing.T) *releasingBackend {
 }
 
 func (b *releasingBackend) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if r.URL.Path != "/release" {
+		b.upgrades.Add(1)
+		websocket.Server{Handler: func(ws *websocket.Conn) { io.Copy(ws, ws) }}.ServeHTTP(w, r)
+		return
+	}
 	body, err := io.ReadAll(r.Body)
 	var asked struct{ Namespaces []string }
 	if err == nil {
@@ -316,8 +326,9 @@ func TestReleaseGoesOn(t *testing.T) {
 			run.isDone(), len(good.asked()))
 	}
 	waits := r.waits()
-	if err := waits["backend-1"].err; len(waits) != 1 || !strings.Contains(fmt.Sprint(err), "disk full") {
-		t.Errorf("waits %v, want for backend-1: disk full", waits)
+	if wait := waits[1]; len(waits) != 1 || wait.namespaces != 2 ||
+		!strings.Contains(fmt.Sprint(wait.err), "disk full") {
+		t.Errorf("waits %v, want for two namespaces of backend 1: disk full", waits)
 	}
 	bad.answer.Store(nil)
 	<-done
@@ -594,4 +605,72 @@ func TestReleaseMemoryIsBounded(t *testing.T) {
 			t.Errorf("log:\n%s", logged)
 		}
 	})
+}
+
+// startReleasingProxy starts a proxy to the two backends, which asks them for releases.
+// ns-01 and ns-02 are with backend 0.
+func startReleasingProxy(t *testing.T, hold time.Duration) (p *testProxy, old, next *releasingBackend) {
+	old, next = newReleasingBackend(t), newReleasingBackend(t)
+	addrs := []string{old.Listener.Addr().String(), next.Listener.Addr().String()}
+	data := map[string]string{"ns-01": "backend-0", "ns-02": "backend-0"}
+	p = startProxy(t, addrs, data, func(p *proxy) {
+		p.limits.holdTimeout = hold
+		followReleases(&config{release: "/release", releaseMemory: time.Minute}, p.mover, p.backends)
+	})
+	return p, old, next
+}
+
+// TestHandoffWaitsForRelease: the next owner gets no upgrade before the old one has stored
+// the state, of the namespaces that the router has, and of those that it had.
+func TestHandoffWaitsForRelease(t *testing.T) {
+	p, old, next := startReleasingProxy(t, patience)
+	flushed := make(chan struct{})
+	old.setAnswer(func(http.ResponseWriter, *http.Request) { <-flushed })
+	gone := p.open(t, "ns-02")
+	gone.Close()
+	p.waitSessions(t, 0)
+	p.open(t, "ns-01")
+	p.override("42", map[string]string{"ns-01": "backend-1", "ns-02": "backend-1", "other": "backend-1"})
+	eventually(t, "requests", 1, func() int { return len(old.asked()) })
+	if got := fmt.Sprint(old.asked()[0].namespaces); got != "[ns-01 ns-02]" {
+		t.Errorf("%s were asked for, want [ns-01 ns-02]", got)
+	}
+	held := []net.Conn{p.send(t, "ns-01"), p.send(t, "ns-02")}
+	p.waitPending(t, 2)
+	if n := next.upgrades.Load(); n != 0 {
+		t.Errorf("the next owner has %d upgrades before the release", n)
+	}
+	close(flushed)
+	for _, conn := range held {
+		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil || resp.StatusCode != 101 {
+			t.Errorf("a client that waited got %v, %v", resp, err)
+		}
+	}
+	if asked := len(next.asked()); asked != 0 {
+		t.Errorf("the next owner was asked for %d releases", asked)
+	}
+}
+
+// TestHandoffWithoutRelease: a backend that cannot store keeps its namespaces, and the
+// router says so. Their clients get 503, those of others are served.
+func TestHandoffWithoutRelease(t *testing.T) {
+	p, old, next := startReleasingProxy(t, 100*time.Millisecond)
+	old.setAnswer(func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "disk full", 500) })
+	p.open(t, "ns-01")
+	p.override("42", map[string]string{"ns-01": "backend-1", "other": "backend-1"})
+	eventually(t, "requests", true, func() bool { return len(old.asked()) >= 2 })
+	resp, err := http.ReadResponse(bufio.NewReader(p.send(t, "ns-01")), nil)
+	if err != nil || resp.StatusCode != 503 || next.upgrades.Load() != 0 {
+		t.Errorf("a client got %v, %v, and the next owner %d upgrades; want 503 and none",
+			resp, err, next.upgrades.Load())
+	}
+	p.open(t, "other-02") // by its hash
+	waits := p.mover.status().WaitingFor
+	if len(waits) != 1 || waits[0].Backend != "backend-0" || waits[0].Releases != 1 ||
+		!strings.Contains(waits[0].Error, "disk full") {
+		t.Errorf("status: waits for %+v, want backend-0 with one release: disk full", waits)
+	}
+	lines := p.tail.all("backend has not released its namespaces; hand-off waits")
+	wantLine(t, lines, 1, map[string]any{"level": "WARN", "backend": "backend-0"})
 }
