@@ -38,9 +38,10 @@ type backends struct {
 	dialer      net.Dialer
 	queues      *dialQueues
 	resolve     func(ctx context.Context, ordinal int) (addr string, err error)
-	invalidate  func(ordinal int)        // called if a dial of the address failed
-	podUID      func(ordinal int) string // uid of the pod at the address, "" if not known
-	close       func()                   // waits until no goroutine of resolve runs
+	invalidate  func(ordinal int)                           // called if a dial of the address failed
+	podUID      func(ordinal int) string                    // uid of the pod at the address, "" if not known
+	podIsGone   func(ctx context.Context, ordinal int) bool // it is known that no pod has the backend's name
+	close       func()                                      // waits until no goroutine of resolve runs
 }
 
 // name returns the name of the backend with this ordinal.
@@ -70,6 +71,9 @@ func alwaysReady(int) error { return nil }
 // unknownPodUID is the podUID of backends whose pods are not known.
 func unknownPodUID(int) string { return "" }
 
+// podMayExist is their podIsGone.
+func podMayExist(context.Context, int) bool { return false }
+
 // newStaticBackends returns backends at the given addresses, in the order of their
 // ordinals.
 func newStaticBackends(statefulSet string, addrs []string) *backends {
@@ -80,6 +84,7 @@ func newStaticBackends(statefulSet string, addrs []string) *backends {
 		resolve:     func(_ context.Context, ordinal int) (string, error) { return addrs[ordinal], nil },
 		invalidate:  func(int) {},
 		podUID:      unknownPodUID,
+		podIsGone:   podMayExist,
 		close:       func() {},
 	}
 }
@@ -238,6 +243,7 @@ func newDNSBackends(count int, statefulSet, service string, port int) *backends 
 		resolve:     func(ctx context.Context, ordinal int) (string, error) { return cache.get(ctx, cache.host(ordinal)) },
 		invalidate:  func(ordinal int) { cache.invalidate(cache.host(ordinal)) },
 		podUID:      unknownPodUID,
+		podIsGone:   podMayExist,
 		close:       cache.lookups.Wait,
 	}
 }

@@ -388,6 +388,7 @@ func podAddresses(set map[string]*endpointSlice, statefulSet, port string) (
 // EndpointSlices call not ready, or whose dial failed.
 type endpointWatcher struct {
 	// Static after construction.
+	client      kubeClient // to copy: a client is for one goroutine
 	statefulSet string
 	port        string
 	watcher     *watcher[endpointSlice]
@@ -407,7 +408,7 @@ type endpointWatcher struct {
 func newEndpointWatcher(client kubeClient, namespace, statefulSet, service string, port int,
 	onPods func(uids map[int]string), log *slog.Logger) *endpointWatcher {
 	e := &endpointWatcher{
-		statefulSet: statefulSet, port: strconv.Itoa(port),
+		client: client, statefulSet: statefulSet, port: strconv.Itoa(port),
 		dnsBackends: newDNSBackends(0, statefulSet, service, port),
 		onPods:      onPods, changed: newWakeup(), log: log,
 	}
@@ -431,6 +432,7 @@ func (e *endpointWatcher) backends() *backends {
 		resolve:     e.resolve,
 		invalidate:  e.invalidate,
 		podUID:      e.podUID,
+		podIsGone:   e.podIsGone,
 		close:       e.dnsBackends.close,
 	}
 }
@@ -497,6 +499,25 @@ func (e *endpointWatcher) resolve(ctx context.Context, ordinal int) (string, err
 	}
 	return addr, nil
 }
+
+// podIsGone asks the API server for the pod with the backend's name, and reports whether
+// the answer is that there is none. Another pod of that name has no sessions of the one
+// before. It returns false if there is no answer.
+func (e *endpointWatcher) podIsGone(ctx context.Context, ordinal int) bool {
+	ctx, cancel := context.WithTimeout(ctx, podTimeout)
+	defer cancel()
+	client := e.client
+	path := "/api/v1/namespaces/" + e.watcher.namespace + "/pods/" +
+		backendName(e.statefulSet, ordinal)
+	body, err := client.do(ctx, path, nil, nil)
+	if err == nil {
+		body.Close()
+	}
+	return hasStatus(err, http.StatusNotFound)
+}
+
+// podTimeout bounds the request for a pod.
+const podTimeout = 5 * time.Second
 
 // podUID returns the uid of the pod that resolve finds, or "" if it is not known.
 func (e *endpointWatcher) podUID(ordinal int) string {

@@ -288,10 +288,9 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 
 // followReleases makes the mover ask previous owners to release namespaces.
 func followReleases(c *config, m *mover, b *backends) {
-	isGone := func(context.Context, int) bool { return false } // it may not get pods
 	memory := newReleaseMemory(c.releaseMemory, m.log)
 	m.flights.note, m.relay.note = memory.note, memory.note
-	m.releases = newStepReleases(newReleaser(c.release, c.podName, b, isGone, m.log), memory)
+	m.releases = newStepReleases(newReleaser(c.release, c.podName, b, m.log), memory)
 }
 
 // followStatefulSet takes the number of backends from the StatefulSet, and their

@@ -51,7 +51,6 @@ type releaser struct {
 	path     string
 	podName  string // of this router, for the backend's log
 	backends *backends
-	isGone   func(ctx context.Context, ordinal int) bool // the backend's pod does not exist
 	timeout  time.Duration                               // of one request
 	client   http.Client
 	log      *slog.Logger
@@ -70,11 +69,10 @@ type releaseWait struct {
 	err        error // of the last try that failed; nil before
 }
 
-// newReleaser returns a releaser that POSTs path. isGone reports whether the pod of a
-// backend is gone for good: it need not release anything. The caller closes the releaser.
-func newReleaser(path, podName string, backends *backends,
-	isGone func(ctx context.Context, ordinal int) bool, log *slog.Logger) *releaser {
-	r := &releaser{path: path, podName: podName, backends: backends, isGone: isGone,
+// newReleaser returns a releaser that POSTs path. A backend without a pod need not release
+// anything. The caller closes the releaser.
+func newReleaser(path, podName string, backends *backends, log *slog.Logger) *releaser {
+	r := &releaser{path: path, podName: podName, backends: backends,
 		timeout: releaseTimeout, log: log, waiting: map[int]*releaseWait{}}
 	r.lifetime, r.cancel = context.WithCancel(context.Background())
 	r.client = http.Client{
@@ -232,7 +230,7 @@ func (r *releaser) keepReleasing(ctx context.Context, ordinal int, namespaces []
 			return true
 		case ctx.Err() != nil:
 			return false
-		case r.isGone(ctx, ordinal):
+		case r.backends.podIsGone(ctx, ordinal):
 			r.log.Warn("backend is gone; its namespaces count as released",
 				"backend", name, "namespaces", len(left), "step", step)
 			return true

@@ -103,8 +103,7 @@ func startReleaser(t *testing.T, backends ...*releasingBackend) (*releaser, *tex
 
 func startReleaserAt(t *testing.T, addrs ...string) (*releaser, *textLog) {
 	log, logged := newTextLog()
-	r := newReleaser("/release", "router-a", newStaticBackends("backend", addrs),
-		func(context.Context, int) bool { return false }, log)
+	r := newReleaser("/release", "router-a", newStaticBackends("backend", addrs), log)
 	t.Cleanup(r.close)
 	return r, logged
 }
@@ -369,7 +368,7 @@ func TestReleaseOfGonePod(t *testing.T) {
 	r, log := startReleaser(t, gone)
 	var exists atomic.Bool
 	exists.Store(true)
-	r.isGone = func(_ context.Context, ordinal int) bool { return ordinal == 0 && !exists.Load() }
+	r.backends.podIsGone = func(_ context.Context, ordinal int) bool { return ordinal == 0 && !exists.Load() }
 	done := make(chan struct{})
 	r.start(r.lifetime, 1, setOf(1, "ns-01"), func() { close(done) })
 	eventually(t, "waits", 1, func() int { return len(r.waits()) })
