@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"maps"
 	"math/rand/v2"
+	"net/http"
 	"slices"
 	"strconv"
 	"strings"
@@ -357,6 +358,30 @@ func TestEndpointsWatchFailsAsksDNS(t *testing.T) {
 		wantResolved(t, p, 3, "", "backend-3 is not ready")
 		wantEqual(t, "requests to DNS since the watch recovered", asked.Load()-before, 0)
 	})
+}
+
+// A pod is gone if the API server says that there is none of that name, and only then.
+func TestPodIsGone(t *testing.T) {
+	for status, want := range map[int]bool{200: false, 403: false, 404: true, 500: false} {
+		path := ""
+		server := kubeAnswers(t, func(w http.ResponseWriter, r *http.Request) {
+			path = r.URL.Path
+			respond(status, "{}")(w, r)
+		})
+		client, err := newKubectlProxyClient(server)
+		must(t, err)
+		p := newEndpointWatcher(*client, "edge", "backend", "headless", 9000, func(map[int]string) {}, slog.New(slog.DiscardHandler))
+		if got := p.backends().podIsGone(t.Context(), 3); got != want {
+			t.Errorf("%d: gone is %t, want %t", status, got, want)
+		}
+		wantEqual(t, "path", path, "/api/v1/namespaces/edge/pods/backend-3")
+	}
+	client, err := newKubectlProxyClient("http://" + refusingAddr(t))
+	must(t, err)
+	p := newEndpointWatcher(*client, "edge", "backend", "headless", 9000, func(map[int]string) {}, slog.New(slog.DiscardHandler))
+	if p.backends().podIsGone(t.Context(), 3) {
+		t.Error("without an API server a pod is gone")
+	}
 }
 
 // onPods gets the uids of the usable pods before they are dialled.

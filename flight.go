@@ -132,13 +132,23 @@ func (f *flights) awaitEnd(conn net.Conn) bool {
 	for ctx.Err() == nil {
 		conn.SetDeadline(time.Time{})
 		stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
-		_, err := io.Copy(io.Discard, conn)
+		err := discard(conn)
 		stop()
 		if !errors.Is(err, os.ErrDeadlineExceeded) { // else who has abandoned it may have set it
-			return err == nil || errors.Is(err, syscall.ECONNRESET)
+			return errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET)
 		}
 	}
 	return false
+}
+
+// discard reads until the end of conn, or an error. It takes little memory, as many
+// clients may leave at once.
+func discard(conn net.Conn) error {
+	for b := make([]byte, 512); ; {
+		if _, err := conn.Read(b); err != nil {
+			return err
+		}
+	}
 }
 
 // writeMetrics writes how many flights were given up.

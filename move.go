@@ -7,6 +7,7 @@ import (
 	"maps"
 	"math/rand/v2"
 	"slices"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -51,6 +52,7 @@ type mover struct {
 	dialResults     chan dialResult // dialTarget sends
 	pendingSessions atomic.Int64    // sessions that have to move and have not moved yet
 	steps           atomic.Int64    // steps that are done
+	seenStep        atomic.Int64    // the highest that a backend has answered (noteStep)
 
 	// Owned by run.
 	pace        pace
@@ -400,8 +402,23 @@ func (m *mover) advance(now time.Time) time.Time {
 	}
 }
 
+// noteStep notes the step in the header of a backend that has refused an upgrade: it has
+// released the namespace for a later step than the router's. The router's next step goes
+// above it. It reports whether text is a step: one of at most a day from now.
+func (m *mover) noteStep(text string) bool {
+	step, err := strconv.ParseInt(text, 10, 64)
+	if err != nil || step < 0 || step > time.Now().Add(24*time.Hour).UnixMilli() {
+		return false
+	}
+	for seen := m.seenStep.Load(); step > seen; seen = m.seenStep.Load() {
+		m.seenStep.CompareAndSwap(seen, step)
+	}
+	return true
+}
+
 // beginStep puts a view with a new step in force.
 func (m *mover) beginStep(v *view) {
+	v.step = max(v.step, m.seenStep.Load()+1)
 	if !v.done {
 		m.releases.begin()
 	}

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"runtime/debug"
@@ -112,7 +113,17 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result, error) 
 			headBytesPerUpgrade)
 		return refused.result, refused
 	}
-	r = trimRequest(r, clientCtx)
+	return p.askOwners(holdCtx, w, trimRequest(r, clientCtx), u, clientAddrs, head)
+}
+
+// askOwners sends the request to the owner of the namespace, and again when another one
+// has to get it, until there is an answer for the client. holdCtx bounds all waits. head
+// is what startRequestHead has returned, without room.
+func (p *proxy) askOwners(
+	holdCtx context.Context, w http.ResponseWriter, r *http.Request,
+	u *pendingUpgrade, clientAddrs string, head []byte,
+) (result, error) {
+	refusals := 0
 	for misdirected := error(nil); ; {
 		var request []byte
 		if u.backendConn == nil {
@@ -128,6 +139,12 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result, error) 
 		}
 		result, err := p.completeUpgrade(w, r, u, clientAddrs, request)
 		switch {
+		case errors.Is(err, errReleased):
+			refusals++
+			wait := backoff{minRedialDelay, maxRedialDelay}.jittered(refusals, rand.Float64())
+			if sleep(holdCtx, wait) != nil {
+				return p.unreachableError(holdCtx, u.owner, err, misdirected)
+			}
 		case errors.Is(err, errMisdirected):
 			misdirected = err
 		case !errors.Is(err, errOwnerChanged):
@@ -223,6 +240,10 @@ var errOwnerChanged = errors.New("the namespace got another owner")
 
 // errMisdirected says that another backend answered at the owner's address (421).
 var errMisdirected = errors.New("another backend answers at its address")
+
+// errReleased says that the owner has released the namespace (-release) for a later step
+// of a hand-off than the router's: that has to become another owner, or a later step.
+var errReleased = errors.New("it has released the namespace for a later step (409)")
 
 // admit checks an upgrade request, finds its owner, and counts it in the limits. Both
 // ways of a handshake begin with it. The caller calls release or handOver.
@@ -389,6 +410,9 @@ func (p *proxy) completeUpgrade(
 		return p.handleMisdirected(u.owner, backendConn.RemoteAddr())
 	}
 	p.backends.queues.clearMisdirected(u.owner)
+	if resp.StatusCode == http.StatusConflict && p.mover.noteStep(resp.Header.Get(headerStep)) {
+		return resultHoldTimeout, errReleased
+	}
 	if resp.StatusCode != http.StatusSwitchingProtocols {
 		return p.passResponse(w, resp, backendConn)
 	}

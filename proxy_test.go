@@ -381,6 +381,66 @@ func TestProxyMovedInHandshake(t *testing.T) {
 	}
 }
 
+// A backend that has released the namespace for a later step refuses the upgrade. It is
+// asked again, and the router's next step goes above that one. An application's own 409
+// is for the client.
+func TestProxyAsksAgainAfterARelease(t *testing.T) {
+	both(t, func(t *testing.T, request string) {
+		var asked atomic.Int32
+		later := time.Now().Add(time.Hour).UnixMilli()
+		backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
+			if asked.Add(1) <= 2 {
+				fmt.Fprintf(conn, "HTTP/1.1 409 Conflict\r\nX-Router-Step: %d\r\nContent-Length: 0\r\n\r\n", later)
+				return
+			}
+			echo(conn, br)
+		})
+		p := startProxy(t, []string{backend.addr, backend.addr}, map[string]string{"ns-01": "backend-0"}, nil)
+		_, _, resp := p.ask(t, request)
+		if resp.StatusCode != 101 || asked.Load() != 3 {
+			t.Errorf("%s after %d requests, want 101 after 3", resp.Status, asked.Load())
+		}
+		p.override("42", map[string]string{"ns-02": "backend-1"})
+		eventually(t, "the next step is later", true, func() bool { return p.mover.assign("ns-02").step > later })
+	})
+	for _, header := range []string{"", "X-Router-Step: x\r\n", "X-Router-Step: 9000000000000000000\r\n"} {
+		both(t, func(t *testing.T, request string) {
+			backend := startStub(t, "127.0.0.1:0", answer("HTTP/1.1 409 Conflict\r\n"+header+"Content-Length: 5\r\n\r\nmine!"))
+			p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
+			if _, _, resp := p.ask(t, request); resp.StatusCode != 409 {
+				t.Errorf("%s with %q, want the application's 409", resp.Status, header)
+			}
+		})
+	}
+}
+
+// A request is not sent if the owner has changed since it was dialled, and is in flight
+// before that is asked.
+func TestStartFlightAsksOnceMore(t *testing.T) {
+	r := lookupTable(t, 4, 1000)
+	m := restingMover(r)
+	const namespace = "ns-00000007"
+	owner := m.assign(namespace).owner
+	f, _, ok := m.startFlight(namespace, owner, "")
+	if !ok || !m.flights.any(func(other *flight) bool { return other == f }) {
+		t.Fatalf("started: %t, want a flight", ok)
+	}
+	f.end()
+	other := newTable("backend", false, ordinals{first: owner + 1, count: 2}, nil, r.table())
+	step := m.current.Load().next(other, mark{upto: allPlaces}, time.Now())
+	m.current.Store(step) // it begins after the dial
+	if _, now, ok := m.startFlight(namespace, owner, ""); ok || now.state != isHeld {
+		t.Errorf("the request is sent to the old owner in a step (%+v)", now)
+	}
+	m.finishStep(step)
+	if _, now, ok := m.startFlight(namespace, owner, ""); ok || now.owner == owner {
+		t.Errorf("the request is sent to the old owner after the step (%+v)", now)
+	}
+	if m.flights.any(func(*flight) bool { return true }) {
+		t.Error("a request that was not sent is in flight")
+	}
+}
+
 const notMeant = "HTTP/1.1 421 Misdirected Request\r\nContent-Length: 9\r\n\r\nbackend-7"
 
 // A backend that answers 421 is another one. The client waits until the one that is

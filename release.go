@@ -51,7 +51,7 @@ type releaser struct {
 	path     string
 	podName  string // of this router, for the backend's log
 	backends *backends
-	timeout  time.Duration                               // of one request
+	timeout  time.Duration // of one request
 	client   http.Client
 	log      *slog.Logger
 	lifetime context.Context // of connections and runs, until close

@@ -424,8 +424,10 @@ func TestStepReleases(t *testing.T) {
 		t.Error("step 1 is done at once")
 	}
 	<-done
-	if !isDone(1, 0) || !isDone(1, 0) || len(b.asked()) != 1 {
-		t.Errorf("step 1 is not done after %d requests; log:\n%s", len(b.asked()), log)
+	for range 2 { // once more changes nothing
+		if !isDone(1, 0) || len(b.asked()) != 1 {
+			t.Errorf("step 1 is not done after %d requests; log:\n%s", len(b.asked()), log)
+		}
 	}
 	b.setAnswer(func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "disk full", 500) })
 	s.begin()
