@@ -96,10 +96,14 @@ const (
 	reservedDescriptors = processDescriptors + maxAdminConns + maxAdminDials
 )
 
-// internalDescriptors is how many descriptors are not for clients: those reserved, two
-// for each backend, for its lookup, and what the relay has for itself.
+// descriptorsPerBackend is how many descriptors each backend needs beside its sessions:
+// two for its lookup, and two for the connections of a releaser.
+const descriptorsPerBackend = 4
+
+// internalDescriptors is how many descriptors are not for clients: those reserved, those
+// for each backend, and what the relay has for itself.
 func internalDescriptors(backends int) int {
-	return reservedDescriptors + 2*backends + descriptorsPerPoller*runtime.GOMAXPROCS(0)
+	return reservedDescriptors + descriptorsPerBackend*backends + descriptorsPerPoller*runtime.GOMAXPROCS(0)
 }
 
 // descriptorsPerUpgrade is how many a client may need until it is a session: its

@@ -375,11 +375,11 @@ func (alwaysOne) Accept() (net.Conn, error) {
 
 func TestDescriptorLimit(t *testing.T) {
 	relays := descriptorsPerPoller * runtime.GOMAXPROCS(0)
-	for files := reservedDescriptors + 10 + relays; files < reservedDescriptors+20+relays; files++ {
+	for files := reservedDescriptors + 20 + relays; files < reservedDescriptors+30+relays; files++ {
 		synctest.Test(t, func(t *testing.T) {
 			g, err := newDescriptorLimit(files, 2)
 			must(t, err)
-			if want := files - reservedDescriptors - 2*2 - relays; g.limit != want {
+			if want := files - reservedDescriptors - 2*descriptorsPerBackend - relays; g.limit != want {
 				t.Fatalf("%d files: %d for clients, want %d", files, g.limit, want)
 			}
 			sessions := 0
@@ -395,7 +395,7 @@ func TestDescriptorLimit(t *testing.T) {
 			wantLimited(t, g)
 		})
 	}
-	least := reservedDescriptors + 2*5 + relays + descriptorsPerUpgrade
+	least := reservedDescriptors + 5*descriptorsPerBackend + relays + descriptorsPerUpgrade
 	_, err := newDescriptorLimit(least-1, 5)
 	if err == nil || err.Error() != fmt.Sprintf("the limit of open files must be at least %d (got %d; ulimit -n)", least, least-1) {
 		t.Errorf("error %v, want one that says %d", err, least)
@@ -411,13 +411,13 @@ func TestDescriptorLimitFollowsBackends(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g, err := newDescriptorLimit(reservedDescriptors+100+descriptorsPerPoller*runtime.GOMAXPROCS(0), 0)
 		must(t, err)
-		for backends, want := range map[int]int{0: 100, 10: 80, 1000: descriptorsPerUpgrade} {
+		for backends, want := range map[int]int{0: 100, 10: 60, 1000: descriptorsPerUpgrade} {
 			if g.setBackends(backends); g.limit != want {
 				t.Errorf("%d descriptors for clients with %d backends, want %d", g.limit, backends, want)
 			}
 		}
 		g.setBackends(10)
-		g.add(80)
+		g.add(60)
 		waited := make(chan error, 1)
 		go func() { waited <- g.wait() }()
 		synctest.Wait()
