@@ -150,10 +150,3 @@ func discard(conn net.Conn) error {
 		}
 	}
 }
-
-// writeMetrics writes how many flights were given up.
-func (f *flights) writeMetrics(w metricsWriter) {
-	w.single("router_handoff_unproven_total", "counter",
-		"Upgrades and sessions that a backend may have served after they were given up.",
-		float64(f.unproven.Load()))
-}

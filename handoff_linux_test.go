@@ -166,7 +166,9 @@ func (p *proof) wait(t *testing.T, what string, problem func() string) {
 			defer p.mu.Unlock()
 			first := p.failures[:min(3, len(p.failures))]
 			for _, r := range p.routers {
+				r.log.mu.Lock()
 				t.Logf("%v", r.log.lines)
+				r.log.mu.Unlock()
 			}
 			t.Fatalf("%s: %s; %d failures of clients: %.500v", what, left, len(p.failures), first)
 		}
@@ -850,12 +852,14 @@ func (p *proof) leave(c flightCase, k *crowdConn) {
 
 // unreadSockets returns how many connections to addr, an IPv4 address, have bytes that
 // nobody has read: also those that nobody has accepted (proc(5), /proc/net/tcp).
+// Of this thread: a test may have put another one into a network of its own, even the
+// first one, of which /proc/net is.
 func unreadSockets(t *testing.T, addr string) (count int) {
 	t.Helper()
 	to := netip.MustParseAddrPort(addr)
 	b := to.Addr().As4()
 	local := fmt.Sprintf("%02X%02X%02X%02X:%04X", b[3], b[2], b[1], b[0], to.Port())
-	table, err := os.ReadFile("/proc/net/tcp")
+	table, err := os.ReadFile("/proc/thread-self/net/tcp")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -611,7 +611,7 @@ type stepWait struct {
 func (m *mover) status() handoffStatus {
 	s := handoffStatus{
 		Mode: "single", Done: 1, ToMove: m.pendingSessions.Load(),
-		Unproven: m.flights.unproven.Load(), WaitingFor: []stepWait{},
+		Unproven: m.flights.unproven.Load() + m.relay.unproven.Load(), WaitingFor: []stepWait{},
 	}
 	if m.off {
 		s.Mode = "off"
@@ -811,5 +811,7 @@ func (m *mover) writeMetrics(w metricsWriter) {
 			waiting(seconds[backend], "for", backend)
 		}
 	}
-	m.flights.writeMetrics(w)
+	w.single("router_handoff_unproven_total", "counter",
+		"Upgrades and sessions that a backend may have served after they were given up.",
+		float64(s.Unproven))
 }

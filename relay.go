@@ -152,6 +152,7 @@ type relay struct {
 	openSessions sync.WaitGroup          // wait waits for it
 	ended        [numCauses]atomic.Int64 // sessions
 	cut          [numCauses]atomic.Int64 // of these, those whose closing handshake was cut
+	unproven     atomic.Int64            // of the moved ones, those whose backend was reset
 
 	// podUIDs is the uid of each backend's present pod, by ordinal, for all backends
 	// whose pod was ever known. It is stored with mu locked and read without.
@@ -354,6 +355,14 @@ func (r *relay) setReleased(s *session) {
 		r.recountOnOldPod(s)
 	}
 	r.onReleased()
+}
+
+// countUnproven counts a session that moves and whose backend is reset, as it has not
+// answered in its time: it may go on to serve the namespace.
+func (r *relay) countUnproven(s *session) {
+	if cause(s.cause.Load()) == causeMoved {
+		r.unproven.Add(1)
+	}
 }
 
 // waitsForEnd reports whether the backend of s, which ends without a closing handshake,

@@ -568,6 +568,7 @@ func (p *poller) scan(s *session, i side, n int) int {
 
 // resetBackend resets the backend's connection.
 func (p *poller) resetBackend(s *session) {
+	p.relay.countUnproven(s)
 	fd := int(s.fd[backendSide])
 	s.fin[backendSide] = true
 	p.setWriteFailed(s, backendSide)

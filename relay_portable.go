@@ -279,6 +279,7 @@ func (s *session) continueClose(from side, err error) bool {
 
 // resetBackend resets the backend's connection. The caller holds mu.
 func (s *session) resetBackend() {
+	s.relay.countUnproven(s)
 	s.writeFailed[backendSide] = true
 	if conn, ok := s.conn[backendSide].(interface{ SetLinger(int) error }); ok {
 		conn.SetLinger(0) // if it fails, the backend gets a FIN instead of an RST
