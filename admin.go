@@ -293,7 +293,7 @@ func clientNamespace(name string, fromHost bool) (namespace, want string) {
 	if fromHost {
 		name = strings.ToLower(name) // as hostNamespace does
 	}
-	return name, namespaceFault(name, fromHost)
+	return name, expectedNamespace(name, fromHost)
 }
 
 // newOwnership returns who owns the namespace in t, without the state of the owner, and

@@ -49,14 +49,14 @@ func TestCommands(t *testing.T) {
 		"plan, bad flag":   {[]string{"plan", "-replicas", "3"}, 2, "flag provided but not defined: -replicas\n"},
 		"owner":            {[]string{"owner", admin, "late"}, 0, "late  backend-1  override  127.0.0.1:1  dial tcp 127.0.0.1:1: connect: connection refused\n"},
 		"owner of nothing": {[]string{"owner", admin}, 2, "at least one namespace is required\n"},
-		"owner, bad name":  {[]string{"owner", admin, "a/b"}, 1, s.URL + "/owner?namespace=a%2Fb: 400 Bad Request: /owner?namespace= must be " + pathNamespaceFault("a/b") + " (got \"a/b\")\n"},
+		"owner, bad name":  {[]string{"owner", admin, "a/b"}, 1, s.URL + "/owner?namespace=a%2Fb: 400 Bad Request: /owner?namespace= must be " + expectedPathNamespace("a/b") + " (got \"a/b\")\n"},
 		"owner offline": {[]string{"owner", "-replicas", "4", "-overrides", folder, "a", "free", "bad"}, 0, "a     backend-2  override\nfree  " + hashed + "  hash\nbad              unresolved\n" +
 			"      rejected: \"bakend-2\" in directory " + folder + ", expected backend-0 to backend-3\n"},
-		"owner offline, bad name": {[]string{"owner", "-replicas", "4", ""}, 2, "the argument must be " + pathNamespaceFault("") + " (got \"\")\n"},
+		"owner offline, bad name": {[]string{"owner", "-replicas", "4", ""}, 2, "the argument must be " + expectedPathNamespace("") + " (got \"\")\n"},
 		"owner offline, of hosts": {[]string{"owner", "-replicas", "4", "-overrides", hosts, "-namespace-from", "host", "Ns", "free"}, 0,
-			"Ns    " + backendName("backend", bucket("ns", 4)) + "  hash\n      rejected: \"backend-2\" in directory " + hosts + " NS, expected " + hostNamespaceFault("") +
+			"Ns    " + backendName("backend", bucket("ns", 4)) + "  hash\n      rejected: \"backend-2\" in directory " + hosts + " NS, expected " + expectedHostNamespace("") +
 				"\nfree  " + hashed + "  hash\n"},
-		"owner offline, no host":    {[]string{"owner", "-replicas", "4", "-namespace-from", "host", "a.b"}, 2, "the argument must be " + hostNamespaceFault("a.b") + " (got \"a.b\")\n"},
+		"owner offline, no host":    {[]string{"owner", "-replicas", "4", "-namespace-from", "host", "a.b"}, 2, "the argument must be " + expectedHostNamespace("a.b") + " (got \"a.b\")\n"},
 		"owner offline, from where": {[]string{"owner", "-replicas", "4", "-namespace-from", "header", "a"}, 2, "-namespace-from must be path or host (got \"header\")\n"},
 		"owner of two dots": {[]string{"owner", "-replicas", "1", "..foo"}, 0,
 			"..foo  backend-0  hash\n       it cannot have an override: no key of a ConfigMap begins with two dots\n"},

@@ -148,7 +148,7 @@ func (h *dialQueues) dequeue(ctx context.Context, w *waiter, ordinal int) error 
 	if ctx.Err() == nil {
 		return errRecheckOwner
 	}
-	return h.why(w, ordinal, ctx.Err())
+	return h.reasonLocked(w, ordinal, ctx.Err())
 }
 
 // reason returns why w, whose ctx has ended, is not connected to the backend, or err if
@@ -156,12 +156,12 @@ func (h *dialQueues) dequeue(ctx context.Context, w *waiter, ordinal int) error 
 func (h *dialQueues) reason(w *waiter, ordinal int, err error) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.why(w, ordinal, err)
+	return h.reasonLocked(w, ordinal, err)
 }
 
-// why returns why the backend cannot be dialled, or why the last dial of it failed, or
+// reasonLocked returns why the backend cannot be dialled, or why the last dial of it failed, or
 // why the last dial of w failed, or err. The caller holds mu.
-func (h *dialQueues) why(w *waiter, ordinal int, err error) error {
+func (h *dialQueues) reasonLocked(w *waiter, ordinal int, err error) error {
 	return cmp.Or(h.checkReady(ordinal), h.queue(ordinal).lastErr, w.failure, err)
 }
 

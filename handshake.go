@@ -74,7 +74,7 @@ func pathNamespace(r *http.Request) (string, *refusal) {
 		return "", refuse(resultNotFound, "the path must be /ws/<namespace> (got %.200q)", requestPath(r))
 	}
 	namespace, _, _ := strings.Cut(rest, "/")
-	if want := pathNamespaceFault(namespace); want != "" {
+	if want := expectedPathNamespace(namespace); want != "" {
 		return "", refuse(resultBadRequest, "the path must have %s (got %.260q)", want, namespace)
 	}
 	return namespace, nil
@@ -92,7 +92,7 @@ func hostNamespace(r *http.Request) (string, *refusal) {
 	if !ok || domain == "" || err == nil {
 		return "", refuse(resultBadRequest, "the host must be <namespace>.<domain> (got %.260q)", r.Host)
 	}
-	if want := hostNamespaceFault(label); want != "" {
+	if want := expectedHostNamespace(label); want != "" {
 		return "", refuse(resultBadRequest, "the host must begin with %s (got %.260q)", want, label)
 	}
 	return label, nil
@@ -368,7 +368,7 @@ const (
 	resultClientGone            // the client left before there was an answer
 	resultBadGateway            // 502
 	resultGatewayTimeout        // 504
-	resultOtherResponse         // the backend gave an answer other than 101
+	resultAnswered         // the backend gave an answer other than 101
 	numResults                  // how many there are
 )
 

@@ -77,7 +77,7 @@ func FuzzUpgrade(f *testing.F) {
 		switch {
 		case rest.Buffered() > 0 || out.ContentLength != 0:
 			t.Fatalf("more than one request without a body: %q", head)
-		case refused != nil || again != namespace || pathNamespaceFault(namespace) != "":
+		case refused != nil || again != namespace || expectedPathNamespace(namespace) != "":
 			t.Fatalf("namespace %q became %q", namespace, again)
 		case strings.Join(out.Header.Values(headerPod), "|") != "router-x" || strings.Join(out.Header.Values(headerTable), "|") != "41" ||
 			strings.Join(out.Header.Values(headerStep), "|") != "7" || strings.Join(out.Header.Values(headerBackend), "|") != "backend-2":

@@ -25,7 +25,7 @@ func TestOwnersArePinned(t *testing.T) {
 		if strings.HasPrefix(line, "#") {
 			continue
 		}
-		if len(fields) != 1+len(counts) || pathNamespaceFault(fields[0]) != "" {
+		if len(fields) != 1+len(counts) || expectedPathNamespace(fields[0]) != "" {
 			t.Fatalf("line %q, want a namespace and %d owners", line, len(counts))
 		}
 		pinned[fields[0]] = true

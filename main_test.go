@@ -55,7 +55,7 @@ func TestRunNamespaceFromHost(t *testing.T) {
 		t.Errorf("%v, want 3 entries rejected", line)
 	}
 	bad := r.log.wait(t, "override rejected", 3)
-	if bad["expected"] != hostNamespaceFault("") || bad["in_force"] != "none" {
+	if bad["expected"] != expectedHostNamespace("") || bad["in_force"] != "none" {
 		t.Errorf("%v", bad)
 	}
 	waitMetrics(t, r, map[string]float64{`router_table_rejected_overrides{source="directory ` + dir + `"}`: 3})
@@ -74,15 +74,15 @@ func TestRunNamespaceFromHost(t *testing.T) {
 		if err := json.Unmarshal([]byte(body), &o); err != nil || status != 200 || o.Namespace != one.namespace || o.Owner != one.owner || o.Why != one.why {
 			t.Errorf("/owner of %s is %d %s, want %s with %s", one.asked, status, body, one.namespace, one.owner)
 		}
-		if one.asked == upper && (len(o.Rejected) != 1 || o.Rejected[0].Key != upper || o.Rejected[0].Expected != hostNamespaceFault("")) {
+		if one.asked == upper && (len(o.Rejected) != 1 || o.Rejected[0].Key != upper || o.Rejected[0].Expected != expectedHostNamespace("")) {
 			t.Errorf("/owner of %s is %s, want the key that is rejected", one.asked, body)
 		}
 	}
 	for _, namespace := range []string{dotted + ".name", strings.Repeat("a", 64), ".."} {
 		status, body := r.get(t, "/owner?namespace="+namespace)
 		var no struct{ Error string }
-		if err := json.Unmarshal([]byte(body), &no); err != nil || status != 400 || !strings.Contains(no.Error, " must be "+hostNamespaceFault(namespace)+" (got ") {
-			t.Errorf("/owner of %s is %d %s, want 400 with %s", namespace, status, body, hostNamespaceFault(namespace))
+		if err := json.Unmarshal([]byte(body), &no); err != nil || status != 400 || !strings.Contains(no.Error, " must be "+expectedHostNamespace(namespace)+" (got ") {
+			t.Errorf("/owner of %s is %d %s, want 400 with %s", namespace, status, body, expectedHostNamespace(namespace))
 		}
 	}
 }

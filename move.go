@@ -57,7 +57,7 @@ type mover struct {
 	// Owned by run.
 	pace        pace
 	firstChange time.Time // of the changes that have not settled
-	settledAt   time.Time // when these will have settled
+	settlesAt   time.Time // when these will have settled
 	steppedAt   time.Time // when the last step began that closed sessions
 	batch       *moveBatch
 	finishing   []*moveBatch    // whose last closing handshakes go on
@@ -268,12 +268,12 @@ func (m *mover) stopDials() {
 // restartSettling makes run wait for settleTime from now, but no longer than
 // maxSettleFactor times settleTime from the first change.
 func (m *mover) restartSettling(now time.Time) {
-	if !now.Before(m.settledAt) {
+	if !now.Before(m.settlesAt) {
 		m.firstChange = now
 	}
-	m.settledAt = now.Add(m.settleTime)
-	if last := m.firstChange.Add(maxSettleFactor * m.settleTime); m.settledAt.After(last) {
-		m.settledAt = last
+	m.settlesAt = now.Add(m.settleTime)
+	if last := m.firstChange.Add(maxSettleFactor * m.settleTime); m.settlesAt.After(last) {
+		m.settlesAt = last
 	}
 }
 
@@ -493,8 +493,8 @@ func (m *mover) takeDue(next *mark, ready bool, now time.Time) (due []*session) 
 // mayMove reports whether sessions may move now: the table has settled, and each of their
 // new owners was dialled. If not, again is when they may; zero if that is after a dial.
 func (m *mover) mayMove(now time.Time) (ready bool, again time.Time) {
-	if now.Before(m.settledAt) {
-		return false, m.settledAt
+	if now.Before(m.settlesAt) {
+		return false, m.settlesAt
 	}
 	for _, target := range m.targets {
 		if !target.dialled {

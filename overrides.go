@@ -322,17 +322,17 @@ func invalidFor(namespace []byte) uint32 {
 	return invalidForPath
 }
 
-// pathNamespaceFault says what a namespace of a path must be, or "" if this one is valid.
-func pathNamespaceFault(s string) string {
+// expectedPathNamespace says what a namespace of a path must be, or "" if this one is valid.
+func expectedPathNamespace(s string) string {
 	if isPathNamespace(s) {
 		return ""
 	}
 	return "a namespace of 1 to 253 characters of [-._a-zA-Z0-9] other than \".\" and \"..\""
 }
 
-// hostNamespaceFault says what a namespace of a host name must be, or "" if this one,
+// expectedHostNamespace says what a namespace of a host name must be, or "" if this one,
 // in lower case, is valid.
-func hostNamespaceFault(s string) string {
+func expectedHostNamespace(s string) string {
 	if isHostNamespace(s) {
 		return ""
 	}

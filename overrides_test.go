@@ -42,9 +42,9 @@ func TestOverrideSet(t *testing.T) {
 			}
 			for r := range p.all() {
 				name, want := string(r.namespace), uint32(0)
-				if pathNamespaceFault(name) != "" {
+				if expectedPathNamespace(name) != "" {
 					want = invalidForPath
-				} else if hostNamespaceFault(name) != "" {
+				} else if expectedHostNamespace(name) != "" {
 					want = invalidForHost
 				}
 				if r.invalidFor != want {

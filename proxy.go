@@ -77,7 +77,7 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // backend has sent: in quotes, a head of 16 KiB takes four times that.
 func (p *proxy) logFailure(r *http.Request, result result, err error) {
 	if err == nil || result.status() < http.StatusInternalServerError ||
-		result == resultClientGone || result == resultOtherResponse {
+		result == resultClientGone || result == resultAnswered {
 		return
 	}
 	if omitted, ok := p.logThrottles[result].allow(time.Second); ok {
@@ -493,9 +493,9 @@ func (p *proxy) passResponse(
 	if _, err := io.Copy(w, resp.Body); err != nil {
 		http.NewResponseController(w).Flush() // the status and what came of the body
 		// The client must not take half a body for a whole one.
-		return resultOtherResponse, http.ErrAbortHandler
+		return resultAnswered, http.ErrAbortHandler
 	}
-	return resultOtherResponse, nil
+	return resultAnswered, nil
 }
 
 // hijack takes the client's connection from net/http and sends head, the 101, on it. It

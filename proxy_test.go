@@ -186,7 +186,7 @@ func TestProxyPassesOtherAnswers(t *testing.T) {
 					t.Errorf("%s: %q, want %q", name, got, want)
 				}
 			}
-			p.waitResult(t, resultOtherResponse)
+			p.waitResult(t, resultAnswered)
 		})
 	}
 }

@@ -418,7 +418,7 @@ func (t *table) check(i int, r override) (bad rejection, ok bool) {
 	invalid := t.isInvalidName(r)
 	switch {
 	case invalid:
-		bad.Key, bad.Expected = bad.namespace, namespaceFault(bad.namespace, t.fromHost)
+		bad.Key, bad.Expected = bad.namespace, expectedNamespace(bad.namespace, t.fromHost)
 	case t.valueOrdinals[i][r.valueIndex] == invalidValue:
 		last := t.backends.first + t.backends.count - 1
 		bad.Expected = t.name(t.backends.first) + " to " + t.name(last)
@@ -454,13 +454,13 @@ func (t *table) ordinal(name string) (ordinal int, ok bool) {
 	return ordinal, ok && t.backends.has(ordinal)
 }
 
-// namespaceFault says what a namespace of a path, or of a host name, must be, or "" if
+// expectedNamespace says what a namespace of a path, or of a host name, must be, or "" if
 // this one is valid.
-func namespaceFault(name string, host bool) string {
+func expectedNamespace(name string, host bool) string {
 	if host {
-		return hostNamespaceFault(name)
+		return expectedHostNamespace(name)
 	}
-	return pathNamespaceFault(name)
+	return expectedPathNamespace(name)
 }
 
 // router merges the sources of overrides, and holds the table in force.

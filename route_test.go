@@ -169,7 +169,7 @@ func TestTableRejectsNamespaces(t *testing.T) {
 		t.Errorf("%d overrides %v, want %v", table.overrides, got, want)
 	}
 	for _, namespace := range []string{"a/b", ".."} {
-		if bad := rejectedOf(table)[namespace]; bad.Expected != pathNamespaceFault(namespace) || bad.InForce != "none" {
+		if bad := rejectedOf(table)[namespace]; bad.Expected != expectedPathNamespace(namespace) || bad.InForce != "none" {
 			t.Errorf("%q is rejected as %+v", namespace, bad)
 		}
 	}
@@ -294,13 +294,13 @@ func TestTableChanges(t *testing.T) {
 func TestPathNamespaceFault(t *testing.T) {
 	long := strings.Repeat("a", 254)
 	for _, valid := range []string{"a", "a-Z_0.9", "...", ".a", long[:253]} {
-		if fault := pathNamespaceFault(valid); fault != "" {
+		if fault := expectedPathNamespace(valid); fault != "" {
 			t.Errorf("%q: %s", valid, fault)
 		}
 	}
 	invalid := []string{"", long, ".", "..", "a/b", "a%2Fb", "a b", "a:b", "a@b", "ä", "a\x00", "a\n", "a\xff", "/", "{", "[", "`"}
 	for _, namespace := range invalid { // the last four are next to valid characters
-		if pathNamespaceFault(namespace) == "" {
+		if expectedPathNamespace(namespace) == "" {
 			t.Errorf("%q is valid", namespace)
 		}
 	}
@@ -410,7 +410,7 @@ func wantInForceOrRejected(t *testing.T, table *table, namespace, value string) 
 		t.Errorf("%q: %q is rejected as %+v and in the table is %v", namespace, value, bad, pinned)
 	case !utf8.ValidString(bad.Value) || bad.Expected == "":
 		t.Errorf("%q: %q is rejected as %+v", namespace, value, bad)
-	case pathNamespaceFault(namespace) == "" && table.name(0) == strings.TrimSpace(value):
+	case expectedPathNamespace(namespace) == "" && table.name(0) == strings.TrimSpace(value):
 		t.Errorf("%q: %q is rejected as %+v, want it in force", namespace, value, bad)
 	}
 }
