@@ -134,8 +134,11 @@ func (f *flights) awaitEnd(conn net.Conn) bool {
 		stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
 		err := discard(conn)
 		stop()
-		if !errors.Is(err, os.ErrDeadlineExceeded) { // else who has abandoned it may have set it
-			return errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET)
+		switch {
+		case errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET):
+			return true
+		case !errors.Is(err, os.ErrDeadlineExceeded): // which who has abandoned it may have set
+			<-ctx.Done() // the network does not say what the backend does
 		}
 	}
 	return false

@@ -64,13 +64,17 @@ func (p *handoffPlan) isAtRest(content uint64) bool {
 	return len(p.records) == 1 && p.records[0].content == content
 }
 
+// maxRecords is how many tables a plan has at most. One more waits until the newest of
+// these has come to its end (mover.targetTable).
+const maxRecords = 3
+
 // next returns the plan after p, in which the namespaces that m covers have moved to the
 // table with this content. Each namespace that changes its owner by that has to be
 // released by the owner that it has by p first: the view of the new plan holds it.
 //
-// A table of which nothing has moved makes room for the new one. When other owners are
-// away than before, the newest table follows itself: so the namespaces that waited for one
-// of them move at the pace too, and none that has moved moves back. The newest table
+// A table of which nothing has moved makes room for the new one. When an owner is no longer
+// away, the newest table follows itself if there is room: so the namespaces that waited for
+// that owner move at the pace too. The newest table
 // becomes the only one as soon as it covers everything, before the step and after it.
 func (p *handoffPlan) next(content uint64, m mark, now time.Time) *handoffPlan {
 	next := &handoffPlan{step: max(p.step+1, now.UnixMilli()), records: slices.Clone(p.records)}
@@ -85,7 +89,7 @@ func (p *handoffPlan) next(content uint64, m mark, now time.Time) *handoffPlan {
 	}
 	newest := next.newest()
 	if len(next.records) == 1 || newest.content != content ||
-		!slices.Equal(newest.now.away, m.away) {
+		len(next.records) < maxRecords && returns(newest.now.away, m.away) {
 		next.records = append(next.records, planRecord{content: content})
 		newest = next.newest()
 	}
@@ -95,6 +99,13 @@ func (p *handoffPlan) next(content uint64, m mark, now time.Time) *handoffPlan {
 		next.records = []planRecord{{content: content}}
 	}
 	return next
+}
+
+// returns reports whether an owner of before is not in now.
+func returns(before, now []int) bool {
+	return slices.ContainsFunc(before, func(ordinal int) bool {
+		return !slices.Contains(now, ordinal)
+	})
 }
 
 // ownerState is what a view knows of a namespace.

@@ -368,7 +368,7 @@ const (
 	resultClientGone            // the client left before there was an answer
 	resultBadGateway            // 502
 	resultGatewayTimeout        // 504
-	resultAnswered         // the backend gave an answer other than 101
+	resultAnswered              // the backend gave an answer other than 101
 	numResults                  // how many there are
 )
 

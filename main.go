@@ -99,11 +99,11 @@
 //	configMaps.mu             held while the router swaps its table
 //	router.mu                 held while a swap wakes waiting upgrades and logs
 //	dialQueues.mu             held while it asks whether a backend is ready
-//	flights.mu                held while it asks which flights a step waits for
 //	replicaWatcher.mu, endpointWatcher.mu
 //	watcher.mu
 //	poller.mu                 session.mu in relay_portable.go
 //	relay.mu
+//	flights.mu                held while it asks which flights a step waits for
 //	releaser.mu, releaseMemory.mu
 //	upgradeLimit.mu, descriptorLimit.mu, addressCache.mu, limitListener.mu, logQueue.mu
 //

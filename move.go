@@ -44,7 +44,7 @@ type mover struct {
 	releases     *stepReleases // nil without -release
 	log          *slog.Logger
 
-	current atomic.Pointer[view] // nil before the first table; only run replaces it then
+	current atomic.Pointer[view] // nil before the first table; then only run replaces it, but for off
 
 	tableChanged    wakeup          // of run, by ownersChanged
 	wake            wakeup          // of run, when something of a step is over
@@ -66,17 +66,17 @@ type mover struct {
 	targets     map[int]*moveTarget
 	queuedAt    time.Time
 	paceLimits  bool // there are sessions that only wait for the pace
-	dialCtx     context.Context
-	cancelDials context.CancelFunc // ends dialCtx, and with it all dialTarget
-	dials       sync.WaitGroup     // all dialTarget
+	ctx         context.Context
+	dials       sync.WaitGroup // all dialTarget
 }
 
 // moveTarget is a new owner of sessions that have to move.
 type moveTarget struct {
 	backend   int
-	dialled   bool      // the first dial has ended
-	reachable bool      // it has accepted a connection
-	awayUntil time.Time // how long its namespaces wait for it, from the first failed dial
+	cancel    context.CancelFunc // ends its dialTarget
+	dialled   bool               // the first dial has ended
+	reachable bool               // it has accepted a connection
+	awayUntil time.Time          // how long its namespaces wait for it, from the first failed dial
 }
 
 // dialResult is the result of one dial of a target. err is nil if it is reachable.
@@ -139,7 +139,6 @@ func newMover(
 		onStep:       onStep,
 		flights:      newFlights(relay.backendName, log),
 		targets:      map[int]*moveTarget{},
-		cancelDials:  func() {},
 		closeSession: func(s *session, onEnd func(cut bool)) bool {
 			return s.closeGracefully(causeMoved, onEnd)
 		},
@@ -155,9 +154,14 @@ func newMover(
 // pod of a backend was replaced. The first table is in force when it returns. It does not
 // block.
 func (m *mover) ownersChanged() {
-	if t := m.router.table(); t != nil && (m.off || m.current.Load() == nil) {
-		m.current.Store(newView(t, m.current.Load(), time.Now()))
-		m.onStep()
+	for {
+		t, v := m.router.table(), m.current.Load()
+		if t == nil || v != nil && (!m.off || v.tables[0] == t) {
+			break
+		}
+		if m.current.CompareAndSwap(v, newView(t, v, time.Now())) {
+			m.onStep()
+		}
 	}
 	m.tableChanged.notify()
 }
@@ -215,7 +219,8 @@ func (m *mover) sessionReleased() {
 // run carries out all changes of owners until ctx ends.
 func (m *mover) run(ctx context.Context) {
 	defer m.dials.Wait()
-	defer func() { m.cancelDials() }()
+	defer m.dropTargets(func(*moveTarget) bool { return true })
+	m.ctx = ctx
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
@@ -223,7 +228,7 @@ func (m *mover) run(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-m.tableChanged:
-			m.prepare(ctx, time.Now())
+			m.prepare(time.Now())
 		case d := <-m.dialResults:
 			m.handleDialResult(d)
 		case <-m.wake:
@@ -240,15 +245,20 @@ func (m *mover) run(ctx context.Context) {
 
 // prepare begins with a new table, or with new pods: it queues all sessions that have to
 // move, and dials their new owners, also those that were reachable before.
-func (m *mover) prepare(ctx context.Context, now time.Time) {
-	v, t := m.current.Load(), m.router.table()
+func (m *mover) prepare(now time.Time) {
+	v := m.current.Load()
 	if v == nil { // a pod was replaced before there was a table: no sessions yet
 		return
 	}
+	t := m.targetTable(v)
 	m.restartSettling(now)
-	m.stopDials()
-	m.dialCtx, m.cancelDials = context.WithCancel(ctx)
+	reachable := m.dropTargets(func(target *moveTarget) bool { return target.reachable })
 	cancelled := m.requeue(v, t, now)
+	for _, before := range reachable { // and so it counts until the dial has a result
+		if target := m.targets[before.backend]; target != nil {
+			target.dialled, target.reachable = true, true
+		}
+	}
 	if m.batch != nil {
 		m.batch.cancelled += cancelled
 	}
@@ -259,10 +269,28 @@ func (m *mover) prepare(ctx context.Context, now time.Time) {
 	m.batch.version = t.version
 }
 
-// stopDials ends all dialTarget, and forgets what they found.
-func (m *mover) stopDials() {
-	m.cancelDials()
-	m.targets = map[int]*moveTarget{}
+// targetTable returns the table that the next step goes on to: the newest, or while v has
+// maxRecords of which the last has begun, that one.
+func (m *mover) targetTable(v *view) *table {
+	t := m.router.table()
+	newest := v.handoffPlan.newest()
+	if len(v.records) >= maxRecords && newest.content != t.contentHash && !newest.now.isEmpty() {
+		return v.tables[len(v.tables)-1]
+	}
+	return t
+}
+
+// dropTargets ends the dials of the targets for which match returns true, forgets these
+// targets, and returns them.
+func (m *mover) dropTargets(match func(*moveTarget) bool) (dropped []*moveTarget) {
+	for backend, target := range m.targets {
+		if match(target) {
+			target.cancel()
+			delete(m.targets, backend)
+			dropped = append(dropped, target)
+		}
+	}
+	return dropped
 }
 
 // restartSettling makes run wait for settleTime from now, but no longer than
@@ -308,9 +336,12 @@ func (m *mover) requeue(v *view, t *table, now time.Time) (cancelled int) {
 	slices.SortFunc(queue, func(a, b queuedSession) int { return cmp.Compare(a.place, b.place) })
 	m.setQueue(queue)
 	m.queuedAt = now
+	needed := map[int]bool{}
 	for _, q := range queue {
+		needed[q.target] = true
 		m.addTarget(q.target)
 	}
+	m.dropTargets(func(target *moveTarget) bool { return !needed[target.backend] })
 	return cancelled
 }
 
@@ -320,10 +351,11 @@ func (m *mover) setQueue(queue []queuedSession) {
 	m.pendingSessions.Store(int64(len(queue)))
 }
 
-// addTarget starts to dial a new owner of sessions, unless it was dialled since prepare.
+// addTarget starts to dial a new owner of sessions, unless it is dialled already.
 func (m *mover) addTarget(backend int) {
 	if m.targets[backend] == nil {
-		target, ctx := &moveTarget{backend: backend}, m.dialCtx
+		ctx, cancel := context.WithCancel(m.ctx)
+		target := &moveTarget{backend: backend, cancel: cancel}
 		m.targets[backend] = target
 		m.dials.Go(func() { m.dialTarget(ctx, target) })
 	}
@@ -352,7 +384,7 @@ func (m *mover) handleDialResult(d dialResult) {
 	if m.targets[target.backend] != target { // of an earlier table
 		return
 	}
-	if d.err != nil && !target.dialled {
+	if d.err != nil && target.awayUntil.IsZero() {
 		target.awayUntil = time.Now().Add(maxAwayTime)
 		waiting := 0
 		for _, q := range m.queue {
@@ -379,9 +411,12 @@ func (m *mover) advance(now time.Time) time.Time {
 		if !v.done {
 			v = m.finishStep(v)
 		}
-		t := m.router.table()
-		if m.batch == nil || m.batch.content != t.contentHash { // prepare comes first
+		t := m.targetTable(v)
+		switch {
+		case m.off && !v.isAtRest(t.contentHash): // ownersChanged comes first
 			return time.Time{}
+		case m.batch == nil || m.batch.content != t.contentHash:
+			m.prepare(now)
 		}
 		if len(m.queue) > 0 && now.Sub(m.queuedAt) >= requeueInterval {
 			m.batch.cancelled += m.requeue(v, t, now)
@@ -390,8 +425,9 @@ func (m *mover) advance(now time.Time) time.Time {
 		switch {
 		case v.isAtRest(t.contentHash):
 			m.keepVersion(v, t)
+			m.raiseStep(m.current.Load())
 			if len(m.queue) == 0 {
-				m.stopDials()
+				m.dropTargets(func(*moveTarget) bool { return true })
 				m.endBatch()
 			}
 			return again
@@ -403,8 +439,9 @@ func (m *mover) advance(now time.Time) time.Time {
 }
 
 // noteStep notes the step in the header of a backend that has refused an upgrade: it has
-// released the namespace for a later step than the router's. The router's next step goes
-// above it. It reports whether text is a step: one of at most a day from now.
+// released the namespace for a later step than the router's. The router's step rises above
+// it when no change is under way. It reports whether text is a step: one of at most a day
+// from now.
 func (m *mover) noteStep(text string) bool {
 	step, err := strconv.ParseInt(text, 10, 64)
 	if err != nil || step < 0 || step > time.Now().Add(24*time.Hour).UnixMilli() {
@@ -413,7 +450,19 @@ func (m *mover) noteStep(text string) bool {
 	for seen := m.seenStep.Load(); step > seen; seen = m.seenStep.Load() {
 		m.seenStep.CompareAndSwap(seen, step)
 	}
+	m.wake.notify()
 	return true
+}
+
+// raiseStep gives v, which is at rest, a step above all that backends have seen: another
+// router was ahead, or the clock was before this one started.
+func (m *mover) raiseStep(v *view) {
+	if seen := m.seenStep.Load(); seen >= v.step {
+		next, plan := *v, *v.handoffPlan
+		plan.step = seen + 1
+		next.handoffPlan = &plan
+		m.current.CompareAndSwap(v, &next)
+	}
 }
 
 // beginStep puts a view with a new step in force.
@@ -428,8 +477,8 @@ func (m *mover) beginStep(v *view) {
 
 // nextMark returns the mark of the next step, and when a later one may go further, zero
 // if that is when something happens. It takes the sessions of the step from the queue.
-// When v is at rest with t there is no step, and nextMark closes these sessions itself:
-// only the pod of their owner is another, or -handoff is off.
+// No step closes those whose owner stays and has another pod, and with -handoff=off there
+// are no steps: nextMark closes them itself.
 func (m *mover) nextMark(v *view, t *table, now time.Time) (next mark, again time.Time) {
 	next = mark{upto: allPlaces, gone: v.goneOwners(t)}
 	next.away, again = m.awayTargets(now)
@@ -448,9 +497,9 @@ func (m *mover) nextMark(v *view, t *table, now time.Time) (next mark, again tim
 	if len(due) > 0 {
 		m.steppedAt = now
 	}
-	if v.isAtRest(t.contentHash) {
-		for _, s := range due {
-			m.startMove(s)
+	for _, q := range due {
+		if v.isAtRest(t.contentHash) || q.target == q.session.backend {
+			m.startMove(q.session)
 		}
 	}
 	m.paceLimits = settled && next.upto < allPlaces
@@ -466,7 +515,7 @@ func (m *mover) nextMark(v *view, t *table, now time.Time) (next mark, again tim
 // takeDue takes from the queue the sessions that may move in the next step, and sets
 // next.upto to the place of the first one that may not. All sessions of a namespace move
 // in one step. If ready is false, only sessions whose owner is gone may move.
-func (m *mover) takeDue(next *mark, ready bool, now time.Time) (due []*session) {
+func (m *mover) takeDue(next *mark, ready bool, now time.Time) (due []queuedSession) {
 	var left []queuedSession
 	last := uint64(allPlaces) // the place of the last session that paid by the pace
 	for i, q := range m.queue {
@@ -476,13 +525,13 @@ func (m *mover) takeDue(next *mark, ready bool, now time.Time) (due []*session) 
 		case changes && slices.Contains(next.away, q.target):
 			left = append(left, q)
 		case changes && slices.Contains(next.gone, s.backend):
-			due = append(due, s)
+			due = append(due, q)
 		case q.place != last && (!ready || m.pace.next().After(now)):
 			next.upto = q.place
 			m.setQueue(append(left, m.queue[i:]...))
 			return due
 		default:
-			last, due = q.place, append(due, s)
+			last, due = q.place, append(due, q)
 			m.pace.advance(now)
 		}
 	}
@@ -582,7 +631,7 @@ func (m *mover) keepVersion(v *view, t *table) {
 	if m.router.current.CompareAndSwap(t, pinned) { // else there is a newer one
 		next := *v
 		next.tables = []*table{pinned}
-		m.current.Store(&next)
+		m.current.CompareAndSwap(v, &next)
 	}
 }
 

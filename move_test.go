@@ -757,11 +757,113 @@ func TestMoveToWhoIsWaitedFor(t *testing.T) {
 		m.table(with(pinned(39, 1), "other", 3))
 		moved := len(m.after(time.Second))
 		m.table(with(pinned(39, 3), "other", 3))
-		if got := len(m.after(time.Minute)); moved == 0 || got != moved {
+		if got := len(m.after(50 * time.Second)); moved == 0 || got != moved {
 			t.Errorf("%d moved and then %d more; want some and none", moved, got-moved)
 		}
 		m.wantPending(t, 40-moved)
 	})
+}
+
+// However many edits come while an owner is away, a plan has a few tables only, and the
+// owner's namespaces wait for maxAwayTime and not for ever.
+func TestMoveOfManyEdits(t *testing.T) {
+	data := map[string]string{"ns-00": "backend-0", "ns-01": "backend-0"}
+	for name, probe := range map[string]func(ctx context.Context) error{
+		"refuses": func(context.Context) error { return errors.New("nobody there") },
+		"is silent": func(ctx context.Context) error {
+			ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+			defer cancel()
+			<-ctx.Done()
+			return ctx.Err()
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			movesIn(t, 0, 1, data, func(t *testing.T, m *moveTest) {
+				m.probe = func(ctx context.Context, backend int) error {
+					if backend == 2 {
+						return probe(ctx)
+					}
+					return nil
+				}
+				edited, most := with(with(data, "ns-00", 2), "ns-01", 1), 0
+				for i := range 80 { // two minutes
+					edited = with(edited, "edit", i%2)
+					m.table(edited)
+					m.after(1500 * time.Millisecond)
+					most = max(most, len(m.current.Load().records))
+				}
+				all := m.after(0)
+				if len(all) != 2 || all[0].namespace != "ns-01" || all[0].at > 10*time.Second || all[1].at > 80*time.Second {
+					t.Errorf("closed are %+v, want ns-01 soon, and ns-00 after a minute", all)
+				}
+				if most > maxRecords {
+					t.Errorf("a plan had %d tables, want %d at most", most, maxRecords)
+				}
+				m.after(time.Minute)
+				if v := m.current.Load(); !v.isAtRest(m.router.table().contentHash) {
+					t.Errorf("the last edit is not in force: %d tables", len(v.records))
+				}
+			})
+		})
+	}
+}
+
+// A session with a pod that was replaced moves also while owners change.
+func TestMoveToAnotherPodInAChange(t *testing.T) {
+	data := map[string]string{"ns-00": "backend-0", "ns-01": "backend-1"}
+	movesIn(t, 0, 1, data, func(t *testing.T, m *moveTest) {
+		m.after(time.Second)
+		for _, s := range m.relay.filter(func(s *session) bool { return s.namespace == "ns-01" }) {
+			s.podUID = "a"
+		}
+		m.relay.setPods(map[int]string{1: "a"})
+		m.after(time.Second)
+		m.relay.setPods(map[int]string{1: "b"})
+		m.table(with(data, "ns-00", 2))
+		m.ownersChanged()
+		wantEqual(t, "closed sessions", len(m.after(time.Minute)), 2)
+	})
+}
+
+// A backend that has not read that its client was reset has the session: before a closing
+// handshake, and in one.
+func TestMoveWaitsForWhoHasNotRead(t *testing.T) {
+	for _, closing := range []bool{false, true} {
+		t.Run(fmt.Sprint("closing is ", closing), func(t *testing.T) {
+			leave := make(chan struct{})
+			old := startStub(t, "127.0.0.1:0", func(conn net.Conn, _ *bufio.Reader) {
+				io.WriteString(conn, switching)
+				<-leave
+			})
+			next := startStub(t, "127.0.0.1:0", echo)
+			p := startProxy(t, []string{old.addr, next.addr}, map[string]string{"ns-01": "backend-0"}, nil)
+			end := sync.OnceFunc(func() { close(leave) })
+			defer end()
+			conn := p.open(t, "ns-01")
+			mustSend(t, conn, frameBytes(0x82, true, 1000, make([]byte, 1000))[:500])
+			eventually(t, "bytes are carried", true, func() bool { return p.relay.bytes()[clientSide] > 0 })
+			if !closing {
+				reset(conn)
+				p.waitSessions(t, 0)
+			}
+			p.override("42", map[string]string{"ns-01": "backend-1"})
+			if closing {
+				isClosing := func() bool { return len(p.relay.filter((*session).isClosing)) == 1 }
+				eventually(t, "the session closes", true, isClosing)
+				reset(conn)
+			}
+			eventually(t, "the step waits for an upgrade or session", 1, func() int {
+				p.mover.flights.mu.Lock()
+				defer p.mover.flights.mu.Unlock()
+				return len(p.mover.flights.all)
+			})
+			waiting := p.send(t, "ns-01")
+			eventually(t, "upgrades that wait", 1, func() int { return len(p.backends.queues.waitersOf(queueHeld)) })
+			wantEqual(t, "requests at the new owner", len(next.heads()), 0)
+			end()
+			mustAnswer(t, waiting, 101)
+		})
+	}
 }
 
 // The mover stops dialling an owner when no session has to move there any more.

@@ -365,11 +365,12 @@ func (r *relay) countUnproven(s *session) {
 	}
 }
 
-// waitsForEnd reports whether the backend of s, which ends without a closing handshake,
-// has to end its stream too before its namespace is released: it may not have read yet
-// that the client is gone.
+// waitsForEnd reports whether the backend of s, which ends, has to end its stream too
+// before its namespace is released: it may not have read yet that the client is gone. A
+// backend that has answered a Close frame has.
 func (r *relay) waitsForEnd(s *session) bool {
-	return r.onUnreleased != nil && s.closing == nil && !s.released.Load()
+	answered := s.closing != nil && s.frames[backendSide].closed()
+	return r.onUnreleased != nil && !answered && !s.released.Load()
 }
 
 // abandonBackend gives the backend's socket of such a session to onUnreleased, which
