@@ -362,8 +362,8 @@ type releaseMemory struct {
 
 	// Guarded by mu.
 	mu     sync.Mutex
-	recent map[backendNamespace]struct{} // noted since began
-	older  map[backendNamespace]struct{} // noted before, in at most keep; never changed
+	recent []backendNamespaces // noted since began; all but the last are never changed
+	older  []backendNamespaces // noted before, in at most keep; never changed
 	began  time.Time
 	held   bool // a step is under way: nothing is forgotten
 }
@@ -374,9 +374,12 @@ type backendNamespace struct {
 	namespace string
 }
 
+// backendNamespaces is a set of them.
+type backendNamespaces map[backendNamespace]struct{}
+
 func newReleaseMemory(keep time.Duration, log *slog.Logger) *releaseMemory {
 	return &releaseMemory{keep: keep, max: maxRemembered, log: log,
-		recent: map[backendNamespace]struct{}{}, began: time.Now()}
+		recent: []backendNamespaces{{}}, began: time.Now()}
 }
 
 // note notes that the backend has a session or an upgrade of the namespace, which is about
@@ -386,12 +389,14 @@ func (m *releaseMemory) note(namespace string, backend int) {
 	defer m.mu.Unlock()
 	m.forget(time.Now())
 	key := backendNamespace{backend, namespace}
-	if _, known := m.recent[key]; !known && len(m.recent) >= m.max {
+	last := m.recent[len(m.recent)-1]
+	if _, known := last[key]; !known && countNamespaces(m.recent) >= m.max {
 		m.log.Warn("too many namespaces to remember; the oldest will not be released",
-			"namespaces", len(m.older), "max", m.max)
+			"namespaces", countNamespaces(m.older), "max", m.max)
 		m.startHalf(time.Now())
+		last = m.recent[0]
 	}
-	m.recent[key] = struct{}{}
+	last[key] = struct{}{}
 }
 
 // hold makes the memory forget nothing until unhold: what the router had in the last keep
@@ -417,11 +422,16 @@ func (m *releaseMemory) unhold() {
 func (m *releaseMemory) namespaces(match func(namespace string, backend int) bool) releaseSet {
 	m.mu.Lock()
 	m.forget(time.Now())
-	recent, older := maps.Clone(m.recent), m.older
+	last := len(m.recent) - 1
+	if len(m.recent[last]) > 0 {
+		m.recent = append(m.recent, backendNamespaces{})
+		last++
+	}
+	known := slices.Concat(m.older, m.recent[:last]) // these do not change any more
 	m.mu.Unlock()
 	set := releaseSet{}
-	for _, half := range []map[backendNamespace]struct{}{recent, older} {
-		for key := range half {
+	for _, part := range known {
+		for key := range part {
 			if match(key.namespace, key.backend) {
 				set.add(key.namespace, key.backend)
 			}
@@ -445,5 +455,13 @@ func (m *releaseMemory) forget(now time.Time) {
 
 // startHalf makes the recent half the older one. The caller holds mu.
 func (m *releaseMemory) startHalf(began time.Time) {
-	m.older, m.recent, m.began = m.recent, map[backendNamespace]struct{}{}, began
+	m.older, m.recent, m.began = m.recent, []backendNamespaces{{}}, began
+}
+
+// countNamespaces returns how many entries the sets have, some of them twice.
+func countNamespaces(sets []backendNamespaces) (count int) {
+	for _, set := range sets {
+		count += len(set)
+	}
+	return count
 }
