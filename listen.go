@@ -91,7 +91,7 @@ func keepAliveTimes(timeout time.Duration) (idle, interval time.Duration) {
 // Descriptors that are not for clients, whatever their number.
 const (
 	processDescriptors  = 44 // the log, the listeners, Go's poller, the API server
-	maxAdminConns       = 32 // connections to the admin port
+	maxAdminConns       = 96 // connections to the admin port
 	maxAdminDials       = 24 // connections to backends that answers of the admin port make
 	reservedDescriptors = processDescriptors + maxAdminConns + maxAdminDials
 )
