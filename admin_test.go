@@ -308,6 +308,7 @@ func TestStatusOfAStep(t *testing.T) {
 	}
 	contains("/status", `"in_progress":false,"done":1,`)
 	client := p.open(t, "ns-01")
+	p.waitSessions(t, 1)
 	p.override("42", map[string]string{"ns-01": "backend-1"})
 	contains("/owner?namespace=ns-01", `"owner":"backend-0","next":"backend-1"`) // backend-1 is not there
 	contains("/status", `"in_progress":true,`)

@@ -415,6 +415,9 @@ func (m *mover) advance(now time.Time) time.Time {
 		switch {
 		case m.off && !v.isAtRest(t.contentHash): // ownersChanged comes first
 			return time.Time{}
+		case m.batch == nil && v.isAtRest(t.contentHash):
+			m.raiseStep(v)
+			return time.Time{}
 		case m.batch == nil || m.batch.content != t.contentHash:
 			m.prepare(now)
 		}
