@@ -41,6 +41,7 @@ type sessionIO struct {
 	writeFailed  [2]bool           // a write to the side failed: nothing more is sent to it
 	deadDeadline time.Time         // when the dead session is over; zero if it is not dead
 	closing      *closingHandshake // nil if there is none; set once
+	over         bool              // end was called
 }
 
 // engine has no goroutines but those of its sessions, which the relay waits for.
@@ -188,7 +189,9 @@ func (e *engine) setHalfCloseDeadlines(s *session, from side) {
 // called from any goroutine, any number of times, after engine.assign.
 func (s *session) end(cause cause) {
 	s.mu.Lock() // so that s.closing does not change after the cause is set
-	abandons := s.setCause(cause) && s.relay.waitsForEnd(s)
+	s.setCause(cause)
+	abandons := !s.over && s.relay.waitsForEnd(s)
+	s.over = true
 	s.mu.Unlock()
 	conn, ok := s.conn[backendSide].(interface{ File() (*os.File, error) })
 	if abandons && ok {
