@@ -56,7 +56,7 @@ func newClosing(t *testing.T, program string) *closing {
 	t.Helper()
 	c := &closing{backends: [2]*streamer{newStreamer(t), newStreamer(t)}, overrides: t.TempDir()}
 	c.own(t)
-	c.outside = runRouter(t, program, "-overrides="+c.overrides, "-move-settle=10ms", "-drain-duration=200ms",
+	c.outside = runRouter(t, program, "-overrides="+c.overrides, "-move-settle=10ms", "-move-rate=0", "-drain-duration=200ms",
 		"-backends="+c.backends[0].server.Listener.Addr().String()+","+c.backends[1].server.Listener.Addr().String())
 	c.awaitReady(t)
 	return c
