@@ -280,7 +280,7 @@ func answered(a *admin, path string) *http.Response {
 	return w.Result()
 }
 
-// While a step waits for a backend, all who ask are told so, and nobody afterwards.
+// While a step waits for a backend, all answers say so, and none afterwards.
 func TestStatusOfAStep(t *testing.T) {
 	var there atomic.Bool
 	silent := startStub(t, "127.0.0.1:0", answer(switching)) // it answers no Close frame

@@ -90,8 +90,8 @@ func (e *flight) end() {
 	f.onEnd()
 }
 
-// abandon gives the flight up, since nobody needs its answer. It tells the backend so
-// with a FIN, and ends the flight when the backend has ended its side too, or after
+// abandon gives the flight up, since nobody needs its answer. It sends the backend a FIN,
+// and ends the flight when the backend has ended its side too, or after
 // unprovenTimeout: a backend may take a request that was reset long after the reset. It
 // takes over conn, which is nil if there is no descriptor for it, and calls onEnd at the
 // end of the flight. It does not block.

@@ -74,8 +74,8 @@ const maxRecords = 3
 //
 // A table of which nothing has moved makes room for the new one. When an owner is no longer
 // away, the newest table follows itself if there is room: so the namespaces that waited for
-// that owner move at the pace too. The newest table
-// becomes the only one as soon as it covers everything, before the step and after it.
+// that owner move at the pace too. The newest table becomes the only one as soon as it
+// covers everything, before the step and after it.
 func (p *handoffPlan) next(content uint64, m mark, now time.Time) *handoffPlan {
 	next := &handoffPlan{step: max(p.step+1, now.UnixMilli()), records: slices.Clone(p.records)}
 	for i := range next.records {

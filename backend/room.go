@@ -24,7 +24,7 @@ const maxSaves = 16
 //     that are there and waits until they are over, so that nothing changes any more,
 //     then saves, and only then is done.
 //   - A save that the store refuses ends the sessions: the namespace has a newer owner,
-//     of which this backend was not told.
+//     of which this backend does not know.
 type rooms struct {
 	// Static after construction.
 	store     store
@@ -127,7 +127,7 @@ func (m *member) begin(end func()) bool {
 }
 
 // add raises the count and returns it. It reports false, and changes nothing, if the
-// session was ended: the client must not be told that its message counted.
+// session was ended: the client must not get an answer that counts its message.
 func (m *member) add() (count int64, ok bool) {
 	r := m.room
 	r.mu.Lock()
