@@ -19,7 +19,7 @@ import (
 // it. The files of one noun for several systems, like listen_linux.go and
 // listen_portable.go, count as one.
 var layout = strings.Fields(`main command config admin fastpath proxy handshake listen upgrade configmap
-	directory events move handoff flight release route overrides hash discovery backends dialqueue watch kube
+	directory events move pace handoff flight release route overrides hash discovery backends dialqueue watch kube
 	relay websocket log metrics wait`)
 
 // sources has the root's files, parsed, without the tests.

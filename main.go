@@ -112,7 +112,7 @@
 //
 // Read main, command and config (what starts), admin (what operators ask), fastpath,
 // proxy, handshake, listen and upgrade (from client to session), configmap, directory,
-// events, move, handoff, flight and release (what a change of overrides does), route,
+// events, move, pace, handoff, flight and release (what a change of overrides does), route,
 // overrides and hash (who owns), discovery, backends, dialqueue, watch and kube (where
 // owners are), relay and websocket (the life of a session), log and metrics, and wait (a
 // back-off, a sleep, a wake-up). A file uses only those after it.
