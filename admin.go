@@ -143,6 +143,9 @@ func (a *admin) whyNotReady() []string {
 	if a.proxy.router.table() == nil {
 		why = append(why, a.whyNoTable()...)
 	}
+	if missing := a.proxy.mover.whyNotReady(); missing != "" {
+		why = append(why, missing)
+	}
 	if used, limit, full := a.fdLimit.usage(); full {
 		why = append(why,
 			fmt.Sprintf("clients wait for descriptors: %d of %d are used", used, limit))
@@ -317,7 +320,9 @@ func (a *admin) addHandoff(o *ownership, inTable int, namespace string) (ordinal
 	switch now := m.assign(namespace); {
 	case now.state == isHeld:
 		o.HeldBy, o.Owner = now.step, m.relay.backendName(now.owner)
-		o.Previous = m.relay.backendName(m.current.Load().before(namespace))
+		if before := m.current.Load().before(namespace); before >= 0 {
+			o.Previous = m.relay.backendName(before)
+		}
 		return now.owner
 	case now.state == isOwned && now.owner != inTable:
 		o.Next, o.Owner = o.Owner, m.relay.backendName(now.owner)

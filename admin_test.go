@@ -286,7 +286,7 @@ func TestStatusOfAStep(t *testing.T) {
 	silent := startStub(t, "127.0.0.1:0", answer(switching)) // it answers no Close frame
 	p := startProxy(t, []string{silent.addr, refusingAddr(t)}, map[string]string{"ns-01": "backend-0"}, func(p *proxy) {
 		p.relay.closeTimeout = time.Hour
-		p.mover.probe = func(context.Context, int) error {
+		p.mover.targets.probe = func(context.Context, int) error {
 			if there.Load() {
 				return nil
 			}

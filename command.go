@@ -155,13 +155,23 @@ func (c *command) status(ctx context.Context, args []string) error {
 	}
 	fmt.Fprintf(c.out, "table %s, step %d (-handoff %s), %d sessions\n",
 		s.Table, s.Step, s.Mode, s.Sessions)
+	if len(s.Members) > 0 {
+		fmt.Fprintf(c.out, "shared by %s\n", strings.Join(s.Members, ", "))
+	}
 	if s.InProgress {
 		fmt.Fprintf(c.out, "a change of owners is under way: %.0f %% done, %d sessions to move\n",
 			100*s.Done, s.ToMove)
 	} else {
 		fmt.Fprintln(c.out, "no change of owners is under way")
 	}
+	if s.Why != "" {
+		fmt.Fprintln(c.out, s.Why)
+	}
 	for _, w := range s.WaitingFor {
+		if w.Router != "" {
+			fmt.Fprintf(c.out, "waits for %s since %.1f s: it has not answered\n", w.Router, w.Seconds)
+			continue
+		}
 		fmt.Fprintf(c.out, "waits for %s since %.1f s: %d sessions, %d upgrades, %d releases\n",
 			w.Backend, w.Seconds, w.Sessions, w.Upgrades, w.Releases)
 		if w.Error != "" {

@@ -35,7 +35,9 @@ type config struct {
 	limits                 limits
 	moveRate               int // sessions per second, 0: no limit
 	moveSettle             time.Duration
-	handoff                string        // "single" or "off"
+	handoff                string        // "all", "single" or "off"
+	handoffConfigMap       string        // for "all"
+	podUID, routerPods     string        // for "all"; routerPods is a label selector
 	handoffUnproven        time.Duration // 0: for ever
 	release                string        // the path; "" for none
 	releaseMemory          time.Duration
@@ -138,13 +140,32 @@ func (c *config) trafficFlags(f *flag.FlagSet) {
 		"maximum `number` of upgrades under way; half of it is divided evenly among the\n"+
 			"backends, of the other half one backend may use as much as is free")
 	f.IntVar(&c.moveRate, "move-rate", 200,
-		"`sessions` that this router closes per second after their owner changed, 0 is no limit")
+		"`sessions` that are closed per second after their owner changed, 0 is no limit; with\n"+
+			"-handoff all by all routers together, else by this one")
 	f.DurationVar(&c.moveSettle, "move-settle", 500*time.Millisecond,
 		"how long owners have to stay unchanged before sessions move; sessions move at the latest\n"+
 			"ten times as long after the first change")
-	f.StringVar(&c.handoff, "handoff", "single",
-		"`mode` of a change of owners: single (a namespace opens with its new owner after this\n"+
-			"router has closed it with the previous one) or off (it opens at once)")
+	c.handoffFlags(f)
+
+	f.DurationVar(&c.drainDelay, "drain-delay", 0,
+		"how long clients are still accepted after SIGTERM, so that load balancers can notice")
+	f.DurationVar(&c.drainDuration, "drain-duration", 30*time.Second,
+		"the time over which sessions are closed after -drain-delay")
+}
+
+// handoffFlags adds the flags for what makes a change of owners strict to f.
+func (c *config) handoffFlags(f *flag.FlagSet) {
+	f.StringVar(&c.handoff, "handoff", "",
+		"`mode` of a change of owners. A namespace opens with its new owner: all (after all routers\n"+
+			"have closed it with the previous one), single (after this router has) or off (at once)\n"+
+			"(default all in a pod whose backends the API server gives, else single)")
+	f.StringVar(&c.handoffConfigMap, "handoff-configmap", "",
+		"`name` of the ConfigMap that routers share with -handoff all\n"+
+			"(default router-handoff-<statefulset>)")
+	f.StringVar(&c.podUID, "pod-uid", "",
+		"`uid` of this router's pod, for -handoff all")
+	f.StringVar(&c.routerPods, "router-pods", "app.kubernetes.io/name=router,router-handoff=all",
+		"`labels` of the pods of all routers with -handoff all; others must not have them")
 	f.DurationVar(&c.handoffUnproven, "handoff-unproven", time.Minute,
 		"how long a hand-off waits for a backend that has got an upgrade whose client has left,\n"+
 			"until it answers or ends its connection, 0 is no limit")
@@ -153,11 +174,6 @@ func (c *config) trafficFlags(f *flag.FlagSet) {
 			"stores their state; their next owner begins after its 2xx (default none)")
 	f.DurationVar(&c.releaseMemory, "release-memory", time.Minute,
 		"how long after the last session of a namespace its owner is asked to release it")
-
-	f.DurationVar(&c.drainDelay, "drain-delay", 0,
-		"how long clients are still accepted after SIGTERM, so that load balancers can notice")
-	f.DurationVar(&c.drainDuration, "drain-duration", 30*time.Second,
-		"the time over which sessions are closed after -drain-delay")
 }
 
 // parseConfig reads the flags in args, and those that are not in args from the
@@ -245,10 +261,7 @@ func (c *config) validateBackends() error {
 	if err := checkNamespaceFrom(c.namespaceFrom); err != nil {
 		return err
 	}
-	if c.handoff != "single" && c.handoff != "off" {
-		return fmt.Errorf("-handoff must be single or off (got %q)", c.handoff)
-	}
-	if err := c.validateRelease(); err != nil {
+	if err := cmp.Or(c.validateHandoff(), c.validateRelease()); err != nil {
 		return err
 	}
 	switch {
@@ -257,6 +270,29 @@ func (c *config) validateBackends() error {
 	case c.selector != "" && c.configMaps != nil:
 		return fmt.Errorf("-configmap and -configmap-selector exclude each other (got %s and %s)",
 			&c.configMaps, c.selector)
+	}
+	return nil
+}
+
+// validateHandoff checks -handoff.
+func (c *config) validateHandoff() error {
+	switch c.handoff {
+	case "single", "off":
+		return nil
+	case "all":
+	default:
+		return fmt.Errorf("-handoff must be all, single or off (got %q)", c.handoff)
+	}
+	if c.kube == "none" || c.backends != "" || c.replicas != 0 {
+		return errors.New("-handoff all requires an API server that gives the backends: " +
+			"not -kube none, -backends or -replicas")
+	}
+	for _, word := range []struct{ flag, value, source string }{
+		{"pod-name", c.podName, "metadata.name"}, {"pod-uid", c.podUID, "metadata.uid"},
+	} {
+		if err := checkToken("-"+word.flag, word.value); err != nil {
+			return fmt.Errorf("-handoff all requires %s: %w", word.source, err)
+		}
 	}
 	return nil
 }
@@ -356,6 +392,13 @@ func (c *config) setDefaults(getenv func(string) string) {
 	if c.podName == "" {
 		c.podName, _ = os.Hostname() // "" will do
 	}
+	if c.handoff == "" {
+		c.handoff = "single"
+		if c.kube == "in-cluster" && c.backends == "" && c.replicas == 0 {
+			c.handoff = "all"
+		}
+	}
+	c.handoffConfigMap = cmp.Or(c.handoffConfigMap, "router-handoff-"+c.statefulSet)
 }
 
 // staticBackends returns the backends that the flags name, or nil if the API server names

@@ -80,7 +80,10 @@ var badUsage = map[string]struct {
 	"idle no time":         {args: "-idle-timeout never", want: `invalid value "never" for flag -idle-timeout: parse error`},
 	"rate negative":        {args: "-replicas 1 -move-rate -1", want: "-move-rate must be at least 0 (got -1)"},
 	"settle negative":      {args: "-replicas 1 -move-settle -1s", want: "-move-settle must not be negative (got -1s)"},
-	"handoff other":        {args: "-replicas 1 -handoff both", want: `-handoff must be single or off (got "both")`},
+	"handoff other":        {args: "-replicas 1 -handoff both", want: `-handoff must be all, single or off (got "both")`},
+	"handoff without API":  {args: "-replicas 1 -handoff all", want: "-handoff all requires an API server that gives the backends: not -kube none, -backends or -replicas"},
+	"handoff without UID":  {args: "-handoff all -pod-name router-a", want: `-handoff all requires metadata.uid: -pod-uid is "", want 1 to 128 letters, digits, dots and dashes that begin with a letter or digit`},
+	"handoff, bad name":    {args: "-handoff all -pod-uid u1 -pod-name -a", want: `-handoff all requires metadata.name: -pod-name is "-a", want 1 to 128 letters, digits, dots and dashes that begin with a letter or digit`},
 	"unproven negative":    {args: "-replicas 1 -handoff-unproven -1s", want: "-handoff-unproven must not be negative (got -1s)"},
 	"settle no time":       {args: "-move-settle 1", want: `invalid value "1" for flag -move-settle: parse error`},
 	"rate no number":       {args: "-move-rate 200/s", want: `invalid value "200/s" for flag -move-rate: parse error`},
@@ -128,6 +131,7 @@ func TestBadUsageIsComplete(t *testing.T) {
 	anything := map[string]bool{ // names and places: whatever is wrong with them shows at run time
 		"listen": true, "admin": true, "overrides": true, "statefulset": true, "service": true,
 		"kube-namespace": true, "configmap": true, "pod-name": true,
+		"handoff-configmap": true, "router-pods": true,
 	}
 	flags := (&config{}).flags()
 	flags.VisitAll(func(f *flag.Flag) {
@@ -161,7 +165,7 @@ func TestFlagBeatsEnvironment(t *testing.T) {
 		"overrides": {"/i", "/j"}, "namespace-from": {"host", "path"}, "pod-name": {"k", "l"},
 		"hold": {"1s", "2s"}, "handshake-timeout": {"3s", "4s"}, "header-timeout": {"5s", "6s"},
 		"max-header-bytes": {"2000", "3000"}, "max-header-fields": {"200", "300"}, "max-sessions": {"1", "2"}, "max-pending-upgrades": {"3", "4"},
-		"tcp-user-timeout": {"5s", "6s"}, "idle-timeout": {"7s", "8s"}, "move-rate": {"5", "6"}, "move-settle": {"9s", "10s"}, "handoff": {"off", "single"}, "handoff-unproven": {"11s", "12s"}, "drain-delay": {"1s", "2s"}, "drain-duration": {"3s", "4s"},
+		"tcp-user-timeout": {"5s", "6s"}, "idle-timeout": {"7s", "8s"}, "move-rate": {"5", "6"}, "move-settle": {"9s", "10s"}, "handoff": {"off", "single"}, "handoff-configmap": {"a", "b"}, "pod-uid": {"u1", "u2"}, "router-pods": {"a=b", "c=d"}, "handoff-unproven": {"11s", "12s"}, "drain-delay": {"1s", "2s"}, "drain-duration": {"3s", "4s"},
 		"release": {"/a", "/b"}, "release-memory": {"5s", "6s"},
 		"log-format": {"json", "text"}, "log-level": {"DEBUG", "WARN"},
 	}
@@ -220,6 +224,39 @@ func TestDefaultsOfThePlace(t *testing.T) {
 				t.Errorf("kube %q, pod %q; want %q, %q", c.kube, c.podName, tt.kube, tt.pod)
 			}
 		})
+	}
+}
+
+// TestHandoffDefault: the mode is what the place needs, or what was asked for, and never
+// less.
+func TestHandoffDefault(t *testing.T) {
+	pod := map[string]string{
+		"KUBERNETES_SERVICE_HOST": "10.96.0.1", "ROUTER_POD_NAME": "router-a", "ROUTER_POD_UID": "u1",
+	}
+	tests := map[string]struct {
+		args string
+		env  map[string]string
+		want string
+	}{
+		"laptop":                  {"", nil, "single"},
+		"laptop, asked for":       {"-handoff all -pod-name a -pod-uid u", nil, "all"},
+		"pod":                     {"", pod, "all"},
+		"pod, asked for":          {"-handoff single", pod, "single"},
+		"pod with a fixed number": {"-replicas 4", pod, "single"},
+		"pod with fixed backends": {"-backends h:1", pod, "single"},
+		"pod without API server":  {"-kube none -overrides /d -replicas 4", pod, "single"},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			c, err := parseConfig(strings.Fields(tt.args), environment(tt.env), io.Discard)
+			must(t, err)
+			wantEqual(t, "-handoff", c.handoff, tt.want)
+			wantEqual(t, "-handoff-configmap", c.handoffConfigMap, "router-handoff-backend")
+		})
+	}
+	delete(pod, "ROUTER_POD_UID")
+	if _, err := parseConfig(nil, environment(pod), io.Discard); exitCode(err) != 2 {
+		t.Errorf("error %v in a pod without -pod-uid, want one of usage", err)
 	}
 }
 

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
-	"math/rand/v2"
 	"net"
 	"net/http"
 	"slices"
@@ -29,56 +28,13 @@ type statefulSet struct {
 	Status struct {
 		ReadyReplicas int `json:"readyReplicas"`
 	} `json:"status"`
-	annotation string // the value of activeCountKey; "" if there is none
 }
 
-// activeCountKey is the StatefulSet's annotation in which the routers keep the active
-// count: how many backends own namespaces.
-const activeCountKey = "router/backends"
-
-// UnmarshalJSON sets the default of spec.replicas, and keeps one annotation of all.
+// UnmarshalJSON sets the default of spec.replicas.
 func (s *statefulSet) UnmarshalJSON(b []byte) error {
 	type plain statefulSet
-	var annotated struct {
-		Metadata struct {
-			Annotations map[string]string `json:"annotations"`
-		} `json:"metadata"`
-	}
 	s.Spec.Replicas = 1
-	err := cmp.Or(json.Unmarshal(b, (*plain)(s)), json.Unmarshal(b, &annotated))
-	s.annotation = annotated.Metadata.Annotations[activeCountKey]
-	return err
-}
-
-// activeCount returns the number in the annotation, at least 1, or 0 if there is none.
-func (s *statefulSet) activeCount() int {
-	n, err := strconv.Atoi(s.annotation)
-	if err != nil || n < 1 {
-		return 0
-	}
-	return n
-}
-
-// backends returns the backends that own namespaces. The result depends only on the
-// object as it is now. So routers that have seen the same version agree, also a router
-// that has just started and a router whose watch missed a version (invariant 2).
-//
-// The number of ready pods does not say how many backends own namespaces. With 5 of 6
-// pods ready, a set may grow from 4 and wait for backend-5, or have 6 backends of which
-// one restarts. The active count distinguishes the two. It grows when a backend is ready
-// for the first time, and spec.replicas limits it at once:
-//
-//   - scaled in: the namespaces move before the pods are gone;
-//   - scaled out: a backend gets namespaces when it can serve them;
-//   - a pod that restarts, or fails for ever, changes nothing;
-//   - scaled to zero: the active count stays. If there is none, there are no backends;
-//   - no active count, as no router has the right to write it: all of spec.replicas.
-func (s *statefulSet) backends() ordinals {
-	count := s.Spec.Replicas
-	if active := s.activeCount(); active > 0 && (count == 0 || active < count) {
-		count = active
-	}
-	return ordinals{s.Spec.Ordinals.Start, count}
+	return json.Unmarshal(b, (*plain)(s))
 }
 
 // revision identifies the spec. The API server increases the generation when the spec
@@ -88,59 +44,137 @@ func (s *statefulSet) revision() string {
 	return fmt.Sprintf("%s/%d", s.Metadata.UID, s.Metadata.Generation)
 }
 
-// nextActiveCount returns what the active count should be: the backends that own
-// namespaces, and those after them that are ready, up to the first that is not.
-func (s *statefulSet) nextActiveCount(ready func(ordinal int) bool) int {
-	b := s.backends()
-	for b.count < s.Spec.Replicas && ready(b.first+b.count) {
-		b.count++
+// limit returns count, or spec.replicas if that is less. A StatefulSet that is scaled to
+// zero limits nothing: its pods come back.
+func (s *statefulSet) limit(count int) int {
+	if s.Spec.Replicas > 0 {
+		return min(count, s.Spec.Replicas)
 	}
-	return b.count
+	return count
 }
 
-// replicaWatcher follows the StatefulSet, which says how many backends own namespaces,
-// and keeps its active count up to date.
+// grow returns how many backends there are with those after the first count ones that are
+// ready, up to the first that is not.
+func (s *statefulSet) grow(count int, ready func(ordinal int) bool) int {
+	for count < s.Spec.Replicas && ready(s.Spec.Ordinals.Start+count) {
+		count++
+	}
+	return count
+}
+
+// activeBackends is a note of the active count: how many backends own namespaces. The
+// number of ready pods does not say that. With 5 of 6 pods ready, a set may grow from 4 and
+// wait for backend-5, or have 6 backends of which one restarts. A note is immutable.
+type activeBackends struct {
+	Count      int    `json:"count"`
+	UID        string `json:"uid"`        // metadata.uid of the StatefulSet
+	Generation int64  `json:"generation"` // its metadata.generation
+}
+
+// replaces reports whether b is newer than old, which may be nil. For one version of the
+// StatefulSet's spec the count only grows, so a router with an old picture replaces
+// nothing. If b has another UID, the caller knows from a LIST that b is newer.
+func (b *activeBackends) replaces(old *activeBackends) bool {
+	switch {
+	case old == nil || b.UID != old.UID:
+		return true
+	case b.Generation != old.Generation:
+		return b.Generation > old.Generation
+	}
+	return b.Count > old.Count
+}
+
+// isOf reports whether b notes the active count of the StatefulSet. nil does not.
+func (b *activeBackends) isOf(s *statefulSet) bool {
+	return b != nil && b.UID == s.Metadata.UID
+}
+
+// replicaWatcher follows the StatefulSet, and decides how many backends own namespaces:
+//
+//   - scaled in: the namespaces move before the pods are gone;
+//   - scaled out: a backend gets namespaces when it is ready for the first time, and all
+//     before it are;
+//   - a pod that restarts, or fails for ever, changes nothing;
+//   - scaled to zero: the active count stays.
+//
+// Routers that share a hand-off share a note of the active count in the same object. The
+// number in force depends only on the note and on the StatefulSet as it is now. So all
+// routers that have seen the same versions agree, also one that has just started and one
+// whose watch missed a version (invariant 2). What a router finds ready is only proposed
+// as the next note. Only without a note it counts at once. A note that is lost stays in
+// force, and is proposed again.
+//
+// A router that is alone keeps the note in its memory. It begins with all of
+// spec.replicas, so that routers that start together agree.
 type replicaWatcher struct {
 	// Static after construction.
-	watcher   *watcher[statefulSet]
-	patcher   *kubeClient // writes the active count; used by keepActiveCount only
-	endpoints *endpointWatcher
-	onResize  func(backends ordinals, revision string) // see newReplicaWatcher
-	log       *slog.Logger
+	watcher    *watcher[statefulSet]
+	endpoints  *endpointWatcher
+	shared     bool                                     // routers share the note
+	onResize   func(backends ordinals, revision string) // see newReplicaWatcher
+	onProposal func()                                   // see newReplicaWatcher
+	noteWakeup wakeup                                   // of compareNote
+	log        *slog.Logger
+
+	// Owned by run.
+	resized  ordinals        // the last ones that onResize got
+	proposed *activeBackends // when onProposal was last called
 
 	// Guarded by mu.
-	mu     sync.Mutex
-	latest *statefulSet // nil before the first LIST; if it is deleted, the last version
-	absent bool         // it does not exist
+	mu         sync.Mutex
+	latest     *statefulSet    // nil before the first LIST; if deleted, the last version
+	absent     bool            // it does not exist
+	noteIsRead bool            // setNoted was called
+	noted      *activeBackends // what setNoted got last, but for nil
+	// inForce is the note that counts: the last one of the StatefulSet latest, from
+	// setNoted if routers share it, else this router's own; one of another StatefulSet, or
+	// nil, if there was none.
+	inForce *activeBackends
+	proof   noteProof
+}
+
+// noteProof says that a LIST that began when note was known returned the StatefulSet with
+// this uid and generation.
+type noteProof struct {
+	note       activeBackends
+	uid        string
+	generation int64
 }
 
 // newReplicaWatcher returns a replicaWatcher of the StatefulSet of endpoints. The caller
-// runs its watcher and keepActiveCount. The watcher calls onResize for each version of
-// the StatefulSet that has at least one backend, one call at a time.
+// runs its watcher, run and compareNote. run calls onResize with the backends that own
+// namespaces, at least one, each time that they change, and with the StatefulSet's
+// revision then.
+//
+// If onProposal is nil, the router is alone. Else all routers share a note, which
+// setNoted gives to this one: before that, no backends are known. run calls onProposal
+// each time that proposal returns something else. One call of onResize or onProposal ends
+// before the next one. No lock is held then.
 func newReplicaWatcher(client kubeClient, namespace string, endpoints *endpointWatcher,
-	onResize func(backends ordinals, revision string), log *slog.Logger) *replicaWatcher {
-	patcher := client
-	patcher.patch = true
+	onResize func(backends ordinals, revision string), onProposal func(),
+	log *slog.Logger) *replicaWatcher {
 	r := &replicaWatcher{
-		patcher: &patcher, endpoints: endpoints, onResize: onResize, log: log,
+		endpoints: endpoints, shared: onProposal != nil,
+		onResize: onResize, onProposal: onProposal, noteWakeup: newWakeup(), log: log,
 	}
 	r.watcher = &watcher[statefulSet]{
 		kube: &client, path: "/apis/apps/v1/namespaces/" + namespace + "/statefulsets",
 		kind: "StatefulSet", namespace: namespace, name: endpoints.statefulSet,
 		meta:  func(s *statefulSet) *apiObject { return &s.apiObject },
-		apply: r.apply, log: log,
+		apply: r.apply, relistWanted: newWakeup(), log: log,
 	}
 	return r
 }
 
-// apply handles a new version of the StatefulSet. A StatefulSet that was deleted, or that
-// has no backends, does not change the number of backends.
+// apply handles a new version of the StatefulSet. A StatefulSet that was deleted does not
+// change the number of backends.
 func (r *replicaWatcher) apply(set map[string]*statefulSet) {
 	s := set[r.watcher.name]
 	r.mu.Lock()
 	r.absent = s == nil
 	if s != nil {
 		r.latest = s
+		r.keepNote()
 	}
 	r.mu.Unlock()
 	if s == nil {
@@ -148,84 +182,210 @@ func (r *replicaWatcher) apply(set map[string]*statefulSet) {
 			"object", r.watcher.String())
 		return
 	}
-	if b := s.backends(); b.count > 0 {
-		r.onResize(b, s.revision())
-	}
-	r.endpoints.changed.notify()
+	r.wake()
 }
 
-// keepActiveCount writes the active count whenever it should change, until ctx ends. All
-// routers do the same.
-func (r *replicaWatcher) keepActiveCount(ctx context.Context) {
-	var failureThrottle throttle
-	for failures := 0; ; {
-		var retry <-chan time.Time
-		changed := r.endpoints.changed
-		err := r.writeActiveCount(ctx)
-		if failures++; err == nil {
-			failures = 0
-		} else if ctx.Err() == nil {
-			retry = time.After(retryDelay(failures, retryAfter(err), rand.Float64()))
-			changed = nil // a change does not shorten the wait
-			if omitted, ok := failureThrottle.allow(time.Minute); ok {
-				r.log.Warn("cannot record the number of backends: the Role needs patch of statefulsets/status",
-					"object", r.watcher.String(), "error", err.Error(), "omitted", omitted)
-			}
+// setNoted says what the object of the hand-off has as the note that all routers share;
+// nil if it has none. It does not block, and any goroutine may call it.
+func (r *replicaWatcher) setNoted(b *activeBackends) {
+	r.mu.Lock()
+	same := r.noteIsRead && (b == nil || r.noted != nil && *b == *r.noted)
+	r.noteIsRead = true
+	if b != nil && !same {
+		r.noted = b
+		r.keepNote()
+	}
+	r.mu.Unlock()
+	if !same {
+		r.wake()
+	}
+}
+
+// wake wakes run and compareNote.
+func (r *replicaWatcher) wake() {
+	r.endpoints.changed.notify()
+	r.noteWakeup.notify()
+}
+
+// keepNote makes the note that counts the newest one. The caller holds r.mu.
+func (r *replicaWatcher) keepNote() {
+	switch {
+	case r.latest == nil:
+	case r.shared && r.noted.isOf(r.latest):
+		r.inForce = r.noted
+	case !r.shared:
+		if next := r.nextNote(); next != nil {
+			r.inForce = next
+		}
+	}
+}
+
+// backends returns the backends that own namespaces. The count is 0 if it is not known,
+// or if a StatefulSet without a note has no replicas. The caller holds r.mu.
+func (r *replicaWatcher) backends() (b ordinals) {
+	s := r.latest
+	if s == nil || r.shared && !r.noteIsRead {
+		return ordinals{}
+	}
+	switch {
+	case r.inForce.isOf(s):
+		b.count = s.limit(r.inForce.Count)
+	case !r.shared:
+		b.count = s.Spec.Replicas
+	case r.endpoints.hasAnswer():
+		b.count = min(s.Spec.Replicas, max(1, s.grow(0, r.isServing)))
+	}
+	b.first = s.Spec.Ordinals.Start
+	return b
+}
+
+// nextNote returns the note of the backends that own namespaces, and those after them
+// that are ready, up to the first that is not. It is nil if they are not known. The
+// caller holds r.mu.
+func (r *replicaWatcher) nextNote() *activeBackends {
+	b := r.backends()
+	if b.count == 0 {
+		return nil
+	}
+	m := r.latest.Metadata
+	return &activeBackends{r.latest.grow(b.count, r.isServing), m.UID, m.Generation}
+}
+
+// proposal returns what the routers should note: what is noted, if that is right, and nil
+// if this router does not know. Any goroutine may call it.
+//
+// A router whose StatefulSet is older than that of the note proposes nothing. The note
+// alone does not always say whether it is older: the note may be of a StatefulSet that
+// was deleted, or of a spec that was lost when etcd was restored. A LIST proves that
+// (compareNote). While the note is ahead of the spec, only one further ahead replaces it.
+func (r *replicaWatcher) proposal() *activeBackends {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	next := r.nextNote()
+	if next == nil || !r.isNoteAhead() {
+		return next
+	}
+	switch {
+	case r.proof != r.proofWanted():
+		return nil
+	case r.noted.UID != next.UID:
+		return next
+	case r.noted.Count != next.Count:
+		return &activeBackends{next.Count, next.UID, r.noted.Generation + 1}
+	}
+	return r.noted
+}
+
+// isNoteAhead reports whether the note is of another StatefulSet than the latest, or of a
+// later spec. The caller holds r.mu.
+func (r *replicaWatcher) isNoteAhead() bool {
+	return r.latest != nil && r.noted != nil &&
+		(!r.noted.isOf(r.latest) || r.noted.Generation > r.latest.Metadata.Generation)
+}
+
+// proofWanted returns the proof that the latest StatefulSet is not older than the note.
+// The caller holds r.mu.
+func (r *replicaWatcher) proofWanted() noteProof {
+	m := r.latest.Metadata
+	return noteProof{*r.noted, m.UID, m.Generation}
+}
+
+// run calls onResize and onProposal until ctx ends: see newReplicaWatcher.
+func (r *replicaWatcher) run(ctx context.Context) {
+	for {
+		r.mu.Lock()
+		r.keepNote()
+		b, revision := r.backends(), ""
+		if r.latest != nil {
+			revision = r.latest.revision()
+		}
+		r.mu.Unlock()
+		if b.count > 0 && b != r.resized {
+			r.resized = b
+			r.onResize(b, revision)
+		}
+		if r.shared {
+			r.announceProposal()
 		}
 		select {
 		case <-ctx.Done():
 			return
-		case <-changed:
-		case <-retry:
+		case <-r.endpoints.changed:
 		}
 	}
 }
 
-// writeActiveCount writes the active count if it should change. The patch names the
-// resourceVersion that the decision is based on. If the API server has a later version,
-// it refuses the patch with 409, and the watch will bring that version. So a router with
-// an old version of the StatefulSet writes nothing. The patch goes to the status, so that
-// the Role does not allow a change of the spec.
-func (r *replicaWatcher) writeActiveCount(ctx context.Context) error {
-	s := r.lastStatefulSet()
-	if s == nil {
-		return nil
+// announceProposal calls onProposal if there is another proposal.
+func (r *replicaWatcher) announceProposal() {
+	p := r.proposal()
+	same := p == r.proposed || p != nil && r.proposed != nil && *p == *r.proposed
+	if r.proposed = p; !same {
+		r.onProposal()
 	}
-	count := s.nextActiveCount(r.isServing(s))
-	if count == s.activeCount() || count == 0 {
-		return nil
-	}
-	patch, err := json.Marshal(map[string]any{"metadata": map[string]any{
-		"uid": s.Metadata.UID, "resourceVersion": s.Metadata.ResourceVersion,
-		"annotations": map[string]string{activeCountKey: strconv.Itoa(count)}}})
-	if err != nil {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(ctx, listTimeout)
-	defer cancel()
-	body, err := r.patcher.do(ctx, r.watcher.path+"/"+r.watcher.name+"/status", nil, patch)
-	if hasStatus(err, http.StatusConflict) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	body.Close()
-	r.log.Info("number of backends recorded",
-		"object", r.watcher.String(), "backends", count, "previous", s.activeCount())
-	return nil
 }
 
-// isServing returns a function that reports whether a backend, which owns no namespaces
-// yet, can serve them. If the EndpointSlices are not known, status.readyReplicas says how
-// many backends can.
-func (r *replicaWatcher) isServing(s *statefulSet) func(ordinal int) bool {
-	return func(ordinal int) bool {
-		if ready, known := r.endpoints.isReady(ordinal); known {
-			return ready
+// noteDelay is how long a note may be ahead of the StatefulSet before compareNote asks for
+// a LIST. Mostly the watch is only a moment behind.
+const noteDelay = 5 * time.Second
+
+// compareNote proves, until ctx ends, each note that is ahead of the StatefulSet: that it
+// is ahead of the one that exists, and not only of an old picture of it.
+func (r *replicaWatcher) compareNote(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-r.noteWakeup:
 		}
-		return ordinal-s.Spec.Ordinals.Start < s.Status.ReadyReplicas
+		for _, missing := r.missingProof(); missing; _, missing = r.missingProof() {
+			if sleep(ctx, noteDelay) != nil {
+				return
+			}
+			r.prove(ctx)
+		}
 	}
+}
+
+// missingProof returns the proof that proposal needs, and reports whether there is none.
+// A StatefulSet that does not exist cannot be newer than the note.
+func (r *replicaWatcher) missingProof() (wanted noteProof, missing bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.absent || !r.isNoteAhead() {
+		return noteProof{}, false
+	}
+	wanted = r.proofWanted()
+	return wanted, r.proof != wanted
+}
+
+// prove lists the StatefulSet, if a proof is missing. The LIST is the proof if it brings
+// nothing else.
+func (r *replicaWatcher) prove(ctx context.Context) {
+	wanted, missing := r.missingProof()
+	if !missing {
+		return
+	}
+	select {
+	case <-ctx.Done():
+	case <-r.watcher.relist():
+		if now, missing := r.missingProof(); missing && now == wanted {
+			r.mu.Lock()
+			r.proof = wanted
+			r.mu.Unlock()
+			r.endpoints.changed.notify()
+		}
+	}
+}
+
+// isServing reports whether a backend that owns no namespaces yet can serve them. If the
+// EndpointSlices cannot be read, status.readyReplicas says how many backends can. The
+// caller holds r.mu.
+func (r *replicaWatcher) isServing(ordinal int) bool {
+	ready, known := r.endpoints.isReady(ordinal)
+	if known || !r.endpoints.hasAnswer() {
+		return ready
+	}
+	return ordinal-r.latest.Spec.Ordinals.Start < r.latest.Status.ReadyReplicas
 }
 
 // lastStatefulSet returns the last version of the StatefulSet, nil before the first LIST
@@ -261,10 +421,14 @@ func (r *replicaWatcher) whyNotReady() string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	switch failure := r.watcher.snapshot().failure; {
-	case r.latest != nil && r.latest.backends().count > 0:
+	case r.backends().count > 0:
 		return ""
-	case r.latest != nil:
+	case r.latest != nil && r.shared && !r.noteIsRead:
+		return "the object of the hand-off has not been read yet"
+	case r.latest != nil && r.latest.Spec.Replicas == 0:
 		return r.watcher.String() + " has no replicas"
+	case r.latest != nil:
+		return r.endpoints.watcher.String() + ": no answer from the API server yet"
 	case r.absent:
 		return r.watcher.String() + " does not exist"
 	case errorClass(failure) == "forbidden":
@@ -395,11 +559,13 @@ type endpointWatcher struct {
 	dnsBackends *backends
 	queues      *dialQueues
 	onPods      func(uids map[int]string) // see newEndpointWatcher
-	changed     wakeup                    // of keepActiveCount: a pod or the StatefulSet changed
+	changed     wakeup                    // of replicaWatcher.run
 	log         *slog.Logger
 
+	// Guarded by mu.
 	mu        sync.Mutex
-	addresses map[int]*podAddress // by ordinal, nil before the first LIST; guarded by mu
+	addresses map[int]*podAddress // by ordinal, nil before the first LIST that has any
+	listed    bool                // a LIST was answered
 }
 
 // newEndpointWatcher returns an endpointWatcher of the Service. The caller runs its
@@ -419,9 +585,16 @@ func newEndpointWatcher(client kubeClient, namespace, statefulSet, service strin
 		kind: "EndpointSlice", namespace: namespace,
 		selector: "kubernetes.io/service-name=" + service,
 		meta:     func(s *endpointSlice) *apiObject { return &s.apiObject },
-		apply:    e.apply, onFailure: e.queues.readinessChanged, log: log,
+		apply:    e.apply, onFailure: e.readinessChanged, log: log,
 	}
 	return e
+}
+
+// readinessChanged says to all whom it concerns that backends may have become ready, or
+// that their addresses may be out of date.
+func (e *endpointWatcher) readinessChanged() {
+	e.queues.readinessChanged()
+	e.changed.notify()
 }
 
 // backends returns the backends at the addresses of the pods.
@@ -441,6 +614,10 @@ func (e *endpointWatcher) backends() *backends {
 // deleted. That says nothing about the pods, so their addresses stay.
 func (e *endpointWatcher) apply(set map[string]*endpointSlice) {
 	if len(set) == 0 {
+		e.mu.Lock()
+		e.listed = true
+		e.mu.Unlock()
+		e.changed.notify()
 		e.log.Warn("EndpointSlices not found; keeping the last addresses",
 			"object", e.watcher.String())
 		return
@@ -453,10 +630,17 @@ func (e *endpointWatcher) apply(set map[string]*endpointSlice) {
 	}
 	e.onPods(uids)
 	e.mu.Lock()
-	e.addresses = addresses
+	e.addresses, e.listed = addresses, true
 	e.mu.Unlock()
-	e.queues.readinessChanged()
-	e.changed.notify()
+	e.readinessChanged()
+}
+
+// hasAnswer reports whether the API server has said which EndpointSlices there are, or
+// failed to.
+func (e *endpointWatcher) hasAnswer() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.listed || e.isOutdated()
 }
 
 // isReady reports whether the backend is ready; known is false before the first LIST.

@@ -12,174 +12,577 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 )
 
-func TestStatefulSetBackends(t *testing.T) {
+// countingRouter is a replicaWatcher that gets its objects from the test.
+type countingRouter struct{ *replicaWatcher }
+
+func newCountingRouter(shared bool) countingRouter {
+	log := slog.New(slog.DiscardHandler)
+	pods := newEndpointWatcher(kubeClient{}, "edge", "backend", "headless", 9000, func(map[int]string) {}, log)
+	var onProposal func()
+	if shared {
+		onProposal = func() {}
+	}
+	return countingRouter{newReplicaWatcher(kubeClient{}, "edge", pods, func(ordinals, string) {}, onProposal, log)}
+}
+
+// see gives the router a version of the StatefulSet, whose UID is "u".
+func (r countingRouter) see(t *testing.T, generation int64, spec string) {
+	t.Helper()
+	s := &statefulSet{}
+	must(t, json.Unmarshal(fmt.Appendf(nil, `{"metadata":{"uid":"u","generation":%d},"spec":{%s},"status":{"readyReplicas":9}}`, generation, spec), s))
+	r.apply(map[string]*statefulSet{"backend": s})
+}
+
+// seeReady makes exactly these backends ready, given as digits.
+func (r countingRouter) seeReady(t *testing.T, digits string) {
+	t.Helper()
+	ready := []int{}
+	for _, digit := range digits {
+		ready = append(ready, int(digit-'0'))
+	}
+	r.endpoints.apply(sliceSet(t, "IPv4 "+readyEndpoints(ready...)))
+}
+
+// inForceNow returns the backends that own namespaces.
+func (r countingRouter) inForceNow() ordinals {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.backends()
+}
+
+// How many backends own namespaces, and what is proposed, by the StatefulSet, the note and
+// what is ready.
+func TestActiveCount(t *testing.T) {
+	const unread = "-"
+	note := func(count int, uid string, generation int64) *activeBackends {
+		return &activeBackends{count, uid, generation}
+	}
 	tests := map[string]struct {
-		spec      string
-		annotated string // the active count; "" for none
-		ready     string // ordinals
-		want      ordinals
-		next      int // active count
+		spec  string // of generation 5
+		note  *activeBackends
+		ready string // ordinals
+		want  ordinals
+		next  *activeBackends
 	}{
-		"no active count":         {`"replicas":4`, "", "", ordinals{0, 4}, 4},
-		"replicas unset":          {``, "", "", ordinals{0, 1}, 1},
-		"all are active":          {`"replicas":4`, "4", "", ordinals{0, 4}, 4},
-		"scaled in":               {`"replicas":3`, "6", "012345", ordinals{0, 3}, 3},
-		"scaled out":              {`"replicas":6`, "4", "", ordinals{0, 4}, 4},
-		"one is ready":            {`"replicas":6`, "4", "4", ordinals{0, 4}, 5},
-		"the wrong one is ready":  {`"replicas":6`, "4", "01235", ordinals{0, 4}, 4},
-		"all are ready":           {`"replicas":6`, "4", "012345", ordinals{0, 4}, 6},
-		"zero":                    {`"replicas":0`, "4", "0123", ordinals{0, 4}, 4},
-		"zero, no active count":   {`"replicas":0`, "", "", ordinals{0, 0}, 0},
-		"from another ordinal":    {`"replicas":3,"ordinals":{"start":5}`, "2", "7", ordinals{5, 2}, 3},
-		"count that is no number": {`"replicas":4`, "four", "", ordinals{0, 4}, 4},
-		"count that cannot be":    {`"replicas":4`, "0", "", ordinals{0, 4}, 4},
-		"count that is negative":  {`"replicas":4`, "-3", "", ordinals{0, 4}, 4},
+		"all are active":          {`"replicas":4`, note(4, "u", 5), "", ordinals{0, 4}, note(4, "u", 5)},
+		"scaled in":               {`"replicas":3`, note(6, "u", 4), "012345", ordinals{0, 3}, note(3, "u", 5)},
+		"scaled out":              {`"replicas":6`, note(4, "u", 4), "", ordinals{0, 4}, note(4, "u", 5)},
+		"another generation only": {`"replicas":4`, note(4, "u", 3), "0", ordinals{0, 4}, note(4, "u", 5)},
+		"one is ready":            {`"replicas":6`, note(4, "u", 5), "4", ordinals{0, 4}, note(5, "u", 5)},
+		"the wrong one is ready":  {`"replicas":6`, note(4, "u", 5), "01235", ordinals{0, 4}, note(4, "u", 5)},
+		"all are ready":           {`"replicas":6`, note(4, "u", 5), "012345", ordinals{0, 4}, note(6, "u", 5)},
+		"more than replicas":      {`"replicas":5`, note(4, "u", 5), "0123456", ordinals{0, 4}, note(5, "u", 5)},
+		"readiness is not known":  {`"replicas":6`, note(4, "u", 5), unread, ordinals{0, 4}, note(4, "u", 5)},
+		"zero":                    {`"replicas":0`, note(4, "u", 4), "0123", ordinals{0, 4}, note(4, "u", 5)},
+		"replicas unset":          {``, note(4, "u", 4), "", ordinals{0, 1}, note(1, "u", 5)},
+		"from another ordinal":    {`"replicas":3,"ordinals":{"start":5}`, note(2, "u", 5), "7", ordinals{5, 2}, note(3, "u", 5)},
+
+		"an older StatefulSet":          {`"replicas":6`, note(4, "u", 6), "012345", ordinals{0, 4}, nil},
+		"an older one, and scaled in":   {`"replicas":3`, note(6, "u", 6), "012345", ordinals{0, 3}, nil},
+		"another StatefulSet":           {`"replicas":6`, note(4, "other", 5), "01", ordinals{0, 2}, nil},
+		"another one, none ready":       {`"replicas":6`, note(4, "other", 5), "", ordinals{0, 1}, nil},
+		"another one, not known":        {`"replicas":6`, note(4, "other", 5), unread, ordinals{}, nil},
+		"no note":                       {`"replicas":6`, nil, "0123", ordinals{0, 4}, note(4, "u", 5)},
+		"no note, a gap":                {`"replicas":6`, nil, "01345", ordinals{0, 2}, note(2, "u", 5)},
+		"no note, none ready":           {`"replicas":6`, nil, "", ordinals{0, 1}, note(1, "u", 5)},
+		"no note, more than replicas":   {`"replicas":2`, nil, "0123", ordinals{0, 2}, note(2, "u", 5)},
+		"no note, from another ordinal": {`"replicas":3,"ordinals":{"start":5}`, nil, "0156", ordinals{5, 2}, note(2, "u", 5)},
+		"no note, zero":                 {`"replicas":0`, nil, "0123", ordinals{}, nil},
+		"no note, readiness not known":  {`"replicas":6`, nil, unread, ordinals{}, nil},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
-			object, s := fmt.Sprintf(`{"spec":{%s},"metadata":{"annotations":{"router/backends":%q}}}`, tt.spec, tt.annotated), &statefulSet{}
-			if tt.annotated == "" {
-				object = fmt.Sprintf(`{"spec":{%s}}`, tt.spec)
+			r := newCountingRouter(true)
+			r.see(t, 5, tt.spec)
+			if tt.ready != unread {
+				r.seeReady(t, tt.ready)
 			}
-			must(t, json.Unmarshal([]byte(object), s))
-			isReady := func(ordinal int) bool { return strings.Contains(tt.ready, strconv.Itoa(ordinal)) }
-			if got, next := s.backends(), s.nextActiveCount(isReady); got != tt.want || next != tt.next {
-				t.Errorf("backends %+v, next active count %d; want %+v, %d", got, next, tt.want, tt.next)
+			if got, next := r.inForceNow(), r.proposal(); got.count != 0 || next != nil {
+				t.Errorf("before the object was read: %+v, proposal %+v", got, next)
+			}
+			for _, b := range []*activeBackends{tt.note, nil} { // one that is lost stays in force
+				r.setNoted(b)
+				got, next := r.inForceNow(), r.proposal()
+				if got.count == 0 {
+					got = ordinals{}
+				}
+				wantEqual(t, "backends", got, tt.want)
+				wantEqual(t, "proposal", noteText(next), noteText(tt.next))
 			}
 		})
 	}
 }
 
+// noteText returns the note as text, "none" for nil.
+func noteText(b *activeBackends) string {
+	if b == nil {
+		return "none"
+	}
+	return fmt.Sprintf("%d of %s/%d", b.Count, b.UID, b.Generation)
+}
+
+// A note is replaced only by a newer one.
+func TestActiveBackendsReplaces(t *testing.T) {
+	old := &activeBackends{4, "u", 7}
+	for b, want := range map[activeBackends]bool{
+		{4, "u", 7}: false, {3, "u", 7}: false, {5, "u", 7}: true, {9, "u", 6}: false,
+		{2, "u", 8}: true, {1, "other", 1}: true,
+	} {
+		if b.replaces(old) != want || !b.replaces(nil) {
+			t.Errorf("%v replaces %v: %t, want %t", b, *old, !want, want)
+		}
+	}
+}
+
+// Routers with the same note and the same StatefulSet have the same number of backends,
+// whatever each of them finds ready, and whatever each saw before.
+func TestActiveCountNeedsNoReadiness(t *testing.T) {
+	rng := rand.New(rand.NewPCG(randomSeed(t), 1))
+	one, other := newCountingRouter(true), newCountingRouter(true)
+	for range 2000 {
+		spec := fmt.Sprintf(`"replicas":%d`, rng.IntN(9))
+		note := &activeBackends{1 + rng.IntN(9), "u", rng.Int64N(9)}
+		for _, r := range []countingRouter{one, other} {
+			if rng.IntN(3) == 0 {
+				r.see(t, rng.Int64N(9), fmt.Sprintf(`"replicas":%d`, rng.IntN(9)))
+			}
+			if rng.IntN(3) == 0 {
+				r.setNoted(&activeBackends{1 + rng.IntN(9), "u", rng.Int64N(9)})
+			}
+			digits := ""
+			for i := range 9 {
+				if rng.IntN(2) == 0 {
+					digits += strconv.Itoa(i)
+				}
+			}
+			r.seeReady(t, digits)
+			r.see(t, 5, spec)
+			r.setNoted(note)
+		}
+		if a, b := one.inForceNow(), other.inForceNow(); a != b || a.count < 1 {
+			t.Fatalf("{%s} and %+v: one has %+v, the other %+v", spec, *note, a, b)
+		}
+	}
+}
+
+// A router that cannot read the EndpointSlices goes by status.readyReplicas, but not before
+// it has tried: a backend that fails would be taken for ready.
+func TestActiveCountWithoutEndpoints(t *testing.T) {
+	for name, know := range map[string]func(r countingRouter){
+		"not tried": func(countingRouter) {},
+		"failed":    func(r countingRouter) { r.endpoints.watcher.finishCycle(errBadResponse) },
+		"none":      func(r countingRouter) { r.endpoints.apply(nil) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newCountingRouter(true)
+			know(r)
+			r.see(t, 5, `"replicas":6`)
+			r.setNoted(&activeBackends{4, "u", 5})
+			want := "6 of u/5"
+			if name == "not tried" {
+				want = "4 of u/5"
+			}
+			wantEqual(t, "proposal", noteText(r.proposal()), want)
+		})
+	}
+}
+
+// Why a router that shares a hand-off does not know the number of backends.
+func TestWhyNoActiveCount(t *testing.T) {
+	r := newCountingRouter(true)
+	want := func(text string) {
+		t.Helper()
+		wantEqual(t, "why not ready", r.whyNotReady(), text)
+	}
+	want("StatefulSet edge/backend: no answer from the API server yet")
+	r.see(t, 1, `"replicas":4`)
+	want("the object of the hand-off has not been read yet")
+	r.setNoted(nil)
+	want("EndpointSlice edge/kubernetes.io/service-name=headless: no answer from the API server yet")
+	r.see(t, 2, `"replicas":0`)
+	want("StatefulSet edge/backend has no replicas")
+	r.setNoted(&activeBackends{4, "u", 1})
+	want("")
+}
+
+// sharedNote is the note in the object of a hand-off, as the routers of a test share it.
+type sharedNote struct {
+	mu      sync.Mutex
+	note    *activeBackends
+	routers []*followingRouter
+	writes  []string // that were, each as text
+}
+
+// settle shows the routers the note, and lets them write what they propose if that replaces
+// it, until nobody does: see member.noteBackends.
+func (o *sharedNote) settle() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for again := true; again; {
+		again = false
+		for _, r := range o.routers {
+			r.setNoted(o.note)
+			if b := r.proposal(); b != nil && b.replaces(o.note) {
+				o.note, again = b, true
+				o.writes = append(o.writes, noteText(b))
+			}
+		}
+		if len(o.writes) > 1000 {
+			panic(fmt.Sprintf("the routers do not agree on the note: %v", o.writes[990:]))
+		}
+	}
+}
+
+// set makes b the note, as another router or an operator does.
+func (o *sharedNote) set(b *activeBackends) {
+	o.mu.Lock()
+	o.note = b
+	o.mu.Unlock()
+	o.settle()
+}
+
+// wantWrites checks what was written since the last call.
+func (o *sharedNote) wantWrites(t *testing.T, want ...string) {
+	t.Helper()
+	synctest.Wait()
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if !slices.Equal(o.writes, want) {
+		t.Errorf("written: %q, want %q", o.writes, want)
+	}
+	o.writes = nil
+}
+
 // followingRouter is the part of a router that follows the StatefulSet.
 type followingRouter struct {
 	*replicaWatcher
-	last   atomic.Value // ordinals
-	logged *textLog
+	last      atomic.Value // ordinals
+	proposals atomic.Int64 // calls of onProposal
+	logged    *textLog
 }
 
-// followReplicas starts one. It calls resize for what the StatefulSet says, if that is not
-// nil.
-func followReplicas(t *testing.T, n *pipeNetwork, resize func(ordinals, string)) *followingRouter {
+// followReplicas starts one, which shares the note, if that is not nil. It calls resize for
+// the backends that own namespaces, if that is not nil.
+func followReplicas(t *testing.T, n *pipeNetwork, shared *sharedNote, resize func(ordinals, string)) *followingRouter {
 	t.Helper()
 	r := &followingRouter{logged: &textLog{}}
 	log := slog.New(slog.NewTextHandler(r.logged, nil))
 	client := *n.kube(t)
 	pods := newEndpointWatcher(client, "edge", "backend", "headless", 9000, func(map[int]string) {}, log)
 	r.last.Store(ordinals{})
-	r.replicaWatcher = newReplicaWatcher(client, "edge", pods, func(b ordinals, revision string) {
+	onResize := func(b ordinals, revision string) {
 		r.last.Store(b)
 		if resize != nil {
 			resize(b, revision)
 		}
-	}, log)
-	inBackground(t, pods.watcher.run, r.watcher.run, r.keepActiveCount)
+	}
+	var onProposal func()
+	if shared != nil {
+		onProposal = func() {
+			r.proposals.Add(1)
+			shared.settle()
+		}
+	}
+	r.replicaWatcher = newReplicaWatcher(client, "edge", pods, onResize, onProposal, log)
+	if shared != nil {
+		shared.mu.Lock()
+		shared.routers = append(shared.routers, r)
+		shared.mu.Unlock()
+		shared.settle()
+	}
+	inBackground(t, pods.watcher.run, r.watcher.run, r.run, r.compareNote)
 	synctest.Wait()
 	return r
 }
 
 // kubeOfFour has 4 backends, which are ready.
-func kubeOfFour(activeCount string) *fakeKube {
+func kubeOfFour() *fakeKube {
 	f := newFakeKube()
 	f.setReady(0, 1, 2, 3)
-	f.setStatefulSet(func(s *fakeStatefulSet) { s.replicas, s.generation, s.activeCount = 4, 1, activeCount })
+	f.setStatefulSet(func(s *fakeStatefulSet) { s.replicas, s.generation = 4, 1 })
 	return f
 }
 
-// One router, from state to state.
+// One router, from state to state: alone, and one that shares the note.
 func TestReplicasFollowed(t *testing.T) {
 	type step struct {
-		what   string
-		change func(f *fakeKube)
-		want   ordinals
+		what          string
+		change        func(f *fakeKube)
+		alone, shared ordinals
 	}
-	from, to := func(count int) ordinals { return ordinals{0, count} }, func(replicas int) func(*fakeKube) {
-		return func(f *fakeKube) { f.scale(replicas) }
+	from := func(count int) ordinals { return ordinals{0, count} }
+	both := func(what string, change func(f *fakeKube), count int) step {
+		return step{what, change, from(count), from(count)}
 	}
+	to := func(replicas int) func(*fakeKube) { return func(f *fakeKube) { f.scale(replicas) } }
 	ready := func(ordinals ...int) func(*fakeKube) { return func(f *fakeKube) { f.setReady(ordinals...) } }
 	set := func(change func(*fakeStatefulSet)) func(*fakeKube) {
 		return func(f *fakeKube) { f.setStatefulSet(change) }
 	}
-	forbid := func(verb, kind, activeCount string) func(*fakeKube) {
-		return func(f *fakeKube) {
-			f.forbid(verb, kind)
-			f.setStatefulSet(func(s *fakeStatefulSet) { s.activeCount = activeCount })
-		}
-	}
 	tests := map[string][]step{
 		"out and in": {
-			{"scale to 6", to(6), from(4)},
-			{"backend-5 is ready first", ready(0, 1, 2, 3, 5), from(4)},
-			{"backend-4 is ready", ready(0, 1, 2, 3, 4, 5), from(6)},
-			{"backend-1 restarts", ready(0, 2, 3, 4, 5), from(6)},
-			{"all restart", ready(), from(6)},
-			{"and are back", ready(0, 1, 2, 3, 4, 5), from(6)},
-			{"scale to 3", to(3), from(3)},
-			{"pods are gone", ready(0, 1, 2), from(3)},
-			{"scale to 4", to(4), from(3)},
-			{"backend-3 is ready", ready(0, 1, 2, 3), from(4)},
+			both("scale to 6", to(6), 4),
+			both("backend-5 is ready first", ready(0, 1, 2, 3, 5), 4),
+			both("backend-4 is ready", ready(0, 1, 2, 3, 4, 5), 6),
+			both("backend-1 restarts", ready(0, 2, 3, 4, 5), 6),
+			both("all restart", ready(), 6),
+			both("and are back", ready(0, 1, 2, 3, 4, 5), 6),
+			both("scale to 3", to(3), 3),
+			both("pods are gone", ready(0, 1, 2), 3),
+			both("scale to 4", to(4), 3),
+			both("backend-3 is ready", ready(0, 1, 2, 3), 4),
 		},
 		"zero": {
-			{"scale to 0", to(0), from(4)},
-			{"pods are gone", ready(), from(4)},
-			{"scale to 6", to(6), from(4)},
-			{"four are ready", ready(0, 1, 2, 3), from(4)},
-			{"six are ready", ready(0, 1, 2, 3, 4, 5), from(6)},
+			both("scale to 0", to(0), 4),
+			both("pods are gone", ready(), 4),
+			both("scale to 6", to(6), 4),
+			both("four are ready", ready(0, 1, 2, 3), 4),
+			both("six are ready", ready(0, 1, 2, 3, 4, 5), 6),
 		},
 		"one that never is ready": {
-			{"scale to 6", to(6), from(4)},
-			{"backend-4 starts", ready(0, 1, 2, 3, 4), from(5)},
-			{"backend-4 crashes", ready(0, 1, 2, 3), from(5)},
-			{"backend-4 is back", ready(0, 1, 2, 3, 4), from(5)},
+			both("scale to 6", to(6), 4),
+			both("backend-4 starts", ready(0, 1, 2, 3, 4), 5),
+			both("kubectl replace", set(func(s *fakeStatefulSet) { s.generation++ }), 5),
+			both("backend-4 crashes", ready(0, 1, 2, 3), 5),
+			both("kubectl replace again", set(func(s *fakeStatefulSet) { s.generation++ }), 5),
+			both("backend-4 is back", ready(0, 1, 2, 3, 4), 5),
 		},
 		"deleted": {
-			{"deleted", (*fakeKube).deleteStatefulSet, from(4)},
-			{"made anew", set(func(s *fakeStatefulSet) { *s = fakeStatefulSet{replicas: 5} }), from(5)},
+			both("deleted", (*fakeKube).deleteStatefulSet, 4),
+			{"made anew", set(func(s *fakeStatefulSet) { *s = fakeStatefulSet{replicas: 5, generation: 1, uid: "new"} }), from(5), from(4)},
+			{"backend-3 restarts", ready(0, 1, 2), from(5), from(4)},
+			both("all are ready", ready(0, 1, 2, 3, 4), 5),
 		},
 		"other ordinals": {
-			{"start at 2", set(func(s *fakeStatefulSet) { s.start = 2 }), ordinals{2, 4}},
+			{"start at 2", set(func(s *fakeStatefulSet) { s.start = 2 }), ordinals{2, 4}, ordinals{2, 4}},
 		},
 		"only the StatefulSet may be read": {
-			{"forbidden", forbid("LIST", "endpointslices", "4"), from(4)},
-			{"scale to 6", to(6), from(4)},
-			{"five are ready", set(func(s *fakeStatefulSet) { s.ready = 5 }), from(5)},
-			{"six are ready", set(func(s *fakeStatefulSet) { s.ready = 6 }), from(6)},
-		},
-		"no active count may be written": {
-			{"forbidden", forbid("PATCH", "statefulsets", ""), from(4)},
-			{"scale to 6", to(6), from(6)},
-			{"scale to 5", to(5), from(5)},
-			{"scale to 0", to(0), from(5)},
+			both("forbidden", func(f *fakeKube) { f.forbid("LIST", "endpointslices") }, 4),
+			both("scale to 6", to(6), 4),
+			both("five are ready", set(func(s *fakeStatefulSet) { s.ready = 5 }), 5),
+			both("six are ready", set(func(s *fakeStatefulSet) { s.ready = 6 }), 6),
 		},
 	}
 	for name, steps := range tests {
-		inBubble(t, name, func(t *testing.T) {
-			f, n := kubeOfFour("4"), newPipeNetwork()
-			f.serve(t, n)
-			if steps[0].what == "forbidden" { // from the start
-				steps[0].change(f)
-			}
-			r := followReplicas(t, n, nil)
-			for _, s := range steps {
-				s.change(f)
-				time.Sleep(30 * time.Second)
-				synctest.Wait()
-				if got := r.last.Load(); got != s.want {
-					t.Fatalf("%s: %+v, want %+v; log:\n%s", s.what, got, s.want, r.logged)
+		for _, alone := range []bool{true, false} {
+			inBubble(t, fmt.Sprintf("%s, alone=%t", name, alone), func(t *testing.T) {
+				f, n := kubeOfFour(), newPipeNetwork()
+				f.serve(t, n)
+				if steps[0].what == "forbidden" { // from the start
+					steps[0].change(f)
 				}
-			}
-		})
+				var shared *sharedNote
+				if !alone {
+					shared = &sharedNote{note: &activeBackends{4, "u-backend", 1}}
+				}
+				r := followReplicas(t, n, shared, nil)
+				for _, s := range steps {
+					s.change(f)
+					time.Sleep(30 * time.Second)
+					synctest.Wait()
+					want := s.shared
+					if alone {
+						want = s.alone
+					}
+					if got := r.last.Load(); got != want {
+						t.Fatalf("%s: %+v, want %+v; log:\n%s", s.what, got, want, r.logged)
+					}
+				}
+				if alone && strings.Contains(f.verbs(), "PATCH") {
+					t.Error("a router that is alone writes")
+				}
+			})
+		}
 	}
 }
 
-// Whatever the StatefulSet goes through, and whenever a router starts, is cut off or
-// comes back, all routers that have seen its last version have the same backends: never
-// more than it is to have, and more than before only if these are ready.
+// A router that starts alone counts all of spec.replicas: it cannot know which backends
+// were ready once.
+func TestReplicasAloneBegin(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, n := kubeOfFour(), newPipeNetwork()
+		f.serve(t, n)
+		f.scale(6)
+		wantEqual(t, "backends", followReplicas(t, n, nil, nil).last.Load().(ordinals), ordinals{0, 6})
+	})
+}
+
+// While a scale-out is stuck, nothing but a pod that becomes ready gives the new backends
+// namespaces: not kubectl replace of the StatefulSet, not the loss of the note, not a
+// router that starts.
+func TestReplicasStuckScaleOut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, n := kubeOfFour(), newPipeNetwork()
+		f.serve(t, n)
+		shared := &sharedNote{}
+		first := followReplicas(t, n, shared, nil)
+		shared.wantWrites(t, "4 of u-backend/1")
+		for _, step := range []struct {
+			what   string
+			change func()
+			writes []string
+		}{
+			{"scale to 6, and backend-4 fails", func() { f.scale(6); f.setReady(0, 1, 2, 3, 5) }, []string{"4 of u-backend/2"}},
+			{"kubectl replace", func() { f.scale(6) }, []string{"4 of u-backend/3"}},
+			{"backend-1 restarts", func() { f.setReady(0, 2, 3, 5) }, nil},
+			{"the note is lost", func() { shared.set(nil) }, []string{"4 of u-backend/3"}},
+			{"kubectl replace again", func() { f.scale(6) }, []string{"4 of u-backend/4"}},
+			{"a router starts", func() { followReplicas(t, n, shared, nil) }, nil},
+		} {
+			step.change()
+			time.Sleep(time.Minute)
+			shared.wantWrites(t, step.writes...)
+			for _, r := range shared.routers {
+				wantEqual(t, "backends after: "+step.what, r.last.Load().(ordinals), ordinals{0, 4})
+			}
+		}
+		f.setReady(0, 1, 2, 3, 4, 5)
+		shared.wantWrites(t, "6 of u-backend/4")
+		wantEqual(t, "backends", first.last.Load().(ordinals), ordinals{0, 6})
+		before := first.proposals.Load()
+		time.Sleep(time.Hour)
+		wantEqual(t, "calls of onProposal at rest", first.proposals.Load()-before, 0)
+		shared.wantWrites(t)
+	})
+}
+
+// A router whose watches stand still writes nothing. It lists the StatefulSet when the note
+// shows that.
+func TestReplicasOldPicture(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, network, frozen := kubeOfFour(), newPipeNetwork(), newPipeNetwork()
+		f.serve(t, network)
+		f.serve(t, frozen)
+		f.scale(6)
+		f.setReady(0, 1, 2, 3, 4, 5)
+		shared := &sharedNote{note: &activeBackends{6, "u-backend", 2}}
+		old := followReplicas(t, frozen, shared, nil)
+		followReplicas(t, network, shared, nil)
+		shared.wantWrites(t)
+		frozen.freeze()
+		f.setReady(0, 1, 2)
+		f.scale(3)
+		shared.wantWrites(t, "3 of u-backend/3")
+		f.scale(5)
+		shared.wantWrites(t, "3 of u-backend/4") // the old picture has six backends, which are ready
+		wantEqual(t, "what the old picture proposes", noteText(old.proposal()), "none")
+		wantEqual(t, "backends by the old picture", old.last.Load().(ordinals), ordinals{0, 3})
+		wantEqual(t, "the generation of the old picture", old.lastStatefulSet().Metadata.Generation, 2)
+		time.Sleep(noteDelay + time.Second)
+		wantEqual(t, "the generation that it sees then", old.lastStatefulSet().Metadata.Generation, 4)
+	})
+}
+
+// A StatefulSet with another UID begins anew, when a LIST shows it. A router with a picture
+// of the one before does not bring that back.
+func TestReplicasOfAnotherStatefulSet(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, network, frozen := kubeOfFour(), newPipeNetwork(), newPipeNetwork()
+		f.serve(t, network)
+		f.serve(t, frozen)
+		shared := &sharedNote{}
+		old := followReplicas(t, frozen, shared, nil)
+		shared.wantWrites(t, "4 of u-backend/1")
+		f.setReady(0, 1)
+		synctest.Wait()
+		frozen.freeze()
+		f.setStatefulSet(func(s *fakeStatefulSet) { *s = fakeStatefulSet{replicas: 6, generation: 1, uid: "new"} })
+		r := followReplicas(t, network, shared, nil) // which has not seen the one before
+		wantEqual(t, "backends", r.last.Load().(ordinals), ordinals{0, 2})
+		shared.wantWrites(t)
+		time.Sleep(noteDelay + time.Second)
+		shared.wantWrites(t, "2 of new/1")
+		wantEqual(t, "backends by the old picture", old.last.Load().(ordinals), ordinals{0, 4})
+		wantEqual(t, "what it proposes", noteText(old.proposal()), "none")
+		time.Sleep(noteDelay + time.Second)
+		shared.wantWrites(t)
+		wantEqual(t, "backends when it is seen", old.last.Load().(ordinals), ordinals{0, 2})
+	})
+}
+
+// A StatefulSet that does not exist is not listed again and again, whatever the note is.
+func TestReplicasDeletedRest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, n := kubeOfFour(), newPipeNetwork()
+		f.serve(t, n)
+		shared := &sharedNote{}
+		r := followReplicas(t, n, shared, nil)
+		f.deleteStatefulSet()
+		synctest.Wait()
+		shared.set(&activeBackends{6, "new", 1})
+		f.verbs()
+		time.Sleep(2 * time.Minute)
+		wantEqual(t, "requests", f.verbs(), "")
+		wantEqual(t, "backends", r.last.Load().(ordinals), ordinals{0, 4})
+		wantEqual(t, "proposal", noteText(r.proposal()), "none")
+	})
+}
+
+// After a restored etcd the generation may be lower than the one of the note. A LIST shows
+// that, and the number follows the StatefulSet again.
+func TestReplicasOfRestoredStatefulSet(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, n := kubeOfFour(), newPipeNetwork()
+		f.serve(t, n)
+		shared := &sharedNote{note: &activeBackends{4, "u-backend", 90}}
+		r := followReplicas(t, n, shared, nil)
+		followReplicas(t, n, shared, nil)
+		time.Sleep(time.Minute)
+		shared.wantWrites(t)
+		for _, step := range []struct {
+			replicas, count int
+			write           string
+		}{{6, 6, "6 of u-backend/91"}, {3, 3, "3 of u-backend/92"}} {
+			f.setReady(0, 1, 2, 3, 4, 5)
+			f.scale(step.replicas)
+			time.Sleep(time.Minute)
+			shared.wantWrites(t, step.write)
+			wantEqual(t, "backends", r.last.Load().(ordinals), ordinals{0, step.count})
+		}
+	})
+}
+
+// onResize has one call at a time, whoever changes what.
+func TestReplicasResizeInTurn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, n := kubeOfFour(), newPipeNetwork()
+		f.serve(t, n)
+		f.scale(1000)
+		var calls atomic.Int32
+		shared := &sharedNote{note: &activeBackends{4, "u-backend", 2}}
+		r := followReplicas(t, n, shared, func(ordinals, string) {
+			if calls.Add(1) != 1 {
+				t.Error("a call of onResize within another")
+			}
+			time.Sleep(time.Millisecond)
+			calls.Add(-1)
+		})
+		var others sync.WaitGroup
+		for i := range 10 {
+			others.Go(func() {
+				for j := range 50 {
+					shared.set(&activeBackends{1 + 50*i + j, "u-backend", 2})
+					time.Sleep(time.Duration(1+(7*i+j)%5) * time.Millisecond)
+				}
+			})
+		}
+		others.Wait()
+		shared.set(&activeBackends{777, "u-backend", 2})
+		time.Sleep(time.Second)
+		wantEqual(t, "the last of onResize", r.last.Load().(ordinals), ordinals{0, 777})
+	})
+}
+
+// Whatever the StatefulSet and the note go through, and whenever a router starts, is cut off
+// or comes back, all routers that have seen their last versions have the same backends:
+// never more than there are to be, and none that never was ready.
 func TestReplicasAgree(t *testing.T) {
 	for seed := range uint64(40) {
 		inBubble(t, fmt.Sprint(seed), func(t *testing.T) { changeReplicasAtRandom(t, rand.New(rand.NewPCG(seed, 1))) })
@@ -187,32 +590,41 @@ func TestReplicasAgree(t *testing.T) {
 }
 
 func changeReplicasAtRandom(t *testing.T, rng *rand.Rand) {
-	f, network, frozen := kubeOfFour(""), newPipeNetwork(), newPipeNetwork() // watches through frozen stand still now and then
+	const broken = 6                                                       // and those after it
+	f, network, frozen := kubeOfFour(), newPipeNetwork(), newPipeNetwork() // watches through frozen stand still now and then
 	f.serve(t, network)
 	f.serve(t, frozen)
-	routers := []*followingRouter{followReplicas(t, network, nil), followReplicas(t, frozen, nil)}
+	shared := &sharedNote{}
+	followReplicas(t, network, shared, nil)
+	followReplicas(t, frozen, shared, nil)
+	replicas := 4
 	wantAlike := func() {
 		t.Helper()
 		synctest.Wait()
-		for i, r := range routers {
-			if got, want := r.last.Load(), routers[0].last.Load(); got != want && (i != 1 || frozen.frozen.Load() == 0) {
+		want := shared.routers[0].last.Load().(ordinals)
+		for i, r := range shared.routers {
+			if got := r.last.Load(); got != want && (i != 1 || frozen.frozen.Load() == 0) {
 				t.Errorf("router %d has %+v, the first %+v", i, got, want)
 			}
 		}
+		if want.count > min(replicas, broken) {
+			t.Errorf("%d backends, of %d that there are to be and %d that work", want.count, replicas, broken)
+		}
 	}
-	replicas := 4
 	for range 30 {
-		switch rng.IntN(4) {
+		switch rng.IntN(6) {
 		case 0:
 			replicas = 1 + rng.IntN(8)
 			f.scale(replicas)
 		case 1:
 			frozen.freeze()
 		case 2:
-			routers = append(routers, followReplicas(t, network, nil))
+			followReplicas(t, network, shared, nil)
+		case 3:
+			shared.set(nil)
 		default:
 			ready := []int{}
-			for i := range replicas {
+			for i := range min(replicas, broken) {
 				if rng.IntN(4) > 0 {
 					ready = append(ready, i)
 				}
@@ -225,9 +637,6 @@ func changeReplicasAtRandom(t *testing.T, rng *rand.Rand) {
 		}
 		time.Sleep(time.Second)
 		wantAlike()
-		if got := routers[0].last.Load().(ordinals); got.count > replicas {
-			t.Errorf("%d backends, of %d that there are to be", got.count, replicas)
-		}
 	}
 	time.Sleep(10 * time.Minute) // the router that stood still lists again
 	frozen.frozen.Store(0)
@@ -315,10 +724,10 @@ func wantResolved(t *testing.T, w *endpointWatcher, ordinal int, addr, err strin
 // are not ready or whose address was wrong, and for no others.
 func TestEndpointsWatchFailsAsksDNS(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		f, n := kubeOfFour("4"), newPipeNetwork()
+		f, n := kubeOfFour(), newPipeNetwork()
 		f.setEndpoints(readyEndpoints(0, 1, 2))
 		f.serve(t, n)
-		p := followReplicas(t, n, nil).endpoints
+		p := followReplicas(t, n, nil, nil).endpoints
 		var asked atomic.Int64
 		byDNS := error(nil)
 		p.dnsBackends.resolve = func(ctx context.Context, ordinal int) (string, error) {
@@ -364,11 +773,12 @@ func TestEndpointsWatchFailsAsksDNS(t *testing.T) {
 func TestPodIsGone(t *testing.T) {
 	for status, want := range map[int]bool{200: false, 403: false, 404: true, 500: false} {
 		path := ""
-		server := kubeAnswers(t, func(w http.ResponseWriter, r *http.Request) {
+		server := newFakeKube()
+		server.scripts["GET pods"] = script{func(w http.ResponseWriter, r *http.Request) {
 			path = r.URL.Path
 			respond(status, "{}")(w, r)
-		})
-		client, err := newKubectlProxyClient(server)
+		}}
+		client, err := newKubectlProxyClient(server.url(t))
 		must(t, err)
 		p := newEndpointWatcher(*client, "edge", "backend", "headless", 9000, func(map[int]string) {}, slog.New(slog.DiscardHandler))
 		if got := p.backends().podIsGone(t.Context(), 3); got != want {

@@ -149,14 +149,14 @@ func TestEventsOfAVersionThatDoesMore(t *testing.T) {
 // change of the table and has Events of its own. Two routers give them the same names.
 func TestEventsOfTheSameNumberAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		f, network := kubeOfFour("4"), newPipeNetwork()
+		f, network := kubeOfFour(), newPipeNetwork()
 		f.serve(t, network)
 		var routers [2]*configMaps
 		for i := range routers {
 			c, r, _ := fakeMaps(t, "routes")
 			c.apply(0, fakeSet(fakeMap("routes", "1", "a=backend-1 b=backend-3")))
 			<-c.events.queue // of a router that starts
-			followReplicas(t, network, r.setBackends)
+			followReplicas(t, network, nil, r.setBackends)
 			routers[i] = c
 		}
 		seen := map[string]string{}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"cmp"
 	"context"
@@ -18,10 +19,14 @@ import (
 	"log/slog"
 	"maps"
 	"math/big"
+	mathrand "math/rand/v2"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
+	"reflect"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -46,6 +51,13 @@ type fakeKube struct {
 	changed chan struct{}                // closed at each change
 	set     fakeStatefulSet              // the StatefulSet edge/backend
 	events  map[string]string            // JSON of the Events that were created, by name
+	faults  func(fakeRequest) kubeFault  // what happens to each request; nil: nothing
+	counts  map[string]int               // of answers, by verb, kind and status: "PATCH pods 403"
+	watched map[string]int               // bytes that were sent to WATCHes, by kind
+	watches map[string]chan struct{}     // by kind; closed to end them
+
+	closed  chan struct{}  // when the server is closed
+	running sync.WaitGroup // requests
 }
 
 // script has one answer for each request, in order. The last one stays.
@@ -57,19 +69,29 @@ type watchedChange struct{ kind, name, event string }
 // fakeRequest is a request as the server saw it.
 type fakeRequest struct {
 	*http.Request
-	at   time.Time
-	body []byte
+	at    time.Time
+	body  []byte
+	fault kubeFault
 }
 
 // verb returns LIST, WATCH, or the method of what is neither.
 func (r fakeRequest) verb() string {
+	_, name := r.target()
 	switch {
-	case r.Method != http.MethodGet:
+	case r.Method != http.MethodGet || name != "":
 		return r.Method
 	case r.URL.Query().Get("watch") == "1":
 		return "WATCH"
 	}
 	return "LIST"
+}
+
+// target returns the kind, "pods", and the name of what is asked for; "" if that is a
+// collection.
+func (r fakeRequest) target() (kind, name string) {
+	_, path, _ := strings.Cut(r.URL.Path, "/namespaces/")
+	parts := append(strings.Split(path, "/"), "", "") // namespace, kind, name
+	return parts[1], parts[2]
 }
 
 // selects reports whether the request is for the object, by its fieldSelector.
@@ -80,7 +102,8 @@ func (r fakeRequest) selects(name string) bool {
 
 func newFakeKube() *fakeKube {
 	return &fakeKube{arrived: make(chan fakeRequest, 1000), scripts: map[string]script{}, objects: map[string]map[string]string{},
-		changed: make(chan struct{}), events: map[string]string{}}
+		changed: make(chan struct{}), events: map[string]string{}, counts: map[string]int{}, watched: map[string]int{},
+		watches: map[string]chan struct{}{}, closed: make(chan struct{})}
 }
 
 // scriptedKube answers each LIST and each WATCH by a script.
@@ -119,7 +142,12 @@ func (f *fakeKube) url(t *testing.T) string {
 
 // serve serves on l, with TLS if there is a certificate, until the test ends.
 func (f *fakeKube) serve(t *testing.T, l net.Listener, certificates ...tls.Certificate) *fakeKube {
-	s := &http.Server{Handler: f, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo),
+	return f.serveBy(t, f, l, certificates...)
+}
+
+// serveBy is serve through a handler before f.
+func (f *fakeKube) serveBy(t *testing.T, h http.Handler, l net.Listener, certificates ...tls.Certificate) *fakeKube {
+	s := &http.Server{Handler: h, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo),
 		TLSConfig: &tls.Config{Certificates: certificates}}
 	var serving sync.WaitGroup
 	serving.Go(func() {
@@ -129,95 +157,230 @@ func (f *fakeKube) serve(t *testing.T, l net.Listener, certificates ...tls.Certi
 			s.ServeTLS(l, "", "")
 		}
 	})
-	t.Cleanup(func() { s.Close(); serving.Wait() })
+	t.Cleanup(func() {
+		f.close()
+		s.Close()
+		serving.Wait()
+		f.running.Wait()
+	})
 	return f
 }
 
+// close ends all waits of requests. It may be called again.
+func (f *fakeKube) close() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	select {
+	case <-f.closed:
+	default:
+		close(f.closed)
+	}
+}
+
+// begin notes that a request has begun, unless the server is closed.
+func (f *fakeKube) begin() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	select {
+	case <-f.closed:
+		panic(http.ErrAbortHandler)
+	default:
+		f.running.Add(1)
+	}
+}
+
 func (f *fakeKube) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	f.begin()
+	defer f.running.Done()
 	seen := fakeRequest{Request: r.Clone(context.Background()), at: time.Now()}
 	seen.body, _ = io.ReadAll(r.Body)
+	seen.fault = f.faultOf(seen)
 	select {
 	case f.arrived <- seen:
 	default:
 	}
 	w.Header().Set("Content-Type", "application/json")
-	f.answer(seen, r.Context())(w, r)
+	f.carryOut(&countedAnswer{ResponseWriter: w, server: f, request: seen}, r)
+}
+
+// carryOut answers the request, or does what its fault says.
+func (f *fakeKube) carryOut(w *countedAnswer, r *http.Request) {
+	defer w.count()
+	fault := w.request.fault
+	f.pause(fault.before)
+	answer := fault.answer
+	if !fault.skip {
+		answer = f.answer(w.request, r.Context())
+	}
+	f.pause(fault.after)
+	if fault.answer != nil {
+		answer = fault.answer
+	}
+	answer(w, r)
 }
 
 // answer returns the next answer of the script, or that of the objects.
 func (f *fakeKube) answer(r fakeRequest, ctx context.Context) http.HandlerFunc {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	parts := strings.Split(strings.TrimSuffix(r.URL.Path, "/backend/status"), "/")
-	kind := parts[len(parts)-1]
+	kind, name := r.target()
 	for _, key := range []string{r.verb() + " " + kind, r.verb()} {
 		if answers := f.scripts[key]; len(answers) > 0 {
 			f.scripts[key] = answers[min(1, len(answers)-1):]
 			return answers[0]
 		}
 	}
-	switch r.verb() {
-	case "PATCH":
-		return f.patch(r)
-	case "POST":
+	switch verb := r.verb(); {
+	case verb == "PATCH" && kind == "configmaps":
+		return f.merge(r, kind, name)
+	case verb == "POST":
 		return f.create(r)
-	case "WATCH":
+	case verb == "WATCH":
 		return f.watch(kind, r)
+	case verb == "GET":
+		return f.get(kind, name)
 	}
 	items := []string{}
 	for _, name := range slices.Sorted(maps.Keys(f.objects[kind])) {
-		if r.selects(name) {
+		if r.selects(name) && r.selectsLabels(kind, f.objects[kind][name]) {
 			items = append(items, f.objects[kind][name])
 		}
 	}
-	kinds := map[string]string{"configmaps": "ConfigMap", "statefulsets": "StatefulSet", "endpointslices": "EndpointSlice"}
+	kinds := map[string]string{"configmaps": "ConfigMap", "statefulsets": "StatefulSet", "endpointslices": "EndpointSlice", "pods": "Pod"}
 	return listAnswer(kinds[kind], strconv.Itoa(len(f.history)), items...)
 }
 
-// watch sends the changes since the request's resourceVersion until the client is gone.
+// watch sends the changes since the request's resourceVersion until the client is gone,
+// or until it is ended.
 func (f *fakeKube) watch(kind string, asked fakeRequest) http.HandlerFunc {
 	sent, err := strconv.Atoi(asked.FormValue("resourceVersion"))
 	if err != nil || sent > len(f.history) {
 		sent = len(f.history)
 	}
+	if f.watches[kind] == nil {
+		f.watches[kind] = make(chan struct{})
+	}
+	ended, fault := f.watches[kind], asked.fault
 	return func(w http.ResponseWriter, r *http.Request) {
-		for r.Context().Err() == nil {
+		ctx, cancel := context.WithTimeout(r.Context(), cmp.Or(fault.life, 24*time.Hour))
+		defer cancel()
+		w.(http.Flusher).Flush()
+		for ctx.Err() == nil {
 			f.mu.Lock()
 			news, changed := f.history[sent:], f.changed
 			f.mu.Unlock()
 			sent += len(news)
 			for _, change := range news {
-				if change.kind == kind && asked.selects(change.name) {
+				if change.kind == kind && asked.selects(change.name) && sleep(ctx, fault.lag) == nil {
 					io.WriteString(w, change.event)
 				}
 			}
 			w.(http.Flusher).Flush()
 			select {
 			case <-changed:
-			case <-r.Context().Done():
+			case <-ctx.Done():
+			case <-ended:
+				return
 			}
 		}
 	}
 }
 
-// patch writes the active count of the StatefulSet, if the client knows its last version.
-func (f *fakeKube) patch(r fakeRequest) http.HandlerFunc {
-	var patch struct {
-		Metadata struct {
-			UID, ResourceVersion string
-			Annotations          map[string]string
+// endWatches ends the WATCHes of a kind, cleanly.
+func (f *fakeKube) endWatches(kind string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.watches[kind] != nil {
+		close(f.watches[kind])
+		delete(f.watches, kind)
+	}
+}
+
+// get answers with one object.
+func (f *fakeKube) get(kind, name string) http.HandlerFunc {
+	if object, ok := f.objects[kind][name]; ok {
+		return respond(200, object)
+	}
+	return statusAnswer(404, "NotFound", fmt.Sprintf("%s %q not found", kind, name))
+}
+
+// selectsLabels reports whether the request's labelSelector, of equalities, selects the
+// object. Only pods have labels here.
+func (r fakeRequest) selectsLabels(kind, object string) bool {
+	var o struct {
+		Metadata struct{ Labels map[string]string }
+	}
+	json.Unmarshal([]byte(object), &o) // the server has made it
+	for want := range strings.SplitSeq(r.FormValue("labelSelector"), ",") {
+		key, value, found := strings.Cut(want, "=")
+		if found && kind == "pods" && o.Metadata.Labels[key] != value {
+			return false
 		}
 	}
+	return true
+}
+
+// merge changes an object by a JSON merge patch (RFC 7386). What the patch has of
+// metadata.resourceVersion and metadata.uid has to be that of the object: a real server
+// checks them in this order, and answers 409 and 422 ("field is immutable"). A patch that
+// changes nothing makes no new version.
+func (f *fakeKube) merge(r fakeRequest, kind, name string) http.HandlerFunc {
+	var patch, before, after map[string]any
+	object, found := f.objects[kind][name]
 	switch err := json.Unmarshal(r.body, &patch); {
-	case err != nil || r.Header.Get("Content-Type") != "application/merge-patch+json" || patch.Metadata.UID != "u-backend" ||
-		r.URL.Path != "/apis/apps/v1/namespaces/edge/statefulsets/backend/status":
-		return statusAnswer(400, "BadRequest", "what?")
-	case patch.Metadata.ResourceVersion != f.set.version:
-		return statusAnswer(409, "Conflict", "the object has been modified")
+	case r.Header.Get("Content-Type") != "application/merge-patch+json":
+		return statusAnswer(415, "UnsupportedMediaType", "not a merge patch")
+	case err != nil:
+		return statusAnswer(400, "BadRequest", err.Error())
+	case !found:
+		return statusAnswer(404, "NotFound", fmt.Sprintf("%s %q not found", kind, name))
 	}
-	f.set.activeCount = patch.Metadata.Annotations[activeCountKey]
-	f.putStatefulSet()
-	return respond(200, "{}")
+	for _, into := range []*map[string]any{&before, &after} {
+		json.Unmarshal([]byte(object), into) // the server has made it
+	}
+	mergePatch(after, patch)
+	old, meta := before["metadata"].(map[string]any), after["metadata"].(map[string]any)
+	data, _ := after["data"].(map[string]any)
+	for key, value := range data {
+		if _, ok := value.(string); !ok {
+			return statusAnswer(400, "BadRequest", fmt.Sprintf("data.%s is no string", key))
+		}
+	}
+	if len(data) == 0 {
+		delete(after, "data")
+	}
+	switch {
+	case meta["resourceVersion"] != old["resourceVersion"]:
+		return statusAnswer(409, "Conflict", "the object has been modified; please apply "+
+			"your changes to the latest version and try again")
+	case meta["uid"] != old["uid"]:
+		return statusAnswer(422, "Invalid", "metadata.uid: Invalid value: field is immutable")
+	case !reflect.DeepEqual(before, after):
+		meta["resourceVersion"] = f.nextVersion()
+		b, _ := json.Marshal(after) // it was JSON
+		object = string(b)
+		f.putJSON(kind, "MODIFIED", name, object)
+	}
+	return respond(200, object)
+}
+
+// mergePatch applies the patch to the object.
+func mergePatch(object, patch map[string]any) {
+	for key, value := range patch {
+		inner, isObject := value.(map[string]any)
+		switch target, found := object[key].(map[string]any); {
+		case value == nil:
+			delete(object, key)
+		case isObject && found:
+			mergePatch(target, inner)
+		case isObject:
+			target = map[string]any{}
+			mergePatch(target, inner)
+			object[key] = target
+		default:
+			object[key] = value
+		}
+	}
 }
 
 // create takes an Event, unless there is one of its name.
@@ -235,23 +398,352 @@ func (f *fakeKube) create(r fakeRequest) http.HandlerFunc {
 
 // put makes o an object of its kind, or deletes the one of its name. The caller holds mu.
 func (f *fakeKube) put(kind, event string, o fakeObject) {
+	f.putJSON(kind, event, o.name, o.json())
+}
+
+// putJSON is put of an object that is JSON already. The caller holds mu.
+func (f *fakeKube) putJSON(kind, event, name, object string) {
 	if f.objects[kind] == nil {
 		f.objects[kind] = map[string]string{}
 	}
-	if f.objects[kind][o.name] = o.json(); event == "DELETED" {
-		delete(f.objects[kind], o.name)
+	if f.objects[kind][name] = object; event == "DELETED" {
+		delete(f.objects[kind], name)
 	}
-	f.history = append(f.history, watchedChange{kind, o.name, watchEvent(event, o.json())})
+	f.history = append(f.history, watchedChange{kind, name, watchEvent(event, object)})
 	close(f.changed)
 	f.changed = make(chan struct{})
+}
+
+// nextVersion is the resourceVersion of the next change. The caller holds mu.
+func (f *fakeKube) nextVersion() string { return strconv.Itoa(len(f.history) + 1) }
+
+// applyMap makes the ConfigMap edge/name with this data, unless it is there, as kubectl
+// apply of a manifest without data does.
+func (f *fakeKube) applyMap(name string, data map[string]string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if _, found := f.objects["configmaps"][name]; !found {
+		f.writeMap(name, "u-"+name+"-"+f.nextVersion(), f.nextVersion(), data)
+	}
+}
+
+// replaceMap gives the ConfigMap edge/name exactly this data, as kubectl replace does: its
+// UID stays.
+func (f *fakeKube) replaceMap(name string, data map[string]string) {
+	f.restoreMap(name, "", data)
+}
+
+// restoreMap is replaceMap with this resourceVersion, as a backup of etcd has it; "" for
+// the next one.
+func (f *fakeKube) restoreMap(name, version string, data map[string]string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var o fakeConfigMap
+	json.Unmarshal([]byte(f.objects["configmaps"][name]), &o) // the server has made it
+	f.writeMap(name, o.Metadata.UID, cmp.Or(version, f.nextVersion()), data)
+}
+
+// writeMap makes a version of the ConfigMap edge/name. The caller holds mu.
+func (f *fakeKube) writeMap(name, uid, version string, data map[string]string) {
+	o := fakeObject{name: name, uid: uid, version: version, rest: `"data":null`}
+	if len(data) > 0 {
+		entries, _ := json.Marshal(data) // strings
+		o.rest = `"data":` + string(entries)
+	}
+	f.put("configmaps", "MODIFIED", o)
+}
+
+// deleteObject deletes an object, if it is there.
+func (f *fakeKube) deleteObject(kind, name string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if object, found := f.objects[kind][name]; found {
+		f.putJSON(kind, "DELETED", name, object)
+	}
+}
+
+// readMap returns the data of the ConfigMap edge/name, its UID and its resourceVersion.
+func (f *fakeKube) readMap(name string) (data map[string]string, uid, version string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var o fakeConfigMap
+	json.Unmarshal([]byte(cmp.Or(f.objects["configmaps"][name], "{}")), &o)
+	return o.Data, o.Metadata.UID, o.Metadata.ResourceVersion
+}
+
+// changesOf returns how often the object was changed.
+func (f *fakeKube) changesOf(kind, name string) (count int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, change := range f.history {
+		if change.kind == kind && change.name == name {
+			count++
+		}
+	}
+	return count
+}
+
+// fakePod is a pod of a router.
+type fakePod struct {
+	name, uid string
+	unplaced  bool   // no node was chosen for it
+	phase     string // "Running" if ""
+	ended     bool   // its container has terminated
+}
+
+// setPod makes or changes the pod.
+func (f *fakeKube) setPod(p fakePod) {
+	state, node := `{"running":{}}`, "node-0"
+	if p.ended {
+		state = `{"terminated":{"exitCode":0}}`
+	}
+	if p.unplaced {
+		state, node = `{"waiting":{}}`, ""
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.put("pods", "MODIFIED", fakeObject{kind: "Pod", name: p.name, uid: p.uid, version: f.nextVersion(),
+		meta: `,"labels":{"app.kubernetes.io/name":"router","router-handoff":"all"}`,
+		rest: fmt.Sprintf(`"spec":{"nodeName":%q},"status":{"phase":%q,"containerStatuses":[{"name":"router","state":%s}]}`,
+			node, cmp.Or(p.phase, "Running"), state)})
+}
+
+// kubeFault is what happens to a request. The zero fault is none.
+type kubeFault struct {
+	before time.Duration    // until it is carried out, also if its client has left meanwhile
+	after  time.Duration    // from then until it is answered
+	skip   bool             // it is not carried out; needs answer
+	answer http.HandlerFunc // in place of the server's
+	lag    time.Duration    // of each event of a WATCH
+	life   time.Duration    // until a WATCH ends; 0: as long as the server likes
+}
+
+// cutOff cuts the connection, without an answer.
+func cutOff(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }
+
+// setFaults has faults decide what happens to each request; nil: nothing. The server calls
+// it with mu held.
+func (f *fakeKube) setFaults(faults func(fakeRequest) kubeFault) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.faults = faults
+}
+
+func (f *fakeKube) faultOf(r fakeRequest) kubeFault {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.faults == nil {
+		return kubeFault{}
+	}
+	return f.faults(r)
+}
+
+// randomFaults has so many of 100 requests go wrong: they are slow, or late, refused, or
+// lost before or after they were carried out; WATCHes lag, stand still, or end. unit is
+// how long what is slow takes, about; what is late takes ten times that.
+func randomFaults(rng *mathrand.Rand, percent int, unit time.Duration) func(fakeRequest) kubeFault {
+	upTo := func(units float64) time.Duration { return time.Duration(rng.Float64() * units * float64(unit)) }
+	return func(r fakeRequest) kubeFault {
+		if rng.IntN(100) >= percent {
+			return kubeFault{before: upTo(.005), after: upTo(.005)}
+		}
+		if r.verb() == "WATCH" {
+			return []kubeFault{
+				{lag: upTo(2)},
+				{life: upTo(10)},
+				{lag: time.Hour, life: upTo(20)},
+			}[rng.IntN(3)]
+		}
+		return []kubeFault{
+			{before: upTo(3)},
+			{after: upTo(3)},
+			{before: upTo(30)},
+			{skip: true, answer: cutOff},
+			{answer: cutOff},
+			{before: upTo(1), answer: cutOff},
+			{answer: statusAnswer(500, "InternalError", "etcdserver: request timed out")},
+			{skip: true, answer: statusAnswer(500, "InternalError", "no leader")},
+			{skip: true, answer: statusAnswer(409, "Conflict", "the object has been modified")},
+			{skip: true, answer: statusAnswer(403, "Forbidden", "not yet")},
+		}[rng.IntN(10)]
+	}
+}
+
+// pause waits, unless the server is closed.
+func (f *fakeKube) pause(d time.Duration) {
+	if d <= 0 {
+		return
+	}
+	select {
+	case <-time.After(d):
+	case <-f.closed:
+	}
+}
+
+// countedAnswer counts an answer of the server.
+type countedAnswer struct {
+	http.ResponseWriter
+	server  *fakeKube
+	request fakeRequest
+	status  int // 0: none was sent
+}
+
+func (a *countedAnswer) WriteHeader(status int) {
+	a.status = status
+	a.ResponseWriter.WriteHeader(status)
+}
+
+func (a *countedAnswer) Write(b []byte) (int, error) {
+	a.status = cmp.Or(a.status, http.StatusOK)
+	if a.request.verb() == "WATCH" {
+		kind, _ := a.request.target()
+		a.server.mu.Lock()
+		a.server.watched[kind] += len(b)
+		a.server.mu.Unlock()
+	}
+	return a.ResponseWriter.Write(b)
+}
+
+func (a *countedAnswer) Flush() { a.ResponseWriter.(http.Flusher).Flush() }
+
+// count counts the answer at its end.
+func (a *countedAnswer) count() {
+	kind, _ := a.request.target()
+	a.server.mu.Lock()
+	defer a.server.mu.Unlock()
+	a.server.counts[fmt.Sprintf("%s %s %d", a.request.verb(), kind, a.status)]++
+}
+
+// counted returns how many answers of these verbs, kinds and statuses there were:
+// "PATCH configmaps 200".
+func (f *fakeKube) counted(what ...string) (count int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, key := range what {
+		count += f.counts[key]
+	}
+	return count
+}
+
+// watchedBytes returns how many bytes of events WATCHes of the kind have got.
+func (f *fakeKube) watchedBytes(kind string) int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.watched[kind]
+}
+
+// kubeLink is one router's way to the API server, which a test may stop.
+type kubeLink struct {
+	server *fakeKube
+	url    string
+
+	// Guarded by mu.
+	mu      sync.Mutex
+	frozen  bool            // what is sent arrives when the link goes on: neither end finds out
+	up      context.Context // ends when the link is cut
+	cutUp   func()
+	changed chan struct{} // closed at each change
+}
+
+// link returns a link to the server, on a socket of its own, until the test ends.
+func (f *fakeKube) link(t *testing.T) *kubeLink {
+	t.Helper()
+	listener, host, port := listenHostPort(t)
+	l := f.linkOn(t, listener)
+	l.url = "http://" + net.JoinHostPort(host, port)
+	return l
+}
+
+// linkOn is link on a listener, such as a pipeNetwork.
+func (f *fakeKube) linkOn(t *testing.T, listener net.Listener) *kubeLink {
+	l := &kubeLink{server: f, changed: make(chan struct{})}
+	l.heal()
+	f.serveBy(t, l, listener)
+	return l
+}
+
+// freeze has nothing go over the link, until heal. What was sent arrives then, also if its
+// sender has given up.
+func (l *kubeLink) freeze() { l.change(func() { l.frozen = true }) }
+
+// cut ends all connections, and each new one, until heal.
+func (l *kubeLink) cut() { l.change(func() { l.frozen = false; l.cutUp() }) }
+
+// heal ends freeze and cut.
+func (l *kubeLink) heal() {
+	l.change(func() {
+		if l.frozen = false; l.up == nil || l.up.Err() != nil {
+			l.up, l.cutUp = context.WithCancel(context.Background())
+		}
+	})
+}
+
+func (l *kubeLink) change(by func()) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	by()
+	close(l.changed)
+	l.changed = make(chan struct{})
+}
+
+// pass waits while the link is frozen. It cuts the connection if up has ended.
+func (l *kubeLink) pass(up context.Context) {
+	for {
+		l.mu.Lock()
+		frozen, changed := l.frozen, l.changed
+		l.mu.Unlock()
+		if up.Err() != nil {
+			panic(http.ErrAbortHandler)
+		}
+		if !frozen {
+			return
+		}
+		select {
+		case <-changed:
+		case <-l.server.closed:
+			return
+		}
+	}
+}
+
+func (l *kubeLink) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	l.server.begin()
+	defer l.server.running.Done()
+	l.mu.Lock()
+	up := l.up
+	l.mu.Unlock()
+	body, _ := io.ReadAll(r.Body)
+	r.Body = io.NopCloser(bytes.NewReader(body))
+	ctx, cancel := context.WithCancel(r.Context())
+	defer cancel()
+	defer context.AfterFunc(up, cancel)()
+	l.pass(up)
+	l.server.ServeHTTP(&linkWriter{w, l, up}, r.WithContext(ctx))
+	l.pass(up)
+}
+
+// linkWriter is an answer over a link.
+type linkWriter struct {
+	http.ResponseWriter
+	link *kubeLink
+	up   context.Context
+}
+
+func (w *linkWriter) Write(b []byte) (int, error) {
+	w.link.pass(w.up)
+	return w.ResponseWriter.Write(b)
+}
+
+func (w *linkWriter) Flush() {
+	w.link.pass(w.up)
+	w.ResponseWriter.(http.Flusher).Flush()
 }
 
 // fakeStatefulSet is the StatefulSet edge/backend.
 type fakeStatefulSet struct {
 	replicas, start, ready int
-	activeCount            string // its annotation; "" if it has none
-	version                string
 	generation             int
+	uid                    string // "u-backend" if it is not set
 }
 
 // setStatefulSet changes the StatefulSet.
@@ -264,14 +756,14 @@ func (f *fakeKube) setStatefulSet(change func(*fakeStatefulSet)) {
 
 // putStatefulSet makes set the StatefulSet's next version. The caller holds mu.
 func (f *fakeKube) putStatefulSet() {
-	s := &f.set
-	s.version = strconv.Itoa(len(f.history) + 1)
-	o := fakeObject{kind: "StatefulSet", name: "backend", uid: "u-backend", version: s.version, meta: fmt.Sprintf(`,"generation":%d`, s.generation),
-		rest: fmt.Sprintf(`"spec":{"replicas":%d,"ordinals":{"start":%d}},"status":{"readyReplicas":%d}`, s.replicas, s.start, s.ready)}
-	if s.activeCount != "" {
-		o.meta += fmt.Sprintf(`,"annotations":{"other":"x","router/backends":%q}`, s.activeCount)
-	}
-	f.put("statefulsets", "MODIFIED", o)
+	f.put("statefulsets", "MODIFIED", f.statefulSet(fmt.Sprintf(`"spec":{"replicas":%d,"ordinals":{"start":%d}},"status":{"readyReplicas":%d}`,
+		f.set.replicas, f.set.start, f.set.ready)))
+}
+
+// statefulSet returns the StatefulSet's next version. The caller holds mu.
+func (f *fakeKube) statefulSet(rest string) fakeObject {
+	return fakeObject{kind: "StatefulSet", name: "backend", uid: cmp.Or(f.set.uid, "u-backend"), version: f.nextVersion(),
+		meta: fmt.Sprintf(`,"generation":%d`, f.set.generation), rest: rest}
 }
 
 // scale changes the spec of the StatefulSet.
@@ -283,7 +775,7 @@ func (f *fakeKube) scale(replicas int) {
 func (f *fakeKube) deleteStatefulSet() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.put("statefulsets", "DELETED", fakeObject{kind: "StatefulSet", name: "backend", uid: "u-backend", version: f.set.version, rest: `"spec":{}`})
+	f.put("statefulsets", "DELETED", f.statefulSet(`"spec":{}`))
 }
 
 // setMap makes the ConfigMap edge/name another version.
@@ -769,4 +1261,210 @@ func listenHostPort(t *testing.T) (l net.Listener, host, port string) {
 	l = listenLocal(t)
 	host, port, _ = net.SplitHostPort(l.Addr().String())
 	return l, host, port
+}
+
+// ask sends a request over HTTP and returns its status and body; 0 if there was no answer.
+func ask(t *testing.T, method, url, body string) (status int, answer string) {
+	t.Helper()
+	r, err := http.NewRequestWithContext(t.Context(), method, url, strings.NewReader(body))
+	must(t, err)
+	r.Header.Set("Content-Type", "application/merge-patch+json")
+	resp, err := http.DefaultClient.Do(r)
+	if err != nil {
+		return 0, err.Error()
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	must(t, err)
+	return resp.StatusCode, string(b)
+}
+
+// The fake API server patches a ConfigMap as the real one does.
+func TestFakeKubePatches(t *testing.T) {
+	tests := map[string]struct {
+		name, patch string
+		status      int
+		data        map[string]string // after it
+	}{
+		"a key":             {"one", `{"metadata":{"uid":"u-one-1"},"data":{"b":"2"}}`, 200, map[string]string{"a": "1", "b": "2"}},
+		"a key goes":        {"one", `{"data":{"a":null,"c":null}}`, 200, nil},
+		"its version":       {"one", `{"metadata":{"uid":"u-one-1","resourceVersion":"1"},"data":{"a":"2"}}`, 200, map[string]string{"a": "2"}},
+		"another version":   {"one", `{"metadata":{"uid":"u-one-1","resourceVersion":"7"},"data":{"a":"2"}}`, 409, map[string]string{"a": "1"}},
+		"another UID":       {"one", `{"metadata":{"uid":"u-two"},"data":{"a":"2"}}`, 422, map[string]string{"a": "1"}},
+		"nothing new":       {"one", `{"metadata":{"uid":"u-one-1","resourceVersion":"1"},"data":{"a":"1","b":null}}`, 200, map[string]string{"a": "1"}},
+		"an absent object":  {"two", `{"data":{"a":"2"}}`, 404, map[string]string{"a": "1"}},
+		"a value, a number": {"one", `{"data":{"a":2}}`, 400, map[string]string{"a": "1"}},
+		"no JSON":           {"one", `{`, 400, map[string]string{"a": "1"}},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			f := newFakeKube()
+			f.applyMap("one", map[string]string{"a": "1"})
+			status, answer := ask(t, "PATCH", f.url(t)+"/api/v1/namespaces/edge/configmaps/"+tt.name, tt.patch)
+			data, uid, version := f.readMap("one")
+			wantEqual(t, "status", status, tt.status)
+			wantEqual(t, "data", fmt.Sprint(data), fmt.Sprint(tt.data))
+			wantEqual(t, "UID", uid, "u-one-1")
+			changed := !maps.Equal(data, map[string]string{"a": "1"})
+			wantEqual(t, "resourceVersion", version, map[bool]string{false: "1", true: "2"}[changed])
+			var o fakeConfigMap
+			if json.Unmarshal([]byte(answer), &o); status == 200 {
+				wantEqual(t, "answered resourceVersion", o.Metadata.ResourceVersion, version)
+				wantEqual(t, "answered data", fmt.Sprint(o.Data), fmt.Sprint(data))
+			}
+			wantEqual(t, "answers", f.counted(fmt.Sprint("PATCH configmaps ", tt.status)), 1)
+		})
+	}
+}
+
+// What a test does to the object of the hand-off, and to pods.
+func TestFakeKubeObjects(t *testing.T) {
+	f := newFakeKube()
+	url := f.url(t) + "/api/v1/namespaces/edge/"
+	state := func() string {
+		data, uid, version := f.readMap("one")
+		return fmt.Sprint(uid, " ", version, " ", data)
+	}
+	old := map[string]string{"a": "1"}
+	steps := []struct {
+		what string
+		do   func()
+		want string
+	}{
+		{"apply", func() { f.applyMap("one", nil) }, "u-one-1 1 map[]"},
+		{"replace", func() { f.replaceMap("one", old) }, "u-one-1 2 map[a:1]"},
+		{"apply again", func() { f.applyMap("one", nil) }, "u-one-1 2 map[a:1]"},
+		{"empty", func() { f.replaceMap("one", nil) }, "u-one-1 3 map[]"},
+		{"restore", func() { f.restoreMap("one", "2", old) }, "u-one-1 2 map[a:1]"},
+		{"delete", func() { f.deleteObject("configmaps", "one") }, "  map[]"},
+		{"make anew", func() { f.applyMap("one", old) }, "u-one-6 6 map[a:1]"},
+	}
+	for _, s := range steps {
+		s.do()
+		wantEqual(t, s.what, state(), s.want)
+	}
+	wantEqual(t, "changes", f.changesOf("configmaps", "one"), 6)
+	f.setPod(fakePod{name: "router-0", uid: "p0"})
+	f.setPod(fakePod{name: "router-1", uid: "p1", phase: "Failed", ended: true})
+	f.setPod(fakePod{name: "router-2", uid: "p2", unplaced: true, phase: "Pending"})
+	_, list := ask(t, "GET", url+"pods?labelSelector=app.kubernetes.io%2Fname%3Drouter", "")
+	wantEqual(t, "pods", strings.Count(list, `"uid":"p`), 3)
+	_, list = ask(t, "GET", url+"pods?labelSelector=app.kubernetes.io%2Fname%3Dother", "")
+	wantEqual(t, "other pods", strings.Count(list, `"uid":"p`), 0)
+	status, pod := ask(t, "GET", url+"pods/router-1", "")
+	if status != 200 || !strings.Contains(pod, `"phase":"Failed"`) || !strings.Contains(pod, `"terminated":{`) {
+		t.Errorf("GET of a pod is %d %s", status, pod)
+	}
+	status, pod = ask(t, "GET", url+"pods/router-9", "")
+	if status != 404 || !strings.Contains(pod, `"kind":"Status"`) {
+		t.Errorf("GET of no pod is %d %s", status, pod)
+	}
+}
+
+// A fault happens before or after the request is carried out, also when its client has left.
+func TestFakeKubeFaults(t *testing.T) {
+	tests := map[string]struct {
+		fault   kubeFault
+		status  int
+		applied bool
+	}{
+		"none":       {kubeFault{}, 200, true},
+		"lost":       {kubeFault{skip: true, answer: cutOff}, 0, false},
+		"cut":        {kubeFault{answer: cutOff}, 0, true},
+		"refused":    {kubeFault{skip: true, answer: statusAnswer(409, "Conflict", "no")}, 409, false},
+		"unknown":    {kubeFault{answer: statusAnswer(500, "InternalError", "timed out")}, 500, true},
+		"slow":       {kubeFault{before: time.Millisecond, after: time.Millisecond}, 200, true},
+		"late":       {kubeFault{before: 100 * time.Millisecond, answer: cutOff}, 0, true},
+		"also lost":  {kubeFault{before: time.Millisecond, skip: true, answer: cutOff}, 0, false},
+		"too slowly": {kubeFault{after: time.Millisecond, answer: cutOff}, 0, true},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			f := newFakeKube()
+			f.applyMap("one", nil)
+			f.setFaults(func(r fakeRequest) kubeFault { return tt.fault })
+			status, _ := ask(t, "PATCH", f.url(t)+"/api/v1/namespaces/edge/configmaps/one", `{"data":{"a":"1"}}`)
+			data, _, _ := f.readMap("one")
+			wantEqual(t, "status", status, tt.status)
+			wantEqual(t, "applied", data["a"] == "1", tt.applied)
+		})
+	}
+}
+
+// A WATCH lags, or ends, as its fault says.
+func TestFakeKubeWatchFaults(t *testing.T) {
+	for name, tt := range map[string]struct {
+		fault kubeFault
+		want  string // what comes before the end
+	}{
+		"ends":  {kubeFault{life: 50 * time.Millisecond}, "12"},
+		"lags":  {kubeFault{lag: 30 * time.Millisecond, life: 50 * time.Millisecond}, "1"},
+		"stays": {kubeFault{lag: time.Hour, life: 50 * time.Millisecond}, ""},
+	} {
+		inBubble(t, name, func(t *testing.T) {
+			f, network := newFakeKube(), newPipeNetwork()
+			f.serve(t, network)
+			f.setFaults(func(fakeRequest) kubeFault { return tt.fault })
+			k := network.kube(t)
+			body, err := k.do(t.Context(), "/api/v1/namespaces/edge/configmaps", url.Values{"watch": {"1"}}, nil)
+			must(t, err)
+			defer body.Close()
+			for _, value := range []string{"1", "2"} {
+				f.setMap("one", value, map[string]string{"a": value})
+			}
+			stream, err := io.ReadAll(body)
+			must(t, err)
+			got := ""
+			for _, m := range regexp.MustCompile(`"a":"(.)"`).FindAllStringSubmatch(string(stream), -1) {
+				got += m[1]
+			}
+			wantEqual(t, "events", got, tt.want)
+		})
+	}
+}
+
+// A link that is cut ends what is under way; one that is frozen brings it later, to whoever
+// is still there.
+func TestFakeKubeLink(t *testing.T) {
+	f := newFakeKube()
+	f.applyMap("one", nil)
+	l := f.link(t)
+	path := l.url + "/api/v1/namespaces/edge/configmaps"
+	resp, err := http.Get(path + "?watch=1&fieldSelector=metadata.name%3Done")
+	must(t, err)
+	defer resp.Body.Close()
+	events := bufio.NewScanner(resp.Body)
+	f.replaceMap("one", map[string]string{"a": "1"})
+	if !events.Scan() || !strings.Contains(events.Text(), `"a":"1"`) {
+		t.Fatalf("the WATCH brought %q", events.Text())
+	}
+	wantEqual(t, "bytes of WATCHes", f.watchedBytes("configmaps"), len(events.Text())+1)
+
+	l.freeze()
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	late, err := http.NewRequestWithContext(ctx, "PATCH", path+"/one", strings.NewReader(`{"data":{"a":"2"}}`))
+	must(t, err)
+	late.Header.Set("Content-Type", "application/merge-patch+json")
+	if _, err = http.DefaultClient.Do(late); !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatalf("a PATCH over a frozen link: %v", err)
+	}
+	data, _, _ := f.readMap("one")
+	wantEqual(t, "data while it is frozen", fmt.Sprint(data), "map[a:1]")
+	l.heal()
+	if !events.Scan() || !strings.Contains(events.Text(), `"a":"2"`) {
+		t.Fatalf("the WATCH brought %q", events.Text())
+	}
+
+	l.cut()
+	if events.Scan() {
+		t.Errorf("the WATCH brought %q over a link that is cut", events.Text())
+	}
+	if status, _ := ask(t, "GET", path, ""); status != 0 {
+		t.Errorf("a LIST over a link that is cut got %d", status)
+	}
+	l.heal()
+	if status, _ := ask(t, "GET", path, ""); status != 200 {
+		t.Errorf("a LIST over a link that goes on got %d", status)
+	}
 }

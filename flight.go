@@ -102,13 +102,17 @@ func (e *flight) abandon(conn net.Conn, onEnd func()) {
 		defer f.addDescriptors(-1)
 		defer onEnd()
 		defer e.end()
-		if f.awaitEnd(conn) || f.open.Err() != nil {
+		began := time.Now()
+		if f.awaitEnd(conn) {
 			return
 		}
 		f.unproven.Add(1)
+		if f.open.Err() != nil { // the router stops
+			return
+		}
 		f.log.Warn("gave up waiting for the end of an upgrade",
 			"namespace", e.namespace, "backend", f.backendName(e.backend),
-			"seconds", f.unprovenTimeout.Seconds())
+			"seconds", time.Since(began).Seconds())
 	})
 }
 

@@ -1013,7 +1013,7 @@ func newGoldenWorld(t *testing.T) *goldenWorld {
 		t.Cleanup(s.Close)
 	}
 	w := &goldenWorld{fakeKube: newFakeKube(), port: port}
-	w.setStatefulSet(func(s *fakeStatefulSet) { s.replicas, s.ready, s.activeCount, s.generation = 5, 3, "4", 1 })
+	w.setStatefulSet(func(s *fakeStatefulSet) { s.replicas, s.ready, s.generation = 4, 3, 1 })
 	w.pods("pod-0")
 	w.setMap("one", "1", map[string]string{"moves": "backend-0", "stays": "backend-0", "kept": "backend-0", "both": "backend-0",
 		"down": "backend-1", "waits": "backend-2", "never": "backend-9"})
@@ -1043,12 +1043,15 @@ func (w *goldenWorld) edit() {
 	w.setMap("two", "2", map[string]string{"both": "backend-3"})
 }
 
-// router starts a router of this world, and waits until it knows all of it.
+// router starts a router of this world, and waits until it knows all of it. The last pod
+// is added when it has started.
 func (w *goldenWorld) router(t *testing.T, args ...string) *runningRouter {
 	t.Helper()
 	r := startRouter(t, append([]string{"-kube", w.url, "-kube-namespace", "edge", "-backend-port", w.port}, args...)...)
 	r.until(t, "/readyz", "^ready\n$")
 	r.until(t, "/metrics", `router_backend_ready{backend="backend-2"} 0`)
+	w.setStatefulSet(func(s *fakeStatefulSet) { s.replicas = 5 })
+	r.until(t, "/metrics", `router_statefulset_replicas 5`)
 	return r
 }
 
@@ -1237,6 +1240,35 @@ func notReadyCases(t *testing.T) []notReadyCase {
 		{"no directory", append([]string{"-kube", "none", "-overrides", "/nowhere"}, static...), nil, "open /nowhere"},
 		{"no directory, and no ConfigMap", append([]string{"-overrides", "/nowhere"}, static...), mapped(noMaps), "kubectl"},
 	}
+}
+
+// TestGoldenAdminShared: a router that shares its hand-off, before the object exists, when
+// the rights to it are missing, and as the only member.
+func TestGoldenAdminShared(t *testing.T) {
+	w := newGoldenWorld(t)
+	w.setPod(fakePod{name: "router-a", uid: "u1"})
+	r := startRouter(t, "-kube", w.url, "-kube-namespace", "edge", "-backend-port", w.port,
+		"-configmap", "one,two", "-handoff", "all", "-pod-name", "router-a", "-pod-uid", "u1")
+	var g adminGolden
+	ask := func(title, ready string) {
+		t.Helper()
+		r.until(t, "/readyz", ready)
+		g.title("%s", title)
+		g.get(t, r.adminAddr, "/readyz")
+	}
+	ask("without the object", "(?s)^the number.*does not exist")
+	w.forbid("PATCH", "configmaps")
+	w.applyMap(handoffName, nil)
+	ask("without the right to write it", "403 Forbidden")
+	w.allow("PATCH", "configmaps")
+	w.forbid("LIST", "pods")
+	ask("without the right to list pods", "cannot list resource pods")
+	w.allow("LIST", "pods")
+	ask("as the only member", "^ready\n$")
+	r.until(t, "/metrics", `router_table_backends 2`)
+	g.get(t, r.adminAddr, "/owner?namespace=moves")
+	g.compare(t, "shared.txt")
+	goldenMetrics(t, r.adminAddr, "shared.txt")
 }
 
 // TestGoldenNotReady: why a router is not ready, and what its watches are in.

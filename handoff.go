@@ -13,11 +13,12 @@ const allPlaces = 1 << 63
 // the backends.
 func placeOf(key uint64) uint64 { return key >> 1 }
 
-// mark says which namespaces have moved to the table of its record.
+// mark says which namespaces have moved to the table of its record. Its sets are sorted
+// ordinals.
 type mark struct {
-	upto uint64 // those with a place below it
+	upto uint64 // those with a place below it: 0 to allPlaces
 	away []int  // but none of those whose new owner is one of these: it is not there yet
-	gone []int  // and all of those whose previous owner is one of these: it will not return
+	gone []int  // and all of those whose previous owner is one of these: it was scaled in
 }
 
 // isComplete reports whether no namespace is left to move.
@@ -41,23 +42,24 @@ func (m *mark) covers(place uint64, previous, next int) bool {
 	return place < m.upto || slices.Contains(m.gone, previous)
 }
 
-// planRecord is a table of a plan: the namespaces that was covered have their owners from
-// it since before the plan's step, those that now covers once the step is done.
+// planRecord is a table of a plan, and which namespaces have their owners from it.
 type planRecord struct {
-	content  uint64 // table.contentHash
-	was, now mark
+	content uint64 // table.contentHash
+	was     mark   // of the namespaces that have, until the step is done
+	now     mark   // of those that have, once the step is done
 }
 
-// handoffPlan says how far a change of owners has come. The first record is in force for all
-// namespaces that no later one covers; there is more than one only while a change is
+// handoffPlan says how far a change of owners has come. The first record is in force for
+// all namespaces that no later one covers; there is more than one only while a change is
 // under way. A plan is immutable: each step makes a new one.
 type handoffPlan struct {
-	step    int64 // of this plan: above that of the plan before, and mostly Unix milliseconds
+	step    int64 // above that of the plan before, and mostly Unix milliseconds
+	held    bool  // nobody knows the owners before this step: all namespaces change
 	records []planRecord
 }
 
-// newest returns the record of the table to which namespaces move.
-func (p *handoffPlan) newest() *planRecord { return &p.records[len(p.records)-1] }
+// newestRecord returns the record of the table to which namespaces move.
+func (p *handoffPlan) newestRecord() *planRecord { return &p.records[len(p.records)-1] }
 
 // isAtRest reports whether the only table is the one with this content.
 func (p *handoffPlan) isAtRest(content uint64) bool {
@@ -65,40 +67,71 @@ func (p *handoffPlan) isAtRest(content uint64) bool {
 }
 
 // maxRecords is how many tables a plan has at most. One more waits until the newest of
-// these has come to its end (mover.targetTable).
+// these has come to its end: see handoffPlan.target.
 const maxRecords = 3
+
+// isFull reports whether the plan can take no further table: namespaces have moved to the
+// last one that it can have.
+func (p *handoffPlan) isFull() bool {
+	return len(p.records) >= maxRecords && !p.newestRecord().now.isEmpty()
+}
+
+// target returns the content of the table to which the next step moves namespaces, when
+// the newest table of the routers has this content: that one, or if the plan is full, the
+// plan's newest.
+func (p *handoffPlan) target(content uint64) uint64 {
+	if p.isFull() {
+		return p.newestRecord().content
+	}
+	return content
+}
+
+// stepAbove returns the number of a step that begins now and is above last.
+func stepAbove(last int64, now time.Time) int64 { return max(last+1, now.UnixMilli()) }
+
+// doneRecords returns the records of p once its step is done.
+func (p *handoffPlan) doneRecords() []planRecord {
+	records := slices.Clone(p.records)
+	for i := range records {
+		records[i].was = records[i].now
+	}
+	return records
+}
 
 // next returns the plan after p, in which the namespaces that m covers have moved to the
 // table with this content. Each namespace that changes its owner by that has to be
 // released by the owner that it has by p first: the view of the new plan holds it.
 //
-// A table of which nothing has moved makes room for the new one. When an owner is no longer
-// away, the newest table follows itself if there is room: so the namespaces that waited for
-// that owner move at the pace too. The newest table becomes the only one as soon as it
-// covers everything, before the step and after it.
+// A table of which nothing has moved makes room for the new one. When an owner is no
+// longer away, the newest table follows itself if there is room: so the namespaces that
+// waited for that owner move at the pace too. The newest table becomes the only one as
+// soon as it covers everything, before the step and after it.
 func (p *handoffPlan) next(content uint64, m mark, now time.Time) *handoffPlan {
-	next := &handoffPlan{step: max(p.step+1, now.UnixMilli()), records: slices.Clone(p.records)}
-	for i := range next.records {
-		next.records[i].was = next.records[i].now
-	}
-	if len(next.records) > 1 && next.newest().now.isEmpty() {
+	next := &handoffPlan{step: stepAbove(p.step, now), records: p.doneRecords()}
+	if len(next.records) > 1 && next.newestRecord().now.isEmpty() {
 		next.records = next.records[:len(next.records)-1]
 	}
 	if next.isAtRest(content) {
 		return next
 	}
-	newest := next.newest()
+	newest := next.newestRecord()
 	if len(next.records) == 1 || newest.content != content ||
 		len(next.records) < maxRecords && returns(newest.now.away, m.away) {
 		next.records = append(next.records, planRecord{content: content})
-		newest = next.newest()
 	}
+	next.setMark(m)
+	return next
+}
+
+// setMark sets the mark of the newest record, which covers no less than before. If the
+// record covers everything before the step and after it, it becomes the only one.
+func (p *handoffPlan) setMark(m mark) {
+	newest := p.newestRecord()
 	m.upto = max(m.upto, newest.was.upto)
 	newest.now = m
 	if newest.was.isComplete() && newest.now.isComplete() {
-		next.records = []planRecord{{content: content}}
+		p.records = []planRecord{{content: newest.content}}
 	}
-	return next
 }
 
 // returns reports whether an owner of before is not in now.
@@ -108,15 +141,54 @@ func returns(before, now []int) bool {
 	})
 }
 
+// union returns the sorted elements of both sets.
+func union(a, b []int) []int {
+	all := slices.Concat(a, b)
+	slices.Sort(all)
+	return slices.Compact(all)
+}
+
+// advance returns the plan after p, as next does, with at most maxRecords records.
+// If p is full, its newest table has to cover everything before another one may follow;
+// owners that come back meanwhile get their namespaces in one step. A previous owner that
+// was gone stays gone. The caller sets the step.
+func (p *handoffPlan) advance(content uint64, m mark, now time.Time) *handoffPlan {
+	newest := p.newestRecord()
+	if newest.content == p.target(content) {
+		m.gone = union(m.gone, newest.now.gone)
+	}
+	if !p.isFull() {
+		return p.next(content, m, now)
+	}
+	next := &handoffPlan{records: p.doneRecords()}
+	m.away = slices.DeleteFunc(slices.Clone(newest.now.away), func(ordinal int) bool {
+		return !slices.Contains(m.away, ordinal)
+	})
+	next.setMark(m)
+	return next
+}
+
+// isSame reports whether next moves no namespace, and has the tables of p.
+func (p *handoffPlan) isSame(next *handoffPlan) bool {
+	return slices.EqualFunc(p.records, next.records, func(a, b planRecord) bool {
+		return a.content == b.content && a.now.equal(&b.now)
+	})
+}
+
 // ownerState is what a view knows of a namespace.
 type ownerState int
 
 const (
-	isOwned    ownerState = iota // it has an owner
-	isHeld                       // it is being handed over to another owner: clients wait
-	isUnknown                    // its override is invalid, and its previous owner is not known
-	noTableYet                   // nothing is known of any namespace
+	isOwned     ownerState = iota // it has an owner
+	isHeld                        // it is handed over to another owner: clients wait
+	isUnknown                     // its override is invalid, its previous owner not known
+	noTableYet                    // nothing is known of any namespace
+	notAdmitted                   // this router must admit nobody yet: see view.owner
 )
+
+// ownerUnknown is the ordinal of the owner that a table gives which this router does not
+// have. Unlike unresolved, it may be any backend.
+const ownerUnknown = -5
 
 // assignment is what a view says of a namespace to those who ask for its owner.
 type assignment struct {
@@ -131,7 +203,7 @@ func (a assignment) queue() int {
 	switch a.state {
 	case isOwned:
 		return a.owner
-	case isHeld:
+	case isHeld, notAdmitted:
 		return queueHeld
 	}
 	return unresolved
@@ -142,25 +214,31 @@ func (a assignment) queue() int {
 // nothing.
 type view struct {
 	*handoffPlan
-	tables []*table  // of the records
-	done   bool      // all sessions and upgrades of the step are over
-	began  time.Time // of the step
+	tables  []*table  // of the records; nil for one that this router does not have
+	done    bool      // all sessions and upgrades of the step are over, on all routers
+	outside bool      // this process is no member of the hand-off, and admits nobody
+	began   time.Time // when this router put the step in force
 }
 
 // newView returns the view of a plan that has the table alone, and a step above that of
 // old, which may be nil.
 func newView(t *table, old *view, now time.Time) *view {
-	step := now.UnixMilli()
+	last := int64(0)
 	if old != nil {
-		step = max(step, old.step+1)
+		last = old.step
 	}
 	return &view{
-		handoffPlan: &handoffPlan{step: step, records: []planRecord{{content: t.contentHash}}},
-		tables:      []*table{t},
-		done:        true,
-		began:       now,
+		handoffPlan: &handoffPlan{
+			step: stepAbove(last, now), records: []planRecord{{content: t.contentHash}},
+		},
+		tables: []*table{t},
+		done:   true,
+		began:  now,
 	}
 }
+
+// knowsAll reports whether this router has the tables of all records.
+func (v *view) knowsAll() bool { return !slices.Contains(v.tables, nil) }
 
 // next returns the view of the plan after v's, in which the namespaces that m covers have
 // moved to t. v must be done.
@@ -185,7 +263,7 @@ func (v *view) next(t *table, m mark, now time.Time) *view {
 
 // advances reports whether next would make another plan than v's.
 func (v *view) advances(content uint64, m *mark) bool {
-	newest := v.handoffPlan.newest()
+	newest := v.newestRecord()
 	switch {
 	case newest.content != content:
 		return true
@@ -213,7 +291,7 @@ func (v *view) goneOwners(t *table) (gone []int) {
 // misplaces reports whether all that the backend has of the namespace has to be over
 // before the step is done: the namespace has another owner after it.
 func (v *view) misplaces(namespace string, backend int) bool {
-	if len(v.records) == 1 || !v.mayChange(hash64(namespace)) {
+	if !v.mayChange(hash64(namespace)) {
 		return false
 	}
 	owner := v.after(namespace)
@@ -221,19 +299,30 @@ func (v *view) misplaces(namespace string, backend int) bool {
 }
 
 // mayChange reports whether the owner of a namespace with this hash64 may change in the
-// step. It costs less than to ask for both owners.
+// step, or is not known. It costs less than to ask for both owners.
 func (v *view) mayChange(key uint64) bool {
-	r := v.handoffPlan.newest()
+	switch {
+	case v.held || !v.knowsAll():
+		return true
+	case len(v.records) == 1:
+		return false
+	}
+	r := v.newestRecord()
 	if !slices.Equal(r.was.away, r.now.away) || !slices.Equal(r.was.gone, r.now.gone) {
 		return true
 	}
 	return r.was.upto <= placeOf(key) && placeOf(key) < r.now.upto
 }
 
-// owner returns what v knows of the namespace. ordinal is the owner if it has one; the
-// next one if it is held. t is the table that has it.
+// owner returns what v knows of the namespace. ordinal is the owner if it has one, and
+// the next one if it is held. t is the table that has it, nil if there is none. A router
+// that is not a member of the hand-off, or that lacks the table, does not know whether
+// others have the namespace open: it admits nobody.
 func (v *view) owner(namespace string) (ordinal int, t *table, state ownerState) {
-	if len(v.tables) == 1 {
+	switch {
+	case v.outside:
+		return unresolved, nil, notAdmitted
+	case len(v.tables) == 1 && !v.held && v.tables[0] != nil:
 		ordinal, ok := v.tables[0].owner(namespace)
 		if !ok {
 			return ordinal, v.tables[0], isUnknown
@@ -242,38 +331,54 @@ func (v *view) owner(namespace string) (ordinal int, t *table, state ownerState)
 	}
 	ordinal, t = v.find(namespace, func(r *planRecord) *mark { return &r.now })
 	switch {
+	case ordinal == ownerUnknown:
+		state = notAdmitted
 	case ordinal == unresolved:
 		state = isUnknown
-	case !v.done && v.before(namespace) != ordinal:
+	case !v.done && (v.held || v.before(namespace) != ordinal):
 		state = isHeld
 	}
 	return ordinal, t, state
 }
 
-// before returns the owner of the namespace until the step is done, or unresolved.
+// before returns the owner of the namespace until the step is done, unresolved, or
+// ownerUnknown.
 func (v *view) before(namespace string) int {
+	if v.held {
+		return ownerUnknown
+	}
 	ordinal, _ := v.find(namespace, func(r *planRecord) *mark { return &r.was })
 	return ordinal
 }
 
-// after returns the owner of the namespace once the step is done, or unresolved.
+// after returns the owner of the namespace once the step is done, unresolved, or
+// ownerUnknown.
 func (v *view) after(namespace string) int {
 	ordinal, _ := v.find(namespace, func(r *planRecord) *mark { return &r.now })
 	return ordinal
 }
 
-// find returns the owner of the namespace by the marks of one kind, or unresolved, and
-// the table that has it: the newest one that covers the namespace. A table in which the
-// namespace is pinned covers nothing, since it does not say who the owner is.
+// find returns the owner of the namespace by the marks of one kind, unresolved, or
+// ownerUnknown, and the table that has it: the newest one that covers the namespace. A
+// table in which the namespace is pinned covers nothing, since it does not say who the
+// owner is. A table that is not known may cover all that its mark does not leave out.
 func (v *view) find(
 	namespace string, markOf func(*planRecord) *mark,
 ) (ordinal int, t *table) {
 	key := hash64(namespace)
-	t = v.tables[0]
-	ordinal, _ = t.lookup(namespace, key)
+	if ordinal, t = ownerUnknown, v.tables[0]; t != nil {
+		ordinal, _ = t.lookup(namespace, key)
+	}
 	for i, newer := range v.tables[1:] {
+		m := markOf(&v.records[i+1])
+		if newer == nil {
+			if placeOf(key) < m.upto || len(m.gone) > 0 {
+				ordinal, t = ownerUnknown, nil
+			}
+			continue
+		}
 		next, pinned := newer.lookup(namespace, key)
-		if !pinned && markOf(&v.records[i+1]).covers(placeOf(key), ordinal, next) {
+		if !pinned && m.covers(placeOf(key), ordinal, next) {
 			ordinal, t = next, newer
 		}
 	}

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"flag"
 	"fmt"
 	"io"
 	"maps"
@@ -16,17 +15,6 @@ import (
 	"testing"
 	"time"
 )
-
-// wholeProof is for "make handoff".
-var wholeProof = flag.Bool("whole", false, "run the proofs of the hand-off at their whole size")
-
-// proofSize returns the first for go test, and the second for "make handoff".
-func proofSize[T any](short, whole T) T {
-	if *wholeProof {
-		return whole
-	}
-	return short
-}
 
 // proof is a run of routers between recording backends and a crowd of clients. An API
 // server gives the routers their overrides.
@@ -361,13 +349,20 @@ func TestHandoffOfEdits(t *testing.T) {
 	for world := range proofSize(1, 4) {
 		t.Run(strconv.Itoa(world), func(t *testing.T) {
 			t.Parallel()
-			editAndEdit(t, proofSize(4, 50), proofSize(400*time.Millisecond, 4*time.Second))
+			p := newProof(t, 4, nil)
+			editAndEdit(t, p, proofSize(4, 50), func() {
+				p.start(t, p.args("single", "-move-rate", "150", "-move-settle", "50ms")...)
+			}, func(*rand.Rand, bool) {})
 		})
 	}
 }
 
-// editAndEdit makes three edits so many times, each up to maxPause after the one before.
-func editAndEdit(t *testing.T, times int, maxPause time.Duration) {
+// editAndEdit makes three edits so many times, soon after each other. start starts the
+// routers. after is called after each edit, and once more, with true, after the third.
+func editAndEdit(t *testing.T, p *proof, times int, start func(),
+	after func(rng *rand.Rand, last bool)) {
+	t.Helper()
+	maxPause := proofSize(400*time.Millisecond, 4*time.Second)
 	namespaces, sessions := namespacesOf("ns", 32), 96
 	quiet := namespacesOf("quiet", 8)
 	e := &edits{edited: namespaces, may: map[string]map[int]bool{}}
@@ -375,9 +370,8 @@ func editAndEdit(t *testing.T, times int, maxPause time.Duration) {
 	all := ownersBy(slices.Concat(namespaces, quiet), func(i int) int { return i % 4 })
 	e.data = overridesOfOwners(all)
 	e.settle(all)
-	p := newProof(t, 4, nil)
 	p.edit(e.data)
-	r := p.start(t, p.args("single", "-move-rate", "150", "-move-settle", "50ms")...)
+	start()
 	p.stays(t, sessions, namespaces)
 	p.stays(t, sessions/4, quiet)
 	p.come(20, namespaces)
@@ -390,15 +384,15 @@ func editAndEdit(t *testing.T, times int, maxPause time.Duration) {
 			}
 			p.edit(data)
 			e.apply(data)
+			after(e.rng, false)
 			p.pause(time.Duration(e.rng.Int64N(int64(maxPause))))
 		}
+		after(e.rng, true)
 		owners := e.owners()
 		p.waitOwners(t, owners)
 		p.wantOwners(t, began, e.may)
 		e.settle(owners)
-		for namespace, owner := range owners {
-			r.until(t, "/owner?namespace="+namespace, fmt.Sprintf(`"owner": ?"backend-%d"`, owner))
-		}
+		p.wantSameOwners(t, owners)
 	}
 	p.stop()
 	t.Log(p.figures())
@@ -407,6 +401,19 @@ func editAndEdit(t *testing.T, times int, maxPause time.Duration) {
 	for _, namespace := range quiet {
 		if closes := p.closes[namespace]; closes > 0 {
 			t.Errorf("%s: %d Close frames, though it was never edited", namespace, closes)
+		}
+	}
+}
+
+// wantSameOwners waits until all routers give the namespaces these owners.
+func (p *proof) wantSameOwners(t *testing.T, owners map[string]int) {
+	t.Helper()
+	p.mu.Lock()
+	routers := slices.Clone(p.routers)
+	p.mu.Unlock()
+	for _, r := range routers {
+		for namespace, owner := range owners {
+			r.until(t, "/owner?namespace="+namespace, fmt.Sprintf(`"owner": ?"backend-%d"`, owner))
 		}
 	}
 }
@@ -474,12 +481,18 @@ func scale(t *testing.T, dies bool) {
 	p.follow(6, 0, 1, 2, 3, 4, 5)
 	out := p.waitOwners(t, hashed(6))
 	scaledIn := p.now()
+	die := func() {
+		for _, b := range p.backends[3:] {
+			b.die()
+		}
+	}
+	if dies { // before the router has heard
+		die()
+	}
 	p.follow(3, 0, 1, 2)
 	if !dies { // until the end of the preStop hook
 		p.waitOwners(t, hashed(3))
-	}
-	for _, b := range p.backends[3:] {
-		b.die()
+		die()
 	}
 	p.waitOwners(t, hashed(3))
 	in := p.now() - scaledIn
@@ -503,9 +516,19 @@ func scale(t *testing.T, dies bool) {
 // other edits go on meanwhile, and when it is back they follow.
 func TestHandoffToWhoIsAway(t *testing.T) {
 	t.Parallel()
-	namespaces := namespacesOf("ns", 30)
 	p := newProof(t, 3, nil)
 	away := p.addBackend()
+	moveToWhoIsAway(t, p, func() { p.start(t, p.args("single", "-move-rate", "200")...) },
+		func() { away.listen(t) })
+	p.wantOneOwner(t)
+	p.wantNoFailures(t)
+}
+
+// moveToWhoIsAway has edits move namespaces to backend-3, which is away, and to others.
+// start starts the routers. comeBack has backend-3 come back.
+func moveToWhoIsAway(t *testing.T, p *proof, start, comeBack func()) {
+	t.Helper()
+	namespaces, away := namespacesOf("ns", 30), p.backends[3]
 	to := func(first, second, third int) map[string]int { // those of a third of the namespaces
 		return ownersBy(namespaces, func(i int) int { return []int{first, second, third}[i%3] })
 	}
@@ -515,7 +538,7 @@ func TestHandoffToWhoIsAway(t *testing.T) {
 		return owners
 	}
 	p.edit(overridesOfOwners(to(0, 1, 2)))
-	r := p.start(t, p.args("single", "-move-rate", "200")...)
+	start()
 	p.stays(t, 90, namespaces)
 	p.come(20, namespaces)
 	next := to(3, 2, 1)
@@ -524,7 +547,7 @@ func TestHandoffToWhoIsAway(t *testing.T) {
 	next = to(3, 0, 2)
 	p.edit(overridesOfOwners(next))
 	p.waitOwners(t, part(next))
-	r.log.wait(t, "new owner unreachable; move delayed", 1)
+	p.routers[0].log.wait(t, "new owner unreachable; move delayed", 1)
 	p.waitOwners(t, ownersBy(namespaces, func(i int) int { return []int{0, 0, 2}[i%3] }))
 	waiting := slices.DeleteFunc(slices.Clone(namespaces), func(namespace string) bool {
 		return next[namespace] != away.ordinal
@@ -536,12 +559,10 @@ func TestHandoffToWhoIsAway(t *testing.T) {
 		}
 	}
 	p.note("the new owner is back")
-	away.listen(t)
+	comeBack()
 	took := p.waitOwners(t, next)
 	p.stop()
 	t.Logf("it followed %v after the new owner was back%s", took, p.figures())
-	p.wantOneOwner(t)
-	p.wantNoFailures(t)
 }
 
 // Proof 10: how long backends and clients take to close. A backend that never answers a

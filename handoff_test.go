@@ -37,7 +37,7 @@ func randomMark(r *rand.Rand) mark {
 
 // A namespace changes its owner only while it is held: at each step it has the owner of
 // before, or is held until the step is done and has the new owner then. Whatever the
-// tables, the marks and their order are (R1, R2).
+// tables, the marks and their order are.
 func TestViewChangesOwnersOnlyWhileHeld(t *testing.T) {
 	namespaces := make([]string, 24)
 	for i := range namespaces {

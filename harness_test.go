@@ -87,6 +87,17 @@ func otherGoroutines() map[string]int {
 // patience bounds every wait of a test that should not wait.
 const patience = 10 * time.Second
 
+// wholeProof is for "make handoff".
+var wholeProof = flag.Bool("whole", false, "run the proofs of the hand-off at their whole size")
+
+// proofSize returns the first for go test, and the second for "make handoff".
+func proofSize[T any](short, whole T) T {
+	if *wholeProof {
+		return whole
+	}
+	return short
+}
+
 // eventually polls until get returns want. It fails the test if that takes too long.
 func eventually[T comparable](t testing.TB, what string, want T, get func() T) {
 	t.Helper()

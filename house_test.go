@@ -18,8 +18,8 @@ import (
 // layout has the root's files in their reading order: a file uses only the files after
 // it. The files of one noun for several systems, like listen_linux.go and
 // listen_portable.go, count as one.
-var layout = strings.Fields(`main command config admin fastpath proxy handshake listen upgrade configmap
-	directory events move pace handoff flight release route overrides hash discovery backends dialqueue watch kube
+var layout = strings.Fields(`main command config admin status fastpath proxy handshake listen upgrade configmap
+	directory events drain move movebatch movetarget movequeue pace membership member handoffobject handoff flight release route overrides hash discovery backends dialqueue watch kube
 	relay websocket log metrics wait`)
 
 // sources has the root's files, parsed, without the tests.

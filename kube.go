@@ -48,11 +48,14 @@ type kubeClient struct {
 	accountDir string   // of the service account's files; "" through kubectl proxy
 	dial       func(ctx context.Context, network, addr string) (net.Conn, error)
 	patch      bool // do sends an object by PATCH and not by POST
+	keep       bool // the connection is kept for the next request
 
 	// Changed by do.
 	roots    *x509.CertPool // from the last good ca.crt; nil through kubectl proxy
 	token    string         // the last that was not empty; "" through kubectl proxy
 	protocol string         // of the last response: "HTTP/1.1" (without pings) or "HTTP/2.0"
+
+	kept *http.Transport // of the last request that was answered, if keep is set; else nil
 }
 
 // newTransport returns a transport for one request. Its connection is closed when the
@@ -79,6 +82,30 @@ func (k *kubeClient) newTransport() *http.Transport {
 		},
 		DisableCompression: true,
 		TLSClientConfig:    &tls.Config{RootCAs: k.roots, MinVersion: tls.VersionTLS12},
+	}
+}
+
+// transport returns the transport for the next request: a new one, or the kept one. That
+// one uses HTTP/1.1, which gives a connection up when a request on it is not answered.
+func (k *kubeClient) transport() *http.Transport {
+	if !k.keep {
+		return k.newTransport()
+	}
+	if k.kept == nil {
+		k.kept = k.newTransport()
+		k.kept.DialContext = k.dial
+		k.kept.ForceAttemptHTTP2 = false
+		k.kept.MaxIdleConnsPerHost = 1
+		k.kept.IdleConnTimeout = time.Minute
+	}
+	return k.kept
+}
+
+// dropKept closes the kept connection: the next request reads the CAs anew, and dials.
+func (k *kubeClient) dropKept() {
+	if k.kept != nil {
+		k.kept.CloseIdleConnections()
+		k.kept = nil
 	}
 }
 
@@ -115,7 +142,8 @@ func (k *kubeClient) readToken() (changed bool) {
 // creates it in the collection at path (POST), or patches the object at path (PATCH).
 //
 // do returns the body of a successful response, which is JSON. The caller closes it. The
-// body also ends when ctx ends, and ctx must end: the connection is closed then. do
+// body also ends when ctx ends, and ctx must end: the connection is closed then, unless it
+// is kept and the body was read to its end. do
 // returns a *statusError if the API server refused the request, and errBadResponse if the
 // response is not JSON. It reads the token and the CAs before each request, and sends the
 // request again if the answer was 401 and the token has changed since
@@ -133,6 +161,7 @@ func (k *kubeClient) do(ctx context.Context, path string, query url.Values,
 		resp, err = k.roundTrip(ctx, path, query, object)
 	}
 	if err != nil {
+		k.dropKept()
 		return nil, cmp.Or(ctx.Err(), err)
 	}
 	k.protocol = resp.Proto
@@ -171,7 +200,7 @@ func (k *kubeClient) roundTrip(ctx context.Context, path string, query url.Value
 	if k.token != "" {
 		req.Header.Set("Authorization", "Bearer "+k.token)
 	}
-	return k.newTransport().RoundTrip(req)
+	return k.transport().RoundTrip(req)
 }
 
 // statusError is an error that the API server answered: as a response that is not 2xx, or

@@ -28,8 +28,9 @@
 //     backends give the same owner on every router, in every release. The owner of
 //     an invalid override depends on earlier tables too; a table's stamp, which
 //     backends get as a header, shows where two routers differ in that. From one
-//     table to the next, a router has no session of a namespace, and no upgrade that
-//     a backend may have got, with two owners.
+//     table to the next, no namespace has sessions, or upgrades that a backend may
+//     have got, with two owners: on all routers with -handoff=all, on each router by
+//     itself with -handoff=single.
 //  3. An invalid override changes nothing: its namespace keeps its previous owner.
 //     A router that does not know the previous owner refuses the namespace. All
 //     other overrides apply.
@@ -66,7 +67,7 @@
 //
 // and then, for both,
 //
-//	mover.startFlight         just before the request is sent: asks once more who the owner is
+//	mover.startFlight         asks once more who the owner is, just before the request
 //	proxy.handOver            ends the flight when the relay has the session
 //	relay.register            counts the session
 //	poller.carry              gives the sockets to the event loop
@@ -85,8 +86,9 @@
 //	mover.ownersChanged       wakes the mover
 //	mover.prepare             finds the sessions whose owner changed
 //	mover.restartSettling     waits until the table has stayed for -move-settle
-//	mover.dialTarget          waits until the new owner takes a connection
-//	mover.nextMark            chooses the namespaces of the next step, at the rate
+//	moveTargets.dial          waits until the new owner takes a connection
+//	mover.nextMark            chooses the namespaces of the next step
+//	moveQueue.split           chooses as many as the rate allows
 //	view.next                 holds them: from now on their clients wait
 //	mover.release             closes their sessions, and waits for the end of all flights
 //	session.closeGracefully   begins the closing handshake
@@ -94,28 +96,40 @@
 //	mover.finishStep          opens the namespaces with their new owners
 //	mover.reportFinished      logs the result
 //
+// With -handoff=all the routers agree on each step in one object. In place of nextMark,
+// view.next and finishStep:
+//
+//	mover.advanceShared       repeats what follows
+//	mover.progress            says what it has released, and proposes the next step
+//	membership.decide         takes the newest version of the object
+//	member.decide             says to adopt its plan, answer it, or write the next step
+//	membership.write          patches the object; its watcher brings what that made
+//	mover.adopt               puts the plan's view in force
+//
 // A goroutine that holds a lock takes only locks that are further down:
 //
 //	configMaps.mu             held while the router swaps its table
 //	router.mu                 held while a swap wakes waiting upgrades and logs
 //	dialQueues.mu             held while it asks whether a backend is ready
-//	replicaWatcher.mu, endpointWatcher.mu
+//	replicaWatcher.mu         held while it asks which backends are ready
+//	endpointWatcher.mu
 //	watcher.mu
 //	poller.mu                 session.mu in relay_portable.go
 //	relay.mu
 //	flights.mu                held while it asks which flights a step waits for
-//	releaser.mu, releaseMemory.mu
+//	membership.mu, releaser.mu, releaseMemory.mu
 //	upgradeLimit.mu, descriptorLimit.mu, addressCache.mu, limitListener.mu, logQueue.mu
 //
 // Locks on one line are never held together. Nothing waits for the network with a
 // lock held.
 //
-// Read main, command and config (what starts), admin (what operators ask), fastpath,
-// proxy, handshake, listen and upgrade (from client to session), configmap, directory,
-// events, move, pace, handoff, flight and release (what a change of overrides does), route,
-// overrides and hash (who owns), discovery, backends, dialqueue, watch and kube (where
-// owners are), relay and websocket (the life of a session), log and metrics, and wait (a
-// back-off, a sleep, a wake-up). A file uses only those after it.
+// Read main, command and config (what starts), admin and status (what operators ask),
+// fastpath, proxy, handshake, listen and upgrade (from client to session), configmap,
+// directory, events, drain, move, movebatch, movetarget, movequeue, pace, membership,
+// member, handoffobject, handoff, flight and release (what a change of overrides does),
+// route, overrides and hash (who owns), discovery, backends, dialqueue, watch and kube
+// (where owners are), relay and websocket (the life of a session), log and metrics, and
+// wait (a back-off, a sleep, times, a wake-up). A file uses only those after it.
 package main
 
 import (
@@ -237,6 +251,9 @@ func newProgram(c *config, getenv func(string) string, queue *logQueue,
 	proxy = newProxy(c, backends, fdLimit, log)
 	p := &program{config: c, fdLimit: fdLimit, proxy: proxy, log: log}
 	p.admin = &admin{proxy: proxy, fdLimit: fdLimit, logQueue: queue, started: time.Now()}
+	if c.handoff == "all" {
+		p.shareHandoff(kubeClient, namespace)
+	}
 	if endpoints != nil {
 		p.followStatefulSet(kubeClient, namespace, endpoints)
 	}
@@ -293,6 +310,15 @@ func followReleases(c *config, m *mover, b *backends) {
 	m.releases = newStepReleases(newReleaser(c.release, c.podName, b, m.log), memory)
 }
 
+// shareHandoff makes the router share each change of owners with all others.
+func (p *program) shareHandoff(kubeClient *kubeClient, namespace string) {
+	c := p.config
+	s := newMembership(*kubeClient, namespace, c.handoffConfigMap,
+		c.podName, c.podUID, c.routerPods, p.log)
+	p.proxy.mover.share(s, c.moveRate)
+	p.tasks = append(p.tasks, s.watcher.run)
+}
+
 // followStatefulSet takes the number of backends from the StatefulSet, and their
 // addresses and pods from its EndpointSlices.
 func (p *program) followStatefulSet(kubeClient *kubeClient, namespace string,
@@ -301,10 +327,19 @@ func (p *program) followStatefulSet(kubeClient *kubeClient, namespace string,
 		p.fdLimit.setBackends(backends.count)
 		p.proxy.router.setBackends(backends, revision)
 	}
-	replicas := newReplicaWatcher(*kubeClient, namespace, endpoints, onResize, p.log)
+	var onProposal func()
+	shared := p.proxy.mover.shared
+	if shared != nil {
+		onProposal = shared.wake
+	}
+	replicas := newReplicaWatcher(
+		*kubeClient, namespace, endpoints, onResize, onProposal, p.log)
+	if shared != nil {
+		shared.proposal, shared.onNote = replicas.proposal, replicas.setNoted
+	}
 	p.admin.replicaWatcher = replicas
 	p.tasks = append(p.tasks,
-		endpoints.watcher.run, replicas.watcher.run, replicas.keepActiveCount)
+		endpoints.watcher.run, replicas.watcher.run, replicas.run, replicas.compareNote)
 }
 
 // addSources sets up the sources of overrides: the ConfigMaps if there is an API server,
@@ -319,7 +354,11 @@ func (p *program) addSources(kubeClient *kubeClient, namespace string) {
 			return maps
 		})
 	}
-	if c.overrides != "" {
+	switch {
+	case c.overrides == "":
+	case c.handoff == "all":
+		p.log.Warn("-overrides is not used with -handoff=all: a copy may lag", "directory", c.overrides)
+	default:
 		router.addSource(kubeClient != nil, func(update func(...sourceContent)) overrideSource {
 			return &directory{path: c.overrides, update: update, log: p.log}
 		})
@@ -414,8 +453,19 @@ func (p *program) stopClients(fastPath *fastPath, clientServer *http.Server,
 	p.proxy.inFlight.Wait()
 	ended := drain(context.Background(), p.proxy.relay, p.config.drainDuration)
 	p.proxy.relay.stop()
+	p.leaveHandoff()
 	p.proxy.mover.flights.stop()
 	p.log.Info("stopped", "sessions", ended, "seconds", time.Since(started).Seconds())
+}
+
+// leaveTime bounds how long the end waits until the hand-off goes on without this router.
+const leaveTime = 3 * time.Second
+
+// leaveHandoff leaves the hand-off that this router shares with others, if it does.
+func (p *program) leaveHandoff() {
+	ctx, cancel := context.WithTimeout(context.Background(), leaveTime)
+	defer cancel()
+	p.proxy.mover.leave(ctx)
 }
 
 // newClientServer returns net/http's server for clients. ctx ends their requests, until

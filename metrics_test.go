@@ -224,7 +224,7 @@ func TestMetricsEscapeLabels(t *testing.T) {
 
 func TestMetricsOfMoves(t *testing.T) {
 	a, _ := adminOf(t, "127.0.0.1:1")
-	a.proxy.mover.pendingSessions.Store(3)
+	a.proxy.mover.queue.size.Store(3)
 	a.proxy.relay.cut[causeMoved].Store(4)
 	a.proxy.relay.cut[causeDrain].Store(5)
 	var out strings.Builder

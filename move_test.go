@@ -473,7 +473,7 @@ func (m *moveTest) dialsOf(backend int) int {
 // wantPending checks how many sessions wait for their move.
 func (m *moveTest) wantPending(t *testing.T, want int) {
 	t.Helper()
-	if got := m.pendingSessions.Load(); got != int64(want) {
+	if got := m.queue.size.Load(); got != int64(want) {
 		t.Errorf("%d sessions wait for their move, want %d", got, want)
 	}
 }
@@ -587,7 +587,7 @@ func TestMovePace(t *testing.T) {
 				interval, late := time.Second/time.Duration(c.rate), 0
 				for i, s := range all {
 					want := m.settleTime + time.Duration(i)*interval
-					if s.at < want || s.at > want+interval/2+2*stepInterval+paceTick { // a step takes 100 ms
+					if s.at < want || s.at > want+interval/2+2*minStepTime+paceTick { // a step takes 100 ms
 						t.Fatalf("session %d moved after %s, want %s", i, s.at, want)
 					}
 					if s.at > want+interval/8 {
@@ -762,7 +762,7 @@ func TestMoveOfManyEdits(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			movesIn(t, 0, 1, data, func(t *testing.T, m *moveTest) {
-				m.probe = func(ctx context.Context, backend int) error {
+				m.targets.probe = func(ctx context.Context, backend int) error {
 					if backend == 2 {
 						return probe(ctx)
 					}

@@ -491,10 +491,16 @@ func (k *crowdConn) Close() error {
 	return k.TCPConn.Close()
 }
 
+// errNoRouter is why a client gets no session while no router is ready.
+var errNoRouter = errors.New("no router is ready")
+
 // request sends an upgrade, by the fast path or in a way that needs net/http (bothWays).
 // The connection is closed when the crowd stops.
 func (c *crowd) request(namespace, way string) (*crowdConn, error) {
 	addrs := c.routers()
+	if len(addrs) == 0 {
+		return nil, errNoRouter
+	}
 	conn, err := (&net.Dialer{Timeout: patience}).Dial("tcp", addrs[rand.IntN(len(addrs))])
 	if err != nil {
 		return nil, err

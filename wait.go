@@ -30,6 +30,22 @@ func sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
+// earliest returns the earlier one of two times. A zero time is never.
+func earliest(a, b time.Time) time.Time {
+	if a.IsZero() || !b.IsZero() && b.Before(a) {
+		return b
+	}
+	return a
+}
+
+// latest returns the later one of two times.
+func latest(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return b
+	}
+	return a
+}
+
 // wakeup wakes the goroutine that receives from it. It has a capacity of 1 and is never
 // closed: a notify before the receive is kept, and several of them are one.
 type wakeup chan struct{}

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -68,15 +69,19 @@ type watcher[T any] struct {
 	apply func(objects map[string]*T)
 	// run calls onFailure after each cycle that failed. It must not block. nil for none.
 	onFailure func()
+	prompt    bool // the cycle after a healthy one begins at once
 	log       *slog.Logger
+
+	relistWanted wakeup // of run, by relist
 
 	// Owned by run.
 	objects         map[string]*T // by name; nil before the first LIST
 	changes         int           // of objects
 	failureThrottle throttle      // of failures in the log
 
-	mu     sync.Mutex
-	status watchStatus // guarded by mu; written by run and by markHealthy
+	mu      sync.Mutex
+	status  watchStatus     // guarded by mu; written by run and by markHealthy
+	relists []chan struct{} // that relist returned and that are open; guarded by mu
 }
 
 // watchStatus is the status of a watcher, for /readyz, the log and the metrics.
@@ -110,10 +115,28 @@ func (w *watcher[T]) run(ctx context.Context) {
 		if ctx.Err() != nil {
 			return
 		}
+		if err == errRelist {
+			continue
+		}
 		if sleep(ctx, w.finishCycle(err)) != nil {
 			return
 		}
 	}
+}
+
+// errRelist says that relist has ended the WATCH.
+var errRelist = errors.New("the objects are to be listed again")
+
+// relist begins a new cycle at once, or after the BACKOFF that the watcher is in. It
+// returns a channel that is closed when a LIST that began after the call was applied. The
+// caller need not receive from it. relist does not block, and any goroutine may call it.
+func (w *watcher[T]) relist() <-chan struct{} {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	done := make(chan struct{})
+	w.relists = append(w.relists, done)
+	w.relistWanted.notify()
+	return done
 }
 
 // String names the object or the selector, for people.
@@ -134,13 +157,26 @@ func (w *watcher[T]) listAndWatch(ctx context.Context) error {
 	}
 	timeout := minWatchTime + rand.N(maxWatchTime-minWatchTime)
 	ctx, cancel := context.WithTimeout(ctx, timeout+watchGrace)
-	defer cancel()
+	wanted := false
+	var relist sync.WaitGroup
+	relist.Go(func() {
+		select {
+		case <-w.relistWanted:
+			wanted = true
+			cancel()
+		case <-ctx.Done():
+		}
+	})
 	stream, err := w.connect(ctx, version, timeout)
-	if err != nil {
-		return err
+	if err == nil {
+		err = w.watch(ctx, stream)
+		stream.Close()
 	}
-	defer stream.Close()
-	return w.watch(ctx, stream)
+	cancel()
+	if relist.Wait(); wanted {
+		return errRelist
+	}
+	return err
 }
 
 // list is LISTING. It makes the objects that there are the watcher's objects, and returns
@@ -150,6 +186,8 @@ func (w *watcher[T]) listAndWatch(ctx context.Context) error {
 // (ingress-nginx#3043).
 func (w *watcher[T]) list(ctx context.Context) (version string, err error) {
 	w.setState(stateListing)
+	asked := w.takeRelists()
+	defer func() { w.endRelists(asked, err) }()
 	ctx, cancel := context.WithTimeout(ctx, listTimeout)
 	defer cancel()
 	body, err := w.get(ctx, url.Values{})
@@ -181,6 +219,33 @@ func (w *watcher[T]) list(ctx context.Context) (version string, err error) {
 	}
 	w.setObjects(objects)
 	return m.ResourceVersion, nil
+}
+
+// takeRelists returns the channels of all calls of relist so far.
+func (w *watcher[T]) takeRelists() []chan struct{} {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	select {
+	case <-w.relistWanted:
+	default:
+	}
+	asked := w.relists
+	w.relists = nil
+	return asked
+}
+
+// endRelists closes the channels if the LIST was applied (err is nil), and else leaves
+// them to the next LIST.
+func (w *watcher[T]) endRelists(asked []chan struct{}, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if err != nil {
+		w.relists = append(asked, w.relists...)
+		return
+	}
+	for _, done := range asked {
+		close(done)
+	}
 }
 
 // connect is CONNECTING. It returns the stream of a WATCH, which begins after the
@@ -333,6 +398,9 @@ func (w *watcher[T]) finishCycle(err error) time.Duration {
 				"object", w.String(), "state", before.state, "class", errorClass(err),
 				"error", err.Error(), "failures", before.failures+1, "omitted", omitted)
 		}
+	}
+	if w.prompt && err == nil && before.healthy {
+		return 0
 	}
 	return retryDelay(w.snapshot().failures, retryAfter(err), rand.Float64())
 }

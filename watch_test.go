@@ -140,7 +140,7 @@ func TestWatchSameVersionOtherContent(t *testing.T) {
 func TestWatchComparesAllThatIsRead(t *testing.T) {
 	const meta = `{"metadata":{"name":"n","uid":"u","resourceVersion":"1"`
 	wantApplied(t, func(o *statefulSet) *apiObject { return &o.apiObject },
-		meta+`},"spec":{"replicas":4}}`, meta+`},"spec":{"replicas":3}}`, meta+`,"annotations":{"router/backends":"3"}},"spec":{"replicas":3}}`)
+		meta+`},"spec":{"replicas":4}}`, meta+`},"spec":{"replicas":3}}`, meta+`,"generation":2},"spec":{"replicas":3}}`)
 	wantApplied(t, func(o *endpointSlice) *apiObject { return &o.apiObject },
 		meta+`},"endpoints":`+readyEndpoints(1)+"}", meta+`},"endpoints":`+readyEndpoints(2)+"}")
 	wantApplied(t, func(o *configMap) *apiObject { return &o.apiObject }, meta+`},"data":{"a":"1"}}`, meta+`},"data":{"a":"2"}}`)

@@ -1,0 +1,558 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// The object of the hand-off is a ConfigMap that all routers of a StatefulSet read and
+// write. Its data has
+//
+//	plan                the plan, as JSON: see planJSON
+//	router-<pod name>   what this router has answered, one line: see stepAnswer.String
+//
+// Other keys have no meaning. What cannot be read is as if it were absent, and is
+// reported.
+const (
+	planKey         = "plan"
+	answerKeyPrefix = "router-"
+)
+
+// The bounds of what is read from the object. An object has at most 1 MiB.
+const (
+	maxPlan     = 512 << 10 // bytes
+	maxAnswer   = 64 << 10  // bytes
+	maxOrdinals = 10_000    // in one set of a mark
+	maxMembers  = 1000
+	maxStep     = 1 << 53 // JSON's numbers are exact up to here
+	maxToken    = 128     // bytes of an epoch, an instance or a UID
+)
+
+// anyInstance is the instance of a member of which only the pod is known. Any container
+// of the pod may answer for it, and none is admitted as it.
+const anyInstance = "*"
+
+// noContent stands for the content of a table in an answer of a router without one. It is
+// the contentHash of one table in 2^64, which would be taken for none.
+const noContent = 0
+
+// memberID identifies a member: its pod and the process in the pod's container.
+type memberID struct {
+	UID      string `json:"uid"`      // of the pod
+	Instance string `json:"instance"` // of the process, or anyInstance
+}
+
+// sharedPlan is a plan with what routers have to know to go by it together. It is
+// immutable.
+type sharedPlan struct {
+	handoffPlan
+	epoch    string              // of all plans since the first one, or since a reset
+	writes   int64               // how often a plan of this epoch was written
+	unpinned bool                // pinned namespaces have no owner: member.oldestTable
+	members  map[string]memberID // by pod name
+	backends *activeBackends     // nil if not noted
+}
+
+// stepAnswer is what a router says of one step of a plan, in its own key.
+type stepAnswer struct {
+	instance string
+	epoch    string // of the plan; "" in an answer without a view
+	step     int64  // nothing is left of what the step had to end; 0 without a view
+	have     uint64 // contentHash of its own table, or noContent
+	blank    bool   // it does not know all tables of the plan, or no plan at all
+	next     mark   // how far the next step towards the own table may go; empty if blank
+	left     int    // how many sessions it has to move, also those that next covers
+}
+
+// handoffObject is one version of the object. It is immutable.
+type handoffObject struct {
+	uid, version string                // metadata.uid and metadata.resourceVersion
+	plan         *sharedPlan           // nil if there is none that can be read
+	pods         []string              // those that have a key
+	answers      map[string]stepAnswer // those that can be read, by pod name
+	faults       []error               // what could not be read, in the order of the keys
+}
+
+// readHandoffObject reads the data of the object.
+func readHandoffObject(uid, version string, data map[string]string) *handoffObject {
+	o := &handoffObject{uid: uid, version: version, answers: map[string]stepAnswer{}}
+	for _, key := range slices.Sorted(maps.Keys(data)) {
+		pod, isAnswer := strings.CutPrefix(key, answerKeyPrefix)
+		var err error
+		switch {
+		case key == planKey:
+			o.plan, err = parsePlan(data[key])
+		case isAnswer:
+			o.pods = append(o.pods, pod)
+			var a stepAnswer
+			if a, err = parseAnswer(data[key]); err == nil {
+				o.answers[pod] = a
+			}
+		}
+		if err != nil {
+			o.faults = append(o.faults, fmt.Errorf("key %s: %w", key, err))
+		}
+	}
+	return o
+}
+
+// hasAnswered reports whether the member has answered the step of the plan. There must be
+// a plan.
+func (o *handoffObject) hasAnswered(pod string) bool {
+	a, ok := o.answers[pod]
+	id := o.plan.members[pod]
+	return ok && a.epoch == o.plan.epoch && a.step == o.plan.step &&
+		(a.instance == id.Instance || id.Instance == anyInstance)
+}
+
+// missing returns the names, sorted, of the members that have not answered the step of
+// the plan. There must be a plan.
+func (o *handoffObject) missing() (pods []string) {
+	for _, pod := range slices.Sorted(maps.Keys(o.plan.members)) {
+		if !o.hasAnswered(pod) {
+			pods = append(pods, pod)
+		}
+	}
+	return pods
+}
+
+// withMember returns a copy of p with another entry for the pod. A nil id removes it.
+func (p *sharedPlan) withMember(pod string, id *memberID) *sharedPlan {
+	next := *p
+	next.members = maps.Clone(p.members)
+	delete(next.members, pod)
+	if id != nil {
+		next.members[pod] = *id
+	}
+	return &next
+}
+
+// knownMembers returns the names, in any order, of the members of which
+// the process is known.
+func (p *sharedPlan) knownMembers() (pods []string) {
+	for pod, id := range p.members {
+		if id.Instance != anyInstance {
+			pods = append(pods, pod)
+		}
+	}
+	return pods
+}
+
+// isWithoutView reports whether a router says that it has no view, and so no session.
+func (a *stepAnswer) isWithoutView() bool { return a.epoch == "" }
+
+// badValue returns the error of a value that cannot be read. It says what would be valid.
+func badValue(name, value, want string) error {
+	if len(value) > maxQuotedValue {
+		value = strings.ToValidUTF8(value[:maxQuotedValue], "") + "…"
+	}
+	return fmt.Errorf("%s is %q, want %s", name, value, want)
+}
+
+// hex64 is a number as 16 lower-case hexadecimal digits: JSON's numbers are not exact.
+type hex64 uint64
+
+// String returns the 16 digits.
+func (h hex64) String() string { return fmt.Sprintf("%016x", uint64(h)) }
+
+// parseHex64 reads 16 hexadecimal digits, no more and no less, at most max.
+func parseHex64(name, s string, max uint64) (uint64, error) {
+	n, err := strconv.ParseUint(s, 16, 64)
+	if err != nil || hex64(n).String() != s || n > max {
+		return 0, badValue(name, s, "16 hexadecimal digits, at most "+hex64(max).String())
+	}
+	return n, nil
+}
+
+// parseNumber reads a decimal number from 0 to max, without a sign or leading zeros.
+func parseNumber(name, s string, max int64) (int64, error) {
+	n, err := strconv.ParseInt(s, 10, 64)
+	if err != nil || n < 0 || n > max || strconv.FormatInt(n, 10) != s {
+		return 0, badValue(name, s, fmt.Sprintf("a number from 0 to %d", max))
+	}
+	return n, nil
+}
+
+// checkToken returns an error if s is not an epoch, an instance or a UID.
+func checkToken(name, s string) error {
+	const want = "1 to 128 letters, digits, dots and dashes that begin with a letter " +
+		"or digit"
+	if s == "" || len(s) > maxToken || s[0] == '-' || s[0] == '.' {
+		return badValue(name, s, want)
+	}
+	for _, c := range []byte(s) {
+		isLetter, isDigit := 'a' <= c|0x20 && c|0x20 <= 'z', '0' <= c && c <= '9'
+		if !isLetter && !isDigit && c != '-' && c != '.' {
+			return badValue(name, s, want)
+		}
+	}
+	return nil
+}
+
+// checkOrdinals returns an error if set is not a sorted set of ordinals.
+func checkOrdinals(name string, set []int) error {
+	if len(set) > maxOrdinals {
+		return badValue(name, fmt.Sprint(set),
+			fmt.Sprintf("at most %d ordinals", maxOrdinals))
+	}
+	last := -1
+	for _, ordinal := range set {
+		if ordinal <= last || ordinal > maxOrdinal {
+			return badValue(name, fmt.Sprint(set), "ordinals in ascending order")
+		}
+		last = ordinal
+	}
+	return nil
+}
+
+// maxOrdinal is the largest ordinal of a pod: replicas are 32-bit numbers.
+const maxOrdinal = 1<<31 - 1
+
+// planJSON is the JSON of a plan:
+//
+//	{"epoch":"7c1e.1795871234567", "writes":12, "step":1795871239876, "held":false,
+//	 "members":{"router-a":{"uid":"…", "instance":"7c1e"}},
+//	 "records":[{"stamp":"9c1f…"},
+//	            {"stamp":"77ab…", "was":{"upto":"5f3a…"},
+//	             "now":{"upto":"61b2…", "away":[2], "gone":[5]}}],
+//	 "backends":{"count":4, "uid":"…", "generation":7}}
+//
+// The stamps and places have 16 hexadecimal digits. The first record has no marks. held,
+// unpinned and backends may be absent.
+type planJSON struct {
+	Epoch    string              `json:"epoch"`
+	Writes   int64               `json:"writes"`
+	Step     int64               `json:"step"`
+	Held     bool                `json:"held,omitempty"`
+	Unpinned bool                `json:"unpinned,omitempty"`
+	Members  map[string]memberID `json:"members"`
+	Records  []recordJSON        `json:"records"`
+	Backends *activeBackends     `json:"backends,omitempty"`
+}
+
+// recordJSON is the JSON of a record of a plan.
+type recordJSON struct {
+	Stamp string    `json:"stamp"`
+	Was   *markJSON `json:"was,omitempty"`
+	Now   *markJSON `json:"now,omitempty"`
+}
+
+// markJSON is the JSON of a mark.
+type markJSON struct {
+	Upto string `json:"upto"`
+	Away []int  `json:"away,omitempty"`
+	Gone []int  `json:"gone,omitempty"`
+}
+
+// String returns the JSON of the plan, the same for equal plans.
+func (p *sharedPlan) String() string {
+	out := planJSON{
+		Epoch: p.epoch, Writes: p.writes, Step: p.step,
+		Held: p.held, Unpinned: p.unpinned, Members: p.members, Backends: p.backends,
+	}
+	for i := range p.records {
+		r := &p.records[i]
+		record := recordJSON{Stamp: hex64(r.content).String()}
+		if i > 0 {
+			record.Was, record.Now = newMarkJSON(&r.was), newMarkJSON(&r.now)
+		}
+		out.Records = append(out.Records, record)
+	}
+	b, err := json.Marshal(&out)
+	if err != nil {
+		panic(err) // it has only strings, numbers, maps and slices
+	}
+	return string(b)
+}
+
+func newMarkJSON(m *mark) *markJSON {
+	return &markJSON{hex64(m.upto).String(), m.away, m.gone}
+}
+
+// parsePlan reads the JSON of a plan.
+func parsePlan(s string) (*sharedPlan, error) {
+	if len(s) > maxPlan {
+		return nil, badValue("plan", s, fmt.Sprintf("at most %d bytes", maxPlan))
+	}
+	var in planJSON
+	decoder := json.NewDecoder(bytes.NewReader([]byte(s)))
+	if err := decoder.Decode(&in); err != nil {
+		return nil, fmt.Errorf("%w: %w", badValue("plan", s, "the JSON of a plan"), err)
+	}
+	if _, err := decoder.Token(); err != io.EOF {
+		return nil, badValue("plan", s, "one JSON value")
+	}
+	p := &sharedPlan{
+		handoffPlan: handoffPlan{step: in.Step, held: in.Held},
+		epoch:       in.Epoch, writes: in.Writes, unpinned: in.Unpinned,
+		members: in.Members, backends: in.Backends,
+	}
+	if err := in.check(); err != nil {
+		return nil, err
+	}
+	for i := range in.Records {
+		r, err := in.Records[i].parse(i == 0)
+		if err != nil {
+			return nil, fmt.Errorf("record %d: %w", i, err)
+		}
+		p.records = append(p.records, r)
+	}
+	return p, nil
+}
+
+// check returns an error if something but the records is not valid.
+func (p *planJSON) check() error {
+	switch {
+	case p.Step < 1 || p.Step > maxStep:
+		return badValue("step", fmt.Sprint(p.Step), fmt.Sprintf("1 to %d", maxStep))
+	case p.Writes < 1 || p.Writes > maxStep:
+		return badValue("writes", fmt.Sprint(p.Writes), fmt.Sprintf("1 to %d", maxStep))
+	case len(p.Records) < 1 || len(p.Records) > maxRecords:
+		return badValue("records", fmt.Sprint(len(p.Records)),
+			fmt.Sprintf("1 to %d", maxRecords))
+	case p.Members == nil || len(p.Members) > maxMembers:
+		return badValue("members", fmt.Sprint(p.Members),
+			fmt.Sprintf("an object with at most %d", maxMembers))
+	}
+	if b := p.Backends; b != nil {
+		if b.Count < 1 || b.Count > maxOrdinal || b.Generation < 0 {
+			return badValue("backends", fmt.Sprintf("%+v", *b),
+				"at least 1 backend, of a generation")
+		}
+		if err := checkToken("uid of backends", b.UID); err != nil {
+			return err
+		}
+	}
+	for _, pod := range slices.Sorted(maps.Keys(p.Members)) {
+		if err := p.Members[pod].check(pod); err != nil {
+			return err
+		}
+	}
+	return checkToken("epoch", p.Epoch)
+}
+
+// check returns an error if the member of this name is not valid.
+func (id memberID) check(pod string) error {
+	if err := checkToken("name of a member", pod); err != nil {
+		return err
+	}
+	if err := checkToken("uid of "+pod, id.UID); err != nil {
+		return err
+	}
+	if id.Instance == anyInstance {
+		return nil
+	}
+	return checkToken("instance of "+pod, id.Instance)
+}
+
+// parse reads a record. The oldest one has no marks, since all is covered that newer ones
+// do not cover.
+func (r *recordJSON) parse(oldest bool) (record planRecord, err error) {
+	if record.content, err = parseHex64("stamp", r.Stamp, 1<<64-1); err != nil {
+		return record, err
+	}
+	if oldest != (r.Was == nil) || oldest != (r.Now == nil) {
+		return record, badValue("record", r.Stamp,
+			"was and now in all records but the first")
+	}
+	if oldest {
+		return record, nil
+	}
+	if record.was, err = r.Was.parse("was"); err != nil {
+		return record, err
+	}
+	record.now, err = r.Now.parse("now")
+	return record, err
+}
+
+func (m *markJSON) parse(name string) (mark, error) {
+	upto, err := parseHex64(name+".upto", m.Upto, allPlaces)
+	if err != nil {
+		return mark{}, err
+	}
+	return newMark(name, upto, m.Away, m.Gone)
+}
+
+// newMark returns a mark, or an error if a set is not valid.
+func newMark(name string, upto uint64, away, gone []int) (mark, error) {
+	if err := checkOrdinals(name+".away", away); err != nil {
+		return mark{}, err
+	}
+	if err := checkOrdinals(name+".gone", gone); err != nil {
+		return mark{}, err
+	}
+	m := mark{upto: upto}
+	if len(away) > 0 {
+		m.away = away
+	}
+	if len(gone) > 0 {
+		m.gone = gone
+	}
+	return m, nil
+}
+
+// String returns the line of the answer in the object, six words:
+//
+//	<instance> <epoch> <step> <have> <next> <left>
+//	7c1e 7c1e.1795871234567 1795871239876 77ab… 61b2…/away=2,3/gone=5 120
+//
+// next is the place up to which the next step may go, with the new owners that are away
+// and the old ones that are gone, each left out if there are none. It is "blank" in an
+// answer of a router that does not know all tables of the plan. have is "-" if it has no
+// table; it is blank then. epoch is "-" and step 0 if it has no view; it is blank then,
+// too.
+func (a stepAnswer) String() string {
+	epoch, have, next := "-", "-", "blank"
+	if a.epoch != "" {
+		epoch = a.epoch
+	}
+	if a.have != noContent {
+		have = hex64(a.have).String()
+	}
+	if !a.blank {
+		next = formatNext(a.next)
+	}
+	return fmt.Sprintf("%s %s %d %s %s %d", a.instance, epoch, a.step, have, next, a.left)
+}
+
+// formatNext returns a mark as an answer has it.
+func formatNext(m mark) string {
+	return hex64(m.upto).String() +
+		formatOrdinals("/away=", m.away) + formatOrdinals("/gone=", m.gone)
+}
+
+// formatOrdinals returns the set after its name, "" if it is empty.
+func formatOrdinals(name string, set []int) string {
+	for _, ordinal := range set {
+		name += strconv.Itoa(ordinal) + ","
+	}
+	if len(set) == 0 {
+		return ""
+	}
+	return strings.TrimSuffix(name, ",")
+}
+
+// parseAnswer reads the line of an answer. It accepts only what stepAnswer.String
+// returns.
+func parseAnswer(line string) (a stepAnswer, err error) {
+	const want = "instance, epoch, step, have, next, left"
+	words := strings.Split(line[:min(len(line), maxAnswer+1)], " ")
+	if len(line) > maxAnswer || len(words) != 6 {
+		return a, badValue("answer", line, want)
+	}
+	if a.instance = words[0]; checkToken("instance", a.instance) != nil {
+		return a, checkToken("instance", a.instance)
+	}
+	if words[1] != "-" {
+		if a.epoch = words[1]; checkToken("epoch", a.epoch) != nil {
+			return a, checkToken("epoch", a.epoch)
+		}
+	}
+	if a.step, err = parseNumber("step", words[2], maxStep); err != nil {
+		return a, err
+	}
+	if words[3] != "-" {
+		if a.have, err = parseHex64("have", words[3], 1<<64-1); err != nil {
+			return a, err
+		}
+	}
+	if a.blank = words[4] == "blank"; !a.blank {
+		if a.next, err = parseNext(words[4]); err != nil {
+			return a, err
+		}
+	}
+	left, err := parseNumber("left", words[5], maxOrdinal)
+	a.left = int(left)
+	switch {
+	case err != nil:
+		return a, err
+	case (a.epoch == "") != (a.step == 0):
+		return a, badValue("step", words[2], "0 with the epoch -, and only then")
+	case !a.blank && (a.epoch == "" || a.have == noContent):
+		return a, badValue("next", words[4], "blank, without a view or a table")
+	case words[3] != "-" && a.have == noContent:
+		return a, badValue("have", words[3], "not 0")
+	}
+	return a, nil
+}
+
+// parseNext reads a mark as an answer has it.
+func parseNext(s string) (mark, error) {
+	digits, sets, _ := strings.Cut(s, "/")
+	upto, err := parseHex64("next", digits, allPlaces)
+	if err != nil {
+		return mark{}, err
+	}
+	var away, gone []int
+	if rest, ok := strings.CutPrefix(sets, "away="); ok {
+		list, others, _ := strings.Cut(rest, "/")
+		if away, err = parseOrdinals("next.away", list); err != nil {
+			return mark{}, err
+		}
+		sets = others
+	}
+	if list, ok := strings.CutPrefix(sets, "gone="); ok {
+		if gone, err = parseOrdinals("next.gone", list); err != nil {
+			return mark{}, err
+		}
+	}
+	m, err := newMark("next", upto, away, gone)
+	if err == nil && formatNext(m) != s {
+		err = badValue("next", s, "a place, /away= and /gone=")
+	}
+	return m, err
+}
+
+// parseOrdinals reads numbers with commas between them.
+func parseOrdinals(name, list string) (set []int, err error) {
+	for word := range strings.SplitSeq(list, ",") {
+		ordinal, err := parseNumber(name, word, maxOrdinal)
+		if err != nil {
+			return nil, err
+		}
+		set = append(set, int(ordinal))
+	}
+	return set, nil
+}
+
+// equal reports whether both answers say the same. How many sessions are left does not
+// count: it changes all the time, and is read only once for each step.
+func (a *stepAnswer) equal(b *stepAnswer) bool {
+	return a.instance == b.instance && a.epoch == b.epoch && a.step == b.step &&
+		a.have == b.have && a.blank == b.blank && a.next.equal(&b.next)
+}
+
+// handoffWrite is a change of the object, as a JSON merge patch (RFC 7386). The API
+// server refuses it with 409 if the object has another version than one given, and with
+// 422 if it has another UID.
+type handoffWrite struct {
+	uid     string
+	version string            // "" if it may be applied to any version
+	data    map[string]string // new values, by key
+	remove  []string          // keys
+}
+
+// patch returns the merge patch.
+func (w *handoffWrite) patch() []byte {
+	metadata, data := map[string]string{"uid": w.uid}, map[string]any{}
+	if w.version != "" {
+		metadata["resourceVersion"] = w.version
+	}
+	for key, value := range w.data {
+		data[key] = value
+	}
+	for _, key := range w.remove {
+		data[key] = nil
+	}
+	b, err := json.Marshal(map[string]any{"metadata": metadata, "data": data})
+	if err != nil {
+		panic(err) // it has only strings and maps
+	}
+	return b
+}

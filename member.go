@@ -1,0 +1,733 @@
+package main
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+const (
+	minStepTime  = 100 * time.Millisecond // of a step that moves namespaces: see stepTime
+	turnInterval = 150 * time.Millisecond // between two turns: see member.turn
+	writeTimeout = time.Second            // from a write until the object has to show it
+	relistPods   = 2 * time.Second        // how old a list of pods may be
+	promiseTime  = 2 * time.Minute        // see member.promised
+)
+
+// member is this router as one of those that share the object of the hand-off: what it
+// knows of the plan, and what it decides to do next. It does no I/O and reads no clock.
+// Its owner calls see with each version of the object, and then decide, again and again.
+// Before the owner carries out what decide returns, it calls note. It sends one write at
+// a time. Only the view of the last actAdopt says whom to admit.
+type member struct {
+	// Static after construction.
+	name, uid string // of the pod
+	instance  string // of the process: random
+
+	view   *memberView // that is in force in this router; nil before the first plan
+	top    int64       // the highest step that was in force, or that a backend has seen
+	newest *table      // its own; nil before the first
+
+	// promised has the tables that an answer named as have, by content: all routers may
+	// move to one of them while that answer is in the object, or is under way to it. Such
+	// a table is forgotten promiseTime after the object had an answer with another one.
+	promised map[uint64]*promisedTable
+
+	answered stepAnswer    // the last answer that was sent without a version
+	patch    *handoffWrite // the write of that; nil if there was none
+	patchAt  time.Time     // when it was sent
+	swap     *handoffWrite // the last write with a version; nil if there was none
+	swapAt   time.Time     // when it was sent
+	stepped  time.Time     // when the view got its step
+	forked   string        // epoch of the last plan that did not follow; "" if there was none
+}
+
+// promisedTable is a table that all routers may move to.
+type promisedTable struct {
+	*table
+	// withdrawn is when the object had an answer with another table; zero if it had not.
+	withdrawn time.Time
+}
+
+// memberView is the view of a plan in the object.
+type memberView struct {
+	*view
+	plan         *sharedPlan
+	uid, version string // of the object
+	isMember     bool   // the plan needs the answers of this router
+}
+
+// newMember returns the member of the pod with this name and UID, and of the process with
+// this instance. It has no view and no table.
+func newMember(name, uid, instance string) *member {
+	return &member{
+		name: name, uid: uid, instance: instance, promised: map[uint64]*promisedTable{},
+	}
+}
+
+// progress is how far this router has come with its view's step, and what it proposes for
+// the step after.
+type progress struct {
+	sessions bool // it has sessions, or upgrades that a backend may have got
+	released bool // none of them has another owner than the view has after the step
+	next     mark // how far the step after may go, towards handoffPlan.target
+	left     int  // sessions that have to move, also those that next covers
+}
+
+// routerPod is what a router needs to know of the pod of another one.
+type routerPod struct {
+	uid       string
+	scheduled bool // spec.nodeName is set
+	ended     bool // phase Failed or Succeeded, and all containers have terminated
+}
+
+// podList is a LIST of all router pods, which was begun after a LIST of the object had
+// returned the version that it names.
+type podList struct {
+	uid, version string // of the object
+	at           time.Time
+	pods         map[string]routerPod // by name
+}
+
+// situation is all that a decision depends on, but for what the member knows.
+type situation struct {
+	progress
+	now      time.Time
+	object   *handoffObject // never older than before; nil if it does not exist
+	seenAt   time.Time      // when this version was seen first
+	list     *podList       // the last one; nil if there was none
+	leaving  bool           // the router admits nobody any more, and ends
+	backends *activeBackends
+	// gone reports whether GET said that the pod with this UID has ended for ever: see
+	// memberID.isGone.
+	gone func(pod, uid string) bool
+}
+
+// action is what a router has to do next.
+type action int
+
+const (
+	actWait   action = iota // wait until something changes or it is decision.again
+	actAdopt                // put decision.view in force
+	actList                 // LIST the object, and after that the router pods
+	actEndAll               // end all sessions: the others go on without this router
+	actWrite                // send decision.write
+)
+
+// decision is what a router has to do next. After each action but actWait it decides
+// again; if a write or a list fails, after a back-off of its own.
+type decision struct {
+	action action
+	view   *memberView   // of actAdopt
+	write  *handoffWrite // of actWrite
+	answer *stepAnswer   // that is part of write; nil if none is
+	why    string        // for people: what for, or what it waits for
+	again  time.Time     // of actWait; zero if only when something changes
+}
+
+// waiting returns the decision to wait until something changes.
+func waiting(format string, args ...any) decision {
+	return decision{why: fmt.Sprintf(format, args...)}
+}
+
+// setNewest sets this router's own table. A nil table is none.
+func (m *member) setNewest(t *table) { m.newest = t }
+
+// sawStep notes a step that a backend has seen: the next one is above it.
+func (m *member) sawStep(step int64) { m.top = max(m.top, step) }
+
+// see notes which promised tables a version of the object shows to be no longer needed.
+func (m *member) see(o *handoffObject, now time.Time) {
+	a := o.answers[m.name]
+	isOwn := a.instance == m.instance
+	for content, p := range m.promised {
+		switch {
+		case m.newest != nil && m.newest.contentHash == content,
+			m.view.recordOf(content) >= 0, isOwn && a.have == content:
+			p.withdrawn = time.Time{}
+		case p.withdrawn.IsZero() && isOwn && a.have != noContent:
+			p.withdrawn = now
+		case !p.withdrawn.IsZero() && now.Sub(p.withdrawn) >= promiseTime:
+			delete(m.promised, content)
+		}
+	}
+}
+
+// recordOf returns the index of the view's record of the table with this content, -1 if
+// there is none. v may be nil.
+func (v *memberView) recordOf(content uint64) int {
+	if v == nil {
+		return -1
+	}
+	return slices.IndexFunc(v.records, func(r planRecord) bool {
+		return r.content == content
+	})
+}
+
+// note notes that the caller is about to carry out d. It counts a write as sent before it
+// is: a write may arrive although it seems to fail.
+func (m *member) note(d decision, now time.Time) {
+	if d.view != nil {
+		if m.view == nil || m.view.step != d.view.step {
+			m.stepped = now
+		}
+		m.view = d.view
+		m.top = max(m.top, d.view.step)
+	}
+	switch {
+	case d.write == nil:
+	case d.write.version == "":
+		m.answered, m.patch, m.patchAt = *d.answer, d.write, now
+	default:
+		m.swap, m.swapAt = d.write, now
+	}
+	if d.answer != nil && m.newest != nil && d.answer.have == m.newest.contentHash {
+		m.promised[d.answer.have] = &promisedTable{table: m.newest}
+	}
+}
+
+// decide returns what to do now.
+func (m *member) decide(s *situation) decision {
+	o := s.object
+	switch {
+	case m.view != nil && !m.view.isMember && s.sessions:
+		return decision{action: actEndAll, why: "this router is not a member any more"}
+	case o == nil:
+		return waiting("the object of the hand-off does not exist")
+	case o.plan != nil && m.follows(o):
+		if m.isNews(o) {
+			v := m.viewOf(o)
+			return decision{action: actAdopt, view: v, why: "the plan has changed"}
+		}
+	case m.view == nil:
+		return m.begin(s)
+	default:
+		if o.plan != nil {
+			m.forked = o.plan.epoch
+		}
+		return m.reset(s)
+	}
+	if s.leaving && !s.sessions && s.released {
+		return m.leave(s)
+	}
+	wait := decision{}
+	for _, try := range []func(*situation) decision{
+		m.join, m.sendAnswer, m.remove, m.noteBackends, m.writeStep,
+	} {
+		d := try(s)
+		if d.action != actWait {
+			return d
+		}
+		wait.again = earliest(wait.again, d.again)
+		if d.why != "" {
+			wait.why = d.why
+		}
+	}
+	return wait
+}
+
+// follows reports whether the plan of o comes after that of the view, or there is no
+// view. Any other plan is not to be trusted: the object was deleted, emptied or restored.
+func (m *member) follows(o *handoffObject) bool {
+	v := m.view
+	if v == nil {
+		return true
+	}
+	switch {
+	case o.plan.epoch == m.forked:
+		return false // whoever wrote it since has continued what did not follow
+	case o.uid != v.uid || o.plan.epoch != v.plan.epoch:
+		return o.plan.step > m.top
+	case o.plan.writes == v.plan.writes && o.version != v.version:
+		return o.plan.String() == v.plan.String() // else somebody has continued an old copy
+	}
+	return o.plan.writes >= v.plan.writes && o.plan.step >= v.step
+}
+
+// isNews reports whether the view of o's plan is another than the present one: it is of
+// another version of the object, or more of its tables are known.
+func (m *member) isNews(o *handoffObject) bool {
+	v := m.view
+	if v == nil || v.uid != o.uid || v.version != o.version {
+		return true
+	}
+	for i, t := range v.tables {
+		if t == nil && m.table(v.records[i].content) != nil {
+			return true
+		}
+	}
+	return false
+}
+
+// viewOf returns the view of o's plan. A step that is done stays so: a late patch may
+// replace an answer by an older one, but the answer was given.
+func (m *member) viewOf(o *handoffObject) *memberView {
+	p, prev := o.plan, m.view
+	id, isNamed := p.members[m.name]
+	next := &memberView{
+		view: &view{handoffPlan: &p.handoffPlan},
+		plan: p, uid: o.uid, version: o.version,
+	}
+	if isNamed && id.UID == m.uid {
+		next.isMember = id.Instance == m.instance || id.Instance == anyInstance
+	}
+	next.outside = !next.isMember || id.Instance != m.instance
+	for _, r := range p.records {
+		next.tables = append(next.tables, m.table(r.content))
+	}
+	next.tables[0] = m.oldestTable(next)
+	wasDone := prev != nil && prev.done &&
+		prev.uid == o.uid && prev.plan.epoch == p.epoch && prev.step == p.step
+	next.done = wasDone || len(o.missing()) == 0
+	return next
+}
+
+// table returns the table with this content, nil if it is not known.
+func (m *member) table(content uint64) *table {
+	if m.newest != nil && m.newest.contentHash == content {
+		return m.newest
+	}
+	if p := m.promised[content]; p != nil {
+		return p.table
+	}
+	if i := m.view.recordOf(content); i >= 0 {
+		return m.view.tables[i]
+	}
+	return nil
+}
+
+// oldestTable returns the table of next's oldest record, nil if it is not known. In it
+// each pinned namespace has the owner that it had when the record became the oldest one.
+// A table does not say that, and members must agree on it. A member sees each step, so
+// its view before says who the owner is. A router that was no member at that time does
+// not know it.
+func (m *member) oldestTable(next *memberView) *table {
+	t, prev := next.tables[0], m.view
+	if t == nil {
+		return nil
+	}
+	nobody := func(string) int { return unresolved }
+	if prev == nil || !prev.isMember || !next.isMember || next.plan.unpinned {
+		return t.pinTo(nobody)
+	}
+	becameOldest := prev.records[0].content != t.contentHash ||
+		len(next.records) == 1 && len(prev.records) > 1
+	switch {
+	case becameOldest:
+		return t.pinTo(prev.after)
+	case prev.tables[0] == nil:
+		return t.pinTo(nobody)
+	}
+	return prev.tables[0]
+}
+
+// answer returns what this router says of the view's step once all is released.
+func (m *member) answer(s *situation) stepAnswer {
+	v := m.view
+	a := stepAnswer{instance: m.instance, epoch: v.plan.epoch, step: v.step}
+	if m.newest != nil {
+		a.have = m.newest.contentHash
+	}
+	switch {
+	case m.newest == nil || !v.knowsAll():
+		a.blank = true
+	case v.isAtRest(a.have):
+		a.next = mark{upto: allPlaces}
+	default:
+		a.next, a.left = s.next, s.left
+	}
+	return a
+}
+
+// sendAnswer sends the answer of a member, if the object does not have it. It is
+// a patch of this router's key without a version: nobody else writes the key. It may
+// arrive late, and says then what was true of an earlier step.
+func (m *member) sendAnswer(s *situation) decision {
+	if !m.view.isMember {
+		return decision{}
+	}
+	if !s.released {
+		return waiting("sessions of step %d are left", m.view.step)
+	}
+	a := m.answer(s)
+	if has, ok := s.object.answers[m.name]; ok && has.equal(&a) {
+		return decision{}
+	}
+	again := m.patchAt.Add(writeTimeout)
+	isSent := m.patch != nil && m.patch.uid == s.object.uid && a.equal(&m.answered)
+	if isSent && s.now.Before(again) {
+		return decision{why: "the answer is under way", again: again}
+	}
+	data := map[string]string{m.key(): a.String()}
+	return decision{
+		action: actWrite, answer: &a, why: fmt.Sprintf("answer step %d", a.step),
+		write: &handoffWrite{uid: s.object.uid, data: data},
+	}
+}
+
+// key returns the key of this router's answer.
+func (m *member) key() string { return answerKeyPrefix + m.name }
+
+// turn returns when this router may write what each of the named routers may write. Their
+// turns follow each other in the order of their names, turnInterval apart. So mostly the
+// first one writes, and nobody has a conflict. A router that is not named comes last.
+func (m *member) turn(s *situation, names []string) time.Time {
+	rank := slices.Index(slices.Sorted(slices.Values(names)), m.name)
+	if rank < 0 {
+		rank = len(names)
+	}
+	return s.seenAt.Add(time.Duration(rank) * turnInterval)
+}
+
+// writePlan returns the decision to write p, if the object has not changed meanwhile,
+// once it is the given time. a is this router's answer if it is part of the write. The
+// keys of routers that are not members go.
+func (m *member) writePlan(
+	s *situation, p *sharedPlan, a *stepAnswer, at time.Time, why string,
+) decision {
+	next := *p
+	next.writes++
+	data := map[string]string{planKey: next.String()}
+	if a != nil {
+		data[m.key()] = a.String()
+	}
+	var remove []string
+	for _, pod := range s.object.pods {
+		if _, isMember := p.members[pod]; !isMember {
+			remove = append(remove, answerKeyPrefix+pod)
+		}
+	}
+	return m.writeIf(s, &handoffWrite{data: data, remove: remove}, a, at, why)
+}
+
+// writeIf returns the decision to do a write, if the object has not changed meanwhile,
+// once it is the given time. After one write it waits for the next version, or
+// writeTimeout.
+func (m *member) writeIf(
+	s *situation, w *handoffWrite, a *stepAnswer, at time.Time, why string,
+) decision {
+	w.uid, w.version = s.object.uid, s.object.version
+	if m.swap != nil && m.swap.uid == w.uid && m.swap.version == w.version {
+		at = latest(at, m.swapAt.Add(writeTimeout))
+	}
+	if s.now.Before(at) {
+		return decision{why: why, again: at}
+	}
+	return decision{action: actWrite, write: w, answer: a, why: why}
+}
+
+// leave removes this router from the members: it has no session, and admits none.
+func (m *member) leave(s *situation) decision {
+	p := m.view.plan
+	if id, ok := p.members[m.name]; !ok || id.UID != m.uid {
+		return waiting("this router has left")
+	}
+	return m.writePlan(s, p.withMember(m.name, nil), nil, s.now, "leave")
+}
+
+// join makes this router a member, once it has a table, in place of a container or a pod
+// of the same name before it: these have ended, or this one would not run. Until it has a
+// table, it removes them.
+func (m *member) join(s *situation) decision {
+	p := m.view.plan
+	id, isNamed := p.members[m.name]
+	isAny := isNamed && id.UID == m.uid && id.Instance == anyInstance
+	switch {
+	case !m.view.outside || s.leaving:
+		return decision{}
+	case m.newest == nil && isNamed && !isAny:
+		next := p.withMember(m.name, nil)
+		return m.writePlan(s, next, nil, s.now, "remove the container before")
+	case m.newest == nil:
+		return waiting("this router has no table")
+	case isAny && !s.released:
+		return decision{}
+	}
+	a := m.answer(s)
+	next := p.withMember(m.name, &memberID{m.uid, m.instance})
+	return m.writePlan(s, next, &a, s.now, "join")
+}
+
+// remove removes a member whose pod has ended for ever.
+func (m *member) remove(s *situation) decision {
+	p := m.view.plan
+	if m.view.outside {
+		return decision{}
+	}
+	var alive []string
+	dead := ""
+	for _, pod := range slices.Sorted(maps.Keys(p.members)) {
+		switch {
+		case pod != m.name && s.gone(pod, p.members[pod].UID):
+			dead = pod
+		case p.members[pod].Instance != anyInstance:
+			alive = append(alive, pod)
+		}
+	}
+	if dead == "" {
+		return decision{}
+	}
+	return m.writePlan(s, p.withMember(dead, nil), nil, m.turn(s, alive), "remove "+dead)
+}
+
+// isGone reports whether the pod that GET returned, nil for 404, proves that the member's
+// processes have ended. A phase alone proves nothing: the garbage collector of pods
+// writes it, too.
+func (id memberID) isGone(pod *routerPod) bool {
+	return pod == nil || pod.uid != id.UID || pod.ended
+}
+
+// noteBackends writes the number of backends in force into the plan, if this router has a
+// newer one. It changes nothing else: all that see it make new tables.
+func (m *member) noteBackends(s *situation) decision {
+	p := m.view.plan
+	if m.view.outside || s.backends == nil || !s.backends.replaces(p.backends) {
+		return decision{}
+	}
+	next := *p
+	next.backends = s.backends
+	at := m.turn(s, slices.Collect(maps.Keys(p.members)))
+	return m.writePlan(s, &next, nil, at, "note the number of backends")
+}
+
+// writeStep writes the next step, once all members have answered the one before and have
+// the same table. A router that does not know a table of the plan leaves it to the
+// others. If nobody knows them all, the table that all members have becomes the only one,
+// and all namespaces are held until all have answered.
+func (m *member) writeStep(s *situation) decision {
+	o, v := s.object, m.view
+	if v.outside || m.newest == nil {
+		return decision{}
+	}
+	if missing := o.missing(); len(missing) > 0 {
+		return waiting("%s has not answered step %d", strings.Join(missing, ", "), v.step)
+	}
+	proposal, writers, allBlank, err := o.proposal(m.newest.contentHash)
+	if err != nil {
+		return waiting("%v", err)
+	}
+	onlyNewest := []planRecord{{content: m.newest.contentHash}}
+	next := &handoffPlan{held: true, records: onlyNewest}
+	at := s.seenAt
+	switch {
+	case allBlank:
+		writers = v.plan.knownMembers()
+	case !v.knowsAll():
+		return waiting("this router does not know all tables of step %d", v.step)
+	default:
+		next = v.plan.advance(m.newest.contentHash, proposal, s.now)
+		sawLater := m.top > v.step // a backend has seen a later step
+		if v.plan.isSame(next) && !sawLater {
+			return waiting("")
+		}
+		if len(next.records) > 1 {
+			at = m.stepped.Add(stepTime(len(v.plan.members)))
+		}
+	}
+	at = latest(at, m.turn(s, writers))
+	p := *v.plan
+	p.handoffPlan, p.unpinned = *next, false
+	p.step = stepAbove(m.top, s.now)
+	return m.writePlan(s, &p, nil, at, fmt.Sprintf("step %d", p.step))
+}
+
+// stepTime returns how long a step that moves namespaces lasts at least, with this many
+// routers: minStepTime for up to three, and a third of that more for each further one.
+func stepTime(routers int) time.Duration {
+	return minStepTime * time.Duration(max(3, routers)) / 3
+}
+
+// proposal returns how far the next step may go: as far as all members say that know the
+// tables of the plan. writers are those of these whose process is known, sorted; allBlank
+// is true if no member knows the tables. proposal returns an error if a member does not
+// have the table with this content. A pod of anyInstance that has no table, and so cannot
+// join, is not asked.
+func (o *handoffObject) proposal(
+	content uint64,
+) (next mark, writers []string, allBlank bool, err error) {
+	next, allBlank = mark{upto: allPlaces}, true
+	for _, pod := range slices.Sorted(maps.Keys(o.plan.members)) {
+		a := o.answers[pod]
+		isAny := o.plan.members[pod].Instance == anyInstance
+		switch {
+		case isAny && a.have == noContent:
+			continue
+		case a.have != content:
+			return next, nil, false, fmt.Errorf("%s has another table", pod)
+		case a.blank:
+			continue
+		}
+		allBlank = false
+		next.upto = min(next.upto, a.next.upto)
+		next.away = union(next.away, a.next.away)
+		next.gone = union(next.gone, a.next.gone)
+		if !isAny {
+			writers = append(writers, pod)
+		}
+	}
+	return next, writers, allBlank, nil
+}
+
+// begin is what a router without a view does where there is no plan. The router says so
+// in its own key. When all router pods have said so, the first one by name that has a
+// table makes the plan. Both are written only if the object is as seen: a late write
+// would speak for a container that has a view by now.
+func (m *member) begin(s *situation) decision {
+	o := s.object
+	a := stepAnswer{instance: m.instance, blank: true}
+	if m.newest != nil {
+		a.have = m.newest.contentHash
+	}
+	has := o.answers[m.name]
+	if has.instance != m.instance || !has.isWithoutView() ||
+		(has.have == noContent) != (a.have == noContent) {
+		w := &handoffWrite{data: map[string]string{m.key(): a.String()}}
+		return m.writeIf(s, w, &a, s.now, "say that there is no plan")
+	}
+	if m.newest == nil || s.leaving {
+		return waiting("there is no plan, and this router has no table")
+	}
+	if d, ok := m.needsList(s); !ok {
+		return d
+	}
+	var writers []string
+	for _, name := range slices.Sorted(maps.Keys(s.list.pods)) {
+		pod := s.list.pods[name]
+		switch said, ok := o.answers[name]; {
+		case pod.ended || !pod.scheduled:
+		case !ok || !said.isWithoutView():
+			return decision{again: s.list.at.Add(relistPods),
+				why: fmt.Sprintf("there is no plan, and %s has not said so", name)}
+		case said.have != noContent:
+			writers = append(writers, name)
+		}
+	}
+	p := &sharedPlan{backends: s.backends}
+	p.members = map[string]memberID{m.name: {m.uid, m.instance}}
+	p.records = []planRecord{{content: m.newest.contentHash}}
+	m.startEpoch(p, s)
+	first := stepAnswer{
+		instance: m.instance, epoch: p.epoch, step: p.step,
+		have: a.have, next: mark{upto: allPlaces},
+	}
+	return m.writePlan(s, p, &first, m.turn(s, writers), "make the first plan")
+}
+
+// startEpoch gives p an epoch of its own, and a step above all that this router has seen.
+func (m *member) startEpoch(p *sharedPlan, s *situation) {
+	last := m.top
+	if s.object.plan != nil {
+		last = max(last, s.object.plan.step)
+	}
+	for _, a := range s.object.answers {
+		last = max(last, a.step)
+	}
+	p.step = stepAbove(last, s.now)
+	p.epoch = m.instance + "." + strconv.FormatInt(p.step, 10)
+}
+
+// needsList reports whether there is a list of pods to decide by. If not, d is what to
+// do. The list has to be from after the version on which the plan will be written: so
+// each router that was a member by then, or will be, is in the list or changes the
+// version.
+func (m *member) needsList(s *situation) (d decision, ok bool) {
+	l := s.list
+	fresh := l != nil && l.uid == s.object.uid && l.version == s.object.version
+	if !fresh || !s.now.Before(l.at.Add(relistPods)) {
+		return decision{action: actList, why: "list the router pods"}, false
+	}
+	if pod := l.pods[m.name]; pod.uid != m.uid {
+		return decision{
+			why:   "the list of router pods does not have this one",
+			again: l.at.Add(relistPods),
+		}, false
+	}
+	return decision{}, true
+}
+
+// reset writes a plan where there is none that follows the view: a new epoch with the
+// owners of the view. All that may have a session are its members, and nobody knows the
+// owners before it, so all namespaces are held until all have answered.
+func (m *member) reset(s *situation) decision {
+	v := m.view
+	if at := m.turn(s, slices.Collect(maps.Keys(v.plan.members))); s.now.Before(at) {
+		return decision{why: "reset the plan", again: at}
+	}
+	if d, ok := m.needsList(s); !ok {
+		return d
+	}
+	p := &sharedPlan{members: m.mergeMembers(s), backends: v.plan.backends}
+	p.held, p.unpinned = true, !v.isMember
+	p.records = v.doneRecords()
+	m.startEpoch(p, s)
+	return m.writePlan(s, p, nil, s.now, "reset the plan")
+}
+
+// mergeMembers returns the members of a reset: those of the object, those of the view,
+// and all router pods. If only the pod is known, or if the object and the view name
+// different processes of it, any of its processes may answer.
+func (m *member) mergeMembers(s *situation) map[string]memberID {
+	merged := map[string]memberID{}
+	add := func(members map[string]memberID) {
+		for name, id := range members {
+			before, ok := merged[name]
+			pod := s.list.pods[name]
+			switch {
+			case !ok || before.UID != id.UID && id.UID == pod.uid:
+				merged[name] = id
+			case before.UID == id.UID && before.Instance != id.Instance,
+				before.UID != id.UID && before.UID != pod.uid:
+				merged[name] = memberID{before.UID, anyInstance}
+			}
+		}
+	}
+	add(m.view.plan.members)
+	if s.object.plan != nil {
+		add(s.object.plan.members)
+	}
+	for name, pod := range s.list.pods {
+		id, ok := merged[name]
+		if mayRun := pod.scheduled && !pod.ended; mayRun && (!ok || id.UID != pod.uid) {
+			merged[name] = memberID{pod.uid, anyInstance}
+		}
+	}
+	if id := merged[m.name]; !m.view.outside {
+		merged[m.name] = memberID{m.uid, m.instance}
+	} else if id.Instance != m.instance {
+		merged[m.name] = memberID{m.uid, anyInstance}
+	}
+	return merged
+}
+
+// share returns this router's part of the rate, from 0 to 1: its part of the sessions
+// that have to move, by the last answers. There must be a plan.
+func (m *member) share(o *handoffObject) float64 {
+	all, own := 0, 0
+	for pod := range o.plan.members {
+		all += o.answers[pod].left
+		if pod == m.name {
+			own = o.answers[pod].left
+		}
+	}
+	if all == 0 {
+		return 1 / float64(max(1, len(o.plan.members)))
+	}
+	return float64(own) / float64(all)
+}
+
+// whyNotReady says why this router admits nobody, or not to all namespaces yet. "" means
+// that it does. A namespace whose override is invalid counts for nothing.
+func (m *member) whyNotReady() string {
+	switch {
+	case m.view == nil:
+		return "there is no plan of the hand-off yet"
+	case m.view.outside:
+		return "this router is not a member of the hand-off yet"
+	case !m.view.knowsAll():
+		return "a change is under way, and this router does not know all its tables"
+	}
+	return ""
+}

@@ -1,0 +1,1300 @@
+package main
+
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// The tests of this file run whole groups of routers as a model: the decisions and the
+// views are those of production, all around them is simulated. One event happens at a time,
+// chosen at random: a router sees a version of the object or an edit, decides, opens or
+// closes a session, dies, starts; a write arrives, late, or never; somebody deletes the
+// object, empties it, or puts an old copy in its place. After each event each namespace has
+// at most one owner. After the last fault all comes to rest.
+
+// modelNamespaces are in the order of their places.
+var modelNamespaces = func() (names []string) {
+	for i := range 4 {
+		names = append(names, fmt.Sprintf("ns-%d", i))
+	}
+	slices.SortFunc(names, func(a, b string) int {
+		if placeOf(hash64(a)) < placeOf(hash64(b)) {
+			return -1
+		}
+		return 1
+	})
+	return names
+}()
+
+// modelWorld is one run of the model.
+type modelWorld struct {
+	*rand.Rand
+	rules modelRules
+	calm  bool // no faults any more
+
+	now     time.Time
+	edits   []map[string]string // of the overrides, in their order
+	sizes   []ordinals          // the backends of each edit
+	object  *handoffObject      // nil: does not exist
+	data    map[string]string   // of object
+	old     []map[string]string // earlier data
+	version int
+	late    []*handoffWrite // that may arrive still
+	pods    map[string]routerPod
+	routers []*modelRouter // one for each name of a pod
+	serial  int            // of UIDs and instances
+	faults  int            // one event in so many is a fault
+	kinds   [12]bool       // the faults of this run
+	stale   bool           // an old copy may be in place of the object
+	trace   []string
+	seen    map[string]int // how often something happened
+}
+
+// modelRouter is the container of a router's pod.
+type modelRouter struct {
+	*member           // nil: it does not run
+	pod     string    // its name
+	open    [4]uint64 // for each namespace, the backends with a session
+	object  *handoffObject
+	seenAt  time.Time
+	inbox   []*handoffObject // versions that it will see
+	list    *podList
+	listing *podList // has begun
+	edit    int      // of its table; -1: none
+	next    mark
+	leaving bool
+	cut     bool // sees nothing for a while
+	skew    time.Duration
+}
+
+// modelRules change what the model does: each takes a rule away.
+type modelRules struct {
+	situation func(*modelWorld, *modelRouter, *situation)
+	view      func(*modelRouter, *memberView)
+	decision  func(*modelWorld, *modelRouter, *decision)
+	write     func(*handoffWrite)
+	listLate  bool // a list of pods from before the object's version counts
+	noEnd     bool // a router that is not a member keeps its sessions
+	keepAll   bool // an unknown owner ends no session
+	admitLast bool // a router that leaves admits clients
+}
+
+func (w *modelWorld) tell(format string, args ...any) {
+	line := fmt.Sprintf(format, args...)
+	w.trace = append(w.trace, line)
+	w.seen[strings.Fields(line)[0]]++
+}
+
+// id returns a new name.
+func (w *modelWorld) id(prefix string) string {
+	w.serial++
+	return prefix + strconv.Itoa(w.serial)
+}
+
+// chance is true once in n times.
+func (w *modelWorld) chance(n int) bool { return w.IntN(n) == 0 }
+
+func newModelWorld(seed uint64, rules modelRules) *modelWorld {
+	w := &modelWorld{
+		Rand: rand.New(rand.NewPCG(seed, 4)), rules: rules, now: time.UnixMilli(1000),
+		pods: map[string]routerPod{}, seen: map[string]int{},
+		faults: []int{8, 16, 32}[seed%3],
+	}
+	for kind := range w.kinds { // each seed has its own mix
+		w.kinds[kind] = kind < 2 || w.chance(2)
+	}
+	w.addEdit()
+	w.store("u", map[string]string{})
+	for i := range 1 + w.IntN(3) {
+		w.routers = append(w.routers, &modelRouter{pod: fmt.Sprintf("r%d", i)})
+		if !w.chance(4) {
+			w.addPod(w.routers[i])
+		}
+	}
+	return w
+}
+
+// addEdit adds an edit: of one namespace, of all, of the number of backends, or back to an
+// earlier one.
+func (w *modelWorld) addEdit() {
+	data, size := map[string]string{}, ordinals{0, 3}
+	if n := len(w.edits); n > 0 {
+		i := n - 1
+		if w.chance(3) {
+			i = w.IntN(n)
+		}
+		data, size = maps.Clone(w.edits[i]), w.sizes[i]
+	}
+	for range 1 + w.IntN(4) {
+		data[modelNamespaces[w.IntN(4)]] = fmt.Sprintf("backend-%d", w.IntN(4))
+	}
+	if w.chance(3) {
+		delete(data, modelNamespaces[w.IntN(4)])
+	}
+	if w.chance(3) {
+		size.count = 2 + w.IntN(3)
+	}
+	w.edits, w.sizes = append(w.edits, data), append(w.sizes, size)
+	w.tell("edit: %d is %v with %s backends", len(w.edits)-1, data, size)
+}
+
+func (w *modelWorld) addPod(r *modelRouter) {
+	w.pods[r.pod] = routerPod{uid: w.id("p"), scheduled: true}
+	w.tell("pod %s is %s", r.pod, w.pods[r.pod].uid)
+}
+
+// store makes a new version of the object.
+func (w *modelWorld) store(uid string, data map[string]string) {
+	if w.object != nil {
+		w.old = append(w.old, w.data)
+	}
+	w.version++
+	w.object, w.data = readHandoffObject(uid, strconv.Itoa(w.version), data), data
+	w.show()
+}
+
+// show has all routers see the object, sooner or later.
+func (w *modelWorld) show() {
+	for _, r := range w.routers {
+		r.inbox = append(r.inbox, w.object)
+	}
+}
+
+// apply applies a write as the API server does.
+func (w *modelWorld) apply(write *handoffWrite) {
+	o := w.object
+	if o == nil || write.uid != "" && write.uid != o.uid || write.version != "" && write.version != o.version {
+		w.tell("refused: %v", write.data)
+		return
+	}
+	data := maps.Clone(w.data)
+	maps.Copy(data, write.data)
+	for _, key := range write.remove {
+		delete(data, key)
+	}
+	if !maps.Equal(data, w.data) {
+		w.tell("version %d: %v, without %v", w.version+1, write.data, write.remove)
+		w.store(o.uid, data)
+	}
+}
+
+// start starts the container of r's pod.
+func (w *modelWorld) start(r *modelRouter) {
+	*r = modelRouter{pod: r.pod, edit: -1, object: w.object, seenAt: w.now}
+	r.member = newMember(r.pod, w.pods[r.pod].uid, w.id("i"))
+	if w.chance(3) && !w.calm {
+		r.skew = -time.Duration(w.IntN(5000)) * time.Millisecond
+	}
+	w.tell("start %s %s", r.pod, r.instance)
+}
+
+func (w *modelWorld) clock(r *modelRouter) time.Time { return w.now.Add(r.skew) }
+
+// stop ends the container.
+func (w *modelWorld) stop(r *modelRouter) {
+	w.tell("stop %s", r.pod)
+	r.member, r.open = nil, [4]uint64{}
+}
+
+// receive has r see the next version of the object.
+func (w *modelWorld) receive(r *modelRouter) {
+	if len(r.inbox) == 0 {
+		return
+	}
+	r.object, r.inbox, r.seenAt = r.inbox[0], r.inbox[1:], w.clock(r)
+	if r.object != nil {
+		r.see(r.object, w.clock(r))
+	}
+}
+
+// readEdit has r make a table of a later edit.
+func (w *modelWorld) readEdit(r *modelRouter) {
+	last := len(w.edits) - 1
+	if r.edit == last {
+		return
+	}
+	r.edit += 1 + w.IntN(last-r.edit)
+	if w.calm || r.edit < 0 {
+		r.edit = last
+	}
+	sources := []sourceContent{{id: sourceID{name: "a"}, overrides: newOverrideSet(w.edits[r.edit])}}
+	r.setNewest(newTable("backend", false, w.sizes[r.edit], sources, r.newest))
+	w.tell("reads: %s has edit %d, %016x", r.pod, r.edit, r.newest.contentHash)
+}
+
+// misplaced returns the backends of r's sessions of a namespace that have to end.
+func (w *modelWorld) misplaced(r *modelRouter, i int) (set uint64) {
+	for backend := range 8 {
+		s := &session{namespace: modelNamespaces[i], backend: backend}
+		if r.open[i]&(1<<backend) == 0 || r.view == nil || !r.view.misplaces(s.namespace, s.backend) {
+			continue
+		}
+		if w.rules.keepAll && r.view.after(s.namespace) == ownerUnknown {
+			continue
+		}
+		set |= 1 << backend
+	}
+	return set
+}
+
+// situationOf returns what r decides by.
+func (w *modelWorld) situationOf(r *modelRouter) *situation {
+	s := &situation{
+		now: w.clock(r), object: r.object, seenAt: r.seenAt, list: r.list, leaving: r.leaving,
+		gone: func(pod, uid string) bool { return w.pods[pod].uid != uid },
+	}
+	s.released = true
+	for i := range r.open {
+		s.sessions = s.sessions || r.open[i] != 0
+		s.released = s.released && w.misplaced(r, i) == 0
+	}
+	s.next = r.next
+	if w.rules.situation != nil {
+		w.rules.situation(w, r, s)
+	}
+	return s
+}
+
+// act has r decide, and does what it decides. It reports whether there was something.
+func (w *modelWorld) act(r *modelRouter) bool {
+	if w.chance(10) {
+		r.next = w.randomNext()
+	}
+	d := r.decide(w.situationOf(r))
+	if w.rules.decision != nil {
+		w.rules.decision(w, r, &d)
+	}
+	if d.view != nil && w.rules.view != nil {
+		w.rules.view(r, d.view)
+	}
+	r.note(d, w.clock(r))
+	switch d.action {
+	case actAdopt:
+		w.tell("adopts: %s step %d of %s, done %t, outside %t", r.pod, d.view.step, d.view.plan.epoch, d.view.done, d.view.outside)
+	case actList:
+		r.inbox = []*handoffObject{w.object}
+		w.receive(r)
+		if r.listing = nil; r.object != nil {
+			r.listing = &podList{uid: r.object.uid, version: r.object.version}
+			if w.rules.listLate {
+				r.listing.pods = maps.Clone(w.pods)
+			}
+		}
+	case actEndAll:
+		if w.tell("endall: %s", r.pod); !w.rules.noEnd {
+			r.open = [4]uint64{}
+		}
+	case actWrite:
+		w.tell("%s: %s", strings.Fields(d.why)[0], r.pod)
+		w.count(d.write)
+		w.send(d.write)
+	}
+	return d.action != actWait
+}
+
+// count counts what a written plan has.
+func (w *modelWorld) count(write *handoffWrite) {
+	p, err := parsePlan(write.data[planKey])
+	if err != nil {
+		return
+	}
+	w.seen[fmt.Sprintf("plan of %d", len(p.records))]++
+	if p.held {
+		w.seen["plan held"]++
+	}
+	if p.unpinned {
+		w.seen["plan unpinned"]++
+	}
+	for i := range p.records {
+		if p.records[i].now.upto > p.records[i].was.upto {
+			w.seen["plan moves"]++
+		}
+	}
+}
+
+// send sends a write, which may be lost or late.
+func (w *modelWorld) send(write *handoffWrite) {
+	if w.rules.write != nil {
+		w.rules.write(write)
+	}
+	switch {
+	case w.calm || !w.chance(4):
+		w.apply(write)
+	case w.chance(2):
+		w.late = append(w.late, write)
+	}
+}
+
+// randomNext returns any proposal.
+func (w *modelWorld) randomNext() mark {
+	if w.calm || w.chance(2) {
+		return mark{upto: allPlaces}
+	}
+	m := mark{upto: []uint64{0, allPlaces, placeOf(hash64(modelNamespaces[w.IntN(4)])) + 1}[w.IntN(3)]}
+	for ordinal := range 4 {
+		switch w.IntN(10) {
+		case 0:
+			m.away = append(m.away, ordinal)
+		case 1:
+			m.gone = append(m.gone, ordinal)
+		}
+	}
+	return m
+}
+
+// finishList gives r the pods that exist now.
+func (w *modelWorld) finishList(r *modelRouter) {
+	if r.listing == nil {
+		return
+	}
+	r.list, r.listing = r.listing, nil
+	if r.list.pods == nil {
+		r.list.pods = maps.Clone(w.pods)
+	}
+	r.list.at = w.clock(r)
+}
+
+// openSession opens a session if the view has an owner.
+func (w *modelWorld) openSession(r *modelRouter) {
+	i := w.IntN(4)
+	if r.view == nil || r.leaving && !w.rules.admitLast {
+		return
+	}
+	if owner, _, state := r.view.owner(modelNamespaces[i]); state == isOwned {
+		if r.open[i]&(1<<owner) == 0 {
+			w.tell("opens: %s %s with %d, step %d", r.pod, modelNamespaces[i], owner, r.view.step)
+		}
+		r.open[i] |= 1 << owner
+	}
+}
+
+// closeSession ends the sessions of one namespace: those that have to, or all, since their
+// clients leave.
+func (w *modelWorld) closeSession(r *modelRouter) {
+	i := w.IntN(4)
+	set := w.misplaced(r, i)
+	if w.chance(4) {
+		set = r.open[i]
+	}
+	if set != 0 {
+		w.tell("closes: %s %s with %b", r.pod, modelNamespaces[i], set)
+	}
+	r.open[i] &^= set
+}
+
+// fault does something to the routers, their pods, or the object.
+func (w *modelWorld) fault() {
+	r := w.routers[w.IntN(len(w.routers))]
+	_, exists := w.pods[r.pod]
+	kind := max(0, w.IntN(len(w.kinds)+6)-6)
+	if !w.kinds[kind] {
+		return
+	}
+	switch kind {
+	case 0, 1, 2:
+		w.addEdit()
+	case 3, 4:
+		if r.member != nil {
+			w.stop(r)
+		}
+	case 5:
+		if exists && w.chance(2) {
+			if r.member != nil {
+				w.stop(r)
+			}
+			delete(w.pods, r.pod)
+			w.tell("pod %s is gone", r.pod)
+		}
+	case 6:
+		if !exists {
+			w.addPod(r)
+		}
+	case 7:
+		r.cut = !r.cut
+	case 8:
+		w.now = w.now.Add(time.Duration(w.IntN(200)) * time.Second)
+	case 9:
+		if r.member != nil && w.chance(3) {
+			r.leaving = true
+			w.tell("leaves: %s", r.pod)
+		}
+	default:
+		w.spoil()
+	}
+}
+
+// spoil does something to the object.
+func (w *modelWorld) spoil() {
+	if w.object == nil {
+		w.tell("made: anew")
+		w.store(w.id("u"), map[string]string{})
+		return
+	}
+	data := maps.Clone(w.data)
+	switch w.IntN(8) {
+	case 0:
+		w.tell("deleted: object")
+		w.old, w.object, w.data = append(w.old, w.data), nil, nil
+		w.show()
+		return
+	case 1:
+		clear(data)
+	case 2:
+		delete(data, planKey)
+	case 3:
+		data[planKey] = "{}"
+	case 4, 5:
+		data[answerKeyPrefix+w.routers[w.IntN(len(w.routers))].pod] = "?"
+	default:
+		w.putOld()
+		return
+	}
+	w.tell("spoiled: %v", data)
+	w.store(w.object.uid, data)
+}
+
+// putOld puts an old copy in place of the object, if all routers go by the last version. One
+// that does not might go by the old copy: all have to be restarted after a restored backup.
+func (w *modelWorld) putOld() {
+	if len(w.old) == 0 || !w.allUpToDate() {
+		return
+	}
+	w.stale = true
+	uid := w.object.uid
+	if w.chance(2) {
+		uid = w.id("u")
+	}
+	data := w.old[w.IntN(len(w.old))]
+	w.tell("old copy: %v", data)
+	w.store(uid, data)
+}
+
+// allUpToDate reports whether all routers that run go by the present version.
+func (w *modelWorld) allUpToDate() bool {
+	return !slices.ContainsFunc(w.routers, func(r *modelRouter) bool {
+		return r.member != nil && (r.view == nil || r.view.version != w.object.version)
+	})
+}
+
+// mayStart reports whether no router would go by an old copy beside one that knows better.
+func (w *modelWorld) mayStart() bool {
+	w.stale = w.stale && w.object != nil && !w.allUpToDate()
+	return !w.stale
+}
+
+// event does one thing.
+func (w *modelWorld) event() {
+	w.now = w.now.Add(time.Duration(w.IntN(100)) * time.Millisecond)
+	r := w.routers[w.IntN(len(w.routers))]
+	switch {
+	case !w.calm && w.chance(w.faults):
+		w.fault()
+	case len(w.late) > 0 && w.chance(10):
+		i := w.IntN(len(w.late))
+		write := w.late[i]
+		w.late = slices.Delete(w.late, i, i+1)
+		w.tell("late: %v", write.data)
+		w.apply(write)
+	case r.member == nil:
+		if pod, exists := w.pods[r.pod]; exists && pod.scheduled && w.chance(3) && w.mayStart() {
+			w.start(r)
+		}
+	default:
+		w.step(r)
+	}
+}
+
+// step has one router do something.
+func (w *modelWorld) step(r *modelRouter) {
+	switch w.IntN(12) {
+	case 0, 1:
+		w.openSession(r)
+	case 2, 3:
+		w.closeSession(r)
+	case 4:
+		w.readEdit(r)
+	case 5:
+		w.finishList(r)
+	case 6, 7, 8:
+		for range 1 + w.IntN(3) {
+			if !r.cut {
+				w.receive(r)
+			}
+		}
+	default:
+		w.act(r)
+	}
+}
+
+// owners returns for each namespace the backends that have a session, or that a router
+// would give one.
+func (w *modelWorld) owners() (sets [4]uint64) {
+	for _, r := range w.routers {
+		if r.member == nil {
+			continue
+		}
+		for i, ns := range modelNamespaces {
+			sets[i] |= r.open[i]
+			if r.view == nil || r.leaving && !w.rules.admitLast {
+				continue
+			}
+			if owner, _, state := r.view.owner(ns); state == isOwned {
+				sets[i] |= 1 << owner
+			}
+		}
+	}
+	return sets
+}
+
+// violation says which namespace has two owners, or "".
+func (w *modelWorld) violation() string {
+	for i, set := range w.owners() {
+		if set&(set-1) != 0 {
+			return fmt.Sprintf("%s has the owners %b", modelNamespaces[i], set)
+		}
+	}
+	return ""
+}
+
+// settle ends all faults, and lets all routers go on until all is at rest. It returns what
+// is missing after a long time, or a violation, or "".
+func (w *modelWorld) settle() string {
+	w.calm, w.late = true, nil
+	w.tell("calm")
+	if w.object == nil {
+		w.store(w.id("u"), map[string]string{})
+	}
+	for _, r := range w.routers {
+		if r.cut = false; r.leaving && r.member != nil {
+			w.stop(r)
+			delete(w.pods, r.pod)
+		}
+		if len(w.pods) == 0 || w.chance(2) && w.pods[r.pod].uid == "" {
+			w.addPod(r)
+		}
+	}
+	why := ""
+	for range 300 {
+		for _, r := range w.routers {
+			w.round(r)
+			if bad := w.violation(); bad != "" {
+				return bad
+			}
+		}
+		if why = w.restless(); why == "" {
+			return ""
+		}
+		w.now = w.now.Add(100 * time.Millisecond)
+	}
+	return "not at rest: " + why
+}
+
+// round has one router do all that it can do now.
+func (w *modelWorld) round(r *modelRouter) {
+	if r.member == nil {
+		if w.pods[r.pod].uid != "" && w.mayStart() {
+			w.start(r)
+		}
+		return
+	}
+	w.readEdit(r)
+	w.catchUp(r)
+}
+
+// catchUp has a router do all that it can do now with the table that it has.
+func (w *modelWorld) catchUp(r *modelRouter) {
+	for len(r.inbox) > 0 {
+		w.receive(r)
+	}
+	r.next = w.randomNext()
+	for range 3 {
+		w.openSession(r)
+		for i := range r.open {
+			r.open[i] &^= w.misplaced(r, i)
+		}
+		w.finishList(r)
+		if !w.act(r) {
+			return
+		}
+	}
+}
+
+// restless says what is not as it has to be in the end, or "".
+func (w *modelWorld) restless() string {
+	o := w.object
+	if o.plan == nil || len(o.plan.members) != len(w.pods) {
+		return "no plan, or other members than pods"
+	}
+	for _, r := range w.routers {
+		if w.pods[r.pod].uid == "" {
+			continue
+		}
+		switch {
+		case r.member == nil:
+			return r.pod + " does not run"
+		case r.whyNotReady() != "":
+			return r.pod + ": " + r.whyNotReady()
+		case r.object != o || !r.view.done:
+			return r.pod + " is behind"
+		case !o.plan.isAtRest(r.newest.contentHash) || r.edit != len(w.edits)-1:
+			return r.pod + " has another table"
+		}
+		for _, ns := range modelNamespaces {
+			want, pinned := r.newest.lookup(ns, hash64(ns))
+			if got, _, state := r.view.owner(ns); !pinned && (state != isOwned || got != want) {
+				return fmt.Sprintf("%s has %s with %d, want %d", r.pod, ns, got, want)
+			}
+		}
+	}
+	return ""
+}
+
+// run runs one seed, and returns what went wrong, or "".
+func (w *modelWorld) run(events int) string {
+	if !w.chance(4) { // begin with a plan
+		if bad := w.settle(); bad != "" {
+			return "at the start: " + bad
+		}
+		w.calm = false
+		w.tell("begin")
+	}
+	for range events {
+		w.event()
+		if bad := w.violation(); bad != "" {
+			return bad
+		}
+	}
+	return w.settle()
+}
+
+// modelSeeds returns how many seeds to run: HANDOFF_SEEDS, or the default.
+func modelSeeds(short int) uint64 {
+	if n, err := strconv.Atoi(os.Getenv("HANDOFF_SEEDS")); err == nil {
+		return uint64(n)
+	}
+	return uint64(short)
+}
+
+func TestModelIsSafeAndLive(t *testing.T) {
+	seen := map[string]int{}
+	for seed := range modelSeeds(1000) {
+		w := newModelWorld(seed, modelRules{})
+		if bad := w.run(400); bad != "" {
+			t.Fatalf("seed %d:\n%s\n%s", seed, strings.Join(w.trace, "\n"), bad)
+		}
+		for what, n := range w.seen {
+			seen[what] += n
+		}
+	}
+	for what, n := range map[string]int{
+		"plan moves": 1500, "plan held": 1000, "plan of 3": 300, "plan unpinned": 50,
+		"closes:": 1000, "reset:": 200, "make:": 500, "remove:": 200, "leave:": 10,
+	} {
+		if t.Logf("%6d %s", seen[what], what); seen[what] < n {
+			t.Errorf("%d %s, want %d: the test has tested little", seen[what], what, n)
+		}
+	}
+}
+
+// otherAnswers has the router see other answers than the object has.
+func otherAnswers(s *situation, change func(pod string, a stepAnswer) stepAnswer) {
+	if s.object == nil || s.object.plan == nil {
+		return
+	}
+	o := *s.object
+	o.answers = map[string]stepAnswer{}
+	for pod := range o.plan.members {
+		o.answers[pod] = change(pod, s.object.answers[pod])
+	}
+	s.object = &o
+}
+
+// asAnswered returns the answer that o's plan waits for.
+func asAnswered(o *handoffObject, pod string, a stepAnswer) stepAnswer {
+	a.instance = o.plan.members[pod].Instance
+	a.epoch, a.step = o.plan.epoch, o.plan.step
+	return a
+}
+
+// changePlan has a router write another plan than it has decided to.
+func changePlan(d *decision, change func(*sharedPlan)) {
+	if d.write == nil {
+		return
+	}
+	p, err := parsePlan(d.write.data[planKey])
+	if err != nil {
+		return
+	}
+	next := *p
+	next.records = slices.Clone(p.records)
+	change(&next)
+	d.write.data[planKey] = next.String()
+}
+
+// TestModelNeedsRules: without a rule, a seed of the model finds two owners, or something
+// that never comes to rest.
+func TestModelNeedsRules(t *testing.T) {
+	const twoOwners, stuck = "has the owners", "not at rest"
+	for _, c := range []struct {
+		name, want string
+		rules      modelRules
+	}{
+		{"what changes is held", twoOwners, modelRules{
+			decision: func(_ *modelWorld, _ *modelRouter, d *decision) {
+				changePlan(d, func(p *sharedPlan) {
+					for i := range p.records {
+						p.records[i].was = p.records[i].now
+					}
+				})
+			}}},
+		{"a step waits for all answers to the one before", twoOwners, modelRules{
+			situation: func(w *modelWorld, r *modelRouter, s *situation) {
+				otherAnswers(s, func(pod string, a stepAnswer) stepAnswer {
+					if pod == r.pod || r.newest == nil {
+						return a
+					}
+					a.have, a.blank = r.newest.contentHash, false
+					return asAnswered(s.object, pod, a)
+				})
+			},
+			view: func(r *modelRouter, v *memberView) { v.done = len(r.object.missing()) == 0 },
+		}},
+		{"an entry that cannot be read says nothing", twoOwners, modelRules{
+			view: func(r *modelRouter, v *memberView) {
+				if t := r.table(v.records[0].content); t != nil {
+					v.tables[0] = t
+				}
+			}}},
+		{"only members admit", twoOwners, modelRules{
+			view: func(_ *modelRouter, v *memberView) { v.outside = false }}},
+		{"an answer waits for the end of sessions", twoOwners, modelRules{
+			situation: func(_ *modelWorld, _ *modelRouter, s *situation) { s.released = true }}},
+		{"a step is done when all have answered", twoOwners, modelRules{
+			view: func(_ *modelRouter, v *memberView) { v.done = true }}},
+		{"only a pod that is gone is removed", twoOwners, modelRules{
+			situation: func(_ *modelWorld, _ *modelRouter, s *situation) {
+				s.gone = func(string, string) bool { return true }
+			}}},
+		{"a pod that is gone is removed", stuck, modelRules{
+			situation: func(_ *modelWorld, _ *modelRouter, s *situation) {
+				s.gone = func(string, string) bool { return false }
+			}}},
+		{"an answer that was overwritten is sent again", stuck, modelRules{
+			situation: func(w *modelWorld, r *modelRouter, s *situation) {
+				otherAnswers(s, func(pod string, a stepAnswer) stepAnswer {
+					if pod == r.pod && r.patch != nil && r.patch.uid == s.object.uid {
+						return r.answered
+					}
+					return a
+				})
+			}}},
+		{"a plan whose tables nobody knows is replaced", stuck, modelRules{
+			decision: func(_ *modelWorld, r *modelRouter, d *decision) {
+				if strings.HasPrefix(d.why, "step") && !r.view.knowsAll() {
+					*d = decision{}
+				}
+			}}},
+		{"a step that nobody can judge is held", twoOwners, modelRules{
+			decision: func(_ *modelWorld, r *modelRouter, d *decision) {
+				if strings.HasPrefix(d.why, "step") {
+					changePlan(d, func(p *sharedPlan) { p.held = false })
+				}
+			}}},
+		{"a plan that does not follow is not gone by", twoOwners, modelRules{
+			situation: func(_ *modelWorld, r *modelRouter, s *situation) {
+				if r.view != nil && s.object != nil && s.object.plan != nil && !r.follows(s.object) {
+					r.top = 0
+					v := *r.view
+					v.plan = &sharedPlan{members: v.plan.members}
+					r.view = &v
+				}
+			}}},
+		{"a reset is held", twoOwners, modelRules{
+			decision: func(_ *modelWorld, _ *modelRouter, d *decision) {
+				if strings.HasPrefix(d.why, "reset") {
+					changePlan(d, func(p *sharedPlan) { p.held = false })
+				}
+			}}},
+		{"all have to say that there is no plan", twoOwners, modelRules{
+			situation: func(_ *modelWorld, r *modelRouter, s *situation) {
+				if r.view == nil && s.list != nil {
+					l := *s.list
+					l.pods = map[string]routerPod{r.pod: l.pods[r.pod]}
+					s.list = &l
+				}
+			}}},
+		{"all plans are written on the version that was seen", twoOwners, modelRules{
+			write: func(write *handoffWrite) { write.version = "" }}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			seeds := modelSeeds(3000)
+			for seed := range seeds {
+				w := newModelWorld(seed, c.rules)
+				if bad := w.run(400); strings.Contains(bad, c.want) {
+					t.Logf("%s: seed %d: %s", c.name, seed, bad)
+					return
+				}
+			}
+			t.Errorf("%s: %d seeds find nothing that is wrong", c.name, seeds)
+		})
+	}
+}
+
+// newScene returns a world in which n routers run and are members of a plan at rest, and
+// nothing happens by chance.
+func newScene(n int, rules modelRules, overrides map[string]string) *modelWorld {
+	w := newModelWorld(0, rules)
+	w.calm, w.pods, w.routers = true, map[string]routerPod{}, nil
+	w.edit(overrides)
+	for range n {
+		w.addRouter()
+	}
+	w.drive(w.routers...)
+	return w
+}
+
+// edit edits the overrides. There are three backends.
+func (w *modelWorld) edit(overrides map[string]string) {
+	w.edits, w.sizes = append(w.edits, overrides), append(w.sizes, ordinals{0, 3})
+}
+
+// addRouter starts a router.
+func (w *modelWorld) addRouter() *modelRouter {
+	r := &modelRouter{pod: fmt.Sprintf("r%d", len(w.routers))}
+	w.routers = append(w.routers, r)
+	w.addPod(r)
+	w.start(r)
+	return r
+}
+
+// drive lets these routers go on for some seconds, while the others do nothing.
+func (w *modelWorld) drive(routers ...*modelRouter) {
+	for range 50 {
+		for _, r := range routers {
+			w.round(r)
+		}
+		w.now = w.now.Add(100 * time.Millisecond)
+	}
+}
+
+// openAll has r open a session of each namespace.
+func (w *modelWorld) openAll(r *modelRouter) {
+	for i, ns := range modelNamespaces {
+		if owner, _, state := r.view.owner(ns); state == isOwned {
+			r.open[i] |= 1 << owner
+		}
+	}
+}
+
+// to returns overrides that give all namespaces to one backend.
+func to(backend string) map[string]string {
+	data := map[string]string{}
+	for _, ns := range modelNamespaces {
+		data[ns] = backend
+	}
+	return data
+}
+
+// A router has joined, and the object is emptied before the other one has seen that. The
+// other one must not reset the plan without it.
+func TestResetCountsAllPods(t *testing.T) {
+	for name, rules := range map[string]modelRules{
+		"": {},
+		"members of the view only": {decision: func(_ *modelWorld, r *modelRouter, d *decision) {
+			if strings.HasPrefix(d.why, "reset") {
+				changePlan(d, func(p *sharedPlan) { p.members = r.view.plan.members })
+			}
+		}},
+		"pods that were listed before the object": {
+			situation: func(_ *modelWorld, r *modelRouter, s *situation) {
+				if s.list != nil && r.pod == "r0" {
+					l := *s.list
+					l.pods = map[string]routerPod{"r0": l.pods["r0"]}
+					s.list = &l
+				}
+			}},
+	} {
+		w := newScene(1, rules, to("backend-0"))
+		first, second := w.routers[0], w.addRouter()
+		w.drive(second)
+		w.openAll(second)
+		w.store(w.object.uid, map[string]string{})
+		w.edit(to("backend-1"))
+		w.drive(first)
+		if bad := w.violation(); (bad == "") != (name == "") {
+			t.Errorf("%q: %q after\n%s", name, bad, strings.Join(w.trace, "\n"))
+		}
+		if name == "" && w.restless() == "" {
+			t.Error("the first router went on without the second")
+		}
+		w.drive(first, second)
+		if why := w.restless(); name == "" && why != "" {
+			t.Errorf("not at rest: %s", why)
+		}
+	}
+}
+
+// A router that never joined resets the plan to a table with an invalid entry, while a step
+// that moves its namespace has come to one member and not to the other. They do not agree
+// on the owner that the namespace had, so nobody may say it.
+func TestResetByOutsider(t *testing.T) {
+	for _, forgets := range []bool{false, true} {
+		rules := modelRules{}
+		if forgets {
+			rules.decision = func(_ *modelWorld, _ *modelRouter, d *decision) {
+				changePlan(d, func(p *sharedPlan) { p.unpinned = false })
+			}
+		}
+		w := newScene(2, rules, to("backend-0"))
+		a, b := w.routers[0], w.routers[1]
+		w.edit(to("unreadable"))
+		w.drive(a, b)
+		outsider := w.addRouter() // it sees the plan, and has no table yet, so it does not join
+		w.catchUp(outsider)
+		w.openAll(b)
+		w.edit(to("backend-1"))
+		w.readEdit(a)
+		w.readEdit(b)
+		for i := 0; len(w.object.plan.records) == 1; i++ {
+			w.catchUp(w.routers[i%2])
+			w.now = w.now.Add(100 * time.Millisecond)
+		}
+		for len(a.inbox) > 0 {
+			w.receive(a)
+		}
+		w.act(a)
+		if len(a.view.records) != 2 || len(b.view.records) != 1 {
+			t.Fatalf("%d and %d records, want that one has seen the step", len(a.view.records), len(b.view.records))
+		}
+		outsider.inbox = nil // it was cut off
+		w.store(w.object.uid, map[string]string{})
+		for range 5 { // it resets the plan before the members do
+			w.catchUp(outsider)
+			w.now = w.now.Add(time.Second)
+		}
+		bad := ""
+		for range 20 {
+			for _, r := range []*modelRouter{a, b, outsider} {
+				w.catchUp(r)
+				bad = cmp.Or(bad, w.violation())
+			}
+			w.now = w.now.Add(time.Second)
+		}
+		if (bad != "") != forgets {
+			t.Errorf("forgets %t: %q after\n%s", forgets, bad, strings.Join(w.trace, "\n"))
+		}
+	}
+}
+
+// A member that does not know a table of a reset cannot say which of its sessions may stay:
+// it ends those that it does not know an owner for, before it answers.
+func TestUnknownTableEndsSessions(t *testing.T) {
+	for _, keeps := range []bool{false, true} {
+		w := newScene(1, modelRules{keepAll: keeps}, to("backend-0"))
+		a, outsider := w.routers[0], w.addRouter()
+		w.receive(outsider)
+		w.readEdit(outsider)
+		w.act(outsider) // it sees the plan, and does not get as far as to join
+		if outsider.view == nil || !outsider.view.outside {
+			t.Fatal("the second router is a member")
+		}
+		w.edit(to("backend-1"))
+		w.drive(a)
+		w.openAll(a)
+		for range 2 {
+			w.now = w.now.Add(promiseTime)
+			a.see(w.object, w.clock(a))
+		}
+		w.store(w.object.uid, map[string]string{})
+		for i := range 20 { // the second one does not read the edit, and resets the plan first
+			w.catchUp(outsider)
+			if i > 4 {
+				w.catchUp(a)
+			}
+			w.now = w.now.Add(time.Second)
+		}
+		if keeps == (w.violation() == "") {
+			t.Errorf("keeps %t: %q after\n%s", keeps, w.violation(), strings.Join(w.trace, "\n"))
+		}
+	}
+}
+
+// A router that leaves admits nobody, from before it decides to leave: the others may go on
+// before it sees that it has left.
+func TestLeaverAdmitsNobody(t *testing.T) {
+	for _, admits := range []bool{false, true} {
+		w := newScene(2, modelRules{admitLast: admits}, to("backend-0"))
+		stays, leaves := w.routers[0], w.routers[1]
+		leaves.leaving, leaves.open = true, [4]uint64{}
+		w.act(leaves)
+		w.edit(to("backend-1"))
+		w.drive(stays)
+		if len(w.object.plan.members) != 1 || admits == (w.violation() == "") {
+			t.Errorf("admits %t: %q after\n%s", admits, w.violation(), strings.Join(w.trace, "\n"))
+		}
+	}
+}
+
+// rested returns a world with n members at rest, and what the first one decides by.
+func rested(n int) (*modelWorld, *modelRouter, *situation) {
+	w := newScene(n, modelRules{}, to("backend-0"))
+	r := w.routers[0]
+	return w, r, w.situationOf(r)
+}
+
+// Who was removed ends its sessions, also if the object is gone, and joins again then.
+func TestRemovedMemberEndsSessions(t *testing.T) {
+	w, r, s := rested(2)
+	next := r.view.plan.withMember(r.pod, nil)
+	next.writes++
+	w.store(w.object.uid, map[string]string{planKey: next.String()})
+	s.object, s.sessions = w.object, true
+	d := r.decide(s)
+	r.note(d, s.now)
+	if _, _, state := r.view.owner("ns-0"); d.action != actAdopt || state != notAdmitted {
+		t.Errorf("it decides to %d, and its view says %d", d.action, state)
+	}
+	for _, o := range []*handoffObject{w.object, nil} {
+		if s.object = o; r.decide(s).action != actEndAll {
+			t.Errorf("with the object %v it decides to %d", o, r.decide(s).action)
+		}
+	}
+	s.object, s.sessions = w.object, false
+	if d := r.decide(s); d.action != actWrite || d.why != "join" {
+		t.Errorf("without sessions it decides to %d: %s", d.action, d.why)
+	}
+}
+
+// Without an object, and without news, a member writes nothing.
+func TestMemberWaits(t *testing.T) {
+	_, r, s := rested(2)
+	for _, o := range []*handoffObject{s.object, nil} {
+		if s.object = o; r.decide(s).action != actWait {
+			t.Errorf("with the object %v it decides to %d", o, r.decide(s).action)
+		}
+	}
+}
+
+// Members write a step in the order of their names.
+func TestMembersTakeTurns(t *testing.T) {
+	w, first, _ := rested(2)
+	second := w.routers[1]
+	w.edit(to("backend-1"))
+	data := maps.Clone(w.data)
+	for _, r := range w.routers {
+		w.readEdit(r)
+		a := r.answer(&situation{progress: progress{next: mark{upto: allPlaces}}})
+		data[r.key()] = a.String()
+	}
+	w.store(w.object.uid, data)
+	w.now = w.now.Add(time.Second)
+	for _, r := range []*modelRouter{first, second} {
+		for len(r.inbox) > 0 {
+			w.receive(r)
+		}
+		r.next = mark{upto: allPlaces}
+		r.note(r.decide(w.situationOf(r)), w.now) // it adopts that
+		s := w.situationOf(r)
+		s.seenAt, r.stepped = s.now, s.now.Add(-time.Minute)
+		d := r.decide(s)
+		if r == first && (d.action != actWrite || !strings.HasPrefix(d.why, "step")) {
+			t.Errorf("the first decides to %d: %s", d.action, d.why)
+		}
+		if r == second && (d.action != actWait || d.again != s.now.Add(turnInterval)) {
+			t.Errorf("the second decides to %d: %s, again in %s", d.action, d.why, d.again.Sub(s.now))
+		}
+		if s.now = s.now.Add(turnInterval); r.decide(s).action != actWrite {
+			t.Errorf("after its turn it decides to %d", r.decide(s).action)
+		}
+		s.now, r.stepped = s.seenAt.Add(time.Hour), s.seenAt.Add(time.Hour)
+		if d := r.decide(s); d.action != actWait || d.again.Sub(s.now) != stepTime(2) {
+			t.Errorf("right after a step it decides to %d: %s", d.action, d.why)
+		}
+	}
+}
+
+// A plan has at most three tables, whatever the edits and the owners that are away, and
+// comes to rest when all is there.
+func TestPlanHasThreeRecords(t *testing.T) {
+	full := 0
+	for seed := range uint64(2000) {
+		r := rand.New(rand.NewPCG(seed, 5))
+		p := &handoffPlan{step: 1, records: []planRecord{{content: 1}}}
+		for range 30 {
+			m := randomMark(r)
+			if r.IntN(2) == 0 {
+				m.upto = uint64(r.IntN(100))
+			}
+			p = p.advance(1+r.Uint64N(4), m, time.UnixMilli(0))
+			if len(p.records) > maxRecords {
+				t.Fatalf("seed %d: %d records", seed, len(p.records))
+			}
+			if p.isFull() {
+				full++
+			}
+		}
+		for range 6 {
+			p = p.advance(1, mark{upto: allPlaces}, time.UnixMilli(0))
+		}
+		if !p.isAtRest(1) {
+			t.Fatalf("seed %d: not at rest: %v", seed, p.records)
+		}
+	}
+	if full < 1000 {
+		t.Errorf("%d full plans: the test has tested little", full)
+	}
+}
+
+func TestMemberPodIsGone(t *testing.T) {
+	id := memberID{"u", "i"}
+	for pod, want := range map[*routerPod]bool{
+		nil: true, {uid: "other"}: true, {uid: "u", ended: true}: true, {uid: "u"}: false,
+		{uid: "u", scheduled: true}: false,
+	} {
+		if id.isGone(pod) != want {
+			t.Errorf("%+v: gone %t, want %t", pod, !want, want)
+		}
+	}
+}
+
+func TestBackendsNote(t *testing.T) {
+	old := &activeBackends{4, "u", 7}
+	_, r, s := rested(1)
+	s.backends = old
+	d := r.decide(s)
+	p, err := parsePlan(d.write.data[planKey])
+	if err != nil || *p.backends != *old || p.step != r.view.step || p.writes != r.view.plan.writes+1 {
+		t.Errorf("it writes %v: %v", p, err)
+	}
+}
+
+// A reset names all that may have sessions. If it is not sure which process a pod has, any
+// may answer.
+func TestResetMembers(t *testing.T) {
+	w, r, s := rested(2)
+	other := r.view.plan.withMember("r1", &memberID{w.pods["r1"].uid, "another"})
+	other = other.withMember("r2", &memberID{"u2", "i2"}).withMember("r3", &memberID{"old", "i3"})
+	o := *s.object
+	o.plan, s.object = other, &o
+	s.list = &podList{pods: map[string]routerPod{
+		"r0": w.pods["r0"], "r1": w.pods["r1"], "r3": {uid: "new", scheduled: true},
+		"r4": {uid: "u4", scheduled: true}, "r5": {uid: "u5"}, "r6": {uid: "u6", scheduled: true, ended: true},
+	}}
+	want := map[string]memberID{
+		"r0": {r.uid, r.instance}, "r1": {w.pods["r1"].uid, anyInstance}, "r2": {"u2", "i2"},
+		"r3": {"new", anyInstance}, "r4": {"u4", anyInstance},
+	}
+	if got := r.mergeMembers(s); !maps.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+}
+
+// A table that an answer promised stays known until the object has had an answer with
+// another one for promiseTime.
+func TestPromisedTables(t *testing.T) {
+	w, r, _ := rested(1)
+	promised := r.newest.contentHash
+	w.edit(to("backend-1"))
+	w.drive(r)
+	if r.view.recordOf(promised) >= 0 || r.table(promised) == nil {
+		t.Fatal("the table is in the plan, or is not known any more")
+	}
+	r.see(w.object, w.now)
+	if r.see(w.object, w.now.Add(promiseTime/2)); r.table(promised) == nil {
+		t.Error("the table is not known any more")
+	}
+	late := *w.object
+	late.answers = map[string]stepAnswer{"r0": {instance: r.instance, epoch: "e", step: 1, have: promised}}
+	r.see(&late, w.now.Add(promiseTime))
+	if r.see(w.object, w.now.Add(promiseTime)); r.table(promised) == nil {
+		t.Error("the table is not known any more, although a late answer named it again")
+	}
+	if r.see(w.object, w.now.Add(2*promiseTime)); r.table(promised) != nil {
+		t.Error("the table is known for ever")
+	}
+}
+
+// The rate of moves is shared by the sessions that are left.
+func TestShareOfTheRate(t *testing.T) {
+	_, r, s := rested(2)
+	if got := r.share(s.object); got != 0.5 {
+		t.Errorf("with no session to move its share is %g, want 0.5", got)
+	}
+	o := *s.object
+	o.answers = map[string]stepAnswer{"r0": {left: 9}, "r1": {left: 1}, "r2": {left: 90}}
+	if got := r.share(&o); got != 0.9 {
+		t.Errorf("with 9 of 10 sessions its share is %g, want 0.9", got)
+	}
+}
+
+// An old copy of the object, from before a router joined, is put back, and a router that
+// starts goes on with it. Members that have seen the copy do not follow what that router
+// wrote, though it counts as many writes as theirs: the router that joined since would be
+// forgotten.
+func TestOldCopyIsNotContinued(t *testing.T) {
+	for starts := 1; starts <= 2; starts++ {
+		w := newScene(2, modelRules{}, to("backend-0"))
+		first, second := w.routers[0], w.routers[1]
+		old := maps.Clone(w.data)
+		joined := w.addRouter()
+		w.drive(joined, first, second)
+		w.openAll(joined)
+		w.store(w.object.uid, old)
+		for _, r := range []*modelRouter{first, second} {
+			w.receive(r)
+			w.act(r) // it lists, and has not written anything yet
+		}
+		live := []*modelRouter{first, second}
+		for range starts {
+			starting := w.addRouter()
+			w.receive(starting)
+			w.readEdit(starting)
+			for range 3 {
+				w.act(starting)
+			}
+			live = append(live, starting)
+		}
+		w.edit(to("backend-1"))
+		w.drive(live...)
+		if bad := w.violation(); bad != "" {
+			t.Errorf("%d start: %s\n%s", starts, bad, strings.Join(w.trace, "\n"))
+		}
+	}
+}
+
+// Two plans with the same number of writes are two branches: only one of them follows.
+func TestBranchDoesNotFollow(t *testing.T) {
+	w, r, s := rested(3)
+	branch := *r.view.plan
+	branch.members = maps.Clone(branch.members)
+	delete(branch.members, "r2")
+	branch.members["r9"] = memberID{"u9", "i9"}
+	data := maps.Clone(w.data)
+	data[planKey] = branch.String()
+	w.store(w.object.uid, data)
+	s.object = w.object
+	if d := r.decide(s); d.action == actAdopt {
+		t.Errorf("goes by a plan with other members: %v", d.view.plan.members)
+	}
+}
+
+// A router leaves once it has released the step, which is later than its last session with
+// -release.
+func TestLeaveAfterRelease(t *testing.T) {
+	for _, released := range []bool{false, true} {
+		_, r, s := rested(2)
+		s.leaving, s.sessions, s.released = true, false, released
+		if left := r.decide(s).why == "leave"; left != released {
+			t.Errorf("released %t: leaves %t", released, left)
+		}
+	}
+}

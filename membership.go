@@ -1,0 +1,563 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"math/rand/v2"
+	"net/http"
+	"net/url"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	// handoffTimeout bounds one write of the object, and one request for pods.
+	handoffTimeout = 5 * time.Second
+	// blockedTime is how long a member may not answer before its pod is asked for, and
+	// then the time between two requests.
+	blockedTime = time.Second
+	// relistTime is how long a change may wait without a new version of the object before
+	// the object is listed again: an event may have been lost (kubernetes#123072).
+	relistTime = 5 * time.Second
+)
+
+// membership is this router's part in a hand-off that all routers share (-handoff=all).
+// It reads their object, asks member what to do next, and sends what has to be sent. The
+// mover's run owns it and closes it.
+//
+// Each version of the object comes from one watcher, so none comes after a newer one. A
+// write changes nothing here: the watcher brings what it made. At most one write or list,
+// and one request for pods, are under way at a time.
+type membership struct {
+	// Static after construction.
+	watcher  *watcher[handoffConfigMap]
+	writer   *kubeClient // of the write under way; it keeps its connection
+	client   kubeClient  // to copy: a client is for one goroutine
+	podsPath string
+	podLabel string // a label selector: the pods of all routers
+	wake     func() // wakes the owner; must not block
+	// proposal returns the number of backends that the object should have; nil if it is
+	// not known.
+	proposal func() *activeBackends
+	// onNote is called with the number of backends that the object has, nil if it has
+	// none. It must not block.
+	onNote func(b *activeBackends)
+	log    *slog.Logger
+
+	// Owned by the goroutine that calls decide: the mover's run.
+	member   *member
+	ctx      context.Context // of all requests
+	leaving  bool            // the router admits nobody any more, and ends
+	noted    bool            // onNote was called
+	running  sync.WaitGroup  // requests
+	failures int             // writes and lists in a row that failed
+	retryAt  time.Time       // when the next one may begin
+	listedAt time.Time       // when the object was listed again because nothing had come
+	askedAt  time.Time       // when pods were asked for
+	throttle throttle        // of failures in the log
+
+	faultThrottle throttle // of what cannot be read in the log; owned by the watcher
+
+	counts handoffCounts
+
+	mu     sync.Mutex
+	inbox  handoffInbox  // guarded by mu
+	status sharedStatus  // guarded by mu
+	left   chan struct{} // closed when this router is no member any more and is leaving
+}
+
+// handoffCounts counts writes of the object.
+type handoffCounts struct{ written, conflicts, failed atomic.Int64 }
+
+// handoffInbox is what has come from the API server.
+type handoffInbox struct {
+	known  bool            // the object was listed
+	object *handoffObject  // nil if it does not exist
+	seenAt time.Time       // when this version came
+	list   *podList        // the last one; nil if there was none
+	gone   map[string]bool // UIDs of pods that have ended for ever; immutable
+	busy   bool            // a write or a list is under way
+	asking bool            // a request for a pod is under way
+	ended  bool            // a write or a list has ended since decide was called
+	err    error           // of that
+}
+
+// sharedStatus is what operators may ask.
+type sharedStatus struct {
+	notReady string   // why this router admits nobody, or not to all namespaces; or ""
+	why      string   // what it does or waits for; or ""
+	members  []string // pods, sorted
+	missing  []string // those of them that have not answered the step
+	err      error    // of the last write or list; nil if it succeeded
+	podErr   error    // of the last request for a pod; nil if it succeeded
+}
+
+// handoffConfigMap is the object as the API server has it.
+type handoffConfigMap struct {
+	apiObject
+	Data map[string]string `json:"data"`
+}
+
+// newMembership returns the membership of the pod with this name and UID, with the object
+// of this name. podLabel is the label selector of all routers' pods. The caller runs the
+// watcher, and sets wake, proposal and onNote.
+func newMembership(client kubeClient, namespace, object string, pod, uid, podLabel string,
+	log *slog.Logger) *membership {
+	writer, reader := client, client
+	writer.patch, writer.keep = true, true
+	s := &membership{
+		writer: &writer, client: client, podLabel: podLabel,
+		podsPath: "/api/v1/namespaces/" + namespace + "/pods",
+		wake:     func() {}, proposal: func() *activeBackends { return nil },
+		onNote: func(*activeBackends) {}, log: log,
+		member: newMember(pod, uid, fmt.Sprintf("%016x", rand.Uint64())),
+		inbox:  handoffInbox{gone: map[string]bool{}},
+		left:   make(chan struct{}),
+	}
+	s.watcher = &watcher[handoffConfigMap]{
+		kube: &reader, kind: "ConfigMap",
+		path:      "/api/v1/namespaces/" + namespace + "/configmaps",
+		namespace: namespace, name: object, prompt: true, relistWanted: newWakeup(),
+		meta:  func(m *handoffConfigMap) *apiObject { return &m.apiObject },
+		apply: s.apply, log: log,
+	}
+	return s
+}
+
+// apply takes a new version of the object from the watcher.
+func (s *membership) apply(objects map[string]*handoffConfigMap) {
+	in := objects[s.watcher.name]
+	s.mu.Lock()
+	s.inbox.known, s.inbox.object, s.inbox.seenAt = true, nil, time.Now()
+	if in != nil {
+		s.inbox.object = readHandoffObject(
+			in.Metadata.UID, in.Metadata.ResourceVersion, in.Data)
+	}
+	o := s.inbox.object
+	s.mu.Unlock()
+	switch {
+	case o == nil:
+		s.log.Warn("object of the hand-off not found; changes of owners wait",
+			"object", s.watcher.String())
+	case len(o.faults) > 0:
+		if omitted, ok := s.faultThrottle.allow(time.Minute); ok {
+			s.log.Warn("object of the hand-off cannot be read",
+				"object", s.watcher.String(), "error", errors.Join(o.faults...).Error(),
+				"omitted", omitted)
+		}
+	}
+	s.wake()
+}
+
+// decide says what to do next, and begins what has to be written or listed. p is how far
+// this router has come, t its own table, nil if it has none yet, and seenStep the highest
+// step that a backend has seen. The caller carries out actAdopt and actEndAll, and calls
+// decide again. All else only says when to call it again, if nothing happens before.
+func (s *membership) decide(
+	ctx context.Context, p progress, t *table, seenStep int64, now time.Time,
+) decision {
+	s.ctx = ctx
+	in := s.takeInbox(now)
+	s.member.setNewest(t)
+	s.member.sawStep(seenStep)
+	if in.object != nil {
+		s.member.see(in.object, now)
+	}
+	s.passNote(&in)
+	d := s.member.decide(&situation{
+		progress: p, now: now, object: in.object, seenAt: in.seenAt, list: in.list,
+		leaving: s.leaving, backends: s.proposal(),
+		gone: func(_, uid string) bool { return in.gone[uid] },
+	})
+	s.publish(&in, d)
+	switch d.action {
+	case actAdopt:
+		s.member.note(d, now)
+		s.noted = true
+		s.onNote(d.view.plan.backends)
+	case actWrite, actList:
+		if in.busy { // its end wakes the owner
+			return decision{why: d.why}
+		}
+		if now.Before(s.retryAt) {
+			return decision{why: d.why, again: s.retryAt}
+		}
+		s.member.note(d, now)
+		s.begin(d)
+	case actWait:
+		d.again = earliest(d.again, s.askPods(&in, now))
+		d.again = earliest(d.again, s.relist(&in, t, now))
+	}
+	return d
+}
+
+// takeInbox returns what has come, and notes how the last write or list has ended.
+func (s *membership) takeInbox(now time.Time) handoffInbox {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	in := s.inbox
+	if !in.ended {
+		return in
+	}
+	s.inbox.ended = false
+	if in.err == nil {
+		s.failures, s.retryAt = 0, time.Time{}
+		return in
+	}
+	s.failures++
+	s.retryAt = now.Add(retryDelay(s.failures, retryAfter(in.err), rand.Float64()))
+	return in
+}
+
+// passNote calls onNote once when the object is known and has no plan: the number of
+// backends is not noted.
+func (s *membership) passNote(in *handoffInbox) {
+	if !s.noted && in.object != nil && in.object.plan == nil {
+		s.noted = true
+		s.onNote(nil)
+	}
+}
+
+// publish notes what operators may ask, and that this router has left.
+func (s *membership) publish(in *handoffInbox, d decision) {
+	st := sharedStatus{why: d.why, notReady: s.whyNotMember(in)}
+	if in.object == nil {
+		st.why = st.notReady
+	}
+	if v := s.member.view; v != nil {
+		for pod := range v.plan.members {
+			st.members = append(st.members, pod)
+		}
+		slices.Sort(st.members)
+		if !v.done && in.object != nil && in.object.plan != nil {
+			st.missing = in.object.missing()
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st.err, st.podErr = s.status.err, s.status.podErr
+	s.status = st
+	select {
+	case <-s.left:
+	default:
+		if s.leaving && !in.busy && (s.member.view == nil || s.member.view.outside) {
+			close(s.left)
+		}
+	}
+}
+
+// whyNotMember says why this router admits nobody, or not to all namespaces yet.
+func (s *membership) whyNotMember(in *handoffInbox) string {
+	why := s.member.whyNotReady()
+	switch {
+	case why == "" || s.member.view != nil:
+		return why
+	case !in.known:
+		why = s.watcher.String() + " has not been read yet"
+		if failure := s.watcher.snapshot().failure; failure != nil {
+			why = s.watcher.String() + ": " + failure.Error()
+		}
+	case in.object == nil:
+		why = s.watcher.String() + " does not exist: apply the router's manifests"
+	}
+	return why
+}
+
+// snapshot returns what operators may ask.
+func (s *membership) snapshot() sharedStatus {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.status
+}
+
+// whyNotReady says why the router should get no new clients yet, or "".
+func (s *membership) whyNotReady() string {
+	st := s.snapshot()
+	if st.notReady == "" {
+		return ""
+	}
+	text := "the hand-off: " + st.notReady
+	if st.why != "" && st.why != st.notReady {
+		text += "; " + st.why
+	}
+	err := cmp.Or(st.err, st.podErr)
+	if errorClass(err) == "forbidden" {
+		text += fmt.Sprintf("; %v: the Role needs list, watch and patch of configmaps "+
+			"with resourceNames [%s], and get and list of pods", err, s.watcher.name)
+	} else if err != nil {
+		text += "; " + err.Error()
+	}
+	return text
+}
+
+// begin begins to write or to list. It does not block.
+func (s *membership) begin(d decision) {
+	s.mu.Lock()
+	s.inbox.busy = true
+	s.mu.Unlock()
+	ctx := s.ctx
+	s.running.Go(func() {
+		var err error
+		if d.action == actWrite {
+			err = s.write(ctx, d.write)
+		} else {
+			err = s.list(ctx)
+		}
+		s.end(ctx, d, err)
+	})
+}
+
+// end notes how a write or a list has ended. A conflict is no failure: somebody else was
+// first, or the object was made anew, and the watcher brings what they did. The API
+// server answers 409 if the resourceVersion is another, and 422 if the UID is.
+func (s *membership) end(ctx context.Context, d decision, err error) {
+	switch {
+	case ctx.Err() != nil:
+		return
+	case hasStatus(err, http.StatusConflict),
+		hasStatus(err, http.StatusUnprocessableEntity):
+		s.counts.conflicts.Add(1)
+		err = nil
+	case err != nil && d.action == actWrite:
+		s.counts.failed.Add(1)
+	case d.action == actWrite:
+		s.counts.written.Add(1)
+	}
+	if err != nil {
+		if omitted, ok := s.throttle.allow(10 * time.Second); ok {
+			s.log.Warn("cannot take part in the hand-off; it waits",
+				"object", s.watcher.String(), "purpose", d.why,
+				"class", errorClass(err), "error", err.Error(), "omitted", omitted)
+		}
+	}
+	s.mu.Lock()
+	s.inbox.busy, s.inbox.ended, s.inbox.err = false, true, err
+	s.status.err = err
+	s.mu.Unlock()
+	s.wake()
+}
+
+// write writes the object.
+func (s *membership) write(ctx context.Context, w *handoffWrite) error {
+	ctx, cancel := context.WithTimeout(ctx, handoffTimeout)
+	defer cancel()
+	path := s.watcher.path + "/" + s.watcher.name
+	body, err := s.writer.do(ctx, path, url.Values{"fieldManager": {"router"}}, w.patch())
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	// A connection is kept only if the body was read to its end.
+	_, err = io.Copy(io.Discard, io.LimitReader(body, maxObject))
+	return err
+}
+
+// list lists the object, and after that the pods of all routers. It puts the pods into
+// the inbox.
+func (s *membership) list(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, listTimeout)
+	defer cancel()
+	select {
+	case <-s.watcher.relist():
+	case <-ctx.Done():
+		return cmp.Or(s.watcher.snapshot().failure, ctx.Err())
+	}
+	s.mu.Lock()
+	o := s.inbox.object
+	s.mu.Unlock()
+	if o == nil {
+		return nil // decide will say so
+	}
+	l := &podList{
+		uid: o.uid, version: o.version, at: time.Now(), pods: map[string]routerPod{},
+	}
+	client := s.client
+	query := url.Values{"labelSelector": {s.podLabel}}
+	body, err := client.do(ctx, s.podsPath, query, nil)
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	answer, pods, err := decodeList[podObject](body, maxList)
+	switch {
+	case err != nil:
+		return cmp.Or(ctx.Err(), err)
+	case answer.Kind != "PodList" || answer.Metadata.Continue != "":
+		return fmt.Errorf("%w: kind %.60q, continue %.60q, expected a whole PodList",
+			errBadResponse, answer.Kind, answer.Metadata.Continue)
+	}
+	for _, pod := range pods {
+		l.pods[pod.Metadata.Name] = pod.routerPod()
+	}
+	s.mu.Lock()
+	s.inbox.list = l
+	s.mu.Unlock()
+	return nil
+}
+
+// podObject holds the fields that the router reads of a Pod
+// (https://kubernetes.io/docs/reference/kubernetes-api/workload-resources/pod-v1/).
+type podObject struct {
+	apiObject
+	Spec struct {
+		NodeName string `json:"nodeName"`
+	} `json:"spec"`
+	Status struct {
+		Phase             string `json:"phase"`
+		ContainerStatuses []struct {
+			State struct {
+				Terminated *struct{} `json:"terminated"`
+			} `json:"state"`
+		} `json:"containerStatuses"`
+	} `json:"status"`
+}
+
+// routerPod returns what the hand-off needs to know of the pod. It has ended if the
+// kubelet has written that all its containers have: the phase alone is also written by
+// others.
+func (p *podObject) routerPod() routerPod {
+	phase, containers := p.Status.Phase, p.Status.ContainerStatuses
+	ended := (phase == "Failed" || phase == "Succeeded") && len(containers) > 0
+	for i := range containers {
+		ended = ended && containers[i].State.Terminated != nil
+	}
+	return routerPod{uid: p.Metadata.UID, scheduled: p.Spec.NodeName != "", ended: ended}
+}
+
+// askPods asks for the pods of members that a change waits for, and returns when to ask
+// again. It asks only if nothing has come for blockedTime. It does not block.
+func (s *membership) askPods(in *handoffInbox, now time.Time) time.Time {
+	blocking := s.blocking(in)
+	if len(blocking) == 0 || in.asking {
+		return time.Time{}
+	}
+	if at := latest(in.seenAt, s.askedAt).Add(blockedTime); now.Before(at) {
+		return at
+	}
+	s.askedAt = now
+	s.mu.Lock()
+	s.inbox.asking = true
+	s.mu.Unlock()
+	ctx := s.ctx
+	s.running.Go(func() {
+		gone, err := s.findGone(ctx, blocking)
+		s.noteGone(gone, err)
+	})
+	return time.Time{}
+}
+
+// noteGone notes the UIDs of pods that have ended for ever, and an error of askPods.
+func (s *membership) noteGone(gone []string, err error) {
+	s.mu.Lock()
+	known := maps.Clone(s.inbox.gone) // decide may read the map
+	for _, uid := range gone {
+		known[uid] = true
+	}
+	s.inbox.gone, s.inbox.asking = known, false
+	s.status.podErr = err
+	s.mu.Unlock()
+	s.wake()
+}
+
+// blocking returns the members other than this router that a change waits for: they have
+// not answered, or have another table than this router.
+func (s *membership) blocking(in *handoffInbox) map[string]memberID {
+	v, o, t := s.member.view, in.object, s.member.newest
+	if v == nil || o == nil || o.plan == nil || t == nil || v.outside {
+		return nil
+	}
+	all := map[string]memberID{}
+	for pod, id := range o.plan.members {
+		late := !o.hasAnswered(pod) || o.answers[pod].have != t.contentHash
+		if pod != s.member.name && late {
+			all[pod] = id
+		}
+	}
+	return all
+}
+
+// findGone asks for each pod, and returns the UIDs of those members whose processes have
+// ended for ever.
+func (s *membership) findGone(
+	ctx context.Context, members map[string]memberID,
+) (gone []string, err error) {
+	client := s.client
+	for pod, id := range members {
+		found, askErr := s.getPod(ctx, &client, pod)
+		switch {
+		case askErr != nil:
+			err = askErr
+		case id.isGone(found):
+			gone = append(gone, id.UID)
+		}
+	}
+	return gone, err
+}
+
+// getPod returns the pod of this name, nil if there is none.
+func (s *membership) getPod(
+	ctx context.Context, client *kubeClient, name string,
+) (*routerPod, error) {
+	ctx, cancel := context.WithTimeout(ctx, handoffTimeout)
+	defer cancel()
+	body, err := client.do(ctx, s.podsPath+"/"+name, nil, nil)
+	if hasStatus(err, http.StatusNotFound) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer body.Close()
+	var pod podObject
+	err = json.NewDecoder(io.LimitReader(body, maxObject)).Decode(&pod)
+	if err == nil && (pod.Kind != "Pod" || pod.Metadata.UID == "") {
+		err = fmt.Errorf("%w: kind %.60q, expected a Pod", errBadResponse, pod.Kind)
+	}
+	found := pod.routerPod()
+	return &found, err
+}
+
+// relist lists the object again if a change waits and nothing has come for relistTime. It
+// returns when to look again, zero if no change waits.
+func (s *membership) relist(in *handoffInbox, t *table, now time.Time) time.Time {
+	v := s.member.view
+	if v == nil || t == nil || v.isAtRest(t.contentHash) && v.done {
+		return time.Time{}
+	}
+	if at := latest(in.seenAt, s.listedAt).Add(relistTime); now.Before(at) {
+		return at
+	}
+	s.listedAt = now
+	s.watcher.relist()
+	return now.Add(relistTime)
+}
+
+// close waits for the requests under way, whose context has ended.
+func (s *membership) close() {
+	s.running.Wait()
+	s.writer.dropKept()
+}
+
+// writeMetrics writes the members and the writes.
+func (s *membership) writeMetrics(w metricsWriter) {
+	st := s.snapshot()
+	w.single("router_handoff_members", "gauge",
+		"Routers that share the hand-off, as this one knows.", float64(len(st.members)))
+	w.single("router_handoff_member", "gauge",
+		"1 if this router admits clients to all namespaces that are not being "+
+			"handed over.",
+		boolToFloat(st.notReady == ""))
+	sample := w.family("router_handoff_writes_total", "counter",
+		"Writes of the object of the hand-off, by result.")
+	sample(float64(s.counts.written.Load()), "result", "ok")
+	sample(float64(s.counts.conflicts.Load()), "result", "conflict")
+	sample(float64(s.counts.failed.Load()), "result", "error")
+}

@@ -1,0 +1,786 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// handoffSim is a cluster in a synctest bubble: an API server that fails at random, and
+// routers whose movers and memberships are the real ones. Sessions have no sockets. The
+// backends note which sessions they have.
+type handoffSim struct {
+	*testing.T
+	rng     *rand.Rand
+	kube    *fakeKube
+	began   time.Time
+	rate    int  // of moves, all together
+	calm    bool // nobody is busy
+	routers []*simRouter
+	running sync.WaitGroup // clients
+	seen    sync.Map       // *simSession by *session: what its backend has
+	ended   context.Context
+
+	mu        sync.Mutex
+	events    []string                        // for the trace
+	overrides map[string]string               // the newest
+	version   int                             // of overrides
+	open      map[string]map[*simSession]bool // by namespace
+	away      int                             // a backend that accepts no connection; 0: none
+	sessions  int
+}
+
+// simSession is a session as its backend sees it: from when it reads the request.
+type simSession struct {
+	namespace string
+	backend   int
+	router    string
+	ended     chan struct{} // closed when the router ends it
+}
+
+// simRouter is the pod of a router.
+type simRouter struct {
+	*handoffSim
+	pod     fakePod
+	link    *kubeLink
+	network *pipeNetwork
+
+	// Guarded by handoffSim.mu.
+	container *simContainer // nil while none runs
+}
+
+// simContainer is a process of the router.
+type simContainer struct {
+	*mover
+	pod       *simRouter
+	alive     context.Context // ends when it is killed
+	kill      context.CancelFunc
+	running   sync.WaitGroup
+	open      map[*simSession]bool // guarded by handoffSim.mu
+	admits    bool                 // guarded by handoffSim.mu; false once it ends
+	decisions atomic.Int64         // of its membership
+}
+
+const simBackends = 4
+
+var simNamespaces = []string{"ns-0", "ns-1", "ns-2", "ns-3", "ns-4", "ns-5", "ns-6", "ns-7"}
+
+// note adds an event to the trace. The caller holds mu.
+func (s *handoffSim) note(format string, args ...any) {
+	event := fmt.Sprintf(format, args...)
+	s.events = append(s.events, fmt.Sprintf("%9.3f %s", time.Since(s.began).Seconds(), event))
+}
+
+func (s *handoffSim) do(f func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f()
+}
+
+// upTo returns a random time below limit.
+func (s *handoffSim) upTo(limit time.Duration) time.Duration {
+	return time.Duration(rand.Int64N(int64(limit)))
+}
+
+// begin notes that the backend has read the request of a session. The container must be
+// alive: what it has sent is lost with it otherwise.
+func (c *simContainer) begin(namespace string, backend int) (session *simSession) {
+	s := c.pod.handoffSim
+	s.do(func() {
+		if c.alive.Err() != nil {
+			return
+		}
+		session = &simSession{namespace, backend, c.pod.pod.name, make(chan struct{})}
+		for other := range s.open[namespace] {
+			if other.backend != backend {
+				s.note("TWO OWNERS of %s: backend-%d by %s, backend-%d by %s",
+					namespace, other.backend, other.router, backend, session.router)
+				s.Errorf("%s has two owners: backend-%d by %s, backend-%d by %s",
+					namespace, other.backend, other.router, backend, session.router)
+			}
+		}
+		if s.open[namespace] == nil {
+			s.open[namespace] = map[*simSession]bool{}
+		}
+		s.open[namespace][session], c.open[session] = true, true
+		s.sessions++
+	})
+	return session
+}
+
+// finish notes that the backend has ended the session.
+func (c *simContainer) finish(session *simSession) {
+	c.pod.do(func() {
+		delete(c.pod.open[session.namespace], session)
+		delete(c.open, session)
+	})
+}
+
+// start starts a container in the pod.
+func (r *simRouter) start() {
+	log := slog.New(slog.DiscardHandler)
+	relay := newRelay(func(i int) string { return backendName("backend", i) }, log)
+	router := &router{statefulSet: "backend", log: log, onSwap: func() {}}
+	c := &simContainer{pod: r, open: map[*simSession]bool{}, admits: true}
+	c.alive, c.kill = context.WithCancel(context.Background())
+	probe := func(_ context.Context, backend int) (err error) {
+		r.do(func() {
+			if backend > 0 && backend == r.away {
+				err = errors.New("refused")
+			}
+		})
+		return err
+	}
+	c.mover = newMover(router, relay, r.rate, probe, func() {}, log)
+	c.settleTime = 50 * time.Millisecond
+	client := r.network.kube(r.T)
+	c.share(newMembership(*client, "edge", handoffName, r.pod.name, r.pod.uid,
+		"app.kubernetes.io/name=router", log), r.rate)
+	c.shared.proposal = func() *activeBackends { c.decisions.Add(1); return nil }
+	router.onSwap = c.ownersChanged
+	c.closeSession = func(s *session, onEnd func(cut bool)) bool {
+		return c.endSession(s, causeMoved, func() { onEnd(false) })
+	}
+	router.backends = ordinals{count: simBackends}
+	c.running.Go(func() { c.run(c.alive) })
+	c.running.Go(func() { c.shared.watcher.run(c.alive) })
+	c.running.Go(func() { c.followOverrides() })
+	r.do(func() { r.container = c; r.note("%s starts", r.pod.name) })
+}
+
+// followOverrides has the router see the overrides, each version late.
+func (c *simContainer) followOverrides() {
+	seen := -1
+	for {
+		var data map[string]string
+		version := 0
+		c.pod.do(func() { data, version = c.pod.overrides, c.pod.version })
+		if version != seen {
+			seen = version
+			if sleep(c.alive, c.pod.upTo(300*time.Millisecond)) != nil {
+				return
+			}
+			c.router.update(sourceContent{
+				id: sourceID{name: "test"}, version: strconv.Itoa(version), overrides: newOverrideSet(data),
+			})
+		}
+		if sleep(c.alive, 20*time.Millisecond) != nil {
+			return
+		}
+	}
+}
+
+// endSession ends a session: its backend notes that a while later.
+func (c *simContainer) endSession(s *session, why cause, onEnd func()) bool {
+	if !s.setCause(why) {
+		return false
+	}
+	value, _ := c.pod.seen.LoadAndDelete(s)
+	seen := value.(*simSession)
+	close(seen.ended)
+	time.AfterFunc(c.pod.upTo(200*time.Millisecond), func() {
+		c.finish(seen)
+		c.relay.remove(s, [2]int64{})
+		s.counted.Store(true)
+		c.relay.onReleased()
+		onEnd()
+	})
+	return true
+}
+
+// crash kills the container, and all that it had: the backends find the end of its
+// connections.
+func (r *simRouter) crash() {
+	var c *simContainer
+	r.do(func() {
+		if c = r.container; c == nil {
+			return
+		}
+		r.container = nil
+		r.note("%s is killed", r.pod.name)
+		c.kill()
+		for session := range c.open {
+			delete(r.open[session.namespace], session)
+		}
+	})
+	if c != nil {
+		c.running.Wait()
+	}
+}
+
+// terminate ends the container as SIGTERM does.
+func (r *simRouter) terminate() {
+	var c *simContainer
+	r.do(func() {
+		if c = r.container; c != nil {
+			c.admits = false
+			r.note("%s gets SIGTERM", r.pod.name)
+		}
+	})
+	if c == nil {
+		return
+	}
+	for c.relay.size() > 0 || c.flights.any(func(*flight) bool { return true }) {
+		for _, s := range c.relay.filter(func(*session) bool { return true }) {
+			c.endSession(s, causeDrain, func() {})
+		}
+		if sleep(c.alive, 10*time.Millisecond) != nil {
+			return
+		}
+	}
+	ctx, cancel := context.WithTimeout(c.alive, leaveTime)
+	c.leave(ctx)
+	cancel()
+	c.kill()
+	c.running.Wait()
+	r.do(func() { r.container = nil; r.note("%s has ended", r.pod.name) })
+}
+
+// client opens sessions of one namespace, one after the other, through any router.
+func (s *handoffSim) client(namespace string) {
+	for s.ended.Err() == nil {
+		if c := s.anyContainer(); c == nil || !c.serve(namespace, s.upTo(time.Second)) {
+			sleep(s.ended, 20*time.Millisecond+s.upTo(20*time.Millisecond))
+		}
+	}
+}
+
+// anyContainer returns one that takes clients, or nil.
+func (s *handoffSim) anyContainer() (c *simContainer) {
+	s.do(func() {
+		if r := s.routers[rand.IntN(len(s.routers))]; r.container != nil && r.container.admits {
+			c = r.container
+		}
+	})
+	return c
+}
+
+// serve is an upgrade and its session, as proxy does them, whose client leaves after this
+// time. It reports whether there was a session.
+func (c *simContainer) serve(namespace string, life time.Duration) bool {
+	a := c.assign(namespace)
+	if a.state != isOwned {
+		return false
+	}
+	pause := func(limit time.Duration) {
+		if !c.pod.calm && rand.IntN(4) == 0 { // the network or the backend is busy
+			limit *= 50
+		}
+		time.Sleep(c.pod.upTo(limit))
+	}
+	pause(20 * time.Millisecond) // the dial
+	f, _, ok := c.startFlight(namespace, a.owner, "")
+	if !ok || c.alive.Err() != nil {
+		return false
+	}
+	pause(30 * time.Millisecond)
+	seen := c.begin(namespace, a.owner)
+	if seen == nil { // killed, and with it the request
+		return false
+	}
+	pause(50 * time.Millisecond)
+	if rand.IntN(10) == 0 { // the backend refuses
+		c.finish(seen)
+		f.end()
+		return false
+	}
+	session := &session{namespace: namespace, backend: a.owner}
+	c.pod.seen.Store(session, seen)
+	c.relay.add(session)
+	f.end()
+	if c.shouldMove(session) {
+		c.endSession(session, causeMoved, func() {})
+	}
+	select {
+	case <-time.After(life):
+		c.endSession(session, causeClient, func() {})
+	case <-seen.ended:
+	case <-c.alive.Done():
+	}
+	return true
+}
+
+// happen does something that may happen to a cluster.
+func (s *handoffSim) happen() {
+	r := s.routers[s.rng.IntN(len(s.routers))]
+	switch s.rng.IntN(14) {
+	case 0, 1, 2, 3, 4:
+		s.edit()
+	case 5:
+		r.crash()
+		time.Sleep(s.upTo(2 * time.Second))
+		r.start()
+	case 6:
+		r.terminate()
+		s.kube.deleteObject("pods", r.pod.name)
+		time.Sleep(s.upTo(time.Second))
+		r.pod.uid += "a"
+		s.kube.setPod(r.pod)
+		r.start()
+	case 7: // its node is lost, and the pod is deleted
+		r.crash()
+		s.kube.deleteObject("pods", r.pod.name)
+		time.Sleep(s.upTo(3 * time.Second))
+		r.pod.uid += "b"
+		s.kube.setPod(r.pod)
+		r.start()
+	case 8:
+		s.tell("the link of %s is cut", r.pod.name)
+		r.link.cut()
+		time.Sleep(s.upTo(5 * time.Second))
+		r.link.heal()
+	case 9:
+		s.tell("the link of %s is frozen", r.pod.name)
+		r.link.freeze()
+		time.Sleep(s.upTo(5 * time.Second))
+		r.link.heal()
+	case 10:
+		s.tell("the object is deleted")
+		s.kube.deleteObject("configmaps", handoffName)
+		time.Sleep(s.upTo(2 * time.Second))
+		s.kube.applyMap(handoffName, nil)
+	case 11:
+		s.tell("the object is emptied")
+		s.kube.replaceMap(handoffName, nil)
+	case 12:
+		old, _, _ := s.kube.readMap(handoffName)
+		time.Sleep(s.upTo(2 * time.Second))
+		s.tell("the object is as it was")
+		s.kube.replaceMap(handoffName, old)
+	case 13:
+		s.tell("all routers are killed")
+		for _, r := range s.routers {
+			r.crash()
+		}
+		for _, r := range s.routers {
+			r.start()
+		}
+	}
+}
+
+func (s *handoffSim) tell(format string, args ...any) {
+	s.do(func() { s.note(format, args...) })
+}
+
+// edit changes the overrides: a value may be invalid.
+func (s *handoffSim) edit() {
+	s.do(func() {
+		next := map[string]string{}
+		for _, namespace := range simNamespaces {
+			if value, ok := s.overrides[namespace]; ok && s.rng.IntN(2) == 0 {
+				next[namespace] = value
+			} else if n := s.rng.IntN(8); n <= simBackends {
+				next[namespace] = backendName("backend", n)
+			}
+		}
+		s.overrides = next
+		s.version++
+		s.note("edit %d: %v", s.version, next)
+	})
+}
+
+// settle ends all trouble, and checks that all routers come to rest and agree with the
+// overrides.
+func (s *handoffSim) settle() {
+	s.kube.setFaults(nil)
+	s.kube.applyMap(handoffName, nil)
+	s.do(func() {
+		s.overrides = maps.Clone(s.overrides) // routers may read it
+		for namespace, value := range s.overrides {
+			if value == backendName("backend", simBackends) {
+				delete(s.overrides, namespace) // an invalid one has no owner on some routers
+			}
+		}
+		s.version++
+		s.note("all is well: %v", s.overrides)
+	})
+	why := ""
+	for range 300 {
+		time.Sleep(time.Second)
+		if why = s.whyUnsettled(); why == "" {
+			return
+		}
+	}
+	s.Errorf("stuck: %s", why)
+}
+
+// whyUnsettled says why not all routers are at rest, or "".
+func (s *handoffSim) whyUnsettled() string {
+	for _, r := range s.routers {
+		c := r.container
+		t := c.router.table()
+		v := c.current.Load()
+		switch why := c.whyNotReady(); {
+		case why != "":
+			return r.pod.name + ": " + why
+		case t == nil || v == nil || !v.isAtRest(t.contentHash) || !v.done:
+			st := c.shared.snapshot()
+			return fmt.Sprintf("%s: not at rest: %s, missing %v", r.pod.name, st.why, st.missing)
+		case strings.Fields(t.version)[0] != strconv.Itoa(s.version):
+			return r.pod.name + ": an old table: " + t.version
+		}
+		for _, namespace := range simNamespaces {
+			want, _ := t.owner(namespace)
+			if a := c.assign(namespace); a.state != isOwned || a.owner != want {
+				return fmt.Sprintf("%s: %s is with %d (state %d), want %d",
+					r.pod.name, namespace, a.owner, a.state, want)
+			}
+		}
+	}
+	return ""
+}
+
+// addRouters makes the pods of so many routers.
+func (s *handoffSim) addRouters(count int) {
+	for i := range count {
+		r := &simRouter{handoffSim: s, network: newPipeNetwork(),
+			pod: fakePod{name: fmt.Sprint("router-", i), uid: fmt.Sprint("pod-", i)}}
+		r.link = s.kube.linkOn(s.T, r.network)
+		s.kube.setPod(r.pod)
+		s.routers = append(s.routers, r)
+	}
+}
+
+// newHandoffSim returns a cluster of so many router pods. Their containers do not run yet.
+// end ends the clients, and waits for them.
+func newHandoffSim(t *testing.T, seed uint64, pods int) (s *handoffSim, end func()) {
+	s = &handoffSim{T: t, rng: rand.New(rand.NewPCG(seed, 1)), kube: newFakeKube(), began: time.Now(),
+		open: map[string]map[*simSession]bool{}, overrides: map[string]string{}}
+	ended, cancel := context.WithCancel(t.Context())
+	s.ended = ended
+	s.kube.applyMap(handoffName, nil)
+	for i := range pods {
+		r := &simRouter{handoffSim: s, network: newPipeNetwork(),
+			pod: fakePod{name: fmt.Sprint("router-", i), uid: fmt.Sprint("pod-", i)}}
+		r.link = s.kube.linkOn(t, r.network)
+		s.kube.setPod(r.pod)
+		s.routers = append(s.routers, r)
+	}
+	return s, func() { cancel(); s.running.Wait() }
+}
+
+// simulate runs a cluster with this seed.
+func simulate(t *testing.T, seed uint64) {
+	pods := 1 + rand.New(rand.NewPCG(seed, 3)).IntN(3)
+	s, end := newHandoffSim(t, seed, pods)
+	faults := rand.New(rand.NewPCG(seed, 2))
+	s.kube.setFaults(randomFaults(faults, []int{0, 3, 10, 25}[s.rng.IntN(4)], time.Second))
+	for _, r := range s.routers {
+		r.start()
+	}
+	for _, namespace := range simNamespaces {
+		for range 2 {
+			s.running.Go(func() { s.client(namespace) })
+		}
+	}
+	time.Sleep(s.upTo(5 * time.Second))
+	for range 12 {
+		s.happen()
+		time.Sleep(s.upTo(3 * time.Second))
+	}
+	s.settle()
+	end()
+	for _, r := range s.routers {
+		r.terminate()
+	}
+	if s.sessions == 0 {
+		t.Error("no client had a session")
+	}
+	if t.Failed() {
+		t.Logf("seed %d\n%s", seed, strings.Join(s.events, "\n"))
+	}
+}
+
+// The real mover, membership, watcher and client of the API server, under random faults,
+// crashes and changes: no namespace has two owners, and all comes to rest. HANDOFF_SEEDS is
+// how many seeds are tried.
+func TestHandoffSeeds(t *testing.T) {
+	seeds := 20
+	if text := os.Getenv("HANDOFF_SEEDS"); text != "" {
+		var err error
+		seeds, err = strconv.Atoi(text)
+		must(t, err)
+	}
+	first := uint64(0)
+	if text := os.Getenv("HANDOFF_FIRST_SEED"); text != "" {
+		n, err := strconv.Atoi(text)
+		must(t, err)
+		first = uint64(n)
+	}
+	failed := []uint64{}
+	for seed := first; seed < first+uint64(seeds); seed++ {
+		if !t.Run(fmt.Sprint("seed ", seed), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) { simulate(t, seed) })
+		}) {
+			failed = append(failed, seed)
+		}
+	}
+	if len(failed) > 0 {
+		slices.Sort(failed)
+		t.Logf("failed: %v", failed)
+	}
+}
+
+// What a change costs the API server, and how long it takes, with many routers. In the
+// bubble each request takes 10 ms, and writes of one object are one at a time, 3 ms each.
+// "make handoff" shows the figures.
+func TestHandoffCosts(t *testing.T) {
+	for _, count := range proofSize([]int{10}, []int{1, 3, 10, 30}) {
+		inBubble(t, fmt.Sprint(count, " routers"), func(t *testing.T) { measureCosts(t, count) })
+	}
+}
+
+// simCosts are the costs of one change.
+type simCosts struct {
+	writes, conflicts, bytes int
+	steps                    int
+	took                     time.Duration
+}
+
+func measureCosts(t *testing.T, count int) {
+	s := &handoffSim{T: t, rng: rand.New(rand.NewPCG(1, 1)), kube: newFakeKube(), began: time.Now(),
+		rate: 100, calm: true, open: map[string]map[*simSession]bool{}, overrides: map[string]string{}}
+	var end context.CancelFunc
+	s.ended, end = context.WithCancel(t.Context())
+	s.kube.applyMap(handoffName, nil)
+	s.addRouters(count)
+	var free time.Time // when the next write can be carried out
+	s.kube.setFaults(func(r fakeRequest) kubeFault {
+		fault := kubeFault{before: 5 * time.Millisecond, after: 5 * time.Millisecond}
+		if now := time.Now(); r.verb() == "PATCH" {
+			if free.Before(now) {
+				free = now
+			}
+			free = free.Add(3 * time.Millisecond)
+			fault.before += free.Sub(now)
+		}
+		return fault
+	})
+	for _, r := range s.routers {
+		r.start()
+	}
+	namespaces, owners := []string{}, map[string]string{"quiet": "backend-0"}
+	for i := range 100 {
+		namespaces = append(namespaces, fmt.Sprint("ns-", i))
+		owners[namespaces[i]] = backendName("backend", i%simBackends)
+	}
+	s.rest(owners, s.mark())
+	sessions := proofSize(200, 600)
+	for i := range sessions {
+		s.running.Go(func() { s.stay(namespaces[i%len(namespaces)]) })
+	}
+	time.Sleep(3 * time.Second)
+	owners["quiet"] = "backend-1"
+	quiet := s.rest(owners, s.mark())
+	for i, namespace := range namespaces {
+		owners[namespace] = backendName("backend", (i+1)%simBackends)
+	}
+	all := s.rest(owners, s.mark())
+	before := s.mark()
+	time.Sleep(time.Minute)
+	calm := s.since(before)
+	end()
+	for _, r := range s.routers {
+		r.crash()
+	}
+	s.running.Wait()
+	times := all.took.Seconds() * float64(s.rate) / float64(sessions)
+	t.Logf("%d routers; an edit that moves no session: %v\n  %d sessions of 100 namespaces: %v, "+
+		"%.2f times sessions/rate\n  a minute at rest: %v", count, quiet, sessions, all, times, calm)
+	if limit := 2 + 3*count; quiet.writes > limit {
+		t.Errorf("an edit that moves no session: %d writes, want at most %d", quiet.writes, limit)
+	}
+	if limit := (all.steps + 3) * (1 + count); all.writes > limit {
+		t.Errorf("%d steps: %d writes, want at most %d", all.steps, all.writes, limit)
+	}
+	if count <= 10 && times > 2.5 {
+		t.Errorf("a change takes %.2f times sessions/rate, want at most 2.5", times)
+	}
+	if calm.writes > 0 {
+		t.Errorf("%d writes at rest", calm.writes)
+	}
+}
+
+// stay is a client that opens a session again at once when it ends.
+func (s *handoffSim) stay(namespace string) {
+	for s.ended.Err() == nil {
+		if c := s.anyContainer(); c == nil || !c.serve(namespace, time.Hour) {
+			sleep(s.ended, 20*time.Millisecond)
+		}
+	}
+}
+
+// simMark is when costs begin to count.
+type simMark struct {
+	simCosts
+	began   time.Time
+	history int
+}
+
+// mark returns what has been spent so far.
+func (s *handoffSim) mark() simMark {
+	m := simMark{began: time.Now()}
+	m.writes = s.kube.changesOf("configmaps", handoffName)
+	m.conflicts = s.kube.counted("PATCH configmaps 409")
+	m.bytes = s.kube.watchedBytes("configmaps")
+	s.kube.mu.Lock()
+	defer s.kube.mu.Unlock()
+	m.history = len(s.kube.history)
+	return m
+}
+
+// since returns the costs since m.
+func (s *handoffSim) since(m simMark) simCosts {
+	now, steps := s.mark(), map[string]bool{}
+	for _, change := range s.kube.history[m.history:now.history] {
+		for _, step := range regexp.MustCompile(`"step\\":(\d+)`).FindAllString(change.event, -1) {
+			steps[step] = true
+		}
+	}
+	return simCosts{
+		writes: now.writes - m.writes, conflicts: now.conflicts - m.conflicts,
+		bytes: now.bytes - m.bytes, steps: len(steps), took: now.began.Sub(m.began),
+	}
+}
+
+func (c simCosts) String() string {
+	return fmt.Sprintf("%d steps, %d writes, %d conflicts, %d bytes to watches, in %v",
+		c.steps, c.writes, c.conflicts, c.bytes, c.took.Round(time.Millisecond))
+}
+
+// rest makes these the overrides, waits until all routers are at rest, and returns the
+// costs since m.
+func (s *handoffSim) rest(overrides map[string]string, m simMark) simCosts {
+	s.do(func() {
+		s.overrides = maps.Clone(overrides)
+		s.version++
+	})
+	for range 10_000 {
+		time.Sleep(20 * time.Millisecond)
+		if s.atRest() {
+			return s.since(m)
+		}
+	}
+	s.Fatal("stuck")
+	panic("unreachable")
+}
+
+// atRest reports whether all routers have the newest overrides, and are at rest.
+func (s *handoffSim) atRest() bool {
+	for _, r := range s.routers {
+		c := r.container
+		t, v := c.router.table(), c.current.Load()
+		if t == nil || v == nil || c.whyNotReady() != "" || !v.isAtRest(t.contentHash) || !v.done ||
+			strings.Fields(t.version)[0] != strconv.Itoa(s.version) {
+			return false
+		}
+	}
+	return true
+}
+
+// openLong opens a session that stays until it is moved.
+func (c *simContainer) openLong(namespace string) {
+	a := c.assign(namespace)
+	f, _, ok := c.startFlight(namespace, a.owner, "")
+	if a.state != isOwned || !ok {
+		c.pod.Fatalf("%s is not owned", namespace)
+	}
+	session := &session{namespace: namespace, backend: a.owner}
+	c.pod.seen.Store(session, c.begin(namespace, a.owner))
+	c.relay.add(session)
+	f.end()
+}
+
+// A new owner that one router has sessions for, and that accepts no connection, holds up
+// its own namespaces only. The other router, whose sessions are paced, has none for it.
+func TestHandoffAwayForOneRouter(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, end := newHandoffSim(t, 1, 2)
+		names := slices.SortedFunc(slices.Values(simNamespaces), func(a, b string) int {
+			return cmp.Compare(placeOf(hash64(a)), placeOf(hash64(b)))
+		})
+		all := func(backend int) map[string]string {
+			data := map[string]string{}
+			for _, namespace := range names {
+				data[namespace] = backendName("backend", backend)
+			}
+			return data
+		}
+		s.overrides, s.away = all(0), 3
+		for _, r := range s.routers {
+			r.start()
+		}
+		time.Sleep(20 * time.Second)
+		first, second := s.routers[0].container, s.routers[1].container
+		last := names[len(names)-1]
+		for i, c := range []*simContainer{second, second, first} {
+			c.openLong(names[i])
+		}
+		first.openLong(last)
+		next := all(1)
+		next[last] = "backend-3"
+		s.do(func() { s.overrides = next; s.version++ })
+		time.Sleep(10 * time.Second)
+		for _, namespace := range names[:len(names)-1] {
+			if a := first.assign(namespace); a.state != isOwned || a.owner != 1 {
+				t.Errorf("%s is with backend-%d (state %d), want backend-1", namespace, a.owner, a.state)
+			}
+		}
+		if a := first.assign(last); a.owner != 0 {
+			t.Errorf("%s is with backend-%d, which is away", last, a.owner)
+		}
+		time.Sleep(maxAwayTime)
+		if a := first.assign(last); a.owner != 3 {
+			t.Errorf("%s is with backend-%d after a minute, want backend-3", last, a.owner)
+		}
+		end()
+		for _, r := range s.routers {
+			r.crash()
+		}
+	})
+}
+
+// A write that is not answered does not keep the router busy.
+func TestHandoffWaitsForWrite(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, end := newHandoffSim(t, 1, 2)
+		s.overrides = map[string]string{"ns-0": "backend-0"}
+		for _, r := range s.routers {
+			r.start()
+		}
+		time.Sleep(20 * time.Second)
+		r := s.routers[0]
+		r.link.cut()
+		s.do(func() { s.overrides = map[string]string{"ns-0": "backend-1"}; s.version++ })
+		time.Sleep(3 * time.Second)
+		r.link.heal()
+		r.link.freeze()
+		for range 20 {
+			r.container.ownersChanged()
+			before := r.container.decisions.Load()
+			time.Sleep(time.Second)
+			if n := r.container.decisions.Load() - before; n > 50 {
+				t.Errorf("%d decisions in a second", n)
+			}
+		}
+		r.link.heal()
+		end()
+		for _, r := range s.routers {
+			r.crash()
+		}
+	})
+}

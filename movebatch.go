@@ -1,0 +1,78 @@
+package main
+
+import (
+	"sync/atomic"
+	"time"
+)
+
+// moveBatch is the sessions that moved to one table. The mover's run owns it, but for the
+// atomic fields.
+type moveBatch struct {
+	content   uint64 // of the table; noContent if it is not known
+	version   string // of the table
+	began     time.Time
+	moved     map[string]struct{} // namespaces of the closed sessions
+	sessions  int                 // that the batch closed
+	cancelled int                 // sessions that stayed: a later change moved them back
+	held      time.Duration       // the longest time that a namespace was held
+
+	unfinished atomic.Int64 // sessions whose closing handshake goes on
+	cuts       atomic.Int64 // sessions whose closing handshake was cut
+}
+
+// moveResult is the result of one move, for the log and the Events.
+type moveResult struct {
+	version    string        // of the table
+	namespaces int           // of these sessions
+	sessions   int           // that the mover closed
+	cut        int           // of these sessions: both sides did not answer in time
+	cancelled  int           // sessions that stayed: a later change moved them back
+	time       time.Duration // since the first session was free to move
+	held       time.Duration // the longest time that a namespace was held
+}
+
+// moveReporter is an overrideSource that reports moves.
+type moveReporter interface {
+	// reportMove reports a move that ended. It must not block for long.
+	reportMove(moveResult)
+}
+
+// newMoveBatch returns a batch without sessions.
+func newMoveBatch(content uint64) *moveBatch {
+	return &moveBatch{content: content, moved: map[string]struct{}{}}
+}
+
+// close starts the closing handshake of a session with closeSession, which returns false
+// if the session is about to end already. It calls onLast when the last handshake of the
+// batch that goes on has ended. onLast must not block.
+func (b *moveBatch) close(
+	s *session, closeSession func(s *session, onEnd func(cut bool)) bool, onLast func(),
+) {
+	b.unfinished.Add(1)
+	onEnd := func(cut bool) {
+		if cut {
+			b.cuts.Add(1)
+		}
+		if b.unfinished.Add(-1) == 0 {
+			onLast()
+		}
+	}
+	if !closeSession(s, onEnd) {
+		b.unfinished.Add(-1)
+		return
+	}
+	b.sessions++
+	b.moved[s.namespace] = struct{}{}
+}
+
+// result returns the result of a batch of which no handshake goes on.
+func (b *moveBatch) result() moveResult {
+	r := moveResult{
+		version: b.version, namespaces: len(b.moved), sessions: b.sessions,
+		cut: int(b.cuts.Load()), cancelled: b.cancelled, held: b.held,
+	}
+	if !b.began.IsZero() {
+		r.time = time.Since(b.began)
+	}
+	return r
+}

@@ -1,0 +1,154 @@
+package main
+
+import (
+	"context"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"time"
+)
+
+const (
+	minTargetRetry = 100 * time.Millisecond // after the first failure; then it doubles
+	maxTargetRetry = 600 * time.Millisecond // so that namespaces follow within 1 s
+	maxAwayTime    = 60 * time.Second       // how long namespaces wait for a target
+)
+
+// moveTargets has the new owners of the sessions that have to move, and dials each of
+// them until it accepts a connection. The mover's run owns it and closes it.
+type moveTargets struct {
+	// probe dials a backend. It returns nil if the backend has accepted the connection.
+	probe   func(ctx context.Context, backend int) error
+	results chan dialResult     // dial sends, run receives
+	all     map[int]*moveTarget // by ordinal
+	dials   sync.WaitGroup      // all dial
+}
+
+// moveTarget is a new owner of sessions that have to move.
+type moveTarget struct {
+	backend   int                // its ordinal
+	cancel    context.CancelFunc // ends its dial
+	dialled   bool               // the first dial has ended
+	reachable bool               // it has accepted a connection
+	awayUntil time.Time          // maxAwayTime after the first failed dial; else zero
+}
+
+// dialResult is the result of one dial of a target. err is nil if it is reachable.
+type dialResult struct {
+	*moveTarget
+	err error
+}
+
+// newMoveTargets returns moveTargets without a target.
+func newMoveTargets(probe func(ctx context.Context, backend int) error) *moveTargets {
+	return &moveTargets{
+		probe: probe, results: make(chan dialResult), all: map[int]*moveTarget{},
+	}
+}
+
+// set makes the backends the targets. It dials those that were no targets, until ctx
+// ends, and ends the dials of all other targets.
+func (m *moveTargets) set(ctx context.Context, backends map[int]bool) {
+	for _, backend := range slices.Sorted(maps.Keys(backends)) {
+		if m.all[backend] == nil {
+			ctx, cancel := context.WithCancel(ctx)
+			target := &moveTarget{backend: backend, cancel: cancel}
+			m.all[backend] = target
+			m.dials.Go(func() { m.dial(ctx, target) })
+		}
+	}
+	m.drop(func(target *moveTarget) bool { return !backends[target.backend] })
+}
+
+// drop ends the dials of the targets for which match returns true, forgets these targets,
+// and returns them.
+func (m *moveTargets) drop(match func(*moveTarget) bool) (dropped []*moveTarget) {
+	for backend, target := range m.all {
+		if match(target) {
+			target.cancel()
+			delete(m.all, backend)
+			dropped = append(dropped, target)
+		}
+	}
+	return dropped
+}
+
+// dropAll ends all dials and forgets all targets.
+func (m *moveTargets) dropAll() { m.drop(func(*moveTarget) bool { return true }) }
+
+// dropReachable forgets the targets that are reachable, and returns them.
+func (m *moveTargets) dropReachable() []*moveTarget {
+	return m.drop(func(target *moveTarget) bool { return target.reachable })
+}
+
+// assumeReachable makes those of the targets that were reachable before count as such
+// until their next dial has ended.
+func (m *moveTargets) assumeReachable(before []*moveTarget) {
+	for _, b := range before {
+		if target := m.all[b.backend]; target != nil {
+			target.dialled, target.reachable = true, true
+		}
+	}
+}
+
+// close ends all dials and waits for them.
+func (m *moveTargets) close() {
+	m.dropAll()
+	m.dials.Wait()
+}
+
+// dial dials the target until it accepts a connection or ctx ends. It sends the result of
+// each dial to results.
+func (m *moveTargets) dial(ctx context.Context, target *moveTarget) {
+	retry := backoff{minTargetRetry, maxTargetRetry}
+	for failures := 1; ; failures++ {
+		err := m.probe(ctx, target.backend)
+		select {
+		case <-ctx.Done():
+			return
+		case m.results <- dialResult{target, err}:
+		}
+		if err == nil || sleep(ctx, retry.jittered(failures, rand.Float64())) != nil {
+			return
+		}
+	}
+}
+
+// note notes the result of a dial. It reports whether this is the target's first failure.
+func (m *moveTargets) note(d dialResult, now time.Time) (firstFailure bool) {
+	target := d.moveTarget
+	if m.all[target.backend] != target { // it was dropped meanwhile
+		return false
+	}
+	target.dialled, target.reachable = true, d.err == nil
+	if d.err == nil || !target.awayUntil.IsZero() {
+		return false
+	}
+	target.awayUntil = now.Add(maxAwayTime)
+	return true
+}
+
+// areDialled reports whether the first dial of each target has ended.
+func (m *moveTargets) areDialled() bool {
+	for _, target := range m.all {
+		if !target.dialled {
+			return false
+		}
+	}
+	return true
+}
+
+// away returns the ordinals, sorted, of the targets that accept no connection and that
+// namespaces wait for. until is when they wait for one of them no longer; zero if there
+// is none.
+func (m *moveTargets) away(now time.Time) (away []int, until time.Time) {
+	for backend, target := range m.all {
+		if target.dialled && !target.reachable && now.Before(target.awayUntil) {
+			away = append(away, backend)
+			until = earliest(until, target.awayUntil)
+		}
+	}
+	slices.Sort(away)
+	return away, until
+}
