@@ -7,7 +7,8 @@
 #
 # It creates two objects once and never changes them, because they belong to the
 # user: the ConfigMap overwriting (the overrides) and the Secret nginx-tls
-# (perhaps a real certificate).
+# (perhaps a real certificate). What routers have written into the ConfigMap
+# router-handoff-backend stays at deploy, and goes at undeploy.
 #
 # TIMEOUT  seconds to wait for the pods (180)
 # LOAD     no: the nodes pull the image from a registry
@@ -158,5 +159,5 @@ undeploy() {
 case ${1:-deploy} in
   deploy) deploy ;;
   undeploy) undeploy ;;
-  *) sed -n '2,14s/^#\( \|$\)//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+  *) sed -n '2,15s/^#\( \|$\)//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
 esac
