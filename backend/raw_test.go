@@ -158,15 +158,16 @@ func (c *rawClient) mustCounter(want int) message {
 	return m
 }
 
-// mustLog waits for a line of the log that has all of the words.
-func (s *testServer) mustLog(t *testing.T, words ...string) {
+// mustLog waits for a line of the log that has all of the words, and returns it.
+func (s *testServer) mustLog(t *testing.T, words ...string) string {
 	t.Helper()
 	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
 		for line := range strings.Lines(s.log.String()) {
 			if !slices.ContainsFunc(words, func(word string) bool { return !strings.Contains(line, word) }) {
-				return
+				return line
 			}
 		}
 	}
 	t.Errorf("no line with %q in the log:\n%s", words, s.log)
+	return ""
 }

@@ -430,8 +430,12 @@ func TestNextOwnerHasAllAcknowledged(t *testing.T) {
 		owner := backends[step%2]
 		totals := make(chan [2]int64)
 		var counting sync.WaitGroup
+		var conns []*rawClient // all of them before the release, which refuses later ones
 		for i := range namespaces * clients {
-			counting.Go(func() { countUntilClose(t, owner.addr, i%namespaces, step, totals) })
+			conns = append(conns, rawOpen(t, owner.addr, fmt.Sprintf("/ws/ns-%d", i%namespaces), fmt.Sprintf("X-Router-Step: %d", step)))
+		}
+		for i, c := range conns {
+			counting.Go(func() { countUntilClose(t, c, i%namespaces, totals) })
 		}
 		go func() { counting.Wait(); close(totals) }()
 		released := make(chan struct{})
@@ -451,8 +455,7 @@ func TestNextOwnerHasAllAcknowledged(t *testing.T) {
 }
 
 // countUntilClose counts in a namespace until the backend closes, and sends each total.
-func countUntilClose(t *testing.T, addr string, ns int, step int64, totals chan<- [2]int64) {
-	c := rawOpen(t, addr, fmt.Sprintf("/ws/ns-%d", ns), fmt.Sprintf("X-Router-Step: %d", step))
+func countUntilClose(t *testing.T, c *rawClient, ns int, totals chan<- [2]int64) {
 	for {
 		c.write(frameOf(websocket.TextFrame, "count"))
 		opcode, text, err := c.next()

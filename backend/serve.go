@@ -173,7 +173,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	namespace, _, _ := strings.Cut(rest, "/")
 	switch {
 	case isWS && namespace != "":
-		s.serveWS(w, r, namespace)
+		s.serveWS(w, r, namespace, time.Now())
 	case r.URL.Path == "/release":
 		s.serveRelease(w, r)
 	case r.URL.Path == "/healthz":
@@ -195,9 +195,9 @@ func (s *server) serveHealth(w http.ResponseWriter) {
 	fmt.Fprintln(w, "ok")
 }
 
-// serveWS makes a session of an upgrade. After the hijack inside ServeHTTP the
+// serveWS makes a session of an upgrade that was read at this time. After the hijack inside ServeHTTP the
 // connection belongs to this function, and from start on to the session.
-func (s *server) serveWS(w http.ResponseWriter, r *http.Request, namespace string) {
+func (s *server) serveWS(w http.ResponseWriter, r *http.Request, namespace string, read time.Time) {
 	if !strings.EqualFold(r.Header.Get("Upgrade"), "websocket") {
 		w.Header().Set("Upgrade", "websocket")
 		w.Header().Set("Connection", "Upgrade")
@@ -228,7 +228,7 @@ func (s *server) serveWS(w http.ResponseWriter, r *http.Request, namespace strin
 		m.leave()
 		return
 	}
-	s.start(ws, t.conn, r, m)
+	s.start(ws, t.conn, r, m, read)
 }
 
 // enter counts the session in the namespace's room before the handshake. If it reports
@@ -316,10 +316,10 @@ func acceptAnyone(cfg *websocket.Config, _ *http.Request) error {
 // start puts a session into the set, writes the line that says who serves
 // which namespace, and lets it run. With a stop in between it closes conn, with a
 // release in between it sends Close 1012.
-func (s *server) start(ws *websocket.Conn, conn net.Conn, r *http.Request, m *member) {
+func (s *server) start(ws *websocket.Conn, conn net.Conn, r *http.Request, m *member, read time.Time) {
 	router, namespace := r.Header.Get("X-Router-Pod"), m.room.namespace
 	ses := &session{
-		ws: ws, conn: conn, member: m, opened: time.Now(),
+		ws: ws, conn: conn, member: m, opened: read,
 		interval: s.cfg.interval, closeTime: s.cfg.closeTime,
 		next: message{Server: s.cfg.name, NS: namespace, Router: router},
 	}
@@ -331,7 +331,7 @@ func (s *server) start(ws *websocket.Conn, conn net.Conn, r *http.Request, m *me
 	}
 	ses.log = s.log.With("session", id, "namespace", namespace)
 	ses.log.Info("session open", "router", router, "table", r.Header.Get("X-Router-Table"), "step", m.step,
-		"remote", conn.RemoteAddr().String(), "for", r.Header.Get("X-Forwarded-For"))
+		"opened", read.Format(time.RFC3339Nano), "remote", conn.RemoteAddr().String(), "for", r.Header.Get("X-Forwarded-For"))
 	release := func() { ses.goodbye(closeRestart, "released") }
 	if !m.begin(release) {
 		release()

@@ -39,13 +39,14 @@ type session struct {
 	log       *slog.Logger
 	interval  time.Duration // 0: no timer
 	closeTime time.Duration
-	opened    time.Time
+	opened    time.Time // before the request was looked at
 
 	// Guarded by mu, which is held during a write: counters leave in order.
 	mu     sync.Mutex
 	next   message     // Counter is that of the last message sent
 	timer  *time.Timer // nil without an interval
 	reason string      // why it ends; nothing but the Close is sent once it is set
+	ended  time.Time   // when reason was set: before the router can know of the end
 }
 
 // run serves the session to its end, and closes the connection.
@@ -106,13 +107,16 @@ func (s *session) sendLocked() bool {
 	case errors.Is(err, net.ErrClosed): // whoever closed it knows the reason
 		return false
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		s.reason = "client does not read"
+		s.endLocked("client does not read")
 	default:
-		s.reason = "write: " + err.Error()
+		s.endLocked("write: " + err.Error())
 	}
 	s.conn.Close()
 	return false
 }
+
+// endLocked notes that the session ends, and why.
+func (s *session) endLocked(reason string) { s.reason, s.ended = reason, time.Now() }
 
 // read answers each message until the connection ends, which is the error. A
 // frame that is not accepted is answered by a Close; then it goes on reading,
@@ -143,7 +147,7 @@ func (s *session) goodbye(code int, reason string) {
 	if s.reason != "" {
 		return
 	}
-	s.reason = reason
+	s.endLocked(reason)
 	s.conn.SetReadDeadline(time.Now().Add(s.closeTime))
 	if err := s.ws.WriteClose(code); err != nil {
 		s.conn.Close()
@@ -153,6 +157,7 @@ func (s *session) goodbye(code int, reason string) {
 // end answers the peer's Close, closes the connection and logs the one line
 // of the session's end. It takes mu last, and so waits for a tick that writes.
 func (s *session) end(err error) {
+	now := time.Now()
 	var closed closeError
 	switch {
 	case errors.As(err, &closed):
@@ -170,8 +175,9 @@ func (s *session) end(err error) {
 		s.timer.Stop()
 	}
 	if s.reason == "" {
-		s.reason = err.Error()
+		s.reason, s.ended = err.Error(), now
 	}
 	s.log.Info("session end", "reason", s.reason, "messages", s.next.Counter,
-		"seconds", time.Since(s.opened).Round(time.Millisecond).Seconds())
+		"seconds", s.ended.Sub(s.opened).Round(time.Millisecond).Seconds(),
+		"ended", s.ended.Format(time.RFC3339Nano))
 }

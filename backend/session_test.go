@@ -33,16 +33,35 @@ func TestMessage(t *testing.T) {
 	}
 }
 
+// TestLogSaysWhoServedWhat: also from when to when. A session opens before the client can
+// have its 101, and ends before the client can have the answer to its Close frame.
 func TestLogSaysWhoServedWhat(t *testing.T) {
 	s := startServer(t, quietConfig(), "tcp")
+	begin := time.Now()
 	c := rawOpen(t, s.addr, "/ws/ns-07", "X-Router-Pod: router-abc", "X-Router-Table: 4711",
 		"X-Forwarded-For: 192.0.2.1")
 	c.mustCounter(1)
+	open := time.Now()
 	c.write(closeOf(closeNormal, "done"))
 	c.mustClose(closeNormal)
-	s.mustLog(t, "session open", "session=1 ", "namespace=ns-07", "router=router-abc", "table=4711",
+	end := time.Now()
+	line := s.mustLog(t, "session open", "session=1 ", "namespace=ns-07", "router=router-abc", "table=4711",
 		"remote="+c.conn.LocalAddr().String(), "for=192.0.2.1")
-	s.mustLog(t, "session end", "session=1 ", "namespace=ns-07", "messages=1", `Close 1000 \"done\"`)
+	mustTime(t, line, "opened", begin, open)
+	line = s.mustLog(t, "session end", "session=1 ", "namespace=ns-07", "messages=1", `Close 1000 \"done\"`)
+	mustTime(t, line, "ended", open, end)
+}
+
+// mustTime fails the test unless a field of a line of the log is a time between the two.
+func mustTime(t *testing.T, line, key string, from, to time.Time) {
+	t.Helper()
+	_, value, _ := strings.Cut(line, " "+key+"=")
+	value, _, _ = strings.Cut(strings.TrimSpace(value), " ")
+	at, err := time.Parse(time.RFC3339Nano, value)
+	// What was parsed has no monotonic clock: compare by the wall clock.
+	if err != nil || at.Before(from.Round(0)) || at.After(to.Round(0)) {
+		t.Errorf("%s is %s (error %v), want it from %s to %s", key, value, err, from, to)
+	}
 }
 
 // TestCounterHasNoGaps mixes ticks, answers and pongs.
