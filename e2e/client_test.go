@@ -19,6 +19,7 @@ type message struct {
 	Counter int
 	NS      string
 	Router  string
+	Total   int64 // count of the namespace, in the answer to "count"
 }
 
 // dialer opens WebSockets.

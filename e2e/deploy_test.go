@@ -12,6 +12,7 @@ import (
 	rbac "k8s.io/api/rbac/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/client-go/tools/clientcmd/api"
 )
@@ -75,7 +76,7 @@ func TestUndeploy(t *testing.T) {
 	namespace := s.newNamespace(t)
 	labels := map[string]string{"app.kubernetes.io/part-of": "router", "app.kubernetes.io/name": "router"}
 	configMaps := s.client.CoreV1().ConfigMaps(namespace)
-	for _, name := range []string{configMap, "more-overrides", "nginx-mine", "nginx-production", "nginx-5bt8b6cf9k"} {
+	for _, name := range []string{configMap, "more-overrides", "nginx-mine", "nginx-production", "nginx-5bt8b6cf9k", handoffObject} {
 		if _, err := configMaps.Create(t.Context(), &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: labels}}, metav1.CreateOptions{}); err != nil {
 			t.Fatal(err)
 		}
@@ -88,7 +89,7 @@ func TestUndeploy(t *testing.T) {
 		if out, err := s.deploySh(t, namespace, "undeploy"); err != nil {
 			t.Fatalf("deploy.sh undeploy: %v\n%s", err, out)
 		}
-		for name, kept := range map[string]bool{configMap: true, "more-overrides": true, "nginx-mine": true, "nginx-production": true, "nginx-5bt8b6cf9k": false} {
+		for name, kept := range map[string]bool{configMap: true, "more-overrides": true, "nginx-mine": true, "nginx-production": true, "nginx-5bt8b6cf9k": false, handoffObject: false} {
 			_, err := configMaps.Get(t.Context(), name, metav1.GetOptions{})
 			if (err == nil) != kept || err != nil && !apierrors.IsNotFound(err) {
 				t.Errorf("configmap/%s: %v, want it kept: %t", name, err, kept)
@@ -96,6 +97,31 @@ func TestUndeploy(t *testing.T) {
 		}
 		if _, err := s.client.CoreV1().Secrets(namespace).Get(t.Context(), tlsSecret, metav1.GetOptions{}); err != nil {
 			t.Errorf("secret/%s: %v", tlsSecret, err)
+		}
+	}
+}
+
+// TestDeployKeepsHandoff: what routers have written into their object stays as it is when
+// the manifests are applied again, as the client's apply and as the server's.
+func TestDeployKeepsHandoff(t *testing.T) {
+	s := newSystem(t)
+	namespace := s.newNamespace(t)
+	manifest := filepath.Join(s.root, "k8s", "handoff.yaml")
+	apply := func(args ...string) {
+		t.Helper()
+		s.mustKubectl("", append([]string{"--namespace=" + namespace, "apply", "-f", manifest}, args...)...)
+	}
+	configMaps := s.client.CoreV1().ConfigMaps(namespace)
+	apply()
+	const data = `{"data":{"plan":"p","router-a":"a"}}`
+	if _, err := configMaps.Patch(t.Context(), handoffObject, types.MergePatchType, []byte(data), metav1.PatchOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{nil, {"--server-side", "--force-conflicts"}, nil} {
+		apply(args...)
+		got, err := configMaps.Get(t.Context(), handoffObject, metav1.GetOptions{})
+		if err != nil || got.Data["plan"] != "p" || got.Data["router-a"] != "a" || len(got.Data) != 2 {
+			t.Errorf("after kubectl apply %v: %q (error %v), want what the routers wrote", args, got.Data, err)
 		}
 	}
 }

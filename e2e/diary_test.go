@@ -3,6 +3,7 @@ package e2e
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -16,11 +17,13 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 )
 
-// stay is a session as the backend that had it wrote it down.
+// stay is a session as the backend that had it wrote it down, from before the client
+// could have its 101 until before the router could know of its end.
 type stay struct {
 	backend, namespace, router string
+	pod                        types.UID // of the backend
 	table                      string    // X-Router-Table, a stamp
-	opened, ended              time.Time // ended is zero while it is open
+	opened, ended              time.Time // by the backend's clock; ended is zero while it is open
 	messages                   int       // that the backend sent; known once it has ended
 }
 
@@ -93,22 +96,22 @@ func (d *diary) meet(pod *corev1.Pod) {
 			return
 		}
 		defer log.Close()
-		d.read(pod.Name, log)
+		d.read(pod, log)
 	})
 }
 
 // read takes the sessions from a backend's log. It may only end behind the line
 // with which the backend does.
-func (d *diary) read(backend string, log io.Reader) {
-	last, err := d.scan(backend, log)
+func (d *diary) read(pod *corev1.Pod, log io.Reader) {
+	last, err := d.scan(pod, log)
 	if d.ctx.Err() == nil && last != "stopped" {
-		d.complain(fmt.Errorf("the log of %s ended after %q: %v", backend, last, err))
+		d.complain(fmt.Errorf("the log of %s ended after %q: %v", pod.Name, last, err))
 	}
 }
 
 // scan takes the sessions from a backend's log as far as it goes, and returns the
 // message of its last line.
-func (d *diary) scan(backend string, log io.Reader) (last string, err error) {
+func (d *diary) scan(pod *corev1.Pod, log io.Reader) (last string, err error) {
 	lines := logfmt.NewDecoder(log)
 	open := map[string]*stay{} // by the number that the backend gave them
 	for lines.ScanRecord() {
@@ -117,8 +120,8 @@ func (d *diary) scan(backend string, log io.Reader) (last string, err error) {
 			line[string(lines.Key())] = string(lines.Value())
 		}
 		last = line["msg"]
-		if err := d.take(backend, open, line); err != nil {
-			d.complain(fmt.Errorf("the log of %s says %v: %w", backend, line, err))
+		if err := d.take(pod, open, line); err != nil {
+			d.complain(fmt.Errorf("the log of %s says %v: %w", pod.Name, line, err))
 		}
 	}
 	return last, lines.Err()
@@ -126,22 +129,22 @@ func (d *diary) scan(backend string, log io.Reader) (last string, err error) {
 
 // take reads one line of a log. The end of a session that was opened before the
 // diary was begun is left out.
-func (d *diary) take(backend string, open map[string]*stay, line map[string]string) error {
-	now, err := time.Parse(time.RFC3339Nano, line["time"])
-	if err != nil {
-		return err
-	}
+func (d *diary) take(pod *corev1.Pod, open map[string]*stay, line map[string]string) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	var err error
 	switch line["msg"] {
 	case "session open":
-		one := &stay{backend: backend, namespace: line["namespace"], router: line["router"], table: line["table"], opened: now}
+		one := &stay{backend: pod.Name, pod: pod.UID, namespace: line["namespace"], router: line["router"], table: line["table"]}
+		one.opened, err = time.Parse(time.RFC3339Nano, line["opened"])
 		open[line["session"]] = one
 		d.stays = append(d.stays, one)
 	case "session end":
 		if one := open[line["session"]]; one != nil {
-			one.ended = now
+			var failed error
+			one.ended, failed = time.Parse(time.RFC3339Nano, line["ended"])
 			one.messages, err = strconv.Atoi(line["messages"])
+			err = errors.Join(err, failed)
 			delete(open, line["session"])
 		}
 	}

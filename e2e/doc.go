@@ -24,12 +24,15 @@
 //	E2E_HOLD         for how long (2m)
 //	E2E_CLIENTS      how many clients TestScale has (300)
 //	E2E_CHANGES      how many changes TestOverrideLatency makes of each size (20)
+//	E2E_HANDOFF      how many sessions the tests of the hand-off move (800), which come back
+//	                 at -move-rate: on two CPUs at most 100 a second do so at once
+//	E2E_COUNTERS     how many clients TestHandoffPods has (400)
 //
 // The tests with the build tag "controlplane" (make faults, make soak) stop and kill
 // the API server and etcd of a cluster that was made for that. They run in its network,
-// as root. They need "make build" only, except for TestFaultPodReplaced and
-// TestFaultEndpointsForbidden, which need "make deploy", and read the backends' logs in
-// /var/log/pods.
+// as root. They need "make build" only, except for TestFaultPodReplaced,
+// TestFaultEndpointsForbidden and TestFaultHandoff, which need "make deploy", and read
+// the backends' logs in /var/log/pods.
 //
 //	E2E_CONTROL_PLANE  a program that does "kill", "start", "pause" and "resume"
 //	                   with "apiserver", "etcd" and the other components

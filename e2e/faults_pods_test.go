@@ -179,11 +179,12 @@ func isReady(pod *corev1.Pod) bool {
 }
 
 // awaitOtherPod waits until another pod than that of the uid has the name, and is
-// bound to a node.
+// bound to a node. A kubelet that has lost the API server several times connects again
+// after up to half a minute.
 func (s *system) awaitOtherPod(name string, uid types.UID) *corev1.Pod {
 	s.t.Helper()
 	var pod *corev1.Pod
-	eventually(s.t, 20*time.Second, "another "+name, func() (err error) {
+	eventually(s.t, 90*time.Second, "another "+name, func() (err error) {
 		pod, err = s.client.CoreV1().Pods(s.namespace).Get(s.t.Context(), name, metav1.GetOptions{})
 		if err == nil && (pod.UID == uid || pod.Spec.NodeName == "") {
 			err = fmt.Errorf("%s, on node %q", pod.UID, pod.Spec.NodeName)
@@ -424,7 +425,7 @@ func (s *system) written(pod *corev1.Pod) *diary {
 			_, text, _ := strings.Cut(line, " F ") // time, stream, and that the line is full
 			said.WriteString(text)
 		}
-		d.scan(pod.Name, strings.NewReader(said.String()))
+		d.scan(pod, strings.NewReader(said.String()))
 	}
 	return d
 }

@@ -108,11 +108,9 @@ func (s *system) apply(data map[string]string) string {
 		"apply", "-f", "-", "-o", "jsonpath={.metadata.resourceVersion}"))
 }
 
-// awaitTable waits until the table of every router is that of this version of
-// the ConfigMap.
+// awaitTable waits until the table of every router is that of this version of the
+// ConfigMap, and all namespaces have their owners from it.
 func (s *system) awaitTable(ctx context.Context, version string) {
 	s.t.Helper()
-	for _, r := range s.routers(ctx) {
-		eventually(s.t, 20*time.Second, "the routers' tables", func() error { return r.hasTable(ctx, version) })
-	}
+	eventually(s.t, 30*time.Second, "the routers' tables", func() error { return s.atRest(ctx, version) })
 }

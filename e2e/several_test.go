@@ -147,7 +147,8 @@ func TestSelectorRole(t *testing.T) {
 	s.makeMap(prefix+"map-1", map[string]string{namespace: "backend-1"})
 	s.makeAccount(name)
 	began := metav1.Now()
-	r := s.startRouterPod(name, "-configmap-selector=app="+label)
+	// It has other overrides than the deployed routers, so it does not share their object.
+	r := s.startRouterPod(name, "-handoff=single", "-configmap-selector=app="+label)
 	for _, backend := range []string{"backend-2", "backend-3", "backend-0"} {
 		s.setMap(prefix+"map-1", map[string]string{namespace: backend})
 		eventually(t, 10*time.Second, "the router", func() error { return r.owns(t.Context(), namespace, backend, "override") })
