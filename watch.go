@@ -133,9 +133,12 @@ var errRelist = errors.New("the objects are to be listed again")
 func (w *watcher[T]) relist() <-chan struct{} {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	w.relistWanted.notify()
+	if n := len(w.relists); n > 0 { // no LIST has begun since
+		return w.relists[n-1]
+	}
 	done := make(chan struct{})
 	w.relists = append(w.relists, done)
-	w.relistWanted.notify()
 	return done
 }
 

@@ -178,6 +178,35 @@ func TestWatchNormalEndListsAtOnce(t *testing.T) {
 	}
 }
 
+// relist ends a stream at once, and is done when a LIST that began after it was applied. It
+// is no failure. While the API server is away, all calls wait for the same LIST.
+func TestWatchListsAgain(t *testing.T) {
+	inBubble(t, "one server", func(t *testing.T) {
+		c := startWatch(t, append(listsTo(2), statusAnswer(500, "InternalError", "away"), listsTo(3)[2]), script{openStream()})
+		c.want(t, applied1)
+		wantListed := func(done <-chan struct{}) {
+			t.Helper()
+			select {
+			case <-done:
+			case <-time.After(time.Minute):
+				t.Fatal("no LIST was applied")
+			}
+		}
+		wantListed(c.relist())
+		c.want(t, applied2)
+		wantEqual(t, "failures", c.snapshot().failures, 0)
+		first := c.relist() // it gets 500
+		synctest.Wait()
+		second := c.relist()
+		if third := c.relist(); third != second {
+			t.Error("each call waits for a LIST of its own")
+		}
+		wantListed(first)
+		wantListed(second)
+		c.want(t, applied3)
+	})
+}
+
 // A load balancer that cuts every stream after 3 s makes no hot loop, and updates arrive
 // all the same.
 func TestWatchCutEveryThreeSecondsPolls(t *testing.T) {
