@@ -584,6 +584,9 @@ func TestReplicasResizeInTurn(t *testing.T) {
 // or comes back, all routers that have seen their last versions have the same backends:
 // never more than there are to be, and none that never was ready.
 func TestReplicasAgree(t *testing.T) {
+	if withoutRace(t) {
+		return
+	}
 	for seed := range uint64(40) {
 		inBubble(t, fmt.Sprint(seed), func(t *testing.T) { changeReplicasAtRandom(t, rand.New(rand.NewPCG(seed, 1))) })
 	}

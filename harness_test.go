@@ -16,6 +16,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"regexp"
@@ -158,6 +159,31 @@ func userMemory() int64 {
 }
 
 func noEnvironment(string) string { return "" }
+
+// withoutRace runs the test again, in a process without the race detector, and reports
+// whether it did: in one with it, hundreds of goroutines in a synctest bubble, some of which
+// timers start, crash the detector itself (Go 1.26: SIGSEGV in its store of stacks).
+func withoutRace(t *testing.T) bool {
+	t.Helper()
+	info, ok := debug.ReadBuildInfo()
+	setting := func(key string) string {
+		for _, s := range info.Settings {
+			if s.Key == key {
+				return s.Value
+			}
+		}
+		return ""
+	}
+	if !ok || setting("-race") != "true" {
+		return false
+	}
+	args := []string{"test", "-count=1", "-tags", setting("-tags"), "-run", "^" + t.Name() + "$", "."}
+	out, err := exec.CommandContext(t.Context(), "go", args...).CombinedOutput()
+	if err != nil {
+		t.Errorf("go %v: %v\n%s", args, err, out)
+	}
+	return true
+}
 
 // must is for what does not fail.
 func must(t testing.TB, errs ...error) {

@@ -539,6 +539,9 @@ func TestHandoffSeeds(t *testing.T) {
 // bubble each request takes 10 ms, and writes of one object are one at a time, 3 ms each.
 // "make handoff" shows the figures.
 func TestHandoffCosts(t *testing.T) {
+	if withoutRace(t) {
+		return
+	}
 	for _, count := range proofSize([]int{10}, []int{1, 3, 10, 30}) {
 		inBubble(t, fmt.Sprint(count, " routers"), func(t *testing.T) { measureCosts(t, count) })
 	}
