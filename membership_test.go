@@ -509,6 +509,9 @@ func simulate(t *testing.T, seed uint64) {
 // crashes and changes: no namespace has two owners, and all comes to rest. HANDOFF_SEEDS is
 // how many seeds are tried.
 func TestHandoffSeeds(t *testing.T) {
+	if withoutRace(t) {
+		return
+	}
 	seeds := 20
 	if text := os.Getenv("HANDOFF_SEEDS"); text != "" {
 		var err error
