@@ -261,10 +261,14 @@ func TestHandoffObjectLost(t *testing.T) {
 	}
 }
 
-// replaceHandoff makes the data of the object this, whatever it was.
+// replaceHandoff makes the data of the object this, whatever it was. kubectl fails if a
+// router writes between its GET and its PUT.
 func (s *system) replaceHandoff(data map[string]string) {
 	s.t.Helper()
-	s.mustKubectl(manifestOf(s.t, handoffObject, nil, data), "replace", "-f", "-")
+	eventually(s.t, 20*time.Second, "the object to be replaced", func() error {
+		_, err := s.kubectl(s.t.Context(), manifestOf(s.t, handoffObject, nil, data), "replace", "-f", "-")
+		return err
+	})
 }
 
 // makeHandoff makes the object with this data.
@@ -278,7 +282,7 @@ func (s *system) applyHandoff() {
 	s.t.Helper()
 	manifests := s.mustKubectl("", "kustomize", filepath.Join(s.root, "k8s"))
 	for _, manifest := range strings.Split(manifests, "\n---\n") {
-		if strings.Contains(manifest, "kind: ConfigMap\n") && strings.Contains(manifest, "\n  name: "+handoffObject+"\n") {
+		if strings.Contains(manifest, "kind: ConfigMap\n") && strings.Contains(manifest+"\n", "\n  name: "+handoffObject+"\n") {
 			s.mustKubectl(manifest, "apply", "-f", "-")
 			return
 		}
