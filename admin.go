@@ -585,7 +585,7 @@ func (a *admin) planMoves(current, next *table) *plan {
 			Namespace: s.namespace, From: next.name(s.backend), To: next.name(owner),
 			Sessions: 1})
 	}
-	p.Seconds = float64(p.Sessions) * a.proxy.mover.pace.interval.Seconds()
+	p.Seconds = float64(p.Sessions) * a.proxy.mover.moveInterval.Seconds()
 	for i := range next.sources {
 		for bad := range next.rejections(i) {
 			if p.Rejected++; p.Rejected <= maxExamples {

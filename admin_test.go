@@ -489,7 +489,8 @@ func TestBackendsShowsWhatIsLeft(t *testing.T) {
 func planAdmin(t *testing.T) *admin {
 	t.Helper()
 	a, update := adminOf(t, "127.0.0.1:1", "127.0.0.1:1", "127.0.0.1:1", "127.0.0.1:1")
-	a.proxy.mover.pace.interval = time.Second / 2
+	a.proxy.mover.moveInterval = time.Second / 2
+	a.proxy.mover.pace.interval = time.Minute // of this router, which has a small share
 	update(sourceContent{id: sourceID{"ConfigMap", "edge", "overwriting"}, version: "7", overrides: newOverrideSet(map[string]string{"a": "backend-0", "late": "backend-1"})})
 	for namespace, backends := range map[string][]int{"a": {0, 0, 0}, "b": {bucket("b", 4)}, "late": {0, 1}} {
 		for _, backend := range backends {

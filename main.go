@@ -315,7 +315,7 @@ func (p *program) shareHandoff(kubeClient *kubeClient, namespace string) {
 	c := p.config
 	s := newMembership(*kubeClient, namespace, c.handoffConfigMap,
 		c.podName, c.podUID, c.routerPods, p.log)
-	p.proxy.mover.share(s, c.moveRate)
+	p.proxy.mover.share(s)
 	p.tasks = append(p.tasks, s.watcher.run)
 }
 

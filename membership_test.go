@@ -149,7 +149,7 @@ func (r *simRouter) start() {
 	c.settleTime = 50 * time.Millisecond
 	client := r.network.kube(r.T)
 	c.share(newMembership(*client, "edge", handoffName, r.pod.name, r.pod.uid,
-		"app.kubernetes.io/name=router", log), r.rate)
+		"app.kubernetes.io/name=router", log))
 	c.shared.proposal = func() *activeBackends { c.decisions.Add(1); return nil }
 	router.onSwap = c.ownersChanged
 	c.closeSession = func(s *session, onEnd func(cut bool)) bool {

@@ -30,6 +30,8 @@ type mover struct {
 	relay      *relay
 	off        bool          // -handoff=off
 	settleTime time.Duration // time without a change of the table before sessions move
+	// moveInterval is the time between two moves, of all routers with -handoff=all; 0: none.
+	moveInterval time.Duration
 	// closeSession is session.closeGracefully.
 	closeSession func(s *session, onEnd func(cut bool)) bool
 	onStep       func() // the view has changed; must not block
@@ -84,8 +86,9 @@ func newMover(
 		},
 	}
 	if rate > 0 {
-		m.pace.interval = time.Second / time.Duration(rate)
+		m.moveInterval = time.Second / time.Duration(rate)
 	}
+	m.pace.interval = m.moveInterval
 	m.flights.onEnd, relay.onReleased = m.sessionReleased, m.sessionReleased
 	return m
 }
@@ -127,7 +130,7 @@ func (m *mover) findQueue(namespace string) int { return m.assign(namespace).que
 // startFlight notes that the owner gets the upgrade's request, which the caller sends
 // next. Then it asks once more who the owner is. ok is false if that has changed: the
 // caller must not send the request. So each step either waits for the flight, or has
-// begun before it. now is what startFlight was told. The caller ends or abandons the
+// begun before it. now is what startFlight found when it asked again. The caller ends or abandons the
 // flight, which is nil if ok is false, and with -handoff=off.
 func (m *mover) startFlight(
 	namespace string, owner int, podUID string,
@@ -541,7 +544,6 @@ func (m *mover) reportFinished() {
 // (-handoff=all). The mover's run owns it.
 type sharedMove struct {
 	*membership
-	rate     float64       // sessions per second that all routers move; 0: no limit
 	released int64         // the last step of which nothing is left in this router
 	answered *stepProposal // the last that may be in this router's answer; nil for none
 }
@@ -556,9 +558,9 @@ type stepProposal struct {
 	left    int // sessions that have to move, also those that next covers
 }
 
-// share makes the mover share its steps with other routers.
-func (m *mover) share(s *membership, rate int) {
-	m.shared = &sharedMove{membership: s, rate: float64(rate)}
+// share makes the mover share its steps, and the rate of moves, with other routers.
+func (m *mover) share(s *membership) {
+	m.shared = &sharedMove{membership: s}
 	s.wake = m.wake.notify
 }
 
@@ -685,9 +687,7 @@ func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.T
 
 // setShare sets the pace to this router's share of the rate.
 func (m *mover) setShare() {
-	if s := m.shared; s.rate > 0 {
-		m.pace.interval = time.Duration(float64(time.Second) / (s.rate * s.share()))
-	}
+	m.pace.interval = time.Duration(float64(m.moveInterval) / m.shared.share())
 }
 
 // moveToNewPods closes those of the sessions whose owner stays and has another pod: no
