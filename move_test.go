@@ -442,6 +442,7 @@ func movesIn(t *testing.T, rate, each int, data map[string]string, play func(t *
 		ctx, cancel := context.WithCancel(t.Context())
 		var running sync.WaitGroup
 		running.Go(func() { m.run(ctx) })
+		synctest.Wait() // else the first timer may see play's table before tableChanged does
 		play(t, m)
 		cancel()
 		running.Wait()
