@@ -1,6 +1,11 @@
 package main
 
-import "time"
+import (
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"time"
+)
 
 // turn is how long one proxy is under load before it is the next one's turn. What
 // else is on the machine, other virtual machines above all, changes within
@@ -34,7 +39,47 @@ func (c *contender) fail(err error) {
 	}
 }
 
-// takeTurns measures a load on all, each for the time length in all.
+// When all proxies are at rest before a turn: together they use less than restUse of
+// restSlice. It is an error if that takes longer than maxUnrest.
+const (
+	restSlice = 5 * time.Millisecond
+	restUse   = restSlice / 10
+	maxUnrest = 2 * time.Second
+)
+
+// awaitRest waits until all are at rest. A proxy still moves what its kernel buffers hold
+// when its turn is over: without the wait, the next one would pay for it.
+func awaitRest(all []*contender) error {
+	cpu := func() (sum time.Duration, err error) {
+		for _, c := range all {
+			used, err := c.target.group.cpu()
+			if err != nil {
+				return 0, err
+			}
+			sum += used
+		}
+		return sum, nil
+	}
+	before, err := cpu()
+	for began := time.Now(); err == nil; {
+		time.Sleep(restSlice)
+		after, failed := cpu()
+		switch {
+		case failed != nil:
+			err = failed
+		case after-before < restUse:
+			return nil
+		case time.Since(began) > maxUnrest:
+			err = fmt.Errorf("the proxies were not at rest within %s", maxUnrest)
+		}
+		before = after
+	}
+	return err
+}
+
+// takeTurns measures a load on all, each for the time length in all. The order of the
+// proxies changes with each turn, since each may leave something to the one after it. It
+// is the same in each run.
 func takeTurns(all []*contender, open func(*target) (load, error), length time.Duration) {
 	each := func(f func(*contender) error) {
 		for _, c := range all {
@@ -55,8 +100,14 @@ func takeTurns(all []*contender, open func(*target) (load, error), length time.D
 		c.load.count()
 		return err
 	})
+	order := rand.New(rand.NewPCG(0, 0))
+	all = slices.Clone(all)
 	for left := length; left > 0; left -= turn {
+		order.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
 		each(func(c *contender) error {
+			if err := awaitRest(all); err != nil {
+				return err
+			}
 			used, err := c.target.during(func() error { return c.load.send(min(left, turn)) })
 			c.use.add(used)
 			return err
