@@ -19,6 +19,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -37,6 +38,11 @@ const (
 // certificate from certs/make.sh, and a stub in the router's place. Ports and
 // paths are the only things replaced in the configuration.
 type sidecar struct {
+	// What the options of start set.
+	loopback string   // the address that tests connect to
+	ipv6     string   // the file in the place of /proc/net/if_inet6
+	env      []string // NAME=value, beside the environment of the tests
+
 	// Static after start.
 	dir    string // everything nginx reads and writes
 	plain  string // address in the place of port 80
@@ -50,7 +56,7 @@ type sidecar struct {
 
 // start returns a sidecar that answers, or nil, after a word in the log, on a
 // machine without nginx or openssl. Cleanup stops nginx and the stub.
-func start(t *testing.T) *sidecar {
+func start(t *testing.T, options ...func(*sidecar)) *sidecar {
 	t.Helper()
 	for _, name := range []string{program(), "openssl"} {
 		if _, err := exec.LookPath(name); err != nil {
@@ -58,7 +64,12 @@ func start(t *testing.T) *sidecar {
 			return nil
 		}
 	}
-	s := &sidecar{dir: socketDir(t)}
+	s := &sidecar{
+		loopback: "127.0.0.1", ipv6: "/proc/net/if_inet6", dir: socketDir(t),
+	}
+	for _, set := range options {
+		set(s)
+	}
 	for _, sub := range []string{"tls", "html", "tmp"} {
 		if err := os.Mkdir(filepath.Join(s.dir, sub), 0o755); err != nil {
 			t.Fatal(err)
@@ -134,27 +145,35 @@ func (s *sidecar) own(t *testing.T) {
 // replace that is not there is an error: the test would run something else.
 func (s *sidecar) configure(t *testing.T) {
 	t.Helper()
-	addresses := freeAddresses(t, 4)
+	addresses := freeAddresses(t, s.loopback, 4)
 	s.plain, s.secure, s.probe = addresses[0], addresses[1], addresses[2]
-	pairs := []string{
-		"listen 80 ", "listen " + s.plain + " ",
-		"listen 443 ", "listen " + s.secure + " ",
-		"listen 8002;", "listen " + s.probe + ";",
-		"listen 127.0.0.1:8003 ", "listen " + addresses[3] + " ",
-		"https://127.0.0.1:8003/", "https://" + addresses[3] + "/",
+	s.write(t, "nginx.conf", []string{
 		"/etc/nginx/tls/", filepath.Join(s.dir, "tls") + "/",
 		"/run/router/router.sock", filepath.Join(s.dir, "router.sock"),
 		"/usr/share/nginx/html", filepath.Join(s.dir, "html"),
 		" /tmp/", " " + filepath.Join(s.dir, "tmp") + "/",
-	}
-	s.write(t, "nginx.conf", pairs)
-	s.write(t, "start.sh", []string{"=/tmp/", "=" + filepath.Join(s.dir, "tmp") + "/"})
+	})
+	s.write(t, "start.sh", []string{
+		"listen 80 ", "listen " + port(s.plain) + " ",
+		"listen 443 ", "listen " + port(s.secure) + " ",
+		"listen 8002 ", "listen " + port(s.probe) + " ",
+		"$loopback:8003", "$loopback:" + port(addresses[3]),
+		">/tmp/", ">" + filepath.Join(s.dir, "tmp") + "/",
+		"=/tmp/", "=" + filepath.Join(s.dir, "tmp") + "/",
+		"/proc/net/if_inet6", s.ipv6,
+	})
 	for _, log := range []string{"stdout", "stderr"} {
 		if err := os.WriteFile(filepath.Join(s.dir, log), nil, 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
 	s.own(t)
+}
+
+// port is that of an address.
+func port(address string) string {
+	_, port, _ := net.SplitHostPort(address)
+	return port
 }
 
 // write copies a file with texts replaced, each of which has to be there.
@@ -182,6 +201,9 @@ func (s *sidecar) command(t *testing.T, args ...string) *exec.Cmd {
 	if os.Geteuid() == 0 {
 		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: podUser, Gid: podUser}
 	}
+	cmd.Env = slices.DeleteFunc(append(os.Environ(), s.env...), func(set string) bool {
+		return strings.HasPrefix(set, "NGINX=") // nginx has a use of its own for it
+	})
 	cmd.Stdout, cmd.Stderr = s.logFile(t, "stdout"), s.logFile(t, "stderr")
 	return cmd
 }
@@ -209,7 +231,7 @@ func (s *sidecar) run(t *testing.T) error {
 			t.Logf("nginx:\n%s", readFile(t, filepath.Join(s.dir, "stderr")))
 		}
 	})
-	client := s.client(t, s.plain)
+	client := s.client(t, s.probe)
 	err := until(func() error {
 		select {
 		case err := <-ended:
