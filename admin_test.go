@@ -268,7 +268,7 @@ func TestOwnersAtOnce(t *testing.T) {
 func adminOf(t *testing.T, addrs ...string) (a *admin, update func(...sourceContent)) {
 	t.Helper()
 	fdLimit := wideDescriptorLimit(t)
-	p := newProxy(&config{statefulSet: "backend", handoff: "off"}, newStaticBackends("backend", addrs), fdLimit, slog.New(slog.DiscardHandler))
+	p := newProxy(&config{statefulSet: "backend", handoff: "off", layout: &layout{}}, newStaticBackends("backend", addrs), fdLimit, slog.New(slog.DiscardHandler))
 	p.router.addSource(false, func(func(...sourceContent)) overrideSource { return &fakeSource{notReady: "they are late"} })
 	return &admin{proxy: p, fdLimit: fdLimit, logQueue: newLogQueue(io.Discard), started: time.Now()}, p.router.update
 }

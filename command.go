@@ -27,7 +27,7 @@ type command struct {
 	// Of owner, to build a table without a router; replicas is 0 to ask a router.
 	replicas                  int
 	statefulSet, overridesDir string
-	namespaceFrom             string // "path" or "host"
+	namespaceFrom             string // as newLayout takes it
 }
 
 // adminTimeout bounds one request to a router.
@@ -57,7 +57,7 @@ func runCommand(ctx context.Context, args []string, out io.Writer) (
 		f.StringVar(&c.statefulSet, "statefulset", "backend",
 			"`name` of the StatefulSet, with -replicas")
 		f.StringVar(&c.namespaceFrom, "namespace-from", "path",
-			"where requests have their namespace, path or host, with -replicas")
+			"`where` requests have their namespace, path, query:NAME or host, with -replicas")
 		run, usage = c.owners, "Usage: router owner [flags] NAMESPACE...\n\n"+
 			"Shows who owns namespaces, and why.\n\n"
 	}
@@ -237,7 +237,8 @@ func (c *command) table() (*table, error) {
 		return nil, usageError{
 			fmt.Errorf("-replicas must be 1 to %d (got %d)", maxReplicas, c.replicas)}
 	}
-	if err := checkNamespaceFrom(c.namespaceFrom); err != nil {
+	l, err := newLayout(c.namespaceFrom, nil)
+	if err != nil {
 		return nil, usageError{err}
 	}
 	var sources []sourceContent
@@ -249,8 +250,7 @@ func (c *command) table() (*table, error) {
 		}
 		sources = []sourceContent{{id: d.id(), version: version, overrides: newOverrideSet(data)}}
 	}
-	fromHost, backends := c.namespaceFrom == "host", ordinals{count: c.replicas}
-	return newTable(c.statefulSet, fromHost, backends, sources, nil), nil
+	return newTable(c.statefulSet, l.fromHost, ordinals{count: c.replicas}, sources, nil), nil
 }
 
 // owner answers as a router with the table would. The backends are not dialled.

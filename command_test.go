@@ -57,7 +57,7 @@ func TestCommands(t *testing.T) {
 			"Ns    " + backendName("backend", bucket("ns", 4)) + "  hash\n      rejected: \"backend-2\" in directory " + hosts + " NS, expected " + expectedHostNamespace("") +
 				"\nfree  " + hashed + "  hash\n"},
 		"owner offline, no host":    {[]string{"owner", "-replicas", "4", "-namespace-from", "host", "a.b"}, 2, "the argument must be " + expectedHostNamespace("a.b") + " (got \"a.b\")\n"},
-		"owner offline, from where": {[]string{"owner", "-replicas", "4", "-namespace-from", "header", "a"}, 2, "-namespace-from must be path or host (got \"header\")\n"},
+		"owner offline, from where": {[]string{"owner", "-replicas", "4", "-namespace-from", "header", "a"}, 2, "-namespace-from must be path, host or query:NAME (got \"header\")\n"},
 		"owner of two dots": {[]string{"owner", "-replicas", "1", "..foo"}, 0,
 			"..foo  backend-0  hash\n       it cannot have an override: no key of a ConfigMap begins with two dots\n"},
 		"owner of no backends": {[]string{"owner", "-overrides", folder, "a"}, 2, "-replicas must be 1 to 10000 (got 0)\n"},

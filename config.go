@@ -31,7 +31,9 @@ type config struct {
 	selector                       string // a label selector for ConfigMaps
 
 	// Requests, and moves of sessions.
-	namespaceFrom, podName string // namespaceFrom is "path" or "host"
+	namespaceFrom, podName string    // namespaceFrom is as newLayout takes it
+	routes                 routeList // of -route; nil for defaultRoute
+	layout                 *layout   // of both
 	limits                 limits
 	moveRate               int // sessions per second, 0: no limit
 	moveSettle             time.Duration
@@ -64,6 +66,22 @@ func (n *nameList) Set(list string) error {
 		}
 		*n = append(*n, name)
 	}
+	return nil
+}
+
+// routeList is a flag with patterns of paths, separated by spaces. The flag may be
+// repeated: each adds to the list. newLayout checks them.
+type routeList []string
+
+func (l *routeList) String() string { return strings.Join(*l, " ") }
+
+// Set adds the patterns in list. It returns an error if there are none.
+func (l *routeList) Set(list string) error {
+	routes := strings.Fields(list)
+	if len(routes) == 0 {
+		return errors.New("it must have a path")
+	}
+	*l = append(*l, routes...)
 	return nil
 }
 
@@ -121,7 +139,12 @@ func (c *config) flags() *flag.FlagSet {
 // trafficFlags adds the flags for requests, moves and the drain to f.
 func (c *config) trafficFlags(f *flag.FlagSet) {
 	f.StringVar(&c.namespaceFrom, "namespace-from", "path",
-		"where the namespace of a request is: `path` (/ws/<namespace>) or host (its first label)")
+		"`where` a request has its namespace: path (as -route says), query:NAME (the parameter\n"+
+			"NAME, of any path) or host (its first label, with any path)")
+	f.Var(&c.routes, "route",
+		"`pattern` of the paths with a namespace, like /d/{namespace}/events: {namespace} is one\n"+
+			"whole segment, and any more may follow; may be repeated, or have several with spaces\n"+
+			"in between (default "+defaultRoute+")")
 	f.StringVar(&c.podName, "pod-name", "",
 		"`name` of this router for X-Router-Pod (default the host's name)")
 	f.DurationVar(&c.limits.holdTimeout, "hold", 10*time.Second,
@@ -198,6 +221,9 @@ func parseConfig(args []string, getenv func(string) string,
 		c.setDefaults(getenv)
 		err = c.validate()
 	}
+	if err == nil {
+		c.layout, err = newLayout(c.namespaceFrom, c.routes)
+	}
 	if err != nil {
 		return nil, usageError{err}
 	}
@@ -258,9 +284,6 @@ func (c *config) validateBackends() error {
 	case c.backendPort < 1 || c.backendPort > 65535:
 		return fmt.Errorf("-backend-port must be 1 to 65535 (got %d)", c.backendPort)
 	}
-	if err := checkNamespaceFrom(c.namespaceFrom); err != nil {
-		return err
-	}
 	if err := cmp.Or(c.validateHandoff(), c.validateRelease()); err != nil {
 		return err
 	}
@@ -308,14 +331,6 @@ func (c *config) validateRelease() error {
 		return fmt.Errorf("-release must be a path such as /release (got %q)", c.release)
 	case c.handoff == "off":
 		return errors.New("-release requires a hand-off: not -handoff off")
-	}
-	return nil
-}
-
-// checkNamespaceFrom returns an error for a bad value of -namespace-from.
-func checkNamespaceFrom(value string) error {
-	if value != "path" && value != "host" {
-		return fmt.Errorf("-namespace-from must be path or host (got %q)", value)
 	}
 	return nil
 }

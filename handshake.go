@@ -11,7 +11,6 @@ import (
 	"math"
 	"net"
 	"net/http"
-	"net/netip"
 	"net/textproto"
 	"slices"
 	"strconv"
@@ -63,39 +62,6 @@ func requestTarget(r *http.Request) string {
 func requestPath(r *http.Request) string {
 	path, _, _ := strings.Cut(requestTarget(r), "?")
 	return path
-}
-
-// pathNamespace returns the namespace of /ws/<namespace>[/...]. The path is
-// taken as it was sent: a namespace has no characters to escape, and what the
-// backend sees must not read otherwise.
-func pathNamespace(r *http.Request) (string, *refusal) {
-	rest, ok := strings.CutPrefix(requestPath(r), "/ws/")
-	if !ok {
-		return "", refuse(resultNotFound, "the path must be /ws/<namespace> (got %.200q)", requestPath(r))
-	}
-	namespace, _, _ := strings.Cut(rest, "/")
-	if want := expectedPathNamespace(namespace); want != "" {
-		return "", refuse(resultBadRequest, "the path must have %s (got %.260q)", want, namespace)
-	}
-	return namespace, nil
-}
-
-// hostNamespace returns the first label of the Host header, in lower case since
-// host names have no case (RFC 4343).
-func hostNamespace(r *http.Request) (string, *refusal) {
-	host := r.Host
-	if h, _, err := net.SplitHostPort(host); err == nil {
-		host = h
-	}
-	label, domain, ok := strings.Cut(strings.ToLower(host), ".")
-	_, err := netip.ParseAddr(strings.Trim(host, "[]"))
-	if !ok || domain == "" || err == nil {
-		return "", refuse(resultBadRequest, "the host must be <namespace>.<domain> (got %.260q)", r.Host)
-	}
-	if want := expectedHostNamespace(label); want != "" {
-		return "", refuse(resultBadRequest, "the host must begin with %s (got %.260q)", want, label)
-	}
-	return label, nil
 }
 
 // hasDotSegment reports whether a segment of the path is "." or ".." (RFC 3986

@@ -8,31 +8,6 @@ import (
 	"testing"
 )
 
-func TestNamespaceFromHost(t *testing.T) {
-	tests := map[string]struct{ host, want string }{
-		"name":        {"ns-01.mydomain.com", "ns-01"},
-		"port":        {"ns-01.mydomain.com:8443", "ns-01"},
-		"upper case":  {"NS-01.MyDomain.com", "ns-01"},
-		"one label":   {"localhost", ""},
-		"IPv4":        {"127.0.0.1:8000", ""},
-		"IPv6":        {"[::1]:8000", ""},
-		"empty label": {".mydomain.com", ""},
-		"no domain":   {"ns-01.", ""},
-		"bad label":   {"ns%2f.mydomain.com", ""},
-	}
-	for name, tt := range tests {
-		t.Run(name, func(t *testing.T) {
-			got, refused := hostNamespace(&http.Request{Host: tt.host})
-			if got != tt.want || (refused == nil) != (tt.want != "") {
-				t.Errorf("hostNamespace(%q) = %q, %v; want %q", tt.host, got, refused, tt.want)
-			}
-			if refused != nil && refused.result != resultBadRequest {
-				t.Errorf("result %v, want bad_request", refused.result)
-			}
-		})
-	}
-}
-
 // Fields of WebSocket are spelled as RFC 6455 does, also those that it does not have.
 func TestWireName(t *testing.T) {
 	for name, want := range map[string]string{"Sec-Websocket-Key": "Sec-WebSocket-Key", "Sec-Websocket-Accept": "Sec-WebSocket-Accept",
@@ -51,13 +26,14 @@ func FuzzUpgrade(f *testing.F) {
 	f.Add("GET /ws/ns-01 HTTP/1.1\r\nHost: h\r\nConnection: Upgrade, X-Router-Pod, Host\r\nUpgrade: websocket\r\nX_Router_Pod: x\r\nX-Router-Table: x\r\nX-ROUTER_Backend: x\r\nx_router-step: 9\r\n\r\n")
 	f.Add("GET /ws/ns-01 HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: h2c\r\nUpgrade: websocket\r\nExpect: 100-continue\r\nForwarded: for=x\r\n\r\n")
 	f.Add("POST /ws/a HTTP/1.0\r\nTransfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n")
+	paths := defaultLayout(f)
 	f.Fuzz(func(t *testing.T, request string) {
 		in, err := http.ReadRequest(bufio.NewReader(strings.NewReader(request)))
 		if err != nil {
 			return
 		}
 		in.RemoteAddr = "192.0.2.1:4711"
-		namespace, refused := pathNamespace(in)
+		namespace, refused := paths.namespace(in)
 		if refused == nil {
 			refused = checkUpgrade(in)
 		}
@@ -73,7 +49,7 @@ func FuzzUpgrade(f *testing.F) {
 		if err != nil {
 			t.Fatalf("the backend cannot read %q: %v", head, err)
 		}
-		again, refused := pathNamespace(out)
+		again, refused := paths.namespace(out)
 		switch {
 		case rest.Buffered() > 0 || out.ContentLength != 0:
 			t.Fatalf("more than one request without a body: %q", head)

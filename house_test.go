@@ -15,10 +15,10 @@ import (
 	"testing"
 )
 
-// layout has the root's files in their reading order: a file uses only the files after
+// fileOrder has the root's files in their reading order: a file uses only the files after
 // it. The files of one noun for several systems, like listen_linux.go and
 // listen_portable.go, count as one.
-var layout = strings.Fields(`main command config admin status fastpath proxy handshake listen upgrade configmap
+var fileOrder = strings.Fields(`main command config admin status fastpath proxy layout handshake listen upgrade configmap
 	directory events drain move movebatch movetarget movequeue pace membership member handoffobject handoff flight release route overrides hash discovery backends dialqueue watch kube
 	relay websocket log metrics wait`)
 
@@ -111,7 +111,7 @@ func unit(name string) string {
 	return name
 }
 
-// TestLayoutIsWhole: the layout has each file once, and nothing else.
+// TestLayoutIsWhole: fileOrder has each file once, and nothing else.
 func TestLayoutIsWhole(t *testing.T) {
 	var actual []string
 	for _, name := range parseSources(t).names {
@@ -119,8 +119,8 @@ func TestLayoutIsWhole(t *testing.T) {
 	}
 	slices.Sort(actual)
 	actual = slices.Compact(actual)
-	if want := slices.Sorted(slices.Values(layout)); !slices.Equal(actual, want) {
-		t.Errorf("the root has the files\n%v, the layout\n%v", actual, want)
+	if want := slices.Sorted(slices.Values(fileOrder)); !slices.Equal(actual, want) {
+		t.Errorf("the root has the files\n%v, the order\n%v", actual, want)
 	}
 }
 
@@ -128,15 +128,15 @@ func TestLayoutIsWhole(t *testing.T) {
 func TestLayoutGoesDown(t *testing.T) {
 	for file, others := range parseSources(t).uses() {
 		for other, identifier := range others {
-			if slices.Index(layout, other) < slices.Index(layout, file) {
-				t.Errorf("%s uses %s of %s, which is before it in the layout", file, identifier, other)
+			if slices.Index(fileOrder, other) < slices.Index(fileOrder, file) {
+				t.Errorf("%s uses %s of %s, which is before it in the order", file, identifier, other)
 			}
 		}
 	}
 }
 
 // TestPackageComment: the reading order in the last paragraph of main.go's package
-// comment is the layout.
+// comment is fileOrder.
 func TestPackageComment(t *testing.T) {
 	comment := parseSources(t).files["main"].Doc.Text()
 	_, order, ok := strings.Cut(comment, "\nRead ")
@@ -146,12 +146,12 @@ func TestPackageComment(t *testing.T) {
 	order = regexp.MustCompile(`\([^)]*\)`).ReplaceAllString(order, "")
 	var got []string
 	for _, word := range regexp.MustCompile(`[a-z_]+`).FindAllString(order, -1) {
-		if slices.Contains(layout, word) {
+		if slices.Contains(fileOrder, word) {
 			got = append(got, word)
 		}
 	}
-	if !slices.Equal(got, layout) {
-		t.Errorf("the reading order is\n%v, want\n%v", got, layout)
+	if !slices.Equal(got, fileOrder) {
+		t.Errorf("the reading order is\n%v, want\n%v", got, fileOrder)
 	}
 }
 

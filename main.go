@@ -1,11 +1,11 @@
 // Router sends each WebSocket to the backend that owns its namespace.
 //
-// A client opens /ws/<namespace>. A pod of a StatefulSet owns the namespace: the
-// pod that an override in a ConfigMap names, else the pod that the namespace's
-// hash chooses. The router opens the same path on that pod and from then on
-// carries bytes. When the overrides change, the router closes the sessions whose
-// owner changed, at a limited rate, and only these. A namespace opens with its new
-// owner when its last session with the previous one is over.
+// A client opens /ws/<namespace>, or another URL with a namespace. A pod of a
+// StatefulSet owns the namespace: the pod that an override in a ConfigMap names, else
+// the pod that the namespace's hash chooses. The router opens the same path on that pod
+// and from then on carries bytes. When the overrides change, the router closes the
+// sessions whose owner changed, at a limited rate, and only these. A namespace opens
+// with its new owner when its last session with the previous one is over.
 //
 //	client
 //	  │ TLS
@@ -124,12 +124,13 @@
 // lock held.
 //
 // Read main, command and config (what starts), admin and status (what operators ask),
-// fastpath, proxy, handshake, listen and upgrade (from client to session), configmap,
-// directory, events, drain, move, movebatch, movetarget, movequeue, pace, membership,
-// member, handoffobject, handoff, flight and release (what a change of overrides does),
-// route, overrides and hash (who owns), discovery, backends, dialqueue, watch and kube
-// (where owners are), relay and websocket (the life of a session), log and metrics, and
-// wait (a back-off, a sleep, times, a wake-up). A file uses only those after it.
+// fastpath, proxy, layout, handshake, listen and upgrade (from client to session),
+// configmap, directory, events, drain, move, movebatch, movetarget, movequeue, pace,
+// membership, member, handoffobject, handoff, flight and release (what a change of
+// overrides does), route, overrides and hash (who owns), discovery, backends,
+// dialqueue, watch and kube (where owners are), relay and websocket (the life of a
+// session), log and metrics, and wait (a back-off, a sleep, times, a wake-up). A file
+// uses only those after it.
 package main
 
 import (
@@ -269,7 +270,7 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 	backends.dialer = newDialer(c.tcpUserTimeout)
 	var mover *mover // onSwap uses it when there are sources
 	router := &router{
-		statefulSet: c.statefulSet, fromHost: c.namespaceFrom == "host",
+		statefulSet: c.statefulSet, fromHost: c.layout.fromHost,
 		backends: backends.static, log: log,
 		onSwap: func() { mover.ownersChanged() },
 	}
@@ -295,10 +296,7 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 	}
 	p := &proxy{
 		router: router, backends: backends, relay: relay, mover: mover,
-		limits: c.limits, podName: c.podName, namespace: pathNamespace, log: log,
-	}
-	if router.fromHost {
-		p.namespace = hostNamespace
+		limits: c.limits, podName: c.podName, namespace: c.layout.namespace, log: log,
 	}
 	return p
 }

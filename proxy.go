@@ -38,7 +38,7 @@ type proxy struct {
 	mover     *mover
 	limits    limits
 	podName   string
-	namespace func(*http.Request) (string, *refusal) // pathNamespace or hostNamespace
+	namespace func(*http.Request) (string, *refusal) // layout.namespace
 	log       *slog.Logger
 
 	readers sync.Pool // of *bufio.Reader

@@ -34,8 +34,8 @@ func TestProxyRefuses(t *testing.T) {
 	}{
 		"unknown path":               {with("/ws/ns-01", "/other"), 404, resultNotFound, `"/other"`},
 		"root":                       {with("/ws/ns-01", "/"), 404, resultNotFound, `"/"`},
-		"no namespace":               {with("/ws/ns-01", "/ws/"), 400, resultBadRequest, `(got "")`},
-		"empty namespace":            {with("/ws/ns-01", "/ws//x"), 400, resultBadRequest, `(got "")`},
+		"no namespace":               {with("/ws/ns-01", "/ws/"), 404, resultNotFound, `"/ws/"`},
+		"empty namespace":            {with("/ws/ns-01", "/ws//x"), 404, resultNotFound, `"/ws//x"`},
 		"bad character":              {with("/ws/ns-01", "/ws/ns+01"), 400, resultBadRequest, `"ns+01"`},
 		"escaped namespace":          {with("/ws/ns-01", "/ws/ns%2D01"), 400, resultBadRequest, `"ns%2D01"`},
 		"escaped slash":              {with("/ws/ns-01", "/ws/ns-01%2F..%2Fns-02"), 400, resultBadRequest, "namespace"},
