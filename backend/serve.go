@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"strconv"
 	"strings"
@@ -169,10 +170,9 @@ func (s *server) isStopping() bool {
 
 // ServeHTTP is not a ServeMux, which would redirect /ws//x.
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	rest, isWS := strings.CutPrefix(r.URL.Path, "/ws/")
-	namespace, _, _ := strings.Cut(rest, "/")
+	namespace := pathNamespace(r.URL)
 	switch {
-	case isWS && namespace != "":
+	case namespace != "":
 		s.serveWS(w, r, namespace, time.Now())
 	case r.URL.Path == "/release":
 		s.serveRelease(w, r)
@@ -184,6 +184,18 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	default:
 		http.Error(w, "not found; want /ws/<namespace>", http.StatusNotFound)
 	}
+}
+
+// pathNamespace returns the namespace of /ws/<namespace>[/...], or "": the segment, decoded
+// once, as the router does. A slash that is escaped is a part of it.
+func pathNamespace(u *url.URL) string {
+	rest, ok := strings.CutPrefix(u.EscapedPath(), "/ws/")
+	if !ok {
+		return ""
+	}
+	segment, _, _ := strings.Cut(rest, "/")
+	namespace, _ := url.PathUnescape(segment) // net/http has decoded it before
+	return namespace
 }
 
 func (s *server) serveHealth(w http.ResponseWriter) {

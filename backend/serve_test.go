@@ -62,6 +62,20 @@ func get(path string) string {
 	return "GET " + path + " HTTP/1.1\r\nHost: backend\r\nConnection: close\r\n\r\n"
 }
 
+// TestNamespaceIsDecodedOnce: the backend reads a path as the router does.
+func TestNamespaceIsDecodedOnce(t *testing.T) {
+	s := startServer(t, quietConfig(), "tcp")
+	for path, want := range map[string]string{
+		"/ws/ns-01/a": "ns-01", "/ws/my%20room": "my room", "/ws/caf%C3%A9": "café", "/ws/doc:42@x+y": "doc:42@x+y", "/ws/a%2541": "a%41",
+		"/ws/a%2Fb/c": "a/b",
+	} {
+		c := rawOpen(t, s.addr, path)
+		if got := c.mustCounter(1).NS; got != want {
+			t.Errorf("%s is of %q, want %q", path, got, want)
+		}
+	}
+}
+
 func TestUpgrades(t *testing.T) {
 	for name, tt := range map[string]struct {
 		named    bool

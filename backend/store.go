@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -158,8 +159,14 @@ func (s *localStore) write(namespace string, e entry) error {
 }
 
 // file is not that of another namespace, nor outside of the directory, whatever the name.
+// Linux has names of 255 bytes at most: a longer one has a hash in its place, after a %
+// that begins no escape.
 func (s *localStore) file(namespace string) string {
-	return filepath.Join(s.dir, url.PathEscape(namespace)+".state")
+	name := url.PathEscape(namespace)
+	if len(name) > 200 {
+		name = fmt.Sprintf("%%-%x", sha256.Sum256([]byte(namespace)))
+	}
+	return filepath.Join(s.dir, name+".state")
 }
 
 // storeServer serves a store to other processes:

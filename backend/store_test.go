@@ -49,7 +49,8 @@ func TestStoreComparesSteps(t *testing.T) {
 
 // TestStoreTakesAnyName: no name gets the state of another one.
 func TestStoreTakesAnyName(t *testing.T) {
-	names := []string{"ns-01", "NS-01", ".", "..", "../up", "a/b", "a%2Fb", "a b", "ü", "a&step=9"}
+	names := []string{"ns-01", "NS-01", ".", "..", "../up", "a/b", "a%2Fb", "a b", "ü", "a&step=9",
+		strings.Repeat("a", 253), strings.Repeat("a", 252) + "b", strings.Repeat("é", 126)}
 	for kind, s := range newStores(t) {
 		t.Run(kind, func(t *testing.T) {
 			for _, name := range names {
