@@ -229,6 +229,7 @@ func (a *admin) watchers() (all []objectWatcher) {
 // ownership is the answer of /owner.
 type ownership struct {
 	Namespace string      `json:"namespace"`
+	Key       string      `json:"key,omitempty"`          // of its overrides, if it is another text
 	Owner     string      `json:"owner,omitempty"`        // "" if the namespace is refused
 	HeldBy    int64       `json:"held_by_step,omitempty"` // clients wait until previous is over
 	Previous  string      `json:"previous,omitempty"`     // owner until the step is done
@@ -303,8 +304,15 @@ func clientNamespace(name string, fromHost bool) (namespace, want string) {
 // the owner's ordinal. Owner is "" if t refuses the namespace.
 func newOwnership(t *table, namespace string) (o ownership, ordinal int) {
 	o = ownership{
-		Namespace: namespace, Why: t.explain(namespace), Note: overrideKeyFault(namespace),
+		Namespace: namespace, Why: t.explain(namespace),
 		Table: t.version, Stamp: t.stamp, Rejected: t.rejectionsOf(namespace),
+	}
+	switch key := namespaceKey(namespace); {
+	case len(key) > maxNameBytes:
+		o.Note = fmt.Sprintf("it cannot have an override: its key would have %d characters, "+
+			"and at most %d are allowed", len(key), maxNameBytes)
+	case key != namespace:
+		o.Key = key
 	}
 	ordinal, ok := t.owner(namespace)
 	if ok {

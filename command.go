@@ -128,7 +128,7 @@ func (c *command) plan(ctx context.Context, args []string) error {
 	t := tabwriter.NewWriter(c.out, 0, 0, 2, ' ', 0)
 	for _, m := range p.Moves {
 		fmt.Fprintf(t, "%s\t%s\tto %s\t%d sessions\n",
-			m.Namespace, m.From, m.To, m.Sessions)
+			showNamespace(m.Namespace), m.From, m.To, m.Sessions)
 	}
 	t.Flush()
 	for _, bad := range p.Rejections {
@@ -214,13 +214,16 @@ func (c *command) owners(ctx context.Context, namespaces []string) error {
 // printOwner writes one namespace: a row of cells for a tabwriter, and below it what is
 // wrong with its overrides.
 func printOwner(w io.Writer, namespace string, o ownership) {
-	row := strings.Join([]string{namespace, o.Owner, o.Why, o.Address, o.Error}, "\t")
+	row := strings.Join([]string{showNamespace(namespace), o.Owner, o.Why, o.Address, o.Error}, "\t")
 	fmt.Fprintln(w, strings.TrimRight(row, "\t"))
 	switch {
 	case o.HeldBy != 0:
 		fmt.Fprintf(w, "\theld by step %d until its sessions with %s are over\n", o.HeldBy, o.Previous)
 	case o.Next != "":
 		fmt.Fprintf(w, "\tmoves to %s in its turn\n", o.Next)
+	}
+	if o.Key != "" {
+		fmt.Fprintf(w, "\tits key in a ConfigMap is %s\n", o.Key)
 	}
 	if o.Note != "" {
 		fmt.Fprintf(w, "\t%s\n", o.Note)

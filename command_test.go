@@ -59,7 +59,12 @@ func TestCommands(t *testing.T) {
 		"owner offline, no host":    {[]string{"owner", "-replicas", "4", "-namespace-from", "host", "a.b"}, 2, "the argument must be " + expectedHostNamespace("a.b") + " (got \"a.b\")\n"},
 		"owner offline, from where": {[]string{"owner", "-replicas", "4", "-namespace-from", "header", "a"}, 2, "-namespace-from must be path, host or query:NAME (got \"header\")\n"},
 		"owner of two dots": {[]string{"owner", "-replicas", "1", "..foo"}, 0,
-			"..foo  backend-0  hash\n       it cannot have an override: no key of a ConfigMap begins with two dots\n"},
+			"..foo  backend-0  hash\n       its key in a ConfigMap is _x2E.foo\n"},
+		"owner of long names": {[]string{"owner", "-replicas", "1", "my room", strings.Repeat(":", 64)}, 0,
+			"\"my room\"                                                         backend-0  hash\n" +
+				"                                                                  its key in a ConfigMap is my_x20room\n" +
+				strings.Repeat(":", 64) + "  backend-0  hash\n" +
+				"                                                                  it cannot have an override: its key would have 256 characters, and at most 253 are allowed\n"},
 		"owner of no backends": {[]string{"owner", "-overrides", folder, "a"}, 2, "-replicas must be 1 to 10000 (got 0)\n"},
 		"owner, no folder":     {[]string{"owner", "-replicas", "1", "-overrides", "/nowhere", "a"}, 1, "-overrides: open /nowhere: no such file or directory\n"},
 		"no URL":               {[]string{"owner", "-admin", ":", "a"}, 2, "-admin: parse \":/owner?namespace=a\": missing protocol scheme\n"},

@@ -125,14 +125,14 @@ func (d *directory) signature() (string, error) {
 
 // overrideFiles returns the regular files and symbolic links of the directory at path, in
 // the order of their names. It leaves out names that begin with two dots, such as ..data:
-// these are the kubelet's own (see overrideKeyFault).
+// these are the kubelet's own (see namespaceKey).
 func overrideFiles(path string) ([]fs.DirEntry, error) {
 	all, err := os.ReadDir(path)
 	if err != nil {
 		return nil, err
 	}
 	return slices.DeleteFunc(all, func(file fs.DirEntry) bool {
-		return overrideKeyFault(file.Name()) != "" ||
+		return strings.HasPrefix(file.Name(), "..") ||
 			!file.Type().IsRegular() && file.Type() != fs.ModeSymlink
 	}), nil
 }

@@ -424,8 +424,12 @@ func badRequests() map[string]clientCase {
 		"400 escape in the query":      {request: upgradeRequest("/?doc=%zz"), args: "-namespace-from query:doc"},
 		"400 name in the query":        {request: upgradeRequest("/?doc=a%2Fb"), args: "-namespace-from query:doc"},
 		"400 two parameters":           {request: upgradeRequest("/ws/a?doc=a&doc=b"), args: "-namespace-from query:doc"},
-		"400 character":                atPath("/ws/ns+01"),
-		"400 escape":                   atPath("/ws/ns%2D01"),
+		"400 character":                atPath("/ws/ns%0001"),
+		"400 not ASCII":                {request: upgradeRequest("/ws/caf\u00e9"), oneWay: true},
+		"400 escaped slash":            atPath("/ws/a%2Fb"),
+		"400 slash escaped twice":      atPath("/ws/a%252Fb"),
+		"101 escape":                   atPath("/ws/ns%2D01"),
+		"101 any room":                 atPath("/ws/my%20caf%C3%A9:42@x+y"),
 		"400 long namespace":           atPath("/ws/" + strings.Repeat("a", 254)),
 		"400 dots":                     atPath("/ws/.."),
 		"101 two dots first":           atPath("/ws/..data"),
@@ -466,7 +470,7 @@ func badRequests() map[string]clientCase {
 		"400 label":                    {request: upgradeWith("www.mydomain.com", "ns%2f.mydomain.com"), args: "-namespace-from host", oneWay: true},
 		"400 long label":               {request: upgradeWith("www", strings.Repeat("a", 64)), args: "-namespace-from host"},
 		"426 before the overrides":     {request: "GET /ws/ns-01 HTTP/1.1\r\nHost: h\r\n\r\n", noTable: true},
-		"400 early bytes of a refused": {request: upgradeRequest("/ws/ns+01") + "\x81\x80\x00\x00\x00\x00"},
+		"400 early bytes of a refused": {request: upgradeRequest("/ws/ns%2F01") + "\x81\x80\x00\x00\x00\x00"},
 	}
 }
 
@@ -620,6 +624,7 @@ func heads() map[string]clientCase {
 	for name, request := range map[string]string{
 		"as browsers send it":         upgradeRequest("/ws/ns-01"),
 		"path and query":              upgradeRequest("/ws/ns-01/deep//er/%41?q=%2e%2e&x"),
+		"an escaped namespace":        upgradeRequest("/ws/my%20r%6Fom/%41"),
 		"query without a path":        upgradeRequest("/ws/ns-01?token=a%20b"),
 		"through another proxy":       upgradeWith("Origin", "X-Forwarded-For: 203.0.113.9\r\nX-Forwarded-Proto: https\r\nX-Forwarded-Host: outer.example\r\nX-Forwarded-Port: 443\r\nOrigin"),
 		"through two proxies":         upgradeWith("Origin", "X-Forwarded-For: 203.0.113.9, 198.51.100.1\r\nx-forwarded-for: 198.51.100.2\r\nX-Forwarded-Proto: https\r\nX-Forwarded-Proto: http\r\nOrigin"),
@@ -839,7 +844,7 @@ func TestGoldenCommands(t *testing.T) {
 	for _, args := range []string{
 		"-h", "plan -h", "owner -h", "plan", "plan a b", "plan -verbose", "owner", "owner -replicas x ns",
 		offline + "pinned bad Upper a b c under_score ..data", offline + "-namespace-from host pinned Upper under_score",
-		offline + "-statefulset db pinned a", offline + ".", offline + "n+s", offline + "-namespace-from header a",
+		offline + "-statefulset db pinned a", offline + ".", offline + "n/s", offline + "n+s", offline + "-namespace-from header a",
 		offline + "-namespace-from host n.s", "owner -replicas 0 -overrides " + dir + " a", "owner -replicas 10001 a", "owner -replicas 3 a",
 		"owner -replicas 3 -overrides " + dir + "/missing a",
 		"owner -admin " + r.admin + " pinned bad Upper a b", "owner -admin " + r.admin + "/ pinned", "owner -admin " + r.admin + " n+s",

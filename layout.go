@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"net/url"
 	"strings"
+	"unicode/utf8"
 )
 
 // placeholder is the segment of a pattern that stands for the namespace.
@@ -76,18 +77,32 @@ func (l *layout) namespace(r *http.Request) (string, *refusal) {
 func (l *layout) pathNamespace(r *http.Request) (string, *refusal) {
 	path := requestPath(r)
 	for i := range l.patterns {
-		namespace, ok := l.patterns[i].match(path)
-		if !ok {
-			continue
+		if segment, ok := l.patterns[i].match(path); ok {
+			return segmentNamespace(segment)
 		}
-		if want := expectedPathNamespace(namespace); want != "" {
-			return "", refuse(resultBadRequest, "the path must have %s (got %.260q)",
-				want, namespace)
-		}
-		return namespace, nil
 	}
 	return "", refuse(resultNotFound, "the path must be %s (got %.200q)",
 		l.routes(), path)
+}
+
+// segmentNamespace returns the namespace of a segment of a path: the bytes after decoding
+// its escapes once. The backend gets the segment as it was sent, and must read the same in
+// it. So what no path has unescaped (RFC 3986 §3.3) is refused, where some programs would
+// read another name: a fragment after #, and other bytes than ASCII, which some take for
+// Latin-1.
+func segmentNamespace(segment string) (string, *refusal) {
+	isRaw := func(c rune) bool { return c == '#' || c >= utf8.RuneSelf }
+	namespace, err := url.PathUnescape(segment)
+	if err != nil || strings.ContainsFunc(segment, isRaw) {
+		return "", refuse(resultBadRequest,
+			"the path must be percent-encoded, also # and what is not ASCII (got %.260q)",
+			segment)
+	}
+	if want := expectedPathNamespace(namespace); want != "" {
+		return "", refuse(resultBadRequest, "the path must have %s (got %.260q)",
+			want, namespace)
+	}
+	return namespace, nil
 }
 
 // routes lists the patterns for people.
@@ -228,22 +243,22 @@ func (p pattern) String() string { return "/" + strings.Join(p, "/") }
 // match returns the segment of the path at the placeholder, with its escapes. The
 // segments of the path must be those of the pattern, byte for byte, and that at the
 // placeholder must not be empty. Any others may follow.
-func (p pattern) match(path string) (namespace string, ok bool) {
+func (p pattern) match(path string) (segment string, ok bool) {
 	rest, more := strings.CutPrefix(path, "/")
 	for _, want := range p {
 		if !more {
 			return "", false
 		}
-		var segment string
-		segment, rest, more = strings.Cut(rest, "/")
+		var next string
+		next, rest, more = strings.Cut(rest, "/")
 		switch {
-		case want == placeholder && segment != "":
-			namespace = segment
-		case segment != want || want == placeholder:
+		case want == placeholder && next != "":
+			segment = next
+		case next != want || want == placeholder:
 			return "", false
 		}
 	}
-	return namespace, true
+	return segment, true
 }
 
 // overlaps reports whether some path matches both patterns. That is so if their first

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"fmt"
+	"math/rand/v2"
 	"net/http"
 	"net/url"
 	"slices"
@@ -78,7 +80,28 @@ func TestNamespaceFromPath(t *testing.T) {
 		"slashes before":        {"", "//ws/ns-01", "", 404, "must be /ws/{namespace}"},
 		"an escaped literal":    {"", "/%77s/ns-01", "", 404, "must be /ws/{namespace}"},
 		"another case":          {"", "/WS/ns-01", "", 404, "must be /ws/{namespace}"},
-		"bad namespace":         {"", "/ws/ns%2F01", "", 400, `(got "ns%2F01")`},
+		"escaped":               {"", "/ws/my%20room", "my room", 0, ""},
+		"escaped, not ASCII":    {"", "/ws/caf%C3%A9/a", "café", 0, ""},
+		"escaped needlessly":    {"", "/ws/%6es%2D01", "ns-01", 0, ""},
+		"characters of a name":  {"", "/ws/-._~!$&'()*+,;=:@|a", "-._~!$&'()*+,;=:@|a", 0, ""},
+		"plus is a plus":        {"", "/ws/a+b", "a+b", 0, ""},
+		"percent sign":          {"", "/ws/100%25", "100%", 0, ""},
+		"percent sign, digits":  {"", "/ws/a%2541", "a%41", 0, ""},
+		"escaped slash":         {"", "/ws/ns%2F01", "", 400, `(got "ns/01")`},
+		"slash, twice":          {"", "/ws/ns%252f01", "", 400, `(got "ns%2f01")`},
+		"slash, three times":    {"", "/ws/ns%25252f01", "", 400, `(got "ns%252f01")`},
+		"backslash":             {"", "/ws/a%5Cb", "", 400, `(got "a\\b")`},
+		"raw backslash":         {"", `/ws/a\b`, "", 400, `(got "a`},
+		"dots":                  {"", "/ws/%2e%2E", "", 400, `(got "..")`},
+		"dots, twice":           {"", "/ws/%252e%252e", "", 400, `(got "%2e%2e")`},
+		"dots and a parameter":  {"", "/ws/..;a", "", 400, `(got "..;a")`},
+		"control":               {"", "/ws/a%00", "", 400, `(got "a\x00")`},
+		"C1 control":            {"", "/ws/a%C2%85", "", 400, `(got "a\u0085")`},
+		"DEL":                   {"", "/ws/a%7F", "", 400, `(got "a\x7f")`},
+		"not UTF-8":             {"", "/ws/a%FF", "", 400, `(got "a\xff")`},
+		"a surrogate":           {"", "/ws/%ED%A0%80", "", 400, `the path must have a namespace`},
+		"253 bytes":             {"", "/ws/" + strings.Repeat("%C3%A9", 126) + "a", strings.Repeat("é", 126) + "a", 0, ""},
+		"254 bytes":             {"", "/ws/" + strings.Repeat("%C3%A9", 127), "", 400, "1 to 253 bytes"},
 		"slash at the end":      {"/d/{namespace}/", "/d/a", "a", 0, ""},
 		"slash at both ends":    {"/d/{namespace}/", "/d/a/", "a", 0, ""},
 		"any more":              {"/d/{namespace}/", "/d/a/ws/b", "a", 0, ""},
@@ -93,13 +116,16 @@ func TestNamespaceFromPath(t *testing.T) {
 		"none of two":           {"/a/{namespace} /b/{namespace}/c", "/b/x", "", 404, "the path must be /a/{namespace} or /b/{namespace}/c (got"},
 		"the default is not":    {"/a/{namespace}", "/ws/ns-01", "", 404, "must be /a/{namespace}"},
 		"no path":               {"", "*", "", 404, `(got "*")`},
-		"the placeholder":       {"", "/ws/{namespace}", "", 400, "the path must have a namespace"},
+		"the placeholder":       {"", "/ws/%7Bnamespace%7D", "{namespace}", 0, ""},
 		"characters of a path":  {"/!$&'()*+,;=:@/-._~/{namespace}", "/!$&'()*+,;=:@/-._~/a", "a", 0, ""},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
 			l := mustLayout(t, "path", strings.Fields(tt.routes)...)
 			for _, request := range []*http.Request{requestOf(tt.path, "h"), absoluteRequest(t, tt.path)} {
+				if request.RequestURI != tt.path && strings.Contains(tt.path, `\`) {
+					continue // a URL has it escaped
+				}
 				wantNamespace(t, l, request, tt.want, tt.status, tt.text)
 			}
 		})
@@ -147,7 +173,10 @@ func TestNamespaceFromQuery(t *testing.T) {
 		"bad escape of a name": {"/?doc=a&d%zz=b", "", 400, `the query has an invalid URL escape "%zz"`},
 		"bad escape elsewhere": {"/?doc=a&x=%zz", "a", 0, ""},
 		"bad namespace":        {"/?doc=a%2Fb", "", 400, `(got "a/b")`},
-		"plus is a space":      {"/?doc=a+b", "", 400, `(got "a b")`},
+		"plus is a space":      {"/?doc=a+b%20c", "a b c", 0, ""},
+		"an escaped plus":      {"/?doc=a%2Bb", "a+b", 0, ""},
+		"not ASCII":            {"/?doc=caf%C3%A9", "café", 0, ""},
+		"dots, twice":          {"/?doc=%252e%252e", "", 400, `(got "%2e%2e")`},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -284,4 +313,52 @@ func FuzzPattern(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestNamespaceThatNoURLHas has segments as only a request can have them, and no URL.
+func TestNamespaceThatNoURLHas(t *testing.T) {
+	for _, segment := range []string{"café", "a#b", "#", "\xff", "a\x80", "%", "%2", "%zz", "a%C3%A"} {
+		wantNamespace(t, defaultLayout(t), requestOf("/ws/"+segment, "h"), "", 400, "the path must be percent-encoded")
+	}
+}
+
+// TestSpellingsOfANamespace: however a name is escaped in a path, it is one namespace, with
+// one owner. So it is in a query.
+func TestSpellingsOfANamespace(t *testing.T) {
+	random := rand.New(rand.NewPCG(1, 2))
+	paths, queries := defaultLayout(t), mustLayout(t, "query:doc")
+	table := tableOf(7, map[string]string{"doc_x3A42": "backend-3"}, nil)
+	for range 2000 {
+		name := randomName(random)
+		owner, _ := table.owner(name)
+		for range 3 {
+			escaped := randomEscape(random, name)
+			wantNamespace(t, paths, requestOf("/ws/"+escaped+"/%41", "h"), name, 0, "")
+			wantNamespace(t, queries, requestOf("/?doc="+escaped, "h"), name, 0, "")
+			got, _ := paths.namespace(requestOf("/ws/"+escaped, "h"))
+			if again, _ := table.owner(got); again != owner {
+				t.Fatalf("%q has owner %d, and as %s %d", name, owner, escaped, again)
+			}
+		}
+	}
+}
+
+// randomEscape returns a path's segment for the name, with random escapes that need not be.
+func randomEscape(random *rand.Rand, name string) string {
+	var escaped strings.Builder
+	for _, c := range []byte(name) {
+		switch random.IntN(3) {
+		case 0:
+			fmt.Fprintf(&escaped, "%%%02X", c)
+		case 1:
+			fmt.Fprintf(&escaped, "%%%02x", c)
+		case 2:
+			if isNotUnreserved(rune(c)) {
+				fmt.Fprintf(&escaped, "%%%02X", c)
+				continue
+			}
+			escaped.WriteByte(c)
+		}
+	}
+	return escaped.String()
 }

@@ -127,7 +127,7 @@
 // fastpath, proxy, layout, handshake, listen and upgrade (from client to session),
 // configmap, directory, events, drain, move, movebatch, movetarget, movequeue, pace,
 // membership, member, handoffobject, handoff, flight and release (what a change of
-// overrides does), route, overrides and hash (who owns), discovery, backends,
+// overrides does), route, overrides, namespace and hash (who owns), discovery, backends,
 // dialqueue, watch and kube (where owners are), relay and websocket (the life of a
 // session), log and metrics, and wait (a back-off, a sleep, times, a wake-up). A file
 // uses only those after it.

@@ -10,19 +10,18 @@ import (
 	"maps"
 	"reflect"
 	"slices"
-	"strings"
 	"unicode/utf8"
 )
 
 const (
-	maxNamespaceBytes   = 255       // longer keys are cut; a valid namespace has at most 253
+	maxStoredBytes      = 255       // longer keys, which are invalid, are cut
 	maxValueBytes       = 300       // longer values are cut; a backend's name is shorter
 	maxSources          = 1<<16 - 4 // indexSlot.set has 16 bits, and a table adds two sets
 	overrideHeaderBytes = 9         // bytes of a stored override before its namespace
 
 	// Values of override.invalidFor; 0 is a namespace that is valid for both.
 	invalidForHost = 1 // no host name has this namespace, but a path may
-	invalidForPath = 2 // neither a host name nor a path has this namespace
+	invalidForPath = 2 // the key is that of no namespace, and is stored in its place
 
 	invalidForShift = 30 // invalidFor is stored in the two bits above valueIndex
 )
@@ -48,14 +47,14 @@ type override struct {
 	hash        uint32 // upper32 of the namespace's hash64
 	valueIndex  uint32 // index into values
 	invalidFor  uint32 // 0, invalidForHost or invalidForPath
-	namespace   []byte // a part of data
+	namespace   []byte // a part of data; the key as it is written if invalidForPath
 }
 
-// newOverrideSet returns the set of the overrides in data, whose keys are namespaces.
+// newOverrideSet returns the set of the overrides in data, by the keys of namespaces.
 func newOverrideSet(data map[string]string) *overrideSet {
 	b := newSetBuilder()
-	for _, namespace := range slices.Sorted(maps.Keys(data)) {
-		b.add([]byte(namespace), []byte(data[namespace]))
+	for _, key := range slices.Sorted(maps.Keys(data)) {
+		b.add([]byte(key), []byte(data[key]))
 	}
 	return b.build()
 }
@@ -78,15 +77,15 @@ func (s *overrideSet) UnmarshalJSON(b []byte) error {
 	case 'n': // null
 	case '{':
 		for b = bytes.TrimLeft(b[1:], between); b[0] != '}'; b = bytes.TrimLeft(b, between) {
-			namespace, rest, _ := cutJSONString(b)
+			key, rest, _ := cutJSONString(b)
 			value, rest, err := cutJSONString(bytes.TrimLeft(rest, between))
 			if err != nil {
 				return err
 			}
-			if size += entryOverhead + len(namespace) + len(value); size > maxConfigMapData {
+			if size += entryOverhead + len(key) + len(value); size > maxConfigMapData {
 				return fmt.Errorf("more than %d bytes in names and values", maxConfigMapData)
 			}
-			all.add(namespace, value)
+			all.add(key, value)
 			b = rest
 		}
 	default:
@@ -131,9 +130,9 @@ type setBuilder struct {
 
 func newSetBuilder() *setBuilder { return &setBuilder{valueIndexes: map[string]uint32{}} }
 
-// add adds an override. It removes white space around the value, since a file may end
-// with a newline.
-func (b *setBuilder) add(namespace, value []byte) {
+// add adds the override of the namespace that has this key. It removes white space around
+// the value, since a file may end with a newline.
+func (b *setBuilder) add(key, value []byte) {
 	value = bytes.TrimSpace(value)
 	value = value[:min(maxValueBytes, len(value))]
 	valueIndex, ok := b.valueIndexes[string(value)]
@@ -142,14 +141,13 @@ func (b *setBuilder) add(namespace, value []byte) {
 		b.values, b.hashSums = append(b.values, string(value)), append(b.hashSums, 0)
 		b.valueIndexes[b.values[valueIndex]] = valueIndex
 	}
-	invalid := invalidFor(namespace)
-	namespace = namespace[:min(maxNamespaceBytes, len(namespace))]
-	key := hash64(namespace)
-	b.hashSums[valueIndex] += key
+	namespace, invalid := overrideNamespace(key)
+	hash := hash64(namespace)
+	b.hashSums[valueIndex] += hash
 	offset := b.appendOverride(override{
-		hash: upper32(key), valueIndex: valueIndex, invalidFor: invalid, namespace: namespace,
+		hash: upper32(hash), valueIndex: valueIndex, invalidFor: invalid, namespace: namespace,
 	})
-	b.sortKeys = append(b.sortKeys, uint64(upper32(key))<<32|uint64(offset))
+	b.sortKeys = append(b.sortKeys, uint64(upper32(hash))<<32|uint64(offset))
 }
 
 // build returns the set. The builder must not be used afterwards. It sorts numbers,
@@ -172,12 +170,34 @@ func (b *setBuilder) build() *overrideSet {
 	return set
 }
 
-// compare orders overrides by their hash, then by their namespace.
+// overrideNamespace returns override.namespace and override.invalidFor of a key.
+func overrideNamespace(key []byte) (namespace []byte, invalidFor uint32) {
+	namespace, ok := keyNamespace(key)
+	switch {
+	case ok && isHostNamespace(namespace):
+		return namespace, 0
+	case ok && isPathNamespace(namespace):
+		return namespace, invalidForHost
+	}
+	return key[:min(maxStoredBytes, len(key))], invalidForPath
+}
+
+// compare orders overrides by their hash, then by their namespace. An invalid key may be
+// the same text as a namespace, which has another key.
 func (r override) compare(other override) int {
 	if r.hash != other.hash {
 		return cmp.Compare(r.hash, other.hash)
 	}
-	return bytes.Compare(r.namespace, other.namespace)
+	return cmp.Or(bytes.Compare(r.namespace, other.namespace),
+		cmp.Compare(r.invalidFor, other.invalidFor))
+}
+
+// key returns the key of the override, cut to maxStoredBytes.
+func (r override) key() string {
+	if r.invalidFor == invalidForPath {
+		return string(r.namespace)
+	}
+	return namespaceKey(string(r.namespace))
 }
 
 // upper32 returns the part of a hash64 that orders overrides and chooses a slot.
@@ -309,77 +329,4 @@ func findSlot[S string | []byte](index *overrideIndex, namespace S, hash uint32)
 // overrideAt returns the override that s points to. s must not be empty.
 func (index *overrideIndex) overrideAt(s *indexSlot) override {
 	return index.sets[s.set-1].overrideAt(s.offset)
-}
-
-// invalidFor returns override.invalidFor of a namespace.
-func invalidFor(namespace []byte) uint32 {
-	switch {
-	case isHostNamespace(namespace):
-		return 0
-	case isPathNamespace(namespace):
-		return invalidForHost
-	}
-	return invalidForPath
-}
-
-// expectedPathNamespace says what a namespace of a path must be, or "" if this one is valid.
-func expectedPathNamespace(s string) string {
-	if isPathNamespace(s) {
-		return ""
-	}
-	return "a namespace of 1 to 253 characters of [-._a-zA-Z0-9] other than \".\" and \"..\""
-}
-
-// expectedHostNamespace says what a namespace of a host name must be, or "" if this one,
-// in lower case, is valid.
-func expectedHostNamespace(s string) string {
-	if isHostNamespace(s) {
-		return ""
-	}
-	return "a namespace of 1 to 63 characters of [-_a-z0-9], " +
-		"the first label of a host name in lower case"
-}
-
-// isPathNamespace reports whether a path can have the namespace. The characters and
-// the length are those of a ConfigMap's keys, so that each namespace can have an
-// override, except those that overrideKeyFault names. "." and ".." would be dot segments
-// of a path (RFC 3986 §3.3).
-func isPathNamespace[S string | []byte](s S) bool {
-	if len(s) == 0 || len(s) > 253 || string(s) == "." || string(s) == ".." {
-		return false
-	}
-	for i := 0; i < len(s); i++ {
-		if c := s[i]; !isHostNamespaceByte(c) && c != '.' && (c < 'A' || c > 'Z') {
-			return false
-		}
-	}
-	return true
-}
-
-// isHostNamespace reports whether a host name can have the namespace as its first label.
-// A label has 1 to 63 bytes (RFC 1035 §2.3.4) and no dot. It must be in lower case,
-// since host names ignore case (RFC 4343). DNS allows an underscore (RFC 2181 §11), and
-// browsers send it.
-func isHostNamespace[S string | []byte](s S) bool {
-	for i := 0; i < len(s); i++ {
-		if !isHostNamespaceByte(s[i]) {
-			return false
-		}
-	}
-	return 1 <= len(s) && len(s) <= 63
-}
-
-func isHostNamespaceByte(c byte) bool {
-	return 'a' <= c && c <= 'z' || '0' <= c && c <= '9' || c == '-' || c == '_'
-}
-
-// overrideKeyFault says why a namespace can have no override, or "" if it can. A
-// ConfigMap's keys cannot begin with two dots, because the kubelet has files with such
-// names in a directory where a ConfigMap is mounted
-// (https://kubernetes.io/docs/concepts/configuration/configmap/).
-func overrideKeyFault(namespace string) string {
-	if strings.HasPrefix(namespace, "..") {
-		return "it cannot have an override: no key of a ConfigMap begins with two dots"
-	}
-	return ""
 }

@@ -25,9 +25,11 @@ func TestOverrideSet(t *testing.T) {
 	tests := map[string]struct{ data, want map[string]string }{
 		"nothing":         {nil, map[string]string{}},
 		"spaces":          {map[string]string{"a": " backend-1\r\n", "b": " \t"}, map[string]string{"a": "backend-1", "b": ""}},
-		"long":            {map[string]string{"a": long, long: "b"}, map[string]string{"a": long[:maxValueBytes], long[:maxNamespaceBytes]: "b"}},
+		"long":            {map[string]string{"a": long, long: "b"}, map[string]string{"a": long[:maxValueBytes], long[:maxStoredBytes]: "b"}},
 		"odd names":       {map[string]string{"": "a", "..": "b", "\xff": "c"}, map[string]string{"": "a", "..": "b", "\xff": "c"}},
 		"253 and 254":     {map[string]string{long[:253]: "a", long[:254]: "b"}, map[string]string{long[:253]: "a", long[:254]: "b"}},
+		"escapes":         {map[string]string{"a_x20b": "1", "caf_xC3_xA9": "2", "_x2E.": "3", "_x2E.a": "4"}, map[string]string{"a b": "1", "café": "2", "_x2E.": "3", "..a": "4"}},
+		"not the keys":    {map[string]string{"_x41": "1", "a b": "2", "_xC3": "3", "a_x2Fb": "4"}, map[string]string{"_x41": "1", "a b": "2", "_xC3": "3", "a_x2Fb": "4"}},
 		"the same hash":   {map[string]string{"c184": "1", "caeb8": "2"}, map[string]string{"c184": "1", "caeb8": "2"}},
 		"a few of a kind": {map[string]string{"a": "x", "b": "y", "c": "x"}, map[string]string{"a": "x", "b": "y", "c": "x"}},
 	}
@@ -41,17 +43,37 @@ func TestOverrideSet(t *testing.T) {
 				t.Error("not in order")
 			}
 			for r := range p.all() {
-				name, want := string(r.namespace), uint32(0)
-				if expectedPathNamespace(name) != "" {
+				want := uint32(0)
+				if expectedKey(r.key(), false) != "" {
 					want = invalidForPath
-				} else if expectedHostNamespace(name) != "" {
+				} else if expectedKey(r.key(), true) != "" {
 					want = invalidForHost
 				}
 				if r.invalidFor != want {
-					t.Errorf("%q is marked with %d, want %d", name, r.invalidFor, want)
+					t.Errorf("%q is marked with %d, want %d", r.namespace, r.invalidFor, want)
 				}
 			}
 		})
+	}
+}
+
+// An invalid key may be the text of a namespace that has another key: both are there, in
+// the same order whatever the order in which they came.
+func TestOverrideSetKeyLikeANamespace(t *testing.T) {
+	for _, keys := range [][]string{{"_x41", "_x5Fx41"}, {"_x5Fx41", "_x41"}} {
+		b := newSetBuilder()
+		for _, key := range keys {
+			b.add([]byte(key), []byte(key))
+		}
+		var got []string
+		set := b.build()
+		for r := range set.all() {
+			got = append(got, fmt.Sprintf("%s %d %s", r.namespace, r.invalidFor, set.value(r)))
+		}
+		want := []string{"_x41 0 _x5Fx41", "_x41 2 _x41"}
+		if !slices.Equal(got, want) {
+			t.Errorf("%q, want %q", got, want)
+		}
 	}
 }
 

@@ -240,7 +240,7 @@ func (t *table) contribution(s *indexSlot) uint64 {
 	return weight(t.ordinalOf(s))
 }
 
-// isInvalidName reports whether no request can have the namespace of r.
+// isInvalidName reports whether r has a key of no namespace, or no request can have that.
 func (t *table) isInvalidName(r override) bool {
 	return r.invalidFor == invalidForPath || r.invalidFor == invalidForHost && t.fromHost
 }
@@ -331,6 +331,9 @@ func (t *table) pinTo(previous func(namespace string) int) *table {
 // overrideOrdinal returns the ordinal that t's override gives to the namespace of r,
 // byHash if t has none, or unresolved.
 func (t *table) overrideOrdinal(r override) int {
+	if t.isInvalidName(r) {
+		return byHash
+	}
 	return t.ordinalOf(findSlot(&t.index, r.namespace, r.hash))
 }
 
@@ -353,18 +356,18 @@ func (t *table) explain(namespace string) string {
 // rejection describes an override that is not in force as written, and the owner that
 // its namespace has instead.
 type rejection struct {
-	namespace string
+	namespace string // or the key, if it is that of no namespace
 	Source    string `json:"source"`        // sourceID.String
 	Value     string `json:"value"`         // cut to maxQuotedValue bytes
 	Expected  string `json:"expected"`      // which values, or keys, would be valid
 	InForce   string `json:"in_force"`      // its owner, "hash", "unresolved" or "none"
-	Key       string `json:"key,omitempty"` // of an override whose key is not a namespace
+	Key       string `json:"key,omitempty"` // of an override whose key is not valid
 }
 
 // String returns the text of a rejected override for people:
 // `ns-01: "bakend-2", expected backend-0 to backend-3`.
 func (r rejection) String() string {
-	return fmt.Sprintf("%s: %q, expected %s", r.namespace, r.Value, r.Expected)
+	return fmt.Sprintf("%s: %q, expected %s", showNamespace(r.namespace), r.Value, r.Expected)
 }
 
 // maxQuotedValue is how many bytes of a rejected value are shown: a value may be 1 MiB of
@@ -385,19 +388,17 @@ func (t *table) rejections(i int) iter.Seq[rejection] {
 	}
 }
 
-// rejectionsOf returns the rejected overrides of the namespace in all sources. If
-// namespaces come from host names, it includes keys that equal the namespace but for
-// their case. It reads all overrides: it is for operators, not for requests.
+// rejectionsOf returns the rejected overrides of the namespace in all sources. It includes
+// keys that are not valid and mean the namespace: those with escapes that need not be, and
+// those that equal the namespace, if namespaces come from host names but for their case.
+// It reads all overrides: it is for operators, not for requests.
 func (t *table) rejectionsOf(namespace string) (all []rejection) {
-	s := findSlot(&t.index, namespace, upper32(hash64(namespace)))
-	if !t.fromHost && !t.isPinned(s) {
-		return nil
-	}
 	for i := range t.sources {
+		if t.rejected[i] == 0 && t.conflicts == 0 {
+			continue
+		}
 		for r := range t.sources[i].overrides.all() {
-			same := string(r.namespace) == namespace ||
-				t.fromHost && strings.EqualFold(string(r.namespace), namespace)
-			if !same {
+			if !t.means(r, namespace) {
 				continue
 			}
 			if bad, ok := t.check(i, r); ok {
@@ -406,6 +407,15 @@ func (t *table) rejectionsOf(namespace string) (all []rejection) {
 		}
 	}
 	return all
+}
+
+// means reports whether r is an override of the namespace, or an invalid one that may have
+// been meant for it.
+func (t *table) means(r override, namespace string) bool {
+	return string(r.namespace) == namespace ||
+		t.fromHost && strings.EqualFold(string(r.namespace), namespace) ||
+		r.invalidFor == invalidForPath &&
+			string(decodeEscapes(r.namespace, keyEscape)) == namespace
 }
 
 // check returns the rejection of an override of the i-th source. ok is false if it is
@@ -418,7 +428,8 @@ func (t *table) check(i int, r override) (bad rejection, ok bool) {
 	invalid := t.isInvalidName(r)
 	switch {
 	case invalid:
-		bad.Key, bad.Expected = bad.namespace, expectedNamespace(bad.namespace, t.fromHost)
+		bad.Key = r.key()
+		bad.Expected = expectedKey(bad.Key, t.fromHost)
 	case t.valueOrdinals[i][r.valueIndex] == invalidValue:
 		last := t.backends.first + t.backends.count - 1
 		bad.Expected = t.name(t.backends.first) + " to " + t.name(last)
@@ -452,15 +463,6 @@ func (t *table) name(ordinal int) string { return backendName(t.statefulSet, ord
 func (t *table) ordinal(name string) (ordinal int, ok bool) {
 	ordinal, ok = backendOrdinal(t.statefulSet, name)
 	return ordinal, ok && t.backends.has(ordinal)
-}
-
-// expectedNamespace says what a namespace of a path, or of a host name, must be, or "" if
-// this one is valid.
-func expectedNamespace(name string, host bool) string {
-	if host {
-		return expectedHostNamespace(name)
-	}
-	return expectedPathNamespace(name)
 }
 
 // router merges the sources of overrides, and holds the table in force.

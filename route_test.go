@@ -175,6 +175,37 @@ func TestTableRejectsNamespaces(t *testing.T) {
 	}
 }
 
+// TestTableReadsKeys: an override counts for the namespace that its key means, and only if
+// the key is the one of that namespace.
+func TestTableReadsKeys(t *testing.T) {
+	table := tableOf(4, map[string]string{
+		"my_x20room": "backend-3", "caf_xC3_xA9": "backend-3", "_x2E.data": "backend-3", "_x5Fx20": "backend-3", "_xc3": "backend-3",
+		"_x41": "backend-1", "a b": "backend-1", "_xC3": "backend-1", "a_x2Fb": "backend-1", "a_x00": "backend-1", "a_x5Fb": "backend-1", "a_x2Eb": "backend-1",
+		"doc_x3A42": "bakend-1",
+	}, nil)
+	for _, namespace := range []string{"my room", "café", "..data", "_x20", "_xc3"} {
+		if owner, ok := table.owner(namespace); owner != 3 || !ok || table.explain(namespace) != whyOverride {
+			t.Errorf("%q has owner %d, %t by %s, want 3 by its override", namespace, owner, ok, table.explain(namespace))
+		}
+	}
+	for namespace, want := range map[string]string{
+		"A": "the key A", "a b": "the key a_x20b", "a_b": "the key a_b", "a.b": "the key a.b",
+		"_xC3": expectedPathNamespace(""), "a_x2Fb": expectedPathNamespace(""), "a_x00": expectedPathNamespace(""),
+	} {
+		all := table.rejectionsOf(namespace)
+		if len(all) != 1 || all[0].Expected != want || all[0].InForce != "none" || all[0].Key == "" {
+			t.Errorf("%q: rejected are %+v, want one, expected %s", namespace, all, want)
+		}
+		if why := table.explain(namespace); why != whyHash {
+			t.Errorf("why of %q is %s, want hash", namespace, why)
+		}
+	}
+	text := table.rejectionsOf("doc:42")[0].String()
+	if text != `doc:42: "bakend-1", expected backend-0 to backend-3` || len(rejectedOf(table)) != 8 {
+		t.Errorf("%s; all rejected are %v", text, rejectedOf(table))
+	}
+}
+
 // A stamp is the same for what means the same, and another for what may not.
 func TestStamp(t *testing.T) {
 	of := func(first, count int, sources ...string) *table {
@@ -291,21 +322,6 @@ func TestTableChanges(t *testing.T) {
 	}
 }
 
-func TestPathNamespaceFault(t *testing.T) {
-	long := strings.Repeat("a", 254)
-	for _, valid := range []string{"a", "a-Z_0.9", "...", ".a", long[:253]} {
-		if fault := expectedPathNamespace(valid); fault != "" {
-			t.Errorf("%q: %s", valid, fault)
-		}
-	}
-	invalid := []string{"", long, ".", "..", "a/b", "a%2Fb", "a b", "a:b", "a@b", "ä", "a\x00", "a\n", "a\xff", "/", "{", "[", "`"}
-	for _, namespace := range invalid { // the last four are next to valid characters
-		if expectedPathNamespace(namespace) == "" {
-			t.Errorf("%q is valid", namespace)
-		}
-	}
-}
-
 // lookupTable is a router of which the table has the given number of backends
 // and of overrides, for namespaces as manyNamespaces makes them.
 func lookupTable(t testing.TB, backends, overrides int) *router {
@@ -378,6 +394,8 @@ func FuzzTable(f *testing.F) {
 	f.Add("ns-01", "backend-2", "ns-02", "bakend-2", "backend-1", byte(3))
 	f.Add("..", "backend-0", "a/b", "backend-00", "", byte(0))
 	f.Add("ns-01", "backend-9\n", "ns-01", "", "junk", byte(255))
+	f.Add("a_x20b", "backend-1", "_x41", "backend-1", "backend-3", byte(4))
+	f.Add("_x41", "backend-1", "_x5Fx41", "backend-1", "backend-3", byte(4))
 	f.Add("\xff", "backend-\xff", "", strings.Repeat("x", 100), "backend-3", byte(2))
 	f.Fuzz(func(t *testing.T, a, valueA, b, valueB, before string, more byte) {
 		count := 1 + int(more)
@@ -385,8 +403,8 @@ func FuzzTable(f *testing.F) {
 		data := map[string]string{a: valueA, b: valueB}
 		for _, old := range []*table{nil, old} {
 			table := tableOf(count, data, old)
-			for namespace, value := range data {
-				wantInForceOrRejected(t, table, namespace, value)
+			for key, value := range data {
+				wantInForceOrRejected(t, table, key, value)
 			}
 			for _, namespace := range []string{a, b, "another"} {
 				if owner, ok := table.owner(namespace); ok != (owner != unresolved) || ok && (owner < 0 || owner >= count) {
@@ -397,10 +415,21 @@ func FuzzTable(f *testing.F) {
 	})
 }
 
-func wantInForceOrRejected(t *testing.T, table *table, namespace, value string) {
+func wantInForceOrRejected(t *testing.T, table *table, key, value string) {
 	t.Helper()
-	ordinal, pinned := overridesOf(table)[namespace]
-	bad, rejected := rejectedOf(table)[namespace[:min(maxNamespaceBytes, len(namespace))]]
+	name, invalid := overrideNamespace([]byte(key))
+	namespace := string(name)
+	ordinal, pinned := -1, false
+	var bad rejection
+	if invalid != invalidForPath {
+		ordinal, pinned = overridesOf(table)[namespace]
+	}
+	for one := range table.rejections(0) {
+		if one.namespace == namespace && (one.InForce == "none") == (invalid == invalidForPath) {
+			bad = one
+		}
+	}
+	rejected := bad.Expected != ""
 	switch {
 	case !rejected && (!pinned || table.name(ordinal) != strings.TrimSpace(value)):
 		t.Errorf("%q: %q is in force as %d, %v", namespace, value, ordinal, pinned)
@@ -410,7 +439,7 @@ func wantInForceOrRejected(t *testing.T, table *table, namespace, value string) 
 		t.Errorf("%q: %q is rejected as %+v and in the table is %v", namespace, value, bad, pinned)
 	case !utf8.ValidString(bad.Value) || bad.Expected == "":
 		t.Errorf("%q: %q is rejected as %+v", namespace, value, bad)
-	case expectedPathNamespace(namespace) == "" && table.name(0) == strings.TrimSpace(value):
+	case expectedKey(key, false) == "" && table.name(0) == strings.TrimSpace(value):
 		t.Errorf("%q: %q is rejected as %+v, want it in force", namespace, value, bad)
 	}
 }
