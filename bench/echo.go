@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -108,25 +109,22 @@ func (e *echo) flood(d time.Duration) error {
 	return e.settle()
 }
 
-// pace sends pacedRate messages per second at even intervals for the time d, on
-// whatever sessions have none under way. Latency counts from when a message was
-// due.
-func (e *echo) pace(d time.Duration) error {
+// pace sends messages at even intervals for the time d, on whatever sessions have none
+// under way, and meanwhile the operations of others. Latency counts from when a message
+// was due.
+func (e *echo) pace(d time.Duration, rate int, others ...pacer) error {
 	free := slices.Clone(e.sessions)
 	e.after = func(s *session, _ time.Duration) { free = append(free, s) }
-	begun := e.now()
-	for sent := 0; e.now()-begun < d && e.failure == nil; {
-		due := begun + time.Duration(sent)*time.Second/pacedRate
-		if due > e.now() {
-			e.step(due - e.now())
-			continue
-		}
+	messages := pacer{rate: rate, start: func(due time.Duration) error {
 		if len(free) == 0 {
-			return fmt.Errorf("all %d sessions busy, %d messages per second not reached", len(e.sessions), pacedRate)
+			return cmp.Or(e.failure, errBusy)
 		}
 		e.ping(free[0], due)
 		free = free[1:]
-		sent++
+		return e.failure
+	}}
+	if err := e.loop.pace(d, append(others, messages)...); err != nil {
+		return err
 	}
 	return e.settle()
 }
@@ -152,7 +150,7 @@ func openPace(t *target, size int) (load, error) {
 func (f flooding) send(d time.Duration) error      { return f.flood(d) }
 func (f flooding) values(used use) (values, error) { return used.operations(f.latencies) }
 
-func (p pacing) send(d time.Duration) error { return p.pace(d) }
+func (p pacing) send(d time.Duration) error { return p.pace(d, pacedRate) }
 
 func (p pacing) values(used use) (values, error) {
 	v, err := used.operations(p.latencies)

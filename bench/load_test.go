@@ -2,8 +2,10 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"runtime"
@@ -158,6 +160,37 @@ func TestFailures(t *testing.T) {
 	}
 	if err := checkStream(startRelays(t, direct, 0, flip(20000))); err == nil || !strings.Contains(err.Error(), "corrupt stream") {
 		t.Errorf("got %v, want a corrupt stream", err)
+	}
+}
+
+// TestPace: operations start at their rates, or late if there is no connection.
+func TestPace(t *testing.T) {
+	l, err := newLoop(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.close()
+	var even, jittered, refused int
+	err = l.pace(200*time.Millisecond,
+		pacer{rate: 1000, start: func(time.Duration) error { even++; return nil }},
+		pacer{rate: 500, jitter: rand.New(rand.NewPCG(1, 1)), start: func(due time.Duration) error {
+			if due > l.now() {
+				t.Errorf("started %s before it is due", due-l.now())
+			}
+			if jittered == 50 && refused < 3 {
+				refused++
+				return errBusy
+			}
+			jittered++
+			return nil
+		}})
+	if err != nil || even != 200 || jittered < 99 || jittered > 100 || refused != 3 {
+		t.Errorf("got %v, %d and %d operations, %d refused, want 200, 100 and 3", err, even, jittered, refused)
+	}
+	failed := errors.New("broken")
+	err = l.pace(time.Millisecond, pacer{rate: 1000, start: func(time.Duration) error { return failed }})
+	if !errors.Is(err, failed) {
+		t.Errorf("got %v, want what start has returned", err)
 	}
 }
 

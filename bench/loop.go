@@ -1,7 +1,9 @@
 package main
 
 import (
+	"errors"
 	"fmt"
+	"math/rand/v2"
 	"syscall"
 	"time"
 )
@@ -116,6 +118,59 @@ func (l *loop) run(d time.Duration) {
 	for end := l.now() + d; l.now() < end; {
 		l.step(end - l.now())
 	}
+}
+
+// pacer is a kind of operation that starts at a rate.
+type pacer struct {
+	rate   int                           // per second
+	jitter *rand.Rand                    // nil: at even intervals; else anywhere in each
+	start  func(due time.Duration) error // starts one; errBusy if no connection is free
+}
+
+var errBusy = errors.New("all connections are busy")
+
+// maxLate is how late an operation may start. It is an error if the rate is not reached so.
+const maxLate = 10 * time.Second
+
+// pace starts operations of all kinds when they are due, for the time d. One for which
+// no connection is free starts as soon as there is one.
+func (l *loop) pace(d time.Duration, kinds ...pacer) error {
+	begun := l.now()
+	sent, due := make([]int, len(kinds)), make([]time.Duration, len(kinds))
+	for {
+		next, kind := d, -1
+		for i, at := range due {
+			if at < next {
+				next, kind = at, i
+			}
+		}
+		if wait := begun + next - l.now(); wait > 0 {
+			l.step(wait)
+			continue
+		}
+		if kind < 0 {
+			return nil
+		}
+		k := &kinds[kind]
+		switch err := k.start(begun + next); {
+		case err == errBusy && l.now()-begun-next < maxLate:
+			l.step(time.Millisecond)
+			continue
+		case err != nil:
+			return fmt.Errorf("%d per second not reached: %w", k.rate, err)
+		}
+		sent[kind]++
+		due[kind] = k.due(sent[kind])
+	}
+}
+
+// due is when the operation i is due, from the start.
+func (k *pacer) due(i int) time.Duration {
+	due := time.Duration(i) * time.Second / time.Duration(k.rate)
+	if k.jitter != nil {
+		due += time.Duration(k.jitter.Int64N(int64(time.Second) / int64(k.rate)))
+	}
+	return due
 }
 
 // until steps until done; nothing may come for the time stall at most.
