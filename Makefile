@@ -44,7 +44,7 @@ fuzz: ## run each fuzz target for FUZZTIME
 		go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) . || exit 1; done
 
 bench: build ## measure the router beside nginx and HAProxy (ROUNDS, BENCH_FLAGS)
-	cd bench && CGO_ENABLED=0 go build -trimpath -o ../bin/bench .
+	cd bench && CGO_ENABLED=0 go build -trimpath -o ../bin/bench . && CGO_ENABLED=0 go build -trimpath -o ../bin/bare ./peers/bare
 	bench/run.sh -rounds $(ROUNDS) $(BENCH_FLAGS)
 
 benchcheck: ## check that the comparison works: routing through each proxy, no figures

@@ -18,13 +18,17 @@ const (
 	// A backend greets with these, its number and the namespace between them.
 	greetingServer    = `{"server":"backend-`
 	greetingNamespace = `","namespace":"`
+	greetingQuery     = `","query":"` // of a plain request
 	greetingEnd       = `"}`
 )
 
-// backends are WebSocket servers in one loop.
+// backends are WebSocket and HTTP servers in one loop.
 //
 // They greet each session, in the segment of the 101, and then echo. The text
 // message "stream N" makes them send N frames of streamFrame bytes instead.
+//
+// A GET or POST that is no upgrade gets, in its answer's body, who answers, the
+// namespace and the query, and after that the body of the request: appendAnswer.
 type backends struct {
 	*loop
 	reply   []byte // to what was received last
@@ -108,15 +112,20 @@ type served struct {
 	left     int64 // bytes of the stream still to be sent
 }
 
-// received answers what is whole of p. A frame that may not be (RFC 6455 §5.1)
-// ends the session, after the answers to those before it.
+// received answers what is whole of p. A request or a frame that may not be (RFC 6455
+// §5.1) ends the connection, after the answers to those before it.
 func (s *served) received(p []byte) (used int) {
 	b := s.backends
 	b.reply = b.reply[:0]
-	if !s.upgraded {
-		used = s.upgrade(p)
-	}
 	bad := false
+	for !s.upgraded && used < len(p) {
+		size, ok := s.request(p[used:])
+		bad = !ok
+		if bad || size == 0 {
+			break
+		}
+		used += size
+	}
 	for s.upgraded {
 		f, size, err := parseFrame(p[used:])
 		bad = err != nil || size > 0 && !f.masked
@@ -162,22 +171,57 @@ func (s *served) drained() {
 
 func (s *served) lost(string) {}
 
-// upgrade answers the request at the beginning of p (RFC 6455 §4.2), and says
-// how long it is; 0 when more bytes are needed.
-func (s *served) upgrade(p []byte) (used int) {
-	head, _, whole := bytes.Cut(p, []byte("\r\n\r\n"))
+// request appends the answer to the request at the beginning of p to the reply, and says
+// how long it is; 0 when more bytes are needed. A request that is not ok has got 400.
+func (s *served) request(p []byte) (used int, ok bool) {
+	head, rest, whole := bytes.Cut(p, []byte("\r\n\r\n"))
 	if !whole && len(p) <= maxHead {
-		return 0
+		return 0, true
 	}
 	line, headers, _ := bytes.Cut(head, []byte("\r\n"))
-	namespace, ok := bytes.CutPrefix(line, []byte("GET /ws/"))
-	namespace, ok2 := bytes.CutSuffix(namespace, []byte(" HTTP/1.1"))
+	method, target, _ := bytes.Cut(line, []byte(" /ws/"))
+	target, found := bytes.CutSuffix(target, []byte(" HTTP/1.1"))
+	protocol := header(headers, "Upgrade")
+	size, err := bodySize(headers)
+	get := string(method) == "GET"
+	switch ok = whole && found && err == nil; {
+	case ok && protocol != nil:
+		ok = get && size == 0 && s.upgrade(target, headers, protocol)
+	case ok && !get && string(method) != "POST":
+		ok = false
+	case ok && len(rest) < size:
+		return 0, true
+	case ok:
+		namespace, query, _ := bytes.Cut(target, []byte("?"))
+		s.backends.reply = appendAnswer(s.backends.reply, s.number, namespace, query, rest[:size])
+	}
+	if !ok {
+		s.backends.reply = append(s.backends.reply, "HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"...)
+	}
+	return len(head) + 4 + size, ok
+}
+
+// bodySize is the Content-Length of a head, 0 without one. Other bodies are an error:
+// no proxy has to make one of those that it gets.
+func bodySize(headers []byte) (int, error) {
+	if header(headers, "Transfer-Encoding") != nil {
+		return 0, errors.New("a body in chunks")
+	}
+	length := header(headers, "Content-Length")
+	if length == nil {
+		return 0, nil
+	}
+	size, err := strconv.ParseUint(string(length), 10, 31)
+	return int(size), err
+}
+
+// upgrade appends the 101 and the greeting to the reply (RFC 6455 §4.2), and returns
+// whether the request may have them.
+func (s *served) upgrade(namespace, headers, protocol []byte) bool {
 	key := header(headers, "Sec-WebSocket-Key")
-	if !ok || !ok2 || len(key) != 24 || !bytes.EqualFold(header(headers, "Upgrade"), []byte("websocket")) ||
+	if len(key) != 24 || !bytes.EqualFold(protocol, []byte("websocket")) ||
 		string(header(headers, "Sec-WebSocket-Version")) != "13" {
-		s.send([]byte("HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"))
-		s.close()
-		return len(p)
+		return false
 	}
 	s.upgraded = true
 	reply := append(s.backends.reply, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"+
@@ -187,5 +231,21 @@ func (s *served) upgrade(p []byte) (used int) {
 	greeting := strconv.AppendInt(append(buf[:0], greetingServer...), int64(s.number), 10)
 	greeting = append(append(greeting, greetingNamespace...), namespace...)
 	s.backends.reply = appendFrame(reply, frameText, append(greeting, greetingEnd...), nil)
-	return len(head) + 4
+	return true
+}
+
+// appendAnswer appends the answer of a backend to a plain request.
+func appendAnswer(b []byte, backend int, namespace, query, body []byte) []byte {
+	size := len(greetingServer) + 1 + len(greetingNamespace) + len(namespace) + len(greetingQuery) + len(query) + len(greetingEnd) + len(body)
+	b = append(b, "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nCache-Control: no-cache\r\nContent-Length: "...)
+	b = append(strconv.AppendInt(b, int64(size), 10), "\r\n\r\n"...)
+	return appendAnswerBody(b, backend, namespace, query, body)
+}
+
+// appendAnswerBody appends the body of that answer. backend has one digit.
+func appendAnswerBody(b []byte, backend int, namespace, query, body []byte) []byte {
+	b = append(append(b, greetingServer...), '0'+byte(backend))
+	b = append(append(b, greetingNamespace...), namespace...)
+	b = append(append(b, greetingQuery...), query...)
+	return append(append(b, greetingEnd...), body...)
 }

@@ -103,3 +103,34 @@ func checkEcho(t *target, size int) error {
 	}
 	return e.verify()
 }
+
+// runCheckHTTP is no measurement: it fails unless a plain request is where the sessions
+// of its namespace are, and each answer is that of its request.
+func runCheckHTTP(t *target) (values, error) {
+	for _, namespaces := range [][]string{names("ns-", 500), names(overridePrefix, overrideCount)} {
+		if err := checkPlain(t, namespaces, 0); err != nil {
+			return nil, fmt.Errorf("GET: %w", err)
+		}
+	}
+	for _, size := range []int{8, 1024, 4095, 4096, 4097, 16384, 65535, 65536, 300_000} {
+		if err := checkPlain(t, names("ns-", 40), size); err != nil {
+			return nil, fmt.Errorf("POST of %d bytes: %w", size, err)
+		}
+	}
+	return values{}, nil
+}
+
+// checkPlain sends two requests in each namespace, with bodies of size bytes.
+func checkPlain(t *target, namespaces []string, size int) error {
+	const conns = 20
+	l, err := newLoop(t.backends.loop)
+	if err != nil {
+		return err
+	}
+	defer l.close()
+	h, err := openPlain(t, l, namespaces, conns, size)
+	if err != nil {
+		return err
+	}
+	return h.exchange(2 * int64(len(namespaces)/conns))
+}

@@ -96,7 +96,7 @@ func (c *client) dial() {
 	s := &session{client: c, number: c.dialed, namespace: c.dialed % len(c.namespaces), backend: -1, begun: c.now()}
 	c.dialed++
 	c.opening++
-	fd, err := c.connect(s)
+	fd, err := connect(c.ports[s.namespace%len(c.ports)], s.number)
 	if err == nil {
 		err = c.add(&s.conn, fd, s)
 	}
@@ -116,9 +116,9 @@ func (c *client) dial() {
 	s.send(c.request)
 }
 
-// connect returns a socket that connects, or has connected, to the port of s's
-// namespace.
-func (c *client) connect(s *session) (fd int, err error) {
+// connect returns a socket that connects, or has connected, to a port. The number of
+// the connection says from which address.
+func connect(port, number int) (fd int, err error) {
 	fd, err = syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_NONBLOCK|syscall.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return -1, fmt.Errorf("socket: %w", err)
@@ -126,9 +126,9 @@ func (c *client) connect(s *session) (fd int, err error) {
 	err = errors.Join(
 		syscall.SetsockoptInt(fd, syscall.IPPROTO_TCP, syscall.TCP_NODELAY, 1),
 		syscall.SetsockoptInt(fd, syscall.IPPROTO_IP, bindNoPort, 1),
-		syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 1, 0, byte(1 + s.number%sources)}}))
+		syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 1, 0, byte(1 + number%sources)}}))
 	if err == nil {
-		err = syscall.Connect(fd, &syscall.SockaddrInet4{Port: c.ports[s.namespace%len(c.ports)], Addr: [4]byte{127, 0, 0, 1}})
+		err = syscall.Connect(fd, &syscall.SockaddrInet4{Port: port, Addr: [4]byte{127, 0, 0, 1}})
 	}
 	if err != nil && err != syscall.EINPROGRESS {
 		syscall.Close(fd)

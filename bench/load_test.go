@@ -94,7 +94,7 @@ func flip(at int) func([]byte) {
 
 func TestScenarios(t *testing.T) {
 	to := startTestBackends(t)
-	to.settle, to.group, to.idle = 20*time.Millisecond, group{os.Getpid()}, 300
+	to.settle, to.group, to.idle, to.beside = 20*time.Millisecond, group{os.Getpid()}, 300, 300
 	for _, sc := range scenarios() {
 		t.Run(sc.name, func(t *testing.T) {
 			c := &contender{run: new(run), target: to}
@@ -120,6 +120,10 @@ func TestScenarios(t *testing.T) {
 				if v["sessions"] != 300 || v["files"] < 2 || v["files"] > 2.02 {
 					t.Errorf("got %v, want 300 sessions of 2 files", v)
 				}
+			case "mixed":
+				if v["sessions"] != 300 || v["http_per_s"] > 2200 || v["http_p99_ms"] == 0 {
+					t.Errorf("got %v, want 300 sessions and up to 2000 requests per second", v)
+				}
 			case "paced":
 				if v["per_s"] < 500 || v["per_s"] > 4500 { // fewer on a busy machine, never more
 					t.Errorf("got %v messages per second, want up to 4000", v["per_s"])
@@ -127,6 +131,14 @@ func TestScenarios(t *testing.T) {
 			}
 		})
 	}
+}
+
+// startPlainFault starts relays that write new for old, of the same length, in what comes
+// back.
+func startPlainFault(t *testing.T, to *target, old, new string) *target {
+	return startRelays(t, to, 0, func(p []byte) {
+		copy(p, bytes.ReplaceAll(p, []byte(old), []byte(new)))
+	})
 }
 
 // TestFailures: a proxy that does not do its job is found out.
@@ -158,8 +170,45 @@ func TestFailures(t *testing.T) {
 			}
 		})
 	}
+	for name, test := range map[string]struct {
+		target *target
+		want   string
+	}{
+		"another backend":       {startRelays(t, direct, 1, asIs), "before with backend-"},
+		"an answer's status":    {startPlainFault(t, direct, "200 OK", "201 OK"), `GET: plain request 1 of connection`},
+		"an answer's length":    {startPlainFault(t, direct, "Content-Length", "Content-Ruler!"), "without the length of its body"},
+		"an answer's backend":   {startPlainFault(t, direct, `backend-1","namespace":"ns-0001","query`, `backend-2","namespace":"ns-0001","query`), "answer of backend-2, sessions of ns-0001 with backend-1"},
+		"an answer's namespace": {startPlainFault(t, direct, `ns-0001","query`, `ns-0002","query`), "wrong answer to request"},
+		"another answer":        {startPlainFault(t, direct, `"n=1.2"`, `"n=1.1"`), "wrong answer to request 2"},
+		"a changed body":        {startPlainFault(t, direct, "\x11\x12\x13\x14", "\x11\x12\x13\x15"), "POST of 1024 bytes: plain request"},
+		"a proxy for sockets":   {startPlainFault(t, direct, "200 OK", "426 No"), `answer "HTTP/1.1 426 No`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := runCheckHTTP(test.target)
+			if err == nil || !strings.Contains(err.Error(), test.want) {
+				t.Errorf("got %v, want %q", err, test.want)
+			}
+		})
+	}
 	if err := checkStream(startRelays(t, direct, 0, flip(20000))); err == nil || !strings.Contains(err.Error(), "corrupt stream") {
 		t.Errorf("got %v, want a corrupt stream", err)
+	}
+}
+
+// TestReopen: a connection that the proxy closes is opened again.
+func TestReopen(t *testing.T) {
+	to := startPlainFault(t, startTestBackends(t), "Cache-Control: no-cache", "Connection: close      ")
+	l, err := newLoop(to.backends.loop)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.close()
+	h, err := openPlain(to, l, names("ns-", 8), 4, 64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := h.exchange(3); err != nil || h.reopened != 12 {
+		t.Errorf("got %v, %d connections opened again, want 12", err, h.reopened)
 	}
 }
 
@@ -209,12 +258,18 @@ func TestBackendRefuses(t *testing.T) {
 		}
 	}()
 	defer func() { close(stop); <-stopped }()
+	const refused = "HTTP/1.1 400 "
 	const headers = "Host: x\r\nupgrade: WebSocket\r\nsec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
 	for request, want := range map[string]string{
-		"GET /ws/a HTTP/1.1\r\n" + headers + "\x81\x00": "HTTP/1.1 101 ", // and closes on a frame that is not masked
-		"GET /ws/a HTTP/1.1\r\nHost: x\r\n\r\n":         "HTTP/1.1 400 ",
-		"POST /ws/a HTTP/1.1\r\n" + headers:             "HTTP/1.1 400 ",
-		"GET /other HTTP/1.1\r\n" + headers:             "HTTP/1.1 400 ",
+		"GET /ws/a HTTP/1.1\r\n" + headers + "\x81\x00":                      "HTTP/1.1 101 ", // and closes on a frame that is not masked
+		"POST /ws/a HTTP/1.1\r\n" + headers:                                  refused,
+		"GET /other HTTP/1.1\r\n" + headers:                                  refused,
+		"GET /ws/a HTTP/1.1\r\nUpgrade: x\r\n\r\n":                           refused,
+		"PUT /ws/a HTTP/1.1\r\n\r\n":                                         refused,
+		"POST /ws/a HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n": refused,
+		"POST /ws/a HTTP/1.1\r\nContent-Length: -1\r\n\r\n":                  refused,
+		"GET /ws/a?b HTTP/1.1\r\n\r\n" + "POST /ws/a?c HTTP/1.1\r\nContent-Length: 2\r\n\r\nhiPUT\r\n\r\n": string(appendAnswer(
+			appendAnswer(nil, 0, []byte("a"), []byte("b"), nil), 0, []byte("a"), []byte("c"), []byte("hi"))),
 	} {
 		conn, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", to.ports[0]))
 		if err != nil {

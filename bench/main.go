@@ -3,10 +3,11 @@
 //
 // The job measured: a proxy takes the upgrades of /ws/<namespace> and opens each
 // with one of four backends, by a hash of the namespace, with a table of 1,000
-// overrides on top. README.md says what is measured and what makes it steady.
+// overrides on top, and sends plain requests of that path there. README.md says what is
+// measured and what makes it steady.
 //
 // Read main, suite and turns (rounds), proxy (what is measured), target, process
-// and the scenarios check, idle, echo, stream and connect (what is run and
+// and the scenarios check, idle, echo, stream, connect and http (what is run and
 // measured), client, backend, frame, loop and raw (the load), report and must (the
 // tables).
 package main
@@ -47,9 +48,9 @@ func start(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	f.IntVar(&o.rounds, "rounds", 3, "`number` of rounds, each of all scenarios against all proxies")
 	f.DurationVar(&o.length, "d", 4*time.Second, "length of a measurement, in turns with the other proxies")
 	f.IntVar(&o.sessions, "n", 20_000, "idle `sessions`; fewer if the limit on open files says so")
-	f.StringVar(&o.scenarios, "scenarios", "", "`list` of check,idle,echo64,echo1k,paced,stream,connect (default all)")
+	f.StringVar(&o.scenarios, "scenarios", "", "`list` of check,checkhttp,idle,echo64,echo1k,paced,stream,connect,http,http16k,mixed (default all)")
 	f.StringVar(&o.before, "before", "", "`path` of the router of a build before, to measure beside today's")
-	f.StringVar(&o.proxies, "proxies", "", "`list` of router,router-before,nginx,nginx-64k,haproxy,haproxy-splice,direct (default all)")
+	f.StringVar(&o.proxies, "proxies", "", "`list` of router,router-before,bare,nginx,nginx-64k,haproxy,haproxy-splice,direct (default all)")
 	f.StringVar(&o.out, "out", "bench/results/"+time.Now().Format("20060102-150405"), "`path` of the report, without .md and .json")
 	f.IntVar(&o.cpu, "proxy-cpu", 0, "`number` of the proxy's CPU")
 	f.DurationVar(&o.calm, "calm", 2*time.Minute, "how long to wait for a calm machine before a measurement")

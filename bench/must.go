@@ -14,7 +14,7 @@ import (
 // compare with luck.
 type requirement struct {
 	what, unit       string
-	must, aim        float64
+	must, aim        float64 // 0: reported only
 	scenario, metric string
 	peers            []string // nil: its own figure
 }
@@ -33,6 +33,11 @@ func allRequirements() []requirement {
 		{"CPU per GB in 64 KiB frames", "", 2.1, 1.0, "stream", "cpu_s_per_gb", all},
 		{"CPU per handshake", "", 1.25, 1.0, "connect", "cpu_us", haproxy},
 		{"p99 latency, 500 busy sessions", "", 1.0, 0.8, "echo64", "p99_ms", all},
+		{"CPU per plain request", "", 1.15, 1.0, "http", "cpu_us", []string{bare}},
+		{"CPU per plain request", "", 0, 0, "http", "cpu_us", []string{"nginx"}},
+		{"CPU per plain request", "", 0, 0, "http", "cpu_us", haproxy},
+		{"CPU per 16 KiB sent and returned", "", 1.15, 1.0, "http16k", "cpu_us", []string{bare}},
+		{"p99 latency of sockets beside plain requests", "", 1.2, 1.0, "mixed", "p99_ms", []string{"nginx"}},
 	}
 }
 
@@ -123,6 +128,14 @@ func (r *report) summary() string {
 	return b.String()
 }
 
+// bound writes must or aim.
+func (q *requirement) bound(value float64) string {
+	if value == 0 {
+		return "–"
+	}
+	return fmt.Sprintf("%.2f%s", value, q.unit)
+}
+
 // requirements is a table of rows.
 func (r *report) requirements(rows []requirement) string {
 	var b strings.Builder
@@ -133,12 +146,12 @@ func (r *report) requirements(rows []requirement) string {
 		if len(points) > 0 {
 			median, least, most := spread(points)
 			seen = fmt.Sprintf("%.2f%s", median, q.unit)
-			if median >= q.must+.005 { // as it is written
+			if q.must > 0 && median >= q.must+.005 { // as it is written
 				seen = "**" + seen + "**"
 			}
 			extremes = fmt.Sprintf("%.2f–%.2f", least, most)
 		}
-		fmt.Fprintf(&b, "| %s | %.2f%s | %.2f%s | %s | %s | %s |\n", q.what, q.must, q.unit, q.aim, q.unit, seen,
+		fmt.Fprintf(&b, "| %s | %s | %s | %s | %s | %s |\n", q.what, q.bound(q.must), q.bound(q.aim), seen,
 			q.against(r, peer), extremes)
 	}
 	return b.String()

@@ -29,6 +29,7 @@ const (
 
 	ours   = "router"
 	before = "router-before" // a build before, with the same arguments
+	bare   = "bare"          // peers/bare: what Go's reverse proxy alone takes
 )
 
 // overrideBackend is the backend of the i-th override.
@@ -47,8 +48,8 @@ type proxy struct {
 }
 
 // proxies returns all. Each has one worker and logs warnings only. previous is the
-// program of a build before, "" for none.
-func proxies(router, previous string) []*proxy {
+// program of a build before, "" for none. bareProgram is that of peers/bare.
+func proxies(router, bareProgram, previous string) []*proxy {
 	var addrs []string
 	for _, port := range backendPorts() {
 		addrs = append(addrs, "127.0.0.1:"+strconv.Itoa(port))
@@ -67,6 +68,7 @@ func proxies(router, previous string) []*proxy {
 	}
 	list := []*proxy{
 		build(ours, router),
+		{name: bare, program: bareProgram, files: 2, args: "-listen 127.0.0.1:@PORT@ -backends " + strings.Join(addrs, ",")},
 		nginx("nginx", "4k", "8k"),
 		nginx("nginx-64k", "64k", "128k"),
 		haproxy("haproxy", 2, ""),
@@ -85,8 +87,11 @@ func proxies(router, previous string) []*proxy {
 // direct is the load without a proxy.
 func (p *proxy) direct() bool { return p.program == "" }
 
-// isRouter reports whether p is a build of the router.
-func (p *proxy) isRouter() bool { return p.name == ours || p.name == before }
+// built reports whether p is a program of this repository.
+func (p *proxy) built() bool { return p.name == ours || p.name == before || p.name == bare }
+
+// overrides reports whether p has the overrides.
+func (p *proxy) overrides() bool { return !p.direct() && p.name != bare }
 
 func (p *proxy) ports() []int {
 	if p.direct() {
@@ -102,16 +107,16 @@ func (p *proxy) find() error {
 		return nil
 	}
 	path, err := exec.LookPath(p.program)
-	if err != nil && !p.isRouter() {
+	if err != nil && !p.built() {
 		path, err = exec.LookPath("/usr/sbin/" + p.program) // not in everybody's PATH
 	}
-	if err != nil && p.isRouter() {
+	if err != nil && p.built() {
 		return err
 	}
 	if err != nil {
 		return fmt.Errorf("%s is not installed: apt-get install nginx-light haproxy", p.program)
 	}
-	if p.isRouter() {
+	if p.built() {
 		info, err := buildinfo.ReadFile(path)
 		if err != nil {
 			return err

@@ -13,8 +13,9 @@ import (
 )
 
 const (
-	tries      = 3    // of a measurement that fails or is disturbed
-	spareFiles = 1000 // of the limit on open files, for all but sessions
+	tries       = 3    // of a measurement that fails or is disturbed
+	spareFiles  = 1000 // of the limit on open files, for all but sessions
+	spareOfLoad = 100  // of the same, for all but the load's connections
 )
 
 // options are what the flags say.
@@ -80,7 +81,7 @@ func (s *suite) choose() (err error) {
 	if s.scenarios, err = pick(scenarios(), func(sc scenario) string { return sc.name }, s.options.scenarios); err != nil {
 		return fmt.Errorf("-scenarios: %w", err)
 	}
-	wanted, err := pick(proxies("bin/router", s.before), func(p *proxy) string { return p.name }, s.options.proxies)
+	wanted, err := pick(proxies("bin/router", "bin/bare", s.before), func(p *proxy) string { return p.name }, s.options.proxies)
 	if err != nil {
 		return fmt.Errorf("-proxies: %w", err)
 	}
@@ -118,17 +119,16 @@ func (s *suite) round(ctx context.Context, round int) error {
 	first := (round - 1) % len(s.proxies)
 	order := slices.Concat(s.proxies[first:], s.proxies[:first])
 	for _, sc := range s.scenarios {
+		if sc.once && round > 1 {
+			continue
+		}
+		wanted := sc.against(order)
 		var runs []*run
-		switch {
-		case sc.open != nil:
-			runs = s.measure(ctx, order, sc)
-		case sc.name == "check" && round > 1:
-			continue // once is enough
-		default:
-			for _, p := range order {
-				if sc.name != "idle" || !p.direct() { // nobody has the memory
-					runs = append(runs, s.measure(ctx, []*proxy{p}, sc)...)
-				}
+		if sc.open != nil {
+			runs = s.measure(ctx, wanted, sc)
+		} else {
+			for _, p := range wanted {
+				runs = append(runs, s.measure(ctx, []*proxy{p}, sc)...)
 			}
 		}
 		if ctx.Err() != nil {
@@ -159,6 +159,18 @@ func (s *suite) measure(ctx context.Context, proxies []*proxy, sc scenario) (run
 		}
 	}
 	return runs
+}
+
+// beside is how many sessions of the scenario mixed each of its proxies has. The load
+// has both ends of all of them at a time.
+func (s *suite) beside() int {
+	contenders := 0
+	for _, sc := range s.scenarios {
+		if sc.name == "mixed" {
+			contenders = len(sc.against(s.proxies))
+		}
+	}
+	return min(mixedSockets, (s.files-spareOfLoad)/2/max(contenders, 1)-plainConns)
 }
 
 // disturbed says what took too much of the machine meanwhile.

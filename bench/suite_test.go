@@ -45,6 +45,7 @@ func TestRequirements(t *testing.T) {
 		"over must":               {over, row + " **1.50** | nginx (without nginx-64k, haproxy-splice) | 1.50–1.50 |"},
 		"no peer":                 {alone, row + " – | (without nginx-64k, haproxy-splice) | – |"},
 		"another row":             {rounds(), "| user memory per idle session | 0.70 KiB | 0.40 KiB | – | – | – |"},
+		"a row without bounds":    {rounds(), "| CPU per plain request | – | – | – | – | – |"},
 		"what is missing":         {rounds(), "Not measured: nginx-64k, since it is away.\n"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -146,7 +147,7 @@ func TestConfigurations(t *testing.T) {
 		}
 	}
 	left := strings.NewReplacer("@DIR@", "", "@PORT@", "", "@ADMIN@", "")
-	for _, p := range proxies("router", "router") {
+	for _, p := range proxies("router", "bare", "router") {
 		for line := range strings.Lines(left.Replace(p.config + p.args)) {
 			if strings.Contains(line, "@") {
 				t.Errorf("%s: %s", p.name, line)

@@ -16,28 +16,43 @@ type target struct {
 	overrides bool          // the proxy has the overrides
 	cpu       int           // the proxy's
 	idle      int           // sessions of the scenario idle
+	beside    int           // sessions of the scenario mixed, beside plain requests
 	settle    time.Duration // until memory is as it stays
 }
 
 // scenario is one kind of load and what is measured meanwhile. Either proxies
 // take turns with the load that open makes, or each runs for itself.
 type scenario struct {
-	name string
-	open func(*target) (load, error)
-	run  func(*target) (values, error)
+	name  string
+	open  func(*target) (load, error)
+	run   func(*target) (values, error)
+	once  bool     // in the first round is enough
+	skips []string // proxies that it is not run against
 }
 
 // scenarios returns them in the order of a round.
 func scenarios() []scenario {
+	sockets := []string{bare}                           // which is for plain requests
+	requests := []string{"nginx-64k", "haproxy-splice"} // which are for long streams
+	both := []string{bare, "nginx-64k", "haproxy", "haproxy-splice", "direct"}
 	return []scenario{
-		{name: "check", run: runCheck},
-		{name: "idle", run: runIdle},
-		{name: "echo64", open: func(t *target) (load, error) { return openFlood(t, 64) }},
-		{name: "echo1k", open: func(t *target) (load, error) { return openFlood(t, 1024) }},
-		{name: "paced", open: func(t *target) (load, error) { return openPace(t, 64) }},
-		{name: "stream", open: func(t *target) (load, error) { return openStream(t, 8, 1<<40, false) }},
-		{name: "connect", open: openConnect},
+		{name: "check", run: runCheck, once: true},
+		{name: "checkhttp", run: runCheckHTTP, once: true},
+		{name: "idle", run: runIdle, skips: []string{bare, "direct"}}, // nobody has the memory
+		{name: "echo64", open: func(t *target) (load, error) { return openFlood(t, 64) }, skips: sockets},
+		{name: "echo1k", open: func(t *target) (load, error) { return openFlood(t, 1024) }, skips: sockets},
+		{name: "paced", open: func(t *target) (load, error) { return openPace(t, 64) }, skips: sockets},
+		{name: "stream", open: func(t *target) (load, error) { return openStream(t, 8, 1<<40, false) }, skips: sockets},
+		{name: "connect", open: openConnect, skips: sockets},
+		{name: "http", open: func(t *target) (load, error) { return openHTTP(t, 0) }, skips: requests},
+		{name: "http16k", open: func(t *target) (load, error) { return openHTTP(t, postSize) }, skips: requests},
+		{name: "mixed", open: openMixed, skips: both},
 	}
+}
+
+// against returns those of the proxies that the scenario is run against.
+func (sc *scenario) against(proxies []*proxy) []*proxy {
+	return slices.DeleteFunc(slices.Clone(proxies), func(p *proxy) bool { return slices.Contains(sc.skips, p.name) })
 }
 
 // values are what one measurement gave, by metric; README.md explains them.

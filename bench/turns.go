@@ -140,8 +140,9 @@ func (sc scenario) measure(all []*contender, length time.Duration) {
 // contend starts a proxy afresh for a measurement.
 func (s *suite) contend(p *proxy, sc scenario) *contender {
 	c := &contender{run: &run{Proxy: p.name, Scenario: sc.name}, stop: func() {}}
-	c.target = &target{ports: p.ports(), backends: s.backends, overrides: !p.direct(), cpu: s.cpu,
-		idle: min(s.sessions, (s.files-spareFiles)/p.files), settle: time.Second}
+	c.target = &target{ports: p.ports(), backends: s.backends, overrides: p.overrides(), cpu: s.cpu,
+		idle:   min(s.sessions, (s.files-spareFiles)/p.files),
+		beside: s.beside(), settle: time.Second}
 	if p.direct() {
 		return c
 	}
