@@ -83,7 +83,7 @@ func TestAnswers(t *testing.T) {
 		"page":                {"https://" + host + "/", 200, page, map[string]string{"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache", "Server": "nginx"}},
 		"page by its name":    {"https://" + host + "/index.html", 426, "not an upgrade\n", nil},
 		"any path":            {"https://" + host + "/wsx", 426, "not an upgrade\n", nil},
-		"probe over TLS":      {"https://" + host + "/healthz", 200, "ok\n", nil},
+		"the router's health": {"https://" + host + "/healthz", 426, "not an upgrade\n", nil},
 		"probe of TLS":        {"http://" + host + ":8002/readyz", 200, "ok\n", nil},
 		"no more on its port": {"http://" + host + ":8002/", 404, "not found\n", nil},
 		"not for clients":     {"http://" + host + "/readyz", 301, "", map[string]string{"Location": "https://" + host + "/readyz"}},
