@@ -30,8 +30,6 @@ type admin struct {
 	configMaps     *configMaps     // nil without an API server
 	replicaWatcher *replicaWatcher // nil if flags give the number of backends
 	started        time.Time
-
-	draining atomic.Bool // set by main when the drain begins
 }
 
 // newAdminListener returns a listener that accepts from l, keeps at most maxAdminConns
@@ -137,7 +135,7 @@ func writeBusy(w http.ResponseWriter, r *http.Request) {
 // Once there is a table, the API server may be down for any time (invariant 5).
 func (a *admin) whyNotReady() []string {
 	var why []string
-	if a.draining.Load() {
+	if a.proxy.draining.Load() {
 		why = append(why, errDraining.Error())
 	}
 	if a.proxy.router.table() == nil {

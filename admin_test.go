@@ -338,11 +338,11 @@ func TestReadyzWhileDraining(t *testing.T) {
 		}
 	}
 	wantReadyz(503, "no overrides have been read yet: they are late\n")
-	a.draining.Store(true)
+	a.proxy.draining.Store(true)
 	wantReadyz(503, "the router is stopping\nno overrides have been read yet: they are late\n")
 	update(sourceContent{})
 	wantReadyz(503, "the router is stopping\n")
-	a.draining.Store(false)
+	a.proxy.draining.Store(false)
 	wantReadyz(200, "ready\n")
 }
 

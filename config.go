@@ -20,6 +20,8 @@ type config struct {
 	// Listeners and sockets.
 	listen, admin               string        // addresses, as listen takes them
 	tcpUserTimeout, idleTimeout time.Duration // 0: none
+	proxyProtocol               string        // "on" or "off"
+	trustedProxies              trustedProxies
 
 	// Where the backends are.
 	backends, statefulSet, service string
@@ -102,6 +104,12 @@ func (c *config) flags() *flag.FlagSet {
 	f.DurationVar(&c.idleTimeout, "idle-timeout", 0,
 		"how long a session may carry no byte in either direction before it ends, 0 is no limit")
 
+	f.StringVar(&c.proxyProtocol, "proxy-protocol", "off",
+		"`on` or off: whether connections from -trusted-proxies begin with a header of the PROXY\n"+
+			"protocol, version 1 or 2, that has the client's address")
+	f.Var(&c.trustedProxies, "trusted-proxies",
+		"`addresses` of load balancers for -proxy-protocol, like 10.0.0.0/8,fd00::1, and unix for\n"+
+			"peers of a Unix socket; it has no other effect (default none)")
 	f.StringVar(&c.backends, "backends", "",
 		"fixed `list` of backends, host:port,host:port,... in the order of their ordinals")
 	f.IntVar(&c.replicas, "replicas", 0,
@@ -265,7 +273,7 @@ func (c *config) validate() error {
 	if err := c.validateBackends(); err != nil {
 		return err
 	}
-	if err := c.validateLimits(); err != nil {
+	if err := cmp.Or(c.validateProxyProtocol(), c.validateLimits()); err != nil {
 		return err
 	}
 	_, err := newLogger(io.Discard, c.logFormat, c.logLevel)
@@ -331,6 +339,17 @@ func (c *config) validateRelease() error {
 		return fmt.Errorf("-release must be a path such as /release (got %q)", c.release)
 	case c.handoff == "off":
 		return errors.New("-release requires a hand-off: not -handoff off")
+	}
+	return nil
+}
+
+// validateProxyProtocol checks -proxy-protocol.
+func (c *config) validateProxyProtocol() error {
+	switch {
+	case c.proxyProtocol != "on" && c.proxyProtocol != "off":
+		return fmt.Errorf("-proxy-protocol must be on or off (got %q)", c.proxyProtocol)
+	case c.proxyProtocol == "on" && c.trustedProxies.String() == "":
+		return errors.New("-proxy-protocol on requires -trusted-proxies")
 	}
 	return nil
 }

@@ -101,6 +101,14 @@ var badUsage = map[string]struct {
 	"memory no time":       {args: "-release-memory 60", want: `invalid value "60" for flag -release-memory: parse error`},
 	"delay negative":       {args: "-replicas 1 -drain-delay -1s", want: "-drain-delay must not be negative (got -1s)"},
 	"delay no time":        {args: "-drain-delay 5", want: `invalid value "5" for flag -drain-delay: parse error`},
+	"proxy protocol":       {args: "-replicas 1 -proxy-protocol v2 ", want: `-proxy-protocol must be on or off (got "v2")`},
+	"proxies none":         {args: "-replicas 1 -proxy-protocol on", want: "-proxy-protocol on requires -trusted-proxies"},
+	"proxies no address":   {args: "-trusted-proxies 10.0.0.0/33", want: `invalid value "10.0.0.0/33" for flag -trusted-proxies: "10.0.0.0/33" is no address, no CIDR and not unix`},
+	"proxies empty":        {args: "-trusted-proxies 10.0.0.0/8,,", want: `invalid value "10.0.0.0/8,," for flag -trusted-proxies: "" is no address, no CIDR and not unix`},
+	"proxies of a zone":    {args: "-trusted-proxies fe80::1%eth0", want: `invalid value "fe80::1%eth0" for flag -trusted-proxies: "fe80::1%eth0" is no address, no CIDR and not unix`},
+	"proxies with a port":  {args: "-trusted-proxies 10.0.0.1:80", want: `invalid value "10.0.0.1:80" for flag -trusted-proxies: "10.0.0.1:80" is no address, no CIDR and not unix`},
+	"proxies, more bits":   {args: "-trusted-proxies 10.1.0.0/8", want: `invalid value "10.1.0.0/8" for flag -trusted-proxies: "10.1.0.0/8" has bits beyond its length: it would be 10.0.0.0/8`},
+	"proxies mapped":       {args: "-trusted-proxies ::ffff:10.0.0.0/104", want: `invalid value "::ffff:10.0.0.0/104" for flag -trusted-proxies: "::ffff:10.0.0.0/104" must be written as IPv4`},
 	"drain negative":       {args: "-replicas 1 -drain-duration -1ms", want: "-drain-duration must not be negative (got -1ms)"},
 	"drain no time":        {args: "-drain-duration 1d", want: `invalid value "1d" for flag -drain-duration: parse error`},
 	"log format":           {args: "-replicas 1 -log-format xml", want: `-log-format must be text or json (got "xml")`},
@@ -172,6 +180,7 @@ func TestFlagBeatsEnvironment(t *testing.T) {
 		"hold": {"1s", "2s"}, "handshake-timeout": {"3s", "4s"}, "header-timeout": {"5s", "6s"},
 		"max-header-bytes": {"2000", "3000"}, "max-header-fields": {"200", "300"}, "max-sessions": {"1", "2"}, "max-pending-upgrades": {"3", "4"},
 		"tcp-user-timeout": {"5s", "6s"}, "idle-timeout": {"7s", "8s"}, "move-rate": {"5", "6"}, "move-settle": {"9s", "10s"}, "handoff": {"off", "single"}, "handoff-configmap": {"a", "b"}, "pod-uid": {"u1", "u2"}, "router-pods": {"a=b", "c=d"}, "handoff-unproven": {"11s", "12s"}, "drain-delay": {"1s", "2s"}, "drain-duration": {"3s", "4s"},
+		"proxy-protocol": {"off", "on"}, "trusted-proxies": {"unix,10.0.0.0/8", "unix"},
 		"release": {"/a", "/b"}, "release-memory": {"5s", "6s"},
 		"log-format": {"json", "text"}, "log-level": {"DEBUG", "WARN"},
 	}
@@ -183,6 +192,9 @@ func TestFlagBeatsEnvironment(t *testing.T) {
 	for name, value := range values {
 		t.Run(name, func(t *testing.T) {
 			env := map[string]string{environmentName(name): value[0]}
+			if name == "proxy-protocol" {
+				env["ROUTER_TRUSTED_PROXIES"] = "unix"
+			}
 			if name != "backends" && name != "replicas" {
 				env["ROUTER_REPLICAS"] = "1"
 			}

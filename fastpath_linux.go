@@ -157,7 +157,11 @@ func (f *fastPath) acceptClients() error {
 // startClient starts the goroutine of a client.
 func (f *fastPath) startClient(fd int32, peer syscall.Sockaddr) {
 	poller := f.proxy.relay.engine.nextPoller()
-	c := &pendingConn{fastPath: f, poller: poller, remoteAddr: clientAddr(addrString(peer))}
+	addr := addrString(peer)
+	c := &pendingConn{
+		fastPath: f, poller: poller, remoteAddr: clientAddr(addr),
+		expectsProxy: f.proxy.proxyProtocol.expects(addr),
+	}
 	c.fd = [2]int32{fd, -1}
 	c.changed.L = &poller.mu
 	c.slot = poller.addPending(c)
@@ -243,10 +247,9 @@ const hostBytes = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ012345678
 // owner's dial queue and takes little memory, so there may be many.
 type pendingConn struct {
 	// Static after construction.
-	fastPath   *fastPath
-	poller     *poller
-	slot       int32      // index in poller.slots
-	remoteAddr clientAddr // of the client
+	fastPath *fastPath
+	poller   *poller
+	slot     int32 // index in poller.slots
 
 	// Guarded by poller.mu.
 	sockets
@@ -255,12 +258,14 @@ type pendingConn struct {
 	holding bool      // a client that half-closes its connection has to fall back
 
 	// Owned by its goroutine. Before it parks, it leaves these to the next one.
-	ctx     *pendingContext // ends when the client is gone, or its time is over
-	head    []byte          // what the client has sent
-	earlyAt int             // index in head of what follows the request
-	request *http.Request   // nil before it was read, and while it waits for its owner
-	upgrade *pendingUpgrade // nil before its admission
-	waiter  waiter          // its sequence is 0 if the owner could be dialled at once
+	ctx          *pendingContext // ends when the client is gone, or its time is over
+	remoteAddr   clientAddr      // of the client
+	expectsProxy bool            // head has to begin with a header of the PROXY protocol
+	head         []byte          // what the client has sent
+	earlyAt      int             // index in head of what follows the request
+	request      *http.Request   // nil before it was read, and while it waits for its owner
+	upgrade      *pendingUpgrade // nil before its admission
+	waiter       waiter          // its sequence is 0 if the owner could be dialled at once
 
 	parked atomic.Bool
 }
@@ -327,9 +332,15 @@ func (c *pendingConn) serve() {
 	p := c.fastPath.proxy
 	c.setDeadline(time.Now().Add(fastPathTimeout), false)
 	head, err := c.read(clientSide)
-	c.head = trimEmptyLines(head)
+	if c.expectsProxy && err == nil {
+		head, err = c.readProxyHeader(head)
+	}
+	c.head = head
+	if !c.expectsProxy {
+		c.head = trimEmptyLines(head)
+	}
 	switch {
-	case c.ctx.Err() != nil:
+	case c.ctx.Err() != nil, c.expectsProxy && len(head) > 0: // it is invalid, or was cut
 		c.fallBack(nil, nil)
 	case err != nil:
 		c.close()
@@ -341,6 +352,25 @@ func (c *pendingConn) serve() {
 	default:
 		c.dialOwner()
 	}
+}
+
+// readProxyHeader reads the header of the PROXY protocol, of which it gets the beginning,
+// and takes the client's address from it. It returns what follows the header, or all that
+// the client has sent if there is an error.
+func (c *pendingConn) readProxyHeader(data []byte) ([]byte, error) {
+	more := func() ([]byte, error) { return c.read(clientSide) }
+	client, rest, err := c.fastPath.proxy.proxyProtocol.read(data, more)
+	if err != nil {
+		return rest, err
+	}
+	c.expectsProxy = false
+	if client != nil {
+		c.remoteAddr = clientAddr(client.String())
+	}
+	if len(rest) == 0 {
+		return more()
+	}
+	return rest, nil
 }
 
 // growStack makes the stack of its goroutine as large as serve needs it. Without it the
@@ -509,6 +539,9 @@ func (c *pendingConn) fallBack(answer []byte, failure error) {
 	client := &clientConn{
 		Conn: &prefixedConn{conn, c.head}, remoteAddr: c.remoteAddr,
 		fdLimit: f.fdLimit, badHeads: &f.proxy.results[resultBadHead],
+	}
+	if c.expectsProxy {
+		client.proxyProtocol = f.proxy.proxyProtocol
 	}
 	if c.fd[backendSide] >= 0 {
 		if conn := c.takeBackend(); conn != nil {

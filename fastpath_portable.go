@@ -8,7 +8,9 @@ import "net"
 type fastPath struct{ clientListener }
 
 func newFastPath(p *proxy, l net.Listener, g *descriptorLimit) *fastPath {
-	return &fastPath{clientListener{retryListener{l, newAcceptRetry("-listen", p.log)}, g, &p.results[resultBadHead]}}
+	return &fastPath{clientListener{
+		retryListener{l, newAcceptRetry("-listen", p.log)}, g, &p.results[resultBadHead], p.proxyProtocol,
+	}}
 }
 
 func (*fastPath) run()  {}

@@ -1324,7 +1324,7 @@ func TestGoldenNotReady(t *testing.T) {
 	p.fdLimit.add(p.fdLimit.limit)
 	g.get(t, addr, "/readyz")
 	g.title("and does not drain")
-	p.admin.draining.Store(false)
+	p.proxy.draining.Store(false)
 	g.get(t, addr, "/readyz")
 	g.get(t, addr, "/healthz")
 	g.compare(t, "readyz.txt")

@@ -417,8 +417,9 @@ func (c *limitConn) CloseWrite() error {
 // nowhere. One goroutine may accept.
 type clientListener struct {
 	net.Listener
-	fdLimit  *descriptorLimit
-	badHeads *atomic.Int64
+	fdLimit       *descriptorLimit
+	badHeads      *atomic.Int64
+	proxyProtocol *proxyProtocol // nil: off
 }
 
 func (l clientListener) Accept() (net.Conn, error) {
@@ -430,7 +431,11 @@ func (l clientListener) Accept() (net.Conn, error) {
 		return nil, err
 	}
 	l.fdLimit.add(descriptorsPerUpgrade)
-	return &clientConn{Conn: conn, fdLimit: l.fdLimit, badHeads: l.badHeads}, nil
+	c := &clientConn{Conn: conn, fdLimit: l.fdLimit, badHeads: l.badHeads}
+	if l.proxyProtocol.expects(conn.RemoteAddr().String()) {
+		c.Conn, c.proxyProtocol = &prefixedConn{Conn: conn}, l.proxyProtocol
+	}
+	return c, nil
 }
 
 func (l clientListener) Close() error {
@@ -453,13 +458,18 @@ type clientConn struct {
 	upgrade    atomic.Pointer[pendingUpgrade] // of its first upgrade; nil if nothing, or when it was taken
 	serverCtx  context.Context                // ends when the router stops
 
+	// Not nil until the header was read with which the connection, a prefixedConn, has to
+	// begin. Read then sets it, and remoteAddr.
+	proxyProtocol *proxyProtocol
+
 	unhandled atomic.Pointer[sync.WaitGroup] // counts it until the handler has its request; nil: it is not counted
 }
 
 // count has unhandled count the connection, if the head of its first request was read
 // already, until the handler has that request or the connection is closed.
 func (c *clientConn) count(unhandled *sync.WaitGroup) {
-	if _, first := unwrap(c.Conn); bytes.Contains(first, []byte("\r\n\r\n")) {
+	_, first := unwrap(c.Conn)
+	if c.proxyProtocol == nil && bytes.Contains(first, []byte("\r\n\r\n")) {
 		unhandled.Add(1)
 		c.unhandled.Store(unhandled)
 	}
@@ -480,8 +490,14 @@ func (c *clientConn) RemoteAddr() net.Addr {
 	return c.Conn.RemoteAddr()
 }
 
-// Read leaves out the empty lines before the first request.
+// Read leaves out the header of the PROXY protocol, if one has to come, and the empty
+// lines before the first request.
 func (c *clientConn) Read(b []byte) (int, error) {
+	if c.proxyProtocol != nil {
+		if err := c.readProxyHeader(); err != nil {
+			return 0, err
+		}
+	}
 	for {
 		n, err := c.Conn.Read(b)
 		if errors.Is(err, io.EOF) {
@@ -500,6 +516,33 @@ func (c *clientConn) Read(b []byte) (int, error) {
 			return 0, err
 		}
 	}
+}
+
+// readProxyHeader reads the header of the PROXY protocol, and takes the client's address
+// from it. net/http answers 400 to an invalid one.
+func (c *clientConn) readProxyHeader() error {
+	conn := c.Conn.(*prefixedConn)
+	more := func() ([]byte, error) {
+		buf := make([]byte, 1024)
+		n, err := conn.Conn.Read(buf)
+		if n > 0 {
+			err = nil // it comes again
+		}
+		return buf[:n], err
+	}
+	client, rest, err := c.proxyProtocol.read(conn.prefix, more)
+	if conn.prefix = rest; err != nil {
+		c.receiving.Store(len(rest) > 0)
+		if errors.Is(err, errNoProxyHeader) {
+			c.proxyProtocol.logInvalid(c.RemoteAddr().String())
+		}
+		return err
+	}
+	if client != nil {
+		c.remoteAddr = client
+	}
+	c.proxyProtocol = nil
+	return nil
 }
 
 // trimEmptyLines returns data without the empty lines that it begins with: a server
@@ -530,11 +573,16 @@ func (c *clientConn) CloseWrite() error {
 // clientConnKey is the key of a request context's *clientConn.
 type clientConnKey struct{}
 
-// markRequestRead notes that the connection's request reached the handler.
-func markRequestRead(ctx context.Context) {
-	if c, ok := ctx.Value(clientConnKey{}).(*clientConn); ok {
+// markRequestRead notes that the connection's request reached the handler. It gives the
+// request the client's address: net/http has asked for that before the header of the
+// PROXY protocol was read.
+func markRequestRead(r *http.Request) {
+	if c, ok := r.Context().Value(clientConnKey{}).(*clientConn); ok {
 		c.requestRead.Store(true)
 		c.uncount()
+		if c.remoteAddr != nil {
+			r.RemoteAddr = c.remoteAddr.String()
+		}
 	}
 }
 

@@ -167,7 +167,7 @@ func startCountingClients(t *testing.T, network string) *countingClients {
 	}
 	gate := wideDescriptorLimit(t)
 	served := make(chan error, 1)
-	go func() { served <- server.Serve(clientListener{l, gate, f.badHeads}) }()
+	go func() { served <- server.Serve(clientListener{l, gate, f.badHeads, nil}) }()
 	t.Cleanup(func() { server.Close(); <-served })
 	return f
 }
@@ -453,5 +453,42 @@ func wantLimited(t *testing.T, g *descriptorLimit) {
 		if err := <-waited; !errors.Is(err, step.want) {
 			t.Errorf("error %v, want %v", err, step.want)
 		}
+	}
+}
+
+// TestIPv6: clients, backends and operators may all be on IPv6. A listener without a host
+// takes both families, and IPv4 addresses as such.
+func TestIPv6(t *testing.T) {
+	if l, err := net.Listen("tcp", "[::1]:0"); err != nil {
+		t.Logf("nothing tested: %v", err)
+		return
+	} else {
+		l.Close()
+	}
+	backend := startStub(t, "[::1]:0", echo)
+	for listen, hosts := range map[string][]string{"[::1]:0": {"::1"}, ":0": {"::1", "127.0.0.1"}} {
+		r := startRouter(t, "-listen", listen, "-admin", listen, "-backends", backend.addr, "-overrides", t.TempDir())
+		r.log.wait(t, "routing table updated", 1)
+		for _, host := range hosts {
+			_, port, _ := net.SplitHostPort(r.clientAddr)
+			addr := net.JoinHostPort(host, port)
+			for way, request := range bothWays("/ws/ns-01") {
+				before := len(backend.heads())
+				conn := dial(t, addr)
+				mustWrite(t, conn, strings.ReplaceAll(request, "www.mydomain.com", addr))
+				mustAnswer(t, conn, http.StatusSwitchingProtocols)
+				heads := strings.Join(backend.heads()[before:], "")
+				for _, want := range []string{"X-Forwarded-For: " + host + "\r\n", "X-Forwarded-Host: " + addr + "\r\n"} {
+					if !strings.Contains(heads, want) {
+						t.Errorf("%s, %s: the backend got %q, want %q", addr, way, heads, want)
+					}
+				}
+			}
+		}
+		_, port, _ := net.SplitHostPort(r.adminAddr)
+		resp, err := http.Get("http://" + net.JoinHostPort("::1", port) + "/readyz")
+		must(t, err)
+		resp.Body.Close()
+		wantEqual(t, "the status of /readyz", resp.StatusCode, http.StatusOK)
 	}
 }

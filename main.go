@@ -124,9 +124,9 @@
 // lock held.
 //
 // Read main, command and config (what starts), admin and status (what operators ask),
-// fastpath, proxy, layout, handshake, listen and upgrade (from client to session),
-// configmap, directory, events, drain, move, movebatch, movetarget, movequeue, pace,
-// membership, member, handoffobject, handoff, flight and release (what a change of
+// fastpath, proxy, layout, handshake, listen, upgrade and proxyprotocol (from client to
+// session), configmap, directory, events, drain, move, movebatch, movetarget, movequeue,
+// pace, membership, member, handoffobject, handoff, flight and release (what a change of
 // overrides does), route, overrides, namespace and hash (who owns), discovery, backends,
 // dialqueue, watch and kube (where owners are), relay and websocket (the life of a
 // session), log and metrics, and wait (a back-off, a sleep, times, a wake-up). A file
@@ -298,6 +298,9 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 		router: router, backends: backends, relay: relay, mover: mover,
 		limits: c.limits, podName: c.podName, namespace: c.layout.namespace, log: log,
 	}
+	if c.proxyProtocol == "on" {
+		p.proxyProtocol = &proxyProtocol{trusted: &c.trustedProxies, log: log}
+	}
 	return p
 }
 
@@ -420,10 +423,10 @@ func (p *program) logServing(client, admin net.Addr) {
 	}
 }
 
-// announceDrain makes /readyz fail while the router still accepts clients, for
+// announceDrain makes /readyz and /healthz for clients fail while the router still accepts clients, for
 // -drain-delay: load balancers need time to notice.
 func (p *program) announceDrain() {
-	p.admin.draining.Store(true)
+	p.proxy.draining.Store(true)
 	p.log.Info("draining", "sessions", p.proxy.relay.size(),
 		"delay", p.config.drainDelay.String(), "duration", p.config.drainDuration.String())
 	time.Sleep(p.config.drainDelay)

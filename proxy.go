@@ -41,6 +41,10 @@ type proxy struct {
 	namespace func(*http.Request) (string, *refusal) // layout.namespace
 	log       *slog.Logger
 
+	proxyProtocol *proxyProtocol // of the client listener; nil: off
+
+	draining atomic.Bool // set when the drain begins
+
 	readers sync.Pool // of *bufio.Reader
 
 	pendingUpgrades     upgradeLimit
@@ -55,7 +59,10 @@ type proxy struct {
 // ServeHTTP answers each request that does not become a session, except those that
 // net/http refuses by itself.
 func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	markRequestRead(r.Context())
+	markRequestRead(r)
+	if p.answerHealth(w, r) {
+		return
+	}
 	p.inFlight.Add(1)
 	defer p.inFlight.Done()
 	result, err := p.upgrade(w, r)
@@ -70,6 +77,34 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case errors.As(err, &refused):
 		refused.writeResponse(w, p.limits.headerTimeout)
 	}
+}
+
+// healthPath is where the client listener answers load balancers.
+const healthPath = "/healthz"
+
+// answerHealth answers a load balancer that checks the client listener, and reports
+// whether it did: a request for healthPath without a namespace, whatever its Host. It
+// answers 503 when /readyz of the admin port does so because the router drains, or admits
+// nobody yet: then the load balancer has -drain-delay to send clients elsewhere.
+func (p *proxy) answerHealth(w http.ResponseWriter, r *http.Request) bool {
+	if r.Method != http.MethodGet && r.Method != http.MethodHead || requestPath(r) != healthPath {
+		return false
+	}
+	if _, refused := p.namespace(r); refused == nil {
+		return false
+	}
+	w.Header().Set("Cache-Control", "no-store")
+	if !p.isReady() {
+		http.Error(w, "not ready", http.StatusServiceUnavailable)
+		return true
+	}
+	io.WriteString(w, "ok\n")
+	return true
+}
+
+// isReady reports whether clients should come.
+func (p *proxy) isReady() bool {
+	return !p.draining.Load() && p.router.table() != nil && p.mover.whyNotReady() == ""
 }
 
 // logFailure logs the failures that an operator would look into: not the mistakes of
