@@ -7,6 +7,8 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -39,6 +41,37 @@ func TestRunDrainsOnFailure(t *testing.T) {
 	}
 	if len(log.all("stopped")) != 1 {
 		t.Error("no line with msg=stopped in the log, want an orderly stop")
+	}
+}
+
+// TestRunAnyRoom: two spellings of a room are with one owner, and an override of it, whose
+// key is escaped, moves both. So in all layouts of a path and a query.
+func TestRunAnyRoom(t *testing.T) {
+	for name, tt := range map[string]struct{ flags, first, second string }{
+		"path":  {"-route /d/{namespace}/ws", "/d/my%20caf%C3%A9/ws", "/d/m%79%20caf%c3%a9/ws/deep"},
+		"query": {"-namespace-from query:doc", "/any?doc=my%20caf%C3%A9", "/other?x&doc=m%79+caf%c3%a9"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := overridesDir(t, map[string]string{"my_x20caf_xC3_xA9": "backend-1"})
+			args := append([]string{"-backends", echoBackends(t, 3), "-overrides", dir, "-move-settle", "0"}, strings.Fields(tt.flags)...)
+			r := startRouter(t, args...)
+			r.log.wait(t, "routing table updated", 1)
+			for _, path := range []string{tt.first, tt.second} {
+				ws, err := websocket.Dial("ws://"+r.clientAddr+path, "", "http://origin.example/")
+				must(t, err)
+				defer ws.Close()
+				sayAndHear(t, ws, "hello")
+			}
+			waitMetrics(t, r, map[string]float64{`router_sessions{backend="backend-1"}`: 2})
+			must(t, os.WriteFile(filepath.Join(dir, "my_x20caf_xC3_xA9"), []byte("backend-2"), 0o644))
+			if line := r.log.wait(t, "session ended", 2); line["namespace"] != "my café" || line["backend"] != "backend-1" || line["cause"] != "moved" {
+				t.Errorf("%v, want a session of my café that was moved", line)
+			}
+			_, body := r.get(t, "/owner?namespace=my+caf%C3%A9")
+			if !strings.HasPrefix(body, `{"namespace":"my café","key":"my_x20caf_xC3_xA9","owner":"backend-2","why":"override"`) {
+				t.Errorf("/owner is %s", body)
+			}
+		})
 	}
 }
 
