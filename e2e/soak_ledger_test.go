@@ -200,7 +200,8 @@ func (l *ledger) begin(namespace, owner string) {
 }
 
 // settled is nil if the router has the table of the last write, which was
-// accepted after since. From then on only what it says may be true.
+// accepted after since, and no change of owners is under way: until then the
+// owners of before may get clients. From then on only what it says may be true.
 func (l *ledger) settled(ctx context.Context, s *subject, since time.Time) error {
 	l.pen.Lock()
 	defer l.pen.Unlock()
@@ -220,6 +221,9 @@ func (l *ledger) settledLocked(ctx context.Context, s *subject, since time.Time)
 	}
 	if o.Table != l.version {
 		return fmt.Errorf("%s has version %q, want %q", s.pod, o.Table, l.version)
+	}
+	if m, err := s.metrics(ctx); err != nil || m.sum("router_handoff_in_progress") != 0 {
+		return fmt.Errorf("%s has a change under way (error %v)", s.pod, err)
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
