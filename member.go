@@ -574,7 +574,9 @@ func (o *handoffObject) proposal(
 // begin is what a router without a view does where there is no plan. The router says so
 // in its own key. When all router pods have said so, the first one by name that has a
 // table makes the plan. Both are written only if the object is as seen: a late write
-// would speak for a container that has a view by now.
+// would speak for a container that has a view by now. So does an old copy of the object
+// that somebody has restored: all pods are members of the plan, and all namespaces are
+// held until each member has answered.
 func (m *member) begin(s *situation) decision {
 	o := s.object
 	a := stepAnswer{instance: m.instance, blank: true}
@@ -593,6 +595,8 @@ func (m *member) begin(s *situation) decision {
 	if d, ok := m.needsList(s); !ok {
 		return d
 	}
+	p := &sharedPlan{backends: s.backends, members: map[string]memberID{}}
+	p.held, p.unpinned = true, true
 	var writers []string
 	for _, name := range slices.Sorted(maps.Keys(s.list.pods)) {
 		pod := s.list.pods[name]
@@ -601,12 +605,13 @@ func (m *member) begin(s *situation) decision {
 		case !ok || !said.isWithoutView():
 			return decision{again: s.list.at.Add(relistPods),
 				why: fmt.Sprintf("there is no plan, and %s has not said so", name)}
-		case said.have != noContent:
+		case said.have == noContent:
+			p.members[name] = memberID{pod.uid, anyInstance}
+		default:
+			p.members[name] = memberID{pod.uid, said.instance}
 			writers = append(writers, name)
 		}
 	}
-	p := &sharedPlan{backends: s.backends}
-	p.members = map[string]memberID{m.name: {m.uid, m.instance}}
 	p.records = []planRecord{{content: m.newest.contentHash}}
 	m.startEpoch(p, s)
 	first := stepAnswer{

@@ -1271,6 +1271,59 @@ func TestOldCopyIsNotContinued(t *testing.T) {
 	}
 }
 
+// An old copy of the object, from before the first plan, is put back: in it all routers say
+// that there is none. A router that starts makes one. The other one has sessions, and has
+// not seen the copy: it has to be asked before anything opens. Without either part of the
+// rule, there are two owners.
+func TestOldCopyBeforeTheFirstPlan(t *testing.T) {
+	firstPlan := func(change func(*modelRouter, *sharedPlan)) modelRules {
+		return modelRules{decision: func(_ *modelWorld, r *modelRouter, d *decision) {
+			if strings.HasPrefix(d.why, "make") {
+				changePlan(d, func(p *sharedPlan) { change(r, p) })
+			}
+		}}
+	}
+	for name, c := range map[string]struct {
+		rules modelRules
+		want  string
+	}{
+		"all rules": {modelRules{}, ""},
+		"the first plan is not held": {
+			firstPlan(func(_ *modelRouter, p *sharedPlan) { p.held = false }), "has the owners"},
+		"not all pods are members of the first plan": {
+			firstPlan(func(r *modelRouter, p *sharedPlan) {
+				p.members = map[string]memberID{r.pod: p.members[r.pod]}
+			}), "has the owners"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newScene(2, modelRules{}, to("backend-0"))
+			w.rules = c.rules
+			knows, starts := w.routers[0], w.routers[1]
+			w.openAll(knows)
+			w.stop(starts)
+			w.start(starts)
+			old := map[string]string{}
+			for _, r := range w.routers {
+				said := stepAnswer{instance: r.instance, blank: true, have: knows.newest.contentHash}
+				old[r.key()] = said.String()
+			}
+			w.store(w.object.uid, old)
+			starts.inbox = []*handoffObject{w.object}
+			w.edit(to("backend-1"))
+			w.drive(starts)
+			if bad := w.violation(); !strings.Contains(bad, c.want) || c.want == "" && bad != "" {
+				t.Errorf("%q, want %q\n%s", bad, c.want, strings.Join(w.trace, "\n"))
+			}
+			if c.want != "" {
+				return
+			}
+			if why := w.settle(); why != "" {
+				t.Errorf("%s\n%s", why, strings.Join(w.trace, "\n"))
+			}
+		})
+	}
+}
+
 // Two plans with the same number of writes are two branches: only one of them follows.
 func TestBranchDoesNotFollow(t *testing.T) {
 	w, r, s := rested(3)

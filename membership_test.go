@@ -212,10 +212,7 @@ func (r *simRouter) crash() {
 		}
 		r.container = nil
 		r.note("%s is killed", r.pod.name)
-		c.kill()
-		for session := range c.open {
-			delete(r.open[session.namespace], session)
-		}
+		c.end()
 	})
 	if c != nil {
 		c.running.Wait()
@@ -245,9 +242,18 @@ func (r *simRouter) terminate() {
 	ctx, cancel := context.WithTimeout(c.alive, leaveTime)
 	c.leave(ctx)
 	cancel()
-	c.kill()
+	r.do(c.end)
 	c.running.Wait()
 	r.do(func() { r.container = nil; r.note("%s has ended", r.pod.name) })
+}
+
+// end ends the process: the backends find the end of its connections. The caller holds
+// mu.
+func (c *simContainer) end() {
+	c.kill()
+	for session := range c.open {
+		delete(c.pod.open[session.namespace], session)
+	}
 }
 
 // client opens sessions of one namespace, one after the other, through any router.
