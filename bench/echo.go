@@ -36,6 +36,11 @@ func openEcho(t *target, n, size int) (*echo, error) {
 	if err != nil {
 		return nil, err
 	}
+	return c.openEcho(n, size)
+}
+
+// openEcho opens n sessions for messages of size bytes. If it fails, it closes the client.
+func (c *client) openEcho(n, size int) (*echo, error) {
 	e := &echo{client: c, mask: [4]byte{0x37, 0xfa, 0x21, 0x3d}, plain: pattern(size)}
 	if err := c.openAll(n, e); err != nil {
 		c.close()

@@ -81,14 +81,14 @@ func (h *plain) open(c *plainConn) (*plainConn, error) {
 	return c, err
 }
 
-// reopen connects again in the place of c, which the proxy closes after an answer. No
-// event of the connection before can be taken for one of the new.
+// reopen connects again in the place of c, which the proxy closes after an answer, or has
+// closed since. No event of the connection before can be taken for one of the new.
 func (c *plainConn) reopen() *plainConn {
 	h := c.plain
 	c.close()
 	next, err := h.open(&plainConn{plain: h, number: c.number, sent: c.sent})
 	if err != nil {
-		next.lost(err.Error())
+		h.failure = cmp.Or(h.failure, err)
 	}
 	h.reopened++
 	h.conns[c.number] = next
@@ -118,6 +118,9 @@ func (h *plain) label(c *plainConn) {
 
 // ask sends the next request of c, whose latency counts from the time at.
 func (h *plain) ask(c *plainConn, at time.Duration) {
+	if !c.open() {
+		c = c.reopen()
+	}
 	c.sent++
 	c.busy, c.begun = true, at
 	h.waiting++
@@ -144,18 +147,18 @@ func (c *plainConn) received(p []byte) (used int) {
 	}
 	line, headers, _ := bytes.Cut(head, []byte("\r\n"))
 	if !c.busy || !whole || !bytes.HasPrefix(line, []byte("HTTP/1.1 200 ")) {
-		c.fail(fmt.Sprintf("answer %q", line[:min(len(line), 40)]))
+		c.wrong(fmt.Sprintf("answer %q", line[:min(len(line), 40)]))
 		return 0
 	}
 	size, err := bodySize(headers)
 	switch {
 	case err != nil || size == 0:
-		c.fail("an answer without the length of its body")
+		c.wrong("an answer without the length of its body")
 		return 0
 	case len(rest) < size:
 		return 0
 	case len(rest) > size:
-		c.fail("more than an answer")
+		c.wrong("more than an answer")
 		return 0
 	}
 	if !c.plain.check(c, rest) {
@@ -183,11 +186,11 @@ func (h *plain) check(c *plainConn, body []byte) bool {
 	var query [32]byte
 	h.want = appendAnswerBody(h.want[:0], backend, []byte(h.namespaces[ns]), c.query(query[:0]), h.body)
 	if !bytes.Equal(body, h.want) {
-		c.fail(fmt.Sprintf("wrong answer to request %d: %q", c.sent, body[:min(len(body), 100)]))
+		c.wrong(fmt.Sprintf("wrong answer to request %d: %q", c.sent, body[:min(len(body), 100)]))
 		return false
 	}
 	if backend != h.backend[ns] {
-		c.fail(fmt.Sprintf("answer of backend-%d, sessions of %s with backend-%d", backend, h.namespaces[ns], h.backend[ns]))
+		c.wrong(fmt.Sprintf("answer of backend-%d, sessions of %s with backend-%d", backend, h.namespaces[ns], h.backend[ns]))
 		return false
 	}
 	return true
@@ -195,7 +198,16 @@ func (h *plain) check(c *plainConn, body []byte) bool {
 
 func (c *plainConn) drained() {}
 
+// lost fails the load, but for a connection that nobody has used for some time.
 func (c *plainConn) lost(why string) {
+	if c.busy {
+		c.wrong(why)
+	}
+}
+
+// wrong closes c and fails the load.
+func (c *plainConn) wrong(why string) {
+	c.close()
 	if c.plain.failure == nil {
 		c.plain.failure = fmt.Errorf("plain request %d of connection %d: %s", c.sent, c.number, why)
 	}
@@ -210,10 +222,8 @@ func (h *plain) exchange(times int64) error {
 		}
 	}
 	h.after = more
-	for _, c := range h.conns {
-		if h.failure == nil {
-			h.ask(c, h.now())
-		}
+	for _, c := range slices.Clone(h.conns) {
+		h.ask(c, h.now())
 	}
 	return h.settle(more)
 }
@@ -244,10 +254,8 @@ func openHTTP(t *target, size int) (load, error) {
 
 func (a asking) send(d time.Duration) error {
 	a.after = a.ask
-	for _, c := range a.conns {
-		if c.open() {
-			a.ask(c, a.now())
-		}
+	for _, c := range slices.Clone(a.conns) {
+		a.ask(c, a.now())
 	}
 	a.run(d)
 	return a.settle(func(*plainConn, time.Duration) {})
@@ -268,15 +276,23 @@ type mixed struct {
 	jitter *rand.Rand
 }
 
-// openMixed opens the sessions, and the connections in the same loop.
+// openMixed opens the connections, and then the sessions in the same loop: the sessions
+// that openPlain opens would need more files than are left after them.
 func openMixed(t *target) (load, error) {
-	e, err := openEcho(t, t.beside, 64)
+	c, err := newClient(t, names("ns-", 256))
 	if err != nil {
 		return nil, err
 	}
-	h, err := openPlain(t, e.loop, names("ns-", 256), plainConns, 0)
+	h, err := openPlain(t, c.loop, c.namespaces, plainConns, 0)
+	if err == nil {
+		err = h.exchange(1) // connections without a request would be closed meanwhile
+	}
 	if err != nil {
-		e.close()
+		c.close()
+		return nil, err
+	}
+	e, err := c.openEcho(t.beside, 64)
+	if err != nil {
 		return nil, err
 	}
 	return &mixed{echo: e, plain: h, jitter: rand.New(rand.NewPCG(0, 0))}, nil

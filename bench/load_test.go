@@ -195,7 +195,8 @@ func TestFailures(t *testing.T) {
 	}
 }
 
-// TestReopen: a connection that the proxy closes is opened again.
+// TestReopen: a connection that the proxy closes after an answer, or meanwhile, is opened
+// again.
 func TestReopen(t *testing.T) {
 	to := startPlainFault(t, startTestBackends(t), "Cache-Control: no-cache", "Connection: close      ")
 	l, err := newLoop(to.backends.loop)
@@ -209,6 +210,10 @@ func TestReopen(t *testing.T) {
 	}
 	if err := h.exchange(3); err != nil || h.reopened != 12 {
 		t.Errorf("got %v, %d connections opened again, want 12", err, h.reopened)
+	}
+	h.conns[0].conn.fail("closed by the peer") // while nobody uses it
+	if err := h.exchange(3); err != nil || h.reopened != 25 {
+		t.Errorf("got %v, %d connections opened again, want 25", err, h.reopened)
 	}
 }
 

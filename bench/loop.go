@@ -177,7 +177,9 @@ func (k *pacer) due(i int) time.Duration {
 func (l *loop) until(done func() bool) error {
 	for l.heard = l.now(); !done(); l.step(100 * time.Millisecond) {
 		if l.other != nil && l.other.failure != nil {
-			return l.other.failure
+			err := l.other.failure
+			l.other.failure = nil // the next measurement begins afresh
+			return err
 		}
 		if l.now()-l.heard > stall {
 			return fmt.Errorf("nothing came for %s", stall)

@@ -15,7 +15,7 @@ import (
 const (
 	tries       = 3    // of a measurement that fails or is disturbed
 	spareFiles  = 1000 // of the limit on open files, for all but sessions
-	spareOfLoad = 100  // of the same, for all but the load's connections
+	spareOfLoad = 500  // of the same, for all but the load's connections
 )
 
 // options are what the flags say.
