@@ -37,6 +37,8 @@ type config struct {
 	routes                 routeList // of -route; nil for defaultRoute
 	layout                 *layout   // of both
 	limits                 limits
+	http                   string // "on" or "off"
+	httpMoveTime           time.Duration
 	moveRate               int // sessions per second, 0: no limit
 	moveSettle             time.Duration
 	handoff                string        // "all", "single" or "off"
@@ -176,6 +178,12 @@ func (c *config) trafficFlags(f *flag.FlagSet) {
 	f.DurationVar(&c.moveSettle, "move-settle", 500*time.Millisecond,
 		"how long owners have to stay unchanged before sessions move; sessions move at the latest\n"+
 			"ten times as long after the first change")
+	f.StringVar(&c.http, "http", "on",
+		"`on` or off: whether requests that are no upgrades go to the owners of their namespaces\n"+
+			"too, or are refused with 426")
+	f.DurationVar(&c.httpMoveTime, "http-move-timeout", 30*time.Second,
+		"how old such a request may become, as a download, a long poll or an event stream, when\n"+
+			"its owner has changed; then it is cut, with 0 at once")
 	c.handoffFlags(f)
 
 	f.DurationVar(&c.drainDelay, "drain-delay", 0,
@@ -260,7 +268,8 @@ func setFromEnvironment(f *flag.FlagSet, getenv func(string) string) (err error)
 }
 
 func writeHelp(f *flag.FlagSet, w io.Writer) {
-	fmt.Fprint(w, "router sends each WebSocket to the backend that owns its namespace.\n\n"+
+	fmt.Fprint(w, "router sends each WebSocket, and each plain HTTP request, to the backend that owns its\n"+
+		"namespace.\n\n"+
 		"Usage: router [flags], router plan -h, router owner -h, router status -h\n\n"+
 		"Each flag can be given in the environment too: -drain-duration as ROUTER_DRAIN_DURATION.\n"+
 		"Times are like 500ms, 10s, 5m.\n\n")
@@ -291,6 +300,9 @@ func (c *config) validateBackends() error {
 		return errors.New("-replicas and -backends exclude each other: the list has the number of backends")
 	case c.backendPort < 1 || c.backendPort > 65535:
 		return fmt.Errorf("-backend-port must be 1 to 65535 (got %d)", c.backendPort)
+	}
+	if c.http != "on" && c.http != "off" {
+		return fmt.Errorf("-http must be on or off (got %q)", c.http)
 	}
 	if err := cmp.Or(c.validateHandoff(), c.validateRelease()); err != nil {
 		return err
@@ -386,6 +398,7 @@ func (c *config) validateLimits() error {
 		{"handshake-timeout", c.limits.handshakeTimeout, 1},
 		{"header-timeout", c.limits.headerTimeout, 1},
 		{"move-settle", c.moveSettle, 0},
+		{"http-move-timeout", c.httpMoveTime, 0},
 		{"handoff-unproven", c.handoffUnproven, 0},
 		{"release-memory", c.releaseMemory, 1},
 		{"drain-delay", c.drainDelay, 0},

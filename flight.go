@@ -13,14 +13,20 @@ import (
 	"time"
 )
 
-// flight is the request of an upgrade, from just before it is sent until it is over: its
-// backend has refused it or has ended its side of the connection, the relay has the
-// session, or the request was not sent. Until then the backend may serve the namespace.
+// flight is a request, from just before it is sent until it is over: its backend has
+// refused it, has answered it to the end, or has ended its side of the connection, the
+// relay has the session, or the request was not sent. Until then the backend may serve the
+// namespace.
 type flight struct {
 	flights   *flights
 	namespace string
 	backend   int    // ordinal
 	podUID    string // of the backend's pod, "" if not known
+
+	// Of a plain request.
+	began time.Time
+	cut   func() // makes it end soon; must not block; nil for an upgrade
+	isCut bool   // cut was called; guarded by flights.mu
 }
 
 // flights are all requests in flight. A step of a hand-off is done when none of them is
@@ -59,9 +65,12 @@ func (f *flights) stop() {
 	f.abandoned.Wait()
 }
 
-// add adds a flight. The caller ends or abandons it.
-func (f *flights) add(namespace string, backend int, podUID string) *flight {
-	e := &flight{f, namespace, backend, podUID}
+// add adds a flight: of a plain request if cut is not nil. The caller ends or abandons it.
+func (f *flights) add(namespace string, backend int, podUID string, cut func()) *flight {
+	e := &flight{flights: f, namespace: namespace, backend: backend, podUID: podUID, cut: cut}
+	if cut != nil {
+		e.began = time.Now()
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.all[e] = struct{}{}
@@ -78,6 +87,28 @@ func (f *flights) any(match func(*flight) bool) bool {
 		}
 	}
 	return false
+}
+
+// cutOverdue cuts the plain requests that are due. due returns when a request has to be
+// cut, zero for never. cutOverdue returns when the next one has to be, zero if there is
+// none.
+func (f *flights) cutOverdue(now time.Time, due func(*flight) time.Time) (next time.Time) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for e := range f.all {
+		if e.cut == nil || e.isCut {
+			continue
+		}
+		switch at := due(e); {
+		case at.IsZero():
+		case at.After(now):
+			next = earliest(next, at)
+		default:
+			e.isCut = true
+			e.cut()
+		}
+	}
+	return next
 }
 
 // end ends the flight: it is over.

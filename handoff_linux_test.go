@@ -286,6 +286,51 @@ func TestHandoffRecorded(t *testing.T) {
 	}
 }
 
+// Owners change again and again while sessions, plain requests and streams of the same
+// namespaces go on: none has two backends at once. Without the hand-off they do, or this
+// proves nothing.
+func TestHandoffOfRequests(t *testing.T) {
+	for _, mode := range []string{"single", "off"} {
+		t.Run(mode, func(t *testing.T) {
+			t.Parallel()
+			p := newProof(t, 3, nil)
+			namespaces := namespacesOf("ns", 9)
+			owners := func(edit int) map[string]int {
+				return ownersBy(namespaces, func(i int) int { return (i + edit) % 3 })
+			}
+			p.edit(overridesOfOwners(owners(0)))
+			p.start(t, p.args(mode, "-move-rate", "0", "-http-move-timeout", "100ms")...)
+			p.stays(t, 12, namespaces[:6])
+			for _, namespace := range namespaces {
+				p.ask(namespace, "")
+				p.ask(namespace, "?stream")
+			}
+			for edit := range proofSize(6, 60) {
+				before := p.answers.Load()
+				p.edit(overridesOfOwners(owners(edit + 1)))
+				p.waitOwners(t, owners(edit+1))
+				p.wait(t, "answers", func() string {
+					if p.answers.Load() < before+int64(len(namespaces)) {
+						return "few plain requests were answered"
+					}
+					return ""
+				})
+			}
+			p.stop()
+			two := spread(slices.Collect(maps.Values(p.twoOwners())))
+			t.Logf("%d answers; two owners %s", p.answers.Load(), two)
+			if mode == "off" {
+				if len(p.twoOwners()) == 0 {
+					t.Error("no namespace had two owners: the test has tested nothing")
+				}
+				return
+			}
+			p.wantOneOwner(t)
+			p.wantNoFailures(t)
+		})
+	}
+}
+
 // edits are random edits of the overrides of some namespaces. The others are never edited.
 type edits struct {
 	rng    *rand.Rand

@@ -58,6 +58,29 @@ func requestTarget(r *http.Request) string {
 	return r.URL.RequestURI()
 }
 
+// asksForUpgrade reports whether r asks for another protocol, or has a field of a
+// WebSocket: only checkUpgrade may let it through.
+func asksForUpgrade(r *http.Request) bool {
+	for name := range r.Header {
+		if name == "Upgrade" || strings.HasPrefix(name, "Sec-Websocket-") {
+			return true
+		}
+	}
+	return hasToken(r.Header, "Connection", "upgrade")
+}
+
+// checkPlain says why r, which is no upgrade, is not passed on, or nil.
+func checkPlain(r *http.Request) *refusal {
+	switch {
+	case r.Method == http.MethodConnect || r.Method == http.MethodTrace:
+		return refuse(resultBadRequest, "the method %s is not passed on", r.Method)
+	case hasDotSegment(requestPath(r)):
+		return refuse(resultBadRequest,
+			"the path %.200q has a dot segment, which could name another namespace", requestPath(r))
+	}
+	return nil
+}
+
 // path is the target's path, with its escapes.
 func requestPath(r *http.Request) string {
 	path, _, _ := strings.Cut(requestTarget(r), "?")
@@ -179,11 +202,68 @@ func requestHead(r *http.Request, peer, pod, stamp string, step int64, backend s
 // startRequestHead is what of requestHead does not depend on the backend: all that is of the
 // request.
 func startRequestHead(r *http.Request, peer, pod string) []byte {
-	head := append(make([]byte, 0, 1024), "GET "...)
+	head := appendUpgrade(appendRequestLine(make([]byte, 0, 1024), r))
+	return appendForwarded(head, r, peer, pod, isRouterHeader)
+}
+
+// startPlainHead is startRequestHead for a request that is no upgrade. Its body has the
+// length that net/http has read, or is chunked: no other field says how long it is.
+func startPlainHead(r *http.Request, peer, pod string) []byte {
+	head := appendRequestLine(make([]byte, 0, 1024), r)
+	switch {
+	case r.ContentLength < 0:
+		head = appendField(head, "Transfer-Encoding", "chunked")
+	case r.ContentLength > 0 || len(r.Header["Content-Length"]) > 0:
+		head = append(append(head, "Content-Length: "...), strconv.FormatInt(r.ContentLength, 10)...)
+		head = append(head, "\r\n"...)
+	}
+	for name := range r.Trailer {
+		if !isFraming(name) && !isRouterHeader(name) {
+			head = appendField(head, "Trailer", name)
+		}
+	}
+	if hasToken(r.Header, "Te", "trailers") {
+		head = appendField(head, "Te", "trailers")
+	}
+	return appendForwarded(head, r, peer, pod, func(name string) bool {
+		return isFraming(name) || isRouterHeader(name)
+	})
+}
+
+// isFraming reports whether the field says where a message ends or what it is for. CGI
+// programs read _ as -, so a name with that is the same.
+func isFraming(name string) bool {
+	if strings.Contains(name, "_") {
+		name = http.CanonicalHeaderKey(strings.ReplaceAll(name, "_", "-"))
+	}
+	switch name {
+	case "Content-Length", "Transfer-Encoding", "Trailer", "Host":
+		return true
+	}
+	return false
+}
+
+// appendTrailers appends the trailers (RFC 9110 §6.5) that go on, and the end of the body.
+func appendTrailers(body []byte, trailers http.Header) []byte {
+	body = appendFields(body, trailers, nil, func(name string) bool {
+		return isFraming(name) || isRouterHeader(name)
+	})
+	return append(body, "\r\n"...)
+}
+
+// appendRequestLine appends the first line of r and its Host.
+func appendRequestLine(head []byte, r *http.Request) []byte {
+	head = append(append(head, r.Method...), ' ')
 	head = append(head, requestTarget(r)...)
 	head = append(head, " HTTP/1.1\r\n"...)
-	head = appendField(head, "Host", r.Host)
-	head = appendUpgrade(head)
+	return appendField(head, "Host", r.Host)
+}
+
+// appendForwarded appends the fields of r that go on and are not left out, and those of
+// the router that do not depend on the backend.
+func appendForwarded(
+	head []byte, r *http.Request, peer, pod string, omit func(name string) bool,
+) []byte {
 	if peer != "" {
 		head = appendField(head, "X-Forwarded-For", peer)
 	}
@@ -198,7 +278,7 @@ func startRequestHead(r *http.Request, peer, pod string) []byte {
 	head = appendField(head, "X-Forwarded-Proto", proto)
 	head = appendField(head, "X-Forwarded-Host", host)
 	head = appendField(head, headerPod, pod)
-	return appendFields(head, r.Header, named, isRouterHeader)
+	return appendFields(head, r.Header, named, omit)
 }
 
 // finishRequestHead makes requestHead of what startRequestHead has returned, in its memory if there is
@@ -335,13 +415,14 @@ const (
 	resultBadGateway            // 502
 	resultGatewayTimeout        // 504
 	resultAnswered              // the backend gave an answer other than 101
+	resultCut                   // the answer to a plain request broke off; 503 if there was none
 	numResults                  // how many there are
 )
 
 // String is the value of the metric's label.
 func (r result) String() string {
 	return [numResults]string{"ok", "bad_request", "bad_head", "not_found", "not_upgrade", "no_table", "unresolved",
-		"hold_timeout", "misdirected", "max_sessions", "max_pending_upgrades", "draining", "client_gone", "bad_gateway", "gateway_timeout", "answered"}[r]
+		"hold_timeout", "misdirected", "max_sessions", "max_pending_upgrades", "draining", "client_gone", "bad_gateway", "gateway_timeout", "answered", "cut"}[r]
 }
 
 // status is the HTTP status that goes with the result.

@@ -582,6 +582,8 @@ type testProxy struct {
 	http     atomic.Int64 // clients that net/http had
 	tail     *logTail     // of its log
 	stop     func()       // stops it as a router stops its clients; only the first call does
+
+	drainDuration time.Duration // of stop
 }
 
 // ask sends the request as it stands, and returns the connection and the answer
@@ -670,7 +672,10 @@ func startProxy(t testing.TB, addrs []string, data map[string]string, change fun
 	running.Go(func() { p.mover.run(ctx) })
 	var once sync.Once
 	tp.stop = func() {
-		once.Do(func() { (&program{config: &config{}, proxy: p, log: log}).stopClients(tp.fastPath, server, cancel) })
+		once.Do(func() {
+			c := &config{drainDuration: tp.drainDuration}
+			(&program{config: c, proxy: p, log: log}).stopClients(tp.fastPath, server, cancel)
+		})
 	}
 	t.Cleanup(func() {
 		once.Do(func() { // as stop, without the Close frames
@@ -678,6 +683,9 @@ func startProxy(t testing.TB, addrs []string, data map[string]string, change fun
 			cancel(errDraining)
 			server.Close()
 			p.inFlight.Wait()
+			over, cancelForwarded := context.WithCancel(t.Context())
+			cancelForwarded()
+			p.forwarder.stop(over)
 			p.relay.endAll(causeDrain)
 			p.relay.stop()
 			p.mover.flights.stop()

@@ -443,6 +443,10 @@ func (l clientListener) Close() error {
 	return l.Listener.Close()
 }
 
+// halfClosedHold is how long a half-closed client waits for its owner, and for the answer to
+// a plain request.
+const halfClosedHold = time.Second
+
 // clientConn is a client's connection while net/http has it.
 type clientConn struct {
 	net.Conn

@@ -1,4 +1,5 @@
-// Router sends each WebSocket to the backend that owns its namespace.
+// Router sends each WebSocket, and each plain HTTP request, to the backend that owns its
+// namespace.
 //
 // A client opens /ws/<namespace>, or another URL with a namespace. A pod of a
 // StatefulSet owns the namespace: the pod that an override in a ConfigMap names, else
@@ -28,7 +29,7 @@
 //     backends give the same owner on every router, in every release. The owner of
 //     an invalid override depends on earlier tables too; a table's stamp, which
 //     backends get as a header, shows where two routers differ in that. From one
-//     table to the next, no namespace has sessions, or upgrades that a backend may
+//     table to the next, no namespace has sessions, or requests that a backend may
 //     have got, with two owners: on all routers with -handoff=all, on each router by
 //     itself with -handoff=single.
 //  3. An invalid override changes nothing: its namespace keeps its previous owner.
@@ -75,6 +76,15 @@
 //	poller.end                closes both sockets
 //	relay.sessionEnded        counts and logs the end
 //
+// A plain HTTP request:
+//
+//	proxy.forward             admits it, and answers it if it has no owner
+//	proxy.roundTrip           takes a kept connection to the owner, or dials it
+//	mover.startFlight         asks once more who the owner is, just before the request
+//	exchange.ask              sends the owner the request, and reads the head of its answer
+//	answerBody.Read           ends the flight with the last byte of the answer
+//	exchange.answerOver       keeps the connection, or waits for its end
+//
 // From a change of a ConfigMap to the last move:
 //
 //	watcher.run               lists and watches, again and again
@@ -91,6 +101,7 @@
 //	moveQueue.split           chooses as many as the rate allows
 //	view.next                 holds them: from now on their clients wait
 //	mover.release             closes their sessions, and waits for the end of all flights
+//	mover.cutRequests         cuts the plain requests that have lasted too long
 //	session.closeGracefully   begins the closing handshake
 //	closingHandshake.insertClose  puts a Close frame where one may stand
 //	mover.finishStep          opens the namespaces with their new owners
@@ -117,6 +128,8 @@
 //	poller.mu                 session.mu in relay_portable.go
 //	relay.mu
 //	flights.mu                held while it asks which flights a step waits for
+//	exchange.mu
+//	keptConns.mu              held while it counts descriptors
 //	membership.mu, releaser.mu, releaseMemory.mu
 //	upgradeLimit.mu, descriptorLimit.mu, addressCache.mu, limitListener.mu, logQueue.mu
 //
@@ -124,8 +137,8 @@
 // lock held.
 //
 // Read main, command and config (what starts), admin and status (what operators ask),
-// fastpath, proxy, layout, handshake, listen, upgrade and proxyprotocol (from client to
-// session), configmap, directory, events, drain, move, movebatch, movetarget, movequeue,
+// fastpath, proxy, forward, layout, handshake, listen, upgrade and proxyprotocol (from
+// client to session), configmap, directory, events, drain, move, movebatch, movetarget, movequeue,
 // pace, membership, member, handoffobject, handoff, flight and release (what a change of
 // overrides does), route, overrides, namespace and hash (who owns), discovery, backends,
 // dialqueue, watch and kube (where owners are), relay and websocket (the life of a
@@ -287,7 +300,7 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 	mover.flights.addDescriptors = fdLimit.add
 	if !mover.off {
 		relay.onUnreleased = func(s *session, backend net.Conn) {
-			f := mover.flights.add(s.namespace, s.backend, s.podUID)
+			f := mover.flights.add(s.namespace, s.backend, s.podUID, nil)
 			f.abandon(backend, func() {})
 		}
 	}
@@ -300,6 +313,10 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 	}
 	if c.proxyProtocol == "on" {
 		p.proxyProtocol = &proxyProtocol{trusted: &c.trustedProxies, log: log}
+	}
+	mover.httpMoveTime = c.httpMoveTime
+	if c.http != "off" {
+		p.forwarder = newForwarder(fdLimit.add)
 	}
 	return p
 }
@@ -436,28 +453,60 @@ func (p *program) announceDrain() {
 // sessions over -drain-duration. It returns when all of them have ended.
 //
 // When Shutdown begins, net/http drops a client whose request it has not given to the
-// handler: that client would get no answer. So stopClients first waits, for at most two
-// seconds, for the clients that the fast path has left to net/http.
+// handler: that client would get no answer. So stopClients first waits, for at most
+// answerTime, for the clients that the fast path has left to net/http.
 func (p *program) stopClients(fastPath *fastPath, clientServer *http.Server,
 	stopRequests context.CancelCauseFunc) {
 	started := time.Now()
 	clientServer.SetKeepAlivesEnabled(false) // each answer now says Connection: close
 	fastPath.stop()
 	stopRequests(errDraining)
-	timeout, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	timeout, cancel := context.WithTimeout(context.Background(), answerTime)
 	defer cancel()
 	handled, allHandled := context.WithCancel(timeout)
 	go func() { p.proxy.unhandled.Wait(); allHandled() }() // ends at the latest with Close
 	<-handled.Done()
-	clientServer.Shutdown(timeout) // not of hijacked connections (golang/go#17721)
-	clientServer.Close()           // for answers that took longer than the timeout
+	idle, allIdle := context.WithCancel(context.Background())
+	defer allIdle() // also ends Shutdown
+	shutdown := make(chan struct{})
+	go func() {
+		clientServer.Shutdown(idle) // not of hijacked connections (golang/go#17721)
+		close(shutdown)
+	}()
 	p.proxy.inFlight.Wait()
-	ended := drain(context.Background(), p.proxy.relay, p.config.drainDuration)
+	ended := p.drainAll()
+	select {
+	case <-shutdown:
+	case <-time.After(answerTime):
+	}
+	clientServer.Close()
+	allIdle()
+	<-shutdown
 	p.proxy.relay.stop()
 	p.leaveHandoff()
 	p.proxy.mover.flights.stop()
 	p.log.Info("stopped", "sessions", ended, "seconds", time.Since(started).Seconds())
 }
+
+// drainAll closes the sessions over -drain-duration, and waits as long for the answers to
+// plain requests before it cuts them. It returns how many sessions have ended.
+func (p *program) drainAll() (ended int64) {
+	over := p.config.drainDuration
+	ctx, cancel := context.WithTimeout(context.Background(), over)
+	defer cancel()
+	forwarded := make(chan struct{})
+	go func() {
+		p.proxy.forwarder.stop(ctx)
+		close(forwarded)
+	}()
+	ended = drain(context.Background(), p.proxy.relay, over)
+	<-forwarded
+	return ended
+}
+
+// answerTime bounds how long the end waits for clients: until the handler has their
+// requests, and until they have taken their answers.
+const answerTime = 2 * time.Second
 
 // leaveTime bounds how long the end waits until the hand-off goes on without this router.
 const leaveTime = 3 * time.Second
@@ -481,7 +530,10 @@ func newClientServer(ctx context.Context, p *proxy, log *slog.Logger) *http.Serv
 		MaxHeaderBytes:    p.limits.headerBytes,
 		Protocols:         protocols,
 		ErrorLog:          serverLog(log),
-		BaseContext:       func(net.Listener) context.Context { return ctx },
+
+		DisableGeneralOptionsHandler: true, // OPTIONS * has no namespace either
+
+		BaseContext: func(net.Listener) context.Context { return ctx },
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			client := c.(*clientConn)
 			client.serverCtx = ctx

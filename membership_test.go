@@ -289,7 +289,7 @@ func (c *simContainer) serve(namespace string, life time.Duration) bool {
 		time.Sleep(c.pod.upTo(limit))
 	}
 	pause(20 * time.Millisecond) // the dial
-	f, _, ok := c.startFlight(namespace, a.owner, "")
+	f, _, ok := c.startFlight(namespace, a.owner, "", nil)
 	if !ok || c.alive.Err() != nil {
 		return false
 	}
@@ -707,7 +707,7 @@ func (s *handoffSim) atRest() bool {
 // openLong opens a session that stays until it is moved.
 func (c *simContainer) openLong(namespace string) {
 	a := c.assign(namespace)
-	f, _, ok := c.startFlight(namespace, a.owner, "")
+	f, _, ok := c.startFlight(namespace, a.owner, "", nil)
 	if a.state != isOwned || !ok {
 		c.pod.Fatalf("%s is not owned", namespace)
 	}

@@ -37,7 +37,9 @@ type mover struct {
 	onStep       func() // the view has changed; must not block
 	flights      *flights
 	releases     *stepReleases // nil without -release
-	shared       *sharedMove   // nil without -handoff=all
+	// httpMoveTime is how old a plain request may be when a step waits for it.
+	httpMoveTime time.Duration
+	shared       *sharedMove // nil without -handoff=all
 	log          *slog.Logger
 
 	// current is nil before the first view. Only run replaces it, but for the first view
@@ -127,16 +129,16 @@ func (m *mover) assign(namespace string) assignment {
 // findQueue is the queueFinder of the dial queues.
 func (m *mover) findQueue(namespace string) int { return m.assign(namespace).queue() }
 
-// startFlight notes that the owner gets the upgrade's request, which the caller sends
-// next. Then it asks once more who the owner is. ok is false if that has changed: the
+// startFlight notes that the owner gets the request, which the caller sends next. cut is
+// nil for an upgrade: see flight.cut. Then it asks once more who the owner is. ok is false if that has changed: the
 // caller must not send the request. So each step either waits for the flight, or has
 // begun before it. now is what startFlight found when it asked again. The caller ends or abandons the
-// flight, which is nil if ok is false, and with -handoff=off.
+// flight, which is nil if ok is false, and for an upgrade with -handoff=off.
 func (m *mover) startFlight(
-	namespace string, owner int, podUID string,
+	namespace string, owner int, podUID string, cut func(),
 ) (f *flight, now assignment, ok bool) {
-	if !m.off {
-		f = m.flights.add(namespace, owner, podUID)
+	if !m.off || cut != nil {
+		f = m.flights.add(namespace, owner, podUID, cut)
 	}
 	now = m.assign(namespace)
 	if now.queue() == owner {
@@ -189,6 +191,7 @@ func (m *mover) run(ctx context.Context) {
 		} else {
 			next = m.advanceShared(time.Now())
 		}
+		next = earliest(next, m.cutRequests(time.Now()))
 		timer.Stop()
 		if !next.IsZero() {
 			timer.Reset(max(time.Until(next), paceTick))
@@ -443,6 +446,29 @@ func (m *mover) release(v *view) bool {
 			m.startMove(s)
 		}
 	}
+}
+
+// cutRequests cuts the plain requests that must not stay with their backends: those that
+// a step waits for, or with -handoff=off those whose owner changed, once they are
+// httpMoveTime old, and those of a pod that was replaced. A router that is no member of
+// the hand-off has none at all. It returns when the next one has to be cut, zero if only
+// when something happens.
+func (m *mover) cutRequests(now time.Time) time.Time {
+	v := m.current.Load()
+	if v == nil {
+		return time.Time{}
+	}
+	return m.flights.cutOverdue(now, func(f *flight) time.Time {
+		owner := m.assign(f.namespace).owner
+		switch {
+		case v.outside || m.relay.isOldPod(f.backend, f.podUID):
+			return now
+		case m.off && owner != unresolved && owner != f.backend,
+			!v.done && v.misplaces(f.namespace, f.backend):
+			return f.began.Add(m.httpMoveTime)
+		}
+		return time.Time{}
+	})
 }
 
 // unreleased returns the sessions that v's step waits for.

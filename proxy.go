@@ -29,13 +29,15 @@ type limits struct {
 	pendingUpgrades  int           // at once
 }
 
-// proxy answers a request, or makes it a session and gives that to the relay.
+// proxy answers a request, or forwards it, or makes it a session and gives that to the
+// relay.
 type proxy struct {
 	// Static after construction.
 	router    *router
 	backends  *backends
 	relay     *relay
 	mover     *mover
+	forwarder *forwarder // of plain requests; nil with -http=off
 	limits    limits
 	podName   string
 	namespace func(*http.Request) (string, *refusal) // layout.namespace
@@ -48,19 +50,23 @@ type proxy struct {
 	readers sync.Pool // of *bufio.Reader
 
 	pendingUpgrades     upgradeLimit
-	handshakes          atomic.Int64   // calls of admit
-	inFlight            sync.WaitGroup // requests that net/http has
+	handshakes          atomic.Int64   // calls of check
+	inFlight            sync.WaitGroup // requests that net/http has, but for those of forwarder
 	unhandled           sync.WaitGroup // requests on their way from the fast path to ServeHTTP
 	results             [numResults]atomic.Int64
 	logThrottles        [numResults]throttle
 	misdirectedThrottle throttle // of the log in handleMisdirected
 }
 
-// ServeHTTP answers each request that does not become a session, except those that
-// net/http refuses by itself.
+// ServeHTTP forwards plain requests, and answers each other one that does not become a
+// session, except those that net/http refuses by itself.
 func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	markRequestRead(r)
 	if p.answerHealth(w, r) {
+		return
+	}
+	if p.forwarder != nil && !asksForUpgrade(r) {
+		p.forward(w, r)
 		return
 	}
 	p.inFlight.Add(1)
@@ -69,7 +75,7 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if result != resultOK { // else handOver has counted it
 		p.results[result].Add(1)
 	}
-	p.logFailure(r, result, err)
+	p.logFailure(r, result, err, false)
 	var refused *refusal
 	switch {
 	case errors.Is(err, http.ErrAbortHandler):
@@ -110,16 +116,24 @@ func (p *proxy) isReady() bool {
 // logFailure logs the failures that an operator would look into: not the mistakes of
 // clients, and at most one line a second for each result. It cuts what the client or the
 // backend has sent: in quotes, a head of 16 KiB takes four times that.
-func (p *proxy) logFailure(r *http.Request, result result, err error) {
+func (p *proxy) logFailure(r *http.Request, result result, err error, plain bool) {
 	if err == nil || result.status() < http.StatusInternalServerError ||
 		result == resultClientGone || result == resultAnswered {
 		return
 	}
-	if omitted, ok := p.logThrottles[result].allow(time.Second); ok {
-		p.log.Warn("upgrade failed", "path", fmt.Sprintf("%.200s", r.URL.Path),
-			"client", lastClientAddrs(forwardedFor(r)), "result", result.String(),
-			"reason", fmt.Sprintf("%.300s", err.Error()), "omitted", omitted)
+	omitted, ok := p.logThrottles[result].allow(time.Second)
+	if !ok {
+		return
 	}
+	path, client := fmt.Sprintf("%.200s", r.URL.Path), lastClientAddrs(forwardedFor(r))
+	reason := fmt.Sprintf("%.300s", err.Error())
+	if plain {
+		p.log.Warn("request failed", "path", path, "client", client,
+			"result", result.String(), "reason", reason, "omitted", omitted)
+		return
+	}
+	p.log.Warn("upgrade failed", "path", path, "client", client,
+		"result", result.String(), "reason", reason, "omitted", omitted)
 }
 
 // upgrade makes the request a session, or passes the owner's other answer on. If it
@@ -142,13 +156,19 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result, error) 
 	clientAddrs := forwardedFor(r)
 	// Each owner that is asked gets a copy of head with an end of its own.
 	head := slices.Clip(startRequestHead(r, clientAddrs, p.podName))
-	if !u.reserveHead(len(head), p.limits.pendingUpgrades) {
-		refused := refuse(resultMaxPending,
-			"the heads of the pending upgrades have %d bytes each, the limit",
-			headBytesPerUpgrade)
+	if refused := p.reserveHead(u, len(head)); refused != nil {
 		return refused.result, refused
 	}
 	return p.askOwners(holdCtx, w, trimRequest(r, clientCtx), u, clientAddrs, head)
+}
+
+// reserveHead counts n bytes of u's head, if the limit of all heads allows that.
+func (p *proxy) reserveHead(u *pendingUpgrade, n int) *refusal {
+	if u.reserveHead(n, p.limits.pendingUpgrades) {
+		return nil
+	}
+	return refuse(resultMaxPending,
+		"the heads of the pending upgrades have %d bytes each, the limit", headBytesPerUpgrade)
 }
 
 // askOwners sends the request to the owner of the namespace, and again when another one
@@ -221,15 +241,135 @@ func (p *proxy) dialOwner(ctx context.Context, u *pendingUpgrade) error {
 // startFlight notes that the owner gets the request now, which the caller sends next. It
 // returns false if the namespace has another owner by now, or none.
 func (p *proxy) startFlight(u *pendingUpgrade) bool {
-	f, now, ok := p.mover.startFlight(u.namespace, u.owner, u.podUID)
+	f, now, ok := p.mover.startFlight(u.namespace, u.owner, u.podUID, u.cut)
 	if ok {
 		u.flight, u.assignment = f, now
 	}
 	return ok
 }
 
-// halfClosedHold is how long a half-closed client waits for its owner.
-const halfClosedHold = time.Second
+// forward sends a plain request to the owner of its namespace, and the client the answer.
+// It panics with http.ErrAbortHandler if that breaks off, so that the client cannot take
+// half of it for the whole.
+func (p *proxy) forward(w http.ResponseWriter, r *http.Request) {
+	x := p.forwarder.begin(w, r)
+	defer func() {
+		x.finish()
+		p.logFailure(r, x.result, x.err, true)
+	}()
+	if refused := p.admitPlain(x); refused != nil {
+		x.result, x.err = refused.result, refused
+	} else {
+		x.serve(func() (*http.Response, error) { return p.roundTrip(x) })
+	}
+	var refused *refusal
+	if !errors.As(x.err, &refused) {
+		return
+	}
+	if x.isLast() {
+		w.Header().Set("Connection", "close")
+	}
+	refused.writeResponse(w, p.limits.headerTimeout)
+}
+
+// admitPlain is admit for a plain request. It reads the body of the request if that is
+// short.
+func (p *proxy) admitPlain(x *exchange) *refusal {
+	if x.client.serverCtx.Err() != nil {
+		return contextRefusal(x.client.serverCtx)
+	}
+	namespace, refused := p.check(x.r, checkPlain)
+	if refused == nil {
+		refused = x.readWhole(p.limits.headerTimeout)
+	}
+	if refused == nil {
+		x.pendingUpgrade, refused = p.place(namespace)
+	}
+	if refused != nil {
+		return refused
+	}
+	x.cut = func() { x.cancel(errMoved) }
+	x.head = slices.Clip(startPlainHead(x.r, forwardedFor(x.r), p.podName))
+	return p.reserveHead(x.pendingUpgrade, len(x.head)+len(x.whole))
+}
+
+// roundTrip sends the request to the owner of its namespace, and returns the answer. The
+// error is a *refusal. It asks another owner, or again, only if the one that was asked says
+// that it has not taken the request, and nothing of its body is lost.
+func (p *proxy) roundTrip(x *exchange) (*http.Response, error) {
+	refusals, misdirected := 0, error(nil)
+	for conn := p.takeKept(x.pendingUpgrade); ; conn = nil {
+		if conn == nil {
+			if err := p.dialOwner(p.holdContext(x), x.pendingUpgrade); err != nil {
+				_, err = p.unreachableError(x.holdCtx, x.owner, err, misdirected)
+				return nil, err
+			}
+			conn = newOwnerConn(x.backendConn, backendPod{x.owner, x.podUID})
+			x.backendConn = nil
+		}
+		if !p.startFlight(x.pendingUpgrade) {
+			p.forwarder.kept.put(conn)
+			continue
+		}
+		owner := p.backends.name(x.owner)
+		head := finishRequestHead(x.head, x.stamp, x.step, owner)
+		resp, err := x.ask(conn, head, p.limits.headerBytes)
+		if err != nil {
+			x.abandonOwner()
+			return nil, x.failure(owner, err)
+		}
+		if err = p.checkAnswer(x, resp, conn); err == nil {
+			return resp, nil
+		}
+		if !x.forget() {
+			_, err = p.unreachableError(p.holdContext(x), x.owner, err, nil)
+			return nil, err
+		}
+		if errors.Is(err, errMisdirected) {
+			misdirected = err
+			continue
+		}
+		refusals++
+		wait := backoff{minRedialDelay, maxRedialDelay}.jittered(refusals, rand.Float64())
+		if sleep(p.holdContext(x), wait) != nil {
+			_, err = p.unreachableError(x.holdCtx, x.owner, err, misdirected)
+			return nil, err
+		}
+	}
+}
+
+// takeKept returns a kept connection to the owner if the request can be sent at once, or
+// nil.
+func (p *proxy) takeKept(u *pendingUpgrade) *ownerConn {
+	if u.queue() != u.owner || p.relay.oldPodSessionsDone(u.namespace) != nil ||
+		!p.backends.queues.isOpen(u.owner) {
+		return nil
+	}
+	u.podUID = p.backends.podUID(u.owner)
+	return p.forwarder.kept.take(backendPod{u.owner, u.podUID})
+}
+
+// checkAnswer returns errMisdirected or errReleased if the owner has not taken the request.
+func (p *proxy) checkAnswer(x *exchange, resp *http.Response, conn net.Conn) error {
+	if resp.StatusCode == http.StatusMisdirectedRequest {
+		p.forwarder.kept.closeBackend(x.owner)
+		_, err := p.handleMisdirected(x.owner, conn.RemoteAddr())
+		return err
+	}
+	p.backends.queues.clearMisdirected(x.owner)
+	if resp.StatusCode == http.StatusConflict && p.mover.noteStep(resp.Header.Get(headerStep)) {
+		return errReleased
+	}
+	return nil
+}
+
+// holdContext returns the context that bounds all waits for an owner. finish ends it.
+func (p *proxy) holdContext(x *exchange) context.Context {
+	if x.holdCtx == nil {
+		_, x.holdCtx, x.cancelHold = p.upgradeContexts(x.r, time.Time{})
+	}
+	return x.holdCtx
+}
 
 // upgradeContexts returns the contexts of an upgrade. clientCtx ends when the client is
 // gone or the router stops. holdCtx also ends at the deadline until which the upgrade
@@ -283,18 +423,32 @@ var errReleased = errors.New("it has released the namespace for a later step (40
 // admit checks an upgrade request, finds its owner, and counts it in the limits. Both
 // ways of a handshake begin with it. The caller calls release or handOver.
 func (p *proxy) admit(r *http.Request) (*pendingUpgrade, *refusal) {
-	p.handshakes.Add(1)
-	if n := countFields(r.Header); n > p.limits.headerFields {
-		return nil, refuse(resultBadHead, "too many header fields: at most %d are allowed (got %d)",
-			p.limits.headerFields, n)
-	}
-	namespace, refused := p.namespace(r)
-	if refused == nil {
-		refused = checkUpgrade(r)
-	}
+	namespace, refused := p.check(r, checkUpgrade)
 	if refused != nil {
 		return nil, refused
 	}
+	return p.place(namespace)
+}
+
+// check returns the namespace of a request in whose head nothing is wrong. checkKind checks
+// what depends on the kind of the request.
+func (p *proxy) check(
+	r *http.Request, checkKind func(*http.Request) *refusal,
+) (namespace string, refused *refusal) {
+	p.handshakes.Add(1)
+	if n := countFields(r.Header); n > p.limits.headerFields {
+		return "", refuse(resultBadHead, "too many header fields: at most %d are allowed (got %d)",
+			p.limits.headerFields, n)
+	}
+	namespace, refused = p.namespace(r)
+	if refused == nil {
+		refused = checkKind(r)
+	}
+	return namespace, refused
+}
+
+// place finds the owner of the namespace of a request, and counts that in the limits.
+func (p *proxy) place(namespace string) (*pendingUpgrade, *refusal) {
 	assigned, refused := p.owner(namespace)
 	if refused != nil {
 		return nil, refused
@@ -309,10 +463,10 @@ func (p *proxy) admit(r *http.Request) (*pendingUpgrade, *refusal) {
 	}
 	u := &pendingUpgrade{limit: &p.pendingUpgrades,
 		namespace: namespace, assignment: assigned}
-	if p.relay.size()+all > p.limits.sessions {
+	if p.relay.size()+p.forwarder.size()+all > p.limits.sessions {
 		u.release()
 		return nil, refuse(resultMaxSessions,
-			"%d sessions are open, the limit", p.limits.sessions)
+			"%d sessions and plain requests are open, the limit", p.limits.sessions)
 	}
 	return u, nil
 }
@@ -594,9 +748,12 @@ func (p *proxy) newReader(r io.Reader) *bufio.Reader {
 // writeMetrics writes the results of the upgrades, and how many are pending.
 func (p *proxy) writeMetrics(m metricsWriter) {
 	m.family("router_upgrades_total", "counter", "Upgrade requests, by result.")
-	for r := range numResults {
+	for r := range resultCut {
 		m.sample("router_upgrades_total", float64(p.results[r].Load()), "result", r.String())
 	}
 	pending, _ := p.pendingUpgrades.inUse(0)
 	m.single("router_pending_upgrades", "gauge", "Upgrades that wait for their owner, dial it, or wait for its answer.", float64(pending))
+	if p.forwarder != nil {
+		p.forwarder.writeMetrics(m)
+	}
 }

@@ -50,7 +50,6 @@ func TestProxyRefuses(t *testing.T) {
 		"backslash":                  {with("/ws/ns-01", `/ws/ns-01/..\ns-02`), 400, resultBadRequest, "dot segment"},
 		"dots with a parameter":      {with("/ws/ns-01", "/ws/ns-01/..;x/ns-02"), 400, resultBadRequest, "dot segment"},
 		"a name with a backslash":    {with("/ws/ns-01", `/ws/%6Es-01%5C/"`), 400, resultBadRequest, `"ns-01\\"`},
-		"no upgrade":                 {"GET /ws/ns-01 HTTP/1.1\r\nHost: h\r\n\r\n", 426, resultNotUpgrade, "Upgrade: websocket"},
 		"upgrade without connection": {with("Connection: keep-alive, Upgrade\r\n", ""), 426, resultNotUpgrade, "Connection: Upgrade"},
 		"other protocol":             {with("Upgrade: websocket", "Upgrade: h2c"), 426, resultNotUpgrade, "Upgrade: websocket"},
 		"post":                       {with("GET", "POST"), 400, resultBadRequest, `"POST"`},
@@ -428,7 +427,7 @@ func TestStartFlightAsksOnceMore(t *testing.T) {
 	m := restingMover(r)
 	const namespace = "ns-00000007"
 	owner := m.assign(namespace).owner
-	f, _, ok := m.startFlight(namespace, owner, "")
+	f, _, ok := m.startFlight(namespace, owner, "", nil)
 	if !ok || !m.flights.any(func(other *flight) bool { return other == f }) {
 		t.Fatalf("started: %t, want a flight", ok)
 	}
@@ -436,11 +435,11 @@ func TestStartFlightAsksOnceMore(t *testing.T) {
 	other := newTable("backend", false, ordinals{first: owner + 1, count: 2}, nil, r.table())
 	step := m.current.Load().next(other, mark{upto: allPlaces}, time.Now())
 	m.current.Store(step) // it begins after the dial
-	if _, now, ok := m.startFlight(namespace, owner, ""); ok || now.state != isHeld {
+	if _, now, ok := m.startFlight(namespace, owner, "", nil); ok || now.state != isHeld {
 		t.Errorf("the request is sent to the old owner in a step (%+v)", now)
 	}
 	m.finishStep(step)
-	if _, now, ok := m.startFlight(namespace, owner, ""); ok || now.owner == owner {
+	if _, now, ok := m.startFlight(namespace, owner, "", nil); ok || now.owner == owner {
 		t.Errorf("the request is sent to the old owner after the step (%+v)", now)
 	}
 	if m.flights.any(func(*flight) bool { return true }) {

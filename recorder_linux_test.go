@@ -377,14 +377,59 @@ func (b *recordingBackend) serve(conn *net.TCPConn) {
 	}
 	defer b.forget(conn)
 	br := bufio.NewReaderSize(conn, 1<<10)
-	head, err := readHead(br)
-	if err != nil {
-		return // a probe, or a client that gave up
+	for again := true; again; {
+		head, err := readHead(br)
+		if err != nil {
+			return // a probe, or a client that gave up
+		}
+		s := b.begin(b.ordinal, head, conn)
+		switch {
+		case s == nil:
+			return
+		case strings.Contains(head, "\r\nUpgrade: "):
+			b.serveSession(conn, br, s)
+			return
+		}
+		again = b.servePlain(conn, br, s, strings.Contains(head, "?stream "))
 	}
-	s := b.begin(b.ordinal, head, conn)
-	if s == nil {
-		return
+}
+
+// servePlain answers a plain request, which it works on until just before the end of its
+// answer. With stream, the answer has no end: it works until the connection has one. It
+// reports whether another request may follow.
+func (b *recordingBackend) servePlain(
+	conn *net.TCPConn, br *bufio.Reader, s *record, stream bool,
+) bool {
+	defer b.finish(s)
+	if !b.keep(conn, s) {
+		return false
 	}
+	if !stream {
+		time.Sleep(b.closeDelay())
+		b.finish(s)
+		_, err := io.WriteString(conn, kept)
+		return err == nil
+	}
+	gone := make(chan struct{})
+	b.running.Go(func() {
+		io.Copy(io.Discard, br)
+		close(gone)
+	})
+	text := "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+	for {
+		io.WriteString(conn, text)
+		select {
+		case <-gone:
+			time.Sleep(b.closeDelay())
+			return false
+		case <-time.After(10 * time.Millisecond):
+			text = "2\r\nhi\r\n"
+		}
+	}
+}
+
+// serveSession answers an upgrade and serves its session until its end.
+func (b *recordingBackend) serveSession(conn *net.TCPConn, br *bufio.Reader, s *record) {
 	defer b.finish(s) // before the connection is closed
 	if !b.keep(conn, s) || b.answer != nil && !b.answer(s.namespace) {
 		return
@@ -444,6 +489,7 @@ type crowd struct {
 	running sync.WaitGroup
 
 	connected atomic.Int64 // of the clients that stay, those that have a session
+	answers   atomic.Int64 // of plain requests: see ask
 
 	// Guarded by mu.
 	mu       sync.Mutex
@@ -577,6 +623,47 @@ func (c *crowd) stay(namespace string) {
 }
 
 // pause waits, unless the crowd stops.
+// ask has a client that sends plain requests of the namespace, one after the other, until
+// the crowd stops. It counts the answers that came to their end, and of streams, whose
+// query is ?stream, those that began.
+func (c *crowd) ask(namespace, query string) {
+	c.running.Go(func() {
+		for c.ctx.Err() == nil {
+			if err := c.askOnce(namespace, query); err != nil {
+				c.fail("%s%s: %v", namespace, query, err)
+			}
+			c.pause(rand.N(5 * time.Millisecond))
+		}
+	})
+}
+
+func (c *crowd) askOnce(namespace, query string) error {
+	addrs := c.routers()
+	conn, err := net.Dial("tcp", addrs[rand.IntN(len(addrs))])
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	defer context.AfterFunc(c.ctx, func() { conn.Close() })()
+	io.WriteString(conn, plainRequest("/ws/"+namespace+query))
+	resp, err := http.ReadResponse(bufio.NewReaderSize(conn, 512), nil)
+	if err != nil {
+		return err
+	}
+	if resp.StatusCode == http.StatusServiceUnavailable {
+		return nil // it was cut before its answer
+	}
+	if resp.StatusCode != http.StatusOK {
+		return errors.New(resp.Status)
+	}
+	_, err = io.Copy(io.Discard, resp.Body)
+	if err == nil || query != "" {
+		c.answers.Add(1)
+		return nil
+	}
+	return err
+}
+
 func (c *crowd) pause(d time.Duration) { sleep(c.ctx, d) }
 
 // talk sends messages, of which it must get the echo, until the session ends. It answers a

@@ -28,6 +28,7 @@ type stepWait struct {
 	Router   string  `json:"router,omitempty"`  // its pod; "" for a backend
 	Sessions int     `json:"sessions"`          // that have not ended yet
 	Upgrades int     `json:"upgrades"`          // that it has got, and whose end was not seen
+	Requests int     `json:"requests"`          // the same of plain requests
 	Releases int     `json:"releases"`          // namespaces that it has not released (-release)
 	Error    string  `json:"error,omitempty"`   // of the last release
 	Seconds  float64 `json:"seconds"`           // since the step began
@@ -73,7 +74,11 @@ func (m *mover) waitingFor(v *view) []stepWait {
 	m.flights.any(func(f *flight) bool {
 		if m.blocks(v, f) {
 			w := count[f.backend]
-			w.Upgrades++
+			if f.cut == nil {
+				w.Upgrades++
+			} else {
+				w.Requests++
+			}
 			count[f.backend] = w
 		}
 		return false

@@ -100,7 +100,8 @@ func (p *upgradeLimit) reserveHead(n, limit int) bool {
 // average. One may have more if others have fewer.
 const headBytesPerUpgrade = 2 << 10
 
-// pendingUpgrade is an upgrade from its admission until it is a session or is answered.
+// pendingUpgrade is an upgrade from its admission until it is a session or is answered, or
+// a plain request until its owner gets it.
 // It goes with its client from the fast path to net/http. One goroutine at a time owns
 // it.
 type pendingUpgrade struct {
@@ -116,6 +117,7 @@ type pendingUpgrade struct {
 	dialErr      error     // why it has waited in vain; nil while that is open
 	backendConn  net.Conn  // to the owner, which may have the request already; or nil
 	flight       *flight   // of the request; nil if it was not sent or is over
+	cut          func()    // of a plain request: see flight.cut
 }
 
 // assign makes the upgrade one to the owner that a says.
@@ -167,6 +169,12 @@ func (u *pendingUpgrade) release() {
 	u.reserveHead(0, 0)
 	u.limit.release(u.owner)
 	u.released = true
+}
+
+// retake takes a place again, after release, even if the owner has its share.
+func (u *pendingUpgrade) retake() {
+	u.limit.take(u.owner)
+	u.released = false
 }
 
 // close releases the upgrade, and abandons the connection to its owner if it has one.
