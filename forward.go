@@ -154,6 +154,7 @@ type exchange struct {
 	mu       sync.Mutex
 	conn     *ownerConn // to the owner, while it may have the request
 	answered bool       // the head of the answer was passed on
+	complete bool       // the answer was read to its end
 	over     bool       // the handler is done with client
 }
 
@@ -177,7 +178,8 @@ func (x *exchange) finish() {
 	x.mu.Unlock()
 	x.unwatch()
 	x.unwatchClient()
-	if cause := context.Cause(x.ctx); cause == errMoved || cause == errDraining {
+	cause := context.Cause(x.ctx)
+	if !x.complete && cause == errMoved || cause == errDraining {
 		x.forwarder.cuts.Add(1)
 	}
 	x.cancel(nil)
@@ -225,9 +227,11 @@ func (x *exchange) interrupt() {
 	if x.streams {
 		x.client.SetReadDeadline(time.Unix(1, 0))
 	}
-	if x.answered {
+	switch {
+	case x.complete && context.Cause(x.ctx) == errMoved: // the owner is done with it
+	case x.answered:
 		x.client.SetWriteDeadline(time.Unix(1, 0))
-	} else {
+	default:
 		x.client.SetWriteDeadline(time.Now().Add(lingerTime)) // of an interim answer
 	}
 }
@@ -398,12 +402,24 @@ func (x *exchange) pass1xx(code int, header http.Header) error {
 func (x *exchange) answerOver(resp *http.Response) {
 	conn, whole := x.detach(bodyGrace)
 	x.result = resultOK
+	x.setComplete()
 	if !whole || resp.Close || conn.br.Buffered() > 0 {
 		x.pendingUpgrade.abandon(conn.Conn)
 		return
 	}
 	x.endFlight()
 	x.forwarder.kept.put(conn)
+}
+
+// setComplete notes that the answer was read to its end: a move does not keep it from the
+// client.
+func (x *exchange) setComplete() {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.complete = true
+	if context.Cause(x.ctx) == errMoved {
+		x.client.SetWriteDeadline(time.Time{})
+	}
 }
 
 // breakOff gives the request up: its answer will not be read to its end.

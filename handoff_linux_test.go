@@ -299,7 +299,7 @@ func TestHandoffOfRequests(t *testing.T) {
 				return ownersBy(namespaces, func(i int) int { return (i + edit) % 3 })
 			}
 			p.edit(overridesOfOwners(owners(0)))
-			p.start(t, p.args(mode, "-move-rate", "0", "-http-move-timeout", "100ms")...)
+			p.start(t, p.args(mode, "-move-rate", "0", "-http-move-timeout", requestMoveTime.String())...)
 			p.stays(t, 12, namespaces[:6])
 			for _, namespace := range namespaces {
 				p.ask(namespace, "")
