@@ -48,7 +48,7 @@ bench: build ## measure the router beside nginx and HAProxy (ROUNDS, BENCH_FLAGS
 	bench/run.sh -rounds $(ROUNDS) $(BENCH_FLAGS)
 
 benchcheck: ## check that the comparison works: routing through each proxy, no figures
-	$(MAKE) bench ROUNDS=1 BENCH_FLAGS='-scenarios check -calm 0s -out bin/benchcheck'
+	$(MAKE) bench ROUNDS=1 BENCH_FLAGS='-scenarios check,checkhttp -calm 0s -out bin/benchcheck'
 
 benchparts: ## run Go's benchmarks of the parts
 	go test -run '^$$' -bench . -benchmem .
