@@ -291,9 +291,18 @@ type transport func(r *http.Request) (*http.Response, error)
 func (t transport) RoundTrip(r *http.Request) (*http.Response, error) { return t(r) }
 
 // isLast reports whether the client's connection has to end with the answer, because what
-// follows on it may be the rest of a body: with a body that streams, which nobody may read
-// to its end, and with HTTP/1.0, for which net/http ignores Transfer-Encoding.
-func (x *exchange) isLast() bool { return x.streams || !x.r.ProtoAtLeast(1, 1) }
+// follows on it may be the rest of a body: with a body that streams and was not read to its
+// end yet, or that has no length, and with HTTP/1.0, for which net/http ignores
+// Transfer-Encoding.
+func (x *exchange) isLast() bool {
+	switch {
+	case !x.r.ProtoAtLeast(1, 1):
+		return true
+	case x.streams:
+		return x.r.ContentLength < 0 || !x.body.isSent()
+	}
+	return false
+}
 
 // modifyResponse prepares the head of the answer for the client.
 func (x *exchange) modifyResponse(resp *http.Response) error {
@@ -508,6 +517,19 @@ type bodySender struct {
 	stopped atomic.Bool   // stopBody ends it
 	done    chan struct{} // closed at its end
 	err     error         // nil if the whole body was sent; set before done is closed
+}
+
+// isSent reports whether the whole body was read and sent. b may be nil.
+func (b *bodySender) isSent() bool {
+	if b == nil {
+		return false
+	}
+	select {
+	case <-b.done:
+		return b.err == nil
+	default:
+		return false
+	}
 }
 
 // sendBody sends the head and the body as it comes. If the client does not send all of

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -511,6 +512,42 @@ func TestForwardKeeps(t *testing.T) {
 			return len(p.forwarder.kept.byPod)
 		})
 	})
+}
+
+// A client whose long body was read to its end can send its next request on the same
+// connection, unless the body had no length.
+func TestForwardKeepsClients(t *testing.T) {
+	backend := startPlain(t, func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		fmt.Fprint(w, len(body))
+	})
+	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
+	body := strings.Repeat("a", 2*maxWholeBody)
+	const requests = 50
+	kept := map[bool]int{} // by whether the body had a length
+	for _, hasLength := range []bool{true, false} {
+		for range requests {
+			var reader io.Reader = strings.NewReader(body)
+			if !hasLength {
+				reader = io.MultiReader(reader)
+			}
+			r, err := http.NewRequestWithContext(t.Context(), "POST", "http://"+p.addr+"/ws/ns-01", reader)
+			must(t, err)
+			resp, err := plainClient(t).Do(r)
+			must(t, err)
+			text, err := io.ReadAll(resp.Body)
+			must(t, err)
+			wantEqual(t, "answer", string(text), strconv.Itoa(len(body)))
+			if !resp.Close {
+				kept[hasLength]++
+			}
+		}
+	}
+	// An answer may be faster than the note that the body was sent.
+	if kept[true] == 0 || kept[false] > 0 {
+		t.Errorf("of %d connections each, %d are kept after a body with a length and %d without; want some and none",
+			requests, kept[true], kept[false])
+	}
 }
 
 // An owner that has not taken the request (421, or 409 with a step) is asked again, or
