@@ -14,7 +14,7 @@ ROUNDS      ?= 3
 BENCH_FLAGS ?=
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
-.PHONY: help build demo test churn handoff fuzz bench benchcheck benchparts lint image push load deploy undeploy e2e faults soak certs clean
+.PHONY: help build demo test modules apps churn handoff fuzz bench benchcheck benchparts lint image push load deploy undeploy e2e faults soak certs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -59,7 +59,7 @@ lint: ## run gofmt, vet, staticcheck, and shellcheck if it is installed
 	go run $(STATICCHECK) ./...
 	cd e2e && go vet -tags controlplane ./... && go run $(STATICCHECK) -tags controlplane ./...
 	cd bench && go vet ./... && go run $(STATICCHECK) ./...
-	@if command -v shellcheck; then shellcheck k8s/*.sh nginx/*.sh certs/*.sh backend/*.sh bench/*.sh .ci/run; fi
+	@if command -v shellcheck; then shellcheck k8s/*.sh nginx/*.sh certs/*.sh backend/*.sh bench/*.sh e2e/apps/*.sh .ci/run; fi
 
 image: build ## build the image, with docker, podman or buildah
 	k8s/image.sh build $(IMAGE)
@@ -79,6 +79,12 @@ undeploy: ## remove everything, except for overrides and certificate
 e2e: deploy ## deploy, then the end-to-end tests
 	cd e2e && go test -count=1 -v -timeout 40m $(E2E_FLAGS) ./...
 	$(if $(E2E_CONTROL_PLANE),$(MAKE) faults)
+
+modules: ## install the applications of e2e/apps, with npm
+	cd e2e/apps && npm ci --ignore-scripts --no-audit --no-fund && cp package-lock.json node_modules/.installed-lock.json
+
+apps: modules ## play these applications with a router alone, without a cluster
+	cd e2e && E2E_APPS=alone go test -count=1 -v -timeout 10m -run '^TestApps' $(E2E_FLAGS) .
 
 faults: build ## test faults of a test cluster's control plane; E2E_CONTROL_PLANE stops and starts it
 	cd e2e && go test -count=1 -v -timeout 20m -tags controlplane -run '^TestFault' $(E2E_FLAGS) .

@@ -8,7 +8,12 @@
 // what to do, never a skip. To omit a test, use -skip.
 //
 // TestClosing and the other tests of closing need no cluster: they run the router as a
-// process.
+// process. So does TestAppsLayouts.
+//
+// TestApps and TestAppsLayouts play applications of npm, with Node.js 20 or newer. They
+// install them in apps/node_modules, which "make modules" does before on a machine where
+// the tests have no network. TestApps builds an image with buildah. Where one of these
+// programs is not installed, they say so and are skipped.
 //
 // Environment:
 //
@@ -27,6 +32,7 @@
 //	E2E_HANDOFF      how many sessions the tests of the hand-off move (800), which come back
 //	                 at -move-rate: on two CPUs at most 100 a second do so at once
 //	E2E_COUNTERS     how many clients TestHandoffPods has (400)
+//	E2E_APPS         "alone": TestApps runs one router as a process, without a cluster
 //
 // The tests with the build tag "controlplane" (make faults, make soak) stop and kill
 // the API server and etcd of a cluster that was made for that. They run in its network,

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# usage: image.sh IMAGE   builds an image of server.js with buildah: this machine's node
+# with its libraries, and what "npm ci" has installed here
+set -euo pipefail
+
+APPS=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+
+node=$(readlink -f "$(command -v node)")
+mkdir -p "$dir/root/bin" "$dir/root/app"
+cp "$node" "$dir/root/bin/node"
+ldd "$node" | grep -o '/[^ ]*' | while read -r library; do
+  mkdir -p "$dir/root$(dirname "$library")"
+  cp -L "$library" "$dir/root$library"
+done
+cp -r "$APPS/server.js" "$APPS/package.json" "$APPS/node_modules" "$dir/root/app"
+printf 'FROM scratch\nCOPY root /\nENTRYPOINT ["/bin/node", "/app/server.js"]\n' >"$dir/Dockerfile"
+buildah --storage-driver vfs bud -q --isolation chroot -t "$1" "$dir"
