@@ -88,13 +88,13 @@ func requestPath(r *http.Request) string {
 }
 
 // hasDotSegment reports whether a segment of the path is "." or ".." (RFC 3986
-// §3.3) to anybody: also where a dot or a slash is escaped, where a backslash is
-// taken for a slash, and before a parameter.
+// §3.3) to anybody: also where a dot or a slash is escaped, however often, where a
+// backslash is taken for a slash, and before a parameter.
 func hasDotSegment(path string) bool {
 	if !strings.ContainsAny(path, `%\.`) {
 		return false
 	}
-	plain := strings.NewReplacer("%2e", ".", "%2f", "/", "%5c", "/", `\`, "/").Replace(strings.ToLower(path))
+	plain := strings.ReplaceAll(string(decodeAll(path)), `\`, "/")
 	for segment := range strings.SplitSeq(plain, "/") {
 		segment, _, _ = strings.Cut(segment, ";")
 		if segment == "." || segment == ".." {

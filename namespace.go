@@ -64,18 +64,10 @@ func isOddNamespace(name string) bool {
 	if !utf8.ValidString(name) {
 		return false
 	}
-	for {
-		segment, _, _ := strings.Cut(name, ";")
-		if segment == "." || segment == ".." || strings.ContainsAny(name, `/\`) ||
-			strings.ContainsFunc(name, unicode.IsControl) {
-			return false
-		}
-		again := string(decodeEscapes(name, "%"))
-		if again == name {
-			return true
-		}
-		name = again
-	}
+	name = string(decodeAll(name))
+	segment, _, _ := strings.Cut(name, ";")
+	return segment != "." && segment != ".." && !strings.ContainsAny(name, `/\`) &&
+		!strings.ContainsFunc(name, unicode.IsControl)
 }
 
 // isHostNamespace reports whether a host name can have the namespace as its first label.
@@ -177,6 +169,20 @@ func decodeEscapes[S string | []byte](s S, prefix string) []byte {
 			i++
 		}
 		decoded = append(decoded, c)
+	}
+	return decoded
+}
+
+// decodeAll returns s with its percent escapes decoded, also those that this makes, until
+// none is left. What is no escape stays, so all that some program could find in s, however
+// often it decodes, is in the result. It takes time for each byte of s once.
+func decodeAll(s string) []byte {
+	decoded := make([]byte, 0, len(s))
+	for i := range len(s) {
+		decoded = append(decoded, s[i])
+		for at := len(decoded) - len("%41"); at >= 0 && isEscape(decoded[at:], "%"); at -= 2 {
+			decoded = append(decoded[:at], unhex(decoded[at+1])<<4|unhex(decoded[at+2]))
+		}
 	}
 	return decoded
 }

@@ -28,6 +28,20 @@ func TestPathNamespace(t *testing.T) {
 	}
 }
 
+// TestNestedEscapes: a name takes no more work if it has escapes of escapes.
+func TestNestedEscapes(t *testing.T) {
+	name := "%" + strings.Repeat("25", 125) + "41"
+	wantEqual(t, name, isPathNamespace(name), true)
+	if n := testing.AllocsPerRun(10, func() { isPathNamespace(name) }); n > 2 {
+		t.Errorf("%v allocations", n)
+	}
+	for text, want := range map[string]string{
+		"": "", "a": "a", "%": "%", "%4": "%4", "%41": "A", "%zz": "%zz", "%2541": "A", "%4%31": "A", "%%341": "A", "%25252E": ".", "a%2": "a%2", "%25%32%35": "%",
+	} {
+		wantEqual(t, text, string(decodeAll(text)), want)
+	}
+}
+
 // The keys are those that the documentation names, and stay so for ever.
 func TestNamespaceKey(t *testing.T) {
 	for namespace, key := range map[string]string{

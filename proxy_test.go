@@ -45,6 +45,7 @@ func TestProxyRefuses(t *testing.T) {
 		"dots":                       {with("ns-01", ".."), 400, resultBadRequest, `".."`},
 		"dot segment":                {with("/ws/ns-01", "/ws/ns-01/../ns-02"), 400, resultBadRequest, "dot segment"},
 		"escaped dot segment":        {with("/ws/ns-01", "/ws/ns-01/%2e%2E/ns-02"), 400, resultBadRequest, "dot segment"},
+		"dot segment, escaped twice": {with("/ws/ns-01", "/ws/ns-01/%252e%252E/ns-02"), 400, resultBadRequest, "dot segment"},
 		"escaped slash after dots":   {with("/ws/ns-01", "/ws/ns-01/..%2Fns-02"), 400, resultBadRequest, "dot segment"},
 		"escaped backslash":          {with("/ws/ns-01", "/ws/ns-01/..%5Cns-02"), 400, resultBadRequest, "dot segment"},
 		"backslash":                  {with("/ws/ns-01", `/ws/ns-01/..\ns-02`), 400, resultBadRequest, "dot segment"},
