@@ -422,6 +422,7 @@ func badRequests() map[string]clientCase {
 		"404 no parameter":             {request: upgradeRequest("/ws/a?docs=b"), args: "-namespace-from query:doc"},
 		"400 fragment in the query":    {request: upgradeRequest("/?doc=a#b"), args: "-namespace-from query:doc"},
 		"400 escape in the query":      {request: upgradeRequest("/?doc=%zz"), args: "-namespace-from query:doc"},
+		"400 query not escaped":        {request: upgradeRequest("/?doc=café"), args: "-namespace-from query:doc"},
 		"400 name in the query":        {request: upgradeRequest("/?doc=a%2Fb"), args: "-namespace-from query:doc"},
 		"400 two parameters":           {request: upgradeRequest("/ws/a?doc=a&doc=b"), args: "-namespace-from query:doc"},
 		"400 character":                atPath("/ws/ns%0001"),

@@ -91,9 +91,8 @@ func (l *layout) pathNamespace(r *http.Request) (string, *refusal) {
 // read another name: a fragment after #, and other bytes than ASCII, which some take for
 // Latin-1.
 func segmentNamespace(segment string) (string, *refusal) {
-	isRaw := func(c rune) bool { return c == '#' || c >= utf8.RuneSelf }
 	namespace, err := url.PathUnescape(segment)
-	if err != nil || strings.ContainsFunc(segment, isRaw) {
+	if err != nil || strings.Contains(segment, "#") || strings.ContainsFunc(segment, isNotASCII) {
 		return "", refuse(resultBadRequest,
 			"the path must be percent-encoded, also # and what is not ASCII (got %.260q)",
 			segment)
@@ -140,8 +139,8 @@ func hostNamespace(r *http.Request) (string, *refusal) {
 //
 // The backend gets the query as it was sent, and must read the same value in it. Some
 // programs take the first of several values, some the last, and some ignore the case of a
-// name; some take ; for &, and some end a query at #. So a request is refused in which
-// these could find another value.
+// name; some take ; for &, some end a query at #, and some take other bytes than ASCII for
+// Latin-1. So a request is refused in which these could find another value.
 func queryNamespace(r *http.Request, name string) (string, *refusal) {
 	_, query, _ := strings.Cut(requestTarget(r), "?")
 	if strings.ContainsAny(requestTarget(r), "#") || strings.Contains(query, ";") {
@@ -158,6 +157,10 @@ func queryNamespace(r *http.Request, name string) (string, *refusal) {
 		text, err := url.QueryUnescape(escaped)
 		if err = cmp.Or(keyErr, err); err != nil {
 			return "", refuse(resultBadRequest, "the query has an %v", err)
+		}
+		if strings.ContainsFunc(escaped, isNotASCII) {
+			return "", refuse(resultBadRequest,
+				"the parameter %s must be percent-encoded (got %.260q)", name, escaped)
 		}
 		if found++; key == name {
 			value = text
@@ -230,6 +233,9 @@ func checkLiteral(segment string) error {
 func isNotPathCharacter(c rune) bool {
 	return isNotUnreserved(c) && !strings.ContainsRune("!$&'()*+,;=:@", c)
 }
+
+// isNotASCII reports whether c, or a byte that is not of UTF-8, is not of ASCII.
+func isNotASCII(c rune) bool { return c >= utf8.RuneSelf }
 
 // isNotUnreserved reports whether c is not unreserved (RFC 3986 §2.3).
 func isNotUnreserved(c rune) bool {

@@ -177,6 +177,7 @@ func TestNamespaceFromQuery(t *testing.T) {
 		"an escaped plus":      {"/?doc=a%2Bb", "a+b", 0, ""},
 		"not ASCII":            {"/?doc=caf%C3%A9", "café", 0, ""},
 		"dots, twice":          {"/?doc=%252e%252e", "", 400, `(got "%2e%2e")`},
+		"not ASCII elsewhere":  {"/?x=é&doc=a", "a", 0, ""},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -319,6 +320,10 @@ func FuzzPattern(f *testing.F) {
 func TestNamespaceThatNoURLHas(t *testing.T) {
 	for _, segment := range []string{"café", "a#b", "#", "\xff", "a\x80", "%", "%2", "%zz", "a%C3%A"} {
 		wantNamespace(t, defaultLayout(t), requestOf("/ws/"+segment, "h"), "", 400, "the path must be percent-encoded")
+	}
+	for _, value := range []string{"café", "caf\xe9", "a\x80"} {
+		wantNamespace(t, mustLayout(t, "query:doc"), requestOf("/?doc="+value, "h"), "", 400,
+			"the parameter doc must be percent-encoded")
 	}
 }
 
