@@ -440,8 +440,8 @@ func (p *program) logServing(client, admin net.Addr) {
 	}
 }
 
-// announceDrain makes /readyz and /healthz for clients fail while the router still accepts clients, for
-// -drain-delay: load balancers need time to notice.
+// announceDrain makes /readyz, and /healthz for clients, fail while the router still accepts
+// clients, for -drain-delay: load balancers need time to notice.
 func (p *program) announceDrain() {
 	p.proxy.draining.Store(true)
 	p.log.Info("draining", "sessions", p.proxy.relay.size(),
