@@ -192,7 +192,8 @@ func TestBadProxies(t *testing.T) {
 	if s == nil {
 		return
 	}
-	for _, value := range []string{"all", "10.0.0.0/8 ", "10.0.0.0/8;", "$HOME", "unix:", "a b", "*"} {
+	for _, value := range []string{"all", "10.0.0.0/8 ", "10.0.0.0/8;", "$HOME", "unix:", "a b", "*",
+		"face", "bad.cafe", "10.0.0.0/8,bad.cafe", ",", "10.0.0.0/8,,fd00::/8"} {
 		s.env = []string{"PROXY_PROTOCOL=" + value}
 		err := s.command(t, "-t").Run()
 		log := readFile(t, filepath.Join(s.dir, "stderr"))

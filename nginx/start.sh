@@ -5,8 +5,8 @@
 #
 # PROXY_PROTOCOL, a list of addresses and CIDRs like 10.0.0.0/8,fd00::/8, says that load
 # balancers with these addresses open each connection to ports 80 and 443 with a header
-# of the PROXY protocol. Then nginx expects one from everybody, answers 400 without, and
-# believes it only from these. By default it expects none.
+# of the PROXY protocol. Then nginx expects one from everybody, closes the connection
+# without, and believes it only from these. By default it expects none.
 set -euf
 
 # IPv6: where the system has none, nginx would not start with an address of it.
@@ -36,12 +36,20 @@ accept_proxies() {
 }
 
 proxies=${PROXY_PROTOCOL-}
-case $proxies in
-*[!0-9a-fA-F.:/,]*)
+# refuse ends start.sh: nginx would look up a word that is no address as a host's name.
+refuse() {
   echo "start.sh: PROXY_PROTOCOL must be addresses and CIDRs, with commas between them (got $proxies)" >&2
   exit 1
-  ;;
-esac
+}
+IFS=,
+for range in $proxies; do
+  case $range in
+  '' | *[!0-9a-fA-F.:/]*) refuse ;;
+  *:*) ;;
+  *[!0-9./]*) refuse ;;
+  esac
+done
+unset IFS
 
 # reuseport: the kernel spreads clients over the workers. With one shared socket the same
 # worker accepts nearly all of them, for hours.
