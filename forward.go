@@ -200,17 +200,15 @@ func (x *exchange) finish() {
 	f.running.Done()
 }
 
-// clientLeft is called when net/http has seen the end of the client's stream, or stops. A
-// client that has only ended its side of the connection may still listen, and gets what
-// comes within halfClosedHold: see proxy.upgradeContexts.
+// clientLeft is called when net/http has seen the end of the client's stream. A client
+// that has only ended its side of the connection may still listen, and gets what comes
+// within halfClosedHold: see proxy.upgradeContexts.
 func (x *exchange) clientLeft() {
-	switch {
-	case x.client.serverCtx.Err() != nil: // forwarder.stop ends the exchange
-	case x.client.readEOF.Load():
+	if x.client.readEOF.Load() {
 		time.AfterFunc(halfClosedHold, func() { x.cancel(errClientGone) })
-	default:
-		x.cancel(errClientGone)
+		return
 	}
+	x.cancel(errClientGone)
 }
 
 // interrupt ends all reads and writes of the exchange, whose context has ended. A client
@@ -336,6 +334,9 @@ func (x *exchange) ask(conn *ownerConn, head []byte, maxHead int) (*http.Respons
 	x.pendingUpgrade.release()
 	if x.streams {
 		http.NewResponseController(x.w).EnableFullDuplex()
+		if x.r.ProtoAtLeast(1, 1) && expectsContinue(x.r) {
+			x.w.WriteHeader(http.StatusContinue) // else sendBody would, while pass1xx writes
+		}
 		x.body = &bodySender{done: make(chan struct{})}
 		go x.sendBody(x.body, conn, head)
 	} else if _, err := conn.Write(append(head, x.whole...)); err != nil {
@@ -372,7 +373,8 @@ func (x *exchange) detach(grace time.Duration) (conn *ownerConn, whole bool) {
 }
 
 // stopBody waits for the end of sendBody for the time of grace, and then ends it. It
-// reports whether the whole body was sent.
+// reports whether the whole body was sent within that time: else the connection cannot be
+// used again, as its deadline is over.
 func (x *exchange) stopBody(grace time.Duration) bool {
 	body := x.body
 	if x.body = nil; body == nil {
@@ -382,6 +384,7 @@ func (x *exchange) stopBody(grace time.Duration) bool {
 	defer timer.Stop()
 	select {
 	case <-body.done:
+		return body.err == nil
 	case <-timer.C:
 		body.stopped.Store(true)
 		x.unwatchClient() // net/http takes any error of a read for a client that has left
@@ -389,8 +392,8 @@ func (x *exchange) stopBody(grace time.Duration) bool {
 		x.conn.SetWriteDeadline(time.Unix(1, 0))
 		<-body.done
 		x.client.SetReadDeadline(time.Now().Add(lingerTime)) // of net/http
+		return false
 	}
-	return body.err == nil
 }
 
 // pass1xx passes an interim answer on, but for 100: the router answers Expect. HTTP/1.0
@@ -434,6 +437,10 @@ func (x *exchange) setComplete() {
 // breakOff gives the request up: its answer will not be read to its end.
 func (x *exchange) breakOff(err error) {
 	x.abandonOwner()
+	conn, _ := unwrap(x.client.Conn)
+	if tcp, ok := conn.(*net.TCPConn); ok && !x.r.ProtoAtLeast(1, 1) {
+		tcp.SetLinger(0) // a FIN would be the end of a whole answer to HTTP/1.0
+	}
 	switch cause := context.Cause(x.ctx); {
 	case cause == errClientGone || cause == nil && err == nil:
 		x.result = resultClientGone

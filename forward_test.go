@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -15,6 +16,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"weak"
 )
 
 // plainBackend is an HTTP server. It has the heads and lengths of all requests.
@@ -842,4 +844,111 @@ func TestForwardNoHintsOnUnix(t *testing.T) {
 	conn := dial(t, socket)
 	mustWrite(t, conn, plainRequest("/ws/ns-01"))
 	readAnswerText(t, conn, 200, "ok")
+}
+
+// A 100 of the router and an interim answer of the owner do not mix.
+func TestForwardHintsAndContinue(t *testing.T) {
+	backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
+		io.WriteString(conn, "HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n")
+		io.ReadFull(br, make([]byte, len("2\r\nhi\r\n0\r\n\r\n")))
+		io.WriteString(conn, fine)
+	})
+	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
+	for range 10 {
+		conn, br, resp := p.ask(t, "POST /ws/ns-01 HTTP/1.1\r\nHost: h\r\nExpect: 100-continue\r\n"+
+			"Transfer-Encoding: chunked\r\n\r\n")
+		wantEqual(t, "first status", resp.StatusCode, 100)
+		resp, err := http.ReadResponse(br, nil)
+		must(t, err)
+		wantEqual(t, "second status", resp.StatusCode, 103)
+		mustWrite(t, conn, "2\r\nhi\r\n0\r\n\r\n")
+		resp, err = http.ReadResponse(br, nil)
+		must(t, err)
+		wantEqual(t, "last status", resp.StatusCode, 200)
+	}
+	p.noFlights(t)
+}
+
+// A router that stops does not wait for a client that has left.
+func TestForwardDrainClientLeaves(t *testing.T) {
+	p, release, ended := longAnswers(t, "", time.Hour, nil)
+	p.drainDuration = time.Hour
+	old := dial(t, p.addr)
+	mustWrite(t, old, plainRequest("/ws/ns-01"))
+	eventually(t, "requests that were sent", 1, p.forwarder.size)
+	stopped := make(chan struct{})
+	go func() { p.stop(); close(stopped) }()
+	eventually(t, "the server stops", true, func() bool {
+		conn, err := net.Dial("tcp", p.addr)
+		if err == nil {
+			conn.Close()
+		}
+		return err != nil
+	})
+	old.(*net.TCPConn).SetLinger(0)
+	old.Close()
+	select {
+	case <-ended:
+		release <- ""
+		<-stopped
+	case <-time.After(patience):
+		t.Error("the owner does not see that the client has left")
+		release <- fine
+		<-stopped
+	}
+}
+
+// A connection whose body was stopped is not used again.
+func TestForwardStopBody(t *testing.T) {
+	for range 100 {
+		a, b := net.Pipe()
+		c, d := net.Pipe()
+		x := &exchange{conn: newOwnerConn(a, backendPod{}), client: &clientConn{Conn: c},
+			unwatchClient: func() bool { return true }, body: &bodySender{done: make(chan struct{})}}
+		close(x.body.done)
+		if x.stopBody(0) {
+			go b.Read(make([]byte, 1))
+			if _, err := a.Write([]byte("x")); err != nil {
+				t.Fatalf("a connection that is to be used again: %v", err)
+			}
+		}
+		b.Close()
+		d.Close()
+	}
+}
+
+// HTTP/1.0 has no end of an answer but that of the connection: one that breaks off is reset.
+func TestForwardCutAnswerHTTP10(t *testing.T) {
+	backend := startStub(t, "127.0.0.1:0", answer(
+		"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n"))
+	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
+	_, _, resp := p.ask(t, "GET /ws/ns-01 HTTP/1.0\r\n\r\n")
+	if body, err := io.ReadAll(resp.Body); err == nil {
+		t.Errorf("the client takes %q for a whole answer", body)
+	}
+	p.waitForwarded(t, resultCut, 1)
+}
+
+// An abandoned request takes little memory.
+func TestForwardAbandonedMemory(t *testing.T) {
+	var seen atomic.Pointer[weak.Pointer[http.Request]]
+	p, release, ended := longAnswers(t, "", time.Hour, func(p *proxy) {
+		namespace := p.namespace
+		p.namespace = func(r *http.Request) (string, *refusal) {
+			w := weak.Make(r)
+			seen.Store(&w)
+			return namespace(r)
+		}
+	})
+	old := dial(t, p.addr)
+	mustWrite(t, old, plainRequest("/ws/ns-01"))
+	eventually(t, "requests that were sent", 1, p.forwarder.size)
+	old.Close()
+	<-ended
+	eventually(t, "the request is kept", false, func() bool {
+		runtime.GC()
+		return seen.Load().Value() != nil
+	})
+	release <- ""
+	p.noFlights(t)
 }

@@ -504,10 +504,6 @@ func (p *program) drainAll() (ended int64) {
 	return ended
 }
 
-// answerTime bounds how long the end waits for clients: until the handler has their
-// requests, and until they have taken their answers.
-const answerTime = 2 * time.Second
-
 // leaveTime bounds how long the end waits until the hand-off goes on without this router.
 const leaveTime = 3 * time.Second
 
@@ -518,8 +514,8 @@ func (p *program) leaveHandoff() {
 	p.proxy.mover.leave(ctx)
 }
 
-// newClientServer returns net/http's server for clients. ctx ends their requests, until
-// they are hijacked or answered.
+// newClientServer returns net/http's server for clients. ctx ends their upgrades, until
+// they are hijacked or answered, and all waits for owners.
 func newClientServer(ctx context.Context, p *proxy, log *slog.Logger) *http.Server {
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
@@ -538,7 +534,8 @@ func newClientServer(ctx context.Context, p *proxy, log *slog.Logger) *http.Serv
 			client := c.(*clientConn)
 			client.serverCtx = ctx
 			client.count(&p.unhandled)
-			return context.WithValue(ctx, clientConnKey{}, c)
+			// That of a request ends when the client has left, also while the router stops.
+			return context.WithValue(context.WithoutCancel(ctx), clientConnKey{}, c)
 		},
 	}
 }

@@ -149,7 +149,11 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result, error) 
 	}
 	defer u.close() // also after a panic, which net/http logs
 	if u.dialErr != nil {
-		return p.unreachableError(r.Context(), u.owner, u.dialErr, nil)
+		ctx := r.Context()
+		if server := ctx.Value(clientConnKey{}).(*clientConn).serverCtx; server.Err() != nil {
+			ctx = server
+		}
+		return p.unreachableError(ctx, u.owner, u.dialErr, nil)
 	}
 	clientCtx, holdCtx, cancel := p.upgradeContexts(r, u.holdDeadline)
 	defer cancel()
@@ -288,7 +292,8 @@ func (p *proxy) admitPlain(x *exchange) *refusal {
 	if refused != nil {
 		return refused
 	}
-	x.cut = func() { x.cancel(errMoved) }
+	cancel := x.cancel // not x, which an abandoned flight would keep
+	x.cut = func() { cancel(errMoved) }
 	x.head = slices.Clip(startPlainHead(x.r, forwardedFor(x.r), p.podName))
 	return p.reserveHead(x.pendingUpgrade, len(x.head)+len(x.whole))
 }
@@ -603,7 +608,7 @@ func (p *proxy) completeUpgrade(
 		return resultHoldTimeout, errReleased
 	}
 	if resp.StatusCode != http.StatusSwitchingProtocols {
-		return p.passResponse(w, resp, backendConn)
+		return p.passResponse(r.Context(), w, resp, backendConn)
 	}
 	if !stop() {
 		return p.handshakeError(r.Context(), u.owner, r.Context().Err())
@@ -660,14 +665,22 @@ func (p *proxy) handshakeError(
 	return refused.result, refused
 }
 
+// answerTime bounds how long the end of the router waits for clients: until the handler has their
+// requests, and until they have taken their answers.
+const answerTime = 2 * time.Second
+
 // passResponse sends the client the backend's answer: status, header and body. The body
 // has as much time as the head had. If it is cut off, the client gets what came of it.
+// When ctx ends, because the router stops, the client has answerTime to take it.
 func (p *proxy) passResponse(
-	w http.ResponseWriter, resp *http.Response, backendConn net.Conn,
+	ctx context.Context, w http.ResponseWriter, resp *http.Response, backendConn net.Conn,
 ) (result, error) {
 	deadline := time.Now().Add(p.limits.handshakeTimeout)
 	backendConn.SetDeadline(deadline)
-	http.NewResponseController(w).SetWriteDeadline(deadline)
+	client := http.NewResponseController(w)
+	client.SetWriteDeadline(deadline)
+	stop := context.AfterFunc(ctx, func() { client.SetWriteDeadline(time.Now().Add(answerTime)) })
+	defer stop()
 	upgrade := resp.Header["Upgrade"] // a 426 needs it (RFC 9110 §15.5.22)
 	removeHopByHopHeaders(resp.Header)
 	w.Header()["Content-Type"] = nil // keeps net/http from guessing one
@@ -680,7 +693,7 @@ func (p *proxy) passResponse(
 	}
 	w.WriteHeader(resp.StatusCode)
 	if _, err := io.Copy(w, resp.Body); err != nil {
-		http.NewResponseController(w).Flush() // the status and what came of the body
+		client.Flush() // the status and what came of the body
 		// The client must not take half a body for a whole one.
 		return resultAnswered, http.ErrAbortHandler
 	}

@@ -1042,3 +1042,31 @@ func TestStopAnswersWhoWaits(t *testing.T) {
 		}
 	}
 }
+
+// A router that stops does not wait for a client that takes nothing of an answer.
+func TestStopSlowAnswer(t *testing.T) {
+	full := make(chan struct{})
+	backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
+		io.WriteString(conn, "HTTP/1.1 403 Forbidden\r\n\r\n")
+		for err, b := error(nil), make([]byte, 64<<10); err == nil; _, err = conn.Write(b) {
+			conn.SetWriteDeadline(time.Now().Add(500 * time.Millisecond))
+		}
+		close(full) // the router cannot write to the client
+		io.Copy(io.Discard, br)
+	})
+	p := startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) {
+		p.limits.handshakeTimeout = time.Hour
+	})
+	conn := dial(t, p.addr)
+	mustWrite(t, conn, upgradeRequest("/ws/ns-01"))
+	<-full
+	stopped := make(chan struct{})
+	go func() { p.stop(); close(stopped) }()
+	select {
+	case <-stopped:
+	case <-time.After(patience):
+		t.Error("the router does not stop")
+		conn.Close()
+		<-stopped
+	}
+}
