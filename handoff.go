@@ -255,7 +255,7 @@ func (v *view) next(t *table, m mark, now time.Time) *view {
 		next.tables = []*table{t}
 	}
 	if len(next.records) == 1 {
-		next.tables = []*table{next.tables[0].pinTo(v.after)}
+		next.tables = []*table{next.tables[0].withKept(v.after)}
 		next.done = true
 	}
 	return next
@@ -360,7 +360,7 @@ func (v *view) after(namespace string) int {
 
 // find returns the owner of the namespace by the marks of one kind, unresolved, or
 // ownerUnknown, and the table that has it: the newest one that covers the namespace. A
-// table in which the namespace is pinned covers nothing, since it does not say who the
+// table in which the namespace is kept covers nothing, since it does not say who the
 // owner is. A table that is not known may cover all that its mark does not leave out.
 func (v *view) find(
 	namespace string, markOf func(*planRecord) *mark,
@@ -377,8 +377,8 @@ func (v *view) find(
 			}
 			continue
 		}
-		next, pinned := newer.lookup(namespace, key)
-		if !pinned && m.covers(placeOf(key), ordinal, next) {
+		next, kept := newer.lookup(namespace, key)
+		if !kept && m.covers(placeOf(key), ordinal, next) {
 			ordinal, t = next, newer
 		}
 	}

@@ -43,7 +43,7 @@ func TestViewChangesOwnersOnlyWhileHeld(t *testing.T) {
 	for i := range namespaces {
 		namespaces[i] = fmt.Sprintf("ns-%02d", i)
 	}
-	held, moved, pinned := 0, 0, 0
+	held, moved, kept := 0, 0, 0
 	for seed := range uint64(3000) {
 		r := rand.New(rand.NewPCG(seed, 1))
 		seen := []*table{randomTable(r, nil, namespaces)}
@@ -67,8 +67,8 @@ func TestViewChangesOwnersOnlyWhileHeld(t *testing.T) {
 				before, _, _ := v.owner(ns)
 				during, _, state := next.owner(ns)
 				after, _, _ := done.owner(ns)
-				if _, isPinned := newest.lookup(ns, hash64(ns)); isPinned {
-					pinned++
+				if _, isKept := newest.lookup(ns, hash64(ns)); isKept {
+					kept++
 				}
 				switch {
 				case state == isHeld && after != before && during == after:
@@ -86,13 +86,13 @@ func TestViewChangesOwnersOnlyWhileHeld(t *testing.T) {
 			v = &done
 		}
 	}
-	if held < 1000 || moved < 1000 || pinned < 1000 {
-		t.Errorf("%d held, %d moved, %d pinned: the test has tested little", held, moved, pinned)
+	if held < 1000 || moved < 1000 || kept < 1000 {
+		t.Errorf("%d held, %d moved, %d kept: the test has tested little", held, moved, kept)
 	}
 }
 
 // However a change was begun, two steps that cover everything end it: each namespace has
-// the owner that the newest table gives it, and each pinned one the owner that it had.
+// the owner that the newest table gives it, and each kept one the owner that it had.
 func TestViewComesToRest(t *testing.T) {
 	namespaces := []string{"a", "b", "c", "d", "e", "f", "g", "h"}
 	for seed := range uint64(3000) {
@@ -121,15 +121,15 @@ func TestViewComesToRest(t *testing.T) {
 			t.Fatalf("seed %d: %d records are left", seed, len(v.records))
 		}
 		for _, ns := range namespaces {
-			want, isPinned := newest.lookup(ns, hash64(ns))
-			if isPinned {
+			want, isKept := newest.lookup(ns, hash64(ns))
+			if isKept {
 				want = before[ns]
 			}
-			if isPinned && !newest.backends.has(want) {
+			if isKept && !newest.backends.has(want) {
 				want = unresolved
 			}
 			if got := v.after(ns); got != want {
-				t.Fatalf("seed %d: %s is with %d, want %d (pinned: %t)", seed, ns, got, want, isPinned)
+				t.Fatalf("seed %d: %s is with %d, want %d (kept: %t)", seed, ns, got, want, isKept)
 			}
 		}
 	}

@@ -52,11 +52,11 @@ type memberID struct {
 // immutable.
 type sharedPlan struct {
 	handoffPlan
-	epoch    string              // of all plans since the first one, or since a reset
-	writes   int64               // how often a plan of this epoch was written
-	unpinned bool                // pinned namespaces have no owner: member.oldestTable
-	members  map[string]memberID // by pod name
-	backends *activeBackends     // nil if not noted
+	epoch       string              // of all plans since the first one, or since a reset
+	writes      int64               // how often a plan of this epoch was written
+	keptUnknown bool                // kept namespaces have no owner: member.oldestTable
+	members     map[string]memberID // by pod name
+	backends    *activeBackends     // nil if not noted
 }
 
 // stepAnswer is what a router says of one step of a plan, in its own key.
@@ -224,16 +224,16 @@ const maxOrdinal = 1<<31 - 1
 //	 "backends":{"count":4, "uid":"…", "generation":7}}
 //
 // The stamps and places have 16 hexadecimal digits. The first record has no marks. held,
-// unpinned and backends may be absent.
+// keptUnknown and backends may be absent.
 type planJSON struct {
-	Epoch    string              `json:"epoch"`
-	Writes   int64               `json:"writes"`
-	Step     int64               `json:"step"`
-	Held     bool                `json:"held,omitempty"`
-	Unpinned bool                `json:"unpinned,omitempty"`
-	Members  map[string]memberID `json:"members"`
-	Records  []recordJSON        `json:"records"`
-	Backends *activeBackends     `json:"backends,omitempty"`
+	Epoch       string              `json:"epoch"`
+	Writes      int64               `json:"writes"`
+	Step        int64               `json:"step"`
+	Held        bool                `json:"held,omitempty"`
+	KeptUnknown bool                `json:"keptUnknown,omitempty"`
+	Members     map[string]memberID `json:"members"`
+	Records     []recordJSON        `json:"records"`
+	Backends    *activeBackends     `json:"backends,omitempty"`
 }
 
 // recordJSON is the JSON of a record of a plan.
@@ -254,7 +254,7 @@ type markJSON struct {
 func (p *sharedPlan) String() string {
 	out := planJSON{
 		Epoch: p.epoch, Writes: p.writes, Step: p.step,
-		Held: p.held, Unpinned: p.unpinned, Members: p.members, Backends: p.backends,
+		Held: p.held, KeptUnknown: p.keptUnknown, Members: p.members, Backends: p.backends,
 	}
 	for i := range p.records {
 		r := &p.records[i]
@@ -290,7 +290,7 @@ func parsePlan(s string) (*sharedPlan, error) {
 	}
 	p := &sharedPlan{
 		handoffPlan: handoffPlan{step: in.Step, held: in.Held},
-		epoch:       in.Epoch, writes: in.Writes, unpinned: in.Unpinned,
+		epoch:       in.Epoch, writes: in.Writes, keptUnknown: in.KeptUnknown,
 		members: in.Members, backends: in.Backends,
 	}
 	if err := in.check(); err != nil {

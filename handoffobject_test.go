@@ -24,7 +24,7 @@ func randomPlan(r *rand.Rand) *sharedPlan {
 	p := &sharedPlan{
 		handoffPlan: handoffPlan{step: 1 + r.Int64N(maxStep), held: r.IntN(2) == 0},
 		writes:      1 + r.Int64N(maxStep),
-		epoch:       fmt.Sprintf("%x.%d", r.Uint64(), r.Int64()), unpinned: r.IntN(4) == 0,
+		epoch:       fmt.Sprintf("%x.%d", r.Uint64(), r.Int64()), keptUnknown: r.IntN(4) == 0,
 		members: map[string]memberID{},
 	}
 	for i := range r.IntN(4) {

@@ -300,7 +300,7 @@ func (m *member) table(content uint64) *table {
 }
 
 // oldestTable returns the table of next's oldest record, nil if it is not known. In it
-// each pinned namespace has the owner that it had when the record became the oldest one.
+// each kept namespace has the owner that it had when the record became the oldest one.
 // A table does not say that, and members must agree on it. A member sees each step, so
 // its view before says who the owner is. A router that was no member at that time does
 // not know it.
@@ -310,16 +310,16 @@ func (m *member) oldestTable(next *memberView) *table {
 		return nil
 	}
 	nobody := func(string) int { return unresolved }
-	if prev == nil || !prev.isMember || !next.isMember || next.plan.unpinned {
-		return t.pinTo(nobody)
+	if prev == nil || !prev.isMember || !next.isMember || next.plan.keptUnknown {
+		return t.withKept(nobody)
 	}
 	becameOldest := prev.records[0].content != t.contentHash ||
 		len(next.records) == 1 && len(prev.records) > 1
 	switch {
 	case becameOldest:
-		return t.pinTo(prev.after)
+		return t.withKept(prev.after)
 	case prev.tables[0] == nil:
-		return t.pinTo(nobody)
+		return t.withKept(nobody)
 	}
 	return prev.tables[0]
 }
@@ -529,7 +529,7 @@ func (m *member) writeStep(s *situation) decision {
 	}
 	at = latest(at, m.turn(s, writers))
 	p := *v.plan
-	p.handoffPlan, p.unpinned = *next, false
+	p.handoffPlan, p.keptUnknown = *next, false
 	p.step = stepAbove(m.top, s.now)
 	return m.writePlan(s, &p, nil, at, fmt.Sprintf("step %d", p.step))
 }
@@ -665,7 +665,7 @@ func (m *member) reset(s *situation) decision {
 		return d
 	}
 	p := &sharedPlan{members: m.mergeMembers(s), backends: v.plan.backends}
-	p.held, p.unpinned = true, !v.isMember
+	p.held, p.keptUnknown = true, !v.isMember
 	p.records = v.doneRecords()
 	m.startEpoch(p, s)
 	return m.writePlan(s, p, nil, s.now, "reset the plan")

@@ -310,8 +310,8 @@ func (w *modelWorld) count(write *handoffWrite) {
 	if p.held {
 		w.seen["plan held"]++
 	}
-	if p.unpinned {
-		w.seen["plan unpinned"]++
+	if p.keptUnknown {
+		w.seen["plan without kept"]++
 	}
 	for i := range p.records {
 		if p.records[i].now.upto > p.records[i].was.upto {
@@ -648,8 +648,8 @@ func (w *modelWorld) restless() string {
 			return r.pod + " has another table"
 		}
 		for _, ns := range modelNamespaces {
-			want, pinned := r.newest.lookup(ns, hash64(ns))
-			if got, _, state := r.view.owner(ns); !pinned && (state != isOwned || got != want) {
+			want, kept := r.newest.lookup(ns, hash64(ns))
+			if got, _, state := r.view.owner(ns); !kept && (state != isOwned || got != want) {
 				return fmt.Sprintf("%s has %s with %d, want %d", r.pod, ns, got, want)
 			}
 		}
@@ -695,7 +695,7 @@ func TestModelIsSafeAndLive(t *testing.T) {
 		}
 	}
 	for what, n := range map[string]int{
-		"plan moves": 1500, "plan held": 1000, "plan of 3": 300, "plan unpinned": 50,
+		"plan moves": 1500, "plan held": 1000, "plan of 3": 300, "plan without kept": 50,
 		"closes:": 1000, "reset:": 200, "make:": 500, "remove:": 200, "leave:": 10,
 	} {
 		if t.Logf("%6d %s", seen[what], what); seen[what] < n {
@@ -951,7 +951,7 @@ func TestResetByOutsider(t *testing.T) {
 		rules := modelRules{}
 		if forgets {
 			rules.decision = func(_ *modelWorld, _ *modelRouter, d *decision) {
-				changePlan(d, func(p *sharedPlan) { p.unpinned = false })
+				changePlan(d, func(p *sharedPlan) { p.keptUnknown = false })
 			}
 		}
 		w := newScene(2, rules, to("backend-0"))

@@ -252,8 +252,8 @@ func (m *mover) requeue(v *view, t *table, now time.Time) (cancelled int) {
 	var queue []queuedSession
 	for _, s := range m.openSessions() {
 		key := hash64(s.namespace)
-		target, pinned := t.lookup(s.namespace, key)
-		if pinned {
+		target, kept := t.lookup(s.namespace, key)
+		if kept {
 			target = v.after(s.namespace)
 		}
 		if target == unresolved || target == ownerUnknown {
@@ -510,10 +510,10 @@ func (m *mover) keepVersion(v *view, t *table) *view {
 	if v.tables[0] == t {
 		return v
 	}
-	pinned := t.pinTo(v.after)
-	if m.router.current.CompareAndSwap(t, pinned) { // else there is a newer one
+	withOwners := t.withKept(v.after)
+	if m.router.current.CompareAndSwap(t, withOwners) { // else there is a newer one
 		next := *v
-		next.tables = []*table{pinned}
+		next.tables = []*table{withOwners}
 		if m.current.CompareAndSwap(v, &next) {
 			return &next
 		}

@@ -84,21 +84,22 @@ type table struct {
 	revision    string          // of the StatefulSet when backends changed; "" if not known
 	sources     []sourceContent // in the order in which they are merged
 	version     string          // of the only source, or a hash of all versions; for people
-	stamp       string          // contentHash.pinnedHash, each as 16 hexadecimal digits
+	stamp       string          // contentHash.keptHash, each as 16 hexadecimal digits
 
-	// Routers with the same contentHash have the same owners, except for pinned
-	// namespaces; with the same pinnedHash, for these too.
+	// Routers with the same contentHash have the same owners, except for kept
+	// namespaces; with the same keptHash, for these too.
 	//
 	// contentHash is a hash of the overrides (an ordinal for each namespace, or that it
-	// is pinned), of the backends, and of hashVersion. How and where an override is
+	// is kept), of the backends, and of hashVersion. How and where an override is
 	// written does not count, nor its resourceVersion: two contents can have the same one
 	// after a backup is restored. An override counts also if it names the owner that the
-	// hash gives, since with other backends it would not. pinnedHash is a hash of the
-	// owners of the pinned namespaces.
-	contentHash, pinnedHash uint64
+	// hash gives, since with other backends it would not. keptHash is a hash of the
+	// owners of the kept namespaces.
+	contentHash, keptHash uint64
 
-	// The sets of index are those of sources, and two more with pinned namespaces,
-	// which keep their previous owners: one for invalid overrides, one for conflicts.
+	// The sets of index are those of sources, and two more with kept namespaces:
+	// one for invalid overrides, one for conflicts. A kept namespace keeps its previous
+	// owner.
 	index         overrideIndex
 	valueOrdinals [][]int32 // for each set of index, the ordinal of each of its values
 	overrides     int       // namespaces whose owner is not given by the hash
@@ -106,7 +107,7 @@ type table struct {
 	conflicts     int       // namespaces whose overrides name different backends
 }
 
-// newTable merges the sources. A namespace is pinned to its owner in old if an override
+// newTable merges the sources. A namespace keeps its owner in old if an override
 // of it is invalid, or if two sources give it different backends. Without old it is
 // unresolved, and not hashed, since another router may know a valid override. All other
 // overrides apply (invariant 3).
@@ -126,7 +127,7 @@ func newTable(statefulSet string, fromHost bool, backends ordinals,
 		t.valueOrdinals = append(t.valueOrdinals, t.resolveValues(src.overrides))
 		count += src.overrides.count
 	}
-	ordinals := []int32{unresolved, byHash} // of the two sets of pinned namespaces
+	ordinals := []int32{unresolved, byHash} // of the two sets of kept namespaces
 	for i := range t.backends.count {
 		ordinals = append(ordinals, int32(t.backends.first+i))
 	}
@@ -139,13 +140,13 @@ func newTable(statefulSet string, fromHost bool, backends ordinals,
 	return t
 }
 
-// finishStamp sets stamp, once contentHash and the sum in pinnedHash are complete.
+// finishStamp sets stamp, once contentHash and the sum in keptHash are complete.
 func (t *table) finishStamp() {
-	t.pinnedHash = fmix64(t.pinnedHash)
-	t.stamp = fmt.Sprintf("%016x.%016x", t.contentHash, t.pinnedHash)
+	t.keptHash = fmix64(t.keptHash)
+	t.stamp = fmt.Sprintf("%016x.%016x", t.contentHash, t.keptHash)
 }
 
-// weight returns the weight of an ordinal in contentHash and pinnedHash. These are sums
+// weight returns the weight of an ordinal in contentHash and keptHash. These are sums
 // of hash64(namespace) × weight over namespaces, so that the sum of a source is known
 // once its set is built, except for the namespaces that it shares with other sources.
 //
@@ -219,12 +220,12 @@ func (t *table) addOverride(i int, r override, old *table) {
 	switch {
 	case ordinal == invalidValue:
 		t.rejected[i]++
-		if !t.isPinned(s) {
-			t.pinToPrevious(s, len(t.sources), r, old)
+		if !t.isKept(s) {
+			t.keepPrevious(s, len(t.sources), r, old)
 		}
-	case !t.isPinned(s) && t.ordinalOf(s) != ordinal:
+	case !t.isKept(s) && t.ordinalOf(s) != ordinal:
 		t.conflicts++
-		t.pinToPrevious(s, len(t.sources)+1, r, old)
+		t.keepPrevious(s, len(t.sources)+1, r, old)
 	}
 	t.contentHash += hash64(r.namespace) * (t.contribution(s) - before - weight(ordinal))
 }
@@ -234,7 +235,7 @@ func (t *table) contribution(s *indexSlot) uint64 {
 	switch {
 	case s.set == 0:
 		return 0
-	case t.isPinned(s):
+	case t.isKept(s):
 		return weight(invalidValue)
 	}
 	return weight(t.ordinalOf(s))
@@ -245,9 +246,9 @@ func (t *table) isInvalidName(r override) bool {
 	return r.invalidFor == invalidForPath || r.invalidFor == invalidForHost && t.fromHost
 }
 
-// pinToPrevious pins the namespace of r to the owner that it had in old, or to none: it
+// keepPrevious gives the namespace of r to the owner that it had in old, or to none: it
 // adds an override to the index's set with that number, and makes s point to it.
-func (t *table) pinToPrevious(s *indexSlot, set int, r override, old *table) {
+func (t *table) keepPrevious(s *indexSlot, set int, r override, old *table) {
 	ordinal := unresolved
 	if old != nil {
 		ordinal = old.ordinalOf(findSlot(&old.index, r.namespace, r.hash))
@@ -261,13 +262,13 @@ func (t *table) pinToPrevious(s *indexSlot, set int, r override, old *table) {
 	if ordinal == byHash {
 		t.overrides--
 	}
-	*s = indexSlot{t.pin(set, r, ordinal), uint16(set + 1), uint16(r.hash)}
+	*s = indexSlot{t.addKept(set, r, ordinal), uint16(set + 1), uint16(r.hash)}
 }
 
-// pin adds r to the set of pinned namespaces with that number, with this ordinal, and
+// addKept adds r to the set of kept namespaces with that number, with this ordinal, and
 // returns its offset there.
-func (t *table) pin(set int, r override, ordinal int) (offset uint32) {
-	t.pinnedHash += hash64(r.namespace) * weight(ordinal)
+func (t *table) addKept(set int, r override, ordinal int) (offset uint32) {
+	t.keptHash += hash64(r.namespace) * weight(ordinal)
 	r.valueIndex = uint32(slices.Index(t.valueOrdinals[set], int32(ordinal)))
 	return t.index.sets[set].appendOverride(r)
 }
@@ -281,7 +282,7 @@ func (t *table) ordinalOf(s *indexSlot) int {
 }
 
 // isPinned reports whether the namespace of the slot keeps its previous owner.
-func (t *table) isPinned(s *indexSlot) bool { return int(s.set) > len(t.sources) }
+func (t *table) isKept(s *indexSlot) bool { return int(s.set) > len(t.sources) }
 
 // owner returns the ordinal of the backend that owns the namespace. ok is false if the
 // namespace is unresolved.
@@ -295,20 +296,20 @@ func (t *table) owner(namespace string) (ordinal int, ok bool) {
 }
 
 // lookup is owner for a namespace with this hash64. It returns unresolved if the
-// namespace has no owner, and whether the namespace is pinned.
-func (t *table) lookup(namespace string, key uint64) (ordinal int, pinned bool) {
+// namespace has no owner, and whether the namespace is kept.
+func (t *table) lookup(namespace string, key uint64) (ordinal int, kept bool) {
 	s := findSlot(&t.index, namespace, upper32(key))
 	if ordinal = t.ordinalOf(s); ordinal == byHash {
 		ordinal = t.backends.first + jump(key, t.backends.count)
 	}
-	return ordinal, t.isPinned(s)
+	return ordinal, t.isKept(s)
 }
 
-// pinTo returns a table like t in which each pinned namespace has the owner that previous
+// withKept returns a table like t in which each kept namespace has the owner that previous
 // returns, which may be unresolved.
-func (t *table) pinTo(previous func(namespace string) int) *table {
+func (t *table) withKept(previous func(namespace string) int) *table {
 	next := *t
-	next.pinnedHash = 0
+	next.keptHash = 0
 	next.index.sets = slices.Clone(t.index.sets)
 	for set := len(t.sources); set < len(next.index.sets); set++ {
 		old := t.index.sets[set]
@@ -321,7 +322,7 @@ func (t *table) pinTo(previous func(namespace string) int) *table {
 			case ordinal == t.backends.first+jump(hash64(r.namespace), t.backends.count):
 				ordinal = byHash
 			}
-			next.pin(set, r, ordinal)
+			next.addKept(set, r, ordinal)
 		}
 	}
 	next.finishStamp()
@@ -345,7 +346,7 @@ func (t *table) explain(namespace string) string {
 		return whyHash
 	case t.ordinalOf(s) == unresolved:
 		return whyUnresolved
-	case !t.isPinned(s):
+	case !t.isKept(s):
 		return whyOverride
 	case int(s.set) == len(t.sources)+1:
 		return whyPrevious

@@ -249,11 +249,11 @@ func TestStamp(t *testing.T) {
 		all[other.stamp] = true
 	}
 	junk, conflict := of(0, 4, "a=junk b=backend-2"), of(0, 4, "a=backend-1 b=backend-2", "a=backend-3")
-	if junk.stamp != conflict.stamp || junk.pinnedHash == 0 {
+	if junk.stamp != conflict.stamp || junk.keptHash == 0 {
 		t.Errorf("the stamps are %s and %s, want the same: a stays in both", junk.stamp, conflict.stamp)
 	}
 	next := newTable(same.statefulSet, same.fromHost, same.backends, conflict.sources, same)
-	if next.contentHash != junk.contentHash || next.pinnedHash == junk.pinnedHash {
+	if next.contentHash != junk.contentHash || next.keptHash == junk.keptHash {
 		t.Errorf("the stamps are %s and %s, want the same content, and a kept where it is by one only", next.stamp, junk.stamp)
 	}
 }
@@ -539,14 +539,14 @@ func wantSums(t *testing.T, next *table) {
 			continue
 		}
 		key := hash64(string(next.index.overrideAt(s).namespace))
-		if next.isPinned(s) {
+		if next.isKept(s) {
 			content, kept = content+key*weight(invalidValue), kept+key*weight(next.ordinalOf(s))
 		} else {
 			content += key * weight(next.ordinalOf(s))
 		}
 	}
 	content += hash64(fmt.Sprintf("hash 1, backends %s", next.backends))
-	if next.contentHash != fmix64(content) || next.pinnedHash != fmix64(kept) {
+	if next.contentHash != fmix64(content) || next.keptHash != fmix64(kept) {
 		t.Fatalf("stamp %s, want %016x.%016x", next.stamp, fmix64(content), fmix64(kept))
 	}
 }
@@ -941,7 +941,7 @@ func wantStampsAgree(t *testing.T, a, b *table, same bool, seen map[string]int) 
 	if same && a.contentHash != b.contentHash {
 		t.Fatalf("of the same sources and backends the stamps are %s and %s", a.stamp, b.stamp)
 	}
-	if stays := a.pinnedHash != 0; a.stamp == b.stamp {
+	if stays := a.keptHash != 0; a.stamp == b.stamp {
 		if !owners {
 			t.Fatalf("the stamp of both is %s, and their owners differ:\n%v %s\n%v %s", a.stamp, overridesOf(a), a.backends, overridesOf(b), b.backends)
 		}
