@@ -1,7 +1,7 @@
 package main
 
 // hashVersion is the version of the function bucket. It is part of a table's stamp: two
-// releases that hash in different ways do not compute the same owners.
+// versions that hash in different ways do not compute the same owners.
 const hashVersion = 1
 
 // bucket returns the ordinal in [0, n) that the namespace hashes to. n must be
@@ -12,7 +12,7 @@ const hashVersion = 1
 // StatefulSet fit jump hash: they are added and removed only at the end. From n to
 // n+1 it moves 1/(n+1) of the namespaces, all of them to the new backend.
 //
-// The result is the same on every router in every release. A change here moves
+// The result is the same on every router in every version. A change here moves
 // tenants and needs another hashVersion; testdata/owners.txt detects it.
 func bucket(namespace string, n int) int { return jump(hash64(namespace), n) }
 
