@@ -469,7 +469,7 @@ func TestUpgradeLimit(t *testing.T) {
 		for range 50_000 {
 			backend := rng.IntN(rng.IntN(shape.backends) + 1) // those that come first have more
 			if n := taken[backend]; n > 0 && rng.IntN(3) == 0 {
-				p.release(backend)
+				p.giveBack(backend)
 				taken[backend]--
 				all--
 				continue
@@ -494,7 +494,7 @@ func TestUpgradeLimit(t *testing.T) {
 		for backend, n := range taken {
 			for range n {
 				p.transfer(backend, backend+1)
-				p.release(backend + 1)
+				p.giveBack(backend + 1)
 			}
 		}
 		if all, _ := p.inUse(0); all != 0 || len(p.byBackend) != 0 || p.pooled != 0 {

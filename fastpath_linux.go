@@ -531,7 +531,7 @@ func (c *pendingConn) fallBack(answer []byte, failure error) {
 	conn, err := connFromSocket(socket, control)
 	if err != nil {
 		c.abandonBackend()
-		c.release()
+		c.free()
 		f.refuseClient(socket, err)
 		return
 	}
@@ -565,15 +565,15 @@ func (c *pendingConn) close() {
 	c.detach()
 	c.abandonBackend()
 	syscall.Close(int(c.fd[clientSide]))
-	c.release()
+	c.free()
 	c.fastPath.fdLimit.add(-descriptorsPerUpgrade)
 	c.fastPath.pending.Done()
 }
 
-// release releases the upgrade, if it was admitted.
-func (c *pendingConn) release() {
+// free frees the upgrade, if it was admitted.
+func (c *pendingConn) free() {
 	if c.upgrade != nil {
-		c.upgrade.release()
+		c.upgrade.free()
 	}
 }
 

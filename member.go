@@ -72,7 +72,7 @@ func newMember(name, uid, instance string) *member {
 // the step after.
 type progress struct {
 	sessions bool // it has sessions, or upgrades that a backend may have got
-	released bool // none of them has another owner than the view has after the step
+	stepDone bool // none of them has another owner than the view has after the step
 	next     mark // how far the step after may go, towards handoffPlan.target
 	left     int  // sessions that have to move, also those that next covers
 }
@@ -210,7 +210,7 @@ func (m *member) decide(s *situation) decision {
 		}
 		return m.reset(s)
 	}
-	if s.leaving && !s.sessions && s.released {
+	if s.leaving && !s.sessions && s.stepDone {
 		return m.leave(s)
 	}
 	wait := decision{}
@@ -349,7 +349,7 @@ func (m *member) sendAnswer(s *situation) decision {
 	if !m.view.isMember {
 		return decision{}
 	}
-	if !s.released {
+	if !s.stepDone {
 		return waiting("sessions of step %d are left", m.view.step)
 	}
 	a := m.answer(s)
@@ -443,7 +443,7 @@ func (m *member) join(s *situation) decision {
 		return m.writePlan(s, next, nil, s.now, "remove the container before")
 	case m.newest == nil:
 		return waiting("this router has no table")
-	case isAny && !s.released:
+	case isAny && !s.stepDone:
 		return decision{}
 	}
 	a := m.answer(s)

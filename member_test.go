@@ -251,10 +251,10 @@ func (w *modelWorld) situationOf(r *modelRouter) *situation {
 		now: w.clock(r), object: r.object, seenAt: r.seenAt, list: r.list, leaving: r.leaving,
 		gone: func(pod, uid string) bool { return w.pods[pod].uid != uid },
 	}
-	s.released = true
+	s.stepDone = true
 	for i := range r.open {
 		s.sessions = s.sessions || r.open[i] != 0
-		s.released = s.released && w.misplaced(r, i) == 0
+		s.stepDone = s.stepDone && w.misplaced(r, i) == 0
 	}
 	s.next = r.next
 	if w.rules.situation != nil {
@@ -776,7 +776,7 @@ func TestModelNeedsRules(t *testing.T) {
 		{"only members admit", twoOwners, modelRules{
 			view: func(_ *modelRouter, v *memberView) { v.outside = false }}},
 		{"an answer waits for the end of sessions", twoOwners, modelRules{
-			situation: func(_ *modelWorld, _ *modelRouter, s *situation) { s.released = true }}},
+			situation: func(_ *modelWorld, _ *modelRouter, s *situation) { s.stepDone = true }}},
 		{"a step is done when all have answered", twoOwners, modelRules{
 			view: func(_ *modelRouter, v *memberView) { v.done = true }}},
 		{"only a pod that is gone is removed", twoOwners, modelRules{
@@ -1345,7 +1345,7 @@ func TestBranchDoesNotFollow(t *testing.T) {
 func TestLeaveAfterRelease(t *testing.T) {
 	for _, released := range []bool{false, true} {
 		_, r, s := rested(2)
-		s.leaving, s.sessions, s.released = true, false, released
+		s.leaving, s.sessions, s.stepDone = true, false, released
 		if left := r.decide(s).why == "leave"; left != released {
 			t.Errorf("released %t: leaves %t", released, left)
 		}

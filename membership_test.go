@@ -196,7 +196,7 @@ func (c *simContainer) endSession(s *session, why cause, onEnd func()) bool {
 		c.finish(seen)
 		c.relay.remove(s, [2]int64{})
 		s.counted.Store(true)
-		c.relay.onReleased()
+		c.relay.onBackendEnded()
 		onEnd()
 	})
 	return true

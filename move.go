@@ -48,7 +48,7 @@ type mover struct {
 
 	tableChanged wakeup       // of run, by ownersChanged
 	wake         wakeup       // of run, when something of a step is over
-	releasing    atomic.Bool  // run waits for something of a step to be over
+	awaitsEnd    atomic.Bool  // run waits for something of a step to be over
 	steps        atomic.Int64 // steps that are done
 	seenStep     atomic.Int64 // the highest that a backend has answered: see noteStep
 	leaving      atomic.Bool  // see leave
@@ -62,7 +62,7 @@ type mover struct {
 	finishing   []*moveBatch // whose last closing handshakes go on
 	queue       moveQueue
 	targets     *moveTargets
-	closing     []*session      // of the step, that are not released yet
+	closing     []*session      // of the step, whose backend has not ended them
 	paceLimits  bool            // there are sessions that only wait for the pace
 	ctx         context.Context // of run
 }
@@ -91,7 +91,7 @@ func newMover(
 		m.moveInterval = time.Second / time.Duration(rate)
 	}
 	m.pace.interval = m.moveInterval
-	m.flights.onEnd, relay.onReleased = m.sessionReleased, m.sessionReleased
+	m.flights.onEnd, relay.onBackendEnded = m.somethingEnded, m.somethingEnded
 	return m
 }
 
@@ -157,10 +157,10 @@ func (m *mover) shouldMove(s *session) bool {
 	return owner != unresolved && owner != s.backend || m.relay.podReplaced(s)
 }
 
-// sessionReleased wakes run if it waits for the end of sessions or upgrades. It does not
+// somethingEnded wakes run if it waits for the end of sessions or upgrades. It does not
 // block.
-func (m *mover) sessionReleased() {
-	if m.releasing.Load() {
+func (m *mover) somethingEnded() {
+	if m.awaitsEnd.Load() {
 		m.wake.notify()
 	}
 }
@@ -420,26 +420,26 @@ func (m *mover) startPace(now time.Time) (ready bool, again time.Time) {
 // isOver closes the sessions of v's step, and reports whether the step is over in this
 // router: nothing of it is left, and with -release the backends have stored the state.
 func (m *mover) isOver(v *view) bool {
-	return m.release(v) && m.releases.isDone(v.step, v.misplaces, m.wake.notify)
+	return m.closeMisplaced(v) && m.releases.isDone(v.step, v.misplaces, m.wake.notify)
 }
 
-// release closes the sessions of v's step, and reports whether all of them, and the
+// closeMisplaced closes the sessions of v's step, and reports whether all of them, and the
 // upgrades that their backends may have got, are over. An upgrade becomes a session
-// before it leaves the flights: so release looks at the flights first. A session whose
-// client has left may become a flight: so release looks at the flights again at the end.
-func (m *mover) release(v *view) bool {
-	m.releasing.Store(true)
+// before it leaves the flights: so this looks at the flights first. A session whose
+// client has left may become a flight: so it looks at the flights again at the end.
+func (m *mover) closeMisplaced(v *view) bool {
+	m.awaitsEnd.Store(true)
 	blocks := func(f *flight) bool { return m.blocks(v, f) }
 	for {
-		m.closing = slices.DeleteFunc(m.closing, (*session).isReleased)
+		m.closing = slices.DeleteFunc(m.closing, (*session).isBackendDone)
 		if len(m.closing) > 0 {
 			return false
 		}
 		inFlight := m.flights.any(blocks)
-		m.closing = m.unreleased(v)
+		m.closing = m.misplacedSessions(v)
 		if len(m.closing) == 0 {
 			inFlight = inFlight || m.flights.any(blocks)
-			m.releasing.Store(inFlight)
+			m.awaitsEnd.Store(inFlight)
 			return !inFlight
 		}
 		for _, s := range m.closing {
@@ -474,7 +474,7 @@ func (m *mover) cutRequests(now time.Time) time.Time {
 // unreleased returns the sessions that v's step waits for.
 func (m *mover) unreleased(v *view) []*session {
 	return m.relay.filter(func(s *session) bool {
-		return v.misplaces(s.namespace, s.backend) && !s.isReleased()
+		return v.misplaces(s.namespace, s.backend) && !s.isBackendDone()
 	})
 }
 
@@ -570,7 +570,7 @@ func (m *mover) reportFinished() {
 // (-handoff=all). The mover's run owns it.
 type sharedMove struct {
 	*membership
-	released int64         // the last step of which nothing is left in this router
+	doneStep int64         // the last step of which nothing is left in this router
 	answered *stepProposal // the last that may be in this router's answer; nil for none
 }
 
@@ -616,7 +616,7 @@ func (m *mover) advanceShared(now time.Time) time.Time {
 		case actAdopt:
 			m.adopt(d.view.view, now)
 		case actEndAll:
-			m.releasing.Store(true)
+			m.awaitsEnd.Store(true)
 			for _, s := range m.openSessions() {
 				m.startMove(s)
 			}
@@ -632,19 +632,19 @@ func (m *mover) advanceShared(now time.Time) time.Time {
 func (m *mover) progress(v *view, now time.Time) (p progress, again time.Time) {
 	p.sessions = m.relay.size() > 0 || m.flights.any(func(*flight) bool { return true })
 	if v == nil {
-		p.released = !p.sessions
+		p.stepDone = !p.sessions
 		return p, time.Time{}
 	}
 	t := m.router.table()
 	if m.batch == nil && t != nil && !v.isAtRest(t.contentHash) {
 		m.prepare(now) // this router has joined during a change
 	}
-	if m.shared.released < v.step && (v.done || m.isOver(v)) {
-		m.shared.released = v.step
+	if m.shared.doneStep < v.step && (v.done || m.isOver(v)) {
+		m.shared.doneStep = v.step
 	}
-	p.released = m.shared.released >= v.step
+	p.stepDone = m.shared.doneStep >= v.step
 	switch {
-	case t == nil || !p.released || !v.knowsAll() || v.outside:
+	case t == nil || !p.stepDone || !v.knowsAll() || v.outside:
 		return p, time.Time{}
 	case v.isAtRest(t.contentHash):
 		p.next = mark{upto: allPlaces}
@@ -676,7 +676,7 @@ func (m *mover) rest(v *view, t *table, now time.Time) (again time.Time) {
 // propose returns how far the step after v's may go towards t, and when that may change,
 // zero if only when something happens. It goes as far as the pace allows by the time of
 // that step. This router's share of the rate is its share of the sessions. propose closes
-// no session of the step: release does, when the step has come.
+// no session of the step: closeMisplaced does, when the step has come.
 func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.Time) {
 	if m.batch == nil || m.batch.content != t.contentHash {
 		m.prepare(now)

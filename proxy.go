@@ -426,7 +426,7 @@ var errMisdirected = errors.New("another backend answers at its address")
 var errReleased = errors.New("it has released the namespace for a later step (409)")
 
 // admit checks an upgrade request, finds its owner, and counts it in the limits. Both
-// ways of a handshake begin with it. The caller calls release or handOver.
+// ways of a handshake begin with it. The caller calls free or handOver.
 func (p *proxy) admit(r *http.Request) (*pendingUpgrade, *refusal) {
 	namespace, refused := p.check(r, checkUpgrade)
 	if refused != nil {
@@ -740,7 +740,7 @@ func (p *proxy) newSession(u *pendingUpgrade, clientAddrs string) (*session, err
 // sessions after such a change.
 func (p *proxy) handOver(u *pendingUpgrade, s *session, start func()) {
 	p.results[resultOK].Add(1)
-	u.release() // before start, or the limit of sessions would count it twice
+	u.free() // before start, or the limit of sessions would count it twice
 	start()
 	u.endFlight()
 	if p.mover.shouldMove(s) {

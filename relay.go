@@ -92,10 +92,10 @@ type session struct {
 	index    int32 // in relay.sessions
 	onOldPod bool  // counted in relay.oldPods
 
-	released  atomic.Bool     // its backend has ended its stream, or was reset
-	cause     atomic.Int32    // a cause; causeNone until the session ends
-	counted   atomic.Bool     // it has ended and was counted
-	bytesFrom [2]atomic.Int64 // by sender, taken by its peer's socket; with Close frames
+	backendEnded atomic.Bool     // its backend has ended its stream, or was reset
+	cause        atomic.Int32    // a cause; causeNone until the session ends
+	counted      atomic.Bool     // it has ended and was counted
+	bytesFrom    [2]atomic.Int64 // by sender, taken by its peer's socket; with Close frames
 
 	// Owned by endIdle.
 	lastBytes int64 // sum of bytesFrom at the last check
@@ -136,8 +136,8 @@ type relay struct {
 	deadTimeout      time.Duration
 	closeTimeout     time.Duration
 	freeDescriptors  func(count int)                    // called for descriptors that a session no longer has
-	onReleased       func()                             // called when a session is released; must not block
-	onUnreleased     func(s *session, backend net.Conn) // see abandonBackend; nil: nobody waits
+	onBackendEnded   func()                             // called when a session is released; must not block
+	onBackendOpen    func(s *session, backend net.Conn) // see abandonBackend; nil: nobody waits
 	note             noteNamespace                      // called just before a session is released
 	log              *slog.Logger
 	engine           engine
@@ -182,7 +182,7 @@ func newRelay(name func(backend int) string, log *slog.Logger) *relay {
 		deadTimeout:      deadTimeout,
 		closeTimeout:     closeTimeout,
 		freeDescriptors:  func(int) {},
-		onReleased:       func() {},
+		onBackendEnded:   func() {},
 		note:             func(string, int) {},
 		log:              log,
 		byBackend:        map[int]backendCount{},
@@ -238,7 +238,7 @@ func (r *relay) sessionEnded(s *session) {
 		"client", s.clientAddrs, "seconds", (time.Since(r.began) - s.started).Seconds(),
 		"to_backend", n[clientSide], "to_client", n[backendSide])
 	s.counted.Store(true)
-	r.onReleased()
+	r.onBackendEnded()
 	r.freeDescriptors(descriptorsPerSession)
 	r.openSessions.Done()
 }
@@ -298,7 +298,7 @@ func (r *relay) setPods(pods map[int]string) (changed bool) {
 // podReplaced reports whether another pod has replaced the session's pod, and the old
 // one still has the session. It takes no lock.
 func (r *relay) podReplaced(s *session) bool {
-	return r.isOldPod(s.backend, s.podUID) && !s.released.Load()
+	return r.isOldPod(s.backend, s.podUID) && !s.backendEnded.Load()
 }
 
 // isOldPod reports whether another pod has replaced the backend's pod with this uid. It
@@ -343,18 +343,18 @@ func (r *relay) countOnOldPod(s *session, onOldPod bool) {
 	}
 }
 
-// setReleased notes that the backend of s has ended its stream, or that the relay has reset
+// setBackendEnded notes that the backend of s has ended its stream, or that the relay has reset
 // its connection: for this session the backend no longer serves the namespace. The engine
 // calls it, with or without its own locks.
-func (r *relay) setReleased(s *session) {
+func (r *relay) setBackendEnded(s *session) {
 	r.note(s.namespace, s.backend)
-	if s.released.Swap(true) {
+	if s.backendEnded.Swap(true) {
 		return
 	}
 	if s.podUID != "" {
 		r.recountOnOldPod(s)
 	}
-	r.onReleased()
+	r.onBackendEnded()
 }
 
 // countUnproven counts a session that moves and whose backend is reset, as it has not
@@ -365,23 +365,23 @@ func (r *relay) countUnproven(s *session) {
 	}
 }
 
-// waitsForEnd reports whether the backend of s, which ends, has to end its stream too
-// before its namespace is released: it may not have read yet that the client is gone. A
-// backend that has answered a Close frame has.
+// waitsForEnd reports whether the router waits until the backend of s, which ends, ends it
+// too. It may have requests that it has not read yet of a client that is gone. A backend
+// that has sent its Close frame is done.
 func (r *relay) waitsForEnd(s *session) bool {
 	answered := s.closing != nil && s.frames[backendSide].closed()
-	return r.onUnreleased != nil && !answered && !s.released.Load()
+	return r.onBackendOpen != nil && !answered && !s.backendEnded.Load()
 }
 
-// abandonBackend gives the backend's socket of such a session to onUnreleased, which
-// closes it. It closes the file.
+// abandonBackend gives the backend's socket, of a session for which waitsForEnd is true, to
+// onBackendOpen, which closes it. abandonBackend closes the file.
 func (r *relay) abandonBackend(s *session, socket *os.File) {
 	conn, err := net.FileConn(socket)
 	socket.Close()
 	if err != nil {
 		conn = nil // there is no descriptor for it
 	}
-	r.onUnreleased(s, conn)
+	r.onBackendOpen(s, conn)
 }
 
 // oldPodSessionsDone returns nil if the namespace has no session with a replaced pod.
@@ -411,8 +411,8 @@ func (s *session) setCause(cause cause) bool {
 // isClosing reports whether the session has a cause: it ends or has ended.
 func (s *session) isClosing() bool { return cause(s.cause.Load()) != causeNone }
 
-// isReleased reports whether the session's backend serves its namespace no longer.
-func (s *session) isReleased() bool { return s.released.Load() || s.counted.Load() }
+// isBackendDone reports whether the session's backend serves its namespace no longer.
+func (s *session) isBackendDone() bool { return s.backendEnded.Load() || s.counted.Load() }
 
 // filter returns the sessions for which match returns true, of those that are open at
 // one moment of the call. It calls match without the relay's lock, so sessions may

@@ -83,7 +83,7 @@ func (m *mover) waitingFor(v *view) []stepWait {
 		}
 		return false
 	})
-	for _, s := range m.unreleased(v) {
+	for _, s := range m.misplacedSessions(v) {
 		w := count[s.backend]
 		w.Sessions++
 		count[s.backend] = w

@@ -23,7 +23,7 @@ type upgradeLimit struct {
 
 // acquire takes a place for an upgrade to a backend, one of so many. Each backend has at
 // least one place, whatever the limit. It returns how many places are taken then, in all
-// and by this backend. If ok is false, it took none. The caller calls release.
+// and by this backend. If ok is false, it took none. The caller calls giveBack.
 func (p *upgradeLimit) acquire(ordinal, backends, limit int) (all, own int, ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -48,8 +48,8 @@ func (p *upgradeLimit) take(ordinal int) {
 	p.add(ordinal, 1)
 }
 
-// release gives a place back.
-func (p *upgradeLimit) release(ordinal int) {
+// giveBack gives a place back.
+func (p *upgradeLimit) giveBack(ordinal int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.add(ordinal, -1)
@@ -105,8 +105,8 @@ const headBytesPerUpgrade = 2 << 10
 // It goes with its client from the fast path to net/http. One goroutine at a time owns
 // it.
 type pendingUpgrade struct {
-	limit     *upgradeLimit // counts it until release
-	released  bool
+	limit     *upgradeLimit // counts it until free
+	freed     bool
 	namespace string
 	assignment
 	headBytes int // of its head, as limit counts them
@@ -147,7 +147,7 @@ func (u *pendingUpgrade) abandon(conn net.Conn) {
 	}
 	limit, backend := u.limit, u.flight.backend
 	limit.take(backend)
-	u.flight.abandon(conn, func() { limit.release(backend) })
+	u.flight.abandon(conn, func() { limit.giveBack(backend) })
 	u.flight = nil
 }
 
@@ -161,14 +161,14 @@ func (u *pendingUpgrade) reserveHead(n, limit int) bool {
 	return ok
 }
 
-// release ends the count of the upgrade in its limit. More calls do nothing.
-func (u *pendingUpgrade) release() {
-	if u.released {
+// free ends the count of the upgrade in its limit. More calls do nothing.
+func (u *pendingUpgrade) free() {
+	if u.freed {
 		return
 	}
 	u.reserveHead(0, 0)
-	u.limit.release(u.owner)
-	u.released = true
+	u.limit.giveBack(u.owner)
+	u.freed = true
 }
 
 // retake takes a place again, after release, even if the owner has its share.
@@ -180,5 +180,5 @@ func (u *pendingUpgrade) retake() {
 // close releases the upgrade, and abandons the connection to its owner if it has one.
 func (u *pendingUpgrade) close() {
 	u.abandon(u.backendConn)
-	u.release()
+	u.free()
 }
