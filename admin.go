@@ -77,7 +77,7 @@ func (a *admin) handler() http.Handler {
 	mux.HandleFunc("GET /backends",
 		limitConcurrency(maxConcurrentBackends, maxAdminConns, a.backends))
 	mux.HandleFunc("POST /plan",
-		limitConcurrency(maxConcurrentPlans, maxWaitingPlans, a.plan))
+		limitConcurrency(maxConcurrentPlans, maxWaitingPlans, a.preview))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method != http.MethodPost && r.ContentLength != 0 {
 			w.Header().Set("Connection", "close") // so that net/http does not read the body
@@ -449,42 +449,42 @@ const maxReplicas = 10_000
 // JSON if each byte is escaped.
 const maxPlanBody = 8 << 20
 
-// proposal is the body of POST /plan: a ConfigMap as JSON, with or without its Kubernetes
+// planRequest is the body of POST /plan: a ConfigMap as JSON, with or without its Kubernetes
 // namespace, or {"replicas": 6}.
-type proposal struct {
+type planRequest struct {
 	configMap
 	Replicas *int `json:"replicas"`
 }
 
-// plan is the answer of POST /plan: which sessions of this router a change would move. It
+// preview is the answer of POST /plan: which sessions of this router a change would move. It
 // leaves out namespaces without sessions.
-type plan struct {
+type preview struct {
 	Table      string        `json:"table"`      // version of the table in force
 	Backends   int           `json:"backends"`   // after the change
 	Sessions   int           `json:"sessions"`   // that would move
 	Namespaces int           `json:"namespaces"` // of these sessions
 	Seconds    float64       `json:"seconds"`    // that the moves would take at least
-	Moves      []plannedMove `json:"moves"`
+	Moves      []previewMove `json:"moves"`
 	Rejected   int           `json:"rejected"`             // entries that would be rejected
 	Rejections []string      `json:"rejections,omitempty"` // the first maxExamples
 }
 
-// plannedMove has the sessions of one namespace that would move from one backend to
+// previewMove has the sessions of one namespace that would move from one backend to
 // another. A namespace that is moving already may have two.
-type plannedMove struct {
+type previewMove struct {
 	Namespace string `json:"namespace"`
 	From      string `json:"from"`
 	To        string `json:"to"`
 	Sessions  int    `json:"sessions"`
 }
 
-// plan answers POST /plan. It changes nothing.
-func (a *admin) plan(w http.ResponseWriter, r *http.Request) {
+// preview answers POST /plan. It changes nothing.
+func (a *admin) preview(w http.ResponseWriter, r *http.Request) {
 	t := a.tableOrError(w)
 	if t == nil {
 		return
 	}
-	next, err := a.readProposal(w, r, t)
+	next, err := a.readPlanRequest(w, r, t)
 	switch tooBig := (&http.MaxBytesError{}); {
 	case errors.As(err, &tooBig):
 		writeError(w, http.StatusRequestEntityTooLarge,
@@ -492,13 +492,13 @@ func (a *admin) plan(w http.ResponseWriter, r *http.Request) {
 	case err != nil:
 		writeError(w, http.StatusBadRequest, err.Error())
 	default:
-		writeJSON(w, http.StatusOK, a.planMoves(t, next))
+		writeJSON(w, http.StatusOK, a.previewMoves(t, next))
 	}
 }
 
-// readProposal reads the proposal in r's body, and returns the table that would follow
+// readPlanRequest reads the planRequest in r's body, and returns the table that would follow
 // current. A body above maxPlanBody is an *http.MaxBytesError.
-func (a *admin) readProposal(w http.ResponseWriter, r *http.Request,
+func (a *admin) readPlanRequest(w http.ResponseWriter, r *http.Request,
 	current *table) (*table, error) {
 	if r.ContentLength > maxPlanBody {
 		w.Header().Set("Connection", "close") // so that net/http does not read the body
@@ -509,7 +509,7 @@ func (a *admin) readProposal(w http.ResponseWriter, r *http.Request,
 		size = maxPlanBody
 	}
 	body := bytes.NewBuffer(make([]byte, 0, size+bytes.MinRead)) // it never grows
-	var p proposal
+	var p planRequest
 	_, err := body.ReadFrom(http.MaxBytesReader(w, r.Body, maxPlanBody))
 	if err == nil {
 		err = json.Unmarshal(body.Bytes(), &p)
@@ -522,7 +522,7 @@ func (a *admin) readProposal(w http.ResponseWriter, r *http.Request,
 }
 
 // table returns the table that would follow current.
-func (p *proposal) table(current *table) (*table, error) {
+func (p *planRequest) table(current *table) (*table, error) {
 	backends, sources := current.backends, slices.Clone(current.sources)
 	switch {
 	case p.Replicas != nil && p.Kind != "":
@@ -548,7 +548,7 @@ func (p *proposal) table(current *table) (*table, error) {
 }
 
 // matches reports whether the proposed ConfigMap is a new version of this source.
-func (p *proposal) matches(src sourceContent) bool {
+func (p *planRequest) matches(src sourceContent) bool {
 	id := p.id()
 	if id.namespace == "" {
 		id.namespace = src.id.namespace
@@ -565,10 +565,10 @@ func sourceNames(sources []sourceContent) string {
 	return strings.Join(all, ", ")
 }
 
-// planMoves returns which sessions would move if next followed current.
-func (a *admin) planMoves(current, next *table) *plan {
-	p := &plan{
-		Table: current.version, Backends: next.backends.count, Moves: []plannedMove{}}
+// previewMoves returns which sessions would move if next followed current.
+func (a *admin) previewMoves(current, next *table) *preview {
+	p := &preview{
+		Table: current.version, Backends: next.backends.count, Moves: []previewMove{}}
 	moving := a.proxy.relay.filter(func(s *session) bool {
 		owner, ok := next.owner(s.namespace)
 		return ok && owner != s.backend
@@ -587,7 +587,7 @@ func (a *admin) planMoves(current, next *table) *plan {
 			p.Namespaces++
 		}
 		owner, _ := next.owner(s.namespace)
-		p.Moves = append(p.Moves, plannedMove{
+		p.Moves = append(p.Moves, previewMove{
 			Namespace: s.namespace, From: next.name(s.backend), To: next.name(owner),
 			Sessions: 1})
 	}

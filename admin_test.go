@@ -559,11 +559,11 @@ func TestPlan(t *testing.T) {
 // whose override leads to a backend that is gone.
 func planFewer(t *testing.T) string {
 	t.Helper()
-	p := plan{Table: "7", Backends: 1, Moves: []plannedMove{}, Rejected: 1,
+	p := preview{Table: "7", Backends: 1, Moves: []previewMove{}, Rejected: 1,
 		Rejections: []string{`late: "backend-1", expected backend-0 to backend-0, in force: unresolved`}}
 	if from := bucket("b", 4); from != 0 {
 		p.Sessions, p.Namespaces, p.Seconds = 1, 1, 0.5
-		p.Moves = append(p.Moves, plannedMove{"b", backendName("backend", from), "backend-0", 1})
+		p.Moves = append(p.Moves, previewMove{"b", backendName("backend", from), "backend-0", 1})
 	}
 	b, err := json.Marshal(p)
 	if err != nil {

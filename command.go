@@ -121,7 +121,7 @@ func (c *command) plan(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	var p plan
+	var p preview
 	if err := c.do(ctx, http.MethodPost, "/plan", body, &p); err != nil {
 		return err
 	}

@@ -112,13 +112,13 @@ type replicaWatcher struct {
 	endpoints  *endpointWatcher
 	shared     bool                                     // routers share the note
 	onResize   func(backends ordinals, revision string) // see newReplicaWatcher
-	onProposal func()                                   // see newReplicaWatcher
+	onWanted   func()                                   // see newReplicaWatcher
 	noteWakeup wakeup                                   // of compareNote
 	log        *slog.Logger
 
 	// Owned by run.
-	resized  ordinals        // the last ones that onResize got
-	proposed *activeBackends // when onProposal was last called
+	resized ordinals        // the last ones that onResize got
+	wanted  *activeBackends // when onWanted was last called
 
 	// Guarded by mu.
 	mu         sync.Mutex
@@ -146,16 +146,16 @@ type noteProof struct {
 // namespaces, at least one, each time that they change, and with the StatefulSet's
 // revision then.
 //
-// If onProposal is nil, the router is alone. Else all routers share a note, which
-// setNoted gives to this one: before that, no backends are known. run calls onProposal
-// each time that proposal returns something else. One call of onResize or onProposal ends
+// If onWanted is nil, the router is alone. Else all routers share a note, which
+// setNoted gives to this one: before that, no backends are known. run calls onWanted
+// each time that wantedBackends returns something else. One call of onResize or onWanted ends
 // before the next one. No lock is held then.
 func newReplicaWatcher(client kubeClient, namespace string, endpoints *endpointWatcher,
-	onResize func(backends ordinals, revision string), onProposal func(),
+	onResize func(backends ordinals, revision string), onWanted func(),
 	log *slog.Logger) *replicaWatcher {
 	r := &replicaWatcher{
-		endpoints: endpoints, shared: onProposal != nil,
-		onResize: onResize, onProposal: onProposal, noteWakeup: newWakeup(), log: log,
+		endpoints: endpoints, shared: onWanted != nil,
+		onResize: onResize, onWanted: onWanted, noteWakeup: newWakeup(), log: log,
 	}
 	r.watcher = &watcher[statefulSet]{
 		kube: &client, path: "/apis/apps/v1/namespaces/" + namespace + "/statefulsets",
@@ -251,14 +251,14 @@ func (r *replicaWatcher) nextNote() *activeBackends {
 	return &activeBackends{r.latest.grow(b.count, r.isServing), m.UID, m.Generation}
 }
 
-// proposal returns what the routers should note: what is noted, if that is right, and nil
+// wantedBackends returns what the routers should note: what is noted, if that is right, and nil
 // if this router does not know. Any goroutine may call it.
 //
 // A router whose StatefulSet is older than that of the note proposes nothing. The note
 // alone does not always say whether it is older: the note may be of a StatefulSet that
 // was deleted, or of a spec that was lost when etcd was restored. A LIST proves that
 // (compareNote). While the note is ahead of the spec, only one further ahead replaces it.
-func (r *replicaWatcher) proposal() *activeBackends {
+func (r *replicaWatcher) wantedBackends() *activeBackends {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	next := r.nextNote()
@@ -290,7 +290,7 @@ func (r *replicaWatcher) proofWanted() noteProof {
 	return noteProof{*r.noted, m.UID, m.Generation}
 }
 
-// run calls onResize and onProposal until ctx ends: see newReplicaWatcher.
+// run calls onResize and onWanted until ctx ends: see newReplicaWatcher.
 func (r *replicaWatcher) run(ctx context.Context) {
 	for {
 		r.mu.Lock()
@@ -305,7 +305,7 @@ func (r *replicaWatcher) run(ctx context.Context) {
 			r.onResize(b, revision)
 		}
 		if r.shared {
-			r.announceProposal()
+			r.announceWanted()
 		}
 		select {
 		case <-ctx.Done():
@@ -315,12 +315,12 @@ func (r *replicaWatcher) run(ctx context.Context) {
 	}
 }
 
-// announceProposal calls onProposal if there is another proposal.
-func (r *replicaWatcher) announceProposal() {
-	p := r.proposal()
-	same := p == r.proposed || p != nil && r.proposed != nil && *p == *r.proposed
-	if r.proposed = p; !same {
-		r.onProposal()
+// announceWanted calls onWanted if the router wants another number.
+func (r *replicaWatcher) announceWanted() {
+	p := r.wantedBackends()
+	same := p == r.wanted || p != nil && r.wanted != nil && *p == *r.wanted
+	if r.wanted = p; !same {
+		r.onWanted()
 	}
 }
 
@@ -346,7 +346,7 @@ func (r *replicaWatcher) compareNote(ctx context.Context) {
 	}
 }
 
-// missingProof returns the proof that proposal needs, and reports whether there is none.
+// missingProof returns the proof that wantedBackends needs, and reports whether there is none.
 // A StatefulSet that does not exist cannot be newer than the note.
 func (r *replicaWatcher) missingProof() (wanted noteProof, missing bool) {
 	r.mu.Lock()

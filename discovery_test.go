@@ -104,12 +104,12 @@ func TestActiveCount(t *testing.T) {
 			if tt.ready != unread {
 				r.seeReady(t, tt.ready)
 			}
-			if got, next := r.inForceNow(), r.proposal(); got.count != 0 || next != nil {
+			if got, next := r.inForceNow(), r.wantedBackends(); got.count != 0 || next != nil {
 				t.Errorf("before the object was read: %+v, proposal %+v", got, next)
 			}
 			for _, b := range []*activeBackends{tt.note, nil} { // one that is lost stays in force
 				r.setNoted(b)
-				got, next := r.inForceNow(), r.proposal()
+				got, next := r.inForceNow(), r.wantedBackends()
 				if got.count == 0 {
 					got = ordinals{}
 				}
@@ -189,7 +189,7 @@ func TestActiveCountWithoutEndpoints(t *testing.T) {
 			if name == "not tried" {
 				want = "4 of u/5"
 			}
-			wantEqual(t, "proposal", noteText(r.proposal()), want)
+			wantEqual(t, "proposal", noteText(r.wantedBackends()), want)
 		})
 	}
 }
@@ -229,7 +229,7 @@ func (o *sharedNote) settle() {
 		again = false
 		for _, r := range o.routers {
 			r.setNoted(o.note)
-			if b := r.proposal(); b != nil && b.replaces(o.note) {
+			if b := r.wantedBackends(); b != nil && b.replaces(o.note) {
 				o.note, again = b, true
 				o.writes = append(o.writes, noteText(b))
 			}
@@ -264,7 +264,7 @@ func (o *sharedNote) wantWrites(t *testing.T, want ...string) {
 type followingRouter struct {
 	*replicaWatcher
 	last      atomic.Value // ordinals
-	proposals atomic.Int64 // calls of onProposal
+	proposals atomic.Int64 // calls of onWanted
 	logged    *textLog
 }
 
@@ -472,7 +472,7 @@ func TestReplicasOldPicture(t *testing.T) {
 		shared.wantWrites(t, "3 of u-backend/3")
 		f.scale(5)
 		shared.wantWrites(t, "3 of u-backend/4") // the old picture has six backends, which are ready
-		wantEqual(t, "what the old picture proposes", noteText(old.proposal()), "none")
+		wantEqual(t, "what the old picture proposes", noteText(old.wantedBackends()), "none")
 		wantEqual(t, "backends by the old picture", old.last.Load().(ordinals), ordinals{0, 3})
 		wantEqual(t, "the generation of the old picture", old.lastStatefulSet().Metadata.Generation, 2)
 		time.Sleep(noteDelay + time.Second)
@@ -500,7 +500,7 @@ func TestReplicasOfAnotherStatefulSet(t *testing.T) {
 		time.Sleep(noteDelay + time.Second)
 		shared.wantWrites(t, "2 of new/1")
 		wantEqual(t, "backends by the old picture", old.last.Load().(ordinals), ordinals{0, 4})
-		wantEqual(t, "what it proposes", noteText(old.proposal()), "none")
+		wantEqual(t, "what it proposes", noteText(old.wantedBackends()), "none")
 		time.Sleep(noteDelay + time.Second)
 		shared.wantWrites(t)
 		wantEqual(t, "backends when it is seen", old.last.Load().(ordinals), ordinals{0, 2})
@@ -521,7 +521,7 @@ func TestReplicasDeletedRest(t *testing.T) {
 		time.Sleep(2 * time.Minute)
 		wantEqual(t, "requests", f.verbs(), "")
 		wantEqual(t, "backends", r.last.Load().(ordinals), ordinals{0, 4})
-		wantEqual(t, "proposal", noteText(r.proposal()), "none")
+		wantEqual(t, "proposal", noteText(r.wantedBackends()), "none")
 	})
 }
 

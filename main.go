@@ -345,15 +345,15 @@ func (p *program) followStatefulSet(kubeClient *kubeClient, namespace string,
 		p.fdLimit.setBackends(backends.count)
 		p.proxy.router.setBackends(backends, revision)
 	}
-	var onProposal func()
+	var onWanted func()
 	shared := p.proxy.mover.shared
 	if shared != nil {
-		onProposal = shared.wake
+		onWanted = shared.wake
 	}
 	replicas := newReplicaWatcher(
-		*kubeClient, namespace, endpoints, onResize, onProposal, p.log)
+		*kubeClient, namespace, endpoints, onResize, onWanted, p.log)
 	if shared != nil {
-		shared.proposal, shared.onNote = replicas.proposal, replicas.setNoted
+		shared.wantedBackends, shared.onNote = replicas.wantedBackends, replicas.setNoted
 	}
 	p.admin.replicaWatcher = replicas
 	p.tasks = append(p.tasks,

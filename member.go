@@ -505,7 +505,7 @@ func (m *member) writeStep(s *situation) decision {
 	if missing := o.missing(); len(missing) > 0 {
 		return waiting("%s has not answered step %d", strings.Join(missing, ", "), v.step)
 	}
-	proposal, writers, allBlank, err := o.proposal(m.newest.contentHash)
+	agreed, writers, allBlank, err := o.agreedMark(m.newest.contentHash)
 	if err != nil {
 		return waiting("%v", err)
 	}
@@ -518,7 +518,7 @@ func (m *member) writeStep(s *situation) decision {
 	case !v.knowsAll():
 		return waiting("this router does not know all tables of step %d", v.step)
 	default:
-		next = v.plan.advance(m.newest.contentHash, proposal, s.now)
+		next = v.plan.advance(m.newest.contentHash, agreed, s.now)
 		sawLater := m.top > v.step // a backend has seen a later step
 		if v.plan.isSame(next) && !sawLater {
 			return waiting("")
@@ -540,12 +540,12 @@ func stepTime(routers int) time.Duration {
 	return minStepTime * time.Duration(max(3, routers)) / 3
 }
 
-// proposal returns how far the next step may go: as far as all members say that know the
+// agreedMark returns how far the next step may go: as far as all members say that know the
 // tables of the plan. writers are those of these whose process is known, sorted; allBlank
-// is true if no member knows the tables. proposal returns an error if a member does not
+// is true if no member knows the tables. agreedMark returns an error if a member does not
 // have the table with this content. A pod of anyInstance that has no table, and so cannot
 // join, is not asked.
-func (o *handoffObject) proposal(
+func (o *handoffObject) agreedMark(
 	content uint64,
 ) (next mark, writers []string, allBlank bool, err error) {
 	next, allBlank = mark{upto: allPlaces}, true

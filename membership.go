@@ -44,9 +44,9 @@ type membership struct {
 	podsPath string
 	podLabel string // a label selector: the pods of all routers
 	wake     func() // wakes the owner; must not block
-	// proposal returns the number of backends that the object should have; nil if it is
+	// wantedBackends returns the number of backends that the object should have; nil if it is
 	// not known.
-	proposal func() *activeBackends
+	wantedBackends func() *activeBackends
 	// onNote is called with the number of backends that the object has, nil if it has
 	// none. It must not block.
 	onNote func(b *activeBackends)
@@ -108,7 +108,7 @@ type handoffConfigMap struct {
 
 // newMembership returns the membership of the pod with this name and UID, with the object
 // of this name. podLabel is the label selector of all routers' pods. The caller runs the
-// watcher, and sets wake, proposal and onNote.
+// watcher, and sets wake, wantedBackends and onNote.
 func newMembership(client kubeClient, namespace, object string, pod, uid, podLabel string,
 	log *slog.Logger) *membership {
 	writer, reader := client, client
@@ -116,7 +116,7 @@ func newMembership(client kubeClient, namespace, object string, pod, uid, podLab
 	s := &membership{
 		writer: &writer, client: client, podLabel: podLabel,
 		podsPath: "/api/v1/namespaces/" + namespace + "/pods",
-		wake:     func() {}, proposal: func() *activeBackends { return nil },
+		wake:     func() {}, wantedBackends: func() *activeBackends { return nil },
 		onNote: func(*activeBackends) {}, log: log,
 		member: newMember(pod, uid, fmt.Sprintf("%016x", rand.Uint64())),
 		inbox:  handoffInbox{gone: map[string]bool{}},
@@ -174,7 +174,7 @@ func (s *membership) decide(
 	s.passNote(&in)
 	d := s.member.decide(&situation{
 		progress: p, now: now, object: in.object, seenAt: in.seenAt, list: in.list,
-		leaving: s.leaving, backends: s.proposal(),
+		leaving: s.leaving, backends: s.wantedBackends(),
 		gone: func(_, uid string) bool { return in.gone[uid] },
 	})
 	s.publish(&in, d)
