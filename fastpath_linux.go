@@ -461,7 +461,7 @@ func (c *pendingConn) askOwner() {
 	}
 	c.endContext()
 	early := [2][]byte{c.head[c.earlyAt:], fromBackend}
-	p.handOver(u, s, func() { c.poller.promote(s, c.slot, &c.sockets, early) })
+	p.openSession(u, s, func() { c.poller.promote(s, c.slot, &c.sockets, early) })
 	c.fastPath.pending.Done()
 }
 

@@ -107,7 +107,7 @@ func internalDescriptors(backends int) int {
 }
 
 // descriptorsPerUpgrade is how many a client may need until it is a session: its
-// own, the backend's, and a duplicate of either while they are handed over.
+// own, the backend's, and a duplicate of either while the relay takes them over.
 const descriptorsPerUpgrade = 3
 
 // descriptorLimit keeps clients waiting, in the backlog of the kernel, while the process

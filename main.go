@@ -42,8 +42,8 @@
 //  6. No byte is lost or reordered between hijack and end.
 //  7. If an owner cannot be reached, its clients wait up to a bound and then get 503.
 //     They never get another backend.
-//  8. After the hand-over only the relay touches the two sockets. A session ends
-//     once, with one cause, and is counted and logged once.
+//  8. Once the relay has taken a session over, only it touches the two sockets. A session
+//     ends once, with one cause, and is counted and logged once.
 //  9. A slow reader stops its own session only. The memory of each is bounded.
 //  10. A move or drain ends a session with Close frames, each at the end of a frame:
 //     first to the backend, then to the client. A session that does not end so in
@@ -69,7 +69,7 @@
 // and then, for both,
 //
 //	mover.startFlight         asks once more who the owner is, just before the request
-//	proxy.handOver            ends the flight when the relay has the session
+//	proxy.openSession            ends the flight when the relay has the session
 //	relay.register            counts the session
 //	poller.carry              gives the sockets to the event loop
 //	poller.handle             carries bytes, for each event of a socket

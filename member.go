@@ -324,7 +324,7 @@ func (m *member) oldestTable(next *memberView) *table {
 	return prev.tables[0]
 }
 
-// answer returns what this router says of the view's step once all is released.
+// answer returns what this router says of the view's step once nothing of it is left.
 func (m *member) answer(s *situation) stepAnswer {
 	v := m.view
 	a := stepAnswer{instance: m.instance, epoch: v.plan.epoch, step: v.step}

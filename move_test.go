@@ -85,7 +85,7 @@ func TestMoveAtSessionStart(t *testing.T) {
 	p.pendingUpgrades.acquire(0, 2, 10)
 	pairs, s := newSessionConns(t, "tcp", "tcp"), newSession("ns-01", 0, "")
 	u := &pendingUpgrade{limit: &p.pendingUpgrades, namespace: "ns-01"}
-	p.handOver(u, s, func() { pairs.start(p.relay, s, [2][]byte{}) })
+	p.openSession(u, s, func() { pairs.start(p.relay, s, [2][]byte{}) })
 	mustFrames(t, pairs.far[backendSide], true, goesAway)
 	pairs.far[backendSide].Close()
 	mustFrames(t, pairs.far[clientSide], false, restarts)

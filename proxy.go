@@ -72,7 +72,7 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	p.inFlight.Add(1)
 	defer p.inFlight.Done()
 	result, err := p.upgrade(w, r)
-	if result != resultOK { // else handOver has counted it
+	if result != resultOK { // else openSession has counted it
 		p.results[result].Add(1)
 	}
 	p.logFailure(r, result, err, false)
@@ -426,7 +426,7 @@ var errMisdirected = errors.New("another backend answers at its address")
 var errReleased = errors.New("it has released the namespace for a later step (409)")
 
 // admit checks an upgrade request, finds its owner, and counts it in the limits. Both
-// ways of a handshake begin with it. The caller calls free or handOver.
+// ways of a handshake begin with it. The caller calls free or openSession.
 func (p *proxy) admit(r *http.Request) (*pendingUpgrade, *refusal) {
 	namespace, refused := p.check(r, checkUpgrade)
 	if refused != nil {
@@ -581,10 +581,10 @@ func (p *proxy) completeUpgrade(
 	w http.ResponseWriter, r *http.Request,
 	u *pendingUpgrade, clientAddrs string, request []byte,
 ) (result, error) {
-	backendConn, handedOver := u.backendConn, false
+	backendConn, taken := u.backendConn, false
 	u.backendConn = nil
 	defer func() {
-		if !handedOver {
+		if !taken {
 			u.abandon(backendConn)
 		}
 	}()
@@ -626,12 +626,12 @@ func (p *proxy) completeUpgrade(
 		return resultClientGone, err
 	}
 	backendConn.SetDeadline(time.Time{})
-	handedOver = true
+	taken = true
 	backendConn, rest := unwrap(backendConn)
 	early := [2][]byte{fromClient, slices.Concat(fromBackend, rest)}
 	p.readers.Put(br)
 	conns := [2]net.Conn{clientConn, backendConn}
-	p.handOver(u, s, func() { p.relay.startSession(s, conns, early) })
+	p.openSession(u, s, func() { p.relay.startSession(s, conns, early) })
 	return resultOK, nil
 }
 
@@ -731,14 +731,14 @@ func (p *proxy) newSession(u *pendingUpgrade, clientAddrs string) (*session, err
 	return s, nil
 }
 
-// handOver makes s of the upgrade: start gives the relay s and its sockets, which from then
+// openSession makes s of the upgrade: start gives the relay s and its sockets, which from then
 // on only the relay touches. Both ways of a handshake end with it.
 //
 // The flight ends when the relay has s. So a step of a hand-off, which looks at the
 // flights first and at the sessions then, finds one of them. With -handoff=off, and if the
-// pod was replaced, handOver asks again: the relay knows s before, and the mover looks for
+// pod was replaced, openSession asks again: the relay knows s before, and the mover looks for
 // sessions after such a change.
-func (p *proxy) handOver(u *pendingUpgrade, s *session, start func()) {
+func (p *proxy) openSession(u *pendingUpgrade, s *session, start func()) {
 	p.results[resultOK].Add(1)
 	u.free() // before start, or the limit of sessions would count it twice
 	start()

@@ -76,12 +76,12 @@ const halfCloseTimeout = 30 * time.Second
 const deadTimeout = 500 * time.Millisecond
 
 // descriptorsPerSession is the number of file descriptors of a session: its two
-// sockets. During the hand-over it may have one more.
+// sockets. While it begins it may have one more.
 const descriptorsPerSession = 2
 
-// session is one proxied connection, from the hand-over to its end.
+// session is one proxied connection, from when the relay takes it over to its end.
 type session struct {
-	// Static after hand-over.
+	// Static after register.
 	namespace   string
 	clientAddrs string        // the client's addresses, from X-Forwarded-For
 	podUID      string        // uid of the backend's pod at the dial, "" if not known
@@ -136,9 +136,9 @@ type relay struct {
 	deadTimeout      time.Duration
 	closeTimeout     time.Duration
 	freeDescriptors  func(count int)                    // called for descriptors that a session no longer has
-	onBackendEnded   func()                             // called when a session is released; must not block
+	onBackendEnded   func()                             // called when the backend of a session is done; must not block
 	onBackendOpen    func(s *session, backend net.Conn) // see abandonBackend; nil: nobody waits
-	note             noteNamespace                      // called just before a session is released
+	note             noteNamespace                      // called just before that
 	log              *slog.Logger
 	engine           engine
 
@@ -365,9 +365,9 @@ func (r *relay) countUnproven(s *session) {
 	}
 }
 
-// waitsForEnd reports whether the router waits until the backend of s, which ends, ends it
-// too. It may have requests that it has not read yet of a client that is gone. A backend
-// that has sent its Close frame is done.
+// waitsForEnd reports whether the router waits until the backend of s, which ends, ends
+// its stream too. It may have requests of a client that is gone which it has not read yet.
+// A backend that has sent its Close frame is done.
 func (r *relay) waitsForEnd(s *session) bool {
 	answered := s.closing != nil && s.frames[backendSide].closed()
 	return r.onBackendOpen != nil && !answered && !s.backendEnded.Load()
