@@ -324,13 +324,13 @@ func newOwnership(t *table, namespace string) (o ownership, ordinal int) {
 func (a *admin) addHandoff(o *ownership, inTable int, namespace string) (ordinal int) {
 	m := a.proxy.mover
 	switch now := m.assign(namespace); {
-	case now.state == isHeld:
+	case now.state == stateHeld:
 		o.HeldBy, o.Owner = now.step, m.relay.backendName(now.owner)
 		if before := m.current.Load().before(namespace); before >= 0 {
 			o.Previous = m.relay.backendName(before)
 		}
 		return now.owner
-	case now.state == isOwned && now.owner != inTable:
+	case now.state == stateOwned && now.owner != inTable:
 		o.Next, o.Owner = o.Owner, m.relay.backendName(now.owner)
 		return now.owner
 	}

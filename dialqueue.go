@@ -21,9 +21,15 @@ const (
 // while it waited, or its dial failed.
 var errRecheckOwner = errors.New("the owner may have changed")
 
-// queueHeld is the ordinal of a queue that is never ready: that of the upgrades whose
-// namespace is being handed over.
-const queueHeld = -4
+// What an ordinal may be in place of that of a backend. The first three are part of a
+// table's stamp, so they never change.
+const (
+	byHash        = -1 // the hash gives the owner, as without an override
+	unresolved    = -2 // there is no owner: the namespace is not served (invariant 3)
+	invalidValue  = -3 // the override's value names no existing backend
+	queueHeld     = -4 // the queue of upgrades whose namespace is held; it is never ready
+	ownerNotKnown = -5 // a table that this router does not have gives the owner: any backend
+)
 
 // errHeld is why queueHeld is not ready.
 var errHeld = errors.New("the namespace is being handed over")

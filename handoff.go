@@ -179,16 +179,12 @@ func (p *handoffPlan) isSame(next *handoffPlan) bool {
 type ownerState int
 
 const (
-	isOwned     ownerState = iota // it has an owner
-	isHeld                        // it is handed over to another owner: clients wait
-	isUnknown                     // its override is invalid, its previous owner not known
-	noTableYet                    // nothing is known of any namespace
-	notAdmitted                   // this router must admit nobody yet: see view.owner
+	stateOwned      ownerState = iota // it has an owner
+	stateHeld                         // it moves to another owner: clients wait
+	stateUnresolved                   // it is kept, and its previous owner is not known
+	stateNoTable                      // nothing is known of any namespace
+	stateNotKnown                     // only other routers may know the owner: nobody is admitted
 )
-
-// ownerUnknown is the ordinal of the owner that a table gives which this router does not
-// have. Unlike unresolved, it may be any backend.
-const ownerUnknown = -5
 
 // assignment is what a view says of a namespace to those who ask for its owner.
 type assignment struct {
@@ -198,12 +194,13 @@ type assignment struct {
 	step  int64  // of the view's plan
 }
 
-// queue returns the queue in which an upgrade of the namespace has to wait.
+// queue returns the queue in which an upgrade of the namespace has to wait: unresolved if
+// it has none, since it has no owner or there is no table.
 func (a assignment) queue() int {
 	switch a.state {
-	case isOwned:
+	case stateOwned:
 		return a.owner
-	case isHeld, notAdmitted:
+	case stateHeld, stateNotKnown:
 		return queueHeld
 	}
 	return unresolved
@@ -321,59 +318,59 @@ func (v *view) mayChange(key uint64) bool {
 func (v *view) owner(namespace string) (ordinal int, t *table, state ownerState) {
 	switch {
 	case v.outside:
-		return unresolved, nil, notAdmitted
+		return unresolved, nil, stateNotKnown
 	case len(v.tables) == 1 && !v.held && v.tables[0] != nil:
 		ordinal, ok := v.tables[0].owner(namespace)
 		if !ok {
-			return ordinal, v.tables[0], isUnknown
+			return ordinal, v.tables[0], stateUnresolved
 		}
-		return ordinal, v.tables[0], isOwned
+		return ordinal, v.tables[0], stateOwned
 	}
 	ordinal, t = v.find(namespace, func(r *planRecord) *mark { return &r.now })
 	switch {
-	case ordinal == ownerUnknown:
-		state = notAdmitted
+	case ordinal == ownerNotKnown:
+		state = stateNotKnown
 	case ordinal == unresolved:
-		state = isUnknown
+		state = stateUnresolved
 	case !v.done && (v.held || v.before(namespace) != ordinal):
-		state = isHeld
+		state = stateHeld
 	}
 	return ordinal, t, state
 }
 
 // before returns the owner of the namespace until the step is done, unresolved, or
-// ownerUnknown.
+// ownerNotKnown.
 func (v *view) before(namespace string) int {
 	if v.held {
-		return ownerUnknown
+		return ownerNotKnown
 	}
 	ordinal, _ := v.find(namespace, func(r *planRecord) *mark { return &r.was })
 	return ordinal
 }
 
 // after returns the owner of the namespace once the step is done, unresolved, or
-// ownerUnknown.
+// ownerNotKnown.
 func (v *view) after(namespace string) int {
 	ordinal, _ := v.find(namespace, func(r *planRecord) *mark { return &r.now })
 	return ordinal
 }
 
 // find returns the owner of the namespace by the marks of one kind, unresolved, or
-// ownerUnknown, and the table that has it: the newest one that covers the namespace. A
+// ownerNotKnown, and the table that has it: the newest one that covers the namespace. A
 // table in which the namespace is kept covers nothing, since it does not say who the
 // owner is. A table that is not known may cover all that its mark does not leave out.
 func (v *view) find(
 	namespace string, markOf func(*planRecord) *mark,
 ) (ordinal int, t *table) {
 	key := hash64(namespace)
-	if ordinal, t = ownerUnknown, v.tables[0]; t != nil {
+	if ordinal, t = ownerNotKnown, v.tables[0]; t != nil {
 		ordinal, _ = t.lookup(namespace, key)
 	}
 	for i, newer := range v.tables[1:] {
 		m := markOf(&v.records[i+1])
 		if newer == nil {
 			if placeOf(key) < m.upto || len(m.gone) > 0 {
-				ordinal, t = ownerUnknown, nil
+				ordinal, t = ownerNotKnown, nil
 			}
 			continue
 		}

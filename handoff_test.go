@@ -71,10 +71,10 @@ func TestViewChangesOwnersOnlyWhileHeld(t *testing.T) {
 					kept++
 				}
 				switch {
-				case state == isHeld && after != before && during == after:
+				case state == stateHeld && after != before && during == after:
 					held++
-				case state != isHeld && during == before && after == before:
-				case state == isUnknown && after == unresolved: // nobody is admitted
+				case state != stateHeld && during == before && after == before:
+				case state == stateUnresolved && after == unresolved: // nobody is admitted
 				default:
 					t.Fatalf("seed %d: %s was with %d, is with %d (%d), then with %d",
 						seed, ns, before, during, state, after)

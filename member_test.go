@@ -237,7 +237,7 @@ func (w *modelWorld) misplaced(r *modelRouter, i int) (set uint64) {
 		if r.open[i]&(1<<backend) == 0 || r.view == nil || !r.view.misplaces(s.namespace, s.backend) {
 			continue
 		}
-		if w.rules.keepAll && r.view.after(s.namespace) == ownerUnknown {
+		if w.rules.keepAll && r.view.after(s.namespace) == ownerNotKnown {
 			continue
 		}
 		set |= 1 << backend
@@ -368,7 +368,7 @@ func (w *modelWorld) openSession(r *modelRouter) {
 	if r.view == nil || r.leaving && !w.rules.admitLast {
 		return
 	}
-	if owner, _, state := r.view.owner(modelNamespaces[i]); state == isOwned {
+	if owner, _, state := r.view.owner(modelNamespaces[i]); state == stateOwned {
 		if r.open[i]&(1<<owner) == 0 {
 			w.tell("opens: %s %s with %d, step %d", r.pod, modelNamespaces[i], owner, r.view.step)
 		}
@@ -546,7 +546,7 @@ func (w *modelWorld) owners() (sets [4]uint64) {
 			if r.view == nil || r.leaving && !w.rules.admitLast {
 				continue
 			}
-			if owner, _, state := r.view.owner(ns); state == isOwned {
+			if owner, _, state := r.view.owner(ns); state == stateOwned {
 				sets[i] |= 1 << owner
 			}
 		}
@@ -649,7 +649,7 @@ func (w *modelWorld) restless() string {
 		}
 		for _, ns := range modelNamespaces {
 			want, kept := r.newest.lookup(ns, hash64(ns))
-			if got, _, state := r.view.owner(ns); !kept && (state != isOwned || got != want) {
+			if got, _, state := r.view.owner(ns); !kept && (state != stateOwned || got != want) {
 				return fmt.Sprintf("%s has %s with %d, want %d", r.pod, ns, got, want)
 			}
 		}
@@ -889,7 +889,7 @@ func (w *modelWorld) drive(routers ...*modelRouter) {
 // openAll has r open a session of each namespace.
 func (w *modelWorld) openAll(r *modelRouter) {
 	for i, ns := range modelNamespaces {
-		if owner, _, state := r.view.owner(ns); state == isOwned {
+		if owner, _, state := r.view.owner(ns); state == stateOwned {
 			r.open[i] |= 1 << owner
 		}
 	}
@@ -1060,7 +1060,7 @@ func TestRemovedMemberEndsSessions(t *testing.T) {
 	s.object, s.sessions = w.object, true
 	d := r.decide(s)
 	r.note(d, s.now)
-	if _, _, state := r.view.owner("ns-0"); d.action != actAdopt || state != notAdmitted {
+	if _, _, state := r.view.owner("ns-0"); d.action != actAdopt || state != stateNotKnown {
 		t.Errorf("it decides to %d, and its view says %d", d.action, state)
 	}
 	for _, o := range []*handoffObject{w.object, nil} {

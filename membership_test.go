@@ -279,7 +279,7 @@ func (s *handoffSim) anyContainer() (c *simContainer) {
 // time. It reports whether there was a session.
 func (c *simContainer) serve(namespace string, life time.Duration) bool {
 	a := c.assign(namespace)
-	if a.state != isOwned {
+	if a.state != stateOwned {
 		return false
 	}
 	pause := func(limit time.Duration) {
@@ -441,7 +441,7 @@ func (s *handoffSim) whyUnsettled() string {
 		}
 		for _, namespace := range simNamespaces {
 			want, _ := t.owner(namespace)
-			if a := c.assign(namespace); a.state != isOwned || a.owner != want {
+			if a := c.assign(namespace); a.state != stateOwned || a.owner != want {
 				return fmt.Sprintf("%s: %s is with %d (state %d), want %d",
 					r.pod.name, namespace, a.owner, a.state, want)
 			}
@@ -748,7 +748,7 @@ func TestHandoffAwayForOneRouter(t *testing.T) {
 		s.do(func() { s.overrides = next; s.version++ })
 		time.Sleep(10 * time.Second)
 		for _, namespace := range names[:len(names)-1] {
-			if a := first.assign(namespace); a.state != isOwned || a.owner != 1 {
+			if a := first.assign(namespace); a.state != stateOwned || a.owner != 1 {
 				t.Errorf("%s is with backend-%d (state %d), want backend-1", namespace, a.owner, a.state)
 			}
 		}

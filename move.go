@@ -116,7 +116,7 @@ func (m *mover) ownersChanged() {
 func (m *mover) assign(namespace string) assignment {
 	v := m.current.Load()
 	if v == nil {
-		return assignment{state: noTableYet, owner: unresolved}
+		return assignment{state: stateNoTable, owner: unresolved}
 	}
 	owner, t, state := v.owner(namespace)
 	a := assignment{state: state, owner: owner, step: v.step}
@@ -256,7 +256,7 @@ func (m *mover) requeue(v *view, t *table, now time.Time) (cancelled int) {
 		if kept {
 			target = v.after(s.namespace)
 		}
-		if target == unresolved || target == ownerUnknown {
+		if target == unresolved || target == ownerNotKnown {
 			target = s.backend // it stays
 		}
 		if target != s.backend || m.relay.podReplaced(s) {

@@ -542,9 +542,9 @@ func freeMemory(ctx context.Context, handshakes func() int) {
 func (p *proxy) owner(namespace string) (assignment, *refusal) {
 	a := p.mover.assign(namespace)
 	switch a.state {
-	case noTableYet:
+	case stateNoTable:
 		return a, refuse(resultNoTable, "no overrides have been read yet")
-	case isUnknown:
+	case stateUnresolved:
 		return a, refuse(resultUnresolved,
 			"the override of %q is invalid or conflicts with another, and its previous owner is not known: see /owner",
 			namespace)

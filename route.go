@@ -24,13 +24,6 @@ const (
 	whyUnresolved = "unresolved" // it would keep its previous owner, but none is known: 503
 )
 
-// Values of an ordinal that are not the ordinal of a backend.
-const (
-	byHash       = -1 // the hash gives the owner, as without an override
-	unresolved   = -2 // there is no owner: the namespace is not served (invariant 3)
-	invalidValue = -3 // the override's value names no existing backend
-)
-
 // sourceID identifies an object that holds overrides: a ConfigMap or a directory.
 type sourceID struct {
 	kind      string // "ConfigMap" or "directory"
