@@ -45,8 +45,8 @@ func (m *mark) covers(place uint64, previous, next int) bool {
 // planRecord is a table of a plan, and which namespaces have their owners from it.
 type planRecord struct {
 	content uint64 // table.contentHash
-	was     mark   // of the namespaces that have, until the step is done
-	now     mark   // of those that have, once the step is done
+	before  mark   // of the namespaces that have, until the step is done
+	after   mark   // of those that have, once the step is done
 }
 
 // handoffPlan says how far a change of owners has come. The first record is in force for
@@ -54,7 +54,7 @@ type planRecord struct {
 // under way. A plan is immutable: each step makes a new one.
 type handoffPlan struct {
 	step    int64 // above that of the plan before, and mostly Unix milliseconds
-	held    bool  // nobody knows the owners before this step: all namespaces change
+	allHeld bool  // nobody knows the owners before this step: all namespaces change
 	records []planRecord
 }
 
@@ -73,7 +73,7 @@ const maxRecords = 3
 // isFull reports whether the plan can take no further table: namespaces have moved to the
 // last one that it can have.
 func (p *handoffPlan) isFull() bool {
-	return len(p.records) >= maxRecords && !p.newestRecord().now.isEmpty()
+	return len(p.records) >= maxRecords && !p.newestRecord().after.isEmpty()
 }
 
 // target returns the content of the table to which the next step moves namespaces, when
@@ -93,7 +93,7 @@ func stepAbove(last int64, now time.Time) int64 { return max(last+1, now.UnixMil
 func (p *handoffPlan) doneRecords() []planRecord {
 	records := slices.Clone(p.records)
 	for i := range records {
-		records[i].was = records[i].now
+		records[i].before = records[i].after
 	}
 	return records
 }
@@ -108,7 +108,7 @@ func (p *handoffPlan) doneRecords() []planRecord {
 // soon as it covers everything, before the step and after it.
 func (p *handoffPlan) next(content uint64, m mark, now time.Time) *handoffPlan {
 	next := &handoffPlan{step: stepAbove(p.step, now), records: p.doneRecords()}
-	if len(next.records) > 1 && next.newestRecord().now.isEmpty() {
+	if len(next.records) > 1 && next.newestRecord().after.isEmpty() {
 		next.records = next.records[:len(next.records)-1]
 	}
 	if next.isAtRest(content) {
@@ -116,7 +116,7 @@ func (p *handoffPlan) next(content uint64, m mark, now time.Time) *handoffPlan {
 	}
 	newest := next.newestRecord()
 	if len(next.records) == 1 || newest.content != content ||
-		len(next.records) < maxRecords && returns(newest.now.away, m.away) {
+		len(next.records) < maxRecords && returns(newest.after.away, m.away) {
 		next.records = append(next.records, planRecord{content: content})
 	}
 	next.setMark(m)
@@ -127,9 +127,9 @@ func (p *handoffPlan) next(content uint64, m mark, now time.Time) *handoffPlan {
 // record covers everything before the step and after it, it becomes the only one.
 func (p *handoffPlan) setMark(m mark) {
 	newest := p.newestRecord()
-	m.upto = max(m.upto, newest.was.upto)
-	newest.now = m
-	if newest.was.isComplete() && newest.now.isComplete() {
+	m.upto = max(m.upto, newest.before.upto)
+	newest.after = m
+	if newest.before.isComplete() && newest.after.isComplete() {
 		p.records = []planRecord{{content: newest.content}}
 	}
 }
@@ -155,13 +155,13 @@ func union(a, b []int) []int {
 func (p *handoffPlan) advance(content uint64, m mark, now time.Time) *handoffPlan {
 	newest := p.newestRecord()
 	if newest.content == p.target(content) {
-		m.gone = union(m.gone, newest.now.gone)
+		m.gone = union(m.gone, newest.after.gone)
 	}
 	if !p.isFull() {
 		return p.next(content, m, now)
 	}
 	next := &handoffPlan{records: p.doneRecords()}
-	m.away = slices.DeleteFunc(slices.Clone(newest.now.away), func(ordinal int) bool {
+	m.away = slices.DeleteFunc(slices.Clone(newest.after.away), func(ordinal int) bool {
 		return !slices.Contains(m.away, ordinal)
 	})
 	next.setMark(m)
@@ -171,7 +171,7 @@ func (p *handoffPlan) advance(content uint64, m mark, now time.Time) *handoffPla
 // isSame reports whether next moves no namespace, and has the tables of p.
 func (p *handoffPlan) isSame(next *handoffPlan) bool {
 	return slices.EqualFunc(p.records, next.records, func(a, b planRecord) bool {
-		return a.content == b.content && a.now.equal(&b.now)
+		return a.content == b.content && a.after.equal(&b.after)
 	})
 }
 
@@ -264,11 +264,11 @@ func (v *view) advances(content uint64, m *mark) bool {
 	switch {
 	case newest.content != content:
 		return true
-	case newest.now.isComplete():
+	case newest.after.isComplete():
 		return true // it becomes the only table
 	}
-	raised := mark{upto: max(m.upto, newest.now.upto), away: m.away, gone: m.gone}
-	return !newest.now.equal(&raised)
+	raised := mark{upto: max(m.upto, newest.after.upto), away: m.away, gone: m.gone}
+	return !newest.after.equal(&raised)
 }
 
 // goneOwners returns the ordinals, sorted, of the backends that own namespaces in v and
@@ -299,16 +299,16 @@ func (v *view) misplaces(namespace string, backend int) bool {
 // step, or is not known. It costs less than to ask for both owners.
 func (v *view) mayChange(key uint64) bool {
 	switch {
-	case v.held || !v.knowsAll():
+	case v.allHeld || !v.knowsAll():
 		return true
 	case len(v.records) == 1:
 		return false
 	}
 	r := v.newestRecord()
-	if !slices.Equal(r.was.away, r.now.away) || !slices.Equal(r.was.gone, r.now.gone) {
+	if !slices.Equal(r.before.away, r.after.away) || !slices.Equal(r.before.gone, r.after.gone) {
 		return true
 	}
-	return r.was.upto <= placeOf(key) && placeOf(key) < r.now.upto
+	return r.before.upto <= placeOf(key) && placeOf(key) < r.after.upto
 }
 
 // owner returns what v knows of the namespace. ordinal is the owner if it has one, and
@@ -319,20 +319,20 @@ func (v *view) owner(namespace string) (ordinal int, t *table, state ownerState)
 	switch {
 	case v.outside:
 		return unresolved, nil, stateNotKnown
-	case len(v.tables) == 1 && !v.held && v.tables[0] != nil:
+	case len(v.tables) == 1 && !v.allHeld && v.tables[0] != nil:
 		ordinal, ok := v.tables[0].owner(namespace)
 		if !ok {
 			return ordinal, v.tables[0], stateUnresolved
 		}
 		return ordinal, v.tables[0], stateOwned
 	}
-	ordinal, t = v.find(namespace, func(r *planRecord) *mark { return &r.now })
+	ordinal, t = v.find(namespace, func(r *planRecord) *mark { return &r.after })
 	switch {
 	case ordinal == ownerNotKnown:
 		state = stateNotKnown
 	case ordinal == unresolved:
 		state = stateUnresolved
-	case !v.done && (v.held || v.before(namespace) != ordinal):
+	case !v.done && (v.allHeld || v.before(namespace) != ordinal):
 		state = stateHeld
 	}
 	return ordinal, t, state
@@ -341,17 +341,17 @@ func (v *view) owner(namespace string) (ordinal int, t *table, state ownerState)
 // before returns the owner of the namespace until the step is done, unresolved, or
 // ownerNotKnown.
 func (v *view) before(namespace string) int {
-	if v.held {
+	if v.allHeld {
 		return ownerNotKnown
 	}
-	ordinal, _ := v.find(namespace, func(r *planRecord) *mark { return &r.was })
+	ordinal, _ := v.find(namespace, func(r *planRecord) *mark { return &r.before })
 	return ordinal
 }
 
 // after returns the owner of the namespace once the step is done, unresolved, or
 // ownerNotKnown.
 func (v *view) after(namespace string) int {
-	ordinal, _ := v.find(namespace, func(r *planRecord) *mark { return &r.now })
+	ordinal, _ := v.find(namespace, func(r *planRecord) *mark { return &r.after })
 	return ordinal
 }
 

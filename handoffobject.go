@@ -64,10 +64,10 @@ type stepAnswer struct {
 	instance string
 	epoch    string // of the plan; "" in an answer without a view
 	step     int64  // nothing is left of what the step had to end; 0 without a view
-	have     uint64 // contentHash of its own table, or noContent
+	content  uint64 // contentHash of its own table, or noContent
 	blank    bool   // it does not know all tables of the plan, or no plan at all
 	next     mark   // how far the next step towards the own table may go; empty if blank
-	left     int    // how many sessions it has to move, also those that next covers
+	toMove   int    // how many sessions it has to move, also those that next covers
 }
 
 // handoffObject is one version of the object. It is immutable.
@@ -216,20 +216,20 @@ const maxOrdinal = 1<<31 - 1
 
 // planJSON is the JSON of a plan:
 //
-//	{"epoch":"7c1e.1795871234567", "writes":12, "step":1795871239876, "held":false,
+//	{"epoch":"7c1e.1795871234567", "writes":12, "step":1795871239876, "allHeld":false,
 //	 "members":{"router-a":{"uid":"…", "instance":"7c1e"}},
-//	 "records":[{"stamp":"9c1f…"},
-//	            {"stamp":"77ab…", "was":{"upto":"5f3a…"},
-//	             "now":{"upto":"61b2…", "away":[2], "gone":[5]}}],
+//	 "records":[{"content":"9c1f…"},
+//	            {"content":"77ab…", "before":{"upto":"5f3a…"},
+//	             "after":{"upto":"61b2…", "away":[2], "gone":[5]}}],
 //	 "backends":{"count":4, "uid":"…", "generation":7}}
 //
-// The stamps and places have 16 hexadecimal digits. The first record has no marks. held,
+// A content and a place have 16 hexadecimal digits. The first record has no marks. allHeld,
 // keptUnknown and backends may be absent.
 type planJSON struct {
 	Epoch       string              `json:"epoch"`
 	Writes      int64               `json:"writes"`
 	Step        int64               `json:"step"`
-	Held        bool                `json:"held,omitempty"`
+	AllHeld     bool                `json:"allHeld,omitempty"`
 	KeptUnknown bool                `json:"keptUnknown,omitempty"`
 	Members     map[string]memberID `json:"members"`
 	Records     []recordJSON        `json:"records"`
@@ -238,9 +238,9 @@ type planJSON struct {
 
 // recordJSON is the JSON of a record of a plan.
 type recordJSON struct {
-	Stamp string    `json:"stamp"`
-	Was   *markJSON `json:"was,omitempty"`
-	Now   *markJSON `json:"now,omitempty"`
+	Content string    `json:"content"`
+	Before  *markJSON `json:"before,omitempty"`
+	After   *markJSON `json:"after,omitempty"`
 }
 
 // markJSON is the JSON of a mark.
@@ -254,13 +254,13 @@ type markJSON struct {
 func (p *sharedPlan) String() string {
 	out := planJSON{
 		Epoch: p.epoch, Writes: p.writes, Step: p.step,
-		Held: p.held, KeptUnknown: p.keptUnknown, Members: p.members, Backends: p.backends,
+		AllHeld: p.allHeld, KeptUnknown: p.keptUnknown, Members: p.members, Backends: p.backends,
 	}
 	for i := range p.records {
 		r := &p.records[i]
-		record := recordJSON{Stamp: hex64(r.content).String()}
+		record := recordJSON{Content: hex64(r.content).String()}
 		if i > 0 {
-			record.Was, record.Now = newMarkJSON(&r.was), newMarkJSON(&r.now)
+			record.Before, record.After = newMarkJSON(&r.before), newMarkJSON(&r.after)
 		}
 		out.Records = append(out.Records, record)
 	}
@@ -289,7 +289,7 @@ func parsePlan(s string) (*sharedPlan, error) {
 		return nil, badValue("plan", s, "one JSON value")
 	}
 	p := &sharedPlan{
-		handoffPlan: handoffPlan{step: in.Step, held: in.Held},
+		handoffPlan: handoffPlan{step: in.Step, allHeld: in.AllHeld},
 		epoch:       in.Epoch, writes: in.Writes, keptUnknown: in.KeptUnknown,
 		members: in.Members, backends: in.Backends,
 	}
@@ -354,20 +354,20 @@ func (id memberID) check(pod string) error {
 // parse reads a record. The oldest one has no marks, since all is covered that newer ones
 // do not cover.
 func (r *recordJSON) parse(oldest bool) (record planRecord, err error) {
-	if record.content, err = parseHex64("stamp", r.Stamp, 1<<64-1); err != nil {
+	if record.content, err = parseHex64("content", r.Content, 1<<64-1); err != nil {
 		return record, err
 	}
-	if oldest != (r.Was == nil) || oldest != (r.Now == nil) {
-		return record, badValue("record", r.Stamp,
-			"was and now in all records but the first")
+	if oldest != (r.Before == nil) || oldest != (r.After == nil) {
+		return record, badValue("record", r.Content,
+			"before and after in all records but the first")
 	}
 	if oldest {
 		return record, nil
 	}
-	if record.was, err = r.Was.parse("was"); err != nil {
+	if record.before, err = r.Before.parse("before"); err != nil {
 		return record, err
 	}
-	record.now, err = r.Now.parse("now")
+	record.after, err = r.After.parse("after")
 	return record, err
 }
 
@@ -399,26 +399,26 @@ func newMark(name string, upto uint64, away, gone []int) (mark, error) {
 
 // String returns the line of the answer in the object, six words:
 //
-//	<instance> <epoch> <step> <have> <next> <left>
+//	<instance> <epoch> <step> <content> <next> <to move>
 //	7c1e 7c1e.1795871234567 1795871239876 77ab… 61b2…/away=2,3/gone=5 120
 //
 // next is the place up to which the next step may go, with the new owners that are away
 // and the old ones that are gone, each left out if there are none. It is "blank" in an
-// answer of a router that does not know all tables of the plan. have is "-" if it has no
+// answer of a router that does not know all tables of the plan. content is "-" if it has no
 // table; it is blank then. epoch is "-" and step 0 if it has no view; it is blank then,
 // too.
 func (a stepAnswer) String() string {
-	epoch, have, next := "-", "-", "blank"
+	epoch, content, next := "-", "-", "blank"
 	if a.epoch != "" {
 		epoch = a.epoch
 	}
-	if a.have != noContent {
-		have = hex64(a.have).String()
+	if a.content != noContent {
+		content = hex64(a.content).String()
 	}
 	if !a.blank {
 		next = formatNext(a.next)
 	}
-	return fmt.Sprintf("%s %s %d %s %s %d", a.instance, epoch, a.step, have, next, a.left)
+	return fmt.Sprintf("%s %s %d %s %s %d", a.instance, epoch, a.step, content, next, a.toMove)
 }
 
 // formatNext returns a mark as an answer has it.
@@ -441,7 +441,7 @@ func formatOrdinals(name string, set []int) string {
 // parseAnswer reads the line of an answer. It accepts only what stepAnswer.String
 // returns.
 func parseAnswer(line string) (a stepAnswer, err error) {
-	const want = "instance, epoch, step, have, next, left"
+	const want = "instance, epoch, step, content, next, sessions to move"
 	words := strings.Split(line[:min(len(line), maxAnswer+1)], " ")
 	if len(line) > maxAnswer || len(words) != 6 {
 		return a, badValue("answer", line, want)
@@ -458,7 +458,7 @@ func parseAnswer(line string) (a stepAnswer, err error) {
 		return a, err
 	}
 	if words[3] != "-" {
-		if a.have, err = parseHex64("have", words[3], 1<<64-1); err != nil {
+		if a.content, err = parseHex64("content", words[3], 1<<64-1); err != nil {
 			return a, err
 		}
 	}
@@ -467,17 +467,17 @@ func parseAnswer(line string) (a stepAnswer, err error) {
 			return a, err
 		}
 	}
-	left, err := parseNumber("left", words[5], maxOrdinal)
-	a.left = int(left)
+	toMove, err := parseNumber("sessions to move", words[5], maxOrdinal)
+	a.toMove = int(toMove)
 	switch {
 	case err != nil:
 		return a, err
 	case (a.epoch == "") != (a.step == 0):
 		return a, badValue("step", words[2], "0 with the epoch -, and only then")
-	case !a.blank && (a.epoch == "" || a.have == noContent):
+	case !a.blank && (a.epoch == "" || a.content == noContent):
 		return a, badValue("next", words[4], "blank, without a view or a table")
-	case words[3] != "-" && a.have == noContent:
-		return a, badValue("have", words[3], "not 0")
+	case words[3] != "-" && a.content == noContent:
+		return a, badValue("content", words[3], "not 0")
 	}
 	return a, nil
 }
@@ -521,11 +521,11 @@ func parseOrdinals(name, list string) (set []int, err error) {
 	return set, nil
 }
 
-// equal reports whether both answers say the same. How many sessions are left does not
+// equal reports whether both answers say the same. How many sessions have to move does not
 // count: it changes all the time, and is read only once for each step.
 func (a *stepAnswer) equal(b *stepAnswer) bool {
 	return a.instance == b.instance && a.epoch == b.epoch && a.step == b.step &&
-		a.have == b.have && a.blank == b.blank && a.next.equal(&b.next)
+		a.content == b.content && a.blank == b.blank && a.next.equal(&b.next)
 }
 
 // handoffWrite is a change of the object, as a JSON merge patch (RFC 7386). The API

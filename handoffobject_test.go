@@ -22,7 +22,7 @@ func randomOrdinals(r *rand.Rand) (set []int) {
 // randomPlan returns any plan that the object can hold.
 func randomPlan(r *rand.Rand) *sharedPlan {
 	p := &sharedPlan{
-		handoffPlan: handoffPlan{step: 1 + r.Int64N(maxStep), held: r.IntN(2) == 0},
+		handoffPlan: handoffPlan{step: 1 + r.Int64N(maxStep), allHeld: r.IntN(2) == 0},
 		writes:      1 + r.Int64N(maxStep),
 		epoch:       fmt.Sprintf("%x.%d", r.Uint64(), r.Int64()), keptUnknown: r.IntN(4) == 0,
 		members: map[string]memberID{},
@@ -49,12 +49,12 @@ func randomPlan(r *rand.Rand) *sharedPlan {
 
 // randomAnswer returns any answer that the object can hold.
 func randomAnswer(r *rand.Rand) stepAnswer {
-	a := stepAnswer{instance: fmt.Sprintf("%x", r.Uint64()), blank: r.IntN(3) == 0, left: r.IntN(maxOrdinal + 1)}
+	a := stepAnswer{instance: fmt.Sprintf("%x", r.Uint64()), blank: r.IntN(3) == 0, toMove: r.IntN(maxOrdinal + 1)}
 	if !a.blank || r.IntN(2) == 0 {
 		a.epoch, a.step = fmt.Sprintf("%x.%d", r.Uint64(), r.Int64()), 1+r.Int64N(maxStep)
 	}
 	if !a.blank || r.IntN(2) == 0 {
-		a.have = 1 + r.Uint64N(1<<64-1)
+		a.content = 1 + r.Uint64N(1<<64-1)
 	}
 	if !a.blank {
 		a.next = mark{[]uint64{0, allPlaces, r.Uint64() >> 1}[r.IntN(3)], randomOrdinals(r), randomOrdinals(r)}
@@ -82,8 +82,8 @@ func TestObjectRoundTrip(t *testing.T) {
 }
 
 const goodPlan = `{"epoch":"e","writes":9,"step":7,"members":{"r":{"uid":"u","instance":"i"}},` +
-	`"records":[{"stamp":"00000000000000aa"},{"stamp":"00000000000000bb",` +
-	`"was":{"upto":"0000000000000000"},"now":{"upto":"8000000000000000","away":[1,2]}}],` +
+	`"records":[{"content":"00000000000000aa"},{"content":"00000000000000bb",` +
+	`"before":{"upto":"0000000000000000"},"after":{"upto":"8000000000000000","away":[1,2]}}],` +
 	`"backends":{"count":4,"uid":"s","generation":3}}`
 
 // What cannot be read is an error that names the part, its value, and what is valid.
@@ -107,13 +107,13 @@ func TestPlanFaults(t *testing.T) {
 		{`"uid":"u"`, `"uid":""`, `uid of r is ""`},
 		{`"instance":"i"`, `"instance":"-"`, `instance of r is "-"`},
 		{`{"r":`, `{"":`, `name of a member is ""`},
-		{`00000000000000aa`, `aa`, `record 0: stamp is "aa", want 16 hexadecimal digits`},
-		{`00000000000000aa`, `00000000000000AA`, `stamp is "00000000000000AA"`},
-		{`{"stamp":"00000000000000aa"},`, ``, `record 0: record is "00000000000000bb", want was and now in all`},
-		{`"was":{"upto":"0000000000000000"},`, ``, `record 1: record is "00000000000000bb", want was and now`},
+		{`00000000000000aa`, `aa`, `record 0: content is "aa", want 16 hexadecimal digits`},
+		{`00000000000000aa`, `00000000000000AA`, `content is "00000000000000AA"`},
+		{`{"content":"00000000000000aa"},`, ``, `record 0: record is "00000000000000bb", want before and after in all`},
+		{`"before":{"upto":"0000000000000000"},`, ``, `record 1: record is "00000000000000bb", want before and after`},
 		{`"records":[`, `"records":[],"x":[`, `records is "0", want 1 to 3`},
-		{`8000000000000000`, `8000000000000001`, `now.upto is "8000000000000001", want 16 hexadecimal digits, at most 8000000000000000`},
-		{`[1,2]`, `[2,1]`, `now.away is "[2 1]", want ordinals in ascending order`},
+		{`8000000000000000`, `8000000000000001`, `after.upto is "8000000000000001", want 16 hexadecimal digits, at most 8000000000000000`},
+		{`[1,2]`, `[2,1]`, `after.away is "[2 1]", want ordinals in ascending order`},
 		{`[1,2]`, `[1,1]`, `ascending`},
 		{`[1,2]`, `[-1]`, `ascending`},
 		{`[1,2]`, `[2147483648]`, `ascending`},
@@ -135,8 +135,8 @@ func TestAnswerFaults(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, c := range []struct{ old, new, want string }{
-		{good, "", `answer is "", want instance, epoch, step, have, next, left`},
-		{good, good + "\n", `left is "12\n", want a number`},
+		{good, "", `answer is "", want instance, epoch, step, content, next, sessions to move`},
+		{good, good + "\n", `sessions to move is "12\n", want a number`},
 		{good, strings.Repeat(good, 2000), `want instance, epoch`},
 		{"i e", "i  e", `want instance, epoch`},
 		{"i ", "* ", `instance is "*"`},
@@ -146,7 +146,7 @@ func TestAnswerFaults(t *testing.T) {
 		{" 7 ", " -7 ", `want a number from 0 to`},
 		{"00000000000000aa", "-", `want blank, without a view or a table`},
 		{"00000000000000aa", "0000000000000000", `want blank`},
-		{"00000000000000aa 8000000000000000/away=1,2/gone=0", "0000000000000000 blank", `have is "0000000000000000", want not 0`},
+		{"00000000000000aa 8000000000000000/away=1,2/gone=0", "0000000000000000 blank", `content is "0000000000000000", want not 0`},
 		{"8000", "8001", `next is "8001000000000000", want 16 hexadecimal`},
 		{"/away=1,2", "/away=", `next.away is "", want a number`},
 		{"/away=1,2", "/away=2,1", `want ordinals in ascending order`},
@@ -167,7 +167,7 @@ func TestAnswerFaults(t *testing.T) {
 // when it is written and read again.
 func FuzzHandoffObject(f *testing.F) {
 	f.Add(goodPlan, "i e 7 00000000000000aa 8000000000000000/away=1,2/gone=0 12")
-	f.Add(`{"epoch":"e","writes":1,"step":1,"members":{},"records":[{"stamp":"0000000000000000"}]}`, "i - 0 - blank 0")
+	f.Add(`{"epoch":"e","writes":1,"step":1,"members":{},"records":[{"content":"0000000000000000"}]}`, "i - 0 - blank 0")
 	f.Fuzz(func(t *testing.T, plan, line string) {
 		data := map[string]string{planKey: plan, answerKeyPrefix + "a": line}
 		o := readHandoffObject("u", "1", data)

@@ -74,7 +74,7 @@ type progress struct {
 	sessions bool // it has sessions, or upgrades that a backend may have got
 	stepDone bool // none of them has another owner than the view has after the step
 	next     mark // how far the step after may go, towards handoffPlan.target
-	left     int  // sessions that have to move, also those that next covers
+	toMove   int  // sessions that have to move, also those that next covers
 }
 
 // routerPod is what a router needs to know of the pod of another one.
@@ -146,9 +146,9 @@ func (m *member) see(o *handoffObject, now time.Time) {
 	for content, p := range m.promised {
 		switch {
 		case m.newest != nil && m.newest.contentHash == content,
-			m.view.recordOf(content) >= 0, isOwn && a.have == content:
+			m.view.recordOf(content) >= 0, isOwn && a.content == content:
 			p.withdrawn = time.Time{}
-		case p.withdrawn.IsZero() && isOwn && a.have != noContent:
+		case p.withdrawn.IsZero() && isOwn && a.content != noContent:
 			p.withdrawn = now
 		case !p.withdrawn.IsZero() && now.Sub(p.withdrawn) >= promiseTime:
 			delete(m.promised, content)
@@ -184,8 +184,8 @@ func (m *member) note(d decision, now time.Time) {
 	default:
 		m.swap, m.swapAt = d.write, now
 	}
-	if d.answer != nil && m.newest != nil && d.answer.have == m.newest.contentHash {
-		m.promised[d.answer.have] = &promisedTable{table: m.newest}
+	if d.answer != nil && m.newest != nil && d.answer.content == m.newest.contentHash {
+		m.promised[d.answer.content] = &promisedTable{table: m.newest}
 	}
 }
 
@@ -329,15 +329,15 @@ func (m *member) answer(s *situation) stepAnswer {
 	v := m.view
 	a := stepAnswer{instance: m.instance, epoch: v.plan.epoch, step: v.step}
 	if m.newest != nil {
-		a.have = m.newest.contentHash
+		a.content = m.newest.contentHash
 	}
 	switch {
 	case m.newest == nil || !v.knowsAll():
 		a.blank = true
-	case v.isAtRest(a.have):
+	case v.isAtRest(a.content):
 		a.next = mark{upto: allPlaces}
 	default:
-		a.next, a.left = s.next, s.left
+		a.next, a.toMove = s.next, s.toMove
 	}
 	return a
 }
@@ -510,7 +510,7 @@ func (m *member) writeStep(s *situation) decision {
 		return waiting("%v", err)
 	}
 	onlyNewest := []planRecord{{content: m.newest.contentHash}}
-	next := &handoffPlan{held: true, records: onlyNewest}
+	next := &handoffPlan{allHeld: true, records: onlyNewest}
 	at := s.seenAt
 	switch {
 	case allBlank:
@@ -553,9 +553,9 @@ func (o *handoffObject) agreedMark(
 		a := o.answers[pod]
 		isAny := o.plan.members[pod].Instance == anyInstance
 		switch {
-		case isAny && a.have == noContent:
+		case isAny && a.content == noContent:
 			continue
-		case a.have != content:
+		case a.content != content:
 			return next, nil, false, fmt.Errorf("%s has another table", pod)
 		case a.blank:
 			continue
@@ -581,11 +581,11 @@ func (m *member) begin(s *situation) decision {
 	o := s.object
 	a := stepAnswer{instance: m.instance, blank: true}
 	if m.newest != nil {
-		a.have = m.newest.contentHash
+		a.content = m.newest.contentHash
 	}
 	has := o.answers[m.name]
 	if has.instance != m.instance || !has.isWithoutView() ||
-		(has.have == noContent) != (a.have == noContent) {
+		(has.content == noContent) != (a.content == noContent) {
 		w := &handoffWrite{data: map[string]string{m.key(): a.String()}}
 		return m.writeIf(s, w, &a, s.now, "say that there is no plan")
 	}
@@ -616,7 +616,7 @@ func (m *member) begin(s *situation) decision {
 	m.startEpoch(p, s)
 	first := stepAnswer{
 		instance: m.instance, epoch: p.epoch, step: p.step,
-		have: a.have, next: mark{upto: allPlaces},
+		content: a.content, next: mark{upto: allPlaces},
 	}
 	return m.writePlan(s, p, &first, m.turn(s, writers), "make the first plan")
 }
@@ -665,7 +665,7 @@ func (m *member) reset(s *situation) decision {
 		return d
 	}
 	p := &sharedPlan{members: m.mergeMembers(s), backends: v.plan.backends}
-	p.held, p.keptUnknown = true, !v.isMember
+	p.allHeld, p.keptUnknown = true, !v.isMember
 	p.records = v.doneRecords()
 	m.startEpoch(p, s)
 	return m.writePlan(s, p, nil, s.now, "reset the plan")
@@ -712,9 +712,9 @@ func (m *member) mergeMembers(s *situation) map[string]memberID {
 func (m *member) share(o *handoffObject) float64 {
 	all, own := 0, 0
 	for pod := range o.plan.members {
-		all += o.answers[pod].left
+		all += o.answers[pod].toMove
 		if pod == m.name {
-			own = o.answers[pod].left
+			own = o.answers[pod].toMove
 		}
 	}
 	if all == 0 {

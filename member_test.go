@@ -307,14 +307,14 @@ func (w *modelWorld) count(write *handoffWrite) {
 		return
 	}
 	w.seen[fmt.Sprintf("plan of %d", len(p.records))]++
-	if p.held {
+	if p.allHeld {
 		w.seen["plan held"]++
 	}
 	if p.keptUnknown {
 		w.seen["plan without kept"]++
 	}
 	for i := range p.records {
-		if p.records[i].now.upto > p.records[i].was.upto {
+		if p.records[i].after.upto > p.records[i].before.upto {
 			w.seen["plan moves"]++
 		}
 	}
@@ -751,7 +751,7 @@ func TestModelNeedsRules(t *testing.T) {
 			decision: func(_ *modelWorld, _ *modelRouter, d *decision) {
 				changePlan(d, func(p *sharedPlan) {
 					for i := range p.records {
-						p.records[i].was = p.records[i].now
+						p.records[i].before = p.records[i].after
 					}
 				})
 			}}},
@@ -761,7 +761,7 @@ func TestModelNeedsRules(t *testing.T) {
 					if pod == r.pod || r.newest == nil {
 						return a
 					}
-					a.have, a.blank = r.newest.contentHash, false
+					a.content, a.blank = r.newest.contentHash, false
 					return asAnswered(s.object, pod, a)
 				})
 			},
@@ -805,7 +805,7 @@ func TestModelNeedsRules(t *testing.T) {
 		{"a step that nobody can judge is held", twoOwners, modelRules{
 			decision: func(_ *modelWorld, r *modelRouter, d *decision) {
 				if strings.HasPrefix(d.why, "step") {
-					changePlan(d, func(p *sharedPlan) { p.held = false })
+					changePlan(d, func(p *sharedPlan) { p.allHeld = false })
 				}
 			}}},
 		{"a plan that does not follow is not gone by", twoOwners, modelRules{
@@ -820,7 +820,7 @@ func TestModelNeedsRules(t *testing.T) {
 		{"a reset is held", twoOwners, modelRules{
 			decision: func(_ *modelWorld, _ *modelRouter, d *decision) {
 				if strings.HasPrefix(d.why, "reset") {
-					changePlan(d, func(p *sharedPlan) { p.held = false })
+					changePlan(d, func(p *sharedPlan) { p.allHeld = false })
 				}
 			}}},
 		{"all have to say that there is no plan", twoOwners, modelRules{
@@ -1213,7 +1213,7 @@ func TestPromisedTables(t *testing.T) {
 		t.Error("the table is not known any more")
 	}
 	late := *w.object
-	late.answers = map[string]stepAnswer{"r0": {instance: r.instance, epoch: "e", step: 1, have: promised}}
+	late.answers = map[string]stepAnswer{"r0": {instance: r.instance, epoch: "e", step: 1, content: promised}}
 	r.see(&late, w.now.Add(promiseTime))
 	if r.see(w.object, w.now.Add(promiseTime)); r.table(promised) == nil {
 		t.Error("the table is not known any more, although a late answer named it again")
@@ -1230,7 +1230,7 @@ func TestShareOfTheRate(t *testing.T) {
 		t.Errorf("with no session to move its share is %g, want 0.5", got)
 	}
 	o := *s.object
-	o.answers = map[string]stepAnswer{"r0": {left: 9}, "r1": {left: 1}, "r2": {left: 90}}
+	o.answers = map[string]stepAnswer{"r0": {toMove: 9}, "r1": {toMove: 1}, "r2": {toMove: 90}}
 	if got := r.share(&o); got != 0.9 {
 		t.Errorf("with 9 of 10 sessions its share is %g, want 0.9", got)
 	}

@@ -68,10 +68,10 @@ type membership struct {
 
 	counts handoffCounts
 
-	mu     sync.Mutex
-	inbox  handoffInbox  // guarded by mu
-	status sharedStatus  // guarded by mu
-	left   chan struct{} // closed when this router is no member any more and is leaving
+	mu      sync.Mutex
+	inbox   handoffInbox  // guarded by mu
+	status  sharedStatus  // guarded by mu
+	hasLeft chan struct{} // closed when this router is no member any more and is leaving
 }
 
 // handoffCounts counts writes of the object.
@@ -118,9 +118,9 @@ func newMembership(client kubeClient, namespace, object string, pod, uid, podLab
 		podsPath: "/api/v1/namespaces/" + namespace + "/pods",
 		wake:     func() {}, wantedBackends: func() *activeBackends { return nil },
 		onNote: func(*activeBackends) {}, log: log,
-		member: newMember(pod, uid, fmt.Sprintf("%016x", rand.Uint64())),
-		inbox:  handoffInbox{gone: map[string]bool{}},
-		left:   make(chan struct{}),
+		member:  newMember(pod, uid, fmt.Sprintf("%016x", rand.Uint64())),
+		inbox:   handoffInbox{gone: map[string]bool{}},
+		hasLeft: make(chan struct{}),
 	}
 	s.watcher = &watcher[handoffConfigMap]{
 		kube: &reader, kind: "ConfigMap",
@@ -246,10 +246,10 @@ func (s *membership) publish(in *handoffInbox, d decision) {
 	st.err, st.podErr = s.status.err, s.status.podErr
 	s.status = st
 	select {
-	case <-s.left:
+	case <-s.hasLeft:
 	default:
 		if s.leaving && !in.busy && (s.member.view == nil || s.member.view.outside) {
-			close(s.left)
+			close(s.hasLeft)
 		}
 	}
 }
@@ -476,7 +476,7 @@ func (s *membership) blocking(in *handoffInbox) map[string]memberID {
 	}
 	all := map[string]memberID{}
 	for pod, id := range o.plan.members {
-		late := !o.hasAnswered(pod) || o.answers[pod].have != t.contentHash
+		late := !o.hasAnswered(pod) || o.answers[pod].content != t.contentHash
 		if pod != s.member.name && late {
 			all[pod] = id
 		}

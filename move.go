@@ -374,8 +374,8 @@ func (m *mover) nextMark(v *view, t *table, now time.Time) (next mark, again tim
 	if step := m.steppedAt.Add(minStepTime); ready && now.Before(step) {
 		ready, resume = false, step
 	}
-	due, left := m.queue.split(&next, ready, &m.pace, now)
-	m.queue.set(left)
+	due, rest := m.queue.split(&next, ready, &m.pace, now)
+	m.queue.set(rest)
 	if len(due) > 0 {
 		m.steppedAt = now
 	}
@@ -581,7 +581,7 @@ type stepProposal struct {
 	step    int64  // of the view
 	content uint64 // of the table to which the next step moves namespaces
 	next    mark
-	left    int // sessions that have to move, also those that next covers
+	toMove  int // sessions that have to move, also those that next covers
 }
 
 // share makes the mover share its steps, and the rate of moves, with other routers.
@@ -600,7 +600,7 @@ func (m *mover) leave(ctx context.Context) {
 	m.leaving.Store(true)
 	m.wake.notify()
 	select {
-	case <-m.shared.left:
+	case <-m.shared.hasLeft:
 	case <-ctx.Done():
 	}
 }
@@ -651,7 +651,7 @@ func (m *mover) progress(v *view, now time.Time) (p progress, again time.Time) {
 		return p, m.rest(v, t, now)
 	}
 	proposal, again := m.propose(v, m.targetTable(v), now)
-	p.next, p.left = proposal.next, proposal.left
+	p.next, p.toMove = proposal.next, proposal.toMove
 	return p, again
 }
 
@@ -694,12 +694,12 @@ func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.T
 	m.setShare()
 	schedule := m.pace // of what this router proposes; takeMoved advances the pace itself
 	due, _ := m.queue.split(&p.next, ready, &schedule, m.shared.stepAfter(now))
-	p.left = len(m.queue.sessions)
+	p.toMove = len(m.queue.sessions)
 	m.moveToNewPods(due, now)
 	m.paceLimits = ready && p.next.upto < allPlaces
 	further, newest := p.next, v.newestRecord()
 	if newest.content == t.contentHash { // who is away or gone, other routers know too
-		further.away, further.gone = newest.now.away, newest.now.gone
+		further.away, further.gone = newest.after.away, newest.after.gone
 	}
 	if p.next.upto == allPlaces || v.advances(t.contentHash, &further) {
 		m.shared.answered = p
@@ -754,16 +754,16 @@ func (m *mover) adopt(v *view, now time.Time) {
 // takeMoved takes the sessions that v's step moves from the queue. It advances the pace
 // by those that the pace counts: all but those whose previous owner is gone.
 func (m *mover) takeMoved(v *view, now time.Time) {
-	var left []queuedSession
+	var rest []queuedSession
 	for _, q := range m.queue.sessions {
 		s := q.session
 		if s.isClosing() || !v.misplaces(s.namespace, s.backend) {
-			left = append(left, q)
-		} else if !slices.Contains(v.newestRecord().now.gone, s.backend) {
+			rest = append(rest, q)
+		} else if !slices.Contains(v.newestRecord().after.gone, s.backend) {
 			m.pace.advance(now)
 		}
 	}
-	m.queue.set(left)
+	m.queue.set(rest)
 }
 
 // stepAfter returns when the step after the view's can begin: now or later.

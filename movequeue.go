@@ -85,22 +85,22 @@ func (m *moveQueue) count(target int) (n int) {
 // move. split does not change the queue.
 func (m *moveQueue) split(
 	next *mark, ready bool, p *pace, at time.Time,
-) (due, left []queuedSession) {
+) (due, rest []queuedSession) {
 	last := uint64(allPlaces) // the place of the last session that the pace has counted
 	for i, q := range m.sessions {
 		switch {
 		case q.session.isClosing():
 		case q.changesOwner() && slices.Contains(next.away, q.target):
-			left = append(left, q)
+			rest = append(rest, q)
 		case q.changesOwner() && slices.Contains(next.gone, q.session.backend):
 			due = append(due, q)
 		case q.place != last && (!ready || p.next().After(at)):
 			next.upto = q.place
-			return due, append(left, m.sessions[i:]...)
+			return due, append(rest, m.sessions[i:]...)
 		default:
 			last, due = q.place, append(due, q)
 			p.advance(at)
 		}
 	}
-	return due, left
+	return due, rest
 }

@@ -194,11 +194,11 @@ func (s releaseSet) add(namespace string, backend int) {
 
 // releaseRun is the release of one step by all backends of a releaseSet.
 type releaseRun struct {
-	left atomic.Int64 // backends that have not released their namespaces
+	waiting atomic.Int64 // backends that have not released their namespaces
 }
 
 // isDone reports whether all backends have released their namespaces.
-func (run *releaseRun) isDone() bool { return run.left.Load() == 0 }
+func (run *releaseRun) isDone() bool { return run.waiting.Load() == 0 }
 
 // start asks all backends of the set to release their namespaces, each again and again
 // until it has done so or is gone. It calls onDone when all have, unless there are none.
@@ -207,11 +207,11 @@ func (run *releaseRun) isDone() bool { return run.left.Load() == 0 }
 func (r *releaser) start(ctx context.Context, step int64, set releaseSet,
 	onDone func()) *releaseRun {
 	run := &releaseRun{}
-	run.left.Store(int64(len(set)))
+	run.waiting.Store(int64(len(set)))
 	for ordinal, namespaces := range set {
 		names := slices.Sorted(maps.Keys(namespaces))
 		r.running.Go(func() {
-			if r.keepReleasing(ctx, ordinal, names, step) && run.left.Add(-1) == 0 {
+			if r.keepReleasing(ctx, ordinal, names, step) && run.waiting.Add(-1) == 0 {
 				onDone()
 			}
 		})

@@ -58,7 +58,7 @@ func (m *mover) status() handoffStatus {
 	}
 	s.Done = 0
 	if newest := v.newestRecord(); newest.content == t.contentHash {
-		s.Done = float64(newest.was.upto) / allPlaces
+		s.Done = float64(newest.before.upto) / allPlaces
 	}
 	s.WaitingFor = append(m.waitingFor(v), m.routerWaits(v)...)
 	return s
