@@ -16,21 +16,21 @@ func placeOf(key uint64) uint64 { return key >> 1 }
 // mark says which namespaces have moved to the table of its record. Its sets are sorted
 // ordinals.
 type mark struct {
-	upto uint64 // those with a place below it: 0 to allPlaces
-	away []int  // but none of those whose new owner is one of these: it is not there yet
-	gone []int  // and all of those whose previous owner is one of these: it was scaled in
+	upto    uint64 // those with a place below it: 0 to allPlaces
+	away    []int  // but none of those whose new owner is one of these: it is not there yet
+	removed []int  // and all of those whose previous owner is one of these: it was scaled in
 }
 
 // isComplete reports whether no namespace is left to move.
 func (m *mark) isComplete() bool { return m.upto == allPlaces && len(m.away) == 0 }
 
 // isEmpty reports whether no namespace has moved.
-func (m *mark) isEmpty() bool { return m.upto == 0 && len(m.gone) == 0 }
+func (m *mark) isEmpty() bool { return m.upto == 0 && len(m.removed) == 0 }
 
 // equal reports whether both marks cover the same namespaces.
 func (m *mark) equal(other *mark) bool {
 	return m.upto == other.upto &&
-		slices.Equal(m.away, other.away) && slices.Equal(m.gone, other.gone)
+		slices.Equal(m.away, other.away) && slices.Equal(m.removed, other.removed)
 }
 
 // covers reports whether a namespace with this place has moved from its previous owner to
@@ -39,7 +39,7 @@ func (m *mark) covers(place uint64, previous, next int) bool {
 	if slices.Contains(m.away, next) {
 		return false
 	}
-	return place < m.upto || slices.Contains(m.gone, previous)
+	return place < m.upto || slices.Contains(m.removed, previous)
 }
 
 // planRecord is a table of a plan, and which namespaces have their owners from it.
@@ -155,7 +155,7 @@ func union(a, b []int) []int {
 func (p *handoffPlan) advance(content uint64, m mark, now time.Time) *handoffPlan {
 	newest := p.newestRecord()
 	if newest.content == p.target(content) {
-		m.gone = union(m.gone, newest.after.gone)
+		m.removed = union(m.removed, newest.after.removed)
 	}
 	if !p.isFull() {
 		return p.next(content, m, now)
@@ -267,22 +267,22 @@ func (v *view) advances(content uint64, m *mark) bool {
 	case newest.after.isComplete():
 		return true // it becomes the only table
 	}
-	raised := mark{upto: max(m.upto, newest.after.upto), away: m.away, gone: m.gone}
+	raised := mark{upto: max(m.upto, newest.after.upto), away: m.away, removed: m.removed}
 	return !newest.after.equal(&raised)
 }
 
-// goneOwners returns the ordinals, sorted, of the backends that own namespaces in v and
+// removedOwners returns the ordinals, sorted, of the backends that own namespaces in v and
 // not in t: they were scaled in.
-func (v *view) goneOwners(t *table) (gone []int) {
+func (v *view) removedOwners(t *table) (removed []int) {
 	for _, old := range v.tables {
 		for i := range old.backends.count {
 			if ordinal := old.backends.first + i; !t.backends.has(ordinal) {
-				gone = append(gone, ordinal)
+				removed = append(removed, ordinal)
 			}
 		}
 	}
-	slices.Sort(gone)
-	return slices.Compact(gone)
+	slices.Sort(removed)
+	return slices.Compact(removed)
 }
 
 // misplaces reports whether all that the backend has of the namespace has to be over
@@ -305,7 +305,7 @@ func (v *view) mayChange(key uint64) bool {
 		return false
 	}
 	r := v.newestRecord()
-	if !slices.Equal(r.before.away, r.after.away) || !slices.Equal(r.before.gone, r.after.gone) {
+	if !slices.Equal(r.before.away, r.after.away) || !slices.Equal(r.before.removed, r.after.removed) {
 		return true
 	}
 	return r.before.upto <= placeOf(key) && placeOf(key) < r.after.upto
@@ -369,7 +369,7 @@ func (v *view) find(
 	for i, newer := range v.tables[1:] {
 		m := markOf(&v.records[i+1])
 		if newer == nil {
-			if placeOf(key) < m.upto || len(m.gone) > 0 {
+			if placeOf(key) < m.upto || len(m.removed) > 0 {
 				ordinal, t = ownerNotKnown, nil
 			}
 			continue

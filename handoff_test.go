@@ -29,7 +29,7 @@ func randomMark(r *rand.Rand) mark {
 		case 0:
 			m.away = append(m.away, ordinal)
 		case 1:
-			m.gone = append(m.gone, ordinal)
+			m.removed = append(m.removed, ordinal)
 		}
 	}
 	return m

@@ -220,7 +220,7 @@ const maxOrdinal = 1<<31 - 1
 //	 "members":{"router-a":{"uid":"…", "instance":"7c1e"}},
 //	 "records":[{"content":"9c1f…"},
 //	            {"content":"77ab…", "before":{"upto":"5f3a…"},
-//	             "after":{"upto":"61b2…", "away":[2], "gone":[5]}}],
+//	             "after":{"upto":"61b2…", "away":[2], "removed":[5]}}],
 //	 "backends":{"count":4, "uid":"…", "generation":7}}
 //
 // A content and a place have 16 hexadecimal digits. The first record has no marks. allHeld,
@@ -245,9 +245,9 @@ type recordJSON struct {
 
 // markJSON is the JSON of a mark.
 type markJSON struct {
-	Upto string `json:"upto"`
-	Away []int  `json:"away,omitempty"`
-	Gone []int  `json:"gone,omitempty"`
+	Upto    string `json:"upto"`
+	Away    []int  `json:"away,omitempty"`
+	Removed []int  `json:"removed,omitempty"`
 }
 
 // String returns the JSON of the plan, the same for equal plans.
@@ -272,7 +272,7 @@ func (p *sharedPlan) String() string {
 }
 
 func newMarkJSON(m *mark) *markJSON {
-	return &markJSON{hex64(m.upto).String(), m.away, m.gone}
+	return &markJSON{hex64(m.upto).String(), m.away, m.removed}
 }
 
 // parsePlan reads the JSON of a plan.
@@ -376,23 +376,23 @@ func (m *markJSON) parse(name string) (mark, error) {
 	if err != nil {
 		return mark{}, err
 	}
-	return newMark(name, upto, m.Away, m.Gone)
+	return newMark(name, upto, m.Away, m.Removed)
 }
 
 // newMark returns a mark, or an error if a set is not valid.
-func newMark(name string, upto uint64, away, gone []int) (mark, error) {
+func newMark(name string, upto uint64, away, removed []int) (mark, error) {
 	if err := checkOrdinals(name+".away", away); err != nil {
 		return mark{}, err
 	}
-	if err := checkOrdinals(name+".gone", gone); err != nil {
+	if err := checkOrdinals(name+".removed", removed); err != nil {
 		return mark{}, err
 	}
 	m := mark{upto: upto}
 	if len(away) > 0 {
 		m.away = away
 	}
-	if len(gone) > 0 {
-		m.gone = gone
+	if len(removed) > 0 {
+		m.removed = removed
 	}
 	return m, nil
 }
@@ -400,10 +400,10 @@ func newMark(name string, upto uint64, away, gone []int) (mark, error) {
 // String returns the line of the answer in the object, six words:
 //
 //	<instance> <epoch> <step> <content> <next> <to move>
-//	7c1e 7c1e.1795871234567 1795871239876 77ab… 61b2…/away=2,3/gone=5 120
+//	7c1e 7c1e.1795871234567 1795871239876 77ab… 61b2…/away=2,3/removed=5 120
 //
 // next is the place up to which the next step may go, with the new owners that are away
-// and the old ones that are gone, each left out if there are none. It is "blank" in an
+// and the old ones that were removed, each left out if there are none. It is "blank" in an
 // answer of a router that does not know all tables of the plan. content is "-" if it has no
 // table; it is blank then. epoch is "-" and step 0 if it has no view; it is blank then,
 // too.
@@ -424,7 +424,7 @@ func (a stepAnswer) String() string {
 // formatNext returns a mark as an answer has it.
 func formatNext(m mark) string {
 	return hex64(m.upto).String() +
-		formatOrdinals("/away=", m.away) + formatOrdinals("/gone=", m.gone)
+		formatOrdinals("/away=", m.away) + formatOrdinals("/removed=", m.removed)
 }
 
 // formatOrdinals returns the set after its name, "" if it is empty.
@@ -489,7 +489,7 @@ func parseNext(s string) (mark, error) {
 	if err != nil {
 		return mark{}, err
 	}
-	var away, gone []int
+	var away, removed []int
 	if rest, ok := strings.CutPrefix(sets, "away="); ok {
 		list, others, _ := strings.Cut(rest, "/")
 		if away, err = parseOrdinals("next.away", list); err != nil {
@@ -497,14 +497,14 @@ func parseNext(s string) (mark, error) {
 		}
 		sets = others
 	}
-	if list, ok := strings.CutPrefix(sets, "gone="); ok {
-		if gone, err = parseOrdinals("next.gone", list); err != nil {
+	if list, ok := strings.CutPrefix(sets, "removed="); ok {
+		if removed, err = parseOrdinals("next.removed", list); err != nil {
 			return mark{}, err
 		}
 	}
-	m, err := newMark("next", upto, away, gone)
+	m, err := newMark("next", upto, away, removed)
 	if err == nil && formatNext(m) != s {
-		err = badValue("next", s, "a place, /away= and /gone=")
+		err = badValue("next", s, "a place, /away= and /removed=")
 	}
 	return m, err
 }

@@ -130,7 +130,7 @@ func TestPlanFaults(t *testing.T) {
 }
 
 func TestAnswerFaults(t *testing.T) {
-	const good = "i e 7 00000000000000aa 8000000000000000/away=1,2/gone=0 12"
+	const good = "i e 7 00000000000000aa 8000000000000000/away=1,2/removed=0 12"
 	if _, err := parseAnswer(good); err != nil {
 		t.Fatal(err)
 	}
@@ -146,13 +146,13 @@ func TestAnswerFaults(t *testing.T) {
 		{" 7 ", " -7 ", `want a number from 0 to`},
 		{"00000000000000aa", "-", `want blank, without a view or a table`},
 		{"00000000000000aa", "0000000000000000", `want blank`},
-		{"00000000000000aa 8000000000000000/away=1,2/gone=0", "0000000000000000 blank", `content is "0000000000000000", want not 0`},
+		{"00000000000000aa 8000000000000000/away=1,2/removed=0", "0000000000000000 blank", `content is "0000000000000000", want not 0`},
 		{"8000", "8001", `next is "8001000000000000", want 16 hexadecimal`},
 		{"/away=1,2", "/away=", `next.away is "", want a number`},
 		{"/away=1,2", "/away=2,1", `want ordinals in ascending order`},
-		{"/away=1,2/gone=0", "/gone=0/away=1", `next.gone is "0/away=1"`},
-		{"/gone=0", "/", `want a place, /away= and /gone=`},
-		{"/gone=0", "/x=0", `want a place, /away= and /gone=`},
+		{"/away=1,2/removed=0", "/removed=0/away=1", `next.removed is "0/away=1"`},
+		{"/removed=0", "/", `want a place, /away= and /removed=`},
+		{"/removed=0", "/x=0", `want a place, /away= and /removed=`},
 	} {
 		bad := strings.Replace(good, c.old, c.new, 1)
 		o := readHandoffObject("u", "1", map[string]string{answerKeyPrefix + "a": bad})
@@ -166,7 +166,7 @@ func TestAnswerFaults(t *testing.T) {
 // FuzzHandoffObject: whatever the data is, reading it ends, and what was read is the same
 // when it is written and read again.
 func FuzzHandoffObject(f *testing.F) {
-	f.Add(goodPlan, "i e 7 00000000000000aa 8000000000000000/away=1,2/gone=0 12")
+	f.Add(goodPlan, "i e 7 00000000000000aa 8000000000000000/away=1,2/removed=0 12")
 	f.Add(`{"epoch":"e","writes":1,"step":1,"members":{},"records":[{"content":"0000000000000000"}]}`, "i - 0 - blank 0")
 	f.Fuzz(func(t *testing.T, plan, line string) {
 		data := map[string]string{planKey: plan, answerKeyPrefix + "a": line}

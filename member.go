@@ -563,7 +563,7 @@ func (o *handoffObject) agreedMark(
 		allBlank = false
 		next.upto = min(next.upto, a.next.upto)
 		next.away = union(next.away, a.next.away)
-		next.gone = union(next.gone, a.next.gone)
+		next.removed = union(next.removed, a.next.removed)
 		if !isAny {
 			writers = append(writers, pod)
 		}

@@ -344,7 +344,7 @@ func (w *modelWorld) randomNext() mark {
 		case 0:
 			m.away = append(m.away, ordinal)
 		case 1:
-			m.gone = append(m.gone, ordinal)
+			m.removed = append(m.removed, ordinal)
 		}
 	}
 	return m

@@ -367,7 +367,7 @@ func (m *mover) beginStep(v *view) {
 // The step closes them, but for those whose owner stays and has another pod. nextMark
 // closes these itself, and all if there will be no step: v is at rest.
 func (m *mover) nextMark(v *view, t *table, now time.Time) (next mark, again time.Time) {
-	next = mark{upto: allPlaces, gone: v.goneOwners(t)}
+	next = mark{upto: allPlaces, removed: v.removedOwners(t)}
 	next.away, again = m.targets.away(now)
 	settled, resume := m.startPace(now)
 	ready := settled
@@ -689,7 +689,7 @@ func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.T
 	}
 	m.refreshQueue(v, t, now)
 	p = &stepProposal{step: v.step, content: t.contentHash}
-	p.next = mark{upto: allPlaces, away: away, gone: v.goneOwners(t)}
+	p.next = mark{upto: allPlaces, away: away, removed: v.removedOwners(t)}
 	ready, resume := m.startPace(now)
 	m.setShare()
 	schedule := m.pace // of what this router proposes; takeMoved advances the pace itself
@@ -698,8 +698,8 @@ func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.T
 	m.moveToNewPods(due, now)
 	m.paceLimits = ready && p.next.upto < allPlaces
 	further, newest := p.next, v.newestRecord()
-	if newest.content == t.contentHash { // who is away or gone, other routers know too
-		further.away, further.gone = newest.after.away, newest.after.gone
+	if newest.content == t.contentHash { // who is away or removed, other routers know too
+		further.away, further.removed = newest.after.away, newest.after.removed
 	}
 	if p.next.upto == allPlaces || v.advances(t.contentHash, &further) {
 		m.shared.answered = p
@@ -752,14 +752,14 @@ func (m *mover) adopt(v *view, now time.Time) {
 }
 
 // takeMoved takes the sessions that v's step moves from the queue. It advances the pace
-// by those that the pace counts: all but those whose previous owner is gone.
+// by those that the pace counts: all but those whose previous owner was removed.
 func (m *mover) takeMoved(v *view, now time.Time) {
 	var rest []queuedSession
 	for _, q := range m.queue.sessions {
 		s := q.session
 		if s.isClosing() || !v.misplaces(s.namespace, s.backend) {
 			rest = append(rest, q)
-		} else if !slices.Contains(v.newestRecord().after.gone, s.backend) {
+		} else if !slices.Contains(v.newestRecord().after.removed, s.backend) {
 			m.pace.advance(now)
 		}
 	}

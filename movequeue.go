@@ -81,7 +81,7 @@ func (m *moveQueue) count(target int) (n int) {
 // split returns the sessions that may move in the next step, which is at the given time,
 // and those that are left. It sets next.upto to the place of the first one that the pace
 // holds back, and advances the pace by each session that the pace counts. All sessions of
-// a namespace move in one step. If ready is false, only sessions whose owner is gone may
+// a namespace move in one step. If ready is false, only sessions whose owner was removed may
 // move. split does not change the queue.
 func (m *moveQueue) split(
 	next *mark, ready bool, p *pace, at time.Time,
@@ -92,7 +92,7 @@ func (m *moveQueue) split(
 		case q.session.isClosing():
 		case q.changesOwner() && slices.Contains(next.away, q.target):
 			rest = append(rest, q)
-		case q.changesOwner() && slices.Contains(next.gone, q.session.backend):
+		case q.changesOwner() && slices.Contains(next.removed, q.session.backend):
 			due = append(due, q)
 		case q.place != last && (!ready || p.next().After(at)):
 			next.upto = q.place
