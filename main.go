@@ -97,7 +97,7 @@
 //	mover.prepare             finds the sessions whose owner changed
 //	mover.restartSettling     waits until the table has stayed for -move-settle
 //	moveTargets.dial          waits until the new owner takes a connection
-//	mover.nextMark            chooses the namespaces of the next step
+//	mover.takeNextStep            chooses the namespaces of the next step
 //	moveQueue.split           chooses as many as the rate allows
 //	view.next                 holds them: from now on their clients wait
 //	mover.release             closes their sessions, and waits for the end of all flights
@@ -107,11 +107,11 @@
 //	mover.finishStep          opens the namespaces with their new owners
 //	mover.reportFinished      logs the result
 //
-// With -handoff=all the routers agree on each step in one object. In place of nextMark,
+// With -handoff=all the routers agree on each step in one object. In place of takeNextStep,
 // view.next and finishStep:
 //
 //	mover.advanceShared       repeats what follows
-//	mover.progress            says what it has released, and proposes the next step
+//	mover.workShared            says what it has released, and proposes the next step
 //	membership.decide         takes the newest version of the object
 //	member.decide             says to adopt its plan, answer it, or write the next step
 //	membership.write          patches the object; its watcher brings what that made

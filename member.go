@@ -10,11 +10,11 @@ import (
 )
 
 const (
-	minStepTime  = 100 * time.Millisecond // of a step that moves namespaces: see stepTime
-	turnInterval = 150 * time.Millisecond // between two turns: see member.turn
-	writeTimeout = time.Second            // from a write until the object has to show it
-	relistPods   = 2 * time.Second        // how old a list of pods may be
-	promiseTime  = 2 * time.Minute        // see member.promised
+	minStepTime   = 100 * time.Millisecond // of a step that moves namespaces: see stepTime
+	turnInterval  = 150 * time.Millisecond // between two turns: see member.turn
+	writeTimeout  = time.Second            // from a write until the object has to show it
+	maxPodListAge = 2 * time.Second        // how old a list of pods may be
+	promiseTime   = 2 * time.Minute        // see member.promised
 )
 
 // member is this router as one of those that share the object of the hand-off: what it
@@ -68,9 +68,9 @@ func newMember(name, uid, instance string) *member {
 	}
 }
 
-// progress is how far this router has come with its view's step, and what it proposes for
+// stepProgress is how far this router has come with its view's step, and what it proposes for
 // the step after.
-type progress struct {
+type stepProgress struct {
 	sessions bool // it has sessions, or upgrades that a backend may have got
 	stepDone bool // none of them has another owner than the view has after the step
 	next     mark // how far the step after may go, towards handoffPlan.target
@@ -92,9 +92,9 @@ type podList struct {
 	pods         map[string]routerPod // by name
 }
 
-// situation is all that a decision depends on, but for what the member knows.
-type situation struct {
-	progress
+// decisionInput is all that a decision depends on, but for what the member knows.
+type decisionInput struct {
+	stepProgress
 	now      time.Time
 	object   *handoffObject // never older than before; nil if it does not exist
 	seenAt   time.Time      // when this version was seen first
@@ -190,7 +190,7 @@ func (m *member) note(d decision, now time.Time) {
 }
 
 // decide returns what to do now.
-func (m *member) decide(s *situation) decision {
+func (m *member) decide(s *decisionInput) decision {
 	o := s.object
 	switch {
 	case m.view != nil && !m.view.isMember && s.sessions:
@@ -203,7 +203,7 @@ func (m *member) decide(s *situation) decision {
 			return decision{action: actAdopt, view: v, why: "the plan has changed"}
 		}
 	case m.view == nil:
-		return m.begin(s)
+		return m.bootstrap(s)
 	default:
 		if o.plan != nil {
 			m.forked = o.plan.epoch
@@ -214,7 +214,7 @@ func (m *member) decide(s *situation) decision {
 		return m.leave(s)
 	}
 	wait := decision{}
-	for _, try := range []func(*situation) decision{
+	for _, try := range []func(*decisionInput) decision{
 		m.join, m.sendAnswer, m.remove, m.noteBackends, m.writeStep,
 	} {
 		d := try(s)
@@ -325,7 +325,7 @@ func (m *member) oldestTable(next *memberView) *table {
 }
 
 // answer returns what this router says of the view's step once nothing of it is left.
-func (m *member) answer(s *situation) stepAnswer {
+func (m *member) answer(s *decisionInput) stepAnswer {
 	v := m.view
 	a := stepAnswer{instance: m.instance, epoch: v.plan.epoch, step: v.step}
 	if m.newest != nil {
@@ -345,7 +345,7 @@ func (m *member) answer(s *situation) stepAnswer {
 // sendAnswer sends the answer of a member, if the object does not have it. It is
 // a patch of this router's key without a version: nobody else writes the key. It may
 // arrive late, and says then what was true of an earlier step.
-func (m *member) sendAnswer(s *situation) decision {
+func (m *member) sendAnswer(s *decisionInput) decision {
 	if !m.view.isMember {
 		return decision{}
 	}
@@ -374,7 +374,7 @@ func (m *member) key() string { return answerKeyPrefix + m.name }
 // turn returns when this router may write what each of the named routers may write. Their
 // turns follow each other in the order of their names, turnInterval apart. So mostly the
 // first one writes, and nobody has a conflict. A router that is not named comes last.
-func (m *member) turn(s *situation, names []string) time.Time {
+func (m *member) turn(s *decisionInput, names []string) time.Time {
 	rank := slices.Index(slices.Sorted(slices.Values(names)), m.name)
 	if rank < 0 {
 		rank = len(names)
@@ -386,7 +386,7 @@ func (m *member) turn(s *situation, names []string) time.Time {
 // once it is the given time. a is this router's answer if it is part of the write. The
 // keys of routers that are not members go.
 func (m *member) writePlan(
-	s *situation, p *sharedPlan, a *stepAnswer, at time.Time, why string,
+	s *decisionInput, p *sharedPlan, a *stepAnswer, at time.Time, why string,
 ) decision {
 	next := *p
 	next.writes++
@@ -407,7 +407,7 @@ func (m *member) writePlan(
 // once it is the given time. After one write it waits for the next version, or
 // writeTimeout.
 func (m *member) writeIf(
-	s *situation, w *handoffWrite, a *stepAnswer, at time.Time, why string,
+	s *decisionInput, w *handoffWrite, a *stepAnswer, at time.Time, why string,
 ) decision {
 	w.uid, w.version = s.object.uid, s.object.version
 	if m.swap != nil && m.swap.uid == w.uid && m.swap.version == w.version {
@@ -420,7 +420,7 @@ func (m *member) writeIf(
 }
 
 // leave removes this router from the members: it has no session, and admits none.
-func (m *member) leave(s *situation) decision {
+func (m *member) leave(s *decisionInput) decision {
 	p := m.view.plan
 	if id, ok := p.members[m.name]; !ok || id.UID != m.uid {
 		return waiting("this router has left")
@@ -431,7 +431,7 @@ func (m *member) leave(s *situation) decision {
 // join makes this router a member, once it has a table, in place of a container or a pod
 // of the same name before it: these have ended, or this one would not run. Until it has a
 // table, it removes them.
-func (m *member) join(s *situation) decision {
+func (m *member) join(s *decisionInput) decision {
 	p := m.view.plan
 	id, isNamed := p.members[m.name]
 	isAny := isNamed && id.UID == m.uid && id.Instance == anyInstance
@@ -452,7 +452,7 @@ func (m *member) join(s *situation) decision {
 }
 
 // remove removes a member whose pod has ended for ever.
-func (m *member) remove(s *situation) decision {
+func (m *member) remove(s *decisionInput) decision {
 	p := m.view.plan
 	if m.view.outside {
 		return decision{}
@@ -482,7 +482,7 @@ func (id memberID) isGone(pod *routerPod) bool {
 
 // noteBackends writes the number of backends in force into the plan, if this router has a
 // newer one. It changes nothing else: all that see it make new tables.
-func (m *member) noteBackends(s *situation) decision {
+func (m *member) noteBackends(s *decisionInput) decision {
 	p := m.view.plan
 	if m.view.outside || s.backends == nil || !s.backends.replaces(p.backends) {
 		return decision{}
@@ -497,7 +497,7 @@ func (m *member) noteBackends(s *situation) decision {
 // the same table. A router that does not know a table of the plan leaves it to the
 // others. If nobody knows them all, the table that all members have becomes the only one,
 // and all namespaces are held until all have answered.
-func (m *member) writeStep(s *situation) decision {
+func (m *member) writeStep(s *decisionInput) decision {
 	o, v := s.object, m.view
 	if v.outside || m.newest == nil {
 		return decision{}
@@ -571,7 +571,7 @@ func (o *handoffObject) agreedMark(
 	return next, writers, allBlank, nil
 }
 
-// begin is what a router without a view does where there is no plan. The router says so
+// bootstrap is what a router without a view does where there is no plan. The router says so
 // in its own key. When all router pods have said so, the first one by name that has a
 // table makes the plan. Both are written only if the object is as seen: a late write
 // would speak for a container that has a view by now. So does an old copy of the object
@@ -603,7 +603,7 @@ func (m *member) begin(s *situation) decision {
 		switch said, ok := o.answers[name]; {
 		case pod.ended || !pod.scheduled:
 		case !ok || !said.isWithoutView():
-			return decision{again: s.list.at.Add(relistPods),
+			return decision{again: s.list.at.Add(maxPodListAge),
 				why: fmt.Sprintf("there is no plan, and %s has not said so", name)}
 		case said.have == noContent:
 			p.members[name] = memberID{pod.uid, anyInstance}
@@ -622,7 +622,7 @@ func (m *member) begin(s *situation) decision {
 }
 
 // startEpoch gives p an epoch of its own, and a step above all that this router has seen.
-func (m *member) startEpoch(p *sharedPlan, s *situation) {
+func (m *member) startEpoch(p *sharedPlan, s *decisionInput) {
 	last := m.top
 	if s.object.plan != nil {
 		last = max(last, s.object.plan.step)
@@ -638,16 +638,16 @@ func (m *member) startEpoch(p *sharedPlan, s *situation) {
 // do. The list has to be from after the version on which the plan will be written: so
 // each router that was a member by then, or will be, is in the list or changes the
 // version.
-func (m *member) needsList(s *situation) (d decision, ok bool) {
+func (m *member) needsList(s *decisionInput) (d decision, ok bool) {
 	l := s.list
 	fresh := l != nil && l.uid == s.object.uid && l.version == s.object.version
-	if !fresh || !s.now.Before(l.at.Add(relistPods)) {
+	if !fresh || !s.now.Before(l.at.Add(maxPodListAge)) {
 		return decision{action: actList, why: "list the router pods"}, false
 	}
 	if pod := l.pods[m.name]; pod.uid != m.uid {
 		return decision{
 			why:   "the list of router pods does not have this one",
-			again: l.at.Add(relistPods),
+			again: l.at.Add(maxPodListAge),
 		}, false
 	}
 	return decision{}, true
@@ -656,7 +656,7 @@ func (m *member) needsList(s *situation) (d decision, ok bool) {
 // reset writes a plan where there is none that follows the view: a new epoch with the
 // owners of the view. All that may have a session are its members, and nobody knows the
 // owners before it, so all namespaces are held until all have answered.
-func (m *member) reset(s *situation) decision {
+func (m *member) reset(s *decisionInput) decision {
 	v := m.view
 	if at := m.turn(s, slices.Collect(maps.Keys(v.plan.members))); s.now.Before(at) {
 		return decision{why: "reset the plan", again: at}
@@ -674,7 +674,7 @@ func (m *member) reset(s *situation) decision {
 // mergeMembers returns the members of a reset: those of the object, those of the view,
 // and all router pods. If only the pod is known, or if the object and the view name
 // different processes of it, any of its processes may answer.
-func (m *member) mergeMembers(s *situation) map[string]memberID {
+func (m *member) mergeMembers(s *decisionInput) map[string]memberID {
 	merged := map[string]memberID{}
 	add := func(members map[string]memberID) {
 		for name, id := range members {

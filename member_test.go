@@ -77,7 +77,7 @@ type modelRouter struct {
 
 // modelRules change what the model does: each takes a rule away.
 type modelRules struct {
-	situation func(*modelWorld, *modelRouter, *situation)
+	situation func(*modelWorld, *modelRouter, *decisionInput)
 	view      func(*modelRouter, *memberView)
 	decision  func(*modelWorld, *modelRouter, *decision)
 	write     func(*handoffWrite)
@@ -246,8 +246,8 @@ func (w *modelWorld) misplaced(r *modelRouter, i int) (set uint64) {
 }
 
 // situationOf returns what r decides by.
-func (w *modelWorld) situationOf(r *modelRouter) *situation {
-	s := &situation{
+func (w *modelWorld) situationOf(r *modelRouter) *decisionInput {
+	s := &decisionInput{
 		now: w.clock(r), object: r.object, seenAt: r.seenAt, list: r.list, leaving: r.leaving,
 		gone: func(pod, uid string) bool { return w.pods[pod].uid != uid },
 	}
@@ -705,7 +705,7 @@ func TestModelIsSafeAndLive(t *testing.T) {
 }
 
 // otherAnswers has the router see other answers than the object has.
-func otherAnswers(s *situation, change func(pod string, a stepAnswer) stepAnswer) {
+func otherAnswers(s *decisionInput, change func(pod string, a stepAnswer) stepAnswer) {
 	if s.object == nil || s.object.plan == nil {
 		return
 	}
@@ -756,7 +756,7 @@ func TestModelNeedsRules(t *testing.T) {
 				})
 			}}},
 		{"a step waits for all answers to the one before", twoOwners, modelRules{
-			situation: func(w *modelWorld, r *modelRouter, s *situation) {
+			situation: func(w *modelWorld, r *modelRouter, s *decisionInput) {
 				otherAnswers(s, func(pod string, a stepAnswer) stepAnswer {
 					if pod == r.pod || r.newest == nil {
 						return a
@@ -776,19 +776,19 @@ func TestModelNeedsRules(t *testing.T) {
 		{"only members admit", twoOwners, modelRules{
 			view: func(_ *modelRouter, v *memberView) { v.outside = false }}},
 		{"an answer waits for the end of sessions", twoOwners, modelRules{
-			situation: func(_ *modelWorld, _ *modelRouter, s *situation) { s.stepDone = true }}},
+			situation: func(_ *modelWorld, _ *modelRouter, s *decisionInput) { s.stepDone = true }}},
 		{"a step is done when all have answered", twoOwners, modelRules{
 			view: func(_ *modelRouter, v *memberView) { v.done = true }}},
 		{"only a pod that is gone is removed", twoOwners, modelRules{
-			situation: func(_ *modelWorld, _ *modelRouter, s *situation) {
+			situation: func(_ *modelWorld, _ *modelRouter, s *decisionInput) {
 				s.gone = func(string, string) bool { return true }
 			}}},
 		{"a pod that is gone is removed", stuck, modelRules{
-			situation: func(_ *modelWorld, _ *modelRouter, s *situation) {
+			situation: func(_ *modelWorld, _ *modelRouter, s *decisionInput) {
 				s.gone = func(string, string) bool { return false }
 			}}},
 		{"an answer that was overwritten is sent again", stuck, modelRules{
-			situation: func(w *modelWorld, r *modelRouter, s *situation) {
+			situation: func(w *modelWorld, r *modelRouter, s *decisionInput) {
 				otherAnswers(s, func(pod string, a stepAnswer) stepAnswer {
 					if pod == r.pod && r.patch != nil && r.patch.uid == s.object.uid {
 						return r.answered
@@ -809,7 +809,7 @@ func TestModelNeedsRules(t *testing.T) {
 				}
 			}}},
 		{"a plan that does not follow is not gone by", twoOwners, modelRules{
-			situation: func(_ *modelWorld, r *modelRouter, s *situation) {
+			situation: func(_ *modelWorld, r *modelRouter, s *decisionInput) {
 				if r.view != nil && s.object != nil && s.object.plan != nil && !r.follows(s.object) {
 					r.top = 0
 					v := *r.view
@@ -824,7 +824,7 @@ func TestModelNeedsRules(t *testing.T) {
 				}
 			}}},
 		{"all have to say that there is no plan", twoOwners, modelRules{
-			situation: func(_ *modelWorld, r *modelRouter, s *situation) {
+			situation: func(_ *modelWorld, r *modelRouter, s *decisionInput) {
 				if r.view == nil && s.list != nil {
 					l := *s.list
 					l.pods = map[string]routerPod{r.pod: l.pods[r.pod]}
@@ -915,7 +915,7 @@ func TestResetCountsAllPods(t *testing.T) {
 			}
 		}},
 		"pods that were listed before the object": {
-			situation: func(_ *modelWorld, r *modelRouter, s *situation) {
+			situation: func(_ *modelWorld, r *modelRouter, s *decisionInput) {
 				if s.list != nil && r.pod == "r0" {
 					l := *s.list
 					l.pods = map[string]routerPod{"r0": l.pods["r0"]}
@@ -1045,7 +1045,7 @@ func TestLeaverAdmitsNobody(t *testing.T) {
 }
 
 // rested returns a world with n members at rest, and what the first one decides by.
-func rested(n int) (*modelWorld, *modelRouter, *situation) {
+func rested(n int) (*modelWorld, *modelRouter, *decisionInput) {
 	w := newScene(n, modelRules{}, to("backend-0"))
 	r := w.routers[0]
 	return w, r, w.situationOf(r)
@@ -1092,7 +1092,7 @@ func TestMembersTakeTurns(t *testing.T) {
 	data := maps.Clone(w.data)
 	for _, r := range w.routers {
 		w.readEdit(r)
-		a := r.answer(&situation{progress: progress{next: mark{upto: allPlaces}}})
+		a := r.answer(&decisionInput{stepProgress: stepProgress{next: mark{upto: allPlaces}}})
 		data[r.key()] = a.String()
 	}
 	w.store(w.object.uid, data)

@@ -19,8 +19,8 @@ import (
 )
 
 const (
-	// handoffTimeout bounds one write of the object, and one request for pods.
-	handoffTimeout = 5 * time.Second
+	// objectRequestTimeout bounds one write of the object, and one request for pods.
+	objectRequestTimeout = 5 * time.Second
 	// blockedTime is how long a member may not answer before its pod is asked for, and
 	// then the time between two requests.
 	blockedTime = time.Second
@@ -162,7 +162,7 @@ func (s *membership) apply(objects map[string]*handoffConfigMap) {
 // step that a backend has seen. The caller carries out actAdopt and actEndAll, and calls
 // decide again. All else only says when to call it again, if nothing happens before.
 func (s *membership) decide(
-	ctx context.Context, p progress, t *table, seenStep int64, now time.Time,
+	ctx context.Context, p stepProgress, t *table, seenStep int64, now time.Time,
 ) decision {
 	s.ctx = ctx
 	in := s.takeInbox(now)
@@ -172,8 +172,8 @@ func (s *membership) decide(
 		s.member.see(in.object, now)
 	}
 	s.passNote(&in)
-	d := s.member.decide(&situation{
-		progress: p, now: now, object: in.object, seenAt: in.seenAt, list: in.list,
+	d := s.member.decide(&decisionInput{
+		stepProgress: p, now: now, object: in.object, seenAt: in.seenAt, list: in.list,
 		leaving: s.leaving, backends: s.wantedBackends(),
 		gone: func(_, uid string) bool { return in.gone[uid] },
 	})
@@ -191,10 +191,10 @@ func (s *membership) decide(
 			return decision{why: d.why, again: s.retryAt}
 		}
 		s.member.note(d, now)
-		s.begin(d)
+		s.startRequest(d)
 	case actWait:
 		d.again = earliest(d.again, s.askPods(&in, now))
-		d.again = earliest(d.again, s.relist(&in, t, now))
+		d.again = earliest(d.again, s.relistObject(&in, t, now))
 	}
 	return d
 }
@@ -298,8 +298,8 @@ func (s *membership) whyNotReady() string {
 	return text
 }
 
-// begin begins to write or to list. It does not block.
-func (s *membership) begin(d decision) {
+// startRequest begins to write or to list. It does not block.
+func (s *membership) startRequest(d decision) {
 	s.mu.Lock()
 	s.inbox.busy = true
 	s.mu.Unlock()
@@ -309,16 +309,16 @@ func (s *membership) begin(d decision) {
 		if d.action == actWrite {
 			err = s.write(ctx, d.write)
 		} else {
-			err = s.list(ctx)
+			err = s.listPods(ctx)
 		}
-		s.end(ctx, d, err)
+		s.requestDone(ctx, d, err)
 	})
 }
 
-// end notes how a write or a list has ended. A conflict is no failure: somebody else was
+// requestDone notes how a write or a list has ended. A conflict is no failure: somebody else was
 // first, or the object was made anew, and the watcher brings what they did. The API
 // server answers 409 if the resourceVersion is another, and 422 if the UID is.
-func (s *membership) end(ctx context.Context, d decision, err error) {
+func (s *membership) requestDone(ctx context.Context, d decision, err error) {
 	switch {
 	case ctx.Err() != nil:
 		return
@@ -347,7 +347,7 @@ func (s *membership) end(ctx context.Context, d decision, err error) {
 
 // write writes the object.
 func (s *membership) write(ctx context.Context, w *handoffWrite) error {
-	ctx, cancel := context.WithTimeout(ctx, handoffTimeout)
+	ctx, cancel := context.WithTimeout(ctx, objectRequestTimeout)
 	defer cancel()
 	path := s.watcher.path + "/" + s.watcher.name
 	body, err := s.writer.do(ctx, path, url.Values{"fieldManager": {"router"}}, w.patch())
@@ -360,9 +360,9 @@ func (s *membership) write(ctx context.Context, w *handoffWrite) error {
 	return err
 }
 
-// list lists the object, and after that the pods of all routers. It puts the pods into
+// listPods lists the object, and after that the pods of all routers. It puts the pods into
 // the inbox.
-func (s *membership) list(ctx context.Context) error {
+func (s *membership) listPods(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, listTimeout)
 	defer cancel()
 	select {
@@ -506,7 +506,7 @@ func (s *membership) findGone(
 func (s *membership) getPod(
 	ctx context.Context, client *kubeClient, name string,
 ) (*routerPod, error) {
-	ctx, cancel := context.WithTimeout(ctx, handoffTimeout)
+	ctx, cancel := context.WithTimeout(ctx, objectRequestTimeout)
 	defer cancel()
 	body, err := client.do(ctx, s.podsPath+"/"+name, nil, nil)
 	if hasStatus(err, http.StatusNotFound) {
@@ -525,9 +525,9 @@ func (s *membership) getPod(
 	return &found, err
 }
 
-// relist lists the object again if a change waits and nothing has come for relistTime. It
+// relistObject lists the object again if a change waits and nothing has come for relistTime. It
 // returns when to look again, zero if no change waits.
-func (s *membership) relist(in *handoffInbox, t *table, now time.Time) time.Time {
+func (s *membership) relistObject(in *handoffInbox, t *table, now time.Time) time.Time {
 	v := s.member.view
 	if v == nil || t == nil || v.isAtRest(t.contentHash) && v.done {
 		return time.Time{}

@@ -294,7 +294,7 @@ func (m *mover) handleDialResult(d dialResult) {
 func (m *mover) advance(now time.Time) time.Time {
 	for {
 		v := m.current.Load()
-		if v == nil || !v.done && !m.isOver(v) {
+		if v == nil || !v.done && !m.workOnStep(v) {
 			return time.Time{}
 		}
 		if !v.done {
@@ -311,7 +311,7 @@ func (m *mover) advance(now time.Time) time.Time {
 			m.prepare(now)
 		}
 		m.refreshQueue(v, t, now)
-		next, again := m.nextMark(v, t, now)
+		next, again := m.takeNextStep(v, t, now)
 		switch {
 		case v.isAtRest(t.contentHash):
 			m.keepVersion(v, t)
@@ -356,17 +356,17 @@ func (m *mover) raiseStep(v *view) {
 func (m *mover) beginStep(v *view) {
 	v.step = max(v.step, m.seenStep.Load()+1)
 	if !v.done {
-		m.releases.begin()
+		m.releases.startStep()
 	}
 	m.current.Store(v)
 	m.onStep()
 }
 
-// nextMark returns the mark of the next step, and when a later one may go further, zero
-// if that is when something happens. It takes the sessions of the step from the queue.
-// The step closes them, but for those whose owner stays and has another pod. nextMark
-// closes these itself, and all if there will be no step: v is at rest.
-func (m *mover) nextMark(v *view, t *table, now time.Time) (next mark, again time.Time) {
+// takeNextStep takes the sessions of the next step from the queue, and returns its mark.
+// again is when to call it again; if it is zero, at the next event. The step closes these
+// sessions. takeNextStep closes them itself in two cases: the owner stays and only its pod
+// is another one, or there will be no step (v is at rest).
+func (m *mover) takeNextStep(v *view, t *table, now time.Time) (next mark, again time.Time) {
 	next = mark{upto: allPlaces, removed: v.removedOwners(t)}
 	next.away, again = m.targets.away(now)
 	settled, resume := m.startPace(now)
@@ -417,10 +417,10 @@ func (m *mover) startPace(now time.Time) (ready bool, again time.Time) {
 	return ready, again
 }
 
-// isOver closes the sessions of v's step, and reports whether the step is over in this
+// workOnStep closes the sessions of v's step, and reports whether the step is over in this
 // router: nothing of it is left, and with -release the backends have stored the state.
-func (m *mover) isOver(v *view) bool {
-	return m.closeMisplaced(v) && m.releases.isDone(v.step, v.misplaces, m.wake.notify)
+func (m *mover) workOnStep(v *view) bool {
+	return m.closeMisplaced(v) && m.releases.releaseAll(v.step, v.misplaces, m.wake.notify)
 }
 
 // closeMisplaced closes the sessions of v's step, and reports whether all of them, and the
@@ -609,7 +609,7 @@ func (m *mover) leave(ctx context.Context) {
 // router that is not a member any more.
 func (m *mover) advanceShared(now time.Time) time.Time {
 	for {
-		p, again := m.progress(m.current.Load(), now)
+		p, again := m.workShared(m.current.Load(), now)
 		m.shared.leaving = m.leaving.Load()
 		d := m.shared.decide(m.ctx, p, m.router.table(), m.seenStep.Load(), now)
 		switch d.action {
@@ -627,9 +627,9 @@ func (m *mover) advanceShared(now time.Time) time.Time {
 	}
 }
 
-// progress returns how far this router has come with v's step, and when to ask again,
-// zero if only when something happens. v may be nil.
-func (m *mover) progress(v *view, now time.Time) (p progress, again time.Time) {
+// workShared closes the sessions of v's step, and returns how far this router has come
+// with it. again is when to call it again; if it is zero, at the next event. v may be nil.
+func (m *mover) workShared(v *view, now time.Time) (p stepProgress, again time.Time) {
 	p.sessions = m.relay.size() > 0 || m.flights.any(func(*flight) bool { return true })
 	if v == nil {
 		p.stepDone = !p.sessions
@@ -639,7 +639,7 @@ func (m *mover) progress(v *view, now time.Time) (p progress, again time.Time) {
 	if m.batch == nil && t != nil && !v.isAtRest(t.contentHash) {
 		m.prepare(now) // this router has joined during a change
 	}
-	if m.shared.doneStep < v.step && (v.done || m.isOver(v)) {
+	if m.shared.doneStep < v.step && (v.done || m.workOnStep(v)) {
 		m.shared.doneStep = v.step
 	}
 	p.stepDone = m.shared.doneStep >= v.step
@@ -648,23 +648,23 @@ func (m *mover) progress(v *view, now time.Time) (p progress, again time.Time) {
 		return p, time.Time{}
 	case v.isAtRest(t.contentHash):
 		p.next = mark{upto: allPlaces}
-		return p, m.rest(v, t, now)
+		return p, m.workAtRest(v, t, now)
 	}
 	proposal, again := m.propose(v, m.targetTable(v), now)
 	p.next, p.toMove = proposal.next, proposal.toMove
 	return p, again
 }
 
-// rest does what is left to do when v has the newest table alone: sessions whose owner
+// workAtRest does what is left to do when v has the newest table alone: sessions whose owner
 // has another pod move, and the table has what v knows of previous owners.
-func (m *mover) rest(v *view, t *table, now time.Time) (again time.Time) {
+func (m *mover) workAtRest(v *view, t *table, now time.Time) (again time.Time) {
 	m.shared.answered = nil
 	if !v.done {
 		return time.Time{}
 	}
 	if m.batch != nil {
 		m.refreshQueue(v, t, now)
-		_, again = m.nextMark(v, t, now)
+		_, again = m.takeNextStep(v, t, now)
 		m.endMove()
 	}
 	if next := m.keepVersion(v, t); next != v {
@@ -736,7 +736,7 @@ func (m *mover) adopt(v *view, now time.Time) {
 		v.began = old.began
 	}
 	if newStep && !v.done {
-		m.releases.begin()
+		m.releases.startStep()
 	}
 	m.current.Store(v)
 	if newStep {

@@ -296,7 +296,7 @@ type stepReleases struct {
 	releaser *releaser
 	memory   *releaseMemory
 
-	run    *releaseRun // of the step; nil before begin has been followed by isDone
+	run    *releaseRun // of the step; nil before startStep has been followed by releaseAll
 	cancel context.CancelFunc
 }
 
@@ -319,9 +319,9 @@ func (s *stepReleases) close() {
 	}
 }
 
-// begin begins a step, before its view is in force. It ends the step before, if that is
+// startStep begins a step, before its view is in force. It ends the step before, if that is
 // not done.
-func (s *stepReleases) begin() {
+func (s *stepReleases) startStep() {
 	if s == nil {
 		return
 	}
@@ -330,11 +330,12 @@ func (s *stepReleases) begin() {
 	s.memory.hold()
 }
 
-// isDone is called when all sessions and flights of the step are over, and then again
-// whenever onDone was called. It reports whether the backends have released all that the
+// releaseAll is called when all sessions and flights of the step are over, and then again
+// whenever onDone was called. It asks the backends, the first time, and reports whether they
+// have released all that the
 // router had in the step or shortly before, and of which match returns true: this backend
 // is not the owner after the step.
-func (s *stepReleases) isDone(step int64, match func(namespace string, backend int) bool,
+func (s *stepReleases) releaseAll(step int64, match func(namespace string, backend int) bool,
 	onDone func()) bool {
 	if s == nil {
 		return true

@@ -415,11 +415,11 @@ func TestStepReleases(t *testing.T) {
 	s := newStepReleases(r, newReleaseMemory(time.Minute, r.log))
 	done := newWakeup()
 	isDone := func(step int64, backend int) bool {
-		return s.isDone(step, func(_ string, of int) bool { return of == backend }, done.notify)
+		return s.releaseAll(step, func(_ string, of int) bool { return of == backend }, done.notify)
 	}
 	s.memory.note("ns-01", 0)
 	s.memory.note("ns-02", 1)
-	s.begin()
+	s.startStep()
 	if isDone(1, 0) {
 		t.Error("step 1 is done at once")
 	}
@@ -430,10 +430,10 @@ func TestStepReleases(t *testing.T) {
 		}
 	}
 	b.setAnswer(func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "disk full", 500) })
-	s.begin()
+	s.startStep()
 	isDone(2, 0)
 	eventually(t, "waits", 1, func() int { return len(r.waits()) })
-	s.begin()
+	s.startStep()
 	eventually(t, "waits after step 2 was given up", 0, func() int { return len(r.waits()) })
 	b.answer.Store(nil)
 	if isDone(3, 0) {
@@ -449,7 +449,7 @@ func TestStepReleases(t *testing.T) {
 		}
 	}
 	var none *stepReleases
-	if none.begin(); !none.isDone(1, nil, nil) {
+	if none.startStep(); !none.releaseAll(1, nil, nil) {
 		t.Error("without -release, a step is not done")
 	}
 }
