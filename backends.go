@@ -152,7 +152,7 @@ func (b *backends) dialInTurn(ctx context.Context, w *waiter, ordinal int, conne
 	return "", errRecheckOwner
 }
 
-// workOnStep reports whether ctx has ended or its deadline has passed. A dial may see that
+// isOver reports whether ctx has ended or its deadline has passed. A dial may see that
 // the deadline has passed before ctx ends.
 func isOver(ctx context.Context) bool {
 	deadline, ok := ctx.Deadline()
