@@ -333,7 +333,7 @@ func (p *program) shareHandoff(kubeClient *kubeClient, namespace string) {
 	c := p.config
 	s := newMembership(*kubeClient, namespace, c.handoffConfigMap,
 		c.podName, c.podUID, c.routerPods, p.log)
-	p.proxy.mover.share(s)
+	p.proxy.mover.useMembership(s)
 	p.tasks = append(p.tasks, s.watcher.run)
 }
 

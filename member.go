@@ -14,7 +14,7 @@ const (
 	turnInterval  = 150 * time.Millisecond // between two turns: see member.turn
 	writeTimeout  = time.Second            // from a write until the object has to show it
 	maxPodListAge = 2 * time.Second        // how old a list of pods may be
-	promiseTime   = 2 * time.Minute        // see member.promised
+	offerTime     = 2 * time.Minute        // see member.offered
 )
 
 // member is this router as one of those that share the object of the hand-off: what it
@@ -27,26 +27,26 @@ type member struct {
 	name, uid string // of the pod
 	instance  string // of the process: random
 
-	view   *memberView // that is in force in this router; nil before the first plan
-	top    int64       // the highest step that was in force, or that a backend has seen
-	newest *table      // its own; nil before the first
+	view        *memberView // that is in force in this router; nil before the first plan
+	highestStep int64       // the highest step that was in force, or that a backend has seen
+	newest      *table      // its own; nil before the first
 
 	// promised has the tables that an answer named as have, by content: all routers may
 	// move to one of them while that answer is in the object, or is under way to it. Such
-	// a table is forgotten promiseTime after the object had an answer with another one.
-	promised map[uint64]*promisedTable
+	// a table is forgotten offerTime after the object had an answer with another one.
+	offered map[uint64]*offeredTable
 
-	answered stepAnswer    // the last answer that was sent without a version
-	patch    *handoffWrite // the write of that; nil if there was none
-	patchAt  time.Time     // when it was sent
-	swap     *handoffWrite // the last write with a version; nil if there was none
-	swapAt   time.Time     // when it was sent
-	stepped  time.Time     // when the view got its step
-	forked   string        // epoch of the last plan that did not follow; "" if there was none
+	lastAnswer    stepAnswer    // the last one that was sent without a version
+	answerWrite   *handoffWrite // the write of that; nil if there was none
+	answeredAt    time.Time     // when it was sent
+	planWrite     *handoffWrite // the last write with a version; nil if there was none
+	plannedAt     time.Time     // when it was sent
+	stepSeenAt    time.Time     // when the view got its step
+	rejectedEpoch string        // epoch of the last plan that did not follow; "" if there was none
 }
 
-// promisedTable is a table that all routers may move to.
-type promisedTable struct {
+// offeredTable is a table that all routers may move to.
+type offeredTable struct {
 	*table
 	// withdrawn is when the object had an answer with another table; zero if it had not.
 	withdrawn time.Time
@@ -64,7 +64,7 @@ type memberView struct {
 // this instance. It has no view and no table.
 func newMember(name, uid, instance string) *member {
 	return &member{
-		name: name, uid: uid, instance: instance, promised: map[uint64]*promisedTable{},
+		name: name, uid: uid, instance: instance, offered: map[uint64]*offeredTable{},
 	}
 }
 
@@ -137,21 +137,21 @@ func waiting(format string, args ...any) decision {
 func (m *member) setNewest(t *table) { m.newest = t }
 
 // sawStep notes a step that a backend has seen: the next one is above it.
-func (m *member) sawStep(step int64) { m.top = max(m.top, step) }
+func (m *member) sawStep(step int64) { m.highestStep = max(m.highestStep, step) }
 
 // see notes which promised tables a version of the object shows to be no longer needed.
 func (m *member) see(o *handoffObject, now time.Time) {
 	a := o.answers[m.name]
 	isOwn := a.instance == m.instance
-	for content, p := range m.promised {
+	for content, p := range m.offered {
 		switch {
 		case m.newest != nil && m.newest.contentHash == content,
 			m.view.recordOf(content) >= 0, isOwn && a.content == content:
 			p.withdrawn = time.Time{}
 		case p.withdrawn.IsZero() && isOwn && a.content != noContent:
 			p.withdrawn = now
-		case !p.withdrawn.IsZero() && now.Sub(p.withdrawn) >= promiseTime:
-			delete(m.promised, content)
+		case !p.withdrawn.IsZero() && now.Sub(p.withdrawn) >= offerTime:
+			delete(m.offered, content)
 		}
 	}
 }
@@ -172,20 +172,20 @@ func (v *memberView) recordOf(content uint64) int {
 func (m *member) note(d decision, now time.Time) {
 	if d.view != nil {
 		if m.view == nil || m.view.step != d.view.step {
-			m.stepped = now
+			m.stepSeenAt = now
 		}
 		m.view = d.view
-		m.top = max(m.top, d.view.step)
+		m.highestStep = max(m.highestStep, d.view.step)
 	}
 	switch {
 	case d.write == nil:
 	case d.write.version == "":
-		m.answered, m.patch, m.patchAt = *d.answer, d.write, now
+		m.lastAnswer, m.answerWrite, m.answeredAt = *d.answer, d.write, now
 	default:
-		m.swap, m.swapAt = d.write, now
+		m.planWrite, m.plannedAt = d.write, now
 	}
 	if d.answer != nil && m.newest != nil && d.answer.content == m.newest.contentHash {
-		m.promised[d.answer.content] = &promisedTable{table: m.newest}
+		m.offered[d.answer.content] = &offeredTable{table: m.newest}
 	}
 }
 
@@ -206,7 +206,7 @@ func (m *member) decide(s *decisionInput) decision {
 		return m.bootstrap(s)
 	default:
 		if o.plan != nil {
-			m.forked = o.plan.epoch
+			m.rejectedEpoch = o.plan.epoch
 		}
 		return m.reset(s)
 	}
@@ -237,10 +237,10 @@ func (m *member) follows(o *handoffObject) bool {
 		return true
 	}
 	switch {
-	case o.plan.epoch == m.forked:
+	case o.plan.epoch == m.rejectedEpoch:
 		return false // whoever wrote it since has continued what did not follow
 	case o.uid != v.uid || o.plan.epoch != v.plan.epoch:
-		return o.plan.step > m.top
+		return o.plan.step > m.highestStep
 	case o.plan.writes == v.plan.writes && o.version != v.version:
 		return o.plan.String() == v.plan.String() // else somebody has continued an old copy
 	}
@@ -290,7 +290,7 @@ func (m *member) table(content uint64) *table {
 	if m.newest != nil && m.newest.contentHash == content {
 		return m.newest
 	}
-	if p := m.promised[content]; p != nil {
+	if p := m.offered[content]; p != nil {
 		return p.table
 	}
 	if i := m.view.recordOf(content); i >= 0 {
@@ -356,8 +356,8 @@ func (m *member) sendAnswer(s *decisionInput) decision {
 	if has, ok := s.object.answers[m.name]; ok && has.equal(&a) {
 		return decision{}
 	}
-	again := m.patchAt.Add(writeTimeout)
-	isSent := m.patch != nil && m.patch.uid == s.object.uid && a.equal(&m.answered)
+	again := m.answeredAt.Add(writeTimeout)
+	isSent := m.answerWrite != nil && m.answerWrite.uid == s.object.uid && a.equal(&m.lastAnswer)
 	if isSent && s.now.Before(again) {
 		return decision{why: "the answer is under way", again: again}
 	}
@@ -410,8 +410,8 @@ func (m *member) writeIf(
 	s *decisionInput, w *handoffWrite, a *stepAnswer, at time.Time, why string,
 ) decision {
 	w.uid, w.version = s.object.uid, s.object.version
-	if m.swap != nil && m.swap.uid == w.uid && m.swap.version == w.version {
-		at = latest(at, m.swapAt.Add(writeTimeout))
+	if m.planWrite != nil && m.planWrite.uid == w.uid && m.planWrite.version == w.version {
+		at = latest(at, m.plannedAt.Add(writeTimeout))
 	}
 	if s.now.Before(at) {
 		return decision{why: why, again: at}
@@ -519,18 +519,18 @@ func (m *member) writeStep(s *decisionInput) decision {
 		return waiting("this router does not know all tables of step %d", v.step)
 	default:
 		next = v.plan.advance(m.newest.contentHash, agreed, s.now)
-		sawLater := m.top > v.step // a backend has seen a later step
+		sawLater := m.highestStep > v.step // a backend has seen a later step
 		if v.plan.isSame(next) && !sawLater {
 			return waiting("")
 		}
 		if len(next.records) > 1 {
-			at = m.stepped.Add(stepTime(len(v.plan.members)))
+			at = m.stepSeenAt.Add(stepTime(len(v.plan.members)))
 		}
 	}
 	at = latest(at, m.turn(s, writers))
 	p := *v.plan
 	p.handoffPlan, p.keptUnknown = *next, false
-	p.step = stepAbove(m.top, s.now)
+	p.step = stepAbove(m.highestStep, s.now)
 	return m.writePlan(s, &p, nil, at, fmt.Sprintf("step %d", p.step))
 }
 
@@ -623,7 +623,7 @@ func (m *member) begin(s *situation) decision {
 
 // startEpoch gives p an epoch of its own, and a step above all that this router has seen.
 func (m *member) startEpoch(p *sharedPlan, s *decisionInput) {
-	last := m.top
+	last := m.highestStep
 	if s.object.plan != nil {
 		last = max(last, s.object.plan.step)
 	}
@@ -707,9 +707,9 @@ func (m *member) mergeMembers(s *decisionInput) map[string]memberID {
 	return merged
 }
 
-// share returns this router's part of the rate, from 0 to 1: its part of the sessions
+// rateShare returns this router's part of the rate, from 0 to 1: its part of the sessions
 // that have to move, by the last answers. There must be a plan.
-func (m *member) share(o *handoffObject) float64 {
+func (m *member) rateShare(o *handoffObject) float64 {
 	all, own := 0, 0
 	for pod := range o.plan.members {
 		all += o.answers[pod].toMove

@@ -790,8 +790,8 @@ func TestModelNeedsRules(t *testing.T) {
 		{"an answer that was overwritten is sent again", stuck, modelRules{
 			situation: func(w *modelWorld, r *modelRouter, s *decisionInput) {
 				otherAnswers(s, func(pod string, a stepAnswer) stepAnswer {
-					if pod == r.pod && r.patch != nil && r.patch.uid == s.object.uid {
-						return r.answered
+					if pod == r.pod && r.answerWrite != nil && r.answerWrite.uid == s.object.uid {
+						return r.lastAnswer
 					}
 					return a
 				})
@@ -811,7 +811,7 @@ func TestModelNeedsRules(t *testing.T) {
 		{"a plan that does not follow is not gone by", twoOwners, modelRules{
 			situation: func(_ *modelWorld, r *modelRouter, s *decisionInput) {
 				if r.view != nil && s.object != nil && s.object.plan != nil && !r.follows(s.object) {
-					r.top = 0
+					r.highestStep = 0
 					v := *r.view
 					v.plan = &sharedPlan{members: v.plan.members}
 					r.view = &v
@@ -1011,7 +1011,7 @@ func TestUnknownTableEndsSessions(t *testing.T) {
 		w.drive(a)
 		w.openAll(a)
 		for range 2 {
-			w.now = w.now.Add(promiseTime)
+			w.now = w.now.Add(offerTime)
 			a.see(w.object, w.clock(a))
 		}
 		w.store(w.object.uid, map[string]string{})
@@ -1104,7 +1104,7 @@ func TestMembersTakeTurns(t *testing.T) {
 		r.next = mark{upto: allPlaces}
 		r.note(r.decide(w.situationOf(r)), w.now) // it adopts that
 		s := w.situationOf(r)
-		s.seenAt, r.stepped = s.now, s.now.Add(-time.Minute)
+		s.seenAt, r.stepSeenAt = s.now, s.now.Add(-time.Minute)
 		d := r.decide(s)
 		if r == first && (d.action != actWrite || !strings.HasPrefix(d.why, "step")) {
 			t.Errorf("the first decides to %d: %s", d.action, d.why)
@@ -1115,7 +1115,7 @@ func TestMembersTakeTurns(t *testing.T) {
 		if s.now = s.now.Add(turnInterval); r.decide(s).action != actWrite {
 			t.Errorf("after its turn it decides to %d", r.decide(s).action)
 		}
-		s.now, r.stepped = s.seenAt.Add(time.Hour), s.seenAt.Add(time.Hour)
+		s.now, r.stepSeenAt = s.seenAt.Add(time.Hour), s.seenAt.Add(time.Hour)
 		if d := r.decide(s); d.action != actWait || d.again.Sub(s.now) != stepTime(2) {
 			t.Errorf("right after a step it decides to %d: %s", d.action, d.why)
 		}
@@ -1199,7 +1199,7 @@ func TestResetMembers(t *testing.T) {
 }
 
 // A table that an answer promised stays known until the object has had an answer with
-// another one for promiseTime.
+// another one for offerTime.
 func TestPromisedTables(t *testing.T) {
 	w, r, _ := rested(1)
 	promised := r.newest.contentHash
@@ -1209,16 +1209,16 @@ func TestPromisedTables(t *testing.T) {
 		t.Fatal("the table is in the plan, or is not known any more")
 	}
 	r.see(w.object, w.now)
-	if r.see(w.object, w.now.Add(promiseTime/2)); r.table(promised) == nil {
+	if r.see(w.object, w.now.Add(offerTime/2)); r.table(promised) == nil {
 		t.Error("the table is not known any more")
 	}
 	late := *w.object
 	late.answers = map[string]stepAnswer{"r0": {instance: r.instance, epoch: "e", step: 1, content: promised}}
-	r.see(&late, w.now.Add(promiseTime))
-	if r.see(w.object, w.now.Add(promiseTime)); r.table(promised) == nil {
+	r.see(&late, w.now.Add(offerTime))
+	if r.see(w.object, w.now.Add(offerTime)); r.table(promised) == nil {
 		t.Error("the table is not known any more, although a late answer named it again")
 	}
-	if r.see(w.object, w.now.Add(2*promiseTime)); r.table(promised) != nil {
+	if r.see(w.object, w.now.Add(2*offerTime)); r.table(promised) != nil {
 		t.Error("the table is known for ever")
 	}
 }
@@ -1226,12 +1226,12 @@ func TestPromisedTables(t *testing.T) {
 // The rate of moves is shared by the sessions that are left.
 func TestShareOfTheRate(t *testing.T) {
 	_, r, s := rested(2)
-	if got := r.share(s.object); got != 0.5 {
+	if got := r.rateShare(s.object); got != 0.5 {
 		t.Errorf("with no session to move its share is %g, want 0.5", got)
 	}
 	o := *s.object
 	o.answers = map[string]stepAnswer{"r0": {toMove: 9}, "r1": {toMove: 1}, "r2": {toMove: 90}}
-	if got := r.share(&o); got != 0.9 {
+	if got := r.rateShare(&o); got != 0.9 {
 		t.Errorf("with 9 of 10 sessions its share is %g, want 0.9", got)
 	}
 }

@@ -148,7 +148,7 @@ func (r *simRouter) start() {
 	c.mover = newMover(router, relay, r.rate, probe, func() {}, log)
 	c.settleTime = 50 * time.Millisecond
 	client := r.network.kube(r.T)
-	c.share(newMembership(*client, "edge", handoffName, r.pod.name, r.pod.uid,
+	c.useMembership(newMembership(*client, "edge", handoffName, r.pod.name, r.pod.uid,
 		"app.kubernetes.io/name=router", log))
 	c.shared.wantedBackends = func() *activeBackends { c.decisions.Add(1); return nil }
 	router.onSwap = c.ownersChanged

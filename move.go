@@ -570,8 +570,8 @@ func (m *mover) reportFinished() {
 // (-handoff=all). The mover's run owns it.
 type sharedMove struct {
 	*membership
-	doneStep int64         // the last step of which nothing is left in this router
-	answered *stepProposal // the last that may be in this router's answer; nil for none
+	doneStep     int64         // the last step of which nothing is left in this router
+	lastProposal *stepProposal // the last that may be in this router's answer; nil for none
 }
 
 // stepProposal is how far the step after the view's may go, as far as this router is
@@ -584,8 +584,8 @@ type stepProposal struct {
 	toMove  int // sessions that have to move, also those that next covers
 }
 
-// share makes the mover share its steps, and the rate of moves, with other routers.
-func (m *mover) share(s *membership) {
+// useMembership makes the mover share its steps, and the rate of moves, with other routers.
+func (m *mover) useMembership(s *membership) {
 	m.shared = &sharedMove{membership: s}
 	s.wake = m.wake.notify
 }
@@ -658,7 +658,7 @@ func (m *mover) workShared(v *view, now time.Time) (p stepProgress, again time.T
 // workAtRest does what is left to do when v has the newest table alone: sessions whose owner
 // has another pod move, and the table has what v knows of previous owners.
 func (m *mover) workAtRest(v *view, t *table, now time.Time) (again time.Time) {
-	m.shared.answered = nil
+	m.shared.lastProposal = nil
 	if !v.done {
 		return time.Time{}
 	}
@@ -682,7 +682,7 @@ func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.T
 		m.prepare(now)
 	}
 	away, again := m.targets.away(now)
-	p := m.shared.answered
+	p := m.shared.lastProposal
 	if p != nil && p.step == v.step && p.content == t.contentHash &&
 		slices.Equal(p.next.away, away) {
 		return p, again
@@ -702,7 +702,7 @@ func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.T
 		further.away, further.removed = newest.after.away, newest.after.removed
 	}
 	if p.next.upto == allPlaces || v.advances(t.contentHash, &further) {
-		m.shared.answered = p
+		m.shared.lastProposal = p
 		return p, again
 	}
 	if ready {
@@ -713,7 +713,7 @@ func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.T
 
 // setShare sets the pace to this router's share of the rate.
 func (m *mover) setShare() {
-	m.pace.interval = time.Duration(float64(m.moveInterval) / m.shared.share())
+	m.pace.interval = time.Duration(float64(m.moveInterval) / m.shared.rateShare())
 }
 
 // moveToNewPods closes those of the sessions whose owner stays and has another pod: no
@@ -768,19 +768,19 @@ func (m *mover) takeMoved(v *view, now time.Time) {
 
 // stepAfter returns when the step after the view's can begin: now or later.
 func (s *sharedMove) stepAfter(now time.Time) time.Time {
-	return latest(now, s.member.stepped.Add(stepTime(len(s.member.view.plan.members))))
+	return latest(now, s.member.stepSeenAt.Add(stepTime(len(s.member.view.plan.members))))
 }
 
-// share returns this router's part of the rate, above 0 and at most 1. A router that had
+// rateShare returns this router's part of the rate, above 0 and at most 1. A router that had
 // no session to move when it answered last has a small part.
-func (s *sharedMove) share() float64 {
+func (s *sharedMove) rateShare() float64 {
 	s.mu.Lock()
 	o := s.inbox.object
 	s.mu.Unlock()
 	if o == nil || o.plan == nil {
 		return 1
 	}
-	return max(s.member.share(o), 0.1/float64(max(1, len(o.plan.members))))
+	return max(s.member.rateShare(o), 0.1/float64(max(1, len(o.plan.members))))
 }
 
 // whyNotReady says why this router should get no new clients yet, or "".
