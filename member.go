@@ -31,9 +31,9 @@ type member struct {
 	highestStep int64       // the highest step that was in force, or that a backend has seen
 	newest      *table      // its own; nil before the first
 
-	// promised has the tables that an answer named as have, by content: all routers may
-	// move to one of them while that answer is in the object, or is under way to it. Such
-	// a table is forgotten offerTime after the object had an answer with another one.
+	// offered has the tables that this router has named in an answer, by content. While the
+	// answer is in the object, or a write of it may still arrive, all routers may move to the
+	// table. It is forgotten offerTime after the object had an answer with another one.
 	offered map[uint64]*offeredTable
 
 	lastAnswer    stepAnswer    // the last one that was sent without a version
@@ -139,7 +139,7 @@ func (m *member) setNewest(t *table) { m.newest = t }
 // sawStep notes a step that a backend has seen: the next one is above it.
 func (m *member) sawStep(step int64) { m.highestStep = max(m.highestStep, step) }
 
-// see notes which promised tables a version of the object shows to be no longer needed.
+// see notes which offered tables a version of the object shows to be no longer needed.
 func (m *member) see(o *handoffObject, now time.Time) {
 	a := o.answers[m.name]
 	isOwn := a.instance == m.instance
