@@ -62,10 +62,10 @@ func (s *statefulSet) grow(count int, ready func(ordinal int) bool) int {
 	return count
 }
 
-// activeBackends is a note of the active count: how many backends own namespaces. The
+// activeCount is how many backends own namespaces, as it is stored for other routers. The
 // number of ready pods does not say that. With 5 of 6 pods ready, a set may grow from 4 and
-// wait for backend-5, or have 6 backends of which one restarts. A note is immutable.
-type activeBackends struct {
+// wait for backend-5, or have 6 backends of which one restarts. It is immutable.
+type activeCount struct {
 	Count      int    `json:"count"`
 	UID        string `json:"uid"`        // metadata.uid of the StatefulSet
 	Generation int64  `json:"generation"` // its metadata.generation
@@ -74,7 +74,7 @@ type activeBackends struct {
 // replaces reports whether b is newer than old, which may be nil. For one version of the
 // StatefulSet's spec the count only grows, so a router with an old picture replaces
 // nothing. If b has another UID, the caller knows from a LIST that b is newer.
-func (b *activeBackends) replaces(old *activeBackends) bool {
+func (b *activeCount) replaces(old *activeCount) bool {
 	switch {
 	case old == nil || b.UID != old.UID:
 		return true
@@ -84,8 +84,8 @@ func (b *activeBackends) replaces(old *activeBackends) bool {
 	return b.Count > old.Count
 }
 
-// isOf reports whether b notes the active count of the StatefulSet. nil does not.
-func (b *activeBackends) isOf(s *statefulSet) bool {
+// isOf reports whether b is an active count of the StatefulSet. nil does not.
+func (b *activeCount) isOf(s *statefulSet) bool {
 	return b != nil && b.UID == s.Metadata.UID
 }
 
@@ -97,57 +97,58 @@ func (b *activeBackends) isOf(s *statefulSet) bool {
 //   - a pod that restarts, or fails for ever, changes nothing;
 //   - scaled to zero: the active count stays.
 //
-// Routers that share a hand-off share a note of the active count in the same object. The
-// number in force depends only on the note and on the StatefulSet as it is now. So all
+// Routers that share a hand-off store the active count in the same object. The
+// number in force depends only on the stored one and on the StatefulSet as it is now. So all
 // routers that have seen the same versions agree, also one that has just started and one
-// whose watch missed a version (invariant 2). What a router finds ready is only proposed
-// as the next note. Only without a note it counts at once. A note that is lost stays in
-// force, and is proposed again.
+// whose watch missed a version (invariant 2). If no count is stored yet, what this router
+// finds ready counts at once. Else it is only what the router wants to be stored. A stored
+// count that is lost stays in
+// force, and the router wants it again.
 //
-// A router that is alone keeps the note in its memory. It begins with all of
+// A router that is alone keeps the count in its memory. It begins with all of
 // spec.replicas, so that routers that start together agree.
 type replicaWatcher struct {
 	// Static after construction.
-	watcher    *watcher[statefulSet]
-	endpoints  *endpointWatcher
-	shared     bool                                     // routers share the note
-	onResize   func(backends ordinals, revision string) // see newReplicaWatcher
-	onWanted   func()                                   // see newReplicaWatcher
-	noteWakeup wakeup                                   // of compareNote
-	log        *slog.Logger
+	watcher     *watcher[statefulSet]
+	endpoints   *endpointWatcher
+	shared      bool                                     // routers share the stored count
+	onResize    func(backends ordinals, revision string) // see newReplicaWatcher
+	onWanted    func()                                   // see newReplicaWatcher
+	proveWakeup wakeup                                   // of proveStored
+	log         *slog.Logger
 
 	// Owned by run.
-	resized ordinals        // the last ones that onResize got
-	wanted  *activeBackends // when onWanted was last called
+	resized ordinals     // the last ones that onResize got
+	wanted  *activeCount // when onWanted was last called
 
 	// Guarded by mu.
-	mu         sync.Mutex
-	latest     *statefulSet    // nil before the first LIST; if deleted, the last version
-	absent     bool            // it does not exist
-	noteIsRead bool            // setNoted was called
-	noted      *activeBackends // what setNoted got last, but for nil
-	// inForce is the note that counts: the last one of the StatefulSet latest, from
-	// setNoted if routers share it, else this router's own; one of another StatefulSet, or
-	// nil, if there was none.
-	inForce *activeBackends
-	proof   noteProof
+	mu           sync.Mutex
+	latest       *statefulSet // nil before the first LIST; if deleted, the last version
+	absent       bool         // it does not exist
+	storedIsRead bool         // setStored was called
+	stored       *activeCount // what setStored got last, but for nil
+	// inForce is the count in force: the last one of the StatefulSet latest, from setStored if
+	// routers share it, else this router's own. If there was none, it is nil or a count of
+	// another StatefulSet; that one does not count.
+	inForce *activeCount
+	proof   storedProof
 }
 
-// noteProof says that a LIST that began when note was known returned the StatefulSet with
+// storedProof says that a LIST that began when count was known returned the StatefulSet with
 // this uid and generation.
-type noteProof struct {
-	note       activeBackends
+type storedProof struct {
+	count      activeCount
 	uid        string
 	generation int64
 }
 
 // newReplicaWatcher returns a replicaWatcher of the StatefulSet of endpoints. The caller
-// runs its watcher, run and compareNote. run calls onResize with the backends that own
+// runs its watcher, run and proveStored. run calls onResize with the backends that own
 // namespaces, at least one, each time that they change, and with the StatefulSet's
 // revision then.
 //
-// If onWanted is nil, the router is alone. Else all routers share a note, which
-// setNoted gives to this one: before that, no backends are known. run calls onWanted
+// If onWanted is nil, the router is alone. Else all routers share a stored count, which
+// setStored gives to this one: before that, no backends are known. run calls onWanted
 // each time that wantedBackends returns something else. One call of onResize or onWanted ends
 // before the next one. No lock is held then.
 func newReplicaWatcher(client kubeClient, namespace string, endpoints *endpointWatcher,
@@ -155,7 +156,7 @@ func newReplicaWatcher(client kubeClient, namespace string, endpoints *endpointW
 	log *slog.Logger) *replicaWatcher {
 	r := &replicaWatcher{
 		endpoints: endpoints, shared: onWanted != nil,
-		onResize: onResize, onWanted: onWanted, noteWakeup: newWakeup(), log: log,
+		onResize: onResize, onWanted: onWanted, proveWakeup: newWakeup(), log: log,
 	}
 	r.watcher = &watcher[statefulSet]{
 		kube: &client, path: "/apis/apps/v1/namespaces/" + namespace + "/statefulsets",
@@ -174,7 +175,7 @@ func (r *replicaWatcher) apply(set map[string]*statefulSet) {
 	r.absent = s == nil
 	if s != nil {
 		r.latest = s
-		r.keepNote()
+		r.updateInForce()
 	}
 	r.mu.Unlock()
 	if s == nil {
@@ -185,15 +186,15 @@ func (r *replicaWatcher) apply(set map[string]*statefulSet) {
 	r.wake()
 }
 
-// setNoted says what the object of the hand-off has as the note that all routers share;
+// setStored says which count the object of the hand-off has, that all routers share;
 // nil if it has none. It does not block, and any goroutine may call it.
-func (r *replicaWatcher) setNoted(b *activeBackends) {
+func (r *replicaWatcher) setStored(b *activeCount) {
 	r.mu.Lock()
-	same := r.noteIsRead && (b == nil || r.noted != nil && *b == *r.noted)
-	r.noteIsRead = true
+	same := r.storedIsRead && (b == nil || r.stored != nil && *b == *r.stored)
+	r.storedIsRead = true
 	if b != nil && !same {
-		r.noted = b
-		r.keepNote()
+		r.stored = b
+		r.updateInForce()
 	}
 	r.mu.Unlock()
 	if !same {
@@ -201,30 +202,30 @@ func (r *replicaWatcher) setNoted(b *activeBackends) {
 	}
 }
 
-// wake wakes run and compareNote.
+// wake wakes run and proveStored.
 func (r *replicaWatcher) wake() {
 	r.endpoints.changed.notify()
-	r.noteWakeup.notify()
+	r.proveWakeup.notify()
 }
 
-// keepNote makes the note that counts the newest one. The caller holds r.mu.
-func (r *replicaWatcher) keepNote() {
+// updateInForce makes the newest count the one in force. The caller holds r.mu.
+func (r *replicaWatcher) updateInForce() {
 	switch {
 	case r.latest == nil:
-	case r.shared && r.noted.isOf(r.latest):
-		r.inForce = r.noted
+	case r.shared && r.stored.isOf(r.latest):
+		r.inForce = r.stored
 	case !r.shared:
-		if next := r.nextNote(); next != nil {
+		if next := r.nextCount(); next != nil {
 			r.inForce = next
 		}
 	}
 }
 
 // backends returns the backends that own namespaces. The count is 0 if it is not known,
-// or if a StatefulSet without a note has no replicas. The caller holds r.mu.
+// or if a StatefulSet without a stored count has no replicas. The caller holds r.mu.
 func (r *replicaWatcher) backends() (b ordinals) {
 	s := r.latest
-	if s == nil || r.shared && !r.noteIsRead {
+	if s == nil || r.shared && !r.storedIsRead {
 		return ordinals{}
 	}
 	switch {
@@ -239,62 +240,62 @@ func (r *replicaWatcher) backends() (b ordinals) {
 	return b
 }
 
-// nextNote returns the note of the backends that own namespaces, and those after them
+// nextCount returns the number of the backends that own namespaces, and those after them
 // that are ready, up to the first that is not. It is nil if they are not known. The
 // caller holds r.mu.
-func (r *replicaWatcher) nextNote() *activeBackends {
+func (r *replicaWatcher) nextCount() *activeCount {
 	b := r.backends()
 	if b.count == 0 {
 		return nil
 	}
 	m := r.latest.Metadata
-	return &activeBackends{r.latest.grow(b.count, r.isServing), m.UID, m.Generation}
+	return &activeCount{r.latest.grow(b.count, r.isServing), m.UID, m.Generation}
 }
 
-// wantedBackends returns what the routers should note: what is noted, if that is right, and nil
+// wantedBackends returns what should be stored: what is stored, if that is right, and nil
 // if this router does not know. Any goroutine may call it.
 //
-// A router whose StatefulSet is older than that of the note proposes nothing. The note
-// alone does not always say whether it is older: the note may be of a StatefulSet that
-// was deleted, or of a spec that was lost when etcd was restored. A LIST proves that
-// (compareNote). While the note is ahead of the spec, only one further ahead replaces it.
-func (r *replicaWatcher) wantedBackends() *activeBackends {
+// The stored count may be newer than what this router sees, or belong to something that is
+// lost: to a StatefulSet that was deleted, or to a spec from before etcd was restored. Only
+// a LIST can tell (proveStored), and before it the router wants nothing. While the stored
+// count is ahead of the spec, only one further ahead replaces it.
+func (r *replicaWatcher) wantedBackends() *activeCount {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	next := r.nextNote()
-	if next == nil || !r.isNoteAhead() {
+	next := r.nextCount()
+	if next == nil || !r.isStoredAhead() {
 		return next
 	}
 	switch {
 	case r.proof != r.proofWanted():
 		return nil
-	case r.noted.UID != next.UID:
+	case r.stored.UID != next.UID:
 		return next
-	case r.noted.Count != next.Count:
-		return &activeBackends{next.Count, next.UID, r.noted.Generation + 1}
+	case r.stored.Count != next.Count:
+		return &activeCount{next.Count, next.UID, r.stored.Generation + 1}
 	}
-	return r.noted
+	return r.stored
 }
 
-// isNoteAhead reports whether the note is of another StatefulSet than the latest, or of a
+// isStoredAhead reports whether the stored count is of another StatefulSet than the latest, or of a
 // later spec. The caller holds r.mu.
-func (r *replicaWatcher) isNoteAhead() bool {
-	return r.latest != nil && r.noted != nil &&
-		(!r.noted.isOf(r.latest) || r.noted.Generation > r.latest.Metadata.Generation)
+func (r *replicaWatcher) isStoredAhead() bool {
+	return r.latest != nil && r.stored != nil &&
+		(!r.stored.isOf(r.latest) || r.stored.Generation > r.latest.Metadata.Generation)
 }
 
-// proofWanted returns the proof that the latest StatefulSet is not older than the note.
+// proofWanted returns the proof that the latest StatefulSet is not older than the stored count.
 // The caller holds r.mu.
-func (r *replicaWatcher) proofWanted() noteProof {
+func (r *replicaWatcher) proofWanted() storedProof {
 	m := r.latest.Metadata
-	return noteProof{*r.noted, m.UID, m.Generation}
+	return storedProof{*r.stored, m.UID, m.Generation}
 }
 
 // run calls onResize and onWanted until ctx ends: see newReplicaWatcher.
 func (r *replicaWatcher) run(ctx context.Context) {
 	for {
 		r.mu.Lock()
-		r.keepNote()
+		r.updateInForce()
 		b, revision := r.backends(), ""
 		if r.latest != nil {
 			revision = r.latest.revision()
@@ -324,21 +325,21 @@ func (r *replicaWatcher) announceWanted() {
 	}
 }
 
-// noteDelay is how long a note may be ahead of the StatefulSet before compareNote asks for
-// a LIST. Mostly the watch is only a moment behind.
-const noteDelay = 5 * time.Second
+// proveDelay is how long a stored count may be ahead of the StatefulSet before proveStored lists
+// it. Mostly the watch is only a moment behind.
+const proveDelay = 5 * time.Second
 
-// compareNote proves, until ctx ends, each note that is ahead of the StatefulSet: that it
+// proveStored proves, until ctx ends, of each stored count that is ahead of the StatefulSet: it
 // is ahead of the one that exists, and not only of an old picture of it.
-func (r *replicaWatcher) compareNote(ctx context.Context) {
+func (r *replicaWatcher) proveStored(ctx context.Context) {
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-r.noteWakeup:
+		case <-r.proveWakeup:
 		}
 		for _, missing := r.missingProof(); missing; _, missing = r.missingProof() {
-			if sleep(ctx, noteDelay) != nil {
+			if sleep(ctx, proveDelay) != nil {
 				return
 			}
 			r.prove(ctx)
@@ -347,12 +348,12 @@ func (r *replicaWatcher) compareNote(ctx context.Context) {
 }
 
 // missingProof returns the proof that wantedBackends needs, and reports whether there is none.
-// A StatefulSet that does not exist cannot be newer than the note.
-func (r *replicaWatcher) missingProof() (wanted noteProof, missing bool) {
+// A StatefulSet that does not exist cannot be newer than the stored count.
+func (r *replicaWatcher) missingProof() (wanted storedProof, missing bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.absent || !r.isNoteAhead() {
-		return noteProof{}, false
+	if r.absent || !r.isStoredAhead() {
+		return storedProof{}, false
 	}
 	wanted = r.proofWanted()
 	return wanted, r.proof != wanted
@@ -423,7 +424,7 @@ func (r *replicaWatcher) whyNotReady() string {
 	switch failure := r.watcher.snapshot().failure; {
 	case r.backends().count > 0:
 		return ""
-	case r.latest != nil && r.shared && !r.noteIsRead:
+	case r.latest != nil && r.shared && !r.storedIsRead:
 		return "the object of the hand-off has not been read yet"
 	case r.latest != nil && r.latest.Spec.Replicas == 0:
 		return r.watcher.String() + " has no replicas"

@@ -61,15 +61,15 @@ func (r countingRouter) inForceNow() ordinals {
 // what is ready.
 func TestActiveCount(t *testing.T) {
 	const unread = "-"
-	note := func(count int, uid string, generation int64) *activeBackends {
-		return &activeBackends{count, uid, generation}
+	note := func(count int, uid string, generation int64) *activeCount {
+		return &activeCount{count, uid, generation}
 	}
 	tests := map[string]struct {
 		spec  string // of generation 5
-		note  *activeBackends
+		note  *activeCount
 		ready string // ordinals
 		want  ordinals
-		next  *activeBackends
+		next  *activeCount
 	}{
 		"all are active":          {`"replicas":4`, note(4, "u", 5), "", ordinals{0, 4}, note(4, "u", 5)},
 		"scaled in":               {`"replicas":3`, note(6, "u", 4), "012345", ordinals{0, 3}, note(3, "u", 5)},
@@ -107,8 +107,8 @@ func TestActiveCount(t *testing.T) {
 			if got, next := r.inForceNow(), r.wantedBackends(); got.count != 0 || next != nil {
 				t.Errorf("before the object was read: %+v, proposal %+v", got, next)
 			}
-			for _, b := range []*activeBackends{tt.note, nil} { // one that is lost stays in force
-				r.setNoted(b)
+			for _, b := range []*activeCount{tt.note, nil} { // one that is lost stays in force
+				r.setStored(b)
 				got, next := r.inForceNow(), r.wantedBackends()
 				if got.count == 0 {
 					got = ordinals{}
@@ -121,7 +121,7 @@ func TestActiveCount(t *testing.T) {
 }
 
 // noteText returns the note as text, "none" for nil.
-func noteText(b *activeBackends) string {
+func noteText(b *activeCount) string {
 	if b == nil {
 		return "none"
 	}
@@ -130,8 +130,8 @@ func noteText(b *activeBackends) string {
 
 // A note is replaced only by a newer one.
 func TestActiveBackendsReplaces(t *testing.T) {
-	old := &activeBackends{4, "u", 7}
-	for b, want := range map[activeBackends]bool{
+	old := &activeCount{4, "u", 7}
+	for b, want := range map[activeCount]bool{
 		{4, "u", 7}: false, {3, "u", 7}: false, {5, "u", 7}: true, {9, "u", 6}: false,
 		{2, "u", 8}: true, {1, "other", 1}: true,
 	} {
@@ -148,13 +148,13 @@ func TestActiveCountNeedsNoReadiness(t *testing.T) {
 	one, other := newCountingRouter(true), newCountingRouter(true)
 	for range 2000 {
 		spec := fmt.Sprintf(`"replicas":%d`, rng.IntN(9))
-		note := &activeBackends{1 + rng.IntN(9), "u", rng.Int64N(9)}
+		note := &activeCount{1 + rng.IntN(9), "u", rng.Int64N(9)}
 		for _, r := range []countingRouter{one, other} {
 			if rng.IntN(3) == 0 {
 				r.see(t, rng.Int64N(9), fmt.Sprintf(`"replicas":%d`, rng.IntN(9)))
 			}
 			if rng.IntN(3) == 0 {
-				r.setNoted(&activeBackends{1 + rng.IntN(9), "u", rng.Int64N(9)})
+				r.setStored(&activeCount{1 + rng.IntN(9), "u", rng.Int64N(9)})
 			}
 			digits := ""
 			for i := range 9 {
@@ -164,7 +164,7 @@ func TestActiveCountNeedsNoReadiness(t *testing.T) {
 			}
 			r.seeReady(t, digits)
 			r.see(t, 5, spec)
-			r.setNoted(note)
+			r.setStored(note)
 		}
 		if a, b := one.inForceNow(), other.inForceNow(); a != b || a.count < 1 {
 			t.Fatalf("{%s} and %+v: one has %+v, the other %+v", spec, *note, a, b)
@@ -184,7 +184,7 @@ func TestActiveCountWithoutEndpoints(t *testing.T) {
 			r := newCountingRouter(true)
 			know(r)
 			r.see(t, 5, `"replicas":6`)
-			r.setNoted(&activeBackends{4, "u", 5})
+			r.setStored(&activeCount{4, "u", 5})
 			want := "6 of u/5"
 			if name == "not tried" {
 				want = "4 of u/5"
@@ -204,31 +204,31 @@ func TestWhyNoActiveCount(t *testing.T) {
 	want("StatefulSet edge/backend: no answer from the API server yet")
 	r.see(t, 1, `"replicas":4`)
 	want("the object of the hand-off has not been read yet")
-	r.setNoted(nil)
+	r.setStored(nil)
 	want("EndpointSlice edge/kubernetes.io/service-name=headless: no answer from the API server yet")
 	r.see(t, 2, `"replicas":0`)
 	want("StatefulSet edge/backend has no replicas")
-	r.setNoted(&activeBackends{4, "u", 1})
+	r.setStored(&activeCount{4, "u", 1})
 	want("")
 }
 
 // sharedNote is the note in the object of a hand-off, as the routers of a test share it.
 type sharedNote struct {
 	mu      sync.Mutex
-	note    *activeBackends
+	note    *activeCount
 	routers []*followingRouter
 	writes  []string // that were, each as text
 }
 
 // settle shows the routers the note, and lets them write what they propose if that replaces
-// it, until nobody does: see member.noteBackends.
+// it, until nobody does: see member.storeCount.
 func (o *sharedNote) settle() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	for again := true; again; {
 		again = false
 		for _, r := range o.routers {
-			r.setNoted(o.note)
+			r.setStored(o.note)
 			if b := r.wantedBackends(); b != nil && b.replaces(o.note) {
 				o.note, again = b, true
 				o.writes = append(o.writes, noteText(b))
@@ -241,7 +241,7 @@ func (o *sharedNote) settle() {
 }
 
 // set makes b the note, as another router or an operator does.
-func (o *sharedNote) set(b *activeBackends) {
+func (o *sharedNote) set(b *activeCount) {
 	o.mu.Lock()
 	o.note = b
 	o.mu.Unlock()
@@ -297,7 +297,7 @@ func followReplicas(t *testing.T, n *pipeNetwork, shared *sharedNote, resize fun
 		shared.mu.Unlock()
 		shared.settle()
 	}
-	inBackground(t, pods.watcher.run, r.watcher.run, r.run, r.compareNote)
+	inBackground(t, pods.watcher.run, r.watcher.run, r.run, r.proveStored)
 	synctest.Wait()
 	return r
 }
@@ -380,7 +380,7 @@ func TestReplicasFollowed(t *testing.T) {
 				}
 				var shared *sharedNote
 				if !alone {
-					shared = &sharedNote{note: &activeBackends{4, "u-backend", 1}}
+					shared = &sharedNote{note: &activeCount{4, "u-backend", 1}}
 				}
 				r := followReplicas(t, n, shared, nil)
 				for _, s := range steps {
@@ -462,7 +462,7 @@ func TestReplicasOldPicture(t *testing.T) {
 		f.serve(t, frozen)
 		f.scale(6)
 		f.setReady(0, 1, 2, 3, 4, 5)
-		shared := &sharedNote{note: &activeBackends{6, "u-backend", 2}}
+		shared := &sharedNote{note: &activeCount{6, "u-backend", 2}}
 		old := followReplicas(t, frozen, shared, nil)
 		followReplicas(t, network, shared, nil)
 		shared.wantWrites(t)
@@ -475,7 +475,7 @@ func TestReplicasOldPicture(t *testing.T) {
 		wantEqual(t, "what the old picture proposes", noteText(old.wantedBackends()), "none")
 		wantEqual(t, "backends by the old picture", old.last.Load().(ordinals), ordinals{0, 3})
 		wantEqual(t, "the generation of the old picture", old.lastStatefulSet().Metadata.Generation, 2)
-		time.Sleep(noteDelay + time.Second)
+		time.Sleep(proveDelay + time.Second)
 		wantEqual(t, "the generation that it sees then", old.lastStatefulSet().Metadata.Generation, 4)
 	})
 }
@@ -497,11 +497,11 @@ func TestReplicasOfAnotherStatefulSet(t *testing.T) {
 		r := followReplicas(t, network, shared, nil) // which has not seen the one before
 		wantEqual(t, "backends", r.last.Load().(ordinals), ordinals{0, 2})
 		shared.wantWrites(t)
-		time.Sleep(noteDelay + time.Second)
+		time.Sleep(proveDelay + time.Second)
 		shared.wantWrites(t, "2 of new/1")
 		wantEqual(t, "backends by the old picture", old.last.Load().(ordinals), ordinals{0, 4})
 		wantEqual(t, "what it proposes", noteText(old.wantedBackends()), "none")
-		time.Sleep(noteDelay + time.Second)
+		time.Sleep(proveDelay + time.Second)
 		shared.wantWrites(t)
 		wantEqual(t, "backends when it is seen", old.last.Load().(ordinals), ordinals{0, 2})
 	})
@@ -516,7 +516,7 @@ func TestReplicasDeletedRest(t *testing.T) {
 		r := followReplicas(t, n, shared, nil)
 		f.deleteStatefulSet()
 		synctest.Wait()
-		shared.set(&activeBackends{6, "new", 1})
+		shared.set(&activeCount{6, "new", 1})
 		f.verbs()
 		time.Sleep(2 * time.Minute)
 		wantEqual(t, "requests", f.verbs(), "")
@@ -531,7 +531,7 @@ func TestReplicasOfRestoredStatefulSet(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f, n := kubeOfFour(), newPipeNetwork()
 		f.serve(t, n)
-		shared := &sharedNote{note: &activeBackends{4, "u-backend", 90}}
+		shared := &sharedNote{note: &activeCount{4, "u-backend", 90}}
 		r := followReplicas(t, n, shared, nil)
 		followReplicas(t, n, shared, nil)
 		time.Sleep(time.Minute)
@@ -556,7 +556,7 @@ func TestReplicasResizeInTurn(t *testing.T) {
 		f.serve(t, n)
 		f.scale(1000)
 		var calls atomic.Int32
-		shared := &sharedNote{note: &activeBackends{4, "u-backend", 2}}
+		shared := &sharedNote{note: &activeCount{4, "u-backend", 2}}
 		r := followReplicas(t, n, shared, func(ordinals, string) {
 			if calls.Add(1) != 1 {
 				t.Error("a call of onResize within another")
@@ -568,13 +568,13 @@ func TestReplicasResizeInTurn(t *testing.T) {
 		for i := range 10 {
 			others.Go(func() {
 				for j := range 50 {
-					shared.set(&activeBackends{1 + 50*i + j, "u-backend", 2})
+					shared.set(&activeCount{1 + 50*i + j, "u-backend", 2})
 					time.Sleep(time.Duration(1+(7*i+j)%5) * time.Millisecond)
 				}
 			})
 		}
 		others.Wait()
-		shared.set(&activeBackends{777, "u-backend", 2})
+		shared.set(&activeCount{777, "u-backend", 2})
 		time.Sleep(time.Second)
 		wantEqual(t, "the last of onResize", r.last.Load().(ordinals), ordinals{0, 777})
 	})

@@ -33,10 +33,10 @@ type flight struct {
 // with another backend than the next owner.
 type flights struct {
 	// Static after construction.
-	unprovenTimeout time.Duration   // how long the end of an abandoned flight is waited for; 0: for ever
-	onEnd           func()          // called when a flight is over; must not block
-	note            noteNamespace   // called just before a flight is over
-	addDescriptors  func(count int) // called for descriptors of abandoned flights
+	unprovenTimeout time.Duration     // how long the end of an abandoned flight is waited for; 0: for ever
+	onEnd           func()            // called when a flight is over; must not block
+	remember        rememberNamespace // called just before a flight is over
+	addDescriptors  func(count int)   // called for descriptors of abandoned flights
 	backendName     func(backend int) string
 	log             *slog.Logger
 	open            context.Context // ends when nobody waits for the end of flights any more
@@ -52,7 +52,7 @@ type flights struct {
 // newFlights returns flights without an entry. The caller calls stop.
 func newFlights(name func(backend int) string, log *slog.Logger) *flights {
 	f := &flights{
-		onEnd: func() {}, note: func(string, int) {}, addDescriptors: func(int) {}, backendName: name, log: log,
+		onEnd: func() {}, remember: func(string, int) {}, addDescriptors: func(int) {}, backendName: name, log: log,
 		all: map[*flight]struct{}{},
 	}
 	f.open, f.close = context.WithCancel(context.Background())
@@ -114,7 +114,7 @@ func (f *flights) cutOverdue(now time.Time, due func(*flight) time.Time) (next t
 // end ends the flight: it is over.
 func (e *flight) end() {
 	f := e.flights
-	f.note(e.namespace, e.backend)
+	f.remember(e.namespace, e.backend)
 	f.mu.Lock()
 	delete(f.all, e)
 	f.mu.Unlock()

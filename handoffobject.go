@@ -56,7 +56,7 @@ type sharedPlan struct {
 	writes      int64               // how often a plan of this epoch was written
 	keptUnknown bool                // kept namespaces have no owner: member.oldestTable
 	members     map[string]memberID // by pod name
-	backends    *activeBackends     // nil if not noted
+	backends    *activeCount        // nil if not stored
 }
 
 // stepAnswer is what a router says of one step of a plan, in its own key.
@@ -233,7 +233,7 @@ type planJSON struct {
 	KeptUnknown bool                `json:"keptUnknown,omitempty"`
 	Members     map[string]memberID `json:"members"`
 	Records     []recordJSON        `json:"records"`
-	Backends    *activeBackends     `json:"backends,omitempty"`
+	Backends    *activeCount        `json:"backends,omitempty"`
 }
 
 // recordJSON is the JSON of a record of a plan.

@@ -42,7 +42,7 @@ func randomPlan(r *rand.Rand) *sharedPlan {
 		p.records = append(p.records, planRecord{r.Uint64(), randomMark(), randomMark()})
 	}
 	if r.IntN(2) == 0 {
-		p.backends = &activeBackends{1 + r.IntN(maxOrdinal), "a-b", r.Int64()}
+		p.backends = &activeCount{1 + r.IntN(maxOrdinal), "a-b", r.Int64()}
 	}
 	return p
 }

@@ -324,7 +324,7 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 // followReleases makes the mover ask previous owners to release namespaces.
 func followReleases(c *config, m *mover, b *backends) {
 	memory := newReleaseMemory(c.releaseMemory, m.log)
-	m.flights.note, m.relay.note = memory.note, memory.note
+	m.flights.remember, m.relay.remember = memory.note, memory.note
 	m.releases = newStepReleases(newReleaser(c.release, c.podName, b, m.log), memory)
 }
 
@@ -353,11 +353,11 @@ func (p *program) followStatefulSet(kubeClient *kubeClient, namespace string,
 	replicas := newReplicaWatcher(
 		*kubeClient, namespace, endpoints, onResize, onWanted, p.log)
 	if shared != nil {
-		shared.wantedBackends, shared.onNote = replicas.wantedBackends, replicas.setNoted
+		shared.wantedBackends, shared.onStored = replicas.wantedBackends, replicas.setStored
 	}
 	p.admin.replicaWatcher = replicas
 	p.tasks = append(p.tasks,
-		endpoints.watcher.run, replicas.watcher.run, replicas.run, replicas.compareNote)
+		endpoints.watcher.run, replicas.watcher.run, replicas.run, replicas.proveStored)
 }
 
 // addSources sets up the sources of overrides: the ConfigMaps if there is an API server,

@@ -100,7 +100,7 @@ type decisionInput struct {
 	seenAt   time.Time      // when this version was seen first
 	list     *podList       // the last one; nil if there was none
 	leaving  bool           // the router admits nobody any more, and ends
-	backends *activeBackends
+	backends *activeCount
 	// gone reports whether GET said that the pod with this UID has ended for ever: see
 	// memberID.isGone.
 	gone func(pod, uid string) bool
@@ -215,7 +215,7 @@ func (m *member) decide(s *decisionInput) decision {
 	}
 	wait := decision{}
 	for _, try := range []func(*decisionInput) decision{
-		m.join, m.sendAnswer, m.remove, m.noteBackends, m.writeStep,
+		m.join, m.sendAnswer, m.remove, m.storeCount, m.writeStep,
 	} {
 		d := try(s)
 		if d.action != actWait {
@@ -480,9 +480,9 @@ func (id memberID) isGone(pod *routerPod) bool {
 	return pod == nil || pod.uid != id.UID || pod.ended
 }
 
-// noteBackends writes the number of backends in force into the plan, if this router has a
+// storeCount writes the number of backends in force into the plan, if this router has a
 // newer one. It changes nothing else: all that see it make new tables.
-func (m *member) noteBackends(s *decisionInput) decision {
+func (m *member) storeCount(s *decisionInput) decision {
 	p := m.view.plan
 	if m.view.outside || s.backends == nil || !s.backends.replaces(p.backends) {
 		return decision{}
@@ -490,7 +490,7 @@ func (m *member) noteBackends(s *decisionInput) decision {
 	next := *p
 	next.backends = s.backends
 	at := m.turn(s, slices.Collect(maps.Keys(p.members)))
-	return m.writePlan(s, &next, nil, at, "note the number of backends")
+	return m.writePlan(s, &next, nil, at, "store the number of backends")
 }
 
 // writeStep writes the next step, once all members have answered the one before and have

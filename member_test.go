@@ -1167,7 +1167,7 @@ func TestMemberPodIsGone(t *testing.T) {
 }
 
 func TestBackendsNote(t *testing.T) {
-	old := &activeBackends{4, "u", 7}
+	old := &activeCount{4, "u", 7}
 	_, r, s := rested(1)
 	s.backends = old
 	d := r.decide(s)

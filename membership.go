@@ -46,23 +46,23 @@ type membership struct {
 	wake     func() // wakes the owner; must not block
 	// wantedBackends returns the number of backends that the object should have; nil if it is
 	// not known.
-	wantedBackends func() *activeBackends
-	// onNote is called with the number of backends that the object has, nil if it has
+	wantedBackends func() *activeCount
+	// onStored is called with the number of backends that the object has, nil if it has
 	// none. It must not block.
-	onNote func(b *activeBackends)
-	log    *slog.Logger
+	onStored func(b *activeCount)
+	log      *slog.Logger
 
 	// Owned by the goroutine that calls decide: the mover's run.
-	member   *member
-	ctx      context.Context // of all requests
-	leaving  bool            // the router admits nobody any more, and ends
-	noted    bool            // onNote was called
-	running  sync.WaitGroup  // requests
-	failures int             // writes and lists in a row that failed
-	retryAt  time.Time       // when the next one may begin
-	listedAt time.Time       // when the object was listed again because nothing had come
-	askedAt  time.Time       // when pods were asked for
-	throttle throttle        // of failures in the log
+	member       *member
+	ctx          context.Context // of all requests
+	leaving      bool            // the router admits nobody any more, and ends
+	storedPassed bool            // onStored was called
+	running      sync.WaitGroup  // requests
+	failures     int             // writes and lists in a row that failed
+	retryAt      time.Time       // when the next one may begin
+	listedAt     time.Time       // when the object was listed again because nothing had come
+	askedAt      time.Time       // when pods were asked for
+	throttle     throttle        // of failures in the log
 
 	faultThrottle throttle // of what cannot be read in the log; owned by the watcher
 
@@ -108,7 +108,7 @@ type handoffConfigMap struct {
 
 // newMembership returns the membership of the pod with this name and UID, with the object
 // of this name. podLabel is the label selector of all routers' pods. The caller runs the
-// watcher, and sets wake, wantedBackends and onNote.
+// watcher, and sets wake, wantedBackends and onStored.
 func newMembership(client kubeClient, namespace, object string, pod, uid, podLabel string,
 	log *slog.Logger) *membership {
 	writer, reader := client, client
@@ -116,8 +116,8 @@ func newMembership(client kubeClient, namespace, object string, pod, uid, podLab
 	s := &membership{
 		writer: &writer, client: client, podLabel: podLabel,
 		podsPath: "/api/v1/namespaces/" + namespace + "/pods",
-		wake:     func() {}, wantedBackends: func() *activeBackends { return nil },
-		onNote: func(*activeBackends) {}, log: log,
+		wake:     func() {}, wantedBackends: func() *activeCount { return nil },
+		onStored: func(*activeCount) {}, log: log,
 		member:  newMember(pod, uid, fmt.Sprintf("%016x", rand.Uint64())),
 		inbox:   handoffInbox{gone: map[string]bool{}},
 		hasLeft: make(chan struct{}),
@@ -171,7 +171,7 @@ func (s *membership) decide(
 	if in.object != nil {
 		s.member.see(in.object, now)
 	}
-	s.passNote(&in)
+	s.passStored(&in)
 	d := s.member.decide(&decisionInput{
 		stepProgress: p, now: now, object: in.object, seenAt: in.seenAt, list: in.list,
 		leaving: s.leaving, backends: s.wantedBackends(),
@@ -181,8 +181,8 @@ func (s *membership) decide(
 	switch d.action {
 	case actAdopt:
 		s.member.note(d, now)
-		s.noted = true
-		s.onNote(d.view.plan.backends)
+		s.storedPassed = true
+		s.onStored(d.view.plan.backends)
 	case actWrite, actList:
 		if in.busy { // its end wakes the owner
 			return decision{why: d.why}
@@ -217,12 +217,12 @@ func (s *membership) takeInbox(now time.Time) handoffInbox {
 	return in
 }
 
-// passNote calls onNote once when the object is known and has no plan: the number of
-// backends is not noted.
-func (s *membership) passNote(in *handoffInbox) {
-	if !s.noted && in.object != nil && in.object.plan == nil {
-		s.noted = true
-		s.onNote(nil)
+// passStored calls onStored once when the object is known and has no plan: the number of
+// backends is not stored.
+func (s *membership) passStored(in *handoffInbox) {
+	if !s.storedPassed && in.object != nil && in.object.plan == nil {
+		s.storedPassed = true
+		s.onStored(nil)
 	}
 }
 

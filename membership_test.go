@@ -150,7 +150,7 @@ func (r *simRouter) start() {
 	client := r.network.kube(r.T)
 	c.useMembership(newMembership(*client, "edge", handoffName, r.pod.name, r.pod.uid,
 		"app.kubernetes.io/name=router", log))
-	c.shared.wantedBackends = func() *activeBackends { c.decisions.Add(1); return nil }
+	c.shared.wantedBackends = func() *activeCount { c.decisions.Add(1); return nil }
 	router.onSwap = c.ownersChanged
 	c.closeSession = func(s *session, onEnd func(cut bool)) bool {
 		return c.endSession(s, causeMoved, func() { onEnd(false) })

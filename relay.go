@@ -138,7 +138,7 @@ type relay struct {
 	freeDescriptors  func(count int)                    // called for descriptors that a session no longer has
 	onBackendEnded   func()                             // called when the backend of a session is done; must not block
 	onBackendOpen    func(s *session, backend net.Conn) // see abandonBackend; nil: nobody waits
-	note             noteNamespace                      // called just before that
+	remember         rememberNamespace                  // called just before that
 	log              *slog.Logger
 	engine           engine
 
@@ -183,7 +183,7 @@ func newRelay(name func(backend int) string, log *slog.Logger) *relay {
 		closeTimeout:     closeTimeout,
 		freeDescriptors:  func(int) {},
 		onBackendEnded:   func() {},
-		note:             func(string, int) {},
+		remember:         func(string, int) {},
 		log:              log,
 		byBackend:        map[int]backendCount{},
 		oldPods:          map[string]*oldPodSessions{},
@@ -218,7 +218,7 @@ func (r *relay) register(s *session, carry func()) {
 }
 
 // noteNamespace notes that a namespace was with a backend. It must not block.
-type noteNamespace = func(namespace string, backend int)
+type rememberNamespace = func(namespace string, backend int)
 
 // sessionEnded counts and logs the end of a session. The engine calls it once for each
 // session, after it has closed both sockets.
@@ -227,7 +227,7 @@ func (r *relay) sessionEnded(s *session) {
 	if s.closing != nil {
 		cut = s.closing.end()
 	}
-	r.note(s.namespace, s.backend)
+	r.remember(s.namespace, s.backend)
 	r.remove(s, n)
 	r.ended[cause].Add(1)
 	if cut {
@@ -347,7 +347,7 @@ func (r *relay) countOnOldPod(s *session, onOldPod bool) {
 // its connection: for this session the backend no longer serves the namespace. The engine
 // calls it, with or without its own locks.
 func (r *relay) setBackendEnded(s *session) {
-	r.note(s.namespace, s.backend)
+	r.remember(s.namespace, s.backend)
 	if s.backendEnded.Swap(true) {
 		return
 	}
