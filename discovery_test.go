@@ -57,45 +57,45 @@ func (r countingRouter) inForceNow() ordinals {
 	return r.backends()
 }
 
-// How many backends own namespaces, and what is proposed, by the StatefulSet, the note and
+// How many backends own namespaces, and what is proposed, by the StatefulSet, the stored count and
 // what is ready.
 func TestActiveCount(t *testing.T) {
 	const unread = "-"
-	note := func(count int, uid string, generation int64) *activeCount {
+	stored := func(count int, uid string, generation int64) *activeCount {
 		return &activeCount{count, uid, generation}
 	}
 	tests := map[string]struct {
-		spec  string // of generation 5
-		note  *activeCount
-		ready string // ordinals
-		want  ordinals
-		next  *activeCount
+		spec   string // of generation 5
+		stored *activeCount
+		ready  string // ordinals
+		want   ordinals
+		next   *activeCount
 	}{
-		"all are active":          {`"replicas":4`, note(4, "u", 5), "", ordinals{0, 4}, note(4, "u", 5)},
-		"scaled in":               {`"replicas":3`, note(6, "u", 4), "012345", ordinals{0, 3}, note(3, "u", 5)},
-		"scaled out":              {`"replicas":6`, note(4, "u", 4), "", ordinals{0, 4}, note(4, "u", 5)},
-		"another generation only": {`"replicas":4`, note(4, "u", 3), "0", ordinals{0, 4}, note(4, "u", 5)},
-		"one is ready":            {`"replicas":6`, note(4, "u", 5), "4", ordinals{0, 4}, note(5, "u", 5)},
-		"the wrong one is ready":  {`"replicas":6`, note(4, "u", 5), "01235", ordinals{0, 4}, note(4, "u", 5)},
-		"all are ready":           {`"replicas":6`, note(4, "u", 5), "012345", ordinals{0, 4}, note(6, "u", 5)},
-		"more than replicas":      {`"replicas":5`, note(4, "u", 5), "0123456", ordinals{0, 4}, note(5, "u", 5)},
-		"readiness is not known":  {`"replicas":6`, note(4, "u", 5), unread, ordinals{0, 4}, note(4, "u", 5)},
-		"zero":                    {`"replicas":0`, note(4, "u", 4), "0123", ordinals{0, 4}, note(4, "u", 5)},
-		"replicas unset":          {``, note(4, "u", 4), "", ordinals{0, 1}, note(1, "u", 5)},
-		"from another ordinal":    {`"replicas":3,"ordinals":{"start":5}`, note(2, "u", 5), "7", ordinals{5, 2}, note(3, "u", 5)},
+		"all are active":          {`"replicas":4`, stored(4, "u", 5), "", ordinals{0, 4}, stored(4, "u", 5)},
+		"scaled in":               {`"replicas":3`, stored(6, "u", 4), "012345", ordinals{0, 3}, stored(3, "u", 5)},
+		"scaled out":              {`"replicas":6`, stored(4, "u", 4), "", ordinals{0, 4}, stored(4, "u", 5)},
+		"another generation only": {`"replicas":4`, stored(4, "u", 3), "0", ordinals{0, 4}, stored(4, "u", 5)},
+		"one is ready":            {`"replicas":6`, stored(4, "u", 5), "4", ordinals{0, 4}, stored(5, "u", 5)},
+		"the wrong one is ready":  {`"replicas":6`, stored(4, "u", 5), "01235", ordinals{0, 4}, stored(4, "u", 5)},
+		"all are ready":           {`"replicas":6`, stored(4, "u", 5), "012345", ordinals{0, 4}, stored(6, "u", 5)},
+		"more than replicas":      {`"replicas":5`, stored(4, "u", 5), "0123456", ordinals{0, 4}, stored(5, "u", 5)},
+		"readiness is not known":  {`"replicas":6`, stored(4, "u", 5), unread, ordinals{0, 4}, stored(4, "u", 5)},
+		"zero":                    {`"replicas":0`, stored(4, "u", 4), "0123", ordinals{0, 4}, stored(4, "u", 5)},
+		"replicas unset":          {``, stored(4, "u", 4), "", ordinals{0, 1}, stored(1, "u", 5)},
+		"from another ordinal":    {`"replicas":3,"ordinals":{"start":5}`, stored(2, "u", 5), "7", ordinals{5, 2}, stored(3, "u", 5)},
 
-		"an older StatefulSet":          {`"replicas":6`, note(4, "u", 6), "012345", ordinals{0, 4}, nil},
-		"an older one, and scaled in":   {`"replicas":3`, note(6, "u", 6), "012345", ordinals{0, 3}, nil},
-		"another StatefulSet":           {`"replicas":6`, note(4, "other", 5), "01", ordinals{0, 2}, nil},
-		"another one, none ready":       {`"replicas":6`, note(4, "other", 5), "", ordinals{0, 1}, nil},
-		"another one, not known":        {`"replicas":6`, note(4, "other", 5), unread, ordinals{}, nil},
-		"no note":                       {`"replicas":6`, nil, "0123", ordinals{0, 4}, note(4, "u", 5)},
-		"no note, a gap":                {`"replicas":6`, nil, "01345", ordinals{0, 2}, note(2, "u", 5)},
-		"no note, none ready":           {`"replicas":6`, nil, "", ordinals{0, 1}, note(1, "u", 5)},
-		"no note, more than replicas":   {`"replicas":2`, nil, "0123", ordinals{0, 2}, note(2, "u", 5)},
-		"no note, from another ordinal": {`"replicas":3,"ordinals":{"start":5}`, nil, "0156", ordinals{5, 2}, note(2, "u", 5)},
-		"no note, zero":                 {`"replicas":0`, nil, "0123", ordinals{}, nil},
-		"no note, readiness not known":  {`"replicas":6`, nil, unread, ordinals{}, nil},
+		"an older StatefulSet":              {`"replicas":6`, stored(4, "u", 6), "012345", ordinals{0, 4}, nil},
+		"an older one, and scaled in":       {`"replicas":3`, stored(6, "u", 6), "012345", ordinals{0, 3}, nil},
+		"another StatefulSet":               {`"replicas":6`, stored(4, "other", 5), "01", ordinals{0, 2}, nil},
+		"another one, none ready":           {`"replicas":6`, stored(4, "other", 5), "", ordinals{0, 1}, nil},
+		"another one, not known":            {`"replicas":6`, stored(4, "other", 5), unread, ordinals{}, nil},
+		"none stored":                       {`"replicas":6`, nil, "0123", ordinals{0, 4}, stored(4, "u", 5)},
+		"none stored, a gap":                {`"replicas":6`, nil, "01345", ordinals{0, 2}, stored(2, "u", 5)},
+		"none stored, none ready":           {`"replicas":6`, nil, "", ordinals{0, 1}, stored(1, "u", 5)},
+		"none stored, more than replicas":   {`"replicas":2`, nil, "0123", ordinals{0, 2}, stored(2, "u", 5)},
+		"none stored, from another ordinal": {`"replicas":3,"ordinals":{"start":5}`, nil, "0156", ordinals{5, 2}, stored(2, "u", 5)},
+		"none stored, zero":                 {`"replicas":0`, nil, "0123", ordinals{}, nil},
+		"none stored, readiness not known":  {`"replicas":6`, nil, unread, ordinals{}, nil},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -114,21 +114,21 @@ func TestActiveCount(t *testing.T) {
 					got = ordinals{}
 				}
 				wantEqual(t, "backends", got, tt.want)
-				wantEqual(t, "proposal", noteText(next), noteText(tt.next))
+				wantEqual(t, "proposal", countText(next), countText(tt.next))
 			}
 		})
 	}
 }
 
-// noteText returns the note as text, "none" for nil.
-func noteText(b *activeCount) string {
+// countText returns the stored count as text, "none" for nil.
+func countText(b *activeCount) string {
 	if b == nil {
 		return "none"
 	}
 	return fmt.Sprintf("%d of %s/%d", b.Count, b.UID, b.Generation)
 }
 
-// A note is replaced only by a newer one.
+// A stored count is replaced only by a newer one.
 func TestActiveBackendsReplaces(t *testing.T) {
 	old := &activeCount{4, "u", 7}
 	for b, want := range map[activeCount]bool{
@@ -141,14 +141,14 @@ func TestActiveBackendsReplaces(t *testing.T) {
 	}
 }
 
-// Routers with the same note and the same StatefulSet have the same number of backends,
+// Routers with the same stored count and the same StatefulSet have the same number of backends,
 // whatever each of them finds ready, and whatever each saw before.
 func TestActiveCountNeedsNoReadiness(t *testing.T) {
 	rng := rand.New(rand.NewPCG(randomSeed(t), 1))
 	one, other := newCountingRouter(true), newCountingRouter(true)
 	for range 2000 {
 		spec := fmt.Sprintf(`"replicas":%d`, rng.IntN(9))
-		note := &activeCount{1 + rng.IntN(9), "u", rng.Int64N(9)}
+		stored := &activeCount{1 + rng.IntN(9), "u", rng.Int64N(9)}
 		for _, r := range []countingRouter{one, other} {
 			if rng.IntN(3) == 0 {
 				r.see(t, rng.Int64N(9), fmt.Sprintf(`"replicas":%d`, rng.IntN(9)))
@@ -164,10 +164,10 @@ func TestActiveCountNeedsNoReadiness(t *testing.T) {
 			}
 			r.seeReady(t, digits)
 			r.see(t, 5, spec)
-			r.setStored(note)
+			r.setStored(stored)
 		}
 		if a, b := one.inForceNow(), other.inForceNow(); a != b || a.count < 1 {
-			t.Fatalf("{%s} and %+v: one has %+v, the other %+v", spec, *note, a, b)
+			t.Fatalf("{%s} and %+v: one has %+v, the other %+v", spec, *stored, a, b)
 		}
 	}
 }
@@ -189,7 +189,7 @@ func TestActiveCountWithoutEndpoints(t *testing.T) {
 			if name == "not tried" {
 				want = "4 of u/5"
 			}
-			wantEqual(t, "proposal", noteText(r.wantedBackends()), want)
+			wantEqual(t, "proposal", countText(r.wantedBackends()), want)
 		})
 	}
 }
@@ -212,44 +212,44 @@ func TestWhyNoActiveCount(t *testing.T) {
 	want("")
 }
 
-// sharedNote is the note in the object of a hand-off, as the routers of a test share it.
-type sharedNote struct {
+// sharedCount is the stored count in the object of a hand-off, as the routers of a test share it.
+type sharedCount struct {
 	mu      sync.Mutex
-	note    *activeCount
+	stored  *activeCount
 	routers []*followingRouter
 	writes  []string // that were, each as text
 }
 
-// settle shows the routers the note, and lets them write what they propose if that replaces
+// settle shows the routers the stored count, and lets them write what they propose if that replaces
 // it, until nobody does: see member.storeCount.
-func (o *sharedNote) settle() {
+func (o *sharedCount) settle() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	for again := true; again; {
 		again = false
 		for _, r := range o.routers {
-			r.setStored(o.note)
-			if b := r.wantedBackends(); b != nil && b.replaces(o.note) {
-				o.note, again = b, true
-				o.writes = append(o.writes, noteText(b))
+			r.setStored(o.stored)
+			if b := r.wantedBackends(); b != nil && b.replaces(o.stored) {
+				o.stored, again = b, true
+				o.writes = append(o.writes, countText(b))
 			}
 		}
 		if len(o.writes) > 1000 {
-			panic(fmt.Sprintf("the routers do not agree on the note: %v", o.writes[990:]))
+			panic(fmt.Sprintf("the routers do not agree on the stored count: %v", o.writes[990:]))
 		}
 	}
 }
 
-// set makes b the note, as another router or an operator does.
-func (o *sharedNote) set(b *activeCount) {
+// set makes b the stored count, as another router or an operator does.
+func (o *sharedCount) set(b *activeCount) {
 	o.mu.Lock()
-	o.note = b
+	o.stored = b
 	o.mu.Unlock()
 	o.settle()
 }
 
 // wantWrites checks what was written since the last call.
-func (o *sharedNote) wantWrites(t *testing.T, want ...string) {
+func (o *sharedCount) wantWrites(t *testing.T, want ...string) {
 	t.Helper()
 	synctest.Wait()
 	o.mu.Lock()
@@ -268,9 +268,9 @@ type followingRouter struct {
 	logged    *textLog
 }
 
-// followReplicas starts one, which shares the note, if that is not nil. It calls resize for
+// followReplicas starts one, which shares the stored count, if that is not nil. It calls resize for
 // the backends that own namespaces, if that is not nil.
-func followReplicas(t *testing.T, n *pipeNetwork, shared *sharedNote, resize func(ordinals, string)) *followingRouter {
+func followReplicas(t *testing.T, n *pipeNetwork, shared *sharedCount, resize func(ordinals, string)) *followingRouter {
 	t.Helper()
 	r := &followingRouter{logged: &textLog{}}
 	log := slog.New(slog.NewTextHandler(r.logged, nil))
@@ -310,7 +310,7 @@ func kubeOfFour() *fakeKube {
 	return f
 }
 
-// One router, from state to state: alone, and one that shares the note.
+// One router, from state to state: alone, and one that shares the stored count.
 func TestReplicasFollowed(t *testing.T) {
 	type step struct {
 		what          string
@@ -378,9 +378,9 @@ func TestReplicasFollowed(t *testing.T) {
 				if steps[0].what == "forbidden" { // from the start
 					steps[0].change(f)
 				}
-				var shared *sharedNote
+				var shared *sharedCount
 				if !alone {
-					shared = &sharedNote{note: &activeCount{4, "u-backend", 1}}
+					shared = &sharedCount{stored: &activeCount{4, "u-backend", 1}}
 				}
 				r := followReplicas(t, n, shared, nil)
 				for _, s := range steps {
@@ -415,13 +415,13 @@ func TestReplicasAloneBegin(t *testing.T) {
 }
 
 // While a scale-out is stuck, nothing but a pod that becomes ready gives the new backends
-// namespaces: not kubectl replace of the StatefulSet, not the loss of the note, not a
+// namespaces: not kubectl replace of the StatefulSet, not the loss of the stored count, not a
 // router that starts.
 func TestReplicasStuckScaleOut(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f, n := kubeOfFour(), newPipeNetwork()
 		f.serve(t, n)
-		shared := &sharedNote{}
+		shared := &sharedCount{}
 		first := followReplicas(t, n, shared, nil)
 		shared.wantWrites(t, "4 of u-backend/1")
 		for _, step := range []struct {
@@ -432,7 +432,7 @@ func TestReplicasStuckScaleOut(t *testing.T) {
 			{"scale to 6, and backend-4 fails", func() { f.scale(6); f.setReady(0, 1, 2, 3, 5) }, []string{"4 of u-backend/2"}},
 			{"kubectl replace", func() { f.scale(6) }, []string{"4 of u-backend/3"}},
 			{"backend-1 restarts", func() { f.setReady(0, 2, 3, 5) }, nil},
-			{"the note is lost", func() { shared.set(nil) }, []string{"4 of u-backend/3"}},
+			{"the stored count is lost", func() { shared.set(nil) }, []string{"4 of u-backend/3"}},
 			{"kubectl replace again", func() { f.scale(6) }, []string{"4 of u-backend/4"}},
 			{"a router starts", func() { followReplicas(t, n, shared, nil) }, nil},
 		} {
@@ -453,7 +453,7 @@ func TestReplicasStuckScaleOut(t *testing.T) {
 	})
 }
 
-// A router whose watches stand still writes nothing. It lists the StatefulSet when the note
+// A router whose watches stand still writes nothing. It lists the StatefulSet when the stored count
 // shows that.
 func TestReplicasOldPicture(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -462,7 +462,7 @@ func TestReplicasOldPicture(t *testing.T) {
 		f.serve(t, frozen)
 		f.scale(6)
 		f.setReady(0, 1, 2, 3, 4, 5)
-		shared := &sharedNote{note: &activeCount{6, "u-backend", 2}}
+		shared := &sharedCount{stored: &activeCount{6, "u-backend", 2}}
 		old := followReplicas(t, frozen, shared, nil)
 		followReplicas(t, network, shared, nil)
 		shared.wantWrites(t)
@@ -472,7 +472,7 @@ func TestReplicasOldPicture(t *testing.T) {
 		shared.wantWrites(t, "3 of u-backend/3")
 		f.scale(5)
 		shared.wantWrites(t, "3 of u-backend/4") // the old picture has six backends, which are ready
-		wantEqual(t, "what the old picture proposes", noteText(old.wantedBackends()), "none")
+		wantEqual(t, "what the old picture proposes", countText(old.wantedBackends()), "none")
 		wantEqual(t, "backends by the old picture", old.last.Load().(ordinals), ordinals{0, 3})
 		wantEqual(t, "the generation of the old picture", old.lastStatefulSet().Metadata.Generation, 2)
 		time.Sleep(proveDelay + time.Second)
@@ -487,7 +487,7 @@ func TestReplicasOfAnotherStatefulSet(t *testing.T) {
 		f, network, frozen := kubeOfFour(), newPipeNetwork(), newPipeNetwork()
 		f.serve(t, network)
 		f.serve(t, frozen)
-		shared := &sharedNote{}
+		shared := &sharedCount{}
 		old := followReplicas(t, frozen, shared, nil)
 		shared.wantWrites(t, "4 of u-backend/1")
 		f.setReady(0, 1)
@@ -500,19 +500,19 @@ func TestReplicasOfAnotherStatefulSet(t *testing.T) {
 		time.Sleep(proveDelay + time.Second)
 		shared.wantWrites(t, "2 of new/1")
 		wantEqual(t, "backends by the old picture", old.last.Load().(ordinals), ordinals{0, 4})
-		wantEqual(t, "what it proposes", noteText(old.wantedBackends()), "none")
+		wantEqual(t, "what it proposes", countText(old.wantedBackends()), "none")
 		time.Sleep(proveDelay + time.Second)
 		shared.wantWrites(t)
 		wantEqual(t, "backends when it is seen", old.last.Load().(ordinals), ordinals{0, 2})
 	})
 }
 
-// A StatefulSet that does not exist is not listed again and again, whatever the note is.
+// A StatefulSet that does not exist is not listed again and again, whatever the stored count is.
 func TestReplicasDeletedRest(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f, n := kubeOfFour(), newPipeNetwork()
 		f.serve(t, n)
-		shared := &sharedNote{}
+		shared := &sharedCount{}
 		r := followReplicas(t, n, shared, nil)
 		f.deleteStatefulSet()
 		synctest.Wait()
@@ -521,17 +521,17 @@ func TestReplicasDeletedRest(t *testing.T) {
 		time.Sleep(2 * time.Minute)
 		wantEqual(t, "requests", f.verbs(), "")
 		wantEqual(t, "backends", r.last.Load().(ordinals), ordinals{0, 4})
-		wantEqual(t, "proposal", noteText(r.wantedBackends()), "none")
+		wantEqual(t, "proposal", countText(r.wantedBackends()), "none")
 	})
 }
 
-// After a restored etcd the generation may be lower than the one of the note. A LIST shows
+// After a restored etcd the generation may be lower than the one of the stored count. A LIST shows
 // that, and the number follows the StatefulSet again.
 func TestReplicasOfRestoredStatefulSet(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f, n := kubeOfFour(), newPipeNetwork()
 		f.serve(t, n)
-		shared := &sharedNote{note: &activeCount{4, "u-backend", 90}}
+		shared := &sharedCount{stored: &activeCount{4, "u-backend", 90}}
 		r := followReplicas(t, n, shared, nil)
 		followReplicas(t, n, shared, nil)
 		time.Sleep(time.Minute)
@@ -556,7 +556,7 @@ func TestReplicasResizeInTurn(t *testing.T) {
 		f.serve(t, n)
 		f.scale(1000)
 		var calls atomic.Int32
-		shared := &sharedNote{note: &activeCount{4, "u-backend", 2}}
+		shared := &sharedCount{stored: &activeCount{4, "u-backend", 2}}
 		r := followReplicas(t, n, shared, func(ordinals, string) {
 			if calls.Add(1) != 1 {
 				t.Error("a call of onResize within another")
@@ -580,7 +580,7 @@ func TestReplicasResizeInTurn(t *testing.T) {
 	})
 }
 
-// Whatever the StatefulSet and the note go through, and whenever a router starts, is cut off
+// Whatever the StatefulSet and the stored count go through, and whenever a router starts, is cut off
 // or comes back, all routers that have seen their last versions have the same backends:
 // never more than there are to be, and none that never was ready.
 func TestReplicasAgree(t *testing.T) {
@@ -597,7 +597,7 @@ func changeReplicasAtRandom(t *testing.T, rng *rand.Rand) {
 	f, network, frozen := kubeOfFour(), newPipeNetwork(), newPipeNetwork() // watches through frozen stand still now and then
 	f.serve(t, network)
 	f.serve(t, frozen)
-	shared := &sharedNote{}
+	shared := &sharedCount{}
 	followReplicas(t, network, shared, nil)
 	followReplicas(t, frozen, shared, nil)
 	replicas := 4
