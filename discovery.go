@@ -98,12 +98,11 @@ func (b *activeCount) isOf(s *statefulSet) bool {
 //   - scaled to zero: the active count stays.
 //
 // Routers that share a hand-off store the active count in the same object. The
-// number in force depends only on the stored one and on the StatefulSet as it is now. So all
-// routers that have seen the same versions agree, also one that has just started and one
+// number in force depends only on the stored one and on the StatefulSet as it is now. So
+// all routers that have seen the same versions agree, also one that has just started and one
 // whose watch missed a version (invariant 2). If no count is stored yet, what this router
 // finds ready counts at once. Else it is only what the router wants to be stored. A stored
-// count that is lost stays in
-// force, and the router wants it again.
+// count that is lost stays in force, and the router wants it again.
 //
 // A router that is alone keeps the count in its memory. It begins with all of
 // spec.replicas, so that routers that start together agree.

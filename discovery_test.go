@@ -107,7 +107,7 @@ func TestActiveCount(t *testing.T) {
 			if got, next := r.inForceNow(), r.wantedBackends(); got.count != 0 || next != nil {
 				t.Errorf("before the object was read: %+v, proposal %+v", got, next)
 			}
-			for _, b := range []*activeCount{tt.note, nil} { // one that is lost stays in force
+			for _, b := range []*activeCount{tt.stored, nil} { // one that is lost stays in force
 				r.setStored(b)
 				got, next := r.inForceNow(), r.wantedBackends()
 				if got.count == 0 {
