@@ -577,7 +577,7 @@ func (o *handoffObject) agreedMark(
 // would speak for a container that has a view by now. So does an old copy of the object
 // that somebody has restored: all pods are members of the plan, and all namespaces are
 // held until each member has answered.
-func (m *member) begin(s *situation) decision {
+func (m *member) bootstrap(s *decisionInput) decision {
 	o := s.object
 	a := stepAnswer{instance: m.instance, blank: true}
 	if m.newest != nil {
@@ -596,7 +596,7 @@ func (m *member) begin(s *situation) decision {
 		return d
 	}
 	p := &sharedPlan{backends: s.backends, members: map[string]memberID{}}
-	p.held, p.unpinned = true, true
+	p.allHeld, p.keptUnknown = true, true
 	var writers []string
 	for _, name := range slices.Sorted(maps.Keys(s.list.pods)) {
 		pod := s.list.pods[name]
@@ -605,7 +605,7 @@ func (m *member) begin(s *situation) decision {
 		case !ok || !said.isWithoutView():
 			return decision{again: s.list.at.Add(maxPodListAge),
 				why: fmt.Sprintf("there is no plan, and %s has not said so", name)}
-		case said.have == noContent:
+		case said.content == noContent:
 			p.members[name] = memberID{pod.uid, anyInstance}
 		default:
 			p.members[name] = memberID{pod.uid, said.instance}

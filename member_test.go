@@ -1289,7 +1289,7 @@ func TestOldCopyBeforeTheFirstPlan(t *testing.T) {
 	}{
 		"all rules": {modelRules{}, ""},
 		"the first plan is not held": {
-			firstPlan(func(_ *modelRouter, p *sharedPlan) { p.held = false }), "has the owners"},
+			firstPlan(func(_ *modelRouter, p *sharedPlan) { p.allHeld = false }), "has the owners"},
 		"not all pods are members of the first plan": {
 			firstPlan(func(r *modelRouter, p *sharedPlan) {
 				p.members = map[string]memberID{r.pod: p.members[r.pod]}
@@ -1304,7 +1304,7 @@ func TestOldCopyBeforeTheFirstPlan(t *testing.T) {
 			w.start(starts)
 			old := map[string]string{}
 			for _, r := range w.routers {
-				said := stepAnswer{instance: r.instance, blank: true, have: knows.newest.contentHash}
+				said := stepAnswer{instance: r.instance, blank: true, content: knows.newest.contentHash}
 				old[r.key()] = said.String()
 			}
 			w.store(w.object.uid, old)
