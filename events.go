@@ -88,7 +88,7 @@ func (r *eventRecorder) reportChange(o apiObject, c sourceChange) {
 func (r *eventRecorder) reportMove(o apiObject, m moveResult) {
 	message := fmt.Sprintf("%s moved %d namespaces, %d sessions in %.1f s, "+
 		"each namespace held for %.1f s at most, %d cut, %d cancelled, for table %s",
-		r.podName, m.namespaces, m.sessions, m.time.Seconds(), m.held.Seconds(),
+		r.podName, m.namespaces, m.sessions, m.time.Seconds(), m.longestHold.Seconds(),
 		m.cut, m.cancelled, m.version)
 	r.enqueue(o, "Normal", "SessionsMoved", r.podName+time.Now().String(), message)
 }

@@ -58,8 +58,8 @@ type mover struct {
 	firstChange time.Time    // of the changes that have not settled
 	settlesAt   time.Time    // when these will have settled
 	steppedAt   time.Time    // when the last step began that closed sessions
-	batch       *moveBatch   // that is under way; nil for none
-	finishing   []*moveBatch // whose last closing handshakes go on
+	tally       *moveTally   // that is under way; nil for none
+	finishing   []*moveTally // whose last closing handshakes go on
 	queue       moveQueue
 	targets     *moveTargets
 	closing     []*session      // of the step, whose backend has not ended them
@@ -215,14 +215,14 @@ func (m *mover) prepare(now time.Time) {
 	reachable := m.targets.dropReachable()
 	cancelled := m.requeue(v, t, now)
 	m.targets.assumeReachable(reachable)
-	if m.batch != nil {
-		m.batch.cancelled += cancelled
+	if m.tally != nil {
+		m.tally.cancelled += cancelled
 	}
-	if m.batch == nil || m.batch.content != t.contentHash {
-		m.endBatch()
-		m.batch = newMoveBatch(t.contentHash)
+	if m.tally == nil || m.tally.content != t.contentHash {
+		m.endTally()
+		m.tally = newMoveTally(t.contentHash)
 	}
-	m.batch.version = t.version
+	m.tally.version = t.version
 }
 
 // targetTable returns the table to which the next step moves namespaces: see
@@ -276,7 +276,7 @@ func (m *mover) openSessions() []*session {
 // refreshQueue fills the queue anew if it is outdated.
 func (m *mover) refreshQueue(v *view, t *table, now time.Time) {
 	if m.queue.isOutdated(now) {
-		m.batch.cancelled += m.requeue(v, t, now)
+		m.tally.cancelled += m.requeue(v, t, now)
 	}
 }
 
@@ -304,10 +304,10 @@ func (m *mover) advance(now time.Time) time.Time {
 		switch {
 		case m.off && !v.isAtRest(t.contentHash): // ownersChanged comes first
 			return time.Time{}
-		case m.batch == nil && v.isAtRest(t.contentHash):
+		case m.tally == nil && v.isAtRest(t.contentHash):
 			m.raiseStep(v)
 			return time.Time{}
-		case m.batch == nil || m.batch.content != t.contentHash:
+		case m.tally == nil || m.tally.content != t.contentHash:
 			m.prepare(now)
 		}
 		m.refreshQueue(v, t, now)
@@ -408,8 +408,8 @@ func (m *mover) mayMove(now time.Time) (ready bool, again time.Time) {
 // already.
 func (m *mover) startPace(now time.Time) (ready bool, again time.Time) {
 	ready, again = m.mayMove(now)
-	if ready && m.batch.began.IsZero() {
-		m.batch.began = now
+	if ready && m.tally.began.IsZero() {
+		m.tally.began = now
 	}
 	if !ready || !m.paceLimits {
 		m.pace.start(now)
@@ -498,8 +498,8 @@ func (m *mover) finishStep(v *view) *view {
 // countStep counts a step that is done, whose namespaces were held for this time.
 func (m *mover) countStep(held time.Duration) {
 	m.steps.Add(1)
-	if m.batch != nil {
-		m.batch.held = max(m.batch.held, held)
+	if m.tally != nil {
+		m.tally.longestHold = max(m.tally.longestHold, held)
 	}
 }
 
@@ -523,39 +523,39 @@ func (m *mover) keepVersion(v *view, t *table) *view {
 
 // startMove starts the closing handshake of a session, unless it is closing already.
 func (m *mover) startMove(s *session) {
-	if m.batch == nil { // it ends for a plan whose tables this router does not know
-		m.batch = newMoveBatch(noContent)
+	if m.tally == nil { // it ends for a plan whose tables this router does not know
+		m.tally = newMoveTally(noContent)
 	}
-	m.batch.close(s, m.closeSession, m.wake.notify)
+	m.tally.close(s, m.closeSession, m.wake.notify)
 }
 
 // endMove ends the batch and all dials if no session is left that has to move.
 func (m *mover) endMove() {
 	if len(m.queue.sessions) == 0 {
 		m.targets.dropAll()
-		m.endBatch()
+		m.endTally()
 	}
 }
 
 // endBatch notes that no session is left that has to move to the batch's table.
-func (m *mover) endBatch() {
-	if m.batch != nil && m.batch.sessions+m.batch.cancelled > 0 {
-		m.finishing = append(m.finishing, m.batch)
+func (m *mover) endTally() {
+	if m.tally != nil && m.tally.sessions+m.tally.cancelled > 0 {
+		m.finishing = append(m.finishing, m.tally)
 	}
-	m.batch = nil
+	m.tally = nil
 }
 
 // reportFinished logs the results of the batches whose last session is over, and passes
 // them to the sources of overrides that report moves.
 func (m *mover) reportFinished() {
-	m.finishing = slices.DeleteFunc(m.finishing, func(batch *moveBatch) bool {
+	m.finishing = slices.DeleteFunc(m.finishing, func(batch *moveTally) bool {
 		if batch.unfinished.Load() > 0 {
 			return false
 		}
 		result := batch.result()
 		m.log.Info("move finished", "version", result.version,
 			"namespaces", result.namespaces, "sessions", result.sessions,
-			"seconds", result.time.Seconds(), "held_seconds", result.held.Seconds(),
+			"seconds", result.time.Seconds(), "held_seconds", result.longestHold.Seconds(),
 			"cut", result.cut, "cancelled", result.cancelled)
 		for _, s := range m.router.sources {
 			if reporter, ok := s.overrideSource.(moveReporter); ok {
@@ -636,7 +636,7 @@ func (m *mover) workShared(v *view, now time.Time) (p stepProgress, again time.T
 		return p, time.Time{}
 	}
 	t := m.router.table()
-	if m.batch == nil && t != nil && !v.isAtRest(t.contentHash) {
+	if m.tally == nil && t != nil && !v.isAtRest(t.contentHash) {
 		m.prepare(now) // this router has joined during a change
 	}
 	if m.shared.doneStep < v.step && (v.done || m.workOnStep(v)) {
@@ -662,7 +662,7 @@ func (m *mover) workAtRest(v *view, t *table, now time.Time) (again time.Time) {
 	if !v.done {
 		return time.Time{}
 	}
-	if m.batch != nil {
+	if m.tally != nil {
 		m.refreshQueue(v, t, now)
 		_, again = m.takeNextStep(v, t, now)
 		m.endMove()
@@ -678,7 +678,7 @@ func (m *mover) workAtRest(v *view, t *table, now time.Time) (again time.Time) {
 // that step. This router's share of the rate is its share of the sessions. propose closes
 // no session of the step: closeMisplaced does, when the step has come.
 func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.Time) {
-	if m.batch == nil || m.batch.content != t.contentHash {
+	if m.tally == nil || m.tally.content != t.contentHash {
 		m.prepare(now)
 	}
 	away, again := m.targets.away(now)

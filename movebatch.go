@@ -7,14 +7,14 @@ import (
 
 // moveBatch is the sessions that moved to one table. The mover's run owns it, but for the
 // atomic fields.
-type moveBatch struct {
-	content   uint64 // of the table; noContent if it is not known
-	version   string // of the table
-	began     time.Time
-	moved     map[string]struct{} // namespaces of the closed sessions
-	sessions  int                 // that the batch closed
-	cancelled int                 // sessions that stayed: a later change moved them back
-	held      time.Duration       // the longest time that a namespace was held
+type moveTally struct {
+	content     uint64 // of the table; noContent if it is not known
+	version     string // of the table
+	began       time.Time
+	moved       map[string]struct{} // namespaces of the closed sessions
+	sessions    int                 // that the batch closed
+	cancelled   int                 // sessions that stayed: a later change moved them back
+	longestHold time.Duration       // the longest time that a namespace was held
 
 	unfinished atomic.Int64 // sessions whose closing handshake goes on
 	cuts       atomic.Int64 // sessions whose closing handshake was cut
@@ -22,13 +22,13 @@ type moveBatch struct {
 
 // moveResult is the result of one move, for the log and the Events.
 type moveResult struct {
-	version    string        // of the table
-	namespaces int           // of these sessions
-	sessions   int           // that the mover closed
-	cut        int           // of these sessions: both sides did not answer in time
-	cancelled  int           // sessions that stayed: a later change moved them back
-	time       time.Duration // since the first session was free to move
-	held       time.Duration // the longest time that a namespace was held
+	version     string        // of the table
+	namespaces  int           // of these sessions
+	sessions    int           // that the mover closed
+	cut         int           // of these sessions: both sides did not answer in time
+	cancelled   int           // sessions that stayed: a later change moved them back
+	time        time.Duration // since the first session was free to move
+	longestHold time.Duration // the longest time that a namespace was held
 }
 
 // moveReporter is an overrideSource that reports moves.
@@ -37,15 +37,15 @@ type moveReporter interface {
 	reportMove(moveResult)
 }
 
-// newMoveBatch returns a batch without sessions.
-func newMoveBatch(content uint64) *moveBatch {
-	return &moveBatch{content: content, moved: map[string]struct{}{}}
+// newMoveTally returns a batch without sessions.
+func newMoveTally(content uint64) *moveTally {
+	return &moveTally{content: content, moved: map[string]struct{}{}}
 }
 
 // close starts the closing handshake of a session with closeSession, which returns false
 // if the session is about to end already. It calls onLast when the last handshake of the
 // batch that goes on has ended. onLast must not block.
-func (b *moveBatch) close(
+func (b *moveTally) close(
 	s *session, closeSession func(s *session, onEnd func(cut bool)) bool, onLast func(),
 ) {
 	b.unfinished.Add(1)
@@ -66,10 +66,10 @@ func (b *moveBatch) close(
 }
 
 // result returns the result of a batch of which no handshake goes on.
-func (b *moveBatch) result() moveResult {
+func (b *moveTally) result() moveResult {
 	r := moveResult{
 		version: b.version, namespaces: len(b.moved), sessions: b.sessions,
-		cut: int(b.cuts.Load()), cancelled: b.cancelled, held: b.held,
+		cut: int(b.cuts.Load()), cancelled: b.cancelled, longestHold: b.longestHold,
 	}
 	if !b.began.IsZero() {
 		r.time = time.Since(b.began)
