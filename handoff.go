@@ -67,7 +67,7 @@ func (p *handoffPlan) isAtRest(content uint64) bool {
 }
 
 // maxRecords is how many tables a plan has at most. One more waits until the newest of
-// these has come to its end: see handoffPlan.target.
+// these has come to its end: see handoffPlan.nextContent.
 const maxRecords = 3
 
 // isFull reports whether the plan can take no further table: namespaces have moved to the
@@ -79,7 +79,7 @@ func (p *handoffPlan) isFull() bool {
 // target returns the content of the table to which the next step moves namespaces, when
 // the newest table of the routers has this content: that one, or if the plan is full, the
 // plan's newest.
-func (p *handoffPlan) target(content uint64) uint64 {
+func (p *handoffPlan) nextContent(content uint64) uint64 {
 	if p.isFull() {
 		return p.newestRecord().content
 	}
@@ -152,9 +152,9 @@ func union(a, b []int) []int {
 // If p is full, its newest table has to cover everything before another one may follow;
 // owners that come back meanwhile get their namespaces in one step. A previous owner that
 // was gone stays gone. The caller sets the step.
-func (p *handoffPlan) advance(content uint64, m mark, now time.Time) *handoffPlan {
+func (p *handoffPlan) nextBounded(content uint64, m mark, now time.Time) *handoffPlan {
 	newest := p.newestRecord()
-	if newest.content == p.target(content) {
+	if newest.content == p.nextContent(content) {
 		m.removed = union(m.removed, newest.after.removed)
 	}
 	if !p.isFull() {
@@ -259,7 +259,7 @@ func (v *view) next(t *table, m mark, now time.Time) *view {
 }
 
 // advances reports whether next would make another plan than v's.
-func (v *view) advances(content uint64, m *mark) bool {
+func (v *view) wouldChange(content uint64, m *mark) bool {
 	newest := v.newestRecord()
 	switch {
 	case newest.content != content:

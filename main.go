@@ -293,8 +293,8 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 		_, err := backends.probe(ctx, backend)
 		return err
 	}
-	onStep := func() { backends.queues.recheckOwners(mover.findQueue) }
-	mover = newMover(router, relay, c.moveRate, probe, onStep, log)
+	onViewChanged := func() { backends.queues.recheckOwners(mover.findQueue) }
+	mover = newMover(router, relay, c.moveRate, probe, onViewChanged, log)
 	mover.settleTime, mover.off = c.moveSettle, c.handoff == "off"
 	mover.flights.unprovenTimeout = c.handoffUnproven
 	mover.flights.addDescriptors = fdLimit.add

@@ -73,7 +73,7 @@ func newMember(name, uid, instance string) *member {
 type stepProgress struct {
 	sessions bool // it has sessions, or upgrades that a backend may have got
 	stepDone bool // none of them has another owner than the view has after the step
-	next     mark // how far the step after may go, towards handoffPlan.target
+	next     mark // how far the step after may go, towards handoffPlan.nextContent
 	toMove   int  // sessions that have to move, also those that next covers
 }
 
@@ -518,7 +518,7 @@ func (m *member) writeStep(s *decisionInput) decision {
 	case !v.knowsAll():
 		return waiting("this router does not know all tables of step %d", v.step)
 	default:
-		next = v.plan.advance(m.newest.contentHash, agreed, s.now)
+		next = v.plan.nextBounded(m.newest.contentHash, agreed, s.now)
 		sawLater := m.highestStep > v.step // a backend has seen a later step
 		if v.plan.isSame(next) && !sawLater {
 			return waiting("")

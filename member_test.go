@@ -1134,7 +1134,7 @@ func TestPlanHasThreeRecords(t *testing.T) {
 			if r.IntN(2) == 0 {
 				m.upto = uint64(r.IntN(100))
 			}
-			p = p.advance(1+r.Uint64N(4), m, time.UnixMilli(0))
+			p = p.nextBounded(1+r.Uint64N(4), m, time.UnixMilli(0))
 			if len(p.records) > maxRecords {
 				t.Fatalf("seed %d: %d records", seed, len(p.records))
 			}
@@ -1143,7 +1143,7 @@ func TestPlanHasThreeRecords(t *testing.T) {
 			}
 		}
 		for range 6 {
-			p = p.advance(1, mark{upto: allPlaces}, time.UnixMilli(0))
+			p = p.nextBounded(1, mark{upto: allPlaces}, time.UnixMilli(0))
 		}
 		if !p.isAtRest(1) {
 			t.Fatalf("seed %d: not at rest: %v", seed, p.records)

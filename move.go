@@ -54,35 +54,35 @@ type mover struct {
 	leaving      atomic.Bool  // see leave
 
 	// Owned by run.
-	pace        pace
-	firstChange time.Time    // of the changes that have not settled
-	settlesAt   time.Time    // when these will have settled
-	steppedAt   time.Time    // when the last step began that closed sessions
-	tally       *moveTally   // that is under way; nil for none
-	finishing   []*moveTally // whose last closing handshakes go on
-	queue       moveQueue
-	targets     *moveTargets
-	closing     []*session      // of the step, whose backend has not ended them
-	paceLimits  bool            // there are sessions that only wait for the pace
-	ctx         context.Context // of run
+	pace         pace
+	firstChange  time.Time    // of the changes that have not settled
+	settlesAt    time.Time    // when these will have settled
+	steppedAt    time.Time    // when the last step began that closed sessions
+	tally        *moveTally   // that is under way; nil for none
+	finishing    []*moveTally // whose last closing handshakes go on
+	queue        moveQueue
+	targets      *moveTargets
+	closing      []*session      // of the step, whose backend has not ended them
+	waitsForPace bool            // there are sessions that only wait for the pace
+	ctx          context.Context // of run
 }
 
 // newMover returns a mover that moves rate sessions per second, or all at once if rate
-// is 0. probe dials a backend and returns nil if it accepted the connection. onStep is
+// is 0. probe dials a backend and returns nil if it accepted the connection. onViewChanged is
 // called when the view has changed, and must not block. The caller runs the mover.
 func newMover(
 	router *router, relay *relay, rate int,
-	probe func(ctx context.Context, backend int) error, onStep func(), log *slog.Logger,
+	probe func(ctx context.Context, backend int) error, onViewChanged func(), log *slog.Logger,
 ) *mover {
 	m := &mover{
-		router:       router,
-		relay:        relay,
-		log:          log,
-		tableChanged: newWakeup(),
-		wake:         newWakeup(),
-		onStep:       onStep,
-		flights:      newFlights(relay.backendName, log),
-		targets:      newMoveTargets(probe),
+		router:        router,
+		relay:         relay,
+		log:           log,
+		tableChanged:  newWakeup(),
+		wake:          newWakeup(),
+		onViewChanged: onViewChanged,
+		flights:       newFlights(relay.backendName, log),
+		targets:       newMoveTargets(probe),
 		closeSession: func(s *session, onEnd func(cut bool)) bool {
 			return s.closeGracefully(causeMoved, onEnd)
 		},
@@ -105,7 +105,7 @@ func (m *mover) ownersChanged() {
 			break
 		}
 		if m.current.CompareAndSwap(v, newView(t, v, time.Now())) {
-			m.onStep()
+			m.onViewChanged()
 		}
 	}
 	m.tableChanged.notify()
@@ -207,7 +207,7 @@ func (m *mover) prepare(now time.Time) {
 	if v == nil || m.router.table() == nil { // a pod was replaced before: no sessions yet
 		return
 	}
-	t := m.targetTable(v)
+	t := m.nextTable(v)
 	if t == nil { // this router does not know it, and its sessions end for that
 		return
 	}
@@ -226,10 +226,10 @@ func (m *mover) prepare(now time.Time) {
 }
 
 // targetTable returns the table to which the next step moves namespaces: see
-// handoffPlan.target. It is nil if this router does not have that table.
-func (m *mover) targetTable(v *view) *table {
+// handoffPlan.nextContent. It is nil if this router does not have that table.
+func (m *mover) nextTable(v *view) *table {
 	t := m.router.table()
-	if v.target(t.contentHash) != t.contentHash {
+	if v.nextContent(t.contentHash) != t.contentHash {
 		return v.tables[len(v.tables)-1]
 	}
 	return t
@@ -300,7 +300,7 @@ func (m *mover) advance(now time.Time) time.Time {
 		if !v.done {
 			v = m.finishStep(v)
 		}
-		t := m.targetTable(v)
+		t := m.nextTable(v)
 		switch {
 		case m.off && !v.isAtRest(t.contentHash): // ownersChanged comes first
 			return time.Time{}
@@ -314,11 +314,11 @@ func (m *mover) advance(now time.Time) time.Time {
 		next, again := m.takeNextStep(v, t, now)
 		switch {
 		case v.isAtRest(t.contentHash):
-			m.keepVersion(v, t)
+			m.takeNewVersion(v, t)
 			m.raiseStep(m.current.Load())
 			m.endMove()
 			return again
-		case !v.advances(t.contentHash, &next):
+		case !v.wouldChange(t.contentHash, &next):
 			return again
 		}
 		m.beginStep(v.next(t, next, now))
@@ -359,7 +359,7 @@ func (m *mover) beginStep(v *view) {
 		m.releases.startStep()
 	}
 	m.current.Store(v)
-	m.onStep()
+	m.onViewChanged()
 }
 
 // takeNextStep takes the sessions of the next step from the queue, and returns its mark.
@@ -384,7 +384,7 @@ func (m *mover) takeNextStep(v *view, t *table, now time.Time) (next mark, again
 			m.startMove(q.session)
 		}
 	}
-	m.paceLimits = settled && next.upto < allPlaces
+	m.waitsForPace = settled && next.upto < allPlaces
 	if ready {
 		resume = m.pace.next()
 	}
@@ -411,7 +411,7 @@ func (m *mover) startPace(now time.Time) (ready bool, again time.Time) {
 	if ready && m.tally.began.IsZero() {
 		m.tally.began = now
 	}
-	if !ready || !m.paceLimits {
+	if !ready || !m.waitsForPace {
 		m.pace.start(now)
 	}
 	return ready, again
@@ -490,7 +490,7 @@ func (m *mover) finishStep(v *view) *view {
 	next := *v
 	next.done = true
 	m.current.Store(&next)
-	m.onStep()
+	m.onViewChanged()
 	m.countStep(time.Since(v.began))
 	return &next
 }
@@ -506,7 +506,7 @@ func (m *mover) countStep(held time.Duration) {
 // keepVersion replaces the table of v, which is at rest, by t, which has the same content
 // and newer versions, with the previous owners that v knows. The router gets the same
 // table. keepVersion returns the view that is in force then.
-func (m *mover) keepVersion(v *view, t *table) *view {
+func (m *mover) takeNewVersion(v *view, t *table) *view {
 	if v.tables[0] == t {
 		return v
 	}
@@ -650,7 +650,7 @@ func (m *mover) workShared(v *view, now time.Time) (p stepProgress, again time.T
 		p.next = mark{upto: allPlaces}
 		return p, m.workAtRest(v, t, now)
 	}
-	proposal, again := m.propose(v, m.targetTable(v), now)
+	proposal, again := m.propose(v, m.nextTable(v), now)
 	p.next, p.toMove = proposal.next, proposal.toMove
 	return p, again
 }
@@ -667,7 +667,7 @@ func (m *mover) workAtRest(v *view, t *table, now time.Time) (again time.Time) {
 		_, again = m.takeNextStep(v, t, now)
 		m.endMove()
 	}
-	if next := m.keepVersion(v, t); next != v {
+	if next := m.takeNewVersion(v, t); next != v {
 		m.shared.member.view.view = next
 	}
 	return again
@@ -696,12 +696,12 @@ func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.T
 	due, _ := m.queue.split(&p.next, ready, &schedule, m.shared.stepAfter(now))
 	p.toMove = len(m.queue.sessions)
 	m.moveToNewPods(due, now)
-	m.paceLimits = ready && p.next.upto < allPlaces
+	m.waitsForPace = ready && p.next.upto < allPlaces
 	further, newest := p.next, v.newestRecord()
 	if newest.content == t.contentHash { // who is away or removed, other routers know too
 		further.away, further.removed = newest.after.away, newest.after.removed
 	}
-	if p.next.upto == allPlaces || v.advances(t.contentHash, &further) {
+	if p.next.upto == allPlaces || v.wouldChange(t.contentHash, &further) {
 		m.shared.lastProposal = p
 		return p, again
 	}
@@ -747,7 +747,7 @@ func (m *mover) adopt(v *view, now time.Time) {
 	}
 	if newStep || v.done != old.done || v.outside != old.outside ||
 		!slices.Equal(v.tables, old.tables) {
-		m.onStep()
+		m.onViewChanged()
 	}
 }
 

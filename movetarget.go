@@ -31,7 +31,7 @@ type moveTarget struct {
 	cancel    context.CancelFunc // ends its dial
 	dialled   bool               // the first dial has ended
 	reachable bool               // it has accepted a connection
-	awayUntil time.Time          // maxAwayTime after the first failed dial; else zero
+	waitUntil time.Time          // maxAwayTime after the first failed dial; else zero
 }
 
 // dialResult is the result of one dial of a target. err is nil if it is reachable.
@@ -122,10 +122,10 @@ func (m *moveTargets) note(d dialResult, now time.Time) (firstFailure bool) {
 		return false
 	}
 	target.dialled, target.reachable = true, d.err == nil
-	if d.err == nil || !target.awayUntil.IsZero() {
+	if d.err == nil || !target.waitUntil.IsZero() {
 		return false
 	}
-	target.awayUntil = now.Add(maxAwayTime)
+	target.waitUntil = now.Add(maxAwayTime)
 	return true
 }
 
@@ -144,9 +144,9 @@ func (m *moveTargets) areDialled() bool {
 // is none.
 func (m *moveTargets) away(now time.Time) (away []int, until time.Time) {
 	for backend, target := range m.all {
-		if target.dialled && !target.reachable && now.Before(target.awayUntil) {
+		if target.dialled && !target.reachable && now.Before(target.waitUntil) {
 			away = append(away, backend)
-			until = earliest(until, target.awayUntil)
+			until = earliest(until, target.waitUntil)
 		}
 	}
 	slices.Sort(away)
