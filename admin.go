@@ -196,9 +196,9 @@ func (a *admin) writeMetrics(w io.Writer) {
 	a.fdLimit.writeMetrics(m)
 	a.proxy.router.writeMetrics(m)
 	if a.replicaWatcher != nil {
-		var active ordinals
+		var active ordinalRange
 		if t := a.proxy.router.table(); t != nil {
-			active = t.backends
+			active = t.active
 		}
 		a.replicaWatcher.writeMetrics(m, active)
 	}
@@ -360,13 +360,13 @@ func (a *admin) backends(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	counts, overrides := a.proxy.relay.counts(), overridesByBackend(t)
-	maps.DeleteFunc(counts, func(ordinal int, n backendCount) bool { return n.open == 0 })
+	maps.DeleteFunc(counts, func(ordinal int, n sessionCounts) bool { return n.open == 0 })
 	all := []backendState{}
 	for _, ordinal := range a.backendOrdinals(counts) {
 		all = append(all, backendState{
 			Name: t.name(ordinal), Ordinal: ordinal,
 			PodUID:         a.proxy.backends.podUID(ordinal),
-			OwnsNamespaces: t.backends.has(ordinal), Overrides: overrides[ordinal],
+			OwnsNamespaces: t.active.has(ordinal), Overrides: overrides[ordinal],
 			Sessions: counts[ordinal].open, SessionsOnOldPod: counts[ordinal].onOldPod,
 		})
 	}
@@ -419,11 +419,11 @@ func overridesByBackend(t *table) map[int]int {
 
 // backendOrdinals returns the sorted ordinals of the backends that own namespaces and of
 // those in counts.
-func (a *admin) backendOrdinals(counts map[int]backendCount) []int {
+func (a *admin) backendOrdinals(counts map[int]sessionCounts) []int {
 	all := slices.Collect(maps.Keys(counts))
 	if t := a.proxy.router.table(); t != nil {
-		for i := range t.backends.count {
-			all = append(all, t.backends.first+i)
+		for i := range t.active.count {
+			all = append(all, t.active.first+i)
 		}
 	}
 	slices.Sort(all)
@@ -523,7 +523,7 @@ func (a *admin) readPlanRequest(w http.ResponseWriter, r *http.Request,
 
 // table returns the table that would follow current.
 func (p *planRequest) table(current *table) (*table, error) {
-	backends, sources := current.backends, slices.Clone(current.sources)
+	backends, sources := current.active, slices.Clone(current.sources)
 	switch {
 	case p.Replicas != nil && p.Kind != "":
 		return nil, fmt.Errorf("the body must not have both a %.60s and replicas",
@@ -568,7 +568,7 @@ func sourceNames(sources []sourceContent) string {
 // previewMoves returns which sessions would move if next followed current.
 func (a *admin) previewMoves(current, next *table) *preview {
 	p := &preview{
-		Table: current.version, Backends: next.backends.count, Moves: []previewMove{}}
+		Table: current.version, Backends: next.active.count, Moves: []previewMove{}}
 	moving := a.proxy.relay.filter(func(s *session) bool {
 		owner, ok := next.owner(s.namespace)
 		return ok && owner != s.backend

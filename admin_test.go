@@ -472,9 +472,9 @@ func TestBackendsShowsWhatIsLeft(t *testing.T) {
 		t.Errorf("status %s without a table, want 503", resp.Status)
 	}
 	update(sourceContent{version: "1"})
-	a.proxy.relay.byBackend[1] = backendCount{open: 3, total: 5}
-	a.proxy.relay.byBackend[7] = backendCount{open: 0, total: 5}
-	a.proxy.router.setBackends(ordinals{0, 1}, "")
+	a.proxy.relay.byBackend[1] = sessionCounts{open: 3, total: 5}
+	a.proxy.relay.byBackend[7] = sessionCounts{open: 0, total: 5}
+	a.proxy.router.setBackends(ordinalRange{0, 1}, "")
 	var got struct{ Backends []backendState }
 	if err := json.NewDecoder(answered(a, "/backends").Body).Decode(&got); err != nil {
 		t.Fatal(err)

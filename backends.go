@@ -17,12 +17,12 @@ const dialTimeout = 2 * time.Second
 
 // ordinals are the ordinals of the backends that own namespaces: first, first+1 and so
 // on, count in all.
-type ordinals struct{ first, count int }
+type ordinalRange struct{ first, count int }
 
-func (o ordinals) has(ordinal int) bool { return ordinal >= o.first && ordinal < o.first+o.count }
+func (o ordinalRange) has(ordinal int) bool { return ordinal >= o.first && ordinal < o.first+o.count }
 
 // String returns "4" for 0 to 3, and "2+4" for 2 to 5.
-func (o ordinals) String() string {
+func (o ordinalRange) String() string {
 	if o.first == 0 {
 		return strconv.Itoa(o.count)
 	}
@@ -33,8 +33,8 @@ func (o ordinals) String() string {
 // -backends, from DNS or from EndpointSlices.
 type backends struct {
 	// Static after construction.
-	statefulSet string   // the part of a backend's name before its ordinal
-	static      ordinals // from the flags; none if the router follows the StatefulSet
+	statefulSet string       // the part of a backend's name before its ordinal
+	fixed       ordinalRange // from the flags; none if the router follows the StatefulSet
 	dialer      net.Dialer
 	queues      *dialQueues
 	resolve     func(ctx context.Context, ordinal int) (addr string, err error)
@@ -79,7 +79,7 @@ func podMayExist(context.Context, int) bool { return false }
 func newStaticBackends(statefulSet string, addrs []string) *backends {
 	return &backends{
 		statefulSet: statefulSet,
-		static:      ordinals{count: len(addrs)},
+		fixed:       ordinalRange{count: len(addrs)},
 		queues:      newDialQueues(alwaysReady),
 		resolve:     func(_ context.Context, ordinal int) (string, error) { return addrs[ordinal], nil },
 		invalidate:  func(int) {},
@@ -238,7 +238,7 @@ func newDNSBackends(count int, statefulSet, service string, port int) *backends 
 	}
 	return &backends{
 		statefulSet: statefulSet,
-		static:      ordinals{count: count},
+		fixed:       ordinalRange{count: count},
 		queues:      newDialQueues(alwaysReady),
 		resolve:     func(ctx context.Context, ordinal int) (string, error) { return cache.get(ctx, cache.host(ordinal)) },
 		invalidate:  func(ordinal int) { cache.invalidate(cache.host(ordinal)) },

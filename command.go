@@ -253,7 +253,7 @@ func (c *command) table() (*table, error) {
 		}
 		sources = []sourceContent{{id: d.id(), version: version, overrides: newOverrideSet(data)}}
 	}
-	return newTable(c.statefulSet, l.fromHost, ordinals{count: c.replicas}, sources, nil), nil
+	return newTable(c.statefulSet, l.fromHost, ordinalRange{count: c.replicas}, sources, nil), nil
 }
 
 // owner answers as a router with the table would. The backends are not dialled.

@@ -110,14 +110,14 @@ type replicaWatcher struct {
 	// Static after construction.
 	watcher     *watcher[statefulSet]
 	endpoints   *endpointWatcher
-	shared      bool                                     // routers share the stored count
-	onResize    func(backends ordinals, revision string) // see newReplicaWatcher
-	onWanted    func()                                   // see newReplicaWatcher
-	proveWakeup wakeup                                   // of proveStored
+	shared      bool                                         // routers share the stored count
+	onResize    func(backends ordinalRange, revision string) // see newReplicaWatcher
+	onWanted    func()                                       // see newReplicaWatcher
+	proveWakeup wakeup                                       // of proveStored
 	log         *slog.Logger
 
 	// Owned by run.
-	resized ordinals     // the last ones that onResize got
+	resized ordinalRange // the last ones that onResize got
 	wanted  *activeCount // when onWanted was last called
 
 	// Guarded by mu.
@@ -151,7 +151,7 @@ type storedProof struct {
 // each time that wantedBackends returns something else. One call of onResize or onWanted ends
 // before the next one. No lock is held then.
 func newReplicaWatcher(client kubeClient, namespace string, endpoints *endpointWatcher,
-	onResize func(backends ordinals, revision string), onWanted func(),
+	onResize func(backends ordinalRange, revision string), onWanted func(),
 	log *slog.Logger) *replicaWatcher {
 	r := &replicaWatcher{
 		endpoints: endpoints, shared: onWanted != nil,
@@ -222,10 +222,10 @@ func (r *replicaWatcher) updateInForce() {
 
 // backends returns the backends that own namespaces. The count is 0 if it is not known,
 // or if a StatefulSet without a stored count has no replicas. The caller holds r.mu.
-func (r *replicaWatcher) backends() (b ordinals) {
+func (r *replicaWatcher) active() (b ordinalRange) {
 	s := r.latest
 	if s == nil || r.shared && !r.storedIsRead {
-		return ordinals{}
+		return ordinalRange{}
 	}
 	switch {
 	case r.inForce.isOf(s):
@@ -233,7 +233,7 @@ func (r *replicaWatcher) backends() (b ordinals) {
 	case !r.shared:
 		b.count = s.Spec.Replicas
 	case r.endpoints.hasAnswer():
-		b.count = min(s.Spec.Replicas, max(1, s.grow(0, r.isServing)))
+		b.count = min(s.Spec.Replicas, max(1, s.grow(0, r.readyToOwn)))
 	}
 	b.first = s.Spec.Ordinals.Start
 	return b
@@ -243,12 +243,12 @@ func (r *replicaWatcher) backends() (b ordinals) {
 // that are ready, up to the first that is not. It is nil if they are not known. The
 // caller holds r.mu.
 func (r *replicaWatcher) nextCount() *activeCount {
-	b := r.backends()
+	b := r.active()
 	if b.count == 0 {
 		return nil
 	}
 	m := r.latest.Metadata
-	return &activeCount{r.latest.grow(b.count, r.isServing), m.UID, m.Generation}
+	return &activeCount{r.latest.grow(b.count, r.readyToOwn), m.UID, m.Generation}
 }
 
 // wantedBackends returns what should be stored: what is stored, if that is right, and nil
@@ -295,7 +295,7 @@ func (r *replicaWatcher) run(ctx context.Context) {
 	for {
 		r.mu.Lock()
 		r.updateInForce()
-		b, revision := r.backends(), ""
+		b, revision := r.active(), ""
 		if r.latest != nil {
 			revision = r.latest.revision()
 		}
@@ -380,7 +380,7 @@ func (r *replicaWatcher) prove(ctx context.Context) {
 // isServing reports whether a backend that owns no namespaces yet can serve them. If the
 // EndpointSlices cannot be read, status.readyReplicas says how many backends can. The
 // caller holds r.mu.
-func (r *replicaWatcher) isServing(ordinal int) bool {
+func (r *replicaWatcher) readyToOwn(ordinal int) bool {
 	ready, known := r.endpoints.isReady(ordinal)
 	if known || !r.endpoints.hasAnswer() {
 		return ready
@@ -398,7 +398,7 @@ func (r *replicaWatcher) lastStatefulSet() *statefulSet {
 
 // writeMetrics writes spec.replicas, and for each backend that owns namespaces whether it
 // is ready. active.count is 0 if there is no table.
-func (r *replicaWatcher) writeMetrics(m metricsWriter, active ordinals) {
+func (r *replicaWatcher) writeMetrics(m metricsWriter, active ordinalRange) {
 	if s := r.lastStatefulSet(); s != nil {
 		m.single("router_statefulset_replicas", "gauge",
 			"Replicas that the StatefulSet should have.", float64(s.Spec.Replicas))
@@ -421,7 +421,7 @@ func (r *replicaWatcher) whyNotReady() string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	switch failure := r.watcher.snapshot().failure; {
-	case r.backends().count > 0:
+	case r.active().count > 0:
 		return ""
 	case r.latest != nil && r.shared && !r.storedIsRead:
 		return "the object of the hand-off has not been read yet"
@@ -486,7 +486,7 @@ func (e *endpoint) uid() string {
 // usable reports whether the router may open new sessions at the endpoint. A terminating
 // pod may serve its sessions, but a new session would end with it. ready is always true
 // if the Service has publishNotReadyAddresses; serving is then the pod's readiness.
-func (e *endpoint) usable() bool {
+func (e *endpoint) isUsable() bool {
 	c := e.Conditions
 	isFalse := func(condition *bool) bool { return condition != nil && !*condition }
 	terminating := c.Terminating != nil && *c.Terminating
@@ -506,7 +506,7 @@ type podAddress struct {
 
 // usable reports whether the addresses are usable. It is false for nil, a backend that is
 // in no EndpointSlice.
-func (p *podAddress) usable() bool { return p != nil && p.ready }
+func (p *podAddress) isUsable() bool { return p != nil && p.ready }
 
 // podAddresses returns the address of each backend, by ordinal, from all slices. A pod
 // may be in several slices: for a moment when Kubernetes moves it from one to another, or
@@ -528,12 +528,12 @@ func podAddresses(set map[string]*endpointSlice, statefulSet, port string) (
 				continue
 			}
 			known := addresses[ordinal]
-			if known == nil || !known.ready && e.usable() {
-				known = &podAddress{ready: e.usable(), uid: e.uid()}
+			if known == nil || !known.ready && e.isUsable() {
+				known = &podAddress{ready: e.isUsable(), uid: e.uid()}
 				addresses[ordinal] = known
 			}
 			addr := net.JoinHostPort(e.Addresses[0], port)
-			same := known.ready == e.usable() && known.uid == e.uid()
+			same := known.ready == e.isUsable() && known.uid == e.uid()
 			if same && !slices.Contains(known.addrs, addr) {
 				known.addrs = append(known.addrs, addr)
 			}
@@ -624,7 +624,7 @@ func (e *endpointWatcher) apply(set map[string]*endpointSlice) {
 	}
 	addresses, uids := podAddresses(set, e.statefulSet, e.port), map[int]string{}
 	for ordinal, address := range addresses {
-		if address.usable() && address.uid != "" {
+		if address.isUsable() && address.uid != "" {
 			uids[ordinal] = address.uid
 		}
 	}
@@ -647,7 +647,7 @@ func (e *endpointWatcher) hasAnswer() bool {
 func (e *endpointWatcher) isReady(ordinal int) (ready, known bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	return e.addresses[ordinal].usable(), e.addresses != nil
+	return e.addresses[ordinal].isUsable(), e.addresses != nil
 }
 
 // isOutdated reports whether addresses may be out of date, as the watch fails.
@@ -669,7 +669,7 @@ func (e *endpointWatcher) notReadyError(ordinal int) error {
 func (e *endpointWatcher) resolve(ctx context.Context, ordinal int) (string, error) {
 	e.mu.Lock()
 	known, address, addr, dialFailed := e.addresses != nil, e.addresses[ordinal], "", true
-	if address.usable() {
+	if address.isUsable() {
 		addr, dialFailed = address.addrs[0], address.dialFailed
 	}
 	e.mu.Unlock()
@@ -708,7 +708,7 @@ func (e *endpointWatcher) podUID(ordinal int) string {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	address := e.addresses[ordinal]
-	if !address.usable() || address.dialFailed && e.isOutdated() {
+	if !address.isUsable() || address.dialFailed && e.isOutdated() {
 		return ""
 	}
 	return address.uid

@@ -29,7 +29,7 @@ func newCountingRouter(shared bool) countingRouter {
 	if shared {
 		onProposal = func() {}
 	}
-	return countingRouter{newReplicaWatcher(kubeClient{}, "edge", pods, func(ordinals, string) {}, onProposal, log)}
+	return countingRouter{newReplicaWatcher(kubeClient{}, "edge", pods, func(ordinalRange, string) {}, onProposal, log)}
 }
 
 // see gives the router a version of the StatefulSet, whose UID is "u".
@@ -51,10 +51,10 @@ func (r countingRouter) seeReady(t *testing.T, digits string) {
 }
 
 // inForceNow returns the backends that own namespaces.
-func (r countingRouter) inForceNow() ordinals {
+func (r countingRouter) inForceNow() ordinalRange {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.backends()
+	return r.active()
 }
 
 // How many backends own namespaces, and what is proposed, by the StatefulSet, the stored count and
@@ -68,34 +68,34 @@ func TestActiveCount(t *testing.T) {
 		spec   string // of generation 5
 		stored *activeCount
 		ready  string // ordinals
-		want   ordinals
+		want   ordinalRange
 		next   *activeCount
 	}{
-		"all are active":          {`"replicas":4`, stored(4, "u", 5), "", ordinals{0, 4}, stored(4, "u", 5)},
-		"scaled in":               {`"replicas":3`, stored(6, "u", 4), "012345", ordinals{0, 3}, stored(3, "u", 5)},
-		"scaled out":              {`"replicas":6`, stored(4, "u", 4), "", ordinals{0, 4}, stored(4, "u", 5)},
-		"another generation only": {`"replicas":4`, stored(4, "u", 3), "0", ordinals{0, 4}, stored(4, "u", 5)},
-		"one is ready":            {`"replicas":6`, stored(4, "u", 5), "4", ordinals{0, 4}, stored(5, "u", 5)},
-		"the wrong one is ready":  {`"replicas":6`, stored(4, "u", 5), "01235", ordinals{0, 4}, stored(4, "u", 5)},
-		"all are ready":           {`"replicas":6`, stored(4, "u", 5), "012345", ordinals{0, 4}, stored(6, "u", 5)},
-		"more than replicas":      {`"replicas":5`, stored(4, "u", 5), "0123456", ordinals{0, 4}, stored(5, "u", 5)},
-		"readiness is not known":  {`"replicas":6`, stored(4, "u", 5), unread, ordinals{0, 4}, stored(4, "u", 5)},
-		"zero":                    {`"replicas":0`, stored(4, "u", 4), "0123", ordinals{0, 4}, stored(4, "u", 5)},
-		"replicas unset":          {``, stored(4, "u", 4), "", ordinals{0, 1}, stored(1, "u", 5)},
-		"from another ordinal":    {`"replicas":3,"ordinals":{"start":5}`, stored(2, "u", 5), "7", ordinals{5, 2}, stored(3, "u", 5)},
+		"all are active":          {`"replicas":4`, stored(4, "u", 5), "", ordinalRange{0, 4}, stored(4, "u", 5)},
+		"scaled in":               {`"replicas":3`, stored(6, "u", 4), "012345", ordinalRange{0, 3}, stored(3, "u", 5)},
+		"scaled out":              {`"replicas":6`, stored(4, "u", 4), "", ordinalRange{0, 4}, stored(4, "u", 5)},
+		"another generation only": {`"replicas":4`, stored(4, "u", 3), "0", ordinalRange{0, 4}, stored(4, "u", 5)},
+		"one is ready":            {`"replicas":6`, stored(4, "u", 5), "4", ordinalRange{0, 4}, stored(5, "u", 5)},
+		"the wrong one is ready":  {`"replicas":6`, stored(4, "u", 5), "01235", ordinalRange{0, 4}, stored(4, "u", 5)},
+		"all are ready":           {`"replicas":6`, stored(4, "u", 5), "012345", ordinalRange{0, 4}, stored(6, "u", 5)},
+		"more than replicas":      {`"replicas":5`, stored(4, "u", 5), "0123456", ordinalRange{0, 4}, stored(5, "u", 5)},
+		"readiness is not known":  {`"replicas":6`, stored(4, "u", 5), unread, ordinalRange{0, 4}, stored(4, "u", 5)},
+		"zero":                    {`"replicas":0`, stored(4, "u", 4), "0123", ordinalRange{0, 4}, stored(4, "u", 5)},
+		"replicas unset":          {``, stored(4, "u", 4), "", ordinalRange{0, 1}, stored(1, "u", 5)},
+		"from another ordinal":    {`"replicas":3,"ordinals":{"start":5}`, stored(2, "u", 5), "7", ordinalRange{5, 2}, stored(3, "u", 5)},
 
-		"an older StatefulSet":              {`"replicas":6`, stored(4, "u", 6), "012345", ordinals{0, 4}, nil},
-		"an older one, and scaled in":       {`"replicas":3`, stored(6, "u", 6), "012345", ordinals{0, 3}, nil},
-		"another StatefulSet":               {`"replicas":6`, stored(4, "other", 5), "01", ordinals{0, 2}, nil},
-		"another one, none ready":           {`"replicas":6`, stored(4, "other", 5), "", ordinals{0, 1}, nil},
-		"another one, not known":            {`"replicas":6`, stored(4, "other", 5), unread, ordinals{}, nil},
-		"none stored":                       {`"replicas":6`, nil, "0123", ordinals{0, 4}, stored(4, "u", 5)},
-		"none stored, a gap":                {`"replicas":6`, nil, "01345", ordinals{0, 2}, stored(2, "u", 5)},
-		"none stored, none ready":           {`"replicas":6`, nil, "", ordinals{0, 1}, stored(1, "u", 5)},
-		"none stored, more than replicas":   {`"replicas":2`, nil, "0123", ordinals{0, 2}, stored(2, "u", 5)},
-		"none stored, from another ordinal": {`"replicas":3,"ordinals":{"start":5}`, nil, "0156", ordinals{5, 2}, stored(2, "u", 5)},
-		"none stored, zero":                 {`"replicas":0`, nil, "0123", ordinals{}, nil},
-		"none stored, readiness not known":  {`"replicas":6`, nil, unread, ordinals{}, nil},
+		"an older StatefulSet":              {`"replicas":6`, stored(4, "u", 6), "012345", ordinalRange{0, 4}, nil},
+		"an older one, and scaled in":       {`"replicas":3`, stored(6, "u", 6), "012345", ordinalRange{0, 3}, nil},
+		"another StatefulSet":               {`"replicas":6`, stored(4, "other", 5), "01", ordinalRange{0, 2}, nil},
+		"another one, none ready":           {`"replicas":6`, stored(4, "other", 5), "", ordinalRange{0, 1}, nil},
+		"another one, not known":            {`"replicas":6`, stored(4, "other", 5), unread, ordinalRange{}, nil},
+		"none stored":                       {`"replicas":6`, nil, "0123", ordinalRange{0, 4}, stored(4, "u", 5)},
+		"none stored, a gap":                {`"replicas":6`, nil, "01345", ordinalRange{0, 2}, stored(2, "u", 5)},
+		"none stored, none ready":           {`"replicas":6`, nil, "", ordinalRange{0, 1}, stored(1, "u", 5)},
+		"none stored, more than replicas":   {`"replicas":2`, nil, "0123", ordinalRange{0, 2}, stored(2, "u", 5)},
+		"none stored, from another ordinal": {`"replicas":3,"ordinals":{"start":5}`, nil, "0156", ordinalRange{5, 2}, stored(2, "u", 5)},
+		"none stored, zero":                 {`"replicas":0`, nil, "0123", ordinalRange{}, nil},
+		"none stored, readiness not known":  {`"replicas":6`, nil, unread, ordinalRange{}, nil},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -111,7 +111,7 @@ func TestActiveCount(t *testing.T) {
 				r.setStored(b)
 				got, next := r.inForceNow(), r.wantedBackends()
 				if got.count == 0 {
-					got = ordinals{}
+					got = ordinalRange{}
 				}
 				wantEqual(t, "backends", got, tt.want)
 				wantEqual(t, "proposal", countText(next), countText(tt.next))
@@ -270,14 +270,14 @@ type followingRouter struct {
 
 // followReplicas starts one, which shares the stored count, if that is not nil. It calls resize for
 // the backends that own namespaces, if that is not nil.
-func followReplicas(t *testing.T, n *pipeNetwork, shared *sharedCount, resize func(ordinals, string)) *followingRouter {
+func followReplicas(t *testing.T, n *pipeNetwork, shared *sharedCount, resize func(ordinalRange, string)) *followingRouter {
 	t.Helper()
 	r := &followingRouter{logged: &textLog{}}
 	log := slog.New(slog.NewTextHandler(r.logged, nil))
 	client := *n.kube(t)
 	pods := newEndpointWatcher(client, "edge", "backend", "headless", 9000, func(map[int]string) {}, log)
-	r.last.Store(ordinals{})
-	onResize := func(b ordinals, revision string) {
+	r.last.Store(ordinalRange{})
+	onResize := func(b ordinalRange, revision string) {
 		r.last.Store(b)
 		if resize != nil {
 			resize(b, revision)
@@ -315,9 +315,9 @@ func TestReplicasFollowed(t *testing.T) {
 	type step struct {
 		what          string
 		change        func(f *fakeKube)
-		alone, shared ordinals
+		alone, shared ordinalRange
 	}
-	from := func(count int) ordinals { return ordinals{0, count} }
+	from := func(count int) ordinalRange { return ordinalRange{0, count} }
 	both := func(what string, change func(f *fakeKube), count int) step {
 		return step{what, change, from(count), from(count)}
 	}
@@ -361,7 +361,7 @@ func TestReplicasFollowed(t *testing.T) {
 			both("all are ready", ready(0, 1, 2, 3, 4), 5),
 		},
 		"other ordinals": {
-			{"start at 2", set(func(s *fakeStatefulSet) { s.start = 2 }), ordinals{2, 4}, ordinals{2, 4}},
+			{"start at 2", set(func(s *fakeStatefulSet) { s.start = 2 }), ordinalRange{2, 4}, ordinalRange{2, 4}},
 		},
 		"only the StatefulSet may be read": {
 			both("forbidden", func(f *fakeKube) { f.forbid("LIST", "endpointslices") }, 4),
@@ -410,7 +410,7 @@ func TestReplicasAloneBegin(t *testing.T) {
 		f, n := kubeOfFour(), newPipeNetwork()
 		f.serve(t, n)
 		f.scale(6)
-		wantEqual(t, "backends", followReplicas(t, n, nil, nil).last.Load().(ordinals), ordinals{0, 6})
+		wantEqual(t, "backends", followReplicas(t, n, nil, nil).last.Load().(ordinalRange), ordinalRange{0, 6})
 	})
 }
 
@@ -440,12 +440,12 @@ func TestReplicasStuckScaleOut(t *testing.T) {
 			time.Sleep(time.Minute)
 			shared.wantWrites(t, step.writes...)
 			for _, r := range shared.routers {
-				wantEqual(t, "backends after: "+step.what, r.last.Load().(ordinals), ordinals{0, 4})
+				wantEqual(t, "backends after: "+step.what, r.last.Load().(ordinalRange), ordinalRange{0, 4})
 			}
 		}
 		f.setReady(0, 1, 2, 3, 4, 5)
 		shared.wantWrites(t, "6 of u-backend/4")
-		wantEqual(t, "backends", first.last.Load().(ordinals), ordinals{0, 6})
+		wantEqual(t, "backends", first.last.Load().(ordinalRange), ordinalRange{0, 6})
 		before := first.proposals.Load()
 		time.Sleep(time.Hour)
 		wantEqual(t, "calls of onProposal at rest", first.proposals.Load()-before, 0)
@@ -473,7 +473,7 @@ func TestReplicasOldPicture(t *testing.T) {
 		f.scale(5)
 		shared.wantWrites(t, "3 of u-backend/4") // the old picture has six backends, which are ready
 		wantEqual(t, "what the old picture proposes", countText(old.wantedBackends()), "none")
-		wantEqual(t, "backends by the old picture", old.last.Load().(ordinals), ordinals{0, 3})
+		wantEqual(t, "backends by the old picture", old.last.Load().(ordinalRange), ordinalRange{0, 3})
 		wantEqual(t, "the generation of the old picture", old.lastStatefulSet().Metadata.Generation, 2)
 		time.Sleep(proveDelay + time.Second)
 		wantEqual(t, "the generation that it sees then", old.lastStatefulSet().Metadata.Generation, 4)
@@ -495,15 +495,15 @@ func TestReplicasOfAnotherStatefulSet(t *testing.T) {
 		frozen.freeze()
 		f.setStatefulSet(func(s *fakeStatefulSet) { *s = fakeStatefulSet{replicas: 6, generation: 1, uid: "new"} })
 		r := followReplicas(t, network, shared, nil) // which has not seen the one before
-		wantEqual(t, "backends", r.last.Load().(ordinals), ordinals{0, 2})
+		wantEqual(t, "backends", r.last.Load().(ordinalRange), ordinalRange{0, 2})
 		shared.wantWrites(t)
 		time.Sleep(proveDelay + time.Second)
 		shared.wantWrites(t, "2 of new/1")
-		wantEqual(t, "backends by the old picture", old.last.Load().(ordinals), ordinals{0, 4})
+		wantEqual(t, "backends by the old picture", old.last.Load().(ordinalRange), ordinalRange{0, 4})
 		wantEqual(t, "what it proposes", countText(old.wantedBackends()), "none")
 		time.Sleep(proveDelay + time.Second)
 		shared.wantWrites(t)
-		wantEqual(t, "backends when it is seen", old.last.Load().(ordinals), ordinals{0, 2})
+		wantEqual(t, "backends when it is seen", old.last.Load().(ordinalRange), ordinalRange{0, 2})
 	})
 }
 
@@ -520,7 +520,7 @@ func TestReplicasDeletedRest(t *testing.T) {
 		f.verbs()
 		time.Sleep(2 * time.Minute)
 		wantEqual(t, "requests", f.verbs(), "")
-		wantEqual(t, "backends", r.last.Load().(ordinals), ordinals{0, 4})
+		wantEqual(t, "backends", r.last.Load().(ordinalRange), ordinalRange{0, 4})
 		wantEqual(t, "proposal", countText(r.wantedBackends()), "none")
 	})
 }
@@ -544,7 +544,7 @@ func TestReplicasOfRestoredStatefulSet(t *testing.T) {
 			f.scale(step.replicas)
 			time.Sleep(time.Minute)
 			shared.wantWrites(t, step.write)
-			wantEqual(t, "backends", r.last.Load().(ordinals), ordinals{0, step.count})
+			wantEqual(t, "backends", r.last.Load().(ordinalRange), ordinalRange{0, step.count})
 		}
 	})
 }
@@ -557,7 +557,7 @@ func TestReplicasResizeInTurn(t *testing.T) {
 		f.scale(1000)
 		var calls atomic.Int32
 		shared := &sharedCount{stored: &activeCount{4, "u-backend", 2}}
-		r := followReplicas(t, n, shared, func(ordinals, string) {
+		r := followReplicas(t, n, shared, func(ordinalRange, string) {
 			if calls.Add(1) != 1 {
 				t.Error("a call of onResize within another")
 			}
@@ -576,7 +576,7 @@ func TestReplicasResizeInTurn(t *testing.T) {
 		others.Wait()
 		shared.set(&activeCount{777, "u-backend", 2})
 		time.Sleep(time.Second)
-		wantEqual(t, "the last of onResize", r.last.Load().(ordinals), ordinals{0, 777})
+		wantEqual(t, "the last of onResize", r.last.Load().(ordinalRange), ordinalRange{0, 777})
 	})
 }
 
@@ -604,7 +604,7 @@ func changeReplicasAtRandom(t *testing.T, rng *rand.Rand) {
 	wantAlike := func() {
 		t.Helper()
 		synctest.Wait()
-		want := shared.routers[0].last.Load().(ordinals)
+		want := shared.routers[0].last.Load().(ordinalRange)
 		for i, r := range shared.routers {
 			if got := r.last.Load(); got != want && (i != 1 || frozen.frozen.Load() == 0) {
 				t.Errorf("router %d has %+v, the first %+v", i, got, want)

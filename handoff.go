@@ -275,8 +275,8 @@ func (v *view) wouldChange(content uint64, m *mark) bool {
 // not in t: they were scaled in.
 func (v *view) removedOwners(t *table) (removed []int) {
 	for _, old := range v.tables {
-		for i := range old.backends.count {
-			if ordinal := old.backends.first + i; !t.backends.has(ordinal) {
+		for i := range old.active.count {
+			if ordinal := old.active.first + i; !t.active.has(ordinal) {
 				removed = append(removed, ordinal)
 			}
 		}

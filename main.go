@@ -258,7 +258,7 @@ func newProgram(c *config, getenv func(string) string, queue *logQueue,
 	if err != nil {
 		return nil, err
 	}
-	fdLimit, err := newDescriptorLimit(maxFiles, backends.static.count)
+	fdLimit, err := newDescriptorLimit(maxFiles, backends.fixed.count)
 	if err != nil {
 		return nil, err
 	}
@@ -284,7 +284,7 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 	var mover *mover // onSwap uses it when there are sources
 	router := &router{
 		statefulSet: c.statefulSet, fromHost: c.layout.fromHost,
-		backends: backends.static, log: log,
+		active: backends.fixed, log: log,
 		onSwap: func() { mover.ownersChanged() },
 	}
 	relay := newRelay(backends.name, log)
@@ -341,7 +341,7 @@ func (p *program) shareHandoff(kubeClient *kubeClient, namespace string) {
 // addresses and pods from its EndpointSlices.
 func (p *program) followStatefulSet(kubeClient *kubeClient, namespace string,
 	endpoints *endpointWatcher) {
-	onResize := func(backends ordinals, revision string) {
+	onResize := func(backends ordinalRange, revision string) {
 		p.fdLimit.setBackends(backends.count)
 		p.proxy.router.setBackends(backends, revision)
 	}
@@ -431,7 +431,7 @@ func (p *program) serve(ctx context.Context, clients, admin net.Listener) error 
 func (p *program) logServing(client, admin net.Addr) {
 	p.log.Info("serving",
 		"version", version(), "listen", client.String(), "admin", admin.String(),
-		"pod", p.config.podName, "backends", p.proxy.backends.static.count,
+		"pod", p.config.podName, "backends", p.proxy.backends.fixed.count,
 		"kube", p.config.kube)
 	wanted := p.config.limits.sessions
 	if sessions := p.fdLimit.maxSessions(); sessions < wanted {

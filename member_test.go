@@ -42,7 +42,7 @@ type modelWorld struct {
 
 	now     time.Time
 	edits   []map[string]string // of the overrides, in their order
-	sizes   []ordinals          // the backends of each edit
+	sizes   []ordinalRange      // the backends of each edit
 	object  *handoffObject      // nil: does not exist
 	data    map[string]string   // of object
 	old     []map[string]string // earlier data
@@ -125,7 +125,7 @@ func newModelWorld(seed uint64, rules modelRules) *modelWorld {
 // addEdit adds an edit: of one namespace, of all, of the number of backends, or back to an
 // earlier one.
 func (w *modelWorld) addEdit() {
-	data, size := map[string]string{}, ordinals{0, 3}
+	data, size := map[string]string{}, ordinalRange{0, 3}
 	if n := len(w.edits); n > 0 {
 		i := n - 1
 		if w.chance(3) {
@@ -864,7 +864,7 @@ func newScene(n int, rules modelRules, overrides map[string]string) *modelWorld 
 
 // edit edits the overrides. There are three backends.
 func (w *modelWorld) edit(overrides map[string]string) {
-	w.edits, w.sizes = append(w.edits, overrides), append(w.sizes, ordinals{0, 3})
+	w.edits, w.sizes = append(w.edits, overrides), append(w.sizes, ordinalRange{0, 3})
 }
 
 // addRouter starts a router.

@@ -72,9 +72,9 @@ func (p *testProxy) waitMoved(t *testing.T, n int64) {
 }
 
 // waitCount waits until backend 0 has this count.
-func (p *testProxy) waitCount(t *testing.T, want backendCount) {
+func (p *testProxy) waitCount(t *testing.T, want sessionCounts) {
 	t.Helper()
-	eventually(t, "sessions of backend-0", want, func() backendCount { return p.relay.counts()[0] })
+	eventually(t, "sessions of backend-0", want, func() sessionCounts { return p.relay.counts()[0] })
 }
 
 // If the table is swapped between the handshake and the hand-over, the session does not
@@ -173,7 +173,7 @@ func moveToAnotherPod(t *testing.T, old func(net.Conn, *bufio.Reader), unproven 
 	conn.Close()
 	mustAnswer(t, waiting, 101)
 	p.waitMoved(t, 1)
-	p.waitCount(t, backendCount{open: 1, total: 2}) // with the new pod
+	p.waitCount(t, sessionCounts{open: 1, total: 2}) // with the new pod
 	if n := p.relay.unproven.Load(); unproven && n != 1 {
 		t.Errorf("%d sessions have an end that is not proven, want 1", n)
 	}
@@ -310,7 +310,7 @@ func TestHoldEndsWhenTheOldPodIsCutOff(t *testing.T) {
 			t.Error("the client is told before the namespace is free")
 		}
 		mustAnswer(t, waiting, 101)
-		p.waitCount(t, backendCount{open: 2, total: 2}) // the old session is still there
+		p.waitCount(t, sessionCounts{open: 2, total: 2}) // the old session is still there
 		if heads := newPod.heads(); len(heads) != 1 {
 			t.Errorf("the new pod was asked %d times, want once", len(heads))
 		}
@@ -428,7 +428,7 @@ func movesIn(t *testing.T, rate, each int, data map[string]string, play func(t *
 		m := &moveTest{log: newLogTail(), started: time.Now(), absent: map[int]bool{}, dials: map[int]int{}}
 		log := slog.New(slog.NewJSONHandler(m.log, nil))
 		relay := newRelay(func(i int) string { return backendName("backend", i) }, log)
-		router := &router{statefulSet: "backend", backends: ordinals{count: 5}, log: slog.New(slog.DiscardHandler), onSwap: func() {}}
+		router := &router{statefulSet: "backend", active: ordinalRange{count: 5}, log: slog.New(slog.DiscardHandler), onSwap: func() {}}
 		m.mover = newMover(router, relay, rate, m.dial, func() {}, log)
 		m.settleTime, m.closeSession = 500*time.Millisecond, m.recordClose
 		router.onSwap = m.ownersChanged

@@ -459,7 +459,7 @@ func (p *proxy) place(namespace string) (*pendingUpgrade, *refusal) {
 		return nil, refused
 	}
 	limit := p.limits.pendingUpgrades
-	backends := p.router.table().backends.count
+	backends := p.router.table().active.count
 	all, own, acquired := p.pendingUpgrades.acquire(assigned.owner, backends, limit)
 	if !acquired {
 		return nil, refuse(resultMaxPending,

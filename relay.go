@@ -146,7 +146,7 @@ type relay struct {
 	mu         sync.Mutex
 	sessions   []*session                 // in no order: snapshot copies all of them
 	endedBytes [2]int64                   // bytesFrom of the ended sessions
-	byBackend  map[int]backendCount       // by ordinal
+	byBackend  map[int]sessionCounts      // by ordinal
 	oldPods    map[string]*oldPodSessions // by namespace
 
 	openSessions sync.WaitGroup          // wait waits for it
@@ -159,8 +159,8 @@ type relay struct {
 	podUIDs atomic.Pointer[map[int]string]
 }
 
-// backendCount counts the sessions of one backend.
-type backendCount struct {
+// sessionCounts counts the sessions of one backend.
+type sessionCounts struct {
 	open     int
 	total    int // open and ended
 	onOldPod int // open, with a pod that was replaced
@@ -185,7 +185,7 @@ func newRelay(name func(backend int) string, log *slog.Logger) *relay {
 		onBackendEnded:   func() {},
 		remember:         func(string, int) {},
 		log:              log,
-		byBackend:        map[int]backendCount{},
+		byBackend:        map[int]sessionCounts{},
 		oldPods:          map[string]*oldPodSessions{},
 	}
 }
@@ -250,7 +250,7 @@ func (r *relay) add(s *session) {
 	s.index = int32(len(r.sessions))
 	r.sessions = append(r.sessions, s)
 	count := r.byBackend[s.backend]
-	r.byBackend[s.backend] = backendCount{count.open + 1, count.total + 1, count.onOldPod}
+	r.byBackend[s.backend] = sessionCounts{count.open + 1, count.total + 1, count.onOldPod}
 	r.countOnOldPod(s, r.podReplaced(s))
 }
 
@@ -265,7 +265,7 @@ func (r *relay) remove(s *session, n [2]int64) {
 	r.sessions[last] = nil
 	r.sessions = r.sessions[:last]
 	count := r.byBackend[s.backend]
-	r.byBackend[s.backend] = backendCount{count.open - 1, count.total, count.onOldPod}
+	r.byBackend[s.backend] = sessionCounts{count.open - 1, count.total, count.onOldPod}
 	r.endedBytes[clientSide] += n[clientSide]
 	r.endedBytes[backendSide] += n[backendSide]
 }
@@ -336,7 +336,7 @@ func (r *relay) countOnOldPod(s *session, onOldPod bool) {
 		step = -1
 	}
 	count := r.byBackend[s.backend]
-	r.byBackend[s.backend] = backendCount{count.open, count.total, count.onOldPod + step}
+	r.byBackend[s.backend] = sessionCounts{count.open, count.total, count.onOldPod + step}
 	if old.sessions += step; old.sessions == 0 {
 		delete(r.oldPods, s.namespace)
 		close(old.done)
@@ -454,7 +454,7 @@ func (r *relay) size() int {
 }
 
 // counts returns the counts of all backends that ever had a session, by ordinal.
-func (r *relay) counts() map[int]backendCount {
+func (r *relay) counts() map[int]sessionCounts {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return maps.Clone(r.byBackend)
@@ -475,7 +475,7 @@ func (r *relay) bytes() [2]int64 {
 // writeSessionMetrics writes how many sessions there are with each of these backends,
 // and how they ended. The numbers are read one after the other: a session that ends
 // meanwhile may be in one and not yet in the other.
-func (r *relay) writeSessionMetrics(m metricsWriter, counts map[int]backendCount, backends []int) {
+func (r *relay) writeSessionMetrics(m metricsWriter, counts map[int]sessionCounts, backends []int) {
 	if len(backends) > 0 {
 		open := m.family("router_sessions", "gauge", "Open sessions.")
 		for _, ordinal := range backends {

@@ -72,7 +72,7 @@ type changeReporter interface {
 type table struct {
 	statefulSet string          // the part of a backend's name before "-" and its ordinal
 	fromHost    bool            // a namespace is the first label of a host name
-	backends    ordinals        // at least one
+	active      ordinalRange    // at least one
 	updated     time.Time       // when the router put it in force; zero for others
 	revision    string          // of the StatefulSet when backends changed; "" if not known
 	sources     []sourceContent // in the order in which they are merged
@@ -104,10 +104,10 @@ type table struct {
 // of it is invalid, or if two sources give it different backends. Without old it is
 // unresolved, and not hashed, since another router may know a valid override. All other
 // overrides apply (invariant 3).
-func newTable(statefulSet string, fromHost bool, backends ordinals,
+func newTable(statefulSet string, fromHost bool, backends ordinalRange,
 	sources []sourceContent, old *table) *table {
 	t := &table{
-		statefulSet: statefulSet, fromHost: fromHost, backends: backends,
+		statefulSet: statefulSet, fromHost: fromHost, active: backends,
 		sources: slices.Clone(sources), version: versionOf(sources),
 		rejected: make([]int, len(sources)),
 	}
@@ -121,13 +121,13 @@ func newTable(statefulSet string, fromHost bool, backends ordinals,
 		count += src.overrides.count
 	}
 	ordinals := []int32{unresolved, byHash} // of the two sets of kept namespaces
-	for i := range t.backends.count {
-		ordinals = append(ordinals, int32(t.backends.first+i))
+	for i := range t.active.count {
+		ordinals = append(ordinals, int32(t.active.first+i))
 	}
 	t.valueOrdinals = append(t.valueOrdinals, ordinals, ordinals)
 	t.index = newOverrideIndex(append(sets, &overrideSet{}, &overrideSet{}), count)
 	t.mergeSources(old)
-	hashed := fmt.Sprintf("hash %d, backends %s", hashVersion, t.backends)
+	hashed := fmt.Sprintf("hash %d, backends %s", hashVersion, t.active)
 	t.contentHash = fmix64(t.contentHash + hash64(hashed))
 	t.finishStamp()
 	return t
@@ -246,7 +246,7 @@ func (t *table) keepPrevious(s *indexSlot, set int, r override, old *table) {
 	if old != nil {
 		ordinal = old.ordinalOf(findSlot(&old.index, r.namespace, r.hash))
 	}
-	if ordinal >= 0 && !t.backends.has(ordinal) {
+	if ordinal >= 0 && !t.active.has(ordinal) {
 		ordinal = unresolved
 	}
 	if s.set == 0 {
@@ -283,7 +283,7 @@ func (t *table) owner(namespace string) (ordinal int, ok bool) {
 	key := hash64(namespace)
 	ordinal = t.ordinalOf(findSlot(&t.index, namespace, upper32(key)))
 	if ordinal == byHash {
-		return t.backends.first + jump(key, t.backends.count), true
+		return t.active.first + jump(key, t.active.count), true
 	}
 	return ordinal, ordinal != unresolved
 }
@@ -293,7 +293,7 @@ func (t *table) owner(namespace string) (ordinal int, ok bool) {
 func (t *table) lookup(namespace string, key uint64) (ordinal int, kept bool) {
 	s := findSlot(&t.index, namespace, upper32(key))
 	if ordinal = t.ordinalOf(s); ordinal == byHash {
-		ordinal = t.backends.first + jump(key, t.backends.count)
+		ordinal = t.active.first + jump(key, t.active.count)
 	}
 	return ordinal, t.isKept(s)
 }
@@ -310,9 +310,9 @@ func (t *table) withKept(previous func(namespace string) int) *table {
 		for r := range old.all() {
 			ordinal := previous(string(r.namespace))
 			switch {
-			case !t.backends.has(ordinal):
+			case !t.active.has(ordinal):
 				ordinal = unresolved
-			case ordinal == t.backends.first+jump(hash64(r.namespace), t.backends.count):
+			case ordinal == t.active.first+jump(hash64(r.namespace), t.active.count):
 				ordinal = byHash
 			}
 			next.addKept(set, r, ordinal)
@@ -425,8 +425,8 @@ func (t *table) check(i int, r override) (bad rejection, ok bool) {
 		bad.Key = r.key()
 		bad.Expected = expectedKey(bad.Key, t.fromHost)
 	case t.valueOrdinals[i][r.valueIndex] == invalidValue:
-		last := t.backends.first + t.backends.count - 1
-		bad.Expected = t.name(t.backends.first) + " to " + t.name(last)
+		last := t.active.first + t.active.count - 1
+		bad.Expected = t.name(t.active.first) + " to " + t.name(last)
 	case int(s.set) == len(t.sources)+2:
 		bad.Expected = "the same backend in all sources"
 	default:
@@ -456,7 +456,7 @@ func (t *table) name(ordinal int) string { return backendName(t.statefulSet, ord
 // backend.
 func (t *table) ordinal(name string) (ordinal int, ok bool) {
 	ordinal, ok = backendOrdinal(t.statefulSet, name)
-	return ordinal, ok && t.backends.has(ordinal)
+	return ordinal, ok && t.active.has(ordinal)
 }
 
 // router merges the sources of overrides, and holds the table in force.
@@ -474,7 +474,7 @@ type router struct {
 	// Guarded by mu, which serialises swaps.
 	mu       sync.Mutex
 	contents []sourceContent // of the sources, merged; nil before they are known
-	backends ordinals        // of the next table; count is 0 before they are known
+	active   ordinalRange    // of the next table; count is 0 before they are known
 	revision string          // of the StatefulSet when backends changed
 }
 
@@ -584,11 +584,11 @@ func hasID(id sourceID) func(sourceContent) bool {
 // setBackends puts a table for these backends in force, at least one. It checks all
 // overrides again: "backend-7" is valid once there are eight. revision is the revision of
 // the StatefulSet that has these backends.
-func (r *router) setBackends(backends ordinals, revision string) {
+func (r *router) setBackends(backends ordinalRange, revision string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if backends != r.backends {
-		r.backends, r.revision = backends, revision
+	if backends != r.active {
+		r.active, r.revision = backends, revision
 		r.swap()
 	}
 }
@@ -596,11 +596,11 @@ func (r *router) setBackends(backends ordinals, revision string) {
 // swap puts a new table in force, and reports the changes. It does nothing before
 // overrides and backends are known. The caller holds r.mu.
 func (r *router) swap() {
-	if r.contents == nil || r.backends.count == 0 {
+	if r.contents == nil || r.active.count == 0 {
 		return
 	}
 	old := r.table()
-	t := newTable(r.statefulSet, r.fromHost, r.backends, r.contents, old)
+	t := newTable(r.statefulSet, r.fromHost, r.active, r.contents, old)
 	t.revision, t.updated = r.revision, time.Now()
 	r.current.Store(t)
 	r.swaps.Add(1)
@@ -648,21 +648,21 @@ const maxExamples = 10
 func (t *table) changes(old *table) (all []sourceChange) {
 	initial := old == nil
 	if initial {
-		old = newTable(t.statefulSet, t.fromHost, t.backends, nil, nil)
+		old = newTable(t.statefulSet, t.fromHost, t.active, nil, nil)
 	}
 	for i, src := range t.sources {
 		previous, j := &overrideSet{}, slices.IndexFunc(old.sources, hasID(src.id))
 		if j >= 0 {
 			previous = old.sources[j].overrides
 		}
-		if previous == src.overrides && old.backends == t.backends {
+		if previous == src.overrides && old.active == t.active {
 			continue
 		}
 		c := sourceChange{sourceContent: src, initial: initial, contentHash: t.contentHash}
 		if previous == src.overrides {
 			c.resizeRevision = t.revision
 		}
-		for r := range previous.differences(src.overrides, old.backends != t.backends) {
+		for r := range previous.differences(src.overrides, old.active != t.active) {
 			c.countChange(old.overrideOrdinal(r), t.overrideOrdinal(r))
 		}
 		c.countRejections(t, i, old, j)
@@ -752,7 +752,7 @@ func (r *router) logSwap(t *table, all []sourceChange) {
 		rejected += n
 	}
 	r.log.Info("routing table updated", "source", source, "version", t.version, "stamp", t.stamp,
-		"backends", t.backends.count, "overrides", t.overrides,
+		"backends", t.active.count, "overrides", t.overrides,
 		"added", sum.added, "changed", sum.changed, "removed", sum.removed,
 		"rejected", rejected, "conflicts", t.conflicts)
 	for _, c := range all {
@@ -785,7 +785,7 @@ func (r *router) writeMetrics(m metricsWriter) {
 		unixSeconds(t.updated))
 	m.single("router_table_overrides", "gauge", "Namespaces whose owner is not given by the hash.", float64(t.overrides))
 	m.single("router_table_backends", "gauge", "Backends over which namespaces are hashed.",
-		float64(t.backends.count))
+		float64(t.active.count))
 	m.family("router_table_rejected_overrides", "gauge", "Overrides that are not in force because they are invalid, by source.")
 	for i, src := range t.sources {
 		m.sample("router_table_rejected_overrides", float64(t.rejected[i]),

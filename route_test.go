@@ -24,7 +24,7 @@ func contentOf(source, version string, data map[string]string) sourceContent {
 
 // tableOf makes a table of one source.
 func tableOf(backends int, data map[string]string, old *table) *table {
-	return newTable("backend", false, ordinals{count: backends}, []sourceContent{contentOf("test", "1", data)}, old)
+	return newTable("backend", false, ordinalRange{count: backends}, []sourceContent{contentOf("test", "1", data)}, old)
 }
 
 // overridesOf are the namespaces of which the table does not ask the hash.
@@ -92,7 +92,7 @@ func TestTableReadsAll(t *testing.T) {
 	for i := range each {
 		a[fmt.Sprintf("a-%d", i)], b[fmt.Sprintf("b-%d", i)] = "backend-1", "backend-2"
 	}
-	table := newTable("backend", false, ordinals{count: 4}, []sourceContent{contentOf("a", "1", a), contentOf("b", "1", b)}, nil)
+	table := newTable("backend", false, ordinalRange{count: 4}, []sourceContent{contentOf("a", "1", a), contentOf("b", "1", b)}, nil)
 	if table.overrides != 2*each {
 		t.Errorf("%d overrides, want %d", table.overrides, 2*each)
 	}
@@ -213,7 +213,7 @@ func TestStamp(t *testing.T) {
 		for i, data := range sources {
 			all = append(all, contentOf(fmt.Sprint(i), data, pairs(data)))
 		}
-		return newTable("backend", false, ordinals{first, count}, all, nil)
+		return newTable("backend", false, ordinalRange{first, count}, all, nil)
 	}
 	const want = "ecafc8b9dee0470d.0000000000000000" // changed only with hashVersion, or with what a stamp is of
 	same := of(0, 4, "a=backend-1 b=backend-2")
@@ -224,13 +224,13 @@ func TestStamp(t *testing.T) {
 		of(0, 4, "b=backend-2", "", "a=backend-1"),
 		of(0, 4, "a=backend-1 b=backend-2", "a=backend-1", "b=backend-2 a=backend-1"), // told twice
 		of(0, 4, "a=backend-1 b=backend-2 ..=backend-3 a/b=junk"),                     // no namespaces
-		newTable("backend", false, ordinals{0, 4}, []sourceContent{{overrides: newOverrideSet(map[string]string{"a": " backend-1\n", "b": "backend-2\t"})}}, nil),
+		newTable("backend", false, ordinalRange{0, 4}, []sourceContent{{overrides: newOverrideSet(map[string]string{"a": " backend-1\n", "b": "backend-2\t"})}}, nil),
 	} {
 		if other.stamp != same.stamp {
 			t.Errorf("the stamp of %+v is %s, want %s", other.sources, other.stamp, same.stamp)
 		}
 	}
-	host := newTable("backend", true, ordinals{0, 4}, []sourceContent{{overrides: newOverrideSet(pairs("a=backend-1 A=backend-2 b=backend-2 b.c=backend-3 D=junk"))}}, nil)
+	host := newTable("backend", true, ordinalRange{0, 4}, []sourceContent{{overrides: newOverrideSet(pairs("a=backend-1 A=backend-2 b=backend-2 b.c=backend-3 D=junk"))}}, nil)
 	if host.stamp != same.stamp || host.rejected[0] != 3 {
 		t.Errorf("with keys that no host name has the stamp is %s, want %s; %d rejected", host.stamp, same.stamp, host.rejected[0])
 	}
@@ -252,7 +252,7 @@ func TestStamp(t *testing.T) {
 	if junk.stamp != conflict.stamp || junk.keptHash == 0 {
 		t.Errorf("the stamps are %s and %s, want the same: a stays in both", junk.stamp, conflict.stamp)
 	}
-	next := newTable(same.statefulSet, same.fromHost, same.backends, conflict.sources, same)
+	next := newTable(same.statefulSet, same.fromHost, same.active, conflict.sources, same)
 	if next.contentHash != junk.contentHash || next.keptHash == junk.keptHash {
 		t.Errorf("the stamps are %s and %s, want the same content, and a kept where it is by one only", next.stamp, junk.stamp)
 	}
@@ -330,7 +330,7 @@ func lookupTable(t testing.TB, backends, overrides int) *router {
 	for i, namespace := range manyNamespaces(overrides) {
 		data[namespace] = backendName("backend", i%backends)
 	}
-	r := &router{statefulSet: "backend", backends: ordinals{count: backends}, log: slog.New(slog.DiscardHandler), onSwap: func() {}}
+	r := &router{statefulSet: "backend", active: ordinalRange{count: backends}, log: slog.New(slog.DiscardHandler), onSwap: func() {}}
 	r.update(sourceContent{overrides: newOverrideSet(data)})
 	return r
 }
@@ -516,7 +516,7 @@ func TestMergeModel(t *testing.T) {
 			before := model
 			var conflicts int
 			model, conflicts = model.next(sources, backends)
-			next := newTable("backend", false, ordinals{count: backends}, all, old)
+			next := newTable("backend", false, ordinalRange{count: backends}, all, old)
 			got := mergeModel(overridesOf(next))
 			if !maps.Equal(got, model) || next.conflicts != conflicts || next.overrides != len(model) {
 				t.Fatalf("step %d, %d backends, sources %v after %v:\n%d overrides %v, %d conflicts; want\n%v, %d",
@@ -545,7 +545,7 @@ func wantSums(t *testing.T, next *table) {
 			content += key * weight(next.ordinalOf(s))
 		}
 	}
-	content += hash64(fmt.Sprintf("hash 1, backends %s", next.backends))
+	content += hash64(fmt.Sprintf("hash 1, backends %s", next.active))
 	if next.contentHash != fmix64(content) || next.keptHash != fmix64(kept) {
 		t.Fatalf("stamp %s, want %016x.%016x", next.stamp, fmix64(content), fmix64(kept))
 	}
@@ -614,7 +614,7 @@ func loggedRouter(t *testing.T) (*router, *logTail) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &router{statefulSet: "backend", backends: ordinals{count: 4}, log: log, onSwap: func() {}}, tail
+	return &router{statefulSet: "backend", active: ordinalRange{count: 4}, log: log, onSwap: func() {}}, tail
 }
 
 // The table that several goroutines read while it is updated is never nil, never older
@@ -741,7 +741,7 @@ func TestRouterReports(t *testing.T) {
 // reads the same overrides anew.
 func TestRouterResizes(t *testing.T) {
 	r, tail := loggedRouter(t)
-	r.backends = ordinals{}
+	r.active = ordinalRange{}
 	swapped := 0
 	r.onSwap = func() { swapped++ }
 	r.update(contentOf("test", "1", pairs("a=backend-1 late=backend-5")))
@@ -749,18 +749,18 @@ func TestRouterResizes(t *testing.T) {
 		t.Fatal("there is a table before the number of backends is known")
 	}
 	steps := []struct {
-		backends ordinals
+		backends ordinalRange
 		a, late  int // owners
 		hashed   int // owner of another namespace
 		swaps    int
 	}{
-		{ordinals{0, 4}, 1, unresolved, bucket("another", 4), 1},
-		{ordinals{0, 4}, 1, unresolved, bucket("another", 4), 1},
-		{ordinals{0, 6}, 1, 5, bucket("another", 6), 2},
-		{ordinals{0, 1}, unresolved, unresolved, 0, 3},
-		{ordinals{0, 6}, 1, 5, bucket("another", 6), 4},
-		{ordinals{3, 4}, unresolved, 5, 3 + bucket("another", 4), 5},
-		{ordinals{1, 1}, 1, unresolved, 1, 6},
+		{ordinalRange{0, 4}, 1, unresolved, bucket("another", 4), 1},
+		{ordinalRange{0, 4}, 1, unresolved, bucket("another", 4), 1},
+		{ordinalRange{0, 6}, 1, 5, bucket("another", 6), 2},
+		{ordinalRange{0, 1}, unresolved, unresolved, 0, 3},
+		{ordinalRange{0, 6}, 1, 5, bucket("another", 6), 4},
+		{ordinalRange{3, 4}, unresolved, 5, 3 + bucket("another", 4), 5},
+		{ordinalRange{1, 1}, 1, unresolved, 1, 6},
 	}
 	for _, step := range steps {
 		r.setBackends(step.backends, "")
@@ -779,9 +779,9 @@ func TestRouterKeepsAcrossResizes(t *testing.T) {
 	r.update(contentOf("test", "1", pairs("a=backend-3")))
 	r.update(contentOf("test", "2", pairs("a=bakend-3")))
 	for _, step := range []struct {
-		backends ordinals
+		backends ordinalRange
 		want     int
-	}{{ordinals{0, 6}, 3}, {ordinals{2, 4}, 3}, {ordinals{0, 3}, unresolved}, {ordinals{0, 6}, unresolved}} {
+	}{{ordinalRange{0, 6}, 3}, {ordinalRange{2, 4}, 3}, {ordinalRange{0, 3}, unresolved}, {ordinalRange{0, 6}, unresolved}} {
 		r.setBackends(step.backends, "")
 		if got, _ := r.table().owner("a"); got != step.want {
 			t.Errorf("with %+v the owner is %d, want %d", step.backends, got, step.want)
@@ -830,9 +830,9 @@ func TestRouterOtherVersionOfTheSame(t *testing.T) {
 	if told := fake.changes; swapped != 1 || len(told) != 1 || told[0].id.name != "b" || told[0].changed != 1 || r.table().sources[0].version != "4" {
 		t.Errorf("%d swaps, told %+v of %+v, want one of b", swapped, told, r.table().sources)
 	}
-	r.setBackends(ordinals{count: 3}, "")
+	r.setBackends(ordinalRange{count: 3}, "")
 	r.update(contentOf("a", "6", a), contentOf("b", "5", b))
-	if swapped != 2 || r.table().backends.count != 3 || r.table().sources[0].version != "6" {
+	if swapped != 2 || r.table().active.count != 3 || r.table().sources[0].version != "6" {
 		t.Errorf("%d swaps, %+v", swapped, r.table())
 	}
 	r.update(contentOf("a", "6", a)) // one source less is more than a version
@@ -845,7 +845,7 @@ func TestRouterOtherVersionOfTheSame(t *testing.T) {
 // number of backends, at one moment.
 type stampWorld struct {
 	data     [3]map[string]string
-	backends ordinals
+	backends ordinalRange
 }
 
 // next changes one thing.
@@ -897,7 +897,7 @@ func TestStampsAgree(t *testing.T) {
 	seen := map[string]int{}
 	quiet := slog.New(slog.DiscardHandler)
 	for range 400 {
-		w := stampWorld{backends: ordinals{count: 4}}
+		w := stampWorld{backends: ordinalRange{count: 4}}
 		for i := range w.data {
 			w.data[i] = map[string]string{}
 		}
@@ -943,7 +943,7 @@ func wantStampsAgree(t *testing.T, a, b *table, same bool, seen map[string]int) 
 	}
 	if stays := a.keptHash != 0; a.stamp == b.stamp {
 		if !owners {
-			t.Fatalf("the stamp of both is %s, and their owners differ:\n%v %s\n%v %s", a.stamp, overridesOf(a), a.backends, overridesOf(b), b.backends)
+			t.Fatalf("the stamp of both is %s, and their owners differ:\n%v %s\n%v %s", a.stamp, overridesOf(a), a.active, overridesOf(b), b.active)
 		}
 		seen["equal"]++
 		if stays {
@@ -984,7 +984,7 @@ func largeList(objects, overrides int) []byte {
 func largeMaps(t testing.TB, objects, overrides int) (*configMaps, *router) {
 	t.Helper()
 	log := slog.New(slog.DiscardHandler)
-	r := &router{statefulSet: "backend", backends: ordinals{count: 16}, log: log, onSwap: func() {}}
+	r := &router{statefulSet: "backend", active: ordinalRange{count: 16}, log: log, onSwap: func() {}}
 	var c *configMaps
 	r.addSource(false, func(update func(...sourceContent)) overrideSource {
 		c = newConfigMaps(kubeClient{}, "edge", nil, "a=b", "", update, log)

@@ -149,8 +149,8 @@ func (m *mover) writeMetrics(w metricsWriter) {
 		"Steps of hand-offs that are done.", float64(m.steps.Load()))
 	var names []string
 	if t := m.router.table(); t != nil {
-		for i := range t.backends.count {
-			names = append(names, t.name(t.backends.first+i))
+		for i := range t.active.count {
+			names = append(names, t.name(t.active.first+i))
 		}
 	}
 	names, seconds := waitSeconds(append(names, s.Members...), s.WaitingFor)

@@ -24,16 +24,16 @@ type upgradeLimit struct {
 // acquire takes a place for an upgrade to a backend, one of so many. Each backend has at
 // least one place, whatever the limit. It returns how many places are taken then, in all
 // and by this backend. If ok is false, it took none. The caller calls giveBack.
-func (p *upgradeLimit) acquire(ordinal, backends, limit int) (all, own int, ok bool) {
+func (p *upgradeLimit) acquire(ordinal, count, limit int) (all, own int, ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if share := max(1, limit/2/backends); share != p.share {
+	if share := max(1, limit/2/count); share != p.share {
 		p.share, p.pooled = share, 0
 		for _, taken := range p.byBackend {
 			p.pooled += max(0, taken-share)
 		}
 	}
-	free := limit - p.share*backends - p.pooled
+	free := limit - p.share*count - p.pooled
 	if taken := p.byBackend[ordinal]; taken >= p.share && taken-p.share >= free {
 		return p.total, taken, false
 	}
