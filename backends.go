@@ -140,12 +140,12 @@ func (b *backends) dialInTurn(ctx context.Context, w *waiter, ordinal int, conne
 	// Before resolve: so a new pod may count as the old one, but never the other way.
 	podUID = b.podUID(ordinal)
 	err = b.dialWith(ctx, ordinal, connect)
-	cut := isOver(ctx)
-	b.queues.dialDone(ordinal, err, cut)
+	ctxEnded := isOver(ctx)
+	b.queues.dialDone(ordinal, err, ctxEnded)
 	switch {
 	case err == nil:
 		return podUID, nil
-	case cut:
+	case ctxEnded:
 		return "", b.queues.reason(w, ordinal, err)
 	}
 	w.failure = err

@@ -200,7 +200,7 @@ func (h *dialQueues) tryDial(ordinal int) bool {
 
 // dialDone notes the result of a dial. cut says that the context of the upgrade ended
 // before the dial could succeed or fail.
-func (h *dialQueues) dialDone(ordinal int, err error, cut bool) {
+func (h *dialQueues) dialDone(ordinal int, err error, ctxEnded bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	q := h.queue(ordinal)
@@ -210,7 +210,7 @@ func (h *dialQueues) dialDone(ordinal int, err error, cut bool) {
 		h.dialFailed(ordinal, q, q.lastErr)
 	case err == nil:
 		q.failures, q.lastErr = 0, nil
-	case !cut:
+	case !ctxEnded:
 		h.dialFailed(ordinal, q, err)
 	}
 	h.startDials(ordinal, q)

@@ -651,7 +651,7 @@ func (e *endpointWatcher) isReady(ordinal int) (ready, known bool) {
 }
 
 // isOutdated reports whether addresses may be out of date, as the watch fails.
-func (e *endpointWatcher) isOutdated() bool { return e.watcher.snapshot().failing }
+func (e *endpointWatcher) isOutdated() bool { return e.watcher.snapshot().unconfirmed }
 
 // checkReady returns why the backend must not be dialled now, or nil if it may be.
 func (e *endpointWatcher) checkReady(ordinal int) error {

@@ -41,7 +41,7 @@ type fastPath struct {
 	logThrottle throttle
 
 	stopping   atomic.Bool     // all clients have to fall back
-	open       context.Context // ends when Accept has to fail, with its error
+	lifetime   context.Context // ends when Accept has to fail, with its error
 	failAccept context.CancelCauseFunc
 	fallbacks  chan net.Conn // to Accept
 
@@ -61,7 +61,7 @@ func newFastPath(p *proxy, l net.Listener, fdLimit *descriptorLimit) *fastPath {
 		retry:     newAcceptRetry("-listen", p.log),
 		fallbacks: make(chan net.Conn), done: make(chan struct{}),
 	}
-	f.open, f.failAccept = context.WithCancelCause(context.Background())
+	f.lifetime, f.failAccept = context.WithCancelCause(context.Background())
 	file, err := l.(interface{ File() (*os.File, error) }).File()
 	if f.file = file; err != nil {
 		f.failAccept(err)
@@ -79,8 +79,8 @@ func (f *fastPath) Accept() (net.Conn, error) {
 			if conn != nil { // nil is from stop: net/http has come back for the next client
 				return conn, nil
 			}
-		case <-f.open.Done():
-			return nil, context.Cause(f.open)
+		case <-f.lifetime.Done():
+			return nil, context.Cause(f.lifetime)
 		}
 	}
 }
@@ -98,7 +98,7 @@ func (f *fastPath) stop() {
 func (f *fastPath) handToHTTP(conn net.Conn) {
 	select {
 	case f.fallbacks <- conn:
-	case <-f.open.Done():
+	case <-f.lifetime.Done():
 		if conn != nil {
 			conn.Close()
 		}

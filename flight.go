@@ -39,7 +39,7 @@ type flights struct {
 	addDescriptors  func(count int)   // called for descriptors of abandoned flights
 	backendName     func(backend int) string
 	log             *slog.Logger
-	open            context.Context // ends when nobody waits for the end of flights any more
+	lifetime        context.Context // ends when nobody waits for the end of flights any more
 	close           context.CancelFunc
 
 	unproven atomic.Int64 // abandoned flights whose end was not seen
@@ -55,7 +55,7 @@ func newFlights(name func(backend int) string, log *slog.Logger) *flights {
 		onEnd: func() {}, remember: func(string, int) {}, addDescriptors: func(int) {}, backendName: name, log: log,
 		all: map[*flight]struct{}{},
 	}
-	f.open, f.close = context.WithCancel(context.Background())
+	f.lifetime, f.close = context.WithCancel(context.Background())
 	return f
 }
 
@@ -138,7 +138,7 @@ func (e *flight) abandon(conn net.Conn, onEnd func()) {
 			return
 		}
 		f.unproven.Add(1)
-		if f.open.Err() != nil { // the router stops
+		if f.lifetime.Err() != nil { // the router stops
 			return
 		}
 		f.log.Warn("gave up waiting for the end of an upgrade",
@@ -150,7 +150,7 @@ func (e *flight) abandon(conn net.Conn, onEnd func()) {
 // awaitEnd closes conn after its peer has ended its side, or when the time is over. It
 // reports whether the peer has ended its side.
 func (f *flights) awaitEnd(conn net.Conn) bool {
-	ctx := f.open
+	ctx := f.lifetime
 	if f.unprovenTimeout > 0 {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, f.unprovenTimeout)

@@ -149,23 +149,23 @@ func (k *kubeClient) readToken() (changed bool) {
 // request again if the answer was 401 and the token has changed since
 // (ManageIQ/kubeclient#530).
 func (k *kubeClient) do(ctx context.Context, path string, query url.Values,
-	object []byte) (io.ReadCloser, error) {
+	body []byte) (io.ReadCloser, error) {
 	if k.accountDir != "" { // kubectl proxy must get no token
 		k.readCA() // if it fails and the CA has changed, the TLS handshake fails
 		k.readToken()
 	}
-	resp, err := k.roundTrip(ctx, path, query, object)
+	resp, err := k.roundTrip(ctx, path, query, body)
 	if err == nil && resp.StatusCode == http.StatusUnauthorized &&
 		k.accountDir != "" && k.readToken() {
 		resp.Body.Close()
-		resp, err = k.roundTrip(ctx, path, query, object)
+		resp, err = k.roundTrip(ctx, path, query, body)
 	}
 	if err != nil {
 		k.dropKept()
 		return nil, cmp.Or(ctx.Err(), err)
 	}
 	k.protocol = resp.Proto
-	created := resp.StatusCode == http.StatusCreated && object != nil
+	created := resp.StatusCode == http.StatusCreated && body != nil
 	if resp.StatusCode != http.StatusOK && !created {
 		defer resp.Body.Close()
 		return nil, newStatusError(resp)

@@ -125,7 +125,7 @@ func newMembership(client kubeClient, namespace, object string, pod, uid, podLab
 	s.watcher = &watcher[handoffConfigMap]{
 		kube: &reader, kind: "ConfigMap",
 		path:      "/api/v1/namespaces/" + namespace + "/configmaps",
-		namespace: namespace, name: object, prompt: true, relistWanted: newWakeup(),
+		namespace: namespace, name: object, noPause: true, relistWanted: newWakeup(),
 		meta:  func(m *handoffConfigMap) *apiObject { return &m.apiObject },
 		apply: s.apply, log: log,
 	}

@@ -69,7 +69,7 @@ type watcher[T any] struct {
 	apply func(objects map[string]*T)
 	// run calls onFailure after each cycle that failed. It must not block. nil for none.
 	onFailure func()
-	prompt    bool // the cycle after a healthy one begins at once
+	noPause   bool // the cycle after a healthy one begins at once
 	log       *slog.Logger
 
 	relistWanted wakeup // of run, by relist
@@ -86,19 +86,19 @@ type watcher[T any] struct {
 
 // watchStatus is the status of a watcher, for /readyz, the log and the metrics.
 type watchStatus struct {
-	state     string
-	protocol  string    // of the last response: "HTTP/1.1" or "HTTP/2.0"
-	confirmed time.Time // of the last LIST, event or bookmark; zero before the first
-	failures  int       // cycles in a row that were not healthy
-	healthy   bool      // the current cycle is healthy: see markHealthy
-	failure   error     // of the last cycle that failed; nil since a healthy cycle
-	failing   bool      // a cycle failed, and there was no LIST, event or bookmark since
+	state       string
+	protocol    string    // of the last response: "HTTP/1.1" or "HTTP/2.0"
+	confirmed   time.Time // of the last LIST, event or bookmark; zero before the first
+	failures    int       // cycles in a row that were not healthy
+	healthy     bool      // the current cycle is healthy: see markHealthy
+	failure     error     // of the last cycle that failed; nil since a healthy cycle
+	unconfirmed bool      // a cycle failed, and there was no LIST, event or bookmark since
 	// failureCounts has the cycles that failed since the start, by errorClass.
 	failureCounts map[string]int
 }
 
 // confirm notes a LIST, an event or a bookmark: what is known is up to date.
-func (s *watchStatus) confirm() { s.confirmed, s.failing = time.Now(), false }
+func (s *watchStatus) confirm() { s.confirmed, s.unconfirmed = time.Now(), false }
 
 // countFailure counts a cycle that failed with an error of the class.
 func (s *watchStatus) countFailure(class string) {
@@ -387,7 +387,7 @@ func (w *watcher[T]) finishCycle(err error) time.Duration {
 		if err != nil {
 			s.countFailure(errorClass(err))
 		}
-		s.healthy, s.failure, s.failing = false, cmp.Or(err, s.failure), s.failing || err != nil
+		s.healthy, s.failure, s.unconfirmed = false, cmp.Or(err, s.failure), s.unconfirmed || err != nil
 	})
 	if err != nil {
 		if w.onFailure != nil {
@@ -402,7 +402,7 @@ func (w *watcher[T]) finishCycle(err error) time.Duration {
 				"error", err.Error(), "failures", before.failures+1, "omitted", omitted)
 		}
 	}
-	if w.prompt && err == nil && before.healthy {
+	if w.noPause && err == nil && before.healthy {
 		return 0
 	}
 	return retryDelay(w.snapshot().failures, retryAfter(err), rand.Float64())
