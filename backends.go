@@ -15,7 +15,7 @@ import (
 // dialTimeout bounds one dial. A pod that is gone may not answer at all.
 const dialTimeout = 2 * time.Second
 
-// ordinals are the ordinals of the backends that own namespaces: first, first+1 and so
+// ordinalRange has the ordinals of the backends that own namespaces: first, first+1 and so
 // on, count in all.
 type ordinalRange struct{ first, count int }
 

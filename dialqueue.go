@@ -198,7 +198,7 @@ func (h *dialQueues) tryDial(ordinal int) bool {
 	return true
 }
 
-// dialDone notes the result of a dial. cut says that the context of the upgrade ended
+// dialDone notes the result of a dial. ctxEnded says that the context of the upgrade ended
 // before the dial could succeed or fail.
 func (h *dialQueues) dialDone(ordinal int, err error, ctxEnded bool) {
 	h.mu.Lock()

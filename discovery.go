@@ -220,7 +220,7 @@ func (r *replicaWatcher) updateInForce() {
 	}
 }
 
-// backends returns the backends that own namespaces. The count is 0 if it is not known,
+// active returns the backends that own namespaces. The count is 0 if it is not known,
 // or if a StatefulSet without a stored count has no replicas. The caller holds r.mu.
 func (r *replicaWatcher) active() (b ordinalRange) {
 	s := r.latest
@@ -377,7 +377,7 @@ func (r *replicaWatcher) prove(ctx context.Context) {
 	}
 }
 
-// isServing reports whether a backend that owns no namespaces yet can serve them. If the
+// readyToOwn reports whether a backend that owns no namespaces yet can serve them. If the
 // EndpointSlices cannot be read, status.readyReplicas says how many backends can. The
 // caller holds r.mu.
 func (r *replicaWatcher) readyToOwn(ordinal int) bool {
@@ -483,7 +483,7 @@ func (e *endpoint) uid() string {
 	return ""
 }
 
-// usable reports whether the router may open new sessions at the endpoint. A terminating
+// isUsable reports whether the router may open new sessions at the endpoint. A terminating
 // pod may serve its sessions, but a new session would end with it. ready is always true
 // if the Service has publishNotReadyAddresses; serving is then the pod's readiness.
 func (e *endpoint) isUsable() bool {
@@ -496,17 +496,17 @@ func (e *endpoint) isUsable() bool {
 // podAddress holds the addresses of one backend's pod.
 type podAddress struct {
 	// Static after construction.
-	ready bool   // the addresses are usable
-	uid   string // of the pod, "" if not known
+	usable bool   // the addresses are usable
+	uid    string // of the pod, "" if not known
 
 	// Guarded by the endpointWatcher's mu.
 	addrs      []string // host:port, at least one; the first is dialled next
 	dialFailed bool     // a dial of one of them failed
 }
 
-// usable reports whether the addresses are usable. It is false for nil, a backend that is
+// isUsable reports whether the addresses are usable. It is false for nil, a backend that is
 // in no EndpointSlice.
-func (p *podAddress) isUsable() bool { return p != nil && p.ready }
+func (p *podAddress) isUsable() bool { return p != nil && p.usable }
 
 // podAddresses returns the address of each backend, by ordinal, from all slices. A pod
 // may be in several slices: for a moment when Kubernetes moves it from one to another, or
@@ -528,12 +528,12 @@ func podAddresses(set map[string]*endpointSlice, statefulSet, port string) (
 				continue
 			}
 			known := addresses[ordinal]
-			if known == nil || !known.ready && e.isUsable() {
-				known = &podAddress{ready: e.isUsable(), uid: e.uid()}
+			if known == nil || !known.usable && e.isUsable() {
+				known = &podAddress{usable: e.isUsable(), uid: e.uid()}
 				addresses[ordinal] = known
 			}
 			addr := net.JoinHostPort(e.Addresses[0], port)
-			same := known.ready == e.isUsable() && known.uid == e.uid()
+			same := known.usable == e.isUsable() && known.uid == e.uid()
 			if same && !slices.Contains(known.addrs, addr) {
 				known.addrs = append(known.addrs, addr)
 			}

@@ -707,7 +707,7 @@ func TestPodAddresses(t *testing.T) {
 			addresses := podAddresses(sliceSet(t, tt.slices...), "backend", "9000")
 			var got []string
 			for _, ordinal := range slices.Sorted(maps.Keys(addresses)) {
-				got = append(got, fmt.Sprint(ordinal, " ", addresses[ordinal].ready, " ", addresses[ordinal].addrs))
+				got = append(got, fmt.Sprint(ordinal, " ", addresses[ordinal].usable, " ", addresses[ordinal].addrs))
 			}
 			wantEqual(t, "addresses", strings.Join(got, ", "), tt.want)
 		})

@@ -76,7 +76,7 @@ func (p *handoffPlan) isFull() bool {
 	return len(p.records) >= maxRecords && !p.newestRecord().after.isEmpty()
 }
 
-// target returns the content of the table to which the next step moves namespaces, when
+// nextContent returns the content of the table to which the next step moves namespaces, when
 // the newest table of the routers has this content: that one, or if the plan is full, the
 // plan's newest.
 func (p *handoffPlan) nextContent(content uint64) uint64 {
@@ -148,7 +148,7 @@ func union(a, b []int) []int {
 	return slices.Compact(all)
 }
 
-// advance returns the plan after p, as next does, with at most maxRecords records.
+// nextBounded returns the plan after p, as next does, with at most maxRecords records.
 // If p is full, its newest table has to cover everything before another one may follow;
 // owners that come back meanwhile get their namespaces in one step. A previous owner that
 // was gone stays gone. The caller sets the step.
@@ -258,7 +258,7 @@ func (v *view) next(t *table, m mark, now time.Time) *view {
 	return next
 }
 
-// advances reports whether next would make another plan than v's.
+// wouldChange reports whether next would make another plan than v's.
 func (v *view) wouldChange(content uint64, m *mark) bool {
 	newest := v.newestRecord()
 	switch {

@@ -58,7 +58,7 @@ type mover struct {
 	firstChange  time.Time    // of the changes that have not settled
 	settlesAt    time.Time    // when these will have settled
 	steppedAt    time.Time    // when the last step began that closed sessions
-	tally        *moveTally   // that is under way; nil for none
+	tally        *moveTally   // of the move under way; nil for none
 	finishing    []*moveTally // whose last closing handshakes go on
 	queue        moveQueue
 	targets      *moveTargets
@@ -225,7 +225,7 @@ func (m *mover) prepare(now time.Time) {
 	m.tally.version = t.version
 }
 
-// targetTable returns the table to which the next step moves namespaces: see
+// nextTable returns the table to which the next step moves namespaces: see
 // handoffPlan.nextContent. It is nil if this router does not have that table.
 func (m *mover) nextTable(v *view) *table {
 	t := m.router.table()
@@ -503,9 +503,9 @@ func (m *mover) countStep(held time.Duration) {
 	}
 }
 
-// keepVersion replaces the table of v, which is at rest, by t, which has the same content
+// takeNewVersion replaces the table of v, which is at rest, by t, which has the same content
 // and newer versions, with the previous owners that v knows. The router gets the same
-// table. keepVersion returns the view that is in force then.
+// table. takeNewVersion returns the view that is in force then.
 func (m *mover) takeNewVersion(v *view, t *table) *view {
 	if v.tables[0] == t {
 		return v
@@ -529,7 +529,7 @@ func (m *mover) startMove(s *session) {
 	m.tally.close(s, m.closeSession, m.wake.notify)
 }
 
-// endMove ends the batch and all dials if no session is left that has to move.
+// endMove ends the tally and all dials if no session is left that has to move.
 func (m *mover) endMove() {
 	if len(m.queue.sessions) == 0 {
 		m.targets.dropAll()
@@ -537,7 +537,7 @@ func (m *mover) endMove() {
 	}
 }
 
-// endBatch notes that no session is left that has to move to the batch's table.
+// endTally notes that no session is left that has to move to the tally's table.
 func (m *mover) endTally() {
 	if m.tally != nil && m.tally.sessions+m.tally.cancelled > 0 {
 		m.finishing = append(m.finishing, m.tally)
@@ -545,7 +545,7 @@ func (m *mover) endTally() {
 	m.tally = nil
 }
 
-// reportFinished logs the results of the batches whose last session is over, and passes
+// reportFinished logs the results of the tallies whose last session is over, and passes
 // them to the sources of overrides that report moves.
 func (m *mover) reportFinished() {
 	m.finishing = slices.DeleteFunc(m.finishing, func(batch *moveTally) bool {

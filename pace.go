@@ -6,19 +6,19 @@ import (
 )
 
 const (
-	paceTick    = 2 * time.Millisecond // the shortest wait: steps due by then are done at once
+	paceTick    = 2 * time.Millisecond // the shortest wait: what is due by then is done at once
 	paceCatchUp = time.Second          // how much delay a pace makes up for
 )
 
-// pace spreads steps over time: one each interval, with a jitter of up to half of it.
-// The schedule is absolute: a step that is late does not delay the steps after it.
+// pace spreads sessions over time: one each interval, with a jitter of up to half of it.
+// The schedule is absolute: a session that is late does not delay those after it.
 type pace struct {
 	interval  time.Duration // 0: all at once
-	scheduled time.Time     // of the next step, without its jitter
-	jitter    time.Duration // of the next step
+	scheduled time.Time     // of the next session, without its jitter
+	jitter    time.Duration // of the next session
 }
 
-// start starts the schedule, or continues it after a time without steps: the next step
+// start starts the schedule, or continues it after a time without sessions: the next one
 // is not due before now.
 func (p *pace) start(now time.Time) {
 	if p.scheduled.Before(now) {
@@ -26,10 +26,10 @@ func (p *pace) start(now time.Time) {
 	}
 }
 
-// next returns when the next step is due.
+// next returns when the next session is due.
 func (p *pace) next() time.Time { return p.scheduled.Add(p.jitter) }
 
-// advance schedules the step after the one that was just done.
+// advance schedules the session after the one that has just ended or moved.
 func (p *pace) advance(now time.Time) {
 	p.scheduled = p.scheduled.Add(p.interval)
 	p.start(now.Add(-paceCatchUp))

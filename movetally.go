@@ -5,14 +5,14 @@ import (
 	"time"
 )
 
-// moveBatch is the sessions that moved to one table. The mover's run owns it, but for the
+// moveTally counts the sessions that moved to one table, in one step or many. The mover's run owns it, but for the
 // atomic fields.
 type moveTally struct {
 	content     uint64 // of the table; noContent if it is not known
 	version     string // of the table
 	began       time.Time
 	moved       map[string]struct{} // namespaces of the closed sessions
-	sessions    int                 // that the batch closed
+	sessions    int                 // that were closed
 	cancelled   int                 // sessions that stayed: a later change moved them back
 	longestHold time.Duration       // the longest time that a namespace was held
 
@@ -37,14 +37,14 @@ type moveReporter interface {
 	reportMove(moveResult)
 }
 
-// newMoveTally returns a batch without sessions.
+// newMoveTally returns a tally without sessions.
 func newMoveTally(content uint64) *moveTally {
 	return &moveTally{content: content, moved: map[string]struct{}{}}
 }
 
 // close starts the closing handshake of a session with closeSession, which returns false
 // if the session is about to end already. It calls onLast when the last handshake of the
-// batch that goes on has ended. onLast must not block.
+// tally that goes on has ended. onLast must not block.
 func (b *moveTally) close(
 	s *session, closeSession func(s *session, onEnd func(cut bool)) bool, onLast func(),
 ) {
@@ -65,7 +65,7 @@ func (b *moveTally) close(
 	b.moved[s.namespace] = struct{}{}
 }
 
-// result returns the result of a batch of which no handshake goes on.
+// result returns the result of a tally of which no handshake goes on.
 func (b *moveTally) result() moveResult {
 	r := moveResult{
 		version: b.version, namespaces: len(b.moved), sessions: b.sessions,
