@@ -216,10 +216,10 @@ func (b *queueTest) upgrade(ctx context.Context, i int) error {
 func always0(string) int { return 0 }
 
 // waitersOf returns who waits for a backend.
-func (h *dialQueues) waitersOf(ordinal int) []*waiter {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return slices.Clone(h.queue(ordinal).waiters)
+func (d *dialQueues) waitersOf(ordinal int) []*waiter {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Clone(d.queue(ordinal).waiters)
 }
 
 // dials returns which upgrades dialled, in order, and how many at once.

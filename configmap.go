@@ -72,14 +72,14 @@ type configMapState struct {
 // newConfigMaps returns the source of overrides in a Kubernetes namespace: the ConfigMaps
 // with these names or, if selector is not "", those that the label selector selects.
 // podName is the name of this router in Events.
-func newConfigMaps(k kubeClient, namespace string, names []string,
+func newConfigMaps(k kubeClient, kubeNamespace string, names []string,
 	selector, podName string, update func(...sourceContent), log *slog.Logger) *configMaps {
 	c := &configMaps{update: update, events: newEventRecorder(k, podName, log), log: log}
 	for _, name := range names {
-		c.addWatcher(k, namespace, name, "")
+		c.addWatcher(k, kubeNamespace, name, "")
 	}
 	if selector != "" {
-		c.addWatcher(k, namespace, "", selector)
+		c.addWatcher(k, kubeNamespace, "", selector)
 	}
 	return c
 }
@@ -101,8 +101,8 @@ func (c *configMaps) addWatcher(k kubeClient, namespace, name, selector string) 
 	c.current = append(c.current, nil)
 	c.watchers = append(c.watchers, &watcher[configMap]{
 		kube: &k, kind: "ConfigMap",
-		path:      "/api/v1/namespaces/" + namespace + "/configmaps",
-		namespace: namespace, name: name, selector: selector,
+		path:          "/api/v1/namespaces/" + namespace + "/configmaps",
+		kubeNamespace: namespace, name: name, selector: selector,
 		meta:  func(m *configMap) *apiObject { return &m.apiObject },
 		apply: func(set map[string]*configMap) { c.apply(i, set) },
 		log:   c.log,
@@ -210,10 +210,10 @@ func (c *configMaps) whyNotReady() string {
 		case len(c.current[i]) > 0:
 		case c.current[i] != nil && w.name != "":
 			why = append(why, fmt.Sprintf("%s does not exist: kubectl -n %s create configmap %s",
-				w.String(), w.namespace, w.name))
+				w.String(), w.kubeNamespace, w.name))
 		case c.current[i] != nil:
 			why = append(why, fmt.Sprintf("no ConfigMap has the label: "+
-				"kubectl -n %s label configmap NAME %s", w.namespace, w.selector))
+				"kubectl -n %s label configmap NAME %s", w.kubeNamespace, w.selector))
 		case failure != nil:
 			why = append(why, w.String()+": "+failure.Error())
 		default:

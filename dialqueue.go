@@ -80,95 +80,95 @@ func newDialQueues(ready func(ordinal int) error) *dialQueues {
 }
 
 // checkReady returns why the upgrades in the queue cannot dial now, or nil.
-func (h *dialQueues) checkReady(ordinal int) error {
+func (d *dialQueues) checkReady(ordinal int) error {
 	if ordinal == queueHeld {
 		return errHeld
 	}
-	return h.backendReady(ordinal)
+	return d.backendReady(ordinal)
 }
 
 // newWaiter returns a waiter for wait, of an upgrade of the namespace.
-func (h *dialQueues) newWaiter(namespace string) *waiter {
+func (d *dialQueues) newWaiter(namespace string) *waiter {
 	w := &waiter{namespace: namespace, woken: newWakeup()}
 	w.onWake = w.woken.notify
-	h.setSequence(w)
+	d.setSequence(w)
 	return w
 }
 
 // setSequence gives w its position: behind all others.
-func (h *dialQueues) setSequence(w *waiter) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.lastSequence++
-	w.sequence = h.lastSequence
+func (d *dialQueues) setSequence(w *waiter) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.lastSequence++
+	w.sequence = d.lastSequence
 }
 
 // wait returns nil when w may dial the backend. The caller then calls dialDone. wait
 // returns errRecheckOwner if w has to wait in another queue, and what w waited for if ctx
 // ends.
-func (h *dialQueues) wait(
+func (d *dialQueues) wait(
 	ctx context.Context, w *waiter, ordinal int, find queueFinder,
 ) error {
-	if !h.enqueue(context.Background(), w, ordinal, find) {
+	if !d.enqueue(context.Background(), w, ordinal, find) {
 		return errRecheckOwner
 	}
 	select {
 	case <-w.woken:
 	case <-ctx.Done():
 	}
-	return h.dequeue(ctx, w, ordinal)
+	return d.dequeue(ctx, w, ordinal)
 }
 
 // enqueue puts w, which is in no queue, into the queue. w may then dial at once. It
 // reports whether it did so: not if w has to wait in another queue by now, and not if ctx
 // has ended, because dequeue may have been called already.
-func (h *dialQueues) enqueue(
+func (d *dialQueues) enqueue(
 	ctx context.Context, w *waiter, ordinal int, find queueFinder,
 ) bool {
-	h.mu.Lock()
-	defer h.mu.Unlock()
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	// After these checks, recheckOwners and dequeue find w in the queue.
 	if find(w.namespace) != ordinal || ctx.Err() != nil {
 		return false
 	}
-	q := h.queue(ordinal)
+	q := d.queue(ordinal)
 	at, _ := q.position(w)
 	q.waiters = slices.Insert(q.waiters, at, w)
-	h.startDials(ordinal, q)
+	d.startDials(ordinal, q)
 	return true
 }
 
 // dequeue takes w, which was woken or whose ctx has ended, out of the backend's queue. It
 // returns what wait returns.
-func (h *dialQueues) dequeue(ctx context.Context, w *waiter, ordinal int) error {
-	h.mu.Lock()
-	defer h.mu.Unlock()
+func (d *dialQueues) dequeue(ctx context.Context, w *waiter, ordinal int) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	if w.mayDial {
 		w.mayDial = false
 		return nil
 	}
-	q := h.queue(ordinal)
+	q := d.queue(ordinal)
 	if at, ok := q.position(w); ok {
 		q.waiters = slices.Delete(q.waiters, at, at+1)
 	}
 	if ctx.Err() == nil {
 		return errRecheckOwner
 	}
-	return h.reasonLocked(w, ordinal, ctx.Err())
+	return d.reasonLocked(w, ordinal, ctx.Err())
 }
 
 // reason returns why w, whose ctx has ended, is not connected to the backend, or err if
 // no reason is known.
-func (h *dialQueues) reason(w *waiter, ordinal int, err error) error {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return h.reasonLocked(w, ordinal, err)
+func (d *dialQueues) reason(w *waiter, ordinal int, err error) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.reasonLocked(w, ordinal, err)
 }
 
 // reasonLocked returns why the backend cannot be dialled, or why the last dial of it failed, or
 // why the last dial of w failed, or err. The caller holds mu.
-func (h *dialQueues) reasonLocked(w *waiter, ordinal int, err error) error {
-	return cmp.Or(h.checkReady(ordinal), h.queue(ordinal).lastErr, w.failure, err)
+func (d *dialQueues) reasonLocked(w *waiter, ordinal int, err error) error {
+	return cmp.Or(d.checkReady(ordinal), d.queue(ordinal).lastErr, w.failure, err)
 }
 
 // isOpen reports whether a request may be sent to the backend now, on a connection that
@@ -200,25 +200,25 @@ func (h *dialQueues) tryDial(ordinal int) bool {
 
 // dialDone notes the result of a dial. ctxEnded says that the context of the upgrade ended
 // before the dial could succeed or fail.
-func (h *dialQueues) dialDone(ordinal int, err error, ctxEnded bool) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	q := h.queue(ordinal)
+func (d *dialQueues) dialDone(ordinal int, err error, ctxEnded bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	q := d.queue(ordinal)
 	q.dialing--
 	switch {
 	case err == nil && q.misdirected: // the next upgrade waits for the answer, or for retryAt
-		h.dialFailed(ordinal, q, q.lastErr)
+		d.dialFailed(ordinal, q, q.lastErr)
 	case err == nil:
 		q.failures, q.lastErr = 0, nil
 	case !ctxEnded:
-		h.dialFailed(ordinal, q, err)
+		d.dialFailed(ordinal, q, err)
 	}
-	h.startDials(ordinal, q)
+	d.startDials(ordinal, q)
 }
 
 // dialFailed lets no upgrade dial the backend until retryAt. Of dials that fail together
 // only the first counts. The caller holds mu.
-func (h *dialQueues) dialFailed(ordinal int, q *dialQueue, err error) {
+func (d *dialQueues) dialFailed(ordinal int, q *dialQueue, err error) {
 	if time.Now().Before(q.retryAt) {
 		return
 	}
@@ -226,63 +226,63 @@ func (h *dialQueues) dialFailed(ordinal int, q *dialQueue, err error) {
 	wait := backoff{minRedialDelay, maxRedialDelay}.jittered(q.failures, rand.Float64())
 	q.lastErr, q.retryAt = err, time.Now().Add(wait)
 	time.AfterFunc(wait, func() {
-		h.mu.Lock()
-		defer h.mu.Unlock()
-		h.startDials(ordinal, q)
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		d.startDials(ordinal, q)
 	})
 }
 
 // setMisdirected notes that another backend has answered at the backend's address. As
 // after a failed dial, one upgrade at a time then dials, until clearMisdirected.
-func (h *dialQueues) setMisdirected(ordinal int, err error) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	q := h.queue(ordinal)
+func (d *dialQueues) setMisdirected(ordinal int, err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	q := d.queue(ordinal)
 	if !q.misdirected {
 		q.misdirected = true
-		h.misdirectedQueues.Add(1)
+		d.misdirectedQueues.Add(1)
 	}
-	h.dialFailed(ordinal, q, err)
+	d.dialFailed(ordinal, q, err)
 }
 
 // clearMisdirected notes that the backend has answered.
-func (h *dialQueues) clearMisdirected(ordinal int) {
-	if h.misdirectedQueues.Load() == 0 {
+func (d *dialQueues) clearMisdirected(ordinal int) {
+	if d.misdirectedQueues.Load() == 0 {
 		return
 	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	q := h.queue(ordinal)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	q := d.queue(ordinal)
 	if !q.misdirected {
 		return
 	}
-	h.misdirectedQueues.Add(-1)
+	d.misdirectedQueues.Add(-1)
 	q.misdirected, q.failures, q.lastErr, q.retryAt = false, 0, nil, time.Time{}
-	h.startDials(ordinal, q)
+	d.startDials(ordinal, q)
 }
 
 // readinessChanged is called when the result of checkReady or the address of any backend
 // may have changed. Upgrades may then dial at once. The failed dials of a backend that
 // has become ready are forgotten.
-func (h *dialQueues) readinessChanged() {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	for ordinal, q := range h.queues {
-		down := h.checkReady(ordinal) != nil
+func (d *dialQueues) readinessChanged() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for ordinal, q := range d.queues {
+		down := d.checkReady(ordinal) != nil
 		if q.wasDown && !down {
 			q.failures = 0
 		}
 		q.wasDown, q.retryAt = down, time.Time{}
-		h.startDials(ordinal, q)
+		d.startDials(ordinal, q)
 	}
 }
 
 // recheckOwners wakes the waiters that have to wait in another queue. It is called after
 // what find returns has changed.
-func (h *dialQueues) recheckOwners(find queueFinder) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	for ordinal, q := range h.queues {
+func (d *dialQueues) recheckOwners(find queueFinder) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for ordinal, q := range d.queues {
 		for _, w := range q.waiters {
 			if find(w.namespace) != ordinal {
 				w.onWake()
@@ -292,8 +292,8 @@ func (h *dialQueues) recheckOwners(find queueFinder) {
 }
 
 // startDials lets the waiters dial that may do so now. The caller holds mu.
-func (h *dialQueues) startDials(ordinal int, q *dialQueue) {
-	if len(q.waiters) == 0 || h.checkReady(ordinal) != nil || time.Now().Before(q.retryAt) {
+func (d *dialQueues) startDials(ordinal int, q *dialQueue) {
+	if len(q.waiters) == 0 || d.checkReady(ordinal) != nil || time.Now().Before(q.retryAt) {
 		return
 	}
 	limit := maxDialsPerBackend
@@ -310,11 +310,11 @@ func (h *dialQueues) startDials(ordinal int, q *dialQueue) {
 }
 
 // queue returns the backend's queue. The caller holds mu.
-func (h *dialQueues) queue(ordinal int) *dialQueue {
-	q := h.queues[ordinal]
+func (d *dialQueues) queue(ordinal int) *dialQueue {
+	q := d.queues[ordinal]
 	if q == nil {
-		q = &dialQueue{wasDown: h.checkReady(ordinal) != nil}
-		h.queues[ordinal] = q
+		q = &dialQueue{wasDown: d.checkReady(ordinal) != nil}
+		d.queues[ordinal] = q
 	}
 	return q
 }

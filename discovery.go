@@ -150,7 +150,7 @@ type storedProof struct {
 // setStored gives to this one: before that, no backends are known. run calls onWanted
 // each time that wantedBackends returns something else. One call of onResize or onWanted ends
 // before the next one. No lock is held then.
-func newReplicaWatcher(client kubeClient, namespace string, endpoints *endpointWatcher,
+func newReplicaWatcher(client kubeClient, kubeNamespace string, endpoints *endpointWatcher,
 	onResize func(backends ordinalRange, revision string), onWanted func(),
 	log *slog.Logger) *replicaWatcher {
 	r := &replicaWatcher{
@@ -158,8 +158,8 @@ func newReplicaWatcher(client kubeClient, namespace string, endpoints *endpointW
 		onResize: onResize, onWanted: onWanted, proveWakeup: newWakeup(), log: log,
 	}
 	r.watcher = &watcher[statefulSet]{
-		kube: &client, path: "/apis/apps/v1/namespaces/" + namespace + "/statefulsets",
-		kind: "StatefulSet", namespace: namespace, name: endpoints.statefulSet,
+		kube: &client, path: "/apis/apps/v1/namespaces/" + kubeNamespace + "/statefulsets",
+		kind: "StatefulSet", kubeNamespace: kubeNamespace, name: endpoints.statefulSet,
 		meta:  func(s *statefulSet) *apiObject { return &s.apiObject },
 		apply: r.apply, relistWanted: newWakeup(), log: log,
 	}
@@ -571,7 +571,7 @@ type endpointWatcher struct {
 // newEndpointWatcher returns an endpointWatcher of the Service. The caller runs its
 // watcher. The watcher calls onPods with the uids of the usable pods, by ordinal, before
 // any of them is dialled; a pod without a uid is left out. onPods must not block.
-func newEndpointWatcher(client kubeClient, namespace, statefulSet, service string, port int,
+func newEndpointWatcher(client kubeClient, kubeNamespace, statefulSet, service string, port int,
 	onPods func(uids map[int]string), log *slog.Logger) *endpointWatcher {
 	e := &endpointWatcher{
 		client: client, statefulSet: statefulSet, port: strconv.Itoa(port),
@@ -581,8 +581,8 @@ func newEndpointWatcher(client kubeClient, namespace, statefulSet, service strin
 	e.queues = newDialQueues(e.checkReady)
 	e.watcher = &watcher[endpointSlice]{
 		kube: &client,
-		path: "/apis/discovery.k8s.io/v1/namespaces/" + namespace + "/endpointslices",
-		kind: "EndpointSlice", namespace: namespace,
+		path: "/apis/discovery.k8s.io/v1/namespaces/" + kubeNamespace + "/endpointslices",
+		kind: "EndpointSlice", kubeNamespace: kubeNamespace,
 		selector: "kubernetes.io/service-name=" + service,
 		meta:     func(s *endpointSlice) *apiObject { return &s.apiObject },
 		apply:    e.apply, onFailure: e.readinessChanged, log: log,
@@ -691,7 +691,7 @@ func (e *endpointWatcher) podIsGone(ctx context.Context, ordinal int) bool {
 	ctx, cancel := context.WithTimeout(ctx, podTimeout)
 	defer cancel()
 	client := e.client
-	path := "/api/v1/namespaces/" + e.watcher.namespace + "/pods/" +
+	path := "/api/v1/namespaces/" + e.watcher.kubeNamespace + "/pods/" +
 		backendName(e.statefulSet, ordinal)
 	body, err := client.do(ctx, path, nil, nil)
 	if err == nil {

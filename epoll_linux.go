@@ -55,20 +55,20 @@ type poller struct {
 
 // slot is where an event finds its session, or what is not one yet.
 type slot struct {
-	session    *session // nil if the slot is free, or a handler's
-	handler    handler
+	session    *session // nil if the slot is free, or a pendingHandler's
+	handler    pendingHandler
 	generation int32 // of use: an event of an earlier round is stale
 }
 
-// handler has two sockets that the poller watches, and that may become a session's.
-type handler interface {
+// pendingHandler has two sockets that the poller watches, and that may become a session's.
+type pendingHandler interface {
 	// handleEvent is called with the events of a side. The poller's mu is held.
 	handleEvent(i side, events uint32)
 	// handleStop is called when the router stops. The poller's mu is held.
 	handleStop()
 }
 
-// sockets are those of a handler. They are guarded by the poller's mu.
+// sockets are those of a pendingHandler. They are guarded by the poller's mu.
 type sockets struct {
 	fd     [2]int32  // -1: none
 	mask   [2]uint32 // what epoll watches; 0: the socket is not in the set yet
@@ -237,7 +237,7 @@ func (p *poller) freeSlot(slotIndex int32) {
 }
 
 // addPending gives h a slot.
-func (p *poller) addPending(h handler) int32 {
+func (p *poller) addPending(h pendingHandler) int32 {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	slotIndex := p.allocateSlot()

@@ -996,7 +996,7 @@ type fakeConfigMap struct {
 
 // routesWatcher follows edge/routes, or what the selector chooses in edge.
 func routesWatcher(k *kubeClient, selector string, log *slog.Logger, apply func(map[string]*fakeConfigMap)) *watcher[fakeConfigMap] {
-	w := &watcher[fakeConfigMap]{kube: k, path: "/api/v1/namespaces/edge/configmaps", kind: "ConfigMap", namespace: "edge",
+	w := &watcher[fakeConfigMap]{kube: k, path: "/api/v1/namespaces/edge/configmaps", kind: "ConfigMap", kubeNamespace: "edge",
 		selector: selector, meta: func(m *fakeConfigMap) *apiObject { return &m.apiObject }, apply: apply, relistWanted: newWakeup(), log: log}
 	if selector == "" {
 		w.name = "routes"

@@ -260,9 +260,9 @@ type pendingConn struct {
 	// Owned by its goroutine. Before it parks, it leaves these to the next one.
 	ctx          *pendingContext // ends when the client is gone, or its time is over
 	remoteAddr   clientAddr      // of the client
-	expectsProxy bool            // head has to begin with a header of the PROXY protocol
-	head         []byte          // what the client has sent
-	earlyAt      int             // index in head of what follows the request
+	expectsProxy bool            // received has to begin with a header of the PROXY protocol
+	received     []byte          // what the client has sent
+	earlyAt      int             // index in received of what follows the request
 	request      *http.Request   // nil before it was read, and while it waits for its owner
 	upgrade      *pendingUpgrade // nil before its admission
 	waiter       waiter          // its sequence is 0 if the owner could be dialled at once
@@ -335,9 +335,9 @@ func (c *pendingConn) serve() {
 	if c.expectsProxy && err == nil {
 		head, err = c.readProxyHeader(head)
 	}
-	c.head = head
+	c.received = head
 	if !c.expectsProxy {
-		c.head = trimEmptyLines(head)
+		c.received = trimEmptyLines(head)
 	}
 	switch {
 	case c.ctx.Err() != nil, c.expectsProxy && len(head) > 0: // it is invalid, or was cut
@@ -348,7 +348,7 @@ func (c *pendingConn) serve() {
 		c.fallBack(nil, nil)
 	case p.relay.oldPodSessionsDone(c.upgrade.namespace) != nil ||
 		!p.backends.queues.tryDial(c.upgrade.queue()):
-		go c.hold() // on a new stack, which is small
+		go c.park() // on a new stack, which is small
 	default:
 		c.dialOwner()
 	}
@@ -398,14 +398,14 @@ func (c *pendingConn) admit() bool {
 
 // parseUpgrade returns the client's request, or nil if it is not plain.
 func (c *pendingConn) parseUpgrade() *http.Request {
-	r, size := c.fastPath.parseUpgrade(c.head)
+	r, size := c.fastPath.parseUpgrade(c.received)
 	if r != nil {
 		r.RemoteAddr, c.earlyAt = c.remoteAddr.String(), size
 	}
 	return r
 }
 
-// dialOwner dials the owner, as it may, and goes on with askOwner or hold.
+// dialOwner dials the owner, as it may, and goes on with askOwner or park.
 func (c *pendingConn) dialOwner() {
 	p, u := c.fastPath.proxy, c.upgrade
 	podUID, err := p.backends.dialInTurn(c.ctx, &c.waiter, u.owner, c.connect)
@@ -415,9 +415,9 @@ func (c *pendingConn) dialOwner() {
 		c.askOwner()
 	case err == nil: // the pod was replaced meanwhile
 		c.closeBackend()
-		go c.hold()
+		go c.park()
 	case errors.Is(err, errRecheckOwner):
-		go c.hold()
+		go c.park()
 	default:
 		c.fallBack(nil, err)
 	}
@@ -426,13 +426,13 @@ func (c *pendingConn) dialOwner() {
 // askOwner sends the owner the request, and makes the session of its 101.
 func (c *pendingConn) askOwner() {
 	p, u := c.fastPath.proxy, c.upgrade
-	if c.wasHeld() {
+	if c.wasParked() {
 		c.setDeadline(time.Now().Add(fastPathTimeout), false)
 		c.request = c.parseUpgrade()
 	}
 	if !p.startFlight(u) {
 		c.closeBackend()
-		go c.hold()
+		go c.park()
 		return
 	}
 	clientAddrs, owner := forwardedFor(c.request), p.backends.name(u.owner)
@@ -460,17 +460,17 @@ func (c *pendingConn) askOwner() {
 		return
 	}
 	c.endContext()
-	early := [2][]byte{c.head[c.earlyAt:], fromBackend}
+	early := [2][]byte{c.received[c.earlyAt:], fromBackend}
 	p.openSession(u, s, func() { c.poller.promote(s, c.slot, &c.sockets, early) })
 	c.fastPath.pending.Done()
 }
 
-// hold parks the client in the dial queue of its owner, which cannot be dialled now. If
+// park parks the client in the dial queue of its owner, which cannot be dialled now. If
 // it may dial, has to ask for its owner again, or its time is over, resume goes on.
-func (c *pendingConn) hold() {
+func (c *pendingConn) park() {
 	p, u := c.fastPath.proxy, c.upgrade
-	if !c.wasHeld() {
-		if !u.reserveHead(len(c.head), p.limits.pendingUpgrades) {
+	if !c.wasParked() {
+		if !u.reserveHead(len(c.received), p.limits.pendingUpgrades) {
 			c.fallBack(nil, nil)
 			return
 		}
@@ -504,14 +504,14 @@ func (c *pendingConn) resume() {
 	case err == nil:
 		c.dialOwner()
 	case errors.Is(err, errRecheckOwner):
-		c.hold()
+		c.park()
 	default:
 		c.fallBack(nil, err)
 	}
 }
 
-// wasHeld reports whether the client has waited for its owner.
-func (c *pendingConn) wasHeld() bool { return c.waiter.sequence != 0 }
+// wasParked reports whether the client has waited for its owner.
+func (c *pendingConn) wasParked() bool { return c.waiter.sequence != 0 }
 
 // fallBack leaves the client to net/http, with what it has sent and its upgrade. If the
 // owner has got the request, its connection goes too, with what it has answered. failure
@@ -521,7 +521,7 @@ func (c *pendingConn) fallBack(answer []byte, failure error) {
 		c.closeGone()
 		return
 	}
-	if c.wasHeld() && !errors.Is(c.ctx.Err(), context.Canceled) {
+	if c.wasParked() && !errors.Is(c.ctx.Err(), context.Canceled) {
 		c.upgrade.dialErr = failure
 	}
 	f, control := c.fastPath, c.fastPath.proxy.backends.dialer.Control
@@ -537,7 +537,7 @@ func (c *pendingConn) fallBack(answer []byte, failure error) {
 	}
 	socket.Close() // before the owner's has a duplicate: descriptorsPerUpgrade
 	client := &clientConn{
-		Conn: &prefixedConn{conn, c.head}, remoteAddr: c.remoteAddr,
+		Conn: &prefixedConn{conn, c.received}, remoteAddr: c.remoteAddr,
 		fdLimit: f.fdLimit, badHeads: &f.proxy.results[resultBadHead],
 	}
 	if c.expectsProxy {

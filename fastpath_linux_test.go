@@ -66,7 +66,7 @@ func TestFastPathReadsAHeadOnly(t *testing.T) {
 	c := p.waitPendingConn(t)
 	c.poller.mu.Lock()
 	defer c.poller.mu.Unlock()
-	if n, limit := len(c.head), p.limits.headerBytes; n > limit {
+	if n, limit := len(c.received), p.limits.headerBytes; n > limit {
 		t.Errorf("%d bytes of a client are kept, want at most the %d of a head", n, limit)
 	}
 }
@@ -137,7 +137,7 @@ func TestFastPathForwardsWhoWasReset(t *testing.T) {
 	clients, read := make(chan *net.TCPConn, 1), sync.Once{}
 	paths := defaultLayout(t)
 	p := startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) {
-		p.namespace = func(r *http.Request) (namespace string, refused *refusal) {
+		p.namespaceOf = func(r *http.Request) (namespace string, refused *refusal) {
 			read.Do(func() { // between the read of its head and the hand-over to net/http
 				conn := <-clients
 				conn.SetLinger(0)

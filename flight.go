@@ -73,8 +73,8 @@ func (f *flights) add(namespace string, backend int, podUID string, cut func()) 
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.all[e] = struct{}{}
-	return e
+	f.all[added] = struct{}{}
+	return added
 }
 
 // any reports whether match returns true for one of the flights.
@@ -116,9 +116,20 @@ func (e *flight) end() {
 	f := e.flights
 	f.remember(e.namespace, e.backend)
 	f.mu.Lock()
-	delete(f.all, e)
-	f.mu.Unlock()
-	f.onEnd()
+	defer f.mu.Unlock()
+	for flight := range f.all {
+		visit(flight)
+	}
+}
+
+// end ends the flight: it is over.
+func (f *flight) end() {
+	all := f.flights
+	all.remember(f.namespace, f.backend)
+	all.mu.Lock()
+	delete(all.all, f)
+	all.mu.Unlock()
+	all.onEnd()
 }
 
 // abandon gives the flight up, since nobody needs its answer. It sends the backend a FIN,
@@ -126,23 +137,23 @@ func (e *flight) end() {
 // unprovenTimeout: a backend may take a request that was reset long after the reset. It
 // takes over conn, which is nil if there is no descriptor for it, and calls onEnd at the
 // end of the flight. It does not block.
-func (e *flight) abandon(conn net.Conn, onEnd func()) {
-	f := e.flights
-	f.addDescriptors(1)
-	f.abandoned.Go(func() {
-		defer f.addDescriptors(-1)
+func (f *flight) abandon(conn net.Conn, onEnd func()) {
+	all := f.flights
+	all.addDescriptors(1)
+	all.abandoned.Go(func() {
+		defer all.addDescriptors(-1)
 		defer onEnd()
-		defer e.end()
+		defer f.end()
 		began := time.Now()
-		if f.awaitEnd(conn) {
+		if all.awaitEnd(conn) {
 			return
 		}
-		f.unproven.Add(1)
-		if f.lifetime.Err() != nil { // the router stops
+		all.unproven.Add(1)
+		if all.lifetime.Err() != nil { // the router stops
 			return
 		}
-		f.log.Warn("gave up waiting for the end of an upgrade",
-			"namespace", e.namespace, "backend", f.backendName(e.backend),
+		all.log.Warn("gave up waiting for the end of an upgrade",
+			"namespace", f.namespace, "backend", all.backendName(f.backend),
 			"seconds", time.Since(began).Seconds())
 	})
 }

@@ -20,9 +20,9 @@ import (
 
 // Headers that tell the backend who routed the request, by which table, by which step of
 // a hand-off, and to which backend. A step only rises: of two requests for a namespace
-// with different owners, the newer owner has the higher one. They are never taken from a client. A backend that is not the one
-// in headerBackend answers 421 Misdirected Request (RFC 9110 §15.5.20): the address
-// was that of another one, whose pod is gone.
+// with different owners, the newer owner has the higher one. They are never taken from a
+// client. A backend answers 421 Misdirected Request (RFC 9110 §15.5.20) if headerBackend does
+// not name it: the router had an old address.
 const (
 	headerPod     = "X-Router-Pod"
 	headerTable   = "X-Router-Table"
@@ -199,8 +199,7 @@ func requestHead(r *http.Request, peer, pod, stamp string, step int64, backend s
 	return finishRequestHead(startRequestHead(r, peer, pod), stamp, step, backend)
 }
 
-// startRequestHead is what of requestHead does not depend on the backend: all that is of the
-// request.
+// startRequestHead is the part of requestHead that does not depend on the backend.
 func startRequestHead(r *http.Request, peer, pod string) []byte {
 	head := appendUpgrade(appendRequestLine(make([]byte, 0, 1024), r))
 	return appendForwarded(head, r, peer, pod, isRouterHeader)
@@ -281,8 +280,8 @@ func appendForwarded(
 	return appendFields(head, r.Header, named, omit)
 }
 
-// finishRequestHead makes requestHead of what startRequestHead has returned, in its memory if there is
-// room. A caller that needs the beginning again passes it without room (slices.Clip).
+// finishRequestHead builds the full head from the part that startRequestHead made, in its
+// memory if there is room. A caller that needs the beginning again passes it without room (slices.Clip).
 func finishRequestHead(begun []byte, stamp string, step int64, backend string) []byte {
 	head := appendField(begun, headerTable, stamp)
 	head = append(append(head, headerStep...), ": "...)
@@ -401,11 +400,11 @@ type result int
 const (
 	resultOK             result = iota
 	resultBadRequest            // 400
-	resultBadHead               // 431: too many fields; or by net/http, or closed by that: too long, too slow, malformed
+	resultBadHead               // 431: too many fields; or too long, slow or malformed: net/http answers
 	resultNotFound              // 404
 	resultNotUpgrade            // 426
 	resultNoTable               // 503
-	resultUnresolved            // 503: the namespace's entry cannot be read
+	resultUnresolved            // 503: an invalid override, and no previous owner is known
 	resultHoldTimeout           // 503
 	resultMisdirected           // 503: another backend has the owner's address
 	resultMaxSessions           // 503

@@ -137,59 +137,59 @@ func newDescriptorLimit(files, backends int) (*descriptorLimit, error) {
 
 // setBackends sets how many descriptors clients may have with this many backends: at
 // least those of one.
-func (g *descriptorLimit) setBackends(backends int) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.limit = max(descriptorsPerUpgrade, g.maxFiles-internalDescriptors(backends))
-	g.changed.Signal()
+func (l *descriptorLimit) setBackends(backends int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.limit = max(descriptorsPerUpgrade, l.maxFiles-internalDescriptors(backends))
+	l.changed.Signal()
 }
 
 // maxSessions is how many there can be.
-func (g *descriptorLimit) maxSessions() int {
-	_, limit, _ := g.usage()
+func (l *descriptorLimit) maxSessions() int {
+	_, limit, _ := l.usage()
 	return (limit-descriptorsPerUpgrade)/descriptorsPerSession + 1
 }
 
 // wait returns when there is room for one more client, or net.ErrClosed.
-func (g *descriptorLimit) wait() error {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	for g.used+descriptorsPerUpgrade > g.limit && !g.closed {
-		g.changed.Wait()
+func (l *descriptorLimit) wait() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for l.used+descriptorsPerUpgrade > l.limit && !l.closed {
+		l.changed.Wait()
 	}
-	if g.closed {
+	if l.closed {
 		return net.ErrClosed
 	}
 	return nil
 }
 
 // add counts n descriptors more, or -n fewer, as used.
-func (g *descriptorLimit) add(n int) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.used += n
-	g.changed.Signal()
+func (l *descriptorLimit) add(n int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.used += n
+	l.changed.Signal()
 }
 
 // usage returns how many descriptors are used, how many may be, and whether
 // clients wait for room.
-func (g *descriptorLimit) usage() (used, limit int, full bool) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return g.used, g.limit, g.used+descriptorsPerUpgrade > g.limit
+func (l *descriptorLimit) usage() (used, limit int, full bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.used, l.limit, l.used+descriptorsPerUpgrade > l.limit
 }
 
 // writeMetrics writes how many descriptors clients use, whether some wait for one, and
 // those of the whole process.
-func (g *descriptorLimit) writeMetrics(m metricsWriter) {
-	used, limit, full := g.usage()
+func (l *descriptorLimit) writeMetrics(m metricsWriter) {
+	used, limit, full := l.usage()
 	m.single("router_client_descriptors", "gauge", "File descriptors that clients and their sessions have or may need.", float64(used))
 	m.single("router_client_descriptors_limit", "gauge", "File descriptors that clients and their sessions may have.", float64(limit))
 	m.single("router_accept_paused", "gauge", "1 while clients wait in the listen backlog for file descriptors.", boolToFloat(full))
 	if open, ok := openDescriptors(); ok {
 		m.single("process_open_fds", "gauge", "Open file descriptors.", float64(open))
 	}
-	m.single("process_max_fds", "gauge", "File descriptors that the process may open.", float64(g.maxFiles))
+	m.single("process_max_fds", "gauge", "File descriptors that the process may open.", float64(l.maxFiles))
 }
 
 // openDescriptors returns how many file descriptors the process has open. ok is false on
@@ -205,11 +205,11 @@ func openDescriptors() (n int, ok bool) {
 }
 
 // close ends wait.
-func (g *descriptorLimit) close() {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.closed = true
-	g.changed.Signal()
+func (l *descriptorLimit) close() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.closed = true
+	l.changed.Signal()
 }
 
 // How long accept rests when it failed: at first, and then twice as long each

@@ -234,7 +234,7 @@ type program struct {
 // newProgram makes the components that c asks for. They do nothing before serve.
 func newProgram(c *config, getenv func(string) string, queue *logQueue,
 	log *slog.Logger) (*program, error) {
-	kubeClient, namespace, err := c.kubeClient(getenv)
+	kubeClient, kubeNamespace, err := c.kubeClient(getenv)
 	if err != nil {
 		return nil, err
 	}
@@ -250,7 +250,7 @@ func newProgram(c *config, getenv func(string) string, queue *logQueue,
 				proxy.mover.ownersChanged()
 			}
 		}
-		endpoints = newEndpointWatcher(*kubeClient, namespace,
+		endpoints = newEndpointWatcher(*kubeClient, kubeNamespace,
 			c.statefulSet, c.service, c.backendPort, onPods, log)
 		backends = endpoints.backends()
 	}
@@ -266,12 +266,12 @@ func newProgram(c *config, getenv func(string) string, queue *logQueue,
 	p := &program{config: c, fdLimit: fdLimit, proxy: proxy, log: log}
 	p.admin = &admin{proxy: proxy, fdLimit: fdLimit, logQueue: queue, started: time.Now()}
 	if c.handoff == "all" {
-		p.shareHandoff(kubeClient, namespace)
+		p.shareHandoff(kubeClient, kubeNamespace)
 	}
 	if endpoints != nil {
-		p.followStatefulSet(kubeClient, namespace, endpoints)
+		p.followStatefulSet(kubeClient, kubeNamespace, endpoints)
 	}
-	p.addSources(kubeClient, namespace)
+	p.addSources(kubeClient, kubeNamespace)
 	return p, nil
 }
 
@@ -309,7 +309,7 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 	}
 	p := &proxy{
 		router: router, backends: backends, relay: relay, mover: mover,
-		limits: c.limits, podName: c.podName, namespace: c.layout.namespace, log: log,
+		limits: c.limits, podName: c.podName, namespaceOf: c.layout.namespace, log: log,
 	}
 	if c.proxyProtocol == "on" {
 		p.proxyProtocol = &proxyProtocol{trusted: &c.trustedProxies, log: log}
@@ -329,9 +329,9 @@ func followReleases(c *config, m *mover, b *backends) {
 }
 
 // shareHandoff makes the router share each change of owners with all others.
-func (p *program) shareHandoff(kubeClient *kubeClient, namespace string) {
+func (p *program) shareHandoff(kubeClient *kubeClient, kubeNamespace string) {
 	c := p.config
-	s := newMembership(*kubeClient, namespace, c.handoffConfigMap,
+	s := newMembership(*kubeClient, kubeNamespace, c.handoffConfigMap,
 		c.podName, c.podUID, c.routerPods, p.log)
 	p.proxy.mover.useMembership(s)
 	p.tasks = append(p.tasks, s.watcher.run)
@@ -339,7 +339,7 @@ func (p *program) shareHandoff(kubeClient *kubeClient, namespace string) {
 
 // followStatefulSet takes the number of backends from the StatefulSet, and their
 // addresses and pods from its EndpointSlices.
-func (p *program) followStatefulSet(kubeClient *kubeClient, namespace string,
+func (p *program) followStatefulSet(kubeClient *kubeClient, kubeNamespace string,
 	endpoints *endpointWatcher) {
 	onResize := func(backends ordinalRange, revision string) {
 		p.fdLimit.setBackends(backends.count)
@@ -351,7 +351,7 @@ func (p *program) followStatefulSet(kubeClient *kubeClient, namespace string,
 		onWanted = shared.wake
 	}
 	replicas := newReplicaWatcher(
-		*kubeClient, namespace, endpoints, onResize, onWanted, p.log)
+		*kubeClient, kubeNamespace, endpoints, onResize, onWanted, p.log)
 	if shared != nil {
 		shared.wantedBackends, shared.onStored = replicas.wantedBackends, replicas.setStored
 	}
@@ -362,11 +362,11 @@ func (p *program) followStatefulSet(kubeClient *kubeClient, namespace string,
 
 // addSources sets up the sources of overrides: the ConfigMaps if there is an API server,
 // and a directory, which then counts only until the ConfigMaps were read.
-func (p *program) addSources(kubeClient *kubeClient, namespace string) {
+func (p *program) addSources(kubeClient *kubeClient, kubeNamespace string) {
 	c, router := p.config, p.proxy.router
 	if kubeClient != nil {
 		router.addSource(false, func(update func(...sourceContent)) overrideSource {
-			maps := newConfigMaps(*kubeClient, namespace, c.configMaps, c.selector,
+			maps := newConfigMaps(*kubeClient, kubeNamespace, c.configMaps, c.selector,
 				c.podName, update, p.log)
 			p.admin.configMaps = maps
 			return maps

@@ -109,13 +109,13 @@ type handoffConfigMap struct {
 // newMembership returns the membership of the pod with this name and UID, with the object
 // of this name. podLabel is the label selector of all routers' pods. The caller runs the
 // watcher, and sets wake, wantedBackends and onStored.
-func newMembership(client kubeClient, namespace, object string, pod, uid, podLabel string,
+func newMembership(client kubeClient, kubeNamespace, object string, pod, uid, podLabel string,
 	log *slog.Logger) *membership {
 	writer, reader := client, client
 	writer.patch, writer.keep = true, true
 	s := &membership{
 		writer: &writer, client: client, podLabel: podLabel,
-		podsPath: "/api/v1/namespaces/" + namespace + "/pods",
+		podsPath: "/api/v1/namespaces/" + kubeNamespace + "/pods",
 		wake:     func() {}, wantedBackends: func() *activeCount { return nil },
 		onStored: func(*activeCount) {}, log: log,
 		member:  newMember(pod, uid, fmt.Sprintf("%016x", rand.Uint64())),
@@ -124,8 +124,8 @@ func newMembership(client kubeClient, namespace, object string, pod, uid, podLab
 	}
 	s.watcher = &watcher[handoffConfigMap]{
 		kube: &reader, kind: "ConfigMap",
-		path:      "/api/v1/namespaces/" + namespace + "/configmaps",
-		namespace: namespace, name: object, noPause: true, relistWanted: newWakeup(),
+		path:          "/api/v1/namespaces/" + kubeNamespace + "/configmaps",
+		kubeNamespace: kubeNamespace, name: object, noPause: true, relistWanted: newWakeup(),
 		meta:  func(m *handoffConfigMap) *apiObject { return &m.apiObject },
 		apply: s.apply, log: log,
 	}
@@ -133,106 +133,106 @@ func newMembership(client kubeClient, namespace, object string, pod, uid, podLab
 }
 
 // apply takes a new version of the object from the watcher.
-func (s *membership) apply(objects map[string]*handoffConfigMap) {
-	in := objects[s.watcher.name]
-	s.mu.Lock()
-	s.inbox.known, s.inbox.object, s.inbox.seenAt = true, nil, time.Now()
+func (m *membership) apply(objects map[string]*handoffConfigMap) {
+	in := objects[m.watcher.name]
+	m.mu.Lock()
+	m.inbox.known, m.inbox.object, m.inbox.seenAt = true, nil, time.Now()
 	if in != nil {
-		s.inbox.object = readHandoffObject(
+		m.inbox.object = readHandoffObject(
 			in.Metadata.UID, in.Metadata.ResourceVersion, in.Data)
 	}
-	o := s.inbox.object
-	s.mu.Unlock()
+	o := m.inbox.object
+	m.mu.Unlock()
 	switch {
 	case o == nil:
-		s.log.Warn("object of the hand-off not found; changes of owners wait",
-			"object", s.watcher.String())
+		m.log.Warn("object of the hand-off not found; changes of owners wait",
+			"object", m.watcher.String())
 	case len(o.faults) > 0:
-		if omitted, ok := s.faultThrottle.allow(time.Minute); ok {
-			s.log.Warn("object of the hand-off cannot be read",
-				"object", s.watcher.String(), "error", errors.Join(o.faults...).Error(),
+		if omitted, ok := m.faultThrottle.allow(time.Minute); ok {
+			m.log.Warn("object of the hand-off cannot be read",
+				"object", m.watcher.String(), "error", errors.Join(o.faults...).Error(),
 				"omitted", omitted)
 		}
 	}
-	s.wake()
+	m.wake()
 }
 
 // decide says what to do next, and begins what has to be written or listed. p is how far
 // this router has come, t its own table, nil if it has none yet, and seenStep the highest
 // step that a backend has seen. The caller carries out actAdopt and actEndAll, and calls
 // decide again. All else only says when to call it again, if nothing happens before.
-func (s *membership) decide(
+func (m *membership) decide(
 	ctx context.Context, p stepProgress, t *table, seenStep int64, now time.Time,
 ) decision {
-	s.ctx = ctx
-	in := s.takeInbox(now)
-	s.member.setNewest(t)
-	s.member.sawStep(seenStep)
+	m.ctx = ctx
+	in := m.takeInbox(now)
+	m.member.setNewest(t)
+	m.member.sawStep(seenStep)
 	if in.object != nil {
-		s.member.see(in.object, now)
+		m.member.see(in.object, now)
 	}
-	s.passStored(&in)
-	d := s.member.decide(&decisionInput{
+	m.passStored(&in)
+	d := m.member.decide(&decisionInput{
 		stepProgress: p, now: now, object: in.object, seenAt: in.seenAt, list: in.list,
-		leaving: s.leaving, backends: s.wantedBackends(),
+		leaving: m.leaving, backends: m.wantedBackends(),
 		gone: func(_, uid string) bool { return in.gone[uid] },
 	})
-	s.publish(&in, d)
+	m.publish(&in, d)
 	switch d.action {
 	case actAdopt:
-		s.member.note(d, now)
-		s.storedPassed = true
-		s.onStored(d.view.plan.backends)
+		m.member.note(d, now)
+		m.storedPassed = true
+		m.onStored(d.view.plan.backends)
 	case actWrite, actList:
 		if in.busy { // its end wakes the owner
 			return decision{why: d.why}
 		}
-		if now.Before(s.retryAt) {
-			return decision{why: d.why, again: s.retryAt}
+		if now.Before(m.retryAt) {
+			return decision{why: d.why, again: m.retryAt}
 		}
-		s.member.note(d, now)
-		s.startRequest(d)
+		m.member.note(d, now)
+		m.startRequest(d)
 	case actWait:
-		d.again = earliest(d.again, s.askPods(&in, now))
-		d.again = earliest(d.again, s.relistObject(&in, t, now))
+		d.again = earliest(d.again, m.askPods(&in, now))
+		d.again = earliest(d.again, m.relistObject(&in, t, now))
 	}
 	return d
 }
 
 // takeInbox returns what has come, and notes how the last write or list has ended.
-func (s *membership) takeInbox(now time.Time) handoffInbox {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	in := s.inbox
+func (m *membership) takeInbox(now time.Time) handoffInbox {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	in := m.inbox
 	if !in.ended {
 		return in
 	}
-	s.inbox.ended = false
+	m.inbox.ended = false
 	if in.err == nil {
-		s.failures, s.retryAt = 0, time.Time{}
+		m.failures, m.retryAt = 0, time.Time{}
 		return in
 	}
-	s.failures++
-	s.retryAt = now.Add(retryDelay(s.failures, retryAfter(in.err), rand.Float64()))
+	m.failures++
+	m.retryAt = now.Add(retryDelay(m.failures, retryAfter(in.err), rand.Float64()))
 	return in
 }
 
 // passStored calls onStored once when the object is known and has no plan: the number of
 // backends is not stored.
-func (s *membership) passStored(in *handoffInbox) {
-	if !s.storedPassed && in.object != nil && in.object.plan == nil {
-		s.storedPassed = true
-		s.onStored(nil)
+func (m *membership) passStored(in *handoffInbox) {
+	if !m.storedPassed && in.object != nil && in.object.plan == nil {
+		m.storedPassed = true
+		m.onStored(nil)
 	}
 }
 
 // publish notes what operators may ask, and that this router has left.
-func (s *membership) publish(in *handoffInbox, d decision) {
-	st := sharedStatus{why: d.why, notReady: s.whyNotMember(in)}
+func (m *membership) publish(in *handoffInbox, d decision) {
+	st := sharedStatus{why: d.why, notReady: m.whyNotMember(in)}
 	if in.object == nil {
 		st.why = st.notReady
 	}
-	if v := s.member.view; v != nil {
+	if v := m.member.view; v != nil {
 		for pod := range v.plan.members {
 			st.members = append(st.members, pod)
 		}
@@ -241,46 +241,46 @@ func (s *membership) publish(in *handoffInbox, d decision) {
 			st.missing = in.object.missing()
 		}
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	st.err, st.podErr = s.status.err, s.status.podErr
-	s.status = st
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	st.err, st.podErr = m.status.err, m.status.podErr
+	m.status = st
 	select {
-	case <-s.hasLeft:
+	case <-m.hasLeft:
 	default:
-		if s.leaving && !in.busy && (s.member.view == nil || s.member.view.outside) {
-			close(s.hasLeft)
+		if m.leaving && !in.busy && (m.member.view == nil || m.member.view.outside) {
+			close(m.hasLeft)
 		}
 	}
 }
 
 // whyNotMember says why this router admits nobody, or not to all namespaces yet.
-func (s *membership) whyNotMember(in *handoffInbox) string {
-	why := s.member.whyNotReady()
+func (m *membership) whyNotMember(in *handoffInbox) string {
+	why := m.member.whyNotReady()
 	switch {
-	case why == "" || s.member.view != nil:
+	case why == "" || m.member.view != nil:
 		return why
 	case !in.known:
-		why = s.watcher.String() + " has not been read yet"
-		if failure := s.watcher.snapshot().failure; failure != nil {
-			why = s.watcher.String() + ": " + failure.Error()
+		why = m.watcher.String() + " has not been read yet"
+		if failure := m.watcher.snapshot().failure; failure != nil {
+			why = m.watcher.String() + ": " + failure.Error()
 		}
 	case in.object == nil:
-		why = s.watcher.String() + " does not exist: apply the router's manifests"
+		why = m.watcher.String() + " does not exist: apply the router's manifests"
 	}
 	return why
 }
 
 // snapshot returns what operators may ask.
-func (s *membership) snapshot() sharedStatus {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.status
+func (m *membership) snapshot() sharedStatus {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.status
 }
 
 // whyNotReady says why the router should get no new clients yet, or "".
-func (s *membership) whyNotReady() string {
-	st := s.snapshot()
+func (m *membership) whyNotReady() string {
+	st := m.snapshot()
 	if st.notReady == "" {
 		return ""
 	}
@@ -291,7 +291,7 @@ func (s *membership) whyNotReady() string {
 	err := cmp.Or(st.err, st.podErr)
 	if errorClass(err) == "forbidden" {
 		text += fmt.Sprintf("; %v: the Role needs list, watch and patch of configmaps "+
-			"with resourceNames [%s], and get and list of pods", err, s.watcher.name)
+			"with resourceNames [%s], and get and list of pods", err, m.watcher.name)
 	} else if err != nil {
 		text += "; " + err.Error()
 	}
@@ -299,58 +299,58 @@ func (s *membership) whyNotReady() string {
 }
 
 // startRequest begins to write or to list. It does not block.
-func (s *membership) startRequest(d decision) {
-	s.mu.Lock()
-	s.inbox.busy = true
-	s.mu.Unlock()
-	ctx := s.ctx
-	s.running.Go(func() {
+func (m *membership) startRequest(d decision) {
+	m.mu.Lock()
+	m.inbox.busy = true
+	m.mu.Unlock()
+	ctx := m.ctx
+	m.running.Go(func() {
 		var err error
 		if d.action == actWrite {
-			err = s.write(ctx, d.write)
+			err = m.write(ctx, d.write)
 		} else {
-			err = s.listPods(ctx)
+			err = m.listPods(ctx)
 		}
-		s.requestDone(ctx, d, err)
+		m.requestDone(ctx, d, err)
 	})
 }
 
 // requestDone notes how a write or a list has ended. A conflict is no failure: somebody else was
 // first, or the object was made anew, and the watcher brings what they did. The API
 // server answers 409 if the resourceVersion is another, and 422 if the UID is.
-func (s *membership) requestDone(ctx context.Context, d decision, err error) {
+func (m *membership) requestDone(ctx context.Context, d decision, err error) {
 	switch {
 	case ctx.Err() != nil:
 		return
 	case hasStatus(err, http.StatusConflict),
 		hasStatus(err, http.StatusUnprocessableEntity):
-		s.counts.conflicts.Add(1)
+		m.counts.conflicts.Add(1)
 		err = nil
 	case err != nil && d.action == actWrite:
-		s.counts.failed.Add(1)
+		m.counts.failed.Add(1)
 	case d.action == actWrite:
-		s.counts.written.Add(1)
+		m.counts.written.Add(1)
 	}
 	if err != nil {
-		if omitted, ok := s.throttle.allow(10 * time.Second); ok {
-			s.log.Warn("cannot take part in the hand-off; it waits",
-				"object", s.watcher.String(), "purpose", d.why,
+		if omitted, ok := m.throttle.allow(10 * time.Second); ok {
+			m.log.Warn("cannot take part in the hand-off; it waits",
+				"object", m.watcher.String(), "purpose", d.why,
 				"class", errorClass(err), "error", err.Error(), "omitted", omitted)
 		}
 	}
-	s.mu.Lock()
-	s.inbox.busy, s.inbox.ended, s.inbox.err = false, true, err
-	s.status.err = err
-	s.mu.Unlock()
-	s.wake()
+	m.mu.Lock()
+	m.inbox.busy, m.inbox.ended, m.inbox.err = false, true, err
+	m.status.err = err
+	m.mu.Unlock()
+	m.wake()
 }
 
 // write writes the object.
-func (s *membership) write(ctx context.Context, w *handoffWrite) error {
+func (m *membership) write(ctx context.Context, w *handoffWrite) error {
 	ctx, cancel := context.WithTimeout(ctx, objectRequestTimeout)
 	defer cancel()
-	path := s.watcher.path + "/" + s.watcher.name
-	body, err := s.writer.do(ctx, path, url.Values{"fieldManager": {"router"}}, w.patch())
+	path := m.watcher.path + "/" + m.watcher.name
+	body, err := m.writer.do(ctx, path, url.Values{"fieldManager": {"router"}}, w.patch())
 	if err != nil {
 		return err
 	}
@@ -362,26 +362,26 @@ func (s *membership) write(ctx context.Context, w *handoffWrite) error {
 
 // listPods lists the object, and after that the pods of all routers. It puts the pods into
 // the inbox.
-func (s *membership) listPods(ctx context.Context) error {
+func (m *membership) listPods(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, listTimeout)
 	defer cancel()
 	select {
-	case <-s.watcher.relist():
+	case <-m.watcher.relist():
 	case <-ctx.Done():
-		return cmp.Or(s.watcher.snapshot().failure, ctx.Err())
+		return cmp.Or(m.watcher.snapshot().failure, ctx.Err())
 	}
-	s.mu.Lock()
-	o := s.inbox.object
-	s.mu.Unlock()
+	m.mu.Lock()
+	o := m.inbox.object
+	m.mu.Unlock()
 	if o == nil {
 		return nil // decide will say so
 	}
 	l := &podList{
 		uid: o.uid, version: o.version, at: time.Now(), pods: map[string]routerPod{},
 	}
-	client := s.client
-	query := url.Values{"labelSelector": {s.podLabel}}
-	body, err := client.do(ctx, s.podsPath, query, nil)
+	client := m.client
+	query := url.Values{"labelSelector": {m.podLabel}}
+	body, err := client.do(ctx, m.podsPath, query, nil)
 	if err != nil {
 		return err
 	}
@@ -397,9 +397,9 @@ func (s *membership) listPods(ctx context.Context) error {
 	for _, pod := range pods {
 		l.pods[pod.Metadata.Name] = pod.routerPod()
 	}
-	s.mu.Lock()
-	s.inbox.list = l
-	s.mu.Unlock()
+	m.mu.Lock()
+	m.inbox.list = l
+	m.mu.Unlock()
 	return nil
 }
 
@@ -434,50 +434,50 @@ func (p *podObject) routerPod() routerPod {
 
 // askPods asks for the pods of members that a change waits for, and returns when to ask
 // again. It asks only if nothing has come for blockedTime. It does not block.
-func (s *membership) askPods(in *handoffInbox, now time.Time) time.Time {
-	blocking := s.blocking(in)
+func (m *membership) askPods(in *handoffInbox, now time.Time) time.Time {
+	blocking := m.blocking(in)
 	if len(blocking) == 0 || in.asking {
 		return time.Time{}
 	}
-	if at := latest(in.seenAt, s.askedAt).Add(blockedTime); now.Before(at) {
+	if at := latest(in.seenAt, m.askedAt).Add(blockedTime); now.Before(at) {
 		return at
 	}
-	s.askedAt = now
-	s.mu.Lock()
-	s.inbox.asking = true
-	s.mu.Unlock()
-	ctx := s.ctx
-	s.running.Go(func() {
-		gone, err := s.findGone(ctx, blocking)
-		s.noteGone(gone, err)
+	m.askedAt = now
+	m.mu.Lock()
+	m.inbox.asking = true
+	m.mu.Unlock()
+	ctx := m.ctx
+	m.running.Go(func() {
+		gone, err := m.findGone(ctx, blocking)
+		m.noteGone(gone, err)
 	})
 	return time.Time{}
 }
 
 // noteGone notes the UIDs of pods that have ended for ever, and an error of askPods.
-func (s *membership) noteGone(gone []string, err error) {
-	s.mu.Lock()
-	known := maps.Clone(s.inbox.gone) // decide may read the map
+func (m *membership) noteGone(gone []string, err error) {
+	m.mu.Lock()
+	known := maps.Clone(m.inbox.gone) // decide may read the map
 	for _, uid := range gone {
 		known[uid] = true
 	}
-	s.inbox.gone, s.inbox.asking = known, false
-	s.status.podErr = err
-	s.mu.Unlock()
-	s.wake()
+	m.inbox.gone, m.inbox.asking = known, false
+	m.status.podErr = err
+	m.mu.Unlock()
+	m.wake()
 }
 
 // blocking returns the members other than this router that a change waits for: they have
 // not answered, or have another table than this router.
-func (s *membership) blocking(in *handoffInbox) map[string]memberID {
-	v, o, t := s.member.view, in.object, s.member.newest
+func (m *membership) blocking(in *handoffInbox) map[string]memberID {
+	v, o, t := m.member.view, in.object, m.member.newest
 	if v == nil || o == nil || o.plan == nil || t == nil || v.outside {
 		return nil
 	}
 	all := map[string]memberID{}
 	for pod, id := range o.plan.members {
 		late := !o.hasAnswered(pod) || o.answers[pod].content != t.contentHash
-		if pod != s.member.name && late {
+		if pod != m.member.name && late {
 			all[pod] = id
 		}
 	}
@@ -486,12 +486,12 @@ func (s *membership) blocking(in *handoffInbox) map[string]memberID {
 
 // findGone asks for each pod, and returns the UIDs of those members whose processes have
 // ended for ever.
-func (s *membership) findGone(
+func (m *membership) findGone(
 	ctx context.Context, members map[string]memberID,
 ) (gone []string, err error) {
-	client := s.client
+	client := m.client
 	for pod, id := range members {
-		found, askErr := s.getPod(ctx, &client, pod)
+		found, askErr := m.getPod(ctx, &client, pod)
 		switch {
 		case askErr != nil:
 			err = askErr
@@ -503,12 +503,12 @@ func (s *membership) findGone(
 }
 
 // getPod returns the pod of this name, nil if there is none.
-func (s *membership) getPod(
+func (m *membership) getPod(
 	ctx context.Context, client *kubeClient, name string,
 ) (*routerPod, error) {
 	ctx, cancel := context.WithTimeout(ctx, objectRequestTimeout)
 	defer cancel()
-	body, err := client.do(ctx, s.podsPath+"/"+name, nil, nil)
+	body, err := client.do(ctx, m.podsPath+"/"+name, nil, nil)
 	if hasStatus(err, http.StatusNotFound) {
 		return nil, nil
 	}
@@ -527,28 +527,28 @@ func (s *membership) getPod(
 
 // relistObject lists the object again if a change waits and nothing has come for relistTime. It
 // returns when to look again, zero if no change waits.
-func (s *membership) relistObject(in *handoffInbox, t *table, now time.Time) time.Time {
-	v := s.member.view
+func (m *membership) relistObject(in *handoffInbox, t *table, now time.Time) time.Time {
+	v := m.member.view
 	if v == nil || t == nil || v.isAtRest(t.contentHash) && v.done {
 		return time.Time{}
 	}
-	if at := latest(in.seenAt, s.listedAt).Add(relistTime); now.Before(at) {
+	if at := latest(in.seenAt, m.listedAt).Add(relistTime); now.Before(at) {
 		return at
 	}
-	s.listedAt = now
-	s.watcher.relist()
+	m.listedAt = now
+	m.watcher.relist()
 	return now.Add(relistTime)
 }
 
 // close waits for the requests under way, whose context has ended.
-func (s *membership) close() {
-	s.running.Wait()
-	s.writer.dropKept()
+func (m *membership) close() {
+	m.running.Wait()
+	m.writer.dropKept()
 }
 
 // writeMetrics writes the members and the writes.
-func (s *membership) writeMetrics(w metricsWriter) {
-	st := s.snapshot()
+func (m *membership) writeMetrics(w metricsWriter) {
+	st := m.snapshot()
 	w.single("router_handoff_members", "gauge",
 		"Routers that share the hand-off, as this one knows.", float64(len(st.members)))
 	w.single("router_handoff_member", "gauge",
@@ -557,7 +557,7 @@ func (s *membership) writeMetrics(w metricsWriter) {
 		boolToFloat(st.notReady == ""))
 	sample := w.family("router_handoff_writes_total", "counter",
 		"Writes of the object of the hand-off, by result.")
-	sample(float64(s.counts.written.Load()), "result", "ok")
-	sample(float64(s.counts.conflicts.Load()), "result", "conflict")
-	sample(float64(s.counts.failed.Load()), "result", "error")
+	sample(float64(m.counts.written.Load()), "result", "ok")
+	sample(float64(m.counts.conflicts.Load()), "result", "conflict")
+	sample(float64(m.counts.failed.Load()), "result", "error")
 }

@@ -548,11 +548,11 @@ func (m *mover) endTally() {
 // reportFinished logs the results of the tallies whose last session is over, and passes
 // them to the sources of overrides that report moves.
 func (m *mover) reportFinished() {
-	m.finishing = slices.DeleteFunc(m.finishing, func(batch *moveTally) bool {
-		if batch.unfinished.Load() > 0 {
+	m.finishing = slices.DeleteFunc(m.finishing, func(tally *moveTally) bool {
+		if tally.unfinished.Load() > 0 {
 			return false
 		}
-		result := batch.result()
+		result := tally.result()
 		m.log.Info("move finished", "version", result.version,
 			"namespaces", result.namespaces, "sessions", result.sessions,
 			"seconds", result.time.Seconds(), "held_seconds", result.longestHold.Seconds(),

@@ -5,8 +5,8 @@ import (
 	"time"
 )
 
-// moveTally counts the sessions that moved to one table, in one step or many. The mover's run owns it, but for the
-// atomic fields.
+// moveTally counts the sessions that moved to one table, in one step or many. The mover's
+// run owns it, except for the atomic fields.
 type moveTally struct {
 	content     uint64 // of the table; noContent if it is not known
 	version     string // of the table

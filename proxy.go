@@ -96,7 +96,7 @@ func (p *proxy) answerHealth(w http.ResponseWriter, r *http.Request) bool {
 	if r.Method != http.MethodGet && r.Method != http.MethodHead || requestPath(r) != healthPath {
 		return false
 	}
-	if _, refused := p.namespace(r); refused == nil {
+	if _, refused := p.namespaceOf(r); refused == nil {
 		return false
 	}
 	w.Header().Set("Cache-Control", "no-store")

@@ -378,7 +378,7 @@ func TestClientHealth(t *testing.T) {
 	hosts, err := newLayout("host", nil)
 	must(t, err)
 	p = startProxy(t, []string{refusingAddr(t)}, map[string]string{"ns-01": "backend-9"}, func(p *proxy) {
-		p.namespace = hosts.namespace
+		p.namespaceOf = hosts.namespace
 	})
 	check(t, p, "GET /healthz HTTP/1.1\r\nHost: 10.0.0.1", 200, "ok\n")
 	conn := dial(t, p.addr)

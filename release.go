@@ -327,7 +327,7 @@ func (s *stepReleases) startStep() {
 	}
 	s.cancel()
 	s.run = nil
-	s.memory.hold()
+	s.memory.freeze()
 }
 
 // releaseAll is called when all sessions and flights of the step are over, and then again
@@ -349,7 +349,7 @@ func (s *stepReleases) releaseAll(step int64, match func(namespace string, backe
 		return false
 	}
 	s.cancel()
-	s.memory.unhold()
+	s.memory.unfreeze()
 	return true
 }
 
@@ -370,7 +370,7 @@ type releaseMemory struct {
 	recent []backendNamespaces // noted since began; all but the last are never changed
 	older  []backendNamespaces // noted before, in at most keep; never changed
 	began  time.Time
-	held   bool // a step is under way: nothing is forgotten
+	frozen bool // a step is under way: nothing is forgotten
 }
 
 // backendNamespace is a namespace that was with a backend.
@@ -404,23 +404,23 @@ func (m *releaseMemory) note(namespace string, backend int) {
 	last[key] = struct{}{}
 }
 
-// hold makes the memory forget nothing until unhold: what the router had in the last keep
+// freeze makes the memory forget nothing until unfreeze: what the router had in the last keep
 // is there until the step is done, however long that takes.
-func (m *releaseMemory) hold() {
+func (m *releaseMemory) freeze() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.forget(time.Now())
-	m.held = true
+	m.frozen = true
 }
 
-// unhold ends hold. What was noted since keep is there for keep more.
-func (m *releaseMemory) unhold() {
+// unfreeze ends freeze. What was noted in the last keep stays for at least another keep.
+func (m *releaseMemory) unfreeze() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if now := time.Now(); now.Sub(m.began) > m.keep {
 		m.startHalf(now)
 	}
-	m.held = false
+	m.frozen = false
 }
 
 // namespaces returns what it has, of which match returns true.
@@ -449,7 +449,7 @@ func (m *releaseMemory) namespaces(match func(namespace string, backend int) boo
 // caller holds mu.
 func (m *releaseMemory) forget(now time.Time) {
 	switch age := now.Sub(m.began); {
-	case m.held:
+	case m.frozen:
 	case age > 2*m.keep:
 		m.recent = nil
 		m.startHalf(now)

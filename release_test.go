@@ -547,7 +547,7 @@ func TestReleaseMemoryHolds(t *testing.T) {
 		m := newReleaseMemory(time.Minute, log)
 		m.note("before", 0)
 		time.Sleep(59 * time.Second)
-		m.hold()
+		m.freeze()
 		for range 5 {
 			time.Sleep(time.Minute)
 			m.note("during", 0)
@@ -555,8 +555,8 @@ func TestReleaseMemoryHolds(t *testing.T) {
 		if got := had(m); got != "0/before 0/during" {
 			t.Errorf("during the step: %q", got)
 		}
-		m.unhold()
-		m.unhold()
+		m.unfreeze()
+		m.unfreeze()
 		time.Sleep(59 * time.Second)
 		if got := had(m); !strings.Contains(got, "0/during") {
 			t.Errorf("59 s after the step: %q", got)
@@ -578,9 +578,9 @@ func TestReleaseMemoryHoldsShortly(t *testing.T) {
 		time.Sleep(2 * time.Second)
 		m.note("ns-02", 0) // ns-01 is in the older half
 		for range 57 {
-			m.hold()
+			m.freeze()
 			time.Sleep(time.Second)
-			m.unhold()
+			m.unfreeze()
 		}
 		if got := had(m); got != "0/ns-01 0/ns-02" {
 			t.Errorf("after 57 steps, and 59 s: %q", got)

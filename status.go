@@ -71,7 +71,7 @@ func (m *mover) waitingFor(v *view) []stepWait {
 		return waits
 	}
 	count := map[int]stepWait{}
-	m.flights.any(func(f *flight) bool {
+	m.flights.each(func(f *flight) {
 		if m.blocks(v, f) {
 			w := count[f.backend]
 			if f.cut == nil {
@@ -81,7 +81,6 @@ func (m *mover) waitingFor(v *view) []stepWait {
 			}
 			count[f.backend] = w
 		}
-		return false
 	})
 	for _, s := range m.misplacedSessions(v) {
 		w := count[s.backend]

@@ -24,75 +24,75 @@ type upgradeLimit struct {
 // acquire takes a place for an upgrade to a backend, one of so many. Each backend has at
 // least one place, whatever the limit. It returns how many places are taken then, in all
 // and by this backend. If ok is false, it took none. The caller calls giveBack.
-func (p *upgradeLimit) acquire(ordinal, count, limit int) (all, own int, ok bool) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if share := max(1, limit/2/count); share != p.share {
-		p.share, p.pooled = share, 0
-		for _, taken := range p.byBackend {
-			p.pooled += max(0, taken-share)
+func (l *upgradeLimit) acquire(ordinal, count, limit int) (all, own int, ok bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if share := max(1, limit/2/count); share != l.share {
+		l.share, l.pooled = share, 0
+		for _, taken := range l.byBackend {
+			l.pooled += max(0, taken-share)
 		}
 	}
-	free := limit - p.share*count - p.pooled
-	if taken := p.byBackend[ordinal]; taken >= p.share && taken-p.share >= free {
-		return p.total, taken, false
+	free := limit - l.share*count - l.pooled
+	if taken := l.byBackend[ordinal]; taken >= l.share && taken-l.share >= free {
+		return l.total, taken, false
 	}
-	p.add(ordinal, 1)
-	return p.total, p.byBackend[ordinal], true
+	l.add(ordinal, 1)
+	return l.total, l.byBackend[ordinal], true
 }
 
 // take takes a place, even if the backend has its share.
-func (p *upgradeLimit) take(ordinal int) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.add(ordinal, 1)
+func (l *upgradeLimit) take(ordinal int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.add(ordinal, 1)
 }
 
 // giveBack gives a place back.
-func (p *upgradeLimit) giveBack(ordinal int) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.add(ordinal, -1)
+func (l *upgradeLimit) giveBack(ordinal int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.add(ordinal, -1)
 }
 
 // transfer gives a place to another backend, which may then have more than its share: so
 // clients that wait for a dead backend can go to a new owner.
-func (p *upgradeLimit) transfer(from, to int) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.add(from, -1)
-	p.add(to, 1)
+func (l *upgradeLimit) transfer(from, to int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.add(from, -1)
+	l.add(to, 1)
 }
 
 // add counts n more places as taken. The caller holds mu.
-func (p *upgradeLimit) add(ordinal, n int) {
-	if p.byBackend == nil {
-		p.byBackend = map[int]int{}
+func (l *upgradeLimit) add(ordinal, n int) {
+	if l.byBackend == nil {
+		l.byBackend = map[int]int{}
 	}
-	before := p.byBackend[ordinal]
-	p.pooled += max(0, before+n-p.share) - max(0, before-p.share)
-	p.total += n
-	if p.byBackend[ordinal] = before + n; before+n == 0 {
-		delete(p.byBackend, ordinal)
+	before := l.byBackend[ordinal]
+	l.pooled += max(0, before+n-l.share) - max(0, before-l.share)
+	l.total += n
+	if l.byBackend[ordinal] = before + n; before+n == 0 {
+		delete(l.byBackend, ordinal)
 	}
 }
 
 // inUse returns how many places are taken, in all and by the backend.
-func (p *upgradeLimit) inUse(ordinal int) (all, own int) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.total, p.byBackend[ordinal]
+func (l *upgradeLimit) inUse(ordinal int) (all, own int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.total, l.byBackend[ordinal]
 }
 
 // reserveHead counts n bytes more of heads that are kept, and reports whether so many are
 // allowed with this limit of upgrades. If not, it counts none.
-func (p *upgradeLimit) reserveHead(n, limit int) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if n > 0 && p.headBytes+n > limit*headBytesPerUpgrade {
+func (l *upgradeLimit) reserveHead(n, limit int) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if n > 0 && l.headBytes+n > limit*headBytesPerUpgrade {
 		return false
 	}
-	p.headBytes += n
+	l.headBytes += n
 	return true
 }
 

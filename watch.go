@@ -56,13 +56,13 @@ const (
 // that is down comes back.
 type watcher[T any] struct {
 	// Static after construction.
-	kube      *kubeClient
-	path      string // of the collection: "/apis/apps/v1/namespaces/edge/statefulsets"
-	kind      string // "StatefulSet"
-	namespace string // Kubernetes namespace
-	name      string // of the one object to follow; "" if selector is set
-	selector  string // a label selector; "" if name is set
-	meta      func(*T) *apiObject
+	kube          *kubeClient
+	path          string // of the collection: "/apis/apps/v1/namespaces/edge/statefulsets"
+	kind          string // "StatefulSet"
+	kubeNamespace string // Kubernetes namespace
+	name          string // of the one object to follow; "" if selector is set
+	selector      string // a label selector; "" if name is set
+	meta          func(*T) *apiObject
 	// run calls apply with the objects, by name, after each change of them. apply must
 	// not change the map, and must be quick: the API server drops a WATCH whose reader is
 	// slow.
@@ -144,7 +144,7 @@ func (w *watcher[T]) relist() <-chan struct{} {
 
 // String names the object or the selector, for people.
 func (w *watcher[T]) String() string {
-	return w.kind + " " + w.namespace + "/" + w.name + w.selector
+	return w.kind + " " + w.kubeNamespace + "/" + w.name + w.selector
 }
 
 // listAndWatch is one cycle, without its BACKOFF. It returns nil if the WATCH ended
@@ -334,7 +334,7 @@ func (w *watcher[T]) applyEvent(d *json.Decoder) error {
 // verify returns an error if o is not an object that the watcher follows.
 func (w *watcher[T]) verify(o *T) error {
 	kind, m := w.meta(o).Kind, w.meta(o).Metadata
-	named := m.Namespace == w.namespace && m.Name != "" && (m.Name == w.name || w.name == "")
+	named := m.Namespace == w.kubeNamespace && m.Name != "" && (m.Name == w.name || w.name == "")
 	if kind != w.kind || !named || m.UID == "" || m.ResourceVersion == "" {
 		return fmt.Errorf("%w: %.60q %.260q/%.260q with uid %.60q and resourceVersion %.60q, "+
 			"expected %s with both",
