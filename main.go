@@ -55,25 +55,32 @@
 //	fastPath.run              accepts a client
 //	pendingConn.serve         reads its request, in a goroutine of its own
 //	proxy.admit               checks the request and looks up the owner
-//	pendingConn.dialOwner     dials the owner, or parks the client in its dial queue
+//	pendingConn.park          parks the client in the dial queue of its owner
+//	pendingConn.resume        goes on when it may dial, or has to ask for its owner again
+//	pendingConn.dialOwner     dials the owner
 //	pendingConn.askOwner      sends the owner the request, and the client the owner's 101
 //
 // or, for each client that the fast path leaves to net/http with pendingConn.fallBack,
 //
 //	proxy.ServeHTTP           answers the request if it does not become a session
 //	proxy.upgrade             calls admit, and waits until the owner takes the request
+//	proxy.dialOwner           bounds the wait
 //	backends.dialOwner        waits until the owner is ready, and dials it
 //	proxy.completeUpgrade     does the handshake with the owner
+//	proxy.passResponse        gives the client an answer of the owner that is not a 101
 //	proxy.hijack              sends the 101 to the client
 //
-// and then, for both,
+// and, for both, first just before the request is sent, and the others after the 101,
 //
-//	mover.startFlight         asks once more who the owner is, just before the request
-//	proxy.openSession            ends the flight when the relay has the session
+//	mover.startFlight         asks once more who the owner is
+//	proxy.openSession         ends the flight when the relay has the session
+//	poller.promote            gives a pendingConn's place in the event loop to the session;
+//	relay.startSession        does so with net/http's connections
 //	relay.register            counts the session
-//	poller.carry              gives the sockets to the event loop
+//	poller.carry              makes the event loop carry its bytes
+//	poller.run                waits for events of the sockets
 //	poller.handle             carries bytes, for each event of a socket
-//	poller.end                closes both sockets
+//	poller.end                closes both sockets; unlock then calls sessionEnded
 //	relay.sessionEnded        counts and logs the end
 //
 // A plain HTTP request:
@@ -90,14 +97,17 @@
 //	watcher.run               lists and watches, again and again
 //	watcher.applyEvent        decodes one event and applies it
 //	configMaps.apply          keeps the newest version of each ConfigMap
-//	router.setContents        collects the contents of all sources
+//	router.setContents        (as update) collects the contents of all sources
 //	router.swap               puts a new table in force
 //	newTable                  merges them, and decides which overrides are in force
-//	mover.ownersChanged       wakes the mover
-//	mover.prepare             finds the sessions whose owner changed
-//	mover.restartSettling     waits until the table has stayed for -move-settle
-//	moveTargets.dial          waits until the new owner takes a connection
-//	mover.takeNextStep            chooses the namespaces of the next step
+//	mover.ownersChanged       (as onSwap) wakes run
+//	mover.run                 calls prepare for a new table, and advance after each event
+//	mover.prepare             begins with a new table
+//	mover.restartSettling     sets when the table has stayed for -move-settle
+//	mover.requeue             queues the sessions whose owner changed
+//	moveTargets.dial          dials a new owner until it takes a connection
+//	mover.advance             takes all steps that can be taken now
+//	mover.takeNextStep        chooses the namespaces of the next step
 //	moveQueue.split           chooses as many as the rate allows
 //	view.next                 holds them: from now on their clients wait
 //	mover.release             closes their sessions, and waits for the end of all flights
@@ -107,14 +117,18 @@
 //	mover.finishStep          opens the namespaces with their new owners
 //	mover.reportFinished      logs the result
 //
-// With -handoff=all the routers agree on each step in one object. In place of takeNextStep,
-// view.next and finishStep:
+// With -handoff=all the routers agree on each step in one object. In place of advance:
 //
 //	mover.advanceShared       repeats what follows
-//	mover.workShared            says what it has released, and proposes the next step
+//	mover.workShared          calls workOnStep, and propose, in place of takeNextStep
+//	mover.propose             says how far the next step may go
 //	membership.decide         takes the newest version of the object
-//	member.decide             says to adopt its plan, answer it, or write the next step
-//	membership.write          patches the object; its watcher brings what that made
+//	member.decide             says to adopt its plan or to write, or calls one of these two:
+//	member.sendAnswer         says what is done here, and how far the next step may go
+//	member.writeStep          makes the next step, when all members have answered
+//	membership.write          patches the object
+//	membership.apply          gets what that made from its watcher, and wakes run
+//	member.viewOf             opens the namespaces when all have answered
 //	mover.adopt               puts the plan's view in force
 //
 // A goroutine that holds a lock takes only locks that are further down:
