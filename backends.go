@@ -15,8 +15,8 @@ import (
 // dialTimeout bounds one dial. A pod that is gone may not answer at all.
 const dialTimeout = 2 * time.Second
 
-// ordinalRange has the ordinals of the backends that own namespaces: first, first+1 and so
-// on, count in all.
+// ordinalRange has the ordinals of the backends that own namespaces: first, first+1 and
+// so on, count in all.
 type ordinalRange struct{ first, count int }
 
 func (o ordinalRange) has(ordinal int) bool { return ordinal >= o.first && ordinal < o.first+o.count }
@@ -134,8 +134,8 @@ func (b *backends) dialWith(ctx context.Context, ordinal int, connect connector)
 
 // dialInTurn is dialWith for w, which may dial (dialQueues.wait or tryDial). Then the
 // next waiter may dial. It returns the uid of the pod, or "" if that is not known. If the
-// dial fails it returns errRecheckOwner. If ctx ended before, it returns
-// dialQueues.reason, not the error of the dial that ctx has cut short.
+// dial fails it returns errRecheckOwner. If ctx ended during the dial, it returns why the
+// client was waiting (dialQueues.reason), not the dial's error.
 func (b *backends) dialInTurn(ctx context.Context, w *waiter, ordinal int, connect connector) (podUID string, err error) {
 	// Before resolve: so a new pod may count as the old one, but never the other way.
 	podUID = b.podUID(ordinal)
@@ -196,9 +196,10 @@ func (b *backends) probe(ctx context.Context, ordinal int) (addr string, err err
 
 // dialOwner waits until the owner of the namespace is ready, and dials it. It returns a
 // connection to the backend whose queue recheck returned last, and the uid of that
-// backend's pod, or "" if that is not known. It calls recheck at first, and when the owner
-// has changed or a dial has failed. It returns an error of recheck, and an error if ctx
-// ends: what it waited for, or why the last dial failed. The caller closes the connection.
+// backend's pod, or "" if that is not known. It calls recheck at first, and when the
+// owner has changed or a dial has failed. It returns an error of recheck, and an error if
+// ctx ends: what it waited for, or why the last dial failed. The caller closes the
+// connection.
 func (b *backends) dialOwner(
 	ctx context.Context, namespace string, recheck func() (ordinal int, err error), find queueFinder,
 ) (conn net.Conn, podUID string, err error) {

@@ -17,8 +17,8 @@ const (
 	maxRedialDelay     = time.Second
 )
 
-// errRecheckOwner says that an upgrade has to ask again who its owner is: that has changed
-// while it waited, or its dial failed.
+// errRecheckOwner says that an upgrade has to ask again who its owner is: that has
+// changed while it waited, or its dial failed.
 var errRecheckOwner = errors.New("the owner may have changed")
 
 // What an ordinal may be in place of that of a backend. The first three are part of a
@@ -34,9 +34,9 @@ const (
 // errHeld is why queueHeld is not ready.
 var errHeld = errors.New("the namespace is being handed over")
 
-// queueFinder returns the ordinal of the queue in which an upgrade of the namespace has to
-// wait: its owner's, queueHeld, or another negative number if it has no owner. It takes no
-// lock.
+// queueFinder returns the ordinal of the queue in which an upgrade of the namespace has
+// to wait: its owner's, queueHeld, or another negative number if it has no owner. It
+// takes no lock.
 type queueFinder = func(namespace string) (ordinal int)
 
 // dialQueues makes upgrades wait until their backend is ready. Then they dial it in the
@@ -120,8 +120,8 @@ func (d *dialQueues) wait(
 }
 
 // enqueue puts w, which is in no queue, into the queue. w may then dial at once. It
-// reports whether it did so: not if w has to wait in another queue by now, and not if ctx
-// has ended, because dequeue may have been called already.
+// returns false if w belongs into another queue now. It also returns false if ctx has
+// ended: dequeue may have run before.
 func (d *dialQueues) enqueue(
 	ctx context.Context, w *waiter, ordinal int, find queueFinder,
 ) bool {
@@ -165,8 +165,8 @@ func (d *dialQueues) reason(w *waiter, ordinal int, err error) error {
 	return d.reasonLocked(w, ordinal, err)
 }
 
-// reasonLocked returns why the backend cannot be dialled, or why the last dial of it failed, or
-// why the last dial of w failed, or err. The caller holds mu.
+// reasonLocked returns why the backend cannot be dialled, or why the last dial of it
+// failed, or why the last dial of w failed, or err. The caller holds mu.
 func (d *dialQueues) reasonLocked(w *waiter, ordinal int, err error) error {
 	return cmp.Or(d.checkReady(ordinal), d.queue(ordinal).lastErr, w.failure, err)
 }
@@ -198,8 +198,8 @@ func (h *dialQueues) tryDial(ordinal int) bool {
 	return true
 }
 
-// dialDone notes the result of a dial. ctxEnded says that the context of the upgrade ended
-// before the dial could succeed or fail.
+// dialDone notes the result of a dial. ctxEnded says that the context of the upgrade
+// ended before the dial could succeed or fail.
 func (d *dialQueues) dialDone(ordinal int, err error, ctxEnded bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()

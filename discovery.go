@@ -63,8 +63,8 @@ func (s *statefulSet) grow(count int, ready func(ordinal int) bool) int {
 }
 
 // activeCount is how many backends own namespaces, as it is stored for other routers. The
-// number of ready pods does not say that. With 5 of 6 pods ready, a set may grow from 4 and
-// wait for backend-5, or have 6 backends of which one restarts. It is immutable.
+// number of ready pods does not say that. With 5 of 6 pods ready, a set may grow from 4
+// and wait for backend-5, or have 6 backends of which one restarts. It is immutable.
 type activeCount struct {
 	Count      int    `json:"count"`
 	UID        string `json:"uid"`        // metadata.uid of the StatefulSet
@@ -97,12 +97,12 @@ func (b *activeCount) isOf(s *statefulSet) bool {
 //   - a pod that restarts, or fails for ever, changes nothing;
 //   - scaled to zero: the active count stays.
 //
-// Routers that share a hand-off store the active count in the same object. The
-// number in force depends only on the stored one and on the StatefulSet as it is now. So
-// all routers that have seen the same versions agree, also one that has just started and one
+// Routers that share a hand-off store the active count in the same object. The number in
+// force depends only on the stored one and on the StatefulSet as it is now. So all
+// routers that have seen the same versions agree, also one that has just started and one
 // whose watch missed a version (invariant 2). If no count is stored yet, what this router
-// finds ready counts at once. Else it is only what the router wants to be stored. A stored
-// count that is lost stays in force, and the router wants it again.
+// finds ready counts at once. Else it is only what the router wants to be stored. A
+// stored count that is lost stays in force, and the router wants it again.
 //
 // A router that is alone keeps the count in its memory. It begins with all of
 // spec.replicas, so that routers that start together agree.
@@ -126,15 +126,15 @@ type replicaWatcher struct {
 	absent       bool         // it does not exist
 	storedIsRead bool         // setStored was called
 	stored       *activeCount // what setStored got last, but for nil
-	// inForce is the count in force: the last one of the StatefulSet latest, from setStored if
-	// routers share it, else this router's own. If there was none, it is nil or a count of
-	// another StatefulSet; that one does not count.
+	// inForce is the count in force: the last one of the StatefulSet latest, from
+	// setStored if routers share it, else this router's own. If there was none, it is nil
+	// or a count of another StatefulSet; that one does not count.
 	inForce *activeCount
 	proof   storedProof
 }
 
-// storedProof says that a LIST that began when count was known returned the StatefulSet with
-// this uid and generation.
+// storedProof says that a LIST that began when count was known returned the StatefulSet
+// with this uid and generation.
 type storedProof struct {
 	count      activeCount
 	uid        string
@@ -148,8 +148,8 @@ type storedProof struct {
 //
 // If onWanted is nil, the router is alone. Else all routers share a stored count, which
 // setStored gives to this one: before that, no backends are known. run calls onWanted
-// each time that wantedBackends returns something else. One call of onResize or onWanted ends
-// before the next one. No lock is held then.
+// each time that wantedBackends returns something else. One call of onResize or onWanted
+// ends before the next one. No lock is held then.
 func newReplicaWatcher(client kubeClient, kubeNamespace string, endpoints *endpointWatcher,
 	onResize func(backends ordinalRange, revision string), onWanted func(),
 	log *slog.Logger) *replicaWatcher {
@@ -254,10 +254,10 @@ func (r *replicaWatcher) nextCount() *activeCount {
 // wantedBackends returns what should be stored: what is stored, if that is right, and nil
 // if this router does not know. Any goroutine may call it.
 //
-// The stored count may be newer than what this router sees, or belong to something that is
-// lost: to a StatefulSet that was deleted, or to a spec from before etcd was restored. Only
-// a LIST can tell (proveStored), and before it the router wants nothing. While the stored
-// count is ahead of the spec, only one further ahead replaces it.
+// The stored count may be newer than what this router sees, or belong to something that
+// is lost: to a StatefulSet that was deleted, or to a spec from before etcd was restored.
+// Only a LIST can tell (proveStored), and before it the router wants nothing. While the
+// stored count is ahead of the spec, only one further ahead replaces it.
 func (r *replicaWatcher) wantedBackends() *activeCount {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -276,15 +276,15 @@ func (r *replicaWatcher) wantedBackends() *activeCount {
 	return r.stored
 }
 
-// isStoredAhead reports whether the stored count is of another StatefulSet than the latest, or of a
-// later spec. The caller holds r.mu.
+// isStoredAhead reports whether the stored count is of another StatefulSet than the
+// latest, or of a later spec. The caller holds r.mu.
 func (r *replicaWatcher) isStoredAhead() bool {
 	return r.latest != nil && r.stored != nil &&
 		(!r.stored.isOf(r.latest) || r.stored.Generation > r.latest.Metadata.Generation)
 }
 
-// proofWanted returns the proof that the latest StatefulSet is not older than the stored count.
-// The caller holds r.mu.
+// proofWanted returns the proof that the latest StatefulSet is not older than the stored
+// count. The caller holds r.mu.
 func (r *replicaWatcher) proofWanted() storedProof {
 	m := r.latest.Metadata
 	return storedProof{*r.stored, m.UID, m.Generation}
@@ -324,12 +324,12 @@ func (r *replicaWatcher) announceWanted() {
 	}
 }
 
-// proveDelay is how long a stored count may be ahead of the StatefulSet before proveStored lists
-// it. Mostly the watch is only a moment behind.
+// proveDelay is how long a stored count may be ahead of the StatefulSet before
+// proveStored lists it. Mostly the watch is only a moment behind.
 const proveDelay = 5 * time.Second
 
-// proveStored proves, until ctx ends, of each stored count that is ahead of the StatefulSet: it
-// is ahead of the one that exists, and not only of an old picture of it.
+// proveStored proves, until ctx ends, of each stored count that is ahead of the
+// StatefulSet: it is ahead of the one that exists, and not only of an old picture of it.
 func (r *replicaWatcher) proveStored(ctx context.Context) {
 	for {
 		select {
@@ -346,8 +346,8 @@ func (r *replicaWatcher) proveStored(ctx context.Context) {
 	}
 }
 
-// missingProof returns the proof that wantedBackends needs, and reports whether there is none.
-// A StatefulSet that does not exist cannot be newer than the stored count.
+// missingProof returns the proof that wantedBackends needs, and reports whether there is
+// none. A StatefulSet that does not exist cannot be newer than the stored count.
 func (r *replicaWatcher) missingProof() (wanted storedProof, missing bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -483,9 +483,10 @@ func (e *endpoint) uid() string {
 	return ""
 }
 
-// isUsable reports whether the router may open new sessions at the endpoint. A terminating
-// pod may serve its sessions, but a new session would end with it. ready is always true
-// if the Service has publishNotReadyAddresses; serving is then the pod's readiness.
+// isUsable reports whether the router may open new sessions at the endpoint. A
+// terminating pod may serve its sessions, but a new session would end with it. ready is
+// always true if the Service has publishNotReadyAddresses; serving is then the pod's
+// readiness.
 func (e *endpoint) isUsable() bool {
 	c := e.Conditions
 	isFalse := func(condition *bool) bool { return condition != nil && !*condition }
@@ -504,8 +505,8 @@ type podAddress struct {
 	dialFailed bool     // a dial of one of them failed
 }
 
-// isUsable reports whether the addresses are usable. It is false for nil, a backend that is
-// in no EndpointSlice.
+// isUsable reports whether the addresses are usable. It is false for nil, a backend that
+// is in no EndpointSlice.
 func (p *podAddress) isUsable() bool { return p != nil && p.usable }
 
 // podAddresses returns the address of each backend, by ordinal, from all slices. A pod

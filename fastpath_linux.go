@@ -486,7 +486,7 @@ func (c *pendingConn) park() {
 	ctx, queue := c.ctx, u.queue()
 	c.parked.Store(true) // from now on another goroutine may own c
 	if !p.backends.queues.enqueue(ctx, &c.waiter, queue, p.mover.findQueue) {
-		c.unpark()
+		c.unpark() // resume asks again; its dequeue allows a waiter in no queue
 	}
 }
 

@@ -76,9 +76,9 @@ func (p *handoffPlan) isFull() bool {
 	return len(p.records) >= maxRecords && !p.newestRecord().after.isEmpty()
 }
 
-// nextContent returns the content of the table to which the next step moves namespaces, when
-// the newest table of the routers has this content: that one, or if the plan is full, the
-// plan's newest.
+// nextContent returns the content of the table to which the next step moves namespaces,
+// when the newest table of the routers has this content: that one, or if the plan is
+// full, the plan's newest.
 func (p *handoffPlan) nextContent(content uint64) uint64 {
 	if p.isFull() {
 		return p.newestRecord().content
@@ -99,13 +99,13 @@ func (p *handoffPlan) doneRecords() []planRecord {
 }
 
 // next returns the plan after p, in which the namespaces that m covers have moved to the
-// table with this content. Each namespace that changes its owner by that has to be
-// released by the owner that it has by p first: the view of the new plan holds it.
+// table with this content. The view of the new plan holds these: before they open, their
+// present owners must have ended all that they have of them.
 //
-// A table of which nothing has moved makes room for the new one. When an owner is no
-// longer away, the newest table follows itself if there is room: so the namespaces that
-// waited for that owner move at the pace too. The newest table becomes the only one as
-// soon as it covers everything, before the step and after it.
+// If nothing has moved to the newest table yet, it is dropped. If an owner comes back,
+// the same table is added once more if there is room, so that the namespaces that waited
+// for that owner move at the pace too. The newest table becomes the only one as soon as
+// it covers everything, before the step and after it.
 func (p *handoffPlan) next(content uint64, m mark, now time.Time) *handoffPlan {
 	next := &handoffPlan{step: stepAbove(p.step, now), records: p.doneRecords()}
 	if len(next.records) > 1 && next.newestRecord().after.isEmpty() {
@@ -149,8 +149,8 @@ func union(a, b []int) []int {
 }
 
 // nextBounded returns the plan after p, as next does, with at most maxRecords records.
-// If p is full, its newest table has to cover everything before another one may follow;
-// owners that come back meanwhile get their namespaces in one step. A previous owner that
+// If p is full, no table is added until the newest one covers everything. An owner that
+// comes back in that time gets all its namespaces in one step. A previous owner that
 // was gone stays gone. The caller sets the step.
 func (p *handoffPlan) nextBounded(content uint64, m mark, now time.Time) *handoffPlan {
 	newest := p.newestRecord()
@@ -271,8 +271,8 @@ func (v *view) wouldChange(content uint64, m *mark) bool {
 	return !newest.after.equal(&raised)
 }
 
-// removedOwners returns the ordinals, sorted, of the backends that own namespaces in v and
-// not in t: they were scaled in.
+// removedOwners returns the ordinals, sorted, of the backends that own namespaces in v
+// and not in t: they were scaled in.
 func (v *view) removedOwners(t *table) (removed []int) {
 	for _, old := range v.tables {
 		for i := range old.active.count {
@@ -356,9 +356,10 @@ func (v *view) after(namespace string) int {
 }
 
 // find returns the owner of the namespace by the marks of one kind, unresolved, or
-// ownerNotKnown, and the table that has it: the newest one that covers the namespace. A
-// table in which the namespace is kept covers nothing, since it does not say who the
-// owner is. A table that is not known may cover all that its mark does not leave out.
+// ownerNotKnown, and the table that has it: the newest one whose mark covers the
+// namespace. A table in which the namespace is kept is skipped, since it does not say who
+// the owner is. If a table is not known here, the owner is ownerNotKnown where its mark
+// could cover the namespace.
 func (v *view) find(
 	namespace string, markOf func(*planRecord) *mark,
 ) (ordinal int, t *table) {

@@ -223,8 +223,8 @@ const maxOrdinal = 1<<31 - 1
 //	             "after":{"upto":"61b2…", "away":[2], "removed":[5]}}],
 //	 "backends":{"count":4, "uid":"…", "generation":7}}
 //
-// A content and a place have 16 hexadecimal digits. The first record has no marks. allHeld,
-// keptUnknown and backends may be absent.
+// A content and a place have 16 hexadecimal digits. The first record has no marks.
+// allHeld, keptUnknown and backends may be absent.
 type planJSON struct {
 	Epoch       string              `json:"epoch"`
 	Writes      int64               `json:"writes"`
@@ -403,10 +403,10 @@ func newMark(name string, upto uint64, away, removed []int) (mark, error) {
 //	7c1e 7c1e.1795871234567 1795871239876 77ab… 61b2…/away=2,3/removed=5 120
 //
 // next is the place up to which the next step may go, with the new owners that are away
-// and the old ones that were removed, each left out if there are none. It is "blank" in an
-// answer of a router that does not know all tables of the plan. content is "-" if it has no
-// table; it is blank then. epoch is "-" and step 0 if it has no view; it is blank then,
-// too.
+// and the old ones that were removed, each left out if there are none. It is "blank" in
+// an answer of a router that does not know all tables of the plan. content is "-" if it
+// has no table; it is blank then. epoch is "-" and step 0 if it has no view; it is blank
+// then, too.
 func (a stepAnswer) String() string {
 	epoch, content, next := "-", "-", "blank"
 	if a.epoch != "" {
@@ -521,8 +521,8 @@ func parseOrdinals(name, list string) (set []int, err error) {
 	return set, nil
 }
 
-// equal reports whether both answers say the same. How many sessions have to move does not
-// count: it changes all the time, and is read only once for each step.
+// equal reports whether both answers say the same. How many sessions have to move does
+// not count: it changes all the time, and is read only once for each step.
 func (a *stepAnswer) equal(b *stepAnswer) bool {
 	return a.instance == b.instance && a.epoch == b.epoch && a.step == b.step &&
 		a.content == b.content && a.blank == b.blank && a.next.equal(&b.next)

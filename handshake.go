@@ -21,8 +21,8 @@ import (
 // Headers that tell the backend who routed the request, by which table, by which step of
 // a hand-off, and to which backend. A step only rises: of two requests for a namespace
 // with different owners, the newer owner has the higher one. They are never taken from a
-// client. A backend answers 421 Misdirected Request (RFC 9110 §15.5.20) if headerBackend does
-// not name it: the router had an old address.
+// client. A backend answers 421 Misdirected Request (RFC 9110 §15.5.20) if headerBackend
+// does not name it: the router had an old address.
 const (
 	headerPod     = "X-Router-Pod"
 	headerTable   = "X-Router-Table"
@@ -177,8 +177,8 @@ func isRouterHeader(name string) bool {
 	return false
 }
 
-// isInvalidFieldName reports whether the name is no token (RFC 9110 §5.6.2), which net/http
-// checks in requests only: of what it lets through, one with a space, which some
+// isInvalidFieldName reports whether the name is no token (RFC 9110 §5.6.2), which
+// net/http checks in requests only: of what it lets through, one with a space, which some
 // would read as the name before that.
 func isInvalidFieldName(name string) bool { return strings.Contains(name, " ") }
 
@@ -281,7 +281,8 @@ func appendForwarded(
 }
 
 // finishRequestHead builds the full head from the part that startRequestHead made, in its
-// memory if there is room. A caller that needs the beginning again passes it without room (slices.Clip).
+// memory if there is room. A caller that needs the beginning again passes it without room
+// (slices.Clip).
 func finishRequestHead(begun []byte, stamp string, step int64, backend string) []byte {
 	head := appendField(begun, headerTable, stamp)
 	head = append(append(head, headerStep...), ": "...)
@@ -295,9 +296,9 @@ func finishRequestHead(begun []byte, stamp string, step int64, backend string) [
 // answer is.
 func expectsContinue(r *http.Request) bool { return hasToken(r.Header, "Expect", "100-continue") }
 
-// switchingProtocolsHead is the 101 as the client gets it. It has no length (RFC 9110 §8.6),
-// whatever the backend says of one: what follows a 101 is the other protocol (RFC 9112
-// §6.3).
+// switchingProtocolsHead is the 101 as the client gets it. It has no length (RFC 9110
+// §8.6), whatever the backend says of one: what follows a 101 is the other protocol (RFC
+// 9112 §6.3).
 func switchingProtocolsHead(resp *http.Response) []byte {
 	head := append(make([]byte, 0, 512), "HTTP/1.1 101 Switching Protocols\r\n"...)
 	head = appendUpgrade(head)
@@ -463,8 +464,8 @@ func refuse(result result, format string, args ...any) *refusal {
 	return &refusal{result: result, reason: fmt.Sprintf(format, args...)}
 }
 
-// writeResponse writes the refusal. The client has bound to send the rest of its
-// request, and as long again to take the answer. A 503 may be tried again in a
+// writeResponse writes the refusal. The client may take as long as bound to send the rest
+// of its request, and as long again to read the answer. A 503 may be tried again in a
 // second: clients add their own back-off.
 func (r *refusal) writeResponse(w http.ResponseWriter, bound time.Duration) {
 	conn := http.NewResponseController(w)

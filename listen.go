@@ -123,8 +123,8 @@ type descriptorLimit struct {
 	changed sync.Cond // used fell, or closed
 }
 
-// newDescriptorLimit returns the limit of a process that may open this many files, with this
-// many backends.
+// newDescriptorLimit returns the limit of a process that may open this many files, with
+// this many backends.
 func newDescriptorLimit(files, backends int) (*descriptorLimit, error) {
 	if least := internalDescriptors(backends) + descriptorsPerUpgrade; files < least {
 		return nil, fmt.Errorf("the limit of open files must be at least %d (got %d; ulimit -n)", least, files)
@@ -212,8 +212,8 @@ func (l *descriptorLimit) close() {
 	l.changed.Signal()
 }
 
-// How long accept rests when it failed: at first, and then twice as long each
-// time, up to the most.
+// How long accept waits after it has failed: the first time, and at most. It waits twice
+// as long each time.
 const (
 	minAcceptBackoff = 5 * time.Millisecond
 	maxAcceptBackoff = time.Second

@@ -31,9 +31,10 @@ type member struct {
 	highestStep int64       // the highest step that was in force, or that a backend has seen
 	newest      *table      // its own; nil before the first
 
-	// offered has the tables that this router has named in an answer, by content. While the
-	// answer is in the object, or a write of it may still arrive, all routers may move to the
-	// table. It is forgotten offerTime after the object had an answer with another one.
+	// offered has the tables that this router has named in an answer, by content. While
+	// the answer is in the object, or a write of it may still arrive, all routers may
+	// move to the table. It is forgotten offerTime after the object had an answer with
+	// another one.
 	offered map[uint64]*offeredTable
 
 	lastAnswer    stepAnswer    // the last one that was sent without a version
@@ -68,8 +69,8 @@ func newMember(name, uid, instance string) *member {
 	}
 }
 
-// stepProgress is how far this router has come with its view's step, and what it proposes for
-// the step after.
+// stepProgress is how far this router has come with its view's step, and what it proposes
+// for the step after.
 type stepProgress struct {
 	sessions bool // it has sessions, or upgrades that a backend may have got
 	stepDone bool // none of them has another owner than the view has after the step
@@ -92,7 +93,7 @@ type podList struct {
 	pods         map[string]routerPod // by name
 }
 
-// decisionInput is all that a decision depends on, but for what the member knows.
+// decisionInput is all that a decision depends on, except for what the member knows.
 type decisionInput struct {
 	stepProgress
 	now      time.Time
@@ -300,10 +301,9 @@ func (m *member) table(content uint64) *table {
 }
 
 // oldestTable returns the table of next's oldest record, nil if it is not known. In it
-// each kept namespace has the owner that it had when the record became the oldest one.
-// A table does not say that, and members must agree on it. A member sees each step, so
-// its view before says who the owner is. A router that was no member at that time does
-// not know it.
+// each kept namespace has the owner that it had when the record became the oldest one. A
+// table does not store that, and members must agree on it. A member knows it from its
+// view before; a router that was no member then does not.
 func (m *member) oldestTable(next *memberView) *table {
 	t, prev := next.tables[0], m.view
 	if t == nil {
@@ -494,9 +494,9 @@ func (m *member) storeCount(s *decisionInput) decision {
 }
 
 // writeStep writes the next step, once all members have answered the one before and have
-// the same table. A router that does not know a table of the plan leaves it to the
-// others. If nobody knows them all, the table that all members have becomes the only one,
-// and all namespaces are held until all have answered.
+// the same table. A router that does not have all tables of the plan lets others write.
+// If no router has them all, the newest table becomes the only one, and all namespaces
+// are held until all have answered.
 func (m *member) writeStep(s *decisionInput) decision {
 	o, v := s.object, m.view
 	if v.outside || m.newest == nil {
@@ -540,11 +540,11 @@ func stepTime(routers int) time.Duration {
 	return minStepTime * time.Duration(max(3, routers)) / 3
 }
 
-// agreedMark returns how far the next step may go: as far as all members say that know the
-// tables of the plan. writers are those of these whose process is known, sorted; allBlank
-// is true if no member knows the tables. agreedMark returns an error if a member does not
-// have the table with this content. A pod of anyInstance that has no table, and so cannot
-// join, is not asked.
+// agreedMark returns how far the next step may go: as far as all members say that know
+// the tables of the plan. writers are those of these whose process is known, sorted;
+// allBlank is true if no member knows the tables. agreedMark returns an error if a member
+// does not have the table with this content. A pod of anyInstance that has no table, and
+// so cannot join, is not asked.
 func (o *handoffObject) agreedMark(
 	content uint64,
 ) (next mark, writers []string, allBlank bool, err error) {
@@ -571,8 +571,8 @@ func (o *handoffObject) agreedMark(
 	return next, writers, allBlank, nil
 }
 
-// bootstrap is what a router without a view does where there is no plan. The router says so
-// in its own key. When all router pods have said so, the first one by name that has a
+// bootstrap is what a router without a view does where there is no plan. The router says
+// so in its own key. When all router pods have said so, the first one by name that has a
 // table makes the plan. Both are written only if the object is as seen: a late write
 // would speak for a container that has a view by now. So does an old copy of the object
 // that somebody has restored: all pods are members of the plan, and all namespaces are
@@ -635,9 +635,8 @@ func (m *member) startEpoch(p *sharedPlan, s *decisionInput) {
 }
 
 // needsList reports whether there is a list of pods to decide by. If not, d is what to
-// do. The list has to be from after the version on which the plan will be written: so
-// each router that was a member by then, or will be, is in the list or changes the
-// version.
+// do. The list must be newer than the version that the write replaces. A router that
+// becomes a member later then changes the version, and the write fails.
 func (m *member) needsList(s *decisionInput) (d decision, ok bool) {
 	l := s.list
 	fresh := l != nil && l.uid == s.object.uid && l.version == s.object.version
@@ -653,9 +652,9 @@ func (m *member) needsList(s *decisionInput) (d decision, ok bool) {
 	return decision{}, true
 }
 
-// reset writes a plan where there is none that follows the view: a new epoch with the
-// owners of the view. All that may have a session are its members, and nobody knows the
-// owners before it, so all namespaces are held until all have answered.
+// reset writes a new plan when the one in the object does not follow from ours: a new
+// epoch with the owners of the view. All routers that may have a session are its members.
+// All namespaces are held until all members have answered.
 func (m *member) reset(s *decisionInput) decision {
 	v := m.view
 	if at := m.turn(s, slices.Collect(maps.Keys(v.plan.members))); s.now.Before(at) {
@@ -673,7 +672,8 @@ func (m *member) reset(s *decisionInput) decision {
 
 // mergeMembers returns the members of a reset: those of the object, those of the view,
 // and all router pods. If only the pod is known, or if the object and the view name
-// different processes of it, any of its processes may answer.
+// different processes of it, the instance is anyInstance: the answer of any process of
+// the pod counts.
 func (m *member) mergeMembers(s *decisionInput) map[string]memberID {
 	merged := map[string]memberID{}
 	add := func(members map[string]memberID) {

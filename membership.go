@@ -44,8 +44,8 @@ type membership struct {
 	podsPath string
 	podLabel string // a label selector: the pods of all routers
 	wake     func() // wakes the owner; must not block
-	// wantedBackends returns the number of backends that the object should have; nil if it is
-	// not known.
+	// wantedBackends returns the number of backends that the object should have; nil if
+	// it is not known.
 	wantedBackends func() *activeCount
 	// onStored is called with the number of backends that the object has, nil if it has
 	// none. It must not block.
@@ -315,9 +315,9 @@ func (m *membership) startRequest(d decision) {
 	})
 }
 
-// requestDone notes how a write or a list has ended. A conflict is no failure: somebody else was
-// first, or the object was made anew, and the watcher brings what they did. The API
-// server answers 409 if the resourceVersion is another, and 422 if the UID is.
+// requestDone notes how a write or a list has ended. A conflict is no failure: somebody
+// else was first, or the object was made anew, and the watcher brings what they did. The
+// API server answers 409 if the resourceVersion is another, and 422 if the UID is.
 func (m *membership) requestDone(ctx context.Context, d decision, err error) {
 	switch {
 	case ctx.Err() != nil:
@@ -360,8 +360,8 @@ func (m *membership) write(ctx context.Context, w *handoffWrite) error {
 	return err
 }
 
-// listPods lists the object, and after that the pods of all routers. It puts the pods into
-// the inbox.
+// listPods lists the object, and after that the pods of all routers. It puts the pods
+// into the inbox.
 func (m *membership) listPods(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, listTimeout)
 	defer cancel()
@@ -432,8 +432,8 @@ func (p *podObject) routerPod() routerPod {
 	return routerPod{uid: p.Metadata.UID, scheduled: p.Spec.NodeName != "", ended: ended}
 }
 
-// askPods asks for the pods of members that a change waits for, and returns when to ask
-// again. It asks only if nothing has come for blockedTime. It does not block.
+// askPods asks the API server about routers that have not answered for blockedTime: is
+// the pod still there? It returns when to ask again. It does not block.
 func (m *membership) askPods(in *handoffInbox, now time.Time) time.Time {
 	blocking := m.blocking(in)
 	if len(blocking) == 0 || in.asking {
@@ -525,8 +525,8 @@ func (m *membership) getPod(
 	return &found, err
 }
 
-// relistObject lists the object again if a change waits and nothing has come for relistTime. It
-// returns when to look again, zero if no change waits.
+// relistObject lists the object again if a change waits and nothing has come for
+// relistTime. It returns when to look again, zero if no change waits.
 func (m *membership) relistObject(in *handoffInbox, t *table, now time.Time) time.Time {
 	v := m.member.view
 	if v == nil || t == nil || v.isAtRest(t.contentHash) && v.done {

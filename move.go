@@ -30,7 +30,8 @@ type mover struct {
 	relay      *relay
 	off        bool          // -handoff=off
 	settleTime time.Duration // time without a change of the table before sessions move
-	// moveInterval is the time between two moves, of all routers with -handoff=all; 0: none.
+	// moveInterval is the time between two moves, of all routers with -handoff=all; 0:
+	// none.
 	moveInterval time.Duration
 	// closeSession is session.closeGracefully.
 	closeSession func(s *session, onEnd func(cut bool)) bool
@@ -67,9 +68,9 @@ type mover struct {
 	ctx          context.Context // of run
 }
 
-// newMover returns a mover that moves rate sessions per second, or all at once if rate
-// is 0. probe dials a backend and returns nil if it accepted the connection. onViewChanged is
-// called when the view has changed, and must not block. The caller runs the mover.
+// newMover returns a mover that moves rate sessions per second, or all at once if rate is
+// 0. probe dials a backend and returns nil if it accepted the connection. onViewChanged
+// is called when the view has changed, and must not block. The caller runs the mover.
 func newMover(
 	router *router, relay *relay, rate int,
 	probe func(ctx context.Context, backend int) error, onViewChanged func(), log *slog.Logger,
@@ -364,8 +365,8 @@ func (m *mover) beginStep(v *view) {
 
 // takeNextStep takes the sessions of the next step from the queue, and returns its mark.
 // again is when to call it again; if it is zero, at the next event. The step closes these
-// sessions. takeNextStep closes them itself in two cases: the owner stays and only its pod
-// is another one, or there will be no step (v is at rest).
+// sessions. takeNextStep closes them itself in two cases: the owner stays and only its
+// pod is another one, or there will be no step (v is at rest).
 func (m *mover) takeNextStep(v *view, t *table, now time.Time) (next mark, again time.Time) {
 	next = mark{upto: allPlaces, removed: v.removedOwners(t)}
 	next.away, again = m.targets.away(now)
@@ -417,14 +418,15 @@ func (m *mover) startPace(now time.Time) (ready bool, again time.Time) {
 	return ready, again
 }
 
-// workOnStep closes the sessions of v's step, and reports whether the step is over in this
-// router: nothing of it is left, and with -release the backends have stored the state.
+// workOnStep closes the sessions of v's step, and reports whether the step is over in
+// this router: nothing of it is left, and with -release the backends have stored the
+// state.
 func (m *mover) workOnStep(v *view) bool {
 	return m.closeMisplaced(v) && m.releases.releaseAll(v.step, v.misplaces, m.wake.notify)
 }
 
-// closeMisplaced closes the sessions of v's step, and reports whether all of them, and the
-// upgrades that their backends may have got, are over. An upgrade becomes a session
+// closeMisplaced closes the sessions of v's step, and reports whether all of them, and
+// the upgrades that their backends may have got, are over. An upgrade becomes a session
 // before it leaves the flights: so this looks at the flights first. A session whose
 // client has left may become a flight: so it looks at the flights again at the end.
 func (m *mover) closeMisplaced(v *view) bool {
@@ -503,9 +505,9 @@ func (m *mover) countStep(held time.Duration) {
 	}
 }
 
-// takeNewVersion replaces the table of v, which is at rest, by t, which has the same content
-// and newer versions, with the previous owners that v knows. The router gets the same
-// table. takeNewVersion returns the view that is in force then.
+// takeNewVersion puts t in the place of v's table: v is at rest and has an older version
+// of a table with the same content. t gets the previous owners that v knows. The router
+// then uses this table too. takeNewVersion returns the view that is in force then.
 func (m *mover) takeNewVersion(v *view, t *table) *view {
 	if v.tables[0] == t {
 		return v
@@ -575,8 +577,8 @@ type sharedMove struct {
 }
 
 // stepProposal is how far the step after the view's may go, as far as this router is
-// concerned. Each change of it is a write. So it stays the same until the view has
-// another step, but for new owners that are away.
+// concerned. Each change of it is a write. So it changes only with a new step, or when a
+// new owner becomes reachable or unreachable.
 type stepProposal struct {
 	step    int64  // of the view
 	content uint64 // of the table to which the next step moves namespaces
@@ -584,7 +586,8 @@ type stepProposal struct {
 	toMove  int // sessions that have to move, also those that next covers
 }
 
-// useMembership makes the mover share its steps, and the rate of moves, with other routers.
+// useMembership makes the mover share its steps, and the rate of moves, with other
+// routers.
 func (m *mover) useMembership(s *membership) {
 	m.shared = &sharedMove{membership: s}
 	s.wake = m.wake.notify
@@ -628,7 +631,8 @@ func (m *mover) advanceShared(now time.Time) time.Time {
 }
 
 // workShared closes the sessions of v's step, and returns how far this router has come
-// with it. again is when to call it again; if it is zero, at the next event. v may be nil.
+// with it. again is when to call it again; if it is zero, at the next event. v may be
+// nil.
 func (m *mover) workShared(v *view, now time.Time) (p stepProgress, again time.Time) {
 	p.sessions = m.relay.size() > 0 || m.flights.any(func(*flight) bool { return true })
 	if v == nil {
@@ -655,8 +659,8 @@ func (m *mover) workShared(v *view, now time.Time) (p stepProgress, again time.T
 	return p, again
 }
 
-// workAtRest does what is left to do when v has the newest table alone: sessions whose owner
-// has another pod move, and the table has what v knows of previous owners.
+// workAtRest does what is left to do when v has the newest table alone: sessions whose
+// owner has another pod move, and the table has what v knows of previous owners.
 func (m *mover) workAtRest(v *view, t *table, now time.Time) (again time.Time) {
 	m.shared.lastProposal = nil
 	if !v.done {
@@ -674,9 +678,9 @@ func (m *mover) workAtRest(v *view, t *table, now time.Time) (again time.Time) {
 }
 
 // propose returns how far the step after v's may go towards t, and when that may change,
-// zero if only when something happens. It goes as far as the pace allows by the time of
-// that step. This router's share of the rate is its share of the sessions. propose closes
-// no session of the step: closeMisplaced does, when the step has come.
+// zero if only when something happens. It counts how many sessions the pace allows until
+// the next step can begin. This router's share of the rate is its share of the sessions.
+// propose closes no session of the step: closeMisplaced does, when the step has come.
 func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.Time) {
 	if m.tally == nil || m.tally.content != t.contentHash {
 		m.prepare(now)
@@ -771,8 +775,8 @@ func (s *sharedMove) stepAfter(now time.Time) time.Time {
 	return latest(now, s.member.stepSeenAt.Add(stepTime(len(s.member.view.plan.members))))
 }
 
-// rateShare returns this router's part of the rate, above 0 and at most 1. A router that had
-// no session to move when it answered last has a small part.
+// rateShare returns this router's part of the rate, above 0 and at most 1. A router that
+// had no session to move when it answered last has a small part.
 func (s *sharedMove) rateShare() float64 {
 	s.mu.Lock()
 	o := s.inbox.object

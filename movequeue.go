@@ -78,11 +78,11 @@ func (m *moveQueue) count(target int) (n int) {
 	return n
 }
 
-// split returns the sessions that may move in the next step, which is at the given time,
-// and those that are left. It sets next.upto to the place of the first one that the pace
-// holds back, and advances the pace by each session that the pace counts. All sessions of
-// a namespace move in one step. If ready is false, only sessions whose owner was removed may
-// move. split does not change the queue.
+// split returns two lists: the sessions that may move in the step at the given time, and
+// the rest. It sets next.upto to the place of the first session that the pace holds back,
+// and calls p.advance for each session that the pace counts. All sessions of a namespace
+// move in one step. If ready is false, only sessions whose owner was removed may move.
+// split does not change the queue.
 func (m *moveQueue) split(
 	next *mark, ready bool, p *pace, at time.Time,
 ) (due, rest []queuedSession) {

@@ -82,8 +82,8 @@ func (m *moveTargets) dropReachable() []*moveTarget {
 	return m.drop(func(target *moveTarget) bool { return target.reachable })
 }
 
-// assumeReachable makes those of the targets that were reachable before count as such
-// until their next dial has ended.
+// assumeReachable makes a target that was reachable before count as reachable until its
+// new dial has ended.
 func (m *moveTargets) assumeReachable(before []*moveTarget) {
 	for _, b := range before {
 		if target := m.all[b.backend]; target != nil {

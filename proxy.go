@@ -552,8 +552,8 @@ func (p *proxy) owner(namespace string) (assignment, *refusal) {
 	return a, nil
 }
 
-// unreachableError returns why there is no connection to the backend: err, and misdirected
-// if another backend has answered in its place.
+// unreachableError returns why there is no connection to the backend: err, and
+// misdirected if another backend has answered in its place.
 func (p *proxy) unreachableError(
 	holdCtx context.Context, backend int, err, misdirected error,
 ) (result, error) {
@@ -605,7 +605,7 @@ func (p *proxy) completeUpgrade(
 	}
 	p.backends.queues.clearMisdirected(u.owner)
 	if resp.StatusCode == http.StatusConflict && p.mover.noteStep(resp.Header.Get(headerStep)) {
-		return resultHoldTimeout, errReleased
+		return resultHoldTimeout, errReleased // the caller ignores the result
 	}
 	if resp.StatusCode != http.StatusSwitchingProtocols {
 		return p.passResponse(r.Context(), w, resp, backendConn)
@@ -731,13 +731,13 @@ func (p *proxy) newSession(u *pendingUpgrade, clientAddrs string) (*session, err
 	return s, nil
 }
 
-// openSession makes s of the upgrade: start gives the relay s and its sockets, which from then
-// on only the relay touches. Both ways of a handshake end with it.
+// openSession makes s of the upgrade: start gives the relay s and its sockets, which from
+// then on only the relay touches. Both ways of a handshake end with it.
 //
 // The flight ends when the relay has s. So a step of a hand-off, which looks at the
-// flights first and at the sessions then, finds one of them. With -handoff=off, and if the
-// pod was replaced, openSession asks again: the relay knows s before, and the mover looks for
-// sessions after such a change.
+// flights first and at the sessions then, finds one of them. With -handoff=off, and if
+// the pod was replaced, openSession asks again: the relay knows s before, and the mover
+// looks for sessions after such a change.
 func (p *proxy) openSession(u *pendingUpgrade, s *session, start func()) {
 	p.results[resultOK].Add(1)
 	u.free() // before start, or the limit of sessions would count it twice

@@ -343,9 +343,9 @@ func (r *relay) countOnOldPod(s *session, onOldPod bool) {
 	}
 }
 
-// setBackendEnded notes that the backend of s has ended its stream, or that the relay has reset
-// its connection: for this session the backend no longer serves the namespace. The engine
-// calls it, with or without its own locks.
+// setBackendEnded notes that the backend of s has ended its stream, or that the relay has
+// reset its connection: for this session the backend no longer serves the namespace. The
+// engine calls it, with or without its own locks.
 func (r *relay) setBackendEnded(s *session) {
 	r.remember(s.namespace, s.backend)
 	if s.backendEnded.Swap(true) {
@@ -366,15 +366,15 @@ func (r *relay) countUnproven(s *session) {
 }
 
 // waitsForEnd reports whether the router waits until the backend of s, which ends, ends
-// its stream too. It may have requests of a client that is gone which it has not read yet.
-// A backend that has sent its Close frame is done.
+// its stream too. It may have requests of a client that is gone which it has not read
+// yet. A backend that has sent its Close frame is done.
 func (r *relay) waitsForEnd(s *session) bool {
 	answered := s.closing != nil && s.frames[backendSide].closed()
 	return r.onBackendOpen != nil && !answered && !s.backendEnded.Load()
 }
 
-// abandonBackend gives the backend's socket, of a session for which waitsForEnd is true, to
-// onBackendOpen, which closes it. abandonBackend closes the file.
+// abandonBackend gives the backend's socket, of a session for which waitsForEnd is true,
+// to onBackendOpen, which closes it. abandonBackend closes the file.
 func (r *relay) abandonBackend(s *session, socket *os.File) {
 	conn, err := net.FileConn(socket)
 	socket.Close()

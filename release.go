@@ -70,8 +70,8 @@ type releaseWait struct {
 	err        error // of the last try that failed; nil before
 }
 
-// newReleaser returns a releaser that POSTs path. A backend without a pod need not release
-// anything. The caller closes the releaser.
+// newReleaser returns a releaser that POSTs path. A backend without a pod need not
+// release anything. The caller closes the releaser.
 func newReleaser(path, podName string, backends *backends, log *slog.Logger) *releaser {
 	r := &releaser{path: path, podName: podName, backends: backends,
 		timeout: releaseTimeout, log: log, waiting: map[int]*releaseWait{}}
@@ -106,7 +106,8 @@ func (r *releaser) host(ordinal int) string {
 }
 
 // dial connects to a backend, as for a session. addr has what host returned. The
-// transport dials with a context that goes on when the request ends; lifetime does not.
+// transport's context can outlive the request, so dial uses lifetime, which ends with
+// close.
 func (r *releaser) dial(_ context.Context, _, addr string) (net.Conn, error) {
 	digits, _, _ := strings.Cut(addr, ".")
 	ordinal, err := strconv.Atoi(digits)
@@ -319,8 +320,8 @@ func (s *stepReleases) close() {
 	}
 }
 
-// startStep begins a step, before its view is in force. It ends the step before, if that is
-// not done.
+// startStep begins a step, before its view is in force. It ends the step before, if that
+// is not done.
 func (s *stepReleases) startStep() {
 	if s == nil {
 		return
@@ -331,10 +332,9 @@ func (s *stepReleases) startStep() {
 }
 
 // releaseAll is called when all sessions and flights of the step are over, and then again
-// whenever onDone was called. It asks the backends, the first time, and reports whether they
-// have released all that the
-// router had in the step or shortly before, and of which match returns true: this backend
-// is not the owner after the step.
+// whenever onDone was called. It asks the backends, the first time, and reports whether
+// they have released all that the router had in the step or shortly before, and of which
+// match returns true: this backend is not the owner after the step.
 func (s *stepReleases) releaseAll(step int64, match func(namespace string, backend int) bool,
 	onDone func()) bool {
 	if s == nil {
@@ -387,8 +387,8 @@ func newReleaseMemory(keep time.Duration, log *slog.Logger) *releaseMemory {
 		recent: []backendNamespaces{{}}, began: time.Now()}
 }
 
-// note notes that the backend has a session or an upgrade of the namespace, which is about
-// to be over. It comes before the mover can see that it is over.
+// note notes that the backend has a session or an upgrade of the namespace, which is
+// about to be over. It comes before the mover can see that it is over.
 func (m *releaseMemory) note(namespace string, backend int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -404,8 +404,8 @@ func (m *releaseMemory) note(namespace string, backend int) {
 	last[key] = struct{}{}
 }
 
-// freeze makes the memory forget nothing until unfreeze: what the router had in the last keep
-// is there until the step is done, however long that takes.
+// freeze makes the memory forget nothing until unfreeze: what the router had in the last
+// keep is there until the step is done, however long that takes.
 func (m *releaseMemory) freeze() {
 	m.mu.Lock()
 	defer m.mu.Unlock()

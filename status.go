@@ -117,8 +117,8 @@ func (m *mover) routerWaits(v *view) (waits []stepWait) {
 }
 
 // waitSeconds returns for how many seconds a step has waited for each backend and router:
-// those that it may wait for, with 0, and those that it does wait for. names are the keys,
-// sorted.
+// those that it may wait for, with 0, and those that it does wait for. names are the
+// keys, sorted.
 func waitSeconds(
 	mayWait []string, waits []stepWait,
 ) (names []string, seconds map[string]float64) {
