@@ -174,24 +174,24 @@ func (d *dialQueues) reasonLocked(w *waiter, ordinal int, err error) error {
 // isOpen reports whether a request may be sent to the backend now, on a connection that
 // there is already: the backend is ready, no upgrade waits for it, and its last dial did
 // not fail.
-func (h *dialQueues) isOpen(ordinal int) bool {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return h.isOpenLocked(h.queue(ordinal), ordinal)
+func (d *dialQueues) isOpen(ordinal int) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.isOpenLocked(d.queue(ordinal), ordinal)
 }
 
 // isOpenLocked is isOpen. The caller holds mu.
-func (h *dialQueues) isOpenLocked(q *dialQueue, ordinal int) bool {
-	return len(q.waiters) == 0 && q.failures == 0 && h.checkReady(ordinal) == nil
+func (d *dialQueues) isOpenLocked(q *dialQueue, ordinal int) bool {
+	return len(q.waiters) == 0 && q.failures == 0 && d.checkReady(ordinal) == nil
 }
 
 // tryDial reports whether the caller may dial the backend now: the backend is ready, no
 // upgrade waits for it, and its last dial did not fail. The caller then calls dialDone.
-func (h *dialQueues) tryDial(ordinal int) bool {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	q := h.queue(ordinal)
-	if q.dialing >= maxDialsPerBackend || !h.isOpenLocked(q, ordinal) {
+func (d *dialQueues) tryDial(ordinal int) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	q := d.queue(ordinal)
+	if q.dialing >= maxDialsPerBackend || !d.isOpenLocked(q, ordinal) {
 		return false
 	}
 	q.dialing++

@@ -73,8 +73,8 @@ func (f *flights) add(namespace string, backend int, podUID string, cut func()) 
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.all[added] = struct{}{}
-	return added
+	f.all[e] = struct{}{}
+	return e
 }
 
 // any reports whether match returns true for one of the flights.
@@ -111,10 +111,8 @@ func (f *flights) cutOverdue(now time.Time, due func(*flight) time.Time) (next t
 	return next
 }
 
-// end ends the flight: it is over.
-func (e *flight) end() {
-	f := e.flights
-	f.remember(e.namespace, e.backend)
+// each calls visit with each flight, which must not block.
+func (f *flights) each(visit func(*flight)) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for flight := range f.all {

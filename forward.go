@@ -331,7 +331,7 @@ func (x *exchange) ask(conn *ownerConn, head []byte, maxHead int) (*http.Respons
 		x.counted = true
 		x.forwarder.sent.Add(1)
 	}
-	x.pendingUpgrade.release()
+	x.pendingUpgrade.free()
 	if x.streams {
 		http.NewResponseController(x.w).EnableFullDuplex()
 		if x.r.ProtoAtLeast(1, 1) && expectsContinue(x.r) {

@@ -81,7 +81,7 @@ func checkPlain(r *http.Request) *refusal {
 	return nil
 }
 
-// path is the target's path, with its escapes.
+// requestPath is the target's path, with its escapes.
 func requestPath(r *http.Request) string {
 	path, _, _ := strings.Cut(requestTarget(r), "?")
 	return path

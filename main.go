@@ -26,12 +26,13 @@
 //  1. A table never changes: an update swaps the pointer to it. Once there is a
 //     table, the pointer is never nil. A lookup takes no lock and allocates nothing.
 //  2. A table gives a namespace one owner: the same overrides and the same number of
-//     backends give the same owner on every router, in every release. The owner of
-//     an invalid override depends on earlier tables too; a table's stamp, which
-//     backends get as a header, shows where two routers differ in that. From one
-//     table to the next, no namespace has sessions, or requests that a backend may
-//     have got, with two owners: on all routers with -handoff=all, on each router by
-//     itself with -handoff=single.
+//     backends give the same owner on every router, in every version of the
+//     program. The owner of an invalid override depends on earlier tables too; a
+//     table's stamp, which backends get as a header, shows where two routers differ
+//     in that. While one table replaces another, a namespace never has two owners at
+//     once. Sessions count, and also requests that a backend may have received. With
+//     -handoff=all this holds for all routers together, with -handoff=single for each
+//     router by itself.
 //  3. An invalid override changes nothing: its namespace keeps its previous owner.
 //     A router that does not know the previous owner refuses the namespace. All
 //     other overrides apply.
@@ -110,9 +111,11 @@
 //	mover.takeNextStep        chooses the namespaces of the next step
 //	moveQueue.split           chooses as many as the rate allows
 //	view.next                 holds them: from now on their clients wait
-//	mover.release             closes their sessions, and waits for the end of all flights
+//	mover.beginStep           puts this view in force
+//	mover.workOnStep          reports whether the step is over, with -release too
+//	mover.closeMisplaced      closes its sessions, and looks for flights under way
 //	mover.cutRequests         cuts the plain requests that have lasted too long
-//	session.closeGracefully   begins the closing handshake
+//	session.closeGracefully   (as closeSession) begins the closing handshake
 //	closingHandshake.insertClose  puts a Close frame where one may stand
 //	mover.finishStep          opens the namespaces with their new owners
 //	mover.reportFinished      logs the result
@@ -152,7 +155,7 @@
 //
 // Read main, command and config (what starts), admin and status (what operators ask),
 // fastpath, proxy, forward, layout, handshake, listen, upgrade and proxyprotocol (from
-// client to session), configmap, directory, events, drain, move, movebatch, movetarget, movequeue,
+// client to session), configmap, directory, events, drain, move, movetally, movetarget, movequeue,
 // pace, membership, member, handoffobject, handoff, flight and release (what a change of
 // overrides does), route, overrides, namespace and hash (who owns), discovery, backends,
 // dialqueue, watch and kube (where owners are), relay and websocket (the life of a
@@ -313,7 +316,7 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 	mover.flights.unprovenTimeout = c.handoffUnproven
 	mover.flights.addDescriptors = fdLimit.add
 	if !mover.off {
-		relay.onUnreleased = func(s *session, backend net.Conn) {
+		relay.onBackendOpen = func(s *session, backend net.Conn) {
 			f := mover.flights.add(s.namespace, s.backend, s.podUID, nil)
 			f.abandon(backend, func() {})
 		}

@@ -708,7 +708,7 @@ func (s *handoffSim) atRest() bool {
 func (c *simContainer) openLong(namespace string) {
 	a := c.assign(namespace)
 	f, _, ok := c.startFlight(namespace, a.owner, "", nil)
-	if a.state != isOwned || !ok {
+	if a.state != stateOwned || !ok {
 		c.pod.Fatalf("%s is not owned", namespace)
 	}
 	session := &session{namespace: namespace, backend: a.owner}

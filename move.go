@@ -34,10 +34,10 @@ type mover struct {
 	// none.
 	moveInterval time.Duration
 	// closeSession is session.closeGracefully.
-	closeSession func(s *session, onEnd func(cut bool)) bool
-	onStep       func() // the view has changed; must not block
-	flights      *flights
-	releases     *stepReleases // nil without -release
+	closeSession  func(s *session, onEnd func(cut bool)) bool
+	onViewChanged func() // the view has changed; must not block
+	flights       *flights
+	releases      *stepReleases // nil without -release
 	// httpMoveTime is how old a plain request may be when a step waits for it.
 	httpMoveTime time.Duration
 	shared       *sharedMove // nil without -handoff=all
@@ -131,10 +131,11 @@ func (m *mover) assign(namespace string) assignment {
 func (m *mover) findQueue(namespace string) int { return m.assign(namespace).queue() }
 
 // startFlight notes that the owner gets the request, which the caller sends next. cut is
-// nil for an upgrade: see flight.cut. Then it asks once more who the owner is. ok is false if that has changed: the
-// caller must not send the request. So each step either waits for the flight, or has
-// begun before it. now is what startFlight found when it asked again. The caller ends or abandons the
-// flight, which is nil if ok is false, and for an upgrade with -handoff=off.
+// nil for an upgrade: see flight.cut. Then it asks once more who the owner is, and
+// returns that as now. If it is another one, ok is false, and the caller must not send
+// the request. So for each step one of two things is true: the step waits for this
+// flight, or this function sees the step and returns false. The caller ends or abandons
+// the flight, which is nil if ok is false, and for an upgrade with -handoff=off.
 func (m *mover) startFlight(
 	namespace string, owner int, podUID string, cut func(),
 ) (f *flight, now assignment, ok bool) {
@@ -473,8 +474,8 @@ func (m *mover) cutRequests(now time.Time) time.Time {
 	})
 }
 
-// unreleased returns the sessions that v's step waits for.
-func (m *mover) unreleased(v *view) []*session {
+// misplacedSessions returns the sessions that v's step waits for.
+func (m *mover) misplacedSessions(v *view) []*session {
 	return m.relay.filter(func(s *session) bool {
 		return v.misplaces(s.namespace, s.backend) && !s.isBackendDone()
 	})

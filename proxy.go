@@ -33,15 +33,15 @@ type limits struct {
 // relay.
 type proxy struct {
 	// Static after construction.
-	router    *router
-	backends  *backends
-	relay     *relay
-	mover     *mover
-	forwarder *forwarder // of plain requests; nil with -http=off
-	limits    limits
-	podName   string
-	namespace func(*http.Request) (string, *refusal) // layout.namespace
-	log       *slog.Logger
+	router      *router
+	backends    *backends
+	relay       *relay
+	mover       *mover
+	forwarder   *forwarder // of plain requests; nil with -http=off
+	limits      limits
+	podName     string
+	namespaceOf func(*http.Request) (string, *refusal) // layout.namespace
+	log         *slog.Logger
 
 	proxyProtocol *proxyProtocol // of the client listener; nil: off
 
@@ -445,7 +445,7 @@ func (p *proxy) check(
 		return "", refuse(resultBadHead, "too many header fields: at most %d are allowed (got %d)",
 			p.limits.headerFields, n)
 	}
-	namespace, refused = p.namespace(r)
+	namespace, refused = p.namespaceOf(r)
 	if refused == nil {
 		refused = checkKind(r)
 	}
@@ -469,7 +469,7 @@ func (p *proxy) place(namespace string) (*pendingUpgrade, *refusal) {
 	u := &pendingUpgrade{limit: &p.pendingUpgrades,
 		namespace: namespace, assignment: assigned}
 	if p.relay.size()+p.forwarder.size()+all > p.limits.sessions {
-		u.release()
+		u.free()
 		return nil, refuse(resultMaxSessions,
 			"%d sessions and plain requests are open, the limit", p.limits.sessions)
 	}

@@ -436,7 +436,7 @@ func TestStartFlightAsksOnceMore(t *testing.T) {
 	other := newTable("backend", false, ordinalRange{first: owner + 1, count: 2}, nil, r.table())
 	step := m.current.Load().next(other, mark{upto: allPlaces}, time.Now())
 	m.current.Store(step) // it begins after the dial
-	if _, now, ok := m.startFlight(namespace, owner, "", nil); ok || now.state != isHeld {
+	if _, now, ok := m.startFlight(namespace, owner, "", nil); ok || now.state != stateHeld {
 		t.Errorf("the request is sent to the old owner in a step (%+v)", now)
 	}
 	m.finishStep(step)

@@ -171,13 +171,13 @@ func (u *pendingUpgrade) free() {
 	u.freed = true
 }
 
-// retake takes a place again, after release, even if the owner has its share.
+// retake takes a place again, after free, even if the owner has its share.
 func (u *pendingUpgrade) retake() {
 	u.limit.take(u.owner)
-	u.released = false
+	u.freed = false
 }
 
-// close releases the upgrade, and abandons the connection to its owner if it has one.
+// close frees the upgrade, and abandons the connection to its owner if it has one.
 func (u *pendingUpgrade) close() {
 	u.abandon(u.backendConn)
 	u.free()
