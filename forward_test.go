@@ -933,8 +933,8 @@ func TestForwardCutAnswerHTTP10(t *testing.T) {
 func TestForwardAbandonedMemory(t *testing.T) {
 	var seen atomic.Pointer[weak.Pointer[http.Request]]
 	p, release, ended := longAnswers(t, "", time.Hour, func(p *proxy) {
-		namespace := p.namespace
-		p.namespace = func(r *http.Request) (string, *refusal) {
+		namespace := p.namespaceOf
+		p.namespaceOf = func(r *http.Request) (string, *refusal) {
 			w := weak.Make(r)
 			seen.Store(&w)
 			return namespace(r)
