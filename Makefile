@@ -37,7 +37,7 @@ churn: ## open and close sessions for CHURN, then check that nothing is left of 
 	go test -count=1 -v -timeout 0 -run '^TestProxyChurn$$' . -churn $(CHURN)
 
 handoff: ## prove that no namespace has two owners while owners change, at the whole size
-	go test -count=1 -v -timeout 0 -parallel 4 -run '^TestHandoff' . -whole
+	go test -count=1 -v -timeout 0 -parallel 2 -run '^TestHandoff' . -whole
 
 fuzz: ## run each fuzz target for FUZZTIME
 	@for target in $$(grep -ho '^func Fuzz[A-Za-z]*' *_test.go | cut -d' ' -f2); do \

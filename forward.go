@@ -57,6 +57,9 @@ const (
 // errClientGone is the cause that ends an exchange whose client has left.
 var errClientGone = errors.New("the client left")
 
+// errBadBody is the cause that ends an exchange whose body is not what HTTP allows.
+var errBadBody = errors.New("the body must be valid chunks (RFC 9112 §7.1)")
+
 // errMoved is the cause that ends an exchange whose namespace has another owner now.
 var errMoved = errors.New("the namespace got another owner")
 
@@ -480,6 +483,8 @@ func (x *exchange) failure(owner string, err error) *refusal {
 		return refuse(resultBadGateway, "%s: %v", owner, err)
 	case errClientGone:
 		return refuse(resultClientGone, "%v", cause)
+	case errBadBody:
+		return refuse(resultBadRequest, "%v", cause)
 	case errDraining:
 		return refuse(resultDraining, "%v", cause)
 	default:
@@ -562,7 +567,7 @@ func (x *exchange) sendBody(b *bodySender, conn *ownerConn, head []byte) {
 		}
 		if b.err = err; err != nil {
 			if !b.stopped.Load() {
-				x.cancel(errClientGone)
+				x.cancel(bodyFault(err))
 			}
 			return
 		}
@@ -570,6 +575,15 @@ func (x *exchange) sendBody(b *bodySender, conn *ownerConn, head []byte) {
 	if chunked {
 		_, b.err = conn.Write(appendTrailers([]byte("0\r\n"), x.r.Trailer))
 	}
+}
+
+// bodyFault returns the cause that ends an exchange when its body could not be read:
+// errClientGone if the client's connection has ended, else errBadBody.
+func bodyFault(err error) error {
+	if errors.Is(err, io.ErrUnexpectedEOF) || errors.As(err, new(net.Error)) {
+		return errClientGone
+	}
+	return errBadBody
 }
 
 // chunkRoom is the room for the size of a chunk: "7ffe\r\n".

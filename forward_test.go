@@ -516,6 +516,18 @@ func TestForwardKeeps(t *testing.T) {
 	})
 }
 
+// A body that is no valid chunks is the client's mistake.
+func TestForwardBadChunk(t *testing.T) {
+	backend := startPlain(t, func(_ http.ResponseWriter, r *http.Request) { io.Copy(io.Discard, r.Body) })
+	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
+	for _, body := range []string{"zz\r\n", "1\r\nabc\r\n", "1;\x00\nx"} {
+		_, _, resp := p.ask(t, "POST /ws/ns-01 HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"+body)
+		wantEqual(t, fmt.Sprintf("status of %q", body), resp.StatusCode, http.StatusBadRequest)
+	}
+	p.waitForwarded(t, resultBadRequest, 3)
+	p.noFlights(t)
+}
+
 // A client whose long body was read to its end can send its next request on the same
 // connection, unless the body had no length.
 func TestForwardKeepsClients(t *testing.T) {

@@ -346,11 +346,11 @@ func (p *proxy) roundTrip(x *exchange) (*http.Response, error) {
 // takeKept returns a kept connection to the owner if the request can be sent at once, or
 // nil.
 func (p *proxy) takeKept(u *pendingUpgrade) *ownerConn {
+	u.podUID = p.backends.podUID(u.owner) // before it is asked for sessions with older pods
 	if u.queue() != u.owner || p.relay.oldPodSessionsDone(u.namespace) != nil ||
 		!p.backends.queues.isOpen(u.owner) {
 		return nil
 	}
-	u.podUID = p.backends.podUID(u.owner)
 	return p.forwarder.kept.take(backendPod{u.owner, u.podUID})
 }
 
