@@ -33,10 +33,10 @@ type forwarder struct {
 	kept     *keptConns
 	buffers  sync.Pool // of *[forwardBuffer]byte
 
-	running    sync.WaitGroup // exchanges
-	inProgress atomic.Int64   // exchanges
-	sent       atomic.Int64   // of these, those that an owner has got
-	cuts       atomic.Int64   // exchanges that ended by errMoved or errDraining
+	running    waitCount    // exchanges
+	inProgress atomic.Int64 // exchanges
+	sent       atomic.Int64 // of these, those that an owner has got
+	cuts       atomic.Int64 // exchanges that ended by errMoved or errDraining
 	results    [numResults]atomic.Int64
 	durations  histogram
 }
@@ -92,7 +92,7 @@ func (f *forwarder) stop(ctx context.Context) {
 		return
 	}
 	cut := context.AfterFunc(ctx, func() { f.end(errDraining) })
-	f.running.Wait()
+	f.running.wait()
 	cut()
 	f.kept.close()
 }
@@ -163,7 +163,7 @@ type exchange struct {
 
 // begin begins the exchange of a request. The caller ends it.
 func (f *forwarder) begin(w http.ResponseWriter, r *http.Request) *exchange {
-	f.running.Add(1)
+	f.running.add(1)
 	f.inProgress.Add(1)
 	x := &exchange{forwarder: f, w: w, r: r, began: time.Now(), result: resultClientGone}
 	x.streams = r.ContentLength < 0 || r.ContentLength > maxWholeBody
@@ -200,7 +200,7 @@ func (x *exchange) finish() {
 	f.results[x.result].Add(1)
 	f.durations.observe(time.Since(x.began))
 	f.inProgress.Add(-1)
-	f.running.Done()
+	f.running.add(-1)
 }
 
 // clientLeft is called when net/http has seen the end of the client's stream. A client

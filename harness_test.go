@@ -682,7 +682,7 @@ func startProxy(t testing.TB, addrs []string, data map[string]string, change fun
 			tp.fastPath.stop()
 			cancel(errDraining)
 			server.Close()
-			p.inFlight.Wait()
+			p.inFlight.wait()
 			over, cancelForwarded := context.WithCancel(t.Context())
 			cancelForwarded()
 			p.forwarder.stop(over)

@@ -148,7 +148,8 @@
 //	exchange.mu
 //	keptConns.mu              held while it counts descriptors
 //	membership.mu, releaser.mu, releaseMemory.mu
-//	upgradeLimit.mu, descriptorLimit.mu, addressCache.mu, limitListener.mu, logQueue.mu
+//	upgradeLimit.mu, descriptorLimit.mu, addressCache.mu, limitListener.mu, logQueue.mu,
+//	waitCount.mu
 //
 // Locks on one line are never held together. Nothing waits for the network with a
 // lock held.
@@ -490,7 +491,7 @@ func (p *program) stopClients(fastPath *fastPath, clientServer *http.Server,
 		clientServer.Shutdown(idle) // not of hijacked connections (golang/go#17721)
 		close(shutdown)
 	}()
-	p.proxy.inFlight.Wait()
+	p.proxy.inFlight.wait()
 	ended := p.drainAll()
 	select {
 	case <-shutdown:

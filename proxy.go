@@ -51,7 +51,7 @@ type proxy struct {
 
 	pendingUpgrades     upgradeLimit
 	handshakes          atomic.Int64   // calls of check
-	inFlight            sync.WaitGroup // requests that net/http has, but for those of forwarder
+	inFlight            waitCount      // requests that net/http has, but for those of forwarder
 	unhandled           sync.WaitGroup // requests on their way from the fast path to ServeHTTP
 	results             [numResults]atomic.Int64
 	logThrottles        [numResults]throttle
@@ -69,8 +69,8 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		p.forward(w, r)
 		return
 	}
-	p.inFlight.Add(1)
-	defer p.inFlight.Done()
+	p.inFlight.add(1)
+	defer p.inFlight.add(-1)
 	result, err := p.upgrade(w, r)
 	if result != resultOK { // else openSession has counted it
 		p.results[result].Add(1)

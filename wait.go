@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"sync"
 	"time"
 )
 
@@ -58,4 +59,37 @@ func (w wakeup) notify() {
 	case w <- struct{}{}:
 	default:
 	}
+}
+
+// waitCount is a number that can be waited for until it is 0. Unlike that of a
+// sync.WaitGroup, it may rise from 0 meanwhile. The zero value is 0.
+type waitCount struct {
+	mu   sync.Mutex
+	n    int           // guarded by mu
+	zero chan struct{} // guarded by mu; closed when n falls to 0; nil if nobody waits
+}
+
+// add adds delta, which may be negative.
+func (c *waitCount) add(delta int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.n += delta; c.n == 0 && c.zero != nil {
+		close(c.zero)
+		c.zero = nil
+	}
+}
+
+// wait returns when the number is 0.
+func (c *waitCount) wait() {
+	c.mu.Lock()
+	if c.n == 0 {
+		c.mu.Unlock()
+		return
+	}
+	if c.zero == nil {
+		c.zero = make(chan struct{})
+	}
+	zero := c.zero
+	c.mu.Unlock()
+	<-zero
 }

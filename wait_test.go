@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -50,4 +51,26 @@ func TestWakeup(t *testing.T) {
 		t.Error("two notifies woke twice, want once")
 	default:
 	}
+}
+
+// A waitCount may rise while others wait for it, also from 0, which is a misuse of a
+// sync.WaitGroup. Who waits goes on when it was 0.
+func TestWaitCount(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var c waitCount
+		c.wait()
+		var waited atomic.Int64
+		for range 3 {
+			c.add(1)
+			go func() { c.wait(); waited.Add(1) }()
+		}
+		c.add(-2)
+		synctest.Wait()
+		wantEqual(t, "waits that are over at 1", waited.Load(), 0)
+		c.add(-1)
+		go func() { c.add(1); c.add(-1) }()
+		synctest.Wait()
+		wantEqual(t, "waits that are over at 0", waited.Load(), 3)
+		c.wait()
+	})
 }
