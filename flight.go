@@ -150,7 +150,7 @@ func (f *flight) abandon(conn net.Conn, onEnd func()) {
 		if all.lifetime.Err() != nil { // the router stops
 			return
 		}
-		all.log.Warn("gave up waiting for the end of an upgrade",
+		all.log.Warn("gave up waiting for the end of a request",
 			"namespace", f.namespace, "backend", all.backendName(f.backend),
 			"seconds", time.Since(began).Seconds())
 	})

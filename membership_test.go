@@ -469,13 +469,7 @@ func newHandoffSim(t *testing.T, seed uint64, pods int) (s *handoffSim, end func
 	ended, cancel := context.WithCancel(t.Context())
 	s.ended = ended
 	s.kube.applyMap(handoffName, nil)
-	for i := range pods {
-		r := &simRouter{handoffSim: s, network: newPipeNetwork(),
-			pod: fakePod{name: fmt.Sprint("router-", i), uid: fmt.Sprint("pod-", i)}}
-		r.link = s.kube.linkOn(t, r.network)
-		s.kube.setPod(r.pod)
-		s.routers = append(s.routers, r)
-	}
+	s.addRouters(pods)
 	return s, func() { cancel(); s.running.Wait() }
 }
 
