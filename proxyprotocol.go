@@ -93,7 +93,8 @@ var errNoProxyHeader = errors.New("the connection begins with no valid header of
 // beginning of data (https://www.haproxy.org/download/2.6/doc/proxy-protocol.txt). It
 // returns the client's address, which is not valid if the header has none (LOCAL, UNKNOWN
 // and UNSPEC, a Unix socket): then it is the peer's. size is the length of the header, 0
-// if it is not whole yet. It returns errNoProxyHeader for what is no such header.
+// if it is not whole yet. It returns errNoProxyHeader, and no size, for what is no such
+// header.
 func parseProxyHeader(data []byte) (client netip.AddrPort, size int, err error) {
 	switch {
 	case bytes.HasPrefix(data, []byte(proxySignature)):
@@ -109,8 +110,10 @@ func parseProxyHeader(data []byte) (client netip.AddrPort, size int, err error) 
 	case !whole:
 		return client, 0, nil
 	}
-	client, err = parseProxyLine(string(line))
-	return client, len(line) + len("\r\n"), err
+	if client, err = parseProxyLine(string(line)); err != nil {
+		return client, 0, err
+	}
+	return client, len(line) + len("\r\n"), nil
 }
 
 // parseProxyLine parses a header of version 1 without its end (§2.1).

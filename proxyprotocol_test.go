@@ -66,6 +66,7 @@ var badProxyHeaders = map[string]string{
 	"a bad destination":   "PROXY TCP4 198.51.100.7 x 1234 443\r\n",
 	"an octet with zeros": "PROXY TCP4 198.051.100.7 203.0.113.1 1234 443\r\n",
 	"a field in a field":  "PROXY TCP4 198.51.100.7\nX: 203.0.113.1 1234 443\r\n",
+	"a short line":        "P\r\n",
 	"a long line":         "PROXY UNKNOWN" + strings.Repeat(" f", 46) + "f\r\n",
 	"no end":              "PROXY UNKNOWN " + strings.Repeat("f", maxProxyLine),
 	"version 1 in 2":      proxyBinary(0x11, 0x11, proxyTCP4),
@@ -101,8 +102,8 @@ func TestParseProxyHeader(t *testing.T) {
 		}
 	}
 	for name, header := range badProxyHeaders {
-		if client, size, err := parseProxyHeader([]byte(header)); err == nil {
-			t.Errorf("%s: %v, size %d, want an error", name, client, size)
+		if client, size, err := parseProxyHeader([]byte(header)); err == nil || size != 0 {
+			t.Errorf("%s: %v, size %d, %v, want an error and no size", name, client, size, err)
 		}
 	}
 }
@@ -122,8 +123,8 @@ func FuzzProxyHeader(f *testing.F) {
 		switch {
 		case size > len(data) || size > maxProxyHeader || size < 0:
 			t.Fatalf("size %d of %d", size, len(data))
-		case err != nil && (client.IsValid() || errOfMore == nil):
-			t.Fatalf("%v, then %v", err, errOfMore)
+		case err != nil && (client.IsValid() || size != 0 || errOfMore == nil):
+			t.Fatalf("%v, size %d, then %v", err, size, errOfMore)
 		case err == nil && size > 0 && (more != client || sizeOfMore != size || errOfMore != nil):
 			t.Fatalf("%v %d, then %v %d %v", client, size, more, sizeOfMore, errOfMore)
 		case err == nil && size == 0 && len(data) > maxProxyHeader:
