@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -18,7 +19,7 @@ import (
 //	router-<pod name>   what this router has answered, one line: see stepAnswer.String
 //
 // Other keys have no meaning. What cannot be read is as if it were absent, and is
-// reported.
+// reported. A plan of another version is not: it is left as it is, see planVersion.
 const (
 	planKey         = "plan"
 	answerKeyPrefix = "router-"
@@ -33,6 +34,10 @@ const (
 	maxStep     = 1 << 53 // JSON's numbers are exact up to here
 	maxToken    = 128     // bytes of an epoch, an instance or a UID
 )
+
+// planVersion is the version of what plans and answers mean. A router changes nothing
+// while the plan has another one: routers with that version may run, and have sessions.
+const planVersion = 1
 
 // anyInstance is the instance of a member of which only the pod is known. Any container
 // of the pod may answer for it, and none is admitted as it.
@@ -77,6 +82,7 @@ type handoffObject struct {
 	pods         []string              // those that have a key
 	answers      map[string]stepAnswer // those that can be read, by pod name
 	faults       []error               // what could not be read, in the order of the keys
+	otherVersion error                 // says that the plan has another version; or nil
 }
 
 // readHandoffObject reads the data of the object.
@@ -87,7 +93,9 @@ func readHandoffObject(uid, version string, data map[string]string) *handoffObje
 		var err error
 		switch {
 		case key == planKey:
-			o.plan, err = parsePlan(data[key])
+			if o.plan, err = parsePlan(data[key]); errors.As(err, &otherVersionError{}) {
+				o.otherVersion = err
+			}
 		case isAnswer:
 			o.pods = append(o.pods, pod)
 			var a stepAnswer
@@ -216,8 +224,8 @@ const maxOrdinal = 1<<31 - 1
 
 // planJSON is the JSON of a plan:
 //
-//	{"epoch":"7c1e.1795871234567", "writes":12, "step":1795871239876, "allHeld":false,
-//	 "members":{"router-a":{"uid":"…", "instance":"7c1e"}},
+//	{"version":1, "epoch":"7c1e.1795871234567", "writes":12, "step":1795871239876,
+//	 "allHeld":false, "members":{"router-a":{"uid":"…", "instance":"7c1e"}},
 //	 "records":[{"content":"9c1f…"},
 //	            {"content":"77ab…", "before":{"upto":"5f3a…"},
 //	             "after":{"upto":"61b2…", "away":[2], "removed":[5]}}],
@@ -226,6 +234,7 @@ const maxOrdinal = 1<<31 - 1
 // A content and a place have 16 hexadecimal digits. The first record has no marks.
 // allHeld, keptUnknown and backends may be absent.
 type planJSON struct {
+	Version     int                 `json:"version"`
 	Epoch       string              `json:"epoch"`
 	Writes      int64               `json:"writes"`
 	Step        int64               `json:"step"`
@@ -253,7 +262,7 @@ type markJSON struct {
 // String returns the JSON of the plan, the same for equal plans.
 func (p *sharedPlan) String() string {
 	out := planJSON{
-		Epoch: p.epoch, Writes: p.writes, Step: p.step,
+		Version: planVersion, Epoch: p.epoch, Writes: p.writes, Step: p.step,
 		AllHeld: p.allHeld, KeptUnknown: p.keptUnknown, Members: p.members, Backends: p.backends,
 	}
 	for i := range p.records {
@@ -275,10 +284,23 @@ func newMarkJSON(m *mark) *markJSON {
 	return &markJSON{hex64(m.upto).String(), m.away, m.removed}
 }
 
-// parsePlan reads the JSON of a plan.
+// otherVersionError says that a plan has another version than planVersion.
+type otherVersionError struct{ version string }
+
+func (e otherVersionError) Error() string {
+	return badValue("version of the plan", e.version, strconv.Itoa(planVersion)).Error()
+}
+
+// parsePlan reads the JSON of a plan. It returns an otherVersionError for an object of
+// JSON with another version, or with none, whatever else is in it.
 func parsePlan(s string) (*sharedPlan, error) {
 	if len(s) > maxPlan {
 		return nil, badValue("plan", s, fmt.Sprintf("at most %d bytes", maxPlan))
+	}
+	var head map[string]json.RawMessage
+	version := strconv.Itoa(planVersion)
+	if json.Unmarshal([]byte(s), &head) == nil && string(head["version"]) != version {
+		return nil, otherVersionError{string(head["version"])}
 	}
 	var in planJSON
 	decoder := json.NewDecoder(bytes.NewReader([]byte(s)))

@@ -81,7 +81,7 @@ func TestObjectRoundTrip(t *testing.T) {
 	}
 }
 
-const goodPlan = `{"epoch":"e","writes":9,"step":7,"members":{"r":{"uid":"u","instance":"i"}},` +
+const goodPlan = `{"version":1,"epoch":"e","writes":9,"step":7,"members":{"r":{"uid":"u","instance":"i"}},` +
 	`"records":[{"content":"00000000000000aa"},{"content":"00000000000000bb",` +
 	`"before":{"upto":"0000000000000000"},"after":{"upto":"8000000000000000","away":[1,2]}}],` +
 	`"backends":{"count":4,"uid":"s","generation":3}}`
@@ -96,6 +96,10 @@ func TestPlanFaults(t *testing.T) {
 		{goodPlan, `[]`, `plan is "[]", want the JSON of a plan`},
 		{goodPlan, goodPlan + `{}`, `want one JSON value`},
 		{goodPlan, strings.Repeat(" ", maxPlan) + goodPlan, `at most 524288 bytes`},
+		{`"version":1`, `"version":2`, `version of the plan is "2", want 1`},
+		{`"version":1`, `"version":"1"`, `version of the plan is "\"1\"", want 1`},
+		{`"version":1,`, ``, `version of the plan is "", want 1`},
+		{goodPlan, `{"version":2,"records":7}`, `version of the plan is "2", want 1`},
 		{`"step"`, `"steps"`, `step is "0", want 1 to`},
 		{`"epoch":"e"`, `"epoch":""`, `epoch is "", want 1 to 128 letters`},
 		{`"epoch":"e"`, `"epoch":"e f"`, `epoch is "e f", want`},
@@ -167,7 +171,7 @@ func TestAnswerFaults(t *testing.T) {
 // when it is written and read again.
 func FuzzHandoffObject(f *testing.F) {
 	f.Add(goodPlan, "i e 7 00000000000000aa 8000000000000000/away=1,2/removed=0 12")
-	f.Add(`{"epoch":"e","writes":1,"step":1,"members":{},"records":[{"content":"0000000000000000"}]}`, "i - 0 - blank 0")
+	f.Add(`{"version":1,"epoch":"e","writes":1,"step":1,"members":{},"records":[{"content":"0000000000000000"}]}`, "i - 0 - blank 0")
 	f.Fuzz(func(t *testing.T, plan, line string) {
 		data := map[string]string{planKey: plan, answerKeyPrefix + "a": line}
 		o := readHandoffObject("u", "1", data)

@@ -198,6 +198,9 @@ func (m *member) decide(s *decisionInput) decision {
 		return decision{action: actEndAll, why: "this router is not a member any more"}
 	case o == nil:
 		return waiting("the object of the hand-off does not exist")
+	case o.otherVersion != nil:
+		return waiting("the plan is of routers of another version, and is left as it is: %v",
+			o.otherVersion)
 	case o.plan != nil && m.follows(o):
 		if m.isNews(o) {
 			v := m.viewOf(o)

@@ -450,7 +450,7 @@ func (w *modelWorld) spoil() {
 	case 2:
 		delete(data, planKey)
 	case 3:
-		data[planKey] = "{}"
+		data[planKey] = "{"
 	case 4, 5:
 		data[answerKeyPrefix+w.routers[w.IntN(len(w.routers))].pod] = "?"
 	default:
@@ -1081,6 +1081,33 @@ func TestMemberWaits(t *testing.T) {
 		if s.object = o; r.decide(s).action != actWait {
 			t.Errorf("with the object %v it decides to %d", o, r.decide(s).action)
 		}
+	}
+}
+
+// TestPlanOfAnotherVersion: routers with that version may run, so nothing is written,
+// neither by a member nor by a router that starts or was removed, and what is in force
+// stays. The members go on when their plan is back.
+func TestPlanOfAnotherVersion(t *testing.T) {
+	w, r, s := rested(2)
+	own, view := maps.Clone(w.data), r.view
+	data := maps.Clone(w.data)
+	data[planKey] = `{"version":2,"records":"of another kind"}`
+	w.store(w.object.uid, data)
+	s.object = w.object
+	starts := newMember("r9", "u9", "i9")
+	starts.setNewest(r.newest)
+	for _, m := range []*member{r.member, starts} {
+		for _, s.leaving = range []bool{false, true} {
+			d := m.decide(s)
+			if d.action != actWait || !strings.Contains(d.why, `version of the plan is "2", want 1`) {
+				t.Errorf("%s decides to %d: %s", m.name, d.action, d.why)
+			}
+		}
+	}
+	w.store(w.object.uid, own)
+	s.object, s.leaving = w.object, false
+	if d := r.decide(s); r.view != view || d.action != actAdopt {
+		t.Errorf("it decides to %d: %s", d.action, d.why)
 	}
 }
 

@@ -220,7 +220,8 @@ func (m *membership) takeInbox(now time.Time) handoffInbox {
 // passStored calls onStored once when the object is known and has no plan: the number of
 // backends is not stored.
 func (m *membership) passStored(in *handoffInbox) {
-	if !m.storedPassed && in.object != nil && in.object.plan == nil {
+	if !m.storedPassed && in.object != nil && in.object.plan == nil &&
+		in.object.otherVersion == nil {
 		m.storedPassed = true
 		m.onStored(nil)
 	}
@@ -267,6 +268,9 @@ func (m *membership) whyNotMember(in *handoffInbox) string {
 		}
 	case in.object == nil:
 		why = m.watcher.String() + " does not exist: apply the router's manifests"
+	case in.object.otherVersion != nil:
+		why = m.watcher.String() + " is of another version of the router: stop all routers, " +
+			"and empty it"
 	}
 	return why
 }

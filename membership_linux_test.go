@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"slices"
 	"strconv"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -287,6 +288,34 @@ func TestHandoffSharedFromNothing(t *testing.T) {
 			p.end(t)
 		})
 	}
+}
+
+// TestHandoffSharedOtherVersion: routers that find the plan of another version are not
+// ready and say why, and change nothing in the object. Once it is emptied, they begin.
+func TestHandoffSharedOtherVersion(t *testing.T) {
+	t.Parallel()
+	p := newSharedProof(t, "all", nil)
+	p.edit(map[string]string{"ns-0": "backend-1"})
+	other := map[string]string{planKey: `{"version":2}`, answerKeyPrefix + "router-x": "v2"}
+	p.kube.replaceMap(handoffName, other)
+	pods := p.addPods(t, 2)
+	p.launch(t, pods...)
+	for _, pod := range pods {
+		p.wait(t, "a router", func() string {
+			if why := pod.whyNotReady(); !strings.Contains(why, "ConfigMap edge/"+handoffName+
+				" is of another version of the router: stop all routers, and empty it") {
+				return "want what is wrong with the object, got " + why
+			}
+			return ""
+		})
+	}
+	if data, _, _ := p.kube.readMap(handoffName); !maps.Equal(data, other) {
+		t.Errorf("the object has %v now, want %v", data, other)
+	}
+	p.kube.replaceMap(handoffName, nil)
+	p.admit(t, pods...)
+	p.waitOwners(t, map[string]int{"ns-0": 1})
+	p.end(t)
 }
 
 // phase is a moment of a change.
