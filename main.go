@@ -154,11 +154,11 @@
 // Locks on one line are never held together. Nothing waits for the network with a
 // lock held.
 //
-// Read main, command and config (what starts), admin and status (what operators ask),
-// fastpath, proxy, forward, layout, handshake, listen, upgrade and proxyprotocol (from
-// client to session), configmap, directory, events, drain, move, movetally, movetarget, movequeue,
-// pace, membership, member, handoffobject, handoff, flight and release (what a change of
-// overrides does), route, overrides, namespace and hash (who owns), discovery, backends,
+// Read main, command and config (what starts), admin, plan and status (what operators
+// ask), fastpath, proxy, forward, layout, handshake, listen, upgrade and proxyprotocol
+// (from client to session), configmap, directory, events, drain, move, movetally,
+// movetarget, movequeue, pace, membership, member, handoffobject, handoff, flight and
+// release (what a change of overrides does), route, overrides, namespace and hash (who owns), discovery, backends,
 // dialqueue, watch and kube (where owners are), relay and websocket (the life of a
 // session), log and metrics, and wait (a back-off, a sleep, times, a wake-up). A file
 // uses only those after it.
