@@ -499,6 +499,7 @@ type crowd struct {
 	closes   map[string]int  // Close frames to clients that stay, by namespace
 	echoes   map[string]int  // to clients that stay, by namespace
 	failures []string        // upgrades without a 101, and echoes that were wrong
+	turned   int             // upgrades without a 101, by a router that clients no longer take
 }
 
 func newCrowd(r *recorder, routers func() []string) *crowd {
@@ -524,11 +525,32 @@ func (c *crowd) fail(format string, args ...any) {
 	}
 }
 
+// routerError is an error of a router at this address.
+type routerError struct {
+	router string
+	error
+}
+
+// failToOpen notes that an upgrade got no 101. A router that stops answers those that it
+// holds with 503, and takes no new ones: this is no failure if the client took the router
+// when others did, and they do not any more.
+func (c *crowd) failToOpen(what string, err error) {
+	var at routerError
+	if !errors.As(err, &at) || slices.Contains(c.routers(), at.router) {
+		c.fail("%s: %v", what, err)
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.turned++
+}
+
 // crowdConn is a client's connection.
 type crowdConn struct {
 	*net.TCPConn
 	br        *bufio.Reader
 	namespace string
+	router    string      // its address
 	forget    func() bool // of the crowd's context
 }
 
@@ -541,20 +563,23 @@ func (k *crowdConn) Close() error {
 var errNoRouter = errors.New("no router is ready")
 
 // request sends an upgrade, by the fast path or in a way that needs net/http (bothWays).
-// The connection is closed when the crowd stops.
+// The connection is closed when the crowd stops. Errors are routerErrors, and errNoRouter.
 func (c *crowd) request(namespace, way string) (*crowdConn, error) {
 	addrs := c.routers()
 	if len(addrs) == 0 {
 		return nil, errNoRouter
 	}
-	conn, err := (&net.Dialer{Timeout: patience}).Dial("tcp", addrs[rand.IntN(len(addrs))])
+	addr := addrs[rand.IntN(len(addrs))]
+	conn, err := (&net.Dialer{Timeout: patience}).Dial("tcp", addr)
 	if err != nil {
-		return nil, err
+		return nil, routerError{addr, err}
 	}
-	k := &crowdConn{TCPConn: conn.(*net.TCPConn), namespace: namespace}
+	k := &crowdConn{TCPConn: conn.(*net.TCPConn), namespace: namespace, router: addr}
 	k.br = bufio.NewReaderSize(conn, 512)
 	k.forget = context.AfterFunc(c.ctx, func() { conn.Close() })
-	_, err = io.WriteString(conn, bothWays("/ws/" + namespace)[way])
+	if _, err = io.WriteString(conn, bothWays("/ws/" + namespace)[way]); err != nil {
+		err = routerError{addr, err}
+	}
 	return k, err
 }
 
@@ -578,16 +603,16 @@ func (c *crowd) open(namespace string) (*crowdConn, error) {
 	return k, err
 }
 
-// switched reads the 101.
+// switched reads the 101. Its errors are routerErrors.
 func (k *crowdConn) switched() error {
 	k.SetReadDeadline(time.Now().Add(crowdPatience))
 	resp, err := http.ReadResponse(k.br, nil)
 	if err != nil {
-		return err
+		return routerError{k.router, err}
 	}
 	if resp.StatusCode != http.StatusSwitchingProtocols {
 		body, _ := io.ReadAll(resp.Body)
-		return fmt.Errorf("%s %q", resp.Status, body)
+		return routerError{k.router, fmt.Errorf("%s %q", resp.Status, body)}
 	}
 	return nil
 }
@@ -601,7 +626,7 @@ func (c *crowd) stay(namespace string) {
 		for c.ctx.Err() == nil {
 			k, err := c.open(namespace)
 			if err != nil {
-				c.fail("%s: %v", namespace, err)
+				c.failToOpen(namespace, err)
 				c.pause(50 * time.Millisecond)
 				continue
 			}
@@ -622,7 +647,6 @@ func (c *crowd) stay(namespace string) {
 	})
 }
 
-// pause waits, unless the crowd stops.
 // ask has a client that sends plain requests of the namespace, one after the other, until
 // the crowd stops. It counts the answers that came to their end, and of streams, whose
 // query is ?stream, those that began.
@@ -673,6 +697,7 @@ func (c *crowd) askOnce(namespace, query string) error {
 	return err
 }
 
+// pause waits, unless the crowd stops.
 func (c *crowd) pause(d time.Duration) { sleep(c.ctx, d) }
 
 // talk sends messages, of which it must get the echo, until the session ends. It answers a
@@ -776,7 +801,7 @@ func (c *crowd) visit(namespace string) {
 		err = k.switched()
 	}
 	if err != nil {
-		c.fail("%s: a new client: %v", namespace, err)
+		c.failToOpen(namespace+": a new client", err)
 		return
 	}
 	c.mu.Lock()
@@ -813,6 +838,7 @@ func (c *crowd) figures() string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return fmt.Sprintf("\n  from a Close frame to the next 101 %s\n"+
-		"  from an end without one to the next 101 %s\n  new clients %s",
-		spread(c.holds), spread(c.lost), spread(c.arrivals))
+		"  from an end without one to the next 101 %s\n  new clients %s\n"+
+		"  %d turned away by a router that stops",
+		spread(c.holds), spread(c.lost), spread(c.arrivals), c.turned)
 }
