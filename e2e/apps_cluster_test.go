@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
@@ -56,7 +57,7 @@ func (s *system) deployApps() *system {
 	if os.Getenv("E2E_ADDR") != "forward" {
 		s.t.Setenv("E2E_ADDR", "") // which leads to other routers
 	}
-	apps.front = newFront(&apps)
+	apps.front = newFront(&apps, 30*time.Second)
 	return &apps
 }
 

@@ -26,7 +26,7 @@ func (s *system) newBrowser() context.Context {
 	}
 	home := s.t.TempDir()
 	return startBrowser(s.t, home, append(s.trustInBrowser(home, addr),
-		chromedp.Flag("host-resolver-rules", "MAP "+hostName+":443 "+addr))...)
+		chromedp.Flag("host-resolver-rules", "MAP "+hostName+" "+addr))...)
 }
 
 // startBrowser starts a headless Chromium with a home directory of its own, and

@@ -41,20 +41,28 @@ type front struct {
 	forward *forward // nil if addr was there already
 }
 
-// newFront takes the first address that answers with a certificate of the CA.
-func newFront(s *system) *front {
+// newFront takes the first address that answers with a certificate of the CA. It tries
+// them once, or for as long as pods need that are ready and new: the way to them may not
+// be there on each node yet.
+func newFront(s *system, tryFor time.Duration) *front {
 	s.t.Helper()
 	f := &front{s: s}
 	s.t.Cleanup(f.close)
 	var tried []error
-	for _, addr := range s.frontAddresses() {
-		err := s.shakeHands(addr)
-		if err == nil {
-			f.addr = addr
-			s.t.Logf("nginx at %s", addr)
-			return f
+	for deadline := time.Now().Add(tryFor); ; time.Sleep(time.Second) {
+		tried = nil
+		for _, addr := range s.frontAddresses() {
+			err := s.shakeHands(addr)
+			if err == nil {
+				f.addr = addr
+				s.t.Logf("nginx at %s", addr)
+				return f
+			}
+			tried = append(tried, fmt.Errorf("%s: %w", addr, err))
 		}
-		tried = append(tried, fmt.Errorf("%s: %w", addr, err))
+		if time.Now().After(deadline) {
+			break
+		}
 	}
 	if own := os.Getenv("E2E_ADDR"); own != "" && own != "forward" {
 		s.t.Fatalf("E2E_ADDR does not answer: %v", errors.Join(tried...))

@@ -58,7 +58,7 @@ func newSystem(t *testing.T) *system {
 	s.loadConfig()
 	s.trust()
 	s.awaitWhole()
-	s.front = newFront(s)
+	s.front = newFront(s, 0)
 	transport := &http.Transport{
 		DialContext:     s.front.dial,
 		TLSClientConfig: s.tls,
