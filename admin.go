@@ -28,6 +28,8 @@ type admin struct {
 	configMaps     *configMaps     // nil without an API server
 	replicaWatcher *replicaWatcher // nil if flags give the number of backends
 	started        time.Time
+
+	lastSummary atomic.Pointer[tableSummary] // see summary
 }
 
 // newAdminListener returns a listener that accepts from l, keeps at most maxAdminConns
@@ -264,18 +266,29 @@ func (a *admin) owner(w http.ResponseWriter, r *http.Request) {
 	writeJSON(w, http.StatusOK, o)
 }
 
-// status answers GET /status: how far a change of owners has come.
+// status answers GET /status: what this router knows, whether or not it is ready.
 func (a *admin) status(w http.ResponseWriter, _ *http.Request) {
-	t := a.tableOrError(w)
-	if t == nil {
-		return
+	counts := a.proxy.relay.counts()
+	maps.DeleteFunc(counts, func(_ int, n sessionCounts) bool { return n.open == 0 })
+	s := newStatus(a.proxy, a.whyNotReady(), a.summary(), a.backendOrdinals(counts))
+	used, limit, _ := a.fdLimit.usage()
+	s.addLimit("descriptors", used, limit)
+	s.addStatefulSet(a.replicaWatcher)
+	if a.configMaps != nil {
+		s.addWatches(a.watchers())
 	}
-	writeJSON(w, http.StatusOK, struct {
-		handoffStatus
-		Sessions int    `json:"sessions"` // open in this router
-		Table    string `json:"table"`    // the newest table's version
-		Stamp    string `json:"stamp"`
-	}{a.proxy.mover.status(), a.proxy.relay.size(), t.version, t.stamp})
+	writeJSON(w, http.StatusOK, s)
+}
+
+// summary returns the summary of the table in force. It makes one only if the table is
+// another than at the last call.
+func (a *admin) summary() *tableSummary {
+	t, last := a.proxy.router.table(), a.lastSummary.Load()
+	if last == nil || last.table != t {
+		last = newTableSummary(t)
+		a.lastSummary.Store(last)
+	}
+	return last
 }
 
 // tableOrError returns the table in force. Without one it answers 503 and returns nil.
@@ -357,7 +370,7 @@ func (a *admin) backends(w http.ResponseWriter, r *http.Request) {
 	if t == nil {
 		return
 	}
-	counts, overrides := a.proxy.relay.counts(), overridesByBackend(t)
+	counts, overrides := a.proxy.relay.counts(), a.summary().overrides
 	maps.DeleteFunc(counts, func(ordinal int, n sessionCounts) bool { return n.open == 0 })
 	all := []backendState{}
 	for _, ordinal := range a.backendOrdinals(counts) {
@@ -401,18 +414,6 @@ func (a *admin) probe(ctx context.Context, ordinal int) (string, bool, string) {
 		return address, false, err.Error()
 	}
 	return address, true, ""
-}
-
-// overridesByBackend returns how many namespaces each backend owns by overrides, by
-// ordinal.
-func overridesByBackend(t *table) map[int]int {
-	all := map[int]int{}
-	for i := range t.index.slots {
-		if s := &t.index.slots[i]; s.set != 0 {
-			all[t.ordinalOf(s)]++
-		}
-	}
-	return all
 }
 
 // backendOrdinals returns the sorted ordinals of the backends that own namespaces and of

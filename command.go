@@ -145,29 +145,26 @@ func (c *command) status(ctx context.Context, args []string) error {
 	if len(args) != 0 {
 		return usageError{fmt.Errorf("no argument is allowed (got %q)", args[0])}
 	}
-	var s struct {
-		handoffStatus
-		Sessions int
-		Table    string
-	}
+	var s status
 	if err := c.do(ctx, http.MethodGet, "/status", nil, &s); err != nil {
 		return err
 	}
+	router := s.Routers[0]
 	fmt.Fprintf(c.out, "table %s, step %d (-handoff %s), %d sessions\n",
-		s.Table, s.Step, s.Mode, s.Sessions)
-	if len(s.Members) > 0 {
-		fmt.Fprintf(c.out, "shared by %s\n", strings.Join(s.Members, ", "))
+		router.Table, s.Handoff.Step, s.Handoff.Mode, router.Sessions)
+	if len(s.Handoff.Members) > 0 {
+		fmt.Fprintf(c.out, "shared by %s\n", strings.Join(s.Handoff.Members, ", "))
 	}
-	if s.InProgress {
+	if s.Handoff.InProgress {
 		fmt.Fprintf(c.out, "a change of owners is under way: %.0f %% done, %d sessions to move\n",
-			100*s.Done, s.ToMove)
+			100*s.Handoff.Done, s.Handoff.ToMove)
 	} else {
 		fmt.Fprintln(c.out, "no change of owners is under way")
 	}
-	if s.Why != "" {
-		fmt.Fprintln(c.out, s.Why)
+	if s.Handoff.Why != "" {
+		fmt.Fprintln(c.out, s.Handoff.Why)
 	}
-	for _, w := range s.WaitingFor {
+	for _, w := range s.Handoff.WaitingFor {
 		if w.Router != "" {
 			fmt.Fprintf(c.out, "waits for %s since %.1f s: it has not answered\n", w.Router, w.Seconds)
 			continue

@@ -185,6 +185,15 @@ func (d *dialQueues) isOpenLocked(q *dialQueue, ordinal int) bool {
 	return len(q.waiters) == 0 && q.failures == 0 && d.checkReady(ordinal) == nil
 }
 
+// seemsReady reports whether the backend is ready and its last dial did not fail, as far as
+// is known without a dial.
+func (d *dialQueues) seemsReady(ordinal int) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	q := d.queues[ordinal]
+	return (q == nil || q.failures == 0) && d.checkReady(ordinal) == nil
+}
+
 // tryDial reports whether the caller may dial the backend now: the backend is ready, no
 // upgrade waits for it, and its last dial did not fail. The caller then calls dialDone.
 func (d *dialQueues) tryDial(ordinal int) bool {

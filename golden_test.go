@@ -900,7 +900,12 @@ var volatileOfAdmin = []volatile{
 	{`(127\.0\.0\.\d):\d+`, "$1:PORT"},
 	{`/\S*/TestGolden[^/\s"]*/\d+`, "/FOLDER"},
 	{regexp.QuoteMeta(`version="`+version()+`"`) + `,goversion="[^"]+"`, `version="VERSION",goversion="GO"`},
-	{`"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ"`, `"TIME"`},
+	{`"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d[^"]*"`, `"TIME"`},
+	{`"version": "` + regexp.QuoteMeta(version()) + `"`, `"version": "VERSION"`},
+	{`"step": \d{13}`, `"step": STEP`},
+	{`"seconds": [\d.e-]+(,\s+"planned")`, `"seconds": SECONDS$1`},
+	{`"held_seconds": [\d.e-]+`, `"held_seconds": SECONDS`},
+	{`("name": "descriptors",\s+"used": \d+,\s+"max"): \d+`, "$1: LIMIT"},
 	{`in \d+\.\d s, each namespace held for \d+\.\d s at most, \d+ cut`, "in SECONDS s, each namespace held for SECONDS s at most, COUNT cut"},
 	{`clients wait for descriptors: \d+ of \d+`, "clients wait for descriptors: USED of LIMIT"},
 }
@@ -1118,6 +1123,10 @@ func TestGoldenAdmin(t *testing.T) {
 	g.compare(t, "backends.txt")
 
 	g = adminGolden{}
+	g.get(t, r.adminAddr, "/status")
+	g.compare(t, "status.txt")
+
+	g = adminGolden{}
 	g.title("overrides are in a directory")
 	g.post(t, r.adminAddr, "/plan", `{"replicas": 3}`)
 	g.post(t, r.adminAddr, "/plan", `{"kind": "ConfigMap", "metadata": {"name": "one"}}`)
@@ -1157,6 +1166,10 @@ func TestGoldenAdminFollowing(t *testing.T) {
 	g = adminGolden{}
 	g.get(t, r.adminAddr, "/backends")
 	g.compare(t, "backends_following.txt")
+	r.until(t, "/status", `"moving_out":2`)
+	g = adminGolden{}
+	g.get(t, r.adminAddr, "/status")
+	g.compare(t, "status_following.txt")
 	g = adminGolden{}
 	g.post(t, r.adminAddr, "/plan", `{"replicas": 4}`)
 	g.compare(t, "plan_conflict.txt")

@@ -54,6 +54,9 @@ type mover struct {
 	seenStep     atomic.Int64 // the highest that a backend has answered: see noteStep
 	leaving      atomic.Bool  // see leave
 
+	moving   atomic.Pointer[moveResult]   // the move under way, so far; nil for none
+	receipts atomic.Pointer[[]moveResult] // the last maxReceipts that are over, newest first
+
 	// Owned by run.
 	pace         pace
 	firstChange  time.Time    // of the changes that have not settled
@@ -199,7 +202,31 @@ func (m *mover) run(ctx context.Context) {
 			timer.Reset(max(time.Until(next), paceTick))
 		}
 		m.reportFinished()
+		m.publishMove()
 	}
+}
+
+// publishMove notes how far the move under way is, for operators.
+func (m *mover) publishMove() {
+	tally := m.tally
+	if tally == nil && len(m.finishing) > 0 {
+		tally = m.finishing[len(m.finishing)-1]
+	}
+	if tally == nil {
+		m.moving.Store(nil)
+		return
+	}
+	now := tally.result()
+	m.moving.Store(&now)
+}
+
+// finishedMoves returns the last moves that are over, newest first. The caller must not
+// change them.
+func (m *mover) finishedMoves() []moveResult {
+	if all := m.receipts.Load(); all != nil {
+		return *all
+	}
+	return nil
 }
 
 // prepare begins with a new table, or with new pods: it queues all sessions that have to
@@ -225,6 +252,8 @@ func (m *mover) prepare(now time.Time) {
 		m.tally = newMoveTally(t.contentHash)
 	}
 	m.tally.version = t.version
+	toMove := m.tally.sessions + m.tally.cancelled + len(m.queue.sessions)
+	m.tally.planned = max(m.tally.planned, toMove)
 }
 
 // nextTable returns the table to which the next step moves namespaces: see
@@ -556,6 +585,8 @@ func (m *mover) reportFinished() {
 			return false
 		}
 		result := tally.result()
+		result.examples = tally.examples()
+		m.keepReceipt(result)
 		m.log.Info("move finished", "version", result.version,
 			"namespaces", result.namespaces, "sessions", result.sessions,
 			"seconds", result.time.Seconds(), "held_seconds", result.longestHold.Seconds(),
@@ -567,6 +598,13 @@ func (m *mover) reportFinished() {
 		}
 		return true
 	})
+}
+
+// keepReceipt keeps the result of a move that is over, in place of the oldest one.
+func (m *mover) keepReceipt(result moveResult) {
+	all := append([]moveResult{result}, m.finishedMoves()...)
+	all = all[:min(len(all), maxReceipts)]
+	m.receipts.Store(&all)
 }
 
 // sharedMove is what the mover needs to know of the step that all routers take together

@@ -1,8 +1,15 @@
 package main
 
 import (
+	"maps"
+	"slices"
 	"sync/atomic"
 	"time"
+)
+
+const (
+	maxReceipts   = 10 // finished moves that are kept for operators
+	maxMovedNames = 50 // namespaces of a move that are kept with it
 )
 
 // moveTally counts the sessions that moved to one table, in one step or many. The mover's
@@ -10,7 +17,9 @@ import (
 type moveTally struct {
 	content     uint64 // of the table; noContent if it is not known
 	version     string // of the table
-	began       time.Time
+	planned     int    // sessions that had to move when it was prepared
+	prepared    time.Time
+	began       time.Time           // when sessions were free to move; zero before
 	moved       map[string]struct{} // namespaces of the closed sessions
 	sessions    int                 // that were closed
 	cancelled   int                 // sessions that stayed: a later change moved them back
@@ -20,15 +29,20 @@ type moveTally struct {
 	cuts       atomic.Int64 // sessions whose closing handshake was cut
 }
 
-// moveResult is the result of one move, for the log and the Events.
+// moveResult is the result of one move, for the log, the Events and operators. It is
+// immutable.
 type moveResult struct {
 	version     string        // of the table
+	content     uint64        // of the table
+	planned     int           // sessions that had to move when it was prepared
+	began       time.Time     // when the first session was free to move, or it was prepared
 	namespaces  int           // of these sessions
 	sessions    int           // that the mover closed
 	cut         int           // of these sessions: both sides did not answer in time
 	cancelled   int           // sessions that stayed: a later change moved them back
 	time        time.Duration // since the first session was free to move
 	longestHold time.Duration // the longest time that a namespace was held
+	examples    []string      // the first maxMovedNames of the namespaces, by name
 }
 
 // moveReporter is an overrideSource that reports moves.
@@ -39,7 +53,7 @@ type moveReporter interface {
 
 // newMoveTally returns a tally without sessions.
 func newMoveTally(content uint64) *moveTally {
-	return &moveTally{content: content, moved: map[string]struct{}{}}
+	return &moveTally{content: content, prepared: time.Now(), moved: map[string]struct{}{}}
 }
 
 // close starts the closing handshake of a session with closeSession, which returns false
@@ -65,14 +79,21 @@ func (b *moveTally) close(
 	b.moved[s.namespace] = struct{}{}
 }
 
-// result returns the result of a tally of which no handshake goes on.
+// result returns the result of a tally so far, without examples.
 func (b *moveTally) result() moveResult {
 	r := moveResult{
-		version: b.version, namespaces: len(b.moved), sessions: b.sessions,
+		version: b.version, content: b.content, planned: b.planned, began: b.prepared,
+		namespaces: len(b.moved), sessions: b.sessions,
 		cut: int(b.cuts.Load()), cancelled: b.cancelled, longestHold: b.longestHold,
 	}
 	if !b.began.IsZero() {
-		r.time = time.Since(b.began)
+		r.began, r.time = b.began, time.Since(b.began)
 	}
 	return r
+}
+
+// examples returns the first maxMovedNames of the namespaces, by name.
+func (b *moveTally) examples() []string {
+	all := slices.Sorted(maps.Keys(b.moved))
+	return slices.Clone(all[:min(len(all), maxMovedNames)])
 }

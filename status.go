@@ -6,6 +6,255 @@ import (
 	"time"
 )
 
+// status is the answer of GET /status: what a router knows, without a dial. A list without
+// elements is [] in JSON, and not null.
+type status struct {
+	Routers     []routerState      `json:"routers"`               // those that answered, by name
+	Silent      []silentRouter     `json:"silent"`                // those that did not
+	Agree       bool               `json:"agree"`                 // all that answered have the same table
+	StatefulSet *setState          `json:"statefulset,omitempty"` // absent if flags give the backends
+	Sources     []sourceState      `json:"sources"`               // of overrides
+	Backends    []backendLoad      `json:"backends"`              // by ordinal
+	Handoff     handoffStatus      `json:"handoff"`
+	Receipts    []moveReceipt      `json:"receipts"`   // of the last changes, newest first
+	Rejected    int                `json:"rejected"`   // overrides that are not in force
+	Conflicts   int                `json:"conflicts"`  // namespaces whose overrides disagree
+	Rejections  []rejectedOverride `json:"rejections"` // the first maxExamples
+	Watches     []watchState       `json:"watches"`
+	Limits      []limitState       `json:"limits"`
+}
+
+// routerState is one router in a status.
+type routerState struct {
+	Name     string   `json:"name"` // of its pod
+	Ready    bool     `json:"ready"`
+	WhyNot   []string `json:"why_not,omitempty"` // why it is not ready
+	Version  string   `json:"version"`           // of the program
+	Table    string   `json:"table"`             // its version; "" without a table
+	Stamp    string   `json:"stamp"`
+	Sessions int      `json:"sessions"`
+}
+
+// silentRouter is a router that did not answer, or not as a router does.
+type silentRouter struct {
+	Name  string `json:"name"` // of its pod, or its address
+	Error string `json:"error"`
+}
+
+// setState is the StatefulSet of the backends.
+type setState struct {
+	Namespace string `json:"namespace"`
+	Name      string `json:"name"`
+	Replicas  int    `json:"replicas"` // that it should have; 0 if that is not known
+}
+
+// sourceState is an object with overrides.
+type sourceState struct {
+	Kind      string `json:"kind"` // as sourceID has it
+	Namespace string `json:"namespace,omitempty"`
+	Name      string `json:"name"`
+	Version   string `json:"version"`
+}
+
+// backendLoad is one backend in a status.
+type backendLoad struct {
+	Name             string `json:"name"`
+	Ordinal          int    `json:"ordinal"`
+	Ready            bool   `json:"ready"` // for new sessions, as far as is known
+	OwnsNamespaces   bool   `json:"owns_namespaces"`
+	Overrides        int    `json:"overrides"` // how many namespaces it owns by overrides
+	Sessions         int    `json:"sessions"`
+	SessionsOnOldPod int    `json:"sessions_on_old_pod,omitempty"` // of these, with an earlier pod
+	MovingIn         int    `json:"moving_in"`                     // sessions that get it as owner
+	MovingOut        int    `json:"moving_out"`                    // of its sessions, to others
+}
+
+// rejectedOverride is a rejected override in a status.
+type rejectedOverride struct {
+	Namespace string `json:"namespace"` // or the key, if it is that of no namespace
+	rejection
+}
+
+// watchState is a watch of one router.
+type watchState struct {
+	Router    string    `json:"router"`
+	Object    string    `json:"object"`
+	State     string    `json:"state"`
+	Confirmed time.Time `json:"confirmed,omitzero"` // by the last LIST, event or bookmark
+	Failures  int       `json:"failures"`           // cycles in a row
+	Error     string    `json:"error,omitempty"`    // of the last cycle, if it failed
+}
+
+// limitState is a limit of one router.
+type limitState struct {
+	Router string `json:"router"`
+	Name   string `json:"name"`
+	Used   int    `json:"used"`
+	Max    int    `json:"max"`
+}
+
+// newStatus returns the status of this router, without Watches, and without what only the
+// hand-off's mover knows of the pace. why says why the router is not ready.
+func newStatus(p *proxy, why []string, summary *tableSummary, backends []int) *status {
+	t, router := p.router.table(), routerState{
+		Name: p.podName, Ready: len(why) == 0, WhyNot: why, Version: version(),
+		Sessions: p.relay.size(),
+	}
+	s := &status{
+		Silent: []silentRouter{}, Agree: true, Sources: []sourceState{},
+		Handoff: p.mover.status(), Receipts: []moveReceipt{},
+		Rejections: []rejectedOverride{}, Watches: []watchState{}, Limits: []limitState{},
+	}
+	if t != nil {
+		router.Table, router.Stamp = t.version, t.stamp
+		s.Rejected, s.Conflicts, s.Rejections = summary.rejected, t.conflicts, summary.examples
+		for _, src := range t.sources {
+			s.Sources = append(s.Sources, sourceState{
+				src.id.kind, src.id.namespace, src.id.name, src.version})
+		}
+	}
+	s.Routers = []routerState{router}
+	for _, m := range p.mover.finishedMoves() {
+		s.Receipts = append(s.Receipts, newReceipt(m))
+	}
+	s.Backends = newLoads(p, summary, backends, s.Handoff.InProgress)
+	s.addLimits(p)
+	return s
+}
+
+// addLimits adds the limits of the router.
+func (s *status) addLimits(p *proxy) {
+	pending, _ := p.pendingUpgrades.inUse(0)
+	s.addLimit("sessions", s.Routers[0].Sessions, p.limits.sessions)
+	s.addLimit("pending upgrades", pending, p.limits.pendingUpgrades)
+}
+
+// addLimit adds a limit of the router.
+func (s *status) addLimit(name string, used, limit int) {
+	s.Limits = append(s.Limits, limitState{s.Routers[0].Name, name, used, limit})
+}
+
+// addWatches adds the watches of the router.
+func (s *status) addWatches(watchers []objectWatcher) {
+	for _, w := range watchers {
+		now := w.snapshot()
+		state := watchState{
+			Router: s.Routers[0].Name, Object: w.String(), State: now.state,
+			Confirmed: now.confirmed, Failures: now.failures,
+		}
+		if now.failure != nil {
+			state.Error = now.failure.Error()
+		}
+		s.Watches = append(s.Watches, state)
+	}
+}
+
+// addStatefulSet adds the StatefulSet that r watches, if r is not nil, and those of its
+// replicas that own no namespaces yet.
+func (s *status) addStatefulSet(r *replicaWatcher) {
+	if r == nil {
+		return
+	}
+	s.StatefulSet = &setState{Namespace: r.watcher.kubeNamespace, Name: r.watcher.name}
+	if set := r.lastStatefulSet(); set != nil {
+		s.StatefulSet.Replicas = set.Spec.Replicas
+	}
+}
+
+// newLoads returns the backends with these ordinals.
+func newLoads(p *proxy, summary *tableSummary, backends []int, moving bool) []backendLoad {
+	t, counts := p.router.table(), p.relay.counts()
+	in, out := map[int]int{}, map[int]int{}
+	if t != nil && moving {
+		in, out = movingSessions(p.relay, t)
+	}
+	loads := []backendLoad{}
+	for _, ordinal := range backends {
+		loads = append(loads, backendLoad{
+			Name: p.relay.backendName(ordinal), Ordinal: ordinal,
+			Ready:          p.backends.queues.seemsReady(ordinal),
+			OwnsNamespaces: t != nil && t.active.has(ordinal),
+			Overrides:      summary.overrides[ordinal],
+			Sessions:       counts[ordinal].open, SessionsOnOldPod: counts[ordinal].onOldPod,
+			MovingIn: in[ordinal], MovingOut: out[ordinal],
+		})
+	}
+	return loads
+}
+
+// movingSessions returns how many open sessions will go to each backend, and leave it,
+// because t gives their namespaces to others.
+func movingSessions(r *relay, t *table) (in, out map[int]int) {
+	in, out = map[int]int{}, map[int]int{}
+	open, _ := r.snapshot()
+	for _, s := range open {
+		if owner, ok := t.owner(s.namespace); ok && owner != s.backend {
+			in[owner]++
+			out[s.backend]++
+		}
+	}
+	return in, out
+}
+
+// tableSummary has what operators ask of a table and what takes a look at all of its
+// overrides. It is immutable.
+type tableSummary struct {
+	table     *table
+	overrides map[int]int // namespaces that each backend owns by overrides, by ordinal
+	rejected  int         // overrides
+	examples  []rejectedOverride
+}
+
+// newTableSummary returns the summary of t, which may be nil.
+func newTableSummary(t *table) *tableSummary {
+	s := &tableSummary{table: t, overrides: map[int]int{}, examples: []rejectedOverride{}}
+	if t == nil {
+		return s
+	}
+	for i := range t.index.slots {
+		if slot := &t.index.slots[i]; slot.set != 0 {
+			s.overrides[t.ordinalOf(slot)]++
+		}
+	}
+	var examples []rejection
+	for i := range t.sources {
+		for bad := range t.rejections(i) {
+			s.rejected++
+			examples = addExample(examples, bad)
+		}
+	}
+	for _, bad := range examples {
+		s.examples = append(s.examples, rejectedOverride{bad.namespace, bad})
+	}
+	return s
+}
+
+// moveReceipt is a change of owners in a status: one that goes on, or is over.
+type moveReceipt struct {
+	Version    string    `json:"version"`    // of the table
+	Content    string    `json:"content"`    // the first half of its stamp
+	Began      time.Time `json:"began"`      // when sessions were free to move
+	Seconds    float64   `json:"seconds"`    // since then
+	Planned    int       `json:"planned"`    // sessions that had to move when it was prepared
+	Moved      int       `json:"moved"`      // sessions
+	Namespaces int       `json:"namespaces"` // of these
+	// Examples has the first maxMovedNames of the namespaces, by name.
+	Examples    []string `json:"examples,omitempty"`
+	Cut         int      `json:"cut"`          // of the moved ones: both sides did not answer in time
+	Cancelled   int      `json:"cancelled"`    // sessions that stayed: a later change moved them back
+	HeldSeconds float64  `json:"held_seconds"` // the longest time that a namespace was held
+}
+
+// newReceipt returns the receipt of a move.
+func newReceipt(m moveResult) moveReceipt {
+	return moveReceipt{
+		Version: m.version, Content: hex64(m.content).String(), Began: m.began,
+		Seconds: m.time.Seconds(), Planned: m.planned, Moved: m.sessions,
+		Namespaces: m.namespaces, Examples: m.examples, Cut: m.cut,
+		Cancelled: m.cancelled, HeldSeconds: m.longestHold.Seconds(),
+	}
+}
+
 // handoffStatus says how far a change of owners has come, for /status.
 type handoffStatus struct {
 	Mode    string   `json:"mode"`              // of -handoff
@@ -19,6 +268,10 @@ type handoffStatus struct {
 	ToMove     int64      `json:"sessions_to_move"` // of this router
 	Unproven   int64      `json:"unproven"`         // upgrades whose end was not seen
 	WaitingFor []stepWait `json:"waiting_for"`
+
+	Moving      *moveReceipt `json:"moving,omitempty"` // the move that goes on
+	Rate        float64      `json:"rate"`             // sessions per second, 0: no limit
+	SecondsLeft float64      `json:"seconds_left"`     // at least, for ToMove
 }
 
 // stepWait is what a step waits for: a backend of this router, or another router that has
@@ -40,6 +293,14 @@ func (m *mover) status() handoffStatus {
 		Mode: "single", Done: 1, ToMove: m.queue.size.Load(),
 		Unproven:   m.flights.unproven.Load() + m.relay.unproven.Load(),
 		WaitingFor: []stepWait{},
+	}
+	if m.moveInterval > 0 {
+		s.Rate = 1 / m.moveInterval.Seconds()
+	}
+	s.SecondsLeft = float64(s.ToMove) * m.moveInterval.Seconds()
+	if now := m.moving.Load(); now != nil {
+		receipt := newReceipt(*now)
+		s.Moving = &receipt
 	}
 	switch {
 	case m.off:

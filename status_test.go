@@ -1,0 +1,116 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+	"testing"
+)
+
+// statusOf returns the answer of GET path.
+func statusOf(t testing.TB, a *admin, path string) (s status) {
+	t.Helper()
+	resp := answered(a, path)
+	if resp.StatusCode != http.StatusOK {
+		t.Fatalf("%s is %s, want 200", path, resp.Status)
+	}
+	must(t, json.NewDecoder(resp.Body).Decode(&s))
+	return s
+}
+
+// A router that is not ready answers, and says why.
+func TestStatusWithoutTable(t *testing.T) {
+	a, update := adminOf(t, "127.0.0.1:1")
+	a.proxy.podName = "router-a"
+	s := statusOf(t, a, "/status")
+	if r := s.Routers[0]; r.Name != "router-a" || r.Ready || fmt.Sprint(r.WhyNot) != "[no overrides have been read yet: they are late]" || r.Stamp != "" {
+		t.Errorf("%+v, want the reason why it is not ready", r)
+	}
+	update(sourceContent{id: sourceID{"ConfigMap", "edge", "one"}, version: "7"})
+	s = statusOf(t, a, "/status")
+	if r := s.Routers[0]; !r.Ready || r.Table != "7" || r.Stamp != a.proxy.router.table().stamp {
+		t.Errorf("%+v, want it ready", r)
+	}
+	if fmt.Sprint(s.Sources) != "[{ConfigMap edge one 7}]" || len(s.Backends) != 1 || !s.Backends[0].OwnsNamespaces {
+		t.Errorf("sources %v, backends %+v", s.Sources, s.Backends)
+	}
+}
+
+// The summary of a table is made once, and anew for a new table.
+func TestStatusFollowsTable(t *testing.T) {
+	a, update := adminOf(t, "127.0.0.1:1", "127.0.0.1:1")
+	for i, data := range []map[string]string{{"a": "backend-1", "b": "backend-1"}, {"a": "backend-0", "x": "junk"}} {
+		update(sourceContent{version: fmt.Sprint(i), overrides: newOverrideSet(data)})
+		if a.summary() != a.summary() {
+			t.Error("a second summary of the same table")
+		}
+	}
+	s := statusOf(t, a, "/status")
+	if s.Backends[0].Overrides != 1 || s.Backends[1].Overrides != 0 || s.Rejected != 1 || len(s.Rejections) != 1 || s.Rejections[0].Namespace != "x" {
+		t.Errorf("%+v", s)
+	}
+}
+
+// A move leaves a receipt. The last ten are kept, the newest first.
+func TestStatusReceipts(t *testing.T) {
+	echoes := strings.Split(echoBackends(t, 2), ",")
+	p := startProxy(t, echoes, map[string]string{"ns-01": "backend-0", "ns-02": "backend-0"}, nil)
+	a := &admin{proxy: p.proxy, fdLimit: wideDescriptorLimit(t)}
+	for i := range maxReceipts + 2 {
+		for _, namespace := range []string{"ns-01", "ns-02", "ns-02"} {
+			p.open(t, namespace)
+		}
+		p.waitSessions(t, 3)
+		owner, version := backendName("backend", (i+1)%2), fmt.Sprint(100+i)
+		p.override(version, map[string]string{"ns-01": owner, "ns-02": owner})
+		eventually(t, "the newest receipt", version, func() string {
+			if s := statusOf(t, a, "/status"); len(s.Receipts) > 0 && s.Handoff.Moving == nil {
+				return s.Receipts[0].Version
+			}
+			return ""
+		})
+	}
+	all := statusOf(t, a, "/status").Receipts
+	if len(all) != maxReceipts {
+		t.Fatalf("%d receipts, want %d", len(all), maxReceipts)
+	}
+	for i, r := range all {
+		content, _, _ := strings.Cut(p.router.table().stamp, ".")
+		if r.Version != fmt.Sprint(100+maxReceipts+1-i) || r.Planned != 3 || r.Moved != 3 || r.Namespaces != 2 || r.Cancelled != 0 ||
+			fmt.Sprint(r.Examples) != "[ns-01 ns-02]" || r.Began.IsZero() || (r.Content == content) != (i%2 == 0) {
+			t.Errorf("receipt %d is %+v", i, r)
+		}
+	}
+}
+
+// While a change waits, /status says what will move, and from where to where; what is
+// taken back counts as cancelled.
+func TestStatusOfWhatWillMove(t *testing.T) {
+	p := startProxy(t, []string{strings.Split(echoBackends(t, 1), ",")[0], refusingAddr(t)}, map[string]string{"ns-01": "backend-0"}, func(p *proxy) {
+		p.mover.targets.probe = func(context.Context, int) error { return errors.New("nobody there") }
+	})
+	a := &admin{proxy: p.proxy, fdLimit: wideDescriptorLimit(t)}
+	p.open(t, "ns-01")
+	p.open(t, "ns-01")
+	p.waitSessions(t, 2)
+	p.override("42", map[string]string{"ns-01": "backend-1"})
+	eventually(t, "moving", "in 2, out 2, planned 2", func() string {
+		s := statusOf(t, a, "/status")
+		if s.Handoff.Moving == nil {
+			return ""
+		}
+		return fmt.Sprintf("in %d, out %d, planned %d", s.Backends[1].MovingIn, s.Backends[0].MovingOut, s.Handoff.Moving.Planned)
+	})
+	p.override("43", map[string]string{"ns-01": "backend-0"})
+	eventually(t, "the receipt", "42: planned 2, moved 0, cancelled 2", func() string {
+		s := statusOf(t, a, "/status")
+		if len(s.Receipts) == 0 || s.Handoff.InProgress || s.Backends[0].MovingOut != 0 {
+			return ""
+		}
+		r := s.Receipts[0]
+		return fmt.Sprintf("%s: planned %d, moved %d, cancelled %d", r.Version, r.Planned, r.Moved, r.Cancelled)
+	})
+}
