@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"maps"
 	"net"
@@ -173,17 +172,17 @@ func (a *admin) readyz(w http.ResponseWriter, _ *http.Request) {
 	fmt.Fprintln(w, "ready")
 }
 
-func (a *admin) metrics(w http.ResponseWriter, _ *http.Request) {
-	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+func (a *admin) metrics(w http.ResponseWriter, r *http.Request) {
+	openMetrics, contentType := metricsFormat(r.Header["Accept"])
+	w.Header().Set("Content-Type", contentType)
 	b := bufio.NewWriter(w)
-	a.writeMetrics(b)
+	a.writeMetrics(metricsWriter{b, openMetrics})
 	b.Flush() // it fails only if the client is gone
 }
 
 // writeMetrics writes all metric families. Each component writes its own; here is their
 // order.
-func (a *admin) writeMetrics(w io.Writer) {
-	m := metricsWriter{w}
+func (a *admin) writeMetrics(m metricsWriter) {
 	m.family("router_build_info", "gauge", "Always 1. The labels have the versions of the router and of Go.")
 	m.sample("router_build_info", 1, "version", version(), "goversion", runtime.Version())
 	m.single("router_ready", "gauge", "1 if /readyz answers ready.",
@@ -207,10 +206,9 @@ func (a *admin) writeMetrics(w io.Writer) {
 		a.configMaps.writeMetrics(m)
 	}
 	a.logQueue.writeMetrics(m)
-	m.single("go_goroutines", "gauge", "Goroutines.", float64(runtime.NumGoroutine()))
-	m.single("process_start_time_seconds", "gauge",
-		"Start of the process, in seconds since 1970.",
-		unixSeconds(a.started))
+	writeProcessMetrics(m, a.started)
+	writeRuntimeMetrics(m)
+	m.end()
 }
 
 // watchers returns the watchers of all objects.

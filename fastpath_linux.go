@@ -474,7 +474,8 @@ func (c *pendingConn) park() {
 			c.fallBack(nil, nil)
 			return
 		}
-		u.holdDeadline, c.request = time.Now().Add(p.limits.holdTimeout), nil
+		u.beginHold()
+		u.holdDeadline, c.request = u.holdBegan.Add(p.limits.holdTimeout), nil
 		c.waiter.namespace, c.waiter.onWake = u.namespace, c.unpark
 		p.backends.queues.setSequence(&c.waiter)
 		c.setDeadline(u.holdDeadline, true)

@@ -38,7 +38,7 @@ type forwarder struct {
 	sent       atomic.Int64 // of these, those that an owner has got
 	cuts       atomic.Int64 // exchanges that ended by errMoved or errDraining
 	results    [numResults]atomic.Int64
-	durations  histogram
+	durations  *histogram // of plain requests
 }
 
 const (
@@ -67,7 +67,8 @@ var errMoved = errors.New("the namespace got another owner")
 // connections that it keeps. The caller calls stop.
 func newForwarder(addDescriptors func(count int)) *forwarder {
 	f := &forwarder{
-		errorLog: stdlog.New(io.Discard, "", 0),
+		errorLog:  stdlog.New(io.Discard, "", 0),
+		durations: newHistogram(.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60),
 		kept: &keptConns{
 			addDescriptors: addDescriptors, byPod: map[backendPod][]*ownerConn{},
 		},
@@ -112,7 +113,7 @@ func (f *forwarder) writeMetrics(m metricsWriter) {
 			sample(float64(f.results[r].Load()), "result", r.String())
 		}
 	}
-	m.single("router_http_requests", "gauge", "Plain requests in progress.",
+	m.single("router_http_requests_in_progress", "gauge", "Plain requests in progress.",
 		float64(f.inProgress.Load()))
 	m.single("router_http_requests_cut_total", "counter",
 		"Plain requests that the router cut, as their namespaces moved or it stopped.",

@@ -160,8 +160,8 @@
 // movetarget, movequeue, pace, membership, member, handoffobject, handoff, flight and
 // release (what a change of overrides does), route, overrides, namespace and hash (who owns), discovery, backends,
 // dialqueue, watch and kube (where owners are), relay and websocket (the life of a
-// session), log and metrics, and wait (a back-off, a sleep, times, a wake-up). A file
-// uses only those after it.
+// session), log, runtime and metrics, and wait (a back-off, a sleep, times, a wake-up). A
+// file uses only those after it.
 package main
 
 import (
@@ -303,7 +303,8 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 	router := &router{
 		statefulSet: c.statefulSet, fromHost: c.layout.fromHost,
 		active: backends.fixed, log: log,
-		onSwap: func() { mover.ownersChanged() },
+		onSwap:         func() { mover.ownersChanged() },
+		applyDurations: newHistogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5),
 	}
 	relay := newRelay(backends.name, log)
 	relay.freeDescriptors = func(descriptors int) { fdLimit.add(-descriptors) }
@@ -327,7 +328,9 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 	}
 	p := &proxy{
 		router: router, backends: backends, relay: relay, mover: mover,
-		limits: c.limits, podName: c.podName, namespaceOf: c.layout.namespace, log: log,
+		upgradeDurations: newHistogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10),
+		holdDurations:    newHistogram(.01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30),
+		limits:           c.limits, podName: c.podName, namespaceOf: c.layout.namespace, log: log,
 	}
 	if c.proxyProtocol == "on" {
 		p.proxyProtocol = &proxyProtocol{trusted: &c.trustedProxies, log: log}

@@ -3,12 +3,16 @@ package main
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"math"
+	"net"
 	"net/http"
+	"net/http/httptest"
 	"regexp"
 	"runtime"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 	"unicode/utf8"
@@ -34,7 +38,7 @@ func parseExposition(text string) (*exposition, error) {
 		return nil, errors.New("no newline at the end, or no UTF-8")
 	}
 	help := regexp.MustCompile(`^# HELP (` + metricName + `) (?:[^\\]|\\[\\n])+$`)
-	kind := regexp.MustCompile(`^# TYPE (` + metricName + `) (counter|gauge|histogram)$`)
+	kind := regexp.MustCompile(`^# TYPE (` + metricName + `) (counter|gauge|histogram|summary)$`)
 	sample := regexp.MustCompile(`^((` + metricName + `)(?:\{` + labelPair + `(?:,` + labelPair + `)*\})?) (\S+)$`)
 	e := &exposition{values: map[string]float64{}, kinds: map[string]string{}}
 	var helped, typed string // the families of the last HELP and TYPE
@@ -50,7 +54,7 @@ func parseExposition(text string) (*exposition, error) {
 			continue
 		}
 		m := sample.FindStringSubmatch(line)
-		if m != nil && e.kinds[typed] == "histogram" {
+		if m != nil && (e.kinds[typed] == "histogram" || e.kinds[typed] == "summary") {
 			m[2] = regexp.MustCompile(`_(bucket|sum|count)$`).ReplaceAllString(m[2], "")
 		}
 		if m == nil || m[2] != typed || typed != helped {
@@ -215,10 +219,7 @@ func TestMetricsEscapeLabels(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			a, update := adminOf(t, "127.0.0.1:1")
 			update(sourceContent{id: sourceID{name: tt.source}, version: tt.source})
-			var out strings.Builder
-			a.writeMetrics(&out)
-			e, err := parseExposition(out.String())
-			must(t, err)
+			e := expositionOf(t, a.writeMetrics)
 			if lacks := e.lacks(map[string]float64{`router_table_info{source="` + tt.want + `",version="` + tt.want + `",stamp="` + a.proxy.router.table().stamp + `"}`: 1}); lacks != "" {
 				t.Error(lacks)
 			}
@@ -231,20 +232,180 @@ func TestMetricsOfMoves(t *testing.T) {
 	a.proxy.mover.queue.size.Store(3)
 	a.proxy.relay.cut[causeMoved].Store(4)
 	a.proxy.relay.cut[causeDrain].Store(5)
-	var out strings.Builder
-	a.writeMetrics(&out)
-	e, err := parseExposition(out.String())
-	must(t, err)
+	e := expositionOf(t, a.writeMetrics)
 	if lacks := e.lacks(map[string]float64{`router_sessions_to_move`: 3,
 		`router_sessions_cut_total{cause="moved"}`: 4, `router_sessions_cut_total{cause="drain"}`: 5}); lacks != "" {
 		t.Error(lacks)
 	}
 }
 
-func TestMetricsAreText(t *testing.T) {
-	a, _ := adminOf(t, "127.0.0.1:1")
-	resp := answered(a, "/metrics")
-	if got, want := resp.Header.Get("Content-Type"), "text/plain; version=0.0.4; charset=utf-8"; got != want || resp.StatusCode != 200 {
-		t.Errorf("%s with Content-Type %q, want 200 and %q", resp.Status, got, want)
+func TestMetricsFormat(t *testing.T) {
+	const text, open = "text/plain; version=0.0.4; charset=utf-8", "application/openmetrics-text; version=1.0.0; charset=utf-8"
+	for accept, want := range map[string]string{
+		"": text, "*/*": text, "text/html, */*;q=0.1": text, "text/plain": text, "nonsense;;,": text,
+		"application/openmetrics-text":                           open,
+		"application/openmetrics-text; version=1.0.0":            open,
+		"Application/OpenMetrics-Text;version=\"1.0.0\"; q=0.1":  open,
+		"text/plain;q=0.3,application/openmetrics-text;q=0.5":    open,
+		"application/openmetrics-text; version=0.0.1":            text,
+		"application/openmetrics-text; version=2.0.0, */*":       text,
+		"application/openmetrics-text; q=0":                      text,
+		"application/openmetrics-text; q=much":                   text,
+		"application/openmetrics-text; q=NaN":                    text,
+		"application/openmetrics-text;q=0.4, text/plain;q=0.5":   text,
+		"application/openmetrics-text;q=0.4, text/plain;q=0.400": open,
+		// Prometheus 2.42 and 3.0
+		"application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,text/plain;version=0.0.4;q=0.5,*/*;q=0.1":                                                             open,
+		"application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited;q=0.7,application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,text/plain;q=0.4,*/*;q=0.2": open,
+	} {
+		openMetrics, got := metricsFormat([]string{accept})
+		if got != want || openMetrics != (want == open) {
+			t.Errorf("Accept: %s gets %q (OpenMetrics: %v), want %q", accept, got, openMetrics, want)
+		}
 	}
+	if _, got := metricsFormat([]string{"text/html", "application/openmetrics-text"}); got != open {
+		t.Errorf("two fields Accept get %q, want %q", got, open)
+	}
+	if _, got := metricsFormat(nil); got != text {
+		t.Errorf("no field Accept gets %q, want %q", got, text)
+	}
+}
+
+// TestMetricsOpenMetrics: both formats have the same families and series. In OpenMetrics
+// the family of a counter lacks _total, and has no other family's name
+// (https://prometheus.io/docs/specs/om/open_metrics_spec/). TestExposition of e2e/ reads
+// both with Prometheus's parsers.
+func TestMetricsOpenMetrics(t *testing.T) {
+	a, _ := adminOf(t, "127.0.0.1:1")
+	names := func(accept, contentType string) (text string, series map[string]bool) {
+		r := httptest.NewRequest("GET", "/metrics", nil)
+		r.Header.Set("Accept", accept)
+		w := httptest.NewRecorder()
+		a.handler().ServeHTTP(w, r)
+		if got := w.Header().Get("Content-Type"); w.Code != 200 || !strings.HasPrefix(got, contentType) {
+			t.Fatalf("%d with Content-Type %q, want 200 and %s", w.Code, got, contentType)
+		}
+		series = map[string]bool{}
+		for _, m := range regexp.MustCompile(`(?m)^(\w+(?:\{.*\})?) \S+$`).FindAllStringSubmatch(w.Body.String(), -1) {
+			series[m[1]] = true
+		}
+		return w.Body.String(), series
+	}
+	plain, plainSeries := names("text/plain", "text/plain")
+	open, openSeries := names(openMetricsType, openMetricsType)
+	if !maps.Equal(plainSeries, openSeries) || len(openSeries) < 100 {
+		t.Errorf("%d series as text, %d as OpenMetrics, want the same", len(plainSeries), len(openSeries))
+	}
+	if !strings.HasSuffix(open, "\n# EOF\n") || strings.Contains(plain, "# EOF") || strings.Contains(plain, "# UNIT") {
+		t.Errorf("want # EOF at the end of OpenMetrics only, and units nowhere else: %q", open[len(open)-40:])
+	}
+	families := map[string]int{}
+	for _, m := range regexp.MustCompile(`(?m)^# TYPE (\S+) `).FindAllStringSubmatch(open, -1) {
+		families[m[1]]++
+		if families[m[1]] > 1 || strings.HasSuffix(m[1], "_total") {
+			t.Errorf("OpenMetrics has the family %s %d times, want each once, without _total", m[1], families[m[1]])
+		}
+	}
+	for _, line := range []string{"# UNIT router_bytes bytes", "# UNIT router_upgrade_duration_seconds seconds", "# TYPE router_upgrades counter"} {
+		if !strings.Contains(open, line+"\n") {
+			t.Errorf("no %q in\n%s", line, open)
+		}
+	}
+}
+
+func TestHistogram(t *testing.T) {
+	h := newHistogram(.01, 1, 60)
+	for _, d := range []time.Duration{0, 10 * time.Millisecond, 11 * time.Millisecond, time.Second, time.Minute, time.Hour} {
+		h.observe(d)
+	}
+	(*histogram)(nil).observe(time.Second) // counts nothing
+	var out strings.Builder
+	h.write(metricsWriter{w: &out}, "a_seconds", "Text.")
+	e, err := parseExposition(out.String())
+	must(t, err)
+	if lacks := e.lacks(map[string]float64{
+		`a_seconds_bucket{le="0.01"}`: 2, `a_seconds_bucket{le="1.0"}`: 4, `a_seconds_bucket{le="60.0"}`: 5,
+		`a_seconds_bucket{le="+Inf"}`: 6, `a_seconds_count`: 6, `a_seconds_sum`: 3661.021,
+	}); lacks != "" {
+		t.Error(lacks)
+	}
+	if n := testing.AllocsPerRun(100, func() { h.observe(time.Second) }); n != 0 {
+		t.Errorf("observe allocates %v times", n)
+	}
+}
+
+// TestMetricsOfTimes: what takes time is counted once in its histogram: an upgrade that
+// becomes a session, one that waits for its owner in vain, the session's end, the table.
+func TestMetricsOfTimes(t *testing.T) {
+	for way := range bothWays("") {
+		t.Run(way, func(t *testing.T) {
+			dir := overridesDir(t, map[string]string{"up": "backend-0", "down": "backend-1"})
+			r := startRouter(t, "-backends", echoBackends(t, 1)+","+refusingAddr(t), "-overrides", dir, "-hold", "50ms")
+			r.until(t, "/readyz", "^ready\n$")
+			ask := func(namespace string, status int) net.Conn {
+				conn, _, resp := (&testProxy{addr: r.clientAddr}).ask(t, bothWays("/ws/" + namespace)[way])
+				wantEqual(t, "status", resp.StatusCode, status)
+				return conn
+			}
+			conn := ask("up", http.StatusSwitchingProtocols)
+			e := waitMetrics(t, r, map[string]float64{
+				`router_upgrade_duration_seconds_count`: 1, `router_hold_duration_seconds_count`: 0,
+				`router_table_apply_duration_seconds_count`: 1, `router_session_duration_seconds_count{cause="client"}`: 0,
+				`router_max_sessions`: 100000, `router_max_pending_upgrades`: 10000,
+			})
+			if took := e.values["router_upgrade_duration_seconds_sum"]; took <= 0 {
+				t.Errorf("the upgrade took %v s", took)
+			}
+			ask("down", http.StatusServiceUnavailable)
+			e = waitMetrics(t, r, map[string]float64{`router_hold_duration_seconds_count`: 1, `router_upgrade_duration_seconds_count`: 1})
+			if held := e.values["router_hold_duration_seconds_sum"]; held < .05 {
+				t.Errorf("the upgrade was held for %v s, want 50 ms", held)
+			}
+			conn.Close()
+			cause := r.log.wait(t, "session ended", 1)["cause"].(string)
+			e = waitMetrics(t, r, map[string]float64{`router_session_duration_seconds_count{cause="` + cause + `"}`: 1})
+			if lasted := e.values[`router_session_duration_seconds_sum{cause="`+cause+`"}`]; lasted < .05 {
+				t.Errorf("the session lasted %v s, want more than the hold", lasted)
+			}
+		})
+	}
+}
+
+// TestMetricsOfAHold: an upgrade that waits for its owner and becomes a session is counted
+// as held, once, by its whole wait.
+func TestMetricsOfAHold(t *testing.T) {
+	both(t, func(t *testing.T, request string) {
+		var ready atomic.Bool
+		p := startProxy(t, strings.Split(echoBackends(t, 1), ","), map[string]string{}, func(p *proxy) {
+			p.backends.queues.backendReady = func(int) error {
+				if ready.Load() {
+					return nil
+				}
+				return errors.New("not yet")
+			}
+		})
+		conn := dial(t, p.addr)
+		mustWrite(t, conn, request)
+		eventually(t, "upgrades that wait", 1, func() int { return len(p.backends.queues.waitersOf(0)) })
+		ready.Store(true)
+		p.backends.queues.readinessChanged()
+		p.waitResult(t, resultOK)
+		e := expositionOf(t, p.proxy.writeMetrics)
+		if lacks := e.lacks(map[string]float64{`router_hold_duration_seconds_count`: 1, `router_upgrade_duration_seconds_count`: 1}); lacks != "" {
+			t.Error(lacks)
+		}
+		if held, all := e.values["router_hold_duration_seconds_sum"], e.values["router_upgrade_duration_seconds_sum"]; held <= 0 || held > all {
+			t.Errorf("held for %v s of an upgrade of %v s", held, all)
+		}
+	})
+}
+
+// expositionOf returns what the function writes.
+func expositionOf(t *testing.T, write func(metricsWriter)) *exposition {
+	t.Helper()
+	var out strings.Builder
+	write(metricsWriter{w: &out})
+	e, err := parseExposition(out.String())
+	must(t, err)
+	return e
 }

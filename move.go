@@ -39,9 +39,10 @@ type mover struct {
 	flights       *flights
 	releases      *stepReleases // nil without -release
 	// httpMoveTime is how old a plain request may be when a step waits for it.
-	httpMoveTime time.Duration
-	shared       *sharedMove // nil without -handoff=all
-	log          *slog.Logger
+	httpMoveTime  time.Duration
+	shared        *sharedMove // nil without -handoff=all
+	stepDurations *histogram  // of the steps that are done
+	log           *slog.Logger
 
 	// current is nil before the first view. Only run replaces it, but for the first view
 	// and with -handoff=off.
@@ -51,6 +52,8 @@ type mover struct {
 	wake         wakeup       // of run, when something of a step is over
 	awaitsEnd    atomic.Bool  // run waits for something of a step to be over
 	steps        atomic.Int64 // steps that are done
+	moved        atomic.Int64 // sessions that startMove has closed
+	cancelled    atomic.Int64 // sessions that stayed: a later change moved them back
 	seenStep     atomic.Int64 // the highest that a backend has answered: see noteStep
 	leaving      atomic.Bool  // see leave
 
@@ -87,6 +90,7 @@ func newMover(
 		onViewChanged: onViewChanged,
 		flights:       newFlights(relay.backendName, log),
 		targets:       newMoveTargets(probe),
+		stepDurations: newHistogram(.01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60),
 		closeSession: func(s *session, onEnd func(cut bool)) bool {
 			return s.closeGracefully(causeMoved, onEnd)
 		},
@@ -244,9 +248,7 @@ func (m *mover) prepare(now time.Time) {
 	reachable := m.targets.dropReachable()
 	cancelled := m.requeue(v, t, now)
 	m.targets.assumeReachable(reachable)
-	if m.tally != nil {
-		m.tally.cancelled += cancelled
-	}
+	m.countCancelled(cancelled)
 	if m.tally == nil || m.tally.content != t.contentHash {
 		m.endTally()
 		m.tally = newMoveTally(t.contentHash)
@@ -307,7 +309,15 @@ func (m *mover) openSessions() []*session {
 // refreshQueue fills the queue anew if it is outdated.
 func (m *mover) refreshQueue(v *view, t *table, now time.Time) {
 	if m.queue.isOutdated(now) {
-		m.tally.cancelled += m.requeue(v, t, now)
+		m.countCancelled(m.requeue(v, t, now))
+	}
+}
+
+// countCancelled counts n sessions that were to move and stay now.
+func (m *mover) countCancelled(n int) {
+	m.cancelled.Add(int64(n))
+	if m.tally != nil {
+		m.tally.cancelled += n
 	}
 }
 
@@ -530,6 +540,7 @@ func (m *mover) finishStep(v *view) *view {
 // countStep counts a step that is done, whose namespaces were held for this time.
 func (m *mover) countStep(held time.Duration) {
 	m.steps.Add(1)
+	m.stepDurations.observe(held)
 	if m.tally != nil {
 		m.tally.longestHold = max(m.tally.longestHold, held)
 	}
@@ -558,7 +569,9 @@ func (m *mover) startMove(s *session) {
 	if m.tally == nil { // it ends for a plan whose tables this router does not know
 		m.tally = newMoveTally(noContent)
 	}
-	m.tally.close(s, m.closeSession, m.wake.notify)
+	if m.tally.close(s, m.closeSession, m.wake.notify) {
+		m.moved.Add(1)
+	}
 }
 
 // endMove ends the tally and all dials if no session is left that has to move.

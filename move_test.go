@@ -662,6 +662,11 @@ func TestMoveTakenBack(t *testing.T) {
 		}
 		m.wantPending(t, 0)
 		wantLine(t, m.log.all("move finished"), 1, map[string]any{"version": "1", "sessions": float64(moved), "cancelled": float64(100 - moved)})
+		e := expositionOf(t, m.writeMetrics)
+		if lacks := e.lacks(map[string]float64{"router_moved_sessions_total": float64(moved), "router_move_cancelled_total": float64(100 - moved),
+			"router_handoff_step_duration_seconds_count": e.values["router_handoff_steps_total"]}); lacks != "" || e.values["router_handoff_steps_total"] == 0 {
+			t.Error(lacks, e.values)
+		}
 		results := reported.results
 		if len(results) != 1 || results[0].sessions != moved || results[0].cancelled != 100-moved || results[0].time == 0 {
 			t.Errorf("results %+v, want one, equal to the log", results)

@@ -57,11 +57,11 @@ func newMoveTally(content uint64) *moveTally {
 }
 
 // close starts the closing handshake of a session with closeSession, which returns false
-// if the session is about to end already. It calls onLast when the last handshake of the
-// tally that goes on has ended. onLast must not block.
+// if the session is about to end already; so does close. It calls onLast when the last
+// handshake of the tally that goes on has ended. onLast must not block.
 func (b *moveTally) close(
 	s *session, closeSession func(s *session, onEnd func(cut bool)) bool, onLast func(),
-) {
+) bool {
 	b.unfinished.Add(1)
 	onEnd := func(cut bool) {
 		if cut {
@@ -73,10 +73,11 @@ func (b *moveTally) close(
 	}
 	if !closeSession(s, onEnd) {
 		b.unfinished.Add(-1)
-		return
+		return false
 	}
 	b.sessions++
 	b.moved[s.namespace] = struct{}{}
+	return true
 }
 
 // result returns the result of a tally so far, without examples.

@@ -53,6 +53,8 @@ type proxy struct {
 	handshakes          atomic.Int64   // calls of check
 	inFlight            waitCount      // requests that net/http has, but for those of forwarder
 	unhandled           sync.WaitGroup // requests on their way from the fast path to ServeHTTP
+	upgradeDurations    *histogram     // from the head of an upgrade to its session
+	holdDurations       *histogram     // of each wait for an owner
 	results             [numResults]atomic.Int64
 	logThrottles        [numResults]throttle
 	misdirectedThrottle throttle // of the log in handleMisdirected
@@ -225,7 +227,14 @@ func trimRequest(r *http.Request, ctx context.Context) *http.Request {
 // dialOwner waits until the owner of the namespace may have a session of it, and dials
 // that owner. ctx bounds it. u then has the connection.
 func (p *proxy) dialOwner(ctx context.Context, u *pendingUpgrade) error {
+	if !p.backends.queues.isOpen(u.queue()) {
+		u.beginHold()
+	}
+	rechecks := 0
 	recheck := func() (int, error) {
+		if rechecks++; rechecks > 1 {
+			u.beginHold()
+		}
 		err := p.recheckOwner(ctx, u)
 		return u.queue(), err
 	}
@@ -248,6 +257,7 @@ func (p *proxy) startFlight(u *pendingUpgrade) bool {
 	f, now, ok := p.mover.startFlight(u.namespace, u.owner, u.podUID, u.cut)
 	if ok {
 		u.flight, u.assignment = f, now
+		u.endHold()
 	}
 	return ok
 }
@@ -466,8 +476,8 @@ func (p *proxy) place(namespace string) (*pendingUpgrade, *refusal) {
 			"%d upgrades to %s are pending, its share of %d; %d in all",
 			own, p.backends.name(assigned.owner), limit, all)
 	}
-	u := &pendingUpgrade{limit: &p.pendingUpgrades,
-		namespace: namespace, assignment: assigned}
+	u := &pendingUpgrade{limit: &p.pendingUpgrades, holds: p.holdDurations,
+		began: time.Now(), namespace: namespace, assignment: assigned}
 	if p.relay.size()+p.forwarder.size()+all > p.limits.sessions {
 		u.free()
 		return nil, refuse(resultMaxSessions,
@@ -495,6 +505,7 @@ func (p *proxy) waitForOldPod(ctx context.Context, u *pendingUpgrade) error {
 	if done == nil {
 		return nil
 	}
+	u.beginHold()
 	select {
 	case <-done:
 		return nil
@@ -740,6 +751,7 @@ func (p *proxy) newSession(u *pendingUpgrade, clientAddrs string) (*session, err
 // looks for sessions after such a change.
 func (p *proxy) openSession(u *pendingUpgrade, s *session, start func()) {
 	p.results[resultOK].Add(1)
+	p.upgradeDurations.observe(time.Since(u.began))
 	u.free() // before start, or the limit of sessions would count it twice
 	start()
 	u.endFlight()
@@ -758,14 +770,23 @@ func (p *proxy) newReader(r io.Reader) *bufio.Reader {
 	return br
 }
 
-// writeMetrics writes the results of the upgrades, and how many are pending.
+// writeMetrics writes the results of the upgrades, how long they took, how many are
+// pending, and the limits.
 func (p *proxy) writeMetrics(m metricsWriter) {
 	m.family("router_upgrades_total", "counter", "Upgrade requests, by result.")
 	for r := range resultCut {
 		m.sample("router_upgrades_total", float64(p.results[r].Load()), "result", r.String())
 	}
+	p.upgradeDurations.write(m, "router_upgrade_duration_seconds",
+		"Time from the head of an upgrade request to its session.")
+	p.holdDurations.write(m, "router_hold_duration_seconds",
+		"How long upgrades and plain requests that could not be sent at once waited for their owner.")
 	pending, _ := p.pendingUpgrades.inUse(0)
 	m.single("router_pending_upgrades", "gauge", "Upgrades that wait for their owner, dial it, or wait for its answer.", float64(pending))
+	m.single("router_max_pending_upgrades", "gauge", "Limit of the pending upgrades.",
+		float64(p.limits.pendingUpgrades))
+	m.single("router_max_sessions", "gauge",
+		"Limit of the open sessions and plain requests.", float64(p.limits.sessions))
 	if p.forwarder != nil {
 		p.forwarder.writeMetrics(m)
 	}

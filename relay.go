@@ -153,6 +153,7 @@ type relay struct {
 	ended        [numCauses]atomic.Int64 // sessions
 	cut          [numCauses]atomic.Int64 // of these, those whose closing handshake was cut
 	unproven     atomic.Int64            // of the moved ones, those whose backend was reset
+	durations    [numCauses]*histogram   // of the ended sessions
 
 	// podUIDs is the uid of each backend's present pod, by ordinal, for all backends
 	// whose pod was ever known. It is stored with mu locked and read without.
@@ -175,7 +176,7 @@ type oldPodSessions struct {
 // newRelay returns a relay, which carries sessions between start and stop. name
 // returns a backend's name for the log.
 func newRelay(name func(backend int) string, log *slog.Logger) *relay {
-	return &relay{
+	r := &relay{
 		backendName:      name,
 		began:            time.Now(),
 		halfCloseTimeout: halfCloseTimeout,
@@ -188,6 +189,10 @@ func newRelay(name func(backend int) string, log *slog.Logger) *relay {
 		byBackend:        map[int]sessionCounts{},
 		oldPods:          map[string]*oldPodSessions{},
 	}
+	for c := range r.durations { // 1 s to a day
+		r.durations[c] = newHistogram(1, 5, 15, 60, 300, 900, 3600, 14400, 43200, 86400)
+	}
+	return r
 }
 
 // start starts the engine. If it fails, nothing has to be stopped.
@@ -224,18 +229,20 @@ type rememberNamespace = func(namespace string, backend int)
 // session, after it has closed both sockets.
 func (r *relay) sessionEnded(s *session) {
 	cause, n, cut := cause(s.cause.Load()), s.bytes(), false
+	lasted := time.Since(r.began) - s.started
 	if s.closing != nil {
 		cut = s.closing.end()
 	}
 	r.remember(s.namespace, s.backend)
 	r.remove(s, n)
 	r.ended[cause].Add(1)
+	r.durations[cause].observe(lasted)
 	if cut {
 		r.cut[cause].Add(1)
 	}
 	r.log.Info("session ended", "namespace", s.namespace,
 		"backend", r.backendName(s.backend), "cause", cause.String(), "cut", cut,
-		"client", s.clientAddrs, "seconds", (time.Since(r.began) - s.started).Seconds(),
+		"client", s.clientAddrs, "seconds", lasted.Seconds(),
 		"to_backend", n[clientSide], "to_client", n[backendSide])
 	s.counted.Store(true)
 	r.onBackendEnded()
@@ -494,6 +501,11 @@ func (r *relay) writeSessionMetrics(m metricsWriter, counts map[int]sessionCount
 		"Sessions in which client and backend did not both answer their Close frames in time, by cause.")
 	for _, c := range []cause{causeMoved, causeDrain} {
 		cut(float64(r.cut[c].Load()), "cause", c.String())
+	}
+	const name = "router_session_duration_seconds"
+	m.family(name, "histogram", "How long sessions lasted that have ended, by cause.")
+	for c := causeNone + 1; c < numCauses; c++ {
+		r.durations[c].writeSamples(m, name, "cause", c.String())
 	}
 }
 

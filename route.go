@@ -471,6 +471,8 @@ type router struct {
 	current atomic.Pointer[table] // nil until overrides and backends are known, never again
 	swaps   atomic.Int64          // tables put in force
 
+	applyDurations *histogram // of these: how long it took to make them and put them in force
+
 	// Guarded by mu, which serialises swaps.
 	mu       sync.Mutex
 	contents []sourceContent // of the sources, merged; nil before they are known
@@ -599,12 +601,13 @@ func (r *router) swap() {
 	if r.contents == nil || r.active.count == 0 {
 		return
 	}
-	old := r.table()
+	old, began := r.table(), time.Now()
 	t := newTable(r.statefulSet, r.fromHost, r.active, r.contents, old)
 	t.revision, t.updated = r.revision, time.Now()
 	r.current.Store(t)
 	r.swaps.Add(1)
 	r.onSwap()
+	r.applyDurations.observe(time.Since(began))
 	all := t.changes(old)
 	r.logSwap(t, all)
 	for _, s := range r.sources {
@@ -772,6 +775,8 @@ func (r *router) logSwap(t *table, all []sourceChange) {
 func (r *router) writeMetrics(m metricsWriter) {
 	m.single("router_table_updates_total", "counter", "Routing tables that came into force.",
 		float64(r.swaps.Load()))
+	r.applyDurations.write(m, "router_table_apply_duration_seconds",
+		"How long it took to make a routing table and to put it in force.")
 	t := r.table()
 	if t == nil {
 		return

@@ -398,6 +398,12 @@ func (m *mover) writeMetrics(w metricsWriter) {
 	w.single("router_sessions_to_move", "gauge",
 		"Open sessions whose owner changed and which have not been closed yet.",
 		float64(m.queue.size.Load()))
+	w.single("router_moved_sessions_total", "counter",
+		"Sessions that the router closed because their owner changed.",
+		float64(m.moved.Load()))
+	w.single("router_move_cancelled_total", "counter",
+		"Sessions that were to move and stayed, because a later change moved them back.",
+		float64(m.cancelled.Load()))
 	s := m.status()
 	info := w.family("router_handoff_info", "gauge",
 		"Always 1. The label has the mode of -handoff.")
@@ -407,6 +413,8 @@ func (m *mover) writeMetrics(w metricsWriter) {
 		boolToFloat(s.InProgress))
 	w.single("router_handoff_steps_total", "counter",
 		"Steps of hand-offs that are done.", float64(m.steps.Load()))
+	m.stepDurations.write(w, "router_handoff_step_duration_seconds",
+		"How long the steps of hand-offs that are done held their namespaces.")
 	var names []string
 	if t := m.router.table(); t != nil {
 		for i := range t.active.count {

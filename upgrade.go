@@ -107,6 +107,9 @@ const headBytesPerUpgrade = 2 << 10
 type pendingUpgrade struct {
 	limit     *upgradeLimit // counts it until free
 	freed     bool
+	began     time.Time  // when its head was read
+	holdBegan time.Time  // when it began to wait for its owner; zero while it does not
+	holds     *histogram // of these waits
 	namespace string
 	assignment
 	headBytes int // of its head, as limit counts them
@@ -124,6 +127,21 @@ type pendingUpgrade struct {
 func (u *pendingUpgrade) assign(a assignment) {
 	u.limit.transfer(u.owner, a.owner)
 	u.assignment = a
+}
+
+// beginHold notes that the upgrade waits for its owner, if it does not wait already.
+func (u *pendingUpgrade) beginHold() {
+	if u.holdBegan.IsZero() {
+		u.holdBegan = time.Now()
+	}
+}
+
+// endHold counts the time for which the upgrade has waited, if it has.
+func (u *pendingUpgrade) endHold() {
+	if !u.holdBegan.IsZero() {
+		u.holds.observe(time.Since(u.holdBegan))
+		u.holdBegan = time.Time{}
+	}
 }
 
 // endFlight notes that the request is over: its owner has refused it, or the relay has
@@ -166,6 +184,7 @@ func (u *pendingUpgrade) free() {
 	if u.freed {
 		return
 	}
+	u.endHold()
 	u.reserveHead(0, 0)
 	u.limit.giveBack(u.owner)
 	u.freed = true

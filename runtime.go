@@ -1,0 +1,109 @@
+package main
+
+import (
+	"cmp"
+	"fmt"
+	"os"
+	"runtime/debug"
+	"runtime/metrics"
+	"syscall"
+	"time"
+)
+
+// runtimeMetric is a metric of Go's runtime, by the name that prometheus/client_golang
+// gives it, which dashboards use.
+type runtimeMetric struct {
+	name, kind, help string
+	keys             []string // whose sum it is (package runtime/metrics)
+}
+
+// runtimeMetrics are the metrics that writeRuntimeMetrics reads from runtime/metrics. There
+// is no go_memstats_alloc_bytes: in OpenMetrics go_memstats_alloc_bytes_total is of the
+// same family. go_memstats_heap_alloc_bytes has the same value.
+func runtimeMetrics() []runtimeMetric {
+	const objects, unused = "/memory/classes/heap/objects:bytes", "/memory/classes/heap/unused:bytes"
+	const free, released = "/memory/classes/heap/free:bytes", "/memory/classes/heap/released:bytes"
+	return []runtimeMetric{
+		{"go_goroutines", "gauge", "Goroutines.", []string{"/sched/goroutines:goroutines"}},
+		{"go_threads", "gauge", "Threads of the operating system that Go has made.",
+			[]string{"/sched/threads/total:threads"}},
+		{"go_memstats_alloc_bytes_total", "counter", "Bytes of heap objects that were allocated.",
+			[]string{"/gc/heap/allocs:bytes"}},
+		{"go_memstats_mallocs_total", "counter", "Heap objects that were allocated.",
+			[]string{"/gc/heap/allocs:objects", "/gc/heap/tiny/allocs:objects"}},
+		{"go_memstats_frees_total", "counter", "Heap objects that were freed.",
+			[]string{"/gc/heap/frees:objects", "/gc/heap/tiny/allocs:objects"}},
+		{"go_memstats_heap_alloc_bytes", "gauge", "Bytes of heap objects that are not freed yet.",
+			[]string{objects}},
+		{"go_memstats_heap_inuse_bytes", "gauge", "Bytes of the parts of the heap that have objects.",
+			[]string{objects, unused}},
+		{"go_memstats_heap_idle_bytes", "gauge", "Bytes of the parts of the heap that have no object.",
+			[]string{free, released}},
+		{"go_memstats_heap_released_bytes", "gauge", "Of these, bytes that were given back to the system.",
+			[]string{released}},
+		{"go_memstats_heap_sys_bytes", "gauge", "Bytes of the heap, with those given back.",
+			[]string{objects, unused, free, released}},
+		{"go_memstats_heap_objects", "gauge", "Heap objects.",
+			[]string{"/gc/heap/objects:objects"}},
+		{"go_memstats_stack_inuse_bytes", "gauge", "Bytes of goroutines' stacks.",
+			[]string{"/memory/classes/heap/stacks:bytes"}},
+		{"go_memstats_next_gc_bytes", "gauge", "Bytes of heap objects at which the garbage collector runs next.",
+			[]string{"/gc/heap/goal:bytes"}},
+		{"go_memstats_sys_bytes", "gauge", "Bytes that Go has from the system, with those given back.",
+			[]string{"/memory/classes/total:bytes"}},
+	}
+}
+
+// writeRuntimeMetrics writes the metrics of Go's runtime. It does not stop other goroutines,
+// as runtime.ReadMemStats would.
+func writeRuntimeMetrics(m metricsWriter) {
+	var samples []metrics.Sample // of all, read at one moment
+	for _, r := range runtimeMetrics() {
+		for _, key := range r.keys {
+			samples = append(samples, metrics.Sample{Name: key})
+		}
+	}
+	metrics.Read(samples)
+	for _, r := range runtimeMetrics() {
+		sum := uint64(0)
+		for range r.keys {
+			if v := samples[0].Value; v.Kind() == metrics.KindUint64 { // not in older versions of Go
+				sum += v.Uint64()
+			}
+			samples = samples[1:]
+		}
+		m.single(r.name, r.kind, r.help, float64(sum))
+	}
+	var gc debug.GCStats
+	debug.ReadGCStats(&gc)
+	const pauses = "go_gc_duration_seconds"
+	m.family(pauses, "summary", "Pauses of all goroutines for the garbage collector.")
+	m.sample(pauses+"_sum", gc.PauseTotal.Seconds())
+	m.sample(pauses+"_count", float64(gc.NumGC))
+}
+
+// writeProcessMetrics writes what the operating system says of the process, which has
+// started at this time.
+func writeProcessMetrics(m metricsWriter, started time.Time) {
+	m.single("process_start_time_seconds", "gauge",
+		"Start of the process, in seconds since 1970.", unixSeconds(started))
+	var usage syscall.Rusage
+	if syscall.Getrusage(syscall.RUSAGE_SELF, &usage) == nil {
+		cpu := time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
+		m.single("process_cpu_seconds_total", "counter",
+			"CPU time of the process, in user mode and in the kernel.", cpu.Seconds())
+	}
+	if virtual, resident, err := processMemory(); err == nil {
+		m.single("process_virtual_memory_bytes", "gauge", "Virtual memory of the process.", virtual)
+		m.single("process_resident_memory_bytes", "gauge", "Resident memory of the process.", resident)
+	}
+}
+
+// processMemory returns how much memory the process has, in bytes (proc(5), statm). It
+// fails on systems without proc(5), and while the process cannot open a file.
+func processMemory() (virtual, resident float64, err error) {
+	text, err := os.ReadFile("/proc/self/statm")
+	_, scanErr := fmt.Sscan(string(text), &virtual, &resident)
+	page := float64(os.Getpagesize())
+	return virtual * page, resident * page, cmp.Or(err, scanErr)
+}

@@ -1,0 +1,47 @@
+package main
+
+import (
+	"runtime/metrics"
+	"slices"
+	"testing"
+	"time"
+)
+
+// TestRuntimeMetrics: this version of Go has all that is read from runtime/metrics, and
+// the values fit each other.
+func TestRuntimeMetrics(t *testing.T) {
+	var known []string
+	for _, d := range metrics.All() {
+		if d.Kind == metrics.KindUint64 {
+			known = append(known, d.Name)
+		}
+	}
+	for _, r := range runtimeMetrics() {
+		for _, key := range r.keys {
+			if !slices.Contains(known, key) {
+				t.Errorf("%s is read from %s, which runtime/metrics does not have", r.name, key)
+			}
+		}
+	}
+	v := expositionOf(t, writeRuntimeMetrics).values
+	inuse, idle, all := v["go_memstats_heap_inuse_bytes"], v["go_memstats_heap_idle_bytes"], v["go_memstats_heap_sys_bytes"]
+	if inuse+idle != all || v["go_memstats_heap_alloc_bytes"] > inuse || all > v["go_memstats_sys_bytes"] || inuse == 0 {
+		t.Errorf("the heap has %v bytes with objects, %v without, %v in all, of %v of Go: %v", inuse, idle, all, v["go_memstats_sys_bytes"], v)
+	}
+	objects := v["go_memstats_mallocs_total"] - v["go_memstats_frees_total"]
+	if objects != v["go_memstats_heap_objects"] {
+		t.Errorf("%v objects were allocated and not freed, %v are in the heap", objects, v["go_memstats_heap_objects"])
+	}
+}
+
+func TestProcessMetrics(t *testing.T) {
+	write := func(m metricsWriter) { writeProcessMetrics(m, time.Unix(1e9, 5e8)) }
+	before := expositionOf(t, write).values
+	eventually(t, "the CPU time of the process rises", true, func() bool {
+		return expositionOf(t, write).values["process_cpu_seconds_total"] > before["process_cpu_seconds_total"]
+	})
+	virtual, resident := before["process_virtual_memory_bytes"], before["process_resident_memory_bytes"]
+	if before["process_start_time_seconds"] != 1e9+.5 || resident < 1<<20 || virtual < resident {
+		t.Errorf("want the start at 1e9 s, and at least 1 MiB of memory: %v", before)
+	}
+}
