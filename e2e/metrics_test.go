@@ -12,7 +12,7 @@ import (
 // metricNames are the metrics that a router in a cluster has, with their
 // types: dashboards are built on them.
 func metricNames() map[string]dto.MetricType {
-	const counter, gauge = dto.MetricType_COUNTER, dto.MetricType_GAUGE
+	const counter, gauge, histogram = dto.MetricType_COUNTER, dto.MetricType_GAUGE, dto.MetricType_HISTOGRAM
 	return map[string]dto.MetricType{
 		"router_build_info":                        gauge,
 		"router_ready":                             gauge,
@@ -52,6 +52,24 @@ func metricNames() map[string]dto.MetricType {
 		"process_max_fds":                          gauge,
 		"go_goroutines":                            gauge,
 		"process_start_time_seconds":               gauge,
+		"process_cpu_seconds_total":                counter,
+		"process_resident_memory_bytes":            gauge,
+		"process_virtual_memory_bytes":             gauge,
+		"go_memstats_heap_inuse_bytes":             gauge,
+		"go_gc_duration_seconds":                   dto.MetricType_SUMMARY,
+		"router_max_sessions":                      gauge,
+		"router_max_pending_upgrades":              gauge,
+		"router_moved_sessions_total":              counter,
+		"router_move_cancelled_total":              counter,
+		"router_upgrade_duration_seconds":          histogram,
+		"router_hold_duration_seconds":             histogram,
+		"router_session_duration_seconds":          histogram,
+		"router_table_apply_duration_seconds":      histogram,
+		"router_handoff_step_duration_seconds":     histogram,
+		"router_http_requests_total":               counter,
+		"router_http_requests_in_progress":         gauge,
+		"router_http_requests_cut_total":           counter,
+		"router_http_request_duration_seconds":     histogram,
 	}
 }
 
