@@ -1,7 +1,7 @@
 package main
 
-// hashVersion is the version of the function bucket. It is part of a table's stamp: two
-// versions that hash in different ways do not compute the same owners.
+// hashVersion is the version of the functions bucket and bucketPast. It is part of a
+// table's stamp: two versions that hash in different ways do not compute the same owners.
 const hashVersion = 1
 
 // bucket returns the ordinal in [0, n) that the namespace hashes to. n must be
@@ -21,13 +21,58 @@ func hash64[S string | []byte](namespace S) uint64 { return fmix64(fnv1a(namespa
 
 // jump is bucket for a namespace whose hash64 is key.
 func jump(key uint64, n int) int {
-	b, j := int64(-1), int64(0)
-	for j < int64(n) {
-		b = j
-		key = key*2862933555777941757 + 1
-		j = int64(float64(b+1) * (float64(1<<31) / float64((key>>33)+1)))
+	b, next := int64(-1), int64(0)
+	for next < int64(n) {
+		b = next
+		key, next = nextJump(key, b)
 	}
 	return int(b)
+}
+
+// nextJump returns the next bucket to which a namespace jumps from bucket b as n grows:
+// the n after which it is there. key is its hash64 for the jump from bucket 0, and the
+// key that nextJump returned for each further jump.
+func nextJump(key uint64, b int64) (nextKey uint64, next int64) {
+	key = key*2862933555777941757 + 1
+	return key, int64(float64(b+1) * (float64(1<<31) / float64((key>>33)+1)))
+}
+
+// bucketPast returns the bucket in [0, len(cordoned)) of a namespace whose hash64 is key,
+// when those that are true in cordoned take none. One at least must be false.
+//
+// Each namespace has all buckets in an order of its own, and its bucket is the first one
+// that is not cordoned. The order is made from bucket 0 on: each further bucket is put
+// among those before it. If the namespace jumps to the bucket, that is the first place;
+// else the hash chooses one of the other places, evenly. So without a cordon the bucket
+// is that of jump. The order of the first n buckets does not depend on later ones, nor on
+// what is cordoned. From this follows, with or without a cordon:
+//
+//   - one bucket more is cordoned: only its namespaces move, evenly to the others;
+//   - one less is: exactly these move back;
+//   - from n to n+1 buckets, namespaces move to the new one only, and none if the new one
+//     is cordoned. So if the last bucket is cordoned, nothing moves when it goes.
+//
+// Its result never changes, as that of bucket: testdata/owners-cordoned.txt.
+func bucketPast(key uint64, cordoned []bool) int {
+	best, place := 0, len(cordoned) // place is that of best; at first it is after all
+	jumpKey, next := key, int64(0)
+	for b := range cordoned {
+		at := 0
+		if int64(b) == next {
+			jumpKey, next = nextJump(jumpKey, next)
+		} else {
+			random := fmix64(key + uint64(b)*0x9e3779b97f4a7c15) // 2^64 / the golden ratio
+			at = 1 + int((random>>32)*uint64(b)>>32)             // 1 to b
+		}
+		switch {
+		case at > place:
+		case cordoned[b]:
+			place++
+		default:
+			best, place = b, at
+		}
+	}
+	return best
 }
 
 // fnv1a returns the 64-bit FNV-1a hash (draft-eastlake-fnv). hash/fnv returns the same
