@@ -231,6 +231,7 @@ type ownership struct {
 	Previous  string      `json:"previous,omitempty"`     // owner until the step is done
 	Next      string      `json:"next,omitempty"`         // owner when its turn in a hand-off has come
 	Why       string      `json:"why"`                    // one of the why constants
+	HashOwner string      `json:"hash_owner,omitempty"`   // its owner if that were not cordoned
 	PodUID    string      `json:"pod,omitempty"`          // of the owner's pod, if known
 	Address   string      `json:"address,omitempty"`
 	Ready     bool        `json:"ready"` // the owner takes a connection now
@@ -325,6 +326,10 @@ func newOwnership(t *table, namespace string) (o ownership, ordinal int) {
 	if ok {
 		o.Owner = t.name(ordinal)
 	}
+	if o.Why == whyCordoned {
+		hashed, _ := t.cordonedOwner(namespace)
+		o.HashOwner = t.name(hashed)
+	}
 	return o, ordinal
 }
 
@@ -346,8 +351,8 @@ func (a *admin) addHandoff(o *ownership, inTable int, namespace string) (ordinal
 	return inTable
 }
 
-// backendState is one backend in the answer of /backends. A backend without namespaces
-// and without sessions is safe to remove.
+// backendState is one backend in the answer of /backends. A backend is safe to remove if it
+// has no sessions, requests and namespaces, and no change of owners is under way.
 type backendState struct {
 	Name             string `json:"name"`
 	Ordinal          int    `json:"ordinal"`
@@ -356,9 +361,11 @@ type backendState struct {
 	Ready            bool   `json:"ready"` // it takes a connection now
 	Error            string `json:"error,omitempty"`
 	OwnsNamespaces   bool   `json:"owns_namespaces"`               // it owns namespaces
+	Cordoned         bool   `json:"cordoned,omitempty"`            // but none by the hash
 	Overrides        int    `json:"overrides"`                     // how many it owns by overrides
 	Sessions         int    `json:"sessions"`                      // open in this router
 	SessionsOnOldPod int    `json:"sessions_on_old_pod,omitempty"` // of these, with an earlier pod
+	SafeToRemove     bool   `json:"safe_to_remove"`                // as far as this router knows
 }
 
 // backends answers GET /backends: the backends that own namespaces, and those that still
@@ -368,6 +375,9 @@ func (a *admin) backends(w http.ResponseWriter, r *http.Request) {
 	if t == nil {
 		return
 	}
+	// In this order: a flight may become a session, and after a change none begins.
+	inFlight, changing := map[int]bool{}, a.proxy.mover.status().InProgress
+	a.proxy.mover.flights.each(func(f *flight) { inFlight[f.backend] = true })
 	counts, overrides := a.proxy.relay.counts(), a.summary().overrides
 	maps.DeleteFunc(counts, func(ordinal int, n sessionCounts) bool { return n.open == 0 })
 	all := []backendState{}
@@ -376,7 +386,10 @@ func (a *admin) backends(w http.ResponseWriter, r *http.Request) {
 			Name: t.name(ordinal), Ordinal: ordinal,
 			PodUID:         a.proxy.backends.podUID(ordinal),
 			OwnsNamespaces: t.active.has(ordinal), Overrides: overrides[ordinal],
+			Cordoned: slices.Contains(t.cordon, ordinal),
 			Sessions: counts[ordinal].open, SessionsOnOldPod: counts[ordinal].onOldPod,
+			SafeToRemove: !t.isHashedTo(ordinal) && overrides[ordinal] == 0 &&
+				counts[ordinal].open == 0 && !inFlight[ordinal] && !changing,
 		})
 	}
 	a.probeAll(r.Context(), all)

@@ -474,7 +474,7 @@ func TestBackendsShowsWhatIsLeft(t *testing.T) {
 	update(sourceContent{version: "1"})
 	a.proxy.relay.byBackend[1] = sessionCounts{open: 3, total: 5}
 	a.proxy.relay.byBackend[7] = sessionCounts{open: 0, total: 5}
-	a.proxy.router.setBackends(ordinalRange{0, 1}, "")
+	a.proxy.router.setBackends(scaling{ordinalRange: ordinalRange{0, 1}})
 	var got struct{ Backends []backendState }
 	if err := json.NewDecoder(answered(a, "/backends").Body).Decode(&got); err != nil {
 		t.Fatal(err)

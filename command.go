@@ -26,6 +26,7 @@ type command struct {
 
 	// Of owner, to build a table without a router; replicas is 0 to ask a router.
 	replicas                  int
+	cordon                    cordon
 	statefulSet, overridesDir string
 	namespaceFrom             string // as newLayout takes it
 }
@@ -52,6 +53,8 @@ func runCommand(ctx context.Context, args []string, out io.Writer) (
 			"Shows how far a change of owners has come, and for which backends it waits.\n\n"
 	case "owner":
 		f.IntVar(&c.replicas, "replicas", 0, "`number` of backends, to answer without a router")
+		f.Var(&c.cordon, "cordon",
+			"`ordinals` of cordoned backends, like 2,5, with -replicas")
 		f.StringVar(&c.overridesDir, "overrides", "",
 			"`directory` with the overrides, with -replicas")
 		f.StringVar(&c.statefulSet, "statefulset", "backend",
@@ -189,7 +192,7 @@ func (c *command) owners(ctx context.Context, namespaces []string) error {
 		err = c.do(ctx, http.MethodGet, "/owner?"+query.Encode(), nil, &o)
 		return o, err
 	}
-	if c.replicas != 0 || c.overridesDir != "" {
+	if c.replicas != 0 || c.overridesDir != "" || c.cordon != nil {
 		t, err := c.table()
 		if err != nil {
 			return err
@@ -222,6 +225,9 @@ func printOwner(w io.Writer, namespace string, o ownership) {
 	if o.Key != "" {
 		fmt.Fprintf(w, "\tits key in a ConfigMap is %s\n", o.Key)
 	}
+	if o.HashOwner != "" {
+		fmt.Fprintf(w, "\tits hash gives %s, which is cordoned\n", o.HashOwner)
+	}
 	if o.Note != "" {
 		fmt.Fprintf(w, "\t%s\n", o.Note)
 	}
@@ -237,6 +243,11 @@ func (c *command) table() (*table, error) {
 		return nil, usageError{
 			fmt.Errorf("-replicas must be 1 to %d (got %d)", maxReplicas, c.replicas)}
 	}
+	backends := ordinalRange{count: c.replicas}
+	if _, all := c.cordon.among(backends); all {
+		return nil, usageError{fmt.Errorf(
+			"-cordon must leave a backend that is not cordoned (got %s of %d)", c.cordon, c.replicas)}
+	}
 	l, err := newLayout(c.namespaceFrom, nil)
 	if err != nil {
 		return nil, usageError{err}
@@ -250,7 +261,7 @@ func (c *command) table() (*table, error) {
 		}
 		sources = []sourceContent{{id: d.id(), version: version, overrides: newOverrideSet(data)}}
 	}
-	return newTable(c.statefulSet, l.fromHost, ordinalRange{count: c.replicas}, sources, nil), nil
+	return newTable(c.statefulSet, l.fromHost, backends, c.cordon, sources, nil), nil
 }
 
 // owner answers as a router with the table would. The backends are not dialled.

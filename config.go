@@ -26,6 +26,7 @@ type config struct {
 	// Where the backends are.
 	backends, statefulSet, service string
 	replicas, backendPort          int
+	cordon                         cordon
 
 	// Where the overrides are.
 	kube, kubeNamespace, overrides string // overrides is a directory
@@ -117,6 +118,10 @@ func (c *config) flags() *flag.FlagSet {
 	f.IntVar(&c.replicas, "replicas", 0,
 		"`number` of backends, whose addresses are looked up in DNS (default with neither this\n"+
 			"nor -backends: the API server gives the number and the addresses)")
+	f.Var(&c.cordon, "cordon",
+		"`ordinals` of backends to which the hash gives no namespaces, like 2,5, with -replicas or\n"+
+			"-backends; without these, the annotation router-cordon of the StatefulSet has the\n"+
+			"ordinals (default none)")
 	f.StringVar(&c.statefulSet, "statefulset", "backend",
 		"`name` of the StatefulSet: backends are <name>-0, <name>-1, ...")
 	f.StringVar(&c.service, "service", "headless",
@@ -301,6 +306,9 @@ func (c *config) validateBackends() error {
 	case c.backendPort < 1 || c.backendPort > 65535:
 		return fmt.Errorf("-backend-port must be 1 to 65535 (got %d)", c.backendPort)
 	}
+	if err := c.validateCordon(); err != nil {
+		return err
+	}
 	if c.http != "on" && c.http != "off" {
 		return fmt.Errorf("-http must be on or off (got %q)", c.http)
 	}
@@ -313,6 +321,23 @@ func (c *config) validateBackends() error {
 	case c.selector != "" && c.configMaps != nil:
 		return fmt.Errorf("-configmap and -configmap-selector exclude each other (got %s and %s)",
 			&c.configMaps, c.selector)
+	}
+	return nil
+}
+
+// validateCordon checks -cordon.
+func (c *config) validateCordon() error {
+	if c.cordon != nil && c.backends == "" && c.replicas == 0 {
+		return fmt.Errorf("-cordon requires -replicas or -backends (got %s alone); without these, "+
+			"the StatefulSet's annotation %s has the ordinals", c.cordon, cordonAnnotation)
+	}
+	count := c.replicas
+	if c.backends != "" {
+		count = len(strings.Split(c.backends, ","))
+	}
+	if _, all := c.cordon.among(ordinalRange{count: count}); all {
+		return fmt.Errorf("-cordon must leave a backend that is not cordoned (got %s of %d)",
+			c.cordon, count)
 	}
 	return nil
 }

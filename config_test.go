@@ -40,6 +40,10 @@ var badUsage = map[string]struct {
 	"replicas no number":   {args: "-replicas four", want: `invalid value "four" for flag -replicas: parse error`},
 	"replicas too big":     {args: "-replicas 9999999999999999999", want: `invalid value "9999999999999999999" for flag -replicas: value out of range`},
 	"both":                 {args: "-replicas 1 -backends h:1", want: "-replicas and -backends exclude each other: the list has the number of backends"},
+	"cordon no list":       {args: "-replicas 4 -cordon 2;5", want: `invalid value "2;5" for flag -cordon: not a list of ordinals like 2,5 (got "2;5")`},
+	"cordon of all":        {args: "-replicas 2 -cordon 1,0", want: "-cordon must leave a backend that is not cordoned (got 0,1 of 2)"},
+	"cordon of the list":   {args: "-backends h:1,h:2 -cordon 0,1", want: "-cordon must leave a backend that is not cordoned (got 0,1 of 2)"},
+	"cordon, none fixed":   {args: "-cordon 2", want: "-cordon requires -replicas or -backends (got 2 alone); without these, the StatefulSet's annotation router-cordon has the ordinals"},
 	"backend without port": {args: "-backends h:1,h", want: `-backends: backend 1 must be host:port (got "h")`},
 	"backend without host": {args: "-backends :9000", want: `-backends: backend 0 must be host:port (got ":9000")`},
 	"backend port 0":       {args: "-backends h:0", want: `-backends: backend 0 must be host:port (got "h:0")`},
@@ -175,7 +179,7 @@ func TestBadUsageIsComplete(t *testing.T) {
 // TestFlagBeatsEnvironment gives every flag in both ways.
 func TestFlagBeatsEnvironment(t *testing.T) {
 	values := map[string][2]string{ // in the environment, as a flag
-		"listen": {"h:1", "h:2"}, "admin": {"h:3", "h:4"}, "backends": {"h:5", "h:6"}, "replicas": {"2", "3"},
+		"cordon": {"5", "7"}, "listen": {"h:1", "h:2"}, "admin": {"h:3", "h:4"}, "backends": {"h:5", "h:6"}, "replicas": {"2", "3"},
 		"statefulset": {"a", "b"}, "service": {"c", "d"}, "backend-port": {"1", "2"},
 		"kube": {"http://h:1", "http://h:2"}, "kube-namespace": {"e", "f"}, "configmap": {"g,g2", "h"}, "configmap-selector": {"i=1", "i=2"},
 		"overrides": {"/i", "/j"}, "namespace-from": {"host", "query:doc"}, "route": {"/a/{namespace} /b/{namespace}", "/c/{namespace}"}, "pod-name": {"k", "l"},

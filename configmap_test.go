@@ -329,7 +329,7 @@ func TestConfigMapsReportedOnceInForce(t *testing.T) {
 	r.active = ordinalRange{}
 	c.apply(0, fakeSet(fakeMap("routes", "1", "ns-01=backend-1 ns-02=bakend-2")))
 	wantEqual(t, "Events before there is a table", len(c.events.queue), 0)
-	r.setBackends(known, "")
+	r.setBackends(scaling{ordinalRange: known})
 	for _, want := range []string{"OverridesRejected", "OverridesInForce"} {
 		select {
 		case e := <-c.events.queue:

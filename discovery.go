@@ -28,13 +28,24 @@ type statefulSet struct {
 	Status struct {
 		ReadyReplicas int `json:"readyReplicas"`
 	} `json:"status"`
+	Cordon string `json:"-"` // the annotation cordonAnnotation
 }
 
-// UnmarshalJSON sets the default of spec.replicas.
+// UnmarshalJSON sets the default of spec.replicas, and Cordon.
 func (s *statefulSet) UnmarshalJSON(b []byte) error {
 	type plain statefulSet
 	s.Spec.Replicas = 1
-	return json.Unmarshal(b, (*plain)(s))
+	if err := json.Unmarshal(b, (*plain)(s)); err != nil {
+		return err
+	}
+	var object struct {
+		Metadata struct {
+			Annotations map[string]string `json:"annotations"`
+		} `json:"metadata"`
+	}
+	err := json.Unmarshal(b, &object)
+	s.Cordon = object.Metadata.Annotations[cordonAnnotation]
+	return err
 }
 
 // revision identifies the spec. The API server increases the generation when the spec
@@ -106,19 +117,27 @@ func (b *activeCount) isOf(s *statefulSet) bool {
 //
 // A router that is alone keeps the count in its memory. It begins with all of
 // spec.replicas, so that routers that start together agree.
+//
+// An annotation of the StatefulSet lists the backends that are cordoned. Text that is no
+// such list changes nothing: the last list stays. A router that starts then does not know
+// that list, which other routers may have, so it knows no backends (invariant 3).
 type replicaWatcher struct {
 	// Static after construction.
 	watcher     *watcher[statefulSet]
 	endpoints   *endpointWatcher
-	shared      bool                                         // routers share the stored count
-	onResize    func(backends ordinalRange, revision string) // see newReplicaWatcher
-	onWanted    func()                                       // see newReplicaWatcher
-	proveWakeup wakeup                                       // of proveStored
+	shared      bool          // routers share the stored count
+	onResize    func(scaling) // see newReplicaWatcher
+	onWanted    func()        // see newReplicaWatcher
+	proveWakeup wakeup        // of proveStored
 	log         *slog.Logger
+	// onCordonRejected is called when why the annotation is not in force changes. It must
+	// not block.
+	onCordonRejected func(o apiObject, why string)
 
 	// Owned by run.
-	resized ordinalRange // the last ones that onResize got
-	wanted  *activeCount // when onWanted was last called
+	resized        scaling      // the last one that onResize got
+	wanted         *activeCount // when onWanted was last called
+	cordonRejected string       // when onCordonRejected was last called
 
 	// Guarded by mu.
 	mu           sync.Mutex
@@ -131,6 +150,23 @@ type replicaWatcher struct {
 	// or a count of another StatefulSet; that one does not count.
 	inForce *activeCount
 	proof   storedProof
+	// cordon is the last valid list of the annotation. If cordonIsRead is false, there was
+	// none yet. cordonError says what is wrong with the annotation now; nil if nothing is.
+	cordon       cordon
+	cordonIsRead bool
+	cordonError  error
+}
+
+// scaling says which backends own namespaces, and which are cordoned.
+type scaling struct {
+	ordinalRange
+	cordon   cordon // as it is listed, also with others than these backends
+	revision string // of the StatefulSet
+}
+
+// isSame reports whether the backends are those of other, and the same are cordoned.
+func (s *scaling) isSame(other *scaling) bool {
+	return s.ordinalRange == other.ordinalRange && slices.Equal(s.cordon, other.cordon)
 }
 
 // storedProof says that a LIST that began when count was known returned the StatefulSet
@@ -143,19 +179,18 @@ type storedProof struct {
 
 // newReplicaWatcher returns a replicaWatcher of the StatefulSet of endpoints. The caller
 // runs its watcher, run and proveStored. run calls onResize with the backends that own
-// namespaces, at least one, each time that they change, and with the StatefulSet's
-// revision then.
+// namespaces, at least one, each time that they or their cordon change.
 //
 // If onWanted is nil, the router is alone. Else all routers share a stored count, which
 // setStored gives to this one: before that, no backends are known. run calls onWanted
 // each time that wantedBackends returns something else. One call of onResize or onWanted
 // ends before the next one. No lock is held then.
 func newReplicaWatcher(client kubeClient, kubeNamespace string, endpoints *endpointWatcher,
-	onResize func(backends ordinalRange, revision string), onWanted func(),
-	log *slog.Logger) *replicaWatcher {
+	onResize func(scaling), onWanted func(), log *slog.Logger) *replicaWatcher {
 	r := &replicaWatcher{
 		endpoints: endpoints, shared: onWanted != nil,
 		onResize: onResize, onWanted: onWanted, proveWakeup: newWakeup(), log: log,
+		onCordonRejected: func(apiObject, string) {},
 	}
 	r.watcher = &watcher[statefulSet]{
 		kube: &client, path: "/apis/apps/v1/namespaces/" + kubeNamespace + "/statefulsets",
@@ -174,6 +209,7 @@ func (r *replicaWatcher) apply(set map[string]*statefulSet) {
 	r.absent = s == nil
 	if s != nil {
 		r.latest = s
+		r.readCordon()
 		r.updateInForce()
 	}
 	r.mu.Unlock()
@@ -183,6 +219,35 @@ func (r *replicaWatcher) apply(set map[string]*statefulSet) {
 		return
 	}
 	r.wake()
+}
+
+// readCordon reads the annotation of the latest StatefulSet. The caller holds r.mu.
+func (r *replicaWatcher) readCordon() {
+	list, err := parseCordon(r.latest.Cordon)
+	if r.cordonError = err; err == nil {
+		r.cordon, r.cordonIsRead = list, true
+	}
+}
+
+// whyCordonRejected says in words why the annotation is not in force, or "".
+func (r *replicaWatcher) whyCordonRejected() string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	inForce, all := r.cordon.among(r.active())
+	switch {
+	case r.cordonError != nil && !r.cordonIsRead:
+		return fmt.Sprintf("the annotation %s is %v", cordonAnnotation, r.cordonError)
+	case r.cordonError != nil && len(inForce) == 0:
+		return fmt.Sprintf("the annotation %s is %v; no backend is cordoned",
+			cordonAnnotation, r.cordonError)
+	case r.cordonError != nil:
+		return fmt.Sprintf("the annotation %s is %v; in force: %.200s",
+			cordonAnnotation, r.cordonError, inForce.String())
+	case all:
+		return fmt.Sprintf("the annotation %s has all backends; no backend is cordoned",
+			cordonAnnotation)
+	}
+	return ""
 }
 
 // setStored says which count the object of the hand-off has, that all routers share;
@@ -293,17 +358,11 @@ func (r *replicaWatcher) proofWanted() storedProof {
 // run calls onResize and onWanted until ctx ends: see newReplicaWatcher.
 func (r *replicaWatcher) run(ctx context.Context) {
 	for {
-		r.mu.Lock()
-		r.updateInForce()
-		b, revision := r.active(), ""
-		if r.latest != nil {
-			revision = r.latest.revision()
+		if next, known := r.nextScaling(); known && !next.isSame(&r.resized) {
+			r.resized = next
+			r.onResize(next)
 		}
-		r.mu.Unlock()
-		if b.count > 0 && b != r.resized {
-			r.resized = b
-			r.onResize(b, revision)
-		}
+		r.announceCordonRejected()
 		if r.shared {
 			r.announceWanted()
 		}
@@ -312,6 +371,32 @@ func (r *replicaWatcher) run(ctx context.Context) {
 			return
 		case <-r.endpoints.changed:
 		}
+	}
+}
+
+// nextScaling returns the backends that own namespaces now. known is false if they, or
+// which are cordoned, are not known.
+func (r *replicaWatcher) nextScaling() (s scaling, known bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.updateInForce()
+	if s.ordinalRange = r.active(); s.count == 0 || !r.cordonIsRead {
+		return s, false
+	}
+	s.cordon, s.revision = r.cordon, r.latest.revision()
+	return s, true
+}
+
+// announceCordonRejected logs why the annotation is not in force, and calls
+// onCordonRejected, if that is another reason than before.
+func (r *replicaWatcher) announceCordonRejected() {
+	why := r.whyCordonRejected()
+	if why == r.cordonRejected {
+		return
+	}
+	if r.cordonRejected = why; why != "" {
+		r.log.Warn("cordon rejected", "object", r.watcher.String(), "error", why)
+		r.onCordonRejected(r.lastStatefulSet().apiObject, why)
 	}
 }
 
@@ -402,6 +487,9 @@ func (r *replicaWatcher) writeMetrics(m metricsWriter, active ordinalRange) {
 	if s := r.lastStatefulSet(); s != nil {
 		m.single("router_statefulset_replicas", "gauge",
 			"Replicas that the StatefulSet should have.", float64(s.Spec.Replicas))
+		m.single("router_cordon_rejected", "gauge",
+			"1 while the list of cordoned backends is not in force as it is written.",
+			boolToFloat(r.whyCordonRejected() != ""))
 	}
 	if active.count == 0 {
 		return
@@ -421,6 +509,9 @@ func (r *replicaWatcher) whyNotReady() string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	switch failure := r.watcher.snapshot().failure; {
+	case r.latest != nil && !r.cordonIsRead:
+		return fmt.Sprintf("%s: the annotation %s is %v",
+			r.watcher.String(), cordonAnnotation, r.cordonError)
 	case r.active().count > 0:
 		return ""
 	case r.latest != nil && r.shared && !r.storedIsRead:

@@ -29,7 +29,7 @@ func newCountingRouter(shared bool) countingRouter {
 	if shared {
 		onProposal = func() {}
 	}
-	return countingRouter{newReplicaWatcher(kubeClient{}, "edge", pods, func(ordinalRange, string) {}, onProposal, log)}
+	return countingRouter{newReplicaWatcher(kubeClient{}, "edge", pods, func(scaling) {}, onProposal, log)}
 }
 
 // see gives the router a version of the StatefulSet, whose UID is "u".
@@ -264,23 +264,26 @@ func (o *sharedCount) wantWrites(t *testing.T, want ...string) {
 type followingRouter struct {
 	*replicaWatcher
 	last      atomic.Value // ordinals
+	cordon    atomic.Value // a text
 	proposals atomic.Int64 // calls of onWanted
 	logged    *textLog
 }
 
 // followReplicas starts one, which shares the stored count, if that is not nil. It calls resize for
 // the backends that own namespaces, if that is not nil.
-func followReplicas(t *testing.T, n *pipeNetwork, shared *sharedCount, resize func(ordinalRange, string)) *followingRouter {
+func followReplicas(t *testing.T, n *pipeNetwork, shared *sharedCount, resize func(scaling)) *followingRouter {
 	t.Helper()
 	r := &followingRouter{logged: &textLog{}}
 	log := slog.New(slog.NewTextHandler(r.logged, nil))
 	client := *n.kube(t)
 	pods := newEndpointWatcher(client, "edge", "backend", "headless", 9000, func(map[int]string) {}, log)
 	r.last.Store(ordinalRange{})
-	onResize := func(b ordinalRange, revision string) {
-		r.last.Store(b)
+	r.cordon.Store("")
+	onResize := func(s scaling) {
+		r.last.Store(s.ordinalRange)
+		r.cordon.Store(s.cordon.String())
 		if resize != nil {
-			resize(b, revision)
+			resize(s)
 		}
 	}
 	var onProposal func()
@@ -557,7 +560,7 @@ func TestReplicasResizeInTurn(t *testing.T) {
 		f.scale(1000)
 		var calls atomic.Int32
 		shared := &sharedCount{stored: &activeCount{4, "u-backend", 2}}
-		r := followReplicas(t, n, shared, func(ordinalRange, string) {
+		r := followReplicas(t, n, shared, func(scaling) {
 			if calls.Add(1) != 1 {
 				t.Error("a call of onResize within another")
 			}

@@ -18,8 +18,8 @@ const (
 	maxEventMessage = 1024                   // bytes; the API's own limit
 )
 
-// eventRecorder writes Events about the ConfigMaps with overrides. `kubectl describe`
-// shows them. They are a convenience: at most maxQueuedEvents wait, the recorder tries
+// eventRecorder writes Events about the ConfigMaps with overrides, and about the
+// StatefulSet. `kubectl describe` shows them. They are a convenience: at most maxQueuedEvents wait, the recorder tries
 // to write each at most twice, and nothing waits for them.
 type eventRecorder struct {
 	// Static after construction.
@@ -93,6 +93,14 @@ func (r *eventRecorder) reportMove(o apiObject, m moveResult) {
 	r.enqueue(o, "Normal", "SessionsMoved", r.podName+time.Now().String(), message)
 }
 
+// reportCordon queues an Event about the StatefulSet o, whose annotation is not in force:
+// why says so in words. It does not block. The version of the object does not count: it
+// changes with each status of a pod.
+func (r *eventRecorder) reportCordon(o apiObject, why string) {
+	o.Metadata.ResourceVersion = ""
+	r.enqueue(o, "Warning", "CordonRejected", why, why)
+}
+
 // rejectedMessage names the rejected overrides of c, as many as fit in maxEventMessage
 // bytes.
 func rejectedMessage(c sourceChange) string {
@@ -123,11 +131,15 @@ func (r *eventRecorder) enqueue(o apiObject, kind, reason, identity, message str
 	prefix := strings.TrimRight(fmt.Sprintf("%.200s", m.Name), ".-")
 	hash := hash64(m.UID + " " + m.ResourceVersion + " " + reason + " " + identity)
 	name := fmt.Sprintf("%s.%016x", prefix, hash)
+	apiVersion := "v1"
+	if o.Kind == "StatefulSet" {
+		apiVersion = "apps/v1"
+	}
 	e := kubeEvent{
 		objectReference: objectReference{APIVersion: "v1", Kind: "Event"},
 		Metadata:        objectReference{Namespace: m.Namespace, Name: name},
 		InvolvedObject: objectReference{
-			"v1", o.Kind, m.Namespace, m.Name, m.UID, m.ResourceVersion,
+			apiVersion, o.Kind, m.Namespace, m.Name, m.UID, m.ResourceVersion,
 		},
 		Type: kind, Reason: reason, Message: message,
 		Count: 1, FirstTimestamp: now, LastTimestamp: now,

@@ -744,6 +744,7 @@ type fakeStatefulSet struct {
 	replicas, start, ready int
 	generation             int
 	uid                    string // "u-backend" if it is not set
+	cordon                 string // the annotation, "" for none
 }
 
 // setStatefulSet changes the StatefulSet.
@@ -762,13 +763,22 @@ func (f *fakeKube) putStatefulSet() {
 
 // statefulSet returns the StatefulSet's next version. The caller holds mu.
 func (f *fakeKube) statefulSet(rest string) fakeObject {
+	annotations := ""
+	if f.set.cordon != "" {
+		annotations = fmt.Sprintf(`,"annotations":{"a":"b","router-cordon":%q}`, f.set.cordon)
+	}
 	return fakeObject{kind: "StatefulSet", name: "backend", uid: cmp.Or(f.set.uid, "u-backend"), version: f.nextVersion(),
-		meta: fmt.Sprintf(`,"generation":%d`, f.set.generation), rest: rest}
+		meta: fmt.Sprintf(`,"generation":%d%s`, f.set.generation, annotations), rest: rest}
 }
 
 // scale changes the spec of the StatefulSet.
 func (f *fakeKube) scale(replicas int) {
 	f.setStatefulSet(func(s *fakeStatefulSet) { s.replicas = replicas; s.generation++ })
+}
+
+// annotate changes the annotation router-cordon of the StatefulSet; "" removes it.
+func (f *fakeKube) annotate(cordon string) {
+	f.setStatefulSet(func(s *fakeStatefulSet) { s.cordon = cordon })
 }
 
 // deleteStatefulSet deletes the StatefulSet.

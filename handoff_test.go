@@ -18,7 +18,7 @@ func randomTable(r *rand.Rand, old *table, namespaces []string) *table {
 		}
 	}
 	sources := []sourceContent{{id: sourceID{name: "a"}, overrides: newOverrideSet(data)}}
-	return newTable("backend", false, ordinalRange{r.IntN(2), 1 + r.IntN(4)}, sources, old)
+	return newTable("backend", false, ordinalRange{r.IntN(2), 1 + r.IntN(4)}, nil, sources, old)
 }
 
 // randomMark returns a mark with random bounds.
@@ -156,7 +156,7 @@ func TestAssignAllocatesNothing(t *testing.T) {
 		}
 	}
 	wantNone("at rest")
-	other := newTable("backend", false, ordinalRange{count: 5}, nil, r.table())
+	other := newTable("backend", false, ordinalRange{count: 5}, nil, nil, r.table())
 	m.current.Store(m.current.Load().next(other, mark{upto: allPlaces / 2}, time.Now()))
 	wantNone("in a step")
 }

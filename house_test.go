@@ -19,7 +19,7 @@ import (
 // it. The files of one noun for several systems, like listen_linux.go and
 // listen_portable.go, count as one.
 var fileOrder = strings.Fields(`main command config admin plan status fastpath proxy forward layout handshake listen upgrade proxyprotocol configmap
-	directory events drain move movetally movetarget movequeue pace membership member handoffobject handoff flight release route overrides namespace hash discovery backends dialqueue watch kube
+	directory events drain move movetally movetarget movequeue pace membership member handoffobject handoff flight release route overrides namespace hash discovery cordon backends dialqueue watch kube
 	relay websocket log runtime metrics wait`)
 
 // sources has the root's files, parsed, without the tests.

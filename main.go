@@ -25,9 +25,9 @@
 //
 //  1. A table never changes: an update swaps the pointer to it. Once there is a
 //     table, the pointer is never nil. A lookup takes no lock and allocates nothing.
-//  2. A table gives a namespace one owner: the same overrides and the same number of
-//     backends give the same owner on every router, in every version of the
-//     program. The owner of an invalid override depends on earlier tables too; a
+//  2. A table gives a namespace one owner: the same overrides, the same number of
+//     backends and the same cordon give the same owner on every router, in every version
+//     of the program. The owner of an invalid override depends on earlier tables too; a
 //     table's stamp, which backends get as a header, shows where two routers differ
 //     in that. While one table replaces another, a namespace never has two owners at
 //     once. Sessions count, and also requests that a backend may have received. With
@@ -35,7 +35,8 @@
 //     router by itself.
 //  3. An invalid override changes nothing: its namespace keeps its previous owner.
 //     A router that does not know the previous owner refuses the namespace. All
-//     other overrides apply.
+//     other overrides apply. An invalid cordon changes nothing either: the last one stays
+//     in force, and a router that does not know it is not ready.
 //  4. A deleted ConfigMap changes nothing, and a router that starts without one is
 //     not ready. "No overrides" is a ConfigMap with empty data. With a selector,
 //     this holds for the last ConfigMap that it chooses.
@@ -158,10 +159,10 @@
 // ask), fastpath, proxy, forward, layout, handshake, listen, upgrade and proxyprotocol
 // (from client to session), configmap, directory, events, drain, move, movetally,
 // movetarget, movequeue, pace, membership, member, handoffobject, handoff, flight and
-// release (what a change of overrides does), route, overrides, namespace and hash (who owns), discovery, backends,
-// dialqueue, watch and kube (where owners are), relay and websocket (the life of a
-// session), log, runtime and metrics, and wait (a back-off, a sleep, times, a wake-up). A
-// file uses only those after it.
+// release (what a change of overrides does), route, overrides, namespace and hash (who
+// owns), discovery, cordon, backends, dialqueue, watch and kube (where owners are), relay
+// and websocket (the life of a session), log, runtime and metrics, and wait (a back-off, a
+// sleep, times, a wake-up). A file uses only those after it.
 package main
 
 import (
@@ -302,7 +303,7 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 	var mover *mover // onSwap uses it when there are sources
 	router := &router{
 		statefulSet: c.statefulSet, fromHost: c.layout.fromHost,
-		active: backends.fixed, log: log,
+		active: backends.fixed, cordon: c.cordon, log: log,
 		onSwap:         func() { mover.ownersChanged() },
 		applyDurations: newHistogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5),
 	}
@@ -362,9 +363,9 @@ func (p *program) shareHandoff(kubeClient *kubeClient, kubeNamespace string) {
 // addresses and pods from its EndpointSlices.
 func (p *program) followStatefulSet(kubeClient *kubeClient, kubeNamespace string,
 	endpoints *endpointWatcher) {
-	onResize := func(backends ordinalRange, revision string) {
-		p.fdLimit.setBackends(backends.count)
-		p.proxy.router.setBackends(backends, revision)
+	onResize := func(s scaling) {
+		p.fdLimit.setBackends(s.count)
+		p.proxy.router.setBackends(s)
 	}
 	var onWanted func()
 	shared := p.proxy.mover.shared
@@ -375,6 +376,9 @@ func (p *program) followStatefulSet(kubeClient *kubeClient, kubeNamespace string
 		*kubeClient, kubeNamespace, endpoints, onResize, onWanted, p.log)
 	if shared != nil {
 		shared.wantedBackends, shared.onStored = replicas.wantedBackends, replicas.setStored
+	}
+	replicas.onCordonRejected = func(o apiObject, why string) {
+		p.admin.configMaps.events.reportCordon(o, why)
 	}
 	p.admin.replicaWatcher = replicas
 	p.tasks = append(p.tasks,

@@ -226,7 +226,7 @@ func (w *modelWorld) readEdit(r *modelRouter) {
 		r.edit = last
 	}
 	sources := []sourceContent{{id: sourceID{name: "a"}, overrides: newOverrideSet(w.edits[r.edit])}}
-	r.setNewest(newTable("backend", false, w.sizes[r.edit], sources, r.newest))
+	r.setNewest(newTable("backend", false, w.sizes[r.edit], nil, sources, r.newest))
 	w.tell("reads: %s has edit %d, %016x", r.pod, r.edit, r.newest.contentHash)
 }
 

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"slices"
@@ -19,10 +20,12 @@ const maxReplicas = 10_000
 const maxPlanBody = 8 << 20
 
 // planRequest is the body of POST /plan: a ConfigMap as JSON, with or without its Kubernetes
-// namespace, or {"replicas": 6}.
+// namespace, or a number of backends, or all that would be cordoned, or these two:
+// {"replicas": 6, "cordon": [2]}.
 type planRequest struct {
 	configMap
-	Replicas *int `json:"replicas"`
+	Replicas *int   `json:"replicas"`
+	Cordon   *[]int `json:"cordon"` // ordinals
 }
 
 // preview is the answer of POST /plan: which sessions of this router a change would move. It
@@ -54,10 +57,14 @@ func (p *planRequest) table(current *table) (*table, error) {
 	case p.Replicas != nil && p.Kind != "":
 		return nil, fmt.Errorf("the body must not have both a %.60s and replicas",
 			p.Kind)
+	case p.Cordon != nil && p.Kind != "":
+		return nil, fmt.Errorf("the body must not have both a %.60s and cordon", p.Kind)
 	case p.Replicas != nil && (*p.Replicas < 1 || *p.Replicas > maxReplicas):
 		return nil, fmt.Errorf("replicas must be 1 to %d (got %d)", maxReplicas, *p.Replicas)
-	case p.Replicas != nil:
-		backends.count = *p.Replicas
+	case p.Replicas != nil || p.Cordon != nil:
+		if p.Replicas != nil {
+			backends.count = *p.Replicas
+		}
 	case p.Kind != "ConfigMap":
 		return nil, fmt.Errorf("the body must be a ConfigMap (got kind %.60q) or {\"replicas\": number}",
 			p.Kind)
@@ -70,7 +77,27 @@ func (p *planRequest) table(current *table) (*table, error) {
 		sources[i] = sourceContent{
 			id: sources[i].id, version: "proposed", overrides: &p.Data}
 	}
-	return newTable(current.statefulSet, current.fromHost, backends, sources, current), nil
+	cordoned, err := p.cordoned(current, backends)
+	if err != nil {
+		return nil, err
+	}
+	return newTable(
+		current.statefulSet, current.fromHost, backends, cordoned, sources, current), nil
+}
+
+// cordoned returns what would be cordoned of these backends.
+func (p *planRequest) cordoned(current *table, backends ordinalRange) (cordon, error) {
+	if p.Cordon == nil {
+		return current.cordonList, nil
+	}
+	cordoned := newCordon(*p.Cordon)
+	if len(cordoned) > 0 && cordoned[0] < 0 {
+		return nil, fmt.Errorf("cordon must be ordinals (got %d)", cordoned[0])
+	}
+	if _, all := cordoned.among(backends); all {
+		return nil, errors.New("cordon must leave a backend that is not cordoned")
+	}
+	return cordoned, nil
 }
 
 // matches reports whether the proposed ConfigMap is a new version of this source.

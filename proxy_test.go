@@ -433,7 +433,7 @@ func TestStartFlightAsksOnceMore(t *testing.T) {
 		t.Fatalf("started: %t, want a flight", ok)
 	}
 	f.end()
-	other := newTable("backend", false, ordinalRange{first: owner + 1, count: 2}, nil, r.table())
+	other := newTable("backend", false, ordinalRange{first: owner + 1, count: 2}, nil, nil, r.table())
 	step := m.current.Load().next(other, mark{upto: allPlaces}, time.Now())
 	m.current.Store(step) // it begins after the dial
 	if _, now, ok := m.startFlight(namespace, owner, "", nil); ok || now.state != stateHeld {

@@ -19,6 +19,7 @@ import (
 const (
 	whyOverride   = "override"   // an override names it
 	whyHash       = "hash"       // there is no override
+	whyCordoned   = "cordoned"   // the same, but the backend of its hash is cordoned
 	whyPrevious   = "previous"   // it keeps its previous owner: an override is invalid
 	whyConflict   = "conflict"   // it keeps its previous owner: overrides disagree
 	whyUnresolved = "unresolved" // it would keep its previous owner, but none is known: 503
@@ -73,6 +74,9 @@ type table struct {
 	statefulSet string          // the part of a backend's name before "-" and its ordinal
 	fromHost    bool            // a namespace is the first label of a host name
 	active      ordinalRange    // at least one
+	cordonList  cordon          // as it is listed
+	cordon      cordon          // of it, what is in force: see cordon.among
+	cordoned    []bool          // for each active ordinal, whether cordon has it; nil for none
 	updated     time.Time       // when the router put it in force; zero for others
 	revision    string          // of the StatefulSet when backends changed; "" if not known
 	sources     []sourceContent // in the order in which they are merged
@@ -83,7 +87,7 @@ type table struct {
 	// namespaces; with the same keptHash, for these too.
 	//
 	// contentHash is a hash of the overrides (an ordinal for each namespace, or that it
-	// is kept), of the backends, and of hashVersion. How and where an override is
+	// is kept), of the backends, of the cordon, and of hashVersion. How and where an override is
 	// written does not count, nor its resourceVersion: two contents can have the same one
 	// after a backup is restored. An override counts also if it names the owner that the
 	// hash gives, since with other backends it would not. keptHash is a hash of the
@@ -104,10 +108,10 @@ type table struct {
 // of it is invalid, or if two sources give it different backends. Without old it is
 // unresolved, and not hashed, since another router may know a valid override. All other
 // overrides apply (invariant 3).
-func newTable(statefulSet string, fromHost bool, backends ordinalRange,
+func newTable(statefulSet string, fromHost bool, backends ordinalRange, cordoned cordon,
 	sources []sourceContent, old *table) *table {
 	t := &table{
-		statefulSet: statefulSet, fromHost: fromHost, active: backends,
+		statefulSet: statefulSet, fromHost: fromHost, active: backends, cordonList: cordoned,
 		sources: slices.Clone(sources), version: versionOf(sources),
 		rejected: make([]int, len(sources)),
 	}
@@ -128,9 +132,23 @@ func newTable(statefulSet string, fromHost bool, backends ordinalRange,
 	t.index = newOverrideIndex(append(sets, &overrideSet{}, &overrideSet{}), count)
 	t.mergeSources(old)
 	hashed := fmt.Sprintf("hash %d, backends %s", hashVersion, t.active)
+	if t.setCordon(); t.cordon != nil {
+		hashed += ", cordon " + t.cordon.String()
+	}
 	t.contentHash = fmix64(t.contentHash + hash64(hashed))
 	t.finishStamp()
 	return t
+}
+
+// setCordon sets cordon and cordoned to the part of cordonList that is in force.
+func (t *table) setCordon() {
+	if t.cordon, _ = t.cordonList.among(t.active); t.cordon == nil {
+		return
+	}
+	t.cordoned = make([]bool, t.active.count)
+	for _, ordinal := range t.cordon {
+		t.cordoned[ordinal-t.active.first] = true
+	}
 }
 
 // finishStamp sets stamp, once contentHash and the sum in keptHash are complete.
@@ -283,9 +301,32 @@ func (t *table) owner(namespace string) (ordinal int, ok bool) {
 	key := hash64(namespace)
 	ordinal = t.ordinalOf(findSlot(&t.index, namespace, upper32(key)))
 	if ordinal == byHash {
-		return t.active.first + jump(key, t.active.count), true
+		return t.hashOwner(key), true
 	}
 	return ordinal, ordinal != unresolved
+}
+
+// hashOwner returns the ordinal of the backend that the hash gives to a namespace with
+// this hash64.
+func (t *table) hashOwner(key uint64) int {
+	b := jump(key, t.active.count)
+	if t.cordoned != nil && t.cordoned[b] {
+		b = bucketPast(key, t.cordoned)
+	}
+	return t.active.first + b
+}
+
+// isHashedTo reports whether the hash gives the backend namespaces.
+func (t *table) isHashedTo(ordinal int) bool {
+	return t.active.has(ordinal) &&
+		(t.cordoned == nil || !t.cordoned[ordinal-t.active.first])
+}
+
+// cordonedOwner returns the ordinal that the hash would give to the namespace if nothing
+// was cordoned. ok is false if it is not cordoned.
+func (t *table) cordonedOwner(namespace string) (ordinal int, ok bool) {
+	b := bucket(namespace, t.active.count)
+	return t.active.first + b, t.cordoned != nil && t.cordoned[b]
 }
 
 // lookup is owner for a namespace with this hash64. It returns unresolved if the
@@ -293,7 +334,7 @@ func (t *table) owner(namespace string) (ordinal int, ok bool) {
 func (t *table) lookup(namespace string, key uint64) (ordinal int, kept bool) {
 	s := findSlot(&t.index, namespace, upper32(key))
 	if ordinal = t.ordinalOf(s); ordinal == byHash {
-		ordinal = t.active.first + jump(key, t.active.count)
+		ordinal = t.hashOwner(key)
 	}
 	return ordinal, t.isKept(s)
 }
@@ -312,7 +353,7 @@ func (t *table) withKept(previous func(namespace string) int) *table {
 			switch {
 			case !t.active.has(ordinal):
 				ordinal = unresolved
-			case ordinal == t.active.first+jump(hash64(r.namespace), t.active.count):
+			case ordinal == t.hashOwner(hash64(r.namespace)):
 				ordinal = byHash
 			}
 			next.addKept(set, r, ordinal)
@@ -336,6 +377,9 @@ func (t *table) explain(namespace string) string {
 	s := findSlot(&t.index, namespace, upper32(hash64(namespace)))
 	switch {
 	case s.set == 0:
+		if _, ok := t.cordonedOwner(namespace); ok {
+			return whyCordoned
+		}
 		return whyHash
 	case t.ordinalOf(s) == unresolved:
 		return whyUnresolved
@@ -477,6 +521,7 @@ type router struct {
 	mu       sync.Mutex
 	contents []sourceContent // of the sources, merged; nil before they are known
 	active   ordinalRange    // of the next table; count is 0 before they are known
+	cordon   cordon          // of the next table, as it is listed
 	revision string          // of the StatefulSet when backends changed
 }
 
@@ -583,14 +628,13 @@ func hasID(id sourceID) func(sourceContent) bool {
 	return func(src sourceContent) bool { return src.id == id }
 }
 
-// setBackends puts a table for these backends in force, at least one. It checks all
-// overrides again: "backend-7" is valid once there are eight. revision is the revision of
-// the StatefulSet that has these backends.
-func (r *router) setBackends(backends ordinalRange, revision string) {
+// setBackends puts a table for these backends, at least one, in force. It checks all
+// overrides again: "backend-7" is valid once there are eight.
+func (r *router) setBackends(s scaling) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if backends != r.active {
-		r.active, r.revision = backends, revision
+	if s.ordinalRange != r.active || !slices.Equal(s.cordon, r.cordon) {
+		r.active, r.cordon, r.revision = s.ordinalRange, s.cordon, s.revision
 		r.swap()
 	}
 }
@@ -602,7 +646,7 @@ func (r *router) swap() {
 		return
 	}
 	old, began := r.table(), time.Now()
-	t := newTable(r.statefulSet, r.fromHost, r.active, r.contents, old)
+	t := newTable(r.statefulSet, r.fromHost, r.active, r.cordon, r.contents, old)
 	t.revision, t.updated = r.revision, time.Now()
 	r.current.Store(t)
 	r.swaps.Add(1)
@@ -651,7 +695,7 @@ const maxExamples = 10
 func (t *table) changes(old *table) (all []sourceChange) {
 	initial := old == nil
 	if initial {
-		old = newTable(t.statefulSet, t.fromHost, t.active, nil, nil)
+		old = newTable(t.statefulSet, t.fromHost, t.active, nil, nil, nil)
 	}
 	for i, src := range t.sources {
 		previous, j := &overrideSet{}, slices.IndexFunc(old.sources, hasID(src.id))
@@ -755,7 +799,7 @@ func (r *router) logSwap(t *table, all []sourceChange) {
 		rejected += n
 	}
 	r.log.Info("routing table updated", "source", source, "version", t.version, "stamp", t.stamp,
-		"backends", t.active.count, "overrides", t.overrides,
+		"backends", t.active.count, "cordon", t.cordon.String(), "overrides", t.overrides,
 		"added", sum.added, "changed", sum.changed, "removed", sum.removed,
 		"rejected", rejected, "conflicts", t.conflicts)
 	for _, c := range all {
@@ -791,6 +835,9 @@ func (r *router) writeMetrics(m metricsWriter) {
 	m.single("router_table_overrides", "gauge", "Namespaces whose owner is not given by the hash.", float64(t.overrides))
 	m.single("router_table_backends", "gauge", "Backends over which namespaces are hashed.",
 		float64(t.active.count))
+	m.single("router_table_cordoned_backends", "gauge",
+		"Backends that get no namespaces by the hash, as they are cordoned.",
+		float64(len(t.cordon)))
 	m.family("router_table_rejected_overrides", "gauge", "Overrides that are not in force because they are invalid, by source.")
 	for i, src := range t.sources {
 		m.sample("router_table_rejected_overrides", float64(t.rejected[i]),

@@ -24,7 +24,7 @@ func contentOf(source, version string, data map[string]string) sourceContent {
 
 // tableOf makes a table of one source.
 func tableOf(backends int, data map[string]string, old *table) *table {
-	return newTable("backend", false, ordinalRange{count: backends}, []sourceContent{contentOf("test", "1", data)}, old)
+	return newTable("backend", false, ordinalRange{count: backends}, nil, []sourceContent{contentOf("test", "1", data)}, old)
 }
 
 // overridesOf are the namespaces of which the table does not ask the hash.
@@ -92,7 +92,7 @@ func TestTableReadsAll(t *testing.T) {
 	for i := range each {
 		a[fmt.Sprintf("a-%d", i)], b[fmt.Sprintf("b-%d", i)] = "backend-1", "backend-2"
 	}
-	table := newTable("backend", false, ordinalRange{count: 4}, []sourceContent{contentOf("a", "1", a), contentOf("b", "1", b)}, nil)
+	table := newTable("backend", false, ordinalRange{count: 4}, nil, []sourceContent{contentOf("a", "1", a), contentOf("b", "1", b)}, nil)
 	if table.overrides != 2*each {
 		t.Errorf("%d overrides, want %d", table.overrides, 2*each)
 	}
@@ -213,7 +213,7 @@ func TestStamp(t *testing.T) {
 		for i, data := range sources {
 			all = append(all, contentOf(fmt.Sprint(i), data, pairs(data)))
 		}
-		return newTable("backend", false, ordinalRange{first, count}, all, nil)
+		return newTable("backend", false, ordinalRange{first, count}, nil, all, nil)
 	}
 	const want = "ecafc8b9dee0470d.0000000000000000" // changed only with hashVersion, or with what a stamp is of
 	same := of(0, 4, "a=backend-1 b=backend-2")
@@ -224,13 +224,13 @@ func TestStamp(t *testing.T) {
 		of(0, 4, "b=backend-2", "", "a=backend-1"),
 		of(0, 4, "a=backend-1 b=backend-2", "a=backend-1", "b=backend-2 a=backend-1"), // told twice
 		of(0, 4, "a=backend-1 b=backend-2 ..=backend-3 a/b=junk"),                     // no namespaces
-		newTable("backend", false, ordinalRange{0, 4}, []sourceContent{{overrides: newOverrideSet(map[string]string{"a": " backend-1\n", "b": "backend-2\t"})}}, nil),
+		newTable("backend", false, ordinalRange{0, 4}, nil, []sourceContent{{overrides: newOverrideSet(map[string]string{"a": " backend-1\n", "b": "backend-2\t"})}}, nil),
 	} {
 		if other.stamp != same.stamp {
 			t.Errorf("the stamp of %+v is %s, want %s", other.sources, other.stamp, same.stamp)
 		}
 	}
-	host := newTable("backend", true, ordinalRange{0, 4}, []sourceContent{{overrides: newOverrideSet(pairs("a=backend-1 A=backend-2 b=backend-2 b.c=backend-3 D=junk"))}}, nil)
+	host := newTable("backend", true, ordinalRange{0, 4}, nil, []sourceContent{{overrides: newOverrideSet(pairs("a=backend-1 A=backend-2 b=backend-2 b.c=backend-3 D=junk"))}}, nil)
 	if host.stamp != same.stamp || host.rejected[0] != 3 {
 		t.Errorf("with keys that no host name has the stamp is %s, want %s; %d rejected", host.stamp, same.stamp, host.rejected[0])
 	}
@@ -252,7 +252,7 @@ func TestStamp(t *testing.T) {
 	if junk.stamp != conflict.stamp || junk.keptHash == 0 {
 		t.Errorf("the stamps are %s and %s, want the same: a stays in both", junk.stamp, conflict.stamp)
 	}
-	next := newTable(same.statefulSet, same.fromHost, same.active, conflict.sources, same)
+	next := newTable(same.statefulSet, same.fromHost, same.active, nil, conflict.sources, same)
 	if next.contentHash != junk.contentHash || next.keptHash == junk.keptHash {
 		t.Errorf("the stamps are %s and %s, want the same content, and a kept where it is by one only", next.stamp, junk.stamp)
 	}
@@ -516,7 +516,7 @@ func TestMergeModel(t *testing.T) {
 			before := model
 			var conflicts int
 			model, conflicts = model.next(sources, backends)
-			next := newTable("backend", false, ordinalRange{count: backends}, all, old)
+			next := newTable("backend", false, ordinalRange{count: backends}, nil, all, old)
 			got := mergeModel(overridesOf(next))
 			if !maps.Equal(got, model) || next.conflicts != conflicts || next.overrides != len(model) {
 				t.Fatalf("step %d, %d backends, sources %v after %v:\n%d overrides %v, %d conflicts; want\n%v, %d",
@@ -763,7 +763,7 @@ func TestRouterResizes(t *testing.T) {
 		{ordinalRange{1, 1}, 1, unresolved, 1, 6},
 	}
 	for _, step := range steps {
-		r.setBackends(step.backends, "")
+		r.setBackends(scaling{ordinalRange: step.backends})
 		owner := func(namespace string) int { owner, _ := r.table().owner(namespace); return owner }
 		if a, late, hashed := owner("a"), owner("late"), owner("another"); a != step.a || late != step.late || hashed != step.hashed || swapped != step.swaps {
 			t.Errorf("with %+v owners %d, %d, %d after %d swaps, want %+v", step.backends, a, late, hashed, swapped, step)
@@ -782,7 +782,7 @@ func TestRouterKeepsAcrossResizes(t *testing.T) {
 		backends ordinalRange
 		want     int
 	}{{ordinalRange{0, 6}, 3}, {ordinalRange{2, 4}, 3}, {ordinalRange{0, 3}, unresolved}, {ordinalRange{0, 6}, unresolved}} {
-		r.setBackends(step.backends, "")
+		r.setBackends(scaling{ordinalRange: step.backends})
 		if got, _ := r.table().owner("a"); got != step.want {
 			t.Errorf("with %+v the owner is %d, want %d", step.backends, got, step.want)
 		}
@@ -830,7 +830,7 @@ func TestRouterOtherVersionOfTheSame(t *testing.T) {
 	if told := fake.changes; swapped != 1 || len(told) != 1 || told[0].id.name != "b" || told[0].changed != 1 || r.table().sources[0].version != "4" {
 		t.Errorf("%d swaps, told %+v of %+v, want one of b", swapped, told, r.table().sources)
 	}
-	r.setBackends(ordinalRange{count: 3}, "")
+	r.setBackends(scaling{ordinalRange: ordinalRange{count: 3}})
 	r.update(contentOf("a", "6", a), contentOf("b", "5", b))
 	if swapped != 2 || r.table().active.count != 3 || r.table().sources[0].version != "6" {
 		t.Errorf("%d swaps, %+v", swapped, r.table())
@@ -870,7 +870,7 @@ func (w stampWorld) next(random *rand.Rand) stampWorld {
 // show has the router see it: with shuffled sources of other names if it is odd,
 // and with values that are spelled otherwise.
 func (w stampWorld) show(r *router, version int, odd bool, random *rand.Rand) {
-	r.setBackends(w.backends, "")
+	r.setBackends(scaling{ordinalRange: w.backends})
 	var all []sourceContent
 	for i, data := range w.data {
 		src := contentOf(fmt.Sprint("source-", i), fmt.Sprint(version), data)

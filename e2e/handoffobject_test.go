@@ -351,18 +351,20 @@ func (s *system) install(secretOf string, routers int) {
 // whole seconds, so the time is up to a second too long.
 func (s *system) awaitReadyRouters(routers int, old map[string]bool) time.Duration {
 	s.t.Helper()
-	var ready time.Time
-	list := func() []corev1.Pod {
-		all, err := s.client.CoreV1().Pods(s.namespace).List(s.t.Context(), metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=router"})
-		if err != nil {
-			s.t.Fatal(err)
-		}
-		return slices.DeleteFunc(all.Items, func(pod corev1.Pod) bool { return old[pod.Name] })
-	}
+	var last, ready time.Time
 	eventually(s.t, 2*time.Minute, "the routers to be ready", func() error {
+		list, err := s.client.CoreV1().Pods(s.namespace).List(s.t.Context(), metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=router"})
+		if err != nil {
+			return err
+		}
+		pods := slices.DeleteFunc(list.Items, func(pod corev1.Pod) bool { return old[pod.Name] })
 		var waits []error
-		pods := list()
 		for _, pod := range pods {
+			for _, c := range pod.Status.ContainerStatuses {
+				if c.State.Running != nil && c.State.Running.StartedAt.After(last) {
+					last = c.State.Running.StartedAt.Time
+				}
+			}
 			r := &router{pod: pod.Name, base: "http://" + net.JoinHostPort(pod.Status.PodIP, "8001")}
 			if pod.Status.PodIP == "" {
 				waits = append(waits, fmt.Errorf("%s does not run", pod.Name))
@@ -377,14 +379,6 @@ func (s *system) awaitReadyRouters(routers int, old map[string]bool) time.Durati
 		return errors.Join(waits...)
 	})
 	s.awaitWhole()
-	var last time.Time // of the pods' status, which comes later than the router's own answer
-	for _, pod := range list() {
-		for _, c := range pod.Status.ContainerStatuses {
-			if c.State.Running != nil && c.State.Running.StartedAt.After(last) {
-				last = c.State.Running.StartedAt.Time
-			}
-		}
-	}
 	return ready.Sub(last).Round(10 * time.Millisecond)
 }
 

@@ -24,7 +24,6 @@ type router struct {
 // ownership is what /owner answers.
 type ownership struct {
 	Owner    string
-	HeldBy   int64 `json:"held_by_step"` // 0: clients get to the owner now
 	Why      string
 	Pod      string // its uid
 	Address  string

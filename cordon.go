@@ -1,0 +1,71 @@
+package main
+
+import (
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// cordonAnnotation is the annotation of the StatefulSet that lists the cordoned backends,
+// as parseCordon takes it.
+const cordonAnnotation = "router-cordon"
+
+// cordon has the ordinals of the backends that are cordoned, sorted: the hash gives them
+// no namespaces. Overrides still do. It is immutable, and a flag.
+type cordon []int
+
+// parseCordon parses a list of ordinals, like "2,5". They may be in any order; one that
+// is repeated counts once. "" has none.
+func parseCordon(list string) (cordon, error) {
+	if strings.TrimSpace(list) == "" {
+		return nil, nil
+	}
+	var c cordon
+	for item := range strings.SplitSeq(list, ",") {
+		digits := strings.TrimSpace(item)
+		n, err := strconv.ParseUint(digits, 10, 31)
+		if err != nil || strconv.FormatUint(n, 10) != digits {
+			return nil, fmt.Errorf("not a list of ordinals like 2,5 (got %.60q)", list)
+		}
+		c = append(c, int(n))
+	}
+	return newCordon(c), nil
+}
+
+// newCordon returns the cordon of these ordinals, in any order.
+func newCordon(ordinals []int) cordon {
+	sorted := slices.Clone(ordinals)
+	slices.Sort(sorted)
+	return slices.Compact(sorted)
+}
+
+// String returns the list as parseCordon takes it.
+func (c cordon) String() string {
+	var items []string
+	for _, ordinal := range c {
+		items = append(items, strconv.Itoa(ordinal))
+	}
+	return strings.Join(items, ",")
+}
+
+// Set makes the list the flag's value.
+func (c *cordon) Set(list string) (err error) {
+	*c, err = parseCordon(list)
+	return err
+}
+
+// among returns the part of c that these backends have. It returns none, and true, if
+// that would be all of them: then no cordon is in force. It depends on nothing else, so
+// that all routers agree.
+func (c cordon) among(active ordinalRange) (part cordon, all bool) {
+	for _, ordinal := range c {
+		if active.has(ordinal) {
+			part = append(part, ordinal)
+		}
+	}
+	if len(part) > 0 && len(part) == active.count {
+		return nil, true
+	}
+	return part, false
+}

@@ -1,0 +1,321 @@
+package main
+
+import (
+	"fmt"
+	"log/slog"
+	"net/http/httptest"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+func TestParseCordon(t *testing.T) {
+	for list, want := range map[string]string{"": "", " ": "", "2": "2", "5, 2\n": "2,5", "2,2,0": "0,2", "2147483647": "2147483647"} {
+		c, err := parseCordon(list)
+		must(t, err)
+		wantEqual(t, fmt.Sprintf("%q", list), c.String(), want)
+		if want == "" && c != nil {
+			t.Errorf("%q is an empty list, want none", list)
+		}
+	}
+	for _, list := range []string{",", "2,", "2,,5", "2;5", "2 5", "02", "+2", "-1", "2-5", "backend-2", "2.0", "0x2", "２", "2147483648", strings.Repeat("9", 300)} {
+		if c, err := parseCordon(list); err == nil || len(err.Error()) > 120 {
+			t.Errorf("%.20q: %v, error %v, want a short error", list, c, err)
+		}
+	}
+}
+
+func TestCordonAmong(t *testing.T) {
+	tests := []struct {
+		list   string
+		active ordinalRange
+		want   string
+		all    bool
+	}{
+		{"", ordinalRange{0, 4}, "", false},
+		{"2", ordinalRange{0, 4}, "2", false},
+		{"2,5", ordinalRange{0, 4}, "2", false},
+		{"2,5", ordinalRange{0, 6}, "2,5", false},
+		{"7", ordinalRange{0, 4}, "", false},
+		{"0,1,2,3", ordinalRange{0, 4}, "", true},
+		{"0,1,2,3", ordinalRange{0, 5}, "0,1,2,3", false},
+		{"0", ordinalRange{0, 1}, "", true},
+		{"1,3", ordinalRange{2, 2}, "3", false},
+		{"2,3,9", ordinalRange{2, 2}, "", true},
+		{"0", ordinalRange{}, "", false},
+	}
+	for _, tt := range tests {
+		list, err := parseCordon(tt.list)
+		must(t, err)
+		part, all := list.among(tt.active)
+		if part.String() != tt.want || all != tt.all {
+			t.Errorf("%q among %s: %q, all: %v; want %q, %v", tt.list, tt.active, part, all, tt.want, tt.all)
+		}
+	}
+}
+
+// cordonedTable returns a table of four backends, or of another range, of which those in list
+// are cordoned.
+func cordonedTable(t *testing.T, list string, active ordinalRange, data map[string]string, old *table) *table {
+	t.Helper()
+	c, err := parseCordon(list)
+	must(t, err)
+	return newTable("backend", false, active, c, []sourceContent{contentOf("test", "1", data)}, old)
+}
+
+// A cordon moves the namespaces that are hashed to the backend. Overrides stay, and so does
+// all else. All ways to ask for an owner agree.
+func TestTableCordon(t *testing.T) {
+	for _, first := range []int{0, 3} {
+		active, list := ordinalRange{first, 4}, fmt.Sprint(first+2)
+		data := map[string]string{"pinned": fmt.Sprint("backend-", first+2)}
+		before := cordonedTable(t, "", active, data, nil)
+		after := cordonedTable(t, list, active, data, before)
+		moved, cordoned := 0, 0
+		for _, namespace := range append(manyNamespaces(2000), "pinned") {
+			from, _ := before.owner(namespace)
+			to, ok := after.owner(namespace)
+			same, _ := after.lookup(namespace, hash64(namespace))
+			if !ok || same != to {
+				t.Fatalf("%s: owner %d, lookup %d", namespace, to, same)
+			}
+			switch why := after.explain(namespace); {
+			case namespace == "pinned":
+				if to != first+2 || why != whyOverride {
+					t.Errorf("the override is with %d, %s", to, why)
+				}
+			case from != first+2:
+				if to != from || why != whyHash {
+					t.Fatalf("%s moves from %d to %d, %s", namespace, from, to, why)
+				}
+			default:
+				cordoned++
+				if hashed, ok := after.cordonedOwner(namespace); to != from && why == whyCordoned && hashed == from && ok {
+					moved++
+				}
+			}
+		}
+		if moved != cordoned || moved < 300 {
+			t.Errorf("%d of %d namespaces of the cordoned backend moved", moved, cordoned)
+		}
+	}
+}
+
+// Only what is in force of a list counts in a stamp. Without that, the stamp is the one of
+// a version without cordons.
+func TestCordonStamp(t *testing.T) {
+	stamp := func(list string, backends int) string {
+		return cordonedTable(t, list, ordinalRange{0, backends}, nil, nil).stamp
+	}
+	wantEqual(t, "stamp without a cordon", stamp("", 4), "74cc2dd6e99cd538.0000000000000000")
+	for _, list := range []string{"4", "0,1,2,3"} {
+		wantEqual(t, "stamp with "+list, stamp(list, 4), stamp("", 4))
+	}
+	all := []string{stamp("", 4), stamp("", 3), stamp("3", 4), stamp("2", 4), stamp("2,3", 4), stamp("2", 5)}
+	slices.Sort(all)
+	if len(slices.Compact(all)) != 6 {
+		t.Errorf("two cordons have one stamp: %q", all)
+	}
+	wantEqual(t, "stamp of another order", stamp("3,2,9", 4), stamp("2,3", 4))
+}
+
+// A kept namespace whose owner the hash gives has the hash's owner with a cordon too.
+func TestCordonOfKeptNamespaces(t *testing.T) {
+	for _, namespace := range manyNamespaces(100) {
+		junk := map[string]string{namespace: "junk"}
+		plain := cordonedTable(t, "", ordinalRange{0, 4}, nil, nil)
+		kept := cordonedTable(t, "2", ordinalRange{0, 4}, junk, plain)
+		hashed, _ := cordonedTable(t, "2", ordinalRange{0, 4}, nil, nil).owner(namespace)
+		next := kept.withKept(func(string) int { return hashed })
+		wantEqual(t, "stamp of the hash's owner", next.stamp, kept.stamp)
+		if owner, _ := next.owner(namespace); owner != hashed {
+			t.Errorf("%s is with %d, want %d", namespace, owner, hashed)
+		}
+		stays := kept.withKept(func(string) int { return 2 })
+		if owner, _ := stays.owner(namespace); owner != 2 {
+			t.Errorf("%s is with %d, want 2: it was there when it was kept", namespace, owner)
+		}
+	}
+}
+
+// The router swaps its table for another cordon, once.
+func TestRouterCordons(t *testing.T) {
+	r, tail := loggedRouter(t)
+	r.update(contentOf("test", "1", pairs("a=backend-1")))
+	for _, list := range []cordon{{2}, {2}, {2, 3}, nil} {
+		r.setBackends(scaling{ordinalRange: ordinalRange{0, 4}, cordon: list})
+		wantEqual(t, "cordon in force", r.table().cordon.String(), list.String())
+	}
+	wantLine(t, tail.all("routing table updated"), 4, map[string]any{"cordon": "", "backends": 4.0})
+	wantEqual(t, "tables with a cordon", strings.Count(fmt.Sprint(tail.all("routing table updated")), "cordon:2"), 2)
+}
+
+// From state to state of the annotation: a router that is alone, and one that shares the
+// stored count. A list that is not valid changes nothing.
+func TestCordonFollowed(t *testing.T) {
+	annotate := func(list string) func(*fakeKube) { return func(f *fakeKube) { f.annotate(list) } }
+	scale := func(replicas int) func(*fakeKube) {
+		return func(f *fakeKube) {
+			f.scale(replicas)
+			f.setReady([]int{0, 1, 2, 3, 4, 5}[:replicas]...)
+		}
+	}
+	const invalid, all = "not a list of ordinals", "has all backends"
+	steps := []struct {
+		what        string
+		change      func(*fakeKube)
+		want        string // as it is listed
+		part        string // of it, what is in force
+		count       int
+		whyRejected string // a part of the text
+	}{
+		{"set", annotate("2"), "2", "2", 4, ""},
+		{"changed", annotate("3,2"), "2,3", "2,3", 4, ""},
+		{"invalid", annotate("3;2"), "2,3", "2,3", 4, invalid + ` like 2,5 (got "3;2"); in force: 2,3`},
+		{"invalid, and scaled out", scale(5), "2,3", "2,3", 5, invalid},
+		{"invalid, and scaled in", scale(3), "2,3", "2", 3, invalid + ` like 2,5 (got "3;2"); in force: 2`},
+		{"valid again", annotate("1"), "1", "1", 3, ""},
+		{"invalid, made anew", func(f *fakeKube) {
+			f.deleteStatefulSet()
+			f.setStatefulSet(func(s *fakeStatefulSet) { s.uid, s.generation, s.cordon = "new", 1, "x" })
+		}, "1", "1", 3, invalid},
+		{"removed", annotate(""), "", "", 3, ""},
+		{"not active", annotate("5"), "5", "", 3, ""},
+		{"becomes active", scale(6), "5", "5", 6, ""},
+		{"deleted", func(f *fakeKube) { f.deleteStatefulSet() }, "5", "5", 6, ""},
+		{"made anew without", func(f *fakeKube) {
+			f.setStatefulSet(func(s *fakeStatefulSet) { s.uid, s.generation, s.cordon = "newer", 1, "" })
+		}, "", "", 6, ""},
+		{"all", annotate("0,1,2,3,4,5"), "0,1,2,3,4,5", "", 6, all},
+		{"all but one", annotate("0,1,2,3,4"), "0,1,2,3,4", "0,1,2,3,4", 6, ""},
+		{"all, by scaling in", scale(4), "0,1,2,3,4", "", 4, all},
+		{"invalid after all", annotate("-"), "0,1,2,3,4", "", 4, invalid + ` like 2,5 (got "-"); no backend is cordoned`},
+	}
+	for name, shared := range map[string]*sharedCount{"alone": nil, "shared": {}} {
+		inBubble(t, name, func(t *testing.T) {
+			f, n := kubeOfFour(), newPipeNetwork()
+			f.serve(t, n)
+			var last scaling
+			r := followReplicas(t, n, shared, func(s scaling) { last = s })
+			for _, step := range steps {
+				step.change(f)
+				synctest.Wait()
+				time.Sleep(time.Minute)
+				synctest.Wait()
+				part, _ := last.cordon.among(last.ordinalRange)
+				wantEqual(t, step.what+": listed", last.cordon.String(), step.want)
+				wantEqual(t, step.what+": in force", part.String(), step.part)
+				wantEqual(t, step.what+": backends", last.count, step.count)
+				why := r.whyCordonRejected()
+				if (why == "") != (step.whyRejected == "") || !strings.Contains(why, step.whyRejected) {
+					t.Errorf("%s: rejected: %q, want %q", step.what, why, step.whyRejected)
+				}
+				if text := r.whyNotReady(); text != "" {
+					t.Errorf("%s: not ready: %s", step.what, text)
+				}
+			}
+			wantEqual(t, "lines of rejections", r.logged.count("cordon rejected"), 6)
+		})
+	}
+}
+
+// A router that starts with an invalid list does not know which one other routers have. It
+// knows no backends until the list is valid, and says so.
+func TestCordonInvalidAtStart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, n := kubeOfFour(), newPipeNetwork()
+		f.annotate("2,x")
+		f.serve(t, n)
+		r := followReplicas(t, n, &sharedCount{}, nil)
+		time.Sleep(time.Minute)
+		wantEqual(t, "backends", r.last.Load().(ordinalRange), ordinalRange{})
+		wantEqual(t, "why not ready", r.whyNotReady(),
+			`StatefulSet edge/backend: the annotation router-cordon is not a list of ordinals like 2,5 (got "2,x")`)
+		f.annotate("2")
+		synctest.Wait()
+		wantEqual(t, "backends of a valid list", r.last.Load().(ordinalRange), ordinalRange{0, 4})
+		wantEqual(t, "cordon", r.cordon.Load().(string), "2")
+		wantEqual(t, "why not ready", r.whyNotReady(), "")
+	})
+}
+
+// Each rejection has one Event on the StatefulSet, of all routers together.
+func TestCordonEvents(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, n := kubeOfFour(), newPipeNetwork()
+		f.serve(t, n)
+		recorder := newEventRecorder(kubeClient{}, "router-1", slog.New(slog.DiscardHandler))
+		for range 2 {
+			r := followReplicas(t, n, nil, nil)
+			r.onCordonRejected = recorder.reportCordon
+		}
+		names := map[string]int{}
+		for _, list := range []string{"2", "2;3", "3", "0,1,2,3", "3"} {
+			f.annotate(list)
+			synctest.Wait()
+			f.setReady(0, 1, 2) // another version of the StatefulSet
+			synctest.Wait()
+		}
+		for len(recorder.queue) > 0 {
+			e := <-recorder.queue
+			names[e.Metadata.Name]++
+			o := e.InvolvedObject
+			if e.Reason != "CordonRejected" || e.Type != "Warning" || o.APIVersion != "apps/v1" || o.Kind != "StatefulSet" || o.Name != "backend" || o.UID != "u-backend" {
+				t.Errorf("Event %+v", e)
+			}
+		}
+		if len(names) != 2 {
+			t.Errorf("Events by name: %v, want two", names)
+		}
+		for name, count := range names {
+			wantEqual(t, "Events named "+name, count, 2)
+		}
+	})
+}
+
+// askAdmin returns the admin port's answer.
+func askAdmin(a *admin, method, path, body string) string {
+	w := httptest.NewRecorder()
+	a.handler().ServeHTTP(w, httptest.NewRequest(method, path, strings.NewReader(body)))
+	return strings.TrimSpace(w.Body.String())
+}
+
+// What the admin port says of a cordon: /owner, /backends and a plan.
+func TestAdminCordon(t *testing.T) {
+	a := planAdmin(t)
+	b := bucket("b", 4)
+	list := cordon{b}
+	past := backendName("backend", bucketPast(hash64("b"), cordonOf(4, b)))
+	moves := fmt.Sprintf(`{"namespace":"b","from":"backend-%d","to":%q,"sessions":1}`, b, past)
+	plan := func(body, want string) {
+		t.Helper()
+		got := askAdmin(a, "POST", "/plan", body)
+		if !strings.Contains(got, want) {
+			t.Errorf("plan %s: %s, want %s", body, got, want)
+		}
+	}
+	plan(fmt.Sprintf(`{"cordon":[%d]}`, b), moves)
+	plan(fmt.Sprintf(`{"replicas":4,"cordon":[9,%d,%d]}`, b, b), moves)
+	plan(`{"cordon":[]}`, `"namespaces":1,`) // of late, which moves in any case
+	plan(`{"cordon":[0,1,2,3]}`, `{"error":"cordon must leave a backend that is not cordoned"}`)
+	plan(`{"cordon":[0,1],"replicas":2}`, `{"error":"cordon must leave a backend that is not cordoned"}`)
+	plan(`{"cordon":[-1]}`, `{"error":"cordon must be ordinals (got -1)"}`)
+	plan(`{"cordon":[2],"kind":"ConfigMap"}`, `{"error":"the body must not have both a ConfigMap and cordon"}`)
+
+	a.proxy.router.setBackends(scaling{ordinalRange: ordinalRange{0, 4}, cordon: list})
+	owner := askAdmin(a, "GET", "/owner?namespace=b", "")
+	if !strings.Contains(owner, fmt.Sprintf(`"why":"cordoned","hash_owner":"backend-%d"`, b)) {
+		t.Errorf("owner of a cordoned namespace: %s", owner)
+	}
+	if owner = askAdmin(a, "GET", "/owner?namespace=a", ""); strings.Contains(owner, "hash_owner") {
+		t.Errorf("owner of another namespace: %s", owner)
+	}
+	all := askAdmin(a, "GET", "/backends", "")
+	if strings.Count(all, `"cordoned":true`) != 1 {
+		t.Errorf("backends: %s, want one cordoned", all)
+	}
+	plan(`{"replicas":4}`, moves) // the list in force stays
+	plan(`{"cordon":[]}`, `"namespaces":1,`)
+}
