@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/json"
 	"fmt"
 	"slices"
 	"strconv"
@@ -53,6 +54,26 @@ func (c cordon) String() string {
 func (c *cordon) Set(list string) (err error) {
 	*c, err = parseCordon(list)
 	return err
+}
+
+// maxCordonBytes bounds the JSON of a list. All annotations of an object have at most
+// 256 KiB together (https://kubernetes.io/docs/concepts/overview/working-with-objects/annotations/).
+const maxCordonBytes = 256 << 10
+
+// UnmarshalJSON reads an array of ordinals.
+func (c *cordon) UnmarshalJSON(b []byte) error {
+	if len(b) > maxCordonBytes {
+		return fmt.Errorf("cordon must have at most %d bytes (got %d)", maxCordonBytes, len(b))
+	}
+	var ordinals []int
+	if err := json.Unmarshal(b, &ordinals); err != nil {
+		return err
+	}
+	*c = newCordon(ordinals)
+	if len(*c) > 0 && (*c)[0] < 0 {
+		return fmt.Errorf("cordon must have ordinals (got %d)", (*c)[0])
+	}
+	return nil
 }
 
 // among returns the part of c that these backends have. It returns none, and true, if

@@ -301,7 +301,10 @@ func TestAdminCordon(t *testing.T) {
 	plan(`{"cordon":[]}`, `"namespaces":1,`) // of late, which moves in any case
 	plan(`{"cordon":[0,1,2,3]}`, `{"error":"cordon must leave a backend that is not cordoned"}`)
 	plan(`{"cordon":[0,1],"replicas":2}`, `{"error":"cordon must leave a backend that is not cordoned"}`)
-	plan(`{"cordon":[-1]}`, `{"error":"cordon must be ordinals (got -1)"}`)
+	plan(`{"cordon":[-1]}`, `cordon must have ordinals (got -1)"}`)
+	plan(`{"cordon":["2"]}`, `cannot unmarshal string`)
+	plan(`{"cordon":[`+strings.Repeat("1,", maxCordonBytes/2)+`1]}`, `cordon must have at most 262144 bytes`)
+	plan(`{"cordon":null}`, `the body must be a ConfigMap`)
 	plan(`{"cordon":[2],"kind":"ConfigMap"}`, `{"error":"the body must not have both a ConfigMap and cordon"}`)
 
 	a.proxy.router.setBackends(scaling{ordinalRange: ordinalRange{0, 4}, cordon: list})

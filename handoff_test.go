@@ -9,7 +9,7 @@ import (
 )
 
 // randomTable returns the table after old with one to four backends, from the first on,
-// and random overrides of a few namespaces, some of them invalid.
+// some of them cordoned, and random overrides of a few namespaces, some of them invalid.
 func randomTable(r *rand.Rand, old *table, namespaces []string) *table {
 	data := map[string]string{}
 	for _, ns := range namespaces {
@@ -18,7 +18,13 @@ func randomTable(r *rand.Rand, old *table, namespaces []string) *table {
 		}
 	}
 	sources := []sourceContent{{id: sourceID{name: "a"}, overrides: newOverrideSet(data)}}
-	return newTable("backend", false, ordinalRange{r.IntN(2), 1 + r.IntN(4)}, nil, sources, old)
+	var cordoned cordon
+	for ordinal := range 5 {
+		if r.IntN(5) == 0 {
+			cordoned = append(cordoned, ordinal)
+		}
+	}
+	return newTable("backend", false, ordinalRange{r.IntN(2), 1 + r.IntN(4)}, cordoned, sources, old)
 }
 
 // randomMark returns a mark with random bounds.

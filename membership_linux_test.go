@@ -254,6 +254,46 @@ func TestHandoffSharedUnevenly(t *testing.T) {
 	}
 }
 
+// A backend is cordoned under sessions with two routers: its hashed namespaces leave it, and
+// come back when the cordon ends. No other namespace has a session that ends.
+func TestHandoffSharedCordon(t *testing.T) {
+	t.Parallel()
+	namespaces := namespacesOf("ns", proofSize(40, 500))
+	sessions := proofSize(120, 3200)
+	hashed := ownersBy(namespaces, func(i int) int { return bucket(namespaces[i], 4) })
+	cordoned := ownersBy(namespaces, func(i int) int {
+		return bucketPast(hash64(namespaces[i]), cordonOf(4, 2))
+	})
+	p := newSharedProof(t, "all", nil, "-move-rate", "200")
+	p.edit(nil)
+	p.run(t, 2)
+	p.stays(t, sessions, namespaces)
+	p.waitOwners(t, hashed)
+	begun := p.byNamespace()
+	for _, step := range []struct {
+		cordon string
+		owners map[string]int
+	}{{"2", cordoned}, {"2;3", cordoned}, {"", hashed}} {
+		p.note("cordon %q", step.cordon)
+		p.kube.annotate(step.cordon)
+		p.wantSameOwners(t, step.owners)
+		p.waitOwners(t, step.owners)
+	}
+	moved := 0
+	for namespace, records := range p.byNamespace() {
+		if hashed[namespace] == 2 {
+			moved++
+		} else if len(records) != len(begun[namespace]) {
+			t.Errorf("%s has other sessions than before: %s", namespace, p.trace(namespace))
+		}
+	}
+	if moved == 0 {
+		t.Error("no namespace is hashed to backend-2")
+	}
+	p.end(t)
+	p.wantNoFailures(t)
+}
+
 // Proof 0: a first install of several routers, and a restart of all of them with an entry
 // that cannot be read. They are ready, and the next edit ends.
 func TestHandoffSharedFromNothing(t *testing.T) {

@@ -24,8 +24,8 @@ const maxPlanBody = 8 << 20
 // {"replicas": 6, "cordon": [2]}.
 type planRequest struct {
 	configMap
-	Replicas *int   `json:"replicas"`
-	Cordon   *[]int `json:"cordon"` // ordinals
+	Replicas *int    `json:"replicas"`
+	Cordon   *cordon `json:"cordon"`
 }
 
 // preview is the answer of POST /plan: which sessions of this router a change would move. It
@@ -90,14 +90,10 @@ func (p *planRequest) cordoned(current *table, backends ordinalRange) (cordon, e
 	if p.Cordon == nil {
 		return current.cordonList, nil
 	}
-	cordoned := newCordon(*p.Cordon)
-	if len(cordoned) > 0 && cordoned[0] < 0 {
-		return nil, fmt.Errorf("cordon must be ordinals (got %d)", cordoned[0])
-	}
-	if _, all := cordoned.among(backends); all {
+	if _, all := p.Cordon.among(backends); all {
 		return nil, errors.New("cordon must leave a backend that is not cordoned")
 	}
-	return cordoned, nil
+	return *p.Cordon, nil
 }
 
 // matches reports whether the proposed ConfigMap is a new version of this source.

@@ -841,17 +841,22 @@ func TestRouterOtherVersionOfTheSame(t *testing.T) {
 	}
 }
 
-// stampWorld is what the routers of TestStampsAgree see: some ConfigMaps and a
-// number of backends, at one moment.
+// stampWorld is what the routers of TestStampsAgree see: some ConfigMaps, a number of
+// backends and a cordon, at one moment.
 type stampWorld struct {
 	data     [3]map[string]string
 	backends ordinalRange
+	cordon   cordon
 }
 
 // next changes one thing.
 func (w stampWorld) next(random *rand.Rand) stampWorld {
 	if random.IntN(4) == 0 {
 		w.backends.count = 2 + random.IntN(4)
+		return w
+	}
+	if random.IntN(6) == 0 {
+		w.cordon = newCordon([]int{random.IntN(6), random.IntN(6)}[:random.IntN(3)])
 		return w
 	}
 	changed := random.IntN(len(w.data))
@@ -870,7 +875,7 @@ func (w stampWorld) next(random *rand.Rand) stampWorld {
 // show has the router see it: with shuffled sources of other names if it is odd,
 // and with values that are spelled otherwise.
 func (w stampWorld) show(r *router, version int, odd bool, random *rand.Rand) {
-	r.setBackends(scaling{ordinalRange: w.backends})
+	r.setBackends(scaling{ordinalRange: w.backends, cordon: w.cordon})
 	var all []sourceContent
 	for i, data := range w.data {
 		src := contentOf(fmt.Sprint("source-", i), fmt.Sprint(version), data)

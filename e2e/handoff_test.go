@@ -239,22 +239,29 @@ func (c *tenants) since(marks map[*returner]int) (away distribution, refused []e
 func (c *tenants) toOthers() map[string]any {
 	backends := len(c.s.pods(c.s.t.Context(), "backend"))
 	next := map[string]any{}
+	for namespace, owner := range c.owners() {
+		next[namespace] = ordinalAfter(owner.(string), backends)
+	}
+	return next
+}
+
+// owners returns the owner of each namespace.
+func (c *tenants) owners() map[string]any {
+	c.s.t.Helper()
+	owners := map[string]any{}
 	var mu sync.Mutex
 	routers := c.s.routers(c.s.t.Context())
 	err := forEach(len(c.names), 8, func(i int) error {
 		o, err := routers[0].owner(c.s.t.Context(), c.names[i])
-		if err != nil {
-			return err
-		}
 		mu.Lock()
 		defer mu.Unlock()
-		next[c.names[i]] = ordinalAfter(o.Owner, backends)
-		return nil
+		owners[c.names[i]] = o.Owner
+		return err
 	})
 	if err != nil {
 		c.s.t.Fatal(err)
 	}
-	return next
+	return owners
 }
 
 // ordinalAfter returns the name of the backend after the given one.
