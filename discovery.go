@@ -229,6 +229,13 @@ func (r *replicaWatcher) readCordon() {
 	}
 }
 
+// lastCordon returns the last valid list of the annotation; nil if there was none.
+func (r *replicaWatcher) lastCordon() cordon {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.cordon
+}
+
 // whyCordonRejected says in words why the annotation is not in force, or "".
 func (r *replicaWatcher) whyCordonRejected() string {
 	r.mu.Lock()

@@ -46,6 +46,10 @@ type setState struct {
 	Namespace string `json:"namespace"`
 	Name      string `json:"name"`
 	Replicas  int    `json:"replicas"` // that it should have; 0 if that is not known
+	// Cordon has the last valid list of its annotation, as that is written.
+	Cordon string `json:"cordon"`
+	// CordonRejected says why the annotation is not in force as it is now.
+	CordonRejected string `json:"cordon_rejected,omitempty"`
 }
 
 // sourceState is an object with overrides.
@@ -62,6 +66,7 @@ type backendLoad struct {
 	Ordinal          int    `json:"ordinal"`
 	Ready            bool   `json:"ready"` // for new sessions, as far as is known
 	OwnsNamespaces   bool   `json:"owns_namespaces"`
+	Cordoned         bool   `json:"cordoned"`  // but none by the hash
 	Overrides        int    `json:"overrides"` // how many namespaces it owns by overrides
 	Sessions         int    `json:"sessions"`
 	SessionsOnOldPod int    `json:"sessions_on_old_pod,omitempty"` // of these, with an earlier pod
@@ -155,7 +160,10 @@ func (s *status) addStatefulSet(r *replicaWatcher) {
 	if r == nil {
 		return
 	}
-	s.StatefulSet = &setState{Namespace: r.watcher.kubeNamespace, Name: r.watcher.name}
+	s.StatefulSet = &setState{
+		Namespace: r.watcher.kubeNamespace, Name: r.watcher.name,
+		Cordon: r.lastCordon().String(), CordonRejected: r.whyCordonRejected(),
+	}
 	if set := r.lastStatefulSet(); set != nil {
 		s.StatefulSet.Replicas = set.Spec.Replicas
 	}
@@ -174,6 +182,7 @@ func newLoads(p *proxy, summary *tableSummary, backends []int, moving bool) []ba
 			Name: p.relay.backendName(ordinal), Ordinal: ordinal,
 			Ready:          p.backends.queues.seemsReady(ordinal),
 			OwnsNamespaces: t != nil && t.active.has(ordinal),
+			Cordoned:       t != nil && slices.Contains(t.cordon, ordinal),
 			Overrides:      summary.overrides[ordinal],
 			Sessions:       counts[ordinal].open, SessionsOnOldPod: counts[ordinal].onOldPod,
 			MovingIn: in[ordinal], MovingOut: out[ordinal],
