@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -28,7 +29,8 @@ type admin struct {
 	replicaWatcher *replicaWatcher // nil if flags give the number of backends
 	started        time.Time
 
-	lastSummary atomic.Pointer[tableSummary] // see summary
+	lastSummary   atomic.Pointer[tableSummary] // see summary
+	topNamespaces topNamespaces
 }
 
 // newAdminListener returns a listener that accepts from l, keeps at most maxAdminConns
@@ -73,6 +75,7 @@ func (a *admin) handler() http.Handler {
 	mux.HandleFunc("GET /owner",
 		limitConcurrency(maxConcurrentOwners, maxAdminConns, a.owner))
 	mux.HandleFunc("GET /status", a.status)
+	mux.HandleFunc("GET /top", a.top)
 	mux.HandleFunc("GET /backends",
 		limitConcurrency(maxConcurrentBackends, maxAdminConns, a.backends))
 	mux.HandleFunc("POST /plan",
@@ -190,6 +193,7 @@ func (a *admin) writeMetrics(m metricsWriter) {
 	counts := a.proxy.relay.counts()
 	a.proxy.relay.writeSessionMetrics(m, counts, a.backendOrdinals(counts))
 	a.proxy.mover.writeMetrics(m)
+	a.writeTopMetrics(m)
 	a.proxy.relay.writeByteMetrics(m)
 	a.proxy.writeMetrics(m)
 	a.fdLimit.writeMetrics(m)
@@ -349,6 +353,83 @@ func (a *admin) addHandoff(o *ownership, inTable int, namespace string) (ordinal
 		return now.owner
 	}
 	return inTable
+}
+
+// topNamespace is one of the namespaces with the most load in this router.
+type topNamespace struct {
+	Namespace      string  `json:"namespace"`
+	Owner          string  `json:"owner,omitempty"` // as in /owner
+	Sessions       int64   `json:"sessions"`        // open
+	BytesPerSecond float64 `json:"bytes_per_second"`
+}
+
+// topStatus has the namespaces with the most load in this router, topSize at most in each
+// list, largest first. Those with the most bytes all have some.
+type topStatus struct {
+	Seconds    float64        `json:"bytes_over_seconds"` // over which bytes are counted
+	BySessions []topNamespace `json:"by_sessions"`
+	ByBytes    []topNamespace `json:"by_bytes"`
+}
+
+// topStatus looks for the namespaces with the most load, but not more often than each
+// topInterval.
+func (a *admin) topStatus() topStatus {
+	look := a.topNamespaces.look(a.proxy.relay)
+	list := func(loads []namespaceLoad) []topNamespace {
+		all := []topNamespace{}
+		for _, load := range loads {
+			n := topNamespace{
+				Namespace: load.namespace, Sessions: load.sessions,
+				BytesPerSecond: float64(load.bytes) / look.over.Seconds(),
+			}
+			if owner := a.proxy.mover.assign(load.namespace).owner; owner >= 0 {
+				n.Owner = a.proxy.relay.backendName(owner)
+			}
+			all = append(all, n)
+		}
+		return all
+	}
+	return topStatus{look.over.Seconds(), list(look.bySessions), list(look.byBytes)}
+}
+
+// top answers GET /top: the namespaces with the most sessions, or with ?by=bytes those
+// with the most bytes.
+func (a *admin) top(w http.ResponseWriter, r *http.Request) {
+	by, all := cmp.Or(r.URL.Query().Get("by"), "sessions"), a.topStatus()
+	list := map[string][]topNamespace{"sessions": all.BySessions, "bytes": all.ByBytes}[by]
+	if list == nil {
+		writeError(w, http.StatusBadRequest,
+			fmt.Sprintf("/top?by= must be sessions or bytes (got %.60q)", by))
+		return
+	}
+	writeJSON(w, http.StatusOK, struct {
+		By         string         `json:"by"`
+		Seconds    float64        `json:"bytes_over_seconds"`
+		Namespaces []topNamespace `json:"namespaces"`
+	}{by, all.Seconds, list})
+}
+
+// Which namespaces router_top_sessions has: few, or each tenant would be a series.
+const (
+	maxTopMetrics  = 10
+	minTopSessions = 100 // of this router
+)
+
+// writeTopMetrics writes the sessions of the namespaces that have the most.
+func (a *admin) writeTopMetrics(m metricsWriter) {
+	top := a.topNamespaces.look(a.proxy.relay).bySessions
+	small := func(load namespaceLoad) bool { return load.sessions < minTopSessions }
+	if i := slices.IndexFunc(top, small); i >= 0 {
+		top = top[:i]
+	}
+	if len(top) == 0 {
+		return
+	}
+	sample := m.family("router_top_sessions", "gauge",
+		"Open sessions of the namespaces that have the most of them.")
+	for _, load := range top[:min(len(top), maxTopMetrics)] {
+		sample(float64(load.sessions), "ns", load.namespace)
+	}
 }
 
 // backendState is one backend in the answer of /backends. A backend is safe to remove if it

@@ -265,7 +265,7 @@ func TestOwnersAtOnce(t *testing.T) {
 
 // adminOf is the admin of a proxy to the backends at addrs, which serves no
 // clients. update puts entries in force.
-func adminOf(t *testing.T, addrs ...string) (a *admin, update func(...sourceContent)) {
+func adminOf(t testing.TB, addrs ...string) (a *admin, update func(...sourceContent)) {
 	t.Helper()
 	fdLimit := wideDescriptorLimit(t)
 	p := newProxy(&config{statefulSet: "backend", handoff: "off", layout: &layout{}}, newStaticBackends("backend", addrs), fdLimit, slog.New(slog.DiscardHandler))

@@ -100,7 +100,7 @@ func (c *config) flags() *flag.FlagSet {
 	f.StringVar(&c.listen, "listen", ":8000",
 		"`address` for clients: host:port, or unix:/path of a socket")
 	f.StringVar(&c.admin, "admin", ":8001",
-		"`address` for /healthz, /readyz, /metrics, /owner, /status, /backends and /plan")
+		"`address` for /healthz, /readyz, /metrics, /owner, /status, /top, /backends and /plan")
 	f.DurationVar(&c.tcpUserTimeout, "tcp-user-timeout", time.Minute,
 		"how long a client or backend may not answer TCP before its session ends, in\n"+
 			"whole seconds, 0 is the limit of the system")

@@ -907,6 +907,7 @@ var volatileOfAdmin = []volatile{
 	{`"held_seconds": [\d.e-]+`, `"held_seconds": SECONDS`},
 	{`("name": "descriptors",\s+"used": \d+,\s+"max"): \d+`, "$1: LIMIT"},
 	{`in \d+\.\d s, each namespace held for \d+\.\d s at most, \d+ cut`, "in SECONDS s, each namespace held for SECONDS s at most, COUNT cut"},
+	{`("bytes_(?:over_seconds|per_second)": )[^,\n]+`, "${1}NUMBER"},
 	{`clients wait for descriptors: \d+ of \d+`, "clients wait for descriptors: USED of LIMIT"},
 }
 
@@ -1268,6 +1269,33 @@ func notReadyCases(t *testing.T) []notReadyCase {
 		{"no directory", append([]string{"-kube", "none", "-overrides", "/nowhere"}, static...), nil, "open /nowhere"},
 		{"no directory, and no ConfigMap", append([]string{"-overrides", "/nowhere"}, static...), mapped(noMaps), "kubectl"},
 	}
+}
+
+// TestGoldenTop: the namespaces with the most load, and the only metric with their names.
+func TestGoldenTop(t *testing.T) {
+	dir := overridesDir(t, map[string]string{"busy": "backend-1"})
+	r := startRouter(t, "-backends", echoBackends(t, 2), "-overrides", dir)
+	r.until(t, "/readyz", "^ready\n$")
+	for range minTopSessions {
+		r.open(t, "busy")
+	}
+	talks := r.open(t, "talks")
+	for range minTopSessions {
+		sayAndHear(t, talks, "more bytes than the sessions of the other one together")
+	}
+	eventually(t, "sessions", minTopSessions+1, func() int {
+		return int(scrape(t, r).values[`router_sessions{backend="backend-0"}`] +
+			scrape(t, r).values[`router_sessions{backend="backend-1"}`])
+	})
+	r.until(t, "/top?by=bytes", `"talks"(.|\n)*"busy"`)
+	var g adminGolden
+	for _, query := range []string{"", "?by=sessions", "?by=bytes", "?by=", "?by=names"} {
+		g.get(t, r.adminAddr, "/top"+query)
+	}
+	g.compare(t, "top.txt")
+	_, _, body := adminAnswer(t, r.adminAddr, "GET /metrics HTTP/1.1\nHost: router\n\n")
+	family := regexp.MustCompile(`(?m)^.*router_top_sessions.*\n`).FindAllString(body, -1)
+	golden(t, "metrics/top.txt", []byte(strings.Join(family, "")))
 }
 
 // TestGoldenAdminShared: a router that shares its hand-off, before the object exists, when

@@ -20,7 +20,7 @@ import (
 // listen_portable.go, count as one.
 var fileOrder = strings.Fields(`main command config admin plan status fastpath proxy forward layout handshake listen upgrade proxyprotocol configmap
 	directory events drain move movetally movetarget movequeue pace membership member handoffobject handoff flight release route overrides namespace hash discovery cordon backends dialqueue watch kube
-	relay websocket log runtime metrics wait`)
+	top relay websocket log runtime metrics wait`)
 
 // sources has the root's files, parsed, without the tests.
 type sources struct {

@@ -143,6 +143,7 @@
 //	replicaWatcher.mu         held while it asks which backends are ready
 //	endpointWatcher.mu
 //	watcher.mu
+//	topNamespaces.mu
 //	poller.mu                 session.mu in relay_portable.go
 //	relay.mu
 //	flights.mu                held while it asks which flights a step waits for
@@ -160,7 +161,7 @@
 // (from client to session), configmap, directory, events, drain, move, movetally,
 // movetarget, movequeue, pace, membership, member, handoffobject, handoff, flight and
 // release (what a change of overrides does), route, overrides, namespace and hash (who
-// owns), discovery, cordon, backends, dialqueue, watch and kube (where owners are), relay
+// owns), discovery, cordon, backends, dialqueue, watch and kube (where owners are), top, relay
 // and websocket (the life of a session), log, runtime and metrics, and wait (a back-off, a
 // sleep, times, a wake-up). A file uses only those after it.
 package main

@@ -92,14 +92,16 @@ type session struct {
 	index    int32 // in relay.sessions
 	onOldPod bool  // counted in relay.oldPods
 
-	backendEnded atomic.Bool     // its backend has ended its stream, or was reset
-	cause        atomic.Int32    // a cause; causeNone until the session ends
-	counted      atomic.Bool     // it has ended and was counted
-	bytesFrom    [2]atomic.Int64 // by sender, taken by its peer's socket; with Close frames
+	backendEnded atomic.Bool  // its backend has ended its stream, or was reset
+	cause        atomic.Int32 // a cause; causeNone until the session ends
+	counted      atomic.Bool  // it has ended and was counted
 
 	// Owned by endIdle.
+	idleCount int32 // checks since the sum of bytesFrom changed
 	lastBytes int64 // sum of bytesFrom at the last check
-	idleCount int32 // checks since that sum changed
+
+	topBytes  int64           // the same at the last look of topNamespaces, which owns it
+	bytesFrom [2]atomic.Int64 // by sender, taken by its peer's socket; with Close frames
 
 	sessionIO // the engine's part: the sockets and their state
 }
