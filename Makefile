@@ -14,7 +14,7 @@ ROUNDS      ?= 3
 BENCH_FLAGS ?=
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
-.PHONY: help build demo test modules apps churn handoff fuzz bench benchcheck benchparts lint image push load deploy undeploy e2e faults soak certs clean
+.PHONY: help build demo test modules apps monitoring churn handoff fuzz bench benchcheck benchparts lint image push load deploy undeploy e2e faults soak certs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -85,6 +85,10 @@ modules: ## install the applications of e2e/apps, with npm
 
 apps: modules ## play these applications with a router alone, without a cluster
 	cd e2e && E2E_APPS=alone go test -count=1 -v -timeout 10m -run '^TestApps' $(E2E_FLAGS) .
+
+monitoring: ## fire the alerts, and see that the dashboard has data, with Prometheus and a router alone
+	go test -count=1 -v -run '^TestMonitoring' ./k8s
+	cd e2e && go test -count=1 -v -run '^TestMonitoringAlone$$' .
 
 faults: build ## test faults of a test cluster's control plane; E2E_CONTROL_PLANE stops and starts it
 	cd e2e && go test -count=1 -v -timeout 20m -tags controlplane -run '^TestFault' $(E2E_FLAGS) .

@@ -8,7 +8,9 @@
 // what to do, never a skip. To omit a test, use -skip.
 //
 // TestClosing and the other tests of closing need no cluster: they run the router as a
-// process. So does TestAppsLayouts.
+// process. So do TestAppsLayouts and TestMonitoringAlone. TestMonitoring and
+// TestMonitoringAlone start a Prometheus of their own; where that is not installed, they say
+// so and are skipped.
 //
 // TestApps and TestAppsLayouts play applications of npm, with Node.js 20 or newer. They
 // install them in apps/node_modules, which "make modules" does before on a machine where

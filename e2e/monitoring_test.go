@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"net/http"
 	"net/url"
@@ -198,15 +199,10 @@ func (p *prometheus) checkRules(shows func(expr string) bool) {
 	}
 }
 
-// checkScrape checks that Prometheus has read all of /metrics, in the format of
-// OpenMetrics: each family with the type and the help that it has in the other format,
-// and with its unit, which only OpenMetrics has.
+// checkScrape waits until Prometheus has read all of /metrics of the router, in the format
+// of OpenMetrics.
 func (p *prometheus) checkScrape(r *router) {
 	p.t.Helper()
-	text, err := r.metrics(p.t.Context())
-	if err != nil {
-		p.t.Fatal(err)
-	}
 	eventually(p.t, 30*time.Second, "Prometheus to scrape "+r.pod, func() error {
 		var targets struct {
 			ActiveTargets []struct {
@@ -219,34 +215,42 @@ func (p *prometheus) checkScrape(r *router) {
 		}
 		for _, target := range targets.ActiveTargets {
 			if target.Labels["pod"] == r.pod && target.Health == "up" {
-				return nil
+				return p.knowsFamilies(r)
 			}
 		}
-		return fmt.Errorf("%+v", targets.ActiveTargets)
+		return fmt.Errorf("it is not up: %+v", targets.ActiveTargets)
 	})
-	var families []struct{ Metric, Type, Help, Unit string }
-	if err := p.get(p.t.Context(), "/api/v1/targets/metadata", url.Values{"match_target": {fmt.Sprintf("{pod=%q}", r.pod)}}, &families); err != nil {
-		p.t.Fatal(err)
+}
+
+// knowsFamilies is nil if Prometheus knows each family with the type and the help that it
+// has in the text format, and with its unit, which only OpenMetrics has, and no other one.
+func (p *prometheus) knowsFamilies(r *router) error {
+	text, err := r.metrics(p.t.Context())
+	if err != nil {
+		return err
 	}
-	got := map[string]string{}
+	var families []struct{ Metric, Type, Help, Unit string }
+	query := url.Values{"match_target": {fmt.Sprintf("{pod=%q}", r.pod)}}
+	if err := p.get(p.t.Context(), "/api/v1/targets/metadata", query, &families); err != nil {
+		return err
+	}
+	got, want := map[string]string{}, map[string]string{}
 	for _, f := range families {
 		got[f.Metric] = f.Type + " " + f.Unit + " " + f.Help
 	}
 	for name, family := range text {
-		name = strings.TrimSuffix(name, "_total")
-		unit := ""
+		name, unit := strings.TrimSuffix(name, "_total"), ""
 		for _, u := range []string{"seconds", "bytes"} {
 			if strings.HasSuffix(name, "_"+u) {
 				unit = u
 			}
 		}
-		if want := strings.ToLower(family.GetType().String()) + " " + unit + " " + family.GetHelp(); got[name] != want {
-			p.t.Errorf("%s: Prometheus knows %s as %q, want %q", r.pod, name, got[name], want)
-		}
+		want[name] = strings.ToLower(family.GetType().String()) + " " + unit + " " + family.GetHelp()
 	}
-	if len(got) != len(text) {
-		p.t.Errorf("%s: Prometheus knows %d families, want %d", r.pod, len(got), len(text))
+	if len(want) < 40 || !maps.Equal(got, want) {
+		return fmt.Errorf("it knows\n%v, want\n%v", got, want)
 	}
+	return nil
 }
 
 // checkLint has Prometheus's linter look at /metrics.
@@ -344,7 +348,7 @@ func TestMonitoringAlone(t *testing.T) {
 	})
 	keepBusy(t, d, append(busyNamespaces(), dead)...)
 	p.checkScrape(r.router)
-	needsKube := regexp.MustCompile(`router_(watch_|backend_ready|statefulset_)`)
+	needsKube := regexp.MustCompile(`router_(watch_|backend_ready|statefulset_|cordon_)`)
 	alone := func(expr string) bool { return !needsKube.MatchString(expr) }
 	p.checkPanels(alone)
 	p.checkRules(alone)
