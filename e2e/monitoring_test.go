@@ -376,14 +376,14 @@ func TestMonitoring(t *testing.T) {
 		}
 		return nil
 	})
-	keepDoing(t, 3*time.Second, func(ctx context.Context, i int) {
+	keepDoing(t, 5*time.Second, func(ctx context.Context, i int) {
 		data := map[string]any{}
 		for n, namespace := range busyNamespaces() {
 			data[namespace] = fmt.Sprintf("backend-%d", (n+i)%2)
 		}
 		s.patch(ctx, data)
 	})
-	keepBusy(t, s.dialer, busyNamespaces()...)
+	keepBusy(t, s.dialer, append(busyNamespaces(), busyNamespaces()...)...)
 	for _, r := range routers {
 		p.checkScrape(r)
 	}
