@@ -305,8 +305,9 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 	router := &router{
 		statefulSet: c.statefulSet, fromHost: c.layout.fromHost,
 		active: backends.fixed, cordon: c.cordon, log: log,
-		onSwap:         func() { mover.ownersChanged() },
-		applyDurations: newHistogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5),
+		onSwap: func() { mover.ownersChanged() },
+		applyDurations: newHistogram(
+			.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5),
 	}
 	relay := newRelay(backends.name, log)
 	relay.freeDescriptors = func(descriptors int) { fdLimit.add(-descriptors) }
@@ -330,9 +331,10 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 	}
 	p := &proxy{
 		router: router, backends: backends, relay: relay, mover: mover,
-		upgradeDurations: newHistogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10),
-		holdDurations:    newHistogram(.01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30),
-		limits:           c.limits, podName: c.podName, namespaceOf: c.layout.namespace, log: log,
+		upgradeDurations: newHistogram(
+			.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10),
+		holdDurations: newHistogram(.01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30),
+		limits:        c.limits, podName: c.podName, namespaceOf: c.layout.namespace, log: log,
 	}
 	if c.proxyProtocol == "on" {
 		p.proxyProtocol = &proxyProtocol{trusted: &c.trustedProxies, log: log}

@@ -780,7 +780,7 @@ func (p *proxy) writeMetrics(m metricsWriter) {
 	p.upgradeDurations.write(m, "router_upgrade_duration_seconds",
 		"Time from the head of an upgrade request to its session.")
 	p.holdDurations.write(m, "router_hold_duration_seconds",
-		"How long upgrades and plain requests that could not be sent at once waited for their owner.")
+		"How long requests that could not be sent at once waited for their owner.")
 	pending, _ := p.pendingUpgrades.inUse(0)
 	m.single("router_pending_upgrades", "gauge", "Upgrades that wait for their owner, dial it, or wait for its answer.", float64(pending))
 	m.single("router_max_pending_upgrades", "gauge", "Limit of the pending upgrades.",

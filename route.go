@@ -515,7 +515,7 @@ type router struct {
 	current atomic.Pointer[table] // nil until overrides and backends are known, never again
 	swaps   atomic.Int64          // tables put in force
 
-	applyDurations *histogram // of these: how long it took to make them and put them in force
+	applyDurations *histogram // how long it took to make these and put them in force
 
 	// Guarded by mu, which serialises swaps.
 	mu       sync.Mutex

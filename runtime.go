@@ -21,41 +21,42 @@ type runtimeMetric struct {
 // is no go_memstats_alloc_bytes: in OpenMetrics go_memstats_alloc_bytes_total is of the
 // same family. go_memstats_heap_alloc_bytes has the same value.
 func runtimeMetrics() []runtimeMetric {
-	const objects, unused = "/memory/classes/heap/objects:bytes", "/memory/classes/heap/unused:bytes"
-	const free, released = "/memory/classes/heap/free:bytes", "/memory/classes/heap/released:bytes"
+	const heap = "/memory/classes/heap/"
+	const objects, unused = heap + "objects:bytes", heap + "unused:bytes"
+	const free, released = heap + "free:bytes", heap + "released:bytes"
 	return []runtimeMetric{
 		{"go_goroutines", "gauge", "Goroutines.", []string{"/sched/goroutines:goroutines"}},
 		{"go_threads", "gauge", "Threads of the operating system that Go has made.",
 			[]string{"/sched/threads/total:threads"}},
-		{"go_memstats_alloc_bytes_total", "counter", "Bytes of heap objects that were allocated.",
+		{"go_memstats_alloc_bytes_total", "counter", "Bytes of allocated heap objects.",
 			[]string{"/gc/heap/allocs:bytes"}},
 		{"go_memstats_mallocs_total", "counter", "Heap objects that were allocated.",
 			[]string{"/gc/heap/allocs:objects", "/gc/heap/tiny/allocs:objects"}},
 		{"go_memstats_frees_total", "counter", "Heap objects that were freed.",
 			[]string{"/gc/heap/frees:objects", "/gc/heap/tiny/allocs:objects"}},
-		{"go_memstats_heap_alloc_bytes", "gauge", "Bytes of heap objects that are not freed yet.",
+		{"go_memstats_heap_alloc_bytes", "gauge", "Bytes of heap objects, not freed yet.",
 			[]string{objects}},
-		{"go_memstats_heap_inuse_bytes", "gauge", "Bytes of the parts of the heap that have objects.",
+		{"go_memstats_heap_inuse_bytes", "gauge", "Bytes of the heap's parts with objects.",
 			[]string{objects, unused}},
-		{"go_memstats_heap_idle_bytes", "gauge", "Bytes of the parts of the heap that have no object.",
+		{"go_memstats_heap_idle_bytes", "gauge", "Bytes of the heap's parts without objects.",
 			[]string{free, released}},
-		{"go_memstats_heap_released_bytes", "gauge", "Of these, bytes that were given back to the system.",
+		{"go_memstats_heap_released_bytes", "gauge", "Bytes of these that were given back.",
 			[]string{released}},
 		{"go_memstats_heap_sys_bytes", "gauge", "Bytes of the heap, with those given back.",
 			[]string{objects, unused, free, released}},
 		{"go_memstats_heap_objects", "gauge", "Heap objects.",
 			[]string{"/gc/heap/objects:objects"}},
 		{"go_memstats_stack_inuse_bytes", "gauge", "Bytes of goroutines' stacks.",
-			[]string{"/memory/classes/heap/stacks:bytes"}},
-		{"go_memstats_next_gc_bytes", "gauge", "Bytes of heap objects at which the garbage collector runs next.",
+			[]string{heap + "stacks:bytes"}},
+		{"go_memstats_next_gc_bytes", "gauge", "Heap size of the next garbage collection.",
 			[]string{"/gc/heap/goal:bytes"}},
-		{"go_memstats_sys_bytes", "gauge", "Bytes that Go has from the system, with those given back.",
+		{"go_memstats_sys_bytes", "gauge", "Bytes from the system, with those given back.",
 			[]string{"/memory/classes/total:bytes"}},
 	}
 }
 
-// writeRuntimeMetrics writes the metrics of Go's runtime. It does not stop other goroutines,
-// as runtime.ReadMemStats would.
+// writeRuntimeMetrics writes the metrics of Go's runtime. It does not stop other
+// goroutines, as runtime.ReadMemStats would.
 func writeRuntimeMetrics(m metricsWriter) {
 	var samples []metrics.Sample // of all, read at one moment
 	for _, r := range runtimeMetrics() {
@@ -67,7 +68,8 @@ func writeRuntimeMetrics(m metricsWriter) {
 	for _, r := range runtimeMetrics() {
 		sum := uint64(0)
 		for range r.keys {
-			if v := samples[0].Value; v.Kind() == metrics.KindUint64 { // not in older versions of Go
+			v := samples[0].Value
+			if v.Kind() == metrics.KindUint64 { // not in older versions of Go
 				sum += v.Uint64()
 			}
 			samples = samples[1:]
@@ -94,8 +96,8 @@ func writeProcessMetrics(m metricsWriter, started time.Time) {
 			"CPU time of the process, in user mode and in the kernel.", cpu.Seconds())
 	}
 	if virtual, resident, err := processMemory(); err == nil {
-		m.single("process_virtual_memory_bytes", "gauge", "Virtual memory of the process.", virtual)
-		m.single("process_resident_memory_bytes", "gauge", "Resident memory of the process.", resident)
+		m.single("process_virtual_memory_bytes", "gauge", "Virtual memory.", virtual)
+		m.single("process_resident_memory_bytes", "gauge", "Resident memory.", resident)
 	}
 }
 
