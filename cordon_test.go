@@ -103,6 +103,15 @@ func TestTableCordon(t *testing.T) {
 	}
 }
 
+// A lookup allocates nothing, be the backend cordoned or not (invariant 1).
+func TestCordonedOwnerAllocatesNothing(t *testing.T) {
+	table, next := cordonedTable(t, "0,2,5", ordinalRange{0, 8}, nil, nil), 0
+	namespaces := manyNamespaces(1001)
+	if n := testing.AllocsPerRun(1000, func() { table.owner(namespaces[next]); next++ }); n != 0 {
+		t.Errorf("%v allocations for a lookup, want none", n)
+	}
+}
+
 // Only what is in force of a list counts in a stamp. Without that, the stamp is the one of
 // a version without cordons.
 func TestCordonStamp(t *testing.T) {

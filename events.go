@@ -19,8 +19,9 @@ const (
 )
 
 // eventRecorder writes Events about the ConfigMaps with overrides, and about the
-// StatefulSet. `kubectl describe` shows them. They are a convenience: at most maxQueuedEvents wait, the recorder tries
-// to write each at most twice, and nothing waits for them.
+// StatefulSet. `kubectl describe` shows them. They are a convenience: at most
+// maxQueuedEvents wait, the recorder tries to write each at most twice, and nothing waits
+// for them.
 type eventRecorder struct {
 	// Static after construction.
 	kube    *kubeClient

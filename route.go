@@ -87,9 +87,9 @@ type table struct {
 	// namespaces; with the same keptHash, for these too.
 	//
 	// contentHash is a hash of the overrides (an ordinal for each namespace, or that it
-	// is kept), of the backends, of the cordon, and of hashVersion. How and where an override is
-	// written does not count, nor its resourceVersion: two contents can have the same one
-	// after a backup is restored. An override counts also if it names the owner that the
+	// is kept), of the backends, of the cordon, and of hashVersion. How and where an
+	// override is written does not count, nor its resourceVersion: two contents can have
+	// the same one after a backup is restored. An override counts also if it names the owner that the
 	// hash gives, since with other backends it would not. keptHash is a hash of the
 	// owners of the kept namespaces.
 	contentHash, keptHash uint64

@@ -367,6 +367,8 @@ func BenchmarkOwner(b *testing.B) {
 				b.Run(name+"hit", func(b *testing.B) { lookUp(b, r, hits) })
 			}
 			b.Run(name+"miss", func(b *testing.B) { lookUp(b, r, misses) })
+			r.setBackends(scaling{ordinalRange: ordinalRange{count: backends}, cordon: cordon{2}})
+			b.Run(name+"miss, one cordoned", func(b *testing.B) { lookUp(b, r, misses) })
 		}
 	}
 }
