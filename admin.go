@@ -2,15 +2,18 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"maps"
 	"net"
 	"net/http"
+	"net/url"
 	"runtime"
 	"slices"
 	"strings"
@@ -27,6 +30,7 @@ type admin struct {
 	logQueue       *logQueue
 	configMaps     *configMaps     // nil without an API server
 	replicaWatcher *replicaWatcher // nil if flags give the number of backends
+	peers          *peers          // nil for none
 	started        time.Time
 
 	lastSummary   atomic.Pointer[tableSummary] // see summary
@@ -63,6 +67,12 @@ const (
 	maxConcurrentBackends = 1
 	maxConcurrentOwners   = 8
 	maxConcurrentDials    = maxAdminDials - maxConcurrentOwners
+
+	// Of requests that ask all routers. None of them waits, while it holds a place of the
+	// kinds above, for another router: so routers that ask each other do not wait for
+	// each other.
+	maxConcurrentAsks     = 8
+	maxConcurrentPlanAsks = 1 // the body of a plan is kept meanwhile
 )
 
 // handler returns the handler of the admin port. Its limits are its own, so a server has
@@ -72,14 +82,18 @@ func (a *admin) handler() http.Handler {
 	mux.HandleFunc("GET /healthz", healthz)
 	mux.HandleFunc("GET /readyz", a.readyz)
 	mux.HandleFunc("GET /metrics", a.metrics)
-	mux.HandleFunc("GET /owner",
-		limitConcurrency(maxConcurrentOwners, maxAdminConns, a.owner))
-	mux.HandleFunc("GET /status", a.status)
+	owner := limitConcurrency(maxConcurrentOwners, maxAdminConns, a.owner)
+	backends := limitConcurrency(maxConcurrentBackends, maxAdminConns, a.backends)
+	plan := limitConcurrency(maxConcurrentPlans, maxWaitingPlans, a.preview)
+	ofAll := func(answer oneToAll, one http.HandlerFunc) http.HandlerFunc {
+		return limitConcurrency(maxConcurrentAsks, maxAdminConns, answer.with(one))
+	}
+	mux.HandleFunc("GET /owner", oneOrAll(owner, ofAll(a.ownerOfAll, owner)))
+	mux.HandleFunc("GET /status", oneOrAll(a.status, ofAll(a.statusOfAll, a.status)))
 	mux.HandleFunc("GET /top", a.top)
-	mux.HandleFunc("GET /backends",
-		limitConcurrency(maxConcurrentBackends, maxAdminConns, a.backends))
-	mux.HandleFunc("POST /plan",
-		limitConcurrency(maxConcurrentPlans, maxWaitingPlans, a.preview))
+	mux.HandleFunc("GET /backends", oneOrAll(backends, ofAll(a.backendsOfAll, backends)))
+	mux.HandleFunc("POST /plan", oneOrAll(plan,
+		limitConcurrency(maxConcurrentPlanAsks, maxWaitingPlans, oneToAll(a.planOfAll).with(plan))))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method != http.MethodPost && r.ContentLength != 0 {
 			w.Header().Set("Connection", "close") // so that net/http does not read the body
@@ -87,8 +101,89 @@ func (a *admin) handler() http.Handler {
 				fmt.Sprintf("%.20s must not have a body", r.Method))
 			return
 		}
+		if a.peers.isOwn(r) {
+			writeError(w, http.StatusLoopDetected, errOwnAnswer.Error())
+			return
+		}
 		mux.ServeHTTP(w, r)
 	})
+}
+
+// oneToAll answers a request for all routers. one answers it for this router.
+type oneToAll func(w http.ResponseWriter, r *http.Request, one http.HandlerFunc)
+
+// with returns the handler that answers for all routers, and one for this one.
+func (f oneToAll) with(one http.HandlerFunc) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) { f(w, r, one) }
+}
+
+// oneOrAll returns a handler that calls all if the query has all=1, else one.
+func oneOrAll(one, all http.HandlerFunc) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		switch value := r.URL.Query().Get("all"); value {
+		case "", "0":
+			one(w, r)
+		case "1":
+			all(w, r)
+		default:
+			w.Header().Set("Connection", "close") // so that net/http does not read the body
+			writeError(w, http.StatusBadRequest,
+				fmt.Sprintf("?all= must be 0 or 1 (got %.20q)", value))
+		}
+	}
+}
+
+// askAll asks the other routers q, and meanwhile this one by calling one with r. It returns
+// this router's reply first. If r itself is wrong, or no router has an answer, it answers
+// r as one did, and ok is false.
+func (a *admin) askAll(
+	w http.ResponseWriter, r *http.Request, one http.HandlerFunc, q question,
+) (replies []reply, ok bool) {
+	var own memoryResponse
+	var asking sync.WaitGroup
+	asking.Go(func() { one(&own, r) })
+	others := a.peers.ask(r.Context(), q)
+	asking.Wait()
+	isWrong := own.status >= 400 && own.status < 500
+	answered := func(other reply) bool { return other.err == nil }
+	if isWrong || own.status != http.StatusOK && !slices.ContainsFunc(others, answered) {
+		own.writeTo(w)
+		return nil, false
+	}
+	first := reply{
+		name: a.proxy.podName, status: own.status, body: own.body.Bytes(),
+		err: answerError(own.status, own.body.Bytes()),
+	}
+	return append([]reply{first}, others...), true
+}
+
+// memoryResponse is an answer that is kept, and not sent. The zero value has none yet.
+type memoryResponse struct {
+	header http.Header
+	status int // 0 before the first Write or WriteHeader
+	body   bytes.Buffer
+}
+
+func (m *memoryResponse) Header() http.Header {
+	if m.header == nil {
+		m.header = http.Header{}
+	}
+	return m.header
+}
+
+// WriteHeader sets the status. Only the first call counts.
+func (m *memoryResponse) WriteHeader(status int) { m.status = cmp.Or(m.status, status) }
+
+func (m *memoryResponse) Write(b []byte) (int, error) {
+	m.WriteHeader(http.StatusOK)
+	return m.body.Write(b)
+}
+
+// writeTo sends the answer.
+func (m *memoryResponse) writeTo(w http.ResponseWriter) {
+	maps.Copy(w.Header(), m.header)
+	w.WriteHeader(cmp.Or(m.status, http.StatusServiceUnavailable))
+	w.Write(m.body.Bytes()) // it fails only if the client is gone
 }
 
 func healthz(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") }
@@ -244,6 +339,26 @@ type ownership struct {
 	Table     string      `json:"table"` // the table's version
 	Stamp     string      `json:"stamp"` // what backends get as X-Router-Table
 	Rejected  []rejection `json:"rejected,omitempty"`
+	Source    string      `json:"source,omitempty"` // of the override that is in force
+	Router    string      `json:"router"`           // that answers; "" for none
+	Sessions  int         `json:"sessions"`         // open, in this router, or with all=1 in all
+
+	// With all=1 only.
+	Agree   *bool          `json:"agree,omitempty"` // all that answered have the same owner
+	Routers []routerOwner  `json:"routers,omitempty"`
+	Silent  []silentRouter `json:"silent,omitzero"`
+}
+
+// routerOwner is the owner of a namespace as one router knows it: see ownership.
+type routerOwner struct {
+	Name     string `json:"name"` // of the router
+	Owner    string `json:"owner,omitempty"`
+	HeldBy   int64  `json:"held_by_step,omitempty"`
+	Previous string `json:"previous,omitempty"`
+	Next     string `json:"next,omitempty"`
+	Why      string `json:"why"`
+	Sessions int    `json:"sessions"`
+	Stamp    string `json:"stamp"`
 }
 
 // owner answers GET /owner: it looks the namespace up as an upgrade would, and dials its
@@ -262,25 +377,66 @@ func (a *admin) owner(w http.ResponseWriter, r *http.Request) {
 	}
 	o, ordinal := newOwnership(t, namespace)
 	ordinal = a.addHandoff(&o, ordinal, namespace)
+	o.Router, o.Sessions = a.proxy.podName, a.proxy.relay.countOf(namespace)
 	if o.Owner != "" {
 		o.PodUID = a.proxy.backends.podUID(ordinal)
+	}
+	if o.Owner != "" && r.URL.Query().Get("dial") != "0" {
 		o.Address, o.Ready, o.Error = a.probe(r.Context(), ordinal)
 	}
 	writeJSON(w, http.StatusOK, o)
 }
 
+// isWhole reports whether o has what each router answers.
+func (o *ownership) isWhole() bool { return o.Router != "" && o.Namespace != "" }
+
+// ownerOfAll answers GET /owner?all=1. The other routers do not dial the owner.
+func (a *admin) ownerOfAll(w http.ResponseWriter, r *http.Request, one http.HandlerFunc) {
+	query := url.Values{"namespace": {r.URL.Query().Get("namespace")}, "dial": {"0"}}
+	replies, ok := a.askAll(w, r, one,
+		question{method: http.MethodGet, path: "/owner?" + query.Encode()})
+	if !ok {
+		return
+	}
+	all, silent := decodeReplies(replies, (*ownership).isWhole)
+	if len(all) == 0 {
+		writeError(w, http.StatusServiceUnavailable, silent[0].Error)
+		return
+	}
+	sum := *all[0]
+	sum.Sessions, sum.Silent = 0, silent
+	agree := true
+	for _, o := range all {
+		sum.Sessions += o.Sessions
+		agree = agree && o.Owner == all[0].Owner
+		sum.Routers = append(sum.Routers, routerOwner{
+			o.Router, o.Owner, o.HeldBy, o.Previous, o.Next, o.Why, o.Sessions, o.Stamp})
+	}
+	sum.Agree = &agree
+	writeJSON(w, http.StatusOK, sum)
+}
+
 // status answers GET /status: what this router knows, whether or not it is ready.
 func (a *admin) status(w http.ResponseWriter, _ *http.Request) {
-	counts := a.proxy.relay.counts()
-	maps.DeleteFunc(counts, func(_ int, n sessionCounts) bool { return n.open == 0 })
-	s := newStatus(a.proxy, a.whyNotReady(), a.summary(), a.backendOrdinals(counts))
+	s := newStatus(a.proxy, a.whyNotReady(), a.summary())
 	used, limit, _ := a.fdLimit.usage()
 	s.addLimit("descriptors", used, limit)
 	s.addStatefulSet(a.replicaWatcher)
 	if a.configMaps != nil {
 		s.addWatches(a.watchers())
 	}
+	s.Top = a.topStatus()
 	writeJSON(w, http.StatusOK, s)
+}
+
+// statusOfAll answers GET /status?all=1.
+func (a *admin) statusOfAll(w http.ResponseWriter, r *http.Request, one http.HandlerFunc) {
+	replies, ok := a.askAll(w, r, one, question{method: http.MethodGet, path: "/status"})
+	if !ok {
+		return
+	}
+	all, silent := decodeReplies(replies, (*status).isWhole)
+	writeJSON(w, http.StatusOK, sumStatus(all, silent)) // this router has answered
 }
 
 // summary returns the summary of the table in force. It makes one only if the table is
@@ -326,6 +482,9 @@ func newOwnership(t *table, namespace string) (o ownership, ordinal int) {
 	case key != namespace:
 		o.Key = key
 	}
+	if source := t.sourceOf(namespace); source != nil {
+		o.Source = source.id.String()
+	}
 	ordinal, ok := t.owner(namespace)
 	if ok {
 		o.Owner = t.name(ordinal)
@@ -353,22 +512,6 @@ func (a *admin) addHandoff(o *ownership, inTable int, namespace string) (ordinal
 		return now.owner
 	}
 	return inTable
-}
-
-// topNamespace is one of the namespaces with the most load in this router.
-type topNamespace struct {
-	Namespace      string  `json:"namespace"`
-	Owner          string  `json:"owner,omitempty"` // as in /owner
-	Sessions       int64   `json:"sessions"`        // open
-	BytesPerSecond float64 `json:"bytes_per_second"`
-}
-
-// topStatus has the namespaces with the most load in this router, topSize at most in each
-// list, largest first. Those with the most bytes all have some.
-type topStatus struct {
-	Seconds    float64        `json:"bytes_over_seconds"` // over which bytes are counted
-	BySessions []topNamespace `json:"by_sessions"`
-	ByBytes    []topNamespace `json:"by_bytes"`
 }
 
 // topStatus looks for the namespaces with the most load, but not more often than each
@@ -456,25 +599,73 @@ func (a *admin) backends(w http.ResponseWriter, r *http.Request) {
 	if t == nil {
 		return
 	}
-	// In this order: a flight may become a session, and after a change none begins.
-	inFlight, changing := map[int]bool{}, a.proxy.mover.status().InProgress
-	a.proxy.mover.flights.each(func(f *flight) { inFlight[f.backend] = true })
-	counts, overrides := a.proxy.relay.counts(), a.summary().overrides
-	maps.DeleteFunc(counts, func(ordinal int, n sessionCounts) bool { return n.open == 0 })
 	all := []backendState{}
-	for _, ordinal := range a.backendOrdinals(counts) {
+	changing := a.proxy.mover.status().InProgress
+	for _, load := range newLoads(a.proxy, a.summary(), changing) {
 		all = append(all, backendState{
-			Name: t.name(ordinal), Ordinal: ordinal,
-			PodUID:         a.proxy.backends.podUID(ordinal),
-			OwnsNamespaces: t.active.has(ordinal), Overrides: overrides[ordinal],
-			Cordoned: slices.Contains(t.cordon, ordinal),
-			Sessions: counts[ordinal].open, SessionsOnOldPod: counts[ordinal].onOldPod,
-			SafeToRemove: !t.isHashedTo(ordinal) && overrides[ordinal] == 0 &&
-				counts[ordinal].open == 0 && !inFlight[ordinal] && !changing,
+			Name: load.Name, Ordinal: load.Ordinal,
+			PodUID:         a.proxy.backends.podUID(load.Ordinal),
+			OwnsNamespaces: load.OwnsNamespaces, Cordoned: load.Cordoned,
+			Overrides: load.Overrides, Sessions: load.Sessions,
+			SessionsOnOldPod: load.SessionsOnOldPod, SafeToRemove: load.SafeToRemove,
 		})
 	}
 	a.probeAll(r.Context(), all)
-	answer := map[string]any{"table": t.version, "stamp": t.stamp, "backends": all}
+	writeJSON(w, http.StatusOK, backendsAnswer{
+		Router: a.proxy.podName, Table: t.version, Stamp: t.stamp, Backends: all})
+}
+
+// backendsAnswer is the answer of /backends.
+type backendsAnswer struct {
+	Router   string         `json:"router"` // that answers
+	Table    string         `json:"table"`  // its version
+	Stamp    string         `json:"stamp"`
+	Backends []backendState `json:"backends"`
+
+	// With all=1 only.
+	Agree   *bool          `json:"agree,omitempty"`   // all that answered have the same table
+	Routers []routerState  `json:"routers,omitempty"` // whose sessions are added up
+	Silent  []silentRouter `json:"silent,omitzero"`
+}
+
+// backendsOfAll answers GET /backends?all=1: as this router does, with the sessions of all.
+// The other routers do not dial the backends.
+func (a *admin) backendsOfAll(w http.ResponseWriter, r *http.Request, one http.HandlerFunc) {
+	var own memoryResponse
+	var asking sync.WaitGroup
+	asking.Go(func() { one(&own, r) })
+	var states memoryResponse
+	replies, _ := a.askAll(&states, r, a.status, question{method: http.MethodGet, path: "/status"})
+	asking.Wait()
+	all, silent := decodeReplies(replies, (*status).isWhole)
+	answer := backendsAnswer{Router: a.proxy.podName}
+	err := answerError(own.status, own.body.Bytes())
+	if err == nil {
+		err = json.Unmarshal(own.body.Bytes(), &answer)
+	}
+	if err != nil {
+		silent = append(silent, silentRouter{a.proxy.podName, err.Error()})
+	}
+	if err != nil && len(all) == 1 { // that of this router
+		own.writeTo(w)
+		return
+	}
+	sum := sumStatus(all, silent)
+	answer.Agree, answer.Routers, answer.Silent = &sum.Agree, sum.Routers, sum.Silent
+	for _, load := range sum.Backends {
+		i := slices.IndexFunc(answer.Backends, func(b backendState) bool {
+			return b.Ordinal == load.Ordinal
+		})
+		if i < 0 { // only others have sessions of it, or give it namespaces
+			i = len(answer.Backends)
+			answer.Backends = append(answer.Backends, backendState{
+				Name: load.Name, Ordinal: load.Ordinal, Ready: load.Ready})
+		}
+		b := &answer.Backends[i]
+		b.OwnsNamespaces, b.Overrides = load.OwnsNamespaces, load.Overrides
+		b.Sessions, b.SessionsOnOldPod = load.Sessions, load.SessionsOnOldPod
+		b.Cordoned, b.SafeToRemove = load.Cordoned, load.SafeToRemove
+	}
 	writeJSON(w, http.StatusOK, answer)
 }
 
@@ -539,13 +730,41 @@ func (a *admin) preview(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	next, err := readPlanRequest(w, r, t)
-	switch tooBig := (&http.MaxBytesError{}); {
-	case errors.As(err, &tooBig):
-		writeError(w, http.StatusRequestEntityTooLarge,
-			fmt.Sprintf("the body has more than %d bytes", tooBig.Limit))
-	case err != nil:
-		writeError(w, http.StatusBadRequest, err.Error())
-	default:
-		writeJSON(w, http.StatusOK, newPreview(a.proxy, t, next))
+	if err != nil {
+		writePlanError(w, err)
+		return
 	}
+	writeJSON(w, http.StatusOK, newPreview(a.proxy, t, next))
+}
+
+// planOfAll answers POST /plan?all=1.
+func (a *admin) planOfAll(w http.ResponseWriter, r *http.Request, one http.HandlerFunc) {
+	body, err := readPlanBody(w, r)
+	if err != nil {
+		writePlanError(w, err)
+		return
+	}
+	r = r.Clone(r.Context())
+	r.Body, r.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
+	replies, ok := a.askAll(w, r, one,
+		question{method: http.MethodPost, path: "/plan", body: body})
+	if !ok {
+		return
+	}
+	all, silent := decodeReplies(replies, (*preview).isWhole)
+	if len(all) == 0 {
+		writeError(w, http.StatusServiceUnavailable, silent[0].Error)
+		return
+	}
+	writeJSON(w, http.StatusOK, sumPreviews(all, silent, a.proxy.mover.sharesRate()))
+}
+
+// writePlanError answers a request for a plan with what is wrong in it.
+func writePlanError(w http.ResponseWriter, err error) {
+	status, text := http.StatusBadRequest, err.Error()
+	if tooBig, ok := errors.AsType[*http.MaxBytesError](err); ok {
+		status = http.StatusRequestEntityTooLarge
+		text = fmt.Sprintf("the body has more than %d bytes", tooBig.Limit)
+	}
+	writeError(w, status, text)
 }

@@ -42,6 +42,7 @@ type config struct {
 	httpMoveTime           time.Duration
 	moveRate               int // sessions per second, 0: no limit
 	moveSettle             time.Duration
+	peers                  peerList      // admin ports of the other routers; nil for none
 	handoff                string        // "all", "single" or "off"
 	handoffConfigMap       string        // for "all"
 	podUID, routerPods     string        // for "all"; routerPods is a label selector
@@ -101,6 +102,10 @@ func (c *config) flags() *flag.FlagSet {
 		"`address` for clients: host:port, or unix:/path of a socket")
 	f.StringVar(&c.admin, "admin", ":8001",
 		"`address` for /healthz, /readyz, /metrics, /owner, /status, /top, /backends and /plan")
+	f.Var(&c.peers, "peers",
+		"`list` of the admin ports of the other routers, host:port,host:port,..., which answers\n"+
+			"for all routers include (default those of the pods that -router-pods selects, with\n"+
+			"-handoff all; else none)")
 	f.DurationVar(&c.tcpUserTimeout, "tcp-user-timeout", time.Minute,
 		"how long a client or backend may not answer TCP before its session ends, in\n"+
 			"whole seconds, 0 is the limit of the system")

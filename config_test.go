@@ -108,6 +108,8 @@ var badUsage = map[string]struct {
 	"delay negative":       {args: "-replicas 1 -drain-delay -1s", want: "-drain-delay must not be negative (got -1s)"},
 	"delay no time":        {args: "-drain-delay 5", want: `invalid value "5" for flag -drain-delay: parse error`},
 	"proxy protocol":       {args: "-replicas 1 -proxy-protocol v2 ", want: `-proxy-protocol must be on or off (got "v2")`},
+	"peer without port":    {args: "-peers h:1,h", want: `invalid value "h:1,h" for flag -peers: "h" is not host:port`},
+	"peer without host":    {args: "-peers :8001", want: `invalid value ":8001" for flag -peers: ":8001" is not host:port`},
 	"proxies none":         {args: "-replicas 1 -proxy-protocol on", want: "-proxy-protocol on requires -trusted-proxies"},
 	"proxies no address":   {args: "-trusted-proxies 10.0.0.0/33", want: `invalid value "10.0.0.0/33" for flag -trusted-proxies: "10.0.0.0/33" is no address, no CIDR and not unix`},
 	"proxies empty":        {args: "-trusted-proxies 10.0.0.0/8,,", want: `invalid value "10.0.0.0/8,," for flag -trusted-proxies: "" is no address, no CIDR and not unix`},
@@ -186,7 +188,7 @@ func TestFlagBeatsEnvironment(t *testing.T) {
 		"hold": {"1s", "2s"}, "handshake-timeout": {"3s", "4s"}, "header-timeout": {"5s", "6s"},
 		"max-header-bytes": {"2000", "3000"}, "max-header-fields": {"200", "300"}, "max-sessions": {"1", "2"}, "max-pending-upgrades": {"3", "4"},
 		"tcp-user-timeout": {"5s", "6s"}, "idle-timeout": {"7s", "8s"}, "move-rate": {"5", "6"}, "move-settle": {"9s", "10s"}, "handoff": {"off", "single"}, "handoff-configmap": {"a", "b"}, "pod-uid": {"u1", "u2"}, "router-pods": {"a=b", "c=d"}, "handoff-unproven": {"11s", "12s"}, "http": {"on", "off"}, "http-move-timeout": {"13s", "14s"}, "drain-delay": {"1s", "2s"}, "drain-duration": {"3s", "4s"},
-		"proxy-protocol": {"off", "on"}, "trusted-proxies": {"unix,10.0.0.0/8", "unix"},
+		"proxy-protocol": {"off", "on"}, "trusted-proxies": {"unix,10.0.0.0/8", "unix"}, "peers": {"10.0.0.1:8001,h:8001", "10.0.0.2:8001"},
 		"release": {"/a", "/b"}, "release-memory": {"5s", "6s"},
 		"log-format": {"json", "text"}, "log-level": {"DEBUG", "WARN"},
 	}

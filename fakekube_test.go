@@ -489,6 +489,8 @@ type fakePod struct {
 	unplaced  bool   // no node was chosen for it
 	phase     string // "Running" if ""
 	ended     bool   // its container has terminated
+	ip        string // "" if it has none yet
+	deleting  bool
 }
 
 // setPod makes or changes the pod.
@@ -500,12 +502,15 @@ func (f *fakeKube) setPod(p fakePod) {
 	if p.unplaced {
 		state, node = `{"waiting":{}}`, ""
 	}
+	meta := `,"labels":{"app.kubernetes.io/name":"router","router-handoff":"all"}`
+	if p.deleting {
+		meta += `,"deletionTimestamp":"2026-11-28T20:00:00Z"`
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.put("pods", "MODIFIED", fakeObject{kind: "Pod", name: p.name, uid: p.uid, version: f.nextVersion(),
-		meta: `,"labels":{"app.kubernetes.io/name":"router","router-handoff":"all"}`,
-		rest: fmt.Sprintf(`"spec":{"nodeName":%q},"status":{"phase":%q,"containerStatuses":[{"name":"router","state":%s}]}`,
-			node, cmp.Or(p.phase, "Running"), state)})
+	f.put("pods", "MODIFIED", fakeObject{kind: "Pod", name: p.name, uid: p.uid, version: f.nextVersion(), meta: meta,
+		rest: fmt.Sprintf(`"spec":{"nodeName":%q},"status":{"phase":%q,"podIP":%q,"containerStatuses":[{"name":"router","state":%s}]}`,
+			node, cmp.Or(p.phase, "Running"), p.ip, state)})
 }
 
 // kubeFault is what happens to a request. The zero fault is none.

@@ -311,6 +311,8 @@ type apiObject struct {
 		ResourceVersion string `json:"resourceVersion"`
 		Generation      int64  `json:"generation"` // of the spec, from 1; 0 without a spec
 		Continue        string `json:"continue"`   // of a list: "" if the list is whole
+
+		DeletionTimestamp string `json:"deletionTimestamp"` // "" if it is not being deleted
 	} `json:"metadata"`
 }
 

@@ -93,7 +93,8 @@ const (
 	processDescriptors  = 44 // the log, the listeners, Go's poller, the API server
 	maxAdminConns       = 96 // connections to the admin port
 	maxAdminDials       = 24 // connections to backends that answers of the admin port make
-	reservedDescriptors = processDescriptors + maxAdminConns + maxAdminDials
+	maxPeerConns        = 16 // connections to the admin ports of other routers
+	reservedDescriptors = processDescriptors + maxAdminConns + maxAdminDials + maxPeerConns
 )
 
 // descriptorsPerBackend is how many descriptors each backend needs beside its sessions:

@@ -156,8 +156,8 @@
 // Locks on one line are never held together. Nothing waits for the network with a
 // lock held.
 //
-// Read main, command and config (what starts), admin, plan and status (what operators
-// ask), fastpath, proxy, forward, layout, handshake, listen, upgrade and proxyprotocol
+// Read main, command and config (what starts), admin, plan, status and peers (what
+// operators ask), fastpath, proxy, forward, layout, handshake, listen, upgrade and proxyprotocol
 // (from client to session), configmap, directory, events, drain, move, movetally,
 // movetarget, movequeue, pace, membership, member, handoffobject, handoff, flight and
 // release (what a change of overrides does), route, overrides, namespace and hash (who
@@ -285,6 +285,7 @@ func newProgram(c *config, getenv func(string) string, queue *logQueue,
 	proxy = newProxy(c, backends, fdLimit, log)
 	p := &program{config: c, fdLimit: fdLimit, proxy: proxy, log: log}
 	p.admin = &admin{proxy: proxy, fdLimit: fdLimit, logQueue: queue, started: time.Now()}
+	p.admin.peers = newPeers(fixedPeers(c.peers))
 	if c.handoff == "all" {
 		p.shareHandoff(kubeClient, kubeNamespace)
 	}
@@ -359,6 +360,10 @@ func (p *program) shareHandoff(kubeClient *kubeClient, kubeNamespace string) {
 	s := newMembership(*kubeClient, kubeNamespace, c.handoffConfigMap,
 		c.podName, c.podUID, c.routerPods, p.log)
 	p.proxy.mover.useMembership(s)
+	if c.peers == nil {
+		pods := newPeerPods(*kubeClient, kubeNamespace, c.routerPods, c.podName, c.admin)
+		p.admin.peers = newPeers(pods.find)
+	}
 	p.tasks = append(p.tasks, s.watcher.run)
 }
 

@@ -416,6 +416,7 @@ type podObject struct {
 	} `json:"spec"`
 	Status struct {
 		Phase             string `json:"phase"`
+		PodIP             string `json:"podIP"`
 		ContainerStatuses []struct {
 			State struct {
 				Terminated *struct{} `json:"terminated"`
@@ -428,12 +429,26 @@ type podObject struct {
 // kubelet has written that all its containers have: the phase alone is also written by
 // others.
 func (p *podObject) routerPod() routerPod {
-	phase, containers := p.Status.Phase, p.Status.ContainerStatuses
-	ended := (phase == "Failed" || phase == "Succeeded") && len(containers) > 0
-	for i := range containers {
-		ended = ended && containers[i].State.Terminated != nil
-	}
+	phase := p.Status.Phase
+	ended := (phase == "Failed" || phase == "Succeeded") && p.containersEnded()
 	return routerPod{uid: p.Metadata.UID, scheduled: p.Spec.NodeName != "", ended: ended}
+}
+
+// containersEnded reports whether all containers have terminated, but for sidecars.
+func (p *podObject) containersEnded() bool {
+	for i := range p.Status.ContainerStatuses {
+		if p.Status.ContainerStatuses[i].State.Terminated == nil {
+			return false
+		}
+	}
+	return len(p.Status.ContainerStatuses) > 0
+}
+
+// routerEnded reports whether no router runs in the pod, and none will.
+func (p *podObject) routerEnded() bool {
+	phase := p.Status.Phase
+	return phase == "Failed" || phase == "Succeeded" ||
+		p.Metadata.DeletionTimestamp != "" && p.containersEnded()
 }
 
 // askPods asks the API server about routers that have not answered for blockedTime: is

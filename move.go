@@ -645,6 +645,9 @@ func (m *mover) useMembership(s *membership) {
 	s.wake = m.wake.notify
 }
 
+// sharesRate reports whether all routers together have the rate of moves.
+func (m *mover) sharesRate() bool { return m.shared != nil }
+
 // leave makes this router leave the hand-off once its last session is over, and waits for
 // that until ctx ends. If it does not leave, the others wait until its pod is gone. The
 // router must admit nobody any more. run has to go on meanwhile.

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"slices"
 	"strings"
@@ -28,25 +29,38 @@ type planRequest struct {
 	Cordon   *cordon `json:"cordon"`
 }
 
-// preview is the answer of POST /plan: which sessions of this router a change would move. It
-// leaves out namespaces without sessions.
+// preview is the answer of POST /plan: which sessions of this router, or with all=1 of all
+// routers, a change would move, and which namespaces it would leave without an owner.
 type preview struct {
-	Table      string        `json:"table"`      // version of the table in force
+	Router     string        `json:"router"` // that answers
+	Table      string        `json:"table"`  // version of the table in force
+	Stamp      string        `json:"stamp"`
 	Backends   int           `json:"backends"`   // after the change
 	Sessions   int           `json:"sessions"`   // that would move
 	Namespaces int           `json:"namespaces"` // of these sessions
 	Seconds    float64       `json:"seconds"`    // that the moves would take at least
 	Moves      []previewMove `json:"moves"`
-	Rejected   int           `json:"rejected"`             // entries that would be rejected
-	Rejections []string      `json:"rejections,omitempty"` // the first maxExamples
+	// Unowned is how many namespaces would have no owner: clients that come get 503. Their
+	// sessions stay until their backend ends them, and are not in Sessions.
+	Unowned         int      `json:"unowned"`
+	UnownedSessions int      `json:"unowned_sessions"`
+	Rejected        int      `json:"rejected"`             // entries that would be rejected
+	Rejections      []string `json:"rejections,omitempty"` // the first maxExamples
+
+	// With all=1 only.
+	Agree   *bool          `json:"agree,omitempty"`   // all that answered have the same table
+	Routers []string       `json:"routers,omitempty"` // whose sessions are added up
+	Silent  []silentRouter `json:"silent,omitzero"`
 }
 
 // previewMove has the sessions of one namespace that would move from one backend to
-// another. A namespace that is moving already may have two.
+// another, or lose their owner. A namespace that is moving already may have two. Without
+// sessions there is one only for a namespace that would have no owner, and only for the
+// first maxExamples of these.
 type previewMove struct {
 	Namespace string `json:"namespace"`
-	From      string `json:"from"`
-	To        string `json:"to"`
+	From      string `json:"from"` // "" if it has no owner now
+	To        string `json:"to"`   // "" if it would have no owner
 	Sessions  int    `json:"sessions"`
 }
 
@@ -114,33 +128,34 @@ func sourceNames(sources []sourceContent) string {
 	return strings.Join(all, ", ")
 }
 
-// newPreview returns which sessions of p would move if next followed current.
+// newPreview returns what would become of the sessions of p if next followed current.
 func newPreview(p *proxy, current, next *table) *preview {
 	answer := &preview{
-		Table: current.version, Backends: next.active.count, Moves: []previewMove{}}
-	moving := p.relay.filter(func(s *session) bool {
-		owner, ok := next.owner(s.namespace)
-		return ok && owner != s.backend
-	})
-	answer.Sessions = len(moving)
-	slices.SortFunc(moving, func(a, b *session) int {
-		return cmp.Or(
-			cmp.Compare(a.namespace, b.namespace), cmp.Compare(a.backend, b.backend))
-	})
-	for i, s := range moving {
-		if i > 0 && s.namespace == moving[i-1].namespace && s.backend == moving[i-1].backend {
-			answer.Moves[len(answer.Moves)-1].Sessions++
-			continue
-		}
-		if i == 0 || s.namespace != moving[i-1].namespace {
-			answer.Namespaces++
-		}
-		owner, _ := next.owner(s.namespace)
-		answer.Moves = append(answer.Moves, previewMove{
-			Namespace: s.namespace, From: next.name(s.backend), To: next.name(owner),
-			Sessions: 1})
+		Router: p.podName, Table: current.version, Stamp: current.stamp,
+		Backends: next.active.count,
 	}
-	answer.Seconds = float64(answer.Sessions) * p.mover.moveInterval.Seconds()
+	moves, paced := map[previewMove]int{}, 0
+	open, _ := p.relay.snapshot()
+	for _, s := range open {
+		owner, ok := next.owner(s.namespace)
+		move := previewMove{Namespace: s.namespace, From: next.name(s.backend)}
+		switch {
+		case ok && owner == s.backend:
+			continue
+		case !ok:
+			answer.UnownedSessions++
+		default:
+			move.To = next.name(owner)
+			answer.Sessions++
+			if !current.active.has(s.backend) || next.active.has(s.backend) {
+				paced++ // others move at once: their backend is scaled in
+			}
+		}
+		moves[move]++
+	}
+	answer.Seconds = float64(paced) * p.mover.moveInterval.Seconds()
+	answer.addMoves(moves)
+	answer.addUnowned(current, next)
 	for i := range next.sources {
 		for bad := range next.rejections(i) {
 			if answer.Rejected++; answer.Rejected <= maxExamples {
@@ -151,9 +166,100 @@ func newPreview(p *proxy, current, next *table) *preview {
 	return answer
 }
 
-// readPlanRequest reads the planRequest in r's body, and returns the table that would follow
-// current. A body above maxPlanBody is an *http.MaxBytesError.
-func readPlanRequest(w http.ResponseWriter, r *http.Request, current *table) (*table, error) {
+// addMoves sets Moves and Namespaces. moves has the sessions of each move, which has
+// none itself.
+func (p *preview) addMoves(moves map[previewMove]int) {
+	p.Moves, p.Namespaces = []previewMove{}, 0
+	for move, sessions := range moves {
+		move.Sessions = sessions
+		p.Moves = append(p.Moves, move)
+	}
+	p.sortMoves()
+	last := ""
+	for _, move := range p.Moves {
+		if move.To != "" && (p.Namespaces == 0 || move.Namespace != last) {
+			p.Namespaces, last = p.Namespaces+1, move.Namespace
+		}
+	}
+}
+
+// sortMoves sorts Moves by namespace.
+func (p *preview) sortMoves() {
+	slices.SortFunc(p.Moves, func(a, b previewMove) int {
+		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace),
+			cmp.Compare(a.From, b.From), cmp.Compare(a.To, b.To))
+	})
+}
+
+// addUnowned counts the namespaces without an owner in next. It adds the first of those
+// that have no session to Moves.
+func (p *preview) addUnowned(current, next *table) {
+	withSessions := map[string]bool{}
+	for _, move := range p.Moves {
+		withSessions[move.Namespace] = withSessions[move.Namespace] || move.To == ""
+	}
+	var others []string // the first maxExamples
+	for namespace := range next.unowned() {
+		p.Unowned++
+		if withSessions[namespace] {
+			continue
+		}
+		if i, _ := slices.BinarySearch(others, namespace); i < maxExamples {
+			others = slices.Insert(others, i, namespace)
+			others = others[:min(len(others), maxExamples)]
+		}
+	}
+	for _, namespace := range others {
+		move := previewMove{Namespace: namespace}
+		if owner, ok := current.owner(namespace); ok {
+			move.From = current.name(owner)
+		}
+		p.Moves = append(p.Moves, move)
+	}
+	p.sortMoves()
+}
+
+// isWhole reports whether p has what each router answers.
+func (p *preview) isWhole() bool { return p.Router != "" && p.Stamp != "" }
+
+// sumPreviews returns the plan for all routers: all are those of one each, at least one.
+// sharedRate says that the rate of moves is that of all together.
+func sumPreviews(all []*preview, silent []silentRouter, sharedRate bool) *preview {
+	sum := *all[0]
+	sum.Silent = silent
+	agree := true
+	sum.Sessions, sum.Seconds, sum.UnownedSessions = 0, 0, 0
+	moves, lost := map[previewMove]int{}, map[string]bool{}
+	for _, p := range all {
+		sum.Routers = append(sum.Routers, p.Router)
+		agree = agree && p.Stamp == all[0].Stamp
+		sum.Sessions += p.Sessions
+		sum.UnownedSessions += p.UnownedSessions
+		sum.Unowned = max(sum.Unowned, p.Unowned)
+		sum.Rejected = max(sum.Rejected, p.Rejected)
+		if sharedRate {
+			sum.Seconds += p.Seconds
+		} else {
+			sum.Seconds = max(sum.Seconds, p.Seconds)
+		}
+		for _, move := range p.Moves {
+			sessions := move.Sessions
+			move.Sessions = 0
+			moves[move] += sessions
+			lost[move.Namespace] = lost[move.Namespace] || move.To == "" && sessions > 0
+		}
+	}
+	maps.DeleteFunc(moves, func(move previewMove, sessions int) bool {
+		return sessions == 0 && lost[move.Namespace] // another router has sessions of it
+	})
+	slices.Sort(sum.Routers)
+	sum.Agree = &agree
+	sum.addMoves(moves)
+	return &sum
+}
+
+// readPlanBody reads the body of a plan. One above maxPlanBody is an *http.MaxBytesError.
+func readPlanBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	if r.ContentLength > maxPlanBody {
 		w.Header().Set("Connection", "close") // so that net/http does not read the body
 		return nil, &http.MaxBytesError{Limit: maxPlanBody}
@@ -163,14 +269,28 @@ func readPlanRequest(w http.ResponseWriter, r *http.Request, current *table) (*t
 		size = maxPlanBody
 	}
 	body := bytes.NewBuffer(make([]byte, 0, size+bytes.MinRead)) // it never grows
-	var p planRequest
 	_, err := body.ReadFrom(http.MaxBytesReader(w, r.Body, maxPlanBody))
+	return body.Bytes(), planBodyError(err)
+}
+
+// planBodyError returns err, if it is not nil, with what the body of a plan must be.
+func planBodyError(err error) error {
 	if err == nil {
-		err = json.Unmarshal(body.Bytes(), &p)
+		return nil
 	}
+	return fmt.Errorf("the body must be a ConfigMap in JSON or {\"replicas\": number}: %w", err)
+}
+
+// readPlanRequest reads the planRequest in r's body, and returns the table that would follow
+// current.
+func readPlanRequest(w http.ResponseWriter, r *http.Request, current *table) (*table, error) {
+	body, err := readPlanBody(w, r)
 	if err != nil {
-		return nil, fmt.Errorf(
-			"the body must be a ConfigMap in JSON or {\"replicas\": number}: %w", err)
+		return nil, err
+	}
+	var p planRequest
+	if err := planBodyError(json.Unmarshal(body, &p)); err != nil {
+		return nil, err
 	}
 	return p.table(current)
 }

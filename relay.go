@@ -462,6 +462,17 @@ func (r *relay) size() int {
 	return len(r.sessions)
 }
 
+// countOf returns the number of open sessions of the namespace.
+func (r *relay) countOf(namespace string) (count int) {
+	open, _ := r.snapshot()
+	for _, s := range open {
+		if s.namespace == namespace {
+			count++
+		}
+	}
+	return count
+}
+
 // counts returns the counts of all backends that ever had a session, by ordinal.
 func (r *relay) counts() map[int]sessionCounts {
 	r.mu.Lock()

@@ -391,6 +391,29 @@ func (t *table) explain(namespace string) string {
 	return whyConflict
 }
 
+// sourceOf returns the source whose override gives the namespace its owner, nil for none.
+func (t *table) sourceOf(namespace string) *sourceContent {
+	s := findSlot(&t.index, namespace, upper32(hash64(namespace)))
+	if s.set == 0 || t.isKept(s) {
+		return nil
+	}
+	return &t.sources[s.set-1]
+}
+
+// unowned returns the namespaces that have no owner because their overrides are not valid,
+// or disagree.
+func (t *table) unowned() iter.Seq[string] {
+	return func(yield func(string) bool) {
+		for set := len(t.sources); set < len(t.index.sets); set++ {
+			for r := range t.index.sets[set].all() {
+				if t.valueOrdinals[set][r.valueIndex] == unresolved && !yield(string(r.namespace)) {
+					return
+				}
+			}
+		}
+	}
+}
+
 // rejection describes an override that is not in force as written, and the owner that
 // its namespace has instead.
 type rejection struct {

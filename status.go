@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"maps"
 	"slices"
 	"time"
@@ -16,6 +17,7 @@ type status struct {
 	Sources     []sourceState      `json:"sources"`               // of overrides
 	Backends    []backendLoad      `json:"backends"`              // by ordinal
 	Handoff     handoffStatus      `json:"handoff"`
+	Top         topStatus          `json:"top"`
 	Receipts    []moveReceipt      `json:"receipts"`   // of the last changes, newest first
 	Rejected    int                `json:"rejected"`   // overrides that are not in force
 	Conflicts   int                `json:"conflicts"`  // namespaces whose overrides disagree
@@ -33,12 +35,6 @@ type routerState struct {
 	Table    string   `json:"table"`             // its version; "" without a table
 	Stamp    string   `json:"stamp"`
 	Sessions int      `json:"sessions"`
-}
-
-// silentRouter is a router that did not answer, or not as a router does.
-type silentRouter struct {
-	Name  string `json:"name"` // of its pod, or its address
-	Error string `json:"error"`
 }
 
 // setState is the StatefulSet of the backends.
@@ -72,6 +68,25 @@ type backendLoad struct {
 	SessionsOnOldPod int    `json:"sessions_on_old_pod,omitempty"` // of these, with an earlier pod
 	MovingIn         int    `json:"moving_in"`                     // sessions that get it as owner
 	MovingOut        int    `json:"moving_out"`                    // of its sessions, to others
+	// SafeToRemove says that nothing is left that needs the backend, as far as all routers
+	// know: see backendState.
+	SafeToRemove bool `json:"safe_to_remove"`
+}
+
+// topNamespace is one of the namespaces with the most load in this router.
+type topNamespace struct {
+	Namespace      string  `json:"namespace"`
+	Owner          string  `json:"owner,omitempty"` // as in /owner
+	Sessions       int64   `json:"sessions"`        // open
+	BytesPerSecond float64 `json:"bytes_per_second"`
+}
+
+// topStatus has the namespaces with the most load in this router, topSize at most in each
+// list, largest first. Those with the most bytes all have some.
+type topStatus struct {
+	Seconds    float64        `json:"bytes_over_seconds"` // over which bytes are counted
+	BySessions []topNamespace `json:"by_sessions"`
+	ByBytes    []topNamespace `json:"by_bytes"`
 }
 
 // rejectedOverride is a rejected override in a status.
@@ -100,8 +115,8 @@ type limitState struct {
 
 // newStatus returns the status of this router, without Watches, and without what only the
 // hand-off's mover knows of the pace. why says why the router is not ready.
-func newStatus(p *proxy, why []string, summary *tableSummary, backends []int) *status {
-	t, router := p.router.table(), routerState{
+func newStatus(p *proxy, why []string, summary *tableSummary) *status {
+	t, router := summary.table, routerState{
 		Name: p.podName, Ready: len(why) == 0, WhyNot: why, Version: version(),
 		Sessions: p.relay.size(),
 	}
@@ -122,7 +137,7 @@ func newStatus(p *proxy, why []string, summary *tableSummary, backends []int) *s
 	for _, m := range p.mover.finishedMoves() {
 		s.Receipts = append(s.Receipts, newReceipt(m))
 	}
-	s.Backends = newLoads(p, summary, backends, s.Handoff.InProgress)
+	s.Backends = newLoads(p, summary, s.Handoff.InProgress)
 	s.addLimits(p)
 	return s
 }
@@ -169,23 +184,35 @@ func (s *status) addStatefulSet(r *replicaWatcher) {
 	}
 }
 
-// newLoads returns the backends with these ordinals.
-func newLoads(p *proxy, summary *tableSummary, backends []int, moving bool) []backendLoad {
-	t, counts := p.router.table(), p.relay.counts()
+// newLoads returns the backends that own namespaces, and those that still have sessions.
+// changing says that a change of owners was under way just before.
+func newLoads(p *proxy, summary *tableSummary, changing bool) []backendLoad {
+	// In this order: a flight may become a session, and after a change none begins.
+	inFlight := map[int]bool{}
+	p.mover.flights.each(func(f *flight) { inFlight[f.backend] = true })
+	t, counts := summary.table, p.relay.counts()
+	maps.DeleteFunc(counts, func(_ int, n sessionCounts) bool { return n.open == 0 })
+	ordinals := slices.Collect(maps.Keys(counts))
+	for i := 0; t != nil && i < t.active.count; i++ {
+		ordinals = append(ordinals, t.active.first+i)
+	}
+	slices.Sort(ordinals)
 	in, out := map[int]int{}, map[int]int{}
-	if t != nil && moving {
+	if t != nil && changing {
 		in, out = movingSessions(p.relay, t)
 	}
 	loads := []backendLoad{}
-	for _, ordinal := range backends {
+	for _, ordinal := range slices.Compact(ordinals) {
+		n, overrides := counts[ordinal], summary.overrides[ordinal]
 		loads = append(loads, backendLoad{
 			Name: p.relay.backendName(ordinal), Ordinal: ordinal,
 			Ready:          p.backends.queues.seemsReady(ordinal),
 			OwnsNamespaces: t != nil && t.active.has(ordinal),
 			Cordoned:       t != nil && slices.Contains(t.cordon, ordinal),
-			Overrides:      summary.overrides[ordinal],
-			Sessions:       counts[ordinal].open, SessionsOnOldPod: counts[ordinal].onOldPod,
+			Overrides:      overrides, Sessions: n.open, SessionsOnOldPod: n.onOldPod,
 			MovingIn: in[ordinal], MovingOut: out[ordinal],
+			SafeToRemove: t != nil && !t.isHashedTo(ordinal) && overrides == 0 &&
+				n.open == 0 && !inFlight[ordinal] && !changing,
 		})
 	}
 	return loads
@@ -445,4 +472,207 @@ func (m *mover) writeMetrics(w metricsWriter) {
 	if m.shared != nil {
 		m.shared.writeMetrics(w)
 	}
+}
+
+// isWhole reports whether s has what each router answers.
+func (s *status) isWhole() bool { return len(s.Routers) == 1 && s.Routers[0].Name != "" }
+
+// sumStatus returns the status of all routers: all are those of one router each, at least
+// one, the first of which is not changed. All of them know the same objects and backends,
+// unless they do not agree; so what comes from a table counts once, and what comes from
+// sessions adds up.
+func sumStatus(all []*status, silent []silentRouter) *status {
+	sum := *all[0]
+	sum.Silent, sum.Backends = silent, slices.Clone(sum.Backends)
+	for _, s := range all[1:] {
+		sum.Agree = sum.Agree && s.Routers[0].Stamp == all[0].Routers[0].Stamp
+		sum.Routers = append(slices.Clip(sum.Routers), s.Routers...)
+		sum.Watches = append(slices.Clip(sum.Watches), s.Watches...)
+		sum.Limits = append(slices.Clip(sum.Limits), s.Limits...)
+		sum.StatefulSet = cmp.Or(sum.StatefulSet, s.StatefulSet)
+		sum.Rejected = max(sum.Rejected, s.Rejected)
+		sum.Conflicts = max(sum.Conflicts, s.Conflicts)
+		if len(sum.Sources) == 0 {
+			sum.Sources = s.Sources
+		}
+		if len(sum.Rejections) == 0 {
+			sum.Rejections = s.Rejections
+		}
+		sum.Backends = addLoads(sum.Backends, s.Backends)
+		sum.Handoff.add(&s.Handoff)
+		sum.Receipts = addReceipts(sum.Receipts, s.Receipts)
+		sum.Top.add(&s.Top)
+	}
+	for i := range sum.Backends {
+		sum.Backends[i].SafeToRemove = sum.Backends[i].SafeToRemove && len(silent) == 0
+	}
+	slices.SortStableFunc(sum.Routers, func(a, b routerState) int {
+		return cmp.Compare(a.Name, b.Name)
+	})
+	slices.SortStableFunc(sum.Receipts, func(a, b moveReceipt) int {
+		return b.Began.Compare(a.Began)
+	})
+	sum.Receipts = sum.Receipts[:min(len(sum.Receipts), maxReceipts)]
+	return &sum
+}
+
+// add adds the namespaces with the most load in another router. One that is in the list of
+// only one router counts with what it has there.
+func (t *topStatus) add(other *topStatus) {
+	t.Seconds = max(t.Seconds, other.Seconds)
+	t.BySessions = addTop(t.BySessions, other.BySessions, func(a, b topNamespace) int {
+		return cmp.Compare(b.Sessions, a.Sessions)
+	})
+	t.ByBytes = addTop(t.ByBytes, other.ByBytes, func(a, b topNamespace) int {
+		return cmp.Compare(b.BytesPerSecond, a.BytesPerSecond)
+	})
+}
+
+// addTop returns the first topSize of both lists, added up by namespace, in this order.
+func addTop(a, b []topNamespace, order func(a, b topNamespace) int) []topNamespace {
+	sum := slices.Clone(a)
+	for _, n := range b {
+		i := slices.IndexFunc(sum, func(s topNamespace) bool { return s.Namespace == n.Namespace })
+		if i < 0 {
+			sum = append(sum, n)
+			continue
+		}
+		sum[i].Sessions += n.Sessions
+		sum[i].BytesPerSecond += n.BytesPerSecond
+	}
+	slices.SortStableFunc(sum, order)
+	return sum[:min(len(sum), topSize)]
+}
+
+// addLoads returns the loads of both lists, added up by ordinal, in its order.
+func addLoads(a, b []backendLoad) []backendLoad {
+	sum := slices.Clone(a)
+	for _, load := range b {
+		i := slices.IndexFunc(sum, func(l backendLoad) bool { return l.Ordinal == load.Ordinal })
+		if i < 0 {
+			sum = append(sum, load)
+			continue
+		}
+		l := &sum[i]
+		l.Ready = l.Ready && load.Ready
+		l.OwnsNamespaces = l.OwnsNamespaces || load.OwnsNamespaces
+		l.Cordoned = l.Cordoned || load.Cordoned
+		l.SafeToRemove = l.SafeToRemove && load.SafeToRemove
+		l.Overrides = max(l.Overrides, load.Overrides)
+		l.Sessions += load.Sessions
+		l.SessionsOnOldPod += load.SessionsOnOldPod
+		l.MovingIn += load.MovingIn
+		l.MovingOut += load.MovingOut
+	}
+	slices.SortFunc(sum, func(a, b backendLoad) int { return cmp.Compare(a.Ordinal, b.Ordinal) })
+	return sum
+}
+
+// add adds what another router says of its hand-off. A change is under way while it is on
+// any router, and as far as on the one that is behind.
+func (s *handoffStatus) add(other *handoffStatus) {
+	for _, member := range other.Members {
+		if !slices.Contains(s.Members, member) {
+			s.Members = append(slices.Clip(s.Members), member)
+		}
+	}
+	if s.Why == "" {
+		s.Why = other.Why
+	}
+	s.Step = max(s.Step, other.Step)
+	s.InProgress = s.InProgress || other.InProgress
+	s.Done = min(s.Done, other.Done)
+	s.ToMove += other.ToMove
+	s.Unproven += other.Unproven
+	s.WaitingFor = addWaits(s.WaitingFor, other.WaitingFor)
+	switch {
+	case s.Mode == "all": // they share the rate
+		s.SecondsLeft += other.SecondsLeft
+	default:
+		s.Rate += other.Rate
+		s.SecondsLeft = max(s.SecondsLeft, other.SecondsLeft)
+	}
+	switch {
+	case other.Moving == nil:
+	case s.Moving == nil:
+		s.Moving = other.Moving
+	default:
+		moving := s.Moving.sum(other.Moving)
+		s.Moving = &moving
+	}
+}
+
+// addWaits returns the waits of both lists, added up for each backend and router.
+func addWaits(a, b []stepWait) []stepWait {
+	sum := slices.Clone(a)
+	for _, wait := range b {
+		i := slices.IndexFunc(sum, func(w stepWait) bool {
+			return w.Backend == wait.Backend && w.Router == wait.Router
+		})
+		if i < 0 {
+			sum = append(sum, wait)
+			continue
+		}
+		w := &sum[i]
+		w.Sessions += wait.Sessions
+		w.Upgrades += wait.Upgrades
+		w.Requests += wait.Requests
+		w.Releases += wait.Releases
+		w.Error = cmp.Or(w.Error, wait.Error)
+		w.Seconds = max(w.Seconds, wait.Seconds)
+	}
+	return sum
+}
+
+// sameMoveTime is how far apart routers may begin and end the same move: their clocks
+// differ, and so do their shares of it.
+const sameMoveTime = 5 * time.Second
+
+// isSameMove reports whether r and other are receipts of two routers of the same change.
+func (r *moveReceipt) isSameMove(other *moveReceipt) bool {
+	first, second := r, other
+	if second.Began.Before(first.Began) {
+		first, second = second, first
+	}
+	ended := first.Began.Add(time.Duration(first.Seconds * float64(time.Second)))
+	return r.Version == other.Version && r.Content == other.Content &&
+		!second.Began.After(ended.Add(sameMoveTime))
+}
+
+// sum returns the receipt of both together. A namespace with sessions of both counts
+// once if both have all their namespaces in Examples, else twice.
+func (r *moveReceipt) sum(other *moveReceipt) moveReceipt {
+	sum := *r
+	if other.Began.Before(r.Began) {
+		sum.Began = other.Began
+	}
+	sum.Planned += other.Planned
+	sum.Moved += other.Moved
+	sum.Namespaces += other.Namespaces
+	sum.Examples = slices.Concat(r.Examples, other.Examples)
+	slices.Sort(sum.Examples)
+	sum.Examples = slices.Compact(sum.Examples)
+	if len(r.Examples) == r.Namespaces && len(other.Examples) == other.Namespaces {
+		sum.Namespaces = len(sum.Examples)
+	}
+	sum.Examples = sum.Examples[:min(len(sum.Examples), maxMovedNames)]
+	sum.Cut += other.Cut
+	sum.Cancelled += other.Cancelled
+	sum.Seconds = max(r.Seconds, other.Seconds)
+	sum.HeldSeconds = max(r.HeldSeconds, other.HeldSeconds)
+	return sum
+}
+
+// addReceipts returns the receipts of both lists, those of the same change added up.
+func addReceipts(a, b []moveReceipt) []moveReceipt {
+	all := slices.Clone(a)
+	for i := range b {
+		same := slices.IndexFunc(all, func(r moveReceipt) bool { return r.isSameMove(&b[i]) })
+		if same < 0 {
+			all = append(all, b[i])
+		} else {
+			all[same] = all[same].sum(&b[i])
+		}
+	}
+	return all
 }

@@ -1,0 +1,296 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+)
+
+const (
+	askTimeout    = time.Second     // of one question to one router
+	askAllTimeout = 3 * time.Second // of a question to all, with the LIST of their pods
+	maxReply      = 16 << 20        // bytes of one answer: a plan of 100,000 sessions
+	peerListAge   = 5 * time.Second // how long a LIST of pods is used
+)
+
+// instanceHeader has, in a question, the instance of the router that asks.
+const instanceHeader = "X-Router-Instance"
+
+// errOwnAnswer says that this router has asked itself.
+var errOwnAnswer = errors.New("this router has this address")
+
+// peers asks the other routers, at their admin ports. Nobody asks others because of a
+// question that another router asks.
+type peers struct {
+	// Static after construction.
+	instance string // of this process: random
+	find     func(ctx context.Context) ([]peer, error)
+	conns    chan struct{} // has an element for each connection
+}
+
+// peer is another router.
+type peer struct {
+	name string // of its pod, or its address
+	addr string // of its admin port
+}
+
+// silentRouter is a router that did not answer, or not as a router does.
+type silentRouter struct {
+	Name  string `json:"name"` // of its pod, or its address
+	Error string `json:"error"`
+}
+
+// question is a request to the admin port of each router.
+type question struct {
+	method, path string // path has the query too
+	body         []byte
+}
+
+// reply is what a router has answered to a question.
+type reply struct {
+	name   string // of the router
+	status int    // 0 if it did not answer
+	body   []byte
+	err    error // nil if status is 200
+}
+
+// newPeers returns the peers that find finds. If find fails, it returns those that it knows
+// from before too.
+func newPeers(find func(ctx context.Context) ([]peer, error)) *peers {
+	return &peers{
+		instance: fmt.Sprintf("%016x", rand.Uint64()),
+		find:     find,
+		conns:    make(chan struct{}, maxPeerConns),
+	}
+}
+
+// fixedPeers returns a find function for a list of addresses.
+func fixedPeers(addrs []string) func(context.Context) ([]peer, error) {
+	var all []peer
+	for _, addr := range addrs {
+		all = append(all, peer{addr, addr})
+	}
+	return func(context.Context) ([]peer, error) { return all, nil }
+}
+
+// ask asks all other routers at once, and returns their replies by name. If they are not
+// known, one more reply says why.
+func (p *peers) ask(ctx context.Context, q question) []reply {
+	if p == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, askAllTimeout)
+	defer cancel()
+	all, err := p.find(ctx)
+	replies := make([]reply, len(all))
+	var asking sync.WaitGroup
+	for i, other := range all {
+		asking.Go(func() { replies[i] = p.askOne(ctx, other, q) })
+	}
+	asking.Wait()
+	replies = slices.DeleteFunc(replies, func(r reply) bool { return r.err == errOwnAnswer })
+	slices.SortFunc(replies, func(a, b reply) int { return cmp.Compare(a.name, b.name) })
+	if err != nil {
+		replies = append(replies, reply{
+			name: "other routers", err: fmt.Errorf("they are not known: %w", err)})
+	}
+	return replies
+}
+
+// askOne asks one router, once there are fewer than maxPeerConns connections.
+func (p *peers) askOne(ctx context.Context, other peer, q question) reply {
+	r := reply{name: other.name}
+	select {
+	case p.conns <- struct{}{}:
+		defer func() { <-p.conns }()
+	case <-ctx.Done():
+		r.err = errors.New("too many questions at once")
+		return r
+	}
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	r.status, r.body, r.err = p.request(ctx, other.addr, q)
+	if r.err != nil && ctx.Err() != nil {
+		r.err = fmt.Errorf("no answer within %s", askTimeout)
+	}
+	return r
+}
+
+// request sends the question to addr, on a connection of its own, and returns the answer.
+// It follows no redirect.
+func (p *peers) request(
+	ctx context.Context, addr string, q question,
+) (status int, body []byte, err error) {
+	target := "http://" + addr + q.path
+	req, err := http.NewRequestWithContext(ctx, q.method, target, bytes.NewReader(q.body))
+	if err != nil {
+		return 0, nil, err
+	}
+	req.Header.Set(instanceHeader, p.instance)
+	transport := &http.Transport{
+		DisableKeepAlives: true, DisableCompression: true, MaxResponseHeaderBytes: 16 << 10}
+	resp, err := transport.RoundTrip(req)
+	if err != nil {
+		return 0, nil, err
+	}
+	defer resp.Body.Close()
+	body, err = io.ReadAll(io.LimitReader(resp.Body, maxReply+1))
+	switch {
+	case err != nil:
+		return 0, nil, err
+	case len(body) > maxReply:
+		return 0, nil, fmt.Errorf("an answer of more than %d bytes", maxReply)
+	case resp.StatusCode == http.StatusLoopDetected:
+		return 0, nil, errOwnAnswer
+	}
+	return resp.StatusCode, body, answerError(resp.StatusCode, body)
+}
+
+// answerError returns nil for the answer 200, and otherwise an error with the text that the
+// router gave.
+func answerError(status int, body []byte) error {
+	if status == http.StatusOK {
+		return nil
+	}
+	var failure struct{ Error string }
+	if json.Unmarshal(body, &failure) != nil || failure.Error == "" {
+		failure.Error = fmt.Sprintf("%.200s", bytes.TrimSpace(body))
+	}
+	return fmt.Errorf("%d %s: %s", status, http.StatusText(status), failure.Error)
+}
+
+// isOwn reports whether this router has asked the request.
+func (p *peers) isOwn(r *http.Request) bool {
+	return p != nil && r.Header.Get(instanceHeader) == p.instance
+}
+
+// decodeReplies decodes the replies. isWhole reports whether one has what each router
+// answers; other programs, and other versions of this one, may answer something else.
+// All others are silent.
+func decodeReplies[T any](replies []reply, isWhole func(*T) bool) (
+	all []*T, silent []silentRouter) {
+	silent = []silentRouter{}
+	for _, r := range replies {
+		answer := new(T)
+		err := r.err
+		if err == nil {
+			err = json.Unmarshal(r.body, answer)
+		}
+		if err == nil && !isWhole(answer) {
+			err = errors.New("it is not the answer of a router of this version")
+		}
+		if err != nil {
+			silent = append(silent, silentRouter{r.name, err.Error()})
+			continue
+		}
+		all = append(all, answer)
+	}
+	return all, silent
+}
+
+// peerPods finds the other routers by the label of their pods.
+type peerPods struct {
+	// Static after construction.
+	path, label, own string // own is the name of this router's pod
+	port             string // of the admin ports
+
+	turn chan struct{} // has an element while somebody owns what follows
+
+	// Owned by who put an element into turn.
+	client  kubeClient
+	found   []peer
+	err     error
+	foundAt time.Time
+}
+
+// newPeerPods returns peerPods of the pods with this label selector. admin is the address
+// of this router's admin port: the others have the same port.
+func newPeerPods(client kubeClient, kubeNamespace, label, own, admin string) *peerPods {
+	port := ""
+	if !strings.HasPrefix(admin, "unix:") {
+		_, port, _ = net.SplitHostPort(admin)
+	}
+	return &peerPods{
+		path:  "/api/v1/namespaces/" + kubeNamespace + "/pods",
+		label: label, own: own, port: port, client: client, turn: make(chan struct{}, 1),
+	}
+}
+
+// find returns the other routers. It lists the pods at most once in peerListAge. If the
+// LIST fails, it returns those of the last one and the error.
+func (p *peerPods) find(ctx context.Context) ([]peer, error) {
+	select {
+	case p.turn <- struct{}{}:
+		defer func() { <-p.turn }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	if !p.foundAt.IsZero() && time.Since(p.foundAt) < peerListAge {
+		return p.found, p.err
+	}
+	ctx, cancel := context.WithTimeout(ctx, askAllTimeout-askTimeout)
+	defer cancel()
+	found, err := p.list(ctx)
+	if err == nil {
+		p.found = found
+	}
+	p.err, p.foundAt = err, time.Now()
+	return p.found, p.err
+}
+
+// list lists the pods.
+func (p *peerPods) list(ctx context.Context) (found []peer, err error) {
+	if p.port == "" {
+		return nil, errors.New("-admin has no port")
+	}
+	body, err := p.client.do(ctx, p.path, url.Values{"labelSelector": {p.label}}, nil)
+	if err != nil {
+		return nil, err
+	}
+	defer body.Close()
+	answer, pods, err := decodeList[podObject](body, maxList)
+	switch {
+	case err != nil:
+		return nil, cmp.Or(ctx.Err(), err)
+	case answer.Kind != "PodList" || answer.Metadata.Continue != "":
+		return nil, fmt.Errorf("%w: kind %.60q, expected a whole PodList",
+			errBadResponse, answer.Kind)
+	}
+	for _, pod := range pods {
+		ip := pod.Status.PodIP
+		if pod.Metadata.Name != p.own && ip != "" && !pod.routerEnded() {
+			found = append(found, peer{pod.Metadata.Name, net.JoinHostPort(ip, p.port)})
+		}
+	}
+	return found, nil
+}
+
+// peerList is a flag with the addresses of admin ports, separated by commas.
+type peerList []string
+
+func (l *peerList) String() string { return strings.Join(*l, ",") }
+
+// Set replaces the list.
+func (l *peerList) Set(list string) error {
+	*l = nil
+	for addr := range strings.SplitSeq(list, ",") {
+		host, port, err := net.SplitHostPort(addr)
+		if err != nil || host == "" || port == "" {
+			return fmt.Errorf("%q is not host:port", addr)
+		}
+		*l = append(*l, addr)
+	}
+	return nil
+}
