@@ -370,7 +370,9 @@ func TestMonitoring(t *testing.T) {
 				return err
 			}
 			if n := m.sum("router_sessions"); n < largeNamespace {
-				s.mustFollow(prefix + "large")
+				for range 10 {
+					s.mustFollow(prefix + "large")
+				}
 				return fmt.Errorf("%s has %v sessions", r.pod, n)
 			}
 		}
