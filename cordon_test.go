@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/json"
 	"fmt"
 	"log/slog"
 	"net/http/httptest"
@@ -334,4 +335,30 @@ func TestAdminCordon(t *testing.T) {
 	}
 	plan(`{"replicas":4}`, moves) // the list in force stays
 	plan(`{"cordon":[]}`, `"namespaces":1,`)
+}
+
+// A backend is safe to remove when it is cordoned, has no override, and no session.
+func TestSafeToRemove(t *testing.T) {
+	a, update := adminOf(t, "127.0.0.1:1", "127.0.0.1:1", "127.0.0.1:1", "127.0.0.1:1")
+	a.proxy.router.setBackends(scaling{ordinalRange: ordinalRange{0, 4}, cordon: cordon{2, 3}})
+	update(contentOf("test", "1", pairs("a=backend-3")))
+	want := func(names ...string) {
+		t.Helper()
+		var got struct{ Backends []backendState }
+		must(t, json.Unmarshal([]byte(askAdmin(a, "GET", "/backends", "")), &got))
+		var safe []string
+		for _, b := range got.Backends {
+			if b.SafeToRemove {
+				safe = append(safe, b.Name)
+			}
+		}
+		wantEqual(t, "safe to remove", fmt.Sprint(safe), fmt.Sprint(names))
+	}
+	want("backend-2")
+	f := a.proxy.mover.flights.add("b", 2, "", nil)
+	want()
+	f.end()
+	want("backend-2")
+	a.proxy.relay.add(&session{namespace: "b", backend: 2})
+	want()
 }
