@@ -231,23 +231,29 @@ func TestCordonFollowed(t *testing.T) {
 	}
 }
 
-// A router that starts with an invalid list does not know which one other routers have. It
+// A router that starts with an invalid list does not know which one other routers have. One
+// that shares a hand-off, which waits until routers agree, begins without; another one
 // knows no backends until the list is valid, and says so.
 func TestCordonInvalidAtStart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f, n := kubeOfFour(), newPipeNetwork()
 		f.annotate("2,x")
 		f.serve(t, n)
-		r := followReplicas(t, n, &sharedCount{}, nil)
+		alone := followReplicas(t, n, nil, nil)
+		shares := followReplicas(t, n, &sharedCount{}, nil)
 		time.Sleep(time.Minute)
-		wantEqual(t, "backends", r.last.Load().(ordinalRange), ordinalRange{})
-		wantEqual(t, "why not ready", r.whyNotReady(),
+		wantEqual(t, "backends", alone.last.Load().(ordinalRange), ordinalRange{})
+		wantEqual(t, "why not ready", alone.whyNotReady(),
 			`StatefulSet edge/backend: the annotation router-cordon is not a list of ordinals like 2,5 (got "2,x")`)
+		wantEqual(t, "backends that are shared", shares.last.Load().(ordinalRange), ordinalRange{0, 4})
+		wantEqual(t, "cordon that is shared", shares.cordon.Load().(string), "")
 		f.annotate("2")
 		synctest.Wait()
-		wantEqual(t, "backends of a valid list", r.last.Load().(ordinalRange), ordinalRange{0, 4})
-		wantEqual(t, "cordon", r.cordon.Load().(string), "2")
-		wantEqual(t, "why not ready", r.whyNotReady(), "")
+		for _, r := range []*followingRouter{alone, shares} {
+			wantEqual(t, "backends of a valid list", r.last.Load().(ordinalRange), ordinalRange{0, 4})
+			wantEqual(t, "cordon", r.cordon.Load().(string), "2")
+			wantEqual(t, "why not ready", r.whyNotReady(), "")
+		}
 	})
 }
 

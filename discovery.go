@@ -120,7 +120,9 @@ func (b *activeCount) isOf(s *statefulSet) bool {
 //
 // An annotation of the StatefulSet lists the backends that are cordoned. Text that is no
 // such list changes nothing: the last list stays. A router that starts then does not know
-// that list, which other routers may have, so it knows no backends (invariant 3).
+// that list, which other routers may have (invariant 3). If all share the stored count, and
+// so a hand-off, it begins without a cordon: it serves once no other router has the list.
+// Else it knows no backends.
 type replicaWatcher struct {
 	// Static after construction.
 	watcher     *watcher[statefulSet]
@@ -387,7 +389,7 @@ func (r *replicaWatcher) nextScaling() (s scaling, known bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.updateInForce()
-	if s.ordinalRange = r.active(); s.count == 0 || !r.cordonIsRead {
+	if s.ordinalRange = r.active(); s.count == 0 || !r.cordonIsRead && !r.shared {
 		return s, false
 	}
 	s.cordon, s.revision = r.cordon, r.latest.revision()
@@ -516,7 +518,7 @@ func (r *replicaWatcher) whyNotReady() string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	switch failure := r.watcher.snapshot().failure; {
-	case r.latest != nil && !r.cordonIsRead:
+	case r.latest != nil && !r.cordonIsRead && !r.shared:
 		return fmt.Sprintf("%s: the annotation %s is %v",
 			r.watcher.String(), cordonAnnotation, r.cordonError)
 	case r.active().count > 0:

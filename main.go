@@ -36,7 +36,8 @@
 //  3. An invalid override changes nothing: its namespace keeps its previous owner.
 //     A router that does not know the previous owner refuses the namespace. All
 //     other overrides apply. An invalid cordon changes nothing either: the last one stays
-//     in force, and a router that does not know it is not ready.
+//     in force. A router that does not know it is not ready, or, with -handoff=all, not
+//     before no other router has it in force.
 //  4. A deleted ConfigMap changes nothing, and a router that starts without one is
 //     not ready. "No overrides" is a ConfigMap with empty data. With a selector,
 //     this holds for the last ConfigMap that it chooses.
