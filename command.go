@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -19,10 +20,17 @@ import (
 )
 
 // command is a subcommand, with its flags. It asks a running router, or builds a table of
-// its own, and changes nothing.
+// its own, and changes nothing: what changes something prints a patch for kubectl.
 type command struct {
-	admin string // URL of the router's admin port
-	out   io.Writer
+	admin   string // URL of the router's admin port
+	all     bool   // it asks for the answer of all routers
+	format  string // "text" or "json"
+	out     io.Writer
+	notes   io.Writer     // what is not part of the output
+	timeout time.Duration // of wait
+
+	by        string // of top: "sessions" or "bytes"
+	configMap string // of move: the name of the ConfigMap to patch; "" if it is clear
 
 	// Of owner, to build a table without a router; replicas is 0 to ask a router.
 	replicas                  int
@@ -34,55 +42,127 @@ type command struct {
 // adminTimeout bounds one request to a router.
 const adminTimeout = 30 * time.Second
 
-// runCommand runs the subcommand that is args[0]. handled is false if it is none.
-func runCommand(ctx context.Context, args []string, out io.Writer) (
+// subcommand is what runs for a first argument, and its help.
+type subcommand struct {
+	args, help string
+	flags      func(c *command, f *flag.FlagSet) // adds its flags; nil for none
+	run        func(c *command, ctx context.Context, args []string) error
+}
+
+// subcommands returns the subcommands by their names.
+func subcommands() map[string]subcommand {
+	return map[string]subcommand{
+		"status": {"", "Shows routers, backends, how far a change of owners has come and what it waits for,\n" +
+			"and the last changes.", (*command).showFlags, (*command).status},
+		"owner": {"NAMESPACE...", "Shows who owns namespaces, and why.",
+			(*command).ownerFlags, (*command).owners},
+		"plan": {"FILE|-|NUMBER|cordon ORDINALS", "Shows which sessions would move, and which namespaces would lose their owner, with a\n" +
+			"ConfigMap (JSON), a number of backends, or a list of cordoned ones, like 2,5 or none.",
+			(*command).showFlags, (*command).plan},
+		"backends": {"", "Shows the backends: address, readiness, overrides, sessions.",
+			(*command).showFlags, (*command).backends},
+		"top": {"", "Shows the namespaces with the most sessions or bytes.",
+			(*command).topFlags, (*command).top},
+		"move": {"NAMESPACE BACKEND|-", "Prints the patch of a ConfigMap that pins a namespace to a backend, or with - removes\n" +
+			"its override.", (*command).moveFlags, (*command).move},
+		"cordon": {"BACKEND", "Prints the patch of the StatefulSet after which the hash gives no namespace to a backend.",
+			nil, (*command).cordonBackend},
+		"uncordon": {"BACKEND", "Prints the patch of the StatefulSet that ends a cordon.",
+			nil, (*command).uncordonBackend},
+		"wait": {"", "Waits until no change of owners is under way on any router and no session has to move.\n" +
+			"It fails at the timeout, and when a router does not answer.",
+			(*command).waitFlags, (*command).wait},
+	}
+}
+
+// runCommand runs the subcommand that is args[0]. handled is false if it is none. What is
+// not part of its output goes to notes.
+func runCommand(ctx context.Context, args []string, out, notes io.Writer) (
 	handled bool, err error) {
-	c := &command{out: out}
-	if len(args) == 0 || !slices.Contains([]string{"plan", "owner", "status"}, args[0]) {
+	if len(args) == 0 {
 		return false, nil
 	}
+	sub, ok := subcommands()[args[0]]
+	if !ok {
+		return false, nil
+	}
+	c := &command{out: out, notes: notes, all: true, format: "text"}
 	f := flag.NewFlagSet("router "+args[0], flag.ContinueOnError)
 	f.SetOutput(io.Discard)
 	f.StringVar(&c.admin, "admin", "http://127.0.0.1:8001",
-		"`URL` of a router's admin port")
-	run, usage := c.plan, "Usage: router plan [flags] FILE|-|NUMBER\n\n"+
-		"Shows which sessions would move with a ConfigMap (JSON) or a number of backends.\n\n"
-	switch args[0] {
-	case "status":
-		run, usage = c.status, "Usage: router status [flags]\n\n"+
-			"Shows how far a change of owners has come, and for which backends it waits.\n\n"
-	case "owner":
-		f.IntVar(&c.replicas, "replicas", 0, "`number` of backends, to answer without a router")
-		f.Var(&c.cordon, "cordon",
-			"`ordinals` of cordoned backends, like 2,5, with -replicas")
-		f.StringVar(&c.overridesDir, "overrides", "",
-			"`directory` with the overrides, with -replicas")
-		f.StringVar(&c.statefulSet, "statefulset", "backend",
-			"`name` of the StatefulSet, with -replicas")
-		f.StringVar(&c.namespaceFrom, "namespace-from", "path",
-			"`where` requests have their namespace, path, query:NAME or host, with -replicas")
-		run, usage = c.owners, "Usage: router owner [flags] NAMESPACE...\n\n"+
-			"Shows who owns namespaces, and why.\n\n"
+		"`URL` of a router's admin port; in a pod the default is the router in that pod")
+	if sub.flags != nil {
+		sub.flags(c, f)
 	}
 	switch err := f.Parse(args[1:]); {
 	case errors.Is(err, flag.ErrHelp):
-		fmt.Fprint(out, usage)
+		usage := strings.TrimRight("Usage: router "+args[0]+" [flags] "+sub.args, " ")
+		fmt.Fprintf(out, "%s\n\n%s\n\n", usage, sub.help)
 		f.SetOutput(out)
 		f.PrintDefaults()
 		return true, err
 	case err != nil:
 		return true, usageError{err}
+	case c.format != "text" && c.format != "json":
+		return true, usageError{fmt.Errorf("-o must be text or json (got %q)", c.format)}
 	}
-	return true, run(ctx, f.Args())
+	return true, sub.run(c, ctx, f.Args())
 }
 
-// do sends a request to the router's admin port, and decodes the JSON of its answer into
-// v. An answer other than 200 is an error, with the text that the router gave.
+// showFlags adds the flags of the subcommands that show something.
+func (c *command) showFlags(f *flag.FlagSet) {
+	f.BoolVar(&c.all, "all", true, "ask for the answer of all routers, not of one alone")
+	f.StringVar(&c.format, "o", "text", "`format` of the output: text, or json as the admin port has it")
+}
+
+// ownerFlags adds the flags of owner.
+func (c *command) ownerFlags(f *flag.FlagSet) {
+	c.showFlags(f)
+	f.IntVar(&c.replicas, "replicas", 0, "`number` of backends, to answer without a router")
+	f.Var(&c.cordon, "cordon",
+		"`ordinals` of cordoned backends, like 2,5, with -replicas")
+	f.StringVar(&c.overridesDir, "overrides", "",
+		"`directory` with the overrides, with -replicas")
+	f.StringVar(&c.statefulSet, "statefulset", "backend",
+		"`name` of the StatefulSet, with -replicas")
+	f.StringVar(&c.namespaceFrom, "namespace-from", "path",
+		"`where` requests have their namespace, path, query:NAME or host, with -replicas")
+}
+
+func (c *command) topFlags(f *flag.FlagSet) {
+	c.showFlags(f)
+	f.StringVar(&c.by, "by", "sessions", "`what` to sort by: sessions or bytes")
+}
+
+func (c *command) moveFlags(f *flag.FlagSet) {
+	f.StringVar(&c.configMap, "configmap", "",
+		"`name` of the ConfigMap to patch (default the one with the namespace's override, or\n"+
+			"the only one)")
+}
+
+func (c *command) waitFlags(f *flag.FlagSet) {
+	f.DurationVar(&c.timeout, "timeout", 5*time.Minute, "how long to wait")
+}
+
+// get asks the router's admin port with GET: see do.
+func (c *command) get(ctx context.Context, path string, v any) error {
+	return c.do(ctx, http.MethodGet, path, nil, v)
+}
+
+// do sends a request to the router's admin port, for all routers if c.all is set, and
+// decodes the JSON of its answer into v. An answer other than 200 is an error, with the
+// text that the router gave.
 func (c *command) do(ctx context.Context, method, path string, body []byte, v any) error {
 	ctx, cancel := context.WithTimeout(ctx, adminTimeout)
 	defer cancel()
-	url := strings.TrimSuffix(c.admin, "/") + path
-	req, err := http.NewRequestWithContext(ctx, method, url, bytes.NewReader(body))
+	target := strings.TrimSuffix(c.admin, "/") + path
+	switch {
+	case c.all && strings.Contains(path, "?"):
+		target += "&all=1"
+	case c.all:
+		target += "?all=1"
+	}
+	req, err := http.NewRequestWithContext(ctx, method, target, bytes.NewReader(body))
 	if err != nil {
 		return usageError{fmt.Errorf("-admin: %w", err)}
 	}
@@ -95,32 +175,88 @@ func (c *command) do(ctx context.Context, method, path string, body []byte, v an
 	if err != nil {
 		return err
 	}
-	var failure struct{ Error string }
-	if resp.StatusCode != http.StatusOK {
-		if json.Unmarshal(answer, &failure) != nil || failure.Error == "" {
-			failure.Error = fmt.Sprintf("%.200s", answer)
-		}
-		return fmt.Errorf("%s%s: %s: %s", c.admin, path, resp.Status, failure.Error)
+	if err := answerError(resp.StatusCode, answer); err != nil {
+		return fmt.Errorf("%s%s: %w", c.admin, path, err)
 	}
 	return json.Unmarshal(answer, v)
 }
 
-// plan prints which sessions a change would move. The change is a ConfigMap as JSON, in a
-// file or on the standard input for -, or a number of backends.
-func (c *command) plan(ctx context.Context, args []string) error {
-	if len(args) != 1 {
-		return usageError{fmt.Errorf(
-			"one argument is required: a file, -, or a number of backends (got %d)", len(args))}
+// silentError returns an error that names the routers that did not answer, nil for none.
+func silentError(silent []silentRouter) error {
+	var all []error
+	for _, s := range silent {
+		all = append(all, fmt.Errorf("%s did not answer: %s", s.Name, s.Error))
 	}
-	var body []byte
-	var err error
-	if n, notNumber := strconv.Atoi(args[0]); notNumber == nil {
-		body = fmt.Appendf(nil, `{"replicas":%d}`, n)
-	} else if args[0] == "-" {
-		body, err = io.ReadAll(io.LimitReader(os.Stdin, maxPlanBody+1))
+	return errors.Join(all...)
+}
+
+// show prints v as JSON if that is the format, or calls print, which prints it as text.
+// Both print what there is, also if routers were silent; show returns an error then.
+func (c *command) show(v any, silent []silentRouter, print func()) error {
+	if c.format == "json" {
+		e := json.NewEncoder(c.out)
+		e.SetIndent("", "  ")
+		if err := e.Encode(v); err != nil {
+			return err
+		}
 	} else {
-		body, err = os.ReadFile(args[0])
+		print()
 	}
+	return silentError(silent)
+}
+
+// table returns a writer of columns, which are separated by tabs. The caller flushes it.
+func (c *command) columns() *tabwriter.Writer {
+	return tabwriter.NewWriter(c.out, 0, 0, 2, ' ', 0)
+}
+
+// noArguments returns an error if there are arguments.
+func noArguments(args []string) error {
+	if len(args) != 0 {
+		return usageError{fmt.Errorf("no argument is allowed (got %q)", args[0])}
+	}
+	return nil
+}
+
+// countRouters returns how many routers have answered, in words; "" if only one was asked.
+func countRouters(answered int, silent []silentRouter, agree *bool) string {
+	switch {
+	case agree == nil:
+		return ""
+	case answered+len(silent) == 1:
+		return "1 of 1 routers answered"
+	case !*agree:
+		return fmt.Sprintf("%d of %d routers answered; they do not agree", answered, answered+len(silent))
+	}
+	return fmt.Sprintf("%d of %d routers answered; they agree", answered, answered+len(silent))
+}
+
+// planBody returns the body of POST /plan for the arguments.
+func planBody(args []string) (body []byte, err error) {
+	switch {
+	case len(args) == 2 && args[0] == "cordon":
+		list, err := parseCordon(strings.TrimPrefix(args[1], "none"))
+		if err != nil {
+			return nil, usageError{fmt.Errorf("the list is %w", err)}
+		}
+		return fmt.Appendf(nil, `{"cordon":[%s]}`, list), nil
+	case len(args) != 1:
+		return nil, usageError{fmt.Errorf(
+			"one argument is required: a file, -, or a number of backends (got %d)", len(args))}
+	case args[0] == "-":
+		return io.ReadAll(io.LimitReader(os.Stdin, maxPlanBody+1))
+	}
+	if n, notNumber := strconv.Atoi(args[0]); notNumber == nil {
+		return fmt.Appendf(nil, `{"replicas":%d}`, n), nil
+	}
+	return os.ReadFile(args[0])
+}
+
+// plan prints which sessions a change would move, and which namespaces it would leave
+// without an owner. The change is a ConfigMap as JSON, in a file or on the standard input
+// for -, a number of backends, or a list of cordoned backends.
+func (c *command) plan(ctx context.Context, args []string) error {
+	body, err := planBody(args)
 	if err != nil {
 		return err
 	}
@@ -128,57 +264,459 @@ func (c *command) plan(ctx context.Context, args []string) error {
 	if err := c.do(ctx, http.MethodPost, "/plan", body, &p); err != nil {
 		return err
 	}
-	t := tabwriter.NewWriter(c.out, 0, 0, 2, ' ', 0)
+	return c.show(&p, p.Silent, func() { c.printPlan(&p) })
+}
+
+// printPlan prints a plan as text.
+func (c *command) printPlan(p *preview) {
+	t := c.columns()
 	for _, m := range p.Moves {
-		fmt.Fprintf(t, "%s\t%s\tto %s\t%d sessions\n",
-			showNamespace(m.Namespace), m.From, m.To, m.Sessions)
+		to := "to " + m.To
+		if m.To == "" {
+			to = "to no owner"
+		}
+		fmt.Fprintf(t, "%s\t%s\t%s\t%d sessions\n",
+			showNamespace(m.Namespace), m.From, to, m.Sessions)
 	}
 	t.Flush()
 	for _, bad := range p.Rejections {
 		fmt.Fprintln(c.out, "rejected:", bad)
 	}
-	_, err = fmt.Fprintf(c.out, "%d sessions of %d namespaces would move, in %.1f s; "+
+	fmt.Fprintf(c.out, "%d sessions of %d namespaces would move, in %.1f s; "+
 		"%d backends, %d overrides rejected\n",
 		p.Sessions, p.Namespaces, p.Seconds, p.Backends, p.Rejected)
-	return err
+	if p.Unowned > 0 {
+		fmt.Fprintf(c.out, "%d namespaces would have no owner: new clients get 503, and %d sessions "+
+			"end with their backends\n", p.Unowned, p.UnownedSessions)
+	}
+	if text := countRouters(len(p.Routers), p.Silent, p.Agree); text != "" {
+		fmt.Fprintln(c.out, text)
+	}
 }
 
-// status prints how far a change of owners has come.
+// status prints routers, backends, and how far a change of owners has come.
 func (c *command) status(ctx context.Context, args []string) error {
-	if len(args) != 0 {
-		return usageError{fmt.Errorf("no argument is allowed (got %q)", args[0])}
-	}
-	var s status
-	if err := c.do(ctx, http.MethodGet, "/status", nil, &s); err != nil {
+	if err := noArguments(args); err != nil {
 		return err
 	}
-	router := s.Routers[0]
-	fmt.Fprintf(c.out, "table %s, step %d (-handoff %s), %d sessions\n",
-		router.Table, s.Handoff.Step, s.Handoff.Mode, router.Sessions)
-	if len(s.Handoff.Members) > 0 {
-		fmt.Fprintf(c.out, "shared by %s\n", strings.Join(s.Handoff.Members, ", "))
+	var s status
+	if err := c.get(ctx, "/status", &s); err != nil {
+		return err
 	}
-	if s.Handoff.InProgress {
-		fmt.Fprintf(c.out, "a change of owners is under way: %.0f %% done, %d sessions to move\n",
-			100*s.Handoff.Done, s.Handoff.ToMove)
+	return c.show(&s, s.Silent, func() { c.printStatus(&s) })
+}
+
+// printStatus prints a status as text.
+func (c *command) printStatus(s *status) {
+	t := c.columns()
+	fmt.Fprintln(t, "ROUTER\tREADY\tSESSIONS\tTABLE\tSTAMP")
+	for _, r := range s.Routers {
+		ready := strings.Join(append([]string{yesOrNo(r.Ready)}, r.WhyNot...), ": ")
+		fmt.Fprintf(t, "%s\t%s\t%d\t%s\t%s\n", r.Name, ready, r.Sessions, r.Table, r.Stamp)
+	}
+	t.Flush()
+	var agree *bool
+	if c.all {
+		agree = &s.Agree
+	}
+	if text := countRouters(len(s.Routers), s.Silent, agree); text != "" {
+		fmt.Fprintln(c.out, text)
+	}
+	fmt.Fprintln(c.out)
+	fmt.Fprintln(t, "BACKEND\tREADY\tSESSIONS\tOVERRIDES\tIN\tOUT\tNOTE")
+	for _, b := range s.Backends {
+		row := fmt.Sprintf("%s\t%s\t%d\t%d\t%d\t%d\t%s", b.Name, yesOrNo(b.Ready), b.Sessions,
+			b.Overrides, b.MovingIn, b.MovingOut, backendNote(b.OwnsNamespaces, b.Cordoned, b.SafeToRemove))
+		fmt.Fprintln(t, strings.TrimRight(row, "\t"))
+	}
+	t.Flush()
+	fmt.Fprintln(c.out)
+	c.printHandoff(&s.Handoff)
+	c.printReceipts(s.Receipts)
+	for _, bad := range s.Rejections {
+		fmt.Fprintf(c.out, "rejected: %s: %q in %s, expected %s\n",
+			showNamespace(bad.Namespace), bad.Value, bad.Source, bad.Expected)
+	}
+	if s.Rejected > 0 || s.Conflicts > 0 {
+		fmt.Fprintf(c.out, "%d overrides rejected, %d conflicts\n", s.Rejected, s.Conflicts)
+	}
+	if s.StatefulSet != nil && s.StatefulSet.CordonRejected != "" {
+		fmt.Fprintf(c.out, "cordon rejected: %s\n", s.StatefulSet.CordonRejected)
+	}
+	for _, w := range s.Watches {
+		if w.Error != "" {
+			fmt.Fprintf(c.out, "%s: %s: %s\n", w.Router, w.Object, w.Error)
+		}
+	}
+}
+
+func yesOrNo(b bool) string {
+	if b {
+		return "yes"
+	}
+	return "no"
+}
+
+// backendNote returns what is special about a backend, in words.
+func backendNote(owns, cordoned, safe bool) string {
+	var all []string
+	if !owns {
+		all = append(all, "owns no namespaces")
+	}
+	if cordoned {
+		all = append(all, "cordoned")
+	}
+	if safe {
+		all = append(all, "safe to remove")
+	}
+	return strings.Join(all, ", ")
+}
+
+// printHandoff prints how far a change of owners has come.
+func (c *command) printHandoff(h *handoffStatus) {
+	fmt.Fprintf(c.out, "step %d (-handoff %s)\n", h.Step, h.Mode)
+	if len(h.Members) > 0 {
+		fmt.Fprintf(c.out, "shared by %s\n", strings.Join(h.Members, ", "))
+	}
+	if h.InProgress {
+		fmt.Fprintf(c.out, "a change of owners is under way: %.0f %% done, %d sessions to move, "+
+			"%.1f s at least\n", 100*h.Done, h.ToMove, h.SecondsLeft)
 	} else {
 		fmt.Fprintln(c.out, "no change of owners is under way")
 	}
-	if s.Handoff.Why != "" {
-		fmt.Fprintln(c.out, s.Handoff.Why)
+	if h.Why != "" {
+		fmt.Fprintln(c.out, h.Why)
 	}
-	for _, w := range s.Handoff.WaitingFor {
+	for _, w := range h.WaitingFor {
 		if w.Router != "" {
 			fmt.Fprintf(c.out, "waits for %s since %.1f s: it has not answered\n", w.Router, w.Seconds)
 			continue
 		}
-		fmt.Fprintf(c.out, "waits for %s since %.1f s: %d sessions, %d upgrades, %d releases\n",
-			w.Backend, w.Seconds, w.Sessions, w.Upgrades, w.Releases)
+		fmt.Fprintf(c.out, "waits for %s since %.1f s: %d sessions, %d upgrades, %d requests, %d releases\n",
+			w.Backend, w.Seconds, w.Sessions, w.Upgrades, w.Requests, w.Releases)
 		if w.Error != "" {
 			fmt.Fprintf(c.out, "  %s\n", w.Error)
 		}
 	}
-	return nil
+}
+
+// printReceipts prints the changes that are over.
+func (c *command) printReceipts(all []moveReceipt) {
+	if len(all) == 0 {
+		return
+	}
+	fmt.Fprintln(c.out)
+	t := c.columns()
+	fmt.Fprintln(t, "CHANGE\tBEGAN\tSECONDS\tPLANNED\tMOVED\tCUT\tCANCELLED")
+	for _, r := range all {
+		fmt.Fprintf(t, "%s\t%s\t%.1f\t%d\t%d\t%d\t%d\n", r.Version,
+			r.Began.UTC().Format(time.RFC3339), r.Seconds, r.Planned, r.Moved, r.Cut, r.Cancelled)
+	}
+	t.Flush()
+}
+
+// backends prints the backends.
+func (c *command) backends(ctx context.Context, args []string) error {
+	if err := noArguments(args); err != nil {
+		return err
+	}
+	var answer backendsAnswer
+	if err := c.get(ctx, "/backends", &answer); err != nil {
+		return err
+	}
+	return c.show(&answer, answer.Silent, func() {
+		t := c.columns()
+		fmt.Fprintln(t, "BACKEND\tREADY\tSESSIONS\tOVERRIDES\tADDRESS\tNOTE")
+		for _, b := range answer.Backends {
+			note := backendNote(b.OwnsNamespaces, b.Cordoned, b.SafeToRemove)
+			if b.Error != "" {
+				note = strings.TrimPrefix(note+"; "+b.Error, "; ")
+			}
+			row := fmt.Sprintf("%s\t%s\t%d\t%d\t%s\t%s", b.Name, yesOrNo(b.Ready), b.Sessions,
+				b.Overrides, b.Address, note)
+			fmt.Fprintln(t, strings.TrimRight(row, "\t"))
+		}
+		t.Flush()
+		if text := countRouters(len(answer.Routers), answer.Silent, answer.Agree); text != "" {
+			fmt.Fprintln(c.out, text)
+		}
+	})
+}
+
+// top prints the namespaces with the most sessions or bytes.
+func (c *command) top(ctx context.Context, args []string) error {
+	if err := noArguments(args); err != nil {
+		return err
+	}
+	if c.by != "sessions" && c.by != "bytes" {
+		return usageError{fmt.Errorf("-by must be sessions or bytes (got %q)", c.by)}
+	}
+	var s status
+	if err := c.get(ctx, "/status", &s); err != nil {
+		return err
+	}
+	list := s.Top.BySessions
+	if c.by == "bytes" {
+		list = s.Top.ByBytes
+	}
+	return c.show(list, s.Silent, func() {
+		t := c.columns()
+		fmt.Fprintln(t, "NAMESPACE\tOWNER\tSESSIONS\tBYTES/S")
+		for _, n := range list {
+			fmt.Fprintf(t, "%s\t%s\t%d\t%.0f\n",
+				showNamespace(n.Namespace), n.Owner, n.Sessions, n.BytesPerSecond)
+		}
+		t.Flush()
+	})
+}
+
+// printPatch prints a merge patch (RFC 7396) for kubectl on the output, and in the notes
+// how to apply it. args is the command line of the subcommand, object what it patches.
+func (c *command) printPatch(patch any, object, kubeNamespace string, args ...string) error {
+	b, err := json.Marshal(patch)
+	if err != nil {
+		return err
+	}
+	namespace := ""
+	if kubeNamespace != "" {
+		namespace = "-n " + kubeNamespace + " "
+	}
+	fmt.Fprintf(c.notes, "nothing is changed yet; to change it:\n"+
+		"  router %s | kubectl %spatch %s --type merge --patch-file /dev/stdin\n",
+		strings.Join(args, " "), namespace, object)
+	_, err = fmt.Fprintf(c.out, "%s\n", b)
+	return err
+}
+
+// noteSilent notes which routers did not answer: what the others say is enough here.
+func (c *command) noteSilent(silent []silentRouter) {
+	if err := silentError(silent); err != nil {
+		fmt.Fprintln(c.notes, err)
+	}
+}
+
+// move prints the patch of a ConfigMap that pins a namespace to a backend, or removes its
+// override.
+func (c *command) move(ctx context.Context, args []string) error {
+	if len(args) != 2 {
+		return usageError{fmt.Errorf("a namespace and a backend or - are required (got %d arguments)", len(args))}
+	}
+	namespace, backend := args[0], args[1]
+	var s status
+	var o ownership
+	query := url.Values{"namespace": {namespace}}
+	if err := cmp.Or(c.get(ctx, "/status", &s), c.get(ctx, "/owner?"+query.Encode(), &o)); err != nil {
+		return err
+	}
+	c.noteSilent(o.Silent)
+	var value any
+	if backend != "-" {
+		if err := s.checkBackend(backend); err != nil {
+			return err
+		}
+		value = backend
+	}
+	key := namespaceKey(o.Namespace)
+	if len(key) > maxNameBytes {
+		return errors.New(o.Note)
+	}
+	src, err := c.sourceToPatch(&s, &o, value != nil)
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(c.notes, "%s is with %s (%s) and has %d sessions\n",
+		showNamespace(namespace), cmp.Or(o.Owner, "no backend"), o.Why, o.Sessions)
+	patch := map[string]any{"data": map[string]any{key: value}}
+	return c.printPatch(patch, "configmap "+src.Name, src.Namespace,
+		"move", quoteForShell(namespace), backend)
+}
+
+// quoteForShell returns the text as a word of a POSIX shell.
+func quoteForShell(text string) string {
+	plain := "-._0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+	if strings.Trim(text, plain) == "" {
+		return text
+	}
+	return "'" + strings.ReplaceAll(text, "'", `'\''`) + "'"
+}
+
+// checkBackend returns an error if no router gives namespaces to a backend of this name.
+func (s *status) checkBackend(name string) error {
+	var names []string
+	for _, b := range s.Backends {
+		if b.OwnsNamespaces {
+			names = append(names, b.Name)
+		}
+	}
+	if slices.Contains(names, name) {
+		return nil
+	}
+	return fmt.Errorf("there is no backend %q; the backends are %s", name, strings.Join(names, ", "))
+}
+
+// sourceToPatch returns the ConfigMap that has, or shall have, the override of the
+// namespace. Two with an override of it would disagree: pin says that it gets one.
+func (c *command) sourceToPatch(s *status, o *ownership, pin bool) (*sourceState, error) {
+	var maps []*sourceState
+	var names []string
+	for i := range s.Sources {
+		if src := &s.Sources[i]; src.Kind == "ConfigMap" {
+			maps, names = append(maps, src), append(names, src.Name)
+		}
+	}
+	isSource := func(src *sourceState) bool {
+		return sourceID{src.Kind, src.Namespace, src.Name}.String() == o.Source
+	}
+	has := slices.IndexFunc(maps, isSource)
+	chosen := slices.Index(names, c.configMap)
+	switch {
+	case len(maps) == 0 && len(s.Sources) > 0:
+		src := &s.Sources[0]
+		return nil, fmt.Errorf("the overrides are in %s %s, and not in a ConfigMap: change its file %s",
+			src.Kind, src.Name, namespaceKey(o.Namespace))
+	case len(maps) == 0:
+		return nil, errors.New("no router has overrides yet")
+	case c.configMap != "" && chosen < 0:
+		return nil, fmt.Errorf("ConfigMap %s is not a source of overrides; the sources are: %s",
+			c.configMap, strings.Join(names, ", "))
+	case chosen >= 0 && has >= 0 && chosen != has && pin:
+		return nil, fmt.Errorf("%s has an override in %s: two would disagree",
+			showNamespace(o.Namespace), o.Source)
+	case chosen >= 0:
+		return maps[chosen], nil
+	case has >= 0:
+		return maps[has], nil
+	case len(maps) > 1:
+		return nil, fmt.Errorf("several ConfigMaps have overrides: choose one with -configmap (%s)",
+			strings.Join(names, ", "))
+	}
+	return maps[0], nil
+}
+
+// cordonBackend prints the patch of the StatefulSet that cordons a backend.
+func (c *command) cordonBackend(ctx context.Context, args []string) error {
+	return c.changeCordon(ctx, "cordon", args, func(list cordon, ordinal int) cordon {
+		return newCordon(append(slices.Clone(list), ordinal))
+	})
+}
+
+// uncordonBackend prints the patch of the StatefulSet that ends the cordon of a backend.
+func (c *command) uncordonBackend(ctx context.Context, args []string) error {
+	return c.changeCordon(ctx, "uncordon", args, func(list cordon, ordinal int) cordon {
+		return slices.DeleteFunc(slices.Clone(list), func(other int) bool { return other == ordinal })
+	})
+}
+
+// changeCordon prints the patch of the StatefulSet with the list of cordoned backends that
+// change returns. The list of an annotation that is not valid is replaced by the last
+// valid one with the change.
+func (c *command) changeCordon(ctx context.Context, name string, args []string,
+	change func(list cordon, ordinal int) cordon) error {
+	if len(args) != 1 {
+		return usageError{fmt.Errorf("one backend is required (got %d arguments)", len(args))}
+	}
+	var s status
+	if err := c.get(ctx, "/status", &s); err != nil {
+		return err
+	}
+	c.noteSilent(s.Silent)
+	if s.StatefulSet == nil {
+		return errors.New("flags give the backends: change -cordon of the routers")
+	}
+	list, err := parseCordon(s.StatefulSet.Cordon)
+	if err != nil {
+		return err
+	}
+	ordinal, ok := backendOrdinal(s.StatefulSet.Name, args[0])
+	if !ok || !slices.Contains(list, ordinal) { // who is on the list need not exist
+		if err := s.checkBackend(args[0]); err != nil {
+			return err
+		}
+	}
+	list = change(list, ordinal)
+	left := 0
+	for _, b := range s.Backends {
+		if b.Ordinal == ordinal {
+			fmt.Fprintf(c.notes, "%s has %d sessions, and %d overrides, which a cordon does not change\n",
+				b.Name, b.Sessions, b.Overrides)
+		}
+		if b.OwnsNamespaces && !slices.Contains(list, b.Ordinal) {
+			left++
+		}
+	}
+	if left == 0 {
+		return errors.New("a backend must be left that is not cordoned")
+	}
+	var value any
+	if len(list) > 0 {
+		value = list.String()
+	}
+	patch := map[string]any{"metadata": map[string]any{
+		"annotations": map[string]any{cordonAnnotation: value}}}
+	return c.printPatch(patch, "statefulset "+s.StatefulSet.Name, s.StatefulSet.Namespace, name, args[0])
+}
+
+const (
+	waitInterval   = time.Second
+	maxSilentLooks = 3 // in a row: a router that stops may be silent for a moment
+)
+
+// wait returns when two looks in a row have found nothing left to move on any router: a
+// change that was just made is not known everywhere at once.
+func (c *command) wait(ctx context.Context, args []string) error {
+	if err := noArguments(args); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
+	defer cancel()
+	silent, quiet, last := 0, 0, ""
+	for {
+		var s status
+		if err := c.get(ctx, "/status", &s); err != nil && ctx.Err() == nil {
+			return err
+		}
+		if ctx.Err() != nil {
+			return fmt.Errorf("not done after %s: %s", c.timeout, cmp.Or(last, "no answer"))
+		}
+		quiet, silent = quiet+1, silent+1
+		if len(s.Silent) == 0 {
+			silent = 0
+		}
+		if last = s.unfinished(); last != "" || silent > 0 {
+			quiet = 0
+		}
+		switch {
+		case silent == maxSilentLooks:
+			return silentError(s.Silent)
+		case quiet == 2:
+			_, err := fmt.Fprintln(c.out, "no change of owners is under way")
+			return err
+		}
+		sleep(ctx, waitInterval) // an error shows in ctx
+	}
+}
+
+// unfinished says what of a change of owners is not over; "" if nothing is.
+func (s *status) unfinished() string {
+	owners := 0
+	for _, b := range s.Backends {
+		if b.OwnsNamespaces {
+			owners++
+		}
+	}
+	switch {
+	case s.Handoff.InProgress || s.Handoff.ToMove > 0:
+		return fmt.Sprintf("a change of owners is under way, %.0f %% done, with %d sessions to move",
+			100*s.Handoff.Done, s.Handoff.ToMove)
+	case s.Handoff.Moving != nil:
+		return "the last sessions of a change are closing"
+	case !s.Agree:
+		return "the routers do not agree"
+	case s.StatefulSet != nil && s.StatefulSet.Replicas > owners:
+		return fmt.Sprintf("%d of %d backends have namespaces; the next one is not ready",
+			owners, s.StatefulSet.Replicas)
+	}
+	return ""
 }
 
 // owners prints who owns the namespaces. It asks a router. With -replicas or -overrides
@@ -189,38 +727,55 @@ func (c *command) owners(ctx context.Context, namespaces []string) error {
 	}
 	lookUp := func(namespace string) (o ownership, err error) {
 		query := url.Values{"namespace": {namespace}}
-		err = c.do(ctx, http.MethodGet, "/owner?"+query.Encode(), nil, &o)
+		err = c.get(ctx, "/owner?"+query.Encode(), &o)
 		return o, err
 	}
-	if c.replicas != 0 || c.overridesDir != "" || c.cordon != nil {
+	if c.replicas != 0 || c.overridesDir != "" {
 		t, err := c.table()
 		if err != nil {
 			return err
 		}
 		lookUp = func(namespace string) (ownership, error) { return c.owner(t, namespace) }
 	}
-	t := tabwriter.NewWriter(c.out, 0, 0, 2, ' ', 0)
+	t := c.columns()
 	defer t.Flush()
+	var silent []silentRouter
 	for _, namespace := range namespaces {
 		o, err := lookUp(namespace)
 		if err != nil {
 			return err
 		}
-		printOwner(t, namespace, o)
+		for _, s := range o.Silent {
+			if !slices.Contains(silent, s) {
+				silent = append(silent, s)
+			}
+		}
+		if err := c.show(&o, nil, func() { printOwner(t, namespace, o) }); err != nil {
+			return err
+		}
 	}
-	return nil
+	return silentError(silent)
 }
 
 // printOwner writes one namespace: a row of cells for a tabwriter, and below it what is
 // wrong with its overrides.
 func printOwner(w io.Writer, namespace string, o ownership) {
-	row := strings.Join([]string{showNamespace(namespace), o.Owner, o.Why, o.Address, o.Error}, "\t")
+	cells := []string{showNamespace(namespace), o.Owner, o.Why}
+	if o.Router != "" {
+		cells = append(cells, fmt.Sprintf("%d sessions", o.Sessions))
+	}
+	row := strings.Join(append(cells, o.Address, o.Error), "\t")
 	fmt.Fprintln(w, strings.TrimRight(row, "\t"))
 	switch {
 	case o.HeldBy != 0:
 		fmt.Fprintf(w, "\theld by step %d until its sessions with %s are over\n", o.HeldBy, o.Previous)
 	case o.Next != "":
 		fmt.Fprintf(w, "\tmoves to %s in its turn\n", o.Next)
+	}
+	if o.Agree != nil && !*o.Agree {
+		for _, r := range o.Routers {
+			fmt.Fprintf(w, "\t%s: %s (%s), %d sessions\n", r.Name, cmp.Or(r.Owner, "no owner"), r.Why, r.Sessions)
+		}
 	}
 	if o.Key != "" {
 		fmt.Fprintf(w, "\tits key in a ConfigMap is %s\n", o.Key)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"encoding/json"
 	"fmt"
 	"io"
 	"net/http"
@@ -9,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 )
 
@@ -41,13 +43,13 @@ func TestCommands(t *testing.T) {
 		want string // parts, in order
 	}{
 		"plan a file": {[]string{"plan", admin, file}, 0, "a     backend-0  to backend-2  3 sessions\nlate  backend-0  to backend-1  1 sessions\n" +
-			"rejected: x: \"no\", expected backend-0 to backend-3, in force: hash\n4 sessions of 2 namespaces would move, in 2.0 s; 4 backends, 1 overrides rejected\n"},
-		"plan a number":    {[]string{"plan", admin, "4"}, 0, "late  backend-0  to backend-1  1 sessions\n1 sessions of 1 namespaces would move, in 0.5 s; 4 backends, 0 overrides rejected\n"},
+			"rejected: x: \"no\", expected backend-0 to backend-3, in force: hash\n4 sessions of 2 namespaces would move, in 2.0 s; 4 backends, 1 overrides rejected\n1 of 1 routers answered\n"},
+		"plan a number":    {[]string{"plan", admin, "4"}, 0, "late  backend-0  to backend-1  1 sessions\n1 sessions of 1 namespaces would move, in 0.5 s; 4 backends, 0 overrides rejected\n1 of 1 routers answered\n"},
 		"plan no number":   {[]string{"plan", admin, "0"}, 1, s.URL + "/plan: 400 Bad Request: replicas must be 1 to 10000 (got 0)\n"},
 		"plan no file":     {[]string{"plan", admin, "/nowhere"}, 1, "open /nowhere: no such file or directory\n"},
 		"plan nothing":     {[]string{"plan", admin}, 2, "one argument is required: a file, -, or a number of backends (got 0)\n"},
 		"plan, bad flag":   {[]string{"plan", "-replicas", "3"}, 2, "flag provided but not defined: -replicas\n"},
-		"owner":            {[]string{"owner", admin, "late"}, 0, "late  backend-1  override  127.0.0.1:1  dial tcp 127.0.0.1:1: connect: connection refused\n"},
+		"owner":            {[]string{"owner", admin, "late"}, 0, "late  backend-1  override  2 sessions  127.0.0.1:1  dial tcp 127.0.0.1:1: connect: connection refused\n"},
 		"owner of nothing": {[]string{"owner", admin}, 2, "at least one namespace is required\n"},
 		"owner, bad name":  {[]string{"owner", admin, "a/b"}, 1, s.URL + "/owner?namespace=a%2Fb: 400 Bad Request: /owner?namespace= must be " + expectedPathNamespace("a/b") + " (got \"a/b\")\n"},
 		"owner offline": {[]string{"owner", "-replicas", "4", "-overrides", folder, "a", "free", "bad"}, 0, "a     backend-2  override\nfree  " + hashed + "  hash\nbad              unresolved\n" +
@@ -67,7 +69,7 @@ func TestCommands(t *testing.T) {
 				"                                                                  it cannot have an override: its key would have 256 characters, and at most 253 are allowed\n"},
 		"owner of no backends": {[]string{"owner", "-overrides", folder, "a"}, 2, "-replicas must be 1 to 10000 (got 0)\n"},
 		"owner, no folder":     {[]string{"owner", "-replicas", "1", "-overrides", "/nowhere", "a"}, 1, "-overrides: open /nowhere: no such file or directory\n"},
-		"no URL":               {[]string{"owner", "-admin", ":", "a"}, 2, "-admin: parse \":/owner?namespace=a\": missing protocol scheme\n"},
+		"no URL":               {[]string{"owner", "-admin", ":", "a"}, 2, "-admin: parse \":/owner?namespace=a&all=1\": missing protocol scheme\n"},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -93,5 +95,207 @@ func TestCommandAnswersOfOthers(t *testing.T) {
 	want := s.URL + "/plan: 502 Bad Gateway: <html>\n"
 	if got, code := commandOutput(t, "plan", "-admin", s.URL, "3"); got != want || code != 1 {
 		t.Errorf("%d %s, want 1 %s", code, got, want)
+	}
+}
+
+// noted runs a subcommand, and returns its output, what is not part of that, and its exit
+// code. An error is part of the notes.
+func noted(t *testing.T, args ...string) (out, notes string, code int) {
+	t.Helper()
+	var output, other bytes.Buffer
+	handled, err := runCommand(t.Context(), args, &output, &other)
+	if !handled {
+		t.Fatalf("%v is no subcommand", args)
+	}
+	if err != nil {
+		fmt.Fprintln(&other, err)
+	}
+	return output.String(), other.String(), exitCode(err)
+}
+
+// The subcommands answer for all routers, and fail with the name of one that is silent,
+// after they have shown what the others say.
+func TestCommandsOfAll(t *testing.T) {
+	a, b := servedAdmin(t, "router-a", "vip@4", "vip@4"), servedAdmin(t, "router-b", "vip@4", "a@0")
+	gone := refusingAddr(t)
+	for _, broken := range []bool{false, true} {
+		a.asks(b.addr)
+		names, code := "2 of 2 routers answered; they agree\n", 0
+		if broken {
+			a.asks(b.addr, gone)
+			names, code = "2 of 3 routers answered; they agree\n", 1
+		}
+		for _, tt := range []struct{ args, want string }{
+			{"plan 4", "idle  backend-4  to no owner  0 sessions\nvip   backend-4  to no owner  3 sessions\n" +
+				"rejected: idle: \"backend-4\", expected backend-0 to backend-3, in force: unresolved\nrejected: vip: \"backend-4\", expected backend-0 to backend-3, in force: unresolved\n" +
+				"0 sessions of 0 namespaces would move, in 0.0 s; 4 backends, 2 overrides rejected\n" +
+				"2 namespaces would have no owner: new clients get 503, and 3 sessions end with their backends\n" + names},
+			{"status", names},
+			{"backends", "backend-4  no     3         2"},
+			{"owner vip", "vip  backend-4  override  3 sessions"},
+			{"top", "NAMESPACE  OWNER      SESSIONS  BYTES/S\nvip        backend-4  3         0\na          backend-0  1         0\n"},
+		} {
+			words := strings.Fields(tt.args)
+			args := append([]string{words[0], "-admin=http://" + a.addr}, words[1:]...)
+			out, notes, got := noted(t, args...)
+			if !strings.Contains(out, tt.want) || got != code || broken != strings.Contains(notes, gone+" did not answer: ") {
+				t.Errorf("%s: exit code %d, want %d\n%s\n%s\nwant\n%s", tt.args, got, code, out, notes, tt.want)
+			}
+			args = append([]string{words[0], "-o=json", "-all=false", "-admin=http://" + a.addr}, words[1:]...)
+			out, notes, got = noted(t, args...)
+			if !json.Valid([]byte(out)) || got != 0 || strings.Contains(out, "router-b") {
+				t.Errorf("%v: exit code %d\n%s\n%s", args, got, out, notes)
+			}
+		}
+	}
+	b.update(sourceContent{id: sourceID{"ConfigMap", "edge", "overwriting"}, version: "8", overrides: newOverrideSet(map[string]string{"vip": "backend-1"})})
+	out, _, _ := noted(t, "owner", "-admin=http://"+a.addr, "vip")
+	if !strings.Contains(out, "router-a: backend-4 (override), 2 sessions\n") || !strings.Contains(out, "router-b: backend-1 (override), 1 sessions\n") {
+		t.Errorf("%s, want the owner of each router", out)
+	}
+	if out, _, _ := noted(t, "status", "-admin=http://"+a.addr); !strings.Contains(out, "they do not agree") {
+		t.Errorf("%s, want that they do not agree", out)
+	}
+}
+
+// move prints a patch, after it has looked whether it makes sense.
+func TestCommandMove(t *testing.T) {
+	a := servedAdmin(t, "router-a", "vip@4", "vip@4")
+	two, update := servedAdmin(t, "router-b"), sourceContent{id: sourceID{"ConfigMap", "edge", "one"}, version: "1", overrides: newOverrideSet(map[string]string{"here": "backend-0"})}
+	two.update(update, sourceContent{id: sourceID{"ConfigMap", "edge", "two"}, version: "1", overrides: newOverrideSet(map[string]string{"there": "backend-0"})})
+	files := servedAdmin(t, "router-c")
+	files.update(sourceContent{id: sourceID{kind: "directory", name: "/overrides"}, version: "1"})
+	tests := map[string]struct {
+		admin      *namedAdmin
+		args       string
+		code       int
+		out, notes string
+	}{
+		"pin":           {a, "vip backend-2", 0, `{"data":{"vip":"backend-2"}}`, "router move vip backend-2 | kubectl -n edge patch configmap overwriting --type merge --patch-file /dev/stdin\n"},
+		"what is":       {a, "vip backend-2", 0, `{"data":{"vip":"backend-2"}}`, "vip is with backend-4 (override) and has 2 sessions\n"},
+		"unpin":         {a, "vip -", 0, `{"data":{"vip":null}}`, "router move vip - |"},
+		"key":           {a, "café:it's backend-0", 0, `{"data":{"caf_xC3_xA9_x3Ait_x27s":"backend-0"}}`, `router move 'café:it'\''s' backend-0 |`},
+		"no backend":    {a, "vip backend-5", 1, "", `there is no backend "backend-5"; the backends are backend-0, backend-1,`},
+		"no namespace":  {a, "a/b backend-0", 1, "", "/owner?namespace=a%2Fb: 400 Bad Request"},
+		"long":          {a, strings.Repeat(":", 64) + " backend-0", 1, "", "it cannot have an override"},
+		"one of two":    {two, "there backend-2", 0, `{"data":{"there":"backend-2"}}`, "patch configmap two "},
+		"new of two":    {two, "new backend-2", 1, "", "choose one with -configmap (one, two)"},
+		"chosen of two": {two, "-configmap=one new backend-2", 0, `{"data":{"new":"backend-2"}}`, "patch configmap one "},
+		"the other":     {two, "-configmap=one there backend-2", 1, "", "there has an override in ConfigMap edge/two: two would disagree"},
+		"no source":     {two, "-configmap=three new backend-2", 1, "", "ConfigMap three is not a source of overrides"},
+		"files":         {files, "new backend-2", 1, "", "the overrides are in directory /overrides, and not in a ConfigMap: change its file new"},
+		"one argument":  {a, "vip", 2, "", "a namespace and a backend or - are required (got 1 arguments)"},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			out, notes, code := noted(t, append([]string{"move", "-admin=http://" + tt.admin.addr}, strings.Fields(tt.args)...)...)
+			if strings.TrimSpace(out) != tt.out || code != tt.code || !strings.Contains(notes, tt.notes) {
+				t.Errorf("exit code %d, %s\n%s\nwant %d, %s\n%s", code, out, notes, tt.code, tt.out, tt.notes)
+			}
+		})
+	}
+}
+
+// statusServer answers /status with what answer returns, by the number of the request.
+func statusServer(t *testing.T, answer func(n int64) *status) string {
+	t.Helper()
+	var asked atomic.Int64
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		writeJSON(w, http.StatusOK, answer(asked.Add(1)))
+	}))
+	t.Cleanup(s.Close)
+	return s.URL
+}
+
+// cordon and uncordon print the whole list of the StatefulSet's annotation.
+func TestCommandCordon(t *testing.T) {
+	s := &status{StatefulSet: &setState{Namespace: "edge", Name: "backend", Cordon: "1,7"}}
+	for i := range 3 {
+		s.Backends = append(s.Backends, backendLoad{Name: backendName("backend", i), Ordinal: i, OwnsNamespaces: true, Cordoned: i == 1, Sessions: 5, Overrides: 2})
+	}
+	admin := "-admin=" + statusServer(t, func(int64) *status { return s })
+	const apply = " | kubectl -n edge patch statefulset backend --type merge --patch-file /dev/stdin\n"
+	annotation := func(value string) string { return `{"metadata":{"annotations":{"router-cordon":` + value + `}}}` }
+	for args, want := range map[string]struct {
+		code       int
+		out, notes string
+	}{
+		"cordon backend-2":   {0, annotation(`"1,2,7"`), "backend-2 has 5 sessions, and 2 overrides, which a cordon does not change\n"},
+		"cordon backend-1":   {0, annotation(`"1,7"`), "router cordon backend-1" + apply},
+		"uncordon backend-1": {0, annotation(`"7"`), "router uncordon backend-1" + apply},
+		"uncordon backend-7": {0, annotation(`"1"`), "router uncordon backend-7" + apply},
+		"cordon backend-3":   {1, "", "there is no backend \"backend-3\""},
+		"cordon 2":           {1, "", "there is no backend \"2\""},
+		"cordon":             {2, "", "one backend is required (got 0 arguments)"},
+	} {
+		words := strings.Fields(args)
+		out, notes, code := noted(t, append([]string{words[0], admin}, words[1:]...)...)
+		if strings.TrimSpace(out) != want.out || code != want.code || !strings.Contains(notes, want.notes) {
+			t.Errorf("%s: exit code %d, %s\n%s\nwant %+v", args, code, out, notes, want)
+		}
+	}
+	s.StatefulSet.Cordon = "0,2"
+	if out, notes, code := noted(t, "cordon", admin, "backend-1"); code != 1 || out != "" || !strings.Contains(notes, "a backend must be left") {
+		t.Errorf("the last one: %d %s %s", code, out, notes)
+	}
+	s.StatefulSet.Cordon = "2"
+	if out, _, code := noted(t, "uncordon", admin, "backend-2"); code != 0 || strings.TrimSpace(out) != annotation("null") {
+		t.Errorf("no more: %d %s", code, out)
+	}
+	s.StatefulSet = nil
+	if _, notes, code := noted(t, "cordon", admin, "backend-1"); code != 1 || !strings.Contains(notes, "flags give the backends") {
+		t.Errorf("no StatefulSet: %d %s", code, notes)
+	}
+}
+
+// wait ends when two looks in a row find nothing to do, and fails at its timeout, and when
+// a router stays silent.
+func TestCommandWait(t *testing.T) {
+	quiet := func() *status { return &status{Agree: true} }
+	busy := func(change func(s *status)) *status { s := quiet(); change(s); return s }
+	waits := map[string]*status{
+		"a change of owners is under way, 50 % done, with 3 sessions to move": busy(func(s *status) { s.Handoff.InProgress, s.Handoff.Done, s.Handoff.ToMove = true, 0.5, 3 }),
+		"the last sessions of a change are closing":                           busy(func(s *status) { s.Handoff.Moving = &moveReceipt{} }),
+		"the routers do not agree":                                            busy(func(s *status) { s.Agree = false }),
+		"0 of 2 backends have namespaces; the next one is not ready":          busy(func(s *status) { s.StatefulSet = &setState{Replicas: 2} }),
+	}
+	for want, s := range waits {
+		t.Run(want, func(t *testing.T) {
+			t.Parallel()
+			_, notes, code := noted(t, "wait", "-timeout=50ms", "-admin="+statusServer(t, func(int64) *status { return s }))
+			if code != 1 || notes != "not done after 50ms: "+want+"\n" {
+				t.Errorf("exit code %d, %q; want 1 and %q", code, notes, want)
+			}
+		})
+	}
+	t.Run("done", func(t *testing.T) {
+		t.Parallel()
+		var looks int64
+		out, notes, code := noted(t, "wait", "-admin="+statusServer(t, func(n int64) *status {
+			looks = n
+			if n == 2 { // the change is known only now
+				return waits["the routers do not agree"]
+			}
+			return quiet()
+		}))
+		if code != 0 || out != "no change of owners is under way\n" || looks != 4 {
+			t.Errorf("exit code %d after %d looks: %q %q", code, looks, out, notes)
+		}
+	})
+	t.Run("silent", func(t *testing.T) {
+		t.Parallel()
+		_, notes, code := noted(t, "wait", "-admin="+statusServer(t, func(n int64) *status {
+			s := quiet()
+			if n != 2 {
+				s.Silent = []silentRouter{{"router-b", "gone"}}
+			}
+			return s
+		}))
+		if code != 1 || notes != "router-b did not answer: gone\n" {
+			t.Errorf("exit code %d, %q; want 1 and its name", code, notes)
+		}
+	})
+	if _, notes, code := noted(t, "wait", "-admin=http://"+refusingAddr(t)); code != 1 || !strings.Contains(notes, "connection refused") {
+		t.Errorf("exit code %d, %q; want 1", code, notes)
 	}
 }

@@ -280,7 +280,9 @@ func setFromEnvironment(f *flag.FlagSet, getenv func(string) string) (err error)
 func writeHelp(f *flag.FlagSet, w io.Writer) {
 	fmt.Fprint(w, "router sends each WebSocket, and each plain HTTP request, to the backend that owns its\n"+
 		"namespace.\n\n"+
-		"Usage: router [flags], router plan -h, router owner -h, router status -h\n\n"+
+		"Usage: router [flags]\n"+
+		"       router COMMAND -h, with one of these commands: status, owner, plan, backends, top,\n"+
+		"       move, cordon, uncordon, wait\n\n"+
 		"Each flag can be given in the environment too: -drain-duration as ROUTER_DRAIN_DURATION.\n"+
 		"Times are like 500ms, 10s, 5m.\n\n")
 	f.SetOutput(w)
@@ -467,7 +469,8 @@ func (c *config) setDefaults(getenv func(string) string) {
 		c.configMaps = nameList{"overwriting"}
 	}
 	if c.podName == "" {
-		c.podName, _ = os.Hostname() // "" will do
+		name, _ := os.Hostname()
+		c.podName = cmp.Or(name, "router")
 	}
 	if c.handoff == "" {
 		c.handoff = "single"

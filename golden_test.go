@@ -846,7 +846,11 @@ func TestGoldenCommands(t *testing.T) {
 	offline := "owner -replicas 3 -overrides " + dir + " "
 	var all strings.Builder
 	for _, args := range []string{
-		"-h", "plan -h", "owner -h", "plan", "plan a b", "plan -verbose", "owner", "owner -replicas x ns",
+		"-h", "plan -h", "owner -h", "status -h", "backends -h", "top -h", "move -h", "cordon -h", "uncordon -h", "wait -h",
+		"status a", "status -o yaml", "top -by age", "move a", "cordon", "wait -timeout x", "plan cordon x",
+		"backends -admin " + r.admin, "backends -all=false -admin " + r.admin, "wait -admin " + r.admin,
+		"move -admin " + r.admin + " pinned backend-2", "move -admin " + r.admin + " pinned backend-3", "cordon -admin " + r.admin + " backend-0",
+		"plan", "plan a b", "plan -verbose", "owner", "owner -replicas x ns",
 		offline + "pinned bad Upper a b c under_score ..data", offline + "-namespace-from host pinned Upper under_score",
 		offline + "-statefulset db pinned a", offline + ".", offline + "n/s", offline + "n+s", offline + "-namespace-from header a",
 		offline + "-namespace-from host n.s", "owner -replicas 0 -overrides " + dir + " a", "owner -replicas 10001 a", "owner -replicas 3 a",
@@ -1481,7 +1485,7 @@ func TestDocs(t *testing.T) {
 	maps.Copy(results, labelValues(exposition, "router_http_requests_total", "result"))
 	wantDocumented(t, documentedValues(docs["docs/metrics.md"], "Results"), results)
 	wantDocumented(t, documentedValues(docs["docs/metrics.md"], "Causes"), labelValues(exposition, "router_sessions_ended_total", "cause"))
-	usage, log := readText(t, "testdata/help.txt"), readText(t, "testdata/golden/log.txt")
+	usage, log := readText(t, "testdata/help.txt")+readText(t, "testdata/golden/commands.txt"), readText(t, "testdata/golden/log.txt")
 	for path, text := range docs {
 		for _, name := range regexp.MustCompile(`\brouter_[a-z_]+[a-z]\b`).FindAllString(text, -1) {
 			if families[name] == "" && name != causeRouterError.String() {

@@ -211,7 +211,7 @@ func exitCode(err error) int {
 // Logs go to stdout. Only the end waits for stdout, for logFlushTimeout at most.
 func run(ctx context.Context, args []string, getenv func(string) string,
 	stdout io.Writer) error {
-	if handled, err := runCommand(ctx, args, stdout); handled {
+	if handled, err := runCommand(ctx, args, stdout, os.Stderr); handled {
 		return err
 	}
 	c, err := parseConfig(args, getenv, stdout)

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"strings"
 	"testing"
+	"time"
 )
 
 // statusOf returns the answer of GET path.
@@ -57,9 +58,12 @@ func TestStatusFollowsTable(t *testing.T) {
 // A move leaves a receipt. The last ten are kept, the newest first.
 func TestStatusReceipts(t *testing.T) {
 	echoes := strings.Split(echoBackends(t, 2), ",")
-	p := startProxy(t, echoes, map[string]string{"ns-01": "backend-0", "ns-02": "backend-0"}, nil)
+	p := startProxy(t, echoes, map[string]string{"ns-01": "backend-0", "ns-02": "backend-0"}, func(p *proxy) {
+		p.relay.closeTimeout = 50 * time.Millisecond
+	})
 	a := &admin{proxy: p.proxy, fdLimit: wideDescriptorLimit(t)}
 	for i := range maxReceipts + 2 {
+		p.waitSessions(t, 0) // a receipt is there just before the last session is forgotten
 		for _, namespace := range []string{"ns-01", "ns-02", "ns-02"} {
 			p.open(t, namespace)
 		}

@@ -1,0 +1,147 @@
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+)
+
+// routerCommand runs a command of the router in one of its pods, as the README's alias does.
+func (s *system) routerCommand(ctx context.Context, stdin string, args ...string) (string, error) {
+	args = append([]string{"exec", "-i", "deployment/router", "-c", "router", "--", "/router"}, args...)
+	return s.kubectl(ctx, stdin, args...)
+}
+
+// movePlan is what router plan -o json prints.
+type movePlan struct {
+	Sessions        int      `json:"sessions"`
+	Namespaces      int      `json:"namespaces"`
+	Unowned         int      `json:"unowned"`
+	UnownedSessions int      `json:"unowned_sessions"`
+	Agree           bool     `json:"agree"`
+	Routers         []string `json:"routers"`
+	Moves           []struct {
+		Namespace, To string
+		Sessions      int
+	} `json:"moves"`
+}
+
+// moveReceipt is a change in what router status -o json prints.
+type moveReceipt struct {
+	Version    string    `json:"version"`
+	Began      time.Time `json:"began"`
+	Planned    int       `json:"planned"`
+	Moved      int       `json:"moved"`
+	Namespaces int       `json:"namespaces"`
+}
+
+// mustPlan asks for a plan for all routers.
+func (s *system) mustPlan(stdin string, args ...string) (p movePlan) {
+	s.t.Helper()
+	out, err := s.routerCommand(s.t.Context(), stdin, append([]string{"plan", "-o", "json"}, args...)...)
+	if err == nil {
+		err = json.Unmarshal([]byte(out), &p)
+	}
+	if routers := len(s.routers(s.t.Context())); err != nil || !p.Agree || len(p.Routers) != routers {
+		s.t.Fatalf("router plan: %v\n%s\nwant the plan of %d routers that agree", err, out, routers)
+	}
+	return p
+}
+
+// wantReceipt waits until nothing is left to move, and checks that the last change did what
+// was planned.
+func (s *system) wantReceipt(what string, p movePlan, since time.Time) {
+	s.t.Helper()
+	if out, err := s.routerCommand(s.t.Context(), "", "wait", "-timeout", "2m"); err != nil {
+		s.t.Fatalf("router wait: %v\n%s", err, out)
+	}
+	out, err := s.routerCommand(s.t.Context(), "", "status", "-o", "json")
+	var status struct{ Receipts []moveReceipt }
+	if err == nil {
+		err = json.Unmarshal([]byte(out), &status)
+	}
+	if err != nil || len(status.Receipts) == 0 {
+		s.t.Fatalf("router status: %v\n%s", err, out)
+	}
+	r := status.Receipts[0]
+	s.t.Logf("answers: %s: planned %d sessions of %d namespaces; receipt %+v", what, p.Sessions, p.Namespaces, r)
+	if r.Began.Before(since) || r.Moved != p.Sessions || r.Planned != p.Sessions || r.Namespaces != p.Namespaces {
+		s.t.Errorf("%s: the receipt is %+v, want what was planned: %d sessions of %d namespaces",
+			what, r, p.Sessions, p.Namespaces)
+	}
+}
+
+// TestAnswersOfAll plans overrides and numbers of backends by the commands, which count the
+// sessions of all routers, and finds the same in the receipts. A plan names the namespace
+// that a change would leave without an owner.
+func TestAnswersOfAll(t *testing.T) {
+	s := newSystem(t)
+	s.keepOverrides()
+	scale := func(replicas int) {
+		ctx, stop := cleanupContext()
+		defer stop()
+		if _, err := s.kubectl(ctx, "", "scale", "statefulset", "backend", fmt.Sprint("--replicas=", replicas)); err != nil {
+			t.Error(err)
+		}
+	}
+	t.Cleanup(func() { scale(4) })
+	c := s.newTenants("answers", 40, 120)
+	c.spread()
+	began := time.Now().Add(-time.Second)
+
+	next := map[string]any{}
+	for namespace, owner := range c.toOthers() {
+		if len(next) < 10 {
+			next[namespace] = owner
+		}
+	}
+	object := map[string]any{"kind": "ConfigMap", "metadata": map[string]any{"name": "overwriting"}, "data": next}
+	body, err := json.Marshal(object)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := s.mustPlan(string(body), "-")
+	if p.Sessions != 30 || p.Namespaces != 10 || p.Unowned != 0 {
+		t.Errorf("%+v, want 30 sessions of 10 namespaces", p)
+	}
+	s.mustKubectl("", "patch", "configmap", "overwriting", "--type=merge", "-p", string(mustJSON(t, map[string]any{"data": next})))
+	s.wantReceipt("overrides", p, began)
+
+	for _, replicas := range []int{5, 4} {
+		began = time.Now().Add(-time.Second)
+		p = s.mustPlan("", fmt.Sprint(replicas))
+		if p.Sessions == 0 {
+			t.Errorf("a plan of %d backends moves nothing: %+v", replicas, p)
+		}
+		scale(replicas)
+		s.wantReceipt(fmt.Sprint(replicas, " backends"), p, began)
+	}
+
+	vip := c.names[39]
+	patch, err := s.routerCommand(t.Context(), "", "move", vip, "backend-3")
+	if err != nil || !strings.HasPrefix(patch, "{") {
+		t.Fatalf("router move: %v\n%s", err, patch)
+	}
+	s.mustKubectl(patch, "patch", "configmap", "overwriting", "--type", "merge", "--patch-file", "/dev/stdin")
+	s.awaitRest("", time.Minute)
+	p = s.mustPlan("", "3")
+	for _, m := range p.Moves {
+		if m.Namespace == vip && m.To == "" && m.Sessions == 3 {
+			return
+		}
+	}
+	t.Errorf("%+v, want that %s, with 3 sessions, has no owner", p, vip)
+}
+
+// mustJSON returns v as JSON.
+func mustJSON(t *testing.T, v any) []byte {
+	t.Helper()
+	b, err := json.Marshal(v)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
