@@ -332,3 +332,27 @@ func cancelled() context.Context {
 	cancel()
 	return ctx
 }
+
+// Routers that share a hand-off find each other by their pods.
+func TestRoutersFindEachOther(t *testing.T) {
+	w := newGoldenWorld(t)
+	w.applyMap(handoffName, nil)
+	free := listenAt(t, "127.0.0.2:0")
+	_, port, err := net.SplitHostPort(free.Addr().String())
+	must(t, err, free.Close())
+	var routers []*runningRouter
+	for i, name := range []string{"router-a", "router-b"} {
+		ip := fmt.Sprint("127.0.0.", 2+i)
+		w.setPod(fakePod{name: name, uid: name, ip: ip})
+		routers = append(routers, startRouter(t, "-kube", w.url, "-kube-namespace", "edge", "-backend-port", w.port, "-configmap", "one,two",
+			"-handoff", "all", "-pod-name", name, "-pod-uid", name, "-admin", ip+":"+port))
+	}
+	for _, r := range routers {
+		r.until(t, "/readyz", "^ready\n$")
+	}
+	routers[1].open(t, "stays")
+	routers[0].until(t, "/status?all=1", `"name":"router-a","ready":true.*"name":"router-b","ready":true.*"silent":\[\],"agree":true`)
+	routers[0].until(t, "/owner?all=1&namespace=stays", `"sessions":1,"agree":true,"routers":\[\{"name":"router-a".*"sessions":0.*"name":"router-b".*"sessions":1`)
+	routers[1].stop()
+	routers[0].until(t, "/status?all=1", `"silent":\[\{"name":"router-b","error":"dial tcp 127.0.0.3:`+port+`: connect: connection refused"\}\]`)
+}
