@@ -101,7 +101,8 @@ func (c *config) flags() *flag.FlagSet {
 	f.StringVar(&c.listen, "listen", ":8000",
 		"`address` for clients: host:port, or unix:/path of a socket")
 	f.StringVar(&c.admin, "admin", ":8001",
-		"`address` for /healthz, /readyz, /metrics, /owner, /status, /top, /backends and /plan")
+		"`address` for operators: / is a page for people, and there are /healthz, /readyz, /metrics,\n"+
+			"/owner, /status, /top, /backends and /plan")
 	f.Var(&c.peers, "peers",
 		"`list` of the admin ports of the other routers, host:port,host:port,..., which answers\n"+
 			"for all routers include (default those of the pods that -router-pods selects, with\n"+
@@ -134,6 +135,16 @@ func (c *config) flags() *flag.FlagSet {
 	f.IntVar(&c.backendPort, "backend-port", 9000,
 		"`port` of the backends, without -backends")
 
+	c.overrideFlags(f)
+	c.trafficFlags(f)
+	f.StringVar(&c.logFormat, "log-format", "text", "`format` of the log: text or json")
+	f.TextVar(&c.logLevel, "log-level", slog.LevelInfo,
+		"lowest `level` of the log: debug, info, warn or error")
+	return f
+}
+
+// overrideFlags adds the flags for where the overrides are to f.
+func (c *config) overrideFlags(f *flag.FlagSet) {
 	f.StringVar(&c.kube, "kube", "",
 		"API `server` with the overrides: in-cluster, none, or the http://host:port of a kubectl\n"+
 			"proxy (default in-cluster in a pod, else none with -overrides, "+
@@ -148,12 +159,6 @@ func (c *config) flags() *flag.FlagSet {
 	f.StringVar(&c.overrides, "overrides", "",
 		"`directory` with the overrides, one file for each namespace; with an API server, a\n"+
 			"copy that is used until the server has answered")
-
-	c.trafficFlags(f)
-	f.StringVar(&c.logFormat, "log-format", "text", "`format` of the log: text or json")
-	f.TextVar(&c.logLevel, "log-level", slog.LevelInfo,
-		"lowest `level` of the log: debug, info, warn or error")
-	return f
 }
 
 // trafficFlags adds the flags for requests, moves and the drain to f.

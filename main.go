@@ -157,7 +157,7 @@
 // Locks on one line are never held together. Nothing waits for the network with a
 // lock held.
 //
-// Read main, command and config (what starts), admin, plan, status and peers (what
+// Read main, command and config (what starts), admin, plan, status, peers and page (what
 // operators ask), fastpath, proxy, forward, layout, handshake, listen, upgrade and proxyprotocol
 // (from client to session), configmap, directory, events, drain, move, movetally,
 // movetarget, movequeue, pace, membership, member, handoffobject, handoff, flight and

@@ -28,7 +28,8 @@ running+=($!)
 
 cat <<TEXT
 
-  page       http://127.0.0.1:9000/?router=127.0.0.1:8000
+  clients    http://127.0.0.1:9000/?router=127.0.0.1:8000&admin=127.0.0.1:8001
+  operator   http://127.0.0.1:8001
   client     bin/backend -connect ws://127.0.0.1:8000/ws/ns-01
   override   echo backend-3 > $OVERRIDES/ns-01        undo: rm $OVERRIDES/ns-01
   owner      curl '127.0.0.1:8001/owner?namespace=ns-01'

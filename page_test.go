@@ -1,0 +1,61 @@
+package main
+
+import (
+	"net/http"
+	"regexp"
+	"strings"
+	"testing"
+)
+
+// The page is there, and nothing else is at "/": neither another path nor a change.
+func TestPage(t *testing.T) {
+	a, _ := adminOf(t, "127.0.0.1:1")
+	resp := answered(a, "/?x=1")
+	if resp.StatusCode != http.StatusOK || resp.Header.Get("Content-Type") != "text/html; charset=utf-8" {
+		t.Fatalf("GET / is %s, %v", resp.Status, resp.Header)
+	}
+	policy := resp.Header.Get("Content-Security-Policy")
+	for _, want := range []string{
+		"default-src 'none'", "connect-src 'self'", "form-action 'none'", "frame-ancestors 'none'",
+		"base-uri 'none'", "require-trusted-types-for 'script'",
+	} {
+		if !strings.Contains(policy, want) {
+			t.Errorf("the policy %q does not have %q", policy, want)
+		}
+	}
+	if strings.Contains(policy, "unsafe") {
+		t.Errorf("the policy is %q", policy)
+	}
+	for _, name := range []string{"Access-Control-Allow-Origin", "Set-Cookie"} {
+		if resp.Header.Get(name) != "" {
+			t.Errorf("%s is %q", name, resp.Header.Get(name))
+		}
+	}
+	if resp := answered(a, "/page"); resp.StatusCode != http.StatusNotFound {
+		t.Errorf("GET /page is %s", resp.Status)
+	}
+}
+
+// The policy's hashes allow one script and one style. The page has no attribute that a
+// browser would run or load, and makes no HTML of text.
+func TestPageIsOneFile(t *testing.T) {
+	for _, name := range []string{"script", "style"} {
+		if n := strings.Count(pageHTML, "<"+name); n != 1 {
+			t.Errorf("%d elements %s, want 1", n, name)
+		}
+		if _, text, _ := strings.Cut(pageHTML, "<"+name+">"); len(text) < 1000 {
+			t.Errorf("no element %s without attributes", name)
+		}
+	}
+	for _, bad := range []string{
+		`(?i)\s(style|on[a-z]+)\s*=\s*["']`, `(src|action|srcset)=`, `href="(?:https?:|/)`, `innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function`,
+		`url\(`, `@import`,
+	} {
+		if found := regexp.MustCompile(bad).FindString(pageHTML); found != "" {
+			t.Errorf("the page has %q", found)
+		}
+	}
+	if hash := elementHash("<style>a</style>", "style"); hash != "'sha256-ypeBEsobvcr6wjGzmiPcTaeG7/gUfE5yuYB3ha/uSLs='" {
+		t.Errorf("the hash of a is %s", hash) // printf a | openssl dgst -sha256 -binary | base64
+	}
+}
