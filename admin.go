@@ -102,6 +102,11 @@ func (a *admin) handler() http.Handler {
 				fmt.Sprintf("%.20s must not have a body", r.Method))
 			return
 		}
+		if isProbe := r.URL.Path == "/healthz" || r.URL.Path == "/readyz"; !isProbe && isRebound(r) {
+			writeError(w, http.StatusForbidden,
+				"the host must be localhost or an address, when it is reached at a loopback address")
+			return
+		}
 		if a.peers.isOwn(r) {
 			writeError(w, http.StatusLoopDetected, errOwnAnswer.Error())
 			return

@@ -162,7 +162,7 @@ func TestAdminTakesNoBodies(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			mustWrite(t, conn, "GET "+path+" HTTP/1.1\r\nHost: h\r\nContent-Type: multipart/form-data; boundary=B\r\n"+length+"\r\n\r\n")
+			mustWrite(t, conn, "GET "+path+" HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=B\r\n"+length+"\r\n\r\n")
 			conn.SetDeadline(time.Now().Add(patience))
 			resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
 			if err != nil || resp.StatusCode != http.StatusBadRequest || !resp.Close {

@@ -949,13 +949,13 @@ func (g *adminGolden) ask(t *testing.T, addr, request, shown string) {
 // get notes the answer to GET path.
 func (g *adminGolden) get(t *testing.T, addr, path string) {
 	t.Helper()
-	g.ask(t, addr, "GET "+path+" HTTP/1.1\nHost: router\n\n", "")
+	g.ask(t, addr, "GET "+path+" HTTP/1.1\nHost: localhost\n\n", "")
 }
 
 // post notes the answer to POST path with the body.
 func (g *adminGolden) post(t *testing.T, addr, path, body string) {
 	t.Helper()
-	g.ask(t, addr, fmt.Sprintf("POST %s HTTP/1.1\nHost: router\nContent-Length: %d\n\n%s", path, len(body), body), "")
+	g.ask(t, addr, fmt.Sprintf("POST %s HTTP/1.1\nHost: localhost\nContent-Length: %d\n\n%s", path, len(body), body), "")
 }
 
 // adminAnswer sends the request and returns what comes back.
@@ -1091,22 +1091,22 @@ func TestGoldenAdmin(t *testing.T) {
 		g.get(t, r.adminAddr, path)
 	}
 	for _, method := range []string{"HEAD", "POST", "PUT", "DELETE", "OPTIONS"} {
-		g.ask(t, r.adminAddr, method+" /healthz HTTP/1.1\nHost: router\n\n", "")
+		g.ask(t, r.adminAddr, method+" /healthz HTTP/1.1\nHost: localhost\n\n", "")
 	}
 	for _, path := range []string{"/readyz", "/metrics", "/owner", "/backends"} {
 		g.post(t, r.adminAddr, path, "")
 	}
 	for _, path := range []string{"/metrics", "/"} {
-		g.ask(t, r.adminAddr, "HEAD "+path+" HTTP/1.1\nHost: router\n\n", "")
+		g.ask(t, r.adminAddr, "HEAD "+path+" HTTP/1.1\nHost: localhost\n\n", "")
 	}
 	g.post(t, r.adminAddr, "/", "")
 	g.get(t, r.adminAddr, "/plan")
 	g.title("requests that are not as they should be")
-	g.ask(t, r.adminAddr, "GET /healthz HTTP/1.1\nHost: router\nContent-Length: 4\n\nbody", "")
-	g.ask(t, r.adminAddr, "GET /owner?namespace=first HTTP/1.1\nHost: router\nTransfer-Encoding: chunked\n\n4\r\nbody\r\n0\r\n\r\n", "GET /owner?namespace=first, with a chunked body")
-	g.ask(t, r.adminAddr, "AMETHODTHATHASALONGNAME /healthz HTTP/1.1\nHost: router\nContent-Length: 4\n\nbody", "")
+	g.ask(t, r.adminAddr, "GET /healthz HTTP/1.1\nHost: localhost\nContent-Length: 4\n\nbody", "")
+	g.ask(t, r.adminAddr, "GET /owner?namespace=first HTTP/1.1\nHost: localhost\nTransfer-Encoding: chunked\n\n4\r\nbody\r\n0\r\n\r\n", "GET /owner?namespace=first, with a chunked body")
+	g.ask(t, r.adminAddr, "AMETHODTHATHASALONGNAME /healthz HTTP/1.1\nHost: localhost\nContent-Length: 4\n\nbody", "")
 	g.ask(t, r.adminAddr, "GET /healthz HTTP/1.1\n\n", "GET /healthz, without Host")
-	g.ask(t, r.adminAddr, "GET /healthz HTTP/1.1\nHost: router\nX: "+strings.Repeat("x", 20<<10)+"\n\n", "GET /healthz, with a head of 20 KiB")
+	g.ask(t, r.adminAddr, "GET /healthz HTTP/1.1\nHost: localhost\nX: "+strings.Repeat("x", 20<<10)+"\n\n", "GET /healthz, with a head of 20 KiB")
 	g.ask(t, r.adminAddr, "nonsense\n\n", "")
 	g.compare(t, "requests.txt")
 
@@ -1146,7 +1146,7 @@ func TestGoldenAdmin(t *testing.T) {
 // goldenMetrics compares /metrics, with N for all numbers.
 func goldenMetrics(t *testing.T, addr, name string) {
 	t.Helper()
-	status, head, body := adminAnswer(t, addr, "GET /metrics HTTP/1.1\nHost: router\n\n")
+	status, head, body := adminAnswer(t, addr, "GET /metrics HTTP/1.1\nHost: localhost\n\n")
 	body = regexp.MustCompile(`(?m)^([^#].*) \S+$`).ReplaceAllString(body, "$1 N")
 	golden(t, "metrics/"+name, []byte(steady(status+"\n"+strings.Join(head, "\n")+"\n\n"+body, volatileOfAdmin...)))
 }
@@ -1211,16 +1211,16 @@ func goldenPlans(t *testing.T, g *adminGolden, addr string) {
 	} {
 		g.post(t, addr, "/plan", body)
 	}
-	g.ask(t, addr, "POST /plan HTTP/1.1\nHost: router\nTransfer-Encoding: chunked\n\nf\r\n{\"replicas\": 4}\r\n0\r\n\r\n", "POST /plan, chunked")
-	g.ask(t, addr, fmt.Sprintf("POST /plan HTTP/1.1\nHost: router\nContent-Length: %d\n\n", maxPlanBody+1), "POST /plan, of more than 8 MiB")
+	g.ask(t, addr, "POST /plan HTTP/1.1\nHost: localhost\nTransfer-Encoding: chunked\n\nf\r\n{\"replicas\": 4}\r\n0\r\n\r\n", "POST /plan, chunked")
+	g.ask(t, addr, fmt.Sprintf("POST /plan HTTP/1.1\nHost: localhost\nContent-Length: %d\n\n", maxPlanBody+1), "POST /plan, of more than 8 MiB")
 	size := maxPlanBody + 1
-	g.ask(t, addr, fmt.Sprintf("POST /plan HTTP/1.1\nHost: router\nTransfer-Encoding: chunked\n\n%x\r\n%s\r\n0\r\n\r\n", size, strings.Repeat(" ", size)), "POST /plan, chunked, of more than 8 MiB")
+	g.ask(t, addr, fmt.Sprintf("POST /plan HTTP/1.1\nHost: localhost\nTransfer-Encoding: chunked\n\n%x\r\n%s\r\n0\r\n\r\n", size, strings.Repeat(" ", size)), "POST /plan, chunked, of more than 8 MiB")
 	for range maxConcurrentPlans { // which has its turn until its body is there
 		conn := dial(t, addr)
 		defer conn.Close()
-		mustWrite(t, conn, "POST /plan HTTP/1.1\r\nHost: router\r\nContent-Length: 15\r\n\r\n")
+		mustWrite(t, conn, "POST /plan HTTP/1.1\r\nHost: localhost\r\nContent-Length: 15\r\n\r\n")
 	}
-	const plan = "POST /plan HTTP/1.1\nHost: router\nContent-Length: 15\n\n{\"replicas\": 4}"
+	const plan = "POST /plan HTTP/1.1\nHost: localhost\nContent-Length: 15\n\n{\"replicas\": 4}"
 	eventually(t, "the answer while another plan has the turn", "503 Service Unavailable", func() string {
 		status, _, _ := adminAnswer(t, addr, plan)
 		return status
@@ -1301,7 +1301,7 @@ func TestGoldenTop(t *testing.T) {
 		g.get(t, r.adminAddr, "/top"+query)
 	}
 	g.compare(t, "top.txt")
-	_, _, body := adminAnswer(t, r.adminAddr, "GET /metrics HTTP/1.1\nHost: router\n\n")
+	_, _, body := adminAnswer(t, r.adminAddr, "GET /metrics HTTP/1.1\nHost: localhost\n\n")
 	family := regexp.MustCompile(`(?m)^.*router_top_sessions.*\n`).FindAllString(body, -1)
 	golden(t, "metrics/top.txt", []byte(strings.Join(family, "")))
 }

@@ -4,7 +4,9 @@ import (
 	"crypto/sha256"
 	_ "embed"
 	"encoding/base64"
+	"net"
 	"net/http"
+	"net/netip"
 	"strings"
 )
 
@@ -48,4 +50,24 @@ func elementHash(html, name string) string {
 	text, _, _ = strings.Cut(text, "</"+name+">")
 	sum := sha256.Sum256([]byte(text))
 	return "'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'"
+}
+
+// isRebound reports whether a page of another site may have sent the request. A browser lets
+// a page read what has its own host, and another site's name can lead to a loopback address
+// (DNS rebinding). So a request that came to one, as with kubectl port-forward, must not
+// have such a name. Elsewhere any name may be right, as that of a reverse proxy.
+func isRebound(r *http.Request) bool {
+	local, ok := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr)
+	if !ok || !local.IP.IsLoopback() {
+		return false
+	}
+	host, _, err := net.SplitHostPort(r.Host)
+	if err != nil { // it has no port
+		host = strings.Trim(r.Host, "[]")
+	}
+	if host == "" || strings.EqualFold(host, "localhost") { // a browser always has a host
+		return false
+	}
+	_, err = netip.ParseAddr(host)
+	return err != nil
 }
