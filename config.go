@@ -20,6 +20,7 @@ type config struct {
 	// Listeners and sockets.
 	listen, admin               string        // addresses, as listen takes them
 	tcpUserTimeout, idleTimeout time.Duration // 0: none
+	maxAge                      time.Duration // of a session; 0: none
 	proxyProtocol               string        // "on" or "off"
 	trustedProxies              trustedProxies
 
@@ -199,12 +200,26 @@ func (c *config) trafficFlags(f *flag.FlagSet) {
 	f.DurationVar(&c.httpMoveTime, "http-move-timeout", 30*time.Second,
 		"how old such a request may become, as a download, a long poll or an event stream, when\n"+
 			"its owner has changed; then it is cut, with 0 at once")
+	c.namespaceFlags(f)
 	c.handoffFlags(f)
 
 	f.DurationVar(&c.drainDelay, "drain-delay", 0,
 		"how long clients are still accepted after SIGTERM, so that load balancers can notice")
 	f.DurationVar(&c.drainDuration, "drain-duration", 30*time.Second,
 		"the time over which sessions are closed after -drain-delay")
+}
+
+// namespaceFlags adds the flags for what one namespace, or one session, may take to f.
+func (c *config) namespaceFlags(f *flag.FlagSet) {
+	f.IntVar(&c.limits.namespaceSessions, "max-sessions-per-namespace", 0,
+		"maximum `number` of sessions and pending upgrades of each namespace in this router, each\n"+
+			"router by itself, 0 is no limit")
+	f.IntVar(&c.limits.namespaceUpgrades, "max-upgrades-per-second", 0,
+		"maximum `number` of upgrades of each namespace per second, which may come at once, in\n"+
+			"each router by itself, 0 is no limit")
+	f.DurationVar(&c.maxAge, "max-age", 0,
+		"how old a session may become, or up to a tenth less, before it is closed like one that\n"+
+			"moves, by each router at -move-rate, 0 is no limit")
 }
 
 // handoffFlags adds the flags for what makes a change of owners strict to f.
@@ -411,6 +426,8 @@ func (c *config) validateLimits() error {
 			c.tcpUserTimeout)
 	case c.idleTimeout != 0 && c.idleTimeout < time.Second:
 		return fmt.Errorf("-idle-timeout must be 0 or at least 1s (got %s)", c.idleTimeout)
+	case c.maxAge != 0 && c.maxAge < time.Second:
+		return fmt.Errorf("-max-age must be 0 or at least 1s (got %s)", c.maxAge)
 	}
 	for _, number := range []struct {
 		flag       string
@@ -420,6 +437,8 @@ func (c *config) validateLimits() error {
 		{"max-header-fields", c.limits.headerFields, 16},
 		{"max-sessions", c.limits.sessions, 1},
 		{"max-pending-upgrades", c.limits.pendingUpgrades, 1},
+		{"max-sessions-per-namespace", c.limits.namespaceSessions, 0},
+		{"max-upgrades-per-second", c.limits.namespaceUpgrades, 0},
 		{"move-rate", c.moveRate, 0},
 	} {
 		if number.value < number.min {

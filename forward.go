@@ -109,7 +109,10 @@ func (f *forwarder) writeMetrics(m metricsWriter) {
 	sample := m.family("router_http_requests_total", "counter",
 		"Plain requests, by result.")
 	for r := range numResults {
-		if r != resultNotUpgrade && r != resultAnswered && r != resultGatewayTimeout {
+		switch r {
+		case resultNotUpgrade, resultAnswered, resultGatewayTimeout, // of upgrades only
+			resultMaxNamespace, resultRateNamespace:
+		default:
 			sample(float64(f.results[r].Load()), "result", r.String())
 		}
 	}

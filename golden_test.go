@@ -517,14 +517,15 @@ func refusals() map[string]clientCase {
 	good := upgradeRequest("/ws/ns-01")
 	waiting := func(n int) string { return fmt.Sprintf("router_pending_upgrades %d", n) }
 	return map[string]clientCase{
-		"503 no table":               {request: good, noTable: true},
-		"503 rejected override":      {request: good, overrides: map[string]string{"ns-01": "bakend-0"}, serve: echo},
-		"503 no owner in time":       {request: good, args: "-hold 5s"},
-		"503 another backend":        {request: good, args: "-hold 5s", serve: answer(notMeant), often: true},
-		"503 sessions":               {request: good, args: "-max-sessions 1", serve: echo, before: occupied(good, `router_sessions\{.*\} 1`), earlier: 1},
-		"503 upgrades under way":     {request: good, args: "-max-pending-upgrades 1 -handshake-timeout 1m", serve: silent, before: occupied(good, waiting(1))},
-		"503 heads under way":        {request: upgradeWith("Origin: ", "Origin: "+strings.Repeat("x", headBytesPerUpgrade)), args: "-max-pending-upgrades 1"},
-		"503 the router is stopping": {request: good, during: stopRouter, stops: true},
+		"503 no table":                  {request: good, noTable: true},
+		"503 rejected override":         {request: good, overrides: map[string]string{"ns-01": "bakend-0"}, serve: echo},
+		"503 no owner in time":          {request: good, args: "-hold 5s"},
+		"503 another backend":           {request: good, args: "-hold 5s", serve: answer(notMeant), often: true},
+		"503 sessions":                  {request: good, args: "-max-sessions 1", serve: echo, before: occupied(good, `router_sessions\{.*\} 1`), earlier: 1},
+		"503 sessions of one namespace": {request: good, args: "-max-sessions-per-namespace 1", serve: echo, before: occupied(good, `router_sessions\{.*\} 1`), earlier: 1},
+		"503 upgrades under way":        {request: good, args: "-max-pending-upgrades 1 -handshake-timeout 1m", serve: silent, before: occupied(good, waiting(1))},
+		"503 heads under way":           {request: upgradeWith("Origin: ", "Origin: "+strings.Repeat("x", headBytesPerUpgrade)), args: "-max-pending-upgrades 1"},
+		"503 the router is stopping":    {request: good, during: stopRouter, stops: true},
 		"no answer, client left": {request: good, during: func(t *testing.T, r *goldenRouter, conn net.Conn) {
 			r.metric(t, waiting(1))
 			reset(conn.(*net.TCPConn))
@@ -591,6 +592,7 @@ func mustHaveRefusals(t *testing.T, seen string) {
 	notSeen := []string{
 		"the client left",                   // nobody gets an answer
 		"%v while %s worked on its request", // forward_test.go moves it
+		"%q has more than %d upgrades per second, the limit of a namespace", // for a moment: TestNamespaceRate
 	}
 	s, found := parseSources(t), 0
 	for _, name := range s.names {
@@ -699,6 +701,8 @@ func closeCases() map[string]closeCase {
 			backend.(*net.TCPConn).SetLinger(0)
 			backend.Close()
 		}},
+		"it is as old as -max-age": {args: "-max-age 4s",
+			finish: func(t *testing.T, r *goldenRouter, overrides string, client, backend net.Conn) {}},
 		"nothing is sent": {args: "-idle-timeout 1s",
 			finish: func(t *testing.T, r *goldenRouter, overrides string, client, backend net.Conn) {}},
 	}

@@ -410,6 +410,8 @@ const (
 	resultMisdirected           // 503: another backend has the owner's address
 	resultMaxSessions           // 503
 	resultMaxPending            // 503
+	resultMaxNamespace          // 503: the sessions of one namespace
+	resultRateNamespace         // 429: the upgrades of one namespace
 	resultDraining              // 503: the router stops
 	resultClientGone            // the client left before there was an answer
 	resultBadGateway            // 502
@@ -422,7 +424,7 @@ const (
 // String is the value of the metric's label.
 func (r result) String() string {
 	return [numResults]string{"ok", "bad_request", "bad_head", "not_found", "not_upgrade", "no_table", "unresolved",
-		"hold_timeout", "misdirected", "max_sessions", "max_pending_upgrades", "draining", "client_gone", "bad_gateway", "gateway_timeout", "answered", "cut"}[r]
+		"hold_timeout", "misdirected", "max_sessions", "max_pending_upgrades", "max_namespace", "rate_namespace", "draining", "client_gone", "bad_gateway", "gateway_timeout", "answered", "cut"}[r]
 }
 
 // status is the HTTP status that goes with the result.
@@ -431,7 +433,8 @@ func (r result) status() int {
 		resultBadRequest: http.StatusBadRequest,
 		resultBadHead:    http.StatusRequestHeaderFieldsTooLarge,
 		resultNotFound:   http.StatusNotFound, resultNotUpgrade: http.StatusUpgradeRequired,
-		resultBadGateway: http.StatusBadGateway, resultGatewayTimeout: http.StatusGatewayTimeout,
+		resultRateNamespace: http.StatusTooManyRequests,
+		resultBadGateway:    http.StatusBadGateway, resultGatewayTimeout: http.StatusGatewayTimeout,
 	}[r]
 	return cmp.Or(status, http.StatusServiceUnavailable)
 }
@@ -465,14 +468,14 @@ func refuse(result result, format string, args ...any) *refusal {
 }
 
 // writeResponse writes the refusal. The client may take as long as bound to send the rest
-// of its request, and as long again to read the answer. A 503 may be tried again in a
-// second: clients add their own back-off.
+// of its request, and as long again to read the answer. A 503 or 429 may be tried again in
+// a second: clients add their own back-off.
 func (r *refusal) writeResponse(w http.ResponseWriter, bound time.Duration) {
 	conn := http.NewResponseController(w)
 	conn.SetReadDeadline(time.Now().Add(bound)) // net/http reads what is left of a body before it answers
 	conn.SetWriteDeadline(time.Now().Add(2 * bound))
 	switch r.result.status() {
-	case http.StatusServiceUnavailable:
+	case http.StatusServiceUnavailable, http.StatusTooManyRequests:
 		w.Header().Set("Retry-After", "1")
 	case http.StatusUpgradeRequired:
 		w.Header().Set("Upgrade", "websocket")

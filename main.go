@@ -152,7 +152,7 @@
 //	keptConns.mu              held while it counts descriptors
 //	membership.mu, releaser.mu, releaseMemory.mu
 //	upgradeLimit.mu, descriptorLimit.mu, addressCache.mu, limitListener.mu, logQueue.mu,
-//	waitCount.mu
+//	waitCount.mu, namespaceSessions.mu, namespaceRate.mu
 //
 // Locks on one line are never held together. Nothing waits for the network with a
 // lock held.
@@ -160,11 +160,12 @@
 // Read main, command and config (what starts), admin, plan, status, peers and page (what
 // operators ask), fastpath, proxy, forward, layout, handshake, listen, upgrade and proxyprotocol
 // (from client to session), configmap, directory, events, drain, move, movetally,
-// movetarget, movequeue, pace, membership, member, handoffobject, handoff, flight and
-// release (what a change of overrides does), route, overrides, namespace and hash (who
-// owns), discovery, cordon, backends, dialqueue, watch and kube (where owners are), top, relay
-// and websocket (the life of a session), log, runtime and metrics, and wait (a back-off, a
-// sleep, times, a wake-up). A file uses only those after it.
+// movetarget, movequeue, maxage, pace, membership, member, handoffobject, handoff,
+// flight and release (what a change of overrides does), route, overrides, namespace and
+// hash (who owns), discovery, cordon, backends, dialqueue, watch and kube (where owners
+// are), top, relay and websocket (the life of a session), namespacelimit, log, runtime
+// and metrics, and wait (a back-off, a sleep, times, a wake-up). A file uses only those
+// after it.
 package main
 
 import (
@@ -337,11 +338,15 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 			.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10),
 		holdDurations: newHistogram(.01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30),
 		limits:        c.limits, podName: c.podName, namespaceOf: c.layout.namespace, log: log,
+		namespaceSessions: newNamespaceSessions(c.limits.namespaceSessions),
+		namespaceRate:     newNamespaceRate(c.limits.namespaceUpgrades, log),
 	}
+	relay.namespaceSessions = p.namespaceSessions
 	if c.proxyProtocol == "on" {
 		p.proxyProtocol = &proxyProtocol{trusted: &c.trustedProxies, log: log}
 	}
 	mover.httpMoveTime = c.httpMoveTime
+	mover.ages.limit, mover.ages.stopped = c.maxAge, p.draining.Load
 	if c.http != "off" {
 		p.forwarder = newForwarder(fdLimit.add)
 	}

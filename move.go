@@ -41,7 +41,8 @@ type mover struct {
 	// httpMoveTime is how old a plain request may be when a step waits for it.
 	httpMoveTime  time.Duration
 	shared        *sharedMove // nil without -handoff=all
-	stepDurations *histogram  // of the steps that are done
+	ages          ageSweep
+	stepDurations *histogram // of the steps that are done
 	log           *slog.Logger
 
 	// current is nil before the first view. Only run replaces it, but for the first view
@@ -95,10 +96,11 @@ func newMover(
 			return s.closeGracefully(causeMoved, onEnd)
 		},
 	}
+	m.ages.close = func(s *session) bool { return s.closeGracefully(causeMaxAge, nil) }
 	if rate > 0 {
 		m.moveInterval = time.Second / time.Duration(rate)
 	}
-	m.pace.interval = m.moveInterval
+	m.pace.interval, m.ages.pace.interval = m.moveInterval, m.moveInterval
 	m.flights.onEnd, relay.onBackendEnded = m.somethingEnded, m.somethingEnded
 	return m
 }
@@ -201,6 +203,8 @@ func (m *mover) run(ctx context.Context) {
 			next = m.advanceShared(time.Now())
 		}
 		next = earliest(next, m.cutRequests(time.Now()))
+		movesWait := m.waitsForPace && len(m.queue.sessions) > 0
+		next = earliest(next, m.ages.closeOld(m.relay, time.Now(), movesWait))
 		timer.Stop()
 		if !next.IsZero() {
 			timer.Reset(max(time.Until(next), paceTick))

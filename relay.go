@@ -28,6 +28,7 @@ const (
 	causeHalfClose          // one side ended, the other sent nothing for halfCloseTimeout
 	causeIdle               // no byte was carried for -idle-timeout
 	causeMoved              // the namespace has another owner now
+	causeMaxAge             // it was as old as -max-age
 	causeDrain              // the router stops
 	numCauses               // the number of causes
 )
@@ -35,7 +36,7 @@ const (
 // String returns the cause as the log's "cause" and the metrics' label have it.
 func (c cause) String() string {
 	return [numCauses]string{"none", "client", "backend", "client_error", "backend_error",
-		"router_error", "half_close", "idle", "moved", "drain"}[c]
+		"router_error", "half_close", "idle", "moved", "max_age", "drain"}[c]
 }
 
 // endCause is the cause if the side ends its stream first.
@@ -141,8 +142,10 @@ type relay struct {
 	onBackendEnded   func()                             // called when the backend of a session is done; must not block
 	onBackendOpen    func(s *session, backend net.Conn) // see abandonBackend; nil: nobody waits
 	remember         rememberNamespace                  // called just before that
-	log              *slog.Logger
-	engine           engine
+	// namespaceSessions has a place of each session; nil: none is counted.
+	namespaceSessions *namespaceSessions
+	log               *slog.Logger
+	engine            engine
 
 	// Guarded by mu.
 	mu         sync.Mutex
@@ -234,6 +237,8 @@ func (r *relay) sessionEnded(s *session) {
 	lasted := time.Since(r.began) - s.started
 	if s.closing != nil {
 		cut = s.closing.end()
+	} else {
+		r.namespaceSessions.giveBack(s.namespace)
 	}
 	r.remember(s.namespace, s.backend)
 	r.remove(s, n)
@@ -512,7 +517,7 @@ func (r *relay) writeSessionMetrics(m metricsWriter, counts map[int]sessionCount
 	}
 	cut := m.family("router_sessions_cut_total", "counter",
 		"Sessions in which client and backend did not both answer their Close frames in time, by cause.")
-	for _, c := range []cause{causeMoved, causeDrain} {
+	for _, c := range []cause{causeMoved, causeMaxAge, causeDrain} {
 		cut(float64(r.cut[c].Load()), "cause", c.String())
 	}
 	const name = "router_session_duration_seconds"
@@ -543,7 +548,7 @@ func (r *relay) wait() { r.openSessions.Wait() }
 
 // closeGracefully starts a closing handshake, which ends the session within the
 // relay's closeTimeout. It returns false, and does nothing, if the session ends or
-// has ended already. cause is causeMoved or causeDrain. onEnd, if not nil, is called
+// has ended already. cause is causeMoved, causeMaxAge or causeDrain. onEnd, if not nil, is called
 // once when the session is over, from any goroutine; it must not block.
 //
 // closeGracefully may be called from any goroutine, once the engine knows s.
@@ -554,17 +559,18 @@ func (s *session) closeGracefully(cause cause, onEnd func(cut bool)) bool {
 		return false
 	}
 	s.closing = newClosingHandshake(cause, onEnd)
+	s.carrier().namespaceSessions.giveBack(s.namespace) // its client may be back at once
 	s.startClose()
 	return true
 }
 
 // newClosingHandshake returns a closing handshake with the Close frames for cause,
-// causeMoved or causeDrain. onEnd, if not nil, is called once when the session is
+// causeMoved, causeMaxAge or causeDrain. onEnd, if not nil, is called once when the session is
 // over; it must not block.
 func newClosingHandshake(cause cause, onEnd func(cut bool)) *closingHandshake {
 	toBackend := closeFrame(closeGoingAway, "going away", true)
 	toClient := closeFrame(closeGoingAway, "going away", false)
-	if cause == causeMoved {
+	if cause != causeDrain {
 		toClient = closeFrame(closeServiceRestart, "service restart", false)
 	}
 	return &closingHandshake{frames: [2][]byte{toBackend, toClient}, onEnd: onEnd}

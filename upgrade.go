@@ -105,7 +105,8 @@ const headBytesPerUpgrade = 2 << 10
 // It goes with its client from the fast path to net/http. One goroutine at a time owns
 // it.
 type pendingUpgrade struct {
-	limit     *upgradeLimit // counts it until free
+	limit     *upgradeLimit      // counts it until free
+	sessions  *namespaceSessions // the same; nil if that does not count it
 	freed     bool
 	began     time.Time  // when its head was read
 	holdBegan time.Time  // when it began to wait for its owner; zero while it does not
@@ -187,6 +188,8 @@ func (u *pendingUpgrade) free() {
 	u.endHold()
 	u.reserveHead(0, 0)
 	u.limit.giveBack(u.owner)
+	u.sessions.giveBack(u.namespace)
+	u.sessions = nil
 	u.freed = true
 }
 

@@ -1,0 +1,142 @@
+package main
+
+import (
+	"hash/maphash"
+	"log/slog"
+	"strings"
+	"sync"
+	"time"
+)
+
+// namespaceSessions bounds the sessions of each namespace in this router, together with
+// its pending upgrades, so that many clients at once do not pass. Each upgrade takes a
+// place with its admission. If it becomes a session, that gives the place back: when its
+// closing handshake begins, since its client may return at once, or else at its end. Any
+// other upgrade gives it back when it is answered, or its client is gone. A nil
+// *namespaceSessions bounds nothing.
+type namespaceSessions struct {
+	limit int // static; at least 1
+	mu    sync.Mutex
+	taken map[string]int32 // places, by namespace; guarded by mu; none is 0
+}
+
+// newNamespaceSessions returns nil for a limit of 0.
+func newNamespaceSessions(limit int) *namespaceSessions {
+	if limit == 0 {
+		return nil
+	}
+	return &namespaceSessions{limit: limit, taken: map[string]int32{}}
+}
+
+// acquire takes a place of the namespace, and reports whether there was one. The caller
+// calls giveBack.
+func (n *namespaceSessions) acquire(namespace string) bool {
+	if n == nil {
+		return true
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	taken, ok := n.taken[namespace]
+	if int(taken) >= n.limit {
+		return false
+	}
+	if !ok { // the key must not keep the memory of a request
+		namespace = strings.Clone(namespace)
+	}
+	n.taken[namespace] = taken + 1
+	return true
+}
+
+// giveBack gives a place of the namespace back.
+func (n *namespaceSessions) giveBack(namespace string) {
+	if n == nil {
+		return
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.taken[namespace]--; n.taken[namespace] == 0 {
+		delete(n.taken, namespace)
+	}
+}
+
+// maxRateNamespaces bounds the memory of a namespaceRate, to some 10 MB.
+const maxRateNamespaces = 100_000
+
+// namespaceRate bounds the upgrades of each namespace per second: each has a token bucket,
+// which holds the upgrades of one second. Of a bucket it keeps the time at which it is
+// full again (the generic cell rate algorithm, ITU-T I.371), and only while it is not: it
+// has two generations of buckets, and one that is in neither is full. Namespaces beyond maxRateNamespaces in one generation are not limited. A nil
+// *namespaceRate bounds nothing.
+type namespaceRate struct {
+	// Static after construction.
+	interval time.Duration // between two upgrades
+	size     time.Duration // of a bucket: how long an empty one takes to become full
+	began    time.Time     // times are since then
+	seed     maphash.Seed  // nobody can choose names that share a bucket
+	log      *slog.Logger
+	throttle throttle
+
+	// Guarded by mu.
+	mu         sync.Mutex
+	generation time.Duration            // when the present one began
+	present    map[uint64]time.Duration // when the bucket is full, by the namespace's hash
+	previous   map[uint64]time.Duration
+}
+
+// newNamespaceRate returns nil for a limit of 0 upgrades per second.
+func newNamespaceRate(limit int, log *slog.Logger) *namespaceRate {
+	if limit == 0 {
+		return nil
+	}
+	limit = min(limit, int(time.Second)) // one a nanosecond
+	interval := time.Second / time.Duration(limit)
+	return &namespaceRate{
+		interval: interval, size: interval * time.Duration(limit),
+		began: time.Now(), seed: maphash.MakeSeed(), log: log,
+		present: map[uint64]time.Duration{},
+	}
+}
+
+// allow takes a token of the namespace, and reports whether there was one.
+func (n *namespaceRate) allow(namespace string) bool {
+	if n == nil {
+		return true
+	}
+	key := maphash.String(n.seed, namespace)
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	now := time.Since(n.began)
+	n.startGeneration(now)
+	full, ok := n.present[key]
+	if !ok {
+		full = n.previous[key]
+	}
+	full = max(full, now) + n.interval
+	switch {
+	case full-now > n.size:
+		return false
+	case !ok && len(n.present) >= maxRateNamespaces:
+		if omitted, ok := n.throttle.allow(time.Minute); ok {
+			n.log.Warn("too many namespaces at once; upgrades of more are not limited",
+				"max", maxRateNamespaces, "omitted", omitted)
+		}
+	default:
+		n.present[key] = full
+	}
+	return true
+}
+
+// startGeneration starts a generation if in the present one an empty bucket could become
+// full. It drops the buckets that were not used since the present one began: they are full.
+// The caller holds mu.
+func (n *namespaceRate) startGeneration(now time.Duration) {
+	age := now - n.generation
+	if age < n.size {
+		return
+	}
+	n.previous = n.present
+	if age >= 2*n.size {
+		n.previous = nil
+	}
+	n.present, n.generation = map[uint64]time.Duration{}, now
+}
