@@ -52,24 +52,29 @@ type subcommand struct {
 // subcommands returns the subcommands by their names.
 func subcommands() map[string]subcommand {
 	return map[string]subcommand{
-		"status": {"", "Shows routers, backends, how far a change of owners has come and what it waits for,\n" +
+		"status": {"", "" +
+			"Shows routers, backends, how far a change of owners has come and what it waits for,\n" +
 			"and the last changes.", (*command).showFlags, (*command).status},
 		"owner": {"NAMESPACE...", "Shows who owns namespaces, and why.",
 			(*command).ownerFlags, (*command).owners},
-		"plan": {"FILE|-|NUMBER|cordon ORDINALS", "Shows which sessions would move, and which namespaces would lose their owner, with a\n" +
+		"plan": {"FILE|-|NUMBER|cordon ORDINALS", "" +
+			"Shows which sessions would move, and which namespaces would lose their owner, with a\n" +
 			"ConfigMap (JSON), a number of backends, or a list of cordoned ones, like 2,5 or none.",
 			(*command).showFlags, (*command).plan},
 		"backends": {"", "Shows the backends: address, readiness, overrides, sessions.",
 			(*command).showFlags, (*command).backends},
 		"top": {"", "Shows the namespaces with the most sessions or bytes.",
 			(*command).topFlags, (*command).top},
-		"move": {"NAMESPACE BACKEND|-", "Prints the patch of a ConfigMap that pins a namespace to a backend, or with - removes\n" +
+		"move": {"NAMESPACE BACKEND|-", "" +
+			"Prints the patch of a ConfigMap that pins a namespace to a backend, or with - removes\n" +
 			"its override.", (*command).moveFlags, (*command).move},
-		"cordon": {"BACKEND", "Prints the patch of the StatefulSet after which the hash gives no namespace to a backend.",
+		"cordon": {"BACKEND",
+			"Prints the patch of the StatefulSet after which the hash gives no namespace to a backend.",
 			nil, (*command).cordonBackend},
 		"uncordon": {"BACKEND", "Prints the patch of the StatefulSet that ends a cordon.",
 			nil, (*command).uncordonBackend},
-		"wait": {"", "Waits until no change of owners is under way on any router and no session has to move.\n" +
+		"wait": {"", "" +
+			"Waits until no change of owners is under way on any router and no session has to move.\n" +
 			"It fails at the timeout, and when a router does not answer.",
 			(*command).waitFlags, (*command).wait},
 	}
@@ -112,7 +117,8 @@ func runCommand(ctx context.Context, args []string, out, notes io.Writer) (
 // showFlags adds the flags of the subcommands that show something.
 func (c *command) showFlags(f *flag.FlagSet) {
 	f.BoolVar(&c.all, "all", true, "ask for the answer of all routers, not of one alone")
-	f.StringVar(&c.format, "o", "text", "`format` of the output: text, or json as the admin port has it")
+	f.StringVar(&c.format, "o", "text",
+		"`format` of the output: text, or json as the admin port has it")
 }
 
 // ownerFlags adds the flags of owner.
@@ -205,7 +211,7 @@ func (c *command) show(v any, silent []silentRouter, print func()) error {
 	return silentError(silent)
 }
 
-// table returns a writer of columns, which are separated by tabs. The caller flushes it.
+// columns returns a writer of columns, which are separated by tabs. The caller flushes it.
 func (c *command) columns() *tabwriter.Writer {
 	return tabwriter.NewWriter(c.out, 0, 0, 2, ' ', 0)
 }
@@ -226,7 +232,8 @@ func countRouters(answered int, silent []silentRouter, agree *bool) string {
 	case answered+len(silent) == 1:
 		return "1 of 1 routers answered"
 	case !*agree:
-		return fmt.Sprintf("%d of %d routers answered; they do not agree", answered, answered+len(silent))
+		return fmt.Sprintf("%d of %d routers answered; they do not agree",
+			answered, answered+len(silent))
 	}
 	return fmt.Sprintf("%d of %d routers answered; they agree", answered, answered+len(silent))
 }
@@ -286,8 +293,8 @@ func (c *command) printPlan(p *preview) {
 		"%d backends, %d overrides rejected\n",
 		p.Sessions, p.Namespaces, p.Seconds, p.Backends, p.Rejected)
 	if p.Unowned > 0 {
-		fmt.Fprintf(c.out, "%d namespaces would have no owner: new clients get 503, and %d sessions "+
-			"end with their backends\n", p.Unowned, p.UnownedSessions)
+		fmt.Fprintf(c.out, "%d namespaces would have no owner: new clients get 503, "+
+			"and %d sessions end with their backends\n", p.Unowned, p.UnownedSessions)
 	}
 	if text := countRouters(len(p.Routers), p.Silent, p.Agree); text != "" {
 		fmt.Fprintln(c.out, text)
@@ -326,7 +333,8 @@ func (c *command) printStatus(s *status) {
 	fmt.Fprintln(t, "BACKEND\tREADY\tSESSIONS\tOVERRIDES\tIN\tOUT\tNOTE")
 	for _, b := range s.Backends {
 		row := fmt.Sprintf("%s\t%s\t%d\t%d\t%d\t%d\t%s", b.Name, yesOrNo(b.Ready), b.Sessions,
-			b.Overrides, b.MovingIn, b.MovingOut, backendNote(b.OwnsNamespaces, b.Cordoned, b.SafeToRemove))
+			b.Overrides, b.MovingIn, b.MovingOut,
+			backendNote(b.OwnsNamespaces, b.Cordoned, b.SafeToRemove))
 		fmt.Fprintln(t, strings.TrimRight(row, "\t"))
 	}
 	t.Flush()
@@ -392,8 +400,8 @@ func (c *command) printHandoff(h *handoffStatus) {
 			fmt.Fprintf(c.out, "waits for %s since %.1f s: it has not answered\n", w.Router, w.Seconds)
 			continue
 		}
-		fmt.Fprintf(c.out, "waits for %s since %.1f s: %d sessions, %d upgrades, %d requests, %d releases\n",
-			w.Backend, w.Seconds, w.Sessions, w.Upgrades, w.Requests, w.Releases)
+		fmt.Fprintf(c.out, "waits for %s since %.1f s: %d sessions, %d upgrades, %d requests, "+
+			"%d releases\n", w.Backend, w.Seconds, w.Sessions, w.Upgrades, w.Requests, w.Releases)
 		if w.Error != "" {
 			fmt.Fprintf(c.out, "  %s\n", w.Error)
 		}
@@ -499,13 +507,17 @@ func (c *command) noteSilent(silent []silentRouter) {
 // override.
 func (c *command) move(ctx context.Context, args []string) error {
 	if len(args) != 2 {
-		return usageError{fmt.Errorf("a namespace and a backend or - are required (got %d arguments)", len(args))}
+		return usageError{fmt.Errorf(
+			"a namespace and a backend or - are required (got %d arguments)", len(args))}
 	}
 	namespace, backend := args[0], args[1]
 	var s status
 	var o ownership
 	query := url.Values{"namespace": {namespace}}
-	if err := cmp.Or(c.get(ctx, "/status", &s), c.get(ctx, "/owner?"+query.Encode(), &o)); err != nil {
+	if err := c.get(ctx, "/status", &s); err != nil {
+		return err
+	}
+	if err := c.get(ctx, "/owner?"+query.Encode(), &o); err != nil {
 		return err
 	}
 	c.noteSilent(o.Silent)
@@ -551,7 +563,11 @@ func (s *status) checkBackend(name string) error {
 	if slices.Contains(names, name) {
 		return nil
 	}
-	return fmt.Errorf("there is no backend %q; the backends are %s", name, strings.Join(names, ", "))
+	if len(names) == 0 {
+		return errors.New("no router knows the backends yet")
+	}
+	return fmt.Errorf("there is no backend %q; the backends are %s to %s",
+		name, names[0], names[len(names)-1])
 }
 
 // sourceToPatch returns the ConfigMap that has, or shall have, the override of the
@@ -572,8 +588,8 @@ func (c *command) sourceToPatch(s *status, o *ownership, pin bool) (*sourceState
 	switch {
 	case len(maps) == 0 && len(s.Sources) > 0:
 		src := &s.Sources[0]
-		return nil, fmt.Errorf("the overrides are in %s %s, and not in a ConfigMap: change its file %s",
-			src.Kind, src.Name, namespaceKey(o.Namespace))
+		return nil, fmt.Errorf("the overrides are in %s %s, and not in a ConfigMap: "+
+			"change its file %s", src.Kind, src.Name, namespaceKey(o.Namespace))
 	case len(maps) == 0:
 		return nil, errors.New("no router has overrides yet")
 	case c.configMap != "" && chosen < 0:
@@ -637,8 +653,8 @@ func (c *command) changeCordon(ctx context.Context, name string, args []string,
 	left := 0
 	for _, b := range s.Backends {
 		if b.Ordinal == ordinal {
-			fmt.Fprintf(c.notes, "%s has %d sessions, and %d overrides, which a cordon does not change\n",
-				b.Name, b.Sessions, b.Overrides)
+			fmt.Fprintf(c.notes, "%s has %d sessions, and %d overrides, which a cordon does "+
+				"not change\n", b.Name, b.Sessions, b.Overrides)
 		}
 		if b.OwnsNamespaces && !slices.Contains(list, b.Ordinal) {
 			left++
@@ -653,7 +669,8 @@ func (c *command) changeCordon(ctx context.Context, name string, args []string,
 	}
 	patch := map[string]any{"metadata": map[string]any{
 		"annotations": map[string]any{cordonAnnotation: value}}}
-	return c.printPatch(patch, "statefulset "+s.StatefulSet.Name, s.StatefulSet.Namespace, name, args[0])
+	return c.printPatch(
+		patch, "statefulset "+s.StatefulSet.Name, s.StatefulSet.Namespace, name, args[0])
 }
 
 const (
@@ -774,7 +791,8 @@ func printOwner(w io.Writer, namespace string, o ownership) {
 	}
 	if o.Agree != nil && !*o.Agree {
 		for _, r := range o.Routers {
-			fmt.Fprintf(w, "\t%s: %s (%s), %d sessions\n", r.Name, cmp.Or(r.Owner, "no owner"), r.Why, r.Sessions)
+			fmt.Fprintf(w, "\t%s: %s (%s), %d sessions\n",
+				r.Name, cmp.Or(r.Owner, "no owner"), r.Why, r.Sessions)
 		}
 	}
 	if o.Key != "" {

@@ -175,7 +175,7 @@ func TestCommandMove(t *testing.T) {
 		"what is":       {a, "vip backend-2", 0, `{"data":{"vip":"backend-2"}}`, "vip is with backend-4 (override) and has 2 sessions\n"},
 		"unpin":         {a, "vip -", 0, `{"data":{"vip":null}}`, "router move vip - |"},
 		"key":           {a, "café:it's backend-0", 0, `{"data":{"caf_xC3_xA9_x3Ait_x27s":"backend-0"}}`, `router move 'café:it'\''s' backend-0 |`},
-		"no backend":    {a, "vip backend-5", 1, "", `there is no backend "backend-5"; the backends are backend-0, backend-1,`},
+		"no backend":    {a, "vip backend-5", 1, "", `there is no backend "backend-5"; the backends are backend-0 to backend-4`},
 		"no namespace":  {a, "a/b backend-0", 1, "", "/owner?namespace=a%2Fb: 400 Bad Request"},
 		"long":          {a, strings.Repeat(":", 64) + " backend-0", 1, "", "it cannot have an override"},
 		"one of two":    {two, "there backend-2", 0, `{"data":{"there":"backend-2"}}`, "patch configmap two "},

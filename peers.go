@@ -38,6 +38,8 @@ type peers struct {
 	instance string // of this process: random
 	find     func(ctx context.Context) ([]peer, error)
 	conns    chan struct{} // has an element for each connection
+
+	timeout, allTimeout time.Duration // see the constants
 }
 
 // peer is another router.
@@ -73,6 +75,7 @@ func newPeers(find func(ctx context.Context) ([]peer, error)) *peers {
 		instance: fmt.Sprintf("%016x", rand.Uint64()),
 		find:     find,
 		conns:    make(chan struct{}, maxPeerConns),
+		timeout:  askTimeout, allTimeout: askAllTimeout,
 	}
 }
 
@@ -91,7 +94,7 @@ func (p *peers) ask(ctx context.Context, q question) []reply {
 	if p == nil {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, askAllTimeout)
+	ctx, cancel := context.WithTimeout(ctx, p.allTimeout)
 	defer cancel()
 	all, err := p.find(ctx)
 	replies := make([]reply, len(all))
@@ -119,11 +122,11 @@ func (p *peers) askOne(ctx context.Context, other peer, q question) reply {
 		r.err = errors.New("too many questions at once")
 		return r
 	}
-	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	ctx, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
 	r.status, r.body, r.err = p.request(ctx, other.addr, q)
 	if r.err != nil && ctx.Err() != nil {
-		r.err = fmt.Errorf("no answer within %s", askTimeout)
+		r.err = fmt.Errorf("no answer within %s", p.timeout)
 	}
 	return r
 }
