@@ -194,6 +194,7 @@ func (s *adminScene) useKeyboard() {
 			t.Errorf("%q, want %q in it", got, want)
 		}
 	}
+	s.pinNothing()
 	s.tabTo("#pin-choice")
 	s.press("backend-2")
 	s.until("the command", text("#found code"), "echo backend-2 > "+s.overrides+"/move-1")
@@ -212,6 +213,20 @@ func (s *adminScene) useKeyboard() {
 		t.Errorf("the plan is %q", got)
 	}
 	screenshot(t, s.tab, "admin-plan.png")
+}
+
+// pinNothing looks for a namespace that cannot have an override, because its key would be
+// too long, and that looks like the key of another one; and then for the one before.
+func (s *adminScene) pinNothing() {
+	s.t.Helper()
+	before := s.read(`document.getElementById('namespace').value`)
+	s.do(fmt.Sprintf("find(%q, false)", strings.Repeat("a", 249)+"_x41"))
+	s.until("its note", text("#found"), "it cannot have an override")
+	if got := s.read(`[...document.querySelectorAll('#found code')].filter(code => code.checkVisibility()).length`); got != "0" {
+		s.t.Errorf("there are %s commands to pin what cannot have an override", got)
+	}
+	s.do(fmt.Sprintf("find(%q, false)", before))
+	s.until("its command", text("#found code"), "echo ")
 }
 
 // showHostileNames looks for a namespace and a rejected override whose text is HTML.
