@@ -162,6 +162,7 @@ func TestAdminPage(t *testing.T) {
 	t.Cleanup(func() { conn.CloseNow() })
 	s.show(1280)
 
+	s.buildCommands()
 	s.useKeyboard()
 	s.showHostileNames()
 	s.watchMove(namespaces)
@@ -180,6 +181,39 @@ func TestAdminPage(t *testing.T) {
 			t.Errorf("in dark mode the page is %s", got)
 		}
 	})
+}
+
+// buildCommands compares the commands of the page, and what it asks /plan. A name that a
+// shell reads otherwise than as itself has no command.
+func (s *adminScene) buildCommands() {
+	const object = `{ kind: 'ConfigMap', namespace: 'edge', name: 'overwriting' }`
+	set := func(name, call string) string {
+		return fmt.Sprintf("(now.statefulset = { namespace: 'edge', name: %q, cordon: '' }, %s)", name, call)
+	}
+	for script, want := range map[string]string{
+		`pinCommand(` + object + `, 'my_x20room', 'backend-2')`:                              `kubectl -n edge patch configmap overwriting --type=merge -p '{"data":{"my_x20room":"backend-2"}}'`,
+		`pinCommand(` + object + `, '-n', null)`:                                             `kubectl -n edge patch configmap overwriting --type=merge -p '{"data":{"-n":null}}'`,
+		`pinCommand(` + object + `, "a'b", 'backend-2')`:                                     ``,
+		`pinCommand(` + object + `, 'a', "b'; reboot '")`:                                    ``,
+		`pinCommand(` + object + `, 'a', '-b')`:                                              ``,
+		`pinCommand({ kind: 'ConfigMap', namespace: '$(id)', name: 'a' }, 'a', 'backend-2')`: ``,
+		`pinCommand({ kind: 'ConfigMap', name: 'a b' }, 'a', 'backend-2')`:                   ``,
+		`pinCommand({ kind: 'directory', name: 'dir;id' }, 'a', 'backend-2')`:                ``,
+		`pinCommand({ kind: 'directory', name: '/dir' }, 'a\nb', 'backend-2')`:               ``,
+		`pinCommand(undefined, 'a', 'backend-2')`:                                            ``,
+		set("backend", "cordonCommand([2, 5])"):                                              `kubectl -n edge annotate statefulset backend router-cordon=2,5 --overwrite`,
+		set("backend", "cordonCommand([])"):                                                  `kubectl -n edge annotate statefulset backend router-cordon-`,
+		set("backend", "scaleCommand(6)"):                                                    `kubectl -n edge scale statefulset backend --replicas=6`,
+		set("`id`", "scaleCommand(6) + cordonCommand([1])"):                                  ``,
+		`proposal(' 6 ').body`:                                                               `{"replicas":6}`,
+		`proposal('cordon 5, 2').body`:                                                       `{"cordon":[2,5]}`,
+		`proposal('cordon none').body`:                                                       `{"cordon":[]}`,
+		`proposal('{"kind":"ConfigMap"}').body`:                                              `{"kind":"ConfigMap"}`,
+	} {
+		if got := s.read(script); got != want {
+			s.t.Errorf("%s is %q, want %q", script, got, want)
+		}
+	}
 }
 
 // useKeyboard finds an owner, copies the command that pins it, and makes a plan.
