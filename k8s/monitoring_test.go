@@ -121,3 +121,38 @@ func text(t *testing.T, path string) string {
 	}
 	return string(b)
 }
+
+// TestMonitoringPanels: panels of the dashboard say what is so where a Prometheus has two
+// installations, and where plain requests take places of sessions.
+func TestMonitoringPanels(t *testing.T) {
+	promtool, err := exec.LookPath("promtool")
+	if err != nil {
+		t.Skip("promtool is not installed: apt-get install --no-install-recommends prometheus")
+	}
+	const series = `
+      - {series: 'router_table_info{namespace="a", job="router", pod="a-1", stamp="1.0"}', values: '1x9'}
+      - {series: 'router_table_info{namespace="a", job="router", pod="a-2", stamp="1.0"}', values: '1x9'}
+      - {series: 'router_table_info{namespace="b", job="router", pod="b-1", stamp="2.0"}', values: '1x9'}
+      - {series: 'router_sessions{namespace="a", job="router", pod="a-1", backend="backend-0"}', values: '10x9'}
+      - {series: 'router_sessions{namespace="b", job="router", pod="b-1", backend="backend-0"}', values: '20x9'}
+      - {series: 'router_http_requests_in_progress{namespace="a", job="router", pod="a-1"}', values: '80x9'}
+      - {series: 'router_max_sessions{namespace="a", job="router", pod="a-1"}', values: '100x9'}
+      - {series: 'router_max_sessions{namespace="b", job="router", pod="b-1"}', values: '100x9'}`
+	test := "tests:\n  - input_series:" + series + "\n    promql_expr_test:\n"
+	for _, panel := range []struct{ title, value string }{
+		{"Different tables", "1"},
+		{"Used of the limits", "0.9"},
+	} {
+		_, rest, _ := strings.Cut(text(t, "monitoring/dashboard.json"), `"title": "`+panel.title+`"`)
+		expr := regexp.MustCompile(`"expr": (".*")`).FindStringSubmatch(rest)[1]
+		expr = strings.NewReplacer("$namespace", ".*", "$job", ".*").Replace(expr)
+		test += "      - {eval_time: 5m, expr: " + expr + ", exp_samples: [{labels: '{}', value: " + panel.value + "}]}\n"
+	}
+	path := filepath.Join(t.TempDir(), "panels.yaml")
+	if err := os.WriteFile(path, []byte(test), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command(promtool, "test", "rules", path).CombinedOutput(); err != nil {
+		t.Errorf("%v\n%s", err, out)
+	}
+}
