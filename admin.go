@@ -304,7 +304,7 @@ func (a *admin) writeMetrics(m metricsWriter) {
 		if t := a.proxy.router.table(); t != nil {
 			active = t.active
 		}
-		a.replicaWatcher.writeMetrics(m, active)
+		a.replicaWatcher.writeMetrics(m, active, a.isUnused)
 	}
 	if a.configMaps != nil {
 		writeWatchMetrics(m, a.watchers())
@@ -454,6 +454,13 @@ func (a *admin) summary() *tableSummary {
 		a.lastSummary.Store(last)
 	}
 	return last
+}
+
+// isUnused reports whether the backend is cordoned and no override names it.
+func (a *admin) isUnused(ordinal int) bool {
+	t := a.proxy.router.table()
+	return t != nil && t.active.has(ordinal) && !t.isHashedTo(ordinal) &&
+		a.summary().overrides[ordinal] == 0
 }
 
 // tableOrError returns the table in force. Without one it answers 503 and returns nil.

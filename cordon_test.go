@@ -368,3 +368,34 @@ func TestSafeToRemove(t *testing.T) {
 	a.proxy.relay.add(&session{namespace: "b", backend: 2})
 	want()
 }
+
+// The metrics say of a backend that it is unused when it is cordoned and has no override. It
+// may be away then without an alert.
+func TestUnusedBackends(t *testing.T) {
+	a, update := adminOf(t, "127.0.0.1:1", "127.0.0.1:1", "127.0.0.1:1", "127.0.0.1:1")
+	log := slog.New(slog.DiscardHandler)
+	pods := newEndpointWatcher(kubeClient{}, "edge", "backend", "headless", 9000, func(map[int]string) {}, log)
+	a.replicaWatcher = newReplicaWatcher(kubeClient{}, "edge", pods, nil, nil, log)
+	want := func(values ...int) {
+		t.Helper()
+		var text strings.Builder
+		a.writeMetrics(metricsWriter{w: &text})
+		for i, value := range values {
+			line := fmt.Sprintf("router_backend_unused{backend=\"backend-%d\"} %d\n", i, value)
+			if !strings.Contains(text.String(), line) {
+				t.Errorf("no %s", line)
+			}
+		}
+	}
+	a.proxy.router.setBackends(scaling{ordinalRange: ordinalRange{0, 4}, cordon: cordon{2, 3}})
+	update(contentOf("test", "1", pairs("a=backend-3")))
+	want(0, 0, 1, 0)
+	update(contentOf("test", "2", pairs("a=backend-0")))
+	want(0, 0, 1, 1)
+	update(contentOf("test", "3", pairs("a=nobody"))) // it keeps its previous owner
+	want(0, 0, 1, 1)
+	a.proxy.router.setBackends(scaling{ordinalRange: ordinalRange{0, 4}})
+	want(0, 0, 0, 0)
+	a.proxy.router.setBackends(scaling{ordinalRange: ordinalRange{0, 2}, cordon: cordon{0, 1}})
+	want(0, 0) // all are listed, and none is in force
+}

@@ -491,8 +491,9 @@ func (r *replicaWatcher) lastStatefulSet() *statefulSet {
 }
 
 // writeMetrics writes spec.replicas, and for each backend that owns namespaces whether it
-// is ready. active.count is 0 if there is no table.
-func (r *replicaWatcher) writeMetrics(m metricsWriter, active ordinalRange) {
+// is ready, and whether it is unused. active.count is 0 if there is no table.
+func (r *replicaWatcher) writeMetrics(m metricsWriter, active ordinalRange,
+	isUnused func(ordinal int) bool) {
 	if s := r.lastStatefulSet(); s != nil {
 		m.single("router_statefulset_replicas", "gauge",
 			"Replicas that the StatefulSet should have.", float64(s.Spec.Replicas))
@@ -510,6 +511,13 @@ func (r *replicaWatcher) writeMetrics(m metricsWriter, active ordinalRange) {
 		ready, known := r.endpoints.isReady(ordinal)
 		name := backendName(r.endpoints.statefulSet, ordinal)
 		sample(boolToFloat(ready || !known), "backend", name)
+	}
+	unused := m.family("router_backend_unused", "gauge",
+		"1 if the backend is cordoned and no override names it.")
+	for i := range active.count {
+		ordinal := active.first + i
+		name := backendName(r.endpoints.statefulSet, ordinal)
+		unused(boolToFloat(isUnused(ordinal)), "backend", name)
 	}
 }
 

@@ -41,6 +41,7 @@ func metricNames() map[string]dto.MetricType {
 		"router_table_updates_total":               counter,
 		"router_statefulset_replicas":              gauge,
 		"router_backend_ready":                     gauge,
+		"router_backend_unused":                    gauge,
 		"router_watch_state":                       gauge,
 		"router_watch_confirmed_timestamp_seconds": gauge,
 		"router_watch_consecutive_failures":        gauge,
