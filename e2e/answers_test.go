@@ -52,8 +52,9 @@ func (s *system) mustPlan(stdin string, args ...string) (p movePlan) {
 }
 
 // wantReceipt waits until nothing is left to move, and checks that the last change did what
-// was planned.
-func (s *system) wantReceipt(what string, p movePlan, since time.Time) {
+// was planned, or, if backends were scaled in, no more: these stop meanwhile, and may end
+// sessions before the routers do.
+func (s *system) wantReceipt(what string, p movePlan, since time.Time, scaledIn bool) {
 	s.t.Helper()
 	if out, err := s.routerCommand(s.t.Context(), "", "wait", "-timeout", "2m"); err != nil {
 		s.t.Fatalf("router wait: %v\n%s", err, out)
@@ -68,7 +69,9 @@ func (s *system) wantReceipt(what string, p movePlan, since time.Time) {
 	}
 	r := status.Receipts[0]
 	s.t.Logf("answers: %s: planned %d sessions of %d namespaces; receipt %+v", what, p.Sessions, p.Namespaces, r)
-	if r.Began.Before(since) || r.Moved != p.Sessions || r.Planned != p.Sessions || r.Namespaces != p.Namespaces {
+	exact := r.Moved == p.Sessions && r.Planned == p.Sessions && r.Namespaces == p.Namespaces
+	fewer := r.Moved <= p.Sessions && r.Planned <= p.Sessions && r.Namespaces <= p.Namespaces
+	if r.Began.Before(since) || !exact && !(scaledIn && fewer) {
 		s.t.Errorf("%s: the receipt is %+v, want what was planned: %d sessions of %d namespaces",
 			what, r, p.Sessions, p.Namespaces)
 	}
@@ -108,7 +111,7 @@ func TestAnswersOfAll(t *testing.T) {
 		t.Errorf("%+v, want 30 sessions of 10 namespaces", p)
 	}
 	s.mustKubectl("", "patch", "configmap", "overwriting", "--type=merge", "-p", string(mustJSON(t, map[string]any{"data": next})))
-	s.wantReceipt("overrides", p, began)
+	s.wantReceipt("overrides", p, began, false)
 
 	for _, replicas := range []int{5, 4} {
 		began = time.Now().Add(-time.Second)
@@ -117,7 +120,7 @@ func TestAnswersOfAll(t *testing.T) {
 			t.Errorf("a plan of %d backends moves nothing: %+v", replicas, p)
 		}
 		scale(replicas)
-		s.wantReceipt(fmt.Sprint(replicas, " backends"), p, began)
+		s.wantReceipt(fmt.Sprint(replicas, " backends"), p, began, replicas == 4)
 	}
 
 	vip := c.names[39]
