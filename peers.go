@@ -143,7 +143,12 @@ func (p *peers) request(
 	}
 	req.Header.Set(instanceHeader, p.instance)
 	transport := &http.Transport{
-		DisableKeepAlives: true, DisableCompression: true, MaxResponseHeaderBytes: 16 << 10}
+		// The transport's own context goes on when ctx ends: to a host that is gone, for minutes.
+		DialContext: func(_ context.Context, network, addr string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, network, addr)
+		},
+		DisableKeepAlives: true, DisableCompression: true, MaxResponseHeaderBytes: 16 << 10,
+	}
 	resp, err := transport.RoundTrip(req)
 	if err != nil {
 		return 0, nil, err

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -348,4 +349,19 @@ func TestRoutersFindEachOther(t *testing.T) {
 	routers[0].until(t, "/owner?all=1&namespace=stays", `"sessions":1,"agree":true,"routers":\[\{"name":"router-a".*"sessions":0.*"name":"router-b".*"sessions":1`)
 	routers[1].stop()
 	routers[0].until(t, "/status?all=1", `"silent":\[\{"name":"router-b","error":"dial tcp 127.0.0.3:`+port+`: connect: connection refused"\}\]`)
+}
+
+// A router whose host is gone takes no connection for minutes. Who asks it again and again
+// must not have a dial for each question meanwhile.
+func TestAskEndsItsDials(t *testing.T) {
+	p := newPeers(fixedPeers([]string{fullListener(t).Addr().String()}))
+	before := runtime.NumGoroutine()
+	for range 3 {
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+		if replies := p.ask(ctx, question{method: "GET", path: "/status"}); replies[0].err == nil {
+			t.Fatalf("%v, want no answer", replies)
+		}
+		cancel()
+	}
+	eventually(t, "goroutines above those before", 0, func() int { return max(0, runtime.NumGoroutine()-before) })
 }
