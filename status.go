@@ -513,11 +513,14 @@ func sumStatus(all []*status, silent []silentRouter) *status {
 		return b.Began.Compare(a.Began)
 	})
 	sum.Receipts = sum.Receipts[:min(len(sum.Receipts), maxReceipts)]
+	sum.Top.BySessions = sum.Top.BySessions[:min(len(sum.Top.BySessions), topSize)]
+	sum.Top.ByBytes = sum.Top.ByBytes[:min(len(sum.Top.ByBytes), topSize)]
 	return &sum
 }
 
 // add adds the namespaces with the most load in another router. One that is in the list of
-// only one router counts with what it has there.
+// only one router counts with what it has there. The lists become longer than topSize: a
+// namespace that is small in two routers may be large in a third.
 func (t *topStatus) add(other *topStatus) {
 	t.Seconds = max(t.Seconds, other.Seconds)
 	t.BySessions = addTop(t.BySessions, other.BySessions, func(a, b topNamespace) int {
@@ -528,7 +531,7 @@ func (t *topStatus) add(other *topStatus) {
 	})
 }
 
-// addTop returns the first topSize of both lists, added up by namespace, in this order.
+// addTop returns both lists, added up by namespace, in this order.
 func addTop(a, b []topNamespace, order func(a, b topNamespace) int) []topNamespace {
 	sum := slices.Clone(a)
 	for _, n := range b {
@@ -541,7 +544,7 @@ func addTop(a, b []topNamespace, order func(a, b topNamespace) int) []topNamespa
 		sum[i].BytesPerSecond += n.BytesPerSecond
 	}
 	slices.SortStableFunc(sum, order)
-	return sum[:min(len(sum), topSize)]
+	return sum
 }
 
 // addLoads returns the loads of both lists, added up by ordinal, in its order.

@@ -118,3 +118,24 @@ func TestStatusOfWhatWillMove(t *testing.T) {
 		return fmt.Sprintf("%s: planned %d, moved %d, cancelled %d", r.Version, r.Planned, r.Moved, r.Cancelled)
 	})
 }
+
+// Of three routers that each have other namespaces in their lists, the sum has those with
+// the most sessions, in whatever order the routers answer: also one that was not among the
+// largest of the first two.
+func TestTopOfAllKeepsTheLargest(t *testing.T) {
+	of := func(sessions int64, names ...string) *status {
+		s := &status{Routers: []routerState{{}}}
+		for _, name := range names {
+			s.Top.BySessions = append(s.Top.BySessions, topNamespace{Namespace: name, Sessions: sessions})
+		}
+		return s
+	}
+	names := manyNamespaces(2 * topSize)
+	a, b, c := of(70, names[:topSize]...), of(60, append(names[topSize:2*topSize-1], "hot")...), of(60, "hot")
+	for _, all := range [][]*status{{a, b, c}, {c, b, a}, {b, a, c}} {
+		top := sumStatus(all, nil).Top.BySessions
+		if len(top) != topSize || top[0].Namespace != "hot" || top[0].Sessions != 120 {
+			t.Errorf("%d namespaces, first %+v; want hot with 120 sessions", len(top), top[0])
+		}
+	}
+}
