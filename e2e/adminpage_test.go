@@ -190,25 +190,29 @@ func (s *adminScene) buildCommands() {
 	set := func(name, call string) string {
 		return fmt.Sprintf("(now.statefulset = { namespace: 'edge', name: %q, cordon: '' }, %s)", name, call)
 	}
+	const sources = `['one', 'two'].map(name => ({ kind: 'ConfigMap', namespace: 'edge', name }))`
 	for script, want := range map[string]string{
-		`pinCommand(` + object + `, 'my_x20room', 'backend-2')`:                              `kubectl -n edge patch configmap overwriting --type=merge -p '{"data":{"my_x20room":"backend-2"}}'`,
-		`pinCommand(` + object + `, '-n', null)`:                                             `kubectl -n edge patch configmap overwriting --type=merge -p '{"data":{"-n":null}}'`,
-		`pinCommand(` + object + `, "a'b", 'backend-2')`:                                     ``,
-		`pinCommand(` + object + `, 'a', "b'; reboot '")`:                                    ``,
-		`pinCommand(` + object + `, 'a', '-b')`:                                              ``,
-		`pinCommand({ kind: 'ConfigMap', namespace: '$(id)', name: 'a' }, 'a', 'backend-2')`: ``,
-		`pinCommand({ kind: 'ConfigMap', name: 'a b' }, 'a', 'backend-2')`:                   ``,
-		`pinCommand({ kind: 'directory', name: 'dir;id' }, 'a', 'backend-2')`:                ``,
-		`pinCommand({ kind: 'directory', name: '/dir' }, 'a\nb', 'backend-2')`:               ``,
-		`pinCommand(undefined, 'a', 'backend-2')`:                                            ``,
-		set("backend", "cordonCommand([2, 5])"):                                              `kubectl -n edge annotate statefulset backend router-cordon=2,5 --overwrite`,
-		set("backend", "cordonCommand([])"):                                                  `kubectl -n edge annotate statefulset backend router-cordon-`,
-		set("backend", "scaleCommand(6)"):                                                    `kubectl -n edge scale statefulset backend --replicas=6`,
-		set("`id`", "scaleCommand(6) + cordonCommand([1])"):                                  ``,
-		`proposal(' 6 ').body`:                                                               `{"replicas":6}`,
-		`proposal('cordon 5, 2').body`:                                                       `{"cordon":[2,5]}`,
-		`proposal('cordon none').body`:                                                       `{"cordon":[]}`,
-		`proposal('{"kind":"ConfigMap"}').body`:                                              `{"kind":"ConfigMap"}`,
+		`pinCommand(` + object + `, 'my_x20room', 'backend-2')`:                                                          `kubectl -n edge patch configmap overwriting --type=merge -p '{"data":{"my_x20room":"backend-2"}}'`,
+		`pinCommand(` + object + `, '-n', null)`:                                                                         `kubectl -n edge patch configmap overwriting --type=merge -p '{"data":{"-n":null}}'`,
+		`pinCommand(` + object + `, "a'b", 'backend-2')`:                                                                 ``,
+		`pinCommand(` + object + `, 'a', "b'; reboot '")`:                                                                ``,
+		`pinCommand(` + object + `, 'a', '-b')`:                                                                          ``,
+		`pinCommand({ kind: 'ConfigMap', namespace: '$(id)', name: 'a' }, 'a', 'backend-2')`:                             ``,
+		`pinCommand({ kind: 'ConfigMap', name: 'a b' }, 'a', 'backend-2')`:                                               ``,
+		`pinCommand({ kind: 'directory', name: 'dir;id' }, 'a', 'backend-2')`:                                            ``,
+		`pinCommand({ kind: 'directory', name: '/dir' }, 'a\nb', 'backend-2')`:                                           ``,
+		`pinCommand(undefined, 'a', 'backend-2')`:                                                                        ``,
+		set("backend", "cordonCommand([2, 5])"):                                                                          `kubectl -n edge annotate statefulset backend router-cordon=2,5 --overwrite`,
+		set("backend", "cordonCommand([])"):                                                                              `kubectl -n edge annotate statefulset backend router-cordon-`,
+		set("backend", "scaleCommand(6)"):                                                                                `kubectl -n edge scale statefulset backend --replicas=6`,
+		set("`id`", "scaleCommand(6) + cordonCommand([1])"):                                                              ``,
+		`sourceOf({ source: 'ConfigMap edge/two', rejected: [{ source: 'ConfigMap edge/one' }] }, ` + sources + `).name`: `two`,
+		`sourceOf({ rejected: [{ source: 'ConfigMap edge/two' }] }, ` + sources + `).name`:                               `two`, // which unpinning has to change
+		`sourceOf({}, ` + sources + `).name`:                                                                             `one`,
+		`proposal(' 6 ').body`:                                                                                           `{"replicas":6}`,
+		`proposal('cordon 5, 2').body`:                                                                                   `{"cordon":[2,5]}`,
+		`proposal('cordon none').body`:                                                                                   `{"cordon":[]}`,
+		`proposal('{"kind":"ConfigMap"}').body`:                                                                          `{"kind":"ConfigMap"}`,
 	} {
 		if got := s.read(script); got != want {
 			s.t.Errorf("%s is %q, want %q", script, got, want)
