@@ -411,6 +411,9 @@ func (a *admin) ownerOfAll(w http.ResponseWriter, r *http.Request, one http.Hand
 	}
 	sum := *all[0]
 	sum.Sessions, sum.Silent = 0, silent
+	if replies[0].err != nil && sum.Owner != "" {
+		sum.Error = "not dialled, as this router does not know the owner"
+	}
 	agree := true
 	for _, o := range all {
 		sum.Sessions += o.Sessions

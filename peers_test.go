@@ -156,6 +156,9 @@ func TestAnswersOfAllWithoutTable(t *testing.T) {
 	if o.Owner != "backend-4" || p.UnownedSessions != 1 || all.Backends[4].Sessions != 1 {
 		t.Errorf("%+v %+v %+v", o, p, all)
 	}
+	if !strings.HasPrefix(o.Error, "not dialled") {
+		t.Errorf("ready is %v with the error %q; nobody has dialled the owner", o.Ready, o.Error)
+	}
 	for _, silent := range [][]silentRouter{o.Silent, p.Silent, all.Silent} {
 		if len(silent) != 1 || silent[0].Name != "router-a" || !strings.Contains(silent[0].Error, "they are late") {
 			t.Errorf("silent %v, want router-a", silent)
