@@ -790,3 +790,41 @@ func TestHandoffWaitsForWrite(t *testing.T) {
 		}
 	})
 }
+
+// A router that does not know the cordon of another one admits nobody, and the other goes on
+// as before: a change waits on both, until they have the same cordon.
+func TestHandoffWaitsForCordon(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, end := newHandoffSim(t, 1, 2)
+		s.overrides = map[string]string{"ns-0": "backend-0"}
+		set := func(c *simContainer, list cordon) {
+			c.router.setBackends(scaling{ordinalRange: ordinalRange{count: simBackends}, cordon: list})
+		}
+		for _, r := range s.routers {
+			r.start()
+			set(r.container, cordon{2})
+		}
+		time.Sleep(20 * time.Second)
+		s.routers[1].crash()
+		s.routers[1].start() // without a cordon
+		time.Sleep(20 * time.Second)
+		first, second := s.routers[0].container, s.routers[1].container
+		s.do(func() { s.overrides = map[string]string{"ns-0": "backend-1"}; s.version++ })
+		time.Sleep(10 * time.Minute)
+		wantEqual(t, "why the first one is not ready", first.whyNotReady(), "")
+		wantEqual(t, "owner while the cordons differ", first.assign("ns-0").owner, 0)
+		if second.whyNotReady() == "" {
+			t.Error("the router without the cordon is ready")
+		}
+		set(second, cordon{2})
+		time.Sleep(20 * time.Second)
+		for _, c := range []*simContainer{first, second} {
+			wantEqual(t, "why not ready", c.whyNotReady(), "")
+			wantEqual(t, "owner", c.assign("ns-0").owner, 1)
+		}
+		end()
+		for _, r := range s.routers {
+			r.crash()
+		}
+	})
+}
