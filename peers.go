@@ -248,11 +248,13 @@ func (p *peerPods) find(ctx context.Context) ([]peer, error) {
 	if !p.foundAt.IsZero() && time.Since(p.foundAt) < peerListAge {
 		return p.found, p.err
 	}
-	ctx, cancel := context.WithTimeout(ctx, askAllTimeout-askTimeout)
+	listCtx, cancel := context.WithTimeout(ctx, askAllTimeout-askTimeout)
 	defer cancel()
-	found, err := p.list(ctx)
+	found, err := p.list(listCtx)
 	if err == nil {
 		p.found = found
+	} else if ctx.Err() != nil { // who asks is gone: that says nothing of the API server
+		return p.found, err
 	}
 	p.err, p.foundAt = err, time.Now()
 	return p.found, p.err

@@ -306,6 +306,11 @@ func TestPeerPods(t *testing.T) {
 	}
 	const all = "[{crashes 10.0.0.3:8001} {drains 10.0.0.4:8001} {other 10.0.0.2:8001} {six [fd00::1]:8001}]"
 	find(all + " <nil>")
+	for range 50 { // who asks is gone, mostly while it asks
+		p.foundAt = time.Time{}
+		p.find(cancelled())
+		find(all + " <nil>")
+	}
 	k.forbid("LIST", "pods")
 	find(all + " <nil>")
 	p.foundAt = time.Now().Add(-peerListAge)
