@@ -65,8 +65,8 @@ const maxRateNamespaces = 100_000
 // namespaceRate bounds the upgrades of each namespace per second: each has a token bucket,
 // which holds the upgrades of one second. Of a bucket it keeps the time at which it is
 // full again (the generic cell rate algorithm, ITU-T I.371), and only while it is not: it
-// has two generations of buckets, and one that is in neither is full. Namespaces beyond maxRateNamespaces in one generation are not limited. A nil
-// *namespaceRate bounds nothing.
+// has two generations of buckets, and one that is in neither is full. Namespaces beyond
+// maxRateNamespaces in one generation are not limited. A nil *namespaceRate bounds nothing.
 type namespaceRate struct {
 	// Static after construction.
 	interval time.Duration // between two upgrades
@@ -102,7 +102,20 @@ func (n *namespaceRate) allow(namespace string) bool {
 	if n == nil {
 		return true
 	}
-	key := maphash.String(n.seed, namespace)
+	ok, counted := n.take(maphash.String(n.seed, namespace))
+	if counted {
+		return ok
+	}
+	if omitted, ok := n.throttle.allow(time.Minute); ok {
+		n.log.Warn("too many namespaces at once; upgrades of more are not limited",
+			"max", maxRateNamespaces, "omitted", omitted)
+	}
+	return true
+}
+
+// take takes a token of the namespace with this hash, and reports whether there was one.
+// counted is false if there is no room for one more bucket.
+func (n *namespaceRate) take(key uint64) (ok, counted bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	now := time.Since(n.began)
@@ -114,16 +127,12 @@ func (n *namespaceRate) allow(namespace string) bool {
 	full = max(full, now) + n.interval
 	switch {
 	case full-now > n.size:
-		return false
+		return false, true
 	case !ok && len(n.present) >= maxRateNamespaces:
-		if omitted, ok := n.throttle.allow(time.Minute); ok {
-			n.log.Warn("too many namespaces at once; upgrades of more are not limited",
-				"max", maxRateNamespaces, "omitted", omitted)
-		}
-	default:
-		n.present[key] = full
+		return true, false
 	}
-	return true
+	n.present[key] = full
+	return true, true
 }
 
 // startGeneration starts a generation if in the present one an empty bucket could become

@@ -278,7 +278,14 @@ func TestNamespaceRateIsABucket(t *testing.T) {
 func TestNamespaceRateIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		tail := newLogTail()
-		n := newNamespaceRate(1, slog.New(slog.NewJSONHandler(tail, nil)))
+		n := newNamespaceRate(1, nil)
+		n.log = slog.New(slog.NewJSONHandler(tail, &slog.HandlerOptions{ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
+			if !n.mu.TryLock() {
+				t.Fatal("it logs with its lock held, for which all upgrades wait")
+			}
+			n.mu.Unlock()
+			return a
+		}}))
 		names := manyNamespaces(maxRateNamespaces + 2)
 		for _, name := range names {
 			if !n.allow(name) {
