@@ -666,6 +666,9 @@ func (a *admin) backendsOfAll(w http.ResponseWriter, r *http.Request, one http.H
 		own.writeTo(w)
 		return
 	}
+	if err != nil { // it is silent, and not one that has answered too
+		all = all[1:]
+	}
 	sum := sumStatus(all, silent)
 	answer.Agree, answer.Routers, answer.Silent = &sum.Agree, sum.Routers, sum.Silent
 	for _, load := range sum.Backends {
