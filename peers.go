@@ -125,7 +125,8 @@ func (p *peers) askOne(ctx context.Context, other peer, q question) reply {
 	ctx, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
 	r.status, r.body, r.err = p.request(ctx, other.addr, q)
-	if r.err != nil && ctx.Err() != nil {
+	var timeout net.Error // of the dial, which may know the end of ctx before ctx does
+	if r.err != nil && (ctx.Err() != nil || errors.As(r.err, &timeout) && timeout.Timeout()) {
 		r.err = fmt.Errorf("no answer within %s", p.timeout)
 	}
 	return r
