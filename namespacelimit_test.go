@@ -57,6 +57,7 @@ func TestNamespaceSessions(t *testing.T) {
 		mustRefuseNamespace(t, resp, http.StatusServiceUnavailable)
 		p.waitResult(t, resultMaxNamespace)
 		opened(strings.Replace(request, "ns-01", "ns-02", 1))
+		p.waitSessions(t, 3)
 		first.Close()
 		p.waitSessions(t, 2)
 		opened(request)
