@@ -88,7 +88,7 @@ apps: modules ## play these applications with a router alone, without a cluster
 
 monitoring: ## fire the alerts, and see that the dashboard has data, with Prometheus and a router alone
 	go test -count=1 -v -run '^TestMonitoring' ./k8s
-	cd e2e && go test -count=1 -v -run '^TestMonitoringAlone$$' .
+	cd e2e && go test -count=1 -v -run '^TestMonitoringAl(one|erts)$$' .
 
 faults: build ## test faults of a test cluster's control plane; E2E_CONTROL_PLANE stops and starts it
 	cd e2e && go test -count=1 -v -timeout 20m -tags controlplane -run '^TestFault' $(E2E_FLAGS) .

@@ -34,8 +34,16 @@ type prometheus struct {
 	base string // of its HTTP API
 }
 
-// startPrometheus starts Prometheus, or skips the test if it is not installed.
+// startPrometheus starts a Prometheus that scrapes the routers, as those of one Kubernetes
+// namespace, with the rules as they are. It skips the test if Prometheus is not installed.
 func startPrometheus(t *testing.T, routers []*router) *prometheus {
+	t.Helper()
+	return startPrometheusOf(t, map[string][]*router{"default": routers}, func(rules string) string { return rules })
+}
+
+// startPrometheusOf does the same for routers of several Kubernetes namespaces, with the
+// rules as change makes them.
+func startPrometheusOf(t *testing.T, routers map[string][]*router, change func(rules string) string) *prometheus {
 	t.Helper()
 	program, err := exec.LookPath("prometheus")
 	if err != nil {
@@ -45,10 +53,13 @@ func startPrometheus(t *testing.T, routers []*router) *prometheus {
 	_, spec, _ := strings.Cut(monitoringFile(t, "rules.yaml"), "\nspec:\n")
 	config := "global: {scrape_interval: 1s, evaluation_interval: 1s}\nrule_files: [rules.yaml]\n" +
 		"scrape_configs:\n- job_name: router\n  static_configs:\n"
-	for _, r := range routers {
-		config += fmt.Sprintf("  - {targets: [%q], labels: {namespace: default, pod: %q}}\n", strings.TrimPrefix(r.base, "http://"), r.pod)
+	for namespace, of := range routers {
+		for _, r := range of {
+			config += fmt.Sprintf("  - {targets: [%q], labels: {namespace: %q, pod: %q}}\n", strings.TrimPrefix(r.base, "http://"), namespace, r.pod)
+		}
 	}
-	for name, text := range map[string]string{"prometheus.yml": config, "rules.yaml": regexp.MustCompile(`(?m)^  `).ReplaceAllString(spec, "")} {
+	rules := change(regexp.MustCompile(`(?m)^  `).ReplaceAllString(spec, ""))
+	for name, text := range map[string]string{"prometheus.yml": config, "rules.yaml": rules} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
