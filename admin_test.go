@@ -26,7 +26,7 @@ func TestHealthz(t *testing.T) {
 	if status, body := r.get(t, "/healthz"); status != 200 || body != "ok\n" {
 		t.Errorf("healthz is %d %q, want 200 ok, ready or not", status, body)
 	}
-	for path, want := range map[string]int{"/": 404, "/other": 404, "/healthz/": 404} {
+	for path, want := range map[string]int{"/": 200, "/other": 404, "/healthz/": 404} {
 		if status, _ := r.get(t, path); status != want {
 			t.Errorf("%s is %d, want %d", path, status, want)
 		}

@@ -438,7 +438,7 @@ func TestProcessWaitsForDescriptors(t *testing.T) {
 // or are told so; the sessions that are there go on.
 func TestProcessSurvivesWithoutDescriptors(t *testing.T) {
 	t.Parallel()
-	const files, others = 300, 230
+	const files, others = 300, 230 + maxPeerConns // routers that are not there are not asked
 	p := startWithFiles(t, files, others)
 	var open []*websocket.Conn
 	for i := range 10 {

@@ -8,7 +8,6 @@ import (
 
 	"github.com/coder/websocket"
 	corev1 "k8s.io/api/core/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 // TestBackendRestart deletes a backend. Until it is back, an upgrade for one of
@@ -69,17 +68,7 @@ func TestBackendRestart(t *testing.T) {
 // deleted is there again and ready, as the API server tells it.
 func (s *system) watchReady(name string) <-chan time.Time {
 	s.t.Helper()
-	pods := s.client.CoreV1().Pods(s.namespace)
-	pod, err := pods.Get(s.t.Context(), name, metav1.GetOptions{})
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	events, err := pods.Watch(s.t.Context(), metav1.ListOptions{
-		FieldSelector: "metadata.name=" + name, ResourceVersion: pod.ResourceVersion,
-	})
-	if err != nil {
-		s.t.Fatal(err)
-	}
+	pod, events := s.watchPod(s.t.Context(), name)
 	s.t.Cleanup(events.Stop)
 	back := make(chan time.Time, 1)
 	go func() {
@@ -94,6 +83,10 @@ func (s *system) watchReady(name string) <-chan time.Time {
 					return
 				}
 			}
+		}
+		if s.t.Context().Err() == nil {
+			s.t.Errorf("the watch of %s has ended before it was back", name)
+			close(back)
 		}
 	}()
 	return back

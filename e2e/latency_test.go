@@ -182,7 +182,8 @@ func (s *system) newReader() *reader {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	now, err := s.overrides(s.t.Context())
+	// The version of the list is of now: see watchPod.
+	now, err := s.client.CoreV1().ConfigMaps(s.namespace).List(s.t.Context(), metav1.ListOptions{FieldSelector: "metadata.name=" + configMap})
 	if err != nil {
 		s.t.Fatal(err)
 	}

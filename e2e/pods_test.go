@@ -1,12 +1,14 @@
 package e2e
 
 import (
+	"context"
 	"fmt"
 	"strings"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/watch"
 )
 
 // TestPods holds what runs against the manifests: how many pods, as which
@@ -97,4 +99,22 @@ func TestManifests(t *testing.T) {
 	if out, err := s.kubectl(t.Context(), "", "diff", "-k", s.root+"/k8s"); err != nil {
 		t.Errorf("the cluster is not what the manifests say (\"make deploy\"): %v\n%.3000s", err, out)
 	}
+}
+
+// watchPod returns a pod and a watch of what happens to it from now on. The caller stops
+// the watch. It begins with the version of a list, which is of now: that of the pod may be
+// older than what the API server still has, and then the watch would end at once.
+func (s *system) watchPod(ctx context.Context, name string) (corev1.Pod, watch.Interface) {
+	s.t.Helper()
+	pods, only := s.client.CoreV1().Pods(s.namespace), metav1.ListOptions{FieldSelector: "metadata.name=" + name}
+	list, err := pods.List(ctx, only)
+	if err != nil || len(list.Items) != 1 {
+		s.t.Fatalf("%d pods %s: %v", len(list.Items), name, err)
+	}
+	only.ResourceVersion = list.ResourceVersion
+	events, err := pods.Watch(ctx, only)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return list.Items[0], events
 }

@@ -11,7 +11,6 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/watch"
 )
 
@@ -99,21 +98,11 @@ func (s *system) observe(name string) *departure {
 	ctx, stop := context.WithCancel(context.Background())
 	s.t.Cleanup(stop)
 	d := &departure{pod: name, exits: map[string]int32{}}
-	pods := s.client.CoreV1().Pods(s.namespace)
-	pod, err := pods.Get(ctx, name, metav1.GetOptions{})
+	log, err := s.client.CoreV1().Pods(s.namespace).GetLogs(name, &corev1.PodLogOptions{Container: "router", Follow: true}).Stream(ctx)
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	log, err := pods.GetLogs(name, &corev1.PodLogOptions{Container: "router", Follow: true}).Stream(ctx)
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	events, err := pods.Watch(ctx, metav1.ListOptions{
-		FieldSelector: "metadata.name=" + name, ResourceVersion: pod.ResourceVersion,
-	})
-	if err != nil {
-		s.t.Fatal(err)
-	}
+	_, events := s.watchPod(ctx, name)
 	var reading sync.WaitGroup
 	reading.Go(func() { d.readLog(bufio.NewScanner(log)) })
 	reading.Go(func() { d.readEvents(events) })
