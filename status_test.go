@@ -45,7 +45,7 @@ func TestStatusFollowsTable(t *testing.T) {
 	a, update := adminOf(t, "127.0.0.1:1", "127.0.0.1:1")
 	for i, data := range []map[string]string{{"a": "backend-1", "b": "backend-1"}, {"a": "backend-0", "x": "junk"}} {
 		update(sourceContent{version: fmt.Sprint(i), overrides: newOverrideSet(data)})
-		if a.summary() != a.summary() {
+		if first := a.summary(); first != a.summary() {
 			t.Error("a second summary of the same table")
 		}
 	}
