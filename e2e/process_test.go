@@ -64,7 +64,9 @@ func start(t *testing.T, program string, args ...string) *process {
 }
 
 func (p *process) read(r io.Reader) {
-	for lines := bufio.NewScanner(r); lines.Scan(); {
+	lines := bufio.NewScanner(r)
+	lines.Buffer(nil, 16<<20) // an application's result is one line, the longer the more it did
+	for lines.Scan() {
 		p.mu.Lock()
 		p.lines = append(p.lines, lines.Text())
 		p.mu.Unlock()
