@@ -80,11 +80,11 @@ func labelValues() map[string]string {
 	return map[string]string{
 		"router_sessions backend":              "backend-0 backend-1 backend-2 backend-3",
 		"router_sessions_opened_total backend": "backend-0 backend-1 backend-2 backend-3",
-		"router_sessions_ended_total cause":    "client backend client_error backend_error router_error half_close idle moved drain",
-		"router_sessions_cut_total cause":      "moved drain",
+		"router_sessions_ended_total cause":    "client backend client_error backend_error router_error half_close idle moved drain max_age",
+		"router_sessions_cut_total cause":      "moved drain max_age",
 		"router_bytes_total direction":         "to_backend to_client",
 		"router_upgrades_total result": "ok bad_request bad_head not_found not_upgrade no_table unresolved hold_timeout misdirected " +
-			"client_gone max_sessions max_pending_upgrades bad_gateway gateway_timeout answered draining",
+			"client_gone max_sessions max_pending_upgrades max_namespace rate_namespace bad_gateway gateway_timeout answered draining",
 		"router_watch_state object state":          "",
 		"router_watch_failures_total object class": "", // each object has each class: see the golden
 		"router_watch_info object":                 "",
