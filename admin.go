@@ -139,16 +139,18 @@ func oneOrAll(one, all http.HandlerFunc) http.HandlerFunc {
 	}
 }
 
-// askAll asks the other routers q, and meanwhile this one by calling one with r. It returns
+// askAll asks the other routers q, and meanwhile this one by calling one with r, in this
+// goroutine, since only there net/http survives a panic of a handler. It returns
 // this router's reply first. If r itself is wrong, or no router has an answer, it answers
 // r as one did, and ok is false.
 func (a *admin) askAll(
 	w http.ResponseWriter, r *http.Request, one http.HandlerFunc, q question,
 ) (replies []reply, ok bool) {
 	var own memoryResponse
+	var others []reply
 	var asking sync.WaitGroup
-	asking.Go(func() { one(&own, r) })
-	others := a.peers.ask(r.Context(), q)
+	asking.Go(func() { others = a.peers.ask(r.Context(), q) })
+	one(&own, r)
 	asking.Wait()
 	isWrong := own.status >= 400 && own.status < 500
 	answered := func(other reply) bool { return other.err == nil }
@@ -156,11 +158,7 @@ func (a *admin) askAll(
 		own.writeTo(w)
 		return nil, false
 	}
-	first := reply{
-		name: a.proxy.podName, status: own.status, body: own.body.Bytes(),
-		err: answerError(own.status, own.body.Bytes()),
-	}
-	return append([]reply{first}, others...), true
+	return append([]reply{own.reply(a.proxy.podName)}, others...), true
 }
 
 // memoryResponse is an answer that is kept, and not sent. The zero value has none yet.
@@ -183,6 +181,12 @@ func (m *memoryResponse) WriteHeader(status int) { m.status = cmp.Or(m.status, s
 func (m *memoryResponse) Write(b []byte) (int, error) {
 	m.WriteHeader(http.StatusOK)
 	return m.body.Write(b)
+}
+
+// reply returns the answer as the reply of the router with this name.
+func (m *memoryResponse) reply(name string) reply {
+	body := m.body.Bytes()
+	return reply{name: name, status: m.status, body: body, err: answerError(m.status, body)}
 }
 
 // writeTo sends the answer.
@@ -647,12 +651,16 @@ type backendsAnswer struct {
 // backendsOfAll answers GET /backends?all=1: as this router does, with the sessions of all.
 // The other routers do not dial the backends.
 func (a *admin) backendsOfAll(w http.ResponseWriter, r *http.Request, one http.HandlerFunc) {
-	var own memoryResponse
+	var own, states memoryResponse
+	var others []reply
 	var asking sync.WaitGroup
-	asking.Go(func() { one(&own, r) })
-	var states memoryResponse
-	replies, _ := a.askAll(&states, r, a.status, question{method: http.MethodGet, path: "/status"})
+	asking.Go(func() {
+		others = a.peers.ask(r.Context(), question{method: http.MethodGet, path: "/status"})
+	})
+	one(&own, r)
+	a.status(&states, r)
 	asking.Wait()
+	replies := append([]reply{states.reply(a.proxy.podName)}, others...)
 	all, silent := decodeReplies(replies, (*status).isWhole)
 	answer := backendsAnswer{Router: a.proxy.podName}
 	err := answerError(own.status, own.body.Bytes())
