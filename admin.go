@@ -91,7 +91,6 @@ func (a *admin) handler() http.Handler {
 	}
 	mux.HandleFunc("GET /owner", oneOrAll(owner, ofAll(a.ownerOfAll, owner)))
 	mux.HandleFunc("GET /status", oneOrAll(a.status, ofAll(a.statusOfAll, a.status)))
-	mux.HandleFunc("GET /top", a.top)
 	mux.HandleFunc("GET /backends", oneOrAll(backends, ofAll(a.backendsOfAll, backends)))
 	mux.HandleFunc("POST /plan", oneOrAll(plan,
 		limitConcurrency(maxConcurrentPlanAsks, maxWaitingPlans, oneToAll(a.planOfAll).with(plan))))
@@ -553,23 +552,6 @@ func (a *admin) topStatus() topStatus {
 		return all
 	}
 	return topStatus{look.over.Seconds(), list(look.bySessions), list(look.byBytes)}
-}
-
-// top answers GET /top: the namespaces with the most sessions, or with ?by=bytes those
-// with the most bytes.
-func (a *admin) top(w http.ResponseWriter, r *http.Request) {
-	by, all := cmp.Or(r.URL.Query().Get("by"), "sessions"), a.topStatus()
-	list := map[string][]topNamespace{"sessions": all.BySessions, "bytes": all.ByBytes}[by]
-	if list == nil {
-		writeError(w, http.StatusBadRequest,
-			fmt.Sprintf("/top?by= must be sessions or bytes (got %.60q)", by))
-		return
-	}
-	writeJSON(w, http.StatusOK, struct {
-		By         string         `json:"by"`
-		Seconds    float64        `json:"bytes_over_seconds"`
-		Namespaces []topNamespace `json:"namespaces"`
-	}{by, all.Seconds, list})
 }
 
 // Which namespaces router_top_sessions has: few, or each tenant would be a series.

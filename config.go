@@ -103,7 +103,7 @@ func (c *config) flags() *flag.FlagSet {
 		"`address` for clients: host:port, or unix:/path of a socket")
 	f.StringVar(&c.admin, "admin", ":8001",
 		"`address` for operators: / is a page for people, and there are /healthz, /readyz, /metrics,\n"+
-			"/owner, /status, /top, /backends and /plan")
+			"/owner, /status, /backends and /plan")
 	f.Var(&c.peers, "peers",
 		"`list` of the admin ports of the other routers, host:port,host:port,..., which answers\n"+
 			"for all routers include (default those of the pods that -router-pods selects, with\n"+
