@@ -1,7 +1,7 @@
 # CI runs the same targets as people do; "make help" lists them.
 
-IMAGE       ?= localhost:5000/router:latest
-REGISTRY    ?= localhost:5000
+# the images are REGISTRY/router:TAG and REGISTRY/router-backend:TAG (k8s/image.sh)
+export REGISTRY ?= localhost:5000
 FUZZTIME    ?= 10s
 CHURN       ?= 30m
 SOAK        ?= 30m
@@ -20,8 +20,8 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 build: ## build the two static programs, bin/router and bin/backend
-	CGO_ENABLED=0 go build -trimpath -o bin/router .
-	CGO_ENABLED=0 go build -trimpath -o bin/backend ./backend
+	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o bin/router .
+	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o bin/backend ./backend
 
 demo: build ## run four backends, the router and the demo page on this machine
 	@backend/demo.sh
@@ -61,17 +61,17 @@ lint: ## run gofmt, vet, staticcheck, and shellcheck if it is installed
 	cd bench && go vet ./... && go run $(STATICCHECK) ./...
 	@if command -v shellcheck; then shellcheck k8s/*.sh nginx/*.sh certs/*.sh backend/*.sh bench/*.sh e2e/apps/*.sh .ci/run; fi
 
-image: build ## build the image, with docker, podman or buildah
-	k8s/image.sh build $(IMAGE)
+image: build ## build both images, with docker, podman or buildah
+	k8s/image.sh build
 
-push: image ## push the image to REGISTRY (localhost:5000)
-	k8s/image.sh push $(IMAGE) $(REGISTRY)
+push: image ## push both images to REGISTRY (localhost:5000)
+	k8s/image.sh push
 
-load: image ## load the image into the cluster of the current kubeconfig context
-	k8s/image.sh load $(IMAGE)
+load: image ## load both images into the cluster of the current kubeconfig context
+	k8s/image.sh load
 
 deploy: $(if $(filter no,$(LOAD)),,load) ## deploy everything to the cluster of the current kubeconfig context
-	LOAD=$(LOAD) k8s/deploy.sh
+	k8s/deploy.sh
 
 undeploy: ## remove everything, except for overrides and certificate
 	k8s/deploy.sh undeploy

@@ -11,12 +11,15 @@
 # router-handoff-backend stays at deploy, and goes at undeploy.
 #
 # TIMEOUT  seconds to wait for the pods (180)
-# LOAD     no: the nodes pull the image from a registry
+# REGISTRY where the nodes find the images (localhost:5000)
+# TAG      of the images (that of bin/router and bin/backend)
 set -euo pipefail
 
 K8S=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 CERTS=${K8S%/*}/certs
+APPLIED=${K8S%/*}/bin/deploy # the kustomization that is applied
 TIMEOUT=${TIMEOUT:-180}
+REGISTRY=${REGISTRY:-localhost:5000}
 
 say() { printf '%s\n' "deploy.sh: $*"; }
 die() { say "$*" >&2; exit 1; }
@@ -74,22 +77,20 @@ policy() {
   return 1
 }
 
-# roll_out starts a rollout if the programs changed. A new image with the old name is a
-# new rollout only if the pods' template changes, so an annotation has the programs'
-# checksum. `kubectl apply` does not remove it. From a registry (LOAD=no) the nodes have
-# to pull the image again.
-roll_out() {
-  local sum pull=IfNotPresent
-  if [ "${LOAD:-yes}" = no ]; then pull=Always; fi
-  sum=$(cat "$K8S/../bin/router" "$K8S/../bin/backend" | sha256sum | cut -c1-16)
-  patch_programs statefulset/backend backend "$sum" "$pull"
-  patch_programs deployment/router router "$sum" "$pull"
-}
-
-patch_programs() { # object container sum pull-policy
-  kubectl patch "$1" -p "{\"spec\":{\"template\":{
-    \"metadata\":{\"annotations\":{\"router/programs\":\"$3\"}},
-    \"spec\":{\"containers\":[{\"name\":\"$2\",\"imagePullPolicy\":\"$4\"}]}}}}"
+# make_kustomization writes what is applied: k8s with the images by their tag. That is
+# another one if a program has changed, and only then the pods are replaced.
+make_kustomization() {
+  local tag
+  tag=$("$K8S/image.sh" tag) || die "the images have no tag: see above"
+  mkdir -p "$APPLIED"
+  cat >"$APPLIED/kustomization.yaml" <<EOF
+apiVersion: kustomize.config.k8s.io/v1beta1
+kind: Kustomization
+resources: [../../k8s]
+images:
+  - {name: localhost:5000/router, newName: $REGISTRY/router, newTag: $tag}
+  - {name: localhost:5000/router-backend, newName: $REGISTRY/router-backend, newTag: $tag}
+EOF
 }
 
 # wait_for KIND NAME waits for the rollout, or prints why it does not end.
@@ -134,9 +135,9 @@ deploy() {
   if missing secret nginx-tls; then make_secret; fi
   check_secret
   if missing configmap overwriting; then make_overwriting; fi
-  kubectl apply -k "$K8S"
+  make_kustomization
+  kubectl apply -k "$APPLIED"
   policy apply || say "going on without k8s/policy.yaml: nothing refuses bad overrides at kubectl apply, routers report them"
-  if [ -x "$K8S/../bin/router" ]; then roll_out; fi
   wait_for statefulset backend
   wait_for deployment router
 }
@@ -159,5 +160,5 @@ undeploy() {
 case ${1:-deploy} in
   deploy) deploy ;;
   undeploy) undeploy ;;
-  *) sed -n '2,15s/^#\( \|$\)//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+  *) sed -n '2,16s/^#\( \|$\)//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
 esac

@@ -53,7 +53,7 @@ func TestDeployPolicy(t *testing.T) {
 		for _, command := range []string{"deploy", "undeploy"} {
 			t.Run(name+"/"+command, func(t *testing.T) {
 				cmd := exec.Command("./deploy.sh", command)
-				cmd.Env = append(os.Environ(), "PATH="+dir+":"+os.Getenv("PATH"), "POLICY="+tt.errors)
+				cmd.Env = append(os.Environ(), "PATH="+dir+":"+os.Getenv("PATH"), "POLICY="+tt.errors, "TAG=test")
 				out, err := cmd.CombinedOutput()
 				if (err == nil) != tt.ok {
 					t.Errorf("deploy.sh: %v, want success: %v\n%s", err, tt.ok, out)
