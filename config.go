@@ -23,6 +23,7 @@ type config struct {
 	maxAge                      time.Duration // of a session; 0: none
 	proxyProtocol               string        // "on" or "off"
 	trustedProxies              trustedProxies
+	forwardedFrom               trustedProxies
 
 	// Where the backends are.
 	backends, statefulSet, service string
@@ -120,6 +121,10 @@ func (c *config) flags() *flag.FlagSet {
 	f.Var(&c.trustedProxies, "trusted-proxies",
 		"`addresses` of load balancers for -proxy-protocol, like 10.0.0.0/8,fd00::1, and unix for\n"+
 			"peers of a Unix socket; it has no other effect (default none)")
+	f.Var(&c.forwardedFrom, "forwarded-from",
+		"`addresses` of proxies, like -trusted-proxies: from other peers, X-Forwarded-For,\n"+
+			"X-Forwarded-Proto and X-Forwarded-Host do not go on to backends (default: from all\n"+
+			"peers, they do)")
 	f.StringVar(&c.backends, "backends", "",
 		"fixed `list` of backends, host:port,host:port,... in the order of their ordinals")
 	f.IntVar(&c.replicas, "replicas", 0,

@@ -122,6 +122,7 @@ var badUsage = map[string]struct {
 	"proxies of a zone":    {args: "-trusted-proxies fe80::1%eth0", want: `invalid value "fe80::1%eth0" for flag -trusted-proxies: "fe80::1%eth0" is no address, no CIDR and not unix`},
 	"proxies with a port":  {args: "-trusted-proxies 10.0.0.1:80", want: `invalid value "10.0.0.1:80" for flag -trusted-proxies: "10.0.0.1:80" is no address, no CIDR and not unix`},
 	"proxies, more bits":   {args: "-trusted-proxies 10.1.0.0/8", want: `invalid value "10.1.0.0/8" for flag -trusted-proxies: "10.1.0.0/8" has bits beyond its length: it would be 10.0.0.0/8`},
+	"forwarded from":       {args: "-forwarded-from gateway", want: `invalid value "gateway" for flag -forwarded-from: "gateway" is no address, no CIDR and not unix`},
 	"proxies mapped":       {args: "-trusted-proxies ::ffff:10.0.0.0/104", want: `invalid value "::ffff:10.0.0.0/104" for flag -trusted-proxies: "::ffff:10.0.0.0/104" must be written as IPv4`},
 	"drain negative":       {args: "-replicas 1 -drain-duration -1ms", want: "-drain-duration must not be negative (got -1ms)"},
 	"drain no time":        {args: "-drain-duration 1d", want: `invalid value "1d" for flag -drain-duration: parse error`},
@@ -195,7 +196,7 @@ func TestFlagBeatsEnvironment(t *testing.T) {
 		"max-header-bytes": {"2000", "3000"}, "max-header-fields": {"200", "300"}, "max-sessions": {"1", "2"}, "max-pending-upgrades": {"3", "4"},
 		"max-sessions-per-namespace": {"5", "6"}, "max-upgrades-per-second": {"7", "8"}, "max-age": {"9h0m0s", "10h0m0s"},
 		"tcp-user-timeout": {"5s", "6s"}, "idle-timeout": {"7s", "8s"}, "move-rate": {"5", "6"}, "move-settle": {"9s", "10s"}, "handoff": {"off", "single"}, "handoff-configmap": {"a", "b"}, "pod-uid": {"u1", "u2"}, "router-pods": {"a=b", "c=d"}, "handoff-unproven": {"11s", "12s"}, "http": {"on", "off"}, "http-move-timeout": {"13s", "14s"}, "drain-delay": {"1s", "2s"}, "drain-duration": {"3s", "4s"},
-		"proxy-protocol": {"off", "on"}, "trusted-proxies": {"unix,10.0.0.0/8", "unix"}, "peers": {"10.0.0.1:8001,h:8001", "10.0.0.2:8001"},
+		"proxy-protocol": {"off", "on"}, "trusted-proxies": {"unix,10.0.0.0/8", "unix"}, "forwarded-from": {"10.0.0.0/8", "unix"}, "peers": {"10.0.0.1:8001,h:8001", "10.0.0.2:8001"},
 		"release": {"/a", "/b"}, "release-memory": {"5s", "6s"},
 		"log-format": {"json", "text"}, "log-level": {"DEBUG", "WARN"},
 	}

@@ -388,6 +388,7 @@ func (c *pendingConn) admit() bool {
 	if c.request = c.parseUpgrade(); c.request == nil {
 		return false
 	}
+	c.fastPath.proxy.removeForwarded(c.request)
 	upgrade, refused := c.fastPath.proxy.admit(c.request)
 	if refused != nil {
 		return false

@@ -345,6 +345,9 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 	if c.proxyProtocol == "on" {
 		p.proxyProtocol = &proxyProtocol{trusted: &c.trustedProxies, log: log}
 	}
+	if c.forwardedFrom.String() != "" {
+		p.forwardedFrom = &c.forwardedFrom
+	}
 	mover.httpMoveTime = c.httpMoveTime
 	mover.ages.limit, mover.ages.stopped = c.maxAge, p.draining.Load
 	if c.http != "off" {

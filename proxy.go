@@ -46,7 +46,8 @@ type proxy struct {
 	namespaceOf func(*http.Request) (string, *refusal) // layout.namespace
 	log         *slog.Logger
 
-	proxyProtocol *proxyProtocol // of the client listener; nil: off
+	proxyProtocol *proxyProtocol  // of the client listener; nil: off
+	forwardedFrom *trustedProxies // see removeForwarded; nil: all peers
 
 	draining atomic.Bool // set when the drain begins
 
@@ -72,6 +73,7 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if p.answerHealth(w, r) {
 		return
 	}
+	p.removeForwarded(r)
 	if p.forwarder != nil && !asksForUpgrade(r) {
 		p.forward(w, r)
 		return
@@ -89,6 +91,17 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		panic(http.ErrAbortHandler)
 	case errors.As(err, &refused):
 		refused.writeResponse(w, p.limits.headerTimeout)
+	}
+}
+
+// removeForwarded removes the fields in which a proxy says who its client is, if r's peer is
+// none of the proxies of -forwarded-from: such a peer may have invented them.
+func (p *proxy) removeForwarded(r *http.Request) {
+	if p.forwardedFrom == nil || p.forwardedFrom.contains(r.RemoteAddr) {
+		return
+	}
+	for _, name := range []string{"X-Forwarded-For", "X-Forwarded-Proto", "X-Forwarded-Host"} {
+		r.Header.Del(name)
 	}
 }
 

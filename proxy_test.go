@@ -130,6 +130,43 @@ func TestProxyForwardsTheRequest(t *testing.T) {
 	}
 }
 
+// TestForwardedFrom: only a proxy of -forwarded-from can say who the client is, on both ways
+// of a handshake and in a plain request.
+func TestForwardedFrom(t *testing.T) {
+	fields := "X-Forwarded-For: 203.0.113.9\r\nx-forwarded-proto: https\r\nX-Forwarded-Host: invented\r\n\r\n"
+	requests := bothWays("/ws/ns-01")
+	requests["no upgrade"] = "GET /ws/ns-01 HTTP/1.1\r\nHost: h\r\n\r\n"
+	for from, believed := range map[string]bool{"": true, "127.0.0.0/8": true, "10.0.0.0/8,unix": false} {
+		for way, request := range requests {
+			t.Run(from+" "+way, func(t *testing.T) {
+				backend := startStub(t, "127.0.0.1:0", answer(fine))
+				p := startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) {
+					if from != "" {
+						p.forwardedFrom = &trustedProxies{}
+						must(t, p.forwardedFrom.Set(from))
+					}
+				})
+				p.ask(t, strings.Replace(request, "\r\n\r\n", "\r\n"+fields, 1))
+				eventually(t, "requests", 1, func() int { return len(backend.heads()) })
+				head := backend.heads()[0]
+				want := []string{"X-Forwarded-For: 127.0.0.1\r\n", "X-Forwarded-Proto: http\r\n"}
+				if believed {
+					want = []string{"X-Forwarded-For: 203.0.113.9, 127.0.0.1\r\n",
+						"X-Forwarded-Proto: https\r\n", "X-Forwarded-Host: invented\r\n"}
+				}
+				for _, field := range want {
+					if !strings.Contains(head, field) {
+						t.Errorf("no %q in\n%s", field, head)
+					}
+				}
+				if !believed && strings.Contains(head, "invented") {
+					t.Errorf("what the client invented is in\n%s", head)
+				}
+			})
+		}
+	}
+}
+
 // The target of a request in absolute form loses its authority, which becomes
 // Host (RFC 9112 §3.2.2).
 func TestProxyAbsoluteForm(t *testing.T) {

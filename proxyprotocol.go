@@ -13,8 +13,9 @@ import (
 	"time"
 )
 
-// trustedProxies is a flag with the addresses whose PROXY protocol is believed: addresses
-// and prefixes (CIDR), and "unix" for the peers of a Unix socket, with commas in between.
+// trustedProxies is a flag with the addresses of peers that are believed when they say who
+// their client is, by the PROXY protocol or in header fields: addresses and prefixes
+// (CIDR), and "unix" for the peers of a Unix socket, with commas in between.
 // It may be repeated: each adds to the list. It is safe for concurrent use once it is set.
 type trustedProxies struct {
 	prefixes []netip.Prefix

@@ -71,7 +71,7 @@ func TestAnswers(t *testing.T) {
 	if s == nil {
 		return
 	}
-	page := string(readFile(t, "index.html"))
+	page := string(readFile(t, "page/index.html"))
 	tests := map[string]struct {
 		url    string
 		status int
@@ -105,6 +105,19 @@ func TestAnswers(t *testing.T) {
 			wantAnswer(t, s.client(t, address), test.url, test.status, test.body, test.header)
 		})
 	}
+}
+
+// TestWithoutPage: the demo's page is not part of the router's installation. Without it the
+// router gets GET / as it gets all else.
+func TestWithoutPage(t *testing.T) {
+	s := start(t)
+	if s == nil {
+		return
+	}
+	if err := os.Remove(filepath.Join(s.dir, "html", "index.html")); err != nil {
+		t.Fatal(err)
+	}
+	wantAnswer(t, s.client(t, s.secure), "https://"+host+"/", 426, "not an upgrade\n", nil)
 }
 
 // wantAnswer compares what GET brings; an empty body is not compared.

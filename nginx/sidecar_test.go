@@ -75,7 +75,7 @@ func start(t *testing.T, options ...func(*sidecar)) *sidecar {
 			t.Fatal(err)
 		}
 	}
-	copyFile(t, "index.html", filepath.Join(s.dir, "html", "index.html"))
+	copyFile(t, "page/index.html", filepath.Join(s.dir, "html", "index.html"))
 	s.makeCertificate(t)
 	s.roots = x509.NewCertPool()
 	if !s.roots.AppendCertsFromPEM(readFile(t, filepath.Join(s.dir, "tls", "ca.crt"))) {
@@ -150,7 +150,7 @@ func (s *sidecar) configure(t *testing.T) {
 	s.write(t, "nginx.conf", []string{
 		"/etc/nginx/tls/", filepath.Join(s.dir, "tls") + "/",
 		"/run/router/router.sock", filepath.Join(s.dir, "router.sock"),
-		"/usr/share/nginx/html", filepath.Join(s.dir, "html"),
+		"/etc/nginx/page", filepath.Join(s.dir, "html"),
 		" /tmp/", " " + filepath.Join(s.dir, "tmp") + "/",
 	})
 	s.write(t, "start.sh", []string{
