@@ -88,7 +88,7 @@ type unsentData struct {
 }
 
 const (
-	maxUnsent       = 64 << 20 // bytes in all sessions: 1/8 of the memory in k8s/router.yaml
+	maxUnsent       = 64 << 20 // bytes in all sessions: 1/8 of the memory in k8s/base/router.yaml
 	minUnsentBuffer = 64       // bytes of the smallest buffer
 	unsentClasses   = 11       // sizes of buffers, each twice the last: up to bufferSize
 	peekSize        = 16 << 10 // bytes that are peeked at above the budget

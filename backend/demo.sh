@@ -18,7 +18,7 @@ stop() {
 trap stop EXIT INT TERM
 
 for i in 0 1 2 3; do
-  bin/backend -listen "127.0.0.1:900$i" -name "backend-$i" -page nginx/index.html -log-level warn &
+  bin/backend -listen "127.0.0.1:900$i" -name "backend-$i" -page nginx/page/index.html -log-level warn &
   running+=($!)
 done
 bin/router -listen 127.0.0.1:8000 -admin 127.0.0.1:8001 -drain-duration 1s \

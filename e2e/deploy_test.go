@@ -30,7 +30,7 @@ func TestDeployWithoutClusterRights(t *testing.T) {
 	if err != nil {
 		t.Fatalf("deploy.sh: %v\n%s", err, out)
 	}
-	for _, want := range []string{"validatingadmissionpolicies.admissionregistration.k8s.io", `User "` + user + `" cannot`, "going on without k8s/policy.yaml"} {
+	for _, want := range []string{"validatingadmissionpolicies.admissionregistration.k8s.io", `User "` + user + `" cannot`, "going on without the admission policy"} {
 		if !strings.Contains(string(out), want) {
 			t.Errorf("deploy.sh did not say %q:\n%s", want, out)
 		}
@@ -106,7 +106,7 @@ func TestUndeploy(t *testing.T) {
 func TestDeployKeepsHandoff(t *testing.T) {
 	s := newSystem(t)
 	namespace := s.newNamespace(t)
-	manifest := filepath.Join(s.root, "k8s", "handoff.yaml")
+	manifest := filepath.Join(s.root, "k8s", "base", "handoff.yaml")
 	apply := func(args ...string) {
 		t.Helper()
 		s.mustKubectl("", append([]string{"--namespace=" + namespace, "apply", "-f", manifest}, args...)...)
@@ -140,6 +140,21 @@ func (s *system) newNamespace(t *testing.T) string {
 		}
 	})
 	return made.Name
+}
+
+// overlay makes a kustomization of this text in a directory below bin, until the test ends.
+// ../deploy is what "make deploy" has applied: the demo, with the images' tags.
+func (s *system) overlay(name, text string) (dir string) {
+	s.t.Helper()
+	dir, err := os.MkdirTemp(filepath.Join(s.root, "bin"), "e2e-"+name)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := os.WriteFile(filepath.Join(dir, "kustomization.yaml"), []byte(text), 0o644); err != nil {
+		s.t.Fatal(err)
+	}
+	return dir
 }
 
 // deploySh runs k8s/deploy.sh about a Kubernetes namespace, and returns what it said.

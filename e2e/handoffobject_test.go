@@ -280,7 +280,7 @@ func (s *system) makeHandoff(data map[string]string) {
 // applyHandoff applies the manifest of the object, as the kustomization has it.
 func (s *system) applyHandoff() {
 	s.t.Helper()
-	manifests := s.mustKubectl("", "kustomize", filepath.Join(s.root, "k8s"))
+	manifests := s.mustKubectl("", "kustomize", filepath.Join(s.root, "k8s", "base"))
 	for _, manifest := range strings.Split(manifests, "\n---\n") {
 		if strings.Contains(manifest, "kind: ConfigMap\n") && strings.Contains(manifest+"\n", "\n  name: "+handoffObject+"\n") {
 			s.mustKubectl(manifest, "apply", "-f", "-")
@@ -337,13 +337,14 @@ func (s *system) install(secretOf string, routers int) {
 	if _, err := s.client.CoreV1().Secrets(s.namespace).Create(s.t.Context(), secret, metav1.CreateOptions{}); err != nil {
 		s.t.Fatal(err)
 	}
-	manifests := s.mustKubectl("", "kustomize", filepath.Join(s.root, "k8s"))
-	if strings.Count(manifests, "replicas: 2\n") != 1 {
-		s.t.Fatal("the manifests have another number of routers than 2")
-	}
-	manifests = strings.Replace(manifests, "replicas: 2\n", fmt.Sprintf("replicas: %d\n", routers), 1)
 	s.mustKubectl("", "--namespace="+s.namespace, "create", "-f", filepath.Join(s.root, "k8s", "overwriting.yaml"))
-	s.mustKubectl(manifests, "--namespace="+s.namespace, "apply", "-f", "-")
+	overlay := s.overlay("", fmt.Sprintf(`
+resources: [../deploy]
+replicas:
+  - {name: backend, count: 4}
+  - {name: router, count: %d}
+`, routers))
+	s.mustKubectl("", "--namespace="+s.namespace, "apply", "-k", overlay)
 }
 
 // awaitReadyRouters waits until so many routers are ready that are not old, and returns how

@@ -28,7 +28,7 @@ import (
 const largeNamespace = 110
 
 // prometheus is a Prometheus that scrapes routers each second, with the rules of
-// k8s/monitoring.
+// k8s/components/monitoring.
 type prometheus struct {
 	t    *testing.T
 	base string // of its HTTP API
@@ -70,10 +70,10 @@ func startPrometheusOf(t *testing.T, routers map[string][]*router, change func(r
 	return &prometheus{t: t, base: "http://" + regexp.MustCompile(`address=(\S+)`).FindStringSubmatch(line)[1]}
 }
 
-// monitoringFile returns what is in a file of k8s/monitoring.
+// monitoringFile returns what is in a file of k8s/components/monitoring.
 func monitoringFile(t *testing.T, name string) string {
 	t.Helper()
-	text, err := os.ReadFile(filepath.Join("../k8s/monitoring", name))
+	text, err := os.ReadFile(filepath.Join("../k8s/components/monitoring", name))
 	if err != nil {
 		t.Fatal(err)
 	}

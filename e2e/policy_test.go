@@ -14,12 +14,15 @@ import (
 	"testing"
 	"time"
 
-	admission "k8s.io/api/admissionregistration/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 )
+
+// policyNames is the ConfigMap without which the policy checks nothing in a Kubernetes
+// namespace.
+const policyNames = "router-policy"
 
 // TestPolicy gives the API server overrides that no router could read: it
 // refuses them, and names the entry. It takes all others.
@@ -364,24 +367,20 @@ func manifestOf(t *testing.T, name string, labels, data map[string]string) strin
 // test ends.
 func (s *system) withoutPolicy() (restore func()) {
 	s.t.Helper()
-	policies := s.client.AdmissionregistrationV1().ValidatingAdmissionPolicies()
-	name := configMap + "." + s.namespace
-	policy, err := policies.Get(s.t.Context(), name, metav1.GetOptions{})
-	if apierrors.IsNotFound(err) { // Kubernetes before 1.30, or nobody may write policies
-		return func() {}
-	}
+	configMaps := s.client.CoreV1().ConfigMaps(s.namespace)
+	names, err := configMaps.Get(s.t.Context(), policyNames, metav1.GetOptions{})
 	if err == nil {
-		err = policies.Delete(s.t.Context(), name, metav1.DeleteOptions{})
+		err = configMaps.Delete(s.t.Context(), policyNames, metav1.DeleteOptions{})
 	}
 	if err != nil {
 		s.t.Fatal(err)
 	}
 	restore = sync.OnceFunc(func() {
-		again := &admission.ValidatingAdmissionPolicy{
-			ObjectMeta: metav1.ObjectMeta{Name: name, Labels: policy.Labels, Annotations: policy.Annotations}, Spec: policy.Spec,
+		again := &corev1.ConfigMap{
+			ObjectMeta: metav1.ObjectMeta{Name: policyNames, Labels: names.Labels, Annotations: names.Annotations}, Data: names.Data,
 		}
-		if _, err := policies.Create(context.Background(), again, metav1.CreateOptions{}); err != nil {
-			s.t.Errorf("the policy could not be put back: %v", err)
+		if _, err := configMaps.Create(context.Background(), again, metav1.CreateOptions{}); err != nil {
+			s.t.Errorf("the policy's names could not be put back: %v", err)
 			return
 		}
 		s.awaitPolicy(true)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Deploys everything to the cluster of the current kubeconfig context, into that
-# context's Kubernetes namespace, and waits until all pods are ready.
+# Deploys the router and the demo backend (k8s/demo) to the cluster of the current
+# kubeconfig context, into that context's Kubernetes namespace, and waits until all pods
+# are ready.
 #
 #   deploy.sh          create what is missing, apply the rest, wait
 #   deploy.sh undeploy remove it; the overrides and the certificate stay
@@ -8,7 +9,8 @@
 # It creates two objects once and never changes them, because they belong to the
 # user: the ConfigMap overwriting (the overrides) and the Secret nginx-tls
 # (perhaps a real certificate). What routers have written into the ConfigMap
-# router-handoff-backend stays at deploy, and goes at undeploy.
+# router-handoff-backend stays at deploy, and goes at undeploy. Four backends and two
+# routers are the numbers it begins with: later `kubectl scale` decides.
 #
 # TIMEOUT  seconds to wait for the pods (180)
 # REGISTRY where the nodes find the images (localhost:5000)
@@ -62,22 +64,7 @@ make_overwriting() {
   kubectl create --save-config -f "$K8S/overwriting.yaml"
 }
 
-# policy VERB... runs kubectl with k8s/policy.yaml for the Kubernetes namespace of the
-# context. It fails if the user has no right to that, or if Kubernetes before 1.30 has no
-# such kind. Any other failure ends the script.
-policy() {
-  local namespace errors other
-  namespace=$(kubectl config view --minify -o 'jsonpath={..namespace}')
-  { errors=$(sed "s/NAMESPACE/${namespace:-default}/" "$K8S/policy.yaml" | kubectl "$@" -f - 2>&1 >&3) && return; } 3>&1
-  printf '%s\n' "$errors" >&2
-  other=$(grep -vE '\(Forbidden\)|no matches for kind' <<<"$errors" | grep -iE '^(error|unable|the connection)' || true)
-  if [ -n "$other" ] || ! grep -qE '\(Forbidden\)|no matches for kind' <<<"$errors"; then
-    die "kubectl $1 of k8s/policy.yaml failed"
-  fi
-  return 1
-}
-
-# make_kustomization writes what is applied: k8s with the images by their tag. That is
+# make_kustomization writes what is applied: the demo, with images by their tag. That is
 # another one if a program has changed, and only then the pods are replaced.
 make_kustomization() {
   local tag
@@ -86,12 +73,38 @@ make_kustomization() {
   cat >"$APPLIED/kustomization.yaml" <<EOF
 apiVersion: kustomize.config.k8s.io/v1beta1
 kind: Kustomization
-resources: [../../k8s]
+resources: [../../k8s/demo]
 images:
   - {name: localhost:5000/router, newName: $REGISTRY/router, newTag: $tag}
   - {name: localhost:5000/router-backend, newName: $REGISTRY/router-backend, newTag: $tag}
 EOF
 }
+
+# policy VERB... runs kubectl with the admission policy. It fails if the user has no right
+# to that, or if Kubernetes before 1.30 has no such kind. Any other failure ends the script.
+policy() {
+  local errors other
+  { errors=$(kubectl kustomize "$K8S/base/policy" | kubectl "$@" -f - 2>&1 >&3) && return; } 3>&1
+  printf '%s\n' "$errors" >&2
+  other=$(grep -vE '\(Forbidden\)|no matches for kind' <<<"$errors" | grep -iE '^(error|unable|the connection)' || true)
+  if [ -n "$other" ] || ! grep -qE '\(Forbidden\)|no matches for kind' <<<"$errors"; then
+    die "kubectl $1 of the admission policy failed"
+  fi
+  return 1
+}
+
+# keep_replicas KIND NAME lets an apply not set back what the manifest of an earlier
+# version has set: that had a number of replicas, which `kubectl apply` would remove, and
+# without one it is 1.
+keep_replicas() {
+  local applied
+  applied=$(kubectl apply view-last-applied "$1/$2" -o json 2>/dev/null) || return 0
+  grep -q '"replicas"' <<<"$applied" || return 0
+  sed -E '/^ *"replicas": [0-9]+,?$/d' <<<"$applied" | kubectl apply set-last-applied -f - >/dev/null
+}
+
+# start_with KIND NAME N sets the number of replicas of what deploy has just made.
+start_with() { kubectl scale "$1/$2" --replicas="$3"; }
 
 # wait_for KIND NAME waits for the rollout, or prints why it does not end.
 wait_for() {
@@ -136,22 +149,54 @@ deploy() {
   check_secret
   if missing configmap overwriting; then make_overwriting; fi
   make_kustomization
-  kubectl apply -k "$APPLIED"
-  policy apply || say "going on without k8s/policy.yaml: nothing refuses bad overrides at kubectl apply, routers report them"
+  local new_backend=no new_router=no
+  if missing statefulset backend; then new_backend=yes; else keep_replicas statefulset backend; fi
+  if missing deployment router; then new_router=yes; else keep_replicas deployment router; fi
+  kubectl apply -k "$APPLIED" -l "app.kubernetes.io/component!=policy"
+  if [ $new_backend = yes ]; then start_with statefulset backend 4; fi
+  if [ $new_router = yes ]; then start_with deployment router 2; fi
+  if policy apply; then
+    remove_old_policy
+  else
+    say "going on without the admission policy: nothing refuses bad overrides at kubectl apply, routers report them"
+  fi
   wait_for statefulset backend
   wait_for deployment router
+}
+
+# remove_old_policy removes the policy of earlier versions, which had one for each
+# Kubernetes namespace.
+remove_old_policy() {
+  local namespace
+  namespace=$(kubectl config view --minify -o 'jsonpath={..namespace}')
+  kubectl delete --ignore-not-found \
+    "validatingadmissionpolicybinding/overwriting.${namespace:-default}" \
+    "validatingadmissionpolicy/overwriting.${namespace:-default}"
 }
 
 # old_configmaps prints the ConfigMaps of nginx of earlier versions, whose names have
 # other hashes (of kustomize's alphabet). The label alone is not enough: ConfigMaps with
 # overrides may have it too.
 old_configmaps() {
-  kubectl get configmap -l app.kubernetes.io/part-of=router -o name | { grep -E '^configmap/nginx-[2456789bcdfghkmt]{10}$' || true; }
+  kubectl get configmap -l app.kubernetes.io/part-of=router -o name | { grep -E '^configmap/(nginx|page)-[2456789bcdfghkmt]{10}$' || true; }
+}
+
+# others_use_policy succeeds if a router of another Kubernetes namespace has the policy.
+others_use_policy() {
+  local own all
+  own=$(kubectl get configmap router-policy --ignore-not-found -o 'jsonpath={.metadata.uid}') || die "cannot ask the cluster for configmap router-policy"
+  all=$(kubectl get configmap -A --field-selector metadata.name=router-policy -o 'jsonpath={.items[*].metadata.uid}' 2>/dev/null) || return 0
+  tr ' ' '\n' <<<"$all" | grep -qvE "^($own)?\$"
 }
 
 undeploy() {
-  kubectl delete -k "$K8S" --ignore-not-found
-  policy delete --ignore-not-found || say "k8s/policy.yaml was not removed, if it was ever applied"
+  if others_use_policy; then
+    say "the admission policy stays: routers of other Kubernetes namespaces may have it"
+  else
+    policy delete --ignore-not-found || say "the admission policy was not removed, if it was ever applied"
+    remove_old_policy || true
+  fi
+  kubectl delete -k "$K8S/demo" -l "app.kubernetes.io/component!=policy" --ignore-not-found
   old_configmaps | xargs -r kubectl delete
   say "kept: configmap/overwriting and secret/nginx-tls; to remove them too:"
   say "  kubectl delete configmap/overwriting secret/nginx-tls"
@@ -160,5 +205,5 @@ undeploy() {
 case ${1:-deploy} in
   deploy) deploy ;;
   undeploy) undeploy ;;
-  *) sed -n '2,16s/^#\( \|$\)//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+  *) sed -n '2,17s/^#\( \|$\)//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
 esac

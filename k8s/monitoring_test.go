@@ -16,7 +16,7 @@ type alert struct{ name, rule, runbook string }
 // alerts returns the alerts, each with its whole rule.
 func alerts(t *testing.T) (all []alert) {
 	t.Helper()
-	for _, rule := range regexp.MustCompile(`(?m)^ +- (?:alert|record): `).Split(text(t, "monitoring/rules.yaml"), -1)[1:] {
+	for _, rule := range regexp.MustCompile(`(?m)^ +- (?:alert|record): `).Split(text(t, "components/monitoring/rules.yaml"), -1)[1:] {
 		name, rule, _ := strings.Cut(rule, "\n")
 		if strings.Contains(name, ":") { // of a record
 			continue
@@ -42,7 +42,7 @@ func TestMonitoringAlerts(t *testing.T) {
 		anchor := regexp.MustCompile(`[^a-z0-9_ -]`).ReplaceAllString(strings.ToLower(title), "")
 		entries[strings.ReplaceAll(anchor, " ", "-")] = body
 	}
-	well, fires, _ := strings.Cut(text(t, "monitoring/rules_test.yaml"), "\n\n")
+	well, fires, _ := strings.Cut(text(t, "components/monitoring/rules_test.yaml"), "\n\n")
 	var names []string
 	for _, a := range alerts(t) {
 		names = append(names, a.name)
@@ -61,7 +61,7 @@ func TestMonitoringAlerts(t *testing.T) {
 			t.Errorf("in rules_test.yaml %s does not fire", a.name)
 		}
 	}
-	for _, path := range []string{"../docs/operations.md", "../docs/metrics.md", "monitoring/rules_test.yaml"} {
+	for _, path := range []string{"../docs/operations.md", "../docs/metrics.md", "components/monitoring/rules_test.yaml"} {
 		for _, name := range regexp.MustCompile("(?:`|alertname: )(Routers?[A-Z]\\w+)").FindAllStringSubmatch(text(t, path), -1) {
 			if !slices.Contains(names, name[1]) {
 				t.Errorf("%s names the alert %s, which rules.yaml does not have", path, name[1])
@@ -74,7 +74,7 @@ func TestMonitoringAlerts(t *testing.T) {
 // /metrics, has each metric of the rules and of the dashboard.
 func TestMonitoringMetrics(t *testing.T) {
 	documented := text(t, "../docs/metrics.md")
-	for _, path := range []string{"monitoring/rules.yaml", "monitoring/rules_test.yaml", "monitoring/dashboard.json"} {
+	for _, path := range []string{"components/monitoring/rules.yaml", "components/monitoring/rules_test.yaml", "components/monitoring/dashboard.json"} {
 		names := regexp.MustCompile(`\b(?:router|process|go)_[a-z_]+`).FindAllString(text(t, path), -1)
 		slices.Sort(names)
 		if names = slices.Compact(names); len(names) < 20 {
@@ -97,14 +97,14 @@ func TestMonitoringRules(t *testing.T) {
 	if err != nil {
 		t.Skip("promtool is not installed: apt-get install --no-install-recommends prometheus")
 	}
-	const extract = `sed '1,/^spec:/d; s/^  //' k8s/monitoring/rules.yaml > rules.yaml`
+	const extract = `sed '1,/^spec:/d; s/^  //' k8s/components/monitoring/rules.yaml > rules.yaml`
 	if !strings.Contains(text(t, "../docs/operations.md"), extract) {
 		t.Errorf("docs/operations.md lacks %s", extract)
 	}
 	dir := t.TempDir()
-	script := strings.Replace(extract, "k8s/monitoring/", "$PWD/monitoring/", 1)
+	script := strings.Replace(extract, "k8s/components/monitoring/", "$PWD/components/monitoring/", 1)
 	script = strings.Replace(script, "> rules.yaml", `> "$DIR"/rules.yaml`, 1)
-	cmd := exec.Command("sh", "-ec", script+`; cp monitoring/rules_test.yaml "$DIR"; cd "$DIR"; `+promtool+` check rules rules.yaml; `+promtool+` test rules rules_test.yaml`)
+	cmd := exec.Command("sh", "-ec", script+`; cp components/monitoring/rules_test.yaml "$DIR"; cd "$DIR"; `+promtool+` check rules rules.yaml; `+promtool+` test rules rules_test.yaml`)
 	cmd.Env = append(os.Environ(), "DIR="+dir)
 	out, err := cmd.CombinedOutput()
 	if err != nil || strings.Count(string(out), "SUCCESS") != 2 {
@@ -143,7 +143,7 @@ func TestMonitoringPanels(t *testing.T) {
 		{"Different tables", "1"},
 		{"Used of the limits", "0.9"},
 	} {
-		_, rest, _ := strings.Cut(text(t, "monitoring/dashboard.json"), `"title": "`+panel.title+`"`)
+		_, rest, _ := strings.Cut(text(t, "components/monitoring/dashboard.json"), `"title": "`+panel.title+`"`)
 		expr := regexp.MustCompile(`"expr": (".*")`).FindStringSubmatch(rest)[1]
 		expr = strings.NewReplacer("$namespace", ".*", "$job", ".*").Replace(expr)
 		test += "      - {eval_time: 5m, expr: " + expr + ", exp_samples: [{labels: '{}', value: " + panel.value + "}]}\n"
