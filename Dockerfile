@@ -5,20 +5,27 @@
 # `docker build .` compiles the programs, and needs neither Go nor make. With
 # --build-context programs=DIR they come from a directory instead (k8s/image.sh).
 
+# For `router version` and the labels.
+ARG VERSION=dev
+ARG REVISION=unknown
+
 # The go directive of go.mod has the same version.
 FROM --platform=$BUILDPLATFORM docker.io/library/golang:1.26 AS programs
 WORKDIR /src
 COPY go.mod go.sum ./
 RUN go mod download
 COPY . .
+ARG VERSION
+ARG REVISION
 ARG TARGETOS
 ARG TARGETARCH
-RUN CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH \
+RUN echo "$VERSION $REVISION" >version.txt && \
+    CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH \
     go build -trimpath -ldflags '-s -w' -o / . ./backend
 
 FROM scratch AS backend
-ARG VERSION=dev
-ARG REVISION=unknown
+ARG VERSION
+ARG REVISION
 LABEL org.opencontainers.image.title="router-backend" \
       org.opencontainers.image.description="Demo backend of the WebSocket router" \
       org.opencontainers.image.licenses="Apache-2.0" \
@@ -32,8 +39,8 @@ ENTRYPOINT ["/backend"]
 
 # The last stage is what is built without --target.
 FROM scratch AS router
-ARG VERSION=dev
-ARG REVISION=unknown
+ARG VERSION
+ARG REVISION
 LABEL org.opencontainers.image.title="router" \
       org.opencontainers.image.description="WebSocket router for stateful backends on Kubernetes" \
       org.opencontainers.image.licenses="Apache-2.0" \

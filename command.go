@@ -87,6 +87,10 @@ func runCommand(ctx context.Context, args []string, out, notes io.Writer) (
 	if len(args) == 0 {
 		return false, nil
 	}
+	if slices.Contains([]string{"version", "-version", "--version"}, args[0]) {
+		_, err := fmt.Fprintln(out, readBuild(buildStamp))
+		return true, err
+	}
 	sub, ok := subcommands()[args[0]]
 	if !ok {
 		return false, nil

@@ -9,6 +9,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -81,6 +82,17 @@ func TestCommands(t *testing.T) {
 	for _, name := range []string{"plan", "owner"} {
 		if got, code := commandOutput(t, name, "-h"); code != 0 || !strings.HasPrefix(got, "Usage: router "+name+" [flags] ") || !strings.Contains(got, "-admin URL") {
 			t.Errorf("%s -h is %d:\n%s", name, code, got)
+		}
+	}
+}
+
+// TestCommandVersion: version is one line, also where other programs have a flag for it.
+func TestCommandVersion(t *testing.T) {
+	for _, arg := range []string{"version", "-version", "--version"} {
+		got, code := commandOutput(t, arg)
+		want := "router " + version() + ", commit " + readBuild(buildStamp).commit + ", " + runtime.Version() + ", " + runtime.GOOS + "/" + runtime.GOARCH + "\n"
+		if got != want || code != 0 {
+			t.Errorf("%s is %d %q, want 0 %q", arg, code, got, want)
 		}
 	}
 }

@@ -306,6 +306,7 @@ func writeHelp(f *flag.FlagSet, w io.Writer) {
 	fmt.Fprint(w, "router sends each WebSocket, and each plain HTTP request, to the backend that owns its\n"+
 		"namespace.\n\n"+
 		"Usage: router [flags]\n"+
+		"       router version\n"+
 		"       router COMMAND -h, with one of these commands: status, owner, plan, backends, top,\n"+
 		"       move, cordon, uncordon, wait\n\n"+
 		"Each flag can be given in the environment too: -drain-duration as ROUTER_DRAIN_DURATION.\n"+

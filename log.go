@@ -6,7 +6,6 @@ import (
 	"io"
 	stdlog "log"
 	"log/slog"
-	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -146,12 +145,4 @@ func (t *throttle) allow(interval time.Duration) (omitted int64, ok bool) {
 		return 0, false
 	}
 	return t.omitted.Swap(0), true
-}
-
-// version returns the version that the go command put into this binary, or "unknown".
-func version() string {
-	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
-		return info.Main.Version
-	}
-	return "unknown"
 }

@@ -2,13 +2,58 @@ package main
 
 import (
 	"cmp"
+	_ "embed"
 	"fmt"
 	"os"
+	"runtime"
 	"runtime/debug"
 	"runtime/metrics"
+	"strings"
 	"syscall"
 	"time"
 )
+
+// buildStamp has the version and the commit of this binary if it was built from a copy
+// without version control, as in a container. There the Dockerfile writes the file; in
+// the repository it is empty.
+//
+//go:embed version.txt
+var buildStamp string
+
+// buildInfo is what this binary was built from.
+type buildInfo struct {
+	version string // "v1.2.3", a pseudo-version, "(devel)" or "unknown"
+	commit  string // or "unknown"
+}
+
+// readBuild returns what stamp says, the version and the commit, else what the go command
+// put into this binary (https://pkg.go.dev/runtime/debug#BuildSetting).
+func readBuild(stamp string) buildInfo {
+	if words := strings.Fields(stamp); len(words) == 2 {
+		return buildInfo{version: words[0], commit: words[1]}
+	}
+	b := buildInfo{version: "unknown", commit: "unknown"}
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return b
+	}
+	b.version = cmp.Or(info.Main.Version, b.version)
+	for _, setting := range info.Settings {
+		if setting.Key == "vcs.revision" {
+			b.commit = setting.Value
+		}
+	}
+	return b
+}
+
+// String returns the line that "router version" prints.
+func (b buildInfo) String() string {
+	return fmt.Sprintf("router %s, commit %s, %s, %s/%s",
+		b.version, b.commit, runtime.Version(), runtime.GOOS, runtime.GOARCH)
+}
+
+// version returns the version of this binary.
+func version() string { return readBuild(buildStamp).version }
 
 // runtimeMetric is a metric of Go's runtime, by the name that prometheus/client_golang
 // gives it, which dashboards use.

@@ -7,6 +7,24 @@ import (
 	"time"
 )
 
+// TestReadBuild: the stamp of a build without version control counts if it is whole, else
+// what the go command says, which knows no commit of a test.
+func TestReadBuild(t *testing.T) {
+	unstamped := readBuild("")
+	if unstamped.version == "" || unstamped.commit == "" {
+		t.Errorf("%+v without a stamp, want no empty field", unstamped)
+	}
+	for stamp, want := range map[string]buildInfo{
+		"v1.2.3 0123abcd\n": {"v1.2.3", "0123abcd"},
+		"v1.2.3 \n":         unstamped,
+		"a b c":             unstamped,
+	} {
+		if got := readBuild(stamp); got != want {
+			t.Errorf("%q is %+v, want %+v", stamp, got, want)
+		}
+	}
+}
+
 // TestRuntimeMetrics: this version of Go has all that is read from runtime/metrics, and
 // the values fit each other.
 func TestRuntimeMetrics(t *testing.T) {
