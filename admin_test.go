@@ -41,6 +41,7 @@ func TestReadyz(t *testing.T) {
 		want   string
 	}{
 		"directory":                {[]string{"-overrides", t.TempDir()}, 200, "ready"},
+		"no overrides at all":      {[]string{"-kube", "none"}, 200, "ready"},
 		"no directory":             {[]string{"-overrides", "/nowhere"}, 503, "no overrides have been read yet: read the overrides: open /nowhere: no such file or directory"},
 		"ConfigMap":                {[]string{"-kube", kubeAnswers(t, oneMap())}, 200, "ready"},
 		"no ConfigMap":             {[]string{"-kube", kubeAnswers(t, listOf("ConfigMap", nil))}, 503, "no overrides have been read yet: ConfigMap default/overwriting does not exist: kubectl -n default create configmap overwriting"},

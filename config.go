@@ -153,8 +153,8 @@ func (c *config) flags() *flag.FlagSet {
 func (c *config) overrideFlags(f *flag.FlagSet) {
 	f.StringVar(&c.kube, "kube", "",
 		"API `server` with the overrides: in-cluster, none, or the http://host:port of a kubectl\n"+
-			"proxy (default in-cluster in a pod, else none with -overrides, "+
-			"else http://127.0.0.1:8080)")
+			"proxy; with none and without -overrides there are no overrides (default in-cluster\n"+
+			"in a pod, else none with -overrides, else http://127.0.0.1:8080)")
 	f.StringVar(&c.kubeNamespace, "kube-namespace", "",
 		"Kubernetes `namespace` of the ConfigMaps, the StatefulSet and its EndpointSlices\n"+
 			"(default the pod's own, else \"default\")")
@@ -348,10 +348,7 @@ func (c *config) validateBackends() error {
 	if err := cmp.Or(c.validateHandoff(), c.validateRelease()); err != nil {
 		return err
 	}
-	switch {
-	case c.kube == "none" && c.overrides == "":
-		return errors.New("-kube none requires -overrides")
-	case c.selector != "" && c.configMaps != nil:
+	if c.selector != "" && c.configMaps != nil {
 		return fmt.Errorf("-configmap and -configmap-selector exclude each other (got %s and %s)",
 			&c.configMaps, c.selector)
 	}

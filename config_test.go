@@ -59,7 +59,6 @@ var badUsage = map[string]struct {
 	"route of host":        {args: "-replicas 1 -namespace-from host -route /ws/{namespace}", want: "-route requires -namespace-from path (got host)"},
 	"routes overlap":       {args: "-replicas 1 -route /ws/{namespace} -route /{namespace}/ws", want: "-route /ws/{namespace} and -route /{namespace}/ws overlap: a path can match both"},
 	"route empty":          {args: "-route= -replicas 1", want: `invalid value "" for flag -route: it must have a path`},
-	"no table":             {args: "-replicas 1 -kube none", want: "-kube none requires -overrides"},
 	"name twice":           {args: "-replicas 1 -configmap a -configmap b,a", want: `invalid value "b,a" for flag -configmap: "a" is empty or repeated`},
 	"name empty":           {args: "-replicas 1 -configmap a,,b", want: `invalid value "a,,b" for flag -configmap: "" is empty or repeated`},
 	"names and labels":     {args: "-replicas 1 -configmap a -configmap b -configmap-selector c=d", want: "-configmap and -configmap-selector exclude each other (got a,b and c=d)"},
@@ -247,6 +246,7 @@ func TestDefaultsOfThePlace(t *testing.T) {
 		"laptop with a directory": {"-overrides /d", nil, "none", host},
 		"pod":                     {"", pod, "in-cluster", host},
 		"pod with a directory":    {"-overrides /d", pod, "in-cluster", host},
+		"alone":                   {"-kube none", pod, "none", host},
 		"as said":                 {"-kube none -overrides /d -pod-name r", pod, "none", "r"},
 	}
 	for name, tt := range tests {

@@ -39,8 +39,8 @@
 //     in force. A router that does not know it is not ready, or, with -handoff=all, not
 //     before no other router has it in force.
 //  4. A deleted ConfigMap changes nothing, and a router that starts without one is
-//     not ready. "No overrides" is a ConfigMap with empty data. With a selector,
-//     this holds for the last ConfigMap that it chooses.
+//     not ready. "No overrides" is a ConfigMap with empty data, or -kube none alone. With a
+//     selector, this holds for the last ConfigMap that it chooses.
 //  5. An API server that is down changes nothing for clients.
 //  6. No byte is lost or reordered between hijack and end.
 //  7. If an owner cannot be reached, its clients wait up to a bound and then get 503.
@@ -403,7 +403,8 @@ func (p *program) followStatefulSet(kubeClient *kubeClient, kubeNamespace string
 }
 
 // addSources sets up the sources of overrides: the ConfigMaps if there is an API server,
-// and a directory, which then counts only until the ConfigMaps were read.
+// and a directory, which then counts only until the ConfigMaps were read. Without both there
+// are no overrides.
 func (p *program) addSources(kubeClient *kubeClient, kubeNamespace string) {
 	c, router := p.config, p.proxy.router
 	if kubeClient != nil {
@@ -415,6 +416,10 @@ func (p *program) addSources(kubeClient *kubeClient, kubeNamespace string) {
 		})
 	}
 	switch {
+	case c.overrides == "" && kubeClient == nil:
+		router.addSource(false, func(update func(...sourceContent)) overrideSource {
+			return noOverrides(update)
+		})
 	case c.overrides == "":
 	case c.handoff == "all":
 		p.log.Warn("-overrides is not used with -handoff=all: a copy may lag", "directory", c.overrides)

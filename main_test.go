@@ -44,6 +44,25 @@ func TestRunDrainsOnFailure(t *testing.T) {
 	}
 }
 
+// TestRunWithoutOverrides: -kube none alone means that there are none, so the hash gives
+// each namespace its owner.
+func TestRunWithoutOverrides(t *testing.T) {
+	r := startRouter(t, "-backends", echoBackends(t, 3), "-kube", "none")
+	if line := r.log.wait(t, "routing table updated", 1); line["overrides"] != 0.0 || line["backends"] != 3.0 {
+		t.Errorf("%v, want 3 backends and no overrides", line)
+	}
+	for _, namespace := range []string{hashedTo(t, "a", 0, 3), hashedTo(t, "b", 2, 3)} {
+		ws, err := websocket.Dial("ws://"+r.clientAddr+"/ws/"+namespace, "", "http://origin.example/")
+		must(t, err)
+		defer ws.Close()
+		sayAndHear(t, ws, "hello")
+		if _, body := r.get(t, "/owner?namespace="+namespace); !strings.Contains(body, `"why":"hash"`) {
+			t.Errorf("/owner is %s", body)
+		}
+	}
+	waitMetrics(t, r, map[string]float64{`router_sessions{backend="backend-0"}`: 1, `router_sessions{backend="backend-2"}`: 1})
+}
+
 // TestRunAnyRoom: two spellings of a room are with one owner, and an override of it, whose
 // key is escaped, moves both. So in all layouts of a path and a query.
 func TestRunAnyRoom(t *testing.T) {

@@ -119,13 +119,13 @@ func (p *planRequest) matches(src sourceContent) bool {
 	return id == src.id
 }
 
-// sourceNames returns the names of the sources, separated by commas.
+// sourceNames returns the names of the sources, separated by commas, or "none".
 func sourceNames(sources []sourceContent) string {
 	var all []string
 	for _, src := range sources {
 		all = append(all, src.id.String())
 	}
-	return strings.Join(all, ", ")
+	return cmp.Or(strings.Join(all, ", "), "none")
 }
 
 // newPreview returns what would become of the sessions of p if next followed current.

@@ -61,6 +61,14 @@ type overrideSource interface {
 	whyNotReady() string
 }
 
+// noOverrides is an overrideSource that has none: the hash gives each namespace its owner.
+// It is the update function of the source.
+type noOverrides func(...sourceContent)
+
+func (update noOverrides) run(context.Context) { update() }
+
+func (noOverrides) whyNotReady() string { return "" }
+
 // changeReporter is an overrideSource that reports what its overrides changed.
 type changeReporter interface {
 	// reportChange reports a change that is in force. It must not block. It gets the
@@ -861,7 +869,10 @@ func (r *router) writeMetrics(m metricsWriter) {
 	m.single("router_table_cordoned_backends", "gauge",
 		"Backends that get no namespaces by the hash, as they are cordoned.",
 		float64(len(t.cordon)))
-	m.family("router_table_rejected_overrides", "gauge", "Overrides that are not in force because they are invalid, by source.")
+	if len(t.sources) > 0 {
+		m.family("router_table_rejected_overrides", "gauge",
+			"Overrides that are not in force because they are invalid, by source.")
+	}
 	for i, src := range t.sources {
 		m.sample("router_table_rejected_overrides", float64(t.rejected[i]),
 			"source", src.id.String())
