@@ -18,8 +18,8 @@ import (
 // appImage is the image of e2e/apps/server.js.
 const appImage = "localhost:5000/router-apps:latest"
 
-// TestApps plays applications as they come from npm through nginx and two routers, in a
-// Kubernetes namespace of their own. With E2E_APPS=alone there is one router and no
+// TestApps plays applications as they come through nginx and two routers, in a Kubernetes
+// namespace of their own. With E2E_APPS=alone there is one router and no
 // cluster.
 func TestApps(t *testing.T) {
 	needNode(t)

@@ -16,8 +16,10 @@ func startApps(t *testing.T, flags ...string) *appStage {
 	t.Helper()
 	var backends []*process
 	var addresses []string
+	signalR := buildIn(t, ".", "./apps/signalr")
 	for i := range 4 {
-		backends = append(backends, start(t, "env", fmt.Sprintf("BACKEND=backend-%d", i), "PORT=0", "node", "apps/server.js"))
+		backends = append(backends, start(t, "env", fmt.Sprintf("BACKEND=backend-%d", i), "PORT=0",
+			"SIGNALR="+signalR, "node", "apps/server.js"))
 	}
 	for _, b := range backends {
 		_, rest, _ := strings.Cut(b.says(t, "serving on port "), "serving on port ")

@@ -252,7 +252,7 @@ func messageCases() []*appCase {
 		{app: "y-sweet", namespace: "app-y-sweet", key: "app-y-sweet", check: checkDocument},
 		{app: "socket.io", namespace: "app-socket.io", key: "app-socket.io", check: socketIO},
 		{app: "socket.io-polling", namespace: "app-polling", key: "app-polling", check: checkSocketIO("polling")},
-		{app: "signalr", namespace: "app-signalr", key: "app-signalr", check: checkMessages},
+		{app: "signalr", namespace: "app signalr", key: "app_x20signalr", check: checkSignalR},
 		{app: "phoenix", namespace: "app-phoenix", key: "app-phoenix", check: checkMessages},
 		{app: "phoenix-longpoll", namespace: "app-longpoll", key: "app-longpoll", check: checkMessages},
 		{app: "rest", namespace: "app-rest", key: "app-rest", check: checkREST},
@@ -272,15 +272,30 @@ func waitedCases() []*appCase {
 // cutCases are long requests that a move cuts, and that are made again.
 func cutCases() []*appCase {
 	return []*appCase{
+		{app: "signalr-sse", namespace: "app-signalr-sse", key: "app-signalr-sse", check: checkSignalR},
 		{app: "upload-cut", namespace: "app-upload-cut", key: "app-upload-cut", check: checkBody(true), long: true},
 		{app: "download-cut", namespace: "app-download-cut", key: "app-download-cut", check: checkBody(true), long: true},
 	}
 }
 
-// checkMessages: each acknowledged message was handled once, in the order in which they
-// were sent, and all are acknowledged but those that were under way when a connection
-// ended: these were handled at most once.
+// checkMessages: as checkHandled, and each backend has handled messages in the order in
+// which they were sent.
 func checkMessages(t *testing.T, c *appCase, r appResult, handled []appMessage) {
+	t.Helper()
+	checkHandled(t, c, r, handled)
+	last := map[string]int{}
+	for _, m := range handled {
+		if m.N <= last[m.Backend] {
+			t.Errorf("%s has handled %d after %d", m.Backend, m.N, last[m.Backend])
+		}
+		last[m.Backend] = m.N
+	}
+}
+
+// checkHandled: each acknowledged message was handled once, the new owner has handled only
+// later ones than the old, and all are acknowledged but those that were under way when a
+// connection ended: these were handled at most once.
+func checkHandled(t *testing.T, c *appCase, r appResult, handled []appMessage) {
 	t.Helper()
 	t.Logf("%d sent, %d acknowledged, %d under way when the connection ended, %d connections",
 		r.Sent, len(r.Acknowledged), len(r.Unknown), r.Connections)
@@ -289,16 +304,10 @@ func checkMessages(t *testing.T, c *appCase, r appResult, handled []appMessage) 
 			r.Sent, len(r.Acknowledged), len(r.Unknown), r.Waiting)
 	}
 	times := map[int]int{}
-	last := map[string]int{}
+	by := map[string][]int{}
 	for _, m := range handled {
 		times[m.N]++
-		if m.N <= last[m.Backend] {
-			t.Errorf("%s has handled %d after %d", m.Backend, m.N, last[m.Backend])
-		}
-		last[m.Backend] = m.N
-		if m.Backend == c.to && m.N <= last[c.from] {
-			t.Errorf("%s has handled %d, and %s %d", c.to, m.N, c.from, last[c.from])
-		}
+		by[m.Backend] = append(by[m.Backend], m.N)
 	}
 	for n, count := range times {
 		if count != 1 || n > r.Sent {
@@ -312,27 +321,46 @@ func checkMessages(t *testing.T, c *appCase, r appResult, handled []appMessage) 
 		}
 		seen[n] = true
 	}
-	if backends := slices.Sorted(maps.Keys(last)); len(backends) != 2 || last[c.from] == 0 || last[c.to] == 0 {
-		t.Errorf("%v have handled messages, want %s and %s", backends, c.from, c.to)
+	if len(by) != 2 || by[c.from] == nil || by[c.to] == nil {
+		t.Errorf("%v have handled messages, want %s and %s", slices.Sorted(maps.Keys(by)), c.from, c.to)
+	} else if latest, first := slices.Max(by[c.from]), slices.Min(by[c.to]); first <= latest {
+		t.Errorf("%s has handled %d, and %s %d", c.to, first, c.from, latest)
 	}
 	if r.Connections < 2 {
 		t.Errorf("%d connections, want one to each backend", r.Connections)
 	}
 }
 
-// checkSocketIO: as checkMessages, and each connection has got all that the server sent, in
-// order, by these transports.
+// checkTicks: each connection has got all that the server sent, in order. The last one was
+// open long enough to get something.
+func checkTicks(t *testing.T, r appResult) {
+	t.Helper()
+	if n := len(r.Ticks); n != r.Connections || n == 0 || len(r.Ticks[n-1]) == 0 {
+		t.Errorf("the server's messages on %d connections: %v", r.Connections, r.Ticks)
+	}
+	for i, ticks := range r.Ticks {
+		t.Logf("connection %d: %d messages of the server", i, len(ticks))
+		for at, n := range ticks {
+			if n != at+1 {
+				t.Errorf("connection %d: message %d of the server is %d", i, at+1, n)
+			}
+		}
+	}
+}
+
+// checkSignalR: as checkHandled, since the server may handle two messages of a connection
+// at once, and checkTicks.
+func checkSignalR(t *testing.T, c *appCase, r appResult, handled []appMessage) {
+	t.Helper()
+	checkHandled(t, c, r, handled)
+	checkTicks(t, r)
+}
+
+// checkSocketIO: as checkMessages and checkTicks, by these transports.
 func checkSocketIO(transports ...string) func(*testing.T, *appCase, appResult, []appMessage) {
 	return func(t *testing.T, c *appCase, r appResult, handled []appMessage) {
 		checkMessages(t, c, r, handled)
-		for i, ticks := range r.Ticks {
-			t.Logf("connection %d: %d messages of the server", i, len(ticks))
-			for at, n := range ticks {
-				if n != at+1 {
-					t.Errorf("connection %d: message %d of the server is %d", i, at+1, n)
-				}
-			}
-		}
+		checkTicks(t, r)
 		if slices.Sort(r.Transports); !slices.Equal(r.Transports, transports) {
 			t.Errorf("transports %v, want %v", r.Transports, transports)
 		}

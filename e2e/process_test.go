@@ -26,12 +26,18 @@ type process struct {
 	err   error    // how it ended. Guarded by mu.
 }
 
-// build compiles a package of the repository and returns the program's path.
+// build compiles a package of the repository's root module and returns the program's path.
 func build(t *testing.T, pkg string) string {
+	t.Helper()
+	return buildIn(t, "..", pkg)
+}
+
+// buildIn compiles a package of the module in the directory.
+func buildIn(t *testing.T, dir, pkg string) string {
 	t.Helper()
 	program := filepath.Join(t.TempDir(), "program")
 	cmd := exec.CommandContext(t.Context(), "go", "build", "-o", program, pkg)
-	cmd.Dir = ".."
+	cmd.Dir = dir
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("go build %s: %v\n%s", pkg, err, out)
 	}

@@ -178,16 +178,29 @@ async function socketIO(options, url = base) {
   return { ...book.result(sent), transports: [...transports], ticks }
 }
 
-async function signalR() {
+// readTicks reads the hub's stream, which begins anew with each connection. An error is
+// the end of the connection.
+function readTicks(hub, ticks) {
+  const got = []
+  ticks.push(got)
+  hub.stream('ticks').subscribe({ next: n => got.push(n), error() {}, complete() {} })
+}
+
+async function signalR(transport) {
   const hub = new HubConnectionBuilder()
-    .withUrl(`${base}/hub/${segment}`)
+    .withUrl(`${base}/hub/${segment}`, { transport })
     .withAutomaticReconnect([0, 500, 1000, 1000, 2000, 5000])
     .configureLogging(LogLevel.None)
     .build()
   const book = new Ledger()
-  hub.onreconnected(() => book.connections++)
+  const ticks = []
+  hub.onreconnected(() => {
+    book.connections++
+    readTicks(hub, ticks)
+  })
   await hub.start()
   book.connections++
+  readTicks(hub, ticks)
   const sent = await count(async n => {
     await until('it is connected', () => hub.state === 'Connected')
     book.sent(n)
@@ -195,7 +208,7 @@ async function signalR() {
   })
   await until('all are acknowledged', () => book.waiting.size === 0)
   await hub.stop()
-  return book.result(sent)
+  return { ...book.result(sent), ticks }
 }
 
 async function phoenixSocket(transport) {
@@ -355,7 +368,8 @@ const apps = {
   'socket.io-polling': () => socketIO({ path: '/socket.io/' + segment, transports: ['polling'] }),
   'socket.io-query': () => socketIO({ query: { doc: namespace } }),
   'socket.io-host': () => socketIO({}, base.replace('//', `//${namespace}.`)),
-  signalr: signalR,
+  signalr: () => signalR(HttpTransportType.WebSockets),
+  'signalr-sse': () => signalR(HttpTransportType.ServerSentEvents),
   phoenix: () => phoenixSocket(WebSocket),
   'phoenix-longpoll': () => phoenixSocket(phoenix.LongPoll),
   rest,

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # usage: image.sh IMAGE   builds an image of server.js with buildah: this machine's node
-# with its libraries, and what "npm ci" has installed here
+# with its libraries, what "npm ci" has installed here, and the server of SignalR
 set -euo pipefail
 
 APPS=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -14,6 +14,7 @@ ldd "$node" | grep -o '/[^ ]*' | while read -r library; do
   mkdir -p "$dir/root$(dirname "$library")"
   cp -L "$library" "$dir/root$library"
 done
+(cd "$APPS" && CGO_ENABLED=0 go build -o "$dir/root/bin/signalr" ./signalr)
 cp -r "$APPS/server.js" "$APPS/package.json" "$APPS/node_modules" "$dir/root/app"
-printf 'FROM scratch\nCOPY root /\nENTRYPOINT ["/bin/node", "/app/server.js"]\n' >"$dir/Dockerfile"
+printf 'FROM scratch\nCOPY root /\nENV SIGNALR=/bin/signalr\nENTRYPOINT ["/bin/node", "/app/server.js"]\n' >"$dir/Dockerfile"
 buildah --storage-driver vfs bud -q --isolation chroot -t "$1" "$dir"

@@ -1,19 +1,26 @@
-// The backend of TestApps: the servers of several applications in one program, each as it
-// comes from npm, told apart by the first segment of the path. The second is the namespace.
+// The backend of TestApps: the servers of several applications, each as it comes from npm,
+// told apart by the first segment of the path. The second is the namespace.
 //
 //   /ws          y-websocket
 //   /collab      hocuspocus
 //   /d, /doc     y-sweet's paths, with y-websocket's server behind them
 //   /socket.io   socket.io
-//   /hub         what a SignalR client asks for: negotiate, then JSON over a WebSocket
+//   /hub         SignalR, by the program of e2e/apps/signalr, which comes from Go's modules
 //   /socket      what phoenix.js asks for: a WebSocket, or long polls
 //   /api         plain HTTP: server-sent events, streams, and large bodies
 //
 // It writes a line of JSON for each message that it has handled: the test compares these
 // lines with what the clients have sent.
+//
+// BACKEND  its name; default: that of the host
+// PORT     where it listens; 0: any; default: 9000
+// SIGNALR  the program for /hub; default: none
+import { spawn } from 'node:child_process'
 import { createHash, randomUUID } from 'node:crypto'
-import { createServer } from 'node:http'
+import { createServer, request } from 'node:http'
+import { connect } from 'node:net'
 import { hostname } from 'node:os'
+import { createInterface } from 'node:readline'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { Hocuspocus } from '@hocuspocus/server'
 import { getYDoc, setContentInitializor, setupWSConnection } from '@y/websocket-server/utils'
@@ -22,7 +29,7 @@ import { WebSocketServer } from 'ws'
 import * as Y from 'yjs'
 
 const backend = process.env.BACKEND || hostname()
-const port = Number(process.env.PORT ?? 9000) // 0: any
+const port = Number(process.env.PORT ?? 9000)
 
 // handled writes down that a message of an application was handled here.
 function handled(app, namespace, n) {
@@ -92,35 +99,46 @@ async function sweetPaths(req, res) {
 
 // --- SignalR
 
-const record = '\x1e' // ends each message
-
-function signalRNegotiate(req, res) {
-  const connectionToken = randomUUID()
-  answer(res, {
-    negotiateVersion: 1,
-    connectionId: randomUUID(),
-    connectionToken,
-    availableTransports: [{ transport: 'WebSockets', transferFormats: ['Text'] }]
+// startSignalR starts the server of SignalR, and returns its process and its port. Its
+// standard input ends with this program, however that ends, and it ends with that.
+async function startSignalR(program) {
+  const child = spawn(program, { env: { ...process.env, BACKEND: backend }, stdio: ['pipe', 'inherit', 'pipe'] })
+  child.on('exit', () => process.exit(1))
+  const port = await new Promise(resolve => {
+    createInterface({ input: child.stderr }).on('line', line => {
+      console.error('signalr: ' + line)
+      const listening = /^listening on port (\d+)$/.exec(line)
+      if (listening) resolve(Number(listening[1]))
+    })
   })
+  return { child, port }
 }
 
-function signalRSocket(ws, req) {
-  const [, namespace] = segments(req)
-  let shaken = false
-  ws.on('message', data => {
-    for (const text of data.toString().split(record).filter(Boolean)) {
-      const message = JSON.parse(text)
-      if (!shaken) {
-        shaken = true
-        ws.send('{}' + record)
-      } else if (message.type === 1) { // Invocation
-        handled('signalr', namespace, message.arguments[0])
-        ws.send(JSON.stringify({ type: 3, invocationId: message.invocationId, result: backend }) + record)
-      } else if (message.type === 6) { // Ping
-        ws.send(JSON.stringify({ type: 6 }) + record)
-      }
-    }
+const signalR = process.env.SIGNALR ? await startSignalR(process.env.SIGNALR) : null
+
+// signalRSocket passes on all bytes of a WebSocket, those of its handshake too.
+function signalRSocket(req, socket, head) {
+  const server = connect({ port: signalR.port, host: '127.0.0.1', allowHalfOpen: true })
+  const fields = []
+  for (let i = 0; i < req.rawHeaders.length; i += 2) fields.push(`${req.rawHeaders[i]}: ${req.rawHeaders[i + 1]}\r\n`)
+  server.write(`GET ${req.url} HTTP/1.1\r\n${fields.join('')}\r\n`)
+  server.write(head)
+  socket.on('error', () => server.destroy())
+  server.on('error', () => socket.destroy())
+  socket.pipe(server).pipe(socket)
+}
+
+// signalRRequest passes on a plain request, and its answer as it comes.
+function signalRRequest(req, res) {
+  const { method, url: path, headers } = req
+  const forwarded = request({ port: signalR.port, host: '127.0.0.1', method, path, headers }, answer => {
+    answer.on('error', () => res.destroy())
+    res.writeHead(answer.statusCode, answer.headers)
+    answer.pipe(res)
   })
+  forwarded.on('error', () => res.destroy())
+  res.on('close', () => forwarded.destroy())
+  req.pipe(forwarded)
 }
 
 // --- Phoenix channels
@@ -247,12 +265,12 @@ async function api(req, res) {
 
 // --- the server
 
-const requests = { api, d: sweetPaths, doc: sweetPaths, hub: signalRNegotiate, socket: phoenixLongPoll }
+const requests = { api, d: sweetPaths, doc: sweetPaths, socket: phoenixLongPoll }
+if (signalR) requests.hub = signalRRequest
 const sockets = {
   ws: (ws, req) => setupWSConnection(ws, req),
   collab: (ws, req) => hocuspocus.handleConnection(ws, req),
   d: sweetSocket,
-  hub: signalRSocket,
   socket: phoenixSocket
 }
 
@@ -268,7 +286,9 @@ const server = createServer(async (req, res) => {
 
 const wss = new WebSocketServer({ noServer: true })
 server.on('upgrade', (req, socket, head) => {
-  const open = sockets[segments(req)[0]]
+  const [app] = segments(req)
+  if (app === 'hub' && signalR) return signalRSocket(req, socket, head)
+  const open = sockets[app]
   if (open) wss.handleUpgrade(req, socket, head, ws => open(ws, req))
 })
 
@@ -287,6 +307,7 @@ io.on('connection', socket => {
 
 process.on('SIGTERM', () => {
   for (const ws of wss.clients) ws.close(1001)
+  signalR?.child.kill()
   io.close()
   server.close()
   setTimeout(() => process.exit(0), 500)
