@@ -1508,6 +1508,41 @@ func TestDocs(t *testing.T) {
 	}
 }
 
+// TestDocLinks: each link from one document to another leads to a file, and to a heading in
+// it.
+func TestDocLinks(t *testing.T) {
+	paths, _ := filepath.Glob("docs/*.md")
+	paths = append(paths, "README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "bench/README.md")
+	links := regexp.MustCompile(`\]\(([^)\s]+)\)`)
+	for _, path := range paths {
+		for _, m := range links.FindAllStringSubmatch(readText(t, path), -1) {
+			if strings.Contains(m[1], "://") {
+				continue
+			}
+			file, anchor, _ := strings.Cut(m[1], "#")
+			if to := filepath.Join(filepath.Dir(path), file); file == "" {
+				file = path
+			} else {
+				file = to
+			}
+			if _, err := os.Stat(file); err != nil {
+				t.Errorf("%s links to %s: %v", path, m[1], err)
+			} else if anchor != "" && !slices.Contains(anchors(readText(t, file)), anchor) {
+				t.Errorf("%s links to %s, and %s has no such heading", path, m[1], file)
+			}
+		}
+	}
+}
+
+// anchors returns the anchors of a document's headings, as GitHub makes them.
+func anchors(text string) (all []string) {
+	other := regexp.MustCompile(`[^\pL\pN _-]`)
+	for _, m := range regexp.MustCompile(`(?m)^#+ (.*)$`).FindAllStringSubmatch(text, -1) {
+		all = append(all, strings.ReplaceAll(other.ReplaceAllString(strings.ToLower(m[1]), ""), " ", "-"))
+	}
+	return all
+}
+
 // wantDocumented compares names of docs/metrics.md, and what it says of each, with those
 // of /metrics.
 func wantDocumented(t *testing.T, got, want map[string]string) {
