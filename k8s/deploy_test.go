@@ -20,7 +20,7 @@ esac
 echo "$*"
 `
 
-// TestDeployPolicy lets kubectl fail with k8s/policy.yaml: deploy.sh goes on without it
+// TestDeployPolicy lets kubectl fail with the admission policy: deploy.sh goes on without it
 // only if the user lacks the right, or the cluster the kind.
 func TestDeployPolicy(t *testing.T) {
 	const (
@@ -30,7 +30,10 @@ func TestDeployPolicy(t *testing.T) {
 			`from "STDIN": no matches for kind "ValidatingAdmissionPolicy"\nensure CRDs are installed first\n`
 		timeout = `Error from server (Timeout): error when creating "STDIN": Timeout\n`
 	)
-	dir := t.TempDir()
+	dir := t.TempDir() // deploy.sh writes into bin beside its own directory
+	if err := os.CopyFS(filepath.Join(dir, "k8s"), os.DirFS(".")); err != nil {
+		t.Fatal(err)
+	}
 	if err := os.WriteFile(filepath.Join(dir, "kubectl"), []byte(kubectl), 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -52,7 +55,7 @@ func TestDeployPolicy(t *testing.T) {
 	} {
 		for _, command := range []string{"deploy", "undeploy"} {
 			t.Run(name+"/"+command, func(t *testing.T) {
-				cmd := exec.Command("./deploy.sh", command)
+				cmd := exec.Command(filepath.Join(dir, "k8s", "deploy.sh"), command)
 				cmd.Env = append(os.Environ(), "PATH="+dir+":"+os.Getenv("PATH"), "POLICY="+tt.errors, "TAG=test")
 				out, err := cmd.CombinedOutput()
 				if (err == nil) != tt.ok {
