@@ -84,8 +84,15 @@ func (in *installation) install(text string) {
 // apply applies an overlay of this text, with the images of "make deploy".
 func (in *installation) apply(text string) {
 	in.t.Helper()
+	in.t.Cleanup(in.removePolicy)
 	in.overlay = in.system.overlay("install", text+"\nnamespace: "+in.namespace+"\nimages:\n"+in.images())
 	in.kubectl("apply", "-k", in.overlay)
+}
+
+// removePolicy removes what is in no Kubernetes namespace, of overlays with the prefix acme-.
+func (in *installation) removePolicy() {
+	in.system.kubectl(context.Background(), "", "delete", "--ignore-not-found",
+		"validatingadmissionpolicy/acme-router-overrides", "validatingadmissionpolicybinding/acme-router-overrides")
 }
 
 // images returns the images of bin/deploy, which "make deploy" has loaded.
@@ -261,6 +268,72 @@ func TestInstallOwnStatefulSet(t *testing.T) {
 		t.Errorf("an apply has changed\n%s to\n%s", before, after)
 	}
 	in.wantNothingLeft()
+}
+
+// TestInstallGitOps applies the example as GitOps tools do, on the server and with pruning:
+// after kubectl scale nothing changes, what is removed from the overlay is removed.
+func TestInstallGitOps(t *testing.T) {
+	t.Setenv("KUBECTL_APPLYSET", "true")
+	in := newSystem(t).newInstallation(t)
+	in.t.Cleanup(in.removePolicy)
+	apply := func(more string) {
+		in.overlay = in.system.overlay("gitops", "resources: [../../k8s/examples/own-statefulset]\n"+more+
+			"\nnamespace: "+in.namespace+"\nimages:\n"+in.images())
+		in.kubectl("apply", "--server-side", "--prune", "--applyset=configmaps/acme", "-k", in.overlay)
+	}
+	apply("")
+	in.kubectl("scale", "statefulset/acme-documents", "--replicas=2")
+	in.kubectl("scale", "deployment/acme-router", "--replicas=2")
+	in.kubectl("rollout", "status", "--timeout=2m", "deployment/acme-router")
+	in.kubectl("rollout", "status", "--timeout=2m", "statefulset/acme-documents")
+	before := in.generations()
+	apply(`
+patches:
+  - target: {kind: PodDisruptionBudget}
+    patch: |
+      $patch: delete
+      apiVersion: policy/v1
+      kind: PodDisruptionBudget
+      metadata:
+        name: router
+`)
+	if after := in.generations(); after != before {
+		t.Errorf("an apply has changed\n%s to\n%s", before, after)
+	}
+	if left := in.kubectl("get", "poddisruptionbudgets", "-o", "name"); left != "" {
+		t.Errorf("%s was not pruned", left)
+	}
+	for _, kept := range []string{"configmap/" + configMap, "secret/" + tlsSecret} {
+		in.kubectl("get", kept)
+	}
+	in.wantOpen("acme-router", "ns-01")
+}
+
+// TestDeployKeepsReplicas: the manifests of earlier versions had numbers of replicas. An
+// upgrade leaves those that there are, by kubectl apply as on the server.
+func TestDeployKeepsReplicas(t *testing.T) {
+	s := newSystem(t)
+	in := s.newInstallation(t)
+	in.apply("resources: [../deploy]\nreplicas:\n  - {name: backend, count: 3}\n  - {name: router, count: 2}\n")
+	in.kubectl("rollout", "status", "--timeout=2m", "statefulset/backend")
+	in.kubectl("rollout", "status", "--timeout=2m", "deployment/router")
+	const want = "backend 3\nrouter 2\n"
+	check := func(after string) {
+		got := in.kubectl("get", "statefulsets,deployments", "--sort-by=.metadata.name", "-o",
+			`jsonpath={range .items[*]}{.metadata.name} {.spec.replicas}{"\n"}{end}`)
+		if got != want {
+			t.Errorf("after %s there are\n%swant\n%s", after, got, want)
+		}
+	}
+	check("the first apply")
+	for range 2 {
+		if out, err := s.deploySh(t, in.namespace); err != nil {
+			t.Fatalf("deploy.sh: %v\n%s", err, out)
+		}
+		check("deploy.sh")
+	}
+	in.kubectl("apply", "--server-side", "--force-conflicts", "-k", filepath.Join(in.root, "bin", "deploy"))
+	check("an apply on the server")
 }
 
 // TestInstallBase: the base alone opens nothing to the world, and says what it lacks.
