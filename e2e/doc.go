@@ -12,8 +12,8 @@
 // TestMonitoringAlone start a Prometheus of their own; where that is not installed, they say
 // so and are skipped.
 //
-// TestDocuments types the commands of docs/install.md and README.md, in Kubernetes namespaces
-// of its own, and compares what they print.
+// TestDocuments types the commands of docs/install.md, README.md and docs/operations.md, in
+// Kubernetes namespaces of its own, and compares what they print.
 //
 // TestApps and TestAppsLayouts play applications of npm, with Node.js 20 or newer. They
 // install them in apps/node_modules, which "make modules" does before on a machine where

@@ -15,9 +15,10 @@ import (
 	"k8s.io/client-go/tools/clientcmd/api"
 )
 
-// TestDocuments types what docs/install.md and README.md say, line by line, in a copy of the
-// repository without anything built, and with a Kubernetes namespace of its own. The copy
-// has the tag of the images that "make deploy" has brought into the cluster.
+// TestDocuments types what the documents say, line by line, in a copy of the repository
+// without anything built: docs/install.md into an empty Kubernetes namespace, README.md and
+// docs/operations.md after "make deploy", as they say. The copy has the tag of the images
+// that "make deploy" has brought into the cluster.
 func TestDocuments(t *testing.T) {
 	root, err := filepath.Abs("..")
 	if err != nil {
@@ -25,44 +26,51 @@ func TestDocuments(t *testing.T) {
 	}
 	s := &system{t: t, root: root}
 	s.loadConfig()
-	for _, name := range []string{"docs/install.md", "README.md"} {
-		t.Run(filepath.Base(name), func(t *testing.T) {
-			d := &document{name: name, namespace: s.newNamespace(t)}
-			s.mustKubectl("", "label", "namespace", d.namespace, "pod-security.kubernetes.io/enforce=restricted")
-			d.copyRepository(t, s)
-			if name == "README.md" { // it says so
-				if out, err := s.deploySh(t, d.namespace); err != nil {
-					t.Fatalf("deploy.sh: %v\n%s", err, out)
-				}
-			}
-			d.kubeconfig = s.kubeconfig(func(c *api.Config) { c.Contexts[c.CurrentContext].Namespace = d.namespace })
-			t.Cleanup(func() { d.remove(t, s) })
-			d.run(t)
-		})
-	}
+	t.Run("install", func(t *testing.T) {
+		p := s.newTypist(t)
+		p.read(t, "docs/install.md")
+	})
+	t.Run("after deploy", func(t *testing.T) {
+		p := s.newTypist(t)
+		if out, err := s.deploySh(t, p.namespace); err != nil {
+			t.Fatalf("deploy.sh: %v\n%s", err, out)
+		}
+		p.read(t, "README.md")
+		p.read(t, "docs/operations.md")
+	})
 }
 
-// document is a text whose blocks of commands are run.
-type document struct {
-	name       string // its path in the repository
-	namespace  string // the Kubernetes namespace, which may enforce anything
+// typist is somebody with a copy of the repository and a Kubernetes namespace, who types
+// what a document says.
+type typist struct {
+	namespace  string // it enforces the Pod Security Standard restricted
 	root       string // of the copy
 	kubeconfig string // whose context has the namespace
 	own        *strings.Replacer
 }
 
+// newTypist makes a typist until the test ends.
+func (s *system) newTypist(t *testing.T) *typist {
+	t.Helper()
+	p := &typist{namespace: s.newNamespace(t), root: t.TempDir()}
+	s.mustKubectl("", "label", "namespace", p.namespace, "pod-security.kubernetes.io/enforce=restricted")
+	p.copyRepository(t, s.root)
+	p.kubeconfig = s.kubeconfig(func(c *api.Config) { c.Contexts[c.CurrentContext].Namespace = p.namespace })
+	t.Cleanup(func() { p.remove(t, s) })
+	return p
+}
+
 // copyRepository makes the copy. Its images are those in the cluster, and the names that
 // its example has for objects of the whole cluster are the test's own.
-func (d *document) copyRepository(t *testing.T, s *system) {
+func (p *typist) copyRepository(t *testing.T, root string) {
 	t.Helper()
-	d.root = t.TempDir()
 	files := exec.CommandContext(t.Context(), "bash", "-c",
-		`set -o pipefail; git ls-files -z --cached --others --exclude-standard | tar --null -T - -c | tar -x -C "$0"`, d.root)
-	files.Dir = s.root
+		`set -o pipefail; git ls-files -z --cached --others --exclude-standard | tar --null -T - -c | tar -x -C "$0"`, p.root)
+	files.Dir = root
 	if out, err := files.CombinedOutput(); err != nil {
 		t.Fatalf("copy of the repository: %v\n%s", err, out)
 	}
-	deployed, err := os.ReadFile(filepath.Join(s.root, "bin", "deploy", "kustomization.yaml"))
+	deployed, err := os.ReadFile(filepath.Join(root, "bin", "deploy", "kustomization.yaml"))
 	if err != nil {
 		t.Fatalf("%v: \"make deploy\" makes it", err)
 	}
@@ -70,17 +78,17 @@ func (d *document) copyRepository(t *testing.T, s *system) {
 	if len(images) == 0 {
 		t.Fatalf("no images in bin/deploy/kustomization.yaml:\n%s", deployed)
 	}
-	names := []string{"editor", d.namespace + "-editor", "acme-", prefix + "acme-", "newTag: dev", "newTag: " + images[0][3]}
+	names := []string{"editor", p.namespace + "-editor", "acme-", prefix + "acme-", "newTag: dev", "newTag: " + images[0][3]}
 	for _, image := range images {
 		names = append(names, image[1]+":dev", image[2]+":"+image[3])
 	}
-	d.own = strings.NewReplacer(names...)
+	p.own = strings.NewReplacer(names...)
 	for _, dir := range []string{"base", "demo", "examples/own-statefulset"} {
-		manifests, _ := filepath.Glob(filepath.Join(d.root, "k8s", dir, "*.yaml"))
+		manifests, _ := filepath.Glob(filepath.Join(p.root, "k8s", dir, "*.yaml"))
 		for _, file := range manifests {
 			text, err := os.ReadFile(file)
 			if err == nil {
-				err = os.WriteFile(file, []byte(d.own.Replace(string(text))), 0o644)
+				err = os.WriteFile(file, []byte(p.own.Replace(string(text))), 0o644)
 			}
 			if err != nil {
 				t.Fatal(err)
@@ -89,11 +97,11 @@ func (d *document) copyRepository(t *testing.T, s *system) {
 	}
 }
 
-// remove takes away what the document leaves outside of its Kubernetes namespace when it
+// remove takes away what a document leaves outside of its Kubernetes namespace when it
 // breaks off.
-func (d *document) remove(t *testing.T, s *system) {
+func (p *typist) remove(t *testing.T, s *system) {
 	for _, object := range []string{
-		"namespace/" + d.namespace + "-editor",
+		"namespace/" + p.namespace + "-editor",
 		"validatingadmissionpolicybinding/" + prefix + "acme-router-overrides",
 		"validatingadmissionpolicy/" + prefix + "acme-router-overrides",
 	} {
@@ -106,23 +114,23 @@ func (d *document) remove(t *testing.T, s *system) {
 // blockMark begins the output of a block, with the block's index after it.
 const blockMark = "\x1e"
 
-// run types the blocks into one shell, as a reader does, and compares what they print.
-func (d *document) run(t *testing.T) {
+// read types the blocks of a document into one shell, and compares what they print.
+func (p *typist) read(t *testing.T, name string) {
 	t.Helper()
-	text, err := os.ReadFile(filepath.Join(d.root, d.name))
+	text, err := os.ReadFile(filepath.Join(p.root, name))
 	if err != nil {
 		t.Fatal(err)
 	}
-	blocks, err := documentBlocks(d.own.Replace(string(text)))
+	blocks, err := documentBlocks(p.own.Replace(string(text)))
 	if err != nil {
-		t.Fatalf("%s:%v", d.name, err)
+		t.Fatalf("%s:%v", name, err)
 	}
 	began := time.Now()
-	out, failed := d.shell(t, documentScript(blocks))
+	out, failed := p.shell(t, documentScript(blocks))
 	parts := strings.Split(out, blockMark)[1:]
-	t.Logf("%s: %d blocks, %.0f s", d.name, len(parts), time.Since(began).Seconds())
+	t.Logf("%s: %d blocks, %.0f s", name, len(parts), time.Since(began).Seconds())
 	if len(parts) == 0 {
-		t.Fatalf("%s has no block that is run: %v\n%s", d.name, failed, out)
+		t.Fatalf("%s has no block that is run: %v\n%s", name, failed, out)
 	}
 	for i, part := range parts {
 		index, printed, _ := strings.Cut(part, "\n")
@@ -133,9 +141,9 @@ func (d *document) run(t *testing.T) {
 		b := blocks[n]
 		switch {
 		case failed != nil && i == len(parts)-1:
-			t.Fatalf("%s:%d: %v\n%s\nAll that was printed:\n%s", d.name, b.line, failed, b.text, out)
+			t.Fatalf("%s:%d: %v\n%s\nAll that was printed:\n%s", name, b.line, failed, b.text, out)
 		case b.prints != nil && !b.prints.MatchString(compact(printed)):
-			t.Errorf("%s:%d prints\n%s\nand not, as the document says,\n%s", d.name, b.line, printed, b.said)
+			t.Errorf("%s:%d prints\n%s\nand not, as the document says,\n%s", name, b.line, printed, b.said)
 		}
 	}
 }
@@ -156,7 +164,7 @@ func documentScript(blocks []commandBlock) string {
 }
 
 // shell runs a script in the copy, and returns what it prints.
-func (d *document) shell(t *testing.T, script string) (string, error) {
+func (p *typist) shell(t *testing.T, script string) (string, error) {
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	file := filepath.Join(t.TempDir(), "document.sh")
@@ -164,8 +172,8 @@ func (d *document) shell(t *testing.T, script string) (string, error) {
 		t.Fatal(err)
 	}
 	cmd := exec.CommandContext(ctx, "bash", file)
-	cmd.Dir = d.root
-	cmd.Env = append(os.Environ(), "KUBECONFIG="+d.kubeconfig)
+	cmd.Dir = p.root
+	cmd.Env = append(os.Environ(), "KUBECONFIG="+p.kubeconfig)
 	cmd.WaitDelay = 10 * time.Second
 	out, err := cmd.CombinedOutput()
 	return string(out), err
