@@ -301,6 +301,15 @@ func compact(text string) string {
 
 // TestDocumentBlocks: what is found in a text, and what is refused. It needs no cluster.
 func TestDocumentBlocks(t *testing.T) {
+	for _, name := range []string{"docs/install.md", "README.md", "docs/operations.md"} {
+		text, err := os.ReadFile(filepath.Join("..", name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if blocks, err := documentBlocks(string(text)); err != nil || len(blocks) == 0 {
+			t.Errorf("%s: %d blocks, error %v", name, len(blocks), err)
+		}
+	}
 	blocks, err := documentBlocks("text\n\n    a\n\n      b\n\ntext\n    text\n\n<!-- with x.env: a=b -->\n\n" +
 		"    c\n\n<!-- prints -->\n\n    x   y-...\n\n    z\n\n<!-- not run: why -->\n\n    d\n")
 	if err != nil {
