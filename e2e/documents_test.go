@@ -74,7 +74,7 @@ func (p *typist) copyRepository(t *testing.T, root string) {
 	if err != nil {
 		t.Fatalf("%v: \"make deploy\" makes it", err)
 	}
-	images := regexp.MustCompile(`name: (\S+), newName: (\S+), newTag: (\w+)`).FindAllStringSubmatch(string(deployed), -1)
+	images := regexp.MustCompile(`name: (\S+), newName: (\S+), newTag: ([^,}\s]+)`).FindAllStringSubmatch(string(deployed), -1)
 	if len(images) == 0 {
 		t.Fatalf("no images in bin/deploy/kustomization.yaml:\n%s", deployed)
 	}
@@ -259,7 +259,10 @@ func (b *commandBlock) read(comment string, said *bool) error {
 		return nil
 	}
 	if m := withComment.FindStringSubmatch(comment); m != nil {
-		b.files = map[string]string{m[1]: m[2]}
+		if b.files == nil {
+			b.files = map[string]string{}
+		}
+		b.files[m[1]] = m[2]
 		return nil
 	}
 	if comment == "prints" {
@@ -310,13 +313,13 @@ func TestDocumentBlocks(t *testing.T) {
 			t.Errorf("%s: %d blocks, error %v", name, len(blocks), err)
 		}
 	}
-	blocks, err := documentBlocks("text\n\n    a\n\n      b\n\ntext\n    text\n\n<!-- with x.env: a=b -->\n\n" +
+	blocks, err := documentBlocks("text\n\n    a\n\n      b\n\ntext\n    text\n\n<!-- with x.env: a=b -->\n<!-- with y: c -->\n\n" +
 		"    c\n\n<!-- prints -->\n\n    x   y-...\n\n    z\n\n<!-- not run: why -->\n\n    d\n")
 	if err != nil {
 		t.Fatal(err)
 	}
 	if len(blocks) != 3 || blocks[0].line != 3 || blocks[0].text != "a\n\n  b\n" || blocks[0].prints != nil ||
-		blocks[1].files["x.env"] != "a=b" || blocks[2].text != "d\n" || blocks[2].notRun != "why" || blocks[1].notRun != "" {
+		blocks[1].files["x.env"] != "a=b" || blocks[1].files["y"] != "c" || blocks[2].text != "d\n" || blocks[2].notRun != "why" || blocks[1].notRun != "" {
 		t.Errorf("%+v", blocks)
 	}
 	for out, want := range map[string]bool{"x y-1\nz": true, "\nx      y-1 2  \n\nz\n": true, "x y\nz": false, "x y-1": false, "x y-1\nz\nmore": false} {
