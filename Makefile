@@ -12,9 +12,10 @@ ROUNDS      ?= 3
 # flags of bin/bench (-h), such as -d 2s -n 1000 -proxies router,haproxy, or
 # -before PATH with the path of an older router
 BENCH_FLAGS ?=
+ACTIONLINT  ?= github.com/rhysd/actionlint/cmd/actionlint@v1.7.12
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
-.PHONY: help build demo test modules apps monitoring churn handoff fuzz bench benchcheck benchparts lint image push load deploy undeploy e2e faults soak certs clean
+.PHONY: help build demo test modules apps monitoring churn handoff fuzz bench benchcheck benchparts lint image release push load deploy undeploy e2e faults soak certs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -53,16 +54,21 @@ benchcheck: ## check that the comparison works: routing through each proxy, no f
 benchparts: ## run Go's benchmarks of the parts
 	go test -run '^$$' -bench . -benchmem .
 
-lint: ## run gofmt, vet, staticcheck, and shellcheck if it is installed
+lint: ## run gofmt, vet, staticcheck, actionlint, and shellcheck if it is installed
 	@test -z "$$(gofmt -l . | tee /dev/stderr)"
 	go vet ./...
 	go run $(STATICCHECK) ./...
 	cd e2e && go vet -tags controlplane ./... && go run $(STATICCHECK) -tags controlplane ./...
 	cd bench && go vet ./... && go run $(STATICCHECK) ./...
+	go run $(ACTIONLINT)
 	@if command -v shellcheck; then shellcheck k8s/*.sh nginx/*.sh certs/*.sh backend/*.sh bench/*.sh e2e/apps/*.sh .ci/run; fi
 
 image: build ## build both images, with docker, podman or buildah
 	k8s/image.sh build
+
+release: ## make in dist/ what a release has, except for its images: archives, install.yaml, notes, checksums
+	k8s/release.sh programs
+	k8s/release.sh files
 
 push: image ## push both images to REGISTRY (localhost:5000)
 	k8s/image.sh push
@@ -100,4 +106,4 @@ certs: ## make a root CA and a certificate for mydomain.com, in certs/
 	certs/make.sh
 
 clean: ## remove what was built
-	rm -rf bin e2e/artifacts bench/results
+	rm -rf bin dist e2e/artifacts bench/results

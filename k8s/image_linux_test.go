@@ -42,12 +42,16 @@ func readFile(t *testing.T, path string) string {
 	return string(b)
 }
 
-// TestDockerfileGo: the Dockerfile compiles with the version of Go that go.mod requires.
+// TestDockerfileGo: the Dockerfile and a release compile with the newest patch of the
+// version of Go that go.mod requires.
 func TestDockerfileGo(t *testing.T) {
 	used := goImage.FindStringSubmatch(readFile(t, "../Dockerfile"))
 	wanted := regexp.MustCompile(`(?m)^go (\d+\.\d+)`).FindStringSubmatch(readFile(t, "../go.mod"))
 	if used == nil || wanted == nil || used[2] != wanted[1] {
-		t.Errorf("the Dockerfile's image is %q, go.mod has %q", used, wanted)
+		t.Fatalf("the Dockerfile's image is %q, go.mod has %q", used, wanted)
+	}
+	if released := readFile(t, "../.github/workflows/release.yml"); !strings.Contains(released, "go-version: "+wanted[1]+".x,") {
+		t.Errorf("release.yml does not have version %s.x of Go", wanted[1])
 	}
 }
 
@@ -186,15 +190,19 @@ func copyTree(t *testing.T, dir string) {
 	t.Helper()
 	names := run(t, "..", "git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
 	for name := range strings.SplitSeq(strings.Trim(names, "\x00"), "\x00") {
-		b, err := os.ReadFile(filepath.Join("..", name))
+		info, err := os.Stat(filepath.Join("..", name))
 		if os.IsNotExist(err) {
 			continue // deleted, not committed yet
+		}
+		var b []byte
+		if err == nil {
+			b, err = os.ReadFile(filepath.Join("..", name))
 		}
 		if err == nil {
 			err = os.MkdirAll(filepath.Dir(filepath.Join(dir, name)), 0o755)
 		}
 		if err == nil {
-			err = os.WriteFile(filepath.Join(dir, name), b, 0o644)
+			err = os.WriteFile(filepath.Join(dir, name), b, info.Mode())
 		}
 		if err != nil {
 			t.Fatal(err)
