@@ -73,7 +73,7 @@ func checkPod(t *testing.T, pod *corev1.Pod) {
 }
 
 // checkInside asks the kernel. nginx's container has programs to ask with; the
-// router's image has nothing but its two.
+// router's image has nothing but the router.
 func (s *system) checkInside(pod string) {
 	s.t.Helper()
 	status := s.mustKubectl("", "exec", pod, "-c", "nginx", "--", "cat", "/proc/1/status")

@@ -99,7 +99,7 @@ notes() { # version
     /^## / { inside = $0 == heading || index($0, heading ",") == 1 || index($0, heading " ") == 1; next }
     inside' "$ROOT/CHANGELOG.md" >"$DIST/notes.md"
   grep -q . "$DIST/notes.md" || die "CHANGELOG.md has nothing below \"$heading\""
-  if [ -e "$DIST/images" ]; then
+  if [ -s "$DIST/images" ]; then
     { printf '\nImages:\n\n' && sed 's/^/    /' "$DIST/images"; } >>"$DIST/notes.md"
   fi
 }
@@ -107,7 +107,7 @@ notes() { # version
 files() {
   local image
   image=$REGISTRY/router:$(tag)
-  if [ -e "$DIST/images" ]; then image=$(head -n 1 "$DIST/images"); fi
+  if [ -s "$DIST/images" ]; then image=$(head -n 1 "$DIST/images"); fi
   install "$image" >"$DIST/install.yaml"
   if grep -E 'image: .*(:dev|:latest)$' "$DIST/install.yaml"; then die "install.yaml has an image without a version"; fi
   notes "$(version)"
