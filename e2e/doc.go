@@ -34,6 +34,7 @@
 //	E2E_HOLD         for how long (2m)
 //	E2E_CLIENTS      how many clients TestScale has (300)
 //	E2E_CHANGES      how many changes TestOverrideLatency makes of each size (20)
+//	E2E_ANSWERS      how many sessions the commands plan and count for all routers (120)
 //	E2E_HANDOFF      how many sessions the tests of the hand-off move (800), which come back
 //	                 at -move-rate: on two CPUs at most 100 a second do so at once
 //	E2E_COUNTERS     how many clients TestHandoffPods has (400)
