@@ -20,14 +20,15 @@ import (
 func fastRules(rules string) string {
 	rules = regexp.MustCompile(`(?m)^ *for: .*\n`).ReplaceAllString(rules, "")
 	rules = regexp.MustCompile(`\[\d+m\]`).ReplaceAllString(rules, "[15s]")
-	return strings.ReplaceAll(rules, "> 120", "> 3")
+	rules = strings.ReplaceAll(rules, "> 120", "> 3")
+	return strings.ReplaceAll(rules, "> 600", "> 70") // a watch says each minute that it lives
 }
 
 // awaitFired waits until the alert has fired for routers of the Kubernetes namespace.
 func (p *prometheus) awaitFired(alert, namespace string) {
 	p.t.Helper()
 	expr := fmt.Sprintf(`max_over_time(ALERTS{alertname=%q, namespace=%q, alertstate="firing"}[10m])`, alert, namespace)
-	eventually(p.t, time.Minute, alert+" to fire", func() error { return p.hasData(p.t.Context(), expr) })
+	eventually(p.t, 2*time.Minute, alert+" to fire", func() error { return p.hasData(p.t.Context(), expr) })
 }
 
 // stage is a router on which one thing goes wrong.
@@ -87,13 +88,30 @@ func (s *stage) keepAsking(namespace string) {
 // upgrade sends the request of a session, and answers nothing that comes: also no Close.
 func (s *stage) upgrade(namespace string) {
 	s.t.Helper()
-	conn, err := net.Dial("tcp", strings.TrimPrefix(s.dialer.base, "ws://"))
+	conn, err := s.ask(namespace)
 	if err != nil {
 		s.t.Fatal(err)
 	}
 	s.t.Cleanup(func() { conn.Close() })
-	fmt.Fprintf(conn, "GET /ws/%s HTTP/1.1\r\nHost: a.example\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"+
-		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n", namespace)
+}
+
+// upgradeAndLeave opens a session and ends it.
+func (s *stage) upgradeAndLeave(namespace string) {
+	if conn, err := s.ask(namespace); err == nil {
+		conn.SetReadDeadline(time.Now().Add(10 * time.Second))
+		conn.Read(make([]byte, 1<<10))
+		conn.Close()
+	}
+}
+
+// ask connects and sends the request of a session. The caller closes the connection.
+func (s *stage) ask(namespace string) (net.Conn, error) {
+	conn, err := net.Dial("tcp", strings.TrimPrefix(s.dialer.base, "ws://"))
+	if err == nil {
+		fmt.Fprintf(conn, "GET /ws/%s HTTP/1.1\r\nHost: a.example\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"+
+			"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n", namespace)
+	}
+	return conn, err
 }
 
 // awaitMetric waits until a metric of the router has at least this value.
@@ -132,6 +150,21 @@ func rawBackend(t *testing.T, answer string) string {
 	return l.Addr().String()
 }
 
+// fillLog lets sessions end, each with a line in the log, until the router has dropped one.
+func (s *stage) fillLog() {
+	namespace := strings.Repeat("a", 250)
+	for range 8 {
+		keepDoing(s.t, 0, func(context.Context, int) {
+			if m, err := s.outside.metrics(s.t.Context()); err != nil || m.sum("router_log_lines_dropped_total") > 0 {
+				return
+			}
+			for range 100 {
+				s.upgradeAndLeave(namespace)
+			}
+		})
+	}
+}
+
 // TestMonitoringAlerts has each thing go wrong that can without an API server, with real
 // routers, and sees the alert of it fire. It needs no cluster.
 func TestMonitoringAlerts(t *testing.T) {
@@ -140,6 +173,12 @@ func TestMonitoringAlerts(t *testing.T) {
 	first, second := map[string]string{"a": "backend-0"}, map[string]string{"a": "backend-1"}
 	small := filepath.Join(t.TempDir(), "small") // a router with few descriptors
 	if err := os.WriteFile(small, []byte("#!/bin/sh\nulimit -n 300\nexec "+program+" \"$@\"\n"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+
+	unread := filepath.Join(t.TempDir(), "unread") // a router whose log nobody reads
+	const reader = `exec %s "$@" > >(sed -u '/"msg":"serving"/q'; exec tail --pid=$$ -f /dev/null) 2>&1`
+	if err := os.WriteFile(unread, fmt.Appendf(nil, "#!/bin/bash\n"+reader+"\n", program), 0o700); err != nil {
 		t.Fatal(err)
 	}
 
@@ -154,9 +193,10 @@ func TestMonitoringAlerts(t *testing.T) {
 	waits := newStage(t, program, []string{rawBackend(t, ""), backends[1]}, first, "-handshake-timeout=5m")
 	cuts := newStage(t, program, backends, first)
 	full := newStage(t, small, backends, first)
+	drops := newStage(t, unread, backends, nil)
 	stages := map[string]*stage{
 		"refuses": refuses, "rejects": rejects, "holds": holds, "errs": errs, "drains": drains,
-		"ends": ends, "stuck": stuck, "waits": waits, "cuts": cuts, "full": full,
+		"ends": ends, "stuck": stuck, "waits": waits, "cuts": cuts, "full": full, "drops": drops,
 	}
 	routers := map[string][]*router{"disagrees": {disagrees.outside.router, with.outside.router}}
 	for name, s := range stages {
@@ -188,11 +228,13 @@ func TestMonitoringAlerts(t *testing.T) {
 	for range 60 {
 		full.upgrade("a")
 	}
+	drops.fillLog()
 	for _, want := range [][2]string{
 		{"RouterRefusing", "refuses"}, {"RoutersDisagree", "disagrees"}, {"RouterOverridesRejected", "rejects"},
 		{"RouterHoldTimeouts", "holds"}, {"RouterBackendErrors", "errs"}, {"RouterNotReady", "drains"},
 		{"RouterDown", "ends"}, {"RouterMoveStuck", "stuck"}, {"RouterHandoffWaiting", "waits"},
 		{"RouterCuts", "cuts"}, {"RouterDescriptors", "full"}, {"RouterAcceptPaused", "full"},
+		{"RouterLogsDropped", "drops"},
 	} {
 		p.awaitFired(want[0], want[1])
 	}
@@ -211,9 +253,27 @@ func TestMonitoringAlertsOfKube(t *testing.T) {
 		}
 	}
 	t.Cleanup(func() { scale(4) })
-	p := startPrometheusOf(t, map[string][]*router{"default": s.routers(t.Context())}, fastRules)
-	for _, r := range s.routers(t.Context()) {
+	const second = prefix + "second"
+	s.mustKubectl(manifestOf(t, second, nil, map[string]string{"a": "backend-0"}), "apply", "-f", "-")
+	t.Cleanup(func() {
+		ctx, stop := cleanupContext()
+		defer stop()
+		if _, err := s.kubectl(ctx, "", "delete", "configmap", second); err != nil {
+			t.Error(err)
+		}
+	})
+	link := s.startKubectlProxy()
+	watches, _ := s.startRouter("-configmap=" + configMap + "," + second)
+	p := startPrometheusOf(t, map[string][]*router{
+		"default": s.routers(t.Context()), "watches": {watches.router},
+	}, fastRules)
+	for _, r := range append(s.routers(t.Context()), watches.router) {
 		p.checkScrape(r)
+	}
+	s.apply(map[string]string{"a": "backend-1"})
+	p.awaitFired("RouterOverridesConflict", "watches")
+	if err := link.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
 	}
 	s.cordon("2;")
 	p.awaitFired("RouterCordonRejected", "default")
@@ -227,4 +287,5 @@ func TestMonitoringAlertsOfKube(t *testing.T) {
 	s.awaitWhole()
 	s.mustKubectl("", "delete", "configmap", configMap)
 	p.awaitFired("RouterOverridesAbsent", "default")
+	p.awaitFired("RouterWatchStale", "watches")
 }

@@ -62,14 +62,16 @@ func TestKubectlProxy(t *testing.T) {
 }
 
 // startKubectlProxy runs the program that users run, on the port they use.
-func (s *system) startKubectlProxy() {
+func (s *system) startKubectlProxy() *process {
 	s.t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:8080")
 	if err != nil {
 		s.t.Fatalf("port 8080 is needed for kubectl proxy: %v", err)
 	}
 	l.Close()
-	start(s.t, "kubectl", "proxy", "--port=8080").says(s.t, "Starting to serve")
+	p := start(s.t, "kubectl", "proxy", "--port=8080")
+	p.says(s.t, "Starting to serve")
+	return p
 }
 
 // outside is a router that the test runs.
