@@ -1319,7 +1319,7 @@ func TestGoldenAdminShared(t *testing.T) {
 		g.title("%s", title)
 		g.get(t, r.adminAddr, "/readyz")
 	}
-	ask("without the object", "(?s)^the number.*does not exist")
+	ask("without the object", "^the number.*the object of the hand-off has not been read yet\nthe hand-off.*does not exist")
 	w.forbid("PATCH", "configmaps")
 	w.applyMap(handoffName, nil)
 	ask("without the right to write it", "403 Forbidden")
