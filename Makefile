@@ -83,7 +83,7 @@ undeploy: ## remove everything, except for overrides and certificate
 	k8s/deploy.sh undeploy
 
 e2e: deploy ## deploy, then the end-to-end tests
-	cd e2e && go test -count=1 -v -timeout 50m $(E2E_FLAGS) ./...
+	cd e2e && go test -count=1 -v -timeout 50m $(E2E_FLAGS) .
 	$(if $(E2E_CONTROL_PLANE),$(MAKE) faults)
 
 modules: ## install the applications of e2e/apps, with npm
