@@ -74,11 +74,11 @@ func (p *typist) copyRepository(t *testing.T, root string) {
 	if err != nil {
 		t.Fatalf("%v: \"make deploy\" makes it", err)
 	}
-	images := regexp.MustCompile(`name: (\S+), newName: (\S+), newTag: ([^,}\s]+)`).FindAllStringSubmatch(string(deployed), -1)
+	images := regexp.MustCompile(`name: (\S+), newName: "(\S+)", newTag: "([^"]+)"`).FindAllStringSubmatch(string(deployed), -1)
 	if len(images) == 0 {
 		t.Fatalf("no images in bin/deploy/kustomization.yaml:\n%s", deployed)
 	}
-	names := []string{"editor", p.namespace + "-editor", "acme-", prefix + "acme-", "newTag: dev", "newTag: " + images[0][3]}
+	names := []string{"editor", p.namespace + "-editor", "acme-", prefix + "acme-", "newTag: dev", `newTag: "` + images[0][3] + `"`}
 	for _, image := range images {
 		names = append(names, image[1]+":dev", image[2]+":"+image[3])
 	}

@@ -412,6 +412,19 @@ patches:
 	}
 }
 
+// TestInstallExclusive: components that need nginx cannot be with the one that removes it.
+func TestInstallExclusive(t *testing.T) {
+	s := newSystem(t)
+	for _, other := range []string{"auth", "proxy-protocol"} {
+		for _, components := range []string{other + ", ../../k8s/components/no-tls", "no-tls, ../../k8s/components/" + other} {
+			dir := s.overlay("exclusive", "resources: [../../k8s/base]\ncomponents: [../../k8s/components/"+components+"]\n")
+			if out, err := s.kubectl(t.Context(), "", "kustomize", dir); err == nil {
+				t.Errorf("%s makes\n%s", components, out)
+			}
+		}
+	}
+}
+
 // TestInstallOpenShift: with a user and a group that nobody chose, as OpenShift gives them.
 func TestInstallOpenShift(t *testing.T) {
 	in := newSystem(t).newInstallation(t)

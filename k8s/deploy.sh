@@ -67,7 +67,7 @@ make_overwriting() {
 # make_kustomization writes what is applied: the demo, with images by their tag. That is
 # another one if a program has changed, and only then the pods are replaced.
 make_kustomization() {
-  local tag
+  local tag programs
   tag=$("$K8S/image.sh" tag) || die "the images have no tag: see above"
   mkdir -p "$APPLIED"
   cat >"$APPLIED/kustomization.yaml" <<EOF
@@ -75,9 +75,18 @@ apiVersion: kustomize.config.k8s.io/v1beta1
 kind: Kustomization
 resources: [../../k8s/demo]
 images:
-  - {name: localhost:5000/router, newName: $REGISTRY/router, newTag: $tag}
-  - {name: localhost:5000/router-backend, newName: $REGISTRY/router-backend, newTag: $tag}
+  - {name: localhost:5000/router, newName: "$REGISTRY/router", newTag: "$tag"}
+  - {name: localhost:5000/router-backend, newName: "$REGISTRY/router-backend", newTag: "$tag"}
 EOF
+  # A tag that somebody has chosen may be the same for other programs.
+  if [ -n "${TAG:-}" ] && programs=$(TAG='' "$K8S/image.sh" tag 2>/dev/null); then
+    cat >>"$APPLIED/kustomization.yaml" <<EOF
+patches:
+  - target: {kind: Deployment|StatefulSet}
+    patch: |
+      - {op: add, path: /spec/template/metadata/annotations, value: {router/programs: "$programs"}}
+EOF
+  fi
 }
 
 # policy VERB... runs kubectl with the admission policy. It fails if the user has no right
@@ -159,7 +168,7 @@ deploy() {
   if [ $new_backend = yes ]; then start_with statefulset backend 4; fi
   if [ $new_router = yes ]; then start_with deployment router 2; fi
   if policy apply; then
-    remove_old_policy
+    remove_old_policy || say "the policy of an earlier version was not removed"
   else
     say "going on without the admission policy: nothing refuses bad overrides at kubectl apply, routers report them"
   fi
@@ -200,7 +209,8 @@ undeploy() {
     remove_old_policy || true
   fi
   kubectl delete -k "$K8S/demo" -l "app.kubernetes.io/component!=policy" --ignore-not-found
-  old_configmaps | xargs -r kubectl delete
+  local name
+  for name in $(old_configmaps); do kubectl delete "$name"; done
   say "kept: configmap/overwriting and secret/nginx-tls; to remove them too:"
   say "  kubectl delete configmap/overwriting secret/nginx-tls"
 }

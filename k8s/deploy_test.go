@@ -14,6 +14,7 @@ import (
 // kubectl has every object and does what is asked, except for the policy on its stdin.
 const kubectl = `#!/bin/sh
 case "$*" in
+  *'get configmap -A'*) printf "$OTHERS"; exit ;;
   *jsonpath*) exit ;;
   *' -f -') cat >/dev/null; printf "$POLICY" >&2; exit 1 ;;
 esac
@@ -30,17 +31,7 @@ func TestDeployPolicy(t *testing.T) {
 			`from "STDIN": no matches for kind "ValidatingAdmissionPolicy"\nensure CRDs are installed first\n`
 		timeout = `Error from server (Timeout): error when creating "STDIN": Timeout\n`
 	)
-	dir := t.TempDir() // deploy.sh writes into bin beside its own directory
-	if err := os.CopyFS(filepath.Join(dir, "k8s"), os.DirFS(".")); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(filepath.Join(dir, "kubectl"), []byte(kubectl), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	// A certificate is not what this is about.
-	if err := os.WriteFile(filepath.Join(dir, "openssl"), []byte("#!/bin/sh\n"), 0o755); err != nil {
-		t.Fatal(err)
-	}
+	dir := copyScripts(t)
 	for name, tt := range map[string]struct {
 		errors string
 		ok     bool
@@ -55,16 +46,69 @@ func TestDeployPolicy(t *testing.T) {
 	} {
 		for _, command := range []string{"deploy", "undeploy"} {
 			t.Run(name+"/"+command, func(t *testing.T) {
-				cmd := exec.Command(filepath.Join(dir, "k8s", "deploy.sh"), command)
-				cmd.Env = append(os.Environ(), "PATH="+dir+":"+os.Getenv("PATH"), "POLICY="+tt.errors, "TAG=test")
-				out, err := cmd.CombinedOutput()
+				out, err := deploy(t, dir, command, "POLICY="+tt.errors)
 				if (err == nil) != tt.ok {
 					t.Errorf("deploy.sh: %v, want success: %v\n%s", err, tt.ok, out)
 				}
-				if _, first, _ := strings.Cut(strings.ReplaceAll(tt.errors, `\n`, "\n"), ": "); !strings.Contains(string(out), first) {
+				if _, first, _ := strings.Cut(strings.ReplaceAll(tt.errors, `\n`, "\n"), ": "); !strings.Contains(out, first) {
 					t.Errorf("deploy.sh did not say %q:\n%s", first, out)
 				}
 			})
+		}
+	}
+}
+
+// copyScripts copies the scripts into a directory, since deploy.sh writes into bin beside its
+// own, with a kubectl and an openssl that do nothing.
+func copyScripts(t *testing.T) (dir string) {
+	t.Helper()
+	dir = t.TempDir()
+	if err := os.CopyFS(filepath.Join(dir, "k8s"), os.DirFS(".")); err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range map[string]string{"kubectl": kubectl, "openssl": "#!/bin/sh\n"} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
+// deploy runs the copy of deploy.sh.
+func deploy(t *testing.T, dir, command string, env ...string) (out string, err error) {
+	t.Helper()
+	cmd := exec.Command(filepath.Join(dir, "k8s", "deploy.sh"), command)
+	cmd.Env = append(append(os.Environ(), "PATH="+dir+":"+os.Getenv("PATH"), "TAG=test"), env...)
+	b, err := cmd.CombinedOutput()
+	return string(b), err
+}
+
+// TestDeployTag: a tag is text, also one that YAML would take for a number.
+func TestDeployTag(t *testing.T) {
+	for _, tag := range []string{"123456789012", "12345678e012", "1.10", "true", "v1"} {
+		dir := copyScripts(t)
+		deploy(t, dir, "deploy", "TAG="+tag)
+		text, err := os.ReadFile(filepath.Join(dir, "bin", "deploy", "kustomization.yaml"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := strings.Count(string(text), `newTag: "`+tag+`"`); got != 2 {
+			t.Errorf("%s is there %d times, want twice, in quotes:\n%s", tag, got, text)
+		}
+	}
+}
+
+// TestUndeployPolicy: the policy of the cluster stays while another Kubernetes namespace has
+// an installation.
+func TestUndeployPolicy(t *testing.T) {
+	for others, stays := range map[string]bool{"": false, "another-uid": true} {
+		out, err := deploy(t, copyScripts(t), "undeploy", "OTHERS="+others,
+			`POLICY=Error from server (Forbidden): no\n`)
+		if err != nil {
+			t.Errorf("deploy.sh undeploy: %v\n%s", err, out)
+		}
+		if got := strings.Contains(out, "the admission policy stays"); got != stays {
+			t.Errorf("with others %q it stays: %t, want %t\n%s", others, got, stays, out)
 		}
 	}
 }

@@ -64,11 +64,14 @@ check_programs() {
   done
 }
 
+# checksum prints the SHA-256 of its input; macOS has the other program.
+checksum() { if command -v sha256sum >/dev/null; then sha256sum; else shasum -a 256; fi; }
+
 tag() {
   if [ "${TAG:-}" = latest ]; then die "TAG is \"latest\", which says nothing about the programs"; fi
   if [ -n "${TAG:-}" ]; then echo "$TAG"; return; fi
   check_programs
-  cat "$ROOT/bin/router" "$ROOT/bin/backend" | sha256sum | cut -c1-12
+  cat "$ROOT/bin/router" "$ROOT/bin/backend" | checksum | cut -c1-12
 }
 
 # image NAME prints the whole name of an image.
@@ -114,8 +117,8 @@ push() {
     say "pushing $ref with $e"
     case $e in
       docker) docker push "$ref" ;;
-      podman) podman push "${plain[@]}" "$ref" ;;
-      buildah) buildah_ push "${plain[@]}" "$ref" "docker://$ref" ;;
+      podman) podman push ${plain[@]+"${plain[@]}"} "$ref" ;;
+      buildah) buildah_ push ${plain[@]+"${plain[@]}"} "$ref" "docker://$ref" ;;
     esac || die "push of $ref: see above; was it built (\"make image\"), does the registry answer?"
   done
 }

@@ -39,9 +39,10 @@ const (
 // paths are the only things replaced in the configuration.
 type sidecar struct {
 	// What the options of start set.
-	loopback string   // the address that tests connect to
-	ipv6     string   // the file in the place of /proc/net/if_inet6
-	env      []string // NAME=value, beside the environment of the tests
+	loopback string            // the address that tests connect to
+	ipv6     string            // the file in the place of /proc/net/if_inet6
+	env      []string          // NAME=value, beside the environment of the tests
+	add      map[string]string // text of files, by name, in the place of /etc/nginx/add
 
 	// Static after start.
 	dir    string // everything nginx reads and writes
@@ -70,8 +71,13 @@ func start(t *testing.T, options ...func(*sidecar)) *sidecar {
 	for _, set := range options {
 		set(s)
 	}
-	for _, sub := range []string{"tls", "html", "tmp"} {
+	for _, sub := range []string{"tls", "html", "tmp", "add"} {
 		if err := os.Mkdir(filepath.Join(s.dir, sub), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, text := range s.add {
+		if err := os.WriteFile(filepath.Join(s.dir, "add", name), []byte(text), 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -151,6 +157,7 @@ func (s *sidecar) configure(t *testing.T) {
 		"/etc/nginx/tls/", filepath.Join(s.dir, "tls") + "/",
 		"/run/router/router.sock", filepath.Join(s.dir, "router.sock"),
 		"/etc/nginx/page", filepath.Join(s.dir, "html"),
+		"/etc/nginx/add/", filepath.Join(s.dir, "add") + "/",
 		" /tmp/", " " + filepath.Join(s.dir, "tmp") + "/",
 	})
 	s.write(t, "start.sh", []string{

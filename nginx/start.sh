@@ -75,16 +75,25 @@ echo "server $loopback:8003;" >/tmp/nginx-server-8003.conf
 #
 # keepalive 0: since 1.29.7 nginx keeps connections to an upstream unless that says so,
 # and before that it does not know this line.
+# drop_unknown FILE NGINX [ARGUMENT...] empties the file if nginx takes no such
+# configuration. A host that is not found is not the file's fault.
+drop_unknown() {
+  file=$1
+  shift
+  if ! errors=$("$@" -t 2>&1); then
+    case $errors in
+    *'host not found'*) ;;
+    *) : >"$file" ;;
+    esac
+  fi
+}
+
 known=/tmp/nginx-known.conf
 known_upstream=/tmp/nginx-known-upstream.conf
 : >"$known_upstream"
 printf '%s\n' 'ssl_certificate_cache max=4 valid=1s;' 'ssl_session_tickets on;' \
   'proxy_pass_trailers on;' >"$known"
-if ! "$@" -t 2>/dev/null; then
-  : >"$known"
-fi
+drop_unknown "$known" "$@"
 echo 'keepalive 0;' >"$known_upstream"
-if ! "$@" -t 2>/dev/null; then
-  : >"$known_upstream"
-fi
+drop_unknown "$known_upstream" "$@"
 exec "$@"
