@@ -123,8 +123,9 @@ func (c *config) flags() *flag.FlagSet {
 			"peers of a Unix socket; it has no other effect (default none)")
 	f.Var(&c.forwardedFrom, "forwarded-from",
 		"`addresses` of proxies, like -trusted-proxies: from other peers, X-Forwarded-For,\n"+
-			"X-Forwarded-Proto and X-Forwarded-Host do not go on to backends (default: from all\n"+
-			"peers, they do)")
+			"X-Forwarded-Proto and X-Forwarded-Host do not go on to backends; with\n"+
+			"-proxy-protocol the peer is the client that its header names (default: from all\n"+
+			"peers, they go on)")
 	f.StringVar(&c.backends, "backends", "",
 		"fixed `list` of backends, host:port,host:port,... in the order of their ordinals")
 	f.IntVar(&c.replicas, "replicas", 0,
