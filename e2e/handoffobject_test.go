@@ -302,6 +302,7 @@ func TestHandoffFirstStart(t *testing.T) {
 			sub.install(s.namespace, routers)
 			t.Logf("handoff, first start: %d routers were ready %s after the last container ran", routers, sub.awaitReadyRouters(routers, nil))
 			sub.awaitBackends(4)
+			sub.withoutPolicy()
 			bad := map[string]any{prefix + "bad": "nonsense", prefix + "good": "backend-2"}
 			change, err := sub.patch(t.Context(), bad)
 			if err != nil {

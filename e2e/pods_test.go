@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"fmt"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -95,8 +96,9 @@ func (s *system) checkInside(pod string) {
 // against the manifests.
 func TestManifests(t *testing.T) {
 	s := newSystem(t)
-	s.mustKubectl("", "apply", "-k", s.root+"/k8s", "--dry-run=server")
-	if out, err := s.kubectl(t.Context(), "", "diff", "-k", s.root+"/k8s"); err != nil {
+	deployed := filepath.Join(s.root, "bin", "deploy")
+	s.mustKubectl("", "apply", "-k", deployed, "--dry-run=server")
+	if out, err := s.kubectl(t.Context(), "", "diff", "-k", deployed); err != nil {
 		t.Errorf("the cluster is not what the manifests say (\"make deploy\"): %v\n%.3000s", err, out)
 	}
 }
