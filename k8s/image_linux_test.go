@@ -117,7 +117,7 @@ func (b *builder) build(target string) string {
 	b.t.Helper()
 	args := []string{"bud", "-q", "--isolation", "chroot", "--layers", "--pull-never", "--build-arg", "VERSION=v1.2.3", "--build-arg", "REVISION=0123abcd",
 		"--build-arg", "TARGETOS=linux", "--build-arg", "TARGETARCH=" + runtime.GOARCH,
-		"-v", runtime.GOROOT() + ":/usr/local/go:ro", "-v", b.modules + "/cache/download:/proxy:ro", "-v", b.cache + ":/gocache"}
+		"-v", run(b.t, ".", "go", "env", "GOROOT") + ":/usr/local/go:ro", "-v", b.modules + "/cache/download:/proxy:ro", "-v", b.cache + ":/gocache"}
 	if target != "" {
 		args = append(args, "--target", target)
 	}
