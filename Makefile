@@ -63,7 +63,8 @@ lint: ## run gofmt, vet, staticcheck, actionlint, and shellcheck if it is instal
 	go run $(ACTIONLINT)
 	@if command -v shellcheck; then shellcheck k8s/*.sh nginx/*.sh certs/*.sh backend/*.sh bench/*.sh e2e/apps/*.sh .ci/run; fi
 
-image: export GOOS = linux # also where make runs on another system
+# also where make runs on another system
+image: export GOOS = linux
 image: build ## build both images, with docker, podman or buildah
 	k8s/image.sh build
 

@@ -452,6 +452,44 @@ func TestInstallIPv6(t *testing.T) {
 	}
 }
 
+// TestInstallMonitoring: the API server takes what the component monitoring has, when it has
+// the two kinds of the Prometheus operator. In the test they have no schema.
+func TestInstallMonitoring(t *testing.T) {
+	in := newSystem(t).newInstallation(t)
+	for _, kind := range [][2]string{{"PodMonitor", "podmonitors"}, {"PrometheusRule", "prometheusrules"}} {
+		name := kind[1] + ".monitoring.coreos.com"
+		if _, err := in.tryKubectl("get", "customresourcedefinition", name); err == nil {
+			continue // the operator's own
+		}
+		in.create(`
+apiVersion: apiextensions.k8s.io/v1
+kind: CustomResourceDefinition
+metadata: {name: ` + name + `}
+spec:
+  group: monitoring.coreos.com
+  scope: Namespaced
+  names: {kind: ` + kind[0] + `, plural: ` + kind[1] + `, singular: ` + strings.ToLower(kind[0]) + `}
+  versions:
+    - name: v1
+      served: true
+      storage: true
+      schema: {openAPIV3Schema: {type: object, x-kubernetes-preserve-unknown-fields: true}}
+`)
+		t.Cleanup(func() { in.system.kubectl(context.Background(), "", "delete", "customresourcedefinition", name) })
+		in.kubectl("wait", "--for=condition=Established", "--timeout=1m", "customresourcedefinition/"+name)
+	}
+	in.apply("resources: [../../k8s/base]\ncomponents: [../../k8s/components/monitoring]\nnamePrefix: acme-")
+	for object, want := range map[string]string{
+		"podmonitor/acme-router":          "app.kubernetes.io/name",
+		"prometheusrule/acme-router":      "RouterWatchStale",
+		"configmap/acme-router-dashboard": "router_sessions",
+	} {
+		if got := in.kubectl("get", object, "-o", "yaml"); !strings.Contains(got, want) {
+			t.Errorf("%s has no %q:\n%s", object, want, got)
+		}
+	}
+}
+
 // TestInstallProxyProtocol: the load balancer says who the client is.
 func TestInstallProxyProtocol(t *testing.T) {
 	in := newSystem(t).newInstallation(t)
