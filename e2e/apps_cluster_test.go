@@ -58,6 +58,8 @@ func (s *system) deployApps() *system {
 		s.t.Setenv("E2E_ADDR", "") // which leads to other routers
 	}
 	apps.front = newFront(&apps, 30*time.Second)
+	apps.explainHandoff()
+	apps.awaitBackends(4) // the first table has those that were ready
 	return &apps
 }
 

@@ -158,11 +158,13 @@ async function socketIO(options, url = base) {
   const written = new Set() // what was sent, and not kept for the next connection
   const transports = new Set()
   const ticks = []
+  socket.io.on('open', () => { // before the first upgrade, which may be faster than 'connect'
+    transports.add(socket.io.engine.transport.name)
+    socket.io.engine.on('upgrade', transport => transports.add(transport.name))
+  })
   socket.on('connect', () => {
     book.connections++
     ticks.push([])
-    transports.add(socket.io.engine.transport.name)
-    socket.io.engine.on('upgrade', transport => transports.add(transport.name))
     for (const n of book.waiting) written.add(n)
   })
   socket.on('tick', n => ticks.at(-1).push(n))
