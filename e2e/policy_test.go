@@ -396,7 +396,7 @@ func (s *system) awaitPolicy(refuses bool) {
 	s.t.Helper()
 	manifest := manifestOf(s.t, configMap, nil, map[string]string{prefix + "policy": "bakend-0"})
 	eventually(s.t, 30*time.Second, "the policy (\"make deploy\" applies it)", func() error {
-		_, err := s.kubectl(context.Background(), manifest, "apply", "--dry-run=server", "-f", "-")
+		_, err := s.kubectl(context.Background(), manifest, "--namespace="+s.namespace, "apply", "--dry-run=server", "-f", "-")
 		if refused := err != nil && strings.Contains(err.Error(), "bakend-0"); refused != refuses {
 			return fmt.Errorf("a bad override is refused: %t (%w), want %t", refused, err, refuses)
 		}
