@@ -363,7 +363,10 @@ func (s *system) awaitReadyRouters(routers int, old map[string]bool) time.Durati
 		var waits []error
 		for _, pod := range pods {
 			for _, c := range pod.Status.ContainerStatuses {
-				if c.State.Running != nil && c.State.Running.StartedAt.After(last) {
+				switch {
+				case c.State.Running == nil: // or the kubelet has not said so yet
+					waits = append(waits, fmt.Errorf("%s, %s does not run", pod.Name, c.Name))
+				case c.State.Running.StartedAt.After(last):
 					last = c.State.Running.StartedAt.Time
 				}
 			}
