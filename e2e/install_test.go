@@ -125,6 +125,19 @@ func (in *installation) router() string {
 	return ""
 }
 
+// awaitRouters waits until there are so many pods of the router, also of those that end.
+func (in *installation) awaitRouters(n int) {
+	in.t.Helper()
+	eventually(in.t, 90*time.Second, "the routers before to end", func() error {
+		pods, err := in.client.CoreV1().Pods(in.namespace).List(in.t.Context(),
+			metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=router"})
+		if err == nil && len(pods.Items) != n {
+			err = fmt.Errorf("there are %d pods, want %d", len(pods.Items), n)
+		}
+		return err
+	})
+}
+
 // owner returns the owner of a namespace.
 func (in *installation) owner(deployment, namespace string) string {
 	in.t.Helper()
@@ -395,6 +408,7 @@ patches:
 		} else {
 			install("192.0.2.1")
 		}
+		in.awaitRouters(1) // the one before still serves while it drains
 		want := in.owner("router", namespace)
 		if got, status := in.open("ws://"+hostName+"/ws/"+namespace, to(net.JoinHostPort(gateway, "8080")), nil); got != want {
 			t.Errorf("%q answers (status %d), want %s", got, status, want)
