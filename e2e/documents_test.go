@@ -60,12 +60,18 @@ func (s *system) newTypist(t *testing.T) *typist {
 	return p
 }
 
+// listFiles prints the repository's files, without those that git ignores, also where it is
+// somebody else's, or no clone.
+const listFiles = `git -c safe.directory='*' ls-files -z --cached --others --exclude-standard 2>/dev/null ||
+		find . -type f ! -path './.git/*' ! -path './bin/*' ! -path './dist/*' ! -path '*/node_modules/*' \
+			! -path './e2e/artifacts/*' ! -name '*.crt' ! -name '*.key' -print0`
+
 // copyRepository makes the copy. Its images are those in the cluster, and the names that
 // its example has for objects of the whole cluster are the test's own.
 func (p *typist) copyRepository(t *testing.T, root string) {
 	t.Helper()
 	files := exec.CommandContext(t.Context(), "bash", "-c",
-		`set -o pipefail; git ls-files -z --cached --others --exclude-standard | tar --null -T - -c | tar -x -C "$0"`, p.root)
+		`set -o pipefail; { `+listFiles+`; } | tar --null -T - -c | tar -x -C "$0"`, p.root)
 	files.Dir = root
 	if out, err := files.CombinedOutput(); err != nil {
 		t.Fatalf("copy of the repository: %v\n%s", err, out)
