@@ -106,7 +106,7 @@ func (in *installation) images() string {
 	return images
 }
 
-// pod returns the address of a pod of the router.
+// router returns the address of a pod of the router that is ready.
 func (in *installation) router() string {
 	in.t.Helper()
 	pods, err := in.client.CoreV1().Pods(in.namespace).List(in.t.Context(),

@@ -107,12 +107,13 @@ policy() {
 # one it is 1: `kubectl apply` compares with what was applied last, and with --server-side
 # a field goes unless somebody else has it too.
 keep_replicas() {
-  local applied
+  local applied kind replicas
   applied=$(kubectl apply view-last-applied "$1/$2" -o json 2>/dev/null) || return 0
   grep -q '"replicas"' <<<"$applied" || return 0
   sed -E '/^ *"replicas": [0-9]+,?$/d' <<<"$applied" | kubectl apply set-last-applied -f - >/dev/null
-  kubectl get "$1" "$2" -o 'jsonpath={"{"}"apiVersion":"apps/v1","kind":"{.kind}","metadata":{"{"}"name":"{.metadata.name}"{"}"},"spec":{"{"}"replicas":{.spec.replicas}{"}}"}' |
-    kubectl apply --server-side --force-conflicts --field-manager=replicas -f - >/dev/null
+  read -r kind replicas <<<"$(kubectl get "$1" "$2" -o 'jsonpath={.kind} {.spec.replicas}')"
+  kubectl apply --server-side --force-conflicts --field-manager=replicas -f - >/dev/null \
+    <<<'{"apiVersion":"apps/v1","kind":"'"$kind"'","metadata":{"name":"'"$2"'"},"spec":{"replicas":'"$replicas"'}}'
 }
 
 # start_with KIND NAME N sets the number of replicas of what deploy has just made.

@@ -63,18 +63,6 @@ listen 8002 >/tmp/nginx-listen-8002.conf
 echo "listen $loopback:8003 ssl;" >/tmp/nginx-listen-8003.conf
 echo "server $loopback:8003;" >/tmp/nginx-server-8003.conf
 
-# Directives that only newer versions of nginx have: an older one would not start.
-#
-# ssl_certificate_cache (since 1.27.4): nginx parses certificate and key once, and not
-# in each handshake, which takes 1 ms and 8 KiB for as long as the connection is open.
-# nginx notices a replaced Secret after the time in "valid".
-# ssl_session_tickets: since 1.23.2 their keys change with the session cache. Without
-# this line nginx.conf disables them.
-# proxy_pass_trailers (since 1.27.2): trailers of answers reach the client.
-# An nginx older than 1.27.4 gets none of them.
-#
-# keepalive 0: since 1.29.7 nginx keeps connections to an upstream unless that says so,
-# and before that it does not know this line.
 # drop_unknown FILE NGINX [ARGUMENT...] empties the file if nginx takes no such
 # configuration. A host that is not found is not the file's fault.
 drop_unknown() {
@@ -88,6 +76,18 @@ drop_unknown() {
   fi
 }
 
+# Directives that only newer versions of nginx have: an older one would not start.
+#
+# ssl_certificate_cache (since 1.27.4): nginx parses certificate and key once, and not
+# in each handshake, which takes 1 ms and 8 KiB for as long as the connection is open.
+# nginx notices a replaced Secret after the time in "valid".
+# ssl_session_tickets: since 1.23.2 their keys change with the session cache. Without
+# this line nginx.conf disables them.
+# proxy_pass_trailers (since 1.27.2): trailers of answers reach the client.
+# An nginx older than 1.27.4 gets none of them.
+#
+# keepalive 0: since 1.29.7 nginx keeps connections to an upstream unless that says so,
+# and before that it does not know this line.
 known=/tmp/nginx-known.conf
 known_upstream=/tmp/nginx-known-upstream.conf
 : >"$known_upstream"
