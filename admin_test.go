@@ -193,7 +193,7 @@ func (u unread) Read([]byte) (int, error) {
 // One plan is made at a time, a few more wait with their bodies unread, for a bounded
 // time; the rest hears at once to come again. All else is answered meanwhile.
 func TestPlansTakeTurns(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		a := planAdmin(t)
 		h := a.handler()
 		ask := func(method, path string, body io.Reader) *httptest.ResponseRecorder {
@@ -240,7 +240,7 @@ func TestPlansTakeTurns(t *testing.T) {
 
 // All that the port can have at once may ask who owns a namespace: none is sent away.
 func TestOwnersAtOnce(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		a, update := adminOf(t, "127.0.0.1:1")
 		update(sourceContent{id: sourceID{name: "x"}, version: "1", overrides: newOverrideSet(nil)})
 		found := make(chan struct{})

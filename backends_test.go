@@ -135,7 +135,7 @@ func TestAddressCache(t *testing.T) {
 		},
 	}
 	for name, test := range tests {
-		t.Run(name, func(t *testing.T) { synctest.Test(t, test) })
+		t.Run(name, func(t *testing.T) { bubble(t, test) })
 	}
 }
 
@@ -420,7 +420,7 @@ func TestDialQueues(t *testing.T) {
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) { test(t, newQueueTest()) })
+			bubble(t, func(t *testing.T) { test(t, newQueueTest()) })
 		})
 	}
 }

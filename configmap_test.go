@@ -8,7 +8,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"testing/synctest"
 	"time"
 )
 
@@ -301,7 +300,7 @@ func TestConfigMapFields(t *testing.T) {
 
 // The whole with a server: a selection is listed, changed and merged.
 func TestConfigMapsSelectedFromServer(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		named := func(name, version, backend string) string {
 			return strings.NewReplacer("routes", name, "ns-01", "ns-"+name).Replace(routesMap("u-"+name, version, backend))
 		}

@@ -235,7 +235,7 @@ func TestCordonFollowed(t *testing.T) {
 // that shares a hand-off, which waits until routers agree, begins without; another one
 // knows no backends until the list is valid, and says so.
 func TestCordonInvalidAtStart(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		f, n := kubeOfFour(), newPipeNetwork()
 		f.annotate("2,x")
 		f.serve(t, n)
@@ -259,7 +259,7 @@ func TestCordonInvalidAtStart(t *testing.T) {
 
 // Each rejection has one Event on the StatefulSet, of all routers together.
 func TestCordonEvents(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		f, n := kubeOfFour(), newPipeNetwork()
 		f.serve(t, n)
 		recorder := newEventRecorder(kubeClient{}, "router-1", slog.New(slog.DiscardHandler))

@@ -409,7 +409,7 @@ func TestReplicasFollowed(t *testing.T) {
 // A router that starts alone counts all of spec.replicas: it cannot know which backends
 // were ready once.
 func TestReplicasAloneBegin(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		f, n := kubeOfFour(), newPipeNetwork()
 		f.serve(t, n)
 		f.scale(6)
@@ -421,7 +421,7 @@ func TestReplicasAloneBegin(t *testing.T) {
 // namespaces: not kubectl replace of the StatefulSet, not the loss of the stored count, not a
 // router that starts.
 func TestReplicasStuckScaleOut(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		f, n := kubeOfFour(), newPipeNetwork()
 		f.serve(t, n)
 		shared := &sharedCount{}
@@ -459,7 +459,7 @@ func TestReplicasStuckScaleOut(t *testing.T) {
 // A router whose watches stand still writes nothing. It lists the StatefulSet when the stored count
 // shows that.
 func TestReplicasOldPicture(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		f, network, frozen := kubeOfFour(), newPipeNetwork(), newPipeNetwork()
 		f.serve(t, network)
 		f.serve(t, frozen)
@@ -486,7 +486,7 @@ func TestReplicasOldPicture(t *testing.T) {
 // A StatefulSet with another UID begins anew, when a LIST shows it. A router with a picture
 // of the one before does not bring that back.
 func TestReplicasOfAnotherStatefulSet(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		f, network, frozen := kubeOfFour(), newPipeNetwork(), newPipeNetwork()
 		f.serve(t, network)
 		f.serve(t, frozen)
@@ -512,7 +512,7 @@ func TestReplicasOfAnotherStatefulSet(t *testing.T) {
 
 // A StatefulSet that does not exist is not listed again and again, whatever the stored count is.
 func TestReplicasDeletedRest(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		f, n := kubeOfFour(), newPipeNetwork()
 		f.serve(t, n)
 		shared := &sharedCount{}
@@ -531,7 +531,7 @@ func TestReplicasDeletedRest(t *testing.T) {
 // After a restored etcd the generation may be lower than the one of the stored count. A LIST shows
 // that, and the number follows the StatefulSet again.
 func TestReplicasOfRestoredStatefulSet(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		f, n := kubeOfFour(), newPipeNetwork()
 		f.serve(t, n)
 		shared := &sharedCount{stored: &activeCount{4, "u-backend", 90}}
@@ -554,7 +554,7 @@ func TestReplicasOfRestoredStatefulSet(t *testing.T) {
 
 // onResize has one call at a time, whoever changes what.
 func TestReplicasResizeInTurn(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		f, n := kubeOfFour(), newPipeNetwork()
 		f.serve(t, n)
 		f.scale(1000)
@@ -729,7 +729,7 @@ func wantResolved(t *testing.T, w *endpointWatcher, ordinal int, addr, err strin
 // While the EndpointSlices cannot be watched, DNS is asked for the backends that they say
 // are not ready or whose address was wrong, and for no others.
 func TestEndpointsWatchFailsAsksDNS(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		f, n := kubeOfFour(), newPipeNetwork()
 		f.setEndpoints(readyEndpoints(0, 1, 2))
 		f.serve(t, n)

@@ -34,7 +34,7 @@ func fakeChange(n int) (apiObject, sourceChange) {
 var fakeCreated = respond(201, `{"kind":"Event"}`)
 
 func TestEventsAsTheAPIHasThem(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		r, server, logged := fakeRecorder(t, script{fakeCreated})
 		o, c := fakeChange(7)
 		c.rejected, c.examples = 2, []rejection{{"ns-01", "ConfigMap edge/routes", "bakend-2", "backend-0 to backend-3", "backend-1", ""}}
@@ -148,7 +148,7 @@ func TestEventsOfAVersionThatDoesMore(t *testing.T) {
 // A number of backends that there was before, within the life of an Event, is another
 // change of the table and has Events of its own. Two routers give them the same names.
 func TestEventsOfTheSameNumberAgain(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		f, network := kubeOfFour(), newPipeNetwork()
 		f.serve(t, network)
 		var routers [2]*configMaps
@@ -231,7 +231,7 @@ func TestEventFailures(t *testing.T) {
 // Nothing waits for Events: with a server that does not answer, the queue fills
 // and the rest is dropped.
 func TestEventsDoNotBlock(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		r, server, logged := fakeRecorder(t, script{hang, hang, fakeCreated})
 		begun := time.Now()
 		for i := range 10 * maxQueuedEvents {
@@ -249,7 +249,7 @@ func TestEventsDoNotBlock(t *testing.T) {
 
 // Each router tells of what it has moved, on the ConfigMap that there is.
 func TestEventOfAMove(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		r, server, _ := fakeRecorder(t, script{fakeCreated})
 		c := &configMaps{events: r, current: []map[string]configMapState{nil, {"routes": {fakeMap("routes", "7", ""), false}}}}
 		receipt := moveResult{version: "7", namespaces: 14, sessions: 3201, cut: 12, cancelled: 1, time: 16_100 * time.Millisecond, longestHold: 60 * time.Millisecond}

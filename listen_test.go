@@ -313,7 +313,7 @@ func TestBoundedListener(t *testing.T) {
 // A new connection that has said nothing yet makes no room before one that is older and
 // busy, for silentTime: what others ask for keeps no probe out.
 func TestBoundedListenerLetsNewOnesSpeak(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		l := &limitListener{Listener: alwaysOne{}, maxConns: 3}
 		var all []*limitConn
 		for _, after := range []time.Duration{0, 0, 0, evictionGrace, silentTime + 1} {
@@ -336,7 +336,7 @@ func TestBoundedListenerLetsNewOnesSpeak(t *testing.T) {
 // Those that ask without a pause keep nobody out: they have had their turn.
 func TestRoomGrace(t *testing.T) {
 	const most, more = 3, 6
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		l := &limitListener{Listener: alwaysOne{}, maxConns: most}
 		accept := func() (c *limitConn, took time.Duration) {
 			t.Helper()
@@ -376,7 +376,7 @@ func (alwaysOne) Accept() (net.Conn, error) {
 func TestDescriptorLimit(t *testing.T) {
 	relays := descriptorsPerPoller * runtime.GOMAXPROCS(0)
 	for files := reservedDescriptors + 20 + relays; files < reservedDescriptors+30+relays; files++ {
-		synctest.Test(t, func(t *testing.T) {
+		bubble(t, func(t *testing.T) {
 			g, err := newDescriptorLimit(files, 2)
 			must(t, err)
 			if want := files - reservedDescriptors - 2*descriptorsPerBackend - relays; g.limit != want {
@@ -408,7 +408,7 @@ func TestDescriptorLimit(t *testing.T) {
 // TestDescriptorLimitFollowsBackends: more backends leave fewer descriptors to clients, and fewer
 // backends let one in that waits.
 func TestDescriptorLimitFollowsBackends(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		g, err := newDescriptorLimit(reservedDescriptors+100+descriptorsPerPoller*runtime.GOMAXPROCS(0), 0)
 		must(t, err)
 		for backends, want := range map[int]int{0: 100, 10: 60, 1000: descriptorsPerUpgrade} {

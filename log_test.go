@@ -10,7 +10,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 )
 
@@ -37,7 +36,7 @@ func TestNewLogger(t *testing.T) {
 }
 
 func TestThrottle(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		var th throttle
 		want := func(name string, omitted int64, ok bool) {
 			t.Helper()
@@ -132,7 +131,7 @@ func TestLogQueueKeepsLines(t *testing.T) {
 // The end waits for a reader, but not for ever. What could not be written counts
 // as dropped.
 func TestLogQueueStops(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		out, in := io.Pipe()
 		q, log := queuedLog(t, in)
 		log.Info("nobody reads this")
@@ -148,7 +147,7 @@ func TestLogQueueStops(t *testing.T) {
 // The end does not wait for a reader that took everything: the level of the log
 // may be above the line about dropped ones, which then wakes nobody.
 func TestLogQueueStopsAtErrorLevel(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		q := newLogQueue(io.Discard)
 		log, err := newLogger(q, "json", slog.LevelError)
 		must(t, err)

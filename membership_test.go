@@ -16,7 +16,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 )
 
@@ -527,7 +526,7 @@ func TestHandoffSeeds(t *testing.T) {
 	failed := []uint64{}
 	for seed := first; seed < first+uint64(seeds); seed++ {
 		if !t.Run(fmt.Sprint("seed ", seed), func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) { simulate(t, seed) })
+			bubble(t, func(t *testing.T) { simulate(t, seed) })
 		}) {
 			failed = append(failed, seed)
 		}
@@ -714,7 +713,7 @@ func (c *simContainer) openLong(namespace string) {
 // A new owner that one router has sessions for, and that accepts no connection, holds up
 // its own namespaces only. The other router, whose sessions are paced, has none for it.
 func TestHandoffAwayForOneRouter(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		s, end := newHandoffSim(t, 1, 2)
 		names := slices.SortedFunc(slices.Values(simNamespaces), func(a, b string) int {
 			return cmp.Compare(placeOf(hash64(a)), placeOf(hash64(b)))
@@ -762,7 +761,7 @@ func TestHandoffAwayForOneRouter(t *testing.T) {
 
 // A write that is not answered does not keep the router busy.
 func TestHandoffWaitsForWrite(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		s, end := newHandoffSim(t, 1, 2)
 		s.overrides = map[string]string{"ns-0": "backend-0"}
 		for _, r := range s.routers {
@@ -794,7 +793,7 @@ func TestHandoffWaitsForWrite(t *testing.T) {
 // A router that does not know the cordon of another one admits nobody, and the other goes on
 // as before: a change waits on both, until they have the same cordon.
 func TestHandoffWaitsForCordon(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		s, end := newHandoffSim(t, 1, 2)
 		s.overrides = map[string]string{"ns-0": "backend-0"}
 		set := func(c *simContainer, list cordon) {

@@ -425,7 +425,7 @@ type closedSession struct {
 // movesIn runs play in a synctest bubble, with a mover of rate sessions per second, 5
 // backends, and each sessions of every namespace in data, which are with their owners.
 func movesIn(t *testing.T, rate, each int, data map[string]string, play func(t *testing.T, m *moveTest)) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		m := &moveTest{log: newLogTail(), started: time.Now(), absent: map[int]bool{}, dials: map[int]int{}}
 		log := slog.New(slog.NewJSONHandler(m.log, nil))
 		relay := newRelay(func(i int) string { return backendName("backend", i) }, log)

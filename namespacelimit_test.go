@@ -13,7 +13,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 )
 
@@ -237,7 +236,7 @@ func TestNamespaceRate(t *testing.T) {
 func TestNamespaceRateIsABucket(t *testing.T) {
 	seed := randomSeed(t)
 	for _, limit := range []int{1, 2, 7, 1000} {
-		synctest.Test(t, func(t *testing.T) {
+		bubble(t, func(t *testing.T) {
 			n, random := newNamespaceRate(limit, slog.New(slog.DiscardHandler)), rand.New(rand.NewPCG(seed, uint64(limit)))
 			interval := int64(time.Second) / int64(limit)
 			size := interval * int64(limit)
@@ -277,7 +276,7 @@ func TestNamespaceRateIsABucket(t *testing.T) {
 // TestNamespaceRateIsBounded: beyond maxRateNamespaces, namespaces are not limited, and
 // those before them are. What was not used for two seconds is dropped.
 func TestNamespaceRateIsBounded(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		tail := newLogTail()
 		n := newNamespaceRate(1, nil)
 		n.log = slog.New(slog.NewJSONHandler(tail, &slog.HandlerOptions{ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {

@@ -976,7 +976,7 @@ func TestLimitsOfABackend(t *testing.T) {
 
 // Memory that handshakes took is given back once they pause, and only then.
 func TestFreeMemory(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		var begun atomic.Int64
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()

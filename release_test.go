@@ -15,7 +15,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"golang.org/x/net/websocket"
@@ -208,7 +207,7 @@ func TestReleaseWaits(t *testing.T) {
 // TestReleaseTakesTwoSeconds: a backend that stores for two seconds has released its
 // namespaces then, not before.
 func TestReleaseTakesTwoSeconds(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		r, _ := startReleaserAt(t, "unused")
 		r.client.Transport = roundTripper(func(*http.Request) (*http.Response, error) {
 			time.Sleep(2 * time.Second)
@@ -468,7 +467,7 @@ func had(m *releaseMemory) string {
 
 // TestReleaseMemory: what was noted is there for a minute, and gone after two.
 func TestReleaseMemory(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		log, _ := newTextLog()
 		m := newReleaseMemory(time.Minute, log)
 		m.note("ns-01", 0)
@@ -507,7 +506,7 @@ func TestReleaseMemory(t *testing.T) {
 // there for a minute and gone after two, whenever somebody looks, and however rarely.
 func TestReleaseMemoryKeepsAMinute(t *testing.T) {
 	for _, pause := range []int{1, 7, 61, 119, 121, 300} {
-		synctest.Test(t, func(t *testing.T) {
+		bubble(t, func(t *testing.T) {
 			log, _ := newTextLog()
 			m := newReleaseMemory(time.Minute, log)
 			noted := map[int]string{}
@@ -542,7 +541,7 @@ func checkMemory(t *testing.T, m *releaseMemory, now, pause int) {
 // TestReleaseMemoryHolds: nothing is forgotten during a step, however long it takes. After
 // it, what was noted in it is there for a minute.
 func TestReleaseMemoryHolds(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		log, _ := newTextLog()
 		m := newReleaseMemory(time.Minute, log)
 		m.note("before", 0)
@@ -570,7 +569,7 @@ func TestReleaseMemoryHolds(t *testing.T) {
 
 // TestReleaseMemoryHoldsShortly: a short step costs nothing of the minute.
 func TestReleaseMemoryHoldsShortly(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		log, _ := newTextLog()
 		m := newReleaseMemory(time.Minute, log)
 		time.Sleep(59 * time.Second)
@@ -590,7 +589,7 @@ func TestReleaseMemoryHoldsShortly(t *testing.T) {
 
 // TestReleaseMemoryIsBounded: of too many namespaces the newest stay, and the log says so.
 func TestReleaseMemoryIsBounded(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		log, logged := newTextLog()
 		m := newReleaseMemory(time.Minute, log)
 		m.max = 10

@@ -6,14 +6,13 @@ import (
 	"slices"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 )
 
 // TestTopCounts: a look has the sessions that are open, and the bytes since the look
 // before. There is no other one within topInterval.
 func TestTopCounts(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		r, _ := withoutSockets(0, 0) // whose time begins now
 		top := &topNamespaces{}
 		add := func(namespace string, count int) (all []*session) {

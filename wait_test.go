@@ -27,7 +27,7 @@ func TestBackoff(t *testing.T) {
 }
 
 func TestSleep(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
 		begun := time.Now()
@@ -56,7 +56,7 @@ func TestWakeup(t *testing.T) {
 // A waitCount may rise while others wait for it, also from 0, which is a misuse of a
 // sync.WaitGroup. Who waits goes on when it was 0.
 func TestWaitCount(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		var c waitCount
 		c.wait()
 		var waited atomic.Int64

@@ -93,7 +93,7 @@ func TestErrorClass(t *testing.T) {
 }
 
 func TestWatchRequests(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		c := startWatch(t, listsTo(3), script{openStream()})
 		timeouts := map[string]bool{}
 		const path = "/api/v1/namespaces/edge/configmaps?"
@@ -127,7 +127,7 @@ func TestWatchRequests(t *testing.T) {
 // runs then has what a router has that starts then. The same content is not applied
 // again.
 func TestWatchSameVersionOtherContent(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		list := func(backend string) http.HandlerFunc { return mapList("12", routesMap("u1", "12", backend)) }
 		c := startWatch(t, script{list("backend-1"), list("backend-2"), list("backend-2")}, script{stream(), stream(), openStream()})
 		c.want(t, "12 map[ns-01:backend-1]", "12 map[ns-01:backend-2]")
@@ -269,7 +269,7 @@ func TestWatchBacksOff(t *testing.T) {
 // An API server that starts answers 403 to those who may. It is asked again, also with
 // nothing ever applied.
 func TestWatchRecoversByAHealthyStreamOnly(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		no := statusAnswer(403, "Forbidden", "configmaps is forbidden")
 		c := startWatch(t, append(script{no, no, no, no}, listsTo(2)...), script{streamFor(time.Minute, true), openStream()})
 		c.want(t, applied1)
@@ -297,7 +297,7 @@ func TestWatchRecoversByAHealthyStreamOnly(t *testing.T) {
 }
 
 func TestWatchLogsEachClassOnce(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		forbidden, expired := respond(403, "no"), respond(410, `{"message":"too old","reason":"Expired"}`)
 		lists := append(script{forbidden, forbidden, forbidden, forbidden, expired, expired, expired}, listsTo(1)...)
 		c := startWatch(t, lists, script{openStream()})
@@ -460,7 +460,7 @@ func TestWatchReadsEventsInPieces(t *testing.T) {
 }
 
 func TestWatchBookmarkConfirms(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		c := startWatch(t, listsTo(1), script{func(w http.ResponseWriter, r *http.Request) {
 			streamFor(time.Minute, false)(w, r)
 			openStream(watchEvent("BOOKMARK", `{"kind":"ConfigMap","metadata":{"resourceVersion":"500"}}`))(w, r)
@@ -479,7 +479,7 @@ func TestWatchBookmarkConfirms(t *testing.T) {
 // The objects are those that the server has: what comes is among them whatever its
 // version, and what goes is not.
 func TestWatchDeletedAndRecreated(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		recreated := routesMap("u2", "1", "backend-7")
 		c := startWatch(t, script{mapList("99"), mapList("102", routesV(3)), mapList("103"), mapList("2", recreated)}, script{
 			streamFor(20*time.Second, false),
@@ -498,7 +498,7 @@ func TestWatchOfASelection(t *testing.T) {
 	named := func(name, version, backend string) string {
 		return strings.Replace(routesMap("u-"+name, version, backend), "routes", name, 1)
 	}
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, func(t *testing.T) {
 		network := newPipeNetwork()
 		server := scriptedKube(script{
 			mapList("10", named("b", "2", "backend-2"), named("a", "1", "backend-1")),
