@@ -374,7 +374,7 @@ func (alwaysOne) Accept() (net.Conn, error) {
 }
 
 func TestDescriptorLimit(t *testing.T) {
-	relays := descriptorsPerPoller * runtime.GOMAXPROCS(0)
+	relays := descriptorsPerPoller // a bubble has one thread
 	for files := reservedDescriptors + 20 + relays; files < reservedDescriptors+30+relays; files++ {
 		bubble(t, func(t *testing.T) {
 			g, err := newDescriptorLimit(files, 2)
@@ -395,6 +395,7 @@ func TestDescriptorLimit(t *testing.T) {
 			wantLimited(t, g)
 		})
 	}
+	relays = descriptorsPerPoller * runtime.GOMAXPROCS(0)
 	least := reservedDescriptors + 5*descriptorsPerBackend + relays + descriptorsPerUpgrade
 	_, err := newDescriptorLimit(least-1, 5)
 	if err == nil || err.Error() != fmt.Sprintf("the limit of open files must be at least %d (got %d; ulimit -n)", least, least-1) {
