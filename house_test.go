@@ -335,3 +335,20 @@ func nesting(n ast.Node) (deepest int) {
 	})
 	return deepest
 }
+
+// TestBubbles: the root's tests make synctest bubbles by bubble alone, which says why.
+func TestBubbles(t *testing.T) {
+	names, err := filepath.Glob("*_test.go")
+	must(t, err)
+	for _, name := range names {
+		text, err := os.ReadFile(name)
+		must(t, err)
+		want := 0
+		if name == "fakekube_test.go" {
+			want = 1
+		}
+		if got := strings.Count(string(text), "synctest"+".Test("); got != want {
+			t.Errorf("%s makes %d bubbles by itself, want %d", name, got, want)
+		}
+	}
+}

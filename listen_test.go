@@ -374,12 +374,12 @@ func (alwaysOne) Accept() (net.Conn, error) {
 }
 
 func TestDescriptorLimit(t *testing.T) {
-	relays := descriptorsPerPoller // a bubble has one thread
-	for files := reservedDescriptors + 20 + relays; files < reservedDescriptors+30+relays; files++ {
+	for more := range 10 {
 		bubble(t, func(t *testing.T) {
+			files := reservedDescriptors + 20 + descriptorsPerPoller*runtime.GOMAXPROCS(0) + more
 			g, err := newDescriptorLimit(files, 2)
 			must(t, err)
-			if want := files - reservedDescriptors - 2*descriptorsPerBackend - relays; g.limit != want {
+			if want := 20 - 2*descriptorsPerBackend + more; g.limit != want {
 				t.Fatalf("%d files: %d for clients, want %d", files, g.limit, want)
 			}
 			sessions := 0
@@ -395,8 +395,8 @@ func TestDescriptorLimit(t *testing.T) {
 			wantLimited(t, g)
 		})
 	}
-	relays = descriptorsPerPoller * runtime.GOMAXPROCS(0)
-	least := reservedDescriptors + 5*descriptorsPerBackend + relays + descriptorsPerUpgrade
+	least := reservedDescriptors + 5*descriptorsPerBackend +
+		descriptorsPerPoller*runtime.GOMAXPROCS(0) + descriptorsPerUpgrade
 	_, err := newDescriptorLimit(least-1, 5)
 	if err == nil || err.Error() != fmt.Sprintf("the limit of open files must be at least %d (got %d; ulimit -n)", least, least-1) {
 		t.Errorf("error %v, want one that says %d", err, least)
