@@ -31,6 +31,7 @@ type admin struct {
 	configMaps     *configMaps     // nil without an API server
 	replicaWatcher *replicaWatcher // nil if flags give the number of backends
 	peers          *peers          // nil for none
+	certificates   *certificates   // nil: clients do not speak TLS
 	started        time.Time
 
 	lastSummary   atomic.Pointer[tableSummary] // see summary
@@ -301,6 +302,7 @@ func (a *admin) writeMetrics(m metricsWriter) {
 	a.proxy.relay.writeByteMetrics(m)
 	a.proxy.writeMetrics(m)
 	a.fdLimit.writeMetrics(m)
+	a.certificates.writeMetrics(m)
 	a.proxy.router.writeMetrics(m)
 	if a.replicaWatcher != nil {
 		var active ordinalRange

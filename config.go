@@ -25,6 +25,10 @@ type config struct {
 	trustedProxies              trustedProxies
 	forwardedFrom               trustedProxies
 
+	// TLS that the router ends itself.
+	certificates certificateFlags
+	redirect     string // address of the plain listener; "" for none
+
 	// Where the backends are.
 	backends, statefulSet, service string
 	replicas, backendPort          int
@@ -73,6 +77,23 @@ func (n *nameList) Set(list string) error {
 			return fmt.Errorf("%q is empty or repeated", name)
 		}
 		*n = append(*n, name)
+	}
+	return nil
+}
+
+// fileList is a flag with a list of files, separated by commas. The flag may be repeated:
+// each adds to the list, which may have a file twice.
+type fileList []string
+
+func (l *fileList) String() string { return strings.Join(*l, ",") }
+
+// Set adds the files in list. It returns an error for an empty name.
+func (l *fileList) Set(list string) error {
+	for name := range strings.SplitSeq(list, ",") {
+		if name == "" {
+			return fmt.Errorf("%q is empty", name)
+		}
+		*l = append(*l, name)
 	}
 	return nil
 }
@@ -126,6 +147,7 @@ func (c *config) flags() *flag.FlagSet {
 			"X-Forwarded-Proto and X-Forwarded-Host do not go on to backends; with\n"+
 			"-proxy-protocol the peer is the client that its header names (default: from all\n"+
 			"peers, they go on)")
+	c.tlsFlags(f)
 	f.StringVar(&c.backends, "backends", "",
 		"fixed `list` of backends, host:port,host:port,... in the order of their ordinals")
 	f.IntVar(&c.replicas, "replicas", 0,
@@ -166,6 +188,28 @@ func (c *config) overrideFlags(f *flag.FlagSet) {
 	f.StringVar(&c.overrides, "overrides", "",
 		"`directory` with the overrides, one file for each namespace; with an API server, a\n"+
 			"copy that is used until the server has answered")
+}
+
+// tlsFlags adds the flags for TLS that the router ends itself to f.
+func (c *config) tlsFlags(f *flag.FlagSet) {
+	f.Var((*nameList)(&c.certificates.certs), "tls-cert",
+		"`file` with a certificate and its chain, PEM: clients of -listen speak TLS; or the\n"+
+			"directory of a mounted Secret, with tls.crt and tls.key; may be repeated, or have\n"+
+			"several with commas in between (default none: clients do not speak TLS)")
+	f.Var((*fileList)(&c.certificates.keys), "tls-key",
+		"`file` with the key of a -tls-cert that is a file, PEM: the first of the first, and so on;\n"+
+			"may be repeated, or have several with commas in between")
+	f.StringVar(&c.certificates.minVersion, "tls-min-version", "1.2",
+		"lowest `version` of TLS: 1.2 or 1.3")
+	f.StringVar(&c.certificates.clientCA, "tls-client-ca", "",
+		"`file` with the CAs of clients, PEM: each client needs a certificate of one of them, and\n"+
+			"backends get its subject as X-Client-Subject (default none)")
+	f.StringVar(&c.certificates.ticketSecret, "tls-ticket-secret", "",
+		"`file` with at least 32 random bytes, the same for all routers: clients resume their TLS\n"+
+			"sessions at each of them (default: a secret of this process alone)")
+	f.StringVar(&c.redirect, "redirect", "",
+		"`address` of a listener without TLS, like :80, which sends clients to https with 308, and\n"+
+			"answers /healthz as -listen does (default none)")
 }
 
 // trafficFlags adds the flags for requests, moves and the drain to f.
@@ -321,7 +365,7 @@ func (c *config) validate() error {
 	if err := c.validateBackends(); err != nil {
 		return err
 	}
-	if err := cmp.Or(c.validateProxyProtocol(), c.validateLimits()); err != nil {
+	if err := cmp.Or(c.validateProxyProtocol(), c.validateTLS(), c.validateLimits()); err != nil {
 		return err
 	}
 	_, err := newLogger(io.Discard, c.logFormat, c.logLevel)
@@ -418,6 +462,32 @@ func (c *config) validateProxyProtocol() error {
 		return fmt.Errorf("-proxy-protocol must be on or off (got %q)", c.proxyProtocol)
 	case c.proxyProtocol == "on" && c.trustedProxies.String() == "":
 		return errors.New("-proxy-protocol on requires -trusted-proxies")
+	}
+	return nil
+}
+
+// endsTLS reports whether the clients of -listen speak TLS.
+func (c *config) endsTLS() bool { return len(c.certificates.certs) > 0 }
+
+// validateTLS checks the flags for TLS. What the files have is for newCertificates.
+func (c *config) validateTLS() error {
+	t := &c.certificates
+	if t.minVersion != "1.2" && t.minVersion != "1.3" {
+		return fmt.Errorf("-tls-min-version must be 1.2 or 1.3 (got %q)", t.minVersion)
+	}
+	if c.endsTLS() {
+		return nil
+	}
+	for _, other := range []struct{ flag, value string }{
+		{"tls-key", strings.Join(t.keys, ",")},
+		{"tls-min-version", strings.TrimPrefix(t.minVersion, "1.2")},
+		{"tls-client-ca", t.clientCA},
+		{"tls-ticket-secret", t.ticketSecret},
+		{"redirect", c.redirect},
+	} {
+		if other.value != "" {
+			return fmt.Errorf("-%s requires -tls-cert (got %s alone)", other.flag, other.value)
+		}
 	}
 	return nil
 }

@@ -121,6 +121,14 @@ var badUsage = map[string]struct {
 	"proxies of a zone":    {args: "-trusted-proxies fe80::1%eth0", want: `invalid value "fe80::1%eth0" for flag -trusted-proxies: "fe80::1%eth0" is no address, no CIDR and not unix`},
 	"proxies with a port":  {args: "-trusted-proxies 10.0.0.1:80", want: `invalid value "10.0.0.1:80" for flag -trusted-proxies: "10.0.0.1:80" is no address, no CIDR and not unix`},
 	"proxies, more bits":   {args: "-trusted-proxies 10.1.0.0/8", want: `invalid value "10.1.0.0/8" for flag -trusted-proxies: "10.1.0.0/8" has bits beyond its length: it would be 10.0.0.0/8`},
+	"certificate twice":    {args: "-tls-cert a,b -tls-cert a ", want: `invalid value "a" for flag -tls-cert: "a" is empty or repeated`},
+	"key empty":            {args: "-tls-key a,,b ", want: `invalid value "a,,b" for flag -tls-key: "" is empty`},
+	"key alone":            {args: "-replicas 1 -tls-key a", want: "-tls-key requires -tls-cert (got a alone)"},
+	"TLS version":          {args: "-replicas 1 -tls-cert a -tls-key b -tls-min-version 1.1", want: `-tls-min-version must be 1.2 or 1.3 (got "1.1")`},
+	"TLS version alone":    {args: "-replicas 1 -tls-min-version 1.3", want: "-tls-min-version requires -tls-cert (got 1.3 alone)"},
+	"client CA alone":      {args: "-replicas 1 -tls-client-ca a", want: "-tls-client-ca requires -tls-cert (got a alone)"},
+	"ticket secret alone":  {args: "-replicas 1 -tls-ticket-secret a", want: "-tls-ticket-secret requires -tls-cert (got a alone)"},
+	"redirect alone":       {args: "-replicas 1 -redirect :80", want: "-redirect requires -tls-cert (got :80 alone)"},
 	"forwarded from":       {args: "-forwarded-from gateway", want: `invalid value "gateway" for flag -forwarded-from: "gateway" is no address, no CIDR and not unix`},
 	"proxies mapped":       {args: "-trusted-proxies ::ffff:10.0.0.0/104", want: `invalid value "::ffff:10.0.0.0/104" for flag -trusted-proxies: "::ffff:10.0.0.0/104" must be written as IPv4`},
 	"drain negative":       {args: "-replicas 1 -drain-duration -1ms", want: "-drain-duration must not be negative (got -1ms)"},
@@ -196,6 +204,7 @@ func TestFlagBeatsEnvironment(t *testing.T) {
 		"max-sessions-per-namespace": {"5", "6"}, "max-upgrades-per-second": {"7", "8"}, "max-age": {"9h0m0s", "10h0m0s"},
 		"tcp-user-timeout": {"5s", "6s"}, "idle-timeout": {"7s", "8s"}, "move-rate": {"5", "6"}, "move-settle": {"9s", "10s"}, "handoff": {"off", "single"}, "handoff-configmap": {"a", "b"}, "pod-uid": {"u1", "u2"}, "router-pods": {"a=b", "c=d"}, "handoff-unproven": {"11s", "12s"}, "http": {"on", "off"}, "http-move-timeout": {"13s", "14s"}, "drain-delay": {"1s", "2s"}, "drain-duration": {"3s", "4s"},
 		"proxy-protocol": {"off", "on"}, "trusted-proxies": {"unix,10.0.0.0/8", "unix"}, "forwarded-from": {"10.0.0.0/8", "unix"}, "peers": {"10.0.0.1:8001,h:8001", "10.0.0.2:8001"},
+		"tls-cert": {"a,b", "c"}, "tls-key": {"a,a", "b"}, "tls-min-version": {"1.3", "1.2"}, "tls-client-ca": {"a", "b"}, "tls-ticket-secret": {"a", "b"}, "redirect": {":80", ":81"},
 		"release": {"/a", "/b"}, "release-memory": {"5s", "6s"},
 		"log-format": {"json", "text"}, "log-level": {"DEBUG", "WARN"},
 	}
@@ -209,6 +218,9 @@ func TestFlagBeatsEnvironment(t *testing.T) {
 			env := map[string]string{environmentName(name): value[0]}
 			if name == "proxy-protocol" {
 				env["ROUTER_TRUSTED_PROXIES"] = "unix"
+			}
+			if name != "tls-cert" && (strings.HasPrefix(name, "tls-") || name == "redirect") {
+				env["ROUTER_TLS_CERT"] = "a"
 			}
 			if name != "backends" && name != "replicas" {
 				env["ROUTER_REPLICAS"] = "1"

@@ -153,7 +153,7 @@ func (d *directory) read() (map[string]string, string, error) {
 	data := make(map[string]string, len(found))
 	sum := fnv.New64a()
 	for _, file := range found {
-		value, ok, err := readPrefix(filepath.Join(path, file.Name()))
+		value, ok, err := readPrefix(filepath.Join(path, file.Name()), maxDirValue)
 		if err != nil {
 			value = err.Error() // the table rejects it, as it names no backend
 		} else if !ok {
@@ -165,9 +165,9 @@ func (d *directory) read() (map[string]string, string, error) {
 	return data, fmt.Sprintf("dir-%016x", sum.Sum64()), nil
 }
 
-// readPrefix returns the first maxDirValue bytes of the file at path. ok is false if it
+// readPrefix returns the first bytes of the file at path, at most limit. ok is false if it
 // is not a regular file but, for example, a directory. It does not block on a named pipe.
-func readPrefix(path string) (value string, ok bool, err error) {
+func readPrefix(path string, limit int64) (value string, ok bool, err error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return "", false, err
@@ -176,6 +176,6 @@ func readPrefix(path string) (value string, ok bool, err error) {
 	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
 		return "", false, err
 	}
-	b, err := io.ReadAll(io.LimitReader(f, maxDirValue))
+	b, err := io.ReadAll(io.LimitReader(f, limit))
 	return string(b), true, err
 }

@@ -46,7 +46,8 @@ type poller struct {
 
 	// Guarded by mu.
 	mu        sync.Mutex
-	buf       *buffer // run owns buf.events
+	buf       *buffer        // run owns buf.events
+	records   *recordBuffers // nil if clients come without TLS
 	pipes     pipes
 	slots     []slot
 	freeSlots []int32    // indexes of free slots
@@ -88,6 +89,9 @@ func (e *engine) start(r *relay) error {
 		syscall.SetNonblock(fd, true) // so that os.NewFile adds it to Go's poller
 		file := os.NewFile(uintptr(fd), "epoll")
 		p := &poller{relay: r, epollFile: file, epollFD: fd, buf: newBuffer()}
+		if r.clientTLS {
+			p.records = newRecordBuffers()
+		}
 		e.pollers = append(e.pollers, p)
 		if p.wakeFD, err = newWakeDescriptor(fd); err == nil {
 			err = file.SetDeadline(time.Time{}) // fails if it is not in Go's poller
@@ -111,6 +115,7 @@ func (e *engine) stop() {
 		syscall.Close(p.wakeFD)
 		p.pipes.close()
 		p.buf.free()
+		p.records.free()
 	}
 }
 
@@ -127,12 +132,11 @@ func (e *engine) assign(s *session, _ [2]net.Conn) { s.poller = e.nextPoller() }
 // its poller.
 func (e *engine) carry(s *session, conns [2]net.Conn, early [2][]byte) {
 	p := s.poller
-	var fds [2]int32
-	for i, conn := range conns {
-		fds[i] = detachDescriptor(conn)
-	}
+	client, tls := takeTLS(conns[clientSide])
+	fds := [2]int32{detachDescriptor(client), detachDescriptor(conns[backendSide])}
 	p.mu.Lock()
 	defer p.unlock()
+	p.setTLS(s, tls)
 	p.carry(s, p.allocateSlot(), fds, early)
 }
 
@@ -151,6 +155,9 @@ func (p *poller) carry(s *session, slotIndex int32, fds [2]int32, early [2][]byt
 		for i, data := range early {
 			s.frames[i].scan(data, side(i) == clientSide)
 			p.sendOrKeep(s, side(i), copy(p.buf.data[:], data), nil)
+		}
+		if s.tls != nil && s.open {
+			p.openRecords(s) // an end that has come; takeBuffered has taken the bytes
 		}
 		s.startClose()
 		p.updateEpoll(s)
@@ -277,8 +284,11 @@ func (p *poller) unwatchPending(from *sockets, i side) {
 	}
 }
 
-// promote registers s and carries it on the sockets of a handler, whose slot it gets.
-func (p *poller) promote(s *session, slotIndex int32, from *sockets, early [2][]byte) {
+// promote registers s and carries it on the sockets of a handler, whose slot it gets. tls
+// is its client's, or nil.
+func (p *poller) promote(
+	s *session, slotIndex int32, from *sockets, tls *tlsConn, early [2][]byte,
+) {
 	s.poller = p
 	p.relay.register(s, func() {
 		p.mu.Lock()
@@ -289,6 +299,7 @@ func (p *poller) promote(s *session, slotIndex int32, from *sockets, early [2][]
 				s.epollMask[i] |= maskStale
 			}
 		}
+		p.setTLS(s, tls)
 		p.carry(s, slotIndex, from.fd, early)
 	})
 }

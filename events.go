@@ -102,6 +102,15 @@ func (r *eventRecorder) reportCordon(o apiObject, why string) {
 	r.enqueue(o, "Warning", "CordonRejected", why, why)
 }
 
+// reportCertificate queues an Event about the pod o, this router's own, whose certificate on
+// disk is refused: message says why. It does not block.
+func (r *eventRecorder) reportCertificate(o apiObject, message string) {
+	if len(message) > maxEventMessage {
+		message = message[:maxEventMessage]
+	}
+	r.enqueue(o, "Warning", "CertificateRejected", message+time.Now().String(), strings.ToValidUTF8(message, ""))
+}
+
 // rejectedMessage names the rejected overrides of c, as many as fit in maxEventMessage
 // bytes.
 func rejectedMessage(c sourceChange) string {

@@ -14,6 +14,7 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -163,6 +164,9 @@ func (f *fastPath) startClient(fd int32, peer syscall.Sockaddr) {
 		expectsProxy: f.proxy.proxyProtocol.expects(addr),
 	}
 	c.fd = [2]int32{fd, -1}
+	if s := f.proxy.tls; s != nil {
+		c.tls = newTLSConn(nil, s.config())
+	}
 	c.changed.L = &poller.mu
 	c.slot = poller.addPending(c)
 	f.pending.Add(1)
@@ -256,11 +260,14 @@ type pendingConn struct {
 	changed sync.Cond // events changed, or ctx has ended
 	gone    bool      // the client has closed or reset its connection
 	holding bool      // a client that half-closes its connection has to fall back
+	// With TLS: the handshake is under way, and a newer client has taken its place.
+	handshaking, replaced bool
 
 	// Owned by its goroutine. Before it parks, it leaves these to the next one.
 	ctx          *pendingContext // ends when the client is gone, or its time is over
 	remoteAddr   clientAddr      // of the client
 	expectsProxy bool            // received has to begin with a header of the PROXY protocol
+	tls          *tlsConn        // nil if clients come without TLS
 	received     []byte          // what the client has sent
 	earlyAt      int             // index in received of what follows the request
 	request      *http.Request   // nil before it was read, and while it waits for its owner
@@ -330,16 +337,14 @@ func (x *pendingContext) Done() <-chan struct{} {
 func (c *pendingConn) serve() {
 	growStack(0)
 	p := c.fastPath.proxy
-	c.setDeadline(time.Now().Add(fastPathTimeout), false)
-	head, err := c.read(clientSide)
-	if c.expectsProxy && err == nil {
-		head, err = c.readProxyHeader(head)
-	}
+	head, err := c.readHead()
 	c.received = head
 	if !c.expectsProxy {
 		c.received = trimEmptyLines(head)
 	}
 	switch {
+	case errors.Is(err, errHandshake):
+		c.close()
 	case c.ctx.Err() != nil, c.expectsProxy && len(head) > 0: // it is invalid, or was cut
 		c.fallBack(nil, nil)
 	case err != nil:
@@ -352,6 +357,27 @@ func (c *pendingConn) serve() {
 	default:
 		c.dialOwner()
 	}
+}
+
+// readHead reads what the client sends first: after the header of the PROXY protocol, if
+// that has to come, and within TLS.
+func (c *pendingConn) readHead() ([]byte, error) {
+	timeout, read := fastPathTimeout, func() ([]byte, error) { return c.read(clientSide) }
+	if c.tls != nil {
+		timeout, read = c.fastPath.proxy.limits.headerTimeout, c.readHello
+	}
+	c.setDeadline(time.Now().Add(timeout), false)
+	data, err := read()
+	if c.expectsProxy && err == nil {
+		data, err = c.readProxyHeader(data)
+	}
+	switch {
+	case c.tls != nil && c.expectsProxy: // it can be sent nothing before its handshake
+		return nil, errHandshake
+	case c.tls == nil || err != nil:
+		return data, err
+	}
+	return c.startTLS(data)
 }
 
 // readProxyHeader reads the header of the PROXY protocol, of which it gets the beginning,
@@ -402,6 +428,7 @@ func (c *pendingConn) parseUpgrade() *http.Request {
 	r, size := c.fastPath.parseUpgrade(c.received)
 	if r != nil {
 		r.RemoteAddr, c.earlyAt = c.remoteAddr.String(), size
+		r.TLS = c.tls.state()
 	}
 	return r
 }
@@ -456,13 +483,16 @@ func (c *pendingConn) askOwner() {
 		c.fallBack(nil, nil)
 		return
 	}
+	early := [2][]byte{c.received[c.earlyAt:], fromBackend}
+	if c.tls != nil {
+		early[clientSide] = slices.Concat(early[clientSide], c.tls.takeBuffered())
+	}
 	if !c.respond(switchingProtocolsHead(resp)) {
 		c.closeGone()
 		return
 	}
 	c.endContext()
-	early := [2][]byte{c.received[c.earlyAt:], fromBackend}
-	p.openSession(u, s, func() { c.poller.promote(s, c.slot, &c.sockets, early) })
+	p.openSession(u, s, func() { c.poller.promote(s, c.slot, &c.sockets, c.tls, early) })
 	c.fastPath.pending.Done()
 }
 
@@ -539,7 +569,7 @@ func (c *pendingConn) fallBack(answer []byte, failure error) {
 	}
 	socket.Close() // before the owner's has a duplicate: descriptorsPerUpgrade
 	client := &clientConn{
-		Conn: &prefixedConn{conn, c.received}, remoteAddr: c.remoteAddr,
+		Conn: &prefixedConn{c.overTLS(conn), c.received}, remoteAddr: c.remoteAddr,
 		fdLimit: f.fdLimit, badHeads: &f.proxy.results[resultBadHead],
 	}
 	if c.expectsProxy {
@@ -615,8 +645,14 @@ func (c *pendingConn) interrupt() {
 	c.unpark()
 }
 
-// handleStop makes the client fall back. The caller holds poller.mu.
-func (c *pendingConn) handleStop() { c.cancelIfGone() }
+// handleStop makes the client fall back, or ends its handshake in time. The caller holds
+// poller.mu.
+func (c *pendingConn) handleStop() {
+	if c.handshaking {
+		c.ctx.timer.Reset(answerTime)
+	}
+	c.cancelIfGone()
+}
 
 // handleEvent notes what epoll reports of a side. The caller holds poller.mu.
 func (c *pendingConn) handleEvent(i side, events uint32) {
@@ -633,7 +669,7 @@ func (c *pendingConn) handleEvent(i side, events uint32) {
 // while it waits for its owner, or has to fall back. The caller holds poller.mu.
 func (c *pendingConn) cancelIfGone() {
 	gone := c.gone || c.holding && c.unread[clientSide]
-	if c.ctx != nil && (gone || c.fastPath.stopping.Load()) {
+	if c.ctx != nil && (gone || c.fastPath.stopping.Load() && !c.handshaking) {
 		c.ctx.end(context.Canceled)
 	}
 }
@@ -674,8 +710,17 @@ func (c *pendingConn) wait(ctx context.Context, i side, mask uint32) error {
 
 // read waits until the side has sent something, and returns it, up to the longest head
 // that is allowed. The rest stays in the socket.
-func (c *pendingConn) read(i side) ([]byte, error) {
-	p, limit := c.poller, min(bufferSize, c.fastPath.proxy.limits.headerBytes)
+func (c *pendingConn) read(i side) (data []byte, err error) {
+	limit := min(bufferSize, c.fastPath.proxy.limits.headerBytes)
+	err = c.receive(i, limit, func(received []byte) { data = bytes.Clone(received) })
+	return data, err
+}
+
+// receive waits until the side has sent something, and calls use with it: up to limit
+// bytes of the poller's buffer. The rest stays in the socket.
+func (c *pendingConn) receive(i side, limit int, use func(received []byte)) error {
+	p := c.poller
+	limit = min(limit, bufferSize)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for {
@@ -685,15 +730,16 @@ func (c *pendingConn) read(i side) ([]byte, error) {
 		case errno == syscall.EINTR:
 		case errno == syscall.EAGAIN:
 			if err := c.wait(c.ctx, i, epollReadEvents); err != nil {
-				return nil, err
+				return err
 			}
 		case errno != 0:
-			return nil, os.NewSyscallError("recv", errno)
+			return os.NewSyscallError("recv", errno)
 		case n == 0:
-			return nil, io.EOF
+			return io.EOF
 		default:
 			c.unread[i] = c.unread[i] || n == limit
-			return bytes.Clone(p.buf.data[:n]), nil
+			use(p.buf.data[:n])
+			return nil
 		}
 	}
 }
@@ -724,6 +770,7 @@ func (c *pendingConn) write(i side, data []byte) error {
 // respond sends the client the head of a response. The socket's buffer is empty: it
 // takes all of the head, unless the client is gone.
 func (c *pendingConn) respond(head []byte) bool {
+	head = c.sealedHead(head)
 	c.poller.mu.Lock()
 	defer c.poller.mu.Unlock()
 	n, errno := c.poller.send(c.fd[clientSide], head)

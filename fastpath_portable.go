@@ -9,7 +9,7 @@ type fastPath struct{ clientListener }
 
 func newFastPath(p *proxy, l net.Listener, g *descriptorLimit) *fastPath {
 	return &fastPath{clientListener{
-		retryListener{l, newAcceptRetry("-listen", p.log)}, g, &p.results[resultBadHead], p.proxyProtocol,
+		retryListener{l, newAcceptRetry("-listen", p.log)}, g, &p.results[resultBadHead], p.proxyProtocol, p.tls,
 	}}
 }
 

@@ -30,6 +30,10 @@ const (
 	headerBackend = "X-Router-Backend"
 )
 
+// headerClientSubject tells the backend the subject of the client's certificate, which
+// the router has verified. It is never taken from a client.
+const headerClientSubject = "X-Client-Subject"
+
 // checkUpgrade says why r is not a WebSocket upgrade that can be passed on, or
 // nil. It judges what a router must be sure of; Sec-WebSocket-* is between the
 // client and the backend.
@@ -171,7 +175,7 @@ func isRouterHeader(name string) bool {
 		name = http.CanonicalHeaderKey(strings.ReplaceAll(name, "_", "-"))
 	}
 	switch name {
-	case headerPod, headerTable, headerStep, headerBackend, "X-Forwarded-For", "X-Forwarded-Proto", "X-Forwarded-Host", "X-Real-Ip", "Forwarded", "Expect":
+	case headerPod, headerTable, headerStep, headerBackend, headerClientSubject, "X-Forwarded-For", "X-Forwarded-Proto", "X-Forwarded-Host", "X-Real-Ip", "Forwarded", "Expect":
 		return true
 	}
 	return false
@@ -267,6 +271,9 @@ func appendForwarded(
 		head = appendField(head, "X-Forwarded-For", peer)
 	}
 	proto, host := "http", r.Host // unless somebody before us has said it, for all who come after
+	if r.TLS != nil {
+		proto = "https"
+	}
 	named := connectionHeaders(r.Header)
 	if before := r.Header.Get("X-Forwarded-Proto"); before != "" && !named["X-Forwarded-Proto"] {
 		proto = before
@@ -277,6 +284,9 @@ func appendForwarded(
 	head = appendField(head, "X-Forwarded-Proto", proto)
 	head = appendField(head, "X-Forwarded-Host", host)
 	head = appendField(head, headerPod, pod)
+	if subject := clientSubject(r.TLS); subject != "" {
+		head = appendField(head, headerClientSubject, subject)
+	}
 	return appendFields(head, r.Header, named, omit)
 }
 

@@ -421,6 +421,7 @@ type clientListener struct {
 	fdLimit       *descriptorLimit
 	badHeads      *atomic.Int64
 	proxyProtocol *proxyProtocol // nil: off
+	tls           *tlsServer     // nil: clients come without TLS
 }
 
 func (l clientListener) Accept() (net.Conn, error) {
@@ -433,6 +434,9 @@ func (l clientListener) Accept() (net.Conn, error) {
 	}
 	l.fdLimit.add(descriptorsPerUpgrade)
 	c := &clientConn{Conn: conn, fdLimit: l.fdLimit, badHeads: l.badHeads}
+	if l.tls != nil {
+		c.Conn = newTLSConn(conn, l.tls.config())
+	}
 	if l.proxyProtocol.expects(conn.RemoteAddr().String()) {
 		c.Conn, c.proxyProtocol = &prefixedConn{Conn: conn}, l.proxyProtocol
 	}
@@ -507,6 +511,7 @@ func (c *clientConn) Read(b []byte) (int, error) {
 		n, err := c.Conn.Read(b)
 		if errors.Is(err, io.EOF) {
 			conn, _ := unwrap(c.Conn)
+			conn, _ = takeTLS(conn)
 			_, tcp := conn.(*net.TCPConn)
 			c.readEOF.Store(tcp) // who is before us on a Unix socket closes it when its client has left
 		}
@@ -579,12 +584,15 @@ func (c *clientConn) CloseWrite() error {
 type clientConnKey struct{}
 
 // markRequestRead notes that the connection's request reached the handler. It gives the
-// request the client's address: net/http has asked for that before the header of the
-// PROXY protocol was read.
+// request the client's address, for net/http has asked for that before the header of the
+// PROXY protocol was read, and the state of its TLS.
 func markRequestRead(r *http.Request) {
 	if c, ok := r.Context().Value(clientConnKey{}).(*clientConn); ok {
 		c.requestRead.Store(true)
 		c.uncount()
+		conn, _ := unwrap(c.Conn)
+		_, t := takeTLS(conn)
+		r.TLS = t.state()
 		if c.remoteAddr != nil {
 			r.RemoteAddr = c.remoteAddr.String()
 		}

@@ -167,7 +167,7 @@ func startCountingClients(t *testing.T, network string) *countingClients {
 	}
 	gate := wideDescriptorLimit(t)
 	served := make(chan error, 1)
-	go func() { served <- server.Serve(clientListener{l, gate, f.badHeads, nil}) }()
+	go func() { served <- server.Serve(clientListener{l, gate, f.badHeads, nil, nil}) }()
 	t.Cleanup(func() { server.Close(); <-served })
 	return f
 }

@@ -158,14 +158,14 @@
 // lock held.
 //
 // Read main, command and config (what starts), admin, plan, status, peers and page (what
-// operators ask), fastpath, proxy, forward, layout, handshake, listen, upgrade and proxyprotocol
-// (from client to session), configmap, directory, events, drain, move, movetally,
-// movetarget, movequeue, maxage, pace, membership, member, handoffobject, handoff,
-// flight and release (what a change of overrides does), route, overrides, namespace and
-// hash (who owns), discovery, cordon, backends, dialqueue, watch and kube (where owners
-// are), top, relay and websocket (the life of a session), namespacelimit, log, runtime
-// and metrics, and wait (a back-off, a sleep, times, a wake-up). A file uses only those
-// after it.
+// operators ask), redirect, fastpath, proxy, forward, layout, handshake, listen, upgrade,
+// proxyprotocol and certificates (from client to session), configmap, directory,
+// events, drain, move, movetally, movetarget, movequeue, maxage, pace, membership, member,
+// handoffobject, handoff, flight and release (what a change of overrides does), route,
+// overrides, namespace and hash (who owns), discovery, cordon, backends, dialqueue, watch
+// and kube (where owners are), top, relay, tls and websocket (the life of a session),
+// namespacelimit, log, runtime and metrics, and wait (a back-off, a sleep, times, a
+// wake-up). A file uses only those after it.
 package main
 
 import (
@@ -240,17 +240,29 @@ func run(ctx context.Context, args []string, getenv func(string) string,
 		return fmt.Errorf("-admin: %w", err)
 	}
 	defer adminListener.Close()
+	if c.redirect != "" {
+		plain, err := listen(c.redirect, c.tcpUserTimeout)
+		if err != nil {
+			return fmt.Errorf("-redirect: %w", err)
+		}
+		defer plain.Close()
+		if p.redirect, err = newRedirect(p.proxy, plain, p.fdLimit); err != nil {
+			return err
+		}
+	}
 	return p.serve(ctx, clientListener, adminListener)
 }
 
 // program is the router's components, wired.
 type program struct {
-	config  *config
-	fdLimit *descriptorLimit
-	proxy   *proxy
-	tasks   []func(context.Context) // each runs until its context ends
-	admin   *admin
-	log     *slog.Logger
+	config       *config
+	fdLimit      *descriptorLimit
+	proxy        *proxy
+	certificates *certificates           // nil: clients do not speak TLS
+	redirect     *redirect               // nil for none
+	tasks        []func(context.Context) // each runs until its context ends
+	admin        *admin
+	log          *slog.Logger
 }
 
 // newProgram makes the components that c asks for. They do nothing before serve.
@@ -295,7 +307,29 @@ func newProgram(c *config, getenv func(string) string, queue *logQueue,
 		p.followStatefulSet(kubeClient, kubeNamespace, endpoints)
 	}
 	p.addSources(kubeClient, kubeNamespace)
-	return p, nil
+	return p, p.addCertificates(kubeNamespace)
+}
+
+// addCertificates reads the certificates, if clients speak TLS.
+func (p *program) addCertificates(kubeNamespace string) error {
+	c := p.config
+	if !c.endsTLS() {
+		return nil
+	}
+	certificates, err := newCertificates(c.certificates, p.log)
+	if err != nil {
+		return err
+	}
+	p.certificates, p.admin.certificates = certificates, certificates
+	p.proxy.tls, p.proxy.relay.clientTLS = newTLSServer(certificates.config), true
+	p.proxy.forwardedFrom = &c.forwardedFrom // clients come by themselves
+	p.tasks = append(p.tasks, certificates.run)
+	if maps := p.admin.configMaps; maps != nil && c.podUID != "" { // else kubectl describe would not find it
+		pod := apiObject{Kind: "Pod"}
+		pod.Metadata.Namespace, pod.Metadata.Name, pod.Metadata.UID = kubeNamespace, c.podName, c.podUID
+		certificates.onRejected = func(message string) { maps.events.reportCertificate(pod, message) }
+	}
+	return nil
 }
 
 // newProxy wires a proxy with a router, a relay and a mover of its own. fdLimit counts
@@ -456,6 +490,7 @@ func (p *program) serve(ctx context.Context, clients, admin net.Listener) error 
 	running.Go(fastPath.run)
 	running.Go(func() { failed <- clientServer.Serve(fastPath) })
 	running.Go(func() { adminServer.Serve(adminConns) }) // until Close
+	running.Go(p.redirect.serve)
 	p.logServing(clients.Addr(), admin.Addr())
 
 	var err error
@@ -467,6 +502,7 @@ func (p *program) serve(ctx context.Context, clients, admin net.Listener) error 
 	p.stopClients(fastPath, clientServer, stopRequests)
 	stopBackground()
 	adminServer.Close()
+	p.redirect.close()
 	running.Wait()
 	p.proxy.mover.releases.close()
 	p.proxy.backends.close()
@@ -480,6 +516,9 @@ func (p *program) logServing(client, admin net.Addr) {
 		"version", version(), "listen", client.String(), "admin", admin.String(),
 		"pod", p.config.podName, "backends", p.proxy.backends.fixed.count,
 		"kube", p.config.kube)
+	if p.redirect != nil {
+		p.log.Info("redirecting clients without TLS", "listen", p.redirect.listener.Addr().String())
+	}
 	wanted := p.config.limits.sessions
 	if sessions := p.fdLimit.maxSessions(); sessions < wanted {
 		p.log.Warn("open file limit allows fewer sessions than -max-sessions",

@@ -48,6 +48,7 @@ type proxy struct {
 
 	proxyProtocol *proxyProtocol  // of the client listener; nil: off
 	forwardedFrom *trustedProxies // see removeForwarded; nil: all peers
+	tls           *tlsServer      // of the client listener; nil: clients come without TLS
 
 	draining atomic.Bool // set when the drain begins
 
@@ -764,6 +765,9 @@ func (p *proxy) hijack(w http.ResponseWriter, head []byte) (net.Conn, []byte, er
 	early, _ := rw.Reader.Peek(rw.Reader.Buffered()) // no error: it is buffered
 	client, rest := unwrap(conn.(*clientConn).Conn)
 	early = slices.Concat(early, rest)
+	if _, t := takeTLS(client); t != nil {
+		early = append(early, t.takeBuffered()...)
+	}
 	client.SetDeadline(time.Now().Add(p.limits.handshakeTimeout))
 	if _, err := client.Write(head); err != nil {
 		conn.Close()

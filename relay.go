@@ -30,13 +30,14 @@ const (
 	causeMoved              // the namespace has another owner now
 	causeMaxAge             // it was as old as -max-age
 	causeDrain              // the router stops
+	causeTruncated          // the client's TLS stream ended without close_notify
 	numCauses               // the number of causes
 )
 
 // String returns the cause as the log's "cause" and the metrics' label have it.
 func (c cause) String() string {
 	return [numCauses]string{"none", "client", "backend", "client_error", "backend_error",
-		"router_error", "half_close", "idle", "moved", "max_age", "drain"}[c]
+		"router_error", "half_close", "idle", "moved", "max_age", "drain", "truncated"}[c]
 }
 
 // endCause is the cause if the side ends its stream first.
@@ -60,6 +61,13 @@ func (i side) causeOf(err error) cause {
 		syscall.ECONNREFUSED, syscall.ENOPROTOOPT, syscall.EPROTO, syscall.EACCES,
 		// the router has closed it
 		net.ErrClosed,
+	}
+	var errno syscall.Errno
+	switch {
+	case errors.Is(err, errTruncated):
+		return causeTruncated
+	case i == clientSide && !errors.As(err, &errno): // what TLS refuses, or net.ErrClosed
+		return causeClientError
 	}
 	if slices.ContainsFunc(gone, func(e error) bool { return errors.Is(err, e) }) {
 		return i.errorCause()
@@ -135,6 +143,7 @@ type relay struct {
 	// Static after construction.
 	backendName      func(backend int) string
 	began            time.Time
+	clientTLS        bool          // clients may come with TLS that the router ends
 	halfCloseTimeout time.Duration // see the constants of the same names
 	deadTimeout      time.Duration
 	closeTimeout     time.Duration

@@ -67,6 +67,7 @@ type sessionIO struct {
 	halfCloseTimer *time.Timer     // nil until one direction has ended
 
 	closing *closingHandshake // nil if there is none; set once
+	tls     *tlsConn          // of the client; nil if it came without TLS, or TLS ended before the router
 }
 
 // bulkState says whether a side has much to send. From -bulkPause to -1 it counts the
@@ -155,15 +156,20 @@ func (s *session) wantsRead(i side) bool {
 // socket may have more.
 func (p *poller) readOnce(s *session, i side, ended bool) (more bool) {
 	overBudget := p.relay.engine.unsentBytes.Load() >= p.relay.engine.unsentBudget
-	if overBudget && s.closing == nil {
+	switch {
+	case s.tls != nil && i == clientSide:
+		return p.readTLS(s, overBudget, ended)
+	case overBudget && s.closing == nil && s.tls == nil:
 		return p.forwardPeeked(s, i, ended)
 	}
 	n, limit := 0, bufferSize
 	pipe, errno := p.spliceIn(s, i, bufferSize)
 	if pipe == nil && errno == 0 {
 		switch {
-		case s.closing != nil && overBudget:
+		case overBudget:
 			limit = peekSize / 4
+		case s.tls != nil:
+			limit = maxTLSWrite - maxCloseFrame
 		case s.closing != nil:
 			limit -= maxCloseFrame
 		case s.bulk[i] == inBulk:
@@ -179,7 +185,9 @@ func (p *poller) readOnce(s *session, i side, ended bool) (more bool) {
 		case errno == 0:
 			more = n == limit
 			n = p.scan(s, i, n)
-			s.detectBulk(i, more, limit)
+			if s.tls == nil {
+				s.detectBulk(i, more, limit)
+			}
 			pipe, errno = p.spliceIn(s, i, bufferSize-n)
 		default:
 			n = 0
@@ -195,8 +203,8 @@ func (p *poller) readOnce(s *session, i side, ended bool) (more bool) {
 
 // forwardPeeked is readOnce while the budget for unsent bytes is used up: it peeks at
 // what has come, sends that, and then reads as many bytes as the peer took. It is not
-// used during a closing handshake, because then the bytes to send differ from those
-// that came.
+// used with TLS or during a closing handshake, because then the bytes to send differ
+// from those that came.
 func (p *poller) forwardPeeked(s *session, i side, ended bool) (more bool) {
 	n, errno := p.buf.peek(s.fd[i], peekSize)
 	switch {
@@ -259,7 +267,7 @@ func (s *session) detectBulk(i side, full bool, limit int) {
 // read returns it.
 func (p *poller) spliceIn(s *session, i side, limit int) (*pipe, syscall.Errno) {
 	size := min(s.frames[i].remaining(), uint64(limit))
-	if s.bulk[i] != inBulk || s.closing != nil || size < minSplice {
+	if s.bulk[i] != inBulk || s.closing != nil || s.tls != nil || size < minSplice {
 		return nil, 0
 	}
 	target := p.pipes.get()
@@ -283,6 +291,10 @@ func (p *poller) spliceIn(s *session, i side, limit int) (*pipe, syscall.Errno) 
 // the bytes in pipe, which may be nil, to the peer. It keeps what the peer does not
 // take. The side has no unsent bytes before.
 func (p *poller) sendOrKeep(s *session, i side, n int, pipe *pipe) {
+	if s.tls != nil && i == backendSide {
+		p.sendTLS(s, n)
+		return
+	}
 	sent, flags := n, 0
 	if pipe != nil {
 		flags = syscall.MSG_MORE
@@ -324,7 +336,11 @@ func (s *session) canSend(i side) bool { return s.open && !s.writeFailed[i.other
 // flushUnsent sends the unsent bytes of side i, through the poller's buffer.
 func (p *poller) flushUnsent(s *session, i side) {
 	u := s.unsent[i]
-	if u == nil {
+	switch {
+	case u == nil:
+		return
+	case s.tls != nil && i == backendSide:
+		p.flushRecords(s)
 		return
 	}
 	n, pipe := copy(p.buf.data[:], u.data), u.pipe
@@ -355,7 +371,9 @@ func (p *poller) handleSent(s *session, i side, n int, errno syscall.Errno,
 	to := i.other()
 	switch {
 	case errno == 0:
-		s.bytesFrom[i].Add(int64(n))
+		if s.tls == nil || i == clientSide { // else sendTLS has counted them
+			s.bytesFrom[i].Add(int64(n))
+		}
 		if s.halfCloseTimer != nil {
 			s.halfCloseTimer.Reset(p.relay.halfCloseTimeout)
 		}
@@ -416,8 +434,7 @@ func (p *poller) sideEnded(s *session, i side) {
 	}
 	p.halfClose(s, i.endCause())
 	if !s.fin[i.other()] {
-		// A failure shows when the peer is read.
-		syscall.Shutdown(int(s.fd[i.other()]), syscall.SHUT_WR)
+		p.shutdownWrite(s, i.other())
 	}
 	p.endIfDead(s)
 }
@@ -463,6 +480,9 @@ func (p *poller) end(s *session, cause cause) {
 		return
 	}
 	s.setCause(cause)
+	if p.sendCloseNotify(s); !s.open {
+		return // it has failed, and that ended the session
+	}
 	s.open = false
 	for i, fd := range s.fd {
 		switch {

@@ -58,6 +58,9 @@ func (e *engine) stop() {}
 // called.
 func (e *engine) assign(s *session, conns [2]net.Conn) {
 	s.conn, s.relay = conns, e.relay
+	if _, t := takeTLS(conns[clientSide]); t != nil {
+		t.setTransport(t.transport.Conn, true)
+	}
 }
 
 // carry starts the goroutines of s. They send early first, and then carry what

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"crypto/tls"
 	"encoding/base64"
 	"encoding/binary"
 	"errors"
@@ -36,12 +37,13 @@ type user interface {
 type client struct {
 	*loop
 	user       user
-	ports      []int    // namespace i is opened at the i-th, modulo their number
-	namespaces []string // session i has the i-th, modulo their number
-	dialed     int      // sessions so far
-	opening    int      // of these, with the greeting still to come
-	request    []byte   // the last
-	failure    error    // of the first session that failed
+	config     *tls.Config // of TLS; nil: none
+	ports      []int       // namespace i is opened at the i-th, modulo their number
+	namespaces []string    // session i has the i-th, modulo their number
+	dialed     int         // sessions so far
+	opening    int         // of these, with the greeting still to come
+	request    []byte      // the last
+	failure    error       // of the first session that failed
 }
 
 func newClient(t *target, namespaces []string) (*client, error) {
@@ -49,7 +51,7 @@ func newClient(t *target, namespaces []string) (*client, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &client{loop: l, ports: t.ports, namespaces: namespaces}, nil
+	return &client{loop: l, config: t.tls, ports: t.ports, namespaces: namespaces}, nil
 }
 
 // names returns n namespaces that begin with prefix.
@@ -104,13 +106,16 @@ func (c *client) dial() {
 		s.lost(err.Error())
 		return
 	}
+	if c.config != nil {
+		s.secure(c.config)
+	}
 	var raw [16]byte
 	var key [24]byte
 	binary.LittleEndian.PutUint64(raw[:], uint64(s.number)*0x9e3779b97f4a7c15)
 	base64.StdEncoding.Encode(key[:], raw[:])
 	acceptKey(s.accept[:0], key[:])
 	c.request = append(append(c.request[:0], "GET /ws/"...), c.namespaces[s.namespace]...)
-	c.request = append(c.request, " HTTP/1.1\r\nHost: bench.example.com\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"+
+	c.request = append(c.request, " HTTP/1.1\r\nHost: "+hostName+"\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"+
 		browser+"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: "...)
 	c.request = append(append(c.request, key[:]...), "\r\n\r\n"...)
 	s.send(c.request)

@@ -14,6 +14,7 @@ const (
 type connector struct {
 	*client
 	more      bool
+	resumed   int // handshakes with a ticket
 	latencies []time.Duration
 }
 
@@ -29,6 +30,9 @@ func openConnect(t *target) (load, error) {
 
 func (k *connector) opened(s *session) {
 	k.latencies = append(k.latencies, k.now()-s.begun)
+	if s.security != nil && s.security.resumed() {
+		k.resumed++
+	}
 	s.close()
 	if k.more {
 		k.dial()
@@ -49,6 +53,12 @@ func (k *connector) send(d time.Duration) error {
 	return errors.Join(err, k.failure)
 }
 
-func (k *connector) count() { k.latencies = nil }
+func (k *connector) count() { k.latencies, k.resumed = nil, 0 }
 
-func (k *connector) values(used use) (values, error) { return used.operations(k.latencies) }
+func (k *connector) values(used use) (values, error) {
+	v, err := used.operations(k.latencies)
+	if err == nil && k.config != nil && k.config.ClientSessionCache != nil {
+		v["resumed"] = float64(k.resumed) / float64(len(k.latencies))
+	}
+	return v, err
+}

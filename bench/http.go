@@ -15,7 +15,7 @@ import (
 const (
 	plainConns   = 64       // kept-alive connections of the load
 	postSize     = 16 << 10 // bytes of the bodies of http16k
-	plainHeaders = " HTTP/1.1\r\nHost: bench.example.com\r\nConnection: keep-alive\r\nAccept: */*\r\n" + browser
+	plainHeaders = " HTTP/1.1\r\nHost: " + hostName + "\r\nConnection: keep-alive\r\nAccept: */*\r\n" + browser
 
 	mixedSockets  = 5000 // sessions of the scenario mixed, at most
 	mixedMessages = 2000 // per second on all these

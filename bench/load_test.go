@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -47,9 +48,16 @@ func startTestBackends(t *testing.T) *target {
 // is to the port i+n*shift of to.
 func startRelays(t *testing.T, to *target, shift int, change func([]byte)) *target {
 	t.Helper()
-	relays := &target{backends: to.backends}
+	return startRelaysOn(t, to, shift, change, func(l net.Listener) net.Listener { return l })
+}
+
+// startRelaysOn is startRelays with connections that wrap accepts.
+func startRelaysOn(t *testing.T, to *target, shift int, change func([]byte), wrap func(net.Listener) net.Listener) *target {
+	t.Helper()
+	relays := &target{backends: to.backends, tls: to.tls}
 	for i := range to.ports {
 		l, port := listenTest(t)
+		l = wrap(l)
 		t.Cleanup(func() { l.Close() })
 		relays.ports = append(relays.ports, port)
 		go func() {
@@ -95,15 +103,26 @@ func flip(at int) func([]byte) {
 func TestScenarios(t *testing.T) {
 	to := startTestBackends(t)
 	to.settle, to.group, to.idle, to.beside = 20*time.Millisecond, group{os.Getpid()}, 300, 300
-	for _, sc := range scenarios() {
+	groups := scenarioGroups()
+	tested, err := pick(scenarios(), func(sc scenario) string { return sc.name }, groups[groupPlain]+","+groups[groupTLS]+","+groups[groupTLS12])
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, sc := range tested {
 		t.Run(sc.name, func(t *testing.T) {
+			to, length := to, 500*time.Millisecond
+			if sc.tls != nil {
+				secure := startTLS(t, to, sc.tls, func(*tls.Config) {})
+				secure.settle, secure.group, secure.idle = to.settle, to.group, 50
+				to, length = secure, 100*time.Millisecond
+			}
 			c := &contender{run: new(run), target: to}
-			sc.measure([]*contender{c}, 500*time.Millisecond)
+			sc.measure([]*contender{c}, length)
 			v := c.run.Values
 			if c.run.Error != "" {
 				t.Fatal(c.run.Error)
 			}
-			for _, q := range allRequirements() {
+			for _, q := range append(allRequirements(), tlsRequirements(oursTLS)...) {
 				if _, ok := v[q.metric]; q.scenario == sc.name && !ok {
 					t.Errorf("no %s in %v", q.metric, v)
 				}
@@ -119,6 +138,14 @@ func TestScenarios(t *testing.T) {
 			case "idle": // this process has both ends
 				if v["sessions"] != 300 || v["files"] < 2 || v["files"] > 2.02 {
 					t.Errorf("got %v, want 300 sessions of 2 files", v)
+				}
+			case "tls-idle", "tls12-idle": // and here those of the relay
+				if v["sessions"] != 50 || v["files"] < 4 || v["files"] > 4.2 {
+					t.Errorf("got %v, want 50 sessions of 4 files", v)
+				}
+			case "tls-resume", "tls12-resume":
+				if v["resumed"] != 1 {
+					t.Errorf("got %v, want a ticket in all handshakes", v)
 				}
 			case "mixed":
 				if v["sessions"] != 300 || v["http_per_s"] > 2200 || v["http_p99_ms"] == 0 {

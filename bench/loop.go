@@ -41,10 +41,12 @@ type loop struct {
 	events    []syscall.EpollEvent
 	conns     []*conn // by descriptor; nil: none
 	buf       []byte  // what was read last
+	records   []byte  // of TLS that were read last; nil if there were none yet
 	holdReads bool    // a connection that does not take its output is not read
 	failure   error   // of a listener
 	began     time.Time
 	heard     time.Duration // when the last event was, on the loop's clock
+	waited    time.Duration // for events, by the loop that steps with this one
 	other     *loop         // of the other end, which steps with this one; or nil
 }
 
@@ -72,15 +74,19 @@ func (l *loop) close() {
 // step handles the events of both ends that are there; if there are none it waits
 // for the first, limit at most.
 func (l *loop) step(limit time.Duration) {
-	for begun := l.now(); ; {
+	begun := l.now()
+	for now, last := begun, begun; ; last = now {
 		events := l.handle()
 		if l.other != nil {
 			events += l.other.handle()
 		}
-		now := l.now()
+		now = l.now()
 		if events > 0 {
 			l.heard = now
 			return
+		}
+		if l.other != nil {
+			l.other.waited += now - last
 		}
 		if now-begun >= limit {
 			return
@@ -202,14 +208,15 @@ type end interface {
 
 // conn is one end of a connection, owned by the loop that it was added to.
 type conn struct {
-	loop   *loop
-	end    end
-	accept func() error // of a listener, when there are connections to accept
-	fd     int          // -1 when closed
-	mask   uint32       // what epoll watches
-	in     []byte       // received and not used yet
-	out    []byte       // sent and not taken yet
-	more   bool         // drained will send more as soon as it is taken
+	loop     *loop
+	end      end
+	accept   func() error // of a listener, when there are connections to accept
+	security *security    // TLS; nil: none
+	fd       int          // -1 when closed
+	mask     uint32       // what epoll watches
+	in       []byte       // received and not used yet
+	out      []byte       // sent and not taken yet
+	more     bool         // drained will send more as soon as it is taken
 }
 
 // add makes c the connection of descriptor fd, which is the loop's from now on.
@@ -231,6 +238,9 @@ func (c *conn) open() bool { return c.fd >= 0 }
 func (c *conn) close() {
 	if c.open() {
 		c.loop.conns[c.fd] = nil
+		if c.security != nil {
+			c.security.goodbye(c.fd)
+		}
 		syscall.Close(c.fd)
 		c.fd, c.in, c.out = -1, nil, nil
 	}
@@ -243,26 +253,49 @@ func (c *conn) fail(why string) {
 
 // read reads once, behind what was not used yet.
 func (c *conn) read() {
-	l, held := c.loop, len(c.in)
-	if held+readSize > len(l.buf) {
-		l.buf = make([]byte, 2*(held+readSize))
+	if c.security != nil {
+		c.decrypt()
+		return
 	}
-	copy(l.buf, c.in)
+	l, held := c.loop, len(c.in)
+	copy(l.room(held+readSize), c.in)
 	n, errno := rawRead(c.fd, l.buf[held:])
-	switch {
-	case errno == syscall.EAGAIN:
-		return
-	case errno != 0:
-		c.fail("read: " + errno.Error())
-		return
-	case n == 0:
-		c.fail("closed by the peer")
+	if !c.came(n, errno) {
 		return
 	}
 	if held+n == len(l.buf) {
 		c.modify() // epoll has to look again
 	}
-	p := l.buf[:held+n]
+	c.deliver(l.buf[:held+n])
+}
+
+// room returns buf with n bytes at least, and what it has already.
+func (l *loop) room(n int) []byte {
+	if n > len(l.buf) {
+		buf := make([]byte, 2*n)
+		copy(buf, l.buf)
+		l.buf = buf
+	}
+	return l.buf
+}
+
+// came reports whether a read of n bytes has brought some. c fails if none will come.
+func (c *conn) came(n int, errno syscall.Errno) bool {
+	switch {
+	case errno == syscall.EAGAIN:
+		return false
+	case errno != 0:
+		c.fail("read: " + errno.Error())
+		return false
+	case n == 0:
+		c.fail("closed by the peer")
+		return false
+	}
+	return true
+}
+
+// deliver gives the end p, and keeps what it does not use.
+func (c *conn) deliver(p []byte) {
 	rest := p[c.end.received(p):]
 	if !c.open() {
 		return
@@ -290,6 +323,15 @@ func (c *conn) write(p []byte) int {
 
 // send writes p, and keeps a copy of what is not taken.
 func (c *conn) send(p []byte) {
+	if c.security != nil {
+		c.encrypt(p)
+		return
+	}
+	c.transmit(p)
+}
+
+// transmit writes p as it is.
+func (c *conn) transmit(p []byte) {
 	if len(c.out) == 0 {
 		n := c.write(p)
 		if n < 0 {

@@ -8,7 +8,7 @@
 //
 // Read main, suite and turns (rounds), proxy (what is measured), target, process
 // and the scenarios check, idle, echo, stream, connect and http (what is run and
-// measured), client, backend, frame, loop and raw (the load), report and must (the
+// measured), client, tls, backend, frame, loop and raw (the load), report and must (the
 // tables).
 package main
 
@@ -48,9 +48,10 @@ func start(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	f.IntVar(&o.rounds, "rounds", 3, "`number` of rounds, each of all scenarios against all proxies")
 	f.DurationVar(&o.length, "d", 4*time.Second, "length of a measurement, in turns with the other proxies")
 	f.IntVar(&o.sessions, "n", 20_000, "idle `sessions`; fewer if the limit on open files says so")
-	f.StringVar(&o.scenarios, "scenarios", "", "`list` of check,checkhttp,idle,echo64,echo1k,paced,stream,connect,http,http16k,mixed (default all)")
+	f.StringVar(&o.scenarios, "scenarios", groupDefault, "`list` of scenarios and of groups of them: plain ("+scenarioGroups()[groupPlain]+
+		"), tls, tls12 (the same through TLS 1.3 and 1.2, such as tls-echo64; with -ecdsa at the end with that certificate), checks")
 	f.StringVar(&o.before, "before", "", "`path` of the router of a build before, to measure beside today's")
-	f.StringVar(&o.proxies, "proxies", "", "`list` of router,router-before,bare,nginx,nginx-64k,haproxy,haproxy-splice,direct (default all)")
+	f.StringVar(&o.proxies, "proxies", "", "`list` of router,router-before,bare,nginx,nginx-64k,haproxy,haproxy-splice,direct,router-tls,pod,nginx-tls,haproxy-tls (default all)")
 	f.StringVar(&o.out, "out", "bench/results/"+time.Now().Format("20060102-150405"), "`path` of the report, without .md and .json")
 	f.IntVar(&o.cpu, "proxy-cpu", 0, "`number` of the proxy's CPU")
 	f.DurationVar(&o.calm, "calm", 2*time.Minute, "how long to wait for a calm machine before a measurement")

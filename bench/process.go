@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -92,6 +93,45 @@ func (g group) memory() (m memory, err error) {
 		m.files += float64(len(files))
 	}
 	return m, nil
+}
+
+// kernelMemory is the memory in KiB that the kernel has for all programs: its objects, such
+// as sockets and open files, stacks, page tables, and what TCP buffers hold (proc(5)). There
+// is no such figure of one process; a cgroup's needs rights, and a kernel that charges an
+// accepted socket to who accepts it.
+func kernelMemory() (float64, error) {
+	info, err := os.ReadFile("/proc/meminfo")
+	if err != nil {
+		return 0, err
+	}
+	sockets, err := os.ReadFile("/proc/net/sockstat")
+	if err != nil {
+		return 0, err
+	}
+	return parseKernelMemory(string(info), string(sockets), os.Getpagesize())
+}
+
+// parseKernelMemory adds up the figures of /proc/meminfo and /proc/net/sockstat, which
+// counts TCP's memory in pages.
+func parseKernelMemory(info, sockets string, page int) (sum float64, err error) {
+	for _, name := range []string{"Slab:", "KernelStack:", "PageTables:"} {
+		_, rest, _ := strings.Cut("\n"+info, "\n"+name)
+		kib, err := strconv.ParseFloat(strings.Fields(rest + " none")[0], 64)
+		if err != nil {
+			return 0, fmt.Errorf("/proc/meminfo: %s %w", name, err)
+		}
+		sum += kib
+	}
+	for line := range strings.Lines(sockets) {
+		fields := strings.Fields(line)
+		at := slices.Index(fields, "mem")
+		if fields[0] != "TCP:" || at < 0 || at+1 == len(fields) {
+			continue
+		}
+		pages, err := strconv.ParseFloat(fields[at+1], 64)
+		return sum + pages*float64(page)/1024, err
+	}
+	return 0, errors.New("/proc/net/sockstat: no memory of TCP")
 }
 
 // cpuTicks is a line of /proc/stat.

@@ -22,14 +22,42 @@ var nginxConf string
 //go:embed peers/haproxy.cfg
 var haproxyConf string
 
+//go:embed peers/pod.sh
+var podScript string
+
+// TLS in the configurations. nginx has what the pod's has, but for a certificate that is
+// read in each handshake. HAProxy by default prefers the cipher suites in its own order:
+// AES with 256 bits where the others have 128.
+const (
+	nginxTLS = `        ssl_certificate @DIR@/tls/tls.crt;
+        ssl_certificate_key @DIR@/tls/tls.key;
+        ssl_protocols TLSv1.2 TLSv1.3;
+        ssl_ciphers ECDHE+AESGCM:ECDHE+CHACHA20;
+        ssl_prefer_server_ciphers off;
+        ssl_session_cache shared:tls:10m;
+        ssl_session_timeout 1h;
+        ssl_buffer_size 4k;`
+	haproxyTLS    = " ssl crt @DIR@/tls/tls.pem"
+	haproxyGlobal = `    ssl-default-bind-options ssl-min-ver TLSv1.2 prefer-client-ciphers
+    ssl-default-bind-ciphers ECDHE+AESGCM:ECDHE+CHACHA20`
+)
+
 const (
 	firstProxy     = 8100 // port of the first proxy
+	portsOfProxy   = 8    // that each proxy may have
 	overrideCount  = 1000
 	overridePrefix = "ov-"
 
 	ours   = "router"
 	before = "router-before" // a build before, with the same arguments
 	bare   = "bare"          // peers/bare: what Go's reverse proxy alone takes
+
+	// With TLS:
+	oursTLS    = "router-tls"
+	pod        = "pod" // nginx and the router as they are deployed
+	haproxyEnd = "haproxy-tls"
+	nginxEnd   = "nginx-tls"
+	tlsFlag    = "-tls-cert" // of a router that can end TLS
 )
 
 // overrideBackend is the backend of the i-th override.
@@ -41,34 +69,38 @@ type proxy struct {
 	name    string
 	program string // "" is none: clients open sessions with the backends
 	args    string
-	config  string // of the file config
-	version string // what the program says about itself
-	files   int    // that a session may take of the limit on open files
+	config  string                           // of the file config
+	prepare func(dir string, port int) error // writes further files; or nil
+	parts   []string                         // programs that program runs; nil: it is the only one
+	flag    string                           // that program must know; "": none
+	version string                           // what the program says about itself
+	files   int                              // that a session may take of the limit on open files
+	tls     bool                             // it ends TLS
 	port    int
 }
 
-// proxies returns all. Each has one worker and logs warnings only. previous is the
-// program of a build before, "" for none. bareProgram is that of peers/bare.
+// proxies returns all. Each has one worker and logs warnings only, but for the pod, which
+// is as it is deployed. previous is the program of a build before, "" for none. bareProgram
+// is that of peers/bare.
 func proxies(router, bareProgram, previous string) []*proxy {
-	var addrs []string
-	for _, port := range backendPorts() {
-		addrs = append(addrs, "127.0.0.1:"+strconv.Itoa(port))
+	list := append(plainProxies(router, bareProgram, previous), tlsProxies(router)...)
+	for i, p := range list {
+		p.port = firstProxy + portsOfProxy*i
 	}
+	return list
+}
+
+// plainProxies returns those without TLS.
+func plainProxies(router, bareProgram, previous string) []*proxy {
 	nginx := func(name, buffer, busy string) *proxy {
-		return &proxy{name: name, program: "nginx", files: 2, args: "-p @DIR@ -c @DIR@/config",
-			config: strings.NewReplacer("@BUFFER@", buffer, "@BUSY@", busy).Replace(nginxConf)}
+		return &proxy{name: name, program: "nginx", files: 2, args: "-p @DIR@ -c @DIR@/config", config: nginxConfig(buffer, busy, "", "")}
 	}
 	haproxy := func(name string, files int, options string) *proxy {
-		return &proxy{name: name, program: "haproxy", files: files, args: "-db -f @DIR@/config",
-			config: strings.Replace(haproxyConf, "@SPLICE@", options, 1)}
-	}
-	build := func(name, program string) *proxy {
-		return &proxy{name: name, program: program, files: 2, args: "-listen 127.0.0.1:@PORT@ -admin 127.0.0.1:@ADMIN@ -backends " +
-			strings.Join(addrs, ",") + " -overrides @DIR@/overrides -kube none -log-level warn"}
+		return &proxy{name: name, program: "haproxy", files: files, args: "-db -f @DIR@/config", config: haproxyConfig(options, "", "")}
 	}
 	list := []*proxy{
 		build(ours, router),
-		{name: bare, program: bareProgram, files: 2, args: "-listen 127.0.0.1:@PORT@ -backends " + strings.Join(addrs, ",")},
+		{name: bare, program: bareProgram, files: 2, args: "-listen 127.0.0.1:@PORT@ -backends " + backendList()},
 		nginx("nginx", "4k", "8k"),
 		nginx("nginx-64k", "64k", "128k"),
 		haproxy("haproxy", 2, ""),
@@ -78,17 +110,86 @@ func proxies(router, bareProgram, previous string) []*proxy {
 	if previous != "" {
 		list = slices.Insert(list, 1, build(before, previous))
 	}
-	for i, p := range list {
-		p.port = firstProxy + 2*i
+	return list
+}
+
+// tlsProxies returns those that end TLS. The files with the certificate are in the
+// directory tls.
+func tlsProxies(router string) []*proxy {
+	list := []*proxy{
+		build(oursTLS, router),
+		{name: pod, program: "sh", parts: []string{"nginx", router}, args: "@DIR@/config", files: 2, prepare: copyDeployed,
+			config: strings.ReplaceAll(podScript, "@BACKENDS@", backendList())},
+		{name: nginxEnd, program: "nginx", files: 2, args: "-p @DIR@ -c @DIR@/config", config: nginxConfig("4k", "8k", " ssl", nginxTLS)},
+		{name: haproxyEnd, program: "haproxy", files: 2, args: "-db -f @DIR@/config", config: haproxyConfig("", haproxyGlobal, haproxyTLS)},
+	}
+	list[0].flag = tlsFlag
+	list[0].args += " " + tlsFlag + " @DIR@/tls/tls.crt -tls-key @DIR@/tls/tls.key"
+	for _, p := range list {
+		p.tls = true
 	}
 	return list
 }
 
+// build is a build of the router.
+func build(name, program string) *proxy {
+	return &proxy{name: name, program: program, files: 2, args: "-listen 127.0.0.1:@PORT@ -admin 127.0.0.1:@ADMIN@ -backends " +
+		backendList() + " -overrides @DIR@/overrides -kube none -log-level warn"}
+}
+
+func nginxConfig(buffer, busy, listen, tls string) string {
+	return strings.NewReplacer("@BUFFER@", buffer, "@BUSY@", busy, "@LISTEN@", listen, "@TLS@", tls).Replace(nginxConf)
+}
+
+func haproxyConfig(splice, global, tls string) string {
+	return strings.NewReplacer("@SPLICE@", splice, "@GLOBAL@", global, "@TLS@", tls).Replace(haproxyConf)
+}
+
+// backendList is the addresses of the backends, as the router takes them.
+func backendList() string {
+	var addresses []string
+	for _, port := range backendPorts() {
+		addresses = append(addresses, "127.0.0.1:"+strconv.Itoa(port))
+	}
+	return strings.Join(addresses, ",")
+}
+
+// deployed is the directory of the pod's nginx, from the root of the repository.
+const deployed = "nginx"
+
+// copyDeployed writes the pod's nginx.conf and start.sh to dir, for bench's directory and
+// ports.
+func copyDeployed(dir string, port int) error { return copyPod(deployed, dir, port) }
+
+// copyPod is copyDeployed from a directory. A text to replace that is not there is an error:
+// something else would be measured.
+func copyPod(from, dir string, port int) error {
+	number := strconv.Itoa
+	for name, pairs := range map[string][]string{
+		"nginx.conf": {"/etc/nginx/", dir + "/", "/run/router/", dir + "/", " /tmp/", " " + dir + "/tmp/"},
+		"start.sh": {"listen 443 ", "listen " + number(port) + " ", "listen 80 ", "listen " + number(port+2) + " ",
+			"listen 8002 ", "listen " + number(port+3) + " ", "$loopback:8003", "$loopback:" + number(port+4),
+			">/tmp/", ">" + dir + "/tmp/", "=/tmp/", "=" + dir + "/tmp/"},
+	} {
+		b, err := os.ReadFile(filepath.Join(from, name))
+		if err != nil {
+			return err
+		}
+		for i := 0; i < len(pairs); i += 2 {
+			if !strings.Contains(string(b), pairs[i]) {
+				return fmt.Errorf("%s/%s does not contain %q", from, name, pairs[i])
+			}
+		}
+		text := strings.NewReplacer(pairs...).Replace(string(b))
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
+			return err
+		}
+	}
+	return os.MkdirAll(filepath.Join(dir, "tmp"), 0o755)
+}
+
 // direct is the load without a proxy.
 func (p *proxy) direct() bool { return p.program == "" }
-
-// built reports whether p is a program of this repository.
-func (p *proxy) built() bool { return p.name == ours || p.name == before || p.name == bare }
 
 // overrides reports whether p has the overrides.
 func (p *proxy) overrides() bool { return !p.direct() && p.name != bare }
@@ -100,34 +201,65 @@ func (p *proxy) ports() []int {
 	return []int{p.port}
 }
 
-// find makes program a path and asks for its version; an error if it is not
-// there.
-func (p *proxy) find() error {
+// find makes program and parts paths and asks for their versions; an error if one is not
+// there, or is too old.
+func (p *proxy) find() (err error) {
 	if p.direct() {
 		return nil
 	}
-	path, err := exec.LookPath(p.program)
-	if err != nil && !p.built() {
-		path, err = exec.LookPath("/usr/sbin/" + p.program) // not in everybody's PATH
-	}
-	if err != nil && p.built() {
+	var version string
+	var versions []string
+	if p.program, version, err = lookUp(p.program); err != nil {
 		return err
 	}
-	if err != nil {
-		return fmt.Errorf("%s is not installed: apt-get install nginx-light haproxy", p.program)
-	}
-	if p.built() {
-		info, err := buildinfo.ReadFile(path)
-		if err != nil {
+	for i := range p.parts {
+		if p.parts[i], version, err = lookUp(p.parts[i]); err != nil {
 			return err
 		}
-		p.version = info.GoVersion + " " + info.Main.Version
-	} else {
-		out, _ := exec.Command(path, "-v").CombinedOutput()
-		p.version, _, _ = strings.Cut(strings.TrimSpace(string(out)), "\n")
+		versions = append(versions, version)
 	}
-	p.program, err = filepath.Abs(path)
-	return err
+	if p.version = version; len(versions) > 0 {
+		p.version = strings.Join(versions, ", ")
+	}
+	if p.flag == "" {
+		return nil
+	}
+	help, _ := exec.Command(p.program, "-h").CombinedOutput() // the status of -h says nothing
+	for line := range strings.Lines(string(help)) {
+		if fields := strings.Fields(line); len(fields) > 0 && fields[0] == p.flag {
+			return nil
+		}
+	}
+	return fmt.Errorf("%s does not know the flag %s", p.program, p.flag)
+}
+
+// lookUp returns the path of a program and what it says about itself. A program with a path
+// is one of this repository.
+func lookUp(program string) (path, version string, err error) {
+	path, err = exec.LookPath(program)
+	if strings.Contains(program, "/") {
+		if err != nil {
+			return "", "", err
+		}
+		info, err := buildinfo.ReadFile(path)
+		if err != nil {
+			return "", "", err
+		}
+		path, err = filepath.Abs(path)
+		return path, info.GoVersion + " " + info.Main.Version, err
+	}
+	if err != nil {
+		path, err = exec.LookPath("/usr/sbin/" + program) // not in everybody's PATH
+	}
+	if err != nil {
+		return "", "", fmt.Errorf("%s is not installed: apt-get install nginx-light haproxy", program)
+	}
+	if program != "sh" { // which would take -v for its own
+		out, _ := exec.Command(path, "-v").CombinedOutput()
+		version, _, _ = strings.Cut(strings.TrimSpace(string(out)), "\n")
+	}
+	path, err = filepath.Abs(path)
+	return path, version, err
 }
 
 // running is a proxy that has been started.
@@ -138,12 +270,29 @@ type running struct {
 	backends *backends // its own
 }
 
+// write writes what p needs to dir, anew, and returns its arguments.
+func (p *proxy) write(dir string) (args []string, err error) {
+	pairs := []string{"@DIR@", dir, "@PORT@", strconv.Itoa(p.port), "@ADMIN@", strconv.Itoa(p.port + 1)}
+	if len(p.parts) == 2 {
+		pairs = append(pairs, "@NGINX@", p.parts[0], "@ROUTER@", p.parts[1])
+	}
+	replace := strings.NewReplacer(pairs...).Replace
+	err = errors.Join(os.RemoveAll(dir), writeOverrides(dir), os.WriteFile(dir+"/config", []byte(replace(p.config)), 0o644))
+	if err == nil && p.prepare != nil {
+		err = p.prepare(dir, p.port)
+	}
+	return strings.Fields(replace(p.args)), err
+}
+
 // start starts p on the CPU of its target, in a new directory below tmp, and waits
-// until it routes. The caller stops it.
-func (p *proxy) start(t *target, tmp string) (*running, error) {
+// until it routes. c is its certificate, nil if it needs none. The caller stops it.
+func (p *proxy) start(t *target, tmp string, c *certificate) (*running, error) {
 	dir := filepath.Join(tmp, p.name)
-	replace := strings.NewReplacer("@DIR@", dir, "@PORT@", strconv.Itoa(p.port), "@ADMIN@", strconv.Itoa(p.port+1)).Replace
-	if err := errors.Join(os.RemoveAll(dir), writeOverrides(dir), os.WriteFile(dir+"/config", []byte(replace(p.config)), 0o644)); err != nil {
+	own, err := p.write(dir)
+	if err == nil && c != nil {
+		err = c.write(filepath.Join(dir, "tls"))
+	}
+	if err != nil {
 		return nil, err
 	}
 	if c, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", p.port)); err == nil {
@@ -155,7 +304,7 @@ func (p *proxy) start(t *target, tmp string) (*running, error) {
 		return nil, err
 	}
 	defer log.Close()
-	args := append([]string{"-c", strconv.Itoa(t.cpu), p.program}, strings.Fields(replace(p.args))...)
+	args := append([]string{"-c", strconv.Itoa(t.cpu), p.program}, own...)
 	r := &running{cmd: exec.Command("taskset", args...), ended: make(chan struct{}), log: log.Name(), backends: t.backends}
 	r.cmd.Dir, r.cmd.Stdout, r.cmd.Stderr = dir, log, log
 	r.cmd.Env = append(os.Environ(), "GOMAXPROCS=1")

@@ -35,7 +35,7 @@ type run struct {
 }
 
 func (m *run) String() string {
-	line := fmt.Sprintf("round %d %-7s %-14s", m.Round, m.Scenario, m.Proxy)
+	line := fmt.Sprintf("round %d %-17s %-14s", m.Round, m.Scenario, m.Proxy)
 	for _, name := range slices.Sorted(maps.Keys(m.Values)) {
 		line += fmt.Sprintf(" %s %.4g", name, m.Values[name])
 	}
@@ -166,6 +166,9 @@ func (r *report) table(scenario string) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "\n## %s\n\n| proxy | %s |\n|---|%s\n", scenario, strings.Join(metrics, " | "), strings.Repeat("---:|", len(metrics)))
 	for _, proxy := range r.Proxies {
+		if !slices.ContainsFunc(r.Runs, func(m *run) bool { return m.Scenario == scenario && m.Proxy == proxy }) {
+			continue // of no meaning there
+		}
 		fmt.Fprintf(&b, "| %s |", proxy)
 		for _, metric := range metrics {
 			fmt.Fprintf(&b, " %s |", cell(r.points(proxy, scenario, metric)))

@@ -32,7 +32,9 @@ type suite struct {
 	log       io.Writer
 	scenarios []scenario
 	proxies   []*proxy
-	tmp       string // scratch directory
+	tmp       string                  // scratch directory
+	certs     map[string]*certificate // by the kind of their keys
+	own       float64                 // target.own in this round; 0: not measured yet
 	backends  *backends
 	files     int // limit on open files of one process
 	report    *report
@@ -51,8 +53,14 @@ func measureAll(ctx context.Context, o options, log io.Writer) (*report, error) 
 	if err != nil {
 		return nil, err
 	}
-	if least := spareFiles + 2*busySessions*len(s.proxies); s.files < least {
+	if least := spareFiles + 2*busySessions*s.contenders(); s.files < least {
 		return nil, fmt.Errorf("%d open files are allowed, want at least %d (ulimit -n)", s.files, least)
+	}
+	s.certs = map[string]*certificate{}
+	for _, kind := range []string{keyRSA, keyECDSA} {
+		if s.certs[kind], err = newCertificate(kind); err != nil {
+			return nil, err
+		}
 	}
 	if s.tmp, err = os.MkdirTemp("", "bench-"); err != nil {
 		return nil, err
@@ -78,7 +86,7 @@ func measureAll(ctx context.Context, o options, log io.Writer) (*report, error) 
 
 // choose sets what to measure, and notes the proxies that are not there.
 func (s *suite) choose() (err error) {
-	if s.scenarios, err = pick(scenarios(), func(sc scenario) string { return sc.name }, s.options.scenarios); err != nil {
+	if s.scenarios, err = pick(scenarios(), func(sc scenario) string { return sc.name }, expand(s.options.scenarios)); err != nil {
 		return fmt.Errorf("-scenarios: %w", err)
 	}
 	wanted, err := pick(proxies("bin/router", "bin/bare", s.before), func(p *proxy) string { return p.name }, s.options.proxies)
@@ -96,6 +104,14 @@ func (s *suite) choose() (err error) {
 		s.report.Versions[p.name] = p.version
 	}
 	return nil
+}
+
+// contenders is how many proxies one scenario has at most.
+func (s *suite) contenders() (most int) {
+	for _, sc := range s.scenarios {
+		most = max(most, len(sc.against(s.proxies)))
+	}
+	return most
 }
 
 // pick returns those of all whose names are in the list, all if it is empty.
@@ -116,6 +132,7 @@ func pick[T any](all []T, name func(T) string, list string) (picked []T, err err
 // round runs every scenario against every proxy, of which another one is the
 // first in each round.
 func (s *suite) round(ctx context.Context, round int) error {
+	s.own = 0
 	first := (round - 1) % len(s.proxies)
 	order := slices.Concat(s.proxies[first:], s.proxies[:first])
 	for _, sc := range s.scenarios {
@@ -176,7 +193,7 @@ func (s *suite) beside() int {
 // disturbed says what took too much of the machine meanwhile.
 func disturbed(scenario string, v values) string {
 	most := .1
-	if scenario == "stream" {
+	if strings.Contains(scenario, "stream") {
 		// Interrupts on an idle CPU free the packets that were sent from it:
 		// they are the proxy's but not counted as its time.
 		most = .35

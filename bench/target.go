@@ -1,10 +1,12 @@
 package main
 
 import (
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"os"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -13,36 +15,57 @@ type target struct {
 	ports     []int // the proxy's, or of the backends
 	group     group // the proxy's processes, none without proxy
 	backends  *backends
+	tls       *tls.Config   // of the clients; nil: they use none
 	overrides bool          // the proxy has the overrides
 	cpu       int           // the proxy's
 	idle      int           // sessions of the scenario idle
 	beside    int           // sessions of the scenario mixed, beside plain requests
 	settle    time.Duration // until memory is as it stays
+	own       float64       // KiB of kernel memory that the load has for each session
 }
 
 // scenario is one kind of load and what is measured meanwhile. Either proxies
 // take turns with the load that open makes, or each runs for itself.
 type scenario struct {
-	name  string
-	open  func(*target) (load, error)
-	run   func(*target) (values, error)
-	once  bool     // in the first round is enough
-	skips []string // proxies that it is not run against
+	name   string
+	open   func(*target) (load, error)
+	run    func(*target) (values, error)
+	tls    *tlsUse  // of the sessions; nil: they use none
+	once   bool     // in the first round is enough
+	memory bool     // it needs target.own
+	skips  []string // proxies that it is not run against
 }
 
 // scenarios returns them in the order of a round.
 func scenarios() []scenario {
+	list := plainScenarios()
+	for _, version := range []struct {
+		prefix string
+		number uint16
+	}{{"tls", tls.VersionTLS13}, {"tls12", tls.VersionTLS12}} {
+		for _, key := range []struct{ suffix, kind string }{{"", keyRSA}, {"-ecdsa", keyECDSA}} {
+			for _, sc := range tlsScenarios(tlsUse{version: version.number, key: key.kind}) {
+				sc.name = version.prefix + sc.name + key.suffix
+				list = append(list, sc)
+			}
+		}
+	}
+	return list
+}
+
+// plainScenarios returns those without TLS.
+func plainScenarios() []scenario {
 	sockets := []string{bare}                           // which is for plain requests
 	requests := []string{"nginx-64k", "haproxy-splice"} // which are for long streams
 	both := []string{bare, "nginx-64k", "haproxy", "haproxy-splice", "direct"}
 	return []scenario{
 		{name: "check", run: runCheck, once: true},
 		{name: "checkhttp", run: runCheckHTTP, once: true},
-		{name: "idle", run: runIdle, skips: []string{bare, "direct"}}, // nobody has the memory
-		{name: "echo64", open: func(t *target) (load, error) { return openFlood(t, 64) }, skips: sockets},
-		{name: "echo1k", open: func(t *target) (load, error) { return openFlood(t, 1024) }, skips: sockets},
-		{name: "paced", open: func(t *target) (load, error) { return openPace(t, 64) }, skips: sockets},
-		{name: "stream", open: func(t *target) (load, error) { return openStream(t, 8, 1<<40, false) }, skips: sockets},
+		{name: "idle", run: runIdle, memory: true, skips: []string{bare, "direct"}}, // nobody has the memory
+		{name: "echo64", open: openEcho64, skips: sockets},
+		{name: "echo1k", open: openEcho1k, skips: sockets},
+		{name: "paced", open: openPaced, skips: sockets},
+		{name: "stream", open: openDownloads, skips: sockets},
 		{name: "connect", open: openConnect, skips: sockets},
 		{name: "http", open: func(t *target) (load, error) { return openHTTP(t, 0) }, skips: requests},
 		{name: "http16k", open: func(t *target) (load, error) { return openHTTP(t, postSize) }, skips: requests},
@@ -50,9 +73,68 @@ func scenarios() []scenario {
 	}
 }
 
-// against returns those of the proxies that the scenario is run against.
+// tlsScenarios returns those with one use of TLS. Their names are what follows its own.
+func tlsScenarios(use tlsUse) []scenario {
+	tickets := use
+	tickets.resume = true
+	return []scenario{
+		{name: "-check", run: runCheckTLS, once: true, tls: &use},
+		{name: "-idle", run: runIdle, memory: true, tls: &use},
+		{name: "-echo64", open: openEcho64, tls: &use},
+		{name: "-echo1k", open: openEcho1k, tls: &use},
+		{name: "-paced", open: openPaced, tls: &use},
+		{name: "-stream", open: openDownloads, tls: &use},
+		{name: "-connect", open: openConnect, tls: &use},
+		{name: "-resume", open: openConnect, tls: &tickets},
+	}
+}
+
+func openEcho64(t *target) (load, error)    { return openFlood(t, 64) }
+func openEcho1k(t *target) (load, error)    { return openFlood(t, 1024) }
+func openPaced(t *target) (load, error)     { return openPace(t, 64) }
+func openDownloads(t *target) (load, error) { return openStream(t, 8, 1<<40, false) }
+
+// The names of groups of scenarios, as -scenarios takes them.
+const (
+	groupPlain   = "plain"
+	groupTLS     = "tls"
+	groupTLS12   = "tls12"
+	groupChecks  = "checks"
+	groupDefault = groupPlain + "," + groupTLS
+)
+
+// scenarioGroups returns the scenarios of each group. Certificates matter in handshakes only.
+func scenarioGroups() map[string]string {
+	var plain []string
+	for _, sc := range plainScenarios() {
+		plain = append(plain, sc.name)
+	}
+	return map[string]string{
+		groupPlain:  strings.Join(plain, ","),
+		groupTLS:    "tls-check,tls-idle,tls-echo64,tls-echo1k,tls-paced,tls-stream,tls-connect,tls-connect-ecdsa,tls-resume",
+		groupTLS12:  "tls12-check-ecdsa,tls12-idle,tls12-echo64,tls12-echo1k,tls12-stream,tls12-connect,tls12-connect-ecdsa,tls12-resume",
+		groupChecks: "check,checkhttp,tls-check,tls12-check-ecdsa",
+	}
+}
+
+// expand replaces the names of groups in a list of scenarios.
+func expand(list string) string {
+	groups := scenarioGroups()
+	names := strings.Split(list, ",")
+	for i, name := range names {
+		if group := groups[name]; group != "" {
+			names[i] = group
+		}
+	}
+	return strings.Join(names, ",")
+}
+
+// against returns those of the proxies that the scenario is run against: they end TLS if
+// it uses TLS, and no others do.
 func (sc *scenario) against(proxies []*proxy) []*proxy {
-	return slices.DeleteFunc(slices.Clone(proxies), func(p *proxy) bool { return slices.Contains(sc.skips, p.name) })
+	return slices.DeleteFunc(slices.Clone(proxies), func(p *proxy) bool {
+		return p.tls != (sc.tls != nil) || slices.Contains(sc.skips, p.name)
+	})
 }
 
 // values are what one measurement gave, by metric; README.md explains them.
@@ -62,6 +144,7 @@ type values map[string]float64
 type sample struct {
 	at          time.Time
 	proxy, load time.Duration // of processes
+	waited      time.Duration // by the load, with a CPU, until something came
 	cpus        map[int]cpuTicks
 }
 
@@ -70,6 +153,9 @@ func (t *target) sample() (s sample, err error) {
 	s.proxy, errs[0] = t.group.cpu()
 	s.load, errs[1] = processCPU(os.Getpid())
 	s.cpus, errs[2] = readCPUs()
+	if t.backends != nil {
+		s.waited = t.backends.waited
+	}
 	s.at = time.Now()
 	return s, errors.Join(errs[:]...)
 }
@@ -78,6 +164,7 @@ func (t *target) sample() (s sample, err error) {
 type use struct {
 	wall    time.Duration
 	proxy   time.Duration // CPU time of the proxy's processes
+	load    time.Duration // in which the load had something to do
 	busy    time.Duration // of its CPU, on top of that interrupts charged to no process
 	foreign time.Duration // CPU time of other programs
 	steal   time.Duration // CPU time of other virtual machines
@@ -96,6 +183,7 @@ func (t *target) during(f func() error) (u use, err error) {
 	after, err := t.sample()
 	all := sum(after.cpus, before.cpus)
 	u.wall, u.proxy = after.at.Sub(before.at), after.proxy-before.proxy
+	u.load = u.wall - (after.waited - before.waited)
 	u.busy = after.cpus[t.cpu].busy - before.cpus[t.cpu].busy
 	u.foreign = all.busy - (u.proxy + after.load - before.load)
 	u.steal, u.cpus = all.steal, all.busy+all.idle+all.steal
@@ -106,6 +194,7 @@ func (t *target) during(f func() error) (u use, err error) {
 func (u *use) add(more use) {
 	u.wall += more.wall
 	u.proxy += more.proxy
+	u.load += more.load
 	u.busy += more.busy
 	u.foreign += more.foreign
 	u.steal += more.steal
@@ -114,9 +203,10 @@ func (u *use) add(more use) {
 
 func (u use) values() values {
 	return values{
-		"cpu_share": u.proxy.Seconds() / u.wall.Seconds(),
-		"foreign":   max(u.foreign, 0).Seconds() / u.wall.Seconds(),
-		"steal":     u.steal.Seconds() / max(u.cpus, tick).Seconds(),
+		"cpu_share":  u.proxy.Seconds() / u.wall.Seconds(),
+		"load_share": u.load.Seconds() / u.wall.Seconds(),
+		"foreign":    max(u.foreign, 0).Seconds() / u.wall.Seconds(),
+		"steal":      u.steal.Seconds() / max(u.cpus, tick).Seconds(),
 	}
 }
 

@@ -137,28 +137,50 @@ func (sc scenario) measure(all []*contender, length time.Duration) {
 	}
 }
 
+// idleTLS is how many idle sessions there are with TLS, at most: a handshake takes the load
+// and the proxy a millisecond.
+const idleTLS = 5000
+
+// target is what the load without a proxy is put on, and every proxy.
+func (s *suite) target() *target {
+	return &target{ports: backendPorts(), backends: s.backends, cpu: s.cpu, idle: min(s.sessions, (s.files-spareFiles)/2),
+		beside: s.beside(), settle: time.Second, own: s.own}
+}
+
 // contend starts a proxy afresh for a measurement.
 func (s *suite) contend(p *proxy, sc scenario) *contender {
-	c := &contender{run: &run{Proxy: p.name, Scenario: sc.name}, stop: func() {}}
-	c.target = &target{ports: p.ports(), backends: s.backends, overrides: p.overrides(), cpu: s.cpu,
-		idle:   min(s.sessions, (s.files-spareFiles)/p.files),
-		beside: s.beside(), settle: time.Second}
+	c := &contender{run: &run{Proxy: p.name, Scenario: sc.name}, target: s.target(), stop: func() {}}
+	t := c.target
+	t.ports, t.overrides, t.idle = p.ports(), p.overrides(), min(s.sessions, (s.files-spareFiles)/p.files)
 	if p.direct() {
 		return c
 	}
-	r, err := p.start(c.target, s.tmp)
+	var cert *certificate
+	if sc.tls != nil {
+		cert = s.certs[sc.tls.key]
+		t.tls, t.idle = cert.config(sc.tls), min(t.idle, idleTLS)
+	}
+	r, err := p.start(t, s.tmp, cert)
 	if err != nil {
 		c.fail(err)
 		return c
 	}
 	c.stop = r.stop
-	c.target.group, err = processGroup(r.cmd.Process.Pid)
+	t.group, err = processGroup(r.cmd.Process.Pid)
 	c.fail(err)
 	return c
 }
 
 // once runs one scenario against proxies.
 func (s *suite) once(proxies []*proxy, sc scenario) (runs []*run) {
+	if sc.memory && s.own == 0 {
+		t := s.target()
+		t.idle = min(t.idle, idleTLS)
+		var err error
+		if s.own, err = loadMemory(t); err != nil {
+			fmt.Fprintln(s.log, "the load's own memory:", err)
+		}
+	}
 	var all []*contender
 	for _, p := range proxies {
 		c := s.contend(p, sc)

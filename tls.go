@@ -1,0 +1,245 @@
+package main
+
+import (
+	"bytes"
+	"container/list"
+	"crypto/tls"
+	"errors"
+	"io"
+	"net"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// tlsServer ends the TLS of clients (RFC 8446, RFC 5246). All of TLS is crypto/tls's: the
+// router gives it what came and sends what it returns. A client in its handshake has a
+// goroutine. A session has none: its poller lends crypto/tls memory for one read.
+type tlsServer struct {
+	config  func() *tls.Config // for the next handshake
+	compute chan struct{}      // has an element for each handshake that computes
+	results [numTLSResults]atomic.Int64
+	resumed atomic.Int64 // of those that are tlsOK
+	times   *histogram   // of those that are tlsOK
+	running atomic.Int64 // handshakes under way
+	silent  handshakeList
+}
+
+// tlsResult is how a handshake ended.
+type tlsResult int
+
+const (
+	tlsOK       tlsResult = iota
+	tlsFailed             // what the client sent is refused
+	tlsTimeout            // it took longer than -header-timeout
+	tlsReplaced           // too many waited for their clients, and it for longest
+	tlsGone               // the client left
+	numTLSResults
+)
+
+// String returns the result as the metrics' label has it.
+func (r tlsResult) String() string {
+	return [numTLSResults]string{"ok", "failed", "timeout", "replaced", "client_gone"}[r]
+}
+
+const (
+	// maxSilentHandshakes is how many handshakes may wait for their clients. One more
+	// ends the one that has waited for longest: whoever opens connections and sends
+	// nothing keeps nobody out.
+	maxSilentHandshakes = 2048
+	// maxTLSHandshakeBytes is what a client may send in its handshake: crypto/tls takes
+	// up to 256 KiB of certificates.
+	maxTLSHandshakeBytes = 320 << 10
+)
+
+// newTLSServer returns a server whose handshakes take their settings from config.
+func newTLSServer(config func() *tls.Config) *tlsServer {
+	return &tlsServer{
+		config: config,
+		// A handshake computes for a millisecond. More of them at once than there are
+		// CPUs would only keep the sessions waiting.
+		compute: make(chan struct{}, runtime.GOMAXPROCS(0)),
+		times:   newHistogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10),
+		silent:  handshakeList{limit: maxSilentHandshakes},
+	}
+}
+
+// handshake does the handshake of a client, whose transport calls pause to wait. It
+// returns an error that says how it has failed; nothing more can be sent then.
+func (s *tlsServer) handshake(t *tlsConn) error {
+	began := time.Now()
+	s.running.Add(1)
+	s.compute <- struct{}{}
+	err := t.Handshake()
+	<-s.compute
+	s.running.Add(-1)
+	if err != nil {
+		return err
+	}
+	s.results[tlsOK].Add(1)
+	s.times.observe(time.Since(began))
+	if t.ConnectionState().DidResume {
+		s.resumed.Add(1)
+	}
+	return nil
+}
+
+// pause calls wait, which waits for the client of a handshake. Meanwhile that does not
+// compute. end, which may be called from any goroutine, ends wait.
+func (s *tlsServer) pause(end, wait func()) {
+	<-s.compute
+	s.silent.during(end, wait)
+	s.compute <- struct{}{}
+}
+
+// writeMetrics writes how many handshakes there were, and how long they took.
+func (s *tlsServer) writeMetrics(m metricsWriter) {
+	m.single("router_tls_handshakes", "gauge", "TLS handshakes under way.", float64(s.running.Load()))
+	sample := m.family("router_tls_handshakes_total", "counter", "TLS handshakes that ended, by result.")
+	for r := range numTLSResults {
+		sample(float64(s.results[r].Load()), "result", r.String())
+	}
+	m.single("router_tls_handshakes_resumed_total", "counter",
+		"TLS handshakes that went on with an earlier session of the client.", float64(s.resumed.Load()))
+	s.times.write(m, "router_tls_handshake_duration_seconds", "How long TLS handshakes took that did not fail.")
+}
+
+// handshakeList has the handshakes that wait for their clients, by when that began.
+type handshakeList struct {
+	limit int
+
+	mu  sync.Mutex
+	all list.List // of func(), which end them. Guarded by mu.
+}
+
+// during has the list have a handshake, which end ends, while wait waits. If it has too
+// many then, it ends the first.
+func (l *handshakeList) during(end, wait func()) {
+	l.mu.Lock()
+	place := l.all.PushBack(end)
+	var first *list.Element
+	if l.all.Len() > l.limit {
+		first = l.all.Front()
+		l.all.Remove(first)
+	}
+	l.mu.Unlock()
+	if first != nil {
+		first.Value.(func())() // without mu: it takes other locks
+	}
+	wait()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.all.Remove(place) // nothing, if it was ended
+}
+
+// tlsConn is a client's connection whose TLS the router ends.
+type tlsConn struct {
+	*tls.Conn
+	transport tlsTransport
+}
+
+// tlsTransport is what is under a tlsConn: a client's connection, or what reads and
+// writes its socket on the fast path or in a poller. Who owns the tlsConn may change it
+// between two calls of it.
+type tlsTransport struct {
+	net.Conn
+	relayed bool // the tlsConn is a session's
+}
+
+// Read returns errTruncated at the end of a session's stream. crypto/tls takes an end
+// between two records for a regular one otherwise.
+func (t *tlsTransport) Read(b []byte) (int, error) {
+	n, err := t.Conn.Read(b)
+	if t.relayed && errors.Is(err, io.EOF) {
+		err = errTruncated
+	}
+	return n, err
+}
+
+// errTruncated is returned when a client ends its connection without the alert
+// close_notify: what came may not be all that it has sent (RFC 8446 §6.1).
+var errTruncated = errors.New("the TLS stream ended without close_notify")
+
+// errNoBytesYet is returned by a transport that must not wait for bytes. For crypto/tls
+// it is temporary: the next read goes on where this one has stopped.
+var errNoBytesYet net.Error = noBytesYet{}
+
+type noBytesYet struct{}
+
+func (noBytesYet) Error() string   { return "no bytes yet" }
+func (noBytesYet) Timeout() bool   { return true }
+func (noBytesYet) Temporary() bool { return true }
+
+// newTLSConn returns a connection over the transport. Its handshake is done by the first
+// read or write, if not before.
+func newTLSConn(transport net.Conn, config *tls.Config) *tlsConn {
+	t := &tlsConn{transport: tlsTransport{Conn: transport}}
+	t.Conn = tls.Server(&t.transport, config)
+	return t
+}
+
+// setTransport replaces the transport.
+func (t *tlsConn) setTransport(transport net.Conn, relayed bool) {
+	t.transport = tlsTransport{transport, relayed}
+}
+
+// CloseWrite ends this side: first its TLS, then its TCP.
+func (t *tlsConn) CloseWrite() error {
+	err := t.Conn.CloseWrite()
+	return errors.Join(err, t.transport.Conn.(interface{ CloseWrite() error }).CloseWrite())
+}
+
+// takeBuffered returns the bytes that have been received and decrypted, or can be without
+// another read of the socket.
+func (t *tlsConn) takeBuffered() []byte {
+	before := t.transport
+	defer func() { t.transport = before }()
+	t.setTransport(writeOnly{before.Conn}, false)
+	var b bytes.Buffer
+	b.ReadFrom(t.Conn) // the error comes again
+	return b.Bytes()
+}
+
+// writeOnly is a transport that has no bytes to read.
+type writeOnly struct{ net.Conn }
+
+func (writeOnly) Read([]byte) (int, error) { return 0, errNoBytesYet }
+
+// state returns what the handshake has agreed on, or nil for no TLS.
+func (t *tlsConn) state() *tls.ConnectionState {
+	if t == nil {
+		return nil
+	}
+	state := t.ConnectionState()
+	return &state
+}
+
+// takeTLS returns the connection under conn, and conn if it is a tlsConn.
+func takeTLS(conn net.Conn) (net.Conn, *tlsConn) {
+	if t, ok := conn.(*tlsConn); ok {
+		return t.transport.Conn, t
+	}
+	return conn, nil
+}
+
+// isNotTLS returns the answer to a client that has sent an HTTP request in place of a
+// handshake, or nothing if err says something else.
+func isNotTLS(err error) []byte {
+	var header tls.RecordHeaderError
+	if !errors.As(err, &header) || header.Conn == nil || !looksLikeHTTP(header.RecordHeader) {
+		return nil
+	}
+	return []byte("HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Type: text/plain; charset=utf-8\r\n" +
+		"Content-Length: 24\r\n\r\nthis port expects TLS.\r\n")
+}
+
+// looksLikeHTTP reports whether the bytes may begin an HTTP/1 request.
+func looksLikeHTTP(begin [5]byte) bool {
+	for _, method := range []string{"GET /", "HEAD ", "POST ", "PUT /", "OPTIO", "PATCH", "DELET", "CONNE"} {
+		if string(begin[:]) == method {
+			return true
+		}
+	}
+	return false
+}
