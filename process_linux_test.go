@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"crypto/tls"
 	"encoding/binary"
 	"errors"
 	"flag"
@@ -35,6 +36,7 @@ type routerProcess struct {
 	runningRouter
 	cmd    *exec.Cmd
 	stderr bytes.Buffer // complete after wait
+	tls    *tls.Config  // of the clients of ask; nil for none
 }
 
 // newRouterProcess prepares this test binary to run as the router, on free ports unless
@@ -353,6 +355,9 @@ func startWithFiles(t *testing.T, files, others int) *routerProcess {
 func (p *routerProcess) ask(t *testing.T, namespace string) net.Conn {
 	t.Helper()
 	conn := dial(t, p.clientAddr)
+	if p.tls != nil {
+		conn = tls.Client(conn, p.tls)
+	}
 	mustWrite(t, conn, upgradeRequest("/ws/"+namespace))
 	return conn
 }

@@ -5,6 +5,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"crypto/tls"
 	"encoding/binary"
 	"errors"
 	"flag"
@@ -548,13 +549,25 @@ func stickSessions(t *testing.T, piece, limit int) {
 // many. It checks the Close frames at both ends, the pace and the memory, and logs
 // the CPU time.
 func TestProcessClosesGracefully(t *testing.T) {
+	t.Run("plain", func(t *testing.T) {
+		closeManyGracefully(t, nil, "-listen", "unix:"+filepath.Join(t.TempDir(), "socket"))
+	})
+	t.Run("tls", func(t *testing.T) {
+		ca := newTestCA(t, "CA")
+		secret := newMountedSecret(t, ca.sign(t, nil, nil, "a.test"))
+		closeManyGracefully(t, newTLSClient(ca, tls.VersionTLS13).config, "-tls-cert", secret.path)
+	})
+}
+
+func closeManyGracefully(t *testing.T, clients *tls.Config, args ...string) {
 	const rate, namespaces = 2000, 10
 	sessions := *partsFlag
 	drainTime := time.Duration(sessions) * time.Second / rate
 	addrs := startStub(t, "127.0.0.1:0", serveClosing(t)).addr + "," + startStub(t, "127.0.0.2:0", serveClosing(t)).addr
 	dir := overridesDir(t, pinned(namespaces, 0))
-	p := newRouterProcess(t, "-listen", "unix:"+filepath.Join(t.TempDir(), "socket"),
-		"-backends", addrs, "-overrides", dir, "-move-rate", strconv.Itoa(rate), "-drain-delay", "0", "-drain-duration", drainTime.String())
+	p := newRouterProcess(t, slices.Concat(args, []string{"-backends", addrs, "-overrides", dir,
+		"-move-rate", strconv.Itoa(rate), "-drain-delay", "0", "-drain-duration", drainTime.String()})...)
+	p.tls = clients
 	p.serve(t)
 
 	moving := leave(t, p.openClosing(t, sessions, namespaces), restarts)
@@ -618,7 +631,10 @@ func leave(t *testing.T, open []net.Conn, want string) func() []time.Time {
 				t.Errorf("client %d read %s, %v; want %s", i, got, err, want)
 			}
 			conn.Write(closeFrame(1000, "", true))
-			io.Copy(io.Discard, conn)
+			_, err = io.Copy(io.Discard, conn)
+			if _, secure := conn.(*tls.Conn); secure && err != nil {
+				t.Errorf("client %d: %v; want close_notify", i, err)
+			}
 		})
 	}
 	return func() []time.Time {
