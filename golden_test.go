@@ -1155,6 +1155,17 @@ func goldenMetrics(t *testing.T, addr, name string) {
 	golden(t, "metrics/"+name, []byte(steady(status+"\n"+strings.Join(head, "\n")+"\n\n"+body, volatileOfAdmin...)))
 }
 
+// TestGoldenAdminTLS: what /metrics of a router that ends TLS has more.
+func TestGoldenAdminTLS(t *testing.T) {
+	secret := newMountedSecret(t, newTestCA(t, "CA").sign(t, nil, nil, "a.test"))
+	r := startRouter(t, "-backends", echoBackends(t, 1), "-overrides", overridesDir(t, nil), "-tls-cert", secret.path)
+	_, _, body := adminAnswer(t, r.adminAddr, "GET /metrics HTTP/1.1\nHost: localhost\n\n")
+	body = strings.ReplaceAll(body, secret.path, "/tls")
+	lines := regexp.MustCompile(`(?m)^((?:# \w+ )?router_tls_.*) \S+$`).FindAllString(body, -1)
+	text := regexp.MustCompile(`(?m)^([^#].*) \S+$`).ReplaceAllString(strings.Join(lines, "\n")+"\n", "$1 N")
+	golden(t, "metrics/tls.txt", []byte(text))
+}
+
 // TestGoldenAdminFollowing: a router that finds all at the API server. Its sessions
 // stay where they are, for the time of the test.
 func TestGoldenAdminFollowing(t *testing.T) {

@@ -818,7 +818,7 @@ func (p *proxy) newReader(r io.Reader) *bufio.Reader {
 }
 
 // writeMetrics writes the results of the upgrades, how long they took, how many are
-// pending, and the limits.
+// pending, the limits, and what the forwarder and the TLS server write.
 func (p *proxy) writeMetrics(m metricsWriter) {
 	m.family("router_upgrades_total", "counter", "Upgrade requests, by result.")
 	for r := range resultCut {
@@ -836,5 +836,8 @@ func (p *proxy) writeMetrics(m metricsWriter) {
 		"Limit of the open sessions and plain requests.", float64(p.limits.sessions))
 	if p.forwarder != nil {
 		p.forwarder.writeMetrics(m)
+	}
+	if p.tls != nil {
+		p.tls.writeMetrics(m)
 	}
 }

@@ -95,7 +95,7 @@ func (s *tlsServer) pause(end, wait func()) {
 
 // writeMetrics writes how many handshakes there were, and how long they took.
 func (s *tlsServer) writeMetrics(m metricsWriter) {
-	m.single("router_tls_handshakes", "gauge", "TLS handshakes under way.", float64(s.running.Load()))
+	m.single("router_tls_handshakes_in_progress", "gauge", "TLS handshakes under way.", float64(s.running.Load()))
 	sample := m.family("router_tls_handshakes_total", "counter", "TLS handshakes that ended, by result.")
 	for r := range numTLSResults {
 		sample(float64(s.results[r].Load()), "result", r.String())
