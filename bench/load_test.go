@@ -113,8 +113,11 @@ func TestScenarios(t *testing.T) {
 			to, length := to, 500*time.Millisecond
 			if sc.tls != nil {
 				secure := startTLS(t, to, sc.tls, func(*tls.Config) {})
-				secure.settle, secure.group, secure.idle = to.settle, to.group, 50
+				secure.settle, secure.group, secure.idle, secure.beside = to.settle, to.group, 50, 50
 				to, length = secure, 100*time.Millisecond
+				if strings.Contains(sc.name, "flood") {
+					length = 2 * turn // one without the flood
+				}
 			}
 			c := &contender{run: new(run), target: to}
 			sc.measure([]*contender{c}, length)

@@ -7,7 +7,7 @@
 // measured and what makes it steady.
 //
 // Read main, suite and turns (rounds), proxy (what is measured), target, process
-// and the scenarios check, idle, echo, stream, connect and http (what is run and
+// and the scenarios check, idle, echo, stream, connect, http and flood (what is run and
 // measured), client, tls, backend, frame, loop and raw (the load), report and must (the
 // tables).
 package main

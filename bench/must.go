@@ -58,6 +58,8 @@ func tlsRequirements(proxy string) []requirement {
 		{"CPU per full handshake, RSA-2048", "", 2.1, 1.5, "tls-connect", "cpu_us", haproxy, proxy},
 		{"CPU per resumed handshake", "", 1.1, 0.95, "tls-resume", "cpu_us", haproxy, proxy},
 		{"p99 latency, 500 busy sessions", "", 0, 1.0, "tls-echo64", "p99_ms", haproxy, proxy},
+		{"p99 latency of sockets beside handshakes that stall, to that without them", "", 1.3, 1.0, "tls-flood", "flood_p99", nil, proxy},
+		{"the same, with a key exchange in each", "", 1.3, 1.0, "tls-flood-hello", "flood_p99", nil, proxy},
 	}
 	if proxy != oursTLS {
 		for i := range rows {

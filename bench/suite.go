@@ -178,16 +178,14 @@ func (s *suite) measure(ctx context.Context, proxies []*proxy, sc scenario) (run
 	return runs
 }
 
-// beside is how many sessions of the scenario mixed each of its proxies has. The load
-// has both ends of all of them at a time.
-func (s *suite) beside() int {
-	contenders := 0
-	for _, sc := range s.scenarios {
-		if sc.name == "mixed" {
-			contenders = len(sc.against(s.proxies))
-		}
+// beside is how many sessions a scenario like mixed has with each of its proxies. The load
+// has both ends of all of them at a time, and other connections with the proxies.
+func (s *suite) beside(sc scenario) int {
+	contenders, most, others := len(sc.against(s.proxies)), mixedSockets, plainConns
+	if sc.tls != nil {
+		most, others = floodSessions, floodOpen
 	}
-	return min(mixedSockets, (s.files-spareOfLoad)/2/max(contenders, 1)-plainConns)
+	return min(most, ((s.files-spareOfLoad)/max(contenders, 1)-others)/2)
 }
 
 // disturbed says what took too much of the machine meanwhile.

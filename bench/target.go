@@ -19,7 +19,7 @@ type target struct {
 	overrides bool          // the proxy has the overrides
 	cpu       int           // the proxy's
 	idle      int           // sessions of the scenario idle
-	beside    int           // sessions of the scenario mixed, beside plain requests
+	beside    int           // sessions of the scenarios mixed and flood, beside other connections
 	settle    time.Duration // until memory is as it stays
 	own       float64       // KiB of kernel memory that the load has for each session
 }
@@ -86,6 +86,8 @@ func tlsScenarios(use tlsUse) []scenario {
 		{name: "-stream", open: openDownloads, tls: &use},
 		{name: "-connect", open: openConnect, tls: &use},
 		{name: "-resume", open: openConnect, tls: &tickets},
+		{name: "-flood", open: openFloodOfBeginnings, tls: &use, skips: []string{pod, nginxEnd}},
+		{name: "-flood-hello", open: openFloodOfHellos, tls: &use, skips: []string{pod, nginxEnd}},
 	}
 }
 
@@ -111,7 +113,7 @@ func scenarioGroups() map[string]string {
 	}
 	return map[string]string{
 		groupPlain:  strings.Join(plain, ","),
-		groupTLS:    "tls-check,tls-idle,tls-echo64,tls-echo1k,tls-paced,tls-stream,tls-connect,tls-connect-ecdsa,tls-resume",
+		groupTLS:    "tls-check,tls-idle,tls-echo64,tls-echo1k,tls-paced,tls-stream,tls-connect,tls-connect-ecdsa,tls-resume,tls-flood,tls-flood-hello",
 		groupTLS12:  "tls12-check-ecdsa,tls12-idle,tls12-echo64,tls12-echo1k,tls12-stream,tls12-connect,tls12-connect-ecdsa,tls12-resume",
 		groupChecks: "check,checkhttp,tls-check,tls12-check-ecdsa",
 	}

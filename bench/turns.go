@@ -144,14 +144,15 @@ const idleTLS = 5000
 // target is what the load without a proxy is put on, and every proxy.
 func (s *suite) target() *target {
 	return &target{ports: backendPorts(), backends: s.backends, cpu: s.cpu, idle: min(s.sessions, (s.files-spareFiles)/2),
-		beside: s.beside(), settle: time.Second, own: s.own}
+		settle: time.Second, own: s.own}
 }
 
 // contend starts a proxy afresh for a measurement.
 func (s *suite) contend(p *proxy, sc scenario) *contender {
 	c := &contender{run: &run{Proxy: p.name, Scenario: sc.name}, target: s.target(), stop: func() {}}
 	t := c.target
-	t.ports, t.overrides, t.idle = p.ports(), p.overrides(), min(s.sessions, (s.files-spareFiles)/p.files)
+	t.ports, t.overrides, t.beside = p.ports(), p.overrides(), s.beside(sc)
+	t.idle = min(s.sessions, (s.files-spareFiles)/p.files)
 	if p.direct() {
 		return c
 	}
