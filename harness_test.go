@@ -4,6 +4,11 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	cryptorand "crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -11,6 +16,7 @@ import (
 	"io"
 	"log/slog"
 	"math"
+	"math/big"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -645,6 +651,7 @@ func startProxy(t testing.TB, addrs []string, data map[string]string, change fun
 	}}
 	fdLimit := wideDescriptorLimit(t)
 	p := newProxy(c, newStaticBackends("backend", addrs), fdLimit, log)
+	p.relay.clientTLS = true
 	if err := p.relay.start(); err != nil {
 		t.Fatal(err)
 	}
@@ -827,6 +834,7 @@ func quietRelay(t testing.TB) *relay {
 	t.Helper()
 	name := func(i int) string { return backendName("backend", i) }
 	r := newRelay(name, slog.New(slog.DiscardHandler))
+	r.clientTLS = true
 	if err := r.start(); err != nil {
 		t.Fatal(err)
 	}
@@ -844,13 +852,23 @@ type sessionConns struct {
 	near [2]net.Conn
 }
 
-// newSessionConns returns connections of these networks, tcp or unix: the client dials the router,
-// and the router the backend.
+// newSessionConns returns connections of these networks: the client dials the router, and the
+// router the backend. They are tcp or unix, and for the client one of overTLS too.
 func newSessionConns(t testing.TB, client, backend string) (s sessionConns) {
 	t.Helper()
-	s.far[clientSide], s.near[clientSide] = pair(t, client)
+	if version := overTLS(client); version != 0 {
+		s.far[clientSide], s.near[clientSide] = tlsPair(t, client)
+	} else {
+		s.far[clientSide], s.near[clientSide] = pair(t, client)
+	}
 	s.near[backendSide], s.far[backendSide] = pair(t, backend)
 	return s
+}
+
+// socket returns the socket of a near end, which may be under TLS.
+func socket(conn net.Conn) halfConn {
+	conn, _ = takeTLS(conn)
+	return conn.(halfConn)
 }
 
 // start starts s in r. early is what the relay gets with the sockets.
@@ -865,7 +883,7 @@ func startedSession(t testing.TB, r *relay) relayed {
 	return startedOver(t, r, "tcp", "tcp")
 }
 
-// startedOver is startedSession over these networks, tcp or unix.
+// startedOver is startedSession over these networks, as newSessionConns has them.
 func startedOver(t testing.TB, r *relay, client, backend string) relayed {
 	t.Helper()
 	return newSessionConns(t, client, backend).start(r, newSession("ns-01", 0, "192.0.2.7"), [2][]byte{})
@@ -936,12 +954,194 @@ func closeWrite(t testing.TB, conn halfConn) {
 	}
 }
 
-// reset closes conn, a TCP connection with an RST.
+// reset closes conn, a TCP connection with an RST. With TLS it sends no close_notify.
 func reset(conn net.Conn) {
+	if end, ok := conn.(*tlsEnd); ok {
+		conn = end.writeQueue.halfConn
+	}
 	if tcp, ok := conn.(*net.TCPConn); ok {
 		tcp.SetLinger(0)
 	}
 	conn.Close()
+}
+
+// overTLS returns the version of TLS of a client's network, or 0 if it has none. These networks
+// are TCP, or for "tls-unix" a Unix socket, with TLS 1.3, or for "tls12" TLS 1.2.
+func overTLS(network string) uint16 {
+	return map[string]uint16{"tls": tls.VersionTLS13, "tls-unix": tls.VersionTLS13, "tls12": tls.VersionTLS12}[network]
+}
+
+// eachNetwork runs a test with clients over each of these networks.
+func eachNetwork(t *testing.T, test func(t *testing.T, network string), networks ...string) {
+	for _, network := range networks {
+		t.Run(network, func(t *testing.T) { test(t, network) })
+	}
+}
+
+// tlsPair returns the two ends of a client's connection with TLS, after their handshake: the
+// client's, and the router's.
+func tlsPair(t testing.TB, network string) (*tlsEnd, *tlsConn) {
+	t.Helper()
+	below := "tcp"
+	if strings.HasSuffix(network, "unix") {
+		below = "unix"
+	}
+	a, b := pair(t, below)
+	far := &tlsEnd{writeQueue: &writeQueue{halfConn: a}}
+	t.Cleanup(func() { a.Close(); far.pumping.Wait() })
+	version := overTLS(network)
+	far.Conn = tls.Client(far.writeQueue, &tls.Config{InsecureSkipVerify: true, MinVersion: version, MaxVersion: version})
+	return far, nearTLS(t, b, far.Conn)
+}
+
+// nearTLS returns the router's end of the client's connection, after their handshake.
+func nearTLS(t testing.TB, conn net.Conn, client *tls.Conn) *tlsConn {
+	t.Helper()
+	near, done := newTLSConn(conn, relayTLS()), make(chan error, 1)
+	go func() { done <- near.Handshake() }()
+	err := client.Handshake()
+	must(t, err, <-done)
+	return near
+}
+
+// relayTLS returns the configuration of the router's ends, which has a certificate. They send
+// no tickets, so that all that a client reads is of its session.
+var relayTLS = sync.OnceValue(func() *tls.Config {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), cryptorand.Reader)
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().AddDate(1, 0, 0)}
+	der, signErr := x509.CreateCertificate(cryptorand.Reader, template, template, key.Public(), key)
+	if err := errors.Join(err, signErr); err != nil {
+		panic(err)
+	}
+	return &tls.Config{MinVersion: tls.VersionTLS12, SessionTicketsDisabled: true,
+		Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}}
+})
+
+// tlsEnd is a client's end of a connection with TLS. CloseWrite sends close_notify, and no FIN.
+// A read returns errTruncated at an end without close_notify. Unlike a tls.Conn, it can go on
+// after a write has timed out: then its last records are in a queue.
+type tlsEnd struct {
+	*tls.Conn
+	*writeQueue
+}
+
+func (e *tlsEnd) Read(b []byte) (int, error)        { return e.Conn.Read(b) }
+func (e *tlsEnd) CloseWrite() error                 { return e.Conn.CloseWrite() }
+func (e *tlsEnd) LocalAddr() net.Addr               { return e.Conn.LocalAddr() }
+func (e *tlsEnd) RemoteAddr() net.Addr              { return e.Conn.RemoteAddr() }
+func (e *tlsEnd) SetDeadline(t time.Time) error     { return e.writeQueue.SetDeadline(t) }
+func (e *tlsEnd) SetReadDeadline(t time.Time) error { return e.halfConn.SetReadDeadline(t) }
+func (e *tlsEnd) SetWriteDeadline(t time.Time) error {
+	return e.writeQueue.SetWriteDeadline(t)
+}
+
+// Write takes nothing before the socket has taken what was written before.
+func (e *tlsEnd) Write(b []byte) (int, error) {
+	if err := e.wait(e.deadline()); err != nil {
+		return 0, err
+	}
+	if n, err := e.Conn.Write(b); err != nil {
+		return n, err
+	}
+	if err := e.wait(e.deadline()); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+		return 0, err
+	}
+	return len(b), nil
+}
+
+// Close sends close_notify, if the socket takes that soon, and closes the connection.
+func (e *tlsEnd) Close() error {
+	e.Conn.CloseWrite()
+	e.wait(time.Now().Add(time.Second))
+	return e.halfConn.Close()
+}
+
+// writeQueue is the transport of a tlsEnd. What the socket does not take waits in it.
+type writeQueue struct {
+	halfConn
+	pumping sync.WaitGroup
+
+	mu     sync.Mutex
+	queue  []byte
+	taken  chan struct{} // closed when the socket has taken all, or has failed; nil if it takes nothing now
+	failed error
+	until  time.Time // of writes; zero for no bound
+}
+
+func (q *writeQueue) Read(b []byte) (int, error) {
+	n, err := q.halfConn.Read(b)
+	if errors.Is(err, io.EOF) {
+		err = errTruncated
+	}
+	return n, err
+}
+
+func (q *writeQueue) Write(b []byte) (int, error) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.failed != nil {
+		return 0, q.failed
+	}
+	q.queue = append(q.queue, b...)
+	if q.taken == nil {
+		q.taken = make(chan struct{})
+		q.pumping.Go(q.pump)
+	}
+	return len(b), nil
+}
+
+// pump gives the socket all that is in the queue.
+func (q *writeQueue) pump() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for len(q.queue) > 0 && q.failed == nil {
+		b := q.queue
+		q.queue = nil
+		q.mu.Unlock()
+		_, err := q.halfConn.Write(b)
+		q.mu.Lock()
+		q.failed = err
+	}
+	close(q.taken)
+	q.taken = nil
+}
+
+// wait waits until the socket has taken all that was written.
+func (q *writeQueue) wait(until time.Time) error {
+	q.mu.Lock()
+	taken, failed := q.taken, q.failed
+	q.mu.Unlock()
+	if taken == nil {
+		return failed
+	}
+	var timeout <-chan time.Time
+	if !until.IsZero() {
+		timeout = time.After(time.Until(until))
+	}
+	select {
+	case <-taken:
+		return q.wait(until)
+	case <-timeout:
+		return os.ErrDeadlineExceeded
+	}
+}
+
+func (q *writeQueue) deadline() time.Time {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.until
+}
+
+func (q *writeQueue) SetDeadline(t time.Time) error {
+	return errors.Join(q.halfConn.SetReadDeadline(t), q.SetWriteDeadline(t))
+}
+
+// SetWriteDeadline does not bound what is in the queue.
+func (q *writeQueue) SetWriteDeadline(t time.Time) error {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.until = t
+	return nil
 }
 
 // endless is a source without an end.

@@ -131,6 +131,7 @@ func (p *poller) handle(s *session, i side, events uint32) {
 	case events&syscall.EPOLLERR != 0: // its unsent bytes are sent before it is read
 		p.setWriteFailed(s, i)
 	}
+	p.handleTLSEnd(s)
 	p.continueClose(s)
 	p.updateEpoll(s)
 }
@@ -414,7 +415,7 @@ func (p *poller) endIfDead(s *session) {
 	switch {
 	case s.closing != nil || !s.isDead():
 	case s.fin == [2]bool{true, true} || s.writeFailed == [2]bool{true, true}:
-		p.end(s, s.halfCloseCause)
+		p.endWhole(s, s.halfCloseCause)
 	default:
 		s.halfCloseTimer.Reset(p.relay.deadTimeout)
 	}
@@ -569,8 +570,11 @@ func (p *poller) continueClose(s *session) {
 	if unreachable {
 		h.cut.Store(true)
 	}
-	if h.progress(&s.frames) || unreachable {
+	switch over := h.progress(&s.frames) || unreachable; {
+	case over && h.cut.Load():
 		p.end(s, causeNone)
+	case over:
+		p.endWhole(s, causeNone)
 	}
 }
 

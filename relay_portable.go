@@ -105,7 +105,7 @@ func (e *engine) copyFrom(s *session, from side, early []byte) {
 			continue
 		case err == nil:
 			continue
-		case errors.Is(err, io.EOF):
+		case errors.Is(err, io.EOF), errors.Is(err, errTruncated) && s.mayTruncate():
 			e.halfClose(s, from)
 		default:
 			s.end(s.readCause(from, err))
@@ -157,6 +157,15 @@ func (s *session) readCause(from side, err error) cause {
 		return causeHalfClose
 	}
 	return from.causeOf(err)
+}
+
+// mayTruncate reports whether the client's stream may end without close_notify: after a
+// Close frame it is whole, and if a write has failed, the client is gone, and that has taken
+// the error of its socket.
+func (s *session) mayTruncate() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.frames[clientSide].closed() || s.writeFailed[clientSide]
 }
 
 // halfClose half-closes the connection of the side's peer after the side has ended, and

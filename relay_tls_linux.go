@@ -101,18 +101,26 @@ func (p *poller) openRecords(s *session) {
 	if s.open {
 		p.sendSealed(s)
 	}
-	if s.open && !errors.Is(err, errNoBytesYet) {
-		p.tlsEnded(s, err)
+	if !errors.Is(err, errNoBytesYet) {
+		s.tls.ended = err
+		p.handleTLSEnd(s)
 	}
 	p.records.sealed = 0
 }
 
-// tlsEnded notes that the client's stream has ended: with close_notify if err is io.EOF.
-// A stream that ends after a Close frame is whole without it.
-func (p *poller) tlsEnded(s *session, err error) {
-	switch {
+// handleTLSEnd handles the end of the client's stream, if there is one, as soon as the
+// backend has taken all that came before: it may come in one read with its last bytes.
+//
+// It has come with close_notify if it is io.EOF. A stream that ends after a Close frame is
+// whole without it. If a send has failed, the client is gone, and that has taken the error
+// of its socket.
+func (p *poller) handleTLSEnd(s *session) {
+	if s.tls == nil || s.tls.ended == nil || !s.wantsRead(clientSide) {
+		return
+	}
+	switch err := s.tls.ended; {
 	case errors.Is(err, io.EOF), s.closing != nil,
-		errors.Is(err, errTruncated) && s.frames[clientSide].closed():
+		errors.Is(err, errTruncated) && (s.frames[clientSide].closed() || s.writeFailed[clientSide]):
 		p.sideEnded(s, clientSide)
 	default:
 		p.end(s, clientSide.causeOf(err))
@@ -163,13 +171,15 @@ func (p *poller) sendRecords(s *session, size int) {
 }
 
 // flushRecords sends the client the records that were kept for it. When they are sent and
-// the backend has ended its stream, so does the router.
+// the backend has ended its stream, close_notify was the last, and the router ends its
+// stream too.
 func (p *poller) flushRecords(s *session) {
 	size := copy(p.records.out.data[:], s.unsent[backendSide].data)
 	p.dropUnsent(s, backendSide)
 	p.sendRecords(s, size)
 	if s.open && s.unsent[backendSide] == nil && s.fin[backendSide] && s.closing == nil {
 		syscall.Shutdown(int(s.fd[clientSide]), syscall.SHUT_WR) // a failure shows when the client is read
+		p.endIfDead(s)
 	}
 }
 
@@ -183,6 +193,14 @@ func (p *poller) shutdownWrite(s *session, i side) {
 		}
 	}
 	syscall.Shutdown(int(s.fd[i]), syscall.SHUT_WR)
+}
+
+// endWhole ends a session of which both streams are whole. If a client with TLS does not
+// take close_notify at once, it does nothing: it is called again when that is sent.
+func (p *poller) endWhole(s *session, cause cause) {
+	if p.sendCloseNotify(s); s.unsent[backendSide] == nil {
+		p.end(s, cause)
+	}
 }
 
 // sendCloseNotify sends the alert close_notify to a client with TLS, once.

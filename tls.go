@@ -137,6 +137,7 @@ func (l *handshakeList) during(end, wait func()) {
 type tlsConn struct {
 	*tls.Conn
 	transport tlsTransport
+	ended     error // why a session's stream has ended; nil if it has not
 }
 
 // tlsTransport is what is under a tlsConn: a client's connection, or what reads and

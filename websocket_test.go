@@ -480,200 +480,212 @@ func mustSend(t testing.TB, w io.Writer, frame []byte) {
 // sends before it answers arrives at the client, and then the client gets its own
 // Close frame.
 func TestCloseGracefully(t *testing.T) {
-	for name, c := range map[string]struct {
-		cause  cause
-		answer []byte // of the backend; nil for its end
-		client string
-	}{
-		"moved":                      {causeMoved, frameBytes(0x88, false, 2, []byte("\x03\xe9")), restarts},
-		"moved, and it ends":         {causeMoved, nil, restarts},
-		"drained":                    {causeDrain, frameBytes(0x88, false, 0, nil), goesAway},
-		"answered with much to say":  {causeMoved, closeFrame(1000, "bye", false), restarts},
-		"answered, and then a frame": {causeMoved, append(closeFrame(1000, "bye", false), frameBytes(0x81, false, 2, []byte("no"))...), restarts},
-	} {
-		t.Run(name, func(t *testing.T) {
-			s := startedSession(t, quietRelay(t))
-			done := make(chan bool, 1)
-			if !s.closeGracefully(c.cause, func(cut bool) { done <- cut }) {
-				t.Fatal("closeGracefully returned false")
-			}
-			mustFrames(t, s.backend, true, goesAway)
-			mustSend(t, s.client, frameBytes(0x81, true, 4, []byte("lost")))
-			for i := range 3 {
-				mustSend(t, s.backend, frameBytes(0x81, false, 1, []byte{'0' + byte(i)}))
-				mustFrames(t, s.client, false, fmt.Sprintf("81 \"%d\"", i))
-			}
-			mustSend(t, s.backend, append(frameBytes(0x81, false, 4, []byte("last")), c.answer...))
-			if c.answer == nil {
-				s.backend.CloseWrite()
-			}
-			mustFrames(t, s.client, false, `81 "last"`, c.client)
-			mustSend(t, s.client, closeFrame(1000, "", true))
-			mustEOF(t, s.client)
-			mustEOF(t, s.backend)
-			s.wantCause(t, c.cause)
-			if <-done || s.relay.cut[c.cause].Load() != 0 {
-				t.Error("the session was cut, want a closing handshake")
-			}
-			if s.closeGracefully(causeDrain, nil) {
-				t.Error("closeGracefully returned true a second time")
-			}
-		})
-	}
+	eachNetwork(t, func(t *testing.T, network string) {
+		for name, c := range map[string]struct {
+			cause  cause
+			answer []byte // of the backend; nil for its end
+			client string
+		}{
+			"moved":                      {causeMoved, frameBytes(0x88, false, 2, []byte("\x03\xe9")), restarts},
+			"moved, and it ends":         {causeMoved, nil, restarts},
+			"drained":                    {causeDrain, frameBytes(0x88, false, 0, nil), goesAway},
+			"answered with much to say":  {causeMoved, closeFrame(1000, "bye", false), restarts},
+			"answered, and then a frame": {causeMoved, append(closeFrame(1000, "bye", false), frameBytes(0x81, false, 2, []byte("no"))...), restarts},
+		} {
+			t.Run(name, func(t *testing.T) {
+				s := startedOver(t, quietRelay(t), network, "tcp")
+				done := make(chan bool, 1)
+				if !s.closeGracefully(c.cause, func(cut bool) { done <- cut }) {
+					t.Fatal("closeGracefully returned false")
+				}
+				mustFrames(t, s.backend, true, goesAway)
+				mustSend(t, s.client, frameBytes(0x81, true, 4, []byte("lost")))
+				for i := range 3 {
+					mustSend(t, s.backend, frameBytes(0x81, false, 1, []byte{'0' + byte(i)}))
+					mustFrames(t, s.client, false, fmt.Sprintf("81 \"%d\"", i))
+				}
+				mustSend(t, s.backend, append(frameBytes(0x81, false, 4, []byte("last")), c.answer...))
+				if c.answer == nil {
+					s.backend.CloseWrite()
+				}
+				mustFrames(t, s.client, false, `81 "last"`, c.client)
+				mustSend(t, s.client, closeFrame(1000, "", true))
+				mustEOF(t, s.client)
+				mustEOF(t, s.backend)
+				s.wantCause(t, c.cause)
+				if <-done || s.relay.cut[c.cause].Load() != 0 {
+					t.Error("the session was cut, want a closing handshake")
+				}
+				if s.closeGracefully(causeDrain, nil) {
+					t.Error("closeGracefully returned true a second time")
+				}
+			})
+		}
+	}, "tcp", "tls", "tls12")
 }
 
 // The relay carries Close frames that the sides send by themselves, and inserts
 // none after them.
 func TestCloseGracefullyWhenAlreadyClosing(t *testing.T) {
-	for name, by := range map[string]side{"by the client": clientSide, "by the backend": backendSide} {
-		t.Run(name, func(t *testing.T) {
-			s := startedSession(t, quietRelay(t))
-			conns := [2]net.Conn{s.client, s.backend}
-			first, second := conns[by], conns[by.other()]
-			mustSend(t, first, closeFrame(1000, "bye", by == clientSide))
-			mustFrames(t, second, by == clientSide, `close 1000 "bye"`)
+	eachNetwork(t, func(t *testing.T, network string) {
+		for name, by := range map[string]side{"by the client": clientSide, "by the backend": backendSide} {
+			t.Run(name, func(t *testing.T) {
+				s := startedOver(t, quietRelay(t), network, "tcp")
+				conns := [2]net.Conn{s.client, s.backend}
+				first, second := conns[by], conns[by.other()]
+				mustSend(t, first, closeFrame(1000, "bye", by == clientSide))
+				mustFrames(t, second, by == clientSide, `close 1000 "bye"`)
+				s.closeGracefully(causeMoved, nil)
+				if by == backendSide {
+					mustFrames(t, s.backend, true, goesAway)
+				}
+				mustSend(t, second, closeFrame(1000, "yes", by == backendSide))
+				if by == clientSide {
+					mustFrames(t, first, false, `close 1000 "yes"`)
+				}
+				mustEOF(t, s.client)
+				mustEOF(t, s.backend)
+				s.wantCause(t, causeMoved)
+				if s.relay.cut[causeMoved].Load() != 0 {
+					t.Error("the session was cut, want a closing handshake")
+				}
+			})
+		}
+		t.Run("by the client, with the end of a frame", func(t *testing.T) {
+			s := startedOver(t, quietRelay(t), network, "tcp")
+			frame := frameBytes(0x81, true, 2, []byte("hi"))
+			mustSend(t, s.client, frame[:5])
+			mustRead(t, s.backend, string(frame[:5]))
 			s.closeGracefully(causeMoved, nil)
-			if by == backendSide {
-				mustFrames(t, s.backend, true, goesAway)
-			}
-			mustSend(t, second, closeFrame(1000, "yes", by == backendSide))
-			if by == clientSide {
-				mustFrames(t, first, false, `close 1000 "yes"`)
-			}
-			mustEOF(t, s.client)
-			mustEOF(t, s.backend)
+			mustSend(t, s.client, append(bytes.Clone(frame[5:]), closeFrame(1000, "bye", true)...))
+			mustRead(t, s.backend, string(frame[5:]))
+			mustFrames(t, s.backend, true, `close 1000 "bye"`)
+			mustSend(t, s.backend, closeFrame(1000, "yes", false))
+			mustFrames(t, s.client, false, `close 1000 "yes"`)
 			s.wantCause(t, causeMoved)
-			if s.relay.cut[causeMoved].Load() != 0 {
-				t.Error("the session was cut, want a closing handshake")
-			}
 		})
-	}
-	t.Run("by the client, with the end of a frame", func(t *testing.T) {
-		s := startedSession(t, quietRelay(t))
-		frame := frameBytes(0x81, true, 2, []byte("hi"))
-		mustSend(t, s.client, frame[:5])
-		mustRead(t, s.backend, string(frame[:5]))
-		s.closeGracefully(causeMoved, nil)
-		mustSend(t, s.client, append(bytes.Clone(frame[5:]), closeFrame(1000, "bye", true)...))
-		mustRead(t, s.backend, string(frame[5:]))
-		mustFrames(t, s.backend, true, `close 1000 "bye"`)
-		mustSend(t, s.backend, closeFrame(1000, "yes", false))
-		mustFrames(t, s.client, false, `close 1000 "yes"`)
-		s.wantCause(t, causeMoved)
-	})
+	}, "tcp", "tls", "tls12")
 }
 
 // A side gets all unsent bytes before its Close frame, however many they are. With some
 // of the sizes here the unsent bytes end at the end of a frame.
 func TestCloseGracefullyAfterUnsentData(t *testing.T) {
-	for i, want := range []string{goesAway, restarts} {
-		r := quietRelay(t)
-		r.closeTimeout = 4 * time.Second
-		var all sync.WaitGroup
-		for frames := 60; frames < 460; frames += 20 {
-			s := startedOver(t, r, "unix", "unix")
-			from, to := s.ends()[i], s.ends()[1-i]
-			frame := frameBytes(0x82, i == 0, 1000, make([]byte, 1000))
-			from.SetWriteDeadline(time.Now().Add(patience))
-			all.Go(func() { io.WriteString(from, strings.Repeat(string(frame), frames)) }) // it may fail
-			all.Go(func() {
-				carried := int(s.waitStuck(side(i)))
-				s.closeGracefully(causeMoved, nil)
-				if i == 1 { // the Close frame is due when the backend's time is over
-					<-time.After(r.closeTimeout * 5 / 8)
-				}
-				to.SetReadDeadline(time.Now().Add(patience))
-				for n := 0; ; n++ {
-					first, payload, err := nextFrame(to, i == 0, nil)
-					if first == 0x82 && len(payload) == 1000 && n < frames && err == nil {
-						continue
+	eachNetwork(t, func(t *testing.T, network string) {
+		for i, want := range []string{goesAway, restarts} {
+			r := quietRelay(t)
+			r.closeTimeout = 4 * time.Second
+			var all sync.WaitGroup
+			for frames := 60; frames < 460; frames += 20 {
+				s := startedOver(t, r, network, "unix")
+				from, to := s.ends()[i], s.ends()[1-i]
+				frame := frameBytes(0x82, i == 0, 1000, make([]byte, 1000))
+				from.SetWriteDeadline(time.Now().Add(patience))
+				all.Go(func() { io.WriteString(from, strings.Repeat(string(frame), frames)) }) // it may fail
+				all.Go(func() {
+					carried := int(s.waitStuck(side(i)))
+					s.closeGracefully(causeMoved, nil)
+					if i == 1 { // the Close frame is due when the backend's time is over
+						<-time.After(r.closeTimeout * 5 / 8)
 					}
-					if got := describeFrame(first, payload); err != nil || got != want || (n+1)*len(frame) < carried {
-						t.Errorf("from side %d: %.100s, %v after %d of %d frames, with %d bytes carried before; want %s",
-							i, got, err, n, frames, carried, want)
+					to.SetReadDeadline(time.Now().Add(patience))
+					for n := 0; ; n++ {
+						first, payload, err := nextFrame(to, i == 0, nil)
+						if first == 0x82 && len(payload) == 1000 && n < frames && err == nil {
+							continue
+						}
+						if got := describeFrame(first, payload); err != nil || got != want || (n+1)*len(frame) < carried {
+							t.Errorf("from side %d: %.100s, %v after %d of %d frames, with %d bytes carried before; want %s",
+								i, got, err, n, frames, carried, want)
+						}
+						break
 					}
-					break
-				}
-				s.client.Close()
-				s.backend.Close()
-			})
+					s.client.Close()
+					s.backend.Close()
+				})
+			}
+			all.Wait()
+			waitFor(t, r)
 		}
-		all.Wait()
-		waitFor(t, r)
-	}
+	}, "unix", "tls-unix")
 }
 
 // A client that has ended its half and reads late gets all bytes, with the Close frame
 // that the backend sends by itself.
 func TestCloseGracefullyLateReader(t *testing.T) {
-	r := quietRelay(t)
-	var all sync.WaitGroup
-	for frames := 60; frames < 460; frames += 20 {
-		s := startedOver(t, r, "unix", "unix")
-		closeWrite(t, s.client)
-		mustEOF(t, s.backend)
-		frame := frameBytes(0x82, false, 1000, make([]byte, 1000))
-		stream := strings.Repeat(string(frame), frames) + string(closeFrame(1000, "", false))
-		all.Go(func() { io.WriteString(s.backend, stream) })
-		all.Go(func() {
-			s.waitStuck(backendSide)
-			s.closeGracefully(causeMoved, nil)
-			s.client.SetReadDeadline(time.Now().Add(patience))
-			if got, err := io.ReadAll(s.client); err != nil || string(got) != stream {
-				t.Errorf("%d frames: %d bytes, %v; want %d", frames, len(got), err, len(stream))
-			}
-		})
-	}
-	all.Wait()
-	waitFor(t, r)
+	eachNetwork(t, func(t *testing.T, network string) {
+		r := quietRelay(t)
+		var all sync.WaitGroup
+		for frames := 60; frames < 460; frames += 20 {
+			s := startedOver(t, r, network, "unix")
+			closeWrite(t, s.client)
+			mustEOF(t, s.backend)
+			frame := frameBytes(0x82, false, 1000, make([]byte, 1000))
+			stream := strings.Repeat(string(frame), frames) + string(closeFrame(1000, "", false))
+			all.Go(func() { io.WriteString(s.backend, stream) })
+			all.Go(func() {
+				s.waitStuck(backendSide)
+				s.closeGracefully(causeMoved, nil)
+				s.client.SetReadDeadline(time.Now().Add(patience))
+				if got, err := io.ReadAll(s.client); err != nil || string(got) != stream {
+					t.Errorf("%d frames: %d bytes, %v; want %d", frames, len(got), err, len(stream))
+				}
+			})
+		}
+		all.Wait()
+		waitFor(t, r)
+	}, "unix", "tls-unix")
 }
 
 // A Close frame waits for the end of a frame that has begun, wherever that frame is
 // cut, and also if the next one comes right behind it.
 func TestCloseGracefullyWithinAFrame(t *testing.T) {
-	next := func(masked bool) []byte { return frameBytes(0x82, masked, 300, make([]byte, 300)) }
-	for _, size := range []int{0, 5, 200, 70_000} {
-		payload := bytes.Repeat([]byte("x"), size)
-		up, down := frameBytes(0x81, true, uint64(size), payload), frameBytes(0x81, false, uint64(size), payload)
-		for _, cut := range []int{1, 2, 3, 4, 7, len(down) - 1} {
-			cut = min(cut, len(down)-1)
-			s := startedSession(t, quietRelay(t))
-			mustSend(t, s.client, up[:cut])
-			mustSend(t, s.backend, down[:cut])
-			mustRead(t, s.backend, string(up[:cut]))
-			mustRead(t, s.client, string(down[:cut]))
-			s.closeGracefully(causeMoved, nil)
-			mustSend(t, s.client, append(bytes.Clone(up[cut:]), next(true)...))
-			mustRead(t, s.backend, string(up[cut:]))
-			mustFrames(t, s.backend, true, goesAway)
-			mustSend(t, s.backend, append(bytes.Clone(down[cut:]), closeFrame(1001, "", false)...))
-			mustRead(t, s.client, string(down[cut:]))
-			mustFrames(t, s.client, false, restarts)
-			s.client.Close()
-			mustEOF(t, s.backend)
-			s.wantCause(t, causeMoved)
+	eachNetwork(t, func(t *testing.T, network string) {
+		next := func(masked bool) []byte { return frameBytes(0x82, masked, 300, make([]byte, 300)) }
+		for _, size := range []int{0, 5, 200, 70_000} {
+			payload := bytes.Repeat([]byte("x"), size)
+			up, down := frameBytes(0x81, true, uint64(size), payload), frameBytes(0x81, false, uint64(size), payload)
+			for _, cut := range []int{1, 2, 3, 4, 7, len(down) - 1} {
+				cut = min(cut, len(down)-1)
+				s := startedOver(t, quietRelay(t), network, "tcp")
+				mustSend(t, s.client, up[:cut])
+				mustSend(t, s.backend, down[:cut])
+				mustRead(t, s.backend, string(up[:cut]))
+				mustRead(t, s.client, string(down[:cut]))
+				s.closeGracefully(causeMoved, nil)
+				mustSend(t, s.client, append(bytes.Clone(up[cut:]), next(true)...))
+				mustRead(t, s.backend, string(up[cut:]))
+				mustFrames(t, s.backend, true, goesAway)
+				mustSend(t, s.backend, append(bytes.Clone(down[cut:]), closeFrame(1001, "", false)...))
+				mustRead(t, s.client, string(down[cut:]))
+				mustFrames(t, s.client, false, restarts)
+				s.client.Close()
+				mustEOF(t, s.backend)
+				s.wantCause(t, causeMoved)
+			}
 		}
-	}
+	}, "tcp", "tls")
 }
 
 // A Close frame waits for the end of a message from the client, whose fragments may
 // have control frames between them (RFC 6455 §5.4).
 func TestCloseGracefullyWithinAMessage(t *testing.T) {
-	s := startedSession(t, quietRelay(t))
-	for _, first := range []byte{0x01, 0x00} {
-		mustSend(t, s.client, frameBytes(first, true, 2, []byte("ab")))
-		mustFrames(t, s.backend, true, fmt.Sprintf("%x \"ab\"", first))
-		s.closeGracefully(causeMoved, nil) // the second call does nothing
-		mustSend(t, s.client, frameBytes(0x89, true, 0, nil))
-		mustFrames(t, s.backend, true, `89 ""`)
-	}
-	mustSend(t, s.client, append(frameBytes(0x80, true, 2, []byte("ef")), frameBytes(0x81, true, 2, []byte("no"))...))
-	mustFrames(t, s.backend, true, `80 "ef"`, goesAway)
-	mustSend(t, s.backend, closeFrame(1001, "", false))
-	mustFrames(t, s.client, false, restarts)
-	s.client.Close()
-	mustEOF(t, s.backend)
-	s.wantCause(t, causeMoved)
+	eachNetwork(t, func(t *testing.T, network string) {
+		s := startedOver(t, quietRelay(t), network, "tcp")
+		for _, first := range []byte{0x01, 0x00} {
+			mustSend(t, s.client, frameBytes(first, true, 2, []byte("ab")))
+			mustFrames(t, s.backend, true, fmt.Sprintf("%x \"ab\"", first))
+			s.closeGracefully(causeMoved, nil) // the second call does nothing
+			mustSend(t, s.client, frameBytes(0x89, true, 0, nil))
+			mustFrames(t, s.backend, true, `89 ""`)
+		}
+		mustSend(t, s.client, append(frameBytes(0x80, true, 2, []byte("ef")), frameBytes(0x81, true, 2, []byte("no"))...))
+		mustFrames(t, s.backend, true, `80 "ef"`, goesAway)
+		mustSend(t, s.backend, closeFrame(1001, "", false))
+		mustFrames(t, s.client, false, restarts)
+		s.client.Close()
+		mustEOF(t, s.backend)
+		s.wantCause(t, causeMoved)
+	}, "tcp", "tls")
 }
 
 // talker is one end of a session that sends frames until stop is closed. Both ends send
@@ -770,10 +782,14 @@ func TestCloseGracefullyInFullFlow(t *testing.T) {
 			rng := rand.New(rand.NewPCG(seed, 0))
 			noise := make([]byte, c.size+1000)
 			copy(noise, bytes.Repeat(newNoise(seed), 1+len(noise)/noiseSize))
-			for range c.rounds {
+			for round := range c.rounds {
 				r := quietRelay(t)
 				r.closeTimeout = 2 * patience
-				s := startedSession(t, r)
+				network := "tcp"
+				if round%2 == 1 && c.size < 1<<20 {
+					network = "tls"
+				}
+				s := startedOver(t, r, network, "tcp")
 				var both sync.WaitGroup
 				for i, want := range []string{restarts, goesAway} {
 					a := &talker{conn: s.ends()[i], masked: i == 0, size: c.size, firsts: c.firsts, noise: noise,
@@ -853,80 +869,82 @@ func TestCloseGracefullyLibrary(t *testing.T) {
 // gets its Close frame within half of that time, whatever the backend does, if it
 // reads at all.
 func TestCloseGracefullyBounds(t *testing.T) {
-	type steps []step
-	const client, backend = clientSide, backendSide
-	const bound = 1200 * time.Millisecond
-	quarter, half, whole, none, late := bound/4, bound/2, bound, time.Duration(0), bound*2/3
-	clientIsClosed := func(t *testing.T, s relayed) { mustFrames(t, s.client, false, restarts) }
-	backendIsClosed := func(t *testing.T, s relayed) { mustFrames(t, s.backend, true, goesAway) }
-	clientAnswers := func(t *testing.T, s relayed) { mustSend(t, s.client, closeFrame(1000, "", true)) }
-	backendAnswers := func(t *testing.T, s relayed) { mustSend(t, s.backend, closeFrame(1001, "", false)) }
-	backendIsReset := func(t *testing.T, s relayed) { mustReset(t, s.backend) }
-	waits := func(*testing.T, relayed) { <-time.After(late) }
-	part := says(client, string(frameBytes(0x01, true, 2, []byte("ab")))) // the first fragment of a message
-	up := says(client, string(frameBytes(0x81, true, 9, []byte("ab"))))   // 7 bytes are missing
-	down := says(backend, string(frameBytes(0x81, false, 9, []byte("ab"))))
-	for name, c := range map[string]struct {
-		before, after steps // closeGracefully
-		took          time.Duration
-		cut           bool
-	}{
-		"the client does not answer": {nil, steps{closesConn(backend), clientIsClosed, hasEnd(client)}, whole, true},
-		"the client answers late": {nil,
-			steps{backendIsClosed, backendAnswers, clientIsClosed, waits, clientAnswers, hasEnd(client), hasEnd(backend)}, late, false},
-		"the backend does not answer": {nil,
-			steps{backendIsClosed, clientIsClosed, backendIsReset, clientAnswers, hasEnd(client)}, half, true},
-		"the backend resets":           {nil, steps{resets(backend), clientIsClosed, closesConn(client)}, none, false},
-		"the client resets":            {nil, steps{resets(client), backendIsClosed, closesConn(backend)}, none, false},
-		"the client is within a frame": {steps{up}, steps{clientIsClosed, backendIsReset, closesConn(client)}, half, true},
-		"the client is within a message": {steps{part},
-			steps{backendIsClosed, closesConn(backend), clientIsClosed, closesConn(client)}, quarter, false},
-		"the client ends within a message": {steps{part},
-			steps{halfCloses(client), backendIsClosed, closesConn(backend), clientIsClosed}, none, false},
-		"the backend is within a frame": {steps{down}, steps{backendIsClosed, hasEnd(client)}, whole, true},
-		"the backend gets to the end of its frame late": {steps{down}, steps{waits, func(t *testing.T, s relayed) {
-			mustSend(t, s.backend, append([]byte("cdefghi"), frameBytes(0x81, false, 2, []byte("no"))...))
-			mustRead(t, s.client, "cdefghi")
-		}, clientIsClosed, backendIsReset, closesConn(client)}, late, true},
-		"the backend ends within a frame": {steps{down}, steps{closesConn(backend), hasEnd(client)}, none, true},
-		"no frames from the client": {steps{says(client, "GET / HTTP/1.1\r\n")},
-			steps{hasEnd(client), hasEnd(backend)}, none, true},
-		"no frames from the backend": {steps{says(backend, "HTTP/1.1 200 OK\r\n")},
-			steps{hasEnd(client), isCut(backend)}, none, true},
-		"the client reads nothing": {steps{func(_ *testing.T, s relayed) { stuffFrames(s.backend, false) }},
-			steps{isCut(backend)}, whole, true},
-		"the backend reads nothing": {steps{func(_ *testing.T, s relayed) { stuffFrames(s.client, true) }},
-			steps{clientIsClosed, closesConn(client)}, half, true},
-		"the client has ended": {steps{halfCloses(client), hasEnd(backend)}, steps{func(t *testing.T, s relayed) {
-			mustSend(t, s.backend, frameBytes(0x81, false, 4, []byte("last")))
-			s.backend.Close()
-			mustFrames(t, s.client, false, `81 "last"`, restarts)
-		}, hasEnd(client)}, none, false},
-		"the client has ended, and the backend is silent": { // longer than halfCloseTimeout
-			steps{halfCloses(client), hasEnd(backend)}, steps{clientIsClosed, hasEnd(client)}, half, true},
-		"the backend has ended": {steps{halfCloses(backend), hasEnd(client)},
-			steps{backendIsClosed, closesConn(client)}, none, false},
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			r := quietRelay(t)
-			r.closeTimeout, r.halfCloseTimeout = bound, quarter
-			s := startedSession(t, r)
-			for _, step := range c.before {
-				step(t, s)
-			}
-			begun := time.Now()
-			s.closeGracefully(causeMoved, nil)
-			for _, step := range c.after {
-				step(t, s)
-			}
-			s.wantCause(t, causeMoved)
-			if took := time.Since(begun); took < c.took || took > c.took+half {
-				t.Errorf("it was over after %s, want %s and at most %s more", took, c.took, half)
-			}
-			wantEqual(t, "cut", r.cut[causeMoved].Load() == 1, c.cut)
-		})
-	}
+	eachNetwork(t, func(t *testing.T, network string) {
+		type steps []step
+		const client, backend = clientSide, backendSide
+		const bound = 1200 * time.Millisecond
+		quarter, half, whole, none, late := bound/4, bound/2, bound, time.Duration(0), bound*2/3
+		clientIsClosed := func(t *testing.T, s relayed) { mustFrames(t, s.client, false, restarts) }
+		backendIsClosed := func(t *testing.T, s relayed) { mustFrames(t, s.backend, true, goesAway) }
+		clientAnswers := func(t *testing.T, s relayed) { mustSend(t, s.client, closeFrame(1000, "", true)) }
+		backendAnswers := func(t *testing.T, s relayed) { mustSend(t, s.backend, closeFrame(1001, "", false)) }
+		backendIsReset := func(t *testing.T, s relayed) { mustReset(t, s.backend) }
+		waits := func(*testing.T, relayed) { <-time.After(late) }
+		part := says(client, string(frameBytes(0x01, true, 2, []byte("ab")))) // the first fragment of a message
+		up := says(client, string(frameBytes(0x81, true, 9, []byte("ab"))))   // 7 bytes are missing
+		down := says(backend, string(frameBytes(0x81, false, 9, []byte("ab"))))
+		for name, c := range map[string]struct {
+			before, after steps // closeGracefully
+			took          time.Duration
+			cut           bool
+		}{
+			"the client does not answer": {nil, steps{closesConn(backend), clientIsClosed, hasEnd(client)}, whole, true},
+			"the client answers late": {nil,
+				steps{backendIsClosed, backendAnswers, clientIsClosed, waits, clientAnswers, hasEnd(client), hasEnd(backend)}, late, false},
+			"the backend does not answer": {nil,
+				steps{backendIsClosed, clientIsClosed, backendIsReset, clientAnswers, hasEnd(client)}, half, true},
+			"the backend resets":           {nil, steps{resets(backend), clientIsClosed, closesConn(client)}, none, false},
+			"the client resets":            {nil, steps{resets(client), backendIsClosed, closesConn(backend)}, none, false},
+			"the client is within a frame": {steps{up}, steps{clientIsClosed, backendIsReset, closesConn(client)}, half, true},
+			"the client is within a message": {steps{part},
+				steps{backendIsClosed, closesConn(backend), clientIsClosed, closesConn(client)}, quarter, false},
+			"the client ends within a message": {steps{part},
+				steps{halfCloses(client), backendIsClosed, closesConn(backend), clientIsClosed}, none, false},
+			"the backend is within a frame": {steps{down}, steps{backendIsClosed, hasEnd(client)}, whole, true},
+			"the backend gets to the end of its frame late": {steps{down}, steps{waits, func(t *testing.T, s relayed) {
+				mustSend(t, s.backend, append([]byte("cdefghi"), frameBytes(0x81, false, 2, []byte("no"))...))
+				mustRead(t, s.client, "cdefghi")
+			}, clientIsClosed, backendIsReset, closesConn(client)}, late, true},
+			"the backend ends within a frame": {steps{down}, steps{closesConn(backend), hasEnd(client)}, none, true},
+			"no frames from the client": {steps{says(client, "GET / HTTP/1.1\r\n")},
+				steps{hasEnd(client), hasEnd(backend)}, none, true},
+			"no frames from the backend": {steps{says(backend, "HTTP/1.1 200 OK\r\n")},
+				steps{isCut(client), isCut(backend)}, none, true}, // with TLS maybe without close_notify
+			"the client reads nothing": {steps{func(_ *testing.T, s relayed) { stuffFrames(s.backend, false) }},
+				steps{isCut(backend)}, whole, true},
+			"the backend reads nothing": {steps{func(_ *testing.T, s relayed) { stuffFrames(s.client, true) }},
+				steps{clientIsClosed, closesConn(client)}, half, true},
+			"the client has ended": {steps{halfCloses(client), hasEnd(backend)}, steps{func(t *testing.T, s relayed) {
+				mustSend(t, s.backend, frameBytes(0x81, false, 4, []byte("last")))
+				s.backend.Close()
+				mustFrames(t, s.client, false, `81 "last"`, restarts)
+			}, hasEnd(client)}, none, false},
+			"the client has ended, and the backend is silent": { // longer than halfCloseTimeout
+				steps{halfCloses(client), hasEnd(backend)}, steps{clientIsClosed, hasEnd(client)}, half, true},
+			"the backend has ended": {steps{halfCloses(backend), hasEnd(client)},
+				steps{backendIsClosed, closesConn(client)}, none, false},
+		} {
+			t.Run(name, func(t *testing.T) {
+				t.Parallel()
+				r := quietRelay(t)
+				r.closeTimeout, r.halfCloseTimeout = bound, quarter
+				s := startedOver(t, r, network, "tcp")
+				for _, step := range c.before {
+					step(t, s)
+				}
+				begun := time.Now()
+				s.closeGracefully(causeMoved, nil)
+				for _, step := range c.after {
+					step(t, s)
+				}
+				s.wantCause(t, causeMoved)
+				if took := time.Since(begun); took < c.took || took > c.took+half {
+					t.Errorf("it was over after %s, want %s and at most %s more", took, c.took, half)
+				}
+				wantEqual(t, "cut", r.cut[causeMoved].Load() == 1, c.cut)
+			})
+		}
+	}, "tcp", "tls")
 }
 
 // mustReset reads until an error, and fails if that is not a reset.
@@ -949,33 +967,37 @@ func stuffFrames(conn net.Conn, masked bool) {
 // If closeGracefully is called before the hand-over is done, both sides get their Close
 // frames all the same, after the early bytes.
 func TestCloseGracefullyAtSessionStart(t *testing.T) {
-	r, pairs, s := quietRelay(t), newSessionConns(t, "tcp", "tcp"), newSession("ns-01", 0, "")
-	r.engine.assign(s, pairs.near)
-	if !s.closeGracefully(causeMoved, nil) {
-		t.Fatal("closeGracefully returned false")
-	}
-	early := [2][]byte{nil, frameBytes(0x81, false, 5, []byte("early"))}
-	r.register(s, func() { r.engine.carry(s, pairs.near, early) })
-	client, backend := pairs.far[clientSide], pairs.far[backendSide]
-	mustFrames(t, backend, true, goesAway)
-	backend.Close()
-	mustFrames(t, client, false, `81 "early"`, restarts)
-	client.Close()
-	relayed{session: s, relay: r}.wantCause(t, causeMoved)
+	eachNetwork(t, func(t *testing.T, network string) {
+		r, pairs, s := quietRelay(t), newSessionConns(t, network, "tcp"), newSession("ns-01", 0, "")
+		r.engine.assign(s, pairs.near)
+		if !s.closeGracefully(causeMoved, nil) {
+			t.Fatal("closeGracefully returned false")
+		}
+		early := [2][]byte{nil, frameBytes(0x81, false, 5, []byte("early"))}
+		r.register(s, func() { r.engine.carry(s, pairs.near, early) })
+		client, backend := pairs.far[clientSide], pairs.far[backendSide]
+		mustFrames(t, backend, true, goesAway)
+		backend.Close()
+		mustFrames(t, client, false, `81 "early"`, restarts)
+		client.Close()
+		relayed{session: s, relay: r}.wantCause(t, causeMoved)
+	}, "tcp", "tls")
 }
 
 // A session that is ended during its hand-over, between register and the engine's
 // startSession, ends when it starts.
 func TestRelayEndsAtSessionStart(t *testing.T) {
-	r, pairs, s := quietRelay(t), newSessionConns(t, "tcp", "tcp"), newSession("ns-01", 0, "")
-	r.engine.assign(s, pairs.near)
-	r.register(s, func() {
-		s.end(causeDrain)
-		r.engine.carry(s, pairs.near, [2][]byte{})
-	})
-	relayed{session: s, relay: r}.wantCause(t, causeDrain)
-	mustBreak(t, pairs.far[clientSide])
-	mustBreak(t, pairs.far[backendSide])
+	eachNetwork(t, func(t *testing.T, network string) {
+		r, pairs, s := quietRelay(t), newSessionConns(t, network, "tcp"), newSession("ns-01", 0, "")
+		r.engine.assign(s, pairs.near)
+		r.register(s, func() {
+			s.end(causeDrain)
+			r.engine.carry(s, pairs.near, [2][]byte{})
+		})
+		relayed{session: s, relay: r}.wantCause(t, causeDrain)
+		mustBreak(t, pairs.far[clientSide])
+		mustBreak(t, pairs.far[backendSide])
+	}, "tcp", "tls")
 }
 
 // A session that several goroutines end at once ends once, with one cause, and done is
@@ -984,8 +1006,8 @@ func TestRelayEndsOnce(t *testing.T) {
 	const sessions = 100
 	r := quietRelay(t)
 	var started, done atomic.Int64
-	for range sessions {
-		c := startedSession(t, r)
+	for n := range sessions {
+		c := startedOver(t, r, []string{"tcp", "tls"}[n%2], "tcp")
 		var all sync.WaitGroup
 		closeGracefully := func() {
 			if c.closeGracefully(causeMoved, func(bool) { done.Add(1) }) {
