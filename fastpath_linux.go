@@ -173,12 +173,15 @@ func (f *fastPath) startClient(fd int32, peer syscall.Sockaddr) {
 	go c.serve()
 }
 
-// refuseClient answers a client that cannot fall back, because no descriptor is left for
-// its duplicate, and closes its socket.
-func (f *fastPath) refuseClient(client *os.File, reason error) {
+// refusedHead answers a client of refuseClient.
+const refusedHead = "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\n" +
+	"Connection: close\r\nContent-Length: 0\r\n\r\n"
+
+// refuseClient sends head to a client that cannot fall back, because no descriptor is left
+// for its duplicate, and closes its socket.
+func (f *fastPath) refuseClient(client *os.File, head []byte, reason error) {
 	defer client.Close()
-	client.WriteString("HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\n" +
-		"Connection: close\r\nContent-Length: 0\r\n\r\n") // the socket's buffer is empty
+	client.Write(head) // the socket's buffer is empty
 	f.fdLimit.add(-descriptorsPerUpgrade)
 	f.proxy.results[resultMaxSessions].Add(1)
 	if omitted, ok := f.logThrottle.allow(time.Second); ok {
@@ -362,29 +365,24 @@ func (c *pendingConn) serve() {
 // readHead reads what the client sends first: after the header of the PROXY protocol, if
 // that has to come, and within TLS.
 func (c *pendingConn) readHead() ([]byte, error) {
-	timeout, read := fastPathTimeout, func() ([]byte, error) { return c.read(clientSide) }
 	if c.tls != nil {
-		timeout, read = c.fastPath.proxy.limits.headerTimeout, c.readHello
+		return c.readTLSHead()
 	}
-	c.setDeadline(time.Now().Add(timeout), false)
-	data, err := read()
+	c.setDeadline(time.Now().Add(fastPathTimeout), false)
+	more := func() ([]byte, error) { return c.read(clientSide) }
+	data, err := more()
 	if c.expectsProxy && err == nil {
-		data, err = c.readProxyHeader(data)
+		data, err = c.readProxyHeader(data, more)
 	}
-	switch {
-	case c.tls != nil && c.expectsProxy: // it can be sent nothing before its handshake
-		return nil, errHandshake
-	case c.tls == nil || err != nil:
-		return data, err
-	}
-	return c.startTLS(data)
+	return data, err
 }
 
 // readProxyHeader reads the header of the PROXY protocol, of which it gets the beginning,
-// and takes the client's address from it. It returns what follows the header, or all that
-// the client has sent if there is an error.
-func (c *pendingConn) readProxyHeader(data []byte) ([]byte, error) {
-	more := func() ([]byte, error) { return c.read(clientSide) }
+// and takes the client's address from it. more reads what comes next. It returns what
+// follows the header, or all that the client has sent if there is an error.
+func (c *pendingConn) readProxyHeader(
+	data []byte, more func() ([]byte, error),
+) ([]byte, error) {
 	client, rest, err := c.fastPath.proxy.proxyProtocol.read(data, more)
 	if err != nil {
 		return rest, err
@@ -564,12 +562,12 @@ func (c *pendingConn) fallBack(answer []byte, failure error) {
 	if err != nil {
 		c.abandonBackend()
 		c.free()
-		f.refuseClient(socket, err)
+		f.refuseClient(socket, c.sealedHead([]byte(refusedHead)), err)
 		return
 	}
 	socket.Close() // before the owner's has a duplicate: descriptorsPerUpgrade
 	client := &clientConn{
-		Conn: &prefixedConn{c.overTLS(conn), c.received}, remoteAddr: c.remoteAddr,
+		Conn: c.overTLS(conn), remoteAddr: c.remoteAddr,
 		fdLimit: f.fdLimit, badHeads: &f.proxy.results[resultBadHead],
 	}
 	if c.expectsProxy {
@@ -742,6 +740,18 @@ func (c *pendingConn) receive(i side, limit int, use func(received []byte)) erro
 			return nil
 		}
 	}
+}
+
+// sendNow sends the side what its socket takes at once of data, and returns how much that
+// is. An error comes again.
+func (c *pendingConn) sendNow(i side, data []byte) int {
+	c.poller.mu.Lock()
+	defer c.poller.mu.Unlock()
+	n, errno := c.poller.send(c.fd[i], data)
+	if errno != 0 {
+		return 0
+	}
+	return n
 }
 
 // write writes data to the side, and waits until the socket takes all of it.

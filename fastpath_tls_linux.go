@@ -3,12 +3,11 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
-	"io"
 	"net"
 	"slices"
-	"syscall"
 	"time"
 )
 
@@ -18,13 +17,10 @@ type pendingTransport struct {
 	net.Conn // nil: crypto/tls calls only what is below
 
 	client   *pendingConn
-	unread   []byte // came before the handshake, after a header of the PROXY protocol
+	unread   []byte // of the handshake: came before it began
 	inTLS    bool   // the handshake is under way
 	received int    // bytes of the handshake
 }
-
-// errLongHandshake is returned to crypto/tls for a handshake that does not end.
-var errLongHandshake = errors.New("the handshake has too many bytes")
 
 func (t *pendingTransport) Read(b []byte) (n int, err error) {
 	if n = copy(b, t.unread); n > 0 {
@@ -51,8 +47,20 @@ func (t *pendingTransport) receive(b []byte) (n int, err error) {
 	return n, err
 }
 
+// Write waits for a client that does not read as Read does for one that sends nothing.
 func (t *pendingTransport) Write(b []byte) (int, error) {
-	if err := t.client.write(clientSide, b); err != nil {
+	rest, err := b, error(nil)
+	if t.inTLS {
+		rest = b[t.client.sendNow(clientSide, b):]
+	}
+	switch {
+	case len(rest) == 0:
+	case t.inTLS:
+		t.client.tlsServer().pause(t.client.replace, func() { err = t.client.write(clientSide, rest) })
+	default:
+		err = t.client.write(clientSide, rest)
+	}
+	if err != nil {
 		return 0, err
 	}
 	return len(b), nil
@@ -61,22 +69,38 @@ func (t *pendingTransport) Write(b []byte) (int, error) {
 // tlsServer is the router's, or nil if clients come without TLS.
 func (c *pendingConn) tlsServer() *tlsServer { return c.fastPath.proxy.tls }
 
-// errHandshake is returned for a client whose handshake has failed. It can be sent nothing
-// more.
-var errHandshake = errors.New("the TLS handshake has failed")
+// readTLSHead reads what the client sends first within TLS: it does the handshake. If the
+// router stops before that has begun, it returns what the client has sent so far, for
+// net/http to do it.
+func (c *pendingConn) readTLSHead() ([]byte, error) {
+	s := c.tlsServer()
+	s.running.Add(1)
+	c.setDeadline(time.Now().Add(c.fastPath.proxy.limits.headerTimeout), false)
+	data, err := c.readHello()
+	if c.expectsProxy && err == nil {
+		data, err = c.readProxyHeader(data, c.readHello)
+	}
+	switch {
+	case err == nil && c.setHandshaking(true):
+		return c.startTLS(data)
+	case c.hasToFallBack():
+		s.running.Add(-1)
+		return data, context.Canceled
+	case errors.Is(err, errNoProxyHeader):
+		c.fastPath.proxy.proxyProtocol.logInvalid(string(c.remoteAddr))
+	}
+	s.count(c.handshakeResult(cmp.Or(err, c.ctx.Err())))
+	return nil, errHandshake
+}
 
 // startTLS does the client's handshake, which begins with data, and returns what came
-// after it: at least a part of the request.
+// after it: at least a part of the request. Until then a stop of the router leaves the
+// client answerTime.
 func (c *pendingConn) startTLS(data []byte) ([]byte, error) {
-	s, transport := c.tlsServer(), &pendingTransport{client: c, unread: data, inTLS: true}
+	defer c.setHandshaking(false)
+	transport := &pendingTransport{client: c, unread: data, inTLS: true}
 	c.tls.setTransport(transport, false)
-	if !c.setHandshaking(true) {
-		return nil, c.ctx.Err()
-	}
-	err := s.handshake(c.tls)
-	c.setHandshaking(false)
-	if err != nil {
-		s.results[c.handshakeResult(err)].Add(1)
+	if err := c.tlsServer().handshake(c.tls, c.handshakeResult); err != nil {
 		if answer := isNotTLS(err); answer != nil {
 			c.write(clientSide, answer) // it fails only if the client is gone
 		}
@@ -101,14 +125,10 @@ func (c *pendingConn) readTLS() ([]byte, error) {
 // what net/http has read, and a record, they have room in a poller's buffer.
 const maxTLSHead = 32 << 10
 
-// readHello waits for the beginning of the client's handshake, and returns it.
+// readHello waits for what the client sends before the handshake, or at its beginning, and
+// returns it.
 func (c *pendingConn) readHello() (data []byte, err error) {
-	s := c.tlsServer()
-	s.silent.during(c.replace, func() { data, err = c.read(clientSide) })
-	if err != nil && c.handshakeResult(err) == tlsReplaced {
-		s.results[tlsReplaced].Add(1)
-		err = errHandshake
-	}
+	c.tlsServer().silent.during(c.replace, func() { data, err = c.read(clientSide) })
 	return data, err
 }
 
@@ -126,41 +146,57 @@ func (c *pendingConn) setHandshaking(handshaking bool) bool {
 	c.poller.mu.Lock()
 	defer c.poller.mu.Unlock()
 	c.handshaking = handshaking && c.ctx.err == nil
+	c.cancelIfGone()
 	return c.ctx.err == nil
 }
 
-// overTLS returns the client's connection over conn, which has its socket. If its
-// handshake has not begun, net/http does that.
-func (c *pendingConn) overTLS(conn net.Conn) net.Conn {
-	if c.tls == nil {
-		return conn
-	}
-	if begun, ok := c.tls.transport.Conn.(*pendingTransport); ok && len(begun.unread) > 0 {
-		conn = &prefixedConn{conn, begun.unread}
-	}
-	c.tls.setTransport(conn, false)
-	return c.tls
+// hasToFallBack reports whether the context has ended because the router stops.
+func (c *pendingConn) hasToFallBack() bool {
+	c.poller.mu.Lock()
+	defer c.poller.mu.Unlock()
+	return errors.Is(c.ctx.err, context.Canceled) && !c.gone && !c.replaced
 }
 
-// handshakeResult says why the handshake has failed with err.
+// overTLS returns the client's connection over conn, which has its socket, for net/http:
+// after what was received. If the handshake has not begun, net/http does that.
+func (c *pendingConn) overTLS(conn net.Conn) *prefixedConn {
+	switch {
+	case c.tls == nil:
+		return &prefixedConn{conn, c.received}
+	case !c.tls.ConnectionState().HandshakeComplete:
+		c.tls.setLazyTransport(&prefixedConn{conn, c.received}, c.tlsServer())
+		return &prefixedConn{Conn: c.tls}
+	}
+	c.tls.setTransport(conn, false)
+	return &prefixedConn{c.tls, c.received}
+}
+
+// handshakeResult says what has become of the handshake.
 func (c *pendingConn) handshakeResult(err error) tlsResult {
 	c.poller.mu.Lock()
 	defer c.poller.mu.Unlock()
-	switch {
+	switch result := handshakeResult(err); {
+	case err == nil:
+		return tlsOK
 	case c.replaced:
 		return tlsReplaced
-	case c.gone, errors.Is(err, io.EOF), errors.Is(err, syscall.ECONNRESET):
+	case c.gone:
 		return tlsGone
-	case errors.Is(c.ctx.err, context.DeadlineExceeded):
+	case result == tlsFailed && errors.Is(c.ctx.err, context.DeadlineExceeded):
 		return tlsTimeout
+	default:
+		return result
 	}
-	return tlsFailed
 }
 
-// sealedHead returns the head as the client gets it, with TLS if it has that.
+// sealedHead returns the head as the client gets it, with TLS if it has that. It returns
+// nothing for a client whose handshake is not over.
 func (c *pendingConn) sealedHead(head []byte) []byte {
-	if c.tls == nil {
+	switch {
+	case c.tls == nil:
 		return head
+	case !c.tls.ConnectionState().HandshakeComplete:
+		return nil
 	}
 	var sealed sealedBytes
 	c.tls.setTransport(&sealed, false)

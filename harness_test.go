@@ -652,15 +652,13 @@ func startProxy(t testing.TB, addrs []string, data map[string]string, change fun
 	fdLimit := wideDescriptorLimit(t)
 	p := newProxy(c, newStaticBackends("backend", addrs), fdLimit, log)
 	p.relay.clientTLS = true
-	if err := p.relay.start(); err != nil {
-		t.Fatal(err)
-	}
 	if data != nil {
 		p.router.update(sourceContent{id: sourceID{name: "test"}, version: "41", overrides: newOverrideSet(data)})
 	}
 	if change != nil {
 		change(p)
 	}
+	must(t, p.relay.start())
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

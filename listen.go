@@ -424,6 +424,7 @@ type clientListener struct {
 	tls           *tlsServer     // nil: clients come without TLS
 }
 
+// Accept returns the next client, whose connection net/http closes.
 func (l clientListener) Accept() (net.Conn, error) {
 	if err := l.fdLimit.wait(); err != nil {
 		return nil, err
@@ -434,11 +435,13 @@ func (l clientListener) Accept() (net.Conn, error) {
 	}
 	l.fdLimit.add(descriptorsPerUpgrade)
 	c := &clientConn{Conn: conn, fdLimit: l.fdLimit, badHeads: l.badHeads}
-	if l.tls != nil {
-		c.Conn = newTLSConn(conn, l.tls.config())
-	}
 	if l.proxyProtocol.expects(conn.RemoteAddr().String()) {
 		c.Conn, c.proxyProtocol = &prefixedConn{Conn: conn}, l.proxyProtocol
+	}
+	if l.tls != nil {
+		t := newTLSConn(nil, l.tls.config())
+		t.setLazyTransport(c.Conn, l.tls)
+		c.Conn = t
 	}
 	return c, nil
 }
@@ -467,8 +470,8 @@ type clientConn struct {
 	upgrade    atomic.Pointer[pendingUpgrade] // of its first upgrade; nil if nothing, or when it was taken
 	serverCtx  context.Context                // ends when the router stops
 
-	// Not nil until the header was read with which the connection, a prefixedConn, has to
-	// begin. Read then sets it, and remoteAddr.
+	// Not nil until the header was read with which the connection has to begin, before any
+	// TLS. Read then sets it, and remoteAddr.
 	proxyProtocol *proxyProtocol
 
 	unhandled atomic.Pointer[sync.WaitGroup] // counts it until the handler has its request; nil: it is not counted
@@ -531,10 +534,15 @@ func (c *clientConn) Read(b []byte) (int, error) {
 // readProxyHeader reads the header of the PROXY protocol, and takes the client's address
 // from it. net/http answers 400 to an invalid one.
 func (c *clientConn) readProxyHeader() error {
-	conn := c.Conn.(*prefixedConn)
-	more := func() ([]byte, error) {
-		buf := make([]byte, 1024)
-		n, err := conn.Conn.Read(buf)
+	conn, lazy := c.beforeTLS()
+	more := func() (_ []byte, err error) {
+		n, buf := 0, make([]byte, 1024)
+		read := func() { n, err = conn.Conn.Read(buf) }
+		if lazy != nil {
+			lazy.wait(read)
+		} else {
+			read()
+		}
 		if n > 0 {
 			err = nil // it comes again
 		}
@@ -542,7 +550,11 @@ func (c *clientConn) readProxyHeader() error {
 	}
 	client, rest, err := c.proxyProtocol.read(conn.prefix, more)
 	if conn.prefix = rest; err != nil {
-		c.receiving.Store(len(rest) > 0)
+		if lazy != nil {
+			lazy.fail(err)
+		} else {
+			c.receiving.Store(len(rest) > 0)
+		}
 		if errors.Is(err, errNoProxyHeader) {
 			c.proxyProtocol.logInvalid(c.RemoteAddr().String())
 		}
@@ -553,6 +565,17 @@ func (c *clientConn) readProxyHeader() error {
 	}
 	c.proxyProtocol = nil
 	return nil
+}
+
+// beforeTLS returns the connection that the header of the PROXY protocol comes from, and
+// that between it and TLS, if the client has that.
+func (c *clientConn) beforeTLS() (*prefixedConn, *lazyTransport) {
+	conn, _ := unwrap(c.Conn)
+	if t, ok := conn.(*tlsConn); ok {
+		lazy := t.transport.Conn.(*lazyTransport)
+		return lazy.Conn.(*prefixedConn), lazy
+	}
+	return c.Conn.(*prefixedConn), nil
 }
 
 // trimEmptyLines returns data without the empty lines that it begins with: a server
@@ -577,7 +600,7 @@ func (c *clientConn) Close() error {
 // CloseWrite is what net/http looks for to let the client read a 431 before the
 // connection is gone (golang/go#3595).
 func (c *clientConn) CloseWrite() error {
-	return c.Conn.(interface{ CloseWrite() error }).CloseWrite() // *net.TCPConn, *net.UnixConn or *prefixedConn
+	return c.Conn.(interface{ CloseWrite() error }).CloseWrite() // *net.TCPConn, *net.UnixConn, *tlsConn or *prefixedConn
 }
 
 // clientConnKey is the key of a request context's *clientConn.
@@ -625,9 +648,12 @@ func (c *prefixedConn) Read(b []byte) (int, error) {
 	return n, nil
 }
 
+// NetConn returns the connection under it.
+func (c *prefixedConn) NetConn() net.Conn { return c.Conn }
+
 // CloseWrite ends this side of the connection.
 func (c *prefixedConn) CloseWrite() error {
-	return c.Conn.(interface{ CloseWrite() error }).CloseWrite() // *net.TCPConn or *net.UnixConn
+	return c.Conn.(interface{ CloseWrite() error }).CloseWrite() // *net.TCPConn, *net.UnixConn or *tlsConn
 }
 
 // unwrap returns the connection without what was read of it before, and that, as

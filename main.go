@@ -152,7 +152,7 @@
 //	keptConns.mu              held while it counts descriptors
 //	membership.mu, releaser.mu, releaseMemory.mu
 //	upgradeLimit.mu, descriptorLimit.mu, addressCache.mu, limitListener.mu, logQueue.mu,
-//	waitCount.mu, namespaceSessions.mu, namespaceRate.mu
+//	waitCount.mu, namespaceSessions.mu, namespaceRate.mu, handshakeList.mu
 //
 // Locks on one line are never held together. Nothing waits for the network with a
 // lock held.

@@ -58,8 +58,8 @@ func (e *engine) stop() {}
 // called.
 func (e *engine) assign(s *session, conns [2]net.Conn) {
 	s.conn, s.relay = conns, e.relay
-	if _, t := takeTLS(conns[clientSide]); t != nil {
-		t.setTransport(t.transport.Conn, true)
+	if socket, t := takeTLS(conns[clientSide]); t != nil {
+		t.setTransport(socket, true)
 	}
 }
 

@@ -2,14 +2,17 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"container/list"
 	"crypto/tls"
 	"errors"
 	"io"
 	"net"
+	"os"
 	"runtime"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
@@ -22,8 +25,10 @@ type tlsServer struct {
 	results [numTLSResults]atomic.Int64
 	resumed atomic.Int64 // of those that are tlsOK
 	times   *histogram   // of those that are tlsOK
-	running atomic.Int64 // handshakes under way
+	running atomic.Int64 // handshakes under way: from the accept of the client
 	silent  handshakeList
+
+	writeTimeout time.Duration // of a handshake that net/http does
 }
 
 // tlsResult is how a handshake ended.
@@ -32,7 +37,7 @@ type tlsResult int
 const (
 	tlsOK       tlsResult = iota
 	tlsFailed             // what the client sent is refused
-	tlsTimeout            // it took longer than -header-timeout
+	tlsTimeout            // it took longer than -header-timeout, or the router has stopped
 	tlsReplaced           // too many waited for their clients, and it for longest
 	tlsGone               // the client left
 	numTLSResults
@@ -53,6 +58,14 @@ const (
 	maxTLSHandshakeBytes = 320 << 10
 )
 
+var (
+	// errHandshake is returned for a client whose handshake has failed. It can be sent
+	// nothing more.
+	errHandshake = errors.New("the TLS handshake has failed")
+	// errLongHandshake is returned to crypto/tls for a handshake that does not end.
+	errLongHandshake = errors.New("the handshake has too many bytes")
+)
+
 // newTLSServer returns a server whose handshakes take their settings from config.
 func newTLSServer(config func() *tls.Config) *tlsServer {
 	return &tlsServer{
@@ -62,27 +75,49 @@ func newTLSServer(config func() *tls.Config) *tlsServer {
 		compute: make(chan struct{}, runtime.GOMAXPROCS(0)),
 		times:   newHistogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10),
 		silent:  handshakeList{limit: maxSilentHandshakes},
+
+		writeTimeout: 10 * time.Second,
 	}
 }
 
-// handshake does the handshake of a client, whose transport calls pause to wait. It
-// returns an error that says how it has failed; nothing more can be sent then.
-func (s *tlsServer) handshake(t *tlsConn) error {
+// handshake does the handshake of a client, whose transport calls pause to wait. resultOf
+// says what has become of it, which is counted; running had it before. handshake returns an
+// error if that is not tlsOK: nothing more can be sent then.
+func (s *tlsServer) handshake(t *tlsConn, resultOf func(error) tlsResult) error {
 	began := time.Now()
-	s.running.Add(1)
 	s.compute <- struct{}{}
 	err := t.Handshake()
 	<-s.compute
-	s.running.Add(-1)
-	if err != nil {
-		return err
+	result := resultOf(err)
+	s.count(result)
+	if result != tlsOK {
+		return cmp.Or(err, errHandshake)
 	}
-	s.results[tlsOK].Add(1)
 	s.times.observe(time.Since(began))
 	if t.ConnectionState().DidResume {
 		s.resumed.Add(1)
 	}
 	return nil
+}
+
+// count counts how a handshake has ended, which running had.
+func (s *tlsServer) count(result tlsResult) {
+	s.results[result].Add(1)
+	s.running.Add(-1)
+}
+
+// handshakeResult says what has become of a handshake, from its error alone.
+func handshakeResult(err error) tlsResult {
+	switch {
+	case err == nil:
+		return tlsOK
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF),
+		errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
+		return tlsGone
+	case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, net.ErrClosed):
+		return tlsTimeout
+	}
+	return tlsFailed
 }
 
 // pause calls wait, which waits for the client of a handshake. Meanwhile that does not
@@ -164,20 +199,52 @@ var errTruncated = errors.New("the TLS stream ended without close_notify")
 
 // errNoBytesYet is returned by a transport that must not wait for bytes. For crypto/tls
 // it is temporary: the next read goes on where this one has stopped.
-var errNoBytesYet net.Error = noBytesYet{}
+const errNoBytesYet noBytesYet = "no bytes yet"
 
-type noBytesYet struct{}
+// noBytesYet is a temporary error.
+type noBytesYet string
 
-func (noBytesYet) Error() string   { return "no bytes yet" }
+func (e noBytesYet) Error() string { return string(e) }
 func (noBytesYet) Timeout() bool   { return true }
 func (noBytesYet) Temporary() bool { return true }
 
-// newTLSConn returns a connection over the transport. Its handshake is done by the first
-// read or write, if not before.
+// newTLSConn returns a connection over the transport, which may be nil for now. Its handshake
+// has not been done.
 func newTLSConn(transport net.Conn, config *tls.Config) *tlsConn {
 	t := &tlsConn{transport: tlsTransport{Conn: transport}}
 	t.Conn = tls.Server(&t.transport, config)
 	return t
+}
+
+// Read does the handshake first, if the transport is a lazyTransport.
+func (t *tlsConn) Read(b []byte) (int, error) {
+	if lazy, ok := t.transport.Conn.(*lazyTransport); ok {
+		if err := lazy.handshake(t); err != nil {
+			return 0, err
+		}
+	}
+	return t.Conn.Read(b)
+}
+
+// Write returns an error before Read has done the handshake: net/http may answer what it
+// could not read.
+func (t *tlsConn) Write(b []byte) (int, error) {
+	if lazy, ok := t.transport.Conn.(*lazyTransport); ok && lazy.state.Load() != lazyDone {
+		return 0, errHandshake
+	}
+	return t.Conn.Write(b)
+}
+
+// socket returns the connection that is under all others, which package net has made.
+func (t *tlsConn) socket() net.Conn {
+	conn := t.transport.Conn
+	for {
+		over, ok := conn.(interface{ NetConn() net.Conn })
+		if !ok {
+			return conn
+		}
+		conn = over.NetConn()
+	}
 }
 
 // setTransport replaces the transport.
@@ -188,7 +255,7 @@ func (t *tlsConn) setTransport(transport net.Conn, relayed bool) {
 // CloseWrite ends this side: first its TLS, then its TCP.
 func (t *tlsConn) CloseWrite() error {
 	err := t.Conn.CloseWrite()
-	return errors.Join(err, t.transport.Conn.(interface{ CloseWrite() error }).CloseWrite())
+	return errors.Join(err, t.socket().(interface{ CloseWrite() error }).CloseWrite())
 }
 
 // takeBuffered returns the bytes that have been received and decrypted, or can be without
@@ -219,9 +286,115 @@ func (t *tlsConn) state() *tls.ConnectionState {
 // takeTLS returns the connection under conn, and conn if it is a tlsConn.
 func takeTLS(conn net.Conn) (net.Conn, *tlsConn) {
 	if t, ok := conn.(*tlsConn); ok {
-		return t.transport.Conn, t
+		return t.socket(), t
 	}
 	return conn, nil
+}
+
+// lazyTransport is the transport of a client that net/http has from before its handshake:
+// net/http does that as it reads the request, within the time for that. Who reads owns it.
+type lazyTransport struct {
+	net.Conn
+	server   *tlsServer
+	begun    bool // running of server has it, or had
+	received int  // bytes of the handshake
+
+	state atomic.Int32 // see lazyHandshaking
+}
+
+// The states of a lazyTransport.
+const (
+	lazyHandshaking = iota // or not begun
+	lazyReplaced           // the same, but a newer client has taken its place
+	lazyFailed
+	lazyDone
+)
+
+// setLazyTransport makes net/http do the handshake over conn.
+func (t *tlsConn) setLazyTransport(conn net.Conn, s *tlsServer) {
+	t.setTransport(&lazyTransport{Conn: conn, server: s}, false)
+}
+
+// NetConn returns the connection under it.
+func (l *lazyTransport) NetConn() net.Conn { return l.Conn }
+
+func (l *lazyTransport) Read(b []byte) (n int, err error) {
+	if l.state.Load() == lazyDone {
+		return l.Conn.Read(b)
+	}
+	l.server.pause(l.replace, func() { n, err = l.Conn.Read(b) })
+	if l.received += n; l.received > maxTLSHandshakeBytes {
+		return 0, errLongHandshake
+	}
+	return n, err
+}
+
+func (l *lazyTransport) Write(b []byte) (n int, err error) {
+	if l.state.Load() == lazyDone {
+		return l.Conn.Write(b)
+	}
+	l.server.pause(l.replace, func() { n, err = l.Conn.Write(b) })
+	return n, err
+}
+
+// replace ends the handshake, as a newer client takes its place.
+func (l *lazyTransport) replace() {
+	if l.state.CompareAndSwap(lazyHandshaking, lazyReplaced) {
+		l.Conn.SetDeadline(time.Unix(1, 0))
+	}
+}
+
+// wait calls read, which waits for what comes before the handshake.
+func (l *lazyTransport) wait(read func()) {
+	l.begin()
+	l.server.silent.during(l.replace, read)
+}
+
+// begin has running of the server count the handshake.
+func (l *lazyTransport) begin() {
+	if !l.begun {
+		l.begun = true
+		l.server.running.Add(1)
+	}
+}
+
+// fail says that what comes before the handshake is missing.
+func (l *lazyTransport) fail(err error) {
+	if l.state.Load() < lazyFailed {
+		l.begin()
+		l.server.count(l.resultOf(err))
+	}
+}
+
+// handshake does the handshake of t, whose transport it is, unless it was done.
+func (l *lazyTransport) handshake(t *tlsConn) error {
+	switch l.state.Load() {
+	case lazyDone:
+		return nil
+	case lazyFailed:
+		return errHandshake
+	}
+	l.begin()
+	l.Conn.SetWriteDeadline(time.Now().Add(l.server.writeTimeout))
+	err := l.server.handshake(t, l.resultOf)
+	switch answer := isNotTLS(err); {
+	case err == nil:
+		l.Conn.SetWriteDeadline(time.Time{})
+	case answer != nil:
+		l.Conn.Write(answer) // it fails only if the client is gone
+	}
+	return err
+}
+
+// resultOf says what has become of the handshake, which is over.
+func (l *lazyTransport) resultOf(err error) tlsResult {
+	if err == nil && l.state.CompareAndSwap(lazyHandshaking, lazyDone) {
+		return tlsOK
+	}
+	if l.state.Swap(lazyFailed) == lazyReplaced {
+		return tlsReplaced
+	}
+	return handshakeResult(err)
 }
 
 // isNotTLS returns the answer to a client that has sent an HTTP request in place of a
