@@ -8,6 +8,8 @@ SOAK        ?= 30m
 E2E_FLAGS   ?=
 # no: the nodes pull the image from a registry (make push)
 LOAD        ?= yes
+# of k8s/components, for "make deploy" and "make e2e", such as tls-in-router
+export DEPLOY_WITH ?=
 ROUNDS      ?= 3
 # flags of bin/bench (-h), such as -d 2s -n 1000 -scenarios tls, or
 # -before PATH with the path of an older router

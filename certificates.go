@@ -42,7 +42,7 @@ type certificateFlags struct {
 	keys         []string // of -tls-key, for each of certs that is a file, in their order
 	minVersion   string   // "1.2" or "1.3"
 	clientCA     string   // a file; "": clients need no certificate
-	ticketSecret string   // a file; "": a random secret
+	ticketSecret string   // a file, or the directory of a mounted Secret; "": a random secret
 }
 
 // certificates has what TLS handshakes with clients need: certificates, the CA of clients
@@ -84,6 +84,8 @@ type certificateFile struct {
 	apply func(contents []string) error
 	log   func() // logs what is in force
 
+	optional bool // apply gets "" for a file that does not exist
+
 	rejected atomic.Bool // the files have what is refused
 
 	// Owned by run.
@@ -107,11 +109,9 @@ func newCertificates(flags certificateFlags, log *slog.Logger) (*certificates, e
 		c.addFile("-tls-client-ca", flags.clientCA, c.applyClientCA)
 	}
 	if flags.ticketSecret != "" {
-		c.addFile("-tls-ticket-secret", flags.ticketSecret, c.applyTicketSecret)
+		c.addTicketSecret(flags.ticketSecret)
 	} else {
-		random := make([]byte, minTicketSecret)
-		rand.Read(random) // it never fails
-		c.secrets = []ticketSecret{{secret: string(random)}}
+		c.secrets = []ticketSecret{{secret: randomSecret()}}
 	}
 	for _, f := range c.files {
 		if err := f.readFirst(); err != nil {
@@ -162,14 +162,48 @@ func secretPaths(directory string) []string {
 }
 
 // addFile adds a file that is none of a pair.
-func (c *certificates) addFile(flag, path string, apply func(content string) error) {
+func (c *certificates) addFile(flag, path string, apply func(content string) error) *certificateFile {
 	paths := []string{path}
-	c.files = append(c.files, &certificateFile{
+	f := &certificateFile{
 		flag: flag, name: path, names: paths,
 		paths: func() []string { return paths },
 		apply: func(contents []string) error { return apply(contents[0]) },
 		log:   func() { c.log.Info("TLS file in force", "flag", flag, "file", path) },
+	}
+	c.files = append(c.files, f)
+	return f
+}
+
+// addTicketSecret adds the file of -tls-ticket-secret, or the file "secret" in its directory.
+// A directory may have none, as that of an optional Secret: meanwhile there is a random secret.
+func (c *certificates) addTicketSecret(path string) {
+	const flag = "-tls-ticket-secret"
+	if info, err := os.Stat(path); err != nil || !info.IsDir() {
+		c.addFile(flag, path, c.applyTicketSecret)
+		return
+	}
+	file, absent := filepath.Join(path, "secret"), false
+	f := c.addFile(flag, file, func(content string) error {
+		if absent = content == ""; absent {
+			content = randomSecret()
+		}
+		return c.applyTicketSecret(content)
 	})
+	inForce := f.log
+	f.optional, f.log = true, func() {
+		if absent {
+			c.log.Info("no ticket secret; clients resume TLS sessions at this router only", "file", file)
+			return
+		}
+		inForce()
+	}
+}
+
+// randomSecret returns a secret of this process alone.
+func randomSecret() string {
+	random := make([]byte, minTicketSecret)
+	rand.Read(random) // it never fails
+	return string(random)
 }
 
 // config returns the configuration of the next handshake. It takes no lock.
@@ -279,6 +313,7 @@ func (f *certificateFile) read() (contents []string, err error) {
 		content, ok, err := readPrefix(path, maxCertificateFile+1)
 		var pathErr *fs.PathError
 		switch {
+		case f.optional && errors.Is(err, fs.ErrNotExist):
 		case errors.As(err, &pathErr):
 			return nil, fmt.Errorf("%s: %w", f.names[i], pathErr.Err) // that of a mounted Secret has a path of its own for each version
 		case err != nil:

@@ -731,6 +731,50 @@ func TestTicketSecretChanges(t *testing.T) {
 	wantEqual(t, "the secrets", len(s.secrets), 1+maxPreviousSecrets)
 }
 
+// TestTicketDirectory: a directory without a secret, as that of an optional Secret, has one of
+// this router alone, until it has a secret, and again when that goes.
+func TestTicketDirectory(t *testing.T) {
+	ca := newTestCA(t, "ca")
+	certs := newMountedSecret(t, ca.sign(t, nil, nil, "a.test"))
+	eachVersion(t, func(t *testing.T, version uint16) {
+		directory := t.TempDir()
+		path := filepath.Join(directory, "secret")
+		store := func() (*certificateStore, string) {
+			s := newStore(t, certificateFlags{certs: []string{certs.path}, ticketSecret: directory})
+			return s, serveTLS(t, s.config)
+		}
+		one, first := store()
+		two, second := store()
+		want := func(client *tlsClient, shared bool) {
+			t.Helper()
+			client.want(t, first, true)
+			client.want(t, second, shared)
+		}
+		client := newTLSClient(ca, version)
+		client.want(t, first, false)
+		want(client, false)
+
+		writeSecret(t, path, "shared")
+		one.lookTwice()
+		two.lookTwice()
+		client = newTLSClient(ca, version)
+		client.want(t, first, false)
+		want(client, true)
+
+		writeFile(t, path, "short")
+		one.lookTwice()
+		one.wantRejected(t, path, "short")
+
+		must(t, os.Remove(path))
+		one.lookTwice()
+		two.lookTwice()
+		one.wantRejected(t, path, "")
+		client = newTLSClient(ca, version)
+		client.want(t, first, false)
+		want(client, false)
+	})
+}
+
 // TestClientCertificates: a client needs a certificate of the CA, and a ticket is worth no
 // more than the certificate that its first handshake had.
 func TestClientCertificates(t *testing.T) {

@@ -206,7 +206,8 @@ func (c *config) tlsFlags(f *flag.FlagSet) {
 			"backends get its subject as X-Client-Subject (default none)")
 	f.StringVar(&c.certificates.ticketSecret, "tls-ticket-secret", "",
 		"`file` with at least 32 random bytes, the same for all routers: clients resume their TLS\n"+
-			"sessions at each of them (default: a secret of this process alone)")
+			"sessions at each of them; or a directory that may have them in the file secret, as\n"+
+			"that of an optional Secret (default: a secret of this process alone)")
 	f.StringVar(&c.redirect, "redirect", "",
 		"`address` of a listener without TLS, like :80, which sends clients to https with 308, and\n"+
 			"answers /healthz as -listen does (default none)")

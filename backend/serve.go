@@ -343,7 +343,8 @@ func (s *server) start(ws *websocket.Conn, conn net.Conn, r *http.Request, m *me
 	}
 	ses.log = s.log.With("session", id, "namespace", namespace)
 	ses.log.Info("session open", "router", router, "table", r.Header.Get("X-Router-Table"), "step", m.step,
-		"opened", read.Format(time.RFC3339Nano), "remote", conn.RemoteAddr().String(), "for", r.Header.Get("X-Forwarded-For"))
+		"opened", read.Format(time.RFC3339Nano), "remote", conn.RemoteAddr().String(),
+		"proto", r.Header.Get("X-Forwarded-Proto"), "for", r.Header.Get("X-Forwarded-For"))
 	release := func() { ses.goodbye(closeRestart, "released") }
 	if !m.begin(release) {
 		release()

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/x509"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -20,7 +21,7 @@ import (
 const tlsSecret = "nginx-tls"
 
 // TestCertificate replaces the certificate in the Secret: new connections get
-// it from every router's nginx when the kubelet has brought it, and sessions
+// it from every router's pod when the kubelet has brought it, and sessions
 // that were open before go on.
 func TestCertificate(t *testing.T) {
 	s := newSystem(t)
@@ -46,8 +47,9 @@ func TestCertificate(t *testing.T) {
 }
 
 // TestWrongPair puts a key into the Secret that is not the certificate's, nor of its
-// kind: no router is ready any more, nginx says why in its log, sessions go on; and
-// all is well again with the right one.
+// kind, and sessions go on. With nginx no router is ready any more, and nginx says why in its
+// log. A router that ends TLS itself says so too, and keeps the pair of before. All is well
+// again with the right one.
 func TestWrongPair(t *testing.T) {
 	s := newSystem(t)
 	held := []*follower{s.mustFollow(prefix + "certificate")}
@@ -58,6 +60,16 @@ func TestWrongPair(t *testing.T) {
 	}
 	since := metav1.Now()
 	putBack := s.replaceSecret(map[string][]byte{"tls.crt": cert, "tls.key": key})
+	if !s.hasNginx() {
+		s.awaitRefused(1)
+		s.wantRejection(&since)
+		s.goOn(held, 3)
+		s.mustFollow(prefix + "certificate-meanwhile")
+		putBack()
+		s.awaitRefused(0)
+		s.mustFollow(prefix + "certificate-again")
+		return
+	}
 	s.awaitNginx(false)
 	for _, pod := range s.pods(t.Context(), "router") {
 		log, err := s.client.CoreV1().Pods(s.namespace).GetLogs(pod.Name, &corev1.PodLogOptions{Container: "nginx", SinceTime: &since}).DoRaw(t.Context())
@@ -76,6 +88,48 @@ func TestWrongPair(t *testing.T) {
 	s.mustFollow(prefix + "certificate-again")
 }
 
+// awaitRefused waits until every router refuses this many of its certificates' files.
+func (s *system) awaitRefused(want float64) {
+	s.t.Helper()
+	for _, r := range s.routers(s.t.Context()) {
+		eventually(s.t, 3*time.Minute, r.pod+" to see the pair", func() error {
+			m, err := r.metrics(s.t.Context())
+			if err == nil && m.sum("router_tls_certificate_rejected") != want {
+				err = fmt.Errorf("it refuses %v files, want %v", m.sum("router_tls_certificate_rejected"), want)
+			}
+			return err
+		})
+	}
+}
+
+// wantRejection checks that every router is ready, and has said since then, in its log and as
+// an Event on its pod, why it refuses the pair.
+func (s *system) wantRejection(since *metav1.Time) {
+	s.t.Helper()
+	for _, r := range s.routers(s.t.Context()) {
+		if _, err := r.get(s.t.Context(), "/readyz"); err != nil {
+			s.t.Error(err)
+		}
+		log, err := s.client.CoreV1().Pods(s.namespace).GetLogs(r.pod, &corev1.PodLogOptions{Container: "router", SinceTime: since}).DoRaw(s.t.Context())
+		const says = "TLS file rejected; keeping what is in force"
+		if err != nil || !strings.Contains(string(log), says) {
+			s.t.Errorf("%s: the log (error %v) has no %q:\n%.2000s", r.pod, err, says, log)
+		}
+		eventually(s.t, 20*time.Second, "the Event on "+r.pod, func() error {
+			events, err := s.client.CoreV1().Events(s.namespace).List(s.t.Context(), metav1.ListOptions{
+				FieldSelector: "involvedObject.kind=Pod,involvedObject.name=" + r.pod + ",reason=CertificateRejected",
+			})
+			if err == nil && len(events.Items) == 0 {
+				err = errors.New("there is none")
+			}
+			if err == nil && !strings.Contains(events.Items[0].Message, "-tls-cert /tls was rejected") {
+				err = fmt.Errorf("it says %q", events.Items[0].Message)
+			}
+			return err
+		})
+	}
+}
+
 // awaitNginx waits until nginx is ready in all routers' pods, or in none.
 func (s *system) awaitNginx(ready bool) {
 	s.t.Helper()
@@ -91,7 +145,7 @@ func (s *system) awaitNginx(ready bool) {
 	})
 }
 
-// awaitCertificate waits until every router's nginx shows the certificate.
+// awaitCertificate waits until every router's pod shows the certificate.
 func (s *system) awaitCertificate(serial string, held []*follower) {
 	s.t.Helper()
 	replaced := time.Now()
@@ -123,7 +177,7 @@ func (s *system) awaitCertificate(serial string, held []*follower) {
 }
 
 // servedSerial opens a session and returns which router it went through and
-// which certificate nginx showed.
+// which certificate its pod showed.
 func (s *system) servedSerial() (pod, serial string, err error) {
 	session, err := s.dialer.open(s.t.Context(), prefix+"certificate")
 	if err != nil {

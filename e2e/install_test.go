@@ -195,23 +195,31 @@ func (in *installation) wantOpen(deployment, namespace string) {
 }
 
 // clientOf returns what the backend has logged of the client of a namespace's last session.
-func (in *installation) clientOf(namespace string) string {
+func (in *installation) clientOf(namespace string) (client string) {
+	in.t.Helper()
+	client, _ = in.forwarded(namespace)
+	return client
+}
+
+// forwarded returns X-Forwarded-For and X-Forwarded-Proto of a namespace's last session, as the
+// backend has logged them.
+func (in *installation) forwarded(namespace string) (client, proto string) {
 	in.t.Helper()
 	backend := in.owner("router", namespace)
-	var client string
 	eventually(in.t, 10*time.Second, "the session in the log of "+backend, func() error {
 		log, err := in.tryKubectl("logs", backend)
 		if err != nil {
 			return err
 		}
-		lines := regexp.MustCompile(`msg="session open".* namespace=`+namespace+` .* for="?([^"\n]*)"?`).FindAllStringSubmatch(log, -1)
+		lines := regexp.MustCompile(`msg="session open".* namespace=`+namespace+` .* proto=(\S*) for="?([^"\n]*)"?`).FindAllStringSubmatch(log, -1)
 		if lines == nil {
 			return fmt.Errorf("no session of %s in\n%s", namespace, log)
 		}
-		client = lines[len(lines)-1][1]
+		last := lines[len(lines)-1]
+		client, proto = last[2], last[1]
 		return nil
 	})
-	return client
+	return client, proto
 }
 
 // generations returns what changes in workloads if an apply changes anything of them.
@@ -369,7 +377,7 @@ func TestInstallBase(t *testing.T) {
 
 // demoWith is an overlay of the demo, as small as it goes, with a component.
 func demoWith(component, more string) string {
-	return "resources: [../deploy]\ncomponents: [../../k8s/components/" + component + "]\n" +
+	return "resources: [../../k8s/demo]\ncomponents: [../../k8s/components/" + component + "]\n" +
 		"replicas:\n  - {name: backend, count: 2}\n  - {name: router, count: 1}\n" + more
 }
 
@@ -426,11 +434,15 @@ patches:
 	}
 }
 
-// TestInstallExclusive: components that need nginx cannot be with the one that removes it.
+// TestInstallExclusive: components that need nginx cannot be with one that removes it, and
+// there is only one of these.
 func TestInstallExclusive(t *testing.T) {
 	s := newSystem(t)
-	for _, other := range []string{"auth", "proxy-protocol"} {
-		for _, components := range []string{other + ", ../../k8s/components/no-tls", "no-tls, ../../k8s/components/" + other} {
+	for _, pair := range [][2]string{
+		{"auth", "no-tls"}, {"proxy-protocol", "no-tls"}, {"auth", "tls-in-router"}, {"proxy-protocol", "tls-in-router"},
+		{"no-tls", "tls-in-router"},
+	} {
+		for _, components := range []string{pair[0] + ", ../../k8s/components/" + pair[1], pair[1] + ", ../../k8s/components/" + pair[0]} {
 			dir := s.overlay("exclusive", "resources: [../../k8s/base]\ncomponents: [../../k8s/components/"+components+"]\n")
 			if out, err := s.kubectl(t.Context(), "", "kustomize", dir); err == nil {
 				t.Errorf("%s makes\n%s", components, out)
@@ -593,7 +605,7 @@ func (in *installation) startNginx(name, conf string) {
 	indented := strings.ReplaceAll("pid /tmp/pid; error_log stderr; events {}\nhttp {\n"+
 		"client_body_temp_path /tmp/1; proxy_temp_path /tmp/2; fastcgi_temp_path /tmp/3; uwsgi_temp_path /tmp/4; scgi_temp_path /tmp/5;\n"+
 		"access_log off;\n"+strings.ReplaceAll(conf, "\t", " ")+"\n}", "\n", "\n    ")
-	image := in.mustKubectl("", "get", "deployment", "router", "-o", "jsonpath={.spec.template.spec.initContainers[0].image}")
+	image := regexp.MustCompile(`image: (\S*nginx\S*)`).FindStringSubmatch(readFile(in.t, "../k8s/base/router.yaml"))[1]
 	in.create(`
 apiVersion: v1
 kind: ConfigMap

@@ -74,13 +74,26 @@ func metricNames() map[string]dto.MetricType {
 	}
 }
 
+// tlsMetricNames are those of a router that ends TLS.
+func tlsMetricNames() map[string]dto.MetricType {
+	const counter, gauge, histogram = dto.MetricType_COUNTER, dto.MetricType_GAUGE, dto.MetricType_HISTOGRAM
+	return map[string]dto.MetricType{
+		"router_tls_handshakes_in_progress":               gauge,
+		"router_tls_handshakes_total":                     counter,
+		"router_tls_handshakes_resumed_total":             counter,
+		"router_tls_handshake_duration_seconds":           histogram,
+		"router_tls_certificate_expiry_timestamp_seconds": gauge,
+		"router_tls_certificate_rejected":                 gauge,
+	}
+}
+
 // labelValues are values of labels that must be there from the start, so that
 // a rate has something to begin with.
 func labelValues() map[string]string {
 	return map[string]string{
 		"router_sessions backend":              "backend-0 backend-1 backend-2 backend-3",
 		"router_sessions_opened_total backend": "backend-0 backend-1 backend-2 backend-3",
-		"router_sessions_ended_total cause":    "client backend client_error backend_error router_error half_close idle moved drain max_age",
+		"router_sessions_ended_total cause":    "client backend client_error backend_error router_error half_close idle moved drain max_age truncated",
 		"router_sessions_cut_total cause":      "moved drain max_age",
 		"router_bytes_total direction":         "to_backend to_client",
 		"router_upgrades_total result": "ok bad_request bad_head not_found not_upgrade no_table unresolved hold_timeout misdirected " +
@@ -110,7 +123,14 @@ func TestMetrics(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		checkFamilies(t, r.pod, m)
+		checkFamilies(t, r.pod, m, metricNames(), labelValues())
+		if !s.hasNginx() {
+			checkFamilies(t, r.pod, m, tlsMetricNames(), map[string]string{
+				"router_tls_handshakes_total result":                          "ok failed timeout replaced client_gone",
+				"router_tls_certificate_expiry_timestamp_seconds certificate": "/tls",
+				"router_tls_certificate_rejected certificate":                 "/tls /tickets/secret",
+			})
+		}
 		for name, want := range map[string]float64{"router_ready": 1, "router_table_backends": 4, "router_statefulset_replicas": 4,
 			"router_backend_ready": 4, "router_watch_state": watches} {
 			if got := m.sum(name); got != want {
@@ -151,10 +171,10 @@ func TestMetrics(t *testing.T) {
 	}
 }
 
-// checkFamilies holds names, types, help and labels of all metrics.
-func checkFamilies(t *testing.T, pod string, m metrics) {
+// checkFamilies holds names, types, help and labels of metrics.
+func checkFamilies(t *testing.T, pod string, m metrics, names map[string]dto.MetricType, labels map[string]string) {
 	t.Helper()
-	for name, kind := range metricNames() {
+	for name, kind := range names {
 		family := m[name]
 		switch {
 		case family == nil:
@@ -165,7 +185,7 @@ func checkFamilies(t *testing.T, pod string, m metrics) {
 			t.Errorf("%s: %s has no help or no samples", pod, name)
 		}
 	}
-	for key, values := range labelValues() {
+	for key, values := range labels {
 		words := strings.Fields(key)
 		for _, label := range words[1:] {
 			checkLabel(t, pod, m[words[0]], label, strings.Fields(values))

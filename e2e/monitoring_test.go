@@ -73,11 +73,7 @@ func startPrometheusOf(t *testing.T, routers map[string][]*router, change func(r
 // monitoringFile returns what is in a file of k8s/components/monitoring.
 func monitoringFile(t *testing.T, name string) string {
 	t.Helper()
-	text, err := os.ReadFile(filepath.Join("../k8s/components/monitoring", name))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(text)
+	return readFile(t, filepath.Join("../k8s/components/monitoring", name))
 }
 
 // get puts the data of an answer of the API into data.

@@ -35,6 +35,10 @@ func TestPods(t *testing.T) {
 			checkPod(t, &pod)
 		}
 	}
+	if !s.hasNginx() {
+		t.Log("no container of the routers has programs to ask the kernel with")
+		return
+	}
 	for _, pod := range s.pods(t.Context(), "router") {
 		s.checkInside(pod.Name)
 	}

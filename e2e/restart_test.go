@@ -81,7 +81,8 @@ func (s *system) awaitOpen(all []*returner, not string) {
 
 // departure is the end of a router pod as the API server tells it.
 type departure struct {
-	pod string
+	pod        string
+	containers []string
 
 	// Guarded by mu.
 	mu      sync.Mutex
@@ -102,7 +103,10 @@ func (s *system) observe(name string) *departure {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	_, events := s.watchPod(ctx, name)
+	pod, events := s.watchPod(ctx, name)
+	for _, c := range append(pod.Spec.InitContainers, pod.Spec.Containers...) {
+		d.containers = append(d.containers, c.Name)
+	}
 	var reading sync.WaitGroup
 	reading.Go(func() { d.readLog(bufio.NewScanner(log)) })
 	reading.Go(func() { d.readEvents(events) })
@@ -152,7 +156,7 @@ func (d *departure) gone() error {
 	return nil
 }
 
-// check holds how the router ended: its last line, and the exit codes of both
+// check holds how the router ended: its last line, and the exit codes of all
 // containers.
 func (d *departure) check(t *testing.T) {
 	t.Helper()
@@ -172,7 +176,7 @@ func (d *departure) check(t *testing.T) {
 			t.Logf("restart: %s: %s", d.pod, line)
 		}
 	}
-	for _, container := range []string{"router", "nginx"} {
+	for _, container := range d.containers {
 		if code, ended := d.exits[container]; !ended || code != 0 {
 			t.Errorf("%s, container %q: ended %t, exit code %d, want 0", d.pod, container, ended, code)
 		}

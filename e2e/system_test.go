@@ -185,6 +185,18 @@ func (s *system) newRouter(pod corev1.Pod) *router {
 	return &router{pod: pod.Name, base: "http://" + addr}
 }
 
+// hasNginx reports whether nginx ends the clients' TLS. Otherwise the routers do: they were
+// deployed with the component tls-in-router.
+func (s *system) hasNginx() bool {
+	s.t.Helper()
+	for _, c := range s.pods(s.t.Context(), "router")[0].Spec.InitContainers {
+		if c.Name == "nginx" {
+			return true
+		}
+	}
+	return false
+}
+
 // kubectl runs kubectl with the given standard input and returns what it
 // printed.
 func (s *system) kubectl(ctx context.Context, stdin string, args ...string) (string, error) {

@@ -123,6 +123,16 @@ func span(t *testing.T, name string, otherwise time.Duration) time.Duration {
 	return d
 }
 
+// readFile returns what is in the file.
+func readFile(t *testing.T, path string) string {
+	t.Helper()
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
 // until waits for the end of d or of ctx.
 func until(ctx context.Context, d time.Duration) {
 	select {

@@ -12,9 +12,10 @@
 # router-handoff-backend stays at deploy, and goes at undeploy. Four backends and two
 # routers are the numbers it begins with: later `kubectl scale` decides.
 #
-# TIMEOUT  seconds to wait for the pods (180)
-# REGISTRY where the nodes find the images (localhost:5000)
-# TAG      of the images (that of bin/router and bin/backend)
+# TIMEOUT     seconds to wait for the pods (180)
+# REGISTRY    where the nodes find the images (localhost:5000)
+# TAG         of the images (that of bin/router and bin/backend)
+# DEPLOY_WITH names of k8s/components that are added, such as "tls-in-router ipv6" (none)
 set -euo pipefail
 
 K8S=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -22,6 +23,7 @@ CERTS=${K8S%/*}/certs
 APPLIED=${K8S%/*}/bin/deploy # the kustomization that is applied
 TIMEOUT=${TIMEOUT:-180}
 REGISTRY=${REGISTRY:-localhost:5000}
+DEPLOY_WITH=${DEPLOY_WITH:-}
 
 say() { printf '%s\n' "deploy.sh: $*"; }
 die() { say "$*" >&2; exit 1; }
@@ -42,7 +44,7 @@ make_secret() {
 }
 
 # check_secret checks that certificate and key in the cluster fit. If they did not, nginx
-# would start and every handshake would fail.
+# would start and every handshake would fail, and a router that ends TLS would not start.
 check_secret() {
   local cert key
   if ! command -v openssl >/dev/null; then
@@ -58,22 +60,34 @@ secret() { # key, with \ before its dots
   kubectl get secret nginx-tls -o "jsonpath={.data.$1}" | base64 -d
 }
 
+# make_tickets creates the secret from which all routers that end TLS themselves derive the
+# keys of session tickets.
+make_tickets() {
+  head -c 48 /dev/urandom | kubectl create secret generic router-tickets --from-file=secret=/dev/stdin
+}
+
 # make_overwriting creates the ConfigMap. With --save-config a later `kubectl apply` of
 # the user's own file knows what was there before.
 make_overwriting() {
   kubectl create --save-config -f "$K8S/overwriting.yaml"
 }
 
-# make_kustomization writes what is applied: the demo, with images by their tag. That is
-# another one if a program has changed, and only then the pods are replaced.
+# make_kustomization writes what is applied: the demo with the components, and with images by
+# their tag. That is another one if a program has changed, and only then the pods are
+# replaced.
 make_kustomization() {
-  local tag programs
+  local tag programs component components=
   tag=$("$K8S/image.sh" tag) || die "the images have no tag: see above"
+  for component in $DEPLOY_WITH; do
+    [ -f "$K8S/components/$component/kustomization.yaml" ] || die "DEPLOY_WITH: there is no $K8S/components/$component"
+    components+=${components:+, }../../k8s/components/$component
+  done
   mkdir -p "$APPLIED"
   cat >"$APPLIED/kustomization.yaml" <<EOF
 apiVersion: kustomize.config.k8s.io/v1beta1
 kind: Kustomization
 resources: [../../k8s/demo]
+components: [$components]
 images:
   - {name: localhost:5000/router, newName: "$REGISTRY/router", newTag: "$tag"}
   - {name: localhost:5000/router-backend, newName: "$REGISTRY/router-backend", newTag: "$tag"}
@@ -162,6 +176,7 @@ deploy() {
   check_secret
   if missing configmap overwriting; then make_overwriting; fi
   make_kustomization
+  if [[ " $DEPLOY_WITH " == *" tls-in-router "* ]] && missing secret router-tickets; then make_tickets; fi
   local new_backend=no new_router=no
   if missing statefulset backend; then new_backend=yes; else keep_replicas statefulset backend; fi
   if missing deployment router; then new_router=yes; else keep_replicas deployment router; fi
@@ -210,6 +225,7 @@ undeploy() {
     remove_old_policy || true
   fi
   kubectl delete -k "$K8S/demo" -l "app.kubernetes.io/component!=policy" --ignore-not-found
+  kubectl delete secret router-tickets --ignore-not-found
   local name
   for name in $(old_configmaps); do kubectl delete "$name"; done
   say "kept: configmap/overwriting and secret/nginx-tls; to remove them too:"
@@ -219,5 +235,5 @@ undeploy() {
 case ${1:-deploy} in
   deploy) deploy ;;
   undeploy) undeploy ;;
-  *) sed -n '2,17s/^#\( \|$\)//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+  *) sed -n '2,18s/^#\( \|$\)//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
 esac
