@@ -194,9 +194,12 @@ func TestMonitoringAlerts(t *testing.T) {
 	cuts := newStage(t, program, backends, first)
 	full := newStage(t, small, backends, first)
 	drops := newStage(t, unread, backends, nil)
+	soon := newPair(t, time.Now().Add(6*24*time.Hour))
+	expires := newStage(t, program, backends, nil, "-tls-cert="+soon.directory)
 	stages := map[string]*stage{
 		"refuses": refuses, "rejects": rejects, "holds": holds, "errs": errs, "drains": drains,
 		"ends": ends, "stuck": stuck, "waits": waits, "cuts": cuts, "full": full, "drops": drops,
+		"expires": expires,
 	}
 	routers := map[string][]*router{"disagrees": {disagrees.outside.router, with.outside.router}}
 	for name, s := range stages {
@@ -229,12 +232,15 @@ func TestMonitoringAlerts(t *testing.T) {
 		full.upgrade("a")
 	}
 	drops.fillLog()
+	if err := os.WriteFile(filepath.Join(soon.directory, "tls.key"), []byte("no key"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for _, want := range [][2]string{
 		{"RouterRefusing", "refuses"}, {"RoutersDisagree", "disagrees"}, {"RouterOverridesRejected", "rejects"},
 		{"RouterHoldTimeouts", "holds"}, {"RouterBackendErrors", "errs"}, {"RouterNotReady", "drains"},
 		{"RouterDown", "ends"}, {"RouterMoveStuck", "stuck"}, {"RouterHandoffWaiting", "waits"},
 		{"RouterCuts", "cuts"}, {"RouterDescriptors", "full"}, {"RouterAcceptPaused", "full"},
-		{"RouterLogsDropped", "drops"},
+		{"RouterLogsDropped", "drops"}, {"RouterCertificateExpires", "expires"}, {"RouterCertificateRejected", "expires"},
 	} {
 		p.awaitFired(want[0], want[1])
 	}

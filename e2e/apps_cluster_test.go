@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
@@ -38,29 +37,25 @@ func (s *system) deployApps() *system {
 	s.t.Helper()
 	s.run(filepath.Join(s.root, "e2e/apps/image.sh"), appImage)
 	s.run(filepath.Join(s.root, "k8s/image.sh"), "load", appImage)
-	apps := *s
-	apps.namespace, apps.known = s.newNamespace(s.t), map[string]*router{}
+	namespace := s.newNamespace(s.t)
 	secret, err := s.client.CoreV1().Secrets(s.namespace).Get(s.t.Context(), tlsSecret, metav1.GetOptions{})
 	if err != nil {
 		s.t.Fatal(err)
 	}
 	secret.ObjectMeta = metav1.ObjectMeta{Name: tlsSecret}
-	if _, err := s.client.CoreV1().Secrets(apps.namespace).Create(s.t.Context(), secret, metav1.CreateOptions{}); err != nil {
+	if _, err := s.client.CoreV1().Secrets(namespace).Create(s.t.Context(), secret, metav1.CreateOptions{}); err != nil {
 		s.t.Fatal(err)
 	}
-	in := "--namespace=" + apps.namespace
+	in := "--namespace=" + namespace
 	s.mustKubectl("", in, "create", "--save-config", "-f", filepath.Join(s.root, "k8s/overwriting.yaml"))
 	s.mustKubectl("", in, "apply", "-k", filepath.Join(s.root, "e2e/apps"))
 	for _, object := range []string{"statefulset/backend", "deployment/router"} {
 		s.mustKubectl("", in, "rollout", "status", "--timeout=4m", object)
 	}
-	if os.Getenv("E2E_ADDR") != "forward" {
-		s.t.Setenv("E2E_ADDR", "") // which leads to other routers
-	}
-	apps.front = newFront(&apps, 30*time.Second)
+	apps := s.in(namespace)
 	apps.explainHandoff()
 	apps.awaitBackends(4) // the first table has those that were ready
-	return &apps
+	return apps
 }
 
 // run runs a program that must succeed.

@@ -2,12 +2,20 @@ package e2e
 
 import (
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
 	"maps"
 	"math"
+	"math/big"
+	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -138,7 +146,7 @@ func panels(t *testing.T) (all []panel) {
 			all = append(all, p)
 		}
 	}
-	if rows != 6 || len(all) < 30 {
+	if rows != 7 || len(all) < 30 {
 		t.Errorf("the dashboard has %d rows and %d panels", rows, len(all))
 	}
 	return all
@@ -317,9 +325,44 @@ func busyNamespaces() (all []string) {
 	return all
 }
 
+// pair is a certificate for 127.0.0.1 with its key, in the files of a mounted Secret.
+type pair struct {
+	directory string
+	pool      *x509.CertPool // trusts it
+}
+
+// newPair makes a pair that expires then.
+func newPair(t *testing.T, notAfter time.Time) *pair {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotBefore: time.Now().Add(-time.Hour), NotAfter: notAfter,
+		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, IsCA: true, BasicConstraintsValid: true}
+	certificate, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	private, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &pair{t.TempDir(), x509.NewCertPool()}
+	for name, block := range map[string]*pem.Block{
+		"tls.crt": {Type: "CERTIFICATE", Bytes: certificate}, "tls.key": {Type: "PRIVATE KEY", Bytes: private},
+	} {
+		if err := os.WriteFile(filepath.Join(p.directory, name), pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p.pool.AppendCertsFromPEM([]byte(readFile(t, filepath.Join(p.directory, "tls.crt"))))
+	return p
+}
+
 // TestMonitoringAlone: a Prometheus that scrapes a router has data for each panel of the
-// dashboard, but for those of the API server, and can evaluate each rule. It needs no
-// cluster.
+// dashboard, but for those of the API server, and can evaluate each rule. The router ends
+// TLS. It needs no cluster.
 func TestMonitoringAlone(t *testing.T) {
 	addrs := (&system{t: t}).localBackends(build(t, "./backend"), 2)
 	overrides := t.TempDir()
@@ -335,12 +378,15 @@ func TestMonitoringAlone(t *testing.T) {
 	const large, dead = prefix + "large", prefix + "dead" // the owner of dead is not there
 	pin(large, 0)
 	pin(dead, 2)
+	pair := newPair(t, time.Now().Add(365*24*time.Hour))
 	r := runRouter(t, build(t, "."), "-kube=none", "-overrides="+overrides, "-hold=100ms", "-move-settle=10ms",
-		"-backends="+strings.Join(append(addrs, freeAddress(t)), ","))
+		"-tls-cert="+pair.directory, "-backends="+strings.Join(append(addrs, freeAddress(t)), ","))
 	r.awaitReady(t)
 	p := startPrometheus(t, []*router{r.router})
 	checkLint(t, r.router)
-	d := &dialer{base: r.address(t), http: http.DefaultClient}
+	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pair.pool}}
+	t.Cleanup(transport.CloseIdleConnections)
+	d := &dialer{base: strings.Replace(r.address(t), "ws:", "wss:", 1), http: &http.Client{Transport: transport}}
 	for range largeNamespace {
 		s, err := d.open(t.Context(), large)
 		if err != nil {
@@ -361,7 +407,8 @@ func TestMonitoringAlone(t *testing.T) {
 	p.checkRules(alone)
 }
 
-// TestMonitoring: the same in the cluster, with all panels and all rules.
+// TestMonitoring: the same in the cluster, with all panels and all rules, but for those of TLS
+// where nginx ends that.
 func TestMonitoring(t *testing.T) {
 	s := newSystem(t)
 	s.keepOverrides()
@@ -396,7 +443,8 @@ func TestMonitoring(t *testing.T) {
 	for _, r := range routers {
 		p.checkScrape(r)
 	}
-	all := func(string) bool { return true }
+	withNginx := s.hasNginx()
+	all := func(expr string) bool { return !withNginx || !strings.Contains(expr, "router_tls_") }
 	p.checkPanels(all)
 	p.checkRules(all)
 }

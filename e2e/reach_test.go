@@ -171,7 +171,11 @@ func (f *front) address(ctx context.Context) (string, error) {
 		if pod.DeletionTimestamp != nil || pod.Status.PodIP == "" {
 			continue
 		}
-		f.forward, err = newForward(f.s, pod.Name, 443)
+		port := 443
+		if !nginxIn(&pod) {
+			port = 8000
+		}
+		f.forward, err = newForward(f.s, pod.Name, port)
 		if err == nil {
 			return f.forward.addr, nil
 		}

@@ -58,16 +58,34 @@ func newSystem(t *testing.T) *system {
 	s.loadConfig()
 	s.trust()
 	s.awaitWhole()
-	s.front = newFront(s, 0)
+	s.findFront(0)
+	return s
+}
+
+// findFront finds the way to nginx, as newFront does, and makes a dialer that goes there.
+func (s *system) findFront(tryFor time.Duration) {
+	s.t.Helper()
+	s.front = newFront(s, tryFor)
 	transport := &http.Transport{
 		DialContext:     s.front.dial,
 		TLSClientConfig: s.tls,
 		ReadBufferSize:  1 << 10,
 		WriteBufferSize: 1 << 10,
 	}
-	t.Cleanup(transport.CloseIdleConnections)
+	s.t.Cleanup(transport.CloseIdleConnections)
 	s.dialer = &dialer{base: "wss://" + hostName, http: &http.Client{Transport: transport}}
-	return s
+}
+
+// in returns the system in another Kubernetes namespace, once its pods are ready.
+func (s *system) in(namespace string) *system {
+	s.t.Helper()
+	other := *s
+	other.namespace, other.known = namespace, map[string]*router{}
+	if os.Getenv("E2E_ADDR") != "forward" {
+		s.t.Setenv("E2E_ADDR", "") // which leads to other routers
+	}
+	other.findFront(30 * time.Second)
+	return &other
 }
 
 // loadConfig reads the kubeconfig, and sees that the API server answers.
@@ -173,28 +191,34 @@ func (s *system) routers(ctx context.Context) []*router {
 // newRouter finds the way to the admin port of a router.
 func (s *system) newRouter(pod corev1.Pod) *router {
 	s.t.Helper()
-	addr := net.JoinHostPort(pod.Status.PodIP, "8001")
-	if !answers(addr) {
-		f, err := newForward(s, pod.Name, 8001)
-		if err != nil {
-			s.t.Fatalf("admin port of %s: %s does not answer, and port-forward: %v", pod.Name, addr, err)
-		}
-		s.t.Cleanup(f.close)
-		addr = f.addr
+	return &router{pod: pod.Name, base: "http://" + s.podAddress(pod, 8001)}
+}
+
+// podAddress finds the way to a port of a pod.
+func (s *system) podAddress(pod corev1.Pod, port int) string {
+	s.t.Helper()
+	addr := net.JoinHostPort(pod.Status.PodIP, strconv.Itoa(port))
+	if answers(addr) {
+		return addr
 	}
-	return &router{pod: pod.Name, base: "http://" + addr}
+	f, err := newForward(s, pod.Name, port)
+	if err != nil {
+		s.t.Fatalf("port %d of %s: %s does not answer, and port-forward: %v", port, pod.Name, addr, err)
+	}
+	s.t.Cleanup(f.close)
+	return f.addr
 }
 
 // hasNginx reports whether nginx ends the clients' TLS. Otherwise the routers do: they were
 // deployed with the component tls-in-router.
 func (s *system) hasNginx() bool {
 	s.t.Helper()
-	for _, c := range s.pods(s.t.Context(), "router")[0].Spec.InitContainers {
-		if c.Name == "nginx" {
-			return true
-		}
-	}
-	return false
+	return nginxIn(&s.pods(s.t.Context(), "router")[0])
+}
+
+// nginxIn reports whether a pod of the router has nginx.
+func nginxIn(pod *corev1.Pod) bool {
+	return slices.ContainsFunc(pod.Spec.InitContainers, func(c corev1.Container) bool { return c.Name == "nginx" })
 }
 
 // kubectl runs kubectl with the given standard input and returns what it
