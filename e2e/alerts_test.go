@@ -206,6 +206,7 @@ func TestMonitoringAlerts(t *testing.T) {
 		routers[name] = []*router{s.outside.router}
 	}
 	with.outside.router.pod = "with"
+	expires.outside.router.pod = "expires" // it has other metrics than all others
 	p := startPrometheusOf(t, routers, fastRules)
 	for _, s := range stages { // counters begin to be seen before they count
 		p.checkScrape(s.outside.router)
