@@ -1,6 +1,8 @@
 // Package e2e holds the tests of the whole system: clients, nginx, routers,
 // backends and the Kubernetes API, against the cluster of the current
-// kubeconfig context, where it was deployed with `make deploy`.
+// kubeconfig context, where it was deployed with `make deploy`, or with
+// `make deploy DEPLOY_WITH=tls-in-router`. Then there is no nginx, and "nginx" in the
+// tests stands for the router that clients get to: few tests differ (hasNginx).
 //
 // All code is in test files, and the tests run one after the other. Each test restores
 // what it changes: the overrides, the Secret, the pods. The names of the tests'
@@ -38,6 +40,7 @@
 //	E2E_HANDOFF      how many sessions the tests of the hand-off move (800), which come back
 //	                 at -move-rate: on two CPUs at most 100 a second do so at once
 //	E2E_COUNTERS     how many clients TestHandoffPods has (400)
+//	DEPLOY_WITH      the components that tests deploy with: the same as of "make deploy"
 //	E2E_APPS         "alone": TestApps runs one router as a process, without a cluster
 //
 // The tests with the build tag "controlplane" (make faults, make soak) stop and kill
