@@ -613,7 +613,10 @@ func markRequestRead(r *http.Request) {
 	if c, ok := r.Context().Value(clientConnKey{}).(*clientConn); ok {
 		c.requestRead.Store(true)
 		c.uncount()
-		conn, _ := unwrap(c.Conn)
+		conn := c.Conn
+		if prefixed, ok := conn.(*prefixedConn); ok {
+			conn = prefixed.Conn // not by unwrap: net/http reads the prefix meanwhile
+		}
 		_, t := takeTLS(conn)
 		r.TLS = t.state()
 		if c.remoteAddr != nil {

@@ -93,6 +93,9 @@ const (
 	minUnsentBuffer = 64       // bytes of the smallest buffer
 	unsentClasses   = 11       // sizes of buffers, each twice the last: up to bufferSize
 	peekSize        = 16 << 10 // bytes that are peeked at above the budget
+	// maxReadOverBudget is how many bytes are read at once above the budget, if they are
+	// not peeked at. With TLS they have room in peekSize/4.
+	maxReadOverBudget = peekSize/4 - 256
 )
 
 // unsentClass returns the class of the smallest buffer for size bytes. Its capacity is
@@ -156,10 +159,10 @@ func (s *session) wantsRead(i side) bool {
 // readOnce reads the side once and sends what came to its peer. It reports whether the
 // socket may have more.
 func (p *poller) readOnce(s *session, i side, ended bool) (more bool) {
-	overBudget := p.relay.engine.unsentBytes.Load() >= p.relay.engine.unsentBudget
+	overBudget := p.overBudget()
 	switch {
 	case s.tls != nil && i == clientSide:
-		return p.readTLS(s, overBudget, ended)
+		return p.readTLS(s, ended)
 	case overBudget && s.closing == nil && s.tls == nil:
 		return p.forwardPeeked(s, i, ended)
 	}
@@ -168,7 +171,7 @@ func (p *poller) readOnce(s *session, i side, ended bool) (more bool) {
 	if pipe == nil && errno == 0 {
 		switch {
 		case overBudget:
-			limit = peekSize / 4
+			limit = maxReadOverBudget
 		case s.tls != nil:
 			limit = maxTLSWrite - maxCloseFrame
 		case s.closing != nil:
@@ -178,21 +181,18 @@ func (p *poller) readOnce(s *session, i side, ended bool) (more bool) {
 		}
 		n, errno = p.buf.receive(s.fd[i], limit)
 		switch {
-		case errno == syscall.EAGAIN || errno == syscall.EINTR:
-			return errno == syscall.EINTR
-		case errno == 0 && n == 0:
+		case errno != 0:
+			return p.nothingRead(s, i, errno)
+		case n == 0:
 			p.sideEnded(s, i)
 			return false
-		case errno == 0:
-			more = n == limit
-			n = p.scan(s, i, n)
-			if s.tls == nil {
-				s.detectBulk(i, more, limit)
-			}
-			pipe, errno = p.spliceIn(s, i, bufferSize-n)
-		default:
-			n = 0
 		}
+		more = n == limit
+		n = p.scan(s, i, n)
+		if s.tls == nil {
+			s.detectBulk(i, more, limit)
+		}
+		pipe, errno = p.spliceIn(s, i, bufferSize-n)
 	}
 	p.sendOrKeep(s, i, n, pipe)
 	if errno != 0 {
@@ -202,6 +202,20 @@ func (p *poller) readOnce(s *session, i side, ended bool) (more bool) {
 	return more || ended || pipe != nil
 }
 
+// overBudget reports whether the budget for unsent bytes is used up.
+func (p *poller) overBudget() bool {
+	return p.relay.engine.unsentBytes.Load() >= p.relay.engine.unsentBudget
+}
+
+// nothingRead handles a read of the side that returned errno. It reports whether the side is
+// to be read again.
+func (p *poller) nothingRead(s *session, i side, errno syscall.Errno) (again bool) {
+	if errno != syscall.EAGAIN && errno != syscall.EINTR {
+		p.readFailed(s, i, errno)
+	}
+	return errno == syscall.EINTR
+}
+
 // forwardPeeked is readOnce while the budget for unsent bytes is used up: it peeks at
 // what has come, sends that, and then reads as many bytes as the peer took. It is not
 // used with TLS or during a closing handshake, because then the bytes to send differ
@@ -209,11 +223,8 @@ func (p *poller) readOnce(s *session, i side, ended bool) (more bool) {
 func (p *poller) forwardPeeked(s *session, i side, ended bool) (more bool) {
 	n, errno := p.buf.peek(s.fd[i], peekSize)
 	switch {
-	case errno == syscall.EAGAIN || errno == syscall.EINTR:
-		return errno == syscall.EINTR
 	case errno != 0:
-		p.readFailed(s, i, errno)
-		return false
+		return p.nothingRead(s, i, errno)
 	case n == 0:
 		p.sideEnded(s, i)
 		return false

@@ -471,8 +471,8 @@ func TestRelayBytesOverBudget(t *testing.T) {
 			for n := range count {
 				sizes := [2]int{logUniform(rng, 4<<20), logUniform(rng, 4<<20)}
 				ends := newFlowSession(noise, seed, n, sizes).ends
-				pairs := newSessionConns(t, "unix", "tcp")
-				pairs.near[clientSide].(halfConn).SetWriteBuffer(4 << 10 << (n % 8))
+				pairs := newSessionConns(t, []string{"unix", "tls-unix", "unix", "tls"}[n%4], "tcp")
+				socket(pairs.near[clientSide]).SetWriteBuffer(4 << 10 << (n % 8))
 				pairs.start(r, newSession("ns-01", 0, ""), [2][]byte{ends[clientSide].early, ends[backendSide].early})
 				for i, conn := range pairs.far {
 					running.Go(func() { ends[i].run(t, conn, conn) })

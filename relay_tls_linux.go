@@ -66,18 +66,14 @@ func (b *recordBuffers) Write(data []byte) (int, error) {
 func (b *recordBuffers) SetWriteDeadline(time.Time) error { return nil }
 
 // readTLS is readOnce for a client with TLS.
-func (p *poller) readTLS(s *session, overBudget, ended bool) (more bool) {
+func (p *poller) readTLS(s *session, ended bool) (more bool) {
 	limit, b := maxTLSRead, p.records
-	if overBudget {
-		limit = peekSize / 4
+	if p.overBudget() {
+		limit = maxReadOverBudget
 	}
 	n, errno := b.in.receive(s.fd[clientSide], limit)
-	switch {
-	case errno == syscall.EAGAIN || errno == syscall.EINTR:
-		return errno == syscall.EINTR
-	case errno != 0:
-		p.readFailed(s, clientSide, errno)
-		return false
+	if errno != 0 {
+		return p.nothingRead(s, clientSide, errno)
 	}
 	b.received, b.ended = b.in.data[:n], n == 0
 	p.openRecords(s)
@@ -133,8 +129,8 @@ func (p *poller) sendTLS(s *session, n int) {
 	if n == 0 || !s.canSend(backendSide) {
 		return
 	}
-	if _, err := s.tls.Write(p.buf.data[:n]); err != nil {
-		p.end(s, causeRouterError)
+	if _, err := s.tls.Write(p.buf.data[:n]); err != nil { // what the client has sent was refused before
+		p.setWriteFailed(s, clientSide)
 		return
 	}
 	s.bytesFrom[backendSide].Add(int64(n))
@@ -151,13 +147,22 @@ func (p *poller) sendSealed(s *session) {
 	case size == 0 || !s.canSend(backendSide):
 	case s.unsent[backendSide] == nil:
 		p.sendRecords(s, size)
-	case len(s.unsent[backendSide].data)+size > bufferSize: // a client that asks and does not read
+	case len(s.unsent[backendSide].data)+size > p.maxUnread(): // a client that asks and does not read
 		p.end(s, causeClientError)
 	default:
 		all := slices.Concat(s.unsent[backendSide].data, b.out.data[:size])
 		p.dropUnsent(s, backendSide)
 		p.keepUnsent(s, backendSide, all, nil)
 	}
+}
+
+// maxUnread is how many bytes may be kept for a client that crypto/tls has to answer: it is
+// read all the same.
+func (p *poller) maxUnread() int {
+	if p.overBudget() {
+		return peekSize / 2
+	}
+	return bufferSize
 }
 
 // sendRecords sends the first size bytes of records.out to the client, and keeps what it

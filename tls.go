@@ -252,6 +252,19 @@ func (t *tlsConn) setTransport(transport net.Conn, relayed bool) {
 	t.transport = tlsTransport{transport, relayed}
 }
 
+// closeNotifyTime is how long Close waits for a client that does not take close_notify, or
+// an answer that crypto/tls has for it.
+const closeNotifyTime = 100 * time.Millisecond
+
+// Close ends the TLS, if the client takes that, and closes the connection. crypto/tls alone
+// waits for 5 s, or for ever if the client asks for new keys and reads nothing.
+func (t *tlsConn) Close() error {
+	conn := t.transport.Conn
+	late := time.AfterFunc(closeNotifyTime, func() { conn.Close() })
+	defer late.Stop()
+	return t.Conn.Close()
+}
+
 // CloseWrite ends this side: first its TLS, then its TCP.
 func (t *tlsConn) CloseWrite() error {
 	err := t.Conn.CloseWrite()

@@ -1,0 +1,43 @@
+//go:build !portable && !386
+
+package main
+
+import (
+	"crypto/tls"
+	"io"
+	"testing"
+)
+
+// A client that asks for new keys, and reads no answers, ends its session when they take more
+// memory than a session may have: a few KiB while the budget is used up.
+func TestTLSUnreadAnswersEnd(t *testing.T) {
+	for name, budget := range map[string]int64{"": maxUnsent, "over budget": 0} {
+		t.Run(name, func(t *testing.T) {
+			r := quietRelay(t)
+			r.engine.unsentBudget = budget
+			s := askForKeys(t, r)
+			s.wantCause(t, causeClientError)
+			waitUnsent(t, r, 0)
+		})
+	}
+}
+
+// While the budget is used up, answers to a client that does not read take little memory.
+func TestTLSUnreadAnswersOverBudget(t *testing.T) {
+	r := quietRelay(t)
+	r.engine.unsentBudget = 0
+	s := startedRecords(t, r, tls.VersionTLS13, func(pairs sessionConns) {
+		socket(pairs.near[clientSide]).SetWriteBuffer(4 << 10)
+		pairs.far[clientSide].SetReadBuffer(4 << 10)
+	})
+	go io.Copy(io.Discard, s.backend) // until the test ends
+	most := int64(0)
+	for !s.counted.Load() {
+		s.client.Write(append(s.client.keyUpdate(t, true), s.client.data("x")...)) // it fails when the session is over
+		most = max(most, r.engine.unsentBytes.Load())
+	}
+	if t.Logf("at most %d bytes were unsent", most); most == 0 || most > peekSize/2 {
+		t.Errorf("at most %d bytes were unsent, want 1 to %d", most, peekSize/2)
+	}
+	s.wantCause(t, causeClientError)
+}
