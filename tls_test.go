@@ -3,6 +3,8 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"container/list"
+	"context"
 	"crypto"
 	"crypto/tls"
 	"crypto/x509"
@@ -14,9 +16,12 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -292,7 +297,7 @@ func TestTLSTicketsOfRouters(t *testing.T) {
 func TestTLSRequests(t *testing.T) {
 	backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
 		body, _ := io.ReadAll(io.LimitReader(br, 300<<10))
-		fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
+		fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
 	})
 	upgraded := startStub(t, "127.0.0.1:0", echo)
 	p := startTLS(t, []string{backend.addr}, tlsSetup{})
@@ -333,24 +338,41 @@ func TestTLSRequests(t *testing.T) {
 // heldConn keeps what is written to it after the first read, until release.
 type heldConn struct {
 	net.Conn
-	read bool
-	held []byte
+	onHeld func() // called when it keeps the first bytes; may be nil
+
+	// Guarded by mu.
+	mu       sync.Mutex
+	holds    bool
+	released bool
+	held     []byte
 }
 
-func (c *heldConn) Read(b []byte) (int, error) { c.read = true; return c.Conn.Read(b) }
+func (c *heldConn) Read(b []byte) (int, error) {
+	c.mu.Lock()
+	c.holds = true
+	c.mu.Unlock()
+	return c.Conn.Read(b)
+}
 
 func (c *heldConn) Write(b []byte) (int, error) {
-	if c.read {
-		c.held = append(c.held, b...)
-		return len(b), nil
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.holds || c.released {
+		return c.Conn.Write(b)
 	}
-	return c.Conn.Write(b)
+	if c.onHeld != nil && c.held == nil {
+		c.onHeld()
+	}
+	c.held = append(c.held, b...)
+	return len(b), nil
 }
 
-func (c *heldConn) release(t testing.TB) {
-	t.Helper()
-	mustWrite(t, c.Conn, string(c.held))
-	c.held, c.read = nil, false
+// release sends what was kept. From then on nothing is.
+func (c *heldConn) release() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.Conn.Write(c.held) // an error shows when the answer is read
+	c.held, c.released = nil, true
 }
 
 // What a client sends with the end of its handshake, or in pieces, comes to be its request, and
@@ -374,7 +396,7 @@ func TestTLSFlights(t *testing.T) {
 				conn := tlsOver(t, held, p.client(tls.VersionTLS13))
 				mustWrite(t, conn, request+pieces[0])
 				mustWrite(t, conn, pieces[1])
-				go held.release(t) // the echo has to be read meanwhile
+				go held.release() // the echo has to be read meanwhile
 				br, resp := readAnswer(t, conn)
 				wantEqual(t, "status", resp.StatusCode, http.StatusSwitchingProtocols)
 				want := pieces[0] + pieces[1]
@@ -459,13 +481,12 @@ func TestTLSProxyProtocol(t *testing.T) {
 			both(t, func(t *testing.T, request string) {
 				backend := startStub(t, "127.0.0.1:0", echo)
 				p := startTLS(t, []string{backend.addr}, tlsSetup{change: trusting(t, "127.0.0.1")})
-				held := &heldConn{Conn: dial(t, p.addr), read: true}
-				mustWrite(t, held, tt.header)
+				conn := &prefixWriter{dial(t, p.addr), tt.header}
 				if tt.pause != nil {
-					held.release(t)
-					tt.pause(p, held.Conn)
+					mustWrite(t, conn, "")
+					tt.pause(p, conn)
 				}
-				client := tls.Client(&afterHeader{heldConn: held}, p.client(0))
+				client := tls.Client(conn, p.client(0))
 				client.SetDeadline(time.Now().Add(2 * patience))
 				must(t, client.Handshake())
 				mustWrite(t, client, request+"early")
@@ -479,14 +500,15 @@ func TestTLSProxyProtocol(t *testing.T) {
 	}
 }
 
-// afterHeader sends what its heldConn has kept together with the first write.
-type afterHeader struct{ *heldConn }
+// prefixWriter sends the prefix together with the first write.
+type prefixWriter struct {
+	net.Conn
+	prefix string
+}
 
-func (c *afterHeader) Read(b []byte) (int, error) { return c.Conn.Read(b) }
-
-func (c *afterHeader) Write(b []byte) (int, error) {
-	all := append(c.held, b...)
-	c.held = nil
+func (c *prefixWriter) Write(b []byte) (int, error) {
+	all := append([]byte(c.prefix), b...)
+	c.prefix = ""
 	if _, err := c.Conn.Write(all); err != nil {
 		return 0, err
 	}
@@ -495,9 +517,8 @@ func (c *afterHeader) Write(b []byte) (int, error) {
 
 // A trusted peer without a header of the PROXY protocol is refused, also if it begins with TLS.
 func TestTLSProxyProtocolRefused(t *testing.T) {
-	var hello bytes.Buffer
-	tls.Client(&helloConn{to: &hello}, &tls.Config{ServerName: "a.test"}).Handshake()
-	for name, begin := range map[string]string{"TLS": hello.String(), "HTTP": "GET / HTTP/1.1\r\nHost: h\r\n\r\n", "bad header": "PROXY TCP4 x\r\n"} {
+	hello := clientHello(&tls.Config{ServerName: "a.test"})
+	for name, begin := range map[string]string{"TLS": hello, "HTTP": "GET / HTTP/1.1\r\nHost: h\r\n\r\n", "bad header": "PROXY TCP4 x\r\n"} {
 		t.Run(name, func(t *testing.T) {
 			p := startTLS(t, []string{refusingAddr(t)}, tlsSetup{change: trusting(t, "127.0.0.1")})
 			conn := dial(t, p.addr)
@@ -593,8 +614,7 @@ func hostileClients() map[string]struct {
 
 // inTinyRecords returns a hello of this size, of which each record has one byte.
 func inTinyRecords(size int) string {
-	message := fmt.Sprintf("\x01%c%c%c", 0, byte(size>>8), byte(size))
-	message = "\x01" + string([]byte{0, byte(size >> 8), byte(size)}) + strings.Repeat("x", size)
+	message := "\x01" + string([]byte{0, byte(size >> 8), byte(size)}) + strings.Repeat("x", size)
 	var records strings.Builder
 	for i := range len(message) {
 		records.WriteString("\x16\x03\x01\x00\x01" + message[i:i+1])
@@ -668,4 +688,445 @@ func wantSent(t testing.TB, conn net.Conn, begin string) {
 	if !strings.HasPrefix(string(got), begin) {
 		t.Errorf("it is sent %q, want %q first", got, begin)
 	}
+}
+
+// limitSilent changes how many handshakes may wait for their clients.
+func (s *tlsServer) limitSilent(limit int) {
+	s.silent.mu.Lock()
+	defer s.silent.mu.Unlock()
+	s.silent.limit = limit
+}
+
+// When too many handshakes wait for their clients, the one that has waited for longest makes room:
+// a good client gets in, whatever was sent before.
+func TestTLSReplaced(t *testing.T) {
+	hello := clientHello(&tls.Config{ServerName: "a.test"})
+	for name, tt := range map[string]struct {
+		change func(*proxy)
+		send   string
+	}{
+		"silent":                {send: ""},
+		"within a record":       {send: hello[:100]},
+		"after the hello":       {send: hello},
+		"after a PROXY header":  {trusting(t, "127.0.0.1"), "PROXY UNKNOWN\r\n"},
+		"within a PROXY header": {trusting(t, "127.0.0.1"), "PROXY UNK"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			backend := startStub(t, "127.0.0.1:0", echo)
+			p := startTLS(t, []string{backend.addr}, tlsSetup{change: func(p *proxy) {
+				p.limits.headerTimeout = 2 * patience
+				if tt.change != nil {
+					tt.change(p)
+				}
+			}})
+			p.tls.limitSilent(3)
+			var silent []net.Conn
+			for range 3 {
+				silent = append(silent, p.waitingClient(t, tt.send, len(silent)+1))
+			}
+			good := dial(t, p.addr)
+			wantSent(t, silent[0], "")
+			if tt.change != nil {
+				mustWrite(t, good, "PROXY UNKNOWN\r\n")
+			}
+			client := tlsOver(t, good, p.client(0))
+			mustWrite(t, client, upgradeRequest("/ws/ns-01"))
+			mustEcho(t, client, "")
+			p.waitHandshakes(t, "1 ok, 1 replaced; 2 under way")
+			client.Close()
+			silent[1].Close()
+			silent[2].Close()
+			p.waitHandshakes(t, "1 ok, 1 replaced, 2 client_gone; 0 under way")
+			p.waitNobody(t)
+		})
+	}
+}
+
+// waitingClient returns a client that sends text, which begins a handshake or is nothing, and
+// then nothing more, when it waits with n in all.
+func (p *tlsProxy) waitingClient(t testing.TB, text string, n int) net.Conn {
+	t.Helper()
+	conn := dial(t, p.addr)
+	eventually(t, "silent clients", n, p.tls.silentNow)
+	if text != "" {
+		p.sendAndWait(t, conn, text, n)
+	}
+	return conn
+}
+
+// sendAndWait sends what makes the handshake of the client that began to wait last go on, and
+// returns when it waits again, with n in all.
+func (p *tlsProxy) sendAndWait(t testing.TB, conn net.Conn, text string, n int) {
+	t.Helper()
+	before := p.tls.lastSilent()
+	mustWrite(t, conn, text)
+	eventually(t, "it waits again", true, func() bool { return p.tls.lastSilent() != before && p.tls.silentNow() == n })
+}
+
+// lastSilent returns the place of the handshake that began last to wait for its client.
+func (s *tlsServer) lastSilent() *list.Element {
+	s.silent.mu.Lock()
+	defer s.silent.mu.Unlock()
+	return s.silent.all.Back()
+}
+
+// A handshake that net/http does makes room too.
+func TestTLSReplacedAfterTheStop(t *testing.T) {
+	backend := startStub(t, "127.0.0.1:0", echo)
+	p := startTLS(t, []string{backend.addr}, tlsSetup{change: func(p *proxy) { p.limits.headerTimeout = 2 * patience }})
+	silent, good := dial(t, p.addr), dial(t, p.addr)
+	eventually(t, "silent clients", 2, p.tls.silentNow)
+	p.fastPath.stop()
+	eventually(t, "silent clients", 2, p.tls.silentNow)
+	p.tls.limitSilent(1)
+	client := tlsOver(t, &slowStart{Conn: good}, p.client(0))
+	wantSent(t, silent, "")
+	mustWrite(t, client, upgradeRequest("/ws/ns-01"))
+	mustEcho(t, client, "")
+	p.waitHandshakes(t, "1 ok, 1 replaced; 0 under way")
+	client.Close()
+	p.waitNobody(t)
+}
+
+// slowStart sends its first bytes in two pieces, so that who reads waits again.
+type slowStart struct {
+	net.Conn
+	started bool
+}
+
+func (c *slowStart) Write(b []byte) (int, error) {
+	if !c.started {
+		c.started = true
+		for _, piece := range [][]byte{b[:3], b[3:20], b[20:]} {
+			if _, err := c.Conn.Write(piece); err != nil {
+				return 0, err
+			}
+			time.Sleep(10 * time.Millisecond) // the pace of the client
+		}
+		return len(b), nil
+	}
+	return c.Conn.Write(b)
+}
+
+// Clients that do not read what they are sent keep nobody else from a handshake.
+func TestTLSClientsThatDoNotRead(t *testing.T) {
+	for _, stopped := range []bool{false, true} {
+		t.Run(fmt.Sprint("stopped ", stopped), func(t *testing.T) {
+			backend := startStub(t, "127.0.0.1:0", echo)
+			p := startTLS(t, []string{backend.addr}, tlsSetup{
+				flags: func(ca *testCA, f *certificateFlags) { // more than the buffers of the sockets
+					b, err := os.ReadFile(f.certs[0])
+					must(t, err)
+					writeFile(t, f.certs[0], string(b)+strings.Repeat(ca.pem, (230<<10)/len(ca.certificate.Raw)))
+				},
+				change: func(p *proxy) { p.limits.headerTimeout, p.tls.writeTimeout = time.Hour, time.Hour },
+			})
+			var stuck []net.Conn
+			for range 2 * cap(p.tls.compute) {
+				stuck = append(stuck, dialSmall(t, p.addr))
+			}
+			good := dial(t, p.addr)
+			eventually(t, "silent clients", len(stuck)+1, p.tls.silentNow)
+			if stopped {
+				p.fastPath.stop()
+				eventually(t, "silent clients", len(stuck)+1, p.tls.silentNow)
+			}
+			for _, conn := range stuck {
+				p.sendAndWait(t, conn, clientHello(&tls.Config{ServerName: "a.test"}), len(stuck)+1)
+			}
+			client := tlsOver(t, good, p.client(0))
+			mustWrite(t, client, upgradeRequest("/ws/ns-01"))
+			mustEcho(t, client, "")
+			p.waitHandshakes(t, fmt.Sprintf("1 ok; %d under way", len(stuck)))
+			for _, conn := range stuck {
+				conn.Close()
+			}
+			client.Close()
+			p.waitHandshakes(t, fmt.Sprintf("1 ok, %d client_gone; 0 under way", len(stuck)))
+			p.waitNobody(t)
+		})
+	}
+}
+
+// A handshake in which the client does not read is over when its time is.
+func TestTLSWriteTimeout(t *testing.T) {
+	for _, stopped := range []bool{false, true} {
+		t.Run(fmt.Sprint("stopped ", stopped), func(t *testing.T) {
+			p := startTLS(t, []string{refusingAddr(t)}, tlsSetup{
+				flags: func(ca *testCA, f *certificateFlags) {
+					b, err := os.ReadFile(f.certs[0])
+					must(t, err)
+					writeFile(t, f.certs[0], string(b)+strings.Repeat(ca.pem, (230<<10)/len(ca.certificate.Raw)))
+				},
+				change: func(p *proxy) {
+					p.limits.headerTimeout, p.tls.writeTimeout = 300*time.Millisecond, 300*time.Millisecond
+				},
+			})
+			conn := dialSmall(t, p.addr)
+			eventually(t, "silent clients", 1, p.tls.silentNow)
+			if stopped {
+				p.fastPath.stop()
+			}
+			mustWrite(t, conn, clientHello(&tls.Config{ServerName: "a.test"}))
+			p.waitHandshakes(t, "1 timeout; 0 under way")
+			p.waitNobody(t)
+		})
+	}
+}
+
+// dialSmall connects to addr with a small buffer for what comes.
+func dialSmall(t testing.TB, addr string) net.Conn {
+	t.Helper()
+	d := net.Dialer{Control: func(_, _ string, c syscall.RawConn) error {
+		var err error
+		return errors.Join(c.Control(func(fd uintptr) {
+			err = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 1024)
+		}), err)
+	}}
+	conn, err := d.Dial("tcp", addr)
+	must(t, err)
+	t.Cleanup(func() { conn.Close() })
+	return conn
+}
+
+// The router stops although handshakes are under way, and counts them.
+func TestTLSHandshakesAtTheStop(t *testing.T) {
+	p := startTLS(t, []string{refusingAddr(t)}, tlsSetup{change: func(p *proxy) { p.limits.headerTimeout = time.Hour }})
+	hello := clientHello(&tls.Config{ServerName: "a.test"})
+	var clients []net.Conn
+	for _, text := range []string{"", hello[:100], hello} {
+		clients = append(clients, p.waitingClient(t, text, len(clients)+1))
+	}
+	began := time.Now()
+	p.stop()
+	if took := time.Since(began); took > patience {
+		t.Errorf("the stop took %v", took)
+	}
+	for _, conn := range clients {
+		conn.SetReadDeadline(time.Now().Add(patience))
+		if _, err := io.ReadAll(conn); errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Error("a connection is still open")
+		}
+	}
+	p.waitHandshakes(t, "3 timeout; 0 under way")
+	p.waitNobody(t)
+}
+
+// openssl runs openssl s_client against p, with input for its standard input, which is left open
+// if it is not to be a request: then it has commands of s_client.
+func (p *tlsProxy) openssl(t *testing.T, input string, flags ...string) (output string, err error) {
+	t.Helper()
+	ca := writeFile(t, filepath.Join(t.TempDir(), "ca"), p.ca.pem)
+	args := append([]string{"s_client", "-connect", p.addr, "-servername", "a.test", "-CAfile", ca, "-verify_return_error"}, flags...)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*patience)
+	defer cancel()
+	command := exec.CommandContext(ctx, "openssl", args...)
+	command.Stdin = strings.NewReader(input)
+	out, err := command.CombinedOutput()
+	if strings.Contains(string(out), "Error with command") || strings.Contains(string(out), "Unknown option") || strings.Contains(string(out), "Call to SSL_CONF_cmd") {
+		t.Skipf("this openssl does not know %v", flags)
+	}
+	return string(out), err
+}
+
+// needOpenSSL skips the test without openssl.
+func needOpenSSL(t *testing.T) {
+	t.Helper()
+	if _, err := exec.LookPath("openssl"); err != nil {
+		t.Skip("openssl is not installed: its handshakes were not tried")
+	}
+}
+
+const healthRequest = "GET /healthz HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
+
+// OpenSSL's client gets an answer with each version, cipher and curve that crypto/tls has, and an
+// alert with others.
+func TestTLSOpenSSL(t *testing.T) {
+	needOpenSSL(t)
+	old := []string{"-cipher", "DEFAULT:@SECLEVEL=0"}
+	tests := map[string]struct {
+		flags []string
+		want  string // in what openssl says; "alert ..." if it gets no answer
+	}{
+		"TLS 1.0":             {append(old, "-tls1"), "alert protocol version"},
+		"TLS 1.1":             {append(old, "-tls1_1"), "alert protocol version"},
+		"TLS 1.2":             {[]string{"-tls1_2"}, "Protocol version: TLSv1.2"},
+		"TLS 1.3":             {[]string{"-tls1_3"}, "Protocol version: TLSv1.3"},
+		"any version":         {nil, "Protocol version: TLSv1.3"},
+		"AES-128":             {[]string{"-tls1_3", "-ciphersuites", "TLS_AES_128_GCM_SHA256"}, "Ciphersuite: TLS_AES_128_GCM_SHA256"},
+		"AES-256":             {[]string{"-tls1_3", "-ciphersuites", "TLS_AES_256_GCM_SHA384"}, "Ciphersuite: TLS_AES_256_GCM_SHA384"},
+		"ChaCha20":            {[]string{"-tls1_3", "-ciphersuites", "TLS_CHACHA20_POLY1305_SHA256"}, "Ciphersuite: TLS_CHACHA20_POLY1305_SHA256"},
+		"CCM":                 {[]string{"-tls1_3", "-ciphersuites", "TLS_AES_128_CCM_SHA256"}, "alert handshake failure"},
+		"1.2 KEY AES-128":     {[]string{"-tls1_2", "-cipher", "ECDHE-KEY-AES128-GCM-SHA256"}, "Ciphersuite: ECDHE-KEY-AES128-GCM-SHA256"},
+		"1.2 KEY AES-256":     {[]string{"-tls1_2", "-cipher", "ECDHE-KEY-AES256-GCM-SHA384"}, "Ciphersuite: ECDHE-KEY-AES256-GCM-SHA384"},
+		"1.2 KEY ChaCha20":    {[]string{"-tls1_2", "-cipher", "ECDHE-KEY-CHACHA20-POLY1305"}, "Ciphersuite: ECDHE-KEY-CHACHA20-POLY1305"},
+		"1.2 KEY CBC":         {[]string{"-tls1_2", "-cipher", "ECDHE-KEY-AES128-SHA"}, "Ciphersuite: ECDHE-KEY-AES128-SHA"},
+		"1.2 KEY CBC SHA-256": {[]string{"-tls1_2", "-cipher", "ECDHE-KEY-AES128-SHA256"}, "alert handshake failure"},
+		"1.2 KEY CCM":         {[]string{"-tls1_2", "-cipher", "AES128-CCM:ECDHE-ECDSA-AES128-CCM"}, "alert handshake failure"},
+		"1.2 static RSA":      {[]string{"-tls1_2", "-cipher", "AES128-GCM-SHA256"}, "alert handshake failure"},
+		"1.2 DHE":             {[]string{"-tls1_2", "-cipher", "DHE-RSA-AES128-GCM-SHA256"}, "alert handshake failure"},
+		"1.2 anonymous":       {[]string{"-tls1_2", "-cipher", "aNULL:@SECLEVEL=0"}, "alert handshake failure"},
+		"P-256":               {[]string{"-groups", "P-256"}, "Server Temp Key: ECDH, prime256v1"},
+		"P-384":               {[]string{"-groups", "P-384"}, "Server Temp Key: ECDH, secp384r1"},
+		"P-521":               {[]string{"-groups", "P-521"}, "Server Temp Key: ECDH, secp521r1"},
+		"X25519":              {[]string{"-groups", "X25519"}, "Server Temp Key: X25519"},
+		"X25519MLKEM768":      {[]string{"-groups", "X25519MLKEM768"}, "X25519MLKEM768"},
+		"X448":                {[]string{"-groups", "X448"}, "alert handshake failure"},
+		"a retried hello":     {[]string{"-tls1_3", "-groups", "X448:P-384"}, "Server Temp Key: ECDH, secp384r1"},
+		"1.2 P-521 with RSA":  {[]string{"-tls1_2", "-groups", "P-521"}, "Server Temp Key: ECDH, secp521r1"},
+		"only HTTP/2":         {[]string{"-alpn", "h2"}, "alert no application protocol"},
+		"HTTP/1.1":            {[]string{"-alpn", "h2,http/1.1"}, "Protocol version: TLSv1.3"},
+	}
+	for _, kind := range []string{"RSA", "ECDSA"} {
+		setup := tlsSetup{}
+		if kind == "RSA" {
+			setup.key = rsaKey(t)
+		}
+		p := startTLS(t, []string{refusingAddr(t)}, setup)
+		for name, tt := range tests {
+			if kind == "ECDSA" && strings.HasSuffix(name, "with RSA") { // else openssl wants the curve of the certificate too
+				continue
+			}
+			t.Run(kind+" "+name, func(t *testing.T) {
+				flags := []string{"-brief", "-ign_eof"}
+				for _, flag := range tt.flags {
+					flags = append(flags, strings.ReplaceAll(flag, "-KEY-", "-"+kind+"-"))
+				}
+				want := strings.ReplaceAll(tt.want, "-KEY-", "-"+kind+"-")
+				said, err := p.openssl(t, healthRequest, flags...)
+				answered, refused := strings.Contains(said, "\r\n\r\nok\n"), strings.HasPrefix(want, "alert ")
+				if !strings.Contains(said, want) || answered == refused || refused != (err != nil) {
+					t.Errorf("openssl says %q, and %v; want %q", said, err, want)
+				}
+			})
+		}
+		eventually(t, "handshakes under way", 0, func() int { return int(p.tls.running.Load()) })
+		p.waitNobody(t)
+	}
+}
+
+// OpenSSL's client goes on with its TLS session, renews keys, and may not renegotiate.
+func TestTLSOpenSSLSessions(t *testing.T) {
+	needOpenSSL(t)
+	start := func(t *testing.T) *tlsProxy { return startTLS(t, []string{refusingAddr(t)}, tlsSetup{key: rsaKey(t)}) }
+	t.Run("reconnect", func(t *testing.T) {
+		p := start(t)
+		said, err := p.openssl(t, healthRequest, "-tls1_2", "-reconnect", "-ign_eof")
+		if n := strings.Count(said, "\nReused, TLSv1.2"); n != 5 || err != nil {
+			t.Errorf("it went on %d times, and %v; want 5: %s", n, err, said)
+		}
+		p.waitHandshakes(t, "6 ok; 0 under way")
+		wantEqual(t, "resumed handshakes", p.tls.resumed.Load(), 5)
+	})
+	for _, version := range []string{"-tls1_2", "-tls1_3"} {
+		t.Run("session file "+version, func(t *testing.T) {
+			p, file := start(t), filepath.Join(t.TempDir(), "session")
+			_, err := p.openssl(t, healthRequest, version, "-sess_out", file, "-ign_eof")
+			must(t, err)
+			said, err := p.openssl(t, healthRequest, version, "-sess_in", file, "-ign_eof")
+			if err != nil || !strings.Contains(said, "\nReused, ") || !strings.Contains(said, "\r\n\r\nok\n") {
+				t.Errorf("it does not go on with its session, and %v: %s", err, said)
+			}
+			p.waitHandshakes(t, "2 ok; 0 under way")
+			wantEqual(t, "resumed handshakes", p.tls.resumed.Load(), 1)
+		})
+	}
+	t.Run("renegotiation", func(t *testing.T) {
+		p := start(t)
+		said, err := p.openssl(t, "R\n", "-tls1_2")
+		if err == nil || !strings.Contains(said, "RENEGOTIATING") || !strings.Contains(said, "alert") {
+			t.Errorf("openssl says %q, and %v; want an alert", said, err)
+		}
+		p.waitHandshakes(t, "1 ok; 0 under way")
+		p.waitNobody(t)
+	})
+	for _, command := range []string{"k", "K"} {
+		t.Run("key update "+command, func(t *testing.T) {
+			p := start(t)
+			said, _ := p.openssl(t, command+"\n"+healthRequest, "-tls1_3")
+			if !strings.Contains(said, "KEYUPDATE") {
+				t.Errorf("openssl says %q, want KEYUPDATE", said)
+			}
+			p.waitHandshakes(t, "1 ok; 0 under way")
+			p.waitNobody(t)
+		})
+	}
+}
+
+// flippingConn changes one byte of all that is written to it.
+type flippingConn struct {
+	net.Conn
+	at   int
+	flip byte
+}
+
+func (c *flippingConn) Write(b []byte) (int, error) {
+	if c.at >= 0 && c.at < len(b) {
+		b = bytes.Clone(b)
+		b[c.at] ^= c.flip
+	}
+	c.at -= len(b)
+	return c.Conn.Write(b)
+}
+
+// FuzzTLSHandshake: whatever a client sends, in whatever pieces, on each way: its handshake is
+// counted once and ends with it, and it is sent nothing but TLS, or the answer to HTTP.
+func FuzzTLSHandshake(f *testing.F) {
+	hello := clientHello(&tls.Config{ServerName: "a.test"})
+	for _, data := range []string{hello, hello + hello, helloOf("\x03\x01"), "GET / HTTP/1.1\r\n\r\n", "\x80\x1a\x01\x00\x02", "DELET", inTinyRecords(40), ""} {
+		f.Add([]byte(data), []byte{5, 1, 100}, uint16(0), byte(0), false)
+		f.Add([]byte(data), []byte(nil), uint16(0), byte(0), true)
+	}
+	for at := range uint16(20) {
+		f.Add([]byte(nil), []byte(nil), at*37, byte(0x10), at%2 == 0)
+	}
+	p := startTLS(f, []string{refusingAddr(f)}, tlsSetup{change: func(p *proxy) { p.limits.headerTimeout = time.Hour }})
+	l := listenLocal(f)
+	server := newClientServer(f.Context(), p.proxy, slog.New(slog.DiscardHandler))
+	go server.Serve(clientListener{l, p.fastPath.fdLimit, &p.results[resultBadHead], nil, p.tls})
+	f.Cleanup(func() { server.Close() })
+	config := p.client(0)
+	config.ClientSessionCache = nil
+	f.Fuzz(func(t *testing.T, data, cuts []byte, at uint16, flip byte, lazy bool) {
+		addr := p.addr
+		if lazy {
+			addr = l.Addr().String()
+		}
+		before := p.tls.ended()
+		conn, err := net.Dial("tcp", addr)
+		must(t, err)
+		defer reset(conn) // else the ports run out
+		if flip != 0 {
+			client := tls.Client(&flippingConn{conn, int(at), flip}, config)
+			client.SetDeadline(time.Now().Add(100 * time.Millisecond)) // else both wait if a length was changed
+			client.Handshake()
+		} else {
+			for _, cut := range cuts {
+				n := min(int(cut), len(data))
+				conn.Write(data[:n])
+				data = data[n:]
+			}
+			conn.Write(data)
+		}
+		conn.(*net.TCPConn).CloseWrite()
+		conn.SetDeadline(time.Now().Add(2 * patience))
+		answer, err := io.ReadAll(conn)
+		switch {
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			t.Fatalf("the connection is still open, and has %q", answer)
+		case len(answer) > 0 && answer[0] != 0x15 && answer[0] != 0x16 && flip == 0 && !bytes.HasPrefix(answer, []byte("HTTP/1.1 400 ")):
+			t.Errorf("it is sent %q, want TLS", answer)
+		}
+		eventually(t, "handshakes that ended", before+1, p.tls.ended)
+		eventually(t, "handshakes under way", 0, func() int { return int(p.tls.running.Load()) })
+		p.waitNobody(t)
+	})
+}
+
+// ended returns how many handshakes have ended.
+func (s *tlsServer) ended() (n int) {
+	for r := range s.results {
+		n += int(s.results[r].Load())
+	}
+	return n
 }
