@@ -6,6 +6,8 @@ FUZZTIME    ?= 10s
 CHURN       ?= 30m
 SOAK        ?= 30m
 E2E_FLAGS   ?=
+# a checkout of tlsfuzzer; see e2e/tlsfuzz.sh
+TLSFUZZER   ?= ../tlsfuzzer
 # no: the nodes pull the image from a registry (make push)
 LOAD        ?= yes
 # of k8s/components, for "make deploy" and "make e2e", such as tls-in-router
@@ -17,7 +19,7 @@ BENCH_FLAGS ?=
 ACTIONLINT  ?= github.com/rhysd/actionlint/cmd/actionlint@v1.7.12
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
-.PHONY: help build demo test modules apps monitoring churn handoff fuzz bench benchcheck benchparts lint image release push load deploy undeploy e2e faults soak certs clean
+.PHONY: help build demo test modules apps monitoring tlsfuzz churn handoff fuzz bench benchcheck benchparts lint image release push load deploy undeploy e2e faults soak certs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -44,7 +46,10 @@ handoff: ## prove that no namespace has two owners while owners change, at the w
 
 fuzz: ## run each fuzz target for FUZZTIME
 	@for target in $$(grep -ho '^func Fuzz[A-Za-z]*' *_test.go | cut -d' ' -f2); do \
-		go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) . || exit 1; done
+		go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x . || exit 1; done
+
+tlsfuzz: build ## run tlsfuzzer's tests of TLS servers, which are in TLSFUZZER, against the router
+	e2e/tlsfuzz.sh $(TLSFUZZER)
 
 bench: build ## measure the router beside nginx and HAProxy (ROUNDS, BENCH_FLAGS)
 	cd bench && CGO_ENABLED=0 go build -trimpath -o ../bin/bench . && CGO_ENABLED=0 go build -trimpath -o ../bin/bare ./peers/bare

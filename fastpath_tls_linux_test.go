@@ -5,11 +5,15 @@ package main
 import (
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"io"
+	"net"
 	"net/http"
+	"os"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // A plain upgrade stays on the fast path with TLS, also when bytes of the session come with it.
@@ -90,4 +94,108 @@ func TestFastPathTLSRefused(t *testing.T) {
 	if !strings.Contains(p.tls.String(), "1 ok") {
 		t.Errorf("handshakes: %v", p.tls)
 	}
+}
+
+// withLongChain is for tlsSetup: the certificate's chain is longer than the buffers of sendLittle
+// and dialSmall.
+func withLongChain(t testing.TB) func(*testCA, *certificateFlags) {
+	return func(ca *testCA, flags *certificateFlags) {
+		b, err := os.ReadFile(flags.certs[0])
+		must(t, err)
+		writeFile(t, flags.certs[0], string(b)+strings.Repeat(ca.pem, (100<<10)/len(ca.certificate.Raw)))
+	}
+}
+
+// sendLittle makes the buffers small from which clients are sent what they get.
+func (p *tlsProxy) sendLittle(t testing.TB) {
+	t.Helper()
+	raw, err := p.fastPath.listener.(*net.TCPListener).SyscallConn()
+	must(t, err)
+	must(t, raw.Control(func(fd uintptr) { // clients inherit it
+		err = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_SNDBUF, 4096)
+	}), err)
+}
+
+// Clients that do not read what they are sent keep nobody else from a handshake.
+func TestFastPathTLSClientsThatDoNotRead(t *testing.T) {
+	for _, stopped := range []bool{false, true} {
+		t.Run(fmt.Sprint("stopped ", stopped), func(t *testing.T) {
+			backend := startStub(t, "127.0.0.1:0", echo)
+			p := startTLS(t, []string{backend.addr}, tlsSetup{
+				flags:  withLongChain(t),
+				change: func(p *proxy) { p.limits.headerTimeout, p.tls.writeTimeout = time.Hour, time.Hour },
+			})
+			p.sendLittle(t)
+			var stuck []net.Conn
+			for range 2 * cap(p.tls.compute) {
+				stuck = append(stuck, dialSmall(t, p.addr))
+			}
+			good := dial(t, p.addr)
+			eventually(t, "silent clients", len(stuck)+1, p.tls.silentNow)
+			if stopped {
+				p.fastPath.stop()
+				eventually(t, "silent clients", len(stuck)+1, p.tls.silentNow)
+			}
+			for _, conn := range stuck {
+				p.sendAndWait(t, conn, clientHello(&tls.Config{ServerName: "a.test"}), len(stuck)+1)
+			}
+			client := tlsOver(t, good, p.client(0))
+			mustWrite(t, client, upgradeRequest("/ws/ns-01"))
+			mustEcho(t, client, "")
+			p.waitHandshakes(t, fmt.Sprintf("1 ok; %d under way", len(stuck)))
+			for _, conn := range stuck {
+				conn.Close()
+			}
+			client.Close()
+			p.waitHandshakes(t, fmt.Sprintf("1 ok, %d client_gone; 0 under way", len(stuck)))
+			p.waitNobody(t)
+		})
+	}
+}
+
+// A handshake in which the client does not read is over when its time is.
+func TestFastPathTLSWriteTimeout(t *testing.T) {
+	for _, stopped := range []bool{false, true} {
+		t.Run(fmt.Sprint("stopped ", stopped), func(t *testing.T) {
+			p := startTLS(t, []string{refusingAddr(t)}, tlsSetup{
+				flags: withLongChain(t),
+				change: func(p *proxy) {
+					p.limits.headerTimeout, p.tls.writeTimeout = 300*time.Millisecond, 300*time.Millisecond
+				},
+			})
+			p.sendLittle(t)
+			conn := dialSmall(t, p.addr)
+			eventually(t, "silent clients", 1, p.tls.silentNow)
+			if stopped {
+				p.fastPath.stop()
+			}
+			mustWrite(t, conn, clientHello(&tls.Config{ServerName: "a.test"}))
+			p.waitHandshakes(t, "1 timeout; 0 under way")
+			p.waitNobody(t)
+		})
+	}
+}
+
+// dialSmall connects to addr with a small buffer for what comes.
+func dialSmall(t testing.TB, addr string) net.Conn {
+	t.Helper()
+	d := net.Dialer{Control: func(_, _ string, c syscall.RawConn) error {
+		var err error
+		return errors.Join(c.Control(func(fd uintptr) {
+			err = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 1024)
+		}), err)
+	}}
+	conn, err := d.Dial("tcp", addr)
+	must(t, err)
+	t.Cleanup(func() { conn.Close() })
+	return conn
+}
+
+// A silent client stays on the fast path until its time is over: net/http would give it that once
+// more.
+func TestFastPathTLSSilent(t *testing.T) {
+	p := startTLS(t, []string{refusingAddr(t)}, tlsSetup{change: func(p *proxy) { p.limits.headerTimeout = 100 * time.Millisecond }})
+	wantSent(t, dial(t, p.addr), "")
+	p.waitHandshakes(t, "1 timeout; 0 under way")
+	wantEqual(t, "clients that net/http had", p.http.Load(), 0)
 }

@@ -31,7 +31,8 @@ const (
 )
 
 // headerClientSubject tells the backend the subject of the client's certificate, which
-// the router has verified. It is never taken from a client.
+// the router has verified. It is never taken from a client, nor from a proxy before the router:
+// without -tls-client-ca no backend gets it, with TLS or without.
 const headerClientSubject = "X-Client-Subject"
 
 // checkUpgrade says why r is not a WebSocket upgrade that can be passed on, or
