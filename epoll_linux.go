@@ -154,7 +154,7 @@ func (p *poller) carry(s *session, slotIndex int32, fds [2]int32, early [2][]byt
 	default:
 		for i, data := range early {
 			s.frames[i].scan(data, side(i) == clientSide)
-			p.sendOrKeep(s, side(i), copy(p.buf.data[:], data), nil)
+			p.sendOrKeep(s, side(i), copy(p.buf.data[:], data))
 		}
 		if s.tls != nil && s.open {
 			p.openRecords(s) // an end that has come; takeBuffered has taken the bytes
@@ -324,7 +324,7 @@ func (p *poller) watchPending(slotIndex int32, of *sockets, i side, mask uint32)
 func (p *poller) send(fd int32, data []byte) (int, syscall.Errno) {
 	size := copy(p.buf.data[:], data)
 	for {
-		if n, errno := p.buf.send(fd, size, 0); errno != syscall.EINTR {
+		if n, errno := p.buf.send(fd, size); errno != syscall.EINTR {
 			return n, errno
 		}
 	}
@@ -421,9 +421,10 @@ func (p *poller) wake() {
 // for all socket operations, so it uses relay_portable.go.
 
 const (
-	bufferSize     = 64 << 10 // bytes of a buffer, and the most that go into a pipe
-	maxEpollEvents = 256      // handled in one call of poll
-	maxPipes       = 16       // of one poller
+	bufferSize     = 64 << 10  // bytes of a buffer
+	pipeSize       = 128 << 10 // bytes of a pipe: a frame with 64 KiB of payload fits in
+	maxEpollEvents = 256       // handled in one call of poll
+	maxPipes       = 16        // of one poller
 )
 
 // buffer is the memory that one poller's system calls read and write.
@@ -472,25 +473,28 @@ func (b *buffer) peek(fd int32, limit int) (int, syscall.Errno) {
 	return int(n), errno
 }
 
-// send writes the first size bytes of data to the socket (send(2)). flags is MSG_MORE
-// or 0.
-func (b *buffer) send(fd int32, size, flags int) (int, syscall.Errno) {
+// send writes the first size bytes of data to the socket (send(2)).
+func (b *buffer) send(fd int32, size int) (int, syscall.Errno) {
 	n, _, errno := syscall.RawSyscall6(syscall.SYS_SENDTO,
-		uintptr(fd), b.dataAt, uintptr(size), uintptr(flags|syscall.MSG_NOSIGNAL), 0, 0)
+		uintptr(fd), b.dataAt, uintptr(size), syscall.MSG_NOSIGNAL, 0, 0)
 	return int(n), errno
 }
 
 // pipe carries bytes from socket to socket within the kernel (splice(2)).
 type pipe struct {
 	ends   [2]int // to read from, to write to
+	size   int    // bytes that it holds, at most
 	queued int    // bytes in it
 }
 
 // newPipe returns a pipe, which the caller closes, or nil if no descriptors are left.
 func newPipe() *pipe {
-	p := new(pipe)
+	p := &pipe{size: bufferSize} // the kernel's default
 	if syscall.Pipe2(p.ends[:], syscall.O_CLOEXEC|syscall.O_NONBLOCK) != nil {
 		return nil
+	}
+	if _, _, errno := syscall.RawSyscall(syscall.SYS_FCNTL, uintptr(p.ends[0]), setPipeSize, pipeSize); errno == 0 {
+		p.size = pipeSize
 	}
 	return p
 }
@@ -501,8 +505,9 @@ func (p *pipe) close() {
 }
 
 const (
-	spliceMove     = 1 // SPLICE_F_MOVE
-	spliceNonblock = 2 // SPLICE_F_NONBLOCK
+	setPipeSize    = 1031 // F_SETPIPE_SZ
+	spliceMove     = 1    // SPLICE_F_MOVE
+	spliceNonblock = 2    // SPLICE_F_NONBLOCK
 )
 
 // receive moves up to limit bytes from the socket into the pipe, which is empty.

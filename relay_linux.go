@@ -26,9 +26,9 @@ import (
 // taken: the kernel keeps the rest, and stops the sender.
 //
 // A side that fills the poller's buffer has much to send (bulk). If its frames are
-// large, the poller reads only their headers, for the frame scanner. Their payload
-// goes from socket to socket through a pipe of the poller, without a copy. What the
-// other side does not take stays in the pipe.
+// large, the poller peeks at their headers, for the frame scanner. They go from socket to
+// socket through a pipe of the poller, without a copy. What the other side does not take
+// stays in the pipe.
 //
 //	one direction:  reading ──short write──> unsent ──all sent──> reading
 //	                   │ FIN                    (a FIN is read after that)
@@ -79,8 +79,8 @@ const (
 	inBulk  bulkState = 1
 )
 
-// unsentData is what the peer of a side did not take: first data, then the bytes in
-// pipe. Both may be empty: the side is not read all the same, until its peer's socket
+// unsentData is what the peer of a side did not take: data, or the bytes in pipe. Both may
+// be empty: the side is not read all the same, until its peer's socket
 // is writable.
 type unsentData struct {
 	data []byte // its capacity is that of an unsentClass
@@ -102,7 +102,7 @@ const (
 // minUnsentBuffer<<class.
 func unsentClass(size int) int { return bits.Len(uint(max(size, 1)-1) / minUnsentBuffer) }
 
-// keepUnsent keeps a copy of data, and pipe, which the peer of side i did not take.
+// keepUnsent keeps a copy of data, or pipe, which the peer of side i did not take.
 // The side is not read until dropUnsent.
 func (p *poller) keepUnsent(s *session, i side, data []byte, pipe *pipe) {
 	e := &p.relay.engine
@@ -166,40 +166,36 @@ func (p *poller) readOnce(s *session, i side, ended bool) (more bool) {
 	case overBudget && s.closing == nil && s.tls == nil:
 		return p.forwardPeeked(s, i, ended)
 	}
-	n, limit := 0, bufferSize
-	pipe, errno := p.spliceIn(s, i, bufferSize)
-	if pipe == nil && errno == 0 {
-		switch {
-		case overBudget:
-			limit = maxReadOverBudget
-		case s.tls != nil:
-			limit = maxTLSWrite - maxCloseFrame
-		case s.closing != nil:
-			limit -= maxCloseFrame
-		case s.bulk[i] == inBulk:
-			limit = int(min(bufferSize, s.frames[i].remaining()+maxFrameHeader))
-		}
-		n, errno = p.buf.receive(s.fd[i], limit)
-		switch {
-		case errno != 0:
-			return p.nothingRead(s, i, errno)
-		case n == 0:
-			p.sideEnded(s, i)
-			return false
-		}
-		more = n == limit
-		n = p.scan(s, i, n)
-		if s.tls == nil {
-			s.detectBulk(i, more, limit)
-		}
-		pipe, errno = p.spliceIn(s, i, bufferSize-n)
+	pipe, errno := p.spliceIn(s, i)
+	switch {
+	case errno != 0:
+		return p.nothingRead(s, i, errno)
+	case pipe != nil:
+		p.spliceOrKeep(s, i, pipe)
+		return true
 	}
-	p.sendOrKeep(s, i, n, pipe)
-	if errno != 0 {
-		p.readFailed(s, i, errno)
+	limit := bufferSize
+	switch {
+	case overBudget:
+		limit = maxReadOverBudget
+	case s.tls != nil:
+		limit = maxTLSWrite - maxCloseFrame
+	case s.closing != nil:
+		limit -= maxCloseFrame
+	}
+	n, errno := p.buf.receive(s.fd[i], limit)
+	switch {
+	case errno != 0:
+		return p.nothingRead(s, i, errno)
+	case n == 0:
+		p.sideEnded(s, i)
 		return false
 	}
-	return more || ended || pipe != nil
+	more = n == limit
+	n = p.scan(s, i, n)
+	s.detectBulk(i, more)
+	p.sendOrKeep(s, i, n)
+	return more || ended
 }
 
 // overBudget reports whether the budget for unsent bytes is used up.
@@ -231,7 +227,7 @@ func (p *poller) forwardPeeked(s *session, i side, ended bool) (more bool) {
 	}
 	sent := n
 	if s.canSend(i) {
-		took, errno := p.buf.send(s.fd[i.other()], n, 0)
+		took, errno := p.buf.send(s.fd[i.other()], n)
 		sent = p.handleSent(s, i, took, errno, n)
 	}
 	s.bulk[i] = notBulk
@@ -256,89 +252,91 @@ func (p *poller) discardPeeked(s *session, i side, n int) {
 	}
 }
 
-// detectBulk sets bulk after a read of the side. full reports whether the read returned
-// limit bytes. A full read starts bulk. The next read then has a limit below bufferSize
-// and ends with a header: if less than minSplice of that frame is left, its frames are
-// small, and the next bulkPause full reads do not start bulk.
-func (s *session) detectBulk(i side, full bool, limit int) {
+// detectBulk sets bulk after a read of the side into the buffer. full reports whether the
+// read returned as much as it could. A full read starts bulk.
+func (s *session) detectBulk(i side, full bool) {
 	switch {
 	case !full:
 		s.bulk[i] = notBulk
 	case s.bulk[i] < notBulk:
 		s.bulk[i]++
-	case limit < bufferSize && s.frames[i].remaining() < minSplice:
-		s.bulk[i] = -bulkPause
-	default:
+	case s.tls == nil && s.closing == nil:
 		s.bulk[i] = inBulk
 	}
 }
 
-// spliceIn moves payload of the side's present frame, up to limit bytes, into a pipe.
-// It returns nil if that is not worth it, or if nothing has come. It returns an error
-// if the connection failed: splice(2) has taken that error from the socket, so no later
-// read returns it.
-func (p *poller) spliceIn(s *session, i side, limit int) (*pipe, syscall.Errno) {
-	size := min(s.frames[i].remaining(), uint64(limit))
-	if s.bulk[i] != inBulk || s.closing != nil || s.tls != nil || size < minSplice {
+// spliceIn moves what is left of the side's present frame into a pipe, as much as fits. If that is little, it looks for the next frame's header, and moves that frame too.
+// It returns nil if that is not worth it, or if nothing is to be read but the stream's
+// end. It returns EAGAIN if nothing has come, and an error if the connection failed:
+// splice(2) has taken that error from the socket, so no later read returns it.
+func (p *poller) spliceIn(s *session, i side) (*pipe, syscall.Errno) {
+	if s.bulk[i] != inBulk || s.closing != nil {
 		return nil, 0
+	}
+	frames, head := s.frames[i], 0
+	if frames.remaining() < minSplice {
+		limit := int(frames.remaining()) + maxFrameHeader
+		n, errno := p.buf.peek(s.fd[i], limit)
+		if errno != 0 || n == 0 {
+			return nil, errno
+		}
+		frames.scan(p.buf.data[:n], i == clientSide)
+		if head = n; frames.remaining() < minSplice {
+			s.bulk[i] = notBulk
+			if n == limit { // the frames are small
+				s.bulk[i] = -bulkPause
+			}
+			return nil, 0
+		}
 	}
 	target := p.pipes.get()
 	if target == nil {
 		return nil, 0
 	}
-	n, errno := target.receive(s.fd[i], int(size))
+	n, errno := target.receive(s.fd[i], int(min(uint64(head)+frames.remaining(), uint64(target.size))))
 	switch {
-	case errno == 0 && n > 0:
-		s.frames[i].skip(uint64(n))
+	case errno == 0 && n > head:
+		frames.skip(uint64(n - head))
+		s.frames[i] = frames
 		return target, 0
-	case errno == syscall.EAGAIN, errno == syscall.EINTR,
-		errno == syscall.EINVAL: // the socket's kind has no splice
+	case errno == 0 && n > 0:
+		s.frames[i].scan(p.buf.data[:n], i == clientSide)
+		return target, 0
+	case errno == syscall.EINVAL: // the socket's kind has no splice
 		errno = 0
 	}
 	p.pipes.put(target)
 	return nil, errno
 }
 
-// sendOrKeep sends the first n bytes of the buffer, which came from side i, and then
-// the bytes in pipe, which may be nil, to the peer. It keeps what the peer does not
-// take. The side has no unsent bytes before.
-func (p *poller) sendOrKeep(s *session, i side, n int, pipe *pipe) {
+// sendOrKeep sends the first n bytes of the buffer, which came from side i, to the peer. It
+// keeps what the peer does not take. The side has no unsent bytes before.
+func (p *poller) sendOrKeep(s *session, i side, n int) {
 	if s.tls != nil && i == backendSide {
 		p.sendTLS(s, n)
 		return
 	}
-	sent, flags := n, 0
-	if pipe != nil {
-		flags = syscall.MSG_MORE
-	}
+	sent := n
 	if n > 0 && s.canSend(i) {
-		took, errno := p.buf.send(s.fd[i.other()], n, flags)
+		took, errno := p.buf.send(s.fd[i.other()], n)
 		sent = p.handleSent(s, i, took, errno, n)
 	}
-	if sent == n {
-		pipe = p.spliceOut(s, i, pipe)
-	}
-	if sent < n || pipe != nil {
-		p.keepUnsent(s, i, p.buf.data[sent:n], pipe)
+	if sent < n {
+		p.keepUnsent(s, i, p.buf.data[sent:n], nil)
 	}
 }
 
-// spliceOut sends the bytes in pipe, if it is not nil, to the peer of side i. It
-// returns the pipe if bytes are left in it; otherwise it puts the pipe back and
-// returns nil.
-func (p *poller) spliceOut(s *session, i side, pipe *pipe) *pipe {
-	if pipe == nil {
-		return nil
-	}
+// spliceOrKeep does what sendOrKeep does with the bytes in pipe, which it takes over.
+func (p *poller) spliceOrKeep(s *session, i side, pipe *pipe) {
 	if s.canSend(i) {
 		size := pipe.queued
 		n, errno := pipe.send(s.fd[i.other()])
 		if p.handleSent(s, i, n, errno, size) < size {
-			return pipe
+			p.keepUnsent(s, i, nil, pipe)
+			return
 		}
 	}
 	p.pipes.put(pipe)
-	return nil
 }
 
 // canSend reports whether bytes from side i are sent to its peer. If not, they are
@@ -358,7 +356,11 @@ func (p *poller) flushUnsent(s *session, i side) {
 	n, pipe := copy(p.buf.data[:], u.data), u.pipe
 	u.pipe = nil
 	p.dropUnsent(s, i)
-	p.sendOrKeep(s, i, n, pipe)
+	if pipe != nil {
+		p.spliceOrKeep(s, i, pipe)
+		return
+	}
+	p.sendOrKeep(s, i, n)
 }
 
 // dropUnsent gives the memory and the pipe of the side's unsent bytes back.
@@ -571,7 +573,7 @@ func (p *poller) continueClose(s *session) {
 	}
 	for i := clientSide; i <= backendSide; i++ {
 		if s.unsent[i] == nil {
-			p.sendOrKeep(s, i, p.scan(s, i, 0), nil)
+			p.sendOrKeep(s, i, p.scan(s, i, 0))
 		}
 	}
 	for i := range h.flushed {

@@ -205,7 +205,7 @@ func TestRelayUrgentData(t *testing.T) {
 }
 
 // If a reader does not take the payload of a large frame, and reads have filled the
-// buffer before, the unsent bytes are in a pipe: no more than a buffer has. The session
+// buffer before, the unsent bytes are in a pipe: no more than that holds. The session
 // gives the pipe back when it ends.
 func TestRelayKeepsLittleInPipes(t *testing.T) {
 	r := quietRelay(t)
@@ -220,8 +220,8 @@ func TestRelayKeepsLittleInPipes(t *testing.T) {
 		c.poller.mu.Lock()
 		if u := c.unsent[backendSide]; u != nil && u.pipe != nil {
 			piped++
-			if n := len(u.data) + u.pipe.queued; n == 0 || n > maxUnsentPerSide {
-				t.Errorf("%d bytes are unsent, want 1 to %d", n, maxUnsentPerSide)
+			if n := len(u.data) + u.pipe.queued; n == 0 || n > pipeSize {
+				t.Errorf("%d bytes are unsent, want 1 to %d", n, pipeSize)
 			}
 		}
 		c.poller.mu.Unlock()

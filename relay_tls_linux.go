@@ -92,7 +92,7 @@ func (p *poller) openRecords(s *session) {
 	p.records.received, p.records.ended = nil, false
 	if n > 0 {
 		n = p.scan(s, clientSide, n)
-		p.sendOrKeep(s, clientSide, n, nil)
+		p.sendOrKeep(s, clientSide, n)
 	}
 	if s.open {
 		p.sendSealed(s)
@@ -168,7 +168,7 @@ func (p *poller) maxUnread() int {
 // sendRecords sends the first size bytes of records.out to the client, and keeps what it
 // does not take.
 func (p *poller) sendRecords(s *session, size int) {
-	took, errno := p.records.out.send(s.fd[clientSide], size, 0)
+	took, errno := p.records.out.send(s.fd[clientSide], size)
 	sent := p.handleSent(s, backendSide, took, errno, size)
 	if sent < size && s.open {
 		p.keepUnsent(s, backendSide, p.records.out.data[sent:size], nil)
