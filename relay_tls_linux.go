@@ -193,7 +193,7 @@ func (p *poller) flushRecords(s *session) {
 func (p *poller) shutdownWrite(s *session, i side) {
 	if s.tls != nil && i == clientSide {
 		p.sendCloseNotify(s)
-		if s.unsent[backendSide] != nil {
+		if !s.open || s.unsent[backendSide] != nil {
 			return
 		}
 	}

@@ -5,6 +5,7 @@ package main
 import (
 	"crypto/tls"
 	"io"
+	"syscall"
 	"testing"
 )
 
@@ -40,4 +41,26 @@ func TestTLSUnreadAnswersOverBudget(t *testing.T) {
 		t.Errorf("at most %d bytes were unsent, want 1 to %d", most, peekSize/2)
 	}
 	s.wantCause(t, causeClientError)
+}
+
+// If close_notify cannot be sent, and that ends the session, nothing more is done with the
+// numbers of its sockets: they may be another session's.
+func TestTLSEndsAtCloseNotify(t *testing.T) {
+	r := quietRelay(t)
+	s := startedOver(t, r, "tls", "tcp")
+	p := s.poller
+	p.mu.Lock()
+	reset(s.client)
+	client := int(s.fd[clientSide])
+	eventually(t, "the client's connection is reset", true, func() bool {
+		n, _ := p.buf.peek(int32(client), 1) // it takes the error
+		return n < 0 || syscall.Shutdown(client, syscall.SHUT_WR) == syscall.ENOTCONN
+	})
+	s.writeFailed[backendSide] = true // as after an RST of the backend
+	p.sideEnded(s.session, backendSide)
+	open, fds := s.open, s.fd
+	p.unlock()
+	wantEqual(t, "the session is open", open, false)
+	wantEqual(t, "its sockets", fds, [2]int32{-1, -1})
+	waitFor(t, r)
 }
