@@ -29,8 +29,10 @@ import (
 const (
 	certificateInterval = time.Second // between two looks at the files
 	maxCertificateFile  = 1 << 20     // bytes of a file, at most: a Secret has no more
+	maxCertificateChain = 128 << 10   // bytes of a certificate and its chain, at most: clients take no more
 	minTicketSecret     = 32          // bytes
 	maxClientSubject    = 1 << 10     // bytes of clientSubject, at most
+	tryHandshakeTime    = 5 * time.Second
 
 	ticketTime         = 24 * time.Hour // how long one key seals tickets; and how long an old secret still opens them
 	maxPreviousSecrets = 8              // that still open tickets
@@ -382,6 +384,9 @@ func parsePair(names, contents []string) (tls.Certificate, error) {
 	if err != nil {
 		return tls.Certificate{}, fmt.Errorf("%s: %s", names[1], strings.TrimPrefix(err.Error(), "tls: "))
 	}
+	if size := len(slices.Concat(pair.Certificate...)); size > maxCertificateChain {
+		return tls.Certificate{}, fmt.Errorf("%s: its certificates have %d bytes, want %d at most", names[0], size, maxCertificateChain)
+	}
 	if err := tryHandshake(pair); err != nil {
 		return tls.Certificate{}, fmt.Errorf("%s: no handshake is possible with it: %w", names[0], err)
 	}
@@ -415,6 +420,9 @@ func parseCertificates(content string) (all []*x509.Certificate, err error) {
 // tryHandshake does a handshake in memory: crypto/tls takes keys that it can do none with.
 func tryHandshake(pair tls.Certificate) error {
 	client, server := net.Pipe()
+	late := time.Now().Add(tryHandshakeTime) // one that is refused may wait for the other end for ever
+	client.SetDeadline(late)
+	server.SetDeadline(late)
 	done := make(chan error, 1)
 	go func() {
 		err := tls.Server(server, &tls.Config{Certificates: []tls.Certificate{pair}, SessionTicketsDisabled: true}).Handshake()

@@ -333,6 +333,7 @@ func badPairs(t testing.TB, ca *testCA, good testPair) map[string]struct {
 		"encrypted key":         {testPair{good.cert, pemText("ENCRYPTED PRIVATE KEY", []byte("hello"))}, "tls.key: "},
 		"too large":             {testPair{strings.Repeat(" ", maxCertificateFile+1), good.key}, "tls.crt has more than 1048576 bytes"},
 		"key for no handshake":  {ca.sign(t, p224, nil, "a.test"), "tls.crt: no handshake is possible with it: "},
+		"too long a chain":      {testPair{good.cert + strings.Repeat(ca.pem, 270<<10/len(ca.certificate.Raw)), good.key}, "tls.crt: its certificates have "},
 		"expired":               {ca.sign(t, nil, expired, "a.test"), "tls.crt: the certificate expired at 2002-01-01T00:00:00Z"},
 		"not valid yet":         {ca.sign(t, nil, early, "a.test"), "tls.crt: the certificate is not valid before 2090-01-01T00:00:00Z"},
 		"chain before the leaf": {testPair{ca.pem + good.cert, good.key}, "tls.key: private key does not match public key"},

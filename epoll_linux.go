@@ -295,7 +295,9 @@ func (p *poller) promote(
 		defer p.unlock()
 		s.epollMask = from.mask
 		for i, events := range from.events {
-			if s.epollMask[i] != 0 && (events != 0 || from.unread[i]) {
+			// Reads of a client with TLS are as short as crypto/tls wants.
+			mayHaveMore := from.unread[i] || tls != nil && side(i) == clientSide
+			if s.epollMask[i] != 0 && (events != 0 || mayHaveMore) {
 				s.epollMask[i] |= maskStale
 			}
 		}

@@ -735,7 +735,7 @@ func (c *pendingConn) receive(i side, limit int, use func(received []byte)) erro
 		case n == 0:
 			return io.EOF
 		default:
-			c.unread[i] = c.unread[i] || n == limit
+			c.unread[i] = c.unread[i] || n == limit && (c.tls == nil || i == backendSide) // see promote
 			use(p.buf.data[:n])
 			return nil
 		}
@@ -784,7 +784,7 @@ func (c *pendingConn) respond(head []byte) bool {
 	c.poller.mu.Lock()
 	defer c.poller.mu.Unlock()
 	n, errno := c.poller.send(c.fd[clientSide], head)
-	return errno == 0 && n == len(head)
+	return errno == 0 && n == len(head) && n > 0
 }
 
 // connect is a connector: it connects to a backend's address, host:port.

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -16,25 +17,26 @@ import (
 type pendingTransport struct {
 	net.Conn // nil: crypto/tls calls only what is below
 
-	client   *pendingConn
-	unread   []byte // of the handshake: came before it began
-	inTLS    bool   // the handshake is under way
-	received int    // bytes of the handshake
+	client *pendingConn
+	unread []byte // of the handshake: came before it began
+	inTLS  bool   // the handshake is under way
 }
 
 func (t *pendingTransport) Read(b []byte) (n int, err error) {
 	if n = copy(b, t.unread); n > 0 {
 		t.unread = t.unread[n:]
 	} else if t.inTLS {
-		t.client.tlsServer().pause(t.client.replace, func() { n, err = t.receive(b) })
+		late := t.pause(func() { n, err = t.receive(b) })
+		err = cmp.Or(late, err)
 	} else {
 		n, err = t.receive(b)
 	}
-	t.received += n
-	if t.inTLS && t.received > maxTLSHandshakeBytes {
-		return 0, errLongHandshake
-	}
 	return n, err
+}
+
+// pause calls wait, which waits for the client, as tlsServer.pause does.
+func (t *pendingTransport) pause(wait func()) error {
+	return t.client.tlsServer().pause(t.client.tls, t.client.replace, wait)
 }
 
 // receive reads from the client. When the context has ended, who has the tlsConn next may
@@ -56,7 +58,8 @@ func (t *pendingTransport) Write(b []byte) (int, error) {
 	switch {
 	case len(rest) == 0:
 	case t.inTLS:
-		t.client.tlsServer().pause(t.client.replace, func() { err = t.client.write(clientSide, rest) })
+		late := t.pause(func() { err = t.client.write(clientSide, rest) })
+		err = cmp.Or(late, err)
 	default:
 		err = t.client.write(clientSide, rest)
 	}
@@ -100,7 +103,7 @@ func (c *pendingConn) startTLS(data []byte) ([]byte, error) {
 	defer c.setHandshaking(false)
 	transport := &pendingTransport{client: c, unread: data, inTLS: true}
 	c.tls.setTransport(transport, false)
-	if err := c.tlsServer().handshake(c.tls, c.handshakeResult); err != nil {
+	if err := c.tlsServer().handshake(c.tls, c.ctx.Done(), c.handshakeResult); err != nil {
 		if answer := isNotTLS(err); answer != nil {
 			c.write(clientSide, answer) // it fails only if the client is gone
 		}
@@ -111,10 +114,16 @@ func (c *pendingConn) startTLS(data []byte) ([]byte, error) {
 	return c.readTLS()
 }
 
-// readTLS waits until the client has sent something, and returns it.
+// readTLS waits until the client has sent the head of a request, and returns it, or what has
+// come of it. A client may send the head in several records.
 func (c *pendingConn) readTLS() ([]byte, error) {
 	buf := make([]byte, min(c.fastPath.proxy.limits.headerBytes, maxTLSHead))
-	n, err := c.tls.Read(buf)
+	n, err := 0, error(nil)
+	for err == nil && n < len(buf) && !bytes.Contains(buf[:n], []byte("\r\n\r\n")) {
+		var got int
+		got, err = c.tls.Read(buf[n:])
+		n += got
+	}
 	if n > 0 {
 		return slices.Clone(buf[:n]), nil
 	}
@@ -190,7 +199,7 @@ func (c *pendingConn) handshakeResult(err error) tlsResult {
 }
 
 // sealedHead returns the head as the client gets it, with TLS if it has that. It returns
-// nothing for a client whose handshake is not over.
+// nothing for a client whose handshake is not over, or has sent what TLS refuses.
 func (c *pendingConn) sealedHead(head []byte) []byte {
 	switch {
 	case c.tls == nil:
@@ -200,7 +209,9 @@ func (c *pendingConn) sealedHead(head []byte) []byte {
 	}
 	var sealed sealedBytes
 	c.tls.setTransport(&sealed, false)
-	c.tls.Write(head) // it does not fail
+	if _, err := c.tls.Write(head); err != nil {
+		return nil
+	}
 	return sealed.bytes
 }
 

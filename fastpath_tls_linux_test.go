@@ -42,7 +42,9 @@ func TestFastPathTLSParked(t *testing.T) {
 	addr := freeAddr(t)
 	p := startTLS(t, []string{addr}, tlsSetup{})
 	conn := p.dialTLS(t, p.client(0))
-	mustWrite(t, conn, upgradeRequest("/ws/ns-01")+"early")
+	// It is longer than what crypto/tls reads at once.
+	cookie := "Cookie: a=" + strings.Repeat("x", 3000) + "\r\n\r\n"
+	mustWrite(t, conn, strings.Replace(upgradeRequest("/ws/ns-01"), "\r\n\r\n", "\r\n"+cookie, 1)+"early")
 	p.waitHeld(t, 1)
 	eventually(t, "parked", true, func() bool { return p.pendingConns()[0].parked.Load() })
 	startStub(t, addr, echo)
@@ -127,7 +129,7 @@ func TestFastPathTLSClientsThatDoNotRead(t *testing.T) {
 			})
 			p.sendLittle(t)
 			var stuck []net.Conn
-			for range 2 * cap(p.tls.compute) {
+			for range 2 * cap(p.tls.computing) {
 				stuck = append(stuck, dialSmall(t, p.addr))
 			}
 			good := dial(t, p.addr)
@@ -198,4 +200,21 @@ func TestFastPathTLSSilent(t *testing.T) {
 	wantSent(t, dial(t, p.addr), "")
 	p.waitHandshakes(t, "1 timeout; 0 under way")
 	wantEqual(t, "clients that net/http had", p.http.Load(), 0)
+}
+
+// A handshake whose time is over before its turn to compute is over: it does not keep the
+// stop, and does not compute.
+func TestFastPathTLSLateTurn(t *testing.T) {
+	p := startTLS(t, []string{refusingAddr(t)}, tlsSetup{change: func(p *proxy) { p.limits.headerTimeout = 300 * time.Millisecond }})
+	for range cap(p.tls.computing) { // all turns are taken
+		p.tls.computing <- struct{}{}
+	}
+	conn := dial(t, p.addr)
+	mustWrite(t, conn, clientHello(&tls.Config{ServerName: "a.test"}))
+	p.waitHandshakes(t, "1 timeout; 0 under way")
+	mustBreak(t, conn)
+	p.fastPath.stop()
+	for range cap(p.tls.computing) {
+		<-p.tls.computing
+	}
 }

@@ -108,15 +108,15 @@ func (p *poller) openRecords(s *session) {
 // backend has taken all that came before: it may come in one read with its last bytes.
 //
 // It has come with close_notify if it is io.EOF. A stream that ends after a Close frame is
-// whole without it. If a send has failed, the client is gone, and that has taken the error
-// of its socket.
+// whole without it, and nobody reads it after the backend's end. If a send has failed, the
+// client is gone, and that has taken the error of its socket.
 func (p *poller) handleTLSEnd(s *session) {
 	if s.tls == nil || s.tls.ended == nil || !s.wantsRead(clientSide) {
 		return
 	}
 	switch err := s.tls.ended; {
 	case errors.Is(err, io.EOF), s.closing != nil,
-		errors.Is(err, errTruncated) && (s.frames[clientSide].closed() || s.writeFailed[clientSide]):
+		errors.Is(err, errTruncated) && (s.frames[clientSide].closed() || s.writeFailed[clientSide] || s.fin[backendSide]):
 		p.sideEnded(s, clientSide)
 	default:
 		p.end(s, clientSide.causeOf(err))
@@ -130,6 +130,7 @@ func (p *poller) sendTLS(s *session, n int) {
 		return
 	}
 	if _, err := s.tls.Write(p.buf.data[:n]); err != nil { // what the client has sent was refused before
+		p.records.sealed = 0
 		p.setWriteFailed(s, clientSide)
 		return
 	}

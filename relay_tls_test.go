@@ -403,6 +403,14 @@ func TestTLSHalfClose(t *testing.T) {
 			mustEOF(t, s.backend)
 			s.wantCause(t, causeBackend)
 		})
+		t.Run("the backend ends, and then the client without close_notify", func(t *testing.T) {
+			s := startedRecords(t, quietRelay(t), version, nil)
+			closeWrite(t, s.backend)
+			s.client.mustEnd(t)
+			closeWrite(t, s.client)
+			mustEOF(t, s.backend)
+			s.wantCause(t, causeBackend)
+		})
 	})
 }
 
@@ -545,6 +553,19 @@ func TestTLSRefused(t *testing.T) {
 			})
 		}
 	}
+}
+
+// A session keeps little of a message that does not end, and is over.
+func TestTLSMessageWithoutEnd(t *testing.T) {
+	s := startedRecords(t, quietRelay(t), tls.VersionTLS13, nil)
+	all := slices.Concat(s.client.data("before"), sealed(recordHandshake, "\x04\x00\xff\xff")(t, s.client))
+	for range 2 * maxTLSBytesWithoutData >> 10 {
+		all = append(all, sealed(recordHandshake, strings.Repeat("x", 1<<10))(t, s.client)...)
+	}
+	s.client.Write(all) // the session may end before it has taken all
+	mustRead(t, s.backend, "before")
+	mustEOF(t, s.backend)
+	s.wantCause(t, causeClientError)
 }
 
 // A client may use new keys at any time (RFC 8446 §4.6.3), and ask the router to do so. Nothing

@@ -20,13 +20,13 @@ import (
 // router gives it what came and sends what it returns. A client in its handshake has a
 // goroutine. A session has none: its poller lends crypto/tls memory for one read.
 type tlsServer struct {
-	config  func() *tls.Config // for the next handshake
-	compute chan struct{}      // has an element for each handshake that computes
-	results [numTLSResults]atomic.Int64
-	resumed atomic.Int64 // of those that are tlsOK
-	times   *histogram   // of those that are tlsOK
-	running atomic.Int64 // handshakes under way: from the accept of the client
-	silent  handshakeList
+	config    func() *tls.Config // for the next handshake
+	computing chan struct{}      // has an element for each handshake that computes
+	results   [numTLSResults]atomic.Int64
+	resumed   atomic.Int64 // of those that are tlsOK
+	times     *histogram   // of those that are tlsOK
+	running   atomic.Int64 // handshakes under way: from the accept of the client
+	silent    handshakeList
 
 	writeTimeout time.Duration // of a handshake that net/http does
 }
@@ -53,17 +53,26 @@ const (
 	// ends the one that has waited for longest: whoever opens connections and sends
 	// nothing keeps nobody out.
 	maxSilentHandshakes = 2048
-	// maxTLSHandshakeBytes is what a client may send in its handshake: crypto/tls takes
-	// up to 256 KiB of certificates.
-	maxTLSHandshakeBytes = 320 << 10
+	// What a client may send in its handshake. crypto/tls keeps up to 64 KiB of a
+	// ClientHello, and 256 KiB of certificates, also if it has asked for none.
+	maxTLSHandshakeBytes             = 72 << 10
+	maxTLSHandshakeBytesWithClientCA = 320 << 10
+	// maxTLSBytesWithoutData is what a client may send after its handshake until there are
+	// data to read: a record of 16 KiB, and some messages. crypto/tls would keep 64 KiB of
+	// one message.
+	maxTLSBytesWithoutData = 32 << 10
 )
 
 var (
 	// errHandshake is returned for a client whose handshake has failed. It can be sent
 	// nothing more.
 	errHandshake = errors.New("the TLS handshake has failed")
-	// errLongHandshake is returned to crypto/tls for a handshake that does not end.
-	errLongHandshake = errors.New("the handshake has too many bytes")
+	// errNoData is returned to crypto/tls for a client that sends much without data: a
+	// handshake that does not end, for example.
+	errNoData = errors.New("the client sends too many bytes that are no data")
+	// errHandshakeOver is returned for a handshake whose client is gone, or whose time is
+	// over, before it could compute.
+	errHandshakeOver = errors.New("the TLS handshake came too late to compute")
 )
 
 // newTLSServer returns a server whose handshakes take their settings from config.
@@ -72,22 +81,25 @@ func newTLSServer(config func() *tls.Config) *tlsServer {
 		config: config,
 		// A handshake computes for a millisecond. More of them at once than there are
 		// CPUs would only keep the sessions waiting.
-		compute: make(chan struct{}, runtime.GOMAXPROCS(0)),
-		times:   newHistogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10),
-		silent:  handshakeList{limit: maxSilentHandshakes},
+		computing: make(chan struct{}, runtime.GOMAXPROCS(0)),
+		times:     newHistogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10),
+		silent:    handshakeList{limit: maxSilentHandshakes},
 
 		writeTimeout: 10 * time.Second,
 	}
 }
 
-// handshake does the handshake of a client, whose transport calls pause to wait. resultOf
-// says what has become of it, which is counted; running had it before. handshake returns an
-// error if that is not tlsOK: nothing more can be sent then.
-func (s *tlsServer) handshake(t *tlsConn, resultOf func(error) tlsResult) error {
+// handshake does the handshake of a client, whose transport calls pause to wait. over is
+// closed when the client is gone or its time is over; nil for never. resultOf says what has
+// become of it, which is counted; running had it before. handshake returns an error if that
+// is not tlsOK: nothing more can be sent then.
+func (s *tlsServer) handshake(
+	t *tlsConn, over <-chan struct{}, resultOf func(error) tlsResult,
+) error {
 	began := time.Now()
-	s.compute <- struct{}{}
-	err := t.Handshake()
-	<-s.compute
+	t.over = over
+	err := s.compute(t, t.Conn.Handshake)
+	t.taken, t.limit, t.over = 0, maxTLSBytesWithoutData, nil
 	result := resultOf(err)
 	s.count(result)
 	if result != tlsOK {
@@ -120,12 +132,47 @@ func handshakeResult(err error) tlsResult {
 	return tlsFailed
 }
 
+// compute calls handshake when it is the turn of t.
+func (s *tlsServer) compute(t *tlsConn, handshake func() error) error {
+	defer s.release(t)
+	if err := s.acquire(t); err != nil {
+		return err
+	}
+	return handshake()
+}
+
+// acquire waits for the turn of t to compute. It returns an error if t.over is closed before:
+// a handshake that is late for its client only keeps others waiting.
+func (s *tlsServer) acquire(t *tlsConn) error {
+	select {
+	case <-t.over:
+		return errHandshakeOver
+	default:
+	}
+	select {
+	case <-t.over:
+		return errHandshakeOver
+	case s.computing <- struct{}{}:
+		t.computes = true
+		return nil
+	}
+}
+
+// release ends the turn of t, if it has that.
+func (s *tlsServer) release(t *tlsConn) {
+	if t.computes {
+		t.computes = false
+		<-s.computing
+	}
+}
+
 // pause calls wait, which waits for the client of a handshake. Meanwhile that does not
-// compute. end, which may be called from any goroutine, ends wait.
-func (s *tlsServer) pause(end, wait func()) {
-	<-s.compute
+// compute. end, which may be called from any goroutine, ends wait. An error is that of
+// acquire.
+func (s *tlsServer) pause(t *tlsConn, end, wait func()) error {
+	s.release(t)
 	s.silent.during(end, wait)
-	s.compute <- struct{}{}
+	return s.acquire(t)
 }
 
 // writeMetrics writes how many handshakes there were, and how long they took.
@@ -173,6 +220,12 @@ type tlsConn struct {
 	*tls.Conn
 	transport tlsTransport
 	ended     error // why a session's stream has ended; nil if it has not
+
+	// Owned by who reads.
+	computes bool            // its handshake has a turn to compute
+	over     <-chan struct{} // see tlsServer.handshake
+	taken    int             // bytes of the client since its last data
+	limit    int             // of taken
 }
 
 // tlsTransport is what is under a tlsConn: a client's connection, or what reads and
@@ -180,14 +233,19 @@ type tlsConn struct {
 // between two calls of it.
 type tlsTransport struct {
 	net.Conn
-	relayed bool // the tlsConn is a session's
+	conn    *tlsConn // over it
+	relayed bool     // the tlsConn is a session's
 }
 
 // Read returns errTruncated at the end of a session's stream. crypto/tls takes an end
-// between two records for a regular one otherwise.
+// between two records for a regular one otherwise. It returns errNoData above the limit.
 func (t *tlsTransport) Read(b []byte) (int, error) {
 	n, err := t.Conn.Read(b)
-	if t.relayed && errors.Is(err, io.EOF) {
+	t.conn.taken += n
+	switch {
+	case t.conn.taken > t.conn.limit:
+		return 0, errNoData
+	case t.relayed && errors.Is(err, io.EOF):
 		err = errTruncated
 	}
 	return n, err
@@ -211,7 +269,11 @@ func (noBytesYet) Temporary() bool { return true }
 // newTLSConn returns a connection over the transport, which may be nil for now. Its handshake
 // has not been done.
 func newTLSConn(transport net.Conn, config *tls.Config) *tlsConn {
-	t := &tlsConn{transport: tlsTransport{Conn: transport}}
+	t := &tlsConn{limit: maxTLSHandshakeBytes}
+	if config.ClientAuth != tls.NoClientCert {
+		t.limit = maxTLSHandshakeBytesWithClientCA
+	}
+	t.setTransport(transport, false)
 	t.Conn = tls.Server(&t.transport, config)
 	return t
 }
@@ -223,7 +285,11 @@ func (t *tlsConn) Read(b []byte) (int, error) {
 			return 0, err
 		}
 	}
-	return t.Conn.Read(b)
+	n, err := t.Conn.Read(b)
+	if n > 0 {
+		t.taken = 0
+	}
+	return n, err
 }
 
 // Write returns an error before Read has done the handshake: net/http may answer what it
@@ -247,9 +313,12 @@ func (t *tlsConn) socket() net.Conn {
 	}
 }
 
-// setTransport replaces the transport.
+// setTransport replaces the transport. relayed says that t is a session's from now on.
 func (t *tlsConn) setTransport(transport net.Conn, relayed bool) {
-	t.transport = tlsTransport{transport, relayed}
+	t.transport = tlsTransport{transport, t, relayed}
+	if relayed {
+		t.taken, t.limit = 0, maxTLSBytesWithoutData
+	}
 }
 
 // closeNotifyTime is how long Close waits for a client that does not take close_notify, or
@@ -260,6 +329,9 @@ const closeNotifyTime = 100 * time.Millisecond
 // waits for 5 s, or for ever if the client asks for new keys and reads nothing.
 func (t *tlsConn) Close() error {
 	conn := t.transport.Conn
+	if lazy, ok := conn.(*lazyTransport); ok && lazy.state.Load() != lazyDone {
+		return conn.Close()
+	}
 	late := time.AfterFunc(closeNotifyTime, func() { conn.Close() })
 	defer late.Stop()
 	return t.Conn.Close()
@@ -308,9 +380,9 @@ func takeTLS(conn net.Conn) (net.Conn, *tlsConn) {
 // net/http does that as it reads the request, within the time for that. Who reads owns it.
 type lazyTransport struct {
 	net.Conn
-	server   *tlsServer
-	begun    bool // running of server has it, or had
-	received int  // bytes of the handshake
+	conn   *tlsConn // over it
+	server *tlsServer
+	begun  bool // running of server has it, or had
 
 	state atomic.Int32 // see lazyHandshaking
 }
@@ -325,7 +397,7 @@ const (
 
 // setLazyTransport makes net/http do the handshake over conn.
 func (t *tlsConn) setLazyTransport(conn net.Conn, s *tlsServer) {
-	t.setTransport(&lazyTransport{Conn: conn, server: s}, false)
+	t.setTransport(&lazyTransport{Conn: conn, conn: t, server: s}, false)
 }
 
 // NetConn returns the connection under it.
@@ -335,10 +407,7 @@ func (l *lazyTransport) Read(b []byte) (n int, err error) {
 	if l.state.Load() == lazyDone {
 		return l.Conn.Read(b)
 	}
-	l.server.pause(l.replace, func() { n, err = l.Conn.Read(b) })
-	if l.received += n; l.received > maxTLSHandshakeBytes {
-		return 0, errLongHandshake
-	}
+	l.server.pause(l.conn, l.replace, func() { n, err = l.Conn.Read(b) }) // it is never over
 	return n, err
 }
 
@@ -346,7 +415,7 @@ func (l *lazyTransport) Write(b []byte) (n int, err error) {
 	if l.state.Load() == lazyDone {
 		return l.Conn.Write(b)
 	}
-	l.server.pause(l.replace, func() { n, err = l.Conn.Write(b) })
+	l.server.pause(l.conn, l.replace, func() { n, err = l.Conn.Write(b) })
 	return n, err
 }
 
@@ -389,7 +458,7 @@ func (l *lazyTransport) handshake(t *tlsConn) error {
 	}
 	l.begin()
 	l.Conn.SetWriteDeadline(time.Now().Add(l.server.writeTimeout))
-	err := l.server.handshake(t, l.resultOf)
+	err := l.server.handshake(t, nil, l.resultOf)
 	switch answer := isNotTLS(err); {
 	case err == nil:
 		l.Conn.SetWriteDeadline(time.Time{})

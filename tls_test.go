@@ -137,7 +137,7 @@ func (p *tlsProxy) waitHandshakes(t testing.TB, want string) {
 func (p *tlsProxy) waitNobody(t testing.TB) {
 	t.Helper()
 	eventually(t, "descriptors", 0, func() int { used, _, _ := p.fastPath.fdLimit.usage(); return used })
-	eventually(t, "handshakes that compute or wait", 0, func() int { return p.tls.silentNow() + len(p.tls.compute) })
+	eventually(t, "handshakes that compute or wait", 0, func() int { return p.tls.silentNow() + len(p.tls.computing) })
 	p.waitPending(t, 0)
 	p.waitSessions(t, 0)
 }
@@ -572,6 +572,7 @@ func hostileClients() map[string]struct {
 	result tlsResult
 } {
 	whole := clientHello(&tls.Config{ServerName: "a.test"})
+	whole12 := clientHello(&tls.Config{ServerName: "a.test", MaxVersion: tls.VersionTLS12})
 	leave := func(conn net.Conn) { conn.Close() }
 	type client = struct {
 		send   string
@@ -581,33 +582,34 @@ func hostileClients() map[string]struct {
 		result tlsResult
 	}
 	return map[string]client{
-		"silent":                  {result: tlsTimeout},
-		"silent within the hello": {send: whole[:100], result: tlsTimeout},
-		"silent after the hello":  {send: whole, answer: "\x16\x03\x03", result: tlsTimeout},
-		"slow":                    {send: whole, drip: true, result: tlsTimeout},
-		"leaves":                  {leave: leave, result: tlsGone},
-		"leaves within a record":  {send: whole[:100], leave: leave, result: tlsGone},
-		"leaves within a header":  {send: whole[:3], leave: leave, result: tlsGone},
-		"leaves after the hello":  {send: whole, leave: leave, result: tlsGone},
-		"half-closes":             {send: whole[:100], leave: func(conn net.Conn) { conn.(*net.TCPConn).CloseWrite() }, result: tlsGone},
-		"resets":                  {leave: reset, result: tlsGone},
-		"resets within a record":  {send: whole[:100], leave: reset, result: tlsGone},
-		"garbage":                 {send: strings.Repeat("garbage", 100), result: tlsFailed},
-		"zeros":                   {send: strings.Repeat("\x00", 1000), result: tlsFailed},
-		"HTTP":                    {send: upgradeRequest("/ws/ns-01"), answer: "HTTP/1.1 400 Bad Request\r\n", result: tlsFailed},
-		"short HTTP":              {send: "GET /", answer: "HTTP/1.1 400 Bad Request\r\n", result: tlsFailed},
-		"HTTP of another method":  {send: "DELETE /ws/ns-01 HTTP/1.1\r\n\r\n", answer: "HTTP/1.1 400 Bad Request\r\n", result: tlsFailed},
-		"SMTP":                    {send: "EHLO mail.test\r\n", result: tlsFailed},
-		"SSL 2":                   {send: "\x80\x1a\x01\x00\x02\x00\x03\x00\x00\x00\x10" + strings.Repeat("\x01", 19), answer: alertOf("\x03\x01", 70), result: tlsFailed},
-		"SSL 3":                   {send: helloOf("\x03\x00"), answer: alertOf("\x03\x01", 70), result: tlsFailed},
-		"TLS 1.0":                 {send: helloOf("\x03\x01"), answer: alertOf("\x03\x01", 70), result: tlsFailed},
-		"TLS 1.1":                 {send: helloOf("\x03\x02"), answer: alertOf("\x03\x01", 70), result: tlsFailed},
-		"no common cipher":        {send: helloOf("\x03\x03"), answer: alertOf("\x03\x03", 40), result: tlsFailed},
-		"an alert":                {send: alertOf("\x03\x03", 40), result: tlsFailed},
-		"too long a record":       {send: "\x16\x03\x01\xff\xff" + strings.Repeat("x", 1000), answer: alertOf("\x03\x01", 22), result: tlsFailed},
-		"too long a hello":        {send: "\x16\x03\x01\x40\x00\x01\xff\xff\xff" + strings.Repeat("x", 16<<10-4), answer: "\x15\x03\x01\x00\x02\x02", result: tlsFailed},
-		"empty records":           {send: strings.Repeat("\x16\x03\x01\x00\x00", 100), answer: "\x15\x03\x01\x00\x02\x02", result: tlsFailed},
-		"many tiny records":       {send: inTinyRecords(65000)[:maxTLSHandshakeBytes+1000], result: tlsFailed},
+		"silent":                             {result: tlsTimeout},
+		"silent within the hello":            {send: whole[:100], result: tlsTimeout},
+		"silent after the hello":             {send: whole, answer: "\x16\x03\x03", result: tlsTimeout},
+		"slow":                               {send: whole, drip: true, result: tlsTimeout},
+		"leaves":                             {leave: leave, result: tlsGone},
+		"leaves within a record":             {send: whole[:100], leave: leave, result: tlsGone},
+		"leaves within a header":             {send: whole[:3], leave: leave, result: tlsGone},
+		"leaves after the hello":             {send: whole, leave: leave, result: tlsGone},
+		"half-closes":                        {send: whole[:100], leave: func(conn net.Conn) { conn.(*net.TCPConn).CloseWrite() }, result: tlsGone},
+		"resets":                             {leave: reset, result: tlsGone},
+		"resets within a record":             {send: whole[:100], leave: reset, result: tlsGone},
+		"garbage":                            {send: strings.Repeat("garbage", 100), result: tlsFailed},
+		"zeros":                              {send: strings.Repeat("\x00", 1000), result: tlsFailed},
+		"HTTP":                               {send: upgradeRequest("/ws/ns-01"), answer: "HTTP/1.1 400 Bad Request\r\n", result: tlsFailed},
+		"short HTTP":                         {send: "GET /", answer: "HTTP/1.1 400 Bad Request\r\n", result: tlsFailed},
+		"HTTP of another method":             {send: "DELETE /ws/ns-01 HTTP/1.1\r\n\r\n", answer: "HTTP/1.1 400 Bad Request\r\n", result: tlsFailed},
+		"SMTP":                               {send: "EHLO mail.test\r\n", result: tlsFailed},
+		"SSL 2":                              {send: "\x80\x1a\x01\x00\x02\x00\x03\x00\x00\x00\x10" + strings.Repeat("\x01", 19), answer: alertOf("\x03\x01", 70), result: tlsFailed},
+		"SSL 3":                              {send: helloOf("\x03\x00"), answer: alertOf("\x03\x01", 70), result: tlsFailed},
+		"TLS 1.0":                            {send: helloOf("\x03\x01"), answer: alertOf("\x03\x01", 70), result: tlsFailed},
+		"TLS 1.1":                            {send: helloOf("\x03\x02"), answer: alertOf("\x03\x01", 70), result: tlsFailed},
+		"no common cipher":                   {send: helloOf("\x03\x03"), answer: alertOf("\x03\x03", 40), result: tlsFailed},
+		"an alert":                           {send: alertOf("\x03\x03", 40), result: tlsFailed},
+		"too long a record":                  {send: "\x16\x03\x01\xff\xff" + strings.Repeat("x", 1000), answer: alertOf("\x03\x01", 22), result: tlsFailed},
+		"too long a hello":                   {send: "\x16\x03\x01\x40\x00\x01\xff\xff\xff" + strings.Repeat("x", 16<<10-4), answer: "\x15\x03\x01\x00\x02\x02", result: tlsFailed},
+		"empty records":                      {send: strings.Repeat("\x16\x03\x01\x00\x00", 100), answer: "\x15\x03\x01\x00\x02\x02", result: tlsFailed},
+		"certificates that nobody asked for": {send: whole12 + strings.Repeat("\x16\x03\x03\x40\x00"+strings.Repeat("\x0b\x03\xff\xff", 1<<12), 5), answer: "\x16\x03\x03", result: tlsFailed},
+		"many tiny records":                  {send: inTinyRecords(65000)[:maxTLSHandshakeBytes+1000], result: tlsFailed},
 	}
 }
 
