@@ -7,6 +7,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"io"
+	"math"
 	"net"
 	"os"
 	"runtime"
@@ -57,10 +58,11 @@ const (
 	// ClientHello, and 256 KiB of certificates, also if it has asked for none.
 	maxTLSHandshakeBytes             = 72 << 10
 	maxTLSHandshakeBytesWithClientCA = 320 << 10
-	// maxTLSBytesWithoutData is what a client may send after its handshake until there are
-	// data to read: a record of 16 KiB, and some messages. crypto/tls would keep 64 KiB of
-	// one message.
+	// maxTLSBytesWithoutData is what crypto/tls may take of a session's client until there
+	// are data: a record of 16 KiB, what is read with it, and some messages. It would keep
+	// 64 KiB of one message.
 	maxTLSBytesWithoutData = 32 << 10
+	maxTLSReadAhead        = 8 << 10 // bytes of one read of a session's client
 )
 
 var (
@@ -99,7 +101,7 @@ func (s *tlsServer) handshake(
 	began := time.Now()
 	t.over = over
 	err := s.compute(t, t.Conn.Handshake)
-	t.taken, t.limit, t.over = 0, maxTLSBytesWithoutData, nil
+	t.limit, t.over = math.MaxInt, nil // until it is a session's
 	result := resultOf(err)
 	s.count(result)
 	if result != tlsOK {
@@ -240,6 +242,9 @@ type tlsTransport struct {
 // Read returns errTruncated at the end of a session's stream. crypto/tls takes an end
 // between two records for a regular one otherwise. It returns errNoData above the limit.
 func (t *tlsTransport) Read(b []byte) (int, error) {
+	if t.relayed {
+		b = b[:min(len(b), maxTLSReadAhead)]
+	}
 	n, err := t.Conn.Read(b)
 	t.conn.taken += n
 	switch {
