@@ -328,7 +328,7 @@ func (t *tlsConn) setTransport(transport net.Conn, relayed bool) {
 
 // closeNotifyTime is how long Close waits for a client that does not take close_notify, or
 // an answer that crypto/tls has for it.
-const closeNotifyTime = 100 * time.Millisecond
+const closeNotifyTime = time.Second
 
 // Close ends the TLS, if the client takes that, and closes the connection. crypto/tls alone
 // waits for 5 s, or for ever if the client asks for new keys and reads nothing.
