@@ -10,7 +10,7 @@
 //
 //	client
 //	  │ TLS
-//	nginx
+//	nginx (without it, with -tls-cert, the fast path or net/http ends TLS)
 //	  │ Unix socket
 //	fast path (Linux), or net/http for what is not plain
 //	  │
@@ -57,6 +57,7 @@
 //
 //	fastPath.run              accepts a client
 //	pendingConn.serve         reads its request, in a goroutine of its own
+//	pendingConn.startTLS      does the TLS handshake before, with -tls-cert
 //	proxy.admit               checks the request and looks up the owner
 //	pendingConn.park          parks the client in the dial queue of its owner
 //	pendingConn.resume        goes on when it may dial, or has to ask for its owner again
@@ -158,8 +159,8 @@
 // lock held.
 //
 // Read main, command and config (what starts), admin, plan, status, peers and page (what
-// operators ask), redirect, fastpath, proxy, forward, layout, handshake, listen, upgrade,
-// proxyprotocol and certificates (from client to session), configmap, directory,
+// operators ask), redirect, fastpath, socket, proxy, forward, layout, handshake, listen,
+// upgrade, proxyprotocol and certificates (from client to session), configmap, directory,
 // events, drain, move, movetally, movetarget, movequeue, maxage, pace, membership, member,
 // handoffobject, handoff, flight and release (what a change of overrides does), route,
 // overrides, namespace and hash (who owns), discovery, cordon, backends, dialqueue, watch
