@@ -118,11 +118,11 @@ func (c *pendingConn) startTLS(data []byte) ([]byte, error) {
 // come of it. A client may send the head in several records.
 func (c *pendingConn) readTLS() ([]byte, error) {
 	buf := make([]byte, min(c.fastPath.proxy.limits.headerBytes, maxTLSHead))
-	n, err := 0, error(nil)
-	for err == nil && n < len(buf) && !bytes.Contains(buf[:n], []byte("\r\n\r\n")) {
-		var got int
+	n, got, err := 0, 0, error(nil)
+	for whole := false; err == nil && n < len(buf) && !whole; {
 		got, err = c.tls.Read(buf[n:])
 		n += got
+		whole = bytes.Contains(buf[max(n-got-3, 0):n], []byte("\r\n\r\n"))
 	}
 	if n > 0 {
 		return slices.Clone(buf[:n]), nil

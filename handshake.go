@@ -30,7 +30,7 @@ const (
 	headerBackend = "X-Router-Backend"
 )
 
-// headerClientSubject tells the backend the subject of the client's certificate, which
+// headerClientSubject gives the backend the subject of the client's certificate, which
 // the router has verified. It is never taken from a client, nor from a proxy before the router:
 // without -tls-client-ca no backend gets it, with TLS or without.
 const headerClientSubject = "X-Client-Subject"

@@ -134,8 +134,8 @@ func (t *lastTicket) Put(_ string, state *tls.ClientSessionState) { t.state = st
 
 // security is TLS between a connection's socket and its end. crypto/tls does the handshake in
 // one call, which waits for the server: so it is in a coroutine, which waits while the loop
-// goes on. After the handshake tls.Conn reads the records that are there, and is told to ask
-// again when there are no more.
+// goes on. After the handshake tls.Conn reads the records that are there, and asks its transport
+// again when more have come.
 type security struct {
 	tls      *tls.Conn
 	records  []byte                      // came from the socket, and tls has not read them yet; valid while it reads

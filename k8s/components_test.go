@@ -132,7 +132,7 @@ func TestComponentsExclude(t *testing.T) {
 	}
 }
 
-// TestDeployComponents: deploy.sh adds the components that it is told, and refuses others.
+// TestDeployComponents: deploy.sh adds the components that DEPLOY_WITH names, and refuses others.
 func TestDeployComponents(t *testing.T) {
 	for components, want := range map[string]string{
 		"":                   "components: []\n",

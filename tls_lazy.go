@@ -1,0 +1,110 @@
+package main
+
+import (
+	"net"
+	"sync/atomic"
+	"time"
+)
+
+// lazyTransport is the transport of a client that net/http has from before its handshake:
+// net/http does that as it reads the request, within the time for that. Who reads owns it.
+type lazyTransport struct {
+	net.Conn
+	conn   *tlsConn // over it
+	server *tlsServer
+	begun  bool // running of server has it, or had
+
+	state atomic.Int32 // see lazyHandshaking
+}
+
+// The states of a lazyTransport.
+const (
+	lazyHandshaking = iota // or not begun
+	lazyReplaced           // the same, but a newer client has taken its place
+	lazyFailed
+	lazyDone
+)
+
+// setLazyTransport makes net/http do the handshake over conn.
+func (t *tlsConn) setLazyTransport(conn net.Conn, s *tlsServer) {
+	t.setTransport(&lazyTransport{Conn: conn, conn: t, server: s}, false)
+}
+
+// NetConn returns the connection under it.
+func (l *lazyTransport) NetConn() net.Conn { return l.Conn }
+
+func (l *lazyTransport) Read(b []byte) (n int, err error) {
+	if l.state.Load() == lazyDone {
+		return l.Conn.Read(b)
+	}
+	l.server.pause(l.conn, l.replace, func() { n, err = l.Conn.Read(b) }) // it is never over
+	return n, err
+}
+
+func (l *lazyTransport) Write(b []byte) (n int, err error) {
+	if l.state.Load() == lazyDone {
+		return l.Conn.Write(b)
+	}
+	l.server.pause(l.conn, l.replace, func() { n, err = l.Conn.Write(b) })
+	return n, err
+}
+
+// replace ends the handshake, as a newer client takes its place.
+func (l *lazyTransport) replace() {
+	if l.state.CompareAndSwap(lazyHandshaking, lazyReplaced) {
+		l.Conn.SetDeadline(time.Unix(1, 0))
+	}
+}
+
+// wait calls read, which waits for what comes before the handshake.
+func (l *lazyTransport) wait(read func()) {
+	l.begin()
+	l.server.silent.during(l.replace, read)
+}
+
+// begin has running of the server count the handshake.
+func (l *lazyTransport) begin() {
+	if !l.begun {
+		l.begun = true
+		l.server.running.Add(1)
+	}
+}
+
+// fail says that what comes before the handshake is missing.
+func (l *lazyTransport) fail(err error) {
+	if l.state.Load() < lazyFailed {
+		l.begin()
+		l.server.count(l.resultOf(err))
+	}
+}
+
+// handshake does the handshake of t, whose transport it is, unless it was done.
+func (l *lazyTransport) handshake(t *tlsConn) error {
+	switch l.state.Load() {
+	case lazyDone:
+		return nil
+	case lazyFailed:
+		return errHandshake
+	}
+	l.begin()
+	l.Conn.SetWriteDeadline(time.Now().Add(l.server.writeTimeout))
+	err := l.server.handshake(t, nil, l.resultOf)
+	switch answer := isNotTLS(err); {
+	case err == nil:
+		l.Conn.SetWriteDeadline(time.Time{})
+	case answer != nil:
+		l.Conn.Write(answer) // it fails only if the client is gone
+	}
+	return err
+}
+
+// resultOf says what has become of the handshake, which is over.
+func (l *lazyTransport) resultOf(err error) tlsResult {
+	if err == nil && l.state.CompareAndSwap(lazyHandshaking, lazyDone) {
+		return tlsOK
+	}
+	if l.state.Swap(lazyFailed) == lazyReplaced {
+		return tlsReplaced
+	}
+	return handshakeResult(err)
+}
