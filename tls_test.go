@@ -623,6 +623,17 @@ func inTinyRecords(size int) string {
 	return records.String()
 }
 
+// A handshake that is over gets no turn, also if one is free.
+func TestTLSTurnTooLate(t *testing.T) {
+	s, over := newTLSServer(nil), make(chan struct{})
+	close(over)
+	for range 100 {
+		if err := s.acquire(&tlsConn{over: over}); err != errHandshakeOver {
+			t.Fatalf("it gets a turn: %v, want %v", err, errHandshakeOver)
+		}
+	}
+}
+
 // A hostile client costs its time and bytes and no more, is counted once, and keeps nobody out.
 // The same holds for one whose handshake net/http does: the router had stopped to accept clients.
 func TestTLSHostile(t *testing.T) {
