@@ -29,7 +29,6 @@ func TestTLSUnreadAnswersOverBudget(t *testing.T) {
 	r.engine.unsentBudget = 0
 	s := startedRecords(t, r, tls.VersionTLS13, func(pairs sessionConns) {
 		socket(pairs.near[clientSide]).SetWriteBuffer(4 << 10)
-		pairs.far[clientSide].SetReadBuffer(4 << 10)
 	})
 	go io.Copy(io.Discard, s.backend) // until the test ends
 	most := int64(0)
