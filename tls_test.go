@@ -22,6 +22,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -632,6 +633,41 @@ func TestTLSTurnTooLate(t *testing.T) {
 			t.Fatalf("it gets a turn: %v, want %v", err, errHandshakeOver)
 		}
 	}
+}
+
+// TestTLSCloseDoesNotWait closes clients that take nothing, one after the other as net/http's
+// Shutdown does.
+func TestTLSCloseDoesNotWait(t *testing.T) {
+	pair := newTestCA(t, "the CA").sign(t, nil, nil, "a.test")
+	certificate, err := tls.X509KeyPair([]byte(pair.cert), []byte(pair.key))
+	must(t, err)
+	bubble(t, func(t *testing.T) {
+		const clients = 3
+		began, closed := time.Now(), make(chan error)
+		for range clients {
+			client, transport := net.Pipe()
+			server := newTLSConn(transport, &tls.Config{Certificates: []tls.Certificate{certificate}, MaxVersion: tls.VersionTLS12})
+			go server.Handshake()
+			must(t, tls.Client(client, &tls.Config{InsecureSkipVerify: true}).Handshake())
+			synctest.Wait()
+			must(t, server.Close())
+			go func() {
+				_, err := transport.Read(make([]byte, 1))
+				closed <- err
+			}()
+		}
+		if waited := time.Since(began); waited != 0 {
+			t.Errorf("closing took %s, want no wait", waited)
+		}
+		for range clients {
+			if err := <-closed; !errors.Is(err, io.ErrClosedPipe) {
+				t.Errorf("the connection of a client that takes nothing: %v, want that it is closed", err)
+			}
+		}
+		if waited := time.Since(began); waited != closeNotifyTime {
+			t.Errorf("the connections closed after %s, want %s", waited, closeNotifyTime)
+		}
+	})
 }
 
 // A hostile client costs its time and bytes and no more, is counted once, and keeps nobody out.
