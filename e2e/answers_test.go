@@ -81,6 +81,28 @@ func (s *system) wantReceipt(what string, p movePlan, since time.Time, scaledIn 
 	}
 }
 
+// settle waits until each client has one session, with the owner of its namespace, and the
+// routers have no others. A client that comes back during a change is moved too, and so is a
+// session that the router does not yet know to have ended.
+func (c *tenants) settle() {
+	c.s.t.Helper()
+	c.awaitOwners(c.owners(), time.Minute)
+	eventually(c.s.t, time.Minute, "the routers to have a session for each client", func() error {
+		sum := 0
+		for _, r := range c.s.routers(c.s.t.Context()) {
+			m, err := r.metrics(c.s.t.Context())
+			if err != nil {
+				return err
+			}
+			sum += int(m.sum("router_sessions"))
+		}
+		if sum != len(c.clients) {
+			return fmt.Errorf("they have %d, want %d", sum, len(c.clients))
+		}
+		return nil
+	})
+}
+
 // TestAnswersOfAll plans overrides and numbers of backends by the commands, which count the
 // sessions of all routers, and finds the same in the receipts. A plan names the namespace
 // that a change would leave without an owner.
@@ -100,6 +122,7 @@ func TestAnswersOfAll(t *testing.T) {
 	t.Cleanup(func() { scale(4) })
 	c := s.newTenants("answers", namespaces, namespaces*each)
 	c.spread()
+	c.settle()
 	began := time.Now().Add(-time.Second)
 
 	next := map[string]any{}
@@ -121,7 +144,7 @@ func TestAnswersOfAll(t *testing.T) {
 	s.wantReceipt("overrides", p, began, false)
 
 	for _, replicas := range []int{5, 4} {
-		c.awaitOwners(c.owners(), time.Minute) // who comes back during a move would count too
+		c.settle()
 		began = time.Now().Add(-time.Second)
 		p = s.mustPlan("", fmt.Sprint(replicas))
 		if p.Sessions == 0 {
