@@ -476,7 +476,7 @@ func (p *program) serve(ctx context.Context, clients, admin net.Listener) error 
 	}
 	background, stopBackground := context.WithCancel(context.Background())
 	var running sync.WaitGroup
-	for _, task := range append(p.tasks, p.proxy.mover.run, p.proxy.freeMemory) {
+	for _, task := range append(p.tasks, p.proxy.mover.run, p.freeMemory) {
 		running.Go(func() { task(background) })
 	}
 	if idle := p.config.idleTimeout; idle > 0 {
@@ -508,6 +508,11 @@ func (p *program) serve(ctx context.Context, clients, admin net.Listener) error 
 	p.proxy.mover.releases.close()
 	p.proxy.backends.close()
 	return err
+}
+
+// freeMemory gives back the memory of handshakes, until ctx ends.
+func (p *program) freeMemory(ctx context.Context) {
+	freeMemory(ctx, func() int { return int(p.proxy.handshakes.Load()) })
 }
 
 // logServing logs where the router listens, and warns if the process may not open enough

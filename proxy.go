@@ -11,7 +11,6 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
-	"runtime/debug"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -555,40 +554,6 @@ func (p *proxy) waitForOldPod(ctx context.Context, u *pendingUpgrade) error {
 	case <-ctx.Done():
 		return fmt.Errorf("%q still has a session with the previous pod of %s",
 			u.namespace, p.backends.name(u.owner))
-	}
-}
-
-// freeMemory gives back the memory of handshakes, until ctx ends.
-func (p *proxy) freeMemory(ctx context.Context) {
-	freeMemory(ctx, func() int { return int(p.handshakes.Load()) })
-}
-
-const (
-	minHandshakesToFree = 1000        // handshakes since the memory was given back
-	maxCalmHandshakes   = 10          // handshakes in freeMemoryInterval while it is calm
-	freeMemoryInterval  = time.Second // between two checks
-)
-
-// freeMemory gives the memory that many handshakes took back to the system as soon as it
-// is calm again, until ctx ends. The runtime alone would keep it for minutes: it collects
-// garbage when the heap has doubled, and a router of idle sessions would have more
-// garbage than sessions. handshakes returns how many there were so far.
-func freeMemory(ctx context.Context, handshakes func() int) {
-	ticker := time.NewTicker(freeMemoryInterval)
-	defer ticker.Stop()
-	var freed, before int
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-ticker.C:
-		}
-		now := handshakes()
-		if now-before <= maxCalmHandshakes && now-freed >= minHandshakesToFree {
-			debug.FreeOSMemory()
-			freed = now
-		}
-		before = now
 	}
 }
 

@@ -11,14 +11,12 @@ import (
 	"net"
 	"net/http"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 )
 
@@ -972,39 +970,6 @@ func TestLimitsOfABackend(t *testing.T) {
 			})
 		}
 	}
-}
-
-// Memory that handshakes took is given back once they pause, and only then.
-func TestFreeMemory(t *testing.T) {
-	bubble(t, func(t *testing.T) {
-		var begun atomic.Int64
-		ctx, cancel := context.WithCancel(t.Context())
-		defer cancel()
-		go freeMemory(ctx, func() int { return int(begun.Load()) })
-		collected := func() uint32 {
-			synctest.Wait()
-			var m runtime.MemStats
-			runtime.ReadMemStats(&m)
-			return m.NumForcedGC
-		}
-		steps := []struct {
-			open int // in one freeMemoryInterval
-			want uint32
-		}{
-			{minHandshakesToFree - 1, 0}, {0, 0}, // too few
-			{maxCalmHandshakes + 1, 0}, {1, 1}, // calm after enough
-			{0, 0}, {minHandshakesToFree, 0}, {minHandshakesToFree, 0}, {maxCalmHandshakes, 1}, {0, 0},
-		}
-		time.Sleep(freeMemoryInterval / 2)
-		for i, step := range steps {
-			before := collected()
-			begun.Add(int64(step.open))
-			time.Sleep(freeMemoryInterval)
-			if got := collected() - before; got != step.want {
-				t.Errorf("step %d, %d handshakes: %d collections, want %d", i, step.open, got, step.want)
-			}
-		}
-	})
 }
 
 // BenchmarkHandshake is one session: dial, upgrade, first message, close. The

@@ -2,6 +2,7 @@ package main
 
 import (
 	"cmp"
+	"context"
 	_ "embed"
 	"fmt"
 	"os"
@@ -153,4 +154,76 @@ func processMemory() (virtual, resident float64, err error) {
 	_, scanErr := fmt.Sscan(string(text), &virtual, &resident)
 	page := float64(os.Getpagesize())
 	return virtual * page, resident * page, cmp.Or(err, scanErr)
+}
+
+const (
+	minHandshakesToFree = 1000        // handshakes since the memory was given back
+	maxCalmHandshakes   = 10          // handshakes in freeMemoryInterval while it is calm
+	freeMemoryInterval  = time.Second // between two checks
+)
+
+// freeMemory gives the memory that many handshakes took back to the system as soon as it
+// is calm again, until ctx ends. The runtime alone would keep it for minutes: it collects
+// garbage when the heap has doubled, and a router of idle sessions would have more
+// garbage than sessions. handshakes returns how many there were so far.
+func freeMemory(ctx context.Context, handshakes func() int) {
+	ticker := time.NewTicker(freeMemoryInterval)
+	defer ticker.Stop()
+	var freed, before int
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		now := handshakes()
+		if now-before <= maxCalmHandshakes && now-freed >= minHandshakesToFree {
+			giveBack(ctx, func() bool { return handshakes()-now <= maxCalmHandshakes })
+			freed = now
+		}
+		before = now
+	}
+}
+
+const (
+	giveBackStep  = 128 << 10 // bytes; a millisecond or so
+	giveBackRest  = 3 << 19   // bytes that are given back at once in the end, and a part of all
+	giveBackPause = 10 * time.Millisecond
+)
+
+// giveBack collects garbage and gives the free memory of the heap back to the system, until
+// ctx ends or it is not calm any more.
+//
+// debug.FreeOSMemory does so at once: a router with one CPU carries nothing for 100 ms after
+// 5,000 handshakes with TLS. So it has only the rest to do. Before, the limit of memory is a
+// step below what is used, again and again, and whatever allocates gives back that much first
+// (https://go.dev/doc/gc-guide#Memory_limit). The last steps would not leave the heap the
+// 3 % that the runtime wants to have free below the limit: it would collect garbage all the time.
+func giveBack(ctx context.Context, calm func() bool) {
+	limit := debug.SetMemoryLimit(-1)
+	runtime.GC()
+	for used, free := goMemory(); calm() && free > giveBackRest+used/32; used, free = goMemory() {
+		debug.SetMemoryLimit(min(limit, used-giveBackStep))
+		runtime.KeepAlive(make([]byte, giveBackStep)) // too large for the stack
+		if sleep(ctx, giveBackPause) != nil {
+			break
+		}
+	}
+	debug.SetMemoryLimit(limit)
+	if calm() && ctx.Err() == nil {
+		debug.FreeOSMemory()
+	}
+}
+
+// goMemory returns how many bytes Go has from the system, and how many of these are of the
+// heap and free.
+func goMemory() (used, free int64) {
+	samples := []metrics.Sample{
+		{Name: "/memory/classes/total:bytes"},
+		{Name: "/memory/classes/heap/released:bytes"},
+		{Name: "/memory/classes/heap/free:bytes"},
+	}
+	metrics.Read(samples)
+	bytes := func(i int) int64 { return int64(samples[i].Value.Uint64()) }
+	return bytes(0) - bytes(1), bytes(2)
 }

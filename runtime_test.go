@@ -1,9 +1,14 @@
 package main
 
 import (
+	"context"
+	"runtime"
+	"runtime/debug"
 	"runtime/metrics"
 	"slices"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -61,5 +66,73 @@ func TestProcessMetrics(t *testing.T) {
 	virtual, resident := before["process_virtual_memory_bytes"], before["process_resident_memory_bytes"]
 	if before["process_start_time_seconds"] != 1e9+.5 || resident < 1<<20 || virtual < resident {
 		t.Errorf("want the start at 1e9 s, and at least 1 MiB of memory: %v", before)
+	}
+}
+
+// TestFreeMemory: memory that handshakes took is given back once they pause, and only then.
+func TestFreeMemory(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		var begun atomic.Int64
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		go freeMemory(ctx, func() int { return int(begun.Load()) })
+		collected := func() uint32 {
+			synctest.Wait()
+			var m runtime.MemStats
+			runtime.ReadMemStats(&m)
+			return m.NumForcedGC / 2 // giveBack's and that of debug.FreeOSMemory
+		}
+		steps := []struct {
+			open int // in one freeMemoryInterval
+			want uint32
+		}{
+			{minHandshakesToFree - 1, 0}, {0, 0}, // too few
+			{maxCalmHandshakes + 1, 0}, {1, 1}, // calm after enough
+			{0, 0}, {minHandshakesToFree, 0}, {minHandshakesToFree, 0}, {maxCalmHandshakes, 1}, {0, 0},
+		}
+		time.Sleep(freeMemoryInterval / 2)
+		for i, step := range steps {
+			before := collected()
+			begun.Add(int64(step.open))
+			time.Sleep(freeMemoryInterval)
+			if got := collected() - before; got != step.want {
+				t.Errorf("step %d, %d handshakes: %d collections, want %d", i, step.open, got, step.want)
+			}
+		}
+	})
+}
+
+// TestGiveBack: what the heap has free goes back to the system, and the limit of memory is
+// what it was. That ends when the router is busy again, or stops.
+func TestGiveBack(t *testing.T) {
+	const garbage = 16 << 20
+	waste := func() {
+		var all [][]byte
+		for range garbage >> 14 {
+			all = append(all, make([]byte, 1<<14))
+		}
+		runtime.KeepAlive(all)
+	}
+	limit := debug.SetMemoryLimit(1 << 40)
+	defer debug.SetMemoryLimit(limit)
+	stopped, stop := context.WithCancel(t.Context())
+	stop()
+	for name, test := range map[string]struct {
+		ctx  context.Context
+		calm bool
+		all  bool // is given back
+	}{
+		"calm":    {t.Context(), true, true},
+		"busy":    {t.Context(), false, false},
+		"stopped": {stopped, true, false},
+	} {
+		waste()
+		giveBack(test.ctx, func() bool { return test.calm })
+		if _, free := goMemory(); free < 1<<20 != test.all {
+			t.Errorf("%s: %d bytes of the heap are free, want that all are given back: %t", name, free, test.all)
+		}
+		if got := debug.SetMemoryLimit(-1); got != 1<<40 {
+			t.Errorf("%s: the limit of memory is %d, want that of before", name, got)
+		}
 	}
 }

@@ -58,6 +58,7 @@ func openStalled(t *target, rate int, part func(hello []byte, number int) []byte
 	if err != nil {
 		return nil, err
 	}
+	e.run(3 * t.settle) // some proxies give back the memory of so many handshakes
 	return &flood{echo: e, ports: t.ports, rate: rate, hello: func(number int) []byte { return part(hello, number) }}, nil
 }
 
