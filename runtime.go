@@ -186,9 +186,9 @@ func freeMemory(ctx context.Context, handshakes func() int) {
 }
 
 const (
-	giveBackStep  = 128 << 10 // bytes; a millisecond or so
+	giveBackStep  = 256 << 10 // bytes; one or two milliseconds
 	giveBackRest  = 3 << 19   // bytes that are given back at once in the end, and a part of all
-	giveBackPause = 10 * time.Millisecond
+	giveBackPause = 5 * time.Millisecond
 )
 
 // giveBack collects garbage and gives the free memory of the heap back to the system, until
