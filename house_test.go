@@ -20,7 +20,7 @@ import (
 // listen_portable.go, count as one.
 var fileOrder = strings.Fields(`main command config admin plan status peers page redirect fastpath socket proxy forward layout handshake listen upgrade proxyprotocol certificates configmap
 	directory events drain move movetally movetarget movequeue maxage pace membership member handoffobject handoff flight release route overrides namespace hash discovery cordon backends dialqueue watch kube
-	top relay tls websocket namespacelimit log runtime metrics wait`)
+	top relay tls websocket namespacelimit result log runtime metrics wait`)
 
 // sources has the root's files, parsed, without the tests.
 type sources struct {

@@ -165,7 +165,7 @@
 // handoffobject, handoff, flight and release (what a change of overrides does), route,
 // overrides, namespace and hash (who owns), discovery, cordon, backends, dialqueue, watch
 // and kube (where owners are), top, relay, tls and websocket (the life of a session),
-// namespacelimit, log, runtime and metrics, and wait (a back-off, a sleep, times, a
+// namespacelimit, result, log, runtime and metrics, and wait (a back-off, a sleep, times, a
 // wake-up). A file uses only those after it.
 package main
 
