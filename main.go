@@ -373,10 +373,8 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 			.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10),
 		holdDurations: newHistogram(.01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30),
 		limits:        c.limits, podName: c.podName, namespaceOf: c.layout.namespace, log: log,
-		namespaceSessions: newNamespaceSessions(c.limits.namespaceSessions),
-		namespaceRate:     newNamespaceRate(c.limits.namespaceUpgrades, log),
+		namespaceLimiter: newNamespaceLimiter(c.limits.namespace, log),
 	}
-	relay.namespaceSessions = p.namespaceSessions
 	if c.proxyProtocol == "on" {
 		p.proxyProtocol = &proxyProtocol{trusted: &c.trustedProxies, log: log}
 	}
