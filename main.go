@@ -457,9 +457,7 @@ func (p *program) addSources(kubeClient *kubeClient, kubeNamespace string) {
 	case c.handoff == "all":
 		p.log.Warn("-overrides is not used with -handoff=all: a copy may lag", "directory", c.overrides)
 	default:
-		router.addSource(kubeClient != nil, func(update func(...sourceContent)) overrideSource {
-			return &directory{path: c.overrides, update: update, log: p.log}
-		})
+		router.addSource(kubeClient != nil, newDirectory(c.overrides, p.log))
 	}
 	for _, source := range router.sources {
 		p.tasks = append(p.tasks, source.run)
