@@ -591,9 +591,12 @@ func (c *command) sourceToPatch(s *status, o *ownership, pin bool) (*sourceState
 	chosen := slices.Index(names, c.configMap)
 	switch {
 	case len(maps) == 0 && len(s.Sources) > 0:
-		src := &s.Sources[0]
+		src, part := &s.Sources[0], "entry"
+		if src.Kind == "directory" {
+			part = "file"
+		}
 		return nil, fmt.Errorf("the overrides are in %s %s, and not in a ConfigMap: "+
-			"change its file %s", src.Kind, src.Name, namespaceKey(o.Namespace))
+			"change its %s %s", src.Kind, src.Name, part, namespaceKey(o.Namespace))
 	case len(maps) == 0:
 		return nil, errors.New("no router has overrides yet")
 	case c.configMap != "" && chosen < 0:

@@ -177,6 +177,8 @@ func TestCommandMove(t *testing.T) {
 	two.update(update, sourceContent{id: sourceID{"ConfigMap", "edge", "two"}, version: "1", overrides: newOverrideSet(map[string]string{"there": "backend-0"})})
 	files := servedAdmin(t, "router-c")
 	files.update(sourceContent{id: sourceID{kind: "directory", name: "/overrides"}, version: "1"})
+	other := servedAdmin(t, "router-d")
+	other.update(sourceContent{id: sourceID{kind: "database", name: "overrides"}, version: "1"})
 	tests := map[string]struct {
 		admin      *namedAdmin
 		args       string
@@ -196,6 +198,7 @@ func TestCommandMove(t *testing.T) {
 		"the other":     {two, "-configmap=one there backend-2", 1, "", "there has an override in ConfigMap edge/two: two would disagree"},
 		"no source":     {two, "-configmap=three new backend-2", 1, "", "ConfigMap three is not a source of overrides"},
 		"files":         {files, "new backend-2", 1, "", "the overrides are in directory /overrides, and not in a ConfigMap: change its file new"},
+		"another kind":  {other, "new backend-2", 1, "", "the overrides are in database overrides, and not in a ConfigMap: change its entry new"},
 		"one argument":  {a, "vip", 2, "", "a namespace and a backend or - are required (got 1 arguments)"},
 	}
 	for name, tt := range tests {

@@ -262,10 +262,10 @@ func (c *config) trafficFlags(f *flag.FlagSet) {
 
 // namespaceFlags adds the flags for what one namespace, or one session, may take to f.
 func (c *config) namespaceFlags(f *flag.FlagSet) {
-	f.IntVar(&c.limits.namespaceSessions, "max-sessions-per-namespace", 0,
+	f.IntVar(&c.limits.namespace.sessions, "max-sessions-per-namespace", 0,
 		"maximum `number` of sessions and pending upgrades of each namespace in this router, each\n"+
 			"router by itself, 0 is no limit")
-	f.IntVar(&c.limits.namespaceUpgrades, "max-upgrades-per-second", 0,
+	f.IntVar(&c.limits.namespace.upgrades, "max-upgrades-per-second", 0,
 		"maximum `number` of upgrades of each namespace per second, which may come at once, in\n"+
 			"each router by itself, 0 is no limit")
 	f.DurationVar(&c.maxAge, "max-age", 0,
@@ -512,8 +512,8 @@ func (c *config) validateLimits() error {
 		{"max-header-fields", c.limits.headerFields, 16},
 		{"max-sessions", c.limits.sessions, 1},
 		{"max-pending-upgrades", c.limits.pendingUpgrades, 1},
-		{"max-sessions-per-namespace", c.limits.namespaceSessions, 0},
-		{"max-upgrades-per-second", c.limits.namespaceUpgrades, 0},
+		{"max-sessions-per-namespace", c.limits.namespace.sessions, 0},
+		{"max-upgrades-per-second", c.limits.namespace.upgrades, 0},
 		{"move-rate", c.moveRate, 0},
 	} {
 		if number.value < number.min {

@@ -38,6 +38,14 @@ type directory struct {
 	appliedSignature string // of the overrides that update got
 }
 
+// newDirectory returns what makes the source of the directory at path: see
+// router.addSource.
+func newDirectory(path string, log *slog.Logger) func(update func(...sourceContent)) overrideSource {
+	return func(update func(...sourceContent)) overrideSource {
+		return &directory{path: path, update: update, log: log}
+	}
+}
+
 // id identifies the directory among the sources of overrides.
 func (d *directory) id() sourceID { return sourceID{kind: "directory", name: d.path} }
 

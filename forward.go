@@ -109,10 +109,7 @@ func (f *forwarder) writeMetrics(m metricsWriter) {
 	sample := m.family("router_http_requests_total", "counter",
 		"Plain requests, by result.")
 	for r := range numResults {
-		switch r {
-		case resultNotUpgrade, resultAnswered, resultGatewayTimeout, // of upgrades only
-			resultMaxNamespace, resultRateNamespace:
-		default:
+		if !r.isUpgradeOnly() {
 			sample(float64(f.results[r].Load()), "result", r.String())
 		}
 	}

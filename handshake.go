@@ -2,9 +2,6 @@ package main
 
 import (
 	"bufio"
-	"cmp"
-	"context"
-	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -15,7 +12,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 )
 
 // Headers that tell the backend who routed the request, by which table, by which step of
@@ -405,106 +401,3 @@ func readResponse(br *bufio.Reader) (*http.Response, error) {
 
 // maxInterimResponses is how many interim (1xx) answers may come before the final one.
 const maxInterimResponses = 8
-
-// result is what became of an upgrade request.
-type result int
-
-const (
-	resultOK             result = iota
-	resultBadRequest            // 400
-	resultBadHead               // 431: too many fields; or too long, slow or malformed: net/http answers
-	resultNotFound              // 404
-	resultNotUpgrade            // 426
-	resultNoTable               // 503
-	resultUnresolved            // 503: an invalid override, and no previous owner is known
-	resultHoldTimeout           // 503
-	resultMisdirected           // 503: another backend has the owner's address
-	resultMaxSessions           // 503
-	resultMaxPending            // 503
-	resultMaxNamespace          // 503: the sessions of one namespace
-	resultRateNamespace         // 429: the upgrades of one namespace
-	resultDraining              // 503: the router stops
-	resultClientGone            // the client left before there was an answer
-	resultBadGateway            // 502
-	resultGatewayTimeout        // 504
-	resultAnswered              // the backend gave an answer other than 101
-	resultCut                   // the answer to a plain request broke off; 503 if there was none
-	numResults                  // how many there are
-)
-
-// String is the value of the metric's label.
-func (r result) String() string {
-	return [numResults]string{"ok", "bad_request", "bad_head", "not_found", "not_upgrade", "no_table", "unresolved",
-		"hold_timeout", "misdirected", "max_sessions", "max_pending_upgrades", "max_namespace", "rate_namespace", "draining", "client_gone", "bad_gateway", "gateway_timeout", "answered", "cut"}[r]
-}
-
-// status is the HTTP status that goes with the result.
-func (r result) status() int {
-	status := [numResults]int{
-		resultBadRequest: http.StatusBadRequest,
-		resultBadHead:    http.StatusRequestHeaderFieldsTooLarge,
-		resultNotFound:   http.StatusNotFound, resultNotUpgrade: http.StatusUpgradeRequired,
-		resultRateNamespace: http.StatusTooManyRequests,
-		resultBadGateway:    http.StatusBadGateway, resultGatewayTimeout: http.StatusGatewayTimeout,
-	}[r]
-	return cmp.Or(status, http.StatusServiceUnavailable)
-}
-
-// refusal is an upgrade that did not happen, and why. The reason is for the log:
-// of what the client did wrong (4xx) it quotes the request and says what was wanted,
-// but of all else it names backends and addresses, which are no business of clients.
-type refusal struct {
-	result result
-	reason string
-}
-
-func (r *refusal) Error() string { return r.reason }
-
-// clientMessage is what the client reads: what is wrong with its request (4xx), or one
-// sentence for each status that says whose fault it is and nothing of the inside.
-func (r *refusal) clientMessage() string {
-	switch r.result.status() {
-	case http.StatusBadGateway:
-		return "the backend gave no valid answer"
-	case http.StatusServiceUnavailable:
-		return "the service is not available now, try again later"
-	case http.StatusGatewayTimeout:
-		return "the backend gave no answer in time"
-	}
-	return r.reason
-}
-
-func refuse(result result, format string, args ...any) *refusal {
-	return &refusal{result: result, reason: fmt.Sprintf(format, args...)}
-}
-
-// writeResponse writes the refusal. The client may take as long as bound to send the rest
-// of its request, and as long again to read the answer. A 503 or 429 may be tried again in
-// a second: clients add their own back-off.
-func (r *refusal) writeResponse(w http.ResponseWriter, bound time.Duration) {
-	conn := http.NewResponseController(w)
-	conn.SetReadDeadline(time.Now().Add(bound)) // net/http reads what is left of a body before it answers
-	conn.SetWriteDeadline(time.Now().Add(2 * bound))
-	switch r.result.status() {
-	case http.StatusServiceUnavailable, http.StatusTooManyRequests:
-		w.Header().Set("Retry-After", "1")
-	case http.StatusUpgradeRequired:
-		w.Header().Set("Upgrade", "websocket")
-		w.Header().Set("Connection", "Upgrade")
-	case http.StatusRequestHeaderFieldsTooLarge: // as net/http does: the next head would be no smaller
-		w.Header().Set("Connection", "close")
-	}
-	http.Error(w, r.clientMessage(), r.result.status())
-}
-
-// errDraining is the cause that ends the contexts of requests when the router
-// stops.
-var errDraining = errors.New("the router is stopping")
-
-// contextRefusal says why the request's context ended.
-func contextRefusal(ctx context.Context) *refusal {
-	if errors.Is(context.Cause(ctx), errDraining) {
-		return refuse(resultDraining, "%v", errDraining)
-	}
-	return refuse(resultClientGone, "the client left")
-}

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"math"
 	"net"
 	"os"
 	"syscall"
@@ -12,16 +11,6 @@ import (
 // not have: how long, in milliseconds, sent data may stay without an
 // acknowledgement. With keepalive it counts in place of TCP_KEEPCNT (tcp(7)).
 const tcpUserTimeout = 18
-
-// openFileLimit is how many files the process may have open: the hard limit, which
-// Go makes the soft one too.
-func openFileLimit() (int, error) {
-	var limit syscall.Rlimit
-	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
-		return 0, os.NewSyscallError("getrlimit", err)
-	}
-	return int(min(limit.Cur, math.MaxInt32)), nil
-}
 
 // socketControl is net.Dialer's Control, and net.ListenConfig's.
 type socketControl = func(network, address string, c syscall.RawConn) error

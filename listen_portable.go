@@ -3,14 +3,10 @@
 package main
 
 import (
-	"math"
 	"net"
 	"syscall"
 	"time"
 )
-
-// openFileLimit is how many files the process may have open: it is not asked.
-func openFileLimit() (int, error) { return math.MaxInt32, nil }
 
 // tcpTimeoutOptions returns what makes a TCP socket give up a silent peer after timeout,
 // 0 for never. Data that is not acknowledged has the system's own bound.

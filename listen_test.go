@@ -1,10 +1,7 @@
 package main
 
 import (
-	"bufio"
 	"errors"
-	"fmt"
-	"io"
 	"io/fs"
 	"log/slog"
 	"net"
@@ -14,10 +11,8 @@ import (
 	"runtime"
 	"slices"
 	"strings"
-	"sync/atomic"
 	"syscall"
 	"testing"
-	"testing/synctest"
 	"time"
 )
 
@@ -134,107 +129,6 @@ func TestListenUnixKeepsOtherFiles(t *testing.T) {
 				t.Errorf("the file is %v with error %v, want what was there", after, err)
 			}
 		})
-	}
-}
-
-// countingClients is a server of clients of which a test sees when it is done
-// with a connection.
-type countingClients struct {
-	addr     string
-	badHeads *atomic.Int64
-	closed   chan struct{} // one for each connection that net/http has closed
-}
-
-// startCountingClients serves on TCP, or on a Unix socket, a handler that answers
-// as the proxy does when a path is unknown.
-func startCountingClients(t *testing.T, network string) *countingClients {
-	t.Helper()
-	quiet := slog.New(slog.DiscardHandler)
-	p := &proxy{namespaceOf: defaultLayout(t).namespace, log: quiet,
-		limits: limits{headerTimeout: 200 * time.Millisecond, headerBytes: 2048, headerFields: 100}}
-	l := listenLocal(t)
-	if network == "unix" {
-		var err error
-		l, err = listen("unix:"+filepath.Join(t.TempDir(), "s"), 0)
-		must(t, err)
-	}
-	f := &countingClients{addr: l.Addr().String(), badHeads: &p.results[resultBadHead], closed: make(chan struct{}, 10)}
-	server := newClientServer(t.Context(), p, quiet)
-	server.ConnState = func(_ net.Conn, state http.ConnState) {
-		if state == http.StateClosed {
-			f.closed <- struct{}{}
-		}
-	}
-	gate := wideDescriptorLimit(t)
-	served := make(chan error, 1)
-	go func() { served <- server.Serve(clientListener{l, gate, f.badHeads, nil, nil}) }()
-	t.Cleanup(func() { server.Close(); <-served })
-	return f
-}
-
-func TestBadHeads(t *testing.T) {
-	request := "GET /other HTTP/1.1\r\nHost: h\r\n\r\n"
-	long := "GET /ws/ns-01 HTTP/1.1\r\nHost: h\r\nX-Long: " + strings.Repeat("x", 16<<10) + "\r\n\r\n"
-	tests := map[string]struct {
-		send    string
-		status  int  // of the first answer, 0 if there is none
-		leave   bool // the client closes, else it waits for the router to
-		counted int64
-	}{
-		"oversized":             {send: long, status: 431, counted: 1},
-		"garbage":               {send: "\x16\x03\x01 this is no HTTP\r\n\r\n", status: 400, counted: 1},
-		"no host":               {send: "GET / HTTP/1.1\r\n\r\n", status: 400, counted: 1},
-		"two hosts":             {send: "GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", status: 400, counted: 1},
-		"bad header":            {send: "GET / HTTP/1.1\r\nHost: h\r\nX y: z\r\n\r\n", status: 400, counted: 1},
-		"HTTP/2":                {send: "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", status: 404, counted: 0},
-		"slow":                  {send: "GET /other HTTP/1.1\r\nHost: h\r\n", counted: 1},
-		"slow from the start":   {send: "G", counted: 1},
-		"left within the head":  {send: "GET /other HTTP", leave: true, counted: 1},
-		"left without a byte":   {send: "", leave: true, counted: 0},
-		"silent":                {send: "", counted: 0},
-		"answered by the proxy": {send: request, status: 404, counted: 0},
-		"answered, then left":   {send: request, status: 404, leave: true, counted: 0},
-		"answered, then slow":   {send: request + "GET /oth", status: 404, counted: 0},
-	}
-	for name, tt := range tests {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			for _, network := range []string{"tcp", "unix"} {
-				f := startCountingClients(t, network)
-				begun := time.Now()
-				conn := dial(t, f.addr)
-				conn.SetDeadline(time.Now().Add(patience))
-				mustWrite(t, conn, tt.send)
-				wantAnswer(t, conn, tt.status, tt.leave)
-				if tt.leave {
-					conn.Close()
-				}
-				<-f.closed
-				wantEqual(t, "bad heads over "+network, f.badHeads.Load(), tt.counted)
-				if took := time.Since(begun); !tt.leave && tt.status == 0 && took < 150*time.Millisecond { // its clock does not begin with ours
-					t.Errorf("%s: closed after %s, want -header-timeout 200ms", network, took)
-				}
-			}
-		})
-	}
-}
-
-// wantAnswer reads the first answer's status, 0 for none, and unless the client
-// is to leave first, on to the end: a clean one, even if the router has not read
-// all that was sent.
-func wantAnswer(t *testing.T, conn net.Conn, status int, leave bool) {
-	t.Helper()
-	br := bufio.NewReader(conn)
-	if status != 0 {
-		resp, err := http.ReadResponse(br, nil)
-		must(t, err)
-		wantEqual(t, "the status", resp.StatusCode, status)
-	}
-	if leave {
-		return
-	}
-	if _, err := io.Copy(io.Discard, br); err != nil {
-		t.Errorf("the end is %v, want a clean one", err)
 	}
 }
 
@@ -371,90 +265,6 @@ type alwaysOne struct{ net.Listener }
 func (alwaysOne) Accept() (net.Conn, error) {
 	conn, _ := net.Pipe()
 	return conn, nil
-}
-
-func TestDescriptorLimit(t *testing.T) {
-	for more := range 10 {
-		bubble(t, func(t *testing.T) {
-			files := reservedDescriptors + 20 + descriptorsPerPoller*runtime.GOMAXPROCS(0) + more
-			g, err := newDescriptorLimit(files, 2)
-			must(t, err)
-			if want := 20 - 2*descriptorsPerBackend + more; g.limit != want {
-				t.Fatalf("%d files: %d for clients, want %d", files, g.limit, want)
-			}
-			sessions := 0
-			for _, _, full := g.usage(); !full; _, _, full = g.usage() {
-				must(t, g.wait())
-				g.add(descriptorsPerUpgrade)
-				g.add(-1) // it is a session now
-				sessions++
-			}
-			if used, _, _ := g.usage(); sessions != g.maxSessions() || used != 2*sessions || used > g.limit {
-				t.Errorf("%d files: %d sessions use %d descriptors of %d, want %d sessions", files, sessions, used, g.limit, g.maxSessions())
-			}
-			wantLimited(t, g)
-		})
-	}
-	least := reservedDescriptors + 5*descriptorsPerBackend +
-		descriptorsPerPoller*runtime.GOMAXPROCS(0) + descriptorsPerUpgrade
-	_, err := newDescriptorLimit(least-1, 5)
-	if err == nil || err.Error() != fmt.Sprintf("the limit of open files must be at least %d (got %d; ulimit -n)", least, least-1) {
-		t.Errorf("error %v, want one that says %d", err, least)
-	}
-	if _, err := newDescriptorLimit(least, 5); err != nil {
-		t.Error(err)
-	}
-}
-
-// TestDescriptorLimitFollowsBackends: more backends leave fewer descriptors to clients, and fewer
-// backends let one in that waits.
-func TestDescriptorLimitFollowsBackends(t *testing.T) {
-	bubble(t, func(t *testing.T) {
-		g, err := newDescriptorLimit(reservedDescriptors+100+descriptorsPerPoller*runtime.GOMAXPROCS(0), 0)
-		must(t, err)
-		for backends, want := range map[int]int{0: 100, 10: 60, 1000: descriptorsPerUpgrade} {
-			if g.setBackends(backends); g.limit != want {
-				t.Errorf("%d descriptors for clients with %d backends, want %d", g.limit, backends, want)
-			}
-		}
-		g.setBackends(10)
-		g.add(60)
-		waited := make(chan error, 1)
-		go func() { waited <- g.wait() }()
-		synctest.Wait()
-		if len(waited) > 0 {
-			t.Error("a full gate did not wait")
-		}
-		g.setBackends(8)
-		if err := <-waited; err != nil {
-			t.Error(err)
-		}
-	})
-}
-
-// wantLimited checks that the gate, which is full, keeps a client waiting until a
-// session is over, and no longer than until it is closed.
-func wantLimited(t *testing.T, g *descriptorLimit) {
-	t.Helper()
-	waited := make(chan error, 1)
-	for _, step := range []struct {
-		end  func()
-		want error
-	}{{func() { g.add(-descriptorsPerSession - 1) }, nil}, {g.close, net.ErrClosed}} {
-		used, _, _ := g.usage()
-		g.add(max(0, g.limit-used))
-		go func() { waited <- g.wait() }()
-		synctest.Wait()
-		select {
-		case err := <-waited:
-			t.Errorf("a full gate did not wait: %v", err)
-		default:
-		}
-		step.end()
-		if err := <-waited; !errors.Is(err, step.want) {
-			t.Errorf("error %v, want %v", err, step.want)
-		}
-	}
 }
 
 // TestIPv6: clients, backends and operators may all be on IPv6. A listener without a host

@@ -160,13 +160,13 @@
 //
 // Read main, command and config (what starts), admin, plan, status, peers and page (what
 // operators ask), redirect, fastpath, socket, proxy, forward, layout, handshake, listen,
-// upgrade, proxyprotocol and certificates (from client to session), configmap, directory,
-// events, drain, move, movetally, movetarget, movequeue, maxage, pace, membership, member,
-// handoffobject, handoff, flight and release (what a change of overrides does), route,
-// overrides, namespace and hash (who owns), discovery, cordon, backends, dialqueue, watch
-// and kube (where owners are), top, relay, tls and websocket (the life of a session),
-// namespacelimit, log, runtime and metrics, and wait (a back-off, a sleep, times, a
-// wake-up). A file uses only those after it.
+// clientconn, descriptorlimit, upgrade, proxyprotocol and certificates (from client to
+// session), configmap, directory, events, drain, move, movetally, movetarget, movequeue,
+// maxage, pace, membership, member, handoffobject, handoff, flight and release (what a
+// change of overrides does), route, overrides, namespace and hash (who owns), discovery,
+// cordon, backends, dialqueue, watch and kube (where owners are), top, relay, tls and
+// websocket (the life of a session), namespacelimit, result, log, runtime and metrics, and
+// wait (a back-off, a sleep, times, a wake-up). A file uses only those after it.
 package main
 
 import (
@@ -373,10 +373,8 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 			.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10),
 		holdDurations: newHistogram(.01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30),
 		limits:        c.limits, podName: c.podName, namespaceOf: c.layout.namespace, log: log,
-		namespaceSessions: newNamespaceSessions(c.limits.namespaceSessions),
-		namespaceRate:     newNamespaceRate(c.limits.namespaceUpgrades, log),
+		namespaceLimiter: newNamespaceLimiter(c.limits.namespace, log),
 	}
-	relay.namespaceSessions = p.namespaceSessions
 	if c.proxyProtocol == "on" {
 		p.proxyProtocol = &proxyProtocol{trusted: &c.trustedProxies, log: log}
 	}
@@ -459,9 +457,7 @@ func (p *program) addSources(kubeClient *kubeClient, kubeNamespace string) {
 	case c.handoff == "all":
 		p.log.Warn("-overrides is not used with -handoff=all: a copy may lag", "directory", c.overrides)
 	default:
-		router.addSource(kubeClient != nil, func(update func(...sourceContent)) overrideSource {
-			return &directory{path: c.overrides, update: update, log: p.log}
-		})
+		router.addSource(kubeClient != nil, newDirectory(c.overrides, p.log))
 	}
 	for _, source := range router.sources {
 		p.tasks = append(p.tasks, source.run)

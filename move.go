@@ -100,7 +100,7 @@ func newMover(
 	if rate > 0 {
 		m.moveInterval = time.Second / time.Duration(rate)
 	}
-	m.pace.interval, m.ages.pace.interval = m.moveInterval, m.moveInterval
+	m.pace.interval, m.ages.pace.interval = m.interval(), m.moveInterval
 	m.flights.onEnd, relay.onBackendEnded = m.somethingEnded, m.somethingEnded
 	return m
 }
@@ -449,9 +449,25 @@ func (m *mover) mayMove(now time.Time) (ready bool, again time.Time) {
 	return m.targets.areDialled(), time.Time{}
 }
 
-// startPace returns what mayMove returns. It starts the pace, unless sessions wait for it
-// already.
+// interval returns the time between two moves of this router: with -handoff=all it has a
+// share of the rate. run calls it.
+func (m *mover) interval() time.Duration {
+	if m.shared == nil {
+		return m.moveInterval
+	}
+	return time.Duration(float64(m.moveInterval) / m.shared.rateShare())
+}
+
+// movesLast returns how long so many moves last at least: with -handoff=all those of all
+// routers together. Any goroutine may call it.
+func (m *mover) movesLast(sessions int64) time.Duration {
+	return time.Duration(sessions) * m.moveInterval
+}
+
+// startPace sets how fast sessions move, and returns what mayMove returns. It starts the
+// pace, unless sessions wait for it already.
 func (m *mover) startPace(now time.Time) (ready bool, again time.Time) {
+	m.pace.interval = m.interval()
 	ready, again = m.mayMove(now)
 	if ready && m.tally.began.IsZero() {
 		m.tally.began = now
@@ -754,7 +770,6 @@ func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.T
 	p = &stepProposal{step: v.step, content: t.contentHash}
 	p.next = mark{upto: allPlaces, away: away, removed: v.removedOwners(t)}
 	ready, resume := m.startPace(now)
-	m.setShare()
 	schedule := m.pace // of what this router proposes; takeMoved advances the pace itself
 	due, _ := m.queue.split(&p.next, ready, &schedule, m.shared.stepAfter(now))
 	p.toMove = len(m.queue.sessions)
@@ -772,11 +787,6 @@ func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.T
 		resume = m.pace.next()
 	}
 	return p, earliest(again, resume)
-}
-
-// setShare sets the pace to this router's share of the rate.
-func (m *mover) setShare() {
-	m.pace.interval = time.Duration(float64(m.moveInterval) / m.shared.rateShare())
 }
 
 // moveToNewPods closes those of the sessions whose owner stays and has another pod: no

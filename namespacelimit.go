@@ -8,11 +8,74 @@ import (
 	"time"
 )
 
+// namespaceLimits bounds what clients can take of each namespace in this router. 0 is no
+// limit.
+type namespaceLimits struct {
+	sessions int // open at once, with the pending upgrades
+	upgrades int // per second
+}
+
+// namespaceLimiter counts upgrades and their sessions in the limits of their namespaces. A
+// nil *namespaceLimiter has no limits.
+type namespaceLimiter struct {
+	// Static after construction.
+	limits   namespaceLimits
+	sessions *namespaceSessions // nil: no limit
+	rate     *namespaceRate     // nil: no limit
+}
+
+// newNamespaceLimiter returns nil if there are no limits.
+func newNamespaceLimiter(limits namespaceLimits, log *slog.Logger) *namespaceLimiter {
+	if limits == (namespaceLimits{}) {
+		return nil
+	}
+	return &namespaceLimiter{
+		limits: limits, sessions: newNamespaceSessions(limits.sessions),
+		rate: newNamespaceRate(limits.upgrades, log),
+	}
+}
+
+// admit counts an upgrade in all limits of its namespace. Without limits, the permit is
+// nil. The caller gives it back.
+func (l *namespaceLimiter) admit(namespace string) (*namespacePermit, *refusal) {
+	if l == nil {
+		return nil, nil
+	}
+	// A permit must not keep the memory of a request.
+	permit := &namespacePermit{limiter: l, namespace: strings.Clone(namespace)}
+	if !l.sessions.acquire(permit.namespace) {
+		return nil, refuse(resultMaxNamespace,
+			"%q has %d sessions and pending upgrades, the limit of a namespace",
+			namespace, l.limits.sessions)
+	}
+	if !l.rate.allow(namespace) {
+		permit.giveBack()
+		return nil, refuse(resultRateNamespace,
+			"%q has more than %d upgrades per second, the limit of a namespace",
+			namespace, l.limits.upgrades)
+	}
+	return permit, nil
+}
+
+// namespacePermit is what an upgrade takes of the limits of its namespace with its
+// admission, until it is answered or its client is gone. If it becomes a session, that has
+// the permit: until its closing handshake begins, since its client may return at once, or
+// else until its end.
+type namespacePermit struct {
+	limiter   *namespaceLimiter
+	namespace string
+}
+
+// giveBack gives back what the permit has taken. There must be one call. A nil permit has
+// taken nothing.
+func (p *namespacePermit) giveBack() {
+	if p != nil {
+		p.limiter.sessions.giveBack(p.namespace)
+	}
+}
+
 // namespaceSessions bounds the sessions of each namespace in this router, together with
-// its pending upgrades, so that many clients at once do not pass. Each upgrade takes a
-// place with its admission. If it becomes a session, that gives the place back: when its
-// closing handshake begins, since its client may return at once, or else at its end. Any
-// other upgrade gives it back when it is answered, or its client is gone. A nil
+// its pending upgrades, so that many clients at once do not pass. A nil
 // *namespaceSessions bounds nothing.
 type namespaceSessions struct {
 	limit int // static; at least 1
@@ -28,22 +91,18 @@ func newNamespaceSessions(limit int) *namespaceSessions {
 	return &namespaceSessions{limit: limit, taken: map[string]int32{}}
 }
 
-// acquire takes a place of the namespace, and reports whether there was one. The caller
-// calls giveBack.
+// acquire takes a place of the namespace, and reports whether there was one. It keeps the
+// text of the namespace. The caller calls giveBack.
 func (n *namespaceSessions) acquire(namespace string) bool {
 	if n == nil {
 		return true
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	taken, ok := n.taken[namespace]
-	if int(taken) >= n.limit {
+	if int(n.taken[namespace]) >= n.limit {
 		return false
 	}
-	if !ok { // the key must not keep the memory of a request
-		namespace = strings.Clone(namespace)
-	}
-	n.taken[namespace] = taken + 1
+	n.taken[namespace]++
 	return true
 }
 

@@ -18,8 +18,7 @@ import (
 
 // limitSessions sets -max-sessions-per-namespace.
 func limitSessions(p *proxy, limit int) {
-	p.namespaceSessions = newNamespaceSessions(limit)
-	p.relay.namespaceSessions, p.limits.namespaceSessions = p.namespaceSessions, limit
+	p.namespaceLimiter = newNamespaceLimiter(namespaceLimits{sessions: limit}, p.log)
 }
 
 // all returns how many places are taken, by namespace.
@@ -125,7 +124,7 @@ func TestNamespaceSessionsAreFreed(t *testing.T) {
 				random := rand.New(rand.NewPCG(seed, client))
 				for range 12 {
 					p.playEnd(t, request, random)
-					for namespace, taken := range p.namespaceSessions.all() {
+					for namespace, taken := range p.namespaceLimiter.sessions.all() {
 						if taken < 1 || taken > limit {
 							t.Errorf("%s has %d places, want 1 to %d", namespace, taken, limit)
 						}
@@ -134,7 +133,7 @@ func TestNamespaceSessionsAreFreed(t *testing.T) {
 			})
 		}
 		clients.Wait()
-		eventually(t, "namespaces with places", 0, func() int { return len(p.namespaceSessions.all()) })
+		eventually(t, "namespaces with places", 0, func() int { return len(p.namespaceLimiter.sessions.all()) })
 		if p.results[resultOK].Load() == 0 || p.results[resultMaxNamespace].Load() == 0 {
 			t.Error("no session, or no upgrade that was refused: the test shows nothing")
 		}
@@ -202,9 +201,9 @@ func TestNamespaceSessionsOfAMove(t *testing.T) {
 
 // limitRate sets -max-upgrades-per-second to a limit for interval.
 func limitRate(p *proxy, limit int, interval time.Duration) {
-	p.namespaceRate = newNamespaceRate(limit, p.log)
-	p.namespaceRate.interval = interval / time.Duration(limit)
-	p.namespaceRate.size, p.limits.namespaceUpgrades = interval, limit
+	p.namespaceLimiter = newNamespaceLimiter(namespaceLimits{upgrades: limit}, p.log)
+	rate := p.namespaceLimiter.rate
+	rate.interval, rate.size = interval/time.Duration(limit), interval
 }
 
 // TestNamespaceRate: a namespace has as many upgrades as the limit allows, and others have
@@ -314,7 +313,7 @@ func TestNamespaceRateIsBounded(t *testing.T) {
 // TestNamespaceLimitsAreOff: without flags there is no limit, and nothing to count.
 func TestNamespaceLimitsAreOff(t *testing.T) {
 	p := startProxy(t, []string{startStub(t, "127.0.0.1:0", echo).addr}, map[string]string{}, nil)
-	if p.namespaceSessions != nil || p.namespaceRate != nil {
+	if p.namespaceLimiter != nil {
 		t.Error("there are limits of namespaces without flags")
 	}
 	var conns []net.Conn

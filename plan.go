@@ -134,7 +134,7 @@ func newPreview(p *proxy, current, next *table) *preview {
 		Router: p.podName, Table: current.version, Stamp: current.stamp,
 		Backends: next.active.count,
 	}
-	moves, paced := map[previewMove]int{}, 0
+	moves, paced := map[previewMove]int{}, int64(0)
 	open, _ := p.relay.snapshot()
 	for _, s := range open {
 		owner, ok := next.owner(s.namespace)
@@ -153,7 +153,7 @@ func newPreview(p *proxy, current, next *table) *preview {
 		}
 		moves[move]++
 	}
-	answer.Seconds = float64(paced) * p.mover.moveInterval.Seconds()
+	answer.Seconds = p.mover.movesLast(paced).Seconds()
 	answer.addMoves(moves)
 	answer.addUnowned(current, next)
 	for i := range next.sources {

@@ -26,9 +26,7 @@ type limits struct {
 	headerFields     int           // of a request
 	sessions         int           // open at once
 	pendingUpgrades  int           // at once
-	// Of each namespace; 0: no limit.
-	namespaceSessions int // open at once
-	namespaceUpgrades int // per second
+	namespace        namespaceLimits
 }
 
 // proxy answers a request, or forwards it, or makes it a session and gives that to the
@@ -54,13 +52,12 @@ type proxy struct {
 	readers sync.Pool // of *bufio.Reader
 
 	pendingUpgrades     upgradeLimit
-	namespaceSessions   *namespaceSessions // nil: no limit
-	namespaceRate       *namespaceRate     // nil: no limit
-	handshakes          atomic.Int64       // calls of check
-	inFlight            waitCount          // requests that net/http has, but for those of forwarder
-	unhandled           sync.WaitGroup     // requests on their way from the fast path to ServeHTTP
-	upgradeDurations    *histogram         // from the head of an upgrade to its session
-	holdDurations       *histogram         // of each wait for an owner
+	namespaceLimiter    *namespaceLimiter // nil: no limits
+	handshakes          atomic.Int64      // calls of check
+	inFlight            waitCount         // requests that net/http has, but for those of forwarder
+	unhandled           sync.WaitGroup    // requests on their way from the fast path to ServeHTTP
+	upgradeDurations    *histogram        // from the head of an upgrade to its session
+	holdDurations       *histogram        // of each wait for an owner
 	results             [numResults]atomic.Int64
 	logThrottles        [numResults]throttle
 	misdirectedThrottle throttle // of the log in handleMisdirected
@@ -464,27 +461,11 @@ func (p *proxy) admit(r *http.Request) (*pendingUpgrade, *refusal) {
 	if refused != nil {
 		return nil, refused
 	}
-	if refused := p.limitNamespace(u); refused != nil {
+	if u.permit, refused = p.namespaceLimiter.admit(namespace); refused != nil {
 		u.free()
 		return nil, refused
 	}
 	return u, nil
-}
-
-// limitNamespace counts the upgrade in the limits of its namespace.
-func (p *proxy) limitNamespace(u *pendingUpgrade) *refusal {
-	if !p.namespaceSessions.acquire(u.namespace) {
-		return refuse(resultMaxNamespace,
-			"%q has %d sessions and pending upgrades, the limit of a namespace",
-			u.namespace, p.limits.namespaceSessions)
-	}
-	u.sessions = p.namespaceSessions
-	if !p.namespaceRate.allow(u.namespace) {
-		return refuse(resultRateNamespace,
-			"%q has more than %d upgrades per second, the limit of a namespace",
-			u.namespace, p.limits.namespaceUpgrades)
-	}
-	return nil
 }
 
 // check returns the namespace of a request in whose head nothing is wrong. checkKind checks
@@ -763,8 +744,8 @@ func (p *proxy) newSession(u *pendingUpgrade, clientAddrs string) (*session, err
 func (p *proxy) openSession(u *pendingUpgrade, s *session, start func()) {
 	p.results[resultOK].Add(1)
 	p.upgradeDurations.observe(time.Since(u.began))
-	u.sessions = nil // its place is now that of s
-	u.free()         // before start, or the limit of sessions would count it twice
+	s.permit, u.permit = u.permit, nil
+	u.free() // before start, or the limit of sessions would count it twice
 	start()
 	u.endFlight()
 	if p.mover.shouldMove(s) {

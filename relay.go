@@ -92,10 +92,11 @@ const descriptorsPerSession = 2
 type session struct {
 	// Static after register.
 	namespace   string
-	clientAddrs string        // the client's addresses, from X-Forwarded-For
-	podUID      string        // uid of the backend's pod at the dial, "" if not known
-	backend     int           // ordinal
-	started     time.Duration // since relay.began
+	clientAddrs string           // the client's addresses, from X-Forwarded-For
+	podUID      string           // uid of the backend's pod at the dial, "" if not known
+	backend     int              // ordinal
+	started     time.Duration    // since relay.began
+	permit      *namespacePermit // given back once; nil without limits of its namespace
 
 	// Guarded by relay.mu.
 	index    int32 // in relay.sessions
@@ -151,10 +152,8 @@ type relay struct {
 	onBackendEnded   func()                             // called when the backend of a session is done; must not block
 	onBackendOpen    func(s *session, backend net.Conn) // see abandonBackend; nil: nobody waits
 	remember         rememberNamespace                  // called just before that
-	// namespaceSessions has a place of each session; nil: none is counted.
-	namespaceSessions *namespaceSessions
-	log               *slog.Logger
-	engine            engine
+	log              *slog.Logger
+	engine           engine
 
 	// Guarded by mu.
 	mu         sync.Mutex
@@ -247,7 +246,7 @@ func (r *relay) sessionEnded(s *session) {
 	if s.closing != nil {
 		cut = s.closing.end()
 	} else {
-		r.namespaceSessions.giveBack(s.namespace)
+		s.permit.giveBack()
 	}
 	r.remember(s.namespace, s.backend)
 	r.remove(s, n)
@@ -568,7 +567,7 @@ func (s *session) closeGracefully(cause cause, onEnd func(cut bool)) bool {
 		return false
 	}
 	s.closing = newClosingHandshake(cause, onEnd)
-	s.carrier().namespaceSessions.giveBack(s.namespace) // its client may be back at once
+	s.permit.giveBack() // its client may be back at once
 	s.startClose()
 	return true
 }

@@ -527,9 +527,6 @@ func (s *session) end(cause cause) {
 	p.end(s, cause)
 }
 
-// carrier returns the relay that carries the session.
-func (s *session) carrier() *relay { return s.poller.relay }
-
 // lock locks what guards the session's sockets and its closing handshake.
 func (s *session) lock() { s.poller.mu.Lock() }
 

@@ -218,9 +218,6 @@ func (s *session) end(cause cause) {
 // pastDeadline is a deadline that interrupts a read.
 func pastDeadline() time.Time { return time.Unix(1, 0) }
 
-// carrier returns the relay that carries the session.
-func (s *session) carrier() *relay { return s.relay }
-
 // lock locks what guards the session's closing handshake.
 func (s *session) lock() { s.mu.Lock() }
 

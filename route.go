@@ -25,22 +25,22 @@ const (
 	whyUnresolved = "unresolved" // it would keep its previous owner, but none is known: 503
 )
 
-// sourceID identifies an object that holds overrides: a ConfigMap or a directory.
+// sourceID identifies an object that holds overrides, such as a ConfigMap or a directory.
 type sourceID struct {
-	kind      string // "ConfigMap" or "directory"
-	namespace string // the Kubernetes namespace; "" for a directory
+	kind      string // "ConfigMap", "directory", or that of another source
+	namespace string // the Kubernetes namespace of a ConfigMap; "" for all others
 	name      string // the ConfigMap's name, or the directory's path
 }
 
-// String returns the name that people read: "ConfigMap edge/overwriting".
+// String returns the name that people read: "ConfigMap edge/overwriting", "directory /d".
 func (id sourceID) String() string {
 	switch id.kind {
 	case "":
 		return id.name
-	case "directory":
-		return id.kind + " " + id.name
+	case "ConfigMap":
+		return id.kind + " " + id.namespace + "/" + id.name
 	}
-	return id.kind + " " + id.namespace + "/" + id.name
+	return id.kind + " " + id.name
 }
 
 // sourceContent is the content of one object that holds overrides, at one moment.

@@ -17,6 +17,17 @@ import (
 	"unicode/utf8"
 )
 
+// TestSourceID: only a ConfigMap has a Kubernetes namespace.
+func TestSourceID(t *testing.T) {
+	for want, id := range map[string]sourceID{
+		"ConfigMap edge/routes": {"ConfigMap", "edge", "routes"},
+		"directory /overrides":  {kind: "directory", name: "/overrides"},
+		"database overrides":    {kind: "database", name: "overrides"},
+	} {
+		wantEqual(t, "the name of a source", id.String(), want)
+	}
+}
+
 // contentOf is the content of a source of overrides.
 func contentOf(source, version string, data map[string]string) sourceContent {
 	return sourceContent{id: sourceID{name: source}, version: version, overrides: newOverrideSet(data)}

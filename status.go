@@ -330,10 +330,10 @@ func (m *mover) status() handoffStatus {
 		Unproven:   m.flights.unproven.Load() + m.relay.unproven.Load(),
 		WaitingFor: []stepWait{},
 	}
-	if m.moveInterval > 0 {
-		s.Rate = 1 / m.moveInterval.Seconds()
+	if one := m.movesLast(1); one > 0 {
+		s.Rate = 1 / one.Seconds()
 	}
-	s.SecondsLeft = float64(s.ToMove) * m.moveInterval.Seconds()
+	s.SecondsLeft = m.movesLast(s.ToMove).Seconds()
 	if now := m.moving.Load(); now != nil {
 		receipt := newReceipt(*now)
 		s.Moving = &receipt

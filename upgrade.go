@@ -105,8 +105,8 @@ const headBytesPerUpgrade = 2 << 10
 // It goes with its client from the fast path to net/http. One goroutine at a time owns
 // it.
 type pendingUpgrade struct {
-	limit     *upgradeLimit      // counts it until free
-	sessions  *namespaceSessions // the same; nil if that does not count it
+	limit     *upgradeLimit    // counts it until free
+	permit    *namespacePermit // given back with free; nil without limits of its namespace
 	freed     bool
 	began     time.Time  // when its head was read
 	holdBegan time.Time  // when it began to wait for its owner; zero while it does not
@@ -180,7 +180,7 @@ func (u *pendingUpgrade) reserveHead(n, limit int) bool {
 	return ok
 }
 
-// free ends the count of the upgrade in its limit. More calls do nothing.
+// free ends the count of the upgrade in its limits. More calls do nothing.
 func (u *pendingUpgrade) free() {
 	if u.freed {
 		return
@@ -188,8 +188,8 @@ func (u *pendingUpgrade) free() {
 	u.endHold()
 	u.reserveHead(0, 0)
 	u.limit.giveBack(u.owner)
-	u.sessions.giveBack(u.namespace)
-	u.sessions = nil
+	u.permit.giveBack()
+	u.permit = nil
 	u.freed = true
 }
 

@@ -1,0 +1,269 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// clientListener accepts clients that the descriptor limit has room for. It counts the
+// connections that end before net/http could make a request of what they sent:
+// too long, too slow or malformed. net/http answers these by itself and reports them
+// nowhere. One goroutine may accept.
+type clientListener struct {
+	net.Listener
+	fdLimit       *descriptorLimit
+	badHeads      *atomic.Int64
+	proxyProtocol *proxyProtocol // nil: off
+	tls           *tlsServer     // nil: clients come without TLS
+}
+
+// Accept returns the next client, whose connection net/http closes.
+func (l clientListener) Accept() (net.Conn, error) {
+	if err := l.fdLimit.wait(); err != nil {
+		return nil, err
+	}
+	conn, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	l.fdLimit.add(descriptorsPerUpgrade)
+	c := &clientConn{Conn: conn, fdLimit: l.fdLimit, badHeads: l.badHeads}
+	if l.proxyProtocol.expects(conn.RemoteAddr().String()) {
+		c.Conn, c.proxyProtocol = &prefixedConn{Conn: conn}, l.proxyProtocol
+	}
+	if l.tls != nil {
+		t := newTLSConn(nil, l.tls.config())
+		t.setLazyTransport(c.Conn, l.tls)
+		c.Conn = t
+	}
+	return c, nil
+}
+
+func (l clientListener) Close() error {
+	l.fdLimit.close()
+	return l.Listener.Close()
+}
+
+// halfClosedHold is how long a half-closed client waits for its owner, and for the answer to
+// a plain request.
+const halfClosedHold = time.Second
+
+// clientConn is a client's connection while net/http has it.
+type clientConn struct {
+	net.Conn
+	fdLimit     *descriptorLimit
+	badHeads    *atomic.Int64
+	receiving   atomic.Bool // a byte came
+	requestRead atomic.Bool // a request reached the handler, or the count was made
+	closed      atomic.Bool
+	readEOF     atomic.Bool // the client has ended its side of the connection, and may still listen
+
+	// Set before net/http has it.
+	remoteAddr net.Addr                       // where the client came from: its socket no longer says so once it was reset. nil: as Conn says
+	upgrade    atomic.Pointer[pendingUpgrade] // of its first upgrade; nil if nothing, or when it was taken
+	serverCtx  context.Context                // ends when the router stops
+
+	// Not nil until the header was read with which the connection has to begin, before any
+	// TLS. Read then sets it, and remoteAddr.
+	proxyProtocol *proxyProtocol
+
+	unhandled atomic.Pointer[sync.WaitGroup] // counts it until the handler has its request; nil: it is not counted
+}
+
+// count has unhandled count the connection, if the head of its first request was read
+// already, until the handler has that request or the connection is closed.
+func (c *clientConn) count(unhandled *sync.WaitGroup) {
+	_, first := unwrap(c.Conn)
+	if c.proxyProtocol == nil && bytes.Contains(first, []byte("\r\n\r\n")) {
+		unhandled.Add(1)
+		c.unhandled.Store(unhandled)
+	}
+}
+
+// uncount ends what count began.
+func (c *clientConn) uncount() {
+	if unhandled := c.unhandled.Swap(nil); unhandled != nil {
+		unhandled.Done()
+	}
+}
+
+// RemoteAddr is the client's address.
+func (c *clientConn) RemoteAddr() net.Addr {
+	if c.remoteAddr != nil {
+		return c.remoteAddr
+	}
+	return c.Conn.RemoteAddr()
+}
+
+// Read leaves out the header of the PROXY protocol, if one has to come, and the empty
+// lines before the first request.
+func (c *clientConn) Read(b []byte) (int, error) {
+	if c.proxyProtocol != nil {
+		if err := c.readProxyHeader(); err != nil {
+			return 0, err
+		}
+	}
+	for {
+		n, err := c.Conn.Read(b)
+		if errors.Is(err, io.EOF) {
+			conn, _ := unwrap(c.Conn)
+			conn, _ = takeTLS(conn)
+			_, tcp := conn.(*net.TCPConn)
+			c.readEOF.Store(tcp) // who is before us on a Unix socket closes it when its client has left
+		}
+		if n == 0 || c.receiving.Load() {
+			return n, err
+		}
+		if rest := trimEmptyLines(b[:n]); len(rest) > 0 {
+			c.receiving.Store(true)
+			return copy(b, rest), err
+		}
+		if err != nil {
+			return 0, err
+		}
+	}
+}
+
+// readProxyHeader reads the header of the PROXY protocol, and takes the client's address
+// from it. net/http answers 400 to an invalid one.
+func (c *clientConn) readProxyHeader() error {
+	conn, lazy := c.beforeTLS()
+	more := func() (_ []byte, err error) {
+		n, buf := 0, make([]byte, 1024)
+		read := func() { n, err = conn.Conn.Read(buf) }
+		if lazy != nil {
+			lazy.wait(read)
+		} else {
+			read()
+		}
+		if n > 0 {
+			err = nil // it comes again
+		}
+		return buf[:n], err
+	}
+	client, rest, err := c.proxyProtocol.read(conn.prefix, more)
+	if conn.prefix = rest; err != nil {
+		if lazy != nil {
+			lazy.fail(err)
+		} else {
+			c.receiving.Store(len(rest) > 0)
+		}
+		if errors.Is(err, errNoProxyHeader) {
+			c.proxyProtocol.logInvalid(c.RemoteAddr().String())
+		}
+		return err
+	}
+	if client != nil {
+		c.remoteAddr = client
+	}
+	c.proxyProtocol = nil
+	return nil
+}
+
+// beforeTLS returns the connection that the header of the PROXY protocol comes from, and
+// that between it and TLS, if the client has that.
+func (c *clientConn) beforeTLS() (*prefixedConn, *lazyTransport) {
+	conn, _ := unwrap(c.Conn)
+	if t, ok := conn.(*tlsConn); ok {
+		lazy := t.transport.Conn.(*lazyTransport)
+		return lazy.Conn.(*prefixedConn), lazy
+	}
+	return c.Conn.(*prefixedConn), nil
+}
+
+// trimEmptyLines returns data without the empty lines that it begins with: a server
+// should not mind at least one before a request (RFC 9112 §2.2).
+func trimEmptyLines(data []byte) []byte { return bytes.TrimLeft(data, "\r\n") }
+
+func (c *clientConn) Close() error {
+	if c.receiving.Load() && !c.requestRead.Swap(true) {
+		c.badHeads.Add(1)
+	}
+	c.uncount()
+	err := c.Conn.Close()
+	if upgrade := c.upgrade.Swap(nil); upgrade != nil {
+		upgrade.close()
+	}
+	if !c.closed.Swap(true) {
+		c.fdLimit.add(-descriptorsPerUpgrade)
+	}
+	return err
+}
+
+// CloseWrite is what net/http looks for to let the client read a 431 before the
+// connection is gone (golang/go#3595).
+func (c *clientConn) CloseWrite() error {
+	return c.Conn.(interface{ CloseWrite() error }).CloseWrite() // *net.TCPConn, *net.UnixConn, *tlsConn or *prefixedConn
+}
+
+// clientConnKey is the key of a request context's *clientConn.
+type clientConnKey struct{}
+
+// markRequestRead notes that the connection's request reached the handler. It gives the
+// request the client's address, for net/http has asked for that before the header of the
+// PROXY protocol was read, and the state of its TLS.
+func markRequestRead(r *http.Request) {
+	if c, ok := r.Context().Value(clientConnKey{}).(*clientConn); ok {
+		c.requestRead.Store(true)
+		c.uncount()
+		conn := c.Conn
+		if prefixed, ok := conn.(*prefixedConn); ok {
+			conn = prefixed.Conn // not by unwrap: net/http reads the prefix meanwhile
+		}
+		_, t := takeTLS(conn)
+		r.TLS = t.state()
+		if c.remoteAddr != nil {
+			r.RemoteAddr = c.remoteAddr.String()
+		}
+	}
+}
+
+// takePendingUpgrade returns the upgrade that the fast path has admitted for the request,
+// or nil. The caller closes it.
+func takePendingUpgrade(ctx context.Context) *pendingUpgrade {
+	if c, ok := ctx.Value(clientConnKey{}).(*clientConn); ok {
+		return c.upgrade.Swap(nil)
+	}
+	return nil
+}
+
+// prefixedConn is a connection of which something was read before: first.
+type prefixedConn struct {
+	net.Conn
+	prefix []byte
+}
+
+func (c *prefixedConn) Read(b []byte) (int, error) {
+	if len(c.prefix) == 0 {
+		return c.Conn.Read(b)
+	}
+	n := copy(b, c.prefix)
+	if c.prefix = c.prefix[n:]; len(c.prefix) == 0 {
+		c.prefix = nil // it is not kept for as long as the connection
+	}
+	return n, nil
+}
+
+// NetConn returns the connection under it.
+func (c *prefixedConn) NetConn() net.Conn { return c.Conn }
+
+// CloseWrite ends this side of the connection.
+func (c *prefixedConn) CloseWrite() error {
+	return c.Conn.(interface{ CloseWrite() error }).CloseWrite() // *net.TCPConn, *net.UnixConn or *tlsConn
+}
+
+// unwrap returns the connection without what was read of it before, and that, as
+// far as it was not read since.
+func unwrap(conn net.Conn) (net.Conn, []byte) {
+	if c, ok := conn.(*prefixedConn); ok {
+		return c.Conn, c.prefix
+	}
+	return conn, nil
+}

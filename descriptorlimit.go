@@ -1,0 +1,134 @@
+package main
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"runtime"
+	"sync"
+)
+
+// Descriptors that are not for clients, whatever their number.
+const (
+	processDescriptors  = 44 // the log, the listeners, Go's poller, the API server
+	maxAdminConns       = 96 // connections to the admin port
+	maxAdminDials       = 24 // connections to backends that answers of the admin port make
+	maxPeerConns        = 16 // connections to the admin ports of other routers
+	reservedDescriptors = processDescriptors + maxAdminConns + maxAdminDials + maxPeerConns
+)
+
+// descriptorsPerBackend is how many descriptors each backend needs beside its sessions:
+// two for its lookup, and two for the connections of a releaser.
+const descriptorsPerBackend = 4
+
+// internalDescriptors is how many descriptors are not for clients: those reserved, those
+// for each backend, and what the relay has for itself.
+func internalDescriptors(backends int) int {
+	return reservedDescriptors + descriptorsPerBackend*backends + descriptorsPerPoller*runtime.GOMAXPROCS(0)
+}
+
+// descriptorsPerUpgrade is how many a client may need until it is a session: its
+// own, the backend's, and a duplicate of either while the relay takes them over.
+const descriptorsPerUpgrade = 3
+
+// descriptorLimit keeps clients waiting, in the backlog of the kernel, while the process
+// has no descriptors for them.
+type descriptorLimit struct {
+	maxFiles int // that the process may open; static
+
+	// Guarded by mu.
+	mu      sync.Mutex
+	limit   int // of used
+	used    int // descriptors of clients
+	closed  bool
+	changed sync.Cond // used fell, or closed
+}
+
+// newDescriptorLimit returns the limit of a process that may open this many files, with
+// this many backends.
+func newDescriptorLimit(files, backends int) (*descriptorLimit, error) {
+	if least := internalDescriptors(backends) + descriptorsPerUpgrade; files < least {
+		return nil, fmt.Errorf("the limit of open files must be at least %d (got %d; ulimit -n)", least, files)
+	}
+	g := &descriptorLimit{maxFiles: files}
+	g.changed.L = &g.mu
+	g.setBackends(backends)
+	return g, nil
+}
+
+// setBackends sets how many descriptors clients may have with this many backends: at
+// least those of one.
+func (l *descriptorLimit) setBackends(backends int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.limit = max(descriptorsPerUpgrade, l.maxFiles-internalDescriptors(backends))
+	l.changed.Signal()
+}
+
+// maxSessions is how many there can be.
+func (l *descriptorLimit) maxSessions() int {
+	_, limit, _ := l.usage()
+	return (limit-descriptorsPerUpgrade)/descriptorsPerSession + 1
+}
+
+// wait returns when there is room for one more client, or net.ErrClosed.
+func (l *descriptorLimit) wait() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for l.used+descriptorsPerUpgrade > l.limit && !l.closed {
+		l.changed.Wait()
+	}
+	if l.closed {
+		return net.ErrClosed
+	}
+	return nil
+}
+
+// add counts n descriptors more, or -n fewer, as used.
+func (l *descriptorLimit) add(n int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.used += n
+	l.changed.Signal()
+}
+
+// usage returns how many descriptors are used, how many may be, and whether
+// clients wait for room.
+func (l *descriptorLimit) usage() (used, limit int, full bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.used, l.limit, l.used+descriptorsPerUpgrade > l.limit
+}
+
+// writeMetrics writes how many descriptors clients use, whether some wait for one, and
+// those of the whole process.
+func (l *descriptorLimit) writeMetrics(m metricsWriter) {
+	used, limit, full := l.usage()
+	m.single("router_client_descriptors", "gauge", "File descriptors that clients and their sessions have or may need.", float64(used))
+	m.single("router_client_descriptors_limit", "gauge", "File descriptors that clients and their sessions may have.", float64(limit))
+	m.single("router_accept_paused", "gauge", "1 while clients wait in the listen backlog for file descriptors.", boolToFloat(full))
+	if open, ok := openDescriptors(); ok {
+		m.single("process_open_fds", "gauge", "Open file descriptors.", float64(open))
+	}
+	m.single("process_max_fds", "gauge", "File descriptors that the process may open.", float64(l.maxFiles))
+}
+
+// openDescriptors returns how many file descriptors the process has open. ok is false on
+// systems without proc(5), and while the process cannot open one more.
+func openDescriptors() (n int, ok bool) {
+	folder, err := os.Open("/proc/self/fd")
+	if err != nil {
+		return 0, false
+	}
+	defer folder.Close()
+	names, err := folder.Readdirnames(-1)
+	return len(names) - 1, err == nil // without that of folder
+}
+
+// close ends wait.
+func (l *descriptorLimit) close() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.closed = true
+	l.changed.Signal()
+}

@@ -1,0 +1,94 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"runtime"
+	"testing"
+	"testing/synctest"
+)
+
+func TestDescriptorLimit(t *testing.T) {
+	for more := range 10 {
+		bubble(t, func(t *testing.T) {
+			files := reservedDescriptors + 20 + descriptorsPerPoller*runtime.GOMAXPROCS(0) + more
+			g, err := newDescriptorLimit(files, 2)
+			must(t, err)
+			if want := 20 - 2*descriptorsPerBackend + more; g.limit != want {
+				t.Fatalf("%d files: %d for clients, want %d", files, g.limit, want)
+			}
+			sessions := 0
+			for _, _, full := g.usage(); !full; _, _, full = g.usage() {
+				must(t, g.wait())
+				g.add(descriptorsPerUpgrade)
+				g.add(-1) // it is a session now
+				sessions++
+			}
+			if used, _, _ := g.usage(); sessions != g.maxSessions() || used != 2*sessions || used > g.limit {
+				t.Errorf("%d files: %d sessions use %d descriptors of %d, want %d sessions", files, sessions, used, g.limit, g.maxSessions())
+			}
+			wantLimited(t, g)
+		})
+	}
+	least := reservedDescriptors + 5*descriptorsPerBackend +
+		descriptorsPerPoller*runtime.GOMAXPROCS(0) + descriptorsPerUpgrade
+	_, err := newDescriptorLimit(least-1, 5)
+	if err == nil || err.Error() != fmt.Sprintf("the limit of open files must be at least %d (got %d; ulimit -n)", least, least-1) {
+		t.Errorf("error %v, want one that says %d", err, least)
+	}
+	if _, err := newDescriptorLimit(least, 5); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestDescriptorLimitFollowsBackends: more backends leave fewer descriptors to clients, and fewer
+// backends let one in that waits.
+func TestDescriptorLimitFollowsBackends(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		g, err := newDescriptorLimit(reservedDescriptors+100+descriptorsPerPoller*runtime.GOMAXPROCS(0), 0)
+		must(t, err)
+		for backends, want := range map[int]int{0: 100, 10: 60, 1000: descriptorsPerUpgrade} {
+			if g.setBackends(backends); g.limit != want {
+				t.Errorf("%d descriptors for clients with %d backends, want %d", g.limit, backends, want)
+			}
+		}
+		g.setBackends(10)
+		g.add(60)
+		waited := make(chan error, 1)
+		go func() { waited <- g.wait() }()
+		synctest.Wait()
+		if len(waited) > 0 {
+			t.Error("a full gate did not wait")
+		}
+		g.setBackends(8)
+		if err := <-waited; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// wantLimited checks that the gate, which is full, keeps a client waiting until a
+// session is over, and no longer than until it is closed.
+func wantLimited(t *testing.T, g *descriptorLimit) {
+	t.Helper()
+	waited := make(chan error, 1)
+	for _, step := range []struct {
+		end  func()
+		want error
+	}{{func() { g.add(-descriptorsPerSession - 1) }, nil}, {g.close, net.ErrClosed}} {
+		used, _, _ := g.usage()
+		g.add(max(0, g.limit-used))
+		go func() { waited <- g.wait() }()
+		synctest.Wait()
+		select {
+		case err := <-waited:
+			t.Errorf("a full gate did not wait: %v", err)
+		default:
+		}
+		step.end()
+		if err := <-waited; !errors.Is(err, step.want) {
+			t.Errorf("error %v, want %v", err, step.want)
+		}
+	}
+}
