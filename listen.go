@@ -299,7 +299,7 @@ func (l retryListener) Close() error {
 	return l.Listener.Close()
 }
 
-// limitListener has at most max connections open. One more closes another, which had
+// limitListener has at most maxConns connections open. One more closes another, which had
 // its turn: of those without a request the one whose last ended first, else the oldest
 // that has sent none for silentTime, else the oldest. So a new connection always gets in,
 // whatever others keep open, and however fast they ask.
@@ -480,8 +480,8 @@ type clientConn struct {
 // count has unhandled count the connection, if the head of its first request was read
 // already, until the handler has that request or the connection is closed.
 func (c *clientConn) count(unhandled *sync.WaitGroup) {
-	_, first := unwrap(c.Conn)
-	if c.proxyProtocol == nil && bytes.Contains(first, []byte("\r\n\r\n")) {
+	_, prefix := unwrap(c.Conn)
+	if c.proxyProtocol == nil && bytes.Contains(prefix, []byte("\r\n\r\n")) {
 		unhandled.Add(1)
 		c.unhandled.Store(unhandled)
 	}
@@ -634,7 +634,7 @@ func takePendingUpgrade(ctx context.Context) *pendingUpgrade {
 	return nil
 }
 
-// prefixedConn is a connection of which something was read before: first.
+// prefixedConn is a connection of which something was read before: prefix.
 type prefixedConn struct {
 	net.Conn
 	prefix []byte
