@@ -77,15 +77,16 @@
 //	tlsServer.handshake       lets it compute when it is its turn
 //	pendingConn.admit         parses the request
 //	proxy.admit               checks it, finds the owner, and counts it in the limits
-//	pendingConn.park          parks the client if its owner cannot be dialled now
+//	pendingConn.park          parks it in its owner's dial queue, if that cannot be dialled now
 //	pendingConn.resume        goes on when it may dial, or has to ask for its owner again
 //	pendingConn.dialOwner     dials the owner
 //	pendingConn.askOwner      sends the owner the request, and the client the owner's 101
 //	pendingConn.fallBack      leaves the client to net/http if one of these cannot go on
 //
-// A client that falls back takes with it what it has sent and what was admitted. If
-// checkUpgrade has refused its request, that begins anew at ServeHTTP. If the owner has
-// given another answer than a 101, that goes with the client to completeUpgrade.
+// A client that falls back takes with it what it has sent and what was admitted. If admit
+// has refused its request (checkUpgrade refuses each plain one), that begins anew at
+// ServeHTTP. If the owner has given another answer than a 101, that goes with the client to
+// completeUpgrade.
 //
 //	fastPath.Accept           gives the client to net/http, which reads the request
 //	lazyTransport.handshake   does the TLS handshake before, if the fast path has not
