@@ -37,11 +37,13 @@ type backends struct {
 	fixed       ordinalRange // from the flags; none if the router follows the StatefulSet
 	dialer      net.Dialer
 	queues      *dialQueues
-	resolve     func(ctx context.Context, ordinal int) (addr string, err error)
-	invalidate  func(ordinal int)                           // called if a dial of the address failed
-	podUID      func(ordinal int) string                    // uid of the pod at the address, "" if not known
-	podIsGone   func(ctx context.Context, ordinal int) bool // it is known that no pod has the backend's name
-	close       func()                                      // waits until no goroutine of resolve runs
+	// resolve returns where to dial the backend, as host:port, or why that is not known. ctx
+	// bounds it. Any goroutine may call it.
+	resolve    func(ctx context.Context, ordinal int) (addr string, err error)
+	invalidate func(ordinal int)                           // called if a dial of the address failed
+	podUID     func(ordinal int) string                    // uid of the pod at the address, "" if not known
+	podIsGone  func(ctx context.Context, ordinal int) bool // it is known that no pod has the backend's name
+	close      func()                                      // waits until no goroutine of resolve runs
 }
 
 // name returns the name of the backend with this ordinal.

@@ -34,13 +34,14 @@ const (
 	maxClientSubject    = 1 << 10     // bytes of clientSubject, at most
 	tryHandshakeTime    = 5 * time.Second
 
-	ticketTime         = 24 * time.Hour // how long one key seals tickets; and how long an old secret still opens them
-	maxPreviousSecrets = 8              // that still open tickets
+	// ticketTime is how long one key seals tickets, and how long an old secret still opens them.
+	ticketTime         = 24 * time.Hour
+	maxPreviousSecrets = 8 // that still open tickets
 )
 
 // certificateFlags has the flags of a router that ends TLS itself.
 type certificateFlags struct {
-	certs        []string // of -tls-cert: files, and directories of mounted Secrets; none: the router does not end TLS
+	certs        []string // of -tls-cert: files, and directories of mounted Secrets; none: no TLS
 	keys         []string // of -tls-key, for each of certs that is a file, in their order
 	minVersion   string   // "1.2" or "1.3"
 	clientCA     string   // a file; "": clients need no certificate
@@ -317,7 +318,8 @@ func (f *certificateFile) read() (contents []string, err error) {
 		switch {
 		case f.optional && errors.Is(err, fs.ErrNotExist):
 		case errors.As(err, &pathErr):
-			return nil, fmt.Errorf("%s: %w", f.names[i], pathErr.Err) // that of a mounted Secret has a path of its own for each version
+			// Without the path: that of a mounted Secret is another one for each version.
+			return nil, fmt.Errorf("%s: %w", f.names[i], pathErr.Err)
 		case err != nil:
 			return nil, fmt.Errorf("%s: %w", f.names[i], err)
 		case !ok:

@@ -80,8 +80,8 @@ type clientConn struct {
 // count has unhandled count the connection, if the head of its first request was read
 // already, until the handler has that request or the connection is closed.
 func (c *clientConn) count(unhandled *sync.WaitGroup) {
-	_, first := unwrap(c.Conn)
-	if c.proxyProtocol == nil && bytes.Contains(first, []byte("\r\n\r\n")) {
+	_, prefix := unwrap(c.Conn)
+	if c.proxyProtocol == nil && bytes.Contains(prefix, []byte("\r\n\r\n")) {
 		unhandled.Add(1)
 		c.unhandled.Store(unhandled)
 	}
@@ -234,7 +234,7 @@ func takePendingUpgrade(ctx context.Context) *pendingUpgrade {
 	return nil
 }
 
-// prefixedConn is a connection of which something was read before: first.
+// prefixedConn is a connection of which something was read before: prefix.
 type prefixedConn struct {
 	net.Conn
 	prefix []byte

@@ -225,20 +225,24 @@ func (c *config) trafficFlags(f *flag.FlagSet) {
 	f.StringVar(&c.podName, "pod-name", "",
 		"`name` of this router for X-Router-Pod (default the host's name)")
 	f.DurationVar(&c.limits.holdTimeout, "hold", 10*time.Second,
-		"how long an upgrade waits for its owner")
+		"how long an upgrade or a plain request waits for its owner")
 	f.DurationVar(&c.limits.handshakeTimeout, "handshake-timeout", 10*time.Second,
-		"how long a backend may take to answer an upgrade")
+		"how long a backend may take to answer an upgrade; TLS handshakes have another bound,\n"+
+			"-header-timeout")
 	f.DurationVar(&c.limits.headerTimeout, "header-timeout", 10*time.Second,
-		"how long a client may take to send its request")
+		"how long a client may take for its TLS handshake, then to send its request's head, and\n"+
+			"then a body of up to 8 KiB")
 	f.IntVar(&c.limits.headerFields, "max-header-fields", 100,
 		"maximum `number` of fields in a request's head")
 	f.IntVar(&c.limits.headerBytes, "max-header-bytes", 16<<10,
 		"maximum `bytes` of a request's or a response's head")
 	f.IntVar(&c.limits.sessions, "max-sessions", 100_000,
-		"maximum `number` of open sessions")
+		"maximum `number` of open sessions, plain requests and pending upgrades, all\n"+
+			"together")
 	f.IntVar(&c.limits.pendingUpgrades, "max-pending-upgrades", 10_000,
-		"maximum `number` of upgrades under way; half of it is divided evenly among the\n"+
-			"backends, of the other half one backend may use as much as is free")
+		"maximum `number` of upgrades under way, with plain requests that their owner has not\n"+
+			"got; half of it is divided evenly among the backends, of the other half one backend\n"+
+			"may use as much as is free")
 	f.IntVar(&c.moveRate, "move-rate", 200,
 		"`sessions` that are closed per second after their owner changed, 0 is no limit; with\n"+
 			"-handoff all by all routers together, else by this one")
@@ -266,8 +270,8 @@ func (c *config) namespaceFlags(f *flag.FlagSet) {
 		"maximum `number` of sessions and pending upgrades of each namespace in this router, each\n"+
 			"router by itself, 0 is no limit")
 	f.IntVar(&c.limits.namespace.upgrades, "max-upgrades-per-second", 0,
-		"maximum `number` of upgrades of each namespace per second, which may come at once, in\n"+
-			"each router by itself, 0 is no limit")
+		"for each namespace, the maximum `number` of upgrades per second, which may come at once;\n"+
+			"each router counts by itself, 0 is no limit")
 	f.DurationVar(&c.maxAge, "max-age", 0,
 		"how old a session may become, or up to a tenth less, before it is closed like one that\n"+
 			"moves, by each router at -move-rate, 0 is no limit")
@@ -287,8 +291,9 @@ func (c *config) handoffFlags(f *flag.FlagSet) {
 	f.StringVar(&c.routerPods, "router-pods", "app.kubernetes.io/name=router,router-handoff=all",
 		"`labels` of the pods of all routers with -handoff all; others must not have them")
 	f.DurationVar(&c.handoffUnproven, "handoff-unproven", time.Minute,
-		"how long a hand-off waits for a backend that has got an upgrade whose client has left,\n"+
-			"until it answers or ends its connection, 0 is no limit")
+		"how long a hand-off waits until a backend ends its connection, after the client of an\n"+
+			"upgrade, a plain request or a session has left, or the router has cut a plain request;\n"+
+			"0 is no limit")
 	f.StringVar(&c.release, "release", "",
 		"`path` that is POSTed to the previous owner of the namespaces of a hand-off, so that it\n"+
 			"stores their state; their next owner begins after its 2xx (default none)")

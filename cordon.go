@@ -57,7 +57,8 @@ func (c *cordon) Set(list string) (err error) {
 }
 
 // maxCordonBytes bounds the JSON of a list. All annotations of an object have at most
-// 256 KiB together (https://kubernetes.io/docs/concepts/overview/working-with-objects/annotations/).
+// 256 KiB together
+// (https://kubernetes.io/docs/concepts/overview/working-with-objects/annotations/).
 const maxCordonBytes = 256 << 10
 
 // UnmarshalJSON reads an array of ordinals.

@@ -31,7 +31,7 @@ const (
 	ownerNotKnown = -5 // a table that this router does not have gives the owner: any backend
 )
 
-// errHeld is why queueHeld is not ready.
+// errHeld says why nobody in queueHeld may dial.
 var errHeld = errors.New("the namespace is being handed over")
 
 // queueFinder returns the ordinal of the queue in which an upgrade of the namespace has
@@ -43,8 +43,9 @@ type queueFinder = func(namespace string) (ordinal int)
 // order in which they came, at most maxDialsPerBackend at once. No upgrade polls: each is
 // woken. While the dials of a backend fail, one upgrade at a time dials for all of them.
 type dialQueues struct {
-	// Static after construction.
-	backendReady func(ordinal int) error // why a backend cannot be dialled now, or nil
+	// backendReady returns why a backend cannot be dialled now, or nil. It is called with mu
+	// held, and must not block. Static after construction.
+	backendReady func(ordinal int) error
 
 	misdirectedQueues atomic.Int64 // queues with misdirected
 
@@ -207,8 +208,10 @@ func (d *dialQueues) tryDial(ordinal int) bool {
 	return true
 }
 
-// dialDone notes the result of a dial. ctxEnded says that the context of the upgrade
-// ended before the dial could succeed or fail.
+// dialDone notes the result of a dial that wait or tryDial has allowed, and lets the next
+// waiters dial. err is nil if the backend is connected. ctxEnded says that the context of
+// the upgrade ended before the dial could succeed or fail: such an err says nothing of the
+// backend.
 func (d *dialQueues) dialDone(ordinal int, err error, ctxEnded bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()

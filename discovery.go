@@ -64,8 +64,8 @@ func (s *statefulSet) limit(count int) int {
 	return count
 }
 
-// grow returns how many backends there are with those after the first count ones that are
-// ready, up to the first that is not.
+// grow returns how many backends own namespaces if the first count ones do: those, and after
+// them all that are ready, up to the first one that is not.
 func (s *statefulSet) grow(count int, ready func(ordinal int) bool) int {
 	for count < s.Spec.Replicas && ready(s.Spec.Ordinals.Start+count) {
 		count++
@@ -313,9 +313,8 @@ func (r *replicaWatcher) active() (b ordinalRange) {
 	return b
 }
 
-// nextCount returns the number of the backends that own namespaces, and those after them
-// that are ready, up to the first that is not. It is nil if they are not known. The
-// caller holds r.mu.
+// nextCount returns the number of backends that can own namespaces now: what grow makes of
+// those that do. It is nil if these are not known. The caller holds r.mu.
 func (r *replicaWatcher) nextCount() *activeCount {
 	b := r.active()
 	if b.count == 0 {
@@ -325,8 +324,8 @@ func (r *replicaWatcher) nextCount() *activeCount {
 	return &activeCount{r.latest.grow(b.count, r.readyToOwn), m.UID, m.Generation}
 }
 
-// wantedBackends returns what should be stored: what is stored, if that is right, and nil
-// if this router does not know. Any goroutine may call it.
+// wantedBackends returns the count that should be stored, which may be the one that is. It is
+// nil if this router does not know. Any goroutine may call it.
 //
 // The stored count may be newer than what this router sees, or belong to something that
 // is lost: to a StatefulSet that was deleted, or to a spec from before etcd was restored.

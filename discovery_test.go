@@ -583,9 +583,9 @@ func TestReplicasResizeInTurn(t *testing.T) {
 	})
 }
 
-// Whatever the StatefulSet and the stored count go through, and whenever a router starts, is cut off
-// or comes back, all routers that have seen their last versions have the same backends:
-// never more than there are to be, and none that never was ready.
+// Whatever the StatefulSet and the stored count go through, and whenever a router starts, is
+// cut off or comes back, all routers that have seen their last versions have the same
+// backends: never more than there are to be, and none that never was ready.
 func TestReplicasAgree(t *testing.T) {
 	if withoutRace(t) {
 		return

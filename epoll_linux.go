@@ -29,7 +29,7 @@ const descriptorsPerPoller = 2 + 2*maxPipes
 // engine carries the sessions by pollers, one for each CPU.
 type engine struct {
 	pollers      []*poller
-	next         atomic.Uint32 // the poller of the next session, modulo their number
+	next         atomic.Uint32 // the poller of the next client or session, modulo their number
 	running      sync.WaitGroup
 	unsentBudget int64                    // maxUnsent; static after start
 	unsentBytes  atomic.Int64             // bytes of all buffers and pipes in unsentData
@@ -119,7 +119,7 @@ func (e *engine) stop() {
 	}
 }
 
-// nextPoller returns the poller of the next session.
+// nextPoller returns the poller of the next client or session.
 func (e *engine) nextPoller() *poller {
 	return e.pollers[e.next.Add(1)%uint32(len(e.pollers))]
 }
@@ -322,7 +322,8 @@ func (p *poller) watchPending(slotIndex int32, of *sockets, i side, mask uint32)
 	return err
 }
 
-// send writes to the socket once, up to bufferSize bytes. mu is held.
+// send writes to the socket once, up to bufferSize bytes of data, through the poller's buffer.
+// It returns how many the socket has taken, or the error, which is never EINTR. mu is held.
 func (p *poller) send(fd int32, data []byte) (int, syscall.Errno) {
 	size := copy(p.buf.data[:], data)
 	for {

@@ -33,7 +33,7 @@ type pendingConn struct {
 	changed sync.Cond // events changed, or ctx has ended
 	gone    bool      // the client has closed or reset its connection
 	holding bool      // a client that half-closes its connection has to fall back
-	// With TLS: the handshake is under way, and a newer client has taken its place.
+	// With TLS: the handshake is under way; it was ended to make room.
 	handshaking, replaced bool
 
 	// Owned by its goroutine. Before it parks, it leaves these to the next one.
@@ -315,7 +315,8 @@ func (c *pendingConn) wasParked() bool { return c.waiter.sequence != 0 }
 
 // fallBack leaves the client to net/http, with what it has sent and its upgrade. If the
 // owner has got the request, its connection goes too, with what it has answered. failure
-// is why the owner could not be reached. A client that is gone is closed.
+// is why the owner could not be reached. A client that is gone is closed. c must not be
+// used after it.
 func (c *pendingConn) fallBack(answer []byte, failure error) {
 	if c.upgrade != nil && c.isGone() {
 		c.closeGone()
@@ -354,13 +355,15 @@ func (c *pendingConn) fallBack(answer []byte, failure error) {
 	f.handToHTTP(client)
 }
 
-// closeGone closes a client that has left during its upgrade.
+// closeGone closes and counts a client that has left during its upgrade. c must not be used
+// after it.
 func (c *pendingConn) closeGone() {
 	c.fastPath.proxy.results[resultClientGone].Add(1)
 	c.close()
 }
 
-// close ends the upgrade, closes the client's socket, and abandons the backend's.
+// close ends the upgrade, closes the client's socket, and abandons the backend's. c must not
+// be used after it.
 func (c *pendingConn) close() {
 	c.detach()
 	c.abandonBackend()
@@ -457,8 +460,8 @@ func (c *pendingConn) watch(i side) error {
 }
 
 // wait makes epoll watch the side for the events in mask, and returns when there are
-// events that came after c.events was cleared. ctx bounds it. The caller holds
-// poller.mu.
+// events that came after c.events was cleared. ctx and c.ctx bound it. The caller holds
+// poller.mu, which wait releases while it waits.
 func (c *pendingConn) wait(ctx context.Context, i side, mask uint32) error {
 	if err := c.poller.watchPending(c.slot, &c.sockets, i, mask); err != nil {
 		return err
@@ -485,7 +488,8 @@ func (c *pendingConn) read(i side) (data []byte, err error) {
 }
 
 // receive waits until the side has sent something, and calls use with it: up to limit
-// bytes of the poller's buffer. The rest stays in the socket.
+// bytes of the poller's buffer. The rest stays in the socket. use runs with poller.mu held,
+// and must not keep the slice.
 func (c *pendingConn) receive(i side, limit int, use func(received []byte)) error {
 	p := c.poller
 	limit = min(limit, bufferSize)

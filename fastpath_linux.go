@@ -45,8 +45,9 @@ type fastPath struct {
 	pending sync.WaitGroup // the pendingConns
 }
 
-// fastPathTimeout is how long a client may be on the fast path before it falls back. The
-// time in a dial queue does not count.
+// fastPathTimeout is how long a client may be on the fast path before it falls back. It
+// begins anew after a TLS handshake, and when a client that was parked is connected to its
+// owner: before, -header-timeout and -hold bound these.
 const fastPathTimeout = 500 * time.Millisecond
 
 // newFastPath returns the fast path of a *net.TCPListener or *net.UnixListener. run
@@ -81,8 +82,9 @@ func (f *fastPath) Accept() (net.Conn, error) {
 	}
 }
 
-// stop ends run, which must have begun, and makes all pending clients fall back. When it
-// returns, net/http has accepted them.
+// stop ends run, which must have begun, and makes all pending clients fall back. It returns
+// when net/http, which has to call Accept meanwhile, has taken all of them and comes for the
+// next one. The listener stays open.
 func (f *fastPath) stop() {
 	f.stopAccepting()
 	<-f.done
@@ -112,7 +114,8 @@ func (f *fastPath) stopAccepting() {
 	f.file.Close()
 }
 
-// Close closes the listener, and ends Accept and run.
+// Close closes the listener, and ends Accept and run, for which it does not wait. Clients that
+// fall back after it are closed.
 func (f *fastPath) Close() error {
 	f.stopAccepting()
 	f.failAccept(net.ErrClosed)
@@ -185,7 +188,7 @@ func (f *fastPath) refuseClient(client *os.File, head []byte, reason error) {
 }
 
 // parseHead reads a head with read from the beginning of data. It returns what follows
-// the head.
+// the head, a part of data, and the error of read.
 func (p *proxy) parseHead(
 	data []byte, read func(*bufio.Reader) error,
 ) (rest []byte, err error) {

@@ -39,8 +39,8 @@ func (t *pendingTransport) pause(wait func()) error {
 	return t.client.tlsServer().pause(t.client.tls, t.client.replace, wait)
 }
 
-// receive reads from the client. When the context has ended, who has the tlsConn next may
-// read on.
+// receive reads from the client. If the context ends meanwhile, the error is a temporary one
+// (errNoBytesYet): net/http, which gets the tlsConn then, may read on.
 func (t *pendingTransport) receive(b []byte) (n int, err error) {
 	err = t.client.receive(clientSide, len(b), func(data []byte) { n = copy(b, data) })
 	if err != nil && t.client.ctx.Err() != nil {
@@ -97,8 +97,8 @@ func (c *pendingConn) readTLSHead() ([]byte, error) {
 }
 
 // startTLS does the client's handshake, which begins with data, and returns what came
-// after it: at least a part of the request. Until then a stop of the router leaves the
-// client answerTime.
+// after it: at least a part of the request. If the router stops meanwhile, the client has
+// answerTime left for both.
 func (c *pendingConn) startTLS(data []byte) ([]byte, error) {
 	defer c.setHandshaking(false)
 	transport := &pendingTransport{client: c, unread: data, inTLS: true}
@@ -141,7 +141,7 @@ func (c *pendingConn) readHello() (data []byte, err error) {
 	return data, err
 }
 
-// replace ends the handshake, as a newer client takes its place.
+// replace ends the handshake to make room: too many wait for their clients.
 func (c *pendingConn) replace() {
 	c.poller.mu.Lock()
 	defer c.poller.mu.Unlock()
@@ -149,8 +149,9 @@ func (c *pendingConn) replace() {
 	c.ctx.end(context.Canceled)
 }
 
-// setHandshaking says that the handshake begins or is over. Meanwhile a stop of the
-// router leaves it answerTime. It reports whether the context has not ended.
+// setHandshaking notes that the handshake begins, or is over. While it is under way, a stop
+// of the router ends the context after answerTime, and not at once. setHandshaking reports
+// whether the client may go on: its context has not ended.
 func (c *pendingConn) setHandshaking(handshaking bool) bool {
 	c.poller.mu.Lock()
 	defer c.poller.mu.Unlock()

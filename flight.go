@@ -77,7 +77,7 @@ func (f *flights) add(namespace string, backend int, podUID string, cut func()) 
 	return e
 }
 
-// any reports whether match returns true for one of the flights.
+// any reports whether match returns true for one of the flights. match runs with mu held.
 func (f *flights) any(match func(*flight) bool) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -89,9 +89,9 @@ func (f *flights) any(match func(*flight) bool) bool {
 	return false
 }
 
-// cutOverdue cuts the plain requests that are due. due returns when a request has to be
-// cut, zero for never. cutOverdue returns when the next one has to be, zero if there is
-// none.
+// cutOverdue cuts the plain requests that are due, each once. due returns when a request has
+// to be cut, zero for never. It runs with mu held, as does flight.cut. cutOverdue returns when
+// the next one has to be cut, zero if there is none.
 func (f *flights) cutOverdue(now time.Time, due func(*flight) time.Time) (next time.Time) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -111,7 +111,7 @@ func (f *flights) cutOverdue(now time.Time, due func(*flight) time.Time) (next t
 	return next
 }
 
-// each calls visit with each flight, which must not block.
+// each calls visit with each flight. visit runs with mu held, and must not block.
 func (f *flights) each(visit func(*flight)) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -120,7 +120,8 @@ func (f *flights) each(visit func(*flight)) {
 	}
 }
 
-// end ends the flight: it is over.
+// end ends the flight: it is over. It is called once, from any goroutine without flights.mu.
+// The mover then looks at its step again.
 func (f *flight) end() {
 	all := f.flights
 	all.remember(f.namespace, f.backend)
@@ -130,11 +131,12 @@ func (f *flight) end() {
 	all.onEnd()
 }
 
-// abandon gives the flight up, since nobody needs its answer. It sends the backend a FIN,
-// and ends the flight when the backend has ended its side too, or after
-// unprovenTimeout: a backend may take a request that was reset long after the reset. It
-// takes over conn, which is nil if there is no descriptor for it, and calls onEnd at the
-// end of the flight. It does not block.
+// abandon gives up the answer, which nobody needs, but not the flight: the backend may have the
+// request, or read it later, even after a reset. So abandon sends the backend a FIN, waits
+// until the backend has ended its side too, at most for unprovenTimeout, and then ends the
+// flight and calls onEnd. It does so in a goroutine of its own: it does not block. It takes
+// over conn and closes it. conn is nil if there was no descriptor for it: then the flight
+// lasts for all of unprovenTimeout.
 func (f *flight) abandon(conn net.Conn, onEnd func()) {
 	all := f.flights
 	all.addDescriptors(1)

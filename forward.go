@@ -61,7 +61,7 @@ var errClientGone = errors.New("the client left")
 var errBadBody = errors.New("the body must be valid chunks (RFC 9112 §7.1)")
 
 // errMoved is the cause that ends an exchange whose namespace has another owner now.
-var errMoved = errors.New("the namespace got another owner")
+var errMoved = errors.New("its namespace moved to another owner")
 
 // newForwarder returns a forwarder. addDescriptors is called for the descriptors of
 // connections that it keeps. The caller calls stop.
@@ -162,7 +162,7 @@ type exchange struct {
 	over     bool       // the handler is done with client
 }
 
-// begin begins the exchange of a request. The caller ends it.
+// begin begins the exchange of a request. The caller calls finish.
 func (f *forwarder) begin(w http.ResponseWriter, r *http.Request) *exchange {
 	f.running.add(1)
 	f.inProgress.Add(1)
@@ -619,6 +619,8 @@ type backendPod struct {
 	uid     string
 }
 
+// newOwnerConn returns conn, a new connection to the pod, as one that can be kept. The caller
+// owns it instead of conn.
 func newOwnerConn(conn net.Conn, pod backendPod) *ownerConn {
 	c := &ownerConn{Conn: conn, pod: pod, limit: io.LimitedReader{R: conn}}
 	c.br = bufio.NewReader(&c.limit)
@@ -693,7 +695,8 @@ type keptConns struct {
 	closed bool
 }
 
-// put keeps c, or closes it.
+// put keeps c, which has no request and no flight, for keepTime. It closes c if there are
+// maxKept of its pod, or after close.
 func (k *keptConns) put(c *ownerConn) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -709,7 +712,8 @@ func (k *keptConns) put(c *ownerConn) {
 	}
 }
 
-// take returns a connection to the pod on which the next request can be sent, or nil.
+// take returns a connection to the pod on which the next request can be sent, or nil. The
+// caller owns it, and closes it or calls put. take closes those that the pod has ended.
 func (k *keptConns) take(pod backendPod) *ownerConn {
 	for {
 		c := k.pop(pod)

@@ -505,10 +505,10 @@ func switchingWith(fields string) string {
 // refusals are the upgrades that are right and do not become a session.
 //
 // These cannot be provoked from outside, or not at will:
-//   - cannot accept clients: out of file descriptors (fastPath.refuseClient, which writes "503 Service
-//     Unavailable", Retry-After: 1, Connection: close, Content-Length: 0 by itself):
-//     something else in the process would have to take the descriptors that are kept for
-//     clients. fastpath_linux_test.go does that.
+//   - cannot accept clients: out of file descriptors (fastPath.refuseClient, which writes
+//     "503 Service Unavailable", Retry-After: 1, Connection: close, Content-Length: 0 by
+//     itself): something else in the process would have to take the descriptors that are kept
+//     for clients. fastpath_linux_test.go does that.
 //   - a session with the pod that the backend was before (awaitOld): the client gets the
 //     answer of "503 no owner in time", since only the reason in the log is another. It
 //     needs the API server: move_test.go has it.

@@ -54,7 +54,7 @@ type planRecord struct {
 // under way. A plan is immutable: each step makes a new one.
 type handoffPlan struct {
 	step    int64 // above that of the plan before, and mostly Unix milliseconds
-	allHeld bool  // nobody knows the owners before this step: all namespaces change
+	allHeld bool  // the owners before this step are not known: it holds all namespaces
 	records []planRecord
 }
 
@@ -86,7 +86,8 @@ func (p *handoffPlan) nextContent(content uint64) uint64 {
 	return content
 }
 
-// stepAbove returns the number of a step that begins now and is above last.
+// stepAbove returns the number of a step that begins now: the time in Unix milliseconds, or
+// last+1 if that is more.
 func stepAbove(last int64, now time.Time) int64 { return max(last+1, now.UnixMilli()) }
 
 // doneRecords returns the records of p once its step is done.
@@ -102,10 +103,10 @@ func (p *handoffPlan) doneRecords() []planRecord {
 // table with this content. The view of the new plan holds these: before they open, their
 // present owners must have ended all that they have of them.
 //
-// If nothing has moved to the newest table yet, it is dropped. If an owner comes back,
-// the same table is added once more if there is room, so that the namespaces that waited
-// for that owner move at the pace too. The newest table becomes the only one as soon as
-// it covers everything, before the step and after it.
+// If nothing has moved to the newest table yet, that table is dropped. An owner that was
+// away may be back: then next adds the newest table once more, if there is room. Its mark
+// begins anew, so the namespaces that waited for the owner move at the pace too. Once the
+// newest table covers everything, before the step and after it, it becomes the only one.
 func (p *handoffPlan) next(content uint64, m mark, now time.Time) *handoffPlan {
 	next := &handoffPlan{step: stepAbove(p.step, now), records: p.doneRecords()}
 	if len(next.records) > 1 && next.newestRecord().after.isEmpty() {

@@ -18,8 +18,8 @@ import (
 //	plan                the plan, as JSON: see planJSON
 //	router-<pod name>   what this router has answered, one line: see stepAnswer.String
 //
-// Other keys have no meaning. What cannot be read is as if it were absent, and is
-// reported. A plan of another version is not: it is left as it is, see planVersion.
+// Other keys have no meaning. A value that cannot be read is reported, and counts as absent:
+// routers write it anew. But a plan of another version stays as it is: see planVersion.
 const (
 	planKey         = "plan"
 	answerKeyPrefix = "router-"

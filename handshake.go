@@ -359,8 +359,8 @@ func appendField(head []byte, name, value string) []byte {
 
 // handshake sends head to the backend, unless it is empty, and reads the answer.
 // maxHead bounds the answer's head in bytes. early is what the backend sent after a
-// 101; the body of any other answer is read from conn through br. The caller sets
-// conn's deadline and closes it.
+// 101, a part of br's buffer: it is good until br is used again. The body of any other
+// answer is read from conn through br. The caller sets conn's deadline and closes it.
 func handshake(conn net.Conn, br *bufio.Reader, head []byte, maxHead int) (resp *http.Response, early []byte, err error) {
 	if len(head) > 0 {
 		if _, err := conn.Write(head); err != nil {

@@ -29,9 +29,9 @@ func jump(key uint64, n int) int {
 	return int(b)
 }
 
-// nextJump returns the next bucket to which a namespace jumps from bucket b as n grows:
-// the n after which it is there. key is its hash64 for the jump from bucket 0, and the
-// key that nextJump returned for each further jump.
+// nextJump returns the bucket to which a namespace in bucket b jumps next, as n grows. It
+// jumps when n grows from next to next+1. For the jump from bucket 0, key is the namespace's
+// hash64. For each further jump it is the nextKey of the jump before.
 func nextJump(key uint64, b int64) (nextKey uint64, next int64) {
 	key = key*2862933555777941757 + 1
 	return key, int64(float64(b+1) * (float64(1<<31) / float64((key>>33)+1)))

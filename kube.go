@@ -47,7 +47,7 @@ type kubeClient struct {
 	base       *url.URL // https, or http through kubectl proxy; without a path
 	accountDir string   // of the service account's files; "" through kubectl proxy
 	dial       func(ctx context.Context, network, addr string) (net.Conn, error)
-	patch      bool // do sends an object by PATCH and not by POST
+	patch      bool // do sends merge patches, by PATCH
 	keep       bool // the connection is kept for the next request
 
 	// Changed by do.
@@ -138,16 +138,16 @@ func (k *kubeClient) readToken() (changed bool) {
 	return true
 }
 
-// do sends one request: GET path?query if object is nil. Else object is JSON, and do
-// creates it in the collection at path (POST), or patches the object at path (PATCH).
+// do sends one request: GET path?query if body is nil. Else body is JSON: an object, which
+// the API server creates in the collection at path (POST), or for a client with patch a merge
+// patch of the object at path (PATCH).
 //
 // do returns the body of a successful response, which is JSON. The caller closes it. The
 // body also ends when ctx ends, and ctx must end: the connection is closed then, unless it
-// is kept and the body was read to its end. do
-// returns a *statusError if the API server refused the request, and errBadResponse if the
-// response is not JSON. It reads the token and the CAs before each request, and sends the
-// request again if the answer was 401 and the token has changed since
-// (ManageIQ/kubeclient#530).
+// is kept and the body was read to its end. do returns a *statusError if the API server
+// refused the request, and errBadResponse if the response is not JSON. It reads the token
+// and the CAs before each request, and sends the request again if the answer was 401 and
+// the token has changed since (ManageIQ/kubeclient#530).
 func (k *kubeClient) do(ctx context.Context, path string, query url.Values,
 	body []byte) (io.ReadCloser, error) {
 	if k.accountDir != "" { // kubectl proxy must get no token
@@ -178,8 +178,8 @@ func (k *kubeClient) do(ctx context.Context, path string, query url.Values,
 	return resp.Body, nil
 }
 
-// roundTrip sends one request. It follows no redirect: the other server would get the
-// token.
+// roundTrip sends one request, with object as its body. It follows no redirect: the other
+// server would get the token.
 func (k *kubeClient) roundTrip(ctx context.Context, path string, query url.Values,
 	object []byte) (*http.Response, error) {
 	u, method, mediaType := *k.base, http.MethodGet, "application/json"

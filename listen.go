@@ -170,7 +170,7 @@ func (l retryListener) Close() error {
 	return l.Listener.Close()
 }
 
-// limitListener has at most max connections open. One more closes another, which had
+// limitListener has at most maxConns connections open. One more closes another, which had
 // its turn: of those without a request the one whose last ended first, else the oldest
 // that has sent none for silentTime, else the oldest. So a new connection always gets in,
 // whatever others keep open, and however fast they ask.

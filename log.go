@@ -137,7 +137,8 @@ type throttle struct {
 }
 
 // allow reports whether the caller may log a line: the last one was at least interval
-// ago. omitted is how many lines were not logged since that one.
+// ago. If so, omitted is how many lines were not logged since that one, and the caller has to
+// log this one. It takes no lock, and any goroutine may call it.
 func (t *throttle) allow(interval time.Duration) (omitted int64, ok bool) {
 	now, last := time.Now().UnixNano(), t.last.Load()
 	if last != 0 && now-last < int64(interval) || !t.last.CompareAndSwap(last, now) {

@@ -12,7 +12,7 @@
 //	  │ TLS
 //	nginx (without it, with -tls-cert, the fast path or net/http ends TLS)
 //	  │ Unix socket
-//	fast path (Linux), or net/http for what is not plain
+//	fast path (Linux); net/http for all else: other requests and answers, half-closed clients
 //	  │
 //	proxy ── who owns the namespace? ── mover ───── router ── ConfigMaps, a directory
 //	  │ ──── where is the owner? ────── backends ── EndpointSlices, DNS or a list
@@ -21,7 +21,21 @@
 //	  │
 //	backend-N
 //
-// What always holds (the code cites these by number):
+// Words:
+//
+//	namespace      the tenant's key in the URL; one of Kubernetes is always called so
+//	owner          the backend that gets the requests of a namespace
+//	override       an entry of a ConfigMap, or a file, that names the owner of a namespace
+//	table          what gives each namespace its owner
+//	stamp          a hash of a table: where it is the same, all owners are the same
+//	change         all that follows from a new table, until its owners are in force
+//	step           a part of a change: it hands over some namespaces together
+//	held           of a namespace: it is handed over, and its clients wait
+//	move           to close a session whose owner changed: its client comes back
+//	flight         a request that a backend may have, until that is over
+//	plain request  no upgrade
+//
+// What always holds (comments cite these by number, as "invariant 2"):
 //
 //  1. A table never changes: an update swaps the pointer to it. Once there is a
 //     table, the pointer is never nil. A lookup takes no lock and allocates nothing.
@@ -35,12 +49,12 @@
 //     router by itself.
 //  3. An invalid override changes nothing: its namespace keeps its previous owner.
 //     A router that does not know the previous owner refuses the namespace. All
-//     other overrides apply. An invalid cordon changes nothing either: the last one stays
-//     in force. A router that does not know it is not ready, or, with -handoff=all, not
-//     before no other router has it in force.
+//     other overrides apply. An invalid cordon changes nothing either: the last valid one
+//     stays in force. A router that does not know it is not ready. With -handoff=all it
+//     becomes ready once no other router has that cordon in force.
 //  4. A deleted ConfigMap changes nothing, and a router that starts without one is
-//     not ready. "No overrides" is a ConfigMap with empty data, or -kube none alone. With a
-//     selector, this holds for the last ConfigMap that it chooses.
+//     not ready. "No overrides" is a ConfigMap with empty data, or -kube none without
+//     -overrides. With a selector, this holds for the last ConfigMap that it chooses.
 //  5. An API server that is down changes nothing for clients.
 //  6. No byte is lost or reordered between hijack and end.
 //  7. If an owner cannot be reached, its clients wait up to a bound and then get 503.
@@ -53,89 +67,127 @@
 //     time is cut.
 //  11. Each goroutine has an owner that waits for it, for a bounded time at the stop.
 //
-// The way of one connection, each step a function:
+// The way of one connection, each step a function. On the fast path:
 //
-//	fastPath.run              accepts a client
-//	pendingConn.serve         reads its request, in a goroutine of its own
-//	pendingConn.startTLS      does the TLS handshake before, with -tls-cert
-//	proxy.admit               checks the request and looks up the owner
-//	pendingConn.park          parks the client in the dial queue of its owner
+//	fastPath.acceptClients    accepts a client
+//	fastPath.startClient      gives it a goroutine
+//	pendingConn.serve         is that goroutine
+//	pendingConn.readTLSHead   waits until the TLS handshake begins, with -tls-cert
+//	pendingConn.startTLS      does the handshake, and reads the request
+//	tlsServer.handshake       lets it compute when it is its turn
+//	pendingConn.admit         parses the request
+//	proxy.admit               checks it, finds the owner, and counts it in the limits
+//	pendingConn.park          parks it in its owner's dial queue, if that cannot be dialled now
 //	pendingConn.resume        goes on when it may dial, or has to ask for its owner again
 //	pendingConn.dialOwner     dials the owner
 //	pendingConn.askOwner      sends the owner the request, and the client the owner's 101
+//	pendingConn.fallBack      leaves the client to net/http if one of these cannot go on
 //
-// or, for each client that the fast path leaves to net/http with pendingConn.fallBack,
+// A client that falls back takes with it what it has sent and what was admitted. If admit
+// has refused its request (checkUpgrade refuses each plain one), that begins anew at
+// ServeHTTP. If the owner has given another answer than a 101, that goes with the client to
+// completeUpgrade.
 //
-//	proxy.ServeHTTP           answers the request if it does not become a session
-//	proxy.upgrade             calls admit, and waits until the owner takes the request
-//	proxy.dialOwner           bounds the wait
+//	fastPath.Accept           gives the client to net/http, which reads the request
+//	lazyTransport.handshake   does the TLS handshake before, if the fast path has not
+//	proxy.ServeHTTP           answers a health check, forwards a plain request, or goes on
+//	proxy.upgrade             takes what admit has returned on the fast path, or calls it
+//	proxy.upgradeContexts     bounds the wait for the owner
+//	proxy.askOwners           asks the owner, and again when another one has to be asked
+//	proxy.dialOwner           waits until the owner may have a session of the namespace
 //	backends.dialOwner        waits until the owner is ready, and dials it
 //	proxy.completeUpgrade     does the handshake with the owner
 //	proxy.passResponse        gives the client an answer of the owner that is not a 101
 //	proxy.hijack              sends the 101 to the client
 //
-// and, for both, first just before the request is sent, and the others after the 101,
+// Both go on with these. startFlight comes just before the request is sent, the others
+// after the 101.
 //
 //	mover.startFlight         asks once more who the owner is
 //	proxy.openSession         ends the flight when the relay has the session
-//	poller.promote            gives a pendingConn's place in the event loop to the session;
-//	relay.startSession        does so with net/http's connections
+//	poller.promote            gives a pendingConn's place in the event loop to the session
+//	relay.startSession        in place of that: takes the connections from net/http
 //	relay.register            counts the session
-//	poller.carry              makes the event loop carry its bytes
-//	poller.run                waits for events of the sockets
-//	poller.handle             carries bytes, for each event of a socket
-//	poller.end                closes both sockets; unlock then calls sessionEnded
+//	engine.carry              takes the sockets from package net, after startSession
+//	poller.carry              makes the event loop carry the bytes
+//	poller.handleEvent        finds the session of an event
+//	poller.handle             carries bytes
+//	poller.readTLS, poller.sendTLS  do so for a client with TLS
+//	poller.end                closes both sockets
+//	relay.abandonBackend      makes a flight of the session, if its backend has not ended
+//	flight.abandon            waits until it has, at most for -handoff-unproven
+//	poller.unlock             calls sessionEnded
 //	relay.sessionEnded        counts and logs the end
 //
-// A plain HTTP request:
+// A plain HTTP request, from ServeHTTP on:
 //
-//	proxy.forward             admits it, and answers it if it has no owner
+//	proxy.forward             begins the exchange, and answers what is refused
+//	proxy.admitPlain          does what admit does for an upgrade
+//	exchange.serve            passes on the answer that roundTrip returns
 //	proxy.roundTrip           takes a kept connection to the owner, or dials it
 //	mover.startFlight         asks once more who the owner is, just before the request
 //	exchange.ask              sends the owner the request, and reads the head of its answer
-//	answerBody.Read           ends the flight with the last byte of the answer
-//	exchange.answerOver       keeps the connection, or waits for its end
+//	answerBody.Read           sees the end of the answer
+//	exchange.answerOver       ends the flight and keeps the connection, or abandons both
+//	exchange.finish           counts the request
 //
 // From a change of a ConfigMap to the last move:
 //
 //	watcher.run               lists and watches, again and again
-//	watcher.applyEvent        decodes one event and applies it
+//	watcher.applyEvent        decodes one event
+//	watcher.setObjects        calls apply if an object has changed
 //	configMaps.apply          keeps the newest version of each ConfigMap
+//	configMaps.applyAll       gives the overrides of all of them to update
 //	router.setContents        (as update) collects the contents of all sources
+//	replicaWatcher.run        another entry: the number of backends, or the cordon, changed
 //	router.swap               puts a new table in force
-//	newTable                  merges them, and decides which overrides are in force
+//	newTable                  merges the contents, and decides which overrides are in force
+//	relay.setPods             another entry: a pod was replaced
 //	mover.ownersChanged       (as onSwap) wakes run
 //	mover.run                 calls prepare for a new table, and advance after each event
-//	mover.prepare             begins with a new table
+//	mover.prepare             lists the sessions that have to move, and dials their new owners
 //	mover.restartSettling     sets when the table has stayed for -move-settle
-//	mover.requeue             queues the sessions whose owner changed
 //	moveTargets.dial          dials a new owner until it takes a connection
 //	mover.advance             takes all steps that can be taken now
 //	mover.takeNextStep        chooses the namespaces of the next step
 //	moveQueue.split           chooses as many as the rate allows
-//	view.next                 holds them: from now on their clients wait
-//	mover.beginStep           puts this view in force
-//	mover.workOnStep          reports whether the step is over, with -release too
+//	view.next                 makes the view in which these are held
+//	mover.beginStep           puts it in force: from now on their clients wait
+//	mover.workOnStep          closes what the step waits for, and reports whether it is over
 //	mover.closeMisplaced      closes its sessions, and looks for flights under way
-//	mover.cutRequests         cuts the plain requests that have lasted too long
+//	mover.startMove           closes one session, and counts it
 //	session.closeGracefully   (as closeSession) begins the closing handshake
 //	closingHandshake.insertClose  puts a Close frame where one may stand
+//	mover.cutRequests         cuts the plain requests that have lasted too long
+//	relay.setBackendEnded     notes that the backend has ended its stream
+//	mover.somethingEnded      (as onBackendEnded, and onEnd of flights) wakes run
+//	stepReleases.releaseAll   asks the old owners to store the state, with -release
 //	mover.finishStep          opens the namespaces with their new owners
+//	dialQueues.recheckOwners  (in onViewChanged) wakes their clients
 //	mover.reportFinished      logs the result
 //
 // With -handoff=all the routers agree on each step in one object. In place of advance:
 //
 //	mover.advanceShared       repeats what follows
-//	mover.workShared          calls workOnStep, and propose, in place of takeNextStep
+//	mover.workShared          calls workOnStep, and propose in place of takeNextStep
 //	mover.propose             says how far the next step may go
 //	membership.decide         takes the newest version of the object
-//	member.decide             says to adopt its plan or to write, or calls one of these two:
+//	member.decide             says to adopt its plan, to list, to end all, or to write:
+//	member.bootstrap, member.reset  where there is no plan, or one that is not to be trusted
+//	member.leave              when the router ends; else the first of these five that is due:
+//	member.join               makes this router a member
 //	member.sendAnswer         says what is done here, and how far the next step may go
+//	member.remove             removes a member that has ended for ever
+//	member.storeCount         stores the number of backends
 //	member.writeStep          makes the next step, when all members have answered
+//	handoffObject.agreedMark  says how far all members let that go
 //	membership.write          patches the object
 //	membership.apply          gets what that made from its watcher, and wakes run
-//	member.viewOf             opens the namespaces when all have answered
-//	mover.adopt               puts the plan's view in force
+//	member.viewOf             makes the view of the plan
+//	mover.adopt               puts it in force: holds the step's namespaces, or opens them
+//	mover.takeMoved           takes the sessions of the step from the queue
+//
+// No write says that a step is done: each router sees that no answer is missing.
 //
 // A goroutine that holds a lock takes only locks that are further down:
 //
@@ -334,8 +386,9 @@ func (p *program) addCertificates(kubeNamespace string) error {
 }
 
 // newProxy wires a proxy with a router, a relay and a mover of its own. fdLimit counts
-// the descriptors of its clients and sessions. The caller starts the relay, runs the
-// mover, and stops both.
+// the descriptors of its clients and sessions. The caller starts the relay and runs the
+// mover. It stops forwarder, relay and mover.flights, ends the context of the mover's run,
+// and then closes mover.releases and backends.
 func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 	log *slog.Logger) *proxy {
 	backends.dialer = newDialer(c.tcpUserTimeout)
@@ -465,7 +518,8 @@ func (p *program) addSources(kubeClient *kubeClient, kubeNamespace string) {
 }
 
 // serve runs everything until ctx ends or the client listener fails. Then it stops in
-// this order: new clients, the sessions, everything else. It closes neither listener.
+// this order: new clients, the sessions, everything else. It closes both listeners, unless
+// the relay cannot start.
 func (p *program) serve(ctx context.Context, clients, admin net.Listener) error {
 	if err := p.proxy.relay.start(); err != nil {
 		return err

@@ -20,10 +20,10 @@ type metricsWriter struct {
 	openMetrics bool
 }
 
-// family starts a family of the kind "counter", "gauge" or "histogram". The function that
-// it returns writes a sample of it, as m.sample does: at least one, before the next
-// family. In OpenMetrics the name of a counter's family lacks the _total of its samples,
-// and a family has the unit with which its name ends.
+// family starts a family of the kind "counter", "gauge", "histogram" or "summary". The
+// function that it returns writes a sample of it, as m.sample does: at least one, before
+// the next family. In OpenMetrics the name of a counter's family lacks the _total of its
+// samples, and a family has the unit with which its name ends.
 func (m metricsWriter) family(name, kind, help string) (
 	sample func(value float64, labels ...string)) {
 	family := name

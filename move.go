@@ -38,7 +38,8 @@ type mover struct {
 	onViewChanged func() // the view has changed; must not block
 	flights       *flights
 	releases      *stepReleases // nil without -release
-	// httpMoveTime is how old a plain request may be when a step waits for it.
+	// httpMoveTime is how old a plain request may become if a step waits for it, or with
+	// -handoff=off if its owner changed; 0: it is cut at once.
 	httpMoveTime  time.Duration
 	shared        *sharedMove // nil without -handoff=all
 	ages          ageSweep
@@ -237,8 +238,9 @@ func (m *mover) finishedMoves() []moveResult {
 	return nil
 }
 
-// prepare begins with a new table, or with new pods: it queues all sessions that have to
-// move, and dials their new owners, also those that were reachable before.
+// prepare begins to move sessions: the router has a new table, or a pod was replaced. It
+// queues all sessions that have to move, and dials their new owners, also those that were
+// reachable before: these count as reachable until the new dial has ended.
 func (m *mover) prepare(now time.Time) {
 	v := m.current.Load()
 	if v == nil || m.router.table() == nil { // a pod was replaced before: no sessions yet
@@ -407,10 +409,10 @@ func (m *mover) beginStep(v *view) {
 	m.onViewChanged()
 }
 
-// takeNextStep takes the sessions of the next step from the queue, and returns its mark.
-// again is when to call it again; if it is zero, at the next event. The step closes these
-// sessions. takeNextStep closes them itself in two cases: the owner stays and only its
-// pod is another one, or there will be no step (v is at rest).
+// takeNextStep takes the sessions of the next step from the queue. It returns the step's mark,
+// and when it has to be called again; if that is zero, at the next event. workOnStep closes
+// the sessions once the step is in force. No step closes a session whose owner stays, and
+// has another pod, and none follows if v is at rest: takeNextStep closes these itself.
 func (m *mover) takeNextStep(v *view, t *table, now time.Time) (next mark, again time.Time) {
 	next = mark{upto: allPlaces, removed: v.removedOwners(t)}
 	next.away, again = m.targets.away(now)
@@ -845,7 +847,7 @@ func (s *sharedMove) stepAfter(now time.Time) time.Time {
 }
 
 // rateShare returns this router's part of the rate, above 0 and at most 1. A router that
-// had no session to move when it answered last has a small part.
+// had no session to move when it answered last has a small part. It takes membership.mu.
 func (s *sharedMove) rateShare() float64 {
 	s.mu.Lock()
 	o := s.inbox.object

@@ -35,12 +35,12 @@ type moveResult struct {
 	version     string        // of the table
 	content     uint64        // of the table
 	planned     int           // sessions that had to move when it was prepared
-	began       time.Time     // when the first session was free to move, or it was prepared
-	namespaces  int           // of these sessions
+	began       time.Time     // when sessions were free to move; when it was prepared, if none was
+	namespaces  int           // of the sessions that the mover closed
 	sessions    int           // that the mover closed
 	cut         int           // of these sessions: both sides did not answer in time
 	cancelled   int           // sessions that stayed: a later change moved them back
-	time        time.Duration // since the first session was free to move
+	time        time.Duration // since sessions were free to move
 	longestHold time.Duration // the longest time that a namespace was held
 	examples    []string      // the first maxMovedNames of the namespaces, by name
 }

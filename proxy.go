@@ -19,14 +19,18 @@ import (
 
 // limits bounds what clients can take.
 type limits struct {
-	holdTimeout      time.Duration // how long an upgrade waits for its owner
-	handshakeTimeout time.Duration // of the backend's answer, and of the write to the client
-	headerTimeout    time.Duration // how long a client has to send its request's head
-	headerBytes      int           // of the head of a request or an answer
-	headerFields     int           // of a request
-	sessions         int           // open at once
-	pendingUpgrades  int           // at once
-	namespace        namespaceLimits
+	holdTimeout time.Duration // how long an upgrade or a plain request waits for its owner
+	// handshakeTimeout bounds the backend's answer to an upgrade, and then the write to the
+	// client. It does not bound TLS handshakes.
+	handshakeTimeout time.Duration
+	// headerTimeout is how long a client has for its TLS handshake, then for its request's
+	// head, and then for a short body.
+	headerTimeout   time.Duration
+	headerBytes     int // of the head of a request or an answer
+	headerFields    int // of a request
+	sessions        int // open at once, with plain requests and pending upgrades
+	pendingUpgrades int // at once, with plain requests that their owners have not got
+	namespace       namespaceLimits
 }
 
 // proxy answers a request, or forwards it, or makes it a session and gives that to the
@@ -441,7 +445,7 @@ func (p *proxy) upgradeContexts(
 
 // errOwnerChanged says that the namespace got another owner during the handshake. The
 // client, which has read nothing yet, has to go to that one.
-var errOwnerChanged = errors.New("the namespace got another owner")
+var errOwnerChanged = errors.New("the namespace got another owner during the handshake")
 
 // errMisdirected says that another backend answered at the owner's address (421).
 var errMisdirected = errors.New("another backend answers at its address")
@@ -504,7 +508,7 @@ func (p *proxy) place(namespace string) (*pendingUpgrade, *refusal) {
 	if p.relay.size()+p.forwarder.size()+all > p.limits.sessions {
 		u.free()
 		return nil, refuse(resultMaxSessions,
-			"%d sessions and plain requests are open, the limit", p.limits.sessions)
+			"%d sessions, plain requests and pending upgrades, the limit", p.limits.sessions)
 	}
 	return u, nil
 }
@@ -665,8 +669,8 @@ func (p *proxy) handshakeError(
 	return refused.result, refused
 }
 
-// answerTime bounds how long the end of the router waits for clients: until the handler has their
-// requests, and until they have taken their answers.
+// answerTime bounds how long the end of the router waits for clients: until the handler has
+// their requests, and until they have taken their answers.
 const answerTime = 2 * time.Second
 
 // passResponse sends the client the backend's answer: status, header and body. The body
@@ -737,10 +741,12 @@ func (p *proxy) newSession(u *pendingUpgrade, clientAddrs string) (*session, err
 // openSession makes s of the upgrade: start gives the relay s and its sockets, which from
 // then on only the relay touches. Both ways of a handshake end with it.
 //
-// The flight ends when the relay has s. So a step of a hand-off, which looks at the
-// flights first and at the sessions then, finds one of them. With -handoff=off, and if
-// the pod was replaced, openSession asks again: the relay knows s before, and the mover
-// looks for sessions after such a change.
+// The flight ends after the relay has s. A step of a hand-off looks for flights first and
+// for sessions after that: so it finds the one or the other.
+//
+// With -handoff=off there is no flight, and no step looks for one where only the pod was
+// replaced. So openSession asks again whether s has to move, when the relay has it: a change
+// before that is seen here, and after a later one the mover finds s in the relay.
 func (p *proxy) openSession(u *pendingUpgrade, s *session, start func()) {
 	p.results[resultOK].Add(1)
 	p.upgradeDurations.observe(time.Since(u.began))
@@ -775,11 +781,14 @@ func (p *proxy) writeMetrics(m metricsWriter) {
 	p.holdDurations.write(m, "router_hold_duration_seconds",
 		"How long requests that could not be sent at once waited for their owner.")
 	pending, _ := p.pendingUpgrades.inUse(0)
-	m.single("router_pending_upgrades", "gauge", "Upgrades that wait for their owner, dial it, or wait for its answer.", float64(pending))
+	m.single("router_pending_upgrades", "gauge",
+		"Upgrades until they are sessions or answered, and plain requests until their owner gets them.",
+		float64(pending))
 	m.single("router_max_pending_upgrades", "gauge", "Limit of the pending upgrades.",
 		float64(p.limits.pendingUpgrades))
 	m.single("router_max_sessions", "gauge",
-		"Limit of the open sessions and plain requests.", float64(p.limits.sessions))
+		"Limit of the open sessions, plain requests and pending upgrades together.",
+		float64(p.limits.sessions))
 	if p.forwarder != nil {
 		p.forwarder.writeMetrics(m)
 	}

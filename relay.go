@@ -116,9 +116,9 @@ type session struct {
 	sessionIO // the engine's part: the sockets and their state
 }
 
-// newSession returns a session for startSession. It copies namespace and clientAddrs
-// into one piece of memory, because they may be part of the request's memory, and a
-// session outlives its request.
+// newSession returns a session for startSession or poller.promote. It copies namespace and
+// clientAddrs into one piece of memory, because they may be part of the request's memory,
+// and a session outlives its request.
 func newSession(namespace string, backend int, clientAddrs string) *session {
 	both, n := strings.Join([]string{namespace, lastClientAddrs(clientAddrs)}, ""), len(namespace)
 	return &session{namespace: both[:n], backend: backend, clientAddrs: both[n:]}
@@ -151,7 +151,7 @@ type relay struct {
 	freeDescriptors  func(count int)                    // called for descriptors that a session no longer has
 	onBackendEnded   func()                             // called when the backend of a session is done; must not block
 	onBackendOpen    func(s *session, backend net.Conn) // see abandonBackend; nil: nobody waits
-	remember         rememberNamespace                  // called just before that
+	remember         rememberNamespace                  // called just before onBackendEnded
 	log              *slog.Logger
 	engine           engine
 
@@ -226,7 +226,8 @@ func (r *relay) startSession(s *session, conns [2]net.Conn, early [2][]byte) {
 }
 
 // register adds s, to which the engine has assigned its poller or sockets, and then
-// calls carry, which makes the engine carry its bytes.
+// calls carry, which makes the engine carry its bytes. Then it gives back a descriptor: a
+// session needs one less than its upgrade did. s may be over when it returns.
 func (r *relay) register(s *session, carry func()) {
 	s.started = time.Since(r.began)
 	r.openSessions.Add(1)
@@ -235,7 +236,7 @@ func (r *relay) register(s *session, carry func()) {
 	r.freeDescriptors(1)
 }
 
-// noteNamespace notes that a namespace was with a backend. It must not block.
+// rememberNamespace notes that a namespace was with a backend. It must not block.
 type rememberNamespace = func(namespace string, backend int)
 
 // sessionEnded counts and logs the end of a session. The engine calls it once for each
@@ -293,9 +294,10 @@ func (r *relay) remove(s *session, n [2]int64) {
 }
 
 // setPods stores the uids of the backends' present pods, by ordinal, and reports
-// whether one of these backends had another pod before. Sessions with a replaced pod
-// count as onOldPod until they are over or that pod has ended them: meanwhile their
-// namespaces must not get a session with the new pod.
+// whether one of these backends had another pod before. A backend that is not in pods
+// keeps its uid. Sessions with a replaced pod count as onOldPod until they are over or that
+// pod has ended them: meanwhile their namespaces must not get a session with the new pod.
+// If setPods returns true, the caller wakes the mover, which closes these sessions.
 func (r *relay) setPods(pods map[int]string) (changed bool) {
 	r.mu.Lock()
 	now := map[int]string{}
@@ -556,8 +558,8 @@ func (r *relay) wait() { r.openSessions.Wait() }
 
 // closeGracefully starts a closing handshake, which ends the session within the
 // relay's closeTimeout. It returns false, and does nothing, if the session ends or
-// has ended already. cause is causeMoved, causeMaxAge or causeDrain. onEnd, if not nil, is called
-// once when the session is over, from any goroutine; it must not block.
+// has ended already. cause is causeMoved, causeMaxAge or causeDrain. onEnd, if not nil, is
+// called once when the session is over, from any goroutine; it must not block.
 //
 // closeGracefully may be called from any goroutine, once the engine knows s.
 func (s *session) closeGracefully(cause cause, onEnd func(cut bool)) bool {
@@ -573,8 +575,8 @@ func (s *session) closeGracefully(cause cause, onEnd func(cut bool)) bool {
 }
 
 // newClosingHandshake returns a closing handshake with the Close frames for cause,
-// causeMoved, causeMaxAge or causeDrain. onEnd, if not nil, is called once when the session is
-// over; it must not block.
+// causeMoved, causeMaxAge or causeDrain. onEnd, if not nil, is called once when the session
+// is over; it must not block.
 func newClosingHandshake(cause cause, onEnd func(cut bool)) *closingHandshake {
 	toBackend := closeFrame(closeGoingAway, "going away", true)
 	toClient := closeFrame(closeGoingAway, "going away", false)

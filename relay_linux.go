@@ -51,7 +51,7 @@ const (
 // sessionIO is the part of a session that its poller owns. Arrays are indexed by
 // side.
 type sessionIO struct {
-	poller *poller // static after engine.assign
+	poller *poller // static after engine.assign or poller.promote
 
 	// Guarded by poller.mu.
 	fd             [2]int32        // the sockets; -1: could not be had, reset, or the session has ended
@@ -80,8 +80,7 @@ const (
 )
 
 // unsentData is what the peer of a side did not take: data, or the bytes in pipe. Both may
-// be empty: the side is not read all the same, until its peer's socket
-// is writable.
+// be empty: the side is not read all the same, until its peer's socket is writable.
 type unsentData struct {
 	data []byte // its capacity is that of an unsentClass
 	pipe *pipe  // or nil
@@ -102,8 +101,8 @@ const (
 // minUnsentBuffer<<class.
 func unsentClass(size int) int { return bits.Len(uint(max(size, 1)-1) / minUnsentBuffer) }
 
-// keepUnsent keeps a copy of data, or pipe, which the peer of side i did not take.
-// The side is not read until dropUnsent.
+// keepUnsent keeps what the peer of side i did not take: a copy of data, or pipe, which it
+// takes over. The side has no unsent bytes before. It is not read until dropUnsent.
 func (p *poller) keepUnsent(s *session, i side, data []byte, pipe *pipe) {
 	e := &p.relay.engine
 	class := unsentClass(len(data))
@@ -265,7 +264,8 @@ func (s *session) detectBulk(i side, full bool) {
 	}
 }
 
-// spliceIn moves what is left of the side's present frame into a pipe, as much as fits. If that is little, it looks for the next frame's header, and moves that frame too.
+// spliceIn moves what is left of the side's present frame into a pipe, as much as fits. If
+// that is little, it looks for the next frame's header, and moves that frame too.
 // It returns nil if that is not worth it, or if nothing is to be read but the stream's
 // end. It returns EAGAIN if nothing has come, and an error if the connection failed:
 // splice(2) has taken that error from the socket, so no later read returns it.
@@ -343,7 +343,8 @@ func (p *poller) spliceOrKeep(s *session, i side, pipe *pipe) {
 // dropped.
 func (s *session) canSend(i side) bool { return s.open && !s.writeFailed[i.other()] }
 
-// flushUnsent sends the unsent bytes of side i, through the poller's buffer.
+// flushUnsent sends the unsent bytes of side i, if there are any, through the poller's
+// buffer: its peer's socket is writable. It keeps what the peer still does not take.
 func (p *poller) flushUnsent(s *session, i side) {
 	u := s.unsent[i]
 	switch {
@@ -518,7 +519,7 @@ func (p *poller) end(s *session, cause cause) {
 }
 
 // end ends the session. The first cause counts. It may be called from any
-// goroutine, any number of times, after engine.assign.
+// goroutine, any number of times, after engine.assign or poller.promote.
 func (s *session) end(cause cause) {
 	s.setCause(cause)
 	p := s.poller

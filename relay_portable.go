@@ -160,8 +160,8 @@ func (s *session) readCause(from side, err error) cause {
 }
 
 // mayTruncate reports whether the client's stream may end without close_notify: after a
-// Close frame it is whole, after the backend's end nobody reads it, and if a write has failed, the client is gone, and that has taken
-// the error of its socket.
+// Close frame it is whole, after the backend's end nobody reads it, and if a write has
+// failed, the client is gone, and that write has taken the error of its socket.
 func (s *session) mayTruncate() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -80,8 +80,9 @@ func (p *poller) readTLS(s *session, ended bool) (more bool) {
 	return s.open && (n == limit || ended)
 }
 
-// openRecords decrypts what was received of the client and sends it to the backend. It
-// answers the client what crypto/tls has to say.
+// openRecords decrypts what was received of the client, sends it to the backend, and keeps
+// what that does not take. It sends the client what crypto/tls answers. It notes the end of
+// the client's stream, or why TLS refuses what came, in s.tls.ended. The caller holds mu.
 func (p *poller) openRecords(s *session) {
 	n, err := 0, error(nil)
 	for err == nil {
@@ -109,7 +110,7 @@ func (p *poller) openRecords(s *session) {
 //
 // It has come with close_notify if it is io.EOF. A stream that ends after a Close frame is
 // whole without it, and nobody reads it after the backend's end. If a send has failed, the
-// client is gone, and that has taken the error of its socket.
+// client is gone, and that send has taken the error of its socket.
 func (p *poller) handleTLSEnd(s *session) {
 	if s.tls == nil || s.tls.ended == nil || !s.wantsRead(clientSide) {
 		return
@@ -124,7 +125,8 @@ func (p *poller) handleTLSEnd(s *session) {
 }
 
 // sendTLS encrypts the first n bytes of the buffer, which came from the backend, and sends
-// them to the client. They count as carried.
+// them to the client. It keeps what the client does not take; all n count as carried. If
+// crypto/tls fails, nothing more is sent to the client. The caller holds mu.
 func (p *poller) sendTLS(s *session, n int) {
 	if n == 0 || !s.canSend(backendSide) {
 		return
@@ -157,8 +159,8 @@ func (p *poller) sendSealed(s *session) {
 	}
 }
 
-// maxUnread is how many bytes may be kept for a client that crypto/tls has to answer: it is
-// read all the same.
+// maxUnread is how many bytes may wait for a client that does not read, with the answers of
+// crypto/tls: the router goes on to read such a client. With more the session ends.
 func (p *poller) maxUnread() int {
 	if p.overBudget() {
 		return peekSize / 2

@@ -362,7 +362,7 @@ func (s *stepReleases) releaseAll(step int64, match func(namespace string, backe
 type releaseMemory struct {
 	// Static after construction.
 	keep time.Duration
-	max  int // of each half
+	max  int // namespaces of each half
 	log  *slog.Logger
 
 	// Guarded by mu.

@@ -97,9 +97,9 @@ type table struct {
 	// contentHash is a hash of the overrides (an ordinal for each namespace, or that it
 	// is kept), of the backends, of the cordon, and of hashVersion. How and where an
 	// override is written does not count, nor its resourceVersion: two contents can have
-	// the same one after a backup is restored. An override counts also if it names the owner that the
-	// hash gives, since with other backends it would not. keptHash is a hash of the
-	// owners of the kept namespaces.
+	// the same one after a backup is restored. An override counts also if it names the
+	// owner that the hash gives, since with other backends it would not. keptHash is a
+	// hash of the owners of the kept namespaces.
 	contentHash, keptHash uint64
 
 	// The sets of index are those of sources, and two more with kept namespaces:
@@ -300,7 +300,7 @@ func (t *table) ordinalOf(s *indexSlot) int {
 	return int(t.valueOrdinals[s.set-1][t.index.overrideAt(s).valueIndex])
 }
 
-// isPinned reports whether the namespace of the slot keeps its previous owner.
+// isKept reports whether the namespace of the slot keeps its previous owner.
 func (t *table) isKept(s *indexSlot) bool { return int(s.set) > len(t.sources) }
 
 // owner returns the ordinal of the backend that owns the namespace. ok is false if the

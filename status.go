@@ -113,8 +113,9 @@ type limitState struct {
 	Max    int    `json:"max"`
 }
 
-// newStatus returns the status of this router, without Watches, and without what only the
-// hand-off's mover knows of the pace. why says why the router is not ready.
+// newStatus returns the status of this router, without StatefulSet, Watches and Top, and
+// without the limit of descriptors: admin.status adds these. why says why the router is not
+// ready.
 func newStatus(p *proxy, why []string, summary *tableSummary) *status {
 	t, router := summary.table, routerState{
 		Name: p.podName, Ready: len(why) == 0, WhyNot: why, Version: version(),
@@ -302,7 +303,7 @@ type handoffStatus struct {
 	InProgress bool       `json:"in_progress"`
 	Done       float64    `json:"done"`             // about the share of namespaces that have it
 	ToMove     int64      `json:"sessions_to_move"` // of this router
-	Unproven   int64      `json:"unproven"`         // upgrades whose end was not seen
+	Unproven   int64      `json:"unproven"`         // given up: router_handoff_unproven_total
 	WaitingFor []stepWait `json:"waiting_for"`
 
 	Moving      *moveReceipt `json:"moving,omitempty"` // the move that goes on
@@ -316,8 +317,8 @@ type stepWait struct {
 	Backend  string  `json:"backend,omitempty"` // "" for a router
 	Router   string  `json:"router,omitempty"`  // its pod; "" for a backend
 	Sessions int     `json:"sessions"`          // that have not ended yet
-	Upgrades int     `json:"upgrades"`          // that it has got, and whose end was not seen
-	Requests int     `json:"requests"`          // the same of plain requests
+	Upgrades int     `json:"upgrades"`          // that it may have, and that are not over
+	Requests int     `json:"requests"`          // plain requests, the same
 	Releases int     `json:"releases"`          // namespaces that it has not released (-release)
 	Error    string  `json:"error,omitempty"`   // of the last release
 	Seconds  float64 `json:"seconds"`           // since the step began
@@ -461,13 +462,13 @@ func (m *mover) writeMetrics(w metricsWriter) {
 	if len(names) > 0 {
 		waiting := w.family("router_handoff_waiting_seconds", "gauge",
 			"How long the step of a hand-off has waited for this backend to end its "+
-				"sessions, or for this router.")
+				"sessions and requests, or for this router.")
 		for _, name := range names {
 			waiting(seconds[name], "for", name)
 		}
 	}
 	w.single("router_handoff_unproven_total", "counter",
-		"Upgrades and sessions that a backend may have served after they were given up.",
+		"Upgrades, plain requests and sessions that a backend may have served after they were given up.",
 		float64(s.Unproven))
 	if m.shared != nil {
 		m.shared.writeMetrics(w)

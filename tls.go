@@ -19,17 +19,20 @@ import (
 
 // tlsServer ends the TLS of clients (RFC 8446, RFC 5246). All of TLS is crypto/tls's: the
 // router gives it what came and sends what it returns. A client in its handshake has a
-// goroutine. A session has none: its poller lends crypto/tls memory for one read.
+// goroutine. A session has none: its poller lends crypto/tls memory for one read. Any
+// goroutine may call the methods, with a tlsConn that it owns.
 type tlsServer struct {
-	config    func() *tls.Config // for the next handshake
+	config    func() *tls.Config // for the next handshake; static
 	computing chan struct{}      // has an element for each handshake that computes
 	results   [numTLSResults]atomic.Int64
-	resumed   atomic.Int64 // of those that are tlsOK
-	times     *histogram   // of those that are tlsOK
-	running   atomic.Int64 // handshakes under way: from the accept of the client
-	silent    handshakeList
+	resumed   atomic.Int64  // of those that are tlsOK
+	times     *histogram    // of those that are tlsOK
+	running   atomic.Int64  // handshakes under way: from the accept of the client
+	silent    handshakeList // those that wait for their clients
 
-	writeTimeout time.Duration // of a handshake that net/http does
+	// writeTimeout bounds all writes of a handshake that net/http does: net/http itself
+	// bounds the reads. Static.
+	writeTimeout time.Duration
 }
 
 // tlsResult is how a handshake ended.
@@ -39,7 +42,7 @@ const (
 	tlsOK       tlsResult = iota
 	tlsFailed             // what the client sent is refused
 	tlsTimeout            // it took longer than -header-timeout, or the router has stopped
-	tlsReplaced           // too many waited for their clients, and it for longest
+	tlsReplaced           // ended to make room: too many waited for their clients, it for longest
 	tlsGone               // the client left
 	numTLSResults
 )
@@ -91,10 +94,12 @@ func newTLSServer(config func() *tls.Config) *tlsServer {
 	}
 }
 
-// handshake does the handshake of a client, whose transport calls pause to wait. over is
-// closed when the client is gone or its time is over; nil for never. resultOf says what has
-// become of it, which is counted; running had it before. handshake returns an error if that
-// is not tlsOK: nothing more can be sent then.
+// handshake does the handshake of t. The transport of t calls pause when it waits for the
+// client. over is closed when the client is gone or its time is over; nil: it never is.
+//
+// resultOf gets the error of crypto/tls, and returns how the handshake has ended. handshake
+// counts that result, and takes the handshake off running, on which the caller has put it.
+// It returns nil for tlsOK. After any other result nothing can be sent within TLS.
 func (s *tlsServer) handshake(
 	t *tlsConn, over <-chan struct{}, resultOf func(error) tlsResult,
 ) error {
@@ -114,7 +119,7 @@ func (s *tlsServer) handshake(
 	return nil
 }
 
-// count counts how a handshake has ended, which running had.
+// count counts how a handshake has ended, and takes it off running.
 func (s *tlsServer) count(result tlsResult) {
 	s.results[result].Add(1)
 	s.running.Add(-1)
@@ -168,8 +173,9 @@ func (s *tlsServer) release(t *tlsConn) {
 	}
 }
 
-// pause calls wait, which waits for the client of a handshake. Meanwhile that does not
-// compute. end, which may be called from any goroutine, ends wait. An error is that of
+// pause calls wait, which reads from the client of a handshake, or writes to it. Meanwhile
+// the handshake does not compute, so another one may. end ends wait, from any goroutine:
+// see handshakeList.during. pause returns when it is the turn of t again, or the error of
 // acquire.
 func (s *tlsServer) pause(t *tlsConn, end, wait func()) error {
 	s.release(t)
@@ -197,8 +203,10 @@ type handshakeList struct {
 	all list.List // of func(), which end them. Guarded by mu.
 }
 
-// during has the list have a handshake, which end ends, while wait waits. If it has too
-// many then, it ends the first.
+// during calls wait, which waits for the client of a handshake. Meanwhile the handshake is in
+// the list. If the list is full, during first ends the handshake that has waited for longest,
+// to make room: it calls the end that came with that one. end must not block, and may come
+// after wait has returned.
 func (l *handshakeList) during(end, wait func()) {
 	l.mu.Lock()
 	place := l.all.PushBack(end)
@@ -217,7 +225,11 @@ func (l *handshakeList) during(end, wait func()) {
 	l.all.Remove(place) // nothing, if it was ended
 }
 
-// tlsConn is a client's connection whose TLS the router ends.
+// tlsConn is a client's connection whose TLS the router ends. At first the goroutine of a
+// pendingConn owns it, or net/http; then the session: its poller, with mu held, or the two
+// goroutines of relay_portable.go. Close, which net/http and relay_portable.go call, ends
+// the TLS and closes the connection under it. A pendingConn and a poller close the socket
+// alone.
 type tlsConn struct {
 	*tls.Conn
 	transport tlsTransport
@@ -346,14 +358,15 @@ func (t *tlsConn) Close() error {
 	return nil
 }
 
-// CloseWrite ends this side: first its TLS, then its TCP.
+// CloseWrite ends this side: first its TLS, then its TCP. Nothing can be written after it.
+// crypto/tls waits up to 5 s for a client that does not take close_notify.
 func (t *tlsConn) CloseWrite() error {
 	err := t.Conn.CloseWrite()
 	return errors.Join(err, t.socket().(interface{ CloseWrite() error }).CloseWrite())
 }
 
-// takeBuffered returns the bytes that have been received and decrypted, or can be without
-// another read of the socket.
+// takeBuffered returns the bytes that the client has sent and that crypto/tls has received
+// already, decrypted. It does not read the socket, and leaves t without such bytes.
 func (t *tlsConn) takeBuffered() []byte {
 	before := t.transport
 	defer func() { t.transport = before }()

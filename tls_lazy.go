@@ -12,7 +12,7 @@ type lazyTransport struct {
 	net.Conn
 	conn   *tlsConn // over it
 	server *tlsServer
-	begun  bool // running of server has it, or had
+	begun  bool // server.running has counted it
 
 	state atomic.Int32 // see lazyHandshaking
 }
@@ -20,7 +20,7 @@ type lazyTransport struct {
 // The states of a lazyTransport.
 const (
 	lazyHandshaking = iota // or not begun
-	lazyReplaced           // the same, but a newer client has taken its place
+	lazyReplaced           // the same, but ended to make room: see tlsReplaced
 	lazyFailed
 	lazyDone
 )
@@ -49,7 +49,7 @@ func (l *lazyTransport) Write(b []byte) (n int, err error) {
 	return n, err
 }
 
-// replace ends the handshake, as a newer client takes its place.
+// replace ends the handshake to make room: too many wait for their clients.
 func (l *lazyTransport) replace() {
 	if l.state.CompareAndSwap(lazyHandshaking, lazyReplaced) {
 		l.Conn.SetDeadline(time.Unix(1, 0))
@@ -62,7 +62,7 @@ func (l *lazyTransport) wait(read func()) {
 	l.server.silent.during(l.replace, read)
 }
 
-// begin has running of the server count the handshake.
+// begin counts the handshake as one that runs, the first time that it is called.
 func (l *lazyTransport) begin() {
 	if !l.begun {
 		l.begun = true
@@ -70,7 +70,7 @@ func (l *lazyTransport) begin() {
 	}
 }
 
-// fail says that what comes before the handshake is missing.
+// fail counts a handshake that cannot begin: what has to come before it did not, as err says.
 func (l *lazyTransport) fail(err error) {
 	if l.state.Load() < lazyFailed {
 		l.begin()

@@ -21,9 +21,10 @@ type upgradeLimit struct {
 	headBytes int         // of the heads that are kept
 }
 
-// acquire takes a place for an upgrade to a backend, one of so many. Each backend has at
-// least one place, whatever the limit. It returns how many places are taken then, in all
-// and by this backend. If ok is false, it took none. The caller calls giveBack.
+// acquire takes a place for an upgrade to the backend with this ordinal. There are count
+// backends, and limit places for all of them; each backend has at least one place, whatever
+// the limit. acquire returns how many places are taken then, in all and by this backend. If
+// ok is true, the caller calls giveBack; else it took none.
 func (l *upgradeLimit) acquire(ordinal, count, limit int) (all, own int, ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -101,9 +102,8 @@ func (l *upgradeLimit) reserveHead(n, limit int) bool {
 const headBytesPerUpgrade = 2 << 10
 
 // pendingUpgrade is an upgrade from its admission until it is a session or is answered, or
-// a plain request until its owner gets it.
-// It goes with its client from the fast path to net/http. One goroutine at a time owns
-// it.
+// a plain request until its owner gets it. It goes with its client from the fast path to
+// net/http. One goroutine at a time owns it.
 type pendingUpgrade struct {
 	limit     *upgradeLimit    // counts it until free
 	permit    *namespacePermit // given back with free; nil without limits of its namespace
@@ -115,13 +115,13 @@ type pendingUpgrade struct {
 	assignment
 	headBytes int // of its head, as limit counts them
 
-	// Set when the owner was dialled.
+	// Set after its admission.
 	podUID       string    // of the owner's pod, "" if not known
-	holdDeadline time.Time // until then it waits for its owner; zero if it has not waited
+	holdDeadline time.Time // until then it waits; zero if it was not parked
 	dialErr      error     // why it has waited in vain; nil while that is open
 	backendConn  net.Conn  // to the owner, which may have the request already; or nil
 	flight       *flight   // of the request; nil if it was not sent or is over
-	cut          func()    // of a plain request: see flight.cut
+	cut          func()    // of a plain request: see flight.cut; nil for an upgrade
 }
 
 // assign makes the upgrade one to the owner that a says.

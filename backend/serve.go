@@ -207,8 +207,8 @@ func (s *server) serveHealth(w http.ResponseWriter) {
 	fmt.Fprintln(w, "ok")
 }
 
-// serveWS makes a session of an upgrade that was read at this time. After the hijack inside ServeHTTP the
-// connection belongs to this function, and from start on to the session.
+// serveWS makes a session of an upgrade that was read at this time. After the hijack inside
+// ServeHTTP the connection belongs to this function, and from start on to the session.
 func (s *server) serveWS(w http.ResponseWriter, r *http.Request, namespace string, read time.Time) {
 	if !strings.EqualFold(r.Header.Get("Upgrade"), "websocket") {
 		w.Header().Set("Upgrade", "websocket")
