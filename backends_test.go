@@ -463,7 +463,7 @@ func TestHoldTimeout(t *testing.T) {
 // What is said of places holds after all that can happen to them.
 func TestUpgradeLimit(t *testing.T) {
 	for _, shape := range []struct{ backends, limit int }{{1, 10}, {2, 10}, {7, 100}, {100, 10_000}, {100, 10}} {
-		var p upgradeLimit
+		var p pendingLimit
 		rng := rand.New(rand.NewPCG(1, 2))
 		taken, all := map[int]int{}, 0
 		for range 50_000 {
@@ -505,7 +505,7 @@ func TestUpgradeLimit(t *testing.T) {
 
 // A limit that means something else for another number of backends counts anew.
 func TestUpgradeLimitAfterScaling(t *testing.T) {
-	var p upgradeLimit
+	var p pendingLimit
 	count := func(backend, backends int) (n int) {
 		for {
 			if _, _, ok := p.acquire(backend, backends, 100); !ok {

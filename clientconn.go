@@ -67,7 +67,7 @@ type clientConn struct {
 
 	// Set before net/http has it.
 	remoteAddr net.Addr                       // where the client came from: its socket no longer says so once it was reset. nil: as Conn says
-	upgrade    atomic.Pointer[pendingUpgrade] // of its first upgrade; nil if nothing, or when it was taken
+	upgrade    atomic.Pointer[pendingRequest] // of its first upgrade; nil if nothing, or when it was taken
 	serverCtx  context.Context                // ends when the router stops
 
 	// Not nil until the header was read with which the connection has to begin, before any
@@ -227,7 +227,7 @@ func markRequestRead(r *http.Request) {
 
 // takePendingUpgrade returns the upgrade that the fast path has admitted for the request,
 // or nil. The caller closes it.
-func takePendingUpgrade(ctx context.Context) *pendingUpgrade {
+func takePendingUpgrade(ctx context.Context) *pendingRequest {
 	if c, ok := ctx.Value(clientConnKey{}).(*clientConn); ok {
 		return c.upgrade.Swap(nil)
 	}

@@ -30,9 +30,9 @@ type pendingConn struct {
 
 	// Guarded by poller.mu.
 	sockets
-	changed sync.Cond // events changed, or ctx has ended
-	gone    bool      // the client has closed or reset its connection
-	holding bool      // a client that half-closes its connection has to fall back
+	changed       sync.Cond // events changed, or ctx has ended
+	gone          bool      // the client has closed or reset its connection
+	halfCloseEnds bool      // a client that half-closes its connection has to fall back
 	// With TLS: the handshake is under way; it was ended to make room.
 	handshaking, replaced bool
 
@@ -44,7 +44,7 @@ type pendingConn struct {
 	received     []byte          // what the client has sent
 	earlyAt      int             // index in received of what follows the request
 	request      *http.Request   // nil before it was read, and while it waits for its owner
-	upgrade      *pendingUpgrade // nil before its admission
+	upgrade      *pendingRequest // nil before its admission
 	waiter       waiter          // its sequence is 0 if the owner could be dialled at once
 
 	parked atomic.Bool
@@ -116,7 +116,7 @@ func (c *pendingConn) serve() {
 		c.received = trimEmptyLines(head)
 	}
 	switch {
-	case errors.Is(err, errHandshake):
+	case errors.Is(err, errTLSHandshake):
 		c.close()
 	case c.ctx.Err() != nil, c.expectsProxy && len(head) > 0: // it is invalid, or was cut
 		c.fallBack(nil, nil)
@@ -396,8 +396,8 @@ func (c *pendingConn) endContext() {
 }
 
 // setDeadline gives c a context that ends at the deadline, in place of the one before.
-// holding is for the field of that name.
-func (c *pendingConn) setDeadline(deadline time.Time, holding bool) {
+// halfCloseEnds is for the field of that name.
+func (c *pendingConn) setDeadline(deadline time.Time, halfCloseEnds bool) {
 	if c.ctx != nil {
 		c.endContext()
 	}
@@ -405,7 +405,7 @@ func (c *pendingConn) setDeadline(deadline time.Time, holding bool) {
 	defer c.poller.mu.Unlock()
 	ctx := &pendingContext{mu: &c.poller.mu, deadline: deadline, onEnd: c.interrupt}
 	ctx.timer = time.AfterFunc(time.Until(deadline), ctx.expire)
-	c.ctx, c.holding = ctx, holding
+	c.ctx, c.halfCloseEnds = ctx, halfCloseEnds
 	c.cancelIfGone()
 }
 
@@ -439,7 +439,7 @@ func (c *pendingConn) handleEvent(i side, events uint32) {
 // cancelIfGone ends the context if the client is gone, has half-closed its connection
 // while it waits for its owner, or has to fall back. The caller holds poller.mu.
 func (c *pendingConn) cancelIfGone() {
-	gone := c.gone || c.holding && c.unread[clientSide]
+	gone := c.gone || c.halfCloseEnds && c.unread[clientSide]
 	if c.ctx != nil && (gone || c.fastPath.stopping.Load() && !c.handshaking) {
 		c.ctx.end(context.Canceled)
 	}

@@ -207,7 +207,7 @@ func (f *fastPath) parseUpgrade(data []byte) (r *http.Request, size int) {
 		return err
 	})
 	size = len(data) - len(rest)
-	if err != nil || size > f.proxy.limits.headerBytes || !isPlainRequest(r) {
+	if err != nil || size > f.proxy.limits.headerBytes || !isSimpleRequest(r) {
 		return nil, 0
 	}
 	return r, size
@@ -232,9 +232,9 @@ func (f *fastPath) parseSwitching(data []byte) (resp *http.Response, rest []byte
 	return resp, rest
 }
 
-// isPlainRequest reports whether net/http's server, which checks more than
+// isSimpleRequest reports whether net/http's server, which checks more than
 // http.ReadRequest, would give the request to its handler as it is.
-func isPlainRequest(r *http.Request) bool {
+func isSimpleRequest(r *http.Request) bool {
 	for name := range r.Header {
 		if isInvalidFieldName(name) || name == "Expect" {
 			return false

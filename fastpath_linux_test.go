@@ -213,11 +213,11 @@ func TestClientConnCloses(t *testing.T) {
 	for range 20 {
 		near, far := net.Pipe()
 		defer far.Close()
-		var limit upgradeLimit
+		var limit pendingLimit
 		limit.acquire(0, 1, 10)
 		owner := &closes{}
 		c := &clientConn{Conn: near, fdLimit: wideDescriptorLimit(t)}
-		c.upgrade.Store(&pendingUpgrade{limit: &limit, backendConn: owner})
+		c.upgrade.Store(&pendingRequest{limit: &limit, backendConn: owner})
 		var both sync.WaitGroup
 		both.Go(func() { c.Close() })
 		both.Go(func() {
@@ -388,7 +388,7 @@ func TestFastPathFallsBack(t *testing.T) {
 			if n, asked, waiting := p.http.Load(), len(backend.heads()), p.underWay(); n != 1 || asked != tt.asked || waiting > 0 && tt.want == 101 {
 				t.Errorf("net/http had %d clients, the backend was asked %d times, and %d upgrades are under way; want 1, %d, 0", n, asked, waiting, tt.asked)
 			}
-			if n := p.handshakes.Load(); tt.asked == 1 && tt.want != 200 && n != 1 {
+			if n := p.requestsChecked.Load(); tt.asked == 1 && tt.want != 200 && n != 1 {
 				t.Errorf("the upgrade was admitted %d times, want once on both ways", n)
 			}
 		})
@@ -558,7 +558,7 @@ func (p *testProxy) waitHeld(t testing.TB, n int) {
 		held := 0
 		for _, c := range p.pendingConns() {
 			c.poller.mu.Lock()
-			if c.holding {
+			if c.halfCloseEnds {
 				held++
 			}
 			c.poller.mu.Unlock()

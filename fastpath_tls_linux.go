@@ -93,7 +93,7 @@ func (c *pendingConn) readTLSHead() ([]byte, error) {
 		c.fastPath.proxy.proxyProtocol.logInvalid(string(c.remoteAddr))
 	}
 	s.count(c.handshakeResult(cmp.Or(err, c.ctx.Err())))
-	return nil, errHandshake
+	return nil, errTLSHandshake
 }
 
 // startTLS does the client's handshake, which begins with data, and returns what came
@@ -107,7 +107,7 @@ func (c *pendingConn) startTLS(data []byte) ([]byte, error) {
 		if answer := isNotTLS(err); answer != nil {
 			c.write(clientSide, answer) // it fails only if the client is gone
 		}
-		return nil, errHandshake
+		return nil, errTLSHandshake
 	}
 	transport.inTLS = false
 	c.setDeadline(time.Now().Add(fastPathTimeout), false)
@@ -137,7 +137,7 @@ const maxTLSHead = 32 << 10
 // readHello waits for what the client sends before the handshake, or at its beginning, and
 // returns it.
 func (c *pendingConn) readHello() (data []byte, err error) {
-	c.tlsServer().silent.during(c.replace, func() { data, err = c.read(clientSide) })
+	c.tlsServer().waiting.during(c.replace, func() { data, err = c.read(clientSide) })
 	return data, err
 }
 
@@ -185,7 +185,7 @@ func (c *pendingConn) overTLS(conn net.Conn) *prefixedConn {
 func (c *pendingConn) handshakeResult(err error) tlsResult {
 	c.poller.mu.Lock()
 	defer c.poller.mu.Unlock()
-	switch result := handshakeResult(err); {
+	switch result := tlsHandshakeResult(err); {
 	case err == nil:
 		return tlsOK
 	case c.replaced:

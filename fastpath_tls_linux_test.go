@@ -88,7 +88,7 @@ func TestFastPathTLSRefused(t *testing.T) {
 	mustWrite(t, conn, "GET /ws/ns-01 HTTP/1.0\r\n\r\n")
 	_, resp := readAnswer(t, conn)
 	wantEqual(t, "status", resp.StatusCode, http.StatusServiceUnavailable)
-	eventually(t, "silent clients", 1, p.tls.silentNow)
+	eventually(t, "waiting clients", 1, p.tls.waitingNow)
 	p.fastPath.stop()
 	if answer, err := io.ReadAll(silent); len(answer) > 0 || err != nil {
 		t.Errorf("a client without a handshake is sent %q, and %v; want the end", answer, err)
@@ -133,10 +133,10 @@ func TestFastPathTLSClientsThatDoNotRead(t *testing.T) {
 				stuck = append(stuck, dialSmall(t, p.addr))
 			}
 			good := dial(t, p.addr)
-			eventually(t, "silent clients", len(stuck)+1, p.tls.silentNow)
+			eventually(t, "waiting clients", len(stuck)+1, p.tls.waitingNow)
 			if stopped {
 				p.fastPath.stop()
-				eventually(t, "silent clients", len(stuck)+1, p.tls.silentNow)
+				eventually(t, "waiting clients", len(stuck)+1, p.tls.waitingNow)
 			}
 			for _, conn := range stuck {
 				p.sendAndWait(t, conn, clientHello(&tls.Config{ServerName: "a.test"}), len(stuck)+1)
@@ -167,7 +167,7 @@ func TestFastPathTLSWriteTimeout(t *testing.T) {
 			})
 			p.sendLittle(t)
 			conn := dialSmall(t, p.addr)
-			eventually(t, "silent clients", 1, p.tls.silentNow)
+			eventually(t, "waiting clients", 1, p.tls.waitingNow)
 			if stopped {
 				p.fastPath.stop()
 			}

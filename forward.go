@@ -125,7 +125,7 @@ func (f *forwarder) writeMetrics(m metricsWriter) {
 // exchange is one plain request and its answer. Its handler's goroutine owns it, but for
 // what mu guards and what sendBody writes.
 type exchange struct {
-	*pendingUpgrade // its place in the limits, its owner and its flight; nil at first
+	*pendingRequest // its place in the limits, its owner and its flight; nil at first
 
 	// Static after construction.
 	forwarder *forwarder
@@ -190,9 +190,9 @@ func (x *exchange) finish() {
 	if x.cancelHold != nil {
 		x.cancelHold()
 	}
-	if x.pendingUpgrade != nil {
+	if x.pendingRequest != nil {
 		x.abandonOwner() // after a panic
-		x.pendingUpgrade.close()
+		x.pendingRequest.close()
 	}
 	f := x.forwarder
 	if x.counted {
@@ -206,7 +206,7 @@ func (x *exchange) finish() {
 
 // clientLeft is called when net/http has seen the end of the client's stream. A client
 // that has only ended its side of the connection may still listen, and gets what comes
-// within halfClosedHold: see proxy.upgradeContexts.
+// within halfClosedHold: see proxy.requestContexts.
 func (x *exchange) clientLeft() {
 	if x.client.readEOF.Load() {
 		time.AfterFunc(halfClosedHold, func() { x.cancel(errClientGone) })
@@ -335,7 +335,7 @@ func (x *exchange) ask(conn *ownerConn, head []byte, maxHead int) (*http.Respons
 		x.counted = true
 		x.forwarder.sent.Add(1)
 	}
-	x.pendingUpgrade.free()
+	x.pendingRequest.free()
 	if x.streams {
 		http.NewResponseController(x.w).EnableFullDuplex()
 		if x.r.ProtoAtLeast(1, 1) && expectsContinue(x.r) {
@@ -420,7 +420,7 @@ func (x *exchange) answerOver(resp *http.Response) {
 	x.result = resultOK
 	x.setComplete()
 	if !whole || resp.Close || conn.br.Buffered() > 0 {
-		x.pendingUpgrade.abandon(conn.Conn)
+		x.pendingRequest.abandon(conn.Conn)
 		return
 	}
 	x.endFlight()
@@ -459,7 +459,7 @@ func (x *exchange) breakOff(err error) {
 // flight.abandon.
 func (x *exchange) abandonOwner() {
 	if conn, _ := x.detach(0); conn != nil {
-		x.pendingUpgrade.abandon(conn.Conn)
+		x.pendingRequest.abandon(conn.Conn)
 	}
 }
 
@@ -471,7 +471,7 @@ func (x *exchange) forget() (again bool) {
 	if x.streams {
 		return false
 	}
-	x.pendingUpgrade.retake()
+	x.pendingRequest.retake()
 	x.forwarder.sent.Add(-1)
 	x.counted = false
 	return true

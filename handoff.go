@@ -212,10 +212,10 @@ func (a assignment) queue() int {
 // nothing.
 type view struct {
 	*handoffPlan
-	tables  []*table  // of the records; nil for one that this router does not have
-	done    bool      // all sessions and upgrades of the step are over, on all routers
-	outside bool      // this process is no member of the hand-off, and admits nobody
-	began   time.Time // when this router put the step in force
+	tables     []*table  // of the records; nil for one that this router does not have
+	done       bool      // all sessions and upgrades of the step are over, on all routers
+	admitsNone bool      // this process is no member of the hand-off, and admits nobody
+	began      time.Time // when this router put the step in force
 }
 
 // newView returns the view of a plan that has the table alone, and a step above that of
@@ -286,9 +286,9 @@ func (v *view) removedOwners(t *table) (removed []int) {
 	return slices.Compact(removed)
 }
 
-// misplaces reports whether all that the backend has of the namespace has to be over
+// mustLeave reports whether all that the backend has of the namespace has to be over
 // before the step is done: the namespace has another owner after it.
-func (v *view) misplaces(namespace string, backend int) bool {
+func (v *view) mustLeave(namespace string, backend int) bool {
 	if !v.mayChange(hash64(namespace)) {
 		return false
 	}
@@ -318,7 +318,7 @@ func (v *view) mayChange(key uint64) bool {
 // others have the namespace open: it admits nobody.
 func (v *view) owner(namespace string) (ordinal int, t *table, state ownerState) {
 	switch {
-	case v.outside:
+	case v.admitsNone:
 		return unresolved, nil, stateNotKnown
 	case len(v.tables) == 1 && !v.allHeld && v.tables[0] != nil:
 		ordinal, ok := v.tables[0].owner(namespace)

@@ -92,7 +92,7 @@
 //	lazyTransport.handshake   does the TLS handshake before, if the fast path has not
 //	proxy.ServeHTTP           answers a health check, forwards a plain request, or goes on
 //	proxy.upgrade             takes what admit has returned on the fast path, or calls it
-//	proxy.upgradeContexts     bounds the wait for the owner
+//	proxy.requestContexts     bounds the wait for the owner
 //	proxy.askOwners           asks the owner, and again when another one has to be asked
 //	proxy.dialOwner           waits until the owner may have a session of the namespace
 //	backends.dialOwner        waits until the owner is ready, and dials it
@@ -154,7 +154,7 @@
 //	view.next                 makes the view in which these are held
 //	mover.beginStep           puts it in force: from now on their clients wait
 //	mover.workOnStep          closes what the step waits for, and reports whether it is over
-//	mover.closeMisplaced      closes its sessions, and looks for flights under way
+//	mover.closeLeaving        closes its sessions, and looks for flights under way
 //	mover.startMove           closes one session, and counts it
 //	session.closeGracefully   (as closeSession) begins the closing handshake
 //	closingHandshake.insertClose  puts a Close frame where one may stand
@@ -204,15 +204,15 @@
 //	exchange.mu
 //	keptConns.mu              held while it counts descriptors
 //	membership.mu, releaser.mu, releaseMemory.mu
-//	upgradeLimit.mu, descriptorLimit.mu, addressCache.mu, limitListener.mu, logQueue.mu,
-//	waitCount.mu, namespaceSessions.mu, namespaceRate.mu, handshakeList.mu
+//	pendingLimit.mu, descriptorLimit.mu, addressCache.mu, limitListener.mu, logQueue.mu,
+//	waitCount.mu, namespaceSessions.mu, namespaceRate.mu, tlsHandshakeList.mu
 //
 // Locks on one line are never held together. Nothing waits for the network with a
 // lock held.
 //
 // Read main, command and config (what starts), admin, plan, status, peers and page (what
 // operators ask), redirect, fastpath, socket, proxy, forward, layout, handshake, listen,
-// clientconn, descriptorlimit, upgrade, proxyprotocol and certificates (from client to
+// clientconn, descriptorlimit, pending, proxyprotocol and certificates (from client to
 // session), configmap, directory, events, drain, move, movetally, movetarget, movequeue,
 // maxage, pace, membership, member, handoffobject, handoff, flight and release (what a
 // change of overrides does), route, overrides, namespace and hash (who owns), discovery,
@@ -562,7 +562,7 @@ func (p *program) serve(ctx context.Context, clients, admin net.Listener) error 
 
 // freeMemory gives back the memory of handshakes, until ctx ends.
 func (p *program) freeMemory(ctx context.Context) {
-	freeMemory(ctx, func() int { return int(p.proxy.handshakes.Load()) })
+	freeMemory(ctx, func() int { return int(p.proxy.requestsChecked.Load()) })
 }
 
 // logServing logs where the router listens, and warns if the process may not open enough

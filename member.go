@@ -58,7 +58,7 @@ type memberView struct {
 	*view
 	plan         *sharedPlan
 	uid, version string // of the object
-	isMember     bool   // the plan needs the answers of this router
+	mustAnswer   bool   // the plan needs the answers of this router
 }
 
 // newMember returns the member of the pod with this name and UID, and of the process with
@@ -140,8 +140,8 @@ func (m *member) setNewest(t *table) { m.newest = t }
 // sawStep notes a step that a backend has seen: the next one is above it.
 func (m *member) sawStep(step int64) { m.highestStep = max(m.highestStep, step) }
 
-// see notes which offered tables a version of the object shows to be no longer needed.
-func (m *member) see(o *handoffObject, now time.Time) {
+// expireOffers notes which offered tables a version of the object shows to be no longer needed.
+func (m *member) expireOffers(o *handoffObject, now time.Time) {
 	a := o.answers[m.name]
 	isOwn := a.instance == m.instance
 	for content, p := range m.offered {
@@ -168,9 +168,9 @@ func (v *memberView) recordOf(content uint64) int {
 	})
 }
 
-// note notes that the caller is about to carry out d. It counts a write as sent before it
+// commit notes that the caller is about to carry out d. It counts a write as sent before it
 // is: a write may arrive although it seems to fail.
-func (m *member) note(d decision, now time.Time) {
+func (m *member) commit(d decision, now time.Time) {
 	if d.view != nil {
 		if m.view == nil || m.view.step != d.view.step {
 			m.stepSeenAt = now
@@ -194,7 +194,7 @@ func (m *member) note(d decision, now time.Time) {
 func (m *member) decide(s *decisionInput) decision {
 	o := s.object
 	switch {
-	case m.view != nil && !m.view.isMember && s.sessions:
+	case m.view != nil && !m.view.mustAnswer && s.sessions:
 		return decision{action: actEndAll, why: "this router is not a member any more"}
 	case o == nil:
 		return waiting("the object of the hand-off does not exist")
@@ -276,9 +276,9 @@ func (m *member) viewOf(o *handoffObject) *memberView {
 		plan: p, uid: o.uid, version: o.version,
 	}
 	if isNamed && id.UID == m.uid {
-		next.isMember = id.Instance == m.instance || id.Instance == anyInstance
+		next.mustAnswer = id.Instance == m.instance || id.Instance == anyInstance
 	}
-	next.outside = !next.isMember || id.Instance != m.instance
+	next.admitsNone = !next.mustAnswer || id.Instance != m.instance
 	for _, r := range p.records {
 		next.tables = append(next.tables, m.table(r.content))
 	}
@@ -313,7 +313,7 @@ func (m *member) oldestTable(next *memberView) *table {
 		return nil
 	}
 	nobody := func(string) int { return unresolved }
-	if prev == nil || !prev.isMember || !next.isMember || next.plan.keptUnknown {
+	if prev == nil || !prev.mustAnswer || !next.mustAnswer || next.plan.keptUnknown {
 		return t.withKept(nobody)
 	}
 	becameOldest := prev.records[0].content != t.contentHash ||
@@ -349,7 +349,7 @@ func (m *member) answer(s *decisionInput) stepAnswer {
 // a patch of this router's key without a version: nobody else writes the key. It may
 // arrive late, and says then what was true of an earlier step.
 func (m *member) sendAnswer(s *decisionInput) decision {
-	if !m.view.isMember {
+	if !m.view.mustAnswer {
 		return decision{}
 	}
 	if !s.stepDone {
@@ -439,7 +439,7 @@ func (m *member) join(s *decisionInput) decision {
 	id, isNamed := p.members[m.name]
 	isAny := isNamed && id.UID == m.uid && id.Instance == anyInstance
 	switch {
-	case !m.view.outside || s.leaving:
+	case !m.view.admitsNone || s.leaving:
 		return decision{}
 	case m.newest == nil && isNamed && !isAny:
 		next := p.withMember(m.name, nil)
@@ -457,7 +457,7 @@ func (m *member) join(s *decisionInput) decision {
 // remove removes a member whose pod has ended for ever.
 func (m *member) remove(s *decisionInput) decision {
 	p := m.view.plan
-	if m.view.outside {
+	if m.view.admitsNone {
 		return decision{}
 	}
 	var alive []string
@@ -487,7 +487,7 @@ func (id memberID) isGone(pod *routerPod) bool {
 // newer one. It changes nothing else: all that see it make new tables.
 func (m *member) storeCount(s *decisionInput) decision {
 	p := m.view.plan
-	if m.view.outside || s.backends == nil || !s.backends.replaces(p.backends) {
+	if m.view.admitsNone || s.backends == nil || !s.backends.replaces(p.backends) {
 		return decision{}
 	}
 	next := *p
@@ -502,7 +502,7 @@ func (m *member) storeCount(s *decisionInput) decision {
 // are held until all have answered.
 func (m *member) writeStep(s *decisionInput) decision {
 	o, v := s.object, m.view
-	if v.outside || m.newest == nil {
+	if v.admitsNone || m.newest == nil {
 		return decision{}
 	}
 	if missing := o.missing(); len(missing) > 0 {
@@ -667,7 +667,7 @@ func (m *member) reset(s *decisionInput) decision {
 		return d
 	}
 	p := &sharedPlan{members: m.mergeMembers(s), backends: v.plan.backends}
-	p.allHeld, p.keptUnknown = true, !v.isMember
+	p.allHeld, p.keptUnknown = true, !v.mustAnswer
 	p.records = v.doneRecords()
 	m.startEpoch(p, s)
 	return m.writePlan(s, p, nil, s.now, "reset the plan")
@@ -702,7 +702,7 @@ func (m *member) mergeMembers(s *decisionInput) map[string]memberID {
 			merged[name] = memberID{pod.uid, anyInstance}
 		}
 	}
-	if id := merged[m.name]; !m.view.outside {
+	if id := merged[m.name]; !m.view.admitsNone {
 		merged[m.name] = memberID{m.uid, m.instance}
 	} else if id.Instance != m.instance {
 		merged[m.name] = memberID{m.uid, anyInstance}
@@ -732,7 +732,7 @@ func (m *member) whyNotReady() string {
 	switch {
 	case m.view == nil:
 		return "there is no plan of the hand-off yet"
-	case m.view.outside:
+	case m.view.admitsNone:
 		return "this router is not a member of the hand-off yet"
 	case !m.view.knowsAll():
 		return "a change is under way, and this router does not know all its tables"

@@ -211,7 +211,7 @@ func (w *modelWorld) receive(r *modelRouter) {
 	}
 	r.object, r.inbox, r.seenAt = r.inbox[0], r.inbox[1:], w.clock(r)
 	if r.object != nil {
-		r.see(r.object, w.clock(r))
+		r.expireOffers(r.object, w.clock(r))
 	}
 }
 
@@ -234,7 +234,7 @@ func (w *modelWorld) readEdit(r *modelRouter) {
 func (w *modelWorld) misplaced(r *modelRouter, i int) (set uint64) {
 	for backend := range 8 {
 		s := &session{namespace: modelNamespaces[i], backend: backend}
-		if r.open[i]&(1<<backend) == 0 || r.view == nil || !r.view.misplaces(s.namespace, s.backend) {
+		if r.open[i]&(1<<backend) == 0 || r.view == nil || !r.view.mustLeave(s.namespace, s.backend) {
 			continue
 		}
 		if w.rules.keepAll && r.view.after(s.namespace) == ownerNotKnown {
@@ -275,10 +275,10 @@ func (w *modelWorld) act(r *modelRouter) bool {
 	if d.view != nil && w.rules.view != nil {
 		w.rules.view(r, d.view)
 	}
-	r.note(d, w.clock(r))
+	r.commit(d, w.clock(r))
 	switch d.action {
 	case actAdopt:
-		w.tell("adopts: %s step %d of %s, done %t, outside %t", r.pod, d.view.step, d.view.plan.epoch, d.view.done, d.view.outside)
+		w.tell("adopts: %s step %d of %s, done %t, outside %t", r.pod, d.view.step, d.view.plan.epoch, d.view.done, d.view.admitsNone)
 	case actList:
 		r.inbox = []*handoffObject{w.object}
 		w.receive(r)
@@ -774,7 +774,7 @@ func TestModelNeedsRules(t *testing.T) {
 				}
 			}}},
 		{"only members admit", twoOwners, modelRules{
-			view: func(_ *modelRouter, v *memberView) { v.outside = false }}},
+			view: func(_ *modelRouter, v *memberView) { v.admitsNone = false }}},
 		{"an answer waits for the end of sessions", twoOwners, modelRules{
 			situation: func(_ *modelWorld, _ *modelRouter, s *decisionInput) { s.stepDone = true }}},
 		{"a step is done when all have answered", twoOwners, modelRules{
@@ -1004,7 +1004,7 @@ func TestUnknownTableEndsSessions(t *testing.T) {
 		w.receive(outsider)
 		w.readEdit(outsider)
 		w.act(outsider) // it sees the plan, and does not get as far as to join
-		if outsider.view == nil || !outsider.view.outside {
+		if outsider.view == nil || !outsider.view.admitsNone {
 			t.Fatal("the second router is a member")
 		}
 		w.edit(to("backend-1"))
@@ -1012,7 +1012,7 @@ func TestUnknownTableEndsSessions(t *testing.T) {
 		w.openAll(a)
 		for range 2 {
 			w.now = w.now.Add(offerTime)
-			a.see(w.object, w.clock(a))
+			a.expireOffers(w.object, w.clock(a))
 		}
 		w.store(w.object.uid, map[string]string{})
 		for i := range 20 { // the second one does not read the edit, and resets the plan first
@@ -1059,7 +1059,7 @@ func TestRemovedMemberEndsSessions(t *testing.T) {
 	w.store(w.object.uid, map[string]string{planKey: next.String()})
 	s.object, s.sessions = w.object, true
 	d := r.decide(s)
-	r.note(d, s.now)
+	r.commit(d, s.now)
 	if _, _, state := r.view.owner("ns-0"); d.action != actAdopt || state != stateNotKnown {
 		t.Errorf("it decides to %d, and its view says %d", d.action, state)
 	}
@@ -1129,7 +1129,7 @@ func TestMembersTakeTurns(t *testing.T) {
 			w.receive(r)
 		}
 		r.next = mark{upto: allPlaces}
-		r.note(r.decide(w.situationOf(r)), w.now) // it adopts that
+		r.commit(r.decide(w.situationOf(r)), w.now) // it adopts that
 		s := w.situationOf(r)
 		s.seenAt, r.stepSeenAt = s.now, s.now.Add(-time.Minute)
 		d := r.decide(s)
@@ -1235,17 +1235,17 @@ func TestPromisedTables(t *testing.T) {
 	if r.view.recordOf(promised) >= 0 || r.table(promised) == nil {
 		t.Fatal("the table is in the plan, or is not known any more")
 	}
-	r.see(w.object, w.now)
-	if r.see(w.object, w.now.Add(offerTime/2)); r.table(promised) == nil {
+	r.expireOffers(w.object, w.now)
+	if r.expireOffers(w.object, w.now.Add(offerTime/2)); r.table(promised) == nil {
 		t.Error("the table is not known any more")
 	}
 	late := *w.object
 	late.answers = map[string]stepAnswer{"r0": {instance: r.instance, epoch: "e", step: 1, content: promised}}
-	r.see(&late, w.now.Add(offerTime))
-	if r.see(w.object, w.now.Add(offerTime)); r.table(promised) == nil {
+	r.expireOffers(&late, w.now.Add(offerTime))
+	if r.expireOffers(w.object, w.now.Add(offerTime)); r.table(promised) == nil {
 		t.Error("the table is not known any more, although a late answer named it again")
 	}
-	if r.see(w.object, w.now.Add(2*offerTime)); r.table(promised) != nil {
+	if r.expireOffers(w.object, w.now.Add(2*offerTime)); r.table(promised) != nil {
 		t.Error("the table is known for ever")
 	}
 }

@@ -169,7 +169,7 @@ func (m *membership) decide(
 	m.member.setNewest(t)
 	m.member.sawStep(seenStep)
 	if in.object != nil {
-		m.member.see(in.object, now)
+		m.member.expireOffers(in.object, now)
 	}
 	m.passStored(&in)
 	d := m.member.decide(&decisionInput{
@@ -180,7 +180,7 @@ func (m *membership) decide(
 	m.publish(&in, d)
 	switch d.action {
 	case actAdopt:
-		m.member.note(d, now)
+		m.member.commit(d, now)
 		m.storedPassed = true
 		m.onStored(d.view.plan.backends)
 	case actWrite, actList:
@@ -190,7 +190,7 @@ func (m *membership) decide(
 		if now.Before(m.retryAt) {
 			return decision{why: d.why, again: m.retryAt}
 		}
-		m.member.note(d, now)
+		m.member.commit(d, now)
 		m.startRequest(d)
 	case actWait:
 		d.again = earliest(d.again, m.askPods(&in, now))
@@ -249,7 +249,7 @@ func (m *membership) publish(in *handoffInbox, d decision) {
 	select {
 	case <-m.hasLeft:
 	default:
-		if m.leaving && !in.busy && (m.member.view == nil || m.member.view.outside) {
+		if m.leaving && !in.busy && (m.member.view == nil || m.member.view.admitsNone) {
 			close(m.hasLeft)
 		}
 	}
@@ -490,7 +490,7 @@ func (m *membership) noteGone(gone []string, err error) {
 // not answered, or have another table than this router.
 func (m *membership) blocking(in *handoffInbox) map[string]memberID {
 	v, o, t := m.member.view, in.object, m.member.newest
-	if v == nil || o == nil || o.plan == nil || t == nil || v.outside {
+	if v == nil || o == nil || o.plan == nil || t == nil || v.admitsNone {
 		return nil
 	}
 	all := map[string]memberID{}

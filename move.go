@@ -484,14 +484,14 @@ func (m *mover) startPace(now time.Time) (ready bool, again time.Time) {
 // this router: nothing of it is left, and with -release the backends have stored the
 // state.
 func (m *mover) workOnStep(v *view) bool {
-	return m.closeMisplaced(v) && m.releases.releaseAll(v.step, v.misplaces, m.wake.notify)
+	return m.closeLeaving(v) && m.releases.releaseAll(v.step, v.mustLeave, m.wake.notify)
 }
 
-// closeMisplaced closes the sessions of v's step, and reports whether all of them, and
+// closeLeaving closes the sessions of v's step, and reports whether all of them, and
 // the upgrades that their backends may have got, are over. An upgrade becomes a session
 // before it leaves the flights: so this looks at the flights first. A session whose
 // client has left may become a flight: so it looks at the flights again at the end.
-func (m *mover) closeMisplaced(v *view) bool {
+func (m *mover) closeLeaving(v *view) bool {
 	m.awaitsEnd.Store(true)
 	blocks := func(f *flight) bool { return m.blocks(v, f) }
 	for {
@@ -525,10 +525,10 @@ func (m *mover) cutRequests(now time.Time) time.Time {
 	return m.flights.cutOverdue(now, func(f *flight) time.Time {
 		owner := m.assign(f.namespace).owner
 		switch {
-		case v.outside || m.relay.isOldPod(f.backend, f.podUID):
+		case v.admitsNone || m.relay.isOldPod(f.backend, f.podUID):
 			return now
 		case m.off && owner != unresolved && owner != f.backend,
-			!v.done && v.misplaces(f.namespace, f.backend):
+			!v.done && v.mustLeave(f.namespace, f.backend):
 			return f.began.Add(m.httpMoveTime)
 		}
 		return time.Time{}
@@ -538,14 +538,14 @@ func (m *mover) cutRequests(now time.Time) time.Time {
 // misplacedSessions returns the sessions that v's step waits for.
 func (m *mover) misplacedSessions(v *view) []*session {
 	return m.relay.filter(func(s *session) bool {
-		return v.misplaces(s.namespace, s.backend) && !s.isBackendDone()
+		return v.mustLeave(s.namespace, s.backend) && !s.isBackendDone()
 	})
 }
 
 // blocks reports whether v's step waits for the flight. It does not if the pod that may
 // have the request is gone.
 func (m *mover) blocks(v *view, f *flight) bool {
-	return v.misplaces(f.namespace, f.backend) && !m.relay.isOldPod(f.backend, f.podUID)
+	return v.mustLeave(f.namespace, f.backend) && !m.relay.isOldPod(f.backend, f.podUID)
 }
 
 // finishStep puts the same view in force with the step done, and returns it: clients that
@@ -725,7 +725,7 @@ func (m *mover) workShared(v *view, now time.Time) (p stepProgress, again time.T
 	}
 	p.stepDone = m.shared.doneStep >= v.step
 	switch {
-	case t == nil || !p.stepDone || !v.knowsAll() || v.outside:
+	case t == nil || !p.stepDone || !v.knowsAll() || v.admitsNone:
 		return p, time.Time{}
 	case v.isAtRest(t.contentHash):
 		p.next = mark{upto: allPlaces}
@@ -757,7 +757,7 @@ func (m *mover) workAtRest(v *view, t *table, now time.Time) (again time.Time) {
 // propose returns how far the step after v's may go towards t, and when that may change,
 // zero if only when something happens. It counts how many sessions the pace allows until
 // the next step can begin. This router's share of the rate is its share of the sessions.
-// propose closes no session of the step: closeMisplaced does, when the step has come.
+// propose closes no session of the step: closeLeaving does, when the step has come.
 func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.Time) {
 	if m.tally == nil || m.tally.content != t.contentHash {
 		m.prepare(now)
@@ -820,7 +820,7 @@ func (m *mover) adopt(v *view, now time.Time) {
 	if v.done && (newStep || !old.done) {
 		m.countStep(now.Sub(v.began))
 	}
-	if newStep || v.done != old.done || v.outside != old.outside ||
+	if newStep || v.done != old.done || v.admitsNone != old.admitsNone ||
 		!slices.Equal(v.tables, old.tables) {
 		m.onViewChanged()
 	}
@@ -832,7 +832,7 @@ func (m *mover) takeMoved(v *view, now time.Time) {
 	var rest []queuedSession
 	for _, q := range m.queue.sessions {
 		s := q.session
-		if s.isClosing() || !v.misplaces(s.namespace, s.backend) {
+		if s.isClosing() || !v.mustLeave(s.namespace, s.backend) {
 			rest = append(rest, q)
 		} else if !slices.Contains(v.newestRecord().after.removed, s.backend) {
 			m.pace.advance(now)

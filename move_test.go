@@ -85,7 +85,7 @@ func TestMoveAtSessionStart(t *testing.T) {
 	eventually(t, "the owner", 1, func() int { return p.mover.assign("ns-01").owner })
 	p.pendingUpgrades.acquire(0, 2, 10)
 	pairs, s := newSessionConns(t, "tcp", "tcp"), newSession("ns-01", 0, "")
-	u := &pendingUpgrade{limit: &p.pendingUpgrades, namespace: "ns-01"}
+	u := &pendingRequest{limit: &p.pendingUpgrades, namespace: "ns-01"}
 	p.openSession(u, s, func() { pairs.start(p.relay, s, [2][]byte{}) })
 	mustFrames(t, pairs.far[backendSide], true, goesAway)
 	pairs.far[backendSide].Close()

@@ -49,25 +49,25 @@ func newMoveTargets(probe func(ctx context.Context, backend int) error) *moveTar
 
 // set makes the backends the targets. It dials those that were no targets, until ctx
 // ends, and ends the dials of all other targets.
-func (m *moveTargets) set(ctx context.Context, backends map[int]bool) {
+func (t *moveTargets) set(ctx context.Context, backends map[int]bool) {
 	for _, backend := range slices.Sorted(maps.Keys(backends)) {
-		if m.all[backend] == nil {
+		if t.all[backend] == nil {
 			ctx, cancel := context.WithCancel(ctx)
 			target := &moveTarget{backend: backend, cancel: cancel}
-			m.all[backend] = target
-			m.dials.Go(func() { m.dial(ctx, target) })
+			t.all[backend] = target
+			t.dials.Go(func() { t.dial(ctx, target) })
 		}
 	}
-	m.drop(func(target *moveTarget) bool { return !backends[target.backend] })
+	t.drop(func(target *moveTarget) bool { return !backends[target.backend] })
 }
 
 // drop ends the dials of the targets for which match returns true, forgets these targets,
 // and returns them.
-func (m *moveTargets) drop(match func(*moveTarget) bool) (dropped []*moveTarget) {
-	for backend, target := range m.all {
+func (t *moveTargets) drop(match func(*moveTarget) bool) (dropped []*moveTarget) {
+	for backend, target := range t.all {
 		if match(target) {
 			target.cancel()
-			delete(m.all, backend)
+			delete(t.all, backend)
 			dropped = append(dropped, target)
 		}
 	}
@@ -75,39 +75,39 @@ func (m *moveTargets) drop(match func(*moveTarget) bool) (dropped []*moveTarget)
 }
 
 // dropAll ends all dials and forgets all targets.
-func (m *moveTargets) dropAll() { m.drop(func(*moveTarget) bool { return true }) }
+func (t *moveTargets) dropAll() { t.drop(func(*moveTarget) bool { return true }) }
 
 // dropReachable forgets the targets that are reachable, and returns them.
-func (m *moveTargets) dropReachable() []*moveTarget {
-	return m.drop(func(target *moveTarget) bool { return target.reachable })
+func (t *moveTargets) dropReachable() []*moveTarget {
+	return t.drop(func(target *moveTarget) bool { return target.reachable })
 }
 
 // assumeReachable makes a target that was reachable before count as reachable until its
 // new dial has ended.
-func (m *moveTargets) assumeReachable(before []*moveTarget) {
+func (t *moveTargets) assumeReachable(before []*moveTarget) {
 	for _, b := range before {
-		if target := m.all[b.backend]; target != nil {
+		if target := t.all[b.backend]; target != nil {
 			target.dialled, target.reachable = true, true
 		}
 	}
 }
 
 // close ends all dials and waits for them.
-func (m *moveTargets) close() {
-	m.dropAll()
-	m.dials.Wait()
+func (t *moveTargets) close() {
+	t.dropAll()
+	t.dials.Wait()
 }
 
 // dial dials the target until it accepts a connection or ctx ends. It sends the result of
 // each dial to results.
-func (m *moveTargets) dial(ctx context.Context, target *moveTarget) {
+func (t *moveTargets) dial(ctx context.Context, target *moveTarget) {
 	retry := backoff{minTargetRetry, maxTargetRetry}
 	for failures := 1; ; failures++ {
-		err := m.probe(ctx, target.backend)
+		err := t.probe(ctx, target.backend)
 		select {
 		case <-ctx.Done():
 			return
-		case m.results <- dialResult{target, err}:
+		case t.results <- dialResult{target, err}:
 		}
 		if err == nil || sleep(ctx, retry.jittered(failures, rand.Float64())) != nil {
 			return
@@ -116,9 +116,9 @@ func (m *moveTargets) dial(ctx context.Context, target *moveTarget) {
 }
 
 // note notes the result of a dial. It reports whether this is the target's first failure.
-func (m *moveTargets) note(d dialResult, now time.Time) (firstFailure bool) {
+func (t *moveTargets) note(d dialResult, now time.Time) (firstFailure bool) {
 	target := d.moveTarget
-	if m.all[target.backend] != target { // it was dropped meanwhile
+	if t.all[target.backend] != target { // it was dropped meanwhile
 		return false
 	}
 	target.dialled, target.reachable = true, d.err == nil
@@ -130,8 +130,8 @@ func (m *moveTargets) note(d dialResult, now time.Time) (firstFailure bool) {
 }
 
 // areDialled reports whether the first dial of each target has ended.
-func (m *moveTargets) areDialled() bool {
-	for _, target := range m.all {
+func (t *moveTargets) areDialled() bool {
+	for _, target := range t.all {
 		if !target.dialled {
 			return false
 		}
@@ -142,8 +142,8 @@ func (m *moveTargets) areDialled() bool {
 // away returns the ordinals, sorted, of the targets that accept no connection and that
 // namespaces wait for. until is when they wait for one of them no longer; zero if there
 // is none.
-func (m *moveTargets) away(now time.Time) (away []int, until time.Time) {
-	for backend, target := range m.all {
+func (t *moveTargets) away(now time.Time) (away []int, until time.Time) {
+	for backend, target := range t.all {
 		if target.dialled && !target.reachable && now.Before(target.waitUntil) {
 			away = append(away, backend)
 			until = earliest(until, target.waitUntil)

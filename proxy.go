@@ -55,9 +55,9 @@ type proxy struct {
 
 	readers sync.Pool // of *bufio.Reader
 
-	pendingUpgrades     upgradeLimit
+	pendingUpgrades     pendingLimit
 	namespaceLimiter    *namespaceLimiter // nil: no limits
-	handshakes          atomic.Int64      // calls of check
+	requestsChecked     atomic.Int64      // calls of check
 	inFlight            waitCount         // requests that net/http has, but for those of forwarder
 	unhandled           sync.WaitGroup    // requests on their way from the fast path to ServeHTTP
 	upgradeDurations    *histogram        // from the head of an upgrade to its session
@@ -176,7 +176,7 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result, error) 
 		}
 		return p.unreachableError(ctx, u.owner, u.dialErr, nil)
 	}
-	clientCtx, holdCtx, cancel := p.upgradeContexts(r, u.holdDeadline)
+	clientCtx, holdCtx, cancel := p.requestContexts(r, u.holdDeadline)
 	defer cancel()
 	clientAddrs := forwardedFor(r)
 	// Each owner that is asked gets a copy of head with an end of its own.
@@ -188,7 +188,7 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result, error) 
 }
 
 // reserveHead counts n bytes of u's head, if the limit of all heads allows that.
-func (p *proxy) reserveHead(u *pendingUpgrade, n int) *refusal {
+func (p *proxy) reserveHead(u *pendingRequest, n int) *refusal {
 	if u.reserveHead(n, p.limits.pendingUpgrades) {
 		return nil
 	}
@@ -201,7 +201,7 @@ func (p *proxy) reserveHead(u *pendingUpgrade, n int) *refusal {
 // is what startRequestHead has returned, without room.
 func (p *proxy) askOwners(
 	holdCtx context.Context, w http.ResponseWriter, r *http.Request,
-	u *pendingUpgrade, clientAddrs string, head []byte,
+	u *pendingRequest, clientAddrs string, head []byte,
 ) (result, error) {
 	refusals := 0
 	for misdirected := error(nil); ; {
@@ -245,7 +245,7 @@ func trimRequest(r *http.Request, ctx context.Context) *http.Request {
 
 // dialOwner waits until the owner of the namespace may have a session of it, and dials
 // that owner. ctx bounds it. u then has the connection.
-func (p *proxy) dialOwner(ctx context.Context, u *pendingUpgrade) error {
+func (p *proxy) dialOwner(ctx context.Context, u *pendingRequest) error {
 	if !p.backends.queues.isOpen(u.queue()) {
 		u.beginHold()
 	}
@@ -272,7 +272,7 @@ func (p *proxy) dialOwner(ctx context.Context, u *pendingUpgrade) error {
 
 // startFlight notes that the owner gets the request now, which the caller sends next. It
 // returns false if the namespace has another owner by now, or none.
-func (p *proxy) startFlight(u *pendingUpgrade) bool {
+func (p *proxy) startFlight(u *pendingRequest) bool {
 	f, now, ok := p.mover.startFlight(u.namespace, u.owner, u.podUID, u.cut)
 	if ok {
 		u.flight, u.assignment = f, now
@@ -316,7 +316,7 @@ func (p *proxy) admitPlain(x *exchange) *refusal {
 		refused = x.readWhole(p.limits.headerTimeout)
 	}
 	if refused == nil {
-		x.pendingUpgrade, refused = p.place(namespace)
+		x.pendingRequest, refused = p.reserve(namespace)
 	}
 	if refused != nil {
 		return refused
@@ -324,7 +324,7 @@ func (p *proxy) admitPlain(x *exchange) *refusal {
 	cancel := x.cancel // not x, which an abandoned flight would keep
 	x.cut = func() { cancel(errMoved) }
 	x.head = slices.Clip(startPlainHead(x.r, forwardedFor(x.r), p.podName))
-	return p.reserveHead(x.pendingUpgrade, len(x.head)+len(x.whole))
+	return p.reserveHead(x.pendingRequest, len(x.head)+len(x.whole))
 }
 
 // roundTrip sends the request to the owner of its namespace, and returns the answer. The
@@ -332,16 +332,16 @@ func (p *proxy) admitPlain(x *exchange) *refusal {
 // that it has not taken the request, and nothing of its body is lost.
 func (p *proxy) roundTrip(x *exchange) (*http.Response, error) {
 	refusals, misdirected := 0, error(nil)
-	for conn := p.takeKept(x.pendingUpgrade); ; conn = nil {
+	for conn := p.takeKept(x.pendingRequest); ; conn = nil {
 		if conn == nil {
-			if err := p.dialOwner(p.holdContext(x), x.pendingUpgrade); err != nil {
+			if err := p.dialOwner(p.holdContext(x), x.pendingRequest); err != nil {
 				_, err = p.unreachableError(x.holdCtx, x.owner, err, misdirected)
 				return nil, err
 			}
 			conn = newOwnerConn(x.backendConn, backendPod{x.owner, x.podUID})
 			x.backendConn = nil
 		}
-		if !p.startFlight(x.pendingUpgrade) {
+		if !p.startFlight(x.pendingRequest) {
 			p.forwarder.kept.put(conn)
 			continue
 		}
@@ -374,7 +374,7 @@ func (p *proxy) roundTrip(x *exchange) (*http.Response, error) {
 
 // takeKept returns a kept connection to the owner if the request can be sent at once, or
 // nil.
-func (p *proxy) takeKept(u *pendingUpgrade) *ownerConn {
+func (p *proxy) takeKept(u *pendingRequest) *ownerConn {
 	u.podUID = p.backends.podUID(u.owner) // before it is asked for sessions with older pods
 	if u.queue() != u.owner || p.relay.oldPodSessionsDone(u.namespace) != nil ||
 		!p.backends.queues.isOpen(u.owner) {
@@ -400,12 +400,12 @@ func (p *proxy) checkAnswer(x *exchange, resp *http.Response, conn net.Conn) err
 // holdContext returns the context that bounds all waits for an owner. finish ends it.
 func (p *proxy) holdContext(x *exchange) context.Context {
 	if x.holdCtx == nil {
-		_, x.holdCtx, x.cancelHold = p.upgradeContexts(x.r, time.Time{})
+		_, x.holdCtx, x.cancelHold = p.requestContexts(x.r, time.Time{})
 	}
 	return x.holdCtx
 }
 
-// upgradeContexts returns the contexts of an upgrade. clientCtx ends when the client is
+// requestContexts returns the contexts of an upgrade. clientCtx ends when the client is
 // gone or the router stops. holdCtx also ends at the deadline until which the upgrade
 // waits for its owner: after -hold if it is zero. The caller calls cancel.
 //
@@ -415,7 +415,7 @@ func (p *proxy) holdContext(x *exchange) context.Context {
 // request, at most -handshake-timeout. But it waits for an owner for halfClosedHold only,
 // and then gets 503. net/http ends the context of the request after a FIN as after a RST.
 // The clientConn knows which of the two it was.
-func (p *proxy) upgradeContexts(
+func (p *proxy) requestContexts(
 	r *http.Request, deadline time.Time,
 ) (clientCtx, holdCtx context.Context, cancel func()) {
 	request := r.Context()
@@ -456,12 +456,12 @@ var errReleased = errors.New("it has released the namespace for a later step (40
 
 // admit checks an upgrade request, finds its owner, and counts it in the limits. Both
 // ways of a handshake begin with it. The caller calls free or openSession.
-func (p *proxy) admit(r *http.Request) (*pendingUpgrade, *refusal) {
+func (p *proxy) admit(r *http.Request) (*pendingRequest, *refusal) {
 	namespace, refused := p.check(r, checkUpgrade)
 	if refused != nil {
 		return nil, refused
 	}
-	u, refused := p.place(namespace)
+	u, refused := p.reserve(namespace)
 	if refused != nil {
 		return nil, refused
 	}
@@ -477,7 +477,7 @@ func (p *proxy) admit(r *http.Request) (*pendingUpgrade, *refusal) {
 func (p *proxy) check(
 	r *http.Request, checkKind func(*http.Request) *refusal,
 ) (namespace string, refused *refusal) {
-	p.handshakes.Add(1)
+	p.requestsChecked.Add(1)
 	if n := countFields(r.Header); n > p.limits.headerFields {
 		return "", refuse(resultBadHead, "too many header fields: at most %d are allowed (got %d)",
 			p.limits.headerFields, n)
@@ -489,8 +489,8 @@ func (p *proxy) check(
 	return namespace, refused
 }
 
-// place finds the owner of the namespace of a request, and counts that in the limits.
-func (p *proxy) place(namespace string) (*pendingUpgrade, *refusal) {
+// reserve finds the owner of the namespace of a request, and counts that in the limits.
+func (p *proxy) reserve(namespace string) (*pendingRequest, *refusal) {
 	assigned, refused := p.owner(namespace)
 	if refused != nil {
 		return nil, refused
@@ -503,7 +503,7 @@ func (p *proxy) place(namespace string) (*pendingUpgrade, *refusal) {
 			"%d upgrades to %s are pending, its share of %d; %d in all",
 			own, p.backends.name(assigned.owner), limit, all)
 	}
-	u := &pendingUpgrade{limit: &p.pendingUpgrades, holds: p.holdDurations,
+	u := &pendingRequest{limit: &p.pendingUpgrades, holds: p.holdDurations,
 		began: time.Now(), namespace: namespace, assignment: assigned}
 	if p.relay.size()+p.forwarder.size()+all > p.limits.sessions {
 		u.free()
@@ -516,7 +516,7 @@ func (p *proxy) place(namespace string) (*pendingUpgrade, *refusal) {
 // recheckOwner asks again which backend owns the namespace, and waits until that may have
 // a session of it: until no session of the namespace is with a pod that was replaced. ctx
 // bounds that. It returns a *refusal if there is no owner.
-func (p *proxy) recheckOwner(ctx context.Context, u *pendingUpgrade) error {
+func (p *proxy) recheckOwner(ctx context.Context, u *pendingRequest) error {
 	assigned, refused := p.owner(u.namespace)
 	if refused != nil {
 		return refused
@@ -527,7 +527,7 @@ func (p *proxy) recheckOwner(ctx context.Context, u *pendingUpgrade) error {
 
 // waitForOldPod returns when no session of the namespace is with a pod that was replaced.
 // If ctx ends before, it returns an error.
-func (p *proxy) waitForOldPod(ctx context.Context, u *pendingUpgrade) error {
+func (p *proxy) waitForOldPod(ctx context.Context, u *pendingRequest) error {
 	done := p.relay.oldPodSessionsDone(u.namespace)
 	if done == nil {
 		return nil
@@ -583,7 +583,7 @@ func (p *proxy) unreachableError(
 // before. It abandons the connection if that does not become the session's.
 func (p *proxy) completeUpgrade(
 	w http.ResponseWriter, r *http.Request,
-	u *pendingUpgrade, clientAddrs string, request []byte,
+	u *pendingRequest, clientAddrs string, request []byte,
 ) (result, error) {
 	backendConn, taken := u.backendConn, false
 	u.backendConn = nil
@@ -729,7 +729,7 @@ func (p *proxy) hijack(w http.ResponseWriter, head []byte) (net.Conn, []byte, er
 
 // newSession returns the session of an upgrade whose owner has answered 101, or
 // errOwnerChanged.
-func (p *proxy) newSession(u *pendingUpgrade, clientAddrs string) (*session, error) {
+func (p *proxy) newSession(u *pendingRequest, clientAddrs string) (*session, error) {
 	s := newSession(u.namespace, u.owner, clientAddrs)
 	s.podUID = u.podUID
 	if p.mover.shouldMove(s) {
@@ -747,7 +747,7 @@ func (p *proxy) newSession(u *pendingUpgrade, clientAddrs string) (*session, err
 // With -handoff=off there is no flight, and no step looks for one where only the pod was
 // replaced. So openSession asks again whether s has to move, when the relay has it: a change
 // before that is seen here, and after a later one the mover finds s in the relay.
-func (p *proxy) openSession(u *pendingUpgrade, s *session, start func()) {
+func (p *proxy) openSession(u *pendingRequest, s *session, start func()) {
 	p.results[resultOK].Add(1)
 	p.upgradeDurations.observe(time.Since(u.began))
 	s.permit, u.permit = u.permit, nil

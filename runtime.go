@@ -157,9 +157,9 @@ func processMemory() (virtual, resident float64, err error) {
 }
 
 const (
-	minHandshakesToFree = 1000        // handshakes since the memory was given back
-	maxCalmHandshakes   = 10          // handshakes in freeMemoryInterval while it is calm
-	freeMemoryInterval  = time.Second // between two checks
+	minRequestsToFree  = 1000        // handshakes since the memory was given back
+	maxCalmRequests    = 10          // handshakes in freeMemoryInterval while it is calm
+	freeMemoryInterval = time.Second // between two checks
 )
 
 // freeMemory gives the memory that many handshakes took back to the system as soon as it
@@ -177,8 +177,8 @@ func freeMemory(ctx context.Context, handshakes func() int) {
 		case <-ticker.C:
 		}
 		now := handshakes()
-		if now-before <= maxCalmHandshakes && now-freed >= minHandshakesToFree {
-			giveBack(ctx, func() bool { return handshakes()-now <= maxCalmHandshakes })
+		if now-before <= maxCalmRequests && now-freed >= minRequestsToFree {
+			giveBack(ctx, func() bool { return handshakes()-now <= maxCalmRequests })
 			freed = now
 		}
 		before = now

@@ -86,9 +86,9 @@ func TestFreeMemory(t *testing.T) {
 			open int // in one freeMemoryInterval
 			want uint32
 		}{
-			{minHandshakesToFree - 1, 0}, {0, 0}, // too few
-			{maxCalmHandshakes + 1, 0}, {1, 1}, // calm after enough
-			{0, 0}, {minHandshakesToFree, 0}, {minHandshakesToFree, 0}, {maxCalmHandshakes, 1}, {0, 0},
+			{minRequestsToFree - 1, 0}, {0, 0}, // too few
+			{maxCalmRequests + 1, 0}, {1, 1}, // calm after enough
+			{0, 0}, {minRequestsToFree, 0}, {minRequestsToFree, 0}, {maxCalmRequests, 1}, {0, 0},
 		}
 		time.Sleep(freeMemoryInterval / 2)
 		for i, step := range steps {

@@ -25,10 +25,10 @@ type tlsServer struct {
 	config    func() *tls.Config // for the next handshake; static
 	computing chan struct{}      // has an element for each handshake that computes
 	results   [numTLSResults]atomic.Int64
-	resumed   atomic.Int64  // of those that are tlsOK
-	times     *histogram    // of those that are tlsOK
-	running   atomic.Int64  // handshakes under way: from the accept of the client
-	silent    handshakeList // those that wait for their clients
+	resumed   atomic.Int64     // of those that are tlsOK
+	times     *histogram       // of those that are tlsOK
+	running   atomic.Int64     // handshakes under way: from the accept of the client
+	waiting   tlsHandshakeList // those that wait for their clients
 
 	// writeTimeout bounds all writes of a handshake that net/http does: net/http itself
 	// bounds the reads. Static.
@@ -53,10 +53,10 @@ func (r tlsResult) String() string {
 }
 
 const (
-	// maxSilentHandshakes is how many handshakes may wait for their clients. One more
+	// maxWaitingHandshakes is how many handshakes may wait for their clients. One more
 	// ends the one that has waited for longest: whoever opens connections and sends
 	// nothing keeps nobody out.
-	maxSilentHandshakes = 2048
+	maxWaitingHandshakes = 2048
 	// What a client may send in its handshake. crypto/tls keeps up to 64 KiB of a
 	// ClientHello, and 256 KiB of certificates, also if it has asked for none.
 	maxTLSHandshakeBytes             = 72 << 10
@@ -69,9 +69,9 @@ const (
 )
 
 var (
-	// errHandshake is returned for a client whose handshake has failed. It can be sent
+	// errTLSHandshake is returned for a client whose handshake has failed. It can be sent
 	// nothing more.
-	errHandshake = errors.New("the TLS handshake has failed")
+	errTLSHandshake = errors.New("the TLS handshake has failed")
 	// errNoData is returned to crypto/tls for a client that sends much without data: a
 	// handshake that does not end, for example.
 	errNoData = errors.New("the client sends too many bytes that are no data")
@@ -88,7 +88,7 @@ func newTLSServer(config func() *tls.Config) *tlsServer {
 		// CPUs would only keep the sessions waiting.
 		computing: make(chan struct{}, runtime.GOMAXPROCS(0)),
 		times:     newHistogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10),
-		silent:    handshakeList{limit: maxSilentHandshakes},
+		waiting:   tlsHandshakeList{limit: maxWaitingHandshakes},
 
 		writeTimeout: 10 * time.Second,
 	}
@@ -110,7 +110,7 @@ func (s *tlsServer) handshake(
 	result := resultOf(err)
 	s.count(result)
 	if result != tlsOK {
-		return cmp.Or(err, errHandshake)
+		return cmp.Or(err, errTLSHandshake)
 	}
 	s.times.observe(time.Since(began))
 	if t.ConnectionState().DidResume {
@@ -125,8 +125,8 @@ func (s *tlsServer) count(result tlsResult) {
 	s.running.Add(-1)
 }
 
-// handshakeResult says what has become of a handshake, from its error alone.
-func handshakeResult(err error) tlsResult {
+// tlsHandshakeResult says what has become of a handshake, from its error alone.
+func tlsHandshakeResult(err error) tlsResult {
 	switch {
 	case err == nil:
 		return tlsOK
@@ -141,16 +141,16 @@ func handshakeResult(err error) tlsResult {
 
 // compute calls handshake when it is the turn of t.
 func (s *tlsServer) compute(t *tlsConn, handshake func() error) error {
-	defer s.release(t)
-	if err := s.acquire(t); err != nil {
+	defer s.endTurn(t)
+	if err := s.takeTurn(t); err != nil {
 		return err
 	}
 	return handshake()
 }
 
-// acquire waits for the turn of t to compute. It returns an error if t.over is closed before:
+// takeTurn waits for the turn of t to compute. It returns an error if t.over is closed before:
 // a handshake that is late for its client only keeps others waiting.
-func (s *tlsServer) acquire(t *tlsConn) error {
+func (s *tlsServer) takeTurn(t *tlsConn) error {
 	select {
 	case <-t.over:
 		return errHandshakeOver
@@ -165,8 +165,8 @@ func (s *tlsServer) acquire(t *tlsConn) error {
 	}
 }
 
-// release ends the turn of t, if it has that.
-func (s *tlsServer) release(t *tlsConn) {
+// endTurn ends the turn of t, if it has that.
+func (s *tlsServer) endTurn(t *tlsConn) {
 	if t.computes {
 		t.computes = false
 		<-s.computing
@@ -175,12 +175,12 @@ func (s *tlsServer) release(t *tlsConn) {
 
 // pause calls wait, which reads from the client of a handshake, or writes to it. Meanwhile
 // the handshake does not compute, so another one may. end ends wait, from any goroutine:
-// see handshakeList.during. pause returns when it is the turn of t again, or the error of
-// acquire.
+// see tlsHandshakeList.during. pause returns when it is the turn of t again, or the error of
+// takeTurn.
 func (s *tlsServer) pause(t *tlsConn, end, wait func()) error {
-	s.release(t)
-	s.silent.during(end, wait)
-	return s.acquire(t)
+	s.endTurn(t)
+	s.waiting.during(end, wait)
+	return s.takeTurn(t)
 }
 
 // writeMetrics writes how many handshakes there were, and how long they took.
@@ -195,8 +195,8 @@ func (s *tlsServer) writeMetrics(m metricsWriter) {
 	s.times.write(m, "router_tls_handshake_duration_seconds", "How long TLS handshakes took that did not fail.")
 }
 
-// handshakeList has the handshakes that wait for their clients, by when that began.
-type handshakeList struct {
+// tlsHandshakeList has the handshakes that wait for their clients, by when that began.
+type tlsHandshakeList struct {
 	limit int
 
 	mu  sync.Mutex
@@ -207,7 +207,7 @@ type handshakeList struct {
 // the list. If the list is full, during first ends the handshake that has waited for longest,
 // to make room: it calls the end that came with that one. end must not block, and may come
 // after wait has returned.
-func (l *handshakeList) during(end, wait func()) {
+func (l *tlsHandshakeList) during(end, wait func()) {
 	l.mu.Lock()
 	place := l.all.PushBack(end)
 	var first *list.Element
@@ -313,7 +313,7 @@ func (t *tlsConn) Read(b []byte) (int, error) {
 // could not read.
 func (t *tlsConn) Write(b []byte) (int, error) {
 	if lazy, ok := t.transport.Conn.(*lazyTransport); ok && lazy.state.Load() != lazyDone {
-		return 0, errHandshake
+		return 0, errTLSHandshake
 	}
 	return t.Conn.Write(b)
 }

@@ -59,7 +59,7 @@ func (l *lazyTransport) replace() {
 // wait calls read, which waits for what comes before the handshake.
 func (l *lazyTransport) wait(read func()) {
 	l.begin()
-	l.server.silent.during(l.replace, read)
+	l.server.waiting.during(l.replace, read)
 }
 
 // begin counts the handshake as one that runs, the first time that it is called.
@@ -84,7 +84,7 @@ func (l *lazyTransport) handshake(t *tlsConn) error {
 	case lazyDone:
 		return nil
 	case lazyFailed:
-		return errHandshake
+		return errTLSHandshake
 	}
 	l.begin()
 	l.Conn.SetWriteDeadline(time.Now().Add(l.server.writeTimeout))
@@ -106,5 +106,5 @@ func (l *lazyTransport) resultOf(err error) tlsResult {
 	if l.state.Swap(lazyFailed) == lazyReplaced {
 		return tlsReplaced
 	}
-	return handshakeResult(err)
+	return tlsHandshakeResult(err)
 }

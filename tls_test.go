@@ -138,16 +138,16 @@ func (p *tlsProxy) waitHandshakes(t testing.TB, want string) {
 func (p *tlsProxy) waitNobody(t testing.TB) {
 	t.Helper()
 	eventually(t, "descriptors", 0, func() int { used, _, _ := p.fastPath.fdLimit.usage(); return used })
-	eventually(t, "handshakes that compute or wait", 0, func() int { return p.tls.silentNow() + len(p.tls.computing) })
+	eventually(t, "handshakes that compute or wait", 0, func() int { return p.tls.waitingNow() + len(p.tls.computing) })
 	p.waitPending(t, 0)
 	p.waitSessions(t, 0)
 }
 
-// silentNow returns how many handshakes wait for their clients.
-func (s *tlsServer) silentNow() int {
-	s.silent.mu.Lock()
-	defer s.silent.mu.Unlock()
-	return s.silent.all.Len()
+// waitingNow returns how many handshakes wait for their clients.
+func (s *tlsServer) waitingNow() int {
+	s.waiting.mu.Lock()
+	defer s.waiting.mu.Unlock()
+	return s.waiting.all.Len()
 }
 
 // fieldOf returns the values of a field of a head, with commas in between.
@@ -470,9 +470,9 @@ func TestTLSProxyProtocol(t *testing.T) {
 		"version 1":    {header, nil, "192.0.2.7"},
 		"version 2":    {proxyBinary(0x21, 0x11, "\xc0\x00\x02\x08\xc0\x00\x02\x01\x13\x88\x01\xbb"), nil, "192.0.2.8"},
 		"no address":   {proxyBinary(0x20, 0x00, ""), nil, "127.0.0.1"},
-		"with a pause": {header, func(p *tlsProxy, _ net.Conn) { eventually(t, "silent clients", 1, p.tls.silentNow) }, "192.0.2.7"},
+		"with a pause": {header, func(p *tlsProxy, _ net.Conn) { eventually(t, "waiting clients", 1, p.tls.waitingNow) }, "192.0.2.7"},
 		"in two halves": {header[:20], func(p *tlsProxy, conn net.Conn) {
-			eventually(t, "silent clients", 1, p.tls.silentNow)
+			eventually(t, "waiting clients", 1, p.tls.waitingNow)
 			mustWrite(t, conn, header[20:])
 		}, "192.0.2.7"},
 	}
@@ -629,7 +629,7 @@ func TestTLSTurnTooLate(t *testing.T) {
 	s, over := newTLSServer(nil), make(chan struct{})
 	close(over)
 	for range 100 {
-		if err := s.acquire(&tlsConn{over: over}); err != errHandshakeOver {
+		if err := s.takeTurn(&tlsConn{over: over}); err != errHandshakeOver {
 			t.Fatalf("it gets a turn: %v, want %v", err, errHandshakeOver)
 		}
 	}
@@ -684,7 +684,7 @@ func TestTLSHostile(t *testing.T) {
 					}
 				}})
 				conn, good := dial(t, p.addr), dial(t, p.addr)
-				eventually(t, "silent clients", 2, p.tls.silentNow)
+				eventually(t, "waiting clients", 2, p.tls.waitingNow)
 				if stopped {
 					p.fastPath.stop()
 				}
@@ -740,9 +740,9 @@ func wantSent(t testing.TB, conn net.Conn, begin string) {
 
 // limitSilent changes how many handshakes may wait for their clients.
 func (s *tlsServer) limitSilent(limit int) {
-	s.silent.mu.Lock()
-	defer s.silent.mu.Unlock()
-	s.silent.limit = limit
+	s.waiting.mu.Lock()
+	defer s.waiting.mu.Unlock()
+	s.waiting.limit = limit
 }
 
 // When too many handshakes wait for their clients, the one that has waited for longest makes room:
@@ -795,7 +795,7 @@ func TestTLSReplaced(t *testing.T) {
 func (p *tlsProxy) waitingClient(t testing.TB, text string, n int) net.Conn {
 	t.Helper()
 	conn := dial(t, p.addr)
-	eventually(t, "silent clients", n, p.tls.silentNow)
+	eventually(t, "waiting clients", n, p.tls.waitingNow)
 	if text != "" {
 		p.sendAndWait(t, conn, text, n)
 	}
@@ -808,14 +808,14 @@ func (p *tlsProxy) sendAndWait(t testing.TB, conn net.Conn, text string, n int) 
 	t.Helper()
 	before := p.tls.lastSilent()
 	mustWrite(t, conn, text)
-	eventually(t, "it waits again", true, func() bool { return p.tls.lastSilent() != before && p.tls.silentNow() == n })
+	eventually(t, "it waits again", true, func() bool { return p.tls.lastSilent() != before && p.tls.waitingNow() == n })
 }
 
 // lastSilent returns the place of the handshake that began last to wait for its client.
 func (s *tlsServer) lastSilent() *list.Element {
-	s.silent.mu.Lock()
-	defer s.silent.mu.Unlock()
-	return s.silent.all.Back()
+	s.waiting.mu.Lock()
+	defer s.waiting.mu.Unlock()
+	return s.waiting.all.Back()
 }
 
 // A handshake that net/http does makes room too.
@@ -823,9 +823,9 @@ func TestTLSReplacedAfterTheStop(t *testing.T) {
 	backend := startStub(t, "127.0.0.1:0", echo)
 	p := startTLS(t, []string{backend.addr}, tlsSetup{change: func(p *proxy) { p.limits.headerTimeout = 2 * patience }})
 	silent, good := dial(t, p.addr), dial(t, p.addr)
-	eventually(t, "silent clients", 2, p.tls.silentNow)
+	eventually(t, "waiting clients", 2, p.tls.waitingNow)
 	p.fastPath.stop()
-	eventually(t, "silent clients", 2, p.tls.silentNow)
+	eventually(t, "waiting clients", 2, p.tls.waitingNow)
 	p.tls.limitSilent(1)
 	client := tlsOver(t, &slowStart{Conn: good}, p.client(0))
 	wantSent(t, silent, "")

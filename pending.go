@@ -6,13 +6,13 @@ import (
 	"time"
 )
 
-// upgradeLimit bounds the pending upgrades: those that wait, dial, or are in the
+// pendingLimit bounds the pending upgrades: those that wait, dial, or are in the
 // handshake. A backend's upgrades cannot take the places of the other backends' ones,
 // whatever they wait for: half of the limit is divided evenly among the backends. The
 // other half is a pool, of which a backend may take as many places as it leaves free. So
 // there is room for the clients of the last backend that works, and for the many clients
 // that wait for one that restarts. The zero value counts none.
-type upgradeLimit struct {
+type pendingLimit struct {
 	mu        sync.Mutex // guards all fields
 	total     int
 	byBackend map[int]int // places taken, by ordinal
@@ -25,7 +25,7 @@ type upgradeLimit struct {
 // backends, and limit places for all of them; each backend has at least one place, whatever
 // the limit. acquire returns how many places are taken then, in all and by this backend. If
 // ok is true, the caller calls giveBack; else it took none.
-func (l *upgradeLimit) acquire(ordinal, count, limit int) (all, own int, ok bool) {
+func (l *pendingLimit) acquire(ordinal, count, limit int) (all, own int, ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if share := max(1, limit/2/count); share != l.share {
@@ -43,14 +43,14 @@ func (l *upgradeLimit) acquire(ordinal, count, limit int) (all, own int, ok bool
 }
 
 // take takes a place, even if the backend has its share.
-func (l *upgradeLimit) take(ordinal int) {
+func (l *pendingLimit) take(ordinal int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.add(ordinal, 1)
 }
 
 // giveBack gives a place back.
-func (l *upgradeLimit) giveBack(ordinal int) {
+func (l *pendingLimit) giveBack(ordinal int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.add(ordinal, -1)
@@ -58,7 +58,7 @@ func (l *upgradeLimit) giveBack(ordinal int) {
 
 // transfer gives a place to another backend, which may then have more than its share: so
 // clients that wait for a dead backend can go to a new owner.
-func (l *upgradeLimit) transfer(from, to int) {
+func (l *pendingLimit) transfer(from, to int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.add(from, -1)
@@ -66,7 +66,7 @@ func (l *upgradeLimit) transfer(from, to int) {
 }
 
 // add counts n more places as taken. The caller holds mu.
-func (l *upgradeLimit) add(ordinal, n int) {
+func (l *pendingLimit) add(ordinal, n int) {
 	if l.byBackend == nil {
 		l.byBackend = map[int]int{}
 	}
@@ -79,7 +79,7 @@ func (l *upgradeLimit) add(ordinal, n int) {
 }
 
 // inUse returns how many places are taken, in all and by the backend.
-func (l *upgradeLimit) inUse(ordinal int) (all, own int) {
+func (l *pendingLimit) inUse(ordinal int) (all, own int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.total, l.byBackend[ordinal]
@@ -87,7 +87,7 @@ func (l *upgradeLimit) inUse(ordinal int) (all, own int) {
 
 // reserveHead counts n bytes more of heads that are kept, and reports whether so many are
 // allowed with this limit of upgrades. If not, it counts none.
-func (l *upgradeLimit) reserveHead(n, limit int) bool {
+func (l *pendingLimit) reserveHead(n, limit int) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if n > 0 && l.headBytes+n > limit*headBytesPerUpgrade {
@@ -101,11 +101,11 @@ func (l *upgradeLimit) reserveHead(n, limit int) bool {
 // average. One may have more if others have fewer.
 const headBytesPerUpgrade = 2 << 10
 
-// pendingUpgrade is an upgrade from its admission until it is a session or is answered, or
+// pendingRequest is an upgrade from its admission until it is a session or is answered, or
 // a plain request until its owner gets it. It goes with its client from the fast path to
 // net/http. One goroutine at a time owns it.
-type pendingUpgrade struct {
-	limit     *upgradeLimit    // counts it until free
+type pendingRequest struct {
+	limit     *pendingLimit    // counts it until free
 	permit    *namespacePermit // given back with free; nil without limits of its namespace
 	freed     bool
 	began     time.Time  // when its head was read
@@ -125,20 +125,20 @@ type pendingUpgrade struct {
 }
 
 // assign makes the upgrade one to the owner that a says.
-func (u *pendingUpgrade) assign(a assignment) {
+func (u *pendingRequest) assign(a assignment) {
 	u.limit.transfer(u.owner, a.owner)
 	u.assignment = a
 }
 
 // beginHold notes that the upgrade waits for its owner, if it does not wait already.
-func (u *pendingUpgrade) beginHold() {
+func (u *pendingRequest) beginHold() {
 	if u.holdBegan.IsZero() {
 		u.holdBegan = time.Now()
 	}
 }
 
 // endHold counts the time for which the upgrade has waited, if it has.
-func (u *pendingUpgrade) endHold() {
+func (u *pendingRequest) endHold() {
 	if !u.holdBegan.IsZero() {
 		u.holds.observe(time.Since(u.holdBegan))
 		u.holdBegan = time.Time{}
@@ -147,7 +147,7 @@ func (u *pendingUpgrade) endHold() {
 
 // endFlight notes that the request is over: its owner has refused it, or the relay has
 // the session.
-func (u *pendingUpgrade) endFlight() {
+func (u *pendingRequest) endFlight() {
 	if u.flight != nil {
 		u.flight.end()
 		u.flight = nil
@@ -157,7 +157,7 @@ func (u *pendingUpgrade) endFlight() {
 // abandon takes over conn, a connection to the owner that became no session, and closes
 // it: if the owner may have the request, not before that is over. Until then a place of
 // the owner stays taken. conn is nil if there was no descriptor for it.
-func (u *pendingUpgrade) abandon(conn net.Conn) {
+func (u *pendingRequest) abandon(conn net.Conn) {
 	if u.flight == nil {
 		if conn != nil {
 			conn.Close()
@@ -172,7 +172,7 @@ func (u *pendingUpgrade) abandon(conn net.Conn) {
 
 // reserveHead counts n bytes of its head, in place of those that it counted before. It
 // reports whether so many are allowed with this limit of upgrades.
-func (u *pendingUpgrade) reserveHead(n, limit int) bool {
+func (u *pendingRequest) reserveHead(n, limit int) bool {
 	ok := u.limit.reserveHead(n-u.headBytes, limit)
 	if ok {
 		u.headBytes = n
@@ -181,7 +181,7 @@ func (u *pendingUpgrade) reserveHead(n, limit int) bool {
 }
 
 // free ends the count of the upgrade in its limits. More calls do nothing.
-func (u *pendingUpgrade) free() {
+func (u *pendingRequest) free() {
 	if u.freed {
 		return
 	}
@@ -194,13 +194,13 @@ func (u *pendingUpgrade) free() {
 }
 
 // retake takes a place again, after free, even if the owner has its share.
-func (u *pendingUpgrade) retake() {
+func (u *pendingRequest) retake() {
 	u.limit.take(u.owner)
 	u.freed = false
 }
 
 // close frees the upgrade, and abandons the connection to its owner if it has one.
-func (u *pendingUpgrade) close() {
+func (u *pendingRequest) close() {
 	u.abandon(u.backendConn)
 	u.free()
 }
