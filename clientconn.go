@@ -182,19 +182,41 @@ func (c *clientConn) beforeTLS() (*prefixedConn, *lazyTransport) {
 // should not mind at least one before a request (RFC 9112 §2.2).
 func trimEmptyLines(data []byte) []byte { return bytes.TrimLeft(data, "\r\n") }
 
+// Close does not wait for a client with TLS to take close_notify: net/http's Shutdown closes
+// one client after the other.
 func (c *clientConn) Close() error {
 	if c.receiving.Load() && !c.requestRead.Swap(true) {
 		c.badHeads.Add(1)
 	}
 	c.uncount()
-	err := c.Conn.Close()
 	if upgrade := c.upgrade.Swap(nil); upgrade != nil {
 		upgrade.close()
 	}
-	if !c.closed.Swap(true) {
-		c.fdLimit.add(-descriptorsPerUpgrade)
+	if c.closed.Swap(true) {
+		return net.ErrClosed
 	}
+	if c.tls() != nil {
+		go c.end()
+		return nil
+	}
+	return c.end()
+}
+
+// end closes the connection, and then ends the count of its descriptors.
+func (c *clientConn) end() error {
+	err := c.Conn.Close()
+	c.fdLimit.add(-descriptorsPerUpgrade)
 	return err
+}
+
+// tls returns nil for a client without TLS.
+func (c *clientConn) tls() *tlsConn {
+	conn := c.Conn
+	if prefixed, ok := conn.(*prefixedConn); ok {
+		conn = prefixed.Conn // not by unwrap: net/http reads the prefix meanwhile
+	}
+	_, t := takeTLS(conn)
+	return t
 }
 
 // CloseWrite is what net/http looks for to let the client read a 431 before the
@@ -213,12 +235,7 @@ func markRequestRead(r *http.Request) {
 	if c, ok := r.Context().Value(clientConnKey{}).(*clientConn); ok {
 		c.requestRead.Store(true)
 		c.uncount()
-		conn := c.Conn
-		if prefixed, ok := conn.(*prefixedConn); ok {
-			conn = prefixed.Conn // not by unwrap: net/http reads the prefix meanwhile
-		}
-		_, t := takeTLS(conn)
-		r.TLS = t.state()
+		r.TLS = c.tls().state()
 		if c.remoteAddr != nil {
 			r.RemoteAddr = c.remoteAddr.String()
 		}

@@ -194,7 +194,9 @@ func (e *engine) setHalfCloseDeadlines(s *session, from side) {
 		limit = s.deadDeadline
 	}
 	s.conn[from].SetReadDeadline(limit)
-	s.conn[from.other()].SetWriteDeadline(limit)
+	if !s.fin[from] { // else nothing is written but close_notify, which crypto/tls bounds by 5 s
+		s.conn[from.other()].SetWriteDeadline(limit)
+	}
 }
 
 // end ends the session: it closes both connections. The first cause counts. It may be

@@ -338,24 +338,20 @@ func (t *tlsConn) setTransport(transport net.Conn, relayed bool) {
 	}
 }
 
-// closeNotifyTime is how long after Close a client may take to take close_notify, or an
-// answer that crypto/tls has for it. crypto/tls alone waits for 5 s, or for ever if the client
-// asks for new keys and reads nothing.
+// closeNotifyTime is how long Close waits for a client that does not take close_notify, or
+// an answer that crypto/tls has for it.
 const closeNotifyTime = time.Second
 
-// Close ends the TLS, if the client takes that, and closes the connection. It does not wait
-// for it: the Shutdown of net/http closes one client after the other.
+// Close ends the TLS, if the client takes that, and closes the connection. crypto/tls alone
+// waits for 5 s, or for ever if the client asks for new keys and reads nothing.
 func (t *tlsConn) Close() error {
 	conn := t.transport.Conn
 	if lazy, ok := conn.(*lazyTransport); ok && lazy.state.Load() != lazyDone {
 		return conn.Close()
 	}
 	late := time.AfterFunc(closeNotifyTime, func() { conn.Close() })
-	go func() {
-		defer late.Stop()
-		t.Conn.Close()
-	}()
-	return nil
+	defer late.Stop()
+	return t.Conn.Close()
 }
 
 // CloseWrite ends this side: first its TLS, then its TCP. Nothing can be written after it.

@@ -21,6 +21,7 @@ import (
 	"regexp"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -641,6 +642,7 @@ func TestTLSCloseDoesNotWait(t *testing.T) {
 	pair := newTestCA(t, "the CA").sign(t, nil, nil, "a.test")
 	certificate, err := tls.X509KeyPair([]byte(pair.cert), []byte(pair.key))
 	must(t, err)
+	fdLimit := wideDescriptorLimit(t)
 	bubble(t, func(t *testing.T) {
 		const clients = 3
 		began, closed := time.Now(), make(chan error)
@@ -650,7 +652,8 @@ func TestTLSCloseDoesNotWait(t *testing.T) {
 			go server.Handshake()
 			must(t, tls.Client(client, &tls.Config{InsecureSkipVerify: true}).Handshake())
 			synctest.Wait()
-			must(t, server.Close())
+			c := &clientConn{Conn: server, fdLimit: fdLimit, badHeads: new(atomic.Int64)}
+			must(t, c.Close())
 			go func() {
 				_, err := transport.Read(make([]byte, 1))
 				closed <- err
