@@ -890,6 +890,7 @@ func startedOver(t testing.TB, r *relay, client, backend string) relayed {
 // waitFor fails the test if the relay's sessions do not end by themselves.
 func waitFor(t testing.TB, r *relay) {
 	t.Helper()
+	r.size() // for the race detector: by its lock, all sessions were added before the wait
 	done := make(chan struct{})
 	go func() { r.wait(); close(done) }()
 	select {
