@@ -29,15 +29,25 @@ func listenTest(t *testing.T) (net.Listener, int) {
 // target without a proxy.
 func startTestBackends(t *testing.T) *target {
 	t.Helper()
+	var b *backends
 	var ports []int
-	for range backendCount {
-		l, port := listenTest(t)
-		l.Close()
-		ports = append(ports, port)
-	}
-	b, err := newBackends(ports)
-	if err != nil {
-		t.Fatal(err)
+	for attempt := range 5 { // another one may take a port before the backends listen
+		ports = nil
+		var held []net.Listener
+		for range backendCount {
+			l, port := listenTest(t)
+			held, ports = append(held, l), append(ports, port)
+		}
+		for _, l := range held {
+			l.Close()
+		}
+		var err error
+		if b, err = newBackends(ports); err == nil {
+			break
+		}
+		if attempt == 4 {
+			t.Fatal(err)
+		}
 	}
 	t.Cleanup(b.close)
 	return &target{ports: ports, backends: b}
