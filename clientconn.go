@@ -242,9 +242,9 @@ func markRequestRead(r *http.Request) {
 	}
 }
 
-// takePendingUpgrade returns the upgrade that the fast path has admitted for the request,
+// takePendingRequest returns the upgrade that the fast path has admitted for the request,
 // or nil. The caller closes it.
-func takePendingUpgrade(ctx context.Context) *pendingRequest {
+func takePendingRequest(ctx context.Context) *pendingRequest {
 	if c, ok := ctx.Value(clientConnKey{}).(*clientConn); ok {
 		return c.upgrade.Swap(nil)
 	}

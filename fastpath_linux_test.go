@@ -222,7 +222,7 @@ func TestClientConnCloses(t *testing.T) {
 		both.Go(func() { c.Close() })
 		both.Go(func() {
 			ctx := context.WithValue(t.Context(), clientConnKey{}, c)
-			if u := takePendingUpgrade(ctx); u != nil {
+			if u := takePendingRequest(ctx); u != nil {
 				u.close()
 			}
 		})

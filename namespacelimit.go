@@ -35,18 +35,21 @@ func newNamespaceLimiter(limits namespaceLimits, log *slog.Logger) *namespaceLim
 	}
 }
 
-// admit counts an upgrade in all limits of its namespace. Without limits, the permit is
-// nil. The caller gives it back.
+// admit counts an upgrade in all limits of its namespace. The permit is nil if no
+// limit counts the upgrade after that; else the caller gives it back.
 func (l *namespaceLimiter) admit(namespace string) (*namespacePermit, *refusal) {
 	if l == nil {
 		return nil, nil
 	}
-	// A permit must not keep the memory of a request.
-	permit := &namespacePermit{limiter: l, namespace: strings.Clone(namespace)}
-	if !l.sessions.acquire(permit.namespace) {
-		return nil, refuse(resultMaxNamespace,
-			"%q has %d sessions and pending upgrades, the limit of a namespace",
-			namespace, l.limits.sessions)
+	var permit *namespacePermit
+	if l.sessions != nil {
+		// A permit must not keep the memory of a request.
+		permit = &namespacePermit{sessions: l.sessions, namespace: strings.Clone(namespace)}
+		if !l.sessions.acquire(permit.namespace) {
+			return nil, refuse(resultMaxNamespace,
+				"%q has %d sessions and pending upgrades, the limit of a namespace",
+				namespace, l.limits.sessions)
+		}
 	}
 	if !l.rate.allow(namespace) {
 		permit.giveBack()
@@ -62,7 +65,7 @@ func (l *namespaceLimiter) admit(namespace string) (*namespacePermit, *refusal) 
 // the permit: until its closing handshake begins, since its client may return at once, or
 // else until its end.
 type namespacePermit struct {
-	limiter   *namespaceLimiter
+	sessions  *namespaceSessions
 	namespace string
 }
 
@@ -70,7 +73,7 @@ type namespacePermit struct {
 // taken nothing.
 func (p *namespacePermit) giveBack() {
 	if p != nil {
-		p.limiter.sessions.giveBack(p.namespace)
+		p.sessions.giveBack(p.namespace)
 	}
 }
 

@@ -160,7 +160,7 @@ func (p *proxy) logFailure(r *http.Request, result result, err error, plain bool
 // upgrade makes the request a session, or passes the owner's other answer on. If it
 // returns a *refusal, nothing was answered yet.
 func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result, error) {
-	u := takePendingUpgrade(r.Context())
+	u := takePendingRequest(r.Context())
 	if u == nil {
 		admitted, refused := p.admit(r)
 		if refused != nil {

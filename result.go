@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// result is what became of an upgrade request.
+// result is what became of an upgrade, or of a plain request.
 type result int
 
 const (

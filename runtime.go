@@ -157,16 +157,17 @@ func processMemory() (virtual, resident float64, err error) {
 }
 
 const (
-	minRequestsToFree  = 1000        // handshakes since the memory was given back
-	maxCalmRequests    = 10          // handshakes in freeMemoryInterval while it is calm
+	minRequestsToFree  = 1000        // requests since the memory was given back
+	maxCalmRequests    = 10          // requests in freeMemoryInterval while it is calm
 	freeMemoryInterval = time.Second // between two checks
 )
 
-// freeMemory gives the memory that many handshakes took back to the system as soon as it
+// freeMemory gives the memory that many requests took back to the system as soon as it
 // is calm again, until ctx ends. The runtime alone would keep it for minutes: it collects
 // garbage when the heap has doubled, and a router of idle sessions would have more
-// garbage than sessions. handshakes returns how many there were so far.
-func freeMemory(ctx context.Context, handshakes func() int) {
+// garbage than sessions. requests returns how many there were so far, upgrades and
+// plain ones.
+func freeMemory(ctx context.Context, requests func() int) {
 	ticker := time.NewTicker(freeMemoryInterval)
 	defer ticker.Stop()
 	var freed, before int
@@ -176,9 +177,9 @@ func freeMemory(ctx context.Context, handshakes func() int) {
 			return
 		case <-ticker.C:
 		}
-		now := handshakes()
+		now := requests()
 		if now-before <= maxCalmRequests && now-freed >= minRequestsToFree {
-			giveBack(ctx, func() bool { return handshakes()-now <= maxCalmRequests })
+			giveBack(ctx, func() bool { return requests()-now <= maxCalmRequests })
 			freed = now
 		}
 		before = now
@@ -187,27 +188,30 @@ func freeMemory(ctx context.Context, handshakes func() int) {
 
 const (
 	giveBackStep  = 256 << 10 // bytes; one or two milliseconds
-	giveBackRest  = 3 << 19   // bytes that are given back at once in the end, and a part of all
+	giveBackRest  = 3 << 19   // bytes: this, and 1/32 of what is used, is given back at once
 	giveBackPause = 5 * time.Millisecond
 )
 
 // giveBack collects garbage and gives the free memory of the heap back to the system, until
 // ctx ends or it is not calm any more.
 //
-// debug.FreeOSMemory does so at once: a router with one CPU carries nothing for 100 ms after
-// 5,000 handshakes with TLS. So it has only the rest to do. Before, the limit of memory is a
-// step below what is used, again and again, and whatever allocates gives back that much first
-// (https://go.dev/doc/gc-guide#Memory_limit). The last steps would not leave the heap the
-// 3 % that the runtime wants to have free below the limit: it would collect garbage all the time.
+// debug.FreeOSMemory gives back all at once: a router with one CPU would carry nothing for
+// 100 ms after 5,000 handshakes with TLS. So most is given back before, in small steps: each
+// sets the limit of memory a little below what is used, and whatever allocates then gives
+// back that much first (https://go.dev/doc/gc-guide#Memory_limit). The rest is not, because
+// the runtime wants 3 % of the heap to be free below the limit: it would collect garbage all
+// the time.
 func giveBack(ctx context.Context, calm func() bool) {
 	limit := debug.SetMemoryLimit(-1)
 	runtime.GC()
-	for used, free := goMemory(); calm() && free > giveBackRest+used/32; used, free = goMemory() {
-		debug.SetMemoryLimit(min(limit, used-giveBackStep))
-		runtime.KeepAlive(make([]byte, giveBackStep)) // too large for the stack
-		if sleep(ctx, giveBackPause) != nil {
+	used, free := goMemory()
+	for range free / giveBackStep { // no more, in case others make garbage as fast
+		if !calm() || free <= giveBackRest+used/32 || sleep(ctx, giveBackPause) != nil {
 			break
 		}
+		debug.SetMemoryLimit(min(limit, used-giveBackStep))
+		runtime.KeepAlive(make([]byte, giveBackStep)) // too large for the stack
+		used, free = goMemory()
 	}
 	debug.SetMemoryLimit(limit)
 	if calm() && ctx.Err() == nil {
