@@ -107,6 +107,11 @@ func (e *engine) copyFrom(s *session, from side, early []byte) {
 			continue
 		case errors.Is(err, io.EOF), errors.Is(err, errTruncated) && s.mayTruncate():
 			e.halfClose(s, from)
+		case errors.Is(err, errTruncated):
+			// A write may have taken the error of the client's connection: its goroutine
+			// says so before copy sets the cause.
+			s.halfCloseCause.CompareAndSwap(int32(causeNone), int32(causeTruncated))
+			s.end(causeNone)
 		default:
 			s.end(s.readCause(from, err))
 		}
@@ -120,7 +125,7 @@ func (e *engine) copyFrom(s *session, from side, early []byte) {
 func (s *session) send(from side, data []byte) {
 	to := from.other()
 	s.mu.Lock()
-	failed := s.writeFailed[to]
+	failed, ended := s.writeFailed[to], s.fin[to]
 	s.mu.Unlock()
 	if failed {
 		return
@@ -135,10 +140,11 @@ func (s *session) send(from side, data []byte) {
 		s.end(causeRouterError)
 	default:
 		s.halfCloseCause.CompareAndSwap(int32(causeNone), int32(to.errorCause()))
-		// The kernel returns ETIMEDOUT from one call only: a read may have returned
-		// EOF instead, and have set the cause before.
-		if errors.Is(err, syscall.ETIMEDOUT) {
+		// The kernel returns the error of a connection from one call only: a read may have
+		// returned an end instead, while this write had begun, and have set the cause.
+		if !ended && (errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.ETIMEDOUT)) {
 			s.halfCloseCause.CompareAndSwap(int32(to.endCause()), int32(to.errorCause()))
+			s.halfCloseCause.CompareAndSwap(int32(causeTruncated), int32(to.errorCause()))
 		}
 		s.mu.Lock()
 		s.writeFailed[to] = true
@@ -146,7 +152,8 @@ func (s *session) send(from side, data []byte) {
 	}
 }
 
-// readCause returns the cause if reading the side fails with err.
+// readCause returns the cause if reading the side fails with err: causeNone if end has
+// closed the connection, whose caller knows the cause.
 func (s *session) readCause(from side, err error) cause {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -155,6 +162,8 @@ func (s *session) readCause(from side, err error) cause {
 		return cause(s.halfCloseCause.Load())
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return causeHalfClose
+	case errors.Is(err, net.ErrClosed):
+		return causeNone
 	}
 	return from.causeOf(err)
 }
