@@ -882,6 +882,9 @@ func (o fakeObject) json() string {
 		cmp.Or(o.kind, "ConfigMap"), o.name, cmp.Or(o.namespace, "edge"), o.uid, o.version, o.meta, o.rest)
 }
 
+// handoffName is the name of the ConfigMap that routers share.
+const handoffName = "router-handoff-backend"
+
 // routesMap is the ConfigMap edge/routes with ns-01 on the backend.
 func routesMap(uid, version, backend string) string {
 	return fakeObject{name: "routes", uid: uid, version: version, rest: fmt.Sprintf(`"data":{"ns-01":%q}`, backend)}.json()

@@ -14,9 +14,6 @@ import (
 	"time"
 )
 
-// handoffName is the name of the ConfigMap that routers share.
-const handoffName = "router-handoff-backend"
-
 // sharedProof is a proof with several routers, each in a pod of its own. All have the same
 // API server, and with -handoff=all they share a hand-off.
 type sharedProof struct {

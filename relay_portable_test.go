@@ -8,36 +8,114 @@ import (
 	"net"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 )
 
-// goneConn is a connection that the kernel gave up during a write: the write
-// returns the error, and a read returns EOF.
+// goneConn is a backend's connection that the kernel gave up: a read returns EOF, a
+// write the failure.
 type goneConn struct {
 	net.Conn
-	failure error // of each write
+	failure error
+	writing chan struct{} // closed when a write begins; nil if the read does not wait for that
+	fail    chan struct{} // the write waits until it is closed
 }
 
-func (c *goneConn) Read([]byte) (int, error)  { return 0, io.EOF }
-func (c *goneConn) Write([]byte) (int, error) { return 0, c.failure }
-func (c *goneConn) CloseWrite() error         { return nil }
+func (c *goneConn) CloseWrite() error { return nil }
 
-// If a write to the backend times out, the cause is an error, even if a read has
-// returned EOF before. If the backend ends and then takes nothing more, the cause
-// is its end.
-func TestRelayTimedOutOrEnded(t *testing.T) {
-	for failure, want := range map[error]cause{syscall.ETIMEDOUT: causeBackendError, syscall.EPIPE: causeBackend} {
-		r := quietRelay(t)
-		pairs := newSessionConns(t, "tcp", "tcp")
-		pairs.near[backendSide] = &goneConn{pairs.near[backendSide], failure}
-		c := pairs.start(r, newSession("ns-01", 0, ""), [2][]byte{})
-		mustEOF(t, c.client)
-		mustWrite(t, c.client, "hello")
-		c.client.CloseWrite()
-		c.wantCause(t, want)
+func (c *goneConn) Read([]byte) (int, error) {
+	if c.writing != nil {
+		<-c.writing
 	}
+	return 0, io.EOF
+}
+
+func (c *goneConn) Write([]byte) (int, error) {
+	if c.writing != nil {
+		close(c.writing)
+	}
+	<-c.fail
+	return 0, c.failure
+}
+
+// The kernel returns the error of a connection from one call only. If that is a write,
+// and a read has returned EOF meanwhile, the cause is the error. If the backend has
+// ended before the write, or the write says only that nothing more can be sent, the
+// cause is the backend's end.
+func TestRelayFailedOrEnded(t *testing.T) {
+	for _, tt := range []struct {
+		failure error
+		begun   bool // the write begins before the end is read
+		want    cause
+	}{
+		{syscall.ETIMEDOUT, true, causeBackendError},
+		{syscall.ECONNRESET, true, causeBackendError},
+		{syscall.EPIPE, true, causeBackend},
+		{syscall.ETIMEDOUT, false, causeBackend},
+		{syscall.ECONNRESET, false, causeBackend},
+		{syscall.EPIPE, false, causeBackend},
+	} {
+		t.Run(fmt.Sprintf("%v %t", tt.failure, tt.begun), func(t *testing.T) {
+			r := quietRelay(t)
+			pairs := newSessionConns(t, "tcp", "tcp")
+			gone := &goneConn{Conn: pairs.near[backendSide], failure: tt.failure, fail: make(chan struct{})}
+			if tt.begun {
+				gone.writing = make(chan struct{})
+			}
+			pairs.near[backendSide] = gone
+			c := pairs.start(r, newSession("ns-01", 0, ""), [2][]byte{})
+			if tt.begun {
+				mustWrite(t, c.client, "hello")
+			}
+			mustEOF(t, c.client)
+			if !tt.begun {
+				mustWrite(t, c.client, "hello")
+			}
+			close(gone.fail)
+			closeWrite(t, c.client)
+			c.wantCause(t, tt.want)
+		})
+	}
+}
+
+// lateEndConn is a client's connection whose CloseWrite, which with TLS writes
+// close_notify, waits until takesEnd is closed.
+type lateEndConn struct {
+	*net.TCPConn
+	ending, takesEnd chan struct{}
+	bounded          atomic.Bool // a write has a deadline
+}
+
+func (c *lateEndConn) CloseWrite() error {
+	close(c.ending)
+	<-c.takesEnd
+	return c.TCPConn.CloseWrite()
+}
+
+func (c *lateEndConn) SetWriteDeadline(t time.Time) error {
+	if !t.IsZero() {
+		c.bounded.Store(true)
+	}
+	return c.TCPConn.SetWriteDeadline(t)
+}
+
+// A client that takes close_notify late gets it: the time of a dead session does not
+// bound it.
+func TestRelayDeadSessionSendsTheEnd(t *testing.T) {
+	pairs := newSessionConns(t, "tcp", "tcp")
+	conn := &lateEndConn{TCPConn: pairs.near[clientSide].(*net.TCPConn), ending: make(chan struct{}), takesEnd: make(chan struct{})}
+	pairs.near[clientSide] = conn
+	c := pairs.start(quietRelay(t), newSession("ns-01", 0, ""), [2][]byte{})
+	closeWrite(t, c.backend)
+	<-conn.ending
+	closeWrite(t, c.client)
+	mustEOF(t, c.backend) // the session is dead
+	wantEqual(t, "the end has a deadline", conn.bounded.Load(), false)
+	close(conn.takesEnd)
+	mustEOF(t, c.client)
+	c.wantCause(t, causeBackend)
 }
 
 // failingConn is a connection of which one write fails, after half of its bytes.
