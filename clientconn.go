@@ -34,7 +34,7 @@ func (l clientListener) Accept() (net.Conn, error) {
 		return nil, err
 	}
 	l.fdLimit.add(descriptorsPerUpgrade)
-	c := &clientConn{Conn: conn, fdLimit: l.fdLimit, badHeads: l.badHeads}
+	c := &clientConn{Conn: conn, fdLimit: l.fdLimit, badHeads: l.badHeads, tlsServer: l.tls}
 	if l.proxyProtocol.expects(conn.RemoteAddr().String()) {
 		c.Conn, c.proxyProtocol = &prefixedConn{Conn: conn}, l.proxyProtocol
 	}
@@ -60,6 +60,7 @@ type clientConn struct {
 	net.Conn
 	fdLimit     *descriptorLimit
 	badHeads    *atomic.Int64
+	tlsServer   *tlsServer  // nil: the client comes without TLS
 	receiving   atomic.Bool // a byte came
 	requestRead atomic.Bool // a request reached the handler, or the count was made
 	closed      atomic.Bool
@@ -183,7 +184,7 @@ func (c *clientConn) beforeTLS() (*prefixedConn, *lazyTransport) {
 func trimEmptyLines(data []byte) []byte { return bytes.TrimLeft(data, "\r\n") }
 
 // Close does not wait for a client with TLS to take close_notify: net/http's Shutdown closes
-// one client after the other.
+// one client after the other. tlsServer.closing waits for it, for at most closeNotifyTime.
 func (c *clientConn) Close() error {
 	if c.receiving.Load() && !c.requestRead.Swap(true) {
 		c.badHeads.Add(1)
@@ -195,8 +196,8 @@ func (c *clientConn) Close() error {
 	if c.closed.Swap(true) {
 		return net.ErrClosed
 	}
-	if c.tls() != nil {
-		go c.end()
+	if c.tlsServer != nil {
+		c.tlsServer.closing.Go(func() { c.end() })
 		return nil
 	}
 	return c.end()

@@ -339,7 +339,7 @@ func (c *pendingConn) fallBack(answer []byte, failure error) {
 	socket.Close() // before the owner's has a duplicate: descriptorsPerUpgrade
 	client := &clientConn{
 		Conn: c.overTLS(conn), remoteAddr: c.remoteAddr,
-		fdLimit: f.fdLimit, badHeads: &f.proxy.results[resultBadHead],
+		fdLimit: f.fdLimit, badHeads: &f.proxy.results[resultBadHead], tlsServer: f.proxy.tls,
 	}
 	if c.expectsProxy {
 		client.proxyProtocol = f.proxy.proxyProtocol

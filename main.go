@@ -627,6 +627,9 @@ func (p *program) stopClients(fastPath *fastPath, clientServer *http.Server,
 	p.proxy.relay.stop()
 	p.leaveHandoff()
 	p.proxy.mover.flights.stop()
+	if p.proxy.tls != nil {
+		p.proxy.tls.closing.Wait()
+	}
 	p.log.Info("stopped", "sessions", ended, "seconds", time.Since(started).Seconds())
 }
 

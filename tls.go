@@ -29,6 +29,7 @@ type tlsServer struct {
 	times     *histogram       // of those that are tlsOK
 	running   atomic.Int64     // handshakes under way: from the accept of the client
 	waiting   tlsHandshakeList // those that wait for their clients
+	closing   sync.WaitGroup   // goroutines that close net/http's clients
 
 	// writeTimeout bounds all writes of a handshake that net/http does: net/http itself
 	// bounds the reads. Static.

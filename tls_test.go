@@ -645,14 +645,15 @@ func TestTLSCloseDoesNotWait(t *testing.T) {
 	fdLimit := wideDescriptorLimit(t)
 	bubble(t, func(t *testing.T) {
 		const clients = 3
-		began, closed := time.Now(), make(chan error)
+		began, closed := time.Now(), make(chan error, clients)
+		s := newTLSServer(nil)
 		for range clients {
 			client, transport := net.Pipe()
 			server := newTLSConn(transport, &tls.Config{Certificates: []tls.Certificate{certificate}, MaxVersion: tls.VersionTLS12})
 			go server.Handshake()
 			must(t, tls.Client(client, &tls.Config{InsecureSkipVerify: true}).Handshake())
 			synctest.Wait()
-			c := &clientConn{Conn: server, fdLimit: fdLimit, badHeads: new(atomic.Int64)}
+			c := &clientConn{Conn: server, fdLimit: fdLimit, badHeads: new(atomic.Int64), tlsServer: s}
 			must(t, c.Close())
 			go func() {
 				_, err := transport.Read(make([]byte, 1))
@@ -662,6 +663,7 @@ func TestTLSCloseDoesNotWait(t *testing.T) {
 		if waited := time.Since(began); waited != 0 {
 			t.Errorf("closing took %s, want no wait", waited)
 		}
+		s.closing.Wait()
 		for range clients {
 			if err := <-closed; !errors.Is(err, io.ErrClosedPipe) {
 				t.Errorf("the connection of a client that takes nothing: %v, want that it is closed", err)
