@@ -452,7 +452,7 @@ func (m *mover) mayMove(now time.Time) (ready bool, again time.Time) {
 }
 
 // interval returns the time between two moves of this router: with -handoff=all it has a
-// share of the rate. run calls it.
+// share of the rate. newMover and run call it.
 func (m *mover) interval() time.Duration {
 	if m.shared == nil {
 		return m.moveInterval

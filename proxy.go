@@ -673,7 +673,8 @@ func (p *proxy) handshakeError(
 // their requests, and until they have taken their answers.
 const answerTime = 2 * time.Second
 
-// passResponse sends the client the backend's answer: status, header and body. The body
+// passResponse sends the client the backend's answer, such as a 302, which is not followed
+// and not logged: status, header and body. The body
 // has as much time as the head had. If it is cut off, the client gets what came of it.
 // When ctx ends, because the router stops, the client has answerTime to take it.
 func (p *proxy) passResponse(

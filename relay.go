@@ -96,7 +96,7 @@ type session struct {
 	podUID      string           // uid of the backend's pod at the dial, "" if not known
 	backend     int              // ordinal
 	started     time.Duration    // since relay.began
-	permit      *namespacePermit // given back once; nil without limits of its namespace
+	permit      *namespacePermit // given back once; nil without a limit of sessions
 
 	// Guarded by relay.mu.
 	index    int32 // in relay.sessions

@@ -282,7 +282,7 @@ const maxCloseFrame = 2 + maskKey + maxControlPayload
 // indexed by the side from which the bytes come.
 type closingHandshake struct {
 	frames         [2][]byte   // the Close frame that ends the stream to the side's peer
-	sent           [2]bool     // frames[side] was inserted
+	sent           [2]bool     // frames[side] was inserted; does not change after the session's end
 	stopped        [2]bool     // nothing more that comes from the side is carried
 	flushed        [2]bool     // stopped, and the peer's socket has taken all before
 	ended          [2]bool     // the side has ended its stream
