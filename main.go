@@ -4,15 +4,17 @@
 // A client opens /ws/<namespace>, or another URL with a namespace. A pod of a
 // StatefulSet owns the namespace: the pod that an override in a ConfigMap names, else
 // the pod that the namespace's hash chooses. The router opens the same path on that pod
-// and from then on carries bytes. When the overrides change, the router closes the
-// sessions whose owner changed, at a limited rate, and only these. A namespace opens
-// with its new owner when its last session with the previous one is over.
+// and from then on carries bytes. Owners change with the overrides, the number of backends
+// and the cordon. Then the router closes the sessions whose owner changed, at a limited
+// rate, and no others. A namespace opens with its new owner when all its sessions and
+// requests with the previous one are over, or with -handoff=off at once. The router also
+// closes the sessions of a pod that was replaced, and those that are as old as -max-age.
 //
 //	client
 //	  │ TLS
-//	nginx (without it, with -tls-cert, the fast path or net/http ends TLS)
+//	nginx; or, with -tls-cert, no nginx: the fast path or net/http ends TLS
 //	  │ Unix socket
-//	fast path (Linux); net/http for all else: other requests and answers, half-closed clients
+//	fast path (Linux); net/http for all else: other requests and answers, what takes long
 //	  │
 //	proxy ── who owns the namespace? ── mover ───── router ── ConfigMaps, a directory
 //	  │ ──── where is the owner? ────── backends ── EndpointSlices, DNS or a list
@@ -26,14 +28,30 @@
 //	namespace      the tenant's key in the URL; one of Kubernetes is always called so
 //	owner          the backend that gets the requests of a namespace
 //	override       an entry of a ConfigMap, or a file, that names the owner of a namespace
+//	cordon         the backends to which the hash gives no namespaces
+//	scaled in      of a backend: it owns nothing any more, as there are fewer backends
 //	table          what gives each namespace its owner
+//	kept           of a namespace: its override is invalid or disputed, and its owner stays
+//	unresolved     of a kept namespace: nobody knows its previous owner, so it has none
 //	stamp          a hash of a table: where it is the same, all owners are the same
+//	content        such a hash without the owners of kept namespaces
+//	upgrade        a request for a WebSocket
+//	session        the WebSocket that comes of it, as the router carries it
+//	plain request  no upgrade
+//	flight         what a backend may still have: a request, or a session that is over here
+//	move           to close a session whose owner changed: its client comes back
 //	change         all that follows from a new table, until its owners are in force
+//	hand-off       what gives namespaces to their next owners, and never to two at once
 //	step           a part of a change: it hands over some namespaces together
 //	held           of a namespace: it is handed over, and its clients wait
-//	move           to close a session whose owner changed: its client comes back
-//	flight         a request that a backend may have, until that is over
-//	plain request  no upgrade
+//	away           of a new owner: it takes no connections yet, so its namespaces stay
+//	plan           how far a change has come: its last step, and a record for each table
+//	record         a table in a plan, with two marks: before the last step, and after it
+//	mark           says which namespaces have moved to the table of a record
+//	view           a plan with its tables: it says who owns each namespace now
+//	member         a router that shares its steps with others (-handoff=all)
+//	answer         what a member says: its part of a step is done, and what may be next
+//	epoch          all plans that follow from one first plan
 //
 // What always holds (comments cite these by number, as "invariant 2"):
 //
@@ -41,12 +59,12 @@
 //     table, the pointer is never nil. A lookup takes no lock and allocates nothing.
 //  2. A table gives a namespace one owner: the same overrides, the same number of
 //     backends and the same cordon give the same owner on every router, in every version
-//     of the program. The owner of an invalid override depends on earlier tables too; a
-//     table's stamp, which backends get as a header, shows where two routers differ
+//     with the same hashVersion. The owner of an invalid override depends on earlier tables
+//     too; a table's stamp, which backends get as a header, shows where two routers differ
 //     in that. While one table replaces another, a namespace never has two owners at
 //     once. Sessions count, and also requests that a backend may have received. With
 //     -handoff=all this holds for all routers together, with -handoff=single for each
-//     router by itself.
+//     router by itself, with -handoff=off not at all.
 //  3. An invalid override changes nothing: its namespace keeps its previous owner.
 //     A router that does not know the previous owner refuses the namespace. All
 //     other overrides apply. An invalid cordon changes nothing either: the last valid one
@@ -55,66 +73,103 @@
 //  4. A deleted ConfigMap changes nothing, and a router that starts without one is
 //     not ready. "No overrides" is a ConfigMap with empty data, or -kube none without
 //     -overrides. With a selector, this holds for the last ConfigMap that it chooses.
-//  5. An API server that is down changes nothing for clients.
-//  6. No byte is lost or reordered between hijack and end.
+//  5. An API server that is down changes nothing for clients. But with -handoff=all no step
+//     ends meanwhile: if one is under way, the clients of its namespaces get 503 after -hold.
+//  6. No byte of a session is lost or reordered between its 101 and its end. But a side gets
+//     nothing after the router's Close frame, and on systems other than Linux the last bytes
+//     before a reset may be lost.
 //  7. If an owner cannot be reached, its clients wait up to a bound and then get 503.
 //     They never get another backend.
-//  8. Once the relay has taken a session over, only it touches the two sockets. A session
-//     ends once, with one cause, and is counted and logged once.
+//  8. Once the relay has taken a session over, only it touches the two sockets. At the end
+//     it may give that of the backend to a flight. A session ends once, with one cause, and
+//     is counted and logged once.
 //  9. A slow reader stops its own session only. The memory of each is bounded.
-//  10. A move or drain ends a session with Close frames, each at the end of a frame:
-//     first to the backend, then to the client. A session that does not end so in
+//  10. A move, a drain or -max-age ends a session with Close frames, each at the end of a
+//     frame: first to the backend, then to the client. A session that does not end so in
 //     time is cut.
-//  11. Each goroutine has an owner that waits for it, for a bounded time at the stop.
+//  11. Each goroutine that the router starts has an owner that waits for it, for a bounded
+//     time at the stop.
 //
 // The way of one connection, each step a function. On the fast path:
 //
 //	fastPath.acceptClients    accepts a client
 //	fastPath.startClient      gives it a goroutine
 //	pendingConn.serve         is that goroutine
-//	pendingConn.readTLSHead   waits until the TLS handshake begins, with -tls-cert
-//	pendingConn.startTLS      does the handshake, and reads the request
-//	tlsServer.handshake       lets it compute when it is its turn
+//	pendingConn.readHead      reads the request
+//	pendingConn.readProxyHeader  takes the client's address, if a header has to come before
+//	pendingConn.readTLSHead   does so with -tls-cert, by the next six:
+//	pendingConn.readHello     waits until the TLS handshake begins
+//	pendingConn.setHandshaking  leaves it answerTime, should the router stop meanwhile
+//	pendingConn.startTLS      does the handshake
+//	tlsServer.handshake       counts it
+//	tlsServer.compute         calls crypto/tls when it is the handshake's turn (takeTurn)
+//	pendingConn.readTLS       reads the request within TLS
 //	pendingConn.admit         parses the request
 //	proxy.admit               checks it, finds the owner, and counts it in the limits
-//	pendingConn.park          parks it in its owner's dial queue, if that cannot be dialled now
-//	pendingConn.resume        goes on when it may dial, or has to ask for its owner again
+//	dialQueues.tryDial        says whether the owner can be dialled now; else park is next
 //	pendingConn.dialOwner     dials the owner
-//	pendingConn.askOwner      sends the owner the request, and the client the owner's 101
+//	backends.dialInTurn       finds its address, calls connect, and then lets others dial
+//	pendingConn.connect       connects to the address
+//	pendingConn.askOwner      sends the owner the request, and reads its 101
 //	pendingConn.fallBack      leaves the client to net/http if one of these cannot go on
+//	pendingConn.close         closes it if it is gone, or if TLS or a read has failed
+//
+// A client whose owner cannot be dialled now waits in a queue, without a goroutine:
+//
+//	pendingConn.park          begins that
+//	proxy.recheckOwner        finds the owner again, and waits for sessions with its old pod
+//	dialQueues.enqueue        puts the client into the owner's queue
+//	pendingConn.unpark        starts a goroutine when it may dial, or the owner has changed
+//	pendingConn.resume        is that goroutine: it goes on with dialOwner, or park again
 //
 // A client that falls back takes with it what it has sent and what was admitted. If admit
 // has refused its request (checkUpgrade refuses each plain one), that begins anew at
-// ServeHTTP. If the owner has given another answer than a 101, that goes with the client to
-// completeUpgrade.
+// ServeHTTP. If the owner has the request, its connection goes to completeUpgrade, with what
+// it has answered: mostly nothing within fastPathTimeout, else another answer than a 101, or
+// one that is longer than maxFastResponse.
 //
-//	fastPath.Accept           gives the client to net/http, which reads the request
+//	fastPath.handToHTTP       waits until net/http takes the client
+//	fastPath.Accept           gives it to net/http, which reads the request
+//	clientConn.serverCtx      is set then (ConnContext), and ends when the router stops
 //	lazyTransport.handshake   does the TLS handshake before, if the fast path has not
 //	proxy.ServeHTTP           answers a health check, forwards a plain request, or goes on
 //	proxy.upgrade             takes what admit has returned on the fast path, or calls it
 //	proxy.requestContexts     bounds the wait for the owner
 //	proxy.askOwners           asks the owner, and again when another one has to be asked
-//	proxy.dialOwner           waits until the owner may have a session of the namespace
-//	backends.dialOwner        waits until the owner is ready, and dials it
+//	proxy.dialOwner           dials it when it may have a session of the namespace
+//	backends.dialOwner        repeats the next three until the owner is connected
+//	proxy.recheckOwner        (as recheck) finds the owner, as above
+//	dialQueues.wait           waits in the owner's queue
+//	backends.dialInTurn       dials the owner, as above
 //	proxy.completeUpgrade     does the handshake with the owner
 //	proxy.passResponse        gives the client an answer of the owner that is not a 101
-//	proxy.hijack              sends the 101 to the client
 //
-// Both go on with these. startFlight comes just before the request is sent, the others
-// after the 101.
+// Both have these. startFlight comes just before the request is sent, the others after the
+// owner's 101.
 //
 //	mover.startFlight         asks once more who the owner is
-//	proxy.openSession         ends the flight when the relay has the session
+//	proxy.newSession          asks again (shouldMove): until now the client can go elsewhere
+//	pendingConn.respond, proxy.hijack  send the client the 101
+//	proxy.openSession         begins the session, ends the flight, and asks shouldMove again
+//	pendingRequest.free       ends the count of the upgrade in its limits
 //	poller.promote            gives a pendingConn's place in the event loop to the session
 //	relay.startSession        in place of that: takes the connections from net/http
+//	engine.assign             after startSession: chooses the poller
 //	relay.register            counts the session
-//	engine.carry              takes the sockets from package net, after startSession
+//	engine.carry              after startSession: takes the sockets from package net
 //	poller.carry              makes the event loop carry the bytes
+//	poller.run                is the event loop: it calls poll when there are events
+//	poller.poll               takes them
 //	poller.handleEvent        finds the session of an event
-//	poller.handle             carries bytes
+//	poller.handle             sends what was kept, and reads
+//	poller.readReady          reads a side until nothing is left
+//	poller.readOnce           reads once, and sends that to the other side
 //	poller.readTLS, poller.sendTLS  do so for a client with TLS
-//	poller.end                closes both sockets
-//	relay.abandonBackend      makes a flight of the session, if its backend has not ended
+//	poller.sideEnded          passes the end of a side on to the other one
+//	poller.endIfDead          finds out that both have ended
+//	poller.endWhole           ends the session, after close_notify to a client with TLS
+//	poller.end                closes both sockets, unless the backend has not ended its side
+//	relay.abandonBackend      makes a flight of that one
 //	flight.abandon            waits until it has, at most for -handoff-unproven
 //	poller.unlock             calls sessionEnded
 //	relay.sessionEnded        counts and logs the end
@@ -127,52 +182,69 @@
 //	proxy.roundTrip           takes a kept connection to the owner, or dials it
 //	mover.startFlight         asks once more who the owner is, just before the request
 //	exchange.ask              sends the owner the request, and reads the head of its answer
+//	proxy.checkAnswer         says whether the owner has refused the request by 421 or 409
+//	exchange.forget           if so, ends the flight, and lets roundTrip ask again
 //	answerBody.Read           sees the end of the answer
 //	exchange.answerOver       ends the flight and keeps the connection, or abandons both
+//	exchange.breakOff         abandons both: the answer does not come to its end
 //	exchange.finish           counts the request
 //
 // From a change of a ConfigMap to the last move:
 //
-//	watcher.run               lists and watches, again and again
-//	watcher.applyEvent        decodes one event
+//	watcher.run               repeats listAndWatch
+//	watcher.listAndWatch      does a LIST, and then a WATCH until that ends
+//	watcher.list              gets all objects
+//	watcher.applyEvent        gets one object: decodeEvent decodes the event
 //	watcher.setObjects        calls apply if an object has changed
 //	configMaps.apply          keeps the newest version of each ConfigMap
 //	configMaps.applyAll       gives the overrides of all of them to update
-//	router.setContents        (as update) collects the contents of all sources
+//	router.setContents        (as update) takes the contents of one source
+//	router.mergeContents      collects those of all, once each source has given its own
+//	router.updateVersions     ends it here if only versions are new
 //	replicaWatcher.run        another entry: the number of backends, or the cordon, changed
+//	router.setBackends        (in onResize) goes on with these
 //	router.swap               puts a new table in force
 //	newTable                  merges the contents, and decides which overrides are in force
 //	relay.setPods             another entry: a pod was replaced
 //	mover.ownersChanged       (as onSwap) wakes run
 //	mover.run                 calls prepare for a new table, and advance after each event
-//	mover.prepare             lists the sessions that have to move, and dials their new owners
+//	mover.prepare             begins to move sessions to the table
 //	mover.restartSettling     sets when the table has stayed for -move-settle
+//	mover.requeue             lists the sessions that have to move
+//	moveTargets.set           starts to dial their new owners
 //	moveTargets.dial          dials a new owner until it takes a connection
-//	mover.advance             takes all steps that can be taken now
+//	mover.advance             takes all steps that can be taken: first it ends the last one
 //	mover.takeNextStep        chooses the namespaces of the next step
 //	moveQueue.split           chooses as many as the rate allows
 //	view.next                 makes the view in which these are held
 //	mover.beginStep           puts it in force: from now on their clients wait
 //	mover.workOnStep          closes what the step waits for, and reports whether it is over
 //	mover.closeLeaving        closes its sessions, and looks for flights under way
-//	mover.startMove           closes one session, and counts it
-//	session.closeGracefully   (as closeSession) begins the closing handshake
+//	mover.startMove           closes one session
+//	moveTally.close           counts it
+//	session.closeGracefully   (as closeSession) makes the closing handshake
+//	session.startClose        starts it, once the session has its sockets
+//	poller.continueClose      does what is possible of it now, and after each event
+//	poller.scan               finds the ends of frames in what goes to a side
 //	closingHandshake.insertClose  puts a Close frame where one may stand
 //	mover.cutRequests         cuts the plain requests that have lasted too long
-//	relay.setBackendEnded     notes that the backend has ended its stream
+//	relay.setBackendEnded     notes that the router waits for the backend no longer
 //	mover.somethingEnded      (as onBackendEnded, and onEnd of flights) wakes run
 //	stepReleases.releaseAll   asks the old owners to store the state, with -release
 //	mover.finishStep          opens the namespaces with their new owners
 //	dialQueues.recheckOwners  (in onViewChanged) wakes their clients
-//	mover.reportFinished      logs the result
+//	mover.reportFinished      logs the result, after the last step
 //
-// With -handoff=all the routers agree on each step in one object. In place of advance:
+// With -handoff=all the routers agree on each step in one object. In place of advance and
+// what it calls by itself (view.next, beginStep, finishStep):
 //
 //	mover.advanceShared       repeats what follows
-//	mover.workShared          calls workOnStep, and propose in place of takeNextStep
-//	mover.propose             says how far the next step may go
-//	membership.decide         takes the newest version of the object
-//	member.decide             says to adopt its plan, to list, to end all, or to write:
+//	mover.workShared          calls workOnStep, and then one of the next two
+//	mover.propose             says how far the next step may go, in place of takeNextStep
+//	mover.workAtRest          without a change: lets takeNextStep move sessions to new pods
+//	membership.decide         begins the write or the LIST that member.decide asks for
+//	membership.takeInbox      takes the newest version of the object
+//	member.decide             says to adopt its plan, list, end all, write, or wait:
 //	member.bootstrap, member.reset  where there is no plan, or one that is not to be trusted
 //	member.leave              when the router ends; else the first of these five that is due:
 //	member.join               makes this router a member
@@ -181,18 +253,25 @@
 //	member.storeCount         stores the number of backends
 //	member.writeStep          makes the next step, when all members have answered
 //	handoffObject.agreedMark  says how far all members let that go
+//	handoffPlan.nextBounded   makes its plan
+//	member.commit             notes what is about to be done
+//	membership.startRequest   does it in a goroutine
 //	membership.write          patches the object
+//	membership.listPods       lists the object and then the router pods
+//	membership.askPods        asks whether members that do not answer are gone
 //	membership.apply          gets what that made from its watcher, and wakes run
 //	member.viewOf             makes the view of the plan
 //	mover.adopt               puts it in force: holds the step's namespaces, or opens them
 //	mover.takeMoved           takes the sessions of the step from the queue
 //
-// No write says that a step is done: each router sees that no answer is missing.
+// Then workShared closes these sessions, sendAnswer says so, and reportFinished logs the
+// result at the end. No write says that a step is done: each router sees that no answer is
+// missing.
 //
 // A goroutine that holds a lock takes only locks that are further down:
 //
 //	configMaps.mu             held while the router swaps its table
-//	router.mu                 held while a swap wakes waiting upgrades and logs
+//	router.mu                 held while a swap wakes waiting requests and logs
 //	dialQueues.mu             held while it asks whether a backend is ready
 //	replicaWatcher.mu         held while it asks which backends are ready
 //	endpointWatcher.mu
@@ -207,8 +286,8 @@
 //	pendingLimit.mu, descriptorLimit.mu, addressCache.mu, limitListener.mu, logQueue.mu,
 //	waitCount.mu, namespaceSessions.mu, namespaceRate.mu, tlsHandshakeList.mu
 //
-// Locks on one line are never held together. Nothing waits for the network with a
-// lock held.
+// Locks of one list with commas are never held together. Nothing waits for the network with
+// a lock held.
 //
 // Read main, command and config (what starts), admin, plan, status, peers and page (what
 // operators ask), redirect, fastpath, socket, proxy, forward, layout, handshake, listen,
@@ -216,9 +295,10 @@
 // session), configmap, directory, events, drain, move, movetally, movetarget, movequeue,
 // maxage, pace, membership, member, handoffobject, handoff, flight and release (what a
 // change of overrides does), route, overrides, namespace and hash (who owns), discovery,
-// cordon, backends, dialqueue, watch and kube (where owners are), top, relay, tls and
-// websocket (the life of a session), namespacelimit, result, log, runtime and metrics, and
-// wait (a back-off, a sleep, times, a wake-up). A file uses only those after it.
+// cordon, backends, dialqueue, watch and kube (where owners are), top, relay (with epoll, its
+// event loop), tls and websocket (the life of a session), namespacelimit, result, log,
+// runtime and metrics, and wait (a back-off, a sleep, times, a wake-up). A file uses only
+// those after it.
 package main
 
 import (
@@ -518,7 +598,7 @@ func (p *program) addSources(kubeClient *kubeClient, kubeNamespace string) {
 }
 
 // serve runs everything until ctx ends or the client listener fails. Then it stops in
-// this order: new clients, the sessions, everything else. It closes both listeners, unless
+// this order: new clients, the sessions, everything else. It closes all listeners, unless
 // the relay cannot start.
 func (p *program) serve(ctx context.Context, clients, admin net.Listener) error {
 	if err := p.proxy.relay.start(); err != nil {
@@ -560,13 +640,13 @@ func (p *program) serve(ctx context.Context, clients, admin net.Listener) error 
 	return err
 }
 
-// freeMemory gives back the memory of handshakes, until ctx ends.
+// freeMemory gives back the memory that many requests have taken, until ctx ends.
 func (p *program) freeMemory(ctx context.Context) {
 	freeMemory(ctx, func() int { return int(p.proxy.requestsChecked.Load()) })
 }
 
 // logServing logs where the router listens, and warns if the process may not open enough
-// files for -max-sessions.
+// files for -max-sessions. "backends" is 0 if the router follows the StatefulSet.
 func (p *program) logServing(client, admin net.Addr) {
 	p.log.Info("serving",
 		"version", version(), "listen", client.String(), "admin", admin.String(),
@@ -606,7 +686,7 @@ func (p *program) stopClients(fastPath *fastPath, clientServer *http.Server,
 	timeout, cancel := context.WithTimeout(context.Background(), answerTime)
 	defer cancel()
 	handled, allHandled := context.WithCancel(timeout)
-	go func() { p.proxy.unhandled.Wait(); allHandled() }() // ends at the latest with Close
+	go func() { p.proxy.unhandled.Wait(); allHandled() }() // Close below ends it at the latest
 	<-handled.Done()
 	idle, allIdle := context.WithCancel(context.Background())
 	defer allIdle() // also ends Shutdown
@@ -649,7 +729,8 @@ func (p *program) drainAll() (ended int64) {
 	return ended
 }
 
-// leaveTime bounds how long the end waits until the hand-off goes on without this router.
+// leaveTime bounds how long the end of the program waits until this router has left the
+// hand-off: the others then go on without it.
 const leaveTime = 3 * time.Second
 
 // leaveHandoff leaves the hand-off that this router shares with others, if it does.
