@@ -321,7 +321,7 @@ func (r fakeRequest) selectsLabels(kind, object string) bool {
 	return true
 }
 
-// merge changes an object by a JSON merge patch (RFC 7386). What the patch has of
+// merge changes an object by a JSON merge patch (RFC 7396). What the patch has of
 // metadata.resourceVersion and metadata.uid has to be that of the object: a real server
 // checks them in this order, and answers 409 and 422 ("field is immutable"). A patch that
 // changes nothing makes no new version.

@@ -8,13 +8,15 @@ import (
 // allPlaces is above the place of every namespace.
 const allPlaces = 1 << 63
 
-// placeOf returns the place of a namespace in the order in which namespaces move: the
-// upper 63 bits of its hash64. So the order is the same on all routers, and random over
-// the backends.
+// placeOf returns the place, of a namespace whose hash64 is key, in the order in which
+// namespaces move: the upper 63 bits of key. So the order is the same on all routers, and
+// does not depend on the backends.
 func placeOf(key uint64) uint64 { return key >> 1 }
 
 // mark says which namespaces have moved to the table of its record. Its sets are sorted
-// ordinals.
+// ordinals. {upto: allPlaces / 2, away: [3], removed: [5]} says: the first half of all
+// namespaces has moved, and all namespaces of backend 5, but none of those that backend 3
+// gets.
 type mark struct {
 	upto    uint64 // those with a place below it: 0 to allPlaces
 	away    []int  // but none of those whose new owner is one of these: it is not there yet
@@ -66,8 +68,8 @@ func (p *handoffPlan) isAtRest(content uint64) bool {
 	return len(p.records) == 1 && p.records[0].content == content
 }
 
-// maxRecords is how many tables a plan has at most. One more waits until the newest of
-// these has come to its end: see handoffPlan.nextContent.
+// maxRecords is how many tables a plan has at most. A further table has to wait until all
+// namespaces have moved to the newest one of the plan: see handoffPlan.nextContent.
 const maxRecords = 3
 
 // isFull reports whether the plan can take no further table: namespaces have moved to the
@@ -195,7 +197,7 @@ type assignment struct {
 	step  int64  // of the view's plan
 }
 
-// queue returns the queue in which an upgrade of the namespace has to wait: unresolved if
+// queue returns the queue in which a request of the namespace has to wait: unresolved if
 // it has none, since it has no owner or there is no table.
 func (a assignment) queue() int {
 	switch a.state {
@@ -207,13 +209,13 @@ func (a assignment) queue() int {
 	return unresolved
 }
 
-// view is what decides about each namespace: a plan, the tables of its records, and
-// whether the step is done. It is immutable, and its methods take no lock and allocate
-// nothing.
+// view says who owns each namespace now: it is a plan, with the tables of its records, and
+// whether the step is done. It is immutable, and the methods that requests call take no lock
+// and allocate nothing.
 type view struct {
 	*handoffPlan
 	tables     []*table  // of the records; nil for one that this router does not have
-	done       bool      // all sessions and upgrades of the step are over, on all routers
+	done       bool      // nothing of the step is left, with -handoff=all on all routers
 	admitsNone bool      // this process is no member of the hand-off, and admits nobody
 	began      time.Time // when this router put the step in force
 }

@@ -70,8 +70,8 @@ type stepAnswer struct {
 	epoch    string // of the plan; "" in an answer without a view
 	step     int64  // nothing is left of what the step had to end; 0 without a view
 	content  uint64 // contentHash of its own table, or noContent
-	blank    bool   // it does not know all tables of the plan, or no plan at all
-	next     mark   // how far the next step towards the own table may go; empty if blank
+	blank    bool   // it lacks a table of the plan, or has no table or no plan: next is empty
+	next     mark   // how far the next step towards its table may go; empty if blank
 	toMove   int    // how many sessions it has to move, also those that next covers
 }
 
@@ -550,7 +550,7 @@ func (a *stepAnswer) equal(b *stepAnswer) bool {
 		a.content == b.content && a.blank == b.blank && a.next.equal(&b.next)
 }
 
-// handoffWrite is a change of the object, as a JSON merge patch (RFC 7386). The API
+// handoffWrite is a change of the object, as a JSON merge patch (RFC 7396). The API
 // server refuses it with 409 if the object has another version than one given, and with
 // 422 if it has another UID.
 type handoffWrite struct {

@@ -10,7 +10,7 @@ import (
 )
 
 const (
-	minStepTime   = 100 * time.Millisecond // of a step that moves namespaces: see stepTime
+	minStepTime   = 100 * time.Millisecond // between steps that close sessions: see stepTime
 	turnInterval  = 150 * time.Millisecond // between two turns: see member.turn
 	writeTimeout  = time.Second            // from a write until the object has to show it
 	maxPodListAge = 2 * time.Second        // how old a list of pods may be
@@ -19,9 +19,9 @@ const (
 
 // member is this router as one of those that share the object of the hand-off: what it
 // knows of the plan, and what it decides to do next. It does no I/O and reads no clock.
-// Its owner calls see with each version of the object, and then decide, again and again.
-// Before the owner carries out what decide returns, it calls note. It sends one write at
-// a time. Only the view of the last actAdopt says whom to admit.
+// Its owner calls setNewest, sawStep and expireOffers with what is new, and then decide,
+// again and again. Before the owner carries out what decide returns, it calls commit. It
+// sends one write at a time. Only the view of the last actAdopt says whom to admit.
 type member struct {
 	// Static after construction.
 	name, uid string // of the pod
@@ -72,7 +72,7 @@ func newMember(name, uid, instance string) *member {
 // stepProgress is how far this router has come with its view's step, and what it proposes
 // for the step after.
 type stepProgress struct {
-	sessions bool // it has sessions, or upgrades that a backend may have got
+	sessions bool // it has sessions, or requests that a backend may have got
 	stepDone bool // none of them has another owner than the view has after the step
 	next     mark // how far the step after may go, towards handoffPlan.nextContent
 	toMove   int  // sessions that have to move, also those that next covers
@@ -97,7 +97,7 @@ type podList struct {
 type decisionInput struct {
 	stepProgress
 	now      time.Time
-	object   *handoffObject // never older than before; nil if it does not exist
+	object   *handoffObject // never older than before; nil if there is none, or none was read
 	seenAt   time.Time      // when this version was seen first
 	list     *podList       // the last one; nil if there was none
 	leaving  bool           // the router admits nobody any more, and ends
@@ -197,7 +197,7 @@ func (m *member) decide(s *decisionInput) decision {
 	case m.view != nil && !m.view.mustAnswer && s.sessions:
 		return decision{action: actEndAll, why: "this router is not a member any more"}
 	case o == nil:
-		return waiting("the object of the hand-off does not exist")
+		return waiting("the object of the hand-off does not exist, or has not been read yet")
 	case o.otherVersion != nil:
 		return waiting("the plan is of routers of another version, and is left as it is: %v",
 			o.otherVersion)
@@ -577,9 +577,9 @@ func (o *handoffObject) agreedMark(
 // bootstrap is what a router without a view does where there is no plan. The router says
 // so in its own key. When all router pods have said so, the first one by name that has a
 // table makes the plan. Both are written only if the object is as seen: a late write
-// would speak for a container that has a view by now. So does an old copy of the object
-// that somebody has restored: all pods are members of the plan, and all namespaces are
-// held until each member has answered.
+// would speak for a container that has a view by now. An old copy of the object, which
+// somebody has restored, may do that too. So all pods are members of the plan, and all
+// namespaces are held until each member has answered.
 func (m *member) bootstrap(s *decisionInput) decision {
 	o := s.object
 	a := stepAnswer{instance: m.instance, blank: true}

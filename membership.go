@@ -364,8 +364,8 @@ func (m *membership) write(ctx context.Context, w *handoffWrite) error {
 	return err
 }
 
-// listPods lists the object, and after that the pods of all routers. It puts the pods
-// into the inbox.
+// listPods makes the watcher list the object again, and after that lists the pods of all
+// routers. It puts the pods into the inbox.
 func (m *membership) listPods(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, listTimeout)
 	defer cancel()

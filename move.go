@@ -15,12 +15,13 @@ const maxSettleFactor = 10
 // mover decides who owns a namespace now, and brings the router from one table to the
 // next in steps. In each step some namespaces are handed over: the mover closes their
 // sessions with their previous owner, and holds their clients until these sessions, and
-// the upgrades that this owner may have got, are over. So a namespace never has two
+// the requests that this owner may have got, are over. So a namespace never has two
 // owners (invariant 2). The sessions of all other namespaces stay.
 //
-// A step takes as many sessions as the rate allows, and all namespaces before the next
-// one that has sessions. Namespaces whose previous owner was scaled in go at once. Those
-// whose new owner accepts no connection stay with their previous owner for maxAwayTime.
+// Namespaces move in the order of their places (placeOf). A step takes as many sessions as
+// the rate allows, and all namespaces before the first session that has to wait. Namespaces
+// whose previous owner was scaled in go at once. Those whose new owner accepts no connection
+// stay with their previous owner, for maxAwayTime at most.
 //
 // With -handoff=all, shared decides when there is a step, and which. With -handoff=off
 // there are no steps: new clients get the owner of the newest table at once.
@@ -30,16 +31,16 @@ type mover struct {
 	relay      *relay
 	off        bool          // -handoff=off
 	settleTime time.Duration // time without a change of the table before sessions move
-	// moveInterval is the time between two moves, of all routers with -handoff=all; 0:
-	// none.
+	// moveInterval is the time between two moves, of all routers with -handoff=all; 0: no
+	// pause.
 	moveInterval time.Duration
 	// closeSession is session.closeGracefully.
 	closeSession  func(s *session, onEnd func(cut bool)) bool
 	onViewChanged func() // the view has changed; must not block
 	flights       *flights
 	releases      *stepReleases // nil without -release
-	// httpMoveTime is how old a plain request may become if a step waits for it, or with
-	// -handoff=off if its owner changed; 0: it is cut at once.
+	// httpMoveTime is how old a plain request may become when a step waits for it, or with
+	// -handoff=off when its owner changed; 0: it is cut at once.
 	httpMoveTime  time.Duration
 	shared        *sharedMove // nil without -handoff=all
 	ages          ageSweep
@@ -51,7 +52,7 @@ type mover struct {
 	current atomic.Pointer[view]
 
 	tableChanged wakeup       // of run, by ownersChanged
-	wake         wakeup       // of run, when something of a step is over
+	wake         wakeup       // of run, when there may be something to do
 	awaitsEnd    atomic.Bool  // run waits for something of a step to be over
 	steps        atomic.Int64 // steps that are done
 	moved        atomic.Int64 // sessions that startMove has closed
@@ -71,7 +72,7 @@ type mover struct {
 	finishing    []*moveTally // whose last closing handshakes go on
 	queue        moveQueue
 	targets      *moveTargets
-	closing      []*session      // of the step, whose backend has not ended them
+	closing      []*session      // of the step, which still waits for them: isBackendDone
 	waitsForPace bool            // there are sessions that only wait for the pace
 	ctx          context.Context // of run
 }
@@ -142,10 +143,10 @@ func (m *mover) findQueue(namespace string) int { return m.assign(namespace).que
 
 // startFlight notes that the owner gets the request, which the caller sends next. cut is
 // nil for an upgrade: see flight.cut. Then it asks once more who the owner is, and
-// returns that as now. If it is another one, ok is false, and the caller must not send
-// the request. So for each step one of two things is true: the step waits for this
-// flight, or this function sees the step and returns false. The caller ends or abandons
-// the flight, which is nil if ok is false, and for an upgrade with -handoff=off.
+// returns that as now. If it is another one, or the namespace is held, ok is false, and the
+// caller must not send the request. So for each step one of two things is true: the step
+// waits for this flight, or this function sees the step and returns false. The caller ends
+// or abandons the flight, which is nil if ok is false, and for an upgrade with -handoff=off.
 func (m *mover) startFlight(
 	namespace string, owner int, podUID string, cut func(),
 ) (f *flight, now assignment, ok bool) {
@@ -163,13 +164,14 @@ func (m *mover) startFlight(
 }
 
 // shouldMove reports whether the session's namespace has another owner now, or the same
-// owner with another pod. A namespace without an owner stays with its backend.
+// owner with another pod. A namespace that is unresolved stays with its backend. One whose
+// owner this router does not know (ownerNotKnown) counts as one with another owner.
 func (m *mover) shouldMove(s *session) bool {
 	owner := m.assign(s.namespace).owner
 	return owner != unresolved && owner != s.backend || m.relay.podReplaced(s)
 }
 
-// somethingEnded wakes run if it waits for the end of sessions or upgrades. It does not
+// somethingEnded wakes run if it waits for the end of sessions or requests. It does not
 // block.
 func (m *mover) somethingEnded() {
 	if m.awaitsEnd.Load() {
@@ -238,9 +240,10 @@ func (m *mover) finishedMoves() []moveResult {
 	return nil
 }
 
-// prepare begins to move sessions: the router has a new table, or a pod was replaced. It
-// queues all sessions that have to move, and dials their new owners, also those that were
-// reachable before: these count as reachable until the new dial has ended.
+// prepare begins to move sessions to the next table: the router has a new one, a pod was
+// replaced, or the plan has room for a table that has waited. It queues all sessions that
+// have to move, and dials their new owners. It dials those anew that were reachable before:
+// these count as reachable until the new dial has ended.
 func (m *mover) prepare(now time.Time) {
 	v := m.current.Load()
 	if v == nil || m.router.table() == nil { // a pod was replaced before: no sessions yet
@@ -349,7 +352,7 @@ func (m *mover) advance(now time.Time) time.Time {
 		}
 		t := m.nextTable(v)
 		switch {
-		case m.off && !v.isAtRest(t.contentHash): // ownersChanged comes first
+		case m.off && !v.isAtRest(t.contentHash): // ownersChanged will replace v first
 			return time.Time{}
 		case m.tally == nil && v.isAtRest(t.contentHash):
 			m.raiseStep(v)
@@ -372,7 +375,7 @@ func (m *mover) advance(now time.Time) time.Time {
 	}
 }
 
-// noteStep notes the step in the header of a backend that has refused an upgrade: it has
+// noteStep notes the step in the header of a backend that has refused a request: it has
 // released the namespace for a later step than the router's. The router's step rises
 // above it when no change is under way. It reports whether text is a step: one of at most
 // a day from now.
@@ -488,7 +491,7 @@ func (m *mover) workOnStep(v *view) bool {
 }
 
 // closeLeaving closes the sessions of v's step, and reports whether all of them, and
-// the upgrades that their backends may have got, are over. An upgrade becomes a session
+// the requests that their backends may have got, are over. An upgrade becomes a session
 // before it leaves the flights: so this looks at the flights first. A session whose
 // client has left may become a flight: so it looks at the flights again at the end.
 func (m *mover) closeLeaving(v *view) bool {
@@ -604,7 +607,9 @@ func (m *mover) endMove() {
 	}
 }
 
-// endTally notes that no session is left that has to move to the tally's table.
+// endTally ends the tally, if there is one: no session is left that has to move to its
+// table, or another table has come. reportFinished reports it when its last session is over,
+// unless no session has moved or stayed.
 func (m *mover) endTally() {
 	if m.tally != nil && m.tally.sessions+m.tally.cancelled > 0 {
 		m.finishing = append(m.finishing, m.tally)
@@ -651,8 +656,8 @@ type sharedMove struct {
 }
 
 // stepProposal is how far the step after the view's may go, as far as this router is
-// concerned. Each change of it is a write. So it changes only with a new step, or when a
-// new owner becomes reachable or unreachable.
+// concerned. Each change of it is a write. So it stays until there is a new step or another
+// table, or a new owner becomes reachable or unreachable.
 type stepProposal struct {
 	step    int64  // of the view
 	content uint64 // of the table to which the next step moves namespaces
@@ -757,7 +762,8 @@ func (m *mover) workAtRest(v *view, t *table, now time.Time) (again time.Time) {
 // propose returns how far the step after v's may go towards t, and when that may change,
 // zero if only when something happens. It counts how many sessions the pace allows until
 // the next step can begin. This router's share of the rate is its share of the sessions.
-// propose closes no session of the step: closeLeaving does, when the step has come.
+// propose closes only the sessions whose owner stays and has another pod. closeLeaving
+// closes those of the step, when the step has come.
 func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.Time) {
 	if m.tally == nil || m.tally.content != t.contentHash {
 		m.prepare(now)

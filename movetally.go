@@ -17,7 +17,7 @@ const (
 type moveTally struct {
 	content     uint64 // of the table; noContent if it is not known
 	version     string // of the table
-	planned     int    // sessions that had to move when it was prepared
+	planned     int    // sessions that had to move in all: the most that mover.prepare has counted
 	prepared    time.Time
 	began       time.Time           // when sessions were free to move; zero before
 	moved       map[string]struct{} // namespaces of the closed sessions
@@ -34,11 +34,11 @@ type moveTally struct {
 type moveResult struct {
 	version     string        // of the table
 	content     uint64        // of the table
-	planned     int           // sessions that had to move when it was prepared
+	planned     int           // sessions that had to move in all: see moveTally
 	began       time.Time     // when sessions were free to move; when it was prepared, if none was
 	namespaces  int           // of the sessions that the mover closed
 	sessions    int           // that the mover closed
-	cut         int           // of these sessions: both sides did not answer in time
+	cut         int           // of these, those where client and backend did not both answer in time
 	cancelled   int           // sessions that stayed: a later change moved them back
 	time        time.Duration // since sessions were free to move
 	longestHold time.Duration // the longest time that a namespace was held
@@ -56,9 +56,9 @@ func newMoveTally(content uint64) *moveTally {
 	return &moveTally{content: content, prepared: time.Now(), moved: map[string]struct{}{}}
 }
 
-// close starts the closing handshake of a session with closeSession, which returns false
-// if the session is about to end already; so does close. It calls onLast when the last
-// handshake of the tally that goes on has ended. onLast must not block.
+// close starts the closing handshake of a session with closeSession, and counts the session.
+// It returns false, and counts nothing, if the session ends already. It calls onLast each time
+// that no handshake of the tally is left that goes on. onLast must not block.
 func (b *moveTally) close(
 	s *session, closeSession func(s *session, onEnd func(cut bool)) bool, onLast func(),
 ) bool {
