@@ -66,10 +66,11 @@ type clientConn struct {
 	closed      atomic.Bool
 	readEOF     atomic.Bool // the client has ended its side of the connection, and may still listen
 
-	// Set before net/http has it.
+	// Set before net/http reads. After that, Read may set remoteAddr (see proxyProtocol), and
+	// who takes upgrade sets it to nil.
 	remoteAddr net.Addr                       // where the client came from: its socket no longer says so once it was reset. nil: as Conn says
-	upgrade    atomic.Pointer[pendingRequest] // of its first upgrade; nil if nothing, or when it was taken
-	serverCtx  context.Context                // ends when the router stops
+	upgrade    atomic.Pointer[pendingRequest] // of its first upgrade, from the fast path; or nil
+	serverCtx  context.Context                // ends when the router stops; set in ConnContext
 
 	// Not nil until the header was read with which the connection has to begin, before any
 	// TLS. Read then sets it, and remoteAddr.
@@ -133,7 +134,8 @@ func (c *clientConn) Read(b []byte) (int, error) {
 }
 
 // readProxyHeader reads the header of the PROXY protocol, and takes the client's address
-// from it. net/http answers 400 to an invalid one.
+// from it. net/http answers 400 to an invalid one, but with TLS nothing: there is no
+// handshake yet.
 func (c *clientConn) readProxyHeader() error {
 	conn, lazy := c.beforeTLS()
 	more := func() (_ []byte, err error) {
@@ -145,7 +147,7 @@ func (c *clientConn) readProxyHeader() error {
 			read()
 		}
 		if n > 0 {
-			err = nil // it comes again
+			err = nil // the next call returns the error again
 		}
 		return buf[:n], err
 	}

@@ -58,7 +58,7 @@ type poller struct {
 type slot struct {
 	session    *session // nil if the slot is free, or a pendingHandler's
 	handler    pendingHandler
-	generation int32 // of use: an event of an earlier round is stale
+	generation int32 // how often the slot was freed: an event with another one is stale
 }
 
 // pendingHandler has two sockets that the poller watches, and that may become a session's.
@@ -74,7 +74,7 @@ type sockets struct {
 	fd     [2]int32  // -1: none
 	mask   [2]uint32 // what epoll watches; 0: the socket is not in the set yet
 	events [2]uint32 // that came since the side was read
-	unread [2]bool   // there is something that a session has to look at
+	unread [2]bool   // the socket may have more bytes or an end, which the session has to read
 }
 
 // start makes and runs one poller for each CPU. If it fails, it has stopped them again.
@@ -267,8 +267,8 @@ func (p *poller) interruptPending() {
 	}
 }
 
-// removePending takes the sockets out of the set, and the slot of a handler that does not
-// become a session. It leaves the sockets open.
+// removePending takes the sockets of a handler that does not become a session out of the
+// set, and frees its slot. It leaves the sockets open.
 func (p *poller) removePending(slotIndex int32, from *sockets) {
 	p.unwatchPending(from, clientSide)
 	p.unwatchPending(from, backendSide)

@@ -19,9 +19,9 @@ import (
 	"time"
 )
 
-// pendingConn is a client on the fast path, until it is a session or falls back. It has
-// one goroutine. While its owner cannot be dialled it has none: it is parked in the
-// owner's dial queue and takes little memory, so there may be many.
+// pendingConn is a client on the fast path, until it is a session, falls back or is closed.
+// It has one goroutine. While it is parked in its owner's dial queue it has none, and takes
+// little memory, so there may be many.
 type pendingConn struct {
 	// Static after construction.
 	fastPath *fastPath
@@ -31,13 +31,13 @@ type pendingConn struct {
 	// Guarded by poller.mu.
 	sockets
 	changed       sync.Cond // events changed, or ctx has ended
-	gone          bool      // the client has closed or reset its connection
+	gone          bool      // the client's connection is dead: not after a FIN alone
 	halfCloseEnds bool      // a client that half-closes its connection has to fall back
 	// With TLS: the handshake is under way; it was ended to make room.
 	handshaking, replaced bool
 
 	// Owned by its goroutine. Before it parks, it leaves these to the next one.
-	ctx          *pendingContext // ends when the client is gone, or its time is over
+	ctx          *pendingContext // see cancelIfGone; also ends at its deadline, and by replace
 	remoteAddr   clientAddr      // of the client
 	expectsProxy bool            // received has to begin with a header of the PROXY protocol
 	tls          *tlsConn        // nil if clients come without TLS
@@ -238,7 +238,7 @@ func (c *pendingConn) askOwner() {
 		c.fallBack(nil, nil)
 		return
 	}
-	answer, _ := c.read(backendSide) // net/http gets the error again
+	answer, _ := c.read(backendSide) // the next read, for net/http, returns the error again
 	resp, fromBackend := c.fastPath.parseSwitching(answer)
 	if resp == nil {
 		c.fallBack(answer, nil)
@@ -437,7 +437,8 @@ func (c *pendingConn) handleEvent(i side, events uint32) {
 }
 
 // cancelIfGone ends the context if the client is gone, has half-closed its connection
-// while it waits for its owner, or has to fall back. The caller holds poller.mu.
+// while it is parked, or has to fall back because the router stops. The caller holds
+// poller.mu.
 func (c *pendingConn) cancelIfGone() {
 	gone := c.gone || c.halfCloseEnds && c.unread[clientSide]
 	if c.ctx != nil && (gone || c.fastPath.stopping.Load() && !c.handshaking) {
@@ -517,7 +518,7 @@ func (c *pendingConn) receive(i side, limit int, use func(received []byte)) erro
 }
 
 // sendNow sends the side what its socket takes at once of data, and returns how much that
-// is. An error comes again.
+// is. If the send fails it returns 0: the next call on the socket returns the error again.
 func (c *pendingConn) sendNow(i side, data []byte) int {
 	c.poller.mu.Lock()
 	defer c.poller.mu.Unlock()

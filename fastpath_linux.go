@@ -82,9 +82,9 @@ func (f *fastPath) Accept() (net.Conn, error) {
 	}
 }
 
-// stop ends run, which must have begun, and makes all pending clients fall back. It returns
-// when net/http, which has to call Accept meanwhile, has taken all of them and comes for the
-// next one. The listener stays open.
+// stop ends run, which must have begun, and makes all pending clients fall back. net/http
+// must call Accept meanwhile. stop returns when net/http has taken all of them, and has
+// called Accept once more. The listener stays open.
 func (f *fastPath) stop() {
 	f.stopAccepting()
 	<-f.done

@@ -27,7 +27,7 @@ const (
 	causeRouterError        // the router had no descriptors or memory left
 	causeHalfClose          // one side ended, the other sent nothing for halfCloseTimeout
 	causeIdle               // no byte was carried for -idle-timeout
-	causeMoved              // the namespace has another owner now
+	causeMoved              // the namespace has another owner now, or its owner another pod
 	causeMaxAge             // it was as old as -max-age
 	causeDrain              // the router stops
 	causeTruncated          // the client's TLS stream ended without close_notify
@@ -102,7 +102,7 @@ type session struct {
 	index    int32 // in relay.sessions
 	onOldPod bool  // counted in relay.oldPods
 
-	backendEnded atomic.Bool  // its backend has ended its stream, or was reset
+	backendEnded atomic.Bool  // the router waits no longer for its backend: setBackendEnded
 	cause        atomic.Int32 // a cause; causeNone until the session ends
 	counted      atomic.Bool  // it has ended and was counted
 
@@ -149,7 +149,7 @@ type relay struct {
 	deadTimeout      time.Duration
 	closeTimeout     time.Duration
 	freeDescriptors  func(count int)                    // called for descriptors that a session no longer has
-	onBackendEnded   func()                             // called when the backend of a session is done; must not block
+	onBackendEnded   func()                             // called when a session has become isBackendDone; must not block
 	onBackendOpen    func(s *session, backend net.Conn) // see abandonBackend; nil: nobody waits
 	remember         rememberNamespace                  // called just before onBackendEnded
 	log              *slog.Logger
@@ -240,7 +240,7 @@ func (r *relay) register(s *session, carry func()) {
 type rememberNamespace = func(namespace string, backend int)
 
 // sessionEnded counts and logs the end of a session. The engine calls it once for each
-// session, after it has closed both sockets.
+// session, after it has closed both sockets, or given the backend's to abandonBackend.
 func (r *relay) sessionEnded(s *session) {
 	cause, n, cut := cause(s.cause.Load()), s.bytes(), false
 	lasted := time.Since(r.began) - s.started
@@ -367,9 +367,9 @@ func (r *relay) countOnOldPod(s *session, onOldPod bool) {
 	}
 }
 
-// setBackendEnded notes that the backend of s has ended its stream, or that the relay has
-// reset its connection: for this session the backend no longer serves the namespace. The
-// engine calls it, with or without its own locks.
+// setBackendEnded notes that the router waits no longer for the backend of s: its stream has
+// ended, its connection has failed, or the relay has reset it. The engine calls it, with or
+// without its own locks.
 func (r *relay) setBackendEnded(s *session) {
 	r.remember(s.namespace, s.backend)
 	if s.backendEnded.Swap(true) {
@@ -435,7 +435,8 @@ func (s *session) setCause(cause cause) bool {
 // isClosing reports whether the session has a cause: it ends or has ended.
 func (s *session) isClosing() bool { return cause(s.cause.Load()) != causeNone }
 
-// isBackendDone reports whether the session's backend serves its namespace no longer.
+// isBackendDone reports whether the session itself keeps no step waiting. If its backend may
+// still serve the namespace after the session's end, there is a flight for that.
 func (s *session) isBackendDone() bool { return s.backendEnded.Load() || s.counted.Load() }
 
 // filter returns the sessions for which match returns true, of those that are open at

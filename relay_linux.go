@@ -66,6 +66,7 @@ type sessionIO struct {
 	frames         [2]frameScanner // of what came from the side
 	halfCloseTimer *time.Timer     // nil until one direction has ended
 
+	// Guarded by poller.mu too, but sessionEnded reads closing without it, after the end.
 	closing *closingHandshake // nil if there is none; set once
 	tls     *tlsConn          // of the client; nil if it came without TLS, or TLS ended before the router
 }
@@ -489,7 +490,8 @@ func (s *session) halfCloseExpired() {
 	}
 }
 
-// end closes both sockets, unless that has been done. unlock then calls sessionEnded.
+// end ends the session, unless it has ended: it closes the sockets, or gives the backend's
+// to abandonBackend. unlock then calls sessionEnded.
 func (p *poller) end(s *session, cause cause) {
 	if !s.open {
 		return

@@ -182,7 +182,7 @@ func (s *session) mayTruncate() bool {
 func (e *engine) halfClose(s *session, from side) {
 	s.halfCloseCause.CompareAndSwap(int32(causeNone), int32(from.endCause()))
 	e.setHalfCloseDeadlines(s, from.other())
-	// It is a *net.TCPConn or *net.UnixConn. An error shows at its next read.
+	// It is a *net.TCPConn, *net.UnixConn or *tlsConn. An error shows at its next read.
 	s.conn[from.other()].(interface{ CloseWrite() error }).CloseWrite()
 }
 

@@ -19,8 +19,8 @@ import (
 
 // tlsServer ends the TLS of clients (RFC 8446, RFC 5246). All of TLS is crypto/tls's: the
 // router gives it what came and sends what it returns. A client in its handshake has a
-// goroutine. A session has none: its poller lends crypto/tls memory for one read. Any
-// goroutine may call the methods, with a tlsConn that it owns.
+// goroutine. On Linux a session has none: its poller lends crypto/tls memory for one read.
+// Any goroutine may call the methods, with a tlsConn that it owns.
 type tlsServer struct {
 	config    func() *tls.Config // for the next handshake; static
 	computing chan struct{}      // has an element for each handshake that computes
@@ -99,8 +99,8 @@ func newTLSServer(config func() *tls.Config) *tlsServer {
 // client. over is closed when the client is gone or its time is over; nil: it never is.
 //
 // resultOf gets the error of crypto/tls, and returns how the handshake has ended. handshake
-// counts that result, and takes the handshake off running, on which the caller has put it.
-// It returns nil for tlsOK. After any other result nothing can be sent within TLS.
+// counts that result, and takes the handshake out of running, to which the caller has added
+// it. It returns nil for tlsOK. After any other result nothing can be sent within TLS.
 func (s *tlsServer) handshake(
 	t *tlsConn, over <-chan struct{}, resultOf func(error) tlsResult,
 ) error {
@@ -120,7 +120,7 @@ func (s *tlsServer) handshake(
 	return nil
 }
 
-// count counts how a handshake has ended, and takes it off running.
+// count counts how a handshake has ended, and takes it out of running.
 func (s *tlsServer) count(result tlsResult) {
 	s.results[result].Add(1)
 	s.running.Add(-1)
@@ -369,7 +369,7 @@ func (t *tlsConn) takeBuffered() []byte {
 	defer func() { t.transport = before }()
 	t.setTransport(writeOnly{before.Conn}, false)
 	var b bytes.Buffer
-	b.ReadFrom(t.Conn) // the error comes again
+	b.ReadFrom(t.Conn) // the next read returns the error again
 	return b.Bytes()
 }
 
@@ -387,7 +387,8 @@ func (t *tlsConn) state() *tls.ConnectionState {
 	return &state
 }
 
-// takeTLS returns the connection under conn, and conn if it is a tlsConn.
+// takeTLS returns the socket's connection under conn, and conn itself, if that is a tlsConn;
+// else conn and nil.
 func takeTLS(conn net.Conn) (net.Conn, *tlsConn) {
 	if t, ok := conn.(*tlsConn); ok {
 		return t.socket(), t
@@ -395,8 +396,8 @@ func takeTLS(conn net.Conn) (net.Conn, *tlsConn) {
 	return conn, nil
 }
 
-// isNotTLS returns the answer to a client that has sent an HTTP request in place of a
-// handshake, or nothing if err says something else.
+// isNotTLS returns what to send to a client whose handshake has failed with err because it
+// has sent an HTTP request: an answer without TLS. It returns nil if err says anything else.
 func isNotTLS(err error) []byte {
 	var header tls.RecordHeaderError
 	if !errors.As(err, &header) || header.Conn == nil || !looksLikeHTTP(header.RecordHeader) {

@@ -37,7 +37,8 @@ func (l *lazyTransport) Read(b []byte) (n int, err error) {
 	if l.state.Load() == lazyDone {
 		return l.Conn.Read(b)
 	}
-	l.server.pause(l.conn, l.replace, func() { n, err = l.Conn.Read(b) }) // it is never over
+	// pause returns no error: over is nil.
+	l.server.pause(l.conn, l.replace, func() { n, err = l.Conn.Read(b) })
 	return n, err
 }
 

@@ -245,8 +245,8 @@ const (
 	backendSide
 )
 
-// closeTimeout is the longest time of a closing handshake: after it the relay closes
-// both sockets. In its first quarter the client may end a message of which the
+// closeTimeout is the longest time of a closing handshake: after it the relay ends the
+// session. In its first quarter the client may end a message of which the
 // backend has a part. In its first half the backend may answer.
 const closeTimeout = 5 * time.Second
 
@@ -275,8 +275,8 @@ const maxCloseFrame = 2 + maskKey + maxControlPayload
 //
 // If a side sends a Close frame by itself, the relay carries it and inserts none after
 // it. If a stream cannot reach the end of a frame, because it does not consist of
-// frames or has ended within one, there is nothing to wait for: the relay closes both
-// sockets.
+// frames or has ended within one, there is nothing to wait for: the relay ends the
+// session.
 //
 // The lock that guards the session's sockets guards all fields but cut. Arrays are
 // indexed by the side from which the bytes come.
