@@ -67,13 +67,13 @@ func backendOrdinal(statefulSet, name string) (int, bool) {
 	return n, true
 }
 
-// alwaysReady is the checkReady of backends whose readiness is not known.
+// alwaysReady is the backendReady (see dialQueues) of backends whose readiness is not known.
 func alwaysReady(int) error { return nil }
 
 // unknownPodUID is the podUID of backends whose pods are not known.
 func unknownPodUID(int) string { return "" }
 
-// podMayExist is their podIsGone.
+// podMayExist is the podIsGone of backends whose pods are not known.
 func podMayExist(context.Context, int) bool { return false }
 
 // newStaticBackends returns backends at the given addresses, in the order of their
@@ -252,7 +252,7 @@ func newDNSBackends(count int, statefulSet, service string, port int) *backends 
 }
 
 // addressCache keeps addresses from DNS for addressTTL. It keeps errors, and addresses
-// that could not be dialled, for minLookupInterval. One lookup serves all upgrades that
+// that could not be dialled, for minLookupInterval. One lookup serves all requests that
 // wait for its name.
 type addressCache struct {
 	// Static after construction.
@@ -298,7 +298,7 @@ func (c *addressCache) get(ctx context.Context, host string) (string, error) {
 }
 
 // resolve looks the host up and sets a's fields. lookupTimeout bounds it, and not the
-// context of the upgrade that came first, because others wait for it too.
+// context of the request that came first, because others wait for it too.
 func (c *addressCache) resolve(a *dnsLookup, host string) {
 	ctx, cancel := context.WithTimeout(context.Background(), lookupTimeout)
 	defer cancel()

@@ -34,7 +34,7 @@ func parseCordon(list string) (cordon, error) {
 	return newCordon(c), nil
 }
 
-// newCordon returns the cordon of these ordinals, in any order.
+// newCordon returns the cordon of these ordinals, which may be in any order.
 func newCordon(ordinals []int) cordon {
 	sorted := slices.Clone(ordinals)
 	slices.Sort(sorted)

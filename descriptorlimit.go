@@ -41,7 +41,7 @@ type descriptorLimit struct {
 	limit   int // of used
 	used    int // descriptors of clients
 	closed  bool
-	changed sync.Cond // used fell, or closed
+	changed sync.Cond // used, limit or closed has changed
 }
 
 // newDescriptorLimit returns the limit of a process that may open this many files, with

@@ -17,7 +17,7 @@ const (
 	maxRedialDelay     = time.Second
 )
 
-// errRecheckOwner says that an upgrade has to ask again who its owner is: that has
+// errRecheckOwner says that a request has to ask again who its owner is: that has
 // changed while it waited, or its dial failed.
 var errRecheckOwner = errors.New("the owner may have changed")
 
@@ -27,21 +27,22 @@ const (
 	byHash        = -1 // the hash gives the owner, as without an override
 	unresolved    = -2 // there is no owner: the namespace is not served (invariant 3)
 	invalidValue  = -3 // the override's value names no existing backend
-	queueHeld     = -4 // the queue of upgrades whose namespace is held; it is never ready
+	queueHeld     = -4 // the queue of requests whose namespace is held; it is never ready
 	ownerNotKnown = -5 // a table that this router does not have gives the owner: any backend
 )
 
 // errHeld says why nobody in queueHeld may dial.
 var errHeld = errors.New("the namespace is being handed over")
 
-// queueFinder returns the ordinal of the queue in which an upgrade of the namespace has
+// queueFinder returns the ordinal of the queue in which a request of the namespace has
 // to wait: its owner's, queueHeld, or another negative number if it has no owner. It
 // takes no lock.
 type queueFinder = func(namespace string) (ordinal int)
 
-// dialQueues makes upgrades wait until their backend is ready. Then they dial it in the
-// order in which they came, at most maxDialsPerBackend at once. No upgrade polls: each is
-// woken. While the dials of a backend fail, one upgrade at a time dials for all of them.
+// dialQueues makes requests wait until their backend is ready: upgrades, and plain ones for
+// which no connection is kept. Then they dial it in the order in which they came, at most
+// maxDialsPerBackend at once. No request polls: each is woken. While the dials of a backend
+// fail, one request at a time dials for all of them.
 type dialQueues struct {
 	// backendReady returns why a backend cannot be dialled now, or nil. It is called with mu
 	// held, and must not block. Static after construction.
@@ -55,18 +56,18 @@ type dialQueues struct {
 	queues       map[int]*dialQueue // by ordinal
 }
 
-// dialQueue has the upgrades that wait for one backend. dialQueues.mu guards it.
+// dialQueue has the requests that wait for one backend. dialQueues.mu guards it.
 type dialQueue struct {
 	waiters     []*waiter // in the order of their sequence
 	dialing     int       // dials under way
 	failures    int       // failed dials in a row
 	lastErr     error     // of the last failed dial, nil after a successful one
-	retryAt     time.Time // until then no upgrade dials
+	retryAt     time.Time // until then no request dials
 	wasDown     bool      // it was not ready when that was last checked
 	misdirected bool      // another backend answered at its address, and it has not since
 }
 
-// waiter is an upgrade in a dial queue.
+// waiter is a request in a dial queue.
 type waiter struct {
 	namespace string
 	sequence  int64  // its position among all waiters; it keeps that until it is connected
@@ -80,7 +81,7 @@ func newDialQueues(ready func(ordinal int) error) *dialQueues {
 	return &dialQueues{backendReady: ready, queues: map[int]*dialQueue{}}
 }
 
-// checkReady returns why the upgrades in the queue cannot dial now, or nil.
+// checkReady returns why the requests in the queue cannot dial now, or nil.
 func (d *dialQueues) checkReady(ordinal int) error {
 	if ordinal == queueHeld {
 		return errHeld
@@ -88,7 +89,7 @@ func (d *dialQueues) checkReady(ordinal int) error {
 	return d.backendReady(ordinal)
 }
 
-// newWaiter returns a waiter for wait, of an upgrade of the namespace.
+// newWaiter returns a waiter for wait, of a request of the namespace.
 func (d *dialQueues) newWaiter(namespace string) *waiter {
 	w := &waiter{namespace: namespace, woken: newWakeup()}
 	w.onWake = w.woken.notify
@@ -173,7 +174,7 @@ func (d *dialQueues) reasonLocked(w *waiter, ordinal int, err error) error {
 }
 
 // isOpen reports whether a request may be sent to the backend now, on a connection that
-// there is already: the backend is ready, no upgrade waits for it, and its last dial did
+// there is already: the backend is ready, no request waits for it, and its last dial did
 // not fail.
 func (d *dialQueues) isOpen(ordinal int) bool {
 	d.mu.Lock()
@@ -196,7 +197,7 @@ func (d *dialQueues) seemsReady(ordinal int) bool {
 }
 
 // tryDial reports whether the caller may dial the backend now: the backend is ready, no
-// upgrade waits for it, and its last dial did not fail. The caller then calls dialDone.
+// request waits for it, and its last dial did not fail. The caller then calls dialDone.
 func (d *dialQueues) tryDial(ordinal int) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -210,7 +211,7 @@ func (d *dialQueues) tryDial(ordinal int) bool {
 
 // dialDone notes the result of a dial that wait or tryDial has allowed, and lets the next
 // waiters dial. err is nil if the backend is connected. ctxEnded says that the context of
-// the upgrade ended before the dial could succeed or fail: such an err says nothing of the
+// the request ended before the dial could succeed or fail: such an err says nothing of the
 // backend.
 func (d *dialQueues) dialDone(ordinal int, err error, ctxEnded bool) {
 	d.mu.Lock()
@@ -218,7 +219,7 @@ func (d *dialQueues) dialDone(ordinal int, err error, ctxEnded bool) {
 	q := d.queue(ordinal)
 	q.dialing--
 	switch {
-	case err == nil && q.misdirected: // the next upgrade waits for the answer, or for retryAt
+	case err == nil && q.misdirected: // the next request waits for the answer, or for retryAt
 		d.dialFailed(ordinal, q, q.lastErr)
 	case err == nil:
 		q.failures, q.lastErr = 0, nil
@@ -228,7 +229,7 @@ func (d *dialQueues) dialDone(ordinal int, err error, ctxEnded bool) {
 	d.startDials(ordinal, q)
 }
 
-// dialFailed lets no upgrade dial the backend until retryAt. Of dials that fail together
+// dialFailed lets no request dial the backend until retryAt. Of dials that fail together
 // only the first counts. The caller holds mu.
 func (d *dialQueues) dialFailed(ordinal int, q *dialQueue, err error) {
 	if time.Now().Before(q.retryAt) {
@@ -245,7 +246,7 @@ func (d *dialQueues) dialFailed(ordinal int, q *dialQueue, err error) {
 }
 
 // setMisdirected notes that another backend has answered at the backend's address. As
-// after a failed dial, one upgrade at a time then dials, until clearMisdirected.
+// after a failed dial, one request at a time then dials, until clearMisdirected.
 func (d *dialQueues) setMisdirected(ordinal int, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -274,7 +275,7 @@ func (d *dialQueues) clearMisdirected(ordinal int) {
 }
 
 // readinessChanged is called when the result of checkReady or the address of any backend
-// may have changed. Upgrades may then dial at once. The failed dials of a backend that
+// may have changed. Requests may then dial at once. The failed dials of a backend that
 // has become ready are forgotten.
 func (d *dialQueues) readinessChanged() {
 	d.mu.Lock()

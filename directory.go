@@ -61,7 +61,8 @@ func (d *directory) run(ctx context.Context) {
 	}
 }
 
-// whyNotReady says why update was not called yet. Its result means nothing after that.
+// whyNotReady says why update was not called yet. Nobody calls it after that: where the
+// directory is not provisional, flags give the backends, and then there is a table.
 func (d *directory) whyNotReady() string {
 	if problem := d.lastError.Load(); problem != nil {
 		return *problem

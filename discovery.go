@@ -95,7 +95,7 @@ func (b *activeCount) replaces(old *activeCount) bool {
 	return b.Count > old.Count
 }
 
-// isOf reports whether b is an active count of the StatefulSet. nil does not.
+// isOf reports whether b is an active count of the StatefulSet. A nil b is of none.
 func (b *activeCount) isOf(s *statefulSet) bool {
 	return b != nil && b.UID == s.Metadata.UID
 }
@@ -751,7 +751,8 @@ func (e *endpointWatcher) hasAnswer() bool {
 	return e.listed || e.isOutdated()
 }
 
-// isReady reports whether the backend is ready; known is false before the first LIST.
+// isReady reports whether the backend is ready. known is false before the first LIST that
+// has an EndpointSlice.
 func (e *endpointWatcher) isReady(ordinal int) (ready, known bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()

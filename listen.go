@@ -16,8 +16,8 @@ import (
 	"time"
 )
 
-// listen opens the address of -listen or -admin: host:port, or unix:/path for a
-// socket with mode 0660. A socket that a router left behind when it was killed
+// listen opens the address of -listen, -admin or -redirect: host:port, or unix:/path for
+// a socket with mode 0660. A socket that a router left behind when it was killed
 // is replaced, one that is listened on is not. A client that is silent to TCP for
 // userTimeout is given up. The caller closes the listener, which removes the
 // socket.
@@ -91,10 +91,10 @@ const (
 	maxAcceptBackoff = time.Second
 )
 
-// acceptRetry decides what follows a failed accept of a listener: another one,
-// after a pause, for as long as the listener is ours. What accept(2) and the
-// system under it can fail with is no closed list, and none of it is a reason to
-// stop: memory, descriptors and interfaces come back.
+// acceptRetry decides what follows a failed accept of a listener: another one, after a
+// pause, until the router closes the listener. accept(2) has no complete list of its
+// errors, and none of them is a reason to stop: memory, descriptors and interfaces come
+// back.
 type acceptRetry struct {
 	// Static after construction.
 	flag string // of the listener, for the log
@@ -125,8 +125,8 @@ func (a *acceptRetry) isClosed() bool {
 }
 
 // shouldRetry is called with the result of each accept. It reports whether to accept
-// once more: nothing came, and the listener was not closed by us. After an error
-// it waits and logs, no more than a line a second.
+// once more: there was an error, and the router has not closed the listener. After an
+// error it waits and logs, no more than a line a second.
 func (a *acceptRetry) shouldRetry(err error) bool {
 	switch {
 	case err == nil:
@@ -170,10 +170,15 @@ func (l retryListener) Close() error {
 	return l.Listener.Close()
 }
 
-// limitListener has at most maxConns connections open. One more closes another, which had
-// its turn: of those without a request the one whose last ended first, else the oldest
-// that has sent none for silentTime, else the oldest. So a new connection always gets in,
-// whatever others keep open, and however fast they ask.
+// limitListener has at most maxConns connections open. One more closes another one, the
+// first of these that there is:
+//
+//   - of those that have had an answer and have no request now, the one that has had it for
+//     longest;
+//   - of those that have sent no request for silentTime, the oldest;
+//   - of all, the one that was accepted, or whose request began, first.
+//
+// So a new connection always gets in, whatever others keep open, and however fast they ask.
 type limitListener struct {
 	net.Listener
 	maxConns int

@@ -69,8 +69,8 @@ type namespacePermit struct {
 	namespace string
 }
 
-// giveBack gives back what the permit has taken. There must be one call. A nil permit has
-// taken nothing.
+// giveBack gives back what the permit has taken. It must be called exactly once. A nil
+// permit has taken nothing.
 func (p *namespacePermit) giveBack() {
 	if p != nil {
 		p.sessions.giveBack(p.namespace)

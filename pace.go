@@ -29,7 +29,7 @@ func (p *pace) start(now time.Time) {
 // next returns when the next session is due.
 func (p *pace) next() time.Time { return p.scheduled.Add(p.jitter) }
 
-// advance schedules the session after the one that has just ended or moved.
+// advance schedules the next session, when one has had its turn.
 func (p *pace) advance(now time.Time) {
 	p.scheduled = p.scheduled.Add(p.interval)
 	p.start(now.Add(-paceCatchUp))

@@ -6,9 +6,10 @@ import (
 	"time"
 )
 
-// pendingLimit bounds the pending upgrades: those that wait, dial, or are in the
-// handshake. A backend's upgrades cannot take the places of the other backends' ones,
-// whatever they wait for: half of the limit is divided evenly among the backends. The
+// pendingLimit bounds the pending requests: upgrades that wait, dial, or are in the
+// handshake, plain requests that their owner has not got, and what abandon keeps. A
+// backend's requests cannot take the places of the other backends' ones, whatever they
+// wait for: half of the limit is divided evenly among the backends. The
 // other half is a pool, of which a backend may take as many places as it leaves free. So
 // there is room for the clients of the last backend that works, and for the many clients
 // that wait for one that restarts. The zero value counts none.
@@ -21,7 +22,7 @@ type pendingLimit struct {
 	headBytes int         // of the heads that are kept
 }
 
-// acquire takes a place for an upgrade to the backend with this ordinal. There are count
+// acquire takes a place for a request to the backend with this ordinal. There are count
 // backends, and limit places for all of them; each backend has at least one place, whatever
 // the limit. acquire returns how many places are taken then, in all and by this backend. If
 // ok is true, the caller calls giveBack; else it took none.
@@ -86,7 +87,7 @@ func (l *pendingLimit) inUse(ordinal int) (all, own int) {
 }
 
 // reserveHead counts n bytes more of heads that are kept, and reports whether so many are
-// allowed with this limit of upgrades. If not, it counts none.
+// allowed with this limit of pending requests. If not, it counts none.
 func (l *pendingLimit) reserveHead(n, limit int) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -97,13 +98,14 @@ func (l *pendingLimit) reserveHead(n, limit int) bool {
 	return true
 }
 
-// headBytesPerUpgrade is how many bytes the heads of the pending upgrades may have on
-// average. One may have more if others have fewer.
+// headBytesPerUpgrade is how many bytes the heads of the pending requests, with the short
+// bodies of plain ones, may have on average. One may have more if others have fewer.
 const headBytesPerUpgrade = 2 << 10
 
-// pendingRequest is an upgrade from its admission until it is a session or is answered, or
-// a plain request until its owner gets it. It goes with its client from the fast path to
-// net/http. One goroutine at a time owns it.
+// pendingRequest is a request from its admission on: an upgrade until it is a session or is
+// answered, a plain request until its exchange is over. The limits count it until free, a
+// plain request until its owner gets it. An upgrade goes with its client from the fast path
+// to net/http. One goroutine at a time owns it.
 type pendingRequest struct {
 	limit     *pendingLimit    // counts it until free
 	permit    *namespacePermit // given back with free; nil without limits of its namespace
@@ -113,31 +115,31 @@ type pendingRequest struct {
 	holds     *histogram // of these waits
 	namespace string
 	assignment
-	headBytes int // of its head, as limit counts them
+	headBytes int // of its head and a short body, as limit counts them
 
 	// Set after its admission.
 	podUID       string    // of the owner's pod, "" if not known
 	holdDeadline time.Time // until then it waits; zero if it was not parked
 	dialErr      error     // why it has waited in vain; nil while that is open
 	backendConn  net.Conn  // to the owner, which may have the request already; or nil
-	flight       *flight   // of the request; nil if it was not sent or is over
+	flight       *flight   // nil if it was not sent or is over, and for an upgrade with -handoff=off
 	cut          func()    // of a plain request: see flight.cut; nil for an upgrade
 }
 
-// assign makes the upgrade one to the owner that a says.
+// assign makes the request one to the owner that a says.
 func (u *pendingRequest) assign(a assignment) {
 	u.limit.transfer(u.owner, a.owner)
 	u.assignment = a
 }
 
-// beginHold notes that the upgrade waits for its owner, if it does not wait already.
+// beginHold notes that the request waits for its owner, if it does not wait already.
 func (u *pendingRequest) beginHold() {
 	if u.holdBegan.IsZero() {
 		u.holdBegan = time.Now()
 	}
 }
 
-// endHold counts the time for which the upgrade has waited, if it has.
+// endHold counts the time for which the request has waited, if it has.
 func (u *pendingRequest) endHold() {
 	if !u.holdBegan.IsZero() {
 		u.holds.observe(time.Since(u.holdBegan))
@@ -155,8 +157,9 @@ func (u *pendingRequest) endFlight() {
 }
 
 // abandon takes over conn, a connection to the owner that became no session, and closes
-// it: if the owner may have the request, not before that is over. Until then a place of
-// the owner stays taken. conn is nil if there was no descriptor for it.
+// it. If there is a flight, the owner may have the request: then abandon takes one more place
+// of the owner, and keeps both until the flight is over. conn is nil if there was no
+// descriptor for it.
 func (u *pendingRequest) abandon(conn net.Conn) {
 	if u.flight == nil {
 		if conn != nil {
@@ -171,7 +174,7 @@ func (u *pendingRequest) abandon(conn net.Conn) {
 }
 
 // reserveHead counts n bytes of its head, in place of those that it counted before. It
-// reports whether so many are allowed with this limit of upgrades.
+// reports whether so many are allowed with this limit of pending requests.
 func (u *pendingRequest) reserveHead(n, limit int) bool {
 	ok := u.limit.reserveHead(n-u.headBytes, limit)
 	if ok {
@@ -180,7 +183,7 @@ func (u *pendingRequest) reserveHead(n, limit int) bool {
 	return ok
 }
 
-// free ends the count of the upgrade in its limits. More calls do nothing.
+// free ends the count of the request in its limits. More calls do nothing.
 func (u *pendingRequest) free() {
 	if u.freed {
 		return
@@ -199,7 +202,7 @@ func (u *pendingRequest) retake() {
 	u.freed = false
 }
 
-// close frees the upgrade, and abandons the connection to its owner if it has one.
+// close frees the request, and abandons the connection to its owner if it has one.
 func (u *pendingRequest) close() {
 	u.abandon(u.backendConn)
 	u.free()

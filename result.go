@@ -63,7 +63,7 @@ func (r result) isUpgradeOnly() bool {
 	return false
 }
 
-// refusal is an upgrade that did not happen, and why. The reason is for the log:
+// refusal says that a request is not carried out, and why. The reason is for the log:
 // of what the client did wrong (4xx) it quotes the request and says what was wanted,
 // but of all else it names backends and addresses, which are no business of clients.
 type refusal struct {

@@ -19,7 +19,7 @@ import (
 const (
 	whyOverride   = "override"   // an override names it
 	whyHash       = "hash"       // there is no override
-	whyCordoned   = "cordoned"   // the same, but the backend of its hash is cordoned
+	whyCordoned   = "cordoned"   // there is none, and the backend of its hash is cordoned
 	whyPrevious   = "previous"   // it keeps its previous owner: an override is invalid
 	whyConflict   = "conflict"   // it keeps its previous owner: overrides disagree
 	whyUnresolved = "unresolved" // it would keep its previous owner, but none is known: 503
@@ -57,7 +57,7 @@ type overrideSource interface {
 	// run reads the source until ctx ends.
 	run(ctx context.Context)
 	// whyNotReady says why the source has not called update yet. "" means that it has,
-	// or is about to.
+	// or is about to. It is not called once there is a table.
 	whyNotReady() string
 }
 
@@ -543,7 +543,7 @@ type router struct {
 	onSwap      func()          // called after each swap of the table; must not block
 	sources     []*routerSource // in the order of addSource
 
-	current atomic.Pointer[table] // nil until overrides and backends are known, never again
+	current atomic.Pointer[table] // nil until overrides and backends are known, not nil after that
 	swaps   atomic.Int64          // tables put in force
 
 	applyDurations *histogram // how long it took to make these and put them in force

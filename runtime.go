@@ -162,8 +162,8 @@ const (
 	freeMemoryInterval = time.Second // between two checks
 )
 
-// freeMemory gives the memory that many requests took back to the system as soon as it
-// is calm again, until ctx ends. The runtime alone would keep it for minutes: it collects
+// freeMemory returns memory to the system: what many requests have taken, as soon as it is
+// calm again, until ctx ends. The runtime alone would keep it for minutes: it collects
 // garbage when the heap has doubled, and a router of idle sessions would have more
 // garbage than sessions. requests returns how many there were so far, upgrades and
 // plain ones.
