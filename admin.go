@@ -321,7 +321,8 @@ func (a *admin) writeMetrics(m metricsWriter) {
 	m.end()
 }
 
-// watchers returns the watchers of all objects.
+// watchers returns the watchers of the ConfigMaps with overrides, the StatefulSet and the
+// EndpointSlices, but not that of the object of the hand-off.
 func (a *admin) watchers() (all []objectWatcher) {
 	for _, w := range a.configMaps.watchers {
 		all = append(all, w)
@@ -339,7 +340,7 @@ type ownership struct {
 	Owner     string      `json:"owner,omitempty"`        // "" if the namespace is refused
 	HeldBy    int64       `json:"held_by_step,omitempty"` // clients wait until previous is over
 	Previous  string      `json:"previous,omitempty"`     // owner until the step is done
-	Next      string      `json:"next,omitempty"`         // owner when its turn in a hand-off has come
+	Next      string      `json:"next,omitempty"`         // in the newest table, if it is not the owner yet
 	Why       string      `json:"why"`                    // one of the why constants
 	HashOwner string      `json:"hash_owner,omitempty"`   // its owner if that were not cordoned
 	PodUID    string      `json:"pod,omitempty"`          // of the owner's pod, if known
@@ -589,7 +590,7 @@ type backendState struct {
 	Ready            bool   `json:"ready"` // it takes a connection now
 	Error            string `json:"error,omitempty"`
 	OwnsNamespaces   bool   `json:"owns_namespaces"`               // it owns namespaces
-	Cordoned         bool   `json:"cordoned,omitempty"`            // but none by the hash
+	Cordoned         bool   `json:"cordoned,omitempty"`            // the hash gives it no namespaces
 	Overrides        int    `json:"overrides"`                     // how many it owns by overrides
 	Sessions         int    `json:"sessions"`                      // open in this router
 	SessionsOnOldPod int    `json:"sessions_on_old_pod,omitempty"` // of these, with an earlier pod

@@ -525,14 +525,14 @@ func TestPlan(t *testing.T) {
 		"no replicas":    {`{"replicas":0}`, 400, `{"error":"replicas must be 1 to 10000 (got 0)"}`},
 		"too many":       {`{"replicas":10001}`, 400, `{"error":"replicas must be 1 to 10000 (got 10001)"}`},
 		"both":           {`{"replicas":3,"kind":"ConfigMap"}`, 400, `{"error":"the body must not have both a ConfigMap and replicas"}`},
-		"another kind":   {`{"kind":"Secret"}`, 400, `{"error":"the body must be a ConfigMap (got kind \"Secret\") or {\"replicas\": number}"}`},
+		"another kind":   {`{"kind":"Secret"}`, 400, `{"error":"the body must be a ConfigMap (got kind \"Secret\"), or have replicas or cordon"}`},
 		"another name":   {configMap("other", "edge", `{}`), 400, `{"error":"ConfigMap edge/other is not a source of overrides; the sources are: ConfigMap edge/overwriting"}`},
 		"another place":  {configMap("overwriting", "other", `{}`), 400, `{"error":"ConfigMap other/overwriting is not a source of overrides; the sources are: ConfigMap edge/overwriting"}`},
-		"YAML":           {"kind: ConfigMap", 400, `{"error":"the body must be a ConfigMap in JSON or {\"replicas\": number}: invalid character 'k' looking for beginning of value"}`},
-		"nothing":        {"", 400, `{"error":"the body must be a ConfigMap in JSON or {\"replicas\": number}: unexpected end of JSON input"}`},
-		"numbers":        {configMap("overwriting", "edge", `{"a":2}`), 400, `{"error":"the body must be a ConfigMap in JSON or {\"replicas\": number}: json: cannot unmarshal number into Go struct field planRequest.configMap.data of type string"}`},
+		"YAML":           {"kind: ConfigMap", 400, `{"error":"the body must be a ConfigMap in JSON, or have replicas or cordon: invalid character 'k' looking for beginning of value"}`},
+		"nothing":        {"", 400, `{"error":"the body must be a ConfigMap in JSON, or have replicas or cordon: unexpected end of JSON input"}`},
+		"numbers":        {configMap("overwriting", "edge", `{"a":2}`), 400, `{"error":"the body must be a ConfigMap in JSON, or have replicas or cordon: json: cannot unmarshal number into Go struct field planRequest.configMap.data of type string"}`},
 		"too big":        {`"` + strings.Repeat("x", maxPlanBody) + `"`, 413, `{"error":"the body has more than 8388608 bytes"}`},
-		"two objects":    {`{"replicas":3}{"replicas":4}`, 400, `{"error":"the body must be a ConfigMap in JSON or {\"replicas\": number}: invalid character '{' after top-level value"}`},
+		"two objects":    {`{"replicas":3}{"replicas":4}`, 400, `{"error":"the body must be a ConfigMap in JSON, or have replicas or cordon: invalid character '{' after top-level value"}`},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {

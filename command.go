@@ -32,7 +32,7 @@ type command struct {
 	by        string // of top: "sessions" or "bytes"
 	configMap string // of move: the name of the ConfigMap to patch; "" if it is clear
 
-	// Of owner, to build a table without a router; replicas is 0 to ask a router.
+	// Of owner, to build a table; without replicas and overridesDir it asks a router.
 	replicas                  int
 	cordon                    cordon
 	statefulSet, overridesDir string
@@ -253,7 +253,8 @@ func planBody(args []string) (body []byte, err error) {
 		return fmt.Appendf(nil, `{"cordon":[%s]}`, list), nil
 	case len(args) != 1:
 		return nil, usageError{fmt.Errorf(
-			"one argument is required: a file, -, or a number of backends (got %d)", len(args))}
+			"one argument is required: a file, -, or a number of backends; or cordon and a list (got %d)",
+			len(args))}
 	case args[0] == "-":
 		return io.ReadAll(io.LimitReader(os.Stdin, maxPlanBody+1))
 	}
@@ -540,8 +541,8 @@ func (c *command) move(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	fmt.Fprintf(c.notes, "%s is with %s (%s) and has %d sessions\n",
-		showNamespace(namespace), cmp.Or(o.Owner, "no backend"), o.Why, o.Sessions)
+	fmt.Fprintf(c.notes, "%s: owner %s (%s), %d sessions\n",
+		showNamespace(namespace), cmp.Or(o.Owner, "none"), o.Why, o.Sessions)
 	patch := map[string]any{"data": map[string]any{key: value}}
 	return c.printPatch(patch, "configmap "+src.Name, src.Namespace,
 		"move", quoteForShell(namespace), backend)
@@ -792,9 +793,9 @@ func printOwner(w io.Writer, namespace string, o ownership) {
 	fmt.Fprintln(w, strings.TrimRight(row, "\t"))
 	switch {
 	case o.HeldBy != 0:
-		fmt.Fprintf(w, "\theld by step %d until its sessions with %s are over\n", o.HeldBy, o.Previous)
+		fmt.Fprintf(w, "\theld by step %d until its sessions and requests with %s are over\n", o.HeldBy, o.Previous)
 	case o.Next != "":
-		fmt.Fprintf(w, "\tmoves to %s in its turn\n", o.Next)
+		fmt.Fprintf(w, "\tmoves to %s later in this change\n", o.Next)
 	}
 	if o.Agree != nil && !*o.Agree {
 		for _, r := range o.Routers {

@@ -48,7 +48,7 @@ func TestCommands(t *testing.T) {
 		"plan a number":    {[]string{"plan", admin, "4"}, 0, "late  backend-0  to backend-1  1 sessions\n1 sessions of 1 namespaces would move, in 0.5 s; 4 backends, 0 overrides rejected\n1 of 1 routers answered\n"},
 		"plan no number":   {[]string{"plan", admin, "0"}, 1, s.URL + "/plan: 400 Bad Request: replicas must be 1 to 10000 (got 0)\n"},
 		"plan no file":     {[]string{"plan", admin, "/nowhere"}, 1, "open /nowhere: no such file or directory\n"},
-		"plan nothing":     {[]string{"plan", admin}, 2, "one argument is required: a file, -, or a number of backends (got 0)\n"},
+		"plan nothing":     {[]string{"plan", admin}, 2, "one argument is required: a file, -, or a number of backends; or cordon and a list (got 0)\n"},
 		"plan, bad flag":   {[]string{"plan", "-replicas", "3"}, 2, "flag provided but not defined: -replicas\n"},
 		"owner":            {[]string{"owner", admin, "late"}, 0, "late  backend-1  override  2 sessions  127.0.0.1:1  dial tcp 127.0.0.1:1: connect: connection refused\n"},
 		"owner of nothing": {[]string{"owner", admin}, 2, "at least one namespace is required\n"},
@@ -186,7 +186,7 @@ func TestCommandMove(t *testing.T) {
 		out, notes string
 	}{
 		"pin":           {a, "vip backend-2", 0, `{"data":{"vip":"backend-2"}}`, "router move vip backend-2 | kubectl -n edge patch configmap overwriting --type merge --patch-file /dev/stdin\n"},
-		"what is":       {a, "vip backend-2", 0, `{"data":{"vip":"backend-2"}}`, "vip is with backend-4 (override) and has 2 sessions\n"},
+		"what is":       {a, "vip backend-2", 0, `{"data":{"vip":"backend-2"}}`, "vip: owner backend-4 (override), 2 sessions\n"},
 		"unpin":         {a, "vip -", 0, `{"data":{"vip":null}}`, "router move vip - |"},
 		"key":           {a, "café:it's backend-0", 0, `{"data":{"caf_xC3_xA9_x3Ait_x27s":"backend-0"}}`, `router move 'café:it'\''s' backend-0 |`},
 		"no backend":    {a, "vip backend-5", 1, "", `there is no backend "backend-5"; the backends are backend-0 to backend-4`},

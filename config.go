@@ -231,7 +231,8 @@ func (c *config) trafficFlags(f *flag.FlagSet) {
 			"-header-timeout")
 	f.DurationVar(&c.limits.headerTimeout, "header-timeout", 10*time.Second,
 		"how long a client may take for its TLS handshake, then to send its request's head, and\n"+
-			"then a body of up to 8 KiB")
+			"then a body of up to 8 KiB; other systems than Linux give handshake and head one such\n"+
+			"time together")
 	f.IntVar(&c.limits.headerFields, "max-header-fields", 100,
 		"maximum `number` of fields in a request's head")
 	f.IntVar(&c.limits.headerBytes, "max-header-bytes", 16<<10,
@@ -298,7 +299,8 @@ func (c *config) handoffFlags(f *flag.FlagSet) {
 		"`path` that is POSTed to the previous owner of the namespaces of a hand-off, so that it\n"+
 			"stores their state; their next owner begins after its 2xx (default none)")
 	f.DurationVar(&c.releaseMemory, "release-memory", time.Minute,
-		"how long after the last session of a namespace its owner is asked to release it")
+		"how long at least, after the last session or request of a namespace, its previous owner\n"+
+			"is still asked to release it")
 }
 
 // parseConfig reads the flags in args, and those that are not in args from the

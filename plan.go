@@ -80,7 +80,7 @@ func (p *planRequest) table(current *table) (*table, error) {
 			backends.count = *p.Replicas
 		}
 	case p.Kind != "ConfigMap":
-		return nil, fmt.Errorf("the body must be a ConfigMap (got kind %.60q) or {\"replicas\": number}",
+		return nil, fmt.Errorf("the body must be a ConfigMap (got kind %.60q), or have replicas or cordon",
 			p.Kind)
 	default:
 		i := slices.IndexFunc(sources, p.matches)
@@ -278,7 +278,7 @@ func planBodyError(err error) error {
 	if err == nil {
 		return nil
 	}
-	return fmt.Errorf("the body must be a ConfigMap in JSON or {\"replicas\": number}: %w", err)
+	return fmt.Errorf("the body must be a ConfigMap in JSON, or have replicas or cordon: %w", err)
 }
 
 // readPlanRequest reads the planRequest in r's body, and returns the table that would follow
