@@ -122,7 +122,7 @@ func (c *configMaps) apply(i int, set map[string]*configMap) {
 				"object", m.id().String(), "version", m.Metadata.ResourceVersion)
 			continue
 		case !found && !m.absent:
-			c.log.Warn("ConfigMap deleted; keeping its last overrides",
+			c.log.Warn("ConfigMap deleted or no longer selected; keeping its last overrides",
 				"object", m.id().String(), "version", m.Metadata.ResourceVersion)
 		case found && m.absent:
 			c.log.Info("ConfigMap found again",
@@ -252,7 +252,7 @@ func (c *configMaps) writeMetrics(m metricsWriter) {
 	if len(objects) == 0 {
 		return
 	}
-	sample := m.family("router_watch_object_absent", "gauge", "1 if the object does not exist.")
+	sample := m.family("router_watch_object_absent", "gauge", "1 if the object does not exist, or is not selected.")
 	for _, o := range objects {
 		sample(boolToFloat(o.absent), "object", o.object)
 	}

@@ -124,7 +124,7 @@ func TestConfigMapsStayWhenDeleted(t *testing.T) {
 			c.apply(0, fakeSet())
 			c.apply(0, fakeSet())
 			want("ns-01=1", watchedObject{"ConfigMap edge/a", true})
-			if n := r.swaps.Load(); n != 1 || len(log.all("ConfigMap deleted; keeping its last overrides")) != 1 {
+			if n := r.swaps.Load(); n != 1 || len(log.all("ConfigMap deleted or no longer selected; keeping its last overrides")) != 1 {
 				t.Errorf("%d swaps, want 1, and one line about the absence", n)
 			}
 			c.apply(0, fakeSet(fakeMap("a", "1", "ns-01=backend-2"))) // the same version of another object
@@ -183,7 +183,7 @@ func TestConfigMapsOfASelection(t *testing.T) {
 	c.apply(0, fakeSet())
 	seesB.absent, seesC.absent = true, true
 	want("ns-b=2 ns-c=3 x=2", 3, nil, seesB, seesC)
-	if n := len(log.all("ConfigMap deleted; keeping its last overrides")); n != 2 || r.table().stamp != stamp {
+	if n := len(log.all("ConfigMap deleted or no longer selected; keeping its last overrides")); n != 2 || r.table().stamp != stamp {
 		t.Errorf("%d lines about what is absent, want 2; stamp %s after %s", n, r.table().stamp, stamp)
 	}
 	set = fakeSet(b) // and given back to one

@@ -18,8 +18,8 @@ const (
 	maxEventMessage = 1024                   // bytes; the API's own limit
 )
 
-// eventRecorder writes Events about the ConfigMaps with overrides, and about the
-// StatefulSet. `kubectl describe` shows them. They are a convenience: at most
+// eventRecorder writes Events about the ConfigMaps with overrides, the StatefulSet, and this
+// router's pod. `kubectl describe` shows them. They are a convenience: at most
 // maxQueuedEvents wait, the recorder tries to write each at most twice, and nothing waits
 // for them.
 type eventRecorder struct {
@@ -133,8 +133,9 @@ func rejectedMessage(c sourceChange) string {
 // enqueue queues an Event about the object, of type kind: "Normal" or "Warning". It drops
 // the Event if the queue is full. All routers give the same Event the same name, so that
 // the API server accepts it only once. identity distinguishes Events of one reason about
-// one version of the object: another number of backends, the same number after another
-// change of the StatefulSet, or another router.
+// one version of the object: the table's content and the StatefulSet's revision for
+// overrides, the text for a cordon, the router and the time for a move, the text and the time
+// for a certificate.
 func (r *eventRecorder) enqueue(o apiObject, kind, reason, identity, message string) {
 	m, now := o.Metadata, time.Now().UTC().Truncate(time.Second)
 	// An Event's name is a DNS subdomain, so nothing before a dot may end with "." or "-".
@@ -191,7 +192,7 @@ func (r *eventRecorder) write(ctx context.Context, e kubeEvent) {
 		return
 	}
 	if omitted, ok := r.failureThrottle.allow(time.Minute); ok || r.forbidden {
-		r.log.Warn("cannot write Event; the overrides are in force",
+		r.log.Warn("cannot write Event; nothing else depends on it",
 			"error", err.Error(), "omitted", omitted)
 	}
 }

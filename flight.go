@@ -15,22 +15,23 @@ import (
 
 // flight is a request, from just before it is sent until it is over: its backend has
 // refused it, has answered it to the end, or has ended its side of the connection, the
-// relay has the session, or the request was not sent. Until then the backend may serve the
-// namespace.
+// relay has the session, or the request was not sent. A flight may also be a session that
+// has ended, until its backend has ended its side. Until it is over the backend may serve
+// the namespace.
 type flight struct {
 	flights   *flights
 	namespace string
 	backend   int    // ordinal
 	podUID    string // of the backend's pod, "" if not known
 
-	// Of a plain request.
+	// Of a plain request only.
 	began time.Time
 	cut   func() // makes it end soon; must not block; nil for an upgrade
 	isCut bool   // cut was called; guarded by flights.mu
 }
 
-// flights are all requests in flight. A step of a hand-off is done when none of them is
-// with another backend than the next owner.
+// flights are all that are not over. A step of a hand-off is not done while one of its
+// namespaces has a flight with another backend than the next owner.
 type flights struct {
 	// Static after construction.
 	unprovenTimeout time.Duration     // how long the end of an abandoned flight is waited for; 0: for ever
@@ -152,7 +153,7 @@ func (f *flight) abandon(conn net.Conn, onEnd func()) {
 		if all.lifetime.Err() != nil { // the router stops
 			return
 		}
-		all.log.Warn("gave up waiting for the end of a request",
+		all.log.Warn("gave up waiting for a backend to end",
 			"namespace", f.namespace, "backend", all.backendName(f.backend),
 			"seconds", time.Since(began).Seconds())
 	})

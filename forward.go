@@ -23,8 +23,9 @@ import (
 
 // forwarder forwards plain requests, those that are no upgrades, to owners of namespaces.
 // httputil.ReverseProxy passes each answer on. Its transport is not http.Transport, but
-// exchange.RoundTrip: http.Transport sends a request again when a kept connection was
-// closed, and does not say which connection an owner may still read a request from.
+// proxy.roundTrip, which exchange.serve gives to it: http.Transport sends a request again
+// when a kept connection was closed, and does not say which connection an owner may still
+// read a request from.
 type forwarder struct {
 	// Static after construction.
 	open     context.Context // all exchanges end with it: see stop
@@ -60,8 +61,9 @@ var errClientGone = errors.New("the client left")
 // errBadBody is the cause that ends an exchange whose body is not what HTTP allows.
 var errBadBody = errors.New("the body must be valid chunks (RFC 9112 §7.1)")
 
-// errMoved is the cause that ends an exchange whose namespace has another owner now.
-var errMoved = errors.New("its namespace moved to another owner")
+// errMoved is the cause that ends an exchange whose namespace has another owner now, or the
+// same owner with another pod.
+var errMoved = errors.New("its namespace moved to another owner, or its backend was replaced")
 
 // newForwarder returns a forwarder. addDescriptors is called for the descriptors of
 // connections that it keeps. The caller calls stop.
@@ -525,7 +527,7 @@ func (b *answerBody) Close() error {
 	return nil
 }
 
-// bodySender is what sendBody leaves.
+// bodySender says whether sendBody has ended, and how.
 type bodySender struct {
 	stopped atomic.Bool   // stopBody ends it
 	done    chan struct{} // closed at its end
@@ -545,9 +547,9 @@ func (b *bodySender) isSent() bool {
 	}
 }
 
-// sendBody sends the head and the body as it comes. If the client does not send all of
-// it, the owner gets no end of it. If the owner does not read all of it, it may have
-// answered before.
+// sendBody sends the head and the body as it comes. If the client does not send all of the
+// body, that ends the exchange, and the owner sees that the body is not whole. If the owner
+// does not take all of the body, only sendBody ends: the owner may have answered already.
 func (x *exchange) sendBody(b *bodySender, conn *ownerConn, head []byte) {
 	defer close(b.done)
 	if _, b.err = conn.Write(head); b.err != nil {

@@ -24,7 +24,8 @@ type limits struct {
 	// client. It does not bound TLS handshakes.
 	handshakeTimeout time.Duration
 	// headerTimeout is how long a client has for its TLS handshake, then for its request's
-	// head, and then for a short body.
+	// head, and then for a short body. If net/http does the handshake, that and the head have
+	// one such time together.
 	headerTimeout   time.Duration
 	headerBytes     int // of the head of a request or an answer
 	headerFields    int // of a request
@@ -193,7 +194,8 @@ func (p *proxy) reserveHead(u *pendingRequest, n int) *refusal {
 		return nil
 	}
 	return refuse(resultMaxPending,
-		"the heads of the pending upgrades have %d bytes each, the limit", headBytesPerUpgrade)
+		"the heads of pending requests, with short bodies, have %d bytes each on average, the limit",
+		headBytesPerUpgrade)
 }
 
 // askOwners sends the request to the owner of the namespace, and again when another one
@@ -271,7 +273,7 @@ func (p *proxy) dialOwner(ctx context.Context, u *pendingRequest) error {
 }
 
 // startFlight notes that the owner gets the request now, which the caller sends next. It
-// returns false if the namespace has another owner by now, or none.
+// returns false if the namespace has another owner by now, or none, or is held.
 func (p *proxy) startFlight(u *pendingRequest) bool {
 	f, now, ok := p.mover.startFlight(u.namespace, u.owner, u.podUID, u.cut)
 	if ok {
@@ -405,8 +407,8 @@ func (p *proxy) holdContext(x *exchange) context.Context {
 	return x.holdCtx
 }
 
-// requestContexts returns the contexts of an upgrade. clientCtx ends when the client is
-// gone or the router stops. holdCtx also ends at the deadline until which the upgrade
+// requestContexts returns the contexts of a request. clientCtx ends when the client is
+// gone or the router stops. holdCtx also ends at the deadline until which the request
 // waits for its owner: after -hold if it is zero. The caller calls cancel.
 //
 // A client that has sent its request and a FIN may still listen (a half-close, RFC 9293
@@ -443,15 +445,16 @@ func (p *proxy) requestContexts(
 	}
 }
 
-// errOwnerChanged says that the namespace got another owner during the handshake. The
-// client, which has read nothing yet, has to go to that one.
-var errOwnerChanged = errors.New("the namespace got another owner during the handshake")
+// errOwnerChanged says that the namespace got another owner during the handshake, or its
+// owner another pod. The client, which has read nothing yet, has to go to that one.
+var errOwnerChanged = errors.New("the namespace got another owner or pod during the handshake")
 
 // errMisdirected says that another backend answered at the owner's address (421).
 var errMisdirected = errors.New("another backend answers at its address")
 
 // errReleased says that the owner has released the namespace (-release) for a later step
-// of a hand-off than the router's: that has to become another owner, or a later step.
+// of a hand-off than the router's. The request can be sent again when the namespace has
+// another owner, or the router has a later step.
 var errReleased = errors.New("it has released the namespace for a later step (409)")
 
 // admit checks an upgrade request, finds its owner, and counts it in the limits. Both
@@ -489,7 +492,7 @@ func (p *proxy) check(
 	return namespace, refused
 }
 
-// reserve finds the owner of the namespace of a request, and counts that in the limits.
+// reserve finds the owner of a request's namespace, and counts the request in the limits.
 func (p *proxy) reserve(namespace string) (*pendingRequest, *refusal) {
 	assigned, refused := p.owner(namespace)
 	if refused != nil {
@@ -500,7 +503,7 @@ func (p *proxy) reserve(namespace string) (*pendingRequest, *refusal) {
 	all, own, acquired := p.pendingUpgrades.acquire(assigned.owner, backends, limit)
 	if !acquired {
 		return nil, refuse(resultMaxPending,
-			"%d upgrades to %s are pending, its share of %d; %d in all",
+			"%d requests to %s are pending, and it may have no more of the limit of %d; %d in all",
 			own, p.backends.name(assigned.owner), limit, all)
 	}
 	u := &pendingRequest{limit: &p.pendingUpgrades, holds: p.holdDurations,
@@ -783,7 +786,8 @@ func (p *proxy) writeMetrics(m metricsWriter) {
 		"How long requests that could not be sent at once waited for their owner.")
 	pending, _ := p.pendingUpgrades.inUse(0)
 	m.single("router_pending_upgrades", "gauge",
-		"Upgrades until they are sessions or answered, and plain requests until their owner gets them.",
+		"Upgrades until they are sessions or answered, plain requests until their owner gets them, "+
+			"and both, once given up, until their owner has ended the connection.",
 		float64(pending))
 	m.single("router_max_pending_upgrades", "gauge", "Limit of the pending upgrades.",
 		float64(p.limits.pendingUpgrades))

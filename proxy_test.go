@@ -917,7 +917,7 @@ func TestLimits(t *testing.T) {
 		if resp.StatusCode != 503 || resp.Header.Get("Retry-After") != "1" {
 			t.Errorf("status %d, want 503 with Retry-After", resp.StatusCode)
 		}
-		p.mustRefuse(t, 503, string(body), "2 upgrades to backend-1 are pending, its share of 4; 2 in all")
+		p.mustRefuse(t, 503, string(body), "2 requests to backend-1 are pending, and it may have no more of the limit of 4; 2 in all")
 		p.waitResult(t, resultMaxPending)
 		p.open(t, "here")
 	})

@@ -62,7 +62,7 @@ type backendLoad struct {
 	Ordinal          int    `json:"ordinal"`
 	Ready            bool   `json:"ready"` // for new sessions, as far as is known
 	OwnsNamespaces   bool   `json:"owns_namespaces"`
-	Cordoned         bool   `json:"cordoned"`  // but none by the hash
+	Cordoned         bool   `json:"cordoned"`  // the hash gives it no namespaces
 	Overrides        int    `json:"overrides"` // how many namespaces it owns by overrides
 	Sessions         int    `json:"sessions"`
 	SessionsOnOldPod int    `json:"sessions_on_old_pod,omitempty"` // of these, with an earlier pod
@@ -170,8 +170,7 @@ func (s *status) addWatches(watchers []objectWatcher) {
 	}
 }
 
-// addStatefulSet adds the StatefulSet that r watches, if r is not nil, and those of its
-// replicas that own no namespaces yet.
+// addStatefulSet adds the StatefulSet that r watches, if r is not nil.
 func (s *status) addStatefulSet(r *replicaWatcher) {
 	if r == nil {
 		return
@@ -272,12 +271,12 @@ type moveReceipt struct {
 	Content    string    `json:"content"`    // the first half of its stamp
 	Began      time.Time `json:"began"`      // when sessions were free to move
 	Seconds    float64   `json:"seconds"`    // since then
-	Planned    int       `json:"planned"`    // sessions that had to move when it was prepared
+	Planned    int       `json:"planned"`    // sessions that had to move in all: see moveTally
 	Moved      int       `json:"moved"`      // sessions
 	Namespaces int       `json:"namespaces"` // of these
 	// Examples has the first maxMovedNames of the namespaces, by name.
 	Examples    []string `json:"examples,omitempty"`
-	Cut         int      `json:"cut"`          // of the moved ones: both sides did not answer in time
+	Cut         int      `json:"cut"`          // of the moved: client and backend did not both answer in time
 	Cancelled   int      `json:"cancelled"`    // sessions that stayed: a later change moved them back
 	HeldSeconds float64  `json:"held_seconds"` // the longest time that a namespace was held
 }
@@ -317,8 +316,8 @@ type stepWait struct {
 	Backend  string  `json:"backend,omitempty"` // "" for a router
 	Router   string  `json:"router,omitempty"`  // its pod; "" for a backend
 	Sessions int     `json:"sessions"`          // that have not ended yet
-	Upgrades int     `json:"upgrades"`          // that it may have, and that are not over
-	Requests int     `json:"requests"`          // plain requests, the same
+	Upgrades int     `json:"upgrades"`          // that it may have, and ended sessions that it has not ended
+	Requests int     `json:"requests"`          // plain requests that it may have
 	Releases int     `json:"releases"`          // namespaces that it has not released (-release)
 	Error    string  `json:"error,omitempty"`   // of the last release
 	Seconds  float64 `json:"seconds"`           // since the step began
@@ -414,9 +413,9 @@ func (m *mover) routerWaits(v *view) (waits []stepWait) {
 	return waits
 }
 
-// waitSeconds returns for how many seconds a step has waited for each backend and router:
-// those that it may wait for, with 0, and those that it does wait for. names are the
-// keys, sorted.
+// waitSeconds returns for how many seconds a step has waited for each backend and router.
+// It has all that the step waits for, and those of mayWait, with 0 if the step does not wait
+// for them. names are the keys, sorted.
 func waitSeconds(
 	mayWait []string, waits []stepWait,
 ) (names []string, seconds map[string]float64) {
@@ -433,10 +432,10 @@ func waitSeconds(
 // writeMetrics writes how far a change of owners has come.
 func (m *mover) writeMetrics(w metricsWriter) {
 	w.single("router_sessions_to_move", "gauge",
-		"Open sessions whose owner changed and which have not been closed yet.",
+		"Open sessions whose owner, or its pod, changed and which have not been closed yet.",
 		float64(m.queue.size.Load()))
 	w.single("router_moved_sessions_total", "counter",
-		"Sessions that the router closed because their owner changed.",
+		"Sessions that the router closed because their owner, or its pod, changed.",
 		float64(m.moved.Load()))
 	w.single("router_move_cancelled_total", "counter",
 		"Sessions that were to move and stayed, because a later change moved them back.",
@@ -446,7 +445,7 @@ func (m *mover) writeMetrics(w metricsWriter) {
 		"Always 1. The label has the mode of -handoff.")
 	info(1, "mode", s.Mode)
 	w.single("router_handoff_in_progress", "gauge",
-		"1 while not all namespaces have the owner of the newest table.",
+		"1 while not all namespaces have the owner of the newest table, or a step is not done.",
 		boolToFloat(s.InProgress))
 	w.single("router_handoff_steps_total", "counter",
 		"Steps of hand-offs that are done.", float64(m.steps.Load()))

@@ -458,7 +458,7 @@ func writeWatchMetrics(m metricsWriter, watchers []objectWatcher) {
 		"When the API server last confirmed the object, in seconds since 1970; 0 if it never did.",
 		func(s watchStatus, sample sampler) { sample(unixSeconds(s.confirmed)) })
 	family("router_watch_consecutive_failures", "gauge",
-		"Failed cycles of LIST and WATCH since the last good one.",
+		"Cycles of LIST and WATCH since the last good one that failed or ended too soon.",
 		func(s watchStatus, sample sampler) { sample(float64(s.failures)) })
 	family("router_watch_failures_total", "counter",
 		"Failed cycles of LIST and WATCH, by class of the error.",

@@ -156,7 +156,7 @@ func TestEventsForbidden(t *testing.T) {
 		}
 	}
 	for _, r := range s.routers(t.Context()) {
-		lines, log, err := s.lines(t.Context(), r.pod, began, "cannot write Event; the overrides are in force", "cannot create resource", "events")
+		lines, log, err := s.lines(t.Context(), r.pod, began, "cannot write Event; nothing else depends on it", "cannot create resource", "events")
 		if err != nil || lines != 1 {
 			t.Errorf("%s has logged it %d times (error %v), want once:\n%s", r.pod, lines, err, log)
 		}

@@ -29,7 +29,7 @@ func TestFaultOverridesDeleted(t *testing.T) {
 	trial := r.try(subjects...)
 	r.mustKubectl("", "--namespace="+r.namespace, "delete", "configmap", configMap)
 	for _, s := range subjects {
-		s.logs(t, 5*time.Second, "ConfigMap deleted; keeping its last overrides")
+		s.logs(t, 5*time.Second, "ConfigMap deleted or no longer selected; keeping its last overrides")
 	}
 	trial.stands()
 	late := r.inPod(r.newFiles(), r.address)

@@ -88,7 +88,7 @@ func (s *system) followSeveral(r outside, d *dialer, one, two string, byLabel bo
 		owns(both, "backend-2", "override")
 		gauges(0, 0)
 	} else {
-		r.says(s.t, "ConfigMap deleted; keeping its last overrides")
+		r.says(s.t, "ConfigMap deleted or no longer selected; keeping its last overrides")
 		owns(b, "backend-0", "override")
 		owns(both, "backend-2", "conflict")
 		gauges(1, 1)
@@ -104,7 +104,7 @@ func (s *system) followSeveral(r outside, d *dialer, one, two string, byLabel bo
 		s.mustKubectl("", "label", "configmap", two, "app-")
 		owns(b, s.mustOwner(b).Owner, "hash")
 		s.mustKubectl("", "label", "configmap", one, "app-")
-		r.says(s.t, "ConfigMap deleted; keeping its last overrides")
+		r.says(s.t, "ConfigMap deleted or no longer selected; keeping its last overrides")
 		owns(a, "backend-3", "override")
 		gauges(0, 1)
 	}
@@ -154,7 +154,7 @@ func TestSelectorRole(t *testing.T) {
 		eventually(t, 10*time.Second, "the router", func() error { return r.owns(t.Context(), namespace, backend, "override") })
 	}
 	eventually(t, 10*time.Second, "a line about Events", func() error {
-		lines, log, err := s.lines(t.Context(), r.pod, began, "cannot write Event; the overrides are in force", "cannot create resource")
+		lines, log, err := s.lines(t.Context(), r.pod, began, "cannot write Event; nothing else depends on it", "cannot create resource")
 		if err == nil && lines != 1 {
 			err = fmt.Errorf("there are %d lines, want 1:\n%s", lines, log)
 		}
