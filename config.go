@@ -146,7 +146,7 @@ func (c *config) flags() *flag.FlagSet {
 		"`addresses` of proxies, like -trusted-proxies: from other peers, X-Forwarded-For,\n"+
 			"X-Forwarded-Proto and X-Forwarded-Host do not go on to backends; with\n"+
 			"-proxy-protocol the peer is the client that its header names (default: from all\n"+
-			"peers, they go on)")
+			"peers, they go on; with -tls-cert, from none)")
 	c.tlsFlags(f)
 	f.StringVar(&c.backends, "backends", "",
 		"fixed `list` of backends, host:port,host:port,... in the order of their ordinals")

@@ -31,10 +31,17 @@ func internalDescriptors(backends int) int {
 // own, the backend's, and a duplicate of either while the relay takes them over.
 const descriptorsPerUpgrade = 3
 
+// descriptorsForOthers is how many descriptors clients may have beside those of all
+// sessions and pending requests: those of -redirect, and connections to owners for plain
+// requests.
+const descriptorsForOthers = 1024
+
 // descriptorLimit keeps clients waiting, in the backlog of the kernel, while the process
-// has no descriptors for them.
+// has no descriptors for them, or while there are so many connections without a session
+// that more could take the memory that -max-sessions sessions may need.
 type descriptorLimit struct {
 	maxFiles int // that the process may open; static
+	most     int // of limit, whatever maxFiles is; static after construction
 
 	// Guarded by mu.
 	mu      sync.Mutex
@@ -45,12 +52,16 @@ type descriptorLimit struct {
 }
 
 // newDescriptorLimit returns the limit of a process that may open this many files, with
-// this many backends.
-func newDescriptorLimit(files, backends int) (*descriptorLimit, error) {
+// this many backends, and at most this many sessions and pending requests. The numbers of
+// backends and sessions are not checked.
+func newDescriptorLimit(files, backends, sessions, pending int) (*descriptorLimit, error) {
 	if least := internalDescriptors(backends) + descriptorsPerUpgrade; files < least {
 		return nil, fmt.Errorf("the limit of open files must be at least %d (got %d; ulimit -n)", least, files)
 	}
-	g := &descriptorLimit{maxFiles: files}
+	g := &descriptorLimit{
+		maxFiles: files,
+		most:     descriptorsPerSession*sessions + descriptorsPerUpgrade*pending + descriptorsForOthers,
+	}
 	g.changed.L = &g.mu
 	g.setBackends(backends)
 	return g, nil
@@ -61,7 +72,7 @@ func newDescriptorLimit(files, backends int) (*descriptorLimit, error) {
 func (l *descriptorLimit) setBackends(backends int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.limit = max(descriptorsPerUpgrade, l.maxFiles-internalDescriptors(backends))
+	l.limit = max(descriptorsPerUpgrade, min(l.most, l.maxFiles-internalDescriptors(backends)))
 	l.changed.Signal()
 }
 

@@ -13,7 +13,7 @@ func TestDescriptorLimit(t *testing.T) {
 	for more := range 10 {
 		bubble(t, func(t *testing.T) {
 			files := reservedDescriptors + 20 + descriptorsPerPoller*runtime.GOMAXPROCS(0) + more
-			g, err := newDescriptorLimit(files, 2)
+			g, err := newDescriptorLimit(files, 2, 1<<20, 1)
 			must(t, err)
 			if want := 20 - 2*descriptorsPerBackend + more; g.limit != want {
 				t.Fatalf("%d files: %d for clients, want %d", files, g.limit, want)
@@ -33,20 +33,33 @@ func TestDescriptorLimit(t *testing.T) {
 	}
 	least := reservedDescriptors + 5*descriptorsPerBackend +
 		descriptorsPerPoller*runtime.GOMAXPROCS(0) + descriptorsPerUpgrade
-	_, err := newDescriptorLimit(least-1, 5)
+	_, err := newDescriptorLimit(least-1, 5, 1<<20, 1)
 	if err == nil || err.Error() != fmt.Sprintf("the limit of open files must be at least %d (got %d; ulimit -n)", least, least-1) {
 		t.Errorf("error %v, want one that says %d", err, least)
 	}
-	if _, err := newDescriptorLimit(least, 5); err != nil {
+	if _, err := newDescriptorLimit(least, 5, 1<<20, 1); err != nil {
 		t.Error(err)
 	}
+}
+
+// However many files may be open, clients have no more descriptors than all sessions and
+// pending requests need, and some more.
+func TestDescriptorLimitFollowsSessions(t *testing.T) {
+	g, err := newDescriptorLimit(1<<20, 2, 100, 10)
+	must(t, err)
+	wantEqual(t, "descriptors for clients", g.limit, 2*100+3*10+descriptorsForOthers)
+	if sessions := g.maxSessions(); sessions < 100 {
+		t.Errorf("at most %d sessions, want room for 100", sessions)
+	}
+	g.setBackends(1 << 17)
+	wantEqual(t, "descriptors for clients beside many backends", g.limit <= 1<<20-descriptorsPerBackend<<17 || g.limit == descriptorsPerUpgrade, true)
 }
 
 // TestDescriptorLimitFollowsBackends: more backends leave fewer descriptors to clients, and fewer
 // backends let one in that waits.
 func TestDescriptorLimitFollowsBackends(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		g, err := newDescriptorLimit(reservedDescriptors+100+descriptorsPerPoller*runtime.GOMAXPROCS(0), 0)
+		g, err := newDescriptorLimit(reservedDescriptors+100+descriptorsPerPoller*runtime.GOMAXPROCS(0), 0, 1<<20, 1)
 		must(t, err)
 		for backends, want := range map[int]int{0: 100, 10: 60, 1000: descriptorsPerUpgrade} {
 			if g.setBackends(backends); g.limit != want {

@@ -569,7 +569,7 @@ func (c *pendingConn) connect(ctx context.Context, addr string) error {
 	if err != nil || to.Addr().Zone() != "" { // package net looks up the host or the zone
 		conn, err := dialAddr(ctx, dialer, addr)
 		if err == nil {
-			c.setBackend(detachDescriptor(conn))
+			err = c.setBackendConn(conn)
 		}
 		return err
 	}
@@ -626,6 +626,17 @@ func (c *pendingConn) setBackend(fd int32) {
 	c.poller.mu.Lock()
 	defer c.poller.mu.Unlock()
 	c.fd[i], c.mask[i], c.events[i], c.unread[i] = fd, 0, 0, false
+}
+
+// setBackendConn sets the socket of conn, which it closes, as the backend's. It returns an
+// error if there is no descriptor for it.
+func (c *pendingConn) setBackendConn(conn net.Conn) error {
+	fd := detachDescriptor(conn)
+	if fd < 0 {
+		return &net.OpError{Op: "dial", Net: "tcp", Addr: conn.RemoteAddr(), Err: os.NewSyscallError("fcntl", syscall.EMFILE)}
+	}
+	c.setBackend(fd)
+	return nil
 }
 
 // closeBackend closes the connection to the backend if there is one.

@@ -301,7 +301,7 @@ func TestForwardStreams(t *testing.T) {
 		w.Write(echo)
 		flush()
 		io.Copy(io.Discard, r.Body)
-		w.Header().Set("X-Sum", "sum of "+r.Trailer.Get("X-In"))
+		w.Header().Set("X-Sum", fmt.Sprint("sum of ", r.Trailer))
 	})
 	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
 	conn, br, resp := p.ask(t, "POST /ws/ns-01 HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\nTrailer: X-In\r\n\r\n")
@@ -317,10 +317,10 @@ func TestForwardStreams(t *testing.T) {
 	close(step)
 	mustWrite(t, conn, "5\r\nhello\r\n")
 	readUntil(t, resp.Body, "hello")
-	mustWrite(t, conn, "0\r\nX-In: 7\r\nX-Router-Pod: forged\r\n\r\n")
+	mustWrite(t, conn, "0\r\nX-In: 7\r\nX-Router-Pod: forged\r\nX-Client-Subject : CN=forged\r\n\r\n")
 	rest, err := io.ReadAll(resp.Body)
 	must(t, err)
-	if len(rest) > 0 || resp.Trailer.Get("X-Sum") != "sum of 7" {
+	if len(rest) > 0 || resp.Trailer.Get("X-Sum") != "sum of map[X-In:[7]]" {
 		t.Errorf("the end is %q with %v", rest, resp.Trailer)
 	}
 	p.waitForwarded(t, resultOK, 1)

@@ -246,7 +246,7 @@ func isFraming(name string) bool {
 // appendTrailers appends the trailers (RFC 9110 §6.5) that go on, and the end of the body.
 func appendTrailers(body []byte, trailers http.Header) []byte {
 	body = appendFields(body, trailers, nil, func(name string) bool {
-		return isFraming(name) || isRouterHeader(name)
+		return isInvalidFieldName(name) || isFraming(name) || isRouterHeader(name)
 	})
 	return append(body, "\r\n"...)
 }

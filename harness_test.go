@@ -773,7 +773,7 @@ func sentences() map[int]string {
 // wideDescriptorLimit is a gate that nobody waits at.
 func wideDescriptorLimit(t testing.TB) *descriptorLimit {
 	t.Helper()
-	g, err := newDescriptorLimit(1<<20, 1)
+	g, err := newDescriptorLimit(1<<20, 1, 1<<20, 1)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -425,7 +425,7 @@ func newProgram(c *config, getenv func(string) string, queue *logQueue,
 	if err != nil {
 		return nil, err
 	}
-	fdLimit, err := newDescriptorLimit(maxFiles, backends.fixed.count)
+	fdLimit, err := newDescriptorLimit(maxFiles, backends.fixed.count, c.limits.sessions, c.limits.pendingUpgrades)
 	if err != nil {
 		return nil, err
 	}

@@ -209,7 +209,7 @@ func TestRedirectDescriptors(t *testing.T) {
 	p := startProxy(t, []string{refusingAddr(t)}, nil, nil)
 	least := internalDescriptors(1) + maxRedirectConns + descriptorsPerUpgrade
 	for files, ok := range map[int]bool{least: true, least - 1: false} {
-		limit, err := newDescriptorLimit(files, 1)
+		limit, err := newDescriptorLimit(files, 1, 1<<20, 1)
 		must(t, err)
 		_, err = newRedirect(p.proxy, listenLocal(t), limit)
 		want := fmt.Sprintf("-redirect: the limit of open files must be at least %d (got %d; ulimit -n)", least, files)

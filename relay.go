@@ -398,12 +398,12 @@ func (r *relay) waitsForEnd(s *session) bool {
 }
 
 // abandonBackend gives the backend's socket, of a session for which waitsForEnd is true,
-// to onBackendOpen, which closes it. abandonBackend closes the file.
+// to onBackendOpen, which closes it. abandonBackend closes the file, which may be nil.
 func (r *relay) abandonBackend(s *session, socket *os.File) {
-	conn, err := net.FileConn(socket)
-	socket.Close()
-	if err != nil {
-		conn = nil // there is no descriptor for it
+	var conn net.Conn // nil if there is no descriptor for it
+	if socket != nil {
+		conn, _ = net.FileConn(socket)
+		socket.Close()
 	}
 	r.onBackendOpen(s, conn)
 }
@@ -619,5 +619,5 @@ func (s *session) checkIdle() bool {
 		return false
 	}
 	s.idleCount++
-	return s.idleCount > idleChecks
+	return s.idleCount > idleChecks && !s.isClosing() // a closing handshake has its own time
 }

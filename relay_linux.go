@@ -503,10 +503,10 @@ func (p *poller) end(s *session, cause cause) {
 	s.open = false
 	for i, fd := range s.fd {
 		switch {
-		case fd < 0:
-		case side(i) == backendSide && p.relay.waitsForEnd(s):
+		case side(i) == backendSide && p.relay.waitsForEnd(s): // also without a socket
 			syscall.EpollCtl(p.epollFD, syscall.EPOLL_CTL_DEL, int(fd), nil) // a duplicate stays
 			p.relay.abandonBackend(s, os.NewFile(uintptr(fd), "socket"))
+		case fd < 0:
 		default:
 			syscall.Close(int(fd))
 		}

@@ -382,6 +382,26 @@ func waitUnsent(t *testing.T, r *relay, want int64) {
 	eventually(t, "bytes of memory for unsent bytes", want, r.engine.unsentBytes.Load)
 }
 
+// A session for whose backend there is no descriptor ends, and the hand-off waits for that
+// backend all the same: it may serve the namespace.
+func TestRelayWithoutDescriptor(t *testing.T) {
+	r := quietRelay(t)
+	abandoned := make(chan net.Conn, 2)
+	r.onBackendOpen = func(_ *session, backend net.Conn) { abandoned <- backend }
+	pairs := newSessionConns(t, "tcp", "tcp")
+	pairs.near[backendSide].Close() // so it cannot be duplicated
+	pairs.start(r, newSession("ns-01", 0, ""), [2][]byte{}).wantCause(t, causeRouterError)
+	wantEqual(t, "abandoned backends", len(abandoned), 1)
+	if conn := <-abandoned; conn != nil {
+		t.Errorf("the abandoned backend has the connection %v, want none", conn)
+	}
+
+	var c pendingConn
+	if err := c.setBackendConn(pairs.near[backendSide]); !errors.Is(err, syscall.EMFILE) {
+		t.Errorf("a backend's connection that cannot be duplicated: %v, want %v", err, syscall.EMFILE)
+	}
+}
+
 // A session with one unsent byte takes little more memory than one without.
 func TestRelayHoldsInSizes(t *testing.T) {
 	const sessions = 1000

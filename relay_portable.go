@@ -218,9 +218,8 @@ func (s *session) end(cause cause) {
 	s.mu.Unlock()
 	conn, ok := s.conn[backendSide].(interface{ File() (*os.File, error) })
 	if abandons && ok {
-		if socket, err := conn.File(); err == nil { // a duplicate
-			s.relay.abandonBackend(s, socket)
-		}
+		socket, _ := conn.File() // a duplicate; nil if there is no descriptor for it
+		s.relay.abandonBackend(s, socket)
 	}
 	s.conn[clientSide].Close()
 	s.conn[backendSide].Close()

@@ -320,6 +320,23 @@ func TestRelayEndsIdle(t *testing.T) {
 	wantEqual(t, "sessions that were idle", r.ended[causeIdle].Load(), 4)
 }
 
+// A closing handshake has a time of its own: a session does not end as idle meanwhile.
+func TestRelayIdleWhileClosing(t *testing.T) {
+	r := quietRelay(t)
+	r.closeTimeout = time.Hour
+	c := startedSession(t, r)
+	wantEqual(t, "the closing handshake began", c.closeGracefully(causeMoved, nil), true)
+	mustFrames(t, c.backend, true, goesAway)
+	for range 3 * idleChecks {
+		if c.checkIdle() {
+			t.Fatal("a session whose closing handshake is under way counts as idle")
+		}
+	}
+	reset(c.client)
+	reset(c.backend)
+	waitFor(t, r)
+}
+
 // scanSessions is how many sessions the relay of a scan has.
 const scanSessions = 100_000
 
