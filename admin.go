@@ -245,7 +245,7 @@ func (a *admin) whyNotReady() []string {
 	if a.proxy.draining.Load() {
 		why = append(why, errDraining.Error())
 	}
-	if a.proxy.router.table() == nil {
+	if a.proxy.tables.table() == nil {
 		why = append(why, a.whyNoTable()...)
 	}
 	if missing := a.proxy.mover.whyNotReady(); missing != "" {
@@ -260,7 +260,7 @@ func (a *admin) whyNotReady() []string {
 
 // whyNoTable returns why there is no table yet.
 func (a *admin) whyNoTable() (why []string) {
-	if missing := a.proxy.router.whyNoOverrides(); missing != "" {
+	if missing := a.proxy.tables.whyNoOverrides(); missing != "" {
 		why = append(why, "no overrides have been read yet: "+missing)
 	}
 	if a.replicaWatcher == nil {
@@ -303,10 +303,10 @@ func (a *admin) writeMetrics(m metricsWriter) {
 	a.proxy.writeMetrics(m)
 	a.fdLimit.writeMetrics(m)
 	a.certificates.writeMetrics(m)
-	a.proxy.router.writeMetrics(m)
+	a.proxy.tables.writeMetrics(m)
 	if a.replicaWatcher != nil {
 		var active ordinalRange
-		if t := a.proxy.router.table(); t != nil {
+		if t := a.proxy.tables.table(); t != nil {
 			active = t.active
 		}
 		a.replicaWatcher.writeMetrics(m, active, a.isUnused)
@@ -377,7 +377,7 @@ type routerOwner struct {
 // owner.
 func (a *admin) owner(w http.ResponseWriter, r *http.Request) {
 	asked := r.URL.Query().Get("namespace") // FormValue would read a body
-	namespace, want := clientNamespace(asked, a.proxy.router.fromHost)
+	namespace, want := clientNamespace(asked, a.proxy.tables.fromHost)
 	if want != "" {
 		writeError(w, http.StatusBadRequest,
 			fmt.Sprintf("/owner?namespace= must be %s (got %.260q)", want, asked))
@@ -457,7 +457,7 @@ func (a *admin) statusOfAll(w http.ResponseWriter, r *http.Request, one http.Han
 // summary returns the summary of the table in force. It makes one only if the table is
 // another than at the last call.
 func (a *admin) summary() *tableSummary {
-	t, last := a.proxy.router.table(), a.lastSummary.Load()
+	t, last := a.proxy.tables.table(), a.lastSummary.Load()
 	if last == nil || last.table != t {
 		last = newTableSummary(t)
 		a.lastSummary.Store(last)
@@ -467,14 +467,14 @@ func (a *admin) summary() *tableSummary {
 
 // isUnused reports whether the backend is cordoned and no override names it.
 func (a *admin) isUnused(ordinal int) bool {
-	t := a.proxy.router.table()
+	t := a.proxy.tables.table()
 	return t != nil && t.active.has(ordinal) && !t.isHashedTo(ordinal) &&
 		a.summary().overrides[ordinal] == 0
 }
 
 // tableOrError returns the table in force. Without one it answers 503 and returns nil.
 func (a *admin) tableOrError(w http.ResponseWriter) *table {
-	t := a.proxy.router.table()
+	t := a.proxy.tables.table()
 	if t == nil {
 		writeError(w, http.StatusServiceUnavailable, strings.Join(a.whyNoTable(), "\n"))
 	}
@@ -715,7 +715,7 @@ func (a *admin) probe(ctx context.Context, ordinal int) (string, bool, string) {
 // those in counts.
 func (a *admin) backendOrdinals(counts map[int]sessionCounts) []int {
 	all := slices.Collect(maps.Keys(counts))
-	if t := a.proxy.router.table(); t != nil {
+	if t := a.proxy.tables.table(); t != nil {
 		for i := range t.active.count {
 			all = append(all, t.active.first+i)
 		}

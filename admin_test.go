@@ -270,8 +270,8 @@ func adminOf(t testing.TB, addrs ...string) (a *admin, update func(...sourceCont
 	t.Helper()
 	fdLimit := wideDescriptorLimit(t)
 	p := newProxy(&config{statefulSet: "backend", handoff: "off", podName: "router-x", layout: &layout{}}, newStaticBackends("backend", addrs), fdLimit, slog.New(slog.DiscardHandler))
-	p.router.addSource(false, func(func(...sourceContent)) overrideSource { return &fakeSource{notReady: "they are late"} })
-	return &admin{proxy: p, fdLimit: fdLimit, logQueue: newLogQueue(io.Discard), started: time.Now()}, p.router.update
+	p.tables.addSource(false, func(func(...sourceContent)) overrideSource { return &fakeSource{notReady: "they are late"} })
+	return &admin{proxy: p, fdLimit: fdLimit, logQueue: newLogQueue(io.Discard), started: time.Now()}, p.tables.update
 }
 
 // answered is the admin's answer to GET path.
@@ -359,7 +359,7 @@ func TestOwnerAnswers(t *testing.T) {
 	b, updateFirst := adminOf(t, up.Addr().String(), gone)
 	updateFirst(sourceContent{version: "1", overrides: newOverrideSet(map[string]string{"refused": "backend-9"})})
 	hashed, dots := hashedTo(t, "free", 0, 2), hashedTo(t, "..free", 0, 2)
-	address, stamp := up.Addr().String(), a.proxy.router.table().stamp
+	address, stamp := up.Addr().String(), a.proxy.tables.table().stamp
 	tests := map[string]struct {
 		admin     *admin
 		namespace string
@@ -372,7 +372,7 @@ func TestOwnerAnswers(t *testing.T) {
 			`","ready":false,"error":"dial tcp ` + gone + `: connect: connection refused","table":"41","stamp":"` + stamp + `","router":"router-x","sessions":0}`},
 		"kept": {a, "kept", 200, `{"namespace":"kept","owner":"backend-0","why":"previous","address":"` + address +
 			`","ready":true,"table":"41","stamp":"` + stamp + `","rejected":[{"source":"","value":"bakend-0","expected":"backend-0 to backend-1","in_force":"backend-0"}],"router":"router-x","sessions":0}`},
-		"refused": {b, "refused", 200, `{"namespace":"refused","why":"unresolved","ready":false,"table":"1","stamp":"` + b.proxy.router.table().stamp + `","rejected":[{"source":"","value":"backend-9","expected":"backend-0 to backend-1","in_force":"unresolved"}],"router":"router-x","sessions":0}`},
+		"refused": {b, "refused", 200, `{"namespace":"refused","why":"unresolved","ready":false,"table":"1","stamp":"` + b.proxy.tables.table().stamp + `","rejected":[{"source":"","value":"backend-9","expected":"backend-0 to backend-1","in_force":"unresolved"}],"router":"router-x","sessions":0}`},
 		"two dots": {a, dots, 200, `{"namespace":"` + dots + `","key":"_x2E` + dots[1:] + `","owner":"backend-0","why":"hash","address":"` + address +
 			`","ready":true,"table":"41","stamp":"` + stamp + `","router":"router-x","sessions":0}`},
 		"bad namespace": {a, "a/b", 400, `{"error":"/owner?namespace= must be ` + jsonText(t, expectedPathNamespace("a/b")) + ` (got \"a/b\")"}`},
@@ -389,7 +389,7 @@ func TestOwnerAnswers(t *testing.T) {
 		sourceContent{id: sourceID{name: "b"}, version: "2", overrides: newOverrideSet(map[string]string{"both": "backend-1"})})
 	const want = `"expected":"the same backend in all sources","in_force":"backend-0"}`
 	wantOwner(t, conflict, "both", 200, `{"namespace":"both","owner":"backend-0","why":"conflict","address":"`+address+
-		`","ready":true,"table":"`+conflict.proxy.router.table().version+`","stamp":"`+conflict.proxy.router.table().stamp+`","rejected":[{"source":"a","value":"backend-0",`+want+
+		`","ready":true,"table":"`+conflict.proxy.tables.table().version+`","stamp":"`+conflict.proxy.tables.table().stamp+`","rejected":[{"source":"a","value":"backend-0",`+want+
 		`,{"source":"b","value":"backend-1",`+want+`],"router":"router-x","sessions":0}`)
 	c, _ := adminOf(t, up.Addr().String())
 	wantOwner(t, c, "ns-01", 503, `{"error":"no overrides have been read yet: they are late"}`)
@@ -475,7 +475,7 @@ func TestBackendsShowsWhatIsLeft(t *testing.T) {
 	update(sourceContent{version: "1"})
 	a.proxy.relay.byBackend[1] = sessionCounts{open: 3, total: 5}
 	a.proxy.relay.byBackend[7] = sessionCounts{open: 0, total: 5}
-	a.proxy.router.setBackends(scaling{ordinalRange: ordinalRange{0, 1}})
+	a.proxy.tables.setBackends(backendSet{ordinalRange: ordinalRange{0, 1}})
 	var got struct{ Backends []backendState }
 	if err := json.NewDecoder(answered(a, "/backends").Body).Decode(&got); err != nil {
 		t.Fatal(err)
@@ -537,14 +537,14 @@ func TestPlan(t *testing.T) {
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
 			a := planAdmin(t)
-			before := a.proxy.router.table()
+			before := a.proxy.tables.table()
 			w := httptest.NewRecorder()
 			a.handler().ServeHTTP(w, httptest.NewRequest("POST", "/plan", strings.NewReader(tt.body)))
 			tt.want = strings.Replace(tt.want, "STAMP", before.stamp, 1)
 			if got := strings.TrimSpace(w.Body.String()); w.Code != tt.status || got != tt.want {
 				t.Errorf("%d %s\nwant %d %s", w.Code, got, tt.status, tt.want)
 			}
-			if a.proxy.router.table() != before {
+			if a.proxy.tables.table() != before {
 				t.Error("the plan was put in force")
 			}
 		})

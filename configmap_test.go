@@ -13,7 +13,7 @@ import (
 
 // fakeMaps follows ConfigMaps of these names in edge, or, with none, those that
 // a=b selects. Nothing runs: the tests give sets to apply.
-func fakeMaps(t *testing.T, names ...string) (*configMaps, *router, *logTail) {
+func fakeMaps(t *testing.T, names ...string) (*configMaps, *tableStore, *logTail) {
 	t.Helper()
 	r, log := loggedRouter(t)
 	selector := ""
@@ -55,7 +55,7 @@ func fakeSet(all ...*configMap) map[string]*configMap {
 }
 
 // wantTable checks all overrides, like "ns-01=1 ns-02=refused".
-func wantTable(t *testing.T, r *router, want string) {
+func wantTable(t *testing.T, r *tableStore, want string) {
 	t.Helper()
 	if r.table() == nil {
 		if want != "" {
@@ -328,7 +328,7 @@ func TestConfigMapsReportedOnceInForce(t *testing.T) {
 	r.active = ordinalRange{}
 	c.apply(0, fakeSet(fakeMap("routes", "1", "ns-01=backend-1 ns-02=bakend-2")))
 	wantEqual(t, "Events before there is a table", len(c.events.queue), 0)
-	r.setBackends(scaling{ordinalRange: known})
+	r.setBackends(backendSet{ordinalRange: known})
 	for _, want := range []string{"OverridesRejected", "OverridesInForce"} {
 		select {
 		case e := <-c.events.queue:

@@ -155,7 +155,7 @@ func TestRouterCordons(t *testing.T) {
 	r, tail := loggedRouter(t)
 	r.update(contentOf("test", "1", pairs("a=backend-1")))
 	for _, list := range []cordon{{2}, {2}, {2, 3}, nil} {
-		r.setBackends(scaling{ordinalRange: ordinalRange{0, 4}, cordon: list})
+		r.setBackends(backendSet{ordinalRange: ordinalRange{0, 4}, cordon: list})
 		wantEqual(t, "cordon in force", r.table().cordon.String(), list.String())
 	}
 	wantLine(t, tail.all("routing table updated"), 4, map[string]any{"cordon": "", "backends": 4.0})
@@ -207,8 +207,8 @@ func TestCordonFollowed(t *testing.T) {
 		inBubble(t, name, func(t *testing.T) {
 			f, n := kubeOfFour(), newPipeNetwork()
 			f.serve(t, n)
-			var last scaling
-			r := followReplicas(t, n, shared, func(s scaling) { last = s })
+			var last backendSet
+			r := followReplicas(t, n, shared, func(s backendSet) { last = s })
 			for _, step := range steps {
 				step.change(f)
 				synctest.Wait()
@@ -323,7 +323,7 @@ func TestAdminCordon(t *testing.T) {
 	plan(`{"cordon":null}`, `the body must be a ConfigMap`)
 	plan(`{"cordon":[2],"kind":"ConfigMap"}`, `{"error":"the body must not have both a ConfigMap and cordon"}`)
 
-	a.proxy.router.setBackends(scaling{ordinalRange: ordinalRange{0, 4}, cordon: list})
+	a.proxy.tables.setBackends(backendSet{ordinalRange: ordinalRange{0, 4}, cordon: list})
 	owner := askAdmin(a, "GET", "/owner?namespace=b", "")
 	if !strings.Contains(owner, fmt.Sprintf(`"why":"cordoned","hash_owner":"backend-%d"`, b)) {
 		t.Errorf("owner of a cordoned namespace: %s", owner)
@@ -346,7 +346,7 @@ func TestAdminCordon(t *testing.T) {
 // A backend is safe to remove when it is cordoned, has no override, and no session.
 func TestSafeToRemove(t *testing.T) {
 	a, update := adminOf(t, "127.0.0.1:1", "127.0.0.1:1", "127.0.0.1:1", "127.0.0.1:1")
-	a.proxy.router.setBackends(scaling{ordinalRange: ordinalRange{0, 4}, cordon: cordon{2, 3}})
+	a.proxy.tables.setBackends(backendSet{ordinalRange: ordinalRange{0, 4}, cordon: cordon{2, 3}})
 	update(contentOf("test", "1", pairs("a=backend-3")))
 	want := func(names ...string) {
 		t.Helper()
@@ -387,15 +387,15 @@ func TestUnusedBackends(t *testing.T) {
 			}
 		}
 	}
-	a.proxy.router.setBackends(scaling{ordinalRange: ordinalRange{0, 4}, cordon: cordon{2, 3}})
+	a.proxy.tables.setBackends(backendSet{ordinalRange: ordinalRange{0, 4}, cordon: cordon{2, 3}})
 	update(contentOf("test", "1", pairs("a=backend-3")))
 	want(0, 0, 1, 0)
 	update(contentOf("test", "2", pairs("a=backend-0")))
 	want(0, 0, 1, 1)
 	update(contentOf("test", "3", pairs("a=nobody"))) // it keeps its previous owner
 	want(0, 0, 1, 1)
-	a.proxy.router.setBackends(scaling{ordinalRange: ordinalRange{0, 4}})
+	a.proxy.tables.setBackends(backendSet{ordinalRange: ordinalRange{0, 4}})
 	want(0, 0, 0, 0)
-	a.proxy.router.setBackends(scaling{ordinalRange: ordinalRange{0, 2}, cordon: cordon{0, 1}})
+	a.proxy.tables.setBackends(backendSet{ordinalRange: ordinalRange{0, 2}, cordon: cordon{0, 1}})
 	want(0, 0) // all are listed, and none is in force
 }

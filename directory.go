@@ -39,7 +39,7 @@ type directory struct {
 }
 
 // newDirectory returns what makes the source of the directory at path: see
-// router.addSource.
+// tableStore.addSource.
 func newDirectory(path string, log *slog.Logger) func(update func(...sourceContent)) overrideSource {
 	return func(update func(...sourceContent)) overrideSource {
 		return &directory{path: path, update: update, log: log}

@@ -125,19 +125,19 @@ func (b *activeCount) isOf(s *statefulSet) bool {
 // Else it knows no backends.
 type replicaWatcher struct {
 	// Static after construction.
-	watcher     *watcher[statefulSet]
-	endpoints   *endpointWatcher
-	shared      bool          // routers share the stored count
-	onResize    func(scaling) // see newReplicaWatcher
-	onWanted    func()        // see newReplicaWatcher
-	proveWakeup wakeup        // of proveStored
-	log         *slog.Logger
+	watcher           *watcher[statefulSet]
+	endpoints         *endpointWatcher
+	shared            bool             // routers share the stored count
+	onBackendsChanged func(backendSet) // see newReplicaWatcher
+	onWanted          func()           // see newReplicaWatcher
+	proveWakeup       wakeup           // of proveStored
+	log               *slog.Logger
 	// onCordonRejected is called when why the annotation is not in force changes. It must
 	// not block.
 	onCordonRejected func(o apiObject, why string)
 
 	// Owned by run.
-	resized        scaling      // the last one that onResize got
+	lastSet        backendSet   // the last one that onBackendsChanged got
 	wanted         *activeCount // when onWanted was last called
 	cordonRejected string       // when onCordonRejected was last called
 
@@ -159,15 +159,15 @@ type replicaWatcher struct {
 	cordonError  error
 }
 
-// scaling says which backends own namespaces, and which are cordoned.
-type scaling struct {
+// backendSet says which backends own namespaces, and which are cordoned.
+type backendSet struct {
 	ordinalRange
 	cordon   cordon // as it is listed, also with others than these backends
 	revision string // of the StatefulSet
 }
 
 // isSame reports whether the backends are those of other, and the same are cordoned.
-func (s *scaling) isSame(other *scaling) bool {
+func (s *backendSet) isSame(other *backendSet) bool {
 	return s.ordinalRange == other.ordinalRange && slices.Equal(s.cordon, other.cordon)
 }
 
@@ -180,18 +180,18 @@ type storedProof struct {
 }
 
 // newReplicaWatcher returns a replicaWatcher of the StatefulSet of endpoints. The caller
-// runs its watcher, run and proveStored. run calls onResize with the backends that own
+// runs its watcher, run and proveStored. run calls onBackendsChanged with the backends that own
 // namespaces, at least one, each time that they or their cordon change.
 //
 // If onWanted is nil, the router is alone. Else all routers share a stored count, which
 // setStored gives to this one: before that, no backends are known. run calls onWanted
-// each time that wantedBackends returns something else. One call of onResize or onWanted
+// each time that wantedBackends returns something else. One call of onBackendsChanged or onWanted
 // ends before the next one. No lock is held then.
 func newReplicaWatcher(client kubeClient, kubeNamespace string, endpoints *endpointWatcher,
-	onResize func(scaling), onWanted func(), log *slog.Logger) *replicaWatcher {
+	onBackendsChanged func(backendSet), onWanted func(), log *slog.Logger) *replicaWatcher {
 	r := &replicaWatcher{
 		endpoints: endpoints, shared: onWanted != nil,
-		onResize: onResize, onWanted: onWanted, proveWakeup: newWakeup(), log: log,
+		onBackendsChanged: onBackendsChanged, onWanted: onWanted, proveWakeup: newWakeup(), log: log,
 		onCordonRejected: func(apiObject, string) {},
 	}
 	r.watcher = &watcher[statefulSet]{
@@ -363,12 +363,12 @@ func (r *replicaWatcher) proofWanted() storedProof {
 	return storedProof{*r.stored, m.UID, m.Generation}
 }
 
-// run calls onResize and onWanted until ctx ends: see newReplicaWatcher.
+// run calls onBackendsChanged and onWanted until ctx ends: see newReplicaWatcher.
 func (r *replicaWatcher) run(ctx context.Context) {
 	for {
-		if next, known := r.nextScaling(); known && !next.isSame(&r.resized) {
-			r.resized = next
-			r.onResize(next)
+		if next, known := r.nextBackendSet(); known && !next.isSame(&r.lastSet) {
+			r.lastSet = next
+			r.onBackendsChanged(next)
 		}
 		r.announceCordonRejected()
 		if r.shared {
@@ -382,9 +382,9 @@ func (r *replicaWatcher) run(ctx context.Context) {
 	}
 }
 
-// nextScaling returns the backends that own namespaces now. known is false if they, or
+// nextBackendSet returns the backends that own namespaces now. known is false if they, or
 // which are cordoned, are not known.
-func (r *replicaWatcher) nextScaling() (s scaling, known bool) {
+func (r *replicaWatcher) nextBackendSet() (s backendSet, known bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.updateInForce()

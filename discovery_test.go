@@ -29,7 +29,7 @@ func newCountingRouter(shared bool) countingRouter {
 	if shared {
 		onProposal = func() {}
 	}
-	return countingRouter{newReplicaWatcher(kubeClient{}, "edge", pods, func(scaling) {}, onProposal, log)}
+	return countingRouter{newReplicaWatcher(kubeClient{}, "edge", pods, func(backendSet) {}, onProposal, log)}
 }
 
 // see gives the router a version of the StatefulSet, whose UID is "u".
@@ -271,7 +271,7 @@ type followingRouter struct {
 
 // followReplicas starts one, which shares the stored count, if that is not nil. It calls resize for
 // the backends that own namespaces, if that is not nil.
-func followReplicas(t *testing.T, n *pipeNetwork, shared *sharedCount, resize func(scaling)) *followingRouter {
+func followReplicas(t *testing.T, n *pipeNetwork, shared *sharedCount, resize func(backendSet)) *followingRouter {
 	t.Helper()
 	r := &followingRouter{logged: &textLog{}}
 	log := slog.New(slog.NewTextHandler(r.logged, nil))
@@ -279,7 +279,7 @@ func followReplicas(t *testing.T, n *pipeNetwork, shared *sharedCount, resize fu
 	pods := newEndpointWatcher(client, "edge", "backend", "headless", 9000, func(map[int]string) {}, log)
 	r.last.Store(ordinalRange{})
 	r.cordon.Store("")
-	onResize := func(s scaling) {
+	onBackendsChanged := func(s backendSet) {
 		r.last.Store(s.ordinalRange)
 		r.cordon.Store(s.cordon.String())
 		if resize != nil {
@@ -293,7 +293,7 @@ func followReplicas(t *testing.T, n *pipeNetwork, shared *sharedCount, resize fu
 			shared.settle()
 		}
 	}
-	r.replicaWatcher = newReplicaWatcher(client, "edge", pods, onResize, onProposal, log)
+	r.replicaWatcher = newReplicaWatcher(client, "edge", pods, onBackendsChanged, onProposal, log)
 	if shared != nil {
 		shared.mu.Lock()
 		shared.routers = append(shared.routers, r)
@@ -552,7 +552,7 @@ func TestReplicasOfRestoredStatefulSet(t *testing.T) {
 	})
 }
 
-// onResize has one call at a time, whoever changes what.
+// onBackendsChanged has one call at a time, whoever changes what.
 func TestReplicasResizeInTurn(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		f, n := kubeOfFour(), newPipeNetwork()
@@ -560,9 +560,9 @@ func TestReplicasResizeInTurn(t *testing.T) {
 		f.scale(1000)
 		var calls atomic.Int32
 		shared := &sharedCount{stored: &activeCount{4, "u-backend", 2}}
-		r := followReplicas(t, n, shared, func(scaling) {
+		r := followReplicas(t, n, shared, func(backendSet) {
 			if calls.Add(1) != 1 {
-				t.Error("a call of onResize within another")
+				t.Error("a call of onBackendsChanged within another")
 			}
 			time.Sleep(time.Millisecond)
 			calls.Add(-1)
@@ -579,7 +579,7 @@ func TestReplicasResizeInTurn(t *testing.T) {
 		others.Wait()
 		shared.set(&activeCount{777, "u-backend", 2})
 		time.Sleep(time.Second)
-		wantEqual(t, "the last of onResize", r.last.Load().(ordinalRange), ordinalRange{0, 777})
+		wantEqual(t, "the last of onBackendsChanged", r.last.Load().(ordinalRange), ordinalRange{0, 777})
 	})
 }
 

@@ -71,10 +71,10 @@ type pendingHandler interface {
 
 // sockets are those of a pendingHandler. They are guarded by the poller's mu.
 type sockets struct {
-	fd     [2]int32  // -1: none
-	mask   [2]uint32 // what epoll watches; 0: the socket is not in the set yet
-	events [2]uint32 // that came since the side was read
-	unread [2]bool   // the socket may have more bytes or an end, which the session has to read
+	fd          [2]int32  // -1: none
+	mask        [2]uint32 // what epoll watches; 0: the socket is not in the set yet
+	events      [2]uint32 // that came since the side was read
+	mayHaveMore [2]bool   // the socket may have more bytes or an end, which the session has to read
 }
 
 // start makes and runs one poller for each CPU. If it fails, it has stopped them again.
@@ -133,7 +133,7 @@ func (e *engine) assign(s *session, _ [2]net.Conn) { s.poller = e.nextPoller() }
 func (e *engine) carry(s *session, conns [2]net.Conn, early [2][]byte) {
 	p := s.poller
 	client, tls := takeTLS(conns[clientSide])
-	fds := [2]int32{detachDescriptor(client), detachDescriptor(conns[backendSide])}
+	fds := [2]int32{takeDescriptor(client), takeDescriptor(conns[backendSide])}
 	p.mu.Lock()
 	defer p.unlock()
 	p.setTLS(s, tls)
@@ -300,7 +300,7 @@ func (p *poller) promote(
 		s.epollMask = from.mask
 		for i, events := range from.events {
 			// Reads of a client with TLS are as short as crypto/tls wants.
-			mayHaveMore := from.unread[i] || tls != nil && side(i) == clientSide
+			mayHaveMore := from.mayHaveMore[i] || tls != nil && side(i) == clientSide
 			if s.epollMask[i] != 0 && (events != 0 || mayHaveMore) {
 				s.epollMask[i] |= maskStale
 			}
@@ -376,10 +376,10 @@ func (p *poller) epollControl(
 	return syscall.EpollCtl(p.epollFD, op, int(fd), &event)
 }
 
-// detachDescriptor returns a duplicate of the connection's descriptor, which is not in
+// takeDescriptor returns a duplicate of the connection's descriptor, which is not in
 // Go's poller, and closes the connection. The caller closes the descriptor. It is -1 if
 // fcntl(2) failed.
-func detachDescriptor(conn net.Conn) int32 {
+func takeDescriptor(conn net.Conn) int32 {
 	taken := int32(-1)
 	raw, _ := conn.(syscall.Conn).SyscallConn() // fails only for a nil conn
 	raw.Control(func(fd uintptr) {              // fails only for a closed conn

@@ -125,14 +125,14 @@ func TestEventsOfAVersionThatDoesMore(t *testing.T) {
 		c.apply(0, fakeSet(fakeMap("routes", "1", data)))
 		take(eventText{"OverridesRejected", "rejected overrides: 1" + junk + "3, in force: unresolved"},
 			eventText{"OverridesInForce", "resourceVersion 1 is in force in a router that started: 5 overrides"})
-		r.setBackends(scaling{ordinalRange: ordinalRange{count: 3}, revision: "u/2"})
+		r.setBackends(backendSet{ordinalRange: ordinalRange{count: 3}, revision: "u/2"})
 		beyond := ""
 		for _, namespace := range []string{"b", "c", "d"} {
 			beyond += "; " + namespace + `: "backend-3", expected backend-0 to backend-2, in force: unresolved`
 		}
 		take(eventText{"OverridesRejected", "rejected overrides: 4" + beyond + junk + "2, in force: unresolved"},
 			eventText{"OverridesInForce", "resourceVersion 1 is in force: 0 overrides added, 3 changed, 0 removed"})
-		r.setBackends(scaling{ordinalRange: ordinalRange{count: 4}, revision: "u/3"})
+		r.setBackends(backendSet{ordinalRange: ordinalRange{count: 4}, revision: "u/3"})
 		take(eventText{"OverridesRejected", "rejected overrides: 1" + junk + "3, in force: unresolved"},
 			eventText{"OverridesInForce", "resourceVersion 1 is in force: 0 overrides added, 3 changed, 0 removed"})
 		c.apply(0, fakeSet(fakeMap("routes", "2", data))) // its labels

@@ -19,10 +19,10 @@ import (
 	"time"
 )
 
-// pendingConn is a client on the fast path, until it is a session, falls back or is closed.
+// fastConn is a client on the fast path, until it is a session, falls back or is closed.
 // It has one goroutine. While it is parked in its owner's dial queue it has none, and takes
 // little memory, so there may be many.
-type pendingConn struct {
+type fastConn struct {
 	// Static after construction.
 	fastPath *fastPath
 	poller   *poller
@@ -30,29 +30,29 @@ type pendingConn struct {
 
 	// Guarded by poller.mu.
 	sockets
-	changed       sync.Cond // events changed, or ctx has ended
-	gone          bool      // the client's connection is dead: not after a FIN alone
-	halfCloseEnds bool      // a client that half-closes its connection has to fall back
+	changed             sync.Cond // events changed, or ctx has ended
+	gone                bool      // the client's connection is dead: not after a FIN alone
+	fallBackOnHalfClose bool      // a client that half-closes its connection has to fall back
 	// With TLS: the handshake is under way; it was ended to make room.
 	handshaking, replaced bool
 
 	// Owned by its goroutine. Before it parks, it leaves these to the next one.
-	ctx          *pendingContext // see cancelIfGone; also ends at its deadline, and by replace
-	remoteAddr   clientAddr      // of the client
-	expectsProxy bool            // received has to begin with a header of the PROXY protocol
-	tls          *tlsConn        // nil if clients come without TLS
-	received     []byte          // what the client has sent
-	earlyAt      int             // index in received of what follows the request
-	request      *http.Request   // nil before it was read, and while it waits for its owner
-	upgrade      *pendingRequest // nil before its admission
-	waiter       waiter          // its sequence is 0 if the owner could be dialled at once
+	ctx          *fastConnContext // see cancelIfGone; also ends at its deadline, and by replace
+	remoteAddr   clientAddr       // of the client
+	expectsProxy bool             // received has to begin with a header of the PROXY protocol
+	tls          *tlsConn         // nil if clients come without TLS
+	received     []byte           // what the client has sent
+	earlyAt      int              // index in received of what follows the request
+	request      *http.Request    // nil before it was read, and while it waits for its owner
+	upgrade      *pendingRequest  // nil before its admission
+	waiter       waiter           // its sequence is 0 if the owner could be dialled at once
 
 	parked atomic.Bool
 }
 
-// pendingContext is the context of a pendingConn: one of package context would take a
+// fastConnContext is the context of a fastConn: one of package context would take a
 // thirtieth of the CPU time of a handshake.
-type pendingContext struct {
+type fastConnContext struct {
 	// Static after construction.
 	mu       *sync.Mutex // poller.mu
 	deadline time.Time
@@ -65,7 +65,7 @@ type pendingContext struct {
 }
 
 // end ends the context with the error, unless it has ended. The caller holds mu.
-func (x *pendingContext) end(err error) {
+func (x *fastConnContext) end(err error) {
 	if x.err != nil {
 		return
 	}
@@ -79,22 +79,22 @@ func (x *pendingContext) end(err error) {
 }
 
 // expire ends the context at its deadline.
-func (x *pendingContext) expire() {
+func (x *fastConnContext) expire() {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	x.end(context.DeadlineExceeded)
 }
 
-func (x *pendingContext) Deadline() (time.Time, bool) { return x.deadline, true }
-func (x *pendingContext) Value(any) any               { return nil }
+func (x *fastConnContext) Deadline() (time.Time, bool) { return x.deadline, true }
+func (x *fastConnContext) Value(any) any               { return nil }
 
-func (x *pendingContext) Err() error {
+func (x *fastConnContext) Err() error {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	return x.err
 }
 
-func (x *pendingContext) Done() <-chan struct{} {
+func (x *fastConnContext) Done() <-chan struct{} {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if x.done == nil {
@@ -107,7 +107,7 @@ func (x *pendingContext) Done() <-chan struct{} {
 }
 
 // serve takes a client from accept to its session.
-func (c *pendingConn) serve() {
+func (c *fastConn) serve() {
 	growStack(0)
 	p := c.fastPath.proxy
 	head, err := c.readHead()
@@ -134,7 +134,7 @@ func (c *pendingConn) serve() {
 
 // readHead reads what the client sends first: after the header of the PROXY protocol, if
 // that has to come, and within TLS.
-func (c *pendingConn) readHead() ([]byte, error) {
+func (c *fastConn) readHead() ([]byte, error) {
 	if c.tls != nil {
 		return c.readTLSHead()
 	}
@@ -150,7 +150,7 @@ func (c *pendingConn) readHead() ([]byte, error) {
 // readProxyHeader reads the header of the PROXY protocol, of which it gets the beginning,
 // and takes the client's address from it. more reads what comes next. It returns what
 // follows the header, or all that the client has sent if there is an error.
-func (c *pendingConn) readProxyHeader(
+func (c *fastConn) readProxyHeader(
 	data []byte, more func() ([]byte, error),
 ) ([]byte, error) {
 	client, rest, err := c.fastPath.proxy.proxyProtocol.read(data, more)
@@ -178,7 +178,7 @@ func growStack(i int) byte {
 
 // admit parses and admits the upgrade. From then on the poller watches the client. It
 // reports whether the client stays on the fast path.
-func (c *pendingConn) admit() bool {
+func (c *fastConn) admit() bool {
 	if c.request = c.parseUpgrade(); c.request == nil {
 		return false
 	}
@@ -192,7 +192,7 @@ func (c *pendingConn) admit() bool {
 }
 
 // parseUpgrade returns the client's request, or nil if it is not plain.
-func (c *pendingConn) parseUpgrade() *http.Request {
+func (c *fastConn) parseUpgrade() *http.Request {
 	r, size := c.fastPath.parseUpgrade(c.received)
 	if r != nil {
 		r.RemoteAddr, c.earlyAt = c.remoteAddr.String(), size
@@ -202,7 +202,7 @@ func (c *pendingConn) parseUpgrade() *http.Request {
 }
 
 // dialOwner dials the owner, as it may, and goes on with askOwner or park.
-func (c *pendingConn) dialOwner() {
+func (c *fastConn) dialOwner() {
 	p, u := c.fastPath.proxy, c.upgrade
 	podUID, err := p.backends.dialInTurn(c.ctx, &c.waiter, u.owner, c.connect)
 	switch {
@@ -220,7 +220,7 @@ func (c *pendingConn) dialOwner() {
 }
 
 // askOwner sends the owner the request, and makes the session of its 101.
-func (c *pendingConn) askOwner() {
+func (c *fastConn) askOwner() {
 	p, u := c.fastPath.proxy, c.upgrade
 	if c.wasParked() {
 		c.setDeadline(time.Now().Add(fastPathTimeout), false)
@@ -266,7 +266,7 @@ func (c *pendingConn) askOwner() {
 
 // park parks the client in the dial queue of its owner, which cannot be dialled now. If
 // it may dial, has to ask for its owner again, or its time is over, resume goes on.
-func (c *pendingConn) park() {
+func (c *fastConn) park() {
 	p, u := c.fastPath.proxy, c.upgrade
 	if !c.wasParked() {
 		if !u.reserveHead(len(c.received), p.limits.pendingUpgrades) {
@@ -291,14 +291,14 @@ func (c *pendingConn) park() {
 }
 
 // unpark starts a goroutine for c if it is parked. It does not block.
-func (c *pendingConn) unpark() {
+func (c *fastConn) unpark() {
 	if c.parked.CompareAndSwap(true, false) {
 		go c.resume()
 	}
 }
 
 // resume goes on with c, which was parked.
-func (c *pendingConn) resume() {
+func (c *fastConn) resume() {
 	queues := c.fastPath.proxy.backends.queues
 	switch err := queues.dequeue(c.ctx, &c.waiter, c.upgrade.queue()); {
 	case err == nil:
@@ -311,13 +311,13 @@ func (c *pendingConn) resume() {
 }
 
 // wasParked reports whether the client has waited for its owner.
-func (c *pendingConn) wasParked() bool { return c.waiter.sequence != 0 }
+func (c *fastConn) wasParked() bool { return c.waiter.sequence != 0 }
 
 // fallBack leaves the client to net/http, with what it has sent and its upgrade. If the
 // owner has got the request, its connection goes too, with what it has answered. failure
 // is why the owner could not be reached. A client that is gone is closed. c must not be
 // used after it.
-func (c *pendingConn) fallBack(answer []byte, failure error) {
+func (c *fastConn) fallBack(answer []byte, failure error) {
 	if c.upgrade != nil && c.isGone() {
 		c.closeGone()
 		return
@@ -357,14 +357,14 @@ func (c *pendingConn) fallBack(answer []byte, failure error) {
 
 // closeGone closes and counts a client that has left during its upgrade. c must not be used
 // after it.
-func (c *pendingConn) closeGone() {
+func (c *fastConn) closeGone() {
 	c.fastPath.proxy.results[resultClientGone].Add(1)
 	c.close()
 }
 
 // close ends the upgrade, closes the client's socket, and abandons the backend's. c must not
 // be used after it.
-func (c *pendingConn) close() {
+func (c *fastConn) close() {
 	c.detach()
 	c.abandonBackend()
 	syscall.Close(int(c.fd[clientSide]))
@@ -374,20 +374,20 @@ func (c *pendingConn) close() {
 }
 
 // free frees the upgrade, if it was admitted.
-func (c *pendingConn) free() {
+func (c *fastConn) free() {
 	if c.upgrade != nil {
-		c.upgrade.free()
+		c.upgrade.uncount()
 	}
 }
 
 // detach takes the sockets from the poller, and ends the context.
-func (c *pendingConn) detach() {
+func (c *fastConn) detach() {
 	c.endContext()
 	c.poller.removePending(c.slot, &c.sockets)
 }
 
 // endContext ends the context, and nothing follows from that.
-func (c *pendingConn) endContext() {
+func (c *fastConn) endContext() {
 	c.ctx.timer.Stop()
 	c.poller.mu.Lock()
 	defer c.poller.mu.Unlock()
@@ -396,29 +396,29 @@ func (c *pendingConn) endContext() {
 }
 
 // setDeadline gives c a context that ends at the deadline, in place of the one before.
-// halfCloseEnds is for the field of that name.
-func (c *pendingConn) setDeadline(deadline time.Time, halfCloseEnds bool) {
+// fallBackOnHalfClose is for the field of that name.
+func (c *fastConn) setDeadline(deadline time.Time, fallBackOnHalfClose bool) {
 	if c.ctx != nil {
 		c.endContext()
 	}
 	c.poller.mu.Lock()
 	defer c.poller.mu.Unlock()
-	ctx := &pendingContext{mu: &c.poller.mu, deadline: deadline, onEnd: c.interrupt}
+	ctx := &fastConnContext{mu: &c.poller.mu, deadline: deadline, onEnd: c.interrupt}
 	ctx.timer = time.AfterFunc(time.Until(deadline), ctx.expire)
-	c.ctx, c.halfCloseEnds = ctx, halfCloseEnds
+	c.ctx, c.fallBackOnHalfClose = ctx, fallBackOnHalfClose
 	c.cancelIfGone()
 }
 
 // interrupt wakes the goroutine of c, or starts one if c is parked. The caller holds
 // poller.mu.
-func (c *pendingConn) interrupt() {
+func (c *fastConn) interrupt() {
 	c.changed.Signal()
 	c.unpark()
 }
 
 // handleStop makes the client fall back, or ends its handshake in time. The caller holds
 // poller.mu.
-func (c *pendingConn) handleStop() {
+func (c *fastConn) handleStop() {
 	if c.handshaking {
 		c.ctx.timer.Reset(answerTime)
 	}
@@ -426,11 +426,11 @@ func (c *pendingConn) handleStop() {
 }
 
 // handleEvent notes what epoll reports of a side. The caller holds poller.mu.
-func (c *pendingConn) handleEvent(i side, events uint32) {
+func (c *fastConn) handleEvent(i side, events uint32) {
 	const gone = syscall.EPOLLHUP | syscall.EPOLLERR // a half-closed client is not gone
 	const end = gone | syscall.EPOLLRDHUP | syscall.EPOLLPRI
 	c.events[i] |= events
-	c.unread[i] = c.unread[i] || events&end != 0
+	c.mayHaveMore[i] = c.mayHaveMore[i] || events&end != 0
 	c.gone = c.gone || i == clientSide && events&gone != 0
 	c.cancelIfGone()
 	c.changed.Signal()
@@ -439,22 +439,22 @@ func (c *pendingConn) handleEvent(i side, events uint32) {
 // cancelIfGone ends the context if the client is gone, has half-closed its connection
 // while it is parked, or has to fall back because the router stops. The caller holds
 // poller.mu.
-func (c *pendingConn) cancelIfGone() {
-	gone := c.gone || c.halfCloseEnds && c.unread[clientSide]
+func (c *fastConn) cancelIfGone() {
+	gone := c.gone || c.fallBackOnHalfClose && c.mayHaveMore[clientSide]
 	if c.ctx != nil && (gone || c.fastPath.stopping.Load() && !c.handshaking) {
 		c.ctx.end(context.Canceled)
 	}
 }
 
 // isGone reports whether the client is gone.
-func (c *pendingConn) isGone() bool {
+func (c *fastConn) isGone() bool {
 	c.poller.mu.Lock()
 	defer c.poller.mu.Unlock()
 	return c.gone
 }
 
 // watch makes the poller watch what comes from the side.
-func (c *pendingConn) watch(i side) error {
+func (c *fastConn) watch(i side) error {
 	c.poller.mu.Lock()
 	defer c.poller.mu.Unlock()
 	return c.poller.watchPending(c.slot, &c.sockets, i, epollReadEvents)
@@ -463,7 +463,7 @@ func (c *pendingConn) watch(i side) error {
 // wait makes epoll watch the side for the events in mask, and returns when there are
 // events that came after c.events was cleared. ctx and c.ctx bound it. The caller holds
 // poller.mu, which wait releases while it waits.
-func (c *pendingConn) wait(ctx context.Context, i side, mask uint32) error {
+func (c *fastConn) wait(ctx context.Context, i side, mask uint32) error {
 	if err := c.poller.watchPending(c.slot, &c.sockets, i, mask); err != nil {
 		return err
 	}
@@ -482,7 +482,7 @@ func (c *pendingConn) wait(ctx context.Context, i side, mask uint32) error {
 
 // read waits until the side has sent something, and returns it, up to the longest head
 // that is allowed. The rest stays in the socket.
-func (c *pendingConn) read(i side) (data []byte, err error) {
+func (c *fastConn) read(i side) (data []byte, err error) {
 	limit := min(bufferSize, c.fastPath.proxy.limits.headerBytes)
 	err = c.receive(i, limit, func(received []byte) { data = bytes.Clone(received) })
 	return data, err
@@ -491,7 +491,7 @@ func (c *pendingConn) read(i side) (data []byte, err error) {
 // receive waits until the side has sent something, and calls use with it: up to limit
 // bytes of the poller's buffer. The rest stays in the socket. use runs with poller.mu held,
 // and must not keep the slice.
-func (c *pendingConn) receive(i side, limit int, use func(received []byte)) error {
+func (c *fastConn) receive(i side, limit int, use func(received []byte)) error {
 	p := c.poller
 	limit = min(limit, bufferSize)
 	p.mu.Lock()
@@ -510,7 +510,7 @@ func (c *pendingConn) receive(i side, limit int, use func(received []byte)) erro
 		case n == 0:
 			return io.EOF
 		default:
-			c.unread[i] = c.unread[i] || n == limit && (c.tls == nil || i == backendSide) // see promote
+			c.mayHaveMore[i] = c.mayHaveMore[i] || n == limit && (c.tls == nil || i == backendSide) // see promote
 			use(p.buf.data[:n])
 			return nil
 		}
@@ -519,7 +519,7 @@ func (c *pendingConn) receive(i side, limit int, use func(received []byte)) erro
 
 // sendNow sends the side what its socket takes at once of data, and returns how much that
 // is. If the send fails it returns 0: the next call on the socket returns the error again.
-func (c *pendingConn) sendNow(i side, data []byte) int {
+func (c *fastConn) sendNow(i side, data []byte) int {
 	c.poller.mu.Lock()
 	defer c.poller.mu.Unlock()
 	n, errno := c.poller.send(c.fd[i], data)
@@ -530,7 +530,7 @@ func (c *pendingConn) sendNow(i side, data []byte) int {
 }
 
 // write writes data to the side, and waits until the socket takes all of it.
-func (c *pendingConn) write(i side, data []byte) error {
+func (c *fastConn) write(i side, data []byte) error {
 	p := c.poller
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -554,7 +554,7 @@ func (c *pendingConn) write(i side, data []byte) error {
 
 // respond sends the client the head of a response. The socket's buffer is empty: it
 // takes all of the head, unless the client is gone.
-func (c *pendingConn) respond(head []byte) bool {
+func (c *fastConn) respond(head []byte) bool {
 	head = c.sealedHead(head)
 	c.poller.mu.Lock()
 	defer c.poller.mu.Unlock()
@@ -563,7 +563,7 @@ func (c *pendingConn) respond(head []byte) bool {
 }
 
 // connect is a connector: it connects to a backend's address, host:port.
-func (c *pendingConn) connect(ctx context.Context, addr string) error {
+func (c *fastConn) connect(ctx context.Context, addr string) error {
 	dialer := &c.fastPath.proxy.backends.dialer
 	to, err := netip.ParseAddrPort(addr)
 	if err != nil || to.Addr().Zone() != "" { // package net looks up the host or the zone
@@ -589,7 +589,7 @@ func (c *pendingConn) connect(ctx context.Context, addr string) error {
 
 // waitConnected returns nil when the backend's socket is connected, or else why it
 // cannot be.
-func (c *pendingConn) waitConnected(ctx context.Context) error {
+func (c *fastConn) waitConnected(ctx context.Context) error {
 	fd := int(c.fd[backendSide])
 	if isConnected(fd) {
 		return nil
@@ -621,26 +621,27 @@ func (c *pendingConn) waitConnected(ctx context.Context) error {
 }
 
 // setBackend sets the backend's socket, which epoll does not watch yet.
-func (c *pendingConn) setBackend(fd int32) {
+func (c *fastConn) setBackend(fd int32) {
 	const i = backendSide
 	c.poller.mu.Lock()
 	defer c.poller.mu.Unlock()
-	c.fd[i], c.mask[i], c.events[i], c.unread[i] = fd, 0, 0, false
+	c.fd[i], c.mask[i], c.events[i], c.mayHaveMore[i] = fd, 0, 0, false
 }
 
 // setBackendConn sets the socket of conn, which it closes, as the backend's. It returns an
 // error if there is no descriptor for it.
-func (c *pendingConn) setBackendConn(conn net.Conn) error {
-	fd := detachDescriptor(conn)
+func (c *fastConn) setBackendConn(conn net.Conn) error {
+	fd := takeDescriptor(conn)
 	if fd < 0 {
-		return &net.OpError{Op: "dial", Net: "tcp", Addr: conn.RemoteAddr(), Err: os.NewSyscallError("fcntl", syscall.EMFILE)}
+		err := os.NewSyscallError("fcntl", syscall.EMFILE)
+		return &net.OpError{Op: "dial", Net: "tcp", Addr: conn.RemoteAddr(), Err: err}
 	}
 	c.setBackend(fd)
 	return nil
 }
 
 // closeBackend closes the connection to the backend if there is one.
-func (c *pendingConn) closeBackend() {
+func (c *fastConn) closeBackend() {
 	if c.fd[backendSide] >= 0 {
 		syscall.Close(int(c.fd[backendSide]))
 		c.setBackend(-1)
@@ -649,7 +650,7 @@ func (c *pendingConn) closeBackend() {
 
 // abandonBackend gives up the connection to the backend, if there is one. The backend may
 // have the request.
-func (c *pendingConn) abandonBackend() {
+func (c *fastConn) abandonBackend() {
 	switch {
 	case c.fd[backendSide] < 0:
 	case c.upgrade.flight == nil:
@@ -661,7 +662,7 @@ func (c *pendingConn) abandonBackend() {
 
 // takeBackend takes the connection to the backend from the poller. It returns nil, and
 // has closed the socket, if there is no descriptor for its duplicate.
-func (c *pendingConn) takeBackend() net.Conn {
+func (c *fastConn) takeBackend() net.Conn {
 	c.poller.unwatchPending(&c.sockets, backendSide)
 	socket := os.NewFile(uintptr(c.fd[backendSide]), "socket")
 	defer socket.Close()

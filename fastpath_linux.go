@@ -19,7 +19,7 @@ import (
 
 // fastPath takes clients to their backends without net/http, which costs less CPU. Each
 // client has a goroutine, which reads its request, dials the owner, sends the request
-// and the response on, and gives both sockets to the relay: see pendingConn.serve. From
+// and the response on, and gives both sockets to the relay: see fastConn.serve. From
 // the beginning these sockets are in the epoll set of the poller that carries the
 // session, and never in Go's poller.
 //
@@ -42,7 +42,7 @@ type fastPath struct {
 	fallbacks  chan net.Conn // to Accept
 
 	done    chan struct{}  // closed when run has ended
-	pending sync.WaitGroup // the pendingConns
+	pending sync.WaitGroup // the fastConns
 }
 
 // fastPathTimeout is how long a client may be on the fast path before it falls back. It
@@ -157,7 +157,7 @@ func (f *fastPath) acceptClients() error {
 func (f *fastPath) startClient(fd int32, peer syscall.Sockaddr) {
 	poller := f.proxy.relay.engine.nextPoller()
 	addr := addrString(peer)
-	c := &pendingConn{
+	c := &fastConn{
 		fastPath: f, poller: poller, remoteAddr: clientAddr(addr),
 		expectsProxy: f.proxy.proxyProtocol.expects(addr),
 	}

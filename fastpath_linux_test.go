@@ -25,12 +25,12 @@ import (
 	"time"
 )
 
-// waitPendingConn returns the only client on the fast path, once its owner is dialled.
-func (p *testProxy) waitPendingConn(t testing.TB) *pendingConn {
+// waitFastConn returns the only client on the fast path, once its owner is dialled.
+func (p *testProxy) waitFastConn(t testing.TB) *fastConn {
 	t.Helper()
 	p.waitPending(t, 1)
 	for end := time.Now().Add(patience); ; <-time.After(time.Millisecond) {
-		for _, c := range p.pendingConns() {
+		for _, c := range p.fastConns() {
 			c.poller.mu.Lock()
 			dialled := c.fd[backendSide] >= 0
 			c.poller.mu.Unlock()
@@ -63,7 +63,7 @@ func TestFastPathReadsAHeadOnly(t *testing.T) {
 	}
 	defer conn.Close()
 	mustWrite(t, conn, upgradeRequest("/ws/ns-01")+strings.Repeat("much ", 10_000))
-	c := p.waitPendingConn(t)
+	c := p.waitFastConn(t)
 	c.poller.mu.Lock()
 	defer c.poller.mu.Unlock()
 	if n, limit := len(c.received), p.limits.headerBytes; n > limit {
@@ -80,7 +80,7 @@ func TestFastPathGivesUpADial(t *testing.T) {
 	})
 	conn := p.send(t, "ns-01")
 	defer conn.Close()
-	c, failure := p.waitPendingConn(t), errors.New("no route")
+	c, failure := p.waitFastConn(t), errors.New("no route")
 	if !p.backends.queues.tryDial(0) {
 		t.Fatal("the backend may not be dialled twice at once")
 	}
@@ -180,7 +180,7 @@ func TestFastPathDescriptors(t *testing.T) {
 		}
 	})
 	p.send(t, "ns-01")
-	c := p.waitPendingConn(t)
+	c := p.waitFastConn(t)
 	for end := time.Now().Add(patience); len(backend.heads()) == 0 && time.Now().Before(end); {
 		<-time.After(time.Millisecond)
 	}
@@ -431,7 +431,7 @@ func TestFastPathEarlyBytes(t *testing.T) {
 	})
 	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
 	conn := p.send(t, "ns-01")
-	p.waitPendingConn(t)
+	p.waitFastConn(t)
 	mustWrite(t, conn, "early") // the poller has an event of this before the response
 	close(sent)
 	conn.SetReadDeadline(time.Now().Add(patience))
@@ -472,7 +472,7 @@ func TestFastPathLeavesTheSet(t *testing.T) {
 			defer conn.Close()
 			mustWrite(t, conn, request)
 			if request != "" {
-				p.waitPendingConn(t).giveUp()
+				p.waitFastConn(t).giveUp()
 			}
 			p.waitHTTP(t)
 			for i, poller := range p.relay.engine.pollers {
@@ -556,9 +556,9 @@ func (p *testProxy) waitHeld(t testing.TB, n int) {
 	t.Helper()
 	for end := time.Now().Add(patience); ; <-time.After(time.Millisecond) {
 		held := 0
-		for _, c := range p.pendingConns() {
+		for _, c := range p.fastConns() {
 			c.poller.mu.Lock()
-			if c.halfCloseEnds {
+			if c.fallBackOnHalfClose {
 				held++
 			}
 			c.poller.mu.Unlock()
@@ -627,7 +627,7 @@ func TestFastPathHolds(t *testing.T) {
 		})
 		conn := p.send(t, "ns-01")
 		p.waitHeld(t, 1)
-		p.pendingConns()[0].giveUp() // net/http holds it too
+		p.fastConns()[0].giveUp() // net/http holds it too
 		mustAnswer(t, conn, http.StatusServiceUnavailable)
 		mu.Lock()
 		defer mu.Unlock()
@@ -641,7 +641,7 @@ func TestFastPathHolds(t *testing.T) {
 		conn := p.send(t, "ns-01")
 		p.waitHeld(t, 1)
 		p.fastPath.stop()
-		if pending := len(p.pendingConns()); pending != 0 || p.http.Load() != 1 {
+		if pending := len(p.fastConns()); pending != 0 || p.http.Load() != 1 {
 			t.Errorf("%d clients are still held and net/http has %d, want 0, 1", pending, p.http.Load())
 		}
 		conn.Close()
@@ -653,10 +653,10 @@ func TestFastPathHolds(t *testing.T) {
 		p, addr := start(t, patience)
 		conn := p.send(t, "ns-01")
 		p.waitHeld(t, 1)
-		p.router.update(sourceContent{id: sourceID{name: "test"}, version: "42", overrides: newOverrideSet(map[string]string{"ns-01": "backend-1"})})
+		p.tables.update(sourceContent{id: sourceID{name: "test"}, version: "42", overrides: newOverrideSet(map[string]string{"ns-01": "backend-1"})})
 		backend := startStub(t, addr, echo)
 		mustAnswer(t, conn, http.StatusSwitchingProtocols)
-		if head := backend.heads()[0]; !strings.Contains(head, headerBackend+": backend-1\r\n") || !strings.Contains(head, headerTable+": "+p.router.table().stamp+"\r\n") {
+		if head := backend.heads()[0]; !strings.Contains(head, headerBackend+": backend-1\r\n") || !strings.Contains(head, headerTable+": "+p.tables.table().stamp+"\r\n") {
 			t.Errorf("the backend got %q, want the second table and its owner", head)
 		}
 		after(t, p)
@@ -750,9 +750,9 @@ func TestFastPathParksNobodyWhoIsGone(t *testing.T) {
 // waitLeft returns when the poller knows that its only client has gone or half-closed.
 func (p *testProxy) waitLeft(t testing.TB) {
 	for end := time.Now().Add(patience); ; <-time.After(time.Millisecond) {
-		c := p.pendingConns()[0]
+		c := p.fastConns()[0]
 		c.poller.mu.Lock()
-		left := c.unread[clientSide]
+		left := c.mayHaveMore[clientSide]
 		c.poller.mu.Unlock()
 		if left {
 			return
@@ -886,11 +886,11 @@ func TestFastPathStops(t *testing.T) {
 		mustWrite(t, conn, text)
 		quiet = append(quiet, conn)
 	}
-	for int64(len(p.pendingConns()))+p.http.Load() < 3 {
+	for int64(len(p.fastConns()))+p.http.Load() < 3 {
 		<-time.After(time.Millisecond)
 	}
 	p.fastPath.stop()
-	if n, pending := p.http.Load(), len(p.pendingConns()); n != 3 || pending != 0 {
+	if n, pending := p.http.Load(), len(p.fastConns()); n != 3 || pending != 0 {
 		t.Errorf("net/http has %d clients and the fast path %d, want all 3", n, pending)
 	}
 	if _, err := net.Dial("tcp", p.addr); err != nil {
@@ -903,13 +903,13 @@ func TestFastPathStops(t *testing.T) {
 	}
 }
 
-// pendingConns returns those who are on the fast path.
-func (p *testProxy) pendingConns() (all []*pendingConn) {
+// fastConns returns those who are on the fast path.
+func (p *testProxy) fastConns() (all []*fastConn) {
 	for _, poller := range p.relay.engine.pollers {
 		poller.mu.Lock()
 		for _, at := range poller.slots {
 			if at.handler != nil {
-				all = append(all, at.handler.(*pendingConn))
+				all = append(all, at.handler.(*fastConn))
 			}
 		}
 		poller.mu.Unlock()
@@ -918,7 +918,7 @@ func (p *testProxy) pendingConns() (all []*pendingConn) {
 }
 
 // giveUp ends its time.
-func (c *pendingConn) giveUp() {
+func (c *fastConn) giveUp() {
 	c.poller.mu.Lock()
 	defer c.poller.mu.Unlock()
 	c.ctx.end(context.Canceled)
@@ -1043,7 +1043,7 @@ func queueWhoIsOver(t *testing.T) {
 	conn := p.send(t, "ns-01")
 	p.waitHeld(t, 1)
 	eventually(t, "waiters and dials", [2]int{1, 0}, queued)
-	c := p.pendingConns()[0]
+	c := p.fastConns()[0]
 	p.relay.mu.Lock()
 	queues.recheckOwners(func(string) int { return unresolved }) // as if the owner had changed
 	waitStacks(t, "hold asks for the owner again", func(stacks []byte) bool {

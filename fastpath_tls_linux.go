@@ -12,19 +12,19 @@ import (
 	"time"
 )
 
-// pendingTransport is the transport of a client on the fast path: its goroutine waits in
-// Read and Write, as the context of the pendingConn allows.
-type pendingTransport struct {
+// fastConnTransport is the transport of a client on the fast path: its goroutine waits in
+// Read and Write, as the context of the fastConn allows.
+type fastConnTransport struct {
 	net.Conn // nil: crypto/tls calls only what is below
 
-	client *pendingConn
-	unread []byte // of the handshake: came before it began
+	client *fastConn
+	early  []byte // of the handshake: came before it began
 	inTLS  bool   // the handshake is under way
 }
 
-func (t *pendingTransport) Read(b []byte) (n int, err error) {
-	if n = copy(b, t.unread); n > 0 {
-		t.unread = t.unread[n:]
+func (t *fastConnTransport) Read(b []byte) (n int, err error) {
+	if n = copy(b, t.early); n > 0 {
+		t.early = t.early[n:]
 	} else if t.inTLS {
 		late := t.pause(func() { n, err = t.receive(b) })
 		err = cmp.Or(late, err)
@@ -35,13 +35,13 @@ func (t *pendingTransport) Read(b []byte) (n int, err error) {
 }
 
 // pause calls wait, which waits for the client, as tlsServer.pause does.
-func (t *pendingTransport) pause(wait func()) error {
+func (t *fastConnTransport) pause(wait func()) error {
 	return t.client.tlsServer().pause(t.client.tls, t.client.replace, wait)
 }
 
 // receive reads from the client. If the context ends meanwhile, the error is a temporary one
 // (errNoBytesYet): net/http, which gets the tlsConn then, may read on.
-func (t *pendingTransport) receive(b []byte) (n int, err error) {
+func (t *fastConnTransport) receive(b []byte) (n int, err error) {
 	err = t.client.receive(clientSide, len(b), func(data []byte) { n = copy(b, data) })
 	if err != nil && t.client.ctx.Err() != nil {
 		err = errNoBytesYet
@@ -50,7 +50,7 @@ func (t *pendingTransport) receive(b []byte) (n int, err error) {
 }
 
 // Write waits for a client that does not read as Read does for one that sends nothing.
-func (t *pendingTransport) Write(b []byte) (int, error) {
+func (t *fastConnTransport) Write(b []byte) (int, error) {
 	rest, err := b, error(nil)
 	if t.inTLS {
 		rest = b[t.client.sendNow(clientSide, b):]
@@ -70,12 +70,12 @@ func (t *pendingTransport) Write(b []byte) (int, error) {
 }
 
 // tlsServer is the router's, or nil if clients come without TLS.
-func (c *pendingConn) tlsServer() *tlsServer { return c.fastPath.proxy.tls }
+func (c *fastConn) tlsServer() *tlsServer { return c.fastPath.proxy.tls }
 
 // readTLSHead reads what the client sends first within TLS: it does the handshake. If the
 // router stops before that has begun, it returns what the client has sent so far, for
 // net/http to do it.
-func (c *pendingConn) readTLSHead() ([]byte, error) {
+func (c *fastConn) readTLSHead() ([]byte, error) {
 	s := c.tlsServer()
 	s.running.Add(1)
 	c.setDeadline(time.Now().Add(c.fastPath.proxy.limits.headerTimeout), false)
@@ -99,12 +99,12 @@ func (c *pendingConn) readTLSHead() ([]byte, error) {
 // startTLS does the client's handshake, which begins with data, and returns what came
 // after it: at least a part of the request. If the router stops meanwhile, the client has
 // answerTime left for both.
-func (c *pendingConn) startTLS(data []byte) ([]byte, error) {
+func (c *fastConn) startTLS(data []byte) ([]byte, error) {
 	defer c.setHandshaking(false)
-	transport := &pendingTransport{client: c, unread: data, inTLS: true}
+	transport := &fastConnTransport{client: c, early: data, inTLS: true}
 	c.tls.setTransport(transport, false)
 	if err := c.tlsServer().handshake(c.tls, c.ctx.Done(), c.handshakeResult); err != nil {
-		if answer := isNotTLS(err); answer != nil {
+		if answer := plainHTTPAnswer(err); answer != nil {
 			c.write(clientSide, answer) // it fails only if the client is gone
 		}
 		return nil, errTLSHandshake
@@ -116,7 +116,7 @@ func (c *pendingConn) startTLS(data []byte) ([]byte, error) {
 
 // readTLS waits until the client has sent the head of a request, and returns it, or what has
 // come of it. A client may send the head in several records.
-func (c *pendingConn) readTLS() ([]byte, error) {
+func (c *fastConn) readTLS() ([]byte, error) {
 	buf := make([]byte, min(c.fastPath.proxy.limits.headerBytes, maxTLSHead))
 	n, got, err := 0, 0, error(nil)
 	for whole := false; err == nil && n < len(buf) && !whole; {
@@ -136,13 +136,13 @@ const maxTLSHead = 32 << 10
 
 // readHello waits for what the client sends before the handshake, or at its beginning, and
 // returns it.
-func (c *pendingConn) readHello() (data []byte, err error) {
+func (c *fastConn) readHello() (data []byte, err error) {
 	c.tlsServer().waiting.during(c.replace, func() { data, err = c.read(clientSide) })
 	return data, err
 }
 
 // replace ends the handshake to make room: too many wait for their clients.
-func (c *pendingConn) replace() {
+func (c *fastConn) replace() {
 	c.poller.mu.Lock()
 	defer c.poller.mu.Unlock()
 	c.replaced = true
@@ -152,7 +152,7 @@ func (c *pendingConn) replace() {
 // setHandshaking notes that the handshake begins, or is over. While it is under way, a stop
 // of the router ends the context after answerTime, and not at once. setHandshaking reports
 // whether the client may go on: its context has not ended.
-func (c *pendingConn) setHandshaking(handshaking bool) bool {
+func (c *fastConn) setHandshaking(handshaking bool) bool {
 	c.poller.mu.Lock()
 	defer c.poller.mu.Unlock()
 	c.handshaking = handshaking && c.ctx.err == nil
@@ -161,7 +161,7 @@ func (c *pendingConn) setHandshaking(handshaking bool) bool {
 }
 
 // hasToFallBack reports whether the context has ended because the router stops.
-func (c *pendingConn) hasToFallBack() bool {
+func (c *fastConn) hasToFallBack() bool {
 	c.poller.mu.Lock()
 	defer c.poller.mu.Unlock()
 	return errors.Is(c.ctx.err, context.Canceled) && !c.gone && !c.replaced
@@ -169,7 +169,7 @@ func (c *pendingConn) hasToFallBack() bool {
 
 // overTLS returns the client's connection over conn, which has its socket, for net/http:
 // after what was received. If the handshake has not begun, net/http does that.
-func (c *pendingConn) overTLS(conn net.Conn) *prefixedConn {
+func (c *fastConn) overTLS(conn net.Conn) *prefixedConn {
 	switch {
 	case c.tls == nil:
 		return &prefixedConn{conn, c.received}
@@ -182,7 +182,7 @@ func (c *pendingConn) overTLS(conn net.Conn) *prefixedConn {
 }
 
 // handshakeResult says what has become of the handshake.
-func (c *pendingConn) handshakeResult(err error) tlsResult {
+func (c *fastConn) handshakeResult(err error) tlsResult {
 	c.poller.mu.Lock()
 	defer c.poller.mu.Unlock()
 	switch result := tlsHandshakeResult(err); {
@@ -201,7 +201,7 @@ func (c *pendingConn) handshakeResult(err error) tlsResult {
 
 // sealedHead returns the head as the client gets it, with TLS if it has that. It returns
 // nothing for a client whose handshake is not over, or has sent what TLS refuses.
-func (c *pendingConn) sealedHead(head []byte) []byte {
+func (c *fastConn) sealedHead(head []byte) []byte {
 	switch {
 	case c.tls == nil:
 		return head

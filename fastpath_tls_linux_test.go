@@ -46,7 +46,7 @@ func TestFastPathTLSParked(t *testing.T) {
 	cookie := "Cookie: a=" + strings.Repeat("x", 3000) + "\r\n\r\n"
 	mustWrite(t, conn, strings.Replace(upgradeRequest("/ws/ns-01"), "\r\n\r\n", "\r\n"+cookie, 1)+"early")
 	p.waitHeld(t, 1)
-	eventually(t, "parked", true, func() bool { return p.pendingConns()[0].parked.Load() })
+	eventually(t, "parked", true, func() bool { return p.fastConns()[0].parked.Load() })
 	startStub(t, addr, echo)
 	mustEcho(t, conn, "early")
 	wantEqual(t, "clients that net/http had", p.http.Load(), 0)

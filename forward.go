@@ -36,7 +36,7 @@ type forwarder struct {
 
 	running    waitCount    // exchanges
 	inProgress atomic.Int64 // exchanges
-	sent       atomic.Int64 // of these, those that an owner has got
+	atOwners   atomic.Int64 // of these, those that an owner has got
 	cuts       atomic.Int64 // exchanges that ended by errMoved or errDraining
 	results    [numResults]atomic.Int64
 	durations  *histogram // of plain requests
@@ -85,7 +85,7 @@ func (f *forwarder) size() int {
 	if f == nil {
 		return 0
 	}
-	return int(f.sent.Load())
+	return int(f.atOwners.Load())
 }
 
 // stop waits until all exchanges have ended, at most until ctx ends. Then it cuts them,
@@ -150,7 +150,7 @@ type exchange struct {
 	upgrade []string // the field of the answer: a 426 needs it (RFC 9110 §15.5.22)
 	trace   *httptrace.ClientTrace
 	reverse httputil.ReverseProxy
-	body    *bodySender // nil for a body that does not stream, or has not begun
+	body    *bodyState // nil for a body that does not stream, or has not begun
 
 	// What came of it, for the metrics and the log.
 	result result
@@ -198,7 +198,7 @@ func (x *exchange) finish() {
 	}
 	f := x.forwarder
 	if x.counted {
-		f.sent.Add(-1)
+		f.atOwners.Add(-1)
 	}
 	f.results[x.result].Add(1)
 	f.durations.observe(time.Since(x.began))
@@ -335,15 +335,15 @@ func (x *exchange) ask(conn *ownerConn, head []byte, maxHead int) (*http.Respons
 	x.attach(conn)
 	if !x.counted {
 		x.counted = true
-		x.forwarder.sent.Add(1)
+		x.forwarder.atOwners.Add(1)
 	}
-	x.pendingRequest.free()
+	x.pendingRequest.uncount()
 	if x.streams {
 		http.NewResponseController(x.w).EnableFullDuplex()
 		if x.r.ProtoAtLeast(1, 1) && expectsContinue(x.r) {
 			x.w.WriteHeader(http.StatusContinue) // else sendBody would, while pass1xx writes
 		}
-		x.body = &bodySender{done: make(chan struct{})}
+		x.body = &bodyState{done: make(chan struct{})}
 		go x.sendBody(x.body, conn, head)
 	} else if _, err := conn.Write(append(head, x.whole...)); err != nil {
 		return nil, err
@@ -367,10 +367,10 @@ func (x *exchange) attach(conn *ownerConn) {
 	}
 }
 
-// detach ends what attach began, and stops sendBody. It returns the connection, and
+// takeConn ends what attach began, and stops sendBody. It returns the connection, and
 // whether that and the exchange are whole: all of the request was sent, and nothing was
 // interrupted.
-func (x *exchange) detach(grace time.Duration) (conn *ownerConn, whole bool) {
+func (x *exchange) takeConn(grace time.Duration) (conn *ownerConn, whole bool) {
 	whole = x.stopBody(grace)
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -418,7 +418,7 @@ func (x *exchange) pass1xx(code int, header http.Header) error {
 // answerOver is called when the last byte of the answer was read. It keeps the connection
 // for another request if it may; else the flight ends when the owner ends its side.
 func (x *exchange) answerOver(resp *http.Response) {
-	conn, whole := x.detach(bodyGrace)
+	conn, whole := x.takeConn(bodyGrace)
 	x.result = resultOK
 	x.setComplete()
 	if !whole || resp.Close || conn.br.Buffered() > 0 {
@@ -460,7 +460,7 @@ func (x *exchange) breakOff(err error) {
 // abandonOwner closes the connection when the owner has ended its side of it: see
 // flight.abandon.
 func (x *exchange) abandonOwner() {
-	if conn, _ := x.detach(0); conn != nil {
+	if conn, _ := x.takeConn(0); conn != nil {
 		x.pendingRequest.abandon(conn.Conn)
 	}
 }
@@ -473,8 +473,8 @@ func (x *exchange) forget() (again bool) {
 	if x.streams {
 		return false
 	}
-	x.pendingRequest.retake()
-	x.forwarder.sent.Add(-1)
+	x.pendingRequest.countAgain()
+	x.forwarder.atOwners.Add(-1)
 	x.counted = false
 	return true
 }
@@ -527,15 +527,15 @@ func (b *answerBody) Close() error {
 	return nil
 }
 
-// bodySender says whether sendBody has ended, and how.
-type bodySender struct {
+// bodyState says whether sendBody has ended, and how.
+type bodyState struct {
 	stopped atomic.Bool   // stopBody ends it
 	done    chan struct{} // closed at its end
 	err     error         // nil if the whole body was sent; set before done is closed
 }
 
 // isSent reports whether the whole body was read and sent. b may be nil.
-func (b *bodySender) isSent() bool {
+func (b *bodyState) isSent() bool {
 	if b == nil {
 		return false
 	}
@@ -550,7 +550,7 @@ func (b *bodySender) isSent() bool {
 // sendBody sends the head and the body as it comes. If the client does not send all of the
 // body, that ends the exchange, and the owner sees that the body is not whole. If the owner
 // does not take all of the body, only sendBody ends: the owner may have answered already.
-func (x *exchange) sendBody(b *bodySender, conn *ownerConn, head []byte) {
+func (x *exchange) sendBody(b *bodyState, conn *ownerConn, head []byte) {
 	defer close(b.done)
 	if _, b.err = conn.Write(head); b.err != nil {
 		return

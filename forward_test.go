@@ -171,7 +171,7 @@ func TestForwardHeaders(t *testing.T) {
 	want := "POST /ws/ns-01 HTTP/1.1\r\nHost: h:8443\r\nContent-Length: 2\r\nCookie: a=b\r\n" +
 		"Te: trailers\r\nX-Forwarded-For: 203.0.113.9, 127.0.0.1\r\nX-Forwarded-Host: h:8443\r\n" +
 		"X-Forwarded-Proto: https\r\nX-Router-Backend: backend-0\r\nX-Router-Pod: router-x\r\n" +
-		"X-Router-Table: " + p.router.table().stamp + "\r\n" +
+		"X-Router-Table: " + p.tables.table().stamp + "\r\n" +
 		fmt.Sprintf("X-Router-Step: %d\r\n\r\n", p.mover.assign("ns-01").step)
 	eventually(t, "requests", 1, func() int { return len(backend.heads()) }) // 100 comes before
 	if got := backend.heads()[0]; sortedHead(got) != sortedHead(want) {
@@ -614,7 +614,7 @@ func (p *testProxy) moveTo(version string, owner int) {
 
 // stepOver reports whether the newest table is in force.
 func (p *testProxy) stepOver() bool {
-	v, t := p.mover.current.Load(), p.router.table()
+	v, t := p.mover.current.Load(), p.tables.table()
 	return v.done && v.isAtRest(t.contentHash)
 }
 
@@ -916,7 +916,7 @@ func TestForwardStopBody(t *testing.T) {
 		a, b := net.Pipe()
 		c, d := net.Pipe()
 		x := &exchange{conn: newOwnerConn(a, backendPod{}), client: &clientConn{Conn: c},
-			unwatchClient: func() bool { return true }, body: &bodySender{done: make(chan struct{})}}
+			unwatchClient: func() bool { return true }, body: &bodyState{done: make(chan struct{})}}
 		close(x.body.done)
 		if x.stopBody(0) {
 			go b.Read(make([]byte, 1))

@@ -1380,7 +1380,7 @@ func TestGoldenNotReady(t *testing.T) {
 	g.title("before the directory was read")
 	g.get(t, addr, "/readyz")
 	g.title("a router that was ready and drains")
-	p.proxy.router.update(sourceContent{id: sourceID{name: "directory"}, version: "1"})
+	p.proxy.tables.update(sourceContent{id: sourceID{name: "directory"}, version: "1"})
 	p.announceDrain()
 	g.get(t, addr, "/readyz")
 	g.title("and has no descriptors for more clients")

@@ -142,7 +142,7 @@ func TestViewComesToRest(t *testing.T) {
 }
 
 // restingMover returns a mover of the router, at rest with its table.
-func restingMover(r *router) *mover {
+func restingMover(r *tableStore) *mover {
 	log := slog.New(slog.DiscardHandler)
 	m := newMover(r, newRelay(func(i int) string { return backendName("backend", i) }, log), 0, nil, func() {}, log)
 	m.ownersChanged()
@@ -169,7 +169,7 @@ func TestAssignAllocatesNothing(t *testing.T) {
 
 // BenchmarkAssign compares who asks the view for an owner with who asks the table.
 func BenchmarkAssign(b *testing.B) {
-	tables := map[string]*router{"overrides=100000": lookupTable(b, 4, 100_000)}
+	tables := map[string]*tableStore{"overrides=100000": lookupTable(b, 4, 100_000)}
 	_, tables["overrides=1000000"] = largeMaps(b, 30, 33_334)
 	for size, r := range tables {
 		m := restingMover(r)

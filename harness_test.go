@@ -653,7 +653,7 @@ func startProxy(t testing.TB, addrs []string, data map[string]string, change fun
 	p := newProxy(c, newStaticBackends("backend", addrs), fdLimit, log)
 	p.relay.clientTLS = true
 	if data != nil {
-		p.router.update(sourceContent{id: sourceID{name: "test"}, version: "41", overrides: newOverrideSet(data)})
+		p.tables.update(sourceContent{id: sourceID{name: "test"}, version: "41", overrides: newOverrideSet(data)})
 	}
 	if change != nil {
 		change(p)
@@ -687,7 +687,7 @@ func startProxy(t testing.TB, addrs []string, data map[string]string, change fun
 			tp.fastPath.stop()
 			cancel(errDraining)
 			server.Close()
-			p.inFlight.wait()
+			p.handling.wait()
 			over, cancelForwarded := context.WithCancel(t.Context())
 			cancelForwarded()
 			p.forwarder.stop(over)

@@ -16,7 +16,7 @@
 //	  │ Unix socket
 //	fast path (Linux); net/http for all else: other requests and answers, what takes long
 //	  │
-//	proxy ── who owns the namespace? ── mover ───── router ── ConfigMaps, a directory
+//	proxy ── who owns the namespace? ── mover ───── tables ── ConfigMaps, a directory
 //	  │ ──── where is the owner? ────── backends ── EndpointSlices, DNS or a list
 //	  │ handshake with the owner
 //	relay ── carries the session's bytes
@@ -94,33 +94,33 @@
 //
 //	fastPath.acceptClients    accepts a client
 //	fastPath.startClient      gives it a goroutine
-//	pendingConn.serve         is that goroutine
-//	pendingConn.readHead      reads the request
-//	pendingConn.readProxyHeader  takes the client's address, if a header has to come before
-//	pendingConn.readTLSHead   does so with -tls-cert, by the next six:
-//	pendingConn.readHello     waits until the TLS handshake begins
-//	pendingConn.setHandshaking  leaves it answerTime, should the router stop meanwhile
-//	pendingConn.startTLS      does the handshake
+//	fastConn.serve            is that goroutine
+//	fastConn.readHead         reads the request
+//	fastConn.readProxyHeader  takes the client's address, if a header has to come before
+//	fastConn.readTLSHead      does so with -tls-cert, by the next six:
+//	fastConn.readHello        waits until the TLS handshake begins
+//	fastConn.setHandshaking   leaves it answerTime, should the router stop meanwhile
+//	fastConn.startTLS         does the handshake
 //	tlsServer.handshake       counts it
 //	tlsServer.compute         calls crypto/tls when it is the handshake's turn (takeTurn)
-//	pendingConn.readTLS       reads the request within TLS
-//	pendingConn.admit         parses the request
+//	fastConn.readTLS          reads the request within TLS
+//	fastConn.admit            parses the request
 //	proxy.admit               checks it, finds the owner, and counts it in the limits
 //	dialQueues.tryDial        says whether the owner can be dialled now; else park is next
-//	pendingConn.dialOwner     dials the owner
+//	fastConn.dialOwner        dials the owner
 //	backends.dialInTurn       finds its address, calls connect, and then lets others dial
-//	pendingConn.connect       connects to the address
-//	pendingConn.askOwner      sends the owner the request, and reads its 101
-//	pendingConn.fallBack      leaves the client to net/http if one of these cannot go on
-//	pendingConn.close         closes it if it is gone, or if TLS or a read has failed
+//	fastConn.connect          connects to the address
+//	fastConn.askOwner         sends the owner the request, and reads its 101
+//	fastConn.fallBack         leaves the client to net/http if one of these cannot go on
+//	fastConn.close            closes it if it is gone, or if TLS or a read has failed
 //
 // A client whose owner cannot be dialled now waits in a queue, without a goroutine:
 //
-//	pendingConn.park          begins that
+//	fastConn.park             begins that
 //	proxy.recheckOwner        finds the owner again, and waits for sessions with its old pod
 //	dialQueues.enqueue        puts the client into the owner's queue
-//	pendingConn.unpark        starts a goroutine when it may dial, or the owner has changed
-//	pendingConn.resume        is that goroutine: it goes on with dialOwner, or park again
+//	fastConn.unpark           starts a goroutine when it may dial, or the owner has changed
+//	fastConn.resume           is that goroutine: it goes on with dialOwner, or park again
 //
 // A client that falls back takes with it what it has sent and what was admitted. If admit
 // has refused its request (checkUpgrade refuses each plain one), that begins anew at
@@ -149,10 +149,10 @@
 //
 //	mover.startFlight         asks once more who the owner is
 //	proxy.newSession          asks again (shouldMove): until now the client can go elsewhere
-//	pendingConn.respond, proxy.hijack  send the client the 101
+//	fastConn.respond, proxy.hijack  send the client the 101
 //	proxy.openSession         begins the session, ends the flight, and asks shouldMove again
-//	pendingRequest.free       ends the count of the upgrade in its limits
-//	poller.promote            gives a pendingConn's place in the event loop to the session
+//	pendingRequest.uncount    ends the count of the upgrade in its limits
+//	poller.promote            gives a fastConn's place in the event loop to the session
 //	relay.startSession        in place of that: takes the connections from net/http
 //	engine.assign             after startSession: chooses the poller
 //	relay.register            counts the session
@@ -198,12 +198,12 @@
 //	watcher.setObjects        calls apply if an object has changed
 //	configMaps.apply          keeps the newest version of each ConfigMap
 //	configMaps.applyAll       gives the overrides of all of them to update
-//	router.setContents        (as update) takes the contents of one source
-//	router.mergeContents      collects those of all, once each source has given its own
-//	router.updateVersions     ends it here if only versions are new
+//	tableStore.setContents    (as update) takes the contents of one source
+//	tableStore.mergeContents  collects those of all, once each source has given its own
+//	tableStore.updateVersions ends it here if only versions are new
 //	replicaWatcher.run        another entry: the number of backends, or the cordon, changed
-//	router.setBackends        (in onResize) goes on with these
-//	router.swap               puts a new table in force
+//	tableStore.setBackends    (in onBackendsChanged) goes on with these
+//	tableStore.swap           puts a new table in force
 //	newTable                  merges the contents, and decides which overrides are in force
 //	relay.setPods             another entry: a pod was replaced
 //	mover.ownersChanged       (as onSwap) wakes run
@@ -271,7 +271,7 @@
 // A goroutine that holds a lock takes only locks that are further down:
 //
 //	configMaps.mu             held while the router swaps its table
-//	router.mu                 held while a swap wakes waiting requests and logs
+//	tableStore.mu             held while a swap wakes waiting requests and logs
 //	dialQueues.mu             held while it asks whether a backend is ready
 //	replicaWatcher.mu         held while it asks which backends are ready
 //	endpointWatcher.mu
@@ -425,7 +425,8 @@ func newProgram(c *config, getenv func(string) string, queue *logQueue,
 	if err != nil {
 		return nil, err
 	}
-	fdLimit, err := newDescriptorLimit(maxFiles, backends.fixed.count, c.limits.sessions, c.limits.pendingUpgrades)
+	fdLimit, err := newDescriptorLimit(
+		maxFiles, backends.fixed.count, c.limits.sessions, c.limits.pendingUpgrades)
 	if err != nil {
 		return nil, err
 	}
@@ -465,7 +466,7 @@ func (p *program) addCertificates(kubeNamespace string) error {
 	return nil
 }
 
-// newProxy wires a proxy with a router, a relay and a mover of its own. fdLimit counts
+// newProxy wires a proxy with tables, a relay and a mover of its own. fdLimit counts
 // the descriptors of its clients and sessions. The caller starts the relay and runs the
 // mover. It stops forwarder, relay and mover.flights, ends the context of the mover's run,
 // and then closes mover.releases and backends.
@@ -473,7 +474,7 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 	log *slog.Logger) *proxy {
 	backends.dialer = newDialer(c.tcpUserTimeout)
 	var mover *mover // onSwap uses it when there are sources
-	router := &router{
+	tables := &tableStore{
 		statefulSet: c.statefulSet, fromHost: c.layout.fromHost,
 		active: backends.fixed, cordon: c.cordon, log: log,
 		onSwap: func() { mover.ownersChanged() },
@@ -487,12 +488,12 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 		return err
 	}
 	onViewChanged := func() { backends.queues.recheckOwners(mover.findQueue) }
-	mover = newMover(router, relay, c.moveRate, probe, onViewChanged, log)
+	mover = newMover(tables, relay, c.moveRate, probe, onViewChanged, log)
 	mover.settleTime, mover.off = c.moveSettle, c.handoff == "off"
 	mover.flights.unprovenTimeout = c.handoffUnproven
 	mover.flights.addDescriptors = fdLimit.add
 	if !mover.off {
-		relay.onBackendOpen = func(s *session, backend net.Conn) {
+		relay.onAbandoned = func(s *session, backend net.Conn) {
 			f := mover.flights.add(s.namespace, s.backend, s.podUID, nil)
 			f.abandon(backend, func() {})
 		}
@@ -501,7 +502,7 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 		followReleases(c, mover, backends)
 	}
 	p := &proxy{
-		router: router, backends: backends, relay: relay, mover: mover,
+		tables: tables, backends: backends, relay: relay, mover: mover,
 		upgradeDurations: newHistogram(
 			.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10),
 		holdDurations: newHistogram(.01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30),
@@ -515,7 +516,7 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 		p.forwardedFrom = &c.forwardedFrom
 	}
 	mover.httpMoveTime = c.httpMoveTime
-	mover.ages.limit, mover.ages.stopped = c.maxAge, p.draining.Load
+	mover.ages.limit, mover.ages.draining = c.maxAge, p.draining.Load
 	if c.http != "off" {
 		p.forwarder = newForwarder(fdLimit.add)
 	}
@@ -546,9 +547,9 @@ func (p *program) shareHandoff(kubeClient *kubeClient, kubeNamespace string) {
 // addresses and pods from its EndpointSlices.
 func (p *program) followStatefulSet(kubeClient *kubeClient, kubeNamespace string,
 	endpoints *endpointWatcher) {
-	onResize := func(s scaling) {
+	onBackendsChanged := func(s backendSet) {
 		p.fdLimit.setBackends(s.count)
-		p.proxy.router.setBackends(s)
+		p.proxy.tables.setBackends(s)
 	}
 	var onWanted func()
 	shared := p.proxy.mover.shared
@@ -556,7 +557,7 @@ func (p *program) followStatefulSet(kubeClient *kubeClient, kubeNamespace string
 		onWanted = shared.wake
 	}
 	replicas := newReplicaWatcher(
-		*kubeClient, kubeNamespace, endpoints, onResize, onWanted, p.log)
+		*kubeClient, kubeNamespace, endpoints, onBackendsChanged, onWanted, p.log)
 	if shared != nil {
 		shared.wantedBackends, shared.onStored = replicas.wantedBackends, replicas.setStored
 	}
@@ -572,9 +573,9 @@ func (p *program) followStatefulSet(kubeClient *kubeClient, kubeNamespace string
 // and a directory, which then counts only until the ConfigMaps were read. Without both there
 // are no overrides.
 func (p *program) addSources(kubeClient *kubeClient, kubeNamespace string) {
-	c, router := p.config, p.proxy.router
+	c, tables := p.config, p.proxy.tables
 	if kubeClient != nil {
-		router.addSource(false, func(update func(...sourceContent)) overrideSource {
+		tables.addSource(false, func(update func(...sourceContent)) overrideSource {
 			maps := newConfigMaps(*kubeClient, kubeNamespace, c.configMaps, c.selector,
 				c.podName, update, p.log)
 			p.admin.configMaps = maps
@@ -583,16 +584,16 @@ func (p *program) addSources(kubeClient *kubeClient, kubeNamespace string) {
 	}
 	switch {
 	case c.overrides == "" && kubeClient == nil:
-		router.addSource(false, func(update func(...sourceContent)) overrideSource {
+		tables.addSource(false, func(update func(...sourceContent)) overrideSource {
 			return noOverrides(update)
 		})
 	case c.overrides == "":
 	case c.handoff == "all":
 		p.log.Warn("-overrides is not used with -handoff=all: a copy may lag", "directory", c.overrides)
 	default:
-		router.addSource(kubeClient != nil, newDirectory(c.overrides, p.log))
+		tables.addSource(kubeClient != nil, newDirectory(c.overrides, p.log))
 	}
-	for _, source := range router.sources {
+	for _, source := range tables.sources {
 		p.tasks = append(p.tasks, source.run)
 	}
 }
@@ -695,7 +696,7 @@ func (p *program) stopClients(fastPath *fastPath, clientServer *http.Server,
 		clientServer.Shutdown(idle) // not of hijacked connections (golang/go#17721)
 		close(shutdown)
 	}()
-	p.proxy.inFlight.wait()
+	p.proxy.handling.wait()
 	ended := p.drainAll()
 	select {
 	case <-shutdown:

@@ -18,8 +18,8 @@ const (
 // session. The mover's run owns it.
 type ageSweep struct {
 	// Static after construction.
-	limit   time.Duration // 0: none
-	stopped func() bool   // the router drains, which closes all sessions
+	limit    time.Duration // 0: none
+	draining func() bool   // the router drains, which closes all sessions
 	// close is closeGracefully for causeMaxAge.
 	close func(s *session) bool
 
@@ -40,7 +40,7 @@ func (a *ageSweep) maxAge(s *session) time.Duration {
 // it again, zero for never. Moves go first: closeOld closes none while sessions wait for
 // their turn to move, as movesWait says.
 func (a *ageSweep) closeOld(r *relay, now time.Time, movesWait bool) time.Time {
-	if a.limit == 0 || a.stopped() {
+	if a.limit == 0 || a.draining() {
 		return time.Time{}
 	}
 	if !now.Before(a.lookAt) {

@@ -29,7 +29,7 @@ func agesIn(t *testing.T, rate, sessions int, limit, drain time.Duration,
 			m.relay.add(&session{namespace: namespace, started: time.Duration(sessions - i)})
 		}
 		m.ages.limit = limit
-		m.ages.stopped = func() bool { return time.Since(m.started) > drain }
+		m.ages.draining = func() bool { return time.Since(m.started) > drain }
 		m.wake.notify()
 		play(t, m, func() []closedSession {
 			mu.Lock()

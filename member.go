@@ -202,7 +202,7 @@ func (m *member) decide(s *decisionInput) decision {
 		return waiting("the plan is of routers of another version, and is left as it is: %v",
 			o.otherVersion)
 	case o.plan != nil && m.follows(o):
-		if m.isNews(o) {
+		if m.hasChanged(o) {
 			v := m.viewOf(o)
 			return decision{action: actAdopt, view: v, why: "the plan has changed"}
 		}
@@ -251,9 +251,9 @@ func (m *member) follows(o *handoffObject) bool {
 	return o.plan.writes >= v.plan.writes && o.plan.step >= v.step
 }
 
-// isNews reports whether the view of o's plan is another than the present one: it is of
+// hasChanged reports whether the view of o's plan is another than the present one: it is of
 // another version of the object, or more of its tables are known.
-func (m *member) isNews(o *handoffObject) bool {
+func (m *member) hasChanged(o *handoffObject) bool {
 	v := m.view
 	if v == nil || v.uid != o.uid || v.version != o.version {
 		return true

@@ -229,7 +229,7 @@ func (m *membership) passStored(in *handoffInbox) {
 
 // publish notes what operators may ask, and that this router has left.
 func (m *membership) publish(in *handoffInbox, d decision) {
-	st := sharedStatus{why: d.why, notReady: m.whyNotMember(in)}
+	st := sharedStatus{why: d.why, notReady: m.whyNotServing(in)}
 	if in.object == nil {
 		st.why = st.notReady
 	}
@@ -255,8 +255,8 @@ func (m *membership) publish(in *handoffInbox, d decision) {
 	}
 }
 
-// whyNotMember says why this router admits nobody, or not to all namespaces yet.
-func (m *membership) whyNotMember(in *handoffInbox) string {
+// whyNotServing says why this router admits nobody, or not to all namespaces yet.
+func (m *membership) whyNotServing(in *handoffInbox) string {
 	why := m.member.whyNotReady()
 	switch {
 	case why == "" || m.member.view != nil:

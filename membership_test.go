@@ -133,7 +133,7 @@ func (c *simContainer) finish(session *simSession) {
 func (r *simRouter) start() {
 	log := slog.New(slog.DiscardHandler)
 	relay := newRelay(func(i int) string { return backendName("backend", i) }, log)
-	router := &router{statefulSet: "backend", log: log, onSwap: func() {}}
+	router := &tableStore{statefulSet: "backend", log: log, onSwap: func() {}}
 	c := &simContainer{pod: r, open: map[*simSession]bool{}, admits: true}
 	c.alive, c.kill = context.WithCancel(context.Background())
 	probe := func(_ context.Context, backend int) (err error) {
@@ -173,7 +173,7 @@ func (c *simContainer) followOverrides() {
 			if sleep(c.alive, c.pod.upTo(300*time.Millisecond)) != nil {
 				return
 			}
-			c.router.update(sourceContent{
+			c.tables.update(sourceContent{
 				id: sourceID{name: "test"}, version: strconv.Itoa(version), overrides: newOverrideSet(data),
 			})
 		}
@@ -427,7 +427,7 @@ func (s *handoffSim) settle() {
 func (s *handoffSim) whyUnsettled() string {
 	for _, r := range s.routers {
 		c := r.container
-		t := c.router.table()
+		t := c.tables.table()
 		v := c.current.Load()
 		switch why := c.whyNotReady(); {
 		case why != "":
@@ -688,7 +688,7 @@ func (s *handoffSim) rest(overrides map[string]string, m simMark) simCosts {
 func (s *handoffSim) atRest() bool {
 	for _, r := range s.routers {
 		c := r.container
-		t, v := c.router.table(), c.current.Load()
+		t, v := c.tables.table(), c.current.Load()
 		if t == nil || v == nil || c.whyNotReady() != "" || !v.isAtRest(t.contentHash) || !v.done ||
 			strings.Fields(t.version)[0] != strconv.Itoa(s.version) {
 			return false
@@ -797,7 +797,7 @@ func TestHandoffWaitsForCordon(t *testing.T) {
 		s, end := newHandoffSim(t, 1, 2)
 		s.overrides = map[string]string{"ns-0": "backend-0"}
 		set := func(c *simContainer, list cordon) {
-			c.router.setBackends(scaling{ordinalRange: ordinalRange{count: simBackends}, cordon: list})
+			c.tables.setBackends(backendSet{ordinalRange: ordinalRange{count: simBackends}, cordon: list})
 		}
 		for _, r := range s.routers {
 			r.start()

@@ -220,7 +220,7 @@ func TestMetricsEscapeLabels(t *testing.T) {
 			a, update := adminOf(t, "127.0.0.1:1")
 			update(sourceContent{id: sourceID{name: tt.source}, version: tt.source})
 			e := expositionOf(t, a.writeMetrics)
-			if lacks := e.lacks(map[string]float64{`router_table_info{source="` + tt.want + `",version="` + tt.want + `",stamp="` + a.proxy.router.table().stamp + `"}`: 1}); lacks != "" {
+			if lacks := e.lacks(map[string]float64{`router_table_info{source="` + tt.want + `",version="` + tt.want + `",stamp="` + a.proxy.tables.table().stamp + `"}`: 1}); lacks != "" {
 				t.Error(lacks)
 			}
 		})

@@ -27,7 +27,7 @@ const maxSettleFactor = 10
 // there are no steps: new clients get the owner of the newest table at once.
 type mover struct {
 	// Static after construction.
-	router     *router
+	tables     *tableStore
 	relay      *relay
 	off        bool          // -handoff=off
 	settleTime time.Duration // time without a change of the table before sessions move
@@ -81,11 +81,11 @@ type mover struct {
 // 0. probe dials a backend and returns nil if it accepted the connection. onViewChanged
 // is called when the view has changed, and must not block. The caller runs the mover.
 func newMover(
-	router *router, relay *relay, rate int,
+	tables *tableStore, relay *relay, rate int,
 	probe func(ctx context.Context, backend int) error, onViewChanged func(), log *slog.Logger,
 ) *mover {
 	m := &mover{
-		router:        router,
+		tables:        tables,
 		relay:         relay,
 		log:           log,
 		tableChanged:  newWakeup(),
@@ -112,7 +112,7 @@ func newMover(
 // -handoff=off each table; with -handoff=all none need be. It does not block.
 func (m *mover) ownersChanged() {
 	for m.shared == nil {
-		t, v := m.router.table(), m.current.Load()
+		t, v := m.tables.table(), m.current.Load()
 		if t == nil || v != nil && (!m.off || v.tables[0] == t) {
 			break
 		}
@@ -246,7 +246,7 @@ func (m *mover) finishedMoves() []moveResult {
 // these count as reachable until the new dial has ended.
 func (m *mover) prepare(now time.Time) {
 	v := m.current.Load()
-	if v == nil || m.router.table() == nil { // a pod was replaced before: no sessions yet
+	if v == nil || m.tables.table() == nil { // a pod was replaced before: no sessions yet
 		return
 	}
 	t := m.nextTable(v)
@@ -270,7 +270,7 @@ func (m *mover) prepare(now time.Time) {
 // nextTable returns the table to which the next step moves namespaces: see
 // handoffPlan.nextContent. It is nil if this router does not have that table.
 func (m *mover) nextTable(v *view) *table {
-	t := m.router.table()
+	t := m.tables.table()
 	if v.nextContent(t.contentHash) != t.contentHash {
 		return v.tables[len(v.tables)-1]
 	}
@@ -463,9 +463,9 @@ func (m *mover) interval() time.Duration {
 	return time.Duration(float64(m.moveInterval) / m.shared.rateShare())
 }
 
-// movesLast returns how long so many moves last at least: with -handoff=all those of all
+// minMoveTime returns how long so many moves last at least: with -handoff=all those of all
 // routers together. Any goroutine may call it.
-func (m *mover) movesLast(sessions int64) time.Duration {
+func (m *mover) minMoveTime(sessions int64) time.Duration {
 	return time.Duration(sessions) * m.moveInterval
 }
 
@@ -579,7 +579,7 @@ func (m *mover) takeNewVersion(v *view, t *table) *view {
 		return v
 	}
 	withOwners := t.withKept(v.after)
-	if m.router.current.CompareAndSwap(t, withOwners) { // else there is a newer one
+	if m.tables.current.CompareAndSwap(t, withOwners) { // else there is a newer one
 		next := *v
 		next.tables = []*table{withOwners}
 		if m.current.CompareAndSwap(v, &next) {
@@ -631,7 +631,7 @@ func (m *mover) reportFinished() {
 			"namespaces", result.namespaces, "sessions", result.sessions,
 			"seconds", result.time.Seconds(), "held_seconds", result.longestHold.Seconds(),
 			"cut", result.cut, "cancelled", result.cancelled)
-		for _, s := range m.router.sources {
+		for _, s := range m.tables.sources {
 			if reporter, ok := s.overrideSource.(moveReporter); ok {
 				reporter.reportMove(result)
 			}
@@ -696,7 +696,7 @@ func (m *mover) advanceShared(now time.Time) time.Time {
 	for {
 		p, again := m.workShared(m.current.Load(), now)
 		m.shared.leaving = m.leaving.Load()
-		d := m.shared.decide(m.ctx, p, m.router.table(), m.seenStep.Load(), now)
+		d := m.shared.decide(m.ctx, p, m.tables.table(), m.seenStep.Load(), now)
 		switch d.action {
 		case actAdopt:
 			m.adopt(d.view.view, now)
@@ -721,7 +721,7 @@ func (m *mover) workShared(v *view, now time.Time) (p stepProgress, again time.T
 		p.stepDone = !p.sessions
 		return p, time.Time{}
 	}
-	t := m.router.table()
+	t := m.tables.table()
 	if m.tally == nil && t != nil && !v.isAtRest(t.contentHash) {
 		m.prepare(now) // this router has joined during a change
 	}

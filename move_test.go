@@ -29,7 +29,7 @@ func TestMoveExactlyThose(t *testing.T) {
 	before := map[string]string{"pinned": "backend-0", "released": "backend-1"}
 	after := map[string]string{"pinned": "backend-0", "moved": "backend-3", "bad": "backend-x"}
 	p := startProxy(t, addrs, before, nil)
-	old := p.router.table()
+	old := p.tables.table()
 	stay, leave := []string{"pinned", "bad"}, []string{"moved", "released"}
 	for i := range 20 {
 		stay = append(stay, fmt.Sprintf("ns-%02d", i))
@@ -62,7 +62,7 @@ func TestMoveExactlyThose(t *testing.T) {
 
 // override makes data the proxy's overrides.
 func (p *testProxy) override(version string, data map[string]string) {
-	p.router.update(sourceContent{id: sourceID{name: "test"}, version: version, overrides: newOverrideSet(data)})
+	p.tables.update(sourceContent{id: sourceID{name: "test"}, version: version, overrides: newOverrideSet(data)})
 }
 
 // waitMoved waits until n sessions have moved.
@@ -231,7 +231,7 @@ func (p *testProxy) openStarted(t *testing.T) *net.TCPConn {
 	conn := p.open(t, "ns-01")
 	mustSend(t, conn, frameBytes(0x82, true, 2, []byte("hi")))
 	eventually(t, "the goroutine that starts it carries a frame", true, func() bool { return p.relay.bytes()[clientSide] > 0 })
-	p.inFlight.wait() // or net/http's does
+	p.handling.wait() // or net/http's does
 	return conn
 }
 
@@ -429,7 +429,7 @@ func movesIn(t *testing.T, rate, each int, data map[string]string, play func(t *
 		m := &moveTest{log: newLogTail(), started: time.Now(), absent: map[int]bool{}, dials: map[int]int{}}
 		log := slog.New(slog.NewJSONHandler(m.log, nil))
 		relay := newRelay(func(i int) string { return backendName("backend", i) }, log)
-		router := &router{statefulSet: "backend", active: ordinalRange{count: 5}, log: slog.New(slog.DiscardHandler), onSwap: func() {}}
+		router := &tableStore{statefulSet: "backend", active: ordinalRange{count: 5}, log: slog.New(slog.DiscardHandler), onSwap: func() {}}
 		m.mover = newMover(router, relay, rate, m.dial, func() {}, log)
 		m.settleTime, m.closeSession = 500*time.Millisecond, m.recordClose
 		router.onSwap = m.ownersChanged
@@ -513,8 +513,8 @@ func (m *moveTest) release(s *session) {
 
 // table makes data the overrides of the router's table.
 func (m *moveTest) table(data map[string]string) {
-	version := fmt.Sprint(m.router.swaps.Load())
-	m.router.update(sourceContent{id: sourceID{name: "test"}, version: version, overrides: newOverrideSet(data)})
+	version := fmt.Sprint(m.tables.swaps.Load())
+	m.tables.update(sourceContent{id: sourceID{name: "test"}, version: version, overrides: newOverrideSet(data)})
 }
 
 // after waits, and returns the sessions that were closed by then.
@@ -649,7 +649,7 @@ func TestMoveTakenBack(t *testing.T) {
 	before, after := pinned(100, 0), pinned(100, 1)
 	movesIn(t, 10, 1, before, func(t *testing.T, m *moveTest) {
 		reported := &moveRecorder{}
-		m.router.sources = append(m.router.sources, &routerSource{overrideSource: reported, provisional: true})
+		m.tables.sources = append(m.tables.sources, &routerSource{overrideSource: reported, provisional: true})
 		m.table(after)
 		moved := len(m.after(700 * time.Millisecond))
 		if moved < 2 || moved > 3 {
@@ -790,7 +790,7 @@ func TestMoveOfManyEdits(t *testing.T) {
 					t.Errorf("a plan had %d tables, want %d at most", most, maxRecords)
 				}
 				m.after(time.Minute)
-				if v := m.current.Load(); !v.isAtRest(m.router.table().contentHash) {
+				if v := m.current.Load(); !v.isAtRest(m.tables.table().contentHash) {
 					t.Errorf("the last edit is not in force: %d tables", len(v.records))
 				}
 			})

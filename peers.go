@@ -35,9 +35,9 @@ var errOwnAnswer = errors.New("this router has this address")
 // question that another router asks.
 type peers struct {
 	// Static after construction.
-	instance string // of this process: random
-	find     func(ctx context.Context) ([]peer, error)
-	conns    chan struct{} // has an element for each connection
+	askerID string // of this process: random
+	find    func(ctx context.Context) ([]peer, error)
+	conns   chan struct{} // has an element for each connection
 
 	timeout, allTimeout time.Duration // see the constants
 }
@@ -72,10 +72,10 @@ type reply struct {
 // from before too.
 func newPeers(find func(ctx context.Context) ([]peer, error)) *peers {
 	return &peers{
-		instance: fmt.Sprintf("%016x", rand.Uint64()),
-		find:     find,
-		conns:    make(chan struct{}, maxPeerConns),
-		timeout:  askTimeout, allTimeout: askAllTimeout,
+		askerID: fmt.Sprintf("%016x", rand.Uint64()),
+		find:    find,
+		conns:   make(chan struct{}, maxPeerConns),
+		timeout: askTimeout, allTimeout: askAllTimeout,
 	}
 }
 
@@ -142,7 +142,7 @@ func (p *peers) request(
 	if err != nil {
 		return 0, nil, err
 	}
-	req.Header.Set(instanceHeader, p.instance)
+	req.Header.Set(instanceHeader, p.askerID)
 	transport := &http.Transport{
 		// The transport's own context goes on when ctx ends: to a host that is gone, for minutes.
 		DialContext: func(_ context.Context, network, addr string) (net.Conn, error) {
@@ -182,7 +182,7 @@ func answerError(status int, body []byte) error {
 
 // isOwn reports whether this router has asked the request.
 func (p *peers) isOwn(r *http.Request) bool {
-	return p != nil && r.Header.Get(instanceHeader) == p.instance
+	return p != nil && r.Header.Get(instanceHeader) == p.askerID
 }
 
 // decodeReplies decodes the replies. isWhole reports whether one has what each router

@@ -109,7 +109,7 @@ const headBytesPerUpgrade = 2 << 10
 type pendingRequest struct {
 	limit     *pendingLimit    // counts it until free
 	permit    *namespacePermit // given back with free; nil without limits of its namespace
-	freed     bool
+	uncounted bool
 	began     time.Time  // when its head was read
 	holdBegan time.Time  // when it began to wait for its owner; zero while it does not
 	holds     *histogram // of these waits
@@ -183,9 +183,9 @@ func (u *pendingRequest) reserveHead(n, limit int) bool {
 	return ok
 }
 
-// free ends the count of the request in its limits. More calls do nothing.
-func (u *pendingRequest) free() {
-	if u.freed {
+// uncount ends the count of the request in its limits. More calls do nothing.
+func (u *pendingRequest) uncount() {
+	if u.uncounted {
 		return
 	}
 	u.endHold()
@@ -193,17 +193,17 @@ func (u *pendingRequest) free() {
 	u.limit.giveBack(u.owner)
 	u.permit.giveBack()
 	u.permit = nil
-	u.freed = true
+	u.uncounted = true
 }
 
-// retake takes a place again, after free, even if the owner has its share.
-func (u *pendingRequest) retake() {
+// countAgain takes a place again, after free, even if the owner has its share.
+func (u *pendingRequest) countAgain() {
 	u.limit.take(u.owner)
-	u.freed = false
+	u.uncounted = false
 }
 
 // close frees the request, and abandons the connection to its owner if it has one.
 func (u *pendingRequest) close() {
 	u.abandon(u.backendConn)
-	u.free()
+	u.uncount()
 }

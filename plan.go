@@ -153,7 +153,7 @@ func newPreview(p *proxy, current, next *table) *preview {
 		}
 		moves[move]++
 	}
-	answer.Seconds = p.mover.movesLast(paced).Seconds()
+	answer.Seconds = p.mover.minMoveTime(paced).Seconds()
 	answer.addMoves(moves)
 	answer.addUnowned(current, next)
 	for i := range next.sources {

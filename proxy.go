@@ -38,7 +38,7 @@ type limits struct {
 // relay.
 type proxy struct {
 	// Static after construction.
-	router      *router
+	tables      *tableStore
 	backends    *backends
 	relay       *relay
 	mover       *mover
@@ -59,7 +59,7 @@ type proxy struct {
 	pendingUpgrades     pendingLimit
 	namespaceLimiter    *namespaceLimiter // nil: no limits
 	requestsChecked     atomic.Int64      // calls of check
-	inFlight            waitCount         // requests that net/http has, but for those of forwarder
+	handling            waitCount         // requests that net/http has, but for those of forwarder
 	unhandled           sync.WaitGroup    // requests on their way from the fast path to ServeHTTP
 	upgradeDurations    *histogram        // from the head of an upgrade to its session
 	holdDurations       *histogram        // of each wait for an owner
@@ -80,8 +80,8 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		p.forward(w, r)
 		return
 	}
-	p.inFlight.add(1)
-	defer p.inFlight.add(-1)
+	p.handling.add(1)
+	defer p.handling.add(-1)
 	result, err := p.upgrade(w, r)
 	if result != resultOK { // else openSession has counted it
 		p.results[result].Add(1)
@@ -132,7 +132,7 @@ func (p *proxy) answerHealth(w http.ResponseWriter, r *http.Request) bool {
 
 // isReady reports whether clients should come.
 func (p *proxy) isReady() bool {
-	return !p.draining.Load() && p.router.table() != nil && p.mover.whyNotReady() == ""
+	return !p.draining.Load() && p.tables.table() != nil && p.mover.whyNotReady() == ""
 }
 
 // logFailure logs the failures that an operator would look into: not the mistakes of
@@ -469,7 +469,7 @@ func (p *proxy) admit(r *http.Request) (*pendingRequest, *refusal) {
 		return nil, refused
 	}
 	if u.permit, refused = p.namespaceLimiter.admit(namespace); refused != nil {
-		u.free()
+		u.uncount()
 		return nil, refused
 	}
 	return u, nil
@@ -499,7 +499,7 @@ func (p *proxy) reserve(namespace string) (*pendingRequest, *refusal) {
 		return nil, refused
 	}
 	limit := p.limits.pendingUpgrades
-	backends := p.router.table().active.count
+	backends := p.tables.table().active.count
 	all, own, acquired := p.pendingUpgrades.acquire(assigned.owner, backends, limit)
 	if !acquired {
 		return nil, refuse(resultMaxPending,
@@ -509,7 +509,7 @@ func (p *proxy) reserve(namespace string) (*pendingRequest, *refusal) {
 	u := &pendingRequest{limit: &p.pendingUpgrades, holds: p.holdDurations,
 		began: time.Now(), namespace: namespace, assignment: assigned}
 	if p.relay.size()+p.forwarder.size()+all > p.limits.sessions {
-		u.free()
+		u.uncount()
 		return nil, refuse(resultMaxSessions,
 			"%d sessions, plain requests and pending upgrades, the limit", p.limits.sessions)
 	}
@@ -755,7 +755,7 @@ func (p *proxy) openSession(u *pendingRequest, s *session, start func()) {
 	p.results[resultOK].Add(1)
 	p.upgradeDurations.observe(time.Since(u.began))
 	s.permit, u.permit = u.permit, nil
-	u.free() // before start, or the limit of sessions would count it twice
+	u.uncount() // before start, or the limit of sessions would count it twice
 	start()
 	u.endFlight()
 	if p.mover.shouldMove(s) {

@@ -118,7 +118,7 @@ func TestProxyForwardsTheRequest(t *testing.T) {
 		"Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n" +
 		"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Protocol: chat, superchat\r\nSec-WebSocket-Version: 13\r\n" +
 		"Upgrade: websocket\r\nX-Forwarded-For: 203.0.113.9, 127.0.0.1\r\nX-Forwarded-Host: www.mydomain.com:8443\r\n" +
-		"X-Forwarded-Proto: https\r\nX-Router-Backend: backend-0\r\nX-Router-Pod: router-x\r\nX-Router-Table: " + p.router.table().stamp + "\r\n" +
+		"X-Forwarded-Proto: https\r\nX-Router-Backend: backend-0\r\nX-Router-Pod: router-x\r\nX-Router-Table: " + p.tables.table().stamp + "\r\n" +
 		fmt.Sprintf("X-Router-Step: %d\r\n\r\n", p.mover.assign("ns-01").step)
 	if got := backend.heads()[0]; sortedHead(got) != sortedHead(want) {
 		t.Errorf("the backend got\n%s\nwant\n%s", got, want)
@@ -409,11 +409,11 @@ func TestProxyMovedInHandshake(t *testing.T) {
 	p := startProxy(t, []string{backend.addr, other.addr}, map[string]string{"ns-01": "backend-0"}, nil)
 	conn := p.send(t, "ns-01")
 	<-asked
-	p.router.update(sourceContent{id: sourceID{name: "test"}, version: "42", overrides: newOverrideSet(map[string]string{"ns-01": "backend-1"})})
+	p.tables.update(sourceContent{id: sourceID{name: "test"}, version: "42", overrides: newOverrideSet(map[string]string{"ns-01": "backend-1"})})
 	eventually(t, "owner of ns-01", 1, func() int { return p.mover.assign("ns-01").owner })
 	close(swapped)
 	mustAnswer(t, conn, 101)
-	stamp := p.router.table().stamp
+	stamp := p.tables.table().stamp
 	if heads := other.heads(); len(heads) != 1 || !strings.Contains(heads[0], "X-Router-Table: "+stamp+"\r\n") {
 		t.Errorf("the new owner got %q, want one request with table %s", heads, stamp)
 	}
@@ -754,9 +754,9 @@ func TestHoldFollowsTheTable(t *testing.T) {
 	p := startProxy(t, []string{refusingAddr(t), other.addr}, map[string]string{"ns-01": "backend-0"}, nil)
 	conn := p.send(t, "ns-01")
 	p.waitPending(t, 1)
-	p.router.update(sourceContent{id: sourceID{name: "test"}, version: "42", overrides: newOverrideSet(map[string]string{"ns-01": "backend-1"})})
+	p.tables.update(sourceContent{id: sourceID{name: "test"}, version: "42", overrides: newOverrideSet(map[string]string{"ns-01": "backend-1"})})
 	mustAnswer(t, conn, 101)
-	stamp := p.router.table().stamp
+	stamp := p.tables.table().stamp
 	if head := other.heads()[0]; !strings.Contains(head, "X-Router-Table: "+stamp+"\r\n") {
 		t.Errorf("the backend got %q, want table %s", head, stamp)
 	}

@@ -365,7 +365,7 @@ func TestClientHealth(t *testing.T) {
 	}
 	p := startProxy(t, []string{refusingAddr(t)}, nil, nil)
 	check(t, p, "GET /healthz HTTP/1.1\r\nHost: 10.0.0.1", 503, "not ready\n")
-	p.router.update(sourceContent{id: sourceID{name: "test"}, version: "41", overrides: newOverrideSet(nil)})
+	p.tables.update(sourceContent{id: sourceID{name: "test"}, version: "41", overrides: newOverrideSet(nil)})
 	check(t, p, "GET /healthz HTTP/1.1\r\nHost: 10.0.0.1", 200, "ok\n")
 	check(t, p, "GET /healthz?a=b HTTP/1.1\r\nHost: [::1]:8000", 200, "ok\n")
 	check(t, p, "GET /healthz HTTP/1.0", 200, "ok\n")

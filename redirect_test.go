@@ -124,7 +124,7 @@ func TestRedirectHealth(t *testing.T) {
 		}
 	}
 	check("GET /healthz HTTP/1.1\r\nHost: 10.0.0.1", 503, "not ready\n", false)
-	p.router.update(sourceContent{id: sourceID{name: "test"}, version: "41", overrides: newOverrideSet(nil)})
+	p.tables.update(sourceContent{id: sourceID{name: "test"}, version: "41", overrides: newOverrideSet(nil)})
 	check("GET /healthz HTTP/1.1\r\nHost: 10.0.0.1", 200, "ok\n", false)
 	check("GET /healthz HTTP/1.1\r\nHost: nonsense:a", 200, "ok\n", false)
 	check("HEAD /healthz HTTP/1.1\r\nHost: a", 200, "", false)

@@ -150,7 +150,7 @@ type relay struct {
 	closeTimeout     time.Duration
 	freeDescriptors  func(count int)                    // called for descriptors that a session no longer has
 	onBackendEnded   func()                             // called when a session has become isBackendDone; must not block
-	onBackendOpen    func(s *session, backend net.Conn) // see abandonBackend; nil: nobody waits
+	onAbandoned      func(s *session, backend net.Conn) // see abandonBackend; nil: nobody waits
 	remember         rememberNamespace                  // called just before onBackendEnded
 	log              *slog.Logger
 	engine           engine
@@ -394,18 +394,18 @@ func (r *relay) countUnproven(s *session) {
 // yet. A backend that has sent its Close frame is done.
 func (r *relay) waitsForEnd(s *session) bool {
 	answered := s.closing != nil && s.frames[backendSide].closed()
-	return r.onBackendOpen != nil && !answered && !s.backendEnded.Load()
+	return r.onAbandoned != nil && !answered && !s.backendEnded.Load()
 }
 
 // abandonBackend gives the backend's socket, of a session for which waitsForEnd is true,
-// to onBackendOpen, which closes it. abandonBackend closes the file, which may be nil.
+// to onAbandoned, which closes it. abandonBackend closes the file, which may be nil.
 func (r *relay) abandonBackend(s *session, socket *os.File) {
 	var conn net.Conn // nil if there is no descriptor for it
 	if socket != nil {
 		conn, _ = net.FileConn(socket)
 		socket.Close()
 	}
-	r.onBackendOpen(s, conn)
+	r.onAbandoned(s, conn)
 }
 
 // oldPodSessionsDone returns nil if the namespace has no session with a replaced pod.

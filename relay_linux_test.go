@@ -387,7 +387,7 @@ func waitUnsent(t *testing.T, r *relay, want int64) {
 func TestRelayWithoutDescriptor(t *testing.T) {
 	r := quietRelay(t)
 	abandoned := make(chan net.Conn, 2)
-	r.onBackendOpen = func(_ *session, backend net.Conn) { abandoned <- backend }
+	r.onAbandoned = func(_ *session, backend net.Conn) { abandoned <- backend }
 	pairs := newSessionConns(t, "tcp", "tcp")
 	pairs.near[backendSide].Close() // so it cannot be duplicated
 	pairs.start(r, newSession("ns-01", 0, ""), [2][]byte{}).wantCause(t, causeRouterError)
@@ -396,7 +396,7 @@ func TestRelayWithoutDescriptor(t *testing.T) {
 		t.Errorf("the abandoned backend has the connection %v, want none", conn)
 	}
 
-	var c pendingConn
+	var c fastConn
 	if err := c.setBackendConn(pairs.near[backendSide]); !errors.Is(err, syscall.EMFILE) {
 		t.Errorf("a backend's connection that cannot be duplicated: %v, want %v", err, syscall.EMFILE)
 	}

@@ -107,11 +107,6 @@ func (e *engine) copyFrom(s *session, from side, early []byte) {
 			continue
 		case errors.Is(err, io.EOF), errors.Is(err, errTruncated) && s.mayTruncate():
 			e.halfClose(s, from)
-		case errors.Is(err, errTruncated):
-			// A write may have taken the error of the client's connection: its goroutine
-			// says so before copy sets the cause.
-			s.halfCloseCause.CompareAndSwap(int32(causeNone), int32(causeTruncated))
-			s.end(causeNone)
 		default:
 			s.end(s.readCause(from, err))
 		}
@@ -144,7 +139,9 @@ func (s *session) send(from side, data []byte) {
 		// returned an end instead, while this write had begun, and have set the cause.
 		if !ended && (errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.ETIMEDOUT)) {
 			s.halfCloseCause.CompareAndSwap(int32(to.endCause()), int32(to.errorCause()))
-			s.halfCloseCause.CompareAndSwap(int32(causeTruncated), int32(to.errorCause()))
+			if to == clientSide {
+				s.cause.CompareAndSwap(int32(causeTruncated), int32(causeClientError))
+			}
 		}
 		s.mu.Lock()
 		s.writeFailed[to] = true
@@ -152,8 +149,7 @@ func (s *session) send(from side, data []byte) {
 	}
 }
 
-// readCause returns the cause if reading the side fails with err: causeNone if end has
-// closed the connection, whose caller knows the cause.
+// readCause returns the cause if reading the side fails with err.
 func (s *session) readCause(from side, err error) cause {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -162,8 +158,6 @@ func (s *session) readCause(from side, err error) cause {
 		return cause(s.halfCloseCause.Load())
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return causeHalfClose
-	case errors.Is(err, net.ErrClosed):
-		return causeNone
 	}
 	return from.causeOf(err)
 }

@@ -534,8 +534,8 @@ func (t *table) ordinal(name string) (ordinal int, ok bool) {
 	return ordinal, ok && t.active.has(ordinal)
 }
 
-// router merges the sources of overrides, and holds the table in force.
-type router struct {
+// tableStore merges the sources of overrides, and holds the table in force.
+type tableStore struct {
 	// Static after construction.
 	statefulSet string
 	fromHost    bool // a namespace is the first label of a host name
@@ -557,19 +557,19 @@ type router struct {
 }
 
 // table returns the table in force, nil if there was none yet.
-func (r *router) table() *table { return r.current.Load() }
+func (r *tableStore) table() *table { return r.current.Load() }
 
-// routerSource is a source of overrides that a router merges with the others.
+// routerSource is a source of overrides that a tableStore merges with the others.
 type routerSource struct {
 	overrideSource
 	provisional bool            // a copy that may lag
-	contents    []sourceContent // nil before the first. Guarded by router.mu.
+	contents    []sourceContent // nil before the first. Guarded by tableStore.mu.
 }
 
 // addSource adds a source of overrides, which create makes: the source gives its
 // contents to update. A provisional source counts only until all others have given
 // theirs. The caller runs the source. addSource must not be called once one runs.
-func (r *router) addSource(provisional bool,
+func (r *tableStore) addSource(provisional bool,
 	create func(update func(...sourceContent)) overrideSource) {
 	s := &routerSource{provisional: provisional}
 	s.overrideSource = create(func(contents ...sourceContent) { r.setContents(s, contents) })
@@ -577,7 +577,7 @@ func (r *router) addSource(provisional bool,
 }
 
 // whyNoOverrides says why not all overrides are known yet, or "".
-func (r *router) whyNoOverrides() string {
+func (r *tableStore) whyNoOverrides() string {
 	var all []string
 	for _, s := range r.sources {
 		if s.provisional {
@@ -592,7 +592,7 @@ func (r *router) whyNoOverrides() string {
 
 // setContents replaces the contents of one source, and puts a table of all sources in
 // force once they are known.
-func (r *router) setContents(s *routerSource, contents []sourceContent) {
+func (r *tableStore) setContents(s *routerSource, contents []sourceContent) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	s.contents = append([]sourceContent{}, contents...)
@@ -604,7 +604,7 @@ func (r *router) setContents(s *routerSource, contents []sourceContent) {
 // mergeContents returns the contents of all sources in their order, without the
 // provisional ones. Until each of the others has given its contents, it returns the
 // provisional ones alone, nil if there are none. The caller holds r.mu.
-func (r *router) mergeContents() []sourceContent {
+func (r *tableStore) mergeContents() []sourceContent {
 	var live, provisional []sourceContent
 	complete := true
 	for _, s := range r.sources {
@@ -631,7 +631,7 @@ func (r *router) mergeContents() []sourceContent {
 // new versions in force; that does not count as a swap and is not reported. In any case,
 // sources whose overrides are unchanged share the old set in memory afterwards. The
 // caller holds r.mu.
-func (r *router) updateVersions() bool {
+func (r *tableStore) updateVersions() bool {
 	t := r.table()
 	if t == nil {
 		return false
@@ -661,7 +661,7 @@ func hasID(id sourceID) func(sourceContent) bool {
 
 // setBackends puts a table for these backends, at least one, in force. It checks all
 // overrides again: "backend-7" is valid once there are eight.
-func (r *router) setBackends(s scaling) {
+func (r *tableStore) setBackends(s backendSet) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if s.ordinalRange != r.active || !slices.Equal(s.cordon, r.cordon) {
@@ -672,7 +672,7 @@ func (r *router) setBackends(s scaling) {
 
 // swap puts a new table in force, and reports the changes. It does nothing before
 // overrides and backends are known. The caller holds r.mu.
-func (r *router) swap() {
+func (r *tableStore) swap() {
 	if r.contents == nil || r.active.count == 0 {
 		return
 	}
@@ -816,7 +816,7 @@ func (t *table) sourceName() string {
 
 // logSwap logs the new table: one line, and one for each newly rejected override, up to
 // maxExamples for each source.
-func (r *router) logSwap(t *table, all []sourceChange) {
+func (r *tableStore) logSwap(t *table, all []sourceChange) {
 	source, sum, rejected := t.sourceName(), sourceChange{}, 0
 	if len(all) == 1 {
 		source = all[0].id.String()
@@ -847,7 +847,7 @@ func (r *router) logSwap(t *table, all []sourceChange) {
 }
 
 // writeMetrics writes the table in force, if there is one.
-func (r *router) writeMetrics(m metricsWriter) {
+func (r *tableStore) writeMetrics(m metricsWriter) {
 	m.single("router_table_updates_total", "counter", "Routing tables that came into force.",
 		float64(r.swaps.Load()))
 	r.applyDurations.write(m, "router_table_apply_duration_seconds",

@@ -335,13 +335,13 @@ func TestTableChanges(t *testing.T) {
 
 // lookupTable is a router of which the table has the given number of backends
 // and of overrides, for namespaces as manyNamespaces makes them.
-func lookupTable(t testing.TB, backends, overrides int) *router {
+func lookupTable(t testing.TB, backends, overrides int) *tableStore {
 	t.Helper()
 	data := make(map[string]string, overrides)
 	for i, namespace := range manyNamespaces(overrides) {
 		data[namespace] = backendName("backend", i%backends)
 	}
-	r := &router{statefulSet: "backend", active: ordinalRange{count: backends}, log: slog.New(slog.DiscardHandler), onSwap: func() {}}
+	r := &tableStore{statefulSet: "backend", active: ordinalRange{count: backends}, log: slog.New(slog.DiscardHandler), onSwap: func() {}}
 	r.update(sourceContent{overrides: newOverrideSet(data)})
 	return r
 }
@@ -378,14 +378,14 @@ func BenchmarkOwner(b *testing.B) {
 				b.Run(name+"hit", func(b *testing.B) { lookUp(b, r, hits) })
 			}
 			b.Run(name+"miss", func(b *testing.B) { lookUp(b, r, misses) })
-			r.setBackends(scaling{ordinalRange: ordinalRange{count: backends}, cordon: cordon{2}})
+			r.setBackends(backendSet{ordinalRange: ordinalRange{count: backends}, cordon: cordon{2}})
 			b.Run(name+"miss, one cordoned", func(b *testing.B) { lookUp(b, r, misses) })
 		}
 	}
 }
 
 // lookUp asks for the owners of the namespaces in random order.
-func lookUp(b *testing.B, r *router, namespaces []string) {
+func lookUp(b *testing.B, r *tableStore, namespaces []string) {
 	namespaces = shuffled(namespaces)
 	b.ReportAllocs()
 	sum, next := 0, 0
@@ -604,7 +604,7 @@ func (s *fakeSource) whyNotReady() string         { return s.notReady }
 func (s *fakeSource) reportChange(c sourceChange) { s.changes = append(s.changes, c) }
 
 // addFakeSource adds a fakeSource to the router, and returns its update function.
-func (r *router) addFakeSource(provisional bool) (s *fakeSource, update func(...sourceContent)) {
+func (r *tableStore) addFakeSource(provisional bool) (s *fakeSource, update func(...sourceContent)) {
 	s = &fakeSource{}
 	r.addSource(provisional, func(u func(...sourceContent)) overrideSource { update = u; return s })
 	return s, update
@@ -612,7 +612,7 @@ func (r *router) addFakeSource(provisional bool) (s *fakeSource, update func(...
 
 // update gives the router the contents of its first source. It adds a fakeSource if
 // the router has no source.
-func (r *router) update(contents ...sourceContent) {
+func (r *tableStore) update(contents ...sourceContent) {
 	if r.sources == nil {
 		r.addFakeSource(false)
 	}
@@ -620,14 +620,14 @@ func (r *router) update(contents ...sourceContent) {
 }
 
 // loggedRouter is a router of 4 backends and its log.
-func loggedRouter(t *testing.T) (*router, *logTail) {
+func loggedRouter(t *testing.T) (*tableStore, *logTail) {
 	t.Helper()
 	tail := newLogTail()
 	log, err := newLogger(tail, "json", slog.LevelInfo)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &router{statefulSet: "backend", active: ordinalRange{count: 4}, log: log, onSwap: func() {}}, tail
+	return &tableStore{statefulSet: "backend", active: ordinalRange{count: 4}, log: log, onSwap: func() {}}, tail
 }
 
 // The table that several goroutines read while it is updated is never nil, never older
@@ -776,7 +776,7 @@ func TestRouterResizes(t *testing.T) {
 		{ordinalRange{1, 1}, 1, unresolved, 1, 6},
 	}
 	for _, step := range steps {
-		r.setBackends(scaling{ordinalRange: step.backends})
+		r.setBackends(backendSet{ordinalRange: step.backends})
 		owner := func(namespace string) int { owner, _ := r.table().owner(namespace); return owner }
 		if a, late, hashed := owner("a"), owner("late"), owner("another"); a != step.a || late != step.late || hashed != step.hashed || swapped != step.swaps {
 			t.Errorf("with %+v owners %d, %d, %d after %d swaps, want %+v", step.backends, a, late, hashed, swapped, step)
@@ -795,7 +795,7 @@ func TestRouterKeepsAcrossResizes(t *testing.T) {
 		backends ordinalRange
 		want     int
 	}{{ordinalRange{0, 6}, 3}, {ordinalRange{2, 4}, 3}, {ordinalRange{0, 3}, unresolved}, {ordinalRange{0, 6}, unresolved}} {
-		r.setBackends(scaling{ordinalRange: step.backends})
+		r.setBackends(backendSet{ordinalRange: step.backends})
 		if got, _ := r.table().owner("a"); got != step.want {
 			t.Errorf("with %+v the owner is %d, want %d", step.backends, got, step.want)
 		}
@@ -843,7 +843,7 @@ func TestRouterOtherVersionOfTheSame(t *testing.T) {
 	if told := fake.changes; swapped != 1 || len(told) != 1 || told[0].id.name != "b" || told[0].changed != 1 || r.table().sources[0].version != "4" {
 		t.Errorf("%d swaps, told %+v of %+v, want one of b", swapped, told, r.table().sources)
 	}
-	r.setBackends(scaling{ordinalRange: ordinalRange{count: 3}})
+	r.setBackends(backendSet{ordinalRange: ordinalRange{count: 3}})
 	r.update(contentOf("a", "6", a), contentOf("b", "5", b))
 	if swapped != 2 || r.table().active.count != 3 || r.table().sources[0].version != "6" {
 		t.Errorf("%d swaps, %+v", swapped, r.table())
@@ -887,8 +887,8 @@ func (w stampWorld) next(random *rand.Rand) stampWorld {
 
 // show has the router see it: with shuffled sources of other names if it is odd,
 // and with values that are spelled otherwise.
-func (w stampWorld) show(r *router, version int, odd bool, random *rand.Rand) {
-	r.setBackends(scaling{ordinalRange: w.backends, cordon: w.cordon})
+func (w stampWorld) show(r *tableStore, version int, odd bool, random *rand.Rand) {
+	r.setBackends(backendSet{ordinalRange: w.backends, cordon: w.cordon})
 	var all []sourceContent
 	for i, data := range w.data {
 		src := contentOf(fmt.Sprint("source-", i), fmt.Sprint(version), data)
@@ -919,10 +919,10 @@ func TestStampsAgree(t *testing.T) {
 		for i := range w.data {
 			w.data[i] = map[string]string{}
 		}
-		start := func() *router {
-			return &router{statefulSet: "backend", log: quiet, onSwap: func() {}}
+		start := func() *tableStore {
+			return &tableStore{statefulSet: "backend", log: quiet, onSwap: func() {}}
 		}
-		routers := []*router{start(), start()}
+		routers := []*tableStore{start(), start()}
 		last := [2]int{-1, -2}
 		for version := range 30 {
 			w = w.next(random)
@@ -999,10 +999,10 @@ func largeList(objects, overrides int) []byte {
 
 // largeMaps is a router with the overrides of that many ConfigMaps. It has 16
 // backends.
-func largeMaps(t testing.TB, objects, overrides int) (*configMaps, *router) {
+func largeMaps(t testing.TB, objects, overrides int) (*configMaps, *tableStore) {
 	t.Helper()
 	log := slog.New(slog.DiscardHandler)
-	r := &router{statefulSet: "backend", active: ordinalRange{count: 16}, log: log, onSwap: func() {}}
+	r := &tableStore{statefulSet: "backend", active: ordinalRange{count: 16}, log: log, onSwap: func() {}}
 	var c *configMaps
 	r.addSource(false, func(update func(...sourceContent)) overrideSource {
 		c = newConfigMaps(kubeClient{}, "edge", nil, "a=b", "", update, log)

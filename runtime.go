@@ -179,7 +179,7 @@ func freeMemory(ctx context.Context, requests func() int) {
 		}
 		now := requests()
 		if now-before <= maxCalmRequests && now-freed >= minRequestsToFree {
-			giveBack(ctx, func() bool { return requests()-now <= maxCalmRequests })
+			returnHeap(ctx, func() bool { return requests()-now <= maxCalmRequests })
 			freed = now
 		}
 		before = now
@@ -187,12 +187,12 @@ func freeMemory(ctx context.Context, requests func() int) {
 }
 
 const (
-	giveBackStep  = 256 << 10 // bytes; one or two milliseconds
-	giveBackRest  = 3 << 19   // bytes: this, and 1/32 of what is used, is given back at once
+	returnStep    = 256 << 10 // bytes; one or two milliseconds
+	returnRest    = 3 << 19   // bytes: this, and 1/32 of what is used, is given back at once
 	giveBackPause = 5 * time.Millisecond
 )
 
-// giveBack collects garbage and gives the free memory of the heap back to the system, until
+// returnHeap collects garbage and gives the free memory of the heap back to the system, until
 // ctx ends or it is not calm any more.
 //
 // debug.FreeOSMemory gives back all at once: a router with one CPU would carry nothing for
@@ -201,16 +201,16 @@ const (
 // back that much first (https://go.dev/doc/gc-guide#Memory_limit). The rest is not, because
 // the runtime wants 3 % of the heap to be free below the limit: it would collect garbage all
 // the time.
-func giveBack(ctx context.Context, calm func() bool) {
+func returnHeap(ctx context.Context, calm func() bool) {
 	limit := debug.SetMemoryLimit(-1)
 	runtime.GC()
 	used, free := goMemory()
-	for range free / giveBackStep { // no more, in case others make garbage as fast
-		if !calm() || free <= giveBackRest+used/32 || sleep(ctx, giveBackPause) != nil {
+	for range free / returnStep { // no more, in case others make garbage as fast
+		if !calm() || free <= returnRest+used/32 || sleep(ctx, giveBackPause) != nil {
 			break
 		}
-		debug.SetMemoryLimit(min(limit, used-giveBackStep))
-		runtime.KeepAlive(make([]byte, giveBackStep)) // too large for the stack
+		debug.SetMemoryLimit(min(limit, used-returnStep))
+		runtime.KeepAlive(make([]byte, returnStep)) // too large for the stack
 		used, free = goMemory()
 	}
 	debug.SetMemoryLimit(limit)

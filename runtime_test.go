@@ -80,7 +80,7 @@ func TestFreeMemory(t *testing.T) {
 			synctest.Wait()
 			var m runtime.MemStats
 			runtime.ReadMemStats(&m)
-			return m.NumForcedGC / 2 // giveBack's and that of debug.FreeOSMemory
+			return m.NumForcedGC / 2 // returnHeap's and that of debug.FreeOSMemory
 		}
 		steps := []struct {
 			open int // in one freeMemoryInterval
@@ -127,7 +127,7 @@ func TestGiveBack(t *testing.T) {
 		"stopped": {stopped, true, false},
 	} {
 		waste()
-		giveBack(test.ctx, func() bool { return test.calm })
+		returnHeap(test.ctx, func() bool { return test.calm })
 		if _, free := goMemory(); free < garbage/4 != test.all {
 			t.Errorf("%s: %d bytes of the heap are free, want that all are given back: %t", name, free, test.all)
 		}

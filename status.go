@@ -330,10 +330,10 @@ func (m *mover) status() handoffStatus {
 		Unproven:   m.flights.unproven.Load() + m.relay.unproven.Load(),
 		WaitingFor: []stepWait{},
 	}
-	if one := m.movesLast(1); one > 0 {
+	if one := m.minMoveTime(1); one > 0 {
 		s.Rate = 1 / one.Seconds()
 	}
-	s.SecondsLeft = m.movesLast(s.ToMove).Seconds()
+	s.SecondsLeft = m.minMoveTime(s.ToMove).Seconds()
 	if now := m.moving.Load(); now != nil {
 		receipt := newReceipt(*now)
 		s.Moving = &receipt
@@ -345,7 +345,7 @@ func (m *mover) status() handoffStatus {
 		shared := m.shared.snapshot()
 		s.Mode, s.Members, s.Why = "all", shared.members, shared.why
 	}
-	v, t := m.current.Load(), m.router.table()
+	v, t := m.current.Load(), m.tables.table()
 	if v == nil || t == nil {
 		return s
 	}
@@ -452,7 +452,7 @@ func (m *mover) writeMetrics(w metricsWriter) {
 	m.stepDurations.write(w, "router_handoff_step_duration_seconds",
 		"How long the steps of hand-offs that are done held their namespaces.")
 	var names []string
-	if t := m.router.table(); t != nil {
+	if t := m.tables.table(); t != nil {
 		for i := range t.active.count {
 			names = append(names, t.name(t.active.first+i))
 		}

@@ -32,7 +32,7 @@ func TestStatusWithoutTable(t *testing.T) {
 	}
 	update(sourceContent{id: sourceID{"ConfigMap", "edge", "one"}, version: "7"})
 	s = statusOf(t, a, "/status")
-	if r := s.Routers[0]; !r.Ready || r.Table != "7" || r.Stamp != a.proxy.router.table().stamp {
+	if r := s.Routers[0]; !r.Ready || r.Table != "7" || r.Stamp != a.proxy.tables.table().stamp {
 		t.Errorf("%+v, want it ready", r)
 	}
 	if fmt.Sprint(s.Sources) != "[{ConfigMap edge one 7}]" || len(s.Backends) != 1 || !s.Backends[0].OwnsNamespaces {
@@ -82,7 +82,7 @@ func TestStatusReceipts(t *testing.T) {
 		t.Fatalf("%d receipts, want %d", len(all), maxReceipts)
 	}
 	for i, r := range all {
-		content, _, _ := strings.Cut(p.router.table().stamp, ".")
+		content, _, _ := strings.Cut(p.tables.table().stamp, ".")
 		if r.Version != fmt.Sprint(100+maxReceipts+1-i) || r.Planned != 3 || r.Moved != 3 || r.Namespaces != 2 || r.Cancelled != 0 ||
 			fmt.Sprint(r.Examples) != "[ns-01 ns-02]" || r.Began.IsZero() || (r.Content == content) != (i%2 == 0) {
 			t.Errorf("receipt %d is %+v", i, r)

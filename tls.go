@@ -227,9 +227,9 @@ func (l *tlsHandshakeList) during(end, wait func()) {
 }
 
 // tlsConn is a client's connection whose TLS the router ends. At first the goroutine of a
-// pendingConn owns it, or net/http; then the session: its poller, with mu held, or the two
+// fastConn owns it, or net/http; then the session: its poller, with mu held, or the two
 // goroutines of relay_portable.go. Close, which net/http and relay_portable.go call, ends
-// the TLS and closes the connection under it. A pendingConn and a poller close the socket
+// the TLS and closes the connection under it. A fastConn and a poller close the socket
 // alone.
 type tlsConn struct {
 	*tls.Conn
@@ -396,9 +396,9 @@ func takeTLS(conn net.Conn) (net.Conn, *tlsConn) {
 	return conn, nil
 }
 
-// isNotTLS returns what to send to a client whose handshake has failed with err because it
+// plainHTTPAnswer returns what to send to a client whose handshake has failed with err because it
 // has sent an HTTP request: an answer without TLS. It returns nil if err says anything else.
-func isNotTLS(err error) []byte {
+func plainHTTPAnswer(err error) []byte {
 	var header tls.RecordHeaderError
 	if !errors.As(err, &header) || header.Conn == nil || !looksLikeHTTP(header.RecordHeader) {
 		return nil

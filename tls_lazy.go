@@ -90,7 +90,7 @@ func (l *lazyTransport) handshake(t *tlsConn) error {
 	l.begin()
 	l.Conn.SetWriteDeadline(time.Now().Add(l.server.writeTimeout))
 	err := l.server.handshake(t, nil, l.resultOf)
-	switch answer := isNotTLS(err); {
+	switch answer := plainHTTPAnswer(err); {
 	case err == nil:
 		l.Conn.SetWriteDeadline(time.Time{})
 	case answer != nil:

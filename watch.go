@@ -33,10 +33,10 @@ const (
 
 // The states of a watcher.
 const (
-	stateListing    = "listing"
-	stateConnecting = "connecting"
-	stateWatching   = "watching"
-	stateBackoff    = "backoff"
+	watchListing    = "listing"
+	watchConnecting = "connecting"
+	watchWatching   = "watching"
+	watchBackoff    = "backoff"
 )
 
 // watcher follows one object, or a set of objects, of the API server. It repeats a
@@ -188,7 +188,7 @@ func (w *watcher[T]) listAndWatch(ctx context.Context) error {
 // without a meaning, such as {}, must not be read as "there are no objects"
 // (ingress-nginx#3043).
 func (w *watcher[T]) list(ctx context.Context) (version string, err error) {
-	w.setState(stateListing)
+	w.setState(watchListing)
 	asked := w.takeRelists()
 	defer func() { w.endRelists(asked, err) }()
 	ctx, cancel := context.WithTimeout(ctx, listTimeout)
@@ -255,7 +255,7 @@ func (w *watcher[T]) endRelists(asked []chan struct{}, err error) {
 // resourceVersion version. The caller closes the stream.
 func (w *watcher[T]) connect(ctx context.Context, version string,
 	timeout time.Duration) (io.ReadCloser, error) {
-	w.setState(stateConnecting)
+	w.setState(watchConnecting)
 	return w.get(ctx, url.Values{
 		"watch":               {"1"},
 		"resourceVersion":     {version},
@@ -268,7 +268,7 @@ func (w *watcher[T]) connect(ctx context.Context, version string,
 // returns nil if it ended cleanly. The cycle is healthy if the stream lived for
 // healthyWatch, or brought a change and ended cleanly.
 func (w *watcher[T]) watch(ctx context.Context, stream io.Reader) error {
-	w.setState(stateWatching)
+	w.setState(watchWatching)
 	defer time.AfterFunc(healthyWatch, w.markHealthy).Stop()
 	before := w.changes
 	if err := w.readEvents(stream); err != io.EOF {
@@ -379,7 +379,7 @@ func (w *watcher[T]) markHealthy() {
 // failure before, and else once a minute.
 func (w *watcher[T]) finishCycle(err error) time.Duration {
 	before, every := w.snapshot(), time.Minute
-	w.setState(stateBackoff)
+	w.setState(watchBackoff)
 	w.updateStatus(func(s *watchStatus) {
 		if !s.healthy {
 			s.failures++
@@ -449,7 +449,7 @@ func writeWatchMetrics(m metricsWriter, watchers []objectWatcher) {
 	}
 	family("router_watch_state", "gauge", "1 for the state of the watch.",
 		func(s watchStatus, sample sampler) {
-			states := []string{stateListing, stateConnecting, stateWatching, stateBackoff}
+			states := []string{watchListing, watchConnecting, watchWatching, watchBackoff}
 			for _, state := range states {
 				sample(boolToFloat(s.state == state), "state", state)
 			}

@@ -274,7 +274,7 @@ func TestWatchRecoversByAHealthyStreamOnly(t *testing.T) {
 		c := startWatch(t, append(script{no, no, no, no}, listsTo(2)...), script{streamFor(time.Minute, true), openStream()})
 		c.want(t, applied1)
 		synctest.Wait()
-		if s := c.snapshot(); s.failures != 4 || s.failure == nil || s.state != stateWatching {
+		if s := c.snapshot(); s.failures != 4 || s.failure == nil || s.state != watchWatching {
 			t.Errorf("after four failures and a LIST: %+v", s)
 		}
 		if n := c.logged.count("watch failed"); n != 1 {
@@ -683,7 +683,7 @@ func (f fault) check(t *testing.T, c *watchTest) {
 	}
 	time.Sleep(time.Minute)
 	c.wantNothing(t)
-	if s := c.snapshot(); s.failures != 0 || s.failure != nil || s.state != stateWatching {
+	if s := c.snapshot(); s.failures != 0 || s.failure != nil || s.state != watchWatching {
 		t.Errorf("a minute later: %+v", s)
 	}
 	n := c.logged.count("watch failed")
@@ -817,20 +817,20 @@ func TestWatchStopsInEveryState(t *testing.T) {
 		state       string
 		frozen      bool
 	}{
-		"listing":           {hang, nil, stateListing, false},
-		"within a list":     {openStream(`{"kind"`), nil, stateListing, false},
-		"connecting":        {ok, hang, stateConnecting, false},
-		"watching":          {ok, openStream(), stateWatching, false},
-		"watching, frozen":  {ok, openStream(), stateWatching, true},
-		"within an event":   {ok, openStream(`{"type"`), stateWatching, false},
-		"waiting":           {respond(500, "no", "Retry-After", "60"), nil, stateBackoff, false},
-		"waiting after one": {ok, respond(500, "no", "Retry-After", "60"), stateBackoff, false},
+		"listing":           {hang, nil, watchListing, false},
+		"within a list":     {openStream(`{"kind"`), nil, watchListing, false},
+		"connecting":        {ok, hang, watchConnecting, false},
+		"watching":          {ok, openStream(), watchWatching, false},
+		"watching, frozen":  {ok, openStream(), watchWatching, true},
+		"within an event":   {ok, openStream(`{"type"`), watchWatching, false},
+		"waiting":           {respond(500, "no", "Retry-After", "60"), nil, watchBackoff, false},
+		"waiting after one": {ok, respond(500, "no", "Retry-After", "60"), watchBackoff, false},
 	} {
 		for _, proto := range []string{"HTTP/2.0", "HTTP/1.1"} {
 			inBubble(t, name+" "+proto, func(t *testing.T) {
 				client := startWatchOver(t, proto, newPipeNetwork(), script{c.list}, script{c.watch})
 				time.Sleep(3 * time.Second)
-				if s, open := client.snapshot(), client.network.open.Load(); s.state != c.state || (open == 1) == (c.state == stateBackoff) {
+				if s, open := client.snapshot(), client.network.open.Load(); s.state != c.state || (open == 1) == (c.state == watchBackoff) {
 					t.Fatalf("%d connections, %+v, want %s, and one unless it is that", open, s, c.state)
 				}
 				if c.frozen {

@@ -47,9 +47,9 @@ const (
 	frameFin          = 0x80 // in the first byte
 	frameMasked       = 0x80 // in the second byte
 	maskKey           = 4    // bytes
-	opcodeData        = 2    // the largest opcode of data frames (RFC 6455 §11.8)
+	maxDataOpcode     = 2    // the largest opcode of data frames (RFC 6455 §11.8)
 	opcodeClose       = 8    // the smallest opcode of control frames
-	opcodeControl     = 10   // the largest opcode of control frames
+	maxControlOpcode  = 10   // the largest opcode of control frames
 	maxFrameHeader    = 14   // bytes before the payload
 	maxControlPayload = 125  // bytes of payload of a control frame (RFC 6455 §5.5)
 )
@@ -106,7 +106,7 @@ func (f *frameScanner) next(chunk []byte, masked bool) (n int) {
 // most 125 bytes of payload that ends its message. It returns 0 for all others. The
 // other methods handle every frame, but take twice the time.
 func shortFrame(chunk []byte, masked bool) int {
-	if len(chunk) < 2 || chunk[0]&0xf > opcodeData || chunk[0]&frameFin == 0 {
+	if len(chunk) < 2 || chunk[0]&0xf > maxDataOpcode || chunk[0]&frameFin == 0 {
 		return 0
 	}
 	n := int(chunk[1])
@@ -128,11 +128,11 @@ func shortFrame(chunk []byte, masked bool) int {
 // firstByte reads the first byte of a frame: FIN, reserved bits, opcode.
 func (f *frameScanner) firstByte(b byte) {
 	f.opcode, f.state = b&0xf, frameSecondByte
-	if f.opcode <= opcodeData {
+	if f.opcode <= maxDataOpcode {
 		f.fragmented = b&frameFin == 0
 	}
-	control := f.opcode >= opcodeClose && f.opcode <= opcodeControl && b&frameFin != 0
-	if f.opcode > opcodeData && !control {
+	control := f.opcode >= opcodeClose && f.opcode <= maxControlOpcode && b&frameFin != 0
+	if f.opcode > maxDataOpcode && !control {
 		f.state = frameBroken
 	}
 }
