@@ -41,9 +41,9 @@ func startCountingClients(t *testing.T, network string) *countingClients {
 			f.closed <- struct{}{}
 		}
 	}
-	gate := wideDescriptorLimit(t)
+	fdLimit := wideDescriptorLimit(t)
 	served := make(chan error, 1)
-	go func() { served <- server.Serve(clientListener{l, gate, f.badHeads, nil, nil}) }()
+	go func() { served <- server.Serve(clientListener{l, fdLimit, f.badHeads, nil, nil}) }()
 	t.Cleanup(func() { server.Close(); <-served })
 	return f
 }

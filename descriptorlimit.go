@@ -58,10 +58,9 @@ func newDescriptorLimit(files, backends, sessions, pending int) (*descriptorLimi
 	if least := internalDescriptors(backends) + descriptorsPerUpgrade; files < least {
 		return nil, fmt.Errorf("the limit of open files must be at least %d (got %d; ulimit -n)", least, files)
 	}
-	g := &descriptorLimit{
-		maxFiles: files,
-		most:     descriptorsPerSession*sessions + descriptorsPerUpgrade*pending + descriptorsForOthers,
-	}
+	// No more than files of each, so that a flag of any size does not overflow.
+	most := descriptorsPerSession*min(sessions, files) + descriptorsPerUpgrade*min(pending, files)
+	g := &descriptorLimit{maxFiles: files, most: most + descriptorsForOthers}
 	g.changed.L = &g.mu
 	g.setBackends(backends)
 	return g, nil

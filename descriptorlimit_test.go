@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"runtime"
 	"testing"
@@ -51,8 +52,10 @@ func TestDescriptorLimitFollowsSessions(t *testing.T) {
 	if sessions := g.maxSessions(); sessions < 100 {
 		t.Errorf("at most %d sessions, want room for 100", sessions)
 	}
-	g.setBackends(1 << 17)
-	wantEqual(t, "descriptors for clients beside many backends", g.limit <= 1<<20-descriptorsPerBackend<<17 || g.limit == descriptorsPerUpgrade, true)
+	if g, err = newDescriptorLimit(1<<20, 0, math.MaxInt, math.MaxInt); err != nil {
+		t.Fatal(err)
+	}
+	wantEqual(t, "descriptors for clients with flags of any size", g.limit, 1<<20-internalDescriptors(0))
 }
 
 // TestDescriptorLimitFollowsBackends: more backends leave fewer descriptors to clients, and fewer
@@ -72,7 +75,7 @@ func TestDescriptorLimitFollowsBackends(t *testing.T) {
 		go func() { waited <- g.wait() }()
 		synctest.Wait()
 		if len(waited) > 0 {
-			t.Error("a full gate did not wait")
+			t.Error("a full limit did not wait")
 		}
 		g.setBackends(8)
 		if err := <-waited; err != nil {
@@ -81,7 +84,7 @@ func TestDescriptorLimitFollowsBackends(t *testing.T) {
 	})
 }
 
-// wantLimited checks that the gate, which is full, keeps a client waiting until a
+// wantLimited checks that the limit, which is full, keeps a client waiting until a
 // session is over, and no longer than until it is closed.
 func wantLimited(t *testing.T, g *descriptorLimit) {
 	t.Helper()
@@ -96,7 +99,7 @@ func wantLimited(t *testing.T, g *descriptorLimit) {
 		synctest.Wait()
 		select {
 		case err := <-waited:
-			t.Errorf("a full gate did not wait: %v", err)
+			t.Errorf("a full limit did not wait: %v", err)
 		default:
 		}
 		step.end()

@@ -332,7 +332,7 @@ func (c *fastConn) fallBack(answer []byte, failure error) {
 	conn, err := connFromSocket(socket, control)
 	if err != nil {
 		c.abandonBackend()
-		c.free()
+		c.uncount()
 		f.refuseClient(socket, c.sealedHead([]byte(refusedHead)), err)
 		return
 	}
@@ -368,13 +368,13 @@ func (c *fastConn) close() {
 	c.detach()
 	c.abandonBackend()
 	syscall.Close(int(c.fd[clientSide]))
-	c.free()
+	c.uncount()
 	c.fastPath.fdLimit.add(-descriptorsPerUpgrade)
 	c.fastPath.pending.Done()
 }
 
-// free frees the upgrade, if it was admitted.
-func (c *fastConn) free() {
+// uncount ends the count of the upgrade in its limits, if it was admitted.
+func (c *fastConn) uncount() {
 	if c.upgrade != nil {
 		c.upgrade.uncount()
 	}

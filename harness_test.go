@@ -770,7 +770,7 @@ func sentences() map[int]string {
 	}
 }
 
-// wideDescriptorLimit is a gate that nobody waits at.
+// wideDescriptorLimit is a limit that nobody waits for.
 func wideDescriptorLimit(t testing.TB) *descriptorLimit {
 	t.Helper()
 	g, err := newDescriptorLimit(1<<20, 1, 1<<20, 1)

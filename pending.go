@@ -103,7 +103,7 @@ func (l *pendingLimit) reserveHead(n, limit int) bool {
 const headBytesPerUpgrade = 2 << 10
 
 // pendingRequest is a request from its admission on: an upgrade until it is a session or is
-// answered, a plain request until its exchange is over. The limits count it until free, a
+// answered, a plain request until its exchange is over. The limits count it until uncount, a
 // plain request until its owner gets it. An upgrade goes with its client from the fast path
 // to net/http. One goroutine at a time owns it.
 type pendingRequest struct {
@@ -196,13 +196,13 @@ func (u *pendingRequest) uncount() {
 	u.uncounted = true
 }
 
-// countAgain takes a place again, after free, even if the owner has its share.
+// countAgain takes a place again, after uncount, even if the owner has its share.
 func (u *pendingRequest) countAgain() {
 	u.limit.take(u.owner)
 	u.uncounted = false
 }
 
-// close frees the request, and abandons the connection to its owner if it has one.
+// close ends the count of the request, and abandons the connection to its owner if it has one.
 func (u *pendingRequest) close() {
 	u.abandon(u.backendConn)
 	u.uncount()

@@ -439,7 +439,7 @@ func TestProcessWaitsForDescriptors(t *testing.T) {
 	}
 }
 
-// Where others have taken the descriptors that the gate counts on, clients wait
+// Where others have taken the descriptors that the limit counts on, clients wait
 // or are told so; the sessions that are there go on.
 func TestProcessSurvivesWithoutDescriptors(t *testing.T) {
 	t.Parallel()
