@@ -105,7 +105,7 @@ func (e *engine) copyFrom(s *session, from side, early []byte) {
 			continue
 		case err == nil:
 			continue
-		case errors.Is(err, io.EOF), errors.Is(err, errTruncated) && s.mayTruncate():
+		case errors.Is(err, io.EOF), errors.Is(err, errTruncated) && !s.isTruncated():
 			e.halfClose(s, from)
 		default:
 			s.end(s.readCause(from, err))
@@ -134,18 +134,24 @@ func (s *session) send(from side, data []byte) {
 	case to.causeOf(err) == causeRouterError:
 		s.end(causeRouterError)
 	default:
-		s.halfCloseCause.CompareAndSwap(int32(causeNone), int32(to.errorCause()))
-		// The kernel returns the error of a connection from one call only: a read may have
-		// returned an end instead, while this write had begun, and have set the cause.
-		if !ended && (errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.ETIMEDOUT)) {
-			s.halfCloseCause.CompareAndSwap(int32(to.endCause()), int32(to.errorCause()))
-			if to == clientSide {
-				s.cause.CompareAndSwap(int32(causeTruncated), int32(causeClientError))
-			}
+		s.writeFails(to, err, ended)
+	}
+}
+
+// writeFails is called when a write to the side failed with err because the side is
+// gone. ended reports whether the side had ended before the write.
+func (s *session) writeFails(to side, err error, ended bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.writeFailed[to] = true
+	s.halfCloseCause.CompareAndSwap(int32(causeNone), int32(to.errorCause()))
+	// The kernel returns the error of a connection from one call only: a read may have
+	// returned an end instead, while this write had begun, and have set the cause.
+	if !ended && (errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.ETIMEDOUT)) {
+		s.halfCloseCause.CompareAndSwap(int32(to.endCause()), int32(to.errorCause()))
+		if to == clientSide {
+			s.cause.CompareAndSwap(int32(causeTruncated), int32(causeClientError))
 		}
-		s.mu.Lock()
-		s.writeFailed[to] = true
-		s.mu.Unlock()
 	}
 }
 
@@ -162,13 +168,19 @@ func (s *session) readCause(from side, err error) cause {
 	return from.causeOf(err)
 }
 
-// mayTruncate reports whether the client's stream may end without close_notify: after a
-// Close frame it is whole, after the backend's end nobody reads it, and if a write has
-// failed, the client is gone, and that write has taken the error of its socket.
-func (s *session) mayTruncate() bool {
+// isTruncated is called when the client's stream ended without close_notify. It reports
+// whether bytes may be lacking, and then it sets the cause of the session, with mu held:
+// so either it sees that a write has failed, or writeFails sees the cause. None are
+// lacking after a Close frame. After the backend's end nobody reads them. And if a write
+// has failed, the client is gone, and that write has taken the error of its socket.
+func (s *session) isTruncated() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.frames[clientSide].closed() || s.writeFailed[clientSide] || s.fin[backendSide]
+	if s.frames[clientSide].closed() || s.writeFailed[clientSide] || s.fin[backendSide] {
+		return false
+	}
+	s.setCause(causeTruncated)
+	return true
 }
 
 // halfClose half-closes the connection of the side's peer after the side has ended, and
