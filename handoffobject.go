@@ -37,7 +37,7 @@ const (
 
 // planVersion is the version of what plans and answers mean. A router changes nothing
 // while the plan has another one: routers with that version may run, and have sessions.
-const planVersion = 1
+const planVersion = 2
 
 // anyInstance is the instance of a member of which only the pod is known. Any container
 // of the pod may answer for it, and none is admitted as it.
@@ -59,9 +59,15 @@ type sharedPlan struct {
 	handoffPlan
 	epoch       string              // of all plans since the first one, or since a reset
 	writes      int64               // how often a plan of this epoch was written
-	keptUnknown bool                // kept namespaces have no owner: member.oldestTable
+	oldestSince planStep            // with which the first record became the first: member.oldestTable
 	members     map[string]memberID // by pod name
 	backends    *activeCount        // nil if not stored
+}
+
+// planStep names a step for ever: after a reset a number may come again.
+type planStep struct {
+	Epoch string `json:"epoch"`
+	Step  int64  `json:"step"`
 }
 
 // stepAnswer is what a router says of one step of a plan, in its own key.
@@ -224,7 +230,8 @@ const maxOrdinal = 1<<31 - 1
 
 // planJSON is the JSON of a plan:
 //
-//	{"version":1, "epoch":"7c1e.1795871234567", "writes":12, "step":1795871239876,
+//	{"version":2, "epoch":"7c1e.1795871234567", "writes":12, "step":1795871239876,
+//	 "oldestSince":{"epoch":"7c1e.1795871234567", "step":1795871237001},
 //	 "allHeld":false, "members":{"router-a":{"uid":"…", "instance":"7c1e"}},
 //	 "records":[{"content":"9c1f…"},
 //	            {"content":"77ab…", "before":{"upto":"5f3a…"},
@@ -232,14 +239,14 @@ const maxOrdinal = 1<<31 - 1
 //	 "backends":{"count":4, "uid":"…", "generation":7}}
 //
 // A content and a place have 16 hexadecimal digits. The first record has no marks.
-// allHeld, keptUnknown and backends may be absent.
+// allHeld and backends may be absent.
 type planJSON struct {
 	Version     int                 `json:"version"`
 	Epoch       string              `json:"epoch"`
 	Writes      int64               `json:"writes"`
 	Step        int64               `json:"step"`
+	OldestSince planStep            `json:"oldestSince"`
 	AllHeld     bool                `json:"allHeld,omitempty"`
-	KeptUnknown bool                `json:"keptUnknown,omitempty"`
 	Members     map[string]memberID `json:"members"`
 	Records     []recordJSON        `json:"records"`
 	Backends    *activeCount        `json:"backends,omitempty"`
@@ -263,7 +270,7 @@ type markJSON struct {
 func (p *sharedPlan) String() string {
 	out := planJSON{
 		Version: planVersion, Epoch: p.epoch, Writes: p.writes, Step: p.step,
-		AllHeld: p.allHeld, KeptUnknown: p.keptUnknown, Members: p.members, Backends: p.backends,
+		OldestSince: p.oldestSince, AllHeld: p.allHeld, Members: p.members, Backends: p.backends,
 	}
 	for i := range p.records {
 		r := &p.records[i]
@@ -312,7 +319,7 @@ func parsePlan(s string) (*sharedPlan, error) {
 	}
 	p := &sharedPlan{
 		handoffPlan: handoffPlan{step: in.Step, allHeld: in.AllHeld},
-		epoch:       in.Epoch, writes: in.Writes, keptUnknown: in.KeptUnknown,
+		epoch:       in.Epoch, writes: in.Writes, oldestSince: in.OldestSince,
 		members: in.Members, backends: in.Backends,
 	}
 	if err := in.check(); err != nil {
@@ -333,6 +340,9 @@ func (p *planJSON) check() error {
 	switch {
 	case p.Step < 1 || p.Step > maxStep:
 		return badValue("step", fmt.Sprint(p.Step), fmt.Sprintf("1 to %d", maxStep))
+	case p.OldestSince.Step < 1 || p.OldestSince.Step > p.Step:
+		return badValue("step of oldestSince", fmt.Sprint(p.OldestSince.Step),
+			fmt.Sprintf("1 to %d, the plan's step", p.Step))
 	case p.Writes < 1 || p.Writes > maxStep:
 		return badValue("writes", fmt.Sprint(p.Writes), fmt.Sprintf("1 to %d", maxStep))
 	case len(p.Records) < 1 || len(p.Records) > maxRecords:
@@ -355,6 +365,9 @@ func (p *planJSON) check() error {
 		if err := p.Members[pod].check(pod); err != nil {
 			return err
 		}
+	}
+	if err := checkToken("epoch of oldestSince", p.OldestSince.Epoch); err != nil {
+		return err
 	}
 	return checkToken("epoch", p.Epoch)
 }

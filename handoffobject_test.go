@@ -24,9 +24,10 @@ func randomPlan(r *rand.Rand) *sharedPlan {
 	p := &sharedPlan{
 		handoffPlan: handoffPlan{step: 1 + r.Int64N(maxStep), allHeld: r.IntN(2) == 0},
 		writes:      1 + r.Int64N(maxStep),
-		epoch:       fmt.Sprintf("%x.%d", r.Uint64(), r.Int64()), keptUnknown: r.IntN(4) == 0,
-		members: map[string]memberID{},
+		epoch:       fmt.Sprintf("%x.%d", r.Uint64(), r.Int64()),
+		members:     map[string]memberID{},
 	}
+	p.oldestSince = planStep{fmt.Sprintf("%x.%d", r.Uint64(), r.Int64()), 1 + r.Int64N(p.step)}
 	for i := range r.IntN(4) {
 		id := memberID{UID: fmt.Sprintf("%x-%x", r.Uint32(), r.Uint32()), Instance: anyInstance}
 		if r.IntN(2) == 0 {
@@ -81,7 +82,7 @@ func TestObjectRoundTrip(t *testing.T) {
 	}
 }
 
-const goodPlan = `{"version":1,"epoch":"e","writes":9,"step":7,"members":{"r":{"uid":"u","instance":"i"}},` +
+const goodPlan = `{"version":2,"epoch":"e","writes":9,"step":7,"oldestSince":{"epoch":"d","step":6},"members":{"r":{"uid":"u","instance":"i"}},` +
 	`"records":[{"content":"00000000000000aa"},{"content":"00000000000000bb",` +
 	`"before":{"upto":"0000000000000000"},"after":{"upto":"8000000000000000","away":[1,2]}}],` +
 	`"backends":{"count":4,"uid":"s","generation":3}}`
@@ -96,10 +97,13 @@ func TestPlanFaults(t *testing.T) {
 		{goodPlan, `[]`, `plan is "[]", want the JSON of a plan`},
 		{goodPlan, goodPlan + `{}`, `want one JSON value`},
 		{goodPlan, strings.Repeat(" ", maxPlan) + goodPlan, `at most 524288 bytes`},
-		{`"version":1`, `"version":2`, `version of the plan is "2", want 1`},
-		{`"version":1`, `"version":"1"`, `version of the plan is "\"1\"", want 1`},
-		{`"version":1,`, ``, `version of the plan is "", want 1`},
-		{goodPlan, `{"version":2,"records":7}`, `version of the plan is "2", want 1`},
+		{`"version":2`, `"version":1`, `version of the plan is "1", want 2`},
+		{`"version":2`, `"version":"2"`, `version of the plan is "\"2\"", want 2`},
+		{`"version":2,`, ``, `version of the plan is "", want 2`},
+		{goodPlan, `{"version":3,"records":7}`, `version of the plan is "3", want 2`},
+		{`"oldestSince"`, `"since"`, `step of oldestSince is "0", want 1 to 7`},
+		{`"step":6`, `"step":8`, `step of oldestSince is "8", want 1 to 7`},
+		{`"epoch":"d"`, `"epoch":""`, `epoch of oldestSince is "", want 1 to 128 letters`},
 		{`"step"`, `"steps"`, `step is "0", want 1 to`},
 		{`"epoch":"e"`, `"epoch":""`, `epoch is "", want 1 to 128 letters`},
 		{`"epoch":"e"`, `"epoch":"e f"`, `epoch is "e f", want`},
@@ -171,7 +175,7 @@ func TestAnswerFaults(t *testing.T) {
 // when it is written and read again.
 func FuzzHandoffObject(f *testing.F) {
 	f.Add(goodPlan, "i e 7 00000000000000aa 8000000000000000/away=1,2/removed=0 12")
-	f.Add(`{"version":1,"epoch":"e","writes":1,"step":1,"members":{},"records":[{"content":"0000000000000000"}]}`, "i - 0 - blank 0")
+	f.Add(`{"version":2,"epoch":"e","writes":1,"step":1,"oldestSince":{"epoch":"e","step":1},"members":{},"records":[{"content":"0000000000000000"}]}`, "i - 0 - blank 0")
 	f.Fuzz(func(t *testing.T, plan, line string) {
 		data := map[string]string{planKey: plan, answerKeyPrefix + "a": line}
 		o := readHandoffObject("u", "1", data)

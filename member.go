@@ -304,27 +304,26 @@ func (m *member) table(content uint64) *table {
 }
 
 // oldestTable returns the table of next's oldest record, nil if it is not known. In it
-// each kept namespace has the owner that it had when the record became the oldest one. A
-// table does not store that, and members must agree on it. A member knows it from its
-// view before; a router that was no member then does not.
+// each kept namespace has the owner that it had before the record became the oldest one. A
+// table does not store that, and members must agree on it. A member knows it if its view
+// before has the same oldest record, or is of the steps right before it. Whoever does not
+// know it takes no owner: a router that was no member then, and after a reset also a
+// member that had come further than the router that has reset the plan.
 func (m *member) oldestTable(next *memberView) *table {
 	t, prev := next.tables[0], m.view
 	if t == nil {
 		return nil
 	}
-	nobody := func(string) int { return unresolved }
-	if prev == nil || !prev.mustAnswer || !next.mustAnswer || next.plan.keptUnknown {
-		return t.withKept(nobody)
+	since := next.plan.oldestSince
+	if prev != nil && prev.mustAnswer && next.mustAnswer {
+		switch was := prev.plan.oldestSince; {
+		case since == was && prev.tables[0] != nil:
+			return prev.tables[0]
+		case since.Epoch == prev.plan.epoch && since.Step > prev.step:
+			return t.withKept(prev.after)
+		}
 	}
-	becameOldest := prev.records[0].content != t.contentHash ||
-		len(next.records) == 1 && len(prev.records) > 1
-	switch {
-	case becameOldest:
-		return t.withKept(prev.after)
-	case prev.tables[0] == nil:
-		return t.withKept(nobody)
-	}
-	return prev.tables[0]
+	return t.withKept(func(string) int { return unresolved })
 }
 
 // answer returns what this router says of the view's step once nothing of it is left.
@@ -532,8 +531,11 @@ func (m *member) writeStep(s *decisionInput) decision {
 	}
 	at = latest(at, m.turn(s, writers))
 	p := *v.plan
-	p.handoffPlan, p.keptUnknown = *next, false
+	p.handoffPlan = *next
 	p.step = stepAbove(m.highestStep, s.now)
+	if allBlank || len(next.records) == 1 && len(v.records) > 1 {
+		p.oldestSince = planStep{p.epoch, p.step}
+	}
 	return m.writePlan(s, &p, nil, at, fmt.Sprintf("step %d", p.step))
 }
 
@@ -599,7 +601,7 @@ func (m *member) bootstrap(s *decisionInput) decision {
 		return d
 	}
 	p := &sharedPlan{backends: s.backends, members: map[string]memberID{}}
-	p.allHeld, p.keptUnknown = true, true
+	p.allHeld = true
 	var writers []string
 	for _, name := range slices.Sorted(maps.Keys(s.list.pods)) {
 		pod := s.list.pods[name]
@@ -617,6 +619,7 @@ func (m *member) bootstrap(s *decisionInput) decision {
 	}
 	p.records = []planRecord{{content: m.newest.contentHash}}
 	m.startEpoch(p, s)
+	p.oldestSince = planStep{p.epoch, p.step}
 	first := stepAnswer{
 		instance: m.instance, epoch: p.epoch, step: p.step,
 		content: a.content, next: mark{upto: allPlaces},
@@ -657,7 +660,8 @@ func (m *member) needsList(s *decisionInput) (d decision, ok bool) {
 
 // reset writes a new plan when the one in the object does not follow from ours: a new
 // epoch with the owners of the view. All routers that may have a session are its members.
-// All namespaces are held until all members have answered.
+// All namespaces are held until all members have answered. The view of a router that is no
+// member may be old, so it does not say who has the kept namespaces.
 func (m *member) reset(s *decisionInput) decision {
 	v := m.view
 	if at := m.turn(s, slices.Collect(maps.Keys(v.plan.members))); s.now.Before(at) {
@@ -667,9 +671,10 @@ func (m *member) reset(s *decisionInput) decision {
 		return d
 	}
 	p := &sharedPlan{members: m.mergeMembers(s), backends: v.plan.backends}
-	p.allHeld, p.keptUnknown = true, !v.mustAnswer
-	p.records = v.doneRecords()
-	m.startEpoch(p, s)
+	p.allHeld, p.records, p.oldestSince = true, v.doneRecords(), v.plan.oldestSince
+	if m.startEpoch(p, s); !v.mustAnswer {
+		p.oldestSince = planStep{p.epoch, p.step}
+	}
 	return m.writePlan(s, p, nil, s.now, "reset the plan")
 }
 

@@ -310,7 +310,7 @@ func (w *modelWorld) count(write *handoffWrite) {
 	if p.allHeld {
 		w.seen["plan held"]++
 	}
-	if p.keptUnknown {
+	if p.allHeld && p.oldestSince == (planStep{p.epoch, p.step}) {
 		w.seen["plan without kept"]++
 	}
 	for i := range p.records {
@@ -943,15 +943,86 @@ func TestResetCountsAllPods(t *testing.T) {
 	}
 }
 
-// A router that never joined resets the plan to a table with an invalid entry, while a step
-// that moves its namespace has come to one member and not to the other. They do not agree
-// on the owner that the namespace had, so nobody may say it.
+// toOneOf lets both routers go on, one after the other, until the plan has so many tables,
+// and then only seer, so that the other one goes by the plan before.
+func (w *modelWorld) toOneOf(seer, other *modelRouter, tables int) {
+	for i := 0; len(w.object.plan.records) != tables; i++ {
+		w.catchUp([]*modelRouter{seer, other}[i%2])
+		w.now = w.now.Add(100 * time.Millisecond)
+	}
+	for len(seer.inbox) > 0 {
+		w.receive(seer)
+	}
+	w.act(seer)
+}
+
+// resetBy empties the object, and has resetter reset the plan before the others do. It
+// returns the first violation after that, or "".
+func (w *modelWorld) resetBy(resetter *modelRouter) (bad string) {
+	w.store(w.object.uid, map[string]string{})
+	for range 5 {
+		w.catchUp(resetter)
+		w.now = w.now.Add(time.Second)
+	}
+	for range 20 {
+		for _, r := range slices.Backward(w.routers) { // who had come furthest is the last
+			w.openAll(r)
+			w.catchUp(r)
+			bad = cmp.Or(bad, w.violation())
+		}
+		w.now = w.now.Add(time.Second)
+	}
+	return bad
+}
+
+// sinceTheStepBefore has a reset say that its oldest table has become the oldest only after
+// the last step of the resetter's view. Who has seen the next step takes that for the end of
+// it.
+func sinceTheStepBefore(_ *modelWorld, r *modelRouter, d *decision) {
+	if strings.HasPrefix(d.why, "reset") {
+		changePlan(d, func(p *sharedPlan) { p.oldestSince = planStep{r.view.plan.epoch, p.step} })
+	}
+}
+
+// A step that moves a namespace, which the table before keeps, has come to one member and
+// not to the other, which resets the plan to the table before. The one that had seen the
+// step must not take the next owner for the previous one.
+func TestResetByLaggingMember(t *testing.T) {
+	for _, forgets := range []bool{false, true} {
+		rules := modelRules{}
+		if forgets {
+			rules.decision = sinceTheStepBefore
+		}
+		w := newScene(2, rules, to("backend-0"))
+		a, b := w.routers[0], w.routers[1]
+		w.edit(to("unreadable"))
+		w.drive(a, b)
+		w.openAll(b)
+		w.edit(to("backend-1"))
+		w.readEdit(a)
+		w.readEdit(b)
+		w.toOneOf(a, b, 2)
+		if len(a.view.records) != 2 || len(b.view.records) != 1 {
+			t.Fatalf("%d and %d records, want that one has seen the step", len(a.view.records), len(b.view.records))
+		}
+		b.inbox = nil // it was cut off
+		if bad := w.resetBy(b); (bad != "") != forgets {
+			t.Errorf("forgets %t: %q after\n%s", forgets, bad, strings.Join(w.trace, "\n"))
+		}
+	}
+}
+
+// A router that never joined resets the plan to an old table with an invalid entry. One
+// member still has that table as its oldest one, and the other has moved the namespace. They
+// do not agree on the owner that it had, so nobody may say it.
 func TestResetByOutsider(t *testing.T) {
 	for _, forgets := range []bool{false, true} {
 		rules := modelRules{}
 		if forgets {
-			rules.decision = func(_ *modelWorld, _ *modelRouter, d *decision) {
-				changePlan(d, func(p *sharedPlan) { p.keptUnknown = false })
+			rules.decision = func(_ *modelWorld, r *modelRouter, d *decision) {
+				if strings.HasPrefix(d.why, "reset") {
+					changePlan(d, func(p *sharedPlan) { p.oldestSince = r.view.plan.oldestSince })
+				}
 			}
 		}
 		w := newScene(2, rules, to("backend-0"))
@@ -960,36 +1031,17 @@ func TestResetByOutsider(t *testing.T) {
 		w.drive(a, b)
 		outsider := w.addRouter() // it sees the plan, and has no table yet, so it does not join
 		w.catchUp(outsider)
-		w.openAll(b)
 		w.edit(to("backend-1"))
 		w.readEdit(a)
 		w.readEdit(b)
-		for i := 0; len(w.object.plan.records) == 1; i++ {
-			w.catchUp(w.routers[i%2])
-			w.now = w.now.Add(100 * time.Millisecond)
-		}
-		for len(a.inbox) > 0 {
-			w.receive(a)
-		}
-		w.act(a)
-		if len(a.view.records) != 2 || len(b.view.records) != 1 {
-			t.Fatalf("%d and %d records, want that one has seen the step", len(a.view.records), len(b.view.records))
+		w.toOneOf(a, b, 2)
+		w.toOneOf(a, b, 1)
+		w.openAll(a)
+		if len(a.view.records) != 1 || len(b.view.records) != 2 {
+			t.Fatalf("%d and %d records, want that one has seen the end", len(a.view.records), len(b.view.records))
 		}
 		outsider.inbox = nil // it was cut off
-		w.store(w.object.uid, map[string]string{})
-		for range 5 { // it resets the plan before the members do
-			w.catchUp(outsider)
-			w.now = w.now.Add(time.Second)
-		}
-		bad := ""
-		for range 20 {
-			for _, r := range []*modelRouter{a, b, outsider} {
-				w.catchUp(r)
-				bad = cmp.Or(bad, w.violation())
-			}
-			w.now = w.now.Add(time.Second)
-		}
-		if (bad != "") != forgets {
+		if bad := w.resetBy(outsider); (bad != "") != forgets {
 			t.Errorf("forgets %t: %q after\n%s", forgets, bad, strings.Join(w.trace, "\n"))
 		}
 	}
@@ -1091,7 +1143,7 @@ func TestPlanOfAnotherVersion(t *testing.T) {
 	w, r, s := rested(2)
 	own, view := maps.Clone(w.data), r.view
 	data := maps.Clone(w.data)
-	data[planKey] = `{"version":2,"records":"of another kind"}`
+	data[planKey] = `{"version":3,"records":"of another kind"}`
 	w.store(w.object.uid, data)
 	s.object = w.object
 	starts := newMember("r9", "u9", "i9")
@@ -1099,7 +1151,7 @@ func TestPlanOfAnotherVersion(t *testing.T) {
 	for _, m := range []*member{r.member, starts} {
 		for _, s.leaving = range []bool{false, true} {
 			d := m.decide(s)
-			if d.action != actWait || !strings.Contains(d.why, `version of the plan is "2", want 1`) {
+			if d.action != actWait || !strings.Contains(d.why, `version of the plan is "3", want 2`) {
 				t.Errorf("%s decides to %d: %s", m.name, d.action, d.why)
 			}
 		}
