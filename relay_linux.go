@@ -580,15 +580,11 @@ func (p *poller) continueClose(s *session) {
 	for i := range h.flushed {
 		h.flushed[i] = h.stopped[i] && s.unsent[i] == nil
 	}
-	unreachable := s.writeFailed == [2]bool{true, true}
-	if unreachable {
-		h.cut.Store(true)
-	}
-	switch over := h.progress(&s.frames) || unreachable; {
-	case over && h.cut.Load():
-		p.end(s, causeNone)
-	case over:
+	switch over := h.progress(&s.frames); {
+	case h.complete.Load():
 		p.endWhole(s, causeNone)
+	case over, s.writeFailed == [2]bool{true, true}:
+		p.end(s, causeNone)
 	}
 }
 

@@ -300,7 +300,7 @@ func (s *session) continueClose(from side, err error) bool {
 	s.mu.Lock()
 	h := s.closing
 	h.flushed[from] = h.stopped[from]
-	over := h.progress(&s.frames)
+	over := !s.over && h.progress(&s.frames) // after the end both reads fail
 	s.mu.Unlock()
 	if over {
 		s.end(causeNone)

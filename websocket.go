@@ -278,7 +278,7 @@ const maxCloseFrame = 2 + maskKey + maxControlPayload
 // frames or has ended within one, there is nothing to wait for: the relay ends the
 // session.
 //
-// The lock that guards the session's sockets guards all fields but cut. Arrays are
+// The lock that guards the session's sockets guards all fields but complete. Arrays are
 // indexed by the side from which the bytes come.
 type closingHandshake struct {
 	frames         [2][]byte   // the Close frame that ends the stream to the side's peer
@@ -288,7 +288,8 @@ type closingHandshake struct {
 	ended          [2]bool     // the side has ended its stream
 	messageOverdue bool        // the client's time to end its message is over
 	answerOverdue  bool        // the backend's time to answer is over
-	cut            atomic.Bool // the session ended before both sides had answered
+	complete       atomic.Bool // both sides have answered, or ended, and got all they should get
+	gaveUp         bool        // the backend did not answer and was reset
 	timer          *time.Timer // of the present part of the session's closeTimeout
 	onEnd          func(cut bool)
 }
@@ -334,11 +335,10 @@ func (h *closingHandshake) start(ended [2]bool, timeout time.Duration, overdue f
 }
 
 // expire is called at the end of one part of timeout. It reports whether that was
-// the last one: the caller ends the session then, which counts as cut.
+// the last one: the caller ends the session then.
 func (h *closingHandshake) expire(timeout time.Duration) (last bool) {
 	switch {
 	case h.answerOverdue:
-		h.cut.Store(true)
 		return true
 	case h.messageOverdue:
 		h.answerOverdue = true
@@ -358,14 +358,14 @@ func (h *closingHandshake) giveUpBackend(f *frameScanner) bool {
 	if !h.answerOverdue || !h.sent[backendSide] || h.ended[backendSide] || f.closed() {
 		return false
 	}
-	h.cut.Store(true)
+	h.gaveUp = true
 	h.ended[backendSide], h.stopped[clientSide], h.flushed[clientSide] = true, true, true
 	return true
 }
 
 // progress reports whether the caller has to end the session: both sides have
-// answered and got all they should get, or one of them never will. In the latter
-// case the session counts as cut.
+// answered and got all they should get, or one of them never will. Only in the former
+// case, and with a backend that was not reset, is the handshake complete.
 func (h *closingHandshake) progress(frames *[2]frameScanner) (over bool) {
 	answered, hopeless := true, false
 	for i := range frames {
@@ -373,19 +373,20 @@ func (h *closingHandshake) progress(frames *[2]frameScanner) (over bool) {
 		answered = answered && h.flushed[i] && (h.ended[i] || f.closed())
 		hopeless = hopeless || !h.stopped[i] && (h.ended[i] || f.broken())
 	}
-	if hopeless {
-		h.cut.Store(true)
+	if answered && !h.gaveUp {
+		h.complete.Store(true)
 	}
 	return answered || hopeless
 }
 
-// end stops the timer, calls onEnd and returns whether the session was cut. It
-// is called once, when the session is over.
+// end stops the timer, calls onEnd and returns whether the session was cut: it ended, for
+// any reason, before the handshake was complete. It is called once, when the session is
+// over.
 func (h *closingHandshake) end() (cut bool) {
 	if h.timer != nil {
 		h.timer.Stop()
 	}
-	cut = h.cut.Load()
+	cut = !h.complete.Load()
 	if h.onEnd != nil {
 		h.onEnd(cut)
 	}

@@ -923,6 +923,8 @@ func TestCloseGracefullyBounds(t *testing.T) {
 				steps{halfCloses(client), hasEnd(backend)}, steps{clientIsClosed, hasEnd(client)}, half, true},
 			"the backend has ended": {steps{halfCloses(backend), hasEnd(client)},
 				steps{backendIsClosed, closesConn(client)}, none, false},
+			"the router fails": {nil, steps{backendIsClosed, func(_ *testing.T, s relayed) { s.end(causeRouterError) },
+				isCut(client), isCut(backend)}, none, true},
 		} {
 			t.Run(name, func(t *testing.T) {
 				t.Parallel()
