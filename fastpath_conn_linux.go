@@ -182,7 +182,6 @@ func (c *fastConn) admit() bool {
 	if c.request = c.parseUpgrade(); c.request == nil {
 		return false
 	}
-	c.fastPath.proxy.removeForwarded(c.request)
 	upgrade, refused := c.fastPath.proxy.admit(c.request)
 	if refused != nil {
 		return false
@@ -197,6 +196,7 @@ func (c *fastConn) parseUpgrade() *http.Request {
 	if r != nil {
 		r.RemoteAddr, c.earlyAt = c.remoteAddr.String(), size
 		r.TLS = c.tls.state()
+		c.fastPath.proxy.removeForwarded(r)
 	}
 	return r
 }

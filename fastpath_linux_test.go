@@ -502,6 +502,25 @@ func TestProcessFastPathInterrupted(t *testing.T) {
 	}
 }
 
+// The request of a client that has waited for its owner is read a second time. What a peer
+// that is no proxy has invented does not go on then, either.
+func TestFastPathForwardedFromAfterWait(t *testing.T) {
+	addr := freeAddr(t)
+	p := startProxy(t, []string{addr}, map[string]string{}, func(p *proxy) {
+		p.forwardedFrom = &trustedProxies{}
+		must(t, p.forwardedFrom.Set("10.0.0.0/8"))
+	})
+	conn := dial(t, p.addr)
+	mustWrite(t, conn, strings.Replace(upgradeRequest("/ws/ns-01"), "\r\n\r\n", "\r\nX-Forwarded-For: 203.0.113.9\r\n"+
+		"x-forwarded-proto: invented\r\nX-Forwarded-Host: invented\r\n\r\n", 1))
+	p.waitHeld(t, 1)
+	backend := startStub(t, addr, answer(fine))
+	eventually(t, "requests", 1, func() int { return len(backend.heads()) })
+	if head := backend.heads()[0]; strings.Contains(head, "invented") || strings.Contains(head, "203.0.113.9") {
+		t.Errorf("what the client invented is in\n%s", head)
+	}
+}
+
 // An owner that refuses, and one whose connection is made late, are waited for.
 func TestFastPathDial(t *testing.T) {
 	t.Run("refused", func(t *testing.T) {
