@@ -246,7 +246,11 @@ func (a *admin) whyNotReady() []string {
 		why = append(why, errDraining.Error())
 	}
 	if a.proxy.tables.table() == nil {
-		why = append(why, a.whyNoTable()...)
+		noTable := a.whyNoTable()
+		if len(noTable) == 0 {
+			noTable = []string{"there is no routing table yet"}
+		}
+		why = append(why, noTable...)
 	}
 	if missing := a.proxy.mover.whyNotReady(); missing != "" {
 		why = append(why, missing)
@@ -337,7 +341,7 @@ func (a *admin) watchers() (all []objectWatcher) {
 type ownership struct {
 	Namespace string      `json:"namespace"`
 	Key       string      `json:"key,omitempty"`          // of its overrides, if it is another text
-	Owner     string      `json:"owner,omitempty"`        // "" if the namespace is refused
+	Owner     string      `json:"owner,omitempty"`        // "" if the namespace is refused, or the owner not known
 	HeldBy    int64       `json:"held_by_step,omitempty"` // clients wait until previous is over
 	Previous  string      `json:"previous,omitempty"`     // owner until the step is done
 	Next      string      `json:"next,omitempty"`         // in the newest table, if it is not the owner yet
@@ -356,7 +360,7 @@ type ownership struct {
 	Sessions  int         `json:"sessions"`         // open, in this router, or with all=1 in all
 
 	// With all=1 only.
-	Agree   *bool          `json:"agree,omitempty"` // all that answered have the same owner
+	Agree   *bool          `json:"agree,omitempty"` // all that know the owner have the same one
 	Routers []routerOwner  `json:"routers,omitempty"`
 	Silent  []silentRouter `json:"silent,omitzero"`
 }
@@ -420,13 +424,16 @@ func (a *admin) ownerOfAll(w http.ResponseWriter, r *http.Request, one http.Hand
 	if replies[0].err != nil && sum.Owner != "" {
 		sum.Error = "not dialled, as this router does not know the owner"
 	}
-	agree := true
+	owners := map[string]bool{}
 	for _, o := range all {
 		sum.Sessions += o.Sessions
-		agree = agree && o.Owner == all[0].Owner
+		if o.Owner != "" || o.Next == "" { // else it does not know the owner, and admits nobody
+			owners[o.Owner] = true
+		}
 		sum.Routers = append(sum.Routers, routerOwner{
 			o.Router, o.Owner, o.HeldBy, o.Previous, o.Next, o.Why, o.Sessions, o.Stamp})
 	}
+	agree := len(owners) <= 1
 	sum.Agree = &agree
 	writeJSON(w, http.StatusOK, sum)
 }
@@ -532,6 +539,9 @@ func (a *admin) addHandoff(o *ownership, inTable int, namespace string) (ordinal
 	case now.state == stateOwned && now.owner != inTable:
 		o.Next, o.Owner = o.Owner, m.relay.backendName(now.owner)
 		return now.owner
+	case now.state == stateNotKnown || now.state == stateNoTable:
+		o.Next, o.Owner, o.Error = o.Owner, "", m.whyNotReady()
+		return unresolved
 	}
 	return inTable
 }

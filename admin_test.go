@@ -329,6 +329,18 @@ func TestStatusOfAStep(t *testing.T) {
 	contains("/metrics", `router_handoff_waiting_seconds{for="backend-0"} 0`+"\n")
 }
 
+// A router that is not a member of the hand-off knows its table, and not who the owner is.
+func TestOwnerOutside(t *testing.T) {
+	p := startProxy(t, []string{"127.0.0.1:1"}, map[string]string{}, outside)
+	a := &admin{proxy: p.proxy, fdLimit: wideDescriptorLimit(t), logQueue: newLogQueue(io.Discard), started: time.Now()}
+	eventually(t, "/owner", true, func() bool {
+		body, err := io.ReadAll(answered(a, "/owner?namespace=ns-01").Body)
+		must(t, err)
+		return strings.HasPrefix(string(body), `{"namespace":"ns-01","next":"backend-0","why":"hash","ready":false,`+
+			`"error":"the hand-off: ConfigMap edge/hand-off has not been read yet",`)
+	})
+}
+
 func TestReadyzWhileDraining(t *testing.T) {
 	a, update := adminOf(t, "127.0.0.1:1")
 	wantReadyz := func(status int, want string) {

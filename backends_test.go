@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"math"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
@@ -499,6 +500,42 @@ func TestUpgradeLimit(t *testing.T) {
 		}
 		if all, _ := p.inUse(0); all != 0 || len(p.byBackend) != 0 || p.pooled != 0 {
 			t.Errorf("%+v: %d places after all have left, %d backends, %d of the pool", shape, all, len(p.byBackend), p.pooled)
+		}
+	}
+}
+
+// All requests whose owner is not known have one place together, and what the pool has.
+func TestUpgradeLimitOfUnknownOwners(t *testing.T) {
+	var p pendingLimit
+	for i := range 51 {
+		if _, _, ok := p.acquire([]int{unresolved, ownerNotKnown}[i%2], 2, 100); !ok {
+			break
+		}
+	}
+	if _, _, ok := p.acquire(ownerNotKnown, 2, 100); ok {
+		t.Error("requests whose owners are not known take the shares of backends")
+	}
+	for backend := range 2 {
+		for i := range 25 {
+			if _, _, ok := p.acquire(backend, 2, 100); !ok {
+				t.Fatalf("backend-%d is refused place %d of its share", backend, i)
+			}
+		}
+	}
+	if all, _ := p.inUse(0); all > 101 {
+		t.Errorf("%d places are taken, want at most the limit and one more", all)
+	}
+}
+
+// Any limit of the flag bounds the heads, also the largest.
+func TestHeadLimit(t *testing.T) {
+	for _, limit := range []int{1, 5000, math.MaxInt / headBytesPerUpgrade, math.MaxInt} {
+		var p pendingLimit
+		if !p.reserveHead(headBytesPerUpgrade, limit) {
+			t.Errorf("limit %d: a head of average size is refused", limit)
+		}
+		if ok := p.reserveHead(1, limit); ok == (limit == 1) {
+			t.Errorf("limit %d: one byte more is allowed: %t", limit, ok)
 		}
 	}
 }

@@ -794,6 +794,8 @@ func printOwner(w io.Writer, namespace string, o ownership) {
 	switch {
 	case o.HeldBy != 0:
 		fmt.Fprintf(w, "\theld by step %d until its sessions and requests with %s are over\n", o.HeldBy, o.Previous)
+	case o.Next != "" && o.Owner == "":
+		fmt.Fprintf(w, "\t%s in the table of this router, which does not know the owner\n", o.Next)
 	case o.Next != "":
 		fmt.Fprintf(w, "\tmoves to %s later in this change\n", o.Next)
 	}

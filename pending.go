@@ -31,12 +31,12 @@ func (l *pendingLimit) acquire(ordinal, count, limit int) (all, own int, ok bool
 	defer l.mu.Unlock()
 	if share := max(1, limit/2/count); share != l.share {
 		l.share, l.pooled = share, 0
-		for _, taken := range l.byBackend {
-			l.pooled += max(0, taken-share)
+		for backend, taken := range l.byBackend {
+			l.pooled += l.beyondShare(backend, taken)
 		}
 	}
-	free := limit - l.share*count - l.pooled
-	if taken := l.byBackend[ordinal]; taken >= l.share && taken-l.share >= free {
+	free, taken := limit-l.share*count-l.pooled, l.byBackend[ordinal]
+	if l.beyondShare(ordinal, taken+1) > max(0, free) {
 		return l.total, taken, false
 	}
 	l.add(ordinal, 1)
@@ -72,11 +72,21 @@ func (l *pendingLimit) add(ordinal, n int) {
 		l.byBackend = map[int]int{}
 	}
 	before := l.byBackend[ordinal]
-	l.pooled += max(0, before+n-l.share) - max(0, before-l.share)
+	l.pooled += l.beyondShare(ordinal, before+n) - l.beyondShare(ordinal, before)
 	l.total += n
 	if l.byBackend[ordinal] = before + n; before+n == 0 {
 		delete(l.byBackend, ordinal)
 	}
+}
+
+// beyondShare returns how many of so many places are beyond the share of the backend with
+// this ordinal. All requests whose owner is not known, with a negative ordinal, have one.
+// The caller holds mu.
+func (l *pendingLimit) beyondShare(ordinal, taken int) int {
+	if ordinal < 0 {
+		return max(0, taken-1)
+	}
+	return max(0, taken-l.share)
 }
 
 // inUse returns how many places are taken, in all and by the backend.
@@ -91,7 +101,7 @@ func (l *pendingLimit) inUse(ordinal int) (all, own int) {
 func (l *pendingLimit) reserveHead(n, limit int) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if n > 0 && l.headBytes+n > limit*headBytesPerUpgrade {
+	if n > 0 && (l.headBytes+n-1)/headBytesPerUpgrade >= limit { // limit may be any number
 		return false
 	}
 	l.headBytes += n

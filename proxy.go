@@ -498,13 +498,15 @@ func (p *proxy) reserve(namespace string) (*pendingRequest, *refusal) {
 	if refused != nil {
 		return nil, refused
 	}
-	limit := p.limits.pendingUpgrades
-	backends := p.tables.table().active.count
-	all, own, acquired := p.pendingUpgrades.acquire(assigned.owner, backends, limit)
+	t, limit := p.tables.table(), p.limits.pendingUpgrades
+	if t == nil { // the router has seen the plan of the others before its own table
+		return nil, refuseNoTable()
+	}
+	all, own, acquired := p.pendingUpgrades.acquire(assigned.owner, t.active.count, limit)
 	if !acquired {
 		return nil, refuse(resultMaxPending,
 			"%d requests to %s are pending, and it may have no more of the limit of %d; %d in all",
-			own, p.backends.name(assigned.owner), limit, all)
+			own, p.ownerName(assigned.owner), limit, all)
 	}
 	u := &pendingRequest{limit: &p.pendingUpgrades, holds: p.holdDurations,
 		began: time.Now(), namespace: namespace, assignment: assigned}
@@ -541,8 +543,23 @@ func (p *proxy) waitForOldPod(ctx context.Context, u *pendingRequest) error {
 		return nil
 	case <-ctx.Done():
 		return fmt.Errorf("%q still has a session with the previous pod of %s",
-			u.namespace, p.backends.name(u.owner))
+			u.namespace, p.ownerName(u.owner))
 	}
+}
+
+// refuseNoTable refuses a request that nobody can find an owner for yet.
+func refuseNoTable() *refusal {
+	return refuse(resultNoTable,
+		"the router has no routing table yet, or no plan of the hand-off: /readyz says why")
+}
+
+// ownerName returns the name of the owner with this ordinal, for people. A negative one is
+// not known: see assignment.
+func (p *proxy) ownerName(ordinal int) string {
+	if ordinal < 0 {
+		return "an owner that is not known here"
+	}
+	return p.backends.name(ordinal)
 }
 
 // owner returns the backend that owns the namespace, or the next one if it is held.
@@ -550,7 +567,7 @@ func (p *proxy) owner(namespace string) (assignment, *refusal) {
 	a := p.mover.assign(namespace)
 	switch a.state {
 	case stateNoTable:
-		return a, refuse(resultNoTable, "no overrides have been read yet")
+		return a, refuseNoTable()
 	case stateUnresolved:
 		return a, refuse(resultUnresolved,
 			"the override of %q is invalid or conflicts with another, and its previous owner is not known: see /owner",
@@ -570,6 +587,9 @@ func (p *proxy) unreachableError(
 		return refused.result, refused
 	case errors.Is(holdCtx.Err(), context.Canceled):
 		refused = contextRefusal(holdCtx)
+	case backend < 0:
+		refused = refuse(resultHoldTimeout, "the owner was not known within %s: %s",
+			p.limits.holdTimeout, cmp.Or(p.mover.whyNotReady(), err.Error()))
 	case misdirected != nil || errors.Is(err, errMisdirected):
 		refused = refuse(resultMisdirected,
 			"%s could not be reached within %s: %v; last error: %v", p.backends.name(backend),

@@ -128,6 +128,61 @@ func TestProxyForwardsTheRequest(t *testing.T) {
 	}
 }
 
+// outside puts a view in force as a router has it that is not a member of the hand-off.
+func outside(p *proxy) {
+	p.mover.useMembership(newMembership(kubeClient{}, "edge", "hand-off", "router-x", "uid", "a=b", p.log))
+	p.mover.current.Store(&view{handoffPlan: &handoffPlan{records: []planRecord{{}}}, tables: []*table{nil}, admitsNone: true})
+}
+
+// anyRequests are an upgrade in both ways, and a plain request.
+func anyRequests(path string) map[string]string {
+	requests := bothWays(path)
+	requests["no upgrade"] = plainRequest(path)
+	return requests
+}
+
+// waitReason waits for the log line of a request of anyRequests that failed.
+func (p *testProxy) waitReason(t *testing.T, way, reason string) {
+	t.Helper()
+	message := "upgrade failed"
+	if way == "no upgrade" {
+		message = "request failed"
+	}
+	if got := fmt.Sprint(p.tail.wait(t, message, 1)["reason"]); !strings.Contains(got, reason) {
+		t.Errorf("the reason is %q, want %q in it", got, reason)
+	}
+}
+
+// A router may see the plan of the others before it has a table of its own.
+func TestPlanBeforeTable(t *testing.T) {
+	for way, request := range anyRequests("/ws/ns-01") {
+		t.Run(way, func(t *testing.T) {
+			p := startProxy(t, []string{"127.0.0.1:1"}, nil, outside)
+			_, _, resp := p.ask(t, request)
+			wantEqual(t, "status", resp.StatusCode, 503)
+			p.waitReason(t, way, "the router has no routing table yet")
+			wantEqual(t, "requests that are pending", p.underWay(), 0)
+		})
+	}
+}
+
+// A router that is not a member of the hand-off does not know the owner. Clients wait for
+// that, and the log names no backend.
+func TestOwnerNotKnownHere(t *testing.T) {
+	for way, request := range anyRequests("/ws/ns-01") {
+		t.Run(way, func(t *testing.T) {
+			p := startProxy(t, []string{"127.0.0.1:1"}, map[string]string{}, func(p *proxy) {
+				outside(p)
+				p.limits.holdTimeout = 50 * time.Millisecond
+			})
+			_, _, resp := p.ask(t, request)
+			wantEqual(t, "status", resp.StatusCode, 503)
+			p.waitReason(t, way, "the owner was not known within 50ms: the hand-off: ConfigMap edge/hand-off has not been read yet")
+			wantEqual(t, "result", p.results[resultHoldTimeout].Load()+p.forwarder.results[resultHoldTimeout].Load(), 1)
+		})
+	}
+}
+
 // TestForwardedFrom: only a proxy of -forwarded-from can say who the client is, on both ways
 // of a handshake and in a plain request.
 func TestForwardedFrom(t *testing.T) {
