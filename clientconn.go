@@ -115,8 +115,7 @@ func (c *clientConn) Read(b []byte) (int, error) {
 	for {
 		n, err := c.Conn.Read(b)
 		if errors.Is(err, io.EOF) {
-			conn, _ := unwrap(c.Conn)
-			conn, _ = takeTLS(conn)
+			conn, _ := takeTLS(c.withoutPrefix())
 			_, tcp := conn.(*net.TCPConn)
 			c.readEOF.Store(tcp) // who is before us on a Unix socket closes it when its client has left
 		}
@@ -173,8 +172,7 @@ func (c *clientConn) readProxyHeader() error {
 // beforeTLS returns the connection that the header of the PROXY protocol comes from, and
 // that between it and TLS, if the client has that.
 func (c *clientConn) beforeTLS() (*prefixedConn, *lazyTransport) {
-	conn, _ := unwrap(c.Conn)
-	if t, ok := conn.(*tlsConn); ok {
+	if t, ok := c.withoutPrefix().(*tlsConn); ok {
 		lazy := t.transport.Conn.(*lazyTransport)
 		return lazy.Conn.(*prefixedConn), lazy
 	}
@@ -214,12 +212,17 @@ func (c *clientConn) end() error {
 
 // tls returns nil for a client without TLS.
 func (c *clientConn) tls() *tlsConn {
-	conn := c.Conn
-	if prefixed, ok := conn.(*prefixedConn); ok {
-		conn = prefixed.Conn // not by unwrap: net/http reads the prefix meanwhile
-	}
-	_, t := takeTLS(conn)
+	_, t := takeTLS(c.withoutPrefix())
 	return t
+}
+
+// withoutPrefix returns the connection under the prefixed one. It does not touch the prefix,
+// which another goroutine may read meanwhile.
+func (c *clientConn) withoutPrefix() net.Conn {
+	if prefixed, ok := c.Conn.(*prefixedConn); ok {
+		return prefixed.Conn
+	}
+	return c.Conn
 }
 
 // CloseWrite is what net/http looks for to let the client read a 431 before the

@@ -406,8 +406,7 @@ func (x *exchange) stopBody(grace time.Duration) bool {
 // has none (RFC 9110 §15.2). Nor does a Unix socket get one: nginx before 1.29 takes it for
 // the answer, and gives the answer to the next request on the connection.
 func (x *exchange) pass1xx(code int, header http.Header) error {
-	conn, _ := unwrap(x.client.Conn)
-	_, unix := conn.(*net.UnixConn)
+	_, unix := x.client.withoutPrefix().(*net.UnixConn)
 	if unix || code == http.StatusContinue || !x.r.ProtoAtLeast(1, 1) {
 		return nil
 	}
@@ -443,8 +442,7 @@ func (x *exchange) setComplete() {
 // breakOff gives the request up: its answer will not be read to its end.
 func (x *exchange) breakOff(err error) {
 	x.abandonOwner()
-	conn, _ := unwrap(x.client.Conn)
-	if tcp, ok := conn.(*net.TCPConn); ok && !x.r.ProtoAtLeast(1, 1) {
+	if tcp, ok := x.client.withoutPrefix().(*net.TCPConn); ok && !x.r.ProtoAtLeast(1, 1) {
 		tcp.SetLinger(0) // a FIN would be the end of a whole answer to HTTP/1.0
 	}
 	switch cause := context.Cause(x.ctx); {
