@@ -599,7 +599,7 @@ type backendState struct {
 	Address          string `json:"address,omitempty"`
 	Ready            bool   `json:"ready"` // it takes a connection now
 	Error            string `json:"error,omitempty"`
-	OwnsNamespaces   bool   `json:"owns_namespaces"`               // it owns namespaces
+	OwnsNamespaces   bool   `json:"owns_namespaces"`               // it is one of the table's backends, also while cordoned
 	Cordoned         bool   `json:"cordoned,omitempty"`            // the hash gives it no namespaces
 	Overrides        int    `json:"overrides"`                     // how many it owns by overrides
 	Sessions         int    `json:"sessions"`                      // open in this router

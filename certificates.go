@@ -81,7 +81,7 @@ type ticketSecret struct {
 type certificateFile struct {
 	// Static after construction.
 	flag  string
-	name  string          // as the flag has it
+	name  string          // as the flag has it; with /secret if that is a directory of -tls-ticket-secret
 	names []string        // of the files, for errors
 	paths func() []string // of the files, as they are opened
 	apply func(contents []string) error

@@ -74,8 +74,9 @@ func subcommands() map[string]subcommand {
 		"uncordon": {"BACKEND", "Prints the patch of the StatefulSet that ends a cordon.",
 			nil, (*command).uncordonBackend},
 		"wait": {"", "" +
-			"Waits until no change of owners is under way on any router and no session has to move.\n" +
-			"It fails at the timeout, and when a router does not answer.",
+			"Waits until no change of owners is under way, no session has to move, the routers agree,\n" +
+			"and each replica of the StatefulSet has namespaces. It fails at the timeout, when the\n" +
+			"router that it asks does not answer, and when others are silent three times in a row.",
 			(*command).waitFlags, (*command).wait},
 	}
 }

@@ -127,8 +127,8 @@ func (c *config) flags() *flag.FlagSet {
 		"`address` for operators: / is a page for people, and there are /healthz, /readyz, /metrics,\n"+
 			"/owner, /status, /backends and /plan")
 	f.Var(&c.peers, "peers",
-		"`list` of the admin ports of the other routers, host:port,host:port,..., which answers\n"+
-			"for all routers include (default those of the pods that -router-pods selects, with\n"+
+		"`list` of the admin ports of the other routers, like host:port,host:port: answers for all\n"+
+			"routers include theirs (default those of the pods that -router-pods selects, with\n"+
 			"-handoff all; else none)")
 	f.DurationVar(&c.tcpUserTimeout, "tcp-user-timeout", time.Minute,
 		"how long a client or backend may not answer TCP before its session ends, in\n"+
@@ -143,10 +143,10 @@ func (c *config) flags() *flag.FlagSet {
 		"`addresses` of load balancers for -proxy-protocol, like 10.0.0.0/8,fd00::1, and unix for\n"+
 			"peers of a Unix socket; it has no other effect (default none)")
 	f.Var(&c.forwardedFrom, "forwarded-from",
-		"`addresses` of proxies, like -trusted-proxies: from other peers, X-Forwarded-For,\n"+
-			"X-Forwarded-Proto and X-Forwarded-Host do not go on to backends; with\n"+
-			"-proxy-protocol the peer is the client that its header names (default: from all\n"+
-			"peers, they go on; with -tls-cert, from none)")
+		"`addresses` of proxies, like -trusted-proxies, whose X-Forwarded-For, X-Forwarded-Proto and\n"+
+			"X-Forwarded-Host go on to backends; those of all other peers are removed; with\n"+
+			"-proxy-protocol the peer is the client that its header names (default: those of all\n"+
+			"peers go on, with -tls-cert those of none)")
 	c.tlsFlags(f)
 	f.StringVar(&c.backends, "backends", "",
 		"fixed `list` of backends, host:port,host:port,... in the order of their ordinals")
@@ -160,7 +160,7 @@ func (c *config) flags() *flag.FlagSet {
 	f.StringVar(&c.statefulSet, "statefulset", "backend",
 		"`name` of the StatefulSet: backends are <name>-0, <name>-1, ...")
 	f.StringVar(&c.service, "service", "headless",
-		"`name` of its headless Service: backends are at <backend>.<name>")
+		"`name` of the StatefulSet's headless Service: backends are at <backend>.<name>")
 	f.IntVar(&c.backendPort, "backend-port", 9000,
 		"`port` of the backends, without -backends")
 
@@ -254,8 +254,8 @@ func (c *config) trafficFlags(f *flag.FlagSet) {
 		"`on` or off: whether requests that are no upgrades go to the owners of their namespaces\n"+
 			"too, or are refused with 426")
 	f.DurationVar(&c.httpMoveTime, "http-move-timeout", 30*time.Second,
-		"how old such a request may become, as a download, a long poll or an event stream, when\n"+
-			"its owner has changed; then it is cut, with 0 at once")
+		"how old a plain request (a download, a long poll, an event stream) may become once the\n"+
+			"owner of its namespace has changed; then it is cut, with 0 at once")
 	c.namespaceFlags(f)
 	c.handoffFlags(f)
 
@@ -299,8 +299,8 @@ func (c *config) handoffFlags(f *flag.FlagSet) {
 		"`path` that is POSTed to the previous owner of the namespaces of a hand-off, so that it\n"+
 			"stores their state; their next owner begins after its 2xx (default none)")
 	f.DurationVar(&c.releaseMemory, "release-memory", time.Minute,
-		"how long at least, after the last session or request of a namespace, its previous owner\n"+
-			"is still asked to release it")
+		"for how long at least a namespace is remembered after its last session or request, so\n"+
+			"that its previous owner is asked to release it when it moves")
 }
 
 // parseConfig reads the flags in args, and those that are not in args from the

@@ -132,14 +132,14 @@ type replicaWatcher struct {
 	onWanted          func()           // see newReplicaWatcher
 	proveWakeup       wakeup           // of proveStored
 	log               *slog.Logger
-	// onCordonRejected is called when why the annotation is not in force changes. It must
-	// not block.
+	// onCordonRejected is called with each new reason why the annotation is not in force. It
+	// must not block.
 	onCordonRejected func(o apiObject, why string)
 
 	// Owned by run.
 	lastSet        backendSet   // the last one that onBackendsChanged got
-	wanted         *activeCount // when onWanted was last called
-	cordonRejected string       // when onCordonRejected was last called
+	wanted         *activeCount // what wantedBackends returned last
+	cordonRejected string       // what whyCordonRejected returned last; "" for nothing
 
 	// Guarded by mu.
 	mu           sync.Mutex

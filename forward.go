@@ -146,7 +146,7 @@ type exchange struct {
 
 	head    []byte   // what startPlainHead has returned, without room
 	whole   []byte   // the body, if it was read before; its length is at most maxWholeBody
-	counted bool     // in forwarder.sent
+	counted bool     // in forwarder.atOwners
 	upgrade []string // the field of the answer: a 426 needs it (RFC 9110 §15.5.22)
 	trace   *httptrace.ClientTrace
 	reverse httputil.ReverseProxy

@@ -178,9 +178,10 @@ func isRouterHeader(name string) bool {
 	return false
 }
 
-// isInvalidFieldName reports whether the name is no token (RFC 9110 §5.6.2), which
-// net/http checks in requests only: of what it lets through, one with a space, which some
-// would read as the name before that.
+// isInvalidFieldName reports whether the name has a space, which no token has (RFC 9110
+// §5.6.2): some would read only the part before it. net/http refuses all other names that are
+// no token. Its server refuses these too, but only in the head of a request: not in trailers,
+// and neither do http.ReadRequest and http.ReadResponse.
 func isInvalidFieldName(name string) bool { return strings.Contains(name, " ") }
 
 // forwardedFor returns r's X-Forwarded-For with the peer's address appended. A

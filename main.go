@@ -59,12 +59,12 @@
 //     table, the pointer is never nil. A lookup takes no lock and allocates nothing.
 //  2. A table gives a namespace one owner: the same overrides, the same number of
 //     backends and the same cordon give the same owner on every router, in every version
-//     with the same hashVersion. The owner of an invalid override depends on earlier tables
-//     too; a table's stamp, which backends get as a header, shows where two routers differ
-//     in that. While one table replaces another, a namespace never has two owners at
-//     once. Sessions count, and also requests that a backend may have received. With
-//     -handoff=all this holds for all routers together, with -handoff=single for each
-//     router by itself, with -handoff=off not at all.
+//     with the same hashVersion. Where an override is invalid, the owner of its namespace
+//     depends on earlier tables too; a table's stamp, which backends get as a header, shows
+//     where two routers differ in that. While one table replaces another, a namespace never
+//     has two owners at once. Sessions count, and also requests that a backend may have
+//     received. With -handoff=all this holds for all routers together, with -handoff=single
+//     for each router by itself, with -handoff=off not at all.
 //  3. An invalid override changes nothing: its namespace keeps its previous owner.
 //     A router that does not know the previous owner refuses the namespace. All
 //     other overrides apply. An invalid cordon changes nothing either: the last valid one
@@ -76,8 +76,8 @@
 //  5. An API server that is down changes nothing for clients. But with -handoff=all no step
 //     ends meanwhile: if one is under way, the clients of its namespaces get 503 after -hold.
 //  6. No byte of a session is lost or reordered between its 101 and its end. But a side gets
-//     nothing after the router's Close frame, and on systems other than Linux the last bytes
-//     before a reset may be lost.
+//     nothing after the router's Close frame, and with relay_portable.go (systems other than
+//     Linux, and 386) the last bytes before a reset may be lost.
 //  7. If an owner cannot be reached, its clients wait up to a bound and then get 503.
 //     They never get another backend.
 //  8. Once the relay has taken a session over, only it touches the two sockets. At the end
@@ -95,11 +95,11 @@
 //	fastPath.acceptClients    accepts a client
 //	fastPath.startClient      gives it a goroutine
 //	fastConn.serve            is that goroutine
-//	fastConn.readHead         reads the request
-//	fastConn.readProxyHeader  takes the client's address, if a header has to come before
-//	fastConn.readTLSHead      does so with -tls-cert, by the next six:
-//	fastConn.readHello        waits until the TLS handshake begins
-//	fastConn.setHandshaking   leaves it answerTime, should the router stop meanwhile
+//	fastConn.readHead         reads the request: by read, or with -tls-cert by readTLSHead
+//	fastConn.readTLSHead      reads it within TLS, by the next seven:
+//	fastConn.readHello        reads what comes first: a header, or the beginning of the handshake
+//	fastConn.readProxyHeader  (also without TLS) takes the client's address from a header
+//	fastConn.setHandshaking   leaves the handshake answerTime, should the router stop meanwhile
 //	fastConn.startTLS         does the handshake
 //	tlsServer.handshake       counts it
 //	tlsServer.compute         calls crypto/tls when it is the handshake's turn (takeTurn)
@@ -114,7 +114,7 @@
 //	fastConn.fallBack         leaves the client to net/http if one of these cannot go on
 //	fastConn.close            closes it if it is gone, or if TLS or a read has failed
 //
-// A client whose owner cannot be dialled now waits in a queue, without a goroutine:
+// A client whose owner cannot be dialled now waits in a queue, where it has no goroutine:
 //
 //	fastConn.park             begins that
 //	proxy.recheckOwner        finds the owner again, and waits for sessions with its old pod
@@ -147,13 +147,14 @@
 // Both have these. startFlight comes just before the request is sent, the others after the
 // owner's 101.
 //
-//	mover.startFlight         asks once more who the owner is
+//	proxy.startFlight         notes the flight, and the owner, that the next one returns
+//	mover.startFlight         begins a flight, and asks once more who the owner is
 //	proxy.newSession          asks again (shouldMove): until now the client can go elsewhere
 //	fastConn.respond, proxy.hijack  send the client the 101
 //	proxy.openSession         begins the session, ends the flight, and asks shouldMove again
 //	pendingRequest.uncount    ends the count of the upgrade in its limits
-//	poller.promote            gives a fastConn's place in the event loop to the session
-//	relay.startSession        in place of that: takes the connections from net/http
+//	poller.promote            (as start) gives the session a fastConn's place in the event loop
+//	relay.startSession        (as start) in place of that: takes the connections from net/http
 //	engine.assign             after startSession: chooses the poller
 //	relay.register            counts the session
 //	engine.carry              after startSession: takes the sockets from package net
@@ -161,10 +162,13 @@
 //	poller.run                is the event loop: it calls poll when there are events
 //	poller.poll               takes them
 //	poller.handleEvent        finds the session of an event
-//	poller.handle             sends what was kept, and reads
+//	poller.handle             calls the next two, as the event says
+//	poller.flushUnsent        sends a side what was kept for it
 //	poller.readReady          reads a side until nothing is left
 //	poller.readOnce           reads once, and sends that to the other side
+//	poller.spliceIn, poller.spliceOrKeep  do so for large frames, through a pipe
 //	poller.readTLS, poller.sendTLS  do so for a client with TLS
+//	poller.sendOrKeep         sends, and keeps what the other side does not take
 //	poller.sideEnded          passes the end of a side on to the other one
 //	poller.endIfDead          finds out that both have ended
 //	poller.endWhole           ends the session, after close_notify to a client with TLS
@@ -174,15 +178,28 @@
 //	poller.unlock             calls sessionEnded
 //	relay.sessionEnded        counts and logs the end
 //
+// With relay_portable.go there is no fast path and no event loop. All clients are those of
+// net/http, and each session has two goroutines. In place of fastPath, engine and poller above:
+//
+//	clientListener.Accept     gives net/http a client
+//	engine.assign             gives the session its connections
+//	engine.carry              starts a goroutine for each direction
+//	engine.copy               is that: the second one to end ends the session
+//	engine.copyFrom           reads a side until it ends, and passes that on to the other one
+//	session.scan              finds the ends of frames
+//	session.send              sends what was read to the other side
+//	session.continueClose     ends the session when its closing handshake is over
+//	session.end               closes both connections; as above, a flight may get the backend's
+//
 // A plain HTTP request, from ServeHTTP on:
 //
 //	proxy.forward             begins the exchange, and answers what is refused
 //	proxy.admitPlain          does what admit does for an upgrade
-//	exchange.serve            passes on the answer that roundTrip returns
-//	proxy.roundTrip           takes a kept connection to the owner, or dials it
-//	mover.startFlight         asks once more who the owner is, just before the request
+//	exchange.serve            passes on the answer that trip returns
+//	proxy.roundTrip           (as trip) takes a kept connection to the owner, or dials it
+//	proxy.startFlight         asks once more who the owner is, just before the request
 //	exchange.ask              sends the owner the request, and reads the head of its answer
-//	proxy.checkAnswer         says whether the owner has refused the request by 421 or 409
+//	proxy.checkAnswer         (in trip) says whether the owner has refused it by 421 or 409
 //	exchange.forget           if so, ends the flight, and lets roundTrip ask again
 //	answerBody.Read           sees the end of the answer
 //	exchange.answerOver       ends the flight and keeps the connection, or abandons both
@@ -206,15 +223,18 @@
 //	tableStore.swap           puts a new table in force
 //	newTable                  merges the contents, and decides which overrides are in force
 //	relay.setPods             another entry: a pod was replaced
-//	mover.ownersChanged       (as onSwap) wakes run
+//	mover.ownersChanged       (as onSwap) wakes run. Without -handoff=all it also puts the first
+//	                          view in force, and with -handoff=off each view
 //	mover.run                 calls prepare for a new table, and advance after each event
 //	mover.prepare             begins to move sessions to the table
 //	mover.restartSettling     sets when the table has stayed for -move-settle
 //	mover.requeue             lists the sessions that have to move
 //	moveTargets.set           starts to dial their new owners
 //	moveTargets.dial          dials a new owner until it takes a connection
+//	mover.handleDialResult    notes each result, in run
 //	mover.advance             takes all steps that can be taken: first it ends the last one
 //	mover.takeNextStep        chooses the namespaces of the next step
+//	mover.mayMove             (in startPace) says if the table has stayed, and all were dialled
 //	moveQueue.split           chooses as many as the rate allows
 //	view.next                 makes the view in which these are held
 //	mover.beginStep           puts it in force: from now on their clients wait

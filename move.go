@@ -165,7 +165,8 @@ func (m *mover) startFlight(
 
 // shouldMove reports whether the session's namespace has another owner now, or the same
 // owner with another pod. A namespace that is unresolved stays with its backend. One whose
-// owner this router does not know (ownerNotKnown) counts as one with another owner.
+// owner this router does not know (ownerNotKnown) counts as one with another owner. If the
+// router is no member of the hand-off, all count as unresolved: actEndAll ends the sessions.
 func (m *mover) shouldMove(s *session) bool {
 	owner := m.assign(s.namespace).owner
 	return owner != unresolved && owner != s.backend || m.relay.podReplaced(s)

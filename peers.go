@@ -25,7 +25,8 @@ const (
 	peerListAge   = 5 * time.Second // how long a LIST of pods is used
 )
 
-// instanceHeader has, in a question, the instance of the router that asks.
+// instanceHeader has, in a question, peers.askerID of the router that asks. It is another
+// random number than member.instance.
 const instanceHeader = "X-Router-Instance"
 
 // errOwnAnswer says that this router has asked itself.

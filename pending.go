@@ -117,8 +117,8 @@ const headBytesPerUpgrade = 2 << 10
 // plain request until its owner gets it. An upgrade goes with its client from the fast path
 // to net/http. One goroutine at a time owns it.
 type pendingRequest struct {
-	limit     *pendingLimit    // counts it until free
-	permit    *namespacePermit // given back with free; nil without limits of its namespace
+	limit     *pendingLimit    // counts it until uncount
+	permit    *namespacePermit // given back by uncount, or by its session; nil without a limit of sessions
 	uncounted bool
 	began     time.Time  // when its head was read
 	holdBegan time.Time  // when it began to wait for its owner; zero while it does not

@@ -458,7 +458,7 @@ var errMisdirected = errors.New("another backend answers at its address")
 var errReleased = errors.New("it has released the namespace for a later step (409)")
 
 // admit checks an upgrade request, finds its owner, and counts it in the limits. Both
-// ways of a handshake begin with it. The caller calls free or openSession.
+// ways of a handshake begin with it. The caller calls close or openSession.
 func (p *proxy) admit(r *http.Request) (*pendingRequest, *refusal) {
 	namespace, refused := p.check(r, checkUpgrade)
 	if refused != nil {
@@ -696,10 +696,10 @@ func (p *proxy) handshakeError(
 // their requests, and until they have taken their answers.
 const answerTime = 2 * time.Second
 
-// passResponse sends the client the backend's answer, such as a 302, which is not followed
-// and not logged: status, header and body. The body
-// has as much time as the head had. If it is cut off, the client gets what came of it.
-// When ctx ends, because the router stops, the client has answerTime to take it.
+// passResponse sends the client the backend's answer: status, header and body. A 302 is not
+// followed, and no answer is logged. The body has as much time as the head had. If it is cut
+// off, the client gets what came of it. When ctx ends, because the router stops, the client
+// has answerTime to take it.
 func (p *proxy) passResponse(
 	ctx context.Context, w http.ResponseWriter, resp *http.Response, backendConn net.Conn,
 ) (result, error) {

@@ -18,7 +18,7 @@ const (
 	resultBadHead               // 431: too many fields; or too long, slow or malformed: net/http answers
 	resultNotFound              // 404
 	resultNotUpgrade            // 426
-	resultNoTable               // 503
+	resultNoTable               // 503: no table yet, or no plan of the hand-off
 	resultUnresolved            // 503: an invalid override, and no previous owner is known
 	resultHoldTimeout           // 503
 	resultMisdirected           // 503: another backend has the owner's address

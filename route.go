@@ -864,7 +864,7 @@ func (r *tableStore) writeMetrics(m metricsWriter) {
 		"When the routing table in force came into force, in seconds since 1970.",
 		unixSeconds(t.updated))
 	m.single("router_table_overrides", "gauge", "Namespaces whose owner is not given by the hash.", float64(t.overrides))
-	m.single("router_table_backends", "gauge", "Backends over which namespaces are hashed.",
+	m.single("router_table_backends", "gauge", "Backends that the table has, also the cordoned ones.",
 		float64(t.active.count))
 	m.single("router_table_cordoned_backends", "gauge",
 		"Backends that get no namespaces by the hash, as they are cordoned.",

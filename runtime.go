@@ -158,14 +158,14 @@ func processMemory() (virtual, resident float64, err error) {
 
 const (
 	minRequestsToFree  = 1000        // requests since the memory was given back
-	maxCalmRequests    = 10          // requests in freeMemoryInterval while it is calm
+	maxCalmRequests    = 10          // requests in freeMemoryInterval: these are few
 	freeMemoryInterval = time.Second // between two checks
 )
 
-// freeMemory returns memory to the system: what many requests have taken, as soon as it is
-// calm again, until ctx ends. The runtime alone would keep it for minutes: it collects
-// garbage when the heap has doubled, and a router of idle sessions would have more
-// garbage than sessions. requests returns how many there were so far, upgrades and
+// freeMemory returns memory to the system: what many requests have taken, as soon as few
+// come (maxCalmRequests in a second), until ctx ends. The runtime alone would keep it for
+// minutes: it collects garbage when the heap has doubled, and a router of idle sessions would
+// have more garbage than sessions. requests returns how many there were so far, upgrades and
 // plain ones.
 func freeMemory(ctx context.Context, requests func() int) {
 	ticker := time.NewTicker(freeMemoryInterval)
@@ -193,7 +193,7 @@ const (
 )
 
 // returnHeap collects garbage and gives the free memory of the heap back to the system, until
-// ctx ends or it is not calm any more.
+// ctx ends or calm returns false: many requests come again.
 //
 // debug.FreeOSMemory gives back all at once: a router with one CPU would carry nothing for
 // 100 ms after 5,000 handshakes with TLS. So most is given back before, in small steps: each
