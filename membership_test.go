@@ -544,7 +544,7 @@ func TestHandoffCosts(t *testing.T) {
 	if withoutRace(t) {
 		return
 	}
-	for _, count := range proofSize([]int{10}, []int{1, 3, 10, 30}) {
+	for _, count := range proofSize([]int{10}, []int{1, 3, 10, 30, 100}) {
 		inBubble(t, fmt.Sprint(count, " routers"), func(t *testing.T) { measureCosts(t, count) })
 	}
 }
