@@ -19,10 +19,10 @@ BENCH_FLAGS ?=
 ACTIONLINT  ?= github.com/rhysd/actionlint/cmd/actionlint@v1.7.12
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
-.PHONY: help build demo test modules apps monitoring tlsfuzz churn handoff fuzz bench benchcheck benchparts lint image release push load deploy undeploy e2e faults soak certs clean
+.PHONY: help build demo test modules apps monitoring tlsfuzz churn handoff fuzz bench benchcheck benchparts lint image release push load deploy undeploy e2e faults soak soakhandoff certs clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 build: ## build the two static programs, bin/router and bin/backend
 	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o bin/router .
@@ -111,6 +111,9 @@ faults: build ## test faults of a test cluster's control plane; E2E_CONTROL_PLAN
 
 soak: build ## test such faults, with clients all the time, one after the other for SOAK
 	cd e2e && E2E_SOAK=$(SOAK) go test -count=1 -v -timeout 0 -tags controlplane -run '^TestSoak$$' $(E2E_FLAGS) .
+
+soakhandoff: build ## the same for the hand-off of the routers that "make deploy" has deployed
+	cd e2e && E2E_SOAK=$(SOAK) go test -count=1 -v -timeout 0 -tags controlplane -run '^TestSoakHandoff$$' $(E2E_FLAGS) .
 
 certs: ## make a root CA and a certificate for mydomain.com, in certs/
 	certs/make.sh

@@ -43,16 +43,16 @@
 //	DEPLOY_WITH      the components that tests deploy with: the same as of "make deploy"
 //	E2E_APPS         "alone": TestApps runs one router as a process, without a cluster
 //
-// The tests with the build tag "controlplane" (make faults, make soak) stop and kill
-// the API server and etcd of a cluster that was made for that. They run in its network,
-// as root. They need "make build" only, except for TestFaultPodReplaced,
-// TestFaultEndpointsForbidden and TestFaultHandoff, which need "make deploy", and read
-// the backends' logs in /var/log/pods.
+// The tests with the build tag "controlplane" (make faults, make soak, make soakhandoff)
+// stop and kill the API server and etcd of a cluster that was made for that. They run in its
+// network, as root. They need "make build" only, except for TestFaultPodReplaced,
+// TestFaultEndpointsForbidden, TestFaultHandoff and TestSoakHandoff, which need "make
+// deploy", and read the backends' logs in /var/log/pods.
 //
 //	E2E_CONTROL_PLANE  a program that does "kill", "start", "pause" and "resume"
 //	                   with "apiserver", "etcd" and the other components
 //	CLUSTER_STATE      its directory, with the process ids in run/ and the keys
 //	                   in pki/ (/var/lib/k8s-test-cluster)
-//	E2E_SOAK           how long TestSoak causes faults (30m)
+//	E2E_SOAK           how long TestSoak and TestSoakHandoff cause faults (30m)
 //	E2E_SEED           the seed of its random faults. Default: another each time
 package e2e
