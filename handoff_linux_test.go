@@ -715,7 +715,7 @@ func stuckUpgrade(t *testing.T, unproven string) {
 	before := ownersBy(namespaces, func(int) int { return 0 })
 	after := ownersBy(namespaces, func(int) int { return 1 })
 	p.edit(overridesOfOwners(before))
-	r := p.start(t, p.args("single", "-handshake-timeout", "300ms", "-hold", "15s",
+	r := p.start(t, p.args("single", "-handshake-timeout", "2s", "-hold", "15s",
 		"-handoff-unproven", unproven)...)
 	for _, namespace := range namespaces {
 		k, err := p.request(namespace, ways[namespace])
