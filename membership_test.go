@@ -41,6 +41,7 @@ type handoffSim struct {
 	open      map[string]map[*simSession]bool // by namespace
 	away      int                             // a backend that accepts no connection; 0: none
 	sessions  int
+	stale     bool // an old copy may be in place of the object
 }
 
 // simSession is a session as its backend sees it: from when it reads the request.
@@ -72,6 +73,7 @@ type simContainer struct {
 	open      map[*simSession]bool // guarded by handoffSim.mu
 	admits    bool                 // guarded by handoffSim.mu; false once it ends
 	decisions atomic.Int64         // of its membership
+	goesBy    atomic.Value         // the version of the object that its view is of; a string
 }
 
 const simBackends = 4
@@ -129,8 +131,15 @@ func (c *simContainer) finish(session *simSession) {
 	})
 }
 
-// start starts a container in the pod.
+// start starts a container in the pod. It waits until no router would start on an old copy
+// of the object while others have not seen that: this is not promised.
 func (r *simRouter) start() {
+	for range 5 * 60 * 20 {
+		if r.stale = r.stale && !r.allUpToDate(); !r.stale {
+			break
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
 	log := slog.New(slog.DiscardHandler)
 	relay := newRelay(func(i int) string { return backendName("backend", i) }, log)
 	router := &tableStore{statefulSet: "backend", log: log, onSwap: func() {}}
@@ -149,7 +158,13 @@ func (r *simRouter) start() {
 	client := r.network.kube(r.T)
 	c.useMembership(newMembership(*client, "edge", handoffName, r.pod.name, r.pod.uid,
 		"app.kubernetes.io/name=router", log))
-	c.shared.wantedBackends = func() *activeCount { c.decisions.Add(1); return nil }
+	c.shared.wantedBackends = func() *activeCount {
+		c.decisions.Add(1)
+		if v := c.shared.member.view; v != nil {
+			c.goesBy.Store(v.version)
+		}
+		return nil
+	}
 	router.onSwap = c.ownersChanged
 	c.closeSession = func(s *session, onEnd func(cut bool)) bool {
 		return c.endSession(s, causeMoved, func() { onEnd(false) })
@@ -364,8 +379,11 @@ func (s *handoffSim) happen() {
 	case 12:
 		old, _, _ := s.kube.readMap(handoffName)
 		time.Sleep(s.upTo(2 * time.Second))
-		s.tell("the object is as it was")
-		s.kube.replaceMap(handoffName, old)
+		if s.allUpToDate() { // who is not might go by the old copy
+			s.tell("the object is as it was")
+			s.kube.replaceMap(handoffName, old)
+			s.stale = true
+		}
 	case 13:
 		s.tell("all routers are killed")
 		for _, r := range s.routers {
@@ -379,6 +397,18 @@ func (s *handoffSim) happen() {
 
 func (s *handoffSim) tell(format string, args ...any) {
 	s.do(func() { s.note(format, args...) })
+}
+
+// allUpToDate reports whether all routers that run go by the present version of the object.
+func (s *handoffSim) allUpToDate() bool {
+	_, _, version := s.kube.readMap(handoffName)
+	all := true
+	s.do(func() {
+		for _, r := range s.routers {
+			all = all && (r.container == nil || r.container.goesBy.Load() == version)
+		}
+	})
+	return all
 }
 
 // edit changes the overrides: a value may be invalid.
