@@ -230,8 +230,8 @@ const maxOrdinal = 1<<31 - 1
 
 // planJSON is the JSON of a plan:
 //
-//	{"version":2, "epoch":"7c1e.1795871234567", "writes":12, "step":1795871239876,
-//	 "oldestSince":{"epoch":"7c1e.1795871234567", "step":1795871237001},
+//	{"version":2, "epoch":"7c1e.1795871234567.3", "writes":12, "step":1795871239876,
+//	 "oldestSince":{"epoch":"7c1e.1795871234567.3", "step":1795871237001},
 //	 "allHeld":false, "members":{"router-a":{"uid":"…", "instance":"7c1e"}},
 //	 "records":[{"content":"9c1f…"},
 //	            {"content":"77ab…", "before":{"upto":"5f3a…"},
@@ -435,7 +435,7 @@ func newMark(name string, upto uint64, away, removed []int) (mark, error) {
 // String returns the line of the answer in the object, six words:
 //
 //	<instance> <epoch> <step> <content> <next> <to move>
-//	7c1e 7c1e.1795871234567 1795871239876 77ab… 61b2…/away=2,3/removed=5 120
+//	7c1e 7c1e.1795871234567.3 1795871239876 77ab… 61b2…/away=2,3/removed=5 120
 //
 // next is the place up to which the next step may go, with the new owners that are away
 // and the old ones that were removed, each left out if there are none. It is "blank" in

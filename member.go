@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 )
@@ -41,6 +40,7 @@ type member struct {
 	answerWrite   *handoffWrite // the write of that; nil if there was none
 	answeredAt    time.Time     // when it was sent
 	planWrite     *handoffWrite // the last write with a version; nil if there was none
+	planWrites    int           // how many of these there were
 	plannedAt     time.Time     // when it was sent
 	stepSeenAt    time.Time     // when the view got its step
 	rejectedEpoch string        // epoch of the last plan that did not follow; "" if there was none
@@ -184,6 +184,7 @@ func (m *member) commit(d decision, now time.Time) {
 		m.lastAnswer, m.answerWrite, m.answeredAt = *d.answer, d.write, now
 	default:
 		m.planWrite, m.plannedAt = d.write, now
+		m.planWrites++
 	}
 	if d.answer != nil && m.newest != nil && d.answer.content == m.newest.contentHash {
 		m.offered[d.answer.content] = &offeredTable{table: m.newest}
@@ -627,7 +628,8 @@ func (m *member) bootstrap(s *decisionInput) decision {
 	return m.writePlan(s, p, &first, m.turn(s, writers), "make the first plan")
 }
 
-// startEpoch gives p an epoch of its own, and a step above all that this router has seen.
+// startEpoch gives p an epoch of its own, and a step above all that this router has seen. The
+// step may be that of an epoch which this router has begun and not seen, if its clock is behind.
 func (m *member) startEpoch(p *sharedPlan, s *decisionInput) {
 	last := m.highestStep
 	if s.object.plan != nil {
@@ -637,7 +639,7 @@ func (m *member) startEpoch(p *sharedPlan, s *decisionInput) {
 		last = max(last, a.step)
 	}
 	p.step = stepAbove(last, s.now)
-	p.epoch = m.instance + "." + strconv.FormatInt(p.step, 10)
+	p.epoch = fmt.Sprintf("%s.%d.%d", m.instance, p.step, m.planWrites)
 }
 
 // needsList reports whether there is a list of pods to decide by. If not, d is what to

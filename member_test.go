@@ -1487,3 +1487,58 @@ func TestRemovedOwnerOfUnknownNamespace(t *testing.T) {
 		t.Errorf("a has %b open and b %b, want that the namespaces have moved", a.open, b.open)
 	}
 }
+
+// A router makes the first plan, and does not see it: an old copy of the object is put back,
+// and the router makes another one. Its clock is behind a step in that copy, so both plans
+// have the same step. An answer to the first plan, which comes late, must not count for the
+// second one.
+func TestFirstPlansHaveOwnEpochs(t *testing.T) {
+	w := newScene(0, modelRules{}, to("backend-0"))
+	w.store("u", map[string]string{"router-gone": "x e 9000000 - blank 0"})
+	makes, knows := w.addRouter(), w.addRouter()
+	for _, r := range []*modelRouter{knows, makes} {
+		w.readEdit(r)
+		w.act(r) // it says that it has no view
+	}
+	old := maps.Clone(w.data)
+	makePlan := func() {
+		makes.inbox = []*handoffObject{w.object}
+		for i := 0; w.object.plan == nil; i++ {
+			if w.catchUp(makes); i > 20 {
+				t.Fatalf("no plan after\n%s", strings.Join(w.trace, "\n"))
+			}
+			makes.inbox = []*handoffObject{w.object}
+			if w.object.plan != nil {
+				return
+			}
+			w.now = w.now.Add(time.Second)
+		}
+	}
+	makePlan()
+	if makes.view != nil {
+		t.Fatal("it has seen its plan")
+	}
+	w.catchUp(knows)
+	w.catchUp(knows)
+	w.openAll(knows)
+	if knows.open[0] == 0 {
+		t.Fatalf("the first plan is not done after\n%s", strings.Join(w.trace, "\n"))
+	}
+	first := w.object.plan
+	w.store("u", old)
+	w.edit(to("backend-1"))
+	w.readEdit(makes)
+	makePlan()
+	if second := w.object.plan; second.step != first.step {
+		t.Fatalf("the steps are %d and %d, want the same one", first.step, second.step)
+	}
+	w.apply(knows.answerWrite)
+	w.drive(makes)
+	if bad := w.violation(); bad != "" {
+		t.Errorf("%s after\n%s", bad, strings.Join(w.trace, "\n"))
+	}
+	w.drive(makes, knows)
+	if why := w.restless(); why != "" {
+		t.Errorf("%s after\n%s", why, strings.Join(w.trace, "\n"))
+	}
+}
