@@ -56,6 +56,8 @@ type modelWorld struct {
 	stale   bool           // an old copy may be in place of the object
 	trace   []string
 	seen    map[string]int // how often something happened
+	hostile bool
+	lagger  *modelRouter // lags behind the others
 }
 
 // modelRouter is the container of a router's pod.
@@ -111,9 +113,17 @@ func newModelWorld(seed uint64, rules modelRules) *modelWorld {
 	for kind := range w.kinds { // each seed has its own mix
 		w.kinds[kind] = kind < 2 || w.chance(2)
 	}
+	n := 1 + w.IntN(3)
+	if w.hostile = os.Getenv("HOSTILE") != ""; w.hostile {
+		n = 2 + w.IntN(3)
+		w.faults = []int{5, 9, 16}[seed%3]
+		for kind := range w.kinds {
+			w.kinds[kind] = kind < 2 || !w.chance(4)
+		}
+	}
 	w.addEdit()
 	w.store("u", map[string]string{})
-	for i := range 1 + w.IntN(3) {
+	for i := range n {
 		w.routers = append(w.routers, &modelRouter{pod: fmt.Sprintf("r%d", i)})
 		if !w.chance(4) {
 			w.addPod(w.routers[i])
@@ -132,6 +142,27 @@ func (w *modelWorld) addEdit() {
 			i = w.IntN(n)
 		}
 		data, size = maps.Clone(w.edits[i]), w.sizes[i]
+		if w.hostile && w.chance(3) { // exactly an earlier one, of the last three mostly
+			i = max(0, n-1-w.IntN(3))
+			w.edits, w.sizes = append(w.edits, maps.Clone(w.edits[i])), append(w.sizes, w.sizes[i])
+			w.tell("edit: %d is %d again", n, i)
+			return
+		}
+	}
+	if w.hostile {
+		for range 1 + w.IntN(3) {
+			value := fmt.Sprintf("backend-%d", w.IntN(4))
+			if w.chance(2) {
+				value = "unreadable"
+			}
+			data[modelNamespaces[w.IntN(4)]] = value
+		}
+		if w.chance(3) {
+			size.count = 2 + w.IntN(3)
+		}
+		w.edits, w.sizes = append(w.edits, data), append(w.sizes, size)
+		w.tell("edit: %d is %v with %s backends", len(w.edits)-1, data, size)
+		return
 	}
 	for range 1 + w.IntN(4) {
 		data[modelNamespaces[w.IntN(4)]] = fmt.Sprintf("backend-%d", w.IntN(4))
@@ -208,6 +239,9 @@ func (w *modelWorld) stop(r *modelRouter) {
 func (w *modelWorld) receive(r *modelRouter) {
 	if len(r.inbox) == 0 {
 		return
+	}
+	if w.hostile && w.chance(4) { // the inbox of production has the newest version alone
+		r.inbox = r.inbox[len(r.inbox)-1:]
 	}
 	r.object, r.inbox, r.seenAt = r.inbox[0], r.inbox[1:], w.clock(r)
 	if r.object != nil {
@@ -339,6 +373,9 @@ func (w *modelWorld) randomNext() mark {
 		return mark{upto: allPlaces}
 	}
 	m := mark{upto: []uint64{0, allPlaces, placeOf(hash64(modelNamespaces[w.IntN(4)])) + 1}[w.IntN(3)]}
+	if w.hostile && w.chance(2) {
+		m = mark{removed: []int{w.IntN(4)}}
+	}
 	for ordinal := range 4 {
 		switch w.IntN(10) {
 		case 0:
@@ -490,8 +527,66 @@ func (w *modelWorld) mayStart() bool {
 	return !w.stale
 }
 
+// attack has one router lag, and the object be emptied then.
+func (w *modelWorld) attack() {
+	switch l := w.routers[w.IntN(len(w.routers))]; w.IntN(8) {
+	case 0, 1:
+		w.lagger = l
+	case 2:
+		w.lagger = nil
+	case 3, 4: // the lagging one sees the empty object alone, and resets the plan
+		if w.object == nil || w.lagger == nil || w.lagger.member == nil {
+			return
+		}
+		l = w.lagger
+		data := map[string]string{}
+		if w.chance(3) {
+			data = maps.Clone(w.data)
+			delete(data, planKey)
+		}
+		w.tell("attack: %s resets", l.pod)
+		w.store(w.object.uid, data)
+		l.inbox = l.inbox[len(l.inbox)-1:]
+		w.receive(l)
+		for range 6 {
+			w.act(l)
+			w.finishList(l)
+			if w.chance(2) {
+				w.now = w.now.Add(200 * time.Millisecond)
+			}
+		}
+	case 5: // backends have seen a step
+		if l.member != nil && l.view != nil {
+			step := w.now.UnixMilli() + int64(w.IntN(4000))
+			if w.chance(2) {
+				for _, r := range w.routers {
+					if r.member != nil && r.view != nil {
+						step = max(step, r.view.step)
+					}
+				}
+			}
+			l.sawStep(step)
+		}
+	case 6:
+		l.skew = time.Duration(w.IntN(10000)-5000) * time.Millisecond
+	case 7: // all but the lagging one come to rest
+		for range 6 {
+			for _, r := range w.routers {
+				if r != w.lagger && r.member != nil {
+					w.catchUp(r)
+				}
+			}
+			w.now = w.now.Add(100 * time.Millisecond)
+		}
+	}
+}
+
 // event does one thing.
 func (w *modelWorld) event() {
+	if w.hostile && w.chance(20) {
+		w.attack()
+		return
+	}
 	w.now = w.now.Add(time.Duration(w.IntN(100)) * time.Millisecond)
 	r := w.routers[w.IntN(len(w.routers))]
 	switch {
@@ -508,6 +603,13 @@ func (w *modelWorld) event() {
 			w.start(r)
 		}
 	default:
+		if r == w.lagger && w.chance(3) {
+			w.openSession(r)
+			return
+		}
+		if r == w.lagger && !w.chance(8) {
+			return
+		}
 		w.step(r)
 	}
 }
@@ -561,13 +663,40 @@ func (w *modelWorld) violation() string {
 			return fmt.Sprintf("%s has the owners %b", modelNamespaces[i], set)
 		}
 	}
+	if w.hostile {
+		return w.disagreement()
+	}
+	return ""
+}
+
+// disagreement says which routers do not agree on a kept namespace of the same oldest table.
+func (w *modelWorld) disagreement() string {
+	for i, a := range w.routers {
+		for _, b := range w.routers[:i] {
+			if a.member == nil || b.member == nil || a.view == nil || b.view == nil ||
+				a.view.plan.oldestSince != b.view.plan.oldestSince ||
+				a.view.tables[0] == nil || b.view.tables[0] == nil {
+				continue
+			}
+			if a.view.records[0].content != b.view.records[0].content {
+				return fmt.Sprintf("DISAGREE %s and %s have other oldest tables since %v", a.pod, b.pod, a.view.plan.oldestSince)
+			}
+			for _, ns := range modelNamespaces {
+				x, _ := a.view.tables[0].lookup(ns, hash64(ns))
+				y, _ := b.view.tables[0].lookup(ns, hash64(ns))
+				if x != y && x != unresolved && y != unresolved {
+					return fmt.Sprintf("DISAGREE %s and %s: %s is with %d and %d since %v", a.pod, b.pod, ns, x, y, a.view.plan.oldestSince)
+				}
+			}
+		}
+	}
 	return ""
 }
 
 // settle ends all faults, and lets all routers go on until all is at rest. It returns what
 // is missing after a long time, or a violation, or "".
 func (w *modelWorld) settle() string {
-	w.calm, w.late = true, nil
+	w.calm, w.late, w.lagger = true, nil, nil
 	w.tell("calm")
 	if w.object == nil {
 		w.store(w.id("u"), map[string]string{})
