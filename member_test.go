@@ -965,7 +965,7 @@ func TestModelNeedsRules(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
-			seeds := modelSeeds(3000)
+			seeds := modelSeeds(5000)
 			for seed := range seeds {
 				w := newModelWorld(seed, c.rules)
 				if bad := w.run(400); strings.Contains(bad, c.want) {
