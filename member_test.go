@@ -56,8 +56,7 @@ type modelWorld struct {
 	stale   bool           // an old copy may be in place of the object
 	trace   []string
 	seen    map[string]int // how often something happened
-	hostile bool
-	lagger  *modelRouter // lags behind the others
+	lagger  *modelRouter   // lags behind the others; nil for none
 }
 
 // modelRouter is the container of a router's pod.
@@ -83,10 +82,12 @@ type modelRules struct {
 	view      func(*modelRouter, *memberView)
 	decision  func(*modelWorld, *modelRouter, *decision)
 	write     func(*handoffWrite)
-	listLate  bool // a list of pods from before the object's version counts
-	noEnd     bool // a router that is not a member keeps its sessions
-	keepAll   bool // an unknown owner ends no session
-	admitLast bool // a router that leaves admits clients
+	listLate  bool   // a list of pods from before the object's version counts
+	noEnd     bool   // a router that is not a member keeps its sessions
+	keepAll   bool   // an unknown owner ends no session
+	admitLast bool   // a router that leaves admits clients
+	firstSeed uint64 // for TestModelNeedsRules: one soon after it finds something
+	hostile   bool   // takes none away: more invalid entries, routers that lag, and resets by these
 }
 
 func (w *modelWorld) tell(format string, args ...any) {
@@ -114,7 +115,7 @@ func newModelWorld(seed uint64, rules modelRules) *modelWorld {
 		w.kinds[kind] = kind < 2 || w.chance(2)
 	}
 	n := 1 + w.IntN(3)
-	if w.hostile = os.Getenv("HOSTILE") != ""; w.hostile {
+	if rules.hostile {
 		n = 2 + w.IntN(3)
 		w.faults = []int{5, 9, 16}[seed%3]
 		for kind := range w.kinds {
@@ -142,14 +143,14 @@ func (w *modelWorld) addEdit() {
 			i = w.IntN(n)
 		}
 		data, size = maps.Clone(w.edits[i]), w.sizes[i]
-		if w.hostile && w.chance(3) { // exactly an earlier one, of the last three mostly
+		if w.rules.hostile && w.chance(3) { // exactly an earlier one, of the last three mostly
 			i = max(0, n-1-w.IntN(3))
 			w.edits, w.sizes = append(w.edits, maps.Clone(w.edits[i])), append(w.sizes, w.sizes[i])
 			w.tell("edit: %d is %d again", n, i)
 			return
 		}
 	}
-	if w.hostile {
+	if w.rules.hostile {
 		for range 1 + w.IntN(3) {
 			value := fmt.Sprintf("backend-%d", w.IntN(4))
 			if w.chance(2) {
@@ -240,7 +241,7 @@ func (w *modelWorld) receive(r *modelRouter) {
 	if len(r.inbox) == 0 {
 		return
 	}
-	if w.hostile && w.chance(4) { // the inbox of production has the newest version alone
+	if w.rules.hostile && w.chance(4) { // the inbox of production has the newest version alone
 		r.inbox = r.inbox[len(r.inbox)-1:]
 	}
 	r.object, r.inbox, r.seenAt = r.inbox[0], r.inbox[1:], w.clock(r)
@@ -373,7 +374,7 @@ func (w *modelWorld) randomNext() mark {
 		return mark{upto: allPlaces}
 	}
 	m := mark{upto: []uint64{0, allPlaces, placeOf(hash64(modelNamespaces[w.IntN(4)])) + 1}[w.IntN(3)]}
-	if w.hostile && w.chance(2) {
+	if w.rules.hostile && w.chance(2) {
 		m = mark{removed: []int{w.IntN(4)}}
 	}
 	for ordinal := range 4 {
@@ -583,7 +584,7 @@ func (w *modelWorld) attack() {
 
 // event does one thing.
 func (w *modelWorld) event() {
-	if w.hostile && w.chance(20) {
+	if w.rules.hostile && w.chance(20) {
 		w.attack()
 		return
 	}
@@ -663,7 +664,7 @@ func (w *modelWorld) violation() string {
 			return fmt.Sprintf("%s has the owners %b", modelNamespaces[i], set)
 		}
 	}
-	if w.hostile {
+	if w.rules.hostile {
 		return w.disagreement()
 	}
 	return ""
@@ -812,10 +813,11 @@ func modelSeeds(short int) uint64 {
 	return uint64(short)
 }
 
-func TestModelIsSafeAndLive(t *testing.T) {
+// runModel runs so many seeds, and returns how often each thing happened.
+func runModel(t *testing.T, rules modelRules, seeds uint64) map[string]int {
 	seen := map[string]int{}
-	for seed := range modelSeeds(1000) {
-		w := newModelWorld(seed, modelRules{})
+	for seed := range seeds {
+		w := newModelWorld(seed, rules)
 		if bad := w.run(400); bad != "" {
 			t.Fatalf("seed %d:\n%s\n%s", seed, strings.Join(w.trace, "\n"), bad)
 		}
@@ -823,6 +825,20 @@ func TestModelIsSafeAndLive(t *testing.T) {
 			seen[what] += n
 		}
 	}
+	return seen
+}
+
+// TestModelUnderAttack: the same in a world that is worse than any. There members that have
+// the same oldest table must also agree on the owners that it keeps.
+func TestModelUnderAttack(t *testing.T) {
+	seen := runModel(t, modelRules{hostile: true}, modelSeeds(500))
+	if seen["attack:"] < 500 || seen["reset:"] < 500 {
+		t.Errorf("%v: the test has tested little", seen)
+	}
+}
+
+func TestModelIsSafeAndLive(t *testing.T) {
+	seen := runModel(t, modelRules{}, modelSeeds(1000))
 	for what, n := range map[string]int{
 		"plan moves": 1500, "plan held": 1000, "plan of 3": 300, "plan without kept": 50,
 		"closes:": 1000, "reset:": 200, "make:": 500, "remove:": 200, "leave:": 10,
@@ -961,12 +977,13 @@ func TestModelNeedsRules(t *testing.T) {
 				}
 			}}},
 		{"all plans are written on the version that was seen", twoOwners, modelRules{
-			write: func(write *handoffWrite) { write.version = "" }}},
+			write: func(write *handoffWrite) { write.version = "" }, firstSeed: 3900}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			seeds := modelSeeds(5000)
-			for seed := range seeds {
+			for n := range seeds {
+				seed := c.rules.firstSeed + n
 				w := newModelWorld(seed, c.rules)
 				if bad := w.run(400); strings.Contains(bad, c.want) {
 					t.Logf("%s: seed %d: %s", c.name, seed, bad)

@@ -717,7 +717,8 @@ func (m *mover) advanceShared(now time.Time) time.Time {
 // with it. again is when to call it again; if it is zero, at the next event. v may be
 // nil.
 func (m *mover) workShared(v *view, now time.Time) (p stepProgress, again time.Time) {
-	p.sessions = m.relay.size() > 0 || m.flights.any(func(*flight) bool { return true })
+	inFlight := func() bool { return m.flights.any(func(*flight) bool { return true }) }
+	p.sessions = inFlight() || m.relay.size() > 0 || inFlight() // one may become the other
 	if v == nil {
 		p.stepDone = !p.sessions
 		return p, time.Time{}
