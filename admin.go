@@ -64,7 +64,7 @@ func (a *admin) server(log *slog.Logger) *http.Server {
 // How many requests of each kind run at once. Together they dial at most maxAdminDials
 // connections: one for each /owner, maxConcurrentDials for a /backends.
 const (
-	maxConcurrentPlans    = 1 // a plan takes up to 40 MiB
+	maxConcurrentPreviews = 1 // a preview takes up to 40 MiB
 	maxConcurrentBackends = 1
 	maxConcurrentOwners   = 8
 	maxConcurrentDials    = maxAdminDials - maxConcurrentOwners
@@ -72,8 +72,8 @@ const (
 	// Of requests that ask all routers. None of them waits, while it holds a place of the
 	// kinds above, for another router: so routers that ask each other do not wait for
 	// each other.
-	maxConcurrentAsks     = 8
-	maxConcurrentPlanAsks = 1 // the body of a plan is kept meanwhile
+	maxConcurrentAsks        = 8
+	maxConcurrentPreviewAsks = 1 // the body of POST /plan is kept meanwhile
 )
 
 // handler returns the handler of the admin port. Its limits are its own, so a server has
@@ -86,15 +86,15 @@ func (a *admin) handler() http.Handler {
 	mux.HandleFunc("GET /metrics", a.metrics)
 	owner := limitConcurrency(maxConcurrentOwners, maxAdminConns, a.owner)
 	backends := limitConcurrency(maxConcurrentBackends, maxAdminConns, a.backends)
-	plan := limitConcurrency(maxConcurrentPlans, maxWaitingPlans, a.preview)
+	preview := limitConcurrency(maxConcurrentPreviews, maxWaitingPreviews, a.preview)
 	ofAll := func(answer oneToAll, one http.HandlerFunc) http.HandlerFunc {
 		return limitConcurrency(maxConcurrentAsks, maxAdminConns, answer.with(one))
 	}
 	mux.HandleFunc("GET /owner", oneOrAll(owner, ofAll(a.ownerOfAll, owner)))
 	mux.HandleFunc("GET /status", oneOrAll(a.status, ofAll(a.statusOfAll, a.status)))
 	mux.HandleFunc("GET /backends", oneOrAll(backends, ofAll(a.backendsOfAll, backends)))
-	mux.HandleFunc("POST /plan", oneOrAll(plan,
-		limitConcurrency(maxConcurrentPlanAsks, maxWaitingPlans, oneToAll(a.planOfAll).with(plan))))
+	mux.HandleFunc("POST /plan", oneOrAll(preview,
+		limitConcurrency(maxConcurrentPreviewAsks, maxWaitingPreviews, oneToAll(a.previewOfAll).with(preview))))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method != http.MethodPost && r.ContentLength != 0 {
 			w.Header().Set("Connection", "close") // so that net/http does not read the body
@@ -199,8 +199,8 @@ func (m *memoryResponse) writeTo(w http.ResponseWriter) {
 func healthz(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") }
 
 const (
-	maxWaitingPlans = 4               // plans that wait; their bodies stay in the kernel
-	maxQueueTime    = 3 * time.Second // how long a request waits until it runs
+	maxWaitingPreviews = 4               // previews that wait; their bodies stay in the kernel
+	maxQueueTime       = 3 * time.Second // how long a request waits until it runs
 )
 
 // limitConcurrency returns a handler that runs next for count requests at once. Up to
@@ -751,19 +751,19 @@ func (a *admin) preview(w http.ResponseWriter, r *http.Request) {
 	if t == nil {
 		return
 	}
-	next, err := readPlanRequest(w, r, t)
+	next, err := readPreviewRequest(w, r, t)
 	if err != nil {
-		writePlanError(w, err)
+		writePreviewError(w, err)
 		return
 	}
 	writeJSON(w, http.StatusOK, newPreview(a.proxy, t, next))
 }
 
-// planOfAll answers POST /plan?all=1.
-func (a *admin) planOfAll(w http.ResponseWriter, r *http.Request, one http.HandlerFunc) {
-	body, err := readPlanBody(w, r)
+// previewOfAll answers POST /plan?all=1.
+func (a *admin) previewOfAll(w http.ResponseWriter, r *http.Request, one http.HandlerFunc) {
+	body, err := readPreviewBody(w, r)
 	if err != nil {
-		writePlanError(w, err)
+		writePreviewError(w, err)
 		return
 	}
 	r = r.Clone(r.Context())
@@ -781,8 +781,8 @@ func (a *admin) planOfAll(w http.ResponseWriter, r *http.Request, one http.Handl
 	writeJSON(w, http.StatusOK, sumPreviews(all, silent, a.proxy.mover.sharesRate()))
 }
 
-// writePlanError answers a request for a plan with what is wrong in it.
-func writePlanError(w http.ResponseWriter, err error) {
+// writePreviewError answers a POST /plan with what is wrong in it.
+func writePreviewError(w http.ResponseWriter, err error) {
 	status, text := http.StatusBadRequest, err.Error()
 	if tooBig, ok := errors.AsType[*http.MaxBytesError](err); ok {
 		status = http.StatusRequestEntityTooLarge

@@ -243,8 +243,8 @@ func countRouters(answered int, silent []silentRouter, agree *bool) string {
 	return fmt.Sprintf("%d of %d routers answered; they agree", answered, answered+len(silent))
 }
 
-// planBody returns the body of POST /plan for the arguments.
-func planBody(args []string) (body []byte, err error) {
+// previewBody returns the body of POST /plan for the arguments.
+func previewBody(args []string) (body []byte, err error) {
 	switch {
 	case len(args) == 2 && args[0] == "cordon":
 		list, err := parseCordon(strings.TrimPrefix(args[1], "none"))
@@ -257,7 +257,7 @@ func planBody(args []string) (body []byte, err error) {
 			"one argument is required: a file, -, or a number of backends; or cordon and a list (got %d)",
 			len(args))}
 	case args[0] == "-":
-		return io.ReadAll(io.LimitReader(os.Stdin, maxPlanBody+1))
+		return io.ReadAll(io.LimitReader(os.Stdin, maxPreviewBody+1))
 	}
 	if n, notNumber := strconv.Atoi(args[0]); notNumber == nil {
 		return fmt.Appendf(nil, `{"replicas":%d}`, n), nil
@@ -269,7 +269,7 @@ func planBody(args []string) (body []byte, err error) {
 // without an owner. The change is a ConfigMap as JSON, in a file or on the standard input
 // for -, a number of backends, or a list of cordoned backends.
 func (c *command) plan(ctx context.Context, args []string) error {
-	body, err := planBody(args)
+	body, err := previewBody(args)
 	if err != nil {
 		return err
 	}
@@ -277,11 +277,11 @@ func (c *command) plan(ctx context.Context, args []string) error {
 	if err := c.do(ctx, http.MethodPost, "/plan", body, &p); err != nil {
 		return err
 	}
-	return c.show(&p, p.Silent, func() { c.printPlan(&p) })
+	return c.show(&p, p.Silent, func() { c.printPreview(&p) })
 }
 
-// printPlan prints a plan as text.
-func (c *command) printPlan(p *preview) {
+// printPreview prints a preview as text.
+func (c *command) printPreview(p *preview) {
 	t := c.columns()
 	for _, m := range p.Moves {
 		to := "to " + m.To

@@ -28,7 +28,7 @@ func commandOutput(t *testing.T, args ...string) (string, int) {
 }
 
 func TestCommands(t *testing.T) {
-	a := planAdmin(t)
+	a := previewAdmin(t)
 	s := httptest.NewServer(a.handler())
 	defer s.Close()
 	admin := "-admin=" + s.URL

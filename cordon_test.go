@@ -298,9 +298,9 @@ func askAdmin(a *admin, method, path, body string) string {
 	return strings.TrimSpace(w.Body.String())
 }
 
-// What the admin port says of a cordon: /owner, /backends and a plan.
+// What the admin port says of a cordon: /owner, /backends and a preview.
 func TestAdminCordon(t *testing.T) {
-	a := planAdmin(t)
+	a := previewAdmin(t)
 	b := bucket("b", 4)
 	list := cordon{b}
 	past := backendName("backend", bucketPast(hash64("b"), cordonOf(4, b)))

@@ -1228,10 +1228,10 @@ func goldenPlans(t *testing.T, g *adminGolden, addr string) {
 		g.post(t, addr, "/plan", body)
 	}
 	g.ask(t, addr, "POST /plan HTTP/1.1\nHost: localhost\nTransfer-Encoding: chunked\n\nf\r\n{\"replicas\": 4}\r\n0\r\n\r\n", "POST /plan, chunked")
-	g.ask(t, addr, fmt.Sprintf("POST /plan HTTP/1.1\nHost: localhost\nContent-Length: %d\n\n", maxPlanBody+1), "POST /plan, of more than 8 MiB")
-	size := maxPlanBody + 1
+	g.ask(t, addr, fmt.Sprintf("POST /plan HTTP/1.1\nHost: localhost\nContent-Length: %d\n\n", maxPreviewBody+1), "POST /plan, of more than 8 MiB")
+	size := maxPreviewBody + 1
 	g.ask(t, addr, fmt.Sprintf("POST /plan HTTP/1.1\nHost: localhost\nTransfer-Encoding: chunked\n\n%x\r\n%s\r\n0\r\n\r\n", size, strings.Repeat(" ", size)), "POST /plan, chunked, of more than 8 MiB")
-	for range maxConcurrentPlans { // which has its turn until its body is there
+	for range maxConcurrentPreviews { // which has its turn until its body is there
 		conn := dial(t, addr)
 		defer conn.Close()
 		mustWrite(t, conn, "POST /plan HTTP/1.1\r\nHost: localhost\r\nContent-Length: 15\r\n\r\n")

@@ -309,7 +309,7 @@
 // Locks of one list with commas are never held together. Nothing waits for the network with
 // a lock held.
 //
-// Read main, command and config (what starts), admin, plan, status, peers and page (what
+// Read main, command and config (what starts), admin, preview, status, peers and page (what
 // operators ask), redirect, fastpath, socket, proxy, forward, layout, handshake, listen,
 // clientconn, descriptorlimit, pending, proxyprotocol and certificates (from client to
 // session), configmap, directory, events, drain, move, movetally, movetarget, movequeue,

@@ -21,7 +21,7 @@ import (
 const (
 	askTimeout    = time.Second     // of one question to one router
 	askAllTimeout = 3 * time.Second // of a question to all, with the LIST of their pods
-	maxReply      = 16 << 20        // bytes of one answer: a plan of 100,000 sessions
+	maxReply      = 16 << 20        // bytes of one answer: a preview of 100,000 sessions
 	peerListAge   = 5 * time.Second // how long a LIST of pods is used
 )
 
