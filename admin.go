@@ -539,7 +539,7 @@ func (a *admin) addHandoff(o *ownership, inTable int, namespace string) (ordinal
 	case now.state == stateOwned && now.owner != inTable:
 		o.Next, o.Owner = o.Owner, m.relay.backendName(now.owner)
 		return now.owner
-	case now.state == stateNotKnown || now.state == stateNoTable:
+	case now.state == stateNotKnown || now.state == stateNoView:
 		o.Next, o.Owner, o.Error = o.Owner, "", m.whyNotReady()
 		return unresolved
 	}

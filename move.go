@@ -128,7 +128,7 @@ func (m *mover) ownersChanged() {
 func (m *mover) assign(namespace string) assignment {
 	v := m.current.Load()
 	if v == nil {
-		return assignment{state: stateNoTable, owner: unresolved}
+		return assignment{state: stateNoView, owner: unresolved}
 	}
 	owner, t, state := v.owner(namespace)
 	a := assignment{state: state, owner: owner, step: v.step}

@@ -566,7 +566,7 @@ func (p *proxy) ownerName(ordinal int) string {
 func (p *proxy) owner(namespace string) (assignment, *refusal) {
 	a := p.mover.assign(namespace)
 	switch a.state {
-	case stateNoTable:
+	case stateNoView:
 		return a, refuseNoTable()
 	case stateUnresolved:
 		return a, refuse(resultUnresolved,
