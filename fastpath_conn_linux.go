@@ -273,8 +273,8 @@ func (c *fastConn) park() {
 			c.fallBack(nil, nil)
 			return
 		}
-		u.beginHold()
-		u.holdDeadline, c.request = u.holdBegan.Add(p.limits.holdTimeout), nil
+		u.beginWait()
+		u.holdDeadline, c.request = u.waitBegan.Add(p.limits.holdTimeout), nil
 		c.waiter.namespace, c.waiter.onWake = u.namespace, c.unpark
 		p.backends.queues.setSequence(&c.waiter)
 		c.setDeadline(u.holdDeadline, true)

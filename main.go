@@ -525,8 +525,8 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 		tables: tables, backends: backends, relay: relay, mover: mover,
 		upgradeDurations: newHistogram(
 			.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10),
-		holdDurations: newHistogram(.01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30),
-		limits:        c.limits, podName: c.podName, namespaceOf: c.layout.namespace, log: log,
+		ownerWaits: newHistogram(.01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30),
+		limits:     c.limits, podName: c.podName, namespaceOf: c.layout.namespace, log: log,
 		namespaceLimiter: newNamespaceLimiter(c.limits.namespace, log),
 	}
 	if c.proxyProtocol == "on" {

@@ -62,7 +62,7 @@ type proxy struct {
 	handling            waitCount         // requests that net/http has, but for those of forwarder
 	unhandled           sync.WaitGroup    // requests on their way from the fast path to ServeHTTP
 	upgradeDurations    *histogram        // from the head of an upgrade to its session
-	holdDurations       *histogram        // of each wait for an owner
+	ownerWaits          *histogram        // of each wait for an owner
 	results             [numResults]atomic.Int64
 	logThrottles        [numResults]throttle
 	misdirectedThrottle throttle // of the log in handleMisdirected
@@ -249,12 +249,12 @@ func trimRequest(r *http.Request, ctx context.Context) *http.Request {
 // that owner. ctx bounds it. u then has the connection.
 func (p *proxy) dialOwner(ctx context.Context, u *pendingRequest) error {
 	if !p.backends.queues.isOpen(u.queue()) {
-		u.beginHold()
+		u.beginWait()
 	}
 	rechecks := 0
 	recheck := func() (int, error) {
 		if rechecks++; rechecks > 1 {
-			u.beginHold()
+			u.beginWait()
 		}
 		err := p.recheckOwner(ctx, u)
 		return u.queue(), err
@@ -278,7 +278,7 @@ func (p *proxy) startFlight(u *pendingRequest) bool {
 	f, now, ok := p.mover.startFlight(u.namespace, u.owner, u.podUID, u.cut)
 	if ok {
 		u.flight, u.assignment = f, now
-		u.endHold()
+		u.endWait()
 	}
 	return ok
 }
@@ -508,7 +508,7 @@ func (p *proxy) reserve(namespace string) (*pendingRequest, *refusal) {
 			"%d requests to %s are pending, and it may have no more of the limit of %d; %d in all",
 			own, p.ownerName(assigned.owner), limit, all)
 	}
-	u := &pendingRequest{limit: &p.pendingUpgrades, holds: p.holdDurations,
+	u := &pendingRequest{limit: &p.pendingUpgrades, waits: p.ownerWaits,
 		began: time.Now(), namespace: namespace, assignment: assigned}
 	if p.relay.size()+p.forwarder.size()+all > p.limits.sessions {
 		u.uncount()
@@ -537,7 +537,7 @@ func (p *proxy) waitForOldPod(ctx context.Context, u *pendingRequest) error {
 	if done == nil {
 		return nil
 	}
-	u.beginHold()
+	u.beginWait()
 	select {
 	case <-done:
 		return nil
@@ -802,7 +802,7 @@ func (p *proxy) writeMetrics(m metricsWriter) {
 	}
 	p.upgradeDurations.write(m, "router_upgrade_duration_seconds",
 		"Time from the head of an upgrade request to its session.")
-	p.holdDurations.write(m, "router_hold_duration_seconds",
+	p.ownerWaits.write(m, "router_hold_duration_seconds",
 		"How long requests that could not be sent at once waited for their owner.")
 	pending, _ := p.pendingUpgrades.inUse(0)
 	m.single("router_pending_upgrades", "gauge",
