@@ -461,7 +461,7 @@ func (a *admin) statusOfAll(w http.ResponseWriter, r *http.Request, one http.Han
 	writeJSON(w, http.StatusOK, sumStatus(all, silent)) // this router has answered
 }
 
-// summary returns the summary of the table in force. It makes one only if the table is
+// summary returns the summary of the newest table. It makes one only if the table is
 // another than at the last call.
 func (a *admin) summary() *tableSummary {
 	t, last := a.proxy.tables.table(), a.lastSummary.Load()
@@ -479,7 +479,7 @@ func (a *admin) isUnused(ordinal int) bool {
 		a.summary().overrides[ordinal] == 0
 }
 
-// tableOrError returns the table in force. Without one it answers 503 and returns nil.
+// tableOrError returns the newest table. Without one it answers 503 and returns nil.
 func (a *admin) tableOrError(w http.ResponseWriter) *table {
 	t := a.proxy.tables.table()
 	if t == nil {

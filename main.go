@@ -220,7 +220,7 @@
 //	tableStore.updateVersions ends it here if only versions are new
 //	replicaWatcher.run        another entry: the number of backends, or the cordon, changed
 //	tableStore.setBackends    (in onBackendsChanged) goes on with these
-//	tableStore.swap           puts a new table in force
+//	tableStore.swap           makes a new table the newest
 //	newTable                  merges the contents, and decides which overrides are in force
 //	relay.setPods             another entry: a pod was replaced
 //	mover.ownersChanged       (as onSwap) wakes run. Without -handoff=all it also puts the first

@@ -580,7 +580,7 @@ func (m *mover) takeNewVersion(v *view, t *table) *view {
 		return v
 	}
 	withOwners := t.withKept(v.after)
-	if m.tables.current.CompareAndSwap(t, withOwners) { // else there is a newer one
+	if m.tables.newest.CompareAndSwap(t, withOwners) { // else there is a newer one
 		next := *v
 		next.tables = []*table{withOwners}
 		if m.current.CompareAndSwap(v, &next) {

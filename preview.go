@@ -33,7 +33,7 @@ type previewRequest struct {
 // routers, a change would move, and which namespaces it would leave without an owner.
 type preview struct {
 	Router     string        `json:"router"` // that answers
-	Table      string        `json:"table"`  // version of the table in force
+	Table      string        `json:"table"`  // version of the newest table
 	Stamp      string        `json:"stamp"`
 	Backends   int           `json:"backends"`   // after the change
 	Sessions   int           `json:"sessions"`   // that would move

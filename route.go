@@ -534,7 +534,7 @@ func (t *table) ordinal(name string) (ordinal int, ok bool) {
 	return ordinal, ok && t.active.has(ordinal)
 }
 
-// tableStore merges the sources of overrides, and holds the table in force.
+// tableStore merges the sources of overrides, and holds the newest table.
 type tableStore struct {
 	// Static after construction.
 	statefulSet string
@@ -543,10 +543,10 @@ type tableStore struct {
 	onSwap      func()          // called after each swap of the table; must not block
 	sources     []*routerSource // in the order of addSource
 
-	current atomic.Pointer[table] // nil until overrides and backends are known, not nil after that
-	swaps   atomic.Int64          // tables put in force
+	newest atomic.Pointer[table] // nil until overrides and backends are known, not nil after that
+	swaps  atomic.Int64          // of newest to a new table
 
-	applyDurations *histogram // how long it took to make these and put them in force
+	applyDurations *histogram // how long it took to make these and to swap them in
 
 	// Guarded by mu, which serialises swaps.
 	mu       sync.Mutex
@@ -556,8 +556,8 @@ type tableStore struct {
 	revision string          // of the StatefulSet when backends changed
 }
 
-// table returns the table in force, nil if there was none yet.
-func (r *tableStore) table() *table { return r.current.Load() }
+// table returns the newest table, nil if there was none yet.
+func (r *tableStore) table() *table { return r.newest.Load() }
 
 // routerSource is a source of overrides that a tableStore merges with the others.
 type routerSource struct {
@@ -590,8 +590,8 @@ func (r *tableStore) whyNoOverrides() string {
 	return strings.Join(all, "; ")
 }
 
-// setContents replaces the contents of one source, and puts a table of all sources in
-// force once they are known.
+// setContents replaces the contents of one source, and makes a table of all sources the
+// newest once they are known.
 func (r *tableStore) setContents(s *routerSource, contents []sourceContent) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -626,9 +626,9 @@ func (r *tableStore) mergeContents() []sourceContent {
 	return append([]sourceContent{}, live...)
 }
 
-// updateVersions reports whether r.contents differs from the table in force in versions
+// updateVersions reports whether r.contents differs from the newest table in versions
 // only, for example after a change of labels. If so, it puts a copy of the table with the
-// new versions in force; that does not count as a swap and is not reported. In any case,
+// new versions in its place; that does not count as a swap and is not reported. In any case,
 // sources whose overrides are unchanged share the old set in memory afterwards. The
 // caller holds r.mu.
 func (r *tableStore) updateVersions() bool {
@@ -649,7 +649,7 @@ func (r *tableStore) updateVersions() bool {
 	if same {
 		next := *t
 		next.sources, next.version = slices.Clone(r.contents), versionOf(r.contents)
-		r.current.Store(&next)
+		r.newest.Store(&next)
 	}
 	return same
 }
@@ -659,7 +659,7 @@ func hasID(id sourceID) func(sourceContent) bool {
 	return func(src sourceContent) bool { return src.id == id }
 }
 
-// setBackends puts a table for these backends, at least one, in force. It checks all
+// setBackends makes a table for these backends, at least one, the newest. It checks all
 // overrides again: "backend-7" is valid once there are eight.
 func (r *tableStore) setBackends(s backendSet) {
 	r.mu.Lock()
@@ -670,7 +670,7 @@ func (r *tableStore) setBackends(s backendSet) {
 	}
 }
 
-// swap puts a new table in force, and reports the changes. It does nothing before
+// swap makes a new table the newest, and reports the changes. It does nothing before
 // overrides and backends are known. The caller holds r.mu.
 func (r *tableStore) swap() {
 	if r.contents == nil || r.active.count == 0 {
@@ -679,7 +679,7 @@ func (r *tableStore) swap() {
 	old, began := r.table(), time.Now()
 	t := newTable(r.statefulSet, r.fromHost, r.active, r.cordon, r.contents, old)
 	t.revision, t.updated = r.revision, time.Now()
-	r.current.Store(t)
+	r.newest.Store(t)
 	r.swaps.Add(1)
 	r.onSwap()
 	r.applyDurations.observe(time.Since(began))
@@ -846,7 +846,7 @@ func (r *tableStore) logSwap(t *table, all []sourceChange) {
 	}
 }
 
-// writeMetrics writes the table in force, if there is one.
+// writeMetrics writes the newest table, if there is one.
 func (r *tableStore) writeMetrics(m metricsWriter) {
 	m.single("router_table_updates_total", "counter", "Routing tables that came into force.",
 		float64(r.swaps.Load()))

@@ -1020,7 +1020,7 @@ func largeMaps(t testing.TB, objects, overrides int) (*configMaps, *tableStore) 
 }
 
 // BenchmarkSwap is what an event takes that changes the backends of all
-// overrides of one ConfigMap, from its bytes to the table in force, with what
+// overrides of one ConfigMap, from its bytes to the newest table, with what
 // the log and the Events say.
 func BenchmarkSwap(b *testing.B) {
 	for _, size := range []struct{ objects, overrides int }{{1, 10}, {1, 10_000}, {1, 40_000}, {30, 33_334}} {
