@@ -33,7 +33,7 @@ func (l clientListener) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	l.fdLimit.add(descriptorsPerUpgrade)
+	l.fdLimit.add(descriptorsPerClient)
 	c := &clientConn{Conn: conn, fdLimit: l.fdLimit, badHeads: l.badHeads, tlsServer: l.tls}
 	if l.proxyProtocol.expects(conn.RemoteAddr().String()) {
 		c.Conn, c.proxyProtocol = &prefixedConn{Conn: conn}, l.proxyProtocol
@@ -206,7 +206,7 @@ func (c *clientConn) Close() error {
 // end closes the connection, and then ends the count of its descriptors.
 func (c *clientConn) end() error {
 	err := c.Conn.Close()
-	c.fdLimit.add(-descriptorsPerUpgrade)
+	c.fdLimit.add(-descriptorsPerClient)
 	return err
 }
 

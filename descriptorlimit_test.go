@@ -22,7 +22,7 @@ func TestDescriptorLimit(t *testing.T) {
 			sessions := 0
 			for _, _, full := g.usage(); !full; _, _, full = g.usage() {
 				must(t, g.wait())
-				g.add(descriptorsPerUpgrade)
+				g.add(descriptorsPerClient)
 				g.add(-1) // it is a session now
 				sessions++
 			}
@@ -33,7 +33,7 @@ func TestDescriptorLimit(t *testing.T) {
 		})
 	}
 	least := reservedDescriptors + 5*descriptorsPerBackend +
-		descriptorsPerPoller*runtime.GOMAXPROCS(0) + descriptorsPerUpgrade
+		descriptorsPerPoller*runtime.GOMAXPROCS(0) + descriptorsPerClient
 	_, err := newDescriptorLimit(least-1, 5, 1<<20, 1)
 	if err == nil || err.Error() != fmt.Sprintf("the limit of open files must be at least %d (got %d; ulimit -n)", least, least-1) {
 		t.Errorf("error %v, want one that says %d", err, least)
@@ -64,7 +64,7 @@ func TestDescriptorLimitFollowsBackends(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		g, err := newDescriptorLimit(reservedDescriptors+100+descriptorsPerPoller*runtime.GOMAXPROCS(0), 0, 1<<20, 1)
 		must(t, err)
-		for backends, want := range map[int]int{0: 100, 10: 60, 1000: descriptorsPerUpgrade} {
+		for backends, want := range map[int]int{0: 100, 10: 60, 1000: descriptorsPerClient} {
 			if g.setBackends(backends); g.limit != want {
 				t.Errorf("%d descriptors for clients with %d backends, want %d", g.limit, backends, want)
 			}

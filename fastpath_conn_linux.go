@@ -336,7 +336,7 @@ func (c *fastConn) fallBack(answer []byte, failure error) {
 		f.refuseClient(socket, c.sealedHead([]byte(refusedHead)), err)
 		return
 	}
-	socket.Close() // before the owner's has a duplicate: descriptorsPerUpgrade
+	socket.Close() // before the owner's has a duplicate: descriptorsPerClient
 	client := &clientConn{
 		Conn: c.overTLS(conn), remoteAddr: c.remoteAddr,
 		fdLimit: f.fdLimit, badHeads: &f.proxy.results[resultBadHead], tlsServer: f.proxy.tls,
@@ -369,7 +369,7 @@ func (c *fastConn) close() {
 	c.abandonBackend()
 	syscall.Close(int(c.fd[clientSide]))
 	c.uncount()
-	c.fastPath.fdLimit.add(-descriptorsPerUpgrade)
+	c.fastPath.fdLimit.add(-descriptorsPerClient)
 	c.fastPath.pending.Done()
 }
 

@@ -524,7 +524,7 @@ func refusals() map[string]clientCase {
 		"503 sessions":                  {request: good, args: "-max-sessions 1", serve: echo, before: occupied(good, `router_sessions\{.*\} 1`), earlier: 1},
 		"503 sessions of one namespace": {request: good, args: "-max-sessions-per-namespace 1", serve: echo, before: occupied(good, `router_sessions\{.*\} 1`), earlier: 1},
 		"503 upgrades under way":        {request: good, args: "-max-pending-upgrades 1 -handshake-timeout 1m", serve: silent, before: occupied(good, waiting(1))},
-		"503 heads under way":           {request: upgradeWith("Origin: ", "Origin: "+strings.Repeat("x", headBytesPerUpgrade)), args: "-max-pending-upgrades 1"},
+		"503 heads under way":           {request: upgradeWith("Origin: ", "Origin: "+strings.Repeat("x", headBytesPerRequest)), args: "-max-pending-upgrades 1"},
 		"503 the router is stopping":    {request: good, during: stopRouter, stops: true},
 		"no answer, client left": {request: good, during: func(t *testing.T, r *goldenRouter, conn net.Conn) {
 			r.metric(t, waiting(1))

@@ -101,16 +101,16 @@ func (l *pendingLimit) inUse(ordinal int) (all, own int) {
 func (l *pendingLimit) reserveHead(n, limit int) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if n > 0 && (l.headBytes+n-1)/headBytesPerUpgrade >= limit { // limit may be any number
+	if n > 0 && (l.headBytes+n-1)/headBytesPerRequest >= limit { // limit may be any number
 		return false
 	}
 	l.headBytes += n
 	return true
 }
 
-// headBytesPerUpgrade is how many bytes the heads of the pending requests, with the short
+// headBytesPerRequest is how many bytes the heads of the pending requests, with the short
 // bodies of plain ones, may have on average. One may have more if others have fewer.
-const headBytesPerUpgrade = 2 << 10
+const headBytesPerRequest = 2 << 10
 
 // pendingRequest is a request from its admission on: an upgrade until it is a session or is
 // answered, a plain request until its exchange is over. The limits count it until uncount, a

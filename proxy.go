@@ -195,7 +195,7 @@ func (p *proxy) reserveHead(u *pendingRequest, n int) *refusal {
 	}
 	return refuse(resultMaxPending,
 		"the heads of pending requests, with short bodies, have %d bytes each on average, the limit",
-		headBytesPerUpgrade)
+		headBytesPerRequest)
 }
 
 // askOwners sends the request to the owner of the namespace, and again when another one
