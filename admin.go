@@ -599,7 +599,7 @@ type backendState struct {
 	Address          string `json:"address,omitempty"`
 	Ready            bool   `json:"ready"` // it takes a connection now
 	Error            string `json:"error,omitempty"`
-	OwnsNamespaces   bool   `json:"owns_namespaces"`               // it is one of the table's backends, also while cordoned
+	Active           bool   `json:"active"`                        // it is one of the table's backends, also while cordoned
 	Cordoned         bool   `json:"cordoned,omitempty"`            // the hash gives it no namespaces
 	Overrides        int    `json:"overrides"`                     // how many it owns by overrides
 	Sessions         int    `json:"sessions"`                      // open in this router
@@ -607,8 +607,7 @@ type backendState struct {
 	SafeToRemove     bool   `json:"safe_to_remove"`                // as far as this router knows
 }
 
-// backends answers GET /backends: the backends that own namespaces, and those that still
-// have sessions.
+// backends answers GET /backends: the active backends, and those that still have sessions.
 func (a *admin) backends(w http.ResponseWriter, r *http.Request) {
 	t := a.tableOrError(w)
 	if t == nil {
@@ -619,8 +618,8 @@ func (a *admin) backends(w http.ResponseWriter, r *http.Request) {
 	for _, load := range newLoads(a.proxy, a.summary(), changing) {
 		all = append(all, backendState{
 			Name: load.Name, Ordinal: load.Ordinal,
-			PodUID:         a.proxy.backends.podUID(load.Ordinal),
-			OwnsNamespaces: load.OwnsNamespaces, Cordoned: load.Cordoned,
+			PodUID: a.proxy.backends.podUID(load.Ordinal),
+			Active: load.Active, Cordoned: load.Cordoned,
 			Overrides: load.Overrides, Sessions: load.Sessions,
 			SessionsOnOldPod: load.SessionsOnOldPod, SafeToRemove: load.SafeToRemove,
 		})
@@ -684,7 +683,7 @@ func (a *admin) backendsOfAll(w http.ResponseWriter, r *http.Request, one http.H
 				Name: load.Name, Ordinal: load.Ordinal, Ready: load.Ready})
 		}
 		b := &answer.Backends[i]
-		b.OwnsNamespaces, b.Overrides = load.OwnsNamespaces, load.Overrides
+		b.Active, b.Overrides = load.Active, load.Overrides
 		b.Sessions, b.SessionsOnOldPod = load.Sessions, load.SessionsOnOldPod
 		b.Cordoned, b.SafeToRemove = load.Cordoned, load.SafeToRemove
 	}
@@ -721,8 +720,7 @@ func (a *admin) probe(ctx context.Context, ordinal int) (string, bool, string) {
 	return address, true, ""
 }
 
-// backendOrdinals returns the sorted ordinals of the backends that own namespaces and of
-// those in counts.
+// backendOrdinals returns the sorted ordinals of the active backends and of those in counts.
 func (a *admin) backendOrdinals(counts map[int]sessionCounts) []int {
 	all := slices.Collect(maps.Keys(counts))
 	if t := a.proxy.tables.table(); t != nil {

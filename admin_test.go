@@ -492,7 +492,7 @@ func TestBackendsShowsWhatIsLeft(t *testing.T) {
 	if err := json.NewDecoder(answered(a, "/backends").Body).Decode(&got); err != nil {
 		t.Fatal(err)
 	}
-	if all := got.Backends; len(all) != 2 || !all[0].OwnsNamespaces || all[1].Name != "backend-1" || all[1].OwnsNamespaces || all[1].Sessions != 3 {
+	if all := got.Backends; len(all) != 2 || !all[0].Active || all[1].Name != "backend-1" || all[1].Active || all[1].Sessions != 3 {
 		t.Errorf("backends %+v, want backend-0, and backend-1 with 3 sessions only", got.Backends)
 	}
 }

@@ -340,7 +340,7 @@ func (c *command) printStatus(s *status) {
 	for _, b := range s.Backends {
 		row := fmt.Sprintf("%s\t%s\t%d\t%d\t%d\t%d\t%s", b.Name, yesOrNo(b.Ready), b.Sessions,
 			b.Overrides, b.MovingIn, b.MovingOut,
-			backendNote(b.OwnsNamespaces, b.Cordoned, b.SafeToRemove))
+			backendNote(b.Active, b.Cordoned, b.SafeToRemove))
 		fmt.Fprintln(t, strings.TrimRight(row, "\t"))
 	}
 	t.Flush()
@@ -442,7 +442,7 @@ func (c *command) backends(ctx context.Context, args []string) error {
 		t := c.columns()
 		fmt.Fprintln(t, "BACKEND\tREADY\tSESSIONS\tOVERRIDES\tADDRESS\tNOTE")
 		for _, b := range answer.Backends {
-			note := backendNote(b.OwnsNamespaces, b.Cordoned, b.SafeToRemove)
+			note := backendNote(b.Active, b.Cordoned, b.SafeToRemove)
 			if b.Error != "" {
 				note = strings.TrimPrefix(note+"; "+b.Error, "; ")
 			}
@@ -562,7 +562,7 @@ func quoteForShell(text string) string {
 func (s *status) checkBackend(name string) error {
 	var names []string
 	for _, b := range s.Backends {
-		if b.OwnsNamespaces {
+		if b.Active {
 			names = append(names, b.Name)
 		}
 	}
@@ -665,7 +665,7 @@ func (c *command) changeCordon(ctx context.Context, name string, args []string,
 			fmt.Fprintf(c.notes, "%s has %d sessions, and %d overrides, which a cordon does "+
 				"not change\n", b.Name, b.Sessions, b.Overrides)
 		}
-		if b.OwnsNamespaces && !slices.Contains(list, b.Ordinal) {
+		if b.Active && !slices.Contains(list, b.Ordinal) {
 			left++
 		}
 	}
@@ -726,7 +726,7 @@ func (c *command) wait(ctx context.Context, args []string) error {
 func (s *status) unfinished() string {
 	owners := 0
 	for _, b := range s.Backends {
-		if b.OwnsNamespaces {
+		if b.Active {
 			owners++
 		}
 	}

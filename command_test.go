@@ -226,7 +226,7 @@ func statusServer(t *testing.T, answer func(n int64) *status) string {
 func TestCommandCordon(t *testing.T) {
 	s := &status{StatefulSet: &setState{Namespace: "edge", Name: "backend", Cordon: "1,7"}}
 	for i := range 3 {
-		s.Backends = append(s.Backends, backendLoad{Name: backendName("backend", i), Ordinal: i, OwnsNamespaces: true, Cordoned: i == 1, Sessions: 5, Overrides: 2})
+		s.Backends = append(s.Backends, backendLoad{Name: backendName("backend", i), Ordinal: i, Active: true, Cordoned: i == 1, Sessions: 5, Overrides: 2})
 	}
 	admin := "-admin=" + statusServer(t, func(int64) *status { return s })
 	const apply = " | kubectl -n edge patch statefulset backend --type merge --patch-file /dev/stdin\n"

@@ -336,7 +336,7 @@ func TestAdminCordon(t *testing.T) {
 		t.Errorf("backends: %s, want one cordoned", all)
 	}
 	status := askAdmin(a, "GET", "/status", "")
-	if strings.Count(status, `"owns_namespaces":true,"cordoned":true`) != 1 {
+	if strings.Count(status, `"active":true,"cordoned":true`) != 1 {
 		t.Errorf("status: %s, want one cordoned", status)
 	}
 	plan(`{"replicas":4}`, moves) // the list in force stays

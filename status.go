@@ -60,8 +60,8 @@ type sourceState struct {
 type backendLoad struct {
 	Name             string `json:"name"`
 	Ordinal          int    `json:"ordinal"`
-	Ready            bool   `json:"ready"` // for new sessions, as far as is known
-	OwnsNamespaces   bool   `json:"owns_namespaces"`
+	Ready            bool   `json:"ready"`     // for new sessions, as far as is known
+	Active           bool   `json:"active"`    // it is one of the table's backends, also while cordoned
 	Cordoned         bool   `json:"cordoned"`  // the hash gives it no namespaces
 	Overrides        int    `json:"overrides"` // how many namespaces it owns by overrides
 	Sessions         int    `json:"sessions"`
@@ -184,7 +184,7 @@ func (s *status) addStatefulSet(r *replicaWatcher) {
 	}
 }
 
-// newLoads returns the backends that own namespaces, and those that still have sessions.
+// newLoads returns the active backends, and those that still have sessions.
 // changing says that a change of owners was under way just before.
 func newLoads(p *proxy, summary *tableSummary, changing bool) []backendLoad {
 	// In this order: a flight may become a session, and after a change none begins.
@@ -206,10 +206,10 @@ func newLoads(p *proxy, summary *tableSummary, changing bool) []backendLoad {
 		n, overrides := counts[ordinal], summary.overrides[ordinal]
 		loads = append(loads, backendLoad{
 			Name: p.relay.backendName(ordinal), Ordinal: ordinal,
-			Ready:          p.backends.queues.seemsReady(ordinal),
-			OwnsNamespaces: t != nil && t.active.has(ordinal),
-			Cordoned:       t != nil && slices.Contains(t.cordon, ordinal),
-			Overrides:      overrides, Sessions: n.open, SessionsOnOldPod: n.onOldPod,
+			Ready:     p.backends.queues.seemsReady(ordinal),
+			Active:    t != nil && t.active.has(ordinal),
+			Cordoned:  t != nil && slices.Contains(t.cordon, ordinal),
+			Overrides: overrides, Sessions: n.open, SessionsOnOldPod: n.onOldPod,
 			MovingIn: in[ordinal], MovingOut: out[ordinal],
 			SafeToRemove: t != nil && !t.isHashedTo(ordinal) && overrides == 0 &&
 				n.open == 0 && !inFlight[ordinal] && !changing,
@@ -558,7 +558,7 @@ func addLoads(a, b []backendLoad) []backendLoad {
 		}
 		l := &sum[i]
 		l.Ready = l.Ready && load.Ready
-		l.OwnsNamespaces = l.OwnsNamespaces || load.OwnsNamespaces
+		l.Active = l.Active || load.Active
 		l.Cordoned = l.Cordoned || load.Cordoned
 		l.SafeToRemove = l.SafeToRemove && load.SafeToRemove
 		l.Overrides = max(l.Overrides, load.Overrides)

@@ -35,7 +35,7 @@ func TestStatusWithoutTable(t *testing.T) {
 	if r := s.Routers[0]; !r.Ready || r.Table != "7" || r.Stamp != a.proxy.tables.table().stamp {
 		t.Errorf("%+v, want it ready", r)
 	}
-	if fmt.Sprint(s.Sources) != "[{ConfigMap edge one 7}]" || len(s.Backends) != 1 || !s.Backends[0].OwnsNamespaces {
+	if fmt.Sprint(s.Sources) != "[{ConfigMap edge one 7}]" || len(s.Backends) != 1 || !s.Backends[0].Active {
 		t.Errorf("sources %v, backends %+v", s.Sources, s.Backends)
 	}
 }
