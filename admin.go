@@ -339,25 +339,25 @@ func (a *admin) watchers() (all []objectWatcher) {
 
 // ownership is the answer of /owner.
 type ownership struct {
-	Namespace string      `json:"namespace"`
-	Key       string      `json:"key,omitempty"`          // of its overrides, if it is another text
-	Owner     string      `json:"owner,omitempty"`        // "" if the namespace is refused, or the owner not known
-	HeldBy    int64       `json:"held_by_step,omitempty"` // clients wait until previous is over
-	Previous  string      `json:"previous,omitempty"`     // owner until the step is done
-	Next      string      `json:"next,omitempty"`         // in the newest table, if it is not the owner yet
-	Why       string      `json:"why"`                    // one of the why constants
-	HashOwner string      `json:"hash_owner,omitempty"`   // its owner if that were not cordoned
-	PodUID    string      `json:"pod,omitempty"`          // of the owner's pod, if known
-	Address   string      `json:"address,omitempty"`
-	Ready     bool        `json:"ready"` // the owner takes a connection now
-	Error     string      `json:"error,omitempty"`
-	Note      string      `json:"note,omitempty"`
-	Table     string      `json:"table"` // the table's version
-	Stamp     string      `json:"stamp"` // what backends get as X-Router-Table
-	Rejected  []rejection `json:"rejected,omitempty"`
-	Source    string      `json:"source,omitempty"` // of the override that is in force
-	Router    string      `json:"router"`           // that answers; "" for none
-	Sessions  int         `json:"sessions"`         // open, in this router, or with all=1 in all
+	Namespace    string      `json:"namespace"`
+	Key          string      `json:"key,omitempty"`          // of its overrides, if it is another text
+	Owner        string      `json:"owner,omitempty"`        // "" if the namespace is refused, or the owner not known
+	HeldBy       int64       `json:"held_by_step,omitempty"` // clients wait until previous is over
+	Previous     string      `json:"previous,omitempty"`     // owner until the step is done
+	Next         string      `json:"next,omitempty"`         // in the newest table, if it is not the owner yet
+	Why          string      `json:"why"`                    // one of the why constants
+	HashOwner    string      `json:"hash_owner,omitempty"`   // its owner if that were not cordoned
+	PodUID       string      `json:"pod_uid,omitempty"`      // of the owner's pod, if known
+	Address      string      `json:"address,omitempty"`
+	Ready        bool        `json:"ready"` // the owner takes a connection now
+	Error        string      `json:"error,omitempty"`
+	Note         string      `json:"note,omitempty"`
+	TableVersion string      `json:"table_version"`
+	Stamp        string      `json:"stamp"` // what backends get as X-Router-Table
+	Rejected     []rejection `json:"rejected,omitempty"`
+	Source       string      `json:"source,omitempty"` // of the override that is in force
+	Router       string      `json:"router"`           // that answers; "" for none
+	Sessions     int         `json:"sessions"`         // open, in this router, or with all=1 in all
 
 	// With all=1 only.
 	Agree   *bool          `json:"agree,omitempty"` // all that know the owner have the same one
@@ -502,7 +502,7 @@ func clientNamespace(name string, fromHost bool) (namespace, want string) {
 func newOwnership(t *table, namespace string) (o ownership, ordinal int) {
 	o = ownership{
 		Namespace: namespace, Why: t.explain(namespace),
-		Table: t.version, Stamp: t.stamp, Rejected: t.rejectionsOf(namespace),
+		TableVersion: t.version, Stamp: t.stamp, Rejected: t.rejectionsOf(namespace),
 	}
 	switch key := namespaceKey(namespace); {
 	case len(key) > maxNameBytes:
@@ -595,7 +595,7 @@ func (a *admin) writeTopMetrics(m metricsWriter) {
 type backendState struct {
 	Name             string `json:"name"`
 	Ordinal          int    `json:"ordinal"`
-	PodUID           string `json:"pod,omitempty"` // of its pod, if known
+	PodUID           string `json:"pod_uid,omitempty"` // of its pod, if known
 	Address          string `json:"address,omitempty"`
 	Ready            bool   `json:"ready"` // it takes a connection now
 	Error            string `json:"error,omitempty"`
@@ -626,15 +626,15 @@ func (a *admin) backends(w http.ResponseWriter, r *http.Request) {
 	}
 	a.probeAll(r.Context(), all)
 	writeJSON(w, http.StatusOK, backendsAnswer{
-		Router: a.proxy.podName, Table: t.version, Stamp: t.stamp, Backends: all})
+		Router: a.proxy.podName, TableVersion: t.version, Stamp: t.stamp, Backends: all})
 }
 
 // backendsAnswer is the answer of /backends.
 type backendsAnswer struct {
-	Router   string         `json:"router"` // that answers
-	Table    string         `json:"table"`  // its version
-	Stamp    string         `json:"stamp"`
-	Backends []backendState `json:"backends"`
+	Router       string         `json:"router"` // that answers
+	TableVersion string         `json:"table_version"`
+	Stamp        string         `json:"stamp"`
+	Backends     []backendState `json:"backends"`
 
 	// With all=1 only.
 	Agree   *bool          `json:"agree,omitempty"`   // all that answered have the same table

@@ -325,7 +325,7 @@ func (c *command) printStatus(s *status) {
 	fmt.Fprintln(t, "ROUTER\tREADY\tSESSIONS\tTABLE\tSTAMP")
 	for _, r := range s.Routers {
 		ready := strings.Join(append([]string{yesOrNo(r.Ready)}, r.WhyNot...), ": ")
-		fmt.Fprintf(t, "%s\t%s\t%d\t%s\t%s\n", r.Name, ready, r.Sessions, r.Table, r.Stamp)
+		fmt.Fprintf(t, "%s\t%s\t%d\t%s\t%s\n", r.Name, ready, r.Sessions, r.TableVersion, r.Stamp)
 	}
 	t.Flush()
 	var agree *bool

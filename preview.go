@@ -32,14 +32,14 @@ type previewRequest struct {
 // preview is the answer of POST /plan: which sessions of this router, or with all=1 of all
 // routers, a change would move, and which namespaces it would leave without an owner.
 type preview struct {
-	Router     string        `json:"router"` // that answers
-	Table      string        `json:"table"`  // version of the newest table
-	Stamp      string        `json:"stamp"`
-	Backends   int           `json:"backends"`   // after the change
-	Sessions   int           `json:"sessions"`   // that would move
-	Namespaces int           `json:"namespaces"` // of these sessions
-	Seconds    float64       `json:"seconds"`    // that the moves would take at least
-	Moves      []previewMove `json:"moves"`
+	Router       string        `json:"router"`        // that answers
+	TableVersion string        `json:"table_version"` // of the newest table
+	Stamp        string        `json:"stamp"`
+	Backends     int           `json:"backends"`   // after the change
+	Sessions     int           `json:"sessions"`   // that would move
+	Namespaces   int           `json:"namespaces"` // of these sessions
+	Seconds      float64       `json:"seconds"`    // that the moves would take at least
+	Moves        []previewMove `json:"moves"`
 	// Unowned is how many namespaces would have no owner: clients that come get 503. Their
 	// sessions stay until their backend ends them, and are not in Sessions.
 	Unowned         int      `json:"unowned"`
@@ -131,7 +131,7 @@ func sourceNames(sources []sourceContent) string {
 // newPreview returns what would become of the sessions of p if next followed current.
 func newPreview(p *proxy, current, next *table) *preview {
 	answer := &preview{
-		Router: p.podName, Table: current.version, Stamp: current.stamp,
+		Router: p.podName, TableVersion: current.version, Stamp: current.stamp,
 		Backends: next.active.count,
 	}
 	moves, paced := map[previewMove]int{}, int64(0)

@@ -28,13 +28,13 @@ type status struct {
 
 // routerState is one router in a status.
 type routerState struct {
-	Name     string   `json:"name"` // of its pod
-	Ready    bool     `json:"ready"`
-	WhyNot   []string `json:"why_not,omitempty"` // why it is not ready
-	Version  string   `json:"version"`           // of the program
-	Table    string   `json:"table"`             // its version; "" without a table
-	Stamp    string   `json:"stamp"`
-	Sessions int      `json:"sessions"`
+	Name         string   `json:"name"` // of its pod
+	Ready        bool     `json:"ready"`
+	WhyNot       []string `json:"why_not,omitempty"` // why it is not ready
+	Version      string   `json:"version"`           // of the program
+	TableVersion string   `json:"table_version"`     // "" without a table
+	Stamp        string   `json:"stamp"`
+	Sessions     int      `json:"sessions"`
 }
 
 // setState is the StatefulSet of the backends.
@@ -127,7 +127,7 @@ func newStatus(p *proxy, why []string, summary *tableSummary) *status {
 		Rejections: []rejectedOverride{}, Watches: []watchState{}, Limits: []limitState{},
 	}
 	if t != nil {
-		router.Table, router.Stamp = t.version, t.stamp
+		router.TableVersion, router.Stamp = t.version, t.stamp
 		s.Rejected, s.Conflicts, s.Rejections = summary.rejected, t.conflicts, summary.examples
 		for _, src := range t.sources {
 			s.Sources = append(s.Sources, sourceState{
