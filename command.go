@@ -545,7 +545,7 @@ func (c *command) move(ctx context.Context, args []string) error {
 	fmt.Fprintf(c.notes, "%s: owner %s (%s), %d sessions\n",
 		showNamespace(namespace), cmp.Or(o.Owner, "none"), o.Why, o.Sessions)
 	patch := map[string]any{"data": map[string]any{key: value}}
-	return c.printPatch(patch, "configmap "+src.Name, src.Namespace,
+	return c.printPatch(patch, "configmap "+src.Name, src.KubeNamespace,
 		"move", quoteForShell(namespace), backend)
 }
 
@@ -587,7 +587,7 @@ func (c *command) sourceToPatch(s *status, o *ownership, pin bool) (*sourceState
 		}
 	}
 	isSource := func(src *sourceState) bool {
-		return sourceID{src.Kind, src.Namespace, src.Name}.String() == o.Source
+		return sourceID{src.Kind, src.KubeNamespace, src.Name}.String() == o.Source
 	}
 	has := slices.IndexFunc(maps, isSource)
 	chosen := slices.Index(names, c.configMap)
@@ -679,7 +679,7 @@ func (c *command) changeCordon(ctx context.Context, name string, args []string,
 	patch := map[string]any{"metadata": map[string]any{
 		"annotations": map[string]any{cordonAnnotation: value}}}
 	return c.printPatch(
-		patch, "statefulset "+s.StatefulSet.Name, s.StatefulSet.Namespace, name, args[0])
+		patch, "statefulset "+s.StatefulSet.Name, s.StatefulSet.KubeNamespace, name, args[0])
 }
 
 const (

@@ -224,7 +224,7 @@ func statusServer(t *testing.T, answer func(n int64) *status) string {
 
 // cordon and uncordon print the whole list of the StatefulSet's annotation.
 func TestCommandCordon(t *testing.T) {
-	s := &status{StatefulSet: &setState{Namespace: "edge", Name: "backend", Cordon: "1,7"}}
+	s := &status{StatefulSet: &setState{KubeNamespace: "edge", Name: "backend", Cordon: "1,7"}}
 	for i := range 3 {
 		s.Backends = append(s.Backends, backendLoad{Name: backendName("backend", i), Ordinal: i, Active: true, Cordoned: i == 1, Sessions: 5, Overrides: 2})
 	}

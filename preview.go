@@ -113,8 +113,8 @@ func (p *previewRequest) cordoned(current *table, backends ordinalRange) (cordon
 // matches reports whether the proposed ConfigMap is a new version of this source.
 func (p *previewRequest) matches(src sourceContent) bool {
 	id := p.id()
-	if id.namespace == "" {
-		id.namespace = src.id.namespace
+	if id.kubeNamespace == "" {
+		id.kubeNamespace = src.id.kubeNamespace
 	}
 	return id == src.id
 }

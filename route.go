@@ -27,9 +27,9 @@ const (
 
 // sourceID identifies an object that holds overrides, such as a ConfigMap or a directory.
 type sourceID struct {
-	kind      string // "ConfigMap", "directory", or that of another source
-	namespace string // the Kubernetes namespace of a ConfigMap; "" for all others
-	name      string // the ConfigMap's name, or the directory's path
+	kind          string // "ConfigMap", "directory", or that of another source
+	kubeNamespace string // the Kubernetes namespace of a ConfigMap; "" for all others
+	name          string // the ConfigMap's name, or the directory's path
 }
 
 // String returns the name that people read: "ConfigMap edge/overwriting", "directory /d".
@@ -38,7 +38,7 @@ func (id sourceID) String() string {
 	case "":
 		return id.name
 	case "ConfigMap":
-		return id.kind + " " + id.namespace + "/" + id.name
+		return id.kind + " " + id.kubeNamespace + "/" + id.name
 	}
 	return id.kind + " " + id.name
 }

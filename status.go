@@ -39,9 +39,9 @@ type routerState struct {
 
 // setState is the StatefulSet of the backends.
 type setState struct {
-	Namespace string `json:"namespace"`
-	Name      string `json:"name"`
-	Replicas  int    `json:"replicas"` // that it should have; 0 if that is not known
+	KubeNamespace string `json:"kube_namespace"`
+	Name          string `json:"name"`
+	Replicas      int    `json:"replicas"` // that it should have; 0 if that is not known
 	// Cordon has the last valid list of its annotation, as that is written.
 	Cordon string `json:"cordon"`
 	// CordonRejected says why the annotation is not in force as it is now.
@@ -50,10 +50,10 @@ type setState struct {
 
 // sourceState is an object with overrides.
 type sourceState struct {
-	Kind      string `json:"kind"` // as sourceID has it
-	Namespace string `json:"namespace,omitempty"`
-	Name      string `json:"name"`
-	Version   string `json:"version"`
+	Kind          string `json:"kind"` // as sourceID has it
+	KubeNamespace string `json:"kube_namespace,omitempty"`
+	Name          string `json:"name"`
+	Version       string `json:"version"`
 }
 
 // backendLoad is one backend in a status.
@@ -131,7 +131,7 @@ func newStatus(p *proxy, why []string, summary *tableSummary) *status {
 		s.Rejected, s.Conflicts, s.Rejections = summary.rejected, t.conflicts, summary.examples
 		for _, src := range t.sources {
 			s.Sources = append(s.Sources, sourceState{
-				src.id.kind, src.id.namespace, src.id.name, src.version})
+				src.id.kind, src.id.kubeNamespace, src.id.name, src.version})
 		}
 	}
 	s.Routers = []routerState{router}
@@ -176,7 +176,7 @@ func (s *status) addStatefulSet(r *replicaWatcher) {
 		return
 	}
 	s.StatefulSet = &setState{
-		Namespace: r.watcher.kubeNamespace, Name: r.watcher.name,
+		KubeNamespace: r.watcher.kubeNamespace, Name: r.watcher.name,
 		Cordon: r.lastCordon().String(), CordonRejected: r.whyCordonRejected(),
 	}
 	if set := r.lastStatefulSet(); set != nil {
