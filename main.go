@@ -496,7 +496,7 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 	var mover *mover // onSwap uses it when there are sources
 	tables := &tableStore{
 		statefulSet: c.statefulSet, fromHost: c.layout.fromHost,
-		active: backends.fixed, cordon: c.cordon, log: log,
+		active: backends.fixed, listedCordon: c.cordon, log: log,
 		onSwap: func() { mover.ownersChanged() },
 		applyDurations: newHistogram(
 			.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5),

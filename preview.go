@@ -102,7 +102,7 @@ func (p *previewRequest) table(current *table) (*table, error) {
 // cordoned returns what would be cordoned of these backends.
 func (p *previewRequest) cordoned(current *table, backends ordinalRange) (cordon, error) {
 	if p.Cordon == nil {
-		return current.cordonList, nil
+		return current.listedCordon, nil
 	}
 	if _, all := p.Cordon.among(backends); all {
 		return nil, errors.New("cordon must leave a backend that is not cordoned")

@@ -79,17 +79,17 @@ type changeReporter interface {
 // table maps each namespace to its owner. It is immutable: an update makes a new one.
 // Its methods take no lock, and owner does not allocate (invariant 1).
 type table struct {
-	statefulSet string          // the part of a backend's name before "-" and its ordinal
-	fromHost    bool            // a namespace is the first label of a host name
-	active      ordinalRange    // at least one
-	cordonList  cordon          // as it is listed
-	cordon      cordon          // of it, what is in force: see cordon.among
-	cordoned    []bool          // for each active ordinal, whether cordon has it; nil for none
-	updated     time.Time       // when the router put it in force; zero for others
-	revision    string          // of the StatefulSet when backends changed; "" if not known
-	sources     []sourceContent // in the order in which they are merged
-	version     string          // of the only source, or a hash of all versions; for people
-	stamp       string          // contentHash.keptHash, each as 16 hexadecimal digits
+	statefulSet  string          // the part of a backend's name before "-" and its ordinal
+	fromHost     bool            // a namespace is the first label of a host name
+	active       ordinalRange    // at least one
+	listedCordon cordon          // the whole list
+	cordon       cordon          // of it, what is in force: see cordon.among
+	cordoned     []bool          // for each active ordinal, whether cordon has it; nil for none
+	updated      time.Time       // when the router put it in force; zero for others
+	revision     string          // of the StatefulSet when backends changed; "" if not known
+	sources      []sourceContent // in the order in which they are merged
+	version      string          // of the only source, or a hash of all versions; for people
+	stamp        string          // contentHash.keptHash, each as 16 hexadecimal digits
 
 	// Routers with the same contentHash have the same owners, except for kept
 	// namespaces; with the same keptHash, for these too.
@@ -116,10 +116,10 @@ type table struct {
 // of it is invalid, or if two sources give it different backends. Without old it is
 // unresolved, and not hashed, since another router may know a valid override. All other
 // overrides apply (invariant 3).
-func newTable(statefulSet string, fromHost bool, backends ordinalRange, cordoned cordon,
+func newTable(statefulSet string, fromHost bool, backends ordinalRange, listedCordon cordon,
 	sources []sourceContent, old *table) *table {
 	t := &table{
-		statefulSet: statefulSet, fromHost: fromHost, active: backends, cordonList: cordoned,
+		statefulSet: statefulSet, fromHost: fromHost, active: backends, listedCordon: listedCordon,
 		sources: slices.Clone(sources), version: versionOf(sources),
 		rejected: make([]int, len(sources)),
 	}
@@ -148,9 +148,9 @@ func newTable(statefulSet string, fromHost bool, backends ordinalRange, cordoned
 	return t
 }
 
-// setCordon sets cordon and cordoned to the part of cordonList that is in force.
+// setCordon sets cordon and cordoned to the part of listedCordon that is in force.
 func (t *table) setCordon() {
-	if t.cordon, _ = t.cordonList.among(t.active); t.cordon == nil {
+	if t.cordon, _ = t.listedCordon.among(t.active); t.cordon == nil {
 		return
 	}
 	t.cordoned = make([]bool, t.active.count)
@@ -549,11 +549,11 @@ type tableStore struct {
 	applyDurations *histogram // how long it took to make these and to swap them in
 
 	// Guarded by mu, which serialises swaps.
-	mu       sync.Mutex
-	contents []sourceContent // of the sources, merged; nil before they are known
-	active   ordinalRange    // of the next table; count is 0 before they are known
-	cordon   cordon          // of the next table, as it is listed
-	revision string          // of the StatefulSet when backends changed
+	mu           sync.Mutex
+	contents     []sourceContent // of the sources, merged; nil before they are known
+	active       ordinalRange    // of the next table; count is 0 before they are known
+	listedCordon cordon          // of the next table
+	revision     string          // of the StatefulSet when backends changed
 }
 
 // table returns the newest table, nil if there was none yet.
@@ -664,8 +664,8 @@ func hasID(id sourceID) func(sourceContent) bool {
 func (r *tableStore) setBackends(s backendSet) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if s.ordinalRange != r.active || !slices.Equal(s.cordon, r.cordon) {
-		r.active, r.cordon, r.revision = s.ordinalRange, s.cordon, s.revision
+	if s.ordinalRange != r.active || !slices.Equal(s.listedCordon, r.listedCordon) {
+		r.active, r.listedCordon, r.revision = s.ordinalRange, s.listedCordon, s.revision
 		r.swap()
 	}
 }
@@ -677,7 +677,7 @@ func (r *tableStore) swap() {
 		return
 	}
 	old, began := r.table(), time.Now()
-	t := newTable(r.statefulSet, r.fromHost, r.active, r.cordon, r.contents, old)
+	t := newTable(r.statefulSet, r.fromHost, r.active, r.listedCordon, r.contents, old)
 	t.revision, t.updated = r.revision, time.Now()
 	r.newest.Store(t)
 	r.swaps.Add(1)

@@ -378,7 +378,7 @@ func BenchmarkOwner(b *testing.B) {
 				b.Run(name+"hit", func(b *testing.B) { lookUp(b, r, hits) })
 			}
 			b.Run(name+"miss", func(b *testing.B) { lookUp(b, r, misses) })
-			r.setBackends(backendSet{ordinalRange: ordinalRange{count: backends}, cordon: cordon{2}})
+			r.setBackends(backendSet{ordinalRange: ordinalRange{count: backends}, listedCordon: cordon{2}})
 			b.Run(name+"miss, one cordoned", func(b *testing.B) { lookUp(b, r, misses) })
 		}
 	}
@@ -888,7 +888,7 @@ func (w stampWorld) next(random *rand.Rand) stampWorld {
 // show has the router see it: with shuffled sources of other names if it is odd,
 // and with values that are spelled otherwise.
 func (w stampWorld) show(r *tableStore, version int, odd bool, random *rand.Rand) {
-	r.setBackends(backendSet{ordinalRange: w.backends, cordon: w.cordon})
+	r.setBackends(backendSet{ordinalRange: w.backends, listedCordon: w.cordon})
 	var all []sourceContent
 	for i, data := range w.data {
 		src := contentOf(fmt.Sprint("source-", i), fmt.Sprint(version), data)
