@@ -85,7 +85,7 @@ type table struct {
 	listedCordon cordon          // the whole list
 	cordon       cordon          // of it, what is in force: see cordon.among
 	cordoned     []bool          // for each active ordinal, whether cordon has it; nil for none
-	updated      time.Time       // when the router put it in force; zero for others
+	updated      time.Time       // when it became the newest; zero for others
 	revision     string          // of the StatefulSet when backends changed; "" if not known
 	sources      []sourceContent // in the order in which they are merged
 	version      string          // of the only source, or a hash of all versions; for people
