@@ -89,7 +89,7 @@ func runCommand(ctx context.Context, args []string, out, notes io.Writer) (
 		return false, nil
 	}
 	if slices.Contains([]string{"version", "-version", "--version"}, args[0]) {
-		_, err := fmt.Fprintln(out, readBuild(buildStamp))
+		_, err := fmt.Fprintln(out, readBuild(embeddedVersion))
 		return true, err
 	}
 	sub, ok := subcommands()[args[0]]

@@ -90,7 +90,7 @@ func TestCommands(t *testing.T) {
 func TestCommandVersion(t *testing.T) {
 	for _, arg := range []string{"version", "-version", "--version"} {
 		got, code := commandOutput(t, arg)
-		want := "router " + version() + ", commit " + readBuild(buildStamp).commit + ", " + runtime.Version() + ", " + runtime.GOOS + "/" + runtime.GOARCH + "\n"
+		want := "router " + version() + ", commit " + readBuild(embeddedVersion).commit + ", " + runtime.Version() + ", " + runtime.GOOS + "/" + runtime.GOARCH + "\n"
 		if got != want || code != 0 {
 			t.Errorf("%s is %d %q, want 0 %q", arg, code, got, want)
 		}
