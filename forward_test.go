@@ -509,9 +509,9 @@ func TestForwardKeeps(t *testing.T) {
 		p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
 		p.do(t, plainClient(t), "GET", "/ws/ns-01", "")
 		eventually(t, "kept connections", 0, func() int {
-			p.forwarder.kept.mu.Lock()
-			defer p.forwarder.kept.mu.Unlock()
-			return len(p.forwarder.kept.byPod)
+			p.forwarder.idle.mu.Lock()
+			defer p.forwarder.idle.mu.Unlock()
+			return len(p.forwarder.idle.byPod)
 		})
 	})
 }

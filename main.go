@@ -196,7 +196,7 @@
 //	proxy.forward             begins the exchange, and answers what is refused
 //	proxy.admitPlain          does what admit does for an upgrade
 //	exchange.serve            passes on the answer that trip returns
-//	proxy.roundTrip           (as trip) takes a kept connection to the owner, or dials it
+//	proxy.roundTrip           (as trip) takes an idle connection to the owner, or dials it
 //	proxy.startFlight         asks once more who the owner is, just before the request
 //	exchange.ask              sends the owner the request, and reads the head of its answer
 //	proxy.checkAnswer         (in trip) says whether the owner has refused it by 421 or 409
@@ -301,7 +301,7 @@
 //	relay.mu
 //	flights.mu                held while it asks which flights a step waits for
 //	exchange.mu
-//	keptConns.mu              held while it counts descriptors
+//	idleConns.mu              held while it counts descriptors
 //	membership.mu, releaser.mu, releaseMemory.mu
 //	pendingLimit.mu, descriptorLimit.mu, addressCache.mu, limitListener.mu, logQueue.mu,
 //	waitCount.mu, namespaceSessions.mu, namespaceRate.mu, tlsHandshakeList.mu

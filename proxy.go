@@ -334,7 +334,7 @@ func (p *proxy) admitPlain(x *exchange) *refusal {
 // that it has not taken the request, and nothing of its body is lost.
 func (p *proxy) roundTrip(x *exchange) (*http.Response, error) {
 	refusals, misdirected := 0, error(nil)
-	for conn := p.takeKept(x.pendingRequest); ; conn = nil {
+	for conn := p.takeIdle(x.pendingRequest); ; conn = nil {
 		if conn == nil {
 			if err := p.dialOwner(p.holdContext(x), x.pendingRequest); err != nil {
 				_, err = p.unreachableError(x.holdCtx, x.owner, err, misdirected)
@@ -344,7 +344,7 @@ func (p *proxy) roundTrip(x *exchange) (*http.Response, error) {
 			x.backendConn = nil
 		}
 		if !p.startFlight(x.pendingRequest) {
-			p.forwarder.kept.put(conn)
+			p.forwarder.idle.put(conn)
 			continue
 		}
 		owner := p.backends.name(x.owner)
@@ -374,21 +374,21 @@ func (p *proxy) roundTrip(x *exchange) (*http.Response, error) {
 	}
 }
 
-// takeKept returns a kept connection to the owner if the request can be sent at once, or
+// takeIdle returns an idle connection to the owner if the request can be sent at once, or
 // nil.
-func (p *proxy) takeKept(u *pendingRequest) *ownerConn {
+func (p *proxy) takeIdle(u *pendingRequest) *ownerConn {
 	u.podUID = p.backends.podUID(u.owner) // before it is asked for sessions with older pods
 	if u.queue() != u.owner || p.relay.oldPodSessionsDone(u.namespace) != nil ||
 		!p.backends.queues.isOpen(u.owner) {
 		return nil
 	}
-	return p.forwarder.kept.take(backendPod{u.owner, u.podUID})
+	return p.forwarder.idle.take(backendPod{u.owner, u.podUID})
 }
 
 // checkAnswer returns errMisdirected or errReleased if the owner has not taken the request.
 func (p *proxy) checkAnswer(x *exchange, resp *http.Response, conn net.Conn) error {
 	if resp.StatusCode == http.StatusMisdirectedRequest {
-		p.forwarder.kept.closeBackend(x.owner)
+		p.forwarder.idle.closeBackend(x.owner)
 		_, err := p.handleMisdirected(x.owner, conn.RemoteAddr())
 		return err
 	}
