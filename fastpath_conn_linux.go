@@ -420,7 +420,7 @@ func (c *fastConn) interrupt() {
 // poller.mu.
 func (c *fastConn) handleStop() {
 	if c.handshaking {
-		c.ctx.timer.Reset(min(answerTime, time.Until(c.ctx.deadline)))
+		c.ctx.timer.Reset(min(stopGrace, time.Until(c.ctx.deadline)))
 	}
 	c.cancelIfGone()
 }

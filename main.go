@@ -99,7 +99,7 @@
 //	fastConn.readTLSHead      reads it within TLS, by the next seven:
 //	fastConn.readHello        reads what comes first: a header, or the beginning of the handshake
 //	fastConn.readProxyHeader  (also without TLS) takes the client's address from a header
-//	fastConn.setHandshaking   leaves the handshake answerTime, should the router stop meanwhile
+//	fastConn.setHandshaking   leaves the handshake stopGrace, should the router stop meanwhile
 //	fastConn.startTLS         does the handshake
 //	tlsServer.handshake       counts it
 //	tlsServer.compute         calls crypto/tls when it is the handshake's turn (takeTurn)
@@ -697,14 +697,14 @@ func (p *program) announceDrain() {
 //
 // When Shutdown begins, net/http drops a client whose request it has not given to the
 // handler: that client would get no answer. So stopClients first waits, for at most
-// answerTime, for the clients that the fast path has left to net/http.
+// stopGrace, for the clients that the fast path has left to net/http.
 func (p *program) stopClients(fastPath *fastPath, clientServer *http.Server,
 	stopRequests context.CancelCauseFunc) {
 	started := time.Now()
 	clientServer.SetKeepAlivesEnabled(false) // each answer now says Connection: close
 	fastPath.stop()
 	stopRequests(errDraining)
-	timeout, cancel := context.WithTimeout(context.Background(), answerTime)
+	timeout, cancel := context.WithTimeout(context.Background(), stopGrace)
 	defer cancel()
 	handled, allHandled := context.WithCancel(timeout)
 	go func() { p.proxy.unhandled.Wait(); allHandled() }() // Close below ends it at the latest
@@ -720,7 +720,7 @@ func (p *program) stopClients(fastPath *fastPath, clientServer *http.Server,
 	ended := p.drainAll()
 	select {
 	case <-shutdown:
-	case <-time.After(answerTime):
+	case <-time.After(stopGrace):
 	}
 	clientServer.Close()
 	allIdle()

@@ -692,14 +692,14 @@ func (p *proxy) handshakeError(
 	return refused.result, refused
 }
 
-// answerTime bounds how long the end of the router waits for clients: until the handler has
+// stopGrace bounds how long the end of the router waits for clients: until the handler has
 // their requests, and until they have taken their answers.
-const answerTime = 2 * time.Second
+const stopGrace = 2 * time.Second
 
 // passResponse sends the client the backend's answer: status, header and body. A 302 is not
 // followed, and no answer is logged. The body has as much time as the head had. If it is cut
 // off, the client gets what came of it. When ctx ends, because the router stops, the client
-// has answerTime to take it.
+// has stopGrace to take it.
 func (p *proxy) passResponse(
 	ctx context.Context, w http.ResponseWriter, resp *http.Response, backendConn net.Conn,
 ) (result, error) {
@@ -707,7 +707,7 @@ func (p *proxy) passResponse(
 	backendConn.SetDeadline(deadline)
 	client := http.NewResponseController(w)
 	client.SetWriteDeadline(deadline)
-	stop := context.AfterFunc(ctx, func() { client.SetWriteDeadline(time.Now().Add(answerTime)) })
+	stop := context.AfterFunc(ctx, func() { client.SetWriteDeadline(time.Now().Add(stopGrace)) })
 	defer stop()
 	upgrade := resp.Header["Upgrade"] // a 426 needs it (RFC 9110 §15.5.22)
 	removeHopByHopHeaders(resp.Header)
