@@ -87,14 +87,15 @@ func (a *admin) handler() http.Handler {
 	owner := limitConcurrency(maxConcurrentOwners, maxAdminConns, a.owner)
 	backends := limitConcurrency(maxConcurrentBackends, maxAdminConns, a.backends)
 	preview := limitConcurrency(maxConcurrentPreviews, maxWaitingPreviews, a.preview)
-	ofAll := func(answer oneToAll, one http.HandlerFunc) http.HandlerFunc {
+	limitAsks := func(answer allRoutersHandler, one http.HandlerFunc) http.HandlerFunc {
 		return limitConcurrency(maxConcurrentAsks, maxAdminConns, answer.with(one))
 	}
-	mux.HandleFunc("GET /owner", oneOrAll(owner, ofAll(a.ownerOfAll, owner)))
-	mux.HandleFunc("GET /status", oneOrAll(a.status, ofAll(a.statusOfAll, a.status)))
-	mux.HandleFunc("GET /backends", oneOrAll(backends, ofAll(a.backendsOfAll, backends)))
-	mux.HandleFunc("POST /plan", oneOrAll(preview,
-		limitConcurrency(maxConcurrentPreviewAsks, maxWaitingPreviews, oneToAll(a.previewOfAll).with(preview))))
+	mux.HandleFunc("GET /owner", chooseByAll(owner, limitAsks(a.ownerOfAll, owner)))
+	mux.HandleFunc("GET /status", chooseByAll(a.status, limitAsks(a.statusOfAll, a.status)))
+	mux.HandleFunc("GET /backends", chooseByAll(backends, limitAsks(a.backendsOfAll, backends)))
+	mux.HandleFunc("POST /plan", chooseByAll(preview,
+		limitConcurrency(maxConcurrentPreviewAsks, maxWaitingPreviews,
+			allRoutersHandler(a.previewOfAll).with(preview))))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method != http.MethodPost && r.ContentLength != 0 {
 			w.Header().Set("Connection", "close") // so that net/http does not read the body
@@ -115,16 +116,16 @@ func (a *admin) handler() http.Handler {
 	})
 }
 
-// oneToAll answers a request for all routers. one answers it for this router.
-type oneToAll func(w http.ResponseWriter, r *http.Request, one http.HandlerFunc)
+// allRoutersHandler answers a request for all routers. one answers it for this router.
+type allRoutersHandler func(w http.ResponseWriter, r *http.Request, one http.HandlerFunc)
 
 // with returns the handler that answers for all routers, and one for this one.
-func (f oneToAll) with(one http.HandlerFunc) http.HandlerFunc {
+func (f allRoutersHandler) with(one http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) { f(w, r, one) }
 }
 
-// oneOrAll returns a handler that calls all if the query has all=1, else one.
-func oneOrAll(one, all http.HandlerFunc) http.HandlerFunc {
+// chooseByAll returns a handler that calls all if the query has all=1, else one.
+func chooseByAll(one, all http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		switch value := r.URL.Query().Get("all"); value {
 		case "", "0":
