@@ -717,9 +717,9 @@ func (m *mover) advanceShared(now time.Time) time.Time {
 // with it. again is when to call it again; if it is zero, at the next event. v may be
 // nil.
 func (m *mover) workShared(v *view, now time.Time) (p stepProgress, again time.Time) {
-	p.sessions = m.relay.size() > 0 || m.flights.any(func(*flight) bool { return true })
+	p.hasWork = m.relay.size() > 0 || m.flights.any(func(*flight) bool { return true })
 	if v == nil {
-		p.stepDone = !p.sessions
+		p.stepDone = !p.hasWork
 		return p, time.Time{}
 	}
 	t := m.tables.table()
