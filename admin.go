@@ -777,7 +777,7 @@ func (a *admin) previewOfAll(w http.ResponseWriter, r *http.Request, one http.Ha
 		writeError(w, http.StatusServiceUnavailable, silent[0].Error)
 		return
 	}
-	writeJSON(w, http.StatusOK, sumPreviews(all, silent, a.proxy.mover.sharesRate()))
+	writeJSON(w, http.StatusOK, sumPreviews(all, silent, a.proxy.mover.rateIsShared()))
 }
 
 // writePreviewError answers a POST /plan with what is wrong in it.

@@ -461,7 +461,7 @@ func (m *mover) interval() time.Duration {
 	if m.shared == nil {
 		return m.moveInterval
 	}
-	return time.Duration(float64(m.moveInterval) / m.shared.rateShare())
+	return time.Duration(float64(m.moveInterval) / m.shared.shareWithFloor())
 }
 
 // minMoveTime returns how long so many moves last at least: with -handoff=all those of all
@@ -673,8 +673,8 @@ func (m *mover) useMembership(s *membership) {
 	s.wake = m.wake.notify
 }
 
-// sharesRate reports whether all routers together have the rate of moves.
-func (m *mover) sharesRate() bool { return m.shared != nil }
+// rateIsShared reports whether all routers together have the rate of moves.
+func (m *mover) rateIsShared() bool { return m.shared != nil }
 
 // leave makes this router leave the hand-off once its last session is over, and waits for
 // that until ctx ends. If it does not leave, the others wait until its pod is gone. The
@@ -853,9 +853,9 @@ func (s *sharedMove) stepAfter(now time.Time) time.Time {
 	return latest(now, s.member.stepSeenAt.Add(stepTime(len(s.member.view.plan.members))))
 }
 
-// rateShare returns this router's part of the rate, above 0 and at most 1. A router that
+// shareWithFloor returns this router's part of the rate, above 0 and at most 1. A router that
 // had no session to move when it answered last has a small part. It takes membership.mu.
-func (s *sharedMove) rateShare() float64 {
+func (s *sharedMove) shareWithFloor() float64 {
 	s.mu.Lock()
 	o := s.inbox.object
 	s.mu.Unlock()
