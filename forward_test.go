@@ -694,7 +694,7 @@ func TestForwardMoveCuts(t *testing.T) {
 			"chunked":       "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n",
 		} {
 			t.Run(fmt.Sprint(name, ", off ", off), func(t *testing.T) {
-				p, release, ended := longAnswers(t, first, 50*time.Millisecond, func(p *proxy) { p.mover.off = off })
+				p, release, ended := longAnswers(t, first, 50*time.Millisecond, func(p *proxy) { p.mover.handoffOff = off })
 				old := dial(t, p.addr)
 				mustWrite(t, old, plainRequest("/ws/ns-01"))
 				eventually(t, "requests that were sent", 1, p.forwarder.size)

@@ -509,10 +509,10 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 	}
 	onViewChanged := func() { backends.queues.recheckOwners(mover.findQueue) }
 	mover = newMover(tables, relay, c.moveRate, probe, onViewChanged, log)
-	mover.settleTime, mover.off = c.moveSettle, c.handoff == "off"
+	mover.settleTime, mover.handoffOff = c.moveSettle, c.handoff == "off"
 	mover.flights.unprovenTimeout = c.handoffUnproven
 	mover.flights.addDescriptors = fdLimit.add
-	if !mover.off {
+	if !mover.handoffOff {
 		relay.onAbandoned = func(s *session, backend net.Conn) {
 			f := mover.flights.add(s.namespace, s.backend, s.podUID, nil)
 			f.abandon(backend, func() {})

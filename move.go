@@ -29,7 +29,7 @@ type mover struct {
 	// Static after construction.
 	tables     *tableStore
 	relay      *relay
-	off        bool          // -handoff=off
+	handoffOff bool          // -handoff=off
 	settleTime time.Duration // time without a change of the table before sessions move
 	// moveInterval is the time between two moves, of all routers with -handoff=all; 0: no
 	// pause.
@@ -113,7 +113,7 @@ func newMover(
 func (m *mover) ownersChanged() {
 	for m.shared == nil {
 		t, v := m.tables.table(), m.current.Load()
-		if t == nil || v != nil && (!m.off || v.tables[0] == t) {
+		if t == nil || v != nil && (!m.handoffOff || v.tables[0] == t) {
 			break
 		}
 		if m.current.CompareAndSwap(v, newView(t, v, time.Now())) {
@@ -150,7 +150,7 @@ func (m *mover) findQueue(namespace string) int { return m.assign(namespace).que
 func (m *mover) startFlight(
 	namespace string, owner int, podUID string, cut func(),
 ) (f *flight, now assignment, ok bool) {
-	if !m.off || cut != nil {
+	if !m.handoffOff || cut != nil {
 		f = m.flights.add(namespace, owner, podUID, cut)
 	}
 	now = m.assign(namespace)
@@ -353,7 +353,7 @@ func (m *mover) advance(now time.Time) time.Time {
 		}
 		t := m.nextTable(v)
 		switch {
-		case m.off && !v.isAtRest(t.contentHash): // ownersChanged will replace v first
+		case m.handoffOff && !v.isAtRest(t.contentHash): // ownersChanged will replace v first
 			return time.Time{}
 		case m.tally == nil && v.isAtRest(t.contentHash):
 			m.raiseStep(v)
@@ -531,7 +531,7 @@ func (m *mover) cutRequests(now time.Time) time.Time {
 		switch {
 		case v.admitsNone || m.relay.isOldPod(f.backend, f.podUID):
 			return now
-		case m.off && owner != unresolved && owner != f.backend,
+		case m.handoffOff && owner != unresolved && owner != f.backend,
 			!v.done && v.mustLeave(f.namespace, f.backend):
 			return f.began.Add(m.httpMoveTime)
 		}

@@ -339,7 +339,7 @@ func (m *mover) status() handoffStatus {
 		s.Moving = &receipt
 	}
 	switch {
-	case m.off:
+	case m.handoffOff:
 		s.Mode = "off"
 	case m.shared != nil:
 		shared := m.shared.snapshot()
