@@ -603,15 +603,15 @@ func (p *program) addSources(kubeClient *kubeClient, kubeNamespace string) {
 		})
 	}
 	switch {
-	case c.overrides == "" && kubeClient == nil:
+	case c.overridesDir == "" && kubeClient == nil:
 		tables.addSource(false, func(update func(...sourceContent)) overrideSource {
 			return noOverrides(update)
 		})
-	case c.overrides == "":
+	case c.overridesDir == "":
 	case c.handoff == "all":
-		p.log.Warn("-overrides is not used with -handoff=all: a copy may lag", "directory", c.overrides)
+		p.log.Warn("-overrides is not used with -handoff=all: a copy may lag", "directory", c.overridesDir)
 	default:
-		tables.addSource(kubeClient != nil, newDirectory(c.overrides, p.log))
+		tables.addSource(kubeClient != nil, newDirectory(c.overridesDir, p.log))
 	}
 	for _, source := range tables.sources {
 		p.tasks = append(p.tasks, source.run)
