@@ -34,8 +34,8 @@ type forwarder struct {
 	idle     *idleConns
 	buffers  sync.Pool // of *[forwardBuffer]byte
 
-	running    waitCount    // exchanges
-	inProgress atomic.Int64 // exchanges
+	running    waitCount    // exchanges: stop waits for them, but nobody can read how many
+	inProgress atomic.Int64 // the same number, for the metrics
 	atOwners   atomic.Int64 // of these, those that an owner has got
 	cuts       atomic.Int64 // exchanges that ended by errMoved or errDraining
 	results    [numResults]atomic.Int64
@@ -45,9 +45,9 @@ type forwarder struct {
 const (
 	// forwardBuffer is how many bytes of a body are carried at once.
 	forwardBuffer = 32 << 10
-	// maxWholeBody is the longest body, in bytes, that is read before its request is sent.
+	// maxShortBody is the longest body, in bytes, that is read before its request is sent.
 	// Such a request can be sent to another owner too, if the first has not taken it.
-	maxWholeBody = 8 << 10
+	maxShortBody = 8 << 10
 	// bodyGrace is how long the end of a body is waited for after the end of its answer.
 	bodyGrace = 50 * time.Millisecond
 	// lingerTime is how long a client that has its answer may go on to send its body:
@@ -144,13 +144,13 @@ type exchange struct {
 	holdCtx    context.Context // bounds all waits for owners; nil before the first
 	cancelHold func()
 
-	head    []byte   // what startPlainHead has returned, without room
-	whole   []byte   // the body, if it was read before; its length is at most maxWholeBody
-	counted bool     // in forwarder.atOwners
-	upgrade []string // the field of the answer: a 426 needs it (RFC 9110 §15.5.22)
-	trace   *httptrace.ClientTrace
-	reverse httputil.ReverseProxy
-	body    *bodyState // nil for a body that does not stream, or has not begun
+	head         []byte   // what startPlainHead has returned, without room
+	shortBody    []byte   // the body, if it was read before; its length is at most maxShortBody
+	counted      bool     // in forwarder.atOwners
+	upgradeField []string // the field of the answer: a 426 needs it (RFC 9110 §15.5.22)
+	trace        *httptrace.ClientTrace
+	reverse      httputil.ReverseProxy
+	body         *bodyState // nil for a body that does not stream, or has not begun
 
 	// What came of it, for the metrics and the log.
 	result result
@@ -169,7 +169,7 @@ func (f *forwarder) begin(w http.ResponseWriter, r *http.Request) *exchange {
 	f.running.add(1)
 	f.inProgress.Add(1)
 	x := &exchange{forwarder: f, w: w, r: r, began: time.Now(), result: resultClientGone}
-	x.streams = r.ContentLength < 0 || r.ContentLength > maxWholeBody
+	x.streams = r.ContentLength < 0 || r.ContentLength > maxShortBody
 	x.client = r.Context().Value(clientConnKey{}).(*clientConn)
 	x.ctx, x.cancel = context.WithCancelCause(f.open)
 	x.unwatch = context.AfterFunc(x.ctx, x.interrupt)
@@ -240,8 +240,8 @@ func (x *exchange) interrupt() {
 	}
 }
 
-// readWhole reads the body if it is short, within this time.
-func (x *exchange) readWhole(bound time.Duration) *refusal {
+// readShortBody reads the body if it is short, within this time.
+func (x *exchange) readShortBody(bound time.Duration) *refusal {
 	r := x.r
 	if x.streams || r.ContentLength == 0 {
 		return nil
@@ -250,8 +250,8 @@ func (x *exchange) readWhole(bound time.Duration) *refusal {
 	defer x.client.SetReadDeadline(time.Time{})
 	stop := context.AfterFunc(x.ctx, func() { x.client.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
-	x.whole = make([]byte, r.ContentLength)
-	if _, err := io.ReadFull(r.Body, x.whole); err != nil {
+	x.shortBody = make([]byte, r.ContentLength)
+	if _, err := io.ReadFull(r.Body, x.shortBody); err != nil {
 		x.w.Header().Set("Connection", "close")
 		var timeout net.Error
 		switch {
@@ -313,8 +313,8 @@ func (x *exchange) modifyResponse(resp *http.Response) error {
 	if x.isLast() {
 		resp.Header.Set("Connection", "close")
 	}
-	if resp.StatusCode == http.StatusUpgradeRequired && len(x.upgrade) > 0 {
-		resp.Header["Upgrade"] = x.upgrade
+	if resp.StatusCode == http.StatusUpgradeRequired && len(x.upgradeField) > 0 {
+		resp.Header["Upgrade"] = x.upgradeField
 		resp.Header.Add("Connection", "Upgrade") // it names Upgrade (RFC 9110 §7.8)
 	}
 	if len(resp.Header["Content-Type"]) == 0 {
@@ -345,14 +345,14 @@ func (x *exchange) ask(conn *ownerConn, head []byte, maxHead int) (*http.Respons
 		}
 		x.body = &bodyState{done: make(chan struct{})}
 		go x.sendBody(x.body, conn, head)
-	} else if _, err := conn.Write(append(head, x.whole...)); err != nil {
+	} else if _, err := conn.Write(append(head, x.shortBody...)); err != nil {
 		return nil, err
 	}
 	resp, err := conn.readAnswer(x.r.Method, maxHead, x.pass1xx)
 	if err != nil {
 		return nil, err
 	}
-	x.upgrade = resp.Header["Upgrade"]
+	x.upgradeField = resp.Header["Upgrade"]
 	resp.Body = &answerBody{ReadCloser: resp.Body, exchange: x, resp: resp}
 	return resp, nil
 }

@@ -315,7 +315,7 @@ func (p *proxy) admitPlain(x *exchange) *refusal {
 	}
 	namespace, refused := p.check(x.r, checkPlain)
 	if refused == nil {
-		refused = x.readWhole(p.limits.headerTimeout)
+		refused = x.readShortBody(p.limits.headerTimeout)
 	}
 	if refused == nil {
 		x.pendingRequest, refused = p.reserve(namespace)
@@ -326,7 +326,7 @@ func (p *proxy) admitPlain(x *exchange) *refusal {
 	cancel := x.cancel // not x, which an abandoned flight would keep
 	x.cut = func() { cancel(errMoved) }
 	x.head = slices.Clip(startPlainHead(x.r, forwardedFor(x.r), p.podName))
-	return p.reserveHead(x.pendingRequest, len(x.head)+len(x.whole))
+	return p.reserveHead(x.pendingRequest, len(x.head)+len(x.shortBody))
 }
 
 // roundTrip sends the request to the owner of its namespace, and returns the answer. The
