@@ -282,7 +282,7 @@
 //	membership.apply          gets what that made from its watcher, and wakes run
 //	member.viewOf             makes the view of the plan
 //	mover.adopt               puts it in force: holds the step's namespaces, or opens them
-//	mover.takeMoved           takes the sessions of the step from the queue
+//	mover.dequeueStep         takes the sessions of the step from the queue
 //
 // Then workShared closes these sessions, sendAnswer says so, and reportFinished logs the
 // result at the end. No write says that a step is done: each router sees that no answer is

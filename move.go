@@ -779,7 +779,7 @@ func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.T
 	p = &stepProposal{step: v.step, content: t.contentHash}
 	p.next = mark{upto: allPlaces, away: away, removed: v.removedOwners(t)}
 	ready, resume := m.startPace(now)
-	schedule := m.pace // of what this router proposes; takeMoved advances the pace itself
+	schedule := m.pace // of what this router proposes; dequeueStep advances the pace itself
 	due, _ := m.queue.split(&p.next, ready, &schedule, m.shared.stepAfter(now))
 	p.toMove = len(m.queue.sessions)
 	m.moveToNewPods(due, now)
@@ -822,7 +822,7 @@ func (m *mover) adopt(v *view, now time.Time) {
 	}
 	m.current.Store(v)
 	if newStep {
-		m.takeMoved(v, now)
+		m.dequeueStep(v, now)
 	}
 	if v.done && (newStep || !old.done) {
 		m.countStep(now.Sub(v.began))
@@ -833,9 +833,9 @@ func (m *mover) adopt(v *view, now time.Time) {
 	}
 }
 
-// takeMoved takes the sessions that v's step moves from the queue. It advances the pace
+// dequeueStep takes the sessions that v's step moves from the queue. It advances the pace
 // by those that the pace counts: all but those whose previous owner was removed.
-func (m *mover) takeMoved(v *view, now time.Time) {
+func (m *mover) dequeueStep(v *view, now time.Time) {
 	var rest []queuedSession
 	for _, q := range m.queue.sessions {
 		s := q.session
