@@ -41,7 +41,7 @@ const descriptorsForOthers = 1024
 // that more could take the memory that -max-sessions sessions may need.
 type descriptorLimit struct {
 	maxFiles int // that the process may open; static
-	most     int // of limit, whatever maxFiles is; static after construction
+	maxLimit int // of limit, whatever maxFiles is; static after construction
 
 	// Guarded by mu.
 	mu      sync.Mutex
@@ -59,11 +59,11 @@ func newDescriptorLimit(files, backends, sessions, pending int) (*descriptorLimi
 		return nil, fmt.Errorf("the limit of open files must be at least %d (got %d; ulimit -n)", least, files)
 	}
 	// No more than files of each, so that a flag of any size does not overflow.
-	most := descriptorsPerSession*min(sessions, files) + descriptorsPerClient*min(pending, files)
-	g := &descriptorLimit{maxFiles: files, most: most + descriptorsForOthers}
-	g.changed.L = &g.mu
-	g.setBackends(backends)
-	return g, nil
+	needed := descriptorsPerSession*min(sessions, files) + descriptorsPerClient*min(pending, files)
+	l := &descriptorLimit{maxFiles: files, maxLimit: needed + descriptorsForOthers}
+	l.changed.L = &l.mu
+	l.setBackends(backends)
+	return l, nil
 }
 
 // setBackends sets how many descriptors clients may have with this many backends: at
@@ -71,7 +71,7 @@ func newDescriptorLimit(files, backends, sessions, pending int) (*descriptorLimi
 func (l *descriptorLimit) setBackends(backends int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.limit = max(descriptorsPerClient, min(l.most, l.maxFiles-internalDescriptors(backends)))
+	l.limit = max(descriptorsPerClient, min(l.maxLimit, l.maxFiles-internalDescriptors(backends)))
 	l.changed.Signal()
 }
 
