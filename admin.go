@@ -343,7 +343,7 @@ type ownership struct {
 	Namespace    string      `json:"namespace"`
 	Key          string      `json:"key,omitempty"`          // of its overrides, if it is another text
 	Owner        string      `json:"owner,omitempty"`        // "" if the namespace is refused, or the owner not known
-	HeldBy       int64       `json:"held_by_step,omitempty"` // clients wait until previous is over
+	HeldByStep   int64       `json:"held_by_step,omitempty"` // clients wait until previous is over
 	Previous     string      `json:"previous,omitempty"`     // owner until the step is done
 	Next         string      `json:"next,omitempty"`         // in the newest table, if it is not the owner yet
 	Why          string      `json:"why"`                    // one of the why constants
@@ -368,14 +368,14 @@ type ownership struct {
 
 // routerOwner is the owner of a namespace as one router knows it: see ownership.
 type routerOwner struct {
-	Name     string `json:"name"` // of the router
-	Owner    string `json:"owner,omitempty"`
-	HeldBy   int64  `json:"held_by_step,omitempty"`
-	Previous string `json:"previous,omitempty"`
-	Next     string `json:"next,omitempty"`
-	Why      string `json:"why"`
-	Sessions int    `json:"sessions"`
-	Stamp    string `json:"stamp"`
+	Name       string `json:"name"` // of the router
+	Owner      string `json:"owner,omitempty"`
+	HeldByStep int64  `json:"held_by_step,omitempty"`
+	Previous   string `json:"previous,omitempty"`
+	Next       string `json:"next,omitempty"`
+	Why        string `json:"why"`
+	Sessions   int    `json:"sessions"`
+	Stamp      string `json:"stamp"`
 }
 
 // owner answers GET /owner: it looks the namespace up as an upgrade would, and dials its
@@ -432,7 +432,7 @@ func (a *admin) ownerOfAll(w http.ResponseWriter, r *http.Request, one http.Hand
 			owners[o.Owner] = true
 		}
 		sum.Routers = append(sum.Routers, routerOwner{
-			o.Router, o.Owner, o.HeldBy, o.Previous, o.Next, o.Why, o.Sessions, o.Stamp})
+			o.Router, o.Owner, o.HeldByStep, o.Previous, o.Next, o.Why, o.Sessions, o.Stamp})
 	}
 	agree := len(owners) <= 1
 	sum.Agree = &agree
@@ -532,7 +532,7 @@ func (a *admin) addHandoff(o *ownership, inTable int, namespace string) (ordinal
 	m := a.proxy.mover
 	switch now := m.assign(namespace); {
 	case now.state == stateHeld:
-		o.HeldBy, o.Owner = now.step, m.relay.backendName(now.owner)
+		o.HeldByStep, o.Owner = now.step, m.relay.backendName(now.owner)
 		if before := m.current.Load().before(namespace); before >= 0 {
 			o.Previous = m.relay.backendName(before)
 		}

@@ -793,8 +793,8 @@ func printOwner(w io.Writer, namespace string, o ownership) {
 	row := strings.Join(append(cells, o.Address, o.Error), "\t")
 	fmt.Fprintln(w, strings.TrimRight(row, "\t"))
 	switch {
-	case o.HeldBy != 0:
-		fmt.Fprintf(w, "\theld by step %d until its sessions and requests with %s are over\n", o.HeldBy, o.Previous)
+	case o.HeldByStep != 0:
+		fmt.Fprintf(w, "\theld by step %d until its sessions and requests with %s are over\n", o.HeldByStep, o.Previous)
 	case o.Next != "" && o.Owner == "":
 		fmt.Fprintf(w, "\t%s in the table of this router, which does not know the owner\n", o.Next)
 	case o.Next != "":
