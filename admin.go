@@ -64,7 +64,7 @@ func (a *admin) server(log *slog.Logger) *http.Server {
 // How many requests of each kind run at once. Together they dial at most maxAdminDials
 // connections: one for each /owner, maxConcurrentDials for a /backends.
 const (
-	maxConcurrentPlans    = 1 // a plan takes up to 40 MiB
+	maxConcurrentPreviews = 1 // a preview takes up to 40 MiB
 	maxConcurrentBackends = 1
 	maxConcurrentOwners   = 8
 	maxConcurrentDials    = maxAdminDials - maxConcurrentOwners
@@ -72,8 +72,8 @@ const (
 	// Of requests that ask all routers. None of them waits, while it holds a place of the
 	// kinds above, for another router: so routers that ask each other do not wait for
 	// each other.
-	maxConcurrentAsks     = 8
-	maxConcurrentPlanAsks = 1 // the body of a plan is kept meanwhile
+	maxConcurrentAsks        = 8
+	maxConcurrentPreviewAsks = 1 // the body of POST /plan is kept meanwhile
 )
 
 // handler returns the handler of the admin port. Its limits are its own, so a server has
@@ -86,15 +86,16 @@ func (a *admin) handler() http.Handler {
 	mux.HandleFunc("GET /metrics", a.metrics)
 	owner := limitConcurrency(maxConcurrentOwners, maxAdminConns, a.owner)
 	backends := limitConcurrency(maxConcurrentBackends, maxAdminConns, a.backends)
-	plan := limitConcurrency(maxConcurrentPlans, maxWaitingPlans, a.preview)
-	ofAll := func(answer oneToAll, one http.HandlerFunc) http.HandlerFunc {
+	preview := limitConcurrency(maxConcurrentPreviews, maxWaitingPreviews, a.preview)
+	limitAsks := func(answer allRoutersHandler, one http.HandlerFunc) http.HandlerFunc {
 		return limitConcurrency(maxConcurrentAsks, maxAdminConns, answer.with(one))
 	}
-	mux.HandleFunc("GET /owner", oneOrAll(owner, ofAll(a.ownerOfAll, owner)))
-	mux.HandleFunc("GET /status", oneOrAll(a.status, ofAll(a.statusOfAll, a.status)))
-	mux.HandleFunc("GET /backends", oneOrAll(backends, ofAll(a.backendsOfAll, backends)))
-	mux.HandleFunc("POST /plan", oneOrAll(plan,
-		limitConcurrency(maxConcurrentPlanAsks, maxWaitingPlans, oneToAll(a.planOfAll).with(plan))))
+	mux.HandleFunc("GET /owner", chooseByAll(owner, limitAsks(a.ownerOfAll, owner)))
+	mux.HandleFunc("GET /status", chooseByAll(a.status, limitAsks(a.statusOfAll, a.status)))
+	mux.HandleFunc("GET /backends", chooseByAll(backends, limitAsks(a.backendsOfAll, backends)))
+	mux.HandleFunc("POST /plan", chooseByAll(preview,
+		limitConcurrency(maxConcurrentPreviewAsks, maxWaitingPreviews,
+			allRoutersHandler(a.previewOfAll).with(preview))))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method != http.MethodPost && r.ContentLength != 0 {
 			w.Header().Set("Connection", "close") // so that net/http does not read the body
@@ -115,16 +116,16 @@ func (a *admin) handler() http.Handler {
 	})
 }
 
-// oneToAll answers a request for all routers. one answers it for this router.
-type oneToAll func(w http.ResponseWriter, r *http.Request, one http.HandlerFunc)
+// allRoutersHandler answers a request for all routers. one answers it for this router.
+type allRoutersHandler func(w http.ResponseWriter, r *http.Request, one http.HandlerFunc)
 
 // with returns the handler that answers for all routers, and one for this one.
-func (f oneToAll) with(one http.HandlerFunc) http.HandlerFunc {
+func (f allRoutersHandler) with(one http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) { f(w, r, one) }
 }
 
-// oneOrAll returns a handler that calls all if the query has all=1, else one.
-func oneOrAll(one, all http.HandlerFunc) http.HandlerFunc {
+// chooseByAll returns a handler that calls all if the query has all=1, else one.
+func chooseByAll(one, all http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		switch value := r.URL.Query().Get("all"); value {
 		case "", "0":
@@ -199,8 +200,8 @@ func (m *memoryResponse) writeTo(w http.ResponseWriter) {
 func healthz(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") }
 
 const (
-	maxWaitingPlans = 4               // plans that wait; their bodies stay in the kernel
-	maxQueueTime    = 3 * time.Second // how long a request waits until it runs
+	maxWaitingPreviews = 4               // previews that wait; their bodies stay in the kernel
+	maxQueueTime       = 3 * time.Second // how long a request waits until it runs
 )
 
 // limitConcurrency returns a handler that runs next for count requests at once. Up to
@@ -339,25 +340,25 @@ func (a *admin) watchers() (all []objectWatcher) {
 
 // ownership is the answer of /owner.
 type ownership struct {
-	Namespace string      `json:"namespace"`
-	Key       string      `json:"key,omitempty"`          // of its overrides, if it is another text
-	Owner     string      `json:"owner,omitempty"`        // "" if the namespace is refused, or the owner not known
-	HeldBy    int64       `json:"held_by_step,omitempty"` // clients wait until previous is over
-	Previous  string      `json:"previous,omitempty"`     // owner until the step is done
-	Next      string      `json:"next,omitempty"`         // in the newest table, if it is not the owner yet
-	Why       string      `json:"why"`                    // one of the why constants
-	HashOwner string      `json:"hash_owner,omitempty"`   // its owner if that were not cordoned
-	PodUID    string      `json:"pod,omitempty"`          // of the owner's pod, if known
-	Address   string      `json:"address,omitempty"`
-	Ready     bool        `json:"ready"` // the owner takes a connection now
-	Error     string      `json:"error,omitempty"`
-	Note      string      `json:"note,omitempty"`
-	Table     string      `json:"table"` // the table's version
-	Stamp     string      `json:"stamp"` // what backends get as X-Router-Table
-	Rejected  []rejection `json:"rejected,omitempty"`
-	Source    string      `json:"source,omitempty"` // of the override that is in force
-	Router    string      `json:"router"`           // that answers; "" for none
-	Sessions  int         `json:"sessions"`         // open, in this router, or with all=1 in all
+	Namespace    string      `json:"namespace"`
+	Key          string      `json:"key,omitempty"`          // of its overrides, if it is another text
+	Owner        string      `json:"owner,omitempty"`        // "" if the namespace is refused, or the owner not known
+	HeldByStep   int64       `json:"held_by_step,omitempty"` // clients wait until previous is over
+	Previous     string      `json:"previous,omitempty"`     // owner until the step is done
+	Next         string      `json:"next,omitempty"`         // in the newest table, if it is not the owner yet
+	Why          string      `json:"why"`                    // one of the why constants
+	HashOwner    string      `json:"hash_owner,omitempty"`   // its owner if that were not cordoned
+	PodUID       string      `json:"pod_uid,omitempty"`      // of the owner's pod, if known
+	Address      string      `json:"address,omitempty"`
+	Ready        bool        `json:"ready"` // the owner takes a connection now
+	Error        string      `json:"error,omitempty"`
+	Note         string      `json:"note,omitempty"`
+	TableVersion string      `json:"table_version"`
+	Stamp        string      `json:"stamp"` // what backends get as X-Router-Table
+	Rejected     []rejection `json:"rejected,omitempty"`
+	Source       string      `json:"source,omitempty"` // of the override that is in force
+	Router       string      `json:"router"`           // that answers; "" for none
+	Sessions     int         `json:"sessions"`         // open, in this router, or with all=1 in all
 
 	// With all=1 only.
 	Agree   *bool          `json:"agree,omitempty"` // all that know the owner have the same one
@@ -367,14 +368,14 @@ type ownership struct {
 
 // routerOwner is the owner of a namespace as one router knows it: see ownership.
 type routerOwner struct {
-	Name     string `json:"name"` // of the router
-	Owner    string `json:"owner,omitempty"`
-	HeldBy   int64  `json:"held_by_step,omitempty"`
-	Previous string `json:"previous,omitempty"`
-	Next     string `json:"next,omitempty"`
-	Why      string `json:"why"`
-	Sessions int    `json:"sessions"`
-	Stamp    string `json:"stamp"`
+	Name       string `json:"name"` // of the router
+	Owner      string `json:"owner,omitempty"`
+	HeldByStep int64  `json:"held_by_step,omitempty"`
+	Previous   string `json:"previous,omitempty"`
+	Next       string `json:"next,omitempty"`
+	Why        string `json:"why"`
+	Sessions   int    `json:"sessions"`
+	Stamp      string `json:"stamp"`
 }
 
 // owner answers GET /owner: it looks the namespace up as an upgrade would, and dials its
@@ -431,7 +432,7 @@ func (a *admin) ownerOfAll(w http.ResponseWriter, r *http.Request, one http.Hand
 			owners[o.Owner] = true
 		}
 		sum.Routers = append(sum.Routers, routerOwner{
-			o.Router, o.Owner, o.HeldBy, o.Previous, o.Next, o.Why, o.Sessions, o.Stamp})
+			o.Router, o.Owner, o.HeldByStep, o.Previous, o.Next, o.Why, o.Sessions, o.Stamp})
 	}
 	agree := len(owners) <= 1
 	sum.Agree = &agree
@@ -461,7 +462,7 @@ func (a *admin) statusOfAll(w http.ResponseWriter, r *http.Request, one http.Han
 	writeJSON(w, http.StatusOK, sumStatus(all, silent)) // this router has answered
 }
 
-// summary returns the summary of the table in force. It makes one only if the table is
+// summary returns the summary of the newest table. It makes one only if the table is
 // another than at the last call.
 func (a *admin) summary() *tableSummary {
 	t, last := a.proxy.tables.table(), a.lastSummary.Load()
@@ -479,7 +480,7 @@ func (a *admin) isUnused(ordinal int) bool {
 		a.summary().overrides[ordinal] == 0
 }
 
-// tableOrError returns the table in force. Without one it answers 503 and returns nil.
+// tableOrError returns the newest table. Without one it answers 503 and returns nil.
 func (a *admin) tableOrError(w http.ResponseWriter) *table {
 	t := a.proxy.tables.table()
 	if t == nil {
@@ -502,7 +503,7 @@ func clientNamespace(name string, fromHost bool) (namespace, want string) {
 func newOwnership(t *table, namespace string) (o ownership, ordinal int) {
 	o = ownership{
 		Namespace: namespace, Why: t.explain(namespace),
-		Table: t.version, Stamp: t.stamp, Rejected: t.rejectionsOf(namespace),
+		TableVersion: t.version, Stamp: t.stamp, Rejected: t.rejectionsOf(namespace),
 	}
 	switch key := namespaceKey(namespace); {
 	case len(key) > maxNameBytes:
@@ -531,7 +532,7 @@ func (a *admin) addHandoff(o *ownership, inTable int, namespace string) (ordinal
 	m := a.proxy.mover
 	switch now := m.assign(namespace); {
 	case now.state == stateHeld:
-		o.HeldBy, o.Owner = now.step, m.relay.backendName(now.owner)
+		o.HeldByStep, o.Owner = now.step, m.relay.backendName(now.owner)
 		if before := m.current.Load().before(namespace); before >= 0 {
 			o.Previous = m.relay.backendName(before)
 		}
@@ -539,7 +540,7 @@ func (a *admin) addHandoff(o *ownership, inTable int, namespace string) (ordinal
 	case now.state == stateOwned && now.owner != inTable:
 		o.Next, o.Owner = o.Owner, m.relay.backendName(now.owner)
 		return now.owner
-	case now.state == stateNotKnown || now.state == stateNoTable:
+	case now.state == stateNotKnown || now.state == stateNoView:
 		o.Next, o.Owner, o.Error = o.Owner, "", m.whyNotReady()
 		return unresolved
 	}
@@ -595,11 +596,11 @@ func (a *admin) writeTopMetrics(m metricsWriter) {
 type backendState struct {
 	Name             string `json:"name"`
 	Ordinal          int    `json:"ordinal"`
-	PodUID           string `json:"pod,omitempty"` // of its pod, if known
+	PodUID           string `json:"pod_uid,omitempty"` // of its pod, if known
 	Address          string `json:"address,omitempty"`
 	Ready            bool   `json:"ready"` // it takes a connection now
 	Error            string `json:"error,omitempty"`
-	OwnsNamespaces   bool   `json:"owns_namespaces"`               // it is one of the table's backends, also while cordoned
+	Active           bool   `json:"active"`                        // it is one of the table's backends, also while cordoned
 	Cordoned         bool   `json:"cordoned,omitempty"`            // the hash gives it no namespaces
 	Overrides        int    `json:"overrides"`                     // how many it owns by overrides
 	Sessions         int    `json:"sessions"`                      // open in this router
@@ -607,8 +608,7 @@ type backendState struct {
 	SafeToRemove     bool   `json:"safe_to_remove"`                // as far as this router knows
 }
 
-// backends answers GET /backends: the backends that own namespaces, and those that still
-// have sessions.
+// backends answers GET /backends: the active backends, and those that still have sessions.
 func (a *admin) backends(w http.ResponseWriter, r *http.Request) {
 	t := a.tableOrError(w)
 	if t == nil {
@@ -619,23 +619,23 @@ func (a *admin) backends(w http.ResponseWriter, r *http.Request) {
 	for _, load := range newLoads(a.proxy, a.summary(), changing) {
 		all = append(all, backendState{
 			Name: load.Name, Ordinal: load.Ordinal,
-			PodUID:         a.proxy.backends.podUID(load.Ordinal),
-			OwnsNamespaces: load.OwnsNamespaces, Cordoned: load.Cordoned,
+			PodUID: a.proxy.backends.podUID(load.Ordinal),
+			Active: load.Active, Cordoned: load.Cordoned,
 			Overrides: load.Overrides, Sessions: load.Sessions,
 			SessionsOnOldPod: load.SessionsOnOldPod, SafeToRemove: load.SafeToRemove,
 		})
 	}
 	a.probeAll(r.Context(), all)
 	writeJSON(w, http.StatusOK, backendsAnswer{
-		Router: a.proxy.podName, Table: t.version, Stamp: t.stamp, Backends: all})
+		Router: a.proxy.podName, TableVersion: t.version, Stamp: t.stamp, Backends: all})
 }
 
 // backendsAnswer is the answer of /backends.
 type backendsAnswer struct {
-	Router   string         `json:"router"` // that answers
-	Table    string         `json:"table"`  // its version
-	Stamp    string         `json:"stamp"`
-	Backends []backendState `json:"backends"`
+	Router       string         `json:"router"` // that answers
+	TableVersion string         `json:"table_version"`
+	Stamp        string         `json:"stamp"`
+	Backends     []backendState `json:"backends"`
 
 	// With all=1 only.
 	Agree   *bool          `json:"agree,omitempty"`   // all that answered have the same table
@@ -684,7 +684,7 @@ func (a *admin) backendsOfAll(w http.ResponseWriter, r *http.Request, one http.H
 				Name: load.Name, Ordinal: load.Ordinal, Ready: load.Ready})
 		}
 		b := &answer.Backends[i]
-		b.OwnsNamespaces, b.Overrides = load.OwnsNamespaces, load.Overrides
+		b.Active, b.Overrides = load.Active, load.Overrides
 		b.Sessions, b.SessionsOnOldPod = load.Sessions, load.SessionsOnOldPod
 		b.Cordoned, b.SafeToRemove = load.Cordoned, load.SafeToRemove
 	}
@@ -721,8 +721,7 @@ func (a *admin) probe(ctx context.Context, ordinal int) (string, bool, string) {
 	return address, true, ""
 }
 
-// backendOrdinals returns the sorted ordinals of the backends that own namespaces and of
-// those in counts.
+// backendOrdinals returns the sorted ordinals of the active backends and of those in counts.
 func (a *admin) backendOrdinals(counts map[int]sessionCounts) []int {
 	all := slices.Collect(maps.Keys(counts))
 	if t := a.proxy.tables.table(); t != nil {
@@ -751,19 +750,19 @@ func (a *admin) preview(w http.ResponseWriter, r *http.Request) {
 	if t == nil {
 		return
 	}
-	next, err := readPlanRequest(w, r, t)
+	next, err := readPreviewRequest(w, r, t)
 	if err != nil {
-		writePlanError(w, err)
+		writePreviewError(w, err)
 		return
 	}
 	writeJSON(w, http.StatusOK, newPreview(a.proxy, t, next))
 }
 
-// planOfAll answers POST /plan?all=1.
-func (a *admin) planOfAll(w http.ResponseWriter, r *http.Request, one http.HandlerFunc) {
-	body, err := readPlanBody(w, r)
+// previewOfAll answers POST /plan?all=1.
+func (a *admin) previewOfAll(w http.ResponseWriter, r *http.Request, one http.HandlerFunc) {
+	body, err := readPreviewBody(w, r)
 	if err != nil {
-		writePlanError(w, err)
+		writePreviewError(w, err)
 		return
 	}
 	r = r.Clone(r.Context())
@@ -778,11 +777,11 @@ func (a *admin) planOfAll(w http.ResponseWriter, r *http.Request, one http.Handl
 		writeError(w, http.StatusServiceUnavailable, silent[0].Error)
 		return
 	}
-	writeJSON(w, http.StatusOK, sumPreviews(all, silent, a.proxy.mover.sharesRate()))
+	writeJSON(w, http.StatusOK, sumPreviews(all, silent, a.proxy.mover.rateIsShared()))
 }
 
-// writePlanError answers a request for a plan with what is wrong in it.
-func writePlanError(w http.ResponseWriter, err error) {
+// writePreviewError answers a POST /plan with what is wrong in it.
+func writePreviewError(w http.ResponseWriter, err error) {
 	status, text := http.StatusBadRequest, err.Error()
 	if tooBig, ok := errors.AsType[*http.MaxBytesError](err); ok {
 		status = http.StatusRequestEntityTooLarge

@@ -190,11 +190,11 @@ func (u unread) Read([]byte) (int, error) {
 	return 0, io.EOF
 }
 
-// One plan is made at a time, a few more wait with their bodies unread, for a bounded
+// One preview is made at a time, a few more wait with their bodies unread, for a bounded
 // time; the rest hears at once to come again. All else is answered meanwhile.
-func TestPlansTakeTurns(t *testing.T) {
+func TestPreviewsTakeTurns(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		a := planAdmin(t)
+		a := previewAdmin(t)
 		h := a.handler()
 		ask := func(method, path string, body io.Reader) *httptest.ResponseRecorder {
 			w := httptest.NewRecorder()
@@ -208,33 +208,33 @@ func TestPlansTakeTurns(t *testing.T) {
 		}
 		begun := time.Now()
 		reading, sending := io.Pipe()
-		var plans sync.WaitGroup
-		plans.Go(func() {
+		var previews sync.WaitGroup
+		previews.Go(func() {
 			if w := ask("POST", "/plan", reading); w.Code != 200 {
-				t.Errorf("the first plan is %d %s, want 200", w.Code, w.Body)
+				t.Errorf("the first preview is %d %s, want 200", w.Code, w.Body)
 			}
 		})
 		synctest.Wait()
-		for range maxWaitingPlans {
-			plans.Go(func() { wantBusy(ask("POST", "/plan", unread{t}), time.Since(begun), maxQueueTime) })
+		for range maxWaitingPreviews {
+			previews.Go(func() { wantBusy(ask("POST", "/plan", unread{t}), time.Since(begun), maxQueueTime) })
 		}
 		synctest.Wait()
 		wantBusy(ask("POST", "/plan", unread{t}), time.Since(begun), 0)
 		for path, want := range map[string]int{"/healthz": 200, "/readyz": 200, "/metrics": 200, "/owner?namespace=a/b": 400} {
 			if w := ask("GET", path, nil); w.Code != want {
-				t.Errorf("%s is %d while a plan is made, want %d", path, w.Code, want)
+				t.Errorf("%s is %d while a preview is made, want %d", path, w.Code, want)
 			}
 		}
 		time.Sleep(maxQueueTime + 1)
-		plans.Go(func() {
+		previews.Go(func() {
 			if w := ask("POST", "/plan", strings.NewReader(`{"replicas":3}`)); w.Code != 200 {
-				t.Errorf("the plan that waited is %d %s, want 200", w.Code, w.Body)
+				t.Errorf("the preview that waited is %d %s, want 200", w.Code, w.Body)
 			}
 		})
 		synctest.Wait()
 		io.WriteString(sending, `{"replicas":2}`)
 		sending.Close()
-		plans.Wait()
+		previews.Wait()
 	})
 }
 
@@ -378,15 +378,15 @@ func TestOwnerAnswers(t *testing.T) {
 		status    int
 		want      string
 	}{
-		"override": {a, "first", 200, `{"namespace":"first","owner":"backend-0","why":"override","address":"` + address + `","ready":true,"table":"41","stamp":"` + stamp + `","router":"router-x","sessions":0}`},
-		"hash":     {a, hashed, 200, `{"namespace":"` + hashed + `","owner":"backend-0","why":"hash","address":"` + address + `","ready":true,"table":"41","stamp":"` + stamp + `","router":"router-x","sessions":0}`},
+		"override": {a, "first", 200, `{"namespace":"first","owner":"backend-0","why":"override","address":"` + address + `","ready":true,"table_version":"41","stamp":"` + stamp + `","router":"router-x","sessions":0}`},
+		"hash":     {a, hashed, 200, `{"namespace":"` + hashed + `","owner":"backend-0","why":"hash","address":"` + address + `","ready":true,"table_version":"41","stamp":"` + stamp + `","router":"router-x","sessions":0}`},
 		"down": {a, "down", 200, `{"namespace":"down","owner":"backend-1","why":"override","address":"` + gone +
-			`","ready":false,"error":"dial tcp ` + gone + `: connect: connection refused","table":"41","stamp":"` + stamp + `","router":"router-x","sessions":0}`},
+			`","ready":false,"error":"dial tcp ` + gone + `: connect: connection refused","table_version":"41","stamp":"` + stamp + `","router":"router-x","sessions":0}`},
 		"kept": {a, "kept", 200, `{"namespace":"kept","owner":"backend-0","why":"previous","address":"` + address +
-			`","ready":true,"table":"41","stamp":"` + stamp + `","rejected":[{"source":"","value":"bakend-0","expected":"backend-0 to backend-1","in_force":"backend-0"}],"router":"router-x","sessions":0}`},
-		"refused": {b, "refused", 200, `{"namespace":"refused","why":"unresolved","ready":false,"table":"1","stamp":"` + b.proxy.tables.table().stamp + `","rejected":[{"source":"","value":"backend-9","expected":"backend-0 to backend-1","in_force":"unresolved"}],"router":"router-x","sessions":0}`},
+			`","ready":true,"table_version":"41","stamp":"` + stamp + `","rejected":[{"source":"","value":"bakend-0","expected":"backend-0 to backend-1","in_force":"backend-0"}],"router":"router-x","sessions":0}`},
+		"refused": {b, "refused", 200, `{"namespace":"refused","why":"unresolved","ready":false,"table_version":"1","stamp":"` + b.proxy.tables.table().stamp + `","rejected":[{"source":"","value":"backend-9","expected":"backend-0 to backend-1","in_force":"unresolved"}],"router":"router-x","sessions":0}`},
 		"two dots": {a, dots, 200, `{"namespace":"` + dots + `","key":"_x2E` + dots[1:] + `","owner":"backend-0","why":"hash","address":"` + address +
-			`","ready":true,"table":"41","stamp":"` + stamp + `","router":"router-x","sessions":0}`},
+			`","ready":true,"table_version":"41","stamp":"` + stamp + `","router":"router-x","sessions":0}`},
 		"bad namespace": {a, "a/b", 400, `{"error":"/owner?namespace= must be ` + jsonText(t, expectedPathNamespace("a/b")) + ` (got \"a/b\")"}`},
 		"no namespace":  {a, "", 400, `{"error":"/owner?namespace= must be ` + jsonText(t, expectedPathNamespace("")) + ` (got \"\")"}`},
 	}
@@ -401,7 +401,7 @@ func TestOwnerAnswers(t *testing.T) {
 		sourceContent{id: sourceID{name: "b"}, version: "2", overrides: newOverrideSet(map[string]string{"both": "backend-1"})})
 	const want = `"expected":"the same backend in all sources","in_force":"backend-0"}`
 	wantOwner(t, conflict, "both", 200, `{"namespace":"both","owner":"backend-0","why":"conflict","address":"`+address+
-		`","ready":true,"table":"`+conflict.proxy.tables.table().version+`","stamp":"`+conflict.proxy.tables.table().stamp+`","rejected":[{"source":"a","value":"backend-0",`+want+
+		`","ready":true,"table_version":"`+conflict.proxy.tables.table().version+`","stamp":"`+conflict.proxy.tables.table().stamp+`","rejected":[{"source":"a","value":"backend-0",`+want+
 		`,{"source":"b","value":"backend-1",`+want+`],"router":"router-x","sessions":0}`)
 	c, _ := adminOf(t, up.Addr().String())
 	wantOwner(t, c, "ns-01", 503, `{"error":"no overrides have been read yet: they are late"}`)
@@ -492,14 +492,14 @@ func TestBackendsShowsWhatIsLeft(t *testing.T) {
 	if err := json.NewDecoder(answered(a, "/backends").Body).Decode(&got); err != nil {
 		t.Fatal(err)
 	}
-	if all := got.Backends; len(all) != 2 || !all[0].OwnsNamespaces || all[1].Name != "backend-1" || all[1].OwnsNamespaces || all[1].Sessions != 3 {
+	if all := got.Backends; len(all) != 2 || !all[0].Active || all[1].Name != "backend-1" || all[1].Active || all[1].Sessions != 3 {
 		t.Errorf("backends %+v, want backend-0, and backend-1 with 3 sessions only", got.Backends)
 	}
 }
 
-// planAdmin is an admin of 4 backends with sessions of namespaces "a" (3, on its
+// previewAdmin is an admin of 4 backends with sessions of namespaces "a" (3, on its
 // override backend-0), "b" (1, hashed) and one that is not where it belongs.
-func planAdmin(t *testing.T) *admin {
+func previewAdmin(t *testing.T) *admin {
 	t.Helper()
 	a, update := adminOf(t, "127.0.0.1:1", "127.0.0.1:1", "127.0.0.1:1", "127.0.0.1:1")
 	a.proxy.mover.moveInterval = time.Second / 2
@@ -513,7 +513,7 @@ func planAdmin(t *testing.T) *admin {
 	return a
 }
 
-func TestPlan(t *testing.T) {
+func TestPreview(t *testing.T) {
 	b := backendName("backend", bucket("b", 4))
 	other := (bucket("b", 4) + 1) % 4
 	configMap := func(name, namespace, data string) string {
@@ -526,14 +526,14 @@ func TestPlan(t *testing.T) {
 		want   string
 	}{
 		"as it is": {configMap("overwriting", "edge", `{"a":"backend-0","late":"backend-1"}`), 200,
-			`{"router":"router-x","table":"7","stamp":"STAMP","backends":4,"sessions":1,"namespaces":1,"seconds":0.5,"moves":[` + late + `],"unowned":0,"unowned_sessions":0,"rejected":0}`},
+			`{"router":"router-x","table_version":"7","stamp":"STAMP","backends":4,"sessions":1,"namespaces":1,"seconds":0.5,"moves":[` + late + `],"unowned":0,"unowned_sessions":0,"rejected":0}`},
 		"an override moves": {configMap("overwriting", "", `{"a":"backend-2","late":"backend-1","b":"`+backendName("backend", other)+`"}`), 200,
-			`{"router":"router-x","table":"7","stamp":"STAMP","backends":4,"sessions":5,"namespaces":3,"seconds":2.5,"moves":[{"namespace":"a","from":"backend-0","to":"backend-2","sessions":3},` +
+			`{"router":"router-x","table_version":"7","stamp":"STAMP","backends":4,"sessions":5,"namespaces":3,"seconds":2.5,"moves":[{"namespace":"a","from":"backend-0","to":"backend-2","sessions":3},` +
 				`{"namespace":"b","from":"` + b + `","to":"` + backendName("backend", other) + `","sessions":1},` + late + `],"unowned":0,"unowned_sessions":0,"rejected":0}`},
 		"a bad entry stays": {configMap("overwriting", "edge", `{"a":"bakend-2","late":"backend-1"}`), 200,
-			`{"router":"router-x","table":"7","stamp":"STAMP","backends":4,"sessions":1,"namespaces":1,"seconds":0.5,"moves":[` + late + `],"unowned":0,"unowned_sessions":0,"rejected":1,` +
+			`{"router":"router-x","table_version":"7","stamp":"STAMP","backends":4,"sessions":1,"namespaces":1,"seconds":0.5,"moves":[` + late + `],"unowned":0,"unowned_sessions":0,"rejected":1,` +
 				`"rejections":["a: \"bakend-2\", expected backend-0 to backend-3, in force: backend-0"]}`},
-		"fewer backends": {`{"replicas":1}`, 200, planFewer(t)},
+		"fewer backends": {`{"replicas":1}`, 200, previewFewer(t)},
 		"no replicas":    {`{"replicas":0}`, 400, `{"error":"replicas must be 1 to 10000 (got 0)"}`},
 		"too many":       {`{"replicas":10001}`, 400, `{"error":"replicas must be 1 to 10000 (got 10001)"}`},
 		"both":           {`{"replicas":3,"kind":"ConfigMap"}`, 400, `{"error":"the body must not have both a ConfigMap and replicas"}`},
@@ -542,13 +542,13 @@ func TestPlan(t *testing.T) {
 		"another place":  {configMap("overwriting", "other", `{}`), 400, `{"error":"ConfigMap other/overwriting is not a source of overrides; the sources are: ConfigMap edge/overwriting"}`},
 		"YAML":           {"kind: ConfigMap", 400, `{"error":"the body must be a ConfigMap in JSON, or have replicas or cordon: invalid character 'k' looking for beginning of value"}`},
 		"nothing":        {"", 400, `{"error":"the body must be a ConfigMap in JSON, or have replicas or cordon: unexpected end of JSON input"}`},
-		"numbers":        {configMap("overwriting", "edge", `{"a":2}`), 400, `{"error":"the body must be a ConfigMap in JSON, or have replicas or cordon: json: cannot unmarshal number into Go struct field planRequest.configMap.data of type string"}`},
-		"too big":        {`"` + strings.Repeat("x", maxPlanBody) + `"`, 413, `{"error":"the body has more than 8388608 bytes"}`},
+		"numbers":        {configMap("overwriting", "edge", `{"a":2}`), 400, `{"error":"the body must be a ConfigMap in JSON, or have replicas or cordon: json: cannot unmarshal number into Go struct field previewRequest.configMap.data of type string"}`},
+		"too big":        {`"` + strings.Repeat("x", maxPreviewBody) + `"`, 413, `{"error":"the body has more than 8388608 bytes"}`},
 		"two objects":    {`{"replicas":3}{"replicas":4}`, 400, `{"error":"the body must be a ConfigMap in JSON, or have replicas or cordon: invalid character '{' after top-level value"}`},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
-			a := planAdmin(t)
+			a := previewAdmin(t)
 			before := a.proxy.tables.table()
 			w := httptest.NewRecorder()
 			a.handler().ServeHTTP(w, httptest.NewRequest("POST", "/plan", strings.NewReader(tt.body)))
@@ -557,7 +557,7 @@ func TestPlan(t *testing.T) {
 				t.Errorf("%d %s\nwant %d %s", w.Code, got, tt.status, tt.want)
 			}
 			if a.proxy.tables.table() != before {
-				t.Error("the plan was put in force")
+				t.Error("the preview was put in force")
 			}
 		})
 	}
@@ -569,11 +569,11 @@ func TestPlan(t *testing.T) {
 	}
 }
 
-// planFewer is the plan for one backend: all go to backend-0, but for "late",
+// previewFewer is the preview for one backend: all go to backend-0, but for "late",
 // whose override leads to a backend that is gone: it has no owner.
-func planFewer(t *testing.T) string {
+func previewFewer(t *testing.T) string {
 	t.Helper()
-	p := preview{Router: "router-x", Table: "7", Stamp: "STAMP", Backends: 1, Unowned: 1, UnownedSessions: 2, Rejected: 1,
+	p := preview{Router: "router-x", TableVersion: "7", Stamp: "STAMP", Backends: 1, Unowned: 1, UnownedSessions: 2, Rejected: 1,
 		Rejections: []string{`late: "backend-1", expected backend-0 to backend-0, in force: unresolved`}}
 	if from := bucket("b", 4); from != 0 {
 		p.Sessions, p.Namespaces = 1, 1 // at once: the backend is scaled in

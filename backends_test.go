@@ -529,9 +529,9 @@ func TestUpgradeLimitOfUnknownOwners(t *testing.T) {
 
 // Any limit of the flag bounds the heads, also the largest.
 func TestHeadLimit(t *testing.T) {
-	for _, limit := range []int{1, 5000, math.MaxInt / headBytesPerUpgrade, math.MaxInt} {
+	for _, limit := range []int{1, 5000, math.MaxInt / headBytesPerRequest, math.MaxInt} {
 		var p pendingLimit
-		if !p.reserveHead(headBytesPerUpgrade, limit) {
+		if !p.reserveHead(headBytesPerRequest, limit) {
 			t.Errorf("limit %d: a head of average size is refused", limit)
 		}
 		if ok := p.reserveHead(1, limit); ok == (limit == 1) {

@@ -33,7 +33,7 @@ func (l clientListener) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	l.fdLimit.add(descriptorsPerUpgrade)
+	l.fdLimit.add(descriptorsPerClient)
 	c := &clientConn{Conn: conn, fdLimit: l.fdLimit, badHeads: l.badHeads, tlsServer: l.tls}
 	if l.proxyProtocol.expects(conn.RemoteAddr().String()) {
 		c.Conn, c.proxyProtocol = &prefixedConn{Conn: conn}, l.proxyProtocol
@@ -62,7 +62,7 @@ type clientConn struct {
 	badHeads    *atomic.Int64
 	tlsServer   *tlsServer  // nil: the client comes without TLS
 	receiving   atomic.Bool // a byte came
-	requestRead atomic.Bool // a request reached the handler, or the count was made
+	headSettled atomic.Bool // badHeads counts it no more: a request reached the handler, or it is counted
 	closed      atomic.Bool
 	readEOF     atomic.Bool // the client has ended its side of the connection, and may still listen
 
@@ -186,7 +186,7 @@ func trimEmptyLines(data []byte) []byte { return bytes.TrimLeft(data, "\r\n") }
 // Close does not wait for a client with TLS to take close_notify: net/http's Shutdown closes
 // one client after the other. tlsServer.closing waits for it, for at most closeNotifyTime.
 func (c *clientConn) Close() error {
-	if c.receiving.Load() && !c.requestRead.Swap(true) {
+	if c.receiving.Load() && !c.headSettled.Swap(true) {
 		c.badHeads.Add(1)
 	}
 	c.uncount()
@@ -206,7 +206,7 @@ func (c *clientConn) Close() error {
 // end closes the connection, and then ends the count of its descriptors.
 func (c *clientConn) end() error {
 	err := c.Conn.Close()
-	c.fdLimit.add(-descriptorsPerUpgrade)
+	c.fdLimit.add(-descriptorsPerClient)
 	return err
 }
 
@@ -239,7 +239,7 @@ type clientConnKey struct{}
 // PROXY protocol was read, and the state of its TLS.
 func markRequestRead(r *http.Request) {
 	if c, ok := r.Context().Value(clientConnKey{}).(*clientConn); ok {
-		c.requestRead.Store(true)
+		c.headSettled.Store(true)
 		c.uncount()
 		r.TLS = c.tls().state()
 		if c.remoteAddr != nil {

@@ -89,7 +89,7 @@ func runCommand(ctx context.Context, args []string, out, notes io.Writer) (
 		return false, nil
 	}
 	if slices.Contains([]string{"version", "-version", "--version"}, args[0]) {
-		_, err := fmt.Fprintln(out, readBuild(buildStamp))
+		_, err := fmt.Fprintln(out, readBuild(embeddedVersion))
 		return true, err
 	}
 	sub, ok := subcommands()[args[0]]
@@ -243,8 +243,8 @@ func countRouters(answered int, silent []silentRouter, agree *bool) string {
 	return fmt.Sprintf("%d of %d routers answered; they agree", answered, answered+len(silent))
 }
 
-// planBody returns the body of POST /plan for the arguments.
-func planBody(args []string) (body []byte, err error) {
+// previewBody returns the body of POST /plan for the arguments.
+func previewBody(args []string) (body []byte, err error) {
 	switch {
 	case len(args) == 2 && args[0] == "cordon":
 		list, err := parseCordon(strings.TrimPrefix(args[1], "none"))
@@ -257,7 +257,7 @@ func planBody(args []string) (body []byte, err error) {
 			"one argument is required: a file, -, or a number of backends; or cordon and a list (got %d)",
 			len(args))}
 	case args[0] == "-":
-		return io.ReadAll(io.LimitReader(os.Stdin, maxPlanBody+1))
+		return io.ReadAll(io.LimitReader(os.Stdin, maxPreviewBody+1))
 	}
 	if n, notNumber := strconv.Atoi(args[0]); notNumber == nil {
 		return fmt.Appendf(nil, `{"replicas":%d}`, n), nil
@@ -269,7 +269,7 @@ func planBody(args []string) (body []byte, err error) {
 // without an owner. The change is a ConfigMap as JSON, in a file or on the standard input
 // for -, a number of backends, or a list of cordoned backends.
 func (c *command) plan(ctx context.Context, args []string) error {
-	body, err := planBody(args)
+	body, err := previewBody(args)
 	if err != nil {
 		return err
 	}
@@ -277,11 +277,11 @@ func (c *command) plan(ctx context.Context, args []string) error {
 	if err := c.do(ctx, http.MethodPost, "/plan", body, &p); err != nil {
 		return err
 	}
-	return c.show(&p, p.Silent, func() { c.printPlan(&p) })
+	return c.show(&p, p.Silent, func() { c.printPreview(&p) })
 }
 
-// printPlan prints a plan as text.
-func (c *command) printPlan(p *preview) {
+// printPreview prints a preview as text.
+func (c *command) printPreview(p *preview) {
 	t := c.columns()
 	for _, m := range p.Moves {
 		to := "to " + m.To
@@ -325,7 +325,7 @@ func (c *command) printStatus(s *status) {
 	fmt.Fprintln(t, "ROUTER\tREADY\tSESSIONS\tTABLE\tSTAMP")
 	for _, r := range s.Routers {
 		ready := strings.Join(append([]string{yesOrNo(r.Ready)}, r.WhyNot...), ": ")
-		fmt.Fprintf(t, "%s\t%s\t%d\t%s\t%s\n", r.Name, ready, r.Sessions, r.Table, r.Stamp)
+		fmt.Fprintf(t, "%s\t%s\t%d\t%s\t%s\n", r.Name, ready, r.Sessions, r.TableVersion, r.Stamp)
 	}
 	t.Flush()
 	var agree *bool
@@ -340,7 +340,7 @@ func (c *command) printStatus(s *status) {
 	for _, b := range s.Backends {
 		row := fmt.Sprintf("%s\t%s\t%d\t%d\t%d\t%d\t%s", b.Name, yesOrNo(b.Ready), b.Sessions,
 			b.Overrides, b.MovingIn, b.MovingOut,
-			backendNote(b.OwnsNamespaces, b.Cordoned, b.SafeToRemove))
+			backendNote(b.Active, b.Cordoned, b.SafeToRemove))
 		fmt.Fprintln(t, strings.TrimRight(row, "\t"))
 	}
 	t.Flush()
@@ -442,7 +442,7 @@ func (c *command) backends(ctx context.Context, args []string) error {
 		t := c.columns()
 		fmt.Fprintln(t, "BACKEND\tREADY\tSESSIONS\tOVERRIDES\tADDRESS\tNOTE")
 		for _, b := range answer.Backends {
-			note := backendNote(b.OwnsNamespaces, b.Cordoned, b.SafeToRemove)
+			note := backendNote(b.Active, b.Cordoned, b.SafeToRemove)
 			if b.Error != "" {
 				note = strings.TrimPrefix(note+"; "+b.Error, "; ")
 			}
@@ -545,7 +545,7 @@ func (c *command) move(ctx context.Context, args []string) error {
 	fmt.Fprintf(c.notes, "%s: owner %s (%s), %d sessions\n",
 		showNamespace(namespace), cmp.Or(o.Owner, "none"), o.Why, o.Sessions)
 	patch := map[string]any{"data": map[string]any{key: value}}
-	return c.printPatch(patch, "configmap "+src.Name, src.Namespace,
+	return c.printPatch(patch, "configmap "+src.Name, src.KubeNamespace,
 		"move", quoteForShell(namespace), backend)
 }
 
@@ -562,7 +562,7 @@ func quoteForShell(text string) string {
 func (s *status) checkBackend(name string) error {
 	var names []string
 	for _, b := range s.Backends {
-		if b.OwnsNamespaces {
+		if b.Active {
 			names = append(names, b.Name)
 		}
 	}
@@ -587,7 +587,7 @@ func (c *command) sourceToPatch(s *status, o *ownership, pin bool) (*sourceState
 		}
 	}
 	isSource := func(src *sourceState) bool {
-		return sourceID{src.Kind, src.Namespace, src.Name}.String() == o.Source
+		return sourceID{src.Kind, src.KubeNamespace, src.Name}.String() == o.Source
 	}
 	has := slices.IndexFunc(maps, isSource)
 	chosen := slices.Index(names, c.configMap)
@@ -665,7 +665,7 @@ func (c *command) changeCordon(ctx context.Context, name string, args []string,
 			fmt.Fprintf(c.notes, "%s has %d sessions, and %d overrides, which a cordon does "+
 				"not change\n", b.Name, b.Sessions, b.Overrides)
 		}
-		if b.OwnsNamespaces && !slices.Contains(list, b.Ordinal) {
+		if b.Active && !slices.Contains(list, b.Ordinal) {
 			left++
 		}
 	}
@@ -679,7 +679,7 @@ func (c *command) changeCordon(ctx context.Context, name string, args []string,
 	patch := map[string]any{"metadata": map[string]any{
 		"annotations": map[string]any{cordonAnnotation: value}}}
 	return c.printPatch(
-		patch, "statefulset "+s.StatefulSet.Name, s.StatefulSet.Namespace, name, args[0])
+		patch, "statefulset "+s.StatefulSet.Name, s.StatefulSet.KubeNamespace, name, args[0])
 }
 
 const (
@@ -726,7 +726,7 @@ func (c *command) wait(ctx context.Context, args []string) error {
 func (s *status) unfinished() string {
 	owners := 0
 	for _, b := range s.Backends {
-		if b.OwnsNamespaces {
+		if b.Active {
 			owners++
 		}
 	}
@@ -793,8 +793,8 @@ func printOwner(w io.Writer, namespace string, o ownership) {
 	row := strings.Join(append(cells, o.Address, o.Error), "\t")
 	fmt.Fprintln(w, strings.TrimRight(row, "\t"))
 	switch {
-	case o.HeldBy != 0:
-		fmt.Fprintf(w, "\theld by step %d until its sessions and requests with %s are over\n", o.HeldBy, o.Previous)
+	case o.HeldByStep != 0:
+		fmt.Fprintf(w, "\theld by step %d until its sessions and requests with %s are over\n", o.HeldByStep, o.Previous)
 	case o.Next != "" && o.Owner == "":
 		fmt.Fprintf(w, "\t%s in the table of this router, which does not know the owner\n", o.Next)
 	case o.Next != "":

@@ -28,7 +28,7 @@ func commandOutput(t *testing.T, args ...string) (string, int) {
 }
 
 func TestCommands(t *testing.T) {
-	a := planAdmin(t)
+	a := previewAdmin(t)
 	s := httptest.NewServer(a.handler())
 	defer s.Close()
 	admin := "-admin=" + s.URL
@@ -90,7 +90,7 @@ func TestCommands(t *testing.T) {
 func TestCommandVersion(t *testing.T) {
 	for _, arg := range []string{"version", "-version", "--version"} {
 		got, code := commandOutput(t, arg)
-		want := "router " + version() + ", commit " + readBuild(buildStamp).commit + ", " + runtime.Version() + ", " + runtime.GOOS + "/" + runtime.GOARCH + "\n"
+		want := "router " + version() + ", commit " + readBuild(embeddedVersion).commit + ", " + runtime.Version() + ", " + runtime.GOOS + "/" + runtime.GOARCH + "\n"
 		if got != want || code != 0 {
 			t.Errorf("%s is %d %q, want 0 %q", arg, code, got, want)
 		}
@@ -224,9 +224,9 @@ func statusServer(t *testing.T, answer func(n int64) *status) string {
 
 // cordon and uncordon print the whole list of the StatefulSet's annotation.
 func TestCommandCordon(t *testing.T) {
-	s := &status{StatefulSet: &setState{Namespace: "edge", Name: "backend", Cordon: "1,7"}}
+	s := &status{StatefulSet: &setState{KubeNamespace: "edge", Name: "backend", Cordon: "1,7"}}
 	for i := range 3 {
-		s.Backends = append(s.Backends, backendLoad{Name: backendName("backend", i), Ordinal: i, OwnsNamespaces: true, Cordoned: i == 1, Sessions: 5, Overrides: 2})
+		s.Backends = append(s.Backends, backendLoad{Name: backendName("backend", i), Ordinal: i, Active: true, Cordoned: i == 1, Sessions: 5, Overrides: 2})
 	}
 	admin := "-admin=" + statusServer(t, func(int64) *status { return s })
 	const apply = " | kubectl -n edge patch statefulset backend --type merge --patch-file /dev/stdin\n"

@@ -35,9 +35,9 @@ type config struct {
 	cordon                         cordon
 
 	// Where the overrides are.
-	kube, kubeNamespace, overrides string // overrides is a directory
-	configMaps                     nameList
-	selector                       string // a label selector for ConfigMaps
+	kube, kubeNamespace, overridesDir string
+	configMaps                        nameList
+	selector                          string // a label selector for ConfigMaps
 
 	// Requests, and moves of sessions.
 	namespaceFrom, podName string    // namespaceFrom is as newLayout takes it
@@ -185,7 +185,7 @@ func (c *config) overrideFlags(f *flag.FlagSet) {
 		"`name` of a ConfigMap with overrides; may be repeated (default overwriting)")
 	f.StringVar(&c.selector, "configmap-selector", "",
 		"`labels` of the ConfigMaps with overrides, like app=router-overrides, in place of names")
-	f.StringVar(&c.overrides, "overrides", "",
+	f.StringVar(&c.overridesDir, "overrides", "",
 		"`directory` with the overrides, one file for each namespace; with an API server, a\n"+
 			"copy that is used until the server has answered")
 }
@@ -565,7 +565,7 @@ func (c *config) setDefaults(getenv func(string) string) {
 		switch {
 		case getenv("KUBERNETES_SERVICE_HOST") != "":
 			c.kube = "in-cluster"
-		case c.overrides != "":
+		case c.overridesDir != "":
 			c.kube = "none"
 		default:
 			c.kube = "http://127.0.0.1:8080"

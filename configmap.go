@@ -96,13 +96,13 @@ func (c *configMaps) run(ctx context.Context) {
 
 // addWatcher adds a watcher of the ConfigMap with the name, or of those that the selector
 // selects. It must not be called after run.
-func (c *configMaps) addWatcher(k kubeClient, namespace, name, selector string) {
+func (c *configMaps) addWatcher(k kubeClient, kubeNamespace, name, selector string) {
 	i := len(c.watchers)
 	c.current = append(c.current, nil)
 	c.watchers = append(c.watchers, &watcher[configMap]{
 		kube: &k, kind: "ConfigMap",
-		path:          "/api/v1/namespaces/" + namespace + "/configmaps",
-		kubeNamespace: namespace, name: name, selector: selector,
+		path:          "/api/v1/namespaces/" + kubeNamespace + "/configmaps",
+		kubeNamespace: kubeNamespace, name: name, selector: selector,
 		meta:  func(m *configMap) *apiObject { return &m.apiObject },
 		apply: func(set map[string]*configMap) { c.apply(i, set) },
 		log:   c.log,

@@ -155,7 +155,7 @@ func TestRouterCordons(t *testing.T) {
 	r, tail := loggedRouter(t)
 	r.update(contentOf("test", "1", pairs("a=backend-1")))
 	for _, list := range []cordon{{2}, {2}, {2, 3}, nil} {
-		r.setBackends(backendSet{ordinalRange: ordinalRange{0, 4}, cordon: list})
+		r.setBackends(backendSet{ordinalRange: ordinalRange{0, 4}, listedCordon: list})
 		wantEqual(t, "cordon in force", r.table().cordon.String(), list.String())
 	}
 	wantLine(t, tail.all("routing table updated"), 4, map[string]any{"cordon": "", "backends": 4.0})
@@ -214,8 +214,8 @@ func TestCordonFollowed(t *testing.T) {
 				synctest.Wait()
 				time.Sleep(time.Minute)
 				synctest.Wait()
-				part, _ := last.cordon.among(last.ordinalRange)
-				wantEqual(t, step.what+": listed", last.cordon.String(), step.want)
+				part, _ := last.listedCordon.among(last.ordinalRange)
+				wantEqual(t, step.what+": listed", last.listedCordon.String(), step.want)
 				wantEqual(t, step.what+": in force", part.String(), step.part)
 				wantEqual(t, step.what+": backends", last.count, step.count)
 				why := r.whyCordonRejected()
@@ -298,9 +298,9 @@ func askAdmin(a *admin, method, path, body string) string {
 	return strings.TrimSpace(w.Body.String())
 }
 
-// What the admin port says of a cordon: /owner, /backends and a plan.
+// What the admin port says of a cordon: /owner, /backends and a preview.
 func TestAdminCordon(t *testing.T) {
-	a := planAdmin(t)
+	a := previewAdmin(t)
 	b := bucket("b", 4)
 	list := cordon{b}
 	past := backendName("backend", bucketPast(hash64("b"), cordonOf(4, b)))
@@ -323,7 +323,7 @@ func TestAdminCordon(t *testing.T) {
 	plan(`{"cordon":null}`, `the body must be a ConfigMap`)
 	plan(`{"cordon":[2],"kind":"ConfigMap"}`, `{"error":"the body must not have both a ConfigMap and cordon"}`)
 
-	a.proxy.tables.setBackends(backendSet{ordinalRange: ordinalRange{0, 4}, cordon: list})
+	a.proxy.tables.setBackends(backendSet{ordinalRange: ordinalRange{0, 4}, listedCordon: list})
 	owner := askAdmin(a, "GET", "/owner?namespace=b", "")
 	if !strings.Contains(owner, fmt.Sprintf(`"why":"cordoned","hash_owner":"backend-%d"`, b)) {
 		t.Errorf("owner of a cordoned namespace: %s", owner)
@@ -336,7 +336,7 @@ func TestAdminCordon(t *testing.T) {
 		t.Errorf("backends: %s, want one cordoned", all)
 	}
 	status := askAdmin(a, "GET", "/status", "")
-	if strings.Count(status, `"owns_namespaces":true,"cordoned":true`) != 1 {
+	if strings.Count(status, `"active":true,"cordoned":true`) != 1 {
 		t.Errorf("status: %s, want one cordoned", status)
 	}
 	plan(`{"replicas":4}`, moves) // the list in force stays
@@ -346,7 +346,7 @@ func TestAdminCordon(t *testing.T) {
 // A backend is safe to remove when it is cordoned, has no override, and no session.
 func TestSafeToRemove(t *testing.T) {
 	a, update := adminOf(t, "127.0.0.1:1", "127.0.0.1:1", "127.0.0.1:1", "127.0.0.1:1")
-	a.proxy.tables.setBackends(backendSet{ordinalRange: ordinalRange{0, 4}, cordon: cordon{2, 3}})
+	a.proxy.tables.setBackends(backendSet{ordinalRange: ordinalRange{0, 4}, listedCordon: cordon{2, 3}})
 	update(contentOf("test", "1", pairs("a=backend-3")))
 	want := func(names ...string) {
 		t.Helper()
@@ -387,7 +387,7 @@ func TestUnusedBackends(t *testing.T) {
 			}
 		}
 	}
-	a.proxy.tables.setBackends(backendSet{ordinalRange: ordinalRange{0, 4}, cordon: cordon{2, 3}})
+	a.proxy.tables.setBackends(backendSet{ordinalRange: ordinalRange{0, 4}, listedCordon: cordon{2, 3}})
 	update(contentOf("test", "1", pairs("a=backend-3")))
 	want(0, 0, 1, 0)
 	update(contentOf("test", "2", pairs("a=backend-0")))
@@ -396,6 +396,6 @@ func TestUnusedBackends(t *testing.T) {
 	want(0, 0, 1, 1)
 	a.proxy.tables.setBackends(backendSet{ordinalRange: ordinalRange{0, 4}})
 	want(0, 0, 0, 0)
-	a.proxy.tables.setBackends(backendSet{ordinalRange: ordinalRange{0, 2}, cordon: cordon{0, 1}})
+	a.proxy.tables.setBackends(backendSet{ordinalRange: ordinalRange{0, 2}, listedCordon: cordon{0, 1}})
 	want(0, 0) // all are listed, and none is in force
 }

@@ -27,9 +27,9 @@ func internalDescriptors(backends int) int {
 	return reservedDescriptors + descriptorsPerBackend*backends + descriptorsPerPoller*runtime.GOMAXPROCS(0)
 }
 
-// descriptorsPerUpgrade is how many a client may need until it is a session: its
+// descriptorsPerClient is how many a client may need until it is a session: its
 // own, the backend's, and a duplicate of either while the relay takes them over.
-const descriptorsPerUpgrade = 3
+const descriptorsPerClient = 3
 
 // descriptorsForOthers is how many descriptors clients may have beside those of all
 // sessions and pending requests: those of -redirect, and connections to owners for plain
@@ -41,7 +41,7 @@ const descriptorsForOthers = 1024
 // that more could take the memory that -max-sessions sessions may need.
 type descriptorLimit struct {
 	maxFiles int // that the process may open; static
-	most     int // of limit, whatever maxFiles is; static after construction
+	maxLimit int // of limit, whatever maxFiles is; static after construction
 
 	// Guarded by mu.
 	mu      sync.Mutex
@@ -55,15 +55,15 @@ type descriptorLimit struct {
 // this many backends, and at most this many sessions and pending requests. The numbers of
 // backends and sessions are not checked.
 func newDescriptorLimit(files, backends, sessions, pending int) (*descriptorLimit, error) {
-	if least := internalDescriptors(backends) + descriptorsPerUpgrade; files < least {
+	if least := internalDescriptors(backends) + descriptorsPerClient; files < least {
 		return nil, fmt.Errorf("the limit of open files must be at least %d (got %d; ulimit -n)", least, files)
 	}
 	// No more than files of each, so that a flag of any size does not overflow.
-	most := descriptorsPerSession*min(sessions, files) + descriptorsPerUpgrade*min(pending, files)
-	g := &descriptorLimit{maxFiles: files, most: most + descriptorsForOthers}
-	g.changed.L = &g.mu
-	g.setBackends(backends)
-	return g, nil
+	needed := descriptorsPerSession*min(sessions, files) + descriptorsPerClient*min(pending, files)
+	l := &descriptorLimit{maxFiles: files, maxLimit: needed + descriptorsForOthers}
+	l.changed.L = &l.mu
+	l.setBackends(backends)
+	return l, nil
 }
 
 // setBackends sets how many descriptors clients may have with this many backends: at
@@ -71,21 +71,21 @@ func newDescriptorLimit(files, backends, sessions, pending int) (*descriptorLimi
 func (l *descriptorLimit) setBackends(backends int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.limit = max(descriptorsPerUpgrade, min(l.most, l.maxFiles-internalDescriptors(backends)))
+	l.limit = max(descriptorsPerClient, min(l.maxLimit, l.maxFiles-internalDescriptors(backends)))
 	l.changed.Signal()
 }
 
 // maxSessions is how many there can be.
 func (l *descriptorLimit) maxSessions() int {
 	_, limit, _ := l.usage()
-	return (limit-descriptorsPerUpgrade)/descriptorsPerSession + 1
+	return (limit-descriptorsPerClient)/descriptorsPerSession + 1
 }
 
 // wait returns when there is room for one more client, or net.ErrClosed.
 func (l *descriptorLimit) wait() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for l.used+descriptorsPerUpgrade > l.limit && !l.closed {
+	for l.used+descriptorsPerClient > l.limit && !l.closed {
 		l.changed.Wait()
 	}
 	if l.closed {
@@ -107,7 +107,7 @@ func (l *descriptorLimit) add(n int) {
 func (l *descriptorLimit) usage() (used, limit int, full bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.used, l.limit, l.used+descriptorsPerUpgrade > l.limit
+	return l.used, l.limit, l.used+descriptorsPerClient > l.limit
 }
 
 // writeMetrics writes how many descriptors clients use, whether some wait for one, and

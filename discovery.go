@@ -152,9 +152,9 @@ type replicaWatcher struct {
 	// or a count of another StatefulSet; that one does not count.
 	inForce *activeCount
 	proof   storedProof
-	// cordon is the last valid list of the annotation. If cordonIsRead is false, there was
-	// none yet. cordonError says what is wrong with the annotation now; nil if nothing is.
-	cordon       cordon
+	// listedCordon is the last valid list of the annotation. If cordonIsRead is false, there
+	// was none yet. cordonError says what is wrong with the annotation now; nil if nothing is.
+	listedCordon cordon
 	cordonIsRead bool
 	cordonError  error
 }
@@ -162,13 +162,13 @@ type replicaWatcher struct {
 // backendSet says which backends own namespaces, and which are cordoned.
 type backendSet struct {
 	ordinalRange
-	cordon   cordon // as it is listed, also with others than these backends
-	revision string // of the StatefulSet
+	listedCordon cordon // also with others than these backends
+	revision     string // of the StatefulSet
 }
 
 // isSame reports whether the backends are those of other, and the same are cordoned.
 func (s *backendSet) isSame(other *backendSet) bool {
-	return s.ordinalRange == other.ordinalRange && slices.Equal(s.cordon, other.cordon)
+	return s.ordinalRange == other.ordinalRange && slices.Equal(s.listedCordon, other.listedCordon)
 }
 
 // storedProof says that a LIST that began when count was known returned the StatefulSet
@@ -227,7 +227,7 @@ func (r *replicaWatcher) apply(set map[string]*statefulSet) {
 func (r *replicaWatcher) readCordon() {
 	list, err := parseCordon(r.latest.Cordon)
 	if r.cordonError = err; err == nil {
-		r.cordon, r.cordonIsRead = list, true
+		r.listedCordon, r.cordonIsRead = list, true
 	}
 }
 
@@ -235,14 +235,14 @@ func (r *replicaWatcher) readCordon() {
 func (r *replicaWatcher) lastCordon() cordon {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.cordon
+	return r.listedCordon
 }
 
 // whyCordonRejected says in words why the annotation is not in force, or "".
 func (r *replicaWatcher) whyCordonRejected() string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	inForce, all := r.cordon.among(r.active())
+	inForce, all := r.listedCordon.among(r.active())
 	switch {
 	case r.cordonError != nil && !r.cordonIsRead:
 		return fmt.Sprintf("the annotation %s is %v", cordonAnnotation, r.cordonError)
@@ -391,7 +391,7 @@ func (r *replicaWatcher) nextBackendSet() (s backendSet, known bool) {
 	if s.ordinalRange = r.active(); s.count == 0 || !r.cordonIsRead && !r.shared {
 		return s, false
 	}
-	s.cordon, s.revision = r.cordon, r.latest.revision()
+	s.listedCordon, s.revision = r.listedCordon, r.latest.revision()
 	return s, true
 }
 

@@ -281,7 +281,7 @@ func followReplicas(t *testing.T, n *pipeNetwork, shared *sharedCount, resize fu
 	r.cordon.Store("")
 	onBackendsChanged := func(s backendSet) {
 		r.last.Store(s.ordinalRange)
-		r.cordon.Store(s.cordon.String())
+		r.cordon.Store(s.listedCordon.String())
 		if resize != nil {
 			resize(s)
 		}

@@ -157,7 +157,7 @@ func (p *poller) carry(s *session, slotIndex int32, fds [2]int32, early [2][]byt
 			p.sendOrKeep(s, side(i), copy(p.buf.data[:], data))
 		}
 		if s.tls != nil && s.open {
-			p.openRecords(s) // an end that has come; takeBuffered has taken the bytes
+			p.decryptRecords(s) // an end that has come; takeBuffered has taken the bytes
 		}
 		s.startClose()
 		p.updateEpoll(s)

@@ -273,8 +273,8 @@ func (c *fastConn) park() {
 			c.fallBack(nil, nil)
 			return
 		}
-		u.beginHold()
-		u.holdDeadline, c.request = u.holdBegan.Add(p.limits.holdTimeout), nil
+		u.beginWait()
+		u.holdDeadline, c.request = u.waitBegan.Add(p.limits.holdTimeout), nil
 		c.waiter.namespace, c.waiter.onWake = u.namespace, c.unpark
 		p.backends.queues.setSequence(&c.waiter)
 		c.setDeadline(u.holdDeadline, true)
@@ -336,7 +336,7 @@ func (c *fastConn) fallBack(answer []byte, failure error) {
 		f.refuseClient(socket, c.sealedHead([]byte(refusedHead)), err)
 		return
 	}
-	socket.Close() // before the owner's has a duplicate: descriptorsPerUpgrade
+	socket.Close() // before the owner's has a duplicate: descriptorsPerClient
 	client := &clientConn{
 		Conn: c.overTLS(conn), remoteAddr: c.remoteAddr,
 		fdLimit: f.fdLimit, badHeads: &f.proxy.results[resultBadHead], tlsServer: f.proxy.tls,
@@ -369,7 +369,7 @@ func (c *fastConn) close() {
 	c.abandonBackend()
 	syscall.Close(int(c.fd[clientSide]))
 	c.uncount()
-	c.fastPath.fdLimit.add(-descriptorsPerUpgrade)
+	c.fastPath.fdLimit.add(-descriptorsPerClient)
 	c.fastPath.pending.Done()
 }
 
@@ -420,7 +420,7 @@ func (c *fastConn) interrupt() {
 // poller.mu.
 func (c *fastConn) handleStop() {
 	if c.handshaking {
-		c.ctx.timer.Reset(min(answerTime, time.Until(c.ctx.deadline)))
+		c.ctx.timer.Reset(min(stopGrace, time.Until(c.ctx.deadline)))
 	}
 	c.cancelIfGone()
 }

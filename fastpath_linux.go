@@ -145,7 +145,7 @@ func (f *fastPath) acceptClients() error {
 		switch {
 		case err == nil:
 			f.retry.shouldRetry(nil)
-			f.fdLimit.add(descriptorsPerUpgrade)
+			f.fdLimit.add(descriptorsPerClient)
 			f.startClient(int32(fd), peer)
 		case !f.retry.shouldRetry(err):
 			return os.NewSyscallError("accept4", err)
@@ -180,7 +180,7 @@ const refusedHead = "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\n" +
 func (f *fastPath) refuseClient(client *os.File, head []byte, reason error) {
 	defer client.Close()
 	client.Write(head) // the socket's buffer is empty
-	f.fdLimit.add(-descriptorsPerUpgrade)
+	f.fdLimit.add(-descriptorsPerClient)
 	f.proxy.results[resultMaxSessions].Add(1)
 	if omitted, ok := f.logThrottle.allow(time.Second); ok {
 		f.log.Warn("cannot accept clients: out of file descriptors", "reason", reason.Error(), "omitted", omitted)

@@ -163,7 +163,7 @@ func TestFastPathForwardsWhoWasReset(t *testing.T) {
 	}
 }
 
-// While a client and its owner are handed over, they need descriptorsPerUpgrade.
+// While a client and its owner are handed over, they need descriptorsPerClient.
 func TestFastPathDescriptors(t *testing.T) {
 	backend := startStub(t, "127.0.0.1:0", silent)
 	var mu sync.Mutex
@@ -689,7 +689,7 @@ func TestFastPathHolds(t *testing.T) {
 		t.Run("too many bytes "+way, func(t *testing.T) {
 			t.Parallel()
 			p, _ := start(t, patience)
-			const size = headBytesPerUpgrade + 1024 // two of them in the bytes of four
+			const size = headBytesPerRequest + 1024 // two of them in the bytes of four
 			head := strings.Replace(request, "Origin", "X: "+strings.Repeat("x", size)+"\r\nOrigin", 1)
 			for i := range 2 {
 				conn, err := net.Dial("tcp", p.addr)

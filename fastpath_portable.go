@@ -7,9 +7,9 @@ import "net"
 // fastPath is none here: all clients are net/http's.
 type fastPath struct{ clientListener }
 
-func newFastPath(p *proxy, l net.Listener, g *descriptorLimit) *fastPath {
+func newFastPath(p *proxy, l net.Listener, fdLimit *descriptorLimit) *fastPath {
 	return &fastPath{clientListener{
-		retryListener{l, newAcceptRetry("-listen", p.log)}, g, &p.results[resultBadHead], p.proxyProtocol, p.tls,
+		retryListener{l, newAcceptRetry("-listen", p.log)}, fdLimit, &p.results[resultBadHead], p.proxyProtocol, p.tls,
 	}}
 }
 

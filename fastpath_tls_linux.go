@@ -98,7 +98,7 @@ func (c *fastConn) readTLSHead() ([]byte, error) {
 
 // startTLS does the client's handshake, which begins with data, and returns what came
 // after it: at least a part of the request. If the router stops meanwhile, the client has
-// answerTime left for both.
+// stopGrace left for both.
 func (c *fastConn) startTLS(data []byte) ([]byte, error) {
 	defer c.setHandshaking(false)
 	transport := &fastConnTransport{client: c, early: data, inTLS: true}
@@ -150,7 +150,7 @@ func (c *fastConn) replace() {
 }
 
 // setHandshaking notes that the handshake begins, or is over. While it is under way, a stop
-// of the router ends the context after answerTime, and not at once. setHandshaking reports
+// of the router ends the context after stopGrace, and not at once. setHandshaking reports
 // whether the client may go on: its context has not ended.
 func (c *fastConn) setHandshaking(handshaking bool) bool {
 	c.poller.mu.Lock()

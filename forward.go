@@ -24,18 +24,18 @@ import (
 // forwarder forwards plain requests, those that are no upgrades, to owners of namespaces.
 // httputil.ReverseProxy passes each answer on. Its transport is not http.Transport, but
 // proxy.roundTrip, which exchange.serve gives to it: http.Transport sends a request again
-// when a kept connection was closed, and does not say which connection an owner may still
+// when an idle connection was closed, and does not say which connection an owner may still
 // read a request from.
 type forwarder struct {
 	// Static after construction.
 	open     context.Context // all exchanges end with it: see stop
 	end      context.CancelCauseFunc
 	errorLog *stdlog.Logger // of httputil.ReverseProxy; proxy.logFailure logs instead
-	kept     *keptConns
+	idle     *idleConns
 	buffers  sync.Pool // of *[forwardBuffer]byte
 
-	running    waitCount    // exchanges
-	inProgress atomic.Int64 // exchanges
+	running    waitCount    // exchanges: stop waits for them, but nobody can read how many
+	inProgress atomic.Int64 // the same number, for the metrics
 	atOwners   atomic.Int64 // of these, those that an owner has got
 	cuts       atomic.Int64 // exchanges that ended by errMoved or errDraining
 	results    [numResults]atomic.Int64
@@ -45,9 +45,9 @@ type forwarder struct {
 const (
 	// forwardBuffer is how many bytes of a body are carried at once.
 	forwardBuffer = 32 << 10
-	// maxWholeBody is the longest body, in bytes, that is read before its request is sent.
+	// maxShortBody is the longest body, in bytes, that is read before its request is sent.
 	// Such a request can be sent to another owner too, if the first has not taken it.
-	maxWholeBody = 8 << 10
+	maxShortBody = 8 << 10
 	// bodyGrace is how long the end of a body is waited for after the end of its answer.
 	bodyGrace = 50 * time.Millisecond
 	// lingerTime is how long a client that has its answer may go on to send its body:
@@ -71,7 +71,7 @@ func newForwarder(addDescriptors func(count int)) *forwarder {
 	f := &forwarder{
 		errorLog:  stdlog.New(io.Discard, "", 0),
 		durations: newHistogram(.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60),
-		kept: &keptConns{
+		idle: &idleConns{
 			addDescriptors: addDescriptors, byPod: map[backendPod][]*ownerConn{},
 		},
 	}
@@ -89,7 +89,7 @@ func (f *forwarder) size() int {
 }
 
 // stop waits until all exchanges have ended, at most until ctx ends. Then it cuts them,
-// and closes all kept connections. There must be no new exchanges.
+// and closes all idle connections. There must be no new exchanges.
 func (f *forwarder) stop(ctx context.Context) {
 	if f == nil {
 		return
@@ -97,7 +97,7 @@ func (f *forwarder) stop(ctx context.Context) {
 	cut := context.AfterFunc(ctx, func() { f.end(errDraining) })
 	f.running.wait()
 	cut()
-	f.kept.close()
+	f.idle.close()
 }
 
 // Get returns a buffer for httputil.ReverseProxy.
@@ -144,13 +144,13 @@ type exchange struct {
 	holdCtx    context.Context // bounds all waits for owners; nil before the first
 	cancelHold func()
 
-	head    []byte   // what startPlainHead has returned, without room
-	whole   []byte   // the body, if it was read before; its length is at most maxWholeBody
-	counted bool     // in forwarder.atOwners
-	upgrade []string // the field of the answer: a 426 needs it (RFC 9110 §15.5.22)
-	trace   *httptrace.ClientTrace
-	reverse httputil.ReverseProxy
-	body    *bodyState // nil for a body that does not stream, or has not begun
+	head         []byte   // what startPlainHead has returned, without room
+	shortBody    []byte   // the body, if it was read before; its length is at most maxShortBody
+	counted      bool     // in forwarder.atOwners
+	upgradeField []string // the field of the answer: a 426 needs it (RFC 9110 §15.5.22)
+	trace        *httptrace.ClientTrace
+	reverse      httputil.ReverseProxy
+	body         *bodyState // nil for a body that does not stream, or has not begun
 
 	// What came of it, for the metrics and the log.
 	result result
@@ -169,7 +169,7 @@ func (f *forwarder) begin(w http.ResponseWriter, r *http.Request) *exchange {
 	f.running.add(1)
 	f.inProgress.Add(1)
 	x := &exchange{forwarder: f, w: w, r: r, began: time.Now(), result: resultClientGone}
-	x.streams = r.ContentLength < 0 || r.ContentLength > maxWholeBody
+	x.streams = r.ContentLength < 0 || r.ContentLength > maxShortBody
 	x.client = r.Context().Value(clientConnKey{}).(*clientConn)
 	x.ctx, x.cancel = context.WithCancelCause(f.open)
 	x.unwatch = context.AfterFunc(x.ctx, x.interrupt)
@@ -240,8 +240,8 @@ func (x *exchange) interrupt() {
 	}
 }
 
-// readWhole reads the body if it is short, within this time.
-func (x *exchange) readWhole(bound time.Duration) *refusal {
+// readShortBody reads the body if it is short, within this time.
+func (x *exchange) readShortBody(bound time.Duration) *refusal {
 	r := x.r
 	if x.streams || r.ContentLength == 0 {
 		return nil
@@ -250,8 +250,8 @@ func (x *exchange) readWhole(bound time.Duration) *refusal {
 	defer x.client.SetReadDeadline(time.Time{})
 	stop := context.AfterFunc(x.ctx, func() { x.client.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
-	x.whole = make([]byte, r.ContentLength)
-	if _, err := io.ReadFull(r.Body, x.whole); err != nil {
+	x.shortBody = make([]byte, r.ContentLength)
+	if _, err := io.ReadFull(r.Body, x.shortBody); err != nil {
 		x.w.Header().Set("Connection", "close")
 		var timeout net.Error
 		switch {
@@ -313,8 +313,8 @@ func (x *exchange) modifyResponse(resp *http.Response) error {
 	if x.isLast() {
 		resp.Header.Set("Connection", "close")
 	}
-	if resp.StatusCode == http.StatusUpgradeRequired && len(x.upgrade) > 0 {
-		resp.Header["Upgrade"] = x.upgrade
+	if resp.StatusCode == http.StatusUpgradeRequired && len(x.upgradeField) > 0 {
+		resp.Header["Upgrade"] = x.upgradeField
 		resp.Header.Add("Connection", "Upgrade") // it names Upgrade (RFC 9110 §7.8)
 	}
 	if len(resp.Header["Content-Type"]) == 0 {
@@ -345,14 +345,14 @@ func (x *exchange) ask(conn *ownerConn, head []byte, maxHead int) (*http.Respons
 		}
 		x.body = &bodyState{done: make(chan struct{})}
 		go x.sendBody(x.body, conn, head)
-	} else if _, err := conn.Write(append(head, x.whole...)); err != nil {
+	} else if _, err := conn.Write(append(head, x.shortBody...)); err != nil {
 		return nil, err
 	}
 	resp, err := conn.readAnswer(x.r.Method, maxHead, x.pass1xx)
 	if err != nil {
 		return nil, err
 	}
-	x.upgrade = resp.Header["Upgrade"]
+	x.upgradeField = resp.Header["Upgrade"]
 	resp.Body = &answerBody{ReadCloser: resp.Body, exchange: x, resp: resp}
 	return resp, nil
 }
@@ -425,7 +425,7 @@ func (x *exchange) answerOver(resp *http.Response) {
 		return
 	}
 	x.endFlight()
-	x.forwarder.kept.put(conn)
+	x.forwarder.idle.put(conn)
 }
 
 // setComplete notes that the answer was read to its end: a move does not keep it from the
@@ -679,13 +679,13 @@ const (
 	// servers wait for one (gunicorn 2 s, Node.js and uvicorn 5 s): a request that a server
 	// meets while it closes the connection fails.
 	keepTime = 1500 * time.Millisecond
-	// maxKept is how many connections are kept for each pod.
-	maxKept = 128
+	// maxIdle is how many idle connections each pod has at most.
+	maxIdle = 128
 )
 
-// keptConns keeps connections between two requests. A connection to a pod is not used for
+// idleConns keeps connections between two requests. A connection to a pod is not used for
 // another pod of the same backend. None has a flight.
-type keptConns struct {
+type idleConns struct {
 	addDescriptors func(count int) // static
 
 	// Guarded by mu.
@@ -696,27 +696,27 @@ type keptConns struct {
 }
 
 // put keeps c, which has no request and no flight, for keepTime. It closes c if there are
-// maxKept of its pod, or after close.
-func (k *keptConns) put(c *ownerConn) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if k.closed || len(k.byPod[c.pod]) >= maxKept {
+// maxIdle of its pod, or after close.
+func (i *idleConns) put(c *ownerConn) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.closed || len(i.byPod[c.pod]) >= maxIdle {
 		c.Close()
 		return
 	}
-	k.addDescriptors(1)
+	i.addDescriptors(1)
 	c.keptUntil = time.Now().Add(keepTime)
-	k.byPod[c.pod] = append(k.byPod[c.pod], c)
-	if k.timer == nil {
-		k.timer = time.AfterFunc(keepTime, k.expire)
+	i.byPod[c.pod] = append(i.byPod[c.pod], c)
+	if i.timer == nil {
+		i.timer = time.AfterFunc(keepTime, i.expire)
 	}
 }
 
 // take returns a connection to the pod on which the next request can be sent, or nil. The
 // caller owns it, and closes it or calls put. take closes those that the pod has ended.
-func (k *keptConns) take(pod backendPod) *ownerConn {
+func (i *idleConns) take(pod backendPod) *ownerConn {
 	for {
-		c := k.pop(pod)
+		c := i.pop(pod)
 		if c == nil || c.isSilent() {
 			return c
 		}
@@ -725,72 +725,72 @@ func (k *keptConns) take(pod backendPod) *ownerConn {
 }
 
 // pop returns the newest connection to the pod, or nil.
-func (k *keptConns) pop(pod backendPod) *ownerConn {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	conns := k.byPod[pod]
+func (i *idleConns) pop(pod backendPod) *ownerConn {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	conns := i.byPod[pod]
 	if len(conns) == 0 {
 		return nil
 	}
 	last := len(conns) - 1
 	c := conns[last]
 	conns[last] = nil
-	k.byPod[pod] = conns[:last]
-	k.addDescriptors(-1)
+	i.byPod[pod] = conns[:last]
+	i.addDescriptors(-1)
 	return c
 }
 
 // expire closes the connections that were kept for keepTime.
-func (k *keptConns) expire() {
-	k.mu.Lock()
-	defer k.mu.Unlock()
+func (i *idleConns) expire() {
+	i.mu.Lock()
+	defer i.mu.Unlock()
 	now, next := time.Now(), time.Time{}
-	k.closeWhere(func(c *ownerConn) bool {
+	i.closeWhere(func(c *ownerConn) bool {
 		if c.keptUntil.After(now) {
 			next = earliest(next, c.keptUntil)
 			return false
 		}
 		return true
 	})
-	k.timer = nil
+	i.timer = nil
 	if !next.IsZero() {
-		k.timer = time.AfterFunc(next.Sub(now), k.expire)
+		i.timer = time.AfterFunc(next.Sub(now), i.expire)
 	}
 }
 
 // closeBackend closes the connections to all pods of the backend.
-func (k *keptConns) closeBackend(backend int) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	k.closeWhere(func(c *ownerConn) bool { return c.pod.backend == backend })
+func (i *idleConns) closeBackend(backend int) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.closeWhere(func(c *ownerConn) bool { return c.pod.backend == backend })
 }
 
 // close closes all connections, and from then on those that put gets.
-func (k *keptConns) close() {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	k.closed = true
-	k.closeWhere(func(*ownerConn) bool { return true })
-	if k.timer != nil {
-		k.timer.Stop()
+func (i *idleConns) close() {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.closed = true
+	i.closeWhere(func(*ownerConn) bool { return true })
+	if i.timer != nil {
+		i.timer.Stop()
 	}
 }
 
 // closeWhere closes the connections for which match returns true. The caller holds mu.
-func (k *keptConns) closeWhere(match func(*ownerConn) bool) {
-	for pod, conns := range k.byPod {
+func (i *idleConns) closeWhere(match func(*ownerConn) bool) {
+	for pod, conns := range i.byPod {
 		left := conns[:0]
 		for _, c := range conns {
 			if !match(c) {
 				left = append(left, c)
 				continue
 			}
-			k.addDescriptors(-1)
+			i.addDescriptors(-1)
 			c.Close()
 		}
 		clear(conns[len(left):])
-		if k.byPod[pod] = left; len(left) == 0 {
-			delete(k.byPod, pod)
+		if i.byPod[pod] = left; len(left) == 0 {
+			delete(i.byPod, pod)
 		}
 	}
 }

@@ -100,7 +100,7 @@ func TestForward(t *testing.T) {
 	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
 	client := plainClient(t)
 	for _, method := range []string{"GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"} {
-		for _, size := range []int{0, 5, maxWholeBody, maxWholeBody + 1, 1 << 20} {
+		for _, size := range []int{0, 5, maxShortBody, maxShortBody + 1, 1 << 20} {
 			resp, text := p.do(t, client, method, "/ws/ns-01/x?q", strings.Repeat("x", size))
 			want := fmt.Sprintf("%s /ws/ns-01/x?q %d []", method, size)
 			if resp.StatusCode != 200 || text != want {
@@ -509,9 +509,9 @@ func TestForwardKeeps(t *testing.T) {
 		p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
 		p.do(t, plainClient(t), "GET", "/ws/ns-01", "")
 		eventually(t, "kept connections", 0, func() int {
-			p.forwarder.kept.mu.Lock()
-			defer p.forwarder.kept.mu.Unlock()
-			return len(p.forwarder.kept.byPod)
+			p.forwarder.idle.mu.Lock()
+			defer p.forwarder.idle.mu.Unlock()
+			return len(p.forwarder.idle.byPod)
 		})
 	})
 }
@@ -536,7 +536,7 @@ func TestForwardKeepsClients(t *testing.T) {
 		fmt.Fprint(w, len(body))
 	})
 	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
-	body := strings.Repeat("a", 2*maxWholeBody)
+	body := strings.Repeat("a", 2*maxShortBody)
 	const requests = 50
 	kept := map[bool]int{} // by whether the body had a length
 	for _, hasLength := range []bool{true, false} {
@@ -584,13 +584,13 @@ func TestForwardRefusedByOwner(t *testing.T) {
 				io.WriteString(conn, refusal)
 			})
 			p = startProxy(t, []string{backend.addr}, map[string]string{}, nil)
-			for _, body := range []string{"", strings.Repeat("x", maxWholeBody)} {
+			for _, body := range []string{"", strings.Repeat("x", maxShortBody)} {
 				resp, text := p.do(t, plainClient(t), "POST", "/ws/ns-01", body)
 				if resp.StatusCode != 200 || text != "ok" {
 					t.Errorf("%d bytes: %s %q", len(body), resp.Status, text)
 				}
 			}
-			resp, _ := p.do(t, plainClient(t), "POST", "/ws/ns-01", strings.Repeat("x", maxWholeBody+1))
+			resp, _ := p.do(t, plainClient(t), "POST", "/ws/ns-01", strings.Repeat("x", maxShortBody+1))
 			if resp.StatusCode != 503 || resp.Header.Get("Retry-After") == "" {
 				t.Errorf("a body that streams: %s", resp.Status)
 			}
@@ -694,7 +694,7 @@ func TestForwardMoveCuts(t *testing.T) {
 			"chunked":       "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n",
 		} {
 			t.Run(fmt.Sprint(name, ", off ", off), func(t *testing.T) {
-				p, release, ended := longAnswers(t, first, 50*time.Millisecond, func(p *proxy) { p.mover.off = off })
+				p, release, ended := longAnswers(t, first, 50*time.Millisecond, func(p *proxy) { p.mover.handoffOff = off })
 				old := dial(t, p.addr)
 				mustWrite(t, old, plainRequest("/ws/ns-01"))
 				eventually(t, "requests that were sent", 1, p.forwarder.size)

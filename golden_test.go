@@ -524,7 +524,7 @@ func refusals() map[string]clientCase {
 		"503 sessions":                  {request: good, args: "-max-sessions 1", serve: echo, before: occupied(good, `router_sessions\{.*\} 1`), earlier: 1},
 		"503 sessions of one namespace": {request: good, args: "-max-sessions-per-namespace 1", serve: echo, before: occupied(good, `router_sessions\{.*\} 1`), earlier: 1},
 		"503 upgrades under way":        {request: good, args: "-max-pending-upgrades 1 -handshake-timeout 1m", serve: silent, before: occupied(good, waiting(1))},
-		"503 heads under way":           {request: upgradeWith("Origin: ", "Origin: "+strings.Repeat("x", headBytesPerUpgrade)), args: "-max-pending-upgrades 1"},
+		"503 heads under way":           {request: upgradeWith("Origin: ", "Origin: "+strings.Repeat("x", headBytesPerRequest)), args: "-max-pending-upgrades 1"},
 		"503 the router is stopping":    {request: good, during: stopRouter, stops: true},
 		"no answer, client left": {request: good, during: func(t *testing.T, r *goldenRouter, conn net.Conn) {
 			r.metric(t, waiting(1))
@@ -1228,10 +1228,10 @@ func goldenPlans(t *testing.T, g *adminGolden, addr string) {
 		g.post(t, addr, "/plan", body)
 	}
 	g.ask(t, addr, "POST /plan HTTP/1.1\nHost: localhost\nTransfer-Encoding: chunked\n\nf\r\n{\"replicas\": 4}\r\n0\r\n\r\n", "POST /plan, chunked")
-	g.ask(t, addr, fmt.Sprintf("POST /plan HTTP/1.1\nHost: localhost\nContent-Length: %d\n\n", maxPlanBody+1), "POST /plan, of more than 8 MiB")
-	size := maxPlanBody + 1
+	g.ask(t, addr, fmt.Sprintf("POST /plan HTTP/1.1\nHost: localhost\nContent-Length: %d\n\n", maxPreviewBody+1), "POST /plan, of more than 8 MiB")
+	size := maxPreviewBody + 1
 	g.ask(t, addr, fmt.Sprintf("POST /plan HTTP/1.1\nHost: localhost\nTransfer-Encoding: chunked\n\n%x\r\n%s\r\n0\r\n\r\n", size, strings.Repeat(" ", size)), "POST /plan, chunked, of more than 8 MiB")
-	for range maxConcurrentPlans { // which has its turn until its body is there
+	for range maxConcurrentPreviews { // which has its turn until its body is there
 		conn := dial(t, addr)
 		defer conn.Close()
 		mustWrite(t, conn, "POST /plan HTTP/1.1\r\nHost: localhost\r\nContent-Length: 15\r\n\r\n")

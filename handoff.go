@@ -185,7 +185,7 @@ const (
 	stateOwned      ownerState = iota // it has an owner
 	stateHeld                         // it moves to another owner: clients wait
 	stateUnresolved                   // it is kept, and its previous owner is not known
-	stateNoTable                      // nothing is known of any namespace
+	stateNoView                       // there is no view yet: nothing is known of any namespace
 	stateNotKnown                     // only other routers may know the owner: nobody is admitted
 )
 
@@ -198,7 +198,7 @@ type assignment struct {
 }
 
 // queue returns the queue in which a request of the namespace has to wait: unresolved if
-// it has none, since it has no owner or there is no table.
+// it has none, since it has no owner or there is no view.
 func (a assignment) queue() int {
 	switch a.state {
 	case stateOwned:

@@ -99,7 +99,7 @@
 //	fastConn.readTLSHead      reads it within TLS, by the next seven:
 //	fastConn.readHello        reads what comes first: a header, or the beginning of the handshake
 //	fastConn.readProxyHeader  (also without TLS) takes the client's address from a header
-//	fastConn.setHandshaking   leaves the handshake answerTime, should the router stop meanwhile
+//	fastConn.setHandshaking   leaves the handshake stopGrace, should the router stop meanwhile
 //	fastConn.startTLS         does the handshake
 //	tlsServer.handshake       counts it
 //	tlsServer.compute         calls crypto/tls when it is the handshake's turn (takeTurn)
@@ -196,7 +196,7 @@
 //	proxy.forward             begins the exchange, and answers what is refused
 //	proxy.admitPlain          does what admit does for an upgrade
 //	exchange.serve            passes on the answer that trip returns
-//	proxy.roundTrip           (as trip) takes a kept connection to the owner, or dials it
+//	proxy.roundTrip           (as trip) takes an idle connection to the owner, or dials it
 //	proxy.startFlight         asks once more who the owner is, just before the request
 //	exchange.ask              sends the owner the request, and reads the head of its answer
 //	proxy.checkAnswer         (in trip) says whether the owner has refused it by 421 or 409
@@ -220,7 +220,7 @@
 //	tableStore.updateVersions ends it here if only versions are new
 //	replicaWatcher.run        another entry: the number of backends, or the cordon, changed
 //	tableStore.setBackends    (in onBackendsChanged) goes on with these
-//	tableStore.swap           puts a new table in force
+//	tableStore.swap           makes a new table the newest
 //	newTable                  merges the contents, and decides which overrides are in force
 //	relay.setPods             another entry: a pod was replaced
 //	mover.ownersChanged       (as onSwap) wakes run. Without -handoff=all it also puts the first
@@ -282,7 +282,7 @@
 //	membership.apply          gets what that made from its watcher, and wakes run
 //	member.viewOf             makes the view of the plan
 //	mover.adopt               puts it in force: holds the step's namespaces, or opens them
-//	mover.takeMoved           takes the sessions of the step from the queue
+//	mover.dequeueStep         takes the sessions of the step from the queue
 //
 // Then workShared closes these sessions, sendAnswer says so, and reportFinished logs the
 // result at the end. No write says that a step is done: each router sees that no answer is
@@ -301,7 +301,7 @@
 //	relay.mu
 //	flights.mu                held while it asks which flights a step waits for
 //	exchange.mu
-//	keptConns.mu              held while it counts descriptors
+//	idleConns.mu              held while it counts descriptors
 //	membership.mu, releaser.mu, releaseMemory.mu
 //	pendingLimit.mu, descriptorLimit.mu, addressCache.mu, limitListener.mu, logQueue.mu,
 //	waitCount.mu, namespaceSessions.mu, namespaceRate.mu, tlsHandshakeList.mu
@@ -309,7 +309,7 @@
 // Locks of one list with commas are never held together. Nothing waits for the network with
 // a lock held.
 //
-// Read main, command and config (what starts), admin, plan, status, peers and page (what
+// Read main, command and config (what starts), admin, preview, status, peers and page (what
 // operators ask), redirect, fastpath, socket, proxy, forward, layout, handshake, listen,
 // clientconn, descriptorlimit, pending, proxyprotocol and certificates (from client to
 // session), configmap, directory, events, drain, move, movetally, movetarget, movequeue,
@@ -496,7 +496,7 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 	var mover *mover // onSwap uses it when there are sources
 	tables := &tableStore{
 		statefulSet: c.statefulSet, fromHost: c.layout.fromHost,
-		active: backends.fixed, cordon: c.cordon, log: log,
+		active: backends.fixed, listedCordon: c.cordon, log: log,
 		onSwap: func() { mover.ownersChanged() },
 		applyDurations: newHistogram(
 			.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5),
@@ -509,10 +509,10 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 	}
 	onViewChanged := func() { backends.queues.recheckOwners(mover.findQueue) }
 	mover = newMover(tables, relay, c.moveRate, probe, onViewChanged, log)
-	mover.settleTime, mover.off = c.moveSettle, c.handoff == "off"
+	mover.settleTime, mover.handoffOff = c.moveSettle, c.handoff == "off"
 	mover.flights.unprovenTimeout = c.handoffUnproven
 	mover.flights.addDescriptors = fdLimit.add
-	if !mover.off {
+	if !mover.handoffOff {
 		relay.onAbandoned = func(s *session, backend net.Conn) {
 			f := mover.flights.add(s.namespace, s.backend, s.podUID, nil)
 			f.abandon(backend, func() {})
@@ -525,8 +525,8 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 		tables: tables, backends: backends, relay: relay, mover: mover,
 		upgradeDurations: newHistogram(
 			.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10),
-		holdDurations: newHistogram(.01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30),
-		limits:        c.limits, podName: c.podName, namespaceOf: c.layout.namespace, log: log,
+		ownerWaits: newHistogram(.01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30),
+		limits:     c.limits, podName: c.podName, namespaceOf: c.layout.namespace, log: log,
 		namespaceLimiter: newNamespaceLimiter(c.limits.namespace, log),
 	}
 	if c.proxyProtocol == "on" {
@@ -603,15 +603,15 @@ func (p *program) addSources(kubeClient *kubeClient, kubeNamespace string) {
 		})
 	}
 	switch {
-	case c.overrides == "" && kubeClient == nil:
+	case c.overridesDir == "" && kubeClient == nil:
 		tables.addSource(false, func(update func(...sourceContent)) overrideSource {
 			return noOverrides(update)
 		})
-	case c.overrides == "":
+	case c.overridesDir == "":
 	case c.handoff == "all":
-		p.log.Warn("-overrides is not used with -handoff=all: a copy may lag", "directory", c.overrides)
+		p.log.Warn("-overrides is not used with -handoff=all: a copy may lag", "directory", c.overridesDir)
 	default:
-		tables.addSource(kubeClient != nil, newDirectory(c.overrides, p.log))
+		tables.addSource(kubeClient != nil, newDirectory(c.overridesDir, p.log))
 	}
 	for _, source := range tables.sources {
 		p.tasks = append(p.tasks, source.run)
@@ -697,14 +697,14 @@ func (p *program) announceDrain() {
 //
 // When Shutdown begins, net/http drops a client whose request it has not given to the
 // handler: that client would get no answer. So stopClients first waits, for at most
-// answerTime, for the clients that the fast path has left to net/http.
+// stopGrace, for the clients that the fast path has left to net/http.
 func (p *program) stopClients(fastPath *fastPath, clientServer *http.Server,
 	stopRequests context.CancelCauseFunc) {
 	started := time.Now()
 	clientServer.SetKeepAlivesEnabled(false) // each answer now says Connection: close
 	fastPath.stop()
 	stopRequests(errDraining)
-	timeout, cancel := context.WithTimeout(context.Background(), answerTime)
+	timeout, cancel := context.WithTimeout(context.Background(), stopGrace)
 	defer cancel()
 	handled, allHandled := context.WithCancel(timeout)
 	go func() { p.proxy.unhandled.Wait(); allHandled() }() // Close below ends it at the latest
@@ -720,7 +720,7 @@ func (p *program) stopClients(fastPath *fastPath, clientServer *http.Server,
 	ended := p.drainAll()
 	select {
 	case <-shutdown:
-	case <-time.After(answerTime):
+	case <-time.After(stopGrace):
 	}
 	clientServer.Close()
 	allIdle()

@@ -244,9 +244,9 @@ func TestFollowing(t *testing.T) {
 		`router_watch_info{object="StatefulSet default/backend",protocol="HTTP/1.1"}`:                               1})
 	_, body := r.get(t, "/backends")
 	stamp := r.log.wait(t, "routing table updated", 1)["stamp"].(string)
-	want := `{"router":"router-x","table":"5","stamp":"` + stamp + `","backends":[{"name":"backend-2","ordinal":2,"address":"127.0.0.1:PORT","ready":true,"owns_namespaces":true,"overrides":1,"sessions":1,"safe_to_remove":false},` +
-		`{"name":"backend-3","ordinal":3,"ready":false,"error":"backend-3 is not ready","owns_namespaces":true,"overrides":1,"sessions":0,"safe_to_remove":false},` +
-		`{"name":"backend-4","ordinal":4,"address":"127.0.0.3:PORT","ready":true,"owns_namespaces":true,"overrides":2,"sessions":2,"safe_to_remove":false}]}` + "\n"
+	want := `{"router":"router-x","table_version":"5","stamp":"` + stamp + `","backends":[{"name":"backend-2","ordinal":2,"address":"127.0.0.1:PORT","ready":true,"active":true,"overrides":1,"sessions":1,"safe_to_remove":false},` +
+		`{"name":"backend-3","ordinal":3,"ready":false,"error":"backend-3 is not ready","active":true,"overrides":1,"sessions":0,"safe_to_remove":false},` +
+		`{"name":"backend-4","ordinal":4,"address":"127.0.0.3:PORT","ready":true,"active":true,"overrides":2,"sessions":2,"safe_to_remove":false}]}` + "\n"
 	if want := strings.ReplaceAll(want, "PORT", port); body != want {
 		t.Errorf("/backends is\n%s, want\n%s", body, want)
 	}

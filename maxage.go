@@ -23,9 +23,9 @@ type ageSweep struct {
 	// close is closeGracefully for causeMaxAge.
 	close func(s *session) bool
 
-	pace   pace       // of this router by itself
-	lookAt time.Time  // when it looks at all sessions again
-	due    []*session // that are too old and wait for the pace, the oldest first
+	pace     pace       // of this router by itself
+	nextLook time.Time  // when it looks at all sessions again
+	due      []*session // that are too old and wait for the pace, the oldest first
 }
 
 // maxAge returns how old the session may become: a time from 0.9 of the limit to all of
@@ -43,26 +43,26 @@ func (a *ageSweep) closeOld(r *relay, now time.Time, movesWait bool) time.Time {
 	if a.limit == 0 || a.draining() {
 		return time.Time{}
 	}
-	if !now.Before(a.lookAt) {
+	if !now.Before(a.nextLook) {
 		if len(a.due) == 0 {
 			a.pace.start(now)
 		}
 		a.due = a.oldSessions(r, now)
-		a.lookAt = now.Add(min(max(a.limit/100, minAgeInterval), maxAgeInterval))
+		a.nextLook = now.Add(min(max(a.limit/100, minAgeInterval), maxAgeInterval))
 	}
 	if movesWait {
-		return a.lookAt
+		return a.nextLook
 	}
 	for ; len(a.due) > 0; a.due = a.due[1:] {
 		if next := a.pace.next(); next.After(now) {
-			return earliest(next, a.lookAt)
+			return earliest(next, a.nextLook)
 		}
 		if a.close(a.due[0]) {
 			a.pace.advance(now)
 		}
 	}
 	a.due = nil // the sessions' memory
-	return a.lookAt
+	return a.nextLook
 }
 
 // oldSessions returns the sessions of r that are too old, the oldest first.

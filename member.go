@@ -72,7 +72,7 @@ func newMember(name, uid, instance string) *member {
 // stepProgress is how far this router has come with its view's step, and what it proposes
 // for the step after.
 type stepProgress struct {
-	sessions bool // it has sessions, or requests that a backend may have got
+	hasWork  bool // it has sessions, or requests that a backend may have got
 	stepDone bool // none of them has another owner than the view has after the step
 	next     mark // how far the step after may go, towards handoffPlan.nextContent
 	toMove   int  // sessions that have to move, also those that next covers
@@ -195,7 +195,7 @@ func (m *member) commit(d decision, now time.Time) {
 func (m *member) decide(s *decisionInput) decision {
 	o := s.object
 	switch {
-	case m.view != nil && !m.view.mustAnswer && s.sessions:
+	case m.view != nil && !m.view.mustAnswer && s.hasWork:
 		return decision{action: actEndAll, why: "this router is not a member any more"}
 	case o == nil:
 		return waiting("the object of the hand-off does not exist, or has not been read yet")
@@ -215,7 +215,7 @@ func (m *member) decide(s *decisionInput) decision {
 		}
 		return m.reset(s)
 	}
-	if s.leaving && !s.sessions && s.stepDone {
+	if s.leaving && !s.hasWork && s.stepDone {
 		return m.leave(s)
 	}
 	wait := decision{}

@@ -288,7 +288,7 @@ func (w *modelWorld) situationOf(r *modelRouter) *decisionInput {
 	}
 	s.stepDone = true
 	for i := range r.open {
-		s.sessions = s.sessions || r.open[i] != 0
+		s.hasWork = s.hasWork || r.open[i] != 0
 		s.stepDone = s.stepDone && w.misplaced(r, i) == 0
 	}
 	s.next = r.next
@@ -1255,7 +1255,7 @@ func TestRemovedMemberEndsSessions(t *testing.T) {
 	next := r.view.plan.withMember(r.pod, nil)
 	next.writes++
 	w.store(w.object.uid, map[string]string{planKey: next.String()})
-	s.object, s.sessions = w.object, true
+	s.object, s.hasWork = w.object, true
 	d := r.decide(s)
 	r.commit(d, s.now)
 	if _, _, state := r.view.owner("ns-0"); d.action != actAdopt || state != stateNotKnown {
@@ -1266,7 +1266,7 @@ func TestRemovedMemberEndsSessions(t *testing.T) {
 			t.Errorf("with the object %v it decides to %d", o, r.decide(s).action)
 		}
 	}
-	s.object, s.sessions = w.object, false
+	s.object, s.hasWork = w.object, false
 	if d := r.decide(s); d.action != actWrite || d.why != "join" {
 		t.Errorf("without sessions it decides to %d: %s", d.action, d.why)
 	}
@@ -1575,7 +1575,7 @@ func TestBranchDoesNotFollow(t *testing.T) {
 func TestLeaveAfterRelease(t *testing.T) {
 	for _, released := range []bool{false, true} {
 		_, r, s := rested(2)
-		s.leaving, s.sessions, s.stepDone = true, false, released
+		s.leaving, s.hasWork, s.stepDone = true, false, released
 		if left := r.decide(s).why == "leave"; left != released {
 			t.Errorf("released %t: leaves %t", released, left)
 		}

@@ -827,7 +827,7 @@ func TestHandoffWaitsForCordon(t *testing.T) {
 		s, end := newHandoffSim(t, 1, 2)
 		s.overrides = map[string]string{"ns-0": "backend-0"}
 		set := func(c *simContainer, list cordon) {
-			c.tables.setBackends(backendSet{ordinalRange: ordinalRange{count: simBackends}, cordon: list})
+			c.tables.setBackends(backendSet{ordinalRange: ordinalRange{count: simBackends}, listedCordon: list})
 		}
 		for _, r := range s.routers {
 			r.start()

@@ -29,7 +29,7 @@ type mover struct {
 	// Static after construction.
 	tables     *tableStore
 	relay      *relay
-	off        bool          // -handoff=off
+	handoffOff bool          // -handoff=off
 	settleTime time.Duration // time without a change of the table before sessions move
 	// moveInterval is the time between two moves, of all routers with -handoff=all; 0: no
 	// pause.
@@ -113,7 +113,7 @@ func newMover(
 func (m *mover) ownersChanged() {
 	for m.shared == nil {
 		t, v := m.tables.table(), m.current.Load()
-		if t == nil || v != nil && (!m.off || v.tables[0] == t) {
+		if t == nil || v != nil && (!m.handoffOff || v.tables[0] == t) {
 			break
 		}
 		if m.current.CompareAndSwap(v, newView(t, v, time.Now())) {
@@ -128,7 +128,7 @@ func (m *mover) ownersChanged() {
 func (m *mover) assign(namespace string) assignment {
 	v := m.current.Load()
 	if v == nil {
-		return assignment{state: stateNoTable, owner: unresolved}
+		return assignment{state: stateNoView, owner: unresolved}
 	}
 	owner, t, state := v.owner(namespace)
 	a := assignment{state: state, owner: owner, step: v.step}
@@ -150,7 +150,7 @@ func (m *mover) findQueue(namespace string) int { return m.assign(namespace).que
 func (m *mover) startFlight(
 	namespace string, owner int, podUID string, cut func(),
 ) (f *flight, now assignment, ok bool) {
-	if !m.off || cut != nil {
+	if !m.handoffOff || cut != nil {
 		f = m.flights.add(namespace, owner, podUID, cut)
 	}
 	now = m.assign(namespace)
@@ -353,7 +353,7 @@ func (m *mover) advance(now time.Time) time.Time {
 		}
 		t := m.nextTable(v)
 		switch {
-		case m.off && !v.isAtRest(t.contentHash): // ownersChanged will replace v first
+		case m.handoffOff && !v.isAtRest(t.contentHash): // ownersChanged will replace v first
 			return time.Time{}
 		case m.tally == nil && v.isAtRest(t.contentHash):
 			m.raiseStep(v)
@@ -461,7 +461,7 @@ func (m *mover) interval() time.Duration {
 	if m.shared == nil {
 		return m.moveInterval
 	}
-	return time.Duration(float64(m.moveInterval) / m.shared.rateShare())
+	return time.Duration(float64(m.moveInterval) / m.shared.shareWithFloor())
 }
 
 // minMoveTime returns how long so many moves last at least: with -handoff=all those of all
@@ -531,7 +531,7 @@ func (m *mover) cutRequests(now time.Time) time.Time {
 		switch {
 		case v.admitsNone || m.relay.isOldPod(f.backend, f.podUID):
 			return now
-		case m.off && owner != unresolved && owner != f.backend,
+		case m.handoffOff && owner != unresolved && owner != f.backend,
 			!v.done && v.mustLeave(f.namespace, f.backend):
 			return f.began.Add(m.httpMoveTime)
 		}
@@ -580,7 +580,7 @@ func (m *mover) takeNewVersion(v *view, t *table) *view {
 		return v
 	}
 	withOwners := t.withKept(v.after)
-	if m.tables.current.CompareAndSwap(t, withOwners) { // else there is a newer one
+	if m.tables.newest.CompareAndSwap(t, withOwners) { // else there is a newer one
 		next := *v
 		next.tables = []*table{withOwners}
 		if m.current.CompareAndSwap(v, &next) {
@@ -673,8 +673,8 @@ func (m *mover) useMembership(s *membership) {
 	s.wake = m.wake.notify
 }
 
-// sharesRate reports whether all routers together have the rate of moves.
-func (m *mover) sharesRate() bool { return m.shared != nil }
+// rateIsShared reports whether all routers together have the rate of moves.
+func (m *mover) rateIsShared() bool { return m.shared != nil }
 
 // leave makes this router leave the hand-off once its last session is over, and waits for
 // that until ctx ends. If it does not leave, the others wait until its pod is gone. The
@@ -718,9 +718,9 @@ func (m *mover) advanceShared(now time.Time) time.Time {
 // nil.
 func (m *mover) workShared(v *view, now time.Time) (p stepProgress, again time.Time) {
 	inFlight := func() bool { return m.flights.any(func(*flight) bool { return true }) }
-	p.sessions = inFlight() || m.relay.size() > 0 || inFlight() // one may become the other
+	p.hasWork = inFlight() || m.relay.size() > 0 || inFlight() // one may become the other
 	if v == nil {
-		p.stepDone = !p.sessions
+		p.stepDone = !p.hasWork
 		return p, time.Time{}
 	}
 	t := m.tables.table()
@@ -780,7 +780,7 @@ func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.T
 	p = &stepProposal{step: v.step, content: t.contentHash}
 	p.next = mark{upto: allPlaces, away: away, removed: v.removedOwners(t)}
 	ready, resume := m.startPace(now)
-	schedule := m.pace // of what this router proposes; takeMoved advances the pace itself
+	schedule := m.pace // of what this router proposes; dequeueStep advances the pace itself
 	due, _ := m.queue.split(&p.next, ready, &schedule, m.shared.stepAfter(now))
 	p.toMove = len(m.queue.sessions)
 	m.moveToNewPods(due, now)
@@ -823,7 +823,7 @@ func (m *mover) adopt(v *view, now time.Time) {
 	}
 	m.current.Store(v)
 	if newStep {
-		m.takeMoved(v, now)
+		m.dequeueStep(v, now)
 	}
 	if v.done && (newStep || !old.done) {
 		m.countStep(now.Sub(v.began))
@@ -834,9 +834,9 @@ func (m *mover) adopt(v *view, now time.Time) {
 	}
 }
 
-// takeMoved takes the sessions that v's step moves from the queue. It advances the pace
+// dequeueStep takes the sessions that v's step moves from the queue. It advances the pace
 // by those that the pace counts: all but those whose previous owner was removed.
-func (m *mover) takeMoved(v *view, now time.Time) {
+func (m *mover) dequeueStep(v *view, now time.Time) {
 	var rest []queuedSession
 	for _, q := range m.queue.sessions {
 		s := q.session
@@ -854,9 +854,9 @@ func (s *sharedMove) stepAfter(now time.Time) time.Time {
 	return latest(now, s.member.stepSeenAt.Add(stepTime(len(s.member.view.plan.members))))
 }
 
-// rateShare returns this router's part of the rate, above 0 and at most 1. A router that
+// shareWithFloor returns this router's part of the rate, above 0 and at most 1. A router that
 // had no session to move when it answered last has a small part. It takes membership.mu.
-func (s *sharedMove) rateShare() float64 {
+func (s *sharedMove) shareWithFloor() float64 {
 	s.mu.Lock()
 	o := s.inbox.object
 	s.mu.Unlock()

@@ -59,42 +59,42 @@ func newMoveTally(content uint64) *moveTally {
 // close starts the closing handshake of a session with closeSession, and counts the session.
 // It returns false, and counts nothing, if the session ends already. It calls onLast each time
 // that no handshake of the tally is left that goes on. onLast must not block.
-func (b *moveTally) close(
+func (t *moveTally) close(
 	s *session, closeSession func(s *session, onEnd func(cut bool)) bool, onLast func(),
 ) bool {
-	b.unfinished.Add(1)
+	t.unfinished.Add(1)
 	onEnd := func(cut bool) {
 		if cut {
-			b.cuts.Add(1)
+			t.cuts.Add(1)
 		}
-		if b.unfinished.Add(-1) == 0 {
+		if t.unfinished.Add(-1) == 0 {
 			onLast()
 		}
 	}
 	if !closeSession(s, onEnd) {
-		b.unfinished.Add(-1)
+		t.unfinished.Add(-1)
 		return false
 	}
-	b.sessions++
-	b.moved[s.namespace] = struct{}{}
+	t.sessions++
+	t.moved[s.namespace] = struct{}{}
 	return true
 }
 
 // result returns the result of a tally so far, without examples.
-func (b *moveTally) result() moveResult {
+func (t *moveTally) result() moveResult {
 	r := moveResult{
-		version: b.version, content: b.content, planned: b.planned, began: b.prepared,
-		namespaces: len(b.moved), sessions: b.sessions,
-		cut: int(b.cuts.Load()), cancelled: b.cancelled, longestHold: b.longestHold,
+		version: t.version, content: t.content, planned: t.planned, began: t.prepared,
+		namespaces: len(t.moved), sessions: t.sessions,
+		cut: int(t.cuts.Load()), cancelled: t.cancelled, longestHold: t.longestHold,
 	}
-	if !b.began.IsZero() {
-		r.began, r.time = b.began, time.Since(b.began)
+	if !t.began.IsZero() {
+		r.began, r.time = t.began, time.Since(t.began)
 	}
 	return r
 }
 
 // examples returns the first maxMovedNames of the namespaces, by name.
-func (b *moveTally) examples() []string {
-	all := slices.Sorted(maps.Keys(b.moved))
+func (t *moveTally) examples() []string {
+	all := slices.Sorted(maps.Keys(t.moved))
 	return slices.Clone(all[:min(len(all), maxMovedNames)])
 }

@@ -46,14 +46,14 @@ func (l *namespaceLimiter) admit(namespace string) (*namespacePermit, *refusal) 
 		// A permit must not keep the memory of a request.
 		permit = &namespacePermit{sessions: l.sessions, namespace: strings.Clone(namespace)}
 		if !l.sessions.acquire(permit.namespace) {
-			return nil, refuse(resultMaxNamespace,
+			return nil, refuse(resultMaxSessionsPerNamespace,
 				"%q has %d sessions and pending upgrades, the limit of a namespace",
 				namespace, l.limits.sessions)
 		}
 	}
 	if !l.rate.allow(namespace) {
 		permit.giveBack()
-		return nil, refuse(resultRateNamespace,
+		return nil, refuse(resultMaxUpgradesPerSecond,
 			"%q has more than %d upgrades per second, the limit of a namespace",
 			namespace, l.limits.upgrades)
 	}

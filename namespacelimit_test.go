@@ -53,7 +53,7 @@ func TestNamespaceSessions(t *testing.T) {
 		opened(request)
 		_, _, resp := p.ask(t, request)
 		mustRefuseNamespace(t, resp, http.StatusServiceUnavailable)
-		p.waitResult(t, resultMaxNamespace)
+		p.waitResult(t, resultMaxSessionsPerNamespace)
 		opened(strings.Replace(request, "ns-01", "ns-02", 1))
 		p.waitSessions(t, 3)
 		first.Close()
@@ -84,7 +84,7 @@ func TestNamespaceSessionsAtOnce(t *testing.T) {
 			mustWrite(t, conn, request)
 			conns = append(conns, conn)
 		}
-		eventually(t, "refused", clients-limit, func() int64 { return p.results[resultMaxNamespace].Load() })
+		eventually(t, "refused", clients-limit, func() int64 { return p.results[resultMaxSessionsPerNamespace].Load() })
 		close(goOn)
 		statuses := map[int]int{}
 		for _, conn := range conns {
@@ -134,7 +134,7 @@ func TestNamespaceSessionsAreFreed(t *testing.T) {
 		}
 		clients.Wait()
 		eventually(t, "namespaces with places", 0, func() int { return len(p.namespaceLimiter.sessions.all()) })
-		if p.results[resultOK].Load() == 0 || p.results[resultMaxNamespace].Load() == 0 {
+		if p.results[resultOK].Load() == 0 || p.results[resultMaxSessionsPerNamespace].Load() == 0 {
 			t.Error("no session, or no upgrade that was refused: the test shows nothing")
 		}
 	})
@@ -220,7 +220,7 @@ func TestNamespaceRate(t *testing.T) {
 		p.ask(t, request)
 		_, _, resp := p.ask(t, request)
 		mustRefuseNamespace(t, resp, http.StatusTooManyRequests)
-		p.waitResult(t, resultRateNamespace)
+		p.waitResult(t, resultMaxUpgradesPerSecond)
 		eventually(t, "upgrades under way", 0, p.underWay) // a client may have its 101 before the count ends
 		_, _, resp = p.ask(t, strings.Replace(request, "ns-01", "ns-02", 1))
 		wantEqual(t, "the status of another namespace", resp.StatusCode, http.StatusSwitchingProtocols)

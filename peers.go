@@ -21,13 +21,13 @@ import (
 const (
 	askTimeout    = time.Second     // of one question to one router
 	askAllTimeout = 3 * time.Second // of a question to all, with the LIST of their pods
-	maxReply      = 16 << 20        // bytes of one answer: a plan of 100,000 sessions
+	maxReply      = 16 << 20        // bytes of one answer: a preview of 100,000 sessions
 	peerListAge   = 5 * time.Second // how long a LIST of pods is used
 )
 
-// instanceHeader has, in a question, peers.askerID of the router that asks. It is another
+// askerHeader has, in a question, peers.askerID of the router that asks. It is another
 // random number than member.instance.
-const instanceHeader = "X-Router-Instance"
+const askerHeader = "X-Router-Instance"
 
 // errOwnAnswer says that this router has asked itself.
 var errOwnAnswer = errors.New("this router has this address")
@@ -143,7 +143,7 @@ func (p *peers) request(
 	if err != nil {
 		return 0, nil, err
 	}
-	req.Header.Set(instanceHeader, p.askerID)
+	req.Header.Set(askerHeader, p.askerID)
 	transport := &http.Transport{
 		// The transport's own context goes on when ctx ends: to a host that is gone, for minutes.
 		DialContext: func(_ context.Context, network, addr string) (net.Conn, error) {
@@ -183,7 +183,7 @@ func answerError(status int, body []byte) error {
 
 // isOwn reports whether this router has asked the request.
 func (p *peers) isOwn(r *http.Request) bool {
-	return p != nil && r.Header.Get(instanceHeader) == p.askerID
+	return p != nil && r.Header.Get(askerHeader) == p.askerID
 }
 
 // decodeReplies decodes the replies. isWhole reports whether one has what each router

@@ -62,9 +62,9 @@ func (a *namedAdmin) ask(t *testing.T, method, path, body string, v any) {
 	must(t, json.Unmarshal(answer, v))
 }
 
-// A plan for all routers adds up what each has, and names the namespaces that the change
+// A preview for all routers adds up what each has, and names the namespaces that the change
 // leaves without an owner.
-func TestPlanOfAll(t *testing.T) {
+func TestPreviewOfAll(t *testing.T) {
 	moves, stays := hashedTo(t, "moves", 4, 5), hashedTo(t, "stays", 0, 5)
 	if bucket(stays, 4) != 0 {
 		t.Fatal("backend-0 keeps its namespaces")
@@ -253,11 +253,11 @@ func TestQuestionsDoNotFanOut(t *testing.T) {
 			t.Errorf("%s is %s, want %d", path, resp.Status, want)
 		}
 	}
-	for body, want := range map[string]int{`{"replicas":0}`: 400, "": 400, `"` + strings.Repeat("x", maxPlanBody) + `"`: 413} {
+	for body, want := range map[string]int{`{"replicas":0}`: 400, "": 400, `"` + strings.Repeat("x", maxPreviewBody) + `"`: 413} {
 		w := httptest.NewRecorder()
 		a.handler().ServeHTTP(w, httptest.NewRequest("POST", "/plan?all=1", strings.NewReader(body)))
 		if w.Code != want || !strings.Contains(w.Body.String(), `"error"`) {
-			t.Errorf("a plan of %.20q is %d %s, want %d", body, w.Code, w.Body, want)
+			t.Errorf("a preview of %.20q is %d %s, want %d", body, w.Code, w.Body, want)
 		}
 	}
 }

@@ -101,16 +101,16 @@ func (l *pendingLimit) inUse(ordinal int) (all, own int) {
 func (l *pendingLimit) reserveHead(n, limit int) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if n > 0 && (l.headBytes+n-1)/headBytesPerUpgrade >= limit { // limit may be any number
+	if n > 0 && (l.headBytes+n-1)/headBytesPerRequest >= limit { // limit may be any number
 		return false
 	}
 	l.headBytes += n
 	return true
 }
 
-// headBytesPerUpgrade is how many bytes the heads of the pending requests, with the short
+// headBytesPerRequest is how many bytes the heads of the pending requests, with the short
 // bodies of plain ones, may have on average. One may have more if others have fewer.
-const headBytesPerUpgrade = 2 << 10
+const headBytesPerRequest = 2 << 10
 
 // pendingRequest is a request from its admission on: an upgrade until it is a session or is
 // answered, a plain request until its exchange is over. The limits count it until uncount, a
@@ -121,8 +121,8 @@ type pendingRequest struct {
 	permit    *namespacePermit // given back by uncount, or by its session; nil without a limit of sessions
 	uncounted bool
 	began     time.Time  // when its head was read
-	holdBegan time.Time  // when it began to wait for its owner; zero while it does not
-	holds     *histogram // of these waits
+	waitBegan time.Time  // when it began to wait for its owner; zero while it does not
+	waits     *histogram // of these waits
 	namespace string
 	assignment
 	headBytes int // of its head and a short body, as limit counts them
@@ -142,18 +142,18 @@ func (u *pendingRequest) assign(a assignment) {
 	u.assignment = a
 }
 
-// beginHold notes that the request waits for its owner, if it does not wait already.
-func (u *pendingRequest) beginHold() {
-	if u.holdBegan.IsZero() {
-		u.holdBegan = time.Now()
+// beginWait notes that the request waits for its owner, if it does not wait already.
+func (u *pendingRequest) beginWait() {
+	if u.waitBegan.IsZero() {
+		u.waitBegan = time.Now()
 	}
 }
 
-// endHold counts the time for which the request has waited, if it has.
-func (u *pendingRequest) endHold() {
-	if !u.holdBegan.IsZero() {
-		u.holds.observe(time.Since(u.holdBegan))
-		u.holdBegan = time.Time{}
+// endWait counts the time for which the request has waited, if it has.
+func (u *pendingRequest) endWait() {
+	if !u.waitBegan.IsZero() {
+		u.waits.observe(time.Since(u.waitBegan))
+		u.waitBegan = time.Time{}
 	}
 }
 
@@ -198,7 +198,7 @@ func (u *pendingRequest) uncount() {
 	if u.uncounted {
 		return
 	}
-	u.endHold()
+	u.endWait()
 	u.reserveHead(0, 0)
 	u.limit.giveBack(u.owner)
 	u.permit.giveBack()

@@ -627,7 +627,7 @@ func planBodies() map[string][]byte {
 	one := func(text string, size int) func(int) string {
 		return func(int) string { return `"a":"` + strings.Repeat(text, size/len(text)) + `"` }
 	}
-	const most, entries = maxPlanBody - 100, (maxConfigMapData - 100) / entryOverhead
+	const most, entries = maxPreviewBody - 100, (maxConfigMapData - 100) / entryOverhead
 	return map[string][]byte{
 		"commas":          data(1, one(",", maxConfigMapData-100)),
 		"escapes":         data(1, one(`\u0001`, most)),

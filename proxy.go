@@ -62,7 +62,7 @@ type proxy struct {
 	handling            waitCount         // requests that net/http has, but for those of forwarder
 	unhandled           sync.WaitGroup    // requests on their way from the fast path to ServeHTTP
 	upgradeDurations    *histogram        // from the head of an upgrade to its session
-	holdDurations       *histogram        // of each wait for an owner
+	ownerWaits          *histogram        // of each wait for an owner
 	results             [numResults]atomic.Int64
 	logThrottles        [numResults]throttle
 	misdirectedThrottle throttle // of the log in handleMisdirected
@@ -195,7 +195,7 @@ func (p *proxy) reserveHead(u *pendingRequest, n int) *refusal {
 	}
 	return refuse(resultMaxPending,
 		"the heads of pending requests, with short bodies, have %d bytes each on average, the limit",
-		headBytesPerUpgrade)
+		headBytesPerRequest)
 }
 
 // askOwners sends the request to the owner of the namespace, and again when another one
@@ -249,12 +249,12 @@ func trimRequest(r *http.Request, ctx context.Context) *http.Request {
 // that owner. ctx bounds it. u then has the connection.
 func (p *proxy) dialOwner(ctx context.Context, u *pendingRequest) error {
 	if !p.backends.queues.isOpen(u.queue()) {
-		u.beginHold()
+		u.beginWait()
 	}
 	rechecks := 0
 	recheck := func() (int, error) {
 		if rechecks++; rechecks > 1 {
-			u.beginHold()
+			u.beginWait()
 		}
 		err := p.recheckOwner(ctx, u)
 		return u.queue(), err
@@ -278,7 +278,7 @@ func (p *proxy) startFlight(u *pendingRequest) bool {
 	f, now, ok := p.mover.startFlight(u.namespace, u.owner, u.podUID, u.cut)
 	if ok {
 		u.flight, u.assignment = f, now
-		u.endHold()
+		u.endWait()
 	}
 	return ok
 }
@@ -315,7 +315,7 @@ func (p *proxy) admitPlain(x *exchange) *refusal {
 	}
 	namespace, refused := p.check(x.r, checkPlain)
 	if refused == nil {
-		refused = x.readWhole(p.limits.headerTimeout)
+		refused = x.readShortBody(p.limits.headerTimeout)
 	}
 	if refused == nil {
 		x.pendingRequest, refused = p.reserve(namespace)
@@ -326,7 +326,7 @@ func (p *proxy) admitPlain(x *exchange) *refusal {
 	cancel := x.cancel // not x, which an abandoned flight would keep
 	x.cut = func() { cancel(errMoved) }
 	x.head = slices.Clip(startPlainHead(x.r, forwardedFor(x.r), p.podName))
-	return p.reserveHead(x.pendingRequest, len(x.head)+len(x.whole))
+	return p.reserveHead(x.pendingRequest, len(x.head)+len(x.shortBody))
 }
 
 // roundTrip sends the request to the owner of its namespace, and returns the answer. The
@@ -334,7 +334,7 @@ func (p *proxy) admitPlain(x *exchange) *refusal {
 // that it has not taken the request, and nothing of its body is lost.
 func (p *proxy) roundTrip(x *exchange) (*http.Response, error) {
 	refusals, misdirected := 0, error(nil)
-	for conn := p.takeKept(x.pendingRequest); ; conn = nil {
+	for conn := p.takeIdle(x.pendingRequest); ; conn = nil {
 		if conn == nil {
 			if err := p.dialOwner(p.holdContext(x), x.pendingRequest); err != nil {
 				_, err = p.unreachableError(x.holdCtx, x.owner, err, misdirected)
@@ -344,7 +344,7 @@ func (p *proxy) roundTrip(x *exchange) (*http.Response, error) {
 			x.backendConn = nil
 		}
 		if !p.startFlight(x.pendingRequest) {
-			p.forwarder.kept.put(conn)
+			p.forwarder.idle.put(conn)
 			continue
 		}
 		owner := p.backends.name(x.owner)
@@ -374,21 +374,21 @@ func (p *proxy) roundTrip(x *exchange) (*http.Response, error) {
 	}
 }
 
-// takeKept returns a kept connection to the owner if the request can be sent at once, or
+// takeIdle returns an idle connection to the owner if the request can be sent at once, or
 // nil.
-func (p *proxy) takeKept(u *pendingRequest) *ownerConn {
+func (p *proxy) takeIdle(u *pendingRequest) *ownerConn {
 	u.podUID = p.backends.podUID(u.owner) // before it is asked for sessions with older pods
 	if u.queue() != u.owner || p.relay.oldPodSessionsDone(u.namespace) != nil ||
 		!p.backends.queues.isOpen(u.owner) {
 		return nil
 	}
-	return p.forwarder.kept.take(backendPod{u.owner, u.podUID})
+	return p.forwarder.idle.take(backendPod{u.owner, u.podUID})
 }
 
 // checkAnswer returns errMisdirected or errReleased if the owner has not taken the request.
 func (p *proxy) checkAnswer(x *exchange, resp *http.Response, conn net.Conn) error {
 	if resp.StatusCode == http.StatusMisdirectedRequest {
-		p.forwarder.kept.closeBackend(x.owner)
+		p.forwarder.idle.closeBackend(x.owner)
 		_, err := p.handleMisdirected(x.owner, conn.RemoteAddr())
 		return err
 	}
@@ -508,7 +508,7 @@ func (p *proxy) reserve(namespace string) (*pendingRequest, *refusal) {
 			"%d requests to %s are pending, and it may have no more of the limit of %d; %d in all",
 			own, p.ownerName(assigned.owner), limit, all)
 	}
-	u := &pendingRequest{limit: &p.pendingUpgrades, holds: p.holdDurations,
+	u := &pendingRequest{limit: &p.pendingUpgrades, waits: p.ownerWaits,
 		began: time.Now(), namespace: namespace, assignment: assigned}
 	if p.relay.size()+p.forwarder.size()+all > p.limits.sessions {
 		u.uncount()
@@ -537,7 +537,7 @@ func (p *proxy) waitForOldPod(ctx context.Context, u *pendingRequest) error {
 	if done == nil {
 		return nil
 	}
-	u.beginHold()
+	u.beginWait()
 	select {
 	case <-done:
 		return nil
@@ -566,7 +566,7 @@ func (p *proxy) ownerName(ordinal int) string {
 func (p *proxy) owner(namespace string) (assignment, *refusal) {
 	a := p.mover.assign(namespace)
 	switch a.state {
-	case stateNoTable:
+	case stateNoView:
 		return a, refuseNoTable()
 	case stateUnresolved:
 		return a, refuse(resultUnresolved,
@@ -692,14 +692,14 @@ func (p *proxy) handshakeError(
 	return refused.result, refused
 }
 
-// answerTime bounds how long the end of the router waits for clients: until the handler has
+// stopGrace bounds how long the end of the router waits for clients: until the handler has
 // their requests, and until they have taken their answers.
-const answerTime = 2 * time.Second
+const stopGrace = 2 * time.Second
 
 // passResponse sends the client the backend's answer: status, header and body. A 302 is not
 // followed, and no answer is logged. The body has as much time as the head had. If it is cut
 // off, the client gets what came of it. When ctx ends, because the router stops, the client
-// has answerTime to take it.
+// has stopGrace to take it.
 func (p *proxy) passResponse(
 	ctx context.Context, w http.ResponseWriter, resp *http.Response, backendConn net.Conn,
 ) (result, error) {
@@ -707,7 +707,7 @@ func (p *proxy) passResponse(
 	backendConn.SetDeadline(deadline)
 	client := http.NewResponseController(w)
 	client.SetWriteDeadline(deadline)
-	stop := context.AfterFunc(ctx, func() { client.SetWriteDeadline(time.Now().Add(answerTime)) })
+	stop := context.AfterFunc(ctx, func() { client.SetWriteDeadline(time.Now().Add(stopGrace)) })
 	defer stop()
 	upgrade := resp.Header["Upgrade"] // a 426 needs it (RFC 9110 §15.5.22)
 	removeHopByHopHeaders(resp.Header)
@@ -802,7 +802,7 @@ func (p *proxy) writeMetrics(m metricsWriter) {
 	}
 	p.upgradeDurations.write(m, "router_upgrade_duration_seconds",
 		"Time from the head of an upgrade request to its session.")
-	p.holdDurations.write(m, "router_hold_duration_seconds",
+	p.ownerWaits.write(m, "router_hold_duration_seconds",
 		"How long requests that could not be sent at once waited for their owner.")
 	pending, _ := p.pendingUpgrades.inUse(0)
 	m.single("router_pending_upgrades", "gauge",

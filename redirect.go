@@ -28,10 +28,10 @@ func newRedirect(p *proxy, l net.Listener, fdLimit *descriptorLimit) (*redirect,
 	fdLimit.add(maxRedirectConns)
 	if used, limit, full := fdLimit.usage(); full {
 		return nil, fmt.Errorf("-redirect: the limit of open files must be at least %d (got %d; ulimit -n)",
-			fdLimit.maxFiles+used+descriptorsPerUpgrade-limit, fdLimit.maxFiles)
+			fdLimit.maxFiles+used+descriptorsPerClient-limit, fdLimit.maxFiles)
 	}
 	// Its limit is never reached: limitListener has closed a connection before.
-	own := &descriptorLimit{limit: (maxRedirectConns + 2) * descriptorsPerUpgrade}
+	own := &descriptorLimit{limit: (maxRedirectConns + 2) * descriptorsPerClient}
 	own.changed.L = &own.mu
 	clients := clientListener{
 		Listener: retryListener{l, newAcceptRetry("-redirect", p.log)}, fdLimit: own,

@@ -207,7 +207,7 @@ func TestRedirectAcceptFails(t *testing.T) {
 // TestRedirectDescriptors: its connections come out of the limit of open files.
 func TestRedirectDescriptors(t *testing.T) {
 	p := startProxy(t, []string{refusingAddr(t)}, nil, nil)
-	least := internalDescriptors(1) + maxRedirectConns + descriptorsPerUpgrade
+	least := internalDescriptors(1) + maxRedirectConns + descriptorsPerClient
 	for files, ok := range map[int]bool{least: true, least - 1: false} {
 		limit, err := newDescriptorLimit(files, 1, 1<<20, 1)
 		must(t, err)

@@ -76,14 +76,14 @@ func (p *poller) readTLS(s *session, ended bool) (more bool) {
 		return p.nothingRead(s, clientSide, errno)
 	}
 	b.received, b.ended = b.in.data[:n], n == 0
-	p.openRecords(s)
+	p.decryptRecords(s)
 	return s.open && (n == limit || ended)
 }
 
-// openRecords decrypts what was received of the client, sends it to the backend, and keeps
+// decryptRecords decrypts what was received of the client, sends it to the backend, and keeps
 // what that does not take. It sends the client what crypto/tls answers. It notes the end of
 // the client's stream, or why TLS refuses what came, in s.tls.ended. The caller holds mu.
-func (p *poller) openRecords(s *session) {
+func (p *poller) decryptRecords(s *session) {
 	n, err := 0, error(nil)
 	for err == nil {
 		var got int

@@ -13,32 +13,32 @@ import (
 type result int
 
 const (
-	resultOK             result = iota
-	resultBadRequest            // 400
-	resultBadHead               // 431: too many fields; or too long, slow or malformed: net/http answers
-	resultNotFound              // 404
-	resultNotUpgrade            // 426
-	resultNoTable               // 503: no table yet, or no plan of the hand-off
-	resultUnresolved            // 503: an invalid override, and no previous owner is known
-	resultHoldTimeout           // 503
-	resultMisdirected           // 503: another backend has the owner's address
-	resultMaxSessions           // 503
-	resultMaxPending            // 503
-	resultMaxNamespace          // 503: the sessions of one namespace
-	resultRateNamespace         // 429: the upgrades of one namespace
-	resultDraining              // 503: the router stops
-	resultClientGone            // the client left before there was an answer
-	resultBadGateway            // 502
-	resultGatewayTimeout        // 504
-	resultAnswered              // the backend gave an answer other than 101
-	resultCut                   // the answer to a plain request broke off; 503 if there was none
-	numResults                  // how many there are
+	resultOK                      result = iota
+	resultBadRequest                     // 400
+	resultBadHead                        // 431: too many fields; or too long, slow or malformed: net/http answers
+	resultNotFound                       // 404
+	resultNotUpgrade                     // 426
+	resultNoTable                        // 503: no table yet, or no plan of the hand-off
+	resultUnresolved                     // 503: an invalid override, and no previous owner is known
+	resultHoldTimeout                    // 503
+	resultMisdirected                    // 503: another backend has the owner's address
+	resultMaxSessions                    // 503
+	resultMaxPending                     // 503
+	resultMaxSessionsPerNamespace        // 503: the sessions of one namespace
+	resultMaxUpgradesPerSecond           // 429: the upgrades of one namespace
+	resultDraining                       // 503: the router stops
+	resultClientGone                     // the client left before there was an answer
+	resultBadGateway                     // 502
+	resultGatewayTimeout                 // 504
+	resultAnswered                       // the backend gave an answer other than 101
+	resultCut                            // the answer to a plain request broke off; 503 if there was none
+	numResults                           // how many there are
 )
 
 // String is the value of the metric's label.
 func (r result) String() string {
 	return [numResults]string{"ok", "bad_request", "bad_head", "not_found", "not_upgrade", "no_table", "unresolved",
-		"hold_timeout", "misdirected", "max_sessions", "max_pending_upgrades", "max_namespace", "rate_namespace", "draining", "client_gone", "bad_gateway", "gateway_timeout", "answered", "cut"}[r]
+		"hold_timeout", "misdirected", "max_sessions", "max_pending_upgrades", "max_sessions_per_namespace", "max_upgrades_per_second", "draining", "client_gone", "bad_gateway", "gateway_timeout", "answered", "cut"}[r]
 }
 
 // status is the HTTP status that goes with the result.
@@ -47,8 +47,8 @@ func (r result) status() int {
 		resultBadRequest: http.StatusBadRequest,
 		resultBadHead:    http.StatusRequestHeaderFieldsTooLarge,
 		resultNotFound:   http.StatusNotFound, resultNotUpgrade: http.StatusUpgradeRequired,
-		resultRateNamespace: http.StatusTooManyRequests,
-		resultBadGateway:    http.StatusBadGateway, resultGatewayTimeout: http.StatusGatewayTimeout,
+		resultMaxUpgradesPerSecond: http.StatusTooManyRequests,
+		resultBadGateway:           http.StatusBadGateway, resultGatewayTimeout: http.StatusGatewayTimeout,
 	}[r]
 	return cmp.Or(status, http.StatusServiceUnavailable)
 }
@@ -57,7 +57,7 @@ func (r result) status() int {
 func (r result) isUpgradeOnly() bool {
 	switch r {
 	case resultNotUpgrade, resultAnswered, resultGatewayTimeout,
-		resultMaxNamespace, resultRateNamespace:
+		resultMaxSessionsPerNamespace, resultMaxUpgradesPerSecond:
 		return true
 	}
 	return false

@@ -27,9 +27,9 @@ const (
 
 // sourceID identifies an object that holds overrides, such as a ConfigMap or a directory.
 type sourceID struct {
-	kind      string // "ConfigMap", "directory", or that of another source
-	namespace string // the Kubernetes namespace of a ConfigMap; "" for all others
-	name      string // the ConfigMap's name, or the directory's path
+	kind          string // "ConfigMap", "directory", or that of another source
+	kubeNamespace string // the Kubernetes namespace of a ConfigMap; "" for all others
+	name          string // the ConfigMap's name, or the directory's path
 }
 
 // String returns the name that people read: "ConfigMap edge/overwriting", "directory /d".
@@ -38,7 +38,7 @@ func (id sourceID) String() string {
 	case "":
 		return id.name
 	case "ConfigMap":
-		return id.kind + " " + id.namespace + "/" + id.name
+		return id.kind + " " + id.kubeNamespace + "/" + id.name
 	}
 	return id.kind + " " + id.name
 }
@@ -79,17 +79,17 @@ type changeReporter interface {
 // table maps each namespace to its owner. It is immutable: an update makes a new one.
 // Its methods take no lock, and owner does not allocate (invariant 1).
 type table struct {
-	statefulSet string          // the part of a backend's name before "-" and its ordinal
-	fromHost    bool            // a namespace is the first label of a host name
-	active      ordinalRange    // at least one
-	cordonList  cordon          // as it is listed
-	cordon      cordon          // of it, what is in force: see cordon.among
-	cordoned    []bool          // for each active ordinal, whether cordon has it; nil for none
-	updated     time.Time       // when the router put it in force; zero for others
-	revision    string          // of the StatefulSet when backends changed; "" if not known
-	sources     []sourceContent // in the order in which they are merged
-	version     string          // of the only source, or a hash of all versions; for people
-	stamp       string          // contentHash.keptHash, each as 16 hexadecimal digits
+	statefulSet  string          // the part of a backend's name before "-" and its ordinal
+	fromHost     bool            // a namespace is the first label of a host name
+	active       ordinalRange    // at least one
+	listedCordon cordon          // the whole list
+	cordon       cordon          // of it, what is in force: see cordon.among
+	cordoned     []bool          // for each active ordinal, whether cordon has it; nil for none
+	updated      time.Time       // when it became the newest; zero for others
+	revision     string          // of the StatefulSet when backends changed; "" if not known
+	sources      []sourceContent // in the order in which they are merged
+	version      string          // of the only source, or a hash of all versions; for people
+	stamp        string          // contentHash.keptHash, each as 16 hexadecimal digits
 
 	// Routers with the same contentHash have the same owners, except for kept
 	// namespaces; with the same keptHash, for these too.
@@ -116,10 +116,10 @@ type table struct {
 // of it is invalid, or if two sources give it different backends. Without old it is
 // unresolved, and not hashed, since another router may know a valid override. All other
 // overrides apply (invariant 3).
-func newTable(statefulSet string, fromHost bool, backends ordinalRange, cordoned cordon,
+func newTable(statefulSet string, fromHost bool, backends ordinalRange, listedCordon cordon,
 	sources []sourceContent, old *table) *table {
 	t := &table{
-		statefulSet: statefulSet, fromHost: fromHost, active: backends, cordonList: cordoned,
+		statefulSet: statefulSet, fromHost: fromHost, active: backends, listedCordon: listedCordon,
 		sources: slices.Clone(sources), version: versionOf(sources),
 		rejected: make([]int, len(sources)),
 	}
@@ -148,9 +148,9 @@ func newTable(statefulSet string, fromHost bool, backends ordinalRange, cordoned
 	return t
 }
 
-// setCordon sets cordon and cordoned to the part of cordonList that is in force.
+// setCordon sets cordon and cordoned to the part of listedCordon that is in force.
 func (t *table) setCordon() {
-	if t.cordon, _ = t.cordonList.among(t.active); t.cordon == nil {
+	if t.cordon, _ = t.listedCordon.among(t.active); t.cordon == nil {
 		return
 	}
 	t.cordoned = make([]bool, t.active.count)
@@ -534,7 +534,7 @@ func (t *table) ordinal(name string) (ordinal int, ok bool) {
 	return ordinal, ok && t.active.has(ordinal)
 }
 
-// tableStore merges the sources of overrides, and holds the table in force.
+// tableStore merges the sources of overrides, and holds the newest table.
 type tableStore struct {
 	// Static after construction.
 	statefulSet string
@@ -543,21 +543,21 @@ type tableStore struct {
 	onSwap      func()          // called after each swap of the table; must not block
 	sources     []*routerSource // in the order of addSource
 
-	current atomic.Pointer[table] // nil until overrides and backends are known, not nil after that
-	swaps   atomic.Int64          // tables put in force
+	newest atomic.Pointer[table] // nil until overrides and backends are known, not nil after that
+	swaps  atomic.Int64          // of newest to a new table
 
-	applyDurations *histogram // how long it took to make these and put them in force
+	applyDurations *histogram // how long it took to make these and to swap them in
 
 	// Guarded by mu, which serialises swaps.
-	mu       sync.Mutex
-	contents []sourceContent // of the sources, merged; nil before they are known
-	active   ordinalRange    // of the next table; count is 0 before they are known
-	cordon   cordon          // of the next table, as it is listed
-	revision string          // of the StatefulSet when backends changed
+	mu           sync.Mutex
+	contents     []sourceContent // of the sources, merged; nil before they are known
+	active       ordinalRange    // of the next table; count is 0 before they are known
+	listedCordon cordon          // of the next table
+	revision     string          // of the StatefulSet when backends changed
 }
 
-// table returns the table in force, nil if there was none yet.
-func (r *tableStore) table() *table { return r.current.Load() }
+// table returns the newest table, nil if there was none yet.
+func (r *tableStore) table() *table { return r.newest.Load() }
 
 // routerSource is a source of overrides that a tableStore merges with the others.
 type routerSource struct {
@@ -590,8 +590,8 @@ func (r *tableStore) whyNoOverrides() string {
 	return strings.Join(all, "; ")
 }
 
-// setContents replaces the contents of one source, and puts a table of all sources in
-// force once they are known.
+// setContents replaces the contents of one source, and makes a table of all sources the
+// newest once they are known.
 func (r *tableStore) setContents(s *routerSource, contents []sourceContent) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -626,9 +626,9 @@ func (r *tableStore) mergeContents() []sourceContent {
 	return append([]sourceContent{}, live...)
 }
 
-// updateVersions reports whether r.contents differs from the table in force in versions
+// updateVersions reports whether r.contents differs from the newest table in versions
 // only, for example after a change of labels. If so, it puts a copy of the table with the
-// new versions in force; that does not count as a swap and is not reported. In any case,
+// new versions in its place; that does not count as a swap and is not reported. In any case,
 // sources whose overrides are unchanged share the old set in memory afterwards. The
 // caller holds r.mu.
 func (r *tableStore) updateVersions() bool {
@@ -649,7 +649,7 @@ func (r *tableStore) updateVersions() bool {
 	if same {
 		next := *t
 		next.sources, next.version = slices.Clone(r.contents), versionOf(r.contents)
-		r.current.Store(&next)
+		r.newest.Store(&next)
 	}
 	return same
 }
@@ -659,27 +659,27 @@ func hasID(id sourceID) func(sourceContent) bool {
 	return func(src sourceContent) bool { return src.id == id }
 }
 
-// setBackends puts a table for these backends, at least one, in force. It checks all
+// setBackends makes a table for these backends, at least one, the newest. It checks all
 // overrides again: "backend-7" is valid once there are eight.
 func (r *tableStore) setBackends(s backendSet) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if s.ordinalRange != r.active || !slices.Equal(s.cordon, r.cordon) {
-		r.active, r.cordon, r.revision = s.ordinalRange, s.cordon, s.revision
+	if s.ordinalRange != r.active || !slices.Equal(s.listedCordon, r.listedCordon) {
+		r.active, r.listedCordon, r.revision = s.ordinalRange, s.listedCordon, s.revision
 		r.swap()
 	}
 }
 
-// swap puts a new table in force, and reports the changes. It does nothing before
+// swap makes a new table the newest, and reports the changes. It does nothing before
 // overrides and backends are known. The caller holds r.mu.
 func (r *tableStore) swap() {
 	if r.contents == nil || r.active.count == 0 {
 		return
 	}
 	old, began := r.table(), time.Now()
-	t := newTable(r.statefulSet, r.fromHost, r.active, r.cordon, r.contents, old)
+	t := newTable(r.statefulSet, r.fromHost, r.active, r.listedCordon, r.contents, old)
 	t.revision, t.updated = r.revision, time.Now()
-	r.current.Store(t)
+	r.newest.Store(t)
 	r.swaps.Add(1)
 	r.onSwap()
 	r.applyDurations.observe(time.Since(began))
@@ -846,7 +846,7 @@ func (r *tableStore) logSwap(t *table, all []sourceChange) {
 	}
 }
 
-// writeMetrics writes the table in force, if there is one.
+// writeMetrics writes the newest table, if there is one.
 func (r *tableStore) writeMetrics(m metricsWriter) {
 	m.single("router_table_updates_total", "counter", "Routing tables that came into force.",
 		float64(r.swaps.Load()))

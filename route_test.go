@@ -378,7 +378,7 @@ func BenchmarkOwner(b *testing.B) {
 				b.Run(name+"hit", func(b *testing.B) { lookUp(b, r, hits) })
 			}
 			b.Run(name+"miss", func(b *testing.B) { lookUp(b, r, misses) })
-			r.setBackends(backendSet{ordinalRange: ordinalRange{count: backends}, cordon: cordon{2}})
+			r.setBackends(backendSet{ordinalRange: ordinalRange{count: backends}, listedCordon: cordon{2}})
 			b.Run(name+"miss, one cordoned", func(b *testing.B) { lookUp(b, r, misses) })
 		}
 	}
@@ -888,7 +888,7 @@ func (w stampWorld) next(random *rand.Rand) stampWorld {
 // show has the router see it: with shuffled sources of other names if it is odd,
 // and with values that are spelled otherwise.
 func (w stampWorld) show(r *tableStore, version int, odd bool, random *rand.Rand) {
-	r.setBackends(backendSet{ordinalRange: w.backends, cordon: w.cordon})
+	r.setBackends(backendSet{ordinalRange: w.backends, listedCordon: w.cordon})
 	var all []sourceContent
 	for i, data := range w.data {
 		src := contentOf(fmt.Sprint("source-", i), fmt.Sprint(version), data)
@@ -1020,7 +1020,7 @@ func largeMaps(t testing.TB, objects, overrides int) (*configMaps, *tableStore) 
 }
 
 // BenchmarkSwap is what an event takes that changes the backends of all
-// overrides of one ConfigMap, from its bytes to the table in force, with what
+// overrides of one ConfigMap, from its bytes to the newest table, with what
 // the log and the Events say.
 func BenchmarkSwap(b *testing.B) {
 	for _, size := range []struct{ objects, overrides int }{{1, 10}, {1, 10_000}, {1, 40_000}, {30, 33_334}} {

@@ -14,12 +14,12 @@ import (
 	"time"
 )
 
-// buildStamp has the version and the commit of this binary if it was built from a copy
+// embeddedVersion has the version and the commit of this binary if it was built from a copy
 // without version control, as in a container. There the Dockerfile writes the file; in
 // the repository it is empty.
 //
 //go:embed version.txt
-var buildStamp string
+var embeddedVersion string
 
 // buildInfo is what this binary was built from.
 type buildInfo struct {
@@ -27,10 +27,10 @@ type buildInfo struct {
 	commit  string // or "unknown"
 }
 
-// readBuild returns what stamp says, the version and the commit, else what the go command
+// readBuild returns what embedded says, the version and the commit, else what the go command
 // put into this binary (https://pkg.go.dev/runtime/debug#BuildSetting).
-func readBuild(stamp string) buildInfo {
-	if words := strings.Fields(stamp); len(words) == 2 {
+func readBuild(embedded string) buildInfo {
+	if words := strings.Fields(embedded); len(words) == 2 {
 		return buildInfo{version: words[0], commit: words[1]}
 	}
 	b := buildInfo{version: "unknown", commit: "unknown"}
@@ -54,7 +54,7 @@ func (b buildInfo) String() string {
 }
 
 // version returns the version of this binary.
-func version() string { return readBuild(buildStamp).version }
+func version() string { return readBuild(embeddedVersion).version }
 
 // runtimeMetric is a metric of Go's runtime, by the name that prometheus/client_golang
 // gives it, which dashboards use.

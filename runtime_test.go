@@ -12,20 +12,20 @@ import (
 	"time"
 )
 
-// TestReadBuild: the stamp of a build without version control counts if it is whole, else
-// what the go command says, which knows no commit of a test.
+// TestReadBuild: the embedded version of a build without version control counts if it is
+// whole, else what the go command says, which knows no commit of a test.
 func TestReadBuild(t *testing.T) {
-	unstamped := readBuild("")
-	if unstamped.version == "" || unstamped.commit == "" {
-		t.Errorf("%+v without a stamp, want no empty field", unstamped)
+	without := readBuild("")
+	if without.version == "" || without.commit == "" {
+		t.Errorf("%+v without an embedded version, want no empty field", without)
 	}
-	for stamp, want := range map[string]buildInfo{
+	for embedded, want := range map[string]buildInfo{
 		"v1.2.3 0123abcd\n": {"v1.2.3", "0123abcd"},
-		"v1.2.3 \n":         unstamped,
-		"a b c":             unstamped,
+		"v1.2.3 \n":         without,
+		"a b c":             without,
 	} {
-		if got := readBuild(stamp); got != want {
-			t.Errorf("%q is %+v, want %+v", stamp, got, want)
+		if got := readBuild(embedded); got != want {
+			t.Errorf("%q is %+v, want %+v", embedded, got, want)
 		}
 	}
 }

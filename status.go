@@ -28,20 +28,20 @@ type status struct {
 
 // routerState is one router in a status.
 type routerState struct {
-	Name     string   `json:"name"` // of its pod
-	Ready    bool     `json:"ready"`
-	WhyNot   []string `json:"why_not,omitempty"` // why it is not ready
-	Version  string   `json:"version"`           // of the program
-	Table    string   `json:"table"`             // its version; "" without a table
-	Stamp    string   `json:"stamp"`
-	Sessions int      `json:"sessions"`
+	Name         string   `json:"name"` // of its pod
+	Ready        bool     `json:"ready"`
+	WhyNot       []string `json:"why_not,omitempty"` // why it is not ready
+	Version      string   `json:"version"`           // of the program
+	TableVersion string   `json:"table_version"`     // "" without a table
+	Stamp        string   `json:"stamp"`
+	Sessions     int      `json:"sessions"`
 }
 
 // setState is the StatefulSet of the backends.
 type setState struct {
-	Namespace string `json:"namespace"`
-	Name      string `json:"name"`
-	Replicas  int    `json:"replicas"` // that it should have; 0 if that is not known
+	KubeNamespace string `json:"kube_namespace"`
+	Name          string `json:"name"`
+	Replicas      int    `json:"replicas"` // that it should have; 0 if that is not known
 	// Cordon has the last valid list of its annotation, as that is written.
 	Cordon string `json:"cordon"`
 	// CordonRejected says why the annotation is not in force as it is now.
@@ -50,18 +50,18 @@ type setState struct {
 
 // sourceState is an object with overrides.
 type sourceState struct {
-	Kind      string `json:"kind"` // as sourceID has it
-	Namespace string `json:"namespace,omitempty"`
-	Name      string `json:"name"`
-	Version   string `json:"version"`
+	Kind          string `json:"kind"` // as sourceID has it
+	KubeNamespace string `json:"kube_namespace,omitempty"`
+	Name          string `json:"name"`
+	Version       string `json:"version"`
 }
 
 // backendLoad is one backend in a status.
 type backendLoad struct {
 	Name             string `json:"name"`
 	Ordinal          int    `json:"ordinal"`
-	Ready            bool   `json:"ready"` // for new sessions, as far as is known
-	OwnsNamespaces   bool   `json:"owns_namespaces"`
+	Ready            bool   `json:"ready"`     // for new sessions, as far as is known
+	Active           bool   `json:"active"`    // it is one of the table's backends, also while cordoned
 	Cordoned         bool   `json:"cordoned"`  // the hash gives it no namespaces
 	Overrides        int    `json:"overrides"` // how many namespaces it owns by overrides
 	Sessions         int    `json:"sessions"`
@@ -127,11 +127,11 @@ func newStatus(p *proxy, why []string, summary *tableSummary) *status {
 		Rejections: []rejectedOverride{}, Watches: []watchState{}, Limits: []limitState{},
 	}
 	if t != nil {
-		router.Table, router.Stamp = t.version, t.stamp
+		router.TableVersion, router.Stamp = t.version, t.stamp
 		s.Rejected, s.Conflicts, s.Rejections = summary.rejected, t.conflicts, summary.examples
 		for _, src := range t.sources {
 			s.Sources = append(s.Sources, sourceState{
-				src.id.kind, src.id.namespace, src.id.name, src.version})
+				src.id.kind, src.id.kubeNamespace, src.id.name, src.version})
 		}
 	}
 	s.Routers = []routerState{router}
@@ -176,7 +176,7 @@ func (s *status) addStatefulSet(r *replicaWatcher) {
 		return
 	}
 	s.StatefulSet = &setState{
-		Namespace: r.watcher.kubeNamespace, Name: r.watcher.name,
+		KubeNamespace: r.watcher.kubeNamespace, Name: r.watcher.name,
 		Cordon: r.lastCordon().String(), CordonRejected: r.whyCordonRejected(),
 	}
 	if set := r.lastStatefulSet(); set != nil {
@@ -184,7 +184,7 @@ func (s *status) addStatefulSet(r *replicaWatcher) {
 	}
 }
 
-// newLoads returns the backends that own namespaces, and those that still have sessions.
+// newLoads returns the active backends, and those that still have sessions.
 // changing says that a change of owners was under way just before.
 func newLoads(p *proxy, summary *tableSummary, changing bool) []backendLoad {
 	// In this order: a flight may become a session, and after a change none begins.
@@ -206,10 +206,10 @@ func newLoads(p *proxy, summary *tableSummary, changing bool) []backendLoad {
 		n, overrides := counts[ordinal], summary.overrides[ordinal]
 		loads = append(loads, backendLoad{
 			Name: p.relay.backendName(ordinal), Ordinal: ordinal,
-			Ready:          p.backends.queues.seemsReady(ordinal),
-			OwnsNamespaces: t != nil && t.active.has(ordinal),
-			Cordoned:       t != nil && slices.Contains(t.cordon, ordinal),
-			Overrides:      overrides, Sessions: n.open, SessionsOnOldPod: n.onOldPod,
+			Ready:     p.backends.queues.seemsReady(ordinal),
+			Active:    t != nil && t.active.has(ordinal),
+			Cordoned:  t != nil && slices.Contains(t.cordon, ordinal),
+			Overrides: overrides, Sessions: n.open, SessionsOnOldPod: n.onOldPod,
 			MovingIn: in[ordinal], MovingOut: out[ordinal],
 			SafeToRemove: t != nil && !t.isHashedTo(ordinal) && overrides == 0 &&
 				n.open == 0 && !inFlight[ordinal] && !changing,
@@ -339,7 +339,7 @@ func (m *mover) status() handoffStatus {
 		s.Moving = &receipt
 	}
 	switch {
-	case m.off:
+	case m.handoffOff:
 		s.Mode = "off"
 	case m.shared != nil:
 		shared := m.shared.snapshot()
@@ -558,7 +558,7 @@ func addLoads(a, b []backendLoad) []backendLoad {
 		}
 		l := &sum[i]
 		l.Ready = l.Ready && load.Ready
-		l.OwnsNamespaces = l.OwnsNamespaces || load.OwnsNamespaces
+		l.Active = l.Active || load.Active
 		l.Cordoned = l.Cordoned || load.Cordoned
 		l.SafeToRemove = l.SafeToRemove && load.SafeToRemove
 		l.Overrides = max(l.Overrides, load.Overrides)

@@ -32,10 +32,10 @@ func TestStatusWithoutTable(t *testing.T) {
 	}
 	update(sourceContent{id: sourceID{"ConfigMap", "edge", "one"}, version: "7"})
 	s = statusOf(t, a, "/status")
-	if r := s.Routers[0]; !r.Ready || r.Table != "7" || r.Stamp != a.proxy.tables.table().stamp {
+	if r := s.Routers[0]; !r.Ready || r.TableVersion != "7" || r.Stamp != a.proxy.tables.table().stamp {
 		t.Errorf("%+v, want it ready", r)
 	}
-	if fmt.Sprint(s.Sources) != "[{ConfigMap edge one 7}]" || len(s.Backends) != 1 || !s.Backends[0].OwnsNamespaces {
+	if fmt.Sprint(s.Sources) != "[{ConfigMap edge one 7}]" || len(s.Backends) != 1 || !s.Backends[0].Active {
 		t.Errorf("sources %v, backends %+v", s.Sources, s.Backends)
 	}
 }

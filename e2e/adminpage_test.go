@@ -186,18 +186,18 @@ func TestAdminPage(t *testing.T) {
 // buildCommands compares the commands of the page, and what it asks /plan. A name that a
 // shell reads otherwise than as itself has no command.
 func (s *adminScene) buildCommands() {
-	const object = `{ kind: 'ConfigMap', namespace: 'edge', name: 'overwriting' }`
+	const object = `{ kind: 'ConfigMap', kube_namespace: 'edge', name: 'overwriting' }`
 	set := func(name, call string) string {
-		return fmt.Sprintf("(now.statefulset = { namespace: 'edge', name: %q, cordon: '' }, %s)", name, call)
+		return fmt.Sprintf("(now.statefulset = { kube_namespace: 'edge', name: %q, cordon: '' }, %s)", name, call)
 	}
-	const sources = `['one', 'two'].map(name => ({ kind: 'ConfigMap', namespace: 'edge', name }))`
+	const sources = `['one', 'two'].map(name => ({ kind: 'ConfigMap', kube_namespace: 'edge', name }))`
 	for script, want := range map[string]string{
 		`pinCommand(` + object + `, 'my_x20room', 'backend-2')`:                                                          `kubectl -n edge patch configmap overwriting --type=merge -p '{"data":{"my_x20room":"backend-2"}}'`,
 		`pinCommand(` + object + `, '-n', null)`:                                                                         `kubectl -n edge patch configmap overwriting --type=merge -p '{"data":{"-n":null}}'`,
 		`pinCommand(` + object + `, "a'b", 'backend-2')`:                                                                 ``,
 		`pinCommand(` + object + `, 'a', "b'; reboot '")`:                                                                ``,
 		`pinCommand(` + object + `, 'a', '-b')`:                                                                          ``,
-		`pinCommand({ kind: 'ConfigMap', namespace: '$(id)', name: 'a' }, 'a', 'backend-2')`:                             ``,
+		`pinCommand({ kind: 'ConfigMap', kube_namespace: '$(id)', name: 'a' }, 'a', 'backend-2')`:                        ``,
 		`pinCommand({ kind: 'ConfigMap', name: 'a b' }, 'a', 'backend-2')`:                                               ``,
 		`pinCommand({ kind: 'directory', name: 'dir;id' }, 'a', 'backend-2')`:                                            ``,
 		`pinCommand({ kind: 'directory', name: '/dir' }, 'a\nb', 'backend-2')`:                                           ``,

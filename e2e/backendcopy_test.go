@@ -58,7 +58,7 @@ func TestBackendCopy(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if o := s.mustOwner(mine[0]); o.Owner != victim || o.Pod != string(pod.UID) {
+	if o := s.mustOwner(mine[0]); o.Owner != victim || o.PodUID != string(pod.UID) {
 		t.Errorf("/owner: %+v, want %s, whose pod is %s", o, victim, pod.UID)
 	}
 	checkReturns(t, clients, victim)

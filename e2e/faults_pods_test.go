@@ -352,14 +352,17 @@ func (r *router) hasPod(s *system, namespace, backend string, uid types.UID) err
 		return err
 	}
 	var answer struct {
-		Backends []struct{ Name, Pod string }
+		Backends []struct {
+			Name   string
+			PodUID string `json:"pod_uid"`
+		}
 	}
 	if err := json.Unmarshal([]byte(body), &answer); err != nil {
 		return err
 	}
 	for _, b := range answer.Backends {
-		if b.Name == backend && (b.Pod != string(uid) || o.Pod != b.Pod) {
-			return fmt.Errorf("%s: /owner has the pod %q, /backends %q, want %q", r.pod, o.Pod, b.Pod, uid)
+		if b.Name == backend && (b.PodUID != string(uid) || o.PodUID != b.PodUID) {
+			return fmt.Errorf("%s: /owner has the pod %q, /backends %q, want %q", r.pod, o.PodUID, b.PodUID, uid)
 		}
 	}
 	return nil

@@ -97,7 +97,7 @@ func labelValues() map[string]string {
 		"router_sessions_cut_total cause":      "moved drain max_age",
 		"router_bytes_total direction":         "to_backend to_client",
 		"router_upgrades_total result": "ok bad_request bad_head not_found not_upgrade no_table unresolved hold_timeout misdirected " +
-			"client_gone max_sessions max_pending_upgrades max_namespace rate_namespace bad_gateway gateway_timeout answered draining",
+			"client_gone max_sessions max_pending_upgrades max_sessions_per_namespace max_upgrades_per_second bad_gateway gateway_timeout answered draining",
 		"router_watch_state object state":          "",
 		"router_watch_failures_total object class": "", // each object has each class: see the golden
 		"router_watch_info object":                 "",

@@ -23,13 +23,13 @@ type router struct {
 
 // ownership is what /owner answers.
 type ownership struct {
-	Owner    string
-	Why      string
-	Pod      string // its uid
-	Address  string
-	Ready    bool
-	Table    string
-	Rejected []struct {
+	Owner        string
+	Why          string
+	PodUID       string `json:"pod_uid"`
+	Address      string
+	Ready        bool
+	TableVersion string `json:"table_version"`
+	Rejected     []struct {
 		Source, Value, Expected string
 		InForce                 string `json:"in_force"`
 	}

@@ -72,7 +72,7 @@ func TestTenantLimit(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		counted += m.sum("router_upgrades_total", "result", "max_namespace")
+		counted += m.sum("router_upgrades_total", "result", "max_sessions_per_namespace")
 	}
 	if counted != float64(refusals) {
 		t.Errorf("the routers count %v refusals of a tenant, want %d", counted, refusals)

@@ -12,18 +12,18 @@ import (
 	"strings"
 )
 
-// maxReplicas is how many backends a plan may have.
+// maxReplicas is how many backends a preview may have.
 const maxReplicas = 10_000
 
-// maxPlanBody bounds the body of POST /plan, in bytes. A ConfigMap has at most 1 MiB of
+// maxPreviewBody bounds the body of POST /plan, in bytes. A ConfigMap has at most 1 MiB of
 // data (https://kubernetes.io/docs/concepts/configuration/configmap/), which is 6.3 MB of
 // JSON if each byte is escaped.
-const maxPlanBody = 8 << 20
+const maxPreviewBody = 8 << 20
 
-// planRequest is the body of POST /plan: a ConfigMap as JSON, with or without its Kubernetes
+// previewRequest is the body of POST /plan: a ConfigMap as JSON, with or without its Kubernetes
 // namespace, or a number of backends, or all that would be cordoned, or these two:
 // {"replicas": 6, "cordon": [2]}.
-type planRequest struct {
+type previewRequest struct {
 	configMap
 	Replicas *int    `json:"replicas"`
 	Cordon   *cordon `json:"cordon"`
@@ -32,14 +32,14 @@ type planRequest struct {
 // preview is the answer of POST /plan: which sessions of this router, or with all=1 of all
 // routers, a change would move, and which namespaces it would leave without an owner.
 type preview struct {
-	Router     string        `json:"router"` // that answers
-	Table      string        `json:"table"`  // version of the table in force
-	Stamp      string        `json:"stamp"`
-	Backends   int           `json:"backends"`   // after the change
-	Sessions   int           `json:"sessions"`   // that would move
-	Namespaces int           `json:"namespaces"` // of these sessions
-	Seconds    float64       `json:"seconds"`    // that the moves would take at least
-	Moves      []previewMove `json:"moves"`
+	Router       string        `json:"router"`        // that answers
+	TableVersion string        `json:"table_version"` // of the newest table
+	Stamp        string        `json:"stamp"`
+	Backends     int           `json:"backends"`   // after the change
+	Sessions     int           `json:"sessions"`   // that would move
+	Namespaces   int           `json:"namespaces"` // of these sessions
+	Seconds      float64       `json:"seconds"`    // that the moves would take at least
+	Moves        []previewMove `json:"moves"`
 	// Unowned is how many namespaces would have no owner: clients that come get 503. Their
 	// sessions stay until their backend ends them, and are not in Sessions.
 	Unowned         int      `json:"unowned"`
@@ -65,7 +65,7 @@ type previewMove struct {
 }
 
 // table returns the table that would follow current.
-func (p *planRequest) table(current *table) (*table, error) {
+func (p *previewRequest) table(current *table) (*table, error) {
 	backends, sources := current.active, slices.Clone(current.sources)
 	switch {
 	case p.Replicas != nil && p.Kind != "":
@@ -100,9 +100,9 @@ func (p *planRequest) table(current *table) (*table, error) {
 }
 
 // cordoned returns what would be cordoned of these backends.
-func (p *planRequest) cordoned(current *table, backends ordinalRange) (cordon, error) {
+func (p *previewRequest) cordoned(current *table, backends ordinalRange) (cordon, error) {
 	if p.Cordon == nil {
-		return current.cordonList, nil
+		return current.listedCordon, nil
 	}
 	if _, all := p.Cordon.among(backends); all {
 		return nil, errors.New("cordon must leave a backend that is not cordoned")
@@ -111,10 +111,10 @@ func (p *planRequest) cordoned(current *table, backends ordinalRange) (cordon, e
 }
 
 // matches reports whether the proposed ConfigMap is a new version of this source.
-func (p *planRequest) matches(src sourceContent) bool {
+func (p *previewRequest) matches(src sourceContent) bool {
 	id := p.id()
-	if id.namespace == "" {
-		id.namespace = src.id.namespace
+	if id.kubeNamespace == "" {
+		id.kubeNamespace = src.id.kubeNamespace
 	}
 	return id == src.id
 }
@@ -131,7 +131,7 @@ func sourceNames(sources []sourceContent) string {
 // newPreview returns what would become of the sessions of p if next followed current.
 func newPreview(p *proxy, current, next *table) *preview {
 	answer := &preview{
-		Router: p.podName, Table: current.version, Stamp: current.stamp,
+		Router: p.podName, TableVersion: current.version, Stamp: current.stamp,
 		Backends: next.active.count,
 	}
 	moves, paced := map[previewMove]int{}, int64(0)
@@ -222,7 +222,7 @@ func (p *preview) addUnowned(current, next *table) {
 // isWhole reports whether p has what each router answers.
 func (p *preview) isWhole() bool { return p.Router != "" && p.Stamp != "" }
 
-// sumPreviews returns the plan for all routers: all are those of one each, at least one.
+// sumPreviews returns the preview for all routers: all are those of one each, at least one.
 // sharedRate says that the rate of moves is that of all together.
 func sumPreviews(all []*preview, silent []silentRouter, sharedRate bool) *preview {
 	sum := *all[0]
@@ -258,38 +258,39 @@ func sumPreviews(all []*preview, silent []silentRouter, sharedRate bool) *previe
 	return &sum
 }
 
-// readPlanBody reads the body of a plan. One above maxPlanBody is an *http.MaxBytesError.
-func readPlanBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
-	if r.ContentLength > maxPlanBody {
+// readPreviewBody reads the body of POST /plan. One above maxPreviewBody is an
+// *http.MaxBytesError.
+func readPreviewBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
+	if r.ContentLength > maxPreviewBody {
 		w.Header().Set("Connection", "close") // so that net/http does not read the body
-		return nil, &http.MaxBytesError{Limit: maxPlanBody}
+		return nil, &http.MaxBytesError{Limit: maxPreviewBody}
 	}
 	size := r.ContentLength
 	if size < 0 { // not known
-		size = maxPlanBody
+		size = maxPreviewBody
 	}
 	body := bytes.NewBuffer(make([]byte, 0, size+bytes.MinRead)) // it never grows
-	_, err := body.ReadFrom(http.MaxBytesReader(w, r.Body, maxPlanBody))
-	return body.Bytes(), planBodyError(err)
+	_, err := body.ReadFrom(http.MaxBytesReader(w, r.Body, maxPreviewBody))
+	return body.Bytes(), previewBodyError(err)
 }
 
-// planBodyError returns err, if it is not nil, with what the body of a plan must be.
-func planBodyError(err error) error {
+// previewBodyError returns err, if it is not nil, with what the body of POST /plan must be.
+func previewBodyError(err error) error {
 	if err == nil {
 		return nil
 	}
 	return fmt.Errorf("the body must be a ConfigMap in JSON, or have replicas or cordon: %w", err)
 }
 
-// readPlanRequest reads the planRequest in r's body, and returns the table that would follow
-// current.
-func readPlanRequest(w http.ResponseWriter, r *http.Request, current *table) (*table, error) {
-	body, err := readPlanBody(w, r)
+// readPreviewRequest reads the previewRequest in r's body, and returns the table that would
+// follow current.
+func readPreviewRequest(w http.ResponseWriter, r *http.Request, current *table) (*table, error) {
+	body, err := readPreviewBody(w, r)
 	if err != nil {
 		return nil, err
 	}
-	var p planRequest
-	if err := planBodyError(json.Unmarshal(body, &p)); err != nil {
+	var p previewRequest
+	if err := previewBodyError(json.Unmarshal(body, &p)); err != nil {
 		return nil, err
 	}
 	return p.table(current)
