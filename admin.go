@@ -420,15 +420,16 @@ func (a *admin) ownerOfAll(w http.ResponseWriter, r *http.Request, one http.Hand
 		writeError(w, http.StatusServiceUnavailable, silent[0].Error)
 		return
 	}
-	sum := *all[0]
+	known := max(0, slices.IndexFunc(all, func(o *ownership) bool { return o.Owner != "" }))
+	sum := *all[known]
 	sum.Sessions, sum.Silent = 0, silent
-	if replies[0].err != nil && sum.Owner != "" {
+	if sum.Owner != "" && (known > 0 || replies[0].err != nil) {
 		sum.Error = "not dialled, as this router does not know the owner"
 	}
 	owners := map[string]bool{}
 	for _, o := range all {
 		sum.Sessions += o.Sessions
-		if o.Owner != "" || o.Next == "" { // else it does not know the owner, and admits nobody
+		if o.Owner != "" || o.Error == "" { // else it does not know the owner, and admits nobody
 			owners[o.Owner] = true
 		}
 		sum.Routers = append(sum.Routers, routerOwner{
@@ -541,7 +542,8 @@ func (a *admin) addHandoff(o *ownership, inTable int, namespace string) (ordinal
 		o.Next, o.Owner = o.Owner, m.relay.backendName(now.owner)
 		return now.owner
 	case now.state == stateNotKnown || now.state == stateNoView:
-		o.Next, o.Owner, o.Error = o.Owner, "", m.whyNotReady()
+		o.Next, o.Owner = o.Owner, ""
+		o.Error = cmp.Or(m.whyNotReady(), "this router does not know the owner yet")
 		return unresolved
 	}
 	return inTable

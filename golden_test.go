@@ -1176,7 +1176,7 @@ func TestGoldenAdminFollowing(t *testing.T) {
 		r.open(t, namespace)
 	}
 	var g adminGolden
-	goldenPlans(t, &g, r.adminAddr)
+	goldenPreviews(t, &g, r.adminAddr)
 	g.compare(t, "plan.txt")
 
 	w.edit()
@@ -1201,8 +1201,8 @@ func TestGoldenAdminFollowing(t *testing.T) {
 	goldenMetrics(t, r.adminAddr, "following.txt")
 }
 
-// goldenPlans asks for plans of each kind.
-func goldenPlans(t *testing.T, g *adminGolden, addr string) {
+// goldenPreviews asks for plans of each kind.
+func goldenPreviews(t *testing.T, g *adminGolden, addr string) {
 	t.Helper()
 	configMap := func(metadata, data string) string {
 		return `{"kind": "ConfigMap", "metadata": {` + metadata + `}, "data": ` + data + `}`

@@ -290,8 +290,8 @@ func (v *view) removedOwners(t *table) (removed []int) {
 
 // mustLeave reports whether all that the backend has of the namespace has to be over
 // before the step is done: the namespace has another owner after it. If its owner is
-// unresolved here, it stays, unless a backend was removed: other routers may know that the
-// namespace was with that one, and give it to another.
+// unresolved here, it stays, unless this backend was removed: other routers may know that
+// the namespace was with it, and give it to another.
 func (v *view) mustLeave(namespace string, backend int) bool {
 	if !v.mayChange(hash64(namespace)) {
 		return false
@@ -299,7 +299,7 @@ func (v *view) mustLeave(namespace string, backend int) bool {
 	owner := v.after(namespace)
 	if owner == unresolved {
 		return slices.ContainsFunc(v.records, func(r planRecord) bool {
-			return len(r.after.removed) > 0
+			return slices.Contains(r.after.removed, backend)
 		})
 	}
 	return owner != backend

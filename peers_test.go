@@ -108,6 +108,19 @@ func TestPreviewOfAll(t *testing.T) {
 	}
 }
 
+// If the router that is asked does not know the owner, the answer has that of one that does.
+func TestOwnerOfAllFromOthers(t *testing.T) {
+	a, b := servedAdmin(t, "router-a", "vip@4"), servedAdmin(t, "router-b", "vip@4", "vip@4")
+	a.asks(b.addr)
+	outside(a.proxy)
+	var o ownership
+	a.ask(t, "GET", "/owner?namespace=vip&all=1", "", &o)
+	if o.Owner != "backend-4" || o.Sessions != 3 || !*o.Agree || o.Error != "not dialled, as this router does not know the owner" ||
+		len(o.Routers) != 2 || o.Routers[0].Owner != "" || o.Routers[0].Next != "backend-4" || o.Routers[1].Owner != "backend-4" {
+		t.Errorf("%+v %+v", o, o.Routers)
+	}
+}
+
 // /owner, /status and /backends of all routers add up sessions, and say what each knows.
 func TestAnswersOfAll(t *testing.T) {
 	a := servedAdmin(t, "router-a", "vip@4", "a@0")

@@ -35,6 +35,7 @@ func (l *pendingLimit) acquire(ordinal, count, limit int) (all, own int, ok bool
 			l.pooled += l.beyondShare(backend, taken)
 		}
 	}
+	ordinal = max(ordinal, unknownOwner)
 	free, taken := limit-l.share*count-l.pooled, l.byBackend[ordinal]
 	if l.beyondShare(ordinal, taken+1) > max(0, free) {
 		return l.total, taken, false
@@ -71,6 +72,7 @@ func (l *pendingLimit) add(ordinal, n int) {
 	if l.byBackend == nil {
 		l.byBackend = map[int]int{}
 	}
+	ordinal = max(ordinal, unknownOwner)
 	before := l.byBackend[ordinal]
 	l.pooled += l.beyondShare(ordinal, before+n) - l.beyondShare(ordinal, before)
 	l.total += n
@@ -79,8 +81,11 @@ func (l *pendingLimit) add(ordinal, n int) {
 	}
 }
 
+// unknownOwner stands for all owners that are not known: their ordinals are negative.
+const unknownOwner = -1
+
 // beyondShare returns how many of so many places are beyond the share of the backend with
-// this ordinal. All requests whose owner is not known, with a negative ordinal, have one.
+// this ordinal. All requests whose owner is not known have one place together.
 // The caller holds mu.
 func (l *pendingLimit) beyondShare(ordinal, taken int) int {
 	if ordinal < 0 {
@@ -93,7 +98,7 @@ func (l *pendingLimit) beyondShare(ordinal, taken int) int {
 func (l *pendingLimit) inUse(ordinal int) (all, own int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.total, l.byBackend[ordinal]
+	return l.total, l.byBackend[max(ordinal, unknownOwner)]
 }
 
 // reserveHead counts n bytes more of heads that are kept, and reports whether so many are

@@ -614,9 +614,9 @@ func TestProcessEndsWithoutLog(t *testing.T) {
 	}
 }
 
-// planBodies are the ConfigMaps that cost most to plan, by what is in them: the
+// previewBodies are the ConfigMaps that cost most to plan, by what is in them: the
 // largest that are planned, and some that are not.
-func planBodies() map[string][]byte {
+func previewBodies() map[string][]byte {
 	data := func(entries int, entry func(i int) string) []byte {
 		b := []byte(`{"kind":"ConfigMap","metadata":{"name":"overwriting"},"data":{`)
 		for i := range entries {
@@ -649,7 +649,7 @@ func TestProcessAdminUnderLoad(t *testing.T) {
 	p := newRouterProcess(t, "-backends", echoBackends(t, 4), "-kube", kubeAnswers(t, oneMap()))
 	p.build(t)
 	p.serve(t)
-	bodies := planBodies()
+	bodies := previewBodies()
 	before := p.memory(t)["VmHWM"] << 10
 
 	var work, probes sync.WaitGroup

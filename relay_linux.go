@@ -580,10 +580,12 @@ func (p *poller) continueClose(s *session) {
 	for i := range h.flushed {
 		h.flushed[i] = h.stopped[i] && s.unsent[i] == nil
 	}
+	unreachable := s.writeFailed == [2]bool{true, true}
+	h.gaveUp = h.gaveUp || unreachable
 	switch over := h.progress(&s.frames); {
 	case h.complete.Load():
 		p.endWhole(s, causeNone)
-	case over, s.writeFailed == [2]bool{true, true}:
+	case over, unreachable:
 		p.end(s, causeNone)
 	}
 }

@@ -300,6 +300,7 @@ func (s *session) continueClose(from side, err error) bool {
 	s.mu.Lock()
 	h := s.closing
 	h.flushed[from] = h.stopped[from]
+	h.gaveUp = h.gaveUp || s.writeFailed == [2]bool{true, true}
 	over := !s.over && h.progress(&s.frames) // after the end both reads fail
 	s.mu.Unlock()
 	if over {

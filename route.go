@@ -848,20 +848,20 @@ func (r *tableStore) logSwap(t *table, all []sourceChange) {
 
 // writeMetrics writes the newest table, if there is one.
 func (r *tableStore) writeMetrics(m metricsWriter) {
-	m.single("router_table_updates_total", "counter", "Routing tables that came into force.",
+	m.single("router_table_updates_total", "counter", "Routing tables that the router has made, with other owners or another source.",
 		float64(r.swaps.Load()))
 	r.applyDurations.write(m, "router_table_apply_duration_seconds",
-		"How long it took to make a routing table and to put it in force.")
+		"How long it took to make a routing table.")
 	t := r.table()
 	if t == nil {
 		return
 	}
 	m.family("router_table_info", "gauge",
-		"Always 1. The labels have source, version and stamp of the routing table in force.")
+		"Always 1. The labels have source, version and stamp of the newest routing table.")
 	m.sample("router_table_info", 1,
 		"source", t.sourceName(), "version", t.version, "stamp", t.stamp)
 	m.single("router_table_updated_timestamp_seconds", "gauge",
-		"When the routing table in force came into force, in seconds since 1970.",
+		"When the newest routing table was made, in seconds since 1970.",
 		unixSeconds(t.updated))
 	m.single("router_table_overrides", "gauge", "Namespaces whose owner is not given by the hash.", float64(t.overrides))
 	m.single("router_table_backends", "gauge", "Backends that the table has, also the cordoned ones.",

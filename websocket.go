@@ -289,7 +289,7 @@ type closingHandshake struct {
 	messageOverdue bool        // the client's time to end its message is over
 	answerOverdue  bool        // the backend's time to answer is over
 	complete       atomic.Bool // both sides have answered, or ended, and got all they should get
-	gaveUp         bool        // the backend did not answer and was reset
+	gaveUp         bool        // the backend did not answer and was reset, or no side takes anything
 	timer          *time.Timer // of the present part of the session's closeTimeout
 	onEnd          func(cut bool)
 }
