@@ -134,7 +134,7 @@ func (s *system) flips(r *router, namespace, owner string) time.Time {
 		if err != nil {
 			s.t.Fatal(err)
 		}
-		if o.Owner == owner {
+		if o.Owner == owner && o.HeldByStep == 0 { // while it is held, another router may not have seen that
 			return time.Now()
 		}
 	}

@@ -29,6 +29,7 @@ type ownership struct {
 	Address      string
 	Ready        bool
 	TableVersion string `json:"table_version"`
+	HeldByStep   int64  `json:"held_by_step"`
 	Rejected     []struct {
 		Source, Value, Expected string
 		InForce                 string `json:"in_force"`
