@@ -90,6 +90,10 @@ func TestProxyNoTable(t *testing.T) {
 		t.Errorf("status %d, Retry-After %q; want 503 and 1", resp.StatusCode, resp.Header.Get("Retry-After"))
 	}
 	p.waitResult(t, resultNoTable)
+	a := &admin{proxy: p.proxy, fdLimit: wideDescriptorLimit(t), logQueue: newLogQueue(io.Discard)}
+	body, err := io.ReadAll(answered(a, "/readyz").Body)
+	must(t, err)
+	wantEqual(t, "/readyz, where no source says what is missing", string(body), "there is no routing table yet\n")
 }
 
 // sortedHead is head with its fields in the order of the alphabet: theirs means
