@@ -11,6 +11,7 @@ import (
 const (
 	minStepTime   = 100 * time.Millisecond // between steps that close sessions: see stepTime
 	turnInterval  = 150 * time.Millisecond // between two turns: see member.turn
+	lastTime      = 150 * time.Millisecond // how long an answer may wait: see member.answerLast
 	writeTimeout  = time.Second            // from a write until the object has to show it
 	maxPodListAge = 2 * time.Second        // how old a list of pods may be
 	offerTime     = 2 * time.Minute        // see member.offered
@@ -29,6 +30,7 @@ type member struct {
 	view        *memberView // that is in force in this router; nil before the first plan
 	highestStep int64       // the highest step that was in force, or that a backend has seen
 	newest      *table      // its own; nil before the first
+	newestAt    time.Time   // when it was set
 
 	// offered has the tables that this router has named in an answer, by content. While
 	// the answer is in the object, or a write of it may still arrive, all routers may
@@ -36,7 +38,7 @@ type member struct {
 	// another one.
 	offered map[uint64]*offeredTable
 
-	lastAnswer    stepAnswer    // the last one that was sent without a version
+	lastAnswer    stepAnswer    // the last one that was sent
 	answerWrite   *handoffWrite // the write of that; nil if there was none
 	answeredAt    time.Time     // when it was sent
 	planWrite     *handoffWrite // the last write with a version; nil if there was none
@@ -135,7 +137,11 @@ func waiting(format string, args ...any) decision {
 }
 
 // setNewest sets this router's own table. A nil table is none.
-func (m *member) setNewest(t *table) { m.newest = t }
+func (m *member) setNewest(t *table, now time.Time) {
+	if t != m.newest {
+		m.newest, m.newestAt = t, now
+	}
+}
 
 // sawStep notes a step that a backend has seen: the next one is above it.
 func (m *member) sawStep(step int64) { m.highestStep = max(m.highestStep, step) }
@@ -178,11 +184,10 @@ func (m *member) commit(d decision, now time.Time) {
 		m.view = d.view
 		m.highestStep = max(m.highestStep, d.view.step)
 	}
-	switch {
-	case d.write == nil:
-	case d.write.version == "":
+	if d.answer != nil {
 		m.lastAnswer, m.answerWrite, m.answeredAt = *d.answer, d.write, now
-	default:
+	}
+	if d.write != nil && d.write.version != "" {
 		m.planWrite, m.plannedAt = d.write, now
 		m.planWrites++
 	}
@@ -347,7 +352,8 @@ func (m *member) answer(s *decisionInput) stepAnswer {
 
 // sendAnswer sends the answer of a member, if the object does not have it. It is
 // a patch of this router's key without a version: nobody else writes the key. It may
-// arrive late, and says then what was true of an earlier step.
+// arrive late, and says then what was true of an earlier step. If it is the last answer
+// that the next step waits for, it is part of the write of that step.
 func (m *member) sendAnswer(s *decisionInput) decision {
 	if !m.view.mustAnswer {
 		return decision{}
@@ -359,16 +365,55 @@ func (m *member) sendAnswer(s *decisionInput) decision {
 	if has, ok := s.object.answers[m.name]; ok && has.equal(&a) {
 		return decision{}
 	}
-	again := m.answeredAt.Add(writeTimeout)
-	isSent := m.answerWrite != nil && m.answerWrite.uid == s.object.uid && a.equal(&m.lastAnswer)
-	if isSent && s.now.Before(again) {
+	if again := m.answeredAt.Add(writeTimeout); m.isUnderWay(s.object, &a) && s.now.Before(again) {
 		return decision{why: "the answer is under way", again: again}
+	}
+	if d, ok := m.answerLast(s, &a); ok {
+		return d
 	}
 	data := map[string]string{m.key(): a.String()}
 	return decision{
 		action: actWrite, answer: &a, why: fmt.Sprintf("answer step %d", a.step),
 		write: &handoffWrite{uid: s.object.uid, data: data},
 	}
+}
+
+// isUnderWay reports whether a write of the answer may still arrive. One with a version
+// does not once the object has another one.
+func (m *member) isUnderWay(o *handoffObject, a *stepAnswer) bool {
+	w := m.answerWrite
+	return w != nil && w.uid == o.uid && (w.version == "" || w.version == o.version) &&
+		a.equal(&m.lastAnswer)
+}
+
+// answerLast writes the answer and the next step at once, if the step waits for nothing
+// else. The router whose turn is first waits for the answers of the others up to lastTime,
+// if they could let it do that: one write in place of two, and one that no other meets. ok
+// is false if the answer has to be sent alone.
+func (m *member) answerLast(s *decisionInput, a *stepAnswer) (d decision, ok bool) {
+	if d = m.nextStep(s.withAnswers(a, m.name), a); d.action == actWrite {
+		return d, true
+	}
+	members := slices.Collect(maps.Keys(m.view.plan.members))
+	until := latest(m.newestAt, m.stepSeenAt).Add(lastTime)
+	if m.turn(s, members).After(s.seenAt) || !s.now.Before(until) {
+		return decision{}, false
+	}
+	d = decision{why: "this router answers last", again: until}
+	return d, m.nextStep(s.withAnswers(a, members...), a).action == actWrite
+}
+
+// withAnswers returns a copy of s in which the object has the answer for each of the
+// members, as if it were theirs.
+func (s *decisionInput) withAnswers(a *stepAnswer, members ...string) *decisionInput {
+	with, object := *s, *s.object
+	with.object, object.answers = &object, maps.Clone(s.object.answers)
+	for _, pod := range members {
+		answer := *a
+		answer.instance = object.plan.members[pod].Instance
+		object.answers[pod] = answer
+	}
+	return &with
 }
 
 // key returns the key of this router's answer.
@@ -496,11 +541,14 @@ func (m *member) storeCount(s *decisionInput) decision {
 	return m.writePlan(s, &next, nil, at, "store the number of backends")
 }
 
-// writeStep writes the next step, once all members have answered the one before and have
+// writeStep writes the next step.
+func (m *member) writeStep(s *decisionInput) decision { return m.nextStep(s, nil) }
+
+// nextStep writes the next step, once all members have answered the one before and have
 // the same table. A router that does not have all tables of the plan lets others write.
 // If no router has them all, the newest table becomes the only one, and all namespaces
-// are held until all have answered.
-func (m *member) writeStep(s *decisionInput) decision {
+// are held until all have answered. a is this router's answer if it is part of the write.
+func (m *member) nextStep(s *decisionInput, a *stepAnswer) decision {
 	o, v := s.object, m.view
 	if v.admitsNone || m.newest == nil {
 		return decision{}
@@ -537,7 +585,7 @@ func (m *member) writeStep(s *decisionInput) decision {
 	if allBlank || len(next.records) == 1 && len(v.records) > 1 {
 		p.oldestSince = planStep{p.epoch, p.step}
 	}
-	return m.writePlan(s, &p, nil, at, fmt.Sprintf("step %d", p.step))
+	return m.writePlan(s, &p, a, at, fmt.Sprintf("step %d", p.step))
 }
 
 // stepTime returns how long a step that moves namespaces lasts at least, with this many

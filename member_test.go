@@ -261,7 +261,7 @@ func (w *modelWorld) readEdit(r *modelRouter) {
 		r.edit = last
 	}
 	sources := []sourceContent{{id: sourceID{name: "a"}, overrides: newOverrideSet(w.edits[r.edit])}}
-	r.setNewest(newTable("backend", false, w.sizes[r.edit], nil, sources, r.newest))
+	r.setNewest(newTable("backend", false, w.sizes[r.edit], nil, sources, r.newest), w.clock(r))
 	w.tell("reads: %s has edit %d, %016x", r.pod, r.edit, r.newest.contentHash)
 }
 
@@ -1293,7 +1293,7 @@ func TestPlanOfAnotherVersion(t *testing.T) {
 	w.store(w.object.uid, data)
 	s.object = w.object
 	starts := newMember("r9", "u9", "i9")
-	starts.setNewest(r.newest)
+	starts.setNewest(r.newest, time.Time{})
 	for _, m := range []*member{r.member, starts} {
 		for _, s.leaving = range []bool{false, true} {
 			d := m.decide(s)
@@ -1344,6 +1344,87 @@ func TestMembersTakeTurns(t *testing.T) {
 		if d := r.decide(s); d.action != actWait || d.again.Sub(s.now) != stepTime(2) {
 			t.Errorf("right after a step it decides to %d: %s", d.action, d.why)
 		}
+	}
+}
+
+// The last answer that a step waits for is part of its write. The first router waits for the
+// others, the others for nobody.
+func TestLastAnswerMakesTheStep(t *testing.T) {
+	w, first, _ := rested(2)
+	second := w.routers[1]
+	w.edit(to("backend-1"))
+	began := w.now
+	for _, r := range w.routers {
+		w.readEdit(r)
+		r.next = mark{upto: allPlaces}
+	}
+	isAlone := func(d decision) bool {
+		return d.action == actWrite && d.write.version == "" && len(d.write.data) == 1 && d.answer != nil
+	}
+	isBoth := func(d decision, r *modelRouter) bool {
+		return d.action == actWrite && d.write.version == r.object.version && d.answer != nil &&
+			d.write.data[planKey] != "" && d.write.data[r.key()] == d.answer.String()
+	}
+	if d := first.decide(w.situationOf(first)); d.action != actWait || d.again != began.Add(lastTime) {
+		t.Errorf("the first decides to %d: %s, again in %s", d.action, d.why, d.again.Sub(began))
+	}
+	w.now = began.Add(lastTime)
+	if d := first.decide(w.situationOf(first)); !isAlone(d) {
+		t.Errorf("after that time it decides to %d: %s, %v", d.action, d.why, d.write)
+	}
+	w.now = began
+	d := second.decide(w.situationOf(second))
+	if !isAlone(d) {
+		t.Errorf("the second decides to %d: %s, %v", d.action, d.why, d.write)
+	}
+	second.commit(d, w.now)
+	w.apply(d.write)
+	for first.object != w.object {
+		w.receive(first)
+	}
+	d = first.decide(w.situationOf(first))
+	if d.action != actAdopt {
+		t.Fatalf("with the answer of the other it decides to %d: %s", d.action, d.why)
+	}
+	first.commit(d, w.now)
+	d = first.decide(w.situationOf(first))
+	if !isBoth(d, first) {
+		t.Fatalf("with all answers but its own it decides to %d: %s, %v", d.action, d.why, d.write)
+	}
+	first.commit(d, w.now)
+	if again := first.decide(w.situationOf(first)); again.action != actWait {
+		t.Errorf("while that is under way it decides to %d: %s", again.action, again.why)
+	}
+	elsewhere := maps.Clone(w.data) // somebody was faster: that write fails
+	elsewhere["note"] = "of another"
+	w.store(w.object.uid, elsewhere)
+	w.receive(first)
+	first.commit(first.decide(w.situationOf(first)), w.now)
+	if d = first.decide(w.situationOf(first)); !isBoth(d, first) {
+		t.Fatalf("after a conflict it decides to %d: %s, %v", d.action, d.why, d.write)
+	}
+	step := first.view.step
+	w.apply(d.write)
+	w.receive(first)
+	if d = first.decide(w.situationOf(first)); d.action != actAdopt || d.view.step <= step {
+		t.Errorf("with the step in the object it decides to %d: %s", d.action, d.why)
+	}
+}
+
+// An answer does not wait if the next step has to wait for something else than answers.
+func TestAnswerWaitsOnlyForAnswers(t *testing.T) {
+	w, first, _ := rested(2)
+	w.edit(to("backend-1"))
+	w.readEdit(first)
+	half := placeOf(hash64(modelNamespaces[0])) + 1
+	first.next, first.stepSeenAt = mark{upto: half}, w.now
+	d := first.decide(w.situationOf(first))
+	if at := w.now.Add(stepTime(2)); d.action != actWrite || d.write.version != "" {
+		t.Errorf("before the time of a step that moves some, %s, it decides to %d: %s", at, d.action, d.why)
+	}
+	first.stepSeenAt = w.now.Add(-stepTime(2))
+	if d = first.decide(w.situationOf(first)); d.action != actWait || d.again != w.now.Add(lastTime) {
+		t.Errorf("at its time it decides to %d: %s", d.action, d.why)
 	}
 }
 

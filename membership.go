@@ -166,7 +166,7 @@ func (m *membership) decide(
 ) decision {
 	m.ctx = ctx
 	in := m.takeInbox(now)
-	m.member.setNewest(t)
+	m.member.setNewest(t, now)
 	m.member.sawStep(seenStep)
 	if in.object != nil {
 		m.member.expireOffers(in.object, now)
