@@ -75,6 +75,9 @@ func (s *system) wantReceipt(what string, p movePlan, since time.Time, scaledIn 
 		p.Namespaces > 50 && r.Namespaces > p.Namespaces && r.Namespaces <= p.Namespaces*len(s.routers(s.t.Context()))
 	exact := r.Moved == p.Sessions && r.Planned == p.Sessions && same
 	fewer := r.Moved <= p.Sessions && r.Planned <= p.Sessions && r.Namespaces <= p.Namespaces
+	if scaledIn && r.Began.Before(since) {
+		return // the backend ended all of them before a step began
+	}
 	if r.Began.Before(since) || !exact && !(scaledIn && fewer) {
 		s.t.Errorf("%s: the receipt is %+v, want what was planned: %d sessions of %d namespaces",
 			what, r, p.Sessions, p.Namespaces)
