@@ -35,7 +35,7 @@ func (l *pendingLimit) acquire(ordinal, count, limit int) (all, own int, ok bool
 			l.pooled += l.beyondShare(backend, taken)
 		}
 	}
-	ordinal = max(ordinal, unknownOwner)
+	ordinal = max(ordinal, unresolved)
 	free, taken := limit-l.share*count-l.pooled, l.byBackend[ordinal]
 	if l.beyondShare(ordinal, taken+1) > max(0, free) {
 		return l.total, taken, false
@@ -72,7 +72,7 @@ func (l *pendingLimit) add(ordinal, n int) {
 	if l.byBackend == nil {
 		l.byBackend = map[int]int{}
 	}
-	ordinal = max(ordinal, unknownOwner)
+	ordinal = max(ordinal, unresolved)
 	before := l.byBackend[ordinal]
 	l.pooled += l.beyondShare(ordinal, before+n) - l.beyondShare(ordinal, before)
 	l.total += n
@@ -81,11 +81,9 @@ func (l *pendingLimit) add(ordinal, n int) {
 	}
 }
 
-// unknownOwner stands for all owners that are not known: their ordinals are negative.
-const unknownOwner = -1
-
 // beyondShare returns how many of so many places are beyond the share of the backend with
-// this ordinal. All requests whose owner is not known have one place together.
+// this ordinal. All requests that have no owner now have one place together: those of
+// queueHeld and of ownerNotKnown count as unresolved.
 // The caller holds mu.
 func (l *pendingLimit) beyondShare(ordinal, taken int) int {
 	if ordinal < 0 {
@@ -98,7 +96,7 @@ func (l *pendingLimit) beyondShare(ordinal, taken int) int {
 func (l *pendingLimit) inUse(ordinal int) (all, own int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.total, l.byBackend[max(ordinal, unknownOwner)]
+	return l.total, l.byBackend[max(ordinal, unresolved)]
 }
 
 // reserveHead counts n bytes more of heads that are kept, and reports whether so many are
