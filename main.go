@@ -313,12 +313,12 @@
 // operators ask), redirect, fastpath, socket, proxy, forward, layout, handshake, listen,
 // clientconn, descriptorlimit, pending, proxyprotocol and certificates (from client to
 // session), configmap, directory, events, drain, move, movetally, movetarget, movequeue,
-// maxage, pace, membership, member, handoffobject, handoff, flight and release (what a
-// change of overrides does), route, overrides, namespace and hash (who owns), discovery,
+// maxage, pace, membership, member, handoffobject, handoff, flight and release (what a change
+// of overrides does), tablestore, route, overrides, namespace and hash (who owns), discovery,
 // cordon, backends, dialqueue, watch and kube (where owners are), top, relay (with epoll, its
-// event loop), tls and websocket (the life of a session), namespacelimit, result, log,
-// runtime and metrics, and wait (a back-off, a sleep, times, a wake-up). A file uses only
-// those after it.
+// event loop), tls and websocket (the life of a session), namespacelimit, result, log, runtime
+// and metrics, and wait (a back-off, a sleep, times, a wake-up). A file uses only those after
+// it.
 package main
 
 import (

@@ -1,0 +1,387 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"log/slog"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// overrideSource reads overrides from one place, as configMaps and directory do. It
+// gives all that it holds to the update function with which it was created: first when
+// that is complete, then after each change.
+type overrideSource interface {
+	// run reads the source until ctx ends.
+	run(ctx context.Context)
+	// whyNotReady says why the source has not called update yet. "" means that it has,
+	// or is about to. It is not called once there is a table.
+	whyNotReady() string
+}
+
+// noOverrides is an overrideSource that has none: the hash gives each namespace its owner.
+// It is the update function of the source.
+type noOverrides func(...sourceContent)
+
+func (update noOverrides) run(context.Context) { update() }
+
+func (noOverrides) whyNotReady() string { return "" }
+
+// changeReporter is an overrideSource that reports what its overrides changed.
+type changeReporter interface {
+	// reportChange reports a change that is in force. It must not block. It gets the
+	// changes of all sources.
+	reportChange(sourceChange)
+}
+
+// tableStore merges the sources of overrides, and holds the newest table.
+type tableStore struct {
+	// Static after construction.
+	statefulSet string
+	fromHost    bool // a namespace is the first label of a host name
+	log         *slog.Logger
+	onSwap      func()          // called after each swap of the table; must not block
+	sources     []*routerSource // in the order of addSource
+
+	newest atomic.Pointer[table] // nil until overrides and backends are known, not nil after that
+	swaps  atomic.Int64          // of newest to a new table
+
+	applyDurations *histogram // how long it took to make these and to swap them in
+
+	// Guarded by mu, which serialises swaps.
+	mu           sync.Mutex
+	contents     []sourceContent // of the sources, merged; nil before they are known
+	active       ordinalRange    // of the next table; count is 0 before they are known
+	listedCordon cordon          // of the next table
+	revision     string          // of the StatefulSet when backends changed
+}
+
+// table returns the newest table, nil if there was none yet.
+func (r *tableStore) table() *table { return r.newest.Load() }
+
+// routerSource is a source of overrides that a tableStore merges with the others.
+type routerSource struct {
+	overrideSource
+	provisional bool            // a copy that may lag
+	contents    []sourceContent // nil before the first. Guarded by tableStore.mu.
+}
+
+// addSource adds a source of overrides, which create makes: the source gives its
+// contents to update. A provisional source counts only until all others have given
+// theirs. The caller runs the source. addSource must not be called once one runs.
+func (r *tableStore) addSource(provisional bool,
+	create func(update func(...sourceContent)) overrideSource) {
+	s := &routerSource{provisional: provisional}
+	s.overrideSource = create(func(contents ...sourceContent) { r.setContents(s, contents) })
+	r.sources = append(r.sources, s)
+}
+
+// whyNoOverrides says why not all overrides are known yet, or "".
+func (r *tableStore) whyNoOverrides() string {
+	var all []string
+	for _, s := range r.sources {
+		if s.provisional {
+			continue
+		}
+		if why := s.whyNotReady(); why != "" {
+			all = append(all, why)
+		}
+	}
+	return strings.Join(all, "; ")
+}
+
+// setContents replaces the contents of one source, and makes a table of all sources the
+// newest once they are known.
+func (r *tableStore) setContents(s *routerSource, contents []sourceContent) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	s.contents = append([]sourceContent{}, contents...)
+	if r.contents = r.mergeContents(); r.contents != nil && !r.updateVersions() {
+		r.swap()
+	}
+}
+
+// mergeContents returns the contents of all sources in their order, without the
+// provisional ones. Until each of the others has given its contents, it returns the
+// provisional ones alone, nil if there are none. The caller holds r.mu.
+func (r *tableStore) mergeContents() []sourceContent {
+	var live, provisional []sourceContent
+	complete := true
+	for _, s := range r.sources {
+		if s.provisional {
+			provisional = append(provisional, s.contents...)
+			continue
+		}
+		complete = complete && s.contents != nil
+		live = append(live, s.contents...)
+	}
+	if !complete {
+		return provisional
+	}
+	for _, s := range r.sources {
+		if s.provisional {
+			s.contents = nil // never read again
+		}
+	}
+	return append([]sourceContent{}, live...)
+}
+
+// updateVersions reports whether r.contents differs from the newest table in versions
+// only, for example after a change of labels. If so, it puts a copy of the table with the
+// new versions in its place; that does not count as a swap and is not reported. In any case,
+// sources whose overrides are unchanged share the old set in memory afterwards. The
+// caller holds r.mu.
+func (r *tableStore) updateVersions() bool {
+	t := r.table()
+	if t == nil {
+		return false
+	}
+	same := len(r.contents) == len(t.sources)
+	for i := range r.contents {
+		src := &r.contents[i]
+		src.overrides = cmp.Or(src.overrides, &overrideSet{})
+		j := slices.IndexFunc(t.sources, hasID(src.id))
+		if j >= 0 && src.overrides.equal(t.sources[j].overrides) {
+			src.overrides = t.sources[j].overrides
+		}
+		same = same && i == j && src.overrides == t.sources[j].overrides
+	}
+	if same {
+		next := *t
+		next.sources, next.version = slices.Clone(r.contents), versionOf(r.contents)
+		r.newest.Store(&next)
+	}
+	return same
+}
+
+// hasID returns a function that reports whether a content is of the object with this ID.
+func hasID(id sourceID) func(sourceContent) bool {
+	return func(src sourceContent) bool { return src.id == id }
+}
+
+// setBackends makes a table for these backends, at least one, the newest. It checks all
+// overrides again: "backend-7" is valid once there are eight.
+func (r *tableStore) setBackends(s backendSet) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if s.ordinalRange != r.active || !slices.Equal(s.listedCordon, r.listedCordon) {
+		r.active, r.listedCordon, r.revision = s.ordinalRange, s.listedCordon, s.revision
+		r.swap()
+	}
+}
+
+// swap makes a new table the newest, and reports the changes. It does nothing before
+// overrides and backends are known. The caller holds r.mu.
+func (r *tableStore) swap() {
+	if r.contents == nil || r.active.count == 0 {
+		return
+	}
+	old, began := r.table(), time.Now()
+	t := newTable(r.statefulSet, r.fromHost, r.active, r.listedCordon, r.contents, old)
+	t.revision, t.updated = r.revision, time.Now()
+	r.newest.Store(t)
+	r.swaps.Add(1)
+	r.onSwap()
+	r.applyDurations.observe(time.Since(began))
+	all := t.changes(old)
+	r.logSwap(t, all)
+	for _, s := range r.sources {
+		if reporter, ok := s.overrideSource.(changeReporter); ok {
+			for _, c := range all {
+				reporter.reportChange(c)
+			}
+		}
+	}
+	if len(t.index.slots) > largeIndexSlots {
+		runtime.GC()
+	}
+}
+
+// largeIndexSlots is the number of slots, of 8 bytes each, above which a swap runs the
+// garbage collector to free the old table. Otherwise the runtime would let as much
+// garbage accumulate as there is memory in use: for a million overrides, three old
+// indexes.
+const largeIndexSlots = 1 << 18
+
+// sourceChange describes how a new table changed the overrides of one source. The log and
+// the Events are written from it.
+type sourceChange struct {
+	sourceContent                       // the new content
+	initial                 bool        // there was no table before
+	contentHash             uint64      // of the new table
+	resizeRevision          string      // table.revision, if only the backends changed
+	added, changed, removed int         // overrides
+	rejected                int         // overrides that the new table rejects
+	examples                []rejection // the first of them, by namespace
+	newlyRejected           int         // those that the old table did not reject
+	newExamples             []rejection // the first of them, by namespace
+}
+
+// maxExamples is how many rejected overrides of a source are reported one by one.
+const maxExamples = 10
+
+// changes returns the differences of t from old, which may be nil, by source: first those
+// of t's sources, then those of sources that only old has. It leaves out sources that did
+// not change.
+func (t *table) changes(old *table) (all []sourceChange) {
+	initial := old == nil
+	if initial {
+		old = newTable(t.statefulSet, t.fromHost, t.active, nil, nil, nil)
+	}
+	for i, src := range t.sources {
+		previous, j := &overrideSet{}, slices.IndexFunc(old.sources, hasID(src.id))
+		if j >= 0 {
+			previous = old.sources[j].overrides
+		}
+		if previous == src.overrides && old.active == t.active {
+			continue
+		}
+		c := sourceChange{sourceContent: src, initial: initial, contentHash: t.contentHash}
+		if previous == src.overrides {
+			c.resizeRevision = t.revision
+		}
+		for r := range previous.differences(src.overrides, old.active != t.active) {
+			c.countChange(old.overrideOrdinal(r), t.overrideOrdinal(r))
+		}
+		c.countRejections(t, i, old, j)
+		all = append(all, c)
+	}
+	for _, src := range old.sources {
+		if slices.ContainsFunc(t.sources, hasID(src.id)) {
+			continue
+		}
+		c := sourceChange{sourceContent: sourceContent{id: src.id}}
+		for r := range src.overrides.all() {
+			if t.overrideOrdinal(r) == byHash {
+				c.countChange(old.overrideOrdinal(r), byHash)
+			}
+		}
+		all = append(all, c)
+	}
+	return all
+}
+
+// countChange counts a namespace whose override had the ordinal before and has the
+// ordinal after. Each is byHash if there was, or is, no override.
+func (c *sourceChange) countChange(before, after int) {
+	switch {
+	case before == after:
+	case before == byHash:
+		c.added++
+	case after == byHash:
+		c.removed++
+	default:
+		c.changed++
+	}
+}
+
+// countRejections counts the rejected overrides of t's i-th source, which is old's j-th
+// source. j is negative if old does not have it.
+func (c *sourceChange) countRejections(t *table, i int, old *table, j int) {
+	known := map[rejection]bool{}
+	if j >= 0 {
+		for bad := range old.rejections(j) {
+			known[bad] = true
+		}
+	}
+	for bad := range t.rejections(i) {
+		c.rejected++
+		c.examples = addExample(c.examples, bad)
+		if !known[bad] {
+			c.newlyRejected++
+			c.newExamples = addExample(c.newExamples, bad)
+		}
+	}
+}
+
+// addExample adds bad to the examples, in the order of their namespaces, if it is among
+// the first maxExamples.
+func addExample(examples []rejection, bad rejection) []rejection {
+	i, _ := slices.BinarySearchFunc(examples, bad, func(a, b rejection) int {
+		return cmp.Compare(a.namespace, b.namespace)
+	})
+	if i < maxExamples {
+		examples = slices.Insert(examples, i, bad)
+	}
+	return examples[:min(maxExamples, len(examples))]
+}
+
+// sourceName returns the display name of the only source, or the number of sources.
+func (t *table) sourceName() string {
+	if len(t.sources) == 1 {
+		return t.sources[0].id.String()
+	}
+	return fmt.Sprintf("%d sources", len(t.sources))
+}
+
+// logSwap logs the new table: one line, and one for each newly rejected override, up to
+// maxExamples for each source.
+func (r *tableStore) logSwap(t *table, all []sourceChange) {
+	source, sum, rejected := t.sourceName(), sourceChange{}, 0
+	if len(all) == 1 {
+		source = all[0].id.String()
+	}
+	for _, c := range all {
+		sum.added += c.added
+		sum.changed += c.changed
+		sum.removed += c.removed
+	}
+	for _, n := range t.rejected {
+		rejected += n
+	}
+	r.log.Info("routing table updated", "source", source, "version", t.version, "stamp", t.stamp,
+		"backends", t.active.count, "cordon", t.cordon.String(), "overrides", t.overrides,
+		"added", sum.added, "changed", sum.changed, "removed", sum.removed,
+		"rejected", rejected, "conflicts", t.conflicts)
+	for _, c := range all {
+		for _, bad := range c.newExamples {
+			r.log.Warn("override rejected", "source", c.id.String(), "version", c.version,
+				"namespace", bad.namespace, "value", bad.Value,
+				"expected", bad.Expected, "in_force", bad.InForce)
+		}
+		if c.newlyRejected > maxExamples {
+			r.log.Warn("more overrides rejected",
+				"source", c.id.String(), "count", c.newlyRejected-maxExamples)
+		}
+	}
+}
+
+// writeMetrics writes the newest table, if there is one.
+func (r *tableStore) writeMetrics(m metricsWriter) {
+	m.single("router_table_updates_total", "counter", "Routing tables that the router has made, with other owners or another source.",
+		float64(r.swaps.Load()))
+	r.applyDurations.write(m, "router_table_apply_duration_seconds",
+		"How long it took to make a routing table.")
+	t := r.table()
+	if t == nil {
+		return
+	}
+	m.family("router_table_info", "gauge",
+		"Always 1. The labels have source, version and stamp of the newest routing table.")
+	m.sample("router_table_info", 1,
+		"source", t.sourceName(), "version", t.version, "stamp", t.stamp)
+	m.single("router_table_updated_timestamp_seconds", "gauge",
+		"When the newest routing table was made, in seconds since 1970.",
+		unixSeconds(t.updated))
+	m.single("router_table_overrides", "gauge", "Namespaces whose owner is not given by the hash.", float64(t.overrides))
+	m.single("router_table_backends", "gauge", "Backends that the table has, also the cordoned ones.",
+		float64(t.active.count))
+	m.single("router_table_cordoned_backends", "gauge",
+		"Backends that get no namespaces by the hash, as they are cordoned.",
+		float64(len(t.cordon)))
+	if len(t.sources) > 0 {
+		m.family("router_table_rejected_overrides", "gauge",
+			"Overrides that are not in force because they are invalid, by source.")
+	}
+	for i, src := range t.sources {
+		m.sample("router_table_rejected_overrides", float64(t.rejected[i]),
+			"source", src.id.String())
+	}
+	m.single("router_table_conflicts", "gauge",
+		"Namespaces to which sources give different backends.", float64(t.conflicts))
+}
