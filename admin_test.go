@@ -542,7 +542,7 @@ func TestPreview(t *testing.T) {
 		"another place":  {configMap("overwriting", "other", `{}`), 400, `{"error":"ConfigMap other/overwriting is not a source of overrides; the sources are: ConfigMap edge/overwriting"}`},
 		"YAML":           {"kind: ConfigMap", 400, `{"error":"the body must be a ConfigMap in JSON, or have replicas or cordon: invalid character 'k' looking for beginning of value"}`},
 		"nothing":        {"", 400, `{"error":"the body must be a ConfigMap in JSON, or have replicas or cordon: unexpected end of JSON input"}`},
-		"numbers":        {configMap("overwriting", "edge", `{"a":2}`), 400, `{"error":"the body must be a ConfigMap in JSON, or have replicas or cordon: json: cannot unmarshal number into Go struct field previewRequest.configMap.data of type string"}`},
+		"numbers":        {configMap("overwriting", "edge", `{"a":2}`), 400, `{"error":"the body must be a ConfigMap in JSON, or have replicas or cordon: data: expected a string (got a number)"}`},
 		"too big":        {`"` + strings.Repeat("x", maxPreviewBody) + `"`, 413, `{"error":"the body has more than 8388608 bytes"}`},
 		"two objects":    {`{"replicas":3}{"replicas":4}`, 400, `{"error":"the body must be a ConfigMap in JSON, or have replicas or cordon: invalid character '{' after top-level value"}`},
 	}

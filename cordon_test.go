@@ -318,7 +318,7 @@ func TestAdminCordon(t *testing.T) {
 	plan(`{"cordon":[0,1,2,3]}`, `{"error":"cordon must leave a backend that is not cordoned"}`)
 	plan(`{"cordon":[0,1],"replicas":2}`, `{"error":"cordon must leave a backend that is not cordoned"}`)
 	plan(`{"cordon":[-1]}`, `cordon must have ordinals (got -1)"}`)
-	plan(`{"cordon":["2"]}`, `cannot unmarshal string`)
+	plan(`{"cordon":["2"]}`, `expected an integer (got a string)`)
 	plan(`{"cordon":[`+strings.Repeat("1,", maxCordonBytes/2)+`1]}`, `cordon must have at most 262144 bytes`)
 	plan(`{"cordon":null}`, `the body must be a ConfigMap`)
 	plan(`{"cordon":[2],"kind":"ConfigMap"}`, `{"error":"the body must not have both a ConfigMap and cordon"}`)

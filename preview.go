@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"maps"
 	"net/http"
+	"reflect"
 	"slices"
 	"strings"
 )
@@ -279,7 +280,38 @@ func previewBodyError(err error) error {
 	if err == nil {
 		return nil
 	}
+	if bad, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
+		err = fmt.Errorf("expected %s (got %s)", jsonKind(bad.Type), jsonValue(bad.Value))
+		if field := strings.TrimPrefix(bad.Field, "configMap."); field != "" { // embedded
+			err = fmt.Errorf("%s: %w", field, err)
+		}
+	}
 	return fmt.Errorf("the body must be a ConfigMap in JSON, or have replicas or cordon: %w", err)
+}
+
+// jsonKind says what in JSON fits in a Go value of this type.
+func jsonKind(t reflect.Type) string {
+	switch t.Kind() {
+	case reflect.String:
+		return "a string"
+	case reflect.Int, reflect.Int64:
+		return "an integer"
+	case reflect.Slice:
+		return "an array"
+	}
+	return "an object"
+}
+
+// jsonValue says what there was in JSON: "a string", or for "number 1.5" the number alone.
+func jsonValue(value string) string {
+	number, ok := strings.CutPrefix(value, "number ")
+	switch {
+	case ok:
+		return number
+	case value == "array" || value == "object":
+		return "an " + value
+	}
+	return "a " + value
 }
 
 // readPreviewRequest reads the previewRequest in r's body, and returns the table that would
