@@ -268,10 +268,11 @@
 //	member.bootstrap, member.reset  where there is no plan, or one that is not to be trusted
 //	member.leave              when the router ends; else the first of these five that is due:
 //	member.join               makes this router a member
-//	member.sendAnswer         says what is done here, and how far the next step may go
+//	member.sendAnswer         says what is done here, and how far the next step may go,
+//	member.answerWithStep     with the next step, if no other answer is missing
 //	member.remove             removes a member that has ended for ever
 //	member.storeCount         stores the number of backends
-//	member.writeStep          makes the next step, when all members have answered
+//	member.writeStepWith      (in writeStep) makes the next step, when all have answered
 //	handoffObject.agreedMark  says how far all members let that go
 //	handoffPlan.nextBounded   makes its plan
 //	member.commit             notes what is about to be done
@@ -285,8 +286,7 @@
 //	mover.dequeueStep         takes the sessions of the step from the queue
 //
 // Then workShared closes these sessions, sendAnswer says so, and reportFinished logs the
-// result at the end. No write says that a step is done: each router sees that no answer is
-// missing.
+// result at the end. A step is done when no answer is missing, and when the next one comes.
 //
 // A goroutine that holds a lock takes only locks that are further down:
 //

@@ -11,7 +11,7 @@ import (
 const (
 	minStepTime   = 100 * time.Millisecond // between steps that close sessions: see stepTime
 	turnInterval  = 150 * time.Millisecond // between two turns: see member.turn
-	lastTime      = 150 * time.Millisecond // how long an answer may wait: see member.answerLast
+	answerWait    = 150 * time.Millisecond // how long an answer may wait: see member.answerWithStep
 	writeTimeout  = time.Second            // from a write until the object has to show it
 	maxPodListAge = 2 * time.Second        // how old a list of pods may be
 	offerTime     = 2 * time.Minute        // see member.offered
@@ -30,7 +30,7 @@ type member struct {
 	view        *memberView // that is in force in this router; nil before the first plan
 	highestStep int64       // the highest step that was in force, or that a backend has seen
 	newest      *table      // its own; nil before the first
-	newestAt    time.Time   // when it was set
+	newestAt    time.Time   // when its content was set
 
 	// offered has the tables that this router has named in an answer, by content. While
 	// the answer is in the object, or a write of it may still arrive, all routers may
@@ -138,8 +138,9 @@ func waiting(format string, args ...any) decision {
 
 // setNewest sets this router's own table. A nil table is none.
 func (m *member) setNewest(t *table, now time.Time) {
-	if t != m.newest {
-		m.newest, m.newestAt = t, now
+	isSame := t != nil && m.newest != nil && t.contentHash == m.newest.contentHash
+	if m.newest = t; !isSame {
+		m.newestAt = now
 	}
 }
 
@@ -352,8 +353,8 @@ func (m *member) answer(s *decisionInput) stepAnswer {
 
 // sendAnswer sends the answer of a member, if the object does not have it. It is
 // a patch of this router's key without a version: nobody else writes the key. It may
-// arrive late, and says then what was true of an earlier step. If it is the last answer
-// that the next step waits for, it is part of the write of that step.
+// arrive late, and says then what was true of an earlier step. It may be part of the write
+// of the next step instead: see answerWithStep.
 func (m *member) sendAnswer(s *decisionInput) decision {
 	if !m.view.mustAnswer {
 		return decision{}
@@ -368,7 +369,7 @@ func (m *member) sendAnswer(s *decisionInput) decision {
 	if again := m.answeredAt.Add(writeTimeout); m.isUnderWay(s.object, &a) && s.now.Before(again) {
 		return decision{why: "the answer is under way", again: again}
 	}
-	if d, ok := m.answerLast(s, &a); ok {
+	if d, ok := m.answerWithStep(s, &a); ok {
 		return d
 	}
 	data := map[string]string{m.key(): a.String()}
@@ -386,24 +387,28 @@ func (m *member) isUnderWay(o *handoffObject, a *stepAnswer) bool {
 		a.equal(&m.lastAnswer)
 }
 
-// answerLast writes the answer and the next step at once, if the step waits for nothing
-// else. The router whose turn is first waits for the answers of the others up to lastTime,
-// if they could let it do that: one write in place of two, and one that no other meets. ok
-// is false if the answer has to be sent alone.
-func (m *member) answerLast(s *decisionInput, a *stepAnswer) (d decision, ok bool) {
-	if d = m.nextStep(s.withAnswers(a, m.name), a); d.action == actWrite {
-		return d, true
-	}
-	members := slices.Collect(maps.Keys(m.view.plan.members))
-	until := latest(m.newestAt, m.stepSeenAt).Add(lastTime)
-	if m.turn(s, members).After(s.seenAt) || !s.now.Before(until) {
+// answerWithStep writes the answer and the next step at once, if that step waits for nothing
+// else. The first router by name waits until it can, if it could with the same answer of all.
+// So there is one write in place of two, and no other write comes in between. ok is false if
+// the answer has to be sent alone: when answerWait is over, and when the present step waits
+// for no other answer.
+func (m *member) answerWithStep(s *decisionInput, a *stepAnswer) (d decision, ok bool) {
+	until := latest(m.newestAt, m.stepSeenAt).Add(answerWait)
+	if !s.now.Before(until) {
 		return decision{}, false
 	}
-	d = decision{why: "this router answers last", again: until}
-	return d, m.nextStep(s.withAnswers(a, members...), a).action == actWrite
+	if d = m.writeStepWith(s.withAnswers(a, m.name), a); d.action == actWrite {
+		return d, true
+	}
+	members := slices.Sorted(maps.Keys(m.view.plan.members))
+	if m.name != members[0] || slices.Equal(s.object.missing(), []string{m.name}) {
+		return decision{}, false
+	}
+	d = m.writeStepWith(s.withAnswers(a, members...), a)
+	return decision{again: until}, d.action == actWrite
 }
 
-// withAnswers returns a copy of s in which the object has the answer for each of the
+// withAnswers returns a copy of s in which the object has the answer for each of these
 // members, as if it were theirs.
 func (s *decisionInput) withAnswers(a *stepAnswer, members ...string) *decisionInput {
 	with, object := *s, *s.object
@@ -541,14 +546,15 @@ func (m *member) storeCount(s *decisionInput) decision {
 	return m.writePlan(s, &next, nil, at, "store the number of backends")
 }
 
-// writeStep writes the next step.
-func (m *member) writeStep(s *decisionInput) decision { return m.nextStep(s, nil) }
+// writeStep writes the next step, after the answer of this router.
+func (m *member) writeStep(s *decisionInput) decision { return m.writeStepWith(s, nil) }
 
-// nextStep writes the next step, once all members have answered the one before and have
+// writeStepWith writes the next step, once all members have answered the one before and have
 // the same table. A router that does not have all tables of the plan lets others write.
 // If no router has them all, the newest table becomes the only one, and all namespaces
-// are held until all have answered. a is this router's answer if it is part of the write.
-func (m *member) nextStep(s *decisionInput, a *stepAnswer) decision {
+// are held until all have answered. a is this router's answer, nil if it is not part of the
+// write.
+func (m *member) writeStepWith(s *decisionInput, a *stepAnswer) decision {
 	o, v := s.object, m.view
 	if v.admitsNone || m.newest == nil {
 		return decision{}

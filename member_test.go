@@ -1352,6 +1352,7 @@ func TestMembersTakeTurns(t *testing.T) {
 func TestLastAnswerMakesTheStep(t *testing.T) {
 	w, first, _ := rested(2)
 	second := w.routers[1]
+	first.open = [4]uint64{}
 	w.edit(to("backend-1"))
 	began := w.now
 	for _, r := range w.routers {
@@ -1365,10 +1366,10 @@ func TestLastAnswerMakesTheStep(t *testing.T) {
 		return d.action == actWrite && d.write.version == r.object.version && d.answer != nil &&
 			d.write.data[planKey] != "" && d.write.data[r.key()] == d.answer.String()
 	}
-	if d := first.decide(w.situationOf(first)); d.action != actWait || d.again != began.Add(lastTime) {
+	if d := first.decide(w.situationOf(first)); d.action != actWait || d.again != began.Add(answerWait) {
 		t.Errorf("the first decides to %d: %s, again in %s", d.action, d.why, d.again.Sub(began))
 	}
-	w.now = began.Add(lastTime)
+	w.now = began.Add(answerWait)
 	if d := first.decide(w.situationOf(first)); !isAlone(d) {
 		t.Errorf("after that time it decides to %d: %s, %v", d.action, d.why, d.write)
 	}
@@ -1391,7 +1392,11 @@ func TestLastAnswerMakesTheStep(t *testing.T) {
 	if !isBoth(d, first) {
 		t.Fatalf("with all answers but its own it decides to %d: %s, %v", d.action, d.why, d.write)
 	}
+	writes := first.planWrites
 	first.commit(d, w.now)
+	if first.planWrites != writes+1 || first.offered[first.newest.contentHash] == nil {
+		t.Error("it does not note that it has written a plan, and named its table in an answer")
+	}
 	if again := first.decide(w.situationOf(first)); again.action != actWait {
 		t.Errorf("while that is under way it decides to %d: %s", again.action, again.why)
 	}
@@ -1406,8 +1411,13 @@ func TestLastAnswerMakesTheStep(t *testing.T) {
 	step := first.view.step
 	w.apply(d.write)
 	w.receive(first)
+	w.now = w.now.Add(time.Second)
 	if d = first.decide(w.situationOf(first)); d.action != actAdopt || d.view.step <= step {
 		t.Errorf("with the step in the object it decides to %d: %s", d.action, d.why)
+	}
+	first.commit(d, w.now)
+	if d = first.decide(w.situationOf(first)); d.action != actWait || d.again != w.now.Add(answerWait) {
+		t.Errorf("in that step it decides to %d: %s, again in %s", d.action, d.why, d.again.Sub(w.now))
 	}
 }
 
@@ -1423,8 +1433,99 @@ func TestAnswerWaitsOnlyForAnswers(t *testing.T) {
 		t.Errorf("before the time of a step that moves some, %s, it decides to %d: %s", at, d.action, d.why)
 	}
 	first.stepSeenAt = w.now.Add(-stepTime(2))
-	if d = first.decide(w.situationOf(first)); d.action != actWait || d.again != w.now.Add(lastTime) {
+	if d = first.decide(w.situationOf(first)); d.action != actWait || d.again != w.now.Add(answerWait) {
 		t.Errorf("at its time it decides to %d: %s", d.action, d.why)
+	}
+}
+
+// A table that is made anew and has the same content does not let an answer wait longer.
+func TestSameTableDoesNotWaitAgain(t *testing.T) {
+	w, first, _ := rested(2)
+	w.edit(to("backend-1"))
+	w.readEdit(first)
+	first.next = mark{upto: allPlaces}
+	for range 4 {
+		same := *first.newest
+		w.now = w.now.Add(answerWait / 2)
+		first.setNewest(&same, w.now)
+	}
+	if d := first.decide(w.situationOf(first)); d.action != actWrite {
+		t.Errorf("with the same table, made anew, it decides to %d: %s", d.action, d.why)
+	}
+}
+
+// While a step holds namespaces, its last answer waits for nobody: neither for others that
+// have answered and have another table, nor if this router has none of the step's tables.
+func TestMissingAnswerDoesNotWait(t *testing.T) {
+	for _, blank := range []bool{false, true} {
+		w, first, _ := rested(2)
+		second := w.routers[1]
+		w.openAll(first)
+		second.open = [4]uint64{}
+		w.edit(to("backend-1"))
+		w.readEdit(first)
+		w.readEdit(second)
+		for len(w.object.plan.records) == 1 { // until the step is in the object
+			for _, r := range w.routers {
+				w.drain(r)
+			}
+			w.now = w.now.Add(stepTime(2))
+		}
+		for _, r := range w.routers {
+			w.drain(r)
+		}
+		if missing := w.object.missing(); !slices.Equal(missing, []string{first.pod}) {
+			t.Fatalf("%v have not answered, want the first, which has sessions", missing)
+		}
+		w.edit(to("backend-2"))
+		w.readEdit(first) // and the second does not
+		if blank {
+			first.view.tables[1], first.offered = nil, map[uint64]*offeredTable{}
+		}
+		first.open, first.stepSeenAt = [4]uint64{}, w.now.Add(-stepTime(2))
+		if d := first.decide(w.situationOf(first)); d.action != actWrite || d.answer == nil || d.answer.blank != blank {
+			t.Errorf("blank %t: it decides to %d: %s, again in %s", blank, d.action, d.why, d.again.Sub(w.now))
+		}
+	}
+}
+
+// drain has r see all versions of the object, and act on each.
+func (w *modelWorld) drain(r *modelRouter) {
+	r.next = mark{upto: allPlaces}
+	for again := true; again; {
+		again = len(r.inbox) > 0
+		w.receive(r)
+		for range 3 { // to adopt it, to write, and to see that there is no more
+			if !w.act(r) {
+				break
+			}
+		}
+	}
+}
+
+// An answer that may still arrive is not sent again, until it ought to be there. One to an
+// object that was made anew is.
+func TestAnswerIsSentOnce(t *testing.T) {
+	w, _, _ := rested(2)
+	second := w.routers[1]
+	w.edit(to("backend-1"))
+	w.readEdit(second)
+	d := second.decide(w.situationOf(second))
+	second.commit(d, w.now)
+	if again := second.decide(w.situationOf(second)); again.action != actWait || again.again != w.now.Add(writeTimeout) {
+		t.Errorf("after %q it decides to %d: %s", d.why, again.action, again.why)
+	}
+	other := *second.object
+	other.uid, second.object = "another", &other
+	second.view.uid = other.uid
+	if again := second.decide(w.situationOf(second)); again.action != actWrite || again.why != d.why {
+		t.Errorf("with another object it decides to %d: %s", again.action, again.why)
+	}
+	second.object = w.object
+	second.view.uid = w.object.uid
+	w.now = w.now.Add(writeTimeout)
+	if again := second.decide(w.situationOf(second)); again.action != actWrite || again.why != d.why {
+		t.Errorf("when it ought to be there it decides to %d: %s", again.action, again.why)
 	}
 }
 

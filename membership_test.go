@@ -857,3 +857,63 @@ func TestHandoffWaitsForCordon(t *testing.T) {
 		}
 	})
 }
+
+// A step counts, with the time for which it held namespaces, also if its last answer comes
+// with the next step: here the first router is the last that is done with it.
+func TestStepEndsWithTheNext(t *testing.T) {
+	for routers := 1; routers <= 3; routers++ {
+		inBubble(t, fmt.Sprint(routers, " routers"), func(t *testing.T) { checkHeldTime(t, routers) })
+	}
+}
+
+func checkHeldTime(t *testing.T, routers int) {
+	const unit = 40 * time.Millisecond
+	s, end := newHandoffSim(t, 1, routers)
+	s.overrides = map[string]string{"ns-0": "backend-0"}
+	for _, r := range s.routers {
+		r.start()
+	}
+	time.Sleep(20 * time.Second)
+	for i, r := range s.routers {
+		c := r.container
+		c.openLong("ns-0")
+		c.closeSession = func(x *session, onEnd func(bool)) bool {
+			if !x.setCause(causeMoved) {
+				return false
+			}
+			value, _ := c.pod.seen.LoadAndDelete(x)
+			seen := value.(*simSession)
+			close(seen.ended)
+			time.AfterFunc(time.Duration(3-i)*unit, func() {
+				c.finish(seen)
+				c.relay.remove(x, [2]int64{})
+				x.counted.Store(true)
+				c.relay.onBackendEnded()
+				onEnd(false)
+			})
+			return true
+		}
+	}
+	s.do(func() { s.overrides = map[string]string{"ns-0": "backend-1"}; s.version++ })
+	var began time.Time
+	var held time.Duration
+	for range 5000 {
+		time.Sleep(time.Millisecond)
+		switch state := s.routers[0].container.assign("ns-0").state; {
+		case state == stateHeld && began.IsZero():
+			began = time.Now()
+		case state == stateOwned && !began.IsZero() && held == 0:
+			held = time.Since(began)
+		}
+	}
+	for _, r := range s.routers {
+		moves := r.container.finishedMoves()
+		if len(moves) != 1 || moves[0].longestHold < 3*unit || moves[0].longestHold > held+5*time.Millisecond {
+			t.Errorf("%s: ns-0 was held for %s, the receipts are %+v", r.pod.name, held, moves)
+		}
+	}
+	end()
+	for _, r := range s.routers {
+		r.crash()
+	}
+}

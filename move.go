@@ -818,6 +818,9 @@ func (m *mover) adopt(v *view, now time.Time) {
 	if !newStep {
 		v.began = old.began
 	}
+	if newStep && old != nil && !old.done && !v.allHeld {
+		m.countStep(now.Sub(old.began)) // its last answer came with the step of v
+	}
 	if newStep && !v.done {
 		m.releases.startStep()
 	}
