@@ -522,6 +522,7 @@ func simulate(t *testing.T, seed uint64) {
 		time.Sleep(s.upTo(3 * time.Second))
 	}
 	s.settle()
+	time.Sleep(time.Second) // clients come, also if the object was away all the time
 	end()
 	for _, r := range s.routers {
 		r.terminate()
