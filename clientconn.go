@@ -76,23 +76,23 @@ type clientConn struct {
 	// TLS. Read then sets it, and remoteAddr.
 	proxyProtocol *proxyProtocol
 
-	unhandled atomic.Pointer[sync.WaitGroup] // counts it until the handler has its request; nil: it is not counted
+	betweenServers atomic.Pointer[sync.WaitGroup] // counts it until the handler has its request; nil: it is not counted
 }
 
-// count has unhandled count the connection, if the head of its first request was read
+// count has betweenServers count the connection, if the head of its first request was read
 // already, until the handler has that request or the connection is closed.
-func (c *clientConn) count(unhandled *sync.WaitGroup) {
+func (c *clientConn) count(betweenServers *sync.WaitGroup) {
 	_, prefix := unwrap(c.Conn)
 	if c.proxyProtocol == nil && bytes.Contains(prefix, []byte("\r\n\r\n")) {
-		unhandled.Add(1)
-		c.unhandled.Store(unhandled)
+		betweenServers.Add(1)
+		c.betweenServers.Store(betweenServers)
 	}
 }
 
 // uncount ends what count began.
 func (c *clientConn) uncount() {
-	if unhandled := c.unhandled.Swap(nil); unhandled != nil {
-		unhandled.Done()
+	if betweenServers := c.betweenServers.Swap(nil); betweenServers != nil {
+		betweenServers.Done()
 	}
 }
 

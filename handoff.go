@@ -197,9 +197,9 @@ type assignment struct {
 	step  int64  // of the view's plan
 }
 
-// queue returns the queue in which a request of the namespace has to wait: unresolved if
+// dialQueue returns the dialQueue in which a request of the namespace has to wait: unresolved if
 // it has none, since it has no owner or there is no view.
-func (a assignment) queue() int {
+func (a assignment) dialQueue() int {
 	switch a.state {
 	case stateOwned:
 		return a.owner

@@ -99,7 +99,7 @@
 //	fastConn.readTLSHead      reads it within TLS, by the next seven:
 //	fastConn.readHello        reads what comes first: a header, or the beginning of the handshake
 //	fastConn.readProxyHeader  (also without TLS) takes the client's address from a header
-//	fastConn.setHandshaking   leaves the handshake stopGrace, should the router stop meanwhile
+//	fastConn.setTLSHandshaking  leaves the handshake stopGrace, should the router stop meanwhile
 //	fastConn.startTLS         does the handshake
 //	tlsServer.handshake       counts it
 //	tlsServer.compute         calls crypto/tls when it is the handshake's turn (takeTurn)
@@ -171,11 +171,11 @@
 //	poller.sendOrKeep         sends, and keeps what the other side does not take
 //	poller.sideEnded          passes the end of a side on to the other one
 //	poller.endIfDead          finds out that both have ended
-//	poller.endWhole           ends the session, after close_notify to a client with TLS
+//	poller.endComplete        ends the session, after close_notify to a client with TLS
 //	poller.end                closes both sockets, unless the backend has not ended its side
 //	relay.abandonBackend      makes a flight of that one
 //	flight.abandon            waits until it has, at most for -handoff-unproven
-//	poller.unlock             calls sessionEnded
+//	poller.unlockAndReport    calls sessionEnded
 //	relay.sessionEnded        counts and logs the end
 //
 // With relay_portable.go there is no fast path and no event loop. All clients are those of
@@ -239,8 +239,8 @@
 //	view.next                 makes the view in which these are held
 //	mover.beginStep           puts it in force: from now on their clients wait
 //	mover.workOnStep          closes what the step waits for, and reports whether it is over
-//	mover.closeLeaving        closes its sessions, and looks for flights under way
-//	mover.startMove           closes one session
+//	mover.closeStepSessions   closes its sessions, and looks for flights under way
+//	mover.moveSession         closes one session
 //	moveTally.close           counts it
 //	session.closeGracefully   (as closeSession) makes the closing handshake
 //	session.startClose        starts it, once the session has its sockets
@@ -507,7 +507,7 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 		_, err := backends.probe(ctx, backend)
 		return err
 	}
-	onViewChanged := func() { backends.queues.recheckOwners(mover.findQueue) }
+	onViewChanged := func() { backends.queues.recheckOwners(mover.findDialQueue) }
 	mover = newMover(tables, relay, c.moveRate, probe, onViewChanged, log)
 	mover.settleTime, mover.handoffOff = c.moveSettle, c.handoff == "off"
 	mover.flights.unprovenTimeout = c.handoffUnproven
@@ -707,7 +707,7 @@ func (p *program) stopClients(fastPath *fastPath, clientServer *http.Server,
 	timeout, cancel := context.WithTimeout(context.Background(), stopGrace)
 	defer cancel()
 	handled, allHandled := context.WithCancel(timeout)
-	go func() { p.proxy.unhandled.Wait(); allHandled() }() // Close below ends it at the latest
+	go func() { p.proxy.betweenServers.Wait(); allHandled() }() // Close below ends it at the latest
 	<-handled.Done()
 	idle, allIdle := context.WithCancel(context.Background())
 	defer allIdle() // also ends Shutdown
@@ -780,7 +780,7 @@ func newClientServer(ctx context.Context, p *proxy, log *slog.Logger) *http.Serv
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			client := c.(*clientConn)
 			client.serverCtx = ctx
-			client.count(&p.unhandled)
+			client.count(&p.betweenServers)
 			// That of a request ends when the client has left, also while the router stops.
 			return context.WithValue(context.WithoutCancel(ctx), clientConnKey{}, c)
 		},
