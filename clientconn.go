@@ -67,8 +67,9 @@ type clientConn struct {
 	readEOF     atomic.Bool // the client has ended its side of the connection, and may still listen
 
 	// Set before net/http reads. After that, Read may set remoteAddr (see proxyProtocol), and
-	// who takes upgrade sets it to nil.
-	remoteAddr net.Addr                       // where the client came from: its socket no longer says so once it was reset. nil: as Conn says
+	// who takes upgrade sets it to nil. remoteAddr is the client's address; nil: that of Conn,
+	// which forgets it when the connection is reset.
+	remoteAddr net.Addr
 	upgrade    atomic.Pointer[pendingRequest] // of its first upgrade, from the fast path; or nil
 	serverCtx  context.Context                // ends when the router stops; set in ConnContext
 

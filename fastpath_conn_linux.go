@@ -37,7 +37,7 @@ type fastConn struct {
 	tlsHandshaking, evicted bool
 
 	// Owned by its goroutine. Before it parks, it leaves these to the next one.
-	ctx                *fastConnContext // see cancelIfGone; also ends at its deadline, and by replace
+	ctx                *fastConnContext // see cancelIfGone; also ends at its deadline, and by evict
 	remoteAddr         clientAddr       // of the client
 	expectsProxyHeader bool             // received has to begin with a header of the PROXY protocol
 	tls                *tlsConn         // nil if clients come without TLS

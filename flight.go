@@ -184,8 +184,9 @@ func (f *flights) awaitEnd(conn net.Conn) bool {
 		switch {
 		case errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET):
 			return true
-		case !errors.Is(err, os.ErrDeadlineExceeded): // which who has abandoned it may have set
-			<-ctx.Done() // the network does not say what the backend does
+		case errors.Is(err, os.ErrDeadlineExceeded): // that of ctx, or one that the caller has set
+		default: // the connection has failed, and the backend may go on
+			<-ctx.Done()
 		}
 	}
 	return false

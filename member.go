@@ -310,12 +310,12 @@ func (m *member) table(content uint64) *table {
 	return nil
 }
 
-// oldestTable returns the table of next's oldest record, nil if it is not known. In it
-// each kept namespace has the owner that it had before the record became the oldest one. A
-// table does not store that, and members must agree on it. A member knows it if its view
-// before has the same oldest record, or is of the steps right before it. Whoever does not
-// know it takes no owner: a router that was no member then, and after a reset also a
-// member that had come further than the router that has reset the plan.
+// oldestTable returns the table of next's oldest record, nil if it is not known. A table
+// does not store the owners of kept namespaces: those from before its record became the
+// oldest one. A member knows them if its view before had the same oldest record, or was of the
+// step just before that, in the same epoch. Otherwise they are unresolved: for a router that
+// was no member then, and after a reset also for a member that had come further than the
+// router that has reset the plan. So members never take different owners.
 func (m *member) oldestTable(next *memberView) *table {
 	t, prev := next.tables[0], m.view
 	if t == nil {
@@ -664,7 +664,7 @@ func (m *member) bootstrap(s *decisionInput) decision {
 		case pod.ended || !pod.scheduled:
 		case !ok || !said.isWithoutView():
 			return decision{again: s.list.at.Add(maxPodListAge),
-				why: fmt.Sprintf("there is no plan, and %s has not said so", name)}
+				why: fmt.Sprintf("there is no plan; waiting for %s to confirm that it has none", name)}
 		case said.content == noTableContent:
 			p.members[name] = memberID{pod.uid, anyInstance}
 		default:

@@ -337,7 +337,7 @@ func (m *membership) requestDone(ctx context.Context, d decision, err error) {
 	}
 	if err != nil {
 		if omitted, ok := m.throttle.allow(10 * time.Second); ok {
-			m.log.Warn("cannot take part in the hand-off; it waits",
+			m.log.Warn("cannot write or list for the hand-off; will retry",
 				"object", m.watcher.String(), "purpose", d.why,
 				"class", errorClass(err), "error", err.Error(), "omitted", omitted)
 		}

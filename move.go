@@ -72,7 +72,7 @@ type mover struct {
 	finishing    []*moveTally // whose last closing handshakes go on
 	queue        moveQueue
 	targets      *moveTargets
-	closing      []*session      // of the step, which still waits for them: isBackendDone
+	closing      []*session      // sessions of the step that are not isBackendDone yet
 	waitsForPace bool            // there are sessions that only wait for the pace
 	ctx          context.Context // of run
 }
@@ -311,7 +311,7 @@ func (m *mover) requeue(v *view, t *table, now time.Time) (cancelled int) {
 	return cancelled
 }
 
-// movableSessions returns the sessions whose closing handshake has not begun.
+// movableSessions returns the sessions that neither end nor have ended.
 func (m *mover) movableSessions() []*session {
 	return m.relay.filter(func(s *session) bool { return !s.isEnding() })
 }

@@ -194,7 +194,7 @@ func (p *proxy) reserveHead(u *pendingRequest, n int) *refusal {
 		return nil
 	}
 	return refuse(resultMaxPending,
-		"the heads of pending requests, with short bodies, have %d bytes each on average, the limit",
+		"the heads and short bodies of pending requests have %d bytes on average, the limit",
 		headBytesPerRequest)
 }
 
@@ -245,8 +245,8 @@ func trimRequest(r *http.Request, ctx context.Context) *http.Request {
 	return r.WithContext(ctx)
 }
 
-// dialOwner waits until the owner of the namespace may have a session of it, and dials
-// that owner. ctx bounds it. u then has the connection.
+// dialOwner waits until the owner of the namespace may get requests of it, and dials that
+// owner. ctx bounds both. u then has the connection.
 func (p *proxy) dialOwner(ctx context.Context, u *pendingRequest) error {
 	if !p.backends.queues.isOpen(u.dialQueue()) {
 		u.beginWait()

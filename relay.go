@@ -389,9 +389,9 @@ func (r *relay) countUnproven(s *session) {
 	}
 }
 
-// waitsForEnd reports whether the router waits until the backend of s, which ends, ends
-// its stream too. It may have requests of a client that is gone which it has not read
-// yet. A backend that has sent its Close frame is done.
+// waitsForEnd reports whether the router waits, after the end of s, until the backend ends
+// its stream too: it may not have read yet all that the client has sent. The router does
+// not wait for a backend that has sent a Close frame in the closing handshake.
 func (r *relay) waitsForEnd(s *session) bool {
 	answered := s.closing != nil && s.scanners[backendSide].closed()
 	return r.onAbandoned != nil && !answered && !s.backendEnded.Load()
