@@ -531,7 +531,7 @@ func newOwnership(t *table, namespace string) (o ownership, ordinal int) {
 // in the newest table. It returns the owner's ordinal now.
 func (a *admin) addHandoff(o *ownership, inTable int, namespace string) (ordinal int) {
 	m := a.proxy.mover
-	switch now := m.assign(namespace); {
+	switch now := m.ownerNow(namespace); {
 	case now.state == stateHeld:
 		o.HeldByStep, o.Owner = now.step, m.relay.backendName(now.owner)
 		if before := m.current.Load().before(namespace); before >= 0 {
@@ -560,7 +560,7 @@ func (a *admin) topStatus() topStatus {
 				Namespace: load.namespace, Sessions: load.sessions,
 				BytesPerSecond: float64(load.bytes) / look.over.Seconds(),
 			}
-			if owner := a.proxy.mover.assign(load.namespace).owner; owner >= 0 {
+			if owner := a.proxy.mover.ownerNow(load.namespace).owner; owner >= 0 {
 				n.Owner = a.proxy.relay.backendName(owner)
 			}
 			all = append(all, n)

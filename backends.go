@@ -73,8 +73,9 @@ func alwaysReady(int) error { return nil }
 // unknownPodUID is the podUID of backends whose pods are not known.
 func unknownPodUID(int) string { return "" }
 
-// podMayExist is the podIsGone of backends whose pods are not known.
-func podMayExist(context.Context, int) bool { return false }
+// neverGone is the podIsGone of backends whose pods are not known: of none of them can the
+// router say that its pod is gone.
+func neverGone(context.Context, int) bool { return false }
 
 // newStaticBackends returns backends at the given addresses, in the order of their
 // ordinals.
@@ -86,7 +87,7 @@ func newStaticBackends(statefulSet string, addrs []string) *backends {
 		resolve:     func(_ context.Context, ordinal int) (string, error) { return addrs[ordinal], nil },
 		invalidate:  func(int) {},
 		podUID:      unknownPodUID,
-		podIsGone:   podMayExist,
+		podIsGone:   neverGone,
 		close:       func() {},
 	}
 }
@@ -246,7 +247,7 @@ func newDNSBackends(count int, statefulSet, service string, port int) *backends 
 		resolve:     func(ctx context.Context, ordinal int) (string, error) { return cache.get(ctx, cache.host(ordinal)) },
 		invalidate:  func(ordinal int) { cache.invalidate(cache.host(ordinal)) },
 		podUID:      unknownPodUID,
-		podIsGone:   podMayExist,
+		podIsGone:   neverGone,
 		close:       cache.lookups.Wait,
 	}
 }

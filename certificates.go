@@ -268,7 +268,7 @@ func (c *certificates) reject(f *certificateFile, reason string) {
 	}
 	f.reason = reason
 	f.rejected.Store(true)
-	c.log.Warn("TLS file rejected; keeping what is in force", "flag", f.flag, "file", f.name, "reason", reason)
+	c.log.Warn("TLS file rejected; keeping what is in force", "flag", f.flag, "file", f.name, "error", reason)
 	if c.onRejected != nil {
 		c.onRejected(f.flag + " " + f.name + " was rejected, and the last one stays in force: " + reason)
 	}
@@ -350,7 +350,7 @@ func (c *certificates) applyPair(p *certificatePair, f *certificateFile, content
 		if last := p.certificate.Leaf; last != nil && checkValidity(last, now) == nil {
 			return fmt.Errorf("%s: %w", f.names[0], invalid)
 		}
-		c.log.Warn("certificate is not valid now", "file", f.names[0], "reason", invalid.Error())
+		c.log.Warn("certificate is not valid now", "file", f.names[0], "error", invalid.Error())
 	}
 	p.certificate = pair
 	return nil

@@ -362,7 +362,7 @@ func TestCertificateRejected(t *testing.T) {
 			}
 			lines := s.log.all("TLS file rejected; keeping what is in force")
 			wantLine(t, lines, 1, map[string]any{"flag": "-tls-cert", "file": secret.path})
-			reason := fmt.Sprint(lines[0]["reason"])
+			reason := fmt.Sprint(lines[0]["error"])
 			if !strings.HasPrefix(reason, filepath.Join(secret.path, bad.reason)) {
 				t.Errorf("reason %q, want %q", reason, bad.reason)
 			}
@@ -396,7 +396,7 @@ func TestCertificateRestored(t *testing.T) {
 	s.lookTwice()
 	s.wantRejected(t, secret.path, "missing")
 	wantLine(t, s.log.all("TLS file rejected; keeping what is in force"), 1,
-		map[string]any{"reason": filepath.Join(secret.path, "tls.crt") + ": no such file or directory"})
+		map[string]any{"error": filepath.Join(secret.path, "tls.crt") + ": no such file or directory"})
 	secret.writePair(t, good)
 	s.lookTwice()
 	s.wantRejected(t, secret.path, "")

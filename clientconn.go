@@ -67,8 +67,9 @@ type clientConn struct {
 	readEOF     atomic.Bool // the client has ended its side of the connection, and may still listen
 
 	// Set before net/http reads. After that, Read may set remoteAddr (see proxyProtocol), and
-	// who takes upgrade sets it to nil.
-	remoteAddr net.Addr                       // where the client came from: its socket no longer says so once it was reset. nil: as Conn says
+	// who takes upgrade sets it to nil. remoteAddr is the client's address; nil: that of Conn,
+	// which forgets it when the connection is reset.
+	remoteAddr net.Addr
 	upgrade    atomic.Pointer[pendingRequest] // of its first upgrade, from the fast path; or nil
 	serverCtx  context.Context                // ends when the router stops; set in ConnContext
 
@@ -76,23 +77,23 @@ type clientConn struct {
 	// TLS. Read then sets it, and remoteAddr.
 	proxyProtocol *proxyProtocol
 
-	unhandled atomic.Pointer[sync.WaitGroup] // counts it until the handler has its request; nil: it is not counted
+	betweenServers atomic.Pointer[sync.WaitGroup] // counts it until the handler has its request; nil: it is not counted
 }
 
-// count has unhandled count the connection, if the head of its first request was read
+// count has betweenServers count the connection, if the head of its first request was read
 // already, until the handler has that request or the connection is closed.
-func (c *clientConn) count(unhandled *sync.WaitGroup) {
+func (c *clientConn) count(betweenServers *sync.WaitGroup) {
 	_, prefix := unwrap(c.Conn)
 	if c.proxyProtocol == nil && bytes.Contains(prefix, []byte("\r\n\r\n")) {
-		unhandled.Add(1)
-		c.unhandled.Store(unhandled)
+		betweenServers.Add(1)
+		c.betweenServers.Store(betweenServers)
 	}
 }
 
 // uncount ends what count began.
 func (c *clientConn) uncount() {
-	if unhandled := c.unhandled.Swap(nil); unhandled != nil {
-		unhandled.Done()
+	if betweenServers := c.betweenServers.Swap(nil); betweenServers != nil {
+		betweenServers.Done()
 	}
 }
 

@@ -421,7 +421,7 @@ func (c *command) printReceipts(all []moveReceipt) {
 	}
 	fmt.Fprintln(c.out)
 	t := c.columns()
-	fmt.Fprintln(t, "CHANGE\tBEGAN\tSECONDS\tPLANNED\tMOVED\tCUT\tCANCELLED")
+	fmt.Fprintln(t, "TABLE\tBEGAN\tSECONDS\tPLANNED\tMOVED\tCUT\tCANCELLED")
 	for _, r := range all {
 		fmt.Fprintf(t, "%s\t%s\t%.1f\t%d\t%d\t%d\t%d\n", r.Version,
 			r.Began.UTC().Format(time.RFC3339), r.Seconds, r.Planned, r.Moved, r.Cut, r.Cancelled)

@@ -224,7 +224,7 @@ func statusServer(t *testing.T, answer func(n int64) *status) string {
 
 // cordon and uncordon print the whole list of the StatefulSet's annotation.
 func TestCommandCordon(t *testing.T) {
-	s := &status{StatefulSet: &setState{KubeNamespace: "edge", Name: "backend", Cordon: "1,7"}}
+	s := &status{StatefulSet: &statefulSetState{KubeNamespace: "edge", Name: "backend", Cordon: "1,7"}}
 	for i := range 3 {
 		s.Backends = append(s.Backends, backendLoad{Name: backendName("backend", i), Ordinal: i, Active: true, Cordoned: i == 1, Sessions: 5, Overrides: 2})
 	}
@@ -272,7 +272,7 @@ func TestCommandWait(t *testing.T) {
 		"a change of owners is under way, 50 % done, with 3 sessions to move": busy(func(s *status) { s.Handoff.InProgress, s.Handoff.Done, s.Handoff.ToMove = true, 0.5, 3 }),
 		"the last sessions of a change are closing":                           busy(func(s *status) { s.Handoff.Moving = &moveReceipt{} }),
 		"the routers do not agree":                                            busy(func(s *status) { s.Agree = false }),
-		"0 of 2 backends have namespaces; the next one is not ready":          busy(func(s *status) { s.StatefulSet = &setState{Replicas: 2} }),
+		"0 of 2 backends have namespaces; the next one is not ready":          busy(func(s *status) { s.StatefulSet = &statefulSetState{Replicas: 2} }),
 	}
 	for want, s := range waits {
 		t.Run(want, func(t *testing.T) {

@@ -143,10 +143,10 @@ func (c *config) flags() *flag.FlagSet {
 		"`addresses` of load balancers for -proxy-protocol, like 10.0.0.0/8,fd00::1, and unix for\n"+
 			"peers of a Unix socket; it has no other effect (default none)")
 	f.Var(&c.forwardedFrom, "forwarded-from",
-		"`addresses` of proxies, like -trusted-proxies, whose X-Forwarded-For, X-Forwarded-Proto and\n"+
-			"X-Forwarded-Host go on to backends; those of all other peers are removed; with\n"+
-			"-proxy-protocol the peer is the client that its header names (default: those of all\n"+
-			"peers go on, with -tls-cert those of none)")
+		"`addresses` of proxies, as for -trusted-proxies: the router passes on their X-Forwarded-For,\n"+
+			"X-Forwarded-Proto and X-Forwarded-Host, and removes those of all other peers; with\n"+
+			"-proxy-protocol, the peer is the address in the header (default: it passes on those\n"+
+			"of all peers, with -tls-cert those of none)")
 	c.tlsFlags(f)
 	f.StringVar(&c.backends, "backends", "",
 		"fixed `list` of backends, host:port,host:port,... in the order of their ordinals")
@@ -197,8 +197,8 @@ func (c *config) tlsFlags(f *flag.FlagSet) {
 			"directory of a mounted Secret, with tls.crt and tls.key; may be repeated, or have\n"+
 			"several with commas in between (default none: clients do not speak TLS)")
 	f.Var((*fileList)(&c.certificates.keys), "tls-key",
-		"`file` with the key of a -tls-cert that is a file, PEM: the first of the first, and so on;\n"+
-			"may be repeated, or have several with commas in between")
+		"`file` with a key, PEM: one for each -tls-cert that is a file, in the same order; may be\n"+
+			"repeated, or have several with commas in between")
 	f.StringVar(&c.certificates.minVersion, "tls-min-version", "1.2",
 		"lowest `version` of TLS: 1.2 or 1.3")
 	f.StringVar(&c.certificates.clientCA, "tls-client-ca", "",
@@ -274,8 +274,8 @@ func (c *config) namespaceFlags(f *flag.FlagSet) {
 		"for each namespace, the maximum `number` of upgrades per second, which may come at once;\n"+
 			"each router counts by itself, 0 is no limit")
 	f.DurationVar(&c.maxAge, "max-age", 0,
-		"how old a session may become, or up to a tenth less, before it is closed like one that\n"+
-			"moves, by each router at -move-rate, 0 is no limit")
+		"age at which sessions are closed as those that move are, some up to a tenth earlier; each\n"+
+			"router closes at most -move-rate of them per second, so some get older; 0 is no limit")
 }
 
 // handoffFlags adds the flags for what makes a change of owners strict to f.

@@ -421,8 +421,9 @@ func (r *replicaWatcher) announceWanted() {
 // proveStored lists it. Mostly the watch is only a moment behind.
 const proveDelay = 5 * time.Second
 
-// proveStored proves, until ctx ends, of each stored count that is ahead of the
-// StatefulSet: it is ahead of the one that exists, and not only of an old picture of it.
+// proveStored runs until ctx ends. For each stored count that is ahead of the StatefulSet,
+// it makes sure by a LIST that the StatefulSet itself is behind, and not only this router's
+// copy of it.
 func (r *replicaWatcher) proveStored(ctx context.Context) {
 	for {
 		select {

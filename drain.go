@@ -17,12 +17,12 @@ func drain(ctx context.Context, r *relay, over time.Duration) int64 {
 	before := r.ended[causeDrain].Load()
 	stop := context.AfterFunc(ctx, func() { r.endAll(causeDrain) })
 	defer stop()
-	all := r.filter(func(s *session) bool { return !s.isClosing() })
+	all := r.filter(func(s *session) bool { return !s.isEnding() })
 	rand.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
 	p := pace{interval: min(maxDrainInterval, over/time.Duration(max(1, len(all))))}
 	p.start(time.Now())
 	for _, s := range all {
-		if s.isClosing() {
+		if s.isEnding() {
 			continue
 		}
 		if wait := time.Until(p.next()); wait >= paceTick {

@@ -51,7 +51,7 @@ type poller struct {
 	pipes     pipes
 	slots     []slot
 	freeSlots []int32    // indexes of free slots
-	ended     []*session // that are over; unlock reports them to the relay
+	ended     []*session // that are over; unlockAndReport reports them to the relay
 }
 
 // slot is where an event finds its session, or what is not one yet.
@@ -135,7 +135,7 @@ func (e *engine) carry(s *session, conns [2]net.Conn, early [2][]byte) {
 	client, tls := takeTLS(conns[clientSide])
 	fds := [2]int32{takeDescriptor(client), takeDescriptor(conns[backendSide])}
 	p.mu.Lock()
-	defer p.unlock()
+	defer p.unlockAndReport()
 	p.setTLS(s, tls)
 	p.carry(s, p.allocateSlot(), fds, early)
 }
@@ -149,11 +149,11 @@ func (p *poller) carry(s *session, slotIndex int32, fds [2]int32, early [2][]byt
 	switch {
 	case min(fds[clientSide], fds[backendSide]) < 0:
 		p.end(s, causeRouterError)
-	case s.isClosing() && s.closing == nil:
+	case s.isEnding() && s.closing == nil:
 		p.end(s, causeNone)
 	default:
 		for i, data := range early {
-			s.frames[i].scan(data, side(i) == clientSide)
+			s.scanners[i].scan(data, side(i) == clientSide)
 			p.sendOrKeep(s, side(i), copy(p.buf.data[:], data))
 		}
 		if s.tls != nil && s.open {
@@ -210,7 +210,7 @@ func (p *poller) handleEvent(event syscall.EpollEvent) {
 	}
 	i := side(event.Pad & 1)
 	p.mu.Lock() // for each event, so that carry and end do not wait for a whole batch
-	defer p.unlock()
+	defer p.unlockAndReport()
 	switch target := p.slots[event.Fd]; {
 	case target.generation != event.Pad>>1: // the event is stale: the slot was freed since
 	case target.session != nil:
@@ -220,8 +220,8 @@ func (p *poller) handleEvent(event syscall.EpollEvent) {
 	}
 }
 
-// unlock unlocks mu, and calls sessionEnded for the sessions that are over.
-func (p *poller) unlock() {
+// unlockAndReport unlocks mu, and calls sessionEnded for the sessions that are over.
+func (p *poller) unlockAndReport() {
 	ended := p.ended
 	p.ended = nil
 	p.mu.Unlock()
@@ -296,7 +296,7 @@ func (p *poller) promote(
 	s.poller = p
 	p.relay.register(s, func() {
 		p.mu.Lock()
-		defer p.unlock()
+		defer p.unlockAndReport()
 		s.epollMask = from.mask
 		for i, events := range from.events {
 			// Reads of a client with TLS are as short as crypto/tls wants.

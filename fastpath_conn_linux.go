@@ -34,18 +34,18 @@ type fastConn struct {
 	gone                bool      // the client's connection is dead: not after a FIN alone
 	fallBackOnHalfClose bool      // a client that half-closes its connection has to fall back
 	// With TLS: the handshake is under way; it was ended to make room.
-	handshaking, replaced bool
+	tlsHandshaking, evicted bool
 
 	// Owned by its goroutine. Before it parks, it leaves these to the next one.
-	ctx          *fastConnContext // see cancelIfGone; also ends at its deadline, and by replace
-	remoteAddr   clientAddr       // of the client
-	expectsProxy bool             // received has to begin with a header of the PROXY protocol
-	tls          *tlsConn         // nil if clients come without TLS
-	received     []byte           // what the client has sent
-	earlyAt      int              // index in received of what follows the request
-	request      *http.Request    // nil before it was read, and while it waits for its owner
-	upgrade      *pendingRequest  // nil before its admission
-	waiter       waiter           // its sequence is 0 if the owner could be dialled at once
+	ctx                *fastConnContext // see cancelIfGone; also ends at its deadline, and by evict
+	remoteAddr         clientAddr       // of the client
+	expectsProxyHeader bool             // received has to begin with a header of the PROXY protocol
+	tls                *tlsConn         // nil if clients come without TLS
+	received           []byte           // what the client has sent
+	earlyAt            int              // index in received of what follows the request
+	request            *http.Request    // nil before it was read, and while it waits for its owner
+	upgrade            *pendingRequest  // nil before its admission
+	waiter             waiter           // its sequence is 0 if the owner could be dialled at once
 
 	parked atomic.Bool
 }
@@ -112,20 +112,20 @@ func (c *fastConn) serve() {
 	p := c.fastPath.proxy
 	head, err := c.readHead()
 	c.received = head
-	if !c.expectsProxy {
+	if !c.expectsProxyHeader {
 		c.received = trimEmptyLines(head)
 	}
 	switch {
 	case errors.Is(err, errTLSHandshake):
 		c.close()
-	case c.ctx.Err() != nil, c.expectsProxy && len(head) > 0: // it is invalid, or was cut
+	case c.ctx.Err() != nil, c.expectsProxyHeader && len(head) > 0: // it is invalid, or was cut
 		c.fallBack(nil, nil)
 	case err != nil:
 		c.close()
 	case !c.admit():
 		c.fallBack(nil, nil)
 	case p.relay.oldPodSessionsDone(c.upgrade.namespace) != nil ||
-		!p.backends.queues.tryDial(c.upgrade.queue()):
+		!p.backends.queues.tryDial(c.upgrade.dialQueue()):
 		go c.park() // on a new stack, which is small
 	default:
 		c.dialOwner()
@@ -141,7 +141,7 @@ func (c *fastConn) readHead() ([]byte, error) {
 	c.setDeadline(time.Now().Add(fastPathTimeout), false)
 	more := func() ([]byte, error) { return c.read(clientSide) }
 	data, err := more()
-	if c.expectsProxy && err == nil {
+	if c.expectsProxyHeader && err == nil {
 		data, err = c.readProxyHeader(data, more)
 	}
 	return data, err
@@ -157,7 +157,7 @@ func (c *fastConn) readProxyHeader(
 	if err != nil {
 		return rest, err
 	}
-	c.expectsProxy = false
+	c.expectsProxyHeader = false
 	if client != nil {
 		c.remoteAddr = clientAddr(client.String())
 	}
@@ -283,9 +283,9 @@ func (c *fastConn) park() {
 		c.fallBack(nil, err)
 		return
 	}
-	ctx, queue := c.ctx, u.queue()
+	ctx, queue := c.ctx, u.dialQueue()
 	c.parked.Store(true) // from now on another goroutine may own c
-	if !p.backends.queues.enqueue(ctx, &c.waiter, queue, p.mover.findQueue) {
+	if !p.backends.queues.enqueue(ctx, &c.waiter, queue, p.mover.findDialQueue) {
 		c.unpark() // resume asks again; its dequeue allows a waiter in no queue
 	}
 }
@@ -300,7 +300,7 @@ func (c *fastConn) unpark() {
 // resume goes on with c, which was parked.
 func (c *fastConn) resume() {
 	queues := c.fastPath.proxy.backends.queues
-	switch err := queues.dequeue(c.ctx, &c.waiter, c.upgrade.queue()); {
+	switch err := queues.dequeue(c.ctx, &c.waiter, c.upgrade.dialQueue()); {
 	case err == nil:
 		c.dialOwner()
 	case errors.Is(err, errRecheckOwner):
@@ -341,7 +341,7 @@ func (c *fastConn) fallBack(answer []byte, failure error) {
 		Conn: c.overTLS(conn), remoteAddr: c.remoteAddr,
 		fdLimit: f.fdLimit, badHeads: &f.proxy.results[resultBadHead], tlsServer: f.proxy.tls,
 	}
-	if c.expectsProxy {
+	if c.expectsProxyHeader {
 		client.proxyProtocol = f.proxy.proxyProtocol
 	}
 	if c.fd[backendSide] >= 0 {
@@ -419,7 +419,7 @@ func (c *fastConn) interrupt() {
 // handleStop makes the client fall back, or ends its handshake in time. The caller holds
 // poller.mu.
 func (c *fastConn) handleStop() {
-	if c.handshaking {
+	if c.tlsHandshaking {
 		c.ctx.timer.Reset(min(stopGrace, time.Until(c.ctx.deadline)))
 	}
 	c.cancelIfGone()
@@ -441,7 +441,7 @@ func (c *fastConn) handleEvent(i side, events uint32) {
 // poller.mu.
 func (c *fastConn) cancelIfGone() {
 	gone := c.gone || c.fallBackOnHalfClose && c.mayHaveMore[clientSide]
-	if c.ctx != nil && (gone || c.fastPath.stopping.Load() && !c.handshaking) {
+	if c.ctx != nil && (gone || c.fastPath.stopping.Load() && !c.tlsHandshaking) {
 		c.ctx.end(context.Canceled)
 	}
 }

@@ -159,7 +159,7 @@ func (f *fastPath) startClient(fd int32, peer syscall.Sockaddr) {
 	addr := addrString(peer)
 	c := &fastConn{
 		fastPath: f, poller: poller, remoteAddr: clientAddr(addr),
-		expectsProxy: f.proxy.proxyProtocol.expects(addr),
+		expectsProxyHeader: f.proxy.proxyProtocol.expects(addr),
 	}
 	c.fd = [2]int32{fd, -1}
 	if s := f.proxy.tls; s != nil {
@@ -183,7 +183,7 @@ func (f *fastPath) refuseClient(client *os.File, head []byte, reason error) {
 	f.fdLimit.add(-descriptorsPerClient)
 	f.proxy.results[resultMaxSessions].Add(1)
 	if omitted, ok := f.logThrottle.allow(time.Second); ok {
-		f.log.Warn("cannot accept clients: out of file descriptors", "reason", reason.Error(), "omitted", omitted)
+		f.log.Warn("cannot accept clients: out of file descriptors", "error", reason.Error(), "omitted", omitted)
 	}
 }
 

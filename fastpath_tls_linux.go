@@ -36,7 +36,7 @@ func (t *fastConnTransport) Read(b []byte) (n int, err error) {
 
 // pause calls wait, which waits for the client, as tlsServer.pause does.
 func (t *fastConnTransport) pause(wait func()) error {
-	return t.client.tlsServer().pause(t.client.tls, t.client.replace, wait)
+	return t.client.tlsServer().pause(t.client.tls, t.client.evict, wait)
 }
 
 // receive reads from the client. If the context ends meanwhile, the error is a temporary one
@@ -80,11 +80,11 @@ func (c *fastConn) readTLSHead() ([]byte, error) {
 	s.running.Add(1)
 	c.setDeadline(time.Now().Add(c.fastPath.proxy.limits.headerTimeout), false)
 	data, err := c.readHello()
-	if c.expectsProxy && err == nil {
+	if c.expectsProxyHeader && err == nil {
 		data, err = c.readProxyHeader(data, c.readHello)
 	}
 	switch {
-	case err == nil && c.setHandshaking(true):
+	case err == nil && c.setTLSHandshaking(true):
 		return c.startTLS(data)
 	case c.hasToFallBack():
 		s.running.Add(-1)
@@ -100,7 +100,7 @@ func (c *fastConn) readTLSHead() ([]byte, error) {
 // after it: at least a part of the request. If the router stops meanwhile, the client has
 // stopGrace left for both.
 func (c *fastConn) startTLS(data []byte) ([]byte, error) {
-	defer c.setHandshaking(false)
+	defer c.setTLSHandshaking(false)
 	transport := &fastConnTransport{client: c, early: data, inTLS: true}
 	c.tls.setTransport(transport, false)
 	if err := c.tlsServer().handshake(c.tls, c.ctx.Done(), c.handshakeResult); err != nil {
@@ -137,25 +137,25 @@ const maxTLSHead = 32 << 10
 // readHello waits for what the client sends before the handshake, or at its beginning, and
 // returns it.
 func (c *fastConn) readHello() (data []byte, err error) {
-	c.tlsServer().waiting.during(c.replace, func() { data, err = c.read(clientSide) })
+	c.tlsServer().waiting.during(c.evict, func() { data, err = c.read(clientSide) })
 	return data, err
 }
 
-// replace ends the handshake to make room: too many wait for their clients.
-func (c *fastConn) replace() {
+// evict ends the handshake to make room: too many wait for their clients.
+func (c *fastConn) evict() {
 	c.poller.mu.Lock()
 	defer c.poller.mu.Unlock()
-	c.replaced = true
+	c.evicted = true
 	c.ctx.end(context.Canceled)
 }
 
-// setHandshaking notes that the handshake begins, or is over. While it is under way, a stop
-// of the router ends the context after stopGrace, and not at once. setHandshaking reports
+// setTLSHandshaking notes that the handshake begins, or is over. While it is under way, a stop
+// of the router ends the context after stopGrace, and not at once. setTLSHandshaking reports
 // whether the client may go on: its context has not ended.
-func (c *fastConn) setHandshaking(handshaking bool) bool {
+func (c *fastConn) setTLSHandshaking(handshaking bool) bool {
 	c.poller.mu.Lock()
 	defer c.poller.mu.Unlock()
-	c.handshaking = handshaking && c.ctx.err == nil
+	c.tlsHandshaking = handshaking && c.ctx.err == nil
 	c.cancelIfGone()
 	return c.ctx.err == nil
 }
@@ -164,7 +164,7 @@ func (c *fastConn) setHandshaking(handshaking bool) bool {
 func (c *fastConn) hasToFallBack() bool {
 	c.poller.mu.Lock()
 	defer c.poller.mu.Unlock()
-	return errors.Is(c.ctx.err, context.Canceled) && !c.gone && !c.replaced
+	return errors.Is(c.ctx.err, context.Canceled) && !c.gone && !c.evicted
 }
 
 // overTLS returns the client's connection over conn, which has its socket, for net/http:
@@ -188,8 +188,8 @@ func (c *fastConn) handshakeResult(err error) tlsResult {
 	switch result := tlsHandshakeResult(err); {
 	case err == nil:
 		return tlsOK
-	case c.replaced:
-		return tlsReplaced
+	case c.evicted:
+		return tlsEvicted
 	case c.gone:
 		return tlsGone
 	case result == tlsFailed && errors.Is(c.ctx.err, context.DeadlineExceeded):

@@ -41,7 +41,7 @@ type flights struct {
 	backendName     func(backend int) string
 	log             *slog.Logger
 	lifetime        context.Context // ends when nobody waits for the end of flights any more
-	close           context.CancelFunc
+	cancel          context.CancelFunc
 
 	unproven atomic.Int64 // abandoned flights whose end was not seen
 
@@ -56,13 +56,13 @@ func newFlights(name func(backend int) string, log *slog.Logger) *flights {
 		onEnd: func() {}, remember: func(string, int) {}, addDescriptors: func(int) {}, backendName: name, log: log,
 		all: map[*flight]struct{}{},
 	}
-	f.lifetime, f.close = context.WithCancel(context.Background())
+	f.lifetime, f.cancel = context.WithCancel(context.Background())
 	return f
 }
 
 // stop ends the wait for all abandoned flights.
 func (f *flights) stop() {
-	f.close()
+	f.cancel()
 	f.abandoned.Wait()
 }
 
@@ -184,8 +184,9 @@ func (f *flights) awaitEnd(conn net.Conn) bool {
 		switch {
 		case errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET):
 			return true
-		case !errors.Is(err, os.ErrDeadlineExceeded): // which who has abandoned it may have set
-			<-ctx.Done() // the network does not say what the backend does
+		case errors.Is(err, os.ErrDeadlineExceeded): // that of ctx, or one that the caller has set
+		default: // the connection has failed, and the backend may go on
+			<-ctx.Done()
 		}
 	}
 	return false

@@ -28,7 +28,7 @@ import (
 // read a request from.
 type forwarder struct {
 	// Static after construction.
-	open     context.Context // all exchanges end with it: see stop
+	lifetime context.Context // all exchanges end with it: see stop
 	end      context.CancelCauseFunc
 	errorLog *stdlog.Logger // of httputil.ReverseProxy; proxy.logFailure logs instead
 	idle     *idleConns
@@ -76,7 +76,7 @@ func newForwarder(addDescriptors func(count int)) *forwarder {
 		},
 	}
 	f.buffers.New = func() any { return new([forwardBuffer]byte) }
-	f.open, f.end = context.WithCancelCause(context.Background())
+	f.lifetime, f.end = context.WithCancelCause(context.Background())
 	return f
 }
 
@@ -171,7 +171,7 @@ func (f *forwarder) begin(w http.ResponseWriter, r *http.Request) *exchange {
 	x := &exchange{forwarder: f, w: w, r: r, began: time.Now(), result: resultClientGone}
 	x.streams = r.ContentLength < 0 || r.ContentLength > maxShortBody
 	x.client = r.Context().Value(clientConnKey{}).(*clientConn)
-	x.ctx, x.cancel = context.WithCancelCause(f.open)
+	x.ctx, x.cancel = context.WithCancelCause(f.lifetime)
 	x.unwatch = context.AfterFunc(x.ctx, x.interrupt)
 	x.unwatchClient = context.AfterFunc(r.Context(), x.clientLeft)
 	return x

@@ -917,7 +917,7 @@ var volatileOfAdmin = []volatile{
 	{`"held_seconds": [\d.e-]+`, `"held_seconds": SECONDS`},
 	{`("name": "descriptors",\s+"used": \d+,\s+"max"): \d+`, "$1: LIMIT"},
 	{`in \d+\.\d s, each namespace held for \d+\.\d s at most, \d+ cut`, "in SECONDS s, each namespace held for SECONDS s at most, COUNT cut"},
-	{`("bytes_(?:over_seconds|per_second)": )[^,\n]+`, "${1}NUMBER"},
+	{`("(?:window_seconds|bytes_per_second)": )[^,\n]+`, "${1}NUMBER"},
 	{`clients wait for descriptors: \d+ of \d+`, "clients wait for descriptors: USED of LIMIT"},
 }
 

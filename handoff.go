@@ -153,8 +153,8 @@ func union(a, b []int) []int {
 
 // nextBounded returns the plan after p, as next does, with at most maxRecords records.
 // If p is full, no table is added until the newest one covers everything. An owner that
-// comes back in that time gets all its namespaces in one step. A previous owner that
-// was gone stays gone. The caller sets the step.
+// comes back in that time gets all its namespaces in one step. An ordinal in
+// removed stays there. The caller sets the step.
 func (p *handoffPlan) nextBounded(content uint64, m mark, now time.Time) *handoffPlan {
 	newest := p.newestRecord()
 	if newest.content == p.nextContent(content) {
@@ -197,9 +197,9 @@ type assignment struct {
 	step  int64  // of the view's plan
 }
 
-// queue returns the queue in which a request of the namespace has to wait: unresolved if
-// it has none, since it has no owner or there is no view.
-func (a assignment) queue() int {
+// dialQueue returns the dial queue in which a request of the namespace has to wait: unresolved
+// if it has none, since it has no owner or there is no view.
+func (a assignment) dialQueue() int {
 	switch a.state {
 	case stateOwned:
 		return a.owner

@@ -43,9 +43,9 @@ const planVersion = 2
 // of the pod may answer for it, and none is admitted as it.
 const anyInstance = "*"
 
-// noContent stands for the content of a table in an answer of a router without one. It is
+// noTableContent stands for the content of a table in an answer of a router without one. It is
 // the contentHash of one table in 2^64, which would be taken for none.
-const noContent = 0
+const noTableContent = 0
 
 // memberID identifies a member: its pod and the process in the pod's container.
 type memberID struct {
@@ -75,7 +75,7 @@ type stepAnswer struct {
 	instance string
 	epoch    string // of the plan; "" in an answer without a view
 	step     int64  // nothing is left of what the step had to end; 0 without a view
-	content  uint64 // contentHash of its own table, or noContent
+	content  uint64 // contentHash of its own table, or noTableContent
 	blank    bool   // it lacks a table of the plan, or has no table or no plan: next is empty
 	next     mark   // how far the next step towards its table may go; empty if blank
 	toMove   int    // how many sessions it has to move, also those that next covers
@@ -83,12 +83,12 @@ type stepAnswer struct {
 
 // handoffObject is one version of the object. It is immutable.
 type handoffObject struct {
-	uid, version string                // metadata.uid and metadata.resourceVersion
-	plan         *sharedPlan           // nil if there is none that can be read
-	pods         []string              // those that have a key
-	answers      map[string]stepAnswer // those that can be read, by pod name
-	faults       []error               // what could not be read, in the order of the keys
-	otherVersion error                 // says that the plan has another version; or nil
+	uid, version     string                // metadata.uid and metadata.resourceVersion
+	plan             *sharedPlan           // nil if there is none that can be read
+	pods             []string              // those that have a key
+	answers          map[string]stepAnswer // those that can be read, by pod name
+	faults           []error               // what could not be read, in the order of the keys
+	otherPlanVersion error                 // says that the plan has another version; or nil
 }
 
 // readHandoffObject reads the data of the object.
@@ -99,8 +99,8 @@ func readHandoffObject(uid, version string, data map[string]string) *handoffObje
 		var err error
 		switch {
 		case key == planKey:
-			if o.plan, err = parsePlan(data[key]); errors.As(err, &otherVersionError{}) {
-				o.otherVersion = err
+			if o.plan, err = parsePlan(data[key]); errors.As(err, &otherPlanVersionError{}) {
+				o.otherPlanVersion = err
 			}
 		case isAnswer:
 			o.pods = append(o.pods, pod)
@@ -291,14 +291,14 @@ func newMarkJSON(m *mark) *markJSON {
 	return &markJSON{hex64(m.upto).String(), m.away, m.removed}
 }
 
-// otherVersionError says that a plan has another version than planVersion.
-type otherVersionError struct{ version string }
+// otherPlanVersionError says that a plan has another version than planVersion.
+type otherPlanVersionError struct{ version string }
 
-func (e otherVersionError) Error() string {
+func (e otherPlanVersionError) Error() string {
 	return badValue("version of the plan", e.version, strconv.Itoa(planVersion)).Error()
 }
 
-// parsePlan reads the JSON of a plan. It returns an otherVersionError for an object of
+// parsePlan reads the JSON of a plan. It returns an otherPlanVersionError for an object of
 // JSON with another version, or with none, whatever else is in it.
 func parsePlan(s string) (*sharedPlan, error) {
 	if len(s) > maxPlan {
@@ -307,7 +307,7 @@ func parsePlan(s string) (*sharedPlan, error) {
 	var head map[string]json.RawMessage
 	version := strconv.Itoa(planVersion)
 	if json.Unmarshal([]byte(s), &head) == nil && string(head["version"]) != version {
-		return nil, otherVersionError{string(head["version"])}
+		return nil, otherPlanVersionError{string(head["version"])}
 	}
 	var in planJSON
 	decoder := json.NewDecoder(bytes.NewReader([]byte(s)))
@@ -447,7 +447,7 @@ func (a stepAnswer) String() string {
 	if a.epoch != "" {
 		epoch = a.epoch
 	}
-	if a.content != noContent {
+	if a.content != noTableContent {
 		content = hex64(a.content).String()
 	}
 	if !a.blank {
@@ -509,9 +509,9 @@ func parseAnswer(line string) (a stepAnswer, err error) {
 		return a, err
 	case (a.epoch == "") != (a.step == 0):
 		return a, badValue("step", words[2], "0 with the epoch -, and only then")
-	case !a.blank && (a.epoch == "" || a.content == noContent):
+	case !a.blank && (a.epoch == "" || a.content == noTableContent):
 		return a, badValue("next", words[4], "blank, without a view or a table")
-	case words[3] != "-" && a.content == noContent:
+	case words[3] != "-" && a.content == noTableContent:
 		return a, badValue("content", words[3], "not 0")
 	}
 	return a, nil

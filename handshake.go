@@ -195,21 +195,21 @@ func forwardedFor(r *http.Request) string {
 	return strings.Join(append(slices.Clip(before), host), ", ")
 }
 
-// requestHead is the upgrade request as the backend with this name gets it. peer is
+// requestHead is the upgrade request as the backend with this name gets it. clientAddrs is
 // what forwardedFor returned for it, stamp and step are those of the owner's assignment.
-func requestHead(r *http.Request, peer, pod, stamp string, step int64, backend string) []byte {
-	return finishRequestHead(startRequestHead(r, peer, pod), stamp, step, backend)
+func requestHead(r *http.Request, clientAddrs, pod, stamp string, step int64, backend string) []byte {
+	return finishRequestHead(startRequestHead(r, clientAddrs, pod), stamp, step, backend)
 }
 
 // startRequestHead is the part of requestHead that does not depend on the backend.
-func startRequestHead(r *http.Request, peer, pod string) []byte {
+func startRequestHead(r *http.Request, clientAddrs, pod string) []byte {
 	head := appendUpgrade(appendRequestLine(make([]byte, 0, 1024), r))
-	return appendForwarded(head, r, peer, pod, isRouterHeader)
+	return appendForwarded(head, r, clientAddrs, pod, isRouterHeader)
 }
 
 // startPlainHead is startRequestHead for a request that is no upgrade. Its body has the
 // length that net/http has read, or is chunked: no other field says how long it is.
-func startPlainHead(r *http.Request, peer, pod string) []byte {
+func startPlainHead(r *http.Request, clientAddrs, pod string) []byte {
 	head := appendRequestLine(make([]byte, 0, 1024), r)
 	switch {
 	case r.ContentLength < 0:
@@ -226,7 +226,7 @@ func startPlainHead(r *http.Request, peer, pod string) []byte {
 	if hasToken(r.Header, "Te", "trailers") {
 		head = appendField(head, "Te", "trailers")
 	}
-	return appendForwarded(head, r, peer, pod, func(name string) bool {
+	return appendForwarded(head, r, clientAddrs, pod, func(name string) bool {
 		return isFraming(name) || isRouterHeader(name)
 	})
 }
@@ -263,10 +263,10 @@ func appendRequestLine(head []byte, r *http.Request) []byte {
 // appendForwarded appends the fields of r that go on and are not left out, and those of
 // the router that do not depend on the backend.
 func appendForwarded(
-	head []byte, r *http.Request, peer, pod string, omit func(name string) bool,
+	head []byte, r *http.Request, clientAddrs, pod string, omit func(name string) bool,
 ) []byte {
-	if peer != "" {
-		head = appendField(head, "X-Forwarded-For", peer)
+	if clientAddrs != "" {
+		head = appendField(head, "X-Forwarded-For", clientAddrs)
 	}
 	proto, host := "http", r.Host // unless somebody before us has said it, for all who come after
 	if r.TLS != nil {

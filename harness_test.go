@@ -632,7 +632,7 @@ func (p *testProxy) mustRefuse(t testing.TB, status int, body, reason string) {
 		if body != sentence {
 			t.Errorf("the client of a %d reads %q, want %q", status, body, sentence)
 		}
-		text = fmt.Sprint(p.tail.wait(t, "upgrade failed", 1)["reason"])
+		text = fmt.Sprint(p.tail.wait(t, "upgrade failed", 1)["error"])
 	}
 	if !strings.Contains(text, reason) {
 		t.Errorf("the reason of a %d is %q, want %q in it", status, text, reason)

@@ -196,7 +196,7 @@ func (k *kubeClient) roundTrip(ctx context.Context, path string, query url.Value
 	}
 	req.Header.Set("Accept", "application/json")
 	req.Header.Set("Content-Type", mediaType)
-	req.Header.Set("User-Agent", "wsrouter/"+version())
+	req.Header.Set("User-Agent", "router/"+version())
 	if k.token != "" {
 		req.Header.Set("Authorization", "Bearer "+k.token)
 	}

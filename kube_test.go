@@ -113,8 +113,8 @@ func TestKubeTokenRotated(t *testing.T) {
 		if got := r.Header["Authorization"]; !slices.Equal(got, []string{"Bearer " + step.want}) {
 			t.Errorf("%s: Authorization: %q, want Bearer %s", step.name, got, step.want)
 		}
-		if r.Proto != "HTTP/2.0" || !strings.HasPrefix(r.UserAgent(), "wsrouter/") {
-			t.Errorf("%s from %s, want HTTP/2.0 from wsrouter/", r.Proto, r.UserAgent())
+		if r.Proto != "HTTP/2.0" || !strings.HasPrefix(r.UserAgent(), "router/") {
+			t.Errorf("%s from %s, want HTTP/2.0 from router/", r.Proto, r.UserAgent())
 		}
 	}
 }

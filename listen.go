@@ -138,7 +138,7 @@ func (a *acceptRetry) shouldRetry(err error) bool {
 		return true
 	}
 	if omitted, ok := a.logThrottle.allow(time.Second); ok {
-		a.log.Warn("cannot accept connections", "listener", a.flag, "reason", err.Error(), "omitted", omitted)
+		a.log.Warn("cannot accept connections", "listener", a.flag, "error", err.Error(), "omitted", omitted)
 	}
 	a.failures++
 	select {

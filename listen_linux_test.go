@@ -179,7 +179,7 @@ func TestDialRefusesItself(t *testing.T) {
 					mustWrite(t, conn, piece)
 				}
 				mustAnswer(t, conn, http.StatusServiceUnavailable)
-				if reason := p.tail.wait(t, "upgrade failed", 1)["reason"].(string); !strings.Contains(reason, "connected to itself") {
+				if reason := p.tail.wait(t, "upgrade failed", 1)["error"].(string); !strings.Contains(reason, "connected to itself") {
 					t.Errorf("the log gives %q as the reason", reason)
 				}
 			})

@@ -5,10 +5,10 @@
 // StatefulSet owns the namespace: the pod that an override in a ConfigMap names, else
 // the pod that the namespace's hash chooses. The router opens the same path on that pod
 // and from then on carries bytes. Owners change with the overrides, the number of backends
-// and the cordon. Then the router closes the sessions whose owner changed, at a limited
-// rate, and no others. A namespace opens with its new owner when all its sessions and
-// requests with the previous one are over, or with -handoff=off at once. The router also
-// closes the sessions of a pod that was replaced, and those that are as old as -max-age.
+// and the cordon. Then the router closes, at a limited rate, the sessions whose owner
+// changed. It also closes those of a replaced pod and those as old as -max-age. All others
+// stay. A namespace opens with its new owner when all its sessions and requests with the
+// previous one are over, or with -handoff=off at once.
 //
 //	client
 //	  │ TLS
@@ -25,7 +25,8 @@
 //
 // Words:
 //
-//	namespace      the tenant's key in the URL; one of Kubernetes is always called so
+//	namespace      the tenant's key in the URL; that of Kubernetes is always written
+//	               "Kubernetes namespace"
 //	owner          the backend that gets the requests of a namespace
 //	override       an entry of a ConfigMap, or a file, that names the owner of a namespace
 //	cordon         the backends to which the hash gives no namespaces
@@ -40,9 +41,14 @@
 //	plain request  no upgrade
 //	flight         what a backend may still have: a request, or a session that is over here
 //	move           to close a session whose owner changed: its client comes back
+//	old pod        a pod of a backend that another pod has replaced
+//	release        the request to an old owner to store the state of namespaces (-release)
 //	change         all that follows from a new table, until its owners are in force
+//	receipt        what a change has moved, kept for operators when it is over
 //	hand-off       what gives namespaces to their next owners, and never to two at once
 //	step           a part of a change: it hands over some namespaces together
+//	place          of a namespace: where it is in the order in which namespaces move; of a
+//	               request, in a limit: one of those that the limit allows
 //	held           of a namespace: it is handed over, and its clients wait
 //	away           of a new owner: it takes no connections yet, so its namespaces stay
 //	plan           how far a change has come: its last step, and a record for each table
@@ -50,6 +56,7 @@
 //	mark           says which namespaces have moved to the table of a record
 //	view           a plan with its tables: it says who owns each namespace now
 //	member         a router that shares its steps with others (-handoff=all)
+//	object         of the hand-off: the ConfigMap with the plan and the members' answers
 //	answer         what a member says: its part of a step is done, and what may be next
 //	epoch          all plans that follow from one first plan
 //
@@ -83,7 +90,7 @@
 //  8. Once the relay has taken a session over, only it touches the two sockets. At the end
 //     it may give that of the backend to a flight. A session ends once, with one cause, and
 //     is counted and logged once.
-//  9. A slow reader stops its own session only. The memory of each is bounded.
+//  9. A slow reader stops its own session only. The memory of each session is bounded.
 //  10. A move, a drain or -max-age ends a session with Close frames, each at the end of a
 //     frame: first to the backend, then to the client. A session that does not end so in
 //     time is cut.
@@ -99,13 +106,15 @@
 //	fastConn.readTLSHead      reads it within TLS, by the next seven:
 //	fastConn.readHello        reads what comes first: a header, or the beginning of the handshake
 //	fastConn.readProxyHeader  (also without TLS) takes the client's address from a header
-//	fastConn.setHandshaking   leaves the handshake stopGrace, should the router stop meanwhile
+//	fastConn.setTLSHandshaking  leaves the handshake stopGrace, should the router stop meanwhile
 //	fastConn.startTLS         does the handshake
 //	tlsServer.handshake       counts it
 //	tlsServer.compute         calls crypto/tls when it is the handshake's turn (takeTurn)
 //	fastConn.readTLS          reads the request within TLS
 //	fastConn.admit            parses the request
 //	proxy.admit               checks it, finds the owner, and counts it in the limits
+//	relay.oldPodSessionsDone  says whether the namespace has sessions with an old pod: then
+//	                          park is next
 //	dialQueues.tryDial        says whether the owner can be dialled now; else park is next
 //	fastConn.dialOwner        dials the owner
 //	backends.dialInTurn       finds its address, calls connect, and then lets others dial
@@ -114,7 +123,9 @@
 //	fastConn.fallBack         leaves the client to net/http if one of these cannot go on
 //	fastConn.close            closes it if it is gone, or if TLS or a read has failed
 //
-// A client whose owner cannot be dialled now waits in a queue, where it has no goroutine:
+// A client whose owner cannot be dialled now waits in a queue, where it has no goroutine.
+// One whose namespace is held waits in the queue queueHeld, which is never ready: it leaves
+// that when its namespace has an owner again.
 //
 //	fastConn.park             begins that
 //	proxy.recheckOwner        finds the owner again, and waits for sessions with its old pod
@@ -130,13 +141,13 @@
 //
 //	fastPath.handToHTTP       waits until net/http takes the client
 //	fastPath.Accept           gives it to net/http, which reads the request
-//	clientConn.serverCtx      is set then (ConnContext), and ends when the router stops
+//	clientConn.serverCtx      is a field: it is set then, and ends when the router stops
 //	lazyTransport.handshake   does the TLS handshake before, if the fast path has not
 //	proxy.ServeHTTP           answers a health check, forwards a plain request, or goes on
 //	proxy.upgrade             takes what admit has returned on the fast path, or calls it
 //	proxy.requestContexts     bounds the wait for the owner
 //	proxy.askOwners           asks the owner, and again when another one has to be asked
-//	proxy.dialOwner           dials it when it may have a session of the namespace
+//	proxy.dialOwner           dials it when it may get requests of the namespace
 //	backends.dialOwner        repeats the next three until the owner is connected
 //	proxy.recheckOwner        (as recheck) finds the owner, as above
 //	dialQueues.wait           waits in the owner's queue
@@ -147,7 +158,8 @@
 // Both have these. startFlight comes just before the request is sent, the others after the
 // owner's 101.
 //
-//	proxy.startFlight         notes the flight, and the owner, that the next one returns
+//	proxy.startFlight         calls mover.startFlight, and keeps the flight and the owner that
+//	                          it returns
 //	mover.startFlight         begins a flight, and asks once more who the owner is
 //	proxy.newSession          asks again (shouldMove): until now the client can go elsewhere
 //	fastConn.respond, proxy.hijack  send the client the 101
@@ -164,18 +176,18 @@
 //	poller.handleEvent        finds the session of an event
 //	poller.handle             calls the next two, as the event says
 //	poller.flushUnsent        sends a side what was kept for it
-//	poller.readReady          reads a side until nothing is left
+//	poller.readReady          reads a side until nothing is left, but at most 4 times
 //	poller.readOnce           reads once, and sends that to the other side
 //	poller.spliceIn, poller.spliceOrKeep  do so for large frames, through a pipe
 //	poller.readTLS, poller.sendTLS  do so for a client with TLS
 //	poller.sendOrKeep         sends, and keeps what the other side does not take
 //	poller.sideEnded          passes the end of a side on to the other one
 //	poller.endIfDead          finds out that both have ended
-//	poller.endWhole           ends the session, after close_notify to a client with TLS
+//	poller.endComplete        ends the session, after close_notify to a client with TLS
 //	poller.end                closes both sockets, unless the backend has not ended its side
 //	relay.abandonBackend      makes a flight of that one
 //	flight.abandon            waits until it has, at most for -handoff-unproven
-//	poller.unlock             calls sessionEnded
+//	poller.unlockAndReport    calls sessionEnded
 //	relay.sessionEnded        counts and logs the end
 //
 // With relay_portable.go there is no fast path and no event loop. All clients are those of
@@ -219,7 +231,7 @@
 //	tableStore.mergeContents  collects those of all, once each source has given its own
 //	tableStore.updateVersions ends it here if only versions are new
 //	replicaWatcher.run        another entry: the number of backends, or the cordon, changed
-//	tableStore.setBackends    (in onBackendsChanged) goes on with these
+//	tableStore.setBackends    (in onBackendsChanged) takes them, and calls swap
 //	tableStore.swap           makes a new table the newest
 //	newTable                  merges the contents, and decides which overrides are in force
 //	relay.setPods             another entry: a pod was replaced
@@ -233,19 +245,20 @@
 //	moveTargets.dial          dials a new owner until it takes a connection
 //	mover.handleDialResult    notes each result, in run
 //	mover.advance             takes all steps that can be taken: first it ends the last one
-//	mover.takeNextStep        chooses the namespaces of the next step
+//	mover.takeNextStep        takes the sessions of the next step from the queue; it closes
+//	                          those whose owner stays and has a new pod, as no step does that
 //	mover.mayMove             (in startPace) says if the table has stayed, and all were dialled
 //	moveQueue.split           chooses as many as the rate allows
 //	view.next                 makes the view in which these are held
 //	mover.beginStep           puts it in force: from now on their clients wait
 //	mover.workOnStep          closes what the step waits for, and reports whether it is over
-//	mover.closeLeaving        closes its sessions, and looks for flights under way
-//	mover.startMove           closes one session
+//	mover.closeStepSessions   closes its sessions, and looks for flights under way
+//	mover.moveSession         closes one session
 //	moveTally.close           counts it
-//	session.closeGracefully   (as closeSession) makes the closing handshake
-//	session.startClose        starts it, once the session has its sockets
+//	session.closeGracefully   (as closeSession) begins the closing handshake
+//	session.startClose        starts its timer, once the session has its sockets
 //	poller.continueClose      does what is possible of it now, and after each event
-//	poller.scan               finds the ends of frames in what goes to a side
+//	poller.scan               finds the ends of frames in what came from a side
 //	closingHandshake.insertClose  puts a Close frame where one may stand
 //	mover.cutRequests         cuts the plain requests that have lasted too long
 //	relay.setBackendEnded     notes that the router waits for the backend no longer
@@ -255,13 +268,15 @@
 //	dialQueues.recheckOwners  (in onViewChanged) wakes their clients
 //	mover.reportFinished      logs the result, after the last step
 //
-// With -handoff=all the routers agree on each step in one object. In place of advance and
-// what it calls by itself (view.next, beginStep, finishStep):
+// With -handoff=all the routers agree on each step in one object. These replace advance,
+// view.next, beginStep and finishStep; workOnStep and what it calls stay:
 //
 //	mover.advanceShared       repeats what follows
-//	mover.workShared          calls workOnStep, and then one of the next two
-//	mover.propose             says how far the next step may go, in place of takeNextStep
-//	mover.workAtRest          without a change: lets takeNextStep move sessions to new pods
+//	mover.workShared          calls workOnStep; if the step is done, and this router has a table
+//	                          and those of the plan, also one of the next two
+//	mover.propose             says how far the next step may go, and closes the sessions whose
+//	                          owner stays and has a new pod
+//	mover.workAtRest          without a change: lets takeNextStep close sessions for new pods
 //	membership.decide         begins the write or the LIST that member.decide asks for
 //	membership.takeInbox      takes the newest version of the object
 //	member.decide             says to adopt its plan, list, end all, write, or wait:
@@ -280,7 +295,8 @@
 //	membership.write          patches the object
 //	membership.listPods       lists the object and then the router pods
 //	membership.askPods        asks whether members that do not answer are gone
-//	membership.apply          gets what that made from its watcher, and wakes run
+//	membership.apply          gets the object that the write has made, from the watcher, and
+//	                          wakes run
 //	member.viewOf             makes the view of the plan
 //	mover.adopt               puts it in force: holds the step's namespaces, or opens them
 //	mover.dequeueStep         takes the sessions of the step from the queue
@@ -317,8 +333,8 @@
 // of overrides does), tablestore, route, overrides, namespace and hash (who owns), discovery,
 // cordon, backends, dialqueue, watch and kube (where owners are), top, relay (with epoll, its
 // event loop), tls and websocket (the life of a session), namespacelimit, result, log, runtime
-// and metrics, and wait (a back-off, a sleep, times, a wake-up). A file uses only those after
-// it.
+// and metrics, and wait (a back-off, a sleep, times, a wake-up). This is the order of
+// dependencies: a file uses only those after it.
 package main
 
 import (
@@ -507,7 +523,7 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 		_, err := backends.probe(ctx, backend)
 		return err
 	}
-	onViewChanged := func() { backends.queues.recheckOwners(mover.findQueue) }
+	onViewChanged := func() { backends.queues.recheckOwners(mover.findDialQueue) }
 	mover = newMover(tables, relay, c.moveRate, probe, onViewChanged, log)
 	mover.settleTime, mover.handoffOff = c.moveSettle, c.handoff == "off"
 	mover.flights.unprovenTimeout = c.handoffUnproven
@@ -707,7 +723,7 @@ func (p *program) stopClients(fastPath *fastPath, clientServer *http.Server,
 	timeout, cancel := context.WithTimeout(context.Background(), stopGrace)
 	defer cancel()
 	handled, allHandled := context.WithCancel(timeout)
-	go func() { p.proxy.unhandled.Wait(); allHandled() }() // Close below ends it at the latest
+	go func() { p.proxy.betweenServers.Wait(); allHandled() }() // Close below ends it at the latest
 	<-handled.Done()
 	idle, allIdle := context.WithCancel(context.Background())
 	defer allIdle() // also ends Shutdown
@@ -780,7 +796,7 @@ func newClientServer(ctx context.Context, p *proxy, log *slog.Logger) *http.Serv
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			client := c.(*clientConn)
 			client.serverCtx = ctx
-			client.count(&p.unhandled)
+			client.count(&p.betweenServers)
 			// That of a request ends when the client has left, also while the router stops.
 			return context.WithValue(context.WithoutCancel(ctx), clientConnKey{}, c)
 		},

@@ -69,7 +69,7 @@ func (a *ageSweep) closeOld(r *relay, now time.Time, movesWait bool) time.Time {
 func (a *ageSweep) oldSessions(r *relay, now time.Time) []*session {
 	age := now.Sub(r.began)
 	old := r.filter(func(s *session) bool {
-		return age-s.started >= a.maxAge(s) && !s.isClosing()
+		return age-s.started >= a.maxAge(s) && !s.isEnding()
 	})
 	slices.SortFunc(old, func(a, b *session) int { return cmp.Compare(a.started, b.started) })
 	return old

@@ -156,7 +156,7 @@ func (m *member) expireOffers(o *handoffObject, now time.Time) {
 		case m.newest != nil && m.newest.contentHash == content,
 			m.view.recordOf(content) >= 0, isOwn && a.content == content:
 			p.withdrawn = time.Time{}
-		case p.withdrawn.IsZero() && isOwn && a.content != noContent:
+		case p.withdrawn.IsZero() && isOwn && a.content != noTableContent:
 			p.withdrawn = now
 		case !p.withdrawn.IsZero() && now.Sub(p.withdrawn) >= offerTime:
 			delete(m.offered, content)
@@ -205,9 +205,9 @@ func (m *member) decide(s *decisionInput) decision {
 		return decision{action: actEndAll, why: "this router is not a member any more"}
 	case o == nil:
 		return waiting("the object of the hand-off does not exist, or has not been read yet")
-	case o.otherVersion != nil:
+	case o.otherPlanVersion != nil:
 		return waiting("the plan is of routers of another version, and is left as it is: %v",
-			o.otherVersion)
+			o.otherPlanVersion)
 	case o.plan != nil && m.follows(o):
 		if m.hasChanged(o) {
 			v := m.viewOf(o)
@@ -310,12 +310,12 @@ func (m *member) table(content uint64) *table {
 	return nil
 }
 
-// oldestTable returns the table of next's oldest record, nil if it is not known. In it
-// each kept namespace has the owner that it had before the record became the oldest one. A
-// table does not store that, and members must agree on it. A member knows it if its view
-// before has the same oldest record, or is of the steps right before it. Whoever does not
-// know it takes no owner: a router that was no member then, and after a reset also a
-// member that had come further than the router that has reset the plan.
+// oldestTable returns the table of next's oldest record, nil if it is not known. A table
+// does not store the owners of kept namespaces: those from before its record became the
+// oldest one. A member knows them if its view before had the same oldest record, or was of the
+// step just before that, in the same epoch. Otherwise they are unresolved: for a router that
+// was no member then, and after a reset also for a member that had come further than the
+// router that has reset the plan. So members never take different owners.
 func (m *member) oldestTable(next *memberView) *table {
 	t, prev := next.tables[0], m.view
 	if t == nil {
@@ -613,7 +613,7 @@ func (o *handoffObject) agreedMark(
 		a := o.answers[pod]
 		isAny := o.plan.members[pod].Instance == anyInstance
 		switch {
-		case isAny && a.content == noContent:
+		case isAny && a.content == noTableContent:
 			continue
 		case a.content != content:
 			return next, nil, false, fmt.Errorf("%s has another table", pod)
@@ -645,7 +645,7 @@ func (m *member) bootstrap(s *decisionInput) decision {
 	}
 	has := o.answers[m.name]
 	if has.instance != m.instance || !has.isWithoutView() ||
-		(has.content == noContent) != (a.content == noContent) {
+		(has.content == noTableContent) != (a.content == noTableContent) {
 		w := &handoffWrite{data: map[string]string{m.key(): a.String()}}
 		return m.writeIf(s, w, &a, s.now, "say that there is no plan")
 	}
@@ -664,8 +664,8 @@ func (m *member) bootstrap(s *decisionInput) decision {
 		case pod.ended || !pod.scheduled:
 		case !ok || !said.isWithoutView():
 			return decision{again: s.list.at.Add(maxPodListAge),
-				why: fmt.Sprintf("there is no plan, and %s has not said so", name)}
-		case said.content == noContent:
+				why: fmt.Sprintf("there is no plan; waiting for %s to confirm that it has none", name)}
+		case said.content == noTableContent:
 			p.members[name] = memberID{pod.uid, anyInstance}
 		default:
 			p.members[name] = memberID{pod.uid, said.instance}

@@ -221,7 +221,7 @@ func (m *membership) takeInbox(now time.Time) handoffInbox {
 // backends is not stored.
 func (m *membership) passStored(in *handoffInbox) {
 	if !m.storedPassed && in.object != nil && in.object.plan == nil &&
-		in.object.otherVersion == nil {
+		in.object.otherPlanVersion == nil {
 		m.storedPassed = true
 		m.onStored(nil)
 	}
@@ -268,7 +268,7 @@ func (m *membership) whyNotServing(in *handoffInbox) string {
 		}
 	case in.object == nil:
 		why = m.watcher.String() + " does not exist: apply the router's manifests"
-	case in.object.otherVersion != nil:
+	case in.object.otherPlanVersion != nil:
 		why = m.watcher.String() + " is of another version of the router: stop all routers, " +
 			"and empty it"
 	}
@@ -337,7 +337,7 @@ func (m *membership) requestDone(ctx context.Context, d decision, err error) {
 	}
 	if err != nil {
 		if omitted, ok := m.throttle.allow(10 * time.Second); ok {
-			m.log.Warn("cannot take part in the hand-off; it waits",
+			m.log.Warn("cannot write or list for the hand-off; will retry",
 				"object", m.watcher.String(), "purpose", d.why,
 				"class", errorClass(err), "error", err.Error(), "omitted", omitted)
 		}

@@ -292,7 +292,7 @@ func (s *handoffSim) anyContainer() (c *simContainer) {
 // serve is an upgrade and its session, as proxy does them, whose client leaves after this
 // time. It reports whether there was a session.
 func (c *simContainer) serve(namespace string, life time.Duration) bool {
-	a := c.assign(namespace)
+	a := c.ownerNow(namespace)
 	if a.state != stateOwned {
 		return false
 	}
@@ -470,7 +470,7 @@ func (s *handoffSim) whyUnsettled() string {
 		}
 		for _, namespace := range simNamespaces {
 			want, _ := t.owner(namespace)
-			if a := c.assign(namespace); a.state != stateOwned || a.owner != want {
+			if a := c.ownerNow(namespace); a.state != stateOwned || a.owner != want {
 				return fmt.Sprintf("%s: %s is with %d (state %d), want %d",
 					r.pod.name, namespace, a.owner, a.state, want)
 			}
@@ -730,7 +730,7 @@ func (s *handoffSim) atRest() bool {
 
 // openLong opens a session that stays until it is moved.
 func (c *simContainer) openLong(namespace string) {
-	a := c.assign(namespace)
+	a := c.ownerNow(namespace)
 	f, _, ok := c.startFlight(namespace, a.owner, "", nil)
 	if a.state != stateOwned || !ok {
 		c.pod.Fatalf("%s is not owned", namespace)
@@ -772,15 +772,15 @@ func TestHandoffAwayForOneRouter(t *testing.T) {
 		s.do(func() { s.overrides = next; s.version++ })
 		time.Sleep(10 * time.Second)
 		for _, namespace := range names[:len(names)-1] {
-			if a := first.assign(namespace); a.state != stateOwned || a.owner != 1 {
+			if a := first.ownerNow(namespace); a.state != stateOwned || a.owner != 1 {
 				t.Errorf("%s is with backend-%d (state %d), want backend-1", namespace, a.owner, a.state)
 			}
 		}
-		if a := first.assign(last); a.owner != 0 {
+		if a := first.ownerNow(last); a.owner != 0 {
 			t.Errorf("%s is with backend-%d, which is away", last, a.owner)
 		}
 		time.Sleep(maxAwayTime)
-		if a := first.assign(last); a.owner != 3 {
+		if a := first.ownerNow(last); a.owner != 3 {
 			t.Errorf("%s is with backend-%d after a minute, want backend-3", last, a.owner)
 		}
 		end()
@@ -842,7 +842,7 @@ func TestHandoffWaitsForCordon(t *testing.T) {
 		s.do(func() { s.overrides = map[string]string{"ns-0": "backend-1"}; s.version++ })
 		time.Sleep(10 * time.Minute)
 		wantEqual(t, "why the first one is not ready", first.whyNotReady(), "")
-		wantEqual(t, "owner while the cordons differ", first.assign("ns-0").owner, 0)
+		wantEqual(t, "owner while the cordons differ", first.ownerNow("ns-0").owner, 0)
 		if second.whyNotReady() == "" {
 			t.Error("the router without the cordon is ready")
 		}
@@ -850,7 +850,7 @@ func TestHandoffWaitsForCordon(t *testing.T) {
 		time.Sleep(20 * time.Second)
 		for _, c := range []*simContainer{first, second} {
 			wantEqual(t, "why not ready", c.whyNotReady(), "")
-			wantEqual(t, "owner", c.assign("ns-0").owner, 1)
+			wantEqual(t, "owner", c.ownerNow("ns-0").owner, 1)
 		}
 		end()
 		for _, r := range s.routers {
@@ -900,7 +900,7 @@ func checkHeldTime(t *testing.T, routers int) {
 	var held time.Duration
 	for range 5000 {
 		time.Sleep(time.Millisecond)
-		switch state := s.routers[0].container.assign("ns-0").state; {
+		switch state := s.routers[0].container.ownerNow("ns-0").state; {
 		case state == stateHeld && began.IsZero():
 			began = time.Now()
 		case state == stateOwned && !began.IsZero() && held == 0:

@@ -55,7 +55,7 @@ type mover struct {
 	wake         wakeup       // of run, when there may be something to do
 	awaitsEnd    atomic.Bool  // run waits for something of a step to be over
 	steps        atomic.Int64 // steps that are done
-	moved        atomic.Int64 // sessions that startMove has closed
+	moved        atomic.Int64 // sessions that moveSession has closed
 	cancelled    atomic.Int64 // sessions that stayed: a later change moved them back
 	seenStep     atomic.Int64 // the highest that a backend has answered: see noteStep
 	leaving      atomic.Bool  // see leave
@@ -72,7 +72,7 @@ type mover struct {
 	finishing    []*moveTally // whose last closing handshakes go on
 	queue        moveQueue
 	targets      *moveTargets
-	closing      []*session      // of the step, which still waits for them: isBackendDone
+	closing      []*session      // sessions of the step that are not isBackendDone yet
 	waitsForPace bool            // there are sessions that only wait for the pace
 	ctx          context.Context // of run
 }
@@ -123,9 +123,9 @@ func (m *mover) ownersChanged() {
 	m.tableChanged.notify()
 }
 
-// assign returns who owns the namespace now. Its owner may get requests only between
+// ownerNow returns who owns the namespace now. Its owner may get requests only between
 // startFlight and the end of that flight. It takes no lock and allocates nothing.
-func (m *mover) assign(namespace string) assignment {
+func (m *mover) ownerNow(namespace string) assignment {
 	v := m.current.Load()
 	if v == nil {
 		return assignment{state: stateNoView, owner: unresolved}
@@ -138,8 +138,8 @@ func (m *mover) assign(namespace string) assignment {
 	return a
 }
 
-// findQueue is the queueFinder of the dial queues.
-func (m *mover) findQueue(namespace string) int { return m.assign(namespace).queue() }
+// findDialQueue is the queueFinder of the dial queues.
+func (m *mover) findDialQueue(namespace string) int { return m.ownerNow(namespace).dialQueue() }
 
 // startFlight notes that the owner gets the request, which the caller sends next. cut is
 // nil for an upgrade: see flight.cut. Then it asks once more who the owner is, and
@@ -153,8 +153,8 @@ func (m *mover) startFlight(
 	if !m.handoffOff || cut != nil {
 		f = m.flights.add(namespace, owner, podUID, cut)
 	}
-	now = m.assign(namespace)
-	if now.queue() == owner {
+	now = m.ownerNow(namespace)
+	if now.dialQueue() == owner {
 		return f, now, true
 	}
 	if f != nil {
@@ -168,7 +168,7 @@ func (m *mover) startFlight(
 // owner this router does not know (ownerNotKnown) counts as one with another owner. If the
 // router is no member of the hand-off, all count as unresolved: actEndAll ends the sessions.
 func (m *mover) shouldMove(s *session) bool {
-	owner := m.assign(s.namespace).owner
+	owner := m.ownerNow(s.namespace).owner
 	return owner != unresolved && owner != s.backend || m.relay.podReplaced(s)
 }
 
@@ -293,7 +293,7 @@ func (m *mover) restartSettling(now time.Time) {
 // and need not move any more.
 func (m *mover) requeue(v *view, t *table, now time.Time) (cancelled int) {
 	var queue []queuedSession
-	for _, s := range m.openSessions() {
+	for _, s := range m.movableSessions() {
 		key := hash64(s.namespace)
 		target, kept := t.lookup(s.namespace, key)
 		if kept {
@@ -311,9 +311,9 @@ func (m *mover) requeue(v *view, t *table, now time.Time) (cancelled int) {
 	return cancelled
 }
 
-// openSessions returns the sessions whose closing handshake has not begun.
-func (m *mover) openSessions() []*session {
-	return m.relay.filter(func(s *session) bool { return !s.isClosing() })
+// movableSessions returns the sessions that neither end nor have ended.
+func (m *mover) movableSessions() []*session {
+	return m.relay.filter(func(s *session) bool { return !s.isEnding() })
 }
 
 // refreshQueue fills the queue anew if it is outdated.
@@ -367,7 +367,7 @@ func (m *mover) advance(now time.Time) time.Time {
 		case v.isAtRest(t.contentHash):
 			m.takeNewVersion(v, t)
 			m.raiseStep(m.current.Load())
-			m.endMove()
+			m.endMoves()
 			return again
 		case !v.wouldChange(t.contentHash, &next):
 			return again
@@ -432,7 +432,7 @@ func (m *mover) takeNextStep(v *view, t *table, now time.Time) (next mark, again
 	}
 	for _, q := range due {
 		if v.isAtRest(t.contentHash) || !q.changesOwner() {
-			m.startMove(q.session)
+			m.moveSession(q.session)
 		}
 	}
 	m.waitsForPace = settled && next.upto < allPlaces
@@ -461,7 +461,7 @@ func (m *mover) interval() time.Duration {
 	if m.shared == nil {
 		return m.moveInterval
 	}
-	return time.Duration(float64(m.moveInterval) / m.shared.shareWithFloor())
+	return time.Duration(float64(m.moveInterval) / m.shared.rateShareAtLeast())
 }
 
 // minMoveTime returns how long so many moves last at least: with -handoff=all those of all
@@ -488,14 +488,14 @@ func (m *mover) startPace(now time.Time) (ready bool, again time.Time) {
 // this router: nothing of it is left, and with -release the backends have stored the
 // state.
 func (m *mover) workOnStep(v *view) bool {
-	return m.closeLeaving(v) && m.releases.releaseAll(v.step, v.mustLeave, m.wake.notify)
+	return m.closeStepSessions(v) && m.releases.releaseAll(v.step, v.mustLeave, m.wake.notify)
 }
 
-// closeLeaving closes the sessions of v's step, and reports whether all of them, and
+// closeStepSessions closes the sessions of v's step, and reports whether all of them, and
 // the requests that their backends may have got, are over. An upgrade becomes a session
 // before it leaves the flights: so this looks at the flights first. A session whose
 // client has left may become a flight: so it looks at the flights again at the end.
-func (m *mover) closeLeaving(v *view) bool {
+func (m *mover) closeStepSessions(v *view) bool {
 	m.awaitsEnd.Store(true)
 	blocks := func(f *flight) bool { return m.blocks(v, f) }
 	for {
@@ -511,7 +511,7 @@ func (m *mover) closeLeaving(v *view) bool {
 			return !inFlight
 		}
 		for _, s := range m.closing {
-			m.startMove(s)
+			m.moveSession(s)
 		}
 	}
 }
@@ -527,7 +527,7 @@ func (m *mover) cutRequests(now time.Time) time.Time {
 		return time.Time{}
 	}
 	return m.flights.cutOverdue(now, func(f *flight) time.Time {
-		owner := m.assign(f.namespace).owner
+		owner := m.ownerNow(f.namespace).owner
 		switch {
 		case v.admitsNone || m.relay.isOldPod(f.backend, f.podUID):
 			return now
@@ -590,18 +590,18 @@ func (m *mover) takeNewVersion(v *view, t *table) *view {
 	return v
 }
 
-// startMove starts the closing handshake of a session, unless it is closing already.
-func (m *mover) startMove(s *session) {
+// moveSession starts the closing handshake of a session, unless it is closing already.
+func (m *mover) moveSession(s *session) {
 	if m.tally == nil { // it ends for a plan whose tables this router does not know
-		m.tally = newMoveTally(noContent)
+		m.tally = newMoveTally(noTableContent)
 	}
 	if m.tally.close(s, m.closeSession, m.wake.notify) {
 		m.moved.Add(1)
 	}
 }
 
-// endMove ends the tally and all dials if no session is left that has to move.
-func (m *mover) endMove() {
+// endMoves ends the tally and all dials if no session is left that has to move.
+func (m *mover) endMoves() {
 	if len(m.queue.sessions) == 0 {
 		m.targets.dropAll()
 		m.endTally()
@@ -703,8 +703,8 @@ func (m *mover) advanceShared(now time.Time) time.Time {
 			m.adopt(d.view.view, now)
 		case actEndAll:
 			m.awaitsEnd.Store(true)
-			for _, s := range m.openSessions() {
-				m.startMove(s)
+			for _, s := range m.movableSessions() {
+				m.moveSession(s)
 			}
 			return now.Add(minStepTime)
 		default:
@@ -753,7 +753,7 @@ func (m *mover) workAtRest(v *view, t *table, now time.Time) (again time.Time) {
 	if m.tally != nil {
 		m.refreshQueue(v, t, now)
 		_, again = m.takeNextStep(v, t, now)
-		m.endMove()
+		m.endMoves()
 	}
 	if next := m.takeNewVersion(v, t); next != v {
 		m.shared.member.view.view = next
@@ -764,7 +764,7 @@ func (m *mover) workAtRest(v *view, t *table, now time.Time) (again time.Time) {
 // propose returns how far the step after v's may go towards t, and when that may change,
 // zero if only when something happens. It counts how many sessions the pace allows until
 // the next step can begin. This router's share of the rate is its share of the sessions.
-// propose closes only the sessions whose owner stays and has another pod. closeLeaving
+// propose closes only the sessions whose owner stays and has another pod. closeStepSessions
 // closes those of the step, when the step has come.
 func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.Time) {
 	if m.tally == nil || m.tally.content != t.contentHash {
@@ -804,7 +804,7 @@ func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.T
 func (m *mover) moveToNewPods(due []queuedSession, now time.Time) {
 	for _, q := range due {
 		if !q.changesOwner() {
-			m.startMove(q.session)
+			m.moveSession(q.session)
 			m.pace.advance(now)
 		}
 	}
@@ -843,7 +843,7 @@ func (m *mover) dequeueStep(v *view, now time.Time) {
 	var rest []queuedSession
 	for _, q := range m.queue.sessions {
 		s := q.session
-		if s.isClosing() || !v.mustLeave(s.namespace, s.backend) {
+		if s.isEnding() || !v.mustLeave(s.namespace, s.backend) {
 			rest = append(rest, q)
 		} else if !slices.Contains(v.newestRecord().after.removed, s.backend) {
 			m.pace.advance(now)
@@ -857,9 +857,9 @@ func (s *sharedMove) stepAfter(now time.Time) time.Time {
 	return latest(now, s.member.stepSeenAt.Add(stepTime(len(s.member.view.plan.members))))
 }
 
-// shareWithFloor returns this router's part of the rate, above 0 and at most 1. A router that
+// rateShareAtLeast returns this router's part of the rate, above 0 and at most 1. A router that
 // had no session to move when it answered last has a small part. It takes membership.mu.
-func (s *sharedMove) shareWithFloor() float64 {
+func (s *sharedMove) rateShareAtLeast() float64 {
 	s.mu.Lock()
 	o := s.inbox.object
 	s.mu.Unlock()

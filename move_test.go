@@ -82,7 +82,7 @@ func (p *testProxy) waitCount(t *testing.T, want sessionCounts) {
 func TestMoveAtSessionStart(t *testing.T) {
 	p := startProxy(t, []string{"127.0.0.1:1", "127.0.0.1:1"}, map[string]string{"ns-01": "backend-0"}, nil)
 	p.override("42", map[string]string{"ns-01": "backend-1"})
-	eventually(t, "the owner", 1, func() int { return p.mover.assign("ns-01").owner })
+	eventually(t, "the owner", 1, func() int { return p.mover.ownerNow("ns-01").owner })
 	p.pendingUpgrades.acquire(0, 2, 10)
 	pairs, s := newSessionConns(t, "tcp", "tcp"), newSession("ns-01", 0, "")
 	u := &pendingRequest{limit: &p.pendingUpgrades, namespace: "ns-01"}
@@ -375,7 +375,7 @@ func TestMoveOfWhoWaitsForTheOldPod(t *testing.T) {
 		p, old, newPod, other := replaced(t, func(p *proxy) { p.mover.settleTime, p.relay.closeTimeout = 0, 300*time.Millisecond })
 		waiting := p.hang(t, request)
 		p.override("42", map[string]string{"ns-01": "backend-1"})
-		eventually(t, "owner of ns-01", 1, func() int { return p.mover.assign("ns-01").owner })
+		eventually(t, "owner of ns-01", 1, func() int { return p.mover.ownerNow("ns-01").owner })
 		old.Close()
 		mustAnswer(t, waiting, 101)
 		if n := newPod.heads(); len(n) != 0 {
@@ -649,7 +649,7 @@ func TestMoveTakenBack(t *testing.T) {
 	before, after := pinned(100, 0), pinned(100, 1)
 	movesIn(t, 10, 1, before, func(t *testing.T, m *moveTest) {
 		reported := &moveRecorder{}
-		m.tables.sources = append(m.tables.sources, &routerSource{overrideSource: reported, provisional: true})
+		m.tables.sources = append(m.tables.sources, &mergedSource{overrideSource: reported, provisional: true})
 		m.table(after)
 		moved := len(m.after(700 * time.Millisecond))
 		if moved < 2 || moved > 3 {
@@ -838,8 +838,8 @@ func TestMoveWaitsForWhoHasNotRead(t *testing.T) {
 			}
 			p.override("42", map[string]string{"ns-01": "backend-1"})
 			if closing {
-				isClosing := func() bool { return len(p.relay.filter((*session).isClosing)) == 1 }
-				eventually(t, "the session closes", true, isClosing)
+				isEnding := func() bool { return len(p.relay.filter((*session).isEnding)) == 1 }
+				eventually(t, "the session closes", true, isEnding)
 				reset(conn)
 			}
 			eventually(t, "the step waits for an upgrade or session", 1, func() int {

@@ -36,7 +36,7 @@ func (m *moveQueue) fill(sessions []queuedSession, now time.Time) (cancelled int
 		queued[q.session] = true
 	}
 	for _, q := range m.sessions {
-		if !queued[q.session] && !q.session.isClosing() {
+		if !queued[q.session] && !q.session.isEnding() {
 			cancelled++
 		}
 	}
@@ -89,7 +89,7 @@ func (m *moveQueue) split(
 	last := uint64(allPlaces) // the place of the last session that the pace has counted
 	for i, q := range m.sessions {
 		switch {
-		case q.session.isClosing():
+		case q.session.isEnding():
 		case q.changesOwner() && slices.Contains(next.away, q.target):
 			rest = append(rest, q)
 		case q.changesOwner() && slices.Contains(next.removed, q.session.backend):

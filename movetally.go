@@ -15,12 +15,12 @@ const (
 // moveTally counts the sessions that moved to one table, in one step or many. The mover's
 // run owns it, except for the atomic fields.
 type moveTally struct {
-	content     uint64 // of the table; noContent if it is not known
+	content     uint64 // of the table; noTableContent if it is not known
 	version     string // of the table
 	planned     int    // sessions that had to move in all: the most that mover.prepare has counted
 	prepared    time.Time
 	began       time.Time           // when sessions were free to move; zero before
-	moved       map[string]struct{} // namespaces of the closed sessions
+	namespaces  map[string]struct{} // namespaces of the closed sessions
 	sessions    int                 // that were closed
 	cancelled   int                 // sessions that stayed: a later change moved them back
 	longestHold time.Duration       // the longest time that a namespace was held
@@ -53,7 +53,7 @@ type moveReporter interface {
 
 // newMoveTally returns a tally without sessions.
 func newMoveTally(content uint64) *moveTally {
-	return &moveTally{content: content, prepared: time.Now(), moved: map[string]struct{}{}}
+	return &moveTally{content: content, prepared: time.Now(), namespaces: map[string]struct{}{}}
 }
 
 // close starts the closing handshake of a session with closeSession, and counts the session.
@@ -76,7 +76,7 @@ func (t *moveTally) close(
 		return false
 	}
 	t.sessions++
-	t.moved[s.namespace] = struct{}{}
+	t.namespaces[s.namespace] = struct{}{}
 	return true
 }
 
@@ -84,7 +84,7 @@ func (t *moveTally) close(
 func (t *moveTally) result() moveResult {
 	r := moveResult{
 		version: t.version, content: t.content, planned: t.planned, began: t.prepared,
-		namespaces: len(t.moved), sessions: t.sessions,
+		namespaces: len(t.namespaces), sessions: t.sessions,
 		cut: int(t.cuts.Load()), cancelled: t.cancelled, longestHold: t.longestHold,
 	}
 	if !t.began.IsZero() {
@@ -95,6 +95,6 @@ func (t *moveTally) result() moveResult {
 
 // examples returns the first maxMovedNames of the namespaces, by name.
 func (t *moveTally) examples() []string {
-	all := slices.Sorted(maps.Keys(t.moved))
+	all := slices.Sorted(maps.Keys(t.namespaces))
 	return slices.Clone(all[:min(len(all), maxMovedNames)])
 }

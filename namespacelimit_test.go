@@ -62,7 +62,7 @@ func TestNamespaceSessions(t *testing.T) {
 		_, _, resp = p.ask(t, request)
 		mustRefuseNamespace(t, resp, http.StatusServiceUnavailable)
 		line := p.tail.wait(t, "upgrade failed", 1)
-		wantEqual(t, "the reason in the log", line["reason"],
+		wantEqual(t, "the error in the log", line["error"],
 			any(`"ns-01" has 2 sessions and pending upgrades, the limit of a namespace`))
 	})
 }
@@ -188,7 +188,7 @@ func TestNamespaceSessionsOfAMove(t *testing.T) {
 		p.ask(t, request)
 		p.waitSessions(t, 1)
 		p.override("42", map[string]string{"ns-01": "backend-1"})
-		eventually(t, "sessions that are closed", 1, func() int { return len(p.relay.filter((*session).isClosing)) })
+		eventually(t, "sessions that are closed", 1, func() int { return len(p.relay.filter((*session).isEnding)) })
 		conn := dial(t, p.addr)
 		mustWrite(t, conn, request)
 		p.waitPending(t, 1)
@@ -225,7 +225,7 @@ func TestNamespaceRate(t *testing.T) {
 		_, _, resp = p.ask(t, strings.Replace(request, "ns-01", "ns-02", 1))
 		wantEqual(t, "the status of another namespace", resp.StatusCode, http.StatusSwitchingProtocols)
 		line := p.tail.wait(t, "upgrade failed", 1)
-		wantEqual(t, "the reason in the log", line["reason"],
+		wantEqual(t, "the error in the log", line["error"],
 			any(`"ns-01" has more than 2 upgrades per second, the limit of a namespace`))
 	})
 }

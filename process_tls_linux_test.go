@@ -49,10 +49,10 @@ func TestProcessCertificateReplaced(t *testing.T) {
 		mustRead(t, conn, message)
 	}
 	waitMetrics(t, &p.runningRouter, map[string]float64{
-		`router_sessions{backend="backend-0"}`:           float64(len(open)),
-		`router_tls_handshakes_total{result="failed"}`:   0,
-		`router_tls_handshakes_total{result="timeout"}`:  0,
-		`router_tls_handshakes_total{result="replaced"}`: 0,
+		`router_sessions{backend="backend-0"}`:          float64(len(open)),
+		`router_tls_handshakes_total{result="failed"}`:  0,
+		`router_tls_handshakes_total{result="timeout"}`: 0,
+		`router_tls_handshakes_total{result="evicted"}`: 0,
 	})
 }
 

@@ -60,7 +60,7 @@ type proxy struct {
 	namespaceLimiter    *namespaceLimiter // nil: no limits
 	requestsChecked     atomic.Int64      // calls of check
 	handling            waitCount         // requests that net/http has, but for those of forwarder
-	unhandled           sync.WaitGroup    // requests on their way from the fast path to ServeHTTP
+	betweenServers      sync.WaitGroup    // requests on their way from the fast path to ServeHTTP
 	upgradeDurations    *histogram        // from the head of an upgrade to its session
 	ownerWaits          *histogram        // of each wait for an owner
 	results             [numResults]atomic.Int64
@@ -148,14 +148,14 @@ func (p *proxy) logFailure(r *http.Request, result result, err error, plain bool
 		return
 	}
 	path, client := fmt.Sprintf("%.200s", r.URL.Path), lastClientAddrs(forwardedFor(r))
-	reason := fmt.Sprintf("%.300s", err.Error())
+	text := fmt.Sprintf("%.300s", err.Error())
 	if plain {
 		p.log.Warn("request failed", "path", path, "client", client,
-			"result", result.String(), "reason", reason, "omitted", omitted)
+			"result", result.String(), "error", text, "omitted", omitted)
 		return
 	}
 	p.log.Warn("upgrade failed", "path", path, "client", client,
-		"result", result.String(), "reason", reason, "omitted", omitted)
+		"result", result.String(), "error", text, "omitted", omitted)
 }
 
 // upgrade makes the request a session, or passes the owner's other answer on. If it
@@ -194,7 +194,7 @@ func (p *proxy) reserveHead(u *pendingRequest, n int) *refusal {
 		return nil
 	}
 	return refuse(resultMaxPending,
-		"the heads of pending requests, with short bodies, have %d bytes each on average, the limit",
+		"the heads and short bodies of pending requests have %d bytes on average, the limit",
 		headBytesPerRequest)
 }
 
@@ -245,10 +245,10 @@ func trimRequest(r *http.Request, ctx context.Context) *http.Request {
 	return r.WithContext(ctx)
 }
 
-// dialOwner waits until the owner of the namespace may have a session of it, and dials
-// that owner. ctx bounds it. u then has the connection.
+// dialOwner waits until the owner of the namespace may get requests of it, and dials that
+// owner. ctx bounds both. u then has the connection.
 func (p *proxy) dialOwner(ctx context.Context, u *pendingRequest) error {
-	if !p.backends.queues.isOpen(u.queue()) {
+	if !p.backends.queues.isOpen(u.dialQueue()) {
 		u.beginWait()
 	}
 	rechecks := 0
@@ -257,10 +257,10 @@ func (p *proxy) dialOwner(ctx context.Context, u *pendingRequest) error {
 			u.beginWait()
 		}
 		err := p.recheckOwner(ctx, u)
-		return u.queue(), err
+		return u.dialQueue(), err
 	}
 	for {
-		conn, podUID, err := p.backends.dialOwner(ctx, u.namespace, recheck, p.mover.findQueue)
+		conn, podUID, err := p.backends.dialOwner(ctx, u.namespace, recheck, p.mover.findDialQueue)
 		if err != nil {
 			return err
 		}
@@ -378,7 +378,7 @@ func (p *proxy) roundTrip(x *exchange) (*http.Response, error) {
 // nil.
 func (p *proxy) takeIdle(u *pendingRequest) *ownerConn {
 	u.podUID = p.backends.podUID(u.owner) // before it is asked for sessions with older pods
-	if u.queue() != u.owner || p.relay.oldPodSessionsDone(u.namespace) != nil ||
+	if u.dialQueue() != u.owner || p.relay.oldPodSessionsDone(u.namespace) != nil ||
 		!p.backends.queues.isOpen(u.owner) {
 		return nil
 	}
@@ -564,7 +564,7 @@ func (p *proxy) ownerName(ordinal int) string {
 
 // owner returns the backend that owns the namespace, or the next one if it is held.
 func (p *proxy) owner(namespace string) (assignment, *refusal) {
-	a := p.mover.assign(namespace)
+	a := p.mover.ownerNow(namespace)
 	switch a.state {
 	case stateNoView:
 		return a, refuseNoTable()

@@ -123,7 +123,7 @@ func TestProxyForwardsTheRequest(t *testing.T) {
 		"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Protocol: chat, superchat\r\nSec-WebSocket-Version: 13\r\n" +
 		"Upgrade: websocket\r\nX-Forwarded-For: 203.0.113.9, 127.0.0.1\r\nX-Forwarded-Host: www.mydomain.com:8443\r\n" +
 		"X-Forwarded-Proto: https\r\nX-Router-Backend: backend-0\r\nX-Router-Pod: router-x\r\nX-Router-Table: " + p.tables.table().stamp + "\r\n" +
-		fmt.Sprintf("X-Router-Step: %d\r\n\r\n", p.mover.assign("ns-01").step)
+		fmt.Sprintf("X-Router-Step: %d\r\n\r\n", p.mover.ownerNow("ns-01").step)
 	if got := backend.heads()[0]; sortedHead(got) != sortedHead(want) {
 		t.Errorf("the backend got\n%s\nwant\n%s", got, want)
 	}
@@ -152,7 +152,7 @@ func (p *testProxy) waitReason(t *testing.T, way, reason string) {
 	if way == "no upgrade" {
 		message = "request failed"
 	}
-	if got := fmt.Sprint(p.tail.wait(t, message, 1)["reason"]); !strings.Contains(got, reason) {
+	if got := fmt.Sprint(p.tail.wait(t, message, 1)["error"]); !strings.Contains(got, reason) {
 		t.Errorf("the reason is %q, want %q in it", got, reason)
 	}
 }
@@ -469,7 +469,7 @@ func TestProxyMovedInHandshake(t *testing.T) {
 	conn := p.send(t, "ns-01")
 	<-asked
 	p.tables.update(sourceContent{id: sourceID{name: "test"}, version: "42", overrides: newOverrideSet(map[string]string{"ns-01": "backend-1"})})
-	eventually(t, "owner of ns-01", 1, func() int { return p.mover.assign("ns-01").owner })
+	eventually(t, "owner of ns-01", 1, func() int { return p.mover.ownerNow("ns-01").owner })
 	close(swapped)
 	mustAnswer(t, conn, 101)
 	stamp := p.tables.table().stamp
@@ -500,9 +500,9 @@ func TestProxyAsksAgainAfterARelease(t *testing.T) {
 		if resp.StatusCode != 101 || len(backend.heads()) < 2 {
 			t.Errorf("%s after %d requests, want 101 after some", resp.Status, len(backend.heads()))
 		}
-		before := p.mover.assign("ns-02").step
+		before := p.mover.ownerNow("ns-02").step
 		p.override("42", map[string]string{"ns-02": "backend-1"})
-		eventually(t, "the next step is later", true, func() bool { return p.mover.assign("ns-02").step > before })
+		eventually(t, "the next step is later", true, func() bool { return p.mover.ownerNow("ns-02").step > before })
 	})
 	for _, header := range []string{"", "X-Router-Step: x\r\n", "X-Router-Step: 9000000000000000000\r\n"} {
 		both(t, func(t *testing.T, request string) {
@@ -521,7 +521,7 @@ func TestStartFlightAsksOnceMore(t *testing.T) {
 	r := lookupTable(t, 4, 1000)
 	m := restingMover(r)
 	const namespace = "ns-00000007"
-	owner := m.assign(namespace).owner
+	owner := m.ownerNow(namespace).owner
 	f, _, ok := m.startFlight(namespace, owner, "", nil)
 	if !ok || !m.flights.any(func(other *flight) bool { return other == f }) {
 		t.Fatalf("started: %t, want a flight", ok)

@@ -389,11 +389,11 @@ func (r *relay) countUnproven(s *session) {
 	}
 }
 
-// waitsForEnd reports whether the router waits until the backend of s, which ends, ends
-// its stream too. It may have requests of a client that is gone which it has not read
-// yet. A backend that has sent its Close frame is done.
+// waitsForEnd reports whether the router waits, after the end of s, until the backend ends
+// its stream too: it may not have read yet all that the client has sent. The router does
+// not wait for a backend that has sent a Close frame in the closing handshake.
 func (r *relay) waitsForEnd(s *session) bool {
-	answered := s.closing != nil && s.frames[backendSide].closed()
+	answered := s.closing != nil && s.scanners[backendSide].closed()
 	return r.onAbandoned != nil && !answered && !s.backendEnded.Load()
 }
 
@@ -432,8 +432,8 @@ func (s *session) setCause(cause cause) bool {
 	return s.cause.CompareAndSwap(int32(causeNone), int32(cause))
 }
 
-// isClosing reports whether the session has a cause: it ends or has ended.
-func (s *session) isClosing() bool { return cause(s.cause.Load()) != causeNone }
+// isEnding reports whether the session has a cause: it ends or has ended.
+func (s *session) isEnding() bool { return cause(s.cause.Load()) != causeNone }
 
 // isBackendDone reports whether the session itself keeps no step waiting. If its backend may
 // still serve the namespace after the session's end, there is a flight for that.
@@ -584,7 +584,7 @@ func newClosingHandshake(cause cause, onEnd func(cut bool)) *closingHandshake {
 	if cause != causeDrain {
 		toClient = closeFrame(closeServiceRestart, "service restart", false)
 	}
-	return &closingHandshake{frames: [2][]byte{toBackend, toClient}, onEnd: onEnd}
+	return &closingHandshake{closeFrames: [2][]byte{toBackend, toClient}, onEnd: onEnd}
 }
 
 // idleChecks is how many times endIdle checks a session in the time that it may be
@@ -619,5 +619,5 @@ func (s *session) checkIdle() bool {
 		return false
 	}
 	s.idleCount++
-	return s.idleCount > idleChecks && !s.isClosing() // a closing handshake has its own time
+	return s.idleCount > idleChecks && !s.isEnding() // a closing handshake has its own time
 }

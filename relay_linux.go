@@ -63,7 +63,7 @@ type sessionIO struct {
 	writeFailed    [2]bool         // a send to the side failed: nothing more is sent to it
 	bulk           [2]bulkState    // of what the side sends
 	unsent         [2]*unsentData  // from the side, not taken by its peer; nil if nothing
-	frames         [2]frameScanner // of what came from the side
+	scanners       [2]frameScanner // of what came from the side
 	halfCloseTimer *time.Timer     // nil until one direction has ended
 
 	// Guarded by poller.mu too, but sessionEnded reads closing without it, after the end.
@@ -226,7 +226,7 @@ func (p *poller) forwardPeeked(s *session, i side, ended bool) (more bool) {
 		return false
 	}
 	sent := n
-	if s.canSend(i) {
+	if s.canSendFrom(i) {
 		took, errno := p.buf.send(s.fd[i.other()], n)
 		sent = p.handleSent(s, i, took, errno, n)
 	}
@@ -244,7 +244,7 @@ func (p *poller) discardPeeked(s *session, i side, n int) {
 		got, errno := p.buf.receive(s.fd[i], n)
 		switch {
 		case errno == 0 && got > 0:
-			s.frames[i].scan(p.buf.data[:got], i == clientSide)
+			s.scanners[i].scan(p.buf.data[:got], i == clientSide)
 			n -= got
 		case errno != syscall.EINTR: // cannot happen: the bytes were there
 			p.end(s, causeRouterError)
@@ -274,15 +274,15 @@ func (p *poller) spliceIn(s *session, i side) (*pipe, syscall.Errno) {
 	if s.bulk[i] != inBulk || s.closing != nil {
 		return nil, 0
 	}
-	frames, head := s.frames[i], 0
-	if frames.remaining() < minSplice {
-		limit := int(frames.remaining()) + maxFrameHeader
+	scanner, head := s.scanners[i], 0
+	if scanner.remaining() < minSplice {
+		limit := int(scanner.remaining()) + maxFrameHeader
 		n, errno := p.buf.peek(s.fd[i], limit)
 		if errno != 0 || n == 0 {
 			return nil, errno
 		}
-		frames.scan(p.buf.data[:n], i == clientSide)
-		if head = n; frames.remaining() < minSplice {
+		scanner.scan(p.buf.data[:n], i == clientSide)
+		if head = n; scanner.remaining() < minSplice {
 			s.bulk[i] = notBulk
 			if n == limit { // the frames are small
 				s.bulk[i] = -bulkPause
@@ -294,14 +294,14 @@ func (p *poller) spliceIn(s *session, i side) (*pipe, syscall.Errno) {
 	if target == nil {
 		return nil, 0
 	}
-	n, errno := target.receive(s.fd[i], int(min(uint64(head)+frames.remaining(), uint64(target.size))))
+	n, errno := target.receive(s.fd[i], int(min(uint64(head)+scanner.remaining(), uint64(target.size))))
 	switch {
 	case errno == 0 && n > head:
-		frames.skip(uint64(n - head))
-		s.frames[i] = frames
+		scanner.skip(uint64(n - head))
+		s.scanners[i] = scanner
 		return target, 0
 	case errno == 0 && n > 0:
-		s.frames[i].scan(p.buf.data[:n], i == clientSide)
+		s.scanners[i].scan(p.buf.data[:n], i == clientSide)
 		return target, 0
 	case errno == syscall.EINVAL: // the socket's kind has no splice
 		errno = 0
@@ -318,7 +318,7 @@ func (p *poller) sendOrKeep(s *session, i side, n int) {
 		return
 	}
 	sent := n
-	if n > 0 && s.canSend(i) {
+	if n > 0 && s.canSendFrom(i) {
 		took, errno := p.buf.send(s.fd[i.other()], n)
 		sent = p.handleSent(s, i, took, errno, n)
 	}
@@ -329,7 +329,7 @@ func (p *poller) sendOrKeep(s *session, i side, n int) {
 
 // spliceOrKeep does what sendOrKeep does with the bytes in pipe, which it takes over.
 func (p *poller) spliceOrKeep(s *session, i side, pipe *pipe) {
-	if s.canSend(i) {
+	if s.canSendFrom(i) {
 		size := pipe.queued
 		n, errno := pipe.send(s.fd[i.other()])
 		if p.handleSent(s, i, n, errno, size) < size {
@@ -340,9 +340,9 @@ func (p *poller) spliceOrKeep(s *session, i side, pipe *pipe) {
 	p.pipes.put(pipe)
 }
 
-// canSend reports whether bytes from side i are sent to its peer. If not, they are
+// canSendFrom reports whether bytes from side i are sent to its peer. If not, they are
 // dropped.
-func (s *session) canSend(i side) bool { return s.open && !s.writeFailed[i.other()] }
+func (s *session) canSendFrom(i side) bool { return s.open && !s.writeFailed[i.other()] }
 
 // flushUnsent sends the unsent bytes of side i, if there are any, through the poller's
 // buffer: its peer's socket is writable. It keeps what the peer still does not take.
@@ -430,7 +430,7 @@ func (p *poller) endIfDead(s *session) {
 	switch {
 	case s.closing != nil || !s.isDead():
 	case s.fin == [2]bool{true, true} || s.writeFailed == [2]bool{true, true}:
-		p.endWhole(s, s.halfCloseCause)
+		p.endComplete(s, s.halfCloseCause)
 	default:
 		s.halfCloseTimer.Reset(p.relay.deadTimeout)
 	}
@@ -480,7 +480,7 @@ func (p *poller) halfClose(s *session, cause cause) {
 func (s *session) halfCloseExpired() {
 	p := s.poller
 	p.mu.Lock()
-	defer p.unlock()
+	defer p.unlockAndReport()
 	switch {
 	case s.closing != nil:
 	case s.isDead():
@@ -491,7 +491,7 @@ func (s *session) halfCloseExpired() {
 }
 
 // end ends the session, unless it has ended: it closes the sockets, or gives the backend's
-// to abandonBackend. unlock then calls sessionEnded.
+// to abandonBackend. unlockAndReport then calls sessionEnded.
 func (p *poller) end(s *session, cause cause) {
 	if !s.open {
 		return
@@ -526,7 +526,7 @@ func (s *session) end(cause cause) {
 	s.setCause(cause)
 	p := s.poller
 	p.mu.Lock()
-	defer p.unlock()
+	defer p.unlockAndReport()
 	p.end(s, cause)
 }
 
@@ -535,7 +535,7 @@ func (s *session) lock() { s.poller.mu.Lock() }
 
 // unlock unlocks what lock has locked. Sessions that have ended meanwhile are
 // reported to the relay.
-func (s *session) unlock() { s.poller.unlock() }
+func (s *session) unlock() { s.poller.unlockAndReport() }
 
 // startClose starts the closing handshake, if the session is to have one and has its
 // sockets. If it has no sockets yet, poller.carry does this. The caller holds
@@ -554,7 +554,7 @@ func (s *session) startClose() {
 func (s *session) closeExpired() {
 	p := s.poller
 	p.mu.Lock()
-	defer p.unlock()
+	defer p.unlockAndReport()
 	switch {
 	case !s.open:
 	case s.closing.expire(p.relay.closeTimeout):
@@ -582,9 +582,9 @@ func (p *poller) continueClose(s *session) {
 	}
 	unreachable := s.writeFailed == [2]bool{true, true}
 	h.gaveUp = h.gaveUp || unreachable
-	switch over := h.progress(&s.frames); {
+	switch over := h.progress(&s.scanners); {
 	case h.complete.Load():
-		p.endWhole(s, causeNone)
+		p.endComplete(s, causeNone)
 	case over, unreachable:
 		p.end(s, causeNone)
 	}
@@ -595,11 +595,11 @@ func (p *poller) continueClose(s *session) {
 // end with the Close frame.
 func (p *poller) scan(s *session, i side, n int) int {
 	if s.closing == nil {
-		s.frames[i].scan(p.buf.data[:n], i == clientSide)
+		s.scanners[i].scan(p.buf.data[:n], i == clientSide)
 		return n
 	}
-	n = s.closing.insertClose(&s.frames[i], i, p.buf.data[:], n)
-	if s.closing.giveUpBackend(&s.frames[backendSide]) {
+	n = s.closing.insertClose(&s.scanners[i], i, p.buf.data[:], n)
+	if s.closing.giveUpBackend(&s.scanners[backendSide]) {
 		p.resetBackend(s)
 	}
 	return n

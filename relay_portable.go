@@ -36,7 +36,7 @@ type sessionIO struct {
 
 	// Guarded by mu.
 	mu           sync.Mutex
-	frames       [2]frameScanner   // of what came from the side
+	scanners     [2]frameScanner   // of what came from the side
 	fin          [2]bool           // the side ended its stream before any closing handshake
 	writeFailed  [2]bool           // a write to the side failed: nothing more is sent to it
 	deadDeadline time.Time         // when the dead session is over; zero if it is not dead
@@ -176,7 +176,7 @@ func (s *session) readCause(from side, err error) cause {
 func (s *session) isTruncated() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.frames[clientSide].closed() || s.writeFailed[clientSide] || s.fin[backendSide] {
+	if s.scanners[clientSide].closed() || s.writeFailed[clientSide] || s.fin[backendSide] {
 		return false
 	}
 	s.setCause(causeTruncated)
@@ -278,7 +278,7 @@ func (s *session) scan(from side, buf []byte, n int, err error) (
 	h, interrupted := s.closing, errors.Is(err, os.ErrDeadlineExceeded)
 	switch {
 	case h == nil:
-		s.frames[from].scan(buf[:n], from == clientSide)
+		s.scanners[from].scan(buf[:n], from == clientSide)
 		s.fin[from] = err != nil
 		return n, false
 	case interrupted:
@@ -286,8 +286,8 @@ func (s *session) scan(from side, buf []byte, n int, err error) (
 	case err != nil:
 		h.ended[from] = true
 	}
-	n = h.insertClose(&s.frames[from], from, buf, n)
-	if h.giveUpBackend(&s.frames[backendSide]) {
+	n = h.insertClose(&s.scanners[from], from, buf, n)
+	if h.giveUpBackend(&s.scanners[backendSide]) {
 		s.resetBackend()
 	}
 	return n, true
@@ -301,7 +301,7 @@ func (s *session) continueClose(from side, err error) bool {
 	h := s.closing
 	h.flushed[from] = h.stopped[from]
 	h.gaveUp = h.gaveUp || s.writeFailed == [2]bool{true, true}
-	over := !s.over && h.progress(&s.frames) // after the end both reads fail
+	over := !s.over && h.progress(&s.scanners) // after the end both reads fail
 	s.mu.Unlock()
 	if over {
 		s.end(causeNone)

@@ -312,7 +312,7 @@ func TestRelayEndsIdle(t *testing.T) {
 		t.Errorf("ended after %s, want -idle-timeout %s and at most a quarter more", ended, timeout)
 	}
 	for name, c := range map[string]relayed{"client sends": clientSends, "backend sends": backendSends} {
-		if c.isClosing() {
+		if c.isEnding() {
 			t.Errorf("%s: ended with cause %v, want open", name, cause(c.cause.Load()))
 		}
 	}
@@ -418,7 +418,7 @@ func wantScanTime(t *testing.T, r *relay, m *mover, all []*session) {
 		}
 	}
 	scans := map[string]struct{ scan, plain func() }{
-		"sessions with a flag":        {func() { r.filter((*session).isClosing) }, each(func(s *session) { s.isClosing() })},
+		"sessions with a flag":        {func() { r.filter((*session).isEnding) }, each(func(s *session) { s.isEnding() })},
 		"sessions with another owner": {func() { r.filter(m.shouldMove) }, each(func(s *session) { m.shouldMove(s) })},
 		"sum of bytes":                {func() { r.bytes() }, each(func(s *session) { s.bytes() })},
 	}
@@ -511,7 +511,7 @@ func BenchmarkRelayScan(b *testing.B) {
 	r, _, _ := scanned(b, 0)
 	b.Run("ending", func(b *testing.B) {
 		for b.Loop() {
-			r.filter((*session).isClosing)
+			r.filter((*session).isEnding)
 		}
 	})
 	b.Run("bytes", func(b *testing.B) {

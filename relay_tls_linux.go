@@ -117,7 +117,7 @@ func (p *poller) handleTLSEnd(s *session) {
 	}
 	switch err := s.tls.ended; {
 	case errors.Is(err, io.EOF), s.closing != nil,
-		errors.Is(err, errTruncated) && (s.frames[clientSide].closed() || s.writeFailed[clientSide] || s.fin[backendSide]):
+		errors.Is(err, errTruncated) && (s.scanners[clientSide].closed() || s.writeFailed[clientSide] || s.fin[backendSide]):
 		p.sideEnded(s, clientSide)
 	default:
 		p.end(s, clientSide.causeOf(err))
@@ -128,7 +128,7 @@ func (p *poller) handleTLSEnd(s *session) {
 // them to the client. It keeps what the client does not take; all n count as carried. If
 // crypto/tls fails, nothing more is sent to the client. The caller holds mu.
 func (p *poller) sendTLS(s *session, n int) {
-	if n == 0 || !s.canSend(backendSide) {
+	if n == 0 || !s.canSendFrom(backendSide) {
 		return
 	}
 	if _, err := s.tls.Write(p.buf.data[:n]); err != nil { // what the client has sent was refused before
@@ -147,7 +147,7 @@ func (p *poller) sendSealed(s *session) {
 	size := b.sealed
 	b.sealed = 0
 	switch {
-	case size == 0 || !s.canSend(backendSide):
+	case size == 0 || !s.canSendFrom(backendSide):
 	case s.unsent[backendSide] == nil:
 		p.sendRecords(s, size)
 	case len(s.unsent[backendSide].data)+size > p.maxUnread(): // a client that asks and does not read
@@ -203,9 +203,9 @@ func (p *poller) shutdownWrite(s *session, i side) {
 	syscall.Shutdown(int(s.fd[i]), syscall.SHUT_WR)
 }
 
-// endWhole ends a session of which both streams are whole. If a client with TLS does not
+// endComplete ends a session of which both streams are whole. If a client with TLS does not
 // take close_notify at once, it does nothing: it is called again when that is sent.
-func (p *poller) endWhole(s *session, cause cause) {
+func (p *poller) endComplete(s *session, cause cause) {
 	if p.sendCloseNotify(s); s.unsent[backendSide] == nil {
 		p.end(s, cause)
 	}
@@ -213,7 +213,7 @@ func (p *poller) endWhole(s *session, cause cause) {
 
 // sendCloseNotify sends the alert close_notify to a client with TLS, once.
 func (p *poller) sendCloseNotify(s *session) {
-	if s.tls != nil && s.canSend(backendSide) && s.tls.Conn.CloseWrite() == nil {
+	if s.tls != nil && s.canSendFrom(backendSide) && s.tls.Conn.CloseWrite() == nil {
 		p.sendSealed(s)
 	}
 }

@@ -58,7 +58,7 @@ func TestTLSEndsAtCloseNotify(t *testing.T) {
 	s.writeFailed[backendSide] = true // as after an RST of the backend
 	p.sideEnded(s.session, backendSide)
 	open, fds := s.open, s.fd
-	p.unlock()
+	p.unlockAndReport()
 	wantEqual(t, "the session is open", open, false)
 	wantEqual(t, "its sockets", fds, [2]int32{-1, -1})
 	waitFor(t, r)

@@ -13,7 +13,7 @@ type status struct {
 	Routers     []routerState      `json:"routers"`               // those that answered, by name
 	Silent      []silentRouter     `json:"silent"`                // those that did not
 	Agree       bool               `json:"agree"`                 // all that answered have the same table
-	StatefulSet *setState          `json:"statefulset,omitempty"` // absent if flags give the backends
+	StatefulSet *statefulSetState  `json:"statefulset,omitempty"` // absent if flags give the backends
 	Sources     []sourceState      `json:"sources"`               // of overrides
 	Backends    []backendLoad      `json:"backends"`              // by ordinal
 	Handoff     handoffStatus      `json:"handoff"`
@@ -37,8 +37,8 @@ type routerState struct {
 	Sessions     int      `json:"sessions"`
 }
 
-// setState is the StatefulSet of the backends.
-type setState struct {
+// statefulSetState is the StatefulSet of the backends.
+type statefulSetState struct {
 	KubeNamespace string `json:"kube_namespace"`
 	Name          string `json:"name"`
 	Replicas      int    `json:"replicas"` // that it should have; 0 if that is not known
@@ -84,7 +84,7 @@ type topNamespace struct {
 // topStatus has the namespaces with the most load in this router, topSize at most in each
 // list, largest first. Those with the most bytes all have some.
 type topStatus struct {
-	Seconds    float64        `json:"bytes_over_seconds"` // over which bytes are counted
+	Seconds    float64        `json:"window_seconds"` // over which bytes are counted
 	BySessions []topNamespace `json:"by_sessions"`
 	ByBytes    []topNamespace `json:"by_bytes"`
 }
@@ -175,7 +175,7 @@ func (s *status) addStatefulSet(r *replicaWatcher) {
 	if r == nil {
 		return
 	}
-	s.StatefulSet = &setState{
+	s.StatefulSet = &statefulSetState{
 		KubeNamespace: r.watcher.kubeNamespace, Name: r.watcher.name,
 		Cordon: r.lastCordon().String(), CordonRejected: r.whyCordonRejected(),
 	}

@@ -46,7 +46,7 @@ type tableStore struct {
 	fromHost    bool // a namespace is the first label of a host name
 	log         *slog.Logger
 	onSwap      func()          // called after each swap of the table; must not block
-	sources     []*routerSource // in the order of addSource
+	sources     []*mergedSource // in the order of addSource
 
 	newest atomic.Pointer[table] // nil until overrides and backends are known, not nil after that
 	swaps  atomic.Int64          // of newest to a new table
@@ -64,8 +64,8 @@ type tableStore struct {
 // table returns the newest table, nil if there was none yet.
 func (r *tableStore) table() *table { return r.newest.Load() }
 
-// routerSource is a source of overrides that a tableStore merges with the others.
-type routerSource struct {
+// mergedSource is a source of overrides that a tableStore merges with the others.
+type mergedSource struct {
 	overrideSource
 	provisional bool            // a copy that may lag
 	contents    []sourceContent // nil before the first. Guarded by tableStore.mu.
@@ -76,7 +76,7 @@ type routerSource struct {
 // theirs. The caller runs the source. addSource must not be called once one runs.
 func (r *tableStore) addSource(provisional bool,
 	create func(update func(...sourceContent)) overrideSource) {
-	s := &routerSource{provisional: provisional}
+	s := &mergedSource{provisional: provisional}
 	s.overrideSource = create(func(contents ...sourceContent) { r.setContents(s, contents) })
 	r.sources = append(r.sources, s)
 }
@@ -97,7 +97,7 @@ func (r *tableStore) whyNoOverrides() string {
 
 // setContents replaces the contents of one source, and makes a table of all sources the
 // newest once they are known.
-func (r *tableStore) setContents(s *routerSource, contents []sourceContent) {
+func (r *tableStore) setContents(s *mergedSource, contents []sourceContent) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	s.contents = append([]sourceContent{}, contents...)

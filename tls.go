@@ -40,17 +40,17 @@ type tlsServer struct {
 type tlsResult int
 
 const (
-	tlsOK       tlsResult = iota
-	tlsFailed             // what the client sent is refused
-	tlsTimeout            // it took longer than -header-timeout, or the router has stopped
-	tlsReplaced           // ended to make room: too many waited for their clients, it for longest
-	tlsGone               // the client left
+	tlsOK      tlsResult = iota
+	tlsFailed            // what the client sent is refused
+	tlsTimeout           // it took longer than -header-timeout, or the router has stopped
+	tlsEvicted           // ended to make room: too many waited for their clients, it for longest
+	tlsGone              // the client left
 	numTLSResults
 )
 
 // String returns the result as the metrics' label has it.
 func (r tlsResult) String() string {
-	return [numTLSResults]string{"ok", "failed", "timeout", "replaced", "client_gone"}[r]
+	return [numTLSResults]string{"ok", "failed", "timeout", "evicted", "client_gone"}[r]
 }
 
 const (
@@ -96,18 +96,18 @@ func newTLSServer(config func() *tls.Config) *tlsServer {
 }
 
 // handshake does the handshake of t. The transport of t calls pause when it waits for the
-// client. over is closed when the client is gone or its time is over; nil: it never is.
+// client. expired is closed when the client is gone or its time is over; nil: it never is.
 //
 // resultOf gets the error of crypto/tls, and returns how the handshake has ended. handshake
 // counts that result, and takes the handshake out of running, to which the caller has added
 // it. It returns nil for tlsOK. After any other result nothing can be sent within TLS.
 func (s *tlsServer) handshake(
-	t *tlsConn, over <-chan struct{}, resultOf func(error) tlsResult,
+	t *tlsConn, expired <-chan struct{}, resultOf func(error) tlsResult,
 ) error {
 	began := time.Now()
-	t.over = over
+	t.expired = expired
 	err := s.compute(t, t.Conn.Handshake)
-	t.limit, t.over = math.MaxInt, nil // until it is a session's
+	t.limit, t.expired = math.MaxInt, nil // until it is a session's
 	result := resultOf(err)
 	s.count(result)
 	if result != tlsOK {
@@ -149,16 +149,16 @@ func (s *tlsServer) compute(t *tlsConn, handshake func() error) error {
 	return handshake()
 }
 
-// takeTurn waits for the turn of t to compute. It returns an error if t.over is closed before:
+// takeTurn waits for the turn of t to compute. It returns an error if t.expired is closed before:
 // a handshake that is late for its client only keeps others waiting.
 func (s *tlsServer) takeTurn(t *tlsConn) error {
 	select {
-	case <-t.over:
+	case <-t.expired:
 		return errHandshakeOver
 	default:
 	}
 	select {
-	case <-t.over:
+	case <-t.expired:
 		return errHandshakeOver
 	case s.computing <- struct{}{}:
 		t.computes = true
@@ -238,7 +238,7 @@ type tlsConn struct {
 
 	// Owned by who reads.
 	computes bool            // its handshake has a turn to compute
-	over     <-chan struct{} // see tlsServer.handshake
+	expired  <-chan struct{} // see tlsServer.handshake
 	taken    int             // bytes of the client since its last data
 	limit    int             // of taken
 }

@@ -20,7 +20,7 @@ type lazyTransport struct {
 // The states of a lazyTransport.
 const (
 	lazyHandshaking = iota // or not begun
-	lazyReplaced           // the same, but ended to make room: see tlsReplaced
+	lazyEvicted            // the same, but ended to make room: see tlsEvicted
 	lazyFailed
 	lazyDone
 )
@@ -37,8 +37,8 @@ func (l *lazyTransport) Read(b []byte) (n int, err error) {
 	if l.state.Load() == lazyDone {
 		return l.Conn.Read(b)
 	}
-	// pause returns no error: over is nil.
-	l.server.pause(l.conn, l.replace, func() { n, err = l.Conn.Read(b) })
+	// pause returns no error: expired is nil.
+	l.server.pause(l.conn, l.evict, func() { n, err = l.Conn.Read(b) })
 	return n, err
 }
 
@@ -46,13 +46,13 @@ func (l *lazyTransport) Write(b []byte) (n int, err error) {
 	if l.state.Load() == lazyDone {
 		return l.Conn.Write(b)
 	}
-	l.server.pause(l.conn, l.replace, func() { n, err = l.Conn.Write(b) })
+	l.server.pause(l.conn, l.evict, func() { n, err = l.Conn.Write(b) })
 	return n, err
 }
 
-// replace ends the handshake to make room: too many wait for their clients.
-func (l *lazyTransport) replace() {
-	if l.state.CompareAndSwap(lazyHandshaking, lazyReplaced) {
+// evict ends the handshake to make room: too many wait for their clients.
+func (l *lazyTransport) evict() {
+	if l.state.CompareAndSwap(lazyHandshaking, lazyEvicted) {
 		l.Conn.SetDeadline(time.Unix(1, 0))
 	}
 }
@@ -60,7 +60,7 @@ func (l *lazyTransport) replace() {
 // wait calls read, which waits for what comes before the handshake.
 func (l *lazyTransport) wait(read func()) {
 	l.begin()
-	l.server.waiting.during(l.replace, read)
+	l.server.waiting.during(l.evict, read)
 }
 
 // begin counts the handshake as one that runs, the first time that it is called.
@@ -104,8 +104,8 @@ func (l *lazyTransport) resultOf(err error) tlsResult {
 	if err == nil && l.state.CompareAndSwap(lazyHandshaking, lazyDone) {
 		return tlsOK
 	}
-	if l.state.Swap(lazyFailed) == lazyReplaced {
-		return tlsReplaced
+	if l.state.Swap(lazyFailed) == lazyEvicted {
+		return tlsEvicted
 	}
 	return tlsHandshakeResult(err)
 }

@@ -630,7 +630,7 @@ func TestTLSTurnTooLate(t *testing.T) {
 	s, over := newTLSServer(nil), make(chan struct{})
 	close(over)
 	for range 100 {
-		if err := s.takeTurn(&tlsConn{over: over}); err != errHandshakeOver {
+		if err := s.takeTurn(&tlsConn{expired: over}); err != errHandshakeOver {
 			t.Fatalf("it gets a turn: %v, want %v", err, errHandshakeOver)
 		}
 	}
@@ -785,11 +785,11 @@ func TestTLSReplaced(t *testing.T) {
 			client := tlsOver(t, good, p.client(0))
 			mustWrite(t, client, upgradeRequest("/ws/ns-01"))
 			mustEcho(t, client, "")
-			p.waitHandshakes(t, "1 ok, 1 replaced; 2 under way")
+			p.waitHandshakes(t, "1 ok, 1 evicted; 2 under way")
 			client.Close()
 			silent[1].Close()
 			silent[2].Close()
-			p.waitHandshakes(t, "1 ok, 1 replaced, 2 client_gone; 0 under way")
+			p.waitHandshakes(t, "1 ok, 1 evicted, 2 client_gone; 0 under way")
 			p.waitNobody(t)
 		})
 	}
@@ -836,7 +836,7 @@ func TestTLSReplacedAfterTheStop(t *testing.T) {
 	wantSent(t, silent, "")
 	mustWrite(t, client, upgradeRequest("/ws/ns-01"))
 	mustEcho(t, client, "")
-	p.waitHandshakes(t, "1 ok, 1 replaced; 0 under way")
+	p.waitHandshakes(t, "1 ok, 1 evicted; 0 under way")
 	client.Close()
 	p.waitNobody(t)
 }

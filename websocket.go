@@ -281,8 +281,8 @@ const maxCloseFrame = 2 + maskKey + maxControlPayload
 // The lock that guards the session's sockets guards all fields but complete. Arrays are
 // indexed by the side from which the bytes come.
 type closingHandshake struct {
-	frames         [2][]byte   // the Close frame that ends the stream to the side's peer
-	sent           [2]bool     // frames[side] was inserted; does not change after the session's end
+	closeFrames    [2][]byte   // the Close frame that ends the stream to the side's peer
+	sentFrom       [2]bool     // closeFrames[side] was inserted; does not change after the session's end
 	stopped        [2]bool     // nothing more that comes from the side is carried
 	flushed        [2]bool     // stopped, and the peer's socket has taken all before
 	ended          [2]bool     // the side has ended its stream
@@ -303,8 +303,8 @@ func (h *closingHandshake) insertClose(f *frameScanner, i side, buf []byte, n in
 	for !h.stopped[i] {
 		if f.atBoundary() && h.mayClose(f, i, buf[at:n]) {
 			f.scan(buf[at:n], i == clientSide)
-			h.sent[i], h.stopped[i] = true, true
-			return at + copy(buf[at:], h.frames[i])
+			h.sentFrom[i], h.stopped[i] = true, true
+			return at + copy(buf[at:], h.closeFrames[i])
 		}
 		h.stopped[i] = f.closed()
 		if at == n {
@@ -323,7 +323,7 @@ func (h *closingHandshake) mayClose(f *frameScanner, i side, rest []byte) bool {
 	if i == clientSide {
 		return !closes && (f.messageComplete() || h.messageOverdue || h.ended[clientSide])
 	}
-	return h.answerOverdue || h.ended[backendSide] || closes && h.sent[clientSide]
+	return h.answerOverdue || h.ended[backendSide] || closes && h.sentFrom[clientSide]
 }
 
 // start starts the handshake of a session of which the sides in ended have ended
@@ -355,7 +355,7 @@ func (h *closingHandshake) expire(timeout time.Duration) (last bool) {
 // The handshake goes on as if the backend had ended, and the session counts as cut.
 // f is the scanner of what the backend sends.
 func (h *closingHandshake) giveUpBackend(f *frameScanner) bool {
-	if !h.answerOverdue || !h.sent[backendSide] || h.ended[backendSide] || f.closed() {
+	if !h.answerOverdue || !h.sentFrom[backendSide] || h.ended[backendSide] || f.closed() {
 		return false
 	}
 	h.gaveUp = true
@@ -366,10 +366,10 @@ func (h *closingHandshake) giveUpBackend(f *frameScanner) bool {
 // progress reports whether the caller has to end the session: both sides have
 // answered and got all they should get, or one of them never will. Only in the former
 // case, and with a backend that was not reset, is the handshake complete.
-func (h *closingHandshake) progress(frames *[2]frameScanner) (over bool) {
+func (h *closingHandshake) progress(scanners *[2]frameScanner) (over bool) {
 	answered, hopeless := true, false
-	for i := range frames {
-		f := &frames[i]
+	for i := range scanners {
+		f := &scanners[i]
 		answered = answered && h.flushed[i] && (h.ended[i] || f.closed())
 		hopeless = hopeless || !h.stopped[i] && (h.ended[i] || f.broken())
 	}

@@ -126,7 +126,7 @@ func TestMetrics(t *testing.T) {
 		checkFamilies(t, r.pod, m, metricNames(), labelValues())
 		if !s.hasNginx() {
 			checkFamilies(t, r.pod, m, tlsMetricNames(), map[string]string{
-				"router_tls_handshakes_total result":                          "ok failed timeout replaced client_gone",
+				"router_tls_handshakes_total result":                          "ok failed timeout evicted client_gone",
 				"router_tls_certificate_expiry_timestamp_seconds certificate": "/tls",
 				"router_tls_certificate_rejected certificate":                 "/tls /tickets/secret",
 			})
