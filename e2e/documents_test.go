@@ -297,11 +297,15 @@ func appendBlock(blocks *[]commandBlock, b commandBlock, said bool) error {
 	return nil
 }
 
-// compact removes empty lines, and all white space but one space between words.
+// kubectlLog is the beginning of a line of kubectl's own log. "kubectl exec" writes one when
+// an event of a stream that has ended is late.
+var kubectlLog = regexp.MustCompile(`^[EWI]\d{4} \d\d:`)
+
+// compact removes empty lines, kubectl's log, and all white space but one space between words.
 func compact(text string) string {
 	var lines []string
 	for line := range strings.Lines(text) {
-		if words := strings.Fields(line); len(words) > 0 {
+		if words := strings.Fields(line); len(words) > 0 && !kubectlLog.MatchString(line) {
 			lines = append(lines, strings.Join(words, " "))
 		}
 	}
@@ -329,6 +333,7 @@ func TestDocumentBlocks(t *testing.T) {
 		t.Errorf("%+v", blocks)
 	}
 	for out, want := range map[string]bool{"x y-1\nz": true, "\nx      y-1 2  \n\nz\n": true, "x y\nz": false, "x y-1": false, "x y-1\nz\nmore": false} {
+		out += "\nE1130 01:23:04.202059   14219 websocket.go:296] Unknown stream id 1, discarding message\n"
 		if got := blocks[1].prints.MatchString(compact(out)); got != want {
 			t.Errorf("%q is what it prints: %t, want %t", out, got, want)
 		}
