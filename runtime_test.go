@@ -126,11 +126,14 @@ func TestGiveBack(t *testing.T) {
 		"busy":    {t.Context(), false, false},
 		"stopped": {stopped, true, false},
 	} {
-		waste()
-		returnHeap(test.ctx, func() bool { return test.calm })
-		if _, free := goMemory(); free < garbage/4 != test.all {
-			t.Errorf("%s: %d bytes of the heap are free, want that all are given back: %t", name, free, test.all)
-		}
+		// On a loaded machine the runtime may give back more by itself meanwhile, or have
+		// freed more than it has given back.
+		eventually(t, name+": all that is free is given back", test.all, func() bool {
+			waste()
+			returnHeap(test.ctx, func() bool { return test.calm })
+			_, free := goMemory()
+			return free < garbage/4
+		})
 		if got := debug.SetMemoryLimit(-1); got != 1<<40 {
 			t.Errorf("%s: the limit of memory is %d, want that of before", name, got)
 		}
