@@ -25,7 +25,7 @@ var errRecheckOwner = errors.New("the owner may have changed")
 // table's stamp, so they never change.
 const (
 	byHash        = -1 // the hash gives the owner, as without an override
-	unresolved    = -2 // there is no owner, or this router may serve none: see invariant 3
+	unresolved    = -2 // there is no owner, or this router may serve none (invariant 3)
 	invalidValue  = -3 // the override's value names no existing backend
 	queueHeld     = -4 // the queue of requests whose namespace is held; it is never ready
 	ownerNotKnown = -5 // a table that this router does not have gives the owner: any backend

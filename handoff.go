@@ -153,8 +153,8 @@ func union(a, b []int) []int {
 
 // nextBounded returns the plan after p, as next does, with at most maxRecords records.
 // If p is full, no table is added until the newest one covers everything. An owner that
-// comes back in that time gets all its namespaces in one step. An ordinal in
-// removed stays there. The caller sets the step.
+// comes back in that time gets all its namespaces in one step. An ordinal in removed stays
+// there. The caller sets the step.
 func (p *handoffPlan) nextBounded(content uint64, m mark, now time.Time) *handoffPlan {
 	newest := p.newestRecord()
 	if newest.content == p.nextContent(content) {

@@ -461,7 +461,7 @@ func (m *mover) interval() time.Duration {
 	if m.shared == nil {
 		return m.moveInterval
 	}
-	return time.Duration(float64(m.moveInterval) / m.shared.rateShareAtLeast())
+	return time.Duration(float64(m.moveInterval) / m.shared.positiveRateShare())
 }
 
 // minMoveTime returns how long so many moves last at least: with -handoff=all those of all
@@ -857,9 +857,9 @@ func (s *sharedMove) stepAfter(now time.Time) time.Time {
 	return latest(now, s.member.stepSeenAt.Add(stepTime(len(s.member.view.plan.members))))
 }
 
-// rateShareAtLeast returns this router's part of the rate, above 0 and at most 1. A router that
+// positiveRateShare returns this router's part of the rate, above 0 and at most 1. A router that
 // had no session to move when it answered last has a small part. It takes membership.mu.
-func (s *sharedMove) rateShareAtLeast() float64 {
+func (s *sharedMove) positiveRateShare() float64 {
 	s.mu.Lock()
 	o := s.inbox.object
 	s.mu.Unlock()

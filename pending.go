@@ -83,8 +83,7 @@ func (l *pendingLimit) add(ordinal, n int) {
 
 // beyondShare returns how many of so many places are beyond the share of the backend with
 // this ordinal. All requests that have no owner now have one place together: those of
-// queueHeld and of ownerNotKnown count as unresolved.
-// The caller holds mu.
+// queueHeld and of ownerNotKnown count as unresolved. The caller holds mu.
 func (l *pendingLimit) beyondShare(ordinal, taken int) int {
 	if ordinal < 0 {
 		return max(0, taken-1)

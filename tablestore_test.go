@@ -234,7 +234,7 @@ func TestRouterReportsTheEndOfACopy(t *testing.T) {
 }
 
 // A source that is read again with the same entries, as after a change of its
-// labels, is no swap and is told to nobody, but the table says its version.
+// labels, is no swap and is reported to nobody, but the table says its version.
 func TestRouterOtherVersionOfTheSame(t *testing.T) {
 	r, tail := loggedRouter(t)
 	fake, _ := r.addFakeSource(false)
@@ -253,7 +253,7 @@ func TestRouterOtherVersionOfTheSame(t *testing.T) {
 		t.Error("the table before was changed")
 	}
 	if swapped != 0 || len(fake.changes) != 0 || r.swaps.Load() != 1 || len(tail.all("routing table updated")) != 1 {
-		t.Errorf("%d swaps, %d changes told, %d lines of tables, want that of the first only", swapped, len(fake.changes), len(tail.all("routing table updated")))
+		t.Errorf("%d swaps, %d changes reported, %d lines of tables, want that of the first only", swapped, len(fake.changes), len(tail.all("routing table updated")))
 	}
 	if got := next.rejectionsOf("x"); len(got) != 2 || next.explain("b") != whyUnresolved {
 		t.Errorf("x: %v; b: %s", got, next.explain("b"))
@@ -261,8 +261,8 @@ func TestRouterOtherVersionOfTheSame(t *testing.T) {
 
 	b["b"] = "backend-3"
 	r.update(contentOf("a", "4", a), contentOf("b", "5", b)) // one has other labels, one other entries
-	if told := fake.changes; swapped != 1 || len(told) != 1 || told[0].id.name != "b" || told[0].changed != 1 || r.table().sources[0].version != "4" {
-		t.Errorf("%d swaps, told %+v of %+v, want one of b", swapped, told, r.table().sources)
+	if all := fake.changes; swapped != 1 || len(all) != 1 || all[0].id.name != "b" || all[0].changed != 1 || r.table().sources[0].version != "4" {
+		t.Errorf("%d swaps, reported %+v of %+v, want one of b", swapped, all, r.table().sources)
 	}
 	r.setBackends(backendSet{ordinalRange: ordinalRange{count: 3}})
 	r.update(contentOf("a", "6", a), contentOf("b", "5", b))

@@ -127,7 +127,7 @@ func (w *handoffWatch) describe(n int) string {
 	return out.String()
 }
 
-// TestHandoffWrites counts the writes of the routers: none at rest, 2 + 3R for an edit that
+// TestHandoffWrites counts the writes of the routers: none at rest, at most 2 + 3R for an edit that
 // moves no session, and 1 + R for each further step; or 1 + 2R if the routers may not move
 // their next sessions yet when they have released those of the step.
 func TestHandoffWrites(t *testing.T) {
