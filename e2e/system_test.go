@@ -57,9 +57,36 @@ func newSystem(t *testing.T) *system {
 	s := &system{t: t, root: root, known: map[string]*router{}}
 	s.loadConfig()
 	s.trust()
+	s.showLogsIfFailed(t)
 	s.awaitWhole()
 	s.findFront(0)
 	return s
+}
+
+// showLogsIfFailed writes the end of what the routers have logged since now into the log of
+// t, when t ends and has failed.
+func (s *system) showLogsIfFailed(t *testing.T) {
+	lines := int64(100) // of each router
+	since := metav1.Now()
+	t.Cleanup(func() {
+		if !t.Failed() {
+			return
+		}
+		ctx, cancel := cleanupContext()
+		defer cancel()
+		pods, err := s.client.CoreV1().Pods(s.namespace).List(ctx,
+			metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=router"})
+		if err != nil {
+			t.Logf("the routers' logs: %v", err)
+			return
+		}
+		for _, pod := range pods.Items {
+			log, err := s.client.CoreV1().Pods(s.namespace).GetLogs(pod.Name, &corev1.PodLogOptions{
+				Container: "router", SinceTime: &since, TailLines: &lines,
+			}).DoRaw(ctx)
+			t.Logf("the end of the log of %s (error %v):\n%s", pod.Name, err, log)
+		}
+	})
 }
 
 // findFront finds the way to nginx, as newFront does, and makes a dialer that goes there.
