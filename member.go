@@ -483,7 +483,8 @@ func (m *member) leave(s *decisionInput) decision {
 
 // join makes this router a member, once it has a table, in place of a container or a pod
 // of the same name before it: these have ended, or this one would not run. Until it has a
-// table, it removes them.
+// table, it removes them. A router that was removed, and lives on, joins once it has done what
+// the step asks of it: its answer is part of the write.
 func (m *member) join(s *decisionInput) decision {
 	p := m.view.plan
 	id, isNamed := p.members[m.name]
@@ -496,8 +497,8 @@ func (m *member) join(s *decisionInput) decision {
 		return m.writePlan(s, next, nil, s.now, "remove the container before")
 	case m.newest == nil:
 		return waiting("this router has no table")
-	case isAny && !s.stepDone:
-		return decision{}
+	case !s.stepDone:
+		return waiting("this router has not done step %d", m.view.step)
 	}
 	a := m.answer(s)
 	next := p.withMember(m.name, &memberID{m.uid, m.instance})

@@ -1249,7 +1249,8 @@ func rested(n int) (*modelWorld, *modelRouter, *decisionInput) {
 	return w, r, w.situationOf(r)
 }
 
-// Who was removed ends its sessions, also if the object is gone, and joins again then.
+// Who was removed ends its sessions, also if the object is gone, and joins again then: not
+// before the backends have released what it had.
 func TestRemovedMemberEndsSessions(t *testing.T) {
 	w, r, s := rested(2)
 	next := r.view.plan.withMember(r.pod, nil)
@@ -1266,7 +1267,11 @@ func TestRemovedMemberEndsSessions(t *testing.T) {
 			t.Errorf("with the object %v it decides to %d", o, r.decide(s).action)
 		}
 	}
-	s.object, s.hasWork = w.object, false
+	s.object, s.hasWork, s.stepDone = w.object, false, false
+	if d := r.decide(s); d.action != actWait {
+		t.Errorf("before the release it decides to %d: %s", d.action, d.why)
+	}
+	s.stepDone = true
 	if d := r.decide(s); d.action != actWrite || d.why != "join" {
 		t.Errorf("without sessions it decides to %d: %s", d.action, d.why)
 	}
