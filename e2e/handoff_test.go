@@ -278,6 +278,14 @@ func (s *system) awaitRest(version string, within time.Duration) {
 	eventually(s.t, within, "the change of owners to end", func() error { return s.atRest(s.t.Context(), version) })
 }
 
+// awaitCalm is awaitRest, and waits until a step of the next change may begin at once: routers
+// leave 100 ms between two steps.
+func (s *system) awaitCalm(version string, within time.Duration) {
+	s.t.Helper()
+	s.awaitRest(version, within)
+	until(s.t.Context(), 200*time.Millisecond)
+}
+
 // atRest is nil if no router has a change under way.
 func (s *system) atRest(ctx context.Context, version string) error {
 	var errs []error

@@ -195,7 +195,7 @@ func TestHandoffOverride(t *testing.T) {
 			s.mustLand(namespace, owner)
 		}
 		all = append(all, time.Since(c.at))
-		s.awaitRest(c.version, 20*time.Second)
+		s.awaitCalm(c.version, 20*time.Second)
 	}
 	t.Logf("handoff: an override of a namespace without sessions, after the API server's answer: the first router had it after %s; "+
 		"six clients were with the new owner after %s", newDistribution(first), newDistribution(all))
