@@ -2,7 +2,9 @@
 // backends and the Kubernetes API, against the cluster of the current
 // kubeconfig context, where it was deployed with `make deploy`, or with
 // `make deploy DEPLOY_WITH=tls-in-router`. Then there is no nginx, and "nginx" in the
-// tests stands for the router that clients get to: few tests differ (hasNginx).
+// tests stands for the router that clients get to: few tests differ (hasNginx). With
+// DEPLOY_WITH=no-tls clients come without TLS; that is for the tests of the hand-off, to
+// measure what handshakes of TLS would hide on a small machine.
 //
 // All code is in test files, and the tests run one after the other. Each test restores
 // what it changes: the overrides, the Secret, the pods. The names of the tests'

@@ -41,7 +41,8 @@ type front struct {
 	forward *forward // nil if addr was there already
 }
 
-// newFront takes the first address that answers with a certificate of the CA. It tries
+// newFront takes the first address that answers with a certificate of the CA, or without TLS
+// the first that answers. It tries
 // them once, or for as long as pods need that are ready and new: the way to them may not
 // be there on each node yet.
 func newFront(s *system, tryFor time.Duration) *front {
@@ -81,11 +82,15 @@ func newFront(s *system, tryFor time.Duration) *front {
 // frontAddresses returns where nginx may answer, best first.
 func (s *system) frontAddresses() []string {
 	s.t.Helper()
+	port, name := "443", "https"
+	if s.plain {
+		port, name = "80", "http"
+	}
 	switch own := os.Getenv("E2E_ADDR"); {
 	case own == "forward":
 		return nil
 	case own != "" && !strings.Contains(own, ":"):
-		return []string{own + ":443"}
+		return []string{net.JoinHostPort(own, port)}
 	case own != "":
 		return []string{own}
 	}
@@ -95,15 +100,15 @@ func (s *system) frontAddresses() []string {
 	}
 	var addrs []string
 	for _, ingress := range service.Status.LoadBalancer.Ingress {
-		addrs = append(addrs, net.JoinHostPort(ingress.IP+ingress.Hostname, "443")) // one of them is set
+		addrs = append(addrs, net.JoinHostPort(ingress.IP+ingress.Hostname, port)) // one of them is set
 	}
-	addrs = append(addrs, net.JoinHostPort(service.Spec.ClusterIP, "443"))
-	return append(addrs, s.nodePorts(service)...)
+	addrs = append(addrs, net.JoinHostPort(service.Spec.ClusterIP, port))
+	return append(addrs, s.nodePorts(service, name)...)
 }
 
-// nodePorts returns where the nodes offer nginx: the way into minikube and
+// nodePorts returns where the nodes offer the port of this name: the way into minikube and
 // kind from the machine that they run on.
-func (s *system) nodePorts(service *corev1.Service) []string {
+func (s *system) nodePorts(service *corev1.Service, name string) []string {
 	s.t.Helper()
 	nodes, err := s.client.CoreV1().Nodes().List(s.t.Context(), metav1.ListOptions{})
 	if err != nil {
@@ -111,7 +116,7 @@ func (s *system) nodePorts(service *corev1.Service) []string {
 	}
 	var addrs []string
 	for _, port := range service.Spec.Ports {
-		if port.Name != "https" || port.NodePort == 0 || len(nodes.Items) == 0 {
+		if port.Name != name || port.NodePort == 0 || len(nodes.Items) == 0 {
 			continue
 		}
 		for _, a := range nodes.Items[0].Status.Addresses {
@@ -133,8 +138,15 @@ func (s *system) needDirect() {
 	}
 }
 
-// shakeHands opens a TLS connection and verifies the certificate.
+// shakeHands opens a TLS connection and verifies the certificate, or without TLS only opens a
+// connection.
 func (s *system) shakeHands(addr string) error {
+	if s.plain {
+		if !answers(addr) {
+			return errors.New("it does not answer")
+		}
+		return nil
+	}
 	conn, err := tls.DialWithDialer(&net.Dialer{Timeout: 3 * time.Second}, "tcp", addr, s.tls)
 	if err != nil {
 		return err

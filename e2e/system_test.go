@@ -40,6 +40,7 @@ type system struct {
 	config    *rest.Config
 	namespace string      // the Kubernetes namespace
 	tls       *tls.Config // trusts certs/ca.crt, asks for hostName
+	plain     bool        // clients come without TLS: see servesTLS
 	front     *front
 	dialer    *dialer            // clients that go through nginx
 	known     map[string]*router // by the name of the pod
@@ -92,6 +93,7 @@ func (s *system) showLogsIfFailed(t *testing.T) {
 // findFront finds the way to nginx, as newFront does, and makes a dialer that goes there.
 func (s *system) findFront(tryFor time.Duration) {
 	s.t.Helper()
+	s.plain = !s.servesTLS()
 	s.front = newFront(s, tryFor)
 	transport := &http.Transport{
 		DialContext:     s.front.dial,
@@ -101,6 +103,9 @@ func (s *system) findFront(tryFor time.Duration) {
 	}
 	s.t.Cleanup(transport.CloseIdleConnections)
 	s.dialer = &dialer{base: "wss://" + hostName, http: &http.Client{Transport: transport}}
+	if s.plain {
+		s.dialer.base = "ws://" + hostName
+	}
 }
 
 // in returns the system in another Kubernetes namespace, once its pods are ready.
@@ -241,6 +246,17 @@ func (s *system) podAddress(pod corev1.Pod, port int) string {
 func (s *system) hasNginx() bool {
 	s.t.Helper()
 	return nginxIn(&s.pods(s.t.Context(), "router")[0])
+}
+
+// servesTLS reports whether clients come with TLS. They do not if the routers were deployed
+// with the component no-tls.
+func (s *system) servesTLS() bool {
+	s.t.Helper()
+	service, err := s.client.CoreV1().Services(s.namespace).Get(s.t.Context(), "router", metav1.GetOptions{})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return slices.ContainsFunc(service.Spec.Ports, func(p corev1.ServicePort) bool { return p.Name == "https" })
 }
 
 // nginxIn reports whether a pod of the router has nginx.
