@@ -75,7 +75,7 @@ func subcommands() map[string]subcommand {
 			nil, (*command).uncordonBackend},
 		"wait": {"", "" +
 			"Waits until no change of owners is under way, no session has to move, the routers agree,\n" +
-			"and each replica of the StatefulSet has namespaces. It fails at the timeout, when the\n" +
+			"and the table has each replica of the StatefulSet. It fails at the timeout, when the\n" +
 			"router that it asks does not answer, and when others are silent three times in a row.",
 			(*command).waitFlags, (*command).wait},
 	}
