@@ -78,6 +78,20 @@ func TestFastPathTLSStops(t *testing.T) {
 	})
 }
 
+// A client that says nothing more during its handshake does not keep the router from its end,
+// however long it might have taken.
+func TestFastPathTLSStopsInTime(t *testing.T) {
+	p := startTLS(t, []string{refusingAddr(t)}, tlsSetup{change: func(p *proxy) { p.limits.headerTimeout = time.Hour }})
+	hello := clientHello(&tls.Config{ServerName: "a.test"})
+	conn := dial(t, p.addr)
+	mustWrite(t, conn, hello[:len(hello)/2])
+	p.waitHandshakes(t, "; 1 under way")
+	p.stop()
+	mustBreak(t, conn)
+	p.waitHandshakes(t, "1 timeout; 0 under way")
+	p.waitNobody(t)
+}
+
 // A client for which no descriptor is left reads that within TLS, once its handshake is over.
 func TestFastPathTLSRefused(t *testing.T) {
 	p := startTLS(t, []string{refusingAddr(t)}, tlsSetup{change: func(p *proxy) {
