@@ -1034,5 +1034,8 @@ func TestRelayBytes(t *testing.T) {
 	served.Wait() // it may read its last bytes after the session is over
 	waitFor(t, p.relay)
 	wantEqual(t, "bytes", p.relay.bytes(), total)
+	for c := causeClientError; c < numCauses; c++ {
+		wantEqual(t, fmt.Sprint("sessions that ended with the cause ", c), p.relay.ended[c].Load(), 0)
+	}
 	wantEqual(t, "clean ends", p.relay.ended[causeClient].Load()+p.relay.ended[causeBackend].Load(), count)
 }
