@@ -272,8 +272,8 @@
 // view.next, beginStep and finishStep; workOnStep and what it calls stay:
 //
 //	mover.advanceShared       repeats what follows
-//	mover.workShared          calls workOnStep; if the step is done, and this router has a table
-//	                          and those of the plan, also one of the next two
+//	mover.workShared          calls workOnStep; if the step is done here, and this router has a
+//	                          table and those of the plan, also one of the next two
 //	mover.propose             says how far the next step may go, and closes the sessions whose
 //	                          owner stays and has a new pod
 //	mover.workAtRest          without a change: lets takeNextStep close sessions for new pods

@@ -75,7 +75,7 @@ func newMember(name, uid, instance string) *member {
 // for the step after.
 type stepProgress struct {
 	hasWork  bool // it has sessions, or requests that a backend may have got
-	stepDone bool // none of them has another owner than the view has after the step
+	doneHere bool // none of them has another owner than the view has after the step
 	next     mark // how far the step after may go, towards handoffPlan.nextContent
 	toMove   int  // sessions that have to move, also those that next covers
 }
@@ -221,7 +221,7 @@ func (m *member) decide(s *decisionInput) decision {
 		}
 		return m.reset(s)
 	}
-	if s.leaving && !s.hasWork && s.stepDone {
+	if s.leaving && !s.hasWork && s.doneHere {
 		return m.leave(s)
 	}
 	wait := decision{}
@@ -359,7 +359,7 @@ func (m *member) sendAnswer(s *decisionInput) decision {
 	if !m.view.mustAnswer {
 		return decision{}
 	}
-	if !s.stepDone {
+	if !s.doneHere {
 		return waiting("sessions of step %d are left", m.view.step)
 	}
 	a := m.answer(s)
@@ -497,7 +497,7 @@ func (m *member) join(s *decisionInput) decision {
 		return m.writePlan(s, next, nil, s.now, "remove the container before")
 	case m.newest == nil:
 		return waiting("this router has no table")
-	case !s.stepDone:
+	case !s.doneHere:
 		return waiting("this router has not done step %d", m.view.step)
 	}
 	a := m.answer(s)

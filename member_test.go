@@ -286,10 +286,10 @@ func (w *modelWorld) situationOf(r *modelRouter) *decisionInput {
 		now: w.clock(r), object: r.object, seenAt: r.seenAt, list: r.list, leaving: r.leaving,
 		gone: func(pod, uid string) bool { return w.pods[pod].uid != uid },
 	}
-	s.stepDone = true
+	s.doneHere = true
 	for i := range r.open {
 		s.hasWork = s.hasWork || r.open[i] != 0
-		s.stepDone = s.stepDone && w.misplaced(r, i) == 0
+		s.doneHere = s.doneHere && w.misplaced(r, i) == 0
 	}
 	s.next = r.next
 	if w.rules.situation != nil {
@@ -921,7 +921,7 @@ func TestModelNeedsRules(t *testing.T) {
 		{"only members admit", twoOwners, modelRules{
 			view: func(_ *modelRouter, v *memberView) { v.admitsNone = false }}},
 		{"an answer waits for the end of sessions", twoOwners, modelRules{
-			situation: func(_ *modelWorld, _ *modelRouter, s *decisionInput) { s.stepDone = true }}},
+			situation: func(_ *modelWorld, _ *modelRouter, s *decisionInput) { s.doneHere = true }}},
 		{"a step is done when all have answered", twoOwners, modelRules{
 			view: func(_ *modelRouter, v *memberView) { v.done = true }}},
 		{"only a pod that is gone is removed", twoOwners, modelRules{
@@ -1267,11 +1267,11 @@ func TestRemovedMemberEndsSessions(t *testing.T) {
 			t.Errorf("with the object %v it decides to %d", o, r.decide(s).action)
 		}
 	}
-	s.object, s.hasWork, s.stepDone = w.object, false, false
+	s.object, s.hasWork, s.doneHere = w.object, false, false
 	if d := r.decide(s); d.action != actWait {
 		t.Errorf("before the release it decides to %d: %s", d.action, d.why)
 	}
-	s.stepDone = true
+	s.doneHere = true
 	if d := r.decide(s); d.action != actWrite || d.why != "join" {
 		t.Errorf("without sessions it decides to %d: %s", d.action, d.why)
 	}
@@ -1648,7 +1648,7 @@ func TestShareOfTheRate(t *testing.T) {
 	}
 	m := &mover{moveInterval: time.Second}
 	wantEqual(t, "time between two moves of a router by itself", m.interval(), time.Second)
-	m.shared = &sharedMove{membership: &membership{member: r.member}}
+	m.shared = &sharedHandoff{membership: &membership{member: r.member}}
 	m.shared.inbox.object = s.object
 	wantEqual(t, "time between two moves with half of the rate", m.interval(), 2*time.Second)
 }
@@ -1762,7 +1762,7 @@ func TestBranchDoesNotFollow(t *testing.T) {
 func TestLeaveAfterRelease(t *testing.T) {
 	for _, released := range []bool{false, true} {
 		_, r, s := rested(2)
-		s.leaving, s.hasWork, s.stepDone = true, false, released
+		s.leaving, s.hasWork, s.doneHere = true, false, released
 		if left := r.decide(s).why == "leave"; left != released {
 			t.Errorf("released %t: leaves %t", released, left)
 		}

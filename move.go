@@ -42,7 +42,7 @@ type mover struct {
 	// httpMoveTime is how old a plain request may become when a step waits for it, or with
 	// -handoff=off when its owner changed; 0: it is cut at once.
 	httpMoveTime  time.Duration
-	shared        *sharedMove // nil without -handoff=all
+	shared        *sharedHandoff // nil without -handoff=all
 	ages          ageSweep
 	stepDurations *histogram // of the steps that are done
 	log           *slog.Logger
@@ -648,11 +648,11 @@ func (m *mover) keepReceipt(result moveResult) {
 	m.receipts.Store(&all)
 }
 
-// sharedMove is what the mover needs to know of the step that all routers take together
+// sharedHandoff is what the mover needs to know of the step that all routers take together
 // (-handoff=all). The mover's run owns it.
-type sharedMove struct {
+type sharedHandoff struct {
 	*membership
-	doneStep     int64         // the last step of which nothing is left in this router
+	lastDoneHere int64         // the last step of which nothing is left in this router
 	lastProposal *stepProposal // the last that may be in this router's answer; nil for none
 }
 
@@ -669,7 +669,7 @@ type stepProposal struct {
 // useMembership makes the mover share its steps, and the rate of moves, with other
 // routers.
 func (m *mover) useMembership(s *membership) {
-	m.shared = &sharedMove{membership: s}
+	m.shared = &sharedHandoff{membership: s}
 	s.wake = m.wake.notify
 }
 
@@ -720,19 +720,19 @@ func (m *mover) workShared(v *view, now time.Time) (p stepProgress, again time.T
 	inFlight := func() bool { return m.flights.any(func(*flight) bool { return true }) }
 	p.hasWork = inFlight() || m.relay.size() > 0 || inFlight() // one may become the other
 	if v == nil {
-		p.stepDone = !p.hasWork
+		p.doneHere = !p.hasWork
 		return p, time.Time{}
 	}
 	t := m.tables.table()
 	if m.tally == nil && t != nil && !v.isAtRest(t.contentHash) {
 		m.prepare(now) // this router has joined during a change
 	}
-	if m.shared.doneStep < v.step && (v.done || m.workOnStep(v)) {
-		m.shared.doneStep = v.step
+	if m.shared.lastDoneHere < v.step && (v.done || m.workOnStep(v)) {
+		m.shared.lastDoneHere = v.step
 	}
-	p.stepDone = m.shared.doneStep >= v.step
+	p.doneHere = m.shared.lastDoneHere >= v.step
 	switch {
-	case t == nil || !p.stepDone || !v.knowsAll() || v.admitsNone:
+	case t == nil || !p.doneHere || !v.knowsAll() || v.admitsNone:
 		return p, time.Time{}
 	case v.isAtRest(t.contentHash):
 		p.next = mark{upto: allPlaces}
@@ -853,13 +853,13 @@ func (m *mover) dequeueStep(v *view, now time.Time) {
 }
 
 // stepAfter returns when the step after the view's can begin: now or later.
-func (s *sharedMove) stepAfter(now time.Time) time.Time {
+func (s *sharedHandoff) stepAfter(now time.Time) time.Time {
 	return latest(now, s.member.stepSeenAt.Add(stepTime(len(s.member.view.plan.members))))
 }
 
 // positiveRateShare returns this router's part of the rate, above 0 and at most 1. A router that
 // had no session to move when it answered last has a small part. It takes membership.mu.
-func (s *sharedMove) positiveRateShare() float64 {
+func (s *sharedHandoff) positiveRateShare() float64 {
 	s.mu.Lock()
 	o := s.inbox.object
 	s.mu.Unlock()
