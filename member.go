@@ -19,16 +19,16 @@ const (
 
 // member is this router as one of those that share the object of the hand-off: what it
 // knows of the plan, and what it decides to do next. It does no I/O and reads no clock.
-// Its owner calls setNewest, sawStep and expireOffers with what is new, and then decide,
-// again and again. Before the owner carries out what decide returns, it calls commit. It
-// sends one write at a time. Only the view of the last actAdopt says whom to admit.
+// Its caller calls setNewest, noteBackendStep and expireOffers with what is new, and then
+// decide, again and again. Before the caller carries out what decide returns, it calls commit.
+// It sends one write at a time. Only the view of the last actAdopt says whom to admit.
 type member struct {
 	// Static after construction.
 	name, uid string // of the pod
 	instance  string // of the process: random
 
 	view        *memberView // that is in force in this router; nil before the first plan
-	highestStep int64       // the highest step that was in force, or that a backend has seen
+	highestStep int64       // the highest step that was in force, or that a backend has answered
 	newest      *table      // its own; nil before the first
 	newestAt    time.Time   // when its content was set
 
@@ -44,7 +44,7 @@ type member struct {
 	planWrite     *handoffWrite // the last write with a version; nil if there was none
 	planWrites    int           // how many of these there were
 	plannedAt     time.Time     // when it was sent
-	stepSeenAt    time.Time     // when the view got its step
+	stepAdoptedAt time.Time     // when the view got its step
 	rejectedEpoch string        // epoch of the last plan that did not follow; "" if there was none
 }
 
@@ -144,8 +144,8 @@ func (m *member) setNewest(t *table, now time.Time) {
 	}
 }
 
-// sawStep notes a step that a backend has seen: the next one is above it.
-func (m *member) sawStep(step int64) { m.highestStep = max(m.highestStep, step) }
+// noteBackendStep notes a step that a backend has answered: the next one is above it.
+func (m *member) noteBackendStep(step int64) { m.highestStep = max(m.highestStep, step) }
 
 // expireOffers notes which offered tables a version of the object shows to be no longer needed.
 func (m *member) expireOffers(o *handoffObject, now time.Time) {
@@ -180,7 +180,7 @@ func (v *memberView) recordOf(content uint64) int {
 func (m *member) commit(d decision, now time.Time) {
 	if d.view != nil {
 		if m.view == nil || m.view.step != d.view.step {
-			m.stepSeenAt = now
+			m.stepAdoptedAt = now
 		}
 		m.view = d.view
 		m.highestStep = max(m.highestStep, d.view.step)
@@ -393,7 +393,7 @@ func (m *member) isUnderWay(o *handoffObject, a *stepAnswer) bool {
 // the answer has to be sent alone: when answerWait is over, and when the present step waits
 // for no other answer.
 func (m *member) answerWithStep(s *decisionInput, a *stepAnswer) (d decision, ok bool) {
-	until := latest(m.newestAt, m.stepSeenAt).Add(answerWait)
+	until := latest(m.newestAt, m.stepAdoptedAt).Add(answerWait)
 	if !s.now.Before(until) {
 		return decision{}, false
 	}
@@ -577,12 +577,12 @@ func (m *member) writeStepWith(s *decisionInput, a *stepAnswer) decision {
 		return waiting("this router does not know all tables of step %d", v.step)
 	default:
 		next = v.plan.nextBounded(m.newest.contentHash, agreed, s.now)
-		sawLater := m.highestStep > v.step // a backend has seen a later step
-		if v.plan.isSame(next) && !sawLater {
+		backendIsAhead := m.highestStep > v.step // a backend has answered a later step
+		if v.plan.isSame(next) && !backendIsAhead {
 			return waiting("")
 		}
 		if len(next.records) > 1 {
-			at = m.stepSeenAt.Add(stepTime(len(v.plan.members)))
+			at = m.stepAdoptedAt.Add(stepTime(len(v.plan.members)))
 		}
 	}
 	at = latest(at, m.turn(s, writers))

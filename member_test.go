@@ -566,7 +566,7 @@ func (w *modelWorld) attack() {
 					}
 				}
 			}
-			l.sawStep(step)
+			l.noteBackendStep(step)
 		}
 	case 6:
 		l.skew = time.Duration(w.IntN(10000)-5000) * time.Millisecond
@@ -1334,7 +1334,7 @@ func TestMembersTakeTurns(t *testing.T) {
 		r.next = mark{upto: allPlaces}
 		r.commit(r.decide(w.situationOf(r)), w.now) // it adopts that
 		s := w.situationOf(r)
-		s.seenAt, r.stepSeenAt = s.now, s.now.Add(-time.Minute)
+		s.seenAt, r.stepAdoptedAt = s.now, s.now.Add(-time.Minute)
 		d := r.decide(s)
 		if r == first && (d.action != actWrite || !strings.HasPrefix(d.why, "step")) {
 			t.Errorf("the first decides to %d: %s", d.action, d.why)
@@ -1345,7 +1345,7 @@ func TestMembersTakeTurns(t *testing.T) {
 		if s.now = s.now.Add(turnInterval); r.decide(s).action != actWrite {
 			t.Errorf("after its turn it decides to %d", r.decide(s).action)
 		}
-		s.now, r.stepSeenAt = s.seenAt.Add(time.Hour), s.seenAt.Add(time.Hour)
+		s.now, r.stepAdoptedAt = s.seenAt.Add(time.Hour), s.seenAt.Add(time.Hour)
 		if d := r.decide(s); d.action != actWait || d.again.Sub(s.now) != stepTime(2) {
 			t.Errorf("right after a step it decides to %d: %s", d.action, d.why)
 		}
@@ -1432,12 +1432,12 @@ func TestAnswerWaitsOnlyForAnswers(t *testing.T) {
 	w.edit(to("backend-1"))
 	w.readEdit(first)
 	half := placeOf(hash64(modelNamespaces[0])) + 1
-	first.next, first.stepSeenAt = mark{upto: half}, w.now
+	first.next, first.stepAdoptedAt = mark{upto: half}, w.now
 	d := first.decide(w.situationOf(first))
 	if at := w.now.Add(stepTime(2)); d.action != actWrite || d.write.version != "" {
 		t.Errorf("before the time of a step that moves some, %s, it decides to %d: %s", at, d.action, d.why)
 	}
-	first.stepSeenAt = w.now.Add(-stepTime(2))
+	first.stepAdoptedAt = w.now.Add(-stepTime(2))
 	if d = first.decide(w.situationOf(first)); d.action != actWait || d.again != w.now.Add(answerWait) {
 		t.Errorf("at its time it decides to %d: %s", d.action, d.why)
 	}
@@ -1487,7 +1487,7 @@ func TestMissingAnswerDoesNotWait(t *testing.T) {
 		if blank {
 			first.view.tables[1], first.offered = nil, map[uint64]*offeredTable{}
 		}
-		first.open, first.stepSeenAt = [4]uint64{}, w.now.Add(-stepTime(2))
+		first.open, first.stepAdoptedAt = [4]uint64{}, w.now.Add(-stepTime(2))
 		if d := first.decide(w.situationOf(first)); d.action != actWrite || d.answer == nil || d.answer.blank != blank {
 			t.Errorf("blank %t: it decides to %d: %s, again in %s", blank, d.action, d.why, d.again.Sub(w.now))
 		}

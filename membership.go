@@ -158,16 +158,16 @@ func (m *membership) apply(objects map[string]*handoffConfigMap) {
 }
 
 // decide says what to do next, and begins what has to be written or listed. p is how far
-// this router has come, t its own table, nil if it has none yet, and seenStep the highest
-// step that a backend has seen. The caller carries out actAdopt and actEndAll, and calls
+// this router has come, t its own table, nil if it has none yet, and backendStep the highest
+// step that a backend has answered. The caller carries out actAdopt and actEndAll, and calls
 // decide again. All else only says when to call it again, if nothing happens before.
 func (m *membership) decide(
-	ctx context.Context, p stepProgress, t *table, seenStep int64, now time.Time,
+	ctx context.Context, p stepProgress, t *table, backendStep int64, now time.Time,
 ) decision {
 	m.ctx = ctx
 	in := m.takeInbox(now)
 	m.member.setNewest(t, now)
-	m.member.sawStep(seenStep)
+	m.member.noteBackendStep(backendStep)
 	if in.object != nil {
 		m.member.expireOffers(in.object, now)
 	}

@@ -57,7 +57,7 @@ type mover struct {
 	steps        atomic.Int64 // steps that are done
 	moved        atomic.Int64 // sessions that moveSession has closed
 	cancelled    atomic.Int64 // sessions that stayed: a later change moved them back
-	seenStep     atomic.Int64 // the highest that a backend has answered: see noteStep
+	backendStep  atomic.Int64 // the highest step that a backend has answered: see noteStep
 	leaving      atomic.Bool  // see leave
 
 	moving   atomic.Pointer[moveResult]   // the move under way, so far; nil for none
@@ -385,19 +385,19 @@ func (m *mover) noteStep(text string) bool {
 	if err != nil || step < 0 || step > time.Now().Add(24*time.Hour).UnixMilli() {
 		return false
 	}
-	for seen := m.seenStep.Load(); step > seen; seen = m.seenStep.Load() {
-		m.seenStep.CompareAndSwap(seen, step)
+	for highest := m.backendStep.Load(); step > highest; highest = m.backendStep.Load() {
+		m.backendStep.CompareAndSwap(highest, step)
 	}
 	m.wake.notify()
 	return true
 }
 
-// raiseStep gives v, which is at rest, a step above all that backends have seen: another
+// raiseStep gives v, which is at rest, a step above all that backends have answered: another
 // router was ahead, or the clock was before this one started.
 func (m *mover) raiseStep(v *view) {
-	if seen := m.seenStep.Load(); seen >= v.step {
+	if highest := m.backendStep.Load(); highest >= v.step {
 		next, plan := *v, *v.handoffPlan
-		plan.step = seen + 1
+		plan.step = highest + 1
 		next.handoffPlan = &plan
 		m.current.CompareAndSwap(v, &next)
 	}
@@ -405,7 +405,7 @@ func (m *mover) raiseStep(v *view) {
 
 // beginStep puts a view with a new step in force.
 func (m *mover) beginStep(v *view) {
-	v.step = max(v.step, m.seenStep.Load()+1)
+	v.step = max(v.step, m.backendStep.Load()+1)
 	if !v.done {
 		m.releases.startStep()
 	}
@@ -697,7 +697,7 @@ func (m *mover) advanceShared(now time.Time) time.Time {
 	for {
 		p, again := m.workShared(m.current.Load(), now)
 		m.shared.leaving = m.leaving.Load()
-		d := m.shared.decide(m.ctx, p, m.tables.table(), m.seenStep.Load(), now)
+		d := m.shared.decide(m.ctx, p, m.tables.table(), m.backendStep.Load(), now)
 		switch d.action {
 		case actAdopt:
 			m.adopt(d.view.view, now)
@@ -781,7 +781,7 @@ func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.T
 	p.next = mark{upto: allPlaces, away: away, removed: v.removedOwners(t)}
 	ready, resume := m.startPace(now)
 	schedule := m.pace // of what this router proposes; dequeueStep advances the pace itself
-	due, _ := m.queue.split(&p.next, ready, &schedule, m.shared.stepAfter(now))
+	due, _ := m.queue.split(&p.next, ready, &schedule, m.shared.nextStepTime(now))
 	p.toMove = len(m.queue.sessions)
 	m.moveToNewPods(due, now)
 	m.waitsForPace = ready && p.next.upto < allPlaces
@@ -852,9 +852,9 @@ func (m *mover) dequeueStep(v *view, now time.Time) {
 	m.queue.set(rest)
 }
 
-// stepAfter returns when the step after the view's can begin: now or later.
-func (s *sharedHandoff) stepAfter(now time.Time) time.Time {
-	return latest(now, s.member.stepSeenAt.Add(stepTime(len(s.member.view.plan.members))))
+// nextStepTime returns when the step after the view's can begin: now or later.
+func (s *sharedHandoff) nextStepTime(now time.Time) time.Time {
+	return latest(now, s.member.stepAdoptedAt.Add(stepTime(len(s.member.view.plan.members))))
 }
 
 // positiveRateShare returns this router's part of the rate, above 0 and at most 1. A router that
