@@ -41,11 +41,14 @@ type member struct {
 	lastAnswer    stepAnswer    // the last one that was sent
 	answerWrite   *handoffWrite // the write of that; nil if there was none
 	answeredAt    time.Time     // when it was sent
-	planWrite     *handoffWrite // the last write with a version; nil if there was none
-	planWrites    int           // how many of these there were
-	plannedAt     time.Time     // when it was sent
 	stepAdoptedAt time.Time     // when the view got its step
 	rejectedEpoch string        // epoch of the last plan that did not follow; "" if there was none
+
+	// A conditional write has a version as its precondition: the API server refuses it when
+	// the object has another one.
+	conditionalWrite  *handoffWrite // the last one that was sent; nil if there was none
+	conditionalWrites int           // how many were sent
+	conditionalAt     time.Time     // when the last one was sent
 }
 
 // offeredTable is a table that all routers may move to.
@@ -189,8 +192,8 @@ func (m *member) commit(d decision, now time.Time) {
 		m.lastAnswer, m.answerWrite, m.answeredAt = *d.answer, d.write, now
 	}
 	if d.write != nil && d.write.version != "" {
-		m.planWrite, m.plannedAt = d.write, now
-		m.planWrites++
+		m.conditionalWrite, m.conditionalAt = d.write, now
+		m.conditionalWrites++
 	}
 	if d.answer != nil && m.newest != nil && d.answer.content == m.newest.contentHash {
 		m.offered[d.answer.content] = &offeredTable{table: m.newest}
@@ -463,8 +466,9 @@ func (m *member) writeIf(
 	s *decisionInput, w *handoffWrite, a *stepAnswer, at time.Time, why string,
 ) decision {
 	w.uid, w.version = s.object.uid, s.object.version
-	if m.planWrite != nil && m.planWrite.uid == w.uid && m.planWrite.version == w.version {
-		at = latest(at, m.plannedAt.Add(writeTimeout))
+	last := m.conditionalWrite
+	if last != nil && last.uid == w.uid && last.version == w.version {
+		at = latest(at, m.conditionalAt.Add(writeTimeout))
 	}
 	if s.now.Before(at) {
 		return decision{why: why, again: at}
@@ -694,7 +698,7 @@ func (m *member) startEpoch(p *sharedPlan, s *decisionInput) {
 		last = max(last, a.step)
 	}
 	p.step = stepAbove(last, s.now)
-	p.epoch = fmt.Sprintf("%s.%d.%d", m.instance, p.step, m.planWrites)
+	p.epoch = fmt.Sprintf("%s.%d.%d", m.instance, p.step, m.conditionalWrites)
 }
 
 // needsList reports whether there is a list of pods to decide by. If not, d is what to

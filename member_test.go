@@ -1397,9 +1397,9 @@ func TestLastAnswerMakesTheStep(t *testing.T) {
 	if !isBoth(d, first) {
 		t.Fatalf("with all answers but its own it decides to %d: %s, %v", d.action, d.why, d.write)
 	}
-	writes := first.planWrites
+	writes := first.conditionalWrites
 	first.commit(d, w.now)
-	if first.planWrites != writes+1 || first.offered[first.newest.contentHash] == nil {
+	if first.conditionalWrites != writes+1 || first.offered[first.newest.contentHash] == nil {
 		t.Error("it does not note that it has written a plan, and named its table in an answer")
 	}
 	if again := first.decide(w.situationOf(first)); again.action != actWait {
