@@ -261,8 +261,8 @@
 //	poller.scan               finds the ends of frames in what came from a side
 //	closingHandshake.insertClose  puts a Close frame where one may stand
 //	mover.cutRequests         cuts the plain requests that have lasted too long
-//	relay.setBackendEnded     notes that the router waits for the backend no longer
-//	mover.somethingEnded      (as onBackendEnded, and onEnd of flights) wakes run
+//	relay.setBackendDone      notes that the router waits for the backend no longer
+//	mover.somethingEnded      (as onBackendDone, and onEnd of flights) wakes run
 //	stepReleases.releaseAll   asks the old owners to store the state, with -release
 //	mover.finishStep          opens the namespaces with their new owners
 //	dialQueues.recheckOwners  (in onViewChanged) wakes their clients

@@ -210,7 +210,7 @@ func (c *simContainer) endSession(s *session, why cause, onEnd func()) bool {
 		c.finish(seen)
 		c.relay.remove(s, [2]int64{})
 		s.counted.Store(true)
-		c.relay.onBackendEnded()
+		c.relay.onBackendDone()
 		onEnd()
 	})
 	return true
@@ -889,7 +889,7 @@ func checkHeldTime(t *testing.T, routers int) {
 				c.finish(seen)
 				c.relay.remove(x, [2]int64{})
 				x.counted.Store(true)
-				c.relay.onBackendEnded()
+				c.relay.onBackendDone()
 				onEnd(false)
 			})
 			return true

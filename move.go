@@ -103,7 +103,7 @@ func newMover(
 		m.moveInterval = time.Second / time.Duration(rate)
 	}
 	m.pace.interval, m.ages.pace.interval = m.interval(), m.moveInterval
-	m.flights.onEnd, relay.onBackendEnded = m.somethingEnded, m.somethingEnded
+	m.flights.onEnd, relay.onBackendDone = m.somethingEnded, m.somethingEnded
 	return m
 }
 

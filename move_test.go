@@ -396,7 +396,7 @@ func TestMoveAfterTheOldPod(t *testing.T) {
 	s.podUID = "a"
 	c := newSessionConns(t, "tcp", "tcp").start(p.relay, s, [2][]byte{})
 	closeWrite(t, c.backend)
-	eventually(t, "the pod is done with the session", true, s.backendEnded.Load)
+	eventually(t, "the pod is done with the session", true, s.backendDone.Load)
 	p.relay.setPods(map[int]string{0: "b"})
 	if p.relay.oldPodSessionsDone("ns-01") != nil || p.mover.shouldMove(s) {
 		t.Error("the session counts as one with an old pod")
@@ -508,7 +508,7 @@ func (m *moveTest) leave(s *session) bool {
 // release has the session be over.
 func (m *moveTest) release(s *session) {
 	s.counted.Store(true)
-	m.relay.onBackendEnded()
+	m.relay.onBackendDone()
 }
 
 // table makes data the overrides of the router's table.

@@ -75,7 +75,7 @@ func (e *engine) carry(s *session, _ [2]net.Conn, early [2][]byte) {
 func (e *engine) copy(s *session, from side, early []byte) {
 	e.copyFrom(s, from, early)
 	if from == backendSide {
-		e.relay.setBackendEnded(s)
+		e.relay.setBackendDone(s)
 	}
 	if s.running.Add(-1) == 0 {
 		s.end(cause(s.halfCloseCause.Load())) // has no effect if there is a cause already
@@ -317,5 +317,5 @@ func (s *session) resetBackend() {
 		conn.SetLinger(0) // if it fails, the backend gets a FIN instead of an RST
 	}
 	s.conn[backendSide].Close()
-	s.relay.setBackendEnded(s)
+	s.relay.setBackendDone(s)
 }
