@@ -435,9 +435,9 @@ func (s *session) setCause(cause cause) bool {
 // isEnding reports whether the session has a cause: it ends or has ended.
 func (s *session) isEnding() bool { return cause(s.cause.Load()) != causeNone }
 
-// isBackendDone reports whether the session itself keeps no step waiting: it has backendDone,
-// or is over. If its backend may still serve the namespace after the session's end, there is a
-// flight for that.
+// isBackendDone reports whether the session itself keeps no step waiting: backendDone is
+// set, or the session is over. If its backend may still serve the namespace after that, there
+// is a flight for it.
 func (s *session) isBackendDone() bool { return s.backendDone.Load() || s.counted.Load() }
 
 // filter returns the sessions for which match returns true, of those that are open at

@@ -445,7 +445,7 @@ func (p *poller) sideEnded(s *session, i side) {
 		p.relay.setBackendDone(s)
 	}
 	if s.closing != nil {
-		s.closing.ended[i] = true
+		s.closing.noMoreFrom[i] = true
 		return
 	}
 	p.halfClose(s, i.endCause())

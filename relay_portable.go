@@ -284,7 +284,7 @@ func (s *session) scan(from side, buf []byte, n int, err error) (
 	case interrupted:
 		s.conn[from].SetReadDeadline(time.Time{})
 	case err != nil:
-		h.ended[from] = true
+		h.noMoreFrom[from] = true
 	}
 	n = h.insertClose(&s.scanners[from], from, buf, n)
 	if h.giveUpBackend(&s.scanners[backendSide]) {
