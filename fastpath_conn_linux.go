@@ -625,7 +625,7 @@ func (c *fastConn) setBackend(fd int32) {
 	const i = backendSide
 	c.poller.mu.Lock()
 	defer c.poller.mu.Unlock()
-	c.fd[i], c.mask[i], c.events[i], c.mayHaveMore[i] = fd, 0, 0, false
+	c.fd[i], c.epollMask[i], c.events[i], c.mayHaveMore[i] = fd, 0, 0, false
 }
 
 // setBackendConn sets the socket of conn, which it closes, as the backend's. It returns an
