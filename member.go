@@ -792,9 +792,9 @@ func (m *member) rateShare(o *handoffObject) float64 {
 	return float64(own) / float64(all)
 }
 
-// whyNotReady says why this router admits nobody, or not to all namespaces yet. "" means
+// whyNotAdmitting says why this router admits nobody, or not to all namespaces yet. "" means
 // that it does. A namespace whose override is invalid counts for nothing.
-func (m *member) whyNotReady() string {
+func (m *member) whyNotAdmitting() string {
 	switch {
 	case m.view == nil:
 		return "there is no plan of the hand-off yet"

@@ -770,8 +770,8 @@ func (w *modelWorld) restless() string {
 		switch {
 		case r.member == nil:
 			return r.pod + " does not run"
-		case r.whyNotReady() != "":
-			return r.pod + ": " + r.whyNotReady()
+		case r.whyNotAdmitting() != "":
+			return r.pod + ": " + r.whyNotAdmitting()
 		case r.object != o || !r.view.done:
 			return r.pod + " is behind"
 		case !o.plan.isAtRest(r.newest.contentHash) || r.edit != len(w.edits)-1:

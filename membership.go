@@ -92,12 +92,12 @@ type handoffInbox struct {
 
 // sharedStatus is what operators may ask.
 type sharedStatus struct {
-	notReady string   // why this router admits nobody, or not to all namespaces; or ""
-	why      string   // what it does or waits for; or ""
-	members  []string // pods, sorted
-	missing  []string // those of them that have not answered the step
-	err      error    // of the last write or list; nil if it succeeded
-	podErr   error    // of the last request for a pod; nil if it succeeded
+	whyNotAdmitting string   // why this router admits nobody, or not to all namespaces; or ""
+	why             string   // what it does or waits for; or ""
+	members         []string // pods, sorted
+	missing         []string // those of them that have not answered the step
+	err             error    // of the last write or list; nil if it succeeded
+	podErr          error    // of the last request for a pod; nil if it succeeded
 }
 
 // handoffConfigMap is the object as the API server has it.
@@ -229,9 +229,9 @@ func (m *membership) passStored(in *handoffInbox) {
 
 // publish notes what operators may ask, and that this router has left.
 func (m *membership) publish(in *handoffInbox, d decision) {
-	st := sharedStatus{why: d.why, notReady: m.whyNotServing(in)}
+	st := sharedStatus{why: d.why, whyNotAdmitting: m.whyNotAdmitting(in)}
 	if in.object == nil {
-		st.why = st.notReady
+		st.why = st.whyNotAdmitting
 	}
 	if v := m.member.view; v != nil {
 		for pod := range v.plan.members {
@@ -255,9 +255,10 @@ func (m *membership) publish(in *handoffInbox, d decision) {
 	}
 }
 
-// whyNotServing says why this router admits nobody, or not to all namespaces yet.
-func (m *membership) whyNotServing(in *handoffInbox) string {
-	why := m.member.whyNotReady()
+// whyNotAdmitting says why this router admits nobody, or not to all namespaces yet. It says
+// what the member says, or what is wrong with the object if the member has no view for that.
+func (m *membership) whyNotAdmitting(in *handoffInbox) string {
+	why := m.member.whyNotAdmitting()
 	switch {
 	case why == "" || m.member.view != nil:
 		return why
@@ -285,11 +286,11 @@ func (m *membership) snapshot() sharedStatus {
 // whyNotReady says why the router should get no new clients yet, or "".
 func (m *membership) whyNotReady() string {
 	st := m.snapshot()
-	if st.notReady == "" {
+	if st.whyNotAdmitting == "" {
 		return ""
 	}
-	text := "the hand-off: " + st.notReady
-	if st.why != "" && st.why != st.notReady {
+	text := "the hand-off: " + st.whyNotAdmitting
+	if st.why != "" && st.why != st.whyNotAdmitting {
 		text += "; " + st.why
 	}
 	err := cmp.Or(st.err, st.podErr)
@@ -573,7 +574,7 @@ func (m *membership) writeMetrics(w metricsWriter) {
 	w.single("router_handoff_member", "gauge",
 		"1 if this router admits clients to all namespaces that are not being "+
 			"handed over.",
-		boolToFloat(st.notReady == ""))
+		boolToFloat(st.whyNotAdmitting == ""))
 	sample := w.family("router_handoff_writes_total", "counter",
 		"Writes of the object of the hand-off, by result.")
 	sample(float64(m.counts.written.Load()), "result", "ok")
