@@ -132,7 +132,7 @@ func (e *engine) assign(s *session, _ [2]net.Conn) { s.poller = e.nextPoller() }
 // its poller.
 func (e *engine) carry(s *session, conns [2]net.Conn, early [2][]byte) {
 	p := s.poller
-	client, tls := takeTLS(conns[clientSide])
+	client, tls := unwrapTLS(conns[clientSide])
 	fds := [2]int32{takeDescriptor(client), takeDescriptor(conns[backendSide])}
 	p.mu.Lock()
 	defer p.unlockAndReport()

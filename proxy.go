@@ -739,7 +739,7 @@ func (p *proxy) hijack(w http.ResponseWriter, head []byte) (net.Conn, []byte, er
 	early, _ := rw.Reader.Peek(rw.Reader.Buffered()) // no error: it is buffered
 	client, rest := unwrap(conn.(*clientConn).Conn)
 	early = slices.Concat(early, rest)
-	if _, t := takeTLS(client); t != nil {
+	if _, t := unwrapTLS(client); t != nil {
 		early = append(early, t.takeBuffered()...)
 	}
 	client.SetDeadline(time.Now().Add(p.limits.handshakeTimeout))

@@ -58,7 +58,7 @@ func (e *engine) stop() {}
 // called.
 func (e *engine) assign(s *session, conns [2]net.Conn) {
 	s.conn, s.relay = conns, e.relay
-	if socket, t := takeTLS(conns[clientSide]); t != nil {
+	if socket, t := unwrapTLS(conns[clientSide]); t != nil {
 		t.setTransport(socket, true)
 	}
 }
