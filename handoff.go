@@ -197,9 +197,9 @@ type assignment struct {
 	step  int64  // of the view's plan
 }
 
-// dialQueue returns the dial queue in which a request of the namespace has to wait: unresolved
-// if it has none, since it has no owner or there is no view.
-func (a assignment) dialQueue() int {
+// queueOrdinal returns the ordinal of the dial queue in which a request of the namespace has to
+// wait: unresolved if it has none, since it has no owner or there is no view.
+func (a assignment) queueOrdinal() int {
 	switch a.state {
 	case stateOwned:
 		return a.owner

@@ -523,7 +523,7 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 		_, err := backends.probe(ctx, backend)
 		return err
 	}
-	onViewChanged := func() { backends.queues.recheckOwners(mover.findDialQueue) }
+	onViewChanged := func() { backends.queues.recheckOwners(mover.findQueueOrdinal) }
 	mover = newMover(tables, relay, c.moveRate, probe, onViewChanged, log)
 	mover.settleTime, mover.handoffOff = c.moveSettle, c.handoff == "off"
 	mover.flights.unprovenTimeout = c.handoffUnproven

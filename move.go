@@ -138,8 +138,8 @@ func (m *mover) ownerNow(namespace string) assignment {
 	return a
 }
 
-// findDialQueue is the queueFinder of the dial queues.
-func (m *mover) findDialQueue(namespace string) int { return m.ownerNow(namespace).dialQueue() }
+// findQueueOrdinal is the queueFinder of the dial queues.
+func (m *mover) findQueueOrdinal(namespace string) int { return m.ownerNow(namespace).queueOrdinal() }
 
 // startFlight notes that the owner gets the request, which the caller sends next. cut is
 // nil for an upgrade: see flight.cut. Then it asks once more who the owner is, and
@@ -154,7 +154,7 @@ func (m *mover) startFlight(
 		f = m.flights.add(namespace, owner, podUID, cut)
 	}
 	now = m.ownerNow(namespace)
-	if now.dialQueue() == owner {
+	if now.queueOrdinal() == owner {
 		return f, now, true
 	}
 	if f != nil {
