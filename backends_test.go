@@ -174,7 +174,7 @@ func (b *queueTest) set(down bool) {
 	b.readinessChanged()
 }
 
-// upgrade waits and dials until it is through, as backends.dialOwner does.
+// upgrade waits and dials until it is through, as backends.dialWhenReady does.
 func (b *queueTest) upgrade(ctx context.Context, i int) error {
 	w := b.newWaiter("ns")
 	for {

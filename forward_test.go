@@ -772,7 +772,7 @@ func TestForwardPodReplaced(t *testing.T) {
 	mustWrite(t, old, plainRequest("/ws/ns-01"))
 	eventually(t, "requests that were sent", 1, p.forwarder.size)
 	if p.relay.setPods(map[int]string{0: "b"}) {
-		p.mover.ownersChanged()
+		p.mover.tableOrPodChanged()
 	}
 	readAnswerText(t, old, 503, "")
 	<-ended

@@ -145,7 +145,7 @@ func TestViewComesToRest(t *testing.T) {
 func restingMover(r *tableStore) *mover {
 	log := slog.New(slog.DiscardHandler)
 	m := newMover(r, newRelay(func(i int) string { return backendName("backend", i) }, log), 0, nil, func() {}, log)
-	m.ownersChanged()
+	m.tableOrPodChanged()
 	return m
 }
 

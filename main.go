@@ -148,7 +148,7 @@
 //	proxy.requestContexts     bounds the wait for the owner
 //	proxy.askOwners           asks the owner, and again when another one has to be asked
 //	proxy.dialOwner           dials it when it may get requests of the namespace
-//	backends.dialOwner        repeats the next three until the owner is connected
+//	backends.dialWhenReady    repeats the next three until the owner is connected
 //	proxy.recheckOwner        (as recheck) finds the owner, as above
 //	dialQueues.wait           waits in the owner's queue
 //	backends.dialInTurn       dials the owner, as above
@@ -235,7 +235,7 @@
 //	tableStore.swap           makes a new table the newest
 //	newTable                  merges the contents, and decides which overrides are in force
 //	relay.setPods             another entry: a pod was replaced
-//	mover.ownersChanged       (as onSwap) wakes run. Without -handoff=all it also puts the first
+//	mover.tableOrPodChanged   (as onSwap) wakes run. Without -handoff=all it also puts the first
 //	                          view in force, and with -handoff=off each view
 //	mover.run                 calls prepare for a new table, and advance after each event
 //	mover.prepare             begins to move sessions to the table
@@ -450,7 +450,7 @@ func newProgram(c *config, getenv func(string) string, queue *logQueue,
 	if backends == nil {
 		onPods := func(uids map[int]string) {
 			if proxy.relay.setPods(uids) {
-				proxy.mover.ownersChanged()
+				proxy.mover.tableOrPodChanged()
 			}
 		}
 		endpoints = newEndpointWatcher(*kubeClient, kubeNamespace,
@@ -513,7 +513,7 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 	tables := &tableStore{
 		statefulSet: c.statefulSet, fromHost: c.layout.fromHost,
 		active: backends.fixed, listedCordon: c.cordon, log: log,
-		onSwap: func() { mover.ownersChanged() },
+		onSwap: func() { mover.tableOrPodChanged() },
 		applyDurations: newHistogram(
 			.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5),
 	}

@@ -165,7 +165,7 @@ func (r *simRouter) start() {
 		}
 		return nil
 	}
-	router.onSwap = c.ownersChanged
+	router.onSwap = c.tableOrPodChanged
 	c.closeSession = func(s *session, onEnd func(cut bool)) bool {
 		return c.endSession(s, causeMoved, func() { onEnd(false) })
 	}
@@ -806,7 +806,7 @@ func TestHandoffWaitsForWrite(t *testing.T) {
 		r.link.heal()
 		r.link.freeze()
 		for range 20 {
-			r.container.ownersChanged()
+			r.container.tableOrPodChanged()
 			before := r.container.decisions.Load()
 			time.Sleep(time.Second)
 			if n := r.container.decisions.Load() - before; n > 50 {

@@ -51,7 +51,7 @@ type mover struct {
 	// and with -handoff=off.
 	current atomic.Pointer[view]
 
-	tableChanged wakeup       // of run, by ownersChanged
+	tableChanged wakeup       // of run, by tableOrPodChanged
 	wake         wakeup       // of run, when there may be something to do
 	awaitsEnd    atomic.Bool  // run waits for something of a step to be over
 	steps        atomic.Int64 // steps that are done
@@ -107,10 +107,10 @@ func newMover(
 	return m
 }
 
-// ownersChanged makes run look for sessions to move: the router has a new table, or the
+// tableOrPodChanged makes run look for sessions to move: the router has a new table, or the
 // pod of a backend was replaced. When it returns, the first table is in force, and with
 // -handoff=off each table; with -handoff=all none need be. It does not block.
-func (m *mover) ownersChanged() {
+func (m *mover) tableOrPodChanged() {
 	for m.shared == nil {
 		t, v := m.tables.table(), m.current.Load()
 		if t == nil || v != nil && (!m.handoffOff || v.tables[0] == t) {
@@ -353,7 +353,7 @@ func (m *mover) advance(now time.Time) time.Time {
 		}
 		t := m.nextTable(v)
 		switch {
-		case m.handoffOff && !v.isAtRest(t.contentHash): // ownersChanged will replace v first
+		case m.handoffOff && !v.isAtRest(t.contentHash): // tableOrPodChanged will replace v first
 			return time.Time{}
 		case m.tally == nil && v.isAtRest(t.contentHash):
 			m.raiseStep(v)

@@ -260,7 +260,7 @@ func (p *proxy) dialOwner(ctx context.Context, u *pendingRequest) error {
 		return u.queueOrdinal(), err
 	}
 	for {
-		conn, podUID, err := p.backends.dialOwner(ctx, u.namespace, recheck, p.mover.findQueueOrdinal)
+		conn, podUID, err := p.backends.dialWhenReady(ctx, u.namespace, recheck, p.mover.findQueueOrdinal)
 		if err != nil {
 			return err
 		}

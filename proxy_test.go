@@ -802,7 +802,7 @@ func TestHoldEndsBeforeItsContext(t *testing.T) {
 	}
 	b.invalidate = func(int) { time.AfterFunc(time.Second, end) } // a dial has failed: if it is not the end, this is
 	defer end()
-	if _, _, err := b.dialOwner(ctx, "ns-01", func() (int, error) { return 0, nil }, always0); !errors.Is(err, nowhere) {
+	if _, _, err := b.dialWhenReady(ctx, "ns-01", func() (int, error) { return 0, nil }, always0); !errors.Is(err, nowhere) {
 		t.Errorf("it ended with %v, want %v", err, nowhere)
 	}
 }
