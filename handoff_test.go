@@ -35,7 +35,7 @@ func randomMark(r *rand.Rand) mark {
 		case 0:
 			m.away = append(m.away, ordinal)
 		case 1:
-			m.removed = append(m.removed, ordinal)
+			m.scaledIn = append(m.scaledIn, ordinal)
 		}
 	}
 	return m

@@ -628,7 +628,7 @@ func (o *handoffObject) agreedMark(
 		allBlank = false
 		next.upto = min(next.upto, a.next.upto)
 		next.away = union(next.away, a.next.away)
-		next.removed = union(next.removed, a.next.removed)
+		next.scaledIn = union(next.scaledIn, a.next.scaledIn)
 		if !isAny {
 			writers = append(writers, pod)
 		}

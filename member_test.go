@@ -375,14 +375,14 @@ func (w *modelWorld) randomNext() mark {
 	}
 	m := mark{upto: []uint64{0, allPlaces, placeOf(hash64(modelNamespaces[w.IntN(4)])) + 1}[w.IntN(3)]}
 	if w.rules.hostile && w.chance(2) {
-		m = mark{removed: []int{w.IntN(4)}}
+		m = mark{scaledIn: []int{w.IntN(4)}}
 	}
 	for ordinal := range 4 {
 		switch w.IntN(10) {
 		case 0:
 			m.away = append(m.away, ordinal)
 		case 1:
-			m.removed = append(m.removed, ordinal)
+			m.scaledIn = append(m.scaledIn, ordinal)
 		}
 	}
 	return m
@@ -1816,7 +1816,7 @@ func TestRemovedOwnerOfUnknownNamespace(t *testing.T) {
 				for len(r.inbox) > 0 {
 					w.receive(r)
 				}
-				r.next = mark{removed: []int{2}}
+				r.next = mark{scaledIn: []int{2}}
 				for i := range r.open {
 					r.open[i] &^= w.misplaced(r, i)
 				}

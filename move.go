@@ -418,7 +418,7 @@ func (m *mover) beginStep(v *view) {
 // the sessions once the step is in force. No step closes a session whose owner stays, and
 // has another pod, and none follows if v is at rest: takeNextStep closes these itself.
 func (m *mover) takeNextStep(v *view, t *table, now time.Time) (next mark, again time.Time) {
-	next = mark{upto: allPlaces, removed: v.removedOwners(t)}
+	next = mark{upto: allPlaces, scaledIn: v.scaledInOwners(t)}
 	next.away, again = m.targets.away(now)
 	settled, resume := m.startPace(now)
 	ready := settled
@@ -778,7 +778,7 @@ func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.T
 	}
 	m.refreshQueue(v, t, now)
 	p = &stepProposal{step: v.step, content: t.contentHash}
-	p.next = mark{upto: allPlaces, away: away, removed: v.removedOwners(t)}
+	p.next = mark{upto: allPlaces, away: away, scaledIn: v.scaledInOwners(t)}
 	ready, resume := m.startPace(now)
 	schedule := m.pace // of what this router proposes; dequeueStep advances the pace itself
 	due, _ := m.queue.split(&p.next, ready, &schedule, m.shared.nextStepTime(now))
@@ -786,8 +786,8 @@ func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.T
 	m.moveToNewPods(due, now)
 	m.waitsForPace = ready && p.next.upto < allPlaces
 	further, newest := p.next, v.newestRecord()
-	if newest.content == t.contentHash { // who is away or removed, other routers know too
-		further.away, further.removed = newest.after.away, newest.after.removed
+	if newest.content == t.contentHash { // who is away or scaled in, other routers know too
+		further.away, further.scaledIn = newest.after.away, newest.after.scaledIn
 	}
 	if p.next.upto == allPlaces || v.wouldChange(t.contentHash, &further) {
 		m.shared.lastProposal = p
@@ -838,14 +838,14 @@ func (m *mover) adopt(v *view, now time.Time) {
 }
 
 // dequeueStep takes the sessions that v's step moves from the queue. It advances the pace
-// by those that the pace counts: all but those whose previous owner was removed.
+// by those that the pace counts: all but those whose previous owner was scaled in.
 func (m *mover) dequeueStep(v *view, now time.Time) {
 	var rest []queuedSession
 	for _, q := range m.queue.sessions {
 		s := q.session
 		if s.isEnding() || !v.mustLeave(s.namespace, s.backend) {
 			rest = append(rest, q)
-		} else if !slices.Contains(v.newestRecord().after.removed, s.backend) {
+		} else if !slices.Contains(v.newestRecord().after.scaledIn, s.backend) {
 			m.pace.advance(now)
 		}
 	}
