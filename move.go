@@ -200,18 +200,18 @@ func (m *mover) run(ctx context.Context) {
 		case <-m.wake:
 		case <-timer.C:
 		}
-		var next time.Time
+		var again time.Time
 		if m.shared == nil {
-			next = m.advance(time.Now())
+			again = m.advance(time.Now())
 		} else {
-			next = m.advanceShared(time.Now())
+			again = m.advanceShared(time.Now())
 		}
-		next = earliest(next, m.cutRequests(time.Now()))
+		again = earliest(again, m.cutRequests(time.Now()))
 		movesWait := m.waitsForPace && len(m.queue.sessions) > 0
-		next = earliest(next, m.ages.closeOld(m.relay, time.Now(), movesWait))
+		again = earliest(again, m.ages.closeOld(m.relay, time.Now(), movesWait))
 		timer.Stop()
-		if !next.IsZero() {
-			timer.Reset(max(time.Until(next), paceTick))
+		if !again.IsZero() {
+			timer.Reset(max(time.Until(again), paceTick))
 		}
 		m.reportFinished()
 		m.publishMove()
@@ -396,10 +396,10 @@ func (m *mover) noteStep(text string) bool {
 // router was ahead, or the clock was before this one started.
 func (m *mover) raiseStep(v *view) {
 	if highest := m.backendStep.Load(); highest >= v.step {
-		next, plan := *v, *v.handoffPlan
+		nextView, plan := *v, *v.handoffPlan
 		plan.step = highest + 1
-		next.handoffPlan = &plan
-		m.current.CompareAndSwap(v, &next)
+		nextView.handoffPlan = &plan
+		m.current.CompareAndSwap(v, &nextView)
 	}
 }
 
@@ -555,12 +555,12 @@ func (m *mover) blocks(v *view, f *flight) bool {
 // finishStep puts the same view in force with the step done, and returns it: clients that
 // were held get the new owners.
 func (m *mover) finishStep(v *view) *view {
-	next := *v
-	next.done = true
-	m.current.Store(&next)
+	nextView := *v
+	nextView.done = true
+	m.current.Store(&nextView)
 	m.onViewChanged()
 	m.countStep(time.Since(v.began))
-	return &next
+	return &nextView
 }
 
 // countStep counts a step that is done, whose namespaces were held for this time.
@@ -581,10 +581,10 @@ func (m *mover) takeNewVersion(v *view, t *table) *view {
 	}
 	withOwners := t.withKept(v.after)
 	if m.tables.newest.CompareAndSwap(t, withOwners) { // else there is a newer one
-		next := *v
-		next.tables = []*table{withOwners}
-		if m.current.CompareAndSwap(v, &next) {
-			return &next
+		nextView := *v
+		nextView.tables = []*table{withOwners}
+		if m.current.CompareAndSwap(v, &nextView) {
+			return &nextView
 		}
 	}
 	return v
@@ -755,8 +755,8 @@ func (m *mover) workAtRest(v *view, t *table, now time.Time) (again time.Time) {
 		_, again = m.takeNextStep(v, t, now)
 		m.endMoves()
 	}
-	if next := m.takeNewVersion(v, t); next != v {
-		m.shared.member.view.view = next
+	if nextView := m.takeNewVersion(v, t); nextView != v {
+		m.shared.member.view.view = nextView
 	}
 	return again
 }
