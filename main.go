@@ -39,7 +39,8 @@
 //	upgrade        a request for a WebSocket
 //	session        the WebSocket that comes of it, as the router carries it
 //	plain request  no upgrade
-//	flight         what a backend may still have: a request, or a session that is over here
+//	flight         a request that a backend may have, or a session that this router has ended
+//	               and its backend has not
 //	move           to close a session whose owner changed: its client comes back
 //	old pod        a pod of a backend that another pod has replaced
 //	release        the request to an old owner to store the state of namespaces (-release)
@@ -47,12 +48,14 @@
 //	receipt        what a change has moved, kept for operators when it is over
 //	hand-off       what gives namespaces to their next owners, and never to two at once
 //	step           a part of a change: it hands over some namespaces together
-//	place          of a namespace: where it is in the order in which namespaces move; of a
-//	               request, in a limit: one of those that the limit allows
+//	place          of a namespace: where it is in the order in which namespaces move
+//	slot           of a limit: one of the requests or sessions that it allows; of a poller: where
+//	               an event finds its session
 //	held           of a namespace: it is handed over, and its clients wait
 //	away           of a new owner: it takes no connections yet, so its namespaces stay
 //	plan           how far a change has come: its last step, and a record for each table
-//	record         a table in a plan, with two marks: before the last step, and after it
+//	record         a table in a plan, with two marks: before the last step, and after it; one
+//	               table may have two records
 //	mark           says which namespaces have moved to the table of a record
 //	view           a plan with its tables: it says who owns each namespace now
 //	member         a router that shares its steps with others (-handoff=all)
@@ -165,7 +168,7 @@
 //	fastConn.respond, proxy.hijack  send the client the 101
 //	proxy.openSession         begins the session, ends the flight, and asks shouldMove again
 //	pendingRequest.uncount    ends the count of the upgrade in its limits
-//	poller.promote            (as start) gives the session a fastConn's place in the event loop
+//	poller.promote            (as start) gives the session a fastConn's slot in the event loop
 //	relay.startSession        (as start) in place of that: takes the connections from net/http
 //	engine.assign             after startSession: chooses the poller
 //	relay.register            counts the session
@@ -283,13 +286,15 @@
 //	member.bootstrap, member.reset  where there is no plan, or one that is not to be trusted
 //	member.leave              when the router ends; else the first of these five that is due:
 //	member.join               makes this router a member
-//	member.sendAnswer         says what is done here, and how far the next step may go,
-//	member.answerWithStep     with the next step, if no other answer is missing
+//	member.sendAnswer         says what is done here, and how far the next step may go
+//	  member.answerWithStep   does so in one write with the next step, if no other answer is
+//	                          missing
 //	member.remove             removes a member that has ended for ever
 //	member.storeCount         stores the number of backends
-//	member.writeStepWith      (in writeStep) makes the next step, when all have answered
-//	handoffObject.agreedMark  says how far all members let that go
-//	handoffPlan.nextBounded   makes its plan
+//	member.writeStep          makes the next step, when all have answered: by the next three
+//	  member.writeStepWith    checks that they have, and have the same table
+//	  handoffObject.agreedMark  says how far all members let that go
+//	  handoffPlan.nextBounded  makes its plan
 //	member.commit             notes what is about to be done
 //	membership.startRequest   does it in a goroutine
 //	membership.write          patches the object
@@ -302,7 +307,8 @@
 //	mover.dequeueStep         takes the sessions of the step from the queue
 //
 // Then workShared closes these sessions, sendAnswer says so, and reportFinished logs the
-// result at the end. A step is done when no answer is missing, and when the next one comes.
+// result at the end. A step is done when no answer is missing, or when the next step comes, with
+// the last answer.
 //
 // A goroutine that holds a lock takes only locks that are further down:
 //
