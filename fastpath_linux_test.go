@@ -681,7 +681,7 @@ func TestFastPathHolds(t *testing.T) {
 		after(t, p)
 		for ordinal := range 2 {
 			if _, own := p.pendingUpgrades.inUse(ordinal); own != 0 {
-				t.Errorf("%d places of backend-%d are taken after all, want 0", own, ordinal)
+				t.Errorf("%d slots of backend-%d are taken after all, want 0", own, ordinal)
 			}
 		}
 	})

@@ -815,7 +815,7 @@ func TestForwardDrain(t *testing.T) {
 	}
 }
 
-// Plain requests count in -max-sessions once they are sent, and leave a place free for
+// Plain requests count in -max-sessions once they are sent, and leave a slot free for
 // others when they are over.
 func TestForwardLimits(t *testing.T) {
 	p, release, _ := longAnswers(t, "", time.Hour, func(p *proxy) { p.limits.sessions = 1 })

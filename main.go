@@ -49,8 +49,8 @@
 //	hand-off       what gives namespaces to their next owners, and never to two at once
 //	step           a part of a change: it hands over some namespaces together
 //	place          of a namespace: where it is in the order in which namespaces move
-//	slot           of a limit: one of the requests or sessions that it allows; of a poller: where
-//	               an event finds its session
+//	slot           of a limit: one of the requests or sessions that it allows; of a poller:
+//	               where an event finds its session
 //	held           of a namespace: it is handed over, and its clients wait
 //	away           of a new owner: it takes no connections yet, so its namespaces stay
 //	plan           how far a change has come: its last step, and a record for each table

@@ -899,7 +899,7 @@ func TestHalfClosedClientIsAnswered(t *testing.T) {
 }
 
 // One that is held gets its answer soon, as most who half-close have left: their
-// places are for others.
+// slots are for others.
 func TestHalfClosedClientIsNotHeld(t *testing.T) {
 	for way, request := range bothWays("/ws/ns-01") {
 		t.Run(way, func(t *testing.T) {
@@ -982,7 +982,7 @@ func TestLimits(t *testing.T) {
 	})
 }
 
-// Backends that are dead, in whatever way, take no places of those that work, even
+// Backends that are dead, in whatever way, take no slots of those that work, even
 // if these are one of many and a crowd comes to them.
 func TestLimitsOfABackend(t *testing.T) {
 	dead := map[string]func(t *testing.T) string{
