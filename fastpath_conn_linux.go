@@ -190,7 +190,7 @@ func (c *fastConn) admit() bool {
 	return c.watch(clientSide) == nil
 }
 
-// parseUpgrade returns the client's request, or nil if it is not plain.
+// parseUpgrade returns the client's request, or nil if it is not simple.
 func (c *fastConn) parseUpgrade() *http.Request {
 	r, size := c.fastPath.parseUpgrade(c.received)
 	if r != nil {
