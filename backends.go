@@ -15,8 +15,8 @@ import (
 // dialTimeout bounds one dial. A pod that is gone may not answer at all.
 const dialTimeout = 2 * time.Second
 
-// ordinalRange has the ordinals of the backends that own namespaces: first, first+1 and
-// so on, count in all.
+// ordinalRange has the ordinals of the backends that may own namespaces: first, first+1 and
+// so on, count in all. Cordoned ones are among them: these own what overrides give them.
 type ordinalRange struct{ first, count int }
 
 func (o ordinalRange) has(ordinal int) bool { return ordinal >= o.first && ordinal < o.first+o.count }

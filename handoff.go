@@ -274,8 +274,8 @@ func (v *view) wouldChange(content uint64, m *mark) bool {
 	return !newest.after.equal(&raised)
 }
 
-// scaledInOwners returns the ordinals, sorted, of the backends that own namespaces in v
-// and not in t: they were scaled in.
+// scaledInOwners returns the ordinals, sorted, of the backends that a table of v has, and t
+// has not: they were scaled in.
 func (v *view) scaledInOwners(t *table) (ordinals []int) {
 	for _, old := range v.tables {
 		for i := range old.active.count {
