@@ -106,9 +106,10 @@ func (p *handoffPlan) doneRecords() []planRecord {
 // present owners must have ended all that they have of them.
 //
 // If nothing has moved to the newest table yet, that table is dropped. An owner that was
-// away may be back: then next adds the newest table once more, if there is room. Its mark
-// begins anew, so the namespaces that waited for the owner move at the pace too. Once the
-// newest table covers everything, before the step and after it, it becomes the only one.
+// away may be back: then next adds a second record of the newest table, if there is room. The
+// mark of that one is empty at first, so the namespaces that waited for the owner move at the
+// pace too. Once the newest table covers everything, before the step and after it, it becomes
+// the only one.
 func (p *handoffPlan) next(content uint64, m mark, now time.Time) *handoffPlan {
 	next := &handoffPlan{step: stepAbove(p.step, now), records: p.doneRecords()}
 	if len(next.records) > 1 && next.newestRecord().after.isEmpty() {

@@ -57,9 +57,11 @@ type memberID struct {
 // immutable.
 type sharedPlan struct {
 	handoffPlan
-	epoch       string              // of all plans since the first one, or since a reset
-	writes      int64               // how often a plan of this epoch was written
-	oldestSince planStep            // with which the first record became the first: member.oldestTable
+	epoch  string // of all plans since the first one, or since a reset
+	writes int64  // how often a plan of this epoch was written
+	// oldestSince is the step since which the first record is the first one: see
+	// member.oldestTable.
+	oldestSince planStep
 	members     map[string]memberID // by pod name
 	backends    *activeCount        // nil if not stored
 }

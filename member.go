@@ -19,9 +19,9 @@ const (
 
 // member is this router as one of those that share the object of the hand-off: what it
 // knows of the plan, and what it decides to do next. It does no I/O and reads no clock.
-// Its caller calls setNewest, noteBackendStep and expireOffers with what is new, and then
+// The caller calls setNewest, noteBackendStep and expireOffers with what is new, and then
 // decide, again and again. Before the caller carries out what decide returns, it calls commit.
-// It sends one write at a time. Only the view of the last actAdopt says whom to admit.
+// The caller sends one write at a time. Only the view of the last actAdopt says whom to admit.
 type member struct {
 	// Static after construction.
 	name, uid string // of the pod
@@ -313,10 +313,10 @@ func (m *member) table(content uint64) *table {
 	return nil
 }
 
-// oldestTable returns the table of next's oldest record, nil if it is not known. A table
-// does not store the owners of kept namespaces: those from before its record became the
-// oldest one. A member knows them if its view before had the same oldest record, or was of the
-// step just before that, in the same epoch. Otherwise they are unresolved: for a router that
+// oldestTable returns the table of next's oldest record, nil if it is not known. A table does
+// not say who owns a kept namespace: that was decided before its record became the oldest one.
+// A member knows the owner if its view before had the same oldest record, or was of the step
+// just before that, in the same epoch. Otherwise the namespace is unresolved: for a router that
 // was no member then, and after a reset also for a member that had come further than the
 // router that has reset the plan. So members never take different owners.
 func (m *member) oldestTable(next *memberView) *table {
@@ -390,11 +390,11 @@ func (m *member) isUnderWay(o *handoffObject, a *stepAnswer) bool {
 		a.equal(&m.lastAnswer)
 }
 
-// answerWithStep writes the answer and the next step at once, if that step waits for nothing
-// else. The first router by name waits until it can, if it could with the same answer of all.
-// So there is one write in place of two, and no other write comes in between. ok is false if
-// the answer has to be sent alone: when answerWait is over, and when the present step waits
-// for no other answer.
+// answerWithStep decides whether the answer goes with the next step. If all other members have
+// answered, and nothing else is in the way of that step, the answer and the step are one write.
+// If only the answers of others are lacking, the first router by name waits for them. Else ok
+// is false, and the answer goes alone; so it does once the present step and the newest table
+// are answerWait old. So there is one write in place of two, and no other comes in between.
 func (m *member) answerWithStep(s *decisionInput, a *stepAnswer) (d decision, ok bool) {
 	until := latest(m.newestAt, m.stepAdoptedAt).Add(answerWait)
 	if !s.now.Before(until) {

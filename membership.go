@@ -21,8 +21,8 @@ import (
 const (
 	// objectRequestTimeout bounds one write of the object, and one request for pods.
 	objectRequestTimeout = 5 * time.Second
-	// blockedTime is how long a member may not answer before its pod is asked for, and
-	// then the time between two requests.
+	// When a member has not answered for blockedTime, the router asks for its pod, and then
+	// again after each blockedTime.
 	blockedTime = time.Second
 	// relistTime is how long a change may wait without a new version of the object before
 	// the object is listed again: an event may have been lost (kubernetes#123072).
@@ -43,7 +43,7 @@ type membership struct {
 	client   kubeClient  // to copy: a client is for one goroutine
 	podsPath string
 	podLabel string // a label selector: the pods of all routers
-	wake     func() // wakes the owner; must not block
+	wake     func() // wakes the mover's run; must not block
 	// wantedBackends returns the number of backends that the object should have; nil if
 	// it is not known.
 	wantedBackends func() *activeCount
@@ -184,7 +184,7 @@ func (m *membership) decide(
 		m.storedPassed = true
 		m.onStored(d.view.plan.backends)
 	case actWrite, actList:
-		if in.busy { // its end wakes the owner
+		if in.busy { // its end wakes the mover's run
 			return decision{why: d.why}
 		}
 		if now.Before(m.retryAt) {
