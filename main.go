@@ -440,7 +440,8 @@ type program struct {
 	log          *slog.Logger
 }
 
-// newProgram makes the components that c asks for. They do nothing before serve.
+// newProgram makes the components that c asks for. Some of them read files. Before
+// serve they connect to nothing, and start no goroutine that lasts.
 func newProgram(c *config, getenv func(string) string, queue *logQueue,
 	log *slog.Logger) (*program, error) {
 	kubeClient, kubeNamespace, err := c.kubeClient(getenv)
