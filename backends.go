@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// dialTimeout bounds one dial. A pod that is gone may not answer at all.
+// dialTimeout bounds one dial: a pod that is gone perhaps never answers.
 const dialTimeout = 2 * time.Second
 
 // ordinalRange has the ordinals of the backends that may own namespaces: first, first+1 and
