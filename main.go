@@ -45,7 +45,7 @@
 //	old pod        a pod of a backend that another pod has replaced
 //	release        the request to an old owner to store the state of namespaces (-release)
 //	change         all that follows from a new table, until its owners are in force
-//	receipt        what a change has moved, kept for operators when it is over
+//	receipt        what one router's moves to one table came to, kept for operators
 //	hand-off       what gives namespaces to their next owners, and never to two at once
 //	step           a part of a change: it hands over some namespaces together
 //	place          of a namespace: where it is in the order in which namespaces move
