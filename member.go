@@ -28,7 +28,7 @@ type member struct {
 	instance  string // of the process: random
 
 	view        *memberView // that is in force in this router; nil before the first plan
-	highestStep int64       // the highest step that was in force, or that a backend has answered
+	highestStep int64       // the highest step that was in force or that a backend has answered
 	newest      *table      // its own; nil before the first
 	newestAt    time.Time   // when its content was set
 

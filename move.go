@@ -353,7 +353,7 @@ func (m *mover) advance(now time.Time) time.Time {
 		}
 		t := m.nextTable(v)
 		switch {
-		case m.handoffOff && !v.isAtRest(t.contentHash): // tableOrPodChanged will replace v first
+		case m.handoffOff && !v.isAtRest(t.contentHash): // tableOrPodChanged replaces v first
 			return time.Time{}
 		case m.tally == nil && v.isAtRest(t.contentHash):
 			m.raiseStep(v)

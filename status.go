@@ -18,7 +18,7 @@ type status struct {
 	Backends    []backendLoad      `json:"backends"`              // by ordinal
 	Handoff     handoffStatus      `json:"handoff"`
 	Top         topStatus          `json:"top"`
-	Receipts    []moveReceipt      `json:"receipts"`   // of the last moves that are over, newest first
+	Receipts    []moveReceipt      `json:"receipts"`   // of moves that are over, newest first
 	Rejected    int                `json:"rejected"`   // overrides that are not in force
 	Conflicts   int                `json:"conflicts"`  // namespaces whose overrides disagree
 	Rejections  []rejectedOverride `json:"rejections"` // the first maxExamples

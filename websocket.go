@@ -282,7 +282,7 @@ const maxCloseFrame = 2 + maskKey + maxControlPayload
 // indexed by the side from which the bytes come.
 type closingHandshake struct {
 	closeFrames   [2][]byte // the Close frame that ends the stream to the side's peer
-	closeInserted [2]bool   // closeFrames[side] was put in there; does not change after the session's end
+	closeInserted [2]bool   // closeFrames[side] is in there; static after the session's end
 	stopped       [2]bool   // nothing more that comes from the side is carried
 	flushed       [2]bool   // stopped, and the peer's socket has taken all before
 	// noMoreFrom says that nothing more comes from the side: it has ended its stream, a read of
