@@ -69,7 +69,7 @@ const (
 	maxConcurrentOwners   = 8
 	maxConcurrentDials    = maxAdminDials - maxConcurrentOwners
 
-	// Of requests that ask all routers. None of them waits, while it holds a place of the
+	// Of requests that ask all routers. None of them waits, while it holds a slot of the
 	// kinds above, for another router: so routers that ask each other do not wait for
 	// each other.
 	maxConcurrentAsks        = 8

@@ -12,11 +12,11 @@ import (
 	"time"
 )
 
-// dialTimeout bounds one dial. A pod that is gone may not answer at all.
+// dialTimeout bounds one dial: a pod that is gone perhaps never answers.
 const dialTimeout = 2 * time.Second
 
-// ordinalRange has the ordinals of the backends that own namespaces: first, first+1 and
-// so on, count in all.
+// ordinalRange has the ordinals of the backends that may own namespaces: first, first+1 and
+// so on, count in all. Cordoned ones are among them: these own what overrides give them.
 type ordinalRange struct{ first, count int }
 
 func (o ordinalRange) has(ordinal int) bool { return ordinal >= o.first && ordinal < o.first+o.count }
@@ -197,13 +197,13 @@ func (b *backends) probe(ctx context.Context, ordinal int) (addr string, err err
 	return addr, err
 }
 
-// dialOwner waits until the owner of the namespace is ready, and dials it. It returns a
+// dialWhenReady waits until the owner of the namespace is ready, and dials it. It returns a
 // connection to the backend whose queue recheck returned last, and the uid of that
 // backend's pod, or "" if that is not known. It calls recheck at first, and when the
 // owner has changed or a dial has failed. It returns an error of recheck, and an error if
 // ctx ends: what it waited for, or why the last dial failed. The caller closes the
 // connection.
-func (b *backends) dialOwner(
+func (b *backends) dialWhenReady(
 	ctx context.Context, namespace string, recheck func() (ordinal int, err error), find queueFinder,
 ) (conn net.Conn, podUID string, err error) {
 	w := b.queues.newWaiter(namespace)

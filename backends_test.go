@@ -174,7 +174,7 @@ func (b *queueTest) set(down bool) {
 	b.readinessChanged()
 }
 
-// upgrade waits and dials until it is through, as backends.dialOwner does.
+// upgrade waits and dials until it is through, as backends.dialWhenReady does.
 func (b *queueTest) upgrade(ctx context.Context, i int) error {
 	w := b.newWaiter("ns")
 	for {
@@ -461,7 +461,7 @@ func TestHoldTimeout(t *testing.T) {
 	p.mustRefuse(t, resp.StatusCode, string(body), "backend-0 could not be reached within 50ms: it is not ready")
 }
 
-// What is said of places holds after all that can happen to them.
+// What is said of slots holds after all that can happen to them.
 func TestUpgradeLimit(t *testing.T) {
 	for _, shape := range []struct{ backends, limit int }{{1, 10}, {2, 10}, {7, 100}, {100, 10_000}, {100, 10}} {
 		var p pendingLimit
@@ -478,18 +478,18 @@ func TestUpgradeLimit(t *testing.T) {
 			own := max(1, shape.limit/2/shape.backends)
 			tookAll, tookOwn, ok := p.acquire(backend, shape.backends, shape.limit)
 			if !ok && taken[backend] < own {
-				t.Fatalf("%+v: refused with %d places taken of its own %d", shape, taken[backend], own)
+				t.Fatalf("%+v: refused with %d slots taken of its own %d", shape, taken[backend], own)
 			}
 			if ok {
 				taken[backend]++
 				all++
 			}
 			if pool := shape.limit - own*shape.backends; ok && taken[backend]-own > (max(0, pool)+1)/2 {
-				t.Fatalf("%+v: %d places of one backend, want at most half of the %d of the pool", shape, taken[backend]-own, pool)
+				t.Fatalf("%+v: %d slots of one backend, want at most half of the %d of the pool", shape, taken[backend]-own, pool)
 			}
 			gotAll, gotOwn := p.inUse(backend)
 			if tookAll != all || tookOwn != taken[backend] || gotAll != all || gotOwn != taken[backend] || all > max(shape.limit, shape.backends) {
-				t.Fatalf("%+v: %d places and %d of one backend, want %d and %d", shape, gotAll, gotOwn, all, taken[backend])
+				t.Fatalf("%+v: %d slots and %d of one backend, want %d and %d", shape, gotAll, gotOwn, all, taken[backend])
 			}
 		}
 		for backend, n := range taken {
@@ -499,12 +499,12 @@ func TestUpgradeLimit(t *testing.T) {
 			}
 		}
 		if all, _ := p.inUse(0); all != 0 || len(p.byBackend) != 0 || p.pooled != 0 {
-			t.Errorf("%+v: %d places after all have left, %d backends, %d of the pool", shape, all, len(p.byBackend), p.pooled)
+			t.Errorf("%+v: %d slots after all have left, %d backends, %d of the pool", shape, all, len(p.byBackend), p.pooled)
 		}
 	}
 }
 
-// All requests whose owner is not known have one place together, and what the pool has.
+// All requests whose owner is not known have one slot together, and what the pool has.
 func TestUpgradeLimitOfUnknownOwners(t *testing.T) {
 	var p pendingLimit
 	for i := range 51 {
@@ -518,12 +518,12 @@ func TestUpgradeLimitOfUnknownOwners(t *testing.T) {
 	for backend := range 2 {
 		for i := range 25 {
 			if _, _, ok := p.acquire(backend, 2, 100); !ok {
-				t.Fatalf("backend-%d is refused place %d of its share", backend, i)
+				t.Fatalf("backend-%d is refused slot %d of its share", backend, i)
 			}
 		}
 	}
 	if all, _ := p.inUse(0); all > 101 {
-		t.Errorf("%d places are taken, want at most the limit and one more", all)
+		t.Errorf("%d slots are taken, want at most the limit and one more", all)
 	}
 }
 
@@ -557,7 +557,7 @@ func TestUpgradeLimitAfterScaling(t *testing.T) {
 		{2, 5, 10}, // its own alone: the first two have 40 and 28 of the 50 of the pool
 	} {
 		if n := count(want.backend, want.backends); n != want.taken {
-			t.Errorf("step %d: %d places, want %d", i, n, want.taken)
+			t.Errorf("step %d: %d slots, want %d", i, n, want.taken)
 		}
 	}
 }

@@ -116,7 +116,7 @@ func (c *clientConn) Read(b []byte) (int, error) {
 	for {
 		n, err := c.Conn.Read(b)
 		if errors.Is(err, io.EOF) {
-			conn, _ := takeTLS(c.withoutPrefix())
+			conn, _ := unwrapTLS(c.withoutPrefix())
 			_, tcp := conn.(*net.TCPConn)
 			c.readEOF.Store(tcp) // who is before us on a Unix socket closes it when its client has left
 		}
@@ -213,7 +213,7 @@ func (c *clientConn) end() error {
 
 // tls returns nil for a client without TLS.
 func (c *clientConn) tls() *tlsConn {
-	_, t := takeTLS(c.withoutPrefix())
+	_, t := unwrapTLS(c.withoutPrefix())
 	return t
 }
 

@@ -131,7 +131,7 @@ func (c *config) flags() *flag.FlagSet {
 			"routers include theirs (default those of the pods that -router-pods selects, with\n"+
 			"-handoff all; else none)")
 	f.DurationVar(&c.tcpUserTimeout, "tcp-user-timeout", time.Minute,
-		"how long a client or backend may not answer TCP before its session ends, in\n"+
+		"a session ends when its client or backend has not answered TCP for this long, in\n"+
 			"whole seconds, 0 is the limit of the system")
 	f.DurationVar(&c.idleTimeout, "idle-timeout", 0,
 		"how long a session may carry no byte in either direction before it ends, 0 is no limit")

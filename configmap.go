@@ -175,8 +175,8 @@ func (c *configMaps) applyAll() {
 	c.update(contents...)
 }
 
-// reportChange queues Events about a change of a ConfigMap's overrides that is in force.
-// That may be later than update: when the number of backends is known, or changes.
+// reportChange queues Events about a change of a ConfigMap's overrides, when the newest table
+// has it. That may be later than update: when the number of backends is known, or changes.
 func (c *configMaps) reportChange(change sourceChange) {
 	objects := c.objects.Load()
 	if objects == nil {

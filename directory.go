@@ -146,10 +146,10 @@ func overrideFiles(path string) ([]fs.DirEntry, error) {
 	}), nil
 }
 
-// read returns the overrides by namespace, and a version that depends on them alone. If
-// a file cannot be read, its override is invalid: its value is the error's text. In a
-// mounted ConfigMap, read uses the files in ..data: the kubelet adds and removes the
-// links beside ..data later than the files.
+// read returns the overrides by key, as a ConfigMap has them, and a version that depends on
+// them alone. If a file cannot be read, its override is invalid: its value is the error's
+// text. In a mounted ConfigMap, read uses the files in ..data: the kubelet adds and removes
+// the links beside ..data later than the files.
 func (d *directory) read() (map[string]string, string, error) {
 	path := filepath.Join(d.path, "..data")
 	if _, err := os.Lstat(path); err != nil {

@@ -72,7 +72,7 @@ type pendingHandler interface {
 // sockets are those of a pendingHandler. They are guarded by the poller's mu.
 type sockets struct {
 	fd          [2]int32  // -1: none
-	mask        [2]uint32 // what epoll watches; 0: the socket is not in the set yet
+	epollMask   [2]uint32 // what epoll watches; 0: the socket is not in the set yet
 	events      [2]uint32 // that came since the side was read
 	mayHaveMore [2]bool   // the socket may have more bytes or an end, which the session has to read
 }
@@ -132,7 +132,7 @@ func (e *engine) assign(s *session, _ [2]net.Conn) { s.poller = e.nextPoller() }
 // its poller.
 func (e *engine) carry(s *session, conns [2]net.Conn, early [2][]byte) {
 	p := s.poller
-	client, tls := takeTLS(conns[clientSide])
+	client, tls := unwrapTLS(conns[clientSide])
 	fds := [2]int32{takeDescriptor(client), takeDescriptor(conns[backendSide])}
 	p.mu.Lock()
 	defer p.unlockAndReport()
@@ -282,9 +282,9 @@ func (p *poller) removePending(slotIndex int32, from *sockets) {
 func (p *poller) unwatchPending(from *sockets, i side) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if from.mask[i] != 0 {
+	if from.epollMask[i] != 0 {
 		syscall.EpollCtl(p.epollFD, syscall.EPOLL_CTL_DEL, int(from.fd[i]), nil)
-		from.mask[i] = 0
+		from.epollMask[i] = 0
 	}
 }
 
@@ -297,7 +297,7 @@ func (p *poller) promote(
 	p.relay.register(s, func() {
 		p.mu.Lock()
 		defer p.unlockAndReport()
-		s.epollMask = from.mask
+		s.epollMask = from.epollMask
 		for i, events := range from.events {
 			// Reads of a client with TLS are as short as crypto/tls wants.
 			mayHaveMore := from.mayHaveMore[i] || tls != nil && side(i) == clientSide
@@ -313,15 +313,15 @@ func (p *poller) promote(
 // watchPending makes epoll watch a side of a handler for mask. mu is held.
 func (p *poller) watchPending(slotIndex int32, of *sockets, i side, mask uint32) error {
 	op := syscall.EPOLL_CTL_MOD
-	if of.mask[i] == 0 {
+	if of.epollMask[i] == 0 {
 		op = syscall.EPOLL_CTL_ADD
 	}
-	if mask |= edgeTriggered; mask == of.mask[i] {
+	if mask |= edgeTriggered; mask == of.epollMask[i] {
 		return nil
 	}
 	err := p.epollControl(op, slotIndex, i, of.fd[i], mask)
 	if err == nil {
-		of.mask[i] = mask
+		of.epollMask[i] = mask
 	}
 	return err
 }

@@ -68,7 +68,9 @@ func newEventRecorder(k kubeClient, podName string, log *slog.Logger) *eventReco
 }
 
 // reportChange queues Events about a change of the object's overrides: one for its
-// rejected overrides, if any, and one for its counts. It does not block.
+// rejected overrides, if any, and one for its counts. They call a version in force when the
+// router has a table of it: namespaces keep their owners until it is their turn to move. It
+// does not block.
 func (r *eventRecorder) reportChange(o apiObject, c sourceChange) {
 	identity := fmt.Sprintf("%s %x", c.resizeRevision, c.contentHash)
 	if c.rejected > 0 {

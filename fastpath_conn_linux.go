@@ -125,7 +125,7 @@ func (c *fastConn) serve() {
 	case !c.admit():
 		c.fallBack(nil, nil)
 	case p.relay.oldPodSessionsDone(c.upgrade.namespace) != nil ||
-		!p.backends.queues.tryDial(c.upgrade.dialQueue()):
+		!p.backends.queues.tryDial(c.upgrade.queueOrdinal()):
 		go c.park() // on a new stack, which is small
 	default:
 		c.dialOwner()
@@ -190,7 +190,7 @@ func (c *fastConn) admit() bool {
 	return c.watch(clientSide) == nil
 }
 
-// parseUpgrade returns the client's request, or nil if it is not plain.
+// parseUpgrade returns the client's request, or nil if it is not simple.
 func (c *fastConn) parseUpgrade() *http.Request {
 	r, size := c.fastPath.parseUpgrade(c.received)
 	if r != nil {
@@ -283,9 +283,9 @@ func (c *fastConn) park() {
 		c.fallBack(nil, err)
 		return
 	}
-	ctx, queue := c.ctx, u.dialQueue()
+	ctx, queue := c.ctx, u.queueOrdinal()
 	c.parked.Store(true) // from now on another goroutine may own c
-	if !p.backends.queues.enqueue(ctx, &c.waiter, queue, p.mover.findDialQueue) {
+	if !p.backends.queues.enqueue(ctx, &c.waiter, queue, p.mover.findQueueOrdinal) {
 		c.unpark() // resume asks again; its dequeue allows a waiter in no queue
 	}
 }
@@ -300,7 +300,7 @@ func (c *fastConn) unpark() {
 // resume goes on with c, which was parked.
 func (c *fastConn) resume() {
 	queues := c.fastPath.proxy.backends.queues
-	switch err := queues.dequeue(c.ctx, &c.waiter, c.upgrade.dialQueue()); {
+	switch err := queues.dequeue(c.ctx, &c.waiter, c.upgrade.queueOrdinal()); {
 	case err == nil:
 		c.dialOwner()
 	case errors.Is(err, errRecheckOwner):
@@ -625,7 +625,7 @@ func (c *fastConn) setBackend(fd int32) {
 	const i = backendSide
 	c.poller.mu.Lock()
 	defer c.poller.mu.Unlock()
-	c.fd[i], c.mask[i], c.events[i], c.mayHaveMore[i] = fd, 0, 0, false
+	c.fd[i], c.epollMask[i], c.events[i], c.mayHaveMore[i] = fd, 0, 0, false
 }
 
 // setBackendConn sets the socket of conn, which it closes, as the backend's. It returns an

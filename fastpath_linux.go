@@ -19,13 +19,14 @@ import (
 
 // fastPath takes clients to their backends without net/http, which costs less CPU. Each
 // client has a goroutine, which reads its request, dials the owner, sends the request
-// and the response on, and gives both sockets to the relay: see fastConn.serve. From
-// the beginning these sockets are in the epoll set of the poller that carries the
-// session, and never in Go's poller.
+// and the response on, and gives both sockets to the relay: see fastConn.serve. The client
+// gets a slot of the poller that carries the session at once. A socket comes into the epoll
+// set of that poller when something waits for it. Go's poller has none of a client on the
+// fast path.
 //
-// The fast path takes plain upgrades, and responses of 101. All other clients fall back
-// to net/http: it has fastPath as its listener, and ServeHTTP goes on where the fast
-// path stopped.
+// The fast path takes simple upgrades (isSimpleRequest), and responses of 101. All other
+// clients fall back to net/http: it has fastPath as its listener, and ServeHTTP goes on
+// where the fast path stopped.
 type fastPath struct {
 	// Static after construction.
 	proxy       *proxy
@@ -200,7 +201,7 @@ func (p *proxy) parseHead(
 }
 
 // parseUpgrade returns the request at the beginning of data and the length of its head.
-// It returns nil if the head is not whole or not plain.
+// It returns nil if the head is not whole or the request is not simple.
 func (f *fastPath) parseUpgrade(data []byte) (r *http.Request, size int) {
 	rest, err := f.proxy.parseHead(data, func(br *bufio.Reader) (err error) {
 		r, err = http.ReadRequest(br)
@@ -244,5 +245,5 @@ func isSimpleRequest(r *http.Request) bool {
 		r.Host != "" && strings.Trim(r.Host, hostBytes) == ""
 }
 
-// hostBytes are the bytes of a plain Host.
+// hostBytes are the bytes of a simple Host.
 const hostBytes = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-_:[]"

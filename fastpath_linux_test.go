@@ -267,7 +267,7 @@ func (p *testProxy) waitHTTP(t testing.TB) {
 	}
 }
 
-// What is plainly right takes the fast path: net/http does not see it.
+// A simple upgrade takes the fast path: net/http does not see it.
 func TestFastPath(t *testing.T) {
 	backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
 		io.WriteString(conn, "HTTP/1.1 103 Early Hints\r\n\r\n"+switching+"hello ")
@@ -307,12 +307,12 @@ func TestFastPath(t *testing.T) {
 	}
 }
 
-// What is not plain, or has to wait, is net/http's from where it stands: the
+// What is not simple, or has to wait, is net/http's from where it stands: the
 // backend is not asked twice.
 func TestFastPathFallsBack(t *testing.T) {
 	forbidden := "HTTP/1.1 403 Forbidden\r\nContent-Length: 9\r\n\r\nforbidden"
 	other := "HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\nConnection: Upgrade\r\n\r\n"
-	plain := upgradeRequest("/ws/ns-01")
+	simple := upgradeRequest("/ws/ns-01")
 	late := func(conn net.Conn, br *bufio.Reader, pause func()) { pause(); echo(conn, br) }
 	in := func(text string) func(net.Conn, *bufio.Reader, func()) {
 		return func(conn net.Conn, br *bufio.Reader, pause func()) { inTwo(conn, text, pause); io.Copy(conn, br) }
@@ -336,22 +336,22 @@ func TestFastPathFallsBack(t *testing.T) {
 		body  string // of the answer; of a session, what comes back
 		asked int
 	}{
-		"request in parts":  {send: plain, pause: true, cut: 50, serve: once(echo), want: 101, asked: 1},
-		"silent at first":   {send: plain, pause: true, serve: once(echo), want: 101, asked: 1},
-		"early bytes":       {send: plain + many, serve: in(switching), want: 101, body: many, asked: 1},
-		"answer in parts":   {send: plain, serve: in(switching), want: 101, asked: 1},
-		"much after a part": {send: plain, serve: muchLater, want: 101, body: many, asked: 1},
-		"slow answer":       {send: plain, serve: late, want: 101, asked: 1},
-		"other answer":      {send: plain, serve: once(answer(forbidden)), want: 403, body: "forbidden", asked: 1},
-		"in parts":          {send: plain, serve: in(forbidden), want: 403, body: "forbidden", asked: 1},
-		"no answer":         {send: plain, serve: once(func(net.Conn, *bufio.Reader) {}), want: 502, body: sentences()[502], asked: 1},
-		"other protocol":    {send: plain, serve: once(answer(other)), want: 502, body: sentences()[502], asked: 1},
-		"silent backend":    {send: plain, serve: once(silent), want: 504, body: sentences()[504], asked: 1},
+		"request in parts":  {send: simple, pause: true, cut: 50, serve: once(echo), want: 101, asked: 1},
+		"silent at first":   {send: simple, pause: true, serve: once(echo), want: 101, asked: 1},
+		"early bytes":       {send: simple + many, serve: in(switching), want: 101, body: many, asked: 1},
+		"answer in parts":   {send: simple, serve: in(switching), want: 101, asked: 1},
+		"much after a part": {send: simple, serve: muchLater, want: 101, body: many, asked: 1},
+		"slow answer":       {send: simple, serve: late, want: 101, asked: 1},
+		"other answer":      {send: simple, serve: once(answer(forbidden)), want: 403, body: "forbidden", asked: 1},
+		"in parts":          {send: simple, serve: in(forbidden), want: 403, body: "forbidden", asked: 1},
+		"no answer":         {send: simple, serve: once(func(net.Conn, *bufio.Reader) {}), want: 502, body: sentences()[502], asked: 1},
+		"other protocol":    {send: simple, serve: once(answer(other)), want: 502, body: sentences()[502], asked: 1},
+		"silent backend":    {send: simple, serve: once(silent), want: 504, body: sentences()[504], asked: 1},
 		"no upgrade":        {send: "GET /ws/ns-01 HTTP/1.1\r\nHost: h\r\n\r\n", serve: once(answer(fine)), want: 200, body: "ok", asked: 1},
-		"expectation":       {send: strings.Replace(plain, "\r\n", "\r\nExpect: a miracle\r\n", 1), serve: once(echo), want: 417},
-		"odd host":          {send: strings.Replace(plain, "www.mydomain.com", "a b", 1), serve: once(echo), want: 400},
-		"odd name":          {send: strings.Replace(plain, "Origin", "Ori gin", 1), serve: once(echo), want: 400},
-		"long head":         {send: strings.Replace(plain, "Origin: ", "Origin: "+strings.Repeat("x", 8<<10), 1), serve: once(echo), want: 101, asked: 1}, // within what net/http adds to the limit
+		"expectation":       {send: strings.Replace(simple, "\r\n", "\r\nExpect: a miracle\r\n", 1), serve: once(echo), want: 417},
+		"odd host":          {send: strings.Replace(simple, "www.mydomain.com", "a b", 1), serve: once(echo), want: 400},
+		"odd name":          {send: strings.Replace(simple, "Origin", "Ori gin", 1), serve: once(echo), want: 400},
+		"long head":         {send: strings.Replace(simple, "Origin: ", "Origin: "+strings.Repeat("x", 8<<10), 1), serve: once(echo), want: 101, asked: 1}, // within what net/http adds to the limit
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -681,7 +681,7 @@ func TestFastPathHolds(t *testing.T) {
 		after(t, p)
 		for ordinal := range 2 {
 			if _, own := p.pendingUpgrades.inUse(ordinal); own != 0 {
-				t.Errorf("%d places of backend-%d are taken after all, want 0", own, ordinal)
+				t.Errorf("%d slots of backend-%d are taken after all, want 0", own, ordinal)
 			}
 		}
 	})

@@ -16,7 +16,7 @@ import (
 	"time"
 )
 
-// A plain upgrade stays on the fast path with TLS, also when bytes of the session come with it.
+// A simple upgrade stays on the fast path with TLS, also when bytes of the session come with it.
 func TestFastPathTLS(t *testing.T) {
 	eachVersion(t, func(t *testing.T, version uint16) {
 		for name, early := range map[string]string{"alone": "", "early bytes": "early"} {

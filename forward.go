@@ -127,7 +127,7 @@ func (f *forwarder) writeMetrics(m metricsWriter) {
 // exchange is one plain request and its answer. Its handler's goroutine owns it, but for
 // what mu guards and what sendBody writes.
 type exchange struct {
-	*pendingRequest // its place in the limits, its owner and its flight; nil at first
+	*pendingRequest // its slot in the limits, its owner and its flight; nil at first
 
 	// Static after construction.
 	forwarder *forwarder
@@ -464,7 +464,7 @@ func (x *exchange) abandonOwner() {
 }
 
 // forget closes the connection, whose owner has refused the request without working on
-// it. It reports whether another owner can get the request. That takes a place again.
+// it. It reports whether another owner can get the request. That takes a slot again.
 func (x *exchange) forget() (again bool) {
 	x.endFlight()
 	x.abandonOwner()

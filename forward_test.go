@@ -772,7 +772,7 @@ func TestForwardPodReplaced(t *testing.T) {
 	mustWrite(t, old, plainRequest("/ws/ns-01"))
 	eventually(t, "requests that were sent", 1, p.forwarder.size)
 	if p.relay.setPods(map[int]string{0: "b"}) {
-		p.mover.ownersChanged()
+		p.mover.tableOrPodChanged()
 	}
 	readAnswerText(t, old, 503, "")
 	<-ended
@@ -815,7 +815,7 @@ func TestForwardDrain(t *testing.T) {
 	}
 }
 
-// Plain requests count in -max-sessions once they are sent, and leave a place free for
+// Plain requests count in -max-sessions once they are sent, and leave a slot free for
 // others when they are over.
 func TestForwardLimits(t *testing.T) {
 	p, release, _ := longAnswers(t, "", time.Hour, func(p *proxy) { p.limits.sessions = 1 })

@@ -14,25 +14,25 @@ const allPlaces = 1 << 63
 func placeOf(key uint64) uint64 { return key >> 1 }
 
 // mark says which namespaces have moved to the table of its record. Its sets are sorted
-// ordinals. {upto: allPlaces / 2, away: [3], removed: [5]} says: the first half of all
+// ordinals. {upto: allPlaces / 2, away: [3], scaledIn: [5]} says: the first half of all
 // namespaces has moved, and all namespaces of backend 5, but none of those that backend 3
 // gets.
 type mark struct {
-	upto    uint64 // those with a place below it: 0 to allPlaces
-	away    []int  // but none of those whose new owner is one of these: it is not there yet
-	removed []int  // and all of those whose previous owner is one of these: it was scaled in
+	upto     uint64 // those with a place below it: 0 to allPlaces
+	away     []int  // but none of those whose new owner is one of these: it is not there yet
+	scaledIn []int  // and all of those whose previous owner is one of these: it was scaled in
 }
 
 // isComplete reports whether no namespace is left to move.
 func (m *mark) isComplete() bool { return m.upto == allPlaces && len(m.away) == 0 }
 
 // isEmpty reports whether no namespace has moved.
-func (m *mark) isEmpty() bool { return m.upto == 0 && len(m.removed) == 0 }
+func (m *mark) isEmpty() bool { return m.upto == 0 && len(m.scaledIn) == 0 }
 
 // equal reports whether both marks cover the same namespaces.
 func (m *mark) equal(other *mark) bool {
 	return m.upto == other.upto &&
-		slices.Equal(m.away, other.away) && slices.Equal(m.removed, other.removed)
+		slices.Equal(m.away, other.away) && slices.Equal(m.scaledIn, other.scaledIn)
 }
 
 // covers reports whether a namespace with this place has moved from its previous owner to
@@ -41,7 +41,7 @@ func (m *mark) covers(place uint64, previous, next int) bool {
 	if slices.Contains(m.away, next) {
 		return false
 	}
-	return place < m.upto || slices.Contains(m.removed, previous)
+	return place < m.upto || slices.Contains(m.scaledIn, previous)
 }
 
 // planRecord is a table of a plan, and which namespaces have their owners from it.
@@ -106,9 +106,10 @@ func (p *handoffPlan) doneRecords() []planRecord {
 // present owners must have ended all that they have of them.
 //
 // If nothing has moved to the newest table yet, that table is dropped. An owner that was
-// away may be back: then next adds the newest table once more, if there is room. Its mark
-// begins anew, so the namespaces that waited for the owner move at the pace too. Once the
-// newest table covers everything, before the step and after it, it becomes the only one.
+// away may be back: then next adds a second record of the newest table, if there is room. The
+// mark of that one is empty at first, so the namespaces that waited for the owner move at the
+// pace too. Once the newest table covers everything, before the step and after it, it becomes
+// the only one.
 func (p *handoffPlan) next(content uint64, m mark, now time.Time) *handoffPlan {
 	next := &handoffPlan{step: stepAbove(p.step, now), records: p.doneRecords()}
 	if len(next.records) > 1 && next.newestRecord().after.isEmpty() {
@@ -153,12 +154,12 @@ func union(a, b []int) []int {
 
 // nextBounded returns the plan after p, as next does, with at most maxRecords records.
 // If p is full, no table is added until the newest one covers everything. An owner that
-// comes back in that time gets all its namespaces in one step. An ordinal in removed stays
+// comes back in that time gets all its namespaces in one step. An ordinal in scaledIn stays
 // there. The caller sets the step.
 func (p *handoffPlan) nextBounded(content uint64, m mark, now time.Time) *handoffPlan {
 	newest := p.newestRecord()
 	if newest.content == p.nextContent(content) {
-		m.removed = union(m.removed, newest.after.removed)
+		m.scaledIn = union(m.scaledIn, newest.after.scaledIn)
 	}
 	if !p.isFull() {
 		return p.next(content, m, now)
@@ -197,9 +198,9 @@ type assignment struct {
 	step  int64  // of the view's plan
 }
 
-// dialQueue returns the dial queue in which a request of the namespace has to wait: unresolved
-// if it has none, since it has no owner or there is no view.
-func (a assignment) dialQueue() int {
+// queueOrdinal returns the ordinal of the dial queue in which a request of the namespace has to
+// wait: unresolved if it has none, since it has no owner or there is no view.
+func (a assignment) queueOrdinal() int {
 	switch a.state {
 	case stateOwned:
 		return a.owner
@@ -270,27 +271,27 @@ func (v *view) wouldChange(content uint64, m *mark) bool {
 	case newest.after.isComplete():
 		return true // it becomes the only table
 	}
-	raised := mark{upto: max(m.upto, newest.after.upto), away: m.away, removed: m.removed}
+	raised := mark{upto: max(m.upto, newest.after.upto), away: m.away, scaledIn: m.scaledIn}
 	return !newest.after.equal(&raised)
 }
 
-// removedOwners returns the ordinals, sorted, of the backends that own namespaces in v
-// and not in t: they were scaled in.
-func (v *view) removedOwners(t *table) (removed []int) {
+// scaledInOwners returns the ordinals, sorted, of the backends that a table of v has, and t
+// has not: they were scaled in.
+func (v *view) scaledInOwners(t *table) (ordinals []int) {
 	for _, old := range v.tables {
 		for i := range old.active.count {
 			if ordinal := old.active.first + i; !t.active.has(ordinal) {
-				removed = append(removed, ordinal)
+				ordinals = append(ordinals, ordinal)
 			}
 		}
 	}
-	slices.Sort(removed)
-	return slices.Compact(removed)
+	slices.Sort(ordinals)
+	return slices.Compact(ordinals)
 }
 
 // mustLeave reports whether all that the backend has of the namespace has to be over
 // before the step is done: the namespace has another owner after it. If its owner is
-// unresolved here, it stays, unless this backend was removed: other routers may know that
+// unresolved here, it stays, unless this backend was scaled in: other routers may know that
 // the namespace was with it, and give it to another.
 func (v *view) mustLeave(namespace string, backend int) bool {
 	if !v.mayChange(hash64(namespace)) {
@@ -299,7 +300,7 @@ func (v *view) mustLeave(namespace string, backend int) bool {
 	owner := v.after(namespace)
 	if owner == unresolved {
 		return slices.ContainsFunc(v.records, func(r planRecord) bool {
-			return slices.Contains(r.after.removed, backend)
+			return slices.Contains(r.after.scaledIn, backend)
 		})
 	}
 	return owner != backend
@@ -315,7 +316,7 @@ func (v *view) mayChange(key uint64) bool {
 		return false
 	}
 	r := v.newestRecord()
-	if !slices.Equal(r.before.away, r.after.away) || !slices.Equal(r.before.removed, r.after.removed) {
+	if !slices.Equal(r.before.away, r.after.away) || !slices.Equal(r.before.scaledIn, r.after.scaledIn) {
 		return true
 	}
 	return r.before.upto <= placeOf(key) && placeOf(key) < r.after.upto
@@ -380,7 +381,7 @@ func (v *view) find(
 	for i, newer := range v.tables[1:] {
 		m := markOf(&v.records[i+1])
 		if newer == nil {
-			if placeOf(key) < m.upto || len(m.removed) > 0 {
+			if placeOf(key) < m.upto || len(m.scaledIn) > 0 {
 				ordinal, t = ownerNotKnown, nil
 			}
 			continue

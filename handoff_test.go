@@ -35,7 +35,7 @@ func randomMark(r *rand.Rand) mark {
 		case 0:
 			m.away = append(m.away, ordinal)
 		case 1:
-			m.removed = append(m.removed, ordinal)
+			m.scaledIn = append(m.scaledIn, ordinal)
 		}
 	}
 	return m
@@ -145,7 +145,7 @@ func TestViewComesToRest(t *testing.T) {
 func restingMover(r *tableStore) *mover {
 	log := slog.New(slog.DiscardHandler)
 	m := newMover(r, newRelay(func(i int) string { return backendName("backend", i) }, log), 0, nil, func() {}, log)
-	m.ownersChanged()
+	m.tableOrPodChanged()
 	return m
 }
 

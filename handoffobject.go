@@ -57,9 +57,11 @@ type memberID struct {
 // immutable.
 type sharedPlan struct {
 	handoffPlan
-	epoch       string              // of all plans since the first one, or since a reset
-	writes      int64               // how often a plan of this epoch was written
-	oldestSince planStep            // with which the first record became the first: member.oldestTable
+	epoch  string // of all plans since the first one, or since a reset
+	writes int64  // how often a plan of this epoch was written
+	// oldestSince is the step since which the first record is the first one: see
+	// member.oldestTable.
+	oldestSince planStep
 	members     map[string]memberID // by pod name
 	backends    *activeCount        // nil if not stored
 }
@@ -239,7 +241,7 @@ const maxOrdinal = 1<<31 - 1
 //	 "backends":{"count":4, "uid":"…", "generation":7}}
 //
 // A content and a place have 16 hexadecimal digits. The first record has no marks.
-// allHeld and backends may be absent.
+// allHeld and backends may be absent. removed is mark.scaledIn.
 type planJSON struct {
 	Version     int                 `json:"version"`
 	Epoch       string              `json:"epoch"`
@@ -288,7 +290,7 @@ func (p *sharedPlan) String() string {
 }
 
 func newMarkJSON(m *mark) *markJSON {
-	return &markJSON{hex64(m.upto).String(), m.away, m.removed}
+	return &markJSON{hex64(m.upto).String(), m.away, m.scaledIn}
 }
 
 // otherPlanVersionError says that a plan has another version than planVersion.
@@ -415,19 +417,19 @@ func (m *markJSON) parse(name string) (mark, error) {
 }
 
 // newMark returns a mark, or an error if a set is not valid.
-func newMark(name string, upto uint64, away, removed []int) (mark, error) {
+func newMark(name string, upto uint64, away, scaledIn []int) (mark, error) {
 	if err := checkOrdinals(name+".away", away); err != nil {
 		return mark{}, err
 	}
-	if err := checkOrdinals(name+".removed", removed); err != nil {
+	if err := checkOrdinals(name+".removed", scaledIn); err != nil {
 		return mark{}, err
 	}
 	m := mark{upto: upto}
 	if len(away) > 0 {
 		m.away = away
 	}
-	if len(removed) > 0 {
-		m.removed = removed
+	if len(scaledIn) > 0 {
+		m.scaledIn = scaledIn
 	}
 	return m, nil
 }
@@ -438,7 +440,7 @@ func newMark(name string, upto uint64, away, removed []int) (mark, error) {
 //	7c1e 7c1e.1795871234567.3 1795871239876 77ab… 61b2…/away=2,3/removed=5 120
 //
 // next is the place up to which the next step may go, with the new owners that are away
-// and the old ones that were removed, each left out if there are none. It is "blank" in
+// and the old ones that were scaled in, each left out if there are none. It is "blank" in
 // an answer of a router that does not know all tables of the plan. content is "-" if it
 // has no table; it is blank then. epoch is "-" and step 0 if it has no view; it is blank
 // then, too.
@@ -459,7 +461,7 @@ func (a stepAnswer) String() string {
 // formatNext returns a mark as an answer has it.
 func formatNext(m mark) string {
 	return hex64(m.upto).String() +
-		formatOrdinals("/away=", m.away) + formatOrdinals("/removed=", m.removed)
+		formatOrdinals("/away=", m.away) + formatOrdinals("/removed=", m.scaledIn)
 }
 
 // formatOrdinals returns the set after its name, "" if it is empty.
@@ -524,7 +526,7 @@ func parseNext(s string) (mark, error) {
 	if err != nil {
 		return mark{}, err
 	}
-	var away, removed []int
+	var away, scaledIn []int
 	if rest, ok := strings.CutPrefix(sets, "away="); ok {
 		list, others, _ := strings.Cut(rest, "/")
 		if away, err = parseOrdinals("next.away", list); err != nil {
@@ -533,11 +535,11 @@ func parseNext(s string) (mark, error) {
 		sets = others
 	}
 	if list, ok := strings.CutPrefix(sets, "removed="); ok {
-		if removed, err = parseOrdinals("next.removed", list); err != nil {
+		if scaledIn, err = parseOrdinals("next.removed", list); err != nil {
 			return mark{}, err
 		}
 	}
-	m, err := newMark("next", upto, away, removed)
+	m, err := newMark("next", upto, away, scaledIn)
 	if err == nil && formatNext(m) != s {
 		err = badValue("next", s, "a place, /away= and /removed=")
 	}

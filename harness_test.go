@@ -865,7 +865,7 @@ func newSessionConns(t testing.TB, client, backend string) (s sessionConns) {
 
 // socket returns the socket of a near end, which may be under TLS.
 func socket(conn net.Conn) halfConn {
-	conn, _ = takeTLS(conn)
+	conn, _ = unwrapTLS(conn)
 	return conn.(halfConn)
 }
 

@@ -165,7 +165,7 @@ func TestPackageCommentNames(t *testing.T) {
 			addMembers(declared, decl)
 		}
 	}
-	listed := regexp.MustCompile(`(?m)^\t([a-zA-Z.]+\.[a-zA-Z]+(?:, [a-zA-Z]+\.[a-zA-Z]+)*)(?:  |$)`)
+	listed := regexp.MustCompile(`(?m)^\t *([a-zA-Z.]+\.[a-zA-Z]+(?:, [a-zA-Z]+\.[a-zA-Z]+)*)(?:  |$)`)
 	names := listed.FindAllStringSubmatch(s.files["main"].Doc.Text(), -1)
 	if len(names) < 30 {
 		t.Errorf("%d lines with names in the package comment, want its paths and locks", len(names))

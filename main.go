@@ -39,20 +39,23 @@
 //	upgrade        a request for a WebSocket
 //	session        the WebSocket that comes of it, as the router carries it
 //	plain request  no upgrade
-//	flight         what a backend may still have: a request, or a session that is over here
+//	flight         a request that a backend may have, or a session that this router has ended
+//	               and its backend has not
 //	move           to close a session whose owner changed: its client comes back
 //	old pod        a pod of a backend that another pod has replaced
 //	release        the request to an old owner to store the state of namespaces (-release)
 //	change         all that follows from a new table, until its owners are in force
-//	receipt        what a change has moved, kept for operators when it is over
+//	receipt        what one router's moves to one table came to, kept for operators
 //	hand-off       what gives namespaces to their next owners, and never to two at once
 //	step           a part of a change: it hands over some namespaces together
-//	place          of a namespace: where it is in the order in which namespaces move; of a
-//	               request, in a limit: one of those that the limit allows
+//	place          of a namespace: where it is in the order in which namespaces move
+//	slot           of a limit: one of the requests or sessions that it allows; of a poller:
+//	               where an event finds its session
 //	held           of a namespace: it is handed over, and its clients wait
 //	away           of a new owner: it takes no connections yet, so its namespaces stay
 //	plan           how far a change has come: its last step, and a record for each table
-//	record         a table in a plan, with two marks: before the last step, and after it
+//	record         a table in a plan, with two marks: before the last step, and after it; one
+//	               table may have two records
 //	mark           says which namespaces have moved to the table of a record
 //	view           a plan with its tables: it says who owns each namespace now
 //	member         a router that shares its steps with others (-handoff=all)
@@ -148,7 +151,7 @@
 //	proxy.requestContexts     bounds the wait for the owner
 //	proxy.askOwners           asks the owner, and again when another one has to be asked
 //	proxy.dialOwner           dials it when it may get requests of the namespace
-//	backends.dialOwner        repeats the next three until the owner is connected
+//	backends.dialWhenReady    repeats the next three until the owner is connected
 //	proxy.recheckOwner        (as recheck) finds the owner, as above
 //	dialQueues.wait           waits in the owner's queue
 //	backends.dialInTurn       dials the owner, as above
@@ -165,7 +168,7 @@
 //	fastConn.respond, proxy.hijack  send the client the 101
 //	proxy.openSession         begins the session, ends the flight, and asks shouldMove again
 //	pendingRequest.uncount    ends the count of the upgrade in its limits
-//	poller.promote            (as start) gives the session a fastConn's place in the event loop
+//	poller.promote            (as start) gives the session a fastConn's slot in the event loop
 //	relay.startSession        (as start) in place of that: takes the connections from net/http
 //	engine.assign             after startSession: chooses the poller
 //	relay.register            counts the session
@@ -235,7 +238,7 @@
 //	tableStore.swap           makes a new table the newest
 //	newTable                  merges the contents, and decides which overrides are in force
 //	relay.setPods             another entry: a pod was replaced
-//	mover.ownersChanged       (as onSwap) wakes run. Without -handoff=all it also puts the first
+//	mover.tableOrPodChanged   (as onSwap) wakes run. Without -handoff=all it also puts the first
 //	                          view in force, and with -handoff=off each view
 //	mover.run                 calls prepare for a new table, and advance after each event
 //	mover.prepare             begins to move sessions to the table
@@ -261,8 +264,8 @@
 //	poller.scan               finds the ends of frames in what came from a side
 //	closingHandshake.insertClose  puts a Close frame where one may stand
 //	mover.cutRequests         cuts the plain requests that have lasted too long
-//	relay.setBackendEnded     notes that the router waits for the backend no longer
-//	mover.somethingEnded      (as onBackendEnded, and onEnd of flights) wakes run
+//	relay.setBackendDone      notes that the router waits for the backend no longer
+//	mover.somethingEnded      (as onBackendDone, and onEnd of flights) wakes run
 //	stepReleases.releaseAll   asks the old owners to store the state, with -release
 //	mover.finishStep          opens the namespaces with their new owners
 //	dialQueues.recheckOwners  (in onViewChanged) wakes their clients
@@ -272,8 +275,8 @@
 // view.next, beginStep and finishStep; workOnStep and what it calls stay:
 //
 //	mover.advanceShared       repeats what follows
-//	mover.workShared          calls workOnStep; if the step is done, and this router has a table
-//	                          and those of the plan, also one of the next two
+//	mover.workShared          calls workOnStep; if the step is done here, and this router has a
+//	                          table and those of the plan, also one of the next two
 //	mover.propose             says how far the next step may go, and closes the sessions whose
 //	                          owner stays and has a new pod
 //	mover.workAtRest          without a change: lets takeNextStep close sessions for new pods
@@ -283,13 +286,15 @@
 //	member.bootstrap, member.reset  where there is no plan, or one that is not to be trusted
 //	member.leave              when the router ends; else the first of these five that is due:
 //	member.join               makes this router a member
-//	member.sendAnswer         says what is done here, and how far the next step may go,
-//	member.answerWithStep     with the next step, if no other answer is missing
+//	member.sendAnswer         says what is done here, and how far the next step may go
+//	  member.answerWithStep   does so in one write with the next step, if no other answer is
+//	                          missing
 //	member.remove             removes a member that has ended for ever
 //	member.storeCount         stores the number of backends
-//	member.writeStepWith      (in writeStep) makes the next step, when all have answered
-//	handoffObject.agreedMark  says how far all members let that go
-//	handoffPlan.nextBounded   makes its plan
+//	member.writeStep          makes the next step, when all have answered: by the next three
+//	  member.writeStepWith    checks that they have, and have the same table
+//	  handoffObject.agreedMark  says how far all members let that go
+//	  handoffPlan.nextBounded  makes its plan
 //	member.commit             notes what is about to be done
 //	membership.startRequest   does it in a goroutine
 //	membership.write          patches the object
@@ -302,7 +307,8 @@
 //	mover.dequeueStep         takes the sessions of the step from the queue
 //
 // Then workShared closes these sessions, sendAnswer says so, and reportFinished logs the
-// result at the end. A step is done when no answer is missing, and when the next one comes.
+// result at the end. A step is done when no answer is missing, or when the next step comes, with
+// the last answer.
 //
 // A goroutine that holds a lock takes only locks that are further down:
 //
@@ -434,7 +440,8 @@ type program struct {
 	log          *slog.Logger
 }
 
-// newProgram makes the components that c asks for. They do nothing before serve.
+// newProgram makes the components that c asks for. Some of them read files. Before
+// serve they connect to nothing, and start no goroutine that lasts.
 func newProgram(c *config, getenv func(string) string, queue *logQueue,
 	log *slog.Logger) (*program, error) {
 	kubeClient, kubeNamespace, err := c.kubeClient(getenv)
@@ -450,7 +457,7 @@ func newProgram(c *config, getenv func(string) string, queue *logQueue,
 	if backends == nil {
 		onPods := func(uids map[int]string) {
 			if proxy.relay.setPods(uids) {
-				proxy.mover.ownersChanged()
+				proxy.mover.tableOrPodChanged()
 			}
 		}
 		endpoints = newEndpointWatcher(*kubeClient, kubeNamespace,
@@ -513,7 +520,7 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 	tables := &tableStore{
 		statefulSet: c.statefulSet, fromHost: c.layout.fromHost,
 		active: backends.fixed, listedCordon: c.cordon, log: log,
-		onSwap: func() { mover.ownersChanged() },
+		onSwap: func() { mover.tableOrPodChanged() },
 		applyDurations: newHistogram(
 			.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5),
 	}
@@ -523,7 +530,7 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 		_, err := backends.probe(ctx, backend)
 		return err
 	}
-	onViewChanged := func() { backends.queues.recheckOwners(mover.findDialQueue) }
+	onViewChanged := func() { backends.queues.recheckOwners(mover.findQueueOrdinal) }
 	mover = newMover(tables, relay, c.moveRate, probe, onViewChanged, log)
 	mover.settleTime, mover.handoffOff = c.moveSettle, c.handoff == "off"
 	mover.flights.unprovenTimeout = c.handoffUnproven

@@ -19,16 +19,16 @@ const (
 
 // member is this router as one of those that share the object of the hand-off: what it
 // knows of the plan, and what it decides to do next. It does no I/O and reads no clock.
-// Its owner calls setNewest, sawStep and expireOffers with what is new, and then decide,
-// again and again. Before the owner carries out what decide returns, it calls commit. It
-// sends one write at a time. Only the view of the last actAdopt says whom to admit.
+// The caller calls setNewest, noteBackendStep and expireOffers with what is new, and then
+// decide, again and again. Before the caller carries out what decide returns, it calls commit.
+// The caller sends one write at a time. Only the view of the last actAdopt says whom to admit.
 type member struct {
 	// Static after construction.
 	name, uid string // of the pod
 	instance  string // of the process: random
 
 	view        *memberView // that is in force in this router; nil before the first plan
-	highestStep int64       // the highest step that was in force, or that a backend has seen
+	highestStep int64       // the highest step that was in force or that a backend has answered
 	newest      *table      // its own; nil before the first
 	newestAt    time.Time   // when its content was set
 
@@ -41,11 +41,14 @@ type member struct {
 	lastAnswer    stepAnswer    // the last one that was sent
 	answerWrite   *handoffWrite // the write of that; nil if there was none
 	answeredAt    time.Time     // when it was sent
-	planWrite     *handoffWrite // the last write with a version; nil if there was none
-	planWrites    int           // how many of these there were
-	plannedAt     time.Time     // when it was sent
-	stepSeenAt    time.Time     // when the view got its step
+	stepAdoptedAt time.Time     // when the view got its step
 	rejectedEpoch string        // epoch of the last plan that did not follow; "" if there was none
+
+	// A conditional write has a version as its precondition: the API server refuses it when
+	// the object has another one.
+	conditionalWrite  *handoffWrite // the last one that was sent; nil if there was none
+	conditionalWrites int           // how many were sent
+	conditionalAt     time.Time     // when the last one was sent
 }
 
 // offeredTable is a table that all routers may move to.
@@ -75,7 +78,7 @@ func newMember(name, uid, instance string) *member {
 // for the step after.
 type stepProgress struct {
 	hasWork  bool // it has sessions, or requests that a backend may have got
-	stepDone bool // none of them has another owner than the view has after the step
+	doneHere bool // none of them has another owner than the view has after the step
 	next     mark // how far the step after may go, towards handoffPlan.nextContent
 	toMove   int  // sessions that have to move, also those that next covers
 }
@@ -144,8 +147,8 @@ func (m *member) setNewest(t *table, now time.Time) {
 	}
 }
 
-// sawStep notes a step that a backend has seen: the next one is above it.
-func (m *member) sawStep(step int64) { m.highestStep = max(m.highestStep, step) }
+// noteBackendStep notes a step that a backend has answered: the next one is above it.
+func (m *member) noteBackendStep(step int64) { m.highestStep = max(m.highestStep, step) }
 
 // expireOffers notes which offered tables a version of the object shows to be no longer needed.
 func (m *member) expireOffers(o *handoffObject, now time.Time) {
@@ -180,7 +183,7 @@ func (v *memberView) recordOf(content uint64) int {
 func (m *member) commit(d decision, now time.Time) {
 	if d.view != nil {
 		if m.view == nil || m.view.step != d.view.step {
-			m.stepSeenAt = now
+			m.stepAdoptedAt = now
 		}
 		m.view = d.view
 		m.highestStep = max(m.highestStep, d.view.step)
@@ -189,8 +192,8 @@ func (m *member) commit(d decision, now time.Time) {
 		m.lastAnswer, m.answerWrite, m.answeredAt = *d.answer, d.write, now
 	}
 	if d.write != nil && d.write.version != "" {
-		m.planWrite, m.plannedAt = d.write, now
-		m.planWrites++
+		m.conditionalWrite, m.conditionalAt = d.write, now
+		m.conditionalWrites++
 	}
 	if d.answer != nil && m.newest != nil && d.answer.content == m.newest.contentHash {
 		m.offered[d.answer.content] = &offeredTable{table: m.newest}
@@ -221,7 +224,7 @@ func (m *member) decide(s *decisionInput) decision {
 		}
 		return m.reset(s)
 	}
-	if s.leaving && !s.hasWork && s.stepDone {
+	if s.leaving && !s.hasWork && s.doneHere {
 		return m.leave(s)
 	}
 	wait := decision{}
@@ -310,10 +313,10 @@ func (m *member) table(content uint64) *table {
 	return nil
 }
 
-// oldestTable returns the table of next's oldest record, nil if it is not known. A table
-// does not store the owners of kept namespaces: those from before its record became the
-// oldest one. A member knows them if its view before had the same oldest record, or was of the
-// step just before that, in the same epoch. Otherwise they are unresolved: for a router that
+// oldestTable returns the table of next's oldest record, nil if it is not known. A table does
+// not say who owns a kept namespace: that was decided before its record became the oldest one.
+// A member knows the owner if its view before had the same oldest record, or was of the step
+// just before that, in the same epoch. Otherwise the namespace is unresolved: for a router that
 // was no member then, and after a reset also for a member that had come further than the
 // router that has reset the plan. So members never take different owners.
 func (m *member) oldestTable(next *memberView) *table {
@@ -359,7 +362,7 @@ func (m *member) sendAnswer(s *decisionInput) decision {
 	if !m.view.mustAnswer {
 		return decision{}
 	}
-	if !s.stepDone {
+	if !s.doneHere {
 		return waiting("sessions of step %d are left", m.view.step)
 	}
 	a := m.answer(s)
@@ -387,13 +390,13 @@ func (m *member) isUnderWay(o *handoffObject, a *stepAnswer) bool {
 		a.equal(&m.lastAnswer)
 }
 
-// answerWithStep writes the answer and the next step at once, if that step waits for nothing
-// else. The first router by name waits until it can, if it could with the same answer of all.
-// So there is one write in place of two, and no other write comes in between. ok is false if
-// the answer has to be sent alone: when answerWait is over, and when the present step waits
-// for no other answer.
+// answerWithStep decides whether the answer goes with the next step. If all other members have
+// answered, and nothing else is in the way of that step, the answer and the step are one write.
+// If only the answers of others are lacking, the first router by name waits for them. Else ok
+// is false, and the answer goes alone; so it does once the present step and the newest table
+// are answerWait old. So there is one write in place of two, and no other comes in between.
 func (m *member) answerWithStep(s *decisionInput, a *stepAnswer) (d decision, ok bool) {
-	until := latest(m.newestAt, m.stepSeenAt).Add(answerWait)
+	until := latest(m.newestAt, m.stepAdoptedAt).Add(answerWait)
 	if !s.now.Before(until) {
 		return decision{}, false
 	}
@@ -463,8 +466,9 @@ func (m *member) writeIf(
 	s *decisionInput, w *handoffWrite, a *stepAnswer, at time.Time, why string,
 ) decision {
 	w.uid, w.version = s.object.uid, s.object.version
-	if m.planWrite != nil && m.planWrite.uid == w.uid && m.planWrite.version == w.version {
-		at = latest(at, m.plannedAt.Add(writeTimeout))
+	last := m.conditionalWrite
+	if last != nil && last.uid == w.uid && last.version == w.version {
+		at = latest(at, m.conditionalAt.Add(writeTimeout))
 	}
 	if s.now.Before(at) {
 		return decision{why: why, again: at}
@@ -497,7 +501,7 @@ func (m *member) join(s *decisionInput) decision {
 		return m.writePlan(s, next, nil, s.now, "remove the container before")
 	case m.newest == nil:
 		return waiting("this router has no table")
-	case !s.stepDone:
+	case !s.doneHere:
 		return waiting("this router has not done step %d", m.view.step)
 	}
 	a := m.answer(s)
@@ -577,12 +581,12 @@ func (m *member) writeStepWith(s *decisionInput, a *stepAnswer) decision {
 		return waiting("this router does not know all tables of step %d", v.step)
 	default:
 		next = v.plan.nextBounded(m.newest.contentHash, agreed, s.now)
-		sawLater := m.highestStep > v.step // a backend has seen a later step
-		if v.plan.isSame(next) && !sawLater {
+		backendIsAhead := m.highestStep > v.step // a backend has answered a later step
+		if v.plan.isSame(next) && !backendIsAhead {
 			return waiting("")
 		}
 		if len(next.records) > 1 {
-			at = m.stepSeenAt.Add(stepTime(len(v.plan.members)))
+			at = m.stepAdoptedAt.Add(stepTime(len(v.plan.members)))
 		}
 	}
 	at = latest(at, m.turn(s, writers))
@@ -624,7 +628,7 @@ func (o *handoffObject) agreedMark(
 		allBlank = false
 		next.upto = min(next.upto, a.next.upto)
 		next.away = union(next.away, a.next.away)
-		next.removed = union(next.removed, a.next.removed)
+		next.scaledIn = union(next.scaledIn, a.next.scaledIn)
 		if !isAny {
 			writers = append(writers, pod)
 		}
@@ -694,7 +698,7 @@ func (m *member) startEpoch(p *sharedPlan, s *decisionInput) {
 		last = max(last, a.step)
 	}
 	p.step = stepAbove(last, s.now)
-	p.epoch = fmt.Sprintf("%s.%d.%d", m.instance, p.step, m.planWrites)
+	p.epoch = fmt.Sprintf("%s.%d.%d", m.instance, p.step, m.conditionalWrites)
 }
 
 // needsList reports whether there is a list of pods to decide by. If not, d is what to
@@ -788,9 +792,9 @@ func (m *member) rateShare(o *handoffObject) float64 {
 	return float64(own) / float64(all)
 }
 
-// whyNotReady says why this router admits nobody, or not to all namespaces yet. "" means
+// whyNotAdmitting says why this router admits nobody, or not to all namespaces yet. "" means
 // that it does. A namespace whose override is invalid counts for nothing.
-func (m *member) whyNotReady() string {
+func (m *member) whyNotAdmitting() string {
 	switch {
 	case m.view == nil:
 		return "there is no plan of the hand-off yet"

@@ -286,10 +286,10 @@ func (w *modelWorld) situationOf(r *modelRouter) *decisionInput {
 		now: w.clock(r), object: r.object, seenAt: r.seenAt, list: r.list, leaving: r.leaving,
 		gone: func(pod, uid string) bool { return w.pods[pod].uid != uid },
 	}
-	s.stepDone = true
+	s.doneHere = true
 	for i := range r.open {
 		s.hasWork = s.hasWork || r.open[i] != 0
-		s.stepDone = s.stepDone && w.misplaced(r, i) == 0
+		s.doneHere = s.doneHere && w.misplaced(r, i) == 0
 	}
 	s.next = r.next
 	if w.rules.situation != nil {
@@ -375,14 +375,14 @@ func (w *modelWorld) randomNext() mark {
 	}
 	m := mark{upto: []uint64{0, allPlaces, placeOf(hash64(modelNamespaces[w.IntN(4)])) + 1}[w.IntN(3)]}
 	if w.rules.hostile && w.chance(2) {
-		m = mark{removed: []int{w.IntN(4)}}
+		m = mark{scaledIn: []int{w.IntN(4)}}
 	}
 	for ordinal := range 4 {
 		switch w.IntN(10) {
 		case 0:
 			m.away = append(m.away, ordinal)
 		case 1:
-			m.removed = append(m.removed, ordinal)
+			m.scaledIn = append(m.scaledIn, ordinal)
 		}
 	}
 	return m
@@ -566,7 +566,7 @@ func (w *modelWorld) attack() {
 					}
 				}
 			}
-			l.sawStep(step)
+			l.noteBackendStep(step)
 		}
 	case 6:
 		l.skew = time.Duration(w.IntN(10000)-5000) * time.Millisecond
@@ -770,8 +770,8 @@ func (w *modelWorld) restless() string {
 		switch {
 		case r.member == nil:
 			return r.pod + " does not run"
-		case r.whyNotReady() != "":
-			return r.pod + ": " + r.whyNotReady()
+		case r.whyNotAdmitting() != "":
+			return r.pod + ": " + r.whyNotAdmitting()
 		case r.object != o || !r.view.done:
 			return r.pod + " is behind"
 		case !o.plan.isAtRest(r.newest.contentHash) || r.edit != len(w.edits)-1:
@@ -921,7 +921,7 @@ func TestModelNeedsRules(t *testing.T) {
 		{"only members admit", twoOwners, modelRules{
 			view: func(_ *modelRouter, v *memberView) { v.admitsNone = false }}},
 		{"an answer waits for the end of sessions", twoOwners, modelRules{
-			situation: func(_ *modelWorld, _ *modelRouter, s *decisionInput) { s.stepDone = true }}},
+			situation: func(_ *modelWorld, _ *modelRouter, s *decisionInput) { s.doneHere = true }}},
 		{"a step is done when all have answered", twoOwners, modelRules{
 			view: func(_ *modelRouter, v *memberView) { v.done = true }}},
 		{"only a pod that is gone is removed", twoOwners, modelRules{
@@ -1267,11 +1267,11 @@ func TestRemovedMemberEndsSessions(t *testing.T) {
 			t.Errorf("with the object %v it decides to %d", o, r.decide(s).action)
 		}
 	}
-	s.object, s.hasWork, s.stepDone = w.object, false, false
+	s.object, s.hasWork, s.doneHere = w.object, false, false
 	if d := r.decide(s); d.action != actWait {
 		t.Errorf("before the release it decides to %d: %s", d.action, d.why)
 	}
-	s.stepDone = true
+	s.doneHere = true
 	if d := r.decide(s); d.action != actWrite || d.why != "join" {
 		t.Errorf("without sessions it decides to %d: %s", d.action, d.why)
 	}
@@ -1334,7 +1334,7 @@ func TestMembersTakeTurns(t *testing.T) {
 		r.next = mark{upto: allPlaces}
 		r.commit(r.decide(w.situationOf(r)), w.now) // it adopts that
 		s := w.situationOf(r)
-		s.seenAt, r.stepSeenAt = s.now, s.now.Add(-time.Minute)
+		s.seenAt, r.stepAdoptedAt = s.now, s.now.Add(-time.Minute)
 		d := r.decide(s)
 		if r == first && (d.action != actWrite || !strings.HasPrefix(d.why, "step")) {
 			t.Errorf("the first decides to %d: %s", d.action, d.why)
@@ -1345,7 +1345,7 @@ func TestMembersTakeTurns(t *testing.T) {
 		if s.now = s.now.Add(turnInterval); r.decide(s).action != actWrite {
 			t.Errorf("after its turn it decides to %d", r.decide(s).action)
 		}
-		s.now, r.stepSeenAt = s.seenAt.Add(time.Hour), s.seenAt.Add(time.Hour)
+		s.now, r.stepAdoptedAt = s.seenAt.Add(time.Hour), s.seenAt.Add(time.Hour)
 		if d := r.decide(s); d.action != actWait || d.again.Sub(s.now) != stepTime(2) {
 			t.Errorf("right after a step it decides to %d: %s", d.action, d.why)
 		}
@@ -1397,9 +1397,9 @@ func TestLastAnswerMakesTheStep(t *testing.T) {
 	if !isBoth(d, first) {
 		t.Fatalf("with all answers but its own it decides to %d: %s, %v", d.action, d.why, d.write)
 	}
-	writes := first.planWrites
+	writes := first.conditionalWrites
 	first.commit(d, w.now)
-	if first.planWrites != writes+1 || first.offered[first.newest.contentHash] == nil {
+	if first.conditionalWrites != writes+1 || first.offered[first.newest.contentHash] == nil {
 		t.Error("it does not note that it has written a plan, and named its table in an answer")
 	}
 	if again := first.decide(w.situationOf(first)); again.action != actWait {
@@ -1432,12 +1432,12 @@ func TestAnswerWaitsOnlyForAnswers(t *testing.T) {
 	w.edit(to("backend-1"))
 	w.readEdit(first)
 	half := placeOf(hash64(modelNamespaces[0])) + 1
-	first.next, first.stepSeenAt = mark{upto: half}, w.now
+	first.next, first.stepAdoptedAt = mark{upto: half}, w.now
 	d := first.decide(w.situationOf(first))
 	if at := w.now.Add(stepTime(2)); d.action != actWrite || d.write.version != "" {
 		t.Errorf("before the time of a step that moves some, %s, it decides to %d: %s", at, d.action, d.why)
 	}
-	first.stepSeenAt = w.now.Add(-stepTime(2))
+	first.stepAdoptedAt = w.now.Add(-stepTime(2))
 	if d = first.decide(w.situationOf(first)); d.action != actWait || d.again != w.now.Add(answerWait) {
 		t.Errorf("at its time it decides to %d: %s", d.action, d.why)
 	}
@@ -1487,7 +1487,7 @@ func TestMissingAnswerDoesNotWait(t *testing.T) {
 		if blank {
 			first.view.tables[1], first.offered = nil, map[uint64]*offeredTable{}
 		}
-		first.open, first.stepSeenAt = [4]uint64{}, w.now.Add(-stepTime(2))
+		first.open, first.stepAdoptedAt = [4]uint64{}, w.now.Add(-stepTime(2))
 		if d := first.decide(w.situationOf(first)); d.action != actWrite || d.answer == nil || d.answer.blank != blank {
 			t.Errorf("blank %t: it decides to %d: %s, again in %s", blank, d.action, d.why, d.again.Sub(w.now))
 		}
@@ -1648,7 +1648,7 @@ func TestShareOfTheRate(t *testing.T) {
 	}
 	m := &mover{moveInterval: time.Second}
 	wantEqual(t, "time between two moves of a router by itself", m.interval(), time.Second)
-	m.shared = &sharedMove{membership: &membership{member: r.member}}
+	m.shared = &sharedHandoff{membership: &membership{member: r.member}}
 	m.shared.inbox.object = s.object
 	wantEqual(t, "time between two moves with half of the rate", m.interval(), 2*time.Second)
 }
@@ -1762,7 +1762,7 @@ func TestBranchDoesNotFollow(t *testing.T) {
 func TestLeaveAfterRelease(t *testing.T) {
 	for _, released := range []bool{false, true} {
 		_, r, s := rested(2)
-		s.leaving, s.hasWork, s.stepDone = true, false, released
+		s.leaving, s.hasWork, s.doneHere = true, false, released
 		if left := r.decide(s).why == "leave"; left != released {
 			t.Errorf("released %t: leaves %t", released, left)
 		}
@@ -1816,7 +1816,7 @@ func TestRemovedOwnerOfUnknownNamespace(t *testing.T) {
 				for len(r.inbox) > 0 {
 					w.receive(r)
 				}
-				r.next = mark{removed: []int{2}}
+				r.next = mark{scaledIn: []int{2}}
 				for i := range r.open {
 					r.open[i] &^= w.misplaced(r, i)
 				}

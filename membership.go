@@ -21,8 +21,8 @@ import (
 const (
 	// objectRequestTimeout bounds one write of the object, and one request for pods.
 	objectRequestTimeout = 5 * time.Second
-	// blockedTime is how long a member may not answer before its pod is asked for, and
-	// then the time between two requests.
+	// When a member has not answered for blockedTime, the router asks for its pod, and then
+	// again after each blockedTime.
 	blockedTime = time.Second
 	// relistTime is how long a change may wait without a new version of the object before
 	// the object is listed again: an event may have been lost (kubernetes#123072).
@@ -43,7 +43,7 @@ type membership struct {
 	client   kubeClient  // to copy: a client is for one goroutine
 	podsPath string
 	podLabel string // a label selector: the pods of all routers
-	wake     func() // wakes the owner; must not block
+	wake     func() // wakes the mover's run; must not block
 	// wantedBackends returns the number of backends that the object should have; nil if
 	// it is not known.
 	wantedBackends func() *activeCount
@@ -92,12 +92,12 @@ type handoffInbox struct {
 
 // sharedStatus is what operators may ask.
 type sharedStatus struct {
-	notReady string   // why this router admits nobody, or not to all namespaces; or ""
-	why      string   // what it does or waits for; or ""
-	members  []string // pods, sorted
-	missing  []string // those of them that have not answered the step
-	err      error    // of the last write or list; nil if it succeeded
-	podErr   error    // of the last request for a pod; nil if it succeeded
+	whyNotAdmitting string   // why this router admits nobody, or not to all namespaces; or ""
+	why             string   // what it does or waits for; or ""
+	members         []string // pods, sorted
+	missing         []string // those of them that have not answered the step
+	err             error    // of the last write or list; nil if it succeeded
+	podErr          error    // of the last request for a pod; nil if it succeeded
 }
 
 // handoffConfigMap is the object as the API server has it.
@@ -158,16 +158,16 @@ func (m *membership) apply(objects map[string]*handoffConfigMap) {
 }
 
 // decide says what to do next, and begins what has to be written or listed. p is how far
-// this router has come, t its own table, nil if it has none yet, and seenStep the highest
-// step that a backend has seen. The caller carries out actAdopt and actEndAll, and calls
+// this router has come, t its own table, nil if it has none yet, and backendStep the highest
+// step that a backend has answered. The caller carries out actAdopt and actEndAll, and calls
 // decide again. All else only says when to call it again, if nothing happens before.
 func (m *membership) decide(
-	ctx context.Context, p stepProgress, t *table, seenStep int64, now time.Time,
+	ctx context.Context, p stepProgress, t *table, backendStep int64, now time.Time,
 ) decision {
 	m.ctx = ctx
 	in := m.takeInbox(now)
 	m.member.setNewest(t, now)
-	m.member.sawStep(seenStep)
+	m.member.noteBackendStep(backendStep)
 	if in.object != nil {
 		m.member.expireOffers(in.object, now)
 	}
@@ -184,7 +184,7 @@ func (m *membership) decide(
 		m.storedPassed = true
 		m.onStored(d.view.plan.backends)
 	case actWrite, actList:
-		if in.busy { // its end wakes the owner
+		if in.busy { // its end wakes the mover's run
 			return decision{why: d.why}
 		}
 		if now.Before(m.retryAt) {
@@ -229,9 +229,9 @@ func (m *membership) passStored(in *handoffInbox) {
 
 // publish notes what operators may ask, and that this router has left.
 func (m *membership) publish(in *handoffInbox, d decision) {
-	st := sharedStatus{why: d.why, notReady: m.whyNotServing(in)}
+	st := sharedStatus{why: d.why, whyNotAdmitting: m.whyNotAdmitting(in)}
 	if in.object == nil {
-		st.why = st.notReady
+		st.why = st.whyNotAdmitting
 	}
 	if v := m.member.view; v != nil {
 		for pod := range v.plan.members {
@@ -255,9 +255,10 @@ func (m *membership) publish(in *handoffInbox, d decision) {
 	}
 }
 
-// whyNotServing says why this router admits nobody, or not to all namespaces yet.
-func (m *membership) whyNotServing(in *handoffInbox) string {
-	why := m.member.whyNotReady()
+// whyNotAdmitting says why this router admits nobody, or not to all namespaces yet. It says
+// what the member says, or what is wrong with the object if the member has no view for that.
+func (m *membership) whyNotAdmitting(in *handoffInbox) string {
+	why := m.member.whyNotAdmitting()
 	switch {
 	case why == "" || m.member.view != nil:
 		return why
@@ -285,11 +286,11 @@ func (m *membership) snapshot() sharedStatus {
 // whyNotReady says why the router should get no new clients yet, or "".
 func (m *membership) whyNotReady() string {
 	st := m.snapshot()
-	if st.notReady == "" {
+	if st.whyNotAdmitting == "" {
 		return ""
 	}
-	text := "the hand-off: " + st.notReady
-	if st.why != "" && st.why != st.notReady {
+	text := "the hand-off: " + st.whyNotAdmitting
+	if st.why != "" && st.why != st.whyNotAdmitting {
 		text += "; " + st.why
 	}
 	err := cmp.Or(st.err, st.podErr)
@@ -573,7 +574,7 @@ func (m *membership) writeMetrics(w metricsWriter) {
 	w.single("router_handoff_member", "gauge",
 		"1 if this router admits clients to all namespaces that are not being "+
 			"handed over.",
-		boolToFloat(st.notReady == ""))
+		boolToFloat(st.whyNotAdmitting == ""))
 	sample := w.family("router_handoff_writes_total", "counter",
 		"Writes of the object of the hand-off, by result.")
 	sample(float64(m.counts.written.Load()), "result", "ok")

@@ -165,7 +165,7 @@ func (r *simRouter) start() {
 		}
 		return nil
 	}
-	router.onSwap = c.ownersChanged
+	router.onSwap = c.tableOrPodChanged
 	c.closeSession = func(s *session, onEnd func(cut bool)) bool {
 		return c.endSession(s, causeMoved, func() { onEnd(false) })
 	}
@@ -210,7 +210,7 @@ func (c *simContainer) endSession(s *session, why cause, onEnd func()) bool {
 		c.finish(seen)
 		c.relay.remove(s, [2]int64{})
 		s.counted.Store(true)
-		c.relay.onBackendEnded()
+		c.relay.onBackendDone()
 		onEnd()
 	})
 	return true
@@ -806,7 +806,7 @@ func TestHandoffWaitsForWrite(t *testing.T) {
 		r.link.heal()
 		r.link.freeze()
 		for range 20 {
-			r.container.ownersChanged()
+			r.container.tableOrPodChanged()
 			before := r.container.decisions.Load()
 			time.Sleep(time.Second)
 			if n := r.container.decisions.Load() - before; n > 50 {
@@ -889,7 +889,7 @@ func checkHeldTime(t *testing.T, routers int) {
 				c.finish(seen)
 				c.relay.remove(x, [2]int64{})
 				x.counted.Store(true)
-				c.relay.onBackendEnded()
+				c.relay.onBackendDone()
 				onEnd(false)
 			})
 			return true

@@ -42,7 +42,7 @@ type mover struct {
 	// httpMoveTime is how old a plain request may become when a step waits for it, or with
 	// -handoff=off when its owner changed; 0: it is cut at once.
 	httpMoveTime  time.Duration
-	shared        *sharedMove // nil without -handoff=all
+	shared        *sharedHandoff // nil without -handoff=all
 	ages          ageSweep
 	stepDurations *histogram // of the steps that are done
 	log           *slog.Logger
@@ -51,13 +51,13 @@ type mover struct {
 	// and with -handoff=off.
 	current atomic.Pointer[view]
 
-	tableChanged wakeup       // of run, by ownersChanged
+	tableChanged wakeup       // of run, by tableOrPodChanged
 	wake         wakeup       // of run, when there may be something to do
 	awaitsEnd    atomic.Bool  // run waits for something of a step to be over
 	steps        atomic.Int64 // steps that are done
 	moved        atomic.Int64 // sessions that moveSession has closed
 	cancelled    atomic.Int64 // sessions that stayed: a later change moved them back
-	seenStep     atomic.Int64 // the highest that a backend has answered: see noteStep
+	backendStep  atomic.Int64 // the highest step that a backend has answered: see noteStep
 	leaving      atomic.Bool  // see leave
 
 	moving   atomic.Pointer[moveResult]   // the move under way, so far; nil for none
@@ -103,14 +103,14 @@ func newMover(
 		m.moveInterval = time.Second / time.Duration(rate)
 	}
 	m.pace.interval, m.ages.pace.interval = m.interval(), m.moveInterval
-	m.flights.onEnd, relay.onBackendEnded = m.somethingEnded, m.somethingEnded
+	m.flights.onEnd, relay.onBackendDone = m.somethingEnded, m.somethingEnded
 	return m
 }
 
-// ownersChanged makes run look for sessions to move: the router has a new table, or the
+// tableOrPodChanged makes run look for sessions to move: the router has a new table, or the
 // pod of a backend was replaced. When it returns, the first table is in force, and with
 // -handoff=off each table; with -handoff=all none need be. It does not block.
-func (m *mover) ownersChanged() {
+func (m *mover) tableOrPodChanged() {
 	for m.shared == nil {
 		t, v := m.tables.table(), m.current.Load()
 		if t == nil || v != nil && (!m.handoffOff || v.tables[0] == t) {
@@ -138,8 +138,8 @@ func (m *mover) ownerNow(namespace string) assignment {
 	return a
 }
 
-// findDialQueue is the queueFinder of the dial queues.
-func (m *mover) findDialQueue(namespace string) int { return m.ownerNow(namespace).dialQueue() }
+// findQueueOrdinal is the queueFinder of the dial queues.
+func (m *mover) findQueueOrdinal(namespace string) int { return m.ownerNow(namespace).queueOrdinal() }
 
 // startFlight notes that the owner gets the request, which the caller sends next. cut is
 // nil for an upgrade: see flight.cut. Then it asks once more who the owner is, and
@@ -154,7 +154,7 @@ func (m *mover) startFlight(
 		f = m.flights.add(namespace, owner, podUID, cut)
 	}
 	now = m.ownerNow(namespace)
-	if now.dialQueue() == owner {
+	if now.queueOrdinal() == owner {
 		return f, now, true
 	}
 	if f != nil {
@@ -200,18 +200,18 @@ func (m *mover) run(ctx context.Context) {
 		case <-m.wake:
 		case <-timer.C:
 		}
-		var next time.Time
+		var again time.Time
 		if m.shared == nil {
-			next = m.advance(time.Now())
+			again = m.advance(time.Now())
 		} else {
-			next = m.advanceShared(time.Now())
+			again = m.advanceShared(time.Now())
 		}
-		next = earliest(next, m.cutRequests(time.Now()))
+		again = earliest(again, m.cutRequests(time.Now()))
 		movesWait := m.waitsForPace && len(m.queue.sessions) > 0
-		next = earliest(next, m.ages.closeOld(m.relay, time.Now(), movesWait))
+		again = earliest(again, m.ages.closeOld(m.relay, time.Now(), movesWait))
 		timer.Stop()
-		if !next.IsZero() {
-			timer.Reset(max(time.Until(next), paceTick))
+		if !again.IsZero() {
+			timer.Reset(max(time.Until(again), paceTick))
 		}
 		m.reportFinished()
 		m.publishMove()
@@ -353,7 +353,7 @@ func (m *mover) advance(now time.Time) time.Time {
 		}
 		t := m.nextTable(v)
 		switch {
-		case m.handoffOff && !v.isAtRest(t.contentHash): // ownersChanged will replace v first
+		case m.handoffOff && !v.isAtRest(t.contentHash): // tableOrPodChanged replaces v first
 			return time.Time{}
 		case m.tally == nil && v.isAtRest(t.contentHash):
 			m.raiseStep(v)
@@ -385,27 +385,27 @@ func (m *mover) noteStep(text string) bool {
 	if err != nil || step < 0 || step > time.Now().Add(24*time.Hour).UnixMilli() {
 		return false
 	}
-	for seen := m.seenStep.Load(); step > seen; seen = m.seenStep.Load() {
-		m.seenStep.CompareAndSwap(seen, step)
+	for highest := m.backendStep.Load(); step > highest; highest = m.backendStep.Load() {
+		m.backendStep.CompareAndSwap(highest, step)
 	}
 	m.wake.notify()
 	return true
 }
 
-// raiseStep gives v, which is at rest, a step above all that backends have seen: another
+// raiseStep gives v, which is at rest, a step above all that backends have answered: another
 // router was ahead, or the clock was before this one started.
 func (m *mover) raiseStep(v *view) {
-	if seen := m.seenStep.Load(); seen >= v.step {
-		next, plan := *v, *v.handoffPlan
-		plan.step = seen + 1
-		next.handoffPlan = &plan
-		m.current.CompareAndSwap(v, &next)
+	if highest := m.backendStep.Load(); highest >= v.step {
+		nextView, plan := *v, *v.handoffPlan
+		plan.step = highest + 1
+		nextView.handoffPlan = &plan
+		m.current.CompareAndSwap(v, &nextView)
 	}
 }
 
 // beginStep puts a view with a new step in force.
 func (m *mover) beginStep(v *view) {
-	v.step = max(v.step, m.seenStep.Load()+1)
+	v.step = max(v.step, m.backendStep.Load()+1)
 	if !v.done {
 		m.releases.startStep()
 	}
@@ -418,7 +418,7 @@ func (m *mover) beginStep(v *view) {
 // the sessions once the step is in force. No step closes a session whose owner stays, and
 // has another pod, and none follows if v is at rest: takeNextStep closes these itself.
 func (m *mover) takeNextStep(v *view, t *table, now time.Time) (next mark, again time.Time) {
-	next = mark{upto: allPlaces, removed: v.removedOwners(t)}
+	next = mark{upto: allPlaces, scaledIn: v.scaledInOwners(t)}
 	next.away, again = m.targets.away(now)
 	settled, resume := m.startPace(now)
 	ready := settled
@@ -555,12 +555,12 @@ func (m *mover) blocks(v *view, f *flight) bool {
 // finishStep puts the same view in force with the step done, and returns it: clients that
 // were held get the new owners.
 func (m *mover) finishStep(v *view) *view {
-	next := *v
-	next.done = true
-	m.current.Store(&next)
+	nextView := *v
+	nextView.done = true
+	m.current.Store(&nextView)
 	m.onViewChanged()
 	m.countStep(time.Since(v.began))
-	return &next
+	return &nextView
 }
 
 // countStep counts a step that is done, whose namespaces were held for this time.
@@ -581,10 +581,10 @@ func (m *mover) takeNewVersion(v *view, t *table) *view {
 	}
 	withOwners := t.withKept(v.after)
 	if m.tables.newest.CompareAndSwap(t, withOwners) { // else there is a newer one
-		next := *v
-		next.tables = []*table{withOwners}
-		if m.current.CompareAndSwap(v, &next) {
-			return &next
+		nextView := *v
+		nextView.tables = []*table{withOwners}
+		if m.current.CompareAndSwap(v, &nextView) {
+			return &nextView
 		}
 	}
 	return v
@@ -648,11 +648,11 @@ func (m *mover) keepReceipt(result moveResult) {
 	m.receipts.Store(&all)
 }
 
-// sharedMove is what the mover needs to know of the step that all routers take together
+// sharedHandoff is what the mover needs to know of the step that all routers take together
 // (-handoff=all). The mover's run owns it.
-type sharedMove struct {
+type sharedHandoff struct {
 	*membership
-	doneStep     int64         // the last step of which nothing is left in this router
+	lastDoneHere int64         // the last step of which nothing is left in this router
 	lastProposal *stepProposal // the last that may be in this router's answer; nil for none
 }
 
@@ -669,7 +669,7 @@ type stepProposal struct {
 // useMembership makes the mover share its steps, and the rate of moves, with other
 // routers.
 func (m *mover) useMembership(s *membership) {
-	m.shared = &sharedMove{membership: s}
+	m.shared = &sharedHandoff{membership: s}
 	s.wake = m.wake.notify
 }
 
@@ -697,7 +697,7 @@ func (m *mover) advanceShared(now time.Time) time.Time {
 	for {
 		p, again := m.workShared(m.current.Load(), now)
 		m.shared.leaving = m.leaving.Load()
-		d := m.shared.decide(m.ctx, p, m.tables.table(), m.seenStep.Load(), now)
+		d := m.shared.decide(m.ctx, p, m.tables.table(), m.backendStep.Load(), now)
 		switch d.action {
 		case actAdopt:
 			m.adopt(d.view.view, now)
@@ -720,19 +720,19 @@ func (m *mover) workShared(v *view, now time.Time) (p stepProgress, again time.T
 	inFlight := func() bool { return m.flights.any(func(*flight) bool { return true }) }
 	p.hasWork = inFlight() || m.relay.size() > 0 || inFlight() // one may become the other
 	if v == nil {
-		p.stepDone = !p.hasWork
+		p.doneHere = !p.hasWork
 		return p, time.Time{}
 	}
 	t := m.tables.table()
 	if m.tally == nil && t != nil && !v.isAtRest(t.contentHash) {
 		m.prepare(now) // this router has joined during a change
 	}
-	if m.shared.doneStep < v.step && (v.done || m.workOnStep(v)) {
-		m.shared.doneStep = v.step
+	if m.shared.lastDoneHere < v.step && (v.done || m.workOnStep(v)) {
+		m.shared.lastDoneHere = v.step
 	}
-	p.stepDone = m.shared.doneStep >= v.step
+	p.doneHere = m.shared.lastDoneHere >= v.step
 	switch {
-	case t == nil || !p.stepDone || !v.knowsAll() || v.admitsNone:
+	case t == nil || !p.doneHere || !v.knowsAll() || v.admitsNone:
 		return p, time.Time{}
 	case v.isAtRest(t.contentHash):
 		p.next = mark{upto: allPlaces}
@@ -755,8 +755,8 @@ func (m *mover) workAtRest(v *view, t *table, now time.Time) (again time.Time) {
 		_, again = m.takeNextStep(v, t, now)
 		m.endMoves()
 	}
-	if next := m.takeNewVersion(v, t); next != v {
-		m.shared.member.view.view = next
+	if nextView := m.takeNewVersion(v, t); nextView != v {
+		m.shared.member.view.view = nextView
 	}
 	return again
 }
@@ -778,16 +778,16 @@ func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.T
 	}
 	m.refreshQueue(v, t, now)
 	p = &stepProposal{step: v.step, content: t.contentHash}
-	p.next = mark{upto: allPlaces, away: away, removed: v.removedOwners(t)}
+	p.next = mark{upto: allPlaces, away: away, scaledIn: v.scaledInOwners(t)}
 	ready, resume := m.startPace(now)
 	schedule := m.pace // of what this router proposes; dequeueStep advances the pace itself
-	due, _ := m.queue.split(&p.next, ready, &schedule, m.shared.stepAfter(now))
+	due, _ := m.queue.split(&p.next, ready, &schedule, m.shared.nextStepTime(now))
 	p.toMove = len(m.queue.sessions)
 	m.moveToNewPods(due, now)
 	m.waitsForPace = ready && p.next.upto < allPlaces
 	further, newest := p.next, v.newestRecord()
-	if newest.content == t.contentHash { // who is away or removed, other routers know too
-		further.away, further.removed = newest.after.away, newest.after.removed
+	if newest.content == t.contentHash { // who is away or scaled in, other routers know too
+		further.away, further.scaledIn = newest.after.away, newest.after.scaledIn
 	}
 	if p.next.upto == allPlaces || v.wouldChange(t.contentHash, &further) {
 		m.shared.lastProposal = p
@@ -838,28 +838,28 @@ func (m *mover) adopt(v *view, now time.Time) {
 }
 
 // dequeueStep takes the sessions that v's step moves from the queue. It advances the pace
-// by those that the pace counts: all but those whose previous owner was removed.
+// by those that the pace counts: all but those whose previous owner was scaled in.
 func (m *mover) dequeueStep(v *view, now time.Time) {
 	var rest []queuedSession
 	for _, q := range m.queue.sessions {
 		s := q.session
 		if s.isEnding() || !v.mustLeave(s.namespace, s.backend) {
 			rest = append(rest, q)
-		} else if !slices.Contains(v.newestRecord().after.removed, s.backend) {
+		} else if !slices.Contains(v.newestRecord().after.scaledIn, s.backend) {
 			m.pace.advance(now)
 		}
 	}
 	m.queue.set(rest)
 }
 
-// stepAfter returns when the step after the view's can begin: now or later.
-func (s *sharedMove) stepAfter(now time.Time) time.Time {
-	return latest(now, s.member.stepSeenAt.Add(stepTime(len(s.member.view.plan.members))))
+// nextStepTime returns when the step after the view's can begin: now or later.
+func (s *sharedHandoff) nextStepTime(now time.Time) time.Time {
+	return latest(now, s.member.stepAdoptedAt.Add(stepTime(len(s.member.view.plan.members))))
 }
 
 // positiveRateShare returns this router's part of the rate, above 0 and at most 1. A router that
 // had no session to move when it answered last has a small part. It takes membership.mu.
-func (s *sharedMove) positiveRateShare() float64 {
+func (s *sharedHandoff) positiveRateShare() float64 {
 	s.mu.Lock()
 	o := s.inbox.object
 	s.mu.Unlock()

@@ -169,7 +169,7 @@ func moveToAnotherPod(t *testing.T, old func(net.Conn, *bufio.Reader), unproven 
 	if heads := pods.stubs[1].heads(); len(heads) != 1 {
 		t.Errorf("the new pod was asked by %q, want ns-02 only", heads)
 	}
-	p.mover.ownersChanged()
+	p.mover.tableOrPodChanged()
 	mustFrames(t, conn, false, restarts)
 	conn.Close()
 	mustAnswer(t, waiting, 101)
@@ -190,7 +190,7 @@ func TestMoveBeforeTheTable(t *testing.T) {
 	p := startProxy(t, []string{b.addr, b.addr}, nil, nil)
 	p.relay.setPods(map[int]string{0: "a"})
 	for range 2 { // when run takes the second one, it is done with the first
-		if p.mover.ownersChanged(); !p.relay.setPods(map[int]string{0: "b"}) {
+		if p.mover.tableOrPodChanged(); !p.relay.setPods(map[int]string{0: "b"}) {
 			p.relay.setPods(map[int]string{0: "a"})
 		}
 		eventually(t, "wake-ups that run has not received", 0, func() int { return len(p.mover.wake) })
@@ -396,7 +396,7 @@ func TestMoveAfterTheOldPod(t *testing.T) {
 	s.podUID = "a"
 	c := newSessionConns(t, "tcp", "tcp").start(p.relay, s, [2][]byte{})
 	closeWrite(t, c.backend)
-	eventually(t, "the pod is done with the session", true, s.backendEnded.Load)
+	eventually(t, "the pod is done with the session", true, s.backendDone.Load)
 	p.relay.setPods(map[int]string{0: "b"})
 	if p.relay.oldPodSessionsDone("ns-01") != nil || p.mover.shouldMove(s) {
 		t.Error("the session counts as one with an old pod")
@@ -432,7 +432,7 @@ func movesIn(t *testing.T, rate, each int, data map[string]string, play func(t *
 		router := &tableStore{statefulSet: "backend", active: ordinalRange{count: 5}, log: slog.New(slog.DiscardHandler), onSwap: func() {}}
 		m.mover = newMover(router, relay, rate, m.dial, func() {}, log)
 		m.settleTime, m.closeSession = 500*time.Millisecond, m.recordClose
-		router.onSwap = m.ownersChanged
+		router.onSwap = m.tableOrPodChanged
 		m.table(data)
 		for namespace := range data {
 			owner, _ := router.table().owner(namespace)
@@ -508,7 +508,7 @@ func (m *moveTest) leave(s *session) bool {
 // release has the session be over.
 func (m *moveTest) release(s *session) {
 	s.counted.Store(true)
-	m.relay.onBackendEnded()
+	m.relay.onBackendDone()
 }
 
 // table makes data the overrides of the router's table.
@@ -810,7 +810,7 @@ func TestMoveToAnotherPodInAChange(t *testing.T) {
 		m.after(time.Second)
 		m.relay.setPods(map[int]string{1: "b"})
 		m.table(with(data, "ns-00", 2))
-		m.ownersChanged()
+		m.tableOrPodChanged()
 		wantEqual(t, "closed sessions", len(m.after(time.Minute)), 2)
 	})
 }

@@ -81,7 +81,7 @@ func (m *moveQueue) count(target int) (n int) {
 // split returns two lists: the sessions that may move in the step at the given time, and
 // the rest. It sets next.upto to the place of the first session that the pace holds back,
 // and calls p.advance for each session that the pace counts. All sessions of a namespace
-// move in one step. If ready is false, only sessions whose owner was removed may move.
+// move in one step. If ready is false, only sessions whose owner was scaled in may move.
 // split does not change the queue.
 func (m *moveQueue) split(
 	next *mark, ready bool, p *pace, at time.Time,
@@ -92,7 +92,7 @@ func (m *moveQueue) split(
 		case q.session.isEnding():
 		case q.changesOwner() && slices.Contains(next.away, q.target):
 			rest = append(rest, q)
-		case q.changesOwner() && slices.Contains(next.removed, q.session.backend):
+		case q.changesOwner() && slices.Contains(next.scaledIn, q.session.backend):
 			due = append(due, q)
 		case q.place != last && (!ready || p.next().After(at)):
 			next.upto = q.place

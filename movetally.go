@@ -29,8 +29,8 @@ type moveTally struct {
 	cuts       atomic.Int64 // sessions whose closing handshake was cut
 }
 
-// moveResult is the result of one move, for the log, the Events and operators. It is
-// immutable.
+// moveResult is what one router's moves to one table came to, or have come to so far, for the
+// log, the Events and operators. It is immutable.
 type moveResult struct {
 	version     string        // of the table
 	content     uint64        // of the table

@@ -83,7 +83,7 @@ func (p *namespacePermit) giveBack() {
 type namespaceSessions struct {
 	limit int // static; at least 1
 	mu    sync.Mutex
-	taken map[string]int32 // places, by namespace; guarded by mu; none is 0
+	taken map[string]int32 // slots, by namespace; guarded by mu; none is 0
 }
 
 // newNamespaceSessions returns nil for a limit of 0.
@@ -94,7 +94,7 @@ func newNamespaceSessions(limit int) *namespaceSessions {
 	return &namespaceSessions{limit: limit, taken: map[string]int32{}}
 }
 
-// acquire takes a place of the namespace, and reports whether there was one. It keeps the
+// acquire takes a slot of the namespace, and reports whether there was one. It keeps the
 // text of the namespace. The caller calls giveBack.
 func (n *namespaceSessions) acquire(namespace string) bool {
 	if n == nil {
@@ -109,7 +109,7 @@ func (n *namespaceSessions) acquire(namespace string) bool {
 	return true
 }
 
-// giveBack gives a place of the namespace back.
+// giveBack gives a slot of the namespace back.
 func (n *namespaceSessions) giveBack(namespace string) {
 	if n == nil {
 		return

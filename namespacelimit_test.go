@@ -21,7 +21,7 @@ func limitSessions(p *proxy, limit int) {
 	p.namespaceLimiter = newNamespaceLimiter(namespaceLimits{sessions: limit}, p.log)
 }
 
-// all returns how many places are taken, by namespace.
+// all returns how many slots are taken, by namespace.
 func (n *namespaceSessions) all() map[string]int32 {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -100,7 +100,7 @@ func TestNamespaceSessionsAtOnce(t *testing.T) {
 }
 
 // TestNamespaceSessionsAreFreed: whatever becomes of upgrades and sessions, in both ways of
-// an upgrade, no place stays taken, and there are never more than the limit.
+// an upgrade, no slot stays taken, and there are never more than the limit.
 func TestNamespaceSessionsAreFreed(t *testing.T) {
 	both(t, func(t *testing.T, request string) {
 		const limit = 4
@@ -126,14 +126,14 @@ func TestNamespaceSessionsAreFreed(t *testing.T) {
 					p.playEnd(t, request, random)
 					for namespace, taken := range p.namespaceLimiter.sessions.all() {
 						if taken < 1 || taken > limit {
-							t.Errorf("%s has %d places, want 1 to %d", namespace, taken, limit)
+							t.Errorf("%s has %d slots, want 1 to %d", namespace, taken, limit)
 						}
 					}
 				}
 			})
 		}
 		clients.Wait()
-		eventually(t, "namespaces with places", 0, func() int { return len(p.namespaceLimiter.sessions.all()) })
+		eventually(t, "namespaces with slots", 0, func() int { return len(p.namespaceLimiter.sessions.all()) })
 		if p.results[resultOK].Load() == 0 || p.results[resultMaxSessionsPerNamespace].Load() == 0 {
 			t.Error("no session, or no upgrade that was refused: the test shows nothing")
 		}

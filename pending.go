@@ -8,23 +8,23 @@ import (
 
 // pendingLimit bounds the pending requests: upgrades that wait, dial, or are in the
 // handshake, plain requests that their owner has not got, and what abandon keeps. A
-// backend's requests cannot take the places of the other backends' ones, whatever they
+// backend's requests cannot take the slots of the other backends' ones, whatever they
 // wait for: half of the limit is divided evenly among the backends. The
-// other half is a pool, of which a backend may take as many places as it leaves free. So
+// other half is a pool, of which a backend may take as many slots as it leaves free. So
 // there is room for the clients of the last backend that works, and for the many clients
 // that wait for one that restarts. The zero value counts none.
 type pendingLimit struct {
 	mu        sync.Mutex // guards all fields
 	total     int
-	byBackend map[int]int // places taken, by ordinal
-	share     int         // places of each backend
-	pooled    int         // places taken beyond the shares
+	byBackend map[int]int // slots taken, by ordinal
+	share     int         // slots of each backend
+	pooled    int         // slots taken beyond the shares
 	headBytes int         // of the heads that are kept
 }
 
-// acquire takes a place for a request to the backend with this ordinal. There are count
-// backends, and limit places for all of them; each backend has at least one place, whatever
-// the limit. acquire returns how many places are taken then, in all and by this backend. If
+// acquire takes a slot for a request to the backend with this ordinal. There are count
+// backends, and limit slots for all of them; each backend has at least one slot, whatever
+// the limit. acquire returns how many slots are taken then, in all and by this backend. If
 // ok is true, the caller calls giveBack; else it took none.
 func (l *pendingLimit) acquire(ordinal, count, limit int) (all, own int, ok bool) {
 	l.mu.Lock()
@@ -44,21 +44,21 @@ func (l *pendingLimit) acquire(ordinal, count, limit int) (all, own int, ok bool
 	return l.total, l.byBackend[ordinal], true
 }
 
-// take takes a place, even if the backend has its share.
+// take takes a slot, even if the backend has its share.
 func (l *pendingLimit) take(ordinal int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.add(ordinal, 1)
 }
 
-// giveBack gives a place back.
+// giveBack gives a slot back.
 func (l *pendingLimit) giveBack(ordinal int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.add(ordinal, -1)
 }
 
-// transfer gives a place to another backend, which may then have more than its share: so
+// transfer gives a slot to another backend, which may then have more than its share: so
 // clients that wait for a dead backend can go to a new owner.
 func (l *pendingLimit) transfer(from, to int) {
 	l.mu.Lock()
@@ -67,7 +67,7 @@ func (l *pendingLimit) transfer(from, to int) {
 	l.add(to, 1)
 }
 
-// add counts n more places as taken. The caller holds mu.
+// add counts n more slots as taken. The caller holds mu.
 func (l *pendingLimit) add(ordinal, n int) {
 	if l.byBackend == nil {
 		l.byBackend = map[int]int{}
@@ -81,8 +81,8 @@ func (l *pendingLimit) add(ordinal, n int) {
 	}
 }
 
-// beyondShare returns how many of so many places are beyond the share of the backend with
-// this ordinal. All requests that have no owner now have one place together: those of
+// beyondShare returns how many of so many slots are beyond the share of the backend with
+// this ordinal. All requests that have no owner now have one slot together: those of
 // queueHeld and of ownerNotKnown count as unresolved. The caller holds mu.
 func (l *pendingLimit) beyondShare(ordinal, taken int) int {
 	if ordinal < 0 {
@@ -91,7 +91,7 @@ func (l *pendingLimit) beyondShare(ordinal, taken int) int {
 	return max(0, taken-l.share)
 }
 
-// inUse returns how many places are taken, in all and by the backend.
+// inUse returns how many slots are taken, in all and by the backend.
 func (l *pendingLimit) inUse(ordinal int) (all, own int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -169,7 +169,7 @@ func (u *pendingRequest) endFlight() {
 }
 
 // abandon takes over conn, a connection to the owner that became no session, and closes
-// it. If there is a flight, the owner may have the request: then abandon takes one more place
+// it. If there is a flight, the owner may have the request: then abandon takes one more slot
 // of the owner, and keeps both until the flight is over. conn is nil if there was no
 // descriptor for it.
 func (u *pendingRequest) abandon(conn net.Conn) {
@@ -208,7 +208,7 @@ func (u *pendingRequest) uncount() {
 	u.uncounted = true
 }
 
-// countAgain takes a place again, after uncount, even if the owner has its share.
+// countAgain takes a slot again, after uncount, even if the owner has its share.
 func (u *pendingRequest) countAgain() {
 	u.limit.take(u.owner)
 	u.uncounted = false

@@ -248,7 +248,7 @@ func trimRequest(r *http.Request, ctx context.Context) *http.Request {
 // dialOwner waits until the owner of the namespace may get requests of it, and dials that
 // owner. ctx bounds both. u then has the connection.
 func (p *proxy) dialOwner(ctx context.Context, u *pendingRequest) error {
-	if !p.backends.queues.isOpen(u.dialQueue()) {
+	if !p.backends.queues.isOpen(u.queueOrdinal()) {
 		u.beginWait()
 	}
 	rechecks := 0
@@ -257,10 +257,10 @@ func (p *proxy) dialOwner(ctx context.Context, u *pendingRequest) error {
 			u.beginWait()
 		}
 		err := p.recheckOwner(ctx, u)
-		return u.dialQueue(), err
+		return u.queueOrdinal(), err
 	}
 	for {
-		conn, podUID, err := p.backends.dialOwner(ctx, u.namespace, recheck, p.mover.findDialQueue)
+		conn, podUID, err := p.backends.dialWhenReady(ctx, u.namespace, recheck, p.mover.findQueueOrdinal)
 		if err != nil {
 			return err
 		}
@@ -378,7 +378,7 @@ func (p *proxy) roundTrip(x *exchange) (*http.Response, error) {
 // nil.
 func (p *proxy) takeIdle(u *pendingRequest) *ownerConn {
 	u.podUID = p.backends.podUID(u.owner) // before it is asked for sessions with older pods
-	if u.dialQueue() != u.owner || p.relay.oldPodSessionsDone(u.namespace) != nil ||
+	if u.queueOrdinal() != u.owner || p.relay.oldPodSessionsDone(u.namespace) != nil ||
 		!p.backends.queues.isOpen(u.owner) {
 		return nil
 	}
@@ -739,7 +739,7 @@ func (p *proxy) hijack(w http.ResponseWriter, head []byte) (net.Conn, []byte, er
 	early, _ := rw.Reader.Peek(rw.Reader.Buffered()) // no error: it is buffered
 	client, rest := unwrap(conn.(*clientConn).Conn)
 	early = slices.Concat(early, rest)
-	if _, t := takeTLS(client); t != nil {
+	if _, t := unwrapTLS(client); t != nil {
 		early = append(early, t.takeBuffered()...)
 	}
 	client.SetDeadline(time.Now().Add(p.limits.handshakeTimeout))

@@ -802,7 +802,7 @@ func TestHoldEndsBeforeItsContext(t *testing.T) {
 	}
 	b.invalidate = func(int) { time.AfterFunc(time.Second, end) } // a dial has failed: if it is not the end, this is
 	defer end()
-	if _, _, err := b.dialOwner(ctx, "ns-01", func() (int, error) { return 0, nil }, always0); !errors.Is(err, nowhere) {
+	if _, _, err := b.dialWhenReady(ctx, "ns-01", func() (int, error) { return 0, nil }, always0); !errors.Is(err, nowhere) {
 		t.Errorf("it ended with %v, want %v", err, nowhere)
 	}
 }
@@ -899,7 +899,7 @@ func TestHalfClosedClientIsAnswered(t *testing.T) {
 }
 
 // One that is held gets its answer soon, as most who half-close have left: their
-// places are for others.
+// slots are for others.
 func TestHalfClosedClientIsNotHeld(t *testing.T) {
 	for way, request := range bothWays("/ws/ns-01") {
 		t.Run(way, func(t *testing.T) {
@@ -982,7 +982,7 @@ func TestLimits(t *testing.T) {
 	})
 }
 
-// Backends that are dead, in whatever way, take no places of those that work, even
+// Backends that are dead, in whatever way, take no slots of those that work, even
 // if these are one of many and a crowd comes to them.
 func TestLimitsOfABackend(t *testing.T) {
 	dead := map[string]func(t *testing.T) string{

@@ -102,9 +102,9 @@ type session struct {
 	index    int32 // in relay.sessions
 	onOldPod bool  // counted in relay.oldPods
 
-	backendEnded atomic.Bool  // the router waits no longer for its backend: setBackendEnded
-	cause        atomic.Int32 // a cause; causeNone until the session ends
-	counted      atomic.Bool  // it has ended and was counted
+	backendDone atomic.Bool  // the router waits no longer for its backend: setBackendDone
+	cause       atomic.Int32 // a cause; causeNone until the session ends
+	counted     atomic.Bool  // it has ended and was counted
 
 	// Owned by endIdle.
 	idleCount int32 // checks since the sum of bytesFrom changed
@@ -149,9 +149,9 @@ type relay struct {
 	deadTimeout      time.Duration
 	closeTimeout     time.Duration
 	freeDescriptors  func(count int)                    // called for descriptors that a session no longer has
-	onBackendEnded   func()                             // called when a session has become isBackendDone; must not block
+	onBackendDone    func()                             // called when a session has become isBackendDone; must not block
 	onAbandoned      func(s *session, backend net.Conn) // see abandonBackend; nil: nobody waits
-	remember         rememberNamespace                  // called just before onBackendEnded
+	remember         rememberNamespace                  // called just before onBackendDone
 	log              *slog.Logger
 	engine           engine
 
@@ -196,7 +196,7 @@ func newRelay(name func(backend int) string, log *slog.Logger) *relay {
 		deadTimeout:      deadTimeout,
 		closeTimeout:     closeTimeout,
 		freeDescriptors:  func(int) {},
-		onBackendEnded:   func() {},
+		onBackendDone:    func() {},
 		remember:         func(string, int) {},
 		log:              log,
 		byBackend:        map[int]sessionCounts{},
@@ -261,7 +261,7 @@ func (r *relay) sessionEnded(s *session) {
 		"client", s.clientAddrs, "seconds", lasted.Seconds(),
 		"to_backend", n[clientSide], "to_client", n[backendSide])
 	s.counted.Store(true)
-	r.onBackendEnded()
+	r.onBackendDone()
 	r.freeDescriptors(descriptorsPerSession)
 	r.openSessions.Done()
 }
@@ -322,7 +322,7 @@ func (r *relay) setPods(pods map[int]string) (changed bool) {
 // podReplaced reports whether another pod has replaced the session's pod, and the old
 // one still has the session. It takes no lock.
 func (r *relay) podReplaced(s *session) bool {
-	return r.isOldPod(s.backend, s.podUID) && !s.backendEnded.Load()
+	return r.isOldPod(s.backend, s.podUID) && !s.backendDone.Load()
 }
 
 // isOldPod reports whether another pod has replaced the backend's pod with this uid. It
@@ -367,18 +367,18 @@ func (r *relay) countOnOldPod(s *session, onOldPod bool) {
 	}
 }
 
-// setBackendEnded notes that the router waits no longer for the backend of s: its stream has
+// setBackendDone notes that the router waits no longer for the backend of s: its stream has
 // ended, its connection has failed, or the relay has reset it. The engine calls it, with or
 // without its own locks.
-func (r *relay) setBackendEnded(s *session) {
+func (r *relay) setBackendDone(s *session) {
 	r.remember(s.namespace, s.backend)
-	if s.backendEnded.Swap(true) {
+	if s.backendDone.Swap(true) {
 		return
 	}
 	if s.podUID != "" {
 		r.recountOnOldPod(s)
 	}
-	r.onBackendEnded()
+	r.onBackendDone()
 }
 
 // countUnproven counts a session that moves and whose backend is reset, as it has not
@@ -394,7 +394,7 @@ func (r *relay) countUnproven(s *session) {
 // not wait for a backend that has sent a Close frame in the closing handshake.
 func (r *relay) waitsForEnd(s *session) bool {
 	answered := s.closing != nil && s.scanners[backendSide].closed()
-	return r.onAbandoned != nil && !answered && !s.backendEnded.Load()
+	return r.onAbandoned != nil && !answered && !s.backendDone.Load()
 }
 
 // abandonBackend gives the backend's socket, of a session for which waitsForEnd is true,
@@ -435,9 +435,10 @@ func (s *session) setCause(cause cause) bool {
 // isEnding reports whether the session has a cause: it ends or has ended.
 func (s *session) isEnding() bool { return cause(s.cause.Load()) != causeNone }
 
-// isBackendDone reports whether the session itself keeps no step waiting. If its backend may
-// still serve the namespace after the session's end, there is a flight for that.
-func (s *session) isBackendDone() bool { return s.backendEnded.Load() || s.counted.Load() }
+// isBackendDone reports whether the session itself keeps no step waiting: backendDone is
+// set, or the session is over. If its backend may still serve the namespace after that, there
+// is a flight for it.
+func (s *session) isBackendDone() bool { return s.backendDone.Load() || s.counted.Load() }
 
 // filter returns the sessions for which match returns true, of those that are open at
 // one moment of the call. It calls match without the relay's lock, so sessions may

@@ -418,7 +418,7 @@ func (p *poller) setWriteFailed(s *session, i side) {
 	s.writeFailed[i] = true
 	p.dropUnsent(s, i.other())
 	if i == backendSide {
-		p.relay.setBackendEnded(s)
+		p.relay.setBackendDone(s)
 	}
 	p.halfClose(s, i.errorCause())
 	p.endIfDead(s)
@@ -442,10 +442,10 @@ func (p *poller) endIfDead(s *session) {
 func (p *poller) sideEnded(s *session, i side) {
 	s.fin[i] = true
 	if i == backendSide {
-		p.relay.setBackendEnded(s)
+		p.relay.setBackendDone(s)
 	}
 	if s.closing != nil {
-		s.closing.ended[i] = true
+		s.closing.noMoreFrom[i] = true
 		return
 	}
 	p.halfClose(s, i.endCause())

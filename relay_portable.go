@@ -58,7 +58,7 @@ func (e *engine) stop() {}
 // called.
 func (e *engine) assign(s *session, conns [2]net.Conn) {
 	s.conn, s.relay = conns, e.relay
-	if socket, t := takeTLS(conns[clientSide]); t != nil {
+	if socket, t := unwrapTLS(conns[clientSide]); t != nil {
 		t.setTransport(socket, true)
 	}
 }
@@ -75,7 +75,7 @@ func (e *engine) carry(s *session, _ [2]net.Conn, early [2][]byte) {
 func (e *engine) copy(s *session, from side, early []byte) {
 	e.copyFrom(s, from, early)
 	if from == backendSide {
-		e.relay.setBackendEnded(s)
+		e.relay.setBackendDone(s)
 	}
 	if s.running.Add(-1) == 0 {
 		s.end(cause(s.halfCloseCause.Load())) // has no effect if there is a cause already
@@ -284,7 +284,7 @@ func (s *session) scan(from side, buf []byte, n int, err error) (
 	case interrupted:
 		s.conn[from].SetReadDeadline(time.Time{})
 	case err != nil:
-		h.ended[from] = true
+		h.noMoreFrom[from] = true
 	}
 	n = h.insertClose(&s.scanners[from], from, buf, n)
 	if h.giveUpBackend(&s.scanners[backendSide]) {
@@ -317,5 +317,5 @@ func (s *session) resetBackend() {
 		conn.SetLinger(0) // if it fails, the backend gets a FIN instead of an RST
 	}
 	s.conn[backendSide].Close()
-	s.relay.setBackendEnded(s)
+	s.relay.setBackendDone(s)
 }

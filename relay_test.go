@@ -365,7 +365,7 @@ func scanned(t testing.TB, overrides int) (*relay, *mover, []*session) {
 		r.add(s)
 	}
 	m := newMover(router, r, 0, nil, func() {}, log)
-	m.ownersChanged()
+	m.tableOrPodChanged()
 	return r, m, all
 }
 

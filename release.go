@@ -292,7 +292,7 @@ func (r *releaser) waits() map[int]releaseWait {
 }
 
 // stepReleases releases what the steps of a hand-off need, one step after the other. Of a
-// nil *stepReleases, as without -release, each step is done. One goroutine owns it.
+// nil *stepReleases, as without -release, each step is done. The mover's run owns it.
 type stepReleases struct {
 	releaser *releaser
 	memory   *releaseMemory
@@ -313,7 +313,7 @@ func (s *stepReleases) waits() map[int]releaseWait {
 	return s.releaser.waits()
 }
 
-// close ends the run of the step, and closes the releaser. The owner has ended.
+// close ends the run of the step, and closes the releaser. The mover's run has ended.
 func (s *stepReleases) close() {
 	if s != nil {
 		s.releaser.close()

@@ -18,7 +18,7 @@ type status struct {
 	Backends    []backendLoad      `json:"backends"`              // by ordinal
 	Handoff     handoffStatus      `json:"handoff"`
 	Top         topStatus          `json:"top"`
-	Receipts    []moveReceipt      `json:"receipts"`   // of the last changes, newest first
+	Receipts    []moveReceipt      `json:"receipts"`   // of moves that are over, newest first
 	Rejected    int                `json:"rejected"`   // overrides that are not in force
 	Conflicts   int                `json:"conflicts"`  // namespaces whose overrides disagree
 	Rejections  []rejectedOverride `json:"rejections"` // the first maxExamples
@@ -265,7 +265,8 @@ func newTableSummary(t *table) *tableSummary {
 	return s
 }
 
-// moveReceipt is a change of owners in a status: one that goes on, or is over.
+// moveReceipt is what one router's moves to one table came to, or have come to so far. The
+// status of all routers has their receipts of the same table added up: see addReceipts.
 type moveReceipt struct {
 	Version    string    `json:"version"`    // of the table
 	Content    string    `json:"content"`    // the first half of its stamp
@@ -631,7 +632,7 @@ func addWaits(a, b []stepWait) []stepWait {
 // differ, and so do their shares of it.
 const sameMoveTime = 5 * time.Second
 
-// isSameMove reports whether r and other are receipts of two routers of the same change.
+// isSameMove reports whether r and other are receipts of two routers' moves to the same table.
 func (r *moveReceipt) isSameMove(other *moveReceipt) bool {
 	first, second := r, other
 	if second.Began.Before(first.Began) {
@@ -666,7 +667,7 @@ func (r *moveReceipt) sum(other *moveReceipt) moveReceipt {
 	return sum
 }
 
-// addReceipts returns the receipts of both lists, those of the same change added up.
+// addReceipts returns the receipts of both lists, those of the same table added up.
 func addReceipts(a, b []moveReceipt) []moveReceipt {
 	all := slices.Clone(a)
 	for i := range b {

@@ -34,8 +34,8 @@ func (noOverrides) whyNotReady() string { return "" }
 
 // changeReporter is an overrideSource that reports what its overrides changed.
 type changeReporter interface {
-	// reportChange reports a change that is in force. It must not block. It gets the
-	// changes of all sources.
+	// reportChange reports what the newest table changes. Namespaces keep their owners until
+	// it is their turn to move. It must not block. It gets the changes of all sources.
 	reportChange(sourceChange)
 }
 

@@ -73,9 +73,9 @@ var (
 	// errTLSHandshake is returned for a client whose handshake has failed. It can be sent
 	// nothing more.
 	errTLSHandshake = errors.New("the TLS handshake has failed")
-	// errNoData is returned to crypto/tls for a client that sends much without data: a
-	// handshake that does not end, for example.
-	errNoData = errors.New("the client sends too many bytes that are no data")
+	// errTooMuchOverhead is returned to crypto/tls for a client that sends much without data:
+	// a handshake that does not end, for example.
+	errTooMuchOverhead = errors.New("the client sends too many bytes that are no data")
 	// errHandshakeOver is returned for a handshake whose client is gone, or whose time is
 	// over, before it could compute.
 	errHandshakeOver = errors.New("the TLS handshake came too late to compute")
@@ -253,7 +253,8 @@ type tlsTransport struct {
 }
 
 // Read returns errTruncated at the end of a session's stream. crypto/tls takes an end
-// between two records for a regular one otherwise. It returns errNoData above the limit.
+// between two records for a regular one otherwise. It returns errTooMuchOverhead above the
+// limit.
 func (t *tlsTransport) Read(b []byte) (int, error) {
 	if t.relayed {
 		b = b[:min(len(b), maxTLSReadAhead)]
@@ -262,7 +263,7 @@ func (t *tlsTransport) Read(b []byte) (int, error) {
 	t.conn.taken += n
 	switch {
 	case t.conn.taken > t.conn.limit:
-		return 0, errNoData
+		return 0, errTooMuchOverhead
 	case t.relayed && errors.Is(err, io.EOF):
 		err = errTruncated
 	}
@@ -387,9 +388,9 @@ func (t *tlsConn) state() *tls.ConnectionState {
 	return &state
 }
 
-// takeTLS returns the socket's connection under conn, and conn itself, if that is a tlsConn;
+// unwrapTLS returns the socket's connection under conn, and conn itself, if that is a tlsConn;
 // else conn and nil.
-func takeTLS(conn net.Conn) (net.Conn, *tlsConn) {
+func unwrapTLS(conn net.Conn) (net.Conn, *tlsConn) {
 	if t, ok := conn.(*tlsConn); ok {
 		return t.socket(), t
 	}

@@ -281,11 +281,15 @@ const maxCloseFrame = 2 + maskKey + maxControlPayload
 // The lock that guards the session's sockets guards all fields but complete. Arrays are
 // indexed by the side from which the bytes come.
 type closingHandshake struct {
-	closeFrames    [2][]byte   // the Close frame that ends the stream to the side's peer
-	sentFrom       [2]bool     // closeFrames[side] was inserted; does not change after the session's end
-	stopped        [2]bool     // nothing more that comes from the side is carried
-	flushed        [2]bool     // stopped, and the peer's socket has taken all before
-	ended          [2]bool     // the side has ended its stream
+	closeFrames   [2][]byte // the Close frame that ends the stream to the side's peer
+	closeInserted [2]bool   // closeFrames[side] is in there; static after the session's end
+	stopped       [2]bool   // nothing more that comes from the side is carried
+	flushed       [2]bool   // stopped, and the peer's socket has taken all before
+	// noMoreFrom says that nothing more comes from the side: it has ended its stream, a read of
+	// it has failed, or the router has reset it. It begins as a copy of sessionIO.fin, which
+	// every session has: without a handshake a failed read ends the session instead. From then
+	// on relay_linux.go sets both, and relay_portable.go only noMoreFrom.
+	noMoreFrom     [2]bool
 	messageOverdue bool        // the client's time to end its message is over
 	answerOverdue  bool        // the backend's time to answer is over
 	complete       atomic.Bool // both sides have answered, or ended, and got all they should get
@@ -303,7 +307,7 @@ func (h *closingHandshake) insertClose(f *frameScanner, i side, buf []byte, n in
 	for !h.stopped[i] {
 		if f.atBoundary() && h.mayClose(f, i, buf[at:n]) {
 			f.scan(buf[at:n], i == clientSide)
-			h.sentFrom[i], h.stopped[i] = true, true
+			h.closeInserted[i], h.stopped[i] = true, true
 			return at + copy(buf[at:], h.closeFrames[i])
 		}
 		h.stopped[i] = f.closed()
@@ -321,16 +325,16 @@ func (h *closingHandshake) insertClose(f *frameScanner, i side, buf []byte, n in
 func (h *closingHandshake) mayClose(f *frameScanner, i side, rest []byte) bool {
 	closes := len(rest) > 0 && rest[0]&0xf == opcodeClose
 	if i == clientSide {
-		return !closes && (f.messageComplete() || h.messageOverdue || h.ended[clientSide])
+		return !closes && (f.messageComplete() || h.messageOverdue || h.noMoreFrom[clientSide])
 	}
-	return h.answerOverdue || h.ended[backendSide] || closes && h.sentFrom[clientSide]
+	return h.answerOverdue || h.noMoreFrom[backendSide] || closes && h.closeInserted[clientSide]
 }
 
 // start starts the handshake of a session of which the sides in ended have ended
 // already. It may take timeout. overdue is called at the end of each of its three
 // parts, and calls expire.
 func (h *closingHandshake) start(ended [2]bool, timeout time.Duration, overdue func()) {
-	h.stopped, h.flushed, h.ended = ended, ended, ended
+	h.stopped, h.flushed, h.noMoreFrom = ended, ended, ended
 	h.timer = time.AfterFunc(timeout/4, overdue)
 }
 
@@ -355,11 +359,11 @@ func (h *closingHandshake) expire(timeout time.Duration) (last bool) {
 // The handshake goes on as if the backend had ended, and the session counts as cut.
 // f is the scanner of what the backend sends.
 func (h *closingHandshake) giveUpBackend(f *frameScanner) bool {
-	if !h.answerOverdue || !h.sentFrom[backendSide] || h.ended[backendSide] || f.closed() {
+	if !h.answerOverdue || !h.closeInserted[backendSide] || h.noMoreFrom[backendSide] || f.closed() {
 		return false
 	}
 	h.gaveUp = true
-	h.ended[backendSide], h.stopped[clientSide], h.flushed[clientSide] = true, true, true
+	h.noMoreFrom[backendSide], h.stopped[clientSide], h.flushed[clientSide] = true, true, true
 	return true
 }
 
@@ -370,8 +374,8 @@ func (h *closingHandshake) progress(scanners *[2]frameScanner) (over bool) {
 	answered, hopeless := true, false
 	for i := range scanners {
 		f := &scanners[i]
-		answered = answered && h.flushed[i] && (h.ended[i] || f.closed())
-		hopeless = hopeless || !h.stopped[i] && (h.ended[i] || f.broken())
+		answered = answered && h.flushed[i] && (h.noMoreFrom[i] || f.closed())
+		hopeless = hopeless || !h.stopped[i] && (h.noMoreFrom[i] || f.broken())
 	}
 	if answered && !h.gaveUp {
 		h.complete.Store(true)
