@@ -393,13 +393,14 @@ func (p *poller) handleSent(s *session, i side, n int, errno syscall.Errno,
 		if s.halfCloseTimer != nil {
 			s.halfCloseTimer.Reset(p.relay.halfCloseTimeout)
 		}
+		if n < size {
+			s.checkWritable(to)
+		}
 		return n
 	case errno == syscall.EAGAIN:
 		return 0
 	case errno == syscall.EINTR:
-		if s.epollMask[to] != 0 {
-			s.epollMask[to] |= maskStale // it may be writable already, which is no new event
-		}
+		s.checkWritable(to)
 		return 0
 	case to.causeOf(errno) == causeRouterError:
 		p.end(s, causeRouterError)
@@ -407,6 +408,16 @@ func (p *poller) handleSent(s *session, i side, n int, errno syscall.Errno,
 		p.setWriteFailed(s, to)
 	}
 	return size
+}
+
+// checkWritable makes updateEpoll ask whether the side's socket is writable, after a send that took
+// less than it could, and was not refused with EAGAIN. The socket may be writable already, which is
+// no new event. A short splice(2) to a socket that epoll watches for EPOLLOUT already is not always
+// followed by one: on Linux 6.18 such sessions stood still for ever, with an empty socket.
+func (s *session) checkWritable(i side) {
+	if s.epollMask[i] != 0 {
+		s.epollMask[i] |= maskStale
+	}
 }
 
 // setWriteFailed notes that a send to the side failed, and drops the unsent bytes for
