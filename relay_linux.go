@@ -410,10 +410,10 @@ func (p *poller) handleSent(s *session, i side, n int, errno syscall.Errno,
 	return size
 }
 
-// checkWritable makes updateEpoll ask whether the side's socket is writable, after a send that took
-// less than it could, and was not refused with EAGAIN. The socket may be writable already, which is
-// no new event. A short splice(2) to a socket that epoll watches for EPOLLOUT already is not always
-// followed by one: on Linux 6.18 such sessions stood still for ever, with an empty socket.
+// checkWritable makes updateEpoll ask whether the side's socket is writable, after a send that
+// the socket took in part, or that a signal has interrupted. It may be writable already, which is
+// no new event. Sessions were seen to stand still after a short splice(2) on Linux 6.18: with
+// an empty socket, for which epoll had no event.
 func (s *session) checkWritable(i side) {
 	if s.epollMask[i] != 0 {
 		s.epollMask[i] |= maskStale

@@ -249,6 +249,35 @@ func TestRelayResetWhileUnsent(t *testing.T) {
 	mustBreak(t, c.client)
 }
 
+// A socket that takes a send in part is looked at again, also if epoll watches it for EPOLLOUT
+// already and has no event: here the test has taken that away.
+func TestRelayShortSendAsksAgain(t *testing.T) {
+	c := startedSession(t, quietRelay(t))
+	p := c.poller
+	for stolen := false; !stolen; {
+		p.mu.Lock()
+		p.keepUnsent(c.session, clientSide, []byte("x"), nil)
+		p.updateEpoll(c.session)
+		if stolen = stealWritable(p, c.session); stolen { // else the poller has it, and waits for mu
+			p.handleSent(c.session, clientSide, 1, 0, 2)
+			p.updateEpoll(c.session)
+		}
+		p.mu.Unlock()
+		mustRead(t, c.backend, "x")
+	}
+}
+
+// stealWritable takes the events of p's epoll set, and reports whether one of them says that the
+// backend's socket of s is writable.
+func stealWritable(p *poller, s *session) (stolen bool) {
+	var events [maxEpollEvents]syscall.EpollEvent
+	n, _ := syscall.EpollWait(p.epollFD, events[:], 0)
+	for _, e := range events[:max(n, 0)] {
+		stolen = stolen || e.Fd == s.slot && side(e.Pad&1) == backendSide && e.Events&syscall.EPOLLOUT != 0
+	}
+	return stolen
+}
+
 // A reset within a large frame ends the session with an error as its cause. splice(2)
 // takes the socket's error (sock_error in tcp_splice_read clears it), so that a recv(2)
 // after it returns a plain end.
