@@ -502,7 +502,8 @@ func (m *member) join(s *decisionInput) decision {
 	case m.newest == nil:
 		return waiting("this router has no table")
 	case !s.doneHere:
-		return waiting("this router has not done step %d", m.view.step)
+		return waiting("what this router had in step %d is not over, or not released",
+			m.view.step)
 	}
 	a := m.answer(s)
 	next := p.withMember(m.name, &memberID{m.uid, m.instance})
