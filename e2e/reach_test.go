@@ -41,10 +41,9 @@ type front struct {
 	forward *forward // nil if addr was there already
 }
 
-// newFront takes the first address that answers with a certificate of the CA, or without TLS
-// the first that answers. It tries
-// them once, or for as long as pods need that are ready and new: the way to them may not
-// be there on each node yet.
+// newFront takes the first address that answers with a certificate of the CA, or if clients
+// come without TLS the first that answers. It tries them once, or for as long as pods need
+// that are ready and new: the way to them may not be there on each node yet.
 func newFront(s *system, tryFor time.Duration) *front {
 	s.t.Helper()
 	f := &front{s: s}

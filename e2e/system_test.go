@@ -58,17 +58,18 @@ func newSystem(t *testing.T) *system {
 	s := &system{t: t, root: root, known: map[string]*router{}}
 	s.loadConfig()
 	s.trust()
-	s.showLogsIfFailed(t)
+	s.showLogsIfFailed()
 	s.awaitWhole()
 	s.findFront(0)
 	return s
 }
 
-// showLogsIfFailed writes the end of what the routers have logged since now into the log of
-// t, when t ends and has failed.
-func (s *system) showLogsIfFailed(t *testing.T) {
+// showLogsIfFailed writes the end of what the routers have logged since now into the test's
+// log, when the test ends and has failed.
+func (s *system) showLogsIfFailed() {
 	lines := int64(100) // of each router
 	since := metav1.Now()
+	t := s.t
 	t.Cleanup(func() {
 		if !t.Failed() {
 			return
