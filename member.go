@@ -78,7 +78,7 @@ func newMember(name, uid, instance string) *member {
 // for the step after.
 type stepProgress struct {
 	hasWork  bool // it has sessions, or requests that a backend may have got
-	doneHere bool // none of them has another owner than the view has after the step
+	doneHere bool // nothing of the step is left here: see mover.workOnStep
 	next     mark // how far the step after may go, towards handoffPlan.nextContent
 	toMove   int  // sessions that have to move, also those that next covers
 }
@@ -363,7 +363,7 @@ func (m *member) sendAnswer(s *decisionInput) decision {
 		return decision{}
 	}
 	if !s.doneHere {
-		return waiting("sessions of step %d are left", m.view.step)
+		return m.waitForStep()
 	}
 	a := m.answer(s)
 	if has, ok := s.object.answers[m.name]; ok && has.equal(&a) {
@@ -502,12 +502,16 @@ func (m *member) join(s *decisionInput) decision {
 	case m.newest == nil:
 		return waiting("this router has no table")
 	case !s.doneHere:
-		return waiting("what this router had in step %d is not over, or not released",
-			m.view.step)
+		return m.waitForStep()
 	}
 	a := m.answer(s)
 	next := p.withMember(m.name, &memberID{m.uid, m.instance})
 	return m.writePlan(s, next, &a, s.now, "join")
+}
+
+// waitForStep returns the decision to wait until the view's step is done in this router.
+func (m *member) waitForStep() decision {
+	return waiting("what this router had in step %d is not over, or not released", m.view.step)
 }
 
 // remove removes a member whose pod has ended for ever.

@@ -1249,6 +1249,16 @@ func rested(n int) (*modelWorld, *modelRouter, *decisionInput) {
 	return w, r, w.situationOf(r)
 }
 
+// A member without a session that has not done its step waits for a release, and does not say
+// that sessions are left.
+func TestMemberSaysWhatItsStepWaitsFor(t *testing.T) {
+	_, r, s := rested(2)
+	s.hasWork, s.doneHere = false, false
+	if d := r.decide(s); d.action != actWait || !strings.Contains(d.why, "not released") {
+		t.Errorf("it decides to %d: %s", d.action, d.why)
+	}
+}
+
 // Who was removed ends its sessions, also if the object is gone, and joins again then: not
 // before the backends have released what it had.
 func TestRemovedMemberEndsSessions(t *testing.T) {
