@@ -724,10 +724,10 @@ func (c *command) wait(ctx context.Context, args []string) error {
 
 // unfinished says what of a change of owners is not over; "" if nothing is.
 func (s *status) unfinished() string {
-	owners := 0
+	active := 0
 	for _, b := range s.Backends {
 		if b.Active {
-			owners++
+			active++
 		}
 	}
 	switch {
@@ -738,9 +738,9 @@ func (s *status) unfinished() string {
 		return "the last sessions of a change are closing"
 	case !s.Agree:
 		return "the routers do not agree"
-	case s.StatefulSet != nil && s.StatefulSet.Replicas > owners:
-		return fmt.Sprintf("%d of %d backends have namespaces; the next one is not ready",
-			owners, s.StatefulSet.Replicas)
+	case s.StatefulSet != nil && s.StatefulSet.Replicas > active:
+		return fmt.Sprintf("the table has %d of %d backends; the next one is not ready",
+			active, s.StatefulSet.Replicas)
 	}
 	return ""
 }

@@ -272,7 +272,10 @@ func TestCommandWait(t *testing.T) {
 		"a change of owners is under way, 50 % done, with 3 sessions to move": busy(func(s *status) { s.Handoff.InProgress, s.Handoff.Done, s.Handoff.ToMove = true, 0.5, 3 }),
 		"the last sessions of a change are closing":                           busy(func(s *status) { s.Handoff.Moving = &moveReceipt{} }),
 		"the routers do not agree":                                            busy(func(s *status) { s.Agree = false }),
-		"0 of 2 backends have namespaces; the next one is not ready":          busy(func(s *status) { s.StatefulSet = &statefulSetState{Replicas: 2} }),
+		"the table has 0 of 2 backends; the next one is not ready":            busy(func(s *status) { s.StatefulSet = &statefulSetState{Replicas: 2} }),
+		"the table has 1 of 2 backends; the next one is not ready": busy(func(s *status) { // a cordoned one has no namespaces
+			s.Backends, s.StatefulSet = []backendLoad{{Active: true, Cordoned: true}}, &statefulSetState{Replicas: 2}
+		}),
 	}
 	for want, s := range waits {
 		t.Run(want, func(t *testing.T) {
