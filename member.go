@@ -488,7 +488,7 @@ func (m *member) leave(s *decisionInput) decision {
 // join makes this router a member, once it has a table, in place of a container or a pod
 // of the same name before it: these have ended, or this one would not run. Until it has a
 // table, it removes them. A router that was removed, and lives on, joins once it has done what
-// the step asks of it: its answer is part of the write.
+// the step asks of it, which is nothing once the step is done: its answer is part of the write.
 func (m *member) join(s *decisionInput) decision {
 	p := m.view.plan
 	id, isNamed := p.members[m.name]
