@@ -414,7 +414,7 @@ func (c *command) printHandoff(h *handoffStatus) {
 	}
 }
 
-// printReceipts prints the changes that are over.
+// printReceipts prints the receipts of moves that are over.
 func (c *command) printReceipts(all []moveReceipt) {
 	if len(all) == 0 {
 		return

@@ -710,7 +710,7 @@ func stuckUpgrade(t *testing.T, unproven string) {
 			return b.ordinal != 0
 		}
 	})
-	ways := map[string]string{"ns-0": "plain", "ns-1": "net/http"}
+	ways := map[string]string{"ns-0": "simple", "ns-1": "net/http"}
 	namespaces := slices.Collect(maps.Keys(ways))
 	before := ownersBy(namespaces, func(int) int { return 0 })
 	after := ownersBy(namespaces, func(int) int { return 1 })
@@ -807,7 +807,7 @@ func (c flightCase) namespace() string {
 }
 
 func flightCases() (all []flightCase) {
-	for _, way := range []string{"plain", "net/http"} {
+	for _, way := range []string{"simple", "net/http"} {
 		for _, leave := range []string{"stays", "FIN", "RST"} {
 			all = append(all, flightCase{0, false, way, leave}, flightCase{0, true, way, leave},
 				flightCase{1, true, way, leave})

@@ -707,10 +707,10 @@ func upgradeRequest(path string) string {
 		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nOrigin: https://www.mydomain.com\r\n\r\n"
 }
 
-// bothWays are the two ways of an upgrade: the fast path takes what is plain, and
+// bothWays are the two ways of an upgrade: the fast path takes what is simple, and
 // net/http the other, as its target is in absolute form.
 func bothWays(path string) map[string]string {
-	return map[string]string{"plain": upgradeRequest(path), "net/http": upgradeRequest("http://www.mydomain.com" + path)}
+	return map[string]string{"simple": upgradeRequest(path), "net/http": upgradeRequest("http://www.mydomain.com" + path)}
 }
 
 // both has a test run with an upgrade of ns-01 in both ways.

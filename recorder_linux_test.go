@@ -588,7 +588,7 @@ func anyWay() string {
 	if rand.IntN(8) == 0 {
 		return "net/http"
 	}
-	return "plain"
+	return "simple"
 }
 
 // open opens a session. The caller closes the connection.

@@ -123,7 +123,7 @@ func text(t *testing.T, path string) string {
 }
 
 // TestMonitoringPanels: panels of the dashboard say what is so where a Prometheus has two
-// installations, and where plain requests take places of sessions.
+// installations, and where plain requests take slots of sessions.
 func TestMonitoringPanels(t *testing.T) {
 	promtool, err := exec.LookPath("promtool")
 	if err != nil {
