@@ -310,11 +310,11 @@ func (a *admin) writeMetrics(m metricsWriter) {
 	a.certificates.writeMetrics(m)
 	a.proxy.tables.writeMetrics(m)
 	if a.replicaWatcher != nil {
-		var active ordinalRange
+		var backends ordinalRange
 		if t := a.proxy.tables.table(); t != nil {
-			active = t.active
+			backends = t.backends
 		}
-		a.replicaWatcher.writeMetrics(m, active, a.isUnused)
+		a.replicaWatcher.writeMetrics(m, backends, a.hasNoNamespaces)
 	}
 	if a.configMaps != nil {
 		writeWatchMetrics(m, a.watchers())
@@ -340,25 +340,25 @@ func (a *admin) watchers() (all []objectWatcher) {
 
 // ownership is the answer of /owner.
 type ownership struct {
-	Namespace    string      `json:"namespace"`
-	Key          string      `json:"key,omitempty"`          // of its overrides, if it is another text
-	Owner        string      `json:"owner,omitempty"`        // "" if the namespace is refused, or the owner not known
-	HeldByStep   int64       `json:"held_by_step,omitempty"` // clients wait until previous is over
-	Previous     string      `json:"previous,omitempty"`     // owner until the step is done
-	Next         string      `json:"next,omitempty"`         // in the newest table, if it is not the owner yet
-	Why          string      `json:"why"`                    // one of the why constants
-	HashOwner    string      `json:"hash_owner,omitempty"`   // its owner if that were not cordoned
-	PodUID       string      `json:"pod_uid,omitempty"`      // of the owner's pod, if known
-	Address      string      `json:"address,omitempty"`
-	Ready        bool        `json:"ready"` // the owner takes a connection now
-	Error        string      `json:"error,omitempty"`
-	Note         string      `json:"note,omitempty"`
-	TableVersion string      `json:"table_version"`
-	Stamp        string      `json:"stamp"` // what backends get as X-Router-Table
-	Rejected     []rejection `json:"rejected,omitempty"`
-	Source       string      `json:"source,omitempty"` // of the override that is in force
-	Router       string      `json:"router"`           // that answers; "" for none
-	Sessions     int         `json:"sessions"`         // open, in this router, or with all=1 in all
+	Namespace        string      `json:"namespace"`
+	Key              string      `json:"key,omitempty"`          // of its overrides, if it is another text
+	Owner            string      `json:"owner,omitempty"`        // "" if the namespace is refused, or the owner not known
+	HeldByStep       int64       `json:"held_by_step,omitempty"` // clients wait until previous is over
+	Previous         string      `json:"previous,omitempty"`     // owner until the step is done
+	Next             string      `json:"next,omitempty"`         // in the newest table, if it is not the owner yet
+	Why              string      `json:"why"`                    // one of the why constants
+	HashOwner        string      `json:"hash_owner,omitempty"`   // its owner if that were not cordoned
+	PodUID           string      `json:"pod_uid,omitempty"`      // of the owner's pod, if known
+	Address          string      `json:"address,omitempty"`
+	Ready            bool        `json:"ready"` // the owner takes a connection now
+	Error            string      `json:"error,omitempty"`
+	Note             string      `json:"note,omitempty"`
+	OverridesVersion string      `json:"overrides_version"`
+	Stamp            string      `json:"stamp"` // what backends get as X-Router-Table
+	Rejected         []rejection `json:"rejected,omitempty"`
+	Source           string      `json:"source,omitempty"` // of the override that is in force
+	Router           string      `json:"router"`           // that answers; "" for none
+	Sessions         int         `json:"sessions"`         // open, in this router, or with all=1 in all
 
 	// With all=1 only.
 	Agree   *bool          `json:"agree,omitempty"` // all that know the owner have the same one
@@ -474,10 +474,10 @@ func (a *admin) summary() *tableSummary {
 	return last
 }
 
-// isUnused reports whether the backend is cordoned and no override names it.
-func (a *admin) isUnused(ordinal int) bool {
+// hasNoNamespaces reports whether the backend is cordoned and no override names it.
+func (a *admin) hasNoNamespaces(ordinal int) bool {
 	t := a.proxy.tables.table()
-	return t != nil && t.active.has(ordinal) && !t.isHashedTo(ordinal) &&
+	return t != nil && t.backends.has(ordinal) && !t.isHashedTo(ordinal) &&
 		a.summary().overrides[ordinal] == 0
 }
 
@@ -504,7 +504,7 @@ func clientNamespace(name string, fromHost bool) (namespace, want string) {
 func newOwnership(t *table, namespace string) (o ownership, ordinal int) {
 	o = ownership{
 		Namespace: namespace, Why: t.explain(namespace),
-		TableVersion: t.version, Stamp: t.stamp, Rejected: t.rejectionsOf(namespace),
+		OverridesVersion: t.overridesVersion, Stamp: t.stamp, Rejected: t.rejectionsOf(namespace),
 	}
 	switch key := namespaceKey(namespace); {
 	case len(key) > maxNameBytes:
@@ -516,7 +516,7 @@ func newOwnership(t *table, namespace string) (o ownership, ordinal int) {
 	if source := t.sourceOf(namespace); source != nil {
 		o.Source = source.id.String()
 	}
-	ordinal, ok := t.owner(namespace)
+	ordinal, ok := t.wantedOwner(namespace)
 	if ok {
 		o.Owner = t.name(ordinal)
 	}
@@ -558,7 +558,7 @@ func (a *admin) topStatus() topStatus {
 		for _, load := range loads {
 			n := topNamespace{
 				Namespace: load.namespace, Sessions: load.sessions,
-				BytesPerSecond: float64(load.bytes) / look.over.Seconds(),
+				BytesPerSecond: float64(load.bytes) / look.window.Seconds(),
 			}
 			if owner := a.proxy.mover.ownerNow(load.namespace).owner; owner >= 0 {
 				n.Owner = a.proxy.relay.backendName(owner)
@@ -567,7 +567,7 @@ func (a *admin) topStatus() topStatus {
 		}
 		return all
 	}
-	return topStatus{look.over.Seconds(), list(look.bySessions), list(look.byBytes)}
+	return topStatus{look.window.Seconds(), list(look.bySessions), list(look.byBytes)}
 }
 
 // Which namespaces router_top_sessions has: few, or each tenant would be a series.
@@ -602,15 +602,15 @@ type backendState struct {
 	Address          string `json:"address,omitempty"`
 	Ready            bool   `json:"ready"` // it takes a connection now
 	Error            string `json:"error,omitempty"`
-	Active           bool   `json:"active"`                        // it is one of the table's backends, also while cordoned
+	InTable          bool   `json:"in_table"`                      // it is one of the table's backends, also while cordoned
 	Cordoned         bool   `json:"cordoned,omitempty"`            // the hash gives it no namespaces
-	Overrides        int    `json:"overrides"`                     // how many it owns by overrides
+	Overrides        int    `json:"overrides"`                     // how many namespaces it has by an override, or keeps
 	Sessions         int    `json:"sessions"`                      // open in this router
 	SessionsOnOldPod int    `json:"sessions_on_old_pod,omitempty"` // of these, with an earlier pod
 	SafeToRemove     bool   `json:"safe_to_remove"`                // as far as this router knows
 }
 
-// backends answers GET /backends: the active backends, and those that still have sessions.
+// backends answers GET /backends: the backends of the table, and those that still have sessions.
 func (a *admin) backends(w http.ResponseWriter, r *http.Request) {
 	t := a.tableOrError(w)
 	if t == nil {
@@ -621,23 +621,23 @@ func (a *admin) backends(w http.ResponseWriter, r *http.Request) {
 	for _, load := range newLoads(a.proxy, a.summary(), changing) {
 		all = append(all, backendState{
 			Name: load.Name, Ordinal: load.Ordinal,
-			PodUID: a.proxy.backends.podUID(load.Ordinal),
-			Active: load.Active, Cordoned: load.Cordoned,
+			PodUID:  a.proxy.backends.podUID(load.Ordinal),
+			InTable: load.InTable, Cordoned: load.Cordoned,
 			Overrides: load.Overrides, Sessions: load.Sessions,
 			SessionsOnOldPod: load.SessionsOnOldPod, SafeToRemove: load.SafeToRemove,
 		})
 	}
 	a.probeAll(r.Context(), all)
 	writeJSON(w, http.StatusOK, backendsAnswer{
-		Router: a.proxy.podName, TableVersion: t.version, Stamp: t.stamp, Backends: all})
+		Router: a.proxy.podName, OverridesVersion: t.overridesVersion, Stamp: t.stamp, Backends: all})
 }
 
 // backendsAnswer is the answer of /backends.
 type backendsAnswer struct {
-	Router       string         `json:"router"` // that answers
-	TableVersion string         `json:"table_version"`
-	Stamp        string         `json:"stamp"`
-	Backends     []backendState `json:"backends"`
+	Router           string         `json:"router"` // that answers
+	OverridesVersion string         `json:"overrides_version"`
+	Stamp            string         `json:"stamp"`
+	Backends         []backendState `json:"backends"`
 
 	// With all=1 only.
 	Agree   *bool          `json:"agree,omitempty"`   // all that answered have the same table
@@ -686,7 +686,7 @@ func (a *admin) backendsOfAll(w http.ResponseWriter, r *http.Request, one http.H
 				Name: load.Name, Ordinal: load.Ordinal, Ready: load.Ready})
 		}
 		b := &answer.Backends[i]
-		b.Active, b.Overrides = load.Active, load.Overrides
+		b.InTable, b.Overrides = load.InTable, load.Overrides
 		b.Sessions, b.SessionsOnOldPod = load.Sessions, load.SessionsOnOldPod
 		b.Cordoned, b.SafeToRemove = load.Cordoned, load.SafeToRemove
 	}
@@ -723,12 +723,12 @@ func (a *admin) probe(ctx context.Context, ordinal int) (string, bool, string) {
 	return address, true, ""
 }
 
-// backendOrdinals returns the sorted ordinals of the active backends and of those in counts.
+// backendOrdinals returns the sorted ordinals of the backends of the table and of those in counts.
 func (a *admin) backendOrdinals(counts map[int]sessionCounts) []int {
 	all := slices.Collect(maps.Keys(counts))
 	if t := a.proxy.tables.table(); t != nil {
-		for i := range t.active.count {
-			all = append(all, t.active.first+i)
+		for i := range t.backends.count {
+			all = append(all, t.backends.first+i)
 		}
 	}
 	slices.Sort(all)

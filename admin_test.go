@@ -269,7 +269,7 @@ func TestOwnersAtOnce(t *testing.T) {
 func adminOf(t testing.TB, addrs ...string) (a *admin, update func(...sourceContent)) {
 	t.Helper()
 	fdLimit := wideDescriptorLimit(t)
-	p := newProxy(&config{statefulSet: "backend", handoff: "off", podName: "router-x", layout: &layout{}}, newStaticBackends("backend", addrs), fdLimit, slog.New(slog.DiscardHandler))
+	p := newProxy(&config{statefulSet: "backend", handoff: "off", podName: "router-x", namespaceMatcher: &namespaceMatcher{}}, newStaticBackends("backend", addrs), fdLimit, slog.New(slog.DiscardHandler))
 	p.tables.addSource(false, func(func(...sourceContent)) overrideSource { return &fakeSource{notReady: "they are late"} })
 	return &admin{proxy: p, fdLimit: fdLimit, logQueue: newLogQueue(io.Discard), started: time.Now()}, p.tables.update
 }
@@ -378,15 +378,15 @@ func TestOwnerAnswers(t *testing.T) {
 		status    int
 		want      string
 	}{
-		"override": {a, "first", 200, `{"namespace":"first","owner":"backend-0","why":"override","address":"` + address + `","ready":true,"table_version":"41","stamp":"` + stamp + `","router":"router-x","sessions":0}`},
-		"hash":     {a, hashed, 200, `{"namespace":"` + hashed + `","owner":"backend-0","why":"hash","address":"` + address + `","ready":true,"table_version":"41","stamp":"` + stamp + `","router":"router-x","sessions":0}`},
+		"override": {a, "first", 200, `{"namespace":"first","owner":"backend-0","why":"override","address":"` + address + `","ready":true,"overrides_version":"41","stamp":"` + stamp + `","router":"router-x","sessions":0}`},
+		"hash":     {a, hashed, 200, `{"namespace":"` + hashed + `","owner":"backend-0","why":"hash","address":"` + address + `","ready":true,"overrides_version":"41","stamp":"` + stamp + `","router":"router-x","sessions":0}`},
 		"down": {a, "down", 200, `{"namespace":"down","owner":"backend-1","why":"override","address":"` + gone +
-			`","ready":false,"error":"dial tcp ` + gone + `: connect: connection refused","table_version":"41","stamp":"` + stamp + `","router":"router-x","sessions":0}`},
+			`","ready":false,"error":"dial tcp ` + gone + `: connect: connection refused","overrides_version":"41","stamp":"` + stamp + `","router":"router-x","sessions":0}`},
 		"kept": {a, "kept", 200, `{"namespace":"kept","owner":"backend-0","why":"previous","address":"` + address +
-			`","ready":true,"table_version":"41","stamp":"` + stamp + `","rejected":[{"source":"","value":"bakend-0","expected":"backend-0 to backend-1","in_force":"backend-0"}],"router":"router-x","sessions":0}`},
-		"refused": {b, "refused", 200, `{"namespace":"refused","why":"unresolved","ready":false,"table_version":"1","stamp":"` + b.proxy.tables.table().stamp + `","rejected":[{"source":"","value":"backend-9","expected":"backend-0 to backend-1","in_force":"unresolved"}],"router":"router-x","sessions":0}`},
+			`","ready":true,"overrides_version":"41","stamp":"` + stamp + `","rejected":[{"source":"","value":"bakend-0","expected":"backend-0 to backend-1","in_force":"backend-0"}],"router":"router-x","sessions":0}`},
+		"refused": {b, "refused", 200, `{"namespace":"refused","why":"unresolved","ready":false,"overrides_version":"1","stamp":"` + b.proxy.tables.table().stamp + `","rejected":[{"source":"","value":"backend-9","expected":"backend-0 to backend-1","in_force":"unresolved"}],"router":"router-x","sessions":0}`},
 		"two dots": {a, dots, 200, `{"namespace":"` + dots + `","key":"_x2E` + dots[1:] + `","owner":"backend-0","why":"hash","address":"` + address +
-			`","ready":true,"table_version":"41","stamp":"` + stamp + `","router":"router-x","sessions":0}`},
+			`","ready":true,"overrides_version":"41","stamp":"` + stamp + `","router":"router-x","sessions":0}`},
 		"bad namespace": {a, "a/b", 400, `{"error":"/owner?namespace= must be ` + jsonText(t, expectedPathNamespace("a/b")) + ` (got \"a/b\")"}`},
 		"no namespace":  {a, "", 400, `{"error":"/owner?namespace= must be ` + jsonText(t, expectedPathNamespace("")) + ` (got \"\")"}`},
 	}
@@ -401,7 +401,7 @@ func TestOwnerAnswers(t *testing.T) {
 		sourceContent{id: sourceID{name: "b"}, version: "2", overrides: newOverrideSet(map[string]string{"both": "backend-1"})})
 	const want = `"expected":"the same backend in all sources","in_force":"backend-0"}`
 	wantOwner(t, conflict, "both", 200, `{"namespace":"both","owner":"backend-0","why":"conflict","address":"`+address+
-		`","ready":true,"table_version":"`+conflict.proxy.tables.table().version+`","stamp":"`+conflict.proxy.tables.table().stamp+`","rejected":[{"source":"a","value":"backend-0",`+want+
+		`","ready":true,"overrides_version":"`+conflict.proxy.tables.table().overridesVersion+`","stamp":"`+conflict.proxy.tables.table().stamp+`","rejected":[{"source":"a","value":"backend-0",`+want+
 		`,{"source":"b","value":"backend-1",`+want+`],"router":"router-x","sessions":0}`)
 	c, _ := adminOf(t, up.Addr().String())
 	wantOwner(t, c, "ns-01", 503, `{"error":"no overrides have been read yet: they are late"}`)
@@ -492,7 +492,7 @@ func TestBackendsShowsWhatIsLeft(t *testing.T) {
 	if err := json.NewDecoder(answered(a, "/backends").Body).Decode(&got); err != nil {
 		t.Fatal(err)
 	}
-	if all := got.Backends; len(all) != 2 || !all[0].Active || all[1].Name != "backend-1" || all[1].Active || all[1].Sessions != 3 {
+	if all := got.Backends; len(all) != 2 || !all[0].InTable || all[1].Name != "backend-1" || all[1].InTable || all[1].Sessions != 3 {
 		t.Errorf("backends %+v, want backend-0, and backend-1 with 3 sessions only", got.Backends)
 	}
 }
@@ -526,12 +526,12 @@ func TestPreview(t *testing.T) {
 		want   string
 	}{
 		"as it is": {configMap("overwriting", "edge", `{"a":"backend-0","late":"backend-1"}`), 200,
-			`{"router":"router-x","table_version":"7","stamp":"STAMP","backends":4,"sessions":1,"namespaces":1,"seconds":0.5,"moves":[` + late + `],"unowned":0,"unowned_sessions":0,"rejected":0}`},
+			`{"router":"router-x","overrides_version":"7","stamp":"STAMP","backends":4,"sessions":1,"namespaces":1,"seconds":0.5,"moves":[` + late + `],"unresolved":0,"unresolved_sessions":0,"rejected":0}`},
 		"an override moves": {configMap("overwriting", "", `{"a":"backend-2","late":"backend-1","b":"`+backendName("backend", other)+`"}`), 200,
-			`{"router":"router-x","table_version":"7","stamp":"STAMP","backends":4,"sessions":5,"namespaces":3,"seconds":2.5,"moves":[{"namespace":"a","from":"backend-0","to":"backend-2","sessions":3},` +
-				`{"namespace":"b","from":"` + b + `","to":"` + backendName("backend", other) + `","sessions":1},` + late + `],"unowned":0,"unowned_sessions":0,"rejected":0}`},
+			`{"router":"router-x","overrides_version":"7","stamp":"STAMP","backends":4,"sessions":5,"namespaces":3,"seconds":2.5,"moves":[{"namespace":"a","from":"backend-0","to":"backend-2","sessions":3},` +
+				`{"namespace":"b","from":"` + b + `","to":"` + backendName("backend", other) + `","sessions":1},` + late + `],"unresolved":0,"unresolved_sessions":0,"rejected":0}`},
 		"a bad entry stays": {configMap("overwriting", "edge", `{"a":"bakend-2","late":"backend-1"}`), 200,
-			`{"router":"router-x","table_version":"7","stamp":"STAMP","backends":4,"sessions":1,"namespaces":1,"seconds":0.5,"moves":[` + late + `],"unowned":0,"unowned_sessions":0,"rejected":1,` +
+			`{"router":"router-x","overrides_version":"7","stamp":"STAMP","backends":4,"sessions":1,"namespaces":1,"seconds":0.5,"moves":[` + late + `],"unresolved":0,"unresolved_sessions":0,"rejected":1,` +
 				`"rejections":["a: \"bakend-2\", expected backend-0 to backend-3, in force: backend-0"]}`},
 		"fewer backends": {`{"replicas":1}`, 200, previewFewer(t)},
 		"no replicas":    {`{"replicas":0}`, 400, `{"error":"replicas must be 1 to 10000 (got 0)"}`},
@@ -573,7 +573,7 @@ func TestPreview(t *testing.T) {
 // whose override leads to a backend that is gone: it has no owner.
 func previewFewer(t *testing.T) string {
 	t.Helper()
-	p := preview{Router: "router-x", TableVersion: "7", Stamp: "STAMP", Backends: 1, Unowned: 1, UnownedSessions: 2, Rejected: 1,
+	p := preview{Router: "router-x", OverridesVersion: "7", Stamp: "STAMP", Backends: 1, Unresolved: 1, UnresolvedSessions: 2, Rejected: 1,
 		Rejections: []string{`late: "backend-1", expected backend-0 to backend-0, in force: unresolved`}}
 	if from := bucket("b", 4); from != 0 {
 		p.Sessions, p.Namespaces = 1, 1 // at once: the backend is scaled in

@@ -26,7 +26,7 @@ type countingClients struct {
 func startCountingClients(t *testing.T, network string) *countingClients {
 	t.Helper()
 	quiet := slog.New(slog.DiscardHandler)
-	p := &proxy{namespaceOf: defaultLayout(t).namespace, log: quiet,
+	p := &proxy{namespaceOf: defaultMatcher(t).namespace, log: quiet,
 		limits: limits{headerTimeout: 200 * time.Millisecond, headerBytes: 2048, headerFields: 100}}
 	l := listenLocal(t)
 	if network == "unix" {

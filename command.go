@@ -36,7 +36,7 @@ type command struct {
 	replicas                  int
 	cordon                    cordon
 	statefulSet, overridesDir string
-	namespaceFrom             string // as newLayout takes it
+	namespaceFrom             string // as newNamespaceMatcher takes it
 }
 
 // adminTimeout bounds one request to a router.
@@ -298,9 +298,9 @@ func (c *command) printPreview(p *preview) {
 	fmt.Fprintf(c.out, "%d sessions of %d namespaces would move, in %.1f s; "+
 		"%d backends, %d overrides rejected\n",
 		p.Sessions, p.Namespaces, p.Seconds, p.Backends, p.Rejected)
-	if p.Unowned > 0 {
+	if p.Unresolved > 0 {
 		fmt.Fprintf(c.out, "%d namespaces would have no owner: new clients get 503, "+
-			"and %d sessions end with their backends\n", p.Unowned, p.UnownedSessions)
+			"and %d sessions end with their backends\n", p.Unresolved, p.UnresolvedSessions)
 	}
 	if text := countRouters(len(p.Routers), p.Silent, p.Agree); text != "" {
 		fmt.Fprintln(c.out, text)
@@ -325,7 +325,7 @@ func (c *command) printStatus(s *status) {
 	fmt.Fprintln(t, "ROUTER\tREADY\tSESSIONS\tTABLE\tSTAMP")
 	for _, r := range s.Routers {
 		ready := strings.Join(append([]string{yesOrNo(r.Ready)}, r.WhyNot...), ": ")
-		fmt.Fprintf(t, "%s\t%s\t%d\t%s\t%s\n", r.Name, ready, r.Sessions, r.TableVersion, r.Stamp)
+		fmt.Fprintf(t, "%s\t%s\t%d\t%s\t%s\n", r.Name, ready, r.Sessions, r.OverridesVersion, r.Stamp)
 	}
 	t.Flush()
 	var agree *bool
@@ -340,7 +340,7 @@ func (c *command) printStatus(s *status) {
 	for _, b := range s.Backends {
 		row := fmt.Sprintf("%s\t%s\t%d\t%d\t%d\t%d\t%s", b.Name, yesOrNo(b.Ready), b.Sessions,
 			b.Overrides, b.MovingIn, b.MovingOut,
-			backendNote(b.Active, b.Cordoned, b.SafeToRemove))
+			backendNote(b.InTable, b.Cordoned, b.SafeToRemove))
 		fmt.Fprintln(t, strings.TrimRight(row, "\t"))
 	}
 	t.Flush()
@@ -394,7 +394,7 @@ func (c *command) printHandoff(h *handoffStatus) {
 	}
 	if h.InProgress {
 		fmt.Fprintf(c.out, "a change of owners is under way: %.0f %% done, %d sessions to move, "+
-			"%.1f s at least\n", 100*h.Done, h.ToMove, h.SecondsLeft)
+			"%.1f s at least\n", 100*h.Progress, h.ToMove, h.SecondsLeft)
 	} else {
 		fmt.Fprintln(c.out, "no change of owners is under way")
 	}
@@ -423,7 +423,7 @@ func (c *command) printReceipts(all []moveReceipt) {
 	t := c.columns()
 	fmt.Fprintln(t, "TABLE\tBEGAN\tSECONDS\tPLANNED\tMOVED\tCUT\tCANCELLED")
 	for _, r := range all {
-		fmt.Fprintf(t, "%s\t%s\t%.1f\t%d\t%d\t%d\t%d\n", r.Version,
+		fmt.Fprintf(t, "%s\t%s\t%.1f\t%d\t%d\t%d\t%d\n", r.OverridesVersion,
 			r.Began.UTC().Format(time.RFC3339), r.Seconds, r.Planned, r.Moved, r.Cut, r.Cancelled)
 	}
 	t.Flush()
@@ -442,7 +442,7 @@ func (c *command) backends(ctx context.Context, args []string) error {
 		t := c.columns()
 		fmt.Fprintln(t, "BACKEND\tREADY\tSESSIONS\tOVERRIDES\tADDRESS\tNOTE")
 		for _, b := range answer.Backends {
-			note := backendNote(b.Active, b.Cordoned, b.SafeToRemove)
+			note := backendNote(b.InTable, b.Cordoned, b.SafeToRemove)
 			if b.Error != "" {
 				note = strings.TrimPrefix(note+"; "+b.Error, "; ")
 			}
@@ -562,7 +562,7 @@ func quoteForShell(text string) string {
 func (s *status) checkBackend(name string) error {
 	var names []string
 	for _, b := range s.Backends {
-		if b.Active {
+		if b.InTable {
 			names = append(names, b.Name)
 		}
 	}
@@ -665,7 +665,7 @@ func (c *command) changeCordon(ctx context.Context, name string, args []string,
 			fmt.Fprintf(c.notes, "%s has %d sessions, and %d overrides, which a cordon does "+
 				"not change\n", b.Name, b.Sessions, b.Overrides)
 		}
-		if b.Active && !slices.Contains(list, b.Ordinal) {
+		if b.InTable && !slices.Contains(list, b.Ordinal) {
 			left++
 		}
 	}
@@ -724,23 +724,23 @@ func (c *command) wait(ctx context.Context, args []string) error {
 
 // unfinished says what of a change of owners is not over; "" if nothing is.
 func (s *status) unfinished() string {
-	active := 0
+	inTable := 0
 	for _, b := range s.Backends {
-		if b.Active {
-			active++
+		if b.InTable {
+			inTable++
 		}
 	}
 	switch {
 	case s.Handoff.InProgress || s.Handoff.ToMove > 0:
 		return fmt.Sprintf("a change of owners is under way, %.0f %% done, with %d sessions to move",
-			100*s.Handoff.Done, s.Handoff.ToMove)
+			100*s.Handoff.Progress, s.Handoff.ToMove)
 	case s.Handoff.Moving != nil:
 		return "the last sessions of a change are closing"
 	case !s.Agree:
 		return "the routers do not agree"
-	case s.StatefulSet != nil && s.StatefulSet.Replicas > active:
+	case s.StatefulSet != nil && s.StatefulSet.Replicas > inTable:
 		return fmt.Sprintf("the table has %d of %d backends; the next one is not ready",
-			active, s.StatefulSet.Replicas)
+			inTable, s.StatefulSet.Replicas)
 	}
 	return ""
 }
@@ -832,7 +832,7 @@ func (c *command) table() (*table, error) {
 		return nil, usageError{fmt.Errorf(
 			"-cordon must leave a backend that is not cordoned (got %s of %d)", c.cordon, c.replicas)}
 	}
-	l, err := newLayout(c.namespaceFrom, nil)
+	l, err := newNamespaceMatcher(c.namespaceFrom, nil)
 	if err != nil {
 		return nil, usageError{err}
 	}

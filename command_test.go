@@ -226,7 +226,7 @@ func statusServer(t *testing.T, answer func(n int64) *status) string {
 func TestCommandCordon(t *testing.T) {
 	s := &status{StatefulSet: &statefulSetState{KubeNamespace: "edge", Name: "backend", Cordon: "1,7"}}
 	for i := range 3 {
-		s.Backends = append(s.Backends, backendLoad{Name: backendName("backend", i), Ordinal: i, Active: true, Cordoned: i == 1, Sessions: 5, Overrides: 2})
+		s.Backends = append(s.Backends, backendLoad{Name: backendName("backend", i), Ordinal: i, InTable: true, Cordoned: i == 1, Sessions: 5, Overrides: 2})
 	}
 	admin := "-admin=" + statusServer(t, func(int64) *status { return s })
 	const apply = " | kubectl -n edge patch statefulset backend --type merge --patch-file /dev/stdin\n"
@@ -269,12 +269,12 @@ func TestCommandWait(t *testing.T) {
 	quiet := func() *status { return &status{Agree: true} }
 	busy := func(change func(s *status)) *status { s := quiet(); change(s); return s }
 	waits := map[string]*status{
-		"a change of owners is under way, 50 % done, with 3 sessions to move": busy(func(s *status) { s.Handoff.InProgress, s.Handoff.Done, s.Handoff.ToMove = true, 0.5, 3 }),
+		"a change of owners is under way, 50 % done, with 3 sessions to move": busy(func(s *status) { s.Handoff.InProgress, s.Handoff.Progress, s.Handoff.ToMove = true, 0.5, 3 }),
 		"the last sessions of a change are closing":                           busy(func(s *status) { s.Handoff.Moving = &moveReceipt{} }),
 		"the routers do not agree":                                            busy(func(s *status) { s.Agree = false }),
 		"the table has 0 of 2 backends; the next one is not ready":            busy(func(s *status) { s.StatefulSet = &statefulSetState{Replicas: 2} }),
 		"the table has 1 of 2 backends; the next one is not ready": busy(func(s *status) { // a cordoned one has no namespaces
-			s.Backends, s.StatefulSet = []backendLoad{{Active: true, Cordoned: true}}, &statefulSetState{Replicas: 2}
+			s.Backends, s.StatefulSet = []backendLoad{{InTable: true, Cordoned: true}}, &statefulSetState{Replicas: 2}
 		}),
 	}
 	for want, s := range waits {

@@ -40,9 +40,9 @@ type config struct {
 	selector                          string // a label selector for ConfigMaps
 
 	// Requests, and moves of sessions.
-	namespaceFrom, podName string    // namespaceFrom is as newLayout takes it
-	routes                 routeList // of -route; nil for defaultRoute
-	layout                 *layout   // of both
+	namespaceFrom, podName string            // namespaceFrom is as newNamespaceMatcher takes it
+	routes                 routeList         // of -route; nil for defaultRoute
+	namespaceMatcher       *namespaceMatcher // of both
 	limits                 limits
 	http                   string // "on" or "off"
 	httpMoveTime           time.Duration
@@ -99,7 +99,7 @@ func (l *fileList) Set(list string) error {
 }
 
 // routeList is a flag with patterns of paths, separated by spaces. The flag may be
-// repeated: each adds to the list. newLayout checks them.
+// repeated: each adds to the list. newNamespaceMatcher checks them.
 type routeList []string
 
 func (l *routeList) String() string { return strings.Join(*l, " ") }
@@ -326,7 +326,7 @@ func parseConfig(args []string, getenv func(string) string,
 		err = c.validate()
 	}
 	if err == nil {
-		c.layout, err = newLayout(c.namespaceFrom, c.routes)
+		c.namespaceMatcher, err = newNamespaceMatcher(c.namespaceFrom, c.routes)
 	}
 	if err != nil {
 		return nil, usageError{err}

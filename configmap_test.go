@@ -156,7 +156,7 @@ func TestConfigMapsOfASelection(t *testing.T) {
 			t.Error("a router that starts with nothing selected has a table")
 		case len(set) == 0 && starts.whyNotReady() != "no ConfigMap has the label: kubectl -n edge label configmap NAME a=b":
 			t.Errorf("a router that starts: %s", starts.whyNotReady())
-		case len(set) > 0 && started.table().contentHash != r.table().contentHash:
+		case len(set) > 0 && started.table().ownersHash != r.table().ownersHash:
 			t.Errorf("a router that starts has other overrides %v", overridesOf(started.table()))
 		}
 	}
@@ -175,7 +175,7 @@ func TestConfigMapsOfASelection(t *testing.T) {
 	c.apply(0, set)
 	seesC := watchedObject{"ConfigMap edge/c", false}
 	want("ns-b=2 ns-c=3 x=2", 3, set, seesB, seesC)
-	if v := r.table().version; !strings.HasPrefix(v, "2-") {
+	if v := r.table().overridesVersion; !strings.HasPrefix(v, "2-") {
 		t.Errorf("version %s, want that of 2", v)
 	}
 	stamp := r.table().stamp
@@ -234,7 +234,7 @@ func TestConflictIsReported(t *testing.T) {
 	}
 	wantLine(t, log.all("override rejected"), 1, map[string]any{"source": "ConfigMap edge/b", "version": "2", "namespace": "x",
 		"value": "backend-2", "expected": "the same backend in all sources", "in_force": "backend-1"})
-	wantLine(t, log.all("routing table updated"), 2, map[string]any{"source": "ConfigMap edge/b", "conflicts": 1.0, "rejected": 0.0, "overrides": 2.0})
+	wantLine(t, log.all("routing table updated"), 2, map[string]any{"source": "ConfigMap edge/b", "conflicts": 1.0, "invalid": 0.0, "overrides": 2.0})
 
 	c, r, _ = fakeMaps(t)
 	c.apply(0, fakeSet(a, fakeMap("b", "2", "x=backend-2 y=backend-1")))
@@ -253,16 +253,16 @@ func TestConfigMapsMergeInOrder(t *testing.T) {
 			c.apply(i, fakeSet(all[i]))
 		}
 		wantTable(t, r, "x=1 y=refused z=refused")
-		versions = append(versions, r.table().version)
+		versions = append(versions, r.table().overridesVersion)
 	}
 	c, r, _ := fakeMaps(t)
 	c.apply(0, fakeSet(all...))
 	wantTable(t, r, "x=1 y=refused z=refused")
-	if versions = append(versions, r.table().version); len(slices.Compact(versions)) != 1 {
+	if versions = append(versions, r.table().overridesVersion); len(slices.Compact(versions)) != 1 {
 		t.Errorf("versions %v, want one", versions)
 	}
 	c.apply(0, fakeSet(all[0], all[1], fakeMap("c", "4", "")))
-	if r.table().version == versions[0] {
+	if r.table().overridesVersion == versions[0] {
 		t.Error("the version is the same after a change")
 	}
 }
@@ -324,12 +324,12 @@ func TestConfigMapsSelectedFromServer(t *testing.T) {
 // may have delayed.
 func TestConfigMapsReportedOnceInForce(t *testing.T) {
 	c, r, _ := fakeMaps(t, "routes")
-	known := r.active
-	r.active = ordinalRange{}
+	known := r.backends
+	r.backends = ordinalRange{}
 	c.apply(0, fakeSet(fakeMap("routes", "1", "ns-01=backend-1 ns-02=bakend-2")))
 	wantEqual(t, "Events before there is a table", len(c.events.queue), 0)
 	r.setBackends(backendSet{ordinalRange: known})
-	for _, want := range []string{"OverridesRejected", "OverridesInForce"} {
+	for _, want := range []string{"OverridesRejected", "OverridesAccepted"} {
 		select {
 		case e := <-c.events.queue:
 			if e.Reason != want || e.InvolvedObject.Name != "routes" || e.InvolvedObject.ResourceVersion != "1" {

@@ -80,13 +80,13 @@ func (c *cordon) UnmarshalJSON(b []byte) error {
 // among returns the part of c that these backends have. It returns none, and true, if
 // that would be all of them: then no cordon is in force. It depends on nothing else, so
 // that all routers agree.
-func (c cordon) among(active ordinalRange) (part cordon, all bool) {
+func (c cordon) among(backends ordinalRange) (part cordon, all bool) {
 	for _, ordinal := range c {
-		if active.has(ordinal) {
+		if backends.has(ordinal) {
 			part = append(part, ordinal)
 		}
 	}
-	if len(part) > 0 && len(part) == active.count {
+	if len(part) > 0 && len(part) == backends.count {
 		return nil, true
 	}
 	return part, false

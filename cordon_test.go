@@ -30,10 +30,10 @@ func TestParseCordon(t *testing.T) {
 
 func TestCordonAmong(t *testing.T) {
 	tests := []struct {
-		list   string
-		active ordinalRange
-		want   string
-		all    bool
+		list     string
+		backends ordinalRange
+		want     string
+		all      bool
 	}{
 		{"", ordinalRange{0, 4}, "", false},
 		{"2", ordinalRange{0, 4}, "2", false},
@@ -50,9 +50,9 @@ func TestCordonAmong(t *testing.T) {
 	for _, tt := range tests {
 		list, err := parseCordon(tt.list)
 		must(t, err)
-		part, all := list.among(tt.active)
+		part, all := list.among(tt.backends)
 		if part.String() != tt.want || all != tt.all {
-			t.Errorf("%q among %s: %q, all: %v; want %q, %v", tt.list, tt.active, part, all, tt.want, tt.all)
+			t.Errorf("%q among %s: %q, all: %v; want %q, %v", tt.list, tt.backends, part, all, tt.want, tt.all)
 		}
 	}
 }
@@ -76,8 +76,8 @@ func TestTableCordon(t *testing.T) {
 		after := cordonedTable(t, list, active, data, before)
 		moved, cordoned := 0, 0
 		for _, namespace := range append(manyNamespaces(2000), "pinned") {
-			from, _ := before.owner(namespace)
-			to, ok := after.owner(namespace)
+			from, _ := before.wantedOwner(namespace)
+			to, ok := after.wantedOwner(namespace)
 			same, _ := after.lookup(namespace, hash64(namespace))
 			if !ok || same != to {
 				t.Fatalf("%s: owner %d, lookup %d", namespace, to, same)
@@ -108,7 +108,7 @@ func TestTableCordon(t *testing.T) {
 func TestCordonedOwnerAllocatesNothing(t *testing.T) {
 	table, next := cordonedTable(t, "0,2,5", ordinalRange{0, 8}, nil, nil), 0
 	namespaces := manyNamespaces(1001)
-	if n := testing.AllocsPerRun(1000, func() { table.owner(namespaces[next]); next++ }); n != 0 {
+	if n := testing.AllocsPerRun(1000, func() { table.wantedOwner(namespaces[next]); next++ }); n != 0 {
 		t.Errorf("%v allocations for a lookup, want none", n)
 	}
 }
@@ -137,14 +137,14 @@ func TestCordonOfKeptNamespaces(t *testing.T) {
 		junk := map[string]string{namespace: "junk"}
 		plain := cordonedTable(t, "", ordinalRange{0, 4}, nil, nil)
 		kept := cordonedTable(t, "2", ordinalRange{0, 4}, junk, plain)
-		hashed, _ := cordonedTable(t, "2", ordinalRange{0, 4}, nil, nil).owner(namespace)
+		hashed, _ := cordonedTable(t, "2", ordinalRange{0, 4}, nil, nil).wantedOwner(namespace)
 		next := kept.withKept(func(string) int { return hashed })
 		wantEqual(t, "stamp of the hash's owner", next.stamp, kept.stamp)
-		if owner, _ := next.owner(namespace); owner != hashed {
+		if owner, _ := next.wantedOwner(namespace); owner != hashed {
 			t.Errorf("%s is with %d, want %d", namespace, owner, hashed)
 		}
 		stays := kept.withKept(func(string) int { return 2 })
-		if owner, _ := stays.owner(namespace); owner != 2 {
+		if owner, _ := stays.wantedOwner(namespace); owner != 2 {
 			t.Errorf("%s is with %d, want 2: it was there when it was kept", namespace, owner)
 		}
 	}
@@ -336,7 +336,7 @@ func TestAdminCordon(t *testing.T) {
 		t.Errorf("backends: %s, want one cordoned", all)
 	}
 	status := askAdmin(a, "GET", "/status", "")
-	if strings.Count(status, `"active":true,"cordoned":true`) != 1 {
+	if strings.Count(status, `"in_table":true,"cordoned":true`) != 1 {
 		t.Errorf("status: %s, want one cordoned", status)
 	}
 	plan(`{"replicas":4}`, moves) // the list in force stays
@@ -369,9 +369,9 @@ func TestSafeToRemove(t *testing.T) {
 	want()
 }
 
-// The metrics say of a backend that it is unused when it is cordoned and has no override. It
+// The metrics say that a backend has no namespaces when it is cordoned and has no override. It
 // may be away then without an alert.
-func TestUnusedBackends(t *testing.T) {
+func TestBackendsWithoutNamespaces(t *testing.T) {
 	a, update := adminOf(t, "127.0.0.1:1", "127.0.0.1:1", "127.0.0.1:1", "127.0.0.1:1")
 	log := slog.New(slog.DiscardHandler)
 	pods := newEndpointWatcher(kubeClient{}, "edge", "backend", "headless", 9000, func(map[int]string) {}, log)
@@ -381,7 +381,7 @@ func TestUnusedBackends(t *testing.T) {
 		var text strings.Builder
 		a.writeMetrics(metricsWriter{w: &text})
 		for i, value := range values {
-			line := fmt.Sprintf("router_backend_unused{backend=\"backend-%d\"} %d\n", i, value)
+			line := fmt.Sprintf("router_backend_without_namespaces{backend=\"backend-%d\"} %d\n", i, value)
 			if !strings.Contains(text.String(), line) {
 				t.Errorf("no %s", line)
 			}

@@ -48,10 +48,10 @@ func (s *statefulSet) UnmarshalJSON(b []byte) error {
 	return err
 }
 
-// revision identifies the spec. The API server increases the generation when the spec
+// specID identifies the spec. The API server increases the generation when the spec
 // changes, not when annotations or the status change
 // (https://kubernetes.io/docs/reference/kubernetes-api/common-definitions/object-meta/).
-func (s *statefulSet) revision() string {
+func (s *statefulSet) specID() string {
 	return fmt.Sprintf("%s/%d", s.Metadata.UID, s.Metadata.Generation)
 }
 
@@ -73,10 +73,10 @@ func (s *statefulSet) grow(count int, ready func(ordinal int) bool) int {
 	return count
 }
 
-// activeCount is how many backends own namespaces, as it is stored for other routers. The
+// backendCount is how many backends own namespaces, as it is stored for other routers. The
 // number of ready pods does not say that. With 5 of 6 pods ready, a set may grow from 4
 // and wait for backend-5, or have 6 backends of which one restarts. It is immutable.
-type activeCount struct {
+type backendCount struct {
 	Count      int    `json:"count"`
 	UID        string `json:"uid"`        // metadata.uid of the StatefulSet
 	Generation int64  `json:"generation"` // its metadata.generation
@@ -85,7 +85,7 @@ type activeCount struct {
 // replaces reports whether b is newer than old, which may be nil. For one version of the
 // StatefulSet's spec the count only grows, so a router with an old picture replaces
 // nothing. If b has another UID, the caller knows from a LIST that b is newer.
-func (b *activeCount) replaces(old *activeCount) bool {
+func (b *backendCount) replaces(old *backendCount) bool {
 	switch {
 	case old == nil || b.UID != old.UID:
 		return true
@@ -95,8 +95,8 @@ func (b *activeCount) replaces(old *activeCount) bool {
 	return b.Count > old.Count
 }
 
-// isOf reports whether b is an active count of the StatefulSet. A nil b is of none.
-func (b *activeCount) isOf(s *statefulSet) bool {
+// isOf reports whether b is a number of backends of the StatefulSet. A nil b is of none.
+func (b *backendCount) isOf(s *statefulSet) bool {
 	return b != nil && b.UID == s.Metadata.UID
 }
 
@@ -106,9 +106,9 @@ func (b *activeCount) isOf(s *statefulSet) bool {
 //   - scaled out: a backend gets namespaces when it is ready for the first time, and all
 //     before it are;
 //   - a pod that restarts, or fails for ever, changes nothing;
-//   - scaled to zero: the active count stays.
+//   - scaled to zero: the number stays.
 //
-// Routers that share a hand-off store the active count in the same object. The number in
+// Routers that share a hand-off store the number in the same object. The number in
 // force depends only on the stored one and on the StatefulSet as it is now. So all
 // routers that have seen the same versions agree, also one that has just started and one
 // whose watch missed a version (invariant 2). If no count is stored yet, what this router
@@ -137,20 +137,20 @@ type replicaWatcher struct {
 	onCordonRejected func(o apiObject, why string)
 
 	// Owned by run.
-	lastSet        backendSet   // the last one that onBackendsChanged got
-	wanted         *activeCount // what wantedBackends returned last
-	cordonRejected string       // what whyCordonRejected returned last; "" for nothing
+	lastSet        backendSet    // the last one that onBackendsChanged got
+	wanted         *backendCount // what wantedBackends returned last
+	cordonRejected string        // what whyCordonRejected returned last; "" for nothing
 
 	// Guarded by mu.
 	mu           sync.Mutex
-	latest       *statefulSet // nil before the first LIST; if deleted, the last version
-	absent       bool         // it does not exist
-	storedIsRead bool         // setStored was called
-	stored       *activeCount // what setStored got last, but for nil
+	latest       *statefulSet  // nil before the first LIST; if deleted, the last version
+	absent       bool          // it does not exist
+	storedIsRead bool          // setStored was called
+	stored       *backendCount // what setStored got last, but for nil
 	// inForce is the count in force: the last one of the StatefulSet latest, from
 	// setStored if routers share it, else this router's own. If there was none, it is nil
 	// or a count of another StatefulSet; that one does not count.
-	inForce *activeCount
+	inForce *backendCount
 	proof   storedProof
 	// listedCordon is the last valid list of the annotation. If cordonIsRead is false, there
 	// was none yet. cordonError says what is wrong with the annotation now; nil if nothing is.
@@ -163,7 +163,7 @@ type replicaWatcher struct {
 type backendSet struct {
 	ordinalRange
 	listedCordon cordon // also with others than these backends
-	revision     string // of the StatefulSet
+	specID       string // of the StatefulSet
 }
 
 // isSame reports whether the backends are those of other, and the same are cordoned.
@@ -174,7 +174,7 @@ func (s *backendSet) isSame(other *backendSet) bool {
 // storedProof says that a LIST that began when count was known returned the StatefulSet
 // with this uid and generation.
 type storedProof struct {
-	count      activeCount
+	count      backendCount
 	uid        string
 	generation int64
 }
@@ -242,7 +242,7 @@ func (r *replicaWatcher) lastCordon() cordon {
 func (r *replicaWatcher) whyCordonRejected() string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	inForce, all := r.listedCordon.among(r.active())
+	inForce, all := r.listedCordon.among(r.backendRange())
 	switch {
 	case r.cordonError != nil && !r.cordonIsRead:
 		return fmt.Sprintf("the annotation %s is %v", cordonAnnotation, r.cordonError)
@@ -261,7 +261,7 @@ func (r *replicaWatcher) whyCordonRejected() string {
 
 // setStored says which count the object of the hand-off has, that all routers share;
 // nil if it has none. It does not block, and any goroutine may call it.
-func (r *replicaWatcher) setStored(b *activeCount) {
+func (r *replicaWatcher) setStored(b *backendCount) {
 	r.mu.Lock()
 	same := r.storedIsRead && (b == nil || r.stored != nil && *b == *r.stored)
 	r.storedIsRead = true
@@ -294,9 +294,9 @@ func (r *replicaWatcher) updateInForce() {
 	}
 }
 
-// active returns the backends that own namespaces. The count is 0 if it is not known,
+// backendRange returns the backends that own namespaces. The count is 0 if it is not known,
 // or if a StatefulSet without a stored count has no replicas. The caller holds r.mu.
-func (r *replicaWatcher) active() (b ordinalRange) {
+func (r *replicaWatcher) backendRange() (b ordinalRange) {
 	s := r.latest
 	if s == nil || r.shared && !r.storedIsRead {
 		return ordinalRange{}
@@ -315,13 +315,13 @@ func (r *replicaWatcher) active() (b ordinalRange) {
 
 // nextCount returns the number of backends that can own namespaces now: what grow makes of
 // those that do. It is nil if these are not known. The caller holds r.mu.
-func (r *replicaWatcher) nextCount() *activeCount {
-	b := r.active()
+func (r *replicaWatcher) nextCount() *backendCount {
+	b := r.backendRange()
 	if b.count == 0 {
 		return nil
 	}
 	m := r.latest.Metadata
-	return &activeCount{r.latest.grow(b.count, r.readyToOwn), m.UID, m.Generation}
+	return &backendCount{r.latest.grow(b.count, r.readyToOwn), m.UID, m.Generation}
 }
 
 // wantedBackends returns the count that should be stored, which may be the one that is. It is
@@ -331,7 +331,7 @@ func (r *replicaWatcher) nextCount() *activeCount {
 // is lost: to a StatefulSet that was deleted, or to a spec from before etcd was restored.
 // Only a LIST can tell (proveStored), and before it the router wants nothing. While the
 // stored count is ahead of the spec, only one further ahead replaces it.
-func (r *replicaWatcher) wantedBackends() *activeCount {
+func (r *replicaWatcher) wantedBackends() *backendCount {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	next := r.nextCount()
@@ -344,7 +344,7 @@ func (r *replicaWatcher) wantedBackends() *activeCount {
 	case r.stored.UID != next.UID:
 		return next
 	case r.stored.Count != next.Count:
-		return &activeCount{next.Count, next.UID, r.stored.Generation + 1}
+		return &backendCount{next.Count, next.UID, r.stored.Generation + 1}
 	}
 	return r.stored
 }
@@ -388,10 +388,10 @@ func (r *replicaWatcher) nextBackendSet() (s backendSet, known bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.updateInForce()
-	if s.ordinalRange = r.active(); s.count == 0 || !r.cordonIsRead && !r.shared {
+	if s.ordinalRange = r.backendRange(); s.count == 0 || !r.cordonIsRead && !r.shared {
 		return s, false
 	}
-	s.listedCordon, s.revision = r.listedCordon, r.latest.revision()
+	s.listedCordon, s.specID = r.listedCordon, r.latest.specID()
 	return s, true
 }
 
@@ -491,9 +491,9 @@ func (r *replicaWatcher) lastStatefulSet() *statefulSet {
 }
 
 // writeMetrics writes spec.replicas, and for each backend that owns namespaces whether it
-// is ready, and whether it is unused. active.count is 0 if there is no table.
-func (r *replicaWatcher) writeMetrics(m metricsWriter, active ordinalRange,
-	isUnused func(ordinal int) bool) {
+// is ready, and whether it has no namespaces. backends.count is 0 if there is no table.
+func (r *replicaWatcher) writeMetrics(m metricsWriter, backends ordinalRange,
+	hasNoNamespaces func(ordinal int) bool) {
 	if s := r.lastStatefulSet(); s != nil {
 		m.single("router_statefulset_replicas", "gauge",
 			"Replicas that the StatefulSet should have.", float64(s.Spec.Replicas))
@@ -501,23 +501,23 @@ func (r *replicaWatcher) writeMetrics(m metricsWriter, active ordinalRange,
 			"1 while the list of cordoned backends is not in force as it is written.",
 			boolToFloat(r.whyCordonRejected() != ""))
 	}
-	if active.count == 0 {
+	if backends.count == 0 {
 		return
 	}
 	sample := m.family("router_backend_ready", "gauge",
 		"1 if the backend is ready for new sessions, or if the router does not know.")
-	for i := range active.count {
-		ordinal := active.first + i
+	for i := range backends.count {
+		ordinal := backends.first + i
 		ready, known := r.endpoints.isReady(ordinal)
 		name := backendName(r.endpoints.statefulSet, ordinal)
 		sample(boolToFloat(ready || !known), "backend", name)
 	}
-	unused := m.family("router_backend_unused", "gauge",
+	without := m.family("router_backend_without_namespaces", "gauge",
 		"1 if the backend is cordoned and no override names it.")
-	for i := range active.count {
-		ordinal := active.first + i
+	for i := range backends.count {
+		ordinal := backends.first + i
 		name := backendName(r.endpoints.statefulSet, ordinal)
-		unused(boolToFloat(isUnused(ordinal)), "backend", name)
+		without(boolToFloat(hasNoNamespaces(ordinal)), "backend", name)
 	}
 }
 
@@ -529,7 +529,7 @@ func (r *replicaWatcher) whyNotReady() string {
 	case r.latest != nil && !r.cordonIsRead && !r.shared:
 		return fmt.Sprintf("%s: the annotation %s is %v",
 			r.watcher.String(), cordonAnnotation, r.cordonError)
-	case r.active().count > 0:
+	case r.backendRange().count > 0:
 		return ""
 	case r.latest != nil && r.shared && !r.storedIsRead:
 		return "the object of the hand-off has not been read yet"

@@ -54,22 +54,22 @@ func (r countingRouter) seeReady(t *testing.T, digits string) {
 func (r countingRouter) inForceNow() ordinalRange {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.active()
+	return r.backendRange()
 }
 
 // How many backends own namespaces, and what is proposed, by the StatefulSet, the stored count and
 // what is ready.
 func TestActiveCount(t *testing.T) {
 	const unread = "-"
-	stored := func(count int, uid string, generation int64) *activeCount {
-		return &activeCount{count, uid, generation}
+	stored := func(count int, uid string, generation int64) *backendCount {
+		return &backendCount{count, uid, generation}
 	}
 	tests := map[string]struct {
 		spec   string // of generation 5
-		stored *activeCount
+		stored *backendCount
 		ready  string // ordinals
 		want   ordinalRange
-		next   *activeCount
+		next   *backendCount
 	}{
 		"all are active":          {`"replicas":4`, stored(4, "u", 5), "", ordinalRange{0, 4}, stored(4, "u", 5)},
 		"scaled in":               {`"replicas":3`, stored(6, "u", 4), "012345", ordinalRange{0, 3}, stored(3, "u", 5)},
@@ -107,7 +107,7 @@ func TestActiveCount(t *testing.T) {
 			if got, next := r.inForceNow(), r.wantedBackends(); got.count != 0 || next != nil {
 				t.Errorf("before the object was read: %+v, proposal %+v", got, next)
 			}
-			for _, b := range []*activeCount{tt.stored, nil} { // one that is lost stays in force
+			for _, b := range []*backendCount{tt.stored, nil} { // one that is lost stays in force
 				r.setStored(b)
 				got, next := r.inForceNow(), r.wantedBackends()
 				if got.count == 0 {
@@ -121,7 +121,7 @@ func TestActiveCount(t *testing.T) {
 }
 
 // countText returns the stored count as text, "none" for nil.
-func countText(b *activeCount) string {
+func countText(b *backendCount) string {
 	if b == nil {
 		return "none"
 	}
@@ -130,8 +130,8 @@ func countText(b *activeCount) string {
 
 // A stored count is replaced only by a newer one.
 func TestActiveBackendsReplaces(t *testing.T) {
-	old := &activeCount{4, "u", 7}
-	for b, want := range map[activeCount]bool{
+	old := &backendCount{4, "u", 7}
+	for b, want := range map[backendCount]bool{
 		{4, "u", 7}: false, {3, "u", 7}: false, {5, "u", 7}: true, {9, "u", 6}: false,
 		{2, "u", 8}: true, {1, "other", 1}: true,
 	} {
@@ -148,13 +148,13 @@ func TestActiveCountNeedsNoReadiness(t *testing.T) {
 	one, other := newCountingRouter(true), newCountingRouter(true)
 	for range 2000 {
 		spec := fmt.Sprintf(`"replicas":%d`, rng.IntN(9))
-		stored := &activeCount{1 + rng.IntN(9), "u", rng.Int64N(9)}
+		stored := &backendCount{1 + rng.IntN(9), "u", rng.Int64N(9)}
 		for _, r := range []countingRouter{one, other} {
 			if rng.IntN(3) == 0 {
 				r.see(t, rng.Int64N(9), fmt.Sprintf(`"replicas":%d`, rng.IntN(9)))
 			}
 			if rng.IntN(3) == 0 {
-				r.setStored(&activeCount{1 + rng.IntN(9), "u", rng.Int64N(9)})
+				r.setStored(&backendCount{1 + rng.IntN(9), "u", rng.Int64N(9)})
 			}
 			digits := ""
 			for i := range 9 {
@@ -184,7 +184,7 @@ func TestActiveCountWithoutEndpoints(t *testing.T) {
 			r := newCountingRouter(true)
 			know(r)
 			r.see(t, 5, `"replicas":6`)
-			r.setStored(&activeCount{4, "u", 5})
+			r.setStored(&backendCount{4, "u", 5})
 			want := "6 of u/5"
 			if name == "not tried" {
 				want = "4 of u/5"
@@ -208,14 +208,14 @@ func TestWhyNoActiveCount(t *testing.T) {
 	want("EndpointSlice edge/kubernetes.io/service-name=headless: no answer from the API server yet")
 	r.see(t, 2, `"replicas":0`)
 	want("StatefulSet edge/backend has no replicas")
-	r.setStored(&activeCount{4, "u", 1})
+	r.setStored(&backendCount{4, "u", 1})
 	want("")
 }
 
 // sharedCount is the stored count in the object of a hand-off, as the routers of a test share it.
 type sharedCount struct {
 	mu      sync.Mutex
-	stored  *activeCount
+	stored  *backendCount
 	routers []*followingRouter
 	writes  []string // that were, each as text
 }
@@ -241,7 +241,7 @@ func (o *sharedCount) settle() {
 }
 
 // set makes b the stored count, as another router or an operator does.
-func (o *sharedCount) set(b *activeCount) {
+func (o *sharedCount) set(b *backendCount) {
 	o.mu.Lock()
 	o.stored = b
 	o.mu.Unlock()
@@ -383,7 +383,7 @@ func TestReplicasFollowed(t *testing.T) {
 				}
 				var shared *sharedCount
 				if !alone {
-					shared = &sharedCount{stored: &activeCount{4, "u-backend", 1}}
+					shared = &sharedCount{stored: &backendCount{4, "u-backend", 1}}
 				}
 				r := followReplicas(t, n, shared, nil)
 				for _, s := range steps {
@@ -465,7 +465,7 @@ func TestReplicasOldPicture(t *testing.T) {
 		f.serve(t, frozen)
 		f.scale(6)
 		f.setReady(0, 1, 2, 3, 4, 5)
-		shared := &sharedCount{stored: &activeCount{6, "u-backend", 2}}
+		shared := &sharedCount{stored: &backendCount{6, "u-backend", 2}}
 		old := followReplicas(t, frozen, shared, nil)
 		followReplicas(t, network, shared, nil)
 		shared.wantWrites(t)
@@ -519,7 +519,7 @@ func TestReplicasDeletedRest(t *testing.T) {
 		r := followReplicas(t, n, shared, nil)
 		f.deleteStatefulSet()
 		synctest.Wait()
-		shared.set(&activeCount{6, "new", 1})
+		shared.set(&backendCount{6, "new", 1})
 		f.verbs()
 		time.Sleep(2 * time.Minute)
 		wantEqual(t, "requests", f.verbs(), "")
@@ -534,7 +534,7 @@ func TestReplicasOfRestoredStatefulSet(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		f, n := kubeOfFour(), newPipeNetwork()
 		f.serve(t, n)
-		shared := &sharedCount{stored: &activeCount{4, "u-backend", 90}}
+		shared := &sharedCount{stored: &backendCount{4, "u-backend", 90}}
 		r := followReplicas(t, n, shared, nil)
 		followReplicas(t, n, shared, nil)
 		time.Sleep(time.Minute)
@@ -559,7 +559,7 @@ func TestReplicasResizeInTurn(t *testing.T) {
 		f.serve(t, n)
 		f.scale(1000)
 		var calls atomic.Int32
-		shared := &sharedCount{stored: &activeCount{4, "u-backend", 2}}
+		shared := &sharedCount{stored: &backendCount{4, "u-backend", 2}}
 		r := followReplicas(t, n, shared, func(backendSet) {
 			if calls.Add(1) != 1 {
 				t.Error("a call of onBackendsChanged within another")
@@ -571,13 +571,13 @@ func TestReplicasResizeInTurn(t *testing.T) {
 		for i := range 10 {
 			others.Go(func() {
 				for j := range 50 {
-					shared.set(&activeCount{1 + 50*i + j, "u-backend", 2})
+					shared.set(&backendCount{1 + 50*i + j, "u-backend", 2})
 					time.Sleep(time.Duration(1+(7*i+j)%5) * time.Millisecond)
 				}
 			})
 		}
 		others.Wait()
-		shared.set(&activeCount{777, "u-backend", 2})
+		shared.set(&backendCount{777, "u-backend", 2})
 		time.Sleep(time.Second)
 		wantEqual(t, "the last of onBackendsChanged", r.last.Load().(ordinalRange), ordinalRange{0, 777})
 	})

@@ -68,22 +68,21 @@ func newEventRecorder(k kubeClient, podName string, log *slog.Logger) *eventReco
 }
 
 // reportChange queues Events about a change of the object's overrides: one for its
-// rejected overrides, if any, and one for its counts. They call a version in force when the
-// router has a table of it: namespaces keep their owners until it is their turn to move. It
-// does not block.
+// rejected overrides, if any, and one for its counts. The router has a table of this version
+// then: namespaces keep their owners until it is their turn to move. It does not block.
 func (r *eventRecorder) reportChange(o apiObject, c sourceChange) {
-	identity := fmt.Sprintf("%s %x", c.resizeRevision, c.contentHash)
+	identity := fmt.Sprintf("%s %x", c.resizeSpecID, c.ownersHash)
 	if c.rejected > 0 {
 		r.enqueue(o, "Warning", "OverridesRejected", identity, rejectedMessage(c))
 	}
-	message := "resourceVersion " + c.version + " is in force"
+	message := "accepted resourceVersion " + c.version
 	if c.initial {
 		message += fmt.Sprintf(" in a router that started: %d overrides", c.added)
 	} else {
 		message += fmt.Sprintf(": %d overrides added, %d changed, %d removed",
 			c.added, c.changed, c.removed)
 	}
-	r.enqueue(o, "Normal", "OverridesInForce", identity, message)
+	r.enqueue(o, "Normal", "OverridesAccepted", identity, message)
 }
 
 // reportMove queues an Event about a move that ended. Each router writes its own. It
@@ -92,7 +91,7 @@ func (r *eventRecorder) reportMove(o apiObject, m moveResult) {
 	message := fmt.Sprintf("%s moved %d namespaces, %d sessions in %.1f s, "+
 		"each namespace held for %.1f s at most, %d cut, %d cancelled, for table %s",
 		r.podName, m.namespaces, m.sessions, m.time.Seconds(), m.longestHold.Seconds(),
-		m.cut, m.cancelled, m.version)
+		m.cut, m.cancelled, m.overridesVersion)
 	r.enqueue(o, "Normal", "SessionsMoved", r.podName+time.Now().String(), message)
 }
 

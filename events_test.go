@@ -42,7 +42,7 @@ func TestEventsAsTheAPIHasThem(t *testing.T) {
 		names := map[string]bool{}
 		for _, want := range []struct{ kind, reason, message string }{
 			{"Warning", "OverridesRejected", `rejected overrides: 2; ns-01: "bakend-2", expected backend-0 to backend-3, in force: backend-1; and 1 more`},
-			{"Normal", "OverridesInForce", "resourceVersion 7 is in force: 3 overrides added, 2 changed, 1 removed"},
+			{"Normal", "OverridesAccepted", "accepted resourceVersion 7: 3 overrides added, 2 changed, 1 removed"},
 		} {
 			request := server.request(t)
 			if got := request.Method + " " + request.RequestURI + " " + request.Header.Get("Content-Type"); got != "POST /api/v1/namespaces/edge/events application/json" {
@@ -124,20 +124,20 @@ func TestEventsOfAVersionThatDoesMore(t *testing.T) {
 		const junk = `; e: "junk", expected backend-0 to backend-`
 		c.apply(0, fakeSet(fakeMap("routes", "1", data)))
 		take(eventText{"OverridesRejected", "rejected overrides: 1" + junk + "3, in force: unresolved"},
-			eventText{"OverridesInForce", "resourceVersion 1 is in force in a router that started: 5 overrides"})
-		r.setBackends(backendSet{ordinalRange: ordinalRange{count: 3}, revision: "u/2"})
+			eventText{"OverridesAccepted", "accepted resourceVersion 1 in a router that started: 5 overrides"})
+		r.setBackends(backendSet{ordinalRange: ordinalRange{count: 3}, specID: "u/2"})
 		beyond := ""
 		for _, namespace := range []string{"b", "c", "d"} {
 			beyond += "; " + namespace + `: "backend-3", expected backend-0 to backend-2, in force: unresolved`
 		}
 		take(eventText{"OverridesRejected", "rejected overrides: 4" + beyond + junk + "2, in force: unresolved"},
-			eventText{"OverridesInForce", "resourceVersion 1 is in force: 0 overrides added, 3 changed, 0 removed"})
-		r.setBackends(backendSet{ordinalRange: ordinalRange{count: 4}, revision: "u/3"})
+			eventText{"OverridesAccepted", "accepted resourceVersion 1: 0 overrides added, 3 changed, 0 removed"})
+		r.setBackends(backendSet{ordinalRange: ordinalRange{count: 4}, specID: "u/3"})
 		take(eventText{"OverridesRejected", "rejected overrides: 1" + junk + "3, in force: unresolved"},
-			eventText{"OverridesInForce", "resourceVersion 1 is in force: 0 overrides added, 3 changed, 0 removed"})
+			eventText{"OverridesAccepted", "accepted resourceVersion 1: 0 overrides added, 3 changed, 0 removed"})
 		c.apply(0, fakeSet(fakeMap("routes", "2", data))) // its labels
 		take()
-		wantEqual(t, "the version of the table", r.table().version, "2")
+		wantEqual(t, "the version of the table", r.table().overridesVersion, "2")
 		return all
 	}
 	if one, other := history(), history(); !maps.Equal(one, other) {
@@ -252,7 +252,7 @@ func TestEventOfAMove(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		r, server, _ := fakeRecorder(t, script{fakeCreated})
 		c := &configMaps{events: r, current: []map[string]configMapState{nil, {"routes": {fakeMap("routes", "7", ""), false}}}}
-		receipt := moveResult{version: "7", namespaces: 14, sessions: 3201, cut: 12, cancelled: 1, time: 16_100 * time.Millisecond, longestHold: 60 * time.Millisecond}
+		receipt := moveResult{overridesVersion: "7", namespaces: 14, sessions: 3201, cut: 12, cancelled: 1, time: 16_100 * time.Millisecond, longestHold: 60 * time.Millisecond}
 		names := map[string]bool{}
 		for range 2 {
 			time.Sleep(time.Second)

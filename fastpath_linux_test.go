@@ -135,7 +135,7 @@ func TestFastPathGivesUpItsTurn(t *testing.T) {
 func TestFastPathForwardsWhoWasReset(t *testing.T) {
 	backend := startStub(t, "127.0.0.1:0", echo)
 	clients, read := make(chan *net.TCPConn, 1), sync.Once{}
-	paths := defaultLayout(t)
+	paths := defaultMatcher(t)
 	p := startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) {
 		p.namespaceOf = func(r *http.Request) (namespace string, refused *refusal) {
 			read.Do(func() { // between the read of its head and the hand-over to net/http

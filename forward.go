@@ -449,9 +449,9 @@ func (x *exchange) breakOff(err error) {
 	case cause == errClientGone || cause == nil && err == nil:
 		x.result = resultClientGone
 	case cause != nil:
-		x.result, x.err = resultCut, cause
+		x.result, x.err = resultBrokenOff, cause
 	default:
-		x.result, x.err = resultCut, fmt.Errorf("the answer broke off: %w", err)
+		x.result, x.err = resultBrokenOff, fmt.Errorf("the answer broke off: %w", err)
 	}
 }
 
@@ -489,7 +489,7 @@ func (x *exchange) failure(owner string, err error) *refusal {
 	case errDraining:
 		return refuse(resultDraining, "%v", cause)
 	default:
-		return refuse(resultCut, "%v while %s worked on its request", cause, owner)
+		return refuse(resultBrokenOff, "%v while %s worked on its request", cause, owner)
 	}
 }
 

@@ -8,10 +8,10 @@ import (
 // allPlaces is above the place of every namespace.
 const allPlaces = 1 << 63
 
-// placeOf returns the place, of a namespace whose hash64 is key, in the order in which
-// namespaces move: the upper 63 bits of key. So the order is the same on all routers, and
+// placeOf returns the place, of a namespace whose hash64 is hash, in the order in which
+// namespaces move: the upper 63 bits of hash. So the order is the same on all routers, and
 // does not depend on the backends.
-func placeOf(key uint64) uint64 { return key >> 1 }
+func placeOf(hash uint64) uint64 { return hash >> 1 }
 
 // mark says which namespaces have moved to the table of its record. Its sets are sorted
 // ordinals. {upto: allPlaces / 2, away: [3], scaledIn: [5]} says: the first half of all
@@ -46,9 +46,9 @@ func (m *mark) covers(place uint64, previous, next int) bool {
 
 // planRecord is a table of a plan, and which namespaces have their owners from it.
 type planRecord struct {
-	content uint64 // table.contentHash
-	before  mark   // of the namespaces that have, until the step is done
-	after   mark   // of those that have, once the step is done
+	ownersHash uint64 // table.ownersHash
+	before     mark   // of the namespaces that have, until the step is done
+	after      mark   // of those that have, once the step is done
 }
 
 // handoffPlan says how far a change of owners has come. The first record is in force for
@@ -63,13 +63,13 @@ type handoffPlan struct {
 // newestRecord returns the record of the table to which namespaces move.
 func (p *handoffPlan) newestRecord() *planRecord { return &p.records[len(p.records)-1] }
 
-// isAtRest reports whether the only table is the one with this content.
-func (p *handoffPlan) isAtRest(content uint64) bool {
-	return len(p.records) == 1 && p.records[0].content == content
+// isAtRest reports whether the only table is the one with this ownersHash.
+func (p *handoffPlan) isAtRest(ownersHash uint64) bool {
+	return len(p.records) == 1 && p.records[0].ownersHash == ownersHash
 }
 
 // maxRecords is how many tables a plan has at most. A further table has to wait until all
-// namespaces have moved to the newest one of the plan: see handoffPlan.nextContent.
+// namespaces have moved to the newest one of the plan: see handoffPlan.nextOwnersHash.
 const maxRecords = 3
 
 // isFull reports whether the plan can take no further table: namespaces have moved to the
@@ -78,14 +78,14 @@ func (p *handoffPlan) isFull() bool {
 	return len(p.records) >= maxRecords && !p.newestRecord().after.isEmpty()
 }
 
-// nextContent returns the content of the table to which the next step moves namespaces,
-// when the newest table of the routers has this content: that one, or if the plan is
+// nextOwnersHash returns the ownersHash of the table to which the next step moves namespaces,
+// when the newest table of the routers has this ownersHash: that one, or if the plan is
 // full, the plan's newest.
-func (p *handoffPlan) nextContent(content uint64) uint64 {
+func (p *handoffPlan) nextOwnersHash(ownersHash uint64) uint64 {
 	if p.isFull() {
-		return p.newestRecord().content
+		return p.newestRecord().ownersHash
 	}
-	return content
+	return ownersHash
 }
 
 // stepAbove returns the number of a step that begins now: the time in Unix milliseconds, or
@@ -102,7 +102,7 @@ func (p *handoffPlan) doneRecords() []planRecord {
 }
 
 // next returns the plan after p, in which the namespaces that m covers have moved to the
-// table with this content. The view of the new plan holds these: before they open, their
+// table with this ownersHash. The view of the new plan holds these: before they open, their
 // present owners must have ended all that they have of them.
 //
 // If nothing has moved to the newest table yet, that table is dropped. An owner that was
@@ -110,18 +110,18 @@ func (p *handoffPlan) doneRecords() []planRecord {
 // mark of that one is empty at first, so the namespaces that waited for the owner move at the
 // pace too. Once the newest table covers everything, before the step and after it, it becomes
 // the only one.
-func (p *handoffPlan) next(content uint64, m mark, now time.Time) *handoffPlan {
+func (p *handoffPlan) next(ownersHash uint64, m mark, now time.Time) *handoffPlan {
 	next := &handoffPlan{step: stepAbove(p.step, now), records: p.doneRecords()}
 	if len(next.records) > 1 && next.newestRecord().after.isEmpty() {
 		next.records = next.records[:len(next.records)-1]
 	}
-	if next.isAtRest(content) {
+	if next.isAtRest(ownersHash) {
 		return next
 	}
 	newest := next.newestRecord()
-	if len(next.records) == 1 || newest.content != content ||
+	if len(next.records) == 1 || newest.ownersHash != ownersHash ||
 		len(next.records) < maxRecords && returns(newest.after.away, m.away) {
-		next.records = append(next.records, planRecord{content: content})
+		next.records = append(next.records, planRecord{ownersHash: ownersHash})
 	}
 	next.setMark(m)
 	return next
@@ -134,7 +134,7 @@ func (p *handoffPlan) setMark(m mark) {
 	m.upto = max(m.upto, newest.before.upto)
 	newest.after = m
 	if newest.before.isComplete() && newest.after.isComplete() {
-		p.records = []planRecord{{content: newest.content}}
+		p.records = []planRecord{{ownersHash: newest.ownersHash}}
 	}
 }
 
@@ -156,13 +156,13 @@ func union(a, b []int) []int {
 // If p is full, no table is added until the newest one covers everything. An owner that
 // comes back in that time gets all its namespaces in one step. An ordinal in scaledIn stays
 // there. The caller sets the step.
-func (p *handoffPlan) nextBounded(content uint64, m mark, now time.Time) *handoffPlan {
+func (p *handoffPlan) nextBounded(ownersHash uint64, m mark, now time.Time) *handoffPlan {
 	newest := p.newestRecord()
-	if newest.content == p.nextContent(content) {
+	if newest.ownersHash == p.nextOwnersHash(ownersHash) {
 		m.scaledIn = union(m.scaledIn, newest.after.scaledIn)
 	}
 	if !p.isFull() {
-		return p.next(content, m, now)
+		return p.next(ownersHash, m, now)
 	}
 	next := &handoffPlan{records: p.doneRecords()}
 	m.away = slices.DeleteFunc(slices.Clone(newest.after.away), func(ordinal int) bool {
@@ -175,7 +175,7 @@ func (p *handoffPlan) nextBounded(content uint64, m mark, now time.Time) *handof
 // isSame reports whether next moves no namespace, and has the tables of p.
 func (p *handoffPlan) isSame(next *handoffPlan) bool {
 	return slices.EqualFunc(p.records, next.records, func(a, b planRecord) bool {
-		return a.content == b.content && a.after.equal(&b.after)
+		return a.ownersHash == b.ownersHash && a.after.equal(&b.after)
 	})
 }
 
@@ -230,7 +230,7 @@ func newView(t *table, old *view, now time.Time) *view {
 	}
 	return &view{
 		handoffPlan: &handoffPlan{
-			step: stepAbove(last, now), records: []planRecord{{content: t.contentHash}},
+			step: stepAbove(last, now), records: []planRecord{{ownersHash: t.ownersHash}},
 		},
 		tables: []*table{t},
 		done:   true,
@@ -244,7 +244,7 @@ func (v *view) knowsAll() bool { return !slices.Contains(v.tables, nil) }
 // next returns the view of the plan after v's, in which the namespaces that m covers have
 // moved to t. v must be done.
 func (v *view) next(t *table, m mark, now time.Time) *view {
-	next := &view{handoffPlan: v.handoffPlan.next(t.contentHash, m, now), began: now}
+	next := &view{handoffPlan: v.handoffPlan.next(t.ownersHash, m, now), began: now}
 	switch last := len(next.records); {
 	case last > len(v.records):
 		next.tables = append(slices.Clip(v.tables), t)
@@ -263,10 +263,10 @@ func (v *view) next(t *table, m mark, now time.Time) *view {
 }
 
 // wouldChange reports whether next would make another plan than v's.
-func (v *view) wouldChange(content uint64, m *mark) bool {
+func (v *view) wouldChange(ownersHash uint64, m *mark) bool {
 	newest := v.newestRecord()
 	switch {
-	case newest.content != content:
+	case newest.ownersHash != ownersHash:
 		return true
 	case newest.after.isComplete():
 		return true // it becomes the only table
@@ -279,8 +279,8 @@ func (v *view) wouldChange(content uint64, m *mark) bool {
 // has not: they were scaled in.
 func (v *view) scaledInOwners(t *table) (ordinals []int) {
 	for _, old := range v.tables {
-		for i := range old.active.count {
-			if ordinal := old.active.first + i; !t.active.has(ordinal) {
+		for i := range old.backends.count {
+			if ordinal := old.backends.first + i; !t.backends.has(ordinal) {
 				ordinals = append(ordinals, ordinal)
 			}
 		}
@@ -308,7 +308,7 @@ func (v *view) mustLeave(namespace string, backend int) bool {
 
 // mayChange reports whether the owner of a namespace with this hash64 may change in the
 // step, or is not known. It costs less than to ask for both owners.
-func (v *view) mayChange(key uint64) bool {
+func (v *view) mayChange(hash uint64) bool {
 	switch {
 	case v.allHeld || !v.knowsAll():
 		return true
@@ -319,7 +319,7 @@ func (v *view) mayChange(key uint64) bool {
 	if !slices.Equal(r.before.away, r.after.away) || !slices.Equal(r.before.scaledIn, r.after.scaledIn) {
 		return true
 	}
-	return r.before.upto <= placeOf(key) && placeOf(key) < r.after.upto
+	return r.before.upto <= placeOf(hash) && placeOf(hash) < r.after.upto
 }
 
 // owner returns what v knows of the namespace. ordinal is the owner if it has one, and
@@ -331,7 +331,7 @@ func (v *view) owner(namespace string) (ordinal int, t *table, state ownerState)
 	case v.admitsNone:
 		return unresolved, nil, stateNotKnown
 	case len(v.tables) == 1 && !v.allHeld && v.tables[0] != nil:
-		ordinal, ok := v.tables[0].owner(namespace)
+		ordinal, ok := v.tables[0].wantedOwner(namespace)
 		if !ok {
 			return ordinal, v.tables[0], stateUnresolved
 		}
@@ -374,20 +374,20 @@ func (v *view) after(namespace string) int {
 func (v *view) find(
 	namespace string, markOf func(*planRecord) *mark,
 ) (ordinal int, t *table) {
-	key := hash64(namespace)
+	hash := hash64(namespace)
 	if ordinal, t = ownerNotKnown, v.tables[0]; t != nil {
-		ordinal, _ = t.lookup(namespace, key)
+		ordinal, _ = t.lookup(namespace, hash)
 	}
 	for i, newer := range v.tables[1:] {
 		m := markOf(&v.records[i+1])
 		if newer == nil {
-			if placeOf(key) < m.upto || len(m.scaledIn) > 0 {
+			if placeOf(hash) < m.upto || len(m.scaledIn) > 0 {
 				ordinal, t = ownerNotKnown, nil
 			}
 			continue
 		}
-		next, kept := newer.lookup(namespace, key)
-		if !kept && m.covers(placeOf(key), ordinal, next) {
+		next, kept := newer.lookup(namespace, hash)
+		if !kept && m.covers(placeOf(hash), ordinal, next) {
 			ordinal, t = next, newer
 		}
 	}

@@ -123,7 +123,7 @@ func TestViewComesToRest(t *testing.T) {
 		for range 3 {
 			step(mark{upto: allPlaces})
 		}
-		if !v.isAtRest(newest.contentHash) {
+		if !v.isAtRest(newest.ownersHash) {
 			t.Fatalf("seed %d: %d records are left", seed, len(v.records))
 		}
 		for _, ns := range namespaces {
@@ -131,7 +131,7 @@ func TestViewComesToRest(t *testing.T) {
 			if isKept {
 				want = before[ns]
 			}
-			if isKept && !newest.active.has(want) {
+			if isKept && !newest.backends.has(want) {
 				want = unresolved
 			}
 			if got := v.after(ns); got != want {
@@ -193,7 +193,7 @@ func BenchmarkAssign(b *testing.B) {
 				}
 			})
 		}
-		ask("table", func(namespace string) int { owner, _ := r.table().owner(namespace); return owner })
+		ask("table", func(namespace string) int { owner, _ := r.table().wantedOwner(namespace); return owner })
 		ask("view", func(namespace string) int { return m.ownerNow(namespace).owner })
 	}
 }

@@ -37,15 +37,15 @@ const (
 
 // planVersion is the version of what plans and answers mean. A router changes nothing
 // while the plan has another one: routers with that version may run, and have sessions.
-const planVersion = 2
+const planVersion = 3
 
 // anyInstance is the instance of a member of which only the pod is known. Any container
 // of the pod may answer for it, and none is admitted as it.
 const anyInstance = "*"
 
-// noTableContent stands for the content of a table in an answer of a router without one. It is
-// the contentHash of one table in 2^64, which would be taken for none.
-const noTableContent = 0
+// noTableHash stands for the ownersHash of a table in an answer of a router without one. It is
+// the ownersHash of one table in 2^64, which would be taken for none.
+const noTableHash = 0
 
 // memberID identifies a member: its pod and the process in the pod's container.
 type memberID struct {
@@ -63,7 +63,7 @@ type sharedPlan struct {
 	// member.oldestTable.
 	oldestSince planStep
 	members     map[string]memberID // by pod name
-	backends    *activeCount        // nil if not stored
+	backends    *backendCount       // nil if not stored
 }
 
 // planStep names a step for ever: after a reset a number may come again.
@@ -74,13 +74,13 @@ type planStep struct {
 
 // stepAnswer is what a router says of one step of a plan, in its own key.
 type stepAnswer struct {
-	instance string
-	epoch    string // of the plan; "" in an answer without a view
-	step     int64  // nothing is left of what the step had to end; 0 without a view
-	content  uint64 // contentHash of its own table, or noTableContent
-	blank    bool   // it lacks a table of the plan, or has no table or no plan: next is empty
-	next     mark   // how far the next step towards its table may go; empty if blank
-	toMove   int    // how many sessions it has to move, also those that next covers
+	instance   string
+	epoch      string // of the plan; "" in an answer without a view
+	step       int64  // nothing is left of what the step had to end; 0 without a view
+	ownersHash uint64 // ownersHash of its own table, or noTableHash
+	blank      bool   // it lacks a table of the plan, or has no table or no plan: next is empty
+	next       mark   // how far the next step towards its table may go; empty if blank
+	toMove     int    // how many sessions it has to move, also those that next covers
 }
 
 // handoffObject is one version of the object. It is immutable.
@@ -232,15 +232,15 @@ const maxOrdinal = 1<<31 - 1
 
 // planJSON is the JSON of a plan:
 //
-//	{"version":2, "epoch":"7c1e.1795871234567.3", "writes":12, "step":1795871239876,
+//	{"version":3, "epoch":"7c1e.1795871234567.3", "writes":12, "step":1795871239876,
 //	 "oldestSince":{"epoch":"7c1e.1795871234567.3", "step":1795871237001},
 //	 "allHeld":false, "members":{"router-a":{"uid":"…", "instance":"7c1e"}},
-//	 "records":[{"content":"9c1f…"},
-//	            {"content":"77ab…", "before":{"upto":"5f3a…"},
-//	             "after":{"upto":"61b2…", "away":[2], "removed":[5]}}],
+//	 "records":[{"ownersHash":"9c1f…"},
+//	            {"ownersHash":"77ab…", "before":{"upto":"5f3a…"},
+//	             "after":{"upto":"61b2…", "away":[2], "scaledIn":[5]}}],
 //	 "backends":{"count":4, "uid":"…", "generation":7}}
 //
-// A content and a place have 16 hexadecimal digits. The first record has no marks.
+// An ownersHash and a place have 16 hexadecimal digits. The first record has no marks.
 // allHeld and backends may be absent. removed is mark.scaledIn.
 type planJSON struct {
 	Version     int                 `json:"version"`
@@ -251,21 +251,21 @@ type planJSON struct {
 	AllHeld     bool                `json:"allHeld,omitempty"`
 	Members     map[string]memberID `json:"members"`
 	Records     []recordJSON        `json:"records"`
-	Backends    *activeCount        `json:"backends,omitempty"`
+	Backends    *backendCount       `json:"backends,omitempty"`
 }
 
 // recordJSON is the JSON of a record of a plan.
 type recordJSON struct {
-	Content string    `json:"content"`
-	Before  *markJSON `json:"before,omitempty"`
-	After   *markJSON `json:"after,omitempty"`
+	OwnersHash string    `json:"ownersHash"`
+	Before     *markJSON `json:"before,omitempty"`
+	After      *markJSON `json:"after,omitempty"`
 }
 
 // markJSON is the JSON of a mark.
 type markJSON struct {
-	Upto    string `json:"upto"`
-	Away    []int  `json:"away,omitempty"`
-	Removed []int  `json:"removed,omitempty"`
+	Upto     string `json:"upto"`
+	Away     []int  `json:"away,omitempty"`
+	ScaledIn []int  `json:"scaledIn,omitempty"`
 }
 
 // String returns the JSON of the plan, the same for equal plans.
@@ -276,7 +276,7 @@ func (p *sharedPlan) String() string {
 	}
 	for i := range p.records {
 		r := &p.records[i]
-		record := recordJSON{Content: hex64(r.content).String()}
+		record := recordJSON{OwnersHash: hex64(r.ownersHash).String()}
 		if i > 0 {
 			record.Before, record.After = newMarkJSON(&r.before), newMarkJSON(&r.after)
 		}
@@ -391,11 +391,11 @@ func (id memberID) check(pod string) error {
 // parse reads a record. The oldest one has no marks, since all is covered that newer ones
 // do not cover.
 func (r *recordJSON) parse(oldest bool) (record planRecord, err error) {
-	if record.content, err = parseHex64("content", r.Content, 1<<64-1); err != nil {
+	if record.ownersHash, err = parseHex64("ownersHash", r.OwnersHash, 1<<64-1); err != nil {
 		return record, err
 	}
 	if oldest != (r.Before == nil) || oldest != (r.After == nil) {
-		return record, badValue("record", r.Content,
+		return record, badValue("record", r.OwnersHash,
 			"before and after in all records but the first")
 	}
 	if oldest {
@@ -413,7 +413,7 @@ func (m *markJSON) parse(name string) (mark, error) {
 	if err != nil {
 		return mark{}, err
 	}
-	return newMark(name, upto, m.Away, m.Removed)
+	return newMark(name, upto, m.Away, m.ScaledIn)
 }
 
 // newMark returns a mark, or an error if a set is not valid.
@@ -421,7 +421,7 @@ func newMark(name string, upto uint64, away, scaledIn []int) (mark, error) {
 	if err := checkOrdinals(name+".away", away); err != nil {
 		return mark{}, err
 	}
-	if err := checkOrdinals(name+".removed", scaledIn); err != nil {
+	if err := checkOrdinals(name+".scaledIn", scaledIn); err != nil {
 		return mark{}, err
 	}
 	m := mark{upto: upto}
@@ -436,32 +436,32 @@ func newMark(name string, upto uint64, away, scaledIn []int) (mark, error) {
 
 // String returns the line of the answer in the object, six words:
 //
-//	<instance> <epoch> <step> <content> <next> <to move>
-//	7c1e 7c1e.1795871234567.3 1795871239876 77ab… 61b2…/away=2,3/removed=5 120
+//	<instance> <epoch> <step> <ownersHash> <next> <to move>
+//	7c1e 7c1e.1795871234567.3 1795871239876 77ab… 61b2…/away=2,3/scaledIn=5 120
 //
 // next is the place up to which the next step may go, with the new owners that are away
 // and the old ones that were scaled in, each left out if there are none. It is "blank" in
-// an answer of a router that does not know all tables of the plan. content is "-" if it
+// an answer of a router that does not know all tables of the plan. ownersHash is "-" if it
 // has no table; it is blank then. epoch is "-" and step 0 if it has no view; it is blank
 // then, too.
 func (a stepAnswer) String() string {
-	epoch, content, next := "-", "-", "blank"
+	epoch, ownersHash, next := "-", "-", "blank"
 	if a.epoch != "" {
 		epoch = a.epoch
 	}
-	if a.content != noTableContent {
-		content = hex64(a.content).String()
+	if a.ownersHash != noTableHash {
+		ownersHash = hex64(a.ownersHash).String()
 	}
 	if !a.blank {
 		next = formatNext(a.next)
 	}
-	return fmt.Sprintf("%s %s %d %s %s %d", a.instance, epoch, a.step, content, next, a.toMove)
+	return fmt.Sprintf("%s %s %d %s %s %d", a.instance, epoch, a.step, ownersHash, next, a.toMove)
 }
 
 // formatNext returns a mark as an answer has it.
 func formatNext(m mark) string {
 	return hex64(m.upto).String() +
-		formatOrdinals("/away=", m.away) + formatOrdinals("/removed=", m.scaledIn)
+		formatOrdinals("/away=", m.away) + formatOrdinals("/scaledIn=", m.scaledIn)
 }
 
 // formatOrdinals returns the set after its name, "" if it is empty.
@@ -478,7 +478,7 @@ func formatOrdinals(name string, set []int) string {
 // parseAnswer reads the line of an answer. It accepts only what stepAnswer.String
 // returns.
 func parseAnswer(line string) (a stepAnswer, err error) {
-	const want = "instance, epoch, step, content, next, sessions to move"
+	const want = "instance, epoch, step, ownersHash, next, sessions to move"
 	words := strings.Split(line[:min(len(line), maxAnswer+1)], " ")
 	if len(line) > maxAnswer || len(words) != 6 {
 		return a, badValue("answer", line, want)
@@ -495,7 +495,7 @@ func parseAnswer(line string) (a stepAnswer, err error) {
 		return a, err
 	}
 	if words[3] != "-" {
-		if a.content, err = parseHex64("content", words[3], 1<<64-1); err != nil {
+		if a.ownersHash, err = parseHex64("ownersHash", words[3], 1<<64-1); err != nil {
 			return a, err
 		}
 	}
@@ -511,10 +511,10 @@ func parseAnswer(line string) (a stepAnswer, err error) {
 		return a, err
 	case (a.epoch == "") != (a.step == 0):
 		return a, badValue("step", words[2], "0 with the epoch -, and only then")
-	case !a.blank && (a.epoch == "" || a.content == noTableContent):
+	case !a.blank && (a.epoch == "" || a.ownersHash == noTableHash):
 		return a, badValue("next", words[4], "blank, without a view or a table")
-	case words[3] != "-" && a.content == noTableContent:
-		return a, badValue("content", words[3], "not 0")
+	case words[3] != "-" && a.ownersHash == noTableHash:
+		return a, badValue("ownersHash", words[3], "not 0")
 	}
 	return a, nil
 }
@@ -534,14 +534,14 @@ func parseNext(s string) (mark, error) {
 		}
 		sets = others
 	}
-	if list, ok := strings.CutPrefix(sets, "removed="); ok {
-		if scaledIn, err = parseOrdinals("next.removed", list); err != nil {
+	if list, ok := strings.CutPrefix(sets, "scaledIn="); ok {
+		if scaledIn, err = parseOrdinals("next.scaledIn", list); err != nil {
 			return mark{}, err
 		}
 	}
 	m, err := newMark("next", upto, away, scaledIn)
 	if err == nil && formatNext(m) != s {
-		err = badValue("next", s, "a place, /away= and /removed=")
+		err = badValue("next", s, "a place, /away= and /scaledIn=")
 	}
 	return m, err
 }
@@ -562,7 +562,7 @@ func parseOrdinals(name, list string) (set []int, err error) {
 // not count: it changes all the time, and is read only once for each step.
 func (a *stepAnswer) equal(b *stepAnswer) bool {
 	return a.instance == b.instance && a.epoch == b.epoch && a.step == b.step &&
-		a.content == b.content && a.blank == b.blank && a.next.equal(&b.next)
+		a.ownersHash == b.ownersHash && a.blank == b.blank && a.next.equal(&b.next)
 }
 
 // handoffWrite is a change of the object, as a JSON merge patch (RFC 7396). The API

@@ -38,12 +38,12 @@ func randomPlan(r *rand.Rand) *sharedPlan {
 	randomMark := func() mark {
 		return mark{[]uint64{0, allPlaces, r.Uint64() >> 1}[r.IntN(3)], randomOrdinals(r), randomOrdinals(r)}
 	}
-	p.records = []planRecord{{content: r.Uint64()}}
+	p.records = []planRecord{{ownersHash: r.Uint64()}}
 	for range r.IntN(maxRecords) {
 		p.records = append(p.records, planRecord{r.Uint64(), randomMark(), randomMark()})
 	}
 	if r.IntN(2) == 0 {
-		p.backends = &activeCount{1 + r.IntN(maxOrdinal), "a-b", r.Int64()}
+		p.backends = &backendCount{1 + r.IntN(maxOrdinal), "a-b", r.Int64()}
 	}
 	return p
 }
@@ -55,7 +55,7 @@ func randomAnswer(r *rand.Rand) stepAnswer {
 		a.epoch, a.step = fmt.Sprintf("%x.%d", r.Uint64(), r.Int64()), 1+r.Int64N(maxStep)
 	}
 	if !a.blank || r.IntN(2) == 0 {
-		a.content = 1 + r.Uint64N(1<<64-1)
+		a.ownersHash = 1 + r.Uint64N(1<<64-1)
 	}
 	if !a.blank {
 		a.next = mark{[]uint64{0, allPlaces, r.Uint64() >> 1}[r.IntN(3)], randomOrdinals(r), randomOrdinals(r)}
@@ -82,8 +82,8 @@ func TestObjectRoundTrip(t *testing.T) {
 	}
 }
 
-const goodPlan = `{"version":2,"epoch":"e","writes":9,"step":7,"oldestSince":{"epoch":"d","step":6},"members":{"r":{"uid":"u","instance":"i"}},` +
-	`"records":[{"content":"00000000000000aa"},{"content":"00000000000000bb",` +
+const goodPlan = `{"version":3,"epoch":"e","writes":9,"step":7,"oldestSince":{"epoch":"d","step":6},"members":{"r":{"uid":"u","instance":"i"}},` +
+	`"records":[{"ownersHash":"00000000000000aa"},{"ownersHash":"00000000000000bb",` +
 	`"before":{"upto":"0000000000000000"},"after":{"upto":"8000000000000000","away":[1,2]}}],` +
 	`"backends":{"count":4,"uid":"s","generation":3}}`
 
@@ -97,10 +97,10 @@ func TestPlanFaults(t *testing.T) {
 		{goodPlan, `[]`, `plan is "[]", want the JSON of a plan`},
 		{goodPlan, goodPlan + `{}`, `want one JSON value`},
 		{goodPlan, strings.Repeat(" ", maxPlan) + goodPlan, `at most 524288 bytes`},
-		{`"version":2`, `"version":1`, `version of the plan is "1", want 2`},
-		{`"version":2`, `"version":"2"`, `version of the plan is "\"2\"", want 2`},
-		{`"version":2,`, ``, `version of the plan is "", want 2`},
-		{goodPlan, `{"version":3,"records":7}`, `version of the plan is "3", want 2`},
+		{`"version":3`, `"version":1`, `version of the plan is "1", want 3`},
+		{`"version":3`, `"version":"3"`, `version of the plan is "\"3\"", want 3`},
+		{`"version":3,`, ``, `version of the plan is "", want 3`},
+		{goodPlan, `{"version":4,"records":7}`, `version of the plan is "4", want 3`},
 		{`"oldestSince"`, `"since"`, `step of oldestSince is "0", want 1 to 7`},
 		{`"step":6`, `"step":8`, `step of oldestSince is "8", want 1 to 7`},
 		{`"epoch":"d"`, `"epoch":""`, `epoch of oldestSince is "", want 1 to 128 letters`},
@@ -116,8 +116,8 @@ func TestPlanFaults(t *testing.T) {
 		{`"instance":"i"`, `"instance":"-"`, `instance of r is "-"`},
 		{`{"r":`, `{"":`, `name of a member is ""`},
 		{`00000000000000aa`, `aa`, `record 0: content is "aa", want 16 hexadecimal digits`},
-		{`00000000000000aa`, `00000000000000AA`, `content is "00000000000000AA"`},
-		{`{"content":"00000000000000aa"},`, ``, `record 0: record is "00000000000000bb", want before and after in all`},
+		{`00000000000000aa`, `00000000000000AA`, `ownersHash is "00000000000000AA"`},
+		{`{"ownersHash":"00000000000000aa"},`, ``, `record 0: record is "00000000000000bb", want before and after in all`},
 		{`"before":{"upto":"0000000000000000"},`, ``, `record 1: record is "00000000000000bb", want before and after`},
 		{`"records":[`, `"records":[],"x":[`, `records is "0", want 1 to 3`},
 		{`8000000000000000`, `8000000000000001`, `after.upto is "8000000000000001", want 16 hexadecimal digits, at most 8000000000000000`},
@@ -138,7 +138,7 @@ func TestPlanFaults(t *testing.T) {
 }
 
 func TestAnswerFaults(t *testing.T) {
-	const good = "i e 7 00000000000000aa 8000000000000000/away=1,2/removed=0 12"
+	const good = "i e 7 00000000000000aa 8000000000000000/away=1,2/scaledIn=0 12"
 	if _, err := parseAnswer(good); err != nil {
 		t.Fatal(err)
 	}
@@ -154,13 +154,13 @@ func TestAnswerFaults(t *testing.T) {
 		{" 7 ", " -7 ", `want a number from 0 to`},
 		{"00000000000000aa", "-", `want blank, without a view or a table`},
 		{"00000000000000aa", "0000000000000000", `want blank`},
-		{"00000000000000aa 8000000000000000/away=1,2/removed=0", "0000000000000000 blank", `content is "0000000000000000", want not 0`},
+		{"00000000000000aa 8000000000000000/away=1,2/scaledIn=0", "0000000000000000 blank", `ownersHash is "0000000000000000", want not 0`},
 		{"8000", "8001", `next is "8001000000000000", want 16 hexadecimal`},
 		{"/away=1,2", "/away=", `next.away is "", want a number`},
 		{"/away=1,2", "/away=2,1", `want ordinals in ascending order`},
-		{"/away=1,2/removed=0", "/removed=0/away=1", `next.removed is "0/away=1"`},
-		{"/removed=0", "/", `want a place, /away= and /removed=`},
-		{"/removed=0", "/x=0", `want a place, /away= and /removed=`},
+		{"/away=1,2/scaledIn=0", "/scaledIn=0/away=1", `next.scaledIn is "0/away=1"`},
+		{"/scaledIn=0", "/", `want a place, /away= and /scaledIn=`},
+		{"/scaledIn=0", "/x=0", `want a place, /away= and /scaledIn=`},
 	} {
 		bad := strings.Replace(good, c.old, c.new, 1)
 		o := readHandoffObject("u", "1", map[string]string{answerKeyPrefix + "a": bad})
@@ -174,8 +174,8 @@ func TestAnswerFaults(t *testing.T) {
 // FuzzHandoffObject: whatever the data is, reading it ends, and what was read is the same
 // when it is written and read again.
 func FuzzHandoffObject(f *testing.F) {
-	f.Add(goodPlan, "i e 7 00000000000000aa 8000000000000000/away=1,2/removed=0 12")
-	f.Add(`{"version":2,"epoch":"e","writes":1,"step":1,"oldestSince":{"epoch":"e","step":1},"members":{},"records":[{"content":"0000000000000000"}]}`, "i - 0 - blank 0")
+	f.Add(goodPlan, "i e 7 00000000000000aa 8000000000000000/away=1,2/scaledIn=0 12")
+	f.Add(`{"version":3,"epoch":"e","writes":1,"step":1,"oldestSince":{"epoch":"e","step":1},"members":{},"records":[{"ownersHash":"0000000000000000"}]}`, "i - 0 - blank 0")
 	f.Fuzz(func(t *testing.T, plan, line string) {
 		data := map[string]string{planKey: plan, answerKeyPrefix + "a": line}
 		o := readHandoffObject("u", "1", data)

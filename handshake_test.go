@@ -26,7 +26,7 @@ func FuzzUpgrade(f *testing.F) {
 	f.Add("GET /ws/ns-01 HTTP/1.1\r\nHost: h\r\nConnection: Upgrade, X-Router-Pod, Host\r\nUpgrade: websocket\r\nX_Router_Pod: x\r\nX-Router-Table: x\r\nX-ROUTER_Backend: x\r\nx_router-step: 9\r\n\r\n")
 	f.Add("GET /ws/ns-01 HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: h2c\r\nUpgrade: websocket\r\nExpect: 100-continue\r\nForwarded: for=x\r\n\r\n")
 	f.Add("POST /ws/a HTTP/1.0\r\nTransfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n")
-	paths := defaultLayout(f)
+	paths := defaultMatcher(f)
 	f.Fuzz(func(t *testing.T, request string) {
 		in, err := http.ReadRequest(bufio.NewReader(strings.NewReader(request)))
 		if err != nil {

@@ -645,7 +645,7 @@ func startProxy(t testing.TB, addrs []string, data map[string]string, change fun
 	t.Helper()
 	tail := newLogTail()
 	log := slog.New(slog.NewJSONHandler(tail, nil))
-	c := &config{statefulSet: "backend", podName: "router-x", layout: defaultLayout(t), limits: limits{
+	c := &config{statefulSet: "backend", podName: "router-x", namespaceMatcher: defaultMatcher(t), limits: limits{
 		holdTimeout: patience, handshakeTimeout: patience, headerTimeout: patience,
 		headerBytes: 8 << 10, headerFields: 100, sessions: 1000, pendingUpgrades: 1000,
 	}}

@@ -37,13 +37,13 @@ func nextJump(key uint64, b int64) (nextKey uint64, next int64) {
 	return key, int64(float64(b+1) * (float64(1<<31) / float64((key>>33)+1)))
 }
 
-// bucketPast returns the bucket in [0, len(cordoned)) of a namespace whose hash64 is key,
+// bucketPast returns the bucket in [0, len(cordoned)) of a namespace whose hash64 is hash,
 // when those that are true in cordoned take none. One at least must be false.
 //
 // Each namespace has all buckets in an order of its own, and its bucket is the first one
 // that is not cordoned. The order is made from bucket 0 on: each further bucket is put
-// among those before it. If the namespace jumps to the bucket, that is the first place;
-// else the hash chooses one of the other places, evenly. So without a cordon the bucket
+// among those before it. If the namespace jumps to the bucket, it is the first one;
+// else the hash chooses one of the other ranks, evenly. So without a cordon the bucket
 // is that of jump. The order of the first n buckets does not depend on later ones, nor on
 // what is cordoned. From this follows, with or without a cordon:
 //
@@ -53,23 +53,23 @@ func nextJump(key uint64, b int64) (nextKey uint64, next int64) {
 //     is cordoned. So if the last bucket is cordoned, nothing moves when it goes.
 //
 // Its result never changes, as that of bucket: testdata/owners-cordoned.txt.
-func bucketPast(key uint64, cordoned []bool) int {
-	best, place := 0, len(cordoned) // place is that of best; at first it is after all
-	jumpKey, next := key, int64(0)
+func bucketPast(hash uint64, cordoned []bool) int {
+	best, rank := 0, len(cordoned) // of best, in that order; at first it is after all
+	jumpKey, next := hash, int64(0)
 	for b := range cordoned {
 		at := 0
 		if int64(b) == next {
 			jumpKey, next = nextJump(jumpKey, next)
 		} else {
-			random := fmix64(key + uint64(b)*0x9e3779b97f4a7c15) // 2^64 / the golden ratio
-			at = 1 + int((random>>32)*uint64(b)>>32)             // 1 to b
+			random := fmix64(hash + uint64(b)*0x9e3779b97f4a7c15) // 2^64 / the golden ratio
+			at = 1 + int((random>>32)*uint64(b)>>32)              // 1 to b
 		}
 		switch {
-		case at > place:
+		case at > rank:
 		case cordoned[b]:
-			place++
+			rank++
 		default:
-			best, place = b, at
+			best, rank = b, at
 		}
 	}
 	return best

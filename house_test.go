@@ -18,7 +18,7 @@ import (
 // fileOrder has the root's files in their reading order: a file uses only the files after
 // it. The files of one noun for several systems, like listen_linux.go and
 // listen_portable.go, count as one.
-var fileOrder = strings.Fields(`main command config admin preview status peers page redirect fastpath socket proxy forward layout handshake listen clientconn descriptorlimit pending proxyprotocol certificates configmap
+var fileOrder = strings.Fields(`main command config admin preview status peers page redirect fastpath socket proxy forward namespacematcher handshake listen clientconn descriptorlimit pending proxyprotocol certificates configmap
 	directory events drain move movetally movetarget movequeue maxage pace membership member handoffobject handoff flight release tablestore route overrides namespace hash discovery cordon backends dialqueue watch kube
 	top relay tls websocket namespacelimit result log runtime metrics wait`)
 

@@ -248,7 +248,7 @@
 //	moveTargets.dial          dials a new owner until it takes a connection
 //	mover.handleDialResult    notes each result, in run
 //	mover.advance             takes all steps that can be taken: first it ends the last one
-//	mover.takeNextStep        takes the sessions of the next step from the queue; it closes
+//	mover.dequeueForNextStep        takes the sessions of the next step from the queue; it closes
 //	                          those whose owner stays and has a new pod, as no step does that
 //	mover.mayMove             (in startPace) says if the table has stayed, and all were dialled
 //	moveQueue.split           chooses as many as the rate allows
@@ -279,8 +279,8 @@
 //	                          table and those of the plan, also one of the next two
 //	mover.propose             says how far the next step may go, and closes the sessions whose
 //	                          owner stays and has a new pod
-//	mover.workAtRest          without a change: lets takeNextStep close sessions for new pods
-//	membership.decide         begins the write or the LIST that member.decide asks for
+//	mover.workAtRest          without a change: lets dequeueForNextStep close sessions for new pods
+//	membership.decideAndWrite         begins the write or the LIST that member.decide asks for
 //	membership.takeInbox      takes the newest version of the object
 //	member.decide             says to adopt its plan, list, end all, write, or wait:
 //	member.bootstrap, member.reset  where there is no plan, or one that is not to be trusted
@@ -304,7 +304,7 @@
 //	                          wakes run
 //	member.viewOf             makes the view of the plan
 //	mover.adopt               puts it in force: holds the step's namespaces, or opens them
-//	mover.dequeueStep         takes the sessions of the step from the queue
+//	mover.dequeueForStep         takes the sessions of the step from the queue
 //
 // Then workShared closes these sessions, sendAnswer says so, and reportFinished logs the
 // result at the end. A step is done when no answer is missing, or when the next step comes, with
@@ -332,7 +332,7 @@
 // a lock held.
 //
 // Read main, command and config (what starts), admin, preview, status, peers and page (what
-// operators ask), redirect, fastpath, socket, proxy, forward, layout, handshake, listen,
+// operators ask), redirect, fastpath, socket, proxy, forward, namespacematcher, handshake, listen,
 // clientconn, descriptorlimit, pending, proxyprotocol and certificates (from client to
 // session), configmap, directory, events, drain, move, movetally, movetarget, movequeue,
 // maxage, pace, membership, member, handoffobject, handoff, flight and release (what a change
@@ -469,7 +469,7 @@ func newProgram(c *config, getenv func(string) string, queue *logQueue,
 		return nil, err
 	}
 	fdLimit, err := newDescriptorLimit(
-		maxFiles, backends.fixed.count, c.limits.sessions, c.limits.pendingUpgrades)
+		maxFiles, backends.static.count, c.limits.sessions, c.limits.pendingUpgrades)
 	if err != nil {
 		return nil, err
 	}
@@ -518,8 +518,8 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 	backends.dialer = newDialer(c.tcpUserTimeout)
 	var mover *mover // onSwap uses it when there are sources
 	tables := &tableStore{
-		statefulSet: c.statefulSet, fromHost: c.layout.fromHost,
-		active: backends.fixed, listedCordon: c.cordon, log: log,
+		statefulSet: c.statefulSet, fromHost: c.namespaceMatcher.fromHost,
+		backends: backends.static, listedCordon: c.cordon, log: log,
 		onSwap: func() { mover.tableOrPodChanged() },
 		applyDurations: newHistogram(
 			.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5),
@@ -549,7 +549,7 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 		upgradeDurations: newHistogram(
 			.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10),
 		ownerWaits: newHistogram(.01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30),
-		limits:     c.limits, podName: c.podName, namespaceOf: c.layout.namespace, log: log,
+		limits:     c.limits, podName: c.podName, namespaceOf: c.namespaceMatcher.namespace, log: log,
 		namespaceLimiter: newNamespaceLimiter(c.limits.namespace, log),
 	}
 	if c.proxyProtocol == "on" {
@@ -694,7 +694,7 @@ func (p *program) freeMemory(ctx context.Context) {
 func (p *program) logServing(client, admin net.Addr) {
 	p.log.Info("serving",
 		"version", version(), "listen", client.String(), "admin", admin.String(),
-		"pod", p.config.podName, "backends", p.proxy.backends.fixed.count,
+		"pod", p.config.podName, "backends", p.proxy.backends.static.count,
 		"kube", p.config.kube)
 	if p.redirect != nil {
 		p.log.Info("redirecting clients without TLS", "listen", p.redirect.listener.Addr().String())

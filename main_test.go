@@ -64,7 +64,7 @@ func TestRunWithoutOverrides(t *testing.T) {
 }
 
 // TestRunAnyRoom: two spellings of a room are with one owner, and an override of it, whose
-// key is escaped, moves both. So in all layouts of a path and a query.
+// key is escaped, moves both. So in all forms of a path and a query.
 func TestRunAnyRoom(t *testing.T) {
 	for name, tt := range map[string]struct{ flags, first, second string }{
 		"path":  {"-route /d/{namespace}/ws", "/d/my%20caf%C3%A9/ws", "/d/m%79%20caf%c3%a9/ws/deep"},
@@ -110,7 +110,7 @@ func TestRunNamespaceFromHost(t *testing.T) {
 	if bad["expected"] != expectedHostNamespace("") || bad["in_force"] != "none" {
 		t.Errorf("%v", bad)
 	}
-	waitMetrics(t, r, map[string]float64{`router_table_rejected_overrides{source="directory ` + dir + `"}`: 3})
+	waitMetrics(t, r, map[string]float64{`router_table_invalid_overrides{source="directory ` + dir + `"}`: 3})
 	for i, one := range []struct{ host, asked, namespace, owner, why string }{
 		{"NS-01.mydomain.com", "NS-01", "ns-01", "backend-1", "override"},
 		{upper + ".mydomain.com", upper, tenant, "backend-0", "hash"},
@@ -244,9 +244,9 @@ func TestFollowing(t *testing.T) {
 		`router_watch_info{object="StatefulSet default/backend",protocol="HTTP/1.1"}`:                               1})
 	_, body := r.get(t, "/backends")
 	stamp := r.log.wait(t, "routing table updated", 1)["stamp"].(string)
-	want := `{"router":"router-x","table_version":"5","stamp":"` + stamp + `","backends":[{"name":"backend-2","ordinal":2,"address":"127.0.0.1:PORT","ready":true,"active":true,"overrides":1,"sessions":1,"safe_to_remove":false},` +
-		`{"name":"backend-3","ordinal":3,"ready":false,"error":"backend-3 is not ready","active":true,"overrides":1,"sessions":0,"safe_to_remove":false},` +
-		`{"name":"backend-4","ordinal":4,"address":"127.0.0.3:PORT","ready":true,"active":true,"overrides":2,"sessions":2,"safe_to_remove":false}]}` + "\n"
+	want := `{"router":"router-x","overrides_version":"5","stamp":"` + stamp + `","backends":[{"name":"backend-2","ordinal":2,"address":"127.0.0.1:PORT","ready":true,"in_table":true,"overrides":1,"sessions":1,"safe_to_remove":false},` +
+		`{"name":"backend-3","ordinal":3,"ready":false,"error":"backend-3 is not ready","in_table":true,"overrides":1,"sessions":0,"safe_to_remove":false},` +
+		`{"name":"backend-4","ordinal":4,"address":"127.0.0.3:PORT","ready":true,"in_table":true,"overrides":2,"sessions":2,"safe_to_remove":false}]}` + "\n"
 	if want := strings.ReplaceAll(want, "PORT", port); body != want {
 		t.Errorf("/backends is\n%s, want\n%s", body, want)
 	}

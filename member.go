@@ -30,9 +30,9 @@ type member struct {
 	view        *memberView // that is in force in this router; nil before the first plan
 	highestStep int64       // the highest step that was in force or that a backend has answered
 	newest      *table      // its own; nil before the first
-	newestAt    time.Time   // when its content was set
+	newestAt    time.Time   // when its ownersHash was set
 
-	// offered has the tables that this router has named in an answer, by content. While
+	// offered has the tables that this router has named in an answer, by ownersHash. While
 	// the answer is in the object, or a write of it may still arrive, all routers may
 	// move to the table. It is forgotten offerTime after the object had an answer with
 	// another one.
@@ -79,7 +79,7 @@ func newMember(name, uid, instance string) *member {
 type stepProgress struct {
 	hasWork  bool // it has sessions, or requests that a backend may have got
 	doneHere bool // nothing of the step is left here: see mover.workOnStep
-	next     mark // how far the step after may go, towards handoffPlan.nextContent
+	next     mark // how far the step after may go, towards handoffPlan.nextOwnersHash
 	toMove   int  // sessions that have to move, also those that next covers
 }
 
@@ -106,7 +106,7 @@ type decisionInput struct {
 	seenAt   time.Time      // when this version was seen first
 	list     *podList       // the last one; nil if there was none
 	leaving  bool           // the router admits nobody any more, and ends
-	backends *activeCount
+	backends *backendCount
 	// gone reports whether GET said that the pod with this UID has ended for ever: see
 	// memberID.isGone.
 	gone func(pod, uid string) bool
@@ -141,7 +141,7 @@ func waiting(format string, args ...any) decision {
 
 // setNewest sets this router's own table. A nil table is none.
 func (m *member) setNewest(t *table, now time.Time) {
-	isSame := t != nil && m.newest != nil && t.contentHash == m.newest.contentHash
+	isSame := t != nil && m.newest != nil && t.ownersHash == m.newest.ownersHash
 	if m.newest = t; !isSame {
 		m.newestAt = now
 	}
@@ -154,27 +154,27 @@ func (m *member) noteBackendStep(step int64) { m.highestStep = max(m.highestStep
 func (m *member) expireOffers(o *handoffObject, now time.Time) {
 	a := o.answers[m.name]
 	isOwn := a.instance == m.instance
-	for content, p := range m.offered {
+	for ownersHash, p := range m.offered {
 		switch {
-		case m.newest != nil && m.newest.contentHash == content,
-			m.view.recordOf(content) >= 0, isOwn && a.content == content:
+		case m.newest != nil && m.newest.ownersHash == ownersHash,
+			m.view.recordOf(ownersHash) >= 0, isOwn && a.ownersHash == ownersHash:
 			p.withdrawn = time.Time{}
-		case p.withdrawn.IsZero() && isOwn && a.content != noTableContent:
+		case p.withdrawn.IsZero() && isOwn && a.ownersHash != noTableHash:
 			p.withdrawn = now
 		case !p.withdrawn.IsZero() && now.Sub(p.withdrawn) >= offerTime:
-			delete(m.offered, content)
+			delete(m.offered, ownersHash)
 		}
 	}
 }
 
-// recordOf returns the index of the view's record of the table with this content, -1 if
+// recordOf returns the index of the view's record of the table with this ownersHash, -1 if
 // there is none. v may be nil.
-func (v *memberView) recordOf(content uint64) int {
+func (v *memberView) recordOf(ownersHash uint64) int {
 	if v == nil {
 		return -1
 	}
 	return slices.IndexFunc(v.records, func(r planRecord) bool {
-		return r.content == content
+		return r.ownersHash == ownersHash
 	})
 }
 
@@ -195,8 +195,8 @@ func (m *member) commit(d decision, now time.Time) {
 		m.conditionalWrite, m.conditionalAt = d.write, now
 		m.conditionalWrites++
 	}
-	if d.answer != nil && m.newest != nil && d.answer.content == m.newest.contentHash {
-		m.offered[d.answer.content] = &offeredTable{table: m.newest}
+	if d.answer != nil && m.newest != nil && d.answer.ownersHash == m.newest.ownersHash {
+		m.offered[d.answer.ownersHash] = &offeredTable{table: m.newest}
 	}
 }
 
@@ -269,7 +269,7 @@ func (m *member) hasChanged(o *handoffObject) bool {
 		return true
 	}
 	for i, t := range v.tables {
-		if t == nil && m.table(v.records[i].content) != nil {
+		if t == nil && m.table(v.records[i].ownersHash) != nil {
 			return true
 		}
 	}
@@ -290,7 +290,7 @@ func (m *member) viewOf(o *handoffObject) *memberView {
 	}
 	next.admitsNone = !next.mustAnswer || id.Instance != m.instance
 	for _, r := range p.records {
-		next.tables = append(next.tables, m.table(r.content))
+		next.tables = append(next.tables, m.table(r.ownersHash))
 	}
 	next.tables[0] = m.oldestTable(next)
 	wasDone := prev != nil && prev.done &&
@@ -299,15 +299,15 @@ func (m *member) viewOf(o *handoffObject) *memberView {
 	return next
 }
 
-// table returns the table with this content, nil if it is not known.
-func (m *member) table(content uint64) *table {
-	if m.newest != nil && m.newest.contentHash == content {
+// table returns the table with this ownersHash, nil if it is not known.
+func (m *member) table(ownersHash uint64) *table {
+	if m.newest != nil && m.newest.ownersHash == ownersHash {
 		return m.newest
 	}
-	if p := m.offered[content]; p != nil {
+	if p := m.offered[ownersHash]; p != nil {
 		return p.table
 	}
-	if i := m.view.recordOf(content); i >= 0 {
+	if i := m.view.recordOf(ownersHash); i >= 0 {
 		return m.view.tables[i]
 	}
 	return nil
@@ -341,12 +341,12 @@ func (m *member) answer(s *decisionInput) stepAnswer {
 	v := m.view
 	a := stepAnswer{instance: m.instance, epoch: v.plan.epoch, step: v.step}
 	if m.newest != nil {
-		a.content = m.newest.contentHash
+		a.ownersHash = m.newest.ownersHash
 	}
 	switch {
 	case m.newest == nil || !v.knowsAll():
 		a.blank = true
-	case v.isAtRest(a.content):
+	case v.isAtRest(a.ownersHash):
 		a.next = mark{upto: allPlaces}
 	default:
 		a.next, a.toMove = s.next, s.toMove
@@ -572,11 +572,11 @@ func (m *member) writeStepWith(s *decisionInput, a *stepAnswer) decision {
 	if missing := o.missing(); len(missing) > 0 {
 		return waiting("%s has not answered step %d", strings.Join(missing, ", "), v.step)
 	}
-	agreed, writers, allBlank, err := o.agreedMark(m.newest.contentHash)
+	agreed, writers, allBlank, err := o.agreedMark(m.newest.ownersHash)
 	if err != nil {
 		return waiting("%v", err)
 	}
-	onlyNewest := []planRecord{{content: m.newest.contentHash}}
+	onlyNewest := []planRecord{{ownersHash: m.newest.ownersHash}}
 	next := &handoffPlan{allHeld: true, records: onlyNewest}
 	at := s.seenAt
 	switch {
@@ -585,7 +585,7 @@ func (m *member) writeStepWith(s *decisionInput, a *stepAnswer) decision {
 	case !v.knowsAll():
 		return waiting("this router does not know all tables of step %d", v.step)
 	default:
-		next = v.plan.nextBounded(m.newest.contentHash, agreed, s.now)
+		next = v.plan.nextBounded(m.newest.ownersHash, agreed, s.now)
 		backendIsAhead := m.highestStep > v.step // a backend has answered a later step
 		if v.plan.isSame(next) && !backendIsAhead {
 			return waiting("")
@@ -613,19 +613,19 @@ func stepTime(routers int) time.Duration {
 // agreedMark returns how far the next step may go: as far as all members say that know
 // the tables of the plan. writers are those of these whose process is known, sorted;
 // allBlank is true if no member knows the tables. agreedMark returns an error if a member
-// does not have the table with this content. A pod of anyInstance that has no table, and
+// does not have the table with this ownersHash. A pod of anyInstance that has no table, and
 // so cannot join, is not asked.
 func (o *handoffObject) agreedMark(
-	content uint64,
+	ownersHash uint64,
 ) (next mark, writers []string, allBlank bool, err error) {
 	next, allBlank = mark{upto: allPlaces}, true
 	for _, pod := range slices.Sorted(maps.Keys(o.plan.members)) {
 		a := o.answers[pod]
 		isAny := o.plan.members[pod].Instance == anyInstance
 		switch {
-		case isAny && a.content == noTableContent:
+		case isAny && a.ownersHash == noTableHash:
 			continue
-		case a.content != content:
+		case a.ownersHash != ownersHash:
 			return next, nil, false, fmt.Errorf("%s has another table", pod)
 		case a.blank:
 			continue
@@ -651,11 +651,11 @@ func (m *member) bootstrap(s *decisionInput) decision {
 	o := s.object
 	a := stepAnswer{instance: m.instance, blank: true}
 	if m.newest != nil {
-		a.content = m.newest.contentHash
+		a.ownersHash = m.newest.ownersHash
 	}
 	has := o.answers[m.name]
 	if has.instance != m.instance || !has.isWithoutView() ||
-		(has.content == noTableContent) != (a.content == noTableContent) {
+		(has.ownersHash == noTableHash) != (a.ownersHash == noTableHash) {
 		w := &handoffWrite{data: map[string]string{m.key(): a.String()}}
 		return m.writeIf(s, w, &a, s.now, "say that there is no plan")
 	}
@@ -675,19 +675,19 @@ func (m *member) bootstrap(s *decisionInput) decision {
 		case !ok || !said.isWithoutView():
 			return decision{again: s.list.at.Add(maxPodListAge),
 				why: fmt.Sprintf("there is no plan; waiting for %s to confirm that it has none", name)}
-		case said.content == noTableContent:
+		case said.ownersHash == noTableHash:
 			p.members[name] = memberID{pod.uid, anyInstance}
 		default:
 			p.members[name] = memberID{pod.uid, said.instance}
 			writers = append(writers, name)
 		}
 	}
-	p.records = []planRecord{{content: m.newest.contentHash}}
+	p.records = []planRecord{{ownersHash: m.newest.ownersHash}}
 	m.startEpoch(p, s)
 	p.oldestSince = planStep{p.epoch, p.step}
 	first := stepAnswer{
 		instance: m.instance, epoch: p.epoch, step: p.step,
-		content: a.content, next: mark{upto: allPlaces},
+		ownersHash: a.ownersHash, next: mark{upto: allPlaces},
 	}
 	return m.writePlan(s, p, &first, m.turn(s, writers), "make the first plan")
 }

@@ -262,7 +262,7 @@ func (w *modelWorld) readEdit(r *modelRouter) {
 	}
 	sources := []sourceContent{{id: sourceID{name: "a"}, overrides: newOverrideSet(w.edits[r.edit])}}
 	r.setNewest(newTable("backend", false, w.sizes[r.edit], nil, sources, r.newest), w.clock(r))
-	w.tell("reads: %s has edit %d, %016x", r.pod, r.edit, r.newest.contentHash)
+	w.tell("reads: %s has edit %d, %016x", r.pod, r.edit, r.newest.ownersHash)
 }
 
 // misplaced returns the backends of r's sessions of a namespace that have to end.
@@ -679,7 +679,7 @@ func (w *modelWorld) disagreement() string {
 				a.view.tables[0] == nil || b.view.tables[0] == nil {
 				continue
 			}
-			if a.view.records[0].content != b.view.records[0].content {
+			if a.view.records[0].ownersHash != b.view.records[0].ownersHash {
 				return fmt.Sprintf("DISAGREE %s and %s have other oldest tables since %v", a.pod, b.pod, a.view.plan.oldestSince)
 			}
 			for _, ns := range modelNamespaces {
@@ -774,7 +774,7 @@ func (w *modelWorld) restless() string {
 			return r.pod + ": " + r.whyNotAdmitting()
 		case r.object != o || !r.view.done:
 			return r.pod + " is behind"
-		case !o.plan.isAtRest(r.newest.contentHash) || r.edit != len(w.edits)-1:
+		case !o.plan.isAtRest(r.newest.ownersHash) || r.edit != len(w.edits)-1:
 			return r.pod + " has another table"
 		}
 		for _, ns := range modelNamespaces {
@@ -906,7 +906,7 @@ func TestModelNeedsRules(t *testing.T) {
 					if pod == r.pod || r.newest == nil {
 						return a
 					}
-					a.content, a.blank = r.newest.contentHash, false
+					a.ownersHash, a.blank = r.newest.ownersHash, false
 					return asAnswered(s.object, pod, a)
 				})
 			},
@@ -914,7 +914,7 @@ func TestModelNeedsRules(t *testing.T) {
 		}},
 		{"an entry that cannot be read says nothing", twoOwners, modelRules{
 			view: func(r *modelRouter, v *memberView) {
-				if t := r.table(v.records[0].content); t != nil {
+				if t := r.table(v.records[0].ownersHash); t != nil {
 					v.tables[0] = t
 				}
 			}}},
@@ -1304,7 +1304,7 @@ func TestPlanOfAnotherVersion(t *testing.T) {
 	w, r, s := rested(2)
 	own, view := maps.Clone(w.data), r.view
 	data := maps.Clone(w.data)
-	data[planKey] = `{"version":3,"records":"of another kind"}`
+	data[planKey] = `{"version":4,"records":"of another kind"}`
 	w.store(w.object.uid, data)
 	s.object = w.object
 	starts := newMember("r9", "u9", "i9")
@@ -1312,7 +1312,7 @@ func TestPlanOfAnotherVersion(t *testing.T) {
 	for _, m := range []*member{r.member, starts} {
 		for _, s.leaving = range []bool{false, true} {
 			d := m.decide(s)
-			if d.action != actWait || !strings.Contains(d.why, `version of the plan is "3", want 2`) {
+			if d.action != actWait || !strings.Contains(d.why, `version of the plan is "4", want 3`) {
 				t.Errorf("%s decides to %d: %s", m.name, d.action, d.why)
 			}
 		}
@@ -1409,7 +1409,7 @@ func TestLastAnswerMakesTheStep(t *testing.T) {
 	}
 	writes := first.conditionalWrites
 	first.commit(d, w.now)
-	if first.conditionalWrites != writes+1 || first.offered[first.newest.contentHash] == nil {
+	if first.conditionalWrites != writes+1 || first.offered[first.newest.ownersHash] == nil {
 		t.Error("it does not note that it has written a plan, and named its table in an answer")
 	}
 	if again := first.decide(w.situationOf(first)); again.action != actWait {
@@ -1550,7 +1550,7 @@ func TestPlanHasThreeRecords(t *testing.T) {
 	full := 0
 	for seed := range uint64(2000) {
 		r := rand.New(rand.NewPCG(seed, 5))
-		p := &handoffPlan{step: 1, records: []planRecord{{content: 1}}}
+		p := &handoffPlan{step: 1, records: []planRecord{{ownersHash: 1}}}
 		for range 30 {
 			m := randomMark(r)
 			if r.IntN(2) == 0 {
@@ -1589,7 +1589,7 @@ func TestMemberPodIsGone(t *testing.T) {
 }
 
 func TestBackendsNote(t *testing.T) {
-	old := &activeCount{4, "u", 7}
+	old := &backendCount{4, "u", 7}
 	_, r, s := rested(1)
 	s.backends = old
 	d := r.decide(s)
@@ -1624,7 +1624,7 @@ func TestResetMembers(t *testing.T) {
 // another one for offerTime.
 func TestPromisedTables(t *testing.T) {
 	w, r, _ := rested(1)
-	promised := r.newest.contentHash
+	promised := r.newest.ownersHash
 	w.edit(to("backend-1"))
 	w.drive(r)
 	if r.view.recordOf(promised) >= 0 || r.table(promised) == nil {
@@ -1635,7 +1635,7 @@ func TestPromisedTables(t *testing.T) {
 		t.Error("the table is not known any more")
 	}
 	late := *w.object
-	late.answers = map[string]stepAnswer{"r0": {instance: r.instance, epoch: "e", step: 1, content: promised}}
+	late.answers = map[string]stepAnswer{"r0": {instance: r.instance, epoch: "e", step: 1, ownersHash: promised}}
 	r.expireOffers(&late, w.now.Add(offerTime))
 	if r.expireOffers(w.object, w.now.Add(offerTime)); r.table(promised) == nil {
 		t.Error("the table is not known any more, although a late answer named it again")
@@ -1731,7 +1731,7 @@ func TestOldCopyBeforeTheFirstPlan(t *testing.T) {
 			w.start(starts)
 			old := map[string]string{}
 			for _, r := range w.routers {
-				said := stepAnswer{instance: r.instance, blank: true, content: knows.newest.contentHash}
+				said := stepAnswer{instance: r.instance, blank: true, ownersHash: knows.newest.ownersHash}
 				old[r.key()] = said.String()
 			}
 			w.store(w.object.uid, old)

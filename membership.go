@@ -46,10 +46,10 @@ type membership struct {
 	wake     func() // wakes the mover's run; must not block
 	// wantedBackends returns the number of backends that the object should have; nil if
 	// it is not known.
-	wantedBackends func() *activeCount
+	wantedBackends func() *backendCount
 	// onStored is called with the number of backends that the object has, nil if it has
 	// none. It must not block.
-	onStored func(b *activeCount)
+	onStored func(b *backendCount)
 	log      *slog.Logger
 
 	// Owned by the goroutine that calls decide: the mover's run.
@@ -116,8 +116,8 @@ func newMembership(client kubeClient, kubeNamespace, object string, pod, uid, po
 	s := &membership{
 		writer: &writer, client: client, podLabel: podLabel,
 		podsPath: "/api/v1/namespaces/" + kubeNamespace + "/pods",
-		wake:     func() {}, wantedBackends: func() *activeCount { return nil },
-		onStored: func(*activeCount) {}, log: log,
+		wake:     func() {}, wantedBackends: func() *backendCount { return nil },
+		onStored: func(*backendCount) {}, log: log,
 		member:  newMember(pod, uid, fmt.Sprintf("%016x", rand.Uint64())),
 		inbox:   handoffInbox{gone: map[string]bool{}},
 		hasLeft: make(chan struct{}),
@@ -157,11 +157,11 @@ func (m *membership) apply(objects map[string]*handoffConfigMap) {
 	m.wake()
 }
 
-// decide says what to do next, and begins what has to be written or listed. p is how far
+// decideAndWrite says what to do next, and begins what has to be written or listed. p is how far
 // this router has come, t its own table, nil if it has none yet, and backendStep the highest
 // step that a backend has answered. The caller carries out actAdopt and actEndAll, and calls
-// decide again. All else only says when to call it again, if nothing happens before.
-func (m *membership) decide(
+// decideAndWrite again. All else only says when to call it again, if nothing happens before.
+func (m *membership) decideAndWrite(
 	ctx context.Context, p stepProgress, t *table, backendStep int64, now time.Time,
 ) decision {
 	m.ctx = ctx
@@ -496,7 +496,7 @@ func (m *membership) blocking(in *handoffInbox) map[string]memberID {
 	}
 	all := map[string]memberID{}
 	for pod, id := range o.plan.members {
-		late := !o.hasAnswered(pod) || o.answers[pod].content != t.contentHash
+		late := !o.hasAnswered(pod) || o.answers[pod].ownersHash != t.ownersHash
 		if pod != m.member.name && late {
 			all[pod] = id
 		}
@@ -549,7 +549,7 @@ func (m *membership) getPod(
 // relistTime. It returns when to look again, zero if no change waits.
 func (m *membership) relistObject(in *handoffInbox, t *table, now time.Time) time.Time {
 	v := m.member.view
-	if v == nil || t == nil || v.isAtRest(t.contentHash) && v.done {
+	if v == nil || t == nil || v.isAtRest(t.ownersHash) && v.done {
 		return time.Time{}
 	}
 	if at := latest(in.seenAt, m.listedAt).Add(relistTime); now.Before(at) {

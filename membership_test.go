@@ -158,7 +158,7 @@ func (r *simRouter) start() {
 	client := r.network.kube(r.T)
 	c.useMembership(newMembership(*client, "edge", handoffName, r.pod.name, r.pod.uid,
 		"app.kubernetes.io/name=router", log))
-	c.shared.wantedBackends = func() *activeCount {
+	c.shared.wantedBackends = func() *backendCount {
 		c.decisions.Add(1)
 		if v := c.shared.member.view; v != nil {
 			c.goesBy.Store(v.version)
@@ -169,7 +169,7 @@ func (r *simRouter) start() {
 	c.closeSession = func(s *session, onEnd func(cut bool)) bool {
 		return c.endSession(s, causeMoved, func() { onEnd(false) })
 	}
-	router.active = ordinalRange{count: simBackends}
+	router.backends = ordinalRange{count: simBackends}
 	c.running.Go(func() { c.run(c.alive) })
 	c.running.Go(func() { c.shared.watcher.run(c.alive) })
 	c.running.Go(func() { c.followOverrides() })
@@ -462,14 +462,14 @@ func (s *handoffSim) whyUnsettled() string {
 		switch why := c.whyNotReady(); {
 		case why != "":
 			return r.pod.name + ": " + why
-		case t == nil || v == nil || !v.isAtRest(t.contentHash) || !v.done:
+		case t == nil || v == nil || !v.isAtRest(t.ownersHash) || !v.done:
 			st := c.shared.snapshot()
 			return fmt.Sprintf("%s: not at rest: %s, missing %v", r.pod.name, st.why, st.missing)
-		case strings.Fields(t.version)[0] != strconv.Itoa(s.version):
-			return r.pod.name + ": an old table: " + t.version
+		case strings.Fields(t.overridesVersion)[0] != strconv.Itoa(s.version):
+			return r.pod.name + ": an old table: " + t.overridesVersion
 		}
 		for _, namespace := range simNamespaces {
-			want, _ := t.owner(namespace)
+			want, _ := t.wantedOwner(namespace)
 			if a := c.ownerNow(namespace); a.state != stateOwned || a.owner != want {
 				return fmt.Sprintf("%s: %s is with %d (state %d), want %d",
 					r.pod.name, namespace, a.owner, a.state, want)
@@ -720,8 +720,8 @@ func (s *handoffSim) atRest() bool {
 	for _, r := range s.routers {
 		c := r.container
 		t, v := c.tables.table(), c.current.Load()
-		if t == nil || v == nil || c.whyNotReady() != "" || !v.isAtRest(t.contentHash) || !v.done ||
-			strings.Fields(t.version)[0] != strconv.Itoa(s.version) {
+		if t == nil || v == nil || c.whyNotReady() != "" || !v.isAtRest(t.ownersHash) || !v.done ||
+			strings.Fields(t.overridesVersion)[0] != strconv.Itoa(s.version) {
 			return false
 		}
 	}

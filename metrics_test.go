@@ -124,11 +124,11 @@ func TestMetricsOfASession(t *testing.T) {
 	dir := overridesDir(t, map[string]string{"ns-01": "backend-1", "bad": "bakend-1"})
 	r := startRouter(t, "-backends", echoBackends(t, 2), "-overrides", dir, "-http", "off")
 	line := r.log.wait(t, "routing table updated", 1)
-	table, stamp := line["version"].(string), line["stamp"].(string)
+	table, stamp := line["overrides_version"].(string), line["stamp"].(string)
 	before := waitMetrics(t, r, map[string]float64{
 		`router_ready`: 1, `router_table_overrides`: 2, `router_table_backends`: 2, `router_table_conflicts`: 0,
-		`router_table_rejected_overrides{source="directory ` + dir + `"}`: 1,
-		`router_table_updates_total`:                                      1, `router_table_info{source="directory ` + dir + `",version="` + table + `",stamp="` + stamp + `"}`: 1,
+		`router_table_invalid_overrides{source="directory ` + dir + `"}`: 1,
+		`router_table_updates_total`:                                     1, `router_table_info{source="directory ` + dir + `",overrides_version="` + table + `",stamp="` + stamp + `"}`: 1,
 		`router_build_info{version="` + version() + `",goversion="` + runtime.Version() + `"}`: 1,
 		`router_sessions{backend="backend-0"}`:                                                 0, `router_sessions{backend="backend-1"}`: 0,
 		`router_sessions_opened_total{backend="backend-1"}`: 0, `router_pending_upgrades`: 0,
@@ -136,7 +136,7 @@ func TestMetricsOfASession(t *testing.T) {
 		`router_log_lines_dropped_total`: 0, `router_accept_paused`: 0, `router_client_descriptors`: 0,
 	})
 	zero := map[string]float64{}
-	for r := range resultCut {
+	for r := range resultBrokenOff {
 		zero[`router_upgrades_total{result="`+r.String()+`"}`] = 0
 	}
 	for c := causeNone + 1; c < numCauses; c++ {
@@ -180,8 +180,8 @@ func TestMetricsOfTheWatch(t *testing.T) {
 		confirmed bool // the API server has answered with the object
 	}{
 		"ConfigMap": {kubeAnswers(t, oneMap()), map[string]float64{`router_ready`: 1,
-			`router_table_info{source="ConfigMap default/overwriting",version="5",stamp="` + stamp + `"}`: 1, `router_table_overrides`: 1,
-			`router_table_rejected_overrides{source="ConfigMap default/overwriting"}`: 0, `router_watch_info` + of + `,protocol="HTTP/1.1"}`: 1,
+			`router_table_info{source="ConfigMap default/overwriting",overrides_version="5",stamp="` + stamp + `"}`: 1, `router_table_overrides`: 1,
+			`router_table_invalid_overrides{source="ConfigMap default/overwriting"}`: 0, `router_watch_info` + of + `,protocol="HTTP/1.1"}`: 1,
 			`router_watch_consecutive_failures` + of + `}`: 0, `router_watch_failures_total` + of + `,class="dial"}`: 0,
 			`router_watch_object_absent` + of + `}`:            0,
 			`router_watch_state` + of + `,state="connecting"}`: 1}, true},
@@ -220,7 +220,7 @@ func TestMetricsEscapeLabels(t *testing.T) {
 			a, update := adminOf(t, "127.0.0.1:1")
 			update(sourceContent{id: sourceID{name: tt.source}, version: tt.source})
 			e := expositionOf(t, a.writeMetrics)
-			if lacks := e.lacks(map[string]float64{`router_table_info{source="` + tt.want + `",version="` + tt.want + `",stamp="` + a.proxy.tables.table().stamp + `"}`: 1}); lacks != "" {
+			if lacks := e.lacks(map[string]float64{`router_table_info{source="` + tt.want + `",overrides_version="` + tt.want + `",stamp="` + a.proxy.tables.table().stamp + `"}`: 1}); lacks != "" {
 				t.Error(lacks)
 			}
 		})

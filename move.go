@@ -72,7 +72,7 @@ type mover struct {
 	finishing    []*moveTally // whose last closing handshakes go on
 	queue        moveQueue
 	targets      *moveTargets
-	closing      []*session      // sessions of the step that are not isBackendDone yet
+	closing      []*session      // sessions of the step that are not blocksNoStep yet
 	waitsForPace bool            // there are sessions that only wait for the pace
 	ctx          context.Context // of run
 }
@@ -259,20 +259,20 @@ func (m *mover) prepare(now time.Time) {
 	cancelled := m.requeue(v, t, now)
 	m.targets.assumeReachable(reachable)
 	m.countCancelled(cancelled)
-	if m.tally == nil || m.tally.content != t.contentHash {
+	if m.tally == nil || m.tally.ownersHash != t.ownersHash {
 		m.endTally()
-		m.tally = newMoveTally(t.contentHash)
+		m.tally = newMoveTally(t.ownersHash)
 	}
-	m.tally.version = t.version
+	m.tally.overridesVersion = t.overridesVersion
 	toMove := m.tally.sessions + m.tally.cancelled + len(m.queue.sessions)
 	m.tally.planned = max(m.tally.planned, toMove)
 }
 
 // nextTable returns the table to which the next step moves namespaces: see
-// handoffPlan.nextContent. It is nil if this router does not have that table.
+// handoffPlan.nextOwnersHash. It is nil if this router does not have that table.
 func (m *mover) nextTable(v *view) *table {
 	t := m.tables.table()
-	if v.nextContent(t.contentHash) != t.contentHash {
+	if v.nextOwnersHash(t.ownersHash) != t.ownersHash {
 		return v.tables[len(v.tables)-1]
 	}
 	return t
@@ -353,23 +353,23 @@ func (m *mover) advance(now time.Time) time.Time {
 		}
 		t := m.nextTable(v)
 		switch {
-		case m.handoffOff && !v.isAtRest(t.contentHash): // tableOrPodChanged replaces v first
+		case m.handoffOff && !v.isAtRest(t.ownersHash): // tableOrPodChanged replaces v first
 			return time.Time{}
-		case m.tally == nil && v.isAtRest(t.contentHash):
+		case m.tally == nil && v.isAtRest(t.ownersHash):
 			m.raiseStep(v)
 			return time.Time{}
-		case m.tally == nil || m.tally.content != t.contentHash:
+		case m.tally == nil || m.tally.ownersHash != t.ownersHash:
 			m.prepare(now)
 		}
 		m.refreshQueue(v, t, now)
-		next, again := m.takeNextStep(v, t, now)
+		next, again := m.dequeueForNextStep(v, t, now)
 		switch {
-		case v.isAtRest(t.contentHash):
+		case v.isAtRest(t.ownersHash):
 			m.takeNewVersion(v, t)
 			m.raiseStep(m.current.Load())
 			m.endMoves()
 			return again
-		case !v.wouldChange(t.contentHash, &next):
+		case !v.wouldChange(t.ownersHash, &next):
 			return again
 		}
 		m.beginStep(v.next(t, next, now))
@@ -413,11 +413,11 @@ func (m *mover) beginStep(v *view) {
 	m.onViewChanged()
 }
 
-// takeNextStep takes the sessions of the next step from the queue. It returns the step's mark,
+// dequeueForNextStep takes the sessions of the next step from the queue. It returns the step's mark,
 // and when it has to be called again; if that is zero, at the next event. workOnStep closes
 // the sessions once the step is in force. No step closes a session whose owner stays, and
-// has another pod, and none follows if v is at rest: takeNextStep closes these itself.
-func (m *mover) takeNextStep(v *view, t *table, now time.Time) (next mark, again time.Time) {
+// has another pod, and none follows if v is at rest: dequeueForNextStep closes these itself.
+func (m *mover) dequeueForNextStep(v *view, t *table, now time.Time) (next mark, again time.Time) {
 	next = mark{upto: allPlaces, scaledIn: v.scaledInOwners(t)}
 	next.away, again = m.targets.away(now)
 	settled, resume := m.startPace(now)
@@ -431,7 +431,7 @@ func (m *mover) takeNextStep(v *view, t *table, now time.Time) (next mark, again
 		m.steppedAt = now
 	}
 	for _, q := range due {
-		if v.isAtRest(t.contentHash) || !q.changesOwner() {
+		if v.isAtRest(t.ownersHash) || !q.changesOwner() {
 			m.moveSession(q.session)
 		}
 	}
@@ -499,7 +499,7 @@ func (m *mover) closeStepSessions(v *view) bool {
 	m.awaitsEnd.Store(true)
 	blocks := func(f *flight) bool { return m.blocks(v, f) }
 	for {
-		m.closing = slices.DeleteFunc(m.closing, (*session).isBackendDone)
+		m.closing = slices.DeleteFunc(m.closing, (*session).blocksNoStep)
 		if len(m.closing) > 0 {
 			return false
 		}
@@ -542,7 +542,7 @@ func (m *mover) cutRequests(now time.Time) time.Time {
 // misplacedSessions returns the sessions that v's step waits for.
 func (m *mover) misplacedSessions(v *view) []*session {
 	return m.relay.filter(func(s *session) bool {
-		return v.mustLeave(s.namespace, s.backend) && !s.isBackendDone()
+		return v.mustLeave(s.namespace, s.backend) && !s.blocksNoStep()
 	})
 }
 
@@ -573,7 +573,7 @@ func (m *mover) countStep(held time.Duration) {
 }
 
 // takeNewVersion puts t in the place of v's table: v is at rest and has an older version
-// of a table with the same content. t gets the previous owners that v knows. The router
+// of a table with the same ownersHash. t gets the previous owners that v knows. The router
 // then uses this table too. takeNewVersion returns the view that is in force then.
 func (m *mover) takeNewVersion(v *view, t *table) *view {
 	if v.tables[0] == t {
@@ -593,7 +593,7 @@ func (m *mover) takeNewVersion(v *view, t *table) *view {
 // moveSession starts the closing handshake of a session, unless it is closing already.
 func (m *mover) moveSession(s *session) {
 	if m.tally == nil { // it ends for a plan whose tables this router does not know
-		m.tally = newMoveTally(noTableContent)
+		m.tally = newMoveTally(noTableHash)
 	}
 	if m.tally.close(s, m.closeSession, m.wake.notify) {
 		m.moved.Add(1)
@@ -628,7 +628,7 @@ func (m *mover) reportFinished() {
 		result := tally.result()
 		result.examples = tally.examples()
 		m.keepReceipt(result)
-		m.log.Info("move finished", "version", result.version,
+		m.log.Info("move finished", "overrides_version", result.overridesVersion,
 			"namespaces", result.namespaces, "sessions", result.sessions,
 			"seconds", result.time.Seconds(), "held_seconds", result.longestHold.Seconds(),
 			"cut", result.cut, "cancelled", result.cancelled)
@@ -660,10 +660,10 @@ type sharedHandoff struct {
 // concerned. Each change of it is a write. So it stays until there is a new step or another
 // table, or a new owner becomes reachable or unreachable.
 type stepProposal struct {
-	step    int64  // of the view
-	content uint64 // of the table to which the next step moves namespaces
-	next    mark
-	toMove  int // sessions that have to move, also those that next covers
+	step       int64  // of the view
+	ownersHash uint64 // of the table to which the next step moves namespaces
+	next       mark
+	toMove     int // sessions that have to move, also those that next covers
 }
 
 // useMembership makes the mover share its steps, and the rate of moves, with other
@@ -697,7 +697,7 @@ func (m *mover) advanceShared(now time.Time) time.Time {
 	for {
 		p, again := m.workShared(m.current.Load(), now)
 		m.shared.leaving = m.leaving.Load()
-		d := m.shared.decide(m.ctx, p, m.tables.table(), m.backendStep.Load(), now)
+		d := m.shared.decideAndWrite(m.ctx, p, m.tables.table(), m.backendStep.Load(), now)
 		switch d.action {
 		case actAdopt:
 			m.adopt(d.view.view, now)
@@ -724,7 +724,7 @@ func (m *mover) workShared(v *view, now time.Time) (p stepProgress, again time.T
 		return p, time.Time{}
 	}
 	t := m.tables.table()
-	if m.tally == nil && t != nil && !v.isAtRest(t.contentHash) {
+	if m.tally == nil && t != nil && !v.isAtRest(t.ownersHash) {
 		m.prepare(now) // this router has joined during a change
 	}
 	if m.shared.lastDoneHere < v.step && (v.done || m.workOnStep(v)) {
@@ -734,7 +734,7 @@ func (m *mover) workShared(v *view, now time.Time) (p stepProgress, again time.T
 	switch {
 	case t == nil || !p.doneHere || !v.knowsAll() || v.admitsNone:
 		return p, time.Time{}
-	case v.isAtRest(t.contentHash):
+	case v.isAtRest(t.ownersHash):
 		p.next = mark{upto: allPlaces}
 		return p, m.workAtRest(v, t, now)
 	}
@@ -752,7 +752,7 @@ func (m *mover) workAtRest(v *view, t *table, now time.Time) (again time.Time) {
 	}
 	if m.tally != nil {
 		m.refreshQueue(v, t, now)
-		_, again = m.takeNextStep(v, t, now)
+		_, again = m.dequeueForNextStep(v, t, now)
 		m.endMoves()
 	}
 	if nextView := m.takeNewVersion(v, t); nextView != v {
@@ -767,29 +767,29 @@ func (m *mover) workAtRest(v *view, t *table, now time.Time) (again time.Time) {
 // propose closes only the sessions whose owner stays and has another pod. closeStepSessions
 // closes those of the step, when the step has come.
 func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.Time) {
-	if m.tally == nil || m.tally.content != t.contentHash {
+	if m.tally == nil || m.tally.ownersHash != t.ownersHash {
 		m.prepare(now)
 	}
 	away, again := m.targets.away(now)
 	p := m.shared.lastProposal
-	if p != nil && p.step == v.step && p.content == t.contentHash &&
+	if p != nil && p.step == v.step && p.ownersHash == t.ownersHash &&
 		slices.Equal(p.next.away, away) {
 		return p, again
 	}
 	m.refreshQueue(v, t, now)
-	p = &stepProposal{step: v.step, content: t.contentHash}
+	p = &stepProposal{step: v.step, ownersHash: t.ownersHash}
 	p.next = mark{upto: allPlaces, away: away, scaledIn: v.scaledInOwners(t)}
 	ready, resume := m.startPace(now)
-	schedule := m.pace // of what this router proposes; dequeueStep advances the pace itself
+	schedule := m.pace // of what this router proposes; dequeueForStep advances the pace itself
 	due, _ := m.queue.split(&p.next, ready, &schedule, m.shared.nextStepTime(now))
 	p.toMove = len(m.queue.sessions)
 	m.moveToNewPods(due, now)
 	m.waitsForPace = ready && p.next.upto < allPlaces
 	further, newest := p.next, v.newestRecord()
-	if newest.content == t.contentHash { // who is away or scaled in, other routers know too
+	if newest.ownersHash == t.ownersHash { // who is away or scaled in, other routers know too
 		further.away, further.scaledIn = newest.after.away, newest.after.scaledIn
 	}
-	if p.next.upto == allPlaces || v.wouldChange(t.contentHash, &further) {
+	if p.next.upto == allPlaces || v.wouldChange(t.ownersHash, &further) {
 		m.shared.lastProposal = p
 		return p, again
 	}
@@ -826,7 +826,7 @@ func (m *mover) adopt(v *view, now time.Time) {
 	}
 	m.current.Store(v)
 	if newStep {
-		m.dequeueStep(v, now)
+		m.dequeueForStep(v, now)
 	}
 	if v.done && (newStep || !old.done) {
 		m.countStep(now.Sub(v.began))
@@ -837,9 +837,9 @@ func (m *mover) adopt(v *view, now time.Time) {
 	}
 }
 
-// dequeueStep takes the sessions that v's step moves from the queue. It advances the pace
+// dequeueForStep takes the sessions that v's step moves from the queue. It advances the pace
 // by those that the pace counts: all but those whose previous owner was scaled in.
-func (m *mover) dequeueStep(v *view, now time.Time) {
+func (m *mover) dequeueForStep(v *view, now time.Time) {
 	var rest []queuedSession
 	for _, q := range m.queue.sessions {
 		s := q.session

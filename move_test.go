@@ -34,7 +34,7 @@ func TestMoveExactlyThose(t *testing.T) {
 	for i := range 20 {
 		stay = append(stay, fmt.Sprintf("ns-%02d", i))
 	}
-	if owner, _ := old.owner("moved"); owner == 3 {
+	if owner, _ := old.wantedOwner("moved"); owner == 3 {
 		t.Fatal("the hash has it on backend-3 already")
 	}
 	if bucket("released", 4) == 1 {
@@ -429,13 +429,13 @@ func movesIn(t *testing.T, rate, each int, data map[string]string, play func(t *
 		m := &moveTest{log: newLogTail(), started: time.Now(), absent: map[int]bool{}, dials: map[int]int{}}
 		log := slog.New(slog.NewJSONHandler(m.log, nil))
 		relay := newRelay(func(i int) string { return backendName("backend", i) }, log)
-		router := &tableStore{statefulSet: "backend", active: ordinalRange{count: 5}, log: slog.New(slog.DiscardHandler), onSwap: func() {}}
+		router := &tableStore{statefulSet: "backend", backends: ordinalRange{count: 5}, log: slog.New(slog.DiscardHandler), onSwap: func() {}}
 		m.mover = newMover(router, relay, rate, m.dial, func() {}, log)
 		m.settleTime, m.closeSession = 500*time.Millisecond, m.recordClose
 		router.onSwap = m.tableOrPodChanged
 		m.table(data)
 		for namespace := range data {
-			owner, _ := router.table().owner(namespace)
+			owner, _ := router.table().wantedOwner(namespace)
 			for range each {
 				relay.add(&session{namespace: namespace, backend: owner})
 			}
@@ -599,7 +599,7 @@ func TestMovePace(t *testing.T) {
 				if interval > 10*paceTick && (late < c.sessions/4 || late == c.sessions) {
 					t.Errorf("%d sessions moved late by an eighth of the interval or more, want some jitter", late)
 				}
-				wantLine(t, m.log.all("move finished"), 1, map[string]any{"version": "1", "sessions": float64(c.sessions), "namespaces": float64(c.sessions)})
+				wantLine(t, m.log.all("move finished"), 1, map[string]any{"overrides_version": "1", "sessions": float64(c.sessions), "namespaces": float64(c.sessions)})
 			})
 		})
 	}
@@ -661,7 +661,7 @@ func TestMoveTakenBack(t *testing.T) {
 			t.Errorf("%d moved before the change was reverted and %d after", moved, got-moved)
 		}
 		m.wantPending(t, 0)
-		wantLine(t, m.log.all("move finished"), 1, map[string]any{"version": "1", "sessions": float64(moved), "cancelled": float64(100 - moved)})
+		wantLine(t, m.log.all("move finished"), 1, map[string]any{"overrides_version": "1", "sessions": float64(moved), "cancelled": float64(100 - moved)})
 		e := expositionOf(t, m.writeMetrics)
 		if lacks := e.lacks(map[string]float64{"router_moved_sessions_total": float64(moved), "router_move_cancelled_total": float64(100 - moved),
 			"router_handoff_step_duration_seconds_count": e.values["router_handoff_steps_total"]}); lacks != "" || e.values["router_handoff_steps_total"] == 0 {
@@ -790,7 +790,7 @@ func TestMoveOfManyEdits(t *testing.T) {
 					t.Errorf("a plan had %d tables, want %d at most", most, maxRecords)
 				}
 				m.after(time.Minute)
-				if v := m.current.Load(); !v.isAtRest(m.tables.table().contentHash) {
+				if v := m.current.Load(); !v.isAtRest(m.tables.table().ownersHash) {
 					t.Errorf("the last edit is not in force: %d tables", len(v.records))
 				}
 			})

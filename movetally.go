@@ -15,15 +15,15 @@ const (
 // moveTally counts the sessions that moved to one table, in one step or many. The mover's
 // run owns it, except for the atomic fields.
 type moveTally struct {
-	content     uint64 // of the table; noTableContent if it is not known
-	version     string // of the table
-	planned     int    // sessions that had to move in all: the most that mover.prepare has counted
-	prepared    time.Time
-	began       time.Time           // when sessions were free to move; zero before
-	namespaces  map[string]struct{} // namespaces of the closed sessions
-	sessions    int                 // that were closed
-	cancelled   int                 // sessions that stayed: a later change moved them back
-	longestHold time.Duration       // the longest time that a namespace was held
+	ownersHash       uint64 // of the table; noTableHash if it is not known
+	overridesVersion string // of the table
+	planned          int    // sessions that had to move in all: the most that mover.prepare has counted
+	prepared         time.Time
+	began            time.Time           // when sessions were free to move; zero before
+	namespaces       map[string]struct{} // namespaces of the closed sessions
+	sessions         int                 // that were closed
+	cancelled        int                 // sessions that stayed: a later change moved them back
+	longestHold      time.Duration       // the longest time that a namespace was held
 
 	unfinished atomic.Int64 // sessions whose closing handshake goes on
 	cuts       atomic.Int64 // sessions whose closing handshake was cut
@@ -32,17 +32,17 @@ type moveTally struct {
 // moveResult is what one router's moves to one table came to, or have come to so far, for the
 // log, the Events and operators. It is immutable.
 type moveResult struct {
-	version     string        // of the table
-	content     uint64        // of the table
-	planned     int           // sessions that had to move in all: see moveTally
-	began       time.Time     // when sessions were free to move; when it was prepared, if none was
-	namespaces  int           // of the sessions that the mover closed
-	sessions    int           // that the mover closed
-	cut         int           // of these, those where client and backend did not both answer in time
-	cancelled   int           // sessions that stayed: a later change moved them back
-	time        time.Duration // since sessions were free to move
-	longestHold time.Duration // the longest time that a namespace was held
-	examples    []string      // the first maxMovedNames of the namespaces, by name
+	overridesVersion string        // of the table
+	ownersHash       uint64        // of the table
+	planned          int           // sessions that had to move in all: see moveTally
+	began            time.Time     // when sessions were free to move; when it was prepared, if none was
+	namespaces       int           // of the sessions that the mover closed
+	sessions         int           // that the mover closed
+	cut              int           // of these, those where client and backend did not both answer in time
+	cancelled        int           // sessions that stayed: a later change moved them back
+	time             time.Duration // since sessions were free to move
+	longestHold      time.Duration // the longest time that a namespace was held
+	examples         []string      // the first maxMovedNames of the namespaces, by name
 }
 
 // moveReporter is an overrideSource that reports moves.
@@ -52,8 +52,8 @@ type moveReporter interface {
 }
 
 // newMoveTally returns a tally without sessions.
-func newMoveTally(content uint64) *moveTally {
-	return &moveTally{content: content, prepared: time.Now(), namespaces: map[string]struct{}{}}
+func newMoveTally(ownersHash uint64) *moveTally {
+	return &moveTally{ownersHash: ownersHash, prepared: time.Now(), namespaces: map[string]struct{}{}}
 }
 
 // close starts the closing handshake of a session with closeSession, and counts the session.
@@ -83,7 +83,7 @@ func (t *moveTally) close(
 // result returns the result of a tally so far, without examples.
 func (t *moveTally) result() moveResult {
 	r := moveResult{
-		version: t.version, content: t.content, planned: t.planned, began: t.prepared,
+		overridesVersion: t.overridesVersion, ownersHash: t.ownersHash, planned: t.planned, began: t.prepared,
 		namespaces: len(t.namespaces), sessions: t.sessions,
 		cut: int(t.cuts.Load()), cancelled: t.cancelled, longestHold: t.longestHold,
 	}

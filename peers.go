@@ -27,7 +27,7 @@ const (
 
 // askerHeader has, in a question, peers.askerID of the router that asks. It is another
 // random number than member.instance.
-const askerHeader = "X-Router-Instance"
+const askerHeader = "X-Router-Asker"
 
 // errOwnAnswer says that this router has asked itself.
 var errOwnAnswer = errors.New("this router has this address")

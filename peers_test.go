@@ -77,7 +77,7 @@ func TestPreviewOfAll(t *testing.T) {
 	lost := []previewMove{{"idle", "backend-4", "", 0}, {moves, "backend-4", to, 3}, {"vip", "backend-4", "", 6}}
 	var p preview
 	a.ask(t, "POST", "/plan?all=1", `{"replicas":4}`, &p)
-	if !slices.Equal(p.Moves, lost) || p.Sessions != 3 || p.Namespaces != 1 || p.Unowned != 2 || p.UnownedSessions != 6 || p.Rejected != 2 {
+	if !slices.Equal(p.Moves, lost) || p.Sessions != 3 || p.Namespaces != 1 || p.Unresolved != 2 || p.UnresolvedSessions != 6 || p.Rejected != 2 {
 		t.Errorf("%+v, want the moves %v", p, lost)
 	}
 	if p.Seconds != 0 {
@@ -88,7 +88,7 @@ func TestPreviewOfAll(t *testing.T) {
 	}
 	p = preview{}
 	a.ask(t, "POST", "/plan", `{"replicas":4}`, &p)
-	if p.Router != "router-a" || p.Agree != nil || p.UnownedSessions != 2 || p.Sessions != 1 {
+	if p.Router != "router-a" || p.Agree != nil || p.UnresolvedSessions != 2 || p.Sessions != 1 {
 		t.Errorf("without all: %+v, want what router-a has", p)
 	}
 	const edit = `{"kind":"ConfigMap","metadata":{"name":"overwriting"},"data":{"vip":"backend-1","a":"backend-0","idle":"backend-4"}}`
@@ -96,7 +96,7 @@ func TestPreviewOfAll(t *testing.T) {
 		a.proxy.mover.shared = map[bool]*sharedHandoff{true: {membership: &membership{}}}[shared]
 		p = preview{}
 		a.ask(t, "POST", "/plan?all=1", edit, &p)
-		if p.Sessions != 6 || p.Namespaces != 1 || p.Seconds != seconds || p.Unowned != 0 || len(p.Moves) != 1 {
+		if p.Sessions != 6 || p.Namespaces != 1 || p.Seconds != seconds || p.Unresolved != 0 || len(p.Moves) != 1 {
 			t.Errorf("%+v, want 6 sessions in %v s", p, seconds)
 		}
 	}
@@ -166,7 +166,7 @@ func TestAnswersOfAllWithoutTable(t *testing.T) {
 	named.ask(t, "POST", "/plan?all=1", `{"replicas":4}`, &p)
 	var all backendsAnswer
 	named.ask(t, "GET", "/backends?all=1", "", &all)
-	if o.Owner != "backend-4" || p.UnownedSessions != 1 || all.Backends[4].Sessions != 1 {
+	if o.Owner != "backend-4" || p.UnresolvedSessions != 1 || all.Backends[4].Sessions != 1 {
 		t.Errorf("%+v %+v %+v", o, p, all)
 	}
 	if got := countRouters(len(all.Routers), all.Silent, all.Agree); !strings.HasPrefix(got, "1 of 2 routers") {
@@ -247,7 +247,7 @@ func TestBrokenPeersAreNamed(t *testing.T) {
 	check("/backends", all.Silent, all.Backends[4].Sessions)
 	var p preview
 	a.ask(t, "POST", "/plan?all=1", `{"replicas":4}`, &p)
-	check("/plan", p.Silent, p.UnownedSessions)
+	check("/plan", p.Silent, p.UnresolvedSessions)
 }
 
 // A question from a router does not make another one ask, and a request that is wrong gets
@@ -286,7 +286,7 @@ func TestRoutersAskEachOther(t *testing.T) {
 			asking.Go(func() {
 				var p preview
 				from.ask(t, "POST", "/plan?all=1", `{"replicas":4}`, &p)
-				if p.UnownedSessions != 2 {
+				if p.UnresolvedSessions != 2 {
 					t.Errorf("%+v %+v, want the sessions of both", p, p.Silent)
 				}
 			})

@@ -33,20 +33,20 @@ type previewRequest struct {
 // preview is the answer of POST /plan: which sessions of this router, or with all=1 of all
 // routers, a change would move, and which namespaces it would leave without an owner.
 type preview struct {
-	Router       string        `json:"router"`        // that answers
-	TableVersion string        `json:"table_version"` // of the newest table
-	Stamp        string        `json:"stamp"`
-	Backends     int           `json:"backends"`   // after the change
-	Sessions     int           `json:"sessions"`   // that would move
-	Namespaces   int           `json:"namespaces"` // of these sessions
-	Seconds      float64       `json:"seconds"`    // that the moves would take at least
-	Moves        []previewMove `json:"moves"`
-	// Unowned is how many namespaces would have no owner: clients that come get 503. Their
+	Router           string        `json:"router"`            // that answers
+	OverridesVersion string        `json:"overrides_version"` // of the newest table
+	Stamp            string        `json:"stamp"`
+	Backends         int           `json:"backends"`   // after the change
+	Sessions         int           `json:"sessions"`   // that would move
+	Namespaces       int           `json:"namespaces"` // of these sessions
+	Seconds          float64       `json:"seconds"`    // that the moves would take at least
+	Moves            []previewMove `json:"moves"`
+	// Unresolved is how many namespaces would have no owner: clients that come get 503. Their
 	// sessions stay until their backend ends them, and are not in Sessions.
-	Unowned         int      `json:"unowned"`
-	UnownedSessions int      `json:"unowned_sessions"`
-	Rejected        int      `json:"rejected"`             // entries that would be rejected
-	Rejections      []string `json:"rejections,omitempty"` // the first maxExamples
+	Unresolved         int      `json:"unresolved"`
+	UnresolvedSessions int      `json:"unresolved_sessions"`
+	Rejected           int      `json:"rejected"`             // entries that would be rejected
+	Rejections         []string `json:"rejections,omitempty"` // the first maxExamples
 
 	// With all=1 only.
 	Agree   *bool          `json:"agree,omitempty"`   // all that answered have the same table
@@ -67,7 +67,7 @@ type previewMove struct {
 
 // table returns the table that would follow current.
 func (p *previewRequest) table(current *table) (*table, error) {
-	backends, sources := current.active, slices.Clone(current.sources)
+	backends, sources := current.backends, slices.Clone(current.sources)
 	switch {
 	case p.Replicas != nil && p.Kind != "":
 		return nil, fmt.Errorf("the body must not have both a %.60s and replicas",
@@ -132,23 +132,23 @@ func sourceNames(sources []sourceContent) string {
 // newPreview returns what would become of the sessions of p if next followed current.
 func newPreview(p *proxy, current, next *table) *preview {
 	answer := &preview{
-		Router: p.podName, TableVersion: current.version, Stamp: current.stamp,
-		Backends: next.active.count,
+		Router: p.podName, OverridesVersion: current.overridesVersion, Stamp: current.stamp,
+		Backends: next.backends.count,
 	}
 	moves, paced := map[previewMove]int{}, int64(0)
 	open, _ := p.relay.snapshot()
 	for _, s := range open {
-		owner, ok := next.owner(s.namespace)
+		owner, ok := next.wantedOwner(s.namespace)
 		move := previewMove{Namespace: s.namespace, From: next.name(s.backend)}
 		switch {
 		case ok && owner == s.backend:
 			continue
 		case !ok:
-			answer.UnownedSessions++
+			answer.UnresolvedSessions++
 		default:
 			move.To = next.name(owner)
 			answer.Sessions++
-			if !current.active.has(s.backend) || next.active.has(s.backend) {
+			if !current.backends.has(s.backend) || next.backends.has(s.backend) {
 				paced++ // others move at once: their backend is scaled in
 			}
 		}
@@ -156,7 +156,7 @@ func newPreview(p *proxy, current, next *table) *preview {
 	}
 	answer.Seconds = p.mover.minMoveTime(paced).Seconds()
 	answer.addMoves(moves)
-	answer.addUnowned(current, next)
+	answer.addUnresolved(current, next)
 	for i := range next.sources {
 		for bad := range next.rejections(i) {
 			if answer.Rejected++; answer.Rejected <= maxExamples {
@@ -192,16 +192,16 @@ func (p *preview) sortMoves() {
 	})
 }
 
-// addUnowned counts the namespaces without an owner in next. It adds the first of those
+// addUnresolved counts the namespaces without an owner in next. It adds the first of those
 // that have no session to Moves.
-func (p *preview) addUnowned(current, next *table) {
+func (p *preview) addUnresolved(current, next *table) {
 	withSessions := map[string]bool{}
 	for _, move := range p.Moves {
 		withSessions[move.Namespace] = withSessions[move.Namespace] || move.To == ""
 	}
 	var others []string // the first maxExamples
-	for namespace := range next.unowned() {
-		p.Unowned++
+	for namespace := range next.unresolvedNamespaces() {
+		p.Unresolved++
 		if withSessions[namespace] {
 			continue
 		}
@@ -212,7 +212,7 @@ func (p *preview) addUnowned(current, next *table) {
 	}
 	for _, namespace := range others {
 		move := previewMove{Namespace: namespace}
-		if owner, ok := current.owner(namespace); ok {
+		if owner, ok := current.wantedOwner(namespace); ok {
 			move.From = current.name(owner)
 		}
 		p.Moves = append(p.Moves, move)
@@ -229,14 +229,14 @@ func sumPreviews(all []*preview, silent []silentRouter, sharedRate bool) *previe
 	sum := *all[0]
 	sum.Silent = silent
 	agree := true
-	sum.Sessions, sum.Seconds, sum.UnownedSessions = 0, 0, 0
+	sum.Sessions, sum.Seconds, sum.UnresolvedSessions = 0, 0, 0
 	moves, lost := map[previewMove]int{}, map[string]bool{}
 	for _, p := range all {
 		sum.Routers = append(sum.Routers, p.Router)
 		agree = agree && p.Stamp == all[0].Stamp
 		sum.Sessions += p.Sessions
-		sum.UnownedSessions += p.UnownedSessions
-		sum.Unowned = max(sum.Unowned, p.Unowned)
+		sum.UnresolvedSessions += p.UnresolvedSessions
+		sum.Unresolved = max(sum.Unresolved, p.Unresolved)
 		sum.Rejected = max(sum.Rejected, p.Rejected)
 		if sharedRate {
 			sum.Seconds += p.Seconds

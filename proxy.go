@@ -45,7 +45,7 @@ type proxy struct {
 	forwarder   *forwarder // of plain requests; nil with -http=off
 	limits      limits
 	podName     string
-	namespaceOf func(*http.Request) (string, *refusal) // layout.namespace
+	namespaceOf func(*http.Request) (string, *refusal) // namespaceMatcher.namespace
 	log         *slog.Logger
 
 	proxyProtocol *proxyProtocol  // of the client listener; nil: off
@@ -140,7 +140,7 @@ func (p *proxy) isReady() bool {
 // backend has sent: in quotes, a head of 16 KiB takes four times that.
 func (p *proxy) logFailure(r *http.Request, result result, err error, plain bool) {
 	if err == nil || result.status() < http.StatusTooManyRequests ||
-		result == resultBadHead || result == resultClientGone || result == resultAnswered {
+		result == resultBadHead || result == resultClientGone || result == resultBackendRefused {
 		return
 	}
 	omitted, ok := p.logThrottles[result].allow(time.Second)
@@ -502,7 +502,7 @@ func (p *proxy) reserve(namespace string) (*pendingRequest, *refusal) {
 	if t == nil { // the router has seen the plan of the others before its own table
 		return nil, refuseNoTable()
 	}
-	all, own, acquired := p.pendingUpgrades.acquire(assigned.owner, t.active.count, limit)
+	all, own, acquired := p.pendingUpgrades.acquire(assigned.owner, t.backends.count, limit)
 	if !acquired {
 		return nil, refuse(resultMaxPending,
 			"%d requests to %s are pending, and it may have no more of the limit of %d; %d in all",
@@ -723,9 +723,9 @@ func (p *proxy) passResponse(
 	if _, err := io.Copy(w, resp.Body); err != nil {
 		client.Flush() // the status and what came of the body
 		// The client must not take half a body for a whole one.
-		return resultAnswered, http.ErrAbortHandler
+		return resultBackendRefused, http.ErrAbortHandler
 	}
-	return resultAnswered, nil
+	return resultBackendRefused, nil
 }
 
 // hijack takes the client's connection from net/http and sends head, the 101, on it. It
@@ -797,7 +797,7 @@ func (p *proxy) newReader(r io.Reader) *bufio.Reader {
 // pending, the limits, and what the forwarder and the TLS server write.
 func (p *proxy) writeMetrics(m metricsWriter) {
 	m.family("router_upgrades_total", "counter", "Upgrade requests, by result.")
-	for r := range resultCut {
+	for r := range resultBrokenOff {
 		m.sample("router_upgrades_total", float64(p.results[r].Load()), "result", r.String())
 	}
 	p.upgradeDurations.write(m, "router_upgrade_duration_seconds",

@@ -283,7 +283,7 @@ func TestProxyPassesOtherAnswers(t *testing.T) {
 					t.Errorf("%s: %q, want %q", name, got, want)
 				}
 			}
-			p.waitResult(t, resultAnswered)
+			p.waitResult(t, resultBackendRefused)
 		})
 	}
 }

@@ -376,7 +376,7 @@ func TestClientHealth(t *testing.T) {
 	p.draining.Store(true)
 	check(t, p, "GET /healthz HTTP/1.1\r\nHost: h", 503, "not ready\n")
 
-	hosts, err := newLayout("host", nil)
+	hosts, err := newNamespaceMatcher("host", nil)
 	must(t, err)
 	p = startProxy(t, []string{refusingAddr(t)}, map[string]string{"ns-01": "backend-9"}, func(p *proxy) {
 		p.namespaceOf = hosts.namespace

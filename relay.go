@@ -149,7 +149,7 @@ type relay struct {
 	deadTimeout      time.Duration
 	closeTimeout     time.Duration
 	freeDescriptors  func(count int)                    // called for descriptors that a session no longer has
-	onBackendDone    func()                             // called when a session has become isBackendDone; must not block
+	onBackendDone    func()                             // called when a session has become blocksNoStep; must not block
 	onAbandoned      func(s *session, backend net.Conn) // see abandonBackend; nil: nobody waits
 	remember         rememberNamespace                  // called just before onBackendDone
 	log              *slog.Logger
@@ -435,10 +435,10 @@ func (s *session) setCause(cause cause) bool {
 // isEnding reports whether the session has a cause: it ends or has ended.
 func (s *session) isEnding() bool { return cause(s.cause.Load()) != causeNone }
 
-// isBackendDone reports whether the session itself keeps no step waiting: backendDone is
+// blocksNoStep reports whether the session itself keeps no step waiting: backendDone is
 // set, or the session is over. If its backend may still serve the namespace after that, there
 // is a flight for it.
-func (s *session) isBackendDone() bool { return s.backendDone.Load() || s.counted.Load() }
+func (s *session) blocksNoStep() bool { return s.backendDone.Load() || s.counted.Load() }
 
 // filter returns the sessions for which match returns true, of those that are open at
 // one moment of the call. It calls match without the relay's lock, so sessions may

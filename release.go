@@ -361,9 +361,9 @@ func (s *stepReleases) releaseAll(step int64, match func(namespace string, backe
 // then.
 type releaseMemory struct {
 	// Static after construction.
-	keep time.Duration
-	max  int // namespaces of each half
-	log  *slog.Logger
+	retention time.Duration
+	max       int // namespaces of each half
+	log       *slog.Logger
 
 	// Guarded by mu.
 	mu     sync.Mutex
@@ -383,7 +383,7 @@ type backendNamespace struct {
 type backendNamespaces map[backendNamespace]struct{}
 
 func newReleaseMemory(keep time.Duration, log *slog.Logger) *releaseMemory {
-	return &releaseMemory{keep: keep, max: maxRemembered, log: log,
+	return &releaseMemory{retention: keep, max: maxRemembered, log: log,
 		recent: []backendNamespaces{{}}, began: time.Now()}
 }
 
@@ -417,7 +417,7 @@ func (m *releaseMemory) freeze() {
 func (m *releaseMemory) unfreeze() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if now := time.Now(); now.Sub(m.began) > m.keep {
+	if now := time.Now(); now.Sub(m.began) > m.retention {
 		m.startHalf(now)
 	}
 	m.frozen = false
@@ -450,11 +450,11 @@ func (m *releaseMemory) namespaces(match func(namespace string, backend int) boo
 func (m *releaseMemory) forget(now time.Time) {
 	switch age := now.Sub(m.began); {
 	case m.frozen:
-	case age > 2*m.keep:
+	case age > 2*m.retention:
 		m.recent = nil
 		m.startHalf(now)
-	case age > m.keep:
-		m.startHalf(m.began.Add(m.keep))
+	case age > m.retention:
+		m.startHalf(m.began.Add(m.retention))
 	}
 }
 

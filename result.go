@@ -30,15 +30,15 @@ const (
 	resultClientGone                     // the client left before there was an answer
 	resultBadGateway                     // 502
 	resultGatewayTimeout                 // 504
-	resultAnswered                       // the backend gave an answer other than 101
-	resultCut                            // the answer to a plain request broke off; 503 if there was none
+	resultBackendRefused                 // the backend gave an answer other than 101
+	resultBrokenOff                      // the answer to a plain request broke off; 503 if there was none
 	numResults                           // how many there are
 )
 
 // String is the value of the metric's label.
 func (r result) String() string {
 	return [numResults]string{"ok", "bad_request", "bad_head", "not_found", "not_upgrade", "no_table", "unresolved",
-		"hold_timeout", "misdirected", "max_sessions", "max_pending_upgrades", "max_sessions_per_namespace", "max_upgrades_per_second", "draining", "client_gone", "bad_gateway", "gateway_timeout", "answered", "cut"}[r]
+		"hold_timeout", "misdirected", "max_sessions", "max_pending_upgrades", "max_sessions_per_namespace", "max_upgrades_per_second", "draining", "client_gone", "bad_gateway", "gateway_timeout", "backend_refused", "broken_off"}[r]
 }
 
 // status is the HTTP status that goes with the result.
@@ -56,7 +56,7 @@ func (r result) status() int {
 // isUpgradeOnly reports whether an upgrade can have the result, and a plain request cannot.
 func (r result) isUpgradeOnly() bool {
 	switch r {
-	case resultNotUpgrade, resultAnswered, resultGatewayTimeout,
+	case resultNotUpgrade, resultBackendRefused, resultGatewayTimeout,
 		resultMaxSessionsPerNamespace, resultMaxUpgradesPerSecond:
 		return true
 	}

@@ -48,28 +48,28 @@ type sourceContent struct {
 // table maps each namespace to its owner. It is immutable: an update makes a new one.
 // Its methods take no lock, and owner does not allocate (invariant 1).
 type table struct {
-	statefulSet  string          // the part of a backend's name before "-" and its ordinal
-	fromHost     bool            // a namespace is the first label of a host name
-	active       ordinalRange    // at least one
-	listedCordon cordon          // the whole list
-	cordon       cordon          // of it, what is in force: see cordon.among
-	cordoned     []bool          // for each active ordinal, whether cordon has it; nil for none
-	updated      time.Time       // when it became the newest; zero for others
-	revision     string          // of the StatefulSet when backends changed; "" if not known
-	sources      []sourceContent // in the order in which they are merged
-	version      string          // of the only source, or a hash of all versions; for people
-	stamp        string          // contentHash.keptHash, each as 16 hexadecimal digits
+	statefulSet      string          // the part of a backend's name before "-" and its ordinal
+	fromHost         bool            // a namespace is the first label of a host name
+	backends         ordinalRange    // at least one
+	listedCordon     cordon          // the whole list
+	cordon           cordon          // of it, what is in force: see cordon.among
+	cordoned         []bool          // for each of backends, whether cordon has it; nil for none
+	updated          time.Time       // when it became the newest; zero for others
+	specID           string          // of the StatefulSet when backends changed; "" if not known
+	sources          []sourceContent // in the order in which they are merged
+	overridesVersion string          // of the only source, or a hash of all versions; for people
+	stamp            string          // ownersHash.keptHash, each as 16 hexadecimal digits
 
-	// Routers with the same contentHash have the same owners, except for kept
+	// Routers with the same ownersHash have the same owners, except for kept
 	// namespaces; with the same keptHash, for these too.
 	//
-	// contentHash is a hash of the overrides (an ordinal for each namespace, or that it
+	// ownersHash is a hash of the overrides (an ordinal for each namespace, or that it
 	// is kept), of the backends, of the cordon, and of hashVersion. How and where an
 	// override is written does not count, nor its resourceVersion: two contents can have
 	// the same one after a backup is restored. An override counts also if it names the
 	// owner that the hash gives, since with other backends it would not. keptHash is a
 	// hash of the owners of the kept namespaces.
-	contentHash, keptHash uint64
+	ownersHash, keptHash uint64
 
 	// The sets of index are those of sources, and two more with kept namespaces:
 	// one for invalid overrides, one for conflicts. A kept namespace keeps its previous
@@ -77,7 +77,7 @@ type table struct {
 	index         overrideIndex
 	valueOrdinals [][]int32 // for each set of index, the ordinal of each of its values
 	overrides     int       // namespaces whose owner is not given by the hash
-	rejected      []int     // for each source, its invalid overrides
+	invalid       []int     // for each source, its invalid overrides
 	conflicts     int       // namespaces whose overrides name different backends
 }
 
@@ -88,9 +88,9 @@ type table struct {
 func newTable(statefulSet string, fromHost bool, backends ordinalRange, listedCordon cordon,
 	sources []sourceContent, old *table) *table {
 	t := &table{
-		statefulSet: statefulSet, fromHost: fromHost, active: backends, listedCordon: listedCordon,
-		sources: slices.Clone(sources), version: versionOf(sources),
-		rejected: make([]int, len(sources)),
+		statefulSet: statefulSet, fromHost: fromHost, backends: backends, listedCordon: listedCordon,
+		sources: slices.Clone(sources), overridesVersion: versionOf(sources),
+		invalid: make([]int, len(sources)),
 	}
 	var sets []*overrideSet
 	count := 0
@@ -102,39 +102,39 @@ func newTable(statefulSet string, fromHost bool, backends ordinalRange, listedCo
 		count += src.overrides.count
 	}
 	ordinals := []int32{unresolved, byHash} // of the two sets of kept namespaces
-	for i := range t.active.count {
-		ordinals = append(ordinals, int32(t.active.first+i))
+	for i := range t.backends.count {
+		ordinals = append(ordinals, int32(t.backends.first+i))
 	}
 	t.valueOrdinals = append(t.valueOrdinals, ordinals, ordinals)
 	t.index = newOverrideIndex(append(sets, &overrideSet{}, &overrideSet{}), count)
 	t.mergeSources(old)
-	hashed := fmt.Sprintf("hash %d, backends %s", hashVersion, t.active)
+	hashed := fmt.Sprintf("hash %d, backends %s", hashVersion, t.backends)
 	if t.setCordon(); t.cordon != nil {
 		hashed += ", cordon " + t.cordon.String()
 	}
-	t.contentHash = fmix64(t.contentHash + hash64(hashed))
+	t.ownersHash = fmix64(t.ownersHash + hash64(hashed))
 	t.finishStamp()
 	return t
 }
 
 // setCordon sets cordon and cordoned to the part of listedCordon that is in force.
 func (t *table) setCordon() {
-	if t.cordon, _ = t.listedCordon.among(t.active); t.cordon == nil {
+	if t.cordon, _ = t.listedCordon.among(t.backends); t.cordon == nil {
 		return
 	}
-	t.cordoned = make([]bool, t.active.count)
+	t.cordoned = make([]bool, t.backends.count)
 	for _, ordinal := range t.cordon {
-		t.cordoned[ordinal-t.active.first] = true
+		t.cordoned[ordinal-t.backends.first] = true
 	}
 }
 
-// finishStamp sets stamp, once contentHash and the sum in keptHash are complete.
+// finishStamp sets stamp, once ownersHash and the sum in keptHash are complete.
 func (t *table) finishStamp() {
 	t.keptHash = fmix64(t.keptHash)
-	t.stamp = fmt.Sprintf("%016x.%016x", t.contentHash, t.keptHash)
+	t.stamp = fmt.Sprintf("%016x.%016x", t.ownersHash, t.keptHash)
 }
 
-// weight returns the weight of an ordinal in contentHash and keptHash. These are sums
+// weight returns the weight of an ordinal in ownersHash and keptHash. These are sums
 // of hash64(namespace) × weight over namespaces, so that the sum of a source is known
 // once its set is built, except for the namespaces that it shares with other sources.
 //
@@ -159,7 +159,7 @@ func versionOf(sources []sourceContent) string {
 }
 
 // resolveValues returns the ordinals of the set's values. It adds the set's overrides to
-// contentHash as if all were in force and in no other source.
+// ownersHash as if all were in force and in no other source.
 func (t *table) resolveValues(set *overrideSet) (ordinals []int32) {
 	for i, value := range set.values {
 		ordinal, ok := t.ordinal(value)
@@ -167,7 +167,7 @@ func (t *table) resolveValues(set *overrideSet) (ordinals []int32) {
 			ordinal = invalidValue
 		}
 		ordinals = append(ordinals, int32(ordinal))
-		t.contentHash += set.hashSums[i] * weight(ordinal)
+		t.ownersHash += set.hashSums[i] * weight(ordinal)
 	}
 	return ordinals
 }
@@ -189,13 +189,13 @@ func (t *table) mergeSources(old *table) {
 }
 
 // addOverride adds one override of the i-th source. resolveValues has already added it to
-// contentHash; addOverride corrects that if the namespace has another override too, or if
+// ownersHash; addOverride corrects that if the namespace has another override too, or if
 // this one is not valid. Only mergeSources calls it.
 func (t *table) addOverride(i int, r override, old *table) {
 	ordinal := int(t.valueOrdinals[i][r.valueIndex])
 	if t.isInvalidName(r) {
-		t.rejected[i]++
-		t.contentHash -= hash64(r.namespace) * weight(ordinal)
+		t.invalid[i]++
+		t.ownersHash -= hash64(r.namespace) * weight(ordinal)
 		return
 	}
 	s := findSlot(&t.index, r.namespace, r.hash)
@@ -207,7 +207,7 @@ func (t *table) addOverride(i int, r override, old *table) {
 	before := t.contribution(s)
 	switch {
 	case ordinal == invalidValue:
-		t.rejected[i]++
+		t.invalid[i]++
 		if !t.isKept(s) {
 			t.keepPrevious(s, len(t.sources), r, old)
 		}
@@ -215,10 +215,10 @@ func (t *table) addOverride(i int, r override, old *table) {
 		t.conflicts++
 		t.keepPrevious(s, len(t.sources)+1, r, old)
 	}
-	t.contentHash += hash64(r.namespace) * (t.contribution(s) - before - weight(ordinal))
+	t.ownersHash += hash64(r.namespace) * (t.contribution(s) - before - weight(ordinal))
 }
 
-// contribution returns the weight in contentHash of the namespace of the slot.
+// contribution returns the weight in ownersHash of the namespace of the slot.
 func (t *table) contribution(s *indexSlot) uint64 {
 	switch {
 	case s.set == 0:
@@ -241,7 +241,7 @@ func (t *table) keepPrevious(s *indexSlot, set int, r override, old *table) {
 	if old != nil {
 		ordinal = old.ordinalOf(findSlot(&old.index, r.namespace, r.hash))
 	}
-	if ordinal >= 0 && !t.active.has(ordinal) {
+	if ordinal >= 0 && !t.backends.has(ordinal) {
 		ordinal = unresolved
 	}
 	if s.set == 0 {
@@ -272,46 +272,46 @@ func (t *table) ordinalOf(s *indexSlot) int {
 // isKept reports whether the namespace of the slot keeps its previous owner.
 func (t *table) isKept(s *indexSlot) bool { return int(s.set) > len(t.sources) }
 
-// owner returns the ordinal of the backend that owns the namespace. ok is false if the
+// wantedOwner returns the ordinal of the backend that owns the namespace. ok is false if the
 // namespace is unresolved.
-func (t *table) owner(namespace string) (ordinal int, ok bool) {
-	key := hash64(namespace)
-	ordinal = t.ordinalOf(findSlot(&t.index, namespace, upper32(key)))
+func (t *table) wantedOwner(namespace string) (ordinal int, ok bool) {
+	hash := hash64(namespace)
+	ordinal = t.ordinalOf(findSlot(&t.index, namespace, upper32(hash)))
 	if ordinal == byHash {
-		return t.hashOwner(key), true
+		return t.hashOwner(hash), true
 	}
 	return ordinal, ordinal != unresolved
 }
 
 // hashOwner returns the ordinal of the backend that the hash gives to a namespace with
 // this hash64.
-func (t *table) hashOwner(key uint64) int {
-	b := jump(key, t.active.count)
+func (t *table) hashOwner(hash uint64) int {
+	b := jump(hash, t.backends.count)
 	if t.cordoned != nil && t.cordoned[b] {
-		b = bucketPast(key, t.cordoned)
+		b = bucketPast(hash, t.cordoned)
 	}
-	return t.active.first + b
+	return t.backends.first + b
 }
 
 // isHashedTo reports whether the hash gives the backend namespaces.
 func (t *table) isHashedTo(ordinal int) bool {
-	return t.active.has(ordinal) &&
-		(t.cordoned == nil || !t.cordoned[ordinal-t.active.first])
+	return t.backends.has(ordinal) &&
+		(t.cordoned == nil || !t.cordoned[ordinal-t.backends.first])
 }
 
 // cordonedOwner returns the ordinal that the hash would give to the namespace if nothing
 // was cordoned. ok is false if it is not cordoned.
 func (t *table) cordonedOwner(namespace string) (ordinal int, ok bool) {
-	b := bucket(namespace, t.active.count)
-	return t.active.first + b, t.cordoned != nil && t.cordoned[b]
+	b := bucket(namespace, t.backends.count)
+	return t.backends.first + b, t.cordoned != nil && t.cordoned[b]
 }
 
 // lookup is owner for a namespace with this hash64. It returns unresolved if the
 // namespace has no owner, and whether the namespace is kept.
-func (t *table) lookup(namespace string, key uint64) (ordinal int, kept bool) {
-	s := findSlot(&t.index, namespace, upper32(key))
+func (t *table) lookup(namespace string, hash uint64) (ordinal int, kept bool) {
+	s := findSlot(&t.index, namespace, upper32(hash))
 	if ordinal = t.ordinalOf(s); ordinal == byHash {
-		ordinal = t.hashOwner(key)
+		ordinal = t.hashOwner(hash)
 	}
 	return ordinal, t.isKept(s)
 }
@@ -328,7 +328,7 @@ func (t *table) withKept(previous func(namespace string) int) *table {
 		for r := range old.all() {
 			ordinal := previous(string(r.namespace))
 			switch {
-			case !t.active.has(ordinal):
+			case !t.backends.has(ordinal):
 				ordinal = unresolved
 			case ordinal == t.hashOwner(hash64(r.namespace)):
 				ordinal = byHash
@@ -377,9 +377,9 @@ func (t *table) sourceOf(namespace string) *sourceContent {
 	return &t.sources[s.set-1]
 }
 
-// unowned returns the namespaces that have no owner because their overrides are not valid,
+// unresolvedNamespaces returns the namespaces that have no owner because their overrides are not valid,
 // or disagree.
-func (t *table) unowned() iter.Seq[string] {
+func (t *table) unresolvedNamespaces() iter.Seq[string] {
 	return func(yield func(string) bool) {
 		for set := len(t.sources); set < len(t.index.sets); set++ {
 			for r := range t.index.sets[set].all() {
@@ -415,7 +415,7 @@ const maxQuotedValue = 64
 // rejections returns the rejected overrides of the i-th source.
 func (t *table) rejections(i int) iter.Seq[rejection] {
 	return func(yield func(rejection) bool) {
-		if t.rejected[i] == 0 && t.conflicts == 0 {
+		if t.invalid[i] == 0 && t.conflicts == 0 {
 			return
 		}
 		for r := range t.sources[i].overrides.all() {
@@ -432,7 +432,7 @@ func (t *table) rejections(i int) iter.Seq[rejection] {
 // It reads all overrides: it is for operators, not for requests.
 func (t *table) rejectionsOf(namespace string) (all []rejection) {
 	for i := range t.sources {
-		if t.rejected[i] == 0 && t.conflicts == 0 {
+		if t.invalid[i] == 0 && t.conflicts == 0 {
 			continue
 		}
 		for r := range t.sources[i].overrides.all() {
@@ -469,8 +469,8 @@ func (t *table) check(i int, r override) (bad rejection, ok bool) {
 		bad.Key = r.key()
 		bad.Expected = expectedKey(bad.Key, t.fromHost)
 	case t.valueOrdinals[i][r.valueIndex] == invalidValue:
-		last := t.active.first + t.active.count - 1
-		bad.Expected = t.name(t.active.first) + " to " + t.name(last)
+		last := t.backends.first + t.backends.count - 1
+		bad.Expected = t.name(t.backends.first) + " to " + t.name(last)
 	case int(s.set) == len(t.sources)+2:
 		bad.Expected = "the same backend in all sources"
 	default:
@@ -500,5 +500,5 @@ func (t *table) name(ordinal int) string { return backendName(t.statefulSet, ord
 // backend.
 func (t *table) ordinal(name string) (ordinal int, ok bool) {
 	ordinal, ok = backendOrdinal(t.statefulSet, name)
-	return ordinal, ok && t.active.has(ordinal)
+	return ordinal, ok && t.backends.has(ordinal)
 }

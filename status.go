@@ -28,13 +28,13 @@ type status struct {
 
 // routerState is one router in a status.
 type routerState struct {
-	Name         string   `json:"name"` // of its pod
-	Ready        bool     `json:"ready"`
-	WhyNot       []string `json:"why_not,omitempty"` // why it is not ready
-	Version      string   `json:"version"`           // of the program
-	TableVersion string   `json:"table_version"`     // "" without a table
-	Stamp        string   `json:"stamp"`
-	Sessions     int      `json:"sessions"`
+	Name             string   `json:"name"` // of its pod
+	Ready            bool     `json:"ready"`
+	WhyNot           []string `json:"why_not,omitempty"` // why it is not ready
+	Version          string   `json:"version"`           // of the program
+	OverridesVersion string   `json:"overrides_version"` // "" without a table
+	Stamp            string   `json:"stamp"`
+	Sessions         int      `json:"sessions"`
 }
 
 // statefulSetState is the StatefulSet of the backends.
@@ -61,9 +61,9 @@ type backendLoad struct {
 	Name             string `json:"name"`
 	Ordinal          int    `json:"ordinal"`
 	Ready            bool   `json:"ready"`     // for new sessions, as far as is known
-	Active           bool   `json:"active"`    // it is one of the table's backends, also while cordoned
+	InTable          bool   `json:"in_table"`  // it is one of the table's backends, also while cordoned
 	Cordoned         bool   `json:"cordoned"`  // the hash gives it no namespaces
-	Overrides        int    `json:"overrides"` // how many namespaces it owns by overrides
+	Overrides        int    `json:"overrides"` // how many namespaces it has by an override, or keeps
 	Sessions         int    `json:"sessions"`
 	SessionsOnOldPod int    `json:"sessions_on_old_pod,omitempty"` // of these, with an earlier pod
 	MovingIn         int    `json:"moving_in"`                     // sessions that get it as owner
@@ -127,7 +127,7 @@ func newStatus(p *proxy, why []string, summary *tableSummary) *status {
 		Rejections: []rejectedOverride{}, Watches: []watchState{}, Limits: []limitState{},
 	}
 	if t != nil {
-		router.TableVersion, router.Stamp = t.version, t.stamp
+		router.OverridesVersion, router.Stamp = t.overridesVersion, t.stamp
 		s.Rejected, s.Conflicts, s.Rejections = summary.rejected, t.conflicts, summary.examples
 		for _, src := range t.sources {
 			s.Sources = append(s.Sources, sourceState{
@@ -184,7 +184,7 @@ func (s *status) addStatefulSet(r *replicaWatcher) {
 	}
 }
 
-// newLoads returns the active backends, and those that still have sessions.
+// newLoads returns the backends of the table, and those that still have sessions.
 // changing says that a change of owners was under way just before.
 func newLoads(p *proxy, summary *tableSummary, changing bool) []backendLoad {
 	// In this order: a flight may become a session, and after a change none begins.
@@ -193,8 +193,8 @@ func newLoads(p *proxy, summary *tableSummary, changing bool) []backendLoad {
 	t, counts := summary.table, p.relay.counts()
 	maps.DeleteFunc(counts, func(_ int, n sessionCounts) bool { return n.open == 0 })
 	ordinals := slices.Collect(maps.Keys(counts))
-	for i := 0; t != nil && i < t.active.count; i++ {
-		ordinals = append(ordinals, t.active.first+i)
+	for i := 0; t != nil && i < t.backends.count; i++ {
+		ordinals = append(ordinals, t.backends.first+i)
 	}
 	slices.Sort(ordinals)
 	in, out := map[int]int{}, map[int]int{}
@@ -207,7 +207,7 @@ func newLoads(p *proxy, summary *tableSummary, changing bool) []backendLoad {
 		loads = append(loads, backendLoad{
 			Name: p.relay.backendName(ordinal), Ordinal: ordinal,
 			Ready:     p.backends.queues.seemsReady(ordinal),
-			Active:    t != nil && t.active.has(ordinal),
+			InTable:   t != nil && t.backends.has(ordinal),
 			Cordoned:  t != nil && slices.Contains(t.cordon, ordinal),
 			Overrides: overrides, Sessions: n.open, SessionsOnOldPod: n.onOldPod,
 			MovingIn: in[ordinal], MovingOut: out[ordinal],
@@ -224,7 +224,7 @@ func movingSessions(r *relay, t *table) (in, out map[int]int) {
 	in, out = map[int]int{}, map[int]int{}
 	open, _ := r.snapshot()
 	for _, s := range open {
-		if owner, ok := t.owner(s.namespace); ok && owner != s.backend {
+		if owner, ok := t.wantedOwner(s.namespace); ok && owner != s.backend {
 			in[owner]++
 			out[s.backend]++
 		}
@@ -236,7 +236,7 @@ func movingSessions(r *relay, t *table) (in, out map[int]int) {
 // overrides. It is immutable.
 type tableSummary struct {
 	table     *table
-	overrides map[int]int // namespaces that each backend owns by overrides, by ordinal
+	overrides map[int]int // by ordinal: namespaces that each backend has by an override, or keeps
 	rejected  int         // overrides
 	examples  []rejectedOverride
 }
@@ -268,13 +268,13 @@ func newTableSummary(t *table) *tableSummary {
 // moveReceipt is what one router's moves to one table came to, or have come to so far. The
 // status of all routers has their receipts of the same table added up: see addReceipts.
 type moveReceipt struct {
-	Version    string    `json:"version"`    // of the table
-	Content    string    `json:"content"`    // the first half of its stamp
-	Began      time.Time `json:"began"`      // when sessions were free to move
-	Seconds    float64   `json:"seconds"`    // since then
-	Planned    int       `json:"planned"`    // sessions that had to move in all: see moveTally
-	Moved      int       `json:"moved"`      // sessions
-	Namespaces int       `json:"namespaces"` // of these
+	OverridesVersion string    `json:"overrides_version"`
+	OwnersHash       string    `json:"owners_hash"` // the first half of its stamp
+	Began            time.Time `json:"began"`       // when sessions were free to move
+	Seconds          float64   `json:"seconds"`     // since then
+	Planned          int       `json:"planned"`     // sessions that had to move in all: see moveTally
+	Moved            int       `json:"moved"`       // sessions
+	Namespaces       int       `json:"namespaces"`  // of these
 	// Examples has the first maxMovedNames of the namespaces, by name.
 	Examples    []string `json:"examples,omitempty"`
 	Cut         int      `json:"cut"`          // of the moved: client and backend did not both answer in time
@@ -285,7 +285,7 @@ type moveReceipt struct {
 // newReceipt returns the receipt of a move.
 func newReceipt(m moveResult) moveReceipt {
 	return moveReceipt{
-		Version: m.version, Content: hex64(m.content).String(), Began: m.began,
+		OverridesVersion: m.overridesVersion, OwnersHash: hex64(m.ownersHash).String(), Began: m.began,
 		Seconds: m.time.Seconds(), Planned: m.planned, Moved: m.sessions,
 		Namespaces: m.namespaces, Examples: m.examples, Cut: m.cut,
 		Cancelled: m.cancelled, HeldSeconds: m.longestHold.Seconds(),
@@ -301,7 +301,7 @@ type handoffStatus struct {
 	// InProgress says that not all namespaces have the owner of the newest table, or that
 	// the last step is not done.
 	InProgress bool       `json:"in_progress"`
-	Done       float64    `json:"done"`             // about the share of namespaces that have it
+	Progress   float64    `json:"progress"`         // about the share of namespaces that have it
 	ToMove     int64      `json:"sessions_to_move"` // of this router
 	Unproven   int64      `json:"unproven"`         // given up: router_handoff_unproven_total
 	WaitingFor []stepWait `json:"waiting_for"`
@@ -327,7 +327,7 @@ type stepWait struct {
 // status returns how far a change of owners has come.
 func (m *mover) status() handoffStatus {
 	s := handoffStatus{
-		Mode: "single", Done: 1, ToMove: m.queue.size.Load(),
+		Mode: "single", Progress: 1, ToMove: m.queue.size.Load(),
 		Unproven:   m.flights.unproven.Load() + m.relay.unproven.Load(),
 		WaitingFor: []stepWait{},
 	}
@@ -351,12 +351,12 @@ func (m *mover) status() handoffStatus {
 		return s
 	}
 	s.Step = v.step
-	if s.InProgress = !v.isAtRest(t.contentHash) || !v.done; !s.InProgress {
+	if s.InProgress = !v.isAtRest(t.ownersHash) || !v.done; !s.InProgress {
 		return s
 	}
-	s.Done = 0
-	if newest := v.newestRecord(); newest.content == t.contentHash {
-		s.Done = float64(newest.before.upto) / allPlaces
+	s.Progress = 0
+	if newest := v.newestRecord(); newest.ownersHash == t.ownersHash {
+		s.Progress = float64(newest.before.upto) / allPlaces
 	}
 	s.WaitingFor = append(m.waitingFor(v), m.routerWaits(v)...)
 	return s
@@ -454,8 +454,8 @@ func (m *mover) writeMetrics(w metricsWriter) {
 		"How long the steps of hand-offs that are done held their namespaces.")
 	var names []string
 	if t := m.tables.table(); t != nil {
-		for i := range t.active.count {
-			names = append(names, t.name(t.active.first+i))
+		for i := range t.backends.count {
+			names = append(names, t.name(t.backends.first+i))
 		}
 	}
 	names, seconds := waitSeconds(append(names, s.Members...), s.WaitingFor)
@@ -559,7 +559,7 @@ func addLoads(a, b []backendLoad) []backendLoad {
 		}
 		l := &sum[i]
 		l.Ready = l.Ready && load.Ready
-		l.Active = l.Active || load.Active
+		l.InTable = l.InTable || load.InTable
 		l.Cordoned = l.Cordoned || load.Cordoned
 		l.SafeToRemove = l.SafeToRemove && load.SafeToRemove
 		l.Overrides = max(l.Overrides, load.Overrides)
@@ -585,7 +585,7 @@ func (s *handoffStatus) add(other *handoffStatus) {
 	}
 	s.Step = max(s.Step, other.Step)
 	s.InProgress = s.InProgress || other.InProgress
-	s.Done = min(s.Done, other.Done)
+	s.Progress = min(s.Progress, other.Progress)
 	s.ToMove += other.ToMove
 	s.Unproven += other.Unproven
 	s.WaitingFor = addWaits(s.WaitingFor, other.WaitingFor)
@@ -639,7 +639,7 @@ func (r *moveReceipt) isSameMove(other *moveReceipt) bool {
 		first, second = second, first
 	}
 	ended := first.Began.Add(time.Duration(first.Seconds * float64(time.Second)))
-	return r.Version == other.Version && r.Content == other.Content &&
+	return r.OverridesVersion == other.OverridesVersion && r.OwnersHash == other.OwnersHash &&
 		!second.Began.After(ended.Add(sameMoveTime))
 }
 

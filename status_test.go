@@ -32,10 +32,10 @@ func TestStatusWithoutTable(t *testing.T) {
 	}
 	update(sourceContent{id: sourceID{"ConfigMap", "edge", "one"}, version: "7"})
 	s = statusOf(t, a, "/status")
-	if r := s.Routers[0]; !r.Ready || r.TableVersion != "7" || r.Stamp != a.proxy.tables.table().stamp {
+	if r := s.Routers[0]; !r.Ready || r.OverridesVersion != "7" || r.Stamp != a.proxy.tables.table().stamp {
 		t.Errorf("%+v, want it ready", r)
 	}
-	if fmt.Sprint(s.Sources) != "[{ConfigMap edge one 7}]" || len(s.Backends) != 1 || !s.Backends[0].Active {
+	if fmt.Sprint(s.Sources) != "[{ConfigMap edge one 7}]" || len(s.Backends) != 1 || !s.Backends[0].InTable {
 		t.Errorf("sources %v, backends %+v", s.Sources, s.Backends)
 	}
 }
@@ -72,7 +72,7 @@ func TestStatusReceipts(t *testing.T) {
 		p.override(version, map[string]string{"ns-01": owner, "ns-02": owner})
 		eventually(t, "the newest receipt", version, func() string {
 			if s := statusOf(t, a, "/status"); len(s.Receipts) > 0 && s.Handoff.Moving == nil {
-				return s.Receipts[0].Version
+				return s.Receipts[0].OverridesVersion
 			}
 			return ""
 		})
@@ -83,8 +83,8 @@ func TestStatusReceipts(t *testing.T) {
 	}
 	for i, r := range all {
 		content, _, _ := strings.Cut(p.tables.table().stamp, ".")
-		if r.Version != fmt.Sprint(100+maxReceipts+1-i) || r.Planned != 3 || r.Moved != 3 || r.Namespaces != 2 || r.Cancelled != 0 ||
-			fmt.Sprint(r.Examples) != "[ns-01 ns-02]" || r.Began.IsZero() || (r.Content == content) != (i%2 == 0) {
+		if r.OverridesVersion != fmt.Sprint(100+maxReceipts+1-i) || r.Planned != 3 || r.Moved != 3 || r.Namespaces != 2 || r.Cancelled != 0 ||
+			fmt.Sprint(r.Examples) != "[ns-01 ns-02]" || r.Began.IsZero() || (r.OwnersHash == content) != (i%2 == 0) {
 			t.Errorf("receipt %d is %+v", i, r)
 		}
 	}
@@ -115,7 +115,7 @@ func TestStatusOfWhatWillMove(t *testing.T) {
 			return ""
 		}
 		r := s.Receipts[0]
-		return fmt.Sprintf("%s: planned %d, moved %d, cancelled %d", r.Version, r.Planned, r.Moved, r.Cancelled)
+		return fmt.Sprintf("%s: planned %d, moved %d, cancelled %d", r.OverridesVersion, r.Planned, r.Moved, r.Cancelled)
 	})
 }
 

@@ -56,9 +56,9 @@ type tableStore struct {
 	// Guarded by mu, which serialises swaps.
 	mu           sync.Mutex
 	contents     []sourceContent // of the sources, merged; nil before they are known
-	active       ordinalRange    // of the next table; count is 0 before they are known
+	backends     ordinalRange    // of the next table; count is 0 before they are known
 	listedCordon cordon          // of the next table
-	revision     string          // of the StatefulSet when backends changed
+	specID       string          // of the StatefulSet when backends changed
 }
 
 // table returns the newest table, nil if there was none yet.
@@ -153,7 +153,7 @@ func (r *tableStore) updateVersions() bool {
 	}
 	if same {
 		next := *t
-		next.sources, next.version = slices.Clone(r.contents), versionOf(r.contents)
+		next.sources, next.overridesVersion = slices.Clone(r.contents), versionOf(r.contents)
 		r.newest.Store(&next)
 	}
 	return same
@@ -169,8 +169,8 @@ func hasID(id sourceID) func(sourceContent) bool {
 func (r *tableStore) setBackends(s backendSet) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if s.ordinalRange != r.active || !slices.Equal(s.listedCordon, r.listedCordon) {
-		r.active, r.listedCordon, r.revision = s.ordinalRange, s.listedCordon, s.revision
+	if s.ordinalRange != r.backends || !slices.Equal(s.listedCordon, r.listedCordon) {
+		r.backends, r.listedCordon, r.specID = s.ordinalRange, s.listedCordon, s.specID
 		r.swap()
 	}
 }
@@ -178,12 +178,12 @@ func (r *tableStore) setBackends(s backendSet) {
 // swap makes a new table the newest, and reports the changes. It does nothing before
 // overrides and backends are known. The caller holds r.mu.
 func (r *tableStore) swap() {
-	if r.contents == nil || r.active.count == 0 {
+	if r.contents == nil || r.backends.count == 0 {
 		return
 	}
 	old, began := r.table(), time.Now()
-	t := newTable(r.statefulSet, r.fromHost, r.active, r.listedCordon, r.contents, old)
-	t.revision, t.updated = r.revision, time.Now()
+	t := newTable(r.statefulSet, r.fromHost, r.backends, r.listedCordon, r.contents, old)
+	t.specID, t.updated = r.specID, time.Now()
 	r.newest.Store(t)
 	r.swaps.Add(1)
 	r.onSwap()
@@ -213,8 +213,8 @@ const largeIndexSlots = 1 << 18
 type sourceChange struct {
 	sourceContent                       // the new content
 	initial                 bool        // there was no table before
-	contentHash             uint64      // of the new table
-	resizeRevision          string      // table.revision, if only the backends changed
+	ownersHash              uint64      // of the new table
+	resizeSpecID            string      // table.revision, if only the backends changed
 	added, changed, removed int         // overrides
 	rejected                int         // overrides that the new table rejects
 	examples                []rejection // the first of them, by namespace
@@ -231,21 +231,21 @@ const maxExamples = 10
 func (t *table) changes(old *table) (all []sourceChange) {
 	initial := old == nil
 	if initial {
-		old = newTable(t.statefulSet, t.fromHost, t.active, nil, nil, nil)
+		old = newTable(t.statefulSet, t.fromHost, t.backends, nil, nil, nil)
 	}
 	for i, src := range t.sources {
 		previous, j := &overrideSet{}, slices.IndexFunc(old.sources, hasID(src.id))
 		if j >= 0 {
 			previous = old.sources[j].overrides
 		}
-		if previous == src.overrides && old.active == t.active {
+		if previous == src.overrides && old.backends == t.backends {
 			continue
 		}
-		c := sourceChange{sourceContent: src, initial: initial, contentHash: t.contentHash}
+		c := sourceChange{sourceContent: src, initial: initial, ownersHash: t.ownersHash}
 		if previous == src.overrides {
-			c.resizeRevision = t.revision
+			c.resizeSpecID = t.specID
 		}
-		for r := range previous.differences(src.overrides, old.active != t.active) {
+		for r := range previous.differences(src.overrides, old.backends != t.backends) {
 			c.countChange(old.overrideOrdinal(r), t.overrideOrdinal(r))
 		}
 		c.countRejections(t, i, old, j)
@@ -322,7 +322,7 @@ func (t *table) sourceName() string {
 // logSwap logs the new table: one line, and one for each newly rejected override, up to
 // maxExamples for each source.
 func (r *tableStore) logSwap(t *table, all []sourceChange) {
-	source, sum, rejected := t.sourceName(), sourceChange{}, 0
+	source, sum, invalid := t.sourceName(), sourceChange{}, 0
 	if len(all) == 1 {
 		source = all[0].id.String()
 	}
@@ -331,13 +331,13 @@ func (r *tableStore) logSwap(t *table, all []sourceChange) {
 		sum.changed += c.changed
 		sum.removed += c.removed
 	}
-	for _, n := range t.rejected {
-		rejected += n
+	for _, n := range t.invalid {
+		invalid += n
 	}
-	r.log.Info("routing table updated", "source", source, "version", t.version, "stamp", t.stamp,
-		"backends", t.active.count, "cordon", t.cordon.String(), "overrides", t.overrides,
+	r.log.Info("routing table updated", "source", source, "overrides_version", t.overridesVersion, "stamp", t.stamp,
+		"backends", t.backends.count, "cordon", t.cordon.String(), "overrides", t.overrides,
 		"added", sum.added, "changed", sum.changed, "removed", sum.removed,
-		"rejected", rejected, "conflicts", t.conflicts)
+		"invalid", invalid, "conflicts", t.conflicts)
 	for _, c := range all {
 		for _, bad := range c.newExamples {
 			r.log.Warn("override rejected", "source", c.id.String(), "version", c.version,
@@ -362,24 +362,24 @@ func (r *tableStore) writeMetrics(m metricsWriter) {
 		return
 	}
 	m.family("router_table_info", "gauge",
-		"Always 1. The labels have source, version and stamp of the newest routing table.")
+		"Always 1. The labels have the source of the newest routing table, the version of its overrides, and its stamp.")
 	m.sample("router_table_info", 1,
-		"source", t.sourceName(), "version", t.version, "stamp", t.stamp)
+		"source", t.sourceName(), "overrides_version", t.overridesVersion, "stamp", t.stamp)
 	m.single("router_table_updated_timestamp_seconds", "gauge",
 		"When the newest routing table was made, in seconds since 1970.",
 		unixSeconds(t.updated))
 	m.single("router_table_overrides", "gauge", "Namespaces whose owner is not given by the hash.", float64(t.overrides))
 	m.single("router_table_backends", "gauge", "Backends that the table has, also the cordoned ones.",
-		float64(t.active.count))
+		float64(t.backends.count))
 	m.single("router_table_cordoned_backends", "gauge",
 		"Backends that get no namespaces by the hash, as they are cordoned.",
 		float64(len(t.cordon)))
 	if len(t.sources) > 0 {
-		m.family("router_table_rejected_overrides", "gauge",
+		m.family("router_table_invalid_overrides", "gauge",
 			"Overrides that are not in force because they are invalid, by source.")
 	}
 	for i, src := range t.sources {
-		m.sample("router_table_rejected_overrides", float64(t.rejected[i]),
+		m.sample("router_table_invalid_overrides", float64(t.invalid[i]),
 			"source", src.id.String())
 	}
 	m.single("router_table_conflicts", "gauge",

@@ -48,7 +48,7 @@ func loggedRouter(t *testing.T) (*tableStore, *logTail) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &tableStore{statefulSet: "backend", active: ordinalRange{count: 4}, log: log, onSwap: func() {}}, tail
+	return &tableStore{statefulSet: "backend", backends: ordinalRange{count: 4}, log: log, onSwap: func() {}}, tail
 }
 
 // The table that several goroutines read while it is updated is never nil, never older
@@ -65,7 +65,7 @@ func TestRouterSwaps(t *testing.T) {
 		}
 		r.update(contentOf("test", strconv.Itoa(version), data))
 	}
-	r.onSwap = func() { versions = append(versions, r.table().version) }
+	r.onSwap = func() { versions = append(versions, r.table().overridesVersion) }
 	put(1)
 	var done atomic.Bool
 	var readers sync.WaitGroup
@@ -97,12 +97,12 @@ func wantWhole(t *testing.T, table *table, namespaces []string, last int) int {
 		t.Error("the table is nil")
 		return last
 	}
-	version, err := strconv.Atoi(table.version)
+	version, err := strconv.Atoi(table.overridesVersion)
 	if err != nil || version < last {
-		t.Errorf("version %s after %d", table.version, last)
+		t.Errorf("version %s after %d", table.overridesVersion, last)
 	}
 	for _, namespace := range namespaces {
-		if owner, ok := table.owner(namespace); !ok || owner != version%4 {
+		if owner, ok := table.wantedOwner(namespace); !ok || owner != version%4 {
 			t.Errorf("owner of %s is %d in version %d, want %d", namespace, owner, version, version%4)
 		}
 	}
@@ -121,7 +121,7 @@ func TestRouterProvisionalSource(t *testing.T) {
 	}{{"copy-1", provisional, "copy-1"}, {"copy-2", provisional, "copy-2"}, {"7", live, "7"}, {"copy-3", provisional, "7"}, {"8", live, "8"}}
 	for _, step := range steps {
 		step.update(sourceContent{version: step.version})
-		if got := r.table().version; got != step.want {
+		if got := r.table().overridesVersion; got != step.want {
 			t.Errorf("after %q the table is of %q, want %q", step.version, got, step.want)
 		}
 	}
@@ -158,15 +158,15 @@ func TestRouterReports(t *testing.T) {
 		data[fmt.Sprintf("bad-%02d", i)] = "bakend-" + strconv.Itoa(i)
 	}
 	r.update(contentOf("test", "41", data))
-	wantLine(t, tail.all("routing table updated"), 1, map[string]any{"level": "INFO", "source": "test", "version": "41", "backends": 4.0,
-		"overrides": 26.0, "added": 26.0, "changed": 0.0, "removed": 0.0, "rejected": 25.0})
+	wantLine(t, tail.all("routing table updated"), 1, map[string]any{"level": "INFO", "source": "test", "overrides_version": "41", "backends": 4.0,
+		"overrides": 26.0, "added": 26.0, "changed": 0.0, "removed": 0.0, "invalid": 25.0})
 	wantLine(t, tail.all("override rejected"), 10, map[string]any{"level": "WARN", "source": "test", "version": "41",
 		"namespace": "bad-09", "value": "bakend-9", "expected": "backend-0 to backend-3", "in_force": "unresolved"})
 	wantLine(t, tail.all("more overrides rejected"), 1, map[string]any{"level": "WARN", "count": 15.0})
 
 	data["bad-00"], data["bad-01"], data["good"] = "still wrong", "backend-3", "backend-2"
 	r.update(contentOf("test", "42", data))
-	wantLine(t, tail.all("routing table updated"), 2, map[string]any{"version": "42", "added": 0.0, "changed": 2.0, "removed": 0.0, "rejected": 24.0})
+	wantLine(t, tail.all("routing table updated"), 2, map[string]any{"overrides_version": "42", "added": 0.0, "changed": 2.0, "removed": 0.0, "invalid": 24.0})
 	wantLine(t, tail.all("override rejected"), 11, map[string]any{"version": "42", "namespace": "bad-00", "value": "still wrong"})
 	wantLine(t, tail.all("more overrides rejected"), 1, nil)
 }
@@ -175,7 +175,7 @@ func TestRouterReports(t *testing.T) {
 // reads the same overrides anew.
 func TestRouterResizes(t *testing.T) {
 	r, tail := loggedRouter(t)
-	r.active = ordinalRange{}
+	r.backends = ordinalRange{}
 	swapped := 0
 	r.onSwap = func() { swapped++ }
 	r.update(contentOf("test", "1", pairs("a=backend-1 late=backend-5")))
@@ -198,12 +198,12 @@ func TestRouterResizes(t *testing.T) {
 	}
 	for _, step := range steps {
 		r.setBackends(backendSet{ordinalRange: step.backends})
-		owner := func(namespace string) int { owner, _ := r.table().owner(namespace); return owner }
+		owner := func(namespace string) int { owner, _ := r.table().wantedOwner(namespace); return owner }
 		if a, late, hashed := owner("a"), owner("late"), owner("another"); a != step.a || late != step.late || hashed != step.hashed || swapped != step.swaps {
 			t.Errorf("with %+v owners %d, %d, %d after %d swaps, want %+v", step.backends, a, late, hashed, swapped, step)
 		}
 	}
-	wantLine(t, tail.all("routing table updated"), 6, map[string]any{"source": "test", "version": "1", "backends": 1.0, "rejected": 1.0})
+	wantLine(t, tail.all("routing table updated"), 6, map[string]any{"source": "test", "overrides_version": "1", "backends": 1.0, "invalid": 1.0})
 	wantLine(t, tail.all("override rejected"), 5, map[string]any{"namespace": "late", "value": "backend-5", "expected": "backend-1 to backend-1", "in_force": "unresolved"})
 }
 
@@ -217,7 +217,7 @@ func TestRouterKeepsAcrossResizes(t *testing.T) {
 		want     int
 	}{{ordinalRange{0, 6}, 3}, {ordinalRange{2, 4}, 3}, {ordinalRange{0, 3}, unresolved}, {ordinalRange{0, 6}, unresolved}} {
 		r.setBackends(backendSet{ordinalRange: step.backends})
-		if got, _ := r.table().owner("a"); got != step.want {
+		if got, _ := r.table().wantedOwner("a"); got != step.want {
 			t.Errorf("with %+v the owner is %d, want %d", step.backends, got, step.want)
 		}
 	}
@@ -246,8 +246,8 @@ func TestRouterOtherVersionOfTheSame(t *testing.T) {
 	fake.changes = nil
 	r.update(contentOf("a", "3", a), contentOf("b", "2", b))
 	next := r.table()
-	if next.version == first.version || next.sources[0].version != "3" || next.stamp != first.stamp {
-		t.Errorf("version %s of %+v, stamp %s, after %s, %s", next.version, next.sources, next.stamp, first.version, first.stamp)
+	if next.overridesVersion == first.overridesVersion || next.sources[0].version != "3" || next.stamp != first.stamp {
+		t.Errorf("version %s of %+v, stamp %s, after %s, %s", next.overridesVersion, next.sources, next.stamp, first.overridesVersion, first.stamp)
 	}
 	if first.sources[0].version != "1" {
 		t.Error("the table before was changed")
@@ -266,7 +266,7 @@ func TestRouterOtherVersionOfTheSame(t *testing.T) {
 	}
 	r.setBackends(backendSet{ordinalRange: ordinalRange{count: 3}})
 	r.update(contentOf("a", "6", a), contentOf("b", "5", b))
-	if swapped != 2 || r.table().active.count != 3 || r.table().sources[0].version != "6" {
+	if swapped != 2 || r.table().backends.count != 3 || r.table().sources[0].version != "6" {
 		t.Errorf("%d swaps, %+v", swapped, r.table())
 	}
 	r.update(contentOf("a", "6", a)) // one source less is more than a version
@@ -373,16 +373,16 @@ func wantStampsAgree(t *testing.T, a, b *table, same bool, seen map[string]int) 
 	owners := true
 	for i := range 6 {
 		namespace := fmt.Sprint("ns-", i)
-		ownerA, okA := a.owner(namespace)
-		ownerB, okB := b.owner(namespace)
+		ownerA, okA := a.wantedOwner(namespace)
+		ownerB, okB := b.wantedOwner(namespace)
 		owners = owners && ownerA == ownerB && okA == okB
 	}
-	if same && a.contentHash != b.contentHash {
+	if same && a.ownersHash != b.ownersHash {
 		t.Fatalf("of the same sources and backends the stamps are %s and %s", a.stamp, b.stamp)
 	}
 	if stays := a.keptHash != 0; a.stamp == b.stamp {
 		if !owners {
-			t.Fatalf("the stamp of both is %s, and their owners differ:\n%v %s\n%v %s", a.stamp, overridesOf(a), a.active, overridesOf(b), b.active)
+			t.Fatalf("the stamp of both is %s, and their owners differ:\n%v %s\n%v %s", a.stamp, overridesOf(a), a.backends, overridesOf(b), b.backends)
 		}
 		seen["equal"]++
 		if stays {
@@ -391,7 +391,7 @@ func wantStampsAgree(t *testing.T, a, b *table, same bool, seen map[string]int) 
 		if !same {
 			seen["equal after other versions"]++
 		}
-	} else if a.contentHash == b.contentHash && !owners {
+	} else if a.ownersHash == b.ownersHash && !owners {
 		seen["other kept, other owners"]++
 	}
 }
@@ -423,7 +423,7 @@ func largeList(objects, overrides int) []byte {
 func largeMaps(t testing.TB, objects, overrides int) (*configMaps, *tableStore) {
 	t.Helper()
 	log := slog.New(slog.DiscardHandler)
-	r := &tableStore{statefulSet: "backend", active: ordinalRange{count: 16}, log: log, onSwap: func() {}}
+	r := &tableStore{statefulSet: "backend", backends: ordinalRange{count: 16}, log: log, onSwap: func() {}}
 	var c *configMaps
 	r.addSource(false, func(update func(...sourceContent)) overrideSource {
 		c = newConfigMaps(kubeClient{}, "edge", nil, "a=b", "", update, log)

@@ -23,9 +23,9 @@ type namespaceLoad struct {
 
 // topLook is what a look at all sessions has found. Nothing changes it.
 type topLook struct {
-	// over is the time over which bytes are counted: since the look before, or for the
+	// window is the time window which bytes are counted: since the look before, or for the
 	// first look since the relay began.
-	over       time.Duration
+	window     time.Duration
 	bySessions []namespaceLoad // with the most sessions, topSize at most, largest first
 	byBytes    []namespaceLoad // with the most bytes, but none without bytes
 }
@@ -53,7 +53,7 @@ func (t *topNamespaces) look(r *relay) topLook {
 	}
 	loads := t.loads(r)
 	t.last = topLook{
-		over:       now - t.at,
+		window:     now - t.at,
 		bySessions: largest(loads, func(l *namespaceLoad) int64 { return l.sessions }),
 		byBytes:    largest(loads, func(l *namespaceLoad) int64 { return l.bytes }),
 	}

@@ -25,7 +25,7 @@ func TestTopCounts(t *testing.T) {
 		want := func(when string, over time.Duration, sessions, bytes []namespaceLoad) {
 			t.Helper()
 			got := top.look(r)
-			wantEqual(t, "the time "+when, got.over, over)
+			wantEqual(t, "the time "+when, got.window, over)
 			if !slices.Equal(got.bySessions, sessions) || !slices.Equal(got.byBytes, bytes) {
 				t.Errorf("%s: by sessions %v, by bytes %v; want %v, %v",
 					when, got.bySessions, got.byBytes, sessions, bytes)

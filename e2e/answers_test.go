@@ -19,8 +19,8 @@ func (s *system) routerCommand(ctx context.Context, stdin string, args ...string
 type movePlan struct {
 	Sessions        int      `json:"sessions"`
 	Namespaces      int      `json:"namespaces"`
-	Unowned         int      `json:"unowned"`
-	UnownedSessions int      `json:"unowned_sessions"`
+	Unowned         int      `json:"unresolved"`
+	UnownedSessions int      `json:"unresolved_sessions"`
 	Agree           bool     `json:"agree"`
 	Routers         []string `json:"routers"`
 	Moves           []struct {
@@ -31,7 +31,7 @@ type movePlan struct {
 
 // moveReceipt is a change in what router status -o json prints.
 type moveReceipt struct {
-	Version    string    `json:"version"`
+	Version    string    `json:"overrides_version"`
 	Began      time.Time `json:"began"`
 	Planned    int       `json:"planned"`
 	Moved      int       `json:"moved"`

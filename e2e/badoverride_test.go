@@ -22,7 +22,7 @@ func TestBadOverride(t *testing.T) {
 	s.withoutPolicy()
 	routers := s.routers(t.Context())
 	began := metav1.Now()
-	rejected := s.mustSum(routers, "router_table_rejected_overrides")
+	rejected := s.mustSum(routers, "router_table_invalid_overrides")
 	byOverride := s.other(s.mustOwner(overridden).Owner)
 	byHash := s.mustOwner(hashed).Owner
 	elsewhere := s.other(s.mustOwner(good).Owner)
@@ -45,8 +45,8 @@ func TestBadOverride(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if got := s.mustSum(routers, "router_table_rejected_overrides") - rejected; got != float64(2*len(routers)) {
-		t.Errorf("router_table_rejected_overrides rose by %v over %d routers, want 2 each", got, len(routers))
+	if got := s.mustSum(routers, "router_table_invalid_overrides") - rejected; got != float64(2*len(routers)) {
+		t.Errorf("router_table_invalid_overrides rose by %v over %d routers, want 2 each", got, len(routers))
 	}
 	s.mustLand(overridden, byOverride)
 	s.mustLand(hashed, byHash)
@@ -54,8 +54,8 @@ func TestBadOverride(t *testing.T) {
 	s.goOn(sessions, 2)
 
 	s.awaitTable(t.Context(), s.apply(map[string]string{overridden: byOverride, good: elsewhere}))
-	if got := s.mustSum(routers, "router_table_rejected_overrides"); got != rejected {
-		t.Errorf("router_table_rejected_overrides is %v after the correction, want %v", got, rejected)
+	if got := s.mustSum(routers, "router_table_invalid_overrides"); got != rejected {
+		t.Errorf("router_table_invalid_overrides is %v after the correction, want %v", got, rejected)
 	}
 	s.goOn(sessions, 1)
 }

@@ -60,7 +60,7 @@ func (s *system) applyTold(data map[string]string, did, warning string) {
 		s.t.Fatal(err)
 	}
 	version := s.apply(data)
-	want := []string{"Normal OverridesInForce resourceVersion " + version + " is in force: " + did}
+	want := []string{"Normal OverridesAccepted accepted resourceVersion " + version + ": " + did}
 	if warning != "" {
 		want = append(want, "Warning OverridesRejected "+warning)
 	}

@@ -296,7 +296,7 @@ func (s *system) atRest(ctx context.Context, version string) error {
 			errs = append(errs, err)
 			continue
 		}
-		if got := m.label("router_table_info", "version"); version != "" && got != version {
+		if got := m.label("router_table_info", "overrides_version"); version != "" && got != version {
 			errs = append(errs, fmt.Errorf("%s has version %q, want %q", r.pod, got, version))
 		}
 		stamps[m.label("router_table_info", "stamp")] = true

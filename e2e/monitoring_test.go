@@ -401,7 +401,7 @@ func TestMonitoringAlone(t *testing.T) {
 	})
 	keepBusy(t, d, append(busyNamespaces(), dead)...)
 	p.checkScrape(r.router)
-	needsKube := regexp.MustCompile(`router_(watch_|backend_(ready|unused)|statefulset_|cordon_)`)
+	needsKube := regexp.MustCompile(`router_(watch_|backend_(ready|without_namespaces)|statefulset_|cordon_)`)
 	alone := func(expr string) bool { return !needsKube.MatchString(expr) }
 	p.checkPanels(alone)
 	p.checkRules(alone)

@@ -165,7 +165,8 @@ func (s *system) checkPace(gone []*follower) {
 
 // receipt is the line of a router's log about a change that moved sessions.
 type receipt struct {
-	Msg, Version                         string
+	Msg                                  string
+	OverridesVersion                     string `json:"overrides_version"`
 	Namespaces, Sessions, Cut, Cancelled int
 	Seconds                              float64
 }
@@ -185,7 +186,7 @@ func (s *system) checkReceipts(gone []*follower, version string, since metav1.Ti
 			return err
 		})
 		s.t.Logf("move: %s: %+v", pod, got)
-		want := receipt{Msg: "move finished", Version: version, Namespaces: len(names), Sessions: len(all), Seconds: got.Seconds}
+		want := receipt{Msg: "move finished", OverridesVersion: version, Namespaces: len(names), Sessions: len(all), Seconds: got.Seconds}
 		if got != want {
 			s.t.Errorf("%s: the receipt is %+v, want %+v", pod, got, want)
 		}
@@ -200,11 +201,11 @@ func (s *system) receipt(ctx context.Context, pod, version string, since metav1.
 	}
 	for line := range strings.Lines(log) {
 		var r receipt
-		if json.Unmarshal([]byte(line), &r) == nil && r.Msg == "move finished" && r.Version == version {
+		if json.Unmarshal([]byte(line), &r) == nil && r.Msg == "move finished" && r.OverridesVersion == version {
 			return r, nil
 		}
 	}
-	return receipt{}, fmt.Errorf("its log has no \"moved\" of version %s", version)
+	return receipt{}, fmt.Errorf("its log has no \"move finished\" of version %s", version)
 }
 
 // moveRate is how many sessions a second may be closed: by all routers together with

@@ -23,14 +23,14 @@ type router struct {
 
 // ownership is what /owner answers.
 type ownership struct {
-	Owner        string
-	Why          string
-	PodUID       string `json:"pod_uid"`
-	Address      string
-	Ready        bool
-	TableVersion string `json:"table_version"`
-	HeldByStep   int64  `json:"held_by_step"`
-	Rejected     []struct {
+	Owner            string
+	Why              string
+	PodUID           string `json:"pod_uid"`
+	Address          string
+	Ready            bool
+	OverridesVersion string `json:"overrides_version"`
+	HeldByStep       int64  `json:"held_by_step"`
+	Rejected         []struct {
 		Source, Value, Expected string
 		InForce                 string `json:"in_force"`
 	}
@@ -91,7 +91,7 @@ func (r *router) hasTable(ctx context.Context, version string) error {
 	if err != nil {
 		return err
 	}
-	if got := m.label("router_table_info", "version"); got != version {
+	if got := m.label("router_table_info", "overrides_version"); got != version {
 		return fmt.Errorf("%s has version %q, want %q", r.pod, got, version)
 	}
 	return nil

@@ -62,7 +62,7 @@ func (r *rig) newLedger(subjects []*subject, roaming, steady []string) *ledger {
 		l.tenures[s] = map[string][]tenure{}
 		for _, namespace := range slices.Concat(roaming, steady) {
 			o, err := s.owner(r.t.Context(), namespace)
-			if before := l.owners[namespace]; err != nil || o.TableVersion != l.version || before != "" && before != o.Owner {
+			if before := l.owners[namespace]; err != nil || o.OverridesVersion != l.version || before != "" && before != o.Owner {
 				r.t.Fatalf("%s: %s: %+v, want %q with version %s (error %v)", s.pod, namespace, o, before, l.version, err)
 			}
 			l.owners[namespace] = o.Owner
@@ -219,8 +219,8 @@ func (l *ledger) settledLocked(ctx context.Context, s *subject, since time.Time)
 	if err != nil {
 		return err
 	}
-	if o.TableVersion != l.version {
-		return fmt.Errorf("%s has version %q, want %q", s.pod, o.TableVersion, l.version)
+	if o.OverridesVersion != l.version {
+		return fmt.Errorf("%s has version %q, want %q", s.pod, o.OverridesVersion, l.version)
 	}
 	if m, err := s.metrics(ctx); err != nil || m.sum("router_handoff_in_progress") != 0 {
 		return fmt.Errorf("%s has a change under way (error %v)", s.pod, err)

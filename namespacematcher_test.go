@@ -10,16 +10,16 @@ import (
 	"testing"
 )
 
-// mustLayout returns the layout of -namespace-from and -route.
-func mustLayout(t testing.TB, from string, routes ...string) *layout {
+// mustMatcher returns the matcher of -namespace-from and -route.
+func mustMatcher(t testing.TB, from string, routes ...string) *namespaceMatcher {
 	t.Helper()
-	l, err := newLayout(from, routes)
+	l, err := newNamespaceMatcher(from, routes)
 	must(t, err)
 	return l
 }
 
-// defaultLayout returns the layout without flags.
-func defaultLayout(t testing.TB) *layout { return mustLayout(t, "path") }
+// defaultMatcher returns the matcher without flags.
+func defaultMatcher(t testing.TB) *namespaceMatcher { return mustMatcher(t, "path") }
 
 // requestOf returns a request with the target and the host.
 func requestOf(target, host string) *http.Request {
@@ -28,7 +28,7 @@ func requestOf(target, host string) *http.Request {
 
 // wantNamespace checks which namespace the request has, or with which status and text it
 // is refused.
-func wantNamespace(t *testing.T, l *layout, r *http.Request, want string, status int, text string) {
+func wantNamespace(t *testing.T, l *namespaceMatcher, r *http.Request, want string, status int, text string) {
 	t.Helper()
 	got, refused := l.namespace(r)
 	if got != want || (refused == nil) != (status == 0) {
@@ -57,7 +57,7 @@ func TestNamespaceFromHost(t *testing.T) {
 			if tt.want == "" {
 				status = 400
 			}
-			wantNamespace(t, mustLayout(t, "host"), requestOf("/any/path", tt.host), tt.want, status, "the host must ")
+			wantNamespace(t, mustMatcher(t, "host"), requestOf("/any/path", tt.host), tt.want, status, "the host must ")
 		})
 	}
 }
@@ -121,7 +121,7 @@ func TestNamespaceFromPath(t *testing.T) {
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
-			l := mustLayout(t, "path", strings.Fields(tt.routes)...)
+			l := mustMatcher(t, "path", strings.Fields(tt.routes)...)
 			for _, request := range []*http.Request{requestOf(tt.path, "h"), absoluteRequest(t, tt.path)} {
 				if request.RequestURI != tt.path && strings.Contains(tt.path, `\`) {
 					continue // a URL has it escaped
@@ -181,7 +181,7 @@ func TestNamespaceFromQuery(t *testing.T) {
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
-			l := mustLayout(t, "query:doc")
+			l := mustMatcher(t, "query:doc")
 			for _, request := range []*http.Request{requestOf(tt.target, "h"), absoluteRequest(t, tt.target)} {
 				if request.RequestURI != tt.target && strings.Contains(tt.target, "#") {
 					continue // a URL parser takes it away
@@ -232,7 +232,7 @@ func TestBadLayouts(t *testing.T) {
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
-			_, err := newLayout(tt.from, strings.Fields(tt.routes))
+			_, err := newNamespaceMatcher(tt.from, strings.Fields(tt.routes))
 			if err == nil || !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("error %v, want %s", err, tt.want)
 			}
@@ -319,10 +319,10 @@ func FuzzPattern(f *testing.F) {
 // TestNamespaceThatNoURLHas has segments as only a request can have them, and no URL.
 func TestNamespaceThatNoURLHas(t *testing.T) {
 	for _, segment := range []string{"café", "a#b", "#", "\xff", "a\x80", "%", "%2", "%zz", "a%C3%A"} {
-		wantNamespace(t, defaultLayout(t), requestOf("/ws/"+segment, "h"), "", 400, "the path must be percent-encoded")
+		wantNamespace(t, defaultMatcher(t), requestOf("/ws/"+segment, "h"), "", 400, "the path must be percent-encoded")
 	}
 	for _, value := range []string{"café", "caf\xe9", "a\x80"} {
-		wantNamespace(t, mustLayout(t, "query:doc"), requestOf("/?doc="+value, "h"), "", 400,
+		wantNamespace(t, mustMatcher(t, "query:doc"), requestOf("/?doc="+value, "h"), "", 400,
 			"the parameter doc must be percent-encoded")
 	}
 }
@@ -331,17 +331,17 @@ func TestNamespaceThatNoURLHas(t *testing.T) {
 // one owner. So it is in a query.
 func TestSpellingsOfANamespace(t *testing.T) {
 	random := rand.New(rand.NewPCG(1, 2))
-	paths, queries := defaultLayout(t), mustLayout(t, "query:doc")
+	paths, queries := defaultMatcher(t), mustMatcher(t, "query:doc")
 	table := tableOf(7, map[string]string{"doc_x3A42": "backend-3"}, nil)
 	for range 2000 {
 		name := randomName(random)
-		owner, _ := table.owner(name)
+		owner, _ := table.wantedOwner(name)
 		for range 3 {
 			escaped := randomEscape(random, name)
 			wantNamespace(t, paths, requestOf("/ws/"+escaped+"/%41", "h"), name, 0, "")
 			wantNamespace(t, queries, requestOf("/?doc="+escaped, "h"), name, 0, "")
 			got, _ := paths.namespace(requestOf("/ws/"+escaped, "h"))
-			if again, _ := table.owner(got); again != owner {
+			if again, _ := table.wantedOwner(got); again != owner {
 				t.Fatalf("%q has owner %d, and as %s %d", name, owner, escaped, again)
 			}
 		}

@@ -18,17 +18,17 @@ const placeholder = "{namespace}"
 // defaultRoute is the pattern without -route.
 const defaultRoute = "/ws/" + placeholder
 
-// layout says where a request names its namespace: in its path, in its query or in its
+// namespaceMatcher says where a request names its namespace: in its path, in its query or in its
 // host. It is immutable.
-type layout struct {
+type namespaceMatcher struct {
 	fromHost bool      // in the first label of the host
 	query    string    // in the query parameter of that name, unless it is ""
 	patterns []pattern // else in the path; no path matches two of them
 }
 
-// newLayout returns the layout that -namespace-from and -route ask for: from is "path",
+// newNamespaceMatcher returns the matcher that -namespace-from and -route ask for: from is "path",
 // "host" or "query:NAME". Without routes a path has defaultRoute.
-func newLayout(from string, routes []string) (*layout, error) {
+func newNamespaceMatcher(from string, routes []string) (*namespaceMatcher, error) {
 	name, isQuery := strings.CutPrefix(from, "query:")
 	switch {
 	case from != "path" && from != "host" && !isQuery:
@@ -40,49 +40,49 @@ func newLayout(from string, routes []string) (*layout, error) {
 	case from != "path" && len(routes) > 0:
 		return nil, fmt.Errorf("-route requires -namespace-from path (got %s)", from)
 	case from != "path":
-		return &layout{fromHost: from == "host", query: name}, nil
+		return &namespaceMatcher{fromHost: from == "host", query: name}, nil
 	case len(routes) == 0:
 		routes = []string{defaultRoute}
 	}
-	l := &layout{}
+	m := &namespaceMatcher{}
 	for _, route := range routes {
 		p, err := newPattern(route)
 		if err != nil {
 			return nil, fmt.Errorf("-route %q: %w", route, err)
 		}
-		for _, other := range l.patterns {
+		for _, other := range m.patterns {
 			if p.overlaps(other) {
 				return nil, fmt.Errorf("-route %s and -route %s overlap: "+
 					"a path can match both", other, p)
 			}
 		}
-		l.patterns = append(l.patterns, p)
+		m.patterns = append(m.patterns, p)
 	}
-	return l, nil
+	return m, nil
 }
 
 // namespace returns the namespace that the request names.
-func (l *layout) namespace(r *http.Request) (string, *refusal) {
+func (m *namespaceMatcher) namespace(r *http.Request) (string, *refusal) {
 	switch {
-	case l.fromHost:
+	case m.fromHost:
 		return hostNamespace(r)
-	case l.query != "":
-		return queryNamespace(r, l.query)
+	case m.query != "":
+		return queryNamespace(r, m.query)
 	}
-	return l.pathNamespace(r)
+	return m.pathNamespace(r)
 }
 
 // pathNamespace returns the namespace of a path that matches a pattern. The path is taken
 // as it was sent: the backend gets it so, and must not read another namespace in it.
-func (l *layout) pathNamespace(r *http.Request) (string, *refusal) {
+func (m *namespaceMatcher) pathNamespace(r *http.Request) (string, *refusal) {
 	path := requestPath(r)
-	for i := range l.patterns {
-		if segment, ok := l.patterns[i].match(path); ok {
+	for i := range m.patterns {
+		if segment, ok := m.patterns[i].match(path); ok {
 			return segmentNamespace(segment)
 		}
 	}
 	return "", refuse(resultNotFound, "the path must be %s (got %.200q)",
-		l.routes(), path)
+		m.routes(), path)
 }
 
 // segmentNamespace returns the namespace of a segment of a path: the bytes after decoding
@@ -105,9 +105,9 @@ func segmentNamespace(segment string) (string, *refusal) {
 }
 
 // routes lists the patterns for people.
-func (l *layout) routes() string {
+func (m *namespaceMatcher) routes() string {
 	var all []string
-	for _, p := range l.patterns {
+	for _, p := range m.patterns {
 		all = append(all, p.String())
 	}
 	return strings.Join(all, " or ")
