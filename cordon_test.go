@@ -138,12 +138,17 @@ func TestCordonOfKeptNamespaces(t *testing.T) {
 		plain := cordonedTable(t, "", ordinalRange{0, 4}, nil, nil)
 		kept := cordonedTable(t, "2", ordinalRange{0, 4}, junk, plain)
 		hashed, _ := cordonedTable(t, "2", ordinalRange{0, 4}, nil, nil).wantedOwner(namespace)
+		wantEqual(t, "namespaces whose owner the hash does not give", kept.overrides, 0)
 		next := kept.withKept(func(string) int { return hashed })
 		wantEqual(t, "stamp of the hash's owner", next.stamp, kept.stamp)
+		wantEqual(t, "and with the hash's owner", next.overrides, 0)
 		if owner, _ := next.wantedOwner(namespace); owner != hashed {
 			t.Errorf("%s is with %d, want %d", namespace, owner, hashed)
 		}
 		stays := kept.withKept(func(string) int { return 2 })
+		wantEqual(t, "and with another owner", stays.overrides, 1)
+		wantEqual(t, "and with the hash's owner again", stays.withKept(func(string) int { return hashed }).overrides, 0)
+		wantEqual(t, "and with none", kept.withKept(func(string) int { return unresolved }).overrides, 1)
 		if owner, _ := stays.wantedOwner(namespace); owner != 2 {
 			t.Errorf("%s is with %d, want 2: it was there when it was kept", namespace, owner)
 		}

@@ -333,6 +333,12 @@ func (t *table) withKept(previous func(namespace string) int) *table {
 			case ordinal == t.hashOwner(hash64(r.namespace)):
 				ordinal = byHash
 			}
+			if t.valueOrdinals[set][r.valueIndex] == byHash {
+				next.overrides++
+			}
+			if ordinal == byHash {
+				next.overrides--
+			}
 			next.addKept(set, r, ordinal)
 		}
 	}
