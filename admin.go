@@ -326,14 +326,17 @@ func (a *admin) writeMetrics(m metricsWriter) {
 	m.end()
 }
 
-// watchers returns the watchers of the ConfigMaps with overrides, the StatefulSet and the
-// EndpointSlices, but not that of the object of the hand-off.
+// watchers returns the watchers of the ConfigMaps with overrides, of the StatefulSet and its
+// EndpointSlices, and with -handoff=all of the object of the hand-off.
 func (a *admin) watchers() (all []objectWatcher) {
 	for _, w := range a.configMaps.watchers {
 		all = append(all, w)
 	}
 	if a.replicaWatcher != nil {
 		all = append(all, a.replicaWatcher.watcher, a.replicaWatcher.endpoints.watcher)
+	}
+	if shared := a.proxy.mover.shared; shared != nil {
+		all = append(all, shared.watcher)
 	}
 	return all
 }
