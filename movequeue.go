@@ -81,8 +81,9 @@ func (m *moveQueue) count(target int) (n int) {
 // split returns two lists: the sessions that may move in the step at the given time, and
 // the rest. It sets next.upto to the place of the first session that the pace holds back,
 // and calls p.advance for each session that the pace counts. All sessions of a namespace
-// move in one step. If ready is false, only sessions whose owner was scaled in may move.
-// split does not change the queue.
+// move in one step. If ready is false, only sessions whose owner was scaled in may move; those
+// of them behind the first session that the pace holds back are in the rest too, though the
+// mark covers them and the step closes them. split does not change the queue.
 func (m *moveQueue) split(
 	next *mark, ready bool, p *pace, at time.Time,
 ) (due, rest []queuedSession) {
