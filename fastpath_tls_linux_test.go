@@ -176,7 +176,7 @@ func TestFastPathTLSWriteTimeout(t *testing.T) {
 			p := startTLS(t, []string{refusingAddr(t)}, tlsSetup{
 				flags: withLongChain(t),
 				change: func(p *proxy) {
-					p.limits.headerTimeout, p.tls.writeTimeout = 300*time.Millisecond, 300*time.Millisecond
+					p.limits.headerTimeout, p.tls.writeTimeout = 2*time.Second, 2*time.Second // time to see it wait, also on a busy machine
 				},
 			})
 			p.sendLittle(t)
