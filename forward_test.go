@@ -9,9 +9,9 @@ import (
 	"net/http/httptest"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -469,21 +469,24 @@ func TestForwardSendsOnce(t *testing.T) {
 func TestForwardKeeps(t *testing.T) {
 	for name, more := range map[string]string{"closed": "", "data": "HTTP/1.1 200 OK\r\n\r\n"} {
 		t.Run(name, func(t *testing.T) {
-			var over sync.WaitGroup
-			over.Add(1)
+			sent := make(chan struct{})
 			backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
 				io.WriteString(conn, kept)
 				io.WriteString(conn, more)
 				if more == "" {
 					conn.(*net.TCPConn).CloseWrite()
 				}
+				sent <- struct{}{}
 				io.Copy(io.Discard, br)
 			})
 			p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
 			for range 3 {
 				resp, _ := p.do(t, plainClient(t), "POST", "/ws/ns-01", "x")
 				wantEqual(t, "status", resp.StatusCode, 200)
-				time.Sleep(20 * time.Millisecond) // what the backend sends after its answer is there
+				<-sent
+				eventually(t, "what the backend sends after its answer is there", true, func() bool {
+					return !p.forwarder.idle.anySilent()
+				})
 			}
 			wantEqual(t, "connections", len(backend.heads()), 3)
 		})
@@ -514,6 +517,18 @@ func TestForwardKeeps(t *testing.T) {
 			return len(p.forwarder.idle.byPod)
 		})
 	})
+}
+
+// anySilent reports whether a connection is kept whose owner has sent nothing since its answer.
+func (i *idleConns) anySilent() bool {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	for _, conns := range i.byPod {
+		if slices.ContainsFunc(conns, (*ownerConn).isSilent) {
+			return true
+		}
+	}
+	return false
 }
 
 // A body that is no valid chunks is the client's mistake.
