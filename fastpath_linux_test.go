@@ -102,10 +102,10 @@ func TestFastPathMeant(t *testing.T) {
 	backend := startStub(t, "127.0.0.1:0", echo)
 	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
 	p.backends.queues.setMisdirected(0, errMisdirected)
+	begun := time.Now()
 	p.open(t, "ns-01")
-	if astray, n := p.backends.queues.misdirectedQueues.Load(), p.http.Load(); astray != 0 || n != 0 {
-		t.Errorf("%d backends are looked for and net/http had %d clients, want 0, 0", astray, n)
-	}
+	wantEqual(t, "backends that are looked for", p.backends.queues.misdirectedQueues.Load(), 0)
+	p.wantNoHTTP(t, begun)
 }
 
 // Clients that leave while their owner is dialled give their turns to dial on.
@@ -267,8 +267,18 @@ func (p *testProxy) waitHTTP(t testing.TB) {
 	}
 }
 
+// wantNoHTTP checks that net/http had no client, unless one that came since begun may have
+// fallen back to it because the machine is busy.
+func (p *testProxy) wantNoHTTP(t testing.TB, begun time.Time) {
+	t.Helper()
+	if n := p.http.Load(); n != 0 && time.Since(begun) < fastPathTimeout {
+		t.Errorf("net/http had %d clients, want 0", n)
+	}
+}
+
 // A simple upgrade takes the fast path: net/http does not see it.
 func TestFastPath(t *testing.T) {
+	begun := time.Now()
 	backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
 		io.WriteString(conn, "HTTP/1.1 103 Early Hints\r\n\r\n"+switching+"hello ")
 		io.Copy(conn, br)
@@ -292,9 +302,10 @@ func TestFastPath(t *testing.T) {
 			t.Errorf("request %d is %q", i, head)
 		}
 	}
-	if n, ok, waiting := p.http.Load(), p.results[resultOK].Load(), p.underWay(); n != 0 || ok != 3 || waiting != 0 {
-		t.Errorf("net/http had %d clients, %d upgrades were good and %d are under way, want 0, 3, 0", n, ok, waiting)
-	}
+	p.wantNoHTTP(t, begun)
+	eventually(t, "good upgrades, and those under way", [2]int64{3, 0}, func() [2]int64 {
+		return [2]int64{p.results[resultOK].Load(), int64(p.underWay())}
+	})
 	for _, conn := range clients {
 		conn.Close()
 	}
@@ -359,7 +370,11 @@ func TestFastPathFallsBack(t *testing.T) {
 			var p *testProxy
 			pause := func() { p.waitHTTP(t) }
 			backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) { tt.serve(conn, br, pause) })
-			p = startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) { p.limits.handshakeTimeout = time.Second })
+			p = startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) {
+				if tt.want == http.StatusGatewayTimeout {
+					p.limits.handshakeTimeout = time.Second
+				}
+			})
 			conn, err := net.Dial("tcp", p.addr)
 			if err != nil {
 				t.Fatal(err)
@@ -416,9 +431,7 @@ func TestFastPathClientLeaves(t *testing.T) {
 	}
 	p.waitResult(t, resultClientGone)
 	p.waitPending(t, 0)
-	if n := p.http.Load(); n != 0 && time.Since(begun) < fastPathTimeout {
-		t.Errorf("net/http had %d clients, want 0", n)
-	}
+	p.wantNoHTTP(t, begun)
 }
 
 // What a client sends while its owner is asked is carried, though epoll reports its socket
@@ -562,12 +575,11 @@ func TestFastPathDialsByName(t *testing.T) {
 	backend := startStub(t, "127.0.0.1:0", echo)
 	_, port, _ := net.SplitHostPort(backend.addr)
 	p := startProxy(t, []string{"localhost:" + port}, map[string]string{}, nil)
+	begun := time.Now()
 	conn := p.open(t, "ns-01")
 	mustWrite(t, conn, "hello")
 	mustRead(t, conn, "hello")
-	if n := p.http.Load(); n != 0 {
-		t.Errorf("net/http had %d clients, want 0", n)
-	}
+	p.wantNoHTTP(t, begun)
 }
 
 // waitHeld returns when so many clients are held on the fast path.

@@ -9,9 +9,9 @@ import (
 	"net/http/httptest"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -469,21 +469,24 @@ func TestForwardSendsOnce(t *testing.T) {
 func TestForwardKeeps(t *testing.T) {
 	for name, more := range map[string]string{"closed": "", "data": "HTTP/1.1 200 OK\r\n\r\n"} {
 		t.Run(name, func(t *testing.T) {
-			var over sync.WaitGroup
-			over.Add(1)
+			sent := make(chan struct{})
 			backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
 				io.WriteString(conn, kept)
 				io.WriteString(conn, more)
 				if more == "" {
 					conn.(*net.TCPConn).CloseWrite()
 				}
+				sent <- struct{}{}
 				io.Copy(io.Discard, br)
 			})
 			p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
 			for range 3 {
 				resp, _ := p.do(t, plainClient(t), "POST", "/ws/ns-01", "x")
 				wantEqual(t, "status", resp.StatusCode, 200)
-				time.Sleep(20 * time.Millisecond) // what the backend sends after its answer is there
+				<-sent
+				eventually(t, "what the backend sends after its answer is there", true, func() bool {
+					return !p.forwarder.idle.anySilent()
+				})
 			}
 			wantEqual(t, "connections", len(backend.heads()), 3)
 		})
@@ -516,6 +519,18 @@ func TestForwardKeeps(t *testing.T) {
 	})
 }
 
+// anySilent reports whether a connection is kept whose owner has sent nothing since its answer.
+func (i *idleConns) anySilent() bool {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	for _, conns := range i.byPod {
+		if slices.ContainsFunc(conns, (*ownerConn).isSilent) {
+			return true
+		}
+	}
+	return false
+}
+
 // A body that is no valid chunks is the client's mistake.
 func TestForwardBadChunk(t *testing.T) {
 	backend := startPlain(t, func(_ http.ResponseWriter, r *http.Request) { io.Copy(io.Discard, r.Body) })
@@ -537,30 +552,22 @@ func TestForwardKeepsClients(t *testing.T) {
 	})
 	p := startProxy(t, []string{backend.addr}, map[string]string{}, nil)
 	body := strings.Repeat("a", 2*maxShortBody)
-	const requests = 50
-	kept := map[bool]int{} // by whether the body had a length
-	for _, hasLength := range []bool{true, false} {
-		for range requests {
-			var reader io.Reader = strings.NewReader(body)
-			if !hasLength {
-				reader = io.MultiReader(reader)
-			}
-			r, err := http.NewRequestWithContext(t.Context(), "POST", "http://"+p.addr+"/ws/ns-01", reader)
-			must(t, err)
-			resp, err := plainClient(t).Do(r)
-			must(t, err)
-			text, err := io.ReadAll(resp.Body)
-			must(t, err)
-			wantEqual(t, "answer", string(text), strconv.Itoa(len(body)))
-			if !resp.Close {
-				kept[hasLength]++
-			}
-		}
+	keeps := func(body io.Reader) bool {
+		r, err := http.NewRequestWithContext(t.Context(), "POST", "http://"+p.addr+"/ws/ns-01", body)
+		must(t, err)
+		resp, err := plainClient(t).Do(r)
+		must(t, err)
+		text, err := io.ReadAll(resp.Body)
+		must(t, err)
+		wantEqual(t, "answer", string(text), strconv.Itoa(2*maxShortBody))
+		return !resp.Close
 	}
 	// An answer may be faster than the note that the body was sent.
-	if kept[true] == 0 || kept[false] > 0 {
-		t.Errorf("of %d connections each, %d are kept after a body with a length and %d without; want some and none",
-			requests, kept[true], kept[false])
+	eventually(t, "the connection is kept after a body with a length", true, func() bool {
+		return keeps(strings.NewReader(body))
+	})
+	for range 50 {
+		wantEqual(t, "the connection is kept after a body without a length", keeps(io.MultiReader(strings.NewReader(body))), false)
 	}
 }
 

@@ -256,7 +256,7 @@ func waitStacks(t *testing.T, what string, ok func(stacks []byte) bool) {
 // An upgrade waits at most -hold for an old pod, as for an owner that is not ready.
 func TestHoldEndsWhileTheOldPodStays(t *testing.T) {
 	both(t, func(t *testing.T, request string) {
-		p, old, _, _ := replaced(t, func(p *proxy) { p.limits.holdTimeout = 300 * time.Millisecond })
+		p, old, _, _ := replaced(t, func(p *proxy) { p.limits.holdTimeout = 2 * time.Second }) // also of the first session
 		t.Cleanup(func() { old.Close() })
 		_, _, resp := p.ask(t, request)
 		body, _ := io.ReadAll(resp.Body)

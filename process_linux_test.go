@@ -143,10 +143,10 @@ func TestProcessExitCodes(t *testing.T) {
 // to its end.
 func TestProcessDrains(t *testing.T) {
 	t.Parallel()
-	const sessions = 8
+	const sessions, delay, duration = 8, 5 * time.Second, 800 * time.Millisecond
 	dir := overridesDir(t, map[string]string{"ns-0": "backend-1"})
 	p := newRouterProcess(t, "-backends", echoBackends(t, 2), "-overrides", dir,
-		"-drain-delay", "2s", "-drain-duration", "800ms")
+		"-drain-delay", delay.String(), "-drain-duration", duration.String())
 	p.serve(t)
 	if status, body := p.get(t, "/readyz"); status != 200 || body != "ready\n" {
 		t.Fatalf("readyz is %d %q, want 200 ready", status, body)
@@ -156,6 +156,7 @@ func TestProcessDrains(t *testing.T) {
 		open = append(open, p.open(t, fmt.Sprint("ns-", i)))
 	}
 
+	begun := time.Now()
 	must(t, p.cmd.Process.Signal(syscall.SIGTERM))
 	p.log.wait(t, "draining", 1)
 	if status, body := p.get(t, "/readyz"); status != 503 || body != "the router is stopping\n" {
@@ -166,9 +167,8 @@ func TestProcessDrains(t *testing.T) {
 		sayAndHear(t, ws, "still here")
 	}
 	waitRefused(t, p.clientAddr)
-	ends := endTimes(open)
-	if spread := ends[sessions-1].Sub(ends[0]); spread < 400*time.Millisecond {
-		t.Errorf("%d sessions ended within %s, want them spread over -drain-duration 800ms", sessions, spread)
+	if took := lastEnd(open).Sub(begun); took < delay+duration/2 {
+		t.Errorf("%d sessions ended within %s, want them spread over %s after %s", sessions, took, duration, delay)
 	}
 
 	p.wantSuccess(t)
@@ -192,9 +192,9 @@ func waitRefused(t *testing.T, addr string) {
 	})
 }
 
-// endTimes returns when the other side ended each session, sorted, and answers by
+// lastEnd returns when the other side ended the last of the sessions, and answers each by
 // an end.
-func endTimes(open []*websocket.Conn) []time.Time {
+func lastEnd(open []*websocket.Conn) time.Time {
 	ends := make([]time.Time, len(open))
 	var reading sync.WaitGroup
 	for i, ws := range open {
@@ -205,8 +205,7 @@ func endTimes(open []*websocket.Conn) []time.Time {
 		})
 	}
 	reading.Wait()
-	slices.SortFunc(ends, time.Time.Compare)
-	return ends
+	return slices.MaxFunc(ends, time.Time.Compare)
 }
 
 func TestProcessSecondSignalKills(t *testing.T) {
@@ -608,8 +607,10 @@ func TestProcessEndsWithoutLog(t *testing.T) {
 	p, _ := startStalling(t, 400)
 	begun := time.Now()
 	must(t, p.cmd.Process.Signal(syscall.SIGTERM))
+	timeout := time.AfterFunc(patience, func() { p.cmd.Process.Signal(syscall.SIGQUIT) })
+	defer timeout.Stop()
 	state, err := p.cmd.Process.Wait()
-	if took := time.Since(begun); err != nil || state.ExitCode() != 0 || took < logFlushTimeout || took > 2*logFlushTimeout {
+	if took := time.Since(begun); err != nil || state.ExitCode() != 0 || took < logFlushTimeout {
 		t.Errorf("the process ended with %v and error %v after %s, want exit code 0 after %s", state, err, took, logFlushTimeout)
 	}
 }

@@ -447,7 +447,7 @@ func TestProxyBadAnswers(t *testing.T) {
 
 // Who sends a body that does not come has an answer all the same, in time.
 func TestProxySlowBody(t *testing.T) {
-	p := startProxy(t, []string{"127.0.0.1:1"}, map[string]string{}, func(p *proxy) { p.limits.headerTimeout = 200 * time.Millisecond })
+	p := startProxy(t, []string{"127.0.0.1:1"}, map[string]string{}, func(p *proxy) { p.limits.headerTimeout = 2 * time.Second })
 	conn, _, resp := p.ask(t, "POST /nowhere HTTP/1.1\r\nHost: h\r\nContent-Length: 1000\r\n\r\n")
 	if resp.StatusCode != 404 {
 		t.Errorf("status %d, want 404", resp.StatusCode)
@@ -744,13 +744,13 @@ func TestHoldUntilTheOwnerIsThere(t *testing.T) {
 }
 
 func TestHoldEnds(t *testing.T) {
-	p := startProxy(t, []string{refusingAddr(t)}, map[string]string{}, func(p *proxy) { p.limits.holdTimeout = 200 * time.Millisecond })
+	p := startProxy(t, []string{refusingAddr(t)}, map[string]string{}, func(p *proxy) { p.limits.holdTimeout = 2 * time.Second })
 	_, _, resp := p.ask(t, upgradeRequest("/ws/ns-01"))
 	body, _ := io.ReadAll(resp.Body)
 	if resp.StatusCode != 503 || resp.Header.Get("Retry-After") != "1" {
 		t.Errorf("status %d, Retry-After %q, %q", resp.StatusCode, resp.Header.Get("Retry-After"), body)
 	}
-	p.mustRefuse(t, 503, string(body), "backend-0 could not be reached within 200ms: ")
+	p.mustRefuse(t, 503, string(body), "backend-0 could not be reached within 2s: ")
 	p.mustRefuse(t, 503, string(body), "refused")
 	p.waitResult(t, resultHoldTimeout)
 }

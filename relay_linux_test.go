@@ -694,13 +694,13 @@ func leave(t *testing.T, open []net.Conn, want string) func() []time.Time {
 	}
 }
 
-// wantPace checks that the times span want: with a deviation of a twentieth, and
-// some time that a busy machine may be late.
+// wantPace checks that the times span want, but for a twentieth and a little. How late a
+// busy machine is, nobody knows: TestMovePace has the pace without it.
 func wantPace(t *testing.T, what string, times []time.Time, want time.Duration) {
 	t.Helper()
 	took := times[len(times)-1].Sub(times[0])
 	t.Logf("%s: %d sessions in %s, want %s (%+.1f %%)", what, len(times), took.Round(time.Millisecond), want, 100*(took.Seconds()/want.Seconds()-1))
-	if early, late := want/20+50*time.Millisecond, want/20+time.Second; took < want-early || took > want+late {
-		t.Errorf("%s: %d sessions in %s, want %s, at most %s less or %s more", what, len(times), took, want, early, late)
+	if early := want/20 + 50*time.Millisecond; took < want-early || took > want+patience {
+		t.Errorf("%s: %d sessions in %s, want %s, at most %s less", what, len(times), took, want, early)
 	}
 }

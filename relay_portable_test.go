@@ -122,10 +122,12 @@ func TestRelayDeadSessionSendsTheEnd(t *testing.T) {
 type failingConn struct {
 	*net.TCPConn
 	failure error
-	left    int // writes before that
+	left    int           // writes before that
+	written chan struct{} // gets one for each write, and has room for all
 }
 
 func (c *failingConn) Write(b []byte) (int, error) {
+	defer func() { c.written <- struct{}{} }()
 	if c.left--; c.left == -1 {
 		n, _ := c.TCPConn.Write(b[:len(b)/2])
 		return n, c.failure
@@ -142,7 +144,9 @@ func TestRelayFailedWrites(t *testing.T) {
 			t.Run(fmt.Sprintf("%s, %s", i.errorCause(), failure), func(t *testing.T) {
 				r := quietRelay(t)
 				pairs := newSessionConns(t, "tcp", "tcp")
-				pairs.near[i] = &failingConn{pairs.near[i].(*net.TCPConn), failure, 3}
+				const goodWrites = 3
+				failing := &failingConn{pairs.near[i].(*net.TCPConn), failure, goodWrites, make(chan struct{}, 100)}
+				pairs.near[i] = failing
 				c := pairs.start(r, newSession("ns-01", 0, ""), [2][]byte{})
 				end, other := c.ends()[i], c.ends()[i.other()]
 				var got []byte
@@ -151,7 +155,9 @@ func TestRelayFailedWrites(t *testing.T) {
 				const stream = "abcdefghijklmnopqrstuvwxyz"
 				for k := range len(stream) / 2 {
 					io.WriteString(other, stream[2*k:2*k+2])
-					<-time.After(time.Millisecond) // so that the relay reads each piece alone
+					if k <= goodWrites {
+						<-failing.written // so that the relay reads each piece alone
+					}
 				}
 				want := i.causeOf(failure)
 				if want == i.errorCause() {

@@ -137,19 +137,40 @@ func TestRelayEnds(t *testing.T) {
 func TestRelayHalfClosedTalks(t *testing.T) {
 	eachNetwork(t, func(t *testing.T, network string) {
 		t.Parallel()
-		r := quietRelay(t)
-		r.halfCloseTimeout = 300 * time.Millisecond
-		c := startedOver(t, r, network, "tcp")
-		closeWrite(t, c.client)
-		mustEOF(t, c.backend)
-		for end := time.Now().Add(3 * r.halfCloseTimeout); time.Now().Before(end); <-time.After(r.halfCloseTimeout / 10) {
-			mustWrite(t, c.backend, "x")
-			mustRead(t, c.client, "x")
+		for talkHalfClosed(t, network) {
+			t.Log("the machine was too slow for the time of a half-close: once more")
 		}
-		c.backend.Close()
-		mustEOF(t, c.client)
-		c.wantCause(t, causeClient)
 	}, "tcp", "tls", "tls12")
+}
+
+// talkHalfClosed has bytes come in a half-closed session. It reports whether the machine has
+// made a pause in that which may have ended the session.
+func talkHalfClosed(t *testing.T, network string) (paused bool) {
+	t.Helper()
+	r := quietRelay(t)
+	r.halfCloseTimeout = 300 * time.Millisecond
+	c := startedOver(t, r, network, "tcp")
+	last := time.Now()
+	tooLate := func() bool { return time.Since(last) > r.halfCloseTimeout/2 } // twice that is too long for the relay
+	closeWrite(t, c.client)
+	mustEOF(t, c.backend)
+	for end := last.Add(3 * r.halfCloseTimeout); last.Before(end); <-time.After(r.halfCloseTimeout / 10) {
+		_, err := io.WriteString(c.backend, "x")
+		c.client.SetReadDeadline(time.Now().Add(patience))
+		_, readErr := io.ReadFull(c.client, make([]byte, 1))
+		if tooLate() {
+			return true
+		}
+		must(t, err, readErr)
+		last = time.Now()
+	}
+	c.backend.Close()
+	mustEOF(t, c.client)
+	if tooLate() {
+		return true
+	}
+	c.wantCause(t, causeClient)
+	return false
 }
 
 // If one side has ended its stream and is then gone, the session is dead, whatever the
@@ -308,8 +329,8 @@ func TestRelayEndsIdle(t *testing.T) {
 			t.Fatalf("%d sessions are open, want the idle ones to have ended", r.size())
 		}
 	}
-	if ended < timeout || ended > 3*timeout/2 {
-		t.Errorf("ended after %s, want -idle-timeout %s and at most a quarter more", ended, timeout)
+	if ended < timeout {
+		t.Errorf("ended after %s, want -idle-timeout %s or more", ended, timeout)
 	}
 	for name, c := range map[string]relayed{"client sends": clientSends, "backend sends": backendSends} {
 		if c.isEnding() {
@@ -318,6 +339,20 @@ func TestRelayEndsIdle(t *testing.T) {
 	}
 	waitFor(t, r) // now they are idle too
 	wantEqual(t, "sessions that were idle", r.ended[causeIdle].Load(), 4)
+}
+
+// A session is idle when as many checks as the time has, and one more, have found no byte.
+func TestRelayChecksIdle(t *testing.T) {
+	s := &session{}
+	for _, from := range []side{clientSide, backendSide} {
+		s.bytesFrom[from].Add(1)
+		for n := range idleChecks + 1 {
+			if s.checkIdle() {
+				t.Errorf("it is idle at check %d after a byte, want check %d", n, idleChecks+1)
+			}
+		}
+		wantEqual(t, "idle", s.checkIdle(), true)
+	}
 }
 
 // A closing handshake has a time of its own: a session does not end as idle meanwhile.
@@ -757,6 +792,7 @@ func (s *stuckSessions) read(t *testing.T) {
 func TestRelayStuckMemory(t *testing.T) {
 	const sessions = 2000
 	r := quietRelay(t)
+	r.halfCloseTimeout = time.Hour // a slow machine may take longer than usual to fill all
 	before := userMemory()
 	stuck := newStuckSessions(t, r, sessions)
 	open := userMemory()
@@ -782,7 +818,7 @@ func TestRelayStuckMemory(t *testing.T) {
 		t.Errorf("%d bytes were not taken, want at least %d for each session: are they stuck?", total-taken, maxUnsentPerSide)
 	}
 	if got := r.bytes(); got != [2]int64{0, total} || r.ended[causeBackend].Load() != sessions {
-		t.Errorf("%d bytes and %d clean ends, want %d and %d", got, r.ended[causeBackend].Load(), total, sessions)
+		t.Errorf("%d bytes and %d clean ends, want %d and %d; %d by half-closes", got, r.ended[causeBackend].Load(), total, sessions, r.ended[causeHalfClose].Load())
 	}
 }
 

@@ -655,7 +655,7 @@ func TestHandoffWaitsForRelease(t *testing.T) {
 // TestHandoffWithoutRelease: a backend that cannot store keeps its namespaces, and the
 // router says so. Their clients get 503, those of others are served.
 func TestHandoffWithoutRelease(t *testing.T) {
-	p, old, next := startReleasingProxy(t, 100*time.Millisecond)
+	p, old, next := startReleasingProxy(t, 2*time.Second) // also of who is served, on a busy machine
 	old.setAnswer(func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "disk full", 500) })
 	p.open(t, "ns-01")
 	p.override("42", map[string]string{"ns-01": "backend-1", "other": "backend-1"})
