@@ -205,7 +205,7 @@ func (m *member) decide(s *decisionInput) decision {
 	o := s.object
 	switch {
 	case m.view != nil && !m.view.mustAnswer && s.hasWork:
-		return decision{action: actEndAll, why: "this router is not a member any more"}
+		return decision{action: actEndAll, why: "this router was removed from the members, and ends its sessions"}
 	case o == nil:
 		return waiting("the object of the hand-off does not exist, or has not been read yet")
 	case o.otherPlanVersion != nil:
@@ -370,14 +370,14 @@ func (m *member) sendAnswer(s *decisionInput) decision {
 		return decision{}
 	}
 	if again := m.answeredAt.Add(writeTimeout); m.isUnderWay(s.object, &a) && s.now.Before(again) {
-		return decision{why: "the answer is under way", again: again}
+		return decision{why: "this router's answer is under way", again: again}
 	}
 	if d, ok := m.answerWithStep(s, &a); ok {
 		return d
 	}
 	data := map[string]string{m.key(): a.String()}
 	return decision{
-		action: actWrite, answer: &a, why: fmt.Sprintf("answer step %d", a.step),
+		action: actWrite, answer: &a, why: fmt.Sprintf("this router is answering step %d", a.step),
 		write: &handoffWrite{uid: s.object.uid, data: data},
 	}
 }
@@ -482,7 +482,7 @@ func (m *member) leave(s *decisionInput) decision {
 	if id, ok := p.members[m.name]; !ok || id.UID != m.uid {
 		return waiting("this router has left")
 	}
-	return m.writePlan(s, p.withMember(m.name, nil), nil, s.now, "leave")
+	return m.writePlan(s, p.withMember(m.name, nil), nil, s.now, "this router is leaving")
 }
 
 // join makes this router a member, once it has a table, in place of a container or a pod
@@ -498,7 +498,7 @@ func (m *member) join(s *decisionInput) decision {
 		return decision{}
 	case m.newest == nil && isNamed && !isAny:
 		next := p.withMember(m.name, nil)
-		return m.writePlan(s, next, nil, s.now, "remove the container before")
+		return m.writePlan(s, next, nil, s.now, "this router is removing the container before it")
 	case m.newest == nil:
 		return waiting("this router has no table")
 	case !s.doneHere:
@@ -507,7 +507,7 @@ func (m *member) join(s *decisionInput) decision {
 	}
 	a := m.answer(s)
 	next := p.withMember(m.name, &memberID{m.uid, m.instance})
-	return m.writePlan(s, next, &a, s.now, "join")
+	return m.writePlan(s, next, &a, s.now, "this router is joining")
 }
 
 // remove removes a member whose pod has ended for ever.
@@ -529,7 +529,7 @@ func (m *member) remove(s *decisionInput) decision {
 	if dead == "" {
 		return decision{}
 	}
-	return m.writePlan(s, p.withMember(dead, nil), nil, m.turn(s, alive), "remove "+dead)
+	return m.writePlan(s, p.withMember(dead, nil), nil, m.turn(s, alive), "this router is removing "+dead)
 }
 
 // isGone reports whether the pod that GET returned, nil for 404, proves that the member's
@@ -549,7 +549,7 @@ func (m *member) storeCount(s *decisionInput) decision {
 	next := *p
 	next.backends = s.backends
 	at := m.turn(s, slices.Collect(maps.Keys(p.members)))
-	return m.writePlan(s, &next, nil, at, "store the number of backends")
+	return m.writePlan(s, &next, nil, at, "this router is storing the number of backends")
 }
 
 // writeStep writes the next step, after the answer of this router.
@@ -597,7 +597,7 @@ func (m *member) writeStepWith(s *decisionInput, a *stepAnswer) decision {
 	if allBlank || len(next.records) == 1 && len(v.records) > 1 {
 		p.oldestSince = planStep{p.epoch, p.step}
 	}
-	return m.writePlan(s, &p, a, at, fmt.Sprintf("step %d", p.step))
+	return m.writePlan(s, &p, a, at, fmt.Sprintf("this router is writing step %d", p.step))
 }
 
 // stepTime returns how long a step that moves namespaces lasts at least, with this many
@@ -653,7 +653,7 @@ func (m *member) bootstrap(s *decisionInput) decision {
 	if has.instance != m.instance || !has.isWithoutView() ||
 		(has.content == noTableContent) != (a.content == noTableContent) {
 		w := &handoffWrite{data: map[string]string{m.key(): a.String()}}
-		return m.writeIf(s, w, &a, s.now, "say that there is no plan")
+		return m.writeIf(s, w, &a, s.now, "this router is saying that it knows no plan")
 	}
 	if m.newest == nil || s.leaving {
 		return waiting("there is no plan, and this router has no table")
@@ -685,7 +685,7 @@ func (m *member) bootstrap(s *decisionInput) decision {
 		instance: m.instance, epoch: p.epoch, step: p.step,
 		content: a.content, next: mark{upto: allPlaces},
 	}
-	return m.writePlan(s, p, &first, m.turn(s, writers), "make the first plan")
+	return m.writePlan(s, p, &first, m.turn(s, writers), "this router is making the first plan")
 }
 
 // startEpoch gives p an epoch of its own, and a step above all that this router has seen. The
@@ -709,7 +709,7 @@ func (m *member) needsList(s *decisionInput) (d decision, ok bool) {
 	l := s.list
 	fresh := l != nil && l.uid == s.object.uid && l.version == s.object.version
 	if !fresh || !s.now.Before(l.at.Add(maxPodListAge)) {
-		return decision{action: actList, why: "list the router pods"}, false
+		return decision{action: actList, why: "this router is listing the router pods"}, false
 	}
 	if pod := l.pods[m.name]; pod.uid != m.uid {
 		return decision{
@@ -727,7 +727,7 @@ func (m *member) needsList(s *decisionInput) (d decision, ok bool) {
 func (m *member) reset(s *decisionInput) decision {
 	v := m.view
 	if at := m.turn(s, slices.Collect(maps.Keys(v.plan.members))); s.now.Before(at) {
-		return decision{why: "reset the plan", again: at}
+		return decision{why: "this router is about to reset the plan", again: at}
 	}
 	if d, ok := m.needsList(s); !ok {
 		return d
@@ -737,7 +737,7 @@ func (m *member) reset(s *decisionInput) decision {
 	if m.startEpoch(p, s); !v.mustAnswer {
 		p.oldestSince = planStep{p.epoch, p.step}
 	}
-	return m.writePlan(s, p, nil, s.now, "reset the plan")
+	return m.writePlan(s, p, nil, s.now, "this router is resetting the plan")
 }
 
 // mergeMembers returns the members of a reset: those of the object, those of the view,

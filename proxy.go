@@ -112,8 +112,9 @@ const healthPath = "/healthz"
 
 // answerHealth answers a load balancer that checks the client listener, and reports
 // whether it did: a request for healthPath without a namespace, whatever its Host. It
-// answers 503 when /readyz of the admin port does so because the router drains, or admits
-// nobody yet: then the load balancer has -drain-delay to send clients elsewhere.
+// answers 503 when /readyz of the admin port does so because the router drains, or does not
+// admit clients to all namespaces yet: then the load balancer has -drain-delay to send clients
+// elsewhere.
 func (p *proxy) answerHealth(w http.ResponseWriter, r *http.Request) bool {
 	if r.Method != http.MethodGet && r.Method != http.MethodHead || requestPath(r) != healthPath {
 		return false
@@ -807,7 +808,7 @@ func (p *proxy) writeMetrics(m metricsWriter) {
 	pending, _ := p.pendingUpgrades.inUse(0)
 	m.single("router_pending_upgrades", "gauge",
 		"Upgrades until they are sessions or answered, plain requests until their owner gets them, "+
-			"and both, once given up, until their owner has ended the connection.",
+			"and both, once abandoned, until their owner has ended the connection.",
 		float64(pending))
 	m.single("router_max_pending_upgrades", "gauge", "Limit of the pending upgrades.",
 		float64(p.limits.pendingUpgrades))

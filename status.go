@@ -303,7 +303,7 @@ type handoffStatus struct {
 	InProgress bool       `json:"in_progress"`
 	Done       float64    `json:"done"`             // about the share of namespaces that have it
 	ToMove     int64      `json:"sessions_to_move"` // of this router
-	Unproven   int64      `json:"unproven"`         // given up: router_handoff_unproven_total
+	Unproven   int64      `json:"unproven"`         // not seen to end in time: router_handoff_unproven_total
 	WaitingFor []stepWait `json:"waiting_for"`
 
 	Moving      *moveReceipt `json:"moving,omitempty"` // the move that goes on
@@ -436,7 +436,8 @@ func (m *mover) writeMetrics(w metricsWriter) {
 		"Open sessions whose owner, or its pod, changed and which have not been closed yet.",
 		float64(m.queue.size.Load()))
 	w.single("router_moved_sessions_total", "counter",
-		"Sessions that the router closed because their owner, or its pod, changed.",
+		"Sessions that the router closed because their owner, or its pod, changed, or because "+
+			"it was removed from the hand-off.",
 		float64(m.moved.Load()))
 	w.single("router_move_cancelled_total", "counter",
 		"Sessions that were to move and stayed, because a later change moved them back.",
@@ -461,14 +462,15 @@ func (m *mover) writeMetrics(w metricsWriter) {
 	names, seconds := waitSeconds(append(names, s.Members...), s.WaitingFor)
 	if len(names) > 0 {
 		waiting := w.family("router_handoff_waiting_seconds", "gauge",
-			"How long the step of a hand-off has waited for this backend to end its "+
-				"sessions and requests, or for this router.")
+			"For how many seconds the step of a hand-off has waited for this backend, which has "+
+				"to end its sessions and requests, or for this router, which has to answer.")
 		for _, name := range names {
 			waiting(seconds[name], "for", name)
 		}
 	}
 	w.single("router_handoff_unproven_total", "counter",
-		"Upgrades, plain requests and sessions that a backend may have served after they were given up.",
+		"Upgrades, plain requests and sessions whose end at the backend was not seen in time: "+
+			"the backend may still serve them.",
 		float64(s.Unproven))
 	if m.shared != nil {
 		m.shared.writeMetrics(w)
