@@ -17,8 +17,9 @@ const (
 	offerTime     = 2 * time.Minute        // see member.offered
 )
 
-// member is this router as one of those that share the object of the hand-off: what it
-// knows of the plan, and what it decides to do next. It does no I/O and reads no clock.
+// member is this router's part in the hand-off: what it knows of the plan, and what it decides
+// to do next. The value is there also before the router has joined the members, and after it was
+// removed from them: memberView says which is the case. It does no I/O and reads no clock.
 // The caller calls setNewest, noteBackendStep and expireOffers with what is new, and then
 // decide, again and again. Before the caller carries out what decide returns, it calls commit.
 // The caller sends one write at a time. Only the view of the last actAdopt says whom to admit.
@@ -28,7 +29,7 @@ type member struct {
 	instance  string // of the process: random
 
 	view        *memberView // that is in force in this router; nil before the first plan
-	highestStep int64       // the highest step that was in force or that a backend has answered
+	highestStep int64       // the highest step that was in force, or that a backend has sent in a 409
 	newest      *table      // its own; nil before the first
 	newestAt    time.Time   // when its content was set
 
@@ -147,7 +148,7 @@ func (m *member) setNewest(t *table, now time.Time) {
 	}
 }
 
-// noteBackendStep notes a step that a backend has answered: the next one is above it.
+// noteBackendStep notes a step that a backend has sent in a 409: the next step is above it.
 func (m *member) noteBackendStep(step int64) { m.highestStep = max(m.highestStep, step) }
 
 // expireOffers notes which offered tables a version of the object shows to be no longer needed.
@@ -243,7 +244,7 @@ func (m *member) decide(s *decisionInput) decision {
 	return wait
 }
 
-// follows reports whether the plan of o comes after that of the view, or there is no
+// follows reports whether the plan of o comes after the plan of the view, or there is no
 // view. Any other plan is not to be trusted: the object was deleted, emptied or restored.
 func (m *member) follows(o *handoffObject) bool {
 	v := m.view
@@ -313,12 +314,13 @@ func (m *member) table(content uint64) *table {
 	return nil
 }
 
-// oldestTable returns the table of next's oldest record, nil if it is not known. A table does
-// not say who owns a kept namespace: that was decided before its record became the oldest one.
-// A member knows the owner if its view before had the same oldest record, or was of the step
-// just before that, in the same epoch. Otherwise the namespace is unresolved: for a router that
-// was no member then, and after a reset also for a member that had come further than the
-// router that has reset the plan. So members never take different owners.
+// oldestTable returns the table of next's oldest record, nil if it is not known. Which owner has
+// a kept namespace in that table? Earlier tables have decided it, before the record became the
+// oldest one. Only a router knows the owner that was a member when that happened: its last view
+// has the same oldest record, or is of the step just before, in the same epoch. For all others
+// the namespace is unresolved. That is so for a router that was no member then, and after a
+// reset also for a member that had come further than the router that has reset the plan. So
+// members never take different owners.
 func (m *member) oldestTable(next *memberView) *table {
 	t, prev := next.tables[0], m.view
 	if t == nil {
@@ -390,11 +392,11 @@ func (m *member) isUnderWay(o *handoffObject, a *stepAnswer) bool {
 		a.equal(&m.lastAnswer)
 }
 
-// answerWithStep decides whether the answer goes with the next step. If all other members have
-// answered, and nothing else is in the way of that step, the answer and the step are one write.
-// If only the answers of others are lacking, the first router by name waits for them. Else ok
-// is false, and the answer goes alone; so it does once the present step and the newest table
-// are answerWait old. So there is one write in place of two, and no other comes in between.
+// answerWithStep decides whether the answer goes with the next step: one write in place of two,
+// with no other write in between. It does if all other members have answered, and nothing else
+// is in the way of that step. If only answers of others are missing, the first router by name
+// waits for them, until the present step and the newest table are answerWait old. In all other
+// cases ok is false, and the answer goes alone.
 func (m *member) answerWithStep(s *decisionInput, a *stepAnswer) (d decision, ok bool) {
 	until := latest(m.newestAt, m.stepAdoptedAt).Add(answerWait)
 	if !s.now.Before(until) {
@@ -606,8 +608,8 @@ func stepTime(routers int) time.Duration {
 	return minStepTime * time.Duration(max(3, routers)) / 3
 }
 
-// agreedMark returns how far the next step may go: as far as all members say that know
-// the tables of the plan. writers are those of these whose process is known, sorted;
+// agreedMark returns how far the next step may go: as far as all members allow that know
+// the tables of the plan. writers are the members among them whose process is known, sorted;
 // allBlank is true if no member knows the tables. agreedMark returns an error if a member
 // does not have the table with this content. A pod of anyInstance that has no table, and
 // so cannot join, is not asked.
@@ -688,8 +690,8 @@ func (m *member) bootstrap(s *decisionInput) decision {
 	return m.writePlan(s, p, &first, m.turn(s, writers), "this router is making the first plan")
 }
 
-// startEpoch gives p an epoch of its own, and a step above all that this router has seen. The
-// step may be that of an epoch which this router has begun and not seen, if its clock is behind.
+// startEpoch gives p an epoch of its own, and a step above all that this router has seen. If the
+// clock of this router is behind, an epoch that it has begun and not seen may have the same step.
 func (m *member) startEpoch(p *sharedPlan, s *decisionInput) {
 	last := m.highestStep
 	if s.object.plan != nil {

@@ -59,7 +59,7 @@ type proxy struct {
 	pendingUpgrades     pendingLimit
 	namespaceLimiter    *namespaceLimiter // nil: no limits
 	requestsChecked     atomic.Int64      // calls of check
-	handling            waitCount         // requests that net/http has, but for those of forwarder
+	handling            waitCount         // requests that net/http has, but for the requests of forwarder
 	betweenServers      sync.WaitGroup    // requests on their way from the fast path to ServeHTTP
 	upgradeDurations    *histogram        // from the head of an upgrade to its session
 	ownerWaits          *histogram        // of each wait for an owner
@@ -447,7 +447,7 @@ func (p *proxy) requestContexts(
 }
 
 // errOwnerChanged says that the namespace got another owner during the handshake, or its
-// owner another pod. The client, which has read nothing yet, has to go to that one.
+// owner another pod. The client has read nothing yet, so it can go to the new owner or pod.
 var errOwnerChanged = errors.New("the namespace got another owner or pod during the handshake")
 
 // errMisdirected says that another backend answered at the owner's address (421).

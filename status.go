@@ -91,7 +91,7 @@ type topStatus struct {
 
 // rejectedOverride is a rejected override in a status.
 type rejectedOverride struct {
-	Namespace string `json:"namespace"` // or the key, if it is that of no namespace
+	Namespace string `json:"namespace"` // or the key, if no namespace has this key
 	rejection
 }
 
@@ -480,8 +480,8 @@ func (m *mover) writeMetrics(w metricsWriter) {
 // isWhole reports whether s has what each router answers.
 func (s *status) isWhole() bool { return len(s.Routers) == 1 && s.Routers[0].Name != "" }
 
-// sumStatus returns the status of all routers: all are those of one router each, at least
-// one, the first of which is not changed. All of them know the same objects and backends,
+// sumStatus returns the status of all routers: all has the status of each, at least one. The
+// first one is not changed. All of them know the same objects and backends,
 // unless they do not agree; so what comes from a table counts once, and what comes from
 // sessions adds up.
 func sumStatus(all []*status, silent []silentRouter) *status {
@@ -669,7 +669,7 @@ func (r *moveReceipt) sum(other *moveReceipt) moveReceipt {
 	return sum
 }
 
-// addReceipts returns the receipts of both lists, those of the same table added up.
+// addReceipts returns the receipts of both lists. It adds up receipts of the same table.
 func addReceipts(a, b []moveReceipt) []moveReceipt {
 	all := slices.Clone(a)
 	for i := range b {
