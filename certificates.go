@@ -164,7 +164,7 @@ func secretPaths(directory string) []string {
 	return []string{filepath.Join(directory, "tls.crt"), filepath.Join(directory, "tls.key")}
 }
 
-// addFile adds a file that is none of a pair.
+// addFile adds a single file, not a pair: the CAs of clients, or the secret of tickets.
 func (c *certificates) addFile(flag, path string, apply func(content string) error) *certificateFile {
 	paths := []string{path}
 	f := &certificateFile{
@@ -178,7 +178,7 @@ func (c *certificates) addFile(flag, path string, apply func(content string) err
 }
 
 // addTicketSecret adds the file of -tls-ticket-secret, or the file "secret" in its directory.
-// A directory may have none, as that of an optional Secret: meanwhile there is a random secret.
+// The directory of an optional Secret may have no such file: meanwhile there is a random secret.
 func (c *certificates) addTicketSecret(path string) {
 	const flag = "-tls-ticket-secret"
 	if info, err := os.Stat(path); err != nil || !info.IsDir() {
@@ -318,7 +318,7 @@ func (f *certificateFile) read() (contents []string, err error) {
 		switch {
 		case f.optional && errors.Is(err, fs.ErrNotExist):
 		case errors.As(err, &pathErr):
-			// Without the path: that of a mounted Secret is another one for each version.
+			// Without the path: each version of a mounted Secret has another path.
 			return nil, fmt.Errorf("%s: %w", f.names[i], pathErr.Err)
 		case err != nil:
 			return nil, fmt.Errorf("%s: %w", f.names[i], err)

@@ -62,7 +62,7 @@ type clientConn struct {
 	badHeads    *atomic.Int64
 	tlsServer   *tlsServer  // nil: the client comes without TLS
 	receiving   atomic.Bool // a byte came
-	headSettled atomic.Bool // badHeads counts it no more: a request reached the handler, or it is counted
+	headSettled atomic.Bool // a request has reached the handler, or badHeads has counted the connection
 	closed      atomic.Bool
 	readEOF     atomic.Bool // the client has ended its side of the connection, and may still listen
 
@@ -77,11 +77,11 @@ type clientConn struct {
 	// TLS. Read then sets it, and remoteAddr.
 	proxyProtocol *proxyProtocol
 
-	betweenServers atomic.Pointer[sync.WaitGroup] // counts it until the handler has its request; nil: it is not counted
+	betweenServers atomic.Pointer[sync.WaitGroup] // counts this connection: see count; nil: it is not counted
 }
 
-// count has betweenServers count the connection, if the head of its first request was read
-// already, until the handler has that request or the connection is closed.
+// count adds the connection to betweenServers, if the head of its first request was read
+// already. It stays there until the handler has that request, or the connection is closed.
 func (c *clientConn) count(betweenServers *sync.WaitGroup) {
 	_, prefix := unwrap(c.Conn)
 	if c.proxyProtocol == nil && bytes.Contains(prefix, []byte("\r\n\r\n")) {

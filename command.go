@@ -69,7 +69,8 @@ func subcommands() map[string]subcommand {
 			"Prints the patch of a ConfigMap that pins a namespace to a backend, or with - removes\n" +
 			"its override.", (*command).moveFlags, (*command).move},
 		"cordon": {"BACKEND",
-			"Prints the patch of the StatefulSet after which the hash gives no namespace to a backend.",
+			"Prints the patch of the StatefulSet after which the hash gives no namespace to a backend.\n" +
+				"Unlike with kubectl cordon, the sessions of its hashed namespaces move away.",
 			nil, (*command).cordonBackend},
 		"uncordon": {"BACKEND", "Prints the patch of the StatefulSet that ends a cordon.",
 			nil, (*command).uncordonBackend},
@@ -403,10 +404,10 @@ func (c *command) printHandoff(h *handoffStatus) {
 	}
 	for _, w := range h.WaitingFor {
 		if w.Router != "" {
-			fmt.Fprintf(c.out, "waits for %s since %.1f s: it has not answered\n", w.Router, w.Seconds)
+			fmt.Fprintf(c.out, "has waited for %s for %.1f s: it has not answered\n", w.Router, w.Seconds)
 			continue
 		}
-		fmt.Fprintf(c.out, "waits for %s since %.1f s: %d sessions, %d upgrades, %d requests, "+
+		fmt.Fprintf(c.out, "has waited for %s for %.1f s: %d sessions, %d upgrades, %d requests, "+
 			"%d releases\n", w.Backend, w.Seconds, w.Sessions, w.Upgrades, w.Requests, w.Releases)
 		if w.Error != "" {
 			fmt.Fprintf(c.out, "  %s\n", w.Error)

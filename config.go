@@ -128,8 +128,8 @@ func (c *config) flags() *flag.FlagSet {
 			"/owner, /status, /backends and /plan")
 	f.Var(&c.peers, "peers",
 		"`list` of the admin ports of the other routers, like host:port,host:port: answers for all\n"+
-			"routers include theirs (default those of the pods that -router-pods selects, with\n"+
-			"-handoff all; else none)")
+			"routers include theirs (default with -handoff all: the admin ports of the pods that\n"+
+			"-router-pods selects; else none)")
 	f.DurationVar(&c.tcpUserTimeout, "tcp-user-timeout", time.Minute,
 		"a session ends when its client or backend has not answered TCP for this long, in\n"+
 			"whole seconds, 0 is the limit of the system")
@@ -143,10 +143,10 @@ func (c *config) flags() *flag.FlagSet {
 		"`addresses` of load balancers for -proxy-protocol, like 10.0.0.0/8,fd00::1, and unix for\n"+
 			"peers of a Unix socket; it has no other effect (default none)")
 	f.Var(&c.forwardedFrom, "forwarded-from",
-		"`addresses` of proxies, as for -trusted-proxies: the router passes on their X-Forwarded-For,\n"+
-			"X-Forwarded-Proto and X-Forwarded-Host, and removes those of all other peers; with\n"+
-			"-proxy-protocol, the peer is the address in the header (default: it passes on those\n"+
-			"of all peers, with -tls-cert those of none)")
+		"`addresses` of proxies, as for -trusted-proxies: the router passes on X-Forwarded-For,\n"+
+			"X-Forwarded-Proto and X-Forwarded-Host of these proxies only, and removes the three\n"+
+			"fields of all other peers. With -proxy-protocol, the peer is the address in the header\n"+
+			"(default: it passes on the fields of every peer, with -tls-cert of no peer)")
 	c.tlsFlags(f)
 	f.StringVar(&c.backends, "backends", "",
 		"fixed `list` of backends, host:port,host:port,... in the order of their ordinals")
@@ -155,8 +155,9 @@ func (c *config) flags() *flag.FlagSet {
 			"nor -backends: the API server gives the number and the addresses)")
 	f.Var(&c.cordon, "cordon",
 		"`ordinals` of backends to which the hash gives no namespaces, like 2,5, with -replicas or\n"+
-			"-backends; without these, the annotation router-cordon of the StatefulSet has the\n"+
-			"ordinals (default none)")
+			"-backends; unlike with kubectl cordon, the sessions of these namespaces move away.\n"+
+			"Without these flags, the annotation router-cordon of the StatefulSet has the ordinals\n"+
+			"(default none)")
 	f.StringVar(&c.statefulSet, "statefulset", "backend",
 		"`name` of the StatefulSet: backends are <name>-0, <name>-1, ...")
 	f.StringVar(&c.service, "service", "headless",
@@ -238,24 +239,26 @@ func (c *config) trafficFlags(f *flag.FlagSet) {
 	f.IntVar(&c.limits.headerBytes, "max-header-bytes", 16<<10,
 		"maximum `bytes` of a request's or a response's head")
 	f.IntVar(&c.limits.sessions, "max-sessions", 100_000,
-		"maximum `number` of open sessions, plain requests and pending upgrades, all\n"+
+		"maximum `number` of open sessions, pending upgrades and plain requests, all three counted\n"+
 			"together")
 	f.IntVar(&c.limits.pendingUpgrades, "max-pending-upgrades", 10_000,
-		"maximum `number` of upgrades under way, with plain requests that their owner has not\n"+
-			"got; half of it is divided evenly among the backends, of the other half one backend\n"+
-			"may use as much as is free")
+		"maximum `number` of upgrades under way, and of plain requests that their owner has not got,\n"+
+			"both counted together. Half of it is divided evenly among the backends. Of the other\n"+
+			"half, one backend may use at most as much as it leaves free")
 	f.IntVar(&c.moveRate, "move-rate", 200,
-		"`sessions` that are closed per second after their owner changed, 0 is no limit; with\n"+
-			"-handoff all by all routers together, else by this one")
+		"`sessions` that are closed per second after their owner changed, 0 is no limit. With\n"+
+			"-handoff all, all routers together close as many; else this router alone does")
 	f.DurationVar(&c.moveSettle, "move-settle", 500*time.Millisecond,
-		"how long owners have to stay unchanged before sessions move; sessions move at the latest\n"+
-			"ten times as long after the first change")
+		"the router waits until the routing table has not changed for this time, ten times this\n"+
+			"time at most, and until it has dialled each new owner once. Then sessions move, at\n"+
+			"-move-rate. Sessions of backends that are scaled in do not wait")
 	f.StringVar(&c.http, "http", "on",
-		"`on` or off: whether requests that are no upgrades go to the owners of their namespaces\n"+
+		"`on` or off: whether plain requests (no upgrades) go to the owners of their namespaces\n"+
 			"too, or are refused with 426")
 	f.DurationVar(&c.httpMoveTime, "http-move-timeout", 30*time.Second,
-		"how old a plain request (a download, a long poll, an event stream) may become once the\n"+
-			"owner of its namespace has changed; then it is cut, with 0 at once")
+		"after the owner of its namespace has changed, a plain request (a download, a long poll, an\n"+
+			"event stream) that is older than this is cut, and a younger one when it gets this old;\n"+
+			"0 cuts all at once")
 	c.namespaceFlags(f)
 	c.handoffFlags(f)
 
@@ -268,21 +271,22 @@ func (c *config) trafficFlags(f *flag.FlagSet) {
 // namespaceFlags adds the flags for what one namespace, or one session, may take to f.
 func (c *config) namespaceFlags(f *flag.FlagSet) {
 	f.IntVar(&c.limits.namespace.sessions, "max-sessions-per-namespace", 0,
-		"maximum `number` of sessions and pending upgrades of each namespace in this router, each\n"+
-			"router by itself, 0 is no limit")
+		"for each namespace, the maximum `number` of sessions and pending upgrades in this router;\n"+
+			"each router counts by itself, 0 is no limit")
 	f.IntVar(&c.limits.namespace.upgrades, "max-upgrades-per-second", 0,
 		"for each namespace, the maximum `number` of upgrades per second, which may come at once;\n"+
 			"each router counts by itself, 0 is no limit")
 	f.DurationVar(&c.maxAge, "max-age", 0,
-		"age at which sessions are closed as those that move are, some up to a tenth earlier; each\n"+
-			"router closes at most -move-rate of them per second, so some get older; 0 is no limit")
+		"age at which the router closes a session, as in a move. Each session has its own age,\n"+
+			"between 90 % and 100 % of this. Each router closes at most -move-rate of them per\n"+
+			"second, so some can get older; 0 is no limit")
 }
 
 // handoffFlags adds the flags for what makes a change of owners strict to f.
 func (c *config) handoffFlags(f *flag.FlagSet) {
 	f.StringVar(&c.handoff, "handoff", "",
-		"`mode` of a change of owners. A namespace opens with its new owner: all (after all routers\n"+
-			"have closed it with the previous one), single (after this router has) or off (at once)\n"+
+		"`mode` of a change of owners: when a namespace opens at its new owner. all: after every\n"+
+			"router has closed it at the old owner. single: after this router has. off: at once\n"+
 			"(default all in a pod whose backends the API server gives, else single)")
 	f.StringVar(&c.handoffConfigMap, "handoff-configmap", "",
 		"`name` of the ConfigMap that routers share with -handoff all\n"+
@@ -292,15 +296,18 @@ func (c *config) handoffFlags(f *flag.FlagSet) {
 	f.StringVar(&c.routerPods, "router-pods", "app.kubernetes.io/name=router,router-handoff=all",
 		"`labels` of the pods of all routers with -handoff all; others must not have them")
 	f.DurationVar(&c.handoffUnproven, "handoff-unproven", time.Minute,
-		"how long a hand-off waits until a backend ends its connection, after the client of an\n"+
-			"upgrade, a plain request or a session has left, or the router has cut a plain request;\n"+
-			"0 is no limit")
+		"how long a hand-off waits for the proof that a backend has ended a request or a session\n"+
+			"whose client has left, or a plain request that was cut. The proof is that the backend\n"+
+			"ends its connection. After this time the hand-off goes on, although it is not proven\n"+
+			"that the backend has ended; 0 is no limit")
 	f.StringVar(&c.release, "release", "",
-		"`path` that is POSTed to the previous owner of the namespaces of a hand-off, so that it\n"+
-			"stores their state; their next owner begins after its 2xx (default none)")
+		"`path` of a URL, like /release. The router sends POST to it at the old owner of the\n"+
+			"namespaces of a step, so that the old owner stores their state. Their new owner gets\n"+
+			"clients after the answer 2xx (default none)")
 	f.DurationVar(&c.releaseMemory, "release-memory", time.Minute,
-		"for how long at least a namespace is remembered after its last session or request, so\n"+
-			"that its previous owner is asked to release it when it moves")
+		"a time, not bytes: the router remembers a namespace for at least this long after its last\n"+
+			"session or request. If the namespace moves in this time, its old owner gets the POST\n"+
+			"of -release")
 }
 
 // parseConfig reads the flags in args, and those that are not in args from the

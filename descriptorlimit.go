@@ -67,7 +67,7 @@ func newDescriptorLimit(files, backends, sessions, pending int) (*descriptorLimi
 }
 
 // setBackends sets how many descriptors clients may have with this many backends: at
-// least those of one.
+// least the descriptors of one client.
 func (l *descriptorLimit) setBackends(backends int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

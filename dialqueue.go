@@ -21,7 +21,7 @@ const (
 // changed while it waited, or its dial failed.
 var errRecheckOwner = errors.New("the owner may have changed")
 
-// What an ordinal may be in place of that of a backend. The first three are part of a
+// What an ordinal may be if it is not the ordinal of a backend. The first three are part of a
 // table's stamp, so they never change.
 const (
 	byHash        = -1 // the hash gives the owner, as without an override

@@ -184,7 +184,7 @@ type storedProof struct {
 // namespaces, at least one, each time that they or their cordon change.
 //
 // If onWanted is nil, the router is alone. Else all routers share a stored count, which
-// setStored gives to this one: before that, no backends are known. run calls onWanted
+// setStored gives to this router: before that, no backends are known. run calls onWanted
 // each time that wantedBackends returns something else. One call of onBackendsChanged or onWanted
 // ends before the next one. No lock is held then.
 func newReplicaWatcher(client kubeClient, kubeNamespace string, endpoints *endpointWatcher,
@@ -329,8 +329,9 @@ func (r *replicaWatcher) nextCount() *backendCount {
 //
 // The stored count may be newer than what this router sees, or belong to something that
 // is lost: to a StatefulSet that was deleted, or to a spec from before etcd was restored.
-// Only a LIST can tell (proveStored), and before it the router wants nothing. While the
-// stored count is ahead of the spec, only one further ahead replaces it.
+// Only a LIST can tell (proveStored), and before it the router wants nothing. While the stored
+// count has a newer generation than the spec that this router sees, only a count with a still
+// newer generation replaces it.
 func (r *replicaWatcher) wantedBackends() *backendCount {
 	r.mu.Lock()
 	defer r.mu.Unlock()

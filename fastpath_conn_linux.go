@@ -648,8 +648,8 @@ func (c *fastConn) closeBackend() {
 	}
 }
 
-// abandonBackend gives up the connection to the backend, if there is one. The backend may
-// have the request.
+// abandonBackend abandons the connection to the backend, if there is one, with the flight if
+// the backend may have the request.
 func (c *fastConn) abandonBackend() {
 	switch {
 	case c.fd[backendSide] < 0:

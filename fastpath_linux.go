@@ -21,8 +21,8 @@ import (
 // client has a goroutine, which reads its request, dials the owner, sends the request
 // and the response on, and gives both sockets to the relay: see fastConn.serve. The client
 // gets a slot of the poller that carries the session at once. A socket comes into the epoll
-// set of that poller when something waits for it. Go's poller has none of a client on the
-// fast path, except for a backend's while package net dials it by its host name.
+// set of that poller when something waits for it. Sockets of the fast path are not in Go's
+// poller, except for a backend's while package net dials it by its host name.
 //
 // The fast path takes simple upgrades (isSimpleRequest), and responses of 101. All other
 // clients fall back to net/http: it has fastPath as its listener, and ServeHTTP goes on

@@ -34,7 +34,7 @@ type flight struct {
 // namespaces has a flight with another backend than the next owner.
 type flights struct {
 	// Static after construction.
-	unprovenTimeout time.Duration     // how long the end of an abandoned flight is waited for; 0: for ever
+	unprovenTimeout time.Duration     // how long the router waits for the end of an abandoned flight; 0: for ever
 	onEnd           func()            // called when a flight is over; must not block
 	remember        rememberNamespace // called just before a flight is over
 	addDescriptors  func(count int)   // called for descriptors of abandoned flights
@@ -132,8 +132,8 @@ func (f *flight) end() {
 	all.onEnd()
 }
 
-// abandon gives up the answer, which nobody needs, but not the flight: the backend may have the
-// request, or read it later, even after a reset. So abandon sends the backend a FIN, waits
+// abandon abandons the flight: nobody needs the answer any more. But the backend may have the
+// request, or read it later, even after a reset, so the flight stays. abandon sends a FIN, waits
 // until the backend has ended its side too, at most for unprovenTimeout, and then ends the
 // flight and calls onEnd. It does so in a goroutine of its own: it does not block. It takes
 // over conn and closes it. conn is nil if there was no descriptor for it: then the flight
@@ -184,7 +184,7 @@ func (f *flights) awaitEnd(conn net.Conn) bool {
 		switch {
 		case errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET):
 			return true
-		case errors.Is(err, os.ErrDeadlineExceeded): // that of ctx, or one that the caller has set
+		case errors.Is(err, os.ErrDeadlineExceeded): // the deadline of ctx, or one that the caller has set
 		default: // the connection has failed, and the backend may go on
 			<-ctx.Done()
 		}

@@ -265,7 +265,7 @@ func (x *exchange) readShortBody(bound time.Duration) *refusal {
 	return nil
 }
 
-// serve passes the answer that trip returns on. trip returns a *refusal if there is none.
+// serve sends the client the answer that trip returns. trip returns a *refusal if there is none.
 func (x *exchange) serve(trip func() (*http.Response, error)) {
 	x.reverse = httputil.ReverseProxy{
 		Rewrite: func(*httputil.ProxyRequest) {},

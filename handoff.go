@@ -47,8 +47,8 @@ func (m *mark) covers(place uint64, previous, next int) bool {
 // planRecord is a table of a plan, and which namespaces have their owners from it.
 type planRecord struct {
 	ownersHash uint64 // table.ownersHash
-	before     mark   // of the namespaces that have, until the step is done
-	after      mark   // of those that have, once the step is done
+	before     mark   // of the namespaces that have moved to the table, until the step is done
+	after      mark   // of the namespaces that have moved to it, once the step is done
 }
 
 // handoffPlan says how far a change of owners has come. The first record is in force for
@@ -79,8 +79,8 @@ func (p *handoffPlan) isFull() bool {
 }
 
 // nextOwnersHash returns the ownersHash of the table to which the next step moves namespaces,
-// when the newest table of the routers has this ownersHash: that one, or if the plan is
-// full, the plan's newest.
+// when the newest table of the routers has this ownersHash: that of the newest table, or
+// if the plan is full, of the plan's newest record.
 func (p *handoffPlan) nextOwnersHash(ownersHash uint64) uint64 {
 	if p.isFull() {
 		return p.newestRecord().ownersHash
@@ -101,14 +101,14 @@ func (p *handoffPlan) doneRecords() []planRecord {
 	return records
 }
 
-// next returns the plan after p, in which the namespaces that m covers have moved to the
-// table with this ownersHash. The view of the new plan holds these: before they open, their
-// present owners must have ended all that they have of them.
+// next returns the plan after p. Its step hands over the namespaces that m covers, to their
+// owners in the table with this ownersHash. The view of the new plan holds these namespaces: their
+// old owners must have ended all sessions and requests before the new owners get clients.
 //
 // If nothing has moved to the newest table yet, that table is dropped. An owner that was
 // away may be back: then next adds a second record of the newest table, if there is room. The
-// mark of that one is empty at first, so the namespaces that waited for the owner move at the
-// pace too. Once the newest table covers everything, before the step and after it, it becomes
+// mark of the second record is empty at first, so the namespaces that waited for the owner move
+// at the pace too. Once the newest table covers everything, before the step and after it, it becomes
 // the only one.
 func (p *handoffPlan) next(ownersHash uint64, m mark, now time.Time) *handoffPlan {
 	next := &handoffPlan{step: stepAbove(p.step, now), records: p.doneRecords()}
@@ -154,8 +154,8 @@ func union(a, b []int) []int {
 
 // nextBounded returns the plan after p, as next does, with at most maxRecords records.
 // If p is full, no table is added until the newest one covers everything. An owner that
-// comes back in that time gets all its namespaces in one step. An ordinal in scaledIn stays
-// there. The caller sets the step.
+// comes back in that time gets all its namespaces in one step. Once an ordinal is in scaledIn,
+// it is never removed. The caller sets the step.
 func (p *handoffPlan) nextBounded(ownersHash uint64, m mark, now time.Time) *handoffPlan {
 	newest := p.newestRecord()
 	if newest.ownersHash == p.nextOwnersHash(ownersHash) {

@@ -143,7 +143,7 @@ func connectionHeaders(h http.Header) (names map[string]bool) {
 }
 
 // isHopByHop reports whether the field, which has its canonical name, is not to go
-// on: those that Connection names and those of RFC 9110 §7.6.1 are of one
+// on: the fields that Connection names, and the fields of RFC 9110 §7.6.1, are of one
 // connection only.
 func isHopByHop(name string, named map[string]bool) bool {
 	switch name {
@@ -196,7 +196,7 @@ func forwardedFor(r *http.Request) string {
 }
 
 // requestHead is the upgrade request as the backend with this name gets it. clientAddrs is
-// what forwardedFor returned for it, stamp and step are those of the owner's assignment.
+// what forwardedFor returned for it; the owner's assignment has stamp and step.
 func requestHead(r *http.Request, clientAddrs, pod, stamp string, step int64, backend string) []byte {
 	return finishRequestHead(startRequestHead(r, clientAddrs, pod), stamp, step, backend)
 }
@@ -299,9 +299,8 @@ func finishRequestHead(begun []byte, stamp string, step int64, backend string) [
 	return append(head, "\r\n"...)
 }
 
-// expectsContinue reports whether a 101 must have a 100 before it (RFC 9110 §7.8). That
-// is the router's, and the only one: those of the backend are dropped as any interim
-// answer is.
+// expectsContinue reports whether a 101 must have a 100 before it (RFC 9110 §7.8). The
+// router sends the only 100: it drops each 100 of the backend, as any interim answer.
 func expectsContinue(r *http.Request) bool { return hasToken(r.Header, "Expect", "100-continue") }
 
 // switchingProtocolsHead is the 101 as the client gets it. It has no length (RFC 9110

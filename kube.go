@@ -138,9 +138,12 @@ func (k *kubeClient) readToken() (changed bool) {
 	return true
 }
 
-// do sends one request: GET path?query if body is nil. Else body is JSON: an object, which
-// the API server creates in the collection at path (POST), or for a client with patch a merge
-// patch of the object at path (PATCH).
+// do sends one request:
+//
+//   - without a body, GET path?query;
+//   - with a body, POST: the API server creates this object, which is JSON, in the collection
+//     at path;
+//   - for a client with patch, PATCH: body is a merge patch, in JSON, of the object at path.
 //
 // do returns the body of a successful response, which is JSON. The caller closes it. The
 // body also ends when ctx ends, and ctx must end: the connection is closed then, unless it

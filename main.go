@@ -6,8 +6,8 @@
 // the pod that the namespace's hash chooses. The router opens the same path on that pod
 // and from then on carries bytes. Owners change with the overrides, the number of backends
 // and the cordon. Then the router closes, at a limited rate, the sessions whose owner
-// changed. It also closes those of a replaced pod and those as old as -max-age. All others
-// stay. A namespace opens with its new owner when all its sessions and requests with the
+// changed. It also closes the sessions of a replaced pod, and sessions as old as -max-age. All
+// others stay. A namespace opens with its new owner when all its sessions and requests with the
 // previous one are over, or with -handoff=off at once.
 //
 //	client
@@ -25,11 +25,12 @@
 //
 // Words:
 //
-//	namespace      the tenant's key in the URL; that of Kubernetes is always written
+//	namespace      the tenant's key in the URL; a namespace of Kubernetes is always written
 //	               "Kubernetes namespace"
 //	owner          the backend that gets the requests of a namespace
 //	override       an entry of a ConfigMap, or a file, that names the owner of a namespace
-//	cordon         the backends to which the hash gives no namespaces
+//	cordon         the backends to which the hash gives no namespaces; unlike with kubectl's
+//	               cordon, the sessions of these namespaces move away
 //	scaled in      of a backend: it owns nothing any more, as there are fewer backends
 //	table          what gives each namespace its owner
 //	kept           of a namespace: its override is invalid or disputed, and its owner stays
@@ -41,13 +42,15 @@
 //	plain request  no upgrade
 //	flight         a request that a backend may have, or a session that this router has ended
 //	               and its backend has not
-//	move           to close a session whose owner changed: its client comes back
+//	move           to close a session, because its owner changed, or only the owner's pod, or
+//	               because the router was removed from the members: its client comes back
 //	old pod        a pod of a backend that another pod has replaced
 //	release        the request to an old owner to store the state of namespaces (-release)
-//	change         all that follows from a new table, until its owners are in force
+//	change         the time and the work from a new table until clients get its owners
 //	receipt        what one router's moves to one table came to, kept for operators
 //	hand-off       what gives namespaces to their next owners, and never to two at once
-//	step           a part of a change: it hands over some namespaces together
+//	step           a part of a change: it hands over some namespaces together. Also its number,
+//	               which only rises; backends get it as X-Router-Step, a fencing token
 //	place          of a namespace: where it is in the order in which namespaces move
 //	slot           of a limit: one of the requests or sessions that it allows; of a poller:
 //	               where an event finds its session
@@ -58,7 +61,7 @@
 //	               table may have two records
 //	mark           says which namespaces have moved to the table of a record
 //	view           a plan with its tables: it says who owns each namespace now
-//	member         a router that shares its steps with others (-handoff=all)
+//	member         a router that the plan names: each step waits for its answer (-handoff=all)
 //	object         of the hand-off: the ConfigMap with the plan and the members' answers
 //	answer         what a member says: its part of a step is done, and what may be next
 //	epoch          all plans that follow from one first plan
@@ -78,7 +81,7 @@
 //  3. An invalid override changes nothing: its namespace keeps its previous owner.
 //     A router that does not know the previous owner refuses the namespace. All
 //     other overrides apply. An invalid cordon changes nothing either: the last valid one
-//     stays in force. A router that does not know it is not ready. With -handoff=all it
+//     stays in force. A router that does not know the last cordon is not ready. With -handoff=all it
 //     becomes ready once no other router has that cordon in force.
 //  4. A deleted ConfigMap changes nothing, and a router that starts without one is
 //     not ready. "No overrides" is a ConfigMap with empty data, or -kube none without
@@ -91,7 +94,7 @@
 //  7. If an owner cannot be reached, its clients wait up to a bound and then get 503.
 //     They never get another backend.
 //  8. Once the relay has taken a session over, only it touches the two sockets. At the end
-//     it may give that of the backend to a flight. A session ends once, with one cause, and
+//     it may give the backend's socket to a flight. A session ends once, with one cause, and
 //     is counted and logged once.
 //  9. A slow reader stops its own session only. The memory of each session is bounded.
 //  10. A move, a drain or -max-age ends a session with Close frames, each at the end of a
@@ -136,8 +139,8 @@
 //	fastConn.unpark           starts a goroutine when it may dial, or the owner has changed
 //	fastConn.resume           is that goroutine: it goes on with dialOwner, or park again
 //
-// A client that falls back takes with it what it has sent and what was admitted. If admit
-// has refused its request (checkUpgrade refuses each plain one), that begins anew at
+// A client that falls back takes with it what it has sent and what was admitted. A request
+// that admit has refused (checkUpgrade refuses each plain request) begins anew at
 // ServeHTTP. If the owner has the request, its connection goes to completeUpgrade, with what
 // it has answered: mostly nothing within fastPathTimeout, else another answer than a 101, or
 // one that is longer than maxFastResponse.
@@ -188,8 +191,8 @@
 //	poller.endIfDead          finds out that both have ended
 //	poller.endComplete        ends the session, after close_notify to a client with TLS
 //	poller.end                closes both sockets, unless the backend has not ended its side
-//	relay.abandonBackend      makes a flight of that one
-//	flight.abandon            waits until it has, at most for -handoff-unproven
+//	relay.abandonBackend      makes a flight of a backend that has not ended its side
+//	flight.abandon            waits until the backend has, at most for -handoff-unproven
 //	poller.unlockAndReport    calls sessionEnded
 //	relay.sessionEnded        counts and logs the end
 //
@@ -231,7 +234,7 @@
 //	configMaps.apply          keeps the newest version of each ConfigMap
 //	configMaps.applyAll       gives the overrides of all of them to update
 //	tableStore.setContents    (as update) takes the contents of one source
-//	tableStore.mergeContents  collects those of all, once each source has given its own
+//	tableStore.mergeContents  collects the contents of all sources, once each has given its own
 //	tableStore.updateVersions ends it here if only versions are new
 //	replicaWatcher.run        another entry: the number of backends, or the cordon, changed
 //	tableStore.setBackends    (in onBackendsChanged) takes them, and calls swap

@@ -17,8 +17,9 @@ const (
 	offerTime     = 2 * time.Minute        // see member.offered
 )
 
-// member is this router as one of those that share the object of the hand-off: what it
-// knows of the plan, and what it decides to do next. It does no I/O and reads no clock.
+// member is this router's part in the hand-off: what it knows of the plan, and what it decides
+// to do next. The value is there also before the router has joined the members, and after it was
+// removed from them: memberView says which is the case. It does no I/O and reads no clock.
 // The caller calls setNewest, noteBackendStep and expireOffers with what is new, and then
 // decide, again and again. Before the caller carries out what decide returns, it calls commit.
 // The caller sends one write at a time. Only the view of the last actAdopt says whom to admit.
@@ -28,7 +29,7 @@ type member struct {
 	instance  string // of the process: random
 
 	view        *memberView // that is in force in this router; nil before the first plan
-	highestStep int64       // the highest step that was in force or that a backend has answered
+	highestStep int64       // the highest step that was in force, or that a backend has sent in a 409
 	newest      *table      // its own; nil before the first
 	newestAt    time.Time   // when its ownersHash was set
 
@@ -147,7 +148,7 @@ func (m *member) setNewest(t *table, now time.Time) {
 	}
 }
 
-// noteBackendStep notes a step that a backend has answered: the next one is above it.
+// noteBackendStep notes a step that a backend has sent in a 409: the next step is above it.
 func (m *member) noteBackendStep(step int64) { m.highestStep = max(m.highestStep, step) }
 
 // expireOffers notes which offered tables a version of the object shows to be no longer needed.
@@ -205,7 +206,7 @@ func (m *member) decide(s *decisionInput) decision {
 	o := s.object
 	switch {
 	case m.view != nil && !m.view.mustAnswer && s.hasWork:
-		return decision{action: actEndAll, why: "this router is not a member any more"}
+		return decision{action: actEndAll, why: "this router was removed from the members, and ends its sessions"}
 	case o == nil:
 		return waiting("the object of the hand-off does not exist, or has not been read yet")
 	case o.otherPlanVersion != nil:
@@ -243,7 +244,7 @@ func (m *member) decide(s *decisionInput) decision {
 	return wait
 }
 
-// follows reports whether the plan of o comes after that of the view, or there is no
+// follows reports whether the plan of o comes after the plan of the view, or there is no
 // view. Any other plan is not to be trusted: the object was deleted, emptied or restored.
 func (m *member) follows(o *handoffObject) bool {
 	v := m.view
@@ -313,12 +314,13 @@ func (m *member) table(ownersHash uint64) *table {
 	return nil
 }
 
-// oldestTable returns the table of next's oldest record, nil if it is not known. A table does
-// not say who owns a kept namespace: that was decided before its record became the oldest one.
-// A member knows the owner if its view before had the same oldest record, or was of the step
-// just before that, in the same epoch. Otherwise the namespace is unresolved: for a router that
-// was no member then, and after a reset also for a member that had come further than the
-// router that has reset the plan. So members never take different owners.
+// oldestTable returns the table of next's oldest record, nil if it is not known. Which owner has
+// a kept namespace in that table? Earlier tables have decided it, before the record became the
+// oldest one. Only a router knows the owner that was a member when that happened: its last view
+// has the same oldest record, or is of the step just before, in the same epoch. For all others
+// the namespace is unresolved. That is so for a router that was no member then, and after a
+// reset also for a member that had come further than the router that has reset the plan. So
+// members never take different owners.
 func (m *member) oldestTable(next *memberView) *table {
 	t, prev := next.tables[0], m.view
 	if t == nil {
@@ -370,14 +372,14 @@ func (m *member) sendAnswer(s *decisionInput) decision {
 		return decision{}
 	}
 	if again := m.answeredAt.Add(writeTimeout); m.isUnderWay(s.object, &a) && s.now.Before(again) {
-		return decision{why: "the answer is under way", again: again}
+		return decision{why: "this router's answer is under way", again: again}
 	}
 	if d, ok := m.answerWithStep(s, &a); ok {
 		return d
 	}
 	data := map[string]string{m.key(): a.String()}
 	return decision{
-		action: actWrite, answer: &a, why: fmt.Sprintf("answer step %d", a.step),
+		action: actWrite, answer: &a, why: fmt.Sprintf("this router is answering step %d", a.step),
 		write: &handoffWrite{uid: s.object.uid, data: data},
 	}
 }
@@ -390,11 +392,11 @@ func (m *member) isUnderWay(o *handoffObject, a *stepAnswer) bool {
 		a.equal(&m.lastAnswer)
 }
 
-// answerWithStep decides whether the answer goes with the next step. If all other members have
-// answered, and nothing else is in the way of that step, the answer and the step are one write.
-// If only the answers of others are lacking, the first router by name waits for them. Else ok
-// is false, and the answer goes alone; so it does once the present step and the newest table
-// are answerWait old. So there is one write in place of two, and no other comes in between.
+// answerWithStep decides whether the answer goes with the next step: one write in place of two,
+// with no other write in between. It does if all other members have answered, and nothing else
+// is in the way of that step. If only answers of others are missing, the first router by name
+// waits for them, until the present step and the newest table are answerWait old. In all other
+// cases ok is false, and the answer goes alone.
 func (m *member) answerWithStep(s *decisionInput, a *stepAnswer) (d decision, ok bool) {
 	until := latest(m.newestAt, m.stepAdoptedAt).Add(answerWait)
 	if !s.now.Before(until) {
@@ -482,7 +484,7 @@ func (m *member) leave(s *decisionInput) decision {
 	if id, ok := p.members[m.name]; !ok || id.UID != m.uid {
 		return waiting("this router has left")
 	}
-	return m.writePlan(s, p.withMember(m.name, nil), nil, s.now, "leave")
+	return m.writePlan(s, p.withMember(m.name, nil), nil, s.now, "this router is leaving")
 }
 
 // join makes this router a member, once it has a table, in place of a container or a pod
@@ -498,7 +500,7 @@ func (m *member) join(s *decisionInput) decision {
 		return decision{}
 	case m.newest == nil && isNamed && !isAny:
 		next := p.withMember(m.name, nil)
-		return m.writePlan(s, next, nil, s.now, "remove the container before")
+		return m.writePlan(s, next, nil, s.now, "this router is removing the container before it")
 	case m.newest == nil:
 		return waiting("this router has no table")
 	case !s.doneHere:
@@ -506,7 +508,7 @@ func (m *member) join(s *decisionInput) decision {
 	}
 	a := m.answer(s)
 	next := p.withMember(m.name, &memberID{m.uid, m.instance})
-	return m.writePlan(s, next, &a, s.now, "join")
+	return m.writePlan(s, next, &a, s.now, "this router is joining")
 }
 
 // waitForStep returns the decision to wait until the view's step is done in this router.
@@ -533,7 +535,7 @@ func (m *member) remove(s *decisionInput) decision {
 	if dead == "" {
 		return decision{}
 	}
-	return m.writePlan(s, p.withMember(dead, nil), nil, m.turn(s, alive), "remove "+dead)
+	return m.writePlan(s, p.withMember(dead, nil), nil, m.turn(s, alive), "this router is removing "+dead)
 }
 
 // isGone reports whether the pod that GET returned, nil for 404, proves that the member's
@@ -553,7 +555,7 @@ func (m *member) storeCount(s *decisionInput) decision {
 	next := *p
 	next.backends = s.backends
 	at := m.turn(s, slices.Collect(maps.Keys(p.members)))
-	return m.writePlan(s, &next, nil, at, "store the number of backends")
+	return m.writePlan(s, &next, nil, at, "this router is storing the number of backends")
 }
 
 // writeStep writes the next step, after the answer of this router.
@@ -601,7 +603,7 @@ func (m *member) writeStepWith(s *decisionInput, a *stepAnswer) decision {
 	if allBlank || len(next.records) == 1 && len(v.records) > 1 {
 		p.oldestSince = planStep{p.epoch, p.step}
 	}
-	return m.writePlan(s, &p, a, at, fmt.Sprintf("step %d", p.step))
+	return m.writePlan(s, &p, a, at, fmt.Sprintf("this router is writing step %d", p.step))
 }
 
 // stepTime returns how long a step that moves namespaces lasts at least, with this many
@@ -610,8 +612,8 @@ func stepTime(routers int) time.Duration {
 	return minStepTime * time.Duration(max(3, routers)) / 3
 }
 
-// agreedMark returns how far the next step may go: as far as all members say that know
-// the tables of the plan. writers are those of these whose process is known, sorted;
+// agreedMark returns how far the next step may go: as far as all members allow that know
+// the tables of the plan. writers are the members among them whose process is known, sorted;
 // allBlank is true if no member knows the tables. agreedMark returns an error if a member
 // does not have the table with this ownersHash. A pod of anyInstance that has no table, and
 // so cannot join, is not asked.
@@ -657,7 +659,7 @@ func (m *member) bootstrap(s *decisionInput) decision {
 	if has.instance != m.instance || !has.isWithoutView() ||
 		(has.ownersHash == noTableHash) != (a.ownersHash == noTableHash) {
 		w := &handoffWrite{data: map[string]string{m.key(): a.String()}}
-		return m.writeIf(s, w, &a, s.now, "say that there is no plan")
+		return m.writeIf(s, w, &a, s.now, "this router is saying that it knows no plan")
 	}
 	if m.newest == nil || s.leaving {
 		return waiting("there is no plan, and this router has no table")
@@ -689,11 +691,11 @@ func (m *member) bootstrap(s *decisionInput) decision {
 		instance: m.instance, epoch: p.epoch, step: p.step,
 		ownersHash: a.ownersHash, next: mark{upto: allPlaces},
 	}
-	return m.writePlan(s, p, &first, m.turn(s, writers), "make the first plan")
+	return m.writePlan(s, p, &first, m.turn(s, writers), "this router is making the first plan")
 }
 
-// startEpoch gives p an epoch of its own, and a step above all that this router has seen. The
-// step may be that of an epoch which this router has begun and not seen, if its clock is behind.
+// startEpoch gives p an epoch of its own, and a step above all that this router has seen. If the
+// clock of this router is behind, an epoch that it has begun and not seen may have the same step.
 func (m *member) startEpoch(p *sharedPlan, s *decisionInput) {
 	last := m.highestStep
 	if s.object.plan != nil {
@@ -713,7 +715,7 @@ func (m *member) needsList(s *decisionInput) (d decision, ok bool) {
 	l := s.list
 	fresh := l != nil && l.uid == s.object.uid && l.version == s.object.version
 	if !fresh || !s.now.Before(l.at.Add(maxPodListAge)) {
-		return decision{action: actList, why: "list the router pods"}, false
+		return decision{action: actList, why: "this router is listing the router pods"}, false
 	}
 	if pod := l.pods[m.name]; pod.uid != m.uid {
 		return decision{
@@ -731,7 +733,7 @@ func (m *member) needsList(s *decisionInput) (d decision, ok bool) {
 func (m *member) reset(s *decisionInput) decision {
 	v := m.view
 	if at := m.turn(s, slices.Collect(maps.Keys(v.plan.members))); s.now.Before(at) {
-		return decision{why: "reset the plan", again: at}
+		return decision{why: "this router is about to reset the plan", again: at}
 	}
 	if d, ok := m.needsList(s); !ok {
 		return d
@@ -741,7 +743,7 @@ func (m *member) reset(s *decisionInput) decision {
 	if m.startEpoch(p, s); !v.mustAnswer {
 		p.oldestSince = planStep{p.epoch, p.step}
 	}
-	return m.writePlan(s, p, nil, s.now, "reset the plan")
+	return m.writePlan(s, p, nil, s.now, "this router is resetting the plan")
 }
 
 // mergeMembers returns the members of a reset: those of the object, those of the view,

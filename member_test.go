@@ -328,7 +328,7 @@ func (w *modelWorld) act(r *modelRouter) bool {
 			r.open = [4]uint64{}
 		}
 	case actWrite:
-		w.tell("%s: %s", strings.Fields(d.why)[0], r.pod)
+		w.tell("%s: %s", strings.Fields(strings.TrimPrefix(d.why, "this router is "))[0], r.pod)
 		w.count(d.write)
 		w.send(d.write)
 	}
@@ -832,7 +832,7 @@ func runModel(t *testing.T, rules modelRules, seeds uint64) map[string]int {
 // the same oldest table must also agree on the owners that it keeps.
 func TestModelUnderAttack(t *testing.T) {
 	seen := runModel(t, modelRules{hostile: true}, modelSeeds(500))
-	if seen["attack:"] < 500 || seen["reset:"] < 500 {
+	if seen["attack:"] < 500 || seen["resetting:"] < 500 {
 		t.Errorf("%v: the test has tested little", seen)
 	}
 }
@@ -841,7 +841,7 @@ func TestModelIsSafeAndLive(t *testing.T) {
 	seen := runModel(t, modelRules{}, modelSeeds(1000))
 	for what, n := range map[string]int{
 		"plan moves": 1500, "plan held": 1000, "plan of 3": 300, "plan without kept": 50,
-		"closes:": 1000, "reset:": 200, "make:": 500, "remove:": 200, "leave:": 10,
+		"closes:": 1000, "resetting:": 200, "making:": 500, "removing:": 200, "leaving:": 10,
 	} {
 		if t.Logf("%6d %s", seen[what], what); seen[what] < n {
 			t.Errorf("%d %s, want %d: the test has tested little", seen[what], what, n)
@@ -943,13 +943,13 @@ func TestModelNeedsRules(t *testing.T) {
 			}}},
 		{"a plan whose tables nobody knows is replaced", stuck, modelRules{
 			decision: func(_ *modelWorld, r *modelRouter, d *decision) {
-				if strings.HasPrefix(d.why, "step") && !r.view.knowsAll() {
+				if strings.Contains(d.why, "is writing step") && !r.view.knowsAll() {
 					*d = decision{}
 				}
 			}}},
 		{"a step that nobody can judge is held", twoOwners, modelRules{
 			decision: func(_ *modelWorld, r *modelRouter, d *decision) {
-				if strings.HasPrefix(d.why, "step") {
+				if strings.Contains(d.why, "is writing step") {
 					changePlan(d, func(p *sharedPlan) { p.allHeld = false })
 				}
 			}}},
@@ -964,7 +964,7 @@ func TestModelNeedsRules(t *testing.T) {
 			}}},
 		{"a reset is held", twoOwners, modelRules{
 			decision: func(_ *modelWorld, _ *modelRouter, d *decision) {
-				if strings.HasPrefix(d.why, "reset") {
+				if strings.Contains(d.why, "resetting the plan") {
 					changePlan(d, func(p *sharedPlan) { p.allHeld = false })
 				}
 			}}},
@@ -1056,7 +1056,7 @@ func TestResetCountsAllPods(t *testing.T) {
 	for name, rules := range map[string]modelRules{
 		"": {},
 		"members of the view only": {decision: func(_ *modelWorld, r *modelRouter, d *decision) {
-			if strings.HasPrefix(d.why, "reset") {
+			if strings.Contains(d.why, "resetting the plan") {
 				changePlan(d, func(p *sharedPlan) { p.members = r.view.plan.members })
 			}
 		}},
@@ -1125,7 +1125,7 @@ func (w *modelWorld) resetBy(resetter *modelRouter) (bad string) {
 // the last step of the resetter's view. Who has seen the next step takes that for the end of
 // it.
 func sinceTheStepBefore(_ *modelWorld, r *modelRouter, d *decision) {
-	if strings.HasPrefix(d.why, "reset") {
+	if strings.Contains(d.why, "resetting the plan") {
 		changePlan(d, func(p *sharedPlan) { p.oldestSince = planStep{r.view.plan.epoch, p.step} })
 	}
 }
@@ -1166,7 +1166,7 @@ func TestResetByOutsider(t *testing.T) {
 		rules := modelRules{}
 		if forgets {
 			rules.decision = func(_ *modelWorld, r *modelRouter, d *decision) {
-				if strings.HasPrefix(d.why, "reset") {
+				if strings.Contains(d.why, "resetting the plan") {
 					changePlan(d, func(p *sharedPlan) { p.oldestSince = r.view.plan.oldestSince })
 				}
 			}
@@ -1282,7 +1282,7 @@ func TestRemovedMemberEndsSessions(t *testing.T) {
 		t.Errorf("before the release it decides to %d: %s", d.action, d.why)
 	}
 	s.doneHere = true
-	if d := r.decide(s); d.action != actWrite || d.why != "join" {
+	if d := r.decide(s); d.action != actWrite || d.why != "this router is joining" {
 		t.Errorf("without sessions it decides to %d: %s", d.action, d.why)
 	}
 }
@@ -1346,7 +1346,7 @@ func TestMembersTakeTurns(t *testing.T) {
 		s := w.situationOf(r)
 		s.seenAt, r.stepAdoptedAt = s.now, s.now.Add(-time.Minute)
 		d := r.decide(s)
-		if r == first && (d.action != actWrite || !strings.HasPrefix(d.why, "step")) {
+		if r == first && (d.action != actWrite || !strings.Contains(d.why, "is writing step")) {
 			t.Errorf("the first decides to %d: %s", d.action, d.why)
 		}
 		if r == second && (d.action != actWait || d.again != s.now.Add(turnInterval)) {
@@ -1705,7 +1705,7 @@ func TestOldCopyIsNotContinued(t *testing.T) {
 func TestOldCopyBeforeTheFirstPlan(t *testing.T) {
 	firstPlan := func(change func(*modelRouter, *sharedPlan)) modelRules {
 		return modelRules{decision: func(_ *modelWorld, r *modelRouter, d *decision) {
-			if strings.HasPrefix(d.why, "make") {
+			if strings.Contains(d.why, "is making the first plan") {
 				changePlan(d, func(p *sharedPlan) { change(r, p) })
 			}
 		}}
@@ -1773,7 +1773,7 @@ func TestLeaveAfterRelease(t *testing.T) {
 	for _, released := range []bool{false, true} {
 		_, r, s := rested(2)
 		s.leaving, s.hasWork, s.doneHere = true, false, released
-		if left := r.decide(s).why == "leave"; left != released {
+		if left := r.decide(s).why == "this router is leaving"; left != released {
 			t.Errorf("released %t: leaves %t", released, left)
 		}
 	}

@@ -572,8 +572,8 @@ func (m *membership) writeMetrics(w metricsWriter) {
 	w.single("router_handoff_members", "gauge",
 		"Routers that share the hand-off, as this one knows.", float64(len(st.members)))
 	w.single("router_handoff_member", "gauge",
-		"1 if this router admits clients to all namespaces that are not being "+
-			"handed over.",
+		"1 if this router is a member that has all tables of the plan: it admits clients to all "+
+			"namespaces that are not being handed over.",
 		boolToFloat(st.whyNotAdmitting == ""))
 	sample := w.family("router_handoff_writes_total", "counter",
 		"Writes of the object of the hand-off, by result.")

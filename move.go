@@ -57,7 +57,7 @@ type mover struct {
 	steps        atomic.Int64 // steps that are done
 	moved        atomic.Int64 // sessions that moveSession has closed
 	cancelled    atomic.Int64 // sessions that stayed: a later change moved them back
-	backendStep  atomic.Int64 // the highest step that a backend has answered: see noteStep
+	backendStep  atomic.Int64 // the highest step that a backend has sent in a 409: see noteStep
 	leaving      atomic.Bool  // see leave
 
 	moving   atomic.Pointer[moveResult]   // the move under way, so far; nil for none
@@ -392,8 +392,8 @@ func (m *mover) noteStep(text string) bool {
 	return true
 }
 
-// raiseStep gives v, which is at rest, a step above all that backends have answered: another
-// router was ahead, or the clock was before this one started.
+// raiseStep gives v, which is at rest, a step above all steps that backends have sent in a 409.
+// Another router was ahead, or the clock was ahead before this router started.
 func (m *mover) raiseStep(v *view) {
 	if highest := m.backendStep.Load(); highest >= v.step {
 		nextView, plan := *v, *v.handoffPlan
@@ -464,8 +464,8 @@ func (m *mover) interval() time.Duration {
 	return time.Duration(float64(m.moveInterval) / m.shared.positiveRateShare())
 }
 
-// minMoveTime returns how long so many moves last at least: with -handoff=all those of all
-// routers together. Any goroutine may call it.
+// minMoveTime returns how long this number of moves takes at least: with -handoff=all the moves
+// of all routers together. Any goroutine may call it.
 func (m *mover) minMoveTime(sessions int64) time.Duration {
 	return time.Duration(sessions) * m.moveInterval
 }
@@ -518,7 +518,7 @@ func (m *mover) closeStepSessions(v *view) bool {
 
 // cutRequests cuts the plain requests that must not stay with their backends: those that
 // a step waits for, or with -handoff=off those whose owner changed, once they are
-// httpMoveTime old, and those of a pod that was replaced. A router that is no member of
+// httpMoveTime old, and all requests of a pod that was replaced. A router that is no member of
 // the hand-off has none at all. It returns when the next one has to be cut, zero if only
 // when something happens.
 func (m *mover) cutRequests(now time.Time) time.Time {
@@ -799,8 +799,8 @@ func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.T
 	return p, earliest(again, resume)
 }
 
-// moveToNewPods closes those of the sessions whose owner stays and has another pod: no
-// step does that.
+// moveToNewPods closes the sessions of due whose owner stays and has another pod: no step
+// does that.
 func (m *mover) moveToNewPods(due []queuedSession, now time.Time) {
 	for _, q := range due {
 		if !q.changesOwner() {

@@ -247,8 +247,8 @@ func isNotUnreserved(c rune) bool {
 func (p pattern) String() string { return "/" + strings.Join(p, "/") }
 
 // match returns the segment of the path at the placeholder, with its escapes. The
-// segments of the path must be those of the pattern, byte for byte, and that at the
-// placeholder must not be empty. Any others may follow.
+// other segments of the path must equal the segments of the pattern, byte for byte. The
+// segment at the placeholder must not be empty. Any others may follow.
 func (p pattern) match(path string) (segment string, ok bool) {
 	rest, more := strings.CutPrefix(path, "/")
 	for _, want := range p {

@@ -218,7 +218,7 @@ type peerPods struct {
 
 	turn chan struct{} // has an element while somebody owns what follows
 
-	// Owned by who put an element into turn.
+	// Only the goroutine that has put the element into turn may use these.
 	client  kubeClient
 	found   []peer
 	err     error

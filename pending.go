@@ -7,9 +7,9 @@ import (
 )
 
 // pendingLimit bounds the pending requests: upgrades that wait, dial, or are in the
-// handshake, plain requests that their owner has not got, and what abandon keeps. A
-// backend's requests cannot take the slots of the other backends' ones, whatever they
-// wait for: half of the limit is divided evenly among the backends. The
+// handshake, plain requests that their owner has not got, and what abandon keeps. Half of
+// the limit is divided evenly among the backends: requests for one backend cannot use the
+// slots that another backend has there, whatever they wait for. The
 // other half is a pool, of which a backend may take as many slots as it leaves free. So
 // there is room for the clients of the last backend that works, and for the many clients
 // that wait for one that restarts. The zero value counts none.
@@ -81,8 +81,8 @@ func (l *pendingLimit) add(ordinal, n int) {
 	}
 }
 
-// beyondShare returns how many of so many slots are beyond the share of the backend with
-// this ordinal. All requests that have no owner now have one slot together: those of
+// beyondShare returns how many of the taken slots are beyond the share of the backend with
+// this ordinal. All requests that have no owner now have one slot together: requests of
 // queueHeld and of ownerNotKnown count as unresolved. The caller holds mu.
 func (l *pendingLimit) beyondShare(ordinal, taken int) int {
 	if ordinal < 0 {
@@ -98,8 +98,8 @@ func (l *pendingLimit) inUse(ordinal int) (all, own int) {
 	return l.total, l.byBackend[max(ordinal, unresolved)]
 }
 
-// reserveHead counts n bytes more of heads that are kept, and reports whether so many are
-// allowed with this limit of pending requests. If not, it counts none.
+// reserveHead counts n more bytes of heads that are kept, and reports whether this limit of
+// pending requests allows that. If not, it counts none.
 func (l *pendingLimit) reserveHead(n, limit int) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -185,8 +185,8 @@ func (u *pendingRequest) abandon(conn net.Conn) {
 	u.flight = nil
 }
 
-// reserveHead counts n bytes of its head, in place of those that it counted before. It
-// reports whether so many are allowed with this limit of pending requests.
+// reserveHead counts n bytes of its head, in place of the bytes that it counted before. It
+// reports whether this limit of pending requests allows that.
 func (u *pendingRequest) reserveHead(n, limit int) bool {
 	ok := u.limit.reserveHead(n-u.headBytes, limit)
 	if ok {

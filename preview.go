@@ -223,8 +223,8 @@ func (p *preview) addUnresolved(current, next *table) {
 // isWhole reports whether p has what each router answers.
 func (p *preview) isWhole() bool { return p.Router != "" && p.Stamp != "" }
 
-// sumPreviews returns the preview for all routers: all are those of one each, at least one.
-// sharedRate says that the rate of moves is that of all together.
+// sumPreviews returns the preview for all routers. all has the preview of each, at least one.
+// sharedRate says that all routers together have the rate of moves.
 func sumPreviews(all []*preview, silent []silentRouter, sharedRate bool) *preview {
 	sum := *all[0]
 	sum.Silent = silent

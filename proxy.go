@@ -59,7 +59,7 @@ type proxy struct {
 	pendingUpgrades     pendingLimit
 	namespaceLimiter    *namespaceLimiter // nil: no limits
 	requestsChecked     atomic.Int64      // calls of check
-	handling            waitCount         // requests that net/http has, but for those of forwarder
+	handling            waitCount         // requests that net/http has, but for the requests of forwarder
 	betweenServers      sync.WaitGroup    // requests on their way from the fast path to ServeHTTP
 	upgradeDurations    *histogram        // from the head of an upgrade to its session
 	ownerWaits          *histogram        // of each wait for an owner
@@ -112,8 +112,9 @@ const healthPath = "/healthz"
 
 // answerHealth answers a load balancer that checks the client listener, and reports
 // whether it did: a request for healthPath without a namespace, whatever its Host. It
-// answers 503 when /readyz of the admin port does so because the router drains, or admits
-// nobody yet: then the load balancer has -drain-delay to send clients elsewhere.
+// answers 503 when /readyz of the admin port does so because the router drains, or does not
+// admit clients to all namespaces yet: then the load balancer has -drain-delay to send clients
+// elsewhere.
 func (p *proxy) answerHealth(w http.ResponseWriter, r *http.Request) bool {
 	if r.Method != http.MethodGet && r.Method != http.MethodHead || requestPath(r) != healthPath {
 		return false
@@ -446,7 +447,7 @@ func (p *proxy) requestContexts(
 }
 
 // errOwnerChanged says that the namespace got another owner during the handshake, or its
-// owner another pod. The client, which has read nothing yet, has to go to that one.
+// owner another pod. The client has read nothing yet, so it can go to the new owner or pod.
 var errOwnerChanged = errors.New("the namespace got another owner or pod during the handshake")
 
 // errMisdirected says that another backend answered at the owner's address (421).
@@ -807,7 +808,7 @@ func (p *proxy) writeMetrics(m metricsWriter) {
 	pending, _ := p.pendingUpgrades.inUse(0)
 	m.single("router_pending_upgrades", "gauge",
 		"Upgrades until they are sessions or answered, plain requests until their owner gets them, "+
-			"and both, once given up, until their owner has ended the connection.",
+			"and both, once abandoned, until their owner has ended the connection.",
 		float64(pending))
 	m.single("router_max_pending_upgrades", "gauge", "Limit of the pending upgrades.",
 		float64(p.limits.pendingUpgrades))

@@ -21,9 +21,9 @@ type redirect struct {
 	server   *http.Server
 }
 
-// newRedirect returns a redirect for the clients of l, which close closes. As on the client
-// listener, connections may begin with a header of the PROXY protocol. They come out of
-// fdLimit; it returns an error if that has no room for them and a client.
+// newRedirect returns a redirect for the clients of l. Its close also closes l. As on the client
+// listener, connections may begin with a header of the PROXY protocol. fdLimit counts all that
+// may be open; newRedirect returns an error if fdLimit has no room for them and a client.
 func newRedirect(p *proxy, l net.Listener, fdLimit *descriptorLimit) (*redirect, error) {
 	fdLimit.add(maxRedirectConns)
 	if used, limit, full := fdLimit.usage(); full {

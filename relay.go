@@ -165,7 +165,7 @@ type relay struct {
 	openSessions sync.WaitGroup          // wait waits for it
 	ended        [numCauses]atomic.Int64 // sessions
 	cut          [numCauses]atomic.Int64 // of these, those whose closing handshake was cut
-	unproven     atomic.Int64            // of the moved ones, those whose backend was reset
+	unproven     atomic.Int64            // moved sessions whose backend's connection was reset
 	durations    [numCauses]*histogram   // of the ended sessions
 
 	// podUIDs is the uid of each backend's present pod, by ordinal, for all backends
@@ -435,9 +435,9 @@ func (s *session) setCause(cause cause) bool {
 // isEnding reports whether the session has a cause: it ends or has ended.
 func (s *session) isEnding() bool { return cause(s.cause.Load()) != causeNone }
 
-// blocksNoStep reports whether the session itself keeps no step waiting: backendDone is
-// set, or the session is over. If its backend may still serve the namespace after that, there
-// is a flight for it.
+// blocksNoStep reports whether no step waits for this session: backendDone is set, or the
+// session is over. If its backend may still serve the namespace after that, there is a flight,
+// and steps wait for the flight.
 func (s *session) blocksNoStep() bool { return s.backendDone.Load() || s.counted.Load() }
 
 // filter returns the sessions for which match returns true, of those that are open at

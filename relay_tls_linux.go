@@ -218,7 +218,7 @@ func (p *poller) sendCloseNotify(s *session) {
 	}
 }
 
-// setTLS makes the tlsConn of a client that of the session.
+// setTLS makes t, the tlsConn of a client, the tlsConn of the session.
 func (p *poller) setTLS(s *session, t *tlsConn) {
 	if s.tls = t; t != nil {
 		t.setTransport(p.records, true)

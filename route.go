@@ -65,9 +65,9 @@ type table struct {
 	//
 	// ownersHash is a hash of the overrides (an ordinal for each namespace, or that it
 	// is kept), of the backends, of the cordon, and of hashVersion. How and where an
-	// override is written does not count, nor its resourceVersion: two contents can have
-	// the same one after a backup is restored. An override counts also if it names the
-	// owner that the hash gives, since with other backends it would not. keptHash is a
+	// override is written does not count. Nor does the resourceVersion: after a restore, two
+	// different versions of a ConfigMap can have the same. An override counts also if it names
+	// the owner that the hash gives, since with other backends it would not. keptHash is a
 	// hash of the owners of the kept namespaces.
 	ownersHash, keptHash uint64
 
@@ -172,8 +172,8 @@ func (t *table) resolveValues(set *overrideSet) (ordinals []int32) {
 	return ordinals
 }
 
-// mergeSources adds the overrides of all sources: those of one range of hashes of each
-// source, then those of the next range. The index slots of one range stay in the CPU's
+// mergeSources adds the overrides of all sources: first the overrides in one range of hashes, of
+// each source, then the overrides in the next range. The index slots of one range stay in the CPU's
 // cache, which halves the time for a million overrides of 30 sources. Only newTable calls
 // it.
 func (t *table) mergeSources(old *table) {

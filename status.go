@@ -91,7 +91,7 @@ type topStatus struct {
 
 // rejectedOverride is a rejected override in a status.
 type rejectedOverride struct {
-	Namespace string `json:"namespace"` // or the key, if it is that of no namespace
+	Namespace string `json:"namespace"` // or the key, if no namespace has this key
 	rejection
 }
 
@@ -303,7 +303,7 @@ type handoffStatus struct {
 	InProgress bool       `json:"in_progress"`
 	Progress   float64    `json:"progress"`         // about the share of namespaces that have it
 	ToMove     int64      `json:"sessions_to_move"` // of this router
-	Unproven   int64      `json:"unproven"`         // given up: router_handoff_unproven_total
+	Unproven   int64      `json:"unproven"`         // not seen to end in time: router_handoff_unproven_total
 	WaitingFor []stepWait `json:"waiting_for"`
 
 	Moving      *moveReceipt `json:"moving,omitempty"` // the move that goes on
@@ -436,7 +436,8 @@ func (m *mover) writeMetrics(w metricsWriter) {
 		"Open sessions whose owner, or its pod, changed and which have not been closed yet.",
 		float64(m.queue.size.Load()))
 	w.single("router_moved_sessions_total", "counter",
-		"Sessions that the router closed because their owner, or its pod, changed.",
+		"Sessions that the router closed because their owner, or its pod, changed, or because "+
+			"it was removed from the hand-off.",
 		float64(m.moved.Load()))
 	w.single("router_move_cancelled_total", "counter",
 		"Sessions that were to move and stayed, because a later change moved them back.",
@@ -461,14 +462,15 @@ func (m *mover) writeMetrics(w metricsWriter) {
 	names, seconds := waitSeconds(append(names, s.Members...), s.WaitingFor)
 	if len(names) > 0 {
 		waiting := w.family("router_handoff_waiting_seconds", "gauge",
-			"How long the step of a hand-off has waited for this backend to end its "+
-				"sessions and requests, or for this router.")
+			"For how many seconds the step of a hand-off has waited for this backend, which has "+
+				"to end its sessions and requests, or for this router, which has to answer.")
 		for _, name := range names {
 			waiting(seconds[name], "for", name)
 		}
 	}
 	w.single("router_handoff_unproven_total", "counter",
-		"Upgrades, plain requests and sessions that a backend may have served after they were given up.",
+		"Upgrades, plain requests and sessions whose end at the backend was not seen in time: "+
+			"the backend may still serve them.",
 		float64(s.Unproven))
 	if m.shared != nil {
 		m.shared.writeMetrics(w)
@@ -478,8 +480,8 @@ func (m *mover) writeMetrics(w metricsWriter) {
 // isWhole reports whether s has what each router answers.
 func (s *status) isWhole() bool { return len(s.Routers) == 1 && s.Routers[0].Name != "" }
 
-// sumStatus returns the status of all routers: all are those of one router each, at least
-// one, the first of which is not changed. All of them know the same objects and backends,
+// sumStatus returns the status of all routers: all has the status of each, at least one. The
+// first one is not changed. All of them know the same objects and backends,
 // unless they do not agree; so what comes from a table counts once, and what comes from
 // sessions adds up.
 func sumStatus(all []*status, silent []silentRouter) *status {
@@ -667,7 +669,7 @@ func (r *moveReceipt) sum(other *moveReceipt) moveReceipt {
 	return sum
 }
 
-// addReceipts returns the receipts of both lists, those of the same table added up.
+// addReceipts returns the receipts of both lists. It adds up receipts of the same table.
 func addReceipts(a, b []moveReceipt) []moveReceipt {
 	all := slices.Clone(a)
 	for i := range b {

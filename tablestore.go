@@ -353,7 +353,7 @@ func (r *tableStore) logSwap(t *table, all []sourceChange) {
 
 // writeMetrics writes the newest table, if there is one.
 func (r *tableStore) writeMetrics(m metricsWriter) {
-	m.single("router_table_updates_total", "counter", "Routing tables that the router has made, with other owners or another source.",
+	m.single("router_table_updates_total", "counter", "Routing tables that the router has made, because overrides, backends or the cordon changed.",
 		float64(r.swaps.Load()))
 	r.applyDurations.write(m, "router_table_apply_duration_seconds",
 		"How long it took to make a routing table.")

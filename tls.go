@@ -175,8 +175,8 @@ func (s *tlsServer) endTurn(t *tlsConn) {
 }
 
 // pause calls wait, which reads from the client of a handshake, or writes to it. Meanwhile
-// the handshake does not compute, so another one may. end ends wait, from any goroutine:
-// see tlsHandshakeList.during. pause returns when it is the turn of t again, or the error of
+// the handshake does not compute, so another one may. end stops wait; any goroutine may call
+// it: see tlsHandshakeList.during. pause returns when it is the turn of t again, or the error of
 // takeTurn.
 func (s *tlsServer) pause(t *tlsConn, end, wait func()) error {
 	s.endTurn(t)
@@ -206,8 +206,8 @@ type tlsHandshakeList struct {
 
 // during calls wait, which waits for the client of a handshake. Meanwhile the handshake is in
 // the list. If the list is full, during first ends the handshake that has waited for longest,
-// to make room: it calls the end that came with that one. end must not block, and may come
-// after wait has returned.
+// to make room: it calls the end of that handshake. end must not block. It may be called after
+// wait has returned.
 func (l *tlsHandshakeList) during(end, wait func()) {
 	l.mu.Lock()
 	place := l.all.PushBack(end)

@@ -90,8 +90,8 @@ func (t *topNamespaces) loads(r *relay) []namespaceLoad {
 	return loads
 }
 
-// largest returns the topSize loads for which size is largest, in that order, and those of
-// one size in the order of their names.
+// largest returns the topSize loads for which size is largest, in that order. Loads of the same
+// size are in the order of their names.
 func largest(loads []namespaceLoad, size func(*namespaceLoad) int64) []namespaceLoad {
 	top := make([]namespaceLoad, 0, topSize+1)
 	for i := range loads {

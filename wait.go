@@ -61,7 +61,7 @@ func (w wakeup) notify() {
 	}
 }
 
-// waitCount is a number that can be waited for until it is 0. Unlike that of a
+// waitCount is a number, and goroutines can wait until it is 0. Unlike the number of a
 // sync.WaitGroup, it may rise from 0 meanwhile. The zero value is 0.
 type waitCount struct {
 	mu   sync.Mutex
