@@ -548,6 +548,10 @@ func (a *admin) addHandoff(o *ownership, inTable int, namespace string) (ordinal
 		o.Next, o.Owner = o.Owner, ""
 		o.Error = cmp.Or(m.whyNotReady(), "this router does not know the owner yet")
 		return unresolved
+	case now.state == stateUnresolved && o.Owner != "":
+		o.Next, o.Owner = o.Owner, ""
+		o.Error = "its owner is not known until it has moved: clients get 503"
+		return unresolved
 	}
 	return inTable
 }

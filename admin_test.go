@@ -281,6 +281,36 @@ func answered(a *admin, path string) *http.Response {
 	return w.Result()
 }
 
+// A namespace whose owner nobody knows stays so until its turn to move: /owner says that, and
+// not only who is next.
+func TestOwnerNotKnownBeforeItsTurn(t *testing.T) {
+	var there atomic.Bool
+	p := startProxy(t, []string{refusingAddr(t), refusingAddr(t)}, map[string]string{"ns-01": "junk"}, func(p *proxy) {
+		p.mover.targets.probe = func(context.Context, int) error {
+			if there.Load() {
+				return nil
+			}
+			return errors.New("nobody there")
+		}
+	})
+	a := &admin{proxy: p.proxy, fdLimit: wideDescriptorLimit(t), logQueue: newLogQueue(io.Discard), started: time.Now()}
+	type answer struct{ Owner, Next, Why, Error string }
+	waitAnswer := func(want answer) {
+		t.Helper()
+		eventually(t, "the answer", want, func() (got answer) {
+			must(t, json.NewDecoder(answered(a, "/owner?namespace=ns-01&dial=0").Body).Decode(&got))
+			return got
+		})
+	}
+	waitAnswer(answer{Why: whyUnresolved})
+	p.override("2", map[string]string{"ns-01": "backend-1", "ns-02": "backend-0"})
+	waitAnswer(answer{Next: "backend-1", Why: whyOverride,
+		Error: "its owner is not known until it has moved: clients get 503"})
+	there.Store(true)
+	p.override("3", map[string]string{"ns-01": "backend-1"})
+	waitAnswer(answer{Owner: "backend-1", Why: whyOverride})
+}
+
 // While a step waits for a backend, all answers say so, and none afterwards.
 func TestStatusOfAStep(t *testing.T) {
 	var there atomic.Bool
@@ -307,7 +337,7 @@ func TestStatusOfAStep(t *testing.T) {
 		t.Helper()
 		eventually(t, path+" contains "+want, true, func() bool { return strings.Contains(ask(path), want) })
 	}
-	contains("/status", `"in_progress":false,"done":1,`)
+	contains("/status", `"in_progress":false,"progress":1,`)
 	client := p.open(t, "ns-01")
 	p.waitSessions(t, 1)
 	p.override("42", map[string]string{"ns-01": "backend-1"})
@@ -325,7 +355,7 @@ func TestStatusOfAStep(t *testing.T) {
 	}
 	p.relay.endAll(causeDrain)
 	client.Close()
-	contains("/status", `"in_progress":false,"done":1,`)
+	contains("/status", `"in_progress":false,"progress":1,`)
 	contains("/metrics", `router_handoff_waiting_seconds{for="backend-0"} 0`+"\n")
 }
 

@@ -115,7 +115,7 @@ func TestPlanFaults(t *testing.T) {
 		{`"uid":"u"`, `"uid":""`, `uid of r is ""`},
 		{`"instance":"i"`, `"instance":"-"`, `instance of r is "-"`},
 		{`{"r":`, `{"":`, `name of a member is ""`},
-		{`00000000000000aa`, `aa`, `record 0: content is "aa", want 16 hexadecimal digits`},
+		{`00000000000000aa`, `aa`, `record 0: ownersHash is "aa", want 16 hexadecimal digits`},
 		{`00000000000000aa`, `00000000000000AA`, `ownersHash is "00000000000000AA"`},
 		{`{"ownersHash":"00000000000000aa"},`, ``, `record 0: record is "00000000000000bb", want before and after in all`},
 		{`"before":{"upto":"0000000000000000"},`, ``, `record 1: record is "00000000000000bb", want before and after`},
