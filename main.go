@@ -33,10 +33,15 @@
 //	               cordon, the sessions of these namespaces move away
 //	scaled in      of a backend: it owns nothing any more, as there are fewer backends
 //	table          what gives each namespace its owner
-//	kept           of a namespace: its override is invalid or disputed, and its owner stays
+//	in force       of overrides, a cordon, a certificate: the router goes by them, and not by
+//	               what it has refused; of a view: clients get the owners that it says
+//	invalid        of an override: its value names no backend of the table, or no namespace can
+//	               have its key
+//	rejected       of an override: it is invalid, or in conflict with another source's
+//	kept           of a namespace: its override is rejected, and its owner stays
 //	unresolved     of a kept namespace: nobody knows its previous owner, so it has none
 //	stamp          a hash of a table: where it is the same, all owners are the same
-//	content        such a hash without the owners of kept namespaces
+//	ownersHash     such a hash without the owners of kept namespaces
 //	upgrade        a request for a WebSocket
 //	session        the WebSocket that comes of it, as the router carries it
 //	plain request  no upgrade
@@ -54,7 +59,8 @@
 //	place          of a namespace: where it is in the order in which namespaces move
 //	slot           of a limit: one of the requests or sessions that it allows; of a poller:
 //	               where an event finds its session
-//	held           of a namespace: it is handed over, and its clients wait
+//	held           of a namespace: it is handed over, and its clients wait. A client is also held
+//	               (-hold) while its owner cannot be reached
 //	away           of a new owner: it takes no connections yet, so its namespaces stay
 //	plan           how far a change has come: its last step, and a record for each table
 //	record         a table in a plan, with two marks: before the last step, and after it; one
