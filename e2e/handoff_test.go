@@ -80,8 +80,8 @@ func TestOverlap(t *testing.T) {
 	}
 }
 
-// passerby opens sessions of random namespaces, so many a second, and closes each after its
-// first message.
+// passerby opens sessions of random namespaces, so many a second, and closes each after
+// visitTime.
 type passerby struct {
 	mu      sync.Mutex
 	waited  []time.Duration // until the first message. Guarded by mu.
@@ -113,22 +113,41 @@ func (s *system) passBy(ctx context.Context, namespaces []string, perSecond int)
 	return p, stop
 }
 
-// visit opens a session and closes it. One that ends before its first message was moved; on
-// a machine with too much to do, nginx ends connections whose client is slow.
+// visitTime is how long a visitor stays: long enough that routers that do not wait for each
+// other are seen to have a namespace open on two backends.
+const visitTime = time.Second
+
+// visit opens a session, and stays for visitTime or until the session is moved or ctx ends. A
+// session that ends before its first message was moved; on a machine with too much to do, nginx
+// ends connections whose client is slow.
 func (p *passerby) visit(ctx context.Context, d *dialer, namespace string) {
 	began := time.Now()
 	session, err := d.open(ctx, namespace)
-	if err == nil {
-		defer session.conn.Close(websocket.StatusNormalClosure, "")
-	}
 	p.mu.Lock()
-	defer p.mu.Unlock()
 	switch {
 	case err == nil:
 		p.waited = append(p.waited, time.Since(began))
 	case ctx.Err() == nil && errors.As(err, new(refusal)):
 		p.refused = append(p.refused, fmt.Errorf("%s after %s: %w", namespace, time.Since(began).Round(time.Millisecond), err))
 	}
+	p.mu.Unlock()
+	if err != nil {
+		return
+	}
+	ended := make(chan struct{})
+	go func() { // it answers a Close frame
+		defer close(ended)
+		for err := error(nil); err == nil; {
+			_, _, err = session.conn.Read(context.WithoutCancel(ctx))
+		}
+	}()
+	select {
+	case <-ended:
+	case <-ctx.Done():
+	case <-time.After(visitTime):
+	}
+	session.conn.Close(websocket.StatusNormalClosure, "")
+	<-ended
 }
 
 // seen returns how long the visitors had to wait, and who was refused.

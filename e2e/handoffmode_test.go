@@ -127,7 +127,7 @@ func TestHandoffModes(t *testing.T) {
 		c.moveUnderVisits("handoff, " + mode)
 		two := c.twoOwners()
 		t.Logf("handoff, %s: %d of %d namespaces had two owners at once, for %s", mode, len(two), len(c.names), two)
-		if two.percentile(100) < 50*time.Millisecond { // how long depends on how the sessions fall
+		if two.percentile(100) < 50*time.Millisecond { // some visits last visitTime
 			t.Errorf("-handoff=%s: namespaces had two owners for %s at most, want 50 ms or more", mode, two.percentile(100))
 		}
 		c.leave()
