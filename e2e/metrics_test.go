@@ -117,7 +117,7 @@ func labelValues() map[string]string {
 // TestMetrics reads /metrics of every router with Prometheus's parser, and
 // sees counters follow what clients do.
 func TestMetrics(t *testing.T) {
-	const sessions, watches = 25, 3 // of the ConfigMap, the StatefulSet and the EndpointSlices
+	const sessions, watches = 25, 4 // of the ConfigMap, the StatefulSet, the EndpointSlices and the hand-off
 	s := newSystem(t)
 	routers := s.routers(t.Context())
 	for _, r := range routers {
