@@ -68,14 +68,25 @@ func (p *handoffPlan) isAtRest(ownersHash uint64) bool {
 	return len(p.records) == 1 && p.records[0].ownersHash == ownersHash
 }
 
-// maxRecords is how many tables a plan has at most. A further table has to wait until all
-// namespaces have moved to the newest one of the plan: see handoffPlan.nextOwnersHash.
-const maxRecords = 3
+// What a plan has at most. A further table has to wait until all namespaces have moved to the
+// newest one of the plan: see handoffPlan.nextOwnersHash.
+const (
+	maxPlanTables = 3
+	maxRecords    = 4 // so a plan with two tables has room for a third and for a second record
+)
 
 // isFull reports whether the plan can take no further table: namespaces have moved to the
 // last one that it can have.
 func (p *handoffPlan) isFull() bool {
-	return len(p.records) >= maxRecords && !p.newestRecord().after.isEmpty()
+	records := p.records
+	if len(records) > 1 && p.newestRecord().after.isEmpty() { // next drops it
+		records = records[:len(records)-1]
+	}
+	tables := map[uint64]bool{}
+	for _, r := range records {
+		tables[r.ownersHash] = true
+	}
+	return len(records) >= maxRecords || len(tables) >= maxPlanTables
 }
 
 // nextOwnersHash returns the ownersHash of the table to which the next step moves namespaces,
@@ -105,11 +116,12 @@ func (p *handoffPlan) doneRecords() []planRecord {
 // owners in the table with this ownersHash. The view of the new plan holds these namespaces: their
 // old owners must have ended all sessions and requests before the new owners get clients.
 //
-// If nothing has moved to the newest table yet, that table is dropped. An owner that was
-// away may be back: then next adds a second record of the newest table, if there is room. The
-// mark of the second record is empty at first, so the namespaces that waited for the owner move
-// at the pace too. Once the newest table covers everything, before the step and after it, it becomes
-// the only one.
+// If nothing has moved to the newest table yet, that table is dropped. If other owners are away
+// than in the step before, next adds a second record of the newest table, if there is room. Its
+// mark is empty at first. So the namespaces that waited for an owner that is back move at the
+// pace too, and those that have moved to an owner that is away now stay with it. Without room,
+// namespaces move to an owner that is away now, and an owner that is back gets all its
+// namespaces in one step. Once the newest table covers everything, before the step and after it, it becomes the only one.
 func (p *handoffPlan) next(ownersHash uint64, m mark, now time.Time) *handoffPlan {
 	next := &handoffPlan{step: stepAbove(p.step, now), records: p.doneRecords()}
 	if len(next.records) > 1 && next.newestRecord().after.isEmpty() {
@@ -120,17 +132,22 @@ func (p *handoffPlan) next(ownersHash uint64, m mark, now time.Time) *handoffPla
 	}
 	newest := next.newestRecord()
 	if len(next.records) == 1 || newest.ownersHash != ownersHash ||
-		len(next.records) < maxRecords && returns(newest.after.away, m.away) {
+		len(next.records) < maxRecords && !newest.after.isComplete() &&
+			!slices.Equal(newest.after.away, m.away) {
 		next.records = append(next.records, planRecord{ownersHash: ownersHash})
 	}
 	next.setMark(m)
 	return next
 }
 
-// setMark sets the mark of the newest record, which covers no less than before. If the
-// record covers everything before the step and after it, it becomes the only one.
+// setMark sets the mark of the newest record, which covers no less than before: once it covers
+// anything, no owner becomes away. If the record covers everything before the step and after
+// it, it becomes the only one.
 func (p *handoffPlan) setMark(m mark) {
 	newest := p.newestRecord()
+	if !newest.before.isEmpty() {
+		m.away = intersection(newest.before.away, m.away)
+	}
 	m.upto = max(m.upto, newest.before.upto)
 	newest.after = m
 	if newest.before.isComplete() && newest.after.isComplete() {
@@ -138,11 +155,9 @@ func (p *handoffPlan) setMark(m mark) {
 	}
 }
 
-// returns reports whether an owner of before is not in now.
-func returns(before, now []int) bool {
-	return slices.ContainsFunc(before, func(ordinal int) bool {
-		return !slices.Contains(now, ordinal)
-	})
+// intersection returns the elements of a that b has too.
+func intersection(a, b []int) []int {
+	return slices.DeleteFunc(slices.Clone(a), func(ordinal int) bool { return !slices.Contains(b, ordinal) })
 }
 
 // union returns the sorted elements of both sets.
@@ -152,24 +167,15 @@ func union(a, b []int) []int {
 	return slices.Compact(all)
 }
 
-// nextBounded returns the plan after p, as next does, with at most maxRecords records.
-// If p is full, no table is added until the newest one covers everything. An owner that
-// comes back in that time gets all its namespaces in one step. Once an ordinal is in scaledIn,
-// it is never removed. The caller sets the step.
+// nextBounded returns the plan after p, as next does, for a router whose newest table has this
+// ownersHash. If p is full, no table is added until the newest one covers everything. Once an
+// ordinal is in scaledIn, it is never removed. The caller sets the step.
 func (p *handoffPlan) nextBounded(ownersHash uint64, m mark, now time.Time) *handoffPlan {
-	newest := p.newestRecord()
-	if newest.ownersHash == p.nextOwnersHash(ownersHash) {
+	ownersHash = p.nextOwnersHash(ownersHash)
+	if newest := p.newestRecord(); newest.ownersHash == ownersHash {
 		m.scaledIn = union(m.scaledIn, newest.after.scaledIn)
 	}
-	if !p.isFull() {
-		return p.next(ownersHash, m, now)
-	}
-	next := &handoffPlan{records: p.doneRecords()}
-	m.away = slices.DeleteFunc(slices.Clone(newest.after.away), func(ordinal int) bool {
-		return !slices.Contains(m.away, ordinal)
-	})
-	next.setMark(m)
-	return next
+	return p.next(ownersHash, m, now)
 }
 
 // isSame reports whether next moves no namespace, and has the tables of p.
@@ -264,15 +270,7 @@ func (v *view) next(t *table, m mark, now time.Time) *view {
 
 // wouldChange reports whether next would make another plan than v's.
 func (v *view) wouldChange(ownersHash uint64, m *mark) bool {
-	newest := v.newestRecord()
-	switch {
-	case newest.ownersHash != ownersHash:
-		return true
-	case newest.after.isComplete():
-		return true // it becomes the only table
-	}
-	raised := mark{upto: max(m.upto, newest.after.upto), away: m.away, scaledIn: m.scaledIn}
-	return !newest.after.equal(&raised)
+	return !v.isSame(v.handoffPlan.next(ownersHash, *m, time.Time{}))
 }
 
 // scaledInOwners returns the ordinals, sorted, of the backends that a table of v has, and t

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"slices"
 	"testing"
 	"time"
 )
@@ -95,6 +96,69 @@ func TestViewChangesOwnersOnlyWhileHeld(t *testing.T) {
 	if held < 1000 || moved < 1000 || kept < 1000 {
 		t.Errorf("%d held, %d moved, %d kept: the test has tested little", held, moved, kept)
 	}
+}
+
+// A namespace that has moved stays with its new owner, also when that accepts no connection any
+// more while the change is under way, for example as its pod restarts (invariant 7). Only
+// another table gives the namespace another owner.
+func TestStepTakesNothingBack(t *testing.T) {
+	namespaces := manyNamespaces(24)
+	at := time.UnixMilli(0)
+	for name, next := range map[string]func(v *view, t *table, m mark) *handoffPlan{
+		"single": func(v *view, t *table, m mark) *handoffPlan { return v.handoffPlan.next(t.ownersHash, m, at) },
+		"all":    func(v *view, t *table, m mark) *handoffPlan { return v.nextBounded(t.ownersHash, m, at) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			moved, stayed := 0, 0
+			for seed := range uint64(3000) {
+				r := rand.New(rand.NewPCG(seed, 6))
+				first := newTable("backend", false, ordinalRange{0, 5}, nil, nil, nil)
+				second := newTable("backend", false, ordinalRange{0, 5}, nil,
+					[]sourceContent{contentOf("test", "1", pinnedAnywhere(r, namespaces))}, first)
+				v := newView(first, nil, at)
+				for range 12 {
+					m := randomMark(r)
+					m.scaledIn = nil // nothing is
+					following := &view{handoffPlan: next(v, second, m), done: true}
+					for _, record := range following.records {
+						following.tables = append(following.tables, map[uint64]*table{
+							first.ownersHash: first, second.ownersHash: second}[record.ownersHash])
+					}
+					for _, ns := range namespaces {
+						before, after, owner := v.after(ns), following.after(ns), 0
+						if owner, _ = second.wantedOwner(ns); before != owner {
+							if after == owner {
+								moved++
+							}
+							continue
+						}
+						if after != owner {
+							t.Fatalf("seed %d: %s had moved to %d, and is with %d: %v", seed, ns, owner, after, following.records)
+						}
+						if slices.Contains(m.away, owner) {
+							stayed++
+						}
+					}
+					if len(following.records) > maxRecords {
+						t.Fatalf("seed %d: %d records", seed, len(following.records))
+					}
+					v = following
+				}
+			}
+			if moved < 1000 || stayed < 1000 {
+				t.Errorf("%d moved, %d stayed with an owner that was away: the test has tested little", moved, stayed)
+			}
+		})
+	}
+}
+
+// pinnedAnywhere gives each namespace one of five backends.
+func pinnedAnywhere(r *rand.Rand, namespaces []string) map[string]string {
+	data := map[string]string{}
+	for _, ns := range namespaces {
+		data[ns] = fmt.Sprintf("backend-%d", r.IntN(5))
+	}
+	return data
 }
 
 // However a change was begun, two steps that cover everything end it: each namespace has

@@ -1544,9 +1544,9 @@ func TestAnswerIsSentOnce(t *testing.T) {
 	}
 }
 
-// A plan has at most three tables, whatever the edits and the owners that are away, and
-// comes to rest when all is there.
-func TestPlanHasThreeRecords(t *testing.T) {
+// A plan has at most three tables and four records, whatever the edits and the owners that are
+// away, and comes to rest when all is there.
+func TestPlanIsBounded(t *testing.T) {
 	full := 0
 	for seed := range uint64(2000) {
 		r := rand.New(rand.NewPCG(seed, 5))
@@ -1557,8 +1557,12 @@ func TestPlanHasThreeRecords(t *testing.T) {
 				m.upto = uint64(r.IntN(100))
 			}
 			p = p.nextBounded(1+r.Uint64N(4), m, time.UnixMilli(0))
-			if len(p.records) > maxRecords {
-				t.Fatalf("seed %d: %d records", seed, len(p.records))
+			tables := map[uint64]bool{}
+			for _, record := range p.records {
+				tables[record.ownersHash] = true
+			}
+			if len(p.records) > maxRecords || len(tables) > maxPlanTables {
+				t.Fatalf("seed %d: %d records of %d tables", seed, len(p.records), len(tables))
 			}
 			if p.isFull() {
 				full++
