@@ -27,7 +27,7 @@ const (
 	byHash        = -1 // the hash gives the owner, as without an override
 	unresolved    = -2 // there is no owner, or this router may serve none (invariant 3)
 	invalidValue  = -3 // the override's value names no existing backend
-	queueHeld     = -4 // the queue of requests whose namespace is held; it is never ready
+	queueHeld     = -4 // the queue, never ready, of requests whose namespace is held or owner not known
 	ownerNotKnown = -5 // a table that this router does not have gives the owner: any backend
 )
 

@@ -89,7 +89,7 @@ func (r *eventRecorder) reportChange(o apiObject, c sourceChange) {
 // does not block.
 func (r *eventRecorder) reportMove(o apiObject, m moveResult) {
 	message := fmt.Sprintf("%s moved %d namespaces, %d sessions in %.1f s, "+
-		"each namespace held for %.1f s at most, %d cut, %d cancelled, for table %s",
+		"each namespace held for %.1f s at most, %d cut, %d cancelled, for overrides %s",
 		r.podName, m.namespaces, m.sessions, m.time.Seconds(), m.longestHold.Seconds(),
 		m.cut, m.cancelled, m.overridesVersion)
 	r.enqueue(o, "Normal", "SessionsMoved", r.podName+time.Now().String(), message)
@@ -134,7 +134,7 @@ func rejectedMessage(c sourceChange) string {
 // enqueue queues an Event about the object, of type kind: "Normal" or "Warning". It drops
 // the Event if the queue is full. All routers give the same Event the same name, so that
 // the API server accepts it only once. identity distinguishes Events of one reason about
-// one version of the object: the table's content and the StatefulSet's revision for
+// one version of the object: the table's ownersHash and the StatefulSet's specID for
 // overrides, the text for a cordon, the router and the time for a move, the text and the time
 // for a certificate.
 func (r *eventRecorder) enqueue(o apiObject, kind, reason, identity, message string) {

@@ -259,7 +259,7 @@ func TestEventOfAMove(t *testing.T) {
 			c.reportMove(receipt)
 			var e kubeEvent
 			must(t, json.Unmarshal(server.request(t).body, &e))
-			const want = "router-x moved 14 namespaces, 3201 sessions in 16.1 s, each namespace held for 0.1 s at most, 12 cut, 1 cancelled, for table 7"
+			const want = "router-x moved 14 namespaces, 3201 sessions in 16.1 s, each namespace held for 0.1 s at most, 12 cut, 1 cancelled, for overrides 7"
 			if e.Type != "Normal" || e.Reason != "SessionsMoved" || e.Message != want || e.InvolvedObject.Name != "routes" {
 				t.Errorf("%+v, want %q about routes", e, want)
 			}

@@ -26,7 +26,7 @@ type flight struct {
 
 	// Of a plain request only.
 	began time.Time
-	cut   func() // makes it end soon; must not block; nil for an upgrade
+	cut   func() // makes it end soon; must not block; nil for an upgrade or an ended session
 	isCut bool   // cut was called; guarded by flights.mu
 }
 

@@ -62,8 +62,8 @@ var errClientGone = errors.New("the client left")
 var errBadBody = errors.New("the body must be valid chunks (RFC 9112 §7.1)")
 
 // errMoved is the cause that ends an exchange whose namespace has another owner now, or the
-// same owner with another pod.
-var errMoved = errors.New("its namespace moved to another owner, or its backend was replaced")
+// same owner with another pod, or whose router was removed from the members.
+var errMoved = errors.New("its namespace moved to another owner, its backend was replaced, or this router is no member of the hand-off any more")
 
 // newForwarder returns a forwarder. addDescriptors is called for the descriptors of
 // connections that it keeps. The caller calls stop.

@@ -509,7 +509,7 @@ func switchingWith(fields string) string {
 //     "503 Service Unavailable", Retry-After: 1, Connection: close, Content-Length: 0 by
 //     itself): something else in the process would have to take the descriptors that are kept
 //     for clients. fastpath_linux_test.go does that.
-//   - a session with the pod that the backend was before (awaitOld): the client gets the
+//   - a session with the pod that the backend was before (oldPodSessionsDone): the client gets the
 //     answer of "503 no owner in time", since only the reason in the log is another. It
 //     needs the API server: move_test.go has it.
 //   - errors of hijack and of the write of the 101: the client is gone, and gets nothing.

@@ -59,8 +59,8 @@ type sharedPlan struct {
 	handoffPlan
 	epoch  string // of all plans since the first one, or since a reset
 	writes int64  // how often a plan of this epoch was written
-	// oldestSince is the step since which the first record is the first one: see
-	// member.oldestTable.
+	// oldestSince is the step that made the table of records[0] the first one. Only routers that
+	// were members then know the owners of its kept namespaces: see member.oldestTable.
 	oldestSince planStep
 	members     map[string]memberID // by pod name
 	backends    *backendCount       // nil if not stored
@@ -241,7 +241,7 @@ const maxOrdinal = 1<<31 - 1
 //	 "backends":{"count":4, "uid":"…", "generation":7}}
 //
 // An ownersHash and a place have 16 hexadecimal digits. The first record has no marks.
-// allHeld and backends may be absent. removed is mark.scaledIn.
+// allHeld and backends may be absent.
 type planJSON struct {
 	Version     int                 `json:"version"`
 	Epoch       string              `json:"epoch"`

@@ -31,7 +31,7 @@
 //	override       an entry of a ConfigMap, or a file, that names the owner of a namespace
 //	cordon         the backends to which the hash gives no namespaces; unlike with kubectl's
 //	               cordon, the sessions of these namespaces move away
-//	scaled in      of a backend: it owns nothing any more, as there are fewer backends
+//	scaled in      of a backend: the newest table gives it nothing, as there are fewer backends
 //	table          what gives each namespace its owner
 //	in force       of overrides, a cordon, a certificate: the router goes by them, and not by
 //	               what it has refused; of a view: clients get the owners that it says
@@ -39,7 +39,7 @@
 //	               have its key
 //	rejected       of an override: it is invalid, or in conflict with another source's
 //	kept           of a namespace: its override is rejected, and its owner stays
-//	unresolved     of a kept namespace: nobody knows its previous owner, so it has none
+//	unresolved     of a kept namespace: this router does not know its previous owner
 //	stamp          a hash of a table: where it is the same, all owners are the same
 //	ownersHash     such a hash without the owners of kept namespaces
 //	upgrade        a request for a WebSocket
@@ -67,7 +67,8 @@
 //	               table may have two records
 //	mark           says which namespaces have moved to the table of a record
 //	view           a plan with its tables: it says who owns each namespace now
-//	member         a router that the plan names: each step waits for its answer (-handoff=all)
+//	member         a router whose pod the plan names: each step waits for its answer
+//	               (-handoff=all). Its process gets clients only if the plan names that too
 //	object         of the hand-off: the ConfigMap with the plan and the members' answers
 //	answer         what a member says: its part of a step is done, and what may be next
 //	epoch          all plans that follow from one first plan
@@ -136,14 +137,15 @@
 //	fastConn.close            closes it if it is gone, or if TLS or a read has failed
 //
 // A client whose owner cannot be dialled now waits in a queue, where it has no goroutine.
-// One whose namespace is held waits in the queue queueHeld, which is never ready: it leaves
-// that when its namespace has an owner again.
+// One whose namespace is held, or whose owner this router does not know, waits in the queue
+// queueHeld, which is never ready: it leaves that when the owner is known and gets clients.
 //
 //	fastConn.park             begins that
 //	proxy.recheckOwner        finds the owner again, and waits for sessions with its old pod
 //	dialQueues.enqueue        puts the client into the owner's queue
-//	fastConn.unpark           starts a goroutine when it may dial, or the owner has changed
-//	fastConn.resume           is that goroutine: it goes on with dialOwner, or park again
+//	fastConn.unpark           starts a goroutine when it may dial, the owner has changed, or it
+//	                          cannot wait any longer
+//	fastConn.resume           is that goroutine: it goes on with dialOwner, park or fallBack
 //
 // A client that falls back takes with it what it has sent and what was admitted. A request
 // that admit has refused (checkUpgrade refuses each plain request) begins anew at

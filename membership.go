@@ -52,7 +52,7 @@ type membership struct {
 	onStored func(b *backendCount)
 	log      *slog.Logger
 
-	// Owned by the goroutine that calls decide: the mover's run.
+	// Owned by the goroutine that calls decideAndWrite: the mover's run.
 	member       *member
 	ctx          context.Context // of all requests
 	leaving      bool            // the router admits nobody any more, and ends
@@ -86,7 +86,7 @@ type handoffInbox struct {
 	gone   map[string]bool // UIDs of pods that have ended for ever; immutable
 	busy   bool            // a write or a list is under way
 	asking bool            // a request for a pod is under way
-	ended  bool            // a write or a list has ended since decide was called
+	ended  bool            // a write or a list has ended since decideAndWrite was called
 	err    error           // of that
 }
 
@@ -379,7 +379,7 @@ func (m *membership) listPods(ctx context.Context) error {
 	o := m.inbox.object
 	m.mu.Unlock()
 	if o == nil {
-		return nil // decide will say so
+		return nil // decideAndWrite will say so
 	}
 	l := &podList{
 		uid: o.uid, version: o.version, at: time.Now(), pods: map[string]routerPod{},
@@ -477,7 +477,7 @@ func (m *membership) askPods(in *handoffInbox, now time.Time) time.Time {
 // noteGone notes the UIDs of pods that have ended for ever, and an error of askPods.
 func (m *membership) noteGone(gone []string, err error) {
 	m.mu.Lock()
-	known := maps.Clone(m.inbox.gone) // decide may read the map
+	known := maps.Clone(m.inbox.gone) // decideAndWrite may read the map
 	for _, uid := range gone {
 		known[uid] = true
 	}

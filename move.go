@@ -72,7 +72,7 @@ type mover struct {
 	finishing    []*moveTally // whose last closing handshakes go on
 	queue        moveQueue
 	targets      *moveTargets
-	closing      []*session      // sessions of the step that are not blocksNoStep yet
+	closing      []*session      // sessions that the step still waits for
 	waitsForPace bool            // there are sessions that only wait for the pace
 	ctx          context.Context // of run
 }
@@ -166,7 +166,8 @@ func (m *mover) startFlight(
 // shouldMove reports whether the session's namespace has another owner now, or the same
 // owner with another pod. A namespace that is unresolved stays with its backend. One whose
 // owner this router does not know (ownerNotKnown) counts as one with another owner. If the
-// router is no member of the hand-off, all count as unresolved: actEndAll ends the sessions.
+// router does not know who owns what (view.admitsNone), all count as unresolved: actEndAll ends the
+// sessions once the router is no member any more.
 func (m *mover) shouldMove(s *session) bool {
 	owner := m.ownerNow(s.namespace).owner
 	return owner != unresolved && owner != s.backend || m.relay.podReplaced(s)

@@ -27,7 +27,7 @@ const (
 	causeRouterError        // the router had no descriptors or memory left
 	causeHalfClose          // one side ended, the other sent nothing for halfCloseTimeout
 	causeIdle               // no byte was carried for -idle-timeout
-	causeMoved              // the namespace has another owner now, or its owner another pod
+	causeMoved              // another owner, or another pod of it; or this router was removed from the members
 	causeMaxAge             // it was as old as -max-age
 	causeDrain              // the router stops
 	causeTruncated          // the client's TLS stream ended without close_notify

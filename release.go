@@ -356,7 +356,7 @@ func (s *stepReleases) releaseAll(step int64, match func(namespace string, backe
 // releaseMemory knows which namespaces this router had lately, and with which backend:
 // their state may not be stored yet (-release-memory).
 //
-// It forgets a namespace between keep and 2*keep after its last session has ended, and
+// It forgets a namespace between retention and 2*retention after its last session has ended, and
 // nothing during a step. To have it too long does no harm: a release has nothing to do
 // then.
 type releaseMemory struct {
@@ -368,7 +368,7 @@ type releaseMemory struct {
 	// Guarded by mu.
 	mu     sync.Mutex
 	recent []backendNamespaces // noted since began; all but the last are never changed
-	older  []backendNamespaces // noted before, in at most keep; never changed
+	older  []backendNamespaces // noted before, in at most retention; never changed
 	began  time.Time
 	frozen bool // a step is under way: nothing is forgotten
 }
@@ -382,8 +382,8 @@ type backendNamespace struct {
 // backendNamespaces is a set of them.
 type backendNamespaces map[backendNamespace]struct{}
 
-func newReleaseMemory(keep time.Duration, log *slog.Logger) *releaseMemory {
-	return &releaseMemory{retention: keep, max: maxRemembered, log: log,
+func newReleaseMemory(retention time.Duration, log *slog.Logger) *releaseMemory {
+	return &releaseMemory{retention: retention, max: maxRemembered, log: log,
 		recent: []backendNamespaces{{}}, began: time.Now()}
 }
 
@@ -413,7 +413,7 @@ func (m *releaseMemory) freeze() {
 	m.frozen = true
 }
 
-// unfreeze ends freeze. What was noted in the last keep stays for at least another keep.
+// unfreeze ends freeze. What was noted in the last retention stays for at least as long again.
 func (m *releaseMemory) unfreeze() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -445,7 +445,7 @@ func (m *releaseMemory) namespaces(match func(namespace string, backend int) boo
 	return set
 }
 
-// forget drops what is older than 2*keep, and nothing that is younger than keep. The
+// forget drops what is older than 2*retention, and nothing that is younger than retention. The
 // caller holds mu.
 func (m *releaseMemory) forget(now time.Time) {
 	switch age := now.Sub(m.began); {

@@ -214,7 +214,7 @@ type sourceChange struct {
 	sourceContent                       // the new content
 	initial                 bool        // there was no table before
 	ownersHash              uint64      // of the new table
-	resizeSpecID            string      // table.revision, if only the backends changed
+	resizeSpecID            string      // table.specID, if only the backends changed; for the identity of Events
 	added, changed, removed int         // overrides
 	rejected                int         // overrides that the new table rejects
 	examples                []rejection // the first of them, by namespace
