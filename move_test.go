@@ -738,6 +738,31 @@ func TestMoveWaitsForTheOwner(t *testing.T) {
 	})
 }
 
+// The pod of a new owner restarts in the midst of a change: what has moved to that owner stays
+// with it, and what has not moved yet stays where it is, until the owner is back.
+func TestMoveToWhoRestarts(t *testing.T) {
+	movesIn(t, 10, 1, pinned(40, 0), func(t *testing.T, m *moveTest) {
+		m.table(pinned(40, 1))
+		moved := m.after(2 * time.Second)
+		for _, s := range moved {
+			m.relay.add(&session{namespace: s.namespace, backend: 1}) // its client is back
+		}
+		m.setAbsent(1, true)
+		m.tableOrPodChanged()
+		if got := len(m.after(20*time.Second)) - len(moved); len(moved) < 5 || got != 0 {
+			t.Errorf("%d moved and then %d more; want some and none", len(moved), got)
+		}
+		for _, s := range moved {
+			wantEqual(t, "the owner of "+s.namespace, m.ownerNow(s.namespace).owner, 1)
+		}
+		m.wantPending(t, 40-len(moved))
+		m.setAbsent(1, false)
+		if all := m.after(20 * time.Second); len(all) != 40 {
+			t.Errorf("%d moved, want each of the 40 once", len(all))
+		}
+	})
+}
+
 // If an edit gives queued sessions to an owner that is not reachable, they wait
 // too, even before the edit has settled.
 func TestMoveToWhoIsWaitedFor(t *testing.T) {
