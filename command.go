@@ -323,7 +323,7 @@ func (c *command) status(ctx context.Context, args []string) error {
 // printStatus prints a status as text.
 func (c *command) printStatus(s *status) {
 	t := c.columns()
-	fmt.Fprintln(t, "ROUTER\tREADY\tSESSIONS\tOVERRIDES\tSTAMP")
+	fmt.Fprintln(t, "ROUTER\tREADY\tSESSIONS\tOVERRIDES-VERSION\tSTAMP")
 	for _, r := range s.Routers {
 		ready := strings.Join(append([]string{yesOrNo(r.Ready)}, r.WhyNot...), ": ")
 		fmt.Fprintf(t, "%s\t%s\t%d\t%s\t%s\n", r.Name, ready, r.Sessions, r.OverridesVersion, r.Stamp)
@@ -422,7 +422,7 @@ func (c *command) printReceipts(all []moveReceipt) {
 	}
 	fmt.Fprintln(c.out)
 	t := c.columns()
-	fmt.Fprintln(t, "OVERRIDES\tBEGAN\tSECONDS\tPLANNED\tMOVED\tCUT\tCANCELLED")
+	fmt.Fprintln(t, "OVERRIDES-VERSION\tBEGAN\tSECONDS\tPLANNED\tMOVED\tCUT\tCANCELLED")
 	for _, r := range all {
 		fmt.Fprintf(t, "%s\t%s\t%.1f\t%d\t%d\t%d\t%d\n", r.OverridesVersion,
 			r.Began.UTC().Format(time.RFC3339), r.Seconds, r.Planned, r.Moved, r.Cut, r.Cancelled)
