@@ -72,22 +72,53 @@ func (p *handoffPlan) isAtRest(ownersHash uint64) bool {
 // What a plan has at most. A further table has to wait until all namespaces have moved to the
 // newest one of the plan: see handoffPlan.nextOwnersHash.
 const (
-	maxPlanTables = 3
-	maxRecords    = 4 // so a plan with two tables has room for a third and for a second record
+	maxPlanTables = 3 // one that comes again after another counts again
+	maxRecords    = 6 // so three tables have room for three additional records
 )
+
+// tableCount returns how many tables follow each other in p. A table may have several records.
+func (p *handoffPlan) tableCount() (count int) {
+	for i, r := range p.records {
+		if i == 0 || r.ownersHash != p.records[i-1].ownersHash {
+			count++
+		}
+	}
+	return count
+}
+
+// withoutEmpty returns p without its newest record, if no namespace has moved to that: next
+// drops it.
+func (p *handoffPlan) withoutEmpty() *handoffPlan {
+	if last := len(p.records) - 1; last > 0 && p.newestRecord().after.isEmpty() {
+		return &handoffPlan{records: p.records[:last]}
+	}
+	return p
+}
 
 // isFull reports whether the plan can take no further table: namespaces have moved to the
 // last one that it can have.
-func (p *handoffPlan) isFull() bool {
-	records := p.records
-	if len(records) > 1 && p.newestRecord().after.isEmpty() { // next drops it
-		records = records[:len(records)-1]
+func (p *handoffPlan) isFull() bool { return p.withoutEmpty().tableCount() >= maxPlanTables }
+
+// needsRecord reports whether the newest table needs an additional record before the owners in
+// away can be away, and no others. hasRoom reports whether p has room for it. The tables that
+// may still come have their room in any case, so that no edit waits for an owner that is away.
+func (p *handoffPlan) needsRecord(away []int) (needs, hasRoom bool) {
+	newest := p.newestRecord()
+	needs = !newest.after.isComplete() && !slices.Equal(newest.after.away, away)
+	return needs, len(p.records)+maxPlanTables-p.tableCount() < maxRecords
+}
+
+// hasToWait reports whether the next step towards the table with this ownersHash, while these
+// owners are away, moves no further place: another owner is away than before, and the plan has
+// no room for a record that says so.
+func (p *handoffPlan) hasToWait(ownersHash uint64, away []int) bool {
+	p = p.withoutEmpty()
+	newest := p.newestRecord()
+	if len(p.records) == 1 || newest.ownersHash != ownersHash {
+		return false
 	}
-	tables := map[uint64]bool{}
-	for _, r := range records {
-		tables[r.ownersHash] = true
-	}
-	return len(records) >= maxRecords || len(tables) >= maxPlanTables
+	needs, hasRoom := p.needsRecord(away)
+	return needs && !hasRoom && len(intersection(away, newest.after.away)) < len(away)
 }
 
 // nextOwnersHash returns the ownersHash of the table to which the next step moves namespaces,
@@ -118,24 +149,24 @@ func (p *handoffPlan) doneRecords() []planRecord {
 // old owners must have ended all sessions and requests before the new owners get clients.
 //
 // If nothing has moved to the newest table yet, that table is dropped. If other owners are away
-// than in the step before, next adds a second record of the newest table, if there is room. Its
-// mark is empty at first. So the namespaces that waited for an owner that is back move at the
-// pace too, and those that have moved to an owner that is away now stay with it. Without room,
-// namespaces move to an owner that is away now, and an owner that is back gets all its
-// namespaces in one step. Once the newest table covers everything, before the step and after it, it becomes the only one.
+// than in the step before, next adds a record of the newest table, if there is room. Its mark is
+// empty at first. So the namespaces that waited for an owner that is back move at the pace too,
+// and those that have moved to an owner that is away now stay with it. Without room, an owner
+// that is back gets all its namespaces in one step. While another one is away, no further place
+// moves then. Once the newest table covers everything, before the step and after it, it becomes
+// the only one.
 func (p *handoffPlan) next(ownersHash uint64, m mark, now time.Time) *handoffPlan {
-	next := &handoffPlan{step: stepAbove(p.step, now), records: p.doneRecords()}
-	if len(next.records) > 1 && next.newestRecord().after.isEmpty() {
-		next.records = next.records[:len(next.records)-1]
-	}
+	done := &handoffPlan{records: p.doneRecords()}
+	next := &handoffPlan{step: stepAbove(p.step, now), records: done.withoutEmpty().records}
 	if next.isAtRest(ownersHash) {
 		return next
 	}
 	newest := next.newestRecord()
-	if len(next.records) == 1 || newest.ownersHash != ownersHash ||
-		len(next.records) < maxRecords && !newest.after.isComplete() &&
-			!slices.Equal(newest.after.away, m.away) {
+	switch needs, hasRoom := next.needsRecord(m.away); {
+	case len(next.records) == 1, newest.ownersHash != ownersHash, needs && hasRoom:
 		next.records = append(next.records, planRecord{ownersHash: ownersHash})
+	case next.hasToWait(ownersHash, m.away):
+		m.upto = newest.after.upto
 	}
 	next.setMark(m)
 	return next

@@ -89,6 +89,9 @@ func TestViewChangesOwnersOnlyWhileHeld(t *testing.T) {
 				if before != after {
 					moved++
 				}
+				if next.before(ns) != next.after(ns) && !next.mayChange(hash64(ns)) {
+					t.Fatalf("seed %d: %s changes its owner, and mayChange says that it does not", seed, ns)
+				}
 			}
 			v = &done
 		}
@@ -149,6 +152,24 @@ func TestStepTakesNothingBack(t *testing.T) {
 				t.Errorf("%d moved, %d stayed with an owner that was away: the test has tested little", moved, stayed)
 			}
 		})
+	}
+}
+
+// No owner that fails, and none that is back, makes an edit wait: only further tables do.
+func TestAwayOwnersBlockNoEdit(t *testing.T) {
+	for seed := range uint64(1000) {
+		r := rand.New(rand.NewPCG(seed, 7))
+		p := &handoffPlan{step: 1, records: []planRecord{{ownersHash: 1}}}
+		for i := range 12 {
+			m := randomMark(r)
+			if m.upto = uint64(10 * i); p.isFull() {
+				t.Fatalf("seed %d: an edit has to wait: %v", seed, p.records)
+			}
+			p = p.next(2, m, time.UnixMilli(0))
+		}
+		if p = p.next(3, mark{upto: 1}, time.UnixMilli(0)); p.newestRecord().ownersHash != 3 || len(p.records) > maxRecords {
+			t.Fatalf("seed %d: the edit is not in the plan, or has no room: %v", seed, p.records)
+		}
 	}
 }
 

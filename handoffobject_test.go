@@ -119,7 +119,7 @@ func TestPlanFaults(t *testing.T) {
 		{`00000000000000aa`, `00000000000000AA`, `ownersHash is "00000000000000AA"`},
 		{`{"ownersHash":"00000000000000aa"},`, ``, `record 0: record is "00000000000000bb", want before and after in all`},
 		{`"before":{"upto":"0000000000000000"},`, ``, `record 1: record is "00000000000000bb", want before and after`},
-		{`"records":[`, `"records":[],"x":[`, `records is "0", want 1 to 4`},
+		{`"records":[`, `"records":[],"x":[`, `records is "0", want 1 to 6`},
 		{`8000000000000000`, `8000000000000001`, `after.upto is "8000000000000001", want 16 hexadecimal digits, at most 8000000000000000`},
 		{`[1,2]`, `[2,1]`, `after.away is "[2 1]", want ordinals in ascending order`},
 		{`[1,2]`, `[1,1]`, `ascending`},

@@ -64,7 +64,7 @@
 //	away           of a new owner: it takes no connections yet, so its namespaces stay
 //	plan           how far a change has come: its last step, and a record for each table
 //	record         a table in a plan, with two marks: before the last step, and after it; one
-//	               table may have two records
+//	               table may have several
 //	mark           says which namespaces have moved to the table of a record
 //	view           a plan with its tables: it says who owns each namespace now
 //	member         a router whose pod the plan names: each step waits for its answer

@@ -426,6 +426,9 @@ func (m *mover) dequeueForNextStep(v *view, t *table, now time.Time) (next mark,
 	if step := m.steppedAt.Add(minStepTime); ready && now.Before(step) {
 		ready, resume = false, step
 	}
+	if v.hasToWait(t.ownersHash, next.away) { // until an owner is back, or is no longer waited for
+		ready = false
+	}
 	due, rest := m.queue.split(&next, ready, &m.pace, now)
 	m.queue.set(rest)
 	if len(due) > 0 {

@@ -779,6 +779,50 @@ func TestMoveToWhoIsWaitedFor(t *testing.T) {
 	})
 }
 
+// Also when many new owners fail during a change, so that the plan has no room for a further
+// record, no session is closed for an owner that is away, and none beyond the rate.
+func TestMoveWhileManyOwnersFail(t *testing.T) {
+	data := pinned(100, 0)
+	to := with(data, "edit", 0)
+	for i := range 100 {
+		to[fmt.Sprintf("ns-%02d", i)] = backendName("backend", 1+i%4)
+	}
+	movesIn(t, 10, 1, data, func(t *testing.T, m *moveTest) {
+		for edit := range 2 { // three tables
+			m.table(with(to, "edit", 1+edit))
+			m.after(1500 * time.Millisecond)
+		}
+		fail := func(backend int, absent bool) {
+			t.Helper()
+			m.setAbsent(backend, absent)
+			m.tableOrPodChanged() // as its pod was replaced
+			before, from := len(m.after(0)), time.Since(m.started)+10*time.Millisecond
+			all := m.after(1200 * time.Millisecond)
+			for _, s := range all[before:] {
+				if owner, _ := m.tables.table().wantedOwner(s.namespace); owner == backend && absent && s.at > from {
+					t.Fatalf("%s was closed, and backend-%d is away: %v", s.namespace, backend, m.current.Load().records)
+				}
+			}
+			if len(all)-before > 14 {
+				t.Fatalf("%d sessions were closed in 1.2 s, want 10 per second", len(all)-before)
+			}
+		}
+		for backend := 1; backend <= 4; backend++ {
+			fail(backend, true)
+		}
+		if m.queue.size.Load() < 40 {
+			t.Errorf("%d sessions are left: the test has tested little", m.queue.size.Load())
+		}
+		for backend := 1; backend <= 4; backend++ {
+			m.setAbsent(backend, false)
+		}
+		m.after(time.Minute)
+		if v := m.current.Load(); !v.isAtRest(m.tables.table().ownersHash) {
+			t.Errorf("the change has not ended: %v", v.records)
+		}
+	})
+}
+
 // However many edits come while an owner is away, a plan has a few tables only, and the
 // owner's namespaces wait for maxAwayTime and not for ever.
 func TestMoveOfManyEdits(t *testing.T) {
@@ -812,7 +856,7 @@ func TestMoveOfManyEdits(t *testing.T) {
 					t.Errorf("closed are %+v, want ns-01 soon, and ns-00 after a minute", all)
 				}
 				if most > maxRecords {
-					t.Errorf("a plan had %d tables, want %d at most", most, maxRecords)
+					t.Errorf("a plan had %d records, want %d at most", most, maxRecords)
 				}
 				m.after(time.Minute)
 				if v := m.current.Load(); !v.isAtRest(m.tables.table().ownersHash) {
