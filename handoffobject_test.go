@@ -143,7 +143,7 @@ func TestAnswerFaults(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, c := range []struct{ old, new, want string }{
-		{good, "", `answer is "", want instance, epoch, step, content, next, sessions to move`},
+		{good, "", `answer is "", want instance, epoch, step, ownersHash, next, sessions to move`},
 		{good, good + "\n", `sessions to move is "12\n", want a number`},
 		{good, strings.Repeat(good, 2000), `want instance, epoch`},
 		{"i e", "i  e", `want instance, epoch`},
