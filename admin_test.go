@@ -284,8 +284,13 @@ func answered(a *admin, path string) *http.Response {
 // A namespace whose owner nobody knows stays so until its turn to move: /owner says that, and
 // not only who is next.
 func TestOwnerNotKnownBeforeItsTurn(t *testing.T) {
+	open, namespace := "ns-01", "ns-02"
+	if placeOf(hash64(open)) > placeOf(hash64(namespace)) {
+		open, namespace = namespace, open
+	}
 	var there atomic.Bool
-	p := startProxy(t, []string{refusingAddr(t), refusingAddr(t)}, map[string]string{"ns-01": "junk"}, func(p *proxy) {
+	echoes := startStub(t, "127.0.0.1:0", echo)
+	p := startProxy(t, []string{echoes.addr, refusingAddr(t)}, map[string]string{open: "backend-0", namespace: "junk"}, func(p *proxy) {
 		p.mover.targets.probe = func(context.Context, int) error {
 			if there.Load() {
 				return nil
@@ -298,16 +303,18 @@ func TestOwnerNotKnownBeforeItsTurn(t *testing.T) {
 	waitAnswer := func(want answer) {
 		t.Helper()
 		eventually(t, "the answer", want, func() (got answer) {
-			must(t, json.NewDecoder(answered(a, "/owner?namespace=ns-01&dial=0").Body).Decode(&got))
+			must(t, json.NewDecoder(answered(a, "/owner?dial=0&namespace="+namespace).Body).Decode(&got))
 			return got
 		})
 	}
 	waitAnswer(answer{Why: whyUnresolved})
-	p.override("2", map[string]string{"ns-01": "backend-1", "ns-02": "backend-0"})
+	client := p.open(t, open) // it has to move first, and its next owner is not there
+	p.waitSessions(t, 1)
+	p.override("2", map[string]string{open: "backend-1", namespace: "backend-1"})
 	waitAnswer(answer{Next: "backend-1", Why: whyOverride,
 		Error: "its owner is not known until it has moved: clients get 503"})
+	client.Close()
 	there.Store(true)
-	p.override("3", map[string]string{"ns-01": "backend-1"})
 	waitAnswer(answer{Owner: "backend-1", Why: whyOverride})
 }
 

@@ -103,8 +103,8 @@ func TestRunNamespaceFromHost(t *testing.T) {
 		strings.Repeat("a", 64): "backend-1"})
 	r := startRouter(t, "-backends", echoBackends(t, 2), "-overrides", dir, "-namespace-from", "host")
 	line := r.log.wait(t, "routing table updated", 1)
-	if line["rejected"] != 3.0 || line["overrides"] != 2.0 {
-		t.Errorf("%v, want 3 entries rejected", line)
+	if line["invalid"] != 3.0 || line["overrides"] != 2.0 {
+		t.Errorf("%v, want 3 invalid overrides", line)
 	}
 	bad := r.log.wait(t, "override rejected", 3)
 	if bad["expected"] != expectedHostNamespace("") || bad["in_force"] != "none" {
