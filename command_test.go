@@ -280,8 +280,8 @@ func TestCommandWait(t *testing.T) {
 	for want, s := range waits {
 		t.Run(want, func(t *testing.T) {
 			t.Parallel()
-			_, notes, code := noted(t, "wait", "-timeout=50ms", "-admin="+statusServer(t, func(int64) *status { return s }))
-			if code != 1 || notes != "not done after 50ms: "+want+"\n" {
+			_, notes, code := noted(t, "wait", "-timeout=2s", "-admin="+statusServer(t, func(int64) *status { return s }))
+			if code != 1 || notes != "not done after 2s: "+want+"\n" {
 				t.Errorf("exit code %d, %q; want 1 and %q", code, notes, want)
 			}
 		})

@@ -105,7 +105,7 @@ func TestFreeMemory(t *testing.T) {
 // TestGiveBack: what the heap has free goes back to the system, and the limit of memory is
 // what it was. That ends when the router is busy again, or stops.
 func TestGiveBack(t *testing.T) {
-	const garbage = 16 << 20
+	const garbage = 32 << 20
 	waste := func() {
 		var all [][]byte
 		for range garbage >> 14 {
