@@ -56,7 +56,7 @@ type planRecord struct {
 // under way. A plan is immutable: each step makes a new one.
 type handoffPlan struct {
 	step    int64 // above that of the plan before, and mostly Unix milliseconds
-	allHeld bool  // the owners before this step are not known: it holds all namespaces
+	allHeld bool  // the owners before this step are not known: all namespaces are held until it is done
 	records []planRecord
 }
 
@@ -255,7 +255,7 @@ type view struct {
 	*handoffPlan
 	tables     []*table  // of the records; nil for one that this router does not have
 	done       bool      // nothing of the step is left, with -handoff=all on all routers
-	admitsNone bool      // this process is no member of the hand-off, and admits nobody
+	admitsNone bool      // this process may serve nobody: requests wait, until -hold
 	began      time.Time // when this router put the step in force
 }
 

@@ -48,7 +48,8 @@
 //	flight         a request that a backend may have, or a session that this router has ended
 //	               and its backend has not
 //	move           to close a session, because its owner changed, or only the owner's pod, or
-//	               because the router was removed from the members: its client comes back
+//	               because the router was removed from the members: its client comes back.
+//	               Also all of these to one table (log "move finished")
 //	old pod        a pod of a backend that another pod has replaced
 //	release        the request to an old owner to store the state of namespaces (-release)
 //	change         the time and the work from a new table until clients get its owners

@@ -421,8 +421,8 @@ func (m *mover) beginStep(v *view) {
 func (m *mover) dequeueForNextStep(v *view, t *table, now time.Time) (next mark, again time.Time) {
 	next = mark{upto: allPlaces, scaledIn: v.scaledInOwners(t)}
 	next.away, again = m.targets.away(now)
-	settled, resume := m.startPace(now)
-	ready := settled
+	free, resume := m.startPace(now)
+	ready := free
 	if step := m.steppedAt.Add(minStepTime); ready && now.Before(step) {
 		ready, resume = false, step
 	}
@@ -439,7 +439,7 @@ func (m *mover) dequeueForNextStep(v *view, t *table, now time.Time) (next mark,
 			m.moveSession(q.session)
 		}
 	}
-	m.waitsForPace = settled && next.upto < allPlaces
+	m.waitsForPace = free && next.upto < allPlaces
 	if ready {
 		resume = m.pace.next()
 	}
@@ -452,7 +452,7 @@ func (m *mover) dequeueForNextStep(v *view, t *table, now time.Time) (next mark,
 // mayMove reports whether sessions may move now: the table has settled, and each of their
 // new owners was dialled. If not, again is when to ask again; zero if that is after a
 // dial.
-func (m *mover) mayMove(now time.Time) (ready bool, again time.Time) {
+func (m *mover) mayMove(now time.Time) (free bool, again time.Time) {
 	if now.Before(m.settlesAt) {
 		return false, m.settlesAt
 	}
@@ -476,16 +476,16 @@ func (m *mover) minMoveTime(sessions int64) time.Duration {
 
 // startPace sets how fast sessions move, and returns what mayMove returns. It starts the
 // pace, unless sessions wait for it already.
-func (m *mover) startPace(now time.Time) (ready bool, again time.Time) {
+func (m *mover) startPace(now time.Time) (free bool, again time.Time) {
 	m.pace.interval = m.interval()
-	ready, again = m.mayMove(now)
-	if ready && m.tally.began.IsZero() {
+	free, again = m.mayMove(now)
+	if free && m.tally.began.IsZero() {
 		m.tally.began = now
 	}
-	if !ready || !m.waitsForPace {
+	if !free || !m.waitsForPace {
 		m.pace.start(now)
 	}
-	return ready, again
+	return free, again
 }
 
 // workOnStep closes the sessions of v's step, and reports whether the step is over in
@@ -783,12 +783,12 @@ func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.T
 	m.refreshQueue(v, t, now)
 	p = &stepProposal{step: v.step, ownersHash: t.ownersHash}
 	p.next = mark{upto: allPlaces, away: away, scaledIn: v.scaledInOwners(t)}
-	ready, resume := m.startPace(now)
+	free, resume := m.startPace(now)
 	schedule := m.pace // of what this router proposes; dequeueForStep advances the pace itself
-	due, _ := m.queue.split(&p.next, ready, &schedule, m.shared.nextStepTime(now))
+	due, _ := m.queue.split(&p.next, free, &schedule, m.shared.nextStepTime(now))
 	p.toMove = len(m.queue.sessions)
 	m.moveToNewPods(due, now)
-	m.waitsForPace = ready && p.next.upto < allPlaces
+	m.waitsForPace = free && p.next.upto < allPlaces
 	further, newest := p.next, v.newestRecord()
 	if newest.ownersHash == t.ownersHash { // who is away or scaled in, other routers know too
 		further.away, further.scaledIn = newest.after.away, newest.after.scaledIn
@@ -797,7 +797,7 @@ func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.T
 		m.shared.lastProposal = p
 		return p, again
 	}
-	if ready {
+	if free {
 		resume = m.pace.next()
 	}
 	return p, earliest(again, resume)

@@ -292,13 +292,13 @@ func (r *releaser) waits() map[int]releaseWait {
 }
 
 // stepReleases releases what the steps of a hand-off need, one step after the other. Of a
-// nil *stepReleases, as without -release, each step is done. The mover's run owns it.
+// nil *stepReleases, as without -release, each step is done. The goroutine of mover.run owns it.
 type stepReleases struct {
 	releaser *releaser
 	memory   *releaseMemory
 
-	run    *releaseRun // of the step; nil before startStep has been followed by releaseAll
-	cancel context.CancelFunc
+	current *releaseRun // of the step; nil before startStep has been followed by releaseAll
+	cancel  context.CancelFunc
 }
 
 func newStepReleases(r *releaser, memory *releaseMemory) *stepReleases {
@@ -313,7 +313,7 @@ func (s *stepReleases) waits() map[int]releaseWait {
 	return s.releaser.waits()
 }
 
-// close ends the run of the step, and closes the releaser. The mover's run has ended.
+// close ends the releaseRun of the step, and closes the releaser. mover.run has ended.
 func (s *stepReleases) close() {
 	if s != nil {
 		s.releaser.close()
@@ -327,7 +327,7 @@ func (s *stepReleases) startStep() {
 		return
 	}
 	s.cancel()
-	s.run = nil
+	s.current = nil
 	s.memory.freeze()
 }
 
@@ -340,12 +340,12 @@ func (s *stepReleases) releaseAll(step int64, match func(namespace string, backe
 	if s == nil {
 		return true
 	}
-	if s.run == nil {
+	if s.current == nil {
 		var ctx context.Context
 		ctx, s.cancel = context.WithCancel(s.releaser.lifetime)
-		s.run = s.releaser.start(ctx, step, s.memory.namespaces(match), onDone)
+		s.current = s.releaser.start(ctx, step, s.memory.namespaces(match), onDone)
 	}
-	if !s.run.isDone() {
+	if !s.current.isDone() {
 		return false
 	}
 	s.cancel()
