@@ -460,6 +460,7 @@ func (p *proof) wantSameOwners(t *testing.T, owners map[string]int) {
 		for namespace, owner := range owners {
 			r.until(t, "/owner?namespace="+namespace, fmt.Sprintf(`"owner": ?"backend-%d"`, owner))
 		}
+		r.until(t, "/status", `"in_progress": ?false`) // else namespaces may yet pass by an edit of before
 	}
 }
 
