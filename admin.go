@@ -477,7 +477,8 @@ func (a *admin) summary() *tableSummary {
 	return last
 }
 
-// hasNoNamespaces reports whether the backend is cordoned and no override names it.
+// hasNoNamespaces reports whether the backend is cordoned, no override names it, and it keeps no
+// namespace.
 func (a *admin) hasNoNamespaces(ordinal int) bool {
 	t := a.proxy.tables.table()
 	return t != nil && t.backends.has(ordinal) && !t.isHashedTo(ordinal) &&

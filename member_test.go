@@ -1544,7 +1544,7 @@ func TestAnswerIsSentOnce(t *testing.T) {
 	}
 }
 
-// A plan has at most three tables and four records, whatever the edits and the owners that are
+// A plan has at most three tables and six records, whatever the edits and the owners that are
 // away, and comes to rest when all is there.
 func TestPlanIsBounded(t *testing.T) {
 	full := 0

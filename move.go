@@ -295,8 +295,8 @@ func (m *mover) restartSettling(now time.Time) {
 func (m *mover) requeue(v *view, t *table, now time.Time) (cancelled int) {
 	var queue []queuedSession
 	for _, s := range m.movableSessions() {
-		key := hash64(s.namespace)
-		target, kept := t.lookup(s.namespace, key)
+		hash := hash64(s.namespace)
+		target, kept := t.lookup(s.namespace, hash)
 		if kept {
 			target = v.after(s.namespace)
 		}
@@ -304,7 +304,7 @@ func (m *mover) requeue(v *view, t *table, now time.Time) (cancelled int) {
 			target = s.backend // it stays
 		}
 		if target != s.backend || m.relay.podReplaced(s) {
-			queue = append(queue, queuedSession{s, placeOf(key), target})
+			queue = append(queue, queuedSession{s, placeOf(hash), target})
 		}
 	}
 	cancelled = m.queue.fill(queue, now)

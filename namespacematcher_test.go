@@ -192,9 +192,9 @@ func TestNamespaceFromQuery(t *testing.T) {
 	}
 }
 
-// TestBadLayouts: what no request could have, or what several programs read differently,
+// TestBadMatchers: what no request could have, or what several programs read differently,
 // is refused at the start.
-func TestBadLayouts(t *testing.T) {
+func TestBadMatchers(t *testing.T) {
 	tests := map[string]struct{ from, routes, want string }{
 		"nowhere":             {"", "", `-namespace-from must be path, host or query:NAME (got "")`},
 		"query alone":         {"query", "", `must be path, host or query:NAME (got "query")`},

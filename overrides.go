@@ -201,7 +201,7 @@ func (r override) key() string {
 }
 
 // upper32 returns the part of a hash64 that orders overrides and chooses a slot.
-func upper32(key uint64) uint32 { return uint32(key >> 32) }
+func upper32(hash uint64) uint32 { return uint32(hash >> 32) }
 
 // appendOverride appends an override to a set that is not in use yet, and returns its
 // offset. r.valueIndex is an index into s.values; r.offset and r.end are ignored.
