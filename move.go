@@ -479,8 +479,8 @@ func (m *mover) minMoveTime(sessions int64) time.Duration {
 func (m *mover) startPace(now time.Time) (free bool, again time.Time) {
 	m.pace.interval = m.interval()
 	free, again = m.mayMove(now)
-	if free && m.tally.began.IsZero() {
-		m.tally.began = now
+	if free {
+		m.tally.begin(now)
 	}
 	if !free || !m.waitsForPace {
 		m.pace.start(now)
@@ -630,7 +630,7 @@ func (m *mover) reportFinished() {
 			return false
 		}
 		result := tally.result()
-		result.examples = tally.examples()
+		result.examples = tally.movedNames()
 		m.keepReceipt(result)
 		m.log.Info("move finished", "overrides_version", result.overridesVersion,
 			"namespaces", result.namespaces, "sessions", result.sessions,

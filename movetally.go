@@ -12,29 +12,12 @@ const (
 	maxMovedNames = 50 // namespaces of a move that are kept with it
 )
 
-// moveTally counts the sessions that moved to one table, in one step or many. The mover's
-// run owns it, except for the atomic fields.
-type moveTally struct {
-	ownersHash       uint64 // of the table; noTableHash if it is not known
-	overridesVersion string // of the table
-	planned          int    // sessions that had to move in all: the most that mover.prepare has counted
-	prepared         time.Time
-	began            time.Time           // when sessions were free to move; zero before
-	namespaces       map[string]struct{} // namespaces of the closed sessions
-	sessions         int                 // that were closed
-	cancelled        int                 // sessions that stayed: a later change moved them back
-	longestHold      time.Duration       // the longest time that a namespace was held
-
-	unfinished atomic.Int64 // sessions whose closing handshake goes on
-	cuts       atomic.Int64 // sessions whose closing handshake was cut
-}
-
 // moveResult is what one router's moves to one table came to, or have come to so far, for the
-// log, the Events and operators. It is immutable.
+// log, the Events and operators.
 type moveResult struct {
 	overridesVersion string        // of the table
-	ownersHash       uint64        // of the table
-	planned          int           // sessions that had to move in all: see moveTally
+	ownersHash       uint64        // of the table; noTableHash if it is not known
+	planned          int           // sessions that had to move in all: the most that mover.prepare has counted
 	began            time.Time     // when sessions were free to move; when it was prepared, if none was
 	namespaces       int           // of the sessions that the mover closed
 	sessions         int           // that the mover closed
@@ -45,6 +28,17 @@ type moveResult struct {
 	examples         []string      // the first maxMovedNames of the namespaces, by name
 }
 
+// moveTally counts the sessions that moved to one table, in one step or many. The mover's
+// run owns it, except for the atomic fields.
+type moveTally struct {
+	moveResult                     // so far, without what result adds
+	isFree     bool                // sessions were free to move
+	closed     map[string]struct{} // namespaces of the closed sessions
+
+	unfinished atomic.Int64 // sessions whose closing handshake goes on
+	cuts       atomic.Int64 // sessions whose closing handshake was cut
+}
+
 // moveReporter is an overrideSource that reports moves.
 type moveReporter interface {
 	// reportMove reports a move that ended. It must not block for long.
@@ -53,7 +47,10 @@ type moveReporter interface {
 
 // newMoveTally returns a tally without sessions.
 func newMoveTally(ownersHash uint64) *moveTally {
-	return &moveTally{ownersHash: ownersHash, prepared: time.Now(), namespaces: map[string]struct{}{}}
+	return &moveTally{
+		moveResult: moveResult{ownersHash: ownersHash, began: time.Now()},
+		closed:     map[string]struct{}{},
+	}
 }
 
 // close starts the closing handshake of a session with closeSession, and counts the session.
@@ -76,25 +73,29 @@ func (t *moveTally) close(
 		return false
 	}
 	t.sessions++
-	t.namespaces[s.namespace] = struct{}{}
+	t.closed[s.namespace] = struct{}{}
 	return true
+}
+
+// begin notes that sessions are free to move.
+func (t *moveTally) begin(now time.Time) {
+	if !t.isFree {
+		t.isFree, t.began = true, now
+	}
 }
 
 // result returns the result of a tally so far, without examples.
 func (t *moveTally) result() moveResult {
-	r := moveResult{
-		overridesVersion: t.overridesVersion, ownersHash: t.ownersHash, planned: t.planned, began: t.prepared,
-		namespaces: len(t.namespaces), sessions: t.sessions,
-		cut: int(t.cuts.Load()), cancelled: t.cancelled, longestHold: t.longestHold,
-	}
-	if !t.began.IsZero() {
-		r.began, r.time = t.began, time.Since(t.began)
+	r := t.moveResult
+	r.namespaces, r.cut = len(t.closed), int(t.cuts.Load())
+	if t.isFree {
+		r.time = time.Since(t.began)
 	}
 	return r
 }
 
-// examples returns the first maxMovedNames of the namespaces, by name.
-func (t *moveTally) examples() []string {
-	all := slices.Sorted(maps.Keys(t.namespaces))
+// movedNames returns the first maxMovedNames of the namespaces, by name.
+func (t *moveTally) movedNames() []string {
+	all := slices.Sorted(maps.Keys(t.closed))
 	return slices.Clone(all[:min(len(all), maxMovedNames)])
 }
