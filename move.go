@@ -244,8 +244,7 @@ func (m *mover) finishedMoves() []moveResult {
 
 // prepare begins to move sessions to the next table: the router has a new one, a pod was
 // replaced, or the plan has room for a table that has waited. It queues all sessions that
-// have to move, and dials their new owners. It dials those anew that were reachable before:
-// these count as reachable until the new dial has ended.
+// have to move, and dials their new owners, also those that were reachable before.
 func (m *mover) prepare(now time.Time) {
 	v := m.current.Load()
 	if v == nil || m.tables.table() == nil { // a pod was replaced before: no sessions yet
@@ -256,10 +255,8 @@ func (m *mover) prepare(now time.Time) {
 		return
 	}
 	m.restartSettling(now)
-	reachable := m.targets.dropReachable()
-	cancelled := m.requeue(v, t, now)
-	m.targets.assumeReachable(reachable)
-	m.countCancelled(cancelled)
+	m.countCancelled(m.requeue(v, t, now))
+	m.targets.redial(m.ctx)
 	if m.tally == nil || m.tally.ownersHash != t.ownersHash {
 		m.endTally()
 		m.tally = newMoveTally(t.ownersHash)

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"maps"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -50,46 +49,43 @@ func newMoveTargets(probe func(ctx context.Context, backend int) error) *moveTar
 // set makes the backends the targets. It dials those that were no targets, until ctx
 // ends, and ends the dials of all other targets.
 func (t *moveTargets) set(ctx context.Context, backends map[int]bool) {
-	for _, backend := range slices.Sorted(maps.Keys(backends)) {
-		if t.all[backend] == nil {
-			ctx, cancel := context.WithCancel(ctx)
-			target := &moveTarget{backend: backend, cancel: cancel}
-			t.all[backend] = target
-			t.dials.Go(func() { t.dial(ctx, target) })
-		}
-	}
-	t.drop(func(target *moveTarget) bool { return !backends[target.backend] })
-}
-
-// drop ends the dials of the targets for which match returns true, forgets these targets,
-// and returns them.
-func (t *moveTargets) drop(match func(*moveTarget) bool) (dropped []*moveTarget) {
 	for backend, target := range t.all {
-		if match(target) {
+		if !backends[backend] {
 			target.cancel()
 			delete(t.all, backend)
-			dropped = append(dropped, target)
 		}
 	}
-	return dropped
+	for backend := range backends {
+		if t.all[backend] == nil {
+			t.add(ctx, &moveTarget{backend: backend})
+		}
+	}
+}
+
+// redial dials those targets anew that are reachable. They count as reachable until the new
+// dial has ended.
+func (t *moveTargets) redial(ctx context.Context) {
+	for backend, target := range t.all {
+		if target.reachable {
+			target.cancel()
+			t.add(ctx, &moveTarget{backend: backend, dialled: true, reachable: true})
+		}
+	}
+}
+
+// add adds the target, in place of the one before of its backend, and dials it until ctx ends.
+func (t *moveTargets) add(ctx context.Context, target *moveTarget) {
+	ctx, target.cancel = context.WithCancel(ctx)
+	t.all[target.backend] = target
+	t.dials.Go(func() { t.dial(ctx, target) })
 }
 
 // dropAll ends all dials and forgets all targets.
-func (t *moveTargets) dropAll() { t.drop(func(*moveTarget) bool { return true }) }
-
-// dropReachable forgets the targets that are reachable, and returns them.
-func (t *moveTargets) dropReachable() []*moveTarget {
-	return t.drop(func(target *moveTarget) bool { return target.reachable })
-}
-
-// assumeReachable makes a target that was reachable before count as reachable until its
-// new dial has ended.
-func (t *moveTargets) assumeReachable(before []*moveTarget) {
-	for _, b := range before {
-		if target := t.all[b.backend]; target != nil {
-			target.dialled, target.reachable = true, true
-		}
+func (t *moveTargets) dropAll() {
+	for _, target := range t.all {
+		target.cancel()
 	}
+	clear(t.all)
 }
 
 // close ends all dials and waits for them.
@@ -118,7 +114,7 @@ func (t *moveTargets) dial(ctx context.Context, target *moveTarget) {
 // note notes the result of a dial. It reports whether this is the target's first failure.
 func (t *moveTargets) note(d dialResult, now time.Time) (firstFailure bool) {
 	target := d.moveTarget
-	if t.all[target.backend] != target { // it was dropped meanwhile
+	if t.all[target.backend] != target { // it was dropped or dialled anew meanwhile
 		return false
 	}
 	target.dialled, target.reachable = true, d.err == nil
