@@ -1,6 +1,7 @@
 package main
 
 import (
+	"maps"
 	"slices"
 	"time"
 )
@@ -9,46 +10,84 @@ import (
 const allPlaces = 1 << 63
 
 // placeOf returns the place, of a namespace whose hash64 is hash, in the order in which
-// namespaces move: the upper 63 bits of hash. So the order is the same on all routers, and
-// does not depend on the backends.
-func placeOf(hash uint64) uint64 { return hash >> 1 }
+// namespaces move: the upper 63 bits of hash, at least 1. So the order is the same on all
+// routers, and does not depend on the backends. Place 0 is for namespaces that move first: see
+// planRecord.place.
+func placeOf(hash uint64) uint64 { return max(1, hash>>1) }
 
-// mark says which namespaces have moved to the table of its record. Its sets are sorted
-// ordinals. {upto: allPlaces / 2, away: [3], scaledIn: [5]} says: the first half of all
-// namespaces has moved, and all namespaces of backend 5, but none of those that backend 3
-// gets.
+// mark says which namespaces have moved to the table of its record. {upto: allPlaces / 2,
+// behind: {3: 0}} says: the first half of all namespaces has moved, but none of those that
+// backend 3 gets.
 type mark struct {
-	upto     uint64 // those with a place below it: 0 to allPlaces
-	away     []int  // but none of those whose new owner is one of these: it is not there yet
-	scaledIn []int  // and all of those whose previous owner is one of these: it was scaled in
+	upto   uint64         // those with a place below it: 0 to allPlaces
+	behind map[int]uint64 // by new owner, if others are ahead of it: its own bound, below upto
 }
 
 // isComplete reports whether no namespace is left to move.
-func (m *mark) isComplete() bool { return m.upto == allPlaces && len(m.away) == 0 }
+func (m *mark) isComplete() bool { return m.upto == allPlaces && len(m.behind) == 0 }
 
 // isEmpty reports whether no namespace has moved.
-func (m *mark) isEmpty() bool { return m.upto == 0 && len(m.scaledIn) == 0 }
+func (m *mark) isEmpty() bool { return m.upto == 0 }
 
 // equal reports whether both marks cover the same namespaces.
 func (m *mark) equal(other *mark) bool {
-	return m.upto == other.upto &&
-		slices.Equal(m.away, other.away) && slices.Equal(m.scaledIn, other.scaledIn)
+	return m.upto == other.upto && maps.Equal(m.behind, other.behind)
 }
 
-// covers reports whether a namespace with this place has moved from its previous owner to
-// its new one. The previous owner may be unresolved.
-func (m *mark) covers(place uint64, previous, next int) bool {
-	if slices.Contains(m.away, next) {
-		return false
+// bound returns the place below which the namespaces have moved whose new owner this is.
+func (m *mark) bound(owner int) uint64 {
+	if bound, ok := m.behind[owner]; ok {
+		return bound
 	}
-	return place < m.upto || slices.Contains(m.scaledIn, previous)
+	return m.upto
+}
+
+// moved returns the mark after m, once the namespaces have moved that limit allows. No bound
+// falls: what has moved never goes back, also if its new owner is away now.
+func (m *mark) moved(limit stepLimit) mark {
+	next := mark{upto: max(m.upto, limit.upto)}
+	for _, owner := range slices.Concat(slices.Collect(maps.Keys(m.behind)), limit.away) {
+		bound := m.bound(owner)
+		if !slices.Contains(limit.away, owner) {
+			bound = max(bound, limit.upto)
+		}
+		if bound < next.upto {
+			if next.behind == nil {
+				next.behind = map[int]uint64{}
+			}
+			next.behind[owner] = bound
+		}
+	}
+	return next
+}
+
+// stepLimit says how far a step may go.
+type stepLimit struct {
+	upto uint64 // namespaces with a place below it may move: 0 to allPlaces
+	away []int  // but none to the owners with these ordinals: they accept no connection
 }
 
 // planRecord is a table of a plan, and which namespaces have their owners from it.
 type planRecord struct {
-	ownersHash uint64 // table.ownersHash
-	before     mark   // of the namespaces that have moved to the table, until the step is done
-	after      mark   // of the namespaces that have moved to it, once the step is done
+	ownersHash uint64       // table.ownersHash
+	backends   ordinalRange // table.backends
+	before     mark         // of the namespaces that have moved to the table, until the step is done
+	after      mark         // of the namespaces that have moved to it, once the step is done
+}
+
+// newRecord returns the record of a table to which nothing has moved yet.
+func newRecord(t *table) planRecord {
+	return planRecord{ownersHash: t.ownersHash, backends: t.backends}
+}
+
+// place returns the place in this record of a namespace whose hash64 is hash. If its previous
+// owner was scaled in, since the table does not have it, the namespace moves first: its place
+// is 0. The previous owner may be unresolved or ownerNotKnown.
+func (r *planRecord) place(hash uint64, previous int) uint64 {
+	if isScaledIn := previous >= 0 && !r.backends.has(previous); isScaledIn {
+		return 0
+	}
+	return placeOf(hash)
 }
 
 // handoffPlan says how far a change of owners has come. The first record is in force for
@@ -69,67 +108,21 @@ func (p *handoffPlan) isAtRest(ownersHash uint64) bool {
 	return len(p.records) == 1 && p.records[0].ownersHash == ownersHash
 }
 
-// What a plan has at most. A further table has to wait until all namespaces have moved to the
-// newest one of the plan: see handoffPlan.nextOwnersHash.
-const (
-	maxPlanTables = 3 // one that comes again after another counts again
-	maxRecords    = 6 // so three tables have room for three additional records
-)
+// maxRecords is how many records a plan has at most. A further table has to wait until all
+// namespaces have moved to the newest one of the plan: see view.nextTable.
+const maxRecords = 3
 
-// tableCount returns how many tables follow each other in p. A table may have several records.
-func (p *handoffPlan) tableCount() (count int) {
-	for i, r := range p.records {
-		if i == 0 || r.ownersHash != p.records[i-1].ownersHash {
-			count++
-		}
-	}
-	return count
-}
-
-// withoutEmpty returns p without its newest record, if no namespace has moved to that: next
-// drops it.
-func (p *handoffPlan) withoutEmpty() *handoffPlan {
+// startedRecords returns the records of p without the newest one, if no namespace has moved to
+// that.
+func (p *handoffPlan) startedRecords() []planRecord {
 	if last := len(p.records) - 1; last > 0 && p.newestRecord().after.isEmpty() {
-		return &handoffPlan{records: p.records[:last]}
+		return p.records[:last]
 	}
-	return p
+	return p.records
 }
 
-// isFull reports whether the plan can take no further table: namespaces have moved to the
-// last one that it can have.
-func (p *handoffPlan) isFull() bool { return p.withoutEmpty().tableCount() >= maxPlanTables }
-
-// needsRecord reports whether the newest table needs an additional record before the owners in
-// away can be away, and no others. hasRoom reports whether p has room for it. The tables that
-// may still come have their room in any case, so that no edit waits for an owner that is away.
-func (p *handoffPlan) needsRecord(away []int) (needs, hasRoom bool) {
-	newest := p.newestRecord()
-	needs = !newest.after.isComplete() && !slices.Equal(newest.after.away, away)
-	return needs, len(p.records)+maxPlanTables-p.tableCount() < maxRecords
-}
-
-// hasToWait reports whether the next step towards the table with this ownersHash, while these
-// owners are away, moves no further place: another owner is away than before, and the plan has
-// no room for a record that says so.
-func (p *handoffPlan) hasToWait(ownersHash uint64, away []int) bool {
-	p = p.withoutEmpty()
-	newest := p.newestRecord()
-	if len(p.records) == 1 || newest.ownersHash != ownersHash {
-		return false
-	}
-	needs, hasRoom := p.needsRecord(away)
-	return needs && !hasRoom && len(intersection(away, newest.after.away)) < len(away)
-}
-
-// nextOwnersHash returns the ownersHash of the table to which the next step moves namespaces,
-// when the newest table of the routers has this ownersHash: that of the newest table, or
-// if the plan is full, of the plan's newest record.
-func (p *handoffPlan) nextOwnersHash(ownersHash uint64) uint64 {
-	if p.isFull() {
-		return p.newestRecord().ownersHash
-	}
-	return ownersHash
-}
+// isFull reports whether the plan can take no further table.
+func (p *handoffPlan) isFull() bool { return len(p.startedRecords()) >= maxRecords }
 
 // stepAbove returns the number of a step that begins now: the time in Unix milliseconds, or
 // last+1 if that is more.
@@ -144,70 +137,28 @@ func (p *handoffPlan) doneRecords() []planRecord {
 	return records
 }
 
-// next returns the plan after p. Its step hands over the namespaces that m covers, to their
-// owners in the table with this ownersHash. The view of the new plan holds these namespaces: their
-// old owners must have ended all sessions and requests before the new owners get clients.
+// next returns the plan after p. Its step hands over namespaces, as far as limit allows, to
+// their owners in the table of target. The view of the new plan holds these namespaces: their
+// old owners must have ended all sessions and requests before the new owners get clients. target
+// is the newRecord of view.nextTable.
 //
-// If nothing has moved to the newest table yet, that table is dropped. If other owners are away
-// than in the step before, next adds a record of the newest table, if there is room. Its mark is
-// empty at first. So the namespaces that waited for an owner that is back move at the pace too,
-// and those that have moved to an owner that is away now stay with it. Without room, an owner
-// that is back gets all its namespaces in one step. While another one is away, no further place
-// moves then. Once the newest table covers everything, before the step and after it, it becomes
-// the only one.
-func (p *handoffPlan) next(ownersHash uint64, m mark, now time.Time) *handoffPlan {
-	done := &handoffPlan{records: p.doneRecords()}
-	next := &handoffPlan{step: stepAbove(p.step, now), records: done.withoutEmpty().records}
-	if next.isAtRest(ownersHash) {
+// If nothing has moved to the newest table yet, that table is dropped. Once the newest table
+// covers everything, before the step and after it, it becomes the only one.
+func (p *handoffPlan) next(target planRecord, limit stepLimit, now time.Time) *handoffPlan {
+	started := &handoffPlan{records: p.startedRecords()}
+	next := &handoffPlan{step: stepAbove(p.step, now), records: started.doneRecords()}
+	if next.isAtRest(target.ownersHash) {
 		return next
 	}
+	if len(next.records) == 1 || next.newestRecord().ownersHash != target.ownersHash {
+		next.records = append(next.records, target)
+	}
 	newest := next.newestRecord()
-	switch needs, hasRoom := next.needsRecord(m.away); {
-	case len(next.records) == 1, newest.ownersHash != ownersHash, needs && hasRoom:
-		next.records = append(next.records, planRecord{ownersHash: ownersHash})
-	case next.hasToWait(ownersHash, m.away):
-		m.upto = newest.after.upto
-	}
-	next.setMark(m)
-	return next
-}
-
-// setMark sets the mark of the newest record, which covers no less than before: once it covers
-// anything, no owner becomes away. If the record covers everything before the step and after
-// it, it becomes the only one.
-func (p *handoffPlan) setMark(m mark) {
-	newest := p.newestRecord()
-	if !newest.before.isEmpty() {
-		m.away = intersection(newest.before.away, m.away)
-	}
-	m.upto = max(m.upto, newest.before.upto)
-	newest.after = m
+	newest.after = newest.before.moved(limit)
 	if newest.before.isComplete() && newest.after.isComplete() {
-		p.records = []planRecord{{ownersHash: newest.ownersHash}}
+		next.records = []planRecord{{ownersHash: newest.ownersHash, backends: newest.backends}}
 	}
-}
-
-// intersection returns the elements of a that b has too.
-func intersection(a, b []int) []int {
-	return slices.DeleteFunc(slices.Clone(a), func(ordinal int) bool { return !slices.Contains(b, ordinal) })
-}
-
-// union returns the sorted elements of both sets.
-func union(a, b []int) []int {
-	all := slices.Concat(a, b)
-	slices.Sort(all)
-	return slices.Compact(all)
-}
-
-// nextBounded returns the plan after p, as next does, for a router whose newest table has this
-// ownersHash. If p is full, no table is added until the newest one covers everything. Once an
-// ordinal is in scaledIn, it is never removed. The caller sets the step.
-func (p *handoffPlan) nextBounded(ownersHash uint64, m mark, now time.Time) *handoffPlan {
-	ownersHash = p.nextOwnersHash(ownersHash)
-	if newest := p.newestRecord(); newest.ownersHash == ownersHash {
-		m.scaledIn = union(m.scaledIn, newest.after.scaledIn)
-	}
-	return p.next(ownersHash, m, now)
+	return next
 }
 
 // isSame reports whether next moves no namespace, and has the tables of p.
@@ -267,22 +218,40 @@ func newView(t *table, old *view, now time.Time) *view {
 		last = old.step
 	}
 	return &view{
-		handoffPlan: &handoffPlan{
-			step: stepAbove(last, now), records: []planRecord{{ownersHash: t.ownersHash}},
-		},
-		tables: []*table{t},
-		done:   true,
-		began:  now,
+		handoffPlan: &handoffPlan{step: stepAbove(last, now), records: []planRecord{newRecord(t)}},
+		tables:      []*table{t},
+		done:        true,
+		began:       now,
 	}
 }
 
 // knowsAll reports whether this router has the tables of all records.
 func (v *view) knowsAll() bool { return !slices.Contains(v.tables, nil) }
 
-// next returns the view of the plan after v's, in which the namespaces that m covers have
-// moved to t. v must be done.
-func (v *view) next(t *table, m mark, now time.Time) *view {
-	next := &view{handoffPlan: v.handoffPlan.next(t.ownersHash, m, now), began: now}
+// nextTable returns the table to which the next step moves namespaces, when t is the newest
+// table of the routers: t, or if the plan is full, the plan's newest one. It is nil if this
+// router does not have that.
+func (v *view) nextTable(t *table) *table {
+	if v.isFull() {
+		return v.tables[len(v.tables)-1]
+	}
+	return t
+}
+
+// nextPlan returns the plan after v's: its step moves namespaces to t, as far as limit allows.
+// v must know all its tables, and t be its nextTable.
+func (v *view) nextPlan(t *table, limit stepLimit, now time.Time) *handoffPlan {
+	return v.handoffPlan.next(newRecord(t), limit, now)
+}
+
+// wouldChange reports whether nextPlan would return another plan than v's.
+func (v *view) wouldChange(t *table, limit stepLimit) bool {
+	return !v.isSame(v.nextPlan(t, limit, time.Time{}))
+}
+
+// next returns the view of nextPlan. v must be done.
+func (v *view) next(t *table, limit stepLimit, now time.Time) *view {
+	next := &view{handoffPlan: v.nextPlan(t, limit, now), began: now}
 	switch last := len(next.records); {
 	case last > len(v.records):
 		next.tables = append(slices.Clip(v.tables), t)
@@ -300,25 +269,6 @@ func (v *view) next(t *table, m mark, now time.Time) *view {
 	return next
 }
 
-// wouldChange reports whether next would make another plan than v's.
-func (v *view) wouldChange(ownersHash uint64, m *mark) bool {
-	return !v.isSame(v.handoffPlan.next(ownersHash, *m, time.Time{}))
-}
-
-// scaledInOwners returns the ordinals, sorted, of the backends that a table of v has, and t
-// has not: they were scaled in.
-func (v *view) scaledInOwners(t *table) (ordinals []int) {
-	for _, old := range v.tables {
-		for i := range old.backends.count {
-			if ordinal := old.backends.first + i; !t.backends.has(ordinal) {
-				ordinals = append(ordinals, ordinal)
-			}
-		}
-	}
-	slices.Sort(ordinals)
-	return slices.Compact(ordinals)
-}
-
 // mustLeave reports whether all that the backend has of the namespace has to be over
 // before the step is done: the namespace has another owner after it. If its owner is
 // unresolved here, it stays, unless this backend was scaled in: other routers may know that
@@ -330,7 +280,7 @@ func (v *view) mustLeave(namespace string, backend int) bool {
 	owner := v.after(namespace)
 	if owner == unresolved {
 		return slices.ContainsFunc(v.records, func(r planRecord) bool {
-			return slices.Contains(r.after.scaledIn, backend)
+			return !r.after.isEmpty() && !r.backends.has(backend)
 		})
 	}
 	return owner != backend
@@ -346,10 +296,19 @@ func (v *view) mayChange(hash uint64) bool {
 		return false
 	}
 	r := v.newestRecord()
-	if !slices.Equal(r.before.away, r.after.away) || !slices.Equal(r.before.scaledIn, r.after.scaledIn) {
+	if !maps.Equal(r.before.behind, r.after.behind) || r.before.isEmpty() && v.hasScaledIn() {
 		return true
 	}
 	return r.before.upto <= placeOf(hash) && placeOf(hash) < r.after.upto
+}
+
+// hasScaledIn reports whether an earlier table has backends that the newest one has not.
+func (v *view) hasScaledIn() bool {
+	newest := v.newestRecord().backends
+	return slices.ContainsFunc(v.records, func(r planRecord) bool {
+		return r.backends.count > 0 &&
+			(!newest.has(r.backends.first) || !newest.has(r.backends.first+r.backends.count-1))
+	})
 }
 
 // owner returns what v knows of the namespace. ordinal is the owner if it has one, and
@@ -409,15 +368,16 @@ func (v *view) find(
 		ordinal, _ = t.lookup(namespace, hash)
 	}
 	for i, newer := range v.tables[1:] {
-		m := markOf(&v.records[i+1])
+		r := &v.records[i+1]
+		m := markOf(r)
 		if newer == nil {
-			if placeOf(hash) < m.upto || len(m.scaledIn) > 0 {
+			if r.place(hash, ordinal) < m.upto {
 				ordinal, t = ownerNotKnown, nil
 			}
 			continue
 		}
 		next, kept := newer.lookup(namespace, hash)
-		if !kept && m.covers(placeOf(hash), ordinal, next) {
+		if !kept && r.place(hash, ordinal) < m.bound(next) {
 			ordinal, t = next, newer
 		}
 	}

@@ -28,18 +28,15 @@ func randomTable(r *rand.Rand, old *table, namespaces []string) *table {
 	return newTable("backend", false, ordinalRange{r.IntN(2), 1 + r.IntN(4)}, cordoned, sources, old)
 }
 
-// randomMark returns a mark with random bounds.
-func randomMark(r *rand.Rand) mark {
-	m := mark{upto: []uint64{0, allPlaces, allPlaces, r.Uint64() >> 1}[r.IntN(4)]}
+// randomLimit returns a limit with a random place, and any owners away.
+func randomLimit(r *rand.Rand) stepLimit {
+	l := stepLimit{upto: []uint64{0, allPlaces, allPlaces, r.Uint64() >> 1}[r.IntN(4)]}
 	for ordinal := range 5 {
-		switch r.IntN(8) {
-		case 0:
-			m.away = append(m.away, ordinal)
-		case 1:
-			m.scaledIn = append(m.scaledIn, ordinal)
+		if r.IntN(8) == 0 {
+			l.away = append(l.away, ordinal)
 		}
 	}
-	return m
+	return l
 }
 
 // A namespace changes its owner only while it is held: at each step it has the owner of
@@ -64,7 +61,7 @@ func TestViewChangesOwnersOnlyWhileHeld(t *testing.T) {
 				newest = seen[r.IntN(len(seen))] // an edit is taken back
 			}
 			seen = append(seen, newest)
-			next := v.next(newest, randomMark(r), time.UnixMilli(0))
+			next := v.next(newest, randomLimit(r), time.UnixMilli(0))
 			if next.step <= v.step {
 				t.Fatalf("seed %d: step %d follows %d", seed, next.step, v.step)
 			}
@@ -103,55 +100,105 @@ func TestViewChangesOwnersOnlyWhileHeld(t *testing.T) {
 
 // A namespace that has moved stays with its new owner, also when that accepts no connection any
 // more while the change is under way, for example as its pod restarts (invariant 7). Only
-// another table gives the namespace another owner.
+// another table gives the namespace another owner. As long as an owner is away, it gets nothing,
+// and all others get theirs.
 func TestStepTakesNothingBack(t *testing.T) {
 	namespaces := manyNamespaces(24)
-	at := time.UnixMilli(0)
-	for name, next := range map[string]func(v *view, t *table, m mark) *handoffPlan{
-		"single": func(v *view, t *table, m mark) *handoffPlan { return v.handoffPlan.next(t.ownersHash, m, at) },
-		"all":    func(v *view, t *table, m mark) *handoffPlan { return v.nextBounded(t.ownersHash, m, at) },
-	} {
-		t.Run(name, func(t *testing.T) {
-			moved, stayed := 0, 0
-			for seed := range uint64(3000) {
-				r := rand.New(rand.NewPCG(seed, 6))
-				first := newTable("backend", false, ordinalRange{0, 5}, nil, nil, nil)
-				second := newTable("backend", false, ordinalRange{0, 5}, nil,
-					[]sourceContent{contentOf("test", "1", pinnedAnywhere(r, namespaces))}, first)
-				v := newView(first, nil, at)
-				for range 12 {
-					m := randomMark(r)
-					m.scaledIn = nil // nothing is
-					following := &view{handoffPlan: next(v, second, m), done: true}
-					for _, record := range following.records {
-						following.tables = append(following.tables, map[uint64]*table{
-							first.ownersHash: first, second.ownersHash: second}[record.ownersHash])
-					}
-					for _, ns := range namespaces {
-						before, after, owner := v.after(ns), following.after(ns), 0
-						if owner, _ = second.wantedOwner(ns); before != owner {
-							if after == owner {
-								moved++
-							}
-							continue
-						}
-						if after != owner {
-							t.Fatalf("seed %d: %s had moved to %d, and is with %d: %v", seed, ns, owner, after, following.records)
-						}
-						if slices.Contains(m.away, owner) {
-							stayed++
-						}
-					}
-					if len(following.records) > maxRecords {
-						t.Fatalf("seed %d: %d records", seed, len(following.records))
-					}
-					v = following
+	moved, stayed, waited := 0, 0, 0
+	for seed := range uint64(3000) {
+		r := rand.New(rand.NewPCG(seed, 6))
+		first := newTable("backend", false, ordinalRange{0, 5}, nil, nil, nil)
+		second := newTable("backend", false, ordinalRange{0, 5 - r.IntN(2)}, nil,
+			[]sourceContent{contentOf("test", "1", pinnedAnywhere(r, namespaces))}, first)
+		v := newView(first, nil, time.UnixMilli(0))
+		for range 12 {
+			limit := randomLimit(r)
+			next := *v.next(second, limit, time.UnixMilli(0))
+			next.done = true
+			for _, ns := range namespaces {
+				before, after := v.after(ns), next.after(ns)
+				owner, isKept := second.lookup(ns, hash64(ns))
+				if isKept { // its override is invalid
+					continue
+				}
+				switch isAway := slices.Contains(limit.away, owner); {
+				case before == owner && after != owner:
+					t.Fatalf("seed %d: %s had moved to %d, and is with %d: %v", seed, ns, owner, after, next.records)
+				case before != owner && isAway && after == owner:
+					t.Fatalf("seed %d: %s moves to %d, which is away: %v", seed, ns, owner, next.records)
+				case before != owner && !isAway && limit.upto == allPlaces && after != owner:
+					t.Fatalf("seed %d: %s does not move to %d: %v", seed, ns, owner, next.records)
+				case before != owner && after == owner:
+					moved++
+				case before == owner && isAway:
+					stayed++
+				case isAway:
+					waited++
 				}
 			}
-			if moved < 1000 || stayed < 1000 {
-				t.Errorf("%d moved, %d stayed with an owner that was away: the test has tested little", moved, stayed)
-			}
-		})
+			v = &next
+		}
+	}
+	if moved < 1000 || stayed < 1000 || waited < 1000 {
+		t.Errorf("%d moved, %d stayed with an owner that was away, %d waited for it: the test has tested little", moved, stayed, waited)
+	}
+}
+
+// An owner that is back gets its namespaces in the order of their places, as far as each step
+// goes, though others are ahead of it.
+func TestOwnerThatIsBackCatchesUp(t *testing.T) {
+	m := mark{}
+	for i, c := range []struct {
+		limit stepLimit
+		want  mark
+	}{
+		{stepLimit{upto: 10}, mark{upto: 10}},
+		{stepLimit{upto: 20, away: []int{3}}, mark{upto: 20, behind: map[int]uint64{3: 10}}},
+		{stepLimit{upto: 30, away: []int{3, 4}}, mark{upto: 30, behind: map[int]uint64{3: 10, 4: 20}}},
+		{stepLimit{upto: 15, away: []int{4}}, mark{upto: 30, behind: map[int]uint64{3: 15, 4: 20}}},
+		{stepLimit{upto: 25}, mark{upto: 30, behind: map[int]uint64{3: 25, 4: 25}}},
+		{stepLimit{upto: 12}, mark{upto: 30, behind: map[int]uint64{3: 25, 4: 25}}},
+		{stepLimit{upto: 40, away: []int{4}}, mark{upto: 40, behind: map[int]uint64{4: 25}}},
+		{stepLimit{upto: 40}, mark{upto: 40}},
+		{stepLimit{upto: allPlaces, away: []int{5}}, mark{upto: allPlaces, behind: map[int]uint64{5: 40}}},
+		{stepLimit{upto: allPlaces}, mark{upto: allPlaces}},
+	} {
+		if m = m.moved(c.limit); !m.equal(&c.want) {
+			t.Fatalf("step %d, %v: %v, want %v", i, c.limit, m, c.want)
+		}
+	}
+	if !m.isComplete() {
+		t.Errorf("%v is not complete", m)
+	}
+}
+
+// The namespaces of an owner that was scaled in move in the first step, however short it is,
+// but for those whose new owner is away.
+func TestScaledInMovesFirst(t *testing.T) {
+	namespaces := manyNamespaces(100)
+	first := newTable("backend", false, ordinalRange{0, 4}, nil, nil, nil)
+	second := newTable("backend", false, ordinalRange{0, 3}, nil, nil, first)
+	v := newView(first, nil, time.UnixMilli(0))
+	next := v.next(second, stepLimit{upto: 1, away: []int{0}}, time.UnixMilli(0))
+	moved, waits := 0, 0
+	for _, ns := range namespaces {
+		before, _ := first.wantedOwner(ns)
+		owner, _ := second.wantedOwner(ns)
+		want := before
+		if before == 3 && owner != 0 {
+			want, moved = owner, moved+1
+		} else if before == 3 {
+			waits++
+		}
+		if got := next.after(ns); got != want {
+			t.Errorf("%s goes from %d to %d, want %d", ns, before, got, want)
+		}
+		if changes := next.mayChange(hash64(ns)); want != before && !changes {
+			t.Errorf("%s changes its owner, and mayChange says that it does not", ns)
+		}
+	}
+	if moved == 0 || waits == 0 {
+		t.Errorf("%d move and %d wait: the test has tested little", moved, waits)
 	}
 }
 
@@ -161,15 +208,56 @@ func TestAwayOwnersBlockNoEdit(t *testing.T) {
 		r := rand.New(rand.NewPCG(seed, 7))
 		p := &handoffPlan{step: 1, records: []planRecord{{ownersHash: 1}}}
 		for i := range 12 {
-			m := randomMark(r)
-			if m.upto = uint64(10 * i); p.isFull() {
+			limit := randomLimit(r)
+			if limit.upto = uint64(10 * i); p.isFull() {
 				t.Fatalf("seed %d: an edit has to wait: %v", seed, p.records)
 			}
-			p = p.next(2, m, time.UnixMilli(0))
+			p = p.next(planRecord{ownersHash: 2}, limit, time.UnixMilli(0))
 		}
-		if p = p.next(3, mark{upto: 1}, time.UnixMilli(0)); p.newestRecord().ownersHash != 3 || len(p.records) > maxRecords {
-			t.Fatalf("seed %d: the edit is not in the plan, or has no room: %v", seed, p.records)
+		if p = p.next(planRecord{ownersHash: 3}, stepLimit{upto: 1}, time.UnixMilli(0)); p.newestRecord().ownersHash != 3 {
+			t.Fatalf("seed %d: the edit is not in the plan: %v", seed, p.records)
 		}
+	}
+}
+
+// A plan has a bounded number of tables, whatever the edits and the owners that are away, and
+// comes to rest when all is there.
+func TestPlanIsBounded(t *testing.T) {
+	var tables []*table
+	for count := range 4 {
+		tables = append(tables, newTable("backend", false, ordinalRange{0, 1 + count}, nil, nil, nil))
+	}
+	full := 0
+	for seed := range uint64(2000) {
+		r := rand.New(rand.NewPCG(seed, 5))
+		v := newView(tables[0], nil, time.UnixMilli(0))
+		step := func(t *table, limit stepLimit) {
+			next := *v.next(v.nextTable(t), limit, time.UnixMilli(0))
+			next.done = true
+			v = &next
+		}
+		for range 30 {
+			limit := randomLimit(r)
+			if r.IntN(2) == 0 {
+				limit.upto = uint64(r.IntN(100))
+			}
+			step(tables[r.IntN(4)], limit)
+			if len(v.records) > maxRecords {
+				t.Fatalf("seed %d: %d records", seed, len(v.records))
+			}
+			if v.isFull() {
+				full++
+			}
+		}
+		for range 6 {
+			step(tables[0], stepLimit{upto: allPlaces})
+		}
+		if !v.isAtRest(tables[0].ownersHash) {
+			t.Fatalf("seed %d: not at rest: %v", seed, v.records)
+		}
+	}
+	if full < 1000 {
+		t.Errorf("%d full plans: the test has tested little", full)
 	}
 }
 
@@ -190,23 +278,23 @@ func TestViewComesToRest(t *testing.T) {
 		r := rand.New(rand.NewPCG(seed, 2))
 		newest := randomTable(r, nil, namespaces)
 		v := newView(newest, nil, time.UnixMilli(0))
-		step := func(m mark) {
-			next := *v.next(newest, m, time.UnixMilli(0))
+		step := func(limit stepLimit) {
+			next := *v.next(newest, limit, time.UnixMilli(0))
 			next.done = true
 			v = &next
 		}
 		for range r.IntN(8) {
-			if r.IntN(2) == 0 {
+			if r.IntN(2) == 0 && !v.isFull() {
 				newest = randomTable(r, newest, namespaces)
 			}
-			step(randomMark(r))
+			step(randomLimit(r))
 		}
 		before := map[string]int{}
 		for _, ns := range namespaces {
 			before[ns] = v.after(ns)
 		}
 		for range 3 {
-			step(mark{upto: allPlaces})
+			step(stepLimit{upto: allPlaces})
 		}
 		if !v.isAtRest(newest.ownersHash) {
 			t.Fatalf("seed %d: %d records are left", seed, len(v.records))
@@ -248,7 +336,7 @@ func TestAssignAllocatesNothing(t *testing.T) {
 	}
 	wantNone("at rest")
 	other := newTable("backend", false, ordinalRange{count: 5}, nil, nil, r.table())
-	m.current.Store(m.current.Load().next(other, mark{upto: allPlaces / 2}, time.Now()))
+	m.current.Store(m.current.Load().next(other, stepLimit{upto: allPlaces / 2}, time.Now()))
 	wantNone("in a step")
 }
 

@@ -27,17 +27,17 @@ const (
 
 // The bounds of what is read from the object. An object has at most 1 MiB.
 const (
-	maxPlan     = 512 << 10 // bytes
-	maxAnswer   = 64 << 10  // bytes
-	maxOrdinals = 10_000    // in one set of a mark
-	maxMembers  = 1000
-	maxStep     = 1 << 53 // JSON's numbers are exact up to here
-	maxToken    = 128     // bytes of an epoch, an instance or a UID
+	maxPlan    = 512 << 10 // bytes
+	maxAnswer  = 64 << 10  // bytes
+	maxOwners  = 10_000    // in one set
+	maxMembers = 1000
+	maxStep    = 1 << 53 // JSON's numbers are exact up to here
+	maxToken   = 128     // bytes of an epoch, an instance or a UID
 )
 
 // planVersion is the version of what plans and answers mean. A router changes nothing
 // while the plan has another one: routers with that version may run, and have sessions.
-const planVersion = 3
+const planVersion = 4
 
 // anyInstance is the instance of a member of which only the pod is known. Any container
 // of the pod may answer for it, and none is admitted as it.
@@ -75,12 +75,12 @@ type planStep struct {
 // stepAnswer is what a router says of one step of a plan, in its own key.
 type stepAnswer struct {
 	instance   string
-	epoch      string // of the plan; "" in an answer without a view
-	step       int64  // nothing is left of what the step had to end; 0 without a view
-	ownersHash uint64 // ownersHash of its own table, or noTableHash
-	blank      bool   // it lacks a table of the plan, or has no table or no plan: next is empty
-	next       mark   // how far the next step towards its table may go; empty if blank
-	toMove     int    // how many sessions it has to move, also those that next covers
+	epoch      string    // of the plan; "" in an answer without a view
+	step       int64     // nothing is left of what the step had to end; 0 without a view
+	ownersHash uint64    // ownersHash of its own table, or noTableHash
+	blank      bool      // it lacks a table of the plan, or has no table or no plan: limit is empty
+	limit      stepLimit // of the next step, towards its table; empty if blank
+	toMove     int       // how many sessions it has to move, also those within limit
 }
 
 // handoffObject is one version of the object. It is immutable.
@@ -213,9 +213,9 @@ func checkToken(name, s string) error {
 
 // checkOrdinals returns an error if set is not a sorted set of ordinals.
 func checkOrdinals(name string, set []int) error {
-	if len(set) > maxOrdinals {
+	if len(set) > maxOwners {
 		return badValue(name, fmt.Sprint(set),
-			fmt.Sprintf("at most %d ordinals", maxOrdinals))
+			fmt.Sprintf("at most %d ordinals", maxOwners))
 	}
 	last := -1
 	for _, ordinal := range set {
@@ -232,12 +232,12 @@ const maxOrdinal = 1<<31 - 1
 
 // planJSON is the JSON of a plan:
 //
-//	{"version":3, "epoch":"7c1e.1795871234567.3", "writes":12, "step":1795871239876,
+//	{"version":4, "epoch":"7c1e.1795871234567.3", "writes":12, "step":1795871239876,
 //	 "oldestSince":{"epoch":"7c1e.1795871234567.3", "step":1795871237001},
 //	 "allHeld":false, "members":{"router-a":{"uid":"…", "instance":"7c1e"}},
-//	 "records":[{"ownersHash":"9c1f…"},
-//	            {"ownersHash":"77ab…", "before":{"upto":"5f3a…"},
-//	             "after":{"upto":"61b2…", "away":[2], "scaledIn":[5]}}],
+//	 "records":[{"ownersHash":"9c1f…", "firstBackend":0, "backends":5},
+//	            {"ownersHash":"77ab…", "firstBackend":0, "backends":4,
+//	             "before":{"upto":"5f3a…"}, "after":{"upto":"61b2…", "behind":{"2":"5f3a…"}}}],
 //	 "backends":{"count":4, "uid":"…", "generation":7}}
 //
 // An ownersHash and a place have 16 hexadecimal digits. The first record has no marks.
@@ -256,16 +256,17 @@ type planJSON struct {
 
 // recordJSON is the JSON of a record of a plan.
 type recordJSON struct {
-	OwnersHash string    `json:"ownersHash"`
-	Before     *markJSON `json:"before,omitempty"`
-	After      *markJSON `json:"after,omitempty"`
+	OwnersHash   string    `json:"ownersHash"`
+	FirstBackend int       `json:"firstBackend"` // its ordinal
+	Backends     int       `json:"backends"`     // how many the table has
+	Before       *markJSON `json:"before,omitempty"`
+	After        *markJSON `json:"after,omitempty"`
 }
 
 // markJSON is the JSON of a mark.
 type markJSON struct {
-	Upto     string `json:"upto"`
-	Away     []int  `json:"away,omitempty"`
-	ScaledIn []int  `json:"scaledIn,omitempty"`
+	Upto   string         `json:"upto"`
+	Behind map[int]string `json:"behind,omitempty"`
 }
 
 // String returns the JSON of the plan, the same for equal plans.
@@ -276,7 +277,9 @@ func (p *sharedPlan) String() string {
 	}
 	for i := range p.records {
 		r := &p.records[i]
-		record := recordJSON{OwnersHash: hex64(r.ownersHash).String()}
+		record := recordJSON{
+			OwnersHash: hex64(r.ownersHash).String(), FirstBackend: r.backends.first, Backends: r.backends.count,
+		}
 		if i > 0 {
 			record.Before, record.After = newMarkJSON(&r.before), newMarkJSON(&r.after)
 		}
@@ -290,7 +293,11 @@ func (p *sharedPlan) String() string {
 }
 
 func newMarkJSON(m *mark) *markJSON {
-	return &markJSON{hex64(m.upto).String(), m.away, m.scaledIn}
+	out := &markJSON{Upto: hex64(m.upto).String(), Behind: map[int]string{}}
+	for owner, bound := range m.behind {
+		out.Behind[owner] = hex64(bound).String()
+	}
+	return out
 }
 
 // otherPlanVersionError says that a plan has another version than planVersion.
@@ -398,6 +405,11 @@ func (r *recordJSON) parse(oldest bool) (record planRecord, err error) {
 		return record, badValue("record", r.OwnersHash,
 			"before and after in all records but the first")
 	}
+	if r.FirstBackend < 0 || r.Backends < 0 || r.Backends > maxOrdinal-r.FirstBackend {
+		return record, badValue("backends", fmt.Sprintf("%d from %d on", r.Backends, r.FirstBackend),
+			fmt.Sprintf("ordinals from 0 to %d", maxOrdinal))
+	}
+	record.backends = ordinalRange{r.FirstBackend, r.Backends}
 	if oldest {
 		return record, nil
 	}
@@ -408,44 +420,41 @@ func (r *recordJSON) parse(oldest bool) (record planRecord, err error) {
 	return record, err
 }
 
-func (m *markJSON) parse(name string) (mark, error) {
-	upto, err := parseHex64(name+".upto", m.Upto, allPlaces)
-	if err != nil {
+// parse reads the mark with this name.
+func (m *markJSON) parse(name string) (parsed mark, err error) {
+	if parsed.upto, err = parseHex64(name+".upto", m.Upto, allPlaces); err != nil {
 		return mark{}, err
 	}
-	return newMark(name, upto, m.Away, m.ScaledIn)
-}
-
-// newMark returns a mark, or an error if a set is not valid.
-func newMark(name string, upto uint64, away, scaledIn []int) (mark, error) {
-	if err := checkOrdinals(name+".away", away); err != nil {
-		return mark{}, err
+	owners := slices.Sorted(maps.Keys(m.Behind))
+	if err := checkOrdinals("owners in "+name+".behind", owners); err != nil || len(owners) == 0 {
+		return parsed, err
 	}
-	if err := checkOrdinals(name+".scaledIn", scaledIn); err != nil {
-		return mark{}, err
+	parsed.behind = map[int]uint64{}
+	for _, owner := range owners {
+		field := fmt.Sprintf("%s.behind of %d", name, owner)
+		bound, err := parseHex64(field, m.Behind[owner], allPlaces)
+		if err == nil && bound >= parsed.upto {
+			err = badValue(field, m.Behind[owner], "a place below upto, "+m.Upto)
+		}
+		if err != nil {
+			return mark{}, err
+		}
+		parsed.behind[owner] = bound
 	}
-	m := mark{upto: upto}
-	if len(away) > 0 {
-		m.away = away
-	}
-	if len(scaledIn) > 0 {
-		m.scaledIn = scaledIn
-	}
-	return m, nil
+	return parsed, nil
 }
 
 // String returns the line of the answer in the object, six words:
 //
-//	<instance> <epoch> <step> <ownersHash> <next> <to move>
-//	7c1e 7c1e.1795871234567.3 1795871239876 77ab… 61b2…/away=2,3/scaledIn=5 120
+//	<instance> <epoch> <step> <ownersHash> <limit> <to move>
+//	7c1e 7c1e.1795871234567.3 1795871239876 77ab… 61b2…/away=2,3 120
 //
-// next is the place up to which the next step may go, with the new owners that are away
-// and the old ones that were scaled in, each left out if there are none. It is "blank" in
-// an answer of a router that does not know all tables of the plan. ownersHash is "-" if it
-// has no table; it is blank then. epoch is "-" and step 0 if it has no view; it is blank
-// then, too.
+// limit is the place up to which the next step may go, with the new owners that are away,
+// left out if there are none. It is "blank" in an answer of a router that does not know all
+// tables of the plan. ownersHash is "-" if it has no table; it is blank then. epoch is "-" and
+// step 0 if it has no view; it is blank then, too.
 func (a stepAnswer) String() string {
-	epoch, ownersHash, next := "-", "-", "blank"
+	epoch, ownersHash, limit := "-", "-", "blank"
 	if a.epoch != "" {
 		epoch = a.epoch
 	}
@@ -453,32 +462,31 @@ func (a stepAnswer) String() string {
 		ownersHash = hex64(a.ownersHash).String()
 	}
 	if !a.blank {
-		next = formatNext(a.next)
+		limit = a.limit.String()
 	}
-	return fmt.Sprintf("%s %s %d %s %s %d", a.instance, epoch, a.step, ownersHash, next, a.toMove)
+	return fmt.Sprintf("%s %s %d %s %s %d", a.instance, epoch, a.step, ownersHash, limit, a.toMove)
 }
 
-// formatNext returns a mark as an answer has it.
-func formatNext(m mark) string {
-	return hex64(m.upto).String() +
-		formatOrdinals("/away=", m.away) + formatOrdinals("/scaledIn=", m.scaledIn)
-}
+// awayPrefix stands before the owners that are away in a limit.
+const awayPrefix = "/away="
 
-// formatOrdinals returns the set after its name, "" if it is empty.
-func formatOrdinals(name string, set []int) string {
-	for _, ordinal := range set {
-		name += strconv.Itoa(ordinal) + ","
+// String returns the limit as an answer has it.
+func (l stepLimit) String() string {
+	upto := hex64(l.upto).String()
+	if len(l.away) == 0 {
+		return upto
 	}
-	if len(set) == 0 {
-		return ""
+	words := make([]string, len(l.away))
+	for i, ordinal := range l.away {
+		words[i] = strconv.Itoa(ordinal)
 	}
-	return strings.TrimSuffix(name, ",")
+	return upto + awayPrefix + strings.Join(words, ",")
 }
 
 // parseAnswer reads the line of an answer. It accepts only what stepAnswer.String
 // returns.
 func parseAnswer(line string) (a stepAnswer, err error) {
-	const want = "instance, epoch, step, ownersHash, next, sessions to move"
+	const want = "instance, epoch, step, ownersHash, limit, sessions to move"
 	words := strings.Split(line[:min(len(line), maxAnswer+1)], " ")
 	if len(line) > maxAnswer || len(words) != 6 {
 		return a, badValue("answer", line, want)
@@ -500,7 +508,7 @@ func parseAnswer(line string) (a stepAnswer, err error) {
 		}
 	}
 	if a.blank = words[4] == "blank"; !a.blank {
-		if a.next, err = parseNext(words[4]); err != nil {
+		if a.limit, err = parseLimit(words[4]); err != nil {
 			return a, err
 		}
 	}
@@ -512,57 +520,35 @@ func parseAnswer(line string) (a stepAnswer, err error) {
 	case (a.epoch == "") != (a.step == 0):
 		return a, badValue("step", words[2], "0 with the epoch -, and only then")
 	case !a.blank && (a.epoch == "" || a.ownersHash == noTableHash):
-		return a, badValue("next", words[4], "blank, without a view or a table")
+		return a, badValue("limit", words[4], "blank, without a view or a table")
 	case words[3] != "-" && a.ownersHash == noTableHash:
 		return a, badValue("ownersHash", words[3], "not 0")
 	}
 	return a, nil
 }
 
-// parseNext reads a mark as an answer has it.
-func parseNext(s string) (mark, error) {
-	digits, sets, _ := strings.Cut(s, "/")
-	upto, err := parseHex64("next", digits, allPlaces)
-	if err != nil {
-		return mark{}, err
+// parseLimit reads a limit as an answer has it.
+func parseLimit(s string) (l stepLimit, err error) {
+	upto, list, hasAway := strings.Cut(s, awayPrefix)
+	if l.upto, err = parseHex64("limit", upto, allPlaces); err != nil || !hasAway {
+		return l, err
 	}
-	var away, scaledIn []int
-	if rest, ok := strings.CutPrefix(sets, "away="); ok {
-		list, others, _ := strings.Cut(rest, "/")
-		if away, err = parseOrdinals("next.away", list); err != nil {
-			return mark{}, err
-		}
-		sets = others
-	}
-	if list, ok := strings.CutPrefix(sets, "scaledIn="); ok {
-		if scaledIn, err = parseOrdinals("next.scaledIn", list); err != nil {
-			return mark{}, err
-		}
-	}
-	m, err := newMark("next", upto, away, scaledIn)
-	if err == nil && formatNext(m) != s {
-		err = badValue("next", s, "a place, /away= and /scaledIn=")
-	}
-	return m, err
-}
-
-// parseOrdinals reads numbers with commas between them.
-func parseOrdinals(name, list string) (set []int, err error) {
 	for word := range strings.SplitSeq(list, ",") {
-		ordinal, err := parseNumber(name, word, maxOrdinal)
+		ordinal, err := parseNumber("limit.away", word, maxOrdinal)
 		if err != nil {
-			return nil, err
+			return l, err
 		}
-		set = append(set, int(ordinal))
+		l.away = append(l.away, int(ordinal))
 	}
-	return set, nil
+	return l, checkOrdinals("limit.away", l.away)
 }
 
 // equal reports whether both answers say the same. How many sessions have to move does
 // not count: it changes all the time, and is read only once for each step.
 func (a *stepAnswer) equal(b *stepAnswer) bool {
 	return a.instance == b.instance && a.epoch == b.epoch && a.step == b.step &&
-		a.ownersHash == b.ownersHash && a.blank == b.blank && a.next.equal(&b.next)
+		a.ownersHash == b.ownersHash && a.blank == b.blank &&
+		a.limit.upto == b.limit.upto && slices.Equal(a.limit.away, b.limit.away)
 }
 
 // handoffWrite is a change of the object, as a JSON merge patch (RFC 7396). The API

@@ -19,6 +19,9 @@ func randomOrdinals(r *rand.Rand) (set []int) {
 	return slices.Compact(set)
 }
 
+// randomPlace returns a place, or allPlaces.
+func randomPlace(r *rand.Rand) uint64 { return []uint64{0, allPlaces, r.Uint64() >> 1}[r.IntN(3)] }
+
 // randomPlan returns any plan that the object can hold.
 func randomPlan(r *rand.Rand) *sharedPlan {
 	p := &sharedPlan{
@@ -36,11 +39,25 @@ func randomPlan(r *rand.Rand) *sharedPlan {
 		p.members[fmt.Sprintf("router-%d", i)] = id
 	}
 	randomMark := func() mark {
-		return mark{[]uint64{0, allPlaces, r.Uint64() >> 1}[r.IntN(3)], randomOrdinals(r), randomOrdinals(r)}
+		m := mark{upto: randomPlace(r)}
+		if m.upto == 0 {
+			return m
+		}
+		for _, owner := range randomOrdinals(r) {
+			if m.behind == nil {
+				m.behind = map[int]uint64{}
+			}
+			m.behind[owner] = r.Uint64N(m.upto)
+		}
+		return m
 	}
-	p.records = []planRecord{{ownersHash: r.Uint64()}}
+	randomBackends := func() ordinalRange {
+		first := []int{0, r.IntN(10), maxOrdinal}[r.IntN(3)]
+		return ordinalRange{first, r.IntN(maxOrdinal - first + 1)}
+	}
+	p.records = []planRecord{{ownersHash: r.Uint64(), backends: randomBackends()}}
 	for range r.IntN(maxRecords) {
-		p.records = append(p.records, planRecord{r.Uint64(), randomMark(), randomMark()})
+		p.records = append(p.records, planRecord{r.Uint64(), randomBackends(), randomMark(), randomMark()})
 	}
 	if r.IntN(2) == 0 {
 		p.backends = &backendCount{1 + r.IntN(maxOrdinal), "a-b", r.Int64()}
@@ -58,7 +75,7 @@ func randomAnswer(r *rand.Rand) stepAnswer {
 		a.ownersHash = 1 + r.Uint64N(1<<64-1)
 	}
 	if !a.blank {
-		a.next = mark{[]uint64{0, allPlaces, r.Uint64() >> 1}[r.IntN(3)], randomOrdinals(r), randomOrdinals(r)}
+		a.limit = stepLimit{randomPlace(r), randomOrdinals(r)}
 	}
 	return a
 }
@@ -82,9 +99,9 @@ func TestObjectRoundTrip(t *testing.T) {
 	}
 }
 
-const goodPlan = `{"version":3,"epoch":"e","writes":9,"step":7,"oldestSince":{"epoch":"d","step":6},"members":{"r":{"uid":"u","instance":"i"}},` +
-	`"records":[{"ownersHash":"00000000000000aa"},{"ownersHash":"00000000000000bb",` +
-	`"before":{"upto":"0000000000000000"},"after":{"upto":"8000000000000000","away":[1,2]}}],` +
+const goodPlan = `{"version":4,"epoch":"e","writes":9,"step":7,"oldestSince":{"epoch":"d","step":6},"members":{"r":{"uid":"u","instance":"i"}},` +
+	`"records":[{"ownersHash":"00000000000000aa","firstBackend":0,"backends":5},{"ownersHash":"00000000000000bb","firstBackend":0,"backends":4,` +
+	`"before":{"upto":"0000000000000000"},"after":{"upto":"8000000000000000","behind":{"2":"7000000000000000"}}}],` +
 	`"backends":{"count":4,"uid":"s","generation":3}}`
 
 // What cannot be read is an error that names the part, its value, and what is valid.
@@ -97,10 +114,10 @@ func TestPlanFaults(t *testing.T) {
 		{goodPlan, `[]`, `plan is "[]", want the JSON of a plan`},
 		{goodPlan, goodPlan + `{}`, `want one JSON value`},
 		{goodPlan, strings.Repeat(" ", maxPlan) + goodPlan, `at most 524288 bytes`},
-		{`"version":3`, `"version":1`, `version of the plan is "1", want 3`},
-		{`"version":3`, `"version":"3"`, `version of the plan is "\"3\"", want 3`},
-		{`"version":3,`, ``, `version of the plan is "", want 3`},
-		{goodPlan, `{"version":4,"records":7}`, `version of the plan is "4", want 3`},
+		{`"version":4`, `"version":1`, `version of the plan is "1", want 4`},
+		{`"version":4`, `"version":"3"`, `version of the plan is "\"3\"", want 4`},
+		{`"version":4,`, ``, `version of the plan is "", want 4`},
+		{goodPlan, `{"version":3,"records":7}`, `version of the plan is "3", want 4`},
 		{`"oldestSince"`, `"since"`, `step of oldestSince is "0", want 1 to 7`},
 		{`"step":6`, `"step":8`, `step of oldestSince is "8", want 1 to 7`},
 		{`"epoch":"d"`, `"epoch":""`, `epoch of oldestSince is "", want 1 to 128 letters`},
@@ -117,14 +134,18 @@ func TestPlanFaults(t *testing.T) {
 		{`{"r":`, `{"":`, `name of a member is ""`},
 		{`00000000000000aa`, `aa`, `record 0: ownersHash is "aa", want 16 hexadecimal digits`},
 		{`00000000000000aa`, `00000000000000AA`, `ownersHash is "00000000000000AA"`},
-		{`{"ownersHash":"00000000000000aa"},`, ``, `record 0: record is "00000000000000bb", want before and after in all`},
+		{`{"ownersHash":"00000000000000aa","firstBackend":0,"backends":5},`, ``, `record 0: record is "00000000000000bb", want before and after in all`},
 		{`"before":{"upto":"0000000000000000"},`, ``, `record 1: record is "00000000000000bb", want before and after`},
-		{`"records":[`, `"records":[],"x":[`, `records is "0", want 1 to 6`},
+		{`"records":[`, `"records":[],"x":[`, `records is "0", want 1 to 3`},
 		{`8000000000000000`, `8000000000000001`, `after.upto is "8000000000000001", want 16 hexadecimal digits, at most 8000000000000000`},
-		{`[1,2]`, `[2,1]`, `after.away is "[2 1]", want ordinals in ascending order`},
-		{`[1,2]`, `[1,1]`, `ascending`},
-		{`[1,2]`, `[-1]`, `ascending`},
-		{`[1,2]`, `[2147483648]`, `ascending`},
+		{`"backends":5`, `"backends":-1`, `record 0: backends is "-1 from 0 on", want ordinals from 0 to 2147483647`},
+		{`"firstBackend":0,"backends":4`, `"firstBackend":2147483647,"backends":1`, `record 1: backends is "1 from 2147483647 on"`},
+		{`"firstBackend":0`, `"firstBackend":-1`, `backends is "5 from -1 on"`},
+		{`{"2":`, `{"-1":`, `owners in after.behind is "[-1]", want ordinals in ascending order`},
+		{`{"2":`, `{"2147483648":`, `want ordinals in ascending order`},
+		{`{"2":`, `{"two":`, `cannot unmarshal number two`},
+		{`7000000000000000`, `7`, `after.behind of 2 is "7", want 16 hexadecimal digits`},
+		{`7000000000000000`, `8000000000000000`, `after.behind of 2 is "8000000000000000", want a place below upto, 8000000000000000`},
 		{`"count":4`, `"count":0`, `at least 1 backend`},
 		{`"uid":"s"`, `"uid":""`, `uid of backends is ""`},
 	} {
@@ -138,12 +159,12 @@ func TestPlanFaults(t *testing.T) {
 }
 
 func TestAnswerFaults(t *testing.T) {
-	const good = "i e 7 00000000000000aa 8000000000000000/away=1,2/scaledIn=0 12"
+	const good = "i e 7 00000000000000aa 8000000000000000/away=1,2 12"
 	if _, err := parseAnswer(good); err != nil {
 		t.Fatal(err)
 	}
 	for _, c := range []struct{ old, new, want string }{
-		{good, "", `answer is "", want instance, epoch, step, ownersHash, next, sessions to move`},
+		{good, "", `answer is "", want instance, epoch, step, ownersHash, limit, sessions to move`},
 		{good, good + "\n", `sessions to move is "12\n", want a number`},
 		{good, strings.Repeat(good, 2000), `want instance, epoch`},
 		{"i e", "i  e", `want instance, epoch`},
@@ -154,13 +175,12 @@ func TestAnswerFaults(t *testing.T) {
 		{" 7 ", " -7 ", `want a number from 0 to`},
 		{"00000000000000aa", "-", `want blank, without a view or a table`},
 		{"00000000000000aa", "0000000000000000", `want blank`},
-		{"00000000000000aa 8000000000000000/away=1,2/scaledIn=0", "0000000000000000 blank", `ownersHash is "0000000000000000", want not 0`},
-		{"8000", "8001", `next is "8001000000000000", want 16 hexadecimal`},
-		{"/away=1,2", "/away=", `next.away is "", want a number`},
+		{"00000000000000aa 8000000000000000/away=1,2", "0000000000000000 blank", `ownersHash is "0000000000000000", want not 0`},
+		{"8000", "8001", `limit is "8001000000000000", want 16 hexadecimal`},
+		{"/away=1,2", "/away=", `limit.away is "", want a number`},
 		{"/away=1,2", "/away=2,1", `want ordinals in ascending order`},
-		{"/away=1,2/scaledIn=0", "/scaledIn=0/away=1", `next.scaledIn is "0/away=1"`},
-		{"/scaledIn=0", "/", `want a place, /away= and /scaledIn=`},
-		{"/scaledIn=0", "/x=0", `want a place, /away= and /scaledIn=`},
+		{"/away=1,2", "/", `limit is "8000000000000000/", want 16 hexadecimal`},
+		{"/away=1,2", "/away=1/away=2", `limit.away is "1/away=2", want a number`},
 	} {
 		bad := strings.Replace(good, c.old, c.new, 1)
 		o := readHandoffObject("u", "1", map[string]string{answerKeyPrefix + "a": bad})
@@ -174,8 +194,8 @@ func TestAnswerFaults(t *testing.T) {
 // FuzzHandoffObject: whatever the data is, reading it ends, and what was read is the same
 // when it is written and read again.
 func FuzzHandoffObject(f *testing.F) {
-	f.Add(goodPlan, "i e 7 00000000000000aa 8000000000000000/away=1,2/scaledIn=0 12")
-	f.Add(`{"version":3,"epoch":"e","writes":1,"step":1,"oldestSince":{"epoch":"e","step":1},"members":{},"records":[{"ownersHash":"0000000000000000"}]}`, "i - 0 - blank 0")
+	f.Add(goodPlan, "i e 7 00000000000000aa 8000000000000000/away=1,2 12")
+	f.Add(`{"version":4,"epoch":"e","writes":1,"step":1,"oldestSince":{"epoch":"e","step":1},"members":{},"records":[{"ownersHash":"0000000000000000"}]}`, "i - 0 - blank 0")
 	f.Fuzz(func(t *testing.T, plan, line string) {
 		data := map[string]string{planKey: plan, answerKeyPrefix + "a": line}
 		o := readHandoffObject("u", "1", data)

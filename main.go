@@ -64,9 +64,9 @@
 //	               (-hold) while its owner cannot be reached
 //	away           of a new owner: it takes no connections yet, so its namespaces stay
 //	plan           how far a change has come: its last step, and a record for each table
-//	record         a table in a plan, with two marks: before the last step, and after it; one
-//	               table may have several
+//	record         a table in a plan, with two marks: before the last step, and after it
 //	mark           says which namespaces have moved to the table of a record
+//	behind         of a new owner: it was away, so others have got more of their namespaces
 //	view           a plan with its tables: it says who owns each namespace now
 //	member         a router whose pod the plan names: each step waits for its answer
 //	               (-handoff=all). Its process gets clients only if the plan names that too
@@ -254,15 +254,16 @@
 //	                          view in force, and with -handoff=off each view
 //	mover.run                 calls prepare for a new table, and advance after each event
 //	mover.prepare             begins to move sessions to the table
-//	mover.restartSettling     sets when the table has stayed for -move-settle
+//	mover.restartSettling     sets when -move-settle is over, if no other change comes
 //	mover.requeue             lists the sessions that have to move
 //	moveTargets.set           starts to dial their new owners
 //	moveTargets.dial          dials a new owner until it takes a connection
 //	mover.handleDialResult    notes each result, in run
+//	mover.leaveOldPods        moves the sessions whose owner stays and has a new pod: no step does
 //	mover.advance             takes all steps that can be taken: first it ends the last one
-//	mover.dequeueForNextStep        takes the sessions of the next step from the queue; it closes
-//	                          those whose owner stays and has a new pod, as no step does that
-//	mover.mayMove             (in startPace) says if the table has stayed, and all were dialled
+//	mover.dequeueForNextStep  takes the sessions of the next step from the queue. With
+//	                          -handoff=off there are no steps: it moves them, and all ends here
+//	mover.mayMove             (in startPace) says if -move-settle is over, and all were dialled
 //	moveQueue.split           chooses as many as the rate allows
 //	view.next                 makes the view in which these are held
 //	mover.beginStep           puts it in force: from now on their clients wait
@@ -289,9 +290,8 @@
 //	mover.advanceShared       repeats what follows
 //	mover.workShared          calls workOnStep; if the step is done here, and this router has a
 //	                          table and those of the plan, also one of the next two
-//	mover.propose             says how far the next step may go, and closes the sessions whose
-//	                          owner stays and has a new pod
-//	mover.workAtRest          without a change: lets dequeueForNextStep close sessions for new pods
+//	mover.propose             says how far the next step may go
+//	mover.workAtRest          without a change: does what is left to do after the last step
 //	membership.decideAndWrite         begins the write or the LIST that member.decide asks for
 //	membership.takeInbox      takes the newest version of the object
 //	member.decide             says to adopt its plan, list, end all, write, or wait:
@@ -305,8 +305,8 @@
 //	member.storeCount         stores the number of backends
 //	member.writeStep          makes the next step, when all have answered: by the next three
 //	  member.writeStepWith    checks that they have, and have the same table
-//	  handoffObject.agreedMark  says how far all members let that go
-//	  handoffPlan.nextBounded  makes its plan
+//	  handoffObject.agreedLimit  says how far all members let that go
+//	  view.nextPlan           makes its plan
 //	member.commit             notes what is about to be done
 //	membership.startRequest   does it in a goroutine
 //	membership.write          patches the object

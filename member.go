@@ -78,10 +78,10 @@ func newMember(name, uid, instance string) *member {
 // stepProgress is how far this router has come with its view's step, and what it proposes
 // for the step after.
 type stepProgress struct {
-	hasWork  bool // it has sessions, or requests that a backend may have got
-	doneHere bool // nothing of the step is left here: see mover.workOnStep
-	next     mark // how far the step after may go, towards handoffPlan.nextOwnersHash
-	toMove   int  // sessions that have to move, also those that next covers
+	hasWork  bool      // it has sessions, or requests that a backend may have got
+	doneHere bool      // nothing of the step is left here: see mover.workOnStep
+	limit    stepLimit // of the step after, towards view.nextTable
+	toMove   int       // sessions that have to move, also those within limit
 }
 
 // routerPod is what a router needs to know of the pod of another one.
@@ -349,9 +349,9 @@ func (m *member) answer(s *decisionInput) stepAnswer {
 	case m.newest == nil || !v.knowsAll():
 		a.blank = true
 	case v.isAtRest(a.ownersHash):
-		a.next = mark{upto: allPlaces}
+		a.limit = stepLimit{upto: allPlaces}
 	default:
-		a.next, a.toMove = s.next, s.toMove
+		a.limit, a.toMove = s.limit, s.toMove
 	}
 	return a
 }
@@ -574,12 +574,11 @@ func (m *member) writeStepWith(s *decisionInput, a *stepAnswer) decision {
 	if missing := o.missing(); len(missing) > 0 {
 		return waiting("%s has not answered step %d", strings.Join(missing, ", "), v.step)
 	}
-	agreed, writers, allBlank, err := o.agreedMark(m.newest.ownersHash)
+	agreed, writers, allBlank, err := o.agreedLimit(m.newest.ownersHash)
 	if err != nil {
 		return waiting("%v", err)
 	}
-	onlyNewest := []planRecord{{ownersHash: m.newest.ownersHash}}
-	next := &handoffPlan{allHeld: true, records: onlyNewest}
+	next := &handoffPlan{allHeld: true, records: []planRecord{newRecord(m.newest)}}
 	at := s.seenAt
 	switch {
 	case allBlank:
@@ -587,7 +586,7 @@ func (m *member) writeStepWith(s *decisionInput, a *stepAnswer) decision {
 	case !v.knowsAll():
 		return waiting("this router does not know all tables of step %d", v.step)
 	default:
-		next = v.plan.nextBounded(m.newest.ownersHash, agreed, s.now)
+		next = v.nextPlan(v.nextTable(m.newest), agreed, s.now)
 		backendIsAhead := m.highestStep > v.step // a backend has answered a later step
 		if v.plan.isSame(next) && !backendIsAhead {
 			return waiting("")
@@ -612,15 +611,15 @@ func stepTime(routers int) time.Duration {
 	return minStepTime * time.Duration(max(3, routers)) / 3
 }
 
-// agreedMark returns how far the next step may go: as far as all members allow that know
+// agreedLimit returns how far the next step may go: as far as all members allow that know
 // the tables of the plan. writers are the members among them whose process is known, sorted;
-// allBlank is true if no member knows the tables. agreedMark returns an error if a member
+// allBlank is true if no member knows the tables. agreedLimit returns an error if a member
 // does not have the table with this ownersHash. A pod of anyInstance that has no table, and
 // so cannot join, is not asked.
-func (o *handoffObject) agreedMark(
+func (o *handoffObject) agreedLimit(
 	ownersHash uint64,
-) (next mark, writers []string, allBlank bool, err error) {
-	next, allBlank = mark{upto: allPlaces}, true
+) (agreed stepLimit, writers []string, allBlank bool, err error) {
+	agreed, allBlank = stepLimit{upto: allPlaces}, true
 	for _, pod := range slices.Sorted(maps.Keys(o.plan.members)) {
 		a := o.answers[pod]
 		isAny := o.plan.members[pod].Instance == anyInstance
@@ -628,19 +627,18 @@ func (o *handoffObject) agreedMark(
 		case isAny && a.ownersHash == noTableHash:
 			continue
 		case a.ownersHash != ownersHash:
-			return next, nil, false, fmt.Errorf("%s has another table", pod)
+			return agreed, nil, false, fmt.Errorf("%s has another table", pod)
 		case a.blank:
 			continue
 		}
 		allBlank = false
-		next.upto = min(next.upto, a.next.upto)
-		next.away = union(next.away, a.next.away)
-		next.scaledIn = union(next.scaledIn, a.next.scaledIn)
+		agreed.upto = min(agreed.upto, a.limit.upto)
+		agreed.away = append(agreed.away, a.limit.away...)
 		if !isAny {
 			writers = append(writers, pod)
 		}
 	}
-	return next, writers, allBlank, nil
+	return agreed, writers, allBlank, nil
 }
 
 // bootstrap is what a router without a view does where there is no plan. The router says
@@ -684,12 +682,12 @@ func (m *member) bootstrap(s *decisionInput) decision {
 			writers = append(writers, name)
 		}
 	}
-	p.records = []planRecord{{ownersHash: m.newest.ownersHash}}
+	p.records = []planRecord{newRecord(m.newest)}
 	m.startEpoch(p, s)
 	p.oldestSince = planStep{p.epoch, p.step}
 	first := stepAnswer{
 		instance: m.instance, epoch: p.epoch, step: p.step,
-		ownersHash: a.ownersHash, next: mark{upto: allPlaces},
+		ownersHash: a.ownersHash, limit: stepLimit{upto: allPlaces},
 	}
 	return m.writePlan(s, p, &first, m.turn(s, writers), "this router is making the first plan")
 }

@@ -70,7 +70,7 @@ type modelRouter struct {
 	list    *podList
 	listing *podList // has begun
 	edit    int      // of its table; -1: none
-	next    mark
+	limit   stepLimit
 	leaving bool
 	cut     bool // sees nothing for a while
 	skew    time.Duration
@@ -291,7 +291,7 @@ func (w *modelWorld) situationOf(r *modelRouter) *decisionInput {
 		s.hasWork = s.hasWork || r.open[i] != 0
 		s.doneHere = s.doneHere && w.misplaced(r, i) == 0
 	}
-	s.next = r.next
+	s.limit = r.limit
 	if w.rules.situation != nil {
 		w.rules.situation(w, r, s)
 	}
@@ -301,7 +301,7 @@ func (w *modelWorld) situationOf(r *modelRouter) *decisionInput {
 // act has r decide, and does what it decides. It reports whether there was something.
 func (w *modelWorld) act(r *modelRouter) bool {
 	if w.chance(10) {
-		r.next = w.randomNext()
+		r.limit = w.randomLimit()
 	}
 	d := r.decide(w.situationOf(r))
 	if w.rules.decision != nil {
@@ -368,24 +368,21 @@ func (w *modelWorld) send(write *handoffWrite) {
 	}
 }
 
-// randomNext returns any proposal.
-func (w *modelWorld) randomNext() mark {
+// randomLimit returns any proposal.
+func (w *modelWorld) randomLimit() stepLimit {
 	if w.calm || w.chance(2) {
-		return mark{upto: allPlaces}
+		return stepLimit{upto: allPlaces}
 	}
-	m := mark{upto: []uint64{0, allPlaces, placeOf(hash64(modelNamespaces[w.IntN(4)])) + 1}[w.IntN(3)]}
+	l := stepLimit{upto: []uint64{0, allPlaces, placeOf(hash64(modelNamespaces[w.IntN(4)])) + 1}[w.IntN(3)]}
 	if w.rules.hostile && w.chance(2) {
-		m = mark{scaledIn: []int{w.IntN(4)}}
+		l = stepLimit{upto: 1} // only what was scaled in
 	}
 	for ordinal := range 4 {
-		switch w.IntN(10) {
-		case 0:
-			m.away = append(m.away, ordinal)
-		case 1:
-			m.scaledIn = append(m.scaledIn, ordinal)
+		if w.chance(10) {
+			l.away = append(l.away, ordinal)
 		}
 	}
-	return m
+	return l
 }
 
 // finishList gives r the pods that exist now.
@@ -744,7 +741,7 @@ func (w *modelWorld) catchUp(r *modelRouter) {
 	for len(r.inbox) > 0 {
 		w.receive(r)
 	}
-	r.next = w.randomNext()
+	r.limit = w.randomLimit()
 	for range 3 {
 		w.openSession(r)
 		for i := range r.open {
@@ -1332,7 +1329,7 @@ func TestMembersTakeTurns(t *testing.T) {
 	data := maps.Clone(w.data)
 	for _, r := range w.routers {
 		w.readEdit(r)
-		a := r.answer(&decisionInput{stepProgress: stepProgress{next: mark{upto: allPlaces}}})
+		a := r.answer(&decisionInput{stepProgress: stepProgress{limit: stepLimit{upto: allPlaces}}})
 		data[r.key()] = a.String()
 	}
 	w.store(w.object.uid, data)
@@ -1341,7 +1338,7 @@ func TestMembersTakeTurns(t *testing.T) {
 		for len(r.inbox) > 0 {
 			w.receive(r)
 		}
-		r.next = mark{upto: allPlaces}
+		r.limit = stepLimit{upto: allPlaces}
 		r.commit(r.decide(w.situationOf(r)), w.now) // it adopts that
 		s := w.situationOf(r)
 		s.seenAt, r.stepAdoptedAt = s.now, s.now.Add(-time.Minute)
@@ -1372,7 +1369,7 @@ func TestLastAnswerMakesTheStep(t *testing.T) {
 	began := w.now
 	for _, r := range w.routers {
 		w.readEdit(r)
-		r.next = mark{upto: allPlaces}
+		r.limit = stepLimit{upto: allPlaces}
 	}
 	isAlone := func(d decision) bool {
 		return d.action == actWrite && d.write.version == "" && len(d.write.data) == 1 && d.answer != nil
@@ -1442,7 +1439,7 @@ func TestAnswerWaitsOnlyForAnswers(t *testing.T) {
 	w.edit(to("backend-1"))
 	w.readEdit(first)
 	half := placeOf(hash64(modelNamespaces[0])) + 1
-	first.next, first.stepAdoptedAt = mark{upto: half}, w.now
+	first.limit, first.stepAdoptedAt = stepLimit{upto: half}, w.now
 	d := first.decide(w.situationOf(first))
 	if at := w.now.Add(stepTime(2)); d.action != actWrite || d.write.version != "" {
 		t.Errorf("before the time of a step that moves some, %s, it decides to %d: %s", at, d.action, d.why)
@@ -1458,7 +1455,7 @@ func TestSameTableDoesNotWaitAgain(t *testing.T) {
 	w, first, _ := rested(2)
 	w.edit(to("backend-1"))
 	w.readEdit(first)
-	first.next = mark{upto: allPlaces}
+	first.limit = stepLimit{upto: allPlaces}
 	for range 4 {
 		same := *first.newest
 		w.now = w.now.Add(answerWait / 2)
@@ -1506,7 +1503,7 @@ func TestMissingAnswerDoesNotWait(t *testing.T) {
 
 // drain has r see all versions of the object, and act on each.
 func (w *modelWorld) drain(r *modelRouter) {
-	r.next = mark{upto: allPlaces}
+	r.limit = stepLimit{upto: allPlaces}
 	for again := true; again; {
 		again = len(r.inbox) > 0
 		w.receive(r)
@@ -1541,42 +1538,6 @@ func TestAnswerIsSentOnce(t *testing.T) {
 	w.now = w.now.Add(writeTimeout)
 	if again := second.decide(w.situationOf(second)); again.action != actWrite || again.why != d.why {
 		t.Errorf("when it ought to be there it decides to %d: %s", again.action, again.why)
-	}
-}
-
-// A plan has at most three tables and six records, whatever the edits and the owners that are
-// away, and comes to rest when all is there.
-func TestPlanIsBounded(t *testing.T) {
-	full := 0
-	for seed := range uint64(2000) {
-		r := rand.New(rand.NewPCG(seed, 5))
-		p := &handoffPlan{step: 1, records: []planRecord{{ownersHash: 1}}}
-		for range 30 {
-			m := randomMark(r)
-			if r.IntN(2) == 0 {
-				m.upto = uint64(r.IntN(100))
-			}
-			p = p.nextBounded(1+r.Uint64N(4), m, time.UnixMilli(0))
-			tables := map[uint64]bool{}
-			for _, record := range p.records {
-				tables[record.ownersHash] = true
-			}
-			if len(p.records) > maxRecords || len(tables) > maxPlanTables {
-				t.Fatalf("seed %d: %d records of %d tables", seed, len(p.records), len(tables))
-			}
-			if p.isFull() {
-				full++
-			}
-		}
-		for range 6 {
-			p = p.nextBounded(1, mark{upto: allPlaces}, time.UnixMilli(0))
-		}
-		if !p.isAtRest(1) {
-			t.Fatalf("seed %d: not at rest: %v", seed, p.records)
-		}
-	}
-	if full < 1000 {
-		t.Errorf("%d full plans: the test has tested little", full)
 	}
 }
 
@@ -1830,7 +1791,7 @@ func TestRemovedOwnerOfUnknownNamespace(t *testing.T) {
 				for len(r.inbox) > 0 {
 					w.receive(r)
 				}
-				r.next = mark{scaledIn: []int{2}}
+				r.limit = stepLimit{upto: 1} // only what was scaled in
 				for i := range r.open {
 					r.open[i] &^= w.misplaced(r, i)
 				}

@@ -333,7 +333,7 @@ func TestHandoffSharedOtherVersion(t *testing.T) {
 	t.Parallel()
 	p := newSharedProof(t, "all", nil)
 	p.edit(map[string]string{"ns-0": "backend-1"})
-	other := map[string]string{planKey: `{"version":4}`, answerKeyPrefix + "router-x": "v2"}
+	other := map[string]string{planKey: `{"version":5}`, answerKeyPrefix + "router-x": "v2"}
 	p.kube.replaceMap(handoffName, other)
 	pods := p.addPods(t, 2)
 	p.launch(t, pods...)

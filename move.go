@@ -201,14 +201,14 @@ func (m *mover) run(ctx context.Context) {
 		case <-m.wake:
 		case <-timer.C:
 		}
-		var again time.Time
+		again := m.leaveOldPods(time.Now())
 		if m.shared == nil {
-			again = m.advance(time.Now())
+			again = earliest(again, m.advance(time.Now()))
 		} else {
-			again = m.advanceShared(time.Now())
+			again = earliest(again, m.advanceShared(time.Now()))
 		}
 		again = earliest(again, m.cutRequests(time.Now()))
-		movesWait := m.waitsForPace && len(m.queue.sessions) > 0
+		movesWait := m.waitsForPace && !m.queue.isEmpty()
 		again = earliest(again, m.ages.closeOld(m.relay, time.Now(), movesWait))
 		timer.Stop()
 		if !again.IsZero() {
@@ -250,7 +250,7 @@ func (m *mover) prepare(now time.Time) {
 	if v == nil || m.tables.table() == nil { // a pod was replaced before: no sessions yet
 		return
 	}
-	t := m.nextTable(v)
+	t := v.nextTable(m.tables.table())
 	if t == nil { // this router does not know it, and its sessions end for that
 		return
 	}
@@ -262,18 +262,8 @@ func (m *mover) prepare(now time.Time) {
 		m.tally = newMoveTally(t.ownersHash)
 	}
 	m.tally.overridesVersion = t.overridesVersion
-	toMove := m.tally.sessions + m.tally.cancelled + len(m.queue.sessions)
+	toMove := m.tally.sessions + m.tally.cancelled + int(m.queue.size.Load())
 	m.tally.planned = max(m.tally.planned, toMove)
-}
-
-// nextTable returns the table to which the next step moves namespaces: see
-// handoffPlan.nextOwnersHash. It is nil if this router does not have that table.
-func (m *mover) nextTable(v *view) *table {
-	t := m.tables.table()
-	if v.nextOwnersHash(t.ownersHash) != t.ownersHash {
-		return v.tables[len(v.tables)-1]
-	}
-	return t
 }
 
 // restartSettling makes run wait for settleTime from now, but no longer than
@@ -291,6 +281,7 @@ func (m *mover) restartSettling(now time.Time) {
 // and need not move any more.
 func (m *mover) requeue(v *view, t *table, now time.Time) (cancelled int) {
 	var queue []queuedSession
+	var oldPod []*session
 	for _, s := range m.movableSessions() {
 		hash := hash64(s.namespace)
 		target, kept := t.lookup(s.namespace, hash)
@@ -300,11 +291,16 @@ func (m *mover) requeue(v *view, t *table, now time.Time) (cancelled int) {
 		if target == unresolved || target == ownerNotKnown {
 			target = s.backend // it stays
 		}
-		if target != s.backend || m.relay.podReplaced(s) {
+		switch {
+		case target != s.backend && !t.backends.has(s.backend): // it was scaled in
+			queue = append(queue, queuedSession{s, 0, target})
+		case target != s.backend:
 			queue = append(queue, queuedSession{s, placeOf(hash), target})
+		case m.relay.podReplaced(s):
+			oldPod = append(oldPod, s)
 		}
 	}
-	cancelled = m.queue.fill(queue, now)
+	cancelled = m.queue.fill(queue, oldPod, now)
 	m.targets.set(m.ctx, m.queue.targets())
 	return cancelled
 }
@@ -349,7 +345,7 @@ func (m *mover) advance(now time.Time) time.Time {
 		if !v.done {
 			v = m.finishStep(v)
 		}
-		t := m.nextTable(v)
+		t := v.nextTable(m.tables.table())
 		switch {
 		case m.handoffOff && !v.isAtRest(t.ownersHash): // tableOrPodChanged replaces v first
 			return time.Time{}
@@ -360,17 +356,17 @@ func (m *mover) advance(now time.Time) time.Time {
 			m.prepare(now)
 		}
 		m.refreshQueue(v, t, now)
-		next, again := m.dequeueForNextStep(v, t, now)
+		limit, again := m.dequeueForNextStep(v, t, now)
 		switch {
 		case v.isAtRest(t.ownersHash):
 			m.takeNewVersion(v, t)
 			m.raiseStep(m.current.Load())
 			m.endMoves()
 			return again
-		case !v.wouldChange(t.ownersHash, &next):
+		case !v.wouldChange(t, limit):
 			return again
 		}
-		m.beginStep(v.next(t, next, now))
+		m.beginStep(v.next(t, limit, now))
 	}
 }
 
@@ -411,39 +407,58 @@ func (m *mover) beginStep(v *view) {
 	m.onViewChanged()
 }
 
-// dequeueForNextStep takes the sessions of the next step from the queue. It returns the step's mark,
-// and when it has to be called again; if that is zero, at the next event. workOnStep closes
-// the sessions once the step is in force. No step closes a session whose owner stays, and
-// has another pod, and none follows if v is at rest: dequeueForNextStep closes these itself.
-func (m *mover) dequeueForNextStep(v *view, t *table, now time.Time) (next mark, again time.Time) {
-	next = mark{upto: allPlaces, scaledIn: v.scaledInOwners(t)}
-	next.away, again = m.targets.away(now)
+// dequeueForNextStep takes the sessions of the next step from the queue. It returns how far the
+// step may go, and when it has to be called again; if that is zero, at the next event. workOnStep closes
+// the sessions once the step is in force. None follows if v is at rest, as with -handoff=off:
+// dequeueForNextStep closes them itself then.
+func (m *mover) dequeueForNextStep(v *view, t *table, now time.Time) (limit stepLimit, again time.Time) {
+	limit.upto = allPlaces
+	limit.away, again = m.targets.away(now)
 	free, resume := m.startPace(now)
 	ready := free
 	if step := m.steppedAt.Add(minStepTime); ready && now.Before(step) {
 		ready, resume = false, step
 	}
-	if v.hasToWait(t.ownersHash, next.away) { // until an owner is back, or is no longer waited for
-		ready = false
-	}
-	due, rest := m.queue.split(&next, ready, &m.pace, now)
-	m.queue.set(rest)
+	due, rest := m.queue.split(&limit, ready, &m.pace, now)
+	m.queue.set(rest, m.queue.oldPod)
 	if len(due) > 0 {
 		m.steppedAt = now
 	}
 	for _, q := range due {
-		if v.isAtRest(t.ownersHash) || !q.changesOwner() {
+		if v.isAtRest(t.ownersHash) {
 			m.moveSession(q.session)
 		}
 	}
-	m.waitsForPace = free && next.upto < allPlaces
+	m.waitsForPace = free && (limit.upto < allPlaces || len(m.queue.oldPod) > 0)
 	if ready {
 		resume = m.pace.next()
 	}
-	if next.upto < allPlaces {
+	if limit.upto < allPlaces {
 		again = earliest(again, resume)
 	}
-	return next, again
+	return limit, again
+}
+
+// leaveOldPods closes the sessions whose owner stays and has another pod, at the pace. It waits
+// for no step. It returns when it has to be called again, zero if only when something happens.
+func (m *mover) leaveOldPods(now time.Time) (again time.Time) {
+	if len(m.queue.oldPod) == 0 {
+		return time.Time{}
+	}
+	free, again := m.startPace(now)
+	m.waitsForPace = free
+	for free && len(m.queue.oldPod) > 0 {
+		s := m.queue.oldPod[0]
+		if !s.isEnding() {
+			if m.pace.next().After(now) {
+				return m.pace.next()
+			}
+			m.pace.advance(now)
+			m.moveSession(s)
+		}
+		m.queue.set(m.queue.sessions, m.queue.oldPod[1:])
+	}
+	return again
 }
 
 // mayMove reports whether sessions may move now: the table has settled, and each of their
@@ -603,7 +618,7 @@ func (m *mover) moveSession(s *session) {
 
 // endMoves ends the tally and all dials if no session is left that has to move.
 func (m *mover) endMoves() {
-	if len(m.queue.sessions) == 0 {
+	if m.queue.isEmpty() {
 		m.targets.dropAll()
 		m.endTally()
 	}
@@ -659,12 +674,13 @@ type sharedHandoff struct {
 
 // stepProposal is how far the step after the view's may go, as far as this router is
 // concerned. Each change of it is a write. So it stays until there is a new step or another
-// table, or a new owner becomes reachable or unreachable.
+// table, or a new owner becomes reachable or unreachable for any router.
 type stepProposal struct {
 	step       int64  // of the view
 	ownersHash uint64 // of the table to which the next step moves namespaces
-	next       mark
-	toMove     int // sessions that have to move, also those that next covers
+	limit      stepLimit
+	allAway    []int // the owners that are away for any router, sorted
+	toMove     int   // sessions that have to move, also those within limit
 }
 
 // useMembership makes the mover share its steps, and the rate of moves, with other
@@ -736,16 +752,16 @@ func (m *mover) workShared(v *view, now time.Time) (p stepProgress, again time.T
 	case t == nil || !p.doneHere || !v.knowsAll() || v.admitsNone:
 		return p, time.Time{}
 	case v.isAtRest(t.ownersHash):
-		p.next = mark{upto: allPlaces}
+		p.limit.upto = allPlaces
 		return p, m.workAtRest(v, t, now)
 	}
-	proposal, again := m.propose(v, m.nextTable(v), now)
-	p.next, p.toMove = proposal.next, proposal.toMove
+	proposal, again := m.propose(v, v.nextTable(m.tables.table()), now)
+	p.limit, p.toMove = proposal.limit, proposal.toMove
 	return p, again
 }
 
-// workAtRest does what is left to do when v has the newest table alone: sessions whose
-// owner has another pod move, and the table has what v knows of previous owners.
+// workAtRest does what is left to do when v has the newest table alone: the tally ends, and the
+// table gets what v knows of previous owners.
 func (m *mover) workAtRest(v *view, t *table, now time.Time) (again time.Time) {
 	m.shared.lastProposal = nil
 	if !v.done {
@@ -765,32 +781,27 @@ func (m *mover) workAtRest(v *view, t *table, now time.Time) (again time.Time) {
 // propose returns how far the step after v's may go towards t, and when that may change,
 // zero if only when something happens. It counts how many sessions the pace allows until
 // the next step can begin. This router's share of the rate is its share of the sessions.
-// propose closes only the sessions whose owner stays and has another pod. closeStepSessions
-// closes those of the step, when the step has come.
+// closeStepSessions closes the sessions of the step, when the step has come.
 func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.Time) {
 	if m.tally == nil || m.tally.ownersHash != t.ownersHash {
 		m.prepare(now)
 	}
 	away, again := m.targets.away(now)
+	allAway := m.shared.withAwayForOthers(away)
 	p := m.shared.lastProposal
 	if p != nil && p.step == v.step && p.ownersHash == t.ownersHash &&
-		slices.Equal(p.next.away, away) {
+		slices.Equal(p.limit.away, away) && slices.Equal(p.allAway, allAway) {
 		return p, again
 	}
 	m.refreshQueue(v, t, now)
-	p = &stepProposal{step: v.step, ownersHash: t.ownersHash}
-	p.next = mark{upto: allPlaces, away: away, scaledIn: v.scaledInOwners(t)}
+	p = &stepProposal{step: v.step, ownersHash: t.ownersHash, allAway: allAway}
+	p.limit = stepLimit{upto: allPlaces, away: away}
 	free, resume := m.startPace(now)
 	schedule := m.pace // of what this router proposes; dequeueForStep advances the pace itself
-	due, _ := m.queue.split(&p.next, free, &schedule, m.shared.nextStepTime(now))
-	p.toMove = len(m.queue.sessions)
-	m.moveToNewPods(due, now)
-	m.waitsForPace = free && p.next.upto < allPlaces
-	further, newest := p.next, v.newestRecord()
-	if newest.ownersHash == t.ownersHash { // who is away or scaled in, other routers know too
-		further.away, further.scaledIn = newest.after.away, newest.after.scaledIn
-	}
-	if p.next.upto == allPlaces || v.wouldChange(t.ownersHash, &further) {
+	m.queue.split(&p.limit, free, &schedule, m.shared.nextStepTime(now))
+	p.toMove = int(m.queue.size.Load())
+	m.waitsForPace = free && (p.limit.upto < allPlaces || len(m.queue.oldPod) > 0)
+	if p.limit.upto == allPlaces || v.wouldChange(t, stepLimit{p.limit.upto, allAway}) {
 		m.shared.lastProposal = p
 		return p, again
 	}
@@ -798,17 +809,6 @@ func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.T
 		resume = m.pace.next()
 	}
 	return p, earliest(again, resume)
-}
-
-// moveToNewPods closes the sessions of due whose owner stays and has another pod: no step
-// does that.
-func (m *mover) moveToNewPods(due []queuedSession, now time.Time) {
-	for _, q := range due {
-		if !q.changesOwner() {
-			m.moveSession(q.session)
-			m.pace.advance(now)
-		}
-	}
 }
 
 // adopt puts v, the view of the plan in the object, in force.
@@ -846,11 +846,11 @@ func (m *mover) dequeueForStep(v *view, now time.Time) {
 		s := q.session
 		if s.isEnding() || !v.mustLeave(s.namespace, s.backend) {
 			rest = append(rest, q)
-		} else if !slices.Contains(v.newestRecord().after.scaledIn, s.backend) {
+		} else if q.place > 0 {
 			m.pace.advance(now)
 		}
 	}
-	m.queue.set(rest)
+	m.queue.set(rest, m.queue.oldPod)
 }
 
 // nextStepTime returns when the step after the view's can begin: now or later.
@@ -858,16 +858,37 @@ func (s *sharedHandoff) nextStepTime(now time.Time) time.Time {
 	return latest(now, s.member.stepAdoptedAt.Add(stepTime(len(s.member.view.plan.members))))
 }
 
+// lastObject returns the newest version of the object, nil if there is none. It takes
+// membership.mu.
+func (s *sharedHandoff) lastObject() *handoffObject {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.inbox.object
+}
+
 // positiveRateShare returns this router's part of the rate, above 0 and at most 1. A router that
 // had no session to move when it answered last has a small part. It takes membership.mu.
 func (s *sharedHandoff) positiveRateShare() float64 {
-	s.mu.Lock()
-	o := s.inbox.object
-	s.mu.Unlock()
+	o := s.lastObject()
 	if o == nil || o.plan == nil {
 		return 1
 	}
 	return max(s.member.rateShare(o), 0.1/float64(max(1, len(o.plan.members))))
+}
+
+// withAwayForOthers returns the sorted ordinals in away, and those of the owners that are away
+// for other routers, by their last answers. It takes membership.mu.
+func (s *sharedHandoff) withAwayForOthers(away []int) []int {
+	all := slices.Clone(away)
+	if o := s.lastObject(); o != nil && o.plan != nil {
+		for pod := range o.plan.members {
+			if pod != s.member.name {
+				all = append(all, o.answers[pod].limit.away...)
+			}
+		}
+	}
+	slices.Sort(all)
+	return slices.Compact(all)
 }
 
 // whyNotReady says why this router should get no new clients yet, or "".

@@ -423,15 +423,21 @@ type closedSession struct {
 }
 
 // movesIn runs play in a synctest bubble, with a mover of rate sessions per second, 5
-// backends, and each sessions of every namespace in data, which are with their owners.
+// backends, and each sessions of every namespace in data, which are with their owners. The mover
+// has -handoff=single.
 func movesIn(t *testing.T, rate, each int, data map[string]string, play func(t *testing.T, m *moveTest)) {
+	movesWith(t, false, rate, each, data, play)
+}
+
+// movesWith is movesIn, with -handoff=off if off is true.
+func movesWith(t *testing.T, off bool, rate, each int, data map[string]string, play func(t *testing.T, m *moveTest)) {
 	bubble(t, func(t *testing.T) {
 		m := &moveTest{log: newLogTail(), started: time.Now(), absent: map[int]bool{}, dials: map[int]int{}}
 		log := slog.New(slog.NewJSONHandler(m.log, nil))
 		relay := newRelay(func(i int) string { return backendName("backend", i) }, log)
 		router := &tableStore{statefulSet: "backend", backends: ordinalRange{count: 5}, log: slog.New(slog.DiscardHandler), onSwap: func() {}}
 		m.mover = newMover(router, relay, rate, m.dial, func() {}, log)
-		m.settleTime, m.closeSession = 500*time.Millisecond, m.recordClose
+		m.settleTime, m.closeSession, m.handoffOff = 500*time.Millisecond, m.recordClose, off
 		router.onSwap = m.tableOrPodChanged
 		m.table(data)
 		for namespace := range data {
@@ -779,8 +785,8 @@ func TestMoveToWhoIsWaitedFor(t *testing.T) {
 	})
 }
 
-// Also when many new owners fail during a change, so that the plan has no room for a further
-// record, no session is closed for an owner that is away, and none beyond the rate.
+// Also when many new owners fail during a change, one after the other, no session is closed for
+// an owner that is away, and none beyond the rate. All others move on.
 func TestMoveWhileManyOwnersFail(t *testing.T) {
 	data := pinned(100, 0)
 	to := with(data, "edit", 0)
@@ -803,8 +809,12 @@ func TestMoveWhileManyOwnersFail(t *testing.T) {
 					t.Fatalf("%s was closed, and backend-%d is away: %v", s.namespace, backend, m.current.Load().records)
 				}
 			}
-			if len(all)-before > 14 {
-				t.Fatalf("%d sessions were closed in 1.2 s, want 10 per second", len(all)-before)
+			want := 4 // the table has to settle first
+			if len(m.absent) == 4 {
+				want = 0 // no other owner is left
+			}
+			if n := len(all) - before; n < want || n > 14 {
+				t.Fatalf("%d sessions were closed in 1.2 s, want %d at least, and 10 per second at most", n, want)
 			}
 		}
 		for backend := 1; backend <= 4; backend++ {
@@ -815,6 +825,10 @@ func TestMoveWhileManyOwnersFail(t *testing.T) {
 		}
 		for backend := 1; backend <= 4; backend++ {
 			m.setAbsent(backend, false)
+		}
+		before := len(m.after(0))
+		if n := len(m.after(1200*time.Millisecond)) - before; n < 4 || n > 14 {
+			t.Errorf("%d sessions were closed in 1.2 s once all owners were back, want 10 per second", n)
 		}
 		m.after(time.Minute)
 		if v := m.current.Load(); !v.isAtRest(m.tables.table().ownersHash) {
@@ -865,6 +879,61 @@ func TestMoveOfManyEdits(t *testing.T) {
 			})
 		})
 	}
+}
+
+// The sessions of a backend that is scaled in move at once, before the table has settled, and
+// do not take the turns of others.
+func TestMoveFromWhoIsScaledIn(t *testing.T) {
+	data := pinned(40, 4)
+	for i := range 10 {
+		data[fmt.Sprintf("stays-%d", i)] = "backend-0"
+	}
+	next := pinned(40, 1)
+	for i := range 10 {
+		next[fmt.Sprintf("stays-%d", i)] = "backend-1"
+	}
+	for _, off := range []bool{false, true} {
+		t.Run(fmt.Sprint("off is ", off), func(t *testing.T) {
+			movesWith(t, off, 10, 1, data, func(t *testing.T, m *moveTest) {
+				m.after(time.Second)
+				m.tables.mu.Lock()
+				m.tables.backends = ordinalRange{count: 4}
+				m.tables.mu.Unlock()
+				m.table(next)
+				if all := m.after(100 * time.Millisecond); len(all) != 40 || slices.ContainsFunc(all, func(s closedSession) bool { return s.backend != 4 }) {
+					t.Errorf("%d moved at once, want the 40 of backend-4: %v", len(all), all)
+				}
+				if all := m.after(20 * time.Second); len(all) != 50 || all[49].at-all[40].at < 700*time.Millisecond {
+					t.Errorf("%d moved, want 50, and the last ten at 10 per second: %v", len(all), all[40:])
+				}
+			})
+		})
+	}
+}
+
+// While a step waits for a session that does not end, sessions with a pod that was replaced
+// move: nothing else makes them end, and no client of their namespaces is admitted meanwhile.
+func TestMoveFromOldPodsWaitsForNoStep(t *testing.T) {
+	data := map[string]string{"ns-00": "backend-0", "ns-01": "backend-1"}
+	movesIn(t, 0, 1, data, func(t *testing.T, m *moveTest) {
+		m.closeSession = func(s *session, done func(cut bool)) bool {
+			return s.namespace != "ns-00" && m.recordClose(s, done)
+		}
+		for _, s := range m.relay.filter(func(s *session) bool { return s.namespace == "ns-01" }) {
+			s.podUID = "a"
+		}
+		m.relay.setPods(map[int]string{1: "a"})
+		m.table(with(data, "ns-00", 2))
+		m.after(time.Second)
+		if v := m.current.Load(); v.done {
+			t.Fatal("no step is under way")
+		}
+		m.relay.setPods(map[int]string{1: "b"})
+		m.tableOrPodChanged()
+		if all := m.after(time.Second); len(all) != 1 || all[0].namespace != "ns-01" {
+			t.Errorf("closed are %v, want the session of ns-01", all)
+		}
+	})
 }
 
 // A session with a pod that was replaced moves also while owners change.

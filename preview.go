@@ -148,8 +148,8 @@ func newPreview(p *proxy, current, next *table) *preview {
 		default:
 			move.To = next.name(owner)
 			answer.Sessions++
-			if !current.backends.has(s.backend) || next.backends.has(s.backend) {
-				paced++ // others move at once: their backend is scaled in
+			if next.backends.has(s.backend) { // others move at once: it is scaled in
+				paced++
 			}
 		}
 		moves[move]++

@@ -528,7 +528,7 @@ func TestStartFlightAsksOnceMore(t *testing.T) {
 	}
 	f.end()
 	other := newTable("backend", false, ordinalRange{first: owner + 1, count: 2}, nil, nil, r.table())
-	step := m.current.Load().next(other, mark{upto: allPlaces}, time.Now())
+	step := m.current.Load().next(other, stepLimit{upto: allPlaces}, time.Now())
 	m.current.Store(step) // it begins after the dial
 	if _, now, ok := m.startFlight(namespace, owner, "", nil); ok || now.state != stateHeld {
 		t.Errorf("the request is sent to the old owner in a step (%+v)", now)

@@ -198,7 +198,7 @@ func newLoads(p *proxy, summary *tableSummary, changing bool) []backendLoad {
 	}
 	slices.Sort(ordinals)
 	in, out := map[int]int{}, map[int]int{}
-	if t != nil && changing {
+	if t != nil && (changing || p.mover.queue.size.Load() > 0) { // with -handoff=off it is the latter
 		in, out = movingSessions(p.relay, t)
 	}
 	loads := []backendLoad{}
