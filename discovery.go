@@ -137,7 +137,6 @@ type replicaWatcher struct {
 	onCordonRejected func(o apiObject, why string)
 
 	// Owned by run.
-	lastSet        backendSet    // the last one that onBackendsChanged got
 	wanted         *backendCount // what wantedBackends returned last
 	cordonRejected string        // what whyCordonRejected returned last; "" for nothing
 
@@ -367,8 +366,7 @@ func (r *replicaWatcher) proofWanted() storedProof {
 // run calls onBackendsChanged and onWanted until ctx ends: see newReplicaWatcher.
 func (r *replicaWatcher) run(ctx context.Context) {
 	for {
-		if next, known := r.nextBackendSet(); known && !next.isSame(&r.lastSet) {
-			r.lastSet = next
+		if next, known := r.nextBackendSet(); known {
 			r.onBackendsChanged(next)
 		}
 		r.announceCordonRejected()

@@ -429,7 +429,7 @@ func movesIn(t *testing.T, rate, each int, data map[string]string, play func(t *
 		m := &moveTest{log: newLogTail(), started: time.Now(), absent: map[int]bool{}, dials: map[int]int{}}
 		log := slog.New(slog.NewJSONHandler(m.log, nil))
 		relay := newRelay(func(i int) string { return backendName("backend", i) }, log)
-		router := &tableStore{statefulSet: "backend", backends: ordinalRange{count: 5}, log: slog.New(slog.DiscardHandler), onSwap: func() {}}
+		router := &tableStore{statefulSet: "backend", backends: backendSet{ordinalRange: ordinalRange{count: 5}}, log: slog.New(slog.DiscardHandler), onSwap: func() {}}
 		m.mover = newMover(router, relay, rate, m.dial, func() {}, log)
 		m.settleTime, m.closeSession = 500*time.Millisecond, m.recordClose
 		router.onSwap = m.tableOrPodChanged

@@ -48,7 +48,7 @@ func loggedRouter(t *testing.T) (*tableStore, *logTail) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &tableStore{statefulSet: "backend", backends: ordinalRange{count: 4}, log: log, onSwap: func() {}}, tail
+	return &tableStore{statefulSet: "backend", backends: backendSet{ordinalRange: ordinalRange{count: 4}}, log: log, onSwap: func() {}}, tail
 }
 
 // The table that several goroutines read while it is updated is never nil, never older
@@ -175,7 +175,7 @@ func TestRouterReports(t *testing.T) {
 // reads the same overrides anew.
 func TestRouterResizes(t *testing.T) {
 	r, tail := loggedRouter(t)
-	r.backends = ordinalRange{}
+	r.backends = backendSet{}
 	swapped := 0
 	r.onSwap = func() { swapped++ }
 	r.update(contentOf("test", "1", pairs("a=backend-1 late=backend-5")))
@@ -423,7 +423,7 @@ func largeList(objects, overrides int) []byte {
 func largeMaps(t testing.TB, objects, overrides int) (*configMaps, *tableStore) {
 	t.Helper()
 	log := slog.New(slog.DiscardHandler)
-	r := &tableStore{statefulSet: "backend", backends: ordinalRange{count: 16}, log: log, onSwap: func() {}}
+	r := &tableStore{statefulSet: "backend", backends: backendSet{ordinalRange: ordinalRange{count: 16}}, log: log, onSwap: func() {}}
 	var c *configMaps
 	r.addSource(false, func(update func(...sourceContent)) overrideSource {
 		c = newConfigMaps(kubeClient{}, "edge", nil, "a=b", "", update, log)
