@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"fmt"
 	"hash/fnv"
 	"iter"
@@ -90,14 +89,12 @@ func newTable(statefulSet string, fromHost bool, backends ordinalRange, listedCo
 	sources []sourceContent, old *table) *table {
 	t := &table{
 		statefulSet: statefulSet, fromHost: fromHost, backends: backends, listedCordon: listedCordon,
-		sources: slices.Clone(sources), overridesVersion: versionOf(sources),
+		sources: sources, overridesVersion: versionOf(sources),
 		invalid: make([]int, len(sources)),
 	}
 	var sets []*overrideSet
 	count := 0
-	for i := range t.sources {
-		src := &t.sources[i]
-		src.overrides = cmp.Or(src.overrides, &overrideSet{})
+	for _, src := range sources {
 		sets = append(sets, src.overrides)
 		t.valueOrdinals = append(t.valueOrdinals, t.resolveValues(src.overrides))
 		count += src.overrides.count
