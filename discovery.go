@@ -534,7 +534,7 @@ func (r *replicaWatcher) whyNotReady() string {
 	case r.latest != nil && r.latest.Spec.Replicas == 0:
 		return r.watcher.String() + " has no replicas"
 	case r.latest != nil:
-		return r.endpoints.watcher.String() + ": no answer from the API server yet"
+		return r.endpoints.watcher.whyNotListed()
 	case r.absent:
 		return r.watcher.String() + " does not exist"
 	case errorClass(failure) == "forbidden":
