@@ -238,14 +238,14 @@ func newDNSBackends(count int, statefulSet, service string, port int) *backends 
 		host:   func(ordinal int) string { return backendName(statefulSet, ordinal) + "." + service },
 		port:   strconv.Itoa(port),
 		lookup: net.DefaultResolver.LookupNetIP,
-		byHost: map[string]*dnsLookup{},
+		all:    map[int]*dnsLookup{},
 	}
 	return &backends{
 		statefulSet: statefulSet,
 		static:      ordinalRange{count: count},
 		queues:      newDialQueues(alwaysReady),
-		resolve:     func(ctx context.Context, ordinal int) (string, error) { return cache.get(ctx, cache.host(ordinal)) },
-		invalidate:  func(ordinal int) { cache.invalidate(cache.host(ordinal)) },
+		resolve:     cache.get,
+		invalidate:  cache.invalidate,
 		podUID:      unknownPodUID,
 		podIsGone:   neverGone,
 		close:       cache.lookups.Wait,
@@ -262,8 +262,8 @@ type addressCache struct {
 	lookup func(ctx context.Context, network, host string) ([]netip.Addr, error)
 
 	mu      sync.Mutex
-	byHost  map[string]*dnsLookup // guarded by mu
-	lookups sync.WaitGroup        // those under way
+	all     map[int]*dnsLookup // the last one of each backend, by ordinal; guarded by mu
+	lookups sync.WaitGroup     // those under way
 }
 
 // dnsLookup is one lookup, under way or done.
@@ -276,14 +276,15 @@ type dnsLookup struct {
 	validUntil time.Time // until then addr is used; guarded by addressCache.mu
 }
 
-// get returns the host's address with the port: from the cache, from the lookup under
+// get returns the backend's address with the port: from the cache, from the lookup under
 // way, or from a new one. ctx bounds the wait.
-func (c *addressCache) get(ctx context.Context, host string) (string, error) {
+func (c *addressCache) get(ctx context.Context, ordinal int) (string, error) {
+	host := c.host(ordinal)
 	c.mu.Lock()
-	a := c.byHost[host]
+	a := c.all[ordinal]
 	if a == nil || a.expired() {
 		a = &dnsLookup{done: make(chan struct{})}
-		c.byHost[host] = a
+		c.all[ordinal] = a
 		c.lookups.Go(func() { c.resolve(a, host) })
 	}
 	c.mu.Unlock()
@@ -317,11 +318,11 @@ func (c *addressCache) resolve(a *dnsLookup, host string) {
 	a.validUntil = time.Now().Add(addressTTL)
 }
 
-// invalidate makes get look the host up again after retryAt.
-func (c *addressCache) invalidate(host string) {
+// invalidate makes get look the backend up again after retryAt.
+func (c *addressCache) invalidate(ordinal int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if a := c.byHost[host]; a != nil && a.isDone() {
+	if a := c.all[ordinal]; a != nil && a.isDone() {
 		a.validUntil = a.retryAt
 	}
 }

@@ -65,11 +65,12 @@ func (r *resolver) lookup(ctx context.Context, _, host string) ([]netip.Addr, er
 
 func TestAddressCache(t *testing.T) {
 	newCache := func(r *resolver) *addressCache {
-		return &addressCache{port: "9000", lookup: r.lookup, byHost: map[string]*dnsLookup{}}
+		host := func(ordinal int) string { return backendName("backend", ordinal) + ".headless" }
+		return &addressCache{host: host, port: "9000", lookup: r.lookup, all: map[int]*dnsLookup{}}
 	}
 	get := func(t *testing.T, c *addressCache, want string) {
 		t.Helper()
-		if got, err := c.get(t.Context(), "backend-2.headless"); got != want || err != nil {
+		if got, err := c.get(t.Context(), 2); got != want || err != nil {
 			t.Errorf("get = %q, %v; want %q", got, err, want)
 		}
 	}
@@ -98,7 +99,7 @@ func TestAddressCache(t *testing.T) {
 		"dropped when it was no good": func(t *testing.T) {
 			c := newCache(&resolver{})
 			get(t, c, "10.0.0.1:9000")
-			c.invalidate("backend-2.headless")
+			c.invalidate(2)
 			get(t, c, "10.0.0.1:9000")
 			time.Sleep(minLookupInterval + time.Millisecond)
 			get(t, c, "10.0.0.2:9000")
@@ -106,12 +107,12 @@ func TestAddressCache(t *testing.T) {
 		"a failure is kept for a moment": func(t *testing.T) {
 			r := &resolver{err: errors.New("no such host")}
 			c := newCache(r)
-			if _, err := c.get(t.Context(), "backend-2.headless"); err == nil || err.Error() != "look up backend-2.headless: no such host" {
+			if _, err := c.get(t.Context(), 2); err == nil || err.Error() != "look up backend-2.headless: no such host" {
 				t.Errorf("error %v", err)
 			}
 			r.err = nil
 			time.Sleep(minLookupInterval - time.Millisecond)
-			if _, err := c.get(t.Context(), "backend-2.headless"); err == nil {
+			if _, err := c.get(t.Context(), 2); err == nil {
 				t.Error("looked up again too soon")
 			}
 			time.Sleep(2 * time.Millisecond)
@@ -122,7 +123,7 @@ func TestAddressCache(t *testing.T) {
 			c := newCache(r)
 			ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 			defer cancel()
-			if _, err := c.get(ctx, "backend-2.headless"); !errors.Is(err, context.DeadlineExceeded) {
+			if _, err := c.get(ctx, 2); !errors.Is(err, context.DeadlineExceeded) {
 				t.Errorf("error %v, want deadline exceeded", err)
 			}
 			get(t, c, "10.0.0.1:9000")
@@ -130,7 +131,7 @@ func TestAddressCache(t *testing.T) {
 		"a lookup is bounded": func(t *testing.T) {
 			c := newCache(&resolver{delay: time.Hour})
 			begun := time.Now()
-			if _, err := c.get(t.Context(), "backend-2.headless"); err == nil || time.Since(begun) != lookupTimeout {
+			if _, err := c.get(t.Context(), 2); err == nil || time.Since(begun) != lookupTimeout {
 				t.Errorf("error %v after %s, want one after %s", err, time.Since(begun), lookupTimeout)
 			}
 		},

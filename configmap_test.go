@@ -324,8 +324,8 @@ func TestConfigMapsSelectedFromServer(t *testing.T) {
 // may have delayed.
 func TestConfigMapsReportedOnceInForce(t *testing.T) {
 	c, r, _ := fakeMaps(t, "routes")
-	known := r.backends
-	r.backends = ordinalRange{}
+	known := r.backends.ordinalRange
+	r.backends = backendSet{}
 	c.apply(0, fakeSet(fakeMap("routes", "1", "ns-01=backend-1 ns-02=bakend-2")))
 	wantEqual(t, "Events before there is a table", len(c.events.queue), 0)
 	r.setBackends(backendSet{ordinalRange: known})

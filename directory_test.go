@@ -210,7 +210,7 @@ func TestDirectoryMissing(t *testing.T) {
 // A removed directory, a bad entry and a stale copy change nothing in the table.
 func TestDirectoryAndTable(t *testing.T) {
 	d := newFakeDir(t)
-	r := &tableStore{statefulSet: "backend", backends: ordinalRange{count: 4}, log: d.log, onSwap: func() {}}
+	r := &tableStore{statefulSet: "backend", backends: backendSet{ordinalRange: ordinalRange{count: 4}}, log: d.log, onSwap: func() {}}
 	_, live := r.addFakeSource(false)
 	_, d.directory.update = r.addFakeSource(true)
 	look := func(want string) {

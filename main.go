@@ -531,7 +531,7 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 	var mover *mover // onSwap uses it when there are sources
 	tables := &tableStore{
 		statefulSet: c.statefulSet, fromHost: c.namespaceMatcher.fromHost,
-		backends: backends.static, listedCordon: c.cordon, log: log,
+		backends: backendSet{ordinalRange: backends.static, listedCordon: c.cordon}, log: log,
 		onSwap: func() { mover.tableOrPodChanged() },
 		applyDurations: newHistogram(
 			.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5),
@@ -780,7 +780,7 @@ func (p *program) drainAll() (ended int64) {
 		p.proxy.forwarder.stop(ctx)
 		close(forwarded)
 	}()
-	ended = drain(context.Background(), p.proxy.relay, over)
+	ended = drain(p.proxy.relay, over)
 	<-forwarded
 	return ended
 }

@@ -169,7 +169,7 @@ func (r *simRouter) start() {
 	c.closeSession = func(s *session, onEnd func(cut bool)) bool {
 		return c.endSession(s, causeMoved, func() { onEnd(false) })
 	}
-	router.backends = ordinalRange{count: simBackends}
+	router.backends.count = simBackends
 	c.running.Go(func() { c.run(c.alive) })
 	c.running.Go(func() { c.shared.watcher.run(c.alive) })
 	c.running.Go(func() { c.followOverrides() })

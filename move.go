@@ -255,7 +255,7 @@ func (m *mover) prepare(now time.Time) {
 		return
 	}
 	m.restartSettling(now)
-	m.countCancelled(m.requeue(v, t, now))
+	m.requeue(v, t, now)
 	m.targets.redial(m.ctx)
 	if m.tally == nil || m.tally.ownersHash != t.ownersHash {
 		m.endTally()
@@ -277,9 +277,9 @@ func (m *mover) restartSettling(now time.Time) {
 }
 
 // requeue fills the queue with all sessions that have to move to t's owners, and dials
-// those owners that are not dialled yet. It returns how many sessions were queued before
-// and need not move any more.
-func (m *mover) requeue(v *view, t *table, now time.Time) (cancelled int) {
+// those owners that are not dialled yet. It counts the sessions that were queued before and
+// need not move any more.
+func (m *mover) requeue(v *view, t *table, now time.Time) {
 	var queue []queuedSession
 	var oldPod []*session
 	for _, s := range m.movableSessions() {
@@ -300,9 +300,12 @@ func (m *mover) requeue(v *view, t *table, now time.Time) (cancelled int) {
 			oldPod = append(oldPod, s)
 		}
 	}
-	cancelled = m.queue.fill(queue, oldPod, now)
+	cancelled := m.queue.fill(queue, oldPod, now)
+	m.cancelled.Add(int64(cancelled))
+	if m.tally != nil {
+		m.tally.cancelled += cancelled
+	}
 	m.targets.set(m.ctx, m.queue.targets())
-	return cancelled
 }
 
 // movableSessions returns the sessions that neither end nor have ended.
@@ -313,15 +316,7 @@ func (m *mover) movableSessions() []*session {
 // refreshQueue fills the queue anew if it is outdated.
 func (m *mover) refreshQueue(v *view, t *table, now time.Time) {
 	if m.queue.isOutdated(now) {
-		m.countCancelled(m.requeue(v, t, now))
-	}
-}
-
-// countCancelled counts n sessions that were to move and stay now.
-func (m *mover) countCancelled(n int) {
-	m.cancelled.Add(int64(n))
-	if m.tally != nil {
-		m.tally.cancelled += n
+		m.requeue(v, t, now)
 	}
 }
 

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"fmt"
 	"hash/fnv"
 	"iter"
@@ -41,7 +40,8 @@ func (id sourceID) String() string {
 // sourceContent is the content of one object that holds overrides, at one moment.
 type sourceContent struct {
 	id        sourceID
-	version   string // the ConfigMap's resourceVersion, or a hash of the directory's files
+	object    apiObject // the ConfigMap; zero for other sources
+	version   string    // the ConfigMap's resourceVersion, or a hash of the directory's files
 	overrides *overrideSet
 }
 
@@ -89,14 +89,12 @@ func newTable(statefulSet string, fromHost bool, backends ordinalRange, listedCo
 	sources []sourceContent, old *table) *table {
 	t := &table{
 		statefulSet: statefulSet, fromHost: fromHost, backends: backends, listedCordon: listedCordon,
-		sources: slices.Clone(sources), overridesVersion: versionOf(sources),
+		sources: sources, overridesVersion: versionOf(sources),
 		invalid: make([]int, len(sources)),
 	}
 	var sets []*overrideSet
 	count := 0
-	for i := range t.sources {
-		src := &t.sources[i]
-		src.overrides = cmp.Or(src.overrides, &overrideSet{})
+	for _, src := range sources {
 		sets = append(sets, src.overrides)
 		t.valueOrdinals = append(t.valueOrdinals, t.resolveValues(src.overrides))
 		count += src.overrides.count
@@ -275,11 +273,7 @@ func (t *table) isKept(s *indexSlot) bool { return int(s.set) > len(t.sources) }
 // wantedOwner returns the ordinal of the backend that owns the namespace. ok is false if the
 // namespace is unresolved.
 func (t *table) wantedOwner(namespace string) (ordinal int, ok bool) {
-	hash := hash64(namespace)
-	ordinal = t.ordinalOf(findSlot(&t.index, namespace, upper32(hash)))
-	if ordinal == byHash {
-		return t.hashOwner(hash), true
-	}
+	ordinal, _ = t.lookup(namespace, hash64(namespace))
 	return ordinal, ordinal != unresolved
 }
 
@@ -306,8 +300,8 @@ func (t *table) cordonedOwner(namespace string) (ordinal int, ok bool) {
 	return t.backends.first + b, t.cordoned != nil && t.cordoned[b]
 }
 
-// lookup is owner for a namespace with this hash64. It returns unresolved if the
-// namespace has no owner, and whether the namespace is kept.
+// lookup returns the owner of a namespace with this hash64, unresolved if it has none, and
+// whether the namespace is kept.
 func (t *table) lookup(namespace string, hash uint64) (ordinal int, kept bool) {
 	s := findSlot(&t.index, namespace, upper32(hash))
 	if ordinal = t.ordinalOf(s); ordinal == byHash {

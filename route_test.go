@@ -306,7 +306,7 @@ func lookupTable(t testing.TB, backends, overrides int) *tableStore {
 	for i, namespace := range manyNamespaces(overrides) {
 		data[namespace] = backendName("backend", i%backends)
 	}
-	r := &tableStore{statefulSet: "backend", backends: ordinalRange{count: backends}, log: slog.New(slog.DiscardHandler), onSwap: func() {}}
+	r := &tableStore{statefulSet: "backend", backends: backendSet{ordinalRange: ordinalRange{count: backends}}, log: slog.New(slog.DiscardHandler), onSwap: func() {}}
 	r.update(sourceContent{overrides: newOverrideSet(data)})
 	return r
 }

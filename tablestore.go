@@ -54,11 +54,9 @@ type tableStore struct {
 	applyDurations *histogram // how long it took to make these and to swap them in
 
 	// Guarded by mu, which serialises swaps.
-	mu           sync.Mutex
-	contents     []sourceContent // of the sources, merged; nil before they are known
-	backends     ordinalRange    // of the next table; count is 0 before they are known
-	listedCordon cordon          // of the next table
-	specID       string          // of the StatefulSet when backends changed
+	mu       sync.Mutex
+	contents []sourceContent // of the sources, merged; nil before they are known; tables share it
+	backends backendSet      // of the next table; count is 0 before they are known
 }
 
 // table returns the newest table, nil if there was none yet.
@@ -144,7 +142,6 @@ func (r *tableStore) updateVersions() bool {
 	same := len(r.contents) == len(t.sources)
 	for i := range r.contents {
 		src := &r.contents[i]
-		src.overrides = cmp.Or(src.overrides, &overrideSet{})
 		j := slices.IndexFunc(t.sources, hasID(src.id))
 		if j >= 0 && src.overrides.equal(t.sources[j].overrides) {
 			src.overrides = t.sources[j].overrides
@@ -153,7 +150,7 @@ func (r *tableStore) updateVersions() bool {
 	}
 	if same {
 		next := *t
-		next.sources, next.overridesVersion = slices.Clone(r.contents), versionOf(r.contents)
+		next.sources, next.overridesVersion = r.contents, versionOf(r.contents)
 		r.newest.Store(&next)
 	}
 	return same
@@ -164,13 +161,14 @@ func hasID(id sourceID) func(sourceContent) bool {
 	return func(src sourceContent) bool { return src.id == id }
 }
 
-// setBackends makes a table for these backends, at least one, the newest. It checks all
-// overrides again: "backend-7" is valid once there are eight.
+// setBackends makes a table for these backends, at least one, the newest, if they or their
+// cordon are others than before. It checks all overrides again: "backend-7" is valid once
+// there are eight.
 func (r *tableStore) setBackends(s backendSet) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if s.ordinalRange != r.backends || !slices.Equal(s.listedCordon, r.listedCordon) {
-		r.backends, r.listedCordon, r.specID = s.ordinalRange, s.listedCordon, s.specID
+	if !s.isSame(&r.backends) {
+		r.backends = s
 		r.swap()
 	}
 }
@@ -182,8 +180,9 @@ func (r *tableStore) swap() {
 		return
 	}
 	old, began := r.table(), time.Now()
-	t := newTable(r.statefulSet, r.fromHost, r.backends, r.listedCordon, r.contents, old)
-	t.specID, t.updated = r.specID, time.Now()
+	t := newTable(r.statefulSet, r.fromHost, r.backends.ordinalRange, r.backends.listedCordon,
+		r.contents, old)
+	t.specID, t.updated = r.backends.specID, time.Now()
 	r.newest.Store(t)
 	r.swaps.Add(1)
 	r.onSwap()

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -27,8 +28,19 @@ func (s *fakeSource) reportChange(c sourceChange) { s.changes = append(s.changes
 // addFakeSource adds a fakeSource to the router, and returns its update function.
 func (r *tableStore) addFakeSource(provisional bool) (s *fakeSource, update func(...sourceContent)) {
 	s = &fakeSource{}
-	r.addSource(provisional, func(u func(...sourceContent)) overrideSource { update = u; return s })
+	r.addSource(provisional, func(u func(...sourceContent)) overrideSource {
+		update = func(contents ...sourceContent) { u(withSets(contents)...) }
+		return s
+	})
 	return s, update
+}
+
+// withSets gives those contents that have no overrides an empty set of them.
+func withSets(contents []sourceContent) []sourceContent {
+	for i := range contents {
+		contents[i].overrides = cmp.Or(contents[i].overrides, &overrideSet{})
+	}
+	return contents
 }
 
 // update gives the router the contents of its first source. It adds a fakeSource if
@@ -37,7 +49,7 @@ func (r *tableStore) update(contents ...sourceContent) {
 	if r.sources == nil {
 		r.addFakeSource(false)
 	}
-	r.setContents(r.sources[0], contents)
+	r.setContents(r.sources[0], withSets(contents))
 }
 
 // loggedRouter is a router of 4 backends and its log.
@@ -48,7 +60,7 @@ func loggedRouter(t *testing.T) (*tableStore, *logTail) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &tableStore{statefulSet: "backend", backends: ordinalRange{count: 4}, log: log, onSwap: func() {}}, tail
+	return &tableStore{statefulSet: "backend", backends: backendSet{ordinalRange: ordinalRange{count: 4}}, log: log, onSwap: func() {}}, tail
 }
 
 // The table that several goroutines read while it is updated is never nil, never older
@@ -175,7 +187,7 @@ func TestRouterReports(t *testing.T) {
 // reads the same overrides anew.
 func TestRouterResizes(t *testing.T) {
 	r, tail := loggedRouter(t)
-	r.backends = ordinalRange{}
+	r.backends = backendSet{}
 	swapped := 0
 	r.onSwap = func() { swapped++ }
 	r.update(contentOf("test", "1", pairs("a=backend-1 late=backend-5")))
@@ -423,7 +435,7 @@ func largeList(objects, overrides int) []byte {
 func largeMaps(t testing.TB, objects, overrides int) (*configMaps, *tableStore) {
 	t.Helper()
 	log := slog.New(slog.DiscardHandler)
-	r := &tableStore{statefulSet: "backend", backends: ordinalRange{count: 16}, log: log, onSwap: func() {}}
+	r := &tableStore{statefulSet: "backend", backends: backendSet{ordinalRange: ordinalRange{count: 16}}, log: log, onSwap: func() {}}
 	var c *configMaps
 	r.addSource(false, func(update func(...sourceContent)) overrideSource {
 		c = newConfigMaps(kubeClient{}, "edge", nil, "a=b", "", update, log)

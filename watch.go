@@ -147,6 +147,14 @@ func (w *watcher[T]) String() string {
 	return w.kind + " " + w.kubeNamespace + "/" + w.name + w.selector
 }
 
+// whyNotListed says, before the first LIST, why the objects are not known.
+func (w *watcher[T]) whyNotListed() string {
+	if failure := w.snapshot().failure; failure != nil {
+		return w.String() + ": " + failure.Error()
+	}
+	return w.String() + ": no answer from the API server yet"
+}
+
 // listAndWatch is one cycle, without its BACKOFF. It returns nil if the WATCH ended
 // cleanly, which does not mean that no event was lost.
 //
@@ -154,6 +162,7 @@ func (w *watcher[T]) String() string {
 // server or a network that does not. It bounds the wait for the response's headers too:
 // some proxies hold them back until the first event (kubectl#628).
 func (w *watcher[T]) listAndWatch(ctx context.Context) error {
+	w.updateStatus(func(s *watchStatus) { s.healthy = false })
 	version, err := w.list(ctx)
 	if err != nil {
 		return err
@@ -170,11 +179,7 @@ func (w *watcher[T]) listAndWatch(ctx context.Context) error {
 		case <-ctx.Done():
 		}
 	})
-	stream, err := w.connect(ctx, version, timeout)
-	if err == nil {
-		err = w.watch(ctx, stream)
-		stream.Close()
-	}
+	err = w.watch(ctx, version, timeout)
 	cancel()
 	if relist.Wait(); wanted {
 		return errRelist
@@ -251,23 +256,21 @@ func (w *watcher[T]) endRelists(asked []chan struct{}, err error) {
 	}
 }
 
-// connect is CONNECTING. It returns the stream of a WATCH, which begins after the
-// resourceVersion version. The caller closes the stream.
-func (w *watcher[T]) connect(ctx context.Context, version string,
-	timeout time.Duration) (io.ReadCloser, error) {
+// watch is CONNECTING and WATCHING. It applies the events of a WATCH, which begins after the
+// resourceVersion version, until that ends, and returns nil if it ended cleanly. The cycle is
+// healthy if the stream lived for healthyWatch, or brought a change and ended cleanly.
+func (w *watcher[T]) watch(ctx context.Context, version string, timeout time.Duration) error {
 	w.setState(watchConnecting)
-	return w.get(ctx, url.Values{
+	stream, err := w.get(ctx, url.Values{
 		"watch":               {"1"},
 		"resourceVersion":     {version},
 		"timeoutSeconds":      {strconv.Itoa(int(timeout.Seconds()))},
 		"allowWatchBookmarks": {"true"},
 	})
-}
-
-// watch is WATCHING. It applies the events of the stream until the stream ends, and
-// returns nil if it ended cleanly. The cycle is healthy if the stream lived for
-// healthyWatch, or brought a change and ended cleanly.
-func (w *watcher[T]) watch(ctx context.Context, stream io.Reader) error {
+	if err != nil {
+		return err
+	}
+	defer stream.Close()
 	w.setState(watchWatching)
 	defer time.AfterFunc(healthyWatch, w.markHealthy).Stop()
 	before := w.changes
@@ -387,7 +390,7 @@ func (w *watcher[T]) finishCycle(err error) time.Duration {
 		if err != nil {
 			s.countFailure(errorClass(err))
 		}
-		s.healthy, s.failure, s.unconfirmed = false, cmp.Or(err, s.failure), s.unconfirmed || err != nil
+		s.failure, s.unconfirmed = cmp.Or(err, s.failure), s.unconfirmed || err != nil
 	})
 	if err != nil {
 		if w.onFailure != nil {
