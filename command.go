@@ -44,9 +44,10 @@ const adminTimeout = 30 * time.Second
 
 // subcommand is what runs for a first argument, and its help.
 type subcommand struct {
-	args, help string
-	flags      func(c *command, f *flag.FlagSet) // adds its flags; nil for none
-	run        func(c *command, ctx context.Context, args []string) error
+	args  string // "" if it takes none
+	help  string
+	flags func(c *command, f *flag.FlagSet) // adds its flags; nil for none
+	run   func(c *command, ctx context.Context, args []string) error
 }
 
 // subcommands returns the subcommands by their names.
@@ -116,6 +117,8 @@ func runCommand(ctx context.Context, args []string, out, notes io.Writer) (
 		return true, usageError{err}
 	case c.format != "text" && c.format != "json":
 		return true, usageError{fmt.Errorf("-o must be text or json (got %q)", c.format)}
+	case sub.args == "" && f.NArg() > 0:
+		return true, usageError{fmt.Errorf("no argument is allowed (got %q)", f.Arg(0))}
 	}
 	return true, sub.run(c, ctx, f.Args())
 }
@@ -222,14 +225,6 @@ func (c *command) columns() *tabwriter.Writer {
 	return tabwriter.NewWriter(c.out, 0, 0, 2, ' ', 0)
 }
 
-// noArguments returns an error if there are arguments.
-func noArguments(args []string) error {
-	if len(args) != 0 {
-		return usageError{fmt.Errorf("no argument is allowed (got %q)", args[0])}
-	}
-	return nil
-}
-
 // countRouters returns how many routers have answered, in words; "" if only one was asked.
 func countRouters(answered int, silent []silentRouter, agree *bool) string {
 	switch {
@@ -309,10 +304,7 @@ func (c *command) printPreview(p *preview) {
 }
 
 // status prints routers, backends, and how far a change of owners has come.
-func (c *command) status(ctx context.Context, args []string) error {
-	if err := noArguments(args); err != nil {
-		return err
-	}
+func (c *command) status(ctx context.Context, _ []string) error {
 	var s status
 	if err := c.get(ctx, "/status", &s); err != nil {
 		return err
@@ -431,10 +423,7 @@ func (c *command) printReceipts(all []moveReceipt) {
 }
 
 // backends prints the backends.
-func (c *command) backends(ctx context.Context, args []string) error {
-	if err := noArguments(args); err != nil {
-		return err
-	}
+func (c *command) backends(ctx context.Context, _ []string) error {
 	var answer backendsAnswer
 	if err := c.get(ctx, "/backends", &answer); err != nil {
 		return err
@@ -459,10 +448,7 @@ func (c *command) backends(ctx context.Context, args []string) error {
 }
 
 // top prints the namespaces with the most sessions or bytes.
-func (c *command) top(ctx context.Context, args []string) error {
-	if err := noArguments(args); err != nil {
-		return err
-	}
+func (c *command) top(ctx context.Context, _ []string) error {
 	if c.by != "sessions" && c.by != "bytes" {
 		return usageError{fmt.Errorf("-by must be sessions or bytes (got %q)", c.by)}
 	}
@@ -690,10 +676,7 @@ const (
 
 // wait returns when two looks in a row have found nothing left to move on any router: a
 // change that was just made is not known everywhere at once.
-func (c *command) wait(ctx context.Context, args []string) error {
-	if err := noArguments(args); err != nil {
-		return err
-	}
+func (c *command) wait(ctx context.Context, _ []string) error {
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
 	silent, quiet, last := 0, 0, ""
