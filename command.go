@@ -225,18 +225,19 @@ func (c *command) columns() *tabwriter.Writer {
 	return tabwriter.NewWriter(c.out, 0, 0, 2, ' ', 0)
 }
 
-// countRouters returns how many routers have answered, in words; "" if only one was asked.
-func countRouters(answered int, silent []silentRouter, agree *bool) string {
-	switch {
-	case agree == nil:
-		return ""
-	case answered+len(silent) == 1:
-		return "1 of 1 routers answered"
-	case !*agree:
-		return fmt.Sprintf("%d of %d routers answered; they do not agree",
-			answered, answered+len(silent))
+// printRouters prints how many routers have answered; nothing if only one was asked.
+func (c *command) printRouters(answered int, silent []silentRouter, agree *bool) {
+	if agree == nil {
+		return
 	}
-	return fmt.Sprintf("%d of %d routers answered; they agree", answered, answered+len(silent))
+	asked, text := answered+len(silent), "; they agree"
+	switch {
+	case asked == 1:
+		text = ""
+	case !*agree:
+		text = "; they do not agree"
+	}
+	fmt.Fprintf(c.out, "%d of %d routers answered%s\n", answered, asked, text)
 }
 
 // previewBody returns the body of POST /plan for the arguments.
@@ -298,9 +299,7 @@ func (c *command) printPreview(p *preview) {
 		fmt.Fprintf(c.out, "%d namespaces would have no owner: new clients get 503, "+
 			"and %d sessions end with their backends\n", p.Unresolved, p.UnresolvedSessions)
 	}
-	if text := countRouters(len(p.Routers), p.Silent, p.Agree); text != "" {
-		fmt.Fprintln(c.out, text)
-	}
+	c.printRouters(len(p.Routers), p.Silent, p.Agree)
 }
 
 // status prints routers, backends, and how far a change of owners has come.
@@ -325,9 +324,7 @@ func (c *command) printStatus(s *status) {
 	if c.all {
 		agree = &s.Agree
 	}
-	if text := countRouters(len(s.Routers), s.Silent, agree); text != "" {
-		fmt.Fprintln(c.out, text)
-	}
+	c.printRouters(len(s.Routers), s.Silent, agree)
 	fmt.Fprintln(c.out)
 	fmt.Fprintln(t, "BACKEND\tREADY\tSESSIONS\tOVERRIDES\tIN\tOUT\tNOTE")
 	for _, b := range s.Backends {
@@ -441,9 +438,7 @@ func (c *command) backends(ctx context.Context, _ []string) error {
 			fmt.Fprintln(t, strings.TrimRight(row, "\t"))
 		}
 		t.Flush()
-		if text := countRouters(len(answer.Routers), answer.Silent, answer.Agree); text != "" {
-			fmt.Fprintln(c.out, text)
-		}
+		c.printRouters(len(answer.Routers), answer.Silent, answer.Agree)
 	})
 }
 
