@@ -87,15 +87,11 @@ func (a *admin) handler() http.Handler {
 	owner := limitConcurrency(maxConcurrentOwners, maxAdminConns, a.owner)
 	backends := limitConcurrency(maxConcurrentBackends, maxAdminConns, a.backends)
 	preview := limitConcurrency(maxConcurrentPreviews, maxWaitingPreviews, a.preview)
-	limitAsks := func(answer allRoutersHandler, one http.HandlerFunc) http.HandlerFunc {
-		return limitConcurrency(maxConcurrentAsks, maxAdminConns, answer.with(one))
-	}
-	mux.HandleFunc("GET /owner", chooseByAll(owner, limitAsks(a.ownerOfAll, owner)))
-	mux.HandleFunc("GET /status", chooseByAll(a.status, limitAsks(a.statusOfAll, a.status)))
-	mux.HandleFunc("GET /backends", chooseByAll(backends, limitAsks(a.backendsOfAll, backends)))
-	mux.HandleFunc("POST /plan", chooseByAll(preview,
-		limitConcurrency(maxConcurrentPreviewAsks, maxWaitingPreviews,
-			allRoutersHandler(a.previewOfAll).with(preview))))
+	mux.HandleFunc("GET /owner", chooseByAll(owner, a.ownerOfAll, maxConcurrentAsks, maxAdminConns))
+	mux.HandleFunc("GET /status", chooseByAll(a.status, a.statusOfAll, maxConcurrentAsks, maxAdminConns))
+	mux.HandleFunc("GET /backends", chooseByAll(backends, a.backendsOfAll, maxConcurrentAsks, maxAdminConns))
+	mux.HandleFunc("POST /plan",
+		chooseByAll(preview, a.previewOfAll, maxConcurrentPreviewAsks, maxWaitingPreviews))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method != http.MethodPost && r.ContentLength != 0 {
 			w.Header().Set("Connection", "close") // so that net/http does not read the body
@@ -119,19 +115,17 @@ func (a *admin) handler() http.Handler {
 // allRoutersHandler answers a request for all routers. one answers it for this router.
 type allRoutersHandler func(w http.ResponseWriter, r *http.Request, one http.HandlerFunc)
 
-// with returns the handler that answers for all routers, and one for this one.
-func (f allRoutersHandler) with(one http.HandlerFunc) http.HandlerFunc {
-	return func(w http.ResponseWriter, r *http.Request) { f(w, r, one) }
-}
-
-// chooseByAll returns a handler that calls all if the query has all=1, else one.
-func chooseByAll(one, all http.HandlerFunc) http.HandlerFunc {
+// chooseByAll returns a handler that calls all if the query has all=1, else one. count and
+// waiting limit the calls of all, as limitConcurrency takes them.
+func chooseByAll(one http.HandlerFunc, all allRoutersHandler, count, waiting int) http.HandlerFunc {
+	limited := limitConcurrency(count, waiting,
+		func(w http.ResponseWriter, r *http.Request) { all(w, r, one) })
 	return func(w http.ResponseWriter, r *http.Request) {
 		switch value := r.URL.Query().Get("all"); value {
 		case "", "0":
 			one(w, r)
 		case "1":
-			all(w, r)
+			limited(w, r)
 		default:
 			w.Header().Set("Connection", "close") // so that net/http does not read the body
 			writeError(w, http.StatusBadRequest,
