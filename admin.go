@@ -135,25 +135,26 @@ func chooseByAll(one http.HandlerFunc, all allRoutersHandler, count, waiting int
 }
 
 // askAll asks the other routers q, and meanwhile this one by calling one with r, in this
-// goroutine, since only there net/http survives a panic of a handler. It returns
-// this router's reply first. If r itself is wrong, or no router has an answer, it answers
-// r as one did, and ok is false.
-func (a *admin) askAll(
-	w http.ResponseWriter, r *http.Request, one http.HandlerFunc, q question,
-) (replies []reply, ok bool) {
+// goroutine, since only there net/http survives a panic of a handler. It returns their
+// answers, this router's first if it has one, and those without one: see decodeReplies. If
+// r itself is wrong, or no router has an answer, it answers r as one did, and ok is false.
+func askAll[T any](
+	a *admin, w http.ResponseWriter, r *http.Request, one http.HandlerFunc, q question,
+	isWhole func(*T) bool,
+) (all []*T, silent []silentRouter, ok bool) {
 	var own memoryResponse
 	var others []reply
 	var asking sync.WaitGroup
 	asking.Go(func() { others = a.peers.ask(r.Context(), q) })
 	one(&own, r)
 	asking.Wait()
+	all, silent = decodeReplies(append([]reply{own.reply(a.proxy.podName)}, others...), isWhole)
 	isWrong := own.status >= 400 && own.status < 500
-	answered := func(other reply) bool { return other.err == nil }
-	if isWrong || own.status != http.StatusOK && !slices.ContainsFunc(others, answered) {
+	if isWrong || len(all) == 0 {
 		own.writeTo(w)
-		return nil, false
+		return nil, nil, false
 	}
-	return append([]reply{own.reply(a.proxy.podName)}, others...), true
+	return all, silent, true
 }
 
 // memoryResponse is an answer that is kept, and not sent. The zero value has none yet.
@@ -407,20 +408,15 @@ func (o *ownership) isWhole() bool { return o.Router != "" && o.Namespace != "" 
 // ownerOfAll answers GET /owner?all=1. The other routers do not dial the owner.
 func (a *admin) ownerOfAll(w http.ResponseWriter, r *http.Request, one http.HandlerFunc) {
 	query := url.Values{"namespace": {r.URL.Query().Get("namespace")}, "dial": {"0"}}
-	replies, ok := a.askAll(w, r, one,
-		question{method: http.MethodGet, path: "/owner?" + query.Encode()})
+	all, silent, ok := askAll(a, w, r, one,
+		question{method: http.MethodGet, path: "/owner?" + query.Encode()}, (*ownership).isWhole)
 	if !ok {
-		return
-	}
-	all, silent := decodeReplies(replies, (*ownership).isWhole)
-	if len(all) == 0 {
-		writeError(w, http.StatusServiceUnavailable, silent[0].Error)
 		return
 	}
 	known := max(0, slices.IndexFunc(all, func(o *ownership) bool { return o.Owner != "" }))
 	sum := *all[known]
 	sum.Sessions, sum.Silent = 0, silent
-	if sum.Owner != "" && (known > 0 || replies[0].err != nil) {
+	if sum.Owner != "" && !sum.Ready && sum.Error == "" {
 		sum.Error = "not dialled, as this router does not know the owner"
 	}
 	owners := map[string]bool{}
@@ -452,12 +448,11 @@ func (a *admin) status(w http.ResponseWriter, _ *http.Request) {
 
 // statusOfAll answers GET /status?all=1.
 func (a *admin) statusOfAll(w http.ResponseWriter, r *http.Request, one http.HandlerFunc) {
-	replies, ok := a.askAll(w, r, one, question{method: http.MethodGet, path: "/status"})
-	if !ok {
-		return
+	all, silent, ok := askAll(a, w, r, one,
+		question{method: http.MethodGet, path: "/status"}, (*status).isWhole)
+	if ok { // always: this router answers
+		writeJSON(w, http.StatusOK, sumStatus(all, silent))
 	}
-	all, silent := decodeReplies(replies, (*status).isWhole)
-	writeJSON(w, http.StatusOK, sumStatus(all, silent)) // this router has answered
 }
 
 // summary returns the summary of the newest table. It makes one only if the table is
@@ -650,17 +645,16 @@ type backendsAnswer struct {
 // backendsOfAll answers GET /backends?all=1: as this router does, with the sessions of all.
 // The other routers do not dial the backends.
 func (a *admin) backendsOfAll(w http.ResponseWriter, r *http.Request, one http.HandlerFunc) {
-	var own, states memoryResponse
-	var others []reply
-	var asking sync.WaitGroup
-	asking.Go(func() {
-		others = a.peers.ask(r.Context(), question{method: http.MethodGet, path: "/status"})
-	})
-	one(&own, r)
-	a.status(&states, r)
-	asking.Wait()
-	replies := append([]reply{states.reply(a.proxy.podName)}, others...)
-	all, silent := decodeReplies(replies, (*status).isWhole)
+	var own memoryResponse
+	both := func(w http.ResponseWriter, r *http.Request) {
+		one(&own, r)
+		a.status(w, r)
+	}
+	all, silent, ok := askAll(a, w, r, both,
+		question{method: http.MethodGet, path: "/status"}, (*status).isWhole)
+	if !ok {
+		return
+	}
 	answer := backendsAnswer{Router: a.proxy.podName}
 	err := answerError(own.status, own.body.Bytes())
 	if err == nil {
@@ -771,17 +765,11 @@ func (a *admin) previewOfAll(w http.ResponseWriter, r *http.Request, one http.Ha
 	}
 	r = r.Clone(r.Context())
 	r.Body, r.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
-	replies, ok := a.askAll(w, r, one,
-		question{method: http.MethodPost, path: "/plan", body: body})
-	if !ok {
-		return
+	all, silent, ok := askAll(a, w, r, one,
+		question{method: http.MethodPost, path: "/plan", body: body}, (*preview).isWhole)
+	if ok {
+		writeJSON(w, http.StatusOK, sumPreviews(all, silent, a.proxy.mover.rateIsShared()))
 	}
-	all, silent := decodeReplies(replies, (*preview).isWhole)
-	if len(all) == 0 {
-		writeError(w, http.StatusServiceUnavailable, silent[0].Error)
-		return
-	}
-	writeJSON(w, http.StatusOK, sumPreviews(all, silent, a.proxy.mover.rateIsShared()))
 }
 
 // writePreviewError answers a POST /plan with what is wrong in it.
