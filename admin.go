@@ -607,6 +607,13 @@ type backendState struct {
 	SafeToRemove     bool   `json:"safe_to_remove"`                // as far as this router knows
 }
 
+// setLoad sets what the status has too, but not Ready: there, nobody has dialled the backend.
+func (b *backendState) setLoad(load backendLoad) {
+	b.Name, b.Ordinal, b.InTable, b.Cordoned = load.Name, load.Ordinal, load.InTable, load.Cordoned
+	b.Overrides, b.Sessions, b.SessionsOnOldPod = load.Overrides, load.Sessions, load.SessionsOnOldPod
+	b.SafeToRemove = load.SafeToRemove
+}
+
 // backends answers GET /backends: the backends of the table, and those that still have sessions.
 func (a *admin) backends(w http.ResponseWriter, r *http.Request) {
 	t := a.tableOrError(w)
@@ -616,13 +623,9 @@ func (a *admin) backends(w http.ResponseWriter, r *http.Request) {
 	all := []backendState{}
 	changing := a.proxy.mover.status().InProgress
 	for _, load := range newLoads(a.proxy, a.summary(), changing) {
-		all = append(all, backendState{
-			Name: load.Name, Ordinal: load.Ordinal,
-			PodUID:  a.proxy.backends.podUID(load.Ordinal),
-			InTable: load.InTable, Cordoned: load.Cordoned,
-			Overrides: load.Overrides, Sessions: load.Sessions,
-			SessionsOnOldPod: load.SessionsOnOldPod, SafeToRemove: load.SafeToRemove,
-		})
+		b := backendState{PodUID: a.proxy.backends.podUID(load.Ordinal)}
+		b.setLoad(load)
+		all = append(all, b)
 	}
 	a.probeAll(r.Context(), all)
 	writeJSON(w, http.StatusOK, backendsAnswer{
@@ -678,13 +681,9 @@ func (a *admin) backendsOfAll(w http.ResponseWriter, r *http.Request, one http.H
 		})
 		if i < 0 { // only others have sessions of it, or give it namespaces
 			i = len(answer.Backends)
-			answer.Backends = append(answer.Backends, backendState{
-				Name: load.Name, Ordinal: load.Ordinal, Ready: load.Ready})
+			answer.Backends = append(answer.Backends, backendState{Ready: load.Ready})
 		}
-		b := &answer.Backends[i]
-		b.InTable, b.Overrides = load.InTable, load.Overrides
-		b.Sessions, b.SessionsOnOldPod = load.Sessions, load.SessionsOnOldPod
-		b.Cordoned, b.SafeToRemove = load.Cordoned, load.SafeToRemove
+		answer.Backends[i].setLoad(load)
 	}
 	writeJSON(w, http.StatusOK, answer)
 }
