@@ -296,7 +296,7 @@ func (a *admin) writeMetrics(m metricsWriter) {
 	m.single("router_ready", "gauge", "1 if /readyz answers ready.",
 		boolToFloat(len(a.whyNotReady()) == 0))
 	counts := a.proxy.relay.counts()
-	a.proxy.relay.writeSessionMetrics(m, counts, a.backendOrdinals(counts))
+	a.proxy.relay.writeSessionMetrics(m, counts, backendOrdinals(a.proxy.tables.table(), counts))
 	a.proxy.mover.writeMetrics(m)
 	a.writeTopMetrics(m)
 	a.proxy.relay.writeByteMetrics(m)
@@ -716,18 +716,6 @@ func (a *admin) probe(ctx context.Context, ordinal int) (string, bool, string) {
 		return address, false, err.Error()
 	}
 	return address, true, ""
-}
-
-// backendOrdinals returns the sorted ordinals of the backends of the table and of those in counts.
-func (a *admin) backendOrdinals(counts map[int]sessionCounts) []int {
-	all := slices.Collect(maps.Keys(counts))
-	if t := a.proxy.tables.table(); t != nil {
-		for i := range t.backends.count {
-			all = append(all, t.backends.first+i)
-		}
-	}
-	slices.Sort(all)
-	return slices.Compact(all)
 }
 
 // writeError answers with {"error": text}.

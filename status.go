@@ -192,17 +192,12 @@ func newLoads(p *proxy, summary *tableSummary, changing bool) []backendLoad {
 	p.mover.flights.each(func(f *flight) { inFlight[f.backend] = true })
 	t, counts := summary.table, p.relay.counts()
 	maps.DeleteFunc(counts, func(_ int, n sessionCounts) bool { return n.open == 0 })
-	ordinals := slices.Collect(maps.Keys(counts))
-	for i := 0; t != nil && i < t.backends.count; i++ {
-		ordinals = append(ordinals, t.backends.first+i)
-	}
-	slices.Sort(ordinals)
 	in, out := map[int]int{}, map[int]int{}
 	if t != nil && changing {
 		in, out = movingSessions(p.relay, t)
 	}
 	loads := []backendLoad{}
-	for _, ordinal := range slices.Compact(ordinals) {
+	for _, ordinal := range backendOrdinals(t, counts) {
 		n, overrides := counts[ordinal], summary.overrides[ordinal]
 		loads = append(loads, backendLoad{
 			Name: p.relay.backendName(ordinal), Ordinal: ordinal,
@@ -216,6 +211,19 @@ func newLoads(p *proxy, summary *tableSummary, changing bool) []backendLoad {
 		})
 	}
 	return loads
+}
+
+// backendOrdinals returns the sorted ordinals of the backends of t, which may be nil, and of
+// those in counts.
+func backendOrdinals(t *table, counts map[int]sessionCounts) []int {
+	all := slices.Collect(maps.Keys(counts))
+	if t != nil {
+		for i := range t.backends.count {
+			all = append(all, t.backends.first+i)
+		}
+	}
+	slices.Sort(all)
+	return slices.Compact(all)
 }
 
 // movingSessions returns how many open sessions will go to each backend, and leave it,
@@ -454,10 +462,8 @@ func (m *mover) writeMetrics(w metricsWriter) {
 	m.stepDurations.write(w, "router_handoff_step_duration_seconds",
 		"How long the steps of hand-offs that are done held their namespaces.")
 	var names []string
-	if t := m.tables.table(); t != nil {
-		for i := range t.backends.count {
-			names = append(names, t.name(t.backends.first+i))
-		}
+	for _, ordinal := range backendOrdinals(m.tables.table(), nil) {
+		names = append(names, m.relay.backendName(ordinal))
 	}
 	names, seconds := waitSeconds(append(names, s.Members...), s.WaitingFor)
 	if len(names) > 0 {
