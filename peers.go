@@ -289,20 +289,14 @@ func (p *peerPods) list(ctx context.Context) (found []peer, err error) {
 	return found, nil
 }
 
-// peerList is a flag with the addresses of admin ports, separated by commas.
-type peerList []string
-
-func (l *peerList) String() string { return strings.Join(*l, ",") }
-
-// Set replaces the list.
-func (l *peerList) Set(list string) error {
-	*l = nil
-	for addr := range strings.SplitSeq(list, ",") {
+// parsePeers parses a list of the addresses of admin ports, separated by commas.
+func parsePeers(list string) ([]string, error) {
+	addrs := strings.Split(list, ",")
+	for _, addr := range addrs {
 		host, port, err := net.SplitHostPort(addr)
 		if err != nil || host == "" || port == "" {
-			return fmt.Errorf("%q is not host:port", addr)
+			return nil, fmt.Errorf("%q is not host:port", addr)
 		}
-		*l = append(*l, addr)
 	}
-	return nil
+	return addrs, nil
 }
