@@ -365,17 +365,27 @@ func writeHelp(f *flag.FlagSet, w io.Writer) {
 
 // validate returns an error for the first value that the router cannot use.
 func (c *config) validate() error {
-	if err := c.validateBackends(); err != nil {
-		return err
-	}
-	if err := cmp.Or(c.validateProxyProtocol(), c.validateTLS(), c.validateLimits()); err != nil {
-		return err
-	}
-	_, err := newLogger(io.Discard, c.logFormat, c.logLevel)
-	return err
+	return cmp.Or(c.validateWords(), c.validateBackends(), c.validateCordon(), c.validateHandoff(),
+		c.validateRelease(), c.validateTLS(), c.validateLimits())
 }
 
-// validateBackends checks the flags about backends and overrides.
+// validateWords checks the flags that have one of two values.
+func (c *config) validateWords() error {
+	for _, word := range []struct{ flag, value, first, second string }{
+		{"http", c.http, "on", "off"},
+		{"proxy-protocol", c.proxyProtocol, "on", "off"},
+		{"tls-min-version", c.certificates.minVersion, "1.2", "1.3"},
+		{"log-format", c.logFormat, "text", "json"},
+	} {
+		if word.value != word.first && word.value != word.second {
+			return fmt.Errorf("-%s must be %s or %s (got %q)",
+				word.flag, word.first, word.second, word.value)
+		}
+	}
+	return nil
+}
+
+// validateBackends checks the flags about backends, overrides and proxies.
 func (c *config) validateBackends() error {
 	switch {
 	case c.replicas < 0:
@@ -386,19 +396,11 @@ func (c *config) validateBackends() error {
 		return errors.New("-replicas and -backends exclude each other: the list has the number of backends")
 	case c.backendPort < 1 || c.backendPort > 65535:
 		return fmt.Errorf("-backend-port must be 1 to 65535 (got %d)", c.backendPort)
-	}
-	if err := c.validateCordon(); err != nil {
-		return err
-	}
-	if c.http != "on" && c.http != "off" {
-		return fmt.Errorf("-http must be on or off (got %q)", c.http)
-	}
-	if err := cmp.Or(c.validateHandoff(), c.validateRelease()); err != nil {
-		return err
-	}
-	if c.selector != "" && c.configMaps != nil {
+	case c.selector != "" && c.configMaps != nil:
 		return fmt.Errorf("-configmap and -configmap-selector exclude each other (got %s and %s)",
 			strings.Join(c.configMaps, ","), c.selector)
+	case c.proxyProtocol == "on" && c.trustedProxies.String() == "":
+		return errors.New("-proxy-protocol on requires -trusted-proxies")
 	}
 	return nil
 }
@@ -458,26 +460,12 @@ func (c *config) validateRelease() error {
 	return nil
 }
 
-// validateProxyProtocol checks -proxy-protocol.
-func (c *config) validateProxyProtocol() error {
-	switch {
-	case c.proxyProtocol != "on" && c.proxyProtocol != "off":
-		return fmt.Errorf("-proxy-protocol must be on or off (got %q)", c.proxyProtocol)
-	case c.proxyProtocol == "on" && c.trustedProxies.String() == "":
-		return errors.New("-proxy-protocol on requires -trusted-proxies")
-	}
-	return nil
-}
-
 // endsTLS reports whether the clients of -listen speak TLS.
 func (c *config) endsTLS() bool { return len(c.certificates.certs) > 0 }
 
 // validateTLS checks the flags for TLS. What the files have is for newCertificates.
 func (c *config) validateTLS() error {
 	t := &c.certificates
-	if t.minVersion != "1.2" && t.minVersion != "1.3" {
-		return fmt.Errorf("-tls-min-version must be 1.2 or 1.3 (got %q)", t.minVersion)
-	}
 	if c.endsTLS() {
 		return nil
 	}

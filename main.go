@@ -407,10 +407,7 @@ func run(ctx context.Context, args []string, getenv func(string) string,
 		return err
 	}
 	queue := newLogQueue(stdout)
-	log, err := newLogger(queue, c.logFormat, c.logLevel)
-	if err != nil {
-		return err
-	}
+	log := newLogger(queue, c.logFormat, c.logLevel)
 	go queue.run(log)
 	defer queue.stop()
 	p, err := newProgram(c, getenv, queue, log)

@@ -44,10 +44,7 @@ func (r *tableStore) update(contents ...sourceContent) {
 func loggedRouter(t *testing.T) (*tableStore, *logTail) {
 	t.Helper()
 	tail := newLogTail()
-	log, err := newLogger(tail, "json", slog.LevelInfo)
-	if err != nil {
-		t.Fatal(err)
-	}
+	log := newLogger(tail, "json", slog.LevelInfo)
 	return &tableStore{statefulSet: "backend", backends: ordinalRange{count: 4}, log: log, onSwap: func() {}}, tail
 }
 
