@@ -182,7 +182,7 @@ func (m *memoryResponse) Write(b []byte) (int, error) {
 // reply returns the answer as the reply of the router with this name.
 func (m *memoryResponse) reply(name string) reply {
 	body := m.body.Bytes()
-	return reply{name: name, status: m.status, body: body, err: answerError(m.status, body)}
+	return reply{name: name, body: body, err: answerError(m.status, body)}
 }
 
 // writeTo sends the answer.
