@@ -29,26 +29,28 @@ type moveTally struct {
 	cuts       atomic.Int64 // sessions whose closing handshake was cut
 }
 
-// moveResult is what one router's moves to one table came to, or have come to so far, for the
-// log, the Events and operators. It is immutable.
-type moveResult struct {
-	overridesVersion string        // of the table
-	ownersHash       uint64        // of the table
-	planned          int           // sessions that had to move in all: see moveTally
-	began            time.Time     // when sessions were free to move; when it was prepared, if none was
-	namespaces       int           // of the sessions that the mover closed
-	sessions         int           // that the mover closed
-	cut              int           // of these, those where client and backend did not both answer in time
-	cancelled        int           // sessions that stayed: a later change moved them back
-	time             time.Duration // since sessions were free to move
-	longestHold      time.Duration // the longest time that a namespace was held
-	examples         []string      // the first maxMovedNames of the namespaces, by name
+// moveReceipt is what one router's moves to one table came to, or have come to so far, for
+// the log, the Events and operators. It is immutable. The status of all routers has their
+// receipts of the same table added up: see add.
+type moveReceipt struct {
+	OverridesVersion string    `json:"overrides_version"` // of the table
+	OwnersHash       string    `json:"owners_hash"`       // of the table: the first half of its stamp
+	Began            time.Time `json:"began"`             // when sessions were free to move; when it was prepared, if none was
+	Seconds          float64   `json:"seconds"`           // since sessions were free to move
+	Planned          int       `json:"planned"`           // sessions that had to move in all: see moveTally
+	Moved            int       `json:"moved"`             // sessions that the mover closed
+	Namespaces       int       `json:"namespaces"`        // of these
+	// Examples has the first maxMovedNames of the namespaces, by name.
+	Examples    []string `json:"examples,omitempty"`
+	Cut         int      `json:"cut"`          // of the moved: client and backend did not both answer in time
+	Cancelled   int      `json:"cancelled"`    // sessions that stayed: a later change moved them back
+	HeldSeconds float64  `json:"held_seconds"` // the longest time that a namespace was held
 }
 
 // moveReporter is an overrideSource that reports moves.
 type moveReporter interface {
 	// reportMove reports a move that ended. It must not block for long.
-	reportMove(moveResult)
+	reportMove(moveReceipt)
 }
 
 // newMoveTally returns a tally without sessions.
@@ -80,15 +82,15 @@ func (t *moveTally) close(
 	return true
 }
 
-// result returns the result of a tally so far, without examples.
-func (t *moveTally) result() moveResult {
-	r := moveResult{
-		overridesVersion: t.overridesVersion, ownersHash: t.ownersHash, planned: t.planned, began: t.prepared,
-		namespaces: len(t.namespaces), sessions: t.sessions,
-		cut: int(t.cuts.Load()), cancelled: t.cancelled, longestHold: t.longestHold,
+// receipt returns the receipt of a tally so far, without Examples.
+func (t *moveTally) receipt() moveReceipt {
+	r := moveReceipt{
+		OverridesVersion: t.overridesVersion, OwnersHash: hex64(t.ownersHash).String(), Began: t.prepared,
+		Planned: t.planned, Moved: t.sessions, Namespaces: len(t.namespaces),
+		Cut: int(t.cuts.Load()), Cancelled: t.cancelled, HeldSeconds: t.longestHold.Seconds(),
 	}
 	if !t.began.IsZero() {
-		r.began, r.time = t.began, time.Since(t.began)
+		r.Began, r.Seconds = t.began, time.Since(t.began).Seconds()
 	}
 	return r
 }

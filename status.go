@@ -135,9 +135,7 @@ func newStatus(p *proxy, why []string, summary *tableSummary) *status {
 		}
 	}
 	s.Routers = []routerState{router}
-	for _, m := range p.mover.finishedMoves() {
-		s.Receipts = append(s.Receipts, newReceipt(m))
-	}
+	s.Receipts = append(s.Receipts, p.mover.finishedMoves()...)
 	s.Backends = newLoads(p, summary, s.Handoff.InProgress)
 	s.addLimits(p)
 	return s
@@ -273,33 +271,6 @@ func newTableSummary(t *table) *tableSummary {
 	return s
 }
 
-// moveReceipt is what one router's moves to one table came to, or have come to so far. The
-// status of all routers has their receipts of the same table added up: see add.
-type moveReceipt struct {
-	OverridesVersion string    `json:"overrides_version"`
-	OwnersHash       string    `json:"owners_hash"` // the first half of its stamp
-	Began            time.Time `json:"began"`       // when sessions were free to move
-	Seconds          float64   `json:"seconds"`     // since then
-	Planned          int       `json:"planned"`     // sessions that had to move in all: see moveTally
-	Moved            int       `json:"moved"`       // sessions
-	Namespaces       int       `json:"namespaces"`  // of these
-	// Examples has the first maxMovedNames of the namespaces, by name.
-	Examples    []string `json:"examples,omitempty"`
-	Cut         int      `json:"cut"`          // of the moved: client and backend did not both answer in time
-	Cancelled   int      `json:"cancelled"`    // sessions that stayed: a later change moved them back
-	HeldSeconds float64  `json:"held_seconds"` // the longest time that a namespace was held
-}
-
-// newReceipt returns the receipt of a move.
-func newReceipt(m moveResult) moveReceipt {
-	return moveReceipt{
-		OverridesVersion: m.overridesVersion, OwnersHash: hex64(m.ownersHash).String(), Began: m.began,
-		Seconds: m.time.Seconds(), Planned: m.planned, Moved: m.sessions,
-		Namespaces: m.namespaces, Examples: m.examples, Cut: m.cut,
-		Cancelled: m.cancelled, HeldSeconds: m.longestHold.Seconds(),
-	}
-}
-
 // handoffStatus says how far a change of owners has come, for /status.
 type handoffStatus struct {
 	Mode    string   `json:"mode"`              // of -handoff
@@ -337,16 +308,12 @@ func (m *mover) status() handoffStatus {
 	s := handoffStatus{
 		Mode: "single", Progress: 1, ToMove: m.queue.size.Load(),
 		Unproven:   m.flights.unproven.Load() + m.relay.unproven.Load(),
-		WaitingFor: []stepWait{},
+		WaitingFor: []stepWait{}, Moving: m.moving.Load(),
 	}
 	if one := m.minMoveTime(1); one > 0 {
 		s.Rate = 1 / one.Seconds()
 	}
 	s.SecondsLeft = m.minMoveTime(s.ToMove).Seconds()
-	if now := m.moving.Load(); now != nil {
-		receipt := newReceipt(*now)
-		s.Moving = &receipt
-	}
 	switch {
 	case m.handoffOff:
 		s.Mode = "off"
