@@ -52,8 +52,8 @@ func (t *topNamespaces) look(r *relay) topLook {
 	loads := t.loads(r)
 	t.last = topLook{
 		window:     now - t.at,
-		bySessions: largest(loads, func(l *namespaceLoad) int64 { return l.sessions }),
-		byBytes:    largest(loads, func(l *namespaceLoad) int64 { return l.bytes }),
+		bySessions: largest(loads, func(l namespaceLoad) int64 { return l.sessions }),
+		byBytes:    largest(loads, func(l namespaceLoad) int64 { return l.bytes }),
 	}
 	t.last.byBytes = slices.DeleteFunc(t.last.byBytes,
 		func(l namespaceLoad) bool { return l.bytes == 0 })
@@ -86,22 +86,15 @@ func (t *topNamespaces) loads(r *relay) []namespaceLoad {
 
 // largest returns the topSize loads for which size is largest, in that order. Loads of the same
 // size are in the order of their names.
-func largest(loads []namespaceLoad, size func(*namespaceLoad) int64) []namespaceLoad {
-	top := make([]namespaceLoad, 0, topSize+1)
-	for i := range loads {
-		own := size(&loads[i])
-		if len(top) == topSize && own <= size(&top[topSize-1]) {
-			continue
+func largest(loads []namespaceLoad, size func(namespaceLoad) int64) (top []namespaceLoad) {
+	order := func(a, b namespaceLoad) int {
+		if bySize := cmp.Compare(size(b), size(a)); bySize != 0 {
+			return bySize
 		}
-		at := len(top)
-		for at > 0 && own > size(&top[at-1]) {
-			at--
-		}
-		top = slices.Insert(top, at, loads[i])
-		top = top[:min(len(top), topSize)]
+		return cmp.Compare(a.namespace, b.namespace)
 	}
-	slices.SortFunc(top, func(a, b namespaceLoad) int {
-		return cmp.Or(cmp.Compare(size(&b), size(&a)), cmp.Compare(a.namespace, b.namespace))
-	})
+	for _, load := range loads {
+		top = insertSorted(top, load, topSize, order)
+	}
 	return top
 }
