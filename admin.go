@@ -87,15 +87,11 @@ func (a *admin) handler() http.Handler {
 	owner := limitConcurrency(maxConcurrentOwners, maxAdminConns, a.owner)
 	backends := limitConcurrency(maxConcurrentBackends, maxAdminConns, a.backends)
 	preview := limitConcurrency(maxConcurrentPreviews, maxWaitingPreviews, a.preview)
-	limitAsks := func(answer allRoutersHandler, one http.HandlerFunc) http.HandlerFunc {
-		return limitConcurrency(maxConcurrentAsks, maxAdminConns, answer.with(one))
-	}
-	mux.HandleFunc("GET /owner", chooseByAll(owner, limitAsks(a.ownerOfAll, owner)))
-	mux.HandleFunc("GET /status", chooseByAll(a.status, limitAsks(a.statusOfAll, a.status)))
-	mux.HandleFunc("GET /backends", chooseByAll(backends, limitAsks(a.backendsOfAll, backends)))
-	mux.HandleFunc("POST /plan", chooseByAll(preview,
-		limitConcurrency(maxConcurrentPreviewAsks, maxWaitingPreviews,
-			allRoutersHandler(a.previewOfAll).with(preview))))
+	mux.HandleFunc("GET /owner", chooseByAll(owner, a.ownerOfAll, maxConcurrentAsks, maxAdminConns))
+	mux.HandleFunc("GET /status", chooseByAll(a.status, a.statusOfAll, maxConcurrentAsks, maxAdminConns))
+	mux.HandleFunc("GET /backends", chooseByAll(backends, a.backendsOfAll, maxConcurrentAsks, maxAdminConns))
+	mux.HandleFunc("POST /plan",
+		chooseByAll(preview, a.previewOfAll, maxConcurrentPreviewAsks, maxWaitingPreviews))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method != http.MethodPost && r.ContentLength != 0 {
 			w.Header().Set("Connection", "close") // so that net/http does not read the body
@@ -119,19 +115,17 @@ func (a *admin) handler() http.Handler {
 // allRoutersHandler answers a request for all routers. one answers it for this router.
 type allRoutersHandler func(w http.ResponseWriter, r *http.Request, one http.HandlerFunc)
 
-// with returns the handler that answers for all routers, and one for this one.
-func (f allRoutersHandler) with(one http.HandlerFunc) http.HandlerFunc {
-	return func(w http.ResponseWriter, r *http.Request) { f(w, r, one) }
-}
-
-// chooseByAll returns a handler that calls all if the query has all=1, else one.
-func chooseByAll(one, all http.HandlerFunc) http.HandlerFunc {
+// chooseByAll returns a handler that calls all if the query has all=1, else one. count and
+// waiting limit the calls of all, as limitConcurrency takes them.
+func chooseByAll(one http.HandlerFunc, all allRoutersHandler, count, waiting int) http.HandlerFunc {
+	limited := limitConcurrency(count, waiting,
+		func(w http.ResponseWriter, r *http.Request) { all(w, r, one) })
 	return func(w http.ResponseWriter, r *http.Request) {
 		switch value := r.URL.Query().Get("all"); value {
 		case "", "0":
 			one(w, r)
 		case "1":
-			all(w, r)
+			limited(w, r)
 		default:
 			w.Header().Set("Connection", "close") // so that net/http does not read the body
 			writeError(w, http.StatusBadRequest,
@@ -141,25 +135,26 @@ func chooseByAll(one, all http.HandlerFunc) http.HandlerFunc {
 }
 
 // askAll asks the other routers q, and meanwhile this one by calling one with r, in this
-// goroutine, since only there net/http survives a panic of a handler. It returns
-// this router's reply first. If r itself is wrong, or no router has an answer, it answers
-// r as one did, and ok is false.
-func (a *admin) askAll(
-	w http.ResponseWriter, r *http.Request, one http.HandlerFunc, q question,
-) (replies []reply, ok bool) {
+// goroutine, since only there net/http survives a panic of a handler. It returns their
+// answers, this router's first if it has one, and those without one: see decodeReplies. If
+// r itself is wrong, or no router has an answer, it answers r as one did, and ok is false.
+func askAll[T any](
+	a *admin, w http.ResponseWriter, r *http.Request, one http.HandlerFunc, q question,
+	isWhole func(*T) bool,
+) (all []*T, silent []silentRouter, ok bool) {
 	var own memoryResponse
 	var others []reply
 	var asking sync.WaitGroup
 	asking.Go(func() { others = a.peers.ask(r.Context(), q) })
 	one(&own, r)
 	asking.Wait()
+	all, silent = decodeReplies(append([]reply{own.reply(a.proxy.podName)}, others...), isWhole)
 	isWrong := own.status >= 400 && own.status < 500
-	answered := func(other reply) bool { return other.err == nil }
-	if isWrong || own.status != http.StatusOK && !slices.ContainsFunc(others, answered) {
+	if isWrong || len(all) == 0 {
 		own.writeTo(w)
-		return nil, false
+		return nil, nil, false
 	}
-	return append([]reply{own.reply(a.proxy.podName)}, others...), true
+	return all, silent, true
 }
 
 // memoryResponse is an answer that is kept, and not sent. The zero value has none yet.
@@ -187,7 +182,7 @@ func (m *memoryResponse) Write(b []byte) (int, error) {
 // reply returns the answer as the reply of the router with this name.
 func (m *memoryResponse) reply(name string) reply {
 	body := m.body.Bytes()
-	return reply{name: name, status: m.status, body: body, err: answerError(m.status, body)}
+	return reply{name: name, body: body, err: answerError(m.status, body)}
 }
 
 // writeTo sends the answer.
@@ -301,7 +296,7 @@ func (a *admin) writeMetrics(m metricsWriter) {
 	m.single("router_ready", "gauge", "1 if /readyz answers ready.",
 		boolToFloat(len(a.whyNotReady()) == 0))
 	counts := a.proxy.relay.counts()
-	a.proxy.relay.writeSessionMetrics(m, counts, a.backendOrdinals(counts))
+	a.proxy.relay.writeSessionMetrics(m, counts, backendOrdinals(a.proxy.tables.table(), counts))
 	a.proxy.mover.writeMetrics(m)
 	a.writeTopMetrics(m)
 	a.proxy.relay.writeByteMetrics(m)
@@ -413,20 +408,15 @@ func (o *ownership) isWhole() bool { return o.Router != "" && o.Namespace != "" 
 // ownerOfAll answers GET /owner?all=1. The other routers do not dial the owner.
 func (a *admin) ownerOfAll(w http.ResponseWriter, r *http.Request, one http.HandlerFunc) {
 	query := url.Values{"namespace": {r.URL.Query().Get("namespace")}, "dial": {"0"}}
-	replies, ok := a.askAll(w, r, one,
-		question{method: http.MethodGet, path: "/owner?" + query.Encode()})
+	all, silent, ok := askAll(a, w, r, one,
+		question{method: http.MethodGet, path: "/owner?" + query.Encode()}, (*ownership).isWhole)
 	if !ok {
-		return
-	}
-	all, silent := decodeReplies(replies, (*ownership).isWhole)
-	if len(all) == 0 {
-		writeError(w, http.StatusServiceUnavailable, silent[0].Error)
 		return
 	}
 	known := max(0, slices.IndexFunc(all, func(o *ownership) bool { return o.Owner != "" }))
 	sum := *all[known]
 	sum.Sessions, sum.Silent = 0, silent
-	if sum.Owner != "" && (known > 0 || replies[0].err != nil) {
+	if sum.Owner != "" && !sum.Ready && sum.Error == "" {
 		sum.Error = "not dialled, as this router does not know the owner"
 	}
 	owners := map[string]bool{}
@@ -458,12 +448,11 @@ func (a *admin) status(w http.ResponseWriter, _ *http.Request) {
 
 // statusOfAll answers GET /status?all=1.
 func (a *admin) statusOfAll(w http.ResponseWriter, r *http.Request, one http.HandlerFunc) {
-	replies, ok := a.askAll(w, r, one, question{method: http.MethodGet, path: "/status"})
-	if !ok {
-		return
+	all, silent, ok := askAll(a, w, r, one,
+		question{method: http.MethodGet, path: "/status"}, (*status).isWhole)
+	if ok { // always: this router answers
+		writeJSON(w, http.StatusOK, sumStatus(all, silent))
 	}
-	all, silent := decodeReplies(replies, (*status).isWhole)
-	writeJSON(w, http.StatusOK, sumStatus(all, silent)) // this router has answered
 }
 
 // summary returns the summary of the newest table. It makes one only if the table is
@@ -618,6 +607,13 @@ type backendState struct {
 	SafeToRemove     bool   `json:"safe_to_remove"`                // as far as this router knows
 }
 
+// setLoad sets what the status has too, but not Ready: there, nobody has dialled the backend.
+func (b *backendState) setLoad(load backendLoad) {
+	b.Name, b.Ordinal, b.InTable, b.Cordoned = load.Name, load.Ordinal, load.InTable, load.Cordoned
+	b.Overrides, b.Sessions, b.SessionsOnOldPod = load.Overrides, load.Sessions, load.SessionsOnOldPod
+	b.SafeToRemove = load.SafeToRemove
+}
+
 // backends answers GET /backends: the backends of the table, and those that still have sessions.
 func (a *admin) backends(w http.ResponseWriter, r *http.Request) {
 	t := a.tableOrError(w)
@@ -627,13 +623,9 @@ func (a *admin) backends(w http.ResponseWriter, r *http.Request) {
 	all := []backendState{}
 	changing := a.proxy.mover.status().InProgress
 	for _, load := range newLoads(a.proxy, a.summary(), changing) {
-		all = append(all, backendState{
-			Name: load.Name, Ordinal: load.Ordinal,
-			PodUID:  a.proxy.backends.podUID(load.Ordinal),
-			InTable: load.InTable, Cordoned: load.Cordoned,
-			Overrides: load.Overrides, Sessions: load.Sessions,
-			SessionsOnOldPod: load.SessionsOnOldPod, SafeToRemove: load.SafeToRemove,
-		})
+		b := backendState{PodUID: a.proxy.backends.podUID(load.Ordinal)}
+		b.setLoad(load)
+		all = append(all, b)
 	}
 	a.probeAll(r.Context(), all)
 	writeJSON(w, http.StatusOK, backendsAnswer{
@@ -656,17 +648,16 @@ type backendsAnswer struct {
 // backendsOfAll answers GET /backends?all=1: as this router does, with the sessions of all.
 // The other routers do not dial the backends.
 func (a *admin) backendsOfAll(w http.ResponseWriter, r *http.Request, one http.HandlerFunc) {
-	var own, states memoryResponse
-	var others []reply
-	var asking sync.WaitGroup
-	asking.Go(func() {
-		others = a.peers.ask(r.Context(), question{method: http.MethodGet, path: "/status"})
-	})
-	one(&own, r)
-	a.status(&states, r)
-	asking.Wait()
-	replies := append([]reply{states.reply(a.proxy.podName)}, others...)
-	all, silent := decodeReplies(replies, (*status).isWhole)
+	var own memoryResponse
+	both := func(w http.ResponseWriter, r *http.Request) {
+		one(&own, r)
+		a.status(w, r)
+	}
+	all, silent, ok := askAll(a, w, r, both,
+		question{method: http.MethodGet, path: "/status"}, (*status).isWhole)
+	if !ok {
+		return
+	}
 	answer := backendsAnswer{Router: a.proxy.podName}
 	err := answerError(own.status, own.body.Bytes())
 	if err == nil {
@@ -690,13 +681,9 @@ func (a *admin) backendsOfAll(w http.ResponseWriter, r *http.Request, one http.H
 		})
 		if i < 0 { // only others have sessions of it, or give it namespaces
 			i = len(answer.Backends)
-			answer.Backends = append(answer.Backends, backendState{
-				Name: load.Name, Ordinal: load.Ordinal, Ready: load.Ready})
+			answer.Backends = append(answer.Backends, backendState{Ready: load.Ready})
 		}
-		b := &answer.Backends[i]
-		b.InTable, b.Overrides = load.InTable, load.Overrides
-		b.Sessions, b.SessionsOnOldPod = load.Sessions, load.SessionsOnOldPod
-		b.Cordoned, b.SafeToRemove = load.Cordoned, load.SafeToRemove
+		answer.Backends[i].setLoad(load)
 	}
 	writeJSON(w, http.StatusOK, answer)
 }
@@ -729,18 +716,6 @@ func (a *admin) probe(ctx context.Context, ordinal int) (string, bool, string) {
 		return address, false, err.Error()
 	}
 	return address, true, ""
-}
-
-// backendOrdinals returns the sorted ordinals of the backends of the table and of those in counts.
-func (a *admin) backendOrdinals(counts map[int]sessionCounts) []int {
-	all := slices.Collect(maps.Keys(counts))
-	if t := a.proxy.tables.table(); t != nil {
-		for i := range t.backends.count {
-			all = append(all, t.backends.first+i)
-		}
-	}
-	slices.Sort(all)
-	return slices.Compact(all)
 }
 
 // writeError answers with {"error": text}.
@@ -777,17 +752,11 @@ func (a *admin) previewOfAll(w http.ResponseWriter, r *http.Request, one http.Ha
 	}
 	r = r.Clone(r.Context())
 	r.Body, r.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
-	replies, ok := a.askAll(w, r, one,
-		question{method: http.MethodPost, path: "/plan", body: body})
-	if !ok {
-		return
+	all, silent, ok := askAll(a, w, r, one,
+		question{method: http.MethodPost, path: "/plan", body: body}, (*preview).isWhole)
+	if ok {
+		writeJSON(w, http.StatusOK, sumPreviews(all, silent, a.proxy.mover.rateIsShared()))
 	}
-	all, silent := decodeReplies(replies, (*preview).isWhole)
-	if len(all) == 0 {
-		writeError(w, http.StatusServiceUnavailable, silent[0].Error)
-		return
-	}
-	writeJSON(w, http.StatusOK, sumPreviews(all, silent, a.proxy.mover.rateIsShared()))
 }
 
 // writePreviewError answers a POST /plan with what is wrong in it.

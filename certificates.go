@@ -54,8 +54,8 @@ type certificateFlags struct {
 type certificates struct {
 	// Static after construction.
 	minVersion uint16
-	files      []*certificateFile // of pairs, the client CA and the ticket secret
-	pairs      []*certificatePair
+	files      []*certificateFile   // of pairs, the client CA and the ticket secret
+	pairs      []*tls.Certificate   // in force, with their keys
 	onRejected func(message string) // gets what is wrong with a refused file; nil: nobody does
 	now        func() time.Time
 	log        *slog.Logger
@@ -67,9 +67,6 @@ type certificates struct {
 	secrets    []ticketSecret // the newest first
 	ticketKeys [][32]byte     // of inForce
 }
-
-// certificatePair is a certificate with its key. The certificate is that in force.
-type certificatePair struct{ certificate tls.Certificate }
 
 // ticketSecret is a secret that keys of session tickets are derived from.
 type ticketSecret struct {
@@ -130,7 +127,7 @@ func newCertificates(flags certificateFlags, log *slog.Logger) (*certificates, e
 func (c *certificates) addPairs(flags certificateFlags) error {
 	keys := flags.keys
 	for _, cert := range flags.certs {
-		p := &certificatePair{}
+		pair := &tls.Certificate{}
 		f := &certificateFile{flag: "-tls-cert", name: cert}
 		if info, err := os.Stat(cert); err == nil && info.IsDir() {
 			f.names = []string{filepath.Join(cert, "tls.crt"), filepath.Join(cert, "tls.key")}
@@ -142,12 +139,11 @@ func (c *certificates) addPairs(flags certificateFlags) error {
 			f.paths = func() []string { return f.names }
 			keys = keys[1:]
 		}
-		f.apply = func(contents []string) error { return c.applyPair(p, f, contents) }
+		f.apply = func(contents []string) error { return c.applyPair(pair, f.names, contents) }
 		f.log = func() {
-			leaf := p.certificate.Leaf
-			c.log.Info("certificate in force", "file", f.name, "not_after", leaf.NotAfter, "names", namesOf(leaf))
+			c.log.Info("certificate in force", "file", f.name, "not_after", pair.Leaf.NotAfter, "names", namesOf(pair.Leaf))
 		}
-		c.files, c.pairs = append(c.files, f), append(c.pairs, p)
+		c.files, c.pairs = append(c.files, f), append(c.pairs, pair)
 	}
 	if len(keys) > 0 {
 		return fmt.Errorf("-tls-key %s belongs to no -tls-cert: each file has one key, and a directory has its own", keys[0])
@@ -282,8 +278,8 @@ func (c *certificates) publish(keys [][32]byte) {
 		DynamicRecordSizingDisabled: true,
 		Time:                        c.now,
 	}
-	for _, p := range c.pairs {
-		config.Certificates = append(config.Certificates, p.certificate)
+	for _, pair := range c.pairs {
+		config.Certificates = append(config.Certificates, *pair)
 	}
 	if c.clientCAs != nil {
 		config.ClientCAs, config.ClientAuth = c.clientCAs, tls.RequireAndVerifyClientCert
@@ -296,18 +292,20 @@ func (c *certificates) publish(keys [][32]byte) {
 // readFirst reads the files when the router starts. It reads them once more if they are
 // refused: the kubelet may have replaced them meanwhile.
 func (f *certificateFile) readFirst() error {
-	contents, err := f.read()
-	if err == nil {
-		err = f.apply(contents)
-	}
+	contents, err := f.readAndApply()
 	if err != nil {
-		if contents, err = f.read(); err == nil {
-			err = f.apply(contents)
-		}
+		contents, err = f.readAndApply()
 	}
 	f.seen = sumOf(contents, err)
 	f.applied = f.seen
 	return err
+}
+
+func (f *certificateFile) readAndApply() (contents []string, err error) {
+	if contents, err = f.read(); err == nil {
+		err = f.apply(contents)
+	}
+	return contents, err
 }
 
 // read returns what is in the files.
@@ -339,20 +337,21 @@ func sumOf(contents []string, err error) [sha256.Size]byte {
 	return sha256.Sum256(fmt.Appendf(nil, "%q %v", contents, err))
 }
 
-// applyPair takes a certificate and its key, if they are good.
-func (c *certificates) applyPair(p *certificatePair, f *certificateFile, contents []string) error {
-	pair, err := parsePair(f.names, contents)
+// applyPair takes a certificate and its key as pair, if they are good. names and contents are
+// those of their files.
+func (c *certificates) applyPair(pair *tls.Certificate, names, contents []string) error {
+	next, err := parsePair(names, contents)
 	if err != nil {
 		return err
 	}
 	now := c.now()
-	if invalid := checkValidity(pair.Leaf, now); invalid != nil {
-		if last := p.certificate.Leaf; last != nil && checkValidity(last, now) == nil {
-			return fmt.Errorf("%s: %w", f.names[0], invalid)
+	if invalid := checkValidity(next.Leaf, now); invalid != nil {
+		if pair.Leaf != nil && checkValidity(pair.Leaf, now) == nil {
+			return fmt.Errorf("%s: %w", names[0], invalid)
 		}
-		c.log.Warn("certificate is not valid now", "file", f.names[0], "error", invalid.Error())
+		c.log.Warn("certificate is not valid now", "file", names[0], "error", invalid.Error())
 	}
-	p.certificate = pair
+	*pair = next
 	return nil
 }
 

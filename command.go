@@ -44,9 +44,10 @@ const adminTimeout = 30 * time.Second
 
 // subcommand is what runs for a first argument, and its help.
 type subcommand struct {
-	args, help string
-	flags      func(c *command, f *flag.FlagSet) // adds its flags; nil for none
-	run        func(c *command, ctx context.Context, args []string) error
+	args  string // "" if it takes none
+	help  string
+	flags func(c *command, f *flag.FlagSet) // adds its flags; nil for none
+	run   func(c *command, ctx context.Context, args []string) error
 }
 
 // subcommands returns the subcommands by their names.
@@ -116,6 +117,8 @@ func runCommand(ctx context.Context, args []string, out, notes io.Writer) (
 		return true, usageError{err}
 	case c.format != "text" && c.format != "json":
 		return true, usageError{fmt.Errorf("-o must be text or json (got %q)", c.format)}
+	case sub.args == "" && f.NArg() > 0:
+		return true, usageError{fmt.Errorf("no argument is allowed (got %q)", f.Arg(0))}
 	}
 	return true, sub.run(c, ctx, f.Args())
 }
@@ -222,26 +225,19 @@ func (c *command) columns() *tabwriter.Writer {
 	return tabwriter.NewWriter(c.out, 0, 0, 2, ' ', 0)
 }
 
-// noArguments returns an error if there are arguments.
-func noArguments(args []string) error {
-	if len(args) != 0 {
-		return usageError{fmt.Errorf("no argument is allowed (got %q)", args[0])}
+// printRouters prints how many routers have answered; nothing if only one was asked.
+func (c *command) printRouters(answered int, silent []silentRouter, agree *bool) {
+	if agree == nil {
+		return
 	}
-	return nil
-}
-
-// countRouters returns how many routers have answered, in words; "" if only one was asked.
-func countRouters(answered int, silent []silentRouter, agree *bool) string {
+	asked, text := answered+len(silent), "; they agree"
 	switch {
-	case agree == nil:
-		return ""
-	case answered+len(silent) == 1:
-		return "1 of 1 routers answered"
+	case asked == 1:
+		text = ""
 	case !*agree:
-		return fmt.Sprintf("%d of %d routers answered; they do not agree",
-			answered, answered+len(silent))
+		text = "; they do not agree"
 	}
-	return fmt.Sprintf("%d of %d routers answered; they agree", answered, answered+len(silent))
+	fmt.Fprintf(c.out, "%d of %d routers answered%s\n", answered, asked, text)
 }
 
 // previewBody returns the body of POST /plan for the arguments.
@@ -303,16 +299,11 @@ func (c *command) printPreview(p *preview) {
 		fmt.Fprintf(c.out, "%d namespaces would have no owner: new clients get 503, "+
 			"and %d sessions end with their backends\n", p.Unresolved, p.UnresolvedSessions)
 	}
-	if text := countRouters(len(p.Routers), p.Silent, p.Agree); text != "" {
-		fmt.Fprintln(c.out, text)
-	}
+	c.printRouters(len(p.Routers), p.Silent, p.Agree)
 }
 
 // status prints routers, backends, and how far a change of owners has come.
-func (c *command) status(ctx context.Context, args []string) error {
-	if err := noArguments(args); err != nil {
-		return err
-	}
+func (c *command) status(ctx context.Context, _ []string) error {
 	var s status
 	if err := c.get(ctx, "/status", &s); err != nil {
 		return err
@@ -333,9 +324,7 @@ func (c *command) printStatus(s *status) {
 	if c.all {
 		agree = &s.Agree
 	}
-	if text := countRouters(len(s.Routers), s.Silent, agree); text != "" {
-		fmt.Fprintln(c.out, text)
-	}
+	c.printRouters(len(s.Routers), s.Silent, agree)
 	fmt.Fprintln(c.out)
 	fmt.Fprintln(t, "BACKEND\tREADY\tSESSIONS\tOVERRIDES\tIN\tOUT\tNOTE")
 	for _, b := range s.Backends {
@@ -431,10 +420,7 @@ func (c *command) printReceipts(all []moveReceipt) {
 }
 
 // backends prints the backends.
-func (c *command) backends(ctx context.Context, args []string) error {
-	if err := noArguments(args); err != nil {
-		return err
-	}
+func (c *command) backends(ctx context.Context, _ []string) error {
 	var answer backendsAnswer
 	if err := c.get(ctx, "/backends", &answer); err != nil {
 		return err
@@ -452,17 +438,12 @@ func (c *command) backends(ctx context.Context, args []string) error {
 			fmt.Fprintln(t, strings.TrimRight(row, "\t"))
 		}
 		t.Flush()
-		if text := countRouters(len(answer.Routers), answer.Silent, answer.Agree); text != "" {
-			fmt.Fprintln(c.out, text)
-		}
+		c.printRouters(len(answer.Routers), answer.Silent, answer.Agree)
 	})
 }
 
 // top prints the namespaces with the most sessions or bytes.
-func (c *command) top(ctx context.Context, args []string) error {
-	if err := noArguments(args); err != nil {
-		return err
-	}
+func (c *command) top(ctx context.Context, _ []string) error {
 	if c.by != "sessions" && c.by != "bytes" {
 		return usageError{fmt.Errorf("-by must be sessions or bytes (got %q)", c.by)}
 	}
@@ -690,10 +671,7 @@ const (
 
 // wait returns when two looks in a row have found nothing left to move on any router: a
 // change that was just made is not known everywhere at once.
-func (c *command) wait(ctx context.Context, args []string) error {
-	if err := noArguments(args); err != nil {
-		return err
-	}
+func (c *command) wait(ctx context.Context, _ []string) error {
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
 	silent, quiet, last := 0, 0, ""

@@ -36,19 +36,19 @@ type config struct {
 
 	// Where the overrides are.
 	kube, kubeNamespace, overridesDir string
-	configMaps                        nameList
+	configMaps                        []string
 	selector                          string // a label selector for ConfigMaps
 
 	// Requests, and moves of sessions.
 	namespaceFrom, podName string            // namespaceFrom is as newNamespaceMatcher takes it
-	routes                 routeList         // of -route; nil for defaultRoute
+	routes                 []string          // of -route; nil for defaultRoute
 	namespaceMatcher       *namespaceMatcher // of both
 	limits                 limits
 	http                   string // "on" or "off"
 	httpMoveTime           time.Duration
 	moveRate               int // sessions per second, 0: no limit
 	moveSettle             time.Duration
-	peers                  peerList      // admin ports of the other routers; nil for none
+	peers                  []string      // admin ports of the other routers; nil for none
 	handoff                string        // "all", "single" or "off"
 	handoffConfigMap       string        // for "all"
 	podUID, routerPods     string        // for "all"; routerPods is a label selector
@@ -63,54 +63,37 @@ type config struct {
 	logLevel  slog.Level
 }
 
-// nameList is a flag with a list of names, separated by commas. The flag may be repeated:
-// each adds to the list.
-type nameList []string
-
-func (n *nameList) String() string { return strings.Join(*n, ",") }
-
-// Set adds the names in list. It returns an error for an empty name and for one that is
-// in the list already.
-func (n *nameList) Set(list string) error {
+// addNames adds the names in list, which are separated by commas, to all: the flag may be
+// repeated. It returns an error for an empty name and for one that is in all already.
+func addNames(all *[]string, list string) error {
 	for name := range strings.SplitSeq(list, ",") {
-		if name == "" || slices.Contains(*n, name) {
+		if name == "" || slices.Contains(*all, name) {
 			return fmt.Errorf("%q is empty or repeated", name)
 		}
-		*n = append(*n, name)
+		*all = append(*all, name)
 	}
 	return nil
 }
 
-// fileList is a flag with a list of files, separated by commas. The flag may be repeated:
-// each adds to the list, which may have a file twice.
-type fileList []string
-
-func (l *fileList) String() string { return strings.Join(*l, ",") }
-
-// Set adds the files in list. It returns an error for an empty name.
-func (l *fileList) Set(list string) error {
-	for name := range strings.SplitSeq(list, ",") {
-		if name == "" {
-			return fmt.Errorf("%q is empty", name)
-		}
-		*l = append(*l, name)
+// addKeys adds the files in list, which are separated by commas, to those of -tls-key, which
+// may have a file twice.
+func (c *config) addKeys(list string) error {
+	files := strings.Split(list, ",")
+	if slices.Contains(files, "") {
+		return errors.New(`"" is empty`)
 	}
+	c.certificates.keys = append(c.certificates.keys, files...)
 	return nil
 }
 
-// routeList is a flag with patterns of paths, separated by spaces. The flag may be
-// repeated: each adds to the list. newNamespaceMatcher checks them.
-type routeList []string
-
-func (l *routeList) String() string { return strings.Join(*l, " ") }
-
-// Set adds the patterns in list. It returns an error if there are none.
-func (l *routeList) Set(list string) error {
+// addRoutes adds the patterns in list, which are separated by spaces, to -route.
+// newNamespaceMatcher checks them.
+func (c *config) addRoutes(list string) error {
 	routes := strings.Fields(list)
 	if len(routes) == 0 {
 		return errors.New("it must have a path")
 	}
-	*l = append(*l, routes...)
+	c.routes = append(c.routes, routes...)
 	return nil
 }
 
@@ -126,10 +109,11 @@ func (c *config) flags() *flag.FlagSet {
 	f.StringVar(&c.admin, "admin", ":8001",
 		"`address` for operators: / is a page for people, and there are /healthz, /readyz, /metrics,\n"+
 			"/owner, /status, /backends and /plan")
-	f.Var(&c.peers, "peers",
+	f.Func("peers",
 		"`list` of the admin ports of the other routers, like host:port,host:port: answers for all\n"+
 			"routers include theirs (default with -handoff all: the admin ports of the pods that\n"+
-			"-router-pods selects; else none)")
+			"-router-pods selects; else none)",
+		func(list string) (err error) { c.peers, err = parsePeers(list); return err })
 	f.DurationVar(&c.tcpUserTimeout, "tcp-user-timeout", time.Minute,
 		"a session ends when its client or backend has not answered TCP for this long, in\n"+
 			"whole seconds, 0 is the limit of the system")
@@ -182,8 +166,9 @@ func (c *config) overrideFlags(f *flag.FlagSet) {
 	f.StringVar(&c.kubeNamespace, "kube-namespace", "",
 		"Kubernetes `namespace` of the ConfigMaps, the StatefulSet and its EndpointSlices\n"+
 			"(default the pod's own, else \"default\")")
-	f.Var(&c.configMaps, "configmap",
-		"`name` of a ConfigMap with overrides; may be repeated (default overwriting)")
+	f.Func("configmap",
+		"`name` of a ConfigMap with overrides; may be repeated (default overwriting)",
+		func(list string) error { return addNames(&c.configMaps, list) })
 	f.StringVar(&c.selector, "configmap-selector", "",
 		"`labels` of the ConfigMaps with overrides, like app=router-overrides, in place of names")
 	f.StringVar(&c.overridesDir, "overrides", "",
@@ -193,13 +178,15 @@ func (c *config) overrideFlags(f *flag.FlagSet) {
 
 // tlsFlags adds the flags for TLS that the router ends itself to f.
 func (c *config) tlsFlags(f *flag.FlagSet) {
-	f.Var((*nameList)(&c.certificates.certs), "tls-cert",
+	f.Func("tls-cert",
 		"`file` with a certificate and its chain, PEM: clients of -listen speak TLS; or the\n"+
 			"directory of a mounted Secret, with tls.crt and tls.key; may be repeated, or have\n"+
-			"several with commas in between (default none: clients do not speak TLS)")
-	f.Var((*fileList)(&c.certificates.keys), "tls-key",
+			"several with commas in between (default none: clients do not speak TLS)",
+		func(list string) error { return addNames(&c.certificates.certs, list) })
+	f.Func("tls-key",
 		"`file` with a key, PEM: one for each -tls-cert that is a file, in the same order; may be\n"+
-			"repeated, or have several with commas in between")
+			"repeated, or have several with commas in between",
+		c.addKeys)
 	f.StringVar(&c.certificates.minVersion, "tls-min-version", "1.2",
 		"lowest `version` of TLS: 1.2 or 1.3")
 	f.StringVar(&c.certificates.clientCA, "tls-client-ca", "",
@@ -219,10 +206,11 @@ func (c *config) trafficFlags(f *flag.FlagSet) {
 	f.StringVar(&c.namespaceFrom, "namespace-from", "path",
 		"`where` a request has its namespace: path (as -route says), query:NAME (the parameter\n"+
 			"NAME, of any path) or host (its first label, with any path)")
-	f.Var(&c.routes, "route",
+	f.Func("route",
 		"`pattern` of the paths with a namespace, like /d/{namespace}/events: {namespace} is one\n"+
 			"whole segment, and any more may follow; may be repeated, or have several with spaces\n"+
-			"in between (default "+defaultRoute+")")
+			"in between (default "+defaultRoute+")",
+		c.addRoutes)
 	f.StringVar(&c.podName, "pod-name", "",
 		"`name` of this router for X-Router-Pod (default the host's name)")
 	f.DurationVar(&c.limits.holdTimeout, "hold", 10*time.Second,
@@ -377,17 +365,27 @@ func writeHelp(f *flag.FlagSet, w io.Writer) {
 
 // validate returns an error for the first value that the router cannot use.
 func (c *config) validate() error {
-	if err := c.validateBackends(); err != nil {
-		return err
-	}
-	if err := cmp.Or(c.validateProxyProtocol(), c.validateTLS(), c.validateLimits()); err != nil {
-		return err
-	}
-	_, err := newLogger(io.Discard, c.logFormat, c.logLevel)
-	return err
+	return cmp.Or(c.validateWords(), c.validateBackends(), c.validateCordon(), c.validateHandoff(),
+		c.validateRelease(), c.validateTLS(), c.validateLimits())
 }
 
-// validateBackends checks the flags about backends and overrides.
+// validateWords checks the flags that have one of two values.
+func (c *config) validateWords() error {
+	for _, word := range []struct{ flag, value, first, second string }{
+		{"http", c.http, "on", "off"},
+		{"proxy-protocol", c.proxyProtocol, "on", "off"},
+		{"tls-min-version", c.certificates.minVersion, "1.2", "1.3"},
+		{"log-format", c.logFormat, "text", "json"},
+	} {
+		if word.value != word.first && word.value != word.second {
+			return fmt.Errorf("-%s must be %s or %s (got %q)",
+				word.flag, word.first, word.second, word.value)
+		}
+	}
+	return nil
+}
+
+// validateBackends checks the flags about backends, overrides and proxies.
 func (c *config) validateBackends() error {
 	switch {
 	case c.replicas < 0:
@@ -398,19 +396,11 @@ func (c *config) validateBackends() error {
 		return errors.New("-replicas and -backends exclude each other: the list has the number of backends")
 	case c.backendPort < 1 || c.backendPort > 65535:
 		return fmt.Errorf("-backend-port must be 1 to 65535 (got %d)", c.backendPort)
-	}
-	if err := c.validateCordon(); err != nil {
-		return err
-	}
-	if c.http != "on" && c.http != "off" {
-		return fmt.Errorf("-http must be on or off (got %q)", c.http)
-	}
-	if err := cmp.Or(c.validateHandoff(), c.validateRelease()); err != nil {
-		return err
-	}
-	if c.selector != "" && c.configMaps != nil {
+	case c.selector != "" && c.configMaps != nil:
 		return fmt.Errorf("-configmap and -configmap-selector exclude each other (got %s and %s)",
-			&c.configMaps, c.selector)
+			strings.Join(c.configMaps, ","), c.selector)
+	case c.proxyProtocol == "on" && c.trustedProxies.String() == "":
+		return errors.New("-proxy-protocol on requires -trusted-proxies")
 	}
 	return nil
 }
@@ -470,26 +460,12 @@ func (c *config) validateRelease() error {
 	return nil
 }
 
-// validateProxyProtocol checks -proxy-protocol.
-func (c *config) validateProxyProtocol() error {
-	switch {
-	case c.proxyProtocol != "on" && c.proxyProtocol != "off":
-		return fmt.Errorf("-proxy-protocol must be on or off (got %q)", c.proxyProtocol)
-	case c.proxyProtocol == "on" && c.trustedProxies.String() == "":
-		return errors.New("-proxy-protocol on requires -trusted-proxies")
-	}
-	return nil
-}
-
 // endsTLS reports whether the clients of -listen speak TLS.
 func (c *config) endsTLS() bool { return len(c.certificates.certs) > 0 }
 
 // validateTLS checks the flags for TLS. What the files have is for newCertificates.
 func (c *config) validateTLS() error {
 	t := &c.certificates
-	if t.minVersion != "1.2" && t.minVersion != "1.3" {
-		return fmt.Errorf("-tls-min-version must be 1.2 or 1.3 (got %q)", t.minVersion)
-	}
 	if c.endsTLS() {
 		return nil
 	}
@@ -579,7 +555,7 @@ func (c *config) setDefaults(getenv func(string) string) {
 		}
 	}
 	if c.configMaps == nil && c.selector == "" {
-		c.configMaps = nameList{"overwriting"}
+		c.configMaps = []string{"overwriting"}
 	}
 	if c.podName == "" {
 		name, _ := os.Hostname()

@@ -239,7 +239,11 @@ func wantFlag(t *testing.T, args []string, env map[string]string, name, want str
 	c := &config{}
 	flags := c.flags() // whose values are the fields of c
 	*c = *got
-	if got := flags.Lookup(name).Value.String(); got != want {
+	lists := map[string]string{ // of flag.Func, whose String has nothing
+		"peers": strings.Join(c.peers, ","), "configmap": strings.Join(c.configMaps, ","), "route": strings.Join(c.routes, " "),
+		"tls-cert": strings.Join(c.certificates.certs, ","), "tls-key": strings.Join(c.certificates.keys, ","),
+	}
+	if got := flags.Lookup(name).Value.String() + lists[name]; got != want {
 		t.Errorf("-%s is %q with %q and %v, want %q", name, got, args, env, want)
 	}
 }

@@ -181,7 +181,7 @@ func (c *configMaps) reportChange(change sourceChange) {
 
 // reportMove queues an Event about a move that ended, on the first ConfigMap: several may
 // have caused the move, or the number of backends.
-func (c *configMaps) reportMove(m moveResult) {
+func (c *configMaps) reportMove(m moveReceipt) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, found := range c.current {

@@ -87,11 +87,11 @@ func (r *eventRecorder) reportChange(o apiObject, c sourceChange) {
 
 // reportMove queues an Event about a move that ended. Each router writes its own. It
 // does not block.
-func (r *eventRecorder) reportMove(o apiObject, m moveResult) {
+func (r *eventRecorder) reportMove(o apiObject, m moveReceipt) {
 	message := fmt.Sprintf("%s moved %d namespaces, %d sessions in %.1f s, "+
 		"each namespace held for %.1f s at most, %d cut, %d cancelled, for overrides %s",
-		r.podName, m.namespaces, m.sessions, m.time.Seconds(), m.longestHold.Seconds(),
-		m.cut, m.cancelled, m.overridesVersion)
+		r.podName, m.Namespaces, m.Moved, m.Seconds, m.HeldSeconds,
+		m.Cut, m.Cancelled, m.OverridesVersion)
 	r.enqueue(o, "Normal", "SessionsMoved", r.podName+time.Now().String(), message)
 }
 

@@ -252,7 +252,7 @@ func TestEventOfAMove(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		r, server, _ := fakeRecorder(t, script{fakeCreated})
 		c := &configMaps{events: r, current: []map[string]configMapState{nil, {"routes": {fakeMap("routes", "7", ""), false}}}}
-		receipt := moveResult{overridesVersion: "7", namespaces: 14, sessions: 3201, cut: 12, cancelled: 1, time: 16_100 * time.Millisecond, longestHold: 60 * time.Millisecond}
+		receipt := moveReceipt{OverridesVersion: "7", Namespaces: 14, Moved: 3201, Cut: 12, Cancelled: 1, Seconds: 16.1, HeldSeconds: .06}
 		names := map[string]bool{}
 		for range 2 {
 			time.Sleep(time.Second)

@@ -407,10 +407,7 @@ func run(ctx context.Context, args []string, getenv func(string) string,
 		return err
 	}
 	queue := newLogQueue(stdout)
-	log, err := newLogger(queue, c.logFormat, c.logLevel)
-	if err != nil {
-		return err
-	}
+	log := newLogger(queue, c.logFormat, c.logLevel)
 	go queue.run(log)
 	defer queue.stop()
 	p, err := newProgram(c, getenv, queue, log)
@@ -662,9 +659,10 @@ func (p *program) serve(ctx context.Context, clients, admin net.Listener) error 
 	}
 	background, stopBackground := context.WithCancel(context.Background())
 	var running sync.WaitGroup
-	for _, task := range append(p.tasks, p.proxy.mover.run, p.freeMemory) {
+	for _, task := range append(p.tasks, p.proxy.mover.run) {
 		running.Go(func() { task(background) })
 	}
+	running.Go(func() { freeMemory(background, p.proxy.requestsChecked.Load) })
 	if idle := p.config.idleTimeout; idle > 0 {
 		running.Go(func() { p.proxy.relay.endIdle(background, idle) })
 	}
@@ -694,11 +692,6 @@ func (p *program) serve(ctx context.Context, clients, admin net.Listener) error 
 	p.proxy.mover.releases.close()
 	p.proxy.backends.close()
 	return err
-}
-
-// freeMemory gives back the memory that many requests have taken, until ctx ends.
-func (p *program) freeMemory(ctx context.Context) {
-	freeMemory(ctx, func() int { return int(p.proxy.requestsChecked.Load()) })
 }
 
 // logServing logs where the router listens, and warns if the process may not open enough

@@ -25,10 +25,7 @@ func TestRunDrainsOnFailure(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	logger, err := newLogger(log, c.logFormat, c.logLevel)
-	if err != nil {
-		t.Fatal(err)
-	}
+	logger := newLogger(log, c.logFormat, c.logLevel)
 	p, err := newProgram(c, noEnvironment, newLogQueue(io.Discard), logger)
 	if err != nil {
 		t.Fatal(err)

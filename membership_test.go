@@ -909,7 +909,7 @@ func checkHeldTime(t *testing.T, routers int) {
 	}
 	for _, r := range s.routers {
 		moves := r.container.finishedMoves()
-		if len(moves) != 1 || moves[0].longestHold < 3*unit || moves[0].longestHold > held+5*time.Millisecond {
+		if len(moves) != 1 || moves[0].HeldSeconds < (3*unit).Seconds() || moves[0].HeldSeconds > (held+5*time.Millisecond).Seconds() {
 			t.Errorf("%s: ns-0 was held for %s, the receipts are %+v", r.pod.name, held, moves)
 		}
 	}

@@ -60,8 +60,8 @@ type mover struct {
 	backendStep  atomic.Int64 // the highest step that a backend has sent in a 409: see noteStep
 	leaving      atomic.Bool  // see leave
 
-	moving   atomic.Pointer[moveResult]   // the move under way, so far; nil for none
-	receipts atomic.Pointer[[]moveResult] // the last maxReceipts that are over, newest first
+	moving   atomic.Pointer[moveReceipt]   // the move under way, so far; nil for none
+	receipts atomic.Pointer[[]moveReceipt] // the last maxReceipts that are over, newest first
 
 	// Owned by run.
 	pace         pace
@@ -229,13 +229,13 @@ func (m *mover) publishMove() {
 		m.moving.Store(nil)
 		return
 	}
-	now := tally.result()
+	now := tally.receipt()
 	m.moving.Store(&now)
 }
 
 // finishedMoves returns the last moves that are over, newest first. The caller must not
 // change them.
-func (m *mover) finishedMoves() []moveResult {
+func (m *mover) finishedMoves() []moveReceipt {
 	if all := m.receipts.Load(); all != nil {
 		return *all
 	}
@@ -636,25 +636,25 @@ func (m *mover) reportFinished() {
 		if tally.unfinished.Load() > 0 {
 			return false
 		}
-		result := tally.result()
-		result.examples = tally.movedNames()
-		m.keepReceipt(result)
-		m.log.Info("move finished", "overrides_version", result.overridesVersion,
-			"namespaces", result.namespaces, "sessions", result.sessions,
-			"seconds", result.time.Seconds(), "held_seconds", result.longestHold.Seconds(),
-			"cut", result.cut, "cancelled", result.cancelled)
+		receipt := tally.receipt()
+		receipt.Examples = tally.examples()
+		m.keepReceipt(receipt)
+		m.log.Info("move finished", "overrides_version", receipt.OverridesVersion,
+			"namespaces", receipt.Namespaces, "sessions", receipt.Moved,
+			"seconds", receipt.Seconds, "held_seconds", receipt.HeldSeconds,
+			"cut", receipt.Cut, "cancelled", receipt.Cancelled)
 		for _, s := range m.tables.sources {
 			if reporter, ok := s.overrideSource.(moveReporter); ok {
-				reporter.reportMove(result)
+				reporter.reportMove(receipt)
 			}
 		}
 		return true
 	})
 }
 
-// keepReceipt keeps the result of a move that is over, in place of the oldest one.
-func (m *mover) keepReceipt(result moveResult) {
-	all := append([]moveResult{result}, m.finishedMoves()...)
+// keepReceipt keeps the receipt of a move that is over, in place of the oldest one.
+func (m *mover) keepReceipt(receipt moveReceipt) {
+	all := append([]moveReceipt{receipt}, m.finishedMoves()...)
 	all = all[:min(len(all), maxReceipts)]
 	m.receipts.Store(&all)
 }

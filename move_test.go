@@ -644,10 +644,10 @@ func TestMoveByNamespace(t *testing.T) {
 // moveRecorder is a source of overrides that records the reported moves.
 type moveRecorder struct {
 	overrideSource
-	results []moveResult
+	receipts []moveReceipt
 }
 
-func (r *moveRecorder) reportMove(m moveResult) { r.results = append(r.results, m) }
+func (r *moveRecorder) reportMove(m moveReceipt) { r.receipts = append(r.receipts, m) }
 
 // An edit that reverts a change cancels the moves that are still to come, and the
 // result has their number.
@@ -673,9 +673,9 @@ func TestMoveTakenBack(t *testing.T) {
 			"router_handoff_step_duration_seconds_count": e.values["router_handoff_steps_total"]}); lacks != "" || e.values["router_handoff_steps_total"] == 0 {
 			t.Error(lacks, e.values)
 		}
-		results := reported.results
-		if len(results) != 1 || results[0].sessions != moved || results[0].cancelled != 100-moved || results[0].time == 0 {
-			t.Errorf("results %+v, want one, equal to the log", results)
+		receipts := reported.receipts
+		if len(receipts) != 1 || receipts[0].Moved != moved || receipts[0].Cancelled != 100-moved || receipts[0].Seconds == 0 {
+			t.Errorf("receipts %+v, want one, equal to the log", receipts)
 		}
 	})
 }

@@ -12,45 +12,50 @@ const (
 	maxMovedNames = 50 // namespaces of a move that are kept with it
 )
 
-// moveResult is what one router's moves to one table came to, or have come to so far, for the
-// log, the Events and operators.
-type moveResult struct {
-	overridesVersion string        // of the table
-	ownersHash       uint64        // of the table; noTableHash if it is not known
-	planned          int           // sessions that had to move in all: the most that mover.prepare has counted
-	began            time.Time     // when sessions were free to move; when it was prepared, if none was
-	namespaces       int           // of the sessions that the mover closed
-	sessions         int           // that the mover closed
-	cut              int           // of these, those where client and backend did not both answer in time
-	cancelled        int           // sessions that stayed: a later change moved them back
-	time             time.Duration // since sessions were free to move
-	longestHold      time.Duration // the longest time that a namespace was held
-	examples         []string      // the first maxMovedNames of the namespaces, by name
-}
-
 // moveTally counts the sessions that moved to one table, in one step or many. The mover's
 // run owns it, except for the atomic fields.
 type moveTally struct {
-	moveResult                     // so far, without what result adds
-	isFree     bool                // sessions were free to move
-	closed     map[string]struct{} // namespaces of the closed sessions
+	ownersHash       uint64 // of the table; noTableHash if it is not known
+	overridesVersion string // of the table
+	planned          int    // sessions that had to move in all: the most that mover.prepare has counted
+	prepared         time.Time
+	began            time.Time           // when sessions were free to move; zero before
+	namespaces       map[string]struct{} // namespaces of the closed sessions
+	sessions         int                 // that were closed
+	cancelled        int                 // sessions that stayed: a later change moved them back
+	longestHold      time.Duration       // the longest time that a namespace was held
 
 	unfinished atomic.Int64 // sessions whose closing handshake goes on
 	cuts       atomic.Int64 // sessions whose closing handshake was cut
 }
 
+// moveReceipt is what one router's moves to one table came to, or have come to so far, for
+// the log, the Events and operators. It is immutable. The status of all routers has their
+// receipts of the same table added up: see add.
+type moveReceipt struct {
+	OverridesVersion string    `json:"overrides_version"` // of the table
+	OwnersHash       string    `json:"owners_hash"`       // of the table: the first half of its stamp
+	Began            time.Time `json:"began"`             // when sessions were free to move; when it was prepared, if none was
+	Seconds          float64   `json:"seconds"`           // since sessions were free to move
+	Planned          int       `json:"planned"`           // sessions that had to move in all: see moveTally
+	Moved            int       `json:"moved"`             // sessions that the mover closed
+	Namespaces       int       `json:"namespaces"`        // of these
+	// Examples has the first maxMovedNames of the namespaces, by name.
+	Examples    []string `json:"examples,omitempty"`
+	Cut         int      `json:"cut"`          // of the moved: client and backend did not both answer in time
+	Cancelled   int      `json:"cancelled"`    // sessions that stayed: a later change moved them back
+	HeldSeconds float64  `json:"held_seconds"` // the longest time that a namespace was held
+}
+
 // moveReporter is an overrideSource that reports moves.
 type moveReporter interface {
 	// reportMove reports a move that ended. It must not block for long.
-	reportMove(moveResult)
+	reportMove(moveReceipt)
 }
 
 // newMoveTally returns a tally without sessions.
 func newMoveTally(ownersHash uint64) *moveTally {
-	return &moveTally{
-		moveResult: moveResult{ownersHash: ownersHash, began: time.Now()},
-		closed:     map[string]struct{}{},
-	}
+	return &moveTally{ownersHash: ownersHash, prepared: time.Now(), namespaces: map[string]struct{}{}}
 }
 
 // close starts the closing handshake of a session with closeSession, and counts the session.
@@ -73,29 +78,32 @@ func (t *moveTally) close(
 		return false
 	}
 	t.sessions++
-	t.closed[s.namespace] = struct{}{}
+	t.namespaces[s.namespace] = struct{}{}
 	return true
 }
 
 // begin notes that sessions are free to move.
 func (t *moveTally) begin(now time.Time) {
-	if !t.isFree {
-		t.isFree, t.began = true, now
+	if t.began.IsZero() {
+		t.began = now
 	}
 }
 
-// result returns the result of a tally so far, without examples.
-func (t *moveTally) result() moveResult {
-	r := t.moveResult
-	r.namespaces, r.cut = len(t.closed), int(t.cuts.Load())
-	if t.isFree {
-		r.time = time.Since(t.began)
+// receipt returns the receipt of a tally so far, without Examples.
+func (t *moveTally) receipt() moveReceipt {
+	r := moveReceipt{
+		OverridesVersion: t.overridesVersion, OwnersHash: hex64(t.ownersHash).String(), Began: t.prepared,
+		Planned: t.planned, Moved: t.sessions, Namespaces: len(t.namespaces),
+		Cut: int(t.cuts.Load()), Cancelled: t.cancelled, HeldSeconds: t.longestHold.Seconds(),
+	}
+	if !t.began.IsZero() {
+		r.Began, r.Seconds = t.began, time.Since(t.began).Seconds()
 	}
 	return r
 }
 
-// movedNames returns the first maxMovedNames of the namespaces, by name.
-func (t *moveTally) movedNames() []string {
-	all := slices.Sorted(maps.Keys(t.closed))
+// examples returns the first maxMovedNames of the namespaces, by name.
+func (t *moveTally) examples() []string {
+	all := slices.Sorted(maps.Keys(t.namespaces))
 	return slices.Clone(all[:min(len(all), maxMovedNames)])
 }

@@ -63,10 +63,9 @@ type question struct {
 
 // reply is what a router has answered to a question.
 type reply struct {
-	name   string // of the router
-	status int    // 0 if it did not answer
-	body   []byte
-	err    error // nil if status is 200
+	name string // of the router
+	body []byte
+	err  error // nil if the status is 200
 }
 
 // newPeers returns the peers that find finds. If find fails, it returns those that it knows
@@ -125,7 +124,7 @@ func (p *peers) askOne(ctx context.Context, other peer, q question) reply {
 	}
 	ctx, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
-	r.status, r.body, r.err = p.request(ctx, other.addr, q)
+	r.body, r.err = p.request(ctx, other.addr, q)
 	var timeout net.Error // of the dial, which may know the end of ctx before ctx does
 	if r.err != nil && (ctx.Err() != nil || errors.As(r.err, &timeout) && timeout.Timeout()) {
 		r.err = fmt.Errorf("no answer within %s", p.timeout)
@@ -135,13 +134,11 @@ func (p *peers) askOne(ctx context.Context, other peer, q question) reply {
 
 // request sends the question to addr, on a connection of its own, and returns the answer.
 // It follows no redirect.
-func (p *peers) request(
-	ctx context.Context, addr string, q question,
-) (status int, body []byte, err error) {
+func (p *peers) request(ctx context.Context, addr string, q question) ([]byte, error) {
 	target := "http://" + addr + q.path
 	req, err := http.NewRequestWithContext(ctx, q.method, target, bytes.NewReader(q.body))
 	if err != nil {
-		return 0, nil, err
+		return nil, err
 	}
 	req.Header.Set(askerHeader, p.askerID)
 	transport := &http.Transport{
@@ -153,19 +150,19 @@ func (p *peers) request(
 	}
 	resp, err := transport.RoundTrip(req)
 	if err != nil {
-		return 0, nil, err
+		return nil, err
 	}
 	defer resp.Body.Close()
-	body, err = io.ReadAll(io.LimitReader(resp.Body, maxReply+1))
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxReply+1))
 	switch {
 	case err != nil:
-		return 0, nil, err
+		return nil, err
 	case len(body) > maxReply:
-		return 0, nil, fmt.Errorf("an answer of more than %d bytes", maxReply)
+		return nil, fmt.Errorf("an answer of more than %d bytes", maxReply)
 	case resp.StatusCode == http.StatusLoopDetected:
-		return 0, nil, errOwnAnswer
+		return nil, errOwnAnswer
 	}
-	return resp.StatusCode, body, answerError(resp.StatusCode, body)
+	return body, answerError(resp.StatusCode, body)
 }
 
 // answerError returns nil for the answer 200, and otherwise an error with the text that the
@@ -289,20 +286,14 @@ func (p *peerPods) list(ctx context.Context) (found []peer, err error) {
 	return found, nil
 }
 
-// peerList is a flag with the addresses of admin ports, separated by commas.
-type peerList []string
-
-func (l *peerList) String() string { return strings.Join(*l, ",") }
-
-// Set replaces the list.
-func (l *peerList) Set(list string) error {
-	*l = nil
-	for addr := range strings.SplitSeq(list, ",") {
+// parsePeers parses a list of the addresses of admin ports, separated by commas.
+func parsePeers(list string) ([]string, error) {
+	addrs := strings.Split(list, ",")
+	for _, addr := range addrs {
 		host, port, err := net.SplitHostPort(addr)
 		if err != nil || host == "" || port == "" {
-			return fmt.Errorf("%q is not host:port", addr)
+			return nil, fmt.Errorf("%q is not host:port", addr)
 		}
-		*l = append(*l, addr)
 	}
-	return nil
+	return addrs, nil
 }

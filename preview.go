@@ -202,12 +202,8 @@ func (p *preview) addUnresolved(current, next *table) {
 	var others []string // the first maxExamples
 	for namespace := range next.unresolvedNamespaces() {
 		p.Unresolved++
-		if withSessions[namespace] {
-			continue
-		}
-		if i, _ := slices.BinarySearch(others, namespace); i < maxExamples {
-			others = slices.Insert(others, i, namespace)
-			others = others[:min(len(others), maxExamples)]
+		if !withSessions[namespace] {
+			others = insertSorted(others, namespace, maxExamples, cmp.Compare)
 		}
 	}
 	for _, namespace := range others {

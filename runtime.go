@@ -167,16 +167,9 @@ const (
 // minutes: it collects garbage when the heap has doubled, and a router of idle sessions would
 // have more garbage than sessions. requests returns how many there were so far, upgrades and
 // plain ones.
-func freeMemory(ctx context.Context, requests func() int) {
-	ticker := time.NewTicker(freeMemoryInterval)
-	defer ticker.Stop()
-	var freed, before int
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-ticker.C:
-		}
+func freeMemory(ctx context.Context, requests func() int64) {
+	var freed, before int64
+	for sleep(ctx, freeMemoryInterval) == nil {
 		now := requests()
 		if now-before <= maxCalmRequests && now-freed >= minRequestsToFree {
 			returnHeap(ctx, func() bool { return requests()-now <= maxCalmRequests })

@@ -75,7 +75,7 @@ func TestFreeMemory(t *testing.T) {
 		var begun atomic.Int64
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
-		go freeMemory(ctx, func() int { return int(begun.Load()) })
+		go freeMemory(ctx, begun.Load)
 		collected := func() uint32 {
 			synctest.Wait()
 			var m runtime.MemStats

@@ -135,9 +135,7 @@ func newStatus(p *proxy, why []string, summary *tableSummary) *status {
 		}
 	}
 	s.Routers = []routerState{router}
-	for _, m := range p.mover.finishedMoves() {
-		s.Receipts = append(s.Receipts, newReceipt(m))
-	}
+	s.Receipts = append(s.Receipts, p.mover.finishedMoves()...)
 	s.Backends = newLoads(p, summary, s.Handoff.InProgress)
 	s.addLimits(p)
 	return s
@@ -192,17 +190,12 @@ func newLoads(p *proxy, summary *tableSummary, changing bool) []backendLoad {
 	p.mover.flights.each(func(f *flight) { inFlight[f.backend] = true })
 	t, counts := summary.table, p.relay.counts()
 	maps.DeleteFunc(counts, func(_ int, n sessionCounts) bool { return n.open == 0 })
-	ordinals := slices.Collect(maps.Keys(counts))
-	for i := 0; t != nil && i < t.backends.count; i++ {
-		ordinals = append(ordinals, t.backends.first+i)
-	}
-	slices.Sort(ordinals)
 	in, out := map[int]int{}, map[int]int{}
 	if t != nil && (changing || p.mover.queue.size.Load() > 0) { // with -handoff=off it is the latter
 		in, out = movingSessions(p.relay, t)
 	}
 	loads := []backendLoad{}
-	for _, ordinal := range slices.Compact(ordinals) {
+	for _, ordinal := range backendOrdinals(t, counts) {
 		n, overrides := counts[ordinal], summary.overrides[ordinal]
 		loads = append(loads, backendLoad{
 			Name: p.relay.backendName(ordinal), Ordinal: ordinal,
@@ -216,6 +209,19 @@ func newLoads(p *proxy, summary *tableSummary, changing bool) []backendLoad {
 		})
 	}
 	return loads
+}
+
+// backendOrdinals returns the sorted ordinals of the backends of t, which may be nil, and of
+// those in counts.
+func backendOrdinals(t *table, counts map[int]sessionCounts) []int {
+	all := slices.Collect(maps.Keys(counts))
+	if t != nil {
+		for i := range t.backends.count {
+			all = append(all, t.backends.first+i)
+		}
+	}
+	slices.Sort(all)
+	return slices.Compact(all)
 }
 
 // movingSessions returns how many open sessions will go to each backend, and leave it,
@@ -265,33 +271,6 @@ func newTableSummary(t *table) *tableSummary {
 	return s
 }
 
-// moveReceipt is what one router's moves to one table came to, or have come to so far. The
-// status of all routers has their receipts of the same table added up: see addReceipts.
-type moveReceipt struct {
-	OverridesVersion string    `json:"overrides_version"`
-	OwnersHash       string    `json:"owners_hash"` // the first half of its stamp
-	Began            time.Time `json:"began"`       // when sessions were free to move
-	Seconds          float64   `json:"seconds"`     // since then
-	Planned          int       `json:"planned"`     // sessions that had to move in all: see moveTally
-	Moved            int       `json:"moved"`       // sessions
-	Namespaces       int       `json:"namespaces"`  // of these
-	// Examples has the first maxMovedNames of the namespaces, by name.
-	Examples    []string `json:"examples,omitempty"`
-	Cut         int      `json:"cut"`          // of the moved: client and backend did not both answer in time
-	Cancelled   int      `json:"cancelled"`    // sessions that stayed: a later change moved them back
-	HeldSeconds float64  `json:"held_seconds"` // the longest time that a namespace was held
-}
-
-// newReceipt returns the receipt of a move.
-func newReceipt(m moveResult) moveReceipt {
-	return moveReceipt{
-		OverridesVersion: m.overridesVersion, OwnersHash: hex64(m.ownersHash).String(), Began: m.began,
-		Seconds: m.time.Seconds(), Planned: m.planned, Moved: m.sessions,
-		Namespaces: m.namespaces, Examples: m.examples, Cut: m.cut,
-		Cancelled: m.cancelled, HeldSeconds: m.longestHold.Seconds(),
-	}
-}
-
 // handoffStatus says how far a change of owners has come, for /status.
 type handoffStatus struct {
 	Mode    string   `json:"mode"`              // of -handoff
@@ -329,16 +308,12 @@ func (m *mover) status() handoffStatus {
 	s := handoffStatus{
 		Mode: "single", Progress: 1, ToMove: m.queue.size.Load(),
 		Unproven:   m.flights.unproven.Load() + m.relay.unproven.Load(),
-		WaitingFor: []stepWait{},
+		WaitingFor: []stepWait{}, Moving: m.moving.Load(),
 	}
 	if one := m.minMoveTime(1); one > 0 {
 		s.Rate = 1 / one.Seconds()
 	}
 	s.SecondsLeft = m.minMoveTime(s.ToMove).Seconds()
-	if now := m.moving.Load(); now != nil {
-		receipt := newReceipt(*now)
-		s.Moving = &receipt
-	}
 	switch {
 	case m.handoffOff:
 		s.Mode = "off"
@@ -454,10 +429,8 @@ func (m *mover) writeMetrics(w metricsWriter) {
 	m.stepDurations.write(w, "router_handoff_step_duration_seconds",
 		"How long the steps of hand-offs that are done held their namespaces.")
 	var names []string
-	if t := m.tables.table(); t != nil {
-		for i := range t.backends.count {
-			names = append(names, t.name(t.backends.first+i))
-		}
+	for _, ordinal := range backendOrdinals(m.tables.table(), nil) {
+		names = append(names, m.relay.backendName(ordinal))
 	}
 	names, seconds := waitSeconds(append(names, s.Members...), s.WaitingFor)
 	if len(names) > 0 {
@@ -480,18 +453,17 @@ func (m *mover) writeMetrics(w metricsWriter) {
 // isWhole reports whether s has what each router answers.
 func (s *status) isWhole() bool { return len(s.Routers) == 1 && s.Routers[0].Name != "" }
 
-// sumStatus returns the status of all routers: all has the status of each, at least one. The
-// first one is not changed. All of them know the same objects and backends,
-// unless they do not agree; so what comes from a table counts once, and what comes from
-// sessions adds up.
+// sumStatus returns the status of all routers: all has the status of each, at least one. It
+// adds them to the first one. All of them know the same objects and backends, unless they do
+// not agree; so what comes from a table counts once, and what comes from sessions adds up.
 func sumStatus(all []*status, silent []silentRouter) *status {
-	sum := *all[0]
-	sum.Silent, sum.Backends = silent, slices.Clone(sum.Backends)
+	sum := all[0]
+	sum.Silent = silent
 	for _, s := range all[1:] {
-		sum.Agree = sum.Agree && s.Routers[0].Stamp == all[0].Routers[0].Stamp
-		sum.Routers = append(slices.Clip(sum.Routers), s.Routers...)
-		sum.Watches = append(slices.Clip(sum.Watches), s.Watches...)
-		sum.Limits = append(slices.Clip(sum.Limits), s.Limits...)
+		sum.Agree = sum.Agree && s.Routers[0].Stamp == sum.Routers[0].Stamp
+		sum.Routers = append(sum.Routers, s.Routers...)
+		sum.Watches = append(sum.Watches, s.Watches...)
+		sum.Limits = append(sum.Limits, s.Limits...)
 		sum.StatefulSet = cmp.Or(sum.StatefulSet, s.StatefulSet)
 		sum.Rejected = max(sum.Rejected, s.Rejected)
 		sum.Conflicts = max(sum.Conflicts, s.Conflicts)
@@ -501,14 +473,15 @@ func sumStatus(all []*status, silent []silentRouter) *status {
 		if len(sum.Rejections) == 0 {
 			sum.Rejections = s.Rejections
 		}
-		sum.Backends = addLoads(sum.Backends, s.Backends)
+		sum.Backends = mergeLists(sum.Backends, s.Backends, backendLoad.isSame, (*backendLoad).add)
 		sum.Handoff.add(&s.Handoff)
-		sum.Receipts = addReceipts(sum.Receipts, s.Receipts)
+		sum.Receipts = mergeLists(sum.Receipts, s.Receipts, moveReceipt.isSame, (*moveReceipt).add)
 		sum.Top.add(&s.Top)
 	}
 	for i := range sum.Backends {
 		sum.Backends[i].SafeToRemove = sum.Backends[i].SafeToRemove && len(silent) == 0
 	}
+	slices.SortFunc(sum.Backends, func(a, b backendLoad) int { return cmp.Compare(a.Ordinal, b.Ordinal) })
 	slices.SortStableFunc(sum.Routers, func(a, b routerState) int {
 		return cmp.Compare(a.Name, b.Name)
 	})
@@ -518,7 +491,7 @@ func sumStatus(all []*status, silent []silentRouter) *status {
 	sum.Receipts = sum.Receipts[:min(len(sum.Receipts), maxReceipts)]
 	sum.Top.BySessions = sum.Top.BySessions[:min(len(sum.Top.BySessions), topSize)]
 	sum.Top.ByBytes = sum.Top.ByBytes[:min(len(sum.Top.ByBytes), topSize)]
-	return &sum
+	return sum
 }
 
 // add adds the namespaces with the most load in another router. One that is in the list of
@@ -526,52 +499,51 @@ func sumStatus(all []*status, silent []silentRouter) *status {
 // namespace that is small in two routers may be large in a third.
 func (t *topStatus) add(other *topStatus) {
 	t.Seconds = max(t.Seconds, other.Seconds)
-	t.BySessions = addTop(t.BySessions, other.BySessions, func(a, b topNamespace) int {
+	t.BySessions = mergeLists(t.BySessions, other.BySessions, topNamespace.isSame, (*topNamespace).add)
+	slices.SortStableFunc(t.BySessions, func(a, b topNamespace) int {
 		return cmp.Compare(b.Sessions, a.Sessions)
 	})
-	t.ByBytes = addTop(t.ByBytes, other.ByBytes, func(a, b topNamespace) int {
+	t.ByBytes = mergeLists(t.ByBytes, other.ByBytes, topNamespace.isSame, (*topNamespace).add)
+	slices.SortStableFunc(t.ByBytes, func(a, b topNamespace) int {
 		return cmp.Compare(b.BytesPerSecond, a.BytesPerSecond)
 	})
 }
 
-// addTop returns both lists, added up by namespace, in this order.
-func addTop(a, b []topNamespace, order func(a, b topNamespace) int) []topNamespace {
-	sum := slices.Clone(a)
-	for _, n := range b {
-		i := slices.IndexFunc(sum, func(s topNamespace) bool { return s.Namespace == n.Namespace })
-		if i < 0 {
-			sum = append(sum, n)
-			continue
+func (n topNamespace) isSame(other topNamespace) bool { return n.Namespace == other.Namespace }
+
+// add adds the load of the same namespace in another router.
+func (n *topNamespace) add(other topNamespace) {
+	n.Sessions += other.Sessions
+	n.BytesPerSecond += other.BytesPerSecond
+}
+
+// mergeLists appends the elements of list to sum, or adds them to those of sum that are the
+// same.
+func mergeLists[T any](sum, list []T, isSame func(a, b T) bool, add func(sum *T, other T)) []T {
+	for _, other := range list {
+		same := func(one T) bool { return isSame(one, other) }
+		if i := slices.IndexFunc(sum, same); i >= 0 {
+			add(&sum[i], other)
+		} else {
+			sum = append(sum, other)
 		}
-		sum[i].Sessions += n.Sessions
-		sum[i].BytesPerSecond += n.BytesPerSecond
 	}
-	slices.SortStableFunc(sum, order)
 	return sum
 }
 
-// addLoads returns the loads of both lists, added up by ordinal, in its order.
-func addLoads(a, b []backendLoad) []backendLoad {
-	sum := slices.Clone(a)
-	for _, load := range b {
-		i := slices.IndexFunc(sum, func(l backendLoad) bool { return l.Ordinal == load.Ordinal })
-		if i < 0 {
-			sum = append(sum, load)
-			continue
-		}
-		l := &sum[i]
-		l.Ready = l.Ready && load.Ready
-		l.InTable = l.InTable || load.InTable
-		l.Cordoned = l.Cordoned || load.Cordoned
-		l.SafeToRemove = l.SafeToRemove && load.SafeToRemove
-		l.Overrides = max(l.Overrides, load.Overrides)
-		l.Sessions += load.Sessions
-		l.SessionsOnOldPod += load.SessionsOnOldPod
-		l.MovingIn += load.MovingIn
-		l.MovingOut += load.MovingOut
-	}
-	slices.SortFunc(sum, func(a, b backendLoad) int { return cmp.Compare(a.Ordinal, b.Ordinal) })
-	return sum
+func (l backendLoad) isSame(other backendLoad) bool { return l.Ordinal == other.Ordinal }
+
+// add adds what another router says of the same backend.
+func (l *backendLoad) add(other backendLoad) {
+	l.Ready = l.Ready && other.Ready
+	l.InTable = l.InTable || other.InTable
+	l.Cordoned = l.Cordoned || other.Cordoned
+	l.SafeToRemove = l.SafeToRemove && other.SafeToRemove
+	l.Overrides = max(l.Overrides, other.Overrides)
+	l.Sessions += other.Sessions
+	l.SessionsOnOldPod += other.SessionsOnOldPod
+	l.MovingIn += other.MovingIn
+	l.MovingOut += other.MovingOut
 }
 
 // add adds what another router says of its hand-off. A change is under way while it is on
@@ -579,7 +551,7 @@ func addLoads(a, b []backendLoad) []backendLoad {
 func (s *handoffStatus) add(other *handoffStatus) {
 	for _, member := range other.Members {
 		if !slices.Contains(s.Members, member) {
-			s.Members = append(slices.Clip(s.Members), member)
+			s.Members = append(s.Members, member)
 		}
 	}
 	if s.Why == "" {
@@ -590,7 +562,7 @@ func (s *handoffStatus) add(other *handoffStatus) {
 	s.Progress = min(s.Progress, other.Progress)
 	s.ToMove += other.ToMove
 	s.Unproven += other.Unproven
-	s.WaitingFor = addWaits(s.WaitingFor, other.WaitingFor)
+	s.WaitingFor = mergeLists(s.WaitingFor, other.WaitingFor, stepWait.isSame, (*stepWait).add)
 	switch {
 	case s.Mode == "all": // they share the rate
 		s.SecondsLeft += other.SecondsLeft
@@ -603,39 +575,30 @@ func (s *handoffStatus) add(other *handoffStatus) {
 	case s.Moving == nil:
 		s.Moving = other.Moving
 	default:
-		moving := s.Moving.sum(other.Moving)
-		s.Moving = &moving
+		s.Moving.add(*other.Moving)
 	}
 }
 
-// addWaits returns the waits of both lists, added up for each backend and router.
-func addWaits(a, b []stepWait) []stepWait {
-	sum := slices.Clone(a)
-	for _, wait := range b {
-		i := slices.IndexFunc(sum, func(w stepWait) bool {
-			return w.Backend == wait.Backend && w.Router == wait.Router
-		})
-		if i < 0 {
-			sum = append(sum, wait)
-			continue
-		}
-		w := &sum[i]
-		w.Sessions += wait.Sessions
-		w.Upgrades += wait.Upgrades
-		w.Requests += wait.Requests
-		w.Releases += wait.Releases
-		w.Error = cmp.Or(w.Error, wait.Error)
-		w.Seconds = max(w.Seconds, wait.Seconds)
-	}
-	return sum
+func (w stepWait) isSame(other stepWait) bool {
+	return w.Backend == other.Backend && w.Router == other.Router
+}
+
+// add adds what another router waits for at the same backend or router.
+func (w *stepWait) add(other stepWait) {
+	w.Sessions += other.Sessions
+	w.Upgrades += other.Upgrades
+	w.Requests += other.Requests
+	w.Releases += other.Releases
+	w.Error = cmp.Or(w.Error, other.Error)
+	w.Seconds = max(w.Seconds, other.Seconds)
 }
 
 // sameMoveTime is how far apart routers may begin and end the same move: their clocks
 // differ, and so do their shares of it.
 const sameMoveTime = 5 * time.Second
 
-// isSameMove reports whether r and other are receipts of two routers' moves to the same table.
-func (r *moveReceipt) isSameMove(other *moveReceipt) bool {
+// isSame reports whether r and other are receipts of two routers' moves to the same table.
+func (r moveReceipt) isSame(other moveReceipt) bool {
 	first, second := r, other
 	if second.Began.Before(first.Began) {
 		first, second = second, first
@@ -645,40 +608,25 @@ func (r *moveReceipt) isSameMove(other *moveReceipt) bool {
 		!second.Began.After(ended.Add(sameMoveTime))
 }
 
-// sum returns the receipt of both together. A namespace with sessions of both counts
-// once if both have all their namespaces in Examples, else twice.
-func (r *moveReceipt) sum(other *moveReceipt) moveReceipt {
-	sum := *r
+// add adds the receipt of another router's move to the same table. A namespace with sessions
+// of both counts once if both have all their namespaces in Examples, else twice.
+func (r *moveReceipt) add(other moveReceipt) {
+	isWhole := len(r.Examples) == r.Namespaces && len(other.Examples) == other.Namespaces
 	if other.Began.Before(r.Began) {
-		sum.Began = other.Began
+		r.Began = other.Began
 	}
-	sum.Planned += other.Planned
-	sum.Moved += other.Moved
-	sum.Namespaces += other.Namespaces
-	sum.Examples = slices.Concat(r.Examples, other.Examples)
-	slices.Sort(sum.Examples)
-	sum.Examples = slices.Compact(sum.Examples)
-	if len(r.Examples) == r.Namespaces && len(other.Examples) == other.Namespaces {
-		sum.Namespaces = len(sum.Examples)
+	r.Planned += other.Planned
+	r.Moved += other.Moved
+	r.Namespaces += other.Namespaces
+	r.Examples = slices.Concat(r.Examples, other.Examples)
+	slices.Sort(r.Examples)
+	r.Examples = slices.Compact(r.Examples)
+	if isWhole {
+		r.Namespaces = len(r.Examples)
 	}
-	sum.Examples = sum.Examples[:min(len(sum.Examples), maxMovedNames)]
-	sum.Cut += other.Cut
-	sum.Cancelled += other.Cancelled
-	sum.Seconds = max(r.Seconds, other.Seconds)
-	sum.HeldSeconds = max(r.HeldSeconds, other.HeldSeconds)
-	return sum
-}
-
-// addReceipts returns the receipts of both lists. It adds up receipts of the same table.
-func addReceipts(a, b []moveReceipt) []moveReceipt {
-	all := slices.Clone(a)
-	for i := range b {
-		same := slices.IndexFunc(all, func(r moveReceipt) bool { return r.isSameMove(&b[i]) })
-		if same < 0 {
-			all = append(all, b[i])
-		} else {
-			all[same] = all[same].sum(&b[i])
-		}
-	}
-	return all
+	r.Examples = r.Examples[:min(len(r.Examples), maxMovedNames)]
+	r.Cut += other.Cut
+	r.Cancelled += other.Cancelled
+	r.Seconds = max(r.Seconds, other.Seconds)
+	r.HeldSeconds = max(r.HeldSeconds, other.HeldSeconds)
 }

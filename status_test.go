@@ -131,9 +131,9 @@ func TestTopOfAllKeepsTheLargest(t *testing.T) {
 		return s
 	}
 	names := manyNamespaces(2 * topSize)
-	a, b, c := of(70, names[:topSize]...), of(60, append(names[topSize:2*topSize-1], "hot")...), of(60, "hot")
-	for _, all := range [][]*status{{a, b, c}, {c, b, a}, {b, a, c}} {
-		top := sumStatus(all, nil).Top.BySessions
+	for _, order := range [][]int{{0, 1, 2}, {2, 1, 0}, {1, 0, 2}} {
+		all := []*status{of(70, names[:topSize]...), of(60, append(names[topSize:2*topSize-1], "hot")...), of(60, "hot")}
+		top := sumStatus([]*status{all[order[0]], all[order[1]], all[order[2]]}, nil).Top.BySessions
 		if len(top) != topSize || top[0].Namespace != "hot" || top[0].Sessions != 120 {
 			t.Errorf("%d namespaces, first %+v; want hot with 120 sessions", len(top), top[0])
 		}

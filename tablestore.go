@@ -301,13 +301,9 @@ func (c *sourceChange) countRejections(t *table, i int, old *table, j int) {
 // addExample adds bad to the examples, in the order of their namespaces, if it is among
 // the first maxExamples.
 func addExample(examples []rejection, bad rejection) []rejection {
-	i, _ := slices.BinarySearchFunc(examples, bad, func(a, b rejection) int {
+	return insertSorted(examples, bad, maxExamples, func(a, b rejection) int {
 		return cmp.Compare(a.namespace, b.namespace)
 	})
-	if i < maxExamples {
-		examples = slices.Insert(examples, i, bad)
-	}
-	return examples[:min(maxExamples, len(examples))]
 }
 
 // sourceName returns the display name of the only source, or the number of sources.

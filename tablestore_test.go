@@ -56,10 +56,7 @@ func (r *tableStore) update(contents ...sourceContent) {
 func loggedRouter(t *testing.T) (*tableStore, *logTail) {
 	t.Helper()
 	tail := newLogTail()
-	log, err := newLogger(tail, "json", slog.LevelInfo)
-	if err != nil {
-		t.Fatal(err)
-	}
+	log := newLogger(tail, "json", slog.LevelInfo)
 	return &tableStore{statefulSet: "backend", backends: backendSet{ordinalRange: ordinalRange{count: 4}}, log: log, onSwap: func() {}}, tail
 }
 

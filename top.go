@@ -2,8 +2,6 @@ package main
 
 import (
 	"cmp"
-	"hash/maphash"
-	"math/bits"
 	"slices"
 	"sync"
 	"time"
@@ -54,8 +52,8 @@ func (t *topNamespaces) look(r *relay) topLook {
 	loads := t.loads(r)
 	t.last = topLook{
 		window:     now - t.at,
-		bySessions: largest(loads, func(l *namespaceLoad) int64 { return l.sessions }),
-		byBytes:    largest(loads, func(l *namespaceLoad) int64 { return l.bytes }),
+		bySessions: largest(loads, func(l namespaceLoad) int64 { return l.sessions }),
+		byBytes:    largest(loads, func(l namespaceLoad) int64 { return l.bytes }),
 	}
 	t.last.byBytes = slices.DeleteFunc(t.last.byBytes,
 		func(l namespaceLoad) bool { return l.bytes == 0 })
@@ -65,23 +63,19 @@ func (t *topNamespaces) look(r *relay) topLook {
 
 // loads returns the load of each namespace that has sessions, in no order. The caller
 // holds mu. Sessions start and end meanwhile: it takes the relay's lock only as long as
-// snapshot does. It finds namespaces in a hash table with linear probing, which takes a
-// tenth of the memory of a map, and half of the time.
+// snapshot does.
 func (t *topNamespaces) loads(r *relay) []namespaceLoad {
 	open, _ := r.snapshot()
 	loads := make([]namespaceLoad, 0, min(len(open), t.namespaces+t.namespaces/8))
-	slots := make([]uint32, 2<<bits.Len(uint(len(open)))) // index in loads plus 1, or 0
-	mask, seed := uint64(len(slots)-1), maphash.MakeSeed()
+	index := make(map[string]uint32, cap(loads)) // of each namespace in loads
 	for _, s := range open {
-		slot := maphash.String(seed, s.namespace) & mask
-		for slots[slot] != 0 && loads[slots[slot]-1].namespace != s.namespace {
-			slot = (slot + 1) & mask
-		}
-		if slots[slot] == 0 {
+		i, found := index[s.namespace]
+		if !found {
+			i = uint32(len(loads))
+			index[s.namespace] = i
 			loads = append(loads, namespaceLoad{namespace: s.namespace})
-			slots[slot] = uint32(len(loads))
 		}
-		load, n := &loads[slots[slot]-1], s.bytes()
+		load, n := &loads[i], s.bytes()
 		sum := n[clientSide] + n[backendSide]
 		load.sessions++
 		load.bytes += sum - s.topBytes
@@ -92,22 +86,15 @@ func (t *topNamespaces) loads(r *relay) []namespaceLoad {
 
 // largest returns the topSize loads for which size is largest, in that order. Loads of the same
 // size are in the order of their names.
-func largest(loads []namespaceLoad, size func(*namespaceLoad) int64) []namespaceLoad {
-	top := make([]namespaceLoad, 0, topSize+1)
-	for i := range loads {
-		own := size(&loads[i])
-		if len(top) == topSize && own <= size(&top[topSize-1]) {
-			continue
+func largest(loads []namespaceLoad, size func(namespaceLoad) int64) (top []namespaceLoad) {
+	order := func(a, b namespaceLoad) int {
+		if bySize := cmp.Compare(size(b), size(a)); bySize != 0 {
+			return bySize
 		}
-		at := len(top)
-		for at > 0 && own > size(&top[at-1]) {
-			at--
-		}
-		top = slices.Insert(top, at, loads[i])
-		top = top[:min(len(top), topSize)]
+		return cmp.Compare(a.namespace, b.namespace)
 	}
-	slices.SortFunc(top, func(a, b namespaceLoad) int {
-		return cmp.Or(cmp.Compare(size(&b), size(&a)), cmp.Compare(a.namespace, b.namespace))
-	})
+	for _, load := range loads {
+		top = insertSorted(top, load, topSize, order)
+	}
 	return top
 }

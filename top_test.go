@@ -63,7 +63,7 @@ func TestTopIsTheLargest(t *testing.T) {
 		for _, namespace := range shuffled(manyNamespaces(count)) {
 			loads = append(loads, namespaceLoad{namespace, int64(hash64(namespace) % 30), 0})
 		}
-		size := func(l *namespaceLoad) int64 { return l.sessions }
+		size := func(l namespaceLoad) int64 { return l.sessions }
 		got := largest(loads, size)
 		var sizes, want []int64
 		for i := range got {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"time"
 )
@@ -45,6 +46,17 @@ func latest(a, b time.Time) time.Time {
 		return b
 	}
 	return a
+}
+
+// insertSorted inserts a value into list, which is sorted by order, and returns the first limit
+// elements.
+func insertSorted[T any](list []T, value T, limit int, order func(a, b T) int) []T {
+	if len(list) == limit && order(list[limit-1], value) <= 0 {
+		return list // most often, if there are many values
+	}
+	i, _ := slices.BinarySearchFunc(list, value, order)
+	list = slices.Insert(list, i, value)
+	return list[:min(len(list), limit)]
 }
 
 // wakeup wakes the goroutine that receives from it. It has a capacity of 1 and is never
