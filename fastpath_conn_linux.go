@@ -187,7 +187,14 @@ func (c *fastConn) admit() bool {
 		return false
 	}
 	c.upgrade = upgrade
-	return c.watch(clientSide) == nil
+	c.poller.mu.Lock()
+	defer c.poller.mu.Unlock()
+	return c.watch(clientSide, epollReadEvents) == nil
+}
+
+// watch makes epoll watch the side for the events in mask. The caller holds poller.mu.
+func (c *fastConn) watch(i side, mask uint32) error {
+	return c.poller.watch(c.slot, i, c.fd[i], &c.epollMask[i], mask)
 }
 
 // parseUpgrade returns the client's request, or nil if it is not simple.
@@ -453,18 +460,11 @@ func (c *fastConn) isGone() bool {
 	return c.gone
 }
 
-// watch makes the poller watch what comes from the side.
-func (c *fastConn) watch(i side) error {
-	c.poller.mu.Lock()
-	defer c.poller.mu.Unlock()
-	return c.poller.watchPending(c.slot, &c.sockets, i, epollReadEvents)
-}
-
 // wait makes epoll watch the side for the events in mask, and returns when there are
 // events that came after c.events was cleared. ctx and c.ctx bound it. The caller holds
 // poller.mu, which wait releases while it waits.
 func (c *fastConn) wait(ctx context.Context, i side, mask uint32) error {
-	if err := c.poller.watchPending(c.slot, &c.sockets, i, mask); err != nil {
+	if err := c.watch(i, mask); err != nil {
 		return err
 	}
 	for c.events[i] == 0 {
