@@ -294,20 +294,20 @@ func (p *poller) promote(
 	s *session, slotIndex int32, from *sockets, tls *tlsConn, early [2][]byte,
 ) {
 	s.poller = p
-	p.relay.register(s, func() {
-		p.mu.Lock()
-		defer p.unlockAndReport()
-		s.epollMask = from.epollMask
-		for i, events := range from.events {
-			// Reads of a client with TLS are as short as crypto/tls wants.
-			mayHaveMore := from.mayHaveMore[i] || tls != nil && side(i) == clientSide
-			if s.epollMask[i] != 0 && (events != 0 || mayHaveMore) {
-				s.epollMask[i] |= maskStale
-			}
+	p.relay.register(s)
+	p.relay.freeDescriptors(1) // it needs no duplicate any more
+	p.mu.Lock()
+	defer p.unlockAndReport()
+	s.epollMask = from.epollMask
+	for i, events := range from.events {
+		// Reads of a client with TLS are as short as crypto/tls wants.
+		mayHaveMore := from.mayHaveMore[i] || tls != nil && side(i) == clientSide
+		if s.epollMask[i] != 0 && (events != 0 || mayHaveMore) {
+			s.epollMask[i] |= maskStale
 		}
-		p.setTLS(s, tls)
-		p.carry(s, slotIndex, from.fd, early)
-	})
+	}
+	p.setTLS(s, tls)
+	p.carry(s, slotIndex, from.fd, early)
 }
 
 // send writes to the socket once, up to bufferSize bytes of data, through the poller's buffer.

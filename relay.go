@@ -222,18 +222,17 @@ func (r *relay) stop() {
 // caller has already read from each side: the relay sends them first (invariant 6).
 func (r *relay) startSession(s *session, conns [2]net.Conn, early [2][]byte) {
 	r.engine.assign(s, conns)
-	r.register(s, func() { r.engine.carry(s, conns, early) })
+	r.register(s)
+	r.engine.carry(s, conns, early)
+	r.freeDescriptors(1) // a session needs one less than its upgrade did
 }
 
-// register adds s, to which the engine has assigned its poller or sockets, and then
-// calls carry, which makes the engine carry its bytes. Then it gives back a descriptor: a
-// session needs one less than its upgrade did. s may be over when it returns.
-func (r *relay) register(s *session, carry func()) {
+// register adds s, to which the engine has assigned its poller or sockets. The caller then
+// makes the engine carry its bytes, and gives back one descriptor.
+func (r *relay) register(s *session) {
 	s.started = time.Since(r.began)
 	r.openSessions.Add(1)
 	r.add(s)
-	carry()
-	r.freeDescriptors(1)
 }
 
 // rememberNamespace notes that a namespace was with a backend. It must not block.
