@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -410,10 +411,6 @@ func plainHTTPAnswer(err error) []byte {
 
 // looksLikeHTTP reports whether the bytes may begin an HTTP/1 request.
 func looksLikeHTTP(begin [5]byte) bool {
-	for _, method := range []string{"GET /", "HEAD ", "POST ", "PUT /", "OPTIO", "PATCH", "DELET", "CONNE"} {
-		if string(begin[:]) == method {
-			return true
-		}
-	}
-	return false
+	methods := []string{"GET /", "HEAD ", "POST ", "PUT /", "OPTIO", "PATCH", "DELET", "CONNE"}
+	return slices.Contains(methods, string(begin[:]))
 }
