@@ -442,9 +442,6 @@ func (x *exchange) setComplete() {
 // breakOff gives the request up: its answer will not be read to its end.
 func (x *exchange) breakOff(err error) {
 	x.abandonOwner()
-	if tcp, ok := x.client.withoutPrefix().(*net.TCPConn); ok && !x.r.ProtoAtLeast(1, 1) {
-		tcp.SetLinger(0) // a FIN would be the end of a whole answer to HTTP/1.0
-	}
 	switch cause := context.Cause(x.ctx); {
 	case cause == errClientGone || cause == nil && err == nil:
 		x.result = resultClientGone
@@ -452,6 +449,12 @@ func (x *exchange) breakOff(err error) {
 		x.result, x.err = resultBrokenOff, cause
 	default:
 		x.result, x.err = resultBrokenOff, fmt.Errorf("the answer broke off: %w", err)
+	}
+	socket, _ := unwrapTLS(x.client.withoutPrefix())
+	if tcp, ok := socket.(*net.TCPConn); ok && !x.r.ProtoAtLeast(1, 1) {
+		// To HTTP/1.0 a FIN, or close_notify of TLS, would be the end of a whole answer.
+		tcp.SetLinger(0)
+		tcp.Close()
 	}
 }
 
