@@ -65,7 +65,7 @@ type proxy struct {
 	ownerWaits          *histogram        // of each wait for an owner
 	results             [numResults]atomic.Int64
 	logThrottles        [numResults]throttle
-	misdirectedThrottle throttle // of the log in handleMisdirected
+	misdirectedThrottle throttle // of the log in checkAnswer
 }
 
 // ServeHTTP forwards plain requests, and answers each other one that does not become a
@@ -206,12 +206,12 @@ func (p *proxy) askOwners(
 	holdCtx context.Context, w http.ResponseWriter, r *http.Request,
 	u *pendingRequest, clientAddrs string, head []byte,
 ) (result, error) {
-	refusals := 0
-	for misdirected := error(nil); ; {
+	var refusals ownerRefusals
+	for {
 		var request []byte
 		if u.backendConn == nil {
 			if err := p.dialOwner(holdCtx, u); err != nil {
-				return p.unreachableError(holdCtx, u.owner, err, misdirected)
+				return p.unreachableError(holdCtx, u.owner, err, refusals.misdirected)
 			}
 			if !p.startFlight(u) {
 				u.backendConn.Close()
@@ -222,18 +222,30 @@ func (p *proxy) askOwners(
 		}
 		result, err := p.completeUpgrade(w, r, u, clientAddrs, request)
 		switch {
-		case errors.Is(err, errReleased):
-			refusals++
-			wait := backoff{minRedialDelay, maxRedialDelay}.jittered(refusals, rand.Float64())
-			if sleep(holdCtx, wait) != nil {
-				return p.unreachableError(holdCtx, u.owner, err, misdirected)
-			}
-		case errors.Is(err, errMisdirected):
-			misdirected = err
-		case !errors.Is(err, errOwnerChanged):
+		case errors.Is(err, errOwnerChanged):
+		case !errors.Is(err, errReleased) && !errors.Is(err, errMisdirected):
 			return result, err
+		case refusals.wait(holdCtx, err) != nil:
+			return p.unreachableError(holdCtx, u.owner, err, refusals.misdirected)
 		}
 	}
+}
+
+// ownerRefusals says how often owners have not taken a request.
+type ownerRefusals struct {
+	released    int   // answers with errReleased
+	misdirected error // the last errMisdirected, or nil
+}
+
+// wait gets an error of checkAnswer. It returns when the request may be sent again, or an
+// error if ctx ends before.
+func (o *ownerRefusals) wait(ctx context.Context, err error) error {
+	if errors.Is(err, errMisdirected) {
+		o.misdirected = err // dialOwner waits
+		return nil
+	}
+	o.released++
+	return sleep(ctx, backoff{minRedialDelay, maxRedialDelay}.jittered(o.released, rand.Float64()))
 }
 
 // trimRequest returns the request with the context, and without the header fields that
@@ -334,11 +346,11 @@ func (p *proxy) admitPlain(x *exchange) *refusal {
 // error is a *refusal. It asks another owner, or again, only if the one that was asked says
 // that it has not taken the request, and nothing of its body is lost.
 func (p *proxy) roundTrip(x *exchange) (*http.Response, error) {
-	refusals, misdirected := 0, error(nil)
+	var refusals ownerRefusals
 	for conn := p.takeIdle(x.pendingRequest); ; conn = nil {
 		if conn == nil {
 			if err := p.dialOwner(p.holdContext(x), x.pendingRequest); err != nil {
-				_, err = p.unreachableError(x.holdCtx, x.owner, err, misdirected)
+				_, err = p.unreachableError(x.holdCtx, x.owner, err, refusals.misdirected)
 				return nil, err
 			}
 			conn = newOwnerConn(x.backendConn, backendPod{x.owner, x.podUID})
@@ -355,21 +367,18 @@ func (p *proxy) roundTrip(x *exchange) (*http.Response, error) {
 			x.abandonOwner()
 			return nil, x.failure(owner, err)
 		}
-		if err = p.checkAnswer(x, resp, conn); err == nil {
+		switch err = p.checkAnswer(x.owner, conn.RemoteAddr(), resp); {
+		case err == nil:
 			return resp, nil
+		case errors.Is(err, errMisdirected):
+			p.forwarder.idle.closeBackend(x.owner)
 		}
 		if !x.forget() {
 			_, err = p.unreachableError(p.holdContext(x), x.owner, err, nil)
 			return nil, err
 		}
-		if errors.Is(err, errMisdirected) {
-			misdirected = err
-			continue
-		}
-		refusals++
-		wait := backoff{minRedialDelay, maxRedialDelay}.jittered(refusals, rand.Float64())
-		if sleep(p.holdContext(x), wait) != nil {
-			_, err = p.unreachableError(x.holdCtx, x.owner, err, misdirected)
+		if refusals.wait(p.holdContext(x), err) != nil {
+			_, err = p.unreachableError(x.holdCtx, x.owner, err, refusals.misdirected)
 			return nil, err
 		}
 	}
@@ -386,14 +395,21 @@ func (p *proxy) takeIdle(u *pendingRequest) *ownerConn {
 	return p.forwarder.idle.take(backendPod{u.owner, u.podUID})
 }
 
-// checkAnswer returns errMisdirected or errReleased if the owner has not taken the request.
-func (p *proxy) checkAnswer(x *exchange, resp *http.Response, conn net.Conn) error {
+// checkAnswer returns errMisdirected or errReleased if the owner has not taken the request:
+// what answered at addr is not the owner (421), whose address then has to be looked up
+// again, or it has released the namespace (409).
+func (p *proxy) checkAnswer(owner int, addr net.Addr, resp *http.Response) error {
 	if resp.StatusCode == http.StatusMisdirectedRequest {
-		p.forwarder.idle.closeBackend(x.owner)
-		_, err := p.handleMisdirected(x.owner, conn.RemoteAddr())
+		name := p.backends.name(owner)
+		err := fmt.Errorf("%s at %s: %w (421)", name, addr, errMisdirected)
+		p.backends.setMisdirected(owner, err)
+		if omitted, ok := p.misdirectedThrottle.allow(time.Second); ok {
+			p.log.Warn("another backend answered", "backend", name,
+				"address", addr.String(), "omitted", omitted)
+		}
 		return err
 	}
-	p.backends.queues.clearMisdirected(x.owner)
+	p.backends.queues.clearMisdirected(owner)
 	if resp.StatusCode == http.StatusConflict && p.mover.noteStep(resp.Header.Get(headerStep)) {
 		return errReleased
 	}
@@ -628,12 +644,8 @@ func (p *proxy) completeUpgrade(
 	if resp.StatusCode != http.StatusSwitchingProtocols {
 		u.endFlight() // it has refused the request
 	}
-	if resp.StatusCode == http.StatusMisdirectedRequest {
-		return p.handleMisdirected(u.owner, backendConn.RemoteAddr())
-	}
-	p.backends.queues.clearMisdirected(u.owner)
-	if resp.StatusCode == http.StatusConflict && p.mover.noteStep(resp.Header.Get(headerStep)) {
-		return resultHoldTimeout, errReleased // the caller ignores the result
+	if err := p.checkAnswer(u.owner, backendConn.RemoteAddr(), resp); err != nil {
+		return resultOK, err // the caller ignores the result
 	}
 	if resp.StatusCode != http.StatusSwitchingProtocols {
 		return p.passResponse(r.Context(), w, resp, backendConn)
@@ -661,18 +673,6 @@ func (p *proxy) completeUpgrade(
 	conns := [2]net.Conn{clientConn, backendConn}
 	p.openSession(u, s, func() { p.relay.startSession(s, conns, early) })
 	return resultOK, nil
-}
-
-// handleMisdirected notes that what answered at addr is not the backend (421). The
-// backend's address then has to be looked up again.
-func (p *proxy) handleMisdirected(backend int, addr net.Addr) (result, error) {
-	err := fmt.Errorf("%s at %s: %w (421)", p.backends.name(backend), addr, errMisdirected)
-	p.backends.setMisdirected(backend, err)
-	if omitted, ok := p.misdirectedThrottle.allow(time.Second); ok {
-		p.log.Warn("another backend answered", "backend", p.backends.name(backend),
-			"address", addr.String(), "omitted", omitted)
-	}
-	return resultMisdirected, err
 }
 
 // handshakeError returns why the backend has given no answer.
