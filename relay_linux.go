@@ -489,15 +489,14 @@ func (p *poller) halfClose(s *session, cause cause) {
 // halfCloseTimeout, or a dead one after deadTimeout. A closing handshake has its
 // own timeout.
 func (s *session) halfCloseExpired() {
-	p := s.poller
-	p.mu.Lock()
-	defer p.unlockAndReport()
+	s.lock()
+	defer s.unlock()
 	switch {
 	case s.closing != nil:
 	case s.isDead():
-		p.end(s, s.halfCloseCause)
+		s.poller.end(s, s.halfCloseCause)
 	default:
-		p.end(s, causeHalfClose)
+		s.poller.end(s, causeHalfClose)
 	}
 }
 
@@ -535,10 +534,9 @@ func (p *poller) end(s *session, cause cause) {
 // goroutine, any number of times, after engine.assign or poller.promote.
 func (s *session) end(cause cause) {
 	s.setCause(cause)
-	p := s.poller
-	p.mu.Lock()
-	defer p.unlockAndReport()
-	p.end(s, cause)
+	s.lock()
+	defer s.unlock()
+	s.poller.end(s, cause)
 }
 
 // lock locks what guards the session's sockets and its closing handshake.
@@ -563,9 +561,9 @@ func (s *session) startClose() {
 
 // closeExpired is called at the end of each part of the closing handshake's time.
 func (s *session) closeExpired() {
+	s.lock()
+	defer s.unlock()
 	p := s.poller
-	p.mu.Lock()
-	defer p.unlockAndReport()
 	switch {
 	case !s.open:
 	case s.closing.expire(p.relay.closeTimeout):
