@@ -107,7 +107,7 @@ func (s *tlsServer) handshake(
 ) error {
 	began := time.Now()
 	t.expired = expired
-	err := s.compute(t, t.Conn.Handshake)
+	err := s.compute(t)
 	t.limit, t.expired = math.MaxInt, nil // until it is a session's
 	result := resultOf(err)
 	s.count(result)
@@ -141,13 +141,13 @@ func tlsHandshakeResult(err error) tlsResult {
 	return tlsFailed
 }
 
-// compute calls handshake when it is the turn of t.
-func (s *tlsServer) compute(t *tlsConn, handshake func() error) error {
+// compute calls crypto/tls when it is the turn of t.
+func (s *tlsServer) compute(t *tlsConn) error {
 	defer s.endTurn(t)
 	if err := s.takeTurn(t); err != nil {
 		return err
 	}
-	return handshake()
+	return t.Conn.Handshake()
 }
 
 // takeTurn waits for the turn of t to compute. It returns an error if t.expired is closed before:
