@@ -345,8 +345,9 @@ func (c *fastConn) fallBack(answer []byte, failure error) {
 	}
 	socket.Close() // before the owner's has a duplicate: descriptorsPerClient
 	client := &clientConn{
-		Conn: c.overTLS(conn), remoteAddr: c.remoteAddr,
-		fdLimit: f.fdLimit, badHeads: &f.proxy.results[resultBadHead], tlsServer: f.proxy.tls,
+		Conn: c.overTLS(conn), socket: conn, remoteAddr: c.remoteAddr,
+		fdLimit: f.fdLimit, badHeads: &f.proxy.results[resultBadHead],
+		tlsServer: f.proxy.tls, tls: c.tls,
 	}
 	if c.expectsProxyHeader {
 		client.proxyProtocol = f.proxy.proxyProtocol

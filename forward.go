@@ -406,7 +406,7 @@ func (x *exchange) stopBody(grace time.Duration) bool {
 // has none (RFC 9110 §15.2). Nor does a Unix socket get one: nginx before 1.29 takes it for
 // the answer, and gives the answer to the next request on the connection.
 func (x *exchange) pass1xx(code int, header http.Header) error {
-	_, unix := x.client.withoutPrefix().(*net.UnixConn)
+	_, unix := x.client.socket.(*net.UnixConn)
 	if unix || code == http.StatusContinue || !x.r.ProtoAtLeast(1, 1) {
 		return nil
 	}
@@ -450,8 +450,7 @@ func (x *exchange) breakOff(err error) {
 	default:
 		x.result, x.err = resultBrokenOff, fmt.Errorf("the answer broke off: %w", err)
 	}
-	socket, _ := unwrapTLS(x.client.withoutPrefix())
-	if tcp, ok := socket.(*net.TCPConn); ok && !x.r.ProtoAtLeast(1, 1) {
+	if tcp, ok := x.client.socket.(*net.TCPConn); ok && !x.r.ProtoAtLeast(1, 1) {
 		// To HTTP/1.0 a FIN, or close_notify of TLS, would be the end of a whole answer.
 		tcp.SetLinger(0)
 		tcp.Close()

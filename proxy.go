@@ -738,10 +738,11 @@ func (p *proxy) hijack(w http.ResponseWriter, head []byte) (net.Conn, []byte, er
 		return nil, nil, fmt.Errorf("hijack: %w", err)
 	}
 	early, _ := rw.Reader.Peek(rw.Reader.Buffered()) // no error: it is buffered
-	client, rest := unwrap(conn.(*clientConn).Conn)
+	from := conn.(*clientConn)
+	client, rest := unwrap(from.Conn)
 	early = slices.Concat(early, rest)
-	if _, t := unwrapTLS(client); t != nil {
-		early = append(early, t.takeBuffered()...)
+	if from.tls != nil {
+		early = append(early, from.tls.takeBuffered()...)
 	}
 	client.SetDeadline(time.Now().Add(p.limits.handshakeTimeout))
 	if _, err := client.Write(head); err != nil {
