@@ -14,6 +14,7 @@ import (
 	"net/http/httputil"
 	"net/textproto"
 	"net/url"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -781,16 +782,14 @@ func (i *idleConns) close() {
 // closeWhere closes the connections for which match returns true. The caller holds mu.
 func (i *idleConns) closeWhere(match func(*ownerConn) bool) {
 	for pod, conns := range i.byPod {
-		left := conns[:0]
-		for _, c := range conns {
+		left := slices.DeleteFunc(conns, func(c *ownerConn) bool {
 			if !match(c) {
-				left = append(left, c)
-				continue
+				return false
 			}
 			i.addDescriptors(-1)
 			c.Close()
-		}
-		clear(conns[len(left):])
+			return true
+		})
 		if i.byPod[pod] = left; len(left) == 0 {
 			delete(i.byPod, pod)
 		}
