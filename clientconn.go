@@ -192,7 +192,7 @@ func (c *clientConn) Close() error {
 		c.badHeads.Add(1)
 	}
 	c.uncount()
-	if upgrade := c.upgrade.Swap(nil); upgrade != nil {
+	if upgrade := c.takePendingRequest(); upgrade != nil {
 		upgrade.close()
 	}
 	if c.closed.Swap(true) {
@@ -221,28 +221,25 @@ func (c *clientConn) CloseWrite() error {
 // clientConnKey is the key of a request context's *clientConn.
 type clientConnKey struct{}
 
+// clientOf returns the connection of the request with the context.
+func clientOf(ctx context.Context) *clientConn { return ctx.Value(clientConnKey{}).(*clientConn) }
+
 // markRequestRead notes that the connection's request reached the handler. It gives the
 // request the client's address, for net/http has asked for that before the header of the
 // PROXY protocol was read, and the state of its TLS.
 func markRequestRead(r *http.Request) {
-	if c, ok := r.Context().Value(clientConnKey{}).(*clientConn); ok {
-		c.headSettled.Store(true)
-		c.uncount()
-		r.TLS = c.tls.state()
-		if c.remoteAddr != nil {
-			r.RemoteAddr = c.remoteAddr.String()
-		}
+	c := clientOf(r.Context())
+	c.headSettled.Store(true)
+	c.uncount()
+	r.TLS = c.tls.state()
+	if c.remoteAddr != nil {
+		r.RemoteAddr = c.remoteAddr.String()
 	}
 }
 
-// takePendingRequest returns the upgrade that the fast path has admitted for the request,
+// takePendingRequest returns the upgrade that the fast path has admitted for the client,
 // or nil. The caller closes it.
-func takePendingRequest(ctx context.Context) *pendingRequest {
-	if c, ok := ctx.Value(clientConnKey{}).(*clientConn); ok {
-		return c.upgrade.Swap(nil)
-	}
-	return nil
-}
+func (c *clientConn) takePendingRequest() *pendingRequest { return c.upgrade.Swap(nil) }
 
 // prefixedConn is a connection of which something was read before: prefix.
 type prefixedConn struct {

@@ -171,7 +171,7 @@ func (f *forwarder) begin(w http.ResponseWriter, r *http.Request) *exchange {
 	f.inProgress.Add(1)
 	x := &exchange{forwarder: f, w: w, r: r, began: time.Now(), result: resultClientGone}
 	x.streams = r.ContentLength < 0 || r.ContentLength > maxShortBody
-	x.client = r.Context().Value(clientConnKey{}).(*clientConn)
+	x.client = clientOf(r.Context())
 	x.ctx, x.cancel = context.WithCancelCause(f.lifetime)
 	x.unwatch = context.AfterFunc(x.ctx, x.interrupt)
 	x.unwatchClient = context.AfterFunc(r.Context(), x.clientLeft)

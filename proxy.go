@@ -162,7 +162,8 @@ func (p *proxy) logFailure(r *http.Request, result result, err error, plain bool
 // upgrade makes the request a session, or passes the owner's other answer on. If it
 // returns a *refusal, nothing was answered yet.
 func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result, error) {
-	u := takePendingRequest(r.Context())
+	client := clientOf(r.Context())
+	u := client.takePendingRequest()
 	if u == nil {
 		admitted, refused := p.admit(r)
 		if refused != nil {
@@ -173,8 +174,8 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result, error) 
 	defer u.close() // also after a panic, which net/http logs
 	if u.dialErr != nil {
 		ctx := r.Context()
-		if server := ctx.Value(clientConnKey{}).(*clientConn).serverCtx; server.Err() != nil {
-			ctx = server
+		if client.serverCtx.Err() != nil {
+			ctx = client.serverCtx
 		}
 		return p.unreachableError(ctx, u.owner, u.dialErr, nil)
 	}
@@ -438,7 +439,7 @@ func (p *proxy) requestContexts(
 	r *http.Request, deadline time.Time,
 ) (clientCtx, holdCtx context.Context, cancel func()) {
 	request := r.Context()
-	conn := request.Value(clientConnKey{}).(*clientConn)
+	conn := clientOf(request)
 	clientCtx, cancelClient := context.WithCancelCause(context.WithoutCancel(request))
 	if deadline.IsZero() {
 		deadline = time.Now().Add(p.limits.holdTimeout)
