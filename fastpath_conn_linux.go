@@ -276,7 +276,7 @@ func (c *fastConn) askOwner() {
 func (c *fastConn) park() {
 	p, u := c.fastPath.proxy, c.upgrade
 	if !c.wasParked() {
-		if !u.reserveHead(len(c.received), p.limits.pendingUpgrades) {
+		if u.reserveHead(len(c.received), p.limits.pendingUpgrades) != nil {
 			c.fallBack(nil, nil)
 			return
 		}
@@ -339,7 +339,7 @@ func (c *fastConn) fallBack(answer []byte, failure error) {
 	conn, err := connFromSocket(socket, control)
 	if err != nil {
 		c.abandonBackend()
-		c.uncount()
+		c.upgrade.uncount()
 		f.refuseClient(socket, c.sealedHead([]byte(refusedHead)), err)
 		return
 	}
@@ -376,16 +376,9 @@ func (c *fastConn) close() {
 	c.detach()
 	c.abandonBackend()
 	syscall.Close(int(c.fd[clientSide]))
-	c.uncount()
+	c.upgrade.uncount()
 	c.fastPath.fdLimit.add(-descriptorsPerClient)
 	c.fastPath.pending.Done()
-}
-
-// uncount ends the count of the upgrade in its limits, if it was admitted.
-func (c *fastConn) uncount() {
-	if c.upgrade != nil {
-		c.upgrade.uncount()
-	}
 }
 
 // detach takes the sockets from the poller, and ends the context.

@@ -184,20 +184,10 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result, error) 
 	clientAddrs := forwardedFor(r)
 	// Each owner that is asked gets a copy of head with an end of its own.
 	head := slices.Clip(startRequestHead(r, clientAddrs, p.podName))
-	if refused := p.reserveHead(u, len(head)); refused != nil {
+	if refused := u.reserveHead(len(head), p.limits.pendingUpgrades); refused != nil {
 		return refused.result, refused
 	}
 	return p.askOwners(holdCtx, w, trimRequest(r, clientCtx), u, clientAddrs, head)
-}
-
-// reserveHead counts n bytes of u's head, if the limit of all heads allows that.
-func (p *proxy) reserveHead(u *pendingRequest, n int) *refusal {
-	if u.reserveHead(n, p.limits.pendingUpgrades) {
-		return nil
-	}
-	return refuse(resultMaxPending,
-		"the heads and short bodies of pending requests have %d bytes on average, the limit",
-		headBytesPerRequest)
 }
 
 // askOwners sends the request to the owner of the namespace, and again when another one
@@ -340,7 +330,7 @@ func (p *proxy) admitPlain(x *exchange) *refusal {
 	cancel := x.cancel // not x, which an abandoned flight would keep
 	x.cut = func() { cancel(errMoved) }
 	x.head = slices.Clip(startPlainHead(x.r, forwardedFor(x.r), p.podName))
-	return p.reserveHead(x.pendingRequest, len(x.head)+len(x.shortBody))
+	return x.reserveHead(len(x.head)+len(x.shortBody), p.limits.pendingUpgrades)
 }
 
 // roundTrip sends the request to the owner of its namespace, and returns the answer. The
