@@ -163,13 +163,13 @@ func (c *fastConn) hasToFallBack() bool {
 
 // overTLS returns the client's connection over conn, which has its socket, for net/http:
 // after what was received. If the handshake has not begun, net/http does that.
-func (c *fastConn) overTLS(conn net.Conn) *prefixedConn {
+func (c *fastConn) overTLS(conn net.Conn) net.Conn {
 	switch {
 	case c.tls == nil:
 		return &prefixedConn{conn, c.received}
 	case !c.tls.ConnectionState().HandshakeComplete:
 		c.tls.setLazyTransport(&prefixedConn{conn, c.received}, c.tlsServer())
-		return &prefixedConn{Conn: c.tls}
+		return c.tls
 	}
 	c.tls.setTransport(conn, false)
 	return &prefixedConn{c.tls, c.received}

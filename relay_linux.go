@@ -204,12 +204,19 @@ func (p *poller) overBudget() bool {
 }
 
 // nothingRead handles a read of the side that returned errno. It reports whether the side is
-// to be read again.
+// to be read again. A read that failed ends the session. In a closing handshake the side
+// counts as ended instead.
 func (p *poller) nothingRead(s *session, i side, errno syscall.Errno) (again bool) {
-	if errno != syscall.EAGAIN && errno != syscall.EINTR {
-		p.readFailed(s, i, errno)
+	switch {
+	case errno == syscall.EAGAIN:
+	case errno == syscall.EINTR:
+		return true
+	case s.closing != nil:
+		p.sideEnded(s, i)
+	default:
+		p.end(s, i.causeOf(errno))
 	}
-	return errno == syscall.EINTR
+	return false
 }
 
 // forwardPeeked is readOnce while the budget for unsent bytes is used up: it peeks at
@@ -464,16 +471,6 @@ func (p *poller) sideEnded(s *session, i side) {
 		p.shutdownWrite(s, i.other())
 	}
 	p.endIfDead(s)
-}
-
-// readFailed ends the session because reading the side failed. In a closing handshake
-// the side counts as ended instead.
-func (p *poller) readFailed(s *session, i side, errno syscall.Errno) {
-	if s.closing != nil {
-		p.sideEnded(s, i)
-		return
-	}
-	p.end(s, i.causeOf(errno))
 }
 
 // halfClose notes cause as the reason why the first direction ended, and starts the
