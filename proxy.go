@@ -177,7 +177,8 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result, error) 
 		if client.serverCtx.Err() != nil {
 			ctx = client.serverCtx
 		}
-		return p.unreachableError(ctx, u.owner, u.dialErr, nil)
+		refused := p.unreachable(ctx, u.owner, u.dialErr, nil)
+		return refused.result, refused
 	}
 	clientCtx, holdCtx, cancel := p.requestContexts(r, u.holdDeadline)
 	defer cancel()
@@ -202,7 +203,8 @@ func (p *proxy) askOwners(
 		var request []byte
 		if u.backendConn == nil {
 			if err := p.dialOwner(holdCtx, u); err != nil {
-				return p.unreachableError(holdCtx, u.owner, err, refusals.misdirected)
+				refused := p.unreachable(holdCtx, u.owner, err, refusals.misdirected)
+				return refused.result, refused
 			}
 			if !p.startFlight(u) {
 				u.backendConn.Close()
@@ -217,7 +219,8 @@ func (p *proxy) askOwners(
 		case !errors.Is(err, errReleased) && !errors.Is(err, errMisdirected):
 			return result, err
 		case refusals.wait(holdCtx, err) != nil:
-			return p.unreachableError(holdCtx, u.owner, err, refusals.misdirected)
+			refused := p.unreachable(holdCtx, u.owner, err, refusals.misdirected)
+			return refused.result, refused
 		}
 	}
 }
@@ -296,15 +299,16 @@ func (p *proxy) forward(w http.ResponseWriter, r *http.Request) {
 		x.finish()
 		p.logFailure(r, x.result, x.err, true)
 	}()
-	if refused := p.admitPlain(x); refused != nil {
-		x.result, x.err = refused.result, refused
-	} else {
-		x.serve(func() (*http.Response, error) { return p.roundTrip(x) })
+	var resp *http.Response
+	refused := p.admitPlain(x)
+	if refused == nil {
+		resp, refused = p.roundTrip(x)
 	}
-	var refused *refusal
-	if !errors.As(x.err, &refused) {
+	if refused == nil {
+		x.pass(resp)
 		return
 	}
+	x.result, x.err = refused.result, refused
 	if x.isLast() {
 		w.Header().Set("Connection", "close")
 	}
@@ -333,16 +337,15 @@ func (p *proxy) admitPlain(x *exchange) *refusal {
 	return x.reserveHead(len(x.head)+len(x.shortBody), p.limits.pendingUpgrades)
 }
 
-// roundTrip sends the request to the owner of its namespace, and returns the answer. The
-// error is a *refusal. It asks another owner, or again, only if the one that was asked says
-// that it has not taken the request, and nothing of its body is lost.
-func (p *proxy) roundTrip(x *exchange) (*http.Response, error) {
+// roundTrip sends the request to the owner of its namespace, and returns the answer. It asks
+// another owner, or again, only if the one that was asked says that it has not taken the
+// request, and nothing of its body is lost.
+func (p *proxy) roundTrip(x *exchange) (*http.Response, *refusal) {
 	var refusals ownerRefusals
 	for conn := p.takeIdle(x.pendingRequest); ; conn = nil {
 		if conn == nil {
 			if err := p.dialOwner(p.holdContext(x), x.pendingRequest); err != nil {
-				_, err = p.unreachableError(x.holdCtx, x.owner, err, refusals.misdirected)
-				return nil, err
+				return nil, p.unreachable(x.holdCtx, x.owner, err, refusals.misdirected)
 			}
 			conn = newOwnerConn(x.backendConn, backendPod{x.owner, x.podUID})
 			x.backendConn = nil
@@ -365,12 +368,10 @@ func (p *proxy) roundTrip(x *exchange) (*http.Response, error) {
 			p.forwarder.idle.closeBackend(x.owner)
 		}
 		if !x.forget() {
-			_, err = p.unreachableError(p.holdContext(x), x.owner, err, nil)
-			return nil, err
+			return nil, p.unreachable(p.holdContext(x), x.owner, err, nil)
 		}
 		if refusals.wait(p.holdContext(x), err) != nil {
-			_, err = p.unreachableError(x.holdCtx, x.owner, err, refusals.misdirected)
-			return nil, err
+			return nil, p.unreachable(x.holdCtx, x.owner, err, refusals.misdirected)
 		}
 	}
 }
@@ -584,29 +585,27 @@ func (p *proxy) owner(namespace string) (assignment, *refusal) {
 	return a, nil
 }
 
-// unreachableError returns why there is no connection to the backend: err, and
-// misdirected if another backend has answered in its place.
-func (p *proxy) unreachableError(
+// unreachable says why there is no connection to the backend: err, and misdirected if
+// another backend has answered in its place.
+func (p *proxy) unreachable(
 	holdCtx context.Context, backend int, err, misdirected error,
-) (result, error) {
+) *refusal {
 	var refused *refusal
 	switch {
 	case errors.As(err, &refused):
-		return refused.result, refused
+		return refused
 	case errors.Is(holdCtx.Err(), context.Canceled):
-		refused = contextRefusal(holdCtx)
+		return contextRefusal(holdCtx)
 	case backend < 0:
-		refused = refuse(resultHoldTimeout, "the owner was not known within %s: %s",
+		return refuse(resultHoldTimeout, "the owner was not known within %s: %s",
 			p.limits.holdTimeout, cmp.Or(p.mover.whyNotReady(), err.Error()))
 	case misdirected != nil || errors.Is(err, errMisdirected):
-		refused = refuse(resultMisdirected,
+		return refuse(resultMisdirected,
 			"%s could not be reached within %s: %v; last error: %v", p.backends.name(backend),
 			p.limits.holdTimeout, cmp.Or(misdirected, err), err)
-	default:
-		refused = refuse(resultHoldTimeout, "%s could not be reached within %s: %v",
-			p.backends.name(backend), p.limits.holdTimeout, err)
 	}
-	return refused.result, refused
+	return refuse(resultHoldTimeout, "%s could not be reached within %s: %v",
+		p.backends.name(backend), p.limits.holdTimeout, err)
 }
 
 // completeUpgrade sends the owner the request, on the connection that u has, and makes
