@@ -34,14 +34,14 @@ func (l clientListener) Accept() (net.Conn, error) {
 		return nil, err
 	}
 	l.fdLimit.add(descriptorsPerClient)
-	c := &clientConn{Conn: conn, fdLimit: l.fdLimit, badHeads: l.badHeads, tlsServer: l.tls}
+	c := &clientConn{Conn: conn, socket: conn, fdLimit: l.fdLimit, badHeads: l.badHeads, tlsServer: l.tls}
 	if l.proxyProtocol.expects(conn.RemoteAddr().String()) {
 		c.Conn, c.proxyProtocol = &prefixedConn{Conn: conn}, l.proxyProtocol
 	}
 	if l.tls != nil {
-		t := newTLSConn(nil, l.tls.config())
-		t.setLazyTransport(c.Conn, l.tls)
-		c.Conn = t
+		c.tls = newTLSConn(nil, l.tls.config())
+		c.tls.setLazyTransport(c.Conn, l.tls)
+		c.Conn = c.tls
 	}
 	return c, nil
 }
@@ -58,9 +58,11 @@ const halfClosedHold = time.Second
 // clientConn is a client's connection while net/http has it.
 type clientConn struct {
 	net.Conn
+	socket      net.Conn // under all others, made by package net
 	fdLimit     *descriptorLimit
 	badHeads    *atomic.Int64
 	tlsServer   *tlsServer  // nil: the client comes without TLS
+	tls         *tlsConn    // nil if tlsServer is
 	receiving   atomic.Bool // a byte came
 	headSettled atomic.Bool // a request has reached the handler, or badHeads has counted the connection
 	closed      atomic.Bool
@@ -116,8 +118,7 @@ func (c *clientConn) Read(b []byte) (int, error) {
 	for {
 		n, err := c.Conn.Read(b)
 		if errors.Is(err, io.EOF) {
-			conn, _ := unwrapTLS(c.withoutPrefix())
-			_, tcp := conn.(*net.TCPConn)
+			_, tcp := c.socket.(*net.TCPConn)
 			c.readEOF.Store(tcp) // who is before us on a Unix socket closes it when its client has left
 		}
 		if n == 0 || c.receiving.Load() {
@@ -173,8 +174,8 @@ func (c *clientConn) readProxyHeader() error {
 // beforeTLS returns the connection that the header of the PROXY protocol comes from, and
 // that between it and TLS, if the client has that.
 func (c *clientConn) beforeTLS() (*prefixedConn, *lazyTransport) {
-	if t, ok := c.withoutPrefix().(*tlsConn); ok {
-		lazy := t.transport.Conn.(*lazyTransport)
+	if c.tls != nil {
+		lazy := c.tls.transport.Conn.(*lazyTransport)
 		return lazy.Conn.(*prefixedConn), lazy
 	}
 	return c.Conn.(*prefixedConn), nil
@@ -191,7 +192,7 @@ func (c *clientConn) Close() error {
 		c.badHeads.Add(1)
 	}
 	c.uncount()
-	if upgrade := c.upgrade.Swap(nil); upgrade != nil {
+	if upgrade := c.takePendingRequest(); upgrade != nil {
 		upgrade.close()
 	}
 	if c.closed.Swap(true) {
@@ -211,21 +212,6 @@ func (c *clientConn) end() error {
 	return err
 }
 
-// tls returns nil for a client without TLS.
-func (c *clientConn) tls() *tlsConn {
-	_, t := unwrapTLS(c.withoutPrefix())
-	return t
-}
-
-// withoutPrefix returns the connection under the prefixed one. It does not touch the prefix,
-// which another goroutine may read meanwhile.
-func (c *clientConn) withoutPrefix() net.Conn {
-	if prefixed, ok := c.Conn.(*prefixedConn); ok {
-		return prefixed.Conn
-	}
-	return c.Conn
-}
-
 // CloseWrite is what net/http looks for to let the client read a 431 before the
 // connection is gone (golang/go#3595).
 func (c *clientConn) CloseWrite() error {
@@ -235,28 +221,25 @@ func (c *clientConn) CloseWrite() error {
 // clientConnKey is the key of a request context's *clientConn.
 type clientConnKey struct{}
 
+// clientOf returns the connection of the request with the context.
+func clientOf(ctx context.Context) *clientConn { return ctx.Value(clientConnKey{}).(*clientConn) }
+
 // markRequestRead notes that the connection's request reached the handler. It gives the
 // request the client's address, for net/http has asked for that before the header of the
 // PROXY protocol was read, and the state of its TLS.
 func markRequestRead(r *http.Request) {
-	if c, ok := r.Context().Value(clientConnKey{}).(*clientConn); ok {
-		c.headSettled.Store(true)
-		c.uncount()
-		r.TLS = c.tls().state()
-		if c.remoteAddr != nil {
-			r.RemoteAddr = c.remoteAddr.String()
-		}
+	c := clientOf(r.Context())
+	c.headSettled.Store(true)
+	c.uncount()
+	r.TLS = c.tls.state()
+	if c.remoteAddr != nil {
+		r.RemoteAddr = c.remoteAddr.String()
 	}
 }
 
-// takePendingRequest returns the upgrade that the fast path has admitted for the request,
+// takePendingRequest returns the upgrade that the fast path has admitted for the client,
 // or nil. The caller closes it.
-func takePendingRequest(ctx context.Context) *pendingRequest {
-	if c, ok := ctx.Value(clientConnKey{}).(*clientConn); ok {
-		return c.upgrade.Swap(nil)
-	}
-	return nil
-}
+func (c *clientConn) takePendingRequest() *pendingRequest { return c.upgrade.Swap(nil) }
 
 // prefixedConn is a connection of which something was read before: prefix.
 type prefixedConn struct {

@@ -294,36 +294,20 @@ func (p *poller) promote(
 	s *session, slotIndex int32, from *sockets, tls *tlsConn, early [2][]byte,
 ) {
 	s.poller = p
-	p.relay.register(s, func() {
-		p.mu.Lock()
-		defer p.unlockAndReport()
-		s.epollMask = from.epollMask
-		for i, events := range from.events {
-			// Reads of a client with TLS are as short as crypto/tls wants.
-			mayHaveMore := from.mayHaveMore[i] || tls != nil && side(i) == clientSide
-			if s.epollMask[i] != 0 && (events != 0 || mayHaveMore) {
-				s.epollMask[i] |= maskStale
-			}
+	p.relay.register(s)
+	p.relay.freeDescriptors(1) // it needs no duplicate any more
+	p.mu.Lock()
+	defer p.unlockAndReport()
+	s.epollMask = from.epollMask
+	for i, events := range from.events {
+		// Reads of a client with TLS are as short as crypto/tls wants.
+		mayHaveMore := from.mayHaveMore[i] || tls != nil && side(i) == clientSide
+		if s.epollMask[i] != 0 && (events != 0 || mayHaveMore) {
+			s.epollMask[i] |= maskStale
 		}
-		p.setTLS(s, tls)
-		p.carry(s, slotIndex, from.fd, early)
-	})
-}
-
-// watchPending makes epoll watch a side of a handler for mask. mu is held.
-func (p *poller) watchPending(slotIndex int32, of *sockets, i side, mask uint32) error {
-	op := syscall.EPOLL_CTL_MOD
-	if of.epollMask[i] == 0 {
-		op = syscall.EPOLL_CTL_ADD
 	}
-	if mask |= edgeTriggered; mask == of.epollMask[i] {
-		return nil
-	}
-	err := p.epollControl(op, slotIndex, i, of.fd[i], mask)
-	if err == nil {
-		of.epollMask[i] = mask
-	}
-	return err
+	p.setTLS(s, tls)
+	p.carry(s, slotIndex, from.fd, early)
 }
 
 // send writes to the socket once, up to bufferSize bytes of data, through the poller's buffer.
@@ -346,34 +330,37 @@ func (p *poller) updateEpoll(s *session) {
 		if s.fd[i] < 0 {
 			continue // reset
 		}
-		mask, op := uint32(edgeTriggered), syscall.EPOLL_CTL_MOD
+		mask := uint32(0)
 		if s.wantsRead(i) || s.fin[i] {
 			mask |= epollReadEvents
 		}
 		if s.unsent[i.other()] != nil {
 			mask |= syscall.EPOLLOUT
 		}
-		if mask == s.epollMask[i] {
-			continue
-		}
-		if s.epollMask[i] == 0 {
-			op = syscall.EPOLL_CTL_ADD
-		}
-		if err := p.epollControl(op, s.slot, i, s.fd[i], mask); err != nil {
+		if err := p.watch(s.slot, i, s.fd[i], &s.epollMask[i], mask); err != nil {
 			p.end(s, causeRouterError) // no memory, or max_user_watches (epoll(7))
 		}
-		s.epollMask[i] = mask
 	}
 }
 
-// epollControl calls epoll_ctl(2) for the socket fd, which is side i of the session or
-// pending connection in the slot. The caller holds mu.
-func (p *poller) epollControl(
-	op int, slotIndex int32, i side, fd int32, mask uint32,
-) error {
+// watch makes epoll watch the socket fd for the events in mask. It is side i of the
+// session or the handler in the slot, whose epollMask for it is watched. The caller holds
+// mu.
+func (p *poller) watch(slotIndex int32, i side, fd int32, watched *uint32, mask uint32) error {
+	op := syscall.EPOLL_CTL_MOD
+	if *watched == 0 {
+		op = syscall.EPOLL_CTL_ADD
+	}
+	if mask |= edgeTriggered; mask == *watched {
+		return nil
+	}
 	pad := p.slots[slotIndex].generation<<1 | int32(i)
 	event := syscall.EpollEvent{Events: mask, Fd: slotIndex, Pad: pad}
-	return syscall.EpollCtl(p.epollFD, op, int(fd), &event)
+	err := syscall.EpollCtl(p.epollFD, op, int(fd), &event)
+	if err == nil {
+		*watched = mask
+	}
+	return err
 }
 
 // takeDescriptor returns a duplicate of the connection's descriptor, which is not in

@@ -187,7 +187,14 @@ func (c *fastConn) admit() bool {
 		return false
 	}
 	c.upgrade = upgrade
-	return c.watch(clientSide) == nil
+	c.poller.mu.Lock()
+	defer c.poller.mu.Unlock()
+	return c.watch(clientSide, epollReadEvents) == nil
+}
+
+// watch makes epoll watch the side for the events in mask. The caller holds poller.mu.
+func (c *fastConn) watch(i side, mask uint32) error {
+	return c.poller.watch(c.slot, i, c.fd[i], &c.epollMask[i], mask)
 }
 
 // parseUpgrade returns the client's request, or nil if it is not simple.
@@ -269,7 +276,7 @@ func (c *fastConn) askOwner() {
 func (c *fastConn) park() {
 	p, u := c.fastPath.proxy, c.upgrade
 	if !c.wasParked() {
-		if !u.reserveHead(len(c.received), p.limits.pendingUpgrades) {
+		if u.reserveHead(len(c.received), p.limits.pendingUpgrades) != nil {
 			c.fallBack(nil, nil)
 			return
 		}
@@ -332,14 +339,15 @@ func (c *fastConn) fallBack(answer []byte, failure error) {
 	conn, err := connFromSocket(socket, control)
 	if err != nil {
 		c.abandonBackend()
-		c.uncount()
+		c.upgrade.uncount()
 		f.refuseClient(socket, c.sealedHead([]byte(refusedHead)), err)
 		return
 	}
 	socket.Close() // before the owner's has a duplicate: descriptorsPerClient
 	client := &clientConn{
-		Conn: c.overTLS(conn), remoteAddr: c.remoteAddr,
-		fdLimit: f.fdLimit, badHeads: &f.proxy.results[resultBadHead], tlsServer: f.proxy.tls,
+		Conn: c.overTLS(conn), socket: conn, remoteAddr: c.remoteAddr,
+		fdLimit: f.fdLimit, badHeads: &f.proxy.results[resultBadHead],
+		tlsServer: f.proxy.tls, tls: c.tls,
 	}
 	if c.expectsProxyHeader {
 		client.proxyProtocol = f.proxy.proxyProtocol
@@ -368,16 +376,9 @@ func (c *fastConn) close() {
 	c.detach()
 	c.abandonBackend()
 	syscall.Close(int(c.fd[clientSide]))
-	c.uncount()
+	c.upgrade.uncount()
 	c.fastPath.fdLimit.add(-descriptorsPerClient)
 	c.fastPath.pending.Done()
-}
-
-// uncount ends the count of the upgrade in its limits, if it was admitted.
-func (c *fastConn) uncount() {
-	if c.upgrade != nil {
-		c.upgrade.uncount()
-	}
 }
 
 // detach takes the sockets from the poller, and ends the context.
@@ -453,18 +454,11 @@ func (c *fastConn) isGone() bool {
 	return c.gone
 }
 
-// watch makes the poller watch what comes from the side.
-func (c *fastConn) watch(i side) error {
-	c.poller.mu.Lock()
-	defer c.poller.mu.Unlock()
-	return c.poller.watchPending(c.slot, &c.sockets, i, epollReadEvents)
-}
-
 // wait makes epoll watch the side for the events in mask, and returns when there are
 // events that came after c.events was cleared. ctx and c.ctx bound it. The caller holds
 // poller.mu, which wait releases while it waits.
 func (c *fastConn) wait(ctx context.Context, i side, mask uint32) error {
-	if err := c.poller.watchPending(c.slot, &c.sockets, i, mask); err != nil {
+	if err := c.watch(i, mask); err != nil {
 		return err
 	}
 	for c.events[i] == 0 {

@@ -221,8 +221,7 @@ func TestClientConnCloses(t *testing.T) {
 		var both sync.WaitGroup
 		both.Go(func() { c.Close() })
 		both.Go(func() {
-			ctx := context.WithValue(t.Context(), clientConnKey{}, c)
-			if u := takePendingRequest(ctx); u != nil {
+			if u := c.takePendingRequest(); u != nil {
 				u.close()
 			}
 		})

@@ -25,17 +25,18 @@ type fastConnTransport struct {
 func (t *fastConnTransport) Read(b []byte) (n int, err error) {
 	if n = copy(b, t.early); n > 0 {
 		t.early = t.early[n:]
-	} else if t.inTLS {
-		late := t.pause(func() { n, err = t.receive(b) })
-		err = cmp.Or(late, err)
-	} else {
-		n, err = t.receive(b)
+		return n, nil
 	}
-	return n, err
+	late := t.pause(func() { n, err = t.receive(b) })
+	return n, cmp.Or(late, err)
 }
 
-// pause calls wait, which waits for the client, as tlsServer.pause does.
+// pause calls wait, which waits for the client: in the handshake as tlsServer.pause does.
 func (t *fastConnTransport) pause(wait func()) error {
+	if !t.inTLS {
+		wait()
+		return nil
+	}
 	return t.client.tlsServer().pause(t.client.tls, t.client.evict, wait)
 }
 
@@ -51,17 +52,10 @@ func (t *fastConnTransport) receive(b []byte) (n int, err error) {
 
 // Write waits for a client that does not read as Read does for one that sends nothing.
 func (t *fastConnTransport) Write(b []byte) (int, error) {
-	rest, err := b, error(nil)
-	if t.inTLS {
-		rest = b[t.client.sendNow(clientSide, b):]
-	}
-	switch {
-	case len(rest) == 0:
-	case t.inTLS:
+	rest, err := b[t.client.sendNow(clientSide, b):], error(nil)
+	if len(rest) > 0 {
 		late := t.pause(func() { err = t.client.write(clientSide, rest) })
 		err = cmp.Or(late, err)
-	default:
-		err = t.client.write(clientSide, rest)
 	}
 	if err != nil {
 		return 0, err
@@ -169,13 +163,13 @@ func (c *fastConn) hasToFallBack() bool {
 
 // overTLS returns the client's connection over conn, which has its socket, for net/http:
 // after what was received. If the handshake has not begun, net/http does that.
-func (c *fastConn) overTLS(conn net.Conn) *prefixedConn {
+func (c *fastConn) overTLS(conn net.Conn) net.Conn {
 	switch {
 	case c.tls == nil:
 		return &prefixedConn{conn, c.received}
 	case !c.tls.ConnectionState().HandshakeComplete:
 		c.tls.setLazyTransport(&prefixedConn{conn, c.received}, c.tlsServer())
-		return &prefixedConn{Conn: c.tls}
+		return c.tls
 	}
 	c.tls.setTransport(conn, false)
 	return &prefixedConn{c.tls, c.received}

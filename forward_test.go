@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"crypto/tls"
 	"fmt"
 	"io"
 	"net"
@@ -944,6 +945,19 @@ func TestForwardCutAnswerHTTP10(t *testing.T) {
 	_, _, resp := p.ask(t, "GET /ws/ns-01 HTTP/1.0\r\n\r\n")
 	if body, err := io.ReadAll(resp.Body); err == nil {
 		t.Errorf("the client takes %q for a whole answer", body)
+	}
+	p.waitForwarded(t, resultBrokenOff, 1)
+}
+
+// With TLS there is no close_notify either, which would be the end of a whole answer.
+func TestForwardCutAnswerHTTP10TLS(t *testing.T) {
+	backend := startStub(t, "127.0.0.1:0", answer(
+		"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n"))
+	p := startTLS(t, []string{backend.addr}, tlsSetup{})
+	client := p.dialTLS(t, p.client(tls.VersionTLS13))
+	mustWrite(t, client, "GET /ws/ns-01 HTTP/1.0\r\n\r\n")
+	if got, err := io.ReadAll(client); err == nil {
+		t.Errorf("the client takes %q for a whole answer", got)
 	}
 	p.waitForwarded(t, resultBrokenOff, 1)
 }

@@ -44,10 +44,8 @@ func checkUpgrade(r *http.Request) *refusal {
 		return refuse(resultNotUpgrade, "not a WebSocket upgrade: Connection: Upgrade and Upgrade: websocket are required (RFC 6455 §4.1)")
 	case r.Method != http.MethodGet:
 		return refuse(resultBadRequest, "the method of an upgrade must be GET (got %.20q)", r.Method)
-	case hasDotSegment(requestPath(r)):
-		return refuse(resultBadRequest, "the path %.200q has a dot segment, which could name another namespace", requestPath(r))
 	}
-	return nil
+	return checkPath(r)
 }
 
 // requestTarget is the request's target as the backend gets it: as it was sent, without
@@ -72,12 +70,17 @@ func asksForUpgrade(r *http.Request) bool {
 
 // checkPlain says why r, which is no upgrade, is not passed on, or nil.
 func checkPlain(r *http.Request) *refusal {
-	switch {
-	case r.Method == http.MethodConnect || r.Method == http.MethodTrace:
+	if r.Method == http.MethodConnect || r.Method == http.MethodTrace {
 		return refuse(resultBadRequest, "the method %s is not passed on", r.Method)
-	case hasDotSegment(requestPath(r)):
+	}
+	return checkPath(r)
+}
+
+// checkPath says why a request with r's path is not passed on, or nil.
+func checkPath(r *http.Request) *refusal {
+	if path := requestPath(r); hasDotSegment(path) {
 		return refuse(resultBadRequest,
-			"the path %.200q has a dot segment, which could name another namespace", requestPath(r))
+			"the path %.200q has a dot segment, which could name another namespace", path)
 	}
 	return nil
 }
@@ -166,12 +169,8 @@ func countFields(h http.Header) int {
 // request, and where it came from. X-Real-IP and Forwarded (RFC 7239) would say that
 // too, to backends that trust them, and nothing is appended to them, so what a client
 // has put there ends here. So does Expect, which the router answers (expectsContinue).
-// CGI programs read _ as -, so a name with that is the same.
 func isRouterHeader(name string) bool {
-	if strings.Contains(name, "_") {
-		name = http.CanonicalHeaderKey(strings.ReplaceAll(name, "_", "-"))
-	}
-	switch name {
+	switch asCGIReads(name) {
 	case headerPod, headerTable, headerStep, headerBackend, headerClientSubject, "X-Forwarded-For", "X-Forwarded-Proto", "X-Forwarded-Host", "X-Real-Ip", "Forwarded", "Expect":
 		return true
 	}
@@ -215,8 +214,7 @@ func startPlainHead(r *http.Request, clientAddrs, pod string) []byte {
 	case r.ContentLength < 0:
 		head = appendField(head, "Transfer-Encoding", "chunked")
 	case r.ContentLength > 0 || len(r.Header["Content-Length"]) > 0:
-		head = append(append(head, "Content-Length: "...), strconv.FormatInt(r.ContentLength, 10)...)
-		head = append(head, "\r\n"...)
+		head = appendField(head, "Content-Length", strconv.FormatInt(r.ContentLength, 10))
 	}
 	for name := range r.Trailer {
 		if !isFraming(name) && !isRouterHeader(name) {
@@ -231,17 +229,22 @@ func startPlainHead(r *http.Request, clientAddrs, pod string) []byte {
 	})
 }
 
-// isFraming reports whether the field says where a message ends or what it is for. CGI
-// programs read _ as -, so a name with that is the same.
+// isFraming reports whether the field says where a message ends or what it is for.
 func isFraming(name string) bool {
-	if strings.Contains(name, "_") {
-		name = http.CanonicalHeaderKey(strings.ReplaceAll(name, "_", "-"))
-	}
-	switch name {
+	switch asCGIReads(name) {
 	case "Content-Length", "Transfer-Encoding", "Trailer", "Host":
 		return true
 	}
 	return false
+}
+
+// asCGIReads returns the canonical name of the field that CGI programs take this one for:
+// they read _ as -.
+func asCGIReads(name string) string {
+	if strings.Contains(name, "_") {
+		return http.CanonicalHeaderKey(strings.ReplaceAll(name, "_", "-"))
+	}
+	return name
 }
 
 // appendTrailers appends the trailers (RFC 9110 §6.5) that go on, and the end of the body.

@@ -97,11 +97,11 @@ const (
 // back.
 type acceptRetry struct {
 	// Static after construction.
-	flag string // of the listener, for the log
-	log  *slog.Logger
+	flag     string // of the listener, for the log
+	log      *slog.Logger
+	lifetime context.Context // ends with close
+	close    func()          // called before the listener is closed
 
-	closed      chan struct{} // closed by close
-	once        sync.Once     // for closed
 	logThrottle throttle
 
 	failures int // in a row; owned by the goroutine that accepts
@@ -109,19 +109,9 @@ type acceptRetry struct {
 
 // newAcceptRetry returns the rule for the listener of the flag.
 func newAcceptRetry(flag string, log *slog.Logger) *acceptRetry {
-	return &acceptRetry{flag: flag, log: log, closed: make(chan struct{})}
-}
-
-// close is called before the listener is closed.
-func (a *acceptRetry) close() { a.once.Do(func() { close(a.closed) }) }
-
-func (a *acceptRetry) isClosed() bool {
-	select {
-	case <-a.closed:
-		return true
-	default:
-		return false
-	}
+	a := &acceptRetry{flag: flag, log: log}
+	a.lifetime, a.close = context.WithCancel(context.Background())
+	return a
 }
 
 // shouldRetry is called with the result of each accept. It reports whether to accept
@@ -132,7 +122,7 @@ func (a *acceptRetry) shouldRetry(err error) bool {
 	case err == nil:
 		a.failures = 0
 		return false
-	case a.isClosed() || errors.Is(err, net.ErrClosed): // whatever the error: that of a file is not exported
+	case a.lifetime.Err() != nil || errors.Is(err, net.ErrClosed): // whatever the error: that of a file is not exported
 		return false
 	case errors.Is(err, syscall.ECONNABORTED): // the client is gone (accept(2)); package net goes on too
 		return true
@@ -141,12 +131,7 @@ func (a *acceptRetry) shouldRetry(err error) bool {
 		a.log.Warn("cannot accept connections", "listener", a.flag, "error", err.Error(), "omitted", omitted)
 	}
 	a.failures++
-	select {
-	case <-a.closed:
-		return false
-	case <-time.After(backoff{minAcceptBackoff, maxAcceptBackoff}.delay(a.failures)):
-		return true
-	}
+	return sleep(a.lifetime, backoff{minAcceptBackoff, maxAcceptBackoff}.delay(a.failures)) == nil
 }
 
 // retryListener is a listener whose Accept fails only once it is closed. One

@@ -78,8 +78,7 @@ func (p *namespacePermit) giveBack() {
 }
 
 // namespaceSessions bounds the sessions of each namespace in this router, together with
-// its pending upgrades, so that many clients at once do not pass. A nil
-// *namespaceSessions bounds nothing.
+// its pending upgrades, so that many clients at once do not pass.
 type namespaceSessions struct {
 	limit int // static; at least 1
 	mu    sync.Mutex
@@ -97,9 +96,6 @@ func newNamespaceSessions(limit int) *namespaceSessions {
 // acquire takes a slot of the namespace, and reports whether there was one. It keeps the
 // text of the namespace. The caller calls giveBack.
 func (n *namespaceSessions) acquire(namespace string) bool {
-	if n == nil {
-		return true
-	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if int(n.taken[namespace]) >= n.limit {
@@ -111,9 +107,6 @@ func (n *namespaceSessions) acquire(namespace string) bool {
 
 // giveBack gives a slot of the namespace back.
 func (n *namespaceSessions) giveBack(namespace string) {
-	if n == nil {
-		return
-	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.taken[namespace]--; n.taken[namespace] == 0 {

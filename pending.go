@@ -185,19 +185,22 @@ func (u *pendingRequest) abandon(conn net.Conn) {
 	u.flight = nil
 }
 
-// reserveHead counts n bytes of its head, in place of the bytes that it counted before. It
-// reports whether this limit of pending requests allows that.
-func (u *pendingRequest) reserveHead(n, limit int) bool {
-	ok := u.limit.reserveHead(n-u.headBytes, limit)
-	if ok {
-		u.headBytes = n
+// reserveHead counts n bytes of its head, in place of the bytes that it counted before, if
+// this limit of pending requests allows that.
+func (u *pendingRequest) reserveHead(n, limit int) *refusal {
+	if !u.limit.reserveHead(n-u.headBytes, limit) {
+		return refuse(resultMaxPending,
+			"the heads and short bodies of pending requests have %d bytes on average, the limit",
+			headBytesPerRequest)
 	}
-	return ok
+	u.headBytes = n
+	return nil
 }
 
-// uncount ends the count of the request in its limits. More calls do nothing.
+// uncount ends the count of the request in its limits. More calls do nothing. A nil request
+// was not admitted: it has no count.
 func (u *pendingRequest) uncount() {
-	if u.uncounted {
+	if u == nil || u.uncounted {
 		return
 	}
 	u.endWait()

@@ -65,7 +65,7 @@ type proxy struct {
 	ownerWaits          *histogram        // of each wait for an owner
 	results             [numResults]atomic.Int64
 	logThrottles        [numResults]throttle
-	misdirectedThrottle throttle // of the log in handleMisdirected
+	misdirectedThrottle throttle // of the log in checkAnswer
 }
 
 // ServeHTTP forwards plain requests, and answers each other one that does not become a
@@ -162,7 +162,8 @@ func (p *proxy) logFailure(r *http.Request, result result, err error, plain bool
 // upgrade makes the request a session, or passes the owner's other answer on. If it
 // returns a *refusal, nothing was answered yet.
 func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result, error) {
-	u := takePendingRequest(r.Context())
+	client := clientOf(r.Context())
+	u := client.takePendingRequest()
 	if u == nil {
 		admitted, refused := p.admit(r)
 		if refused != nil {
@@ -173,30 +174,21 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result, error) 
 	defer u.close() // also after a panic, which net/http logs
 	if u.dialErr != nil {
 		ctx := r.Context()
-		if server := ctx.Value(clientConnKey{}).(*clientConn).serverCtx; server.Err() != nil {
-			ctx = server
+		if client.serverCtx.Err() != nil {
+			ctx = client.serverCtx
 		}
-		return p.unreachableError(ctx, u.owner, u.dialErr, nil)
+		refused := p.unreachable(ctx, u.owner, u.dialErr, nil)
+		return refused.result, refused
 	}
 	clientCtx, holdCtx, cancel := p.requestContexts(r, u.holdDeadline)
 	defer cancel()
 	clientAddrs := forwardedFor(r)
 	// Each owner that is asked gets a copy of head with an end of its own.
 	head := slices.Clip(startRequestHead(r, clientAddrs, p.podName))
-	if refused := p.reserveHead(u, len(head)); refused != nil {
+	if refused := u.reserveHead(len(head), p.limits.pendingUpgrades); refused != nil {
 		return refused.result, refused
 	}
 	return p.askOwners(holdCtx, w, trimRequest(r, clientCtx), u, clientAddrs, head)
-}
-
-// reserveHead counts n bytes of u's head, if the limit of all heads allows that.
-func (p *proxy) reserveHead(u *pendingRequest, n int) *refusal {
-	if u.reserveHead(n, p.limits.pendingUpgrades) {
-		return nil
-	}
-	return refuse(resultMaxPending,
-		"the heads and short bodies of pending requests have %d bytes on average, the limit",
-		headBytesPerRequest)
 }
 
 // askOwners sends the request to the owner of the namespace, and again when another one
@@ -206,12 +198,13 @@ func (p *proxy) askOwners(
 	holdCtx context.Context, w http.ResponseWriter, r *http.Request,
 	u *pendingRequest, clientAddrs string, head []byte,
 ) (result, error) {
-	refusals := 0
-	for misdirected := error(nil); ; {
+	var refusals ownerRefusals
+	for {
 		var request []byte
 		if u.backendConn == nil {
 			if err := p.dialOwner(holdCtx, u); err != nil {
-				return p.unreachableError(holdCtx, u.owner, err, misdirected)
+				refused := p.unreachable(holdCtx, u.owner, err, refusals.misdirected)
+				return refused.result, refused
 			}
 			if !p.startFlight(u) {
 				u.backendConn.Close()
@@ -222,18 +215,31 @@ func (p *proxy) askOwners(
 		}
 		result, err := p.completeUpgrade(w, r, u, clientAddrs, request)
 		switch {
-		case errors.Is(err, errReleased):
-			refusals++
-			wait := backoff{minRedialDelay, maxRedialDelay}.jittered(refusals, rand.Float64())
-			if sleep(holdCtx, wait) != nil {
-				return p.unreachableError(holdCtx, u.owner, err, misdirected)
-			}
-		case errors.Is(err, errMisdirected):
-			misdirected = err
-		case !errors.Is(err, errOwnerChanged):
+		case errors.Is(err, errOwnerChanged):
+		case !errors.Is(err, errReleased) && !errors.Is(err, errMisdirected):
 			return result, err
+		case refusals.wait(holdCtx, err) != nil:
+			refused := p.unreachable(holdCtx, u.owner, err, refusals.misdirected)
+			return refused.result, refused
 		}
 	}
+}
+
+// ownerRefusals says how often owners have not taken a request.
+type ownerRefusals struct {
+	released    int   // answers with errReleased
+	misdirected error // the last errMisdirected, or nil
+}
+
+// wait gets an error of checkAnswer. It returns when the request may be sent again, or an
+// error if ctx ends before.
+func (o *ownerRefusals) wait(ctx context.Context, err error) error {
+	if errors.Is(err, errMisdirected) {
+		o.misdirected = err // dialOwner waits
+		return nil
+	}
+	o.released++
+	return sleep(ctx, backoff{minRedialDelay, maxRedialDelay}.jittered(o.released, rand.Float64()))
 }
 
 // trimRequest returns the request with the context, and without the header fields that
@@ -293,15 +299,16 @@ func (p *proxy) forward(w http.ResponseWriter, r *http.Request) {
 		x.finish()
 		p.logFailure(r, x.result, x.err, true)
 	}()
-	if refused := p.admitPlain(x); refused != nil {
-		x.result, x.err = refused.result, refused
-	} else {
-		x.serve(func() (*http.Response, error) { return p.roundTrip(x) })
+	var resp *http.Response
+	refused := p.admitPlain(x)
+	if refused == nil {
+		resp, refused = p.roundTrip(x)
 	}
-	var refused *refusal
-	if !errors.As(x.err, &refused) {
+	if refused == nil {
+		x.pass(resp)
 		return
 	}
+	x.result, x.err = refused.result, refused
 	if x.isLast() {
 		w.Header().Set("Connection", "close")
 	}
@@ -327,19 +334,18 @@ func (p *proxy) admitPlain(x *exchange) *refusal {
 	cancel := x.cancel // not x, which an abandoned flight would keep
 	x.cut = func() { cancel(errMoved) }
 	x.head = slices.Clip(startPlainHead(x.r, forwardedFor(x.r), p.podName))
-	return p.reserveHead(x.pendingRequest, len(x.head)+len(x.shortBody))
+	return x.reserveHead(len(x.head)+len(x.shortBody), p.limits.pendingUpgrades)
 }
 
-// roundTrip sends the request to the owner of its namespace, and returns the answer. The
-// error is a *refusal. It asks another owner, or again, only if the one that was asked says
-// that it has not taken the request, and nothing of its body is lost.
-func (p *proxy) roundTrip(x *exchange) (*http.Response, error) {
-	refusals, misdirected := 0, error(nil)
+// roundTrip sends the request to the owner of its namespace, and returns the answer. It asks
+// another owner, or again, only if the one that was asked says that it has not taken the
+// request, and nothing of its body is lost.
+func (p *proxy) roundTrip(x *exchange) (*http.Response, *refusal) {
+	var refusals ownerRefusals
 	for conn := p.takeIdle(x.pendingRequest); ; conn = nil {
 		if conn == nil {
 			if err := p.dialOwner(p.holdContext(x), x.pendingRequest); err != nil {
-				_, err = p.unreachableError(x.holdCtx, x.owner, err, misdirected)
-				return nil, err
+				return nil, p.unreachable(x.holdCtx, x.owner, err, refusals.misdirected)
 			}
 			conn = newOwnerConn(x.backendConn, backendPod{x.owner, x.podUID})
 			x.backendConn = nil
@@ -355,22 +361,17 @@ func (p *proxy) roundTrip(x *exchange) (*http.Response, error) {
 			x.abandonOwner()
 			return nil, x.failure(owner, err)
 		}
-		if err = p.checkAnswer(x, resp, conn); err == nil {
+		switch err = p.checkAnswer(x.owner, conn.RemoteAddr(), resp); {
+		case err == nil:
 			return resp, nil
+		case errors.Is(err, errMisdirected):
+			p.forwarder.idle.closeBackend(x.owner)
 		}
 		if !x.forget() {
-			_, err = p.unreachableError(p.holdContext(x), x.owner, err, nil)
-			return nil, err
+			return nil, p.unreachable(p.holdContext(x), x.owner, err, nil)
 		}
-		if errors.Is(err, errMisdirected) {
-			misdirected = err
-			continue
-		}
-		refusals++
-		wait := backoff{minRedialDelay, maxRedialDelay}.jittered(refusals, rand.Float64())
-		if sleep(p.holdContext(x), wait) != nil {
-			_, err = p.unreachableError(x.holdCtx, x.owner, err, misdirected)
-			return nil, err
+		if refusals.wait(p.holdContext(x), err) != nil {
+			return nil, p.unreachable(x.holdCtx, x.owner, err, refusals.misdirected)
 		}
 	}
 }
@@ -386,14 +387,21 @@ func (p *proxy) takeIdle(u *pendingRequest) *ownerConn {
 	return p.forwarder.idle.take(backendPod{u.owner, u.podUID})
 }
 
-// checkAnswer returns errMisdirected or errReleased if the owner has not taken the request.
-func (p *proxy) checkAnswer(x *exchange, resp *http.Response, conn net.Conn) error {
+// checkAnswer returns errMisdirected or errReleased if the owner has not taken the request:
+// what answered at addr is not the owner (421), whose address then has to be looked up
+// again, or it has released the namespace (409).
+func (p *proxy) checkAnswer(owner int, addr net.Addr, resp *http.Response) error {
 	if resp.StatusCode == http.StatusMisdirectedRequest {
-		p.forwarder.idle.closeBackend(x.owner)
-		_, err := p.handleMisdirected(x.owner, conn.RemoteAddr())
+		name := p.backends.name(owner)
+		err := fmt.Errorf("%s at %s: %w (421)", name, addr, errMisdirected)
+		p.backends.setMisdirected(owner, err)
+		if omitted, ok := p.misdirectedThrottle.allow(time.Second); ok {
+			p.log.Warn("another backend answered", "backend", name,
+				"address", addr.String(), "omitted", omitted)
+		}
 		return err
 	}
-	p.backends.queues.clearMisdirected(x.owner)
+	p.backends.queues.clearMisdirected(owner)
 	if resp.StatusCode == http.StatusConflict && p.mover.noteStep(resp.Header.Get(headerStep)) {
 		return errReleased
 	}
@@ -422,7 +430,7 @@ func (p *proxy) requestContexts(
 	r *http.Request, deadline time.Time,
 ) (clientCtx, holdCtx context.Context, cancel func()) {
 	request := r.Context()
-	conn := request.Value(clientConnKey{}).(*clientConn)
+	conn := clientOf(request)
 	clientCtx, cancelClient := context.WithCancelCause(context.WithoutCancel(request))
 	if deadline.IsZero() {
 		deadline = time.Now().Add(p.limits.holdTimeout)
@@ -577,29 +585,27 @@ func (p *proxy) owner(namespace string) (assignment, *refusal) {
 	return a, nil
 }
 
-// unreachableError returns why there is no connection to the backend: err, and
-// misdirected if another backend has answered in its place.
-func (p *proxy) unreachableError(
+// unreachable says why there is no connection to the backend: err, and misdirected if
+// another backend has answered in its place.
+func (p *proxy) unreachable(
 	holdCtx context.Context, backend int, err, misdirected error,
-) (result, error) {
+) *refusal {
 	var refused *refusal
 	switch {
 	case errors.As(err, &refused):
-		return refused.result, refused
+		return refused
 	case errors.Is(holdCtx.Err(), context.Canceled):
-		refused = contextRefusal(holdCtx)
+		return contextRefusal(holdCtx)
 	case backend < 0:
-		refused = refuse(resultHoldTimeout, "the owner was not known within %s: %s",
+		return refuse(resultHoldTimeout, "the owner was not known within %s: %s",
 			p.limits.holdTimeout, cmp.Or(p.mover.whyNotReady(), err.Error()))
 	case misdirected != nil || errors.Is(err, errMisdirected):
-		refused = refuse(resultMisdirected,
+		return refuse(resultMisdirected,
 			"%s could not be reached within %s: %v; last error: %v", p.backends.name(backend),
 			p.limits.holdTimeout, cmp.Or(misdirected, err), err)
-	default:
-		refused = refuse(resultHoldTimeout, "%s could not be reached within %s: %v",
-			p.backends.name(backend), p.limits.holdTimeout, err)
 	}
-	return refused.result, refused
+	return refuse(resultHoldTimeout, "%s could not be reached within %s: %v",
+		p.backends.name(backend), p.limits.holdTimeout, err)
 }
 
 // completeUpgrade sends the owner the request, on the connection that u has, and makes
@@ -628,12 +634,8 @@ func (p *proxy) completeUpgrade(
 	if resp.StatusCode != http.StatusSwitchingProtocols {
 		u.endFlight() // it has refused the request
 	}
-	if resp.StatusCode == http.StatusMisdirectedRequest {
-		return p.handleMisdirected(u.owner, backendConn.RemoteAddr())
-	}
-	p.backends.queues.clearMisdirected(u.owner)
-	if resp.StatusCode == http.StatusConflict && p.mover.noteStep(resp.Header.Get(headerStep)) {
-		return resultHoldTimeout, errReleased // the caller ignores the result
+	if err := p.checkAnswer(u.owner, backendConn.RemoteAddr(), resp); err != nil {
+		return resultOK, err // the caller ignores the result
 	}
 	if resp.StatusCode != http.StatusSwitchingProtocols {
 		return p.passResponse(r.Context(), w, resp, backendConn)
@@ -661,18 +663,6 @@ func (p *proxy) completeUpgrade(
 	conns := [2]net.Conn{clientConn, backendConn}
 	p.openSession(u, s, func() { p.relay.startSession(s, conns, early) })
 	return resultOK, nil
-}
-
-// handleMisdirected notes that what answered at addr is not the backend (421). The
-// backend's address then has to be looked up again.
-func (p *proxy) handleMisdirected(backend int, addr net.Addr) (result, error) {
-	err := fmt.Errorf("%s at %s: %w (421)", p.backends.name(backend), addr, errMisdirected)
-	p.backends.setMisdirected(backend, err)
-	if omitted, ok := p.misdirectedThrottle.allow(time.Second); ok {
-		p.log.Warn("another backend answered", "backend", p.backends.name(backend),
-			"address", addr.String(), "omitted", omitted)
-	}
-	return resultMisdirected, err
 }
 
 // handshakeError returns why the backend has given no answer.
@@ -738,10 +728,11 @@ func (p *proxy) hijack(w http.ResponseWriter, head []byte) (net.Conn, []byte, er
 		return nil, nil, fmt.Errorf("hijack: %w", err)
 	}
 	early, _ := rw.Reader.Peek(rw.Reader.Buffered()) // no error: it is buffered
-	client, rest := unwrap(conn.(*clientConn).Conn)
+	from := conn.(*clientConn)
+	client, rest := unwrap(from.Conn)
 	early = slices.Concat(early, rest)
-	if _, t := unwrapTLS(client); t != nil {
-		early = append(early, t.takeBuffered()...)
+	if from.tls != nil {
+		early = append(early, from.tls.takeBuffered()...)
 	}
 	client.SetDeadline(time.Now().Add(p.limits.handshakeTimeout))
 	if _, err := client.Write(head); err != nil {

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -69,12 +70,7 @@ func (p *trustedProxies) contains(peer string) bool {
 		return p.unix
 	}
 	ip := addr.Addr().WithZone("").Unmap()
-	for _, prefix := range p.prefixes {
-		if prefix.Contains(ip) {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(p.prefixes, func(prefix netip.Prefix) bool { return prefix.Contains(ip) })
 }
 
 // How long a header of the PROXY protocol may be, in bytes. Version 2 would allow 64 KiB

@@ -222,18 +222,17 @@ func (r *relay) stop() {
 // caller has already read from each side: the relay sends them first (invariant 6).
 func (r *relay) startSession(s *session, conns [2]net.Conn, early [2][]byte) {
 	r.engine.assign(s, conns)
-	r.register(s, func() { r.engine.carry(s, conns, early) })
+	r.register(s)
+	r.engine.carry(s, conns, early)
+	r.freeDescriptors(1) // a session needs one less than its upgrade did
 }
 
-// register adds s, to which the engine has assigned its poller or sockets, and then
-// calls carry, which makes the engine carry its bytes. Then it gives back a descriptor: a
-// session needs one less than its upgrade did. s may be over when it returns.
-func (r *relay) register(s *session, carry func()) {
+// register adds s, to which the engine has assigned its poller or sockets. The caller then
+// makes the engine carry its bytes, and gives back one descriptor.
+func (r *relay) register(s *session) {
 	s.started = time.Since(r.began)
 	r.openSessions.Add(1)
 	r.add(s)
-	carry()
-	r.freeDescriptors(1)
 }
 
 // rememberNamespace notes that a namespace was with a backend. It must not block.
@@ -425,6 +424,14 @@ func (r *relay) oldPodSessionsDone(namespace string) <-chan struct{} {
 func (w *sessionIO) isDead() bool {
 	return (w.fin[clientSide] || w.writeFailed[backendSide]) &&
 		(w.fin[backendSide] || w.writeFailed[clientSide])
+}
+
+// needsNoCloseNotify reports whether the client's TLS stream is whole if it ends without
+// close_notify: it has sent a Close frame, or the backend has ended its stream, so nobody reads
+// what may be lacking. Or a send has failed: then the client is gone, and that send has taken
+// the error of its socket. The caller holds the session's lock.
+func (w *sessionIO) needsNoCloseNotify() bool {
+	return w.scanners[clientSide].closed() || w.fin[backendSide] || w.writeFailed[clientSide]
 }
 
 // setCause sets the cause, unless it was set before. It reports whether it did.

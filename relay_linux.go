@@ -204,12 +204,19 @@ func (p *poller) overBudget() bool {
 }
 
 // nothingRead handles a read of the side that returned errno. It reports whether the side is
-// to be read again.
+// to be read again. A read that failed ends the session. In a closing handshake the side
+// counts as ended instead.
 func (p *poller) nothingRead(s *session, i side, errno syscall.Errno) (again bool) {
-	if errno != syscall.EAGAIN && errno != syscall.EINTR {
-		p.readFailed(s, i, errno)
+	switch {
+	case errno == syscall.EAGAIN:
+	case errno == syscall.EINTR:
+		return true
+	case s.closing != nil:
+		p.sideEnded(s, i)
+	default:
+		p.end(s, i.causeOf(errno))
 	}
-	return errno == syscall.EINTR
+	return false
 }
 
 // forwardPeeked is readOnce while the budget for unsent bytes is used up: it peeks at
@@ -466,16 +473,6 @@ func (p *poller) sideEnded(s *session, i side) {
 	p.endIfDead(s)
 }
 
-// readFailed ends the session because reading the side failed. In a closing handshake
-// the side counts as ended instead.
-func (p *poller) readFailed(s *session, i side, errno syscall.Errno) {
-	if s.closing != nil {
-		p.sideEnded(s, i)
-		return
-	}
-	p.end(s, i.causeOf(errno))
-}
-
 // halfClose notes cause as the reason why the first direction ended, and starts the
 // timer for the other direction.
 func (p *poller) halfClose(s *session, cause cause) {
@@ -489,15 +486,14 @@ func (p *poller) halfClose(s *session, cause cause) {
 // halfCloseTimeout, or a dead one after deadTimeout. A closing handshake has its
 // own timeout.
 func (s *session) halfCloseExpired() {
-	p := s.poller
-	p.mu.Lock()
-	defer p.unlockAndReport()
+	s.lock()
+	defer s.unlock()
 	switch {
 	case s.closing != nil:
 	case s.isDead():
-		p.end(s, s.halfCloseCause)
+		s.poller.end(s, s.halfCloseCause)
 	default:
-		p.end(s, causeHalfClose)
+		s.poller.end(s, causeHalfClose)
 	}
 }
 
@@ -535,10 +531,9 @@ func (p *poller) end(s *session, cause cause) {
 // goroutine, any number of times, after engine.assign or poller.promote.
 func (s *session) end(cause cause) {
 	s.setCause(cause)
-	p := s.poller
-	p.mu.Lock()
-	defer p.unlockAndReport()
-	p.end(s, cause)
+	s.lock()
+	defer s.unlock()
+	s.poller.end(s, cause)
 }
 
 // lock locks what guards the session's sockets and its closing handshake.
@@ -563,9 +558,9 @@ func (s *session) startClose() {
 
 // closeExpired is called at the end of each part of the closing handshake's time.
 func (s *session) closeExpired() {
+	s.lock()
+	defer s.unlock()
 	p := s.poller
-	p.mu.Lock()
-	defer p.unlockAndReport()
 	switch {
 	case !s.open:
 	case s.closing.expire(p.relay.closeTimeout):

@@ -170,13 +170,11 @@ func (s *session) readCause(from side, err error) cause {
 
 // isTruncated is called when the client's stream ended without close_notify. It reports
 // whether bytes may be lacking, and then it sets the cause of the session, with mu held:
-// so either it sees that a write has failed, or writeFails sees the cause. None are
-// lacking after a Close frame. After the backend's end nobody reads them. And if a write
-// has failed, the client is gone, and that write has taken the error of its socket.
+// so either it sees that a write has failed, or writeFails sees the cause.
 func (s *session) isTruncated() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.scanners[clientSide].closed() || s.writeFailed[clientSide] || s.fin[backendSide] {
+	if s.needsNoCloseNotify() {
 		return false
 	}
 	s.setCause(causeTruncated)

@@ -108,16 +108,13 @@ func (p *poller) decryptRecords(s *session) {
 // handleTLSEnd handles the end of the client's stream, if there is one, as soon as the
 // backend has taken all that came before: it may come in one read with its last bytes.
 //
-// It has come with close_notify if it is io.EOF. A stream that ends after a Close frame is
-// whole without it, and nobody reads it after the backend's end. If a send has failed, the
-// client is gone, and that send has taken the error of its socket.
+// It has come with close_notify if it is io.EOF.
 func (p *poller) handleTLSEnd(s *session) {
 	if s.tls == nil || s.tls.ended == nil || !s.wantsRead(clientSide) {
 		return
 	}
 	switch err := s.tls.ended; {
-	case errors.Is(err, io.EOF), s.closing != nil,
-		errors.Is(err, errTruncated) && (s.scanners[clientSide].closed() || s.writeFailed[clientSide] || s.fin[backendSide]):
+	case errors.Is(err, io.EOF), s.closing != nil, errors.Is(err, errTruncated) && s.needsNoCloseNotify():
 		p.sideEnded(s, clientSide)
 	default:
 		p.end(s, clientSide.causeOf(err))

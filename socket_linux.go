@@ -25,19 +25,27 @@ func acceptSocket(
 
 // addrString returns the address as net.Addr has it, or "" for a Unix socket.
 func addrString(peer syscall.Sockaddr) string {
-	switch peer := peer.(type) {
+	if addr := addrPort(peer); addr.IsValid() {
+		return addr.String()
+	}
+	return ""
+}
+
+// addrPort returns the address of a TCP socket. It is not valid for another socket.
+func addrPort(socket syscall.Sockaddr) netip.AddrPort {
+	switch socket := socket.(type) {
 	case *syscall.SockaddrInet4:
-		return netip.AddrPortFrom(netip.AddrFrom4(peer.Addr), uint16(peer.Port)).String()
+		return netip.AddrPortFrom(netip.AddrFrom4(socket.Addr), uint16(socket.Port))
 	case *syscall.SockaddrInet6:
-		addr := netip.AddrFrom16(peer.Addr).Unmap()
-		if peer.ZoneId != 0 {
-			if link, err := net.InterfaceByIndex(int(peer.ZoneId)); err == nil {
+		addr := netip.AddrFrom16(socket.Addr).Unmap()
+		if socket.ZoneId != 0 {
+			if link, err := net.InterfaceByIndex(int(socket.ZoneId)); err == nil {
 				addr = addr.WithZone(link.Name)
 			}
 		}
-		return netip.AddrPortFrom(addr, uint16(peer.Port)).String()
+		return netip.AddrPortFrom(addr, uint16(socket.Port))
 	}
-	return ""
+	return netip.AddrPort{}
 }
 
 // clientAddr is what addrString returned, as a net.Addr.
@@ -87,17 +95,8 @@ func isConnected(fd int) bool {
 // address itself. A socket has its address as soon as it connects.
 func isSelfConnect(fd int, to netip.AddrPort) bool {
 	local, err := syscall.Getsockname(fd)
-	if err != nil {
-		return false
-	}
-	var own netip.AddrPort
-	switch local := local.(type) {
-	case *syscall.SockaddrInet4:
-		own = netip.AddrPortFrom(netip.AddrFrom4(local.Addr), uint16(local.Port))
-	case *syscall.SockaddrInet6:
-		own = netip.AddrPortFrom(netip.AddrFrom16(local.Addr).Unmap(), uint16(local.Port))
-	}
-	return own.Port() == to.Port() &&
+	own := addrPort(local)
+	return err == nil && own.Port() == to.Port() &&
 		(own.Addr() == to.Addr().Unmap() || to.Addr().IsUnspecified())
 }
 

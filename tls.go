@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -106,7 +107,7 @@ func (s *tlsServer) handshake(
 ) error {
 	began := time.Now()
 	t.expired = expired
-	err := s.compute(t, t.Conn.Handshake)
+	err := s.compute(t)
 	t.limit, t.expired = math.MaxInt, nil // until it is a session's
 	result := resultOf(err)
 	s.count(result)
@@ -140,13 +141,13 @@ func tlsHandshakeResult(err error) tlsResult {
 	return tlsFailed
 }
 
-// compute calls handshake when it is the turn of t.
-func (s *tlsServer) compute(t *tlsConn, handshake func() error) error {
+// compute calls crypto/tls when it is the turn of t.
+func (s *tlsServer) compute(t *tlsConn) error {
 	defer s.endTurn(t)
 	if err := s.takeTurn(t); err != nil {
 		return err
 	}
-	return handshake()
+	return t.Conn.Handshake()
 }
 
 // takeTurn waits for the turn of t to compute. It returns an error if t.expired is closed before:
@@ -410,10 +411,6 @@ func plainHTTPAnswer(err error) []byte {
 
 // looksLikeHTTP reports whether the bytes may begin an HTTP/1 request.
 func looksLikeHTTP(begin [5]byte) bool {
-	for _, method := range []string{"GET /", "HEAD ", "POST ", "PUT /", "OPTIO", "PATCH", "DELET", "CONNE"} {
-		if string(begin[:]) == method {
-			return true
-		}
-	}
-	return false
+	methods := []string{"GET /", "HEAD ", "POST ", "PUT /", "OPTIO", "PATCH", "DELET", "CONNE"}
+	return slices.Contains(methods, string(begin[:]))
 }

@@ -980,7 +980,8 @@ func TestCloseGracefullyAtSessionStart(t *testing.T) {
 			t.Fatal("closeGracefully returned false")
 		}
 		early := [2][]byte{nil, frameBytes(0x81, false, 5, []byte("early"))}
-		r.register(s, func() { r.engine.carry(s, pairs.near, early) })
+		r.register(s)
+		r.engine.carry(s, pairs.near, early)
 		client, backend := pairs.far[clientSide], pairs.far[backendSide]
 		mustFrames(t, backend, true, goesAway)
 		backend.Close()
@@ -990,16 +991,15 @@ func TestCloseGracefullyAtSessionStart(t *testing.T) {
 	}, "tcp", "tls")
 }
 
-// A session that is ended during its hand-over, between register and the engine's
-// startSession, ends when it starts.
+// A session that is ended during its hand-over, between register and engine.carry,
+// ends when it starts.
 func TestRelayEndsAtSessionStart(t *testing.T) {
 	eachNetwork(t, func(t *testing.T, network string) {
 		r, pairs, s := quietRelay(t), newSessionConns(t, network, "tcp"), newSession("ns-01", 0, "")
 		r.engine.assign(s, pairs.near)
-		r.register(s, func() {
-			s.end(causeDrain)
-			r.engine.carry(s, pairs.near, [2][]byte{})
-		})
+		r.register(s)
+		s.end(causeDrain)
+		r.engine.carry(s, pairs.near, [2][]byte{})
 		relayed{session: s, relay: r}.wantCause(t, causeDrain)
 		mustBreak(t, pairs.far[clientSide])
 		mustBreak(t, pairs.far[backendSide])
