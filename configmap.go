@@ -206,7 +206,7 @@ func (c *configMaps) whyNotReady() string {
 	defer c.mu.Unlock()
 	var why []string
 	for i, w := range c.watchers {
-		switch failure := w.snapshot().failure; {
+		switch {
 		case len(c.current[i]) > 0:
 		case c.current[i] != nil && w.name != "":
 			why = append(why, fmt.Sprintf("%s does not exist: kubectl -n %s create configmap %s",
@@ -214,10 +214,8 @@ func (c *configMaps) whyNotReady() string {
 		case c.current[i] != nil:
 			why = append(why, fmt.Sprintf("no ConfigMap has the label: "+
 				"kubectl -n %s label configmap NAME %s", w.kubeNamespace, w.selector))
-		case failure != nil:
-			why = append(why, w.String()+": "+failure.Error())
 		default:
-			why = append(why, w.String()+": no answer from the API server yet")
+			why = append(why, w.whyNotListed())
 		}
 	}
 	return strings.Join(why, "; ")

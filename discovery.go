@@ -180,7 +180,7 @@ type storedProof struct {
 
 // newReplicaWatcher returns a replicaWatcher of the StatefulSet of endpoints. The caller
 // runs its watcher, run and proveStored. run calls onBackendsChanged with the backends that own
-// namespaces, at least one, each time that they or their cordon change.
+// namespaces, at least one, each time that they or their cordon may have changed.
 //
 // If onWanted is nil, the router is alone. Else all routers share a stored count, which
 // setStored gives to this router: before that, no backends are known. run calls onWanted
@@ -430,7 +430,7 @@ func (r *replicaWatcher) proveStored(ctx context.Context) {
 			return
 		case <-r.proveWakeup:
 		}
-		for _, missing := r.missingProof(); missing; _, missing = r.missingProof() {
+		for r.missingProof() != (storedProof{}) {
 			if sleep(ctx, proveDelay) != nil {
 				return
 			}
@@ -439,29 +439,28 @@ func (r *replicaWatcher) proveStored(ctx context.Context) {
 	}
 }
 
-// missingProof returns the proof that wantedBackends needs, and reports whether there is
-// none. A StatefulSet that does not exist cannot be newer than the stored count.
-func (r *replicaWatcher) missingProof() (wanted storedProof, missing bool) {
+// missingProof returns the proof that wantedBackends needs and that there is not; zero if
+// none is missing. A StatefulSet that does not exist cannot be newer than the stored count.
+func (r *replicaWatcher) missingProof() storedProof {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.absent || !r.isStoredAhead() {
-		return storedProof{}, false
+	if r.absent || !r.isStoredAhead() || r.proof == r.proofWanted() {
+		return storedProof{}
 	}
-	wanted = r.proofWanted()
-	return wanted, r.proof != wanted
+	return r.proofWanted()
 }
 
 // prove lists the StatefulSet, if a proof is missing. The LIST is the proof if it brings
 // nothing else.
 func (r *replicaWatcher) prove(ctx context.Context) {
-	wanted, missing := r.missingProof()
-	if !missing {
+	wanted := r.missingProof()
+	if wanted == (storedProof{}) {
 		return
 	}
 	select {
 	case <-ctx.Done():
 	case <-r.watcher.relist():
-		if now, missing := r.missingProof(); missing && now == wanted {
+		if r.missingProof() == wanted {
 			r.mu.Lock()
 			r.proof = wanted
 			r.mu.Unlock()
@@ -503,21 +502,21 @@ func (r *replicaWatcher) writeMetrics(m metricsWriter, backends ordinalRange,
 	if backends.count == 0 {
 		return
 	}
-	sample := m.family("router_backend_ready", "gauge",
-		"1 if the backend is ready for new sessions, or if the router does not know.")
-	for i := range backends.count {
-		ordinal := backends.first + i
-		ready, known := r.endpoints.isReady(ordinal)
-		name := backendName(r.endpoints.statefulSet, ordinal)
-		sample(boolToFloat(ready || !known), "backend", name)
+	family := func(name, help string, is func(ordinal int) bool) {
+		sample := m.family(name, "gauge", help)
+		for i := range backends.count {
+			ordinal := backends.first + i
+			sample(boolToFloat(is(ordinal)), "backend", backendName(r.endpoints.statefulSet, ordinal))
+		}
 	}
-	without := m.family("router_backend_without_namespaces", "gauge",
-		"1 if the backend is cordoned and no override names it.")
-	for i := range backends.count {
-		ordinal := backends.first + i
-		name := backendName(r.endpoints.statefulSet, ordinal)
-		without(boolToFloat(hasNoNamespaces(ordinal)), "backend", name)
-	}
+	family("router_backend_ready",
+		"1 if the backend is ready for new sessions, or if the router does not know.",
+		func(ordinal int) bool {
+			ready, known := r.endpoints.isReady(ordinal)
+			return ready || !known
+		})
+	family("router_backend_without_namespaces",
+		"1 if the backend is cordoned and no override names it.", hasNoNamespaces)
 }
 
 // whyNotReady returns, in words, why the number of backends is not known, or "" if it is.
@@ -535,16 +534,14 @@ func (r *replicaWatcher) whyNotReady() string {
 	case r.latest != nil && r.latest.Spec.Replicas == 0:
 		return r.watcher.String() + " has no replicas"
 	case r.latest != nil:
-		return r.endpoints.watcher.String() + ": no answer from the API server yet"
+		return r.endpoints.watcher.whyNotListed()
 	case r.absent:
 		return r.watcher.String() + " does not exist"
 	case errorClass(failure) == "forbidden":
 		return fmt.Sprintf("%s: %v; the Role needs list and watch of statefulsets "+
 			"with resourceNames [%s]", r.watcher.String(), failure, r.watcher.name)
-	case failure != nil:
-		return r.watcher.String() + ": " + failure.Error()
 	}
-	return r.watcher.String() + ": no answer from the API server yet"
+	return r.watcher.whyNotListed()
 }
 
 // endpointSlice holds the fields that the router reads of an EndpointSlice

@@ -147,6 +147,14 @@ func (w *watcher[T]) String() string {
 	return w.kind + " " + w.kubeNamespace + "/" + w.name + w.selector
 }
 
+// whyNotListed says, before the first LIST, why the objects are not known.
+func (w *watcher[T]) whyNotListed() string {
+	if failure := w.snapshot().failure; failure != nil {
+		return w.String() + ": " + failure.Error()
+	}
+	return w.String() + ": no answer from the API server yet"
+}
+
 // listAndWatch is one cycle, without its BACKOFF. It returns nil if the WATCH ended
 // cleanly, which does not mean that no event was lost.
 //
