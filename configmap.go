@@ -8,7 +8,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 )
 
 // configMap is the part of a ConfigMap that the router reads.
@@ -59,8 +58,6 @@ type configMaps struct {
 	mu      sync.Mutex
 	current []map[string]configMapState // of each watcher, by name; nil before its LIST
 	applied []sourceContent             // that update got last
-
-	objects atomic.Pointer[map[sourceID]apiObject] // of applied
 }
 
 // configMapState is the last version of a ConfigMap whose overrides are in force.
@@ -155,12 +152,12 @@ func (c *configMaps) applyAll() {
 		maps.Copy(all, found)
 	}
 	var contents []sourceContent
-	objects := map[sourceID]apiObject{}
 	for _, name := range slices.Sorted(maps.Keys(all)) {
 		m := all[name]
-		objects[m.id()] = m.apiObject
-		contents = append(contents,
-			sourceContent{id: m.id(), version: m.Metadata.ResourceVersion, overrides: &m.Data})
+		contents = append(contents, sourceContent{
+			id: m.id(), object: m.apiObject,
+			version: m.Metadata.ResourceVersion, overrides: &m.Data,
+		})
 	}
 	if slices.Equal(contents, c.applied) {
 		return
@@ -171,19 +168,14 @@ func (c *configMaps) applyAll() {
 		return
 	}
 	c.applied = contents
-	c.objects.Store(&objects)
 	c.update(contents...)
 }
 
 // reportChange queues Events about a change of a ConfigMap's overrides, when the newest table
 // has it. That may be later than update: when the number of backends is known, or changes.
 func (c *configMaps) reportChange(change sourceChange) {
-	objects := c.objects.Load()
-	if objects == nil {
-		return // the change is of a provisional source
-	}
-	if o, ok := (*objects)[change.id]; ok {
-		c.events.reportChange(o, change)
+	if change.object.Kind != "" { // it is of a ConfigMap that is still there
+		c.events.reportChange(change.object, change)
 	}
 }
 

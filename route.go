@@ -41,7 +41,8 @@ func (id sourceID) String() string {
 // sourceContent is the content of one object that holds overrides, at one moment.
 type sourceContent struct {
 	id        sourceID
-	version   string // the ConfigMap's resourceVersion, or a hash of the directory's files
+	object    apiObject // the ConfigMap; zero for other sources
+	version   string    // the ConfigMap's resourceVersion, or a hash of the directory's files
 	overrides *overrideSet
 }
 
