@@ -162,6 +162,7 @@ func (w *watcher[T]) whyNotListed() string {
 // server or a network that does not. It bounds the wait for the response's headers too:
 // some proxies hold them back until the first event (kubectl#628).
 func (w *watcher[T]) listAndWatch(ctx context.Context) error {
+	w.updateStatus(func(s *watchStatus) { s.healthy = false })
 	version, err := w.list(ctx)
 	if err != nil {
 		return err
@@ -395,7 +396,7 @@ func (w *watcher[T]) finishCycle(err error) time.Duration {
 		if err != nil {
 			s.countFailure(errorClass(err))
 		}
-		s.healthy, s.failure, s.unconfirmed = false, cmp.Or(err, s.failure), s.unconfirmed || err != nil
+		s.failure, s.unconfirmed = cmp.Or(err, s.failure), s.unconfirmed || err != nil
 	})
 	if err != nil {
 		if w.onFailure != nil {

@@ -179,7 +179,8 @@ func TestWatchNormalEndListsAtOnce(t *testing.T) {
 }
 
 // relist ends a stream at once, and is done when a LIST that began after it was applied. It
-// is no failure. While the API server is away, all calls wait for the same LIST.
+// is no failure. While the API server is away, all calls wait for the same LIST. A LIST that
+// fails counts as a failure, also if the stream before was healthy.
 func TestWatchListsAgain(t *testing.T) {
 	inBubble(t, "one server", func(t *testing.T) {
 		c := startWatch(t, append(listsTo(2), statusAnswer(500, "InternalError", "away"), listsTo(3)[2]), script{openStream()})
@@ -195,8 +196,10 @@ func TestWatchListsAgain(t *testing.T) {
 		wantListed(c.relist())
 		c.want(t, applied2)
 		wantEqual(t, "failures", c.snapshot().failures, 0)
+		time.Sleep(2 * healthyWatch)
 		first := c.relist() // it gets 500
 		synctest.Wait()
+		wantEqual(t, "failures", c.snapshot().failures, 1)
 		second := c.relist()
 		if third := c.relist(); third != second {
 			t.Error("each call waits for a LIST of its own")
