@@ -179,11 +179,7 @@ func (w *watcher[T]) listAndWatch(ctx context.Context) error {
 		case <-ctx.Done():
 		}
 	})
-	stream, err := w.connect(ctx, version, timeout)
-	if err == nil {
-		err = w.watch(ctx, stream)
-		stream.Close()
-	}
+	err = w.watch(ctx, version, timeout)
 	cancel()
 	if relist.Wait(); wanted {
 		return errRelist
@@ -260,23 +256,21 @@ func (w *watcher[T]) endRelists(asked []chan struct{}, err error) {
 	}
 }
 
-// connect is CONNECTING. It returns the stream of a WATCH, which begins after the
-// resourceVersion version. The caller closes the stream.
-func (w *watcher[T]) connect(ctx context.Context, version string,
-	timeout time.Duration) (io.ReadCloser, error) {
+// watch is CONNECTING and WATCHING. It applies the events of a WATCH, which begins after the
+// resourceVersion version, until that ends, and returns nil if it ended cleanly. The cycle is
+// healthy if the stream lived for healthyWatch, or brought a change and ended cleanly.
+func (w *watcher[T]) watch(ctx context.Context, version string, timeout time.Duration) error {
 	w.setState(watchConnecting)
-	return w.get(ctx, url.Values{
+	stream, err := w.get(ctx, url.Values{
 		"watch":               {"1"},
 		"resourceVersion":     {version},
 		"timeoutSeconds":      {strconv.Itoa(int(timeout.Seconds()))},
 		"allowWatchBookmarks": {"true"},
 	})
-}
-
-// watch is WATCHING. It applies the events of the stream until the stream ends, and
-// returns nil if it ended cleanly. The cycle is healthy if the stream lived for
-// healthyWatch, or brought a change and ended cleanly.
-func (w *watcher[T]) watch(ctx context.Context, stream io.Reader) error {
+	if err != nil {
+		return err
+	}
+	defer stream.Close()
 	w.setState(watchWatching)
 	defer time.AfterFunc(healthyWatch, w.markHealthy).Stop()
 	before := w.changes
