@@ -276,11 +276,7 @@ func (t *table) isKept(s *indexSlot) bool { return int(s.set) > len(t.sources) }
 // wantedOwner returns the ordinal of the backend that owns the namespace. ok is false if the
 // namespace is unresolved.
 func (t *table) wantedOwner(namespace string) (ordinal int, ok bool) {
-	hash := hash64(namespace)
-	ordinal = t.ordinalOf(findSlot(&t.index, namespace, upper32(hash)))
-	if ordinal == byHash {
-		return t.hashOwner(hash), true
-	}
+	ordinal, _ = t.lookup(namespace, hash64(namespace))
 	return ordinal, ordinal != unresolved
 }
 
@@ -307,8 +303,8 @@ func (t *table) cordonedOwner(namespace string) (ordinal int, ok bool) {
 	return t.backends.first + b, t.cordoned != nil && t.cordoned[b]
 }
 
-// lookup is owner for a namespace with this hash64. It returns unresolved if the
-// namespace has no owner, and whether the namespace is kept.
+// lookup returns the owner of a namespace with this hash64, unresolved if it has none, and
+// whether the namespace is kept.
 func (t *table) lookup(namespace string, hash uint64) (ordinal int, kept bool) {
 	s := findSlot(&t.index, namespace, upper32(hash))
 	if ordinal = t.ordinalOf(s); ordinal == byHash {
