@@ -828,6 +828,13 @@ func (c relayed) wantAccount(t *testing.T, tail *logTail, taken [2]int64, least,
 	}
 }
 
+// endAll ends all sessions at once.
+func (r *relay) endAll(cause cause) {
+	for _, s := range r.filter(func(*session) bool { return true }) {
+		s.end(cause)
+	}
+}
+
 func quietRelay(t testing.TB) *relay {
 	t.Helper()
 	name := func(i int) string { return backendName("backend", i) }

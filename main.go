@@ -780,7 +780,7 @@ func (p *program) drainAll() (ended int64) {
 		p.proxy.forwarder.stop(ctx)
 		close(forwarded)
 	}()
-	ended = drain(context.Background(), p.proxy.relay, over)
+	ended = drain(p.proxy.relay, over)
 	<-forwarded
 	return ended
 }

@@ -548,13 +548,6 @@ func (r *relay) writeByteMetrics(m metricsWriter) {
 	sample(float64(bytes[backendSide]), "direction", "to_client")
 }
 
-// endAll ends all sessions at once.
-func (r *relay) endAll(cause cause) {
-	for _, s := range r.filter(func(*session) bool { return true }) {
-		s.end(cause)
-	}
-}
-
 // wait returns when all sessions have ended.
 func (r *relay) wait() { r.openSessions.Wait() }
 
