@@ -255,7 +255,7 @@ func (m *mover) prepare(now time.Time) {
 		return
 	}
 	m.restartSettling(now)
-	m.countCancelled(m.requeue(v, t, now))
+	m.requeue(v, t, now)
 	m.targets.redial(m.ctx)
 	if m.tally == nil || m.tally.ownersHash != t.ownersHash {
 		m.endTally()
@@ -287,9 +287,9 @@ func (m *mover) restartSettling(now time.Time) {
 }
 
 // requeue fills the queue with all sessions that have to move to t's owners, and dials
-// those owners that are not dialled yet. It returns how many sessions were queued before
-// and need not move any more.
-func (m *mover) requeue(v *view, t *table, now time.Time) (cancelled int) {
+// those owners that are not dialled yet. It counts the sessions that were queued before and
+// need not move any more.
+func (m *mover) requeue(v *view, t *table, now time.Time) {
 	var queue []queuedSession
 	for _, s := range m.movableSessions() {
 		hash := hash64(s.namespace)
@@ -304,9 +304,12 @@ func (m *mover) requeue(v *view, t *table, now time.Time) (cancelled int) {
 			queue = append(queue, queuedSession{s, placeOf(hash), target})
 		}
 	}
-	cancelled = m.queue.fill(queue, now)
+	cancelled := m.queue.fill(queue, now)
+	m.cancelled.Add(int64(cancelled))
+	if m.tally != nil {
+		m.tally.cancelled += cancelled
+	}
 	m.targets.set(m.ctx, m.queue.targets())
-	return cancelled
 }
 
 // movableSessions returns the sessions that neither end nor have ended.
@@ -317,15 +320,7 @@ func (m *mover) movableSessions() []*session {
 // refreshQueue fills the queue anew if it is outdated.
 func (m *mover) refreshQueue(v *view, t *table, now time.Time) {
 	if m.queue.isOutdated(now) {
-		m.countCancelled(m.requeue(v, t, now))
-	}
-}
-
-// countCancelled counts n sessions that were to move and stay now.
-func (m *mover) countCancelled(n int) {
-	m.cancelled.Add(int64(n))
-	if m.tally != nil {
-		m.tally.cancelled += n
+		m.requeue(v, t, now)
 	}
 }
 
