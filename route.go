@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"fmt"
 	"hash/fnv"
 	"iter"
@@ -41,9 +40,9 @@ func (id sourceID) String() string {
 // sourceContent is the content of one object that holds overrides, at one moment.
 type sourceContent struct {
 	id        sourceID
-	object    apiObject // the ConfigMap; zero for other sources
-	version   string    // the ConfigMap's resourceVersion, or a hash of the directory's files
-	overrides *overrideSet
+	object    apiObject    // the ConfigMap; zero for other sources
+	version   string       // the ConfigMap's resourceVersion, or a hash of the directory's files
+	overrides *overrideSet // never nil
 }
 
 // table maps each namespace to its owner. It is immutable: an update makes a new one.
@@ -90,14 +89,12 @@ func newTable(statefulSet string, fromHost bool, backends ordinalRange, listedCo
 	sources []sourceContent, old *table) *table {
 	t := &table{
 		statefulSet: statefulSet, fromHost: fromHost, backends: backends, listedCordon: listedCordon,
-		sources: slices.Clone(sources), overridesVersion: versionOf(sources),
+		sources: sources, overridesVersion: versionOf(sources),
 		invalid: make([]int, len(sources)),
 	}
 	var sets []*overrideSet
 	count := 0
-	for i := range t.sources {
-		src := &t.sources[i]
-		src.overrides = cmp.Or(src.overrides, &overrideSet{})
+	for _, src := range sources {
 		sets = append(sets, src.overrides)
 		t.valueOrdinals = append(t.valueOrdinals, t.resolveValues(src.overrides))
 		count += src.overrides.count

@@ -55,7 +55,7 @@ type tableStore struct {
 
 	// Guarded by mu, which serialises swaps.
 	mu       sync.Mutex
-	contents []sourceContent // of the sources, merged; nil before they are known
+	contents []sourceContent // of the sources, merged; nil before they are known; tables share it
 	backends backendSet      // of the next table; count is 0 before they are known
 }
 
@@ -142,7 +142,6 @@ func (r *tableStore) updateVersions() bool {
 	same := len(r.contents) == len(t.sources)
 	for i := range r.contents {
 		src := &r.contents[i]
-		src.overrides = cmp.Or(src.overrides, &overrideSet{})
 		j := slices.IndexFunc(t.sources, hasID(src.id))
 		if j >= 0 && src.overrides.equal(t.sources[j].overrides) {
 			src.overrides = t.sources[j].overrides
@@ -151,7 +150,7 @@ func (r *tableStore) updateVersions() bool {
 	}
 	if same {
 		next := *t
-		next.sources, next.overridesVersion = slices.Clone(r.contents), versionOf(r.contents)
+		next.sources, next.overridesVersion = r.contents, versionOf(r.contents)
 		r.newest.Store(&next)
 	}
 	return same

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -27,8 +28,19 @@ func (s *fakeSource) reportChange(c sourceChange) { s.changes = append(s.changes
 // addFakeSource adds a fakeSource to the router, and returns its update function.
 func (r *tableStore) addFakeSource(provisional bool) (s *fakeSource, update func(...sourceContent)) {
 	s = &fakeSource{}
-	r.addSource(provisional, func(u func(...sourceContent)) overrideSource { update = u; return s })
+	r.addSource(provisional, func(u func(...sourceContent)) overrideSource {
+		update = func(contents ...sourceContent) { u(withSets(contents)...) }
+		return s
+	})
 	return s, update
+}
+
+// withSets gives those contents that have no overrides an empty set of them.
+func withSets(contents []sourceContent) []sourceContent {
+	for i := range contents {
+		contents[i].overrides = cmp.Or(contents[i].overrides, &overrideSet{})
+	}
+	return contents
 }
 
 // update gives the router the contents of its first source. It adds a fakeSource if
@@ -37,7 +49,7 @@ func (r *tableStore) update(contents ...sourceContent) {
 	if r.sources == nil {
 		r.addFakeSource(false)
 	}
-	r.setContents(r.sources[0], contents)
+	r.setContents(r.sources[0], withSets(contents))
 }
 
 // loggedRouter is a router of 4 backends and its log.
