@@ -24,11 +24,11 @@ type moveTargets struct {
 	dials   sync.WaitGroup      // all dial
 }
 
-// moveTarget is a new owner of sessions that have to move.
+// moveTarget is a new owner of sessions that have to move. Before its first dial has ended, it
+// is not reachable, and waitUntil is zero.
 type moveTarget struct {
 	backend   int                // its ordinal
 	cancel    context.CancelFunc // ends its dial
-	dialled   bool               // the first dial has ended
 	reachable bool               // it has accepted a connection
 	waitUntil time.Time          // maxAwayTime after the first failed dial; else zero
 }
@@ -68,7 +68,7 @@ func (t *moveTargets) redial(ctx context.Context) {
 	for backend, target := range t.all {
 		if target.reachable {
 			target.cancel()
-			t.add(ctx, &moveTarget{backend: backend, dialled: true, reachable: true})
+			t.add(ctx, &moveTarget{backend: backend, reachable: true})
 		}
 	}
 }
@@ -117,8 +117,8 @@ func (t *moveTargets) note(d dialResult, now time.Time) (firstFailure bool) {
 	if t.all[target.backend] != target { // it was dropped or dialled anew meanwhile
 		return false
 	}
-	target.dialled, target.reachable = true, d.err == nil
-	if d.err == nil || !target.waitUntil.IsZero() {
+	target.reachable = d.err == nil
+	if target.reachable || !target.waitUntil.IsZero() {
 		return false
 	}
 	target.waitUntil = now.Add(maxAwayTime)
@@ -128,7 +128,7 @@ func (t *moveTargets) note(d dialResult, now time.Time) (firstFailure bool) {
 // areDialled reports whether the first dial of each target has ended.
 func (t *moveTargets) areDialled() bool {
 	for _, target := range t.all {
-		if !target.dialled {
+		if !target.reachable && target.waitUntil.IsZero() {
 			return false
 		}
 	}
@@ -140,7 +140,7 @@ func (t *moveTargets) areDialled() bool {
 // is none.
 func (t *moveTargets) away(now time.Time) (away []int, until time.Time) {
 	for backend, target := range t.all {
-		if target.dialled && !target.reachable && now.Before(target.waitUntil) {
+		if !target.reachable && now.Before(target.waitUntil) {
 			away = append(away, backend)
 			until = earliest(until, target.waitUntil)
 		}
