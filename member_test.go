@@ -1623,7 +1623,7 @@ func TestShareOfTheRate(t *testing.T) {
 	}
 	m := &mover{moveInterval: time.Second}
 	wantEqual(t, "time between two moves of a router by itself", m.interval(), time.Second)
-	m.shared = &sharedHandoff{membership: &membership{member: r.member}}
+	m.shared = &membership{member: r.member}
 	m.shared.inbox.object = s.object
 	wantEqual(t, "time between two moves with half of the rate", m.interval(), 2*time.Second)
 }

@@ -199,6 +199,14 @@ func (m *membership) decideAndWrite(
 	return d
 }
 
+// lastObject returns the newest version of the object, nil if there is none. It takes
+// membership.mu.
+func (m *membership) lastObject() *handoffObject {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.inbox.object
+}
+
 // takeInbox returns what has come, and notes how the last write or list has ended.
 func (m *membership) takeInbox(now time.Time) handoffInbox {
 	m.mu.Lock()

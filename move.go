@@ -42,7 +42,7 @@ type mover struct {
 	// httpMoveTime is how old a plain request may become when a step waits for it, or with
 	// -handoff=off when its owner changed; 0: it is cut at once.
 	httpMoveTime  time.Duration
-	shared        *sharedHandoff // nil without -handoff=all
+	shared        *membership // nil without -handoff=all
 	ages          ageSweep
 	stepDurations *histogram // of the steps that are done
 	log           *slog.Logger
@@ -75,6 +75,10 @@ type mover struct {
 	closing      []*session      // sessions that the step still waits for
 	waitsForPace bool            // there are sessions that only wait for the pace
 	ctx          context.Context // of run
+
+	// Owned by run, with -handoff=all only.
+	lastDoneHere int64         // the last step of which nothing is left in this router
+	lastProposal *stepProposal // the last that may be in this router's answer; nil for none
 }
 
 // newMover returns a mover that moves rate sessions per second, or all at once if rate is
@@ -472,7 +476,7 @@ func (m *mover) interval() time.Duration {
 	if m.shared == nil {
 		return m.moveInterval
 	}
-	return time.Duration(float64(m.moveInterval) / m.shared.positiveRateShare())
+	return time.Duration(float64(m.moveInterval) / m.positiveRateShare())
 }
 
 // minMoveTime returns how long this number of moves takes at least: with -handoff=all the moves
@@ -659,14 +663,6 @@ func (m *mover) keepReceipt(receipt moveReceipt) {
 	m.receipts.Store(&all)
 }
 
-// sharedHandoff is what the mover needs to know of the step that all routers take together
-// (-handoff=all). The mover's run owns it.
-type sharedHandoff struct {
-	*membership
-	lastDoneHere int64         // the last step of which nothing is left in this router
-	lastProposal *stepProposal // the last that may be in this router's answer; nil for none
-}
-
 // stepProposal is how far the step after the view's may go, as far as this router is
 // concerned. Each change of it is a write. So it stays until there is a new step or another
 // table, or a new owner becomes reachable or unreachable for any router.
@@ -681,7 +677,7 @@ type stepProposal struct {
 // useMembership makes the mover share its steps, and the rate of moves, with other
 // routers.
 func (m *mover) useMembership(s *membership) {
-	m.shared = &sharedHandoff{membership: s}
+	m.shared = s
 	s.wake = m.wake.notify
 }
 
@@ -739,10 +735,10 @@ func (m *mover) workShared(v *view, now time.Time) (p stepProgress, again time.T
 	if m.tally == nil && t != nil && !v.isAtRest(t.ownersHash) {
 		m.prepare(now) // this router has joined during a change
 	}
-	if m.shared.lastDoneHere < v.step && (v.done || m.workOnStep(v)) {
-		m.shared.lastDoneHere = v.step
+	if m.lastDoneHere < v.step && (v.done || m.workOnStep(v)) {
+		m.lastDoneHere = v.step
 	}
-	p.doneHere = m.shared.lastDoneHere >= v.step
+	p.doneHere = m.lastDoneHere >= v.step
 	switch {
 	case t == nil || !p.doneHere || !v.knowsAll() || v.admitsNone:
 		return p, time.Time{}
@@ -758,7 +754,7 @@ func (m *mover) workShared(v *view, now time.Time) (p stepProgress, again time.T
 // workAtRest does what is left to do when v has the newest table alone: the tally ends, and the
 // table gets what v knows of previous owners.
 func (m *mover) workAtRest(v *view, t *table, now time.Time) (again time.Time) {
-	m.shared.lastProposal = nil
+	m.lastProposal = nil
 	if !v.done {
 		return time.Time{}
 	}
@@ -782,8 +778,8 @@ func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.T
 		m.prepare(now)
 	}
 	away, again := m.targets.away(now)
-	allAway := m.shared.withAwayForOthers(away)
-	p := m.shared.lastProposal
+	allAway := m.withAwayForOthers(away)
+	p := m.lastProposal
 	if p != nil && p.step == v.step && p.ownersHash == t.ownersHash &&
 		slices.Equal(p.limit.away, away) && slices.Equal(p.allAway, allAway) {
 		return p, again
@@ -793,11 +789,11 @@ func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.T
 	p.limit = stepLimit{upto: allPlaces, away: away}
 	free, resume := m.startPace(now)
 	schedule := m.pace // of what this router proposes; dequeueForStep advances the pace itself
-	m.queue.split(&p.limit, free, &schedule, m.shared.nextStepTime(now))
+	m.queue.split(&p.limit, free, &schedule, m.nextStepTime(now))
 	p.toMove = int(m.queue.size.Load())
 	m.waitsForPace = free && (p.limit.upto < allPlaces || len(m.queue.oldPod) > 0)
 	if p.limit.upto == allPlaces || v.wouldChange(t, stepLimit{p.limit.upto, allAway}) {
-		m.shared.lastProposal = p
+		m.lastProposal = p
 		return p, again
 	}
 	if free {
@@ -849,35 +845,28 @@ func (m *mover) dequeueForStep(v *view, now time.Time) {
 }
 
 // nextStepTime returns when the step after the view's can begin: now or later.
-func (s *sharedHandoff) nextStepTime(now time.Time) time.Time {
-	return latest(now, s.member.stepAdoptedAt.Add(stepTime(len(s.member.view.plan.members))))
-}
-
-// lastObject returns the newest version of the object, nil if there is none. It takes
-// membership.mu.
-func (s *sharedHandoff) lastObject() *handoffObject {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.inbox.object
+func (m *mover) nextStepTime(now time.Time) time.Time {
+	own := m.shared.member
+	return latest(now, own.stepAdoptedAt.Add(stepTime(len(own.view.plan.members))))
 }
 
 // positiveRateShare returns this router's part of the rate, above 0 and at most 1. A router that
 // had no session to move when it answered last has a small part. It takes membership.mu.
-func (s *sharedHandoff) positiveRateShare() float64 {
-	o := s.lastObject()
+func (m *mover) positiveRateShare() float64 {
+	o := m.shared.lastObject()
 	if o == nil || o.plan == nil {
 		return 1
 	}
-	return max(s.member.rateShare(o), 0.1/float64(max(1, len(o.plan.members))))
+	return max(m.shared.member.rateShare(o), 0.1/float64(max(1, len(o.plan.members))))
 }
 
 // withAwayForOthers returns the sorted ordinals in away, and those of the owners that are away
 // for other routers, by their last answers. It takes membership.mu.
-func (s *sharedHandoff) withAwayForOthers(away []int) []int {
+func (m *mover) withAwayForOthers(away []int) []int {
 	all := slices.Clone(away)
-	if o := s.lastObject(); o != nil && o.plan != nil {
+	if o := m.shared.lastObject(); o != nil && o.plan != nil {
 		for pod := range o.plan.members {
-			if pod != s.member.name {
+			if pod != m.shared.member.name {
 				all = append(all, o.answers[pod].limit.away...)
 			}
 		}

@@ -40,9 +40,9 @@ func (id sourceID) String() string {
 // sourceContent is the content of one object that holds overrides, at one moment.
 type sourceContent struct {
 	id        sourceID
-	object    apiObject // the ConfigMap; zero for other sources
-	version   string    // the ConfigMap's resourceVersion, or a hash of the directory's files
-	overrides *overrideSet
+	object    apiObject    // the ConfigMap; zero for other sources
+	version   string       // the ConfigMap's resourceVersion, or a hash of the directory's files
+	overrides *overrideSet // never nil
 }
 
 // table maps each namespace to its owner. It is immutable: an update makes a new one.
