@@ -6,26 +6,32 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
+	stdlog "log"
 	"math"
 	"net"
 	"net/http"
+	"net/http/httptrace"
+	"net/http/httputil"
+	"net/textproto"
+	"net/url"
 	"slices"
 	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
 )
 
-// forwarder forwards plain requests, those that are no upgrades, to owners of namespaces. It
-// does so without http.Transport, which sends a request again when an idle connection was
-// closed, and does not say which connection an owner may still read a request from.
+// forwarder forwards plain requests, those that are no upgrades, to owners of namespaces.
+// httputil.ReverseProxy passes each answer on. Its transport is not http.Transport, but
+// proxy.roundTrip, which exchange.serve gives to it: http.Transport sends a request again
+// when an idle connection was closed, and does not say which connection an owner may still
+// read a request from.
 type forwarder struct {
 	// Static after construction.
 	lifetime context.Context // all exchanges end with it: see stop
 	end      context.CancelCauseFunc
+	errorLog *stdlog.Logger // of httputil.ReverseProxy; proxy.logFailure logs instead
 	idle     *idleConns
 	buffers  sync.Pool // of *[forwardBuffer]byte
 
@@ -64,6 +70,7 @@ var errMoved = errors.New("its namespace moved to another owner, its backend was
 // connections that it keeps. The caller calls stop.
 func newForwarder(addDescriptors func(count int)) *forwarder {
 	f := &forwarder{
+		errorLog:  stdlog.New(io.Discard, "", 0),
 		durations: newHistogram(.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60),
 		idle: &idleConns{
 			addDescriptors: addDescriptors, byPod: map[backendPod][]*ownerConn{},
@@ -93,6 +100,12 @@ func (f *forwarder) stop(ctx context.Context) {
 	cut()
 	f.idle.close()
 }
+
+// Get returns a buffer for httputil.ReverseProxy.
+func (f *forwarder) Get() []byte { return f.buffers.Get().(*[forwardBuffer]byte)[:] }
+
+// Put takes a buffer that Get has returned.
+func (f *forwarder) Put(b []byte) { f.buffers.Put((*[forwardBuffer]byte)(b)) }
 
 // writeMetrics writes how many plain requests there were and are, and how long they took.
 func (f *forwarder) writeMetrics(m metricsWriter) {
@@ -132,10 +145,13 @@ type exchange struct {
 	holdCtx    context.Context // bounds all waits for owners; nil before the first
 	cancelHold func()
 
-	head      []byte     // what startPlainHead has returned, without room
-	shortBody []byte     // the body, if it was read before; its length is at most maxShortBody
-	counted   bool       // in forwarder.atOwners
-	body      *bodyState // nil for a body that does not stream, or has not begun
+	head         []byte   // what startPlainHead has returned, without room
+	shortBody    []byte   // the body, if it was read before; its length is at most maxShortBody
+	counted      bool     // in forwarder.atOwners
+	upgradeField []string // the field of the answer: a 426 needs it (RFC 9110 §15.5.22)
+	trace        *httptrace.ClientTrace
+	reverse      httputil.ReverseProxy
+	body         *bodyState // nil for a body that does not stream, or has not begun
 
 	// What came of it, for the metrics and the log.
 	result result
@@ -250,6 +266,35 @@ func (x *exchange) readShortBody(bound time.Duration) *refusal {
 	return nil
 }
 
+// serve sends the client the answer that trip returns. trip returns a *refusal if there is none.
+func (x *exchange) serve(trip func() (*http.Response, error)) {
+	x.reverse = httputil.ReverseProxy{
+		Rewrite: func(*httputil.ProxyRequest) {},
+		Transport: transport(func(r *http.Request) (*http.Response, error) {
+			x.trace = httptrace.ContextClientTrace(r.Context())
+			return trip()
+		}),
+		FlushInterval:  -1,
+		ErrorLog:       x.forwarder.errorLog,
+		BufferPool:     x.forwarder,
+		ModifyResponse: x.modifyResponse,
+		ErrorHandler: func(_ http.ResponseWriter, _ *http.Request, err error) {
+			var refused *refusal
+			if errors.As(err, &refused) {
+				x.result, x.err = refused.result, refused
+			}
+		},
+	}
+	// ReverseProxy needs nothing of the request: ask sends what startPlainHead has made.
+	stub := &http.Request{Method: x.r.Method, URL: &url.URL{}, Header: http.Header{}}
+	x.reverse.ServeHTTP(x.w, stub.WithContext(x.r.Context()))
+}
+
+// transport is an http.RoundTripper that is a function.
+type transport func(r *http.Request) (*http.Response, error)
+
+func (t transport) RoundTrip(r *http.Request) (*http.Response, error) { return t(r) }
+
 // isLast reports whether the client's connection has to end with the answer, because what
 // follows on it may be the rest of a body: with a body that streams and was not read to its
 // end yet, or that has no length, and with HTTP/1.0, for which net/http ignores
@@ -264,84 +309,29 @@ func (x *exchange) isLast() bool {
 	return false
 }
 
-// pass sends the client the answer. It panics with http.ErrAbortHandler if that breaks off.
-func (x *exchange) pass(resp *http.Response) {
-	came := x.conn.br.Buffered()
-	all := resp.ContentLength >= 0 && resp.ContentLength <= int64(came) // nothing has to be sent before its end
-	client := http.NewResponseController(x.w)
-	x.passHead(resp)
-	if came == 0 && !all {
-		client.Flush()
-	}
-	if x.passBody(resp, !all) != nil {
-		panic(http.ErrAbortHandler)
-	}
-	if len(resp.Trailer) > 0 {
-		client.Flush() // else net/http would give a short body a length, and send no trailers
-	}
-	for name, values := range resp.Trailer {
-		x.w.Header()[http.TrailerPrefix+name] = values
-	}
-}
-
-// passHead sends the client the head of the answer.
-func (x *exchange) passHead(resp *http.Response) {
-	header, upgrade := x.w.Header(), resp.Header["Upgrade"]
-	removeHopByHopHeaders(resp.Header)
-	for _, name := range []string{"Trailer", "Proxy-Authenticate", "Proxy-Authorization"} {
-		delete(resp.Header, name)
-	}
-	header["Content-Type"] = nil // keeps net/http from guessing one
-	maps.Copy(header, resp.Header)
+// modifyResponse prepares the head of the answer for the client.
+func (x *exchange) modifyResponse(resp *http.Response) error {
 	if x.isLast() {
-		header.Set("Connection", "close")
+		resp.Header.Set("Connection", "close")
 	}
-	if resp.StatusCode == http.StatusUpgradeRequired && len(upgrade) > 0 {
-		header["Upgrade"] = upgrade         // a 426 needs it (RFC 9110 §15.5.22)
-		header.Add("Connection", "Upgrade") // it names Upgrade (RFC 9110 §7.8)
+	if resp.StatusCode == http.StatusUpgradeRequired && len(x.upgradeField) > 0 {
+		resp.Header["Upgrade"] = x.upgradeField
+		resp.Header.Add("Connection", "Upgrade") // it names Upgrade (RFC 9110 §7.8)
 	}
-	if len(resp.Trailer) > 0 {
-		header.Set("Trailer", strings.Join(slices.Collect(maps.Keys(resp.Trailer)), ", "))
+	if len(resp.Header["Content-Type"]) == 0 {
+		x.w.Header()["Content-Type"] = nil // keeps net/http from guessing one
+	}
+	if n := resp.ContentLength; n >= 0 && n <= int64(x.conn.br.Buffered()) {
+		x.reverse.FlushInterval = 0 // all of it is there: nothing has to be sent before its end
 	}
 	x.mu.Lock()
 	x.answered = true
 	x.mu.Unlock()
-	x.w.WriteHeader(resp.StatusCode)
-}
-
-// passBody sends the client the body of the answer: if flush is true, as it comes. The
-// exchange is over at the end of the body, before that was sent, or with the first error.
-func (x *exchange) passBody(resp *http.Response, flush bool) error {
-	client := http.NewResponseController(x.w)
-	buffer := x.forwarder.buffers.Get().(*[forwardBuffer]byte)
-	defer x.forwarder.buffers.Put(buffer)
-	for {
-		// It is never closed: that would read to the end of the answer.
-		n, err := resp.Body.Read(buffer[:])
-		switch {
-		case err == io.EOF:
-			x.answerOver(resp)
-		case err != nil:
-			x.breakOff(err)
-		}
-		_, failed := x.w.Write(buffer[:n])
-		if n > 0 && flush {
-			client.Flush()
-		}
-		switch {
-		case err == io.EOF:
-			return failed
-		case err != nil:
-			return err
-		case failed != nil:
-			x.breakOff(nil)
-			return failed
-		}
-	}
+	return nil
 }
 
 // ask sends the owner the request and returns its answer. The caller has begun the flight,
-// and calls forget or abandonOwner if it does not pass the answer on.
+// and calls forget or abandonOwner if it does not return the answer to ReverseProxy.
 func (x *exchange) ask(conn *ownerConn, head []byte, maxHead int) (*http.Response, error) {
 	x.attach(conn)
 	if !x.counted {
@@ -359,7 +349,13 @@ func (x *exchange) ask(conn *ownerConn, head []byte, maxHead int) (*http.Respons
 	} else if _, err := conn.Write(append(head, x.shortBody...)); err != nil {
 		return nil, err
 	}
-	return conn.readAnswer(x.r.Method, maxHead, x.pass1xx)
+	resp, err := conn.readAnswer(x.r.Method, maxHead, x.pass1xx)
+	if err != nil {
+		return nil, err
+	}
+	x.upgradeField = resp.Header["Upgrade"]
+	resp.Body = &answerBody{ReadCloser: resp.Body, exchange: x, resp: resp}
+	return resp, nil
 }
 
 // attach makes interrupt end the reads and writes of conn.
@@ -410,15 +406,13 @@ func (x *exchange) stopBody(grace time.Duration) bool {
 // pass1xx passes an interim answer on, but for 100: the router answers Expect. HTTP/1.0
 // has none (RFC 9110 §15.2). Nor does a Unix socket get one: nginx before 1.29 takes it for
 // the answer, and gives the answer to the next request on the connection.
-func (x *exchange) pass1xx(code int, header http.Header) {
+func (x *exchange) pass1xx(code int, header http.Header) error {
 	_, unix := x.client.socket.(*net.UnixConn)
 	if unix || code == http.StatusContinue || !x.r.ProtoAtLeast(1, 1) {
-		return
+		return nil
 	}
 	removeHopByHopHeaders(header)
-	maps.Copy(x.w.Header(), header)
-	x.w.WriteHeader(code)
-	clear(x.w.Header()) // of the answer that comes next
+	return x.trace.Got1xxResponse(code, textproto.MIMEHeader(header))
 }
 
 // answerOver is called when the last byte of the answer was read. It keeps the connection
@@ -500,6 +494,38 @@ func (x *exchange) failure(owner string, err error) *refusal {
 	default:
 		return refuse(resultBrokenOff, "%v while %s worked on its request", cause, owner)
 	}
+}
+
+// answerBody is the body of an answer, which ends its exchange. It does not close what it
+// reads from: that would read to the end of the answer.
+type answerBody struct {
+	io.ReadCloser
+	exchange *exchange
+	resp     *http.Response
+	over     bool
+}
+
+// Read ends the exchange at the end of the body, or with the first error.
+func (b *answerBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if err != nil && !b.over {
+		b.over = true
+		if err == io.EOF {
+			b.exchange.answerOver(b.resp)
+		} else {
+			b.exchange.breakOff(err)
+		}
+	}
+	return n, err
+}
+
+// Close gives the answer up if it was not read to its end.
+func (b *answerBody) Close() error {
+	if !b.over {
+		b.over = true
+		b.exchange.breakOff(nil)
+	}
+	return nil
 }
 
 // bodyState says whether sendBody has ended, and how.
@@ -607,7 +633,7 @@ func newOwnerConn(conn net.Conn, pod backendPod) *ownerConn {
 // readAnswer reads the head of the final answer, of at most maxHead bytes. It calls
 // pass1xx for each interim one.
 func (c *ownerConn) readAnswer(
-	method string, maxHead int, pass1xx func(code int, header http.Header),
+	method string, maxHead int, pass1xx func(code int, header http.Header) error,
 ) (*http.Response, error) {
 	for {
 		c.limit.N = int64(maxHead)
@@ -624,7 +650,9 @@ func (c *ownerConn) readAnswer(
 			c.limit.N = math.MaxInt64
 			return resp, nil
 		}
-		pass1xx(resp.StatusCode, resp.Header)
+		if err := pass1xx(resp.StatusCode, resp.Header); err != nil {
+			return nil, err
+		}
 	}
 }
 

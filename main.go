@@ -222,14 +222,13 @@
 //
 //	proxy.forward             begins the exchange, and answers what is refused
 //	proxy.admitPlain          does what admit does for an upgrade
-//	proxy.roundTrip           takes an idle connection to the owner, or dials it
+//	exchange.serve            passes on the answer that trip returns
+//	proxy.roundTrip           (as trip) takes an idle connection to the owner, or dials it
 //	proxy.startFlight         asks once more who the owner is, just before the request
 //	exchange.ask              sends the owner the request, and reads the head of its answer
-//	proxy.checkAnswer         says whether the owner has refused it by 421 or 409
+//	proxy.checkAnswer         (in trip) says whether the owner has refused it by 421 or 409
 //	exchange.forget           if so, ends the flight, and lets roundTrip ask again
-//	exchange.pass             sends the client the answer, by the next two
-//	exchange.passHead         sends the head
-//	exchange.passBody         sends the body, and sees the end of the answer
+//	answerBody.Read           sees the end of the answer
 //	exchange.answerOver       ends the flight and keeps the connection, or abandons both
 //	exchange.breakOff         abandons both: the answer does not come to its end
 //	exchange.finish           counts the request

@@ -177,8 +177,7 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result, error) 
 		if client.serverCtx.Err() != nil {
 			ctx = client.serverCtx
 		}
-		refused := p.unreachable(ctx, u.owner, u.dialErr, nil)
-		return refused.result, refused
+		return p.unreachableError(ctx, u.owner, u.dialErr, nil)
 	}
 	clientCtx, holdCtx, cancel := p.requestContexts(r, u.holdDeadline)
 	defer cancel()
@@ -203,8 +202,7 @@ func (p *proxy) askOwners(
 		var request []byte
 		if u.backendConn == nil {
 			if err := p.dialOwner(holdCtx, u); err != nil {
-				refused := p.unreachable(holdCtx, u.owner, err, refusals.misdirected)
-				return refused.result, refused
+				return p.unreachableError(holdCtx, u.owner, err, refusals.misdirected)
 			}
 			if !p.startFlight(u) {
 				u.backendConn.Close()
@@ -219,8 +217,7 @@ func (p *proxy) askOwners(
 		case !errors.Is(err, errReleased) && !errors.Is(err, errMisdirected):
 			return result, err
 		case refusals.wait(holdCtx, err) != nil:
-			refused := p.unreachable(holdCtx, u.owner, err, refusals.misdirected)
-			return refused.result, refused
+			return p.unreachableError(holdCtx, u.owner, err, refusals.misdirected)
 		}
 	}
 }
@@ -299,16 +296,15 @@ func (p *proxy) forward(w http.ResponseWriter, r *http.Request) {
 		x.finish()
 		p.logFailure(r, x.result, x.err, true)
 	}()
-	var resp *http.Response
-	refused := p.admitPlain(x)
-	if refused == nil {
-		resp, refused = p.roundTrip(x)
+	if refused := p.admitPlain(x); refused != nil {
+		x.result, x.err = refused.result, refused
+	} else {
+		x.serve(func() (*http.Response, error) { return p.roundTrip(x) })
 	}
-	if refused == nil {
-		x.pass(resp)
+	var refused *refusal
+	if !errors.As(x.err, &refused) {
 		return
 	}
-	x.result, x.err = refused.result, refused
 	if x.isLast() {
 		w.Header().Set("Connection", "close")
 	}
@@ -337,15 +333,16 @@ func (p *proxy) admitPlain(x *exchange) *refusal {
 	return x.reserveHead(len(x.head)+len(x.shortBody), p.limits.pendingUpgrades)
 }
 
-// roundTrip sends the request to the owner of its namespace, and returns the answer. It asks
-// another owner, or again, only if the one that was asked says that it has not taken the
-// request, and nothing of its body is lost.
-func (p *proxy) roundTrip(x *exchange) (*http.Response, *refusal) {
+// roundTrip sends the request to the owner of its namespace, and returns the answer. The
+// error is a *refusal. It asks another owner, or again, only if the one that was asked says
+// that it has not taken the request, and nothing of its body is lost.
+func (p *proxy) roundTrip(x *exchange) (*http.Response, error) {
 	var refusals ownerRefusals
 	for conn := p.takeIdle(x.pendingRequest); ; conn = nil {
 		if conn == nil {
 			if err := p.dialOwner(p.holdContext(x), x.pendingRequest); err != nil {
-				return nil, p.unreachable(x.holdCtx, x.owner, err, refusals.misdirected)
+				_, err = p.unreachableError(x.holdCtx, x.owner, err, refusals.misdirected)
+				return nil, err
 			}
 			conn = newOwnerConn(x.backendConn, backendPod{x.owner, x.podUID})
 			x.backendConn = nil
@@ -368,10 +365,12 @@ func (p *proxy) roundTrip(x *exchange) (*http.Response, *refusal) {
 			p.forwarder.idle.closeBackend(x.owner)
 		}
 		if !x.forget() {
-			return nil, p.unreachable(p.holdContext(x), x.owner, err, nil)
+			_, err = p.unreachableError(p.holdContext(x), x.owner, err, nil)
+			return nil, err
 		}
 		if refusals.wait(p.holdContext(x), err) != nil {
-			return nil, p.unreachable(x.holdCtx, x.owner, err, refusals.misdirected)
+			_, err = p.unreachableError(x.holdCtx, x.owner, err, refusals.misdirected)
+			return nil, err
 		}
 	}
 }
@@ -585,27 +584,29 @@ func (p *proxy) owner(namespace string) (assignment, *refusal) {
 	return a, nil
 }
 
-// unreachable says why there is no connection to the backend: err, and misdirected if
-// another backend has answered in its place.
-func (p *proxy) unreachable(
+// unreachableError returns why there is no connection to the backend: err, and
+// misdirected if another backend has answered in its place.
+func (p *proxy) unreachableError(
 	holdCtx context.Context, backend int, err, misdirected error,
-) *refusal {
+) (result, error) {
 	var refused *refusal
 	switch {
 	case errors.As(err, &refused):
-		return refused
+		return refused.result, refused
 	case errors.Is(holdCtx.Err(), context.Canceled):
-		return contextRefusal(holdCtx)
+		refused = contextRefusal(holdCtx)
 	case backend < 0:
-		return refuse(resultHoldTimeout, "the owner was not known within %s: %s",
+		refused = refuse(resultHoldTimeout, "the owner was not known within %s: %s",
 			p.limits.holdTimeout, cmp.Or(p.mover.whyNotReady(), err.Error()))
 	case misdirected != nil || errors.Is(err, errMisdirected):
-		return refuse(resultMisdirected,
+		refused = refuse(resultMisdirected,
 			"%s could not be reached within %s: %v; last error: %v", p.backends.name(backend),
 			p.limits.holdTimeout, cmp.Or(misdirected, err), err)
+	default:
+		refused = refuse(resultHoldTimeout, "%s could not be reached within %s: %v",
+			p.backends.name(backend), p.limits.holdTimeout, err)
 	}
-	return refuse(resultHoldTimeout, "%s could not be reached within %s: %v",
-		p.backends.name(backend), p.limits.holdTimeout, err)
+	return refused.result, refused
 }
 
 // completeUpgrade sends the owner the request, on the connection that u has, and makes
