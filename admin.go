@@ -576,17 +576,15 @@ const (
 // writeTopMetrics writes the sessions of the namespaces that have the most.
 func (a *admin) writeTopMetrics(m metricsWriter) {
 	top := a.topNamespaces.look(a.proxy.relay).bySessions
-	small := func(load namespaceLoad) bool { return load.sessions < minTopSessions }
-	if i := slices.IndexFunc(top, small); i >= 0 {
-		top = top[:i]
-	}
-	if len(top) == 0 {
+	if len(top) == 0 || top[0].sessions < minTopSessions {
 		return
 	}
 	sample := m.family("router_top_sessions", "gauge",
 		"Open sessions of the namespaces that have the most of them.")
 	for _, load := range top[:min(len(top), maxTopMetrics)] {
-		sample(float64(load.sessions), "ns", load.namespace)
+		if load.sessions >= minTopSessions {
+			sample(float64(load.sessions), "ns", load.namespace)
+		}
 	}
 }
 
