@@ -242,11 +242,7 @@ func (a *admin) whyNotReady() []string {
 		why = append(why, errDraining.Error())
 	}
 	if a.proxy.tables.table() == nil {
-		noTable := a.whyNoTable()
-		if len(noTable) == 0 {
-			noTable = []string{"there is no routing table yet"}
-		}
-		why = append(why, noTable...)
+		why = append(why, a.whyNoTable()...)
 	}
 	if missing := a.proxy.mover.whyNotReady(); missing != "" {
 		why = append(why, missing)
@@ -258,16 +254,18 @@ func (a *admin) whyNotReady() []string {
 	return why
 }
 
-// whyNoTable returns why there is no table yet.
+// whyNoTable returns why there is no table yet: at least one reason.
 func (a *admin) whyNoTable() (why []string) {
 	if missing := a.proxy.tables.whyNoOverrides(); missing != "" {
 		why = append(why, "no overrides have been read yet: "+missing)
 	}
-	if a.replicaWatcher == nil {
-		return why
+	if a.replicaWatcher != nil {
+		if missing := a.replicaWatcher.whyNotReady(); missing != "" {
+			why = append(why, "the number of backends is not known yet: "+missing)
+		}
 	}
-	if missing := a.replicaWatcher.whyNotReady(); missing != "" {
-		why = append(why, "the number of backends is not known yet: "+missing)
+	if len(why) == 0 {
+		why = append(why, "there is no routing table yet")
 	}
 	return why
 }
