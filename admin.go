@@ -242,11 +242,7 @@ func (a *admin) whyNotReady() []string {
 		why = append(why, errDraining.Error())
 	}
 	if a.proxy.tables.table() == nil {
-		noTable := a.whyNoTable()
-		if len(noTable) == 0 {
-			noTable = []string{"there is no routing table yet"}
-		}
-		why = append(why, noTable...)
+		why = append(why, a.whyNoTable()...)
 	}
 	if missing := a.proxy.mover.whyNotReady(); missing != "" {
 		why = append(why, missing)
@@ -258,16 +254,18 @@ func (a *admin) whyNotReady() []string {
 	return why
 }
 
-// whyNoTable returns why there is no table yet.
+// whyNoTable returns why there is no table yet: at least one reason.
 func (a *admin) whyNoTable() (why []string) {
 	if missing := a.proxy.tables.whyNoOverrides(); missing != "" {
 		why = append(why, "no overrides have been read yet: "+missing)
 	}
-	if a.replicaWatcher == nil {
-		return why
+	if a.replicaWatcher != nil {
+		if missing := a.replicaWatcher.whyNotReady(); missing != "" {
+			why = append(why, "the number of backends is not known yet: "+missing)
+		}
 	}
-	if missing := a.replicaWatcher.whyNotReady(); missing != "" {
-		why = append(why, "the number of backends is not known yet: "+missing)
+	if len(why) == 0 {
+		why = append(why, "there is no routing table yet")
 	}
 	return why
 }
@@ -576,17 +574,15 @@ const (
 // writeTopMetrics writes the sessions of the namespaces that have the most.
 func (a *admin) writeTopMetrics(m metricsWriter) {
 	top := a.topNamespaces.look(a.proxy.relay).bySessions
-	small := func(load namespaceLoad) bool { return load.sessions < minTopSessions }
-	if i := slices.IndexFunc(top, small); i >= 0 {
-		top = top[:i]
-	}
-	if len(top) == 0 {
+	if len(top) == 0 || top[0].sessions < minTopSessions {
 		return
 	}
 	sample := m.family("router_top_sessions", "gauge",
 		"Open sessions of the namespaces that have the most of them.")
 	for _, load := range top[:min(len(top), maxTopMetrics)] {
-		sample(float64(load.sessions), "ns", load.namespace)
+		if load.sessions >= minTopSessions {
+			sample(float64(load.sessions), "ns", load.namespace)
+		}
 	}
 }
 

@@ -281,6 +281,18 @@ func answered(a *admin, path string) *http.Response {
 	return w.Result()
 }
 
+// Where there is no table, and no source says what is missing, the answers have a reason too.
+func TestNoTableHasAReason(t *testing.T) {
+	a, _ := adminOf(t, "127.0.0.1:1")
+	a.proxy.tables.sources = nil
+	for _, path := range []string{"/owner?namespace=ns-01", "/backends"} {
+		resp := answered(a, path)
+		body, err := io.ReadAll(resp.Body)
+		must(t, err)
+		wantEqual(t, path, string(body), `{"error":"there is no routing table yet"}`+"\n")
+	}
+}
+
 // A namespace whose owner nobody knows stays so until its turn to move: /owner says that, and
 // not only who is next.
 func TestOwnerNotKnownBeforeItsTurn(t *testing.T) {

@@ -385,11 +385,10 @@ func main() {
 // exitCode returns 0 for a normal end and for help, 2 for an error in the flags or
 // the environment, and 1 for any other error.
 func exitCode(err error) int {
-	var usage usageError
-	switch {
-	case err == nil, errors.Is(err, flag.ErrHelp):
+	if err == nil || errors.Is(err, flag.ErrHelp) {
 		return 0
-	case errors.As(err, &usage):
+	}
+	if _, ok := errors.AsType[usageError](err); ok {
 		return 2
 	}
 	return 1
@@ -768,13 +767,10 @@ func (p *program) drainAll() (ended int64) {
 	over := p.config.drainDuration
 	ctx, cancel := context.WithTimeout(context.Background(), over)
 	defer cancel()
-	forwarded := make(chan struct{})
-	go func() {
-		p.proxy.forwarder.stop(ctx)
-		close(forwarded)
-	}()
+	var forwarding sync.WaitGroup
+	forwarding.Go(func() { p.proxy.forwarder.stop(ctx) })
 	ended = drain(p.proxy.relay, over)
-	<-forwarded
+	forwarding.Wait()
 	return ended
 }
 

@@ -170,18 +170,17 @@ func newPreview(p *proxy, current, next *table) *preview {
 // addMoves sets Moves and Namespaces. moves has the sessions of each move, which has
 // none itself.
 func (p *preview) addMoves(moves map[previewMove]int) {
-	p.Moves, p.Namespaces = []previewMove{}, 0
+	p.Moves = []previewMove{}
+	moving := map[string]bool{}
 	for move, sessions := range moves {
+		if move.To != "" {
+			moving[move.Namespace] = true
+		}
 		move.Sessions = sessions
 		p.Moves = append(p.Moves, move)
 	}
+	p.Namespaces = len(moving)
 	p.sortMoves()
-	last := ""
-	for _, move := range p.Moves {
-		if move.To != "" && (p.Namespaces == 0 || move.Namespace != last) {
-			p.Namespaces, last = p.Namespaces+1, move.Namespace
-		}
-	}
 }
 
 // sortMoves sorts Moves by namespace.

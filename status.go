@@ -137,15 +137,10 @@ func newStatus(p *proxy, why []string, summary *tableSummary) *status {
 	s.Routers = []routerState{router}
 	s.Receipts = append(s.Receipts, p.mover.finishedMoves()...)
 	s.Backends = newLoads(p, summary, s.Handoff.InProgress)
-	s.addLimits(p)
-	return s
-}
-
-// addLimits adds the limits of the router.
-func (s *status) addLimits(p *proxy) {
 	pending, _ := p.pendingUpgrades.inUse(0)
-	s.addLimit("sessions", s.Routers[0].Sessions, p.limits.sessions)
+	s.addLimit("sessions", router.Sessions, p.limits.sessions)
 	s.addLimit("pending upgrades", pending, p.limits.pendingUpgrades)
+	return s
 }
 
 // addLimit adds a limit of the router.
@@ -343,36 +338,34 @@ func (m *mover) waitingFor(v *view) []stepWait {
 	if v.done {
 		return waits
 	}
-	count := map[int]stepWait{}
+	count := map[int]*stepWait{}
+	of := func(backend int) *stepWait {
+		if count[backend] == nil {
+			count[backend] = &stepWait{
+				Backend: m.relay.backendName(backend), Seconds: time.Since(v.began).Seconds()}
+		}
+		return count[backend]
+	}
 	m.flights.each(func(f *flight) {
-		if m.blocks(v, f) {
-			w := count[f.backend]
-			if f.cut == nil {
-				w.Upgrades++
-			} else {
-				w.Requests++
-			}
-			count[f.backend] = w
+		switch {
+		case !m.blocks(v, f):
+		case f.cut == nil:
+			of(f.backend).Upgrades++
+		default:
+			of(f.backend).Requests++
 		}
 	})
 	for _, s := range m.misplacedSessions(v) {
-		w := count[s.backend]
-		w.Sessions++
-		count[s.backend] = w
+		of(s.backend).Sessions++
 	}
 	for backend, wait := range m.releases.waits() {
-		w := count[backend]
-		w.Releases = wait.namespaces
+		of(backend).Releases = wait.namespaces
 		if wait.err != nil {
-			w.Error = wait.err.Error()
+			of(backend).Error = wait.err.Error()
 		}
-		count[backend] = w
 	}
 	for _, backend := range slices.Sorted(maps.Keys(count)) {
-		w := count[backend]
-		w.Backend = m.relay.backendName(backend)
-		w.Seconds = time.Since(v.began).Seconds()
-		waits = append(waits, w)
+		waits = append(waits, *count[backend])
 	}
 	return waits
 }
@@ -389,20 +382,28 @@ func (m *mover) routerWaits(v *view) (waits []stepWait) {
 	return waits
 }
 
-// waitSeconds returns for how many seconds a step has waited for each backend and router.
-// It has all that the step waits for, and those of mayWait, with 0 if the step does not wait
-// for them. names are the keys, sorted.
-func waitSeconds(
-	mayWait []string, waits []stepWait,
-) (names []string, seconds map[string]float64) {
-	seconds = map[string]float64{}
-	for _, name := range mayWait {
-		seconds[name] = 0
+// writeWaits writes for how long the step of s has waited for each backend and member: 0 if it
+// does not wait for it.
+func (m *mover) writeWaits(w metricsWriter, s handoffStatus) {
+	seconds := map[string]float64{}
+	for _, ordinal := range backendOrdinals(m.tables.table(), nil) {
+		seconds[m.relay.backendName(ordinal)] = 0
 	}
-	for _, w := range waits {
-		seconds[w.Backend+w.Router] = w.Seconds
+	for _, member := range s.Members {
+		seconds[member] = 0
 	}
-	return slices.Sorted(maps.Keys(seconds)), seconds
+	for _, wait := range s.WaitingFor {
+		seconds[wait.Backend+wait.Router] = wait.Seconds
+	}
+	if len(seconds) == 0 {
+		return
+	}
+	sample := w.family("router_handoff_waiting_seconds", "gauge",
+		"For how many seconds the step of a hand-off has waited for this backend, which has "+
+			"to end its sessions and requests, or for this router, which has to answer.")
+	for _, name := range slices.Sorted(maps.Keys(seconds)) {
+		sample(seconds[name], "for", name)
+	}
 }
 
 // writeMetrics writes how far a change of owners has come.
@@ -428,19 +429,7 @@ func (m *mover) writeMetrics(w metricsWriter) {
 		"Steps of hand-offs that are done.", float64(m.steps.Load()))
 	m.stepDurations.write(w, "router_handoff_step_duration_seconds",
 		"How long the steps of hand-offs that are done held their namespaces.")
-	var names []string
-	for _, ordinal := range backendOrdinals(m.tables.table(), nil) {
-		names = append(names, m.relay.backendName(ordinal))
-	}
-	names, seconds := waitSeconds(append(names, s.Members...), s.WaitingFor)
-	if len(names) > 0 {
-		waiting := w.family("router_handoff_waiting_seconds", "gauge",
-			"For how many seconds the step of a hand-off has waited for this backend, which has "+
-				"to end its sessions and requests, or for this router, which has to answer.")
-		for _, name := range names {
-			waiting(seconds[name], "for", name)
-		}
-	}
+	m.writeWaits(w, s)
 	w.single("router_handoff_unproven_total", "counter",
 		"Upgrades, plain requests and sessions whose end at the backend was not seen in time: "+
 			"the backend may still serve them.",
