@@ -512,7 +512,7 @@ func newOwnership(t *table, namespace string) (o ownership, ordinal int) {
 		o.Owner = t.name(ordinal)
 	}
 	if o.Why == whyCordoned {
-		hashed, _ := t.cordonedOwner(namespace)
+		hashed, _ := t.uncordonedOwner(namespace)
 		o.HashOwner = t.name(hashed)
 	}
 	return o, ordinal
@@ -522,16 +522,16 @@ func newOwnership(t *table, namespace string) (o ownership, ordinal int) {
 // in the newest table. It returns the owner's ordinal now.
 func (a *admin) addHandoff(o *ownership, inTable int, namespace string) (ordinal int) {
 	m := a.proxy.mover
-	switch now := m.ownerNow(namespace); {
+	switch now := m.assignmentOf(namespace); {
 	case now.state == stateHeld:
-		o.HeldByStep, o.Owner = now.step, m.relay.backendName(now.owner)
+		o.HeldByStep, o.Owner = now.step, m.relay.backendName(now.backend)
 		if before := m.current.Load().before(namespace); before >= 0 {
 			o.Previous = m.relay.backendName(before)
 		}
-		return now.owner
-	case now.state == stateOwned && now.owner != inTable:
-		o.Next, o.Owner = o.Owner, m.relay.backendName(now.owner)
-		return now.owner
+		return now.backend
+	case now.state == stateOwned && now.backend != inTable:
+		o.Next, o.Owner = o.Owner, m.relay.backendName(now.backend)
+		return now.backend
 	case now.state == stateNotKnown || now.state == stateNoView:
 		o.Next, o.Owner = o.Owner, ""
 		o.Error = cmp.Or(m.whyNotReady(), "this router does not know the owner yet")
@@ -555,7 +555,7 @@ func (a *admin) topStatus() topStatus {
 				Namespace: load.namespace, Sessions: load.sessions,
 				BytesPerSecond: float64(load.bytes) / look.window.Seconds(),
 			}
-			if owner := a.proxy.mover.ownerNow(load.namespace).owner; owner >= 0 {
+			if owner := a.proxy.mover.assignmentOf(load.namespace).backend; owner >= 0 {
 				n.Owner = a.proxy.relay.backendName(owner)
 			}
 			all = append(all, n)

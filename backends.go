@@ -34,7 +34,7 @@ func (o ordinalRange) String() string {
 type backends struct {
 	// Static after construction.
 	statefulSet string       // the part of a backend's name before its ordinal
-	static      ordinalRange // from the flags; none if the router follows the StatefulSet
+	fromFlags   ordinalRange // from the flags; none if the router follows the StatefulSet
 	dialer      net.Dialer
 	queues      *dialQueues
 	// resolve returns where to dial the backend, as host:port, or why that is not known. ctx
@@ -82,7 +82,7 @@ func neverGone(context.Context, int) bool { return false }
 func newStaticBackends(statefulSet string, addrs []string) *backends {
 	return &backends{
 		statefulSet: statefulSet,
-		static:      ordinalRange{count: len(addrs)},
+		fromFlags:   ordinalRange{count: len(addrs)},
 		queues:      newDialQueues(alwaysReady),
 		resolve:     func(_ context.Context, ordinal int) (string, error) { return addrs[ordinal], nil },
 		invalidate:  func(int) {},
@@ -242,7 +242,7 @@ func newDNSBackends(count int, statefulSet, service string, port int) *backends 
 	}
 	return &backends{
 		statefulSet: statefulSet,
-		static:      ordinalRange{count: count},
+		fromFlags:   ordinalRange{count: count},
 		queues:      newDialQueues(alwaysReady),
 		resolve:     cache.get,
 		invalidate:  cache.invalidate,

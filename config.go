@@ -597,7 +597,7 @@ func (c *config) kubeClient(getenv func(string) string) (*kubeClient, string, er
 		if err != nil || c.kubeNamespace != "" {
 			return k, c.kubeNamespace, err
 		}
-		namespace, err := podNamespace(serviceAccountDir)
+		namespace, err := podKubeNamespace(serviceAccountDir)
 		return k, namespace, err
 	}
 	k, err := newKubectlProxyClient(c.kube)

@@ -93,7 +93,7 @@ func TestTableCordon(t *testing.T) {
 				}
 			default:
 				cordoned++
-				if hashed, ok := after.cordonedOwner(namespace); to != from && why == whyCordoned && hashed == from && ok {
+				if hashed, ok := after.uncordonedOwner(namespace); to != from && why == whyCordoned && hashed == from && ok {
 					moved++
 				}
 			}

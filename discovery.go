@@ -130,7 +130,7 @@ type replicaWatcher struct {
 	shared            bool             // routers share the stored count
 	onBackendsChanged func(backendSet) // see newReplicaWatcher
 	onWanted          func()           // see newReplicaWatcher
-	proveWakeup       wakeup           // of proveStored
+	confirmWakeup     wakeup           // of confirmStored
 	log               *slog.Logger
 	// onCordonRejected is called with each new reason why the annotation is not in force. It
 	// must not block.
@@ -149,8 +149,8 @@ type replicaWatcher struct {
 	// inForce is the count in force: the last one of the StatefulSet latest, from
 	// setStored if routers share it, else this router's own. If there was none, it is nil
 	// or a count of another StatefulSet; that one does not count.
-	inForce *backendCount
-	proof   storedProof
+	inForce      *backendCount
+	confirmation storedConfirmation
 	// listedCordon is the last valid list of the annotation. If cordonIsRead is false, there
 	// was none yet. cordonError says what is wrong with the annotation now; nil if nothing is.
 	listedCordon cordon
@@ -170,16 +170,16 @@ func (s *backendSet) isSame(other *backendSet) bool {
 	return s.ordinalRange == other.ordinalRange && slices.Equal(s.listedCordon, other.listedCordon)
 }
 
-// storedProof says that a LIST that began when count was known returned the StatefulSet
+// storedConfirmation says that a LIST that began when count was known returned the StatefulSet
 // with this uid and generation.
-type storedProof struct {
+type storedConfirmation struct {
 	count      backendCount
 	uid        string
 	generation int64
 }
 
 // newReplicaWatcher returns a replicaWatcher of the StatefulSet of endpoints. The caller
-// runs its watcher, run and proveStored. run calls onBackendsChanged with the backends that own
+// runs its watcher, run and confirmStored. run calls onBackendsChanged with the backends that own
 // namespaces, at least one, each time that they or their cordon may have changed.
 //
 // If onWanted is nil, the router is alone. Else all routers share a stored count, which
@@ -190,7 +190,7 @@ func newReplicaWatcher(client kubeClient, kubeNamespace string, endpoints *endpo
 	onBackendsChanged func(backendSet), onWanted func(), log *slog.Logger) *replicaWatcher {
 	r := &replicaWatcher{
 		endpoints: endpoints, shared: onWanted != nil,
-		onBackendsChanged: onBackendsChanged, onWanted: onWanted, proveWakeup: newWakeup(), log: log,
+		onBackendsChanged: onBackendsChanged, onWanted: onWanted, confirmWakeup: newWakeup(), log: log,
 		onCordonRejected: func(apiObject, string) {},
 	}
 	r.watcher = &watcher[statefulSet]{
@@ -274,10 +274,10 @@ func (r *replicaWatcher) setStored(b *backendCount) {
 	}
 }
 
-// wake wakes run and proveStored.
+// wake wakes run and confirmStored.
 func (r *replicaWatcher) wake() {
 	r.endpoints.changed.notify()
-	r.proveWakeup.notify()
+	r.confirmWakeup.notify()
 }
 
 // updateInForce makes the newest count the one in force. The caller holds r.mu.
@@ -328,7 +328,7 @@ func (r *replicaWatcher) nextCount() *backendCount {
 //
 // The stored count may be newer than what this router sees, or belong to something that
 // is lost: to a StatefulSet that was deleted, or to a spec from before etcd was restored.
-// Only a LIST can tell (proveStored), and before it the router wants nothing. While the stored
+// Only a LIST can tell (confirmStored), and before it the router wants nothing. While the stored
 // count has a newer generation than the spec that this router sees, only a count with a still
 // newer generation replaces it.
 func (r *replicaWatcher) wantedBackends() *backendCount {
@@ -339,7 +339,7 @@ func (r *replicaWatcher) wantedBackends() *backendCount {
 		return next
 	}
 	switch {
-	case r.proof != r.proofWanted():
+	case r.confirmation != r.confirmationWanted():
 		return nil
 	case r.stored.UID != next.UID:
 		return next
@@ -356,11 +356,11 @@ func (r *replicaWatcher) isStoredAhead() bool {
 		(!r.stored.isOf(r.latest) || r.stored.Generation > r.latest.Metadata.Generation)
 }
 
-// proofWanted returns the proof that the latest StatefulSet is not older than the stored
+// confirmationWanted returns the confirmation that the latest StatefulSet is not older than the stored
 // count. The caller holds r.mu.
-func (r *replicaWatcher) proofWanted() storedProof {
+func (r *replicaWatcher) confirmationWanted() storedConfirmation {
 	m := r.latest.Metadata
-	return storedProof{*r.stored, m.UID, m.Generation}
+	return storedConfirmation{*r.stored, m.UID, m.Generation}
 }
 
 // run calls onBackendsChanged and onWanted until ctx ends: see newReplicaWatcher.
@@ -417,20 +417,20 @@ func (r *replicaWatcher) announceWanted() {
 }
 
 // proveDelay is how long a stored count may be ahead of the StatefulSet before
-// proveStored lists it. Mostly the watch is only a moment behind.
+// confirmStored lists it. Mostly the watch is only a moment behind.
 const proveDelay = 5 * time.Second
 
-// proveStored runs until ctx ends. For each stored count that is ahead of the StatefulSet,
+// confirmStored runs until ctx ends. For each stored count that is ahead of the StatefulSet,
 // it makes sure by a LIST that the StatefulSet itself is behind, and not only this router's
 // copy of it.
-func (r *replicaWatcher) proveStored(ctx context.Context) {
+func (r *replicaWatcher) confirmStored(ctx context.Context) {
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-r.proveWakeup:
+		case <-r.confirmWakeup:
 		}
-		for r.missingProof() != (storedProof{}) {
+		for r.missingConfirmation() != (storedConfirmation{}) {
 			if sleep(ctx, proveDelay) != nil {
 				return
 			}
@@ -439,30 +439,30 @@ func (r *replicaWatcher) proveStored(ctx context.Context) {
 	}
 }
 
-// missingProof returns the proof that wantedBackends needs and that there is not; zero if
+// missingConfirmation returns the proof that wantedBackends needs and that there is not; zero if
 // none is missing. A StatefulSet that does not exist cannot be newer than the stored count.
-func (r *replicaWatcher) missingProof() storedProof {
+func (r *replicaWatcher) missingConfirmation() storedConfirmation {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.absent || !r.isStoredAhead() || r.proof == r.proofWanted() {
-		return storedProof{}
+	if r.absent || !r.isStoredAhead() || r.confirmation == r.confirmationWanted() {
+		return storedConfirmation{}
 	}
-	return r.proofWanted()
+	return r.confirmationWanted()
 }
 
 // prove lists the StatefulSet, if a proof is missing. The LIST is the proof if it brings
 // nothing else.
 func (r *replicaWatcher) prove(ctx context.Context) {
-	wanted := r.missingProof()
-	if wanted == (storedProof{}) {
+	wanted := r.missingConfirmation()
+	if wanted == (storedConfirmation{}) {
 		return
 	}
 	select {
 	case <-ctx.Done():
 	case <-r.watcher.relist():
-		if r.missingProof() == wanted {
+		if r.missingConfirmation() == wanted {
 			r.mu.Lock()
-			r.proof = wanted
+			r.confirmation = wanted
 			r.mu.Unlock()
 			r.endpoints.changed.notify()
 		}

@@ -300,7 +300,7 @@ func followReplicas(t *testing.T, n *pipeNetwork, shared *sharedCount, resize fu
 		shared.mu.Unlock()
 		shared.settle()
 	}
-	inBackground(t, pods.watcher.run, r.watcher.run, r.run, r.proveStored)
+	inBackground(t, pods.watcher.run, r.watcher.run, r.run, r.confirmStored)
 	synctest.Wait()
 	return r
 }

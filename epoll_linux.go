@@ -56,20 +56,20 @@ type poller struct {
 
 // slot is where an event finds its session, or what is not one yet.
 type slot struct {
-	session    *session // nil if the slot is free, or a pendingHandler's
-	handler    pendingHandler
+	session    *session // nil if the slot is free, or a socketOwner's
+	handler    socketOwner
 	generation int32 // how often the slot was freed: an event with another one is stale
 }
 
-// pendingHandler has two sockets that the poller watches, and that may become a session's.
-type pendingHandler interface {
+// socketOwner has two sockets that the poller watches, and that may become a session's.
+type socketOwner interface {
 	// handleEvent is called with the events of a side. The poller's mu is held.
 	handleEvent(i side, events uint32)
 	// handleStop is called when the router stops. The poller's mu is held.
 	handleStop()
 }
 
-// sockets are those of a pendingHandler. They are guarded by the poller's mu.
+// sockets are those of a socketOwner. They are guarded by the poller's mu.
 type sockets struct {
 	fd          [2]int32  // -1: none
 	epollMask   [2]uint32 // what epoll watches; 0: the socket is not in the set yet
@@ -247,8 +247,8 @@ func (p *poller) freeSlot(slotIndex int32) {
 	p.freeSlots = append(p.freeSlots, slotIndex)
 }
 
-// addPending gives h a slot.
-func (p *poller) addPending(h pendingHandler) int32 {
+// addSocketOwner gives h a slot.
+func (p *poller) addSocketOwner(h socketOwner) int32 {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	slotIndex := p.allocateSlot()
@@ -267,9 +267,9 @@ func (p *poller) interruptPending() {
 	}
 }
 
-// removePending takes the sockets of a handler that does not become a session out of the
+// removeSocketOwner takes the sockets of a handler that does not become a session out of the
 // set, and frees its slot. It leaves the sockets open.
-func (p *poller) removePending(slotIndex int32, from *sockets) {
+func (p *poller) removeSocketOwner(slotIndex int32, from *sockets) {
 	p.unwatchPending(from, clientSide)
 	p.unwatchPending(from, backendSide)
 	p.mu.Lock()

@@ -211,7 +211,7 @@ func (c *fastConn) parseUpgrade() *http.Request {
 // dialOwner dials the owner, as it may, and goes on with askOwner or park.
 func (c *fastConn) dialOwner() {
 	p, u := c.fastPath.proxy, c.upgrade
-	podUID, err := p.backends.dialInTurn(c.ctx, &c.waiter, u.owner, c.connect)
+	podUID, err := p.backends.dialInTurn(c.ctx, &c.waiter, u.backend, c.connect)
 	switch {
 	case err == nil && p.relay.oldPodSessionsDone(u.namespace) == nil:
 		u.podUID = podUID
@@ -238,7 +238,7 @@ func (c *fastConn) askOwner() {
 		go c.park()
 		return
 	}
-	clientAddrs, owner := forwardedFor(c.request), p.backends.name(u.owner)
+	clientAddrs, owner := forwardedFor(c.request), p.backends.name(u.backend)
 	head := requestHead(c.request, clientAddrs, p.podName, u.stamp, u.step, owner)
 	if c.write(backendSide, head) != nil {
 		c.abandonBackend()
@@ -251,7 +251,7 @@ func (c *fastConn) askOwner() {
 		c.fallBack(answer, nil)
 		return
 	}
-	p.backends.queues.clearMisdirected(u.owner)
+	p.backends.queues.clearMisdirected(u.backend)
 	s, err := p.newSession(u, clientAddrs)
 	if err != nil {
 		c.abandonBackend()
@@ -384,7 +384,7 @@ func (c *fastConn) close() {
 // detach takes the sockets from the poller, and ends the context.
 func (c *fastConn) detach() {
 	c.endContext()
-	c.poller.removePending(c.slot, &c.sockets)
+	c.poller.removeSocketOwner(c.slot, &c.sockets)
 }
 
 // endContext ends the context, and nothing follows from that.

@@ -167,7 +167,7 @@ func (f *fastPath) startClient(fd int32, peer syscall.Sockaddr) {
 		c.tls = newTLSConn(nil, s.config())
 	}
 	c.changed.L = &poller.mu
-	c.slot = poller.addPending(c)
+	c.slot = poller.addSocketOwner(c)
 	f.pending.Add(1)
 	go c.serve()
 }

@@ -17,9 +17,9 @@ import (
 type fastConnTransport struct {
 	net.Conn // nil: crypto/tls calls only what is below
 
-	client *fastConn
-	early  []byte // of the handshake: came before it began
-	inTLS  bool   // the handshake is under way
+	client      *fastConn
+	early       []byte // of the handshake: came before it began
+	handshaking bool   // the handshake is under way
 }
 
 func (t *fastConnTransport) Read(b []byte) (n int, err error) {
@@ -33,7 +33,7 @@ func (t *fastConnTransport) Read(b []byte) (n int, err error) {
 
 // pause calls wait, which waits for the client: in the handshake as tlsServer.pause does.
 func (t *fastConnTransport) pause(wait func()) error {
-	if !t.inTLS {
+	if !t.handshaking {
 		wait()
 		return nil
 	}
@@ -95,7 +95,7 @@ func (c *fastConn) readTLSHead() ([]byte, error) {
 // stopGrace left for both.
 func (c *fastConn) startTLS(data []byte) ([]byte, error) {
 	defer c.setTLSHandshaking(false)
-	transport := &fastConnTransport{client: c, early: data, inTLS: true}
+	transport := &fastConnTransport{client: c, early: data, handshaking: true}
 	c.tls.setTransport(transport, false)
 	if err := c.tlsServer().handshake(c.tls, c.ctx.Done(), c.handshakeResult); err != nil {
 		if answer := plainHTTPAnswer(err); answer != nil {
@@ -103,7 +103,7 @@ func (c *fastConn) startTLS(data []byte) ([]byte, error) {
 		}
 		return nil, errTLSHandshake
 	}
-	transport.inTLS = false
+	transport.handshaking = false
 	c.setDeadline(time.Now().Add(fastPathTimeout), false)
 	return c.readTLS()
 }

@@ -173,7 +173,7 @@ func TestForwardHeaders(t *testing.T) {
 		"Te: trailers\r\nX-Forwarded-For: 203.0.113.9, 127.0.0.1\r\nX-Forwarded-Host: h:8443\r\n" +
 		"X-Forwarded-Proto: https\r\nX-Router-Backend: backend-0\r\nX-Router-Pod: router-x\r\n" +
 		"X-Router-Table: " + p.tables.table().stamp + "\r\n" +
-		fmt.Sprintf("X-Router-Step: %d\r\n\r\n", p.mover.ownerNow("ns-01").step)
+		fmt.Sprintf("X-Router-Step: %d\r\n\r\n", p.mover.assignmentOf("ns-01").step)
 	eventually(t, "requests", 1, func() int { return len(backend.heads()) }) // 100 comes before
 	if got := backend.heads()[0]; sortedHead(got) != sortedHead(want) {
 		t.Errorf("the backend got\n%s\nwant\n%s", got, want)
@@ -586,7 +586,7 @@ func TestForwardRefusedByOwner(t *testing.T) {
 					return
 				}
 				if strings.Contains(refusal, "%d") {
-					fmt.Fprintf(conn, refusal, p.mover.ownerNow("ns-01").step+1)
+					fmt.Fprintf(conn, refusal, p.mover.assignmentOf("ns-01").step+1)
 					return
 				}
 				io.WriteString(conn, refusal)

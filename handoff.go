@@ -181,10 +181,10 @@ const (
 
 // assignment is what a view says of a namespace to those who ask for its owner.
 type assignment struct {
-	state ownerState
-	owner int    // ordinal of the owner; of the next one if the namespace is held
-	stamp string // of the table that has it
-	step  int64  // of the view's plan
+	state   ownerState
+	backend int    // ordinal of the owner; of the next one if the namespace is held
+	stamp   string // of the table that has it
+	step    int64  // of the view's plan
 }
 
 // queueOrdinal returns the ordinal of the dial queue in which a request of the namespace has to
@@ -192,7 +192,7 @@ type assignment struct {
 func (a assignment) queueOrdinal() int {
 	switch a.state {
 	case stateOwned:
-		return a.owner
+		return a.backend
 	case stateHeld, stateNotKnown:
 		return queueHeld
 	}
@@ -206,7 +206,7 @@ type view struct {
 	*handoffPlan
 	tables     []*table  // of the records; nil for one that this router does not have
 	done       bool      // nothing of the step is left, with -handoff=all on all routers
-	admitsNone bool      // this process may serve nobody: requests wait, until -hold
+	servesNone bool      // this process may serve nobody: requests wait, until -hold
 	began      time.Time // when this router put the step in force
 }
 
@@ -317,7 +317,7 @@ func (v *view) hasScaledIn() bool {
 // others have the namespace open: it admits nobody.
 func (v *view) owner(namespace string) (ordinal int, t *table, state ownerState) {
 	switch {
-	case v.admitsNone:
+	case v.servesNone:
 		return unresolved, nil, stateNotKnown
 	case len(v.tables) == 1 && !v.allHeld && v.tables[0] != nil:
 		ordinal, ok := v.tables[0].wantedOwner(namespace)

@@ -38,7 +38,7 @@ func FuzzUpgrade(f *testing.F) {
 			refused = checkUpgrade(in)
 		}
 		if refused != nil {
-			if refused.result.status()/100 != 4 || refused.reason == "" {
+			if refused.result.refusalStatus()/100 != 4 || refused.reason == "" {
 				t.Fatalf("refused with %v %q", refused.result, refused.reason)
 			}
 			return

@@ -348,9 +348,9 @@ func newKubectlProxyClient(base string) (*kubeClient, error) {
 	return &kubeClient{base: u, dial: dialAPIServer}, nil
 }
 
-// podNamespace returns the Kubernetes namespace of the pod, from the service account's
+// podKubeNamespace returns the Kubernetes namespace of the pod, from the service account's
 // files in dir.
-func podNamespace(dir string) (string, error) {
+func podKubeNamespace(dir string) (string, error) {
 	b, err := os.ReadFile(filepath.Join(dir, "namespace"))
 	return strings.TrimSpace(string(b)), err
 }

@@ -83,11 +83,11 @@ func TestKubectlProxyClient(t *testing.T) {
 
 func TestPodNamespace(t *testing.T) {
 	dir := t.TempDir()
-	if ns, err := podNamespace(dir); err == nil {
+	if ns, err := podKubeNamespace(dir); err == nil {
 		t.Errorf("%q without a file, want an error", ns)
 	}
 	writeAccountFile(t, dir, "namespace", "edge\n")
-	if ns, err := podNamespace(dir); ns != "edge" || err != nil {
+	if ns, err := podKubeNamespace(dir); ns != "edge" || err != nil {
 		t.Errorf("%q, error %v", ns, err)
 	}
 }

@@ -292,7 +292,7 @@
 //	                          table and those of the plan, also one of the next two
 //	mover.propose             says how far the next step may go
 //	mover.workAtRest          without a change: does what is left to do after the last step
-//	membership.decideAndWrite         begins the write or the LIST that member.decide asks for
+//	membership.decideAndStart  begins the write or the LIST that member.decide asks for
 //	membership.takeInbox      takes the newest version of the object
 //	member.decide             says to adopt its plan, list, end all, write, or wait:
 //	member.bootstrap, member.reset  where there is no plan, or one that is not to be trusted
@@ -477,7 +477,7 @@ func newProgram(c *config, getenv func(string) string, queue *logQueue,
 		return nil, err
 	}
 	fdLimit, err := newDescriptorLimit(
-		maxFiles, backends.static.count, c.limits.sessions, c.limits.pendingUpgrades)
+		maxFiles, backends.fromFlags.count, c.limits.sessions, c.limits.pendingUpgrades)
 	if err != nil {
 		return nil, err
 	}
@@ -527,7 +527,7 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 	var mover *mover // onSwap uses it when there are sources
 	tables := &tableStore{
 		statefulSet: c.statefulSet, fromHost: c.namespaceMatcher.fromHost,
-		backends: backendSet{ordinalRange: backends.static, listedCordon: c.cordon}, log: log,
+		backends: backendSet{ordinalRange: backends.fromFlags, listedCordon: c.cordon}, log: log,
 		onSwap: func() { mover.tableOrPodChanged() },
 		applyDurations: newHistogram(
 			.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5),
@@ -617,7 +617,7 @@ func (p *program) followStatefulSet(kubeClient *kubeClient, kubeNamespace string
 	}
 	p.admin.replicaWatcher = replicas
 	p.tasks = append(p.tasks,
-		endpoints.watcher.run, replicas.watcher.run, replicas.run, replicas.proveStored)
+		endpoints.watcher.run, replicas.watcher.run, replicas.run, replicas.confirmStored)
 }
 
 // addSources sets up the sources of overrides: the ConfigMaps if there is an API server,
@@ -698,7 +698,7 @@ func (p *program) serve(ctx context.Context, clients, admin net.Listener) error 
 func (p *program) logServing(client, admin net.Addr) {
 	p.log.Info("serving",
 		"version", version(), "listen", client.String(), "admin", admin.String(),
-		"pod", p.config.podName, "backends", p.proxy.backends.static.count,
+		"pod", p.config.podName, "backends", p.proxy.backends.fromFlags.count,
 		"kube", p.config.kube)
 	if p.redirect != nil {
 		p.log.Info("redirecting clients without TLS", "listen", p.redirect.listener.Addr().String())

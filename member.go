@@ -289,7 +289,7 @@ func (m *member) viewOf(o *handoffObject) *memberView {
 	if isNamed && id.UID == m.uid {
 		next.mustAnswer = id.Instance == m.instance || id.Instance == anyInstance
 	}
-	next.admitsNone = !next.mustAnswer || id.Instance != m.instance
+	next.servesNone = !next.mustAnswer || id.Instance != m.instance
 	for _, r := range p.records {
 		next.tables = append(next.tables, m.table(r.ownersHash))
 	}
@@ -496,7 +496,7 @@ func (m *member) join(s *decisionInput) decision {
 	id, isNamed := p.members[m.name]
 	isAny := isNamed && id.UID == m.uid && id.Instance == anyInstance
 	switch {
-	case !m.view.admitsNone || s.leaving:
+	case !m.view.servesNone || s.leaving:
 		return decision{}
 	case m.newest == nil && isNamed && !isAny:
 		next := p.withMember(m.name, nil)
@@ -519,7 +519,7 @@ func (m *member) waitForStep() decision {
 // remove removes a member whose pod has ended for ever.
 func (m *member) remove(s *decisionInput) decision {
 	p := m.view.plan
-	if m.view.admitsNone {
+	if m.view.servesNone {
 		return decision{}
 	}
 	var alive []string
@@ -549,7 +549,7 @@ func (id memberID) isGone(pod *routerPod) bool {
 // newer one. It changes nothing else: all that see it make new tables.
 func (m *member) storeCount(s *decisionInput) decision {
 	p := m.view.plan
-	if m.view.admitsNone || s.backends == nil || !s.backends.replaces(p.backends) {
+	if m.view.servesNone || s.backends == nil || !s.backends.replaces(p.backends) {
 		return decision{}
 	}
 	next := *p
@@ -568,7 +568,7 @@ func (m *member) writeStep(s *decisionInput) decision { return m.writeStepWith(s
 // write.
 func (m *member) writeStepWith(s *decisionInput, a *stepAnswer) decision {
 	o, v := s.object, m.view
-	if v.admitsNone || m.newest == nil {
+	if v.servesNone || m.newest == nil {
 		return decision{}
 	}
 	if missing := o.missing(); len(missing) > 0 {
@@ -773,7 +773,7 @@ func (m *member) mergeMembers(s *decisionInput) map[string]memberID {
 			merged[name] = memberID{pod.uid, anyInstance}
 		}
 	}
-	if id := merged[m.name]; !m.view.admitsNone {
+	if id := merged[m.name]; !m.view.servesNone {
 		merged[m.name] = memberID{m.uid, m.instance}
 	} else if id.Instance != m.instance {
 		merged[m.name] = memberID{m.uid, anyInstance}
@@ -797,13 +797,13 @@ func (m *member) rateShare(o *handoffObject) float64 {
 	return float64(own) / float64(all)
 }
 
-// whyNotAdmitting says why this router admits nobody, or not to all namespaces yet. "" means
+// whyNotServing says why this router admits nobody, or not to all namespaces yet. "" means
 // that it does. A namespace whose override is invalid counts for nothing.
-func (m *member) whyNotAdmitting() string {
+func (m *member) whyNotServing() string {
 	switch {
 	case m.view == nil:
 		return "there is no plan of the hand-off yet"
-	case m.view.admitsNone:
+	case m.view.servesNone:
 		return "this router is not a member of the hand-off yet"
 	case !m.view.knowsAll():
 		return "a change is under way, and this router does not know all its tables"

@@ -313,7 +313,7 @@ func (w *modelWorld) act(r *modelRouter) bool {
 	r.commit(d, w.clock(r))
 	switch d.action {
 	case actAdopt:
-		w.tell("adopts: %s step %d of %s, done %t, outside %t", r.pod, d.view.step, d.view.plan.epoch, d.view.done, d.view.admitsNone)
+		w.tell("adopts: %s step %d of %s, done %t, outside %t", r.pod, d.view.step, d.view.plan.epoch, d.view.done, d.view.servesNone)
 	case actList:
 		r.inbox = []*handoffObject{w.object}
 		w.receive(r)
@@ -767,8 +767,8 @@ func (w *modelWorld) restless() string {
 		switch {
 		case r.member == nil:
 			return r.pod + " does not run"
-		case r.whyNotAdmitting() != "":
-			return r.pod + ": " + r.whyNotAdmitting()
+		case r.whyNotServing() != "":
+			return r.pod + ": " + r.whyNotServing()
 		case r.object != o || !r.view.done:
 			return r.pod + " is behind"
 		case !o.plan.isAtRest(r.newest.ownersHash) || r.edit != len(w.edits)-1:
@@ -916,7 +916,7 @@ func TestModelNeedsRules(t *testing.T) {
 				}
 			}}},
 		{"only members admit", twoOwners, modelRules{
-			view: func(_ *modelRouter, v *memberView) { v.admitsNone = false }}},
+			view: func(_ *modelRouter, v *memberView) { v.servesNone = false }}},
 		{"an answer waits for the end of sessions", twoOwners, modelRules{
 			situation: func(_ *modelWorld, _ *modelRouter, s *decisionInput) { s.doneHere = true }}},
 		{"a step is done when all have answered", twoOwners, modelRules{
@@ -1199,7 +1199,7 @@ func TestUnknownTableEndsSessions(t *testing.T) {
 		w.receive(outsider)
 		w.readEdit(outsider)
 		w.act(outsider) // it sees the plan, and does not get as far as to join
-		if outsider.view == nil || !outsider.view.admitsNone {
+		if outsider.view == nil || !outsider.view.servesNone {
 			t.Fatal("the second router is a member")
 		}
 		w.edit(to("backend-1"))

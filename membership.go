@@ -52,7 +52,7 @@ type membership struct {
 	onStored func(b *backendCount)
 	log      *slog.Logger
 
-	// Owned by the goroutine that calls decideAndWrite: the mover's run.
+	// Owned by the goroutine that calls decideAndStart: the mover's run.
 	member       *member
 	ctx          context.Context // of all requests
 	leaving      bool            // the router admits nobody any more, and ends
@@ -86,13 +86,13 @@ type handoffInbox struct {
 	gone   map[string]bool // UIDs of pods that have ended for ever; immutable
 	busy   bool            // a write or a list is under way
 	asking bool            // a request for a pod is under way
-	ended  bool            // a write or a list has ended since decideAndWrite was called
+	ended  bool            // a write or a list has ended since decideAndStart was called
 	err    error           // of that
 }
 
 // sharedStatus is what operators may ask.
 type sharedStatus struct {
-	whyNotAdmitting string   // why this router admits nobody, or not to all namespaces; or ""
+	whyNotServing string   // why this router admits nobody, or not to all namespaces; or ""
 	why             string   // what it does or waits for; or ""
 	members         []string // pods, sorted
 	missing         []string // those of them that have not answered the step
@@ -157,11 +157,11 @@ func (m *membership) apply(objects map[string]*handoffConfigMap) {
 	m.wake()
 }
 
-// decideAndWrite says what to do next, and begins what has to be written or listed. p is how far
+// decideAndStart says what to do next, and begins what has to be written or listed. p is how far
 // this router has come, t its own table, nil if it has none yet, and backendStep the highest
 // step that a backend has answered. The caller carries out actAdopt and actEndAll, and calls
-// decideAndWrite again. All else only says when to call it again, if nothing happens before.
-func (m *membership) decideAndWrite(
+// decideAndStart again. All else only says when to call it again, if nothing happens before.
+func (m *membership) decideAndStart(
 	ctx context.Context, p stepProgress, t *table, backendStep int64, now time.Time,
 ) decision {
 	m.ctx = ctx
@@ -237,9 +237,9 @@ func (m *membership) passStored(in *handoffInbox) {
 
 // publish notes what operators may ask, and that this router has left.
 func (m *membership) publish(in *handoffInbox, d decision) {
-	st := sharedStatus{why: d.why, whyNotAdmitting: m.whyNotAdmitting(in)}
+	st := sharedStatus{why: d.why, whyNotServing: m.whyNotServing(in)}
 	if in.object == nil {
-		st.why = st.whyNotAdmitting
+		st.why = st.whyNotServing
 	}
 	if v := m.member.view; v != nil {
 		for pod := range v.plan.members {
@@ -257,16 +257,16 @@ func (m *membership) publish(in *handoffInbox, d decision) {
 	select {
 	case <-m.hasLeft:
 	default:
-		if m.leaving && !in.busy && (m.member.view == nil || m.member.view.admitsNone) {
+		if m.leaving && !in.busy && (m.member.view == nil || m.member.view.servesNone) {
 			close(m.hasLeft)
 		}
 	}
 }
 
-// whyNotAdmitting says why this router admits nobody, or not to all namespaces yet. It says
+// whyNotServing says why this router admits nobody, or not to all namespaces yet. It says
 // what the member says, or what is wrong with the object if the member has no view for that.
-func (m *membership) whyNotAdmitting(in *handoffInbox) string {
-	why := m.member.whyNotAdmitting()
+func (m *membership) whyNotServing(in *handoffInbox) string {
+	why := m.member.whyNotServing()
 	switch {
 	case why == "" || m.member.view != nil:
 		return why
@@ -294,11 +294,11 @@ func (m *membership) snapshot() sharedStatus {
 // whyNotReady says why the router should get no new clients yet, or "".
 func (m *membership) whyNotReady() string {
 	st := m.snapshot()
-	if st.whyNotAdmitting == "" {
+	if st.whyNotServing == "" {
 		return ""
 	}
-	text := "the hand-off: " + st.whyNotAdmitting
-	if st.why != "" && st.why != st.whyNotAdmitting {
+	text := "the hand-off: " + st.whyNotServing
+	if st.why != "" && st.why != st.whyNotServing {
 		text += "; " + st.why
 	}
 	err := cmp.Or(st.err, st.podErr)
@@ -387,7 +387,7 @@ func (m *membership) listPods(ctx context.Context) error {
 	o := m.inbox.object
 	m.mu.Unlock()
 	if o == nil {
-		return nil // decideAndWrite will say so
+		return nil // decideAndStart will say so
 	}
 	l := &podList{
 		uid: o.uid, version: o.version, at: time.Now(), pods: map[string]routerPod{},
@@ -485,7 +485,7 @@ func (m *membership) askPods(in *handoffInbox, now time.Time) time.Time {
 // noteGone notes the UIDs of pods that have ended for ever, and an error of askPods.
 func (m *membership) noteGone(gone []string, err error) {
 	m.mu.Lock()
-	known := maps.Clone(m.inbox.gone) // decideAndWrite may read the map
+	known := maps.Clone(m.inbox.gone) // decideAndStart may read the map
 	for _, uid := range gone {
 		known[uid] = true
 	}
@@ -499,7 +499,7 @@ func (m *membership) noteGone(gone []string, err error) {
 // not answered, or have another table than this router.
 func (m *membership) blocking(in *handoffInbox) map[string]memberID {
 	v, o, t := m.member.view, in.object, m.member.newest
-	if v == nil || o == nil || o.plan == nil || t == nil || v.admitsNone {
+	if v == nil || o == nil || o.plan == nil || t == nil || v.servesNone {
 		return nil
 	}
 	all := map[string]memberID{}
@@ -582,7 +582,7 @@ func (m *membership) writeMetrics(w metricsWriter) {
 	w.single("router_handoff_member", "gauge",
 		"1 if this router is a member that has all tables of the plan: it admits clients to all "+
 			"namespaces that are not being handed over.",
-		boolToFloat(st.whyNotAdmitting == ""))
+		boolToFloat(st.whyNotServing == ""))
 	sample := w.family("router_handoff_writes_total", "counter",
 		"Writes of the object of the hand-off, by result.")
 	sample(float64(m.counts.written.Load()), "result", "ok")

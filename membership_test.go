@@ -292,7 +292,7 @@ func (s *handoffSim) anyContainer() (c *simContainer) {
 // serve is an upgrade and its session, as proxy does them, whose client leaves after this
 // time. It reports whether there was a session.
 func (c *simContainer) serve(namespace string, life time.Duration) bool {
-	a := c.ownerNow(namespace)
+	a := c.assignmentOf(namespace)
 	if a.state != stateOwned {
 		return false
 	}
@@ -303,12 +303,12 @@ func (c *simContainer) serve(namespace string, life time.Duration) bool {
 		time.Sleep(c.pod.upTo(limit))
 	}
 	pause(20 * time.Millisecond) // the dial
-	f, _, ok := c.startFlight(namespace, a.owner, "", nil)
+	f, _, ok := c.startFlight(namespace, a.backend, "", nil)
 	if !ok || c.alive.Err() != nil {
 		return false
 	}
 	pause(30 * time.Millisecond)
-	seen := c.begin(namespace, a.owner)
+	seen := c.begin(namespace, a.backend)
 	if seen == nil { // killed, and with it the request
 		return false
 	}
@@ -318,7 +318,7 @@ func (c *simContainer) serve(namespace string, life time.Duration) bool {
 		f.end()
 		return false
 	}
-	session := &session{namespace: namespace, backend: a.owner}
+	session := &session{namespace: namespace, backend: a.backend}
 	c.pod.seen.Store(session, seen)
 	c.relay.add(session)
 	f.end()
@@ -470,9 +470,9 @@ func (s *handoffSim) whyUnsettled() string {
 		}
 		for _, namespace := range simNamespaces {
 			want, _ := t.wantedOwner(namespace)
-			if a := c.ownerNow(namespace); a.state != stateOwned || a.owner != want {
+			if a := c.assignmentOf(namespace); a.state != stateOwned || a.backend != want {
 				return fmt.Sprintf("%s: %s is with %d (state %d), want %d",
-					r.pod.name, namespace, a.owner, a.state, want)
+					r.pod.name, namespace, a.backend, a.state, want)
 			}
 		}
 	}
@@ -730,13 +730,13 @@ func (s *handoffSim) atRest() bool {
 
 // openLong opens a session that stays until it is moved.
 func (c *simContainer) openLong(namespace string) {
-	a := c.ownerNow(namespace)
-	f, _, ok := c.startFlight(namespace, a.owner, "", nil)
+	a := c.assignmentOf(namespace)
+	f, _, ok := c.startFlight(namespace, a.backend, "", nil)
 	if a.state != stateOwned || !ok {
 		c.pod.Fatalf("%s is not owned", namespace)
 	}
-	session := &session{namespace: namespace, backend: a.owner}
-	c.pod.seen.Store(session, c.begin(namespace, a.owner))
+	session := &session{namespace: namespace, backend: a.backend}
+	c.pod.seen.Store(session, c.begin(namespace, a.backend))
 	c.relay.add(session)
 	f.end()
 }
@@ -772,16 +772,16 @@ func TestHandoffAwayForOneRouter(t *testing.T) {
 		s.do(func() { s.overrides = next; s.version++ })
 		time.Sleep(10 * time.Second)
 		for _, namespace := range names[:len(names)-1] {
-			if a := first.ownerNow(namespace); a.state != stateOwned || a.owner != 1 {
-				t.Errorf("%s is with backend-%d (state %d), want backend-1", namespace, a.owner, a.state)
+			if a := first.assignmentOf(namespace); a.state != stateOwned || a.backend != 1 {
+				t.Errorf("%s is with backend-%d (state %d), want backend-1", namespace, a.backend, a.state)
 			}
 		}
-		if a := first.ownerNow(last); a.owner != 0 {
-			t.Errorf("%s is with backend-%d, which is away", last, a.owner)
+		if a := first.assignmentOf(last); a.backend != 0 {
+			t.Errorf("%s is with backend-%d, which is away", last, a.backend)
 		}
 		time.Sleep(maxAwayTime)
-		if a := first.ownerNow(last); a.owner != 3 {
-			t.Errorf("%s is with backend-%d after a minute, want backend-3", last, a.owner)
+		if a := first.assignmentOf(last); a.backend != 3 {
+			t.Errorf("%s is with backend-%d after a minute, want backend-3", last, a.backend)
 		}
 		end()
 		for _, r := range s.routers {
@@ -842,7 +842,7 @@ func TestHandoffWaitsForCordon(t *testing.T) {
 		s.do(func() { s.overrides = map[string]string{"ns-0": "backend-1"}; s.version++ })
 		time.Sleep(10 * time.Minute)
 		wantEqual(t, "why the first one is not ready", first.whyNotReady(), "")
-		wantEqual(t, "owner while the cordons differ", first.ownerNow("ns-0").owner, 0)
+		wantEqual(t, "owner while the cordons differ", first.assignmentOf("ns-0").backend, 0)
 		if second.whyNotReady() == "" {
 			t.Error("the router without the cordon is ready")
 		}
@@ -850,7 +850,7 @@ func TestHandoffWaitsForCordon(t *testing.T) {
 		time.Sleep(20 * time.Second)
 		for _, c := range []*simContainer{first, second} {
 			wantEqual(t, "why not ready", c.whyNotReady(), "")
-			wantEqual(t, "owner", c.ownerNow("ns-0").owner, 1)
+			wantEqual(t, "owner", c.assignmentOf("ns-0").backend, 1)
 		}
 		end()
 		for _, r := range s.routers {
@@ -900,7 +900,7 @@ func checkHeldTime(t *testing.T, routers int) {
 	var held time.Duration
 	for range 5000 {
 		time.Sleep(time.Millisecond)
-		switch state := s.routers[0].container.ownerNow("ns-0").state; {
+		switch state := s.routers[0].container.assignmentOf("ns-0").state; {
 		case state == stateHeld && began.IsZero():
 			began = time.Now()
 		case state == stateOwned && !began.IsZero() && held == 0:

@@ -127,15 +127,15 @@ func (m *mover) tableOrPodChanged() {
 	m.tableChanged.notify()
 }
 
-// ownerNow returns who owns the namespace now. Its owner may get requests only between
-// startFlight and the end of that flight. It takes no lock and allocates nothing.
-func (m *mover) ownerNow(namespace string) assignment {
+// assignmentOf returns where requests of the namespace go now. That backend may get them only
+// between startFlight and the end of that flight. It takes no lock and allocates nothing.
+func (m *mover) assignmentOf(namespace string) assignment {
 	v := m.current.Load()
 	if v == nil {
-		return assignment{state: stateNoView, owner: unresolved}
+		return assignment{state: stateNoView, backend: unresolved}
 	}
 	owner, t, state := v.owner(namespace)
-	a := assignment{state: state, owner: owner, step: v.step}
+	a := assignment{state: state, backend: owner, step: v.step}
 	if t != nil {
 		a.stamp = t.stamp
 	}
@@ -143,7 +143,7 @@ func (m *mover) ownerNow(namespace string) assignment {
 }
 
 // findQueueOrdinal is the queueFinder of the dial queues.
-func (m *mover) findQueueOrdinal(namespace string) int { return m.ownerNow(namespace).queueOrdinal() }
+func (m *mover) findQueueOrdinal(namespace string) int { return m.assignmentOf(namespace).queueOrdinal() }
 
 // startFlight notes that the owner gets the request, which the caller sends next. cut is
 // nil for an upgrade: see flight.cut. Then it asks once more who the owner is, and
@@ -157,7 +157,7 @@ func (m *mover) startFlight(
 	if !m.handoffOff || cut != nil {
 		f = m.flights.add(namespace, owner, podUID, cut)
 	}
-	now = m.ownerNow(namespace)
+	now = m.assignmentOf(namespace)
 	if now.queueOrdinal() == owner {
 		return f, now, true
 	}
@@ -170,10 +170,10 @@ func (m *mover) startFlight(
 // shouldMove reports whether the session's namespace has another owner now, or the same
 // owner with another pod. A namespace that is unresolved stays with its backend. One whose
 // owner this router does not know (ownerNotKnown) counts as one with another owner. If the
-// router does not know who owns what (view.admitsNone), all count as unresolved: actEndAll ends the
+// router does not know who owns what (view.servesNone), all count as unresolved: actEndAll ends the
 // sessions once the router is no member any more.
 func (m *mover) shouldMove(s *session) bool {
-	owner := m.ownerNow(s.namespace).owner
+	owner := m.assignmentOf(s.namespace).backend
 	return owner != unresolved && owner != s.backend || m.relay.podReplaced(s)
 }
 
@@ -542,9 +542,9 @@ func (m *mover) cutRequests(now time.Time) time.Time {
 		return time.Time{}
 	}
 	return m.flights.cutOverdue(now, func(f *flight) time.Time {
-		owner := m.ownerNow(f.namespace).owner
+		owner := m.assignmentOf(f.namespace).backend
 		switch {
-		case v.admitsNone || m.relay.isOldPod(f.backend, f.podUID):
+		case v.servesNone || m.relay.isOldPod(f.backend, f.podUID):
 			return now
 		case m.handoffOff && owner != unresolved && owner != f.backend,
 			!v.done && v.mustLeave(f.namespace, f.backend):
@@ -705,7 +705,7 @@ func (m *mover) advanceShared(now time.Time) time.Time {
 	for {
 		p, again := m.workShared(m.current.Load(), now)
 		m.shared.leaving = m.leaving.Load()
-		d := m.shared.decideAndWrite(m.ctx, p, m.tables.table(), m.backendStep.Load(), now)
+		d := m.shared.decideAndStart(m.ctx, p, m.tables.table(), m.backendStep.Load(), now)
 		switch d.action {
 		case actAdopt:
 			m.adopt(d.view.view, now)
@@ -740,7 +740,7 @@ func (m *mover) workShared(v *view, now time.Time) (p stepProgress, again time.T
 	}
 	p.doneHere = m.lastDoneHere >= v.step
 	switch {
-	case t == nil || !p.doneHere || !v.knowsAll() || v.admitsNone:
+	case t == nil || !p.doneHere || !v.knowsAll() || v.servesNone:
 		return p, time.Time{}
 	case v.isAtRest(t.ownersHash):
 		p.limit.upto = allPlaces
@@ -823,7 +823,7 @@ func (m *mover) adopt(v *view, now time.Time) {
 	if v.done && (newStep || !old.done) {
 		m.countStep(now.Sub(v.began))
 	}
-	if newStep || v.done != old.done || v.admitsNone != old.admitsNone ||
+	if newStep || v.done != old.done || v.servesNone != old.servesNone ||
 		!slices.Equal(v.tables, old.tables) {
 		m.onViewChanged()
 	}

@@ -82,7 +82,7 @@ func (p *testProxy) waitCount(t *testing.T, want sessionCounts) {
 func TestMoveAtSessionStart(t *testing.T) {
 	p := startProxy(t, []string{"127.0.0.1:1", "127.0.0.1:1"}, map[string]string{"ns-01": "backend-0"}, nil)
 	p.override("42", map[string]string{"ns-01": "backend-1"})
-	eventually(t, "the owner", 1, func() int { return p.mover.ownerNow("ns-01").owner })
+	eventually(t, "the owner", 1, func() int { return p.mover.assignmentOf("ns-01").backend })
 	p.pendingUpgrades.acquire(0, 2, 10)
 	pairs, s := newSessionConns(t, "tcp", "tcp"), newSession("ns-01", 0, "")
 	u := &pendingRequest{limit: &p.pendingUpgrades, namespace: "ns-01"}
@@ -375,7 +375,7 @@ func TestMoveOfWhoWaitsForTheOldPod(t *testing.T) {
 		p, old, newPod, other := replaced(t, func(p *proxy) { p.mover.settleTime, p.relay.closeTimeout = 0, 300*time.Millisecond })
 		waiting := p.hang(t, request)
 		p.override("42", map[string]string{"ns-01": "backend-1"})
-		eventually(t, "owner of ns-01", 1, func() int { return p.mover.ownerNow("ns-01").owner })
+		eventually(t, "owner of ns-01", 1, func() int { return p.mover.assignmentOf("ns-01").backend })
 		old.Close()
 		mustAnswer(t, waiting, 101)
 		if n := newPod.heads(); len(n) != 0 {
@@ -759,7 +759,7 @@ func TestMoveToWhoRestarts(t *testing.T) {
 			t.Errorf("%d moved and then %d more; want some and none", len(moved), got)
 		}
 		for _, s := range moved {
-			wantEqual(t, "the owner of "+s.namespace, m.ownerNow(s.namespace).owner, 1)
+			wantEqual(t, "the owner of "+s.namespace, m.assignmentOf(s.namespace).backend, 1)
 		}
 		m.wantPending(t, 40-len(moved))
 		m.setAbsent(1, false)

@@ -132,10 +132,10 @@ type namespaceRate struct {
 	throttle throttle
 
 	// Guarded by mu.
-	mu         sync.Mutex
-	generation time.Duration            // when the present one began
-	present    map[uint64]time.Duration // when the bucket is full, by the namespace's hash
-	previous   map[uint64]time.Duration
+	mu              sync.Mutex
+	generationBegan time.Duration            // when the present one began
+	present         map[uint64]time.Duration // when the bucket is full, by the namespace's hash
+	previous        map[uint64]time.Duration
 }
 
 // newNamespaceRate returns nil for a limit of 0 upgrades per second.
@@ -194,7 +194,7 @@ func (n *namespaceRate) take(key uint64) (ok, counted bool) {
 // full. It drops the buckets that were not used since the present one began: they are full.
 // The caller holds mu.
 func (n *namespaceRate) startGeneration(now time.Duration) {
-	age := now - n.generation
+	age := now - n.generationBegan
 	if age < n.size {
 		return
 	}
@@ -202,5 +202,5 @@ func (n *namespaceRate) startGeneration(now time.Duration) {
 	if age >= 2*n.size {
 		n.previous = nil
 	}
-	n.present, n.generation = map[uint64]time.Duration{}, now
+	n.present, n.generationBegan = map[uint64]time.Duration{}, now
 }

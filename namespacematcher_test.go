@@ -34,8 +34,8 @@ func wantNamespace(t *testing.T, l *namespaceMatcher, r *http.Request, want stri
 	if got != want || (refused == nil) != (status == 0) {
 		t.Errorf("%s of %q: namespace %q, %v; want %q", r.RequestURI, r.Host, got, refused, want)
 	}
-	if refused != nil && (refused.result.status() != status || !strings.Contains(refused.reason, text)) {
-		t.Errorf("%s: %d %q, want %d with %q", r.RequestURI, refused.result.status(), refused.reason, status, text)
+	if refused != nil && (refused.result.refusalStatus() != status || !strings.Contains(refused.reason, text)) {
+		t.Errorf("%s: %d %q, want %d with %q", r.RequestURI, refused.result.refusalStatus(), refused.reason, status, text)
 	}
 }
 

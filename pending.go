@@ -140,7 +140,7 @@ type pendingRequest struct {
 
 // assign makes the request one to the owner that a says.
 func (u *pendingRequest) assign(a assignment) {
-	u.limit.transfer(u.owner, a.owner)
+	u.limit.transfer(u.backend, a.backend)
 	u.assignment = a
 }
 
@@ -205,7 +205,7 @@ func (u *pendingRequest) uncount() {
 	}
 	u.endWait()
 	u.reserveHead(0, 0)
-	u.limit.giveBack(u.owner)
+	u.limit.giveBack(u.backend)
 	u.permit.giveBack()
 	u.permit = nil
 	u.uncounted = true
@@ -213,7 +213,7 @@ func (u *pendingRequest) uncount() {
 
 // countAgain takes a slot again, after uncount, even if the owner has its share.
 func (u *pendingRequest) countAgain() {
-	u.limit.take(u.owner)
+	u.limit.take(u.backend)
 	u.uncounted = false
 }
 

@@ -140,7 +140,7 @@ func (p *proxy) isReady() bool {
 // one client, and at most one line a second for each result. It cuts what the client or the
 // backend has sent: in quotes, a head of 16 KiB takes four times that.
 func (p *proxy) logFailure(r *http.Request, result result, err error, plain bool) {
-	if err == nil || result.status() < http.StatusTooManyRequests ||
+	if err == nil || result.refusalStatus() < http.StatusTooManyRequests ||
 		result == resultBadHead || result == resultClientGone || result == resultBackendRefused {
 		return
 	}
@@ -177,7 +177,7 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result, error) 
 		if client.serverCtx.Err() != nil {
 			ctx = client.serverCtx
 		}
-		return p.unreachableError(ctx, u.owner, u.dialErr, nil)
+		return p.unreachableError(ctx, u.backend, u.dialErr, nil)
 	}
 	clientCtx, holdCtx, cancel := p.requestContexts(r, u.holdDeadline)
 	defer cancel()
@@ -202,14 +202,14 @@ func (p *proxy) askOwners(
 		var request []byte
 		if u.backendConn == nil {
 			if err := p.dialOwner(holdCtx, u); err != nil {
-				return p.unreachableError(holdCtx, u.owner, err, refusals.misdirected)
+				return p.unreachableError(holdCtx, u.backend, err, refusals.misdirected)
 			}
 			if !p.startFlight(u) {
 				u.backendConn.Close()
 				u.backendConn = nil
 				continue
 			}
-			request = finishRequestHead(head, u.stamp, u.step, p.backends.name(u.owner))
+			request = finishRequestHead(head, u.stamp, u.step, p.backends.name(u.backend))
 		}
 		result, err := p.completeUpgrade(w, r, u, clientAddrs, request)
 		switch {
@@ -217,7 +217,7 @@ func (p *proxy) askOwners(
 		case !errors.Is(err, errReleased) && !errors.Is(err, errMisdirected):
 			return result, err
 		case refusals.wait(holdCtx, err) != nil:
-			return p.unreachableError(holdCtx, u.owner, err, refusals.misdirected)
+			return p.unreachableError(holdCtx, u.backend, err, refusals.misdirected)
 		}
 	}
 }
@@ -279,7 +279,7 @@ func (p *proxy) dialOwner(ctx context.Context, u *pendingRequest) error {
 // startFlight notes that the owner gets the request now, which the caller sends next. It
 // returns false if the namespace has another owner by now, or none, or is held.
 func (p *proxy) startFlight(u *pendingRequest) bool {
-	f, now, ok := p.mover.startFlight(u.namespace, u.owner, u.podUID, u.cut)
+	f, now, ok := p.mover.startFlight(u.namespace, u.backend, u.podUID, u.cut)
 	if ok {
 		u.flight, u.assignment = f, now
 		u.endWait()
@@ -341,35 +341,35 @@ func (p *proxy) roundTrip(x *exchange) (*http.Response, error) {
 	for conn := p.takeIdle(x.pendingRequest); ; conn = nil {
 		if conn == nil {
 			if err := p.dialOwner(p.holdContext(x), x.pendingRequest); err != nil {
-				_, err = p.unreachableError(x.holdCtx, x.owner, err, refusals.misdirected)
+				_, err = p.unreachableError(x.holdCtx, x.backend, err, refusals.misdirected)
 				return nil, err
 			}
-			conn = newOwnerConn(x.backendConn, backendPod{x.owner, x.podUID})
+			conn = newOwnerConn(x.backendConn, backendPod{x.backend, x.podUID})
 			x.backendConn = nil
 		}
 		if !p.startFlight(x.pendingRequest) {
 			p.forwarder.idle.put(conn)
 			continue
 		}
-		owner := p.backends.name(x.owner)
+		owner := p.backends.name(x.backend)
 		head := finishRequestHead(x.head, x.stamp, x.step, owner)
 		resp, err := x.ask(conn, head, p.limits.headerBytes)
 		if err != nil {
 			x.abandonOwner()
 			return nil, x.failure(owner, err)
 		}
-		switch err = p.checkAnswer(x.owner, conn.RemoteAddr(), resp); {
+		switch err = p.checkAnswer(x.backend, conn.RemoteAddr(), resp); {
 		case err == nil:
 			return resp, nil
 		case errors.Is(err, errMisdirected):
-			p.forwarder.idle.closeBackend(x.owner)
+			p.forwarder.idle.closeBackend(x.backend)
 		}
 		if !x.forget() {
-			_, err = p.unreachableError(p.holdContext(x), x.owner, err, nil)
+			_, err = p.unreachableError(p.holdContext(x), x.backend, err, nil)
 			return nil, err
 		}
 		if refusals.wait(p.holdContext(x), err) != nil {
-			_, err = p.unreachableError(x.holdCtx, x.owner, err, refusals.misdirected)
+			_, err = p.unreachableError(x.holdCtx, x.backend, err, refusals.misdirected)
 			return nil, err
 		}
 	}
@@ -378,12 +378,12 @@ func (p *proxy) roundTrip(x *exchange) (*http.Response, error) {
 // takeIdle returns an idle connection to the owner if the request can be sent at once, or
 // nil.
 func (p *proxy) takeIdle(u *pendingRequest) *ownerConn {
-	u.podUID = p.backends.podUID(u.owner) // before it is asked for sessions with older pods
-	if u.queueOrdinal() != u.owner || p.relay.oldPodSessionsDone(u.namespace) != nil ||
-		!p.backends.queues.isOpen(u.owner) {
+	u.podUID = p.backends.podUID(u.backend) // before it is asked for sessions with older pods
+	if u.queueOrdinal() != u.backend || p.relay.oldPodSessionsDone(u.namespace) != nil ||
+		!p.backends.queues.isOpen(u.backend) {
 		return nil
 	}
-	return p.forwarder.idle.take(backendPod{u.owner, u.podUID})
+	return p.forwarder.idle.take(backendPod{u.backend, u.podUID})
 }
 
 // checkAnswer returns errMisdirected or errReleased if the owner has not taken the request:
@@ -510,11 +510,11 @@ func (p *proxy) reserve(namespace string) (*pendingRequest, *refusal) {
 	if t == nil { // the router has seen the plan of the others before its own table
 		return nil, refuseNoTable()
 	}
-	all, own, acquired := p.pendingUpgrades.acquire(assigned.owner, t.backends.count, limit)
+	all, own, acquired := p.pendingUpgrades.acquire(assigned.backend, t.backends.count, limit)
 	if !acquired {
 		return nil, refuse(resultMaxPending,
 			"%d requests to %s are pending, and it may have no more of the limit of %d; %d in all",
-			own, p.ownerName(assigned.owner), limit, all)
+			own, p.ownerName(assigned.backend), limit, all)
 	}
 	u := &pendingRequest{limit: &p.pendingUpgrades, waits: p.ownerWaits,
 		began: time.Now(), namespace: namespace, assignment: assigned}
@@ -551,7 +551,7 @@ func (p *proxy) waitForOldPod(ctx context.Context, u *pendingRequest) error {
 		return nil
 	case <-ctx.Done():
 		return fmt.Errorf("%q still has a session with the previous pod of %s",
-			u.namespace, p.ownerName(u.owner))
+			u.namespace, p.ownerName(u.backend))
 	}
 }
 
@@ -572,7 +572,7 @@ func (p *proxy) ownerName(ordinal int) string {
 
 // owner returns the backend that owns the namespace, or the next one if it is held.
 func (p *proxy) owner(namespace string) (assignment, *refusal) {
-	a := p.mover.ownerNow(namespace)
+	a := p.mover.assignmentOf(namespace)
 	switch a.state {
 	case stateNoView:
 		return a, refuseNoTable()
@@ -630,19 +630,19 @@ func (p *proxy) completeUpgrade(
 	br := p.newReader(nil)
 	resp, fromBackend, err := handshake(backendConn, br, request, p.limits.headerBytes)
 	if err != nil {
-		return p.handshakeError(r.Context(), u.owner, err)
+		return p.handshakeError(r.Context(), u.backend, err)
 	}
 	if resp.StatusCode != http.StatusSwitchingProtocols {
 		u.endFlight() // it has refused the request
 	}
-	if err := p.checkAnswer(u.owner, backendConn.RemoteAddr(), resp); err != nil {
+	if err := p.checkAnswer(u.backend, backendConn.RemoteAddr(), resp); err != nil {
 		return resultOK, err // the caller ignores the result
 	}
 	if resp.StatusCode != http.StatusSwitchingProtocols {
 		return p.passResponse(r.Context(), w, resp, backendConn)
 	}
 	if !stop() {
-		return p.handshakeError(r.Context(), u.owner, r.Context().Err())
+		return p.handshakeError(r.Context(), u.backend, r.Context().Err())
 	}
 	s, err := p.newSession(u, clientAddrs)
 	if err != nil {
@@ -747,7 +747,7 @@ func (p *proxy) hijack(w http.ResponseWriter, head []byte) (net.Conn, []byte, er
 // newSession returns the session of an upgrade whose owner has answered 101, or
 // errOwnerChanged.
 func (p *proxy) newSession(u *pendingRequest, clientAddrs string) (*session, error) {
-	s := newSession(u.namespace, u.owner, clientAddrs)
+	s := newSession(u.namespace, u.backend, clientAddrs)
 	s.podUID = u.podUID
 	if p.mover.shouldMove(s) {
 		return nil, errOwnerChanged

@@ -123,7 +123,7 @@ func TestProxyForwardsTheRequest(t *testing.T) {
 		"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Protocol: chat, superchat\r\nSec-WebSocket-Version: 13\r\n" +
 		"Upgrade: websocket\r\nX-Forwarded-For: 203.0.113.9, 127.0.0.1\r\nX-Forwarded-Host: www.mydomain.com:8443\r\n" +
 		"X-Forwarded-Proto: https\r\nX-Router-Backend: backend-0\r\nX-Router-Pod: router-x\r\nX-Router-Table: " + p.tables.table().stamp + "\r\n" +
-		fmt.Sprintf("X-Router-Step: %d\r\n\r\n", p.mover.ownerNow("ns-01").step)
+		fmt.Sprintf("X-Router-Step: %d\r\n\r\n", p.mover.assignmentOf("ns-01").step)
 	if got := backend.heads()[0]; sortedHead(got) != sortedHead(want) {
 		t.Errorf("the backend got\n%s\nwant\n%s", got, want)
 	}
@@ -135,7 +135,7 @@ func TestProxyForwardsTheRequest(t *testing.T) {
 // outside puts a view in force as a router has it that is not a member of the hand-off.
 func outside(p *proxy) {
 	p.mover.useMembership(newMembership(kubeClient{}, "edge", "hand-off", "router-x", "uid", "a=b", p.log))
-	p.mover.current.Store(&view{handoffPlan: &handoffPlan{records: []planRecord{{}}}, tables: []*table{nil}, admitsNone: true})
+	p.mover.current.Store(&view{handoffPlan: &handoffPlan{records: []planRecord{{}}}, tables: []*table{nil}, servesNone: true})
 }
 
 // anyRequests are an upgrade in both ways, and a plain request.
@@ -469,7 +469,7 @@ func TestProxyMovedInHandshake(t *testing.T) {
 	conn := p.send(t, "ns-01")
 	<-asked
 	p.tables.update(sourceContent{id: sourceID{name: "test"}, version: "42", overrides: newOverrideSet(map[string]string{"ns-01": "backend-1"})})
-	eventually(t, "owner of ns-01", 1, func() int { return p.mover.ownerNow("ns-01").owner })
+	eventually(t, "owner of ns-01", 1, func() int { return p.mover.assignmentOf("ns-01").backend })
 	close(swapped)
 	mustAnswer(t, conn, 101)
 	stamp := p.tables.table().stamp
@@ -500,9 +500,9 @@ func TestProxyAsksAgainAfterARelease(t *testing.T) {
 		if resp.StatusCode != 101 || len(backend.heads()) < 2 {
 			t.Errorf("%s after %d requests, want 101 after some", resp.Status, len(backend.heads()))
 		}
-		before := p.mover.ownerNow("ns-02").step
+		before := p.mover.assignmentOf("ns-02").step
 		p.override("42", map[string]string{"ns-02": "backend-1"})
-		eventually(t, "the next step is later", true, func() bool { return p.mover.ownerNow("ns-02").step > before })
+		eventually(t, "the next step is later", true, func() bool { return p.mover.assignmentOf("ns-02").step > before })
 	})
 	for _, header := range []string{"", "X-Router-Step: x\r\n", "X-Router-Step: 9000000000000000000\r\n"} {
 		both(t, func(t *testing.T, request string) {
@@ -521,7 +521,7 @@ func TestStartFlightAsksOnceMore(t *testing.T) {
 	r := lookupTable(t, 4, 1000)
 	m := restingMover(r)
 	const namespace = "ns-00000007"
-	owner := m.ownerNow(namespace).owner
+	owner := m.assignmentOf(namespace).backend
 	f, _, ok := m.startFlight(namespace, owner, "", nil)
 	if !ok || !m.flights.any(func(other *flight) bool { return other == f }) {
 		t.Fatalf("started: %t, want a flight", ok)
@@ -534,7 +534,7 @@ func TestStartFlightAsksOnceMore(t *testing.T) {
 		t.Errorf("the request is sent to the old owner in a step (%+v)", now)
 	}
 	m.finishStep(step)
-	if _, now, ok := m.startFlight(namespace, owner, "", nil); ok || now.owner == owner {
+	if _, now, ok := m.startFlight(namespace, owner, "", nil); ok || now.backend == owner {
 		t.Errorf("the request is sent to the old owner after the step (%+v)", now)
 	}
 	if m.flights.any(func(*flight) bool { return true }) {

@@ -41,8 +41,8 @@ func (r result) String() string {
 		"hold_timeout", "misdirected", "max_sessions", "max_pending_upgrades", "max_sessions_per_namespace", "max_upgrades_per_second", "draining", "client_gone", "bad_gateway", "gateway_timeout", "backend_refused", "broken_off"}[r]
 }
 
-// status is the HTTP status that goes with the result.
-func (r result) status() int {
+// refusalStatus is the HTTP status of a refusal with this result: 503 for those that have no other.
+func (r result) refusalStatus() int {
 	status := [numResults]int{
 		resultBadRequest: http.StatusBadRequest,
 		resultBadHead:    http.StatusRequestHeaderFieldsTooLarge,
@@ -76,7 +76,7 @@ func (r *refusal) Error() string { return r.reason }
 // clientMessage is what the client reads: what is wrong with its request (4xx), or one
 // sentence for each status that says whose fault it is and nothing of the inside.
 func (r *refusal) clientMessage() string {
-	switch r.result.status() {
+	switch r.result.refusalStatus() {
 	case http.StatusBadGateway:
 		return "the backend gave no valid answer"
 	case http.StatusServiceUnavailable:
@@ -98,7 +98,7 @@ func (r *refusal) writeResponse(w http.ResponseWriter, bound time.Duration) {
 	conn := http.NewResponseController(w)
 	conn.SetReadDeadline(time.Now().Add(bound)) // net/http reads what is left of a body before it answers
 	conn.SetWriteDeadline(time.Now().Add(2 * bound))
-	switch r.result.status() {
+	switch r.result.refusalStatus() {
 	case http.StatusServiceUnavailable, http.StatusTooManyRequests:
 		w.Header().Set("Retry-After", "1")
 	case http.StatusUpgradeRequired:
@@ -107,7 +107,7 @@ func (r *refusal) writeResponse(w http.ResponseWriter, bound time.Duration) {
 	case http.StatusRequestHeaderFieldsTooLarge: // as net/http does: the next head would be no smaller
 		w.Header().Set("Connection", "close")
 	}
-	http.Error(w, r.clientMessage(), r.result.status())
+	http.Error(w, r.clientMessage(), r.result.refusalStatus())
 }
 
 // errDraining is the cause that ends the contexts of requests when the router

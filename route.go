@@ -293,9 +293,9 @@ func (t *table) isHashedTo(ordinal int) bool {
 		(t.cordoned == nil || !t.cordoned[ordinal-t.backends.first])
 }
 
-// cordonedOwner returns the ordinal that the hash would give to the namespace if nothing
+// uncordonedOwner returns the ordinal that the hash would give to the namespace if nothing
 // was cordoned. ok is false if it is not cordoned.
-func (t *table) cordonedOwner(namespace string) (ordinal int, ok bool) {
+func (t *table) uncordonedOwner(namespace string) (ordinal int, ok bool) {
 	b := bucket(namespace, t.backends.count)
 	return t.backends.first + b, t.cordoned != nil && t.cordoned[b]
 }
@@ -354,7 +354,7 @@ func (t *table) explain(namespace string) string {
 	s := findSlot(&t.index, namespace, upper32(hash64(namespace)))
 	switch {
 	case s.set == 0:
-		if _, ok := t.cordonedOwner(namespace); ok {
+		if _, ok := t.uncordonedOwner(namespace); ok {
 			return whyCordoned
 		}
 		return whyHash
