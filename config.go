@@ -52,9 +52,9 @@ type config struct {
 	handoff                string        // "all", "single" or "off"
 	handoffConfigMap       string        // for "all"
 	podUID, routerPods     string        // for "all"; routerPods is a label selector
-	handoffUnproven        time.Duration // 0: for ever
+	handoffProofTimeout    time.Duration // 0: for ever
 	release                string        // the path; "" for none
-	releaseMemory          time.Duration
+	releaseRetention       time.Duration
 
 	// The end.
 	drainDelay, drainDuration time.Duration
@@ -215,9 +215,8 @@ func (c *config) trafficFlags(f *flag.FlagSet) {
 		"`name` of this router for X-Router-Pod (default the host's name)")
 	f.DurationVar(&c.limits.holdTimeout, "hold", 10*time.Second,
 		"how long an upgrade or a plain request waits for its owner")
-	f.DurationVar(&c.limits.handshakeTimeout, "handshake-timeout", 10*time.Second,
-		"how long a backend may take to answer an upgrade; TLS handshakes have another bound,\n"+
-			"-header-timeout")
+	f.DurationVar(&c.limits.upgradeTimeout, "upgrade-timeout", 10*time.Second,
+		"how long a backend may take to answer an upgrade")
 	f.DurationVar(&c.limits.headerTimeout, "header-timeout", 10*time.Second,
 		"how long a client may take for its TLS handshake, then to send its request's head, and\n"+
 			"then a body of up to 8 KiB; other systems than Linux give handshake and head one such\n"+
@@ -283,7 +282,7 @@ func (c *config) handoffFlags(f *flag.FlagSet) {
 		"`uid` of this router's pod, for -handoff all")
 	f.StringVar(&c.routerPods, "router-pods", "app.kubernetes.io/name=router,router-handoff=all",
 		"`labels` of the pods of all routers with -handoff all; others must not have them")
-	f.DurationVar(&c.handoffUnproven, "handoff-unproven", time.Minute,
+	f.DurationVar(&c.handoffProofTimeout, "handoff-proof-timeout", time.Minute,
 		"how long a hand-off waits for the proof that a backend has ended a request or a session\n"+
 			"whose client has left, or a plain request that was cut. The proof is that the backend\n"+
 			"ends its connection. After this time the hand-off goes on, although it is not proven\n"+
@@ -292,10 +291,9 @@ func (c *config) handoffFlags(f *flag.FlagSet) {
 		"`path` of a URL, like /release. The router sends POST to it at the old owner of the\n"+
 			"namespaces of a step, so that the old owner stores their state. Their new owner gets\n"+
 			"clients after the answer 2xx (default none)")
-	f.DurationVar(&c.releaseMemory, "release-memory", time.Minute,
-		"a time, not bytes: the router remembers a namespace for at least this long after its last\n"+
-			"session or request. If the namespace moves in this time, its old owner gets the POST\n"+
-			"of -release")
+	f.DurationVar(&c.releaseRetention, "release-retention", time.Minute,
+		"how long the router remembers a namespace, at least, after its last session or request.\n"+
+			"If the namespace moves in this time, its old owner gets the POST of -release")
 }
 
 // parseConfig reads the flags in args, and those that are not in args from the
@@ -516,12 +514,12 @@ func (c *config) validateLimits() error {
 		value, min time.Duration
 	}{
 		{"hold", c.limits.holdTimeout, 1},
-		{"handshake-timeout", c.limits.handshakeTimeout, 1},
+		{"upgrade-timeout", c.limits.upgradeTimeout, 1},
 		{"header-timeout", c.limits.headerTimeout, 1},
 		{"move-settle", c.moveSettle, 0},
 		{"http-move-timeout", c.httpMoveTime, 0},
-		{"handoff-unproven", c.handoffUnproven, 0},
-		{"release-memory", c.releaseMemory, 1},
+		{"handoff-proof-timeout", c.handoffProofTimeout, 0},
+		{"release-retention", c.releaseRetention, 1},
 		{"drain-delay", c.drainDelay, 0},
 		{"drain-duration", c.drainDuration, 0},
 	} {

@@ -371,7 +371,7 @@ func TestFastPathFallsBack(t *testing.T) {
 			backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) { tt.serve(conn, br, pause) })
 			p = startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) {
 				if tt.want == http.StatusGatewayTimeout {
-					p.limits.handshakeTimeout = time.Second
+					p.limits.upgradeTimeout = time.Second
 				}
 			})
 			conn, err := net.Dial("tcp", p.addr)

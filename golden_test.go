@@ -523,7 +523,7 @@ func refusals() map[string]clientCase {
 		"503 another backend":           {request: good, args: "-hold 5s", serve: answer(notMeant), often: true},
 		"503 sessions":                  {request: good, args: "-max-sessions 1", serve: echo, before: occupied(good, `router_sessions\{.*\} 1`), earlier: 1},
 		"503 sessions of one namespace": {request: good, args: "-max-sessions-per-namespace 1", serve: echo, before: occupied(good, `router_sessions\{.*\} 1`), earlier: 1},
-		"503 upgrades under way":        {request: good, args: "-max-pending-upgrades 1 -handshake-timeout 1m", serve: silent, before: occupied(good, waiting(1))},
+		"503 upgrades under way":        {request: good, args: "-max-pending-upgrades 1 -upgrade-timeout 1m", serve: silent, before: occupied(good, waiting(1))},
 		"503 heads under way":           {request: upgradeWith("Origin: ", "Origin: "+strings.Repeat("x", headBytesPerRequest)), args: "-max-pending-upgrades 1"},
 		"503 the router is stopping":    {request: good, during: stopRouter, stops: true},
 		"no answer, client left": {request: good, during: func(t *testing.T, r *goldenRouter, conn net.Conn) {
@@ -531,7 +531,7 @@ func refusals() map[string]clientCase {
 			reset(conn.(*net.TCPConn))
 		}},
 		"503 half-closed client":  {request: good, args: "-hold 1m", during: func(t *testing.T, r *goldenRouter, conn net.Conn) { closeWrite(t, conn.(*net.TCPConn)) }},
-		"504 silence":             {request: good, args: "-handshake-timeout 1s", serve: silent},
+		"504 silence":             {request: good, args: "-upgrade-timeout 1s", serve: silent},
 		"502 close":               {request: good, serve: func(net.Conn, *bufio.Reader) {}},
 		"502 close in the head":   fromBackend("HTTP/1.1 1"),
 		"502 no HTTP":             fromBackend("SSH-2.0-OpenSSH\r\n\r\n"),

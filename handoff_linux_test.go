@@ -80,7 +80,7 @@ func (p *proof) args(mode string, more ...string) []string {
 	}
 	return append([]string{
 		"-handoff", mode, "-backends", strings.Join(addrs, ","), "-move-settle", "100ms",
-		"-hold", "1m", "-handshake-timeout", "1m", "-header-timeout", "1m",
+		"-hold", "1m", "-upgrade-timeout", "1m", "-header-timeout", "1m",
 		"-kube", p.url, "-kube-namespace", "edge",
 	}, more...)
 }
@@ -688,7 +688,7 @@ func (p *proof) anyOpenBefore(backend int, namespaces []string, ends []time.Dura
 }
 
 // Proof 10: a backend that never answers an upgrade keeps its namespace until it ends its
-// side, though its client has got a 504; or until -handoff-unproven.
+// side, though its client has got a 504; or until -handoff-proof-timeout.
 func TestHandoffOfStuckUpgrade(t *testing.T) {
 	t.Parallel()
 	for name, unproven := range map[string]string{"ends": "0", "is given up": "300ms"} {
@@ -716,8 +716,8 @@ func stuckUpgrade(t *testing.T, unproven string) {
 	before := ownersBy(namespaces, func(int) int { return 0 })
 	after := ownersBy(namespaces, func(int) int { return 1 })
 	p.edit(overridesOfOwners(before))
-	r := p.start(t, p.args("single", "-handshake-timeout", "2s", "-hold", "15s",
-		"-handoff-unproven", unproven)...)
+	r := p.start(t, p.args("single", "-upgrade-timeout", "2s", "-hold", "15s",
+		"-handoff-proof-timeout", unproven)...)
 	for _, namespace := range namespaces {
 		k, err := p.request(namespace, ways[namespace])
 		if err != nil {

@@ -16,13 +16,13 @@ import (
 // write. Its data has
 //
 //	plan                the plan, as JSON: see planJSON
-//	router-<pod name>   what this router has answered, one line: see stepAnswer.String
+//	answer-<pod name>   what this router has answered, one line: see stepAnswer.String
 //
 // Other keys have no meaning. A value that cannot be read is reported, and counts as absent:
 // routers write it anew. But a plan of another version stays as it is: see planVersion.
 const (
 	planKey         = "plan"
-	answerKeyPrefix = "router-"
+	answerKeyPrefix = "answer-"
 )
 
 // The bounds of what is read from the object. An object has at most 1 MiB.

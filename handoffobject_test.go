@@ -185,7 +185,7 @@ func TestAnswerFaults(t *testing.T) {
 		bad := strings.Replace(good, c.old, c.new, 1)
 		o := readHandoffObject("u", "1", map[string]string{answerKeyPrefix + "a": bad})
 		if len(o.answers) != 0 || len(o.faults) != 1 || !strings.Contains(o.faults[0].Error(), c.want) ||
-			!strings.HasPrefix(o.faults[0].Error(), "key router-a: ") {
+			!strings.HasPrefix(o.faults[0].Error(), "key answer-a: ") {
 			t.Errorf("%s for %s: %v, %v, want %s", c.new, c.old, o.answers, o.faults, c.want)
 		}
 	}

@@ -647,7 +647,7 @@ func startProxy(t testing.TB, addrs []string, data map[string]string, change fun
 	tail := newLogTail()
 	log := slog.New(slog.NewJSONHandler(tail, nil))
 	c := &config{statefulSet: "backend", podName: "router-x", namespaceMatcher: defaultMatcher(t), limits: limits{
-		holdTimeout: patience, handshakeTimeout: patience, headerTimeout: patience,
+		holdTimeout: patience, upgradeTimeout: patience, headerTimeout: patience,
 		headerBytes: 8 << 10, headerFields: 100, sessions: 1000, pendingUpgrades: 1000,
 	}}
 	fdLimit := wideDescriptorLimit(t)

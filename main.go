@@ -201,7 +201,7 @@
 //	poller.endComplete        ends the session, after close_notify to a client with TLS
 //	poller.end                closes both sockets, unless the backend has not ended its side
 //	relay.abandonBackend      makes a flight of a backend that has not ended its side
-//	flight.abandon            waits until the backend has, at most for -handoff-unproven
+//	flight.abandon            waits until the backend has, at most for -handoff-proof-timeout
 //	poller.unlockAndReport    calls sessionEnded
 //	relay.sessionEnded        counts and logs the end
 //
@@ -541,7 +541,7 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 	onViewChanged := func() { backends.queues.recheckOwners(mover.findQueueOrdinal) }
 	mover = newMover(tables, relay, c.moveRate, probe, onViewChanged, log)
 	mover.settleTime, mover.handoffOff = c.moveSettle, c.handoff == "off"
-	mover.flights.unprovenTimeout = c.handoffUnproven
+	mover.flights.unprovenTimeout = c.handoffProofTimeout
 	mover.flights.addDescriptors = fdLimit.add
 	if !mover.handoffOff {
 		relay.onAbandoned = func(s *session, backend net.Conn) {
@@ -576,7 +576,7 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 
 // followReleases makes the mover ask previous owners to release namespaces.
 func followReleases(c *config, m *mover, b *backends) {
-	memory := newReleaseMemory(c.releaseMemory, m.log)
+	memory := newReleaseMemory(c.releaseRetention, m.log)
 	m.flights.remember, m.relay.remember = memory.note, memory.note
 	m.releases = newStepReleases(newReleaser(c.release, c.podName, b, m.log), memory)
 }

@@ -1818,7 +1818,7 @@ func TestRemovedOwnerOfUnknownNamespace(t *testing.T) {
 // second one.
 func TestFirstPlansHaveOwnEpochs(t *testing.T) {
 	w := newScene(0, modelRules{}, to("backend-0"))
-	w.store("u", map[string]string{"router-gone": "x e 9000000 - blank 0"})
+	w.store("u", map[string]string{answerKeyPrefix + "gone": "x e 9000000 - blank 0"})
 	makes, knows := w.addRouter(), w.addRouter()
 	for _, r := range []*modelRouter{knows, makes} {
 		w.readEdit(r)

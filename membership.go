@@ -93,11 +93,11 @@ type handoffInbox struct {
 // sharedStatus is what operators may ask.
 type sharedStatus struct {
 	whyNotServing string   // why this router admits nobody, or not to all namespaces; or ""
-	why             string   // what it does or waits for; or ""
-	members         []string // pods, sorted
-	missing         []string // those of them that have not answered the step
-	err             error    // of the last write or list; nil if it succeeded
-	podErr          error    // of the last request for a pod; nil if it succeeded
+	why           string   // what it does or waits for; or ""
+	members       []string // pods, sorted
+	missing       []string // those of them that have not answered the step
+	err           error    // of the last write or list; nil if it succeeded
+	podErr        error    // of the last request for a pod; nil if it succeeded
 }
 
 // handoffConfigMap is the object as the API server has it.

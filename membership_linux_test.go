@@ -39,7 +39,7 @@ func newSharedProof(t *testing.T, mode string, change func(*recordingBackend),
 	p := &sharedProof{proof: newProof(t, 4, change)}
 	p.flags = append([]string{
 		"-handoff", mode, "-kube-namespace", "edge", "-backend-port", p.port,
-		"-hold", "1m", "-handshake-timeout", "1m", "-header-timeout", "1m",
+		"-hold", "1m", "-upgrade-timeout", "1m", "-header-timeout", "1m",
 		"-move-settle", "100ms", "-drain-delay", "500ms", "-drain-duration", "500ms",
 	}, flags...)
 	p.kube.applyMap(handoffName, nil)

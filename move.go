@@ -143,7 +143,9 @@ func (m *mover) assignmentOf(namespace string) assignment {
 }
 
 // findQueueOrdinal is the queueFinder of the dial queues.
-func (m *mover) findQueueOrdinal(namespace string) int { return m.assignmentOf(namespace).queueOrdinal() }
+func (m *mover) findQueueOrdinal(namespace string) int {
+	return m.assignmentOf(namespace).queueOrdinal()
+}
 
 // startFlight notes that the owner gets the request, which the caller sends next. cut is
 // nil for an upgrade: see flight.cut. Then it asks once more who the owner is, and
@@ -644,7 +646,7 @@ func (m *mover) reportFinished() {
 		receipt.Examples = tally.examples()
 		m.keepReceipt(receipt)
 		m.log.Info("move finished", "overrides_version", receipt.OverridesVersion,
-			"namespaces", receipt.Namespaces, "sessions", receipt.Moved,
+			"namespaces", receipt.Namespaces, "moved", receipt.Moved,
 			"seconds", receipt.Seconds, "held_seconds", receipt.HeldSeconds,
 			"cut", receipt.Cut, "cancelled", receipt.Cancelled)
 		for _, s := range m.tables.sources {

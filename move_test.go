@@ -576,7 +576,7 @@ func TestMoveSettles(t *testing.T) {
 						t.Errorf("a session moved after %s, want %s", s.at, c.first)
 					}
 				}
-				wantLine(t, m.log.all("move finished"), 1, map[string]any{"sessions": 6.0, "namespaces": 2.0, "cancelled": 0.0, "seconds": 0.1})
+				wantLine(t, m.log.all("move finished"), 1, map[string]any{"moved": 6.0, "namespaces": 2.0, "cancelled": 0.0, "seconds": 0.1})
 			})
 		})
 	}
@@ -605,7 +605,7 @@ func TestMovePace(t *testing.T) {
 				if interval > 10*paceTick && (late < c.sessions/4 || late == c.sessions) {
 					t.Errorf("%d sessions moved late by an eighth of the interval or more, want some jitter", late)
 				}
-				wantLine(t, m.log.all("move finished"), 1, map[string]any{"overrides_version": "1", "sessions": float64(c.sessions), "namespaces": float64(c.sessions)})
+				wantLine(t, m.log.all("move finished"), 1, map[string]any{"overrides_version": "1", "moved": float64(c.sessions), "namespaces": float64(c.sessions)})
 			})
 		})
 	}
@@ -667,7 +667,7 @@ func TestMoveTakenBack(t *testing.T) {
 			t.Errorf("%d moved before the change was reverted and %d after", moved, got-moved)
 		}
 		m.wantPending(t, 0)
-		wantLine(t, m.log.all("move finished"), 1, map[string]any{"overrides_version": "1", "sessions": float64(moved), "cancelled": float64(100 - moved)})
+		wantLine(t, m.log.all("move finished"), 1, map[string]any{"overrides_version": "1", "moved": float64(moved), "cancelled": float64(100 - moved)})
 		e := expositionOf(t, m.writeMetrics)
 		if lacks := e.lacks(map[string]float64{"router_moved_sessions_total": float64(moved), "router_move_cancelled_total": float64(100 - moved),
 			"router_handoff_step_duration_seconds_count": e.values["router_handoff_steps_total"]}); lacks != "" || e.values["router_handoff_steps_total"] == 0 {
@@ -701,7 +701,7 @@ func TestMoveTwoBatches(t *testing.T) {
 		lines := m.log.all("move finished")
 		wantLine(t, lines, 2, nil)
 		for i, want := range []int{moved, 40 - moved} {
-			if line := lines[i]; line["sessions"] != float64(want) || line["namespaces"] != float64(want) || line["cancelled"] != 0.0 {
+			if line := lines[i]; line["moved"] != float64(want) || line["namespaces"] != float64(want) || line["cancelled"] != 0.0 {
 				t.Errorf("%v, want %d sessions", line, want)
 			}
 		}
@@ -740,7 +740,7 @@ func TestMoveWaitsForTheOwner(t *testing.T) {
 			t.Errorf("%d moved, want 9", len(all))
 		}
 		time.Sleep(time.Second)
-		wantLine(t, m.log.all("move finished"), 1, map[string]any{"sessions": 9.0, "namespaces": 2.0, "cut": 5.0})
+		wantLine(t, m.log.all("move finished"), 1, map[string]any{"moved": 9.0, "namespaces": 2.0, "cut": 5.0})
 	})
 }
 
@@ -1007,7 +1007,7 @@ func TestMoveForgetsTheOwner(t *testing.T) {
 			t.Errorf("%d moved, %d dials more; want none", len(all), m.dialsOf(1)-dials)
 		}
 		m.wantPending(t, 0)
-		wantLine(t, m.log.all("move finished"), 1, map[string]any{"sessions": 0.0, "cancelled": 5.0})
+		wantLine(t, m.log.all("move finished"), 1, map[string]any{"moved": 0.0, "cancelled": 5.0})
 	})
 }
 
@@ -1026,7 +1026,7 @@ func TestMoveSkipsWhatEnds(t *testing.T) {
 		if len(all) != 10 || all[9].at > 10*time.Second {
 			t.Errorf("%d moved, the last after %s; want 10 in 10 s", len(all), all[len(all)-1].at)
 		}
-		wantLine(t, m.log.all("move finished"), 1, map[string]any{"sessions": 10.0, "cancelled": 0.0})
+		wantLine(t, m.log.all("move finished"), 1, map[string]any{"moved": 10.0, "cancelled": 0.0})
 	})
 }
 
@@ -1042,7 +1042,7 @@ func TestMoveSkipsWhatCannotClose(t *testing.T) {
 		if all := m.after(time.Minute); len(all) != 4 {
 			t.Errorf("%d moved, want 4", len(all))
 		}
-		wantLine(t, m.log.all("move finished"), 1, map[string]any{"sessions": 4.0, "cancelled": 0.0})
+		wantLine(t, m.log.all("move finished"), 1, map[string]any{"moved": 4.0, "cancelled": 0.0})
 	})
 }
 

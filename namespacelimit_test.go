@@ -116,7 +116,7 @@ func TestNamespaceSessionsAreFreed(t *testing.T) {
 		}, map[string]string{"ns-0": "backend-0", "ns-1": "backend-1", "ns-2": "backend-2",
 			"ns-3": "backend-3", "ns-4": "backend-4", "ns-5": "backend-5"}, func(p *proxy) {
 			limitSessions(p, limit)
-			p.limits.holdTimeout, p.limits.handshakeTimeout = 200*time.Millisecond, 200*time.Millisecond
+			p.limits.holdTimeout, p.limits.upgradeTimeout = 200*time.Millisecond, 200*time.Millisecond
 			p.relay.closeTimeout = 100 * time.Millisecond
 		})
 		seed := randomSeed(t)

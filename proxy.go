@@ -20,9 +20,9 @@ import (
 // limits bounds what clients can take.
 type limits struct {
 	holdTimeout time.Duration // how long an upgrade or a plain request waits for its owner
-	// handshakeTimeout bounds the backend's answer to an upgrade, and then the write to the
+	// upgradeTimeout bounds the backend's answer to an upgrade, and then the write to the
 	// client. It does not bound TLS handshakes.
-	handshakeTimeout time.Duration
+	upgradeTimeout time.Duration
 	// headerTimeout is how long a client has for its TLS handshake, then for its request's
 	// head, and then for a short body. If net/http does the handshake, that and the head have
 	// one such time together.
@@ -422,7 +422,7 @@ func (p *proxy) holdContext(x *exchange) context.Context {
 // A client that has sent its request and a FIN may still listen (a half-close, RFC 9293
 // §3.6), and then gets its answer. Most of them have left, which looks the same until the
 // router sends something. So such a client waits for the answer of an owner that has its
-// request, at most -handshake-timeout. But it waits for an owner for halfClosedHold only,
+// request, at most -upgrade-timeout. But it waits for an owner for halfClosedHold only,
 // and then gets 503. net/http ends the context of the request after a FIN as after a RST.
 // The clientConn knows which of the two it was.
 func (p *proxy) requestContexts(
@@ -623,7 +623,7 @@ func (p *proxy) completeUpgrade(
 			u.abandon(backendConn)
 		}
 	}()
-	backendConn.SetDeadline(time.Now().Add(p.limits.handshakeTimeout))
+	backendConn.SetDeadline(time.Now().Add(p.limits.upgradeTimeout))
 	// A client that leaves need not wait for the backend's answer.
 	stop := context.AfterFunc(r.Context(), func() { backendConn.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
@@ -677,7 +677,7 @@ func (p *proxy) handshakeError(
 		refused = contextRefusal(clientCtx)
 	case errors.As(err, &timeout) && timeout.Timeout():
 		refused = refuse(resultGatewayTimeout, "%s gave no answer within %s",
-			p.backends.name(backend), p.limits.handshakeTimeout)
+			p.backends.name(backend), p.limits.upgradeTimeout)
 	default:
 		refused = refuse(resultBadGateway, "%s: %v", p.backends.name(backend), err)
 	}
@@ -695,7 +695,7 @@ const stopGrace = 2 * time.Second
 func (p *proxy) passResponse(
 	ctx context.Context, w http.ResponseWriter, resp *http.Response, backendConn net.Conn,
 ) (result, error) {
-	deadline := time.Now().Add(p.limits.handshakeTimeout)
+	deadline := time.Now().Add(p.limits.upgradeTimeout)
 	backendConn.SetDeadline(deadline)
 	client := http.NewResponseController(w)
 	client.SetWriteDeadline(deadline)
@@ -735,7 +735,7 @@ func (p *proxy) hijack(w http.ResponseWriter, head []byte) (net.Conn, []byte, er
 	if from.tls != nil {
 		early = append(early, from.tls.takeBuffered()...)
 	}
-	client.SetDeadline(time.Now().Add(p.limits.handshakeTimeout))
+	client.SetDeadline(time.Now().Add(p.limits.upgradeTimeout))
 	if _, err := client.Write(head); err != nil {
 		conn.Close()
 		return nil, nil, fmt.Errorf("write the 101: %w", err)

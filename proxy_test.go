@@ -430,7 +430,7 @@ func TestProxyBadAnswers(t *testing.T) {
 			backend := startStub(t, "127.0.0.1:0", tt.serve)
 			p := startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) {
 				if tt.status == 504 {
-					p.limits.handshakeTimeout = 300 * time.Millisecond
+					p.limits.upgradeTimeout = 300 * time.Millisecond
 				}
 			})
 			_, _, resp := p.ask(t, upgradeRequest("/ws/ns-01"))
@@ -930,7 +930,7 @@ func TestHandshakeEndsWithItsProxy(t *testing.T) {
 			close(gone)
 		})
 		socket := filepath.Join(t.TempDir(), "s")
-		r := startRouter(t, "-listen", "unix:"+socket, "-backends", backend.addr, "-overrides", t.TempDir(), "-handshake-timeout", "1h")
+		r := startRouter(t, "-listen", "unix:"+socket, "-backends", backend.addr, "-overrides", t.TempDir(), "-upgrade-timeout", "1h")
 		r.log.wait(t, "routing table updated", 1)
 		conn, err := net.Dial("unix", socket)
 		if err != nil {
@@ -1077,7 +1077,7 @@ func TestStopAnswersWhoWaits(t *testing.T) {
 				r := &runningRouter{log: newLogTail()}
 				ctx, stop := context.WithCancel(t.Context())
 				done := make(chan error, 1)
-				args := append(slices.Clone(onFreePorts), "-drain-duration", "0", "-backends", addr, "-overrides", t.TempDir(), "-hold", "1h", "-handshake-timeout", "1h")
+				args := append(slices.Clone(onFreePorts), "-drain-duration", "0", "-backends", addr, "-overrides", t.TempDir(), "-hold", "1h", "-upgrade-timeout", "1h")
 				go func() { done <- run(ctx, args, noEnvironment, r.log) }()
 				r.await(t)
 				r.log.wait(t, "routing table updated", 1)
@@ -1116,7 +1116,7 @@ func TestStopSlowAnswer(t *testing.T) {
 		io.Copy(io.Discard, br)
 	})
 	p := startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) {
-		p.limits.handshakeTimeout = time.Hour
+		p.limits.upgradeTimeout = time.Hour
 	})
 	conn := dial(t, p.addr)
 	mustWrite(t, conn, upgradeRequest("/ws/ns-01"))

@@ -627,7 +627,7 @@ func closeManyGracefully(t *testing.T, clients *tls.Config, args ...string) {
 	// A namespace is never split: the sessions of the last one move together.
 	wantPace(t, "move", moving(), drainTime-drainTime/namespaces)
 	line := p.log.wait(t, "move finished", 1)
-	if line["sessions"] != float64(sessions) || line["namespaces"] != float64(namespaces) || line["cut"] != 0.0 {
+	if line["moved"] != float64(sessions) || line["namespaces"] != float64(namespaces) || line["cut"] != 0.0 {
 		t.Errorf("the log has %v, want %d sessions of %d namespaces and none cut", line, sessions, namespaces)
 	}
 	t.Logf("move: %s of CPU time; memory in KiB before %v, after %v", p.cpuTime(t)-cpu, before, p.memory(t))

@@ -354,7 +354,7 @@ func (s *stepReleases) releaseAll(step int64, match func(namespace string, backe
 }
 
 // releaseMemory knows which namespaces this router had lately, and with which backend:
-// their state may not be stored yet (-release-memory).
+// their state may not be stored yet (-release-retention).
 //
 // It forgets a namespace between retention and 2*retention after its last session has ended, and
 // nothing during a step. To have it too long does no harm: a release has nothing to do

@@ -618,7 +618,7 @@ func startReleasingProxy(t *testing.T, hold time.Duration) (p *testProxy, old, n
 	data := map[string]string{"ns-01": "backend-0", "ns-02": "backend-0"}
 	p = startProxy(t, addrs, data, func(p *proxy) {
 		p.limits.holdTimeout = hold
-		followReleases(&config{release: "/release", releaseMemory: time.Minute}, p.mover, p.backends)
+		followReleases(&config{release: "/release", releaseRetention: time.Minute}, p.mover, p.backends)
 	})
 	return p, old, next
 }

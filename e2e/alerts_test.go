@@ -190,7 +190,7 @@ func TestMonitoringAlerts(t *testing.T) {
 	drains := newStage(t, program, backends, nil, "-drain-delay=5m")
 	ends := newStage(t, program, backends, nil)
 	stuck := newStage(t, program, []string{backends[0], freeAddress(t)}, first)
-	waits := newStage(t, program, []string{rawBackend(t, ""), backends[1]}, first, "-handshake-timeout=5m")
+	waits := newStage(t, program, []string{rawBackend(t, ""), backends[1]}, first, "-upgrade-timeout=5m")
 	cuts := newStage(t, program, backends, first)
 	full := newStage(t, small, backends, first)
 	drops := newStage(t, unread, backends, nil)

@@ -167,7 +167,7 @@ func (s *system) checkPace(gone []*follower) {
 type receipt struct {
 	Msg                                  string
 	OverridesVersion                     string `json:"overrides_version"`
-	Namespaces, Sessions, Cut, Cancelled int
+	Namespaces, Moved, Cut, Cancelled int
 	Seconds                              float64
 }
 
@@ -186,7 +186,7 @@ func (s *system) checkReceipts(gone []*follower, version string, since metav1.Ti
 			return err
 		})
 		s.t.Logf("move: %s: %+v", pod, got)
-		want := receipt{Msg: "move finished", OverridesVersion: version, Namespaces: len(names), Sessions: len(all), Seconds: got.Seconds}
+		want := receipt{Msg: "move finished", OverridesVersion: version, Namespaces: len(names), Moved: len(all), Seconds: got.Seconds}
 		if got != want {
 			s.t.Errorf("%s: the receipt is %+v, want %+v", pod, got, want)
 		}
