@@ -610,10 +610,11 @@ func (p *proxy) completeUpgrade(
 	u *pendingRequest, clientAddrs string, request []byte,
 ) (result, error) {
 	backendConn, taken := u.backendConn, false
+	var failure error // of backendConn
 	u.backendConn = nil
 	defer func() {
 		if !taken {
-			u.abandon(backendConn)
+			u.abandonAfter(failure, backendConn)
 		}
 	}()
 	backendConn.SetDeadline(time.Now().Add(p.limits.handshakeTimeout))
@@ -623,6 +624,7 @@ func (p *proxy) completeUpgrade(
 	br := p.newReader(nil)
 	resp, fromBackend, err := handshake(backendConn, br, request, p.limits.headerBytes)
 	if err != nil {
+		failure = err
 		return p.handshakeError(r.Context(), u.owner, err)
 	}
 	if resp.StatusCode != http.StatusSwitchingProtocols {
