@@ -61,8 +61,8 @@ func (p *testProxy) mustWaitForLost(t *testing.T, next *stubBackend) {
 	waiting := dial(t, p.addr)
 	mustWrite(t, waiting, upgradeRequest("/ws/ns-01"))
 	eventually(t, "the step waits for backend-0 alone", true, func() bool {
-		waits := p.mover.waitingFor(p.mover.current.Load())
-		return len(waits) == 1 && waits[0].Sessions == 0 && waits[0].Upgrades+waits[0].Requests > 0
+		wait := p.waitsFor()
+		return wait.Sessions == 0 && wait.Upgrades+wait.Requests > 0
 	})
 	if n := len(next.heads()); n > 0 {
 		t.Errorf("the new owner got %d requests while the old one may serve the namespace", n)
@@ -105,13 +105,6 @@ func TestFlightOfLostSession(t *testing.T) {
 
 // lostFrame is a frame that is more than a deafBackend's socket takes, and less than the router's.
 func lostFrame() []byte { return frameBytes(0x82, true, 256<<10, make([]byte, 256<<10)) }
-
-// onlySession waits for the only session, and returns it.
-func (p *testProxy) onlySession(t *testing.T) *session {
-	t.Helper()
-	p.waitSessions(t, 1)
-	return p.relay.filter(func(*session) bool { return true })[0]
-}
 
 // It is the same with an upgrade that its owner may have.
 func TestFlightOfLostUpgrade(t *testing.T) {

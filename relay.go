@@ -182,7 +182,7 @@ type relay struct {
 	openSessions sync.WaitGroup          // wait waits for it
 	ended        [numCauses]atomic.Int64 // sessions
 	cut          [numCauses]atomic.Int64 // of these, those whose closing handshake was cut
-	unproven     atomic.Int64            // moved sessions whose backend's connection was reset
+	unproven     atomic.Int64            // moved sessions whose backend's connection was reset: leavesBackend
 	durations    [numCauses]*histogram   // of the ended sessions
 
 	// podUIDs is the uid of each backend's present pod, by ordinal, for all backends
@@ -396,8 +396,8 @@ func (r *relay) backendFailed(s *session, err error) {
 }
 
 // setBackendDone notes that s itself is no reason any more to wait for its backend: the
-// backend's stream has ended, its connection has failed, or the relay has reset it. The engine
-// calls it, with or without its own locks.
+// backend's stream has ended, its connection has failed, or the relay has reset it or given it to
+// onAbandoned. The engine calls it, with or without its own locks.
 func (r *relay) setBackendDone(s *session) {
 	r.remember(s.namespace, s.backend)
 	if s.backendDone.Swap(true) {
@@ -409,12 +409,20 @@ func (r *relay) setBackendDone(s *session) {
 	r.onBackendDone()
 }
 
-// countUnproven counts a session that moves and whose backend is reset, as it has not
-// answered in its time: it may go on to serve the namespace.
-func (r *relay) countUnproven(s *session) {
-	if cause(s.cause.Load()) == causeMoved {
+// leavesBackend is called when the backend has not answered the Close frame of s in its time,
+// and may go on to serve the namespace. It reports whether the caller has to call
+// abandonBackend. Otherwise the caller resets the connection. A session that moves is counted
+// then: the clients of its namespace are held, and wait no longer. After any other session
+// nobody waits, and a step may come much later.
+func (r *relay) leavesBackend(s *session) bool {
+	switch {
+	case s.backendDone.Load(): // it has failed, and backendFailed has seen to the rest
+		return false
+	case cause(s.cause.Load()) == causeMoved:
 		r.unproven.Add(1)
+		return false
 	}
+	return r.waitsForEnd(s)
 }
 
 // waitsForEnd reports whether the router waits, after the end of s, until the backend ends

@@ -533,8 +533,7 @@ func (p *poller) end(s *session, cause cause) {
 	for i, fd := range s.fd {
 		switch {
 		case side(i) == backendSide && p.relay.waitsForEnd(s): // also without a socket
-			syscall.EpollCtl(p.epollFD, syscall.EPOLL_CTL_DEL, int(fd), nil) // a duplicate stays
-			p.relay.abandonBackend(s, os.NewFile(uintptr(fd), "socket"))
+			p.abandonBackend(s)
 		case fd < 0:
 		default:
 			syscall.Close(int(fd))
@@ -629,21 +628,31 @@ func (p *poller) scan(s *session, i side, n int) int {
 	}
 	n = s.closing.insertClose(&s.scanners[i], i, p.buf.data[:], n)
 	if s.closing.giveUpBackend(&s.scanners[backendSide]) {
-		p.resetBackend(s)
+		p.giveUpBackend(s)
 	}
 	return n
 }
 
-// resetBackend resets the backend's connection.
-func (p *poller) resetBackend(s *session) {
-	p.relay.countUnproven(s)
-	fd := int(s.fd[backendSide])
+// giveUpBackend resets the backend's connection, or abandons it.
+func (p *poller) giveUpBackend(s *session) {
+	if p.relay.leavesBackend(s) {
+		p.abandonBackend(s)
+	} else {
+		fd := int(s.fd[backendSide])
+		abort := &syscall.Linger{Onoff: 1}
+		// If it fails, the backend gets a FIN instead of an RST.
+		syscall.SetsockoptLinger(fd, syscall.SOL_SOCKET, syscall.SO_LINGER, abort)
+		syscall.Close(fd)
+	}
+	s.fd[backendSide] = -1 // others may get this number
 	s.fin[backendSide] = true
 	p.relay.setBackendDone(s)
 	p.setWriteFailed(s, backendSide)
-	abort := &syscall.Linger{Onoff: 1}
-	// If it fails, the backend gets a FIN instead of an RST.
-	syscall.SetsockoptLinger(fd, syscall.SOL_SOCKET, syscall.SO_LINGER, abort)
-	syscall.Close(fd)
-	s.fd[backendSide] = -1
+}
+
+// abandonBackend gives the backend's socket, if there is one, to the relay's abandonBackend.
+func (p *poller) abandonBackend(s *session) {
+	fd := int(s.fd[backendSide])
+	syscall.EpollCtl(p.epollFD, syscall.EPOLL_CTL_DEL, fd, nil) // a duplicate stays
+	p.relay.abandonBackend(s, os.NewFile(uintptr(fd), "socket"))
 }

@@ -261,13 +261,19 @@ func (s *session) end(cause cause) {
 	abandons := !s.over && s.relay.waitsForEnd(s)
 	s.over = true
 	s.mu.Unlock()
-	conn, ok := s.conn[backendSide].(interface{ File() (*os.File, error) })
-	if abandons && ok {
-		socket, _ := conn.File() // a duplicate; nil if there is no descriptor for it
-		s.relay.abandonBackend(s, socket)
+	if abandons {
+		s.abandonBackend()
 	}
 	s.conn[clientSide].Close()
 	s.conn[backendSide].Close()
+}
+
+// abandonBackend gives a duplicate of the backend's socket to the relay's abandonBackend.
+func (s *session) abandonBackend() {
+	if conn, ok := s.conn[backendSide].(interface{ File() (*os.File, error) }); ok {
+		socket, _ := conn.File() // nil if there is no descriptor for it
+		s.relay.abandonBackend(s, socket)
+	}
 }
 
 // pastDeadline is a deadline that interrupts a read.
@@ -327,7 +333,7 @@ func (s *session) scan(from side, buf []byte, n int, err error) (
 	}
 	n = h.insertClose(&s.scanners[from], from, buf, n)
 	if h.giveUpBackend(&s.scanners[backendSide]) {
-		s.resetBackend()
+		s.giveUpBackend()
 	}
 	return n, true
 }
@@ -348,11 +354,12 @@ func (s *session) continueClose(from side, err error) bool {
 	return err != nil && !errors.Is(err, os.ErrDeadlineExceeded)
 }
 
-// resetBackend resets the backend's connection. The caller holds mu.
-func (s *session) resetBackend() {
-	s.relay.countUnproven(s)
+// giveUpBackend resets the backend's connection, or abandons it. The caller holds mu.
+func (s *session) giveUpBackend() {
 	s.writeFailed[backendSide] = true
-	if conn, ok := s.conn[backendSide].(interface{ SetLinger(int) error }); ok {
+	if s.relay.leavesBackend(s) {
+		s.abandonBackend()
+	} else if conn, ok := s.conn[backendSide].(interface{ SetLinger(int) error }); ok {
 		conn.SetLinger(0) // if it fails, the backend gets a FIN instead of an RST
 	}
 	s.conn[backendSide].Close()
