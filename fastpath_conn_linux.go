@@ -33,6 +33,7 @@ type fastConn struct {
 	changed             sync.Cond // events changed, or ctx has ended
 	gone                bool      // the client's connection is dead: not after a FIN alone
 	fallBackOnHalfClose bool      // a client that half-closes its connection has to fall back
+	backendLost         bool      // a call on the backend's socket has returned what isLost says
 	// With TLS: the handshake is under way; it was ended to make room.
 	tlsHandshaking, evicted bool
 
@@ -245,7 +246,7 @@ func (c *fastConn) askOwner() {
 		c.fallBack(nil, nil)
 		return
 	}
-	answer, _ := c.read(backendSide) // the next read, for net/http, returns the error again
+	answer, _ := c.read(backendSide) // the next read, for net/http, returns an end again
 	resp, fromBackend := c.fastPath.parseSwitching(answer)
 	if resp == nil {
 		c.fallBack(answer, nil)
@@ -500,6 +501,7 @@ func (c *fastConn) receive(i side, limit int, use func(received []byte)) error {
 				return err
 			}
 		case errno != 0:
+			c.noteLoss(i, errno)
 			return os.NewSyscallError("recv", errno)
 		case n == 0:
 			return io.EOF
@@ -540,10 +542,16 @@ func (c *fastConn) write(i side, data []byte) error {
 				return err
 			}
 		default:
+			c.noteLoss(i, errno)
 			return os.NewSyscallError("send", errno)
 		}
 	}
 	return nil
+}
+
+// noteLoss notes that a call on the side's socket has returned errno. The caller holds poller.mu.
+func (c *fastConn) noteLoss(i side, errno syscall.Errno) {
+	c.backendLost = c.backendLost || i == backendSide && isLost(errno)
 }
 
 // respond sends the client the head of a response. The socket's buffer is empty: it
@@ -619,7 +627,7 @@ func (c *fastConn) setBackend(fd int32) {
 	const i = backendSide
 	c.poller.mu.Lock()
 	defer c.poller.mu.Unlock()
-	c.fd[i], c.epollMask[i], c.events[i], c.mayHaveMore[i] = fd, 0, 0, false
+	c.fd[i], c.epollMask[i], c.events[i], c.mayHaveMore[i], c.backendLost = fd, 0, 0, false, false
 }
 
 // setBackendConn sets the socket of conn, which it closes, as the backend's. It returns an
@@ -655,12 +663,15 @@ func (c *fastConn) abandonBackend() {
 }
 
 // takeBackend takes the connection to the backend from the poller. It returns nil, and
-// has closed the socket, if there is no descriptor for its duplicate.
+// has closed the socket, if it was lost or if there is no descriptor for its duplicate.
 func (c *fastConn) takeBackend() net.Conn {
 	c.poller.unwatchPending(&c.sockets, backendSide)
 	socket := os.NewFile(uintptr(c.fd[backendSide]), "socket")
 	defer socket.Close()
-	c.setBackend(-1)
+	lost := c.backendLost
+	if c.setBackend(-1); lost {
+		return nil
+	}
 	conn, err := connFromSocket(socket, c.fastPath.proxy.backends.dialer.Control)
 	if err != nil {
 		return nil

@@ -9,7 +9,6 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 )
 
@@ -136,42 +135,58 @@ func (f *flight) end() {
 // request, or read it later, even after a reset, so the flight stays. abandon sends a FIN, waits
 // until the backend has ended its side too, at most for unprovenTimeout, and then ends the
 // flight and calls onEnd. It does so in a goroutine of its own: it does not block. It takes
-// over conn and closes it. conn is nil if there was no descriptor for it: then the flight
-// lasts for all of unprovenTimeout.
+// over conn and closes it. conn is nil if it was lost (isLost), or if there was no descriptor
+// for it: then the flight lasts for all of unprovenTimeout.
 func (f *flight) abandon(conn net.Conn, onEnd func()) {
-	all := f.flights
+	all, began := f.flights, time.Now()
+	ctx, cancel := all.waitContext()
+	if conn == nil { // without a goroutine: with a node all its connections may be lost
+		all.abandoned.Add(1)
+		context.AfterFunc(ctx, func() {
+			defer all.abandoned.Done()
+			defer onEnd()
+			defer f.end()
+			cancel()
+			f.giveUp(began)
+		})
+		return
+	}
 	all.addDescriptors(1)
 	all.abandoned.Go(func() {
 		defer all.addDescriptors(-1)
 		defer onEnd()
 		defer f.end()
-		began := time.Now()
-		if all.awaitEnd(conn) {
-			return
+		defer cancel()
+		if !awaitEnd(ctx, conn) {
+			f.giveUp(began)
 		}
-		all.unproven.Add(1)
-		if all.lifetime.Err() != nil { // the router stops
-			return
-		}
-		all.log.Warn("gave up waiting for a backend to end",
-			"namespace", f.namespace, "backend", all.backendName(f.backend),
-			"seconds", time.Since(began).Seconds())
 	})
 }
 
-// awaitEnd closes conn after its peer has ended its side, or when the time is over. It
-// reports whether the peer has ended its side.
-func (f *flights) awaitEnd(conn net.Conn) bool {
-	ctx := f.lifetime
+// waitContext returns the context of the wait for the end of one flight. The caller calls
+// cancel.
+func (f *flights) waitContext() (ctx context.Context, cancel context.CancelFunc) {
 	if f.unprovenTimeout > 0 {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, f.unprovenTimeout)
-		defer cancel()
+		return context.WithTimeout(f.lifetime, f.unprovenTimeout)
 	}
-	if conn == nil {
-		<-ctx.Done()
-		return false
+	return context.WithCancel(f.lifetime)
+}
+
+// giveUp counts and logs that the end of the flight was not seen. The wait has begun at began.
+func (f *flight) giveUp(began time.Time) {
+	all := f.flights
+	all.unproven.Add(1)
+	if all.lifetime.Err() != nil { // the router stops
+		return
 	}
+	all.log.Warn("gave up waiting for a backend to end",
+		"namespace", f.namespace, "backend", all.backendName(f.backend),
+		"seconds", time.Since(began).Seconds())
+}
+
+// awaitEnd closes conn after its peer has ended its side, or when ctx ends. It reports whether
+// the peer has ended its side.
+func awaitEnd(ctx context.Context, conn net.Conn) bool {
 	defer conn.Close()
 	if conn, ok := conn.(interface{ CloseWrite() error }); ok {
 		conn.CloseWrite()
@@ -182,7 +197,7 @@ func (f *flights) awaitEnd(conn net.Conn) bool {
 		err := discard(conn)
 		stop()
 		switch {
-		case errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET):
+		case errors.Is(err, io.EOF) || isReset(err):
 			return true
 		case errors.Is(err, os.ErrDeadlineExceeded): // the deadline of ctx, or one that the caller has set
 		default: // the connection has failed, and the backend may go on

@@ -422,7 +422,7 @@ func (x *exchange) answerOver(resp *http.Response) {
 	x.result = resultOK
 	x.setComplete()
 	if !whole || resp.Close || conn.br.Buffered() > 0 {
-		x.pendingRequest.abandon(conn.Conn)
+		x.pendingRequest.abandon(conn.unlessLost())
 		return
 	}
 	x.endFlight()
@@ -462,7 +462,7 @@ func (x *exchange) breakOff(err error) {
 // flight.abandon.
 func (x *exchange) abandonOwner() {
 	if conn, _ := x.takeConn(0); conn != nil {
-		x.pendingRequest.abandon(conn.Conn)
+		x.pendingRequest.abandon(conn.unlessLost())
 	}
 }
 
@@ -611,9 +611,10 @@ func frameChunk(buffer *[forwardBuffer]byte, n int, chunked bool) []byte {
 type ownerConn struct {
 	net.Conn
 	pod       backendPod
-	limit     io.LimitedReader // of Conn
+	limit     io.LimitedReader // of the ownerConn
 	br        *bufio.Reader    // of limit
 	keptUntil time.Time
+	lost      atomic.Bool // see isLost: either a read or a write, which go on at once, has returned that
 }
 
 // backendPod is a pod of a backend. The uid is "" if it is not known.
@@ -625,9 +626,38 @@ type backendPod struct {
 // newOwnerConn returns conn, a new connection to the pod, as one that can be kept. The caller
 // owns it instead of conn.
 func newOwnerConn(conn net.Conn, pod backendPod) *ownerConn {
-	c := &ownerConn{Conn: conn, pod: pod, limit: io.LimitedReader{R: conn}}
+	c := &ownerConn{Conn: conn, pod: pod}
+	c.limit.R = c
 	c.br = bufio.NewReader(&c.limit)
 	return c
+}
+
+func (c *ownerConn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	c.noteLoss(err)
+	return n, err
+}
+
+func (c *ownerConn) Write(b []byte) (int, error) {
+	n, err := c.Conn.Write(b)
+	c.noteLoss(err)
+	return n, err
+}
+
+// noteLoss notes that a call has returned err, maybe nil.
+func (c *ownerConn) noteLoss(err error) {
+	if isLost(err) {
+		c.lost.Store(true)
+	}
+}
+
+// unlessLost returns the connection as flight.abandon takes it over: nil if it was lost.
+func (c *ownerConn) unlessLost() net.Conn {
+	if c.lost.Load() {
+		c.Close()
+		return nil
+	}
+	return c.Conn
 }
 
 // readAnswer reads the head of the final answer, of at most maxHead bytes. It calls

@@ -421,7 +421,12 @@ func (b *stubBackend) heads() []string {
 // connection is closed.
 func startStub(t testing.TB, addr string, serve func(conn net.Conn, br *bufio.Reader)) *stubBackend {
 	t.Helper()
-	l := listenAt(t, addr)
+	return serveStub(t, listenAt(t, addr), serve)
+}
+
+// serveStub is startStub with a listener.
+func serveStub(t testing.TB, l net.Listener, serve func(conn net.Conn, br *bufio.Reader)) *stubBackend {
+	t.Helper()
 	b := &stubBackend{addr: l.Addr().String()}
 	var running sync.WaitGroup
 	running.Go(func() {

@@ -101,8 +101,9 @@
 //     Linux, and 386) the last bytes before a reset may be lost.
 //  7. If an owner cannot be reached, its clients wait up to a bound and then get 503.
 //     They never get another backend.
-//  8. Once the relay has taken a session over, only it touches the two sockets. At the end
-//     it may give the backend's socket to a flight. A session ends once, with one cause, and
+//  8. Once the relay has taken a session over, only it touches the two sockets. At the end, or
+//     when the backend does not answer a Close frame, it may give the backend's socket to a
+//     flight. A session ends once, with one cause, and
 //     is counted and logged once.
 //  9. A slow reader stops its own session only. The memory of each session is bounded.
 //  10. A move, a drain or -max-age ends a session with Close frames, each at the end of a
@@ -201,6 +202,7 @@
 //	poller.endComplete        ends the session, after close_notify to a client with TLS
 //	poller.end                closes both sockets, unless the backend has not ended its side
 //	relay.abandonBackend      makes a flight of a backend that has not ended its side
+//	relay.backendFailed       does so for a backend whose connection was lost
 //	flight.abandon            waits until the backend has, at most for -handoff-proof-timeout
 //	poller.unlockAndReport    calls sessionEnded
 //	relay.sessionEnded        counts and logs the end
@@ -277,6 +279,7 @@
 //	poller.scan               finds the ends of frames in what came from a side
 //	closingHandshake.insertClose  puts a Close frame where one may stand
 //	mover.cutRequests         cuts the plain requests that have lasted too long
+//	relay.leavesBackend       says whether a backend that does not answer is reset, or abandoned
 //	relay.setBackendDone      notes that the router waits for the backend no longer
 //	mover.somethingEnded      (as onBackendDone, and onEnd of flights) wakes run
 //	stepReleases.releaseAll   asks the old owners to store the state, with -release

@@ -170,8 +170,7 @@ func (u *pendingRequest) endFlight() {
 
 // abandon takes over conn, a connection to the owner that became no session, and closes
 // it. If there is a flight, the owner may have the request: then abandon takes one more slot
-// of the owner, and keeps both until the flight is over. conn is nil if there was no
-// descriptor for it.
+// of the owner, and keeps both until the flight is over. conn is nil as for flight.abandon.
 func (u *pendingRequest) abandon(conn net.Conn) {
 	if u.flight == nil {
 		if conn != nil {
@@ -183,6 +182,15 @@ func (u *pendingRequest) abandon(conn net.Conn) {
 	limit.take(backend)
 	u.flight.abandon(conn, func() { limit.giveBack(backend) })
 	u.flight = nil
+}
+
+// abandonAfter is abandon after a call on conn has returned err.
+func (u *pendingRequest) abandonAfter(err error, conn net.Conn) {
+	if isLost(err) {
+		conn.Close()
+		conn = nil // its next read would return a plain end
+	}
+	u.abandon(conn)
 }
 
 // reserveHead counts n bytes of its head, in place of the bytes that it counted before, if

@@ -617,10 +617,11 @@ func (p *proxy) completeUpgrade(
 	u *pendingRequest, clientAddrs string, request []byte,
 ) (result, error) {
 	backendConn, taken := u.backendConn, false
+	var failure error // of backendConn
 	u.backendConn = nil
 	defer func() {
 		if !taken {
-			u.abandon(backendConn)
+			u.abandonAfter(failure, backendConn)
 		}
 	}()
 	backendConn.SetDeadline(time.Now().Add(p.limits.upgradeTimeout))
@@ -630,6 +631,7 @@ func (p *proxy) completeUpgrade(
 	br := p.newReader(nil)
 	resp, fromBackend, err := handshake(backendConn, br, request, p.limits.headerBytes)
 	if err != nil {
+		failure = err
 		return p.handshakeError(r.Context(), u.backend, err)
 	}
 	if resp.StatusCode != http.StatusSwitchingProtocols {

@@ -75,6 +75,23 @@ func (i side) causeOf(err error) cause {
 	return causeRouterError
 }
 
+// isReset reports whether err says that the peer has reset the connection, or, with EPIPE, that
+// it did so after its FIN. EPIPE also comes after another error, which a call has returned before.
+func isReset(err error) bool {
+	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
+}
+
+// isLost reports whether err says that the connection has failed and its peer may not know: the
+// kernel gave it up (ETIMEDOUT, EHOSTUNREACH), and the peer goes on. The socket returns such an
+// error once, and then a plain end.
+func isLost(err error) bool {
+	if err == nil {
+		return false // before errno, which is allocated
+	}
+	var errno syscall.Errno
+	return errors.As(err, &errno) && !isReset(errno)
+}
+
 // halfCloseTimeout is the longest time that a half-closed session may carry nothing.
 const halfCloseTimeout = 30 * time.Second
 
@@ -102,7 +119,7 @@ type session struct {
 	index    int32 // in relay.sessions
 	onOldPod bool  // counted in relay.oldPods
 
-	backendDone atomic.Bool  // the router waits no longer for its backend: setBackendDone
+	backendDone atomic.Bool  // nobody waits any more for this session's backend, but maybe for a flight: setBackendDone
 	cause       atomic.Int32 // a cause; causeNone until the session ends
 	counted     atomic.Bool  // it has ended and was counted
 
@@ -150,7 +167,7 @@ type relay struct {
 	closeTimeout     time.Duration
 	freeDescriptors  func(count int)                    // called for descriptors that a session no longer has
 	onBackendDone    func()                             // called when a session has become blocksNoStep; must not block
-	onAbandoned      func(s *session, backend net.Conn) // see abandonBackend; nil: nobody waits
+	onAbandoned      func(s *session, backend net.Conn) // see abandonBackend and backendFailed; nil: nobody waits
 	remember         rememberNamespace                  // called just before onBackendDone
 	log              *slog.Logger
 	engine           engine
@@ -165,7 +182,7 @@ type relay struct {
 	openSessions sync.WaitGroup          // wait waits for it
 	ended        [numCauses]atomic.Int64 // sessions
 	cut          [numCauses]atomic.Int64 // of these, those whose closing handshake was cut
-	unproven     atomic.Int64            // moved sessions whose backend's connection was reset
+	unproven     atomic.Int64            // moved sessions whose backend's connection was reset: leavesBackend
 	durations    [numCauses]*histogram   // of the ended sessions
 
 	// podUIDs is the uid of each backend's present pod, by ordinal, for all backends
@@ -366,9 +383,20 @@ func (r *relay) countOnOldPod(s *session, onOldPod bool) {
 	}
 }
 
-// setBackendDone notes that the router waits no longer for the backend of s: its stream has
-// ended, its connection has failed, or the relay has reset it. The engine calls it, with or
-// without its own locks.
+// backendFailed notes that a call on the backend's socket of s has returned err: nothing more
+// can be seen of the backend. If it was lost, it may go on to serve the namespace: then
+// onAbandoned comes before setBackendDone, so that steps wait for the one or the other. The
+// engine calls it with the lock that guards the sockets.
+func (r *relay) backendFailed(s *session, err error) {
+	if isLost(err) && r.waitsForEnd(s) {
+		r.onAbandoned(s, nil)
+	}
+	r.setBackendDone(s)
+}
+
+// setBackendDone notes that s itself is no reason any more to wait for its backend: the
+// backend's stream has ended, its connection has failed, or the relay has reset it or given it to
+// onAbandoned. The engine calls it, with or without its own locks.
 func (r *relay) setBackendDone(s *session) {
 	r.remember(s.namespace, s.backend)
 	if s.backendDone.Swap(true) {
@@ -380,12 +408,20 @@ func (r *relay) setBackendDone(s *session) {
 	r.onBackendDone()
 }
 
-// countUnproven counts a session that moves and whose backend is reset, as it has not
-// answered in its time: it may go on to serve the namespace.
-func (r *relay) countUnproven(s *session) {
-	if cause(s.cause.Load()) == causeMoved {
+// leavesBackend is called when the backend has not answered the Close frame of s in its time,
+// and may go on to serve the namespace. It reports whether the caller has to call
+// abandonBackend. Otherwise the caller resets the connection. A session that moves is counted
+// then: the clients of its namespace are held, and wait no longer. After any other session
+// nobody waits, and a step may come much later.
+func (r *relay) leavesBackend(s *session) bool {
+	switch {
+	case s.backendDone.Load(): // it has failed, and backendFailed has seen to the rest
+		return false
+	case cause(s.cause.Load()) == causeMoved:
 		r.unproven.Add(1)
+		return false
 	}
+	return r.waitsForEnd(s)
 }
 
 // waitsForEnd reports whether the router waits, after the end of s, until the backend ends

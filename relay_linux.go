@@ -132,11 +132,25 @@ func (p *poller) handle(s *session, i side, events uint32) {
 	case s.wantsRead(i) && events&(syscall.EPOLLIN|ended) != 0:
 		p.readReady(s, i, events&ended != 0)
 	case events&syscall.EPOLLERR != 0: // its unsent bytes are sent before it is read
-		p.setWriteFailed(s, i)
+		p.failedUnread(s, i)
 	}
 	p.handleTLSEnd(s)
 	p.continueClose(s)
 	p.updateEpoll(s)
+}
+
+// failedUnread notes that the connection of the side has failed, which cannot be read now. It
+// takes the error of a backend's socket, as a send would, because a step that waits for the
+// backend must not wait for a slow client.
+func (p *poller) failedUnread(s *session, i side) {
+	if i == backendSide && s.open && !s.writeFailed[i] {
+		errno, err := syscall.GetsockoptInt(int(s.fd[i]), syscall.SOL_SOCKET, syscall.SO_ERROR)
+		if err == nil {
+			err = syscall.Errno(errno)
+		}
+		p.relay.backendFailed(s, err)
+	}
+	p.setWriteFailed(s, i)
 }
 
 // readReady reads the side until its socket is empty, at most maxReadsPerEvent times.
@@ -204,19 +218,12 @@ func (p *poller) overBudget() bool {
 }
 
 // nothingRead handles a read of the side that returned errno. It reports whether the side is
-// to be read again. A read that failed ends the session. In a closing handshake the side
-// counts as ended instead.
+// to be read again.
 func (p *poller) nothingRead(s *session, i side, errno syscall.Errno) (again bool) {
-	switch {
-	case errno == syscall.EAGAIN:
-	case errno == syscall.EINTR:
-		return true
-	case s.closing != nil:
-		p.sideEnded(s, i)
-	default:
-		p.end(s, i.causeOf(errno))
+	if errno != syscall.EAGAIN && errno != syscall.EINTR {
+		p.readFailed(s, i, errno)
 	}
-	return false
+	return errno == syscall.EINTR
 }
 
 // forwardPeeked is readOnce while the budget for unsent bytes is used up: it peeks at
@@ -412,6 +419,9 @@ func (p *poller) handleSent(s *session, i side, n int, errno syscall.Errno,
 	case to.causeOf(errno) == causeRouterError:
 		p.end(s, causeRouterError)
 	default:
+		if to == backendSide {
+			p.relay.backendFailed(s, errno)
+		}
 		p.setWriteFailed(s, to)
 	}
 	return size
@@ -428,16 +438,13 @@ func (s *session) checkWritable(i side) {
 }
 
 // setWriteFailed notes that a send to the side failed, and drops the unsent bytes for
-// it.
+// it. If it is the backend, the caller has noted whether anybody waits for it.
 func (p *poller) setWriteFailed(s *session, i side) {
 	if !s.open || s.writeFailed[i] {
 		return
 	}
 	s.writeFailed[i] = true
 	p.dropUnsent(s, i.other())
-	if i == backendSide {
-		p.relay.setBackendDone(s)
-	}
 	p.halfClose(s, i.errorCause())
 	p.endIfDead(s)
 }
@@ -471,6 +478,20 @@ func (p *poller) sideEnded(s *session, i side) {
 		p.shutdownWrite(s, i.other())
 	}
 	p.endIfDead(s)
+}
+
+// readFailed ends the session because reading the side failed. In a closing handshake
+// the side counts as ended instead.
+func (p *poller) readFailed(s *session, i side, errno syscall.Errno) {
+	cause := i.causeOf(errno)
+	if i == backendSide && (s.closing != nil || cause == causeBackendError) {
+		p.relay.backendFailed(s, errno)
+	}
+	if s.closing != nil {
+		p.sideEnded(s, i)
+		return
+	}
+	p.end(s, cause)
 }
 
 // halfClose notes cause as the reason why the first direction ended, and starts the
@@ -511,8 +532,7 @@ func (p *poller) end(s *session, cause cause) {
 	for i, fd := range s.fd {
 		switch {
 		case side(i) == backendSide && p.relay.waitsForEnd(s): // also without a socket
-			syscall.EpollCtl(p.epollFD, syscall.EPOLL_CTL_DEL, int(fd), nil) // a duplicate stays
-			p.relay.abandonBackend(s, os.NewFile(uintptr(fd), "socket"))
+			p.abandonBackend(s)
 		case fd < 0:
 		default:
 			syscall.Close(int(fd))
@@ -606,20 +626,31 @@ func (p *poller) scan(s *session, i side, n int) int {
 	}
 	n = s.closing.insertClose(&s.scanners[i], i, p.buf.data[:], n)
 	if s.closing.giveUpBackend(&s.scanners[backendSide]) {
-		p.resetBackend(s)
+		p.giveUpBackend(s)
 	}
 	return n
 }
 
-// resetBackend resets the backend's connection.
-func (p *poller) resetBackend(s *session) {
-	p.relay.countUnproven(s)
-	fd := int(s.fd[backendSide])
+// giveUpBackend resets the backend's connection, or abandons it.
+func (p *poller) giveUpBackend(s *session) {
+	if p.relay.leavesBackend(s) {
+		p.abandonBackend(s)
+	} else {
+		fd := int(s.fd[backendSide])
+		abort := &syscall.Linger{Onoff: 1}
+		// If it fails, the backend gets a FIN instead of an RST.
+		syscall.SetsockoptLinger(fd, syscall.SOL_SOCKET, syscall.SO_LINGER, abort)
+		syscall.Close(fd)
+	}
+	s.fd[backendSide] = -1 // others may get this number
 	s.fin[backendSide] = true
+	p.relay.setBackendDone(s)
 	p.setWriteFailed(s, backendSide)
-	abort := &syscall.Linger{Onoff: 1}
-	// If it fails, the backend gets a FIN instead of an RST.
-	syscall.SetsockoptLinger(fd, syscall.SOL_SOCKET, syscall.SO_LINGER, abort)
-	syscall.Close(fd)
-	s.fd[backendSide] = -1
+}
+
+// abandonBackend gives the backend's socket, if there is one, to the relay's abandonBackend.
+func (p *poller) abandonBackend(s *session) {
+	fd := int(s.fd[backendSide])
+	syscall.EpollCtl(p.epollFD, syscall.EPOLL_CTL_DEL, fd, nil) // a duplicate stays
+	p.relay.abandonBackend(s, os.NewFile(uintptr(fd), "socket"))
 }

@@ -249,6 +249,26 @@ func TestRelayResetWhileUnsent(t *testing.T) {
 	mustBreak(t, c.client)
 }
 
+// If the backend's connection is lost while the backend has unsent bytes, it cannot be read: the
+// poller takes the error from the socket. A step then waits for a flight, and not for the client.
+func TestRelayLostWhileUnsent(t *testing.T) {
+	talk := make(chan struct{})
+	addr := deafBackend(t, switching, func(conn net.Conn) { <-talk; io.Copy(conn, endless{}) })
+	p, next := lostProxy(t, addr, nil)
+	conn := p.open(t, "ns-01")
+	s := p.onlySession(t)
+	close(talk)
+	eventually(t, "the backend has unsent bytes", true, func() bool {
+		s.lock()
+		defer s.unlock()
+		return s.unsent[backendSide] != nil
+	})
+	mustWrite(t, conn, string(lostFrame()))
+	eventually(t, "the session blocks no step", true, s.blocksNoStep)
+	wantEqual(t, "the session goes on", s.counted.Load(), false)
+	p.mustWaitForLost(t, next)
+}
+
 // A socket that takes a send in part is looked at again, also if epoll watches it for EPOLLOUT
 // already and has no event: here the test has taken that away.
 func TestRelayShortSendAsksAgain(t *testing.T) {

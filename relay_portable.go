@@ -40,6 +40,8 @@ type sessionIO struct {
 	fin          [2]bool           // the side ended its stream before any closing handshake
 	writeFailed  [2]bool           // a write to the side failed: nothing more is sent to it
 	deadDeadline time.Time         // when the dead session is over; zero if it is not dead
+	writing      bool              // a write to the backend is under way
+	backendEnded bool              // nothing more is read from the backend
 	closing      *closingHandshake // nil if there is none; set once
 	over         bool              // end was called
 }
@@ -75,7 +77,7 @@ func (e *engine) carry(s *session, _ [2]net.Conn, early [2][]byte) {
 func (e *engine) copy(s *session, from side, early []byte) {
 	e.copyFrom(s, from, early)
 	if from == backendSide {
-		e.relay.setBackendDone(s)
+		s.backendEnds()
 	}
 	if s.running.Add(-1) == 0 {
 		s.end(cause(s.halfCloseCause.Load())) // has no effect if there is a cause already
@@ -93,6 +95,9 @@ func (e *engine) copyFrom(s *session, from side, early []byte) {
 	for {
 		e.setHalfCloseDeadlines(s, from)
 		n, err := source.Read(buf[:relayBuffer])
+		if from == backendSide && isLost(err) {
+			s.lose(err)
+		}
 		n, closing := s.scan(from, buf, n, err)
 		if n > 0 {
 			s.send(from, buf[:n])
@@ -114,6 +119,33 @@ func (e *engine) copyFrom(s *session, from side, early []byte) {
 	}
 }
 
+// lose notes that a read of the backend's connection has returned err, which proves nothing.
+func (s *session) lose(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.relay.backendFailed(s, err)
+}
+
+// backendEnds notes that nothing more is read from the backend. That may be a plain end because
+// a write, which is still under way, has taken the error of a connection that was lost: then
+// the end of that write says whether the backend is done.
+func (s *session) backendEnds() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.backendEnded = true; !s.writing {
+		s.relay.setBackendDone(s)
+	}
+}
+
+// wroteToBackend notes that a write to the backend has returned.
+func (s *session) wroteToBackend() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.writing = false; s.backendEnded {
+		s.relay.setBackendDone(s)
+	}
+}
+
 // send writes data from the side to its peer. If the write fails because the peer is
 // gone, nothing more is sent to the peer, but the bytes that it sent before are still
 // carried. Any other failure ends the session.
@@ -121,9 +153,13 @@ func (s *session) send(from side, data []byte) {
 	to := from.other()
 	s.mu.Lock()
 	failed, ended := s.writeFailed[to], s.fin[to]
+	s.writing = s.writing || to == backendSide && !failed
 	s.mu.Unlock()
 	if failed {
 		return
+	}
+	if to == backendSide {
+		defer s.wroteToBackend()
 	}
 	n, err := s.conn[to].Write(data)
 	s.bytesFrom[from].Add(int64(n))
@@ -144,6 +180,9 @@ func (s *session) writeFails(to side, err error, ended bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.writeFailed[to] = true
+	if to == backendSide && isLost(err) {
+		s.relay.backendFailed(s, err)
+	}
 	s.halfCloseCause.CompareAndSwap(int32(causeNone), int32(to.errorCause()))
 	// The kernel returns the error of a connection from one call only: a read may have
 	// returned an end instead, while this write had begun, and have set the cause.
@@ -220,13 +259,19 @@ func (s *session) end(cause cause) {
 	abandons := !s.over && s.relay.waitsForEnd(s)
 	s.over = true
 	s.mu.Unlock()
-	conn, ok := s.conn[backendSide].(interface{ File() (*os.File, error) })
-	if abandons && ok {
-		socket, _ := conn.File() // a duplicate; nil if there is no descriptor for it
-		s.relay.abandonBackend(s, socket)
+	if abandons {
+		s.abandonBackend()
 	}
 	s.conn[clientSide].Close()
 	s.conn[backendSide].Close()
+}
+
+// abandonBackend gives a duplicate of the backend's socket to the relay's abandonBackend.
+func (s *session) abandonBackend() {
+	if conn, ok := s.conn[backendSide].(interface{ File() (*os.File, error) }); ok {
+		socket, _ := conn.File() // nil if there is no descriptor for it
+		s.relay.abandonBackend(s, socket)
+	}
 }
 
 // pastDeadline is a deadline that interrupts a read.
@@ -286,7 +331,7 @@ func (s *session) scan(from side, buf []byte, n int, err error) (
 	}
 	n = h.insertClose(&s.scanners[from], from, buf, n)
 	if h.giveUpBackend(&s.scanners[backendSide]) {
-		s.resetBackend()
+		s.giveUpBackend()
 	}
 	return n, true
 }
@@ -307,11 +352,12 @@ func (s *session) continueClose(from side, err error) bool {
 	return err != nil && !errors.Is(err, os.ErrDeadlineExceeded)
 }
 
-// resetBackend resets the backend's connection. The caller holds mu.
-func (s *session) resetBackend() {
-	s.relay.countUnproven(s)
+// giveUpBackend resets the backend's connection, or abandons it. The caller holds mu.
+func (s *session) giveUpBackend() {
 	s.writeFailed[backendSide] = true
-	if conn, ok := s.conn[backendSide].(interface{ SetLinger(int) error }); ok {
+	if s.relay.leavesBackend(s) {
+		s.abandonBackend()
+	} else if conn, ok := s.conn[backendSide].(interface{ SetLinger(int) error }); ok {
 		conn.SetLinger(0) // if it fails, the backend gets a FIN instead of an RST
 	}
 	s.conn[backendSide].Close()

@@ -80,6 +80,35 @@ func TestRelayFailedOrEnded(t *testing.T) {
 	}
 }
 
+// While a write to the backend is under way, an end that was read proves nothing: the write may
+// have taken the error of a connection that was lost. Then a flight comes before the end.
+func TestRelayLostWhileWriting(t *testing.T) {
+	for failure, lost := range map[error]int{syscall.ETIMEDOUT: 1, syscall.EHOSTUNREACH: 1, syscall.ECONNRESET: 0, syscall.EPIPE: 0} {
+		t.Run(failure.Error(), func(t *testing.T) {
+			r := quietRelay(t)
+			abandoned := make(chan net.Conn, 2)
+			r.onAbandoned = func(_ *session, backend net.Conn) { abandoned <- backend }
+			pairs := newSessionConns(t, "tcp", "tcp")
+			gone := &goneConn{Conn: pairs.near[backendSide], failure: failure, writing: make(chan struct{}), fail: make(chan struct{})}
+			pairs.near[backendSide] = gone
+			c := pairs.start(r, newSession("ns-01", 0, ""), [2][]byte{})
+			mustWrite(t, c.client, "hello")
+			eventually(t, "the end was read", true, func() bool {
+				c.session.lock()
+				defer c.session.unlock()
+				return c.backendEnded
+			})
+			wantEqual(t, "the session blocks no step before the write has returned", c.blocksNoStep(), false)
+			close(gone.fail)
+			eventually(t, "the session blocks no step", true, c.blocksNoStep)
+			wantEqual(t, "flights", len(abandoned), lost)
+			closeWrite(t, c.client)
+			waitFor(t, r)
+			wantEqual(t, "flights at the end", len(abandoned), lost)
+		})
+	}
+}
+
 // lateEndConn is a client's connection whose CloseWrite, which with TLS writes
 // close_notify, waits until takesEnd is closed.
 type lateEndConn struct {

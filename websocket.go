@@ -266,8 +266,8 @@ const maxCloseFrame = 2 + maskKey + maxControlPayload
 //
 // The backend is first because a client that gets a Close frame connects again at
 // once, to the new owner. By then the old owner has let go of it, and all that the
-// old owner sent has arrived. A backend that does not answer in its time is reset:
-// so it cannot read, later, what it has not read until then.
+// old owner sent has arrived. A backend that does not answer in its time is given up: it is
+// reset, or it gets a FIN and steps of a hand-off wait for its end (relay.leavesBackend).
 //
 // What a side sends after its peer got the Close frame is read and dropped. A socket
 // that is closed with unread bytes sends a reset, which destroys the bytes on their
@@ -286,14 +286,14 @@ type closingHandshake struct {
 	stopped       [2]bool   // nothing more that comes from the side is carried
 	flushed       [2]bool   // stopped, and the peer's socket has taken all before
 	// noMoreFrom says that nothing more comes from the side: it has ended its stream, a read of
-	// it has failed, or the router has reset it. It begins as a copy of sessionIO.fin, which
+	// it has failed, or the router has given it up. It begins as a copy of sessionIO.fin, which
 	// every session has: without a handshake a failed read ends the session instead. From then
 	// on relay_linux.go sets both, and relay_portable.go only noMoreFrom.
 	noMoreFrom     [2]bool
 	messageOverdue bool        // the client's time to end its message is over
 	answerOverdue  bool        // the backend's time to answer is over
 	complete       atomic.Bool // both sides have answered, or ended, and got all they should get
-	gaveUp         bool        // the backend did not answer and was reset, or no side takes anything
+	gaveUp         bool        // the backend did not answer and was given up, or no side takes anything
 	timer          *time.Timer // of the present part of the session's closeTimeout
 	onEnd          func(cut bool)
 }
@@ -354,8 +354,8 @@ func (h *closingHandshake) expire(timeout time.Duration) (last bool) {
 	return false
 }
 
-// giveUpBackend reports whether the caller has to reset the backend's connection,
-// because the backend did not answer in its time and the client has its Close frame.
+// giveUpBackend reports whether the caller has to give up the backend (its method of the same
+// name), because the backend did not answer in its time and the client has its Close frame.
 // The handshake goes on as if the backend had ended, and the session counts as cut.
 // f is the scanner of what the backend sends.
 func (h *closingHandshake) giveUpBackend(f *frameScanner) bool {
@@ -369,7 +369,7 @@ func (h *closingHandshake) giveUpBackend(f *frameScanner) bool {
 
 // progress reports whether the caller has to end the session: both sides have
 // answered and got all they should get, or one of them never will. Only in the former
-// case, and with a backend that was not reset, is the handshake complete.
+// case, and with a backend that was not given up, is the handshake complete.
 func (h *closingHandshake) progress(scanners *[2]frameScanner) (over bool) {
 	answered, hopeless := true, false
 	for i := range scanners {

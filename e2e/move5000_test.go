@@ -165,10 +165,10 @@ func (s *system) checkPace(gone []*follower) {
 
 // receipt is the line of a router's log about a change that moved sessions.
 type receipt struct {
-	Msg                                  string
-	OverridesVersion                     string `json:"overrides_version"`
+	Msg                               string
+	OverridesVersion                  string `json:"overrides_version"`
 	Namespaces, Moved, Cut, Cancelled int
-	Seconds                              float64
+	Seconds                           float64
 }
 
 // checkReceipts holds what the routers' logs say of the change against what the

@@ -1,0 +1,90 @@
+package main
+
+import (
+	"bufio"
+	"io"
+	"net"
+	"testing"
+	"time"
+)
+
+// A session that ends for its age or for a drain, and whose backend does not answer the Close
+// frame in its time, is not over for a step that comes later, or has come already: the backend
+// may go on. The step waits until the backend ends its side, its pod is gone, or the router
+// waits no longer, which is counted.
+func TestFlightOfUnansweredClose(t *testing.T) {
+	for name, tt := range map[string]struct {
+		cause    cause
+		toClient string
+		first    bool // the step comes before the time of the answer is over
+		unproven int64
+		end      func(p *testProxy, release func())
+	}{
+		"max-age, it ends":           {causeMaxAge, restarts, false, 0, func(_ *testProxy, release func()) { release() }},
+		"drain, it ends":             {causeDrain, goesAway, false, 0, func(_ *testProxy, release func()) { release() }},
+		"max-age, the step is first": {causeMaxAge, restarts, true, 0, func(_ *testProxy, release func()) { release() }},
+		"max-age, given up":          {causeMaxAge, restarts, false, 1, func(p *testProxy, _ func()) { p.mover.flights.cancel() }},
+		"max-age, its pod is gone": {causeMaxAge, restarts, false, 0, func(p *testProxy, _ func()) {
+			p.relay.setPods(map[int]string{0: "b"})
+			p.mover.tableOrPodChanged()
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ends := make(chan struct{})
+			old := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
+				io.WriteString(conn, switching)
+				io.Copy(io.Discard, br)
+				select {
+				case <-ends:
+				case <-t.Context().Done():
+				}
+			})
+			next := startStub(t, "127.0.0.1:0", echo)
+			p := startProxy(t, []string{old.addr, next.addr}, map[string]string{"ns-01": "backend-0"}, func(p *proxy) {
+				p.relay.closeTimeout = time.Hour
+				p.backends.podUID = func(int) string { return "a" }
+				p.relay.setPods(map[int]string{0: "a"})
+			})
+			conn := p.open(t, "ns-01")
+			s := p.onlySession(t)
+			s.closeGracefully(tt.cause, nil)
+			if tt.first {
+				p.moveTo("2", 1)
+				eventually(t, "the step waits for the session", 1, func() int { return p.waitsFor().Sessions })
+			}
+			s.closeExpired() // the time for the client's message
+			s.closeExpired() // the time for the backend's answer
+			mustFrames(t, conn, false, tt.toClient)
+			conn.Close()
+			eventually(t, "the session has ended", true, s.counted.Load)
+			wantEqual(t, "sessions that were cut", p.relay.cut[tt.cause].Load(), 1)
+			p.moveTo("3", 1)
+			waiting := dial(t, p.addr)
+			mustWrite(t, waiting, upgradeRequest("/ws/ns-01"))
+			eventually(t, "the step waits for backend-0 alone", stepWait{Backend: "backend-0", Upgrades: 1}, func() stepWait {
+				wait := p.waitsFor()
+				wait.Seconds = 0
+				return wait
+			})
+			wantEqual(t, "requests to the new owner", len(next.heads()), 0)
+			tt.end(p, func() { close(ends) })
+			mustAnswer(t, waiting, 101)
+			wantEqual(t, "ends that are not proven", p.mover.flights.unproven.Load()+p.relay.unproven.Load(), tt.unproven)
+		})
+	}
+}
+
+// waitsFor returns for which backend the step waits, if it is one.
+func (p *testProxy) waitsFor() (wait stepWait) {
+	if waits := p.mover.waitingFor(p.mover.current.Load()); len(waits) == 1 {
+		wait = waits[0]
+	}
+	return wait
+}
+
+// onlySession waits for the only session, and returns it.
+func (p *testProxy) onlySession(t *testing.T) *session {
+	t.Helper()
+	p.waitSessions(t, 1)
+	return p.relay.filter(func(*session) bool { return true })[0]
+}
