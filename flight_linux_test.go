@@ -57,7 +57,7 @@ func lostProxy(t *testing.T, addr string, change func(*proxy)) (p *testProxy, ne
 // backend may still serve, and that the end of this wait is counted.
 func (p *testProxy) mustWaitForLost(t *testing.T, next *stubBackend) {
 	t.Helper()
-	p.moveTo("3", 1)
+	p.moveTo(t, "3", 1)
 	waiting := dial(t, p.addr)
 	mustWrite(t, waiting, upgradeRequest("/ws/ns-01"))
 	eventually(t, "the step waits for backend-0 alone", true, func() bool {
@@ -95,7 +95,7 @@ func TestFlightOfLostSession(t *testing.T) {
 			go conn.Write(tt.data)
 			if tt.closing {
 				eventually(t, "the router has sent the frame", true, func() bool { return s.bytes()[clientSide] >= int64(len(frame)) })
-				p.moveTo("2", 1)
+				p.moveTo(t, "2", 1)
 			}
 			eventually(t, "the session blocks no step", true, s.blocksNoStep)
 			p.mustWaitForLost(t, next)

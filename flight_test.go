@@ -49,7 +49,7 @@ func TestFlightOfUnansweredClose(t *testing.T) {
 			s := p.onlySession(t)
 			s.closeGracefully(tt.cause, nil)
 			if tt.first {
-				p.moveTo("2", 1)
+				p.moveTo(t, "2", 1)
 				eventually(t, "the step waits for the session", 1, func() int { return p.waitsFor().Sessions })
 			}
 			s.closeExpired() // the time for the client's message
@@ -58,7 +58,7 @@ func TestFlightOfUnansweredClose(t *testing.T) {
 			conn.Close()
 			eventually(t, "the session has ended", true, s.counted.Load)
 			wantEqual(t, "sessions that were cut", p.relay.cut[tt.cause].Load(), 1)
-			p.moveTo("3", 1)
+			p.moveTo(t, "3", 1)
 			waiting := dial(t, p.addr)
 			mustWrite(t, waiting, upgradeRequest("/ws/ns-01"))
 			eventually(t, "the step waits for backend-0 alone", stepWait{Backend: "backend-0", Upgrades: 1}, func() stepWait {

@@ -616,8 +616,12 @@ func TestForwardRefusedByOwner(t *testing.T) {
 }
 
 // moveTo gives ns-01 the owner, in a table of its own.
-func (p *testProxy) moveTo(version string, owner int) {
+func (p *testProxy) moveTo(t testing.TB, version string, owner int) {
+	t.Helper()
 	p.override(version, map[string]string{"ns-01": backendName("backend", owner)})
+	eventually(t, "the change has begun", true, func() bool {
+		return p.mover.current.Load().newestRecord().ownersHash == p.tables.table().ownersHash
+	})
 }
 
 // stepOver reports whether the newest table is in force.
@@ -663,7 +667,7 @@ func TestForwardMoveWaits(t *testing.T) {
 	old := dial(t, p.addr)
 	mustWrite(t, old, plainRequest("/ws/ns-01"))
 	eventually(t, "requests that were sent", 1, p.forwarder.size)
-	p.moveTo("2", 1)
+	p.moveTo(t, "2", 1)
 	next := dial(t, p.addr)
 	mustWrite(t, next, plainRequest("/ws/ns-01"))
 	p.waitPending(t, 1)
@@ -709,7 +713,7 @@ func TestForwardMoveCuts(t *testing.T) {
 				if first != "" {
 					eventually(t, "bytes that came", true, func() bool { return hasBytes(old) })
 				}
-				p.moveTo("2", 1)
+				p.moveTo(t, "2", 1)
 				if first == "" {
 					readAnswerText(t, old, 503, "")
 				} else {
@@ -758,7 +762,7 @@ func TestForwardClientLeaves(t *testing.T) {
 	old.Close()
 	p.waitForwarded(t, resultClientGone, 1)
 	<-ended
-	p.moveTo("2", 1)
+	p.moveTo(t, "2", 1)
 	next := dial(t, p.addr)
 	mustWrite(t, next, plainRequest("/ws/ns-01"))
 	p.waitPending(t, 2)
