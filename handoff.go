@@ -42,6 +42,16 @@ func (m *mark) bound(owner int) uint64 {
 	return m.upto
 }
 
+// catchesUp reports whether an owner is behind that is not away.
+func (m *mark) catchesUp(away []int) bool {
+	for owner := range m.behind {
+		if !slices.Contains(away, owner) {
+			return true
+		}
+	}
+	return false
+}
+
 // moved returns the mark after m, once the namespaces have moved that limit allows. No bound
 // falls: what has moved never goes back, also if its new owner is away now.
 func (m *mark) moved(limit stepLimit) mark {
@@ -88,6 +98,20 @@ func (r *planRecord) place(hash uint64, previous int) uint64 {
 		return 0
 	}
 	return placeOf(hash)
+}
+
+// isStep reports whether a step can lead from before to after: only in the newest record of a
+// plan, and no bound falls.
+func (r *planRecord) isStep(newest bool) bool {
+	if !newest {
+		return r.before.equal(&r.after)
+	}
+	for owner := range r.after.behind {
+		if r.after.bound(owner) < r.before.bound(owner) {
+			return false
+		}
+	}
+	return r.before.upto <= r.after.upto
 }
 
 // handoffPlan says how far a change of owners has come. The first record is in force for
@@ -161,6 +185,36 @@ func (p *handoffPlan) next(target planRecord, limit stepLimit, now time.Time) *h
 	return next
 }
 
+// placeRange has the places from from to below to. The zero value has none.
+type placeRange struct{ from, to uint64 }
+
+// changes returns a range with the places of all namespaces whose owner changes in p's step, if
+// the owners before it are known.
+func (p *handoffPlan) changes() placeRange {
+	r := p.newestRecord()
+	if len(p.records) == 1 || r.before.equal(&r.after) {
+		return placeRange{}
+	}
+	from := r.before.upto
+	for owner, bound := range r.before.behind {
+		if bound < r.after.bound(owner) {
+			from = min(from, bound)
+		}
+	}
+	if from == 0 && p.hasScaledIn() { // their namespaces have any placeOf, and place 0 in the record
+		return placeRange{0, allPlaces}
+	}
+	return placeRange{from, r.after.upto}
+}
+
+// hasScaledIn reports whether an earlier table has backends that the newest one has not.
+func (p *handoffPlan) hasScaledIn() bool {
+	newest := p.newestRecord().backends
+	return slices.ContainsFunc(p.records, func(r planRecord) bool {
+		return !newest.has(r.backends.first) || !newest.has(r.backends.first+r.backends.count-1)
+	})
+}
+
 // isSame reports whether next moves no namespace, and has the tables of p.
 func (p *handoffPlan) isSame(next *handoffPlan) bool {
 	return slices.EqualFunc(p.records, next.records, func(a, b planRecord) bool {
@@ -204,10 +258,11 @@ func (a assignment) queueOrdinal() int {
 // and allocate nothing.
 type view struct {
 	*handoffPlan
-	tables     []*table  // of the records; nil for one that this router does not have
-	done       bool      // nothing of the step is left, with -handoff=all on all routers
-	servesNone bool      // this process may serve nobody: requests wait, until -hold
-	began      time.Time // when this router put the step in force
+	tables     []*table   // of the records; nil for one that this router does not have
+	done       bool       // nothing of the step is left, with -handoff=all on all routers
+	servesNone bool       // this process may serve nobody: requests wait, until -hold
+	began      time.Time  // when this router put the step in force
+	changes    placeRange // handoffPlan.changes
 }
 
 // newView returns the view of a plan that has the table alone, and a step above that of
@@ -252,6 +307,7 @@ func (v *view) wouldChange(t *table, limit stepLimit) bool {
 // next returns the view of nextPlan. v must be done.
 func (v *view) next(t *table, limit stepLimit, now time.Time) *view {
 	next := &view{handoffPlan: v.nextPlan(t, limit, now), began: now}
+	next.changes = next.handoffPlan.changes()
 	switch last := len(next.records); {
 	case last > len(v.records):
 		next.tables = append(slices.Clip(v.tables), t)
@@ -295,20 +351,8 @@ func (v *view) mayChange(hash uint64) bool {
 	case len(v.records) == 1:
 		return false
 	}
-	r := v.newestRecord()
-	if !maps.Equal(r.before.behind, r.after.behind) || r.before.isEmpty() && v.hasScaledIn() {
-		return true
-	}
-	return r.before.upto <= placeOf(hash) && placeOf(hash) < r.after.upto
-}
-
-// hasScaledIn reports whether an earlier table has backends that the newest one has not.
-func (v *view) hasScaledIn() bool {
-	newest := v.newestRecord().backends
-	return slices.ContainsFunc(v.records, func(r planRecord) bool {
-		return r.backends.count > 0 &&
-			(!newest.has(r.backends.first) || !newest.has(r.backends.first+r.backends.count-1))
-	})
+	place := placeOf(hash)
+	return v.changes.from <= place && place < v.changes.to
 }
 
 // owner returns what v knows of the namespace. ordinal is the owner if it has one, and

@@ -202,7 +202,61 @@ func TestScaledInMovesFirst(t *testing.T) {
 	}
 }
 
-// No owner that fails, and none that is back, makes an edit wait: only further tables do.
+// A router that lacks some tables, or does not know who has the kept namespaces, takes no other
+// owner than one that knows all, and ends whatever that one ends.
+func TestViewOfRouterThatKnowsLess(t *testing.T) {
+	namespaces := manyNamespaces(16)
+	moved, owned := 0, 0
+	for seed := range uint64(3000) {
+		r := rand.New(rand.NewPCG(seed, 8))
+		first := randomTable(r, nil, namespaces)
+		first = first.withKept(func(string) int { return first.backends.first + r.IntN(first.backends.count) })
+		seen, v := []*table{first}, newView(first, nil, time.UnixMilli(0))
+		for range 12 {
+			newest := seen[len(seen)-1]
+			if r.IntN(3) == 0 {
+				newest = randomTable(r, newest, namespaces)
+			}
+			seen = append(seen, newest)
+			next := *v.next(v.nextTable(newest), randomLimit(r), time.UnixMilli(0))
+			less := next
+			less.tables = slices.Clone(next.tables)
+			for i, t := range less.tables {
+				if r.IntN(4) == 0 {
+					less.tables[i] = nil
+				} else if i == 0 && r.IntN(2) == 0 {
+					less.tables[0] = t.withKept(func(string) int { return unresolved })
+				}
+			}
+			for _, done := range []bool{false, true} {
+				next.done, less.done = done, done
+				for _, ns := range namespaces {
+					before, after := v.after(ns), next.after(ns)
+					owner, _, state := next.owner(ns)
+					got, _, gotState := less.owner(ns)
+					switch {
+					case gotState == stateOwned && (state != stateOwned || got != owner):
+						t.Fatalf("seed %d: %s is with %d for a router that knows less, want %d (%d)", seed, ns, got, owner, state)
+					case before == after && after >= 0 && next.mustLeave(ns, after):
+						t.Fatalf("seed %d: %s must leave its owner %d", seed, ns, after)
+					case before != after && after >= 0 && before >= 0 && !(next.mustLeave(ns, before) && less.mustLeave(ns, before)):
+						t.Fatalf("seed %d: %s goes from %d to %d, and need not leave: %v", seed, ns, before, after, next.records)
+					case before != after:
+						moved++
+					case gotState == stateOwned:
+						owned++
+					}
+				}
+			}
+			v = &next
+		}
+	}
+	if moved < 1000 || owned < 1000 {
+		t.Errorf("%d moved, %d had an owner: the test has tested little", moved, owned)
+	}
+}
+
+// No owner that fails, and none that is back, makes an edit wait: only a table too many does.
 func TestAwayOwnersBlockNoEdit(t *testing.T) {
 	for seed := range uint64(1000) {
 		r := rand.New(rand.NewPCG(seed, 7))
@@ -338,6 +392,27 @@ func TestAssignAllocatesNothing(t *testing.T) {
 	other := newTable("backend", false, ordinalRange{count: 5}, nil, nil, r.table())
 	m.current.Store(m.current.Load().next(other, stepLimit{upto: allPlaces / 2}, time.Now()))
 	wantNone("in a step")
+}
+
+// BenchmarkMustLeave asks whether a namespace has to leave its owner, while owners are behind.
+func BenchmarkMustLeave(b *testing.B) {
+	first := newTable("backend", false, ordinalRange{0, 500}, nil, nil, nil)
+	second := newTable("backend", false, ordinalRange{0, 501}, nil, nil, first)
+	for _, owners := range []int{0, 10, 500} {
+		b.Run(fmt.Sprintf("behind=%d", owners), func(b *testing.B) {
+			b.ReportAllocs()
+			limit := stepLimit{upto: 1 << 61}
+			for owner := range owners {
+				limit.away = append(limit.away, owner)
+			}
+			v := newView(first, nil, time.UnixMilli(0)).next(second, stepLimit{upto: 1 << 60}, time.UnixMilli(0))
+			v.done = true
+			v = v.next(second, limit, time.UnixMilli(0))
+			for b.Loop() {
+				v.mustLeave("ns-000001", 3)
+			}
+		})
+	}
 }
 
 // BenchmarkAssign compares who asks the view for an owner with who asks the table.

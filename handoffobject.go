@@ -237,7 +237,8 @@ const maxOrdinal = 1<<31 - 1
 //	 "allHeld":false, "members":{"router-a":{"uid":"…", "instance":"7c1e"}},
 //	 "records":[{"ownersHash":"9c1f…", "firstBackend":0, "backends":5},
 //	            {"ownersHash":"77ab…", "firstBackend":0, "backends":4,
-//	             "before":{"upto":"5f3a…"}, "after":{"upto":"61b2…", "behind":{"2":"5f3a…"}}}],
+//	             "before":{"upto":"5f3a…"},
+//	             "after":{"upto":"61b2…", "behind":[{"upto":"5f3a…", "owners":[2]}]}}],
 //	 "backends":{"count":4, "uid":"…", "generation":7}}
 //
 // An ownersHash and a place have 16 hexadecimal digits. The first record has no marks.
@@ -265,8 +266,15 @@ type recordJSON struct {
 
 // markJSON is the JSON of a mark.
 type markJSON struct {
-	Upto   string         `json:"upto"`
-	Behind map[int]string `json:"behind,omitempty"`
+	Upto   string      `json:"upto"`
+	Behind []boundJSON `json:"behind,omitempty"`
+}
+
+// boundJSON is the JSON of the owners that have one bound in mark.behind. Mostly many owners
+// have few bounds.
+type boundJSON struct {
+	Upto   string `json:"upto"`
+	Owners []int  `json:"owners"`
 }
 
 // String returns the JSON of the plan, the same for equal plans.
@@ -293,9 +301,13 @@ func (p *sharedPlan) String() string {
 }
 
 func newMarkJSON(m *mark) *markJSON {
-	out := &markJSON{Upto: hex64(m.upto).String(), Behind: map[int]string{}}
-	for owner, bound := range m.behind {
-		out.Behind[owner] = hex64(bound).String()
+	owners := map[uint64][]int{}
+	for _, owner := range slices.Sorted(maps.Keys(m.behind)) {
+		owners[m.behind[owner]] = append(owners[m.behind[owner]], owner)
+	}
+	out := &markJSON{Upto: hex64(m.upto).String()}
+	for _, bound := range slices.Sorted(maps.Keys(owners)) {
+		out.Behind = append(out.Behind, boundJSON{hex64(bound).String(), owners[bound]})
 	}
 	return out
 }
@@ -336,6 +348,10 @@ func parsePlan(s string) (*sharedPlan, error) {
 	}
 	for i := range in.Records {
 		r, err := in.Records[i].parse(i == 0)
+		if err == nil && !r.isStep(i == len(in.Records)-1) {
+			err = badValue("after", in.Records[i].After.Upto,
+				"no bound below that of before, and in all records but the newest the same ones")
+		}
 		if err != nil {
 			return nil, fmt.Errorf("record %d: %w", i, err)
 		}
@@ -405,9 +421,9 @@ func (r *recordJSON) parse(oldest bool) (record planRecord, err error) {
 		return record, badValue("record", r.OwnersHash,
 			"before and after in all records but the first")
 	}
-	if r.FirstBackend < 0 || r.Backends < 0 || r.Backends > maxOrdinal-r.FirstBackend {
+	if r.FirstBackend < 0 || r.Backends < 1 || r.Backends-1 > maxOrdinal-r.FirstBackend {
 		return record, badValue("backends", fmt.Sprintf("%d from %d on", r.Backends, r.FirstBackend),
-			fmt.Sprintf("ordinals from 0 to %d", maxOrdinal))
+			fmt.Sprintf("at least 1, with ordinals from 0 to %d", maxOrdinal))
 	}
 	record.backends = ordinalRange{r.FirstBackend, r.Backends}
 	if oldest {
@@ -425,21 +441,23 @@ func (m *markJSON) parse(name string) (parsed mark, err error) {
 	if parsed.upto, err = parseHex64(name+".upto", m.Upto, allPlaces); err != nil {
 		return mark{}, err
 	}
-	owners := slices.Sorted(maps.Keys(m.Behind))
-	if err := checkOrdinals("owners in "+name+".behind", owners); err != nil || len(owners) == 0 {
-		return parsed, err
-	}
-	parsed.behind = map[int]uint64{}
-	for _, owner := range owners {
-		field := fmt.Sprintf("%s.behind of %d", name, owner)
-		bound, err := parseHex64(field, m.Behind[owner], allPlaces)
+	for _, b := range m.Behind {
+		bound, err := parseHex64(name+".behind.upto", b.Upto, allPlaces)
 		if err == nil && bound >= parsed.upto {
-			err = badValue(field, m.Behind[owner], "a place below upto, "+m.Upto)
+			err = badValue(name+".behind.upto", b.Upto, "a place below "+m.Upto)
+		}
+		if err == nil {
+			err = checkOrdinals(name+".behind.owners", b.Owners)
 		}
 		if err != nil {
 			return mark{}, err
 		}
-		parsed.behind[owner] = bound
+		for _, owner := range b.Owners {
+			if parsed.behind == nil {
+				parsed.behind = map[int]uint64{}
+			}
+			parsed.behind[owner] = bound
+		}
 	}
 	return parsed, nil
 }

@@ -53,11 +53,15 @@ func randomPlan(r *rand.Rand) *sharedPlan {
 	}
 	randomBackends := func() ordinalRange {
 		first := []int{0, r.IntN(10), maxOrdinal}[r.IntN(3)]
-		return ordinalRange{first, r.IntN(maxOrdinal - first + 1)}
+		return ordinalRange{first, 1 + r.IntN(maxOrdinal-first+1)}
 	}
 	p.records = []planRecord{{ownersHash: r.Uint64(), backends: randomBackends()}}
 	for range r.IntN(maxRecords) {
-		p.records = append(p.records, planRecord{r.Uint64(), randomBackends(), randomMark(), randomMark()})
+		before := randomMark()
+		p.records = append(p.records, planRecord{r.Uint64(), randomBackends(), before, before})
+	}
+	if newest := p.newestRecord(); len(p.records) > 1 {
+		newest.after = newest.before.moved(stepLimit{randomPlace(r), randomOrdinals(r)})
 	}
 	if r.IntN(2) == 0 {
 		p.backends = &backendCount{1 + r.IntN(maxOrdinal), "a-b", r.Int64()}
@@ -101,7 +105,7 @@ func TestObjectRoundTrip(t *testing.T) {
 
 const goodPlan = `{"version":4,"epoch":"e","writes":9,"step":7,"oldestSince":{"epoch":"d","step":6},"members":{"r":{"uid":"u","instance":"i"}},` +
 	`"records":[{"ownersHash":"00000000000000aa","firstBackend":0,"backends":5},{"ownersHash":"00000000000000bb","firstBackend":0,"backends":4,` +
-	`"before":{"upto":"0000000000000000"},"after":{"upto":"8000000000000000","behind":{"2":"7000000000000000"}}}],` +
+	`"before":{"upto":"0000000000000000"},"after":{"upto":"8000000000000000","behind":[{"upto":"7000000000000000","owners":[2]}]}}],` +
 	`"backends":{"count":4,"uid":"s","generation":3}}`
 
 // What cannot be read is an error that names the part, its value, and what is valid.
@@ -138,14 +142,16 @@ func TestPlanFaults(t *testing.T) {
 		{`"before":{"upto":"0000000000000000"},`, ``, `record 1: record is "00000000000000bb", want before and after`},
 		{`"records":[`, `"records":[],"x":[`, `records is "0", want 1 to 3`},
 		{`8000000000000000`, `8000000000000001`, `after.upto is "8000000000000001", want 16 hexadecimal digits, at most 8000000000000000`},
-		{`"backends":5`, `"backends":-1`, `record 0: backends is "-1 from 0 on", want ordinals from 0 to 2147483647`},
-		{`"firstBackend":0,"backends":4`, `"firstBackend":2147483647,"backends":1`, `record 1: backends is "1 from 2147483647 on"`},
+		{`"backends":5`, `"backends":0`, `record 0: backends is "0 from 0 on", want at least 1, with ordinals from 0 to 2147483647`},
+		{`"firstBackend":0,"backends":4`, `"firstBackend":2147483647,"backends":2`, `record 1: backends is "2 from 2147483647 on"`},
 		{`"firstBackend":0`, `"firstBackend":-1`, `backends is "5 from -1 on"`},
-		{`{"2":`, `{"-1":`, `owners in after.behind is "[-1]", want ordinals in ascending order`},
-		{`{"2":`, `{"2147483648":`, `want ordinals in ascending order`},
-		{`{"2":`, `{"two":`, `cannot unmarshal number two`},
-		{`7000000000000000`, `7`, `after.behind of 2 is "7", want 16 hexadecimal digits`},
-		{`7000000000000000`, `8000000000000000`, `after.behind of 2 is "8000000000000000", want a place below upto, 8000000000000000`},
+		{`[2]`, `[2,1]`, `after.behind.owners is "[2 1]", want ordinals in ascending order`},
+		{`[2]`, `[2147483648]`, `want ordinals in ascending order`},
+		{`7000000000000000`, `7`, `after.behind.upto is "7", want 16 hexadecimal digits`},
+		{`7000000000000000`, `8000000000000000`, `after.behind.upto is "8000000000000000", want a place below 8000000000000000`},
+		{`"before":{"upto":"0000000000000000"}`, `"before":{"upto":"7000000000000001"}`, `record 1: after is "8000000000000000", want no bound below that of before`},
+		{`"owners":[2]}]}}]`, `"owners":[2]}]}},{"ownersHash":"00000000000000cc","firstBackend":0,"backends":4,"before":{"upto":"0000000000000000"},"after":{"upto":"0000000000000000"}}]`,
+			`record 1: after is "8000000000000000", want no bound below that of before, and in all records but the newest the same ones`},
 		{`"count":4`, `"count":0`, `at least 1 backend`},
 		{`"uid":"s"`, `"uid":""`, `uid of backends is ""`},
 	} {
@@ -155,6 +161,19 @@ func TestPlanFaults(t *testing.T) {
 			!strings.HasPrefix(o.faults[0].Error(), "key plan: ") {
 			t.Errorf("%s for %s: plan %v, %v, want %s", c.new, c.old, o.plan, o.faults, c.want)
 		}
+	}
+}
+
+// As many owners as a plan may name can be away in both tables that namespaces move to.
+func TestPlanOfManyOwnersBehind(t *testing.T) {
+	m := mark{upto: 1 << 61, behind: map[int]uint64{}}
+	for owner := range maxOwners {
+		m.behind[owner] = uint64(owner%100) << 50
+	}
+	p := randomPlan(rand.New(rand.NewPCG(1, 1)))
+	p.records = []planRecord{{1, ordinalRange{0, 5}, mark{}, mark{}}, {2, ordinalRange{0, 5}, m, m}, {3, ordinalRange{0, 5}, m, m}}
+	if parsed, err := parsePlan(p.String()); err != nil || !reflect.DeepEqual(parsed, p) {
+		t.Errorf("%d bytes: %.100v", len(p.String()), err)
 	}
 }
 
@@ -195,7 +214,7 @@ func TestAnswerFaults(t *testing.T) {
 // when it is written and read again.
 func FuzzHandoffObject(f *testing.F) {
 	f.Add(goodPlan, "i e 7 00000000000000aa 8000000000000000/away=1,2 12")
-	f.Add(`{"version":4,"epoch":"e","writes":1,"step":1,"oldestSince":{"epoch":"e","step":1},"members":{},"records":[{"ownersHash":"0000000000000000"}]}`, "i - 0 - blank 0")
+	f.Add(`{"version":4,"epoch":"e","writes":1,"step":1,"oldestSince":{"epoch":"e","step":1},"members":{},"records":[{"ownersHash":"0000000000000000","firstBackend":0,"backends":1}]}`, "i - 0 - blank 0")
 	f.Fuzz(func(t *testing.T, plan, line string) {
 		data := map[string]string{planKey: plan, answerKeyPrefix + "a": line}
 		o := readHandoffObject("u", "1", data)

@@ -283,7 +283,7 @@ func (m *member) viewOf(o *handoffObject) *memberView {
 	p, prev := o.plan, m.view
 	id, isNamed := p.members[m.name]
 	next := &memberView{
-		view: &view{handoffPlan: &p.handoffPlan},
+		view: &view{handoffPlan: &p.handoffPlan, changes: p.changes()},
 		plan: p, uid: o.uid, version: o.version,
 	}
 	if isNamed && id.UID == m.uid {

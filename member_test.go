@@ -1301,7 +1301,7 @@ func TestPlanOfAnotherVersion(t *testing.T) {
 	w, r, s := rested(2)
 	own, view := maps.Clone(w.data), r.view
 	data := maps.Clone(w.data)
-	data[planKey] = `{"version":4,"records":"of another kind"}`
+	data[planKey] = `{"version":5,"records":"of another kind"}`
 	w.store(w.object.uid, data)
 	s.object = w.object
 	starts := newMember("r9", "u9", "i9")
@@ -1309,7 +1309,7 @@ func TestPlanOfAnotherVersion(t *testing.T) {
 	for _, m := range []*member{r.member, starts} {
 		for _, s.leaving = range []bool{false, true} {
 			d := m.decide(s)
-			if d.action != actWait || !strings.Contains(d.why, `version of the plan is "4", want 3`) {
+			if d.action != actWait || !strings.Contains(d.why, `version of the plan is "5", want 4`) {
 				t.Errorf("%s decides to %d: %s", m.name, d.action, d.why)
 			}
 		}

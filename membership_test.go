@@ -746,9 +746,7 @@ func (c *simContainer) openLong(namespace string) {
 func TestHandoffAwayForOneRouter(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		s, end := newHandoffSim(t, 1, 2)
-		names := slices.SortedFunc(slices.Values(simNamespaces), func(a, b string) int {
-			return cmp.Compare(placeOf(hash64(a)), placeOf(hash64(b)))
-		})
+		names := inOrderOfPlaces(slices.Clone(simNamespaces))
 		all := func(backend int) map[string]string {
 			data := map[string]string{}
 			for _, namespace := range names {
@@ -788,6 +786,144 @@ func TestHandoffAwayForOneRouter(t *testing.T) {
 			r.crash()
 		}
 	})
+}
+
+// An owner that only the other router cannot reach holds up its own namespaces only, takes no
+// turns of others, and does not keep the router busy.
+func TestHandoffAwayForTheOtherRouter(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		s, end := newHandoffSim(t, 1, 2)
+		s.rate = 10
+		data, next := map[string]string{}, map[string]string{}
+		names := inOrderOfPlaces(manyNamespaces(40))
+		for i, namespace := range names {
+			data[namespace], next[namespace] = "backend-0", "backend-3"
+			if i >= 30 {
+				next[namespace] = "backend-1"
+			}
+		}
+		s.overrides = data
+		for _, r := range s.routers {
+			r.start()
+		}
+		time.Sleep(20 * time.Second)
+		first, second := s.routers[0].container, s.routers[1].container
+		second.targets.probe = func(_ context.Context, backend int) error {
+			if backend == 3 {
+				return errors.New("refused")
+			}
+			return nil
+		}
+		for _, namespace := range names {
+			first.openLong(namespace)
+		}
+		second.openLong(names[0])
+		s.do(func() { s.overrides = next; s.version++ })
+		time.Sleep(3 * time.Second)
+		before := first.decisions.Load()
+		time.Sleep(7 * time.Second)
+		if n := first.decisions.Load() - before; n > 7*50 {
+			t.Errorf("the router has decided %d times in 7 seconds", n)
+		}
+		for _, namespace := range names[30:] {
+			if a := first.assignmentOf(namespace); a.state != stateOwned || a.backend != 1 {
+				t.Errorf("%s is with backend-%d (state %d), want backend-1", namespace, a.backend, a.state)
+			}
+		}
+		end()
+		for _, r := range s.routers {
+			r.crash()
+		}
+	})
+}
+
+// While an owner that is back catches up, the router that has its sessions gets all of the rate:
+// the others have nothing that may move.
+func TestHandoffCatchesUpAtTheRate(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		s, end := newHandoffSim(t, 1, 2)
+		s.rate, s.away = 10, 3
+		data, next := map[string]string{}, map[string]string{}
+		names := inOrderOfPlaces(manyNamespaces(200))
+		for i, namespace := range names {
+			data[namespace], next[namespace] = "backend-0", "backend-1"
+			if i < 10 {
+				next[namespace] = "backend-3"
+			}
+		}
+		s.overrides = data
+		for _, r := range s.routers {
+			r.start()
+		}
+		time.Sleep(20 * time.Second)
+		first, second := s.routers[0].container, s.routers[1].container
+		for i, namespace := range names {
+			if i < 10 {
+				first.openLong(namespace)
+			} else {
+				second.openLong(namespace)
+			}
+		}
+		s.do(func() { s.overrides = next; s.version++ })
+		began := time.Now()
+		time.Sleep(5 * time.Second)
+		s.do(func() { s.away = 0 })
+		for time.Since(began) < time.Minute && !first.current.Load().isAtRest(first.tables.table().ownersHash) {
+			time.Sleep(100 * time.Millisecond)
+		}
+		if took := time.Since(began); took > 26*time.Second {
+			t.Errorf("200 sessions at 10 per second took %s", took)
+		}
+		end()
+		for _, r := range s.routers {
+			r.crash()
+		}
+	})
+}
+
+// While a change waits for a router that is cut off, the others admit clients to a namespace
+// whose session was with a pod that was replaced, whether its owner changes or not.
+func TestHandoffOldPodsWaitForNobody(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		s, end := newHandoffSim(t, 1, 2)
+		s.overrides = map[string]string{"ns-0": "backend-0", "ns-1": "backend-0"}
+		for _, r := range s.routers {
+			r.start()
+		}
+		time.Sleep(20 * time.Second)
+		first := s.routers[0].container
+		first.relay.setPods(map[int]string{0: "old"})
+		for _, namespace := range []string{"ns-0", "ns-1"} {
+			session := &session{namespace: namespace, podUID: "old"}
+			first.pod.seen.Store(session, first.begin(namespace, 0))
+			first.relay.add(session)
+		}
+		s.routers[1].link.cut()
+		s.do(func() { s.overrides = map[string]string{"ns-0": "backend-0", "ns-1": "backend-1"}; s.version++ })
+		time.Sleep(2 * time.Second)
+		if first.relay.setPods(map[int]string{0: "new"}) {
+			first.tableOrPodChanged()
+		}
+		time.Sleep(30 * time.Second)
+		for _, namespace := range []string{"ns-0", "ns-1"} {
+			if first.relay.oldPodSessionsDone(namespace) != nil {
+				t.Errorf("no client of %s is admitted for 30 s", namespace)
+			}
+		}
+		s.routers[1].link.heal()
+		end()
+		for _, r := range s.routers {
+			r.crash()
+		}
+	})
+}
+
+// inOrderOfPlaces sorts namespaces by their places.
+func inOrderOfPlaces(namespaces []string) []string {
+	slices.SortFunc(namespaces, func(a, b string) int {
+		return cmp.Compare(placeOf(hash64(a)), placeOf(hash64(b)))
+	})
+	return namespaces
 }
 
 // A write that is not answered does not keep the router busy.

@@ -73,7 +73,8 @@ type mover struct {
 	queue        moveQueue
 	targets      *moveTargets
 	closing      []*session      // sessions that the step still waits for
-	waitsForPace bool            // there are sessions that only wait for the pace
+	waitsForPace bool            // there are sessions of the next step that only wait for the pace
+	oldPodsWait  bool            // there are sessions of moveQueue.oldPod that only wait for the pace
 	ctx          context.Context // of run
 
 	// Owned by run, with -handoff=all only.
@@ -214,7 +215,7 @@ func (m *mover) run(ctx context.Context) {
 			again = earliest(again, m.advanceShared(time.Now()))
 		}
 		again = earliest(again, m.cutRequests(time.Now()))
-		movesWait := m.waitsForPace && !m.queue.isEmpty()
+		movesWait := (m.waitsForPace || m.oldPodsWait) && !m.queue.isEmpty()
 		again = earliest(again, m.ages.closeOld(m.relay, time.Now(), movesWait))
 		timer.Stop()
 		if !again.IsZero() {
@@ -297,13 +298,15 @@ func (m *mover) requeue(v *view, t *table, now time.Time) {
 		if target == unresolved || target == ownerNotKnown {
 			target = s.backend // it stays
 		}
+		isReplaced := m.relay.podReplaced(s)
+		if isReplaced {
+			oldPod = append(oldPod, s)
+		}
 		switch {
 		case target != s.backend && !t.backends.has(s.backend): // it was scaled in
-			queue = append(queue, queuedSession{s, 0, target})
+			queue = append(queue, queuedSession{s, 0, target, isReplaced})
 		case target != s.backend:
-			queue = append(queue, queuedSession{s, placeOf(hash), target})
-		case m.relay.podReplaced(s):
-			oldPod = append(oldPod, s)
+			queue = append(queue, queuedSession{s, placeOf(hash), target, isReplaced})
 		}
 	}
 	cancelled := m.queue.fill(queue, oldPod, now)
@@ -430,7 +433,7 @@ func (m *mover) dequeueForNextStep(v *view, t *table, now time.Time) (limit step
 			m.moveSession(q.session)
 		}
 	}
-	m.waitsForPace = free && (limit.upto < allPlaces || len(m.queue.oldPod) > 0)
+	m.waitsForPace = free && limit.upto < allPlaces
 	if ready {
 		resume = m.pace.next()
 	}
@@ -440,25 +443,27 @@ func (m *mover) dequeueForNextStep(v *view, t *table, now time.Time) (limit step
 	return limit, again
 }
 
-// leaveOldPods closes the sessions whose owner stays and has another pod, at the pace. It waits
-// for no step. It returns when it has to be called again, zero if only when something happens.
+// leaveOldPods closes the sessions whose pod was replaced, at the pace. It waits for no step: no
+// client of their namespaces is admitted before. It returns when it has to be called again, zero if only when something happens.
 func (m *mover) leaveOldPods(now time.Time) (again time.Time) {
-	if len(m.queue.oldPod) == 0 {
+	m.oldPodsWait = false
+	left := m.queue.oldPod
+	if len(left) == 0 {
 		return time.Time{}
 	}
 	free, again := m.startPace(now)
-	m.waitsForPace = free
-	for free && len(m.queue.oldPod) > 0 {
-		s := m.queue.oldPod[0]
-		if !s.isEnding() {
-			if m.pace.next().After(now) {
-				return m.pace.next()
-			}
-			m.pace.advance(now)
-			m.moveSession(s)
+	for ; free && len(left) > 0; left = left[1:] {
+		if left[0].isEnding() {
+			continue
 		}
-		m.queue.set(m.queue.sessions, m.queue.oldPod[1:])
+		if m.oldPodsWait = m.pace.next().After(now); m.oldPodsWait {
+			again = m.pace.next()
+			break
+		}
+		m.pace.advance(now)
+		m.moveSession(left[0])
 	}
+	m.queue.set(m.queue.sessions, left)
 	return again
 }
 
@@ -495,7 +500,7 @@ func (m *mover) startPace(now time.Time) (free bool, again time.Time) {
 	if free {
 		m.tally.begin(now)
 	}
-	if !free || !m.waitsForPace {
+	if !free || !m.waitsForPace && !m.oldPodsWait {
 		m.pace.start(now)
 	}
 	return free, again
@@ -788,12 +793,16 @@ func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.T
 	}
 	m.refreshQueue(v, t, now)
 	p = &stepProposal{step: v.step, ownersHash: t.ownersHash, allAway: allAway}
-	p.limit = stepLimit{upto: allPlaces, away: away}
+	p.limit = stepLimit{upto: allPlaces, away: allAway} // a session for one of these takes no turn
 	free, resume := m.startPace(now)
 	schedule := m.pace // of what this router proposes; dequeueForStep advances the pace itself
 	m.queue.split(&p.limit, free, &schedule, m.nextStepTime(now))
+	p.limit.away = away
 	p.toMove = int(m.queue.size.Load())
-	m.waitsForPace = free && (p.limit.upto < allPlaces || len(m.queue.oldPod) > 0)
+	if newest := v.newestRecord(); newest.ownersHash == t.ownersHash && newest.after.catchesUp(allAway) {
+		p.toMove = m.queue.countBelow(newest.after.upto, allAway) // all others have to wait
+	}
+	m.waitsForPace = free && p.limit.upto < allPlaces
 	if p.limit.upto == allPlaces || v.wouldChange(t, stepLimit{p.limit.upto, allAway}) {
 		m.lastProposal = p
 		return p, again

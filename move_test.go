@@ -936,6 +936,59 @@ func TestMoveFromOldPodsWaitsForNoStep(t *testing.T) {
 	})
 }
 
+// A session with a pod that was replaced moves also while its namespace waits for a new owner
+// that is away: else nobody would be admitted, though the present owner is there.
+func TestMoveFromOldPodWhileTheOwnerIsAway(t *testing.T) {
+	movesIn(t, 0, 1, map[string]string{"ns-01": "backend-1"}, func(t *testing.T, m *moveTest) {
+		m.setAbsent(2, true)
+		for _, s := range m.relay.filter(func(*session) bool { return true }) {
+			s.podUID = "a"
+		}
+		m.relay.setPods(map[int]string{1: "a"})
+		m.table(map[string]string{"ns-01": "backend-2"})
+		m.after(time.Second)
+		m.relay.setPods(map[int]string{1: "b"})
+		m.tableOrPodChanged()
+		if all := m.after(20 * time.Second); len(all) != 1 {
+			t.Errorf("%d sessions were closed, want 1", len(all))
+		}
+		wantEqual(t, "the owner", m.assignmentOf("ns-01").backend, 1)
+	})
+}
+
+// Sessions with pods that were replaced, and those that get another owner, share the rate.
+func TestMoveFromOldPodsAtTheRate(t *testing.T) {
+	data, next := map[string]string{}, map[string]string{}
+	for i := range 60 {
+		data[fmt.Sprintf("stays-%02d", i)], next[fmt.Sprintf("stays-%02d", i)] = "backend-0", "backend-0"
+		data[fmt.Sprintf("moves-%02d", i)], next[fmt.Sprintf("moves-%02d", i)] = "backend-1", "backend-2"
+	}
+	for _, off := range []bool{false, true} {
+		t.Run(fmt.Sprint("off is ", off), func(t *testing.T) {
+			movesWith(t, off, 10, 1, data, func(t *testing.T, m *moveTest) {
+				for _, s := range m.relay.filter(func(s *session) bool { return s.backend == 0 }) {
+					s.podUID = "a"
+				}
+				m.relay.setPods(map[int]string{0: "a"})
+				m.after(10 * time.Second)
+				m.table(next)
+				m.after(3 * time.Second)
+				m.relay.setPods(map[int]string{0: "b"})
+				m.tableOrPodChanged()
+				all := m.after(20 * time.Second)
+				for i := range all {
+					if j := i + 21; j < len(all) && all[j].at-all[i].at < time.Second {
+						t.Fatalf("22 sessions were closed within %s, want 10 per second, and at most a second's more", all[j].at-all[i].at)
+					}
+				}
+				if len(all) != 120 {
+					t.Errorf("%d sessions were closed, want 120", len(all))
+				}
+			})
+		})
+	}
+}
+
 // A session with a pod that was replaced moves also while owners change.
 func TestMoveToAnotherPodInAChange(t *testing.T) {
 	data := map[string]string{"ns-00": "backend-0", "ns-01": "backend-1"}

@@ -14,9 +14,9 @@ const requeueInterval = time.Second
 // moveQueue has the sessions that have to move. The mover's run owns it.
 type moveQueue struct {
 	sessions []queuedSession // that get another owner, sorted by place
-	oldPod   []*session      // whose owner stays and has another pod: no step closes them
+	oldPod   []*session      // whose pod was replaced: they wait for no step; some get another owner too
 	filledAt time.Time
-	size     atomic.Int64 // of both lists, for all goroutines
+	size     atomic.Int64 // how many sessions there are, for all goroutines
 }
 
 // queuedSession is a session that has to move to another owner.
@@ -24,6 +24,7 @@ type queuedSession struct {
 	session *session
 	place   uint64 // of its namespace; 0 if its owner was scaled in
 	target  int    // the new owner
+	oldPod  bool   // it is in moveQueue.oldPod too
 }
 
 // fill replaces the queue. It returns how many sessions of the queue before are open and
@@ -54,14 +55,18 @@ func (m *moveQueue) fill(
 // set makes sessions, which are sorted by place, and oldPod the queue.
 func (m *moveQueue) set(sessions []queuedSession, oldPod []*session) {
 	m.sessions, m.oldPod = sessions, oldPod
-	m.size.Store(int64(len(sessions) + len(oldPod)))
+	size := int64(0)
+	for range m.all() {
+		size++
+	}
+	m.size.Store(size)
 }
 
-// all returns all sessions of the queue.
+// all returns all sessions of the queue, each once.
 func (m *moveQueue) all() iter.Seq[*session] {
 	return func(yield func(*session) bool) {
 		for _, q := range m.sessions {
-			if !yield(q.session) {
+			if !q.oldPod && !yield(q.session) {
 				return
 			}
 		}
@@ -75,6 +80,16 @@ func (m *moveQueue) isEmpty() bool { return len(m.sessions)+len(m.oldPod) == 0 }
 // isOutdated reports whether the queue has to be filled anew. An empty one has not.
 func (m *moveQueue) isOutdated(now time.Time) bool {
 	return !m.isEmpty() && now.Sub(m.filledAt) >= requeueInterval
+}
+
+// countBelow returns how many sessions have a place below upto and a new owner that is not away.
+func (m *moveQueue) countBelow(upto uint64, away []int) (n int) {
+	for _, q := range m.sessions {
+		if q.place < upto && !slices.Contains(away, q.target) {
+			n++
+		}
+	}
+	return n
 }
 
 // targets returns the owners that the sessions get, and those whose pod is another.

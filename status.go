@@ -186,7 +186,7 @@ func newLoads(p *proxy, summary *tableSummary, changing bool) []backendLoad {
 	t, counts := summary.table, p.relay.counts()
 	maps.DeleteFunc(counts, func(_ int, n sessionCounts) bool { return n.open == 0 })
 	in, out := map[int]int{}, map[int]int{}
-	if t != nil && (changing || p.mover.queue.size.Load() > 0) { // with -handoff=off it is the latter
+	if t != nil && (changing || p.mover.queue.size.Load() > 0) { // there are no changes with -handoff=off
 		in, out = movingSessions(p.relay, t)
 	}
 	loads := []backendLoad{}
