@@ -30,7 +30,7 @@ type admin struct {
 	logQueue       *logQueue
 	configMaps     *configMaps     // nil without an API server
 	replicaWatcher *replicaWatcher // nil if flags give the number of backends
-	peers          *peers          // nil for none
+	peers          *peers
 	certificates   *certificates   // nil: clients do not speak TLS
 	started        time.Time
 

@@ -119,7 +119,7 @@ func (c *clientConn) Read(b []byte) (int, error) {
 		n, err := c.Conn.Read(b)
 		if errors.Is(err, io.EOF) {
 			_, tcp := c.socket.(*net.TCPConn)
-			c.readEOF.Store(tcp) // who is before us on a Unix socket closes it when its client has left
+			c.readEOF.Store(tcp) // the proxy at the other end of a Unix socket closes it when its client has left
 		}
 		if n == 0 || c.receiving.Load() {
 			return n, err

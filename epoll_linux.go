@@ -54,7 +54,7 @@ type poller struct {
 	ended     []*session // that are over; unlockAndReport reports them to the relay
 }
 
-// slot is where an event finds its session, or what is not one yet.
+// slot has what an event is for: a session, or a client that has none yet.
 type slot struct {
 	session    *session // nil if the slot is free, or a socketOwner's
 	handler    socketOwner

@@ -92,7 +92,7 @@ func (c *fastConn) readTLSHead() ([]byte, error) {
 
 // startTLS does the client's handshake, which begins with data, and returns what came
 // after it: at least a part of the request. If the router stops meanwhile, the client has
-// stopGrace left for both.
+// stopGrace left for the handshake.
 func (c *fastConn) startTLS(data []byte) ([]byte, error) {
 	defer c.setTLSHandshaking(false)
 	transport := &fastConnTransport{client: c, early: data, handshaking: true}

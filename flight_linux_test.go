@@ -97,7 +97,7 @@ func TestFlightOfLostSession(t *testing.T) {
 				eventually(t, "the router has sent the frame", true, func() bool { return s.bytes()[clientSide] >= int64(len(frame)) })
 				p.moveTo(t, "2", 1)
 			}
-			eventually(t, "the session blocks no step", true, s.blocksNoStep)
+			eventually(t, "the session blocks no step", true, s.isOverForSteps)
 			p.mustWaitForLost(t, next)
 		})
 	}

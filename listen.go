@@ -270,5 +270,5 @@ func (c *limitConn) Close() error {
 // CloseWrite is what net/http looks for to let the client read an answer to a
 // request that was not read to its end (golang/go#3595).
 func (c *limitConn) CloseWrite() error {
-	return c.Conn.(interface{ CloseWrite() error }).CloseWrite() // *net.TCPConn or *net.UnixConn
+	return c.Conn.(interface{ CloseWrite() error }).CloseWrite() // *net.TCPConn, *net.UnixConn or, with -redirect, *clientConn
 }

@@ -207,8 +207,8 @@
 //	poller.unlockAndReport    calls sessionEnded
 //	relay.sessionEnded        counts and logs the end
 //
-// With relay_portable.go there is no fast path and no event loop. All clients are those of
-// net/http, and each session has two goroutines. In place of fastPath, engine and poller above:
+// With relay_portable.go there is no fast path and no event loop. net/http serves all
+// clients, and each session has two goroutines. In place of fastPath, engine and poller above:
 //
 //	clientListener.Accept     gives net/http a client
 //	engine.assign             gives the session its connections

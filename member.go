@@ -659,7 +659,10 @@ func (m *member) bootstrap(s *decisionInput) decision {
 		w := &handoffWrite{data: map[string]string{m.key(): a.String()}}
 		return m.writeIf(s, w, &a, s.now, "this router is saying that it knows no plan")
 	}
-	if m.newest == nil || s.leaving {
+	if s.leaving {
+		return waiting("there is no plan, and this router is leaving")
+	}
+	if m.newest == nil {
 		return waiting("there is no plan, and this router has no table")
 	}
 	if d, ok := m.needsList(s); !ok {

@@ -19,7 +19,7 @@ import (
 )
 
 const (
-	// objectRequestTimeout bounds one write of the object, and one request for pods.
+	// objectRequestTimeout bounds one write of the object, and one GET of a pod.
 	objectRequestTimeout = 5 * time.Second
 	// When a member has not answered for blockedTime, the router asks for its pod, and then
 	// again after each blockedTime.

@@ -521,7 +521,7 @@ func (m *mover) closeStepSessions(v *view) bool {
 	m.awaitsEnd.Store(true)
 	blocks := func(f *flight) bool { return m.blocks(v, f) }
 	for {
-		m.closing = slices.DeleteFunc(m.closing, (*session).blocksNoStep)
+		m.closing = slices.DeleteFunc(m.closing, (*session).isOverForSteps)
 		if len(m.closing) > 0 {
 			return false
 		}
@@ -564,7 +564,7 @@ func (m *mover) cutRequests(now time.Time) time.Time {
 // misplacedSessions returns the sessions that v's step waits for.
 func (m *mover) misplacedSessions(v *view) []*session {
 	return m.relay.filter(func(s *session) bool {
-		return v.mustLeave(s.namespace, s.backend) && !s.blocksNoStep()
+		return v.mustLeave(s.namespace, s.backend) && !s.isOverForSteps()
 	})
 }
 
@@ -614,7 +614,7 @@ func (m *mover) takeNewVersion(v *view, t *table) *view {
 
 // moveSession starts the closing handshake of a session, unless it is closing already.
 func (m *mover) moveSession(s *session) {
-	if m.tally == nil { // it ends for a plan whose tables this router does not know
+	if m.tally == nil { // the session ends because this router does not know the plan's table
 		m.tally = newMoveTally(noTableHash)
 	}
 	if m.tally.close(s, m.closeSession, m.wake.notify) {

@@ -32,8 +32,8 @@ const askerHeader = "X-Router-Asker"
 // errOwnAnswer says that this router has asked itself.
 var errOwnAnswer = errors.New("this router has this address")
 
-// peers asks the other routers, at their admin ports. Nobody asks others because of a
-// question that another router asks.
+// peers asks the other routers, at their admin ports. A router that is asked by another
+// router answers for itself alone.
 type peers struct {
 	// Static after construction.
 	askerID string // of this process: random

@@ -166,7 +166,7 @@ type relay struct {
 	deadTimeout      time.Duration
 	closeTimeout     time.Duration
 	freeDescriptors  func(count int)                    // called for descriptors that a session no longer has
-	onBackendDone    func()                             // called when a session has become blocksNoStep; must not block
+	onBackendDone    func()                             // called when no step waits for a session any more; must not block
 	onAbandoned      func(s *session, backend net.Conn) // see abandonBackend and backendFailed; nil: nobody waits
 	remember         rememberNamespace                  // called just before onBackendDone
 	log              *slog.Logger
@@ -478,10 +478,10 @@ func (s *session) setCause(cause cause) bool {
 // isEnding reports whether the session has a cause: it ends or has ended.
 func (s *session) isEnding() bool { return cause(s.cause.Load()) != causeNone }
 
-// blocksNoStep reports whether no step waits for this session: backendDone is set, or the
+// isOverForSteps reports whether no step waits for this session: backendDone is set, or the
 // session is over. If its backend may still serve the namespace after that, there is a flight,
 // and steps wait for the flight.
-func (s *session) blocksNoStep() bool { return s.backendDone.Load() || s.counted.Load() }
+func (s *session) isOverForSteps() bool { return s.backendDone.Load() || s.counted.Load() }
 
 // filter returns the sessions for which match returns true, of those that are open at
 // one moment of the call. It calls match without the relay's lock, so sessions may

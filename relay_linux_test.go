@@ -264,7 +264,7 @@ func TestRelayLostWhileUnsent(t *testing.T) {
 		return s.unsent[backendSide] != nil
 	})
 	mustWrite(t, conn, string(lostFrame()))
-	eventually(t, "the session blocks no step", true, s.blocksNoStep)
+	eventually(t, "the session blocks no step", true, s.isOverForSteps)
 	wantEqual(t, "the session goes on", s.counted.Load(), false)
 	p.mustWaitForLost(t, next)
 }

@@ -98,9 +98,9 @@ func TestRelayLostWhileWriting(t *testing.T) {
 				defer c.session.unlock()
 				return c.backendEnded
 			})
-			wantEqual(t, "the session blocks no step before the write has returned", c.blocksNoStep(), false)
+			wantEqual(t, "the session blocks no step before the write has returned", c.isOverForSteps(), false)
 			close(gone.fail)
-			eventually(t, "the session blocks no step", true, c.blocksNoStep)
+			eventually(t, "the session blocks no step", true, c.isOverForSteps)
 			wantEqual(t, "flights", len(abandoned), lost)
 			closeWrite(t, c.client)
 			waitFor(t, r)

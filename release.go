@@ -405,7 +405,7 @@ func (m *releaseMemory) note(namespace string, backend int) {
 }
 
 // freeze makes the memory forget nothing until unfreeze: what the router had in the last
-// keep is there until the step is done, however long that takes.
+// retention is there until the step is done, however long that takes.
 func (m *releaseMemory) freeze() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
