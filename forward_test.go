@@ -199,6 +199,8 @@ func TestForwardRefuses(t *testing.T) {
 		"a key alone":      {"GET /ws/ns-01 HTTP/1.1\r\nHost: h\r\nSec-WebSocket-Key: x\r\n\r\n", 426, false},
 		"connection alone": {"GET /ws/ns-01 HTTP/1.1\r\nHost: h\r\nConnection: upgrade\r\n\r\n", 426, false},
 		"off":              {plainRequest("/ws/ns-01"), 426, true},
+		"off, with a body": {"POST /ws/ns-01 HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\n\r\nhi", 426, true},
+		"off, HTTP/1.0":    {"GET /ws/ns-01 HTTP/1.0\r\nHost: h\r\n\r\n", 426, true},
 		"unresolved":       {plainRequest("/ws/bad"), 503, false},
 		"two lengths": {"POST /ws/ns-01 HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\n" +
 			"Content-Length: 2\r\n\r\nhi", 400, false},

@@ -36,12 +36,12 @@ const headerClientSubject = "X-Client-Subject"
 // client and the backend.
 func checkUpgrade(r *http.Request) *refusal {
 	switch {
+	case !hasToken(r.Header, "Upgrade", "websocket") || !hasToken(r.Header, "Connection", "upgrade"):
+		return refuse(resultNotUpgrade, "not a WebSocket upgrade: Connection: Upgrade and Upgrade: websocket are required (RFC 6455 §4.1)")
 	case !r.ProtoAtLeast(1, 1):
 		return refuse(resultBadRequest, "an upgrade must use HTTP/1.1 (got %s; RFC 6455 §4.1)", r.Proto)
 	case r.ContentLength != 0:
 		return refuse(resultBadRequest, "an upgrade must not have a body")
-	case !hasToken(r.Header, "Upgrade", "websocket") || !hasToken(r.Header, "Connection", "upgrade"):
-		return refuse(resultNotUpgrade, "not a WebSocket upgrade: Connection: Upgrade and Upgrade: websocket are required (RFC 6455 §4.1)")
 	case r.Method != http.MethodGet:
 		return refuse(resultBadRequest, "the method of an upgrade must be GET (got %.20q)", r.Method)
 	}
