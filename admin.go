@@ -31,7 +31,7 @@ type admin struct {
 	configMaps     *configMaps     // nil without an API server
 	replicaWatcher *replicaWatcher // nil if flags give the number of backends
 	peers          *peers
-	certificates   *certificates   // nil: clients do not speak TLS
+	certificates   *certificates // nil: clients do not speak TLS
 	started        time.Time
 
 	lastSummary   atomic.Pointer[tableSummary] // see summary

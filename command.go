@@ -811,7 +811,7 @@ func (c *command) table() (*table, error) {
 		return nil, usageError{fmt.Errorf(
 			"-cordon must leave a backend that is not cordoned (got %s of %d)", c.cordon, c.replicas)}
 	}
-	l, err := newNamespaceMatcher(c.namespaceFrom, nil)
+	matcher, err := newNamespaceMatcher(c.namespaceFrom, nil)
 	if err != nil {
 		return nil, usageError{err}
 	}
@@ -824,7 +824,7 @@ func (c *command) table() (*table, error) {
 		}
 		sources = []sourceContent{{id: d.id(), version: version, overrides: newOverrideSet(data)}}
 	}
-	return newTable(c.statefulSet, l.fromHost, backends, c.cordon, sources, nil), nil
+	return newTable(c.statefulSet, matcher.fromHost, backends, c.cordon, sources, nil), nil
 }
 
 // owner answers as a router with the table would. The backends are not dialled.

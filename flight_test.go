@@ -56,7 +56,7 @@ func TestFlightOfUnansweredClose(t *testing.T) {
 			s.closeExpired() // the time for the backend's answer
 			mustFrames(t, conn, false, tt.toClient)
 			conn.Close()
-			eventually(t, "the session has ended", true, s.counted.Load)
+			eventually(t, "the session has ended", true, s.isOver.Load)
 			wantEqual(t, "sessions that were cut", p.relay.cut[tt.cause].Load(), 1)
 			p.moveTo(t, "3", 1)
 			waiting := dial(t, p.addr)

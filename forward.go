@@ -147,7 +147,7 @@ type exchange struct {
 
 	head         []byte   // what startPlainHead has returned, without room
 	shortBody    []byte   // the body, if it was read before; its length is at most maxShortBody
-	counted      bool     // in forwarder.atOwners
+	atOwner      bool     // in forwarder.atOwners
 	upgradeField []string // the field of the answer: a 426 needs it (RFC 9110 §15.5.22)
 	trace        *httptrace.ClientTrace
 	reverse      httputil.ReverseProxy
@@ -198,7 +198,7 @@ func (x *exchange) finish() {
 		x.pendingRequest.close()
 	}
 	f := x.forwarder
-	if x.counted {
+	if x.atOwner {
 		f.atOwners.Add(-1)
 	}
 	f.results[x.result].Add(1)
@@ -334,8 +334,8 @@ func (x *exchange) modifyResponse(resp *http.Response) error {
 // and calls forget or abandonOwner if it does not return the answer to ReverseProxy.
 func (x *exchange) ask(conn *ownerConn, head []byte, maxHead int) (*http.Response, error) {
 	x.attach(conn)
-	if !x.counted {
-		x.counted = true
+	if !x.atOwner {
+		x.atOwner = true
 		x.forwarder.atOwners.Add(1)
 	}
 	x.pendingRequest.uncount()
@@ -476,7 +476,7 @@ func (x *exchange) forget() (again bool) {
 	}
 	x.pendingRequest.countAgain()
 	x.forwarder.atOwners.Add(-1)
-	x.counted = false
+	x.atOwner = false
 	return true
 }
 

@@ -209,7 +209,7 @@ func (c *simContainer) endSession(s *session, why cause, onEnd func()) bool {
 	time.AfterFunc(c.pod.upTo(200*time.Millisecond), func() {
 		c.finish(seen)
 		c.relay.remove(s, [2]int64{})
-		s.counted.Store(true)
+		s.isOver.Store(true)
 		c.relay.onBackendDone()
 		onEnd()
 	})
@@ -1024,7 +1024,7 @@ func checkHeldTime(t *testing.T, routers int) {
 			time.AfterFunc(time.Duration(3-i)*unit, func() {
 				c.finish(seen)
 				c.relay.remove(x, [2]int64{})
-				x.counted.Store(true)
+				x.isOver.Store(true)
 				c.relay.onBackendDone()
 				onEnd(false)
 			})

@@ -412,18 +412,18 @@ func (m *mover) beginStep(v *view) {
 }
 
 // dequeueForNextStep takes the sessions of the next step from the queue. It returns how far the
-// step may go, and when it has to be called again; if that is zero, at the next event. workOnStep closes
-// the sessions once the step is in force. None follows if v is at rest, as with -handoff=off:
+// step may go, and when it has to be called again; if that is zero, at the next event. workOnStep
+// closes the sessions once the step is in force. None follows if v is at rest, as with -handoff=off:
 // dequeueForNextStep closes them itself then.
 func (m *mover) dequeueForNextStep(v *view, t *table, now time.Time) (limit stepLimit, again time.Time) {
 	limit.upto = allPlaces
 	limit.away, again = m.targets.away(now)
-	free, resume := m.startPace(now)
-	ready := free
-	if step := m.steppedAt.Add(minStepTime); ready && now.Before(step) {
-		ready, resume = false, step
+	settled, resume := m.startPace(now)
+	mayStep := settled
+	if nextStep := m.steppedAt.Add(minStepTime); mayStep && now.Before(nextStep) {
+		mayStep, resume = false, nextStep
 	}
-	due, rest := m.queue.split(&limit, ready, &m.pace, now)
+	due, rest := m.queue.split(&limit, mayStep, &m.pace, now)
 	m.queue.set(rest, m.queue.oldPod)
 	if len(due) > 0 {
 		m.steppedAt = now
@@ -433,8 +433,8 @@ func (m *mover) dequeueForNextStep(v *view, t *table, now time.Time) (limit step
 			m.moveSession(q.session)
 		}
 	}
-	m.waitsForPace = free && limit.upto < allPlaces
-	if ready {
+	m.waitsForPace = settled && limit.upto < allPlaces
+	if mayStep {
 		resume = m.pace.next()
 	}
 	if limit.upto < allPlaces {

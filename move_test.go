@@ -513,7 +513,7 @@ func (m *moveTest) leave(s *session) bool {
 
 // release has the session be over.
 func (m *moveTest) release(s *session) {
-	s.counted.Store(true)
+	s.isOver.Store(true)
 	m.relay.onBackendDone()
 }
 

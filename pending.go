@@ -119,13 +119,13 @@ const headBytesPerRequest = 2 << 10
 // plain request until its owner gets it. An upgrade goes with its client from the fast path
 // to net/http. One goroutine at a time owns it.
 type pendingRequest struct {
-	limit     *pendingLimit    // counts it until uncount
-	permit    *namespacePermit // given back by uncount, or by its session; nil without a limit of sessions
-	uncounted bool
-	began     time.Time  // when its head was read
-	waitBegan time.Time  // when it began to wait for its owner; zero while it does not
-	waits     *histogram // of these waits
-	namespace string
+	limit        *pendingLimit    // counts it until uncount
+	permit       *namespacePermit // given back by uncount, or by its session; nil without a limit of sessions
+	slotReturned bool
+	began        time.Time  // when its head was read
+	waitBegan    time.Time  // when it began to wait for its owner; zero while it does not
+	waits        *histogram // of these waits
+	namespace    string
 	assignment
 	headBytes int // of its head and a short body, as limit counts them
 
@@ -208,7 +208,7 @@ func (u *pendingRequest) reserveHead(n, limit int) *refusal {
 // uncount ends the count of the request in its limits. More calls do nothing. A nil request
 // was not admitted: it has no count.
 func (u *pendingRequest) uncount() {
-	if u == nil || u.uncounted {
+	if u == nil || u.slotReturned {
 		return
 	}
 	u.endWait()
@@ -216,13 +216,13 @@ func (u *pendingRequest) uncount() {
 	u.limit.giveBack(u.backend)
 	u.permit.giveBack()
 	u.permit = nil
-	u.uncounted = true
+	u.slotReturned = true
 }
 
 // countAgain takes a slot again, after uncount, even if the owner has its share.
 func (u *pendingRequest) countAgain() {
 	u.limit.take(u.backend)
-	u.uncounted = false
+	u.slotReturned = false
 }
 
 // close ends the count of the request, and abandons the connection to its owner if it has one.

@@ -121,7 +121,7 @@ type session struct {
 
 	backendDone atomic.Bool  // nobody waits any more for this session's backend, but maybe for a flight: setBackendDone
 	cause       atomic.Int32 // a cause; causeNone until the session ends
-	counted     atomic.Bool  // it has ended and was counted
+	isOver      atomic.Bool  // it has ended and was counted
 
 	// Owned by endIdle.
 	idleCount int32 // checks since the sum of bytesFrom changed
@@ -276,7 +276,7 @@ func (r *relay) sessionEnded(s *session) {
 		"backend", r.backendName(s.backend), "cause", cause.String(), "cut", cut,
 		"client", s.clientAddrs, "seconds", lasted.Seconds(),
 		"to_backend", n[clientSide], "to_client", n[backendSide])
-	s.counted.Store(true)
+	s.isOver.Store(true)
 	r.onBackendDone()
 	r.freeDescriptors(descriptorsPerSession)
 	r.openSessions.Done()
@@ -367,17 +367,17 @@ func (r *relay) countOnOldPod(s *session, onOldPod bool) {
 		return
 	}
 	s.onOldPod = onOldPod
-	old, step := r.oldPods[s.namespace], 1
+	old, delta := r.oldPods[s.namespace], 1
 	if old == nil {
 		old = &oldPodSessions{done: make(chan struct{})}
 		r.oldPods[s.namespace] = old
 	}
 	if !onOldPod {
-		step = -1
+		delta = -1
 	}
 	count := r.byBackend[s.backend]
-	r.byBackend[s.backend] = sessionCounts{count.open, count.total, count.onOldPod + step}
-	if old.sessions += step; old.sessions == 0 {
+	r.byBackend[s.backend] = sessionCounts{count.open, count.total, count.onOldPod + delta}
+	if old.sessions += delta; old.sessions == 0 {
 		delete(r.oldPods, s.namespace)
 		close(old.done)
 	}
@@ -481,7 +481,7 @@ func (s *session) isEnding() bool { return cause(s.cause.Load()) != causeNone }
 // isOverForSteps reports whether no step waits for this session: backendDone is set, or the
 // session is over. If its backend may still serve the namespace after that, there is a flight,
 // and steps wait for the flight.
-func (s *session) isOverForSteps() bool { return s.backendDone.Load() || s.counted.Load() }
+func (s *session) isOverForSteps() bool { return s.backendDone.Load() || s.isOver.Load() }
 
 // filter returns the sessions for which match returns true, of those that are open at
 // one moment of the call. It calls match without the relay's lock, so sessions may

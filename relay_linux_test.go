@@ -265,7 +265,7 @@ func TestRelayLostWhileUnsent(t *testing.T) {
 	})
 	mustWrite(t, conn, string(lostFrame()))
 	eventually(t, "the session blocks no step", true, s.isOverForSteps)
-	wantEqual(t, "the session goes on", s.counted.Load(), false)
+	wantEqual(t, "the session goes on", s.isOver.Load(), false)
 	p.mustWaitForLost(t, next)
 }
 

@@ -194,7 +194,7 @@ func TestRelayEndsWhenBothDirectionsAreDead(t *testing.T) {
 			reset(gone)
 			eventually(t, "the session is over", true, func() bool {
 				io.WriteString(other, "tick") // fails once the session is over
-				return c.counted.Load()
+				return c.isOver.Load()
 			})
 			c.wantCause(t, tt.gone.endCause())
 		})
@@ -322,7 +322,7 @@ func TestRelayEndsIdle(t *testing.T) {
 		mustWrite(t, backendSends.backend, "x")
 		mustRead(t, backendSends.client, "x")
 		<-time.After(timeout / 20)
-		if ended == 0 && silent.counted.Load() && spoke.counted.Load() {
+		if ended == 0 && silent.isOver.Load() && spoke.isOver.Load() {
 			ended = time.Since(begun)
 		}
 		if time.Since(begun) > patience {

@@ -32,7 +32,7 @@ func TestTLSUnreadAnswersOverBudget(t *testing.T) {
 	})
 	go io.Copy(io.Discard, s.backend) // until the test ends
 	most := int64(0)                  // that were seen: the session may be over before there is a look
-	for !s.counted.Load() {
+	for !s.isOver.Load() {
 		s.client.Write(append(s.client.keyUpdate(t, true), s.client.data("x")...)) // it fails when the session is over
 		most = max(most, r.engine.unsentBytes.Load())
 	}
