@@ -956,21 +956,30 @@ func TestMoveFromOldPodWhileTheOwnerIsAway(t *testing.T) {
 	})
 }
 
-// Sessions with pods that were replaced, and those that get another owner, share the rate.
+// Sessions with pods that were replaced move at the rate, also if sessions have moved before, and
+// share it with those that get another owner.
 func TestMoveFromOldPodsAtTheRate(t *testing.T) {
-	data, next := map[string]string{}, map[string]string{}
-	for i := range 60 {
-		data[fmt.Sprintf("stays-%02d", i)], next[fmt.Sprintf("stays-%02d", i)] = "backend-0", "backend-0"
-		data[fmt.Sprintf("moves-%02d", i)], next[fmt.Sprintf("moves-%02d", i)] = "backend-1", "backend-2"
-	}
-	for _, off := range []bool{false, true} {
-		t.Run(fmt.Sprint("off is ", off), func(t *testing.T) {
-			movesWith(t, off, 10, 1, data, func(t *testing.T, m *moveTest) {
+	for name, c := range map[string]struct {
+		moving int // sessions that get another owner
+		off    bool
+	}{"alone": {0, false}, "alone, off": {0, true}, "shared": {60, false}, "shared, off": {60, true}} {
+		t.Run(name, func(t *testing.T) {
+			data := pinned(60, 0)
+			data["before"] = "backend-3"
+			for i := range c.moving {
+				data[fmt.Sprintf("moves-%02d", i)] = "backend-1"
+			}
+			movesWith(t, c.off, 10, 1, data, func(t *testing.T, m *moveTest) {
 				for _, s := range m.relay.filter(func(s *session) bool { return s.backend == 0 }) {
 					s.podUID = "a"
 				}
 				m.relay.setPods(map[int]string{0: "a"})
+				next := with(data, "before", 4)
+				m.table(next)
 				m.after(10 * time.Second)
+				for i := range c.moving {
+					next = with(next, fmt.Sprintf("moves-%02d", i), 2)
+				}
 				m.table(next)
 				m.after(3 * time.Second)
 				m.relay.setPods(map[int]string{0: "b"})
@@ -981,8 +990,8 @@ func TestMoveFromOldPodsAtTheRate(t *testing.T) {
 						t.Fatalf("22 sessions were closed within %s, want 10 per second, and at most a second's more", all[j].at-all[i].at)
 					}
 				}
-				if len(all) != 120 {
-					t.Errorf("%d sessions were closed, want 120", len(all))
+				if len(all) != 61+c.moving {
+					t.Errorf("%d sessions were closed, want %d", len(all), 61+c.moving)
 				}
 			})
 		})
