@@ -27,6 +27,7 @@ type command struct {
 	format  string // "text" or "json"
 	out     io.Writer
 	notes   io.Writer     // what is not part of the output
+	line    string        // its command line, as words of a shell
 	timeout time.Duration // of wait
 
 	by        string // of top: "sessions" or "bytes"
@@ -98,7 +99,10 @@ func runCommand(ctx context.Context, args []string, out, notes io.Writer) (
 	if !ok {
 		return false, nil
 	}
-	c := &command{out: out, notes: notes, all: true, format: "text"}
+	c := &command{out: out, notes: notes, all: true, format: "text", line: "router"}
+	for _, arg := range args {
+		c.line += " " + quoteForShell(arg)
+	}
 	f := flag.NewFlagSet("router "+args[0], flag.ContinueOnError)
 	f.SetOutput(io.Discard)
 	f.StringVar(&c.admin, "admin", "http://127.0.0.1:8001",
@@ -385,6 +389,8 @@ func (c *command) printHandoff(h *handoffStatus) {
 	if h.InProgress {
 		fmt.Fprintf(c.out, "a change of owners is under way: %.0f %% done, %d sessions to move, "+
 			"%.1f s at least\n", 100*h.Progress, h.ToMove, h.SecondsLeft)
+	} else if h.ToMove > 0 { // with -handoff=off, or from a pod that was replaced
+		fmt.Fprintf(c.out, "no step is under way, %d sessions to move, %.1f s at least\n", h.ToMove, h.SecondsLeft)
 	} else {
 		fmt.Fprintln(c.out, "no change of owners is under way")
 	}
@@ -467,8 +473,8 @@ func (c *command) top(ctx context.Context, _ []string) error {
 }
 
 // printPatch prints a merge patch (RFC 7396) for kubectl on the output, and in the notes
-// how to apply it. args is the command line of the subcommand, object what it patches.
-func (c *command) printPatch(patch any, object, kubeNamespace string, args ...string) error {
+// how to apply it. object is what it patches.
+func (c *command) printPatch(patch any, object, kubeNamespace string) error {
 	b, err := json.Marshal(patch)
 	if err != nil {
 		return err
@@ -478,8 +484,7 @@ func (c *command) printPatch(patch any, object, kubeNamespace string, args ...st
 		namespace = "-n " + kubeNamespace + " "
 	}
 	fmt.Fprintf(c.notes, "nothing is changed yet; to change it:\n"+
-		"  router %s | kubectl %spatch %s --type merge --patch-file /dev/stdin\n",
-		strings.Join(args, " "), namespace, object)
+		"  %s | kubectl %spatch %s --type merge --patch-file /dev/stdin\n", c.line, namespace, object)
 	_, err = fmt.Fprintf(c.out, "%s\n", b)
 	return err
 }
@@ -527,14 +532,13 @@ func (c *command) move(ctx context.Context, args []string) error {
 	fmt.Fprintf(c.notes, "%s: owner %s (%s), %d sessions\n",
 		showNamespace(namespace), cmp.Or(o.Owner, "none"), o.Why, o.Sessions)
 	patch := map[string]any{"data": map[string]any{key: value}}
-	return c.printPatch(patch, "configmap "+src.Name, src.KubeNamespace,
-		"move", quoteForShell(namespace), backend)
+	return c.printPatch(patch, "configmap "+src.Name, src.KubeNamespace)
 }
 
 // quoteForShell returns the text as a word of a POSIX shell.
 func quoteForShell(text string) string {
-	plain := "-._0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-	if strings.Trim(text, plain) == "" {
+	plain := "-._:/=0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+	if text != "" && strings.Trim(text, plain) == "" {
 		return text
 	}
 	return "'" + strings.ReplaceAll(text, "'", `'\''`) + "'"
@@ -660,8 +664,7 @@ func (c *command) changeCordon(ctx context.Context, name string, args []string,
 	}
 	patch := map[string]any{"metadata": map[string]any{
 		"annotations": map[string]any{cordonAnnotation: value}}}
-	return c.printPatch(
-		patch, "statefulset "+s.StatefulSet.Name, s.StatefulSet.KubeNamespace, name, args[0])
+	return c.printPatch(patch, "statefulset "+s.StatefulSet.Name, s.StatefulSet.KubeNamespace)
 }
 
 const (
@@ -773,7 +776,8 @@ func printOwner(w io.Writer, namespace string, o ownership) {
 	fmt.Fprintln(w, strings.TrimRight(row, "\t"))
 	switch {
 	case o.HeldByStep != 0:
-		fmt.Fprintf(w, "\theld by step %d until its sessions and requests with %s are over\n", o.HeldByStep, o.Previous)
+		fmt.Fprintf(w, "\theld by step %d until its sessions and requests with %s are over\n",
+			o.HeldByStep, cmp.Or(o.Previous, "its previous owner"))
 	case o.Next != "" && o.Owner == "":
 		fmt.Fprintf(w, "\t%s in the table of this router, which does not know the owner\n", o.Next)
 	case o.Next != "":

@@ -185,16 +185,17 @@ func TestCommandMove(t *testing.T) {
 		code       int
 		out, notes string
 	}{
-		"pin":           {a, "vip backend-2", 0, `{"data":{"vip":"backend-2"}}`, "router move vip backend-2 | kubectl -n edge patch configmap overwriting --type merge --patch-file /dev/stdin\n"},
+		"pin":           {a, "vip backend-2", 0, `{"data":{"vip":"backend-2"}}`, " vip backend-2 | kubectl -n edge patch configmap overwriting --type merge --patch-file /dev/stdin\n"},
 		"what is":       {a, "vip backend-2", 0, `{"data":{"vip":"backend-2"}}`, "vip: owner backend-4 (override), 2 sessions\n"},
-		"unpin":         {a, "vip -", 0, `{"data":{"vip":null}}`, "router move vip - |"},
-		"key":           {a, "café:it's backend-0", 0, `{"data":{"caf_xC3_xA9_x3Ait_x27s":"backend-0"}}`, `router move 'café:it'\''s' backend-0 |`},
+		"unpin":         {a, "vip -", 0, `{"data":{"vip":null}}`, " vip - |"},
+		"key":           {a, "café:it's backend-0", 0, `{"data":{"caf_xC3_xA9_x3Ait_x27s":"backend-0"}}`, ` 'café:it'\''s' backend-0 |`},
 		"no backend":    {a, "vip backend-5", 1, "", `there is no backend "backend-5"; the backends are backend-0 to backend-4`},
 		"no namespace":  {a, "a/b backend-0", 1, "", "/owner?namespace=a%2Fb: 400 Bad Request"},
 		"long":          {a, strings.Repeat(":", 64) + " backend-0", 1, "", "it cannot have an override"},
 		"one of two":    {two, "there backend-2", 0, `{"data":{"there":"backend-2"}}`, "patch configmap two "},
 		"new of two":    {two, "new backend-2", 1, "", "choose one with -configmap (one, two)"},
-		"chosen of two": {two, "-configmap=one new backend-2", 0, `{"data":{"new":"backend-2"}}`, "patch configmap one "},
+		"chosen of two": {two, "-configmap=one new backend-2", 0, `{"data":{"new":"backend-2"}}`, " -configmap=one new backend-2 | kubectl -n edge patch configmap one "},
+		"like a flag":   {a, "-- -new backend-2", 0, `{"data":{"-new":"backend-2"}}`, " -- -new backend-2 | kubectl "},
 		"the other":     {two, "-configmap=one there backend-2", 1, "", "there has an override in ConfigMap edge/two: two would disagree"},
 		"no source":     {two, "-configmap=three new backend-2", 1, "", "ConfigMap three is not a source of overrides"},
 		"files":         {files, "new backend-2", 1, "", "the overrides are in directory /overrides, and not in a ConfigMap: change its file new"},
@@ -236,9 +237,9 @@ func TestCommandCordon(t *testing.T) {
 		out, notes string
 	}{
 		"cordon backend-2":   {0, annotation(`"1,2,7"`), "backend-2 has 5 sessions, and 2 overrides, which a cordon does not change\n"},
-		"cordon backend-1":   {0, annotation(`"1,7"`), "router cordon backend-1" + apply},
-		"uncordon backend-1": {0, annotation(`"7"`), "router uncordon backend-1" + apply},
-		"uncordon backend-7": {0, annotation(`"1"`), "router uncordon backend-7" + apply},
+		"cordon backend-1":   {0, annotation(`"1,7"`), " backend-1" + apply},
+		"uncordon backend-1": {0, annotation(`"7"`), " backend-1" + apply},
+		"uncordon backend-7": {0, annotation(`"1"`), " backend-7" + apply},
 		"cordon backend-3":   {1, "", "there is no backend \"backend-3\""},
 		"cordon 2":           {1, "", "there is no backend \"2\""},
 		"cordon":             {2, "", "one backend is required (got 0 arguments)"},

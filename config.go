@@ -234,7 +234,7 @@ func (c *config) trafficFlags(f *flag.FlagSet) {
 			"half, one backend may use at most as much as it leaves free")
 	f.IntVar(&c.moveRate, "move-rate", 200,
 		"`sessions` that are closed per second after their owner changed, 0 is no limit. With\n"+
-			"-handoff all, all routers together close as many; else this router alone does")
+			"-handoff all, this is the rate of all routers together; else of each router")
 	f.DurationVar(&c.moveSettle, "move-settle", 500*time.Millisecond,
 		"the router waits until the routing table has not changed for this time, ten times this\n"+
 			"time at most, and until it has dialled each new owner once. Then sessions move, at\n"+
@@ -292,7 +292,7 @@ func (c *config) handoffFlags(f *flag.FlagSet) {
 			"namespaces of a step, so that the old owner stores their state. Their new owner gets\n"+
 			"clients after the answer 2xx (default none)")
 	f.DurationVar(&c.releaseRetention, "release-retention", time.Minute,
-		"how long the router remembers a namespace, at least, after its last session or request.\n"+
+		"the least time for which the router remembers a namespace after its last session or request.\n"+
 			"If the namespace moves in this time, its old owner gets the POST of -release")
 }
 

@@ -32,7 +32,7 @@ const (
 )
 
 // errHeld says why nobody in queueHeld may dial.
-var errHeld = errors.New("the namespace is being handed over")
+var errHeld = errors.New("the owner of the namespace is not known, or is about to change")
 
 // queueFinder returns the ordinal of the queue in which a request of the namespace has
 // to wait: its owner's, queueHeld, or another negative number if it has no owner. It

@@ -439,7 +439,7 @@ func (r *replicaWatcher) confirmStored(ctx context.Context) {
 	}
 }
 
-// missingConfirmation returns the proof that wantedBackends needs and that there is not; zero if
+// missingConfirmation returns the confirmation that wantedBackends needs and that is missing; zero if
 // none is missing. A StatefulSet that does not exist cannot be newer than the stored count.
 func (r *replicaWatcher) missingConfirmation() storedConfirmation {
 	r.mu.Lock()

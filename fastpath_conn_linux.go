@@ -600,7 +600,7 @@ func (c *fastConn) waitConnected(ctx context.Context) error {
 		defer context.AfterFunc(ctx, func() {
 			c.poller.mu.Lock()
 			defer c.poller.mu.Unlock()
-			c.changed.Signal() // it may come late, when c is parked: that is not unpark's
+			c.changed.Signal() // it may come late, when c is parked: this does not unpark c
 		})()
 	}
 	c.poller.mu.Lock()

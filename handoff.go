@@ -126,8 +126,8 @@ type handoffPlan struct {
 // newestRecord returns the record of the table to which namespaces move.
 func (p *handoffPlan) newestRecord() *planRecord { return &p.records[len(p.records)-1] }
 
-// isAtRest reports whether the only table is the one with this ownersHash. The step that made
-// it so may still be under way.
+// isAtRest reports whether the only table is the one with this ownersHash. The step that made it
+// so may still be under way: view.done says whether it is over.
 func (p *handoffPlan) isAtRest(ownersHash uint64) bool {
 	return len(p.records) == 1 && p.records[0].ownersHash == ownersHash
 }

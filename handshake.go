@@ -15,7 +15,7 @@ import (
 )
 
 // Headers that tell the backend who routed the request, by which table, by which step of
-// a hand-off, and to which backend. A step only rises: of two requests for a namespace
+// a hand-off, and to which backend. On one router, and with -handoff=all on all routers, a step only rises: of two requests for a namespace
 // with different owners, the newer owner has the higher one. They are never taken from a
 // client. A backend answers 421 Misdirected Request (RFC 9110 §15.5.20) if headerBackend
 // does not name it: the router had an old address.
@@ -362,7 +362,7 @@ func appendField(head []byte, name, value string) []byte {
 
 // handshake sends head to the backend, unless it is empty, and reads the answer.
 // maxHead bounds the answer's head in bytes. early is what the backend sent after a
-// 101, a part of br's buffer: it is good until br is used again. The body of any other
+// 101, a part of br's buffer: it is valid until br is used again. The body of any other
 // answer is read from conn through br. The caller sets conn's deadline and closes it.
 func handshake(conn net.Conn, br *bufio.Reader, head []byte, maxHead int) (resp *http.Response, early []byte, err error) {
 	if len(head) > 0 {

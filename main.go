@@ -261,7 +261,7 @@
 //	moveTargets.set           starts to dial their new owners
 //	moveTargets.dial          dials a new owner until it takes a connection
 //	mover.handleDialResult    notes each result, in run
-//	mover.leaveOldPods        moves the sessions whose owner stays and has a new pod: no step does
+//	mover.leaveOldPods        moves the sessions whose pod was replaced: they wait for no step
 //	mover.advance             takes all steps that can be taken: first it ends the last one
 //	mover.dequeueForNextStep  takes the sessions of the next step from the queue. With
 //	                          -handoff=off there are no steps: it moves them, and all ends here

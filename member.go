@@ -17,8 +17,7 @@ const (
 	offerTime     = 2 * time.Minute        // see member.offered
 )
 
-// member is this router's part in the hand-off: what it knows of the plan, and what it decides
-// to do next. The value is there also before the router has joined the members, and after it was
+// member decides what this router does next in the hand-off, by what it knows of the plan. The value is there also before the router has joined the members, and after it was
 // removed from them: memberView says which is the case. It does no I/O and reads no clock.
 // The caller calls setNewest, noteBackendStep and expireOffers with what is new, and then
 // decide, again and again. Before the caller carries out what decide returns, it calls commit.

@@ -443,8 +443,8 @@ func (m *mover) dequeueForNextStep(v *view, t *table, now time.Time) (limit step
 	return limit, again
 }
 
-// leaveOldPods closes the sessions whose pod was replaced, at the pace. It waits for no step: no
-// client of their namespaces is admitted before. It returns when it has to be called again, zero if only when something happens.
+// leaveOldPods closes the sessions whose pod was replaced, at the pace. It waits for no step,
+// because no client of their namespaces is admitted until these sessions are over. It returns when it has to be called again, zero if only when something happens.
 func (m *mover) leaveOldPods(now time.Time) (again time.Time) {
 	left := m.queue.oldPod
 	if len(left) == 0 {

@@ -37,7 +37,7 @@ func servedAdmin(t *testing.T, name string, sessions ...string) *namedAdmin {
 		a.proxy.relay.add(&session{namespace: namespace, backend: int(ordinal[0] - '0')})
 	}
 	a.peers = newPeers(fixedPeers(nil))
-	a.peers.timeout, a.peers.allTimeout = patience/2, patience // the machine may be slow
+	a.peers.timeout, a.peers.allTimeout = 5*time.Second, 10*time.Second // the machine may be slow
 	server := httptest.NewServer(a.handler())
 	t.Cleanup(server.Close)
 	return &namedAdmin{a, server.Listener.Addr().String(), update}

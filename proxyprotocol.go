@@ -35,7 +35,7 @@ func (p *trustedProxies) String() string {
 }
 
 // Set adds the addresses in list. It returns an error for one that is none, and for a
-// prefix with bits beyond its length, which is most likely another one than was meant.
+// prefix with bits beyond its length, which is probably a mistake.
 func (p *trustedProxies) Set(list string) error {
 	for name := range strings.SplitSeq(list, ",") {
 		if name == "unix" {

@@ -23,7 +23,7 @@ type namespaceLoad struct {
 
 // topLook is what a look at all sessions has found. Nothing changes it.
 type topLook struct {
-	// window is the time window which bytes are counted: since the look before, or for the
+	// window is the time in which bytes are counted: since the look before, or for the
 	// first look since the relay began.
 	window     time.Duration
 	bySessions []namespaceLoad // with the most sessions, topSize at most, largest first
