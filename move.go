@@ -444,14 +444,15 @@ func (m *mover) dequeueForNextStep(v *view, t *table, now time.Time) (limit step
 }
 
 // leaveOldPods closes the sessions whose pod was replaced, at the pace. It waits for no step,
-// because no client of their namespaces is admitted until these sessions are over. It returns when it has to be called again, zero if only when something happens.
+// because no client of their namespaces is admitted until these sessions are over. It returns when
+// it has to be called again, zero if only when something happens.
 func (m *mover) leaveOldPods(now time.Time) (again time.Time) {
 	left := m.queue.oldPod
 	if len(left) == 0 {
 		m.oldPodsWait = false
 		return time.Time{}
 	}
-	free, again := m.startPace(now) // by oldPodsWait of the last call
+	free, again := m.startPace(now) // it reads oldPodsWait: sessions that wait keep their turns
 	m.oldPodsWait = false
 	for ; free && len(left) > 0; left = left[1:] {
 		if left[0].isEnding() {

@@ -998,6 +998,22 @@ func TestMoveFromOldPodsAtTheRate(t *testing.T) {
 	}
 }
 
+// Sessions with a pod that was replaced move at the rate also while nothing else moves.
+func TestMoveFromOldPodsAtRest(t *testing.T) {
+	movesIn(t, 10, 20, map[string]string{"ns-01": "backend-1"}, func(t *testing.T, m *moveTest) {
+		for _, s := range m.relay.filter(func(*session) bool { return true }) {
+			s.podUID = "a"
+		}
+		m.relay.setPods(map[int]string{1: "a"})
+		m.after(10 * time.Second)
+		m.relay.setPods(map[int]string{1: "b"})
+		m.tableOrPodChanged()
+		if all := m.after(4 * time.Second); len(all) != 20 {
+			t.Errorf("%d sessions were closed in 4 s, want 20 at 10 per second", len(all))
+		}
+	})
+}
+
 // A session with a pod that was replaced moves also while owners change.
 func TestMoveToAnotherPodInAChange(t *testing.T) {
 	data := map[string]string{"ns-00": "backend-0", "ns-01": "backend-1"}
