@@ -416,9 +416,9 @@ func (r *replicaWatcher) announceWanted() {
 	}
 }
 
-// proveDelay is how long a stored count may be ahead of the StatefulSet before
+// confirmDelay is how long a stored count may be ahead of the StatefulSet before
 // confirmStored lists it. Mostly the watch is only a moment behind.
-const proveDelay = 5 * time.Second
+const confirmDelay = 5 * time.Second
 
 // confirmStored runs until ctx ends. For each stored count that is ahead of the StatefulSet,
 // it makes sure by a LIST that the StatefulSet itself is behind, and not only this router's
@@ -431,10 +431,10 @@ func (r *replicaWatcher) confirmStored(ctx context.Context) {
 		case <-r.confirmWakeup:
 		}
 		for r.missingConfirmation() != (storedConfirmation{}) {
-			if sleep(ctx, proveDelay) != nil {
+			if sleep(ctx, confirmDelay) != nil {
 				return
 			}
-			r.prove(ctx)
+			r.confirm(ctx)
 		}
 	}
 }
@@ -450,9 +450,9 @@ func (r *replicaWatcher) missingConfirmation() storedConfirmation {
 	return r.confirmationWanted()
 }
 
-// prove lists the StatefulSet, if a proof is missing. The LIST is the proof if it brings
+// confirm lists the StatefulSet, if a confirmation is missing. The LIST is one if it brings
 // nothing else.
-func (r *replicaWatcher) prove(ctx context.Context) {
+func (r *replicaWatcher) confirm(ctx context.Context) {
 	wanted := r.missingConfirmation()
 	if wanted == (storedConfirmation{}) {
 		return

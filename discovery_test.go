@@ -478,7 +478,7 @@ func TestReplicasOldPicture(t *testing.T) {
 		wantEqual(t, "what the old picture proposes", countText(old.wantedBackends()), "none")
 		wantEqual(t, "backends by the old picture", old.last.Load().(ordinalRange), ordinalRange{0, 3})
 		wantEqual(t, "the generation of the old picture", old.lastStatefulSet().Metadata.Generation, 2)
-		time.Sleep(proveDelay + time.Second)
+		time.Sleep(confirmDelay + time.Second)
 		wantEqual(t, "the generation that it sees then", old.lastStatefulSet().Metadata.Generation, 4)
 	})
 }
@@ -500,11 +500,11 @@ func TestReplicasOfAnotherStatefulSet(t *testing.T) {
 		r := followReplicas(t, network, shared, nil) // which has not seen the one before
 		wantEqual(t, "backends", r.last.Load().(ordinalRange), ordinalRange{0, 2})
 		shared.wantWrites(t)
-		time.Sleep(proveDelay + time.Second)
+		time.Sleep(confirmDelay + time.Second)
 		shared.wantWrites(t, "2 of new/1")
 		wantEqual(t, "backends by the old picture", old.last.Load().(ordinalRange), ordinalRange{0, 4})
 		wantEqual(t, "what it proposes", countText(old.wantedBackends()), "none")
-		time.Sleep(proveDelay + time.Second)
+		time.Sleep(confirmDelay + time.Second)
 		shared.wantWrites(t)
 		wantEqual(t, "backends when it is seen", old.last.Load().(ordinalRange), ordinalRange{0, 2})
 	})

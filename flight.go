@@ -147,7 +147,7 @@ func (f *flight) abandon(conn net.Conn, onEnd func()) {
 			defer onEnd()
 			defer f.end()
 			cancel()
-			f.giveUp(began)
+			f.countUnproven(began)
 		})
 		return
 	}
@@ -158,7 +158,7 @@ func (f *flight) abandon(conn net.Conn, onEnd func()) {
 		defer f.end()
 		defer cancel()
 		if !awaitEnd(ctx, conn) {
-			f.giveUp(began)
+			f.countUnproven(began)
 		}
 	})
 }
@@ -172,8 +172,8 @@ func (f *flights) waitContext() (ctx context.Context, cancel context.CancelFunc)
 	return context.WithCancel(f.lifetime)
 }
 
-// giveUp counts and logs that the end of the flight was not seen. The wait has begun at began.
-func (f *flight) giveUp(began time.Time) {
+// countUnproven counts and logs that the end of the flight was not seen. The wait has begun at began.
+func (f *flight) countUnproven(began time.Time) {
 	all := f.flights
 	all.unproven.Add(1)
 	if all.lifetime.Err() != nil { // the router stops

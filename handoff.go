@@ -52,9 +52,9 @@ func (m *mark) catchesUp(away []int) bool {
 	return false
 }
 
-// moved returns the mark after m, once the namespaces have moved that limit allows. No bound
-// falls: what has moved never goes back, also if its new owner is away now.
-func (m *mark) moved(limit stepLimit) mark {
+// advanced returns the mark after m, once the namespaces have advanced that limit allows. No bound
+// falls: what has advanced never goes back, also if its new owner is away now.
+func (m *mark) advanced(limit stepLimit) mark {
 	next := mark{upto: max(m.upto, limit.upto)}
 	for _, owner := range slices.Concat(slices.Collect(maps.Keys(m.behind)), limit.away) {
 		bound := m.bound(owner)
@@ -178,7 +178,7 @@ func (p *handoffPlan) next(target planRecord, limit stepLimit, now time.Time) *h
 		next.records = append(next.records, target)
 	}
 	newest := next.newestRecord()
-	newest.after = newest.before.moved(limit)
+	newest.after = newest.before.advanced(limit)
 	if newest.before.isComplete() && newest.after.isComplete() {
 		next.records = []planRecord{{ownersHash: newest.ownersHash, backends: newest.backends}}
 	}
@@ -188,9 +188,9 @@ func (p *handoffPlan) next(target planRecord, limit stepLimit, now time.Time) *h
 // placeRange has the places from from to below to. The zero value has none.
 type placeRange struct{ from, to uint64 }
 
-// changes returns a range with the places of all namespaces whose owner changes in p's step, if
+// changingPlaces returns a range with the places of all namespaces whose owner changingPlaces in p's step, if
 // the owners before it are known.
-func (p *handoffPlan) changes() placeRange {
+func (p *handoffPlan) changingPlaces() placeRange {
 	r := p.newestRecord()
 	if len(p.records) == 1 || r.before.equal(&r.after) {
 		return placeRange{}
@@ -262,7 +262,7 @@ type view struct {
 	done       bool       // nothing of the step is left, with -handoff=all on all routers
 	servesNone bool       // this process may serve nobody: requests wait, until -hold
 	began      time.Time  // when this router put the step in force
-	changes    placeRange // handoffPlan.changes
+	changing    placeRange // handoffPlan.changes
 }
 
 // newView returns the view of a plan that has the table alone, and a step above that of
@@ -307,7 +307,7 @@ func (v *view) wouldChange(t *table, limit stepLimit) bool {
 // next returns the view of nextPlan. v must be done.
 func (v *view) next(t *table, limit stepLimit, now time.Time) *view {
 	next := &view{handoffPlan: v.nextPlan(t, limit, now), began: now}
-	next.changes = next.handoffPlan.changes()
+	next.changing = next.handoffPlan.changingPlaces()
 	switch last := len(next.records); {
 	case last > len(v.records):
 		next.tables = append(slices.Clip(v.tables), t)
@@ -352,7 +352,7 @@ func (v *view) mayChange(hash uint64) bool {
 		return false
 	}
 	place := placeOf(hash)
-	return v.changes.from <= place && place < v.changes.to
+	return v.changing.from <= place && place < v.changing.to
 }
 
 // owner returns what v knows of the namespace. ordinal is the owner if it has one, and

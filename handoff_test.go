@@ -163,7 +163,7 @@ func TestOwnerThatIsBackCatchesUp(t *testing.T) {
 		{stepLimit{upto: allPlaces, away: []int{5}}, mark{upto: allPlaces, behind: map[int]uint64{5: 40}}},
 		{stepLimit{upto: allPlaces}, mark{upto: allPlaces}},
 	} {
-		if m = m.moved(c.limit); !m.equal(&c.want) {
+		if m = m.advanced(c.limit); !m.equal(&c.want) {
 			t.Fatalf("step %d, %v: %v, want %v", i, c.limit, m, c.want)
 		}
 	}

@@ -61,7 +61,7 @@ func randomPlan(r *rand.Rand) *sharedPlan {
 		p.records = append(p.records, planRecord{r.Uint64(), randomBackends(), before, before})
 	}
 	if newest := p.newestRecord(); len(p.records) > 1 {
-		newest.after = newest.before.moved(stepLimit{randomPlace(r), randomOrdinals(r)})
+		newest.after = newest.before.advanced(stepLimit{randomPlace(r), randomOrdinals(r)})
 	}
 	if r.IntN(2) == 0 {
 		p.backends = &backendCount{1 + r.IntN(maxOrdinal), "a-b", r.Int64()}

@@ -282,7 +282,7 @@ func (m *member) viewOf(o *handoffObject) *memberView {
 	p, prev := o.plan, m.view
 	id, isNamed := p.members[m.name]
 	next := &memberView{
-		view: &view{handoffPlan: &p.handoffPlan, changes: p.changes()},
+		view: &view{handoffPlan: &p.handoffPlan, changing: p.changingPlaces()},
 		plan: p, uid: o.uid, version: o.version,
 	}
 	if isNamed && id.UID == m.uid {

@@ -625,14 +625,14 @@ func (p *poller) scan(s *session, i side, n int) int {
 		return n
 	}
 	n = s.closing.insertClose(&s.scanners[i], i, p.buf.data[:], n)
-	if s.closing.giveUpBackend(&s.scanners[backendSide]) {
-		p.giveUpBackend(s)
+	if s.closing.mustDropBackend(&s.scanners[backendSide]) {
+		p.dropBackend(s)
 	}
 	return n
 }
 
-// giveUpBackend resets the backend's connection, or abandons it.
-func (p *poller) giveUpBackend(s *session) {
+// dropBackend resets the backend's connection, or abandons it.
+func (p *poller) dropBackend(s *session) {
 	if p.relay.leavesBackend(s) {
 		p.abandonBackend(s)
 	} else {

@@ -330,8 +330,8 @@ func (s *session) scan(from side, buf []byte, n int, err error) (
 		h.noMoreFrom[from] = true
 	}
 	n = h.insertClose(&s.scanners[from], from, buf, n)
-	if h.giveUpBackend(&s.scanners[backendSide]) {
-		s.giveUpBackend()
+	if h.mustDropBackend(&s.scanners[backendSide]) {
+		s.dropBackend()
 	}
 	return n, true
 }
@@ -352,8 +352,8 @@ func (s *session) continueClose(from side, err error) bool {
 	return err != nil && !errors.Is(err, os.ErrDeadlineExceeded)
 }
 
-// giveUpBackend resets the backend's connection, or abandons it. The caller holds mu.
-func (s *session) giveUpBackend() {
+// dropBackend resets the backend's connection, or abandons it. The caller holds mu.
+func (s *session) dropBackend() {
 	s.writeFailed[backendSide] = true
 	if s.relay.leavesBackend(s) {
 		s.abandonBackend()

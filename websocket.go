@@ -354,11 +354,11 @@ func (h *closingHandshake) expire(timeout time.Duration) (last bool) {
 	return false
 }
 
-// giveUpBackend reports whether the caller has to give up the backend (its method of the same
+// mustDropBackend reports whether the caller has to give up the backend (its method of the same
 // name), because the backend did not answer in its time and the client has its Close frame.
 // The handshake goes on as if the backend had ended, and the session counts as cut.
 // f is the scanner of what the backend sends.
-func (h *closingHandshake) giveUpBackend(f *frameScanner) bool {
+func (h *closingHandshake) mustDropBackend(f *frameScanner) bool {
 	if !h.answerOverdue || !h.closeInserted[backendSide] || h.noMoreFrom[backendSide] || f.closed() {
 		return false
 	}
