@@ -635,3 +635,11 @@ func previewFewer(t *testing.T) string {
 	}
 	return string(b)
 }
+
+// /owner?all=1 says that the owner was not dialled only where this router does not know it.
+func TestOwnerOfAllWithoutDial(t *testing.T) {
+	var got ownership
+	servedAdmin(t, "router-a").ask(t, "GET", "/owner?all=1&dial=0&namespace=vip", "", &got)
+	wantEqual(t, "owner", got.Owner, "backend-4")
+	wantEqual(t, "error", got.Error, "")
+}

@@ -15,8 +15,8 @@ import (
 // flight is a request, from just before it is sent until it is over: its backend has
 // refused it, has answered it to the end, or has ended its side of the connection, the
 // relay has the session, or the request was not sent. A flight may also be a session that
-// has ended, until its backend has ended its side. Until it is over the backend may serve
-// the namespace.
+// the router no longer carries to its backend, until the backend has ended its side. Until it
+// is over the backend may serve the namespace.
 type flight struct {
 	flights   *flights
 	namespace string
@@ -27,6 +27,10 @@ type flight struct {
 	began time.Time
 	cut   func() // makes it end soon; must not block; nil for an upgrade or an ended session
 	isCut bool   // cut was called; guarded by flights.mu
+
+	// Of an abandoned flight. Guarded by flights.mu.
+	endWait func() // ends the wait for its end; must not block; nil before
+	isGone  bool   // endWait was called, as its pod is gone
 }
 
 // flights are all that are not over. A step of a hand-off is not done while one of its
@@ -111,6 +115,18 @@ func (f *flights) cutOverdue(now time.Time, due func(*flight) time.Time) (next t
 	return next
 }
 
+// endWaits ends the wait for the abandoned flights whose pod is gone. isGone runs with mu held.
+func (f *flights) endWaits(isGone func(*flight) bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for e := range f.all {
+		if e.endWait != nil && !e.isGone && isGone(e) {
+			e.isGone = true
+			e.endWait()
+		}
+	}
+}
+
 // each calls visit with each flight. visit runs with mu held, and must not block.
 func (f *flights) each(visit func(*flight)) {
 	f.mu.Lock()
@@ -136,10 +152,14 @@ func (f *flight) end() {
 // until the backend has ended its side too, at most for unprovenTimeout, and then ends the
 // flight and calls onEnd. It does so in a goroutine of its own: it does not block. It takes
 // over conn and closes it. conn is nil if it was lost (isLost), or if there was no descriptor
-// for it: then the flight lasts for all of unprovenTimeout.
+// for it: then the flight lasts for all of unprovenTimeout, or until the pod is gone: see
+// mover.cutRequests.
 func (f *flight) abandon(conn net.Conn, onEnd func()) {
 	all, began := f.flights, time.Now()
 	ctx, cancel := all.waitContext()
+	all.mu.Lock()
+	f.endWait = cancel
+	all.mu.Unlock()
 	if conn == nil { // without a goroutine: with a node all its connections may be lost
 		all.abandoned.Add(1)
 		context.AfterFunc(ctx, func() {
@@ -172,9 +192,16 @@ func (f *flights) waitContext() (ctx context.Context, cancel context.CancelFunc)
 	return context.WithCancel(f.lifetime)
 }
 
-// countUnproven counts and logs that the end of the flight was not seen. The wait has begun at began.
+// countUnproven counts and logs that the end of the flight was not seen, unless its pod is gone.
+// The wait has begun at began.
 func (f *flight) countUnproven(began time.Time) {
 	all := f.flights
+	all.mu.Lock()
+	isGone := f.isGone
+	all.mu.Unlock()
+	if isGone {
+		return
+	}
 	all.unproven.Add(1)
 	if all.lifetime.Err() != nil { // the router stops
 		return

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"fmt"
 	"io"
 	"net"
 	"testing"
@@ -87,4 +88,34 @@ func (p *testProxy) onlySession(t *testing.T) *session {
 	t.Helper()
 	p.waitSessions(t, 1)
 	return p.relay.filter(func(*session) bool { return true })[0]
+}
+
+// An abandoned flight is over once its pod was replaced, also if the router would wait for its
+// end for ever: its slot is free, and nothing is unproven.
+func TestFlightOfReplacedPod(t *testing.T) {
+	for _, lost := range []bool{false, true} {
+		t.Run(fmt.Sprint("lost is ", lost), func(t *testing.T) {
+			backend := startStub(t, "127.0.0.1:0", silent)
+			p := startProxy(t, []string{backend.addr}, map[string]string{"ns-01": "backend-0"}, func(p *proxy) {
+				p.mover.flights.unprovenTimeout = 0
+			})
+			p.relay.setPods(map[int]string{0: "a"})
+			u := &pendingRequest{limit: &p.pendingUpgrades, namespace: "ns-01", assignment: assignment{backend: 0}}
+			u.flight = p.mover.flights.add("ns-01", 0, "a", nil)
+			if lost {
+				u.abandon(nil)
+			} else {
+				u.abandon(dial(t, backend.addr))
+			}
+			p.mover.tableOrPodChanged()
+			wantEqual(t, "slots that are taken", p.underWay(), 1)
+			if p.relay.setPods(map[int]string{0: "b"}) {
+				p.mover.tableOrPodChanged()
+			}
+			p.mover.wake.notify()
+			eventually(t, "slots that are taken", 0, p.underWay)
+			p.noFlights(t)
+			wantEqual(t, "unproven", p.mover.flights.unproven.Load(), 0)
+		})
+	}
 }

@@ -543,13 +543,15 @@ func (m *mover) closeStepSessions(v *view) bool {
 // cutRequests cuts the plain requests that must not stay with their backends: those that
 // a step waits for, or with -handoff=off those whose owner changed, once they are
 // httpMoveTime old, and all requests of a pod that was replaced. A router that is no member of
-// the hand-off has none at all. It returns when the next one has to be cut, zero if only
-// when something happens.
+// the hand-off has none at all. Of a pod that was replaced it also ends the wait for abandoned
+// requests and sessions. It returns when the next one has to be cut, zero if only when something
+// happens.
 func (m *mover) cutRequests(now time.Time) time.Time {
 	v := m.current.Load()
 	if v == nil {
 		return time.Time{}
 	}
+	m.flights.endWaits(func(f *flight) bool { return m.relay.isOldPod(f.backend, f.podUID) })
 	return m.flights.cutOverdue(now, func(f *flight) time.Time {
 		owner := m.assignmentOf(f.namespace).backend
 		switch {

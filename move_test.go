@@ -785,6 +785,20 @@ func TestMoveToWhoIsWaitedFor(t *testing.T) {
 	})
 }
 
+// The progress of a change is not whole while an owner that was away catches up.
+func TestProgressWhileAnOwnerIsBehind(t *testing.T) {
+	movesIn(t, 10, 1, pinned(100, 0), func(t *testing.T, m *moveTest) {
+		m.setAbsent(1, true)
+		m.table(pinned(100, 1))
+		m.after(5 * time.Second)
+		m.setAbsent(1, false)
+		m.after(6 * time.Second)
+		if s := m.status(); s.Progress == 1 || s.ToMove == 0 {
+			t.Errorf("the progress is %v, and %d sessions have to move", s.Progress, s.ToMove)
+		}
+	})
+}
+
 // Also when many new owners fail during a change, one after the other, no session is closed for
 // an owner that is away, and none beyond the rate. All others move on.
 func TestMoveWhileManyOwnersFail(t *testing.T) {

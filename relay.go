@@ -89,7 +89,7 @@ func isLost(err error) bool {
 		return false // before errno, which is allocated
 	}
 	var errno syscall.Errno
-	return errors.As(err, &errno) && !isReset(errno)
+	return errors.As(err, &errno) && errno != 0 && !isReset(errno)
 }
 
 // halfCloseTimeout is the longest time that a half-closed session may carry nothing.

@@ -326,7 +326,10 @@ func (m *mover) status() handoffStatus {
 	}
 	s.Progress = 0
 	if newest := v.newestRecord(); newest.ownersHash == t.ownersHash {
-		s.Progress = float64(newest.before.upto) / allPlaces
+		for i := range t.backends.count {
+			bound := newest.before.bound(t.backends.first + i)
+			s.Progress += float64(bound) / allPlaces / float64(t.backends.count)
+		}
 	}
 	s.WaitingFor = append(m.waitingFor(v), m.routerWaits(v)...)
 	return s
