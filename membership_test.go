@@ -1117,6 +1117,33 @@ func TestHandoffAwayForOneRouter(t *testing.T) {
 	})
 }
 
+// An owner that is away is waited for a minute, from when the first router has found that: a
+// router that gets a session for it later waits no longer.
+func TestHandoffWaitsOnceForWhoIsAway(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		s, end := newHandoffSim(t, 1, 2)
+		s.overrides = map[string]string{"ns-0": "backend-0", "ns-1": "backend-0"}
+		s.setAway(2, 3)
+		for _, r := range s.routers {
+			r.start()
+		}
+		time.Sleep(20 * time.Second)
+		first, second := s.routers[0].container, s.routers[1].container
+		first.openLong("ns-0")
+		second.openLong("ns-1") // so the second one looks again for sessions that have to move
+		s.do(func() { s.overrides = map[string]string{"ns-0": "backend-3", "ns-1": "backend-2"}; s.version++ })
+		time.Sleep(35 * time.Second)
+		second.openLong("ns-0")
+		wantEqual(t, "owner after 35 s", first.assignmentOf("ns-0").backend, 0)
+		time.Sleep(30 * time.Second)
+		wantEqual(t, "owner after 65 s", first.assignmentOf("ns-0").backend, 3)
+		end()
+		for _, r := range s.routers {
+			r.crash()
+		}
+	})
+}
+
 // An owner that only the other router cannot reach holds up its own namespaces only, takes no
 // turns of others, and does not keep the router busy.
 func TestHandoffAwayForTheOtherRouter(t *testing.T) {
