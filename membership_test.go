@@ -28,6 +28,7 @@ type handoffSim struct {
 	kube    *fakeKube
 	began   time.Time
 	rate    int  // of moves, all together
+	clients int  // of all namespaces
 	calm    bool // nobody is busy
 	routers []*simRouter
 	running sync.WaitGroup // clients
@@ -38,8 +39,10 @@ type handoffSim struct {
 	events    []string                        // for the trace
 	overrides map[string]string               // the newest
 	version   int                             // of overrides
+	backends  ordinalRange                    // the newest
+	pods      map[int]string                  // the uids of the backends' pods
+	replaced  int                             // how often one of these was replaced
 	open      map[string]map[*simSession]bool // by namespace
-	away      int                             // a backend that accepts no connection; 0: none
 	sessions  int
 	stale     bool // an old copy may be in place of the object
 }
@@ -61,6 +64,7 @@ type simRouter struct {
 
 	// Guarded by handoffSim.mu.
 	container *simContainer // nil while none runs
+	away      map[int]bool  // backends that accept no connection of it
 }
 
 // simContainer is a process of the router.
@@ -73,10 +77,13 @@ type simContainer struct {
 	open      map[*simSession]bool // guarded by handoffSim.mu
 	admits    bool                 // guarded by handoffSim.mu; false once it ends
 	decisions atomic.Int64         // of its membership
+	probes    atomic.Int64         // dials of new owners
 	goesBy    atomic.Value         // the version of the object that its view is of; a string
 }
 
-const simBackends = 4
+// simBackends is how many backends there are at first and at the end. Between, there are
+// minSimBackends to maxSimBackends.
+const simBackends, minSimBackends, maxSimBackends = 4, 2, 5
 
 var simNamespaces = []string{"ns-0", "ns-1", "ns-2", "ns-3", "ns-4", "ns-5", "ns-6", "ns-7"}
 
@@ -84,6 +91,12 @@ var simNamespaces = []string{"ns-0", "ns-1", "ns-2", "ns-3", "ns-4", "ns-5", "ns
 func (s *handoffSim) note(format string, args ...any) {
 	event := fmt.Sprintf(format, args...)
 	s.events = append(s.events, fmt.Sprintf("%9.3f %s", time.Since(s.began).Seconds(), event))
+}
+
+// fail fails the test, and adds why to the trace.
+func (s *handoffSim) fail(format string, args ...any) {
+	s.do(func() { s.note("FAILED: "+format, args...) })
+	s.Errorf(format, args...)
 }
 
 func (s *handoffSim) do(f func()) {
@@ -97,12 +110,12 @@ func (s *handoffSim) upTo(limit time.Duration) time.Duration {
 	return time.Duration(rand.Int64N(int64(limit)))
 }
 
-// begin notes that the backend has read the request of a session. The container must be
-// alive: what it has sent is lost with it otherwise.
-func (c *simContainer) begin(namespace string, backend int) (session *simSession) {
+// begin notes that the backend has read the request of a session. It returns nil if the request
+// is lost: the container was killed, or the backend's pod replaced.
+func (c *simContainer) begin(namespace string, backend int, podUID string) (session *simSession) {
 	s := c.pod.handoffSim
 	s.do(func() {
-		if c.alive.Err() != nil {
+		if c.alive.Err() != nil || podUID != s.pods[backend] {
 			return
 		}
 		session = &simSession{namespace, backend, c.pod.pod.name, make(chan struct{})}
@@ -145,13 +158,12 @@ func (r *simRouter) start() {
 	router := &tableStore{statefulSet: "backend", log: log, onSwap: func() {}}
 	c := &simContainer{pod: r, open: map[*simSession]bool{}, admits: true}
 	c.alive, c.kill = context.WithCancel(context.Background())
-	probe := func(_ context.Context, backend int) (err error) {
-		r.do(func() {
-			if backend > 0 && backend == r.away {
-				err = errors.New("refused")
-			}
-		})
-		return err
+	probe := func(_ context.Context, backend int) error {
+		c.probes.Add(1)
+		if r.isAway(backend) {
+			return errors.New("refused")
+		}
+		return nil
 	}
 	c.mover = newMover(router, relay, r.rate, probe, func() {}, log)
 	c.settleTime = 50 * time.Millisecond
@@ -169,32 +181,87 @@ func (r *simRouter) start() {
 	c.closeSession = func(s *session, onEnd func(cut bool)) bool {
 		return c.endSession(s, causeMoved, func() { onEnd(false) })
 	}
-	router.backends.count = simBackends
+	backends, replaced := ordinalRange{}, 0
+	r.do(func() {
+		backends, replaced = r.backends, r.replaced
+		relay.setPods(r.pods)
+	})
+	router.backends.ordinalRange = backends
 	c.running.Go(func() { c.run(c.alive) })
 	c.running.Go(func() { c.shared.watcher.run(c.alive) })
-	c.running.Go(func() { c.followOverrides() })
+	c.running.Go(func() { follow(c, "", c.newestOverrides) })
+	c.running.Go(func() { follow(c, backends, c.newestBackends) })
+	c.running.Go(func() { follow(c, replaced, c.newestPods) })
 	r.do(func() { r.container = c; r.note("%s starts", r.pod.name) })
 }
 
-// followOverrides has the router see the overrides, each version late.
-func (c *simContainer) followOverrides() {
-	seen := -1
+// follow has the router see the versions after seen, each one late. newest returns the newest
+// version, and what makes the router see it. follow calls it with handoffSim.mu held.
+func follow[T comparable](c *simContainer, seen T, newest func() (version T, apply func())) {
 	for {
-		var data map[string]string
-		version := 0
-		c.pod.do(func() { data, version = c.pod.overrides, c.pod.version })
+		var version T
+		var apply func()
+		c.pod.do(func() { version, apply = newest() })
 		if version != seen {
 			seen = version
 			if sleep(c.alive, c.pod.upTo(300*time.Millisecond)) != nil {
 				return
 			}
-			c.tables.update(sourceContent{
-				id: sourceID{name: "test"}, version: strconv.Itoa(version), overrides: newOverrideSet(data),
-			})
+			apply()
 		}
 		if sleep(c.alive, 20*time.Millisecond) != nil {
 			return
 		}
+	}
+}
+
+func (c *simContainer) newestOverrides() (version string, apply func()) {
+	data, version := c.pod.overrides, strconv.Itoa(c.pod.version)
+	return version, func() {
+		c.tables.update(sourceContent{
+			id: sourceID{name: "test"}, version: version, overrides: newOverrideSet(data),
+		})
+	}
+}
+
+func (c *simContainer) newestBackends() (version ordinalRange, apply func()) {
+	backends := c.pod.backends
+	return backends, func() { c.tables.setBackends(backendSet{ordinalRange: backends}) }
+}
+
+func (c *simContainer) newestPods() (version int, apply func()) {
+	pods := c.pod.pods
+	return c.pod.replaced, func() {
+		if c.relay.setPods(pods) {
+			c.tableOrPodChanged()
+		}
+	}
+}
+
+// podUID returns the uid of the backend's pod, as far as the router knows.
+func (c *simContainer) podUID(backend int) string { return (*c.relay.podUIDs.Load())[backend] }
+
+// isAway reports whether the backend accepts no connection of the router.
+func (r *simRouter) isAway(backend int) (away bool) {
+	r.do(func() { away = r.away[backend] })
+	return away
+}
+
+// setAway makes these backends, and no others, accept no connection of the router.
+func (r *simRouter) setAway(backends ...int) {
+	r.do(func() {
+		r.away = map[int]bool{}
+		for _, backend := range backends {
+			r.away[backend] = true
+		}
+		r.note("away for %s: %v", r.pod.name, backends)
+	})
+}
+
+// setAway makes these backends, and no others, accept no connection.
+func (s *handoffSim) setAway(backends ...int) {
+	for _, r := range s.routers {
+		r.setAway(backends...)
 	}
 }
 
@@ -293,7 +360,8 @@ func (s *handoffSim) anyContainer() (c *simContainer) {
 // time. It reports whether there was a session.
 func (c *simContainer) serve(namespace string, life time.Duration) bool {
 	a := c.assignmentOf(namespace)
-	if a.state != stateOwned {
+	podUID := c.podUID(a.backend)
+	if a.state != stateOwned || c.relay.oldPodSessionsDone(namespace) != nil || c.pod.isAway(a.backend) {
 		return false
 	}
 	pause := func(limit time.Duration) {
@@ -303,13 +371,14 @@ func (c *simContainer) serve(namespace string, life time.Duration) bool {
 		time.Sleep(c.pod.upTo(limit))
 	}
 	pause(20 * time.Millisecond) // the dial
-	f, _, ok := c.startFlight(namespace, a.backend, "", nil)
+	f, _, ok := c.startFlight(namespace, a.backend, podUID, nil)
 	if !ok || c.alive.Err() != nil {
 		return false
 	}
 	pause(30 * time.Millisecond)
-	seen := c.begin(namespace, a.backend)
-	if seen == nil { // killed, and with it the request
+	seen := c.begin(namespace, a.backend, podUID)
+	if seen == nil {
+		f.end()
 		return false
 	}
 	pause(50 * time.Millisecond)
@@ -318,7 +387,7 @@ func (c *simContainer) serve(namespace string, life time.Duration) bool {
 		f.end()
 		return false
 	}
-	session := &session{namespace: namespace, backend: a.backend}
+	session := &session{namespace: namespace, backend: a.backend, podUID: podUID}
 	c.pod.seen.Store(session, seen)
 	c.relay.add(session)
 	f.end()
@@ -327,6 +396,8 @@ func (c *simContainer) serve(namespace string, life time.Duration) bool {
 	}
 	select {
 	case <-time.After(life):
+		c.endSession(session, causeClient, func() {})
+	case <-c.pod.ended.Done():
 		c.endSession(session, causeClient, func() {})
 	case <-seen.ended:
 	case <-c.alive.Done():
@@ -428,9 +499,8 @@ func (s *handoffSim) edit() {
 	})
 }
 
-// settle ends all trouble, and checks that all routers come to rest and agree with the
-// overrides.
-func (s *handoffSim) settle() {
+// endTrouble ends all trouble, and takes back the overrides that are invalid at the end.
+func (s *handoffSim) endTrouble() {
 	s.kube.setFaults(nil)
 	s.kube.applyMap(handoffName, nil)
 	s.do(func() {
@@ -443,14 +513,27 @@ func (s *handoffSim) settle() {
 		s.version++
 		s.note("all is well: %v", s.overrides)
 	})
-	why := ""
-	for range 300 {
-		time.Sleep(time.Second)
-		if why = s.whyUnsettled(); why == "" {
+}
+
+// settle ends all trouble, and checks that all routers come to rest and agree with the
+// overrides.
+func (s *handoffSim) settle() {
+	s.endTrouble()
+	s.await("rest", 5*time.Minute, s.whyUnsettled)
+}
+
+// await checks that why returns "" within this time.
+func (s *handoffSim) await(what string, within time.Duration, why func() string) {
+	for began := time.Now(); ; time.Sleep(time.Second) {
+		switch reason, waited := why(), time.Since(began).Round(time.Millisecond); {
+		case reason == "":
+			s.tell("after %s: %s", waited, what)
+			return
+		case waited > within:
+			s.fail("stuck: after %s still no %s: %s", waited, what, reason)
 			return
 		}
 	}
-	s.Errorf("stuck: %s", why)
 }
 
 // whyUnsettled says why not all routers are at rest, or "".
@@ -494,7 +577,11 @@ func (s *handoffSim) addRouters(count int) {
 // end ends the clients, and waits for them.
 func newHandoffSim(t *testing.T, seed uint64, pods int) (s *handoffSim, end func()) {
 	s = &handoffSim{T: t, rng: rand.New(rand.NewPCG(seed, 1)), kube: newFakeKube(), began: time.Now(),
-		open: map[string]map[*simSession]bool{}, overrides: map[string]string{}}
+		open: map[string]map[*simSession]bool{}, overrides: map[string]string{},
+		backends: ordinalRange{count: simBackends}, pods: map[int]string{}}
+	for backend := range maxSimBackends {
+		s.pods[backend] = "first"
+	}
 	ended, cancel := context.WithCancel(t.Context())
 	s.ended = ended
 	s.kube.applyMap(handoffName, nil)
@@ -502,26 +589,61 @@ func newHandoffSim(t *testing.T, seed uint64, pods int) (s *handoffSim, end func
 	return s, func() { cancel(); s.running.Wait() }
 }
 
-// simulate runs a cluster with this seed.
-func simulate(t *testing.T, seed uint64) {
+// simPlay is what is played in a cluster. The seed chooses among the rates, the faults, and after
+// each event among the pauses.
+type simPlay struct {
+	rates   []int               // of moves
+	faults  []int               // how many percent of the requests to the API server fail
+	leaving int                 // clients of each namespace whose sessions last a second at most
+	staying int                 // clients of each namespace whose sessions last until routers end them
+	events  int                 // how many there are
+	happen  func(s *handoffSim) // is one event
+	pauses  []time.Duration     // the longest time until the next event
+	settle  func(s *handoffSim) // ends all trouble, and checks what has to follow
+}
+
+// faultPlay has an API server that fails and routers that crash, while owners change.
+var faultPlay = simPlay{
+	rates: []int{0}, faults: []int{0, 3, 10, 25},
+	leaving: 2, events: 12, happen: (*handoffSim).happen, pauses: []time.Duration{3 * time.Second},
+	settle: (*handoffSim).settle,
+}
+
+// scalePlay has backends that come, go, get other pods, and accept no connections, of some
+// routers or of all. It has fewer faults.
+var scalePlay = simPlay{
+	rates: []int{0, 2, 5, 20}, faults: []int{0, 0, 3, 10},
+	leaving: 1, staying: 3, events: 24, happen: (*handoffSim).happenToBackends,
+	pauses: []time.Duration{300 * time.Millisecond, 3 * time.Second, 8 * time.Second},
+	settle: (*handoffSim).settleBackends,
+}
+
+// simulate plays in a cluster with this seed.
+func (p *simPlay) simulate(t *testing.T, seed uint64) {
 	pods := 1 + rand.New(rand.NewPCG(seed, 3)).IntN(3)
 	s, end := newHandoffSim(t, seed, pods)
+	s.rate = p.rates[s.rng.IntN(len(p.rates))]
 	faults := rand.New(rand.NewPCG(seed, 2))
-	s.kube.setFaults(randomFaults(faults, []int{0, 3, 10, 25}[s.rng.IntN(4)], time.Second))
+	s.kube.setFaults(randomFaults(faults, p.faults[s.rng.IntN(len(p.faults))], time.Second))
 	for _, r := range s.routers {
 		r.start()
 	}
+	s.clients = len(simNamespaces) * (p.leaving + p.staying)
 	for _, namespace := range simNamespaces {
-		for range 2 {
+		for range p.leaving {
 			s.running.Go(func() { s.client(namespace) })
 		}
+		for range p.staying {
+			s.running.Go(func() { s.stay(namespace) })
+		}
 	}
+	s.running.Go(s.checkRouters)
 	time.Sleep(s.upTo(5 * time.Second))
-	for range 12 {
-		s.happen()
-		time.Sleep(s.upTo(3 * time.Second))
+	for range p.events {
+		p.happen(s)
+		time.Sleep(s.upTo(p.pauses[s.rng.IntN(len(p.pauses))]))
 	}
-	s.settle()
+	p.settle(s)
 	time.Sleep(time.Second) // clients come, also if the object was away all the time
 	end()
 	for _, r := range s.routers {
@@ -531,41 +653,251 @@ func simulate(t *testing.T, seed uint64) {
 		t.Error("no client had a session")
 	}
 	if t.Failed() {
-		t.Logf("seed %d\n%s", seed, strings.Join(s.events, "\n"))
+		t.Logf("seed %d, %d moves per second\n%s", seed, s.rate, strings.Join(s.events, "\n"))
 	}
 }
 
-// The real mover, membership, watcher and client of the API server, under random faults,
-// crashes and changes: no namespace has two owners, and all comes to rest. HANDOFF_SEEDS is
-// how many seeds are tried.
-func TestHandoffSeeds(t *testing.T) {
-	if withoutRace(t) {
-		return
-	}
-	seeds := 20
-	if text := os.Getenv("HANDOFF_SEEDS"); text != "" {
-		var err error
-		seeds, err = strconv.Atoi(text)
-		must(t, err)
-	}
-	first := uint64(0)
-	if text := os.Getenv("HANDOFF_FIRST_SEED"); text != "" {
+// simulateSeeds plays with so many seeds, from 0. HANDOFF_SEEDS is another number of seeds, and
+// HANDOFF_FIRST_SEED another first one.
+func (p *simPlay) simulateSeeds(t *testing.T, seeds int) {
+	setting := func(name string, otherwise int) int {
+		text := os.Getenv(name)
+		if text == "" {
+			return otherwise
+		}
 		n, err := strconv.Atoi(text)
 		must(t, err)
-		first = uint64(n)
+		return n
 	}
-	failed := []uint64{}
-	for seed := first; seed < first+uint64(seeds); seed++ {
+	first, failed := setting("HANDOFF_FIRST_SEED", 0), []int{}
+	for seed := first; seed < first+setting("HANDOFF_SEEDS", seeds); seed++ {
 		if !t.Run(fmt.Sprint("seed ", seed), func(t *testing.T) {
-			bubble(t, func(t *testing.T) { simulate(t, seed) })
+			bubble(t, func(t *testing.T) { p.simulate(t, uint64(seed)) })
 		}) {
 			failed = append(failed, seed)
 		}
 	}
 	if len(failed) > 0 {
-		slices.Sort(failed)
 		t.Logf("failed: %v", failed)
 	}
+}
+
+// The real mover, membership, watcher and client of the API server, under random faults,
+// crashes and changes: no namespace has two owners, and all comes to rest.
+func TestHandoffSeeds(t *testing.T) {
+	if !withoutRace(t) {
+		faultPlay.simulateSeeds(t, 20)
+	}
+}
+
+// The same with sessions that stay, while the number of backends changes, their pods are
+// replaced, and routers cannot reach some of them.
+func TestHandoffScaleSeeds(t *testing.T) {
+	if !withoutRace(t) {
+		scalePlay.simulateSeeds(t, 10)
+	}
+}
+
+// happenToBackends does something that may happen to backends, or else to a cluster.
+func (s *handoffSim) happenToBackends() {
+	switch s.rng.IntN(8) {
+	case 0, 1:
+		s.scale(minSimBackends + s.rng.IntN(maxSimBackends-minSimBackends+1))
+		if s.rng.IntN(2) == 0 {
+			s.edit()
+		}
+	case 2, 3:
+		s.loseBackends()
+	case 4:
+		s.replacePod(s.rng.IntN(maxSimBackends))
+	case 5, 6:
+		s.edit()
+	case 7:
+		s.happen()
+	}
+}
+
+// scale makes so many backends.
+func (s *handoffSim) scale(backends int) {
+	s.do(func() { s.backends.count = backends; s.note("%d backends", backends) })
+}
+
+// replacePod gives the backend another pod. The one before is gone, and all that it had. But the
+// routers still have their sessions with it: its node was lost.
+func (s *handoffSim) replacePod(backend int) {
+	s.do(func() {
+		s.replaced++
+		s.pods = maps.Clone(s.pods) // routers may read it
+		s.pods[backend] = fmt.Sprint("replaced-", s.replaced)
+		for _, sessions := range s.open {
+			maps.DeleteFunc(sessions, func(session *simSession, _ bool) bool { return session.backend == backend })
+		}
+		s.note("the pod of backend-%d is replaced", backend)
+	})
+}
+
+// loseBackends makes some backends accept no connection, of all routers, or others of each.
+func (s *handoffSim) loseBackends() {
+	some := func() (backends []int) {
+		for backend := range maxSimBackends {
+			if s.rng.IntN(3) == 0 {
+				backends = append(backends, backend)
+			}
+		}
+		return backends
+	}
+	if s.rng.IntN(2) == 0 {
+		s.setAway(some()...)
+		return
+	}
+	for _, r := range s.routers {
+		r.setAway(some()...)
+	}
+}
+
+// maxDecisions is how many decisions a router takes per second at most. It waits for events and
+// for times: one that polls takes one each paceTick.
+const maxDecisions = 150
+
+// checkRouters checks what routers do at all times, until the play ends.
+func (s *handoffSim) checkRouters() {
+	decisions, replaced := map[*simContainer]int64{}, map[*session]time.Time{}
+	for sleep(s.ended, time.Second) == nil {
+		for _, c := range s.containers() {
+			n := c.decisions.Load()
+			if more := n - decisions[c]; more > maxDecisions {
+				s.fail("%s takes %d decisions in a second", c.pod.pod.name, more)
+			}
+			decisions[c] = n
+			c.checkOldPods(replaced)
+		}
+	}
+}
+
+// checkOldPods checks that sessions whose pod was replaced end in their turn: they wait for no
+// step, nor for an owner that is away (setPods, leaveOldPods). replaced says when each was found.
+// A router's part of the rate is small until its answer says how many sessions it has to move
+// (positiveRateShare). All sessions may be with one router, and have their turns before.
+func (c *simContainer) checkOldPods(replaced map[*session]time.Time) {
+	const leastShare, jitter, settling = 0.1, 1.5, 2 * time.Second
+	turn := jitter * float64(c.moveInterval) * float64(len(c.pod.routers)) / leastShare
+	limit := settling + time.Duration(float64(c.pod.clients)*turn)
+	for _, session := range c.movableSessions() {
+		found, ok := replaced[session]
+		switch waited := time.Since(found); {
+		case !c.relay.podReplaced(session):
+		case !ok:
+			replaced[session] = time.Now()
+		case waited > limit:
+			c.pod.fail("%s: a session of %s has been with an old pod of backend-%d for %s",
+				c.pod.pod.name, session.namespace, session.backend, waited)
+		}
+	}
+}
+
+// containers returns the containers that run.
+func (s *handoffSim) containers() (all []*simContainer) {
+	s.do(func() {
+		for _, r := range s.routers {
+			if r.container != nil {
+				all = append(all, r.container)
+			}
+		}
+	})
+	return all
+}
+
+// maxFaultDelay is how late the API server carries out a request: see randomFaults.
+const maxFaultDelay = 30 * time.Second
+
+// moveTime returns how long it takes at most to move all sessions. TestHandoffCosts has the same
+// factor.
+func (s *handoffSim) moveTime() time.Duration {
+	if s.rate == 0 {
+		return 5 * time.Second
+	}
+	return 5*time.Second + 5*time.Duration(s.clients)*time.Second/time.Duration(2*s.rate)
+}
+
+// settleBackends ends all trouble, but some backends may still be away. It checks what is
+// promised of a change (docs/operations.md, "What a change does"). A change has three tables at
+// most. A further one waits until all namespaces have their owners of the newest of these. For
+// each table, namespaces wait maxAwayTime at most for an owner that is away, and all others go
+// on meanwhile. Then nothing is left to do.
+func (s *handoffSim) settleBackends() {
+	s.scale(simBackends)
+	if s.rng.IntN(2) == 0 {
+		s.setAway()
+	}
+	s.endTrouble()
+	s.await("change to the newest table", maxFaultDelay+maxAwayTime+s.moveTime(), s.whyOldTable)
+	s.await("namespaces with owners that are there", maxFaultDelay+s.moveTime(), s.whyHeldUp)
+	s.await("rest", maxAwayTime+s.moveTime(), s.whyUnsettled)
+	s.await("end of all moves", time.Duration(len(s.routers))*s.moveTime(), s.whyMoving)
+	time.Sleep(maxFaultDelay)
+	before, probes := s.mark(), s.probes()
+	time.Sleep(30 * time.Second)
+	if costs, more := s.since(before), s.probes()-probes; costs.writes > 0 || more > 0 {
+		s.fail("at rest: %v; and %d dials of new owners", costs, more)
+	}
+}
+
+// probes returns how often routers have dialled new owners.
+func (s *handoffSim) probes() (n int64) {
+	for _, c := range s.containers() {
+		n += c.probes.Load()
+	}
+	return n
+}
+
+// whyOldTable says which router's plan does not have the newest table, or "".
+func (s *handoffSim) whyOldTable() string {
+	for _, c := range s.containers() {
+		t, v := c.tables.table(), c.current.Load()
+		if t == nil || strings.Fields(t.overridesVersion)[0] != strconv.Itoa(s.version) || t.backends != s.backends {
+			return c.pod.pod.name + " does not have it"
+		}
+		if v == nil || v.newestRecord().ownersHash != t.ownersHash {
+			return "the plan of " + c.pod.pod.name + " does not have it"
+		}
+	}
+	return ""
+}
+
+// whyHeldUp says which namespace is not with its owner, though all routers reach that, or "".
+func (s *handoffSim) whyHeldUp() string {
+	for _, c := range s.containers() {
+		for _, namespace := range simNamespaces {
+			want, _ := c.tables.table().wantedOwner(namespace)
+			isAway := slices.ContainsFunc(s.routers, func(r *simRouter) bool { return r.isAway(want) })
+			if a := c.assignmentOf(namespace); !isAway && (a.state != stateOwned || a.backend != want) {
+				return fmt.Sprintf("%s: %s is with %d (state %d), want %d",
+					c.pod.pod.name, namespace, a.backend, a.state, want)
+			}
+		}
+	}
+	return ""
+}
+
+// whyMoving says what a router at rest still has to move, or "".
+func (s *handoffSim) whyMoving() string {
+	for _, c := range s.containers() {
+		for _, session := range c.movableSessions() {
+			if c.shouldMove(session) {
+				return fmt.Sprintf("%s: a session of %s is with backend-%d",
+					c.pod.pod.name, session.namespace, session.backend)
+			}
+		}
+		for _, namespace := range simNamespaces {
+			if c.relay.oldPodSessionsDone(namespace) != nil {
+				return fmt.Sprintf("%s: %s has sessions with an old pod", c.pod.pod.name, namespace)
+			}
+		}
+		if n := c.queue.size.Load(); n > 0 || c.moving.Load() != nil {
+			return fmt.Sprintf("%s: a move is under way, %d sessions wait", c.pod.pod.name, n)
+		}
+	}
+	return ""
 }
 
 // What a change costs the API server, and how long it takes, with many routers. In the
@@ -588,12 +920,8 @@ type simCosts struct {
 }
 
 func measureCosts(t *testing.T, count int) {
-	s := &handoffSim{T: t, rng: rand.New(rand.NewPCG(1, 1)), kube: newFakeKube(), began: time.Now(),
-		rate: 100, calm: true, open: map[string]map[*simSession]bool{}, overrides: map[string]string{}}
-	var end context.CancelFunc
-	s.ended, end = context.WithCancel(t.Context())
-	s.kube.applyMap(handoffName, nil)
-	s.addRouters(count)
+	s, end := newHandoffSim(t, 1, count)
+	s.rate, s.calm = 100, true
 	var free time.Time // when the next write can be carried out
 	s.kube.setFaults(func(r fakeRequest) kubeFault {
 		fault := kubeFault{before: 5 * time.Millisecond, after: 5 * time.Millisecond}
@@ -633,7 +961,6 @@ func measureCosts(t *testing.T, count int) {
 	for _, r := range s.routers {
 		r.crash()
 	}
-	s.running.Wait()
 	times := all.took.Seconds() * float64(s.rate) / float64(sessions)
 	t.Logf("%d routers; an edit that moves no session: %v\n  %d sessions of 100 namespaces: %v, "+
 		"%.2f times sessions/rate\n  a minute at rest: %v", count, quiet, sessions, all, times, calm)
@@ -731,12 +1058,13 @@ func (s *handoffSim) atRest() bool {
 // openLong opens a session that stays until it is moved.
 func (c *simContainer) openLong(namespace string) {
 	a := c.assignmentOf(namespace)
-	f, _, ok := c.startFlight(namespace, a.backend, "", nil)
+	podUID := c.podUID(a.backend)
+	f, _, ok := c.startFlight(namespace, a.backend, podUID, nil)
 	if a.state != stateOwned || !ok {
 		c.pod.Fatalf("%s is not owned", namespace)
 	}
-	session := &session{namespace: namespace, backend: a.backend}
-	c.pod.seen.Store(session, c.begin(namespace, a.backend))
+	session := &session{namespace: namespace, backend: a.backend, podUID: podUID}
+	c.pod.seen.Store(session, c.begin(namespace, a.backend, podUID))
 	c.relay.add(session)
 	f.end()
 }
@@ -754,7 +1082,8 @@ func TestHandoffAwayForOneRouter(t *testing.T) {
 			}
 			return data
 		}
-		s.overrides, s.away = all(0), 3
+		s.overrides = all(0)
+		s.setAway(3)
 		for _, r := range s.routers {
 			r.start()
 		}
@@ -788,6 +1117,33 @@ func TestHandoffAwayForOneRouter(t *testing.T) {
 	})
 }
 
+// An owner that is away is waited for a minute, from when the first router has found that: a
+// router that gets a session for it later waits no longer.
+func TestHandoffWaitsOnceForWhoIsAway(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		s, end := newHandoffSim(t, 1, 2)
+		s.overrides = map[string]string{"ns-0": "backend-0", "ns-1": "backend-0"}
+		s.setAway(2, 3)
+		for _, r := range s.routers {
+			r.start()
+		}
+		time.Sleep(20 * time.Second)
+		first, second := s.routers[0].container, s.routers[1].container
+		first.openLong("ns-0")
+		second.openLong("ns-1") // so the second one looks again for sessions that have to move
+		s.do(func() { s.overrides = map[string]string{"ns-0": "backend-3", "ns-1": "backend-2"}; s.version++ })
+		time.Sleep(35 * time.Second)
+		second.openLong("ns-0")
+		wantEqual(t, "owner after 35 s", first.assignmentOf("ns-0").backend, 0)
+		time.Sleep(30 * time.Second)
+		wantEqual(t, "owner after 65 s", first.assignmentOf("ns-0").backend, 3)
+		end()
+		for _, r := range s.routers {
+			r.crash()
+		}
+	})
+}
+
 // An owner that only the other router cannot reach holds up its own namespaces only, takes no
 // turns of others, and does not keep the router busy.
 func TestHandoffAwayForTheOtherRouter(t *testing.T) {
@@ -808,12 +1164,7 @@ func TestHandoffAwayForTheOtherRouter(t *testing.T) {
 		}
 		time.Sleep(20 * time.Second)
 		first, second := s.routers[0].container, s.routers[1].container
-		second.targets.probe = func(_ context.Context, backend int) error {
-			if backend == 3 {
-				return errors.New("refused")
-			}
-			return nil
-		}
+		second.pod.setAway(3)
 		for _, namespace := range names {
 			first.openLong(namespace)
 		}
@@ -842,7 +1193,8 @@ func TestHandoffAwayForTheOtherRouter(t *testing.T) {
 func TestHandoffCatchesUpAtTheRate(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		s, end := newHandoffSim(t, 1, 2)
-		s.rate, s.away = 10, 3
+		s.rate = 10
+		s.setAway(3)
 		data, next := map[string]string{}, map[string]string{}
 		names := inOrderOfPlaces(manyNamespaces(200))
 		for i, namespace := range names {
@@ -867,7 +1219,7 @@ func TestHandoffCatchesUpAtTheRate(t *testing.T) {
 		s.do(func() { s.overrides = next; s.version++ })
 		began := time.Now()
 		time.Sleep(5 * time.Second)
-		s.do(func() { s.away = 0 })
+		s.setAway()
 		for time.Since(began) < time.Minute && !first.current.Load().isAtRest(first.tables.table().ownersHash) {
 			time.Sleep(100 * time.Millisecond)
 		}
@@ -892,18 +1244,12 @@ func TestHandoffOldPodsWaitForNobody(t *testing.T) {
 		}
 		time.Sleep(20 * time.Second)
 		first := s.routers[0].container
-		first.relay.setPods(map[int]string{0: "old"})
-		for _, namespace := range []string{"ns-0", "ns-1"} {
-			session := &session{namespace: namespace, podUID: "old"}
-			first.pod.seen.Store(session, first.begin(namespace, 0))
-			first.relay.add(session)
-		}
+		first.openLong("ns-0")
+		first.openLong("ns-1")
 		s.routers[1].link.cut()
 		s.do(func() { s.overrides = map[string]string{"ns-0": "backend-0", "ns-1": "backend-1"}; s.version++ })
 		time.Sleep(2 * time.Second)
-		if first.relay.setPods(map[int]string{0: "new"}) {
-			first.tableOrPodChanged()
-		}
+		s.replacePod(0)
 		time.Sleep(30 * time.Second)
 		for _, namespace := range []string{"ns-0", "ns-1"} {
 			if first.relay.oldPodSessionsDone(namespace) != nil {

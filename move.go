@@ -266,6 +266,7 @@ func (m *mover) prepare(now time.Time) {
 	m.targets.redial(m.ctx)
 	if m.tally == nil || m.tally.ownersHash != t.ownersHash {
 		m.endTally()
+		m.targets.forgetOthers()
 		m.tally = newMoveTally(t.ownersHash)
 	}
 	m.tally.overridesVersion = t.overridesVersion
@@ -790,6 +791,7 @@ func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.T
 	}
 	away, again := m.targets.away(now)
 	allAway := m.withAwayForOthers(away)
+	m.targets.startWaits(allAway, now)
 	p := m.lastProposal
 	if p != nil && p.step == v.step && p.ownersHash == t.ownersHash &&
 		slices.Equal(p.limit.away, away) && slices.Equal(p.allAway, allAway) {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -22,15 +23,19 @@ type moveTargets struct {
 	results chan dialResult     // dial sends, run receives
 	all     map[int]*moveTarget // by ordinal
 	dials   sync.WaitGroup      // all dial
+
+	// waitUntil says, by ordinal, until when namespaces wait for a backend that is away:
+	// maxAwayTime after a router has found that. It stays until this router reaches the
+	// backend, or the move to a table ends, also while there is no session for the backend.
+	waitUntil map[int]time.Time
 }
 
-// moveTarget is a new owner of sessions that have to move. Before its first dial has ended, it
-// is not reachable, and waitUntil is zero.
+// moveTarget is a new owner of sessions that have to move.
 type moveTarget struct {
 	backend   int                // its ordinal
 	cancel    context.CancelFunc // ends its dial
 	reachable bool               // it has accepted a connection
-	waitUntil time.Time          // maxAwayTime after the first failed dial; else zero
+	dialled   bool               // its first dial has ended
 }
 
 // dialResult is the result of one dial of a target. err is nil if it is reachable.
@@ -42,7 +47,8 @@ type dialResult struct {
 // newMoveTargets returns moveTargets without a target.
 func newMoveTargets(probe func(ctx context.Context, backend int) error) *moveTargets {
 	return &moveTargets{
-		probe: probe, results: make(chan dialResult), all: map[int]*moveTarget{},
+		probe: probe, results: make(chan dialResult),
+		all: map[int]*moveTarget{}, waitUntil: map[int]time.Time{},
 	}
 }
 
@@ -80,12 +86,29 @@ func (t *moveTargets) add(ctx context.Context, target *moveTarget) {
 	t.dials.Go(func() { t.dial(ctx, target) })
 }
 
-// dropAll ends all dials and forgets all targets.
+// dropAll ends all dials and forgets all targets, since no session has to move any more.
 func (t *moveTargets) dropAll() {
 	for _, target := range t.all {
 		target.cancel()
 	}
 	clear(t.all)
+	clear(t.waitUntil)
+}
+
+// forgetOthers forgets the waits for backends that are no targets: sessions now move to another
+// table.
+func (t *moveTargets) forgetOthers() {
+	maps.DeleteFunc(t.waitUntil, func(backend int, _ time.Time) bool { return t.all[backend] == nil })
+}
+
+// startWaits starts the waits for backends that are away for this router or another. No wait
+// starts anew while it is known.
+func (t *moveTargets) startWaits(backends []int, now time.Time) {
+	for _, backend := range backends {
+		if t.waitUntil[backend].IsZero() {
+			t.waitUntil[backend] = now.Add(maxAwayTime)
+		}
+	}
 }
 
 // close ends all dials and waits for them.
@@ -117,18 +140,20 @@ func (t *moveTargets) note(d dialResult, now time.Time) (firstFailure bool) {
 	if t.all[target.backend] != target { // it was dropped or dialled anew meanwhile
 		return false
 	}
-	target.reachable = d.err == nil
-	if target.reachable || !target.waitUntil.IsZero() {
-		return false
+	firstFailure = d.err != nil && !target.dialled
+	target.reachable, target.dialled = d.err == nil, true
+	if target.reachable {
+		delete(t.waitUntil, target.backend)
+	} else {
+		t.startWaits([]int{target.backend}, now)
 	}
-	target.waitUntil = now.Add(maxAwayTime)
-	return true
+	return firstFailure
 }
 
 // areDialled reports whether the first dial of each target has ended.
 func (t *moveTargets) areDialled() bool {
 	for _, target := range t.all {
-		if !target.reachable && target.waitUntil.IsZero() {
+		if !target.reachable && !target.dialled {
 			return false
 		}
 	}
@@ -140,9 +165,9 @@ func (t *moveTargets) areDialled() bool {
 // is none.
 func (t *moveTargets) away(now time.Time) (away []int, until time.Time) {
 	for backend, target := range t.all {
-		if !target.reachable && now.Before(target.waitUntil) {
+		if wait := t.waitUntil[backend]; !target.reachable && target.dialled && now.Before(wait) {
 			away = append(away, backend)
-			until = earliest(until, target.waitUntil)
+			until = earliest(until, wait)
 		}
 	}
 	slices.Sort(away)
