@@ -414,7 +414,7 @@ func (a *admin) ownerOfAll(w http.ResponseWriter, r *http.Request, one http.Hand
 	known := max(0, slices.IndexFunc(all, func(o *ownership) bool { return o.Owner != "" }))
 	sum := *all[known]
 	sum.Sessions, sum.Silent = 0, silent
-	if known > 0 && !sum.Ready && sum.Error == "" { // this router is the first of all
+	if sum.Owner != "" && sum.Router != a.proxy.podName && sum.Error == "" {
 		sum.Error = "not dialled, as this router does not know the owner"
 	}
 	owners := map[string]bool{}

@@ -176,7 +176,8 @@ func TestRelayFailedWrites(t *testing.T) {
 				const goodWrites = 3
 				failing := &failingConn{pairs.near[i].(*net.TCPConn), failure, goodWrites, make(chan struct{}, 100)}
 				pairs.near[i] = failing
-				c := pairs.start(r, newSession("ns-01", 0, ""), [2][]byte{})
+				session := newSession("ns-01", 0, "")
+				c := pairs.start(r, session, [2][]byte{})
 				end, other := c.ends()[i], c.ends()[i.other()]
 				var got []byte
 				var reading sync.WaitGroup
@@ -190,6 +191,11 @@ func TestRelayFailedWrites(t *testing.T) {
 				}
 				want := i.causeOf(failure)
 				if want == i.errorCause() {
+					eventually(t, "the failed write is noted", true, func() bool {
+						session.mu.Lock()
+						defer session.mu.Unlock()
+						return session.writeFailed[i]
+					})
 					mustWrite(t, end, "still carried")
 					mustRead(t, other, "still carried")
 					end.CloseWrite()
