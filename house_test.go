@@ -179,6 +179,39 @@ func TestPackageCommentNames(t *testing.T) {
 	}
 }
 
+// Each lock stands in the order of locks.
+func TestPackageCommentHasAllLocks(t *testing.T) {
+	s := parseSources(t)
+	locks := map[string]bool{}
+	for _, file := range s.files {
+		ast.Inspect(file, func(n ast.Node) bool {
+			declared, ok := n.(*ast.TypeSpec)
+			if !ok {
+				return true
+			}
+			structure, ok := declared.Type.(*ast.StructType)
+			if !ok {
+				return true
+			}
+			for _, field := range structure.Fields.List {
+				if kind := types.ExprString(field.Type); kind == "sync.Mutex" || kind == "sync.RWMutex" {
+					locks[declared.Name.Name+"."+field.Names[0].Name] = true
+				}
+			}
+			return true
+		})
+	}
+	_, order, _ := strings.Cut(s.files["main"].Doc.Text(), "A goroutine that holds a lock")
+	for lock := range locks {
+		if !strings.Contains(order, lock) {
+			t.Errorf("the order of locks in the package comment lacks %s", lock)
+		}
+	}
+	if len(locks) < 20 {
+		t.Errorf("%d locks: the test has tested little", len(locks))
+	}
+}
+
 // addMembers adds the method, or the fields of the structs, that decl declares, as
 // type.member.
 func addMembers(members map[string]bool, decl ast.Decl) {

@@ -334,7 +334,7 @@
 //	endpointWatcher.mu
 //	watcher.mu
 //	topNamespaces.mu
-//	poller.mu                 session.mu in relay_portable.go
+//	poller.mu                 sessionIO.mu in relay_portable.go
 //	relay.mu
 //	flights.mu                held while it asks which flights a step waits for
 //	exchange.mu
@@ -636,16 +636,15 @@ func (p *program) addSources(kubeClient *kubeClient, kubeNamespace string) {
 			return maps
 		})
 	}
-	switch {
-	case c.overridesDir == "" && kubeClient == nil:
+	if c.overridesDir != "" && c.handoff == "all" {
+		p.log.Warn("-overrides is not used with -handoff=all: a copy may lag", "directory", c.overridesDir)
+	} else if c.overridesDir != "" {
+		tables.addSource(kubeClient != nil, newDirectory(c.overridesDir, p.log))
+	}
+	if len(tables.sources) == 0 {
 		tables.addSource(false, func(update func(...sourceContent)) overrideSource {
 			return noOverrides(update)
 		})
-	case c.overridesDir == "":
-	case c.handoff == "all":
-		p.log.Warn("-overrides is not used with -handoff=all: a copy may lag", "directory", c.overridesDir)
-	default:
-		tables.addSource(kubeClient != nil, newDirectory(c.overridesDir, p.log))
 	}
 	for _, source := range tables.sources {
 		p.tasks = append(p.tasks, source.run)
