@@ -262,7 +262,7 @@ type view struct {
 	done       bool       // nothing of the step is left, with -handoff=all on all routers
 	servesNone bool       // this process may serve nobody: requests wait, until -hold
 	began      time.Time  // when this router put the step in force
-	changing   placeRange // handoffPlan.changes
+	changing   placeRange // handoffPlan.changingPlaces
 }
 
 // newView returns the view of a plan that has the table alone, and a step above that of

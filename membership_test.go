@@ -457,12 +457,8 @@ func (s *handoffSim) happen() {
 		}
 	case 13:
 		s.tell("all routers are killed")
-		for _, r := range s.routers {
-			r.crash()
-		}
-		for _, r := range s.routers {
-			r.start()
-		}
+		s.crashAll()
+		s.startAll()
 	}
 }
 
@@ -560,6 +556,20 @@ func (s *handoffSim) whyUnsettled() string {
 		}
 	}
 	return ""
+}
+
+// startAll starts the containers of all routers.
+func (s *handoffSim) startAll() {
+	for _, r := range s.routers {
+		r.start()
+	}
+}
+
+// crashAll ends them.
+func (s *handoffSim) crashAll() {
+	for _, r := range s.routers {
+		r.crash()
+	}
 }
 
 // addRouters makes the pods of so many routers.
@@ -1084,9 +1094,7 @@ func TestHandoffAwayForOneRouter(t *testing.T) {
 		}
 		s.overrides = all(0)
 		s.setAway(3)
-		for _, r := range s.routers {
-			r.start()
-		}
+		s.startAll()
 		time.Sleep(20 * time.Second)
 		first, second := s.routers[0].container, s.routers[1].container
 		last := names[len(names)-1]
@@ -1111,9 +1119,7 @@ func TestHandoffAwayForOneRouter(t *testing.T) {
 			t.Errorf("%s is with backend-%d after a minute, want backend-3", last, a.backend)
 		}
 		end()
-		for _, r := range s.routers {
-			r.crash()
-		}
+		s.crashAll()
 	})
 }
 
@@ -1124,9 +1130,7 @@ func TestHandoffWaitsOnceForWhoIsAway(t *testing.T) {
 		s, end := newHandoffSim(t, 1, 2)
 		s.overrides = map[string]string{"ns-0": "backend-0", "ns-1": "backend-0"}
 		s.setAway(2, 3)
-		for _, r := range s.routers {
-			r.start()
-		}
+		s.startAll()
 		time.Sleep(20 * time.Second)
 		first, second := s.routers[0].container, s.routers[1].container
 		first.openLong("ns-0")
@@ -1138,9 +1142,7 @@ func TestHandoffWaitsOnceForWhoIsAway(t *testing.T) {
 		time.Sleep(30 * time.Second)
 		wantEqual(t, "owner after 65 s", first.assignmentOf("ns-0").backend, 3)
 		end()
-		for _, r := range s.routers {
-			r.crash()
-		}
+		s.crashAll()
 	})
 }
 
@@ -1159,9 +1161,7 @@ func TestHandoffAwayForTheOtherRouter(t *testing.T) {
 			}
 		}
 		s.overrides = data
-		for _, r := range s.routers {
-			r.start()
-		}
+		s.startAll()
 		time.Sleep(20 * time.Second)
 		first, second := s.routers[0].container, s.routers[1].container
 		second.pod.setAway(3)
@@ -1182,9 +1182,7 @@ func TestHandoffAwayForTheOtherRouter(t *testing.T) {
 			}
 		}
 		end()
-		for _, r := range s.routers {
-			r.crash()
-		}
+		s.crashAll()
 	})
 }
 
@@ -1204,9 +1202,7 @@ func TestHandoffCatchesUpAtTheRate(t *testing.T) {
 			}
 		}
 		s.overrides = data
-		for _, r := range s.routers {
-			r.start()
-		}
+		s.startAll()
 		time.Sleep(20 * time.Second)
 		first, second := s.routers[0].container, s.routers[1].container
 		for i, namespace := range names {
@@ -1227,9 +1223,7 @@ func TestHandoffCatchesUpAtTheRate(t *testing.T) {
 			t.Errorf("200 sessions at 10 per second took %s", took)
 		}
 		end()
-		for _, r := range s.routers {
-			r.crash()
-		}
+		s.crashAll()
 	})
 }
 
@@ -1239,9 +1233,7 @@ func TestHandoffOldPodsWaitForNobody(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		s, end := newHandoffSim(t, 1, 2)
 		s.overrides = map[string]string{"ns-0": "backend-0", "ns-1": "backend-0"}
-		for _, r := range s.routers {
-			r.start()
-		}
+		s.startAll()
 		time.Sleep(20 * time.Second)
 		first := s.routers[0].container
 		first.openLong("ns-0")
@@ -1258,9 +1250,7 @@ func TestHandoffOldPodsWaitForNobody(t *testing.T) {
 		}
 		s.routers[1].link.heal()
 		end()
-		for _, r := range s.routers {
-			r.crash()
-		}
+		s.crashAll()
 	})
 }
 
@@ -1277,9 +1267,7 @@ func TestHandoffWaitsForWrite(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		s, end := newHandoffSim(t, 1, 2)
 		s.overrides = map[string]string{"ns-0": "backend-0"}
-		for _, r := range s.routers {
-			r.start()
-		}
+		s.startAll()
 		time.Sleep(20 * time.Second)
 		r := s.routers[0]
 		r.link.cut()
@@ -1297,9 +1285,7 @@ func TestHandoffWaitsForWrite(t *testing.T) {
 		}
 		r.link.heal()
 		end()
-		for _, r := range s.routers {
-			r.crash()
-		}
+		s.crashAll()
 	})
 }
 
@@ -1335,9 +1321,7 @@ func TestHandoffWaitsForCordon(t *testing.T) {
 			wantEqual(t, "owner", c.assignmentOf("ns-0").backend, 1)
 		}
 		end()
-		for _, r := range s.routers {
-			r.crash()
-		}
+		s.crashAll()
 	})
 }
 

@@ -453,9 +453,9 @@ func (m *mover) leaveOldPods(now time.Time) (again time.Time) {
 		m.oldPodsWait = false
 		return time.Time{}
 	}
-	free, again := m.startPace(now) // it reads oldPodsWait: sessions that wait keep their turns
+	settled, again := m.startPace(now) // it reads oldPodsWait: sessions that wait keep their turns
 	m.oldPodsWait = false
-	for ; free && len(left) > 0; left = left[1:] {
+	for ; settled && len(left) > 0; left = left[1:] {
 		if left[0].isEnding() {
 			continue
 		}
@@ -473,7 +473,7 @@ func (m *mover) leaveOldPods(now time.Time) (again time.Time) {
 // mayMove reports whether sessions may move now: the table has settled, and each of their
 // new owners was dialled. If not, again is when to ask again; zero if that is after a
 // dial.
-func (m *mover) mayMove(now time.Time) (free bool, again time.Time) {
+func (m *mover) mayMove(now time.Time) (settled bool, again time.Time) {
 	if now.Before(m.settlesAt) {
 		return false, m.settlesAt
 	}
@@ -497,16 +497,16 @@ func (m *mover) minMoveTime(sessions int64) time.Duration {
 
 // startPace sets how fast sessions move, and returns what mayMove returns. It starts the
 // pace, unless sessions wait for it already.
-func (m *mover) startPace(now time.Time) (free bool, again time.Time) {
+func (m *mover) startPace(now time.Time) (settled bool, again time.Time) {
 	m.pace.interval = m.interval()
-	free, again = m.mayMove(now)
-	if free {
+	settled, again = m.mayMove(now)
+	if settled {
 		m.tally.begin(now)
 	}
-	if !free || !m.waitsForPace && !m.oldPodsWait {
+	if !settled || !m.waitsForPace && !m.oldPodsWait {
 		m.pace.start(now)
 	}
-	return free, again
+	return settled, again
 }
 
 // workOnStep closes the sessions of v's step, and reports whether the step is over in
@@ -800,20 +800,20 @@ func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.T
 	m.refreshQueue(v, t, now)
 	p = &stepProposal{step: v.step, ownersHash: t.ownersHash, allAway: allAway}
 	p.limit = stepLimit{upto: allPlaces, away: allAway} // a session for one of these takes no turn
-	free, resume := m.startPace(now)
+	settled, resume := m.startPace(now)
 	schedule := m.pace // of what this router proposes; dequeueForStep advances the pace itself
-	m.queue.split(&p.limit, free, &schedule, m.nextStepTime(now))
+	m.queue.split(&p.limit, settled, &schedule, m.nextStepTime(now))
 	p.limit.away = away
 	p.toMove = int(m.queue.size.Load())
 	if newest := v.newestRecord(); newest.ownersHash == t.ownersHash && newest.after.catchesUp(allAway) {
 		p.toMove = m.queue.countBelow(newest.after.upto, allAway) // all others have to wait
 	}
-	m.waitsForPace = free && p.limit.upto < allPlaces
+	m.waitsForPace = settled && p.limit.upto < allPlaces
 	if p.limit.upto == allPlaces || v.wouldChange(t, stepLimit{p.limit.upto, allAway}) {
 		m.lastProposal = p
 		return p, again
 	}
-	if free {
+	if settled {
 		resume = m.pace.next()
 	}
 	return p, earliest(again, resume)

@@ -119,11 +119,11 @@ func (m *moveQueue) count(target int) (n int) {
 	return n
 }
 
-// split returns two lists: the sessions that may move in the step at the given time, and
-// the rest. It sets limit.upto to the place of the first session that the pace holds back,
-// and calls p.advance for each session that the pace counts. All sessions of a namespace
-// move in one step. If ready is false, as the table has not settled, only sessions whose owner was scaled in may move. split
-// does not change the queue.
+// split returns two lists: the sessions that may move in the step at the given time, and the
+// rest. It sets limit.upto to the place of the first session that the pace holds back, and calls
+// p.advance for each session that the pace counts. All sessions of a namespace move in one step.
+// If ready is false, only sessions whose owner was scaled in may move. split does not change the
+// queue.
 func (m *moveQueue) split(
 	limit *stepLimit, ready bool, p *pace, at time.Time,
 ) (due, rest []queuedSession) {
