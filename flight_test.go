@@ -95,7 +95,7 @@ func (p *testProxy) onlySession(t *testing.T) *session {
 func TestFlightOfReplacedPod(t *testing.T) {
 	for _, lost := range []bool{false, true} {
 		t.Run(fmt.Sprint("lost is ", lost), func(t *testing.T) {
-			backend := startStub(t, "127.0.0.1:0", silent)
+			backend := startStub(t, "127.0.0.1:0", func(net.Conn, *bufio.Reader) { <-t.Context().Done() }) // it ends nothing
 			p := startProxy(t, []string{backend.addr}, map[string]string{"ns-01": "backend-0"}, func(p *proxy) {
 				p.mover.flights.unprovenTimeout = 0
 			})
@@ -105,7 +105,9 @@ func TestFlightOfReplacedPod(t *testing.T) {
 			if lost {
 				u.abandon(nil)
 			} else {
-				u.abandon(dial(t, backend.addr))
+				conn := dial(t, backend.addr)
+				mustWrite(t, conn, upgradeRequest("/ws/ns-01"))
+				u.abandon(conn)
 			}
 			p.mover.tableOrPodChanged()
 			wantEqual(t, "slots that are taken", p.underWay(), 1)
