@@ -507,7 +507,7 @@ func newOwnership(t *table, namespace string) (o ownership, ordinal int) {
 	if source := t.sourceOf(namespace); source != nil {
 		o.Source = source.id.String()
 	}
-	ordinal, ok := t.wantedOwner(namespace)
+	ordinal, ok := t.desiredOwner(namespace)
 	if ok {
 		o.Owner = t.name(ordinal)
 	}

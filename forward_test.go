@@ -629,7 +629,7 @@ func (p *testProxy) moveTo(t testing.TB, version string, owner int) {
 // stepOver reports whether the newest table is in force.
 func (p *testProxy) stepOver() bool {
 	v, t := p.mover.current.Load(), p.tables.table()
-	return v.done && v.isAtRest(t.ownersHash)
+	return v.done && v.hasOnlyTable(t.ownersHash)
 }
 
 // longAnswers starts a proxy with two backends. backend-0, which owns ns-01, answers when

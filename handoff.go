@@ -126,9 +126,9 @@ type handoffPlan struct {
 // newestRecord returns the record of the table to which namespaces move.
 func (p *handoffPlan) newestRecord() *planRecord { return &p.records[len(p.records)-1] }
 
-// isAtRest reports whether the only table is the one with this ownersHash. The step that made it
+// hasOnlyTable reports whether the only table is the one with this ownersHash. The step that made it
 // so may still be under way: view.done says whether it is over.
-func (p *handoffPlan) isAtRest(ownersHash uint64) bool {
+func (p *handoffPlan) hasOnlyTable(ownersHash uint64) bool {
 	return len(p.records) == 1 && p.records[0].ownersHash == ownersHash
 }
 
@@ -171,7 +171,7 @@ func (p *handoffPlan) doneRecords() []planRecord {
 func (p *handoffPlan) next(target planRecord, limit stepLimit, now time.Time) *handoffPlan {
 	started := &handoffPlan{records: p.startedRecords()}
 	next := &handoffPlan{step: stepAbove(p.step, now), records: started.doneRecords()}
-	if next.isAtRest(target.ownersHash) {
+	if next.hasOnlyTable(target.ownersHash) {
 		return next
 	}
 	if len(next.records) == 1 || next.newestRecord().ownersHash != target.ownersHash {
@@ -364,7 +364,7 @@ func (v *view) owner(namespace string) (ordinal int, t *table, state ownerState)
 	case v.servesNone:
 		return unresolved, nil, stateNotKnown
 	case len(v.tables) == 1 && !v.allHeld && v.tables[0] != nil:
-		ordinal, ok := v.tables[0].wantedOwner(namespace)
+		ordinal, ok := v.tables[0].desiredOwner(namespace)
 		if !ok {
 			return ordinal, v.tables[0], stateUnresolved
 		}

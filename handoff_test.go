@@ -182,8 +182,8 @@ func TestScaledInMovesFirst(t *testing.T) {
 	next := v.next(second, stepLimit{upto: 1, away: []int{0}}, time.UnixMilli(0))
 	moved, waits := 0, 0
 	for _, ns := range namespaces {
-		before, _ := first.wantedOwner(ns)
-		owner, _ := second.wantedOwner(ns)
+		before, _ := first.desiredOwner(ns)
+		owner, _ := second.desiredOwner(ns)
 		want := before
 		if before == 3 && owner != 0 {
 			want, moved = owner, moved+1
@@ -306,7 +306,7 @@ func TestPlanIsBounded(t *testing.T) {
 		for range 6 {
 			step(tables[0], stepLimit{upto: allPlaces})
 		}
-		if !v.isAtRest(tables[0].ownersHash) {
+		if !v.hasOnlyTable(tables[0].ownersHash) {
 			t.Fatalf("seed %d: not at rest: %v", seed, v.records)
 		}
 	}
@@ -350,7 +350,7 @@ func TestViewComesToRest(t *testing.T) {
 		for range 3 {
 			step(stepLimit{upto: allPlaces})
 		}
-		if !v.isAtRest(newest.ownersHash) {
+		if !v.hasOnlyTable(newest.ownersHash) {
 			t.Fatalf("seed %d: %d records are left", seed, len(v.records))
 		}
 		for _, ns := range namespaces {
@@ -441,7 +441,7 @@ func BenchmarkAssign(b *testing.B) {
 				}
 			})
 		}
-		ask("table", func(namespace string) int { owner, _ := r.table().wantedOwner(namespace); return owner })
+		ask("table", func(namespace string) int { owner, _ := r.table().desiredOwner(namespace); return owner })
 		ask("view", func(namespace string) int { return m.assignmentOf(namespace).backend })
 	}
 }

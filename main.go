@@ -258,17 +258,22 @@
 //	mover.prepare             begins to move sessions to the table
 //	mover.restartSettling     sets when -move-settle is over, if no other change comes
 //	mover.requeue             lists the sessions that have to move
-//	moveTargets.set           starts to dial their new owners
+//	moveTargets.addMissing    starts to dial their new owners
 //	moveTargets.dial          dials a new owner until it takes a connection
 //	mover.handleDialResult    notes each result, in run
 //	mover.leaveOldPods        moves the sessions whose pod was replaced: they wait for no step
-//	mover.advance             takes all steps that can be taken: first it ends the last one
-//	mover.dequeueForNextStep  takes the sessions of the next step from the queue. With
-//	                          -handoff=off there are no steps: it moves them, and all ends here
-//	mover.mayMove             (in startPace) says if -move-settle is over, and all were dialled
-//	moveQueue.split           chooses as many as the rate allows
+//	mover.advance             repeats work, decide and adopt
+//	mover.work                calls workOnStep, if there is a step; when that is over, propose
+//	mover.propose             says how far the next step may go
+//	mover.mayMove             (in updatePace) says if -move-settle is over, and all were dialled
+//	moveQueue.split           chooses as many sessions as the rate allows
+//	mover.workAtRest          (in work) in place of propose, when no step has to come any more. With
+//	                          -handoff=off none ever comes, and the next one moves all sessions
+//	mover.closeAtRest         calls split, and moves the sessions that are left
+//	mover.decideAlone         (in decide) ends a step that is over, and begins the next one
 //	view.next                 makes the view in which these are held
-//	mover.beginStep           puts it in force: from now on their clients wait
+//	mover.adopt               puts it in force: from now on their clients wait
+//	mover.dequeueForStep      takes the sessions of the step from the queue
 //	mover.workOnStep          closes what the step waits for, and reports whether it is over
 //	mover.closeStepSessions   closes its sessions, and looks for flights under way
 //	mover.moveSession         closes one session
@@ -283,18 +288,13 @@
 //	relay.setBackendDone      notes that the router waits for the backend no longer
 //	mover.somethingEnded      (as onBackendDone, and onEnd of flights) wakes run
 //	stepReleases.releaseAll   asks the old owners to store the state, with -release
-//	mover.finishStep          opens the namespaces with their new owners
+//	mover.adopt               opens the namespaces with their new owners
 //	dialQueues.recheckOwners  (in onViewChanged) wakes their clients
 //	mover.reportFinished      logs the result, after the last step
 //
-// With -handoff=all the routers agree on each step in one object. These replace advance,
-// view.next, beginStep and finishStep; workOnStep and what it calls stay:
+// With -handoff=all the routers agree on each step in one object. These replace decideAlone and
+// view.next; all else stays:
 //
-//	mover.advanceShared       repeats what follows
-//	mover.workShared          calls workOnStep; if the step is done here, and this router has a
-//	                          table and those of the plan, also one of the next two
-//	mover.propose             says how far the next step may go
-//	mover.workAtRest          without a change: does what is left to do after the last step
 //	membership.decideAndStart  begins the write or the LIST that member.decide asks for
 //	membership.takeInbox      takes the newest version of the object
 //	member.decide             says to adopt its plan, list, end all, write, or wait:
@@ -318,10 +318,8 @@
 //	membership.apply          gets the object that the write has made, from the watcher, and
 //	                          wakes run
 //	member.viewOf             makes the view of the plan
-//	mover.adopt               puts it in force: holds the step's namespaces, or opens them
-//	mover.dequeueForStep         takes the sessions of the step from the queue
 //
-// Then workShared closes these sessions, sendAnswer says so, and reportFinished logs the
+// Then work closes the sessions of the step, sendAnswer says so, and reportFinished logs the
 // result at the end. A step is done when no answer is missing, or when the next step comes, with
 // the last answer.
 //

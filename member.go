@@ -347,7 +347,7 @@ func (m *member) answer(s *decisionInput) stepAnswer {
 	switch {
 	case m.newest == nil || !v.knowsAll():
 		a.blank = true
-	case v.isAtRest(a.ownersHash):
+	case v.hasOnlyTable(a.ownersHash):
 		a.limit = stepLimit{upto: allPlaces}
 	default:
 		a.limit, a.toMove = s.limit, s.toMove
@@ -591,7 +591,7 @@ func (m *member) writeStepWith(s *decisionInput, a *stepAnswer) decision {
 			return waiting("")
 		}
 		if len(next.records) > 1 {
-			at = m.stepAdoptedAt.Add(stepTime(len(v.plan.members)))
+			at = m.nextStepTime()
 		}
 	}
 	at = latest(at, m.turn(s, writers))
@@ -602,6 +602,11 @@ func (m *member) writeStepWith(s *decisionInput, a *stepAnswer) decision {
 		p.oldestSince = planStep{p.epoch, p.step}
 	}
 	return m.writePlan(s, &p, a, at, fmt.Sprintf("this router is writing step %d", p.step))
+}
+
+// nextStepTime returns when the step after the view's can begin, if that moves namespaces.
+func (m *member) nextStepTime() time.Time {
+	return m.stepAdoptedAt.Add(stepTime(len(m.view.plan.members)))
 }
 
 // stepTime returns how long a step that moves namespaces lasts at least, with this many

@@ -771,7 +771,7 @@ func (w *modelWorld) restless() string {
 			return r.pod + ": " + r.whyNotServing()
 		case r.object != o || !r.view.done:
 			return r.pod + " is behind"
-		case !o.plan.isAtRest(r.newest.ownersHash) || r.edit != len(w.edits)-1:
+		case !o.plan.hasOnlyTable(r.newest.ownersHash) || r.edit != len(w.edits)-1:
 			return r.pod + " has another table"
 		}
 		for _, ns := range modelNamespaces {

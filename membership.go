@@ -557,7 +557,7 @@ func (m *membership) getPod(
 // relistTime. It returns when to look again, zero if no change waits.
 func (m *membership) relistObject(in *handoffInbox, t *table, now time.Time) time.Time {
 	v := m.member.view
-	if v == nil || t == nil || v.isAtRest(t.ownersHash) && v.done {
+	if v == nil || t == nil || v.hasOnlyTable(t.ownersHash) && v.done {
 		return time.Time{}
 	}
 	if at := latest(in.seenAt, m.listedAt).Add(relistTime); now.Before(at) {

@@ -541,14 +541,14 @@ func (s *handoffSim) whyUnsettled() string {
 		switch why := c.whyNotReady(); {
 		case why != "":
 			return r.pod.name + ": " + why
-		case t == nil || v == nil || !v.isAtRest(t.ownersHash) || !v.done:
+		case t == nil || v == nil || !v.hasOnlyTable(t.ownersHash) || !v.done:
 			st := c.shared.snapshot()
 			return fmt.Sprintf("%s: not at rest: %s, missing %v", r.pod.name, st.why, st.missing)
 		case strings.Fields(t.overridesVersion)[0] != strconv.Itoa(s.version):
 			return r.pod.name + ": an old table: " + t.overridesVersion
 		}
 		for _, namespace := range simNamespaces {
-			want, _ := t.wantedOwner(namespace)
+			want, _ := t.desiredOwner(namespace)
 			if a := c.assignmentOf(namespace); a.state != stateOwned || a.backend != want {
 				return fmt.Sprintf("%s: %s is with %d (state %d), want %d",
 					r.pod.name, namespace, a.backend, a.state, want)
@@ -878,7 +878,7 @@ func (s *handoffSim) whyOldTable() string {
 func (s *handoffSim) whyHeldUp() string {
 	for _, c := range s.containers() {
 		for _, namespace := range simNamespaces {
-			want, _ := c.tables.table().wantedOwner(namespace)
+			want, _ := c.tables.table().desiredOwner(namespace)
 			isAway := slices.ContainsFunc(s.routers, func(r *simRouter) bool { return r.isAway(want) })
 			if a := c.assignmentOf(namespace); !isAway && (a.state != stateOwned || a.backend != want) {
 				return fmt.Sprintf("%s: %s is with %d (state %d), want %d",
@@ -1057,7 +1057,7 @@ func (s *handoffSim) atRest() bool {
 	for _, r := range s.routers {
 		c := r.container
 		t, v := c.tables.table(), c.current.Load()
-		if t == nil || v == nil || c.whyNotReady() != "" || !v.isAtRest(t.ownersHash) || !v.done ||
+		if t == nil || v == nil || c.whyNotReady() != "" || !v.hasOnlyTable(t.ownersHash) || !v.done ||
 			strings.Fields(t.overridesVersion)[0] != strconv.Itoa(s.version) {
 			return false
 		}
@@ -1216,7 +1216,7 @@ func TestHandoffCatchesUpAtTheRate(t *testing.T) {
 		began := time.Now()
 		time.Sleep(5 * time.Second)
 		s.setAway()
-		for time.Since(began) < time.Minute && !first.current.Load().isAtRest(first.tables.table().ownersHash) {
+		for time.Since(began) < time.Minute && !first.current.Load().hasOnlyTable(first.tables.table().ownersHash) {
 			time.Sleep(100 * time.Millisecond)
 		}
 		if took := time.Since(began); took > 26*time.Second {

@@ -67,7 +67,7 @@ type mover struct {
 	pace         pace
 	firstChange  time.Time    // of the changes that have not settled
 	settlesAt    time.Time    // when these will have settled
-	steppedAt    time.Time    // when the last step began that closed sessions
+	closesAt     time.Time    // when the last step began that closes sessions
 	tally        *moveTally   // of the move under way; nil for none
 	finishing    []*moveTally // whose last closing handshakes go on
 	queue        moveQueue
@@ -75,11 +75,9 @@ type mover struct {
 	closing      []*session      // sessions that the step still waits for
 	waitsForPace bool            // there are sessions of the next step that only wait for the pace
 	oldPodsWait  bool            // there are sessions of moveQueue.oldPod that only wait for the pace
+	lastDoneHere int64           // the last step of which nothing is left in this router
+	lastProposal *stepProposal   // the last, which may be in this router's answer; nil for none
 	ctx          context.Context // of run
-
-	// Owned by run, with -handoff=all only.
-	lastDoneHere int64         // the last step of which nothing is left in this router
-	lastProposal *stepProposal // the last that may be in this router's answer; nil for none
 }
 
 // newMover returns a mover that moves rate sessions per second, or all at once if rate is
@@ -209,11 +207,7 @@ func (m *mover) run(ctx context.Context) {
 		case <-timer.C:
 		}
 		again := m.leaveOldPods(time.Now())
-		if m.shared == nil {
-			again = earliest(again, m.advance(time.Now()))
-		} else {
-			again = earliest(again, m.advanceShared(time.Now()))
-		}
+		again = earliest(again, m.advance(time.Now()))
 		again = earliest(again, m.cutRequests(time.Now()))
 		movesWait := (m.waitsForPace || m.oldPodsWait) && !m.queue.isEmpty()
 		again = earliest(again, m.ages.closeOld(m.relay, time.Now(), movesWait))
@@ -263,12 +257,12 @@ func (m *mover) prepare(now time.Time) {
 	}
 	m.restartSettling(now)
 	m.requeue(v, t, now)
-	m.targets.redial(m.ctx)
 	if m.tally == nil || m.tally.ownersHash != t.ownersHash {
 		m.endTally()
-		m.targets.forgetOthers()
+		m.targets.forgetOthers(m.queue.targets())
 		m.tally = newMoveTally(t.ownersHash)
 	}
+	m.targets.redial(m.ctx)
 	m.tally.overridesVersion = t.overridesVersion
 	toMove := m.tally.sessions + m.tally.cancelled + int(m.queue.size.Load())
 	m.tally.planned = max(m.tally.planned, toMove)
@@ -315,7 +309,7 @@ func (m *mover) requeue(v *view, t *table, now time.Time) {
 	if m.tally != nil {
 		m.tally.cancelled += cancelled
 	}
-	m.targets.set(m.ctx, m.queue.targets())
+	m.targets.addMissing(m.ctx, m.queue.targets())
 }
 
 // movableSessions returns the sessions that neither end nor have ended.
@@ -339,40 +333,222 @@ func (m *mover) handleDialResult(d dialResult) {
 	}
 }
 
-// advance takes all steps that can be taken now. It returns when it has to be called
-// again, zero if only when something happens.
+// advance does what can be done now: it works on the step, and begins the next ones. With
+// -handoff=all it ends all sessions of a router that is no member any more. It returns when it
+// has to be called again, zero if only when something happens.
 func (m *mover) advance(now time.Time) time.Time {
 	for {
 		v := m.current.Load()
-		if v == nil || !v.done && !m.workOnStep(v) {
-			return time.Time{}
+		p, again := m.work(v, now)
+		switch d := m.decide(v, p, now); d.action {
+		case actAdopt:
+			m.adopt(d.view.view, now)
+		case actEndAll:
+			m.awaitsEnd.Store(true)
+			for _, s := range m.movableSessions() {
+				m.moveSession(s)
+			}
+			return now.Add(minStepTime)
+		default:
+			return earliest(again, d.again)
 		}
-		if !v.done {
-			v = m.finishStep(v)
-		}
-		t := v.nextTable(m.tables.table())
-		switch {
-		case m.handoffOff && !v.isAtRest(t.ownersHash): // tableOrPodChanged replaces v first
-			return time.Time{}
-		case m.tally == nil && v.isAtRest(t.ownersHash):
-			m.raiseStep(v)
-			return time.Time{}
-		case m.tally == nil || m.tally.ownersHash != t.ownersHash:
-			m.prepare(now)
-		}
-		m.refreshQueue(v, t, now)
-		limit, again := m.dequeueForNextStep(v, t, now)
-		switch {
-		case v.isAtRest(t.ownersHash):
-			m.takeNewVersion(v, t)
-			m.raiseStep(m.current.Load())
-			m.endMoves()
-			return again
-		case !v.wouldChange(t, limit):
-			return again
-		}
-		m.beginStep(v.next(t, limit, now))
 	}
+}
+
+// decide says what to do next: what the routers have agreed on, or without -handoff=all what
+// this router alone decides. p is how far it has come with v, its view.
+func (m *mover) decide(v *view, p stepProgress, now time.Time) decision {
+	if m.shared == nil {
+		return m.decideAlone(v, p, now)
+	}
+	m.shared.leaving = m.leaving.Load()
+	return m.shared.decideAndStart(m.ctx, p, m.tables.table(), m.backendStep.Load(), now)
+}
+
+// decideAlone ends v's step when it is done, and then begins the next one: as far as p allows,
+// and above all steps that backends have sent in a 409. Another router was ahead, or the clock
+// was ahead before this router started.
+func (m *mover) decideAlone(v *view, p stepProgress, now time.Time) decision {
+	switch {
+	case v == nil || !p.doneHere:
+		return waiting("")
+	case !v.done:
+		next := *v
+		next.done = true
+		return adopting(&next)
+	}
+	t := v.nextTable(m.tables.table())
+	highest := m.backendStep.Load()
+	switch {
+	case m.handoffOff && !v.hasOnlyTable(t.ownersHash), // tableOrPodChanged replaces v first
+		!v.wouldChange(t, p.limit) && highest < v.step:
+		return waiting("")
+	}
+	next := v.next(t, p.limit, now)
+	next.step = max(next.step, highest+1)
+	if at := m.nextStepTime(v, now); len(next.records) > 1 && now.Before(at) {
+		return decision{again: at}
+	}
+	return adopting(next)
+}
+
+// adopting returns the decision to put v in force.
+func adopting(v *view) decision { return decision{action: actAdopt, view: &memberView{view: v}} }
+
+// work closes the sessions of v's step, and returns how far this router has come
+// with it. again is when to call it again; if it is zero, at the next event. v may be
+// nil.
+func (m *mover) work(v *view, now time.Time) (p stepProgress, again time.Time) {
+	inFlight := func() bool { return m.flights.any(func(*flight) bool { return true }) }
+	p.hasWork = inFlight() || m.relay.size() > 0 || inFlight() // one may become the other
+	if v == nil {
+		p.doneHere = !p.hasWork
+		return p, time.Time{}
+	}
+	t := m.tables.table()
+	if m.tally == nil && t != nil && !v.hasOnlyTable(t.ownersHash) {
+		m.prepare(now) // this router has joined during a change
+	}
+	if m.lastDoneHere < v.step && (v.done || m.workOnStep(v)) {
+		m.lastDoneHere = v.step
+	}
+	p.doneHere = m.lastDoneHere >= v.step
+	switch {
+	case t == nil || !p.doneHere || !v.knowsAll() || v.servesNone:
+		return p, time.Time{}
+	case v.hasOnlyTable(t.ownersHash):
+		p.limit.upto = allPlaces
+		return p, m.workAtRest(v, t, now)
+	case m.handoffOff: // tableOrPodChanged replaces v first
+		return p, time.Time{}
+	}
+	proposal, again := m.propose(v, v.nextTable(t), now)
+	p.limit, p.toMove = proposal.limit, proposal.toMove
+	return p, again
+}
+
+// workAtRest does what is left to do when v has the newest table alone: the tally ends, and the
+// table gets what v knows of previous owners.
+func (m *mover) workAtRest(v *view, t *table, now time.Time) (again time.Time) {
+	m.lastProposal = nil
+	if !v.done {
+		return time.Time{}
+	}
+	if m.tally != nil {
+		m.refreshQueue(v, t, now)
+		again = m.closeAtRest(now)
+		m.endMoves()
+	}
+	if nextView := m.takeNewVersion(v, t); nextView != v && m.shared != nil {
+		m.shared.member.view.view = nextView
+	}
+	return again
+}
+
+// stepProposal is how far the step after the view's may go, as far as this router is
+// concerned. Each change of it is a write. So it stays until there is a new step or another
+// table, or a new owner becomes reachable or unreachable for any router.
+type stepProposal struct {
+	step       int64  // of the view
+	ownersHash uint64 // of the table to which the next step moves namespaces
+	limit      stepLimit
+	allAway    []int // the owners that are away for any router, sorted
+	toMove     int   // sessions that have to move, also those within limit
+}
+
+// propose returns how far the step after v's may go towards t, and when that may change,
+// zero if only when something happens. It counts how many sessions the pace allows until
+// the next step can begin. This router's share of the rate is its share of the sessions.
+// closeStepSessions closes the sessions of the step, when the step has come.
+func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.Time) {
+	if m.tally == nil || m.tally.ownersHash != t.ownersHash {
+		m.prepare(now)
+	}
+	m.refreshQueue(v, t, now)
+	away, again := m.targets.away(now)
+	allAway := m.withAwayForOthers(away)
+	m.targets.startWaits(allAway, now)
+	p := m.lastProposal
+	if p != nil && p.step == v.step && p.ownersHash == t.ownersHash &&
+		slices.Equal(p.limit.away, away) && slices.Equal(p.allAway, allAway) {
+		return p, again
+	}
+	p = &stepProposal{step: v.step, ownersHash: t.ownersHash, allAway: allAway}
+	p.limit = stepLimit{upto: allPlaces, away: allAway} // a session for one of these takes no turn
+	settled, resume := m.updatePace(now)
+	schedule := m.pace // of what this router proposes; dequeueForStep advances the pace itself
+	m.queue.split(&p.limit, settled, &schedule, m.nextStepTime(v, now))
+	p.limit.away = away
+	p.toMove = int(m.queue.size.Load())
+	if newest := v.newestRecord(); newest.ownersHash == t.ownersHash && newest.after.catchesUp(allAway) {
+		p.toMove = m.queue.countBelow(newest.after.upto, allAway) // all others have to wait
+	}
+	m.waitsForPace = settled && p.limit.upto < allPlaces
+	if p.limit.upto == allPlaces || v.wouldChange(t, stepLimit{p.limit.upto, allAway}) {
+		m.lastProposal = p
+		return p, again
+	}
+	if settled {
+		resume = m.pace.next()
+	}
+	return p, earliest(again, resume)
+}
+
+// adopt puts v in force, unless there is a new view since the decision.
+func (m *mover) adopt(v *view, now time.Time) {
+	old := m.current.Load()
+	newStep := old == nil || old.step != v.step
+	v.began = now
+	if !newStep {
+		v.began = old.began
+	}
+	if newStep && !v.done {
+		m.releases.startStep()
+	}
+	if !m.current.CompareAndSwap(old, v) {
+		return // with -handoff=off, by tableOrPodChanged
+	}
+	if newStep {
+		m.dequeueForStep(v, now)
+	}
+	if newStep && old != nil && !old.done && !v.allHeld {
+		m.countStep(old, now) // its last answer came with the step of v
+	}
+	if v.done && (newStep || !old.done) {
+		m.countStep(v, now)
+	}
+	if newStep || v.done != old.done || v.servesNone != old.servesNone ||
+		!slices.Equal(v.tables, old.tables) {
+		m.onViewChanged()
+	}
+}
+
+// dequeueForStep takes the sessions that v's step moves from the queue, and those that end
+// anyway. It advances the pace by those that the pace counts: all but those whose previous owner
+// was scaled in.
+func (m *mover) dequeueForStep(v *view, now time.Time) {
+	var rest []queuedSession
+	for _, q := range m.queue.sessions {
+		switch s := q.session; {
+		case s.isEnding():
+		case !v.mustLeave(s.namespace, s.backend):
+			rest = append(rest, q)
+		default:
+			m.closesAt = now
+			if q.place > 0 {
+				m.pace.advance(now)
+			}
+		}
+	}
+	m.queue.set(rest, m.queue.oldPod)
+}
+
+// nextStepTime returns when the step after v's can begin: now or later.
+func (m *mover) nextStepTime(v *view, now time.Time) time.Time {
+	if m.shared == nil {
+		return latest(now, m.closesAt.Add(minStepTime))
+	}
+	return latest(now, m.shared.member.nextStepTime())
 }
 
 // noteStep notes the step in the header of a backend that has refused a request: it has
@@ -391,57 +567,23 @@ func (m *mover) noteStep(text string) bool {
 	return true
 }
 
-// raiseStep gives v, which is at rest, a step above all steps that backends have sent in a 409.
-// Another router was ahead, or the clock was ahead before this router started.
-func (m *mover) raiseStep(v *view) {
-	if highest := m.backendStep.Load(); highest >= v.step {
-		nextView, plan := *v, *v.handoffPlan
-		plan.step = highest + 1
-		nextView.handoffPlan = &plan
-		m.current.CompareAndSwap(v, &nextView)
-	}
-}
-
-// beginStep puts a view with a new step in force.
-func (m *mover) beginStep(v *view) {
-	v.step = max(v.step, m.backendStep.Load()+1)
-	if !v.done {
-		m.releases.startStep()
-	}
-	m.current.Store(v)
-	m.onViewChanged()
-}
-
-// dequeueForNextStep takes the sessions of the next step from the queue. It returns how far the
-// step may go, and when it has to be called again; if that is zero, at the next event. workOnStep
-// closes the sessions once the step is in force. None follows if v is at rest, as with -handoff=off:
-// dequeueForNextStep closes them itself then.
-func (m *mover) dequeueForNextStep(v *view, t *table, now time.Time) (limit stepLimit, again time.Time) {
-	limit.upto = allPlaces
+// closeAtRest closes sessions of the queue, as many as the pace allows. The view has the newest
+// table alone, so none of them waits for a step: with -handoff=off that are all sessions that
+// move. It returns when it has to be called again; if that is zero, at the next event.
+func (m *mover) closeAtRest(now time.Time) (again time.Time) {
+	limit := stepLimit{upto: allPlaces}
 	limit.away, again = m.targets.away(now)
-	settled, resume := m.startPace(now)
-	mayStep := settled
-	if nextStep := m.steppedAt.Add(minStepTime); mayStep && now.Before(nextStep) {
-		mayStep, resume = false, nextStep
-	}
-	due, rest := m.queue.split(&limit, mayStep, &m.pace, now)
+	settled, resume := m.updatePace(now)
+	due, rest := m.queue.split(&limit, settled, &m.pace, now)
 	m.queue.set(rest, m.queue.oldPod)
-	if len(due) > 0 {
-		m.steppedAt = now
-	}
 	for _, q := range due {
-		if v.isAtRest(t.ownersHash) {
-			m.moveSession(q.session)
-		}
+		m.moveSession(q.session)
 	}
 	m.waitsForPace = settled && limit.upto < allPlaces
-	if mayStep {
+	if m.waitsForPace {
 		resume = m.pace.next()
 	}
-	if limit.upto < allPlaces {
-		again = earliest(again, resume)
-	}
-	return limit, again
+	return earliest(again, resume)
 }
 
 // leaveOldPods closes the sessions whose pod was replaced, at the pace. It waits for no step,
@@ -453,7 +595,7 @@ func (m *mover) leaveOldPods(now time.Time) (again time.Time) {
 		m.oldPodsWait = false
 		return time.Time{}
 	}
-	settled, again := m.startPace(now) // it reads oldPodsWait: sessions that wait keep their turns
+	settled, again := m.updatePace(now) // it reads oldPodsWait: sessions that wait keep their turns
 	m.oldPodsWait = false
 	for ; settled && len(left) > 0; left = left[1:] {
 		if left[0].isEnding() {
@@ -495,9 +637,9 @@ func (m *mover) minMoveTime(sessions int64) time.Duration {
 	return time.Duration(sessions) * m.moveInterval
 }
 
-// startPace sets how fast sessions move, and returns what mayMove returns. It starts the
+// updatePace sets how fast sessions move, and returns what mayMove returns. It starts the
 // pace, unless sessions wait for it already.
-func (m *mover) startPace(now time.Time) (settled bool, again time.Time) {
+func (m *mover) updatePace(now time.Time) (settled bool, again time.Time) {
 	m.pace.interval = m.interval()
 	settled, again = m.mayMove(now)
 	if settled {
@@ -579,19 +721,12 @@ func (m *mover) blocks(v *view, f *flight) bool {
 	return v.mustLeave(f.namespace, f.backend) && !m.relay.isOldPod(f.backend, f.podUID)
 }
 
-// finishStep puts the same view in force with the step done, and returns it: clients that
-// were held get the new owners.
-func (m *mover) finishStep(v *view) *view {
-	nextView := *v
-	nextView.done = true
-	m.current.Store(&nextView)
-	m.onViewChanged()
-	m.countStep(time.Since(v.began))
-	return &nextView
-}
-
-// countStep counts a step that is done, whose namespaces were held for this time.
-func (m *mover) countStep(held time.Duration) {
+// countStep counts v's step, which is done, if it has handed over namespaces.
+func (m *mover) countStep(v *view, now time.Time) {
+	if v.changing == (placeRange{}) && !v.allHeld {
+		return
+	}
+	held := now.Sub(v.began)
 	m.steps.Add(1)
 	m.stepDurations.observe(held)
 	if m.tally != nil {
@@ -675,17 +810,6 @@ func (m *mover) keepReceipt(receipt moveReceipt) {
 	m.receipts.Store(&all)
 }
 
-// stepProposal is how far the step after the view's may go, as far as this router is
-// concerned. Each change of it is a write. So it stays until there is a new step or another
-// table, or a new owner becomes reachable or unreachable for any router.
-type stepProposal struct {
-	step       int64  // of the view
-	ownersHash uint64 // of the table to which the next step moves namespaces
-	limit      stepLimit
-	allAway    []int // the owners that are away for any router, sorted
-	toMove     int   // sessions that have to move, also those within limit
-}
-
 // useMembership makes the mover share its steps, and the rate of moves, with other
 // routers.
 func (m *mover) useMembership(s *membership) {
@@ -711,162 +835,6 @@ func (m *mover) leave(ctx context.Context) {
 	}
 }
 
-// advanceShared is advance for a hand-off that routers share. It ends all sessions of a
-// router that is not a member any more.
-func (m *mover) advanceShared(now time.Time) time.Time {
-	for {
-		p, again := m.workShared(m.current.Load(), now)
-		m.shared.leaving = m.leaving.Load()
-		d := m.shared.decideAndStart(m.ctx, p, m.tables.table(), m.backendStep.Load(), now)
-		switch d.action {
-		case actAdopt:
-			m.adopt(d.view.view, now)
-		case actEndAll:
-			m.awaitsEnd.Store(true)
-			for _, s := range m.movableSessions() {
-				m.moveSession(s)
-			}
-			return now.Add(minStepTime)
-		default:
-			return earliest(again, d.again)
-		}
-	}
-}
-
-// workShared closes the sessions of v's step, and returns how far this router has come
-// with it. again is when to call it again; if it is zero, at the next event. v may be
-// nil.
-func (m *mover) workShared(v *view, now time.Time) (p stepProgress, again time.Time) {
-	inFlight := func() bool { return m.flights.any(func(*flight) bool { return true }) }
-	p.hasWork = inFlight() || m.relay.size() > 0 || inFlight() // one may become the other
-	if v == nil {
-		p.doneHere = !p.hasWork
-		return p, time.Time{}
-	}
-	t := m.tables.table()
-	if m.tally == nil && t != nil && !v.isAtRest(t.ownersHash) {
-		m.prepare(now) // this router has joined during a change
-	}
-	if m.lastDoneHere < v.step && (v.done || m.workOnStep(v)) {
-		m.lastDoneHere = v.step
-	}
-	p.doneHere = m.lastDoneHere >= v.step
-	switch {
-	case t == nil || !p.doneHere || !v.knowsAll() || v.servesNone:
-		return p, time.Time{}
-	case v.isAtRest(t.ownersHash):
-		p.limit.upto = allPlaces
-		return p, m.workAtRest(v, t, now)
-	}
-	proposal, again := m.propose(v, v.nextTable(m.tables.table()), now)
-	p.limit, p.toMove = proposal.limit, proposal.toMove
-	return p, again
-}
-
-// workAtRest does what is left to do when v has the newest table alone: the tally ends, and the
-// table gets what v knows of previous owners.
-func (m *mover) workAtRest(v *view, t *table, now time.Time) (again time.Time) {
-	m.lastProposal = nil
-	if !v.done {
-		return time.Time{}
-	}
-	if m.tally != nil {
-		m.refreshQueue(v, t, now)
-		_, again = m.dequeueForNextStep(v, t, now)
-		m.endMoves()
-	}
-	if nextView := m.takeNewVersion(v, t); nextView != v {
-		m.shared.member.view.view = nextView
-	}
-	return again
-}
-
-// propose returns how far the step after v's may go towards t, and when that may change,
-// zero if only when something happens. It counts how many sessions the pace allows until
-// the next step can begin. This router's share of the rate is its share of the sessions.
-// closeStepSessions closes the sessions of the step, when the step has come.
-func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.Time) {
-	if m.tally == nil || m.tally.ownersHash != t.ownersHash {
-		m.prepare(now)
-	}
-	away, again := m.targets.away(now)
-	allAway := m.withAwayForOthers(away)
-	m.targets.startWaits(allAway, now)
-	p := m.lastProposal
-	if p != nil && p.step == v.step && p.ownersHash == t.ownersHash &&
-		slices.Equal(p.limit.away, away) && slices.Equal(p.allAway, allAway) {
-		return p, again
-	}
-	m.refreshQueue(v, t, now)
-	p = &stepProposal{step: v.step, ownersHash: t.ownersHash, allAway: allAway}
-	p.limit = stepLimit{upto: allPlaces, away: allAway} // a session for one of these takes no turn
-	settled, resume := m.startPace(now)
-	schedule := m.pace // of what this router proposes; dequeueForStep advances the pace itself
-	m.queue.split(&p.limit, settled, &schedule, m.nextStepTime(now))
-	p.limit.away = away
-	p.toMove = int(m.queue.size.Load())
-	if newest := v.newestRecord(); newest.ownersHash == t.ownersHash && newest.after.catchesUp(allAway) {
-		p.toMove = m.queue.countBelow(newest.after.upto, allAway) // all others have to wait
-	}
-	m.waitsForPace = settled && p.limit.upto < allPlaces
-	if p.limit.upto == allPlaces || v.wouldChange(t, stepLimit{p.limit.upto, allAway}) {
-		m.lastProposal = p
-		return p, again
-	}
-	if settled {
-		resume = m.pace.next()
-	}
-	return p, earliest(again, resume)
-}
-
-// adopt puts v, the view of the plan in the object, in force.
-func (m *mover) adopt(v *view, now time.Time) {
-	old := m.current.Load()
-	newStep := old == nil || old.step != v.step
-	v.began = now
-	if !newStep {
-		v.began = old.began
-	}
-	if newStep && old != nil && !old.done && !v.allHeld {
-		m.countStep(now.Sub(old.began)) // its last answer came with the step of v
-	}
-	if newStep && !v.done {
-		m.releases.startStep()
-	}
-	m.current.Store(v)
-	if newStep {
-		m.dequeueForStep(v, now)
-	}
-	if v.done && (newStep || !old.done) {
-		m.countStep(now.Sub(v.began))
-	}
-	if newStep || v.done != old.done || v.servesNone != old.servesNone ||
-		!slices.Equal(v.tables, old.tables) {
-		m.onViewChanged()
-	}
-}
-
-// dequeueForStep takes the sessions that v's step moves from the queue. It advances the pace
-// by those that the pace counts: all but those whose previous owner was scaled in.
-func (m *mover) dequeueForStep(v *view, now time.Time) {
-	var rest []queuedSession
-	for _, q := range m.queue.sessions {
-		s := q.session
-		if s.isEnding() || !v.mustLeave(s.namespace, s.backend) {
-			rest = append(rest, q)
-		} else if q.place > 0 {
-			m.pace.advance(now)
-		}
-	}
-	m.queue.set(rest, m.queue.oldPod)
-}
-
-// nextStepTime returns when the step after the view's can begin: now or later.
-func (m *mover) nextStepTime(now time.Time) time.Time {
-	own := m.shared.member
-	return latest(now, own.stepAdoptedAt.Add(stepTime(len(own.view.plan.members))))
-}
-
 // positiveRateShare returns this router's part of the rate, above 0 and at most 1. A router that
 // had no session to move when it answered last has a small part. It takes membership.mu.
 func (m *mover) positiveRateShare() float64 {
@@ -880,6 +848,9 @@ func (m *mover) positiveRateShare() float64 {
 // withAwayForOthers returns the sorted ordinals in away, and those of the owners that are away
 // for other routers, by their last answers. It takes membership.mu.
 func (m *mover) withAwayForOthers(away []int) []int {
+	if m.shared == nil {
+		return away
+	}
 	all := slices.Clone(away)
 	if o := m.shared.lastObject(); o != nil && o.plan != nil {
 		for pod := range o.plan.members {

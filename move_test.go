@@ -34,7 +34,7 @@ func TestMoveExactlyThose(t *testing.T) {
 	for i := range 20 {
 		stay = append(stay, fmt.Sprintf("ns-%02d", i))
 	}
-	if owner, _ := old.wantedOwner("moved"); owner == 3 {
+	if owner, _ := old.desiredOwner("moved"); owner == 3 {
 		t.Fatal("the hash has it on backend-3 already")
 	}
 	if bucket("released", 4) == 1 {
@@ -441,7 +441,7 @@ func movesWith(t *testing.T, off bool, rate, each int, data map[string]string, p
 		router.onSwap = m.tableOrPodChanged
 		m.table(data)
 		for namespace := range data {
-			owner, _ := router.table().wantedOwner(namespace)
+			owner, _ := router.table().desiredOwner(namespace)
 			for range each {
 				relay.add(&session{namespace: namespace, backend: owner})
 			}
@@ -733,7 +733,7 @@ func TestMoveWaitsForTheOwner(t *testing.T) {
 				break
 			}
 		}
-		m.after(maxTargetRetry * 3 / 2)
+		m.after(requeueInterval + maxTargetRetry*3/2)
 		m.wantPending(t, 4)
 		m.setAbsent(1, false)
 		if all = m.after(maxTargetRetry * 3 / 2); len(all) != 9 {
@@ -819,7 +819,7 @@ func TestMoveWhileManyOwnersFail(t *testing.T) {
 			before, from := len(m.after(0)), time.Since(m.started)+10*time.Millisecond
 			all := m.after(1200 * time.Millisecond)
 			for _, s := range all[before:] {
-				if owner, _ := m.tables.table().wantedOwner(s.namespace); owner == backend && absent && s.at > from {
+				if owner, _ := m.tables.table().desiredOwner(s.namespace); owner == backend && absent && s.at > from {
 					t.Fatalf("%s was closed, and backend-%d is away: %v", s.namespace, backend, m.current.Load().records)
 				}
 			}
@@ -845,7 +845,7 @@ func TestMoveWhileManyOwnersFail(t *testing.T) {
 			t.Errorf("%d sessions were closed in 1.2 s once all owners were back, want 10 per second", n)
 		}
 		m.after(time.Minute)
-		if v := m.current.Load(); !v.isAtRest(m.tables.table().ownersHash) {
+		if v := m.current.Load(); !v.hasOnlyTable(m.tables.table().ownersHash) {
 			t.Errorf("the change has not ended: %v", v.records)
 		}
 	})
@@ -887,7 +887,7 @@ func TestMoveOfManyEdits(t *testing.T) {
 					t.Errorf("a plan had %d records, want %d at most", most, maxRecords)
 				}
 				m.after(time.Minute)
-				if v := m.current.Load(); !v.isAtRest(m.tables.table().ownersHash) {
+				if v := m.current.Load(); !v.hasOnlyTable(m.tables.table().ownersHash) {
 					t.Errorf("the last edit is not in force: %d tables", len(v.records))
 				}
 			})
@@ -1166,4 +1166,38 @@ func TestDrain(t *testing.T) {
 	if got := r.ended[causeDrain].Load(); got != sessions || r.size() != 0 || r.cut[causeDrain].Load() != 0 {
 		t.Errorf("%d ended by drain, %d left, %d cut; want %d, 0 and 0", got, r.size(), r.cut[causeDrain].Load(), sessions)
 	}
+}
+
+// An owner that is away is waited for also when the sessions that move to it have left.
+func TestMoveWaitsWithoutSessions(t *testing.T) {
+	movesIn(t, 0, 1, pinned(2, 0), func(t *testing.T, m *moveTest) {
+		m.setAbsent(1, true)
+		m.table(pinned(2, 1))
+		m.after(time.Second)
+		for _, s := range m.relay.sessions {
+			m.leave(s)
+		}
+		m.after(20 * time.Second)
+		wantEqual(t, "the owner while the next one is away", m.assignmentOf("ns-00").backend, 0)
+		m.setAbsent(1, false)
+		m.after(maxTargetRetry * 3 / 2)
+		wantEqual(t, "the owner once the next one is back", m.assignmentOf("ns-00").backend, 1)
+	})
+}
+
+// The wait for an owner that only another router could not reach ends when that one reaches it. If
+// it fails later, it is waited for again.
+func TestWaitsEnd(t *testing.T) {
+	targets, now := newMoveTargets(nil), time.Now()
+	target := &moveTarget{backend: 1}
+	targets.all[1] = target
+	targets.note(dialResult{moveTarget: target}, now)
+	for _, awayForOthers := range [][]int{{1}, nil} {
+		targets.startWaits(awayForOthers, now)
+	}
+	now = now.Add(2 * maxAwayTime)
+	targets.note(dialResult{target, errors.New("refused")}, now)
+	away, until := targets.away(now)
+	wantEqual(t, "owners that are waited for", fmt.Sprint(away), "[1]")
+	wantEqual(t, "until", until, now.Add(maxAwayTime))
 }

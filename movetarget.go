@@ -52,15 +52,10 @@ func newMoveTargets(probe func(ctx context.Context, backend int) error) *moveTar
 	}
 }
 
-// set makes the backends the targets. It dials those that were no targets, until ctx
-// ends, and ends the dials of all other targets.
-func (t *moveTargets) set(ctx context.Context, backends map[int]bool) {
-	for backend, target := range t.all {
-		if !backends[backend] {
-			target.cancel()
-			delete(t.all, backend)
-		}
-	}
+// addMissing makes the backends targets too. It dials those that were none, until ctx ends. A
+// target stays one while sessions move to the same table, also when no session is left for it:
+// new clients do not go there either while it is away.
+func (t *moveTargets) addMissing(ctx context.Context, backends map[int]bool) {
 	for backend := range backends {
 		if t.all[backend] == nil {
 			t.add(ctx, &moveTarget{backend: backend})
@@ -95,15 +90,26 @@ func (t *moveTargets) dropAll() {
 	clear(t.waitUntil)
 }
 
-// forgetOthers forgets the waits for backends that are no targets: sessions now move to another
-// table.
-func (t *moveTargets) forgetOthers() {
+// forgetOthers forgets all targets but these, and the waits for others: sessions now move to
+// another table.
+func (t *moveTargets) forgetOthers(backends map[int]bool) {
+	for backend, target := range t.all {
+		if !backends[backend] {
+			target.cancel()
+			delete(t.all, backend)
+		}
+	}
 	maps.DeleteFunc(t.waitUntil, func(backend int, _ time.Time) bool { return t.all[backend] == nil })
 }
 
 // startWaits starts the waits for backends that are away for this router or another. No wait
-// starts anew while it is known.
+// starts anew while it is known. The wait for any other target is over if that is reachable.
 func (t *moveTargets) startWaits(backends []int, now time.Time) {
+	for backend, target := range t.all {
+		if target.reachable && !slices.Contains(backends, backend) {
+			delete(t.waitUntil, backend)
+		}
+	}
 	for _, backend := range backends {
 		if t.waitUntil[backend].IsZero() {
 			t.waitUntil[backend] = now.Add(maxAwayTime)
@@ -144,8 +150,8 @@ func (t *moveTargets) note(d dialResult, now time.Time) (firstFailure bool) {
 	target.reachable, target.dialled = d.err == nil, true
 	if target.reachable {
 		delete(t.waitUntil, target.backend)
-	} else {
-		t.startWaits([]int{target.backend}, now)
+	} else if t.waitUntil[target.backend].IsZero() {
+		t.waitUntil[target.backend] = now.Add(maxAwayTime)
 	}
 	return firstFailure
 }

@@ -46,7 +46,7 @@ type sourceContent struct {
 }
 
 // table maps each namespace to its owner. It is immutable: an update makes a new one.
-// Its methods take no lock, and wantedOwner does not allocate (invariant 1).
+// Its methods take no lock, and desiredOwner does not allocate (invariant 1).
 type table struct {
 	statefulSet      string          // the part of a backend's name before "-" and its ordinal
 	fromHost         bool            // a namespace is the first label of a host name
@@ -270,9 +270,9 @@ func (t *table) ordinalOf(s *indexSlot) int {
 // isKept reports whether the namespace of the slot keeps its previous owner.
 func (t *table) isKept(s *indexSlot) bool { return int(s.set) > len(t.sources) }
 
-// wantedOwner returns the ordinal of the backend that owns the namespace. ok is false if the
+// desiredOwner returns the ordinal of the backend that owns the namespace. ok is false if the
 // namespace is unresolved.
-func (t *table) wantedOwner(namespace string) (ordinal int, ok bool) {
+func (t *table) desiredOwner(namespace string) (ordinal int, ok bool) {
 	ordinal, _ = t.lookup(namespace, hash64(namespace))
 	return ordinal, ordinal != unresolved
 }

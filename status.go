@@ -225,7 +225,7 @@ func movingSessions(r *relay, t *table) (in, out map[int]int) {
 	in, out = map[int]int{}, map[int]int{}
 	open, _ := r.snapshot()
 	for _, s := range open {
-		if owner, ok := t.wantedOwner(s.namespace); ok && owner != s.backend {
+		if owner, ok := t.desiredOwner(s.namespace); ok && owner != s.backend {
 			in[owner]++
 			out[s.backend]++
 		}
@@ -321,7 +321,7 @@ func (m *mover) status() handoffStatus {
 		return s
 	}
 	s.Step = v.step
-	if s.InProgress = !v.isAtRest(t.ownersHash) || !v.done; !s.InProgress {
+	if s.InProgress = !v.hasOnlyTable(t.ownersHash) || !v.done; !s.InProgress {
 		return s
 	}
 	s.Progress = 0
