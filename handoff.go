@@ -188,8 +188,8 @@ func (p *handoffPlan) next(target planRecord, limit stepLimit, now time.Time) *h
 // placeRange has the places from from to below to. The zero value has none.
 type placeRange struct{ from, to uint64 }
 
-// changingPlaces returns a range with the places of all namespaces whose owner changingPlaces in p's step, if
-// the owners before it are known.
+// changingPlaces returns a range with the places of all namespaces whose owner changes in p's
+// step, if the owners before it are known.
 func (p *handoffPlan) changingPlaces() placeRange {
 	r := p.newestRecord()
 	if len(p.records) == 1 || r.before.equal(&r.after) {

@@ -295,29 +295,29 @@
 // With -handoff=all the routers agree on each step in one object. These replace decideAlone and
 // view.next; all else stays:
 //
-//	membership.decideAndStart  begins the write or the LIST that member.decide asks for
-//	membership.takeInbox      takes the newest version of the object
-//	member.decide             says to adopt its plan, list, end all, write, or wait:
+//	sharedHandoff.decideAndStart    begins the write or the LIST that member.decide asks for
+//	sharedHandoff.takeInbox         takes the newest version of the object
+//	member.decide                   says to adopt its plan, list, end all, write, or wait:
 //	member.bootstrap, member.reset  where there is no plan, or one that is not to be trusted
-//	member.leave              when the router ends; else the first of these five that is due:
-//	member.join               makes this router a member
-//	member.sendAnswer         says what is done here, and how far the next step may go
-//	  member.answerWithStep   does so in one write with the next step, if no other answer is
-//	                          missing
-//	member.remove             removes a member that has ended for ever
-//	member.storeCount         stores the number of backends
-//	member.writeStep          makes the next step, when all have answered: by the next three
-//	  member.writeStepWith    checks that they have, and have the same table
-//	  handoffObject.agreedLimit  says how far all members let that go
-//	  view.nextPlan           makes its plan
-//	member.commit             notes what is about to be done
-//	membership.startRequest   does it in a goroutine
-//	membership.write          patches the object
-//	membership.listPods       lists the object and then the router pods
-//	membership.askPods        asks whether members that do not answer are gone
-//	membership.apply          gets the object that the write has made, from the watcher, and
-//	                          wakes run
-//	member.viewOf             makes the view of the plan
+//	member.leave                    when the router ends; else the first of these five that is due:
+//	member.join                     makes this router a member
+//	member.sendAnswer               says what is done here, and how far the next step may go
+//	  member.answerWithStep         does so in one write with the next step, if no other answer is
+//	                                missing
+//	member.remove                   removes a member that has ended for ever
+//	member.storeCount               stores the number of backends
+//	member.writeStep                makes the next step, when all have answered: by the next three
+//	  member.writeStepWith          checks that they have, and have the same table
+//	  handoffObject.agreedLimit     says how far all members let that go
+//	  view.nextPlan                 makes its plan
+//	member.commit                   notes what is about to be done
+//	sharedHandoff.startRequest      does it in a goroutine
+//	sharedHandoff.write             patches the object
+//	sharedHandoff.listPods          lists the object and then the router pods
+//	sharedHandoff.askPods           asks whether members that do not answer are gone
+//	sharedHandoff.apply             gets the object that the write has made, from the watcher, and
+//	                                wakes run
+//	member.viewOf                   makes the view of the plan
 //
 // Then work closes the sessions of the step, sendAnswer says so, and reportFinished logs the
 // result at the end. A step is done when no answer is missing, or when the next step comes, with
@@ -337,7 +337,7 @@
 //	flights.mu                held while it asks which flights a step waits for
 //	exchange.mu
 //	idleConns.mu              held while it counts descriptors
-//	membership.mu, releaser.mu, releaseMemory.mu
+//	sharedHandoff.mu, releaser.mu, releaseMemory.mu
 //	pendingLimit.mu, descriptorLimit.mu, addressCache.mu, limitListener.mu, logQueue.mu,
 //	waitCount.mu, namespaceSessions.mu, namespaceRate.mu, tlsHandshakeList.mu
 //
@@ -348,7 +348,7 @@
 // operators ask), redirect, fastpath, socket, proxy, forward, namespacematcher, handshake, listen,
 // clientconn, descriptorlimit, pending, proxyprotocol and certificates (from client to
 // session), configmap, directory, events, drain, move, movetally, movetarget, movequeue,
-// maxage, pace, membership, member, handoffobject, handoff, flight and release (what a change
+// maxage, pace, sharedhandoff, member, handoffobject, handoff, flight and release (what a change
 // of overrides does), tablestore, route, overrides, namespace and hash (who owns), discovery,
 // cordon, backends, dialqueue, watch and kube (where owners are), top, relay (with epoll, its
 // event loop), tls and websocket (the life of a session), namespacelimit, result, log, runtime
@@ -585,14 +585,14 @@ func followReleases(c *config, m *mover, b *backends) {
 // shareHandoff makes the router share each change of owners with all others.
 func (p *program) shareHandoff(kubeClient *kubeClient, kubeNamespace string) {
 	c := p.config
-	s := newMembership(*kubeClient, kubeNamespace, c.handoffConfigMap,
+	h := newSharedHandoff(*kubeClient, kubeNamespace, c.handoffConfigMap,
 		c.podName, c.podUID, c.routerPods, p.log)
-	p.proxy.mover.useMembership(s)
+	p.proxy.mover.shareHandoff(h)
 	if c.peers == nil {
 		pods := newPeerPods(*kubeClient, kubeNamespace, c.routerPods, c.podName, c.admin)
 		p.admin.peers = newPeers(pods.find)
 	}
-	p.tasks = append(p.tasks, s.watcher.run)
+	p.tasks = append(p.tasks, h.watcher.run)
 }
 
 // followStatefulSet takes the number of backends from the StatefulSet, and their

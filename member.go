@@ -17,8 +17,10 @@ const (
 	offerTime     = 2 * time.Minute        // see member.offered
 )
 
-// member decides what this router does next in the hand-off, by what it knows of the plan. The value is there also before the router has joined the members, and after it was
-// removed from them: memberView says which is the case. It does no I/O and reads no clock.
+// member decides what this router does next in the hand-off, by what it knows of the plan. It is
+// there also before the router has joined the members, and after it was removed from them:
+// memberView says which is the case. It does no I/O and reads no clock.
+//
 // The caller calls setNewest, noteBackendStep and expireOffers with what is new, and then
 // decide, again and again. Before the caller carries out what decide returns, it calls commit.
 // The caller sends one write at a time. Only the view of the last actAdopt says whom to admit.
@@ -130,13 +132,13 @@ type decision struct {
 	view   *memberView   // of actAdopt
 	write  *handoffWrite // of actWrite
 	answer *stepAnswer   // that is part of write; nil if none is
-	why    string        // for people: what for, or what it waits for
+	doing  string        // for people: what the router does, or waits for
 	again  time.Time     // of actWait; zero if only when something changes
 }
 
 // waiting returns the decision to wait until something changes.
 func waiting(format string, args ...any) decision {
-	return decision{why: fmt.Sprintf(format, args...)}
+	return decision{doing: fmt.Sprintf(format, args...)}
 }
 
 // setNewest sets this router's own table. A nil table is none.
@@ -205,7 +207,7 @@ func (m *member) decide(s *decisionInput) decision {
 	o := s.object
 	switch {
 	case m.view != nil && !m.view.mustAnswer && s.hasWork:
-		return decision{action: actEndAll, why: "this router was removed from the members, and ends its sessions"}
+		return decision{action: actEndAll, doing: "this router was removed from the members, and ends its sessions"}
 	case o == nil:
 		return waiting("the object of the hand-off does not exist, or has not been read yet")
 	case o.otherPlanVersion != nil:
@@ -214,7 +216,7 @@ func (m *member) decide(s *decisionInput) decision {
 	case o.plan != nil && m.follows(o):
 		if m.hasChanged(o) {
 			v := m.viewOf(o)
-			return decision{action: actAdopt, view: v, why: "the plan has changed"}
+			return decision{action: actAdopt, view: v, doing: "this router is adopting the plan"}
 		}
 	case m.view == nil:
 		return m.bootstrap(s)
@@ -236,8 +238,8 @@ func (m *member) decide(s *decisionInput) decision {
 			return d
 		}
 		wait.again = earliest(wait.again, d.again)
-		if d.why != "" {
-			wait.why = d.why
+		if d.doing != "" {
+			wait.doing = d.doing
 		}
 	}
 	return wait
@@ -371,14 +373,14 @@ func (m *member) sendAnswer(s *decisionInput) decision {
 		return decision{}
 	}
 	if again := m.answeredAt.Add(writeTimeout); m.isUnderWay(s.object, &a) && s.now.Before(again) {
-		return decision{why: "this router's answer is under way", again: again}
+		return decision{doing: "this router's answer is under way", again: again}
 	}
 	if d, ok := m.answerWithStep(s, &a); ok {
 		return d
 	}
 	data := map[string]string{m.key(): a.String()}
 	return decision{
-		action: actWrite, answer: &a, why: fmt.Sprintf("this router is answering step %d", a.step),
+		action: actWrite, answer: &a, doing: fmt.Sprintf("this router is answering step %d", a.step),
 		write: &handoffWrite{uid: s.object.uid, data: data},
 	}
 }
@@ -443,7 +445,7 @@ func (m *member) turn(s *decisionInput, names []string) time.Time {
 // once it is the given time. a is this router's answer if it is part of the write. The
 // keys of routers that are not members go.
 func (m *member) writePlan(
-	s *decisionInput, p *sharedPlan, a *stepAnswer, at time.Time, why string,
+	s *decisionInput, p *sharedPlan, a *stepAnswer, at time.Time, doing string,
 ) decision {
 	next := *p
 	next.writes++
@@ -457,14 +459,14 @@ func (m *member) writePlan(
 			remove = append(remove, answerKeyPrefix+pod)
 		}
 	}
-	return m.writeIf(s, &handoffWrite{data: data, remove: remove}, a, at, why)
+	return m.writeIf(s, &handoffWrite{data: data, remove: remove}, a, at, doing)
 }
 
 // writeIf returns the decision to do a write, if the object has not changed meanwhile,
 // once it is the given time. After one write it waits for the next version, or
 // writeTimeout.
 func (m *member) writeIf(
-	s *decisionInput, w *handoffWrite, a *stepAnswer, at time.Time, why string,
+	s *decisionInput, w *handoffWrite, a *stepAnswer, at time.Time, doing string,
 ) decision {
 	w.uid, w.version = s.object.uid, s.object.version
 	last := m.conditionalWrite
@@ -472,9 +474,9 @@ func (m *member) writeIf(
 		at = latest(at, m.conditionalAt.Add(writeTimeout))
 	}
 	if s.now.Before(at) {
-		return decision{why: why, again: at}
+		return decision{doing: doing, again: at}
 	}
-	return decision{action: actWrite, write: w, answer: a, why: why}
+	return decision{action: actWrite, write: w, answer: a, doing: doing}
 }
 
 // leave removes this router from the members: it has no session, and admits none.
@@ -681,7 +683,7 @@ func (m *member) bootstrap(s *decisionInput) decision {
 		case pod.ended || !pod.scheduled:
 		case !ok || !said.isWithoutView():
 			return decision{again: s.list.at.Add(maxPodListAge),
-				why: fmt.Sprintf("there is no plan; waiting for %s to confirm that it has none", name)}
+				doing: fmt.Sprintf("there is no plan; waiting for %s to confirm that it has none", name)}
 		case said.ownersHash == noTableHash:
 			p.members[name] = memberID{pod.uid, anyInstance}
 		default:
@@ -720,11 +722,11 @@ func (m *member) needsList(s *decisionInput) (d decision, ok bool) {
 	l := s.list
 	fresh := l != nil && l.uid == s.object.uid && l.version == s.object.version
 	if !fresh || !s.now.Before(l.at.Add(maxPodListAge)) {
-		return decision{action: actList, why: "this router is listing the router pods"}, false
+		return decision{action: actList, doing: "this router is listing the router pods"}, false
 	}
 	if pod := l.pods[m.name]; pod.uid != m.uid {
 		return decision{
-			why:   "the list of router pods does not have this one",
+			doing: "the list of router pods does not have this one",
 			again: l.at.Add(maxPodListAge),
 		}, false
 	}
@@ -738,7 +740,7 @@ func (m *member) needsList(s *decisionInput) (d decision, ok bool) {
 func (m *member) reset(s *decisionInput) decision {
 	v := m.view
 	if at := m.turn(s, slices.Collect(maps.Keys(v.plan.members))); s.now.Before(at) {
-		return decision{why: "this router is about to reset the plan", again: at}
+		return decision{doing: "this router is about to reset the plan", again: at}
 	}
 	if d, ok := m.needsList(s); !ok {
 		return d

@@ -328,7 +328,7 @@ func (w *modelWorld) act(r *modelRouter) bool {
 			r.open = [4]uint64{}
 		}
 	case actWrite:
-		w.tell("%s: %s", strings.Fields(strings.TrimPrefix(d.why, "this router is "))[0], r.pod)
+		w.tell("%s: %s", strings.Fields(strings.TrimPrefix(d.doing, "this router is "))[0], r.pod)
 		w.count(d.write)
 		w.send(d.write)
 	}
@@ -940,13 +940,13 @@ func TestModelNeedsRules(t *testing.T) {
 			}}},
 		{"a plan whose tables nobody knows is replaced", stuck, modelRules{
 			decision: func(_ *modelWorld, r *modelRouter, d *decision) {
-				if strings.Contains(d.why, "is writing step") && !r.view.knowsAll() {
+				if strings.Contains(d.doing, "is writing step") && !r.view.knowsAll() {
 					*d = decision{}
 				}
 			}}},
 		{"a step that nobody can judge is held", twoOwners, modelRules{
 			decision: func(_ *modelWorld, r *modelRouter, d *decision) {
-				if strings.Contains(d.why, "is writing step") {
+				if strings.Contains(d.doing, "is writing step") {
 					changePlan(d, func(p *sharedPlan) { p.allHeld = false })
 				}
 			}}},
@@ -961,7 +961,7 @@ func TestModelNeedsRules(t *testing.T) {
 			}}},
 		{"a reset is held", twoOwners, modelRules{
 			decision: func(_ *modelWorld, _ *modelRouter, d *decision) {
-				if strings.Contains(d.why, "resetting the plan") {
+				if strings.Contains(d.doing, "resetting the plan") {
 					changePlan(d, func(p *sharedPlan) { p.allHeld = false })
 				}
 			}}},
@@ -1053,7 +1053,7 @@ func TestResetCountsAllPods(t *testing.T) {
 	for name, rules := range map[string]modelRules{
 		"": {},
 		"members of the view only": {decision: func(_ *modelWorld, r *modelRouter, d *decision) {
-			if strings.Contains(d.why, "resetting the plan") {
+			if strings.Contains(d.doing, "resetting the plan") {
 				changePlan(d, func(p *sharedPlan) { p.members = r.view.plan.members })
 			}
 		}},
@@ -1122,7 +1122,7 @@ func (w *modelWorld) resetBy(resetter *modelRouter) (bad string) {
 // the last step of the resetter's view. Who has seen the next step takes that for the end of
 // it.
 func sinceTheStepBefore(_ *modelWorld, r *modelRouter, d *decision) {
-	if strings.Contains(d.why, "resetting the plan") {
+	if strings.Contains(d.doing, "resetting the plan") {
 		changePlan(d, func(p *sharedPlan) { p.oldestSince = planStep{r.view.plan.epoch, p.step} })
 	}
 }
@@ -1163,7 +1163,7 @@ func TestResetByOutsider(t *testing.T) {
 		rules := modelRules{}
 		if forgets {
 			rules.decision = func(_ *modelWorld, r *modelRouter, d *decision) {
-				if strings.Contains(d.why, "resetting the plan") {
+				if strings.Contains(d.doing, "resetting the plan") {
 					changePlan(d, func(p *sharedPlan) { p.oldestSince = r.view.plan.oldestSince })
 				}
 			}
@@ -1251,8 +1251,8 @@ func rested(n int) (*modelWorld, *modelRouter, *decisionInput) {
 func TestMemberSaysWhatItsStepWaitsFor(t *testing.T) {
 	_, r, s := rested(2)
 	s.hasWork, s.doneHere = false, false
-	if d := r.decide(s); d.action != actWait || !strings.Contains(d.why, "not released") {
-		t.Errorf("it decides to %d: %s", d.action, d.why)
+	if d := r.decide(s); d.action != actWait || !strings.Contains(d.doing, "not released") {
+		t.Errorf("it decides to %d: %s", d.action, d.doing)
 	}
 }
 
@@ -1276,11 +1276,11 @@ func TestRemovedMemberEndsSessions(t *testing.T) {
 	}
 	s.object, s.hasWork, s.doneHere = w.object, false, false
 	if d := r.decide(s); d.action != actWait {
-		t.Errorf("before the release it decides to %d: %s", d.action, d.why)
+		t.Errorf("before the release it decides to %d: %s", d.action, d.doing)
 	}
 	s.doneHere = true
-	if d := r.decide(s); d.action != actWrite || d.why != "this router is joining" {
-		t.Errorf("without sessions it decides to %d: %s", d.action, d.why)
+	if d := r.decide(s); d.action != actWrite || d.doing != "this router is joining" {
+		t.Errorf("without sessions it decides to %d: %s", d.action, d.doing)
 	}
 }
 
@@ -1309,15 +1309,15 @@ func TestPlanOfAnotherVersion(t *testing.T) {
 	for _, m := range []*member{r.member, starts} {
 		for _, s.leaving = range []bool{false, true} {
 			d := m.decide(s)
-			if d.action != actWait || !strings.Contains(d.why, `version of the plan is "5", want 4`) {
-				t.Errorf("%s decides to %d: %s", m.name, d.action, d.why)
+			if d.action != actWait || !strings.Contains(d.doing, `version of the plan is "5", want 4`) {
+				t.Errorf("%s decides to %d: %s", m.name, d.action, d.doing)
 			}
 		}
 	}
 	w.store(w.object.uid, own)
 	s.object, s.leaving = w.object, false
 	if d := r.decide(s); r.view != view || d.action != actAdopt {
-		t.Errorf("it decides to %d: %s", d.action, d.why)
+		t.Errorf("it decides to %d: %s", d.action, d.doing)
 	}
 }
 
@@ -1343,18 +1343,18 @@ func TestMembersTakeTurns(t *testing.T) {
 		s := w.situationOf(r)
 		s.seenAt, r.stepAdoptedAt = s.now, s.now.Add(-time.Minute)
 		d := r.decide(s)
-		if r == first && (d.action != actWrite || !strings.Contains(d.why, "is writing step")) {
-			t.Errorf("the first decides to %d: %s", d.action, d.why)
+		if r == first && (d.action != actWrite || !strings.Contains(d.doing, "is writing step")) {
+			t.Errorf("the first decides to %d: %s", d.action, d.doing)
 		}
 		if r == second && (d.action != actWait || d.again != s.now.Add(turnInterval)) {
-			t.Errorf("the second decides to %d: %s, again in %s", d.action, d.why, d.again.Sub(s.now))
+			t.Errorf("the second decides to %d: %s, again in %s", d.action, d.doing, d.again.Sub(s.now))
 		}
 		if s.now = s.now.Add(turnInterval); r.decide(s).action != actWrite {
 			t.Errorf("after its turn it decides to %d", r.decide(s).action)
 		}
 		s.now, r.stepAdoptedAt = s.seenAt.Add(time.Hour), s.seenAt.Add(time.Hour)
 		if d := r.decide(s); d.action != actWait || d.again.Sub(s.now) != stepTime(2) {
-			t.Errorf("right after a step it decides to %d: %s", d.action, d.why)
+			t.Errorf("right after a step it decides to %d: %s", d.action, d.doing)
 		}
 	}
 }
@@ -1379,16 +1379,16 @@ func TestLastAnswerMakesTheStep(t *testing.T) {
 			d.write.data[planKey] != "" && d.write.data[r.key()] == d.answer.String()
 	}
 	if d := first.decide(w.situationOf(first)); d.action != actWait || d.again != began.Add(answerWait) {
-		t.Errorf("the first decides to %d: %s, again in %s", d.action, d.why, d.again.Sub(began))
+		t.Errorf("the first decides to %d: %s, again in %s", d.action, d.doing, d.again.Sub(began))
 	}
 	w.now = began.Add(answerWait)
 	if d := first.decide(w.situationOf(first)); !isAlone(d) {
-		t.Errorf("after that time it decides to %d: %s, %v", d.action, d.why, d.write)
+		t.Errorf("after that time it decides to %d: %s, %v", d.action, d.doing, d.write)
 	}
 	w.now = began
 	d := second.decide(w.situationOf(second))
 	if !isAlone(d) {
-		t.Errorf("the second decides to %d: %s, %v", d.action, d.why, d.write)
+		t.Errorf("the second decides to %d: %s, %v", d.action, d.doing, d.write)
 	}
 	second.commit(d, w.now)
 	w.apply(d.write)
@@ -1397,12 +1397,12 @@ func TestLastAnswerMakesTheStep(t *testing.T) {
 	}
 	d = first.decide(w.situationOf(first))
 	if d.action != actAdopt {
-		t.Fatalf("with the answer of the other it decides to %d: %s", d.action, d.why)
+		t.Fatalf("with the answer of the other it decides to %d: %s", d.action, d.doing)
 	}
 	first.commit(d, w.now)
 	d = first.decide(w.situationOf(first))
 	if !isBoth(d, first) {
-		t.Fatalf("with all answers but its own it decides to %d: %s, %v", d.action, d.why, d.write)
+		t.Fatalf("with all answers but its own it decides to %d: %s, %v", d.action, d.doing, d.write)
 	}
 	writes := first.conditionalWrites
 	first.commit(d, w.now)
@@ -1410,7 +1410,7 @@ func TestLastAnswerMakesTheStep(t *testing.T) {
 		t.Error("it does not note that it has written a plan, and named its table in an answer")
 	}
 	if again := first.decide(w.situationOf(first)); again.action != actWait {
-		t.Errorf("while that is under way it decides to %d: %s", again.action, again.why)
+		t.Errorf("while that is under way it decides to %d: %s", again.action, again.doing)
 	}
 	elsewhere := maps.Clone(w.data) // somebody was faster: that write fails
 	elsewhere["note"] = "of another"
@@ -1418,18 +1418,18 @@ func TestLastAnswerMakesTheStep(t *testing.T) {
 	w.receive(first)
 	first.commit(first.decide(w.situationOf(first)), w.now)
 	if d = first.decide(w.situationOf(first)); !isBoth(d, first) {
-		t.Fatalf("after a conflict it decides to %d: %s, %v", d.action, d.why, d.write)
+		t.Fatalf("after a conflict it decides to %d: %s, %v", d.action, d.doing, d.write)
 	}
 	step := first.view.step
 	w.apply(d.write)
 	w.receive(first)
 	w.now = w.now.Add(time.Second)
 	if d = first.decide(w.situationOf(first)); d.action != actAdopt || d.view.step <= step {
-		t.Errorf("with the step in the object it decides to %d: %s", d.action, d.why)
+		t.Errorf("with the step in the object it decides to %d: %s", d.action, d.doing)
 	}
 	first.commit(d, w.now)
 	if d = first.decide(w.situationOf(first)); d.action != actWait || d.again != w.now.Add(answerWait) {
-		t.Errorf("in that step it decides to %d: %s, again in %s", d.action, d.why, d.again.Sub(w.now))
+		t.Errorf("in that step it decides to %d: %s, again in %s", d.action, d.doing, d.again.Sub(w.now))
 	}
 }
 
@@ -1442,11 +1442,11 @@ func TestAnswerWaitsOnlyForAnswers(t *testing.T) {
 	first.limit, first.stepAdoptedAt = stepLimit{upto: half}, w.now
 	d := first.decide(w.situationOf(first))
 	if at := w.now.Add(stepTime(2)); d.action != actWrite || d.write.version != "" {
-		t.Errorf("before the time of a step that moves some, %s, it decides to %d: %s", at, d.action, d.why)
+		t.Errorf("before the time of a step that moves some, %s, it decides to %d: %s", at, d.action, d.doing)
 	}
 	first.stepAdoptedAt = w.now.Add(-stepTime(2))
 	if d = first.decide(w.situationOf(first)); d.action != actWait || d.again != w.now.Add(answerWait) {
-		t.Errorf("at its time it decides to %d: %s", d.action, d.why)
+		t.Errorf("at its time it decides to %d: %s", d.action, d.doing)
 	}
 }
 
@@ -1462,7 +1462,7 @@ func TestSameTableDoesNotWaitAgain(t *testing.T) {
 		first.setNewest(&same, w.now)
 	}
 	if d := first.decide(w.situationOf(first)); d.action != actWrite {
-		t.Errorf("with the same table, made anew, it decides to %d: %s", d.action, d.why)
+		t.Errorf("with the same table, made anew, it decides to %d: %s", d.action, d.doing)
 	}
 }
 
@@ -1496,7 +1496,7 @@ func TestMissingAnswerDoesNotWait(t *testing.T) {
 		}
 		first.open, first.stepAdoptedAt = [4]uint64{}, w.now.Add(-stepTime(2))
 		if d := first.decide(w.situationOf(first)); d.action != actWrite || d.answer == nil || d.answer.blank != blank {
-			t.Errorf("blank %t: it decides to %d: %s, again in %s", blank, d.action, d.why, d.again.Sub(w.now))
+			t.Errorf("blank %t: it decides to %d: %s, again in %s", blank, d.action, d.doing, d.again.Sub(w.now))
 		}
 	}
 }
@@ -1525,19 +1525,19 @@ func TestAnswerIsSentOnce(t *testing.T) {
 	d := second.decide(w.situationOf(second))
 	second.commit(d, w.now)
 	if again := second.decide(w.situationOf(second)); again.action != actWait || again.again != w.now.Add(writeTimeout) {
-		t.Errorf("after %q it decides to %d: %s", d.why, again.action, again.why)
+		t.Errorf("after %q it decides to %d: %s", d.doing, again.action, again.doing)
 	}
 	other := *second.object
 	other.uid, second.object = "another", &other
 	second.view.uid = other.uid
-	if again := second.decide(w.situationOf(second)); again.action != actWrite || again.why != d.why {
-		t.Errorf("with another object it decides to %d: %s", again.action, again.why)
+	if again := second.decide(w.situationOf(second)); again.action != actWrite || again.doing != d.doing {
+		t.Errorf("with another object it decides to %d: %s", again.action, again.doing)
 	}
 	second.object = w.object
 	second.view.uid = w.object.uid
 	w.now = w.now.Add(writeTimeout)
-	if again := second.decide(w.situationOf(second)); again.action != actWrite || again.why != d.why {
-		t.Errorf("when it ought to be there it decides to %d: %s", again.action, again.why)
+	if again := second.decide(w.situationOf(second)); again.action != actWrite || again.doing != d.doing {
+		t.Errorf("when it ought to be there it decides to %d: %s", again.action, again.doing)
 	}
 }
 
@@ -1623,7 +1623,7 @@ func TestShareOfTheRate(t *testing.T) {
 	}
 	m := &mover{moveInterval: time.Second}
 	wantEqual(t, "time between two moves of a router by itself", m.interval(), time.Second)
-	m.shared = &membership{member: r.member}
+	m.shared = &sharedHandoff{member: r.member}
 	m.shared.inbox.object = s.object
 	wantEqual(t, "time between two moves with half of the rate", m.interval(), 2*time.Second)
 }
@@ -1670,7 +1670,7 @@ func TestOldCopyIsNotContinued(t *testing.T) {
 func TestOldCopyBeforeTheFirstPlan(t *testing.T) {
 	firstPlan := func(change func(*modelRouter, *sharedPlan)) modelRules {
 		return modelRules{decision: func(_ *modelWorld, r *modelRouter, d *decision) {
-			if strings.Contains(d.why, "is making the first plan") {
+			if strings.Contains(d.doing, "is making the first plan") {
 				changePlan(d, func(p *sharedPlan) { change(r, p) })
 			}
 		}}
@@ -1738,7 +1738,7 @@ func TestLeaveAfterRelease(t *testing.T) {
 	for _, released := range []bool{false, true} {
 		_, r, s := rested(2)
 		s.leaving, s.hasWork, s.doneHere = true, false, released
-		if left := r.decide(s).why == "this router is leaving"; left != released {
+		if left := r.decide(s).doing == "this router is leaving"; left != released {
 			t.Errorf("released %t: leaves %t", released, left)
 		}
 	}

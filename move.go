@@ -42,7 +42,7 @@ type mover struct {
 	// httpMoveTime is how old a plain request may become when a step waits for it, or with
 	// -handoff=off when its owner changed; 0: it is cut at once.
 	httpMoveTime  time.Duration
-	shared        *membership // nil without -handoff=all
+	shared        *sharedHandoff // nil without -handoff=all
 	ages          ageSweep
 	stepDurations *histogram // of the steps that are done
 	log           *slog.Logger
@@ -810,11 +810,11 @@ func (m *mover) keepReceipt(receipt moveReceipt) {
 	m.receipts.Store(&all)
 }
 
-// useMembership makes the mover share its steps, and the rate of moves, with other
+// shareHandoff makes the mover share its steps, and the rate of moves, with other
 // routers.
-func (m *mover) useMembership(s *membership) {
-	m.shared = s
-	s.wake = m.wake.notify
+func (m *mover) shareHandoff(h *sharedHandoff) {
+	m.shared = h
+	h.wake = m.wake.notify
 }
 
 // rateIsShared reports whether all routers together have the rate of moves.
@@ -836,7 +836,7 @@ func (m *mover) leave(ctx context.Context) {
 }
 
 // positiveRateShare returns this router's part of the rate, above 0 and at most 1. A router that
-// had no session to move when it answered last has a small part. It takes membership.mu.
+// had no session to move when it answered last has a small part. It takes sharedHandoff.mu.
 func (m *mover) positiveRateShare() float64 {
 	o := m.shared.lastObject()
 	if o == nil || o.plan == nil {
@@ -846,7 +846,7 @@ func (m *mover) positiveRateShare() float64 {
 }
 
 // withAwayForOthers returns the sorted ordinals in away, and those of the owners that are away
-// for other routers, by their last answers. It takes membership.mu.
+// for other routers, by their last answers. It takes sharedHandoff.mu.
 func (m *mover) withAwayForOthers(away []int) []int {
 	if m.shared == nil {
 		return away

@@ -93,7 +93,7 @@ func TestPreviewOfAll(t *testing.T) {
 	}
 	const edit = `{"kind":"ConfigMap","metadata":{"name":"overwriting"},"data":{"vip":"backend-1","a":"backend-0","idle":"backend-4"}}`
 	for shared, seconds := range map[bool]float64{true: 3, false: 2} {
-		a.proxy.mover.shared = map[bool]*membership{true: {}}[shared]
+		a.proxy.mover.shared = map[bool]*sharedHandoff{true: {}}[shared]
 		p = preview{}
 		a.ask(t, "POST", "/plan?all=1", edit, &p)
 		if p.Sessions != 6 || p.Namespaces != 1 || p.Seconds != seconds || p.Unresolved != 0 || len(p.Moves) != 1 {

@@ -134,7 +134,7 @@ func TestProxyForwardsTheRequest(t *testing.T) {
 
 // outside puts a view in force as a router has it that is not a member of the hand-off.
 func outside(p *proxy) {
-	p.mover.useMembership(newMembership(kubeClient{}, "edge", "hand-off", "router-x", "uid", "a=b", p.log))
+	p.mover.shareHandoff(newSharedHandoff(kubeClient{}, "edge", "hand-off", "router-x", "uid", "a=b", p.log))
 	p.mover.current.Store(&view{handoffPlan: &handoffPlan{records: []planRecord{{}}}, tables: []*table{nil}, servesNone: true})
 }
 

@@ -314,7 +314,7 @@ func (m *mover) status() handoffStatus {
 		s.Mode = "off"
 	case m.shared != nil:
 		shared := m.shared.snapshot()
-		s.Mode, s.Members, s.Why = "all", shared.members, shared.why
+		s.Mode, s.Members, s.Why = "all", shared.members, shared.doing
 	}
 	v, t := m.current.Load(), m.tables.table()
 	if v == nil || t == nil {

@@ -29,14 +29,14 @@ const (
 	relistTime = 5 * time.Second
 )
 
-// membership is this router's part in a hand-off that all routers share (-handoff=all).
-// It reads their object, asks member what to do next, and sends what has to be sent. The
+// sharedHandoff is a hand-off that all routers share (-handoff=all), as this router has part in
+// it. It reads their object, asks member what to do next, and sends what has to be sent. The
 // mover's run owns it and closes it.
 //
 // Each version of the object comes from one watcher, so none comes after a newer one. A
 // write changes nothing here: the watcher brings what it made. At most one write or list,
 // and one request for pods, are under way at a time.
-type membership struct {
+type sharedHandoff struct {
 	// Static after construction.
 	watcher  *watcher[handoffConfigMap]
 	writer   *kubeClient // of the write under way; it keeps its connection
@@ -93,7 +93,7 @@ type handoffInbox struct {
 // sharedStatus is what operators may ask.
 type sharedStatus struct {
 	whyNotServing string   // why this router admits nobody, or not to all namespaces; or ""
-	why           string   // what it does or waits for; or ""
+	doing         string   // what it does or waits for; or ""
 	members       []string // pods, sorted
 	missing       []string // those of them that have not answered the step
 	err           error    // of the last write or list; nil if it succeeded
@@ -106,14 +106,14 @@ type handoffConfigMap struct {
 	Data map[string]string `json:"data"`
 }
 
-// newMembership returns the membership of the pod with this name and UID, with the object
-// of this name. podLabel is the label selector of all routers' pods. The caller runs the
+// newSharedHandoff returns the shared hand-off for the pod with this name and UID, with the
+// object of this name. podLabel is the label selector of all routers' pods. The caller runs the
 // watcher, and sets wake, wantedBackends and onStored.
-func newMembership(client kubeClient, kubeNamespace, object string, pod, uid, podLabel string,
-	log *slog.Logger) *membership {
+func newSharedHandoff(client kubeClient, kubeNamespace, object string, pod, uid, podLabel string,
+	log *slog.Logger) *sharedHandoff {
 	writer, reader := client, client
 	writer.patch, writer.keep = true, true
-	s := &membership{
+	h := &sharedHandoff{
 		writer: &writer, client: client, podLabel: podLabel,
 		podsPath: "/api/v1/namespaces/" + kubeNamespace + "/pods",
 		wake:     func() {}, wantedBackends: func() *backendCount { return nil },
@@ -122,126 +122,126 @@ func newMembership(client kubeClient, kubeNamespace, object string, pod, uid, po
 		inbox:   handoffInbox{gone: map[string]bool{}},
 		hasLeft: make(chan struct{}),
 	}
-	s.watcher = &watcher[handoffConfigMap]{
+	h.watcher = &watcher[handoffConfigMap]{
 		kube: &reader, kind: "ConfigMap",
 		path:          "/api/v1/namespaces/" + kubeNamespace + "/configmaps",
 		kubeNamespace: kubeNamespace, name: object, noPause: true, relistWanted: newWakeup(),
 		meta:  func(m *handoffConfigMap) *apiObject { return &m.apiObject },
-		apply: s.apply, log: log,
+		apply: h.apply, log: log,
 	}
-	return s
+	return h
 }
 
 // apply takes a new version of the object from the watcher.
-func (m *membership) apply(objects map[string]*handoffConfigMap) {
-	in := objects[m.watcher.name]
-	m.mu.Lock()
-	m.inbox.known, m.inbox.object, m.inbox.seenAt = true, nil, time.Now()
+func (h *sharedHandoff) apply(objects map[string]*handoffConfigMap) {
+	in := objects[h.watcher.name]
+	h.mu.Lock()
+	h.inbox.known, h.inbox.object, h.inbox.seenAt = true, nil, time.Now()
 	if in != nil {
-		m.inbox.object = readHandoffObject(
+		h.inbox.object = readHandoffObject(
 			in.Metadata.UID, in.Metadata.ResourceVersion, in.Data)
 	}
-	o := m.inbox.object
-	m.mu.Unlock()
+	o := h.inbox.object
+	h.mu.Unlock()
 	switch {
 	case o == nil:
-		m.log.Warn("object of the hand-off not found; changes of owners wait",
-			"object", m.watcher.String())
+		h.log.Warn("object of the hand-off not found; changes of owners wait",
+			"object", h.watcher.String())
 	case len(o.faults) > 0:
-		if omitted, ok := m.faultThrottle.allow(time.Minute); ok {
-			m.log.Warn("object of the hand-off cannot be read",
-				"object", m.watcher.String(), "error", errors.Join(o.faults...).Error(),
+		if omitted, ok := h.faultThrottle.allow(time.Minute); ok {
+			h.log.Warn("object of the hand-off cannot be read",
+				"object", h.watcher.String(), "error", errors.Join(o.faults...).Error(),
 				"omitted", omitted)
 		}
 	}
-	m.wake()
+	h.wake()
 }
 
 // decideAndStart says what to do next, and begins what has to be written or listed. p is how far
 // this router has come, t its own table, nil if it has none yet, and backendStep the highest
 // step that a backend has answered. The caller carries out actAdopt and actEndAll, and calls
 // decideAndStart again. All else only says when to call it again, if nothing happens before.
-func (m *membership) decideAndStart(
+func (h *sharedHandoff) decideAndStart(
 	ctx context.Context, p stepProgress, t *table, backendStep int64, now time.Time,
 ) decision {
-	m.ctx = ctx
-	in := m.takeInbox(now)
-	m.member.setNewest(t, now)
-	m.member.noteBackendStep(backendStep)
+	h.ctx = ctx
+	in := h.takeInbox(now)
+	h.member.setNewest(t, now)
+	h.member.noteBackendStep(backendStep)
 	if in.object != nil {
-		m.member.expireOffers(in.object, now)
+		h.member.expireOffers(in.object, now)
 	}
-	m.passStored(&in)
-	d := m.member.decide(&decisionInput{
+	h.passStored(&in)
+	d := h.member.decide(&decisionInput{
 		stepProgress: p, now: now, object: in.object, seenAt: in.seenAt, list: in.list,
-		leaving: m.leaving, backends: m.wantedBackends(),
+		leaving: h.leaving, backends: h.wantedBackends(),
 		gone: func(_, uid string) bool { return in.gone[uid] },
 	})
-	m.publish(&in, d)
+	h.publish(&in, d)
 	switch d.action {
 	case actAdopt:
-		m.member.commit(d, now)
-		m.storedPassed = true
-		m.onStored(d.view.plan.backends)
+		h.member.commit(d, now)
+		h.storedPassed = true
+		h.onStored(d.view.plan.backends)
 	case actWrite, actList:
 		if in.busy { // its end wakes the mover's run
-			return decision{why: d.why}
+			return decision{doing: d.doing}
 		}
-		if now.Before(m.retryAt) {
-			return decision{why: d.why, again: m.retryAt}
+		if now.Before(h.retryAt) {
+			return decision{doing: d.doing, again: h.retryAt}
 		}
-		m.member.commit(d, now)
-		m.startRequest(d)
+		h.member.commit(d, now)
+		h.startRequest(d)
 	case actWait:
-		d.again = earliest(d.again, m.askPods(&in, now))
-		d.again = earliest(d.again, m.relistObject(&in, t, now))
+		d.again = earliest(d.again, h.askPods(&in, now))
+		d.again = earliest(d.again, h.relistObject(&in, t, now))
 	}
 	return d
 }
 
 // lastObject returns the newest version of the object, nil if there is none. It takes
-// membership.mu.
-func (m *membership) lastObject() *handoffObject {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.inbox.object
+// sharedHandoff.mu.
+func (h *sharedHandoff) lastObject() *handoffObject {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.inbox.object
 }
 
 // takeInbox returns what has come, and notes how the last write or list has ended.
-func (m *membership) takeInbox(now time.Time) handoffInbox {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	in := m.inbox
+func (h *sharedHandoff) takeInbox(now time.Time) handoffInbox {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	in := h.inbox
 	if !in.ended {
 		return in
 	}
-	m.inbox.ended = false
+	h.inbox.ended = false
 	if in.err == nil {
-		m.failures, m.retryAt = 0, time.Time{}
+		h.failures, h.retryAt = 0, time.Time{}
 		return in
 	}
-	m.failures++
-	m.retryAt = now.Add(retryDelay(m.failures, retryAfter(in.err), rand.Float64()))
+	h.failures++
+	h.retryAt = now.Add(retryDelay(h.failures, retryAfter(in.err), rand.Float64()))
 	return in
 }
 
 // passStored calls onStored once when the object is known and has no plan: the number of
 // backends is not stored.
-func (m *membership) passStored(in *handoffInbox) {
-	if !m.storedPassed && in.object != nil && in.object.plan == nil &&
+func (h *sharedHandoff) passStored(in *handoffInbox) {
+	if !h.storedPassed && in.object != nil && in.object.plan == nil &&
 		in.object.otherPlanVersion == nil {
-		m.storedPassed = true
-		m.onStored(nil)
+		h.storedPassed = true
+		h.onStored(nil)
 	}
 }
 
 // publish notes what operators may ask, and that this router has left.
-func (m *membership) publish(in *handoffInbox, d decision) {
-	st := sharedStatus{why: d.why, whyNotServing: m.whyNotServing(in)}
+func (h *sharedHandoff) publish(in *handoffInbox, d decision) {
+	st := sharedStatus{doing: d.doing, whyNotServing: h.whyNotServing(in)}
 	if in.object == nil {
-		st.why = st.whyNotServing
+		st.doing = st.whyNotServing
 	}
-	if v := m.member.view; v != nil {
+	if v := h.member.view; v != nil {
 		for pod := range v.plan.members {
 			st.members = append(st.members, pod)
 		}
@@ -250,61 +250,61 @@ func (m *membership) publish(in *handoffInbox, d decision) {
 			st.missing = in.object.missing()
 		}
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	st.err, st.podErr = m.status.err, m.status.podErr
-	m.status = st
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	st.err, st.podErr = h.status.err, h.status.podErr
+	h.status = st
 	select {
-	case <-m.hasLeft:
+	case <-h.hasLeft:
 	default:
-		if m.leaving && !in.busy && (m.member.view == nil || m.member.view.servesNone) {
-			close(m.hasLeft)
+		if h.leaving && !in.busy && (h.member.view == nil || h.member.view.servesNone) {
+			close(h.hasLeft)
 		}
 	}
 }
 
 // whyNotServing says why this router admits nobody, or not to all namespaces yet. It says
 // what the member says, or what is wrong with the object if the member has no view for that.
-func (m *membership) whyNotServing(in *handoffInbox) string {
-	why := m.member.whyNotServing()
+func (h *sharedHandoff) whyNotServing(in *handoffInbox) string {
+	why := h.member.whyNotServing()
 	switch {
-	case why == "" || m.member.view != nil:
+	case why == "" || h.member.view != nil:
 		return why
 	case !in.known:
-		why = m.watcher.String() + " has not been read yet"
-		if failure := m.watcher.snapshot().failure; failure != nil {
-			why = m.watcher.String() + ": " + failure.Error()
+		why = h.watcher.String() + " has not been read yet"
+		if failure := h.watcher.snapshot().failure; failure != nil {
+			why = h.watcher.String() + ": " + failure.Error()
 		}
 	case in.object == nil:
-		why = m.watcher.String() + " does not exist: apply the router's manifests"
+		why = h.watcher.String() + " does not exist: apply the router's manifests"
 	case in.object.otherPlanVersion != nil:
-		why = m.watcher.String() + " is of another version of the router: stop all routers, " +
+		why = h.watcher.String() + " is of another version of the router: stop all routers, " +
 			"and empty it"
 	}
 	return why
 }
 
 // snapshot returns what operators may ask.
-func (m *membership) snapshot() sharedStatus {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.status
+func (h *sharedHandoff) snapshot() sharedStatus {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.status
 }
 
 // whyNotReady says why the router should get no new clients yet, or "".
-func (m *membership) whyNotReady() string {
-	st := m.snapshot()
+func (h *sharedHandoff) whyNotReady() string {
+	st := h.snapshot()
 	if st.whyNotServing == "" {
 		return ""
 	}
 	text := "the hand-off: " + st.whyNotServing
-	if st.why != "" && st.why != st.whyNotServing {
-		text += "; " + st.why
+	if st.doing != "" && st.doing != st.whyNotServing {
+		text += "; " + st.doing
 	}
 	err := cmp.Or(st.err, st.podErr)
 	if errorClass(err) == "forbidden" {
 		text += fmt.Sprintf("; %v: the Role needs list, watch and patch of configmaps "+
-			"with resourceNames [%s], and get and list of pods", err, m.watcher.name)
+			"with resourceNames [%s], and get and list of pods", err, h.watcher.name)
 	} else if err != nil {
 		text += "; " + err.Error()
 	}
@@ -312,58 +312,58 @@ func (m *membership) whyNotReady() string {
 }
 
 // startRequest begins to write or to list. It does not block.
-func (m *membership) startRequest(d decision) {
-	m.mu.Lock()
-	m.inbox.busy = true
-	m.mu.Unlock()
-	ctx := m.ctx
-	m.running.Go(func() {
+func (h *sharedHandoff) startRequest(d decision) {
+	h.mu.Lock()
+	h.inbox.busy = true
+	h.mu.Unlock()
+	ctx := h.ctx
+	h.running.Go(func() {
 		var err error
 		if d.action == actWrite {
-			err = m.write(ctx, d.write)
+			err = h.write(ctx, d.write)
 		} else {
-			err = m.listPods(ctx)
+			err = h.listPods(ctx)
 		}
-		m.requestDone(ctx, d, err)
+		h.requestDone(ctx, d, err)
 	})
 }
 
 // requestDone notes how a write or a list has ended. A conflict is no failure: somebody
 // else was first, or the object was made anew, and the watcher brings what they did. The
 // API server answers 409 if the resourceVersion is another, and 422 if the UID is.
-func (m *membership) requestDone(ctx context.Context, d decision, err error) {
+func (h *sharedHandoff) requestDone(ctx context.Context, d decision, err error) {
 	switch {
 	case ctx.Err() != nil:
 		return
 	case hasStatus(err, http.StatusConflict),
 		hasStatus(err, http.StatusUnprocessableEntity):
-		m.counts.conflicts.Add(1)
+		h.counts.conflicts.Add(1)
 		err = nil
 	case err != nil && d.action == actWrite:
-		m.counts.failed.Add(1)
+		h.counts.failed.Add(1)
 	case d.action == actWrite:
-		m.counts.written.Add(1)
+		h.counts.written.Add(1)
 	}
 	if err != nil {
-		if omitted, ok := m.throttle.allow(10 * time.Second); ok {
-			m.log.Warn("cannot write or list for the hand-off; will retry",
-				"object", m.watcher.String(), "purpose", d.why,
+		if omitted, ok := h.throttle.allow(10 * time.Second); ok {
+			h.log.Warn("cannot write or list for the hand-off; will retry",
+				"object", h.watcher.String(), "purpose", d.doing,
 				"class", errorClass(err), "error", err.Error(), "omitted", omitted)
 		}
 	}
-	m.mu.Lock()
-	m.inbox.busy, m.inbox.ended, m.inbox.err = false, true, err
-	m.status.err = err
-	m.mu.Unlock()
-	m.wake()
+	h.mu.Lock()
+	h.inbox.busy, h.inbox.ended, h.inbox.err = false, true, err
+	h.status.err = err
+	h.mu.Unlock()
+	h.wake()
 }
 
 // write writes the object.
-func (m *membership) write(ctx context.Context, w *handoffWrite) error {
+func (h *sharedHandoff) write(ctx context.Context, w *handoffWrite) error {
 	ctx, cancel := context.WithTimeout(ctx, objectRequestTimeout)
 	defer cancel()
-	path := m.watcher.path + "/" + m.watcher.name
-	body, err := m.writer.do(ctx, path, url.Values{"fieldManager": {"router"}}, w.patch())
+	path := h.watcher.path + "/" + h.watcher.name
+	body, err := h.writer.do(ctx, path, url.Values{"fieldManager": {"router"}}, w.patch())
 	if err != nil {
 		return err
 	}
@@ -375,26 +375,26 @@ func (m *membership) write(ctx context.Context, w *handoffWrite) error {
 
 // listPods makes the watcher list the object again, and after that lists the pods of all
 // routers. It puts the pods into the inbox.
-func (m *membership) listPods(ctx context.Context) error {
+func (h *sharedHandoff) listPods(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, listTimeout)
 	defer cancel()
 	select {
-	case <-m.watcher.relist():
+	case <-h.watcher.relist():
 	case <-ctx.Done():
-		return cmp.Or(m.watcher.snapshot().failure, ctx.Err())
+		return cmp.Or(h.watcher.snapshot().failure, ctx.Err())
 	}
-	m.mu.Lock()
-	o := m.inbox.object
-	m.mu.Unlock()
+	h.mu.Lock()
+	o := h.inbox.object
+	h.mu.Unlock()
 	if o == nil {
 		return nil // decideAndStart will say so
 	}
 	l := &podList{
 		uid: o.uid, version: o.version, at: time.Now(), pods: map[string]routerPod{},
 	}
-	client := m.client
-	query := url.Values{"labelSelector": {m.podLabel}}
-	body, err := client.do(ctx, m.podsPath, query, nil)
+	client := h.client
+	query := url.Values{"labelSelector": {h.podLabel}}
+	body, err := client.do(ctx, h.podsPath, query, nil)
 	if err != nil {
 		return err
 	}
@@ -410,9 +410,9 @@ func (m *membership) listPods(ctx context.Context) error {
 	for _, pod := range pods {
 		l.pods[pod.Metadata.Name] = pod.routerPod()
 	}
-	m.mu.Lock()
-	m.inbox.list = l
-	m.mu.Unlock()
+	h.mu.Lock()
+	h.inbox.list = l
+	h.mu.Unlock()
 	return nil
 }
 
@@ -462,50 +462,50 @@ func (p *podObject) routerEnded() bool {
 
 // askPods asks the API server about routers that have not answered for blockedTime: is
 // the pod still there? It returns when to ask again. It does not block.
-func (m *membership) askPods(in *handoffInbox, now time.Time) time.Time {
-	blocking := m.blocking(in)
+func (h *sharedHandoff) askPods(in *handoffInbox, now time.Time) time.Time {
+	blocking := h.blocking(in)
 	if len(blocking) == 0 || in.asking {
 		return time.Time{}
 	}
-	if at := latest(in.seenAt, m.askedAt).Add(blockedTime); now.Before(at) {
+	if at := latest(in.seenAt, h.askedAt).Add(blockedTime); now.Before(at) {
 		return at
 	}
-	m.askedAt = now
-	m.mu.Lock()
-	m.inbox.asking = true
-	m.mu.Unlock()
-	ctx := m.ctx
-	m.running.Go(func() {
-		gone, err := m.findGone(ctx, blocking)
-		m.noteGone(gone, err)
+	h.askedAt = now
+	h.mu.Lock()
+	h.inbox.asking = true
+	h.mu.Unlock()
+	ctx := h.ctx
+	h.running.Go(func() {
+		gone, err := h.findGone(ctx, blocking)
+		h.noteGone(gone, err)
 	})
 	return time.Time{}
 }
 
 // noteGone notes the UIDs of pods that have ended for ever, and an error of askPods.
-func (m *membership) noteGone(gone []string, err error) {
-	m.mu.Lock()
-	known := maps.Clone(m.inbox.gone) // decideAndStart may read the map
+func (h *sharedHandoff) noteGone(gone []string, err error) {
+	h.mu.Lock()
+	known := maps.Clone(h.inbox.gone) // decideAndStart may read the map
 	for _, uid := range gone {
 		known[uid] = true
 	}
-	m.inbox.gone, m.inbox.asking = known, false
-	m.status.podErr = err
-	m.mu.Unlock()
-	m.wake()
+	h.inbox.gone, h.inbox.asking = known, false
+	h.status.podErr = err
+	h.mu.Unlock()
+	h.wake()
 }
 
 // blocking returns the members other than this router that a change waits for: they have
 // not answered, or have another table than this router.
-func (m *membership) blocking(in *handoffInbox) map[string]memberID {
-	v, o, t := m.member.view, in.object, m.member.newest
+func (h *sharedHandoff) blocking(in *handoffInbox) map[string]memberID {
+	v, o, t := h.member.view, in.object, h.member.newest
 	if v == nil || o == nil || o.plan == nil || t == nil || v.servesNone {
 		return nil
 	}
 	all := map[string]memberID{}
 	for pod, id := range o.plan.members {
 		late := !o.hasAnswered(pod) || o.answers[pod].ownersHash != t.ownersHash
-		if pod != m.member.name && late {
+		if pod != h.member.name && late {
 			all[pod] = id
 		}
 	}
@@ -514,12 +514,12 @@ func (m *membership) blocking(in *handoffInbox) map[string]memberID {
 
 // findGone asks for each pod, and returns the UIDs of those members whose processes have
 // ended for ever.
-func (m *membership) findGone(
+func (h *sharedHandoff) findGone(
 	ctx context.Context, members map[string]memberID,
 ) (gone []string, err error) {
-	client := m.client
+	client := h.client
 	for pod, id := range members {
-		found, askErr := m.getPod(ctx, &client, pod)
+		found, askErr := h.getPod(ctx, &client, pod)
 		switch {
 		case askErr != nil:
 			err = askErr
@@ -531,12 +531,12 @@ func (m *membership) findGone(
 }
 
 // getPod returns the pod of this name, nil if there is none.
-func (m *membership) getPod(
+func (h *sharedHandoff) getPod(
 	ctx context.Context, client *kubeClient, name string,
 ) (*routerPod, error) {
 	ctx, cancel := context.WithTimeout(ctx, objectRequestTimeout)
 	defer cancel()
-	body, err := client.do(ctx, m.podsPath+"/"+name, nil, nil)
+	body, err := client.do(ctx, h.podsPath+"/"+name, nil, nil)
 	if hasStatus(err, http.StatusNotFound) {
 		return nil, nil
 	}
@@ -555,28 +555,28 @@ func (m *membership) getPod(
 
 // relistObject lists the object again if a change waits and nothing has come for
 // relistTime. It returns when to look again, zero if no change waits.
-func (m *membership) relistObject(in *handoffInbox, t *table, now time.Time) time.Time {
-	v := m.member.view
+func (h *sharedHandoff) relistObject(in *handoffInbox, t *table, now time.Time) time.Time {
+	v := h.member.view
 	if v == nil || t == nil || v.hasOnlyTable(t.ownersHash) && v.done {
 		return time.Time{}
 	}
-	if at := latest(in.seenAt, m.listedAt).Add(relistTime); now.Before(at) {
+	if at := latest(in.seenAt, h.listedAt).Add(relistTime); now.Before(at) {
 		return at
 	}
-	m.listedAt = now
-	m.watcher.relist()
+	h.listedAt = now
+	h.watcher.relist()
 	return now.Add(relistTime)
 }
 
 // close waits for the requests under way, whose context has ended.
-func (m *membership) close() {
-	m.running.Wait()
-	m.writer.dropKept()
+func (h *sharedHandoff) close() {
+	h.running.Wait()
+	h.writer.dropKept()
 }
 
 // writeMetrics writes the members and the writes.
-func (m *membership) writeMetrics(w metricsWriter) {
-	st := m.snapshot()
+func (h *sharedHandoff) writeMetrics(w metricsWriter) {
+	st := h.snapshot()
 	w.single("router_handoff_members", "gauge",
 		"Routers that share the hand-off, as this one knows.", float64(len(st.members)))
 	w.single("router_handoff_member", "gauge",
@@ -585,7 +585,7 @@ func (m *membership) writeMetrics(w metricsWriter) {
 		boolToFloat(st.whyNotServing == ""))
 	sample := w.family("router_handoff_writes_total", "counter",
 		"Writes of the object of the hand-off, by result.")
-	sample(float64(m.counts.written.Load()), "result", "ok")
-	sample(float64(m.counts.conflicts.Load()), "result", "conflict")
-	sample(float64(m.counts.failed.Load()), "result", "error")
+	sample(float64(h.counts.written.Load()), "result", "ok")
+	sample(float64(h.counts.conflicts.Load()), "result", "conflict")
+	sample(float64(h.counts.failed.Load()), "result", "error")
 }

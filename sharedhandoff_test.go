@@ -20,7 +20,7 @@ import (
 )
 
 // handoffSim is a cluster in a synctest bubble: an API server that fails at random, and
-// routers whose movers and memberships are the real ones. Sessions have no sockets. The
+// routers whose movers and shared hand-offs are the real ones. Sessions have no sockets. The
 // backends note which sessions they have.
 type handoffSim struct {
 	*testing.T
@@ -76,7 +76,7 @@ type simContainer struct {
 	running   sync.WaitGroup
 	open      map[*simSession]bool // guarded by handoffSim.mu
 	admits    bool                 // guarded by handoffSim.mu; false once it ends
-	decisions atomic.Int64         // of its membership
+	decisions atomic.Int64         // of its shared hand-off
 	probes    atomic.Int64         // dials of new owners
 	goesBy    atomic.Value         // the version of the object that its view is of; a string
 }
@@ -168,7 +168,7 @@ func (r *simRouter) start() {
 	c.mover = newMover(router, relay, r.rate, probe, func() {}, log)
 	c.settleTime = 50 * time.Millisecond
 	client := r.network.kube(r.T)
-	c.useMembership(newMembership(*client, "edge", handoffName, r.pod.name, r.pod.uid,
+	c.shareHandoff(newSharedHandoff(*client, "edge", handoffName, r.pod.name, r.pod.uid,
 		"app.kubernetes.io/name=router", log))
 	c.shared.wantedBackends = func() *backendCount {
 		c.decisions.Add(1)
@@ -543,7 +543,7 @@ func (s *handoffSim) whyUnsettled() string {
 			return r.pod.name + ": " + why
 		case t == nil || v == nil || !v.hasOnlyTable(t.ownersHash) || !v.done:
 			st := c.shared.snapshot()
-			return fmt.Sprintf("%s: not at rest: %s, missing %v", r.pod.name, st.why, st.missing)
+			return fmt.Sprintf("%s: not at rest: %s, missing %v", r.pod.name, st.doing, st.missing)
 		case strings.Fields(t.overridesVersion)[0] != strconv.Itoa(s.version):
 			return r.pod.name + ": an old table: " + t.overridesVersion
 		}
@@ -692,7 +692,7 @@ func (p *simPlay) simulateSeeds(t *testing.T, seeds int) {
 	}
 }
 
-// The real mover, membership, watcher and client of the API server, under random faults,
+// The real mover, shared hand-off, watcher and client of the API server, under random faults,
 // crashes and changes: no namespace has two owners, and all comes to rest.
 func TestHandoffSeeds(t *testing.T) {
 	if !withoutRace(t) {
