@@ -284,6 +284,7 @@ func (m *mover) restartSettling(now time.Time) {
 func (m *mover) requeue(v *view, t *table, now time.Time) {
 	var queue []queuedSession
 	var oldPod []*session
+	record := newRecord(t)
 	for _, s := range m.movableSessions() {
 		hash := hash64(s.namespace)
 		target, kept := t.lookup(s.namespace, hash)
@@ -297,11 +298,8 @@ func (m *mover) requeue(v *view, t *table, now time.Time) {
 		if isReplaced {
 			oldPod = append(oldPod, s)
 		}
-		switch {
-		case target != s.backend && !t.backends.has(s.backend): // it was scaled in
-			queue = append(queue, queuedSession{s, 0, target, isReplaced})
-		case target != s.backend:
-			queue = append(queue, queuedSession{s, placeOf(hash), target, isReplaced})
+		if target != s.backend {
+			queue = append(queue, queuedSession{s, record.place(hash, s.backend), target, isReplaced})
 		}
 	}
 	cancelled := m.queue.fill(queue, oldPod, now)
