@@ -104,7 +104,7 @@ func (a *admin) handler() http.Handler {
 				"the host must be localhost or an address, when it is reached at a loopback address")
 			return
 		}
-		if a.peers.isOwn(r) {
+		if a.peers.isAskedByUs(r) {
 			writeError(w, http.StatusLoopDetected, errOwnAnswer.Error())
 			return
 		}

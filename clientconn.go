@@ -69,10 +69,10 @@ type clientConn struct {
 	readEOF     atomic.Bool // the client has ended its side of the connection, and may still listen
 
 	// Set before net/http reads. After that, Read may set remoteAddr (see proxyProtocol), and
-	// who takes upgrade sets it to nil. remoteAddr is the client's address; nil: that of Conn,
+	// who takes pending sets it to nil. remoteAddr is the client's address; nil: that of Conn,
 	// which forgets it when the connection is reset.
 	remoteAddr net.Addr
-	upgrade    atomic.Pointer[pendingRequest] // of its first upgrade, from the fast path; or nil
+	pending    atomic.Pointer[pendingRequest] // of its first upgrade, from the fast path; or nil
 	serverCtx  context.Context                // ends when the router stops; set in ConnContext
 
 	// Not nil until the header was read with which the connection has to begin, before any
@@ -239,7 +239,7 @@ func markRequestRead(r *http.Request) {
 
 // takePendingRequest returns the upgrade that the fast path has admitted for the client,
 // or nil. The caller closes it.
-func (c *clientConn) takePendingRequest() *pendingRequest { return c.upgrade.Swap(nil) }
+func (c *clientConn) takePendingRequest() *pendingRequest { return c.pending.Swap(nil) }
 
 // prefixedConn is a connection of which something was read before: prefix.
 type prefixedConn struct {

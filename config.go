@@ -45,7 +45,7 @@ type config struct {
 	namespaceMatcher       *namespaceMatcher // of both
 	limits                 limits
 	http                   string // "on" or "off"
-	httpMoveTime           time.Duration
+	httpMoveTimeout        time.Duration
 	moveRate               int // sessions per second, 0: no limit
 	moveSettle             time.Duration
 	peers                  []string      // admin ports of the other routers; nil for none
@@ -228,7 +228,7 @@ func (c *config) trafficFlags(f *flag.FlagSet) {
 	f.IntVar(&c.limits.sessions, "max-sessions", 100_000,
 		"maximum `number` of open sessions, pending upgrades and plain requests, all three counted\n"+
 			"together")
-	f.IntVar(&c.limits.pendingUpgrades, "max-pending-upgrades", 10_000,
+	f.IntVar(&c.limits.pendingRequests, "max-pending-upgrades", 10_000,
 		"maximum `number` of upgrades under way, and of plain requests that their owner has not got,\n"+
 			"both counted together. Half of it is divided evenly among the backends. Of the other\n"+
 			"half, one backend may use at most as much as it leaves free")
@@ -242,7 +242,7 @@ func (c *config) trafficFlags(f *flag.FlagSet) {
 	f.StringVar(&c.http, "http", "on",
 		"`on` or off: whether plain requests (no upgrades) go to the owners of their namespaces\n"+
 			"too, or are refused with 426")
-	f.DurationVar(&c.httpMoveTime, "http-move-timeout", 30*time.Second,
+	f.DurationVar(&c.httpMoveTimeout, "http-move-timeout", 30*time.Second,
 		"after the owner of its namespace has changed, a plain request (a download, a long poll, an\n"+
 			"event stream) that is older than this is cut, and a younger one when it gets this old;\n"+
 			"0 cuts all at once")
@@ -499,7 +499,7 @@ func (c *config) validateLimits() error {
 		{"max-header-bytes", c.limits.headerBytes, 1024},
 		{"max-header-fields", c.limits.headerFields, 16},
 		{"max-sessions", c.limits.sessions, 1},
-		{"max-pending-upgrades", c.limits.pendingUpgrades, 1},
+		{"max-pending-upgrades", c.limits.pendingRequests, 1},
 		{"max-sessions-per-namespace", c.limits.namespace.sessions, 0},
 		{"max-upgrades-per-second", c.limits.namespace.upgrades, 0},
 		{"move-rate", c.moveRate, 0},
@@ -517,7 +517,7 @@ func (c *config) validateLimits() error {
 		{"upgrade-timeout", c.limits.upgradeTimeout, 1},
 		{"header-timeout", c.limits.headerTimeout, 1},
 		{"move-settle", c.moveSettle, 0},
-		{"http-move-timeout", c.httpMoveTime, 0},
+		{"http-move-timeout", c.httpMoveTimeout, 0},
 		{"handoff-proof-timeout", c.handoffProofTimeout, 0},
 		{"release-retention", c.releaseRetention, 1},
 		{"drain-delay", c.drainDelay, 0},

@@ -57,7 +57,7 @@ type poller struct {
 // slot has what an event is for: a session, or a client that has none yet.
 type slot struct {
 	session    *session // nil if the slot is free, or a socketOwner's
-	handler    socketOwner
+	owner      socketOwner
 	generation int32 // how often the slot was freed: an event with another one is stale
 }
 
@@ -144,7 +144,7 @@ func (e *engine) carry(s *session, conns [2]net.Conn, early [2][]byte) {
 // before. It ends s if a socket is missing or s was ended before. The caller holds
 // mu.
 func (p *poller) carry(s *session, slotIndex int32, fds [2]int32, early [2][]byte) {
-	p.slots[slotIndex].session, p.slots[slotIndex].handler = s, nil
+	p.slots[slotIndex].session, p.slots[slotIndex].owner = s, nil
 	s.slot, s.fd, s.open = slotIndex, fds, true
 	switch {
 	case min(fds[clientSide], fds[backendSide]) < 0:
@@ -215,8 +215,8 @@ func (p *poller) handleEvent(event syscall.EpollEvent) {
 	case target.generation != event.Pad>>1: // the event is stale: the slot was freed since
 	case target.session != nil:
 		p.handle(target.session, i, event.Events)
-	case target.handler != nil:
-		target.handler.handleEvent(i, event.Events)
+	case target.owner != nil:
+		target.owner.handleEvent(i, event.Events)
 	}
 }
 
@@ -252,34 +252,34 @@ func (p *poller) addSocketOwner(h socketOwner) int32 {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	slotIndex := p.allocateSlot()
-	p.slots[slotIndex].handler = h
+	p.slots[slotIndex].owner = h
 	return slotIndex
 }
 
-// interruptPending calls handleStop of all handlers.
-func (p *poller) interruptPending() {
+// stopSocketOwners calls handleStop of all socketOwners.
+func (p *poller) stopSocketOwners() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, at := range p.slots {
-		if at.handler != nil {
-			at.handler.handleStop()
+		if at.owner != nil {
+			at.owner.handleStop()
 		}
 	}
 }
 
-// removeSocketOwner takes the sockets of a handler that does not become a session out of the
+// removeSocketOwner takes the sockets of a socketOwner that does not become a session out of the
 // set, and frees its slot. It leaves the sockets open.
 func (p *poller) removeSocketOwner(slotIndex int32, from *sockets) {
-	p.unwatchPending(from, clientSide)
-	p.unwatchPending(from, backendSide)
+	p.unwatchSocket(from, clientSide)
+	p.unwatchSocket(from, backendSide)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.freeSlot(slotIndex)
 }
 
-// unwatchPending takes the socket of a side out of the set: else it is watched while a
+// unwatchSocket takes the socket of a side out of the set: else it is watched while a
 // duplicate is open.
-func (p *poller) unwatchPending(from *sockets, i side) {
+func (p *poller) unwatchSocket(from *sockets, i side) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if from.epollMask[i] != 0 {
@@ -288,7 +288,7 @@ func (p *poller) unwatchPending(from *sockets, i side) {
 	}
 }
 
-// promote registers s and carries it on the sockets of a handler, whose slot it gets. tls
+// promote registers s and carries it on the sockets of a socketOwner, whose slot it gets. tls
 // is its client's, or nil.
 func (p *poller) promote(
 	s *session, slotIndex int32, from *sockets, tls *tlsConn, early [2][]byte,
@@ -344,7 +344,7 @@ func (p *poller) updateEpoll(s *session) {
 }
 
 // watch makes epoll watch the socket fd for the events in mask. It is side i of the
-// session or the handler in the slot, whose epollMask for it is watched. The caller holds
+// session or the socketOwner in the slot, whose epollMask for it is watched. The caller holds
 // mu.
 func (p *poller) watch(slotIndex int32, i side, fd int32, watched *uint32, mask uint32) error {
 	op := syscall.EPOLL_CTL_MOD

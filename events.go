@@ -71,7 +71,7 @@ func newEventRecorder(k kubeClient, podName string, log *slog.Logger) *eventReco
 // rejected overrides, if any, and one for its counts. The router has a table of this version
 // then: namespaces keep their owners until it is their turn to move. It does not block.
 func (r *eventRecorder) reportChange(o apiObject, c sourceChange) {
-	identity := fmt.Sprintf("%s %x", c.resizeSpecID, c.ownersHash)
+	identity := fmt.Sprintf("%s %x", c.eventSpecID, c.ownersHash)
 	if c.rejected > 0 {
 		r.enqueue(o, "Warning", "OverridesRejected", identity, rejectedMessage(c))
 	}

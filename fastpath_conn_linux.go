@@ -45,7 +45,7 @@ type fastConn struct {
 	received           []byte           // what the client has sent
 	earlyAt            int              // index in received of what follows the request
 	request            *http.Request    // nil before it was read, and while it waits for its owner
-	upgrade            *pendingRequest  // nil before its admission
+	pending            *pendingRequest  // nil before its admission
 	waiter             waiter           // its sequence is 0 if the owner could be dialled at once
 
 	parked atomic.Bool
@@ -125,8 +125,8 @@ func (c *fastConn) serve() {
 		c.close()
 	case !c.admit():
 		c.fallBack(nil, nil)
-	case p.relay.oldPodSessionsDone(c.upgrade.namespace) != nil ||
-		!p.backends.queues.tryDial(c.upgrade.queueOrdinal()):
+	case p.relay.oldPodSessionsDone(c.pending.namespace) != nil ||
+		!p.backends.queues.tryDial(c.pending.queueOrdinal()):
 		go c.park() // on a new stack, which is small
 	default:
 		c.dialOwner()
@@ -187,7 +187,7 @@ func (c *fastConn) admit() bool {
 	if refused != nil {
 		return false
 	}
-	c.upgrade = upgrade
+	c.pending = upgrade
 	c.poller.mu.Lock()
 	defer c.poller.mu.Unlock()
 	return c.watch(clientSide, epollReadEvents) == nil
@@ -211,7 +211,7 @@ func (c *fastConn) parseUpgrade() *http.Request {
 
 // dialOwner dials the owner, as it may, and goes on with askOwner or park.
 func (c *fastConn) dialOwner() {
-	p, u := c.fastPath.proxy, c.upgrade
+	p, u := c.fastPath.proxy, c.pending
 	podUID, err := p.backends.dialInTurn(c.ctx, &c.waiter, u.backend, c.connect)
 	switch {
 	case err == nil && p.relay.oldPodSessionsDone(u.namespace) == nil:
@@ -229,7 +229,7 @@ func (c *fastConn) dialOwner() {
 
 // askOwner sends the owner the request, and makes the session of its 101.
 func (c *fastConn) askOwner() {
-	p, u := c.fastPath.proxy, c.upgrade
+	p, u := c.fastPath.proxy, c.pending
 	if c.wasParked() {
 		c.setDeadline(time.Now().Add(fastPathTimeout), false)
 		c.request = c.parseUpgrade()
@@ -269,15 +269,15 @@ func (c *fastConn) askOwner() {
 	}
 	c.endContext()
 	p.openSession(u, s, func() { c.poller.promote(s, c.slot, &c.sockets, c.tls, early) })
-	c.fastPath.pending.Done()
+	c.fastPath.running.Done()
 }
 
 // park parks the client in the dial queue of its owner, which cannot be dialled now. If
 // it may dial, has to ask for its owner again, or its time is over, resume goes on.
 func (c *fastConn) park() {
-	p, u := c.fastPath.proxy, c.upgrade
+	p, u := c.fastPath.proxy, c.pending
 	if !c.wasParked() {
-		if u.reserveHead(len(c.received), p.limits.pendingUpgrades) != nil {
+		if u.reserveHead(len(c.received), p.limits.pendingRequests) != nil {
 			c.fallBack(nil, nil)
 			return
 		}
@@ -308,7 +308,7 @@ func (c *fastConn) unpark() {
 // resume goes on with c, which was parked.
 func (c *fastConn) resume() {
 	queues := c.fastPath.proxy.backends.queues
-	switch err := queues.dequeue(c.ctx, &c.waiter, c.upgrade.queueOrdinal()); {
+	switch err := queues.dequeue(c.ctx, &c.waiter, c.pending.queueOrdinal()); {
 	case err == nil:
 		c.dialOwner()
 	case errors.Is(err, errRecheckOwner):
@@ -326,21 +326,21 @@ func (c *fastConn) wasParked() bool { return c.waiter.sequence != 0 }
 // is why the owner could not be reached. A client that is gone is closed. c must not be
 // used after it.
 func (c *fastConn) fallBack(answer []byte, failure error) {
-	if c.upgrade != nil && c.isGone() {
+	if c.pending != nil && c.isGone() {
 		c.closeGone()
 		return
 	}
 	if c.wasParked() && !errors.Is(c.ctx.Err(), context.Canceled) {
-		c.upgrade.dialErr = failure
+		c.pending.dialErr = failure
 	}
 	f, control := c.fastPath, c.fastPath.proxy.backends.dialer.Control
-	defer f.pending.Done()
+	defer f.running.Done()
 	c.detach()
 	socket := os.NewFile(uintptr(c.fd[clientSide]), "socket")
 	conn, err := connFromSocket(socket, control)
 	if err != nil {
 		c.abandonBackend()
-		c.upgrade.uncount()
+		c.pending.uncount()
 		f.refuseClient(socket, c.sealedHead([]byte(refusedHead)), err)
 		return
 	}
@@ -355,12 +355,12 @@ func (c *fastConn) fallBack(answer []byte, failure error) {
 	}
 	if c.fd[backendSide] >= 0 {
 		if conn := c.takeBackend(); conn != nil {
-			c.upgrade.backendConn = &prefixedConn{conn, answer}
+			c.pending.backendConn = &prefixedConn{conn, answer}
 		} else { // it is asked again
-			c.upgrade.abandon(nil)
+			c.pending.abandon(nil)
 		}
 	}
-	client.upgrade.Store(c.upgrade)
+	client.pending.Store(c.pending)
 	f.handToHTTP(client)
 }
 
@@ -377,9 +377,9 @@ func (c *fastConn) close() {
 	c.detach()
 	c.abandonBackend()
 	syscall.Close(int(c.fd[clientSide]))
-	c.upgrade.uncount()
+	c.pending.uncount()
 	c.fastPath.fdLimit.add(-descriptorsPerClient)
-	c.fastPath.pending.Done()
+	c.fastPath.running.Done()
 }
 
 // detach takes the sockets from the poller, and ends the context.
@@ -655,17 +655,17 @@ func (c *fastConn) closeBackend() {
 func (c *fastConn) abandonBackend() {
 	switch {
 	case c.fd[backendSide] < 0:
-	case c.upgrade.flight == nil:
+	case c.pending.flight == nil:
 		c.closeBackend()
 	default:
-		c.upgrade.abandon(c.takeBackend())
+		c.pending.abandon(c.takeBackend())
 	}
 }
 
 // takeBackend takes the connection to the backend from the poller. It returns nil, and
 // has closed the socket, if it was lost or if there is no descriptor for its duplicate.
 func (c *fastConn) takeBackend() net.Conn {
-	c.poller.unwatchPending(&c.sockets, backendSide)
+	c.poller.unwatchSocket(&c.sockets, backendSide)
 	socket := os.NewFile(uintptr(c.fd[backendSide]), "socket")
 	defer socket.Close()
 	lost := c.backendLost

@@ -43,7 +43,7 @@ type fastPath struct {
 	fallbacks  chan net.Conn // to Accept
 
 	done    chan struct{}  // closed when run has ended
-	pending sync.WaitGroup // the fastConns
+	running sync.WaitGroup // the fastConns
 }
 
 // fastPathTimeout is how long a client may be on the fast path before it falls back. It
@@ -89,7 +89,7 @@ func (f *fastPath) Accept() (net.Conn, error) {
 func (f *fastPath) stop() {
 	f.stopAccepting()
 	<-f.done
-	f.pending.Wait()
+	f.running.Wait()
 	f.handToHTTP(nil)
 }
 
@@ -108,7 +108,7 @@ func (f *fastPath) handToHTTP(conn net.Conn) {
 func (f *fastPath) stopAccepting() {
 	f.stopping.Store(true)
 	for _, p := range f.proxy.relay.engine.pollers {
-		p.interruptPending()
+		p.stopSocketOwners()
 	}
 	f.retry.close()
 	f.fdLimit.close()
@@ -168,7 +168,7 @@ func (f *fastPath) startClient(fd int32, peer syscall.Sockaddr) {
 	}
 	c.changed.L = &poller.mu
 	c.slot = poller.addSocketOwner(c)
-	f.pending.Add(1)
+	f.running.Add(1)
 	go c.serve()
 }
 

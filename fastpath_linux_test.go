@@ -217,7 +217,7 @@ func TestClientConnCloses(t *testing.T) {
 		limit.acquire(0, 1, 10)
 		owner := &closes{}
 		c := &clientConn{Conn: near, fdLimit: wideDescriptorLimit(t)}
-		c.upgrade.Store(&pendingRequest{limit: &limit, backendConn: owner})
+		c.pending.Store(&pendingRequest{limit: &limit, backendConn: owner})
 		var both sync.WaitGroup
 		both.Go(func() { c.Close() })
 		both.Go(func() {
@@ -608,7 +608,7 @@ func TestFastPathHolds(t *testing.T) {
 	start := func(t *testing.T, hold time.Duration) (*testProxy, string) {
 		addr := freeAddr(t)
 		return startProxy(t, []string{addr, addr}, map[string]string{"ns-01": "backend-0"}, func(p *proxy) {
-			p.limits.holdTimeout, p.limits.pendingUpgrades = hold, 4
+			p.limits.holdTimeout, p.limits.pendingRequests = hold, 4
 		}), addr
 	}
 	after := func(t *testing.T, p *testProxy) {
@@ -691,7 +691,7 @@ func TestFastPathHolds(t *testing.T) {
 		}
 		after(t, p)
 		for ordinal := range 2 {
-			if _, own := p.pendingUpgrades.inUse(ordinal); own != 0 {
+			if _, own := p.pending.inUse(ordinal); own != 0 {
 				t.Errorf("%d slots of backend-%d are taken after all, want 0", own, ordinal)
 			}
 		}
@@ -938,8 +938,8 @@ func (p *testProxy) fastConns() (all []*fastConn) {
 	for _, poller := range p.relay.engine.pollers {
 		poller.mu.Lock()
 		for _, at := range poller.slots {
-			if at.handler != nil {
-				all = append(all, at.handler.(*fastConn))
+			if at.owner != nil {
+				all = append(all, at.owner.(*fastConn))
 			}
 		}
 		poller.mu.Unlock()

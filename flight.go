@@ -29,22 +29,22 @@ type flight struct {
 	isCut bool   // cut was called; guarded by flights.mu
 
 	// Of an abandoned flight. Guarded by flights.mu.
-	endWait func() // ends the wait for its end; must not block; nil before
-	isGone  bool   // endWait was called, as its pod is gone
+	cancelWait func() // ends the wait for its end; must not block; nil before
+	podGone    bool   // cancelWait was called, as its pod is gone
 }
 
 // flights are all that are not over. A step of a hand-off is not done while one of its
 // namespaces has a flight with another backend than the next owner.
 type flights struct {
 	// Static after construction.
-	unprovenTimeout time.Duration     // how long the router waits for the end of an abandoned flight; 0: for ever
-	onEnd           func()            // called when a flight is over; must not block
-	remember        rememberNamespace // called just before a flight is over
-	addDescriptors  func(count int)   // called for descriptors of abandoned flights
-	backendName     func(backend int) string
-	log             *slog.Logger
-	lifetime        context.Context // ends when nobody waits for the end of flights any more
-	cancel          context.CancelFunc
+	proofTimeout   time.Duration     // how long the router waits for the end of an abandoned flight; 0: for ever
+	onEnd          func()            // called when a flight is over; must not block
+	remember       rememberNamespace // called just before a flight is over
+	addDescriptors func(count int)   // called for descriptors of abandoned flights
+	backendName    func(backend int) string
+	log            *slog.Logger
+	lifetime       context.Context // ends when nobody waits for the end of flights any more
+	cancel         context.CancelFunc
 
 	unproven atomic.Int64 // abandoned flights whose end was not seen
 
@@ -120,9 +120,9 @@ func (f *flights) endWaits(isGone func(*flight) bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for e := range f.all {
-		if e.endWait != nil && !e.isGone && isGone(e) {
-			e.isGone = true
-			e.endWait()
+		if e.cancelWait != nil && !e.podGone && isGone(e) {
+			e.podGone = true
+			e.cancelWait()
 		}
 	}
 }
@@ -149,16 +149,16 @@ func (f *flight) end() {
 
 // abandon abandons the flight: nobody needs the answer any more. But the backend may have the
 // request, or read it later, even after a reset, so the flight stays. abandon sends a FIN, waits
-// until the backend has ended its side too, at most for unprovenTimeout, and then ends the
+// until the backend has ended its side too, at most for proofTimeout, and then ends the
 // flight and calls onEnd. It does so in a goroutine of its own: it does not block. It takes
 // over conn and closes it. conn is nil if it was lost (isLost), or if there was no descriptor
-// for it: then the flight lasts for all of unprovenTimeout, or until the pod is gone: see
+// for it: then the flight lasts for all of proofTimeout, or until the pod is gone: see
 // mover.cutRequests.
 func (f *flight) abandon(conn net.Conn, onEnd func()) {
 	all, began := f.flights, time.Now()
 	ctx, cancel := all.waitContext()
 	all.mu.Lock()
-	f.endWait = cancel
+	f.cancelWait = cancel
 	all.mu.Unlock()
 	if conn == nil { // without a goroutine: with a node all its connections may be lost
 		all.abandoned.Add(1)
@@ -186,8 +186,8 @@ func (f *flight) abandon(conn net.Conn, onEnd func()) {
 // waitContext returns the context of the wait for the end of one flight. The caller calls
 // cancel.
 func (f *flights) waitContext() (ctx context.Context, cancel context.CancelFunc) {
-	if f.unprovenTimeout > 0 {
-		return context.WithTimeout(f.lifetime, f.unprovenTimeout)
+	if f.proofTimeout > 0 {
+		return context.WithTimeout(f.lifetime, f.proofTimeout)
 	}
 	return context.WithCancel(f.lifetime)
 }
@@ -197,7 +197,7 @@ func (f *flights) waitContext() (ctx context.Context, cancel context.CancelFunc)
 func (f *flight) countUnproven(began time.Time) {
 	all := f.flights
 	all.mu.Lock()
-	isGone := f.isGone
+	isGone := f.podGone
 	all.mu.Unlock()
 	if isGone {
 		return

@@ -97,10 +97,10 @@ func TestFlightOfReplacedPod(t *testing.T) {
 		t.Run(fmt.Sprint("lost is ", lost), func(t *testing.T) {
 			backend := startStub(t, "127.0.0.1:0", func(net.Conn, *bufio.Reader) { <-t.Context().Done() }) // it ends nothing
 			p := startProxy(t, []string{backend.addr}, map[string]string{"ns-01": "backend-0"}, func(p *proxy) {
-				p.mover.flights.unprovenTimeout = 0
+				p.mover.flights.proofTimeout = 0
 			})
 			p.relay.setPods(map[int]string{0: "a"})
-			u := &pendingRequest{limit: &p.pendingUpgrades, namespace: "ns-01", assignment: assignment{backend: 0}}
+			u := &pendingRequest{limit: &p.pending, namespace: "ns-01", assignment: assignment{backend: 0}}
 			u.flight = p.mover.flights.add("ns-01", 0, "a", nil)
 			if lost {
 				u.abandon(nil)

@@ -466,9 +466,9 @@ func (x *exchange) abandonOwner() {
 	}
 }
 
-// forget closes the connection, whose owner has refused the request without working on
+// takeBack closes the connection, whose owner has refused the request without working on
 // it. It reports whether another owner can get the request. That takes a slot again.
-func (x *exchange) forget() (again bool) {
+func (x *exchange) takeBack() (again bool) {
 	x.endFlight()
 	x.abandonOwner()
 	if x.streams {
@@ -712,8 +712,8 @@ const (
 	// servers wait for one (gunicorn 2 s, Node.js and uvicorn 5 s): a request that a server
 	// meets while it closes the connection fails.
 	keepTime = 1500 * time.Millisecond
-	// maxIdle is how many idle connections each pod has at most.
-	maxIdle = 128
+	// maxIdleConns is how many idle connections each pod has at most.
+	maxIdleConns = 128
 )
 
 // idleConns keeps connections between two requests. A connection to a pod is not used for
@@ -733,7 +733,7 @@ type idleConns struct {
 func (i *idleConns) put(c *ownerConn) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if i.closed || len(i.byPod[c.pod]) >= maxIdle {
+	if i.closed || len(i.byPod[c.pod]) >= maxIdleConns {
 		c.Close()
 		return
 	}

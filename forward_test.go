@@ -654,7 +654,7 @@ func longAnswers(
 	t.Cleanup(func() { close(release) })
 	other := startStub(t, "127.0.0.1:0", keeping(strings.Replace(kept, "ok", "b1", 1)))
 	p = startProxy(t, []string{long.addr, other.addr}, map[string]string{"ns-01": "backend-0"}, func(p *proxy) {
-		p.mover.httpMoveTime = moveTime
+		p.mover.httpMoveTimeout = moveTime
 		if change != nil {
 			change(p)
 		}

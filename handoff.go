@@ -100,9 +100,9 @@ func (r *planRecord) place(hash uint64, previous int) uint64 {
 	return placeOf(hash)
 }
 
-// isStep reports whether a step can lead from before to after: only in the newest record of a
+// isValidStep reports whether a step can lead from before to after: only in the newest record of a
 // plan, and no bound falls.
-func (r *planRecord) isStep(newest bool) bool {
+func (r *planRecord) isValidStep(newest bool) bool {
 	if !newest {
 		return r.before.equal(&r.after)
 	}

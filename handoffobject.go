@@ -85,12 +85,12 @@ type stepAnswer struct {
 
 // handoffObject is one version of the object. It is immutable.
 type handoffObject struct {
-	uid, version     string                // metadata.uid and metadata.resourceVersion
-	plan             *sharedPlan           // nil if there is none that can be read
-	pods             []string              // those that have a key
-	answers          map[string]stepAnswer // those that can be read, by pod name
-	faults           []error               // what could not be read, in the order of the keys
-	otherPlanVersion error                 // says that the plan has another version; or nil
+	uid, version   string                // metadata.uid and metadata.resourceVersion
+	plan           *sharedPlan           // nil if there is none that can be read
+	pods           []string              // those that have a key
+	answers        map[string]stepAnswer // those that can be read, by pod name
+	faults         []error               // what could not be read, in the order of the keys
+	planVersionErr error                 // says that the plan has another version; or nil
 }
 
 // readHandoffObject reads the data of the object.
@@ -102,7 +102,7 @@ func readHandoffObject(uid, version string, data map[string]string) *handoffObje
 		switch {
 		case key == planKey:
 			if o.plan, err = parsePlan(data[key]); errors.As(err, &otherPlanVersionError{}) {
-				o.otherPlanVersion = err
+				o.planVersionErr = err
 			}
 		case isAnswer:
 			o.pods = append(o.pods, pod)
@@ -348,7 +348,7 @@ func parsePlan(s string) (*sharedPlan, error) {
 	}
 	for i := range in.Records {
 		r, err := in.Records[i].parse(i == 0)
-		if err == nil && !r.isStep(i == len(in.Records)-1) {
+		if err == nil && !r.isValidStep(i == len(in.Records)-1) {
 			err = badValue("after", in.Records[i].After.Upto,
 				"no bound below that of before, and in all records but the newest the same ones")
 		}

@@ -653,7 +653,7 @@ func startProxy(t testing.TB, addrs []string, data map[string]string, change fun
 	log := slog.New(slog.NewJSONHandler(tail, nil))
 	c := &config{statefulSet: "backend", podName: "router-x", namespaceMatcher: defaultMatcher(t), limits: limits{
 		holdTimeout: patience, upgradeTimeout: patience, headerTimeout: patience,
-		headerBytes: 8 << 10, headerFields: 100, sessions: 1000, pendingUpgrades: 1000,
+		headerBytes: 8 << 10, headerFields: 100, sessions: 1000, pendingRequests: 1000,
 	}}
 	fdLimit := wideDescriptorLimit(t)
 	p := newProxy(c, newStaticBackends("backend", addrs), fdLimit, log)
@@ -693,7 +693,7 @@ func startProxy(t testing.TB, addrs []string, data map[string]string, change fun
 			tp.fastPath.stop()
 			cancel(errDraining)
 			server.Close()
-			p.handling.wait()
+			p.upgradesInHTTP.wait()
 			over, cancelForwarded := context.WithCancel(t.Context())
 			cancelForwarded()
 			p.forwarder.stop(over)
@@ -736,15 +736,15 @@ func (p *testProxy) send(t testing.TB, namespace string) net.Conn {
 
 // underWay is how many upgrades are.
 func (p *testProxy) underWay() int {
-	all, _ := p.pendingUpgrades.inUse(0)
+	all, _ := p.pending.inUse(0)
 	return all
 }
 
 // headBytes returns how many bytes of heads the limit counts.
 func (p *testProxy) headBytes() int {
-	p.pendingUpgrades.mu.Lock()
-	defer p.pendingUpgrades.mu.Unlock()
-	return p.pendingUpgrades.headBytes
+	p.pending.mu.Lock()
+	defer p.pending.mu.Unlock()
+	return p.pending.headBytes
 }
 
 // waitPending waits until n upgrades are under way.

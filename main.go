@@ -229,7 +229,7 @@
 //	proxy.startFlight         asks once more who the owner is, just before the request
 //	exchange.ask              sends the owner the request, and reads the head of its answer
 //	proxy.checkAnswer         (in trip) says whether the owner has refused it by 421 or 409
-//	exchange.forget           if so, ends the flight, and lets roundTrip ask again
+//	exchange.takeBack         if so, ends the flight, and lets roundTrip ask again
 //	answerBody.Read           sees the end of the answer
 //	exchange.answerOver       ends the flight and keeps the connection, or abandons both
 //	exchange.breakOff         abandons both: the answer does not come to its end
@@ -478,7 +478,7 @@ func newProgram(c *config, getenv func(string) string, queue *logQueue,
 		return nil, err
 	}
 	fdLimit, err := newDescriptorLimit(
-		maxFiles, backends.fromFlags.count, c.limits.sessions, c.limits.pendingUpgrades)
+		maxFiles, backends.fromFlags.count, c.limits.sessions, c.limits.pendingRequests)
 	if err != nil {
 		return nil, err
 	}
@@ -542,7 +542,7 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 	onViewChanged := func() { backends.queues.recheckOwners(mover.findQueueOrdinal) }
 	mover = newMover(tables, relay, c.moveRate, probe, onViewChanged, log)
 	mover.settleTime, mover.handoffOff = c.moveSettle, c.handoff == "off"
-	mover.flights.unprovenTimeout = c.handoffProofTimeout
+	mover.flights.proofTimeout = c.handoffProofTimeout
 	mover.flights.addDescriptors = fdLimit.add
 	if !mover.handoffOff {
 		relay.onAbandoned = func(s *session, backend net.Conn) {
@@ -567,7 +567,7 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 	if c.forwardedFrom.String() != "" {
 		p.forwardedFrom = &c.forwardedFrom
 	}
-	mover.httpMoveTime = c.httpMoveTime
+	mover.httpMoveTimeout = c.httpMoveTimeout
 	mover.ages.limit, mover.ages.draining = c.maxAge, p.draining.Load
 	if c.http != "off" {
 		p.forwarder = newForwarder(fdLimit.add)
@@ -611,7 +611,7 @@ func (p *program) followStatefulSet(kubeClient *kubeClient, kubeNamespace string
 	replicas := newReplicaWatcher(
 		*kubeClient, kubeNamespace, endpoints, onBackendsChanged, onWanted, p.log)
 	if shared != nil {
-		shared.wantedBackends, shared.onStored = replicas.wantedBackends, replicas.setStored
+		shared.wantedBackends, shared.onCountStored = replicas.wantedBackends, replicas.setStored
 	}
 	replicas.onCordonRejected = func(o apiObject, why string) {
 		p.admin.configMaps.events.reportCordon(o, why)
@@ -743,7 +743,7 @@ func (p *program) stopClients(fastPath *fastPath, clientServer *http.Server,
 		clientServer.Shutdown(idle) // not of hijacked connections (golang/go#17721)
 		close(shutdown)
 	}()
-	p.proxy.handling.wait()
+	p.proxy.upgradesInHTTP.wait()
 	ended := p.drainAll()
 	select {
 	case <-shutdown:

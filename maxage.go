@@ -9,8 +9,8 @@ import (
 
 // How often ageSweep looks at all sessions: a hundredth of -max-age, within these.
 const (
-	minAgeInterval = time.Second
-	maxAgeInterval = time.Minute
+	minSweepInterval = time.Second
+	maxSweepInterval = time.Minute
 )
 
 // ageSweep closes the sessions that are as old as -max-age, so that clients come to
@@ -48,7 +48,7 @@ func (a *ageSweep) closeOld(r *relay, now time.Time, movesWait bool) time.Time {
 			a.pace.start(now)
 		}
 		a.due = a.oldSessions(r, now)
-		a.nextLook = now.Add(min(max(a.limit/100, minAgeInterval), maxAgeInterval))
+		a.nextLook = now.Add(min(max(a.limit/100, minSweepInterval), maxSweepInterval))
 	}
 	if movesWait {
 		return a.nextLook

@@ -9,12 +9,12 @@ import (
 )
 
 const (
-	minStepTime   = 100 * time.Millisecond // between steps that close sessions: see stepTime
-	turnInterval  = 150 * time.Millisecond // between two turns: see member.turn
-	answerWait    = 150 * time.Millisecond // how long an answer may wait: see member.answerWithStep
-	writeTimeout  = time.Second            // from a write until the object has to show it
-	maxPodListAge = 2 * time.Second        // how old a list of pods may be
-	offerTime     = 2 * time.Minute        // see member.offered
+	minStepTime    = 100 * time.Millisecond // between steps that close sessions: see stepTime
+	turnInterval   = 150 * time.Millisecond // between two turns: see member.turn
+	answerWait     = 150 * time.Millisecond // how long an answer may wait: see member.answerWithStep
+	objectShowTime = time.Second            // from a write until the object has to show it
+	maxPodListAge  = 2 * time.Second        // how old a list of pods may be
+	offerTime      = 2 * time.Minute        // see member.offered
 )
 
 // member decides what this router does next in the hand-off, by what it knows of the plan. It is
@@ -87,9 +87,9 @@ type stepProgress struct {
 
 // routerPod is what a router needs to know of the pod of another one.
 type routerPod struct {
-	uid       string
-	scheduled bool // spec.nodeName is set
-	ended     bool // phase Failed or Succeeded, and all containers have terminated
+	uid         string
+	scheduled   bool // spec.nodeName is set
+	provenEnded bool // phase Failed or Succeeded, and all containers have terminated
 }
 
 // podList is a LIST of all router pods, which was begun after a LIST of the object had
@@ -210,9 +210,9 @@ func (m *member) decide(s *decisionInput) decision {
 		return decision{action: actEndAll, doing: "this router was removed from the members, and ends its sessions"}
 	case o == nil:
 		return waiting("the object of the hand-off does not exist, or has not been read yet")
-	case o.otherPlanVersion != nil:
+	case o.planVersionErr != nil:
 		return waiting("the plan is of routers of another version, and is left as it is: %v",
-			o.otherPlanVersion)
+			o.planVersionErr)
 	case o.plan != nil && m.follows(o):
 		if m.hasChanged(o) {
 			v := m.viewOf(o)
@@ -372,7 +372,7 @@ func (m *member) sendAnswer(s *decisionInput) decision {
 	if has, ok := s.object.answers[m.name]; ok && has.equal(&a) {
 		return decision{}
 	}
-	if again := m.answeredAt.Add(writeTimeout); m.isUnderWay(s.object, &a) && s.now.Before(again) {
+	if again := m.answeredAt.Add(objectShowTime); m.isUnderWay(s.object, &a) && s.now.Before(again) {
 		return decision{doing: "this router's answer is under way", again: again}
 	}
 	if d, ok := m.answerWithStep(s, &a); ok {
@@ -471,7 +471,7 @@ func (m *member) writeIf(
 	w.uid, w.version = s.object.uid, s.object.version
 	last := m.conditionalWrite
 	if last != nil && last.uid == w.uid && last.version == w.version {
-		at = latest(at, m.conditionalAt.Add(writeTimeout))
+		at = latest(at, m.conditionalAt.Add(objectShowTime))
 	}
 	if s.now.Before(at) {
 		return decision{doing: doing, again: at}
@@ -543,7 +543,7 @@ func (m *member) remove(s *decisionInput) decision {
 // processes have ended. A phase alone proves nothing: the garbage collector of pods
 // writes it, too.
 func (id memberID) isGone(pod *routerPod) bool {
-	return pod == nil || pod.uid != id.UID || pod.ended
+	return pod == nil || pod.uid != id.UID || pod.provenEnded
 }
 
 // storeCount writes the number of backends in force into the plan, if this router has a
@@ -680,7 +680,7 @@ func (m *member) bootstrap(s *decisionInput) decision {
 	for _, name := range slices.Sorted(maps.Keys(s.list.pods)) {
 		pod := s.list.pods[name]
 		switch said, ok := o.answers[name]; {
-		case pod.ended || !pod.scheduled:
+		case pod.provenEnded || !pod.scheduled:
 		case !ok || !said.isWithoutView():
 			return decision{again: s.list.at.Add(maxPodListAge),
 				doing: fmt.Sprintf("there is no plan; waiting for %s to confirm that it has none", name)}
@@ -778,7 +778,7 @@ func (m *member) mergeMembers(s *decisionInput) map[string]memberID {
 	}
 	for name, pod := range s.list.pods {
 		id, ok := merged[name]
-		if mayRun := pod.scheduled && !pod.ended; mayRun && (!ok || id.UID != pod.uid) {
+		if mayRun := pod.scheduled && !pod.provenEnded; mayRun && (!ok || id.UID != pod.uid) {
 			merged[name] = memberID{pod.uid, anyInstance}
 		}
 	}

@@ -1524,7 +1524,7 @@ func TestAnswerIsSentOnce(t *testing.T) {
 	w.readEdit(second)
 	d := second.decide(w.situationOf(second))
 	second.commit(d, w.now)
-	if again := second.decide(w.situationOf(second)); again.action != actWait || again.again != w.now.Add(writeTimeout) {
+	if again := second.decide(w.situationOf(second)); again.action != actWait || again.again != w.now.Add(objectShowTime) {
 		t.Errorf("after %q it decides to %d: %s", d.doing, again.action, again.doing)
 	}
 	other := *second.object
@@ -1535,7 +1535,7 @@ func TestAnswerIsSentOnce(t *testing.T) {
 	}
 	second.object = w.object
 	second.view.uid = w.object.uid
-	w.now = w.now.Add(writeTimeout)
+	w.now = w.now.Add(objectShowTime)
 	if again := second.decide(w.situationOf(second)); again.action != actWrite || again.doing != d.doing {
 		t.Errorf("when it ought to be there it decides to %d: %s", again.action, again.doing)
 	}
@@ -1544,7 +1544,7 @@ func TestAnswerIsSentOnce(t *testing.T) {
 func TestMemberPodIsGone(t *testing.T) {
 	id := memberID{"u", "i"}
 	for pod, want := range map[*routerPod]bool{
-		nil: true, {uid: "other"}: true, {uid: "u", ended: true}: true, {uid: "u"}: false,
+		nil: true, {uid: "other"}: true, {uid: "u", provenEnded: true}: true, {uid: "u"}: false,
 		{uid: "u", scheduled: true}: false,
 	} {
 		if id.isGone(pod) != want {
@@ -1574,7 +1574,7 @@ func TestResetMembers(t *testing.T) {
 	o.plan, s.object = other, &o
 	s.list = &podList{pods: map[string]routerPod{
 		"r0": w.pods["r0"], "r1": w.pods["r1"], "r3": {uid: "new", scheduled: true},
-		"r4": {uid: "u4", scheduled: true}, "r5": {uid: "u5"}, "r6": {uid: "u6", scheduled: true, ended: true},
+		"r4": {uid: "u4", scheduled: true}, "r5": {uid: "u5"}, "r6": {uid: "u6", scheduled: true, provenEnded: true},
 	}}
 	want := map[string]memberID{
 		"r0": {r.uid, r.instance}, "r1": {w.pods["r1"].uid, anyInstance}, "r2": {"u2", "i2"},

@@ -39,13 +39,13 @@ type mover struct {
 	onViewChanged func() // the view has changed; must not block
 	flights       *flights
 	releases      *stepReleases // nil without -release
-	// httpMoveTime is how old a plain request may become when a step waits for it, or with
+	// httpMoveTimeout is how old a plain request may become when a step waits for it, or with
 	// -handoff=off when its owner changed; 0: it is cut at once.
-	httpMoveTime  time.Duration
-	shared        *sharedHandoff // nil without -handoff=all
-	ages          ageSweep
-	stepDurations *histogram // of the steps that are done
-	log           *slog.Logger
+	httpMoveTimeout time.Duration
+	shared          *sharedHandoff // nil without -handoff=all
+	ages            ageSweep
+	stepDurations   *histogram // of the steps that are done
+	log             *slog.Logger
 
 	// current is nil before the first view. Only run replaces it, but for the first view
 	// and with -handoff=off.
@@ -683,7 +683,7 @@ func (m *mover) closeStepSessions(v *view) bool {
 
 // cutRequests cuts the plain requests that must not stay with their backends: those that
 // a step waits for, or with -handoff=off those whose owner changed, once they are
-// httpMoveTime old, and all requests of a pod that was replaced. A router that is no member of
+// httpMoveTimeout old, and all requests of a pod that was replaced. A router that is no member of
 // the hand-off has none at all. Of a pod that was replaced it also ends the wait for abandoned
 // requests and sessions. It returns when the next one has to be cut, zero if only when something
 // happens.
@@ -700,7 +700,7 @@ func (m *mover) cutRequests(now time.Time) time.Time {
 			return now
 		case m.handoffOff && owner != unresolved && owner != f.backend,
 			!v.done && v.mustLeave(f.namespace, f.backend):
-			return f.began.Add(m.httpMoveTime)
+			return f.began.Add(m.httpMoveTimeout)
 		}
 		return time.Time{}
 	})

@@ -83,9 +83,9 @@ func TestMoveAtSessionStart(t *testing.T) {
 	p := startProxy(t, []string{"127.0.0.1:1", "127.0.0.1:1"}, map[string]string{"ns-01": "backend-0"}, nil)
 	p.override("42", map[string]string{"ns-01": "backend-1"})
 	eventually(t, "the owner", 1, func() int { return p.mover.assignmentOf("ns-01").backend })
-	p.pendingUpgrades.acquire(0, 2, 10)
+	p.pending.acquire(0, 2, 10)
 	pairs, s := newSessionConns(t, "tcp", "tcp"), newSession("ns-01", 0, "")
-	u := &pendingRequest{limit: &p.pendingUpgrades, namespace: "ns-01"}
+	u := &pendingRequest{limit: &p.pending, namespace: "ns-01"}
 	p.openSession(u, s, func() { pairs.start(p.relay, s, [2][]byte{}) })
 	mustFrames(t, pairs.far[backendSide], true, goesAway)
 	pairs.far[backendSide].Close()
@@ -231,7 +231,7 @@ func (p *testProxy) openStarted(t *testing.T) *net.TCPConn {
 	conn := p.open(t, "ns-01")
 	mustSend(t, conn, frameBytes(0x82, true, 2, []byte("hi")))
 	eventually(t, "the goroutine that starts it carries a frame", true, func() bool { return p.relay.bytes()[clientSide] > 0 })
-	p.handling.wait() // or net/http's does
+	p.upgradesInHTTP.wait() // or net/http's does
 	return conn
 }
 

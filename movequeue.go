@@ -29,63 +29,63 @@ type queuedSession struct {
 
 // fill replaces the queue. It returns how many sessions of the queue before are open and
 // need not move any more.
-func (m *moveQueue) fill(
+func (q *moveQueue) fill(
 	sessions []queuedSession, oldPod []*session, now time.Time,
 ) (cancelled int) {
-	queued := map[*session]bool{}
-	for _, q := range sessions {
-		queued[q.session] = true
+	stays := map[*session]bool{}
+	for _, item := range sessions {
+		stays[item.session] = true
 	}
 	for _, s := range oldPod {
-		queued[s] = true
+		stays[s] = true
 	}
-	for s := range m.all() {
-		if !queued[s] && !s.isEnding() {
+	for s := range q.all() {
+		if !stays[s] && !s.isEnding() {
 			cancelled++
 		}
 	}
 	slices.SortFunc(sessions, func(a, b queuedSession) int {
 		return cmp.Compare(a.place, b.place)
 	})
-	m.set(sessions, oldPod)
-	m.filledAt = now
+	q.set(sessions, oldPod)
+	q.filledAt = now
 	return cancelled
 }
 
 // set makes sessions, which are sorted by place, and oldPod the queue.
-func (m *moveQueue) set(sessions []queuedSession, oldPod []*session) {
-	m.sessions, m.oldPod = sessions, oldPod
+func (q *moveQueue) set(sessions []queuedSession, oldPod []*session) {
+	q.sessions, q.oldPod = sessions, oldPod
 	size := int64(0)
-	for range m.all() {
+	for range q.all() {
 		size++
 	}
-	m.size.Store(size)
+	q.size.Store(size)
 }
 
 // all returns all sessions of the queue, each once.
-func (m *moveQueue) all() iter.Seq[*session] {
+func (q *moveQueue) all() iter.Seq[*session] {
 	return func(yield func(*session) bool) {
-		for _, q := range m.sessions {
-			if !q.oldPod && !yield(q.session) {
+		for _, item := range q.sessions {
+			if !item.oldPod && !yield(item.session) {
 				return
 			}
 		}
-		slices.Values(m.oldPod)(yield)
+		slices.Values(q.oldPod)(yield)
 	}
 }
 
 // isEmpty reports whether no session is left.
-func (m *moveQueue) isEmpty() bool { return len(m.sessions)+len(m.oldPod) == 0 }
+func (q *moveQueue) isEmpty() bool { return len(q.sessions)+len(q.oldPod) == 0 }
 
 // isOutdated reports whether the queue has to be filled anew. An empty one has not.
-func (m *moveQueue) isOutdated(now time.Time) bool {
-	return !m.isEmpty() && now.Sub(m.filledAt) >= requeueInterval
+func (q *moveQueue) isOutdated(now time.Time) bool {
+	return !q.isEmpty() && now.Sub(q.filledAt) >= requeueInterval
 }
 
 // countBelow returns how many sessions have a place below upto and a new owner that is not away.
-func (m *moveQueue) countBelow(upto uint64, away []int) (n int) {
-	for _, q := range m.sessions {
-		if q.place < upto && !slices.Contains(away, q.target) {
+func (q *moveQueue) countBelow(upto uint64, away []int) (n int) {
+	for _, item := range q.sessions {
+		if item.place < upto && !slices.Contains(away, item.target) {
 			n++
 		}
 	}
@@ -93,25 +93,25 @@ func (m *moveQueue) countBelow(upto uint64, away []int) (n int) {
 }
 
 // targets returns the owners that the sessions get, and those whose pod is another.
-func (m *moveQueue) targets() map[int]bool {
+func (q *moveQueue) targets() map[int]bool {
 	targets := map[int]bool{}
-	for _, q := range m.sessions {
-		targets[q.target] = true
+	for _, item := range q.sessions {
+		targets[item.target] = true
 	}
-	for _, s := range m.oldPod {
+	for _, s := range q.oldPod {
 		targets[s.backend] = true
 	}
 	return targets
 }
 
 // count returns how many sessions move to this target.
-func (m *moveQueue) count(target int) (n int) {
-	for _, q := range m.sessions {
-		if q.target == target {
+func (q *moveQueue) count(target int) (n int) {
+	for _, item := range q.sessions {
+		if item.target == target {
 			n++
 		}
 	}
-	for _, s := range m.oldPod {
+	for _, s := range q.oldPod {
 		if s.backend == target {
 			n++
 		}
@@ -124,22 +124,25 @@ func (m *moveQueue) count(target int) (n int) {
 // p.advance for each session that the pace counts. All sessions of a namespace move in one step.
 // If ready is false, only sessions whose owner was scaled in may move. split does not change the
 // queue.
-func (m *moveQueue) split(
+func (q *moveQueue) split(
 	limit *stepLimit, ready bool, p *pace, at time.Time,
 ) (due, rest []queuedSession) {
 	last := uint64(allPlaces) // the place of the last session that the pace has counted
-	for i, q := range m.sessions {
+	for i, item := range q.sessions {
 		switch {
-		case q.session.isEnding():
-		case slices.Contains(limit.away, q.target):
-			rest = append(rest, q)
-		case q.place == 0:
-			due = append(due, q)
-		case q.place != last && (!ready || p.next().After(at)):
-			limit.upto = q.place
-			return due, append(rest, m.sessions[i:]...)
+		case item.session.isEnding():
+		case slices.Contains(limit.away, item.target):
+			rest = append(rest, item)
+		case item.place == 0:
+			due = append(due, item)
+		case item.place != last && (!ready || p.next().After(at)):
+			limit.upto = item.place
+			if len(rest) == 0 {
+				return due, q.sessions[i:] // mostly; the queue may be long
+			}
+			return due, append(rest, q.sessions[i:]...)
 		default:
-			last, due = q.place, append(due, q)
+			last, due = item.place, append(due, item)
 			p.advance(at)
 		}
 	}

@@ -178,8 +178,8 @@ func answerError(status int, body []byte) error {
 	return fmt.Errorf("%d %s: %s", status, http.StatusText(status), failure.Error)
 }
 
-// isOwn reports whether this router has asked the request.
-func (p *peers) isOwn(r *http.Request) bool {
+// isAskedByUs reports whether this router has asked the request.
+func (p *peers) isAskedByUs(r *http.Request) bool {
 	return p != nil && r.Header.Get(askerHeader) == p.askerID
 }
 

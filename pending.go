@@ -139,94 +139,94 @@ type pendingRequest struct {
 }
 
 // assign makes the request one to the owner that a says.
-func (u *pendingRequest) assign(a assignment) {
-	u.limit.transfer(u.backend, a.backend)
-	u.assignment = a
+func (p *pendingRequest) assign(a assignment) {
+	p.limit.transfer(p.backend, a.backend)
+	p.assignment = a
 }
 
 // beginWait notes that the request waits for its owner, if it does not wait already.
-func (u *pendingRequest) beginWait() {
-	if u.waitBegan.IsZero() {
-		u.waitBegan = time.Now()
+func (p *pendingRequest) beginWait() {
+	if p.waitBegan.IsZero() {
+		p.waitBegan = time.Now()
 	}
 }
 
 // endWait counts the time for which the request has waited, if it has.
-func (u *pendingRequest) endWait() {
-	if !u.waitBegan.IsZero() {
-		u.waits.observe(time.Since(u.waitBegan))
-		u.waitBegan = time.Time{}
+func (p *pendingRequest) endWait() {
+	if !p.waitBegan.IsZero() {
+		p.waits.observe(time.Since(p.waitBegan))
+		p.waitBegan = time.Time{}
 	}
 }
 
 // endFlight notes that the request is over: its owner has refused it, or the relay has
 // the session.
-func (u *pendingRequest) endFlight() {
-	if u.flight != nil {
-		u.flight.end()
-		u.flight = nil
+func (p *pendingRequest) endFlight() {
+	if p.flight != nil {
+		p.flight.end()
+		p.flight = nil
 	}
 }
 
 // abandon takes over conn, a connection to the owner that became no session, and closes
 // it. If there is a flight, the owner may have the request: then abandon takes one more slot
 // of the owner, and keeps both until the flight is over. conn is nil as for flight.abandon.
-func (u *pendingRequest) abandon(conn net.Conn) {
-	if u.flight == nil {
+func (p *pendingRequest) abandon(conn net.Conn) {
+	if p.flight == nil {
 		if conn != nil {
 			conn.Close()
 		}
 		return
 	}
-	limit, backend := u.limit, u.flight.backend
+	limit, backend := p.limit, p.flight.backend
 	limit.take(backend)
-	u.flight.abandon(conn, func() { limit.giveBack(backend) })
-	u.flight = nil
+	p.flight.abandon(conn, func() { limit.giveBack(backend) })
+	p.flight = nil
 }
 
 // abandonAfter is abandon after a call on conn has returned err.
-func (u *pendingRequest) abandonAfter(err error, conn net.Conn) {
+func (p *pendingRequest) abandonAfter(err error, conn net.Conn) {
 	if isLost(err) {
 		conn.Close()
 		conn = nil // its next read would return a plain end
 	}
-	u.abandon(conn)
+	p.abandon(conn)
 }
 
 // reserveHead counts n bytes of its head, in place of the bytes that it counted before, if
 // this limit of pending requests allows that.
-func (u *pendingRequest) reserveHead(n, limit int) *refusal {
-	if !u.limit.reserveHead(n-u.headBytes, limit) {
+func (p *pendingRequest) reserveHead(n, limit int) *refusal {
+	if !p.limit.reserveHead(n-p.headBytes, limit) {
 		return refuse(resultMaxPending,
 			"the heads and short bodies of pending requests have %d bytes on average, the limit",
 			headBytesPerRequest)
 	}
-	u.headBytes = n
+	p.headBytes = n
 	return nil
 }
 
 // uncount ends the count of the request in its limits. More calls do nothing. A nil request
 // was not admitted: it has no count.
-func (u *pendingRequest) uncount() {
-	if u == nil || u.slotReturned {
+func (p *pendingRequest) uncount() {
+	if p == nil || p.slotReturned {
 		return
 	}
-	u.endWait()
-	u.reserveHead(0, 0)
-	u.limit.giveBack(u.backend)
-	u.permit.giveBack()
-	u.permit = nil
-	u.slotReturned = true
+	p.endWait()
+	p.reserveHead(0, 0)
+	p.limit.giveBack(p.backend)
+	p.permit.giveBack()
+	p.permit = nil
+	p.slotReturned = true
 }
 
 // countAgain takes a slot again, after uncount, even if the owner has its share.
-func (u *pendingRequest) countAgain() {
-	u.limit.take(u.backend)
-	u.slotReturned = false
+func (p *pendingRequest) countAgain() {
+	p.limit.take(p.backend)
+	p.slotReturned = false
 }
 
 // close ends the count of the request, and abandons the connection to its owner if it has one.
-func (u *pendingRequest) close() {
-	u.abandon(u.backendConn)
-	u.uncount()
+func (p *pendingRequest) close() {
+	p.abandon(p.backendConn)
+	p.uncount()
 }

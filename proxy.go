@@ -30,7 +30,7 @@ type limits struct {
 	headerBytes     int // of the head of a request or an answer
 	headerFields    int // of a request
 	sessions        int // open at once, with plain requests and pending upgrades
-	pendingUpgrades int // at once, with plain requests that their owners have not got
+	pendingRequests int // at once, with plain requests that their owners have not got
 	namespace       namespaceLimits
 }
 
@@ -56,10 +56,10 @@ type proxy struct {
 
 	readers sync.Pool // of *bufio.Reader
 
-	pendingUpgrades     pendingLimit
+	pending             pendingLimit
 	namespaceLimiter    *namespaceLimiter // nil: no limits
 	requestsChecked     atomic.Int64      // calls of check
-	handling            waitCount         // requests that net/http has, but for the requests of forwarder
+	upgradesInHTTP      waitCount         // requests that net/http has, but for the requests of forwarder
 	betweenServers      sync.WaitGroup    // requests on their way from the fast path to ServeHTTP
 	upgradeDurations    *histogram        // from the head of an upgrade to its session
 	ownerWaits          *histogram        // of each wait for an owner
@@ -80,8 +80,8 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		p.forward(w, r)
 		return
 	}
-	p.handling.add(1)
-	defer p.handling.add(-1)
+	p.upgradesInHTTP.add(1)
+	defer p.upgradesInHTTP.add(-1)
 	result, err := p.upgrade(w, r)
 	if result != resultOK { // else openSession has counted it
 		p.results[result].Add(1)
@@ -184,7 +184,7 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result, error) 
 	clientAddrs := forwardedFor(r)
 	// Each owner that is asked gets a copy of head with an end of its own.
 	head := slices.Clip(startRequestHead(r, clientAddrs, p.podName))
-	if refused := u.reserveHead(len(head), p.limits.pendingUpgrades); refused != nil {
+	if refused := u.reserveHead(len(head), p.limits.pendingRequests); refused != nil {
 		return refused.result, refused
 	}
 	return p.askOwners(holdCtx, w, trimRequest(r, clientCtx), u, clientAddrs, head)
@@ -330,7 +330,7 @@ func (p *proxy) admitPlain(x *exchange) *refusal {
 	cancel := x.cancel // not x, which an abandoned flight would keep
 	x.cut = func() { cancel(errMoved) }
 	x.head = slices.Clip(startPlainHead(x.r, forwardedFor(x.r), p.podName))
-	return x.reserveHead(len(x.head)+len(x.shortBody), p.limits.pendingUpgrades)
+	return x.reserveHead(len(x.head)+len(x.shortBody), p.limits.pendingRequests)
 }
 
 // roundTrip sends the request to the owner of its namespace, and returns the answer. The
@@ -364,7 +364,7 @@ func (p *proxy) roundTrip(x *exchange) (*http.Response, error) {
 		case errors.Is(err, errMisdirected):
 			p.forwarder.idle.closeBackend(x.backend)
 		}
-		if !x.forget() {
+		if !x.takeBack() {
 			_, err = p.unreachableError(p.holdContext(x), x.backend, err, nil)
 			return nil, err
 		}
@@ -506,17 +506,17 @@ func (p *proxy) reserve(namespace string) (*pendingRequest, *refusal) {
 	if refused != nil {
 		return nil, refused
 	}
-	t, limit := p.tables.table(), p.limits.pendingUpgrades
+	t, limit := p.tables.table(), p.limits.pendingRequests
 	if t == nil { // the router has seen the plan of the others before its own table
 		return nil, refuseNoTable()
 	}
-	all, own, acquired := p.pendingUpgrades.acquire(assigned.backend, t.backends.count, limit)
+	all, own, acquired := p.pending.acquire(assigned.backend, t.backends.count, limit)
 	if !acquired {
 		return nil, refuse(resultMaxPending,
 			"%d requests to %s are pending, and it may have no more of the limit of %d; %d in all",
 			own, p.ownerName(assigned.backend), limit, all)
 	}
-	u := &pendingRequest{limit: &p.pendingUpgrades, waits: p.ownerWaits,
+	u := &pendingRequest{limit: &p.pending, waits: p.ownerWaits,
 		began: time.Now(), namespace: namespace, assignment: assigned}
 	if p.relay.size()+p.forwarder.size()+all > p.limits.sessions {
 		u.uncount()
@@ -799,13 +799,13 @@ func (p *proxy) writeMetrics(m metricsWriter) {
 		"Time from the head of an upgrade request to its session.")
 	p.ownerWaits.write(m, "router_hold_duration_seconds",
 		"How long requests that could not be sent at once waited for their owner.")
-	pending, _ := p.pendingUpgrades.inUse(0)
+	pending, _ := p.pending.inUse(0)
 	m.single("router_pending_upgrades", "gauge",
 		"Upgrades until they are sessions or answered, plain requests until their owner gets them, "+
 			"and both, once abandoned, until their owner has ended the connection.",
 		float64(pending))
 	m.single("router_max_pending_upgrades", "gauge", "Limit of the pending upgrades.",
-		float64(p.limits.pendingUpgrades))
+		float64(p.limits.pendingRequests))
 	m.single("router_max_sessions", "gauge",
 		"Limit of the open sessions, plain requests and pending upgrades together.",
 		float64(p.limits.sessions))

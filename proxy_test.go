@@ -969,7 +969,7 @@ func TestLimits(t *testing.T) {
 		p.open(t, "here")
 	})
 	t.Run("waiting", func(t *testing.T) {
-		p := startProxy(t, addrs, data, func(p *proxy) { p.limits.pendingUpgrades = 4 }) // 1 of its own for each, 1 of the 2 others
+		p := startProxy(t, addrs, data, func(p *proxy) { p.limits.pendingRequests = 4 }) // 1 of its own for each, 1 of the 2 others
 		p.send(t, "away")
 		p.send(t, "away")
 		p.waitPending(t, 2)
@@ -997,7 +997,7 @@ func TestLimitsOfABackend(t *testing.T) {
 				t.Parallel()
 				addrs := []string{addr(t), addr(t), addr(t), startStub(t, "127.0.0.1:0", echo).addr}
 				data := map[string]string{"ns-0": "backend-0", "ns-1": "backend-1", "ns-2": "backend-2", "ns-3": "backend-3"}
-				p := startProxy(t, addrs, data, func(p *proxy) { p.limits.pendingUpgrades = 40 })
+				p := startProxy(t, addrs, data, func(p *proxy) { p.limits.pendingRequests = 40 })
 				to := func(backend int) string {
 					return strings.Replace(request, "/ws/", fmt.Sprintf("/ws/ns-%d", backend), 1)
 				}

@@ -419,7 +419,7 @@ func (t *table) rejections(i int) iter.Seq[rejection] {
 			return
 		}
 		for r := range t.sources[i].overrides.all() {
-			if bad, ok := t.check(i, r); ok && !yield(bad) {
+			if bad, ok := t.rejectionOf(i, r); ok && !yield(bad) {
 				return
 			}
 		}
@@ -439,7 +439,7 @@ func (t *table) rejectionsOf(namespace string) (all []rejection) {
 			if !t.means(r, namespace) {
 				continue
 			}
-			if bad, ok := t.check(i, r); ok {
+			if bad, ok := t.rejectionOf(i, r); ok {
 				all = append(all, bad)
 			}
 		}
@@ -456,9 +456,9 @@ func (t *table) means(r override, namespace string) bool {
 			string(decodeEscapes(r.namespace, keyEscape)) == namespace
 }
 
-// check returns the rejection of an override of the i-th source. ok is false if it is
+// rejectionOf returns the rejection of an override of the i-th source. ok is false if it is
 // not rejected.
-func (t *table) check(i int, r override) (bad rejection, ok bool) {
+func (t *table) rejectionOf(i int, r override) (bad rejection, ok bool) {
 	s := findSlot(&t.index, r.namespace, r.hash)
 	bad = rejection{
 		namespace: string(r.namespace), Source: t.sources[i].id.String(), InForce: "none",

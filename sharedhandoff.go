@@ -47,22 +47,22 @@ type sharedHandoff struct {
 	// wantedBackends returns the number of backends that the object should have; nil if
 	// it is not known.
 	wantedBackends func() *backendCount
-	// onStored is called with the number of backends that the object has, nil if it has
+	// onCountStored is called with the number of backends that the object has, nil if it has
 	// none. It must not block.
-	onStored func(b *backendCount)
-	log      *slog.Logger
+	onCountStored func(b *backendCount)
+	log           *slog.Logger
 
 	// Owned by the goroutine that calls decideAndStart: the mover's run.
-	member       *member
-	ctx          context.Context // of all requests
-	leaving      bool            // the router admits nobody any more, and ends
-	storedPassed bool            // onStored was called
-	running      sync.WaitGroup  // requests
-	failures     int             // writes and lists in a row that failed
-	retryAt      time.Time       // when the next one may begin
-	listedAt     time.Time       // when the object was listed again because nothing had come
-	askedAt      time.Time       // when pods were asked for
-	throttle     throttle        // of failures in the log
+	member      *member
+	ctx         context.Context // of all requests
+	leaving     bool            // the router admits nobody any more, and ends
+	countPassed bool            // onStored was called
+	running     sync.WaitGroup  // requests
+	failures    int             // writes and lists in a row that failed
+	retryAt     time.Time       // when the next one may begin
+	listedAt    time.Time       // when the object was listed again because nothing had come
+	askedAt     time.Time       // when pods were asked for
+	throttle    throttle        // of failures in the log
 
 	faultThrottle throttle // of what cannot be read in the log; owned by the watcher
 
@@ -117,7 +117,7 @@ func newSharedHandoff(client kubeClient, kubeNamespace, object string, pod, uid,
 		writer: &writer, client: client, podLabel: podLabel,
 		podsPath: "/api/v1/namespaces/" + kubeNamespace + "/pods",
 		wake:     func() {}, wantedBackends: func() *backendCount { return nil },
-		onStored: func(*backendCount) {}, log: log,
+		onCountStored: func(*backendCount) {}, log: log,
 		member:  newMember(pod, uid, fmt.Sprintf("%016x", rand.Uint64())),
 		inbox:   handoffInbox{gone: map[string]bool{}},
 		hasLeft: make(chan struct{}),
@@ -171,7 +171,7 @@ func (h *sharedHandoff) decideAndStart(
 	if in.object != nil {
 		h.member.expireOffers(in.object, now)
 	}
-	h.passStored(&in)
+	h.passNoCount(&in)
 	d := h.member.decide(&decisionInput{
 		stepProgress: p, now: now, object: in.object, seenAt: in.seenAt, list: in.list,
 		leaving: h.leaving, backends: h.wantedBackends(),
@@ -181,8 +181,8 @@ func (h *sharedHandoff) decideAndStart(
 	switch d.action {
 	case actAdopt:
 		h.member.commit(d, now)
-		h.storedPassed = true
-		h.onStored(d.view.plan.backends)
+		h.countPassed = true
+		h.onCountStored(d.view.plan.backends)
 	case actWrite, actList:
 		if in.busy { // its end wakes the mover's run
 			return decision{doing: d.doing}
@@ -225,13 +225,13 @@ func (h *sharedHandoff) takeInbox(now time.Time) handoffInbox {
 	return in
 }
 
-// passStored calls onStored once when the object is known and has no plan: the number of
+// passNoCount calls onStored once when the object is known and has no plan: the number of
 // backends is not stored.
-func (h *sharedHandoff) passStored(in *handoffInbox) {
-	if !h.storedPassed && in.object != nil && in.object.plan == nil &&
-		in.object.otherPlanVersion == nil {
-		h.storedPassed = true
-		h.onStored(nil)
+func (h *sharedHandoff) passNoCount(in *handoffInbox) {
+	if !h.countPassed && in.object != nil && in.object.plan == nil &&
+		in.object.planVersionErr == nil {
+		h.countPassed = true
+		h.onCountStored(nil)
 	}
 }
 
@@ -277,7 +277,7 @@ func (h *sharedHandoff) whyNotServing(in *handoffInbox) string {
 		}
 	case in.object == nil:
 		why = h.watcher.String() + " does not exist: apply the router's manifests"
-	case in.object.otherPlanVersion != nil:
+	case in.object.planVersionErr != nil:
 		why = h.watcher.String() + " is of another version of the router: stop all routers, " +
 			"and empty it"
 	}
@@ -440,7 +440,7 @@ type podObject struct {
 func (p *podObject) routerPod() routerPod {
 	phase := p.Status.Phase
 	ended := (phase == "Failed" || phase == "Succeeded") && p.containersEnded()
-	return routerPod{uid: p.Metadata.UID, scheduled: p.Spec.NodeName != "", ended: ended}
+	return routerPod{uid: p.Metadata.UID, scheduled: p.Spec.NodeName != "", provenEnded: ended}
 }
 
 // containersEnded reports whether all containers have terminated, but for sidecars.

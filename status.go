@@ -137,9 +137,9 @@ func newStatus(p *proxy, why []string, summary *tableSummary) *status {
 	s.Routers = []routerState{router}
 	s.Receipts = append(s.Receipts, p.mover.finishedMoves()...)
 	s.Backends = newLoads(p, summary, s.Handoff.InProgress)
-	pending, _ := p.pendingUpgrades.inUse(0)
+	pending, _ := p.pending.inUse(0)
 	s.addLimit("sessions", router.Sessions, p.limits.sessions)
-	s.addLimit("pending upgrades", pending, p.limits.pendingUpgrades)
+	s.addLimit("pending upgrades", pending, p.limits.pendingRequests)
 	return s
 }
 

@@ -213,7 +213,7 @@ type sourceChange struct {
 	sourceContent                       // the new content
 	initial                 bool        // there was no table before
 	ownersHash              uint64      // of the new table
-	resizeSpecID            string      // table.specID, if only the backends changed; for the identity of Events
+	eventSpecID             string      // table.specID, if only the backends changed; for the identity of Events
 	added, changed, removed int         // overrides
 	rejected                int         // overrides that the new table rejects
 	examples                []rejection // the first of them, by namespace
@@ -242,7 +242,7 @@ func (t *table) changes(old *table) (all []sourceChange) {
 		}
 		c := sourceChange{sourceContent: src, initial: initial, ownersHash: t.ownersHash}
 		if previous == src.overrides {
-			c.resizeSpecID = t.specID
+			c.eventSpecID = t.specID
 		}
 		for r := range previous.differences(src.overrides, old.backends != t.backends) {
 			c.countChange(old.overrideOrdinal(r), t.overrideOrdinal(r))
