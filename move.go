@@ -67,7 +67,7 @@ type mover struct {
 	pace         pace
 	firstChange  time.Time    // of the changes that have not settled
 	settlesAt    time.Time    // when these will have settled
-	closesAt     time.Time    // when the last step began that closes sessions
+	closesAt     time.Time    // when the last step began that closes sessions, or closeAtRest did
 	tally        *moveTally   // of the move under way; nil for none
 	finishing    []*moveTally // whose last closing handshakes go on
 	queue        moveQueue
@@ -200,7 +200,7 @@ func (m *mover) run(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-m.tableChanged:
-			m.prepare(time.Now())
+			m.prepareNewest(time.Now())
 		case d := <-m.targets.results:
 			m.handleDialResult(d)
 		case <-m.wake:
@@ -243,18 +243,20 @@ func (m *mover) finishedMoves() []moveReceipt {
 	return nil
 }
 
-// prepare begins to move sessions to the next table: the router has a new one, a pod was
-// replaced, or the plan has room for a table that has waited. It queues all sessions that
-// have to move, and dials their new owners, also those that were reachable before.
-func (m *mover) prepare(now time.Time) {
-	v := m.current.Load()
-	if v == nil || m.tables.table() == nil { // a pod was replaced before: no sessions yet
+// prepareNewest calls prepare: the router has a new table, or a pod was replaced.
+func (m *mover) prepareNewest(now time.Time) {
+	v, t := m.current.Load(), m.tables.table()
+	if v == nil || t == nil { // a pod was replaced before: no sessions yet
 		return
 	}
-	t := v.nextTable(m.tables.table())
-	if t == nil { // this router does not know it, and its sessions end for that
-		return
+	if t = v.nextTable(t); t != nil { // else the router does not know it, and ends its sessions
+		m.prepare(v, t, now)
 	}
+}
+
+// prepare begins to move sessions to t, the nextTable of v. It queues all sessions that have to
+// move, and dials their new owners, also those that were reachable before.
+func (m *mover) prepare(v *view, t *table, now time.Time) {
 	m.restartSettling(now)
 	m.requeue(v, t, now)
 	if m.tally == nil || m.tally.ownersHash != t.ownersHash {
@@ -276,6 +278,9 @@ func (m *mover) restartSettling(now time.Time) {
 	}
 	m.settlesAt = now.Add(m.settleTime)
 	m.settlesAt = earliest(m.settlesAt, m.firstChange.Add(maxSettleFactor*m.settleTime))
+	if m.shared == nil {
+		m.lastProposal = nil // it was made before, and no other router relies on it
+	}
 }
 
 // requeue fills the queue with all sessions that have to move to t's owners, and dials
@@ -336,11 +341,16 @@ func (m *mover) handleDialResult(d dialResult) {
 // has to be called again, zero if only when something happens.
 func (m *mover) advance(now time.Time) time.Time {
 	for {
-		v := m.current.Load()
-		p, again := m.work(v, now)
-		switch d := m.decide(v, p, now); d.action {
+		t := m.tables.table()
+		p, again := m.work(m.current.Load(), t, now)
+		// workAtRest may have put a version with the same owners in the place of t, and in the view.
+		v, newest := m.current.Load(), m.tables.table()
+		if newest != t && (t == nil || newest.ownersHash != t.ownersHash) {
+			continue // p is for t
+		}
+		switch d := m.decide(v, newest, p, now); d.action {
 		case actAdopt:
-			m.adopt(d.view.view, now)
+			m.adopt(v, d.view.view, now)
 		case actEndAll:
 			m.awaitsEnd.Store(true)
 			for _, s := range m.movableSessions() {
@@ -354,19 +364,20 @@ func (m *mover) advance(now time.Time) time.Time {
 }
 
 // decide says what to do next: what the routers have agreed on, or without -handoff=all what
-// this router alone decides. p is how far it has come with v, its view.
-func (m *mover) decide(v *view, p stepProgress, now time.Time) decision {
+// this router alone decides. p is how far it has come with v, its view, and what it proposes
+// towards newest, its table.
+func (m *mover) decide(v *view, newest *table, p stepProgress, now time.Time) decision {
 	if m.shared == nil {
-		return m.decideAlone(v, p, now)
+		return m.decideAlone(v, newest, p, now)
 	}
 	m.shared.leaving = m.leaving.Load()
-	return m.shared.decideAndStart(m.ctx, p, m.tables.table(), m.backendStep.Load(), now)
+	return m.shared.decideAndStart(m.ctx, p, newest, m.backendStep.Load(), now)
 }
 
 // decideAlone ends v's step when it is done, and then begins the next one: as far as p allows,
 // and above all steps that backends have sent in a 409. Another router was ahead, or the clock
 // was ahead before this router started.
-func (m *mover) decideAlone(v *view, p stepProgress, now time.Time) decision {
+func (m *mover) decideAlone(v *view, newest *table, p stepProgress, now time.Time) decision {
 	switch {
 	case v == nil || !p.doneHere:
 		return waiting("")
@@ -375,7 +386,7 @@ func (m *mover) decideAlone(v *view, p stepProgress, now time.Time) decision {
 		next.done = true
 		return adopting(&next)
 	}
-	t := v.nextTable(m.tables.table())
+	t := v.nextTable(newest)
 	highest := m.backendStep.Load()
 	switch {
 	case m.handoffOff && !v.hasOnlyTable(t.ownersHash), // tableOrPodChanged replaces v first
@@ -394,25 +405,25 @@ func (m *mover) decideAlone(v *view, p stepProgress, now time.Time) decision {
 func adopting(v *view) decision { return decision{action: actAdopt, view: &memberView{view: v}} }
 
 // work closes the sessions of v's step, and returns how far this router has come
-// with it. again is when to call it again; if it is zero, at the next event. v may be
-// nil.
-func (m *mover) work(v *view, now time.Time) (p stepProgress, again time.Time) {
+// with it. again is when to call it again; if it is zero, at the next event. t is its
+// table. v and t may be nil.
+func (m *mover) work(v *view, t *table, now time.Time) (p stepProgress, again time.Time) {
 	inFlight := func() bool { return m.flights.any(func(*flight) bool { return true }) }
 	p.hasWork = inFlight() || m.relay.size() > 0 || inFlight() // one may become the other
 	if v == nil {
 		p.doneHere = !p.hasWork
 		return p, time.Time{}
 	}
-	t := m.tables.table()
 	if m.tally == nil && t != nil && !v.hasOnlyTable(t.ownersHash) {
-		m.prepare(now) // this router has joined during a change
+		m.prepareNewest(now) // this router has joined during a change
 	}
 	if m.lastDoneHere < v.step && (v.done || m.workOnStep(v)) {
 		m.lastDoneHere = v.step
 	}
 	p.doneHere = m.lastDoneHere >= v.step
 	switch {
-	case t == nil || !p.doneHere || !v.knowsAll() || v.servesNone:
+	case t == nil || !p.doneHere || !v.knowsAll() || v.servesNone,
+		m.shared == nil && !v.done: // first decideAlone opens its namespaces
 		return p, time.Time{}
 	case v.hasOnlyTable(t.ownersHash):
 		p.limit.upto = allPlaces
@@ -433,6 +444,9 @@ func (m *mover) workAtRest(v *view, t *table, now time.Time) (again time.Time) {
 		return time.Time{}
 	}
 	if m.tally != nil {
+		if m.tally.ownersHash != t.ownersHash {
+			m.prepare(v, t, now) // run has not got tableChanged yet
+		}
 		m.refreshQueue(v, t, now)
 		again = m.closeAtRest(now)
 		m.endMoves()
@@ -460,7 +474,7 @@ type stepProposal struct {
 // closeStepSessions closes the sessions of the step, when the step has come.
 func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.Time) {
 	if m.tally == nil || m.tally.ownersHash != t.ownersHash {
-		m.prepare(now)
+		m.prepare(v, t, now)
 	}
 	m.refreshQueue(v, t, now)
 	away, again := m.targets.away(now)
@@ -492,9 +506,8 @@ func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.T
 	return p, earliest(again, resume)
 }
 
-// adopt puts v in force, unless there is a new view since the decision.
-func (m *mover) adopt(v *view, now time.Time) {
-	old := m.current.Load()
+// adopt puts v in force in place of old, unless there is a new view since the decision.
+func (m *mover) adopt(old, v *view, now time.Time) {
 	newStep := old == nil || old.step != v.step
 	v.began = now
 	if !newStep {
@@ -525,19 +538,19 @@ func (m *mover) adopt(v *view, now time.Time) {
 // anyway. It advances the pace by those that the pace counts: all but those whose previous owner
 // was scaled in.
 func (m *mover) dequeueForStep(v *view, now time.Time) {
-	var rest []queuedSession
-	for _, q := range m.queue.sessions {
+	rest := slices.DeleteFunc(m.queue.sessions, func(q queuedSession) bool {
 		switch s := q.session; {
 		case s.isEnding():
 		case !v.mustLeave(s.namespace, s.backend):
-			rest = append(rest, q)
+			return false
 		default:
 			m.closesAt = now
 			if q.place > 0 {
 				m.pace.advance(now)
 			}
 		}
-	}
+		return true
+	})
 	m.queue.set(rest, m.queue.oldPod)
 }
 
@@ -572,13 +585,20 @@ func (m *mover) closeAtRest(now time.Time) (again time.Time) {
 	limit := stepLimit{upto: allPlaces}
 	limit.away, again = m.targets.away(now)
 	settled, resume := m.updatePace(now)
-	due, rest := m.queue.split(&limit, settled, &m.pace, now)
+	mayClose := settled
+	if next := m.closesAt.Add(minStepTime); settled && now.Before(next) {
+		mayClose, resume = false, next // each time costs as much as the queue is long
+	}
+	due, rest := m.queue.split(&limit, mayClose, &m.pace, now)
 	m.queue.set(rest, m.queue.oldPod)
+	if len(due) > 0 {
+		m.closesAt = now
+	}
 	for _, q := range due {
 		m.moveSession(q.session)
 	}
 	m.waitsForPace = settled && limit.upto < allPlaces
-	if m.waitsForPace {
+	if m.waitsForPace && mayClose {
 		resume = m.pace.next()
 	}
 	return earliest(again, resume)
@@ -683,7 +703,7 @@ func (m *mover) closeStepSessions(v *view) bool {
 
 // cutRequests cuts the plain requests that must not stay with their backends: those that
 // a step waits for, or with -handoff=off those whose owner changed, once they are
-// httpMoveTimeout old, and all requests of a pod that was replaced. A router that is no member of
+// httpMoveTime old, and all requests of a pod that was replaced. A router that is no member of
 // the hand-off has none at all. Of a pod that was replaced it also ends the wait for abandoned
 // requests and sessions. It returns when the next one has to be cut, zero if only when something
 // happens.

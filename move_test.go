@@ -10,6 +10,7 @@ import (
 	"io"
 	"log/slog"
 	"maps"
+	"math/rand/v2"
 	"net"
 	"runtime"
 	"slices"
@@ -432,20 +433,7 @@ func movesIn(t *testing.T, rate, each int, data map[string]string, play func(t *
 // movesWith is movesIn, with -handoff=off if off is true.
 func movesWith(t *testing.T, off bool, rate, each int, data map[string]string, play func(t *testing.T, m *moveTest)) {
 	bubble(t, func(t *testing.T) {
-		m := &moveTest{log: newLogTail(), started: time.Now(), absent: map[int]bool{}, dials: map[int]int{}}
-		log := slog.New(slog.NewJSONHandler(m.log, nil))
-		relay := newRelay(func(i int) string { return backendName("backend", i) }, log)
-		router := &tableStore{statefulSet: "backend", backends: backendSet{ordinalRange: ordinalRange{count: 5}}, log: slog.New(slog.DiscardHandler), onSwap: func() {}}
-		m.mover = newMover(router, relay, rate, m.dial, func() {}, log)
-		m.settleTime, m.closeSession, m.handoffOff = 500*time.Millisecond, m.recordClose, off
-		router.onSwap = m.tableOrPodChanged
-		m.table(data)
-		for namespace := range data {
-			owner, _ := router.table().desiredOwner(namespace)
-			for range each {
-				relay.add(&session{namespace: namespace, backend: owner})
-			}
-		}
+		m := newMoveTest(off, rate, each, data)
 		ctx, cancel := context.WithCancel(t.Context())
 		var running sync.WaitGroup
 		running.Go(func() { m.run(ctx) })
@@ -454,6 +442,25 @@ func movesWith(t *testing.T, off bool, rate, each int, data map[string]string, p
 		cancel()
 		running.Wait()
 	})
+}
+
+// newMoveTest returns what movesWith plays with. Nobody runs the mover.
+func newMoveTest(off bool, rate, each int, data map[string]string) *moveTest {
+	m := &moveTest{log: newLogTail(), started: time.Now(), absent: map[int]bool{}, dials: map[int]int{}}
+	log := slog.New(slog.NewJSONHandler(m.log, nil))
+	relay := newRelay(func(i int) string { return backendName("backend", i) }, log)
+	router := &tableStore{statefulSet: "backend", backends: backendSet{ordinalRange: ordinalRange{count: 5}}, log: slog.New(slog.DiscardHandler), onSwap: func() {}}
+	m.mover = newMover(router, relay, rate, m.dial, func() {}, log)
+	m.settleTime, m.closeSession, m.handoffOff = 500*time.Millisecond, m.recordClose, off
+	router.onSwap = m.tableOrPodChanged
+	m.table(data)
+	for namespace := range data {
+		owner, _ := router.table().desiredOwner(namespace)
+		for range each {
+			relay.add(&session{namespace: namespace, backend: owner})
+		}
+	}
+	return m
 }
 
 func (m *moveTest) dial(_ context.Context, backend int) error {
@@ -489,13 +496,18 @@ func (m *moveTest) wantPending(t *testing.T, want int) {
 // recordClose is closeSession: the session is over 100 ms later. It returns false
 // if the session has a cause already.
 func (m *moveTest) recordClose(s *session, done func(cut bool)) bool {
+	return m.recordCloseIn(100*time.Millisecond, s, done)
+}
+
+// recordCloseIn is recordClose with a session that is over after the given time.
+func (m *moveTest) recordCloseIn(closing time.Duration, s *session, done func(cut bool)) bool {
 	m.relay.mu.Lock()
 	defer m.relay.mu.Unlock()
 	if !s.setCause(causeMoved) {
 		return false
 	}
 	m.closed = append(m.closed, closedSession{s, time.Since(m.started)})
-	time.AfterFunc(100*time.Millisecond, func() {
+	time.AfterFunc(closing, func() {
 		m.release(s)
 		done(len(s.namespace) > 5)
 	})
@@ -1200,4 +1212,238 @@ func TestWaitsEnd(t *testing.T) {
 	away, until := targets.away(now)
 	wantEqual(t, "owners that are waited for", fmt.Sprint(away), "[1]")
 	wantEqual(t, "until", until, now.Add(maxAwayTime))
+}
+
+// With -handoff=off a table that comes while run raises the step, for a 409, stays in force.
+func TestRaisedStepKeepsTheNewTable(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		m := newMoveTest(true, 0, 0, pinned(2, 0))
+		m.ctx = t.Context()
+		m.noteStep(fmt.Sprint(time.Now().UnixMilli() + 1000))
+		now, v, first := time.Now(), m.current.Load(), m.tables.table()
+		p, _ := m.work(v, first, now)
+		d := m.decide(v, first, p, now)
+		wantEqual(t, "what run does", d.action, actAdopt)
+		m.table(pinned(2, 1)) // by a watcher's goroutine
+		m.adopt(v, d.view.view, now)
+		wantEqual(t, "the owner", m.assignmentOf("ns-00").backend, 1)
+	})
+}
+
+// A table that comes while run works moves by its own rules: what run had found for the table
+// before, which was at rest, allows nothing.
+func TestMoveTableComesWhileRunWorks(t *testing.T) {
+	movesIn(t, 1, 1, with(pinned(40, 0), "late", 3), func(t *testing.T, m *moveTest) {
+		m.setAbsent(1, true)
+		swapped := false
+		m.closeSession = func(s *session, done func(bool)) bool {
+			if !swapped {
+				swapped = true
+				m.table(with(pinned(40, 1), "late", 3)) // by a watcher's goroutine
+				m.closesAt = time.Time{}                // else the next step waits for minStepTime
+			}
+			return m.recordClose(s, done)
+		}
+		m.relay.add(&session{namespace: "late", backend: 2})
+		m.tableOrPodChanged()
+		m.after(600 * time.Millisecond)
+		wantEqual(t, "the table has come", swapped, true)
+		if all := m.after(10 * time.Second); len(all) != 1 {
+			t.Errorf("%d sessions were closed, want that of late alone: the new owner of all others is away", len(all))
+		}
+		wantEqual(t, "the owner", m.assignmentOf("ns-00").backend, 0)
+	})
+}
+
+// With -handoff=off a change is taken back, and run works before it gets tableChanged: it closes
+// no session, since all are with their owner.
+func TestMoveTakenBackBeforeRunSees(t *testing.T) {
+	movesWith(t, true, 100, 1, pinned(90, 0), func(t *testing.T, m *moveTest) {
+		m.table(pinned(90, 1))
+		m.after(700 * time.Millisecond)
+		m.tables.onSwap = func() {
+			m.current.Store(newView(m.tables.table(), m.current.Load(), time.Now()))
+			before := len(m.after(0))
+			wantEqual(t, "sessions that were closed", len(m.after(200*time.Millisecond))-before, 0)
+			m.tableOrPodChanged()
+		}
+		m.table(pinned(90, 0))
+	})
+}
+
+// When a pod is replaced in the midst of a change, -move-settle begins anew: what was proposed
+// before is not carried out.
+func TestMoveSettlesAfterPodReplaced(t *testing.T) {
+	movesIn(t, 100, 1, pinned(90, 0), func(t *testing.T, m *moveTest) {
+		m.closeSession = func(s *session, done func(bool)) bool {
+			return m.recordCloseIn(5*time.Millisecond, s, done)
+		}
+		m.table(pinned(90, 1))
+		before := len(m.after(640 * time.Millisecond)) // steps begin at 500, 600 and 700 ms
+		m.tableOrPodChanged()
+		wantEqual(t, "sessions that were closed before -move-settle was over", len(m.after(400*time.Millisecond))-before, 0)
+		wantEqual(t, "sessions that were closed", len(m.after(time.Minute)), 90)
+	})
+}
+
+// A step that is over opens its namespaces before the queue is filled anew, which takes a while
+// with many sessions.
+func TestMoveOpensBeforeRequeue(t *testing.T) {
+	movesIn(t, 10, 1, pinned(60, 0), func(t *testing.T, m *moveTest) {
+		opened, late := 0, 0
+		var filledAt time.Time // when the step began
+		m.mover.onViewChanged = func() {
+			switch v := m.current.Load(); {
+			case !v.done:
+				filledAt = m.queue.filledAt
+			case len(v.records) > 1:
+				opened++
+				if !m.queue.filledAt.Equal(filledAt) {
+					late++
+				}
+			}
+		}
+		m.table(pinned(60, 1))
+		m.after(5 * time.Second)
+		if opened < 10 || late > 0 {
+			t.Errorf("%d of %d steps opened their namespaces after the queue was filled; want none of at least 10", late, opened)
+		}
+	})
+}
+
+// Sessions do not wait for the first dial of an owner that no session moves to any more.
+func TestMoveWaitsForNoDialWithoutSessions(t *testing.T) {
+	movesIn(t, 0, 1, with(pinned(5, 0), "gone", 0), func(t *testing.T, m *moveTest) {
+		m.targets.probe = func(ctx context.Context, backend int) error {
+			if backend == 2 {
+				<-ctx.Done()
+			}
+			return ctx.Err()
+		}
+		m.table(with(pinned(5, 1), "gone", 2))
+		m.after(100 * time.Millisecond)
+		for _, s := range m.relay.filter(func(s *session) bool { return s.namespace == "gone" }) {
+			m.leave(s)
+		}
+		for range 15 {
+			m.after(200 * time.Millisecond)
+			m.wake.notify()
+		}
+		wantEqual(t, "sessions that were closed", len(m.after(0)), 5)
+	})
+}
+
+// moveSeeds plays random changes with a router alone, or with -handoff=off, and clients that
+// come and go: rounds of them, of the first kinds of moveTest.change, each after at most 5 s. It
+// calls check when all moves have had the time to end.
+func moveSeeds(t *testing.T, rates []int, each, namespaces, rounds, kinds int, check func(t *testing.T, m *moveTest)) {
+	for seed := range uint64(40) {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			r := rand.New(rand.NewPCG(seed, 1))
+			data := map[string]string{}
+			for i := range namespaces {
+				data[fmt.Sprintf("ns-%03d", i)] = backendName("backend", r.IntN(5))
+			}
+			movesWith(t, seed%2 == 1, rates[r.IntN(len(rates))], each, data, func(t *testing.T, m *moveTest) {
+				m.closeSession = func(s *session, done func(bool)) bool {
+					return m.recordCloseIn(time.Duration(1+hash64(s.namespace)%150)*time.Millisecond, s, done)
+				}
+				before := data
+				for range rounds {
+					time.Sleep(time.Duration(r.IntN(700)) * time.Millisecond)
+					if r.IntN(4) == 0 {
+						time.Sleep(time.Duration(r.IntN(5)) * time.Second)
+					}
+					data, before = m.change(r, r.IntN(kinds), data, before)
+					m.clientsComeAndGo(r, namespaces)
+				}
+				m.tables.setBackends(backendSet{ordinalRange: ordinalRange{count: 5}})
+				for backend := range 5 {
+					m.setAbsent(backend, false)
+				}
+				m.after(5 * time.Minute)
+				check(t, m)
+			})
+		})
+	}
+}
+
+// change makes sessions move, or changes how they do, in a way of one of eight kinds. data has the
+// overrides, and before those before. It returns what these are then.
+func (m *moveTest) change(r *rand.Rand, kind int, data, before map[string]string) (_, _ map[string]string) {
+	switch kind {
+	case 0, 1:
+		before, data = data, maps.Clone(data)
+		for range 1 + r.IntN(len(data)/3) {
+			data[fmt.Sprintf("ns-%03d", r.IntN(len(data)))] = backendName("backend", r.IntN(5))
+		}
+		m.table(data)
+	case 2:
+		before, data = data, before
+		m.table(data)
+	case 3, 4:
+		m.setAbsent(r.IntN(5), r.IntN(2) == 0)
+	case 5:
+		m.noteStep(fmt.Sprint(m.current.Load().step + int64(r.IntN(50)) - 10))
+	case 6:
+		m.relay.setPods(map[int]string{r.IntN(5): fmt.Sprint(r.Uint64())})
+		m.tableOrPodChanged()
+	case 7:
+		m.tables.setBackends(backendSet{ordinalRange: ordinalRange{count: 3 + r.IntN(3)}})
+	}
+	return data, before
+}
+
+// clientsComeAndGo ends a few sessions, and adds one for a third of the namespaces that have none.
+func (m *moveTest) clientsComeAndGo(r *rand.Rand, namespaces int) {
+	has := map[string]bool{}
+	for _, s := range m.movableSessions() {
+		has[s.namespace] = true
+		if r.IntN(20) == 0 {
+			m.leave(s)
+		}
+	}
+	for i := range namespaces {
+		namespace := fmt.Sprintf("ns-%03d", i)
+		if a := m.assignmentOf(namespace); !has[namespace] && a.state == stateOwned && r.IntN(3) == 0 {
+			m.relay.add(&session{namespace: namespace, backend: a.backend})
+		}
+	}
+}
+
+// Under random changes all moves end: each session is with its owner, the only table is the
+// newest, and nothing is left of the moves.
+func TestMoveSeeds(t *testing.T) {
+	moveSeeds(t, []int{0, 5, 50, 2000}, 2, 30, 150, 8, func(t *testing.T, m *moveTest) {
+		v := m.current.Load()
+		wantEqual(t, "the newest table is the only one, and its step is over", v.done && v.hasOnlyTable(m.tables.table().ownersHash), true)
+		wantEqual(t, "the step is above those of backends", v.step > m.backendStep.Load(), true)
+		m.wantPending(t, 0)
+		if m.tally != nil || len(m.targets.all) > 0 || len(m.targets.waitUntil) > 0 || len(m.finishing) > 0 {
+			t.Errorf("left are: tally %v, targets %v, waits %v", m.tally, m.targets.all, m.targets.waitUntil)
+		}
+		misplaced := m.relay.filter(func(s *session) bool { return !s.isEnding() && m.shouldMove(s) })
+		wantEqual(t, "sessions that are not with their owner", len(misplaced), 0)
+	})
+}
+
+// Under random changes no second has more moves than the rate allows, but for those that a pace
+// makes up for. (Sessions of backends that are scaled in would: there are none.)
+func TestMoveRateSeeds(t *testing.T) {
+	const rate = 10
+	moveSeeds(t, []int{rate}, 1, 200, 60, 7, func(t *testing.T, m *moveTest) {
+		all := m.after(0)
+		for _, seconds := range []int{1, 3, 10} {
+			first, most := 0, 0
+			for i, closed := range all {
+				for closed.at-all[first].at > time.Duration(seconds)*time.Second {
+					first++
+				}
+				most = max(most, i-first+1)
+			}
+			if limit := rate*seconds + rate*int(paceCatchUp/time.Second) + 3; most > limit {
+				t.Errorf("%d of %d sessions were closed in %d s, want at most %d", most, len(all), seconds, limit)
+			}
+		}
+	})
 }

@@ -53,9 +53,15 @@ func newMoveTargets(probe func(ctx context.Context, backend int) error) *moveTar
 }
 
 // addMissing makes the backends targets too. It dials those that were none, until ctx ends. A
-// target stays one while sessions move to the same table, also when no session is left for it:
-// new clients do not go there either while it is away.
+// target whose first dial has ended stays one while sessions move to the same table, also when no
+// session is left for it: new clients do not go there either while it is away.
 func (t *moveTargets) addMissing(ctx context.Context, backends map[int]bool) {
+	for backend, target := range t.all {
+		if isKnown := target.reachable || target.dialled; !isKnown && !backends[backend] {
+			target.cancel() // else areDialled would wait for it
+			delete(t.all, backend)
+		}
+	}
 	for backend := range backends {
 		if t.all[backend] == nil {
 			t.add(ctx, &moveTarget{backend: backend})
