@@ -80,7 +80,7 @@ type stepAnswer struct {
 	ownersHash uint64    // ownersHash of its own table, or noTableHash
 	blank      bool      // it lacks a table of the plan, or has no table or no plan: limit is empty
 	limit      stepLimit // of the next step, towards its table; empty if blank
-	toMove     int       // how many sessions it has to move, also those within limit
+	toMove     int       // how many sessions it has to move that the rate counts, also those within limit
 }
 
 // handoffObject is one version of the object. It is immutable.

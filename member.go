@@ -82,7 +82,7 @@ type stepProgress struct {
 	hasWork  bool      // it has sessions, or requests that a backend may have got
 	doneHere bool      // nothing of the step is left here: see mover.workOnStep
 	limit    stepLimit // of the step after, towards view.nextTable
-	toMove   int       // sessions that have to move, also those within limit
+	toMove   int       // sessions that have to move and that the rate counts, also those within limit
 }
 
 // routerPod is what a router needs to know of the pod of another one.

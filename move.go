@@ -465,7 +465,7 @@ type stepProposal struct {
 	ownersHash uint64 // of the table to which the next step moves namespaces
 	limit      stepLimit
 	allAway    []int // the owners that are away for any router, sorted
-	toMove     int   // sessions that have to move, also those within limit
+	toMove     int   // sessions that have to move and that the rate counts, also those within limit
 }
 
 // propose returns how far the step after v's may go towards t, and when that may change,
@@ -491,7 +491,7 @@ func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.T
 	schedule := m.pace // of what this router proposes; dequeueForStep advances the pace itself
 	m.queue.split(&p.limit, settled, &schedule, m.nextStepTime(v, now))
 	p.limit.away = away
-	p.toMove = int(m.queue.size.Load())
+	p.toMove = int(m.queue.paced.Load())
 	if newest := v.newestRecord(); newest.ownersHash == t.ownersHash && newest.after.catchesUp(allAway) {
 		p.toMove = m.queue.countBelow(newest.after.upto, allAway) // all others have to wait
 	}

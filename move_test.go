@@ -811,6 +811,17 @@ func TestProgressWhileAnOwnerIsBehind(t *testing.T) {
 	})
 }
 
+// The rate does not count sessions of a backend that is scaled in: they take no time.
+func TestSecondsLeftWithoutScaledIn(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		m := newMoveTest(false, 10, 0, pinned(1, 0))
+		paced, scaledIn, both, oldPod := &session{}, &session{}, &session{}, &session{}
+		m.queue.set([]queuedSession{{scaledIn, 0, 1, false}, {paced, 5, 1, false}, {both, 7, 1, true}}, []*session{both, oldPod})
+		m.wantPending(t, 4)
+		wantEqual(t, "seconds that are left", m.status().SecondsLeft, 0.3)
+	})
+}
+
 // Also when many new owners fail during a change, one after the other, no session is closed for
 // an owner that is away, and none beyond the rate. All others move on.
 func TestMoveWhileManyOwnersFail(t *testing.T) {

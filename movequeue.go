@@ -17,6 +17,7 @@ type moveQueue struct {
 	oldPod   []*session      // whose pod was replaced: they wait for no step; some get another owner too
 	filledAt time.Time
 	size     atomic.Int64 // how many sessions there are, for all goroutines
+	paced    atomic.Int64 // how many of these the rate counts: all with a place above 0, and oldPod
 }
 
 // queuedSession is a session that has to move to another owner.
@@ -55,11 +56,18 @@ func (q *moveQueue) fill(
 // set makes sessions, which are sorted by place, and oldPod the queue.
 func (q *moveQueue) set(sessions []queuedSession, oldPod []*session) {
 	q.sessions, q.oldPod = sessions, oldPod
-	size := int64(0)
-	for range q.all() {
+	size, paced := int64(len(oldPod)), int64(len(oldPod))
+	for _, item := range sessions {
+		if item.oldPod {
+			continue
+		}
 		size++
+		if item.place > 0 {
+			paced++
+		}
 	}
 	q.size.Store(size)
+	q.paced.Store(paced)
 }
 
 // all returns all sessions of the queue, each once.

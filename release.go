@@ -396,8 +396,10 @@ func (m *releaseMemory) note(namespace string, backend int) {
 	key := backendNamespace{backend, namespace}
 	last := m.recent[len(m.recent)-1]
 	if _, known := last[key]; !known && countNamespaces(m.recent) >= m.max {
-		m.log.Warn("too many namespaces to remember; the oldest will not be released",
-			"namespaces", countNamespaces(m.older), "max", m.max)
+		if lost := countNamespaces(m.older); lost > 0 {
+			m.log.Warn("too many namespaces to remember; the oldest will not be released",
+				"namespaces", lost, "max", m.max)
+		}
 		m.startHalf(time.Now())
 		last = m.recent[0]
 	}

@@ -604,8 +604,8 @@ func TestReleaseMemoryIsBounded(t *testing.T) {
 		if len(got) != 15 || !slices.Contains(got, "0/ns-10") || !slices.Contains(got, "0/ns-24") {
 			t.Errorf("%d namespaces: %v; want the last 15", len(got), got)
 		}
-		if !strings.Contains(logged.String(), "too many namespaces") {
-			t.Errorf("log:\n%s", logged)
+		if log := logged.String(); strings.Count(log, "too many namespaces") != 1 || !strings.Contains(log, "namespaces=10") {
+			t.Errorf("log:\n%s\nwant one line: the first 10 are forgotten, and nothing else was", log)
 		}
 	})
 }

@@ -273,7 +273,7 @@ type handoffStatus struct {
 	Why     string   `json:"why,omitempty"`     // what this router does or waits for
 	Step    int64    `json:"step"`              // the last one, in Unix milliseconds or above
 	// InProgress says that not all namespaces have the owner of the newest table, or that
-	// the last step is not done.
+	// the last step is not done; also that this router has no table, or no view yet.
 	InProgress bool       `json:"in_progress"`
 	Progress   float64    `json:"progress"`         // about the share of namespaces that have it
 	ToMove     int64      `json:"sessions_to_move"` // of this router
@@ -282,7 +282,7 @@ type handoffStatus struct {
 
 	Moving      *moveReceipt `json:"moving,omitempty"` // the move that goes on
 	Rate        float64      `json:"rate"`             // sessions per second, 0: no limit
-	SecondsLeft float64      `json:"seconds_left"`     // at least, for ToMove
+	SecondsLeft float64      `json:"seconds_left"`     // at least, for those of ToMove that the rate counts
 }
 
 // stepWait is what a step waits for: a backend of this router, or another router that has
@@ -308,7 +308,7 @@ func (m *mover) status() handoffStatus {
 	if one := m.minMoveTime(1); one > 0 {
 		s.Rate = 1 / one.Seconds()
 	}
-	s.SecondsLeft = m.minMoveTime(s.ToMove).Seconds()
+	s.SecondsLeft = m.minMoveTime(m.queue.paced.Load()).Seconds()
 	switch {
 	case m.handoffOff:
 		s.Mode = "off"
@@ -318,21 +318,35 @@ func (m *mover) status() handoffStatus {
 	}
 	v, t := m.current.Load(), m.tables.table()
 	if v == nil || t == nil {
+		s.InProgress, s.Progress = true, 0
 		return s
 	}
 	s.Step = v.step
 	if s.InProgress = !v.hasOnlyTable(t.ownersHash) || !v.done; !s.InProgress {
 		return s
 	}
-	s.Progress = 0
-	if newest := v.newestRecord(); newest.ownersHash == t.ownersHash {
-		for i := range t.backends.count {
-			bound := newest.before.bound(t.backends.first + i)
-			s.Progress += float64(bound) / allPlaces / float64(t.backends.count)
-		}
-	}
+	s.Progress = v.progress(t)
 	s.WaitingFor = append(m.waitingFor(v), m.routerWaits(v)...)
 	return s
+}
+
+// progress returns about the share of namespaces that have their owner in t, from 0 to 1.
+func (v *view) progress(t *table) (share float64) {
+	newest := v.newestRecord()
+	switch {
+	case newest.ownersHash != t.ownersHash, v.allHeld && !v.done:
+		return 0
+	case len(v.records) == 1:
+		return 1
+	}
+	moved := &newest.before
+	if v.done {
+		moved = &newest.after
+	}
+	for i := range t.backends.count {
+		share += float64(moved.bound(t.backends.first+i)) / allPlaces / float64(t.backends.count)
+	}
+	return share
 }
 
 // waitingFor returns the backends that v's step waits for, sorted by ordinal.
@@ -426,7 +440,8 @@ func (m *mover) writeMetrics(w metricsWriter) {
 		"Always 1. The label has the mode of -handoff.")
 	info(1, "mode", s.Mode)
 	w.single("router_handoff_in_progress", "gauge",
-		"1 while not all namespaces have the owner of the newest table, or a step is not done.",
+		"1 while not all namespaces have the owner of the newest table, or a step is not done; "+
+			"also without a table or a plan of the hand-off.",
 		boolToFloat(s.InProgress))
 	w.single("router_handoff_steps_total", "counter",
 		"Steps of hand-offs that are done.", float64(m.steps.Load()))

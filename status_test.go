@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"net/http"
 	"strings"
 	"testing"
@@ -138,4 +139,40 @@ func TestTopOfAllKeepsTheLargest(t *testing.T) {
 			t.Errorf("%d namespaces, first %+v; want hot with 120 sessions", len(top), top[0])
 		}
 	}
+}
+
+// The progress of a change rises with its steps, and is whole once the newest table is the only
+// one, also while not all routers have answered that step.
+func TestProgress(t *testing.T) {
+	first := newTable("backend", false, ordinalRange{count: 4}, nil, nil, nil)
+	second := newTable("backend", false, ordinalRange{count: 5}, nil, nil, first)
+	start := newView(first, nil, time.Now())
+	half := start.next(second, stepLimit{upto: allPlaces / 2}, time.Now())
+	halfDone := *half
+	halfDone.done = true
+	all := halfDone.next(second, stepLimit{upto: allPlaces}, time.Now())
+	last := all.next(second, stepLimit{upto: allPlaces}, time.Now())
+	last.done = false
+	held := *last.handoffPlan
+	held.allHeld = true
+	allHeld := *last
+	allHeld.handoffPlan = &held
+	for name, c := range map[string]struct {
+		v    *view
+		want float64
+	}{
+		"before": {start, 0}, "the first half moves": {half, 0}, "it has moved": {&halfDone, 0.5}, "the rest moves": {all, 0.5},
+		"the last answers are missing": {last, 1}, "all are held": {&allHeld, 0},
+	} {
+		if got := c.v.progress(second); math.Abs(got-c.want) > 1e-6 {
+			t.Errorf("%s: %v, want %v", name, got, c.want)
+		}
+	}
+}
+
+// A router that has no table or no view yet says that not all is done: "router wait" waits.
+func TestNoViewIsNotDone(t *testing.T) {
+	m := newMover(&tableStore{}, newRelay(func(int) string { return "" }, nil), 0, nil, func() {}, nil)
+	s := status{Agree: true, Handoff: m.status()}
+	wantEqual(t, "what is not over", s.unfinished(), "a change of owners is under way, 0 % done, with 0 sessions to move")
 }

@@ -254,7 +254,8 @@ func (t *table) changes(old *table) (all []sourceChange) {
 		if slices.ContainsFunc(t.sources, hasID(src.id)) {
 			continue
 		}
-		c := sourceChange{sourceContent: sourceContent{id: src.id}}
+		gone := sourceContent{id: src.id, overrides: &overrideSet{}}
+		c := sourceChange{sourceContent: gone, ownersHash: t.ownersHash}
 		for r := range src.overrides.all() {
 			if t.overrideOrdinal(r) == byHash {
 				c.countChange(old.overrideOrdinal(r), byHash)
