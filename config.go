@@ -116,9 +116,9 @@ func (c *config) flags() *flag.FlagSet {
 		func(list string) (err error) { c.peers, err = parsePeers(list); return err })
 	f.DurationVar(&c.tcpUserTimeout, "tcp-user-timeout", time.Minute,
 		"a session ends when its client or backend has not answered TCP for this long, in\n"+
-			"whole seconds, 0 is the limit of the system")
+			"whole seconds; 0 is the limit of the system")
 	f.DurationVar(&c.idleTimeout, "idle-timeout", 0,
-		"how long a session may carry no byte in either direction before it ends, 0 is no limit")
+		"how long a session may carry no byte in either direction before it ends; 0 is no limit")
 
 	f.StringVar(&c.proxyProtocol, "proxy-protocol", "off",
 		"`on` or off: whether connections from -trusted-proxies begin with a header of the PROXY\n"+
@@ -173,7 +173,7 @@ func (c *config) overrideFlags(f *flag.FlagSet) {
 		"`labels` of the ConfigMaps with overrides, like app=router-overrides, in place of names")
 	f.StringVar(&c.overridesDir, "overrides", "",
 		"`directory` with the overrides, one file for each namespace; with an API server, a\n"+
-			"copy that is used until the server has answered")
+			"copy that is used until the server has answered; not with -handoff all")
 }
 
 // tlsFlags adds the flags for TLS that the router ends itself to f.
@@ -233,7 +233,7 @@ func (c *config) trafficFlags(f *flag.FlagSet) {
 			"both counted together. Half of it is divided evenly among the backends. Of the other\n"+
 			"half, one backend may use at most as much as it leaves free")
 	f.IntVar(&c.moveRate, "move-rate", 200,
-		"`sessions` that are closed per second after their owner changed, 0 is no limit. With\n"+
+		"`sessions` that are closed per second after their owner changed; 0 is no limit. With\n"+
 			"-handoff all, this is the rate of all routers together; else of each router")
 	f.DurationVar(&c.moveSettle, "move-settle", 500*time.Millisecond,
 		"the router waits until the routing table has not changed for this time, ten times this\n"+
@@ -259,10 +259,10 @@ func (c *config) trafficFlags(f *flag.FlagSet) {
 func (c *config) namespaceFlags(f *flag.FlagSet) {
 	f.IntVar(&c.limits.namespace.sessions, "max-sessions-per-namespace", 0,
 		"for each namespace, the maximum `number` of sessions and pending upgrades in this router;\n"+
-			"each router counts by itself, 0 is no limit")
+			"each router counts by itself; 0 is no limit")
 	f.IntVar(&c.limits.namespace.upgrades, "max-upgrades-per-second", 0,
 		"for each namespace, the maximum `number` of upgrades per second, which may come at once;\n"+
-			"each router counts by itself, 0 is no limit")
+			"each router counts by itself; 0 is no limit")
 	f.DurationVar(&c.maxAge, "max-age", 0,
 		"age at which the router closes a session, as in a move. Each session has its own age,\n"+
 			"between 90 % and 100 % of this. Each router closes at most -move-rate of them per\n"+

@@ -356,8 +356,8 @@ func (r *replicaWatcher) isStoredAhead() bool {
 		(!r.stored.isOf(r.latest) || r.stored.Generation > r.latest.Metadata.Generation)
 }
 
-// confirmationWanted returns the confirmation that the latest StatefulSet is not older than the stored
-// count. The caller holds r.mu.
+// confirmationWanted returns the confirmation that the latest StatefulSet is not older than the
+// stored count. The caller holds r.mu.
 func (r *replicaWatcher) confirmationWanted() storedConfirmation {
 	m := r.latest.Metadata
 	return storedConfirmation{*r.stored, m.UID, m.Generation}
@@ -439,8 +439,9 @@ func (r *replicaWatcher) confirmStored(ctx context.Context) {
 	}
 }
 
-// missingConfirmation returns the confirmation that wantedBackends needs and that is missing; zero if
-// none is missing. A StatefulSet that does not exist cannot be newer than the stored count.
+// missingConfirmation returns the confirmation that wantedBackends needs and that is missing;
+// zero if none is missing. A StatefulSet that does not exist cannot be newer than the stored
+// count.
 func (r *replicaWatcher) missingConfirmation() storedConfirmation {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -450,8 +451,8 @@ func (r *replicaWatcher) missingConfirmation() storedConfirmation {
 	return r.confirmationWanted()
 }
 
-// confirm lists the StatefulSet, if a confirmation is missing. The LIST is one if it brings
-// nothing else.
+// confirm lists the StatefulSet, if a confirmation is missing. The LIST confirms if it brings
+// the same StatefulSet and the stored count is still the same.
 func (r *replicaWatcher) confirm(ctx context.Context) {
 	wanted := r.missingConfirmation()
 	if wanted == (storedConfirmation{}) {

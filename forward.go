@@ -492,7 +492,7 @@ func (x *exchange) failure(owner string, err error) *refusal {
 	case errDraining:
 		return refuse(resultDraining, "%v", cause)
 	default:
-		return refuse(resultBrokenOff, "%v while %s worked on its request", cause, owner)
+		return refuse(resultBrokenOff, "%s worked on the request when %v", owner, cause)
 	}
 }
 
@@ -724,7 +724,7 @@ type idleConns struct {
 	// Guarded by mu.
 	mu     sync.Mutex
 	byPod  map[backendPod][]*ownerConn // the last is the newest
-	timer  *time.Timer                 // calls expire; nil if there is no connection
+	timer  *time.Timer                 // calls expire; nil if none is to be called
 	closed bool
 }
 

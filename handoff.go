@@ -52,7 +52,7 @@ func (m *mark) catchesUp(away []int) bool {
 	return false
 }
 
-// advanced returns the mark after m, once the namespaces have advanced that limit allows. No bound
+// advanced returns the mark after m: once all have advanced that limit allows to. No bound
 // falls: what has advanced never goes back, also if its new owner is away now.
 func (m *mark) advanced(limit stepLimit) mark {
 	next := mark{upto: max(m.upto, limit.upto)}
@@ -126,8 +126,8 @@ type handoffPlan struct {
 // newestRecord returns the record of the table to which namespaces move.
 func (p *handoffPlan) newestRecord() *planRecord { return &p.records[len(p.records)-1] }
 
-// hasOnlyTable reports whether the only table is the one with this ownersHash. The step that made it
-// so may still be under way: view.done says whether it is over.
+// hasOnlyTable reports whether the only table is the one with this ownersHash. The step that
+// made it so may still be under way: view.done says whether it is over.
 func (p *handoffPlan) hasOnlyTable(ownersHash uint64) bool {
 	return len(p.records) == 1 && p.records[0].ownersHash == ownersHash
 }

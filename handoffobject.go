@@ -149,8 +149,7 @@ func (p *sharedPlan) withMember(pod string, id *memberID) *sharedPlan {
 	return &next
 }
 
-// knownMembers returns the names, in any order, of the members of which
-// the process is known.
+// knownMembers returns the names, in any order, of the members of which the process is known.
 func (p *sharedPlan) knownMembers() (pods []string) {
 	for pod, id := range p.members {
 		if id.Instance != anyInstance {

@@ -14,11 +14,11 @@ import (
 	"strings"
 )
 
-// Headers that tell the backend who routed the request, by which table, by which step of
-// a hand-off, and to which backend. On one router, and with -handoff=all on all routers, a step only rises: of two requests for a namespace
-// with different owners, the newer owner has the higher one. They are never taken from a
-// client. A backend answers 421 Misdirected Request (RFC 9110 §15.5.20) if headerBackend
-// does not name it: the router had an old address.
+// Headers that tell the backend who routed the request, by which table, by which step of a
+// hand-off, and to which backend. On one router, and with -handoff=all on all routers, a step
+// only rises: of two requests for a namespace with different owners, the newer owner has the
+// higher one. They are never taken from a client. A backend answers 421 Misdirected Request
+// (RFC 9110 §15.5.20) if headerBackend does not name it: the router had an old address.
 const (
 	headerPod     = "X-Router-Pod"
 	headerTable   = "X-Router-Table"

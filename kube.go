@@ -234,11 +234,11 @@ func retryAfter(err error) time.Duration {
 	return time.Duration(seconds) * time.Second
 }
 
-// retryDelay returns how long to wait before the next request, after this many failures in
-// a row: what a backoff from minKubeRetry to maxKubeRetry says, with its jitter, and after
-// no failure a jitter only, up to minKubeRetry: routers that lost their streams together
-// do not come back together. It is never less than minWait, which the API server asked
-// for. random is in [0, 1).
+// retryDelay returns how long to wait before the next request, after this many failures in a
+// row. It is a jittered backoff from minKubeRetry to maxKubeRetry. After no failure it is a
+// jitter of up to minKubeRetry, so that routers that lost their streams together do not come
+// back together. It is never less than minWait, which the API server asked for. random is in
+// [0, 1).
 func retryDelay(failures int, minWait time.Duration, random float64) time.Duration {
 	wait := time.Duration(random * float64(minKubeRetry))
 	if failures > 0 {
@@ -336,7 +336,7 @@ func newInClusterClient(getenv func(string) string, dir string) (*kubeClient, er
 	return k, k.readCA()
 }
 
-// newKubectlProxyClient returns a client that uses the kubectl proxy at base, an URL such
+// newKubectlProxyClient returns a client that uses the kubectl proxy at base, a URL such
 // as http://127.0.0.1:8080. The proxy adds the credentials.
 func newKubectlProxyClient(base string) (*kubeClient, error) {
 	u, err := url.Parse(base)

@@ -103,8 +103,7 @@
 //     They never get another backend.
 //  8. Once the relay has taken a session over, only it touches the two sockets. At the end, or
 //     when the backend does not answer a Close frame, it may give the backend's socket to a
-//     flight. A session ends once, with one cause, and
-//     is counted and logged once.
+//     flight. A session ends once, with one cause, and is counted and logged once.
 //  9. A slow reader stops its own session only. The memory of each session is bounded.
 //  10. A move, a drain or -max-age ends a session with Close frames, each at the end of a
 //     frame: first to the backend, then to the client. A session that does not end so in
@@ -140,7 +139,7 @@
 //
 // A client whose owner cannot be dialled now waits in a queue, where it has no goroutine.
 // One whose namespace is held, or whose owner this router does not know, waits in the queue
-// queueHeld, which is never ready: it leaves that when the owner is known and gets clients.
+// queueHeld, which is never ready. The client leaves it when the owner is known and gets clients.
 //
 //	fastConn.park             begins that
 //	proxy.recheckOwner        finds the owner again, and waits for sessions with its old pod
@@ -171,8 +170,8 @@
 //	proxy.completeUpgrade     does the handshake with the owner
 //	proxy.passResponse        gives the client an answer of the owner that is not a 101
 //
-// Both have these. startFlight comes just before the request is sent, the others after the
-// owner's 101.
+// Both ways go on with these steps. startFlight comes just before the request is sent, the
+// others after the owner's 101.
 //
 //	proxy.startFlight         calls mover.startFlight, and keeps the flight and the owner that
 //	                          it returns
@@ -246,7 +245,7 @@
 //	configMaps.applyAll       gives the overrides of all of them to update
 //	tableStore.setContents    (as update) takes the contents of one source
 //	tableStore.mergeContents  collects the contents of all sources, once each has given its own
-//	tableStore.updateVersions ends it here if only versions are new
+//	tableStore.updateVersions ends the way here if only versions have changed
 //	replicaWatcher.run        another entry: the number of backends, or the cordon, changed
 //	tableStore.setBackends    (in onBackendsChanged) takes them, and calls swap
 //	tableStore.swap           makes a new table the newest
@@ -268,10 +267,10 @@
 //	mover.mayMove             (in updatePace) says if -move-settle is over, and all were dialled
 //	moveQueue.split           chooses as many sessions as the rate allows
 //	mover.workAtRest          (in work) in place of propose, when no step has to come any more. With
-//	                          -handoff=off none ever comes, and the next one moves all sessions
+//	                          -handoff=off none ever comes, and closeAtRest moves all sessions
 //	mover.closeAtRest         calls split, and moves the sessions that are left
 //	mover.decideAlone         (in decide) ends a step that is over, and begins the next one
-//	view.next                 makes the view in which these are held
+//	view.next                 makes the view in which the namespaces of the step are held
 //	mover.adopt               puts it in force: from now on their clients wait
 //	mover.dequeueForStep      takes the sessions of the step from the queue
 //	mover.workOnStep          closes what the step waits for, and reports whether it is over

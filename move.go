@@ -168,11 +168,11 @@ func (m *mover) startFlight(
 	return nil, now, false
 }
 
-// shouldMove reports whether the session's namespace has another owner now, or the same
-// owner with another pod. A namespace that is unresolved stays with its backend. One whose
-// owner this router does not know (ownerNotKnown) counts as one with another owner. If the
-// router does not know who owns what (view.servesNone), all count as unresolved: actEndAll ends the
-// sessions once the router is no member any more.
+// shouldMove reports whether the session's namespace has another owner now, or the same owner
+// with another pod. A namespace that is unresolved stays with its backend. One whose owner this
+// router does not know (ownerNotKnown) counts as one with another owner. If the router does not
+// know who owns what (view.servesNone), all count as unresolved: actEndAll ends the sessions
+// once the router is no member any more.
 func (m *mover) shouldMove(s *session) bool {
 	owner := m.assignmentOf(s.namespace).backend
 	return owner != unresolved && owner != s.backend || m.relay.podReplaced(s)
@@ -579,7 +579,7 @@ func (m *mover) noteStep(text string) bool {
 }
 
 // closeAtRest closes sessions of the queue, as many as the pace allows. The view has the newest
-// table alone, so none of them waits for a step: with -handoff=off that are all sessions that
+// table alone, so none of them waits for a step: with -handoff=off these are all sessions that
 // move. It returns when it has to be called again; if that is zero, at the next event.
 func (m *mover) closeAtRest(now time.Time) (again time.Time) {
 	limit := stepLimit{upto: allPlaces}

@@ -100,7 +100,7 @@ func (q *moveQueue) countBelow(upto uint64, away []int) (n int) {
 	return n
 }
 
-// targets returns the owners that the sessions get, and those whose pod is another.
+// targets returns the owners that the sessions get, and the backends whose pod was replaced.
 func (q *moveQueue) targets() map[int]bool {
 	targets := map[int]bool{}
 	for _, item := range q.sessions {

@@ -178,7 +178,7 @@ func answerError(status int, body []byte) error {
 	return fmt.Errorf("%d %s: %s", status, http.StatusText(status), failure.Error)
 }
 
-// isAskedByUs reports whether this router has asked the request.
+// isAskedByUs reports whether the request comes from this router itself.
 func (p *peers) isAskedByUs(r *http.Request) bool {
 	return p != nil && r.Header.Get(askerHeader) == p.askerID
 }

@@ -6,13 +6,13 @@ import (
 	"time"
 )
 
-// pendingLimit bounds the pending requests: upgrades that wait, dial, or are in the
-// handshake, plain requests that their owner has not got, and what abandon keeps. Half of
-// the limit is divided evenly among the backends: requests for one backend cannot use the
-// slots that another backend has there, whatever they wait for. The
-// other half is a pool, of which a backend may take at most half of what the others leave. So
-// there is room for the clients of the last backend that works, and for the many clients
-// that wait for one that restarts. The zero value counts none.
+// pendingLimit bounds the pending requests: upgrades that wait, dial, or are in the handshake,
+// plain requests that their owner has not got, and what abandon keeps. Half of the limit is
+// divided evenly among the backends: requests for one backend cannot use the slots that another
+// backend has there, whatever they wait for. The other half is a pool, of which a backend may
+// take at most half of what the others leave. So there is room for the clients of the last
+// backend that works, and for the many clients that wait for one that restarts. The zero value
+// counts none.
 type pendingLimit struct {
 	mu        sync.Mutex // guards all fields
 	total     int

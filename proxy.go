@@ -562,7 +562,7 @@ func refuseNoTable() *refusal {
 }
 
 // ownerName returns the name of the owner with this ordinal, for people. A negative one is
-// not known: see assignment.
+// not known: see byHash and the constants after it.
 func (p *proxy) ownerName(ordinal int) string {
 	if ordinal < 0 {
 		return "an owner that is not known here"

@@ -119,7 +119,7 @@ type session struct {
 	index    int32 // in relay.sessions
 	onOldPod bool  // counted in relay.oldPods
 
-	backendDone atomic.Bool  // nobody waits any more for this session's backend, but maybe for a flight: setBackendDone
+	backendDone atomic.Bool  // no step waits for this session's backend; one may for its flight: see setBackendDone
 	cause       atomic.Int32 // a cause; causeNone until the session ends
 	isOver      atomic.Bool  // it has ended and was counted
 

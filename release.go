@@ -297,7 +297,7 @@ type stepReleases struct {
 	releaser *releaser
 	memory   *releaseMemory
 
-	current *releaseRun // of the step; nil before startStep has been followed by releaseAll
+	current *releaseRun // of the step; nil from startStep to the first releaseAll
 	cancel  context.CancelFunc
 }
 
@@ -332,9 +332,10 @@ func (s *stepReleases) startStep() {
 }
 
 // releaseAll is called when all sessions and flights of the step are over, and then again
-// whenever onDone was called. It asks the backends, the first time, and reports whether
-// they have released all that the router had in the step or shortly before, and of which
-// match returns true: this backend is not the owner after the step.
+// whenever onDone was called. It asks the backends, the first time. It reports whether
+// each has released its namespaces: those that this router had with it in the step, or within
+// -release-retention before, and for which match returns true: the backend is not their owner
+// after the step.
 func (s *stepReleases) releaseAll(step int64, match func(namespace string, backend int) bool,
 	onDone func()) bool {
 	if s == nil {

@@ -41,7 +41,8 @@ func (r result) String() string {
 		"hold_timeout", "misdirected", "max_sessions", "max_pending_upgrades", "max_sessions_per_namespace", "max_upgrades_per_second", "draining", "client_gone", "bad_gateway", "gateway_timeout", "backend_refused", "broken_off"}[r]
 }
 
-// refusalStatus is the HTTP status of a refusal with this result: 503 for those that have no other.
+// refusalStatus is the HTTP status of a refusal with this result: 503 for those that have no
+// other.
 func (r result) refusalStatus() int {
 	status := [numResults]int{
 		resultBadRequest: http.StatusBadRequest,

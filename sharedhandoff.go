@@ -29,7 +29,7 @@ const (
 	relistTime = 5 * time.Second
 )
 
-// sharedHandoff is a hand-off that all routers share (-handoff=all), as this router has part in
+// sharedHandoff is a hand-off that all routers share (-handoff=all), as this router takes part in
 // it. It reads their object, asks member what to do next, and sends what has to be sent. The
 // mover's run owns it and closes it.
 //
@@ -443,7 +443,7 @@ func (p *podObject) routerPod() routerPod {
 	return routerPod{uid: p.Metadata.UID, scheduled: p.Spec.NodeName != "", provenEnded: ended}
 }
 
-// containersEnded reports whether all containers have terminated, but for sidecars.
+// containersEnded reports whether all containers but sidecars have terminated.
 func (p *podObject) containersEnded() bool {
 	for i := range p.Status.ContainerStatuses {
 		if p.Status.ContainerStatuses[i].State.Terminated == nil {

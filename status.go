@@ -233,7 +233,7 @@ func movingSessions(r *relay, t *table) (in, out map[int]int) {
 	return in, out
 }
 
-// tableSummary has what operators ask of a table and what takes a look at all of its
+// tableSummary has what operators ask of a table, as far as that takes a look at all of its
 // overrides. It is immutable.
 type tableSummary struct {
 	table     *table
@@ -554,7 +554,7 @@ func (l *backendLoad) add(other backendLoad) {
 }
 
 // add adds what another router says of its hand-off. A change is under way while it is on
-// any router, and as far as on the one that is behind.
+// any router. It has come only as far as on the slowest one.
 func (s *handoffStatus) add(other *handoffStatus) {
 	for _, member := range other.Members {
 		if !slices.Contains(s.Members, member) {

@@ -526,10 +526,9 @@ func decodeList[T any](body io.Reader, maxBytes int64) (
 
 // decodeEvent reads one event of a WATCH
 // (https://kubernetes.io/docs/reference/using-api/api-concepts/, "Efficient detection of
-// changes").
-// The type comes before the object and says how to decode it. So the object is decoded in
-// one pass: to find its end first and decode it then takes twice as long. An ERROR event
-// is returned as a *statusError, also the 410 of a WATCH, which is an event in a response
+// changes"). The type comes before the object and says how to decode it. So the object is
+// decoded in one pass: to find its end first and decode it then takes twice as long. An ERROR
+// event is returned as a *statusError, also the 410 of a WATCH, which is an event in a response
 // of 200 (kubernetes#35068). io.EOF is the end of the stream before an event.
 func decodeEvent[T any](d *json.Decoder) (event string, o *T, err error) {
 	o = new(T)
