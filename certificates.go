@@ -497,10 +497,10 @@ func (c *certificates) writeMetrics(m metricsWriter) {
 	for i, certificate := range c.config().Certificates {
 		expiry(unixSeconds(certificate.Leaf.NotAfter), "certificate", c.files[i].name)
 	}
-	rejected := m.family("router_tls_certificate_rejected", "gauge",
+	rejected := m.family("router_tls_file_rejected", "gauge",
 		"1 while what the files have is refused, and what they had before is in force.")
 	for _, f := range c.files {
-		rejected(boolToFloat(f.rejected.Load()), "certificate", f.name)
+		rejected(boolToFloat(f.rejected.Load()), "file", f.name)
 	}
 }
 

@@ -207,7 +207,7 @@ func (s *certificateStore) metrics(t testing.TB) *exposition {
 func (s *certificateStore) wantRejected(t testing.TB, file, reason string) {
 	t.Helper()
 	value := boolToFloat(reason != "")
-	if lacks := s.metrics(t).lacks(map[string]float64{fmt.Sprintf("router_tls_certificate_rejected{certificate=%q}", file): value}); lacks != "" {
+	if lacks := s.metrics(t).lacks(map[string]float64{fmt.Sprintf("router_tls_file_rejected{file=%q}", file): value}); lacks != "" {
 		t.Error(lacks)
 	}
 }
@@ -972,7 +972,7 @@ func TestCertificateMetrics(t *testing.T) {
 	one, two := newMountedSecret(t, ca.sign(t, nil, at(2091), "a.test")), newMountedSecret(t, ca.sign(t, nil, at(2092), "b.test"))
 	path := writeFile(t, filepath.Join(t.TempDir(), "ca"), ca.pem)
 	s := newStore(t, certificateFlags{certs: []string{one.path, two.path}, clientCA: path})
-	const expiry, rejected = "router_tls_certificate_expiry_timestamp_seconds", "router_tls_certificate_rejected"
+	const expiry, rejected = "router_tls_certificate_expiry_timestamp_seconds", "router_tls_file_rejected"
 	if lacks := s.metrics(t).lacks(map[string]float64{
 		fmt.Sprintf("%s{certificate=%q}", expiry, one.path):   float64(time.Date(2091, 1, 1, 0, 0, 0, 0, time.UTC).Unix()),
 		fmt.Sprintf("%s{certificate=%q}", expiry, two.path):   float64(time.Date(2092, 1, 1, 0, 0, 0, 0, time.UTC).Unix()),

@@ -819,7 +819,7 @@ func (c relayed) wantAccount(t *testing.T, tail *logTail, taken [2]int64, least,
 	}
 	wantLine(t, tail.all("session ended"), 1, map[string]any{"level": "INFO", "namespace": c.namespace,
 		"backend": r.backendName(c.session.backend), "cause": cause(c.cause.Load()).String(), "client": c.clientAddrs,
-		"to_backend": float64(got[clientSide]), "to_client": float64(got[backendSide])})
+		"bytes_to_backend": float64(got[clientSide]), "bytes_to_client": float64(got[backendSide])})
 	seconds := tail.all("session ended")[0]["seconds"].(float64)
 	if seconds < least.Seconds() || seconds > most.Seconds() {
 		t.Errorf("seconds=%v in the log, want %v to %v", seconds, least.Seconds(), most.Seconds())

@@ -232,7 +232,7 @@ func TestRedirectOfTheRouter(t *testing.T) {
 	})
 	resp, _ := askPlain(t, addr, "GET /ws/ns-01 HTTP/1.1\r\nHost: a.test\r\n\r\n")
 	wantEqual(t, "the place", resp.Header.Get("Location"), "https://a.test/ws/ns-01")
-	if _, body := r.get(t, "/metrics"); !strings.Contains(body, "router_tls_certificate_rejected{certificate=") {
+	if _, body := r.get(t, "/metrics"); !strings.Contains(body, "router_tls_file_rejected{file=") {
 		t.Error("/metrics lacks the certificate")
 	}
 	var stopped sync.WaitGroup

@@ -275,7 +275,7 @@ func (r *relay) sessionEnded(s *session) {
 	r.log.Info("session ended", "namespace", s.namespace,
 		"backend", r.backendName(s.backend), "cause", cause.String(), "cut", cut,
 		"client", s.clientAddrs, "seconds", lasted.Seconds(),
-		"to_backend", n[clientSide], "to_client", n[backendSide])
+		"bytes_to_backend", n[clientSide], "bytes_to_client", n[backendSide])
 	s.isOver.Store(true)
 	r.onBackendDone()
 	r.freeDescriptors(descriptorsPerSession)

@@ -579,7 +579,7 @@ func (h *sharedHandoff) writeMetrics(w metricsWriter) {
 	st := h.snapshot()
 	w.single("router_handoff_members", "gauge",
 		"Routers that share the hand-off, as this one knows.", float64(len(st.members)))
-	w.single("router_handoff_member", "gauge",
+	w.single("router_handoff_serving", "gauge",
 		"1 if this router is a member that has all tables of the plan: it admits clients to all "+
 			"namespaces that are not being handed over.",
 		boolToFloat(st.whyNotServing == ""))

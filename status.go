@@ -444,7 +444,7 @@ func (m *mover) writeMetrics(w metricsWriter) {
 			"also without a table or a plan of the hand-off.",
 		boolToFloat(s.InProgress))
 	w.single("router_handoff_steps_total", "counter",
-		"Steps of hand-offs that are done.", float64(m.steps.Load()))
+		"Steps of hand-offs that are done and have handed over namespaces.", float64(m.steps.Load()))
 	m.stepDurations.write(w, "router_handoff_step_duration_seconds",
 		"How long the steps of hand-offs that are done held their namespaces.")
 	m.writeWaits(w, s)

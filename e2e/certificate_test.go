@@ -94,8 +94,8 @@ func (s *system) awaitRefused(want float64) {
 	for _, r := range s.routers(s.t.Context()) {
 		eventually(s.t, 3*time.Minute, r.pod+" to see the pair", func() error {
 			m, err := r.metrics(s.t.Context())
-			if err == nil && m.sum("router_tls_certificate_rejected") != want {
-				err = fmt.Errorf("it refuses %v files, want %v", m.sum("router_tls_certificate_rejected"), want)
+			if err == nil && m.sum("router_tls_file_rejected") != want {
+				err = fmt.Errorf("it refuses %v files, want %v", m.sum("router_tls_file_rejected"), want)
 			}
 			return err
 		})

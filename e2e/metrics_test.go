@@ -85,7 +85,7 @@ func tlsMetricNames() map[string]dto.MetricType {
 		"router_tls_handshakes_resumed_total":             counter,
 		"router_tls_handshake_duration_seconds":           histogram,
 		"router_tls_certificate_expiry_timestamp_seconds": gauge,
-		"router_tls_certificate_rejected":                 gauge,
+		"router_tls_file_rejected":                        gauge,
 	}
 }
 
@@ -130,7 +130,7 @@ func TestMetrics(t *testing.T) {
 			checkFamilies(t, r.pod, m, tlsMetricNames(), map[string]string{
 				"router_tls_handshakes_total result":                          "ok failed timeout evicted client_gone",
 				"router_tls_certificate_expiry_timestamp_seconds certificate": "/tls",
-				"router_tls_certificate_rejected certificate":                 "/tls /tickets/secret",
+				"router_tls_file_rejected file":                               "/tls /tickets/secret",
 			})
 		}
 		for name, want := range map[string]float64{"router_ready": 1, "router_table_backends": 4, "router_statefulset_replicas": 4,
