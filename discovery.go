@@ -129,7 +129,7 @@ type replicaWatcher struct {
 	endpoints         *endpointWatcher
 	shared            bool             // routers share the stored count
 	onBackendsChanged func(backendSet) // see newReplicaWatcher
-	onWanted          func()           // see newReplicaWatcher
+	onWantedCount     func()           // see newReplicaWatcher
 	confirmWakeup     wakeup           // of confirmStored
 	log               *slog.Logger
 	// onCordonRejected is called with each new reason why the annotation is not in force. It
@@ -137,17 +137,17 @@ type replicaWatcher struct {
 	onCordonRejected func(o apiObject, why string)
 
 	// Owned by run.
-	wanted         *backendCount // what wantedBackends returned last
-	cordonRejected string        // what whyCordonRejected returned last; "" for nothing
+	lastWantedCount *backendCount // what wantedCount returned last
+	cordonRejected  string        // what whyCordonRejected returned last; "" for nothing
 
 	// Guarded by mu.
-	mu           sync.Mutex
-	latest       *statefulSet  // nil before the first LIST; if deleted, the last version
-	absent       bool          // it does not exist
-	storedIsRead bool          // setStored was called
-	stored       *backendCount // what setStored got last, but for nil
+	mu                sync.Mutex
+	latest            *statefulSet  // nil before the first LIST; if deleted, the last version
+	absent            bool          // it does not exist
+	storedCountIsRead bool          // setStoredCount was called
+	storedCount       *backendCount // what setStoredCount got last, but for nil
 	// inForce is the count in force: the last one of the StatefulSet latest, from
-	// setStored if routers share it, else this router's own. If there was none, it is nil
+	// setStoredCount if routers share it, else this router's own. If there was none, it is nil
 	// or a count of another StatefulSet; that one does not count.
 	inForce      *backendCount
 	confirmation storedConfirmation
@@ -182,15 +182,15 @@ type storedConfirmation struct {
 // runs its watcher, run and confirmStored. run calls onBackendsChanged with the backends that own
 // namespaces, at least one, each time that they or their cordon may have changed.
 //
-// If onWanted is nil, the router is alone. Else all routers share a stored count, which
-// setStored gives to this router: before that, no backends are known. run calls onWanted
-// each time that wantedBackends returns something else. One call of onBackendsChanged or onWanted
+// If onWantedCount is nil, the router is alone. Else all routers share a stored count, which
+// setStoredCount gives to this router: before that, no backends are known. run calls onWantedCount
+// each time that wantedCount returns something else. One call of onBackendsChanged or onWantedCount
 // ends before the next one. No lock is held then.
 func newReplicaWatcher(client kubeClient, kubeNamespace string, endpoints *endpointWatcher,
-	onBackendsChanged func(backendSet), onWanted func(), log *slog.Logger) *replicaWatcher {
+	onBackendsChanged func(backendSet), onWantedCount func(), log *slog.Logger) *replicaWatcher {
 	r := &replicaWatcher{
-		endpoints: endpoints, shared: onWanted != nil,
-		onBackendsChanged: onBackendsChanged, onWanted: onWanted, confirmWakeup: newWakeup(), log: log,
+		endpoints: endpoints, shared: onWantedCount != nil,
+		onBackendsChanged: onBackendsChanged, onWantedCount: onWantedCount, confirmWakeup: newWakeup(), log: log,
 		onCordonRejected: func(apiObject, string) {},
 	}
 	r.watcher = &watcher[statefulSet]{
@@ -258,14 +258,14 @@ func (r *replicaWatcher) whyCordonRejected() string {
 	return ""
 }
 
-// setStored says which count the object of the hand-off has, that all routers share;
+// setStoredCount says which count the object of the hand-off has, that all routers share;
 // nil if it has none. It does not block, and any goroutine may call it.
-func (r *replicaWatcher) setStored(b *backendCount) {
+func (r *replicaWatcher) setStoredCount(b *backendCount) {
 	r.mu.Lock()
-	same := r.storedIsRead && (b == nil || r.stored != nil && *b == *r.stored)
-	r.storedIsRead = true
+	same := r.storedCountIsRead && (b == nil || r.storedCount != nil && *b == *r.storedCount)
+	r.storedCountIsRead = true
 	if b != nil && !same {
-		r.stored = b
+		r.storedCount = b
 		r.updateInForce()
 	}
 	r.mu.Unlock()
@@ -284,8 +284,8 @@ func (r *replicaWatcher) wake() {
 func (r *replicaWatcher) updateInForce() {
 	switch {
 	case r.latest == nil:
-	case r.shared && r.stored.isOf(r.latest):
-		r.inForce = r.stored
+	case r.shared && r.storedCount.isOf(r.latest):
+		r.inForce = r.storedCount
 	case !r.shared:
 		if next := r.nextCount(); next != nil {
 			r.inForce = next
@@ -297,7 +297,7 @@ func (r *replicaWatcher) updateInForce() {
 // or if a StatefulSet without a stored count has no replicas. The caller holds r.mu.
 func (r *replicaWatcher) backendRange() (b ordinalRange) {
 	s := r.latest
-	if s == nil || r.shared && !r.storedIsRead {
+	if s == nil || r.shared && !r.storedCountIsRead {
 		return ordinalRange{}
 	}
 	switch {
@@ -323,7 +323,7 @@ func (r *replicaWatcher) nextCount() *backendCount {
 	return &backendCount{r.latest.grow(b.count, r.readyToOwn), m.UID, m.Generation}
 }
 
-// wantedBackends returns the count that should be stored, which may be the one that is. It is
+// wantedCount returns the count that should be stored, which may be the one that is. It is
 // nil if this router does not know. Any goroutine may call it.
 //
 // The stored count may be newer than what this router sees, or belong to something that
@@ -331,7 +331,7 @@ func (r *replicaWatcher) nextCount() *backendCount {
 // Only a LIST can tell (confirmStored), and before it the router wants nothing. While the stored
 // count has a newer generation than the spec that this router sees, only a count with a still
 // newer generation replaces it.
-func (r *replicaWatcher) wantedBackends() *backendCount {
+func (r *replicaWatcher) wantedCount() *backendCount {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	next := r.nextCount()
@@ -339,31 +339,31 @@ func (r *replicaWatcher) wantedBackends() *backendCount {
 		return next
 	}
 	switch {
-	case r.confirmation != r.confirmationWanted():
+	case r.confirmation != r.wantedConfirmation():
 		return nil
-	case r.stored.UID != next.UID:
+	case r.storedCount.UID != next.UID:
 		return next
-	case r.stored.Count != next.Count:
-		return &backendCount{next.Count, next.UID, r.stored.Generation + 1}
+	case r.storedCount.Count != next.Count:
+		return &backendCount{next.Count, next.UID, r.storedCount.Generation + 1}
 	}
-	return r.stored
+	return r.storedCount
 }
 
 // isStoredAhead reports whether the stored count is of another StatefulSet than the
 // latest, or of a later spec. The caller holds r.mu.
 func (r *replicaWatcher) isStoredAhead() bool {
-	return r.latest != nil && r.stored != nil &&
-		(!r.stored.isOf(r.latest) || r.stored.Generation > r.latest.Metadata.Generation)
+	return r.latest != nil && r.storedCount != nil &&
+		(!r.storedCount.isOf(r.latest) || r.storedCount.Generation > r.latest.Metadata.Generation)
 }
 
-// confirmationWanted returns the confirmation that the latest StatefulSet is not older than the
+// wantedConfirmation returns the confirmation that the latest StatefulSet is not older than the
 // stored count. The caller holds r.mu.
-func (r *replicaWatcher) confirmationWanted() storedConfirmation {
+func (r *replicaWatcher) wantedConfirmation() storedConfirmation {
 	m := r.latest.Metadata
-	return storedConfirmation{*r.stored, m.UID, m.Generation}
+	return storedConfirmation{*r.storedCount, m.UID, m.Generation}
 }
 
-// run calls onBackendsChanged and onWanted until ctx ends: see newReplicaWatcher.
+// run calls onBackendsChanged and onWantedCount until ctx ends: see newReplicaWatcher.
 func (r *replicaWatcher) run(ctx context.Context) {
 	for {
 		if next, known := r.nextBackendSet(); known {
@@ -371,7 +371,7 @@ func (r *replicaWatcher) run(ctx context.Context) {
 		}
 		r.announceCordonRejected()
 		if r.shared {
-			r.announceWanted()
+			r.announceWantedCount()
 		}
 		select {
 		case <-ctx.Done():
@@ -407,12 +407,12 @@ func (r *replicaWatcher) announceCordonRejected() {
 	}
 }
 
-// announceWanted calls onWanted if the router wants another number.
-func (r *replicaWatcher) announceWanted() {
-	p := r.wantedBackends()
-	same := p == r.wanted || p != nil && r.wanted != nil && *p == *r.wanted
-	if r.wanted = p; !same {
-		r.onWanted()
+// announceWantedCount calls onWantedCount if the router wants another number.
+func (r *replicaWatcher) announceWantedCount() {
+	p := r.wantedCount()
+	same := p == r.lastWantedCount || p != nil && r.lastWantedCount != nil && *p == *r.lastWantedCount
+	if r.lastWantedCount = p; !same {
+		r.onWantedCount()
 	}
 }
 
@@ -439,16 +439,16 @@ func (r *replicaWatcher) confirmStored(ctx context.Context) {
 	}
 }
 
-// missingConfirmation returns the confirmation that wantedBackends needs and that is missing;
+// missingConfirmation returns the confirmation that wantedCount needs and that is missing;
 // zero if none is missing. A StatefulSet that does not exist cannot be newer than the stored
 // count.
 func (r *replicaWatcher) missingConfirmation() storedConfirmation {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.absent || !r.isStoredAhead() || r.confirmation == r.confirmationWanted() {
+	if r.absent || !r.isStoredAhead() || r.confirmation == r.wantedConfirmation() {
 		return storedConfirmation{}
 	}
-	return r.confirmationWanted()
+	return r.wantedConfirmation()
 }
 
 // confirm lists the StatefulSet, if a confirmation is missing. The LIST confirms if it brings
@@ -530,7 +530,7 @@ func (r *replicaWatcher) whyNotReady() string {
 			r.watcher.String(), cordonAnnotation, r.cordonError)
 	case r.backendRange().count > 0:
 		return ""
-	case r.latest != nil && r.shared && !r.storedIsRead:
+	case r.latest != nil && r.shared && !r.storedCountIsRead:
 		return "the object of the hand-off has not been read yet"
 	case r.latest != nil && r.latest.Spec.Replicas == 0:
 		return r.watcher.String() + " has no replicas"

@@ -104,12 +104,12 @@ func TestActiveCount(t *testing.T) {
 			if tt.ready != unread {
 				r.seeReady(t, tt.ready)
 			}
-			if got, next := r.inForceNow(), r.wantedBackends(); got.count != 0 || next != nil {
+			if got, next := r.inForceNow(), r.wantedCount(); got.count != 0 || next != nil {
 				t.Errorf("before the object was read: %+v, proposal %+v", got, next)
 			}
 			for _, b := range []*backendCount{tt.stored, nil} { // one that is lost stays in force
-				r.setStored(b)
-				got, next := r.inForceNow(), r.wantedBackends()
+				r.setStoredCount(b)
+				got, next := r.inForceNow(), r.wantedCount()
 				if got.count == 0 {
 					got = ordinalRange{}
 				}
@@ -154,7 +154,7 @@ func TestActiveCountNeedsNoReadiness(t *testing.T) {
 				r.see(t, rng.Int64N(9), fmt.Sprintf(`"replicas":%d`, rng.IntN(9)))
 			}
 			if rng.IntN(3) == 0 {
-				r.setStored(&backendCount{1 + rng.IntN(9), "u", rng.Int64N(9)})
+				r.setStoredCount(&backendCount{1 + rng.IntN(9), "u", rng.Int64N(9)})
 			}
 			digits := ""
 			for i := range 9 {
@@ -164,7 +164,7 @@ func TestActiveCountNeedsNoReadiness(t *testing.T) {
 			}
 			r.seeReady(t, digits)
 			r.see(t, 5, spec)
-			r.setStored(stored)
+			r.setStoredCount(stored)
 		}
 		if a, b := one.inForceNow(), other.inForceNow(); a != b || a.count < 1 {
 			t.Fatalf("{%s} and %+v: one has %+v, the other %+v", spec, *stored, a, b)
@@ -184,12 +184,12 @@ func TestActiveCountWithoutEndpoints(t *testing.T) {
 			r := newCountingRouter(true)
 			know(r)
 			r.see(t, 5, `"replicas":6`)
-			r.setStored(&backendCount{4, "u", 5})
+			r.setStoredCount(&backendCount{4, "u", 5})
 			want := "6 of u/5"
 			if name == "not tried" {
 				want = "4 of u/5"
 			}
-			wantEqual(t, "proposal", countText(r.wantedBackends()), want)
+			wantEqual(t, "proposal", countText(r.wantedCount()), want)
 		})
 	}
 }
@@ -204,11 +204,11 @@ func TestWhyNoActiveCount(t *testing.T) {
 	want("StatefulSet edge/backend: no answer from the API server yet")
 	r.see(t, 1, `"replicas":4`)
 	want("the object of the hand-off has not been read yet")
-	r.setStored(nil)
+	r.setStoredCount(nil)
 	want("EndpointSlice edge/kubernetes.io/service-name=headless: no answer from the API server yet")
 	r.see(t, 2, `"replicas":0`)
 	want("StatefulSet edge/backend has no replicas")
-	r.setStored(&backendCount{4, "u", 1})
+	r.setStoredCount(&backendCount{4, "u", 1})
 	want("")
 }
 
@@ -228,8 +228,8 @@ func (o *sharedCount) settle() {
 	for again := true; again; {
 		again = false
 		for _, r := range o.routers {
-			r.setStored(o.stored)
-			if b := r.wantedBackends(); b != nil && b.replaces(o.stored) {
+			r.setStoredCount(o.stored)
+			if b := r.wantedCount(); b != nil && b.replaces(o.stored) {
 				o.stored, again = b, true
 				o.writes = append(o.writes, countText(b))
 			}
@@ -475,7 +475,7 @@ func TestReplicasOldPicture(t *testing.T) {
 		shared.wantWrites(t, "3 of u-backend/3")
 		f.scale(5)
 		shared.wantWrites(t, "3 of u-backend/4") // the old picture has six backends, which are ready
-		wantEqual(t, "what the old picture proposes", countText(old.wantedBackends()), "none")
+		wantEqual(t, "what the old picture proposes", countText(old.wantedCount()), "none")
 		wantEqual(t, "backends by the old picture", old.last.Load().(ordinalRange), ordinalRange{0, 3})
 		wantEqual(t, "the generation of the old picture", old.lastStatefulSet().Metadata.Generation, 2)
 		time.Sleep(confirmDelay + time.Second)
@@ -503,7 +503,7 @@ func TestReplicasOfAnotherStatefulSet(t *testing.T) {
 		time.Sleep(confirmDelay + time.Second)
 		shared.wantWrites(t, "2 of new/1")
 		wantEqual(t, "backends by the old picture", old.last.Load().(ordinalRange), ordinalRange{0, 4})
-		wantEqual(t, "what it proposes", countText(old.wantedBackends()), "none")
+		wantEqual(t, "what it proposes", countText(old.wantedCount()), "none")
 		time.Sleep(confirmDelay + time.Second)
 		shared.wantWrites(t)
 		wantEqual(t, "backends when it is seen", old.last.Load().(ordinalRange), ordinalRange{0, 2})
@@ -524,7 +524,7 @@ func TestReplicasDeletedRest(t *testing.T) {
 		time.Sleep(2 * time.Minute)
 		wantEqual(t, "requests", f.verbs(), "")
 		wantEqual(t, "backends", r.last.Load().(ordinalRange), ordinalRange{0, 4})
-		wantEqual(t, "proposal", countText(r.wantedBackends()), "none")
+		wantEqual(t, "proposal", countText(r.wantedCount()), "none")
 	})
 }
 

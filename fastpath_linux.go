@@ -145,7 +145,7 @@ func (f *fastPath) acceptClients() error {
 		fd, peer, err := acceptSocket(raw)
 		switch {
 		case err == nil:
-			f.retry.shouldRetry(nil)
+			f.retry.succeeded()
 			f.fdLimit.add(descriptorsPerClient)
 			f.startClient(int32(fd), peer)
 		case !f.retry.shouldRetry(err):

@@ -64,29 +64,29 @@ func newFlights(name func(backend int) string, log *slog.Logger) *flights {
 }
 
 // stop ends the wait for all abandoned flights.
-func (f *flights) stop() {
-	f.cancel()
-	f.abandoned.Wait()
+func (fs *flights) stop() {
+	fs.cancel()
+	fs.abandoned.Wait()
 }
 
 // add adds a flight: of a plain request if cut is not nil. The caller ends or abandons it.
-func (f *flights) add(namespace string, backend int, podUID string, cut func()) *flight {
-	e := &flight{flights: f, namespace: namespace, backend: backend, podUID: podUID, cut: cut}
+func (fs *flights) add(namespace string, backend int, podUID string, cut func()) *flight {
+	f := &flight{flights: fs, namespace: namespace, backend: backend, podUID: podUID, cut: cut}
 	if cut != nil {
-		e.began = time.Now()
+		f.began = time.Now()
 	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.all[e] = struct{}{}
-	return e
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	fs.all[f] = struct{}{}
+	return f
 }
 
 // any reports whether match returns true for one of the flights. match runs with mu held.
-func (f *flights) any(match func(*flight) bool) bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	for e := range f.all {
-		if match(e) {
+func (fs *flights) any(match func(*flight) bool) bool {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	for f := range fs.all {
+		if match(f) {
 			return true
 		}
 	}
@@ -96,42 +96,42 @@ func (f *flights) any(match func(*flight) bool) bool {
 // cutOverdue cuts the plain requests that are due, each once. due returns when a request has
 // to be cut, zero for never. It runs with mu held, as does flight.cut. cutOverdue returns when
 // the next one has to be cut, zero if there is none.
-func (f *flights) cutOverdue(now time.Time, due func(*flight) time.Time) (next time.Time) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	for e := range f.all {
-		if e.cut == nil || e.isCut {
+func (fs *flights) cutOverdue(now time.Time, due func(*flight) time.Time) (next time.Time) {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	for f := range fs.all {
+		if f.cut == nil || f.isCut {
 			continue
 		}
-		switch at := due(e); {
+		switch at := due(f); {
 		case at.IsZero():
 		case at.After(now):
 			next = earliest(next, at)
 		default:
-			e.isCut = true
-			e.cut()
+			f.isCut = true
+			f.cut()
 		}
 	}
 	return next
 }
 
 // endWaits ends the wait for the abandoned flights whose pod is gone. isGone runs with mu held.
-func (f *flights) endWaits(isGone func(*flight) bool) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	for e := range f.all {
-		if e.cancelWait != nil && !e.podGone && isGone(e) {
-			e.podGone = true
-			e.cancelWait()
+func (fs *flights) endWaits(isGone func(*flight) bool) {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	for f := range fs.all {
+		if f.cancelWait != nil && !f.podGone && isGone(f) {
+			f.podGone = true
+			f.cancelWait()
 		}
 	}
 }
 
 // each calls visit with each flight. visit runs with mu held, and must not block.
-func (f *flights) each(visit func(*flight)) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	for flight := range f.all {
+func (fs *flights) each(visit func(*flight)) {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	for flight := range fs.all {
 		visit(flight)
 	}
 }
@@ -185,11 +185,11 @@ func (f *flight) abandon(conn net.Conn, onEnd func()) {
 
 // waitContext returns the context of the wait for the end of one flight. The caller calls
 // cancel.
-func (f *flights) waitContext() (ctx context.Context, cancel context.CancelFunc) {
-	if f.proofTimeout > 0 {
-		return context.WithTimeout(f.lifetime, f.proofTimeout)
+func (fs *flights) waitContext() (ctx context.Context, cancel context.CancelFunc) {
+	if fs.proofTimeout > 0 {
+		return context.WithTimeout(fs.lifetime, fs.proofTimeout)
 	}
-	return context.WithCancel(f.lifetime)
+	return context.WithCancel(fs.lifetime)
 }
 
 // countUnproven counts and logs that the end of the flight was not seen, unless its pod is gone.

@@ -591,7 +591,7 @@ func mustHaveRefusals(t *testing.T, seen string) {
 	t.Helper()
 	notSeen := []string{
 		"the client left",                                                   // nobody gets an answer
-		"%v while %s worked on its request",                                 // forward_test.go moves it
+		"%s worked on the request when %v",                                  // forward_test.go moves it
 		"the owner was not known within %s: %s",                             // of a router that is no member: TestOwnerNotKnownHere
 		"%q has more than %d upgrades per second, the limit of a namespace", // for a moment: TestNamespaceRate
 	}

@@ -61,9 +61,9 @@ type sharedPlan struct {
 	writes int64  // how often a plan of this epoch was written
 	// oldestSince is the step that made the table of records[0] the first one. Only routers that
 	// were members then know the owners of its kept namespaces: see member.oldestTable.
-	oldestSince planStep
-	members     map[string]memberID // by pod name
-	backends    *backendCount       // nil if not stored
+	oldestSince  planStep
+	members      map[string]memberID // by pod name
+	backendCount *backendCount       // nil if not stored
 }
 
 // planStep names a step for ever: after a reset a number may come again.
@@ -280,7 +280,7 @@ type boundJSON struct {
 func (p *sharedPlan) String() string {
 	out := planJSON{
 		Version: planVersion, Epoch: p.epoch, Writes: p.writes, Step: p.step,
-		OldestSince: p.oldestSince, AllHeld: p.allHeld, Members: p.members, Backends: p.backends,
+		OldestSince: p.oldestSince, AllHeld: p.allHeld, Members: p.members, Backends: p.backendCount,
 	}
 	for i := range p.records {
 		r := &p.records[i]
@@ -340,7 +340,7 @@ func parsePlan(s string) (*sharedPlan, error) {
 	p := &sharedPlan{
 		handoffPlan: handoffPlan{step: in.Step, allHeld: in.AllHeld},
 		epoch:       in.Epoch, writes: in.Writes, oldestSince: in.OldestSince,
-		members: in.Members, backends: in.Backends,
+		members: in.Members, backendCount: in.Backends,
 	}
 	if err := in.check(); err != nil {
 		return nil, err

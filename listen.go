@@ -114,14 +114,14 @@ func newAcceptRetry(flag string, log *slog.Logger) *acceptRetry {
 	return a
 }
 
-// shouldRetry is called with the result of each accept. It reports whether to accept
-// once more: there was an error, and the router has not closed the listener. After an
-// error it waits and logs, no more than a line a second.
+// succeeded is called after an accept without an error.
+func (a *acceptRetry) succeeded() { a.failures = 0 }
+
+// shouldRetry is called with the error of an accept. It reports whether to accept once more:
+// the router has not closed the listener. Before that it waits and logs, no more than a line a
+// second.
 func (a *acceptRetry) shouldRetry(err error) bool {
 	switch {
-	case err == nil:
-		a.failures = 0
-		return false
 	case a.lifetime.Err() != nil || errors.Is(err, net.ErrClosed): // whatever the error: that of a file is not exported
 		return false
 	case errors.Is(err, syscall.ECONNABORTED): // the client is gone (accept(2)); package net goes on too
@@ -144,8 +144,12 @@ type retryListener struct {
 func (l retryListener) Accept() (net.Conn, error) {
 	for {
 		conn, err := l.Listener.Accept()
+		if err == nil {
+			l.retry.succeeded()
+			return conn, nil
+		}
 		if !l.retry.shouldRetry(err) {
-			return conn, err
+			return nil, err
 		}
 	}
 }

@@ -57,6 +57,8 @@
 //	hand-off       what gives namespaces to their next owners, and never to two at once
 //	step           a part of a change: it hands over some namespaces together. Also its number,
 //	               which only rises; backends get it as X-Router-Step, a fencing token
+//	preview        what a change of overrides or backends would do ("router plan", /plan); it is
+//	               no plan of the hand-off
 //	place          of a namespace: where it is in the order in which namespaces move
 //	slot           of a limit: one of the requests or sessions that it allows; of a poller:
 //	               where an event finds its session
@@ -602,15 +604,15 @@ func (p *program) followStatefulSet(kubeClient *kubeClient, kubeNamespace string
 		p.fdLimit.setBackends(s.count)
 		p.proxy.tables.setBackends(s)
 	}
-	var onWanted func()
+	var onWantedCount func()
 	shared := p.proxy.mover.shared
 	if shared != nil {
-		onWanted = shared.wake
+		onWantedCount = shared.wake
 	}
 	replicas := newReplicaWatcher(
-		*kubeClient, kubeNamespace, endpoints, onBackendsChanged, onWanted, p.log)
+		*kubeClient, kubeNamespace, endpoints, onBackendsChanged, onWantedCount, p.log)
 	if shared != nil {
-		shared.wantedBackends, shared.onCountStored = replicas.wantedBackends, replicas.setStored
+		shared.wantedCount, shared.onCountStored = replicas.wantedCount, replicas.setStoredCount
 	}
 	replicas.onCordonRejected = func(o apiObject, why string) {
 		p.admin.configMaps.events.reportCordon(o, why)

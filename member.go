@@ -103,15 +103,15 @@ type podList struct {
 // decisionInput is all that a decision depends on, except for what the member knows.
 type decisionInput struct {
 	stepProgress
-	now      time.Time
-	object   *handoffObject // never older than before; nil if there is none, or none was read
-	seenAt   time.Time      // when this version was seen first
-	list     *podList       // the last one; nil if there was none
-	leaving  bool           // the router admits nobody any more, and ends
-	backends *backendCount
+	now         time.Time
+	object      *handoffObject // never older than before; nil if there is none, or none was read
+	seenAt      time.Time      // when this version was seen first
+	list        *podList       // the last one; nil if there was none
+	leaving     bool           // the router admits nobody any more, and ends
+	wantedCount *backendCount  // of the backends, that the plan should have; nil if not known
 	// gone reports whether GET said that the pod with this UID has ended for ever: see
 	// memberID.isGone.
-	gone func(pod, uid string) bool
+	gone func(uid string) bool
 }
 
 // action is what a router has to do next.
@@ -156,14 +156,14 @@ func (m *member) noteBackendStep(step int64) { m.highestStep = max(m.highestStep
 func (m *member) expireOffers(o *handoffObject, now time.Time) {
 	a := o.answers[m.name]
 	isOwn := a.instance == m.instance
-	for ownersHash, p := range m.offered {
+	for ownersHash, offer := range m.offered {
 		switch {
 		case m.newest != nil && m.newest.ownersHash == ownersHash,
 			m.view.recordOf(ownersHash) >= 0, isOwn && a.ownersHash == ownersHash:
-			p.withdrawn = time.Time{}
-		case p.withdrawn.IsZero() && isOwn && a.ownersHash != noTableHash:
-			p.withdrawn = now
-		case !p.withdrawn.IsZero() && now.Sub(p.withdrawn) >= offerTime:
+			offer.withdrawn = time.Time{}
+		case offer.withdrawn.IsZero() && isOwn && a.ownersHash != noTableHash:
+			offer.withdrawn = now
+		case !offer.withdrawn.IsZero() && now.Sub(offer.withdrawn) >= offerTime:
 			delete(m.offered, ownersHash)
 		}
 	}
@@ -203,10 +203,10 @@ func (m *member) commit(d decision, now time.Time) {
 }
 
 // decide returns what to do now.
-func (m *member) decide(s *decisionInput) decision {
-	o := s.object
+func (m *member) decide(in *decisionInput) decision {
+	o := in.object
 	switch {
-	case m.view != nil && !m.view.mustAnswer && s.hasWork:
+	case m.view != nil && !m.view.mustAnswer && in.hasWork:
 		return decision{action: actEndAll, doing: "this router was removed from the members, and ends its sessions"}
 	case o == nil:
 		return waiting("the object of the hand-off does not exist, or has not been read yet")
@@ -219,21 +219,21 @@ func (m *member) decide(s *decisionInput) decision {
 			return decision{action: actAdopt, view: v, doing: "this router is adopting the plan"}
 		}
 	case m.view == nil:
-		return m.bootstrap(s)
+		return m.bootstrap(in)
 	default:
 		if o.plan != nil {
 			m.rejectedEpoch = o.plan.epoch
 		}
-		return m.reset(s)
+		return m.reset(in)
 	}
-	if s.leaving && !s.hasWork && s.doneHere {
-		return m.leave(s)
+	if in.leaving && !in.hasWork && in.doneHere {
+		return m.leave(in)
 	}
 	wait := decision{}
 	for _, try := range []func(*decisionInput) decision{
 		m.join, m.sendAnswer, m.remove, m.storeCount, m.writeStep,
 	} {
-		d := try(s)
+		d := try(in)
 		if d.action != actWait {
 			return d
 		}
@@ -306,8 +306,8 @@ func (m *member) table(ownersHash uint64) *table {
 	if m.newest != nil && m.newest.ownersHash == ownersHash {
 		return m.newest
 	}
-	if p := m.offered[ownersHash]; p != nil {
-		return p.table
+	if offer := m.offered[ownersHash]; offer != nil {
+		return offer.table
 	}
 	if i := m.view.recordOf(ownersHash); i >= 0 {
 		return m.view.tables[i]
@@ -340,7 +340,7 @@ func (m *member) oldestTable(next *memberView) *table {
 }
 
 // answer returns what this router says of the view's step once nothing of it is left.
-func (m *member) answer(s *decisionInput) stepAnswer {
+func (m *member) answer(in *decisionInput) stepAnswer {
 	v := m.view
 	a := stepAnswer{instance: m.instance, epoch: v.plan.epoch, step: v.step}
 	if m.newest != nil {
@@ -352,7 +352,7 @@ func (m *member) answer(s *decisionInput) stepAnswer {
 	case v.hasOnlyTable(a.ownersHash):
 		a.limit = stepLimit{upto: allPlaces}
 	default:
-		a.limit, a.toMove = s.limit, s.toMove
+		a.limit, a.toMove = in.limit, in.toMove
 	}
 	return a
 }
@@ -361,27 +361,27 @@ func (m *member) answer(s *decisionInput) stepAnswer {
 // a patch of this router's key without a version: nobody else writes the key. It may
 // arrive late, and says then what was true of an earlier step. It may be part of the write
 // of the next step instead: see answerWithStep.
-func (m *member) sendAnswer(s *decisionInput) decision {
+func (m *member) sendAnswer(in *decisionInput) decision {
 	if !m.view.mustAnswer {
 		return decision{}
 	}
-	if !s.doneHere {
+	if !in.doneHere {
 		return m.waitForStep()
 	}
-	a := m.answer(s)
-	if has, ok := s.object.answers[m.name]; ok && has.equal(&a) {
+	a := m.answer(in)
+	if has, ok := in.object.answers[m.name]; ok && has.equal(&a) {
 		return decision{}
 	}
-	if again := m.answeredAt.Add(objectShowTime); m.isUnderWay(s.object, &a) && s.now.Before(again) {
+	if again := m.answeredAt.Add(objectShowTime); m.isUnderWay(in.object, &a) && in.now.Before(again) {
 		return decision{doing: "this router's answer is under way", again: again}
 	}
-	if d, ok := m.answerWithStep(s, &a); ok {
+	if d, ok := m.answerWithStep(in, &a); ok {
 		return d
 	}
 	data := map[string]string{m.key(): a.String()}
 	return decision{
 		action: actWrite, answer: &a, doing: fmt.Sprintf("this router is answering step %d", a.step),
-		write: &handoffWrite{uid: s.object.uid, data: data},
+		write: &handoffWrite{uid: in.object.uid, data: data},
 	}
 }
 
@@ -398,27 +398,27 @@ func (m *member) isUnderWay(o *handoffObject, a *stepAnswer) bool {
 // is in the way of that step. If only answers of others are missing, the first router by name
 // waits for them, until the present step and the newest table are answerWait old. In all other
 // cases ok is false, and the answer goes alone.
-func (m *member) answerWithStep(s *decisionInput, a *stepAnswer) (d decision, ok bool) {
+func (m *member) answerWithStep(in *decisionInput, a *stepAnswer) (d decision, ok bool) {
 	until := latest(m.newestAt, m.stepAdoptedAt).Add(answerWait)
-	if !s.now.Before(until) {
+	if !in.now.Before(until) {
 		return decision{}, false
 	}
-	if d = m.writeStepWith(s.withAnswers(a, m.name), a); d.action == actWrite {
+	if d = m.writeStepWith(in.withAnswers(a, m.name), a); d.action == actWrite {
 		return d, true
 	}
 	members := slices.Sorted(maps.Keys(m.view.plan.members))
-	if m.name != members[0] || slices.Equal(s.object.missing(), []string{m.name}) {
+	if m.name != members[0] || slices.Equal(in.object.missing(), []string{m.name}) {
 		return decision{}, false
 	}
-	d = m.writeStepWith(s.withAnswers(a, members...), a)
+	d = m.writeStepWith(in.withAnswers(a, members...), a)
 	return decision{again: until}, d.action == actWrite
 }
 
-// withAnswers returns a copy of s in which the object has the answer for each of these
+// withAnswers returns a copy of the input in which the object has the answer for each of these
 // members, as if it were theirs.
-func (s *decisionInput) withAnswers(a *stepAnswer, members ...string) *decisionInput {
-	with, object := *s, *s.object
-	with.object, object.answers = &object, maps.Clone(s.object.answers)
+func (in *decisionInput) withAnswers(a *stepAnswer, members ...string) *decisionInput {
+	with, object := *in, *in.object
+	with.object, object.answers = &object, maps.Clone(in.object.answers)
 	for _, pod := range members {
 		answer := *a
 		answer.instance = object.plan.members[pod].Instance
@@ -433,19 +433,19 @@ func (m *member) key() string { return answerKeyPrefix + m.name }
 // turn returns when this router may write what each of the named routers may write. Their
 // turns follow each other in the order of their names, turnInterval apart. So mostly the
 // first one writes, and nobody has a conflict. A router that is not named comes last.
-func (m *member) turn(s *decisionInput, names []string) time.Time {
+func (m *member) turn(in *decisionInput, names []string) time.Time {
 	rank := slices.Index(slices.Sorted(slices.Values(names)), m.name)
 	if rank < 0 {
 		rank = len(names)
 	}
-	return s.seenAt.Add(time.Duration(rank) * turnInterval)
+	return in.seenAt.Add(time.Duration(rank) * turnInterval)
 }
 
 // writePlan returns the decision to write p, if the object has not changed meanwhile,
 // once it is the given time. a is this router's answer if it is part of the write. The
 // keys of routers that are not members go.
 func (m *member) writePlan(
-	s *decisionInput, p *sharedPlan, a *stepAnswer, at time.Time, doing string,
+	in *decisionInput, p *sharedPlan, a *stepAnswer, at time.Time, doing string,
 ) decision {
 	next := *p
 	next.writes++
@@ -454,62 +454,62 @@ func (m *member) writePlan(
 		data[m.key()] = a.String()
 	}
 	var remove []string
-	for _, pod := range s.object.pods {
+	for _, pod := range in.object.pods {
 		if _, isMember := p.members[pod]; !isMember {
 			remove = append(remove, answerKeyPrefix+pod)
 		}
 	}
-	return m.writeIf(s, &handoffWrite{data: data, remove: remove}, a, at, doing)
+	return m.writeIf(in, &handoffWrite{data: data, remove: remove}, a, at, doing)
 }
 
 // writeIf returns the decision to do a write, if the object has not changed meanwhile,
 // once it is the given time. After one write it waits for the next version, or
 // writeTimeout.
 func (m *member) writeIf(
-	s *decisionInput, w *handoffWrite, a *stepAnswer, at time.Time, doing string,
+	in *decisionInput, w *handoffWrite, a *stepAnswer, at time.Time, doing string,
 ) decision {
-	w.uid, w.version = s.object.uid, s.object.version
+	w.uid, w.version = in.object.uid, in.object.version
 	last := m.conditionalWrite
 	if last != nil && last.uid == w.uid && last.version == w.version {
 		at = latest(at, m.conditionalAt.Add(objectShowTime))
 	}
-	if s.now.Before(at) {
+	if in.now.Before(at) {
 		return decision{doing: doing, again: at}
 	}
 	return decision{action: actWrite, write: w, answer: a, doing: doing}
 }
 
 // leave removes this router from the members: it has no session, and admits none.
-func (m *member) leave(s *decisionInput) decision {
+func (m *member) leave(in *decisionInput) decision {
 	p := m.view.plan
 	if id, ok := p.members[m.name]; !ok || id.UID != m.uid {
 		return waiting("this router has left")
 	}
-	return m.writePlan(s, p.withMember(m.name, nil), nil, s.now, "this router is leaving")
+	return m.writePlan(in, p.withMember(m.name, nil), nil, in.now, "this router is leaving")
 }
 
 // join makes this router a member, once it has a table, in place of a container or a pod
 // of the same name before it: these have ended, or this one would not run. Until it has a
 // table, it removes them. A router that was removed, and lives on, joins once it has done what
 // the step asks of it, which is nothing once the step is done: its answer is part of the write.
-func (m *member) join(s *decisionInput) decision {
+func (m *member) join(in *decisionInput) decision {
 	p := m.view.plan
 	id, isNamed := p.members[m.name]
 	isAny := isNamed && id.UID == m.uid && id.Instance == anyInstance
 	switch {
-	case !m.view.servesNone || s.leaving:
+	case !m.view.servesNone || in.leaving:
 		return decision{}
 	case m.newest == nil && isNamed && !isAny:
 		next := p.withMember(m.name, nil)
-		return m.writePlan(s, next, nil, s.now, "this router is removing the container before it")
+		return m.writePlan(in, next, nil, in.now, "this router is removing the container before it")
 	case m.newest == nil:
 		return waiting("this router has no table")
-	case !s.doneHere:
+	case !in.doneHere:
 		return m.waitForStep()
 	}
-	a := m.answer(s)
+	a := m.answer(in)
 	next := p.withMember(m.name, &memberID{m.uid, m.instance})
-	return m.writePlan(s, next, &a, s.now, "this router is joining")
+	return m.writePlan(in, next, &a, in.now, "this router is joining")
 }
 
 // waitForStep returns the decision to wait until the view's step is done in this router.
@@ -518,7 +518,7 @@ func (m *member) waitForStep() decision {
 }
 
 // remove removes a member whose pod has ended for ever.
-func (m *member) remove(s *decisionInput) decision {
+func (m *member) remove(in *decisionInput) decision {
 	p := m.view.plan
 	if m.view.servesNone {
 		return decision{}
@@ -527,7 +527,7 @@ func (m *member) remove(s *decisionInput) decision {
 	dead := ""
 	for _, pod := range slices.Sorted(maps.Keys(p.members)) {
 		switch {
-		case pod != m.name && s.gone(pod, p.members[pod].UID):
+		case pod != m.name && in.gone(p.members[pod].UID):
 			dead = pod
 		case p.members[pod].Instance != anyInstance:
 			alive = append(alive, pod)
@@ -536,7 +536,7 @@ func (m *member) remove(s *decisionInput) decision {
 	if dead == "" {
 		return decision{}
 	}
-	return m.writePlan(s, p.withMember(dead, nil), nil, m.turn(s, alive), "this router is removing "+dead)
+	return m.writePlan(in, p.withMember(dead, nil), nil, m.turn(in, alive), "this router is removing "+dead)
 }
 
 // isGone reports whether the pod that GET returned, nil for 404, proves that the member's
@@ -548,27 +548,27 @@ func (id memberID) isGone(pod *routerPod) bool {
 
 // storeCount writes the number of backends in force into the plan, if this router has a
 // newer one. It changes nothing else: all that see it make new tables.
-func (m *member) storeCount(s *decisionInput) decision {
+func (m *member) storeCount(in *decisionInput) decision {
 	p := m.view.plan
-	if m.view.servesNone || s.backends == nil || !s.backends.replaces(p.backends) {
+	if m.view.servesNone || in.wantedCount == nil || !in.wantedCount.replaces(p.backendCount) {
 		return decision{}
 	}
 	next := *p
-	next.backends = s.backends
-	at := m.turn(s, slices.Collect(maps.Keys(p.members)))
-	return m.writePlan(s, &next, nil, at, "this router is storing the number of backends")
+	next.backendCount = in.wantedCount
+	at := m.turn(in, slices.Collect(maps.Keys(p.members)))
+	return m.writePlan(in, &next, nil, at, "this router is storing the number of backends")
 }
 
 // writeStep writes the next step, after the answer of this router.
-func (m *member) writeStep(s *decisionInput) decision { return m.writeStepWith(s, nil) }
+func (m *member) writeStep(in *decisionInput) decision { return m.writeStepWith(in, nil) }
 
 // writeStepWith writes the next step, once all members have answered the one before and have
 // the same table. A router that does not have all tables of the plan lets others write.
 // If no router has them all, the newest table becomes the only one, and all namespaces
 // are held until all have answered. a is this router's answer, nil if it is not part of the
 // write.
-func (m *member) writeStepWith(s *decisionInput, a *stepAnswer) decision {
-	o, v := s.object, m.view
+func (m *member) writeStepWith(in *decisionInput, a *stepAnswer) decision {
+	o, v := in.object, m.view
 	if v.servesNone || m.newest == nil {
 		return decision{}
 	}
@@ -580,14 +580,14 @@ func (m *member) writeStepWith(s *decisionInput, a *stepAnswer) decision {
 		return waiting("%v", err)
 	}
 	next := &handoffPlan{allHeld: true, records: []planRecord{newRecord(m.newest)}}
-	at := s.seenAt
+	at := in.seenAt
 	switch {
 	case allBlank:
 		writers = v.plan.knownMembers()
 	case !v.knowsAll():
 		return waiting("this router does not know all tables of step %d", v.step)
 	default:
-		next = v.nextPlan(v.nextTable(m.newest), agreed, s.now)
+		next = v.nextPlan(v.nextTable(m.newest), agreed, in.now)
 		backendIsAhead := m.highestStep > v.step // a backend has answered a later step
 		if v.plan.isSame(next) && !backendIsAhead {
 			return waiting("")
@@ -596,14 +596,14 @@ func (m *member) writeStepWith(s *decisionInput, a *stepAnswer) decision {
 			at = m.nextStepTime()
 		}
 	}
-	at = latest(at, m.turn(s, writers))
+	at = latest(at, m.turn(in, writers))
 	p := *v.plan
 	p.handoffPlan = *next
-	p.step = stepAbove(m.highestStep, s.now)
+	p.step = stepAbove(m.highestStep, in.now)
 	if allBlank || len(next.records) == 1 && len(v.records) > 1 {
 		p.oldestSince = planStep{p.epoch, p.step}
 	}
-	return m.writePlan(s, &p, a, at, fmt.Sprintf("this router is writing step %d", p.step))
+	return m.writePlan(in, &p, a, at, fmt.Sprintf("this router is writing step %d", p.step))
 }
 
 // nextStepTime returns when the step after the view's can begin, if that moves namespaces.
@@ -653,8 +653,8 @@ func (o *handoffObject) agreedLimit(
 // would speak for a container that has a view by now. An old copy of the object, which
 // somebody has restored, may do that too. So all pods are members of the plan, and all
 // namespaces are held until each member has answered.
-func (m *member) bootstrap(s *decisionInput) decision {
-	o := s.object
+func (m *member) bootstrap(in *decisionInput) decision {
+	o := in.object
 	a := stepAnswer{instance: m.instance, blank: true}
 	if m.newest != nil {
 		a.ownersHash = m.newest.ownersHash
@@ -663,26 +663,26 @@ func (m *member) bootstrap(s *decisionInput) decision {
 	if has.instance != m.instance || !has.isWithoutView() ||
 		(has.ownersHash == noTableHash) != (a.ownersHash == noTableHash) {
 		w := &handoffWrite{data: map[string]string{m.key(): a.String()}}
-		return m.writeIf(s, w, &a, s.now, "this router is saying that it knows no plan")
+		return m.writeIf(in, w, &a, in.now, "this router is saying that it knows no plan")
 	}
-	if s.leaving {
+	if in.leaving {
 		return waiting("there is no plan, and this router is leaving")
 	}
 	if m.newest == nil {
 		return waiting("there is no plan, and this router has no table")
 	}
-	if d, ok := m.needsList(s); !ok {
+	if d, ok := m.needsList(in); !ok {
 		return d
 	}
-	p := &sharedPlan{backends: s.backends, members: map[string]memberID{}}
+	p := &sharedPlan{backendCount: in.wantedCount, members: map[string]memberID{}}
 	p.allHeld = true
 	var writers []string
-	for _, name := range slices.Sorted(maps.Keys(s.list.pods)) {
-		pod := s.list.pods[name]
+	for _, name := range slices.Sorted(maps.Keys(in.list.pods)) {
+		pod := in.list.pods[name]
 		switch said, ok := o.answers[name]; {
 		case pod.provenEnded || !pod.scheduled:
 		case !ok || !said.isWithoutView():
-			return decision{again: s.list.at.Add(maxPodListAge),
+			return decision{again: in.list.at.Add(maxPodListAge),
 				doing: fmt.Sprintf("there is no plan; waiting for %s to confirm that it has none", name)}
 		case said.ownersHash == noTableHash:
 			p.members[name] = memberID{pod.uid, anyInstance}
@@ -692,36 +692,36 @@ func (m *member) bootstrap(s *decisionInput) decision {
 		}
 	}
 	p.records = []planRecord{newRecord(m.newest)}
-	m.startEpoch(p, s)
+	m.startEpoch(p, in)
 	p.oldestSince = planStep{p.epoch, p.step}
 	first := stepAnswer{
 		instance: m.instance, epoch: p.epoch, step: p.step,
 		ownersHash: a.ownersHash, limit: stepLimit{upto: allPlaces},
 	}
-	return m.writePlan(s, p, &first, m.turn(s, writers), "this router is making the first plan")
+	return m.writePlan(in, p, &first, m.turn(in, writers), "this router is making the first plan")
 }
 
 // startEpoch gives p an epoch of its own, and a step above all that this router has seen. If the
 // clock of this router is behind, an epoch that it has begun and not seen may have the same step.
-func (m *member) startEpoch(p *sharedPlan, s *decisionInput) {
+func (m *member) startEpoch(p *sharedPlan, in *decisionInput) {
 	last := m.highestStep
-	if s.object.plan != nil {
-		last = max(last, s.object.plan.step)
+	if in.object.plan != nil {
+		last = max(last, in.object.plan.step)
 	}
-	for _, a := range s.object.answers {
+	for _, a := range in.object.answers {
 		last = max(last, a.step)
 	}
-	p.step = stepAbove(last, s.now)
+	p.step = stepAbove(last, in.now)
 	p.epoch = fmt.Sprintf("%s.%d.%d", m.instance, p.step, m.conditionalWrites)
 }
 
 // needsList reports whether there is a list of pods to decide by. If not, d is what to
 // do. The list must be newer than the version that the write replaces. A router that
 // becomes a member later then changes the version, and the write fails.
-func (m *member) needsList(s *decisionInput) (d decision, ok bool) {
-	l := s.list
-	fresh := l != nil && l.uid == s.object.uid && l.version == s.object.version
-	if !fresh || !s.now.Before(l.at.Add(maxPodListAge)) {
+func (m *member) needsList(in *decisionInput) (d decision, ok bool) {
+	l := in.list
+	fresh := l != nil && l.uid == in.object.uid && l.version == in.object.version
+	if !fresh || !in.now.Before(l.at.Add(maxPodListAge)) {
 		return decision{action: actList, doing: "this router is listing the router pods"}, false
 	}
 	if pod := l.pods[m.name]; pod.uid != m.uid {
@@ -737,32 +737,32 @@ func (m *member) needsList(s *decisionInput) (d decision, ok bool) {
 // epoch with the owners of the view. All routers that may have a session are its members.
 // All namespaces are held until all members have answered. The view of a router that is no
 // member may be old, so it does not say who has the kept namespaces.
-func (m *member) reset(s *decisionInput) decision {
+func (m *member) reset(in *decisionInput) decision {
 	v := m.view
-	if at := m.turn(s, slices.Collect(maps.Keys(v.plan.members))); s.now.Before(at) {
+	if at := m.turn(in, slices.Collect(maps.Keys(v.plan.members))); in.now.Before(at) {
 		return decision{doing: "this router is about to reset the plan", again: at}
 	}
-	if d, ok := m.needsList(s); !ok {
+	if d, ok := m.needsList(in); !ok {
 		return d
 	}
-	p := &sharedPlan{members: m.mergeMembers(s), backends: v.plan.backends}
+	p := &sharedPlan{members: m.mergeMembers(in), backendCount: v.plan.backendCount}
 	p.allHeld, p.records, p.oldestSince = true, v.doneRecords(), v.plan.oldestSince
-	if m.startEpoch(p, s); !v.mustAnswer {
+	if m.startEpoch(p, in); !v.mustAnswer {
 		p.oldestSince = planStep{p.epoch, p.step}
 	}
-	return m.writePlan(s, p, nil, s.now, "this router is resetting the plan")
+	return m.writePlan(in, p, nil, in.now, "this router is resetting the plan")
 }
 
 // mergeMembers returns the members of a reset: those of the object, those of the view,
 // and all router pods. If only the pod is known, or if the object and the view name
 // different processes of it, the instance is anyInstance: the answer of any process of
 // the pod counts.
-func (m *member) mergeMembers(s *decisionInput) map[string]memberID {
+func (m *member) mergeMembers(in *decisionInput) map[string]memberID {
 	merged := map[string]memberID{}
 	add := func(members map[string]memberID) {
 		for name, id := range members {
 			before, ok := merged[name]
-			pod := s.list.pods[name]
+			pod := in.list.pods[name]
 			switch {
 			case !ok || before.UID != id.UID && id.UID == pod.uid:
 				merged[name] = id
@@ -773,10 +773,10 @@ func (m *member) mergeMembers(s *decisionInput) map[string]memberID {
 		}
 	}
 	add(m.view.plan.members)
-	if s.object.plan != nil {
-		add(s.object.plan.members)
+	if in.object.plan != nil {
+		add(in.object.plan.members)
 	}
-	for name, pod := range s.list.pods {
+	for name, pod := range in.list.pods {
 		id, ok := merged[name]
 		if mayRun := pod.scheduled && !pod.provenEnded; mayRun && (!ok || id.UID != pod.uid) {
 			merged[name] = memberID{pod.uid, anyInstance}

@@ -284,7 +284,9 @@ func (w *modelWorld) misplaced(r *modelRouter, i int) (set uint64) {
 func (w *modelWorld) situationOf(r *modelRouter) *decisionInput {
 	s := &decisionInput{
 		now: w.clock(r), object: r.object, seenAt: r.seenAt, list: r.list, leaving: r.leaving,
-		gone: func(pod, uid string) bool { return w.pods[pod].uid != uid },
+		gone: func(uid string) bool {
+			return !slices.ContainsFunc(slices.Collect(maps.Values(w.pods)), func(pod routerPod) bool { return pod.uid == uid })
+		},
 	}
 	s.doneHere = true
 	for i := range r.open {
@@ -923,11 +925,11 @@ func TestModelNeedsRules(t *testing.T) {
 			view: func(_ *modelRouter, v *memberView) { v.done = true }}},
 		{"only a pod that is gone is removed", twoOwners, modelRules{
 			situation: func(_ *modelWorld, _ *modelRouter, s *decisionInput) {
-				s.gone = func(string, string) bool { return true }
+				s.gone = func(string) bool { return true }
 			}}},
 		{"a pod that is gone is removed", stuck, modelRules{
 			situation: func(_ *modelWorld, _ *modelRouter, s *decisionInput) {
-				s.gone = func(string, string) bool { return false }
+				s.gone = func(string) bool { return false }
 			}}},
 		{"an answer that was overwritten is sent again", stuck, modelRules{
 			situation: func(w *modelWorld, r *modelRouter, s *decisionInput) {
@@ -1556,10 +1558,10 @@ func TestMemberPodIsGone(t *testing.T) {
 func TestBackendsNote(t *testing.T) {
 	old := &backendCount{4, "u", 7}
 	_, r, s := rested(1)
-	s.backends = old
+	s.wantedCount = old
 	d := r.decide(s)
 	p, err := parsePlan(d.write.data[planKey])
-	if err != nil || *p.backends != *old || p.step != r.view.step || p.writes != r.view.plan.writes+1 {
+	if err != nil || *p.backendCount != *old || p.step != r.view.step || p.writes != r.view.plan.writes+1 {
 		t.Errorf("it writes %v: %v", p, err)
 	}
 }

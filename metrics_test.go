@@ -136,7 +136,7 @@ func TestMetricsOfASession(t *testing.T) {
 		`router_log_lines_dropped_total`: 0, `router_accept_paused`: 0, `router_client_descriptors`: 0,
 	})
 	zero := map[string]float64{}
-	for r := range resultBrokenOff {
+	for r := range numUpgradeResults {
 		zero[`router_upgrades_total{result="`+r.String()+`"}`] = 0
 	}
 	for c := causeNone + 1; c < numCauses; c++ {

@@ -792,7 +792,7 @@ func (p *proxy) newReader(r io.Reader) *bufio.Reader {
 // pending, the limits, and what the forwarder and the TLS server write.
 func (p *proxy) writeMetrics(m metricsWriter) {
 	m.family("router_upgrades_total", "counter", "Upgrade requests, by result.")
-	for r := range resultBrokenOff {
+	for r := range numUpgradeResults {
 		m.sample("router_upgrades_total", float64(p.results[r].Load()), "result", r.String())
 	}
 	p.upgradeDurations.write(m, "router_upgrade_duration_seconds",

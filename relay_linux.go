@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// This is the engine for Linux. A session that carries nothing consists of two
+// This is the engine for Linux; epoll_linux.go declares engine and poller. A session that carries nothing consists of two
 // descriptors and the fields below: it has no goroutine and no buffer.
 //
 // Each poller has one epoll set (epoll(7)) with the sockets of its sessions. The set

@@ -35,6 +35,10 @@ const (
 	numResults                           // how many there are
 )
 
+// numUpgradeResults is how many of the results an upgrade may have: those before
+// resultBrokenOff.
+const numUpgradeResults = resultBrokenOff
+
 // String is the value of the metric's label.
 func (r result) String() string {
 	return [numResults]string{"ok", "bad_request", "bad_head", "not_found", "not_upgrade", "no_table", "unresolved",

@@ -44,9 +44,9 @@ type sharedHandoff struct {
 	podsPath string
 	podLabel string // a label selector: the pods of all routers
 	wake     func() // wakes the mover's run; must not block
-	// wantedBackends returns the number of backends that the object should have; nil if
+	// wantedCount returns the number of backends that the object should have; nil if
 	// it is not known.
-	wantedBackends func() *backendCount
+	wantedCount func() *backendCount
 	// onCountStored is called with the number of backends that the object has, nil if it has
 	// none. It must not block.
 	onCountStored func(b *backendCount)
@@ -56,7 +56,7 @@ type sharedHandoff struct {
 	member      *member
 	ctx         context.Context // of all requests
 	leaving     bool            // the router admits nobody any more, and ends
-	countPassed bool            // onStored was called
+	countPassed bool            // onCountStored was called
 	running     sync.WaitGroup  // requests
 	failures    int             // writes and lists in a row that failed
 	retryAt     time.Time       // when the next one may begin
@@ -108,7 +108,7 @@ type handoffConfigMap struct {
 
 // newSharedHandoff returns the shared hand-off for the pod with this name and UID, with the
 // object of this name. podLabel is the label selector of all routers' pods. The caller runs the
-// watcher, and sets wake, wantedBackends and onStored.
+// watcher, and sets wake, wantedCount and onCountStored.
 func newSharedHandoff(client kubeClient, kubeNamespace, object string, pod, uid, podLabel string,
 	log *slog.Logger) *sharedHandoff {
 	writer, reader := client, client
@@ -116,7 +116,7 @@ func newSharedHandoff(client kubeClient, kubeNamespace, object string, pod, uid,
 	h := &sharedHandoff{
 		writer: &writer, client: client, podLabel: podLabel,
 		podsPath: "/api/v1/namespaces/" + kubeNamespace + "/pods",
-		wake:     func() {}, wantedBackends: func() *backendCount { return nil },
+		wake:     func() {}, wantedCount: func() *backendCount { return nil },
 		onCountStored: func(*backendCount) {}, log: log,
 		member:  newMember(pod, uid, fmt.Sprintf("%016x", rand.Uint64())),
 		inbox:   handoffInbox{gone: map[string]bool{}},
@@ -174,15 +174,15 @@ func (h *sharedHandoff) decideAndStart(
 	h.passNoCount(&in)
 	d := h.member.decide(&decisionInput{
 		stepProgress: p, now: now, object: in.object, seenAt: in.seenAt, list: in.list,
-		leaving: h.leaving, backends: h.wantedBackends(),
-		gone: func(_, uid string) bool { return in.gone[uid] },
+		leaving: h.leaving, wantedCount: h.wantedCount(),
+		gone: func(uid string) bool { return in.gone[uid] },
 	})
 	h.publish(&in, d)
 	switch d.action {
 	case actAdopt:
 		h.member.commit(d, now)
 		h.countPassed = true
-		h.onCountStored(d.view.plan.backends)
+		h.onCountStored(d.view.plan.backendCount)
 	case actWrite, actList:
 		if in.busy { // its end wakes the mover's run
 			return decision{doing: d.doing}
@@ -225,7 +225,7 @@ func (h *sharedHandoff) takeInbox(now time.Time) handoffInbox {
 	return in
 }
 
-// passNoCount calls onStored once when the object is known and has no plan: the number of
+// passNoCount calls onCountStored once when the object is known and has no plan: the number of
 // backends is not stored.
 func (h *sharedHandoff) passNoCount(in *handoffInbox) {
 	if !h.countPassed && in.object != nil && in.object.plan == nil &&
@@ -453,7 +453,8 @@ func (p *podObject) containersEnded() bool {
 	return len(p.Status.ContainerStatuses) > 0
 }
 
-// routerEnded reports whether no router runs in the pod, and none will.
+// routerEnded reports whether no router runs in the pod, and none will. It is for the list of the
+// other routers' admin ports: so, unlike routerPod, it goes by the phase alone.
 func (p *podObject) routerEnded() bool {
 	phase := p.Status.Phase
 	return phase == "Failed" || phase == "Succeeded" ||
