@@ -716,6 +716,8 @@ func (s *status) unfinished() string {
 	case s.Handoff.InProgress || s.Handoff.ToMove > 0:
 		return fmt.Sprintf("a change of owners is under way, %.0f %% done, with %d sessions to move",
 			100*s.Handoff.Progress, s.Handoff.ToMove)
+	case s.Handoff.NoOwners:
+		return "a router has no routing table yet, or no plan of the hand-off"
 	case s.Handoff.Moving != nil:
 		return "the last sessions of a change are closing"
 	case !s.Agree:

@@ -265,7 +265,7 @@ type followingRouter struct {
 	*replicaWatcher
 	last      atomic.Value // ordinals
 	cordon    atomic.Value // a text
-	proposals atomic.Int64 // calls of onWanted
+	proposals atomic.Int64 // calls of onWantedCount
 	logged    *textLog
 }
 

@@ -331,7 +331,7 @@ func (x *exchange) modifyResponse(resp *http.Response) error {
 }
 
 // ask sends the owner the request and returns its answer. The caller has begun the flight,
-// and calls forget or abandonOwner if it does not return the answer to ReverseProxy.
+// and calls takeBack or abandonOwner if it does not return the answer to ReverseProxy.
 func (x *exchange) ask(conn *ownerConn, head []byte, maxHead int) (*http.Response, error) {
 	x.attach(conn)
 	if !x.atOwner {
@@ -729,7 +729,7 @@ type idleConns struct {
 }
 
 // put keeps c, which has no request and no flight, for keepTime. It closes c if there are
-// maxIdle of its pod, or after close.
+// maxIdleConns of its pod, or after close.
 func (i *idleConns) put(c *ownerConn) {
 	i.mu.Lock()
 	defer i.mu.Unlock()

@@ -633,7 +633,7 @@ func (p *testProxy) stepOver() bool {
 }
 
 // longAnswers starts a proxy with two backends. backend-0, which owns ns-01, answers when
-// the test sends on release, and after first at once. httpMoveTime is moveTime.
+// the test sends on release, and after first at once. httpMoveTimeout is moveTime.
 func longAnswers(
 	t *testing.T, first string, moveTime time.Duration, change func(*proxy),
 ) (p *testProxy, release chan string, ended chan struct{}) {

@@ -52,7 +52,7 @@ func (m *mark) catchesUp(away []int) bool {
 	return false
 }
 
-// advanced returns the mark after m: once all have advanced that limit allows to. No bound
+// advanced returns the mark after m: once all namespaces that limit allows have advanced. No bound
 // falls: what has advanced never goes back, also if its new owner is away now.
 func (m *mark) advanced(limit stepLimit) mark {
 	next := mark{upto: max(m.upto, limit.upto)}

@@ -255,7 +255,7 @@
 //	relay.setPods             another entry: a pod was replaced
 //	mover.tableOrPodChanged   (as onSwap) wakes run. Without -handoff=all it also puts the first
 //	                          view in force, and with -handoff=off each view
-//	mover.run                 calls prepare for a new table, and advance after each event
+//	mover.run                 calls prepareNewest for a new table, and advance after each event
 //	mover.prepare             begins to move sessions to the table
 //	mover.restartSettling     sets when -move-settle is over, if no other change comes
 //	mover.requeue             lists the sessions that have to move

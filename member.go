@@ -108,7 +108,7 @@ type decisionInput struct {
 	seenAt      time.Time      // when this version was seen first
 	list        *podList       // the last one; nil if there was none
 	leaving     bool           // the router admits nobody any more, and ends
-	wantedCount *backendCount  // of the backends, that the plan should have; nil if not known
+	wantedCount *backendCount  // the number of backends that the plan should have; nil if not known
 	// gone reports whether GET said that the pod with this UID has ended for ever: see
 	// memberID.isGone.
 	gone func(uid string) bool
@@ -464,7 +464,7 @@ func (m *member) writePlan(
 
 // writeIf returns the decision to do a write, if the object has not changed meanwhile,
 // once it is the given time. After one write it waits for the next version, or
-// writeTimeout.
+// objectShowTime.
 func (m *member) writeIf(
 	in *decisionInput, w *handoffWrite, a *stepAnswer, at time.Time, doing string,
 ) decision {

@@ -563,9 +563,9 @@ func (m *mover) nextStepTime(v *view, now time.Time) time.Time {
 }
 
 // noteStep notes the step in the header of a backend that has refused a request: it has
-// released the namespace for a later step than the router's. The router's step rises
-// above it when no change is under way. It reports whether text is a step: one of at most
-// a day from now.
+// released the namespace for a later step than the router's. The next step of the router is
+// above it; if no other is due, it takes one for that. noteStep reports whether text is a step:
+// one of at most a day from now.
 func (m *mover) noteStep(text string) bool {
 	step, err := strconv.ParseInt(text, 10, 64)
 	if err != nil || step < 0 || step > time.Now().Add(24*time.Hour).UnixMilli() {
@@ -703,7 +703,7 @@ func (m *mover) closeStepSessions(v *view) bool {
 
 // cutRequests cuts the plain requests that must not stay with their backends: those that
 // a step waits for, or with -handoff=off those whose owner changed, once they are
-// httpMoveTime old, and all requests of a pod that was replaced. A router that is no member of
+// httpMoveTimeout old, and all requests of a pod that was replaced. A router that is no member of
 // the hand-off has none at all. Of a pod that was replaced it also ends the wait for abandoned
 // requests and sessions. It returns when the next one has to be cut, zero if only when something
 // happens.

@@ -1458,3 +1458,52 @@ func TestMoveRateSeeds(t *testing.T) {
 		}
 	})
 }
+
+// A router alone begins steps that close sessions minStepTime apart, also if each is over at once.
+func TestMoveStepsAreApart(t *testing.T) {
+	movesIn(t, 100, 1, pinned(60, 0), func(t *testing.T, m *moveTest) {
+		m.closeSession = func(s *session, done func(bool)) bool {
+			return m.recordCloseIn(time.Millisecond, s, done)
+		}
+		m.table(pinned(60, 1))
+		all := m.after(5 * time.Second)
+		wantEqual(t, "sessions that were closed", len(all), 60)
+		for i, s := range all[1:] {
+			if apart := s.at - all[i].at; apart > 0 && apart < minStepTime {
+				t.Errorf("a step began %s after the one before, want at least %s", apart, minStepTime)
+			}
+		}
+	})
+}
+
+// A 409 raises the step also while a change waits. A step that hands over nothing does not count.
+func TestRaisedStepInAChange(t *testing.T) {
+	movesIn(t, 0, 1, pinned(2, 0), func(t *testing.T, m *moveTest) {
+		m.setAbsent(1, true)
+		m.table(pinned(2, 1))
+		m.after(time.Second)
+		steps, above := m.steps.Load(), m.current.Load().step+5000
+		m.noteStep(fmt.Sprint(above))
+		m.after(minStepTime)
+		v := m.current.Load()
+		wantEqual(t, "tables of the plan", len(v.records), 2)
+		wantEqual(t, "the step is above that of the backend", v.step > above, true)
+		wantEqual(t, "steps that have handed over namespaces", m.steps.Load(), steps)
+	})
+}
+
+// A router's share of the rate is for the sessions that the rate counts: not for those of a
+// backend that is scaled in.
+func TestShareWithoutScaledIn(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		m := newMoveTest(false, 10, 1, map[string]string{"ns-01": "backend-0"})
+		m.ctx = t.Context()
+		m.relay.add(&session{namespace: "scaled-in", backend: 4})
+		m.tables.setBackends(backendSet{ordinalRange: ordinalRange{count: 4}})
+		m.table(map[string]string{"ns-01": "backend-1"})
+		p, _ := m.work(m.current.Load(), m.tables.table(), time.Now())
+		m.wantPending(t, 2)
+		wantEqual(t, "sessions that the rate counts", p.toMove, 1)
+		m.targets.close()
+	})
+}

@@ -90,10 +90,11 @@ func (q *moveQueue) isOutdated(now time.Time) bool {
 	return !q.isEmpty() && now.Sub(q.filledAt) >= requeueInterval
 }
 
-// countBelow returns how many sessions have a place below upto and a new owner that is not away.
+// countBelow returns how many sessions that the rate counts have a place below upto, and a new
+// owner that is not away.
 func (q *moveQueue) countBelow(upto uint64, away []int) (n int) {
 	for _, item := range q.sessions {
-		if item.place < upto && !slices.Contains(away, item.target) {
+		if 0 < item.place && item.place < upto && !slices.Contains(away, item.target) {
 			n++
 		}
 	}

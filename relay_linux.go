@@ -9,8 +9,9 @@ import (
 	"time"
 )
 
-// This is the engine for Linux; epoll_linux.go declares engine and poller. A session that carries nothing consists of two
-// descriptors and the fields below: it has no goroutine and no buffer.
+// This is the engine for Linux; epoll_linux.go declares engine and poller. A session that
+// carries nothing consists of two descriptors and the fields below: it has no goroutine and no
+// buffer.
 //
 // Each poller has one epoll set (epoll(7)) with the sockets of its sessions. The set
 // is edge-triggered: it reports a socket once, when bytes arrive, or when the socket

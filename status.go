@@ -272,8 +272,10 @@ type handoffStatus struct {
 	Members []string `json:"members,omitempty"` // pods of the routers that share it
 	Why     string   `json:"why,omitempty"`     // what this router does or waits for
 	Step    int64    `json:"step"`              // the last one, in Unix milliseconds or above
+	// NoOwners says that this router has no table or no view yet, so that it knows no owners.
+	NoOwners bool `json:"no_owners,omitempty"`
 	// InProgress says that not all namespaces have the owner of the newest table, or that
-	// the last step is not done; also that this router has no table, or no view yet.
+	// the last step is not done.
 	InProgress bool       `json:"in_progress"`
 	Progress   float64    `json:"progress"`         // about the share of namespaces that have it
 	ToMove     int64      `json:"sessions_to_move"` // of this router
@@ -318,7 +320,7 @@ func (m *mover) status() handoffStatus {
 	}
 	v, t := m.current.Load(), m.tables.table()
 	if v == nil || t == nil {
-		s.InProgress, s.Progress = true, 0
+		s.NoOwners = true
 		return s
 	}
 	s.Step = v.step
@@ -440,8 +442,7 @@ func (m *mover) writeMetrics(w metricsWriter) {
 		"Always 1. The label has the mode of -handoff.")
 	info(1, "mode", s.Mode)
 	w.single("router_handoff_in_progress", "gauge",
-		"1 while not all namespaces have the owner of the newest table, or a step is not done; "+
-			"also without a table or a plan of the hand-off.",
+		"1 while not all namespaces have the owner of the newest table, or a step is not done.",
 		boolToFloat(s.InProgress))
 	w.single("router_handoff_steps_total", "counter",
 		"Steps of hand-offs that are done and have handed over namespaces.", float64(m.steps.Load()))
@@ -565,6 +566,7 @@ func (s *handoffStatus) add(other *handoffStatus) {
 		s.Why = other.Why
 	}
 	s.Step = max(s.Step, other.Step)
+	s.NoOwners = s.NoOwners || other.NoOwners
 	s.InProgress = s.InProgress || other.InProgress
 	s.Progress = min(s.Progress, other.Progress)
 	s.ToMove += other.ToMove

@@ -170,9 +170,14 @@ func TestProgress(t *testing.T) {
 	}
 }
 
-// A router that has no table or no view yet says that not all is done: "router wait" waits.
+// A router that has no table or no view yet says so, and "router wait" waits. It says nothing of
+// the progress of a change that others know.
 func TestNoViewIsNotDone(t *testing.T) {
 	m := newMover(&tableStore{}, newRelay(func(int) string { return "" }, nil), 0, nil, func() {}, nil)
-	s := status{Agree: true, Handoff: m.status()}
-	wantEqual(t, "what is not over", s.unfinished(), "a change of owners is under way, 0 % done, with 0 sessions to move")
+	s := status{Agree: true, Handoff: handoffStatus{InProgress: true, Progress: 0.8}}
+	starting := m.status()
+	s.Handoff.add(&starting)
+	wantEqual(t, "the progress", s.Handoff.Progress, 0.8)
+	s.Handoff.InProgress = false
+	wantEqual(t, "what is not over", s.unfinished(), "a router has no routing table yet, or no plan of the hand-off")
 }
