@@ -586,9 +586,9 @@ func (a *admin) writeTopMetrics(m metricsWriter) {
 	}
 }
 
-// backendState is one backend in the answer of /backends. A backend is safe to remove if it
+// probedBackend is one backend in the answer of /backends. A backend is safe to remove if it
 // has no sessions, requests and namespaces, and no change of owners is under way.
-type backendState struct {
+type probedBackend struct {
 	Name             string `json:"name"`
 	Ordinal          int    `json:"ordinal"`
 	PodUID           string `json:"pod_uid,omitempty"` // of its pod, if known
@@ -604,7 +604,7 @@ type backendState struct {
 }
 
 // setLoad sets what the status has too, but not Ready: there, nobody has dialled the backend.
-func (b *backendState) setLoad(load backendLoad) {
+func (b *probedBackend) setLoad(load backendStatus) {
 	b.Name, b.Ordinal, b.InTable, b.Cordoned = load.Name, load.Ordinal, load.InTable, load.Cordoned
 	b.Overrides, b.Sessions, b.SessionsOnOldPod = load.Overrides, load.Sessions, load.SessionsOnOldPod
 	b.SafeToRemove = load.SafeToRemove
@@ -616,10 +616,10 @@ func (a *admin) backends(w http.ResponseWriter, r *http.Request) {
 	if t == nil {
 		return
 	}
-	all := []backendState{}
+	all := []probedBackend{}
 	changing := a.proxy.mover.status().InProgress
 	for _, load := range newLoads(a.proxy, a.summary(), changing) {
-		b := backendState{PodUID: a.proxy.backends.podUID(load.Ordinal)}
+		b := probedBackend{PodUID: a.proxy.backends.podUID(load.Ordinal)}
 		b.setLoad(load)
 		all = append(all, b)
 	}
@@ -630,10 +630,10 @@ func (a *admin) backends(w http.ResponseWriter, r *http.Request) {
 
 // backendsAnswer is the answer of /backends.
 type backendsAnswer struct {
-	Router           string         `json:"router"` // that answers
-	OverridesVersion string         `json:"overrides_version"`
-	Stamp            string         `json:"stamp"`
-	Backends         []backendState `json:"backends"`
+	Router           string          `json:"router"` // that answers
+	OverridesVersion string          `json:"overrides_version"`
+	Stamp            string          `json:"stamp"`
+	Backends         []probedBackend `json:"backends"`
 
 	// With all=1 only.
 	Agree   *bool          `json:"agree,omitempty"`   // all that answered have the same table
@@ -672,12 +672,12 @@ func (a *admin) backendsOfAll(w http.ResponseWriter, r *http.Request, one http.H
 	sum := sumStatus(all, silent)
 	answer.Agree, answer.Routers, answer.Silent = &sum.Agree, sum.Routers, sum.Silent
 	for _, load := range sum.Backends {
-		i := slices.IndexFunc(answer.Backends, func(b backendState) bool {
+		i := slices.IndexFunc(answer.Backends, func(b probedBackend) bool {
 			return b.Ordinal == load.Ordinal
 		})
 		if i < 0 { // only others have sessions of it, or give it namespaces
 			i = len(answer.Backends)
-			answer.Backends = append(answer.Backends, backendState{Ready: load.Ready})
+			answer.Backends = append(answer.Backends, probedBackend{Ready: load.Ready})
 		}
 		answer.Backends[i].setLoad(load)
 	}
@@ -689,7 +689,7 @@ const probeTimeout = 10 * time.Second
 
 // probeAll dials all backends, maxConcurrentDials at a time, and sets their Address,
 // Ready and Error.
-func (a *admin) probeAll(ctx context.Context, all []backendState) {
+func (a *admin) probeAll(ctx context.Context, all []probedBackend) {
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
 	var dials sync.WaitGroup

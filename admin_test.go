@@ -537,7 +537,7 @@ func TestBackendsShowsWhatIsLeft(t *testing.T) {
 	a.proxy.relay.byBackend[1] = sessionCounts{open: 3, total: 5}
 	a.proxy.relay.byBackend[7] = sessionCounts{open: 0, total: 5}
 	a.proxy.tables.setBackends(backendSet{ordinalRange: ordinalRange{0, 1}})
-	var got struct{ Backends []backendState }
+	var got struct{ Backends []probedBackend }
 	if err := json.NewDecoder(answered(a, "/backends").Body).Decode(&got); err != nil {
 		t.Fatal(err)
 	}

@@ -974,10 +974,10 @@ func TestCertificateMetrics(t *testing.T) {
 	s := newStore(t, certificateFlags{certs: []string{one.path, two.path}, clientCA: path})
 	const expiry, rejected = "router_tls_certificate_expiry_timestamp_seconds", "router_tls_file_rejected"
 	if lacks := s.metrics(t).lacks(map[string]float64{
-		fmt.Sprintf("%s{certificate=%q}", expiry, one.path):   float64(time.Date(2091, 1, 1, 0, 0, 0, 0, time.UTC).Unix()),
-		fmt.Sprintf("%s{certificate=%q}", expiry, two.path):   float64(time.Date(2092, 1, 1, 0, 0, 0, 0, time.UTC).Unix()),
-		fmt.Sprintf("%s{certificate=%q}", rejected, one.path): 0,
-		fmt.Sprintf("%s{certificate=%q}", rejected, path):     0,
+		fmt.Sprintf("%s{certificate=%q}", expiry, one.path): float64(time.Date(2091, 1, 1, 0, 0, 0, 0, time.UTC).Unix()),
+		fmt.Sprintf("%s{certificate=%q}", expiry, two.path): float64(time.Date(2092, 1, 1, 0, 0, 0, 0, time.UTC).Unix()),
+		fmt.Sprintf("%s{file=%q}", rejected, one.path):      0,
+		fmt.Sprintf("%s{file=%q}", rejected, path):          0,
 	}); lacks != "" {
 		t.Error(lacks)
 	}

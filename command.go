@@ -394,8 +394,8 @@ func (c *command) printHandoff(h *handoffStatus) {
 	} else {
 		fmt.Fprintln(c.out, "no change of owners is under way")
 	}
-	if h.Why != "" {
-		fmt.Fprintln(c.out, h.Why)
+	if h.Doing != "" {
+		fmt.Fprintln(c.out, h.Doing)
 	}
 	for _, w := range h.WaitingFor {
 		if w.Router != "" {

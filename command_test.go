@@ -227,7 +227,7 @@ func statusServer(t *testing.T, answer func(n int64) *status) string {
 func TestCommandCordon(t *testing.T) {
 	s := &status{StatefulSet: &statefulSetState{KubeNamespace: "edge", Name: "backend", Cordon: "1,7"}}
 	for i := range 3 {
-		s.Backends = append(s.Backends, backendLoad{Name: backendName("backend", i), Ordinal: i, InTable: true, Cordoned: i == 1, Sessions: 5, Overrides: 2})
+		s.Backends = append(s.Backends, backendStatus{Name: backendName("backend", i), Ordinal: i, InTable: true, Cordoned: i == 1, Sessions: 5, Overrides: 2})
 	}
 	admin := "-admin=" + statusServer(t, func(int64) *status { return s })
 	const apply = " | kubectl -n edge patch statefulset backend --type merge --patch-file /dev/stdin\n"
@@ -275,7 +275,7 @@ func TestCommandWait(t *testing.T) {
 		"the routers do not agree":                                            busy(func(s *status) { s.Agree = false }),
 		"the table has 0 of 2 backends; the next one is not ready":            busy(func(s *status) { s.StatefulSet = &statefulSetState{Replicas: 2} }),
 		"the table has 1 of 2 backends; the next one is not ready": busy(func(s *status) { // a cordoned one has no namespaces
-			s.Backends, s.StatefulSet = []backendLoad{{InTable: true, Cordoned: true}}, &statefulSetState{Replicas: 2}
+			s.Backends, s.StatefulSet = []backendStatus{{InTable: true, Cordoned: true}}, &statefulSetState{Replicas: 2}
 		}),
 	}
 	for want, s := range waits {

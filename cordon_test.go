@@ -355,7 +355,7 @@ func TestSafeToRemove(t *testing.T) {
 	update(contentOf("test", "1", pairs("a=backend-3")))
 	want := func(names ...string) {
 		t.Helper()
-		var got struct{ Backends []backendState }
+		var got struct{ Backends []probedBackend }
 		must(t, json.Unmarshal([]byte(askAdmin(a, "GET", "/backends", "")), &got))
 		var safe []string
 		for _, b := range got.Backends {

@@ -44,11 +44,11 @@ var (
 // another watcher.
 type kubeClient struct {
 	// Static after construction.
-	base       *url.URL // https, or http through kubectl proxy; without a path
-	accountDir string   // of the service account's files; "" through kubectl proxy
-	dial       func(ctx context.Context, network, addr string) (net.Conn, error)
-	patch      bool // do sends merge patches, by PATCH
-	keep       bool // the connection is kept for the next request
+	base         *url.URL // https, or http through kubectl proxy; without a path
+	accountDir   string   // of the service account's files; "" through kubectl proxy
+	dial         func(ctx context.Context, network, addr string) (net.Conn, error)
+	sendsPatches bool // do sends merge patches, by PATCH
+	keepsConn    bool // the connection is kept for the next request
 
 	// Changed by do.
 	roots    *x509.CertPool // from the last good ca.crt; nil through kubectl proxy
@@ -88,7 +88,7 @@ func (k *kubeClient) newTransport() *http.Transport {
 // transport returns the transport for the next request: a new one, or the kept one. That
 // one uses HTTP/1.1, which gives a connection up when a request on it is not answered.
 func (k *kubeClient) transport() *http.Transport {
-	if !k.keep {
+	if !k.keepsConn {
 		return k.newTransport()
 	}
 	if k.kept == nil {
@@ -187,7 +187,7 @@ func (k *kubeClient) roundTrip(ctx context.Context, path string, query url.Value
 	object []byte) (*http.Response, error) {
 	u, method, mediaType := *k.base, http.MethodGet, "application/json"
 	u.Path, u.RawQuery = path, query.Encode()
-	if k.patch {
+	if k.sendsPatches {
 		method, mediaType = http.MethodPatch, "application/merge-patch+json"
 	} else if object != nil {
 		method = http.MethodPost

@@ -112,7 +112,7 @@ type handoffConfigMap struct {
 func newSharedHandoff(client kubeClient, kubeNamespace, object string, pod, uid, podLabel string,
 	log *slog.Logger) *sharedHandoff {
 	writer, reader := client, client
-	writer.patch, writer.keep = true, true
+	writer.sendsPatches, writer.keepsConn = true, true
 	h := &sharedHandoff{
 		writer: &writer, client: client, podLabel: podLabel,
 		podsPath: "/api/v1/namespaces/" + kubeNamespace + "/pods",

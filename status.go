@@ -15,7 +15,7 @@ type status struct {
 	Agree       bool               `json:"agree"`                 // all that answered have the same table
 	StatefulSet *statefulSetState  `json:"statefulset,omitempty"` // absent if flags give the backends
 	Sources     []sourceState      `json:"sources"`               // of overrides
-	Backends    []backendLoad      `json:"backends"`              // by ordinal
+	Backends    []backendStatus    `json:"backends"`              // by ordinal
 	Handoff     handoffStatus      `json:"handoff"`
 	Top         topStatus          `json:"top"`
 	Receipts    []moveReceipt      `json:"receipts"`   // of moves that are over, newest first
@@ -56,8 +56,8 @@ type sourceState struct {
 	Version       string `json:"version"`
 }
 
-// backendLoad is one backend in a status.
-type backendLoad struct {
+// backendStatus is one backend in a status.
+type backendStatus struct {
 	Name             string `json:"name"`
 	Ordinal          int    `json:"ordinal"`
 	Ready            bool   `json:"ready"`     // for new sessions, as far as is known
@@ -179,7 +179,7 @@ func (s *status) addStatefulSet(r *replicaWatcher) {
 
 // newLoads returns the backends of the table, and those that still have sessions.
 // changing says that a change of owners was under way just before.
-func newLoads(p *proxy, summary *tableSummary, changing bool) []backendLoad {
+func newLoads(p *proxy, summary *tableSummary, changing bool) []backendStatus {
 	// In this order: a flight may become a session, and after a change none begins.
 	inFlight := map[int]bool{}
 	p.mover.flights.each(func(f *flight) { inFlight[f.backend] = true })
@@ -189,10 +189,10 @@ func newLoads(p *proxy, summary *tableSummary, changing bool) []backendLoad {
 	if t != nil && (changing || p.mover.queue.size.Load() > 0) { // there are no changes with -handoff=off
 		in, out = movingSessions(p.relay, t)
 	}
-	loads := []backendLoad{}
+	loads := []backendStatus{}
 	for _, ordinal := range backendOrdinals(t, counts) {
 		n, overrides := counts[ordinal], summary.overrides[ordinal]
-		loads = append(loads, backendLoad{
+		loads = append(loads, backendStatus{
 			Name: p.relay.backendName(ordinal), Ordinal: ordinal,
 			Ready:     p.backends.queues.seemsReady(ordinal),
 			InTable:   t != nil && t.backends.has(ordinal),
@@ -270,7 +270,7 @@ func newTableSummary(t *table) *tableSummary {
 type handoffStatus struct {
 	Mode    string   `json:"mode"`              // of -handoff
 	Members []string `json:"members,omitempty"` // pods of the routers that share it
-	Why     string   `json:"why,omitempty"`     // what this router does or waits for
+	Doing   string   `json:"doing,omitempty"`   // what this router does or waits for
 	Step    int64    `json:"step"`              // the last one, in Unix milliseconds or above
 	// NoOwners says that this router has no table or no view yet, so that it knows no owners.
 	NoOwners bool `json:"no_owners,omitempty"`
@@ -316,7 +316,7 @@ func (m *mover) status() handoffStatus {
 		s.Mode = "off"
 	case m.shared != nil:
 		shared := m.shared.snapshot()
-		s.Mode, s.Members, s.Why = "all", shared.members, shared.doing
+		s.Mode, s.Members, s.Doing = "all", shared.members, shared.doing
 	}
 	v, t := m.current.Load(), m.tables.table()
 	if v == nil || t == nil {
@@ -481,7 +481,7 @@ func sumStatus(all []*status, silent []silentRouter) *status {
 		if len(sum.Rejections) == 0 {
 			sum.Rejections = s.Rejections
 		}
-		sum.Backends = mergeLists(sum.Backends, s.Backends, backendLoad.isSame, (*backendLoad).add)
+		sum.Backends = mergeLists(sum.Backends, s.Backends, backendStatus.isSame, (*backendStatus).add)
 		sum.Handoff.add(&s.Handoff)
 		sum.Receipts = mergeLists(sum.Receipts, s.Receipts, moveReceipt.isSame, (*moveReceipt).add)
 		sum.Top.add(&s.Top)
@@ -489,7 +489,7 @@ func sumStatus(all []*status, silent []silentRouter) *status {
 	for i := range sum.Backends {
 		sum.Backends[i].SafeToRemove = sum.Backends[i].SafeToRemove && len(silent) == 0
 	}
-	slices.SortFunc(sum.Backends, func(a, b backendLoad) int { return cmp.Compare(a.Ordinal, b.Ordinal) })
+	slices.SortFunc(sum.Backends, func(a, b backendStatus) int { return cmp.Compare(a.Ordinal, b.Ordinal) })
 	slices.SortStableFunc(sum.Routers, func(a, b routerState) int {
 		return cmp.Compare(a.Name, b.Name)
 	})
@@ -539,10 +539,10 @@ func mergeLists[T any](sum, list []T, isSame func(a, b T) bool, add func(sum *T,
 	return sum
 }
 
-func (l backendLoad) isSame(other backendLoad) bool { return l.Ordinal == other.Ordinal }
+func (l backendStatus) isSame(other backendStatus) bool { return l.Ordinal == other.Ordinal }
 
 // add adds what another router says of the same backend.
-func (l *backendLoad) add(other backendLoad) {
+func (l *backendStatus) add(other backendStatus) {
 	l.Ready = l.Ready && other.Ready
 	l.InTable = l.InTable || other.InTable
 	l.Cordoned = l.Cordoned || other.Cordoned
@@ -562,8 +562,8 @@ func (s *handoffStatus) add(other *handoffStatus) {
 			s.Members = append(s.Members, member)
 		}
 	}
-	if s.Why == "" {
-		s.Why = other.Why
+	if s.Doing == "" {
+		s.Doing = other.Doing
 	}
 	s.Step = max(s.Step, other.Step)
 	s.NoOwners = s.NoOwners || other.NoOwners

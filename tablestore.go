@@ -60,7 +60,7 @@ type tableStore struct {
 }
 
 // table returns the newest table, nil if there was none yet.
-func (r *tableStore) table() *table { return r.newest.Load() }
+func (ts *tableStore) table() *table { return ts.newest.Load() }
 
 // mergedSource is a source of overrides that a tableStore merges with the others.
 type mergedSource struct {
@@ -72,17 +72,17 @@ type mergedSource struct {
 // addSource adds a source of overrides, which create makes: the source gives its
 // contents to update. A provisional source counts only until all others have given
 // theirs. The caller runs the source. addSource must not be called once one runs.
-func (r *tableStore) addSource(provisional bool,
+func (ts *tableStore) addSource(provisional bool,
 	create func(update func(...sourceContent)) overrideSource) {
 	s := &mergedSource{provisional: provisional}
-	s.overrideSource = create(func(contents ...sourceContent) { r.setContents(s, contents) })
-	r.sources = append(r.sources, s)
+	s.overrideSource = create(func(contents ...sourceContent) { ts.setContents(s, contents) })
+	ts.sources = append(ts.sources, s)
 }
 
 // whyNoOverrides says why not all overrides are known yet, or "".
-func (r *tableStore) whyNoOverrides() string {
+func (ts *tableStore) whyNoOverrides() string {
 	var all []string
-	for _, s := range r.sources {
+	for _, s := range ts.sources {
 		if s.provisional {
 			continue
 		}
@@ -95,22 +95,22 @@ func (r *tableStore) whyNoOverrides() string {
 
 // setContents replaces the contents of one source, and makes a table of all sources the
 // newest once they are known.
-func (r *tableStore) setContents(s *mergedSource, contents []sourceContent) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
+func (ts *tableStore) setContents(s *mergedSource, contents []sourceContent) {
+	ts.mu.Lock()
+	defer ts.mu.Unlock()
 	s.contents = append([]sourceContent{}, contents...)
-	if r.contents = r.mergeContents(); r.contents != nil && !r.updateVersions() {
-		r.swap()
+	if ts.contents = ts.mergeContents(); ts.contents != nil && !ts.updateVersions() {
+		ts.swap()
 	}
 }
 
 // mergeContents returns the contents of all sources in their order, without the
 // provisional ones. Until each of the others has given its contents, it returns the
-// provisional ones alone, nil if there are none. The caller holds r.mu.
-func (r *tableStore) mergeContents() []sourceContent {
+// provisional ones alone, nil if there are none. The caller holds mu.
+func (ts *tableStore) mergeContents() []sourceContent {
 	var live, provisional []sourceContent
 	complete := true
-	for _, s := range r.sources {
+	for _, s := range ts.sources {
 		if s.provisional {
 			provisional = append(provisional, s.contents...)
 			continue
@@ -121,7 +121,7 @@ func (r *tableStore) mergeContents() []sourceContent {
 	if !complete {
 		return provisional
 	}
-	for _, s := range r.sources {
+	for _, s := range ts.sources {
 		if s.provisional {
 			s.contents = nil // never read again
 		}
@@ -129,19 +129,19 @@ func (r *tableStore) mergeContents() []sourceContent {
 	return append([]sourceContent{}, live...)
 }
 
-// updateVersions reports whether r.contents differs from the newest table in versions
+// updateVersions reports whether contents differs from the newest table in versions
 // only, for example after a change of labels. If so, it puts a copy of the table with the
 // new versions in its place; that does not count as a swap and is not reported. In any case,
 // sources whose overrides are unchanged share the old set in memory afterwards. The
-// caller holds r.mu.
-func (r *tableStore) updateVersions() bool {
-	t := r.table()
+// caller holds mu.
+func (ts *tableStore) updateVersions() bool {
+	t := ts.table()
 	if t == nil {
 		return false
 	}
-	same := len(r.contents) == len(t.sources)
-	for i := range r.contents {
-		src := &r.contents[i]
+	same := len(ts.contents) == len(t.sources)
+	for i := range ts.contents {
+		src := &ts.contents[i]
 		j := slices.IndexFunc(t.sources, hasID(src.id))
 		if j >= 0 && src.overrides.equal(t.sources[j].overrides) {
 			src.overrides = t.sources[j].overrides
@@ -150,8 +150,8 @@ func (r *tableStore) updateVersions() bool {
 	}
 	if same {
 		next := *t
-		next.sources, next.overridesVersion = r.contents, versionOf(r.contents)
-		r.newest.Store(&next)
+		next.sources, next.overridesVersion = ts.contents, versionOf(ts.contents)
+		ts.newest.Store(&next)
 	}
 	return same
 }
@@ -164,32 +164,32 @@ func hasID(id sourceID) func(sourceContent) bool {
 // setBackends makes a table for these backends, at least one, the newest, if they or their
 // cordon are others than before. It checks all overrides again: "backend-7" is valid once
 // there are eight.
-func (r *tableStore) setBackends(s backendSet) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if !s.isSame(&r.backends) {
-		r.backends = s
-		r.swap()
+func (ts *tableStore) setBackends(s backendSet) {
+	ts.mu.Lock()
+	defer ts.mu.Unlock()
+	if !s.isSame(&ts.backends) {
+		ts.backends = s
+		ts.swap()
 	}
 }
 
 // swap makes a new table the newest, and reports the changes. It does nothing before
-// overrides and backends are known. The caller holds r.mu.
-func (r *tableStore) swap() {
-	if r.contents == nil || r.backends.count == 0 {
+// overrides and backends are known. The caller holds mu.
+func (ts *tableStore) swap() {
+	if ts.contents == nil || ts.backends.count == 0 {
 		return
 	}
-	old, began := r.table(), time.Now()
-	t := newTable(r.statefulSet, r.fromHost, r.backends.ordinalRange, r.backends.listedCordon,
-		r.contents, old)
-	t.specID, t.updated = r.backends.specID, time.Now()
-	r.newest.Store(t)
-	r.swaps.Add(1)
-	r.onSwap()
-	r.applyDurations.observe(time.Since(began))
+	old, began := ts.table(), time.Now()
+	t := newTable(ts.statefulSet, ts.fromHost, ts.backends.ordinalRange, ts.backends.listedCordon,
+		ts.contents, old)
+	t.specID, t.updated = ts.backends.specID, time.Now()
+	ts.newest.Store(t)
+	ts.swaps.Add(1)
+	ts.onSwap()
+	ts.applyDurations.observe(time.Since(began))
 	all := t.changes(old)
-	r.logSwap(t, all)
-	for _, s := range r.sources {
+	ts.logSwap(t, all)
+	for _, s := range ts.sources {
 		if reporter, ok := s.overrideSource.(changeReporter); ok {
 			for _, c := range all {
 				reporter.reportChange(c)
@@ -317,7 +317,7 @@ func (t *table) sourceName() string {
 
 // logSwap logs the new table: one line, and one for each newly rejected override, up to
 // maxExamples for each source.
-func (r *tableStore) logSwap(t *table, all []sourceChange) {
+func (ts *tableStore) logSwap(t *table, all []sourceChange) {
 	source, sum, invalid := t.sourceName(), sourceChange{}, 0
 	if len(all) == 1 {
 		source = all[0].id.String()
@@ -330,30 +330,30 @@ func (r *tableStore) logSwap(t *table, all []sourceChange) {
 	for _, n := range t.invalid {
 		invalid += n
 	}
-	r.log.Info("routing table updated", "source", source, "overrides_version", t.overridesVersion, "stamp", t.stamp,
+	ts.log.Info("routing table updated", "source", source, "overrides_version", t.overridesVersion, "stamp", t.stamp,
 		"backends", t.backends.count, "cordon", t.cordon.String(), "overrides", t.overrides,
 		"added", sum.added, "changed", sum.changed, "removed", sum.removed,
 		"invalid", invalid, "conflicts", t.conflicts)
 	for _, c := range all {
 		for _, bad := range c.newExamples {
-			r.log.Warn("override rejected", "source", c.id.String(), "version", c.version,
+			ts.log.Warn("override rejected", "source", c.id.String(), "version", c.version,
 				"namespace", bad.namespace, "value", bad.Value,
 				"expected", bad.Expected, "in_force", bad.InForce)
 		}
 		if c.newlyRejected > maxExamples {
-			r.log.Warn("more overrides rejected",
+			ts.log.Warn("more overrides rejected",
 				"source", c.id.String(), "count", c.newlyRejected-maxExamples)
 		}
 	}
 }
 
 // writeMetrics writes the newest table, if there is one.
-func (r *tableStore) writeMetrics(m metricsWriter) {
+func (ts *tableStore) writeMetrics(m metricsWriter) {
 	m.single("router_table_updates_total", "counter", "Routing tables that the router has made, because overrides, backends or the cordon changed.",
-		float64(r.swaps.Load()))
-	r.applyDurations.write(m, "router_table_apply_duration_seconds",
+		float64(ts.swaps.Load()))
+	ts.applyDurations.write(m, "router_table_apply_duration_seconds",
 		"How long it took to make a routing table.")
-	t := r.table()
+	t := ts.table()
 	if t == nil {
 		return
 	}
