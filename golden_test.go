@@ -1031,12 +1031,8 @@ type goldenWorld struct {
 
 func newGoldenWorld(t *testing.T) *goldenWorld {
 	t.Helper()
-	first := listenLocal(t)
-	_, port, err := net.SplitHostPort(first.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, l := range []net.Listener{first, listenAt(t, "127.0.0.4:"+port)} {
+	port := freePort(t)
+	for _, l := range []net.Listener{listenAt(t, "127.0.0.1:"+port), listenAt(t, "127.0.0.4:"+port)} {
 		s := httptest.NewUnstartedServer(websocket.Server{Handler: func(ws *websocket.Conn) { io.Copy(ws, ws) }})
 		s.Listener.Close()
 		s.Listener = l

@@ -5,7 +5,6 @@ import (
 	"io"
 	"maps"
 	"math/rand/v2"
-	"net"
 	"net/netip"
 	"os"
 	"slices"
@@ -35,9 +34,7 @@ func newProof(t *testing.T, backends int, change func(*recordingBackend)) *proof
 	p := &proof{kube: newFakeKube()}
 	p.url = p.kube.url(t)
 	p.crowd = newCrowd(newRecorder(), p.addrs)
-	l := listenLocal(t)
-	_, p.port, _ = net.SplitHostPort(l.Addr().String())
-	l.Close()
+	p.port = freePort(t)
 	for range backends {
 		b := p.addBackend()
 		if change != nil {

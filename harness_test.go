@@ -29,6 +29,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -573,9 +574,22 @@ func listenAt(t testing.TB, addr string) net.Listener {
 // freeAddr returns an address where somebody may listen.
 func freeAddr(t testing.TB) string {
 	t.Helper()
-	l := listenLocal(t)
-	defer l.Close()
-	return l.Addr().String()
+	return "127.0.0.1:" + freePort(t)
+}
+
+// freePort returns a port on which somebody may listen, now and again later. It is below those
+// that a system gives to connections and to listeners of port 0.
+func freePort(t testing.TB) string {
+	t.Helper()
+	for range 100 {
+		port := strconv.Itoa(10_000 + rand.IntN(20_000))
+		if l, err := net.Listen("tcp", "127.0.0.1:"+port); err == nil {
+			l.Close()
+			return port
+		}
+	}
+	t.Fatal("none of 100 ports is free")
+	return ""
 }
 
 // refusingAddr returns an address where nobody listens, or can until the test

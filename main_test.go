@@ -191,12 +191,8 @@ func TestRunIdleTimeout(t *testing.T) {
 // TestFollowing: a whole router without flags for its backends finds
 // them by the API server, and says what it found.
 func TestFollowing(t *testing.T) {
-	first := listenLocal(t)
-	_, port, err := net.SplitHostPort(first.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	third := listenAt(t, "127.0.0.3:"+port)
+	port := freePort(t)
+	first, third := listenAt(t, "127.0.0.1:"+port), listenAt(t, "127.0.0.3:"+port)
 	for _, l := range []net.Listener{first, third} {
 		s := httptest.NewUnstartedServer(websocket.Server{Handler: func(ws *websocket.Conn) { io.Copy(ws, ws) }})
 		s.Listener.Close()

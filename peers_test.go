@@ -353,9 +353,7 @@ func cancelled() context.Context {
 func TestRoutersFindEachOther(t *testing.T) {
 	w := newGoldenWorld(t)
 	w.applyMap(handoffName, nil)
-	free := listenAt(t, "127.0.0.2:0")
-	_, port, err := net.SplitHostPort(free.Addr().String())
-	must(t, err, free.Close())
+	port := freePort(t)
 	var routers []*runningRouter
 	for i, name := range []string{"router-a", "router-b"} {
 		ip := fmt.Sprint("127.0.0.", 2+i)
