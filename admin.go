@@ -507,7 +507,7 @@ func newOwnership(t *table, namespace string) (o ownership, ordinal int) {
 	if source := t.sourceOf(namespace); source != nil {
 		o.Source = source.id.String()
 	}
-	ordinal, ok := t.desiredOwner(namespace)
+	ordinal, ok := t.ownerOf(namespace)
 	if ok {
 		o.Owner = t.name(ordinal)
 	}
@@ -603,11 +603,11 @@ type probedBackend struct {
 	SafeToRemove     bool   `json:"safe_to_remove"`                // as far as this router knows
 }
 
-// setLoad sets what the status has too, but not Ready: there, nobody has dialled the backend.
-func (b *probedBackend) setLoad(load backendStatus) {
-	b.Name, b.Ordinal, b.InTable, b.Cordoned = load.Name, load.Ordinal, load.InTable, load.Cordoned
-	b.Overrides, b.Sessions, b.SessionsOnOldPod = load.Overrides, load.Sessions, load.SessionsOnOldPod
-	b.SafeToRemove = load.SafeToRemove
+// setStatus sets what the status has too, but not Ready: there, nobody has dialled the backend.
+func (b *probedBackend) setStatus(s backendStatus) {
+	b.Name, b.Ordinal, b.InTable, b.Cordoned = s.Name, s.Ordinal, s.InTable, s.Cordoned
+	b.Overrides, b.Sessions, b.SessionsOnOldPod = s.Overrides, s.Sessions, s.SessionsOnOldPod
+	b.SafeToRemove = s.SafeToRemove
 }
 
 // backends answers GET /backends: the backends of the table, and those that still have sessions.
@@ -618,9 +618,9 @@ func (a *admin) backends(w http.ResponseWriter, r *http.Request) {
 	}
 	all := []probedBackend{}
 	changing := a.proxy.mover.status().InProgress
-	for _, load := range newLoads(a.proxy, a.summary(), changing) {
-		b := probedBackend{PodUID: a.proxy.backends.podUID(load.Ordinal)}
-		b.setLoad(load)
+	for _, s := range newBackendStatuses(a.proxy, a.summary(), changing) {
+		b := probedBackend{PodUID: a.proxy.backends.podUID(s.Ordinal)}
+		b.setStatus(s)
 		all = append(all, b)
 	}
 	a.probeAll(r.Context(), all)
@@ -671,15 +671,15 @@ func (a *admin) backendsOfAll(w http.ResponseWriter, r *http.Request, one http.H
 	}
 	sum := sumStatus(all, silent)
 	answer.Agree, answer.Routers, answer.Silent = &sum.Agree, sum.Routers, sum.Silent
-	for _, load := range sum.Backends {
+	for _, s := range sum.Backends {
 		i := slices.IndexFunc(answer.Backends, func(b probedBackend) bool {
-			return b.Ordinal == load.Ordinal
+			return b.Ordinal == s.Ordinal
 		})
 		if i < 0 { // only others have sessions of it, or give it namespaces
 			i = len(answer.Backends)
-			answer.Backends = append(answer.Backends, probedBackend{Ready: load.Ready})
+			answer.Backends = append(answer.Backends, probedBackend{Ready: s.Ready})
 		}
-		answer.Backends[i].setLoad(load)
+		answer.Backends[i].setStatus(s)
 	}
 	writeJSON(w, http.StatusOK, answer)
 }

@@ -229,7 +229,7 @@ func (c *command) columns() *tabwriter.Writer {
 	return tabwriter.NewWriter(c.out, 0, 0, 2, ' ', 0)
 }
 
-// printRouters prints how many routers have answered; nothing if only one was asked.
+// printRouters prints how many routers have answered; nothing with -all=false.
 func (c *command) printRouters(answered int, silent []silentRouter, agree *bool) {
 	if agree == nil {
 		return
@@ -619,8 +619,8 @@ func (c *command) uncordonBackend(ctx context.Context, args []string) error {
 }
 
 // changeCordon prints the patch of the StatefulSet with the list of cordoned backends that
-// change returns. The list of an annotation that is not valid is replaced by the last
-// valid one with the change.
+// change returns. The list of an annotation that is not valid is replaced by the last valid one
+// with the change, if routers have that, and all have the same.
 func (c *command) changeCordon(ctx context.Context, name string, args []string,
 	change func(list cordon, ordinal int) cordon) error {
 	if len(args) != 1 {
@@ -631,8 +631,15 @@ func (c *command) changeCordon(ctx context.Context, name string, args []string,
 		return err
 	}
 	c.noteSilent(s.Silent)
-	if s.StatefulSet == nil {
+	switch set := s.StatefulSet; {
+	case set == nil:
 		return errors.New("flags give the backends: change -cordon of the routers")
+	case set.CordonUnknown:
+		return fmt.Errorf("no router knows which backends are cordoned: set the annotation %s to "+
+			"the whole list", cordonAnnotation)
+	case set.CordonsDiffer:
+		return fmt.Errorf("the routers have different lists of cordoned backends: try again, or "+
+			"set the annotation %s to the whole list", cordonAnnotation)
 	}
 	list, err := parseCordon(s.StatefulSet.Cordon)
 	if err != nil {

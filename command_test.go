@@ -258,6 +258,24 @@ func TestCommandCordon(t *testing.T) {
 	if out, _, code := noted(t, "uncordon", admin, "backend-2"); code != 0 || strings.TrimSpace(out) != annotation("null") {
 		t.Errorf("no more: %d %s", code, out)
 	}
+	// A router that has seen no valid list says nothing of it, and no other router's list is lost.
+	known, unknown := &statefulSetState{Name: "backend", Cordon: "1"}, &statefulSetState{Name: "backend", CordonUnknown: true, CordonRejected: "the annotation"}
+	for _, sets := range [][2]*statefulSetState{{known, unknown}, {unknown, known}} {
+		s.StatefulSet = sets[0].merged(sets[1])
+		wantEqual(t, "why it is not in force", s.StatefulSet.CordonRejected, "the annotation")
+		if out, _, code := noted(t, "cordon", admin, "backend-2"); code != 0 || strings.TrimSpace(out) != annotation(`"1,2"`) {
+			t.Errorf("one router knows the list: %d %s", code, out)
+		}
+	}
+	for want, set := range map[string]*statefulSetState{
+		"no router knows which backends are cordoned": unknown.merged(unknown),
+		"the routers have different lists":            known.merged(&statefulSetState{Cordon: "2"}).merged(unknown).merged(nil),
+	} {
+		s.StatefulSet = set
+		if out, notes, code := noted(t, "cordon", admin, "backend-2"); code != 1 || out != "" || !strings.Contains(notes, want) {
+			t.Errorf("exit code %d, %q, %q; want 1 and %q", code, out, notes, want)
+		}
+	}
 	s.StatefulSet = nil
 	if _, notes, code := noted(t, "cordon", admin, "backend-1"); code != 1 || !strings.Contains(notes, "flags give the backends") {
 		t.Errorf("no StatefulSet: %d %s", code, notes)

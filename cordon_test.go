@@ -76,8 +76,8 @@ func TestTableCordon(t *testing.T) {
 		after := cordonedTable(t, list, active, data, before)
 		moved, cordoned := 0, 0
 		for _, namespace := range append(manyNamespaces(2000), "pinned") {
-			from, _ := before.desiredOwner(namespace)
-			to, ok := after.desiredOwner(namespace)
+			from, _ := before.ownerOf(namespace)
+			to, ok := after.ownerOf(namespace)
 			same, _ := after.lookup(namespace, hash64(namespace))
 			if !ok || same != to {
 				t.Fatalf("%s: owner %d, lookup %d", namespace, to, same)
@@ -108,7 +108,7 @@ func TestTableCordon(t *testing.T) {
 func TestCordonedOwnerAllocatesNothing(t *testing.T) {
 	table, next := cordonedTable(t, "0,2,5", ordinalRange{0, 8}, nil, nil), 0
 	namespaces := manyNamespaces(1001)
-	if n := testing.AllocsPerRun(1000, func() { table.desiredOwner(namespaces[next]); next++ }); n != 0 {
+	if n := testing.AllocsPerRun(1000, func() { table.ownerOf(namespaces[next]); next++ }); n != 0 {
 		t.Errorf("%v allocations for a lookup, want none", n)
 	}
 }
@@ -137,19 +137,19 @@ func TestCordonOfKeptNamespaces(t *testing.T) {
 		junk := map[string]string{namespace: "junk"}
 		plain := cordonedTable(t, "", ordinalRange{0, 4}, nil, nil)
 		kept := cordonedTable(t, "2", ordinalRange{0, 4}, junk, plain)
-		hashed, _ := cordonedTable(t, "2", ordinalRange{0, 4}, nil, nil).desiredOwner(namespace)
+		hashed, _ := cordonedTable(t, "2", ordinalRange{0, 4}, nil, nil).ownerOf(namespace)
 		wantEqual(t, "namespaces whose owner the hash does not give", kept.overrides, 0)
 		next := kept.withKept(func(string) int { return hashed })
 		wantEqual(t, "stamp of the hash's owner", next.stamp, kept.stamp)
 		wantEqual(t, "and with the hash's owner", next.overrides, 0)
-		if owner, _ := next.desiredOwner(namespace); owner != hashed {
+		if owner, _ := next.ownerOf(namespace); owner != hashed {
 			t.Errorf("%s is with %d, want %d", namespace, owner, hashed)
 		}
 		stays := kept.withKept(func(string) int { return 2 })
 		wantEqual(t, "and with another owner", stays.overrides, 1)
 		wantEqual(t, "and with the hash's owner again", stays.withKept(func(string) int { return hashed }).overrides, 0)
 		wantEqual(t, "and with none", kept.withKept(func(string) int { return unresolved }).overrides, 1)
-		if owner, _ := stays.desiredOwner(namespace); owner != 2 {
+		if owner, _ := stays.ownerOf(namespace); owner != 2 {
 			t.Errorf("%s is with %d, want 2: it was there when it was kept", namespace, owner)
 		}
 	}

@@ -116,7 +116,7 @@ func (l *descriptorLimit) writeMetrics(m metricsWriter) {
 	used, limit, full := l.usage()
 	m.single("router_client_descriptors", "gauge", "File descriptors that clients and their sessions have or may need.", float64(used))
 	m.single("router_client_descriptors_limit", "gauge", "File descriptors that clients and their sessions may have.", float64(limit))
-	m.single("router_accept_paused", "gauge", "1 while the router accepts no clients, for want of file descriptors.", boolToFloat(full))
+	m.single("router_accept_paused", "gauge", "1 while the router accepts no clients: too few descriptors are left, or too many clients have no session.", boolToFloat(full))
 	if open, ok := openDescriptors(); ok {
 		m.single("process_open_fds", "gauge", "Open file descriptors.", float64(open))
 	}

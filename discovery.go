@@ -230,11 +230,11 @@ func (r *replicaWatcher) readCordon() {
 	}
 }
 
-// lastCordon returns the last valid list of the annotation; nil if there was none.
-func (r *replicaWatcher) lastCordon() cordon {
+// lastCordon returns the last valid list of the annotation. known is false if there was none.
+func (r *replicaWatcher) lastCordon() (list cordon, known bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.listedCordon
+	return r.listedCordon, r.cordonIsRead
 }
 
 // whyCordonRejected says in words why the annotation is not in force, or "".
@@ -517,7 +517,7 @@ func (r *replicaWatcher) writeMetrics(m metricsWriter, backends ordinalRange,
 			return ready || !known
 		})
 	family("router_backend_without_namespaces",
-		"1 if the backend is cordoned and no override names it.", hasNoNamespaces)
+		"1 if the backend is cordoned, no override names it, and it keeps no namespace.", hasNoNamespaces)
 }
 
 // whyNotReady returns, in words, why the number of backends is not known, or "" if it is.
@@ -602,7 +602,7 @@ func (e *endpoint) isUsable() bool {
 // podAddress holds the addresses of one backend's pod.
 type podAddress struct {
 	// Static after construction.
-	usable bool   // the addresses are usable
+	usable bool   // new sessions may be opened there: see endpoint.isUsable
 	uid    string // of the pod, "" if not known
 
 	// Guarded by the endpointWatcher's mu.
@@ -610,7 +610,7 @@ type podAddress struct {
 	dialFailed bool     // a dial of one of them failed
 }
 
-// isUsable reports whether the addresses are usable. It is false for nil, a backend that
+// isUsable reports whether new sessions may be opened at the addresses. It is false for nil, a backend that
 // is in no EndpointSlice.
 func (p *podAddress) isUsable() bool { return p != nil && p.usable }
 

@@ -45,13 +45,13 @@ type poller struct {
 	wakeFD    int      // an eventfd in the set
 
 	// Guarded by mu.
-	mu        sync.Mutex
-	buf       *buffer        // run owns buf.events
-	records   *recordBuffers // nil if clients come without TLS
-	pipes     pipes
-	slots     []slot
-	freeSlots []int32    // indexes of free slots
-	ended     []*session // that are over; unlockAndReport reports them to the relay
+	mu         sync.Mutex
+	buf        *buffer        // run owns buf.events
+	tlsBuffers *recordBuffers // nil if clients come without TLS
+	pipes      pipes
+	slots      []slot
+	freeSlots  []int32    // indexes of free slots
+	ended      []*session // that are over; unlockAndReport reports them to the relay
 }
 
 // slot has what an event is for: a session, or a client that has none yet.
@@ -90,7 +90,7 @@ func (e *engine) start(r *relay) error {
 		file := os.NewFile(uintptr(fd), "epoll")
 		p := &poller{relay: r, epollFile: file, epollFD: fd, buf: newBuffer()}
 		if r.clientTLS {
-			p.records = newRecordBuffers()
+			p.tlsBuffers = newRecordBuffers()
 		}
 		e.pollers = append(e.pollers, p)
 		if p.wakeFD, err = newWakeDescriptor(fd); err == nil {
@@ -115,7 +115,7 @@ func (e *engine) stop() {
 		syscall.Close(p.wakeFD)
 		p.pipes.close()
 		p.buf.free()
-		p.records.free()
+		p.tlsBuffers.free()
 	}
 }
 

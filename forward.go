@@ -145,11 +145,11 @@ type exchange struct {
 	holdCtx    context.Context // bounds all waits for owners; nil before the first
 	cancelHold func()
 
-	head         []byte   // what startPlainHead has returned, without room
-	shortBody    []byte   // the body, if it was read before; its length is at most maxShortBody
-	atOwner      bool     // in forwarder.atOwners
-	upgradeField []string // the field of the answer: a 426 needs it (RFC 9110 §15.5.22)
-	trace        *httptrace.ClientTrace
+	head         []byte                 // what startPlainHead has returned, without room
+	shortBody    []byte                 // the body, if it was read before; its length is at most maxShortBody
+	atOwner      bool                   // in forwarder.atOwners
+	upgradeField []string               // the field of the answer: a 426 needs it (RFC 9110 §15.5.22)
+	trace        *httptrace.ClientTrace // of ReverseProxy: it passes interim answers on, see pass1xx
 	reverse      httputil.ReverseProxy
 	body         *bodyState // nil for a body that does not stream, or has not begun
 
@@ -464,6 +464,16 @@ func (x *exchange) abandonOwner() {
 	if conn, _ := x.takeConn(0); conn != nil {
 		x.pendingRequest.abandon(conn.unlessLost())
 	}
+}
+
+// refusedBody returns the refusal of a request that the owner has refused with err, and that no
+// other owner can get: its body was long, and is gone.
+func (x *exchange) refusedBody(owner string, err error) *refusal {
+	result := resultBrokenOff
+	if errors.Is(err, errMisdirected) {
+		result = resultMisdirected
+	}
+	return refuse(result, "%s has refused the request, and its body cannot be sent again: %v", owner, err)
 }
 
 // takeBack closes the connection, whose owner has refused the request without working on

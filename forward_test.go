@@ -604,6 +604,7 @@ func TestForwardRefusedByOwner(t *testing.T) {
 			if resp.StatusCode != 503 || resp.Header.Get("Retry-After") == "" {
 				t.Errorf("a body that streams: %s", resp.Status)
 			}
+			p.waitForwarded(t, map[string]result{"421": resultMisdirected, "409": resultBrokenOff}[name], 1)
 			wantEqual(t, "requests", asked.Load(), 5)
 			p.noFlights(t)
 		})

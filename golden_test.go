@@ -590,7 +590,8 @@ func TestGoldenClientAnswers(t *testing.T) {
 func mustHaveRefusals(t *testing.T, seen string) {
 	t.Helper()
 	notSeen := []string{
-		"the client left",                                                   // nobody gets an answer
+		"the client left", // nobody gets an answer
+		"%s has refused the request, and its body cannot be sent again: %v", // TestForwardRefusedByOwner
 		"%s worked on the request when %v",                                  // forward_test.go moves it
 		"the owner was not known within %s: %s",                             // of a router that is no member: TestOwnerNotKnownHere
 		"%q has more than %d upgrades per second, the limit of a namespace", // for a moment: TestNamespaceRate

@@ -364,7 +364,7 @@ func (v *view) owner(namespace string) (ordinal int, t *table, state ownerState)
 	case v.servesNone:
 		return unresolved, nil, stateNotKnown
 	case len(v.tables) == 1 && !v.allHeld && v.tables[0] != nil:
-		ordinal, ok := v.tables[0].desiredOwner(namespace)
+		ordinal, ok := v.tables[0].ownerOf(namespace)
 		if !ok {
 			return ordinal, v.tables[0], stateUnresolved
 		}

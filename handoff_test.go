@@ -182,8 +182,8 @@ func TestScaledInMovesFirst(t *testing.T) {
 	next := v.next(second, stepLimit{upto: 1, away: []int{0}}, time.UnixMilli(0))
 	moved, waits := 0, 0
 	for _, ns := range namespaces {
-		before, _ := first.desiredOwner(ns)
-		owner, _ := second.desiredOwner(ns)
+		before, _ := first.ownerOf(ns)
+		owner, _ := second.ownerOf(ns)
 		want := before
 		if before == 3 && owner != 0 {
 			want, moved = owner, moved+1
@@ -441,7 +441,7 @@ func BenchmarkAssign(b *testing.B) {
 				}
 			})
 		}
-		ask("table", func(namespace string) int { owner, _ := r.table().desiredOwner(namespace); return owner })
+		ask("table", func(namespace string) int { owner, _ := r.table().ownerOf(namespace); return owner })
 		ask("view", func(namespace string) int { return m.assignmentOf(namespace).backend })
 	}
 }

@@ -194,7 +194,7 @@ func parseNumber(name, s string, max int64) (int64, error) {
 	return n, nil
 }
 
-// checkToken returns an error if s is not an epoch, an instance or a UID.
+// checkToken returns an error if s is not an epoch, an instance, a UID or a pod's name.
 func checkToken(name, s string) error {
 	const want = "1 to 128 letters, digits, dots and dashes that begin with a letter " +
 		"or digit"

@@ -55,7 +55,7 @@ type kubeClient struct {
 	token    string         // the last that was not empty; "" through kubectl proxy
 	protocol string         // of the last response: "HTTP/1.1" (without pings) or "HTTP/2.0"
 
-	kept *http.Transport // of the last request that was answered, if keep is set; else nil
+	kept *http.Transport // kept between requests, if keepsConn is set; nil before the first and after an error
 }
 
 // newTransport returns a transport for one request. Its connection is closed when the
@@ -143,7 +143,7 @@ func (k *kubeClient) readToken() (changed bool) {
 //   - without a body, GET path?query;
 //   - with a body, POST: the API server creates this object, which is JSON, in the collection
 //     at path;
-//   - for a client with patch, PATCH: body is a merge patch, in JSON, of the object at path.
+//   - for a client with sendsPatches, PATCH: body is a merge patch, in JSON, of the object at path.
 //
 // do returns the body of a successful response, which is JSON. The caller closes it. The
 // body also ends when ctx ends, and ctx must end: the connection is closed then, unless it

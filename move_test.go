@@ -35,7 +35,7 @@ func TestMoveExactlyThose(t *testing.T) {
 	for i := range 20 {
 		stay = append(stay, fmt.Sprintf("ns-%02d", i))
 	}
-	if owner, _ := old.desiredOwner("moved"); owner == 3 {
+	if owner, _ := old.ownerOf("moved"); owner == 3 {
 		t.Fatal("the hash has it on backend-3 already")
 	}
 	if bucket("released", 4) == 1 {
@@ -455,7 +455,7 @@ func newMoveTest(off bool, rate, each int, data map[string]string) *moveTest {
 	router.onSwap = m.tableOrPodChanged
 	m.table(data)
 	for namespace := range data {
-		owner, _ := router.table().desiredOwner(namespace)
+		owner, _ := router.table().ownerOf(namespace)
 		for range each {
 			relay.add(&session{namespace: namespace, backend: owner})
 		}
@@ -842,7 +842,7 @@ func TestMoveWhileManyOwnersFail(t *testing.T) {
 			before, from := len(m.after(0)), time.Since(m.started)+10*time.Millisecond
 			all := m.after(1200 * time.Millisecond)
 			for _, s := range all[before:] {
-				if owner, _ := m.tables.table().desiredOwner(s.namespace); owner == backend && absent && s.at > from {
+				if owner, _ := m.tables.table().ownerOf(s.namespace); owner == backend && absent && s.at > from {
 					t.Fatalf("%s was closed, and backend-%d is away: %v", s.namespace, backend, m.current.Load().records)
 				}
 			}

@@ -33,15 +33,15 @@ type queuedSession struct {
 func (q *moveQueue) fill(
 	sessions []queuedSession, oldPod []*session, now time.Time,
 ) (cancelled int) {
-	stays := map[*session]bool{}
+	isQueued := map[*session]bool{}
 	for _, item := range sessions {
-		stays[item.session] = true
+		isQueued[item.session] = true
 	}
 	for _, s := range oldPod {
-		stays[s] = true
+		isQueued[s] = true
 	}
 	for s := range q.all() {
-		if !stays[s] && !s.isEnding() {
+		if !isQueued[s] && !s.isEnding() {
 			cancelled++
 		}
 	}

@@ -52,7 +52,7 @@ func newMoveTargets(probe func(ctx context.Context, backend int) error) *moveTar
 	}
 }
 
-// addMissing makes the backends targets too. It dials those that were none, until ctx ends. A
+// addMissing makes the backends targets too. It dials those that were no targets before, until ctx ends. A
 // target whose first dial has ended stays one while sessions move to the same table, also when no
 // session is left for it: new clients do not go there either while it is away.
 func (t *moveTargets) addMissing(ctx context.Context, backends map[int]bool) {

@@ -335,13 +335,13 @@ func TestSpellingsOfANamespace(t *testing.T) {
 	table := tableOf(7, map[string]string{"doc_x3A42": "backend-3"}, nil)
 	for range 2000 {
 		name := randomName(random)
-		owner, _ := table.desiredOwner(name)
+		owner, _ := table.ownerOf(name)
 		for range 3 {
 			escaped := randomEscape(random, name)
 			wantNamespace(t, paths, requestOf("/ws/"+escaped+"/%41", "h"), name, 0, "")
 			wantNamespace(t, queries, requestOf("/?doc="+escaped, "h"), name, 0, "")
 			got, _ := paths.namespace(requestOf("/ws/"+escaped, "h"))
-			if again, _ := table.desiredOwner(got); again != owner {
+			if again, _ := table.ownerOf(got); again != owner {
 				t.Fatalf("%q has owner %d, and as %s %d", name, owner, escaped, again)
 			}
 		}

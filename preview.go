@@ -138,7 +138,7 @@ func newPreview(p *proxy, current, next *table) *preview {
 	moves, paced := map[previewMove]int{}, int64(0)
 	open, _ := p.relay.snapshot()
 	for _, s := range open {
-		owner, ok := next.desiredOwner(s.namespace)
+		owner, ok := next.ownerOf(s.namespace)
 		move := previewMove{Namespace: s.namespace, From: next.name(s.backend)}
 		switch {
 		case ok && owner == s.backend:
@@ -207,7 +207,7 @@ func (p *preview) addUnresolved(current, next *table) {
 	}
 	for _, namespace := range others {
 		move := previewMove{Namespace: namespace}
-		if owner, ok := current.desiredOwner(namespace); ok {
+		if owner, ok := current.ownerOf(namespace); ok {
 			move.From = current.name(owner)
 		}
 		p.Moves = append(p.Moves, move)

@@ -365,8 +365,7 @@ func (p *proxy) roundTrip(x *exchange) (*http.Response, error) {
 			p.forwarder.idle.closeBackend(x.backend)
 		}
 		if !x.takeBack() {
-			_, err = p.unreachableError(p.holdContext(x), x.backend, err, nil)
-			return nil, err
+			return nil, x.refusedBody(owner, err)
 		}
 		if refusals.wait(p.holdContext(x), err) != nil {
 			_, err = p.unreachableError(x.holdCtx, x.backend, err, refusals.misdirected)

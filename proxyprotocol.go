@@ -189,7 +189,7 @@ func (p *proxyProtocol) expects(peer string) bool {
 // read reads the header at the beginning of a connection. data is what was read of it
 // before, and more reads what comes next. It returns what follows the header, and the
 // client's address, nil if the header has none. If there is an error, rest is all that was
-// read. It holds maxProxyHeader at most, and what more has returned at last.
+// read. It holds maxProxyHeader at most, and what the last call of more has returned.
 func (p *proxyProtocol) read(
 	data []byte, more func() ([]byte, error),
 ) (client net.Addr, rest []byte, err error) {

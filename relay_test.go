@@ -389,7 +389,7 @@ func scanned(t testing.TB, overrides int) (*relay, *mover, []*session) {
 	r := newRelay(func(i int) string { return backendName("backend", i) }, log)
 	all := make([]*session, scanSessions)
 	for i, namespace := range shuffled(manyNamespaces(scanSessions)) {
-		owner, _ := router.table().desiredOwner(namespace)
+		owner, _ := router.table().ownerOf(namespace)
 		all[i] = &session{namespace: namespace, backend: owner}
 		all[i].bytesFrom[clientSide].Store(int64(i))
 		all[i].bytesFrom[backendSide].Store(1)

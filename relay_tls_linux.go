@@ -67,7 +67,7 @@ func (b *recordBuffers) SetWriteDeadline(time.Time) error { return nil }
 
 // readTLS is readOnce for a client with TLS.
 func (p *poller) readTLS(s *session, ended bool) (more bool) {
-	limit, b := maxTLSRead, p.records
+	limit, b := maxTLSRead, p.tlsBuffers
 	if p.overBudget() {
 		limit = maxReadOverBudget
 	}
@@ -90,7 +90,7 @@ func (p *poller) decryptRecords(s *session) {
 		got, err = s.tls.Read(p.buf.data[n : bufferSize-maxCloseFrame])
 		n += got
 	}
-	p.records.received, p.records.ended = nil, false
+	p.tlsBuffers.received, p.tlsBuffers.ended = nil, false
 	if n > 0 {
 		n = p.scan(s, clientSide, n)
 		p.sendOrKeep(s, clientSide, n)
@@ -102,7 +102,7 @@ func (p *poller) decryptRecords(s *session) {
 		s.tls.ended = err
 		p.handleTLSEnd(s)
 	}
-	p.records.sealed = 0
+	p.tlsBuffers.sealed = 0
 }
 
 // handleTLSEnd handles the end of the client's stream, if there is one, as soon as the
@@ -129,7 +129,7 @@ func (p *poller) sendTLS(s *session, n int) {
 		return
 	}
 	if _, err := s.tls.Write(p.buf.data[:n]); err != nil { // what the client has sent was refused before
-		p.records.sealed = 0
+		p.tlsBuffers.sealed = 0
 		p.setWriteFailed(s, clientSide)
 		return
 	}
@@ -140,7 +140,7 @@ func (p *poller) sendTLS(s *session, n int) {
 // sendSealed sends the client what is sealed, after what was kept for it before. It keeps
 // what the client does not take.
 func (p *poller) sendSealed(s *session) {
-	b := p.records
+	b := p.tlsBuffers
 	size := b.sealed
 	b.sealed = 0
 	switch {
@@ -168,10 +168,10 @@ func (p *poller) maxUnread() int {
 // sendRecords sends the first size bytes of records.out to the client, and keeps what it
 // does not take.
 func (p *poller) sendRecords(s *session, size int) {
-	took, errno := p.records.out.send(s.fd[clientSide], size)
+	took, errno := p.tlsBuffers.out.send(s.fd[clientSide], size)
 	sent := p.handleSent(s, backendSide, took, errno, size)
 	if sent < size && s.open {
-		p.keepUnsent(s, backendSide, p.records.out.data[sent:size], nil)
+		p.keepUnsent(s, backendSide, p.tlsBuffers.out.data[sent:size], nil)
 	}
 }
 
@@ -179,7 +179,7 @@ func (p *poller) sendRecords(s *session, size int) {
 // the backend has ended its stream, close_notify was the last, and the router ends its
 // stream too.
 func (p *poller) flushRecords(s *session) {
-	size := copy(p.records.out.data[:], s.unsent[backendSide].data)
+	size := copy(p.tlsBuffers.out.data[:], s.unsent[backendSide].data)
 	p.dropUnsent(s, backendSide)
 	p.sendRecords(s, size)
 	if s.open && s.unsent[backendSide] == nil && s.fin[backendSide] && s.closing == nil {
@@ -218,6 +218,6 @@ func (p *poller) sendCloseNotify(s *session) {
 // setTLS makes t, the tlsConn of a client, the tlsConn of the session.
 func (p *poller) setTLS(s *session, t *tlsConn) {
 	if s.tls = t; t != nil {
-		t.setTransport(p.records, true)
+		t.setTransport(p.tlsBuffers, true)
 	}
 }

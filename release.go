@@ -357,8 +357,8 @@ func (s *stepReleases) releaseAll(step int64, match func(namespace string, backe
 // releaseMemory knows which namespaces this router had lately, and with which backend:
 // their state may not be stored yet (-release-retention).
 //
-// It forgets a namespace between retention and 2*retention after its last session has ended, and
-// nothing during a step. To have it too long does no harm: a release has nothing to do
+// It forgets a namespace between retention and 2*retention after its last session or request is
+// over, and nothing during a step, but for what exceeds max: see note. To have it too long does no harm: a release has nothing to do
 // then.
 type releaseMemory struct {
 	// Static after construction.
@@ -371,7 +371,7 @@ type releaseMemory struct {
 	recent []backendNamespaces // noted since began; all but the last are never changed
 	older  []backendNamespaces // noted before, in at most retention; never changed
 	began  time.Time
-	frozen bool // a step is under way: nothing is forgotten
+	frozen bool // a step is under way: only what exceeds max is forgotten
 }
 
 // backendNamespace is a namespace that was with a backend.
@@ -388,7 +388,7 @@ func newReleaseMemory(retention time.Duration, log *slog.Logger) *releaseMemory 
 		recent: []backendNamespaces{{}}, began: time.Now()}
 }
 
-// note notes that the backend has a session or an upgrade of the namespace, which is
+// note notes that the backend has a session or a request of the namespace, which is
 // about to be over. It comes before the mover can see that it is over.
 func (m *releaseMemory) note(namespace string, backend int) {
 	m.mu.Lock()
@@ -407,7 +407,7 @@ func (m *releaseMemory) note(namespace string, backend int) {
 	last[key] = struct{}{}
 }
 
-// freeze makes the memory forget nothing until unfreeze: what the router had in the last
+// freeze makes the memory forget nothing until unfreeze, but for what exceeds max: what the router had in the last
 // retention is there until the step is done, however long that takes.
 func (m *releaseMemory) freeze() {
 	m.mu.Lock()

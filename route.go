@@ -270,9 +270,9 @@ func (t *table) ordinalOf(s *indexSlot) int {
 // isKept reports whether the namespace of the slot keeps its previous owner.
 func (t *table) isKept(s *indexSlot) bool { return int(s.set) > len(t.sources) }
 
-// desiredOwner returns the ordinal of the backend that owns the namespace. ok is false if the
-// namespace is unresolved.
-func (t *table) desiredOwner(namespace string) (ordinal int, ok bool) {
+// ownerOf returns the ordinal of the backend to which t gives the namespace; who owns it now, a
+// view says. ok is false if the namespace is unresolved.
+func (t *table) ownerOf(namespace string) (ordinal int, ok bool) {
 	ordinal, _ = t.lookup(namespace, hash64(namespace))
 	return ordinal, ordinal != unresolved
 }

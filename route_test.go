@@ -71,14 +71,14 @@ func TestTableReadsEntries(t *testing.T) {
 		strings.Repeat("<", 1<<20), strings.Repeat(" ", 1<<20), "backend-\xff", "backend-2\x00", `"backend-2"`}
 	for value, want := range valid {
 		table := tableOf(4, map[string]string{"ns-01": value}, nil)
-		if got, ok := table.desiredOwner("ns-01"); got != want || !ok || len(rejectedOf(table)) != 0 {
+		if got, ok := table.ownerOf("ns-01"); got != want || !ok || len(rejectedOf(table)) != 0 {
 			t.Errorf("%q: owner %d, %v, rejected %v; want %d", value, got, ok, rejectedOf(table), want)
 		}
 	}
 	for _, value := range invalid {
 		table := tableOf(4, map[string]string{"ns-01": value}, nil)
 		bad, rejected := rejectedOf(table)["ns-01"]
-		if got, ok := table.desiredOwner("ns-01"); got != unresolved || ok || !rejected {
+		if got, ok := table.ownerOf("ns-01"); got != unresolved || ok || !rejected {
 			t.Errorf("%.100q: owner %d, %v, rejected: %v; want it rejected", value, got, ok, rejected)
 		}
 		if bad.Expected != "backend-0 to backend-3" || bad.InForce != "unresolved" {
@@ -103,7 +103,7 @@ func TestTableReadsAll(t *testing.T) {
 	}
 	for want, data := range map[int]map[string]string{1: a, 2: b} {
 		for namespace := range data {
-			if owner, ok := table.desiredOwner(namespace); owner != want || !ok {
+			if owner, ok := table.ownerOf(namespace); owner != want || !ok {
 				t.Fatalf("%s belongs to %d, want %d", namespace, owner, want)
 			}
 		}
@@ -131,7 +131,7 @@ func TestTablePinsToPrevious(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			data := map[string]string{tt.namespace: "bakend-2", "other": "backend-1"}
 			next := tableOf(tt.backends, data, tt.old)
-			owner, ok := next.desiredOwner(tt.namespace)
+			owner, ok := next.ownerOf(tt.namespace)
 			if owner != tt.owner || ok != (tt.owner != unresolved) {
 				t.Errorf("owner %d, %v; want %d", owner, ok, tt.owner)
 			}
@@ -142,11 +142,11 @@ func TestTablePinsToPrevious(t *testing.T) {
 			if got := rejectedOf(next); got[tt.namespace] != want || len(got) != 1 {
 				t.Errorf("rejected %v, want only %v", got, want)
 			}
-			if owner, _ := next.desiredOwner("other"); owner != 1 {
+			if owner, _ := next.ownerOf("other"); owner != 1 {
 				t.Errorf("the owner of the good entry is %d, want 1", owner)
 			}
 			again := tableOf(tt.backends, data, next)
-			if owner, _ := again.desiredOwner(tt.namespace); owner != tt.owner {
+			if owner, _ := again.ownerOf(tt.namespace); owner != tt.owner {
 				t.Errorf("the owner is %d after the same entries again, want %d", owner, tt.owner)
 			}
 		})
@@ -189,7 +189,7 @@ func TestTableReadsKeys(t *testing.T) {
 		"doc_x3A42": "bakend-1",
 	}, nil)
 	for _, namespace := range []string{"my room", "café", "..data", "_x20", "_xc3"} {
-		if owner, ok := table.desiredOwner(namespace); owner != 3 || !ok || table.explain(namespace) != whyOverride {
+		if owner, ok := table.ownerOf(namespace); owner != 3 || !ok || table.explain(namespace) != whyOverride {
 			t.Errorf("%q has owner %d, %t by %s, want 3 by its override", namespace, owner, ok, table.explain(namespace))
 		}
 	}
@@ -293,7 +293,7 @@ func TestTableIsImmutable(t *testing.T) {
 	if !reflect.DeepEqual(old, seed(t)) {
 		t.Errorf("the old table is now %+v, want %+v", old, seed(t))
 	}
-	if owner, _ := next.desiredOwner("pinned-0"); owner != 1 {
+	if owner, _ := next.ownerOf("pinned-0"); owner != 1 {
 		t.Errorf("the owner is %d after the source's map changed, want 1", owner)
 	}
 }
@@ -324,7 +324,7 @@ func TestOwnerAllocatesNothing(t *testing.T) {
 	r := lookupTable(t, 4, 1000)
 	for name, namespace := range map[string]string{"hit": "ns-000500", "miss": "no-000500", "long": strings.Repeat("x", 253)} {
 		t.Run(name, func(t *testing.T) {
-			if got := testing.AllocsPerRun(1000, func() { r.table().desiredOwner(namespace) }); got != 0 {
+			if got := testing.AllocsPerRun(1000, func() { r.table().ownerOf(namespace) }); got != 0 {
 				t.Errorf("a lookup allocates %v times, want 0", got)
 			}
 		})
@@ -355,7 +355,7 @@ func lookUp(b *testing.B, r *tableStore, namespaces []string) {
 	b.ReportAllocs()
 	sum, next := 0, 0
 	for b.Loop() {
-		owner, _ := r.table().desiredOwner(namespaces[next])
+		owner, _ := r.table().ownerOf(namespaces[next])
 		sum += owner
 		if next++; next == len(namespaces) {
 			next = 0
@@ -385,7 +385,7 @@ func FuzzTable(f *testing.F) {
 				wantInForceOrRejected(t, table, key, value)
 			}
 			for _, namespace := range []string{a, b, "another"} {
-				if owner, ok := table.desiredOwner(namespace); ok != (owner != unresolved) || ok && (owner < 0 || owner >= count) {
+				if owner, ok := table.ownerOf(namespace); ok != (owner != unresolved) || ok && (owner < 0 || owner >= count) {
 					t.Errorf("owner of %q is %d, %v with %d backends", namespace, owner, ok, count)
 				}
 			}

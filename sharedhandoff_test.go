@@ -548,7 +548,7 @@ func (s *handoffSim) whyUnsettled() string {
 			return r.pod.name + ": an old table: " + t.overridesVersion
 		}
 		for _, namespace := range simNamespaces {
-			want, _ := t.desiredOwner(namespace)
+			want, _ := t.ownerOf(namespace)
 			if a := c.assignmentOf(namespace); a.state != stateOwned || a.backend != want {
 				return fmt.Sprintf("%s: %s is with %d (state %d), want %d",
 					r.pod.name, namespace, a.backend, a.state, want)
@@ -878,7 +878,7 @@ func (s *handoffSim) whyOldTable() string {
 func (s *handoffSim) whyHeldUp() string {
 	for _, c := range s.containers() {
 		for _, namespace := range simNamespaces {
-			want, _ := c.tables.table().desiredOwner(namespace)
+			want, _ := c.tables.table().ownerOf(namespace)
 			isAway := slices.ContainsFunc(s.routers, func(r *simRouter) bool { return r.isAway(want) })
 			if a := c.assignmentOf(namespace); !isAway && (a.state != stateOwned || a.backend != want) {
 				return fmt.Sprintf("%s: %s is with %d (state %d), want %d",

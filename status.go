@@ -44,8 +44,30 @@ type statefulSetState struct {
 	Replicas      int    `json:"replicas"` // that it should have; 0 if that is not known
 	// Cordon has the last valid list of its annotation, as that is written.
 	Cordon string `json:"cordon"`
+	// CordonUnknown says that there was no valid list yet: Cordon is empty.
+	CordonUnknown bool `json:"cordon_unknown,omitempty"`
+	// CordonsDiffer says that routers have different lists: Cordon is one of them.
+	CordonsDiffer bool `json:"cordons_differ,omitempty"`
 	// CordonRejected says why the annotation is not in force as it is now.
 	CordonRejected string `json:"cordon_rejected,omitempty"`
+}
+
+// merged returns what s and other, of another router, know together. Each is nil if its router
+// watches no StatefulSet.
+func (s *statefulSetState) merged(other *statefulSetState) *statefulSetState {
+	if s == nil || other == nil {
+		return cmp.Or(s, other)
+	}
+	sum := *s
+	switch {
+	case s.CordonUnknown:
+		sum.Cordon, sum.CordonUnknown = other.Cordon, other.CordonUnknown
+	case !other.CordonUnknown && s.Cordon != other.Cordon:
+		sum.CordonsDiffer = true
+	}
+	sum.CordonsDiffer = sum.CordonsDiffer || other.CordonsDiffer
+	sum.CordonRejected = cmp.Or(s.CordonRejected, other.CordonRejected)
+	return &sum
 }
 
 // sourceState is an object with overrides.
@@ -69,7 +91,7 @@ type backendStatus struct {
 	MovingIn         int    `json:"moving_in"`                     // sessions that get it as owner
 	MovingOut        int    `json:"moving_out"`                    // of its sessions, to others
 	// SafeToRemove says that nothing is left that needs the backend, as far as all routers
-	// know: see backendState.
+	// know: see probedBackend.
 	SafeToRemove bool `json:"safe_to_remove"`
 }
 
@@ -136,7 +158,7 @@ func newStatus(p *proxy, why []string, summary *tableSummary) *status {
 	}
 	s.Routers = []routerState{router}
 	s.Receipts = append(s.Receipts, p.mover.finishedMoves()...)
-	s.Backends = newLoads(p, summary, s.Handoff.InProgress)
+	s.Backends = newBackendStatuses(p, summary, s.Handoff.InProgress)
 	pending, _ := p.pending.inUse(0)
 	s.addLimit("sessions", router.Sessions, p.limits.sessions)
 	s.addLimit("pending upgrades", pending, p.limits.pendingRequests)
@@ -168,18 +190,19 @@ func (s *status) addStatefulSet(r *replicaWatcher) {
 	if r == nil {
 		return
 	}
+	list, known := r.lastCordon()
 	s.StatefulSet = &statefulSetState{
 		KubeNamespace: r.watcher.kubeNamespace, Name: r.watcher.name,
-		Cordon: r.lastCordon().String(), CordonRejected: r.whyCordonRejected(),
+		Cordon: list.String(), CordonUnknown: !known, CordonRejected: r.whyCordonRejected(),
 	}
 	if set := r.lastStatefulSet(); set != nil {
 		s.StatefulSet.Replicas = set.Spec.Replicas
 	}
 }
 
-// newLoads returns the backends of the table, and those that still have sessions.
+// newBackendStatuses returns the backends of the table, and those that still have sessions.
 // changing says that a change of owners was under way just before.
-func newLoads(p *proxy, summary *tableSummary, changing bool) []backendStatus {
+func newBackendStatuses(p *proxy, summary *tableSummary, changing bool) []backendStatus {
 	// In this order: a flight may become a session, and after a change none begins.
 	inFlight := map[int]bool{}
 	p.mover.flights.each(func(f *flight) { inFlight[f.backend] = true })
@@ -189,10 +212,10 @@ func newLoads(p *proxy, summary *tableSummary, changing bool) []backendStatus {
 	if t != nil && (changing || p.mover.queue.size.Load() > 0) { // there are no changes with -handoff=off
 		in, out = movingSessions(p.relay, t)
 	}
-	loads := []backendStatus{}
+	all := []backendStatus{}
 	for _, ordinal := range backendOrdinals(t, counts) {
 		n, overrides := counts[ordinal], summary.overrides[ordinal]
-		loads = append(loads, backendStatus{
+		all = append(all, backendStatus{
 			Name: p.relay.backendName(ordinal), Ordinal: ordinal,
 			Ready:     p.backends.queues.seemsReady(ordinal),
 			InTable:   t != nil && t.backends.has(ordinal),
@@ -203,7 +226,7 @@ func newLoads(p *proxy, summary *tableSummary, changing bool) []backendStatus {
 				n.open == 0 && !inFlight[ordinal] && !changing,
 		})
 	}
-	return loads
+	return all
 }
 
 // backendOrdinals returns the sorted ordinals of the backends of t, which may be nil, and of
@@ -225,7 +248,7 @@ func movingSessions(r *relay, t *table) (in, out map[int]int) {
 	in, out = map[int]int{}, map[int]int{}
 	open, _ := r.snapshot()
 	for _, s := range open {
-		if owner, ok := t.desiredOwner(s.namespace); ok && owner != s.backend {
+		if owner, ok := t.ownerOf(s.namespace); ok && owner != s.backend {
 			in[owner]++
 			out[s.backend]++
 		}
@@ -472,7 +495,7 @@ func sumStatus(all []*status, silent []silentRouter) *status {
 		sum.Routers = append(sum.Routers, s.Routers...)
 		sum.Watches = append(sum.Watches, s.Watches...)
 		sum.Limits = append(sum.Limits, s.Limits...)
-		sum.StatefulSet = cmp.Or(sum.StatefulSet, s.StatefulSet)
+		sum.StatefulSet = sum.StatefulSet.merged(s.StatefulSet)
 		sum.Rejected = max(sum.Rejected, s.Rejected)
 		sum.Conflicts = max(sum.Conflicts, s.Conflicts)
 		if len(sum.Sources) == 0 {
@@ -539,19 +562,19 @@ func mergeLists[T any](sum, list []T, isSame func(a, b T) bool, add func(sum *T,
 	return sum
 }
 
-func (l backendStatus) isSame(other backendStatus) bool { return l.Ordinal == other.Ordinal }
+func (s backendStatus) isSame(other backendStatus) bool { return s.Ordinal == other.Ordinal }
 
 // add adds what another router says of the same backend.
-func (l *backendStatus) add(other backendStatus) {
-	l.Ready = l.Ready && other.Ready
-	l.InTable = l.InTable || other.InTable
-	l.Cordoned = l.Cordoned || other.Cordoned
-	l.SafeToRemove = l.SafeToRemove && other.SafeToRemove
-	l.Overrides = max(l.Overrides, other.Overrides)
-	l.Sessions += other.Sessions
-	l.SessionsOnOldPod += other.SessionsOnOldPod
-	l.MovingIn += other.MovingIn
-	l.MovingOut += other.MovingOut
+func (s *backendStatus) add(other backendStatus) {
+	s.Ready = s.Ready && other.Ready
+	s.InTable = s.InTable || other.InTable
+	s.Cordoned = s.Cordoned || other.Cordoned
+	s.SafeToRemove = s.SafeToRemove && other.SafeToRemove
+	s.Overrides = max(s.Overrides, other.Overrides)
+	s.Sessions += other.Sessions
+	s.SessionsOnOldPod += other.SessionsOnOldPod
+	s.MovingIn += other.MovingIn
+	s.MovingOut += other.MovingOut
 }
 
 // add adds what another router says of its hand-off. A change is under way while it is on

@@ -111,7 +111,7 @@ func wantWhole(t *testing.T, table *table, namespaces []string, last int) int {
 		t.Errorf("version %s after %d", table.overridesVersion, last)
 	}
 	for _, namespace := range namespaces {
-		if owner, ok := table.desiredOwner(namespace); !ok || owner != version%4 {
+		if owner, ok := table.ownerOf(namespace); !ok || owner != version%4 {
 			t.Errorf("owner of %s is %d in version %d, want %d", namespace, owner, version, version%4)
 		}
 	}
@@ -207,7 +207,7 @@ func TestRouterResizes(t *testing.T) {
 	}
 	for _, step := range steps {
 		r.setBackends(backendSet{ordinalRange: step.backends})
-		owner := func(namespace string) int { owner, _ := r.table().desiredOwner(namespace); return owner }
+		owner := func(namespace string) int { owner, _ := r.table().ownerOf(namespace); return owner }
 		if a, late, hashed := owner("a"), owner("late"), owner("another"); a != step.a || late != step.late || hashed != step.hashed || swapped != step.swaps {
 			t.Errorf("with %+v owners %d, %d, %d after %d swaps, want %+v", step.backends, a, late, hashed, swapped, step)
 		}
@@ -226,7 +226,7 @@ func TestRouterKeepsAcrossResizes(t *testing.T) {
 		want     int
 	}{{ordinalRange{0, 6}, 3}, {ordinalRange{2, 4}, 3}, {ordinalRange{0, 3}, unresolved}, {ordinalRange{0, 6}, unresolved}} {
 		r.setBackends(backendSet{ordinalRange: step.backends})
-		if got, _ := r.table().desiredOwner("a"); got != step.want {
+		if got, _ := r.table().ownerOf("a"); got != step.want {
 			t.Errorf("with %+v the owner is %d, want %d", step.backends, got, step.want)
 		}
 	}
@@ -382,8 +382,8 @@ func wantStampsAgree(t *testing.T, a, b *table, same bool, seen map[string]int) 
 	owners := true
 	for i := range 6 {
 		namespace := fmt.Sprint("ns-", i)
-		ownerA, okA := a.desiredOwner(namespace)
-		ownerB, okB := b.desiredOwner(namespace)
+		ownerA, okA := a.ownerOf(namespace)
+		ownerB, okB := b.ownerOf(namespace)
 		owners = owners && ownerA == ownerB && okA == okB
 	}
 	if same && a.ownersHash != b.ownersHash {
