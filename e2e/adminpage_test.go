@@ -78,7 +78,7 @@ func (s *adminScene) override(namespace, value string) {
 func (s *adminScene) show(width int64, options ...chromedp.ExecAllocatorOption) {
 	s.t.Helper()
 	s.tab = startBrowser(s.t, s.t.TempDir(), options...)
-	if err := chromedp.Do(s.tab, chromedp.EmulateViewport(width, 900), chromedp.Navigate(s.admin+"/")); err != nil {
+	if err := openPage(s.tab, s.admin+"/", chromedp.EmulateViewport(width, 900)); err != nil {
 		s.t.Fatal(err)
 	}
 	s.do(`window.violations = [];
@@ -192,27 +192,29 @@ func (s *adminScene) buildCommands() {
 	}
 	const sources = `['one', 'two'].map(name => ({ kind: 'ConfigMap', kube_namespace: 'edge', name }))`
 	for script, want := range map[string]string{
-		`pinCommand(` + object + `, 'my_x20room', 'backend-2')`:                                                          `kubectl -n edge patch configmap overwriting --type=merge -p '{"data":{"my_x20room":"backend-2"}}'`,
-		`pinCommand(` + object + `, '-n', null)`:                                                                         `kubectl -n edge patch configmap overwriting --type=merge -p '{"data":{"-n":null}}'`,
-		`pinCommand(` + object + `, "a'b", 'backend-2')`:                                                                 ``,
-		`pinCommand(` + object + `, 'a', "b'; reboot '")`:                                                                ``,
-		`pinCommand(` + object + `, 'a', '-b')`:                                                                          ``,
-		`pinCommand({ kind: 'ConfigMap', kube_namespace: '$(id)', name: 'a' }, 'a', 'backend-2')`:                        ``,
-		`pinCommand({ kind: 'ConfigMap', name: 'a b' }, 'a', 'backend-2')`:                                               ``,
-		`pinCommand({ kind: 'directory', name: 'dir;id' }, 'a', 'backend-2')`:                                            ``,
-		`pinCommand({ kind: 'directory', name: '/dir' }, 'a\nb', 'backend-2')`:                                           ``,
-		`pinCommand(undefined, 'a', 'backend-2')`:                                                                        ``,
-		set("backend", "cordonCommand([2, 5])"):                                                                          `kubectl -n edge annotate statefulset backend router-cordon=2,5 --overwrite`,
-		set("backend", "cordonCommand([])"):                                                                              `kubectl -n edge annotate statefulset backend router-cordon-`,
-		set("backend", "scaleCommand(6)"):                                                                                `kubectl -n edge scale statefulset backend --replicas=6`,
-		set("`id`", "scaleCommand(6) + cordonCommand([1])"):                                                              ``,
+		`pinCommand(` + object + `, 'my_x20room', 'backend-2')`:                                   `kubectl -n edge patch configmap overwriting --type=merge -p '{"data":{"my_x20room":"backend-2"}}'`,
+		`pinCommand(` + object + `, '-n', null)`:                                                  `kubectl -n edge patch configmap overwriting --type=merge -p '{"data":{"-n":null}}'`,
+		`pinCommand(` + object + `, "a'b", 'backend-2')`:                                          ``,
+		`pinCommand(` + object + `, 'a', "b'; reboot '")`:                                         ``,
+		`pinCommand(` + object + `, 'a', '-b')`:                                                   ``,
+		`pinCommand({ kind: 'ConfigMap', kube_namespace: '$(id)', name: 'a' }, 'a', 'backend-2')`: ``,
+		`pinCommand({ kind: 'ConfigMap', name: 'a b' }, 'a', 'backend-2')`:                        ``,
+		`pinCommand({ kind: 'directory', name: 'dir;id' }, 'a', 'backend-2')`:                     ``,
+		`pinCommand({ kind: 'directory', name: '/dir' }, 'a\nb', 'backend-2')`:                    ``,
+		`pinCommand(undefined, 'a', 'backend-2')`:                                                 ``,
+		set("backend", "cordonCommand([2, 5])"):                                                   `kubectl -n edge annotate statefulset backend router-cordon=2,5 --overwrite`,
+		set("backend", "cordonCommand([])"):                                                       `kubectl -n edge annotate statefulset backend router-cordon-`,
+		`(now.statefulset = { cordon: '', cordon_unknown: true }, showCordon({ name: 'backend-2', ordinal: 2 }), $('dialog').close(), $('dialog-text').textContent + $('dialog-command').textContent)`:  `No router knows which backends are cordoned.`,
+		`(now.statefulset = { cordon: '1', cordons_differ: true }, showCordon({ name: 'backend-2', ordinal: 2 }), $('dialog').close(), $('dialog-text').textContent + $('dialog-command').textContent)`: `The routers have different lists of cordoned backends.`,
+		set("backend", "scaleCommand(6)"):                   `kubectl -n edge scale statefulset backend --replicas=6`,
+		set("`id`", "scaleCommand(6) + cordonCommand([1])"): ``,
 		`sourceOf({ source: 'ConfigMap edge/two', rejected: [{ source: 'ConfigMap edge/one' }] }, ` + sources + `).name`: `two`,
 		`sourceOf({ rejected: [{ source: 'ConfigMap edge/two' }] }, ` + sources + `).name`:                               `two`, // which unpinning has to change
-		`sourceOf({}, ` + sources + `).name`:                                                                             `one`,
-		`proposal(' 6 ').body`:                                                                                           `{"replicas":6}`,
-		`proposal('cordon 5, 2').body`:                                                                                   `{"cordon":[2,5]}`,
-		`proposal('cordon none').body`:                                                                                   `{"cordon":[]}`,
-		`proposal('{"kind":"ConfigMap"}').body`:                                                                          `{"kind":"ConfigMap"}`,
+		`sourceOf({}, ` + sources + `).name`:    `one`,
+		`proposal(' 6 ').body`:                  `{"replicas":6}`,
+		`proposal('cordon 5, 2').body`:          `{"cordon":[2,5]}`,
+		`proposal('cordon none').body`:          `{"cordon":[]}`,
+		`proposal('{"kind":"ConfigMap"}').body`: `{"kind":"ConfigMap"}`,
 	} {
 		if got := s.read(script); got != want {
 			s.t.Errorf("%s is %q, want %q", script, got, want)

@@ -477,7 +477,7 @@ const readEvents = `
 func (s *appStage) openEvents(t *testing.T, namespace string) *appEvents {
 	t.Helper()
 	e := &appEvents{s.browser(), namespace, s.owner(namespace)}
-	if err := chromedp.Do(e.tab, chromedp.Navigate(s.base+"/api/"+namespace+"/page")); err != nil {
+	if err := openPage(e.tab, s.base+"/api/"+namespace+"/page"); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := chromedp.Run(e.tab, chromedp.Evaluate[bool](readEvents)); err != nil {

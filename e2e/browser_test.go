@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -68,6 +69,17 @@ func findChromium(t *testing.T) string {
 	}
 	t.Fatal(`Chromium is not installed: apt-get install chromium, or run make e2e E2E_FLAGS="-skip Page"`)
 	return ""
+}
+
+// openPage does the steps in the tab, and then opens the page. Chromium gives up a page that it
+// loads while an interface of the machine comes or goes, as those of pods do: then openPage
+// opens it again.
+func openPage(tab context.Context, url string, steps ...chromedp.Action[chromedp.Void]) error {
+	err := chromedp.Do(tab, append(steps, chromedp.Navigate(url))...)
+	for tries := 1; err != nil && strings.Contains(err.Error(), "ERR_NETWORK_CHANGED") && tries < 10; tries++ {
+		err = chromedp.Do(tab, chromedp.Navigate(url))
+	}
+	return err
 }
 
 // trustInBrowser makes the browser trust the CA by the certificate store that

@@ -93,7 +93,7 @@ func newClosingTab(t *testing.T) *tab {
 	}))
 	t.Cleanup(server.Close)
 	p := &tab{Context: startBrowser(t, t.TempDir())}
-	if err := chromedp.Do(p, chromedp.Navigate(server.URL)); err != nil {
+	if err := openPage(p, server.URL); err != nil {
 		t.Fatalf("open %s: %v", server.URL, err)
 	}
 	p.mustRun(t, fmt.Sprintf(tabStreams, noisePeriod, noiseStep, largest, noiseSeed))

@@ -88,7 +88,7 @@ func (s *system) openPage(tab context.Context, query string) {
 		}
 		write = "document.open(); document.write(" + string(page) + "); document.close();"
 	}
-	if err := chromedp.Do(tab, chromedp.EmulateViewport(1280, 960), chromedp.Navigate(url)); err != nil {
+	if err := openPage(tab, url, chromedp.EmulateViewport(1280, 960)); err != nil {
 		s.t.Fatalf("open %s: %v", url, err)
 	}
 	if write != "" {

@@ -124,7 +124,7 @@ func (s *system) wantChromium(namespace string) {
 	}
 	tab := s.newBrowser()
 	page := "https://" + hostName + "/ws/" + namespace // any answer of this origin
-	if err := chromedp.Do(tab, chromedp.Navigate(page)); err != nil {
+	if err := openPage(tab, page); err != nil {
 		s.t.Fatalf("Chromium: open %s: %v", page, err)
 	}
 	script := fmt.Sprintf(`window.said = ""; window.socket = new WebSocket("wss://%s/ws/%s");
