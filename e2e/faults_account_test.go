@@ -41,7 +41,17 @@ func TestFaultTooManyRequests(t *testing.T) {
 		return nil
 	})
 	g.cut(false)
-	pod.logs(t, 20*time.Second, failedWith("too_many_requests"))
+	cuts := 1
+	eventually(t, time.Minute, "the pod to log that it was rejected", func() error {
+		if pod.count(failedWith("too_many_requests")) > 0 {
+			return nil
+		}
+		if pod.count(`"watch recovered"`) == cuts { // its requests were those that are served
+			g.cut(false)
+			cuts++
+		}
+		return errors.New("it has not")
+	})
 	trial.stands()
 	allow()
 	asker.stop()
