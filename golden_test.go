@@ -1557,7 +1557,10 @@ func anchors(text string) (all []string) {
 func wantDocumented(t *testing.T, got, want map[string]string) {
 	t.Helper()
 	for name := range want {
-		if text, ok := got[name]; !ok || text != want[name] {
+		switch text, ok := got[name]; {
+		case !ok:
+			t.Errorf("docs/metrics.md lacks %s", name)
+		case text != want[name]:
 			t.Errorf("docs/metrics.md has %q for %s, want %q", text, name, want[name])
 		}
 	}

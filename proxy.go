@@ -456,9 +456,6 @@ func (p *proxy) requestContexts(
 // owner another pod. The client has read nothing yet, so it can go to the new owner or pod.
 var errOwnerChanged = errors.New("the namespace got another owner or pod during the handshake")
 
-// errMisdirected says that another backend answered at the owner's address (421).
-var errMisdirected = errors.New("another backend answers at its address")
-
 // errReleased says that the owner has released the namespace (-release) for a later step
 // of a hand-off than the router's. The request can be sent again when the namespace has
 // another owner, or the router has a later step.
