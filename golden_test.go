@@ -615,6 +615,12 @@ func mustHaveRefusals(t *testing.T, seen string) {
 	if found < 20 {
 		t.Errorf("%d calls of refuse were found, want at least 20", found)
 	}
+	for r := range numUpgradeResults {
+		isElsewhere := r == resultDraining || r == resultMaxUpgradesPerSecond // move_test.go drains, TestNamespaceRate
+		if !isElsewhere && !strings.Contains(seen, fmt.Sprintf("result=%q", r.String())) {
+			t.Errorf("no case has the result %s", r)
+		}
+	}
 }
 
 // literal is the text of a string literal.
