@@ -120,7 +120,7 @@ const headBytesPerRequest = 2 << 10
 // to net/http. One goroutine at a time owns it.
 type pendingRequest struct {
 	limit        *pendingLimit    // counts it until uncount
-	permit       *namespacePermit // given back by uncount, or by its session; nil without a limit of sessions
+	permit       *namespacePermit // given back by uncount, or by its session; nil if no limit of the namespace counts it
 	slotReturned bool
 	began        time.Time  // when its head was read
 	waitBegan    time.Time  // when it began to wait for its owner; zero while it does not
