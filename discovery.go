@@ -183,9 +183,9 @@ type storedConfirmation struct {
 // namespaces, at least one, each time that they or their cordon may have changed.
 //
 // If onWantedCount is nil, the router is alone. Else all routers share a stored count, which
-// setStoredCount gives to this router: before that, no backends are known. run calls onWantedCount
-// each time that wantedCount returns something else. One call of onBackendsChanged or onWantedCount
-// ends before the next one. No lock is held then.
+// setStoredCount gives to this router: before that, no backends are known. run calls
+// onWantedCount each time that wantedCount returns something else. One call of
+// onBackendsChanged or onWantedCount ends before the next one. No lock is held then.
 func newReplicaWatcher(client kubeClient, kubeNamespace string, endpoints *endpointWatcher,
 	onBackendsChanged func(backendSet), onWantedCount func(), log *slog.Logger) *replicaWatcher {
 	r := &replicaWatcher{
@@ -610,8 +610,8 @@ type podAddress struct {
 	dialFailed bool     // a dial of one of them failed
 }
 
-// isUsable reports whether new sessions may be opened at the addresses. It is false for nil, a backend that
-// is in no EndpointSlice.
+// isUsable reports whether new sessions may be opened at the addresses. It is false for nil, a
+// backend that is in no EndpointSlice.
 func (p *podAddress) isUsable() bool { return p != nil && p.usable }
 
 // podAddresses returns the address of each backend, by ordinal, from all slices. A pod

@@ -466,16 +466,6 @@ func (x *exchange) abandonOwner() {
 	}
 }
 
-// refusedBody returns the refusal of a request that the owner has refused with err, and that no
-// other owner can get: its body was long, and is gone.
-func (x *exchange) refusedBody(owner string, err error) *refusal {
-	result := resultBrokenOff
-	if errors.Is(err, errMisdirected) {
-		result = resultMisdirected
-	}
-	return refuse(result, "%s has refused the request, and its body cannot be sent again: %v", owner, err)
-}
-
 // takeBack closes the connection, whose owner has refused the request without working on
 // it. It reports whether another owner can get the request. That takes a slot again.
 func (x *exchange) takeBack() (again bool) {

@@ -395,7 +395,7 @@ func (m *mover) decideAlone(v *view, newest *table, p stepProgress, now time.Tim
 	}
 	next := v.next(t, p.limit, now)
 	next.step = max(next.step, highest+1)
-	if at := m.nextStepTime(v, now); len(next.records) > 1 && now.Before(at) {
+	if at := m.nextStepTime(now); len(next.records) > 1 && now.Before(at) {
 		return decision{again: at}
 	}
 	return adopting(next)
@@ -457,9 +457,9 @@ func (m *mover) workAtRest(v *view, t *table, now time.Time) (again time.Time) {
 	return again
 }
 
-// stepProposal is how far the step after the view's may go, as far as this router is
-// concerned. Each change of it is a write. So it stays until there is a new step or another
-// table, or a new owner becomes reachable or unreachable for any router.
+// stepProposal is how far the step after the view's may go, as far as this router is concerned.
+// With -handoff=all each change of it is a write. So it stays until there is a new step or
+// another table, or a new owner becomes reachable or unreachable for any router.
 type stepProposal struct {
 	step       int64  // of the view
 	ownersHash uint64 // of the table to which the next step moves namespaces
@@ -489,7 +489,7 @@ func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.T
 	p.limit = stepLimit{upto: allPlaces, away: allAway} // a session for one of these takes no turn
 	settled, resume := m.updatePace(now)
 	schedule := m.pace // of what this router proposes; dequeueForStep advances the pace itself
-	m.queue.split(&p.limit, settled, &schedule, m.nextStepTime(v, now))
+	m.queue.split(&p.limit, settled, &schedule, m.nextStepTime(now))
 	p.limit.away = away
 	p.toMove = int(m.queue.paced.Load())
 	if newest := v.newestRecord(); newest.ownersHash == t.ownersHash && newest.after.catchesUp(allAway) {
@@ -554,8 +554,8 @@ func (m *mover) dequeueForStep(v *view, now time.Time) {
 	m.queue.set(rest, m.queue.oldPod)
 }
 
-// nextStepTime returns when the step after v's can begin: now or later.
-func (m *mover) nextStepTime(v *view, now time.Time) time.Time {
+// nextStepTime returns when the next step can begin: now or later.
+func (m *mover) nextStepTime(now time.Time) time.Time {
 	if m.shared == nil {
 		return latest(now, m.closesAt.Add(minStepTime))
 	}

@@ -25,8 +25,8 @@ type moveTargets struct {
 	dials   sync.WaitGroup      // all dial
 
 	// waitUntil says, by ordinal, until when namespaces wait for a backend that is away:
-	// maxAwayTime after a router has found that. It stays until this router reaches the
-	// backend, or the move to a table ends, also while there is no session for the backend.
+	// maxAwayTime after a router has found that. It stays until all routers reach the backend,
+	// or the move to a table ends, also while there is no session for the backend.
 	waitUntil map[int]time.Time
 }
 
@@ -52,14 +52,14 @@ func newMoveTargets(probe func(ctx context.Context, backend int) error) *moveTar
 	}
 }
 
-// addMissing makes the backends targets too. It dials those that were no targets before, until ctx ends. A
-// target whose first dial has ended stays one while sessions move to the same table, also when no
-// session is left for it: new clients do not go there either while it is away.
+// addMissing makes the backends targets too. It dials those that were no targets before, until
+// ctx ends. A target whose first dial has ended stays one while sessions move to the same
+// table, also when no session is left for it: new clients do not go there either while it is
+// away.
 func (t *moveTargets) addMissing(ctx context.Context, backends map[int]bool) {
 	for backend, target := range t.all {
 		if isKnown := target.reachable || target.dialled; !isKnown && !backends[backend] {
-			target.cancel() // else areDialled would wait for it
-			delete(t.all, backend)
+			t.drop(target) // else areDialled would wait for it
 		}
 	}
 	for backend := range backends {
@@ -87,12 +87,17 @@ func (t *moveTargets) add(ctx context.Context, target *moveTarget) {
 	t.dials.Go(func() { t.dial(ctx, target) })
 }
 
+// drop forgets the target, and ends its dial.
+func (t *moveTargets) drop(target *moveTarget) {
+	target.cancel()
+	delete(t.all, target.backend)
+}
+
 // dropAll ends all dials and forgets all targets, since no session has to move any more.
 func (t *moveTargets) dropAll() {
 	for _, target := range t.all {
-		target.cancel()
+		t.drop(target)
 	}
-	clear(t.all)
 	clear(t.waitUntil)
 }
 
@@ -101,8 +106,7 @@ func (t *moveTargets) dropAll() {
 func (t *moveTargets) forgetOthers(backends map[int]bool) {
 	for backend, target := range t.all {
 		if !backends[backend] {
-			target.cancel()
-			delete(t.all, backend)
+			t.drop(target)
 		}
 	}
 	maps.DeleteFunc(t.waitUntil, func(backend int, _ time.Time) bool { return t.all[backend] == nil })
@@ -117,9 +121,14 @@ func (t *moveTargets) startWaits(backends []int, now time.Time) {
 		}
 	}
 	for _, backend := range backends {
-		if t.waitUntil[backend].IsZero() {
-			t.waitUntil[backend] = now.Add(maxAwayTime)
-		}
+		t.startWait(backend, now)
+	}
+}
+
+// startWait starts the wait for a backend, unless it is known.
+func (t *moveTargets) startWait(backend int, now time.Time) {
+	if t.waitUntil[backend].IsZero() {
+		t.waitUntil[backend] = now.Add(maxAwayTime)
 	}
 }
 
@@ -156,8 +165,8 @@ func (t *moveTargets) note(d dialResult, now time.Time) (firstFailure bool) {
 	target.reachable, target.dialled = d.err == nil, true
 	if target.reachable {
 		delete(t.waitUntil, target.backend)
-	} else if t.waitUntil[target.backend].IsZero() {
-		t.waitUntil[target.backend] = now.Add(maxAwayTime)
+	} else {
+		t.startWait(target.backend, now)
 	}
 	return firstFailure
 }

@@ -365,7 +365,7 @@ func (p *proxy) roundTrip(x *exchange) (*http.Response, error) {
 			p.forwarder.idle.closeBackend(x.backend)
 		}
 		if !x.takeBack() {
-			return nil, x.refusedBody(owner, err)
+			return nil, refusedBody(owner, err)
 		}
 		if refusals.wait(p.holdContext(x), err) != nil {
 			_, err = p.unreachableError(x.holdCtx, x.backend, err, refusals.misdirected)
@@ -455,6 +455,9 @@ func (p *proxy) requestContexts(
 // errOwnerChanged says that the namespace got another owner during the handshake, or its
 // owner another pod. The client has read nothing yet, so it can go to the new owner or pod.
 var errOwnerChanged = errors.New("the namespace got another owner or pod during the handshake")
+
+// errMisdirected says that another backend answered at the owner's address (421).
+var errMisdirected = errors.New("another backend answers at its address")
 
 // errReleased says that the owner has released the namespace (-release) for a later step
 // of a hand-off than the router's. The request can be sent again when the namespace has
@@ -603,6 +606,16 @@ func (p *proxy) unreachableError(
 			p.backends.name(backend), p.limits.holdTimeout, err)
 	}
 	return refused.result, refused
+}
+
+// refusedBody returns the refusal of a request that the owner has refused with err, and that no
+// other owner can get: its body was long, and is gone.
+func refusedBody(owner string, err error) *refusal {
+	result := resultBrokenOff
+	if errors.Is(err, errMisdirected) {
+		result = resultMisdirected
+	}
+	return refuse(result, "%s has refused the request, and its body cannot be sent again: %v", owner, err)
 }
 
 // completeUpgrade sends the owner the request, on the connection that u has, and makes

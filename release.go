@@ -358,8 +358,8 @@ func (s *stepReleases) releaseAll(step int64, match func(namespace string, backe
 // their state may not be stored yet (-release-retention).
 //
 // It forgets a namespace between retention and 2*retention after its last session or request is
-// over, and nothing during a step, but for what exceeds max: see note. To have it too long does no harm: a release has nothing to do
-// then.
+// over, and nothing during a step, but for what exceeds max: see note. To have it too long does
+// no harm: a release has nothing to do then.
 type releaseMemory struct {
 	// Static after construction.
 	retention time.Duration
@@ -407,8 +407,8 @@ func (m *releaseMemory) note(namespace string, backend int) {
 	last[key] = struct{}{}
 }
 
-// freeze makes the memory forget nothing until unfreeze, but for what exceeds max: what the router had in the last
-// retention is there until the step is done, however long that takes.
+// freeze makes the memory forget nothing until unfreeze, but for what exceeds max: what the
+// router had in the last retention is there until the step is done, however long that takes.
 func (m *releaseMemory) freeze() {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -92,9 +92,6 @@ func (r *refusal) clientMessage() string {
 	return r.reason
 }
 
-// errMisdirected says that another backend answered at the owner's address (421).
-var errMisdirected = errors.New("another backend answers at its address")
-
 func refuse(result result, format string, args ...any) *refusal {
 	return &refusal{result: result, reason: fmt.Sprintf(format, args...)}
 }
