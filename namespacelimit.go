@@ -62,8 +62,8 @@ func (l *namespaceLimiter) admit(namespace string) (*namespacePermit, *refusal) 
 
 // namespacePermit is what an upgrade takes of the limits of its namespace with its
 // admission, until it is answered or its client is gone. If it becomes a session, that has
-// the permit: until its closing handshake begins, since its client may return at once, or
-// else until its end.
+// the permit (proxy.openSession): until its closing handshake begins, since its client may
+// return at once, or else until its end.
 type namespacePermit struct {
 	sessions  *namespaceSessions
 	namespace string

@@ -50,7 +50,8 @@ type override struct {
 	namespace   []byte // a part of data; the key as it is written if invalidForPath
 }
 
-// newOverrideSet returns the set of the overrides in data, by the keys of namespaces.
+// newOverrideSet returns the set of the overrides in data, by the keys of namespaces: a plain
+// name becomes such a key by namespaceKey.
 func newOverrideSet(data map[string]string) *overrideSet {
 	b := newSetBuilder()
 	for _, key := range slices.Sorted(maps.Keys(data)) {

@@ -15,12 +15,17 @@ import (
 
 // overrideSource reads overrides from one place, as configMaps and directory do. It
 // gives all that it holds to the update function with which it was created: first when
-// that is complete, then after each change.
+// that is complete, also if it is nothing, then after each change. Until the first call the
+// router is not ready. A call with the same contents changes nothing and logs nothing. The
+// tableStore merges the sources, rejects invalid entries, finds conflicts and logs changes.
+//
+// With -handoff=all, changes wait until all routers have the same overrides. So a source whose
+// contents may differ from router to router must not be added then.
 type overrideSource interface {
 	// run reads the source until ctx ends.
 	run(ctx context.Context)
-	// whyNotReady says why the source has not called update yet. "" means that it has,
-	// or is about to. It is not called once there is a table.
+	// whyNotReady says in words why the source has not called update yet. "" means that it
+	// has, or is about to. It is not called once there is a table.
 	whyNotReady() string
 }
 
