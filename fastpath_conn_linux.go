@@ -230,14 +230,14 @@ func (c *fastConn) dialOwner() {
 // askOwner sends the owner the request, and makes the session of its 101.
 func (c *fastConn) askOwner() {
 	p, u := c.fastPath.proxy, c.pending
+	if !p.startFlight(u) {
+		c.closeBackend()
+		go c.park() // until its holdDeadline, if it was parked
+		return
+	}
 	if c.wasParked() {
 		c.setDeadline(time.Now().Add(fastPathTimeout), false)
 		c.request = c.parseUpgrade()
-	}
-	if !p.startFlight(u) {
-		c.closeBackend()
-		go c.park()
-		return
 	}
 	clientAddrs, owner := forwardedFor(c.request), p.backends.name(u.backend)
 	head := requestHead(c.request, clientAddrs, p.podName, u.stamp, u.step, owner)

@@ -1041,11 +1041,67 @@ func TestMoveWithinADialOnceHeld(t *testing.T) {
 	moveWithinADial(t, upgradeRequest("/ws/ns-01"), true)
 }
 
+// A client that has waited for its owner, and whose namespace begins to move within its dial,
+// waits on for the rest of -hold: no other time bounds it then.
+func TestStepWithinADialOnceParked(t *testing.T) {
+	var unknown, moving atomic.Bool // the address is not known at once; a step begins in the next dial
+	dialing, began, ends := make(chan struct{}), make(chan struct{}), make(chan struct{})
+	old := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
+		io.WriteString(conn, switching)
+		go io.Copy(io.Discard, br)
+		select {
+		case <-ends:
+		case <-t.Context().Done():
+		}
+	})
+	next := startStub(t, "127.0.0.1:0", answer(switching))
+	p := startProxy(t, []string{old.addr, next.addr}, map[string]string{"ns-01": "backend-0"}, func(p *proxy) {
+		p.limits.holdTimeout, p.relay.closeTimeout = time.Hour, time.Hour
+		uid, resolve := p.backends.podUID, p.backends.resolve
+		p.backends.podUID = func(i int) string {
+			if !unknown.Load() && moving.CompareAndSwap(true, false) {
+				close(dialing)
+				<-began
+			}
+			return uid(i)
+		}
+		p.backends.resolve = func(ctx context.Context, i int) (string, error) {
+			if unknown.CompareAndSwap(true, false) {
+				return "", errors.New("not known yet")
+			}
+			return resolve(ctx, i)
+		}
+	})
+	defer p.open(t, "ns-01").Close()
+	moving.Store(true)
+	unknown.Store(true)
+	waiting := p.send(t, "ns-01")
+	<-dialing
+	p.moveTo(t, "2", 1)
+	eventually(t, "state of ns-01", stateHeld, func() ownerState { return p.mover.assignmentOf("ns-01").state })
+	close(began)
+	queues := p.backends.queues
+	eventually(t, "clients in the queue of held namespaces", 1, func() int {
+		queues.mu.Lock()
+		defer queues.mu.Unlock()
+		return len(queues.queue(queueHeld).waiters)
+	})
+	c := p.fastConns()[0]
+	c.poller.mu.Lock()
+	left := time.Until(c.ctx.deadline)
+	c.poller.mu.Unlock()
+	if left < time.Minute {
+		t.Errorf("the client waits for %s more, want the rest of an hour", left)
+	}
+	close(ends)
+	mustAnswer(t, waiting, 101)
+}
+
 // The time of a held client ends between its park and its place in the queue of its
 // owner. It leaves nothing in the queue: a turn to dial that nobody takes would stop the
 // dials of that owner for ever.
 func TestFastPathQueuesNobodyWhoIsOver(t *testing.T) {
-	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1)) // resume runs before hold goes on
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1)) // resume runs before park goes on
 	for range 8 {                                   // or mostly so
 		queueWhoIsOver(t)
 	}
@@ -1076,12 +1132,12 @@ func queueWhoIsOver(t *testing.T) {
 	c := p.fastConns()[0]
 	p.relay.mu.Lock()
 	queues.recheckOwners(func(string) int { return unresolved }) // as if the owner had changed
-	waitStacks(t, "hold asks for the owner again", func(stacks []byte) bool {
+	waitStacks(t, "park asks for the owner again", func(stacks []byte) bool {
 		return bytes.Contains(stacks, []byte(".recheckOwner("))
 	})
 	queues.mu.Lock() // another client is at the queues
 	p.relay.mu.Unlock()
-	waitStacks(t, "hold comes to the queue", func(stacks []byte) bool {
+	waitStacks(t, "park comes to the queue", func(stacks []byte) bool {
 		return bytes.Contains(stacks, []byte(".enqueue(")) && c.parked.Load()
 	})
 	queues.mu.Unlock()
