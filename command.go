@@ -248,7 +248,11 @@ func (c *command) printRouters(answered int, silent []silentRouter, agree *bool)
 func previewBody(args []string) (body []byte, err error) {
 	switch {
 	case len(args) == 2 && args[0] == "cordon":
-		list, err := parseCordon(strings.TrimPrefix(args[1], "none"))
+		text := args[1]
+		if text == "none" {
+			text = ""
+		}
+		list, err := parseCordon(text)
 		if err != nil {
 			return nil, usageError{fmt.Errorf("the list is %w", err)}
 		}

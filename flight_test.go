@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"fmt"
 	"io"
 	"net"
@@ -73,6 +74,49 @@ func TestFlightOfUnansweredClose(t *testing.T) {
 			wantEqual(t, "ends that are not proven", p.mover.flights.unproven.Load()+p.relay.unproven.Load(), tt.unproven)
 		})
 	}
+}
+
+// An owner that refuses an upgrade is not done with it before the end of its answer: until then a
+// step waits for it. If the client leaves before, it waits for the end of the owner's side.
+func TestFlightOfLongAnswer(t *testing.T) {
+	both(t, func(t *testing.T, request string) {
+		for name, leaves := range map[string]bool{"read to its end": false, "the client leaves": true} {
+			t.Run(name, func(t *testing.T) {
+				ends := make(chan struct{})
+				old := startStub(t, "127.0.0.1:0", func(conn net.Conn, _ *bufio.Reader) {
+					io.WriteString(conn, "HTTP/1.1 403 Forbidden\r\nContent-Length: 4\r\n\r\nno")
+					select {
+					case <-ends:
+					case <-t.Context().Done():
+					}
+					io.WriteString(conn, "pe")
+				})
+				next := startStub(t, "127.0.0.1:0", echo)
+				p := startProxy(t, []string{old.addr, next.addr}, map[string]string{"ns-01": "backend-0"}, nil)
+				refused := dial(t, p.addr)
+				mustWrite(t, refused, request)
+				eventually(t, "requests to the old owner", 1, func() int { return len(old.heads()) })
+				waitStacks(t, "the answer is passed on", func(stacks []byte) bool {
+					return bytes.Contains(stacks, []byte(".passResponse("))
+				})
+				p.moveTo(t, "2", 1)
+				if leaves {
+					refused.Close()
+				}
+				waiting := dial(t, p.addr)
+				mustWrite(t, waiting, request)
+				eventually(t, "the step waits for backend-0 alone", stepWait{Backend: "backend-0", Upgrades: 1}, func() stepWait {
+					wait := p.waitsFor()
+					wait.Seconds = 0
+					return wait
+				})
+				wantEqual(t, "requests to the new owner", len(next.heads()), 0)
+				close(ends)
+				mustAnswer(t, waiting, 101)
+				wantEqual(t, "ends that are not proven", p.mover.flights.unproven.Load(), 0)
+			})
+		}
+	})
 }
 
 // waitsFor returns for which backend the step waits, if it is one.

@@ -281,7 +281,7 @@ type clientCase struct {
 	earlier   int  // requests that were counted before it
 }
 
-// absolute is the request with its target in absolute form, which the event loop leaves
+// absolute is the request with its target in absolute form, which the fast path leaves
 // to net/http. A request that has no path is returned as it is.
 func absolute(request string) string {
 	host := "www.mydomain.com"
@@ -368,10 +368,10 @@ func playAll(t *testing.T, cases map[string]clientCase) (answers, heads map[stri
 				if other := absolute(c.request); other != c.request && !c.oneWay {
 					seenByHTTP, gotByHTTP := c.run(t, other)
 					if difference := firstDifference(seen, seenByHTTP); difference != "" {
-						t.Errorf("net/http gives another answer than the event loop at line %s", difference)
+						t.Errorf("net/http gives another answer than the fast path at line %s", difference)
 					}
 					if difference := firstDifference(strings.Join(got, ""), strings.Join(gotByHTTP, "")); difference != "" {
-						t.Errorf("net/http asks the backend otherwise than the event loop at line %s", difference)
+						t.Errorf("net/http asks the backend otherwise than the fast path at line %s", difference)
 					}
 				}
 				head := "== " + name + "\n"
@@ -520,6 +520,7 @@ func refusals() map[string]clientCase {
 		"503 no table":                  {request: good, noTable: true},
 		"503 rejected override":         {request: good, overrides: map[string]string{"ns-01": "bakend-0"}, serve: echo},
 		"503 no owner in time":          {request: good, args: "-hold 5s"},
+		"503 released":                  {request: good, args: "-hold 5s", serve: answer("HTTP/1.1 409 Conflict\r\nX-Router-Step: 1\r\nContent-Length: 0\r\n\r\n"), often: true},
 		"503 another backend":           {request: good, args: "-hold 5s", serve: answer(notMeant), often: true},
 		"503 sessions":                  {request: good, args: "-max-sessions 1", serve: echo, before: occupied(good, `router_sessions\{.*\} 1`), earlier: 1},
 		"503 sessions of one namespace": {request: good, args: "-max-sessions-per-namespace 1", serve: echo, before: occupied(good, `router_sessions\{.*\} 1`), earlier: 1},
@@ -591,10 +592,11 @@ func mustHaveRefusals(t *testing.T, seen string) {
 	t.Helper()
 	notSeen := []string{
 		"the client left", // nobody gets an answer
-		"%s has refused the request, and its body cannot be sent again: %v", // TestForwardRefusedByOwner
-		"%s worked on the request when %v",                                  // forward_test.go moves it
-		"the owner was not known within %s: %s",                             // of a router that is no member: TestOwnerNotKnownHere
-		"%q has more than %d upgrades per second, the limit of a namespace", // for a moment: TestNamespaceRate
+		"%s has refused the request, and its body cannot be sent again: %v",            // TestForwardRefusedByOwner
+		"%s worked on the request when %v",                                             // forward_test.go moves it
+		"%q was not handed over to %s within %s: /status says what the step waits for", // TestHoldEndsWhileHeld
+		"the owner was not known within %s: %s",                                        // of a router that is no member: TestOwnerNotKnownHere
+		"%q has more than %d upgrades per second, the limit of a namespace",            // for a moment: TestNamespaceRate
 	}
 	s, found := parseSources(t), 0
 	for _, name := range s.names {
@@ -653,7 +655,7 @@ func heads() map[string]clientCase {
 		"Host with a port":            upgradeWith("www.mydomain.com\r\n", "www.mydomain.com:8443\r\n"),
 		"after empty lines":           "\r\n\r\n" + upgradeRequest("/ws/ns-01"),
 		"early bytes":                 upgradeRequest("/ws/ns-01") + "\x81\x80\x00\x00\x00\x00",
-		"more than the event loop's":  upgradeWith("Origin", "X-Long: "+strings.Repeat("x", 5000)+"\r\nOrigin"),
+		"more than the fast path's":   upgradeWith("Origin", "X-Long: "+strings.Repeat("x", 5000)+"\r\nOrigin"),
 		"another namespace in a part": upgradeRequest("/ws/ns-01/ws/ns-02"),
 	} {
 		cases[name] = clientCase{request: request, serve: answer(switching)}
@@ -859,7 +861,7 @@ func TestGoldenCommands(t *testing.T) {
 	var all strings.Builder
 	for _, args := range []string{
 		"-h", "plan -h", "owner -h", "status -h", "backends -h", "top -h", "move -h", "cordon -h", "uncordon -h", "wait -h",
-		"status a", "status -o yaml", "top -by age", "move a", "cordon", "wait -timeout x", "plan cordon x",
+		"status a", "status -o yaml", "top -by age", "move a", "cordon", "wait -timeout x", "plan cordon x", "plan cordon none2",
 		"backends -admin " + r.admin, "backends -all=false -admin " + r.admin, "wait -admin " + r.admin,
 		"move -admin " + r.admin + " pinned backend-2", "move -admin " + r.admin + " pinned backend-3", "cordon -admin " + r.admin + " backend-0",
 		"plan", "plan a b", "plan -verbose", "owner", "owner -replicas x ns",

@@ -328,8 +328,7 @@ func TestMoveWithinADial(t *testing.T) {
 }
 
 // moveWithinADial replaces the owner's pod in the first dial for the request.
-// putOff has that be the second for the event loop, which does not know the address
-// at once.
+// With putOff the fast path has dialled before that, in vain: it did not know the address.
 func moveWithinADial(t *testing.T, request string, putOff bool) {
 	var unknown, replacing atomic.Bool // the address is not known at once; the next dial finds another pod
 	pods := newPods(t, answer(switching), echo)
@@ -367,6 +366,24 @@ func moveWithinADial(t *testing.T, request string, putOff bool) {
 	old.Close()
 	mustAnswer(t, waiting, 101)
 	wantAsked([2]int{1, 1})
+}
+
+// An upgrade waits at most -hold for a namespace that is handed over, and the log says what it
+// has waited for: nobody has dialled the new owner.
+func TestHoldEndsWhileHeld(t *testing.T) {
+	both(t, func(t *testing.T, request string) {
+		old := startStub(t, "127.0.0.1:0", answer(switching)) // it answers no Close frame
+		next := startStub(t, "127.0.0.1:0", echo)
+		p := startProxy(t, []string{old.addr, next.addr}, map[string]string{"ns-01": "backend-0"}, func(p *proxy) {
+			p.limits.holdTimeout, p.relay.closeTimeout = 2*time.Second, time.Hour
+		})
+		defer p.open(t, "ns-01").Close()
+		p.moveTo(t, "2", 1)
+		_, _, resp := p.ask(t, request)
+		body, _ := io.ReadAll(resp.Body)
+		p.mustRefuse(t, resp.StatusCode, string(body), `"ns-01" was not handed over to backend-1 within 2s: `)
+		p.waitResult(t, resultHoldTimeout)
+	})
 }
 
 // If the table is swapped while an upgrade waits for an old pod, it goes to the new

@@ -98,6 +98,17 @@ func (l *pendingLimit) inUse(ordinal int) (all, own int) {
 	return l.total, l.byBackend[max(ordinal, unresolved)]
 }
 
+// backends returns the ordinals of the backends that have slots.
+func (l *pendingLimit) backends() map[int]bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	all := map[int]bool{}
+	for ordinal := range l.byBackend {
+		all[ordinal] = true
+	}
+	return all
+}
+
 // reserveHead counts n more bytes of heads that are kept, and reports whether this limit of
 // pending requests allows that. If not, it counts none.
 func (l *pendingLimit) reserveHead(n, limit int) bool {
@@ -159,8 +170,8 @@ func (p *pendingRequest) endWait() {
 	}
 }
 
-// endFlight notes that the request is over: its owner has refused it, or the relay has
-// the session.
+// endFlight notes that the request is over: its owner has refused it or answered it to the end,
+// or the relay has the session.
 func (p *pendingRequest) endFlight() {
 	if p.flight != nil {
 		p.flight.end()

@@ -177,7 +177,7 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result, error) 
 		if client.serverCtx.Err() != nil {
 			ctx = client.serverCtx
 		}
-		return p.unreachableError(ctx, u.backend, u.dialErr, nil)
+		return p.unreachableError(ctx, u, u.dialErr, nil)
 	}
 	clientCtx, holdCtx, cancel := p.requestContexts(r, u.holdDeadline)
 	defer cancel()
@@ -202,7 +202,7 @@ func (p *proxy) askOwners(
 		var request []byte
 		if u.backendConn == nil {
 			if err := p.dialOwner(holdCtx, u); err != nil {
-				return p.unreachableError(holdCtx, u.backend, err, refusals.misdirected)
+				return p.unreachableError(holdCtx, u, err, refusals.misdirected)
 			}
 			if !p.startFlight(u) {
 				u.backendConn.Close()
@@ -217,7 +217,7 @@ func (p *proxy) askOwners(
 		case !errors.Is(err, errReleased) && !errors.Is(err, errMisdirected):
 			return result, err
 		case refusals.wait(holdCtx, err) != nil:
-			return p.unreachableError(holdCtx, u.backend, err, refusals.misdirected)
+			return p.unreachableError(holdCtx, u, err, refusals.misdirected)
 		}
 	}
 }
@@ -341,7 +341,7 @@ func (p *proxy) roundTrip(x *exchange) (*http.Response, error) {
 	for conn := p.takeIdle(x.pendingRequest); ; conn = nil {
 		if conn == nil {
 			if err := p.dialOwner(p.holdContext(x), x.pendingRequest); err != nil {
-				_, err = p.unreachableError(x.holdCtx, x.backend, err, refusals.misdirected)
+				_, err = p.unreachableError(x.holdCtx, x.pendingRequest, err, refusals.misdirected)
 				return nil, err
 			}
 			conn = newOwnerConn(x.backendConn, backendPod{x.backend, x.podUID})
@@ -368,7 +368,7 @@ func (p *proxy) roundTrip(x *exchange) (*http.Response, error) {
 			return nil, refusedBody(owner, err)
 		}
 		if refusals.wait(p.holdContext(x), err) != nil {
-			_, err = p.unreachableError(x.holdCtx, x.backend, err, refusals.misdirected)
+			_, err = p.unreachableError(x.holdCtx, x.pendingRequest, err, refusals.misdirected)
 			return nil, err
 		}
 	}
@@ -583,13 +583,13 @@ func (p *proxy) owner(namespace string) (assignment, *refusal) {
 	return a, nil
 }
 
-// unreachableError returns why there is no connection to the backend: err, and
-// misdirected if another backend has answered in its place.
+// unreachableError returns why no owner has taken the request in time: err, and misdirected if
+// another backend has answered in its place.
 func (p *proxy) unreachableError(
-	holdCtx context.Context, backend int, err, misdirected error,
+	holdCtx context.Context, u *pendingRequest, err, misdirected error,
 ) (result, error) {
 	var refused *refusal
-	switch {
+	switch backend := u.backend; {
 	case errors.As(err, &refused):
 		return refused.result, refused
 	case errors.Is(holdCtx.Err(), context.Canceled):
@@ -597,6 +597,13 @@ func (p *proxy) unreachableError(
 	case backend < 0:
 		refused = refuse(resultHoldTimeout, "the owner was not known within %s: %s",
 			p.limits.holdTimeout, cmp.Or(p.mover.whyNotReady(), err.Error()))
+	case errors.Is(err, errHeld):
+		refused = refuse(resultHoldTimeout,
+			"%q was not handed over to %s within %s: /status says what the step waits for",
+			u.namespace, p.backends.name(backend), p.limits.holdTimeout)
+	case errors.Is(err, errReleased):
+		refused = refuse(resultHoldTimeout, "%s did not take the request within %s: %v",
+			p.backends.name(backend), p.limits.holdTimeout, err)
 	case misdirected != nil || errors.Is(err, errMisdirected):
 		refused = refuse(resultMisdirected,
 			"%s could not be reached within %s: %v; last error: %v", p.backends.name(backend),
@@ -643,14 +650,17 @@ func (p *proxy) completeUpgrade(
 		failure = err
 		return p.handshakeError(r.Context(), u.backend, err)
 	}
-	if resp.StatusCode != http.StatusSwitchingProtocols {
-		u.endFlight() // it has refused the request
-	}
 	if err := p.checkAnswer(u.backend, backendConn.RemoteAddr(), resp); err != nil {
+		u.endFlight()        // it has not taken the request
 		return resultOK, err // the caller ignores the result
 	}
 	if resp.StatusCode != http.StatusSwitchingProtocols {
-		return p.passResponse(r.Context(), w, resp, backendConn)
+		if failure = p.passResponse(r.Context(), w, resp, backendConn); failure != nil {
+			// The client must not take half a body for a whole one.
+			return resultBackendRefused, http.ErrAbortHandler
+		}
+		u.endFlight() // the owner has answered to the end
+		return resultBackendRefused, nil
 	}
 	if !stop() {
 		return p.handshakeError(r.Context(), u.backend, r.Context().Err())
@@ -701,16 +711,20 @@ const stopGrace = 2 * time.Second
 
 // passResponse sends the client the backend's answer: status, header and body. A 302 is not
 // followed, and no answer is logged. The body has as much time as the head had. If it is cut
-// off, the client gets what came of it. When ctx ends, because the router stops, the client
-// has stopGrace to take it.
+// off, the client gets what came of it, and passResponse returns why. When ctx ends, because the
+// client has left or the router stops, the backend sends no more, and the client has stopGrace to
+// take what has come.
 func (p *proxy) passResponse(
 	ctx context.Context, w http.ResponseWriter, resp *http.Response, backendConn net.Conn,
-) (result, error) {
+) error {
 	deadline := time.Now().Add(p.limits.upgradeTimeout)
 	backendConn.SetDeadline(deadline)
 	client := http.NewResponseController(w)
 	client.SetWriteDeadline(deadline)
-	stop := context.AfterFunc(ctx, func() { client.SetWriteDeadline(time.Now().Add(stopGrace)) })
+	stop := context.AfterFunc(ctx, func() {
+		backendConn.SetDeadline(time.Unix(1, 0))
+		client.SetWriteDeadline(time.Now().Add(stopGrace))
+	})
 	defer stop()
 	upgrade := resp.Header["Upgrade"] // a 426 needs it (RFC 9110 §15.5.22)
 	removeHopByHopHeaders(resp.Header)
@@ -725,10 +739,9 @@ func (p *proxy) passResponse(
 	w.WriteHeader(resp.StatusCode)
 	if _, err := io.Copy(w, resp.Body); err != nil {
 		client.Flush() // the status and what came of the body
-		// The client must not take half a body for a whole one.
-		return resultBackendRefused, http.ErrAbortHandler
+		return err
 	}
-	return resultBackendRefused, nil
+	return nil
 }
 
 // hijack takes the client's connection from net/http and sends head, the 101, on it. It
