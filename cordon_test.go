@@ -370,6 +370,10 @@ func TestSafeToRemove(t *testing.T) {
 	want()
 	f.end()
 	want("backend-2")
+	a.proxy.pending.take(2) // an upgrade, which with -handoff=off has no flight
+	want()
+	a.proxy.pending.giveBack(2)
+	want("backend-2")
 	a.proxy.relay.add(&session{namespace: "b", backend: 2})
 	want()
 }

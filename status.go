@@ -203,9 +203,11 @@ func (s *status) addStatefulSet(r *replicaWatcher) {
 // newBackendStatuses returns the backends of the table, and those that still have sessions.
 // changing says that a change of owners was under way just before.
 func newBackendStatuses(p *proxy, summary *tableSummary, changing bool) []backendStatus {
-	// In this order: a flight may become a session, and after a change none begins.
+	// In this order: a flight may become a session, and after a change none begins. With
+	// -handoff=off upgrades have no flight, but are pending.
 	inFlight := map[int]bool{}
 	p.mover.flights.each(func(f *flight) { inFlight[f.backend] = true })
+	pending := p.pending.backends()
 	t, counts := summary.table, p.relay.counts()
 	maps.DeleteFunc(counts, func(_ int, n sessionCounts) bool { return n.open == 0 })
 	in, out := map[int]int{}, map[int]int{}
@@ -223,7 +225,7 @@ func newBackendStatuses(p *proxy, summary *tableSummary, changing bool) []backen
 			Overrides: overrides, Sessions: n.open, SessionsOnOldPod: n.onOldPod,
 			MovingIn: in[ordinal], MovingOut: out[ordinal],
 			SafeToRemove: t != nil && !t.isHashedTo(ordinal) && overrides == 0 &&
-				n.open == 0 && !inFlight[ordinal] && !changing,
+				n.open == 0 && !inFlight[ordinal] && !pending[ordinal] && !changing,
 		})
 	}
 	return all
