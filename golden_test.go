@@ -435,6 +435,7 @@ func badRequests() map[string]clientCase {
 		"400 dots":                     atPath("/ws/.."),
 		"101 two dots first":           atPath("/ws/..data"),
 		"400 dot segment":              atPath("/ws/ns-01/../ns-02"),
+		"400 no path":                  {request: strings.Replace(upgradeRequest("x:http://ns-02.mydomain.com/"), "www", "ns-01", 1), args: "-namespace-from host"},
 		"400 escaped dot segment":      atPath("/ws/ns-01/%2e%2E/ns-02"),
 		"426 no upgrade":               {request: "GET /ws/ns-01 HTTP/1.1\r\nHost: h\r\n\r\n", args: "-http off"},
 		"426 no Connection":            {request: upgradeWith("Connection: keep-alive, Upgrade\r\n", "")},

@@ -77,8 +77,17 @@ func checkPlain(r *http.Request) *refusal {
 }
 
 // checkPath says why a request with r's path is not passed on, or nil.
+//
+// Without a slash it is part of a URL that has no authority (RFC 3986 §3): x:http://b/c
+// would go on as http://b/c, of which a backend takes b for the host (RFC 9112 §3.2.2).
 func checkPath(r *http.Request) *refusal {
-	if path := requestPath(r); hasDotSegment(path) {
+	path := requestPath(r)
+	isAsterisk := r.Method == http.MethodOptions && path == "*" // RFC 9112 §3.2.4
+	switch {
+	case !strings.HasPrefix(path, "/") && !isAsterisk:
+		return refuse(resultBadRequest,
+			"the target must be a path that begins with /, or a URL with a host (got %.200q)", r.RequestURI)
+	case hasDotSegment(path):
 		return refuse(resultBadRequest,
 			"the path %.200q has a dot segment, which could name another namespace", path)
 	}
