@@ -462,6 +462,7 @@ func badRequests() map[string]clientCase {
 		"505 HTTP 3.0":                 {request: upgradeWith("HTTP/1.1", "HTTP/3.0")},
 		"417 expectation":              {request: upgradeWith("Origin", "Expect: a miracle\r\nOrigin")},
 		"404 OPTIONS of all":           {request: "OPTIONS * HTTP/1.1\r\nHost: h\r\n\r\n"},
+		"404 a release":                {request: "POST /release?doc=a HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\n\r\n{}", args: "-namespace-from query:doc -release /release"},
 		"400 TRACE":                    {request: "TRACE /ws/ns-01 HTTP/1.1\r\nHost: h\r\n\r\n"},
 		"400 slow body":                {request: "POST /ws/ns-01 HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nslow", args: "-header-timeout 2s"},
 		"404 OPTIONS":                  {request: "OPTIONS / HTTP/1.1\r\nHost: h\r\n\r\n"},
