@@ -398,15 +398,19 @@ func (p *proxy) takeIdle(u *pendingRequest) *ownerConn {
 
 // checkAnswer returns errMisdirected or errReleased if the owner has not taken the request:
 // what answered at addr is not the owner (421), whose address then has to be looked up
-// again, or it has released the namespace (409).
+// again, or it has released the namespace (409). addr is nil for a socket that came from the
+// fast path after a reset.
 func (p *proxy) checkAnswer(owner int, addr net.Addr, resp *http.Response) error {
 	if resp.StatusCode == http.StatusMisdirectedRequest {
-		name := p.backends.name(owner)
-		err := fmt.Errorf("%s at %s: %w (421)", name, addr, errMisdirected)
+		name, address := p.backends.name(owner), "an unknown address"
+		if addr != nil {
+			address = addr.String()
+		}
+		err := fmt.Errorf("%s at %s: %w (421)", name, address, errMisdirected)
 		p.backends.setMisdirected(owner, err)
 		if omitted, ok := p.misdirectedThrottle.allow(time.Second); ok {
 			p.log.Warn("another backend answered", "backend", name,
-				"address", addr.String(), "omitted", omitted)
+				"address", address, "omitted", omitted)
 		}
 		return err
 	}
