@@ -33,7 +33,7 @@ type command struct {
 	by        string // of top: "sessions" or "bytes"
 	configMap string // of move: the name of the ConfigMap to patch; "" if it is clear
 
-	// Of owner, to build a table; without replicas and overridesDir it asks a router.
+	// Of owner, to build a table; without replicas, cordon and overridesDir it asks a router.
 	replicas                  int
 	cordon                    cordon
 	statefulSet, overridesDir string
@@ -740,8 +740,8 @@ func (s *status) unfinished() string {
 	return ""
 }
 
-// owners prints who owns the namespaces. It asks a router. With -replicas or -overrides
-// it answers as a router would that has just started with these.
+// owners prints who owns the namespaces. It asks a router. With -replicas, -overrides or
+// -cordon it answers as a router would that has just started with these.
 func (c *command) owners(ctx context.Context, namespaces []string) error {
 	if len(namespaces) == 0 {
 		return usageError{errors.New("at least one namespace is required")}
@@ -751,7 +751,7 @@ func (c *command) owners(ctx context.Context, namespaces []string) error {
 		err = c.get(ctx, "/owner?"+query.Encode(), &o)
 		return o, err
 	}
-	if c.replicas != 0 || c.overridesDir != "" {
+	if c.replicas != 0 || c.overridesDir != "" || len(c.cordon) > 0 { // a router has a cordon of its own
 		t, err := c.table()
 		if err != nil {
 			return err

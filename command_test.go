@@ -68,9 +68,10 @@ func TestCommands(t *testing.T) {
 				"                                                                  its key in a ConfigMap is my_x20room\n" +
 				strings.Repeat(":", 64) + "  backend-0  hash\n" +
 				"                                                                  it cannot have an override: its key would have 256 characters, and at most 253 are allowed\n"},
-		"owner of no backends": {[]string{"owner", "-overrides", folder, "a"}, 2, "-replicas must be 1 to 10000 (got 0)\n"},
-		"owner, no folder":     {[]string{"owner", "-replicas", "1", "-overrides", "/nowhere", "a"}, 1, "-overrides: open /nowhere: no such file or directory\n"},
-		"no URL":               {[]string{"owner", "-admin", ":", "a"}, 2, "-admin: parse \":/owner?namespace=a&all=1\": missing protocol scheme\n"},
+		"owner, cordon of none": {[]string{"owner", admin, "-cordon", "1", "a"}, 2, "-replicas must be 1 to 10000 (got 0)\n"},
+		"owner of no backends":  {[]string{"owner", "-overrides", folder, "a"}, 2, "-replicas must be 1 to 10000 (got 0)\n"},
+		"owner, no folder":      {[]string{"owner", "-replicas", "1", "-overrides", "/nowhere", "a"}, 1, "-overrides: open /nowhere: no such file or directory\n"},
+		"no URL":                {[]string{"owner", "-admin", ":", "a"}, 2, "-admin: parse \":/owner?namespace=a&all=1\": missing protocol scheme\n"},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {

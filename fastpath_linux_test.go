@@ -470,6 +470,28 @@ func TestFastPathBackendEnds(t *testing.T) {
 	}
 }
 
+// A backend that resets the connection after it has said that it is another one is looked for
+// again: the kernel does not know the address of such a socket any more (getpeername(2)).
+func TestFastPathMisdirectedAndReset(t *testing.T) {
+	var p *testProxy
+	var asked atomic.Int64
+	backend := startStub(t, "127.0.0.1:0", func(conn net.Conn, br *bufio.Reader) {
+		if asked.Add(1) > 1 {
+			echo(conn, br)
+			return
+		}
+		for _, poller := range p.relay.engine.pollers { // the fast path reads after the reset
+			poller.mu.Lock()
+			defer poller.mu.Unlock()
+		}
+		io.WriteString(conn, notMeant)
+		reset(conn)
+	})
+	p = startProxy(t, []string{backend.addr}, map[string]string{}, nil)
+	p.open(t, "ns-01")
+	wantEqual(t, "address", p.tail.wait(t, "another backend answered", 1)["address"], any("an unknown address"))
+}
+
 // A socket that is left to net/http is out of the poller's set: epoll would tell of it
 // for as long as a duplicate is open (epoll(7)).
 func TestFastPathLeavesTheSet(t *testing.T) {

@@ -77,8 +77,17 @@ func checkPlain(r *http.Request) *refusal {
 }
 
 // checkPath says why a request with r's path is not passed on, or nil.
+//
+// Without a slash it is part of a URL that has no authority (RFC 3986 §3): x:http://b/c
+// would go on as http://b/c, of which a backend takes b for the host (RFC 9112 §3.2.2).
 func checkPath(r *http.Request) *refusal {
-	if path := requestPath(r); hasDotSegment(path) {
+	path := requestPath(r)
+	isAsterisk := r.Method == http.MethodOptions && path == "*" // RFC 9112 §3.2.4
+	switch {
+	case !strings.HasPrefix(path, "/") && !isAsterisk:
+		return refuse(resultBadRequest,
+			"the target must be a path that begins with /, or a URL with a host (got %.200q)", r.RequestURI)
+	case hasDotSegment(path):
 		return refuse(resultBadRequest,
 			"the path %.200q has a dot segment, which could name another namespace", path)
 	}
@@ -92,20 +101,33 @@ func requestPath(r *http.Request) string {
 }
 
 // hasDotSegment reports whether a segment of the path is "." or ".." (RFC 3986
-// §3.3) to anybody: also where a dot or a slash is escaped, however often, where a
-// backslash is taken for a slash, and before a parameter.
+// §3.3) to anybody.
 func hasDotSegment(path string) bool {
 	if !strings.ContainsAny(path, `%\.`) {
 		return false
 	}
+	isDots := func(segment string) bool { return segment == "." || segment == ".." }
+	return slices.ContainsFunc(plainSegments(path), isDots)
+}
+
+// isSamePath reports whether the target's path, which may have a fragment, is the other path
+// to anybody, also to programs that ignore the case of letters.
+func isSamePath(path, other string) bool {
+	path, _, _ = strings.Cut(path, "#")
+	return slices.EqualFunc(plainSegments(path), plainSegments(other), strings.EqualFold)
+}
+
+// plainSegments returns the segments of the path that are not empty, as those programs read
+// them that read the most into a path: also where a dot or a slash is escaped, however often,
+// where a backslash is taken for a slash, and before a parameter.
+func plainSegments(path string) (all []string) {
 	plain := strings.ReplaceAll(string(decodeAll(path)), `\`, "/")
 	for segment := range strings.SplitSeq(plain, "/") {
-		segment, _, _ = strings.Cut(segment, ";")
-		if segment == "." || segment == ".." {
-			return true
+		if segment, _, _ = strings.Cut(segment, ";"); segment != "" {
+			all = append(all, segment)
 		}
 	}
-	return false
+	return all
 }
 
 // hasToken reports whether one of the comma-separated values of a header is the

@@ -16,6 +16,37 @@ func TestWireName(t *testing.T) {
 	}
 }
 
+// A target that would go on without a slash at its beginning is refused: a backend could
+// find another host in it than the router.
+func TestTargetBeginsWithASlash(t *testing.T) {
+	backend := startStub(t, "127.0.0.1:0", answer(fine))
+	hosts := mustMatcher(t, "host").namespace
+	p := startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) { p.namespaceOf = hosts })
+	from := strings.NewReplacer("www.mydomain.com", "ns-01.example")
+	asked := 0
+	for target, status := range map[string]int{
+		"x:http://ns-02.example/secret": 400, "http:http://ns-02.example/": 400, "x:secret": 400, "*": 400,
+		"x:/secret": 200, "http:///secret": 200, "http://ns-01.example?a": 200, "/secret": 200,
+	} {
+		for _, request := range []string{plainRequest(target), upgradeRequest(target)} {
+			if _, _, resp := p.ask(t, from.Replace(request)); resp.StatusCode != status {
+				t.Errorf("%q: %s, want %d", target, resp.Status, status)
+			}
+			if status == 200 {
+				asked++
+			}
+		}
+	}
+	p.ask(t, strings.Replace(from.Replace(plainRequest("*")), "GET", "OPTIONS", 1))
+	heads := backend.heads()
+	wantEqual(t, "requests of the backend", len(heads), asked+1)
+	for _, head := range heads {
+		if !strings.HasPrefix(head, "GET /") && !strings.HasPrefix(head, "OPTIONS * ") {
+			t.Errorf("the backend got %q", head)
+		}
+	}
+}
+
 // What the check lets through reaches the backend as one request for the same
 // namespace, without a body and without forged headers.
 func FuzzUpgrade(f *testing.F) {

@@ -559,7 +559,8 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 		upgradeDurations: newHistogram(
 			.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10),
 		ownerWaits: newHistogram(.01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30),
-		limits:     c.limits, podName: c.podName, namespaceOf: c.namespaceMatcher.namespace, log: log,
+		limits:     c.limits, podName: c.podName, namespaceOf: c.namespaceMatcher.namespace,
+		releasePath: c.release, log: log,
 		namespaceLimiter: newNamespaceLimiter(c.limits.namespace, log),
 	}
 	if c.proxyProtocol == "on" {

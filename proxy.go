@@ -46,6 +46,7 @@ type proxy struct {
 	limits      limits
 	podName     string
 	namespaceOf func(*http.Request) (string, *refusal) // namespaceMatcher.namespace
+	releasePath string                                 // of -release; "" for none
 	log         *slog.Logger
 
 	proxyProtocol *proxyProtocol  // of the client listener; nil: off
@@ -317,7 +318,7 @@ func (p *proxy) admitPlain(x *exchange) *refusal {
 	if x.client.serverCtx.Err() != nil {
 		return contextRefusal(x.client.serverCtx)
 	}
-	namespace, refused := p.check(x.r, checkPlain)
+	namespace, refused := p.check(x.r, p.checkPlain)
 	if refused == nil {
 		refused = x.readShortBody(p.limits.headerTimeout)
 	}
@@ -331,6 +332,16 @@ func (p *proxy) admitPlain(x *exchange) *refusal {
 	x.cut = func() { cancel(errMoved) }
 	x.head = slices.Clip(startPlainHead(x.r, forwardedFor(x.r), p.podName))
 	return x.reserveHead(len(x.head)+len(x.shortBody), p.limits.pendingRequests)
+}
+
+// checkPlain says why r, which is no upgrade, is not passed on, or nil. A client that could
+// send the request of -release would end the sessions of all namespaces that it names: with
+// X-Router-Step, which the router adds, it is one of a router.
+func (p *proxy) checkPlain(r *http.Request) *refusal {
+	if path := requestPath(r); p.releasePath != "" && isSamePath(path, p.releasePath) {
+		return refuse(resultNotFound, "the path %.200q is for routers only", path)
+	}
+	return checkPlain(r)
 }
 
 // roundTrip sends the request to the owner of its namespace, and returns the answer. The
@@ -387,15 +398,19 @@ func (p *proxy) takeIdle(u *pendingRequest) *ownerConn {
 
 // checkAnswer returns errMisdirected or errReleased if the owner has not taken the request:
 // what answered at addr is not the owner (421), whose address then has to be looked up
-// again, or it has released the namespace (409).
+// again, or it has released the namespace (409). addr is nil for a socket that came from the
+// fast path after a reset.
 func (p *proxy) checkAnswer(owner int, addr net.Addr, resp *http.Response) error {
 	if resp.StatusCode == http.StatusMisdirectedRequest {
-		name := p.backends.name(owner)
-		err := fmt.Errorf("%s at %s: %w (421)", name, addr, errMisdirected)
+		name, address := p.backends.name(owner), "an unknown address"
+		if addr != nil {
+			address = addr.String()
+		}
+		err := fmt.Errorf("%s at %s: %w (421)", name, address, errMisdirected)
 		p.backends.setMisdirected(owner, err)
 		if omitted, ok := p.misdirectedThrottle.allow(time.Second); ok {
 			p.log.Warn("another backend answered", "backend", name,
-				"address", addr.String(), "omitted", omitted)
+				"address", address, "omitted", omitted)
 		}
 		return err
 	}

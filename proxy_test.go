@@ -1133,3 +1133,36 @@ func TestStopSlowAnswer(t *testing.T) {
 		<-stopped
 	}
 }
+
+// No client reaches the path of -release, however it spells that: a backend would take its
+// request for one of this router.
+func TestProxyKeepsReleasesToItself(t *testing.T) {
+	backend := startStub(t, "127.0.0.1:0", answer(fine))
+	matchers := map[string]*namespaceMatcher{
+		"query": mustMatcher(t, "query:ns"), "host": mustMatcher(t, "host"), "path": mustMatcher(t, "path", "/{namespace}"),
+	}
+	for name, matcher := range matchers {
+		t.Run(name, func(t *testing.T) {
+			p := startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) {
+				p.namespaceOf, p.releasePath = matcher.namespace, "/release"
+			})
+			for _, path := range []string{
+				"/release", "/release/", "//release", "/%72elease", "/%2572elease", "/Release", `/\release`,
+				"/release;a=1", "/release%2F", "http://ns-01.example/release", "/release#a",
+			} {
+				body := `{"namespaces":["ns-02"]}`
+				_, _, resp := p.ask(t, fmt.Sprintf("POST %s?ns=ns-01 HTTP/1.1\r\nHost: ns-01.example\r\nContent-Length: %d\r\n\r\n%s", path, len(body), body))
+				if resp.StatusCode != 404 && resp.StatusCode != 400 {
+					t.Errorf("%q: %s, want 404 or 400", path, resp.Status)
+				}
+			}
+			wantEqual(t, "requests of the backend", len(backend.heads()), 0)
+		})
+	}
+	p := startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) { p.releasePath = "/release" })
+	for _, path := range []string{"/ws/release", "/ws/ns-01/release", "/ws/ns-01"} {
+		if _, _, resp := p.ask(t, plainRequest(path)); resp.StatusCode != 200 {
+			t.Errorf("%q: %s, want 200", path, resp.Status)
+		}
+	}
+}
