@@ -79,23 +79,23 @@ type clientConn struct {
 	// TLS. Read then sets it, and remoteAddr.
 	proxyProtocol *proxyProtocol
 
-	betweenServers atomic.Pointer[sync.WaitGroup] // counts this connection: see count; nil: it is not counted
+	handedToHTTP atomic.Pointer[sync.WaitGroup] // counts this connection: see count; nil: it is not counted
 }
 
-// count adds the connection to betweenServers, if the head of its first request was read
+// count adds the connection to handedToHTTP, if the head of its first request was read
 // already. It stays there until the handler has that request, or the connection is closed.
-func (c *clientConn) count(betweenServers *sync.WaitGroup) {
+func (c *clientConn) count(handedToHTTP *sync.WaitGroup) {
 	_, prefix := unwrap(c.Conn)
 	if c.proxyProtocol == nil && bytes.Contains(prefix, []byte("\r\n\r\n")) {
-		betweenServers.Add(1)
-		c.betweenServers.Store(betweenServers)
+		handedToHTTP.Add(1)
+		c.handedToHTTP.Store(handedToHTTP)
 	}
 }
 
 // uncount ends what count began.
 func (c *clientConn) uncount() {
-	if betweenServers := c.betweenServers.Swap(nil); betweenServers != nil {
-		betweenServers.Done()
+	if handedToHTTP := c.handedToHTTP.Swap(nil); handedToHTTP != nil {
+		handedToHTTP.Done()
 	}
 }
 

@@ -548,7 +548,7 @@ func quoteForShell(text string) string {
 	return "'" + strings.ReplaceAll(text, "'", `'\''`) + "'"
 }
 
-// checkBackend returns an error if no router gives namespaces to a backend of this name.
+// checkBackend returns an error if no router's table has a backend of this name.
 func (s *status) checkBackend(name string) error {
 	var names []string
 	for _, b := range s.Backends {

@@ -50,8 +50,9 @@ type config struct {
 	moveSettle             time.Duration
 	peers                  []string      // admin ports of the other routers; nil for none
 	handoff                string        // "all", "single" or "off"
-	handoffConfigMap       string        // for "all"
-	podUID, routerPods     string        // for "all"; routerPods is a label selector
+	handoffObjectName      string        // for "all"
+	podUID                 string        // of this router's pod: for "all", and for Events about certificates
+	routerPods             string        // for "all": a label selector
 	handoffProofTimeout    time.Duration // 0: for ever
 	release                string        // the path; "" for none
 	releaseRetention       time.Duration
@@ -212,7 +213,8 @@ func (c *config) trafficFlags(f *flag.FlagSet) {
 			"in between (default "+defaultRoute+")",
 		c.addRoutes)
 	f.StringVar(&c.podName, "pod-name", "",
-		"`name` of this router for X-Router-Pod (default the host's name)")
+		"`name` of this router for X-Router-Pod; with -handoff all its pod's metadata.name\n"+
+			"(default the host's name)")
 	f.DurationVar(&c.limits.holdTimeout, "hold", 10*time.Second,
 		"how long an upgrade or a plain request waits for its owner")
 	f.DurationVar(&c.limits.upgradeTimeout, "upgrade-timeout", 10*time.Second,
@@ -275,11 +277,11 @@ func (c *config) handoffFlags(f *flag.FlagSet) {
 		"`mode` of a change of owners: when a namespace opens at its new owner. all: after every\n"+
 			"router has closed it at the old owner. single: after this router has. off: at once\n"+
 			"(default all in a pod whose backends the API server gives, else single)")
-	f.StringVar(&c.handoffConfigMap, "handoff-configmap", "",
+	f.StringVar(&c.handoffObjectName, "handoff-configmap", "",
 		"`name` of the ConfigMap that routers share with -handoff all\n"+
 			"(default router-handoff-<statefulset>)")
 	f.StringVar(&c.podUID, "pod-uid", "",
-		"`uid` of this router's pod, for -handoff all")
+		"`uid` of this router's pod: for -handoff all, and for Events about certificates")
 	f.StringVar(&c.routerPods, "router-pods", "app.kubernetes.io/name=router,router-handoff=all",
 		"`labels` of the pods of all routers with -handoff all; others must not have them")
 	f.DurationVar(&c.handoffProofTimeout, "handoff-proof-timeout", time.Minute,
@@ -332,7 +334,7 @@ func environmentName(name string) string {
 	return "ROUTER_" + strings.ToUpper(strings.ReplaceAll(name, "-", "_"))
 }
 
-// setFromEnvironment sets the flags that args did not set from the environment.
+// setFromEnvironment takes the flags that are not in args from the environment.
 func setFromEnvironment(f *flag.FlagSet, getenv func(string) string) (err error) {
 	inArgs := map[string]bool{}
 	f.Visit(func(fl *flag.Flag) { inArgs[fl.Name] = true })
@@ -565,7 +567,7 @@ func (c *config) setDefaults(getenv func(string) string) {
 			c.handoff = "all"
 		}
 	}
-	c.handoffConfigMap = cmp.Or(c.handoffConfigMap, "router-handoff-"+c.statefulSet)
+	c.handoffObjectName = cmp.Or(c.handoffObjectName, "router-handoff-"+c.statefulSet)
 }
 
 // staticBackends returns the backends that the flags name, or nil if the API server names

@@ -301,7 +301,7 @@ func TestHandoffDefault(t *testing.T) {
 			c, err := parseConfig(strings.Fields(tt.args), environment(tt.env), io.Discard)
 			must(t, err)
 			wantEqual(t, "-handoff", c.handoff, tt.want)
-			wantEqual(t, "-handoff-configmap", c.handoffConfigMap, "router-handoff-backend")
+			wantEqual(t, "-handoff-configmap", c.handoffObjectName, "router-handoff-backend")
 		})
 	}
 	delete(pod, "ROUTER_POD_UID")

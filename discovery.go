@@ -8,7 +8,6 @@ import (
 	"log/slog"
 	"maps"
 	"net"
-	"net/http"
 	"slices"
 	"strconv"
 	"sync"
@@ -792,23 +791,13 @@ func (e *endpointWatcher) resolve(ctx context.Context, ordinal int) (string, err
 }
 
 // podIsGone asks the API server for the pod with the backend's name, and reports whether
-// the answer is that there is none. Another pod of that name has no sessions of the one
-// before. It returns false if there is no answer.
+// the answer is that there is none. It returns false if there is one, and if there is no
+// answer.
 func (e *endpointWatcher) podIsGone(ctx context.Context, ordinal int) bool {
-	ctx, cancel := context.WithTimeout(ctx, podTimeout)
-	defer cancel()
 	client := e.client
-	path := "/api/v1/namespaces/" + e.watcher.kubeNamespace + "/pods/" +
-		backendName(e.statefulSet, ordinal)
-	body, err := client.do(ctx, path, nil, nil)
-	if err == nil {
-		body.Close()
-	}
-	return hasStatus(err, http.StatusNotFound)
+	pod, err := getPod(ctx, &client, e.watcher.kubeNamespace, backendName(e.statefulSet, ordinal))
+	return pod == nil && err == nil
 }
-
-// podTimeout bounds the request for a pod.
-const podTimeout = 5 * time.Second
 
 // podUID returns the uid of the pod that resolve finds, or "" if it is not known.
 func (e *endpointWatcher) podUID(ordinal int) string {

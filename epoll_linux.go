@@ -56,20 +56,20 @@ type poller struct {
 
 // slot has what an event is for: a session, or a client that has none yet.
 type slot struct {
-	session    *session // nil if the slot is free, or a socketOwner's
-	owner      socketOwner
+	session    *session // nil if the slot is free, or a socketUser's
+	user       socketUser
 	generation int32 // how often the slot was freed: an event with another one is stale
 }
 
-// socketOwner has two sockets that the poller watches, and that may become a session's.
-type socketOwner interface {
+// socketUser has two sockets that the poller watches, and that may become a session's.
+type socketUser interface {
 	// handleEvent is called with the events of a side. The poller's mu is held.
 	handleEvent(i side, events uint32)
 	// handleStop is called when the router stops. The poller's mu is held.
 	handleStop()
 }
 
-// sockets are those of a socketOwner. They are guarded by the poller's mu.
+// sockets are those of a socketUser. They are guarded by the poller's mu.
 type sockets struct {
 	fd          [2]int32  // -1: none
 	epollMask   [2]uint32 // what epoll watches; 0: the socket is not in the set yet
@@ -144,7 +144,7 @@ func (e *engine) carry(s *session, conns [2]net.Conn, early [2][]byte) {
 // before. It ends s if a socket is missing or s was ended before. The caller holds
 // mu.
 func (p *poller) carry(s *session, slotIndex int32, fds [2]int32, early [2][]byte) {
-	p.slots[slotIndex].session, p.slots[slotIndex].owner = s, nil
+	p.slots[slotIndex].session, p.slots[slotIndex].user = s, nil
 	s.slot, s.fd, s.open = slotIndex, fds, true
 	switch {
 	case min(fds[clientSide], fds[backendSide]) < 0:
@@ -215,8 +215,8 @@ func (p *poller) handleEvent(event syscall.EpollEvent) {
 	case target.generation != event.Pad>>1: // the event is stale: the slot was freed since
 	case target.session != nil:
 		p.handle(target.session, i, event.Events)
-	case target.owner != nil:
-		target.owner.handleEvent(i, event.Events)
+	case target.user != nil:
+		target.user.handleEvent(i, event.Events)
 	}
 }
 
@@ -247,29 +247,29 @@ func (p *poller) freeSlot(slotIndex int32) {
 	p.freeSlots = append(p.freeSlots, slotIndex)
 }
 
-// addSocketOwner gives h a slot.
-func (p *poller) addSocketOwner(h socketOwner) int32 {
+// addSocketUser gives u a slot.
+func (p *poller) addSocketUser(u socketUser) int32 {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	slotIndex := p.allocateSlot()
-	p.slots[slotIndex].owner = h
+	p.slots[slotIndex].user = u
 	return slotIndex
 }
 
-// stopSocketOwners calls handleStop of all socketOwners.
-func (p *poller) stopSocketOwners() {
+// stopSocketUsers calls handleStop of all socketUsers.
+func (p *poller) stopSocketUsers() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, at := range p.slots {
-		if at.owner != nil {
-			at.owner.handleStop()
+		if at.user != nil {
+			at.user.handleStop()
 		}
 	}
 }
 
-// removeSocketOwner takes the sockets of a socketOwner that does not become a session out of the
+// removeSocketUser takes the sockets of a socketUser that does not become a session out of the
 // set, and frees its slot. It leaves the sockets open.
-func (p *poller) removeSocketOwner(slotIndex int32, from *sockets) {
+func (p *poller) removeSocketUser(slotIndex int32, from *sockets) {
 	p.unwatchSocket(from, clientSide)
 	p.unwatchSocket(from, backendSide)
 	p.mu.Lock()
@@ -288,7 +288,7 @@ func (p *poller) unwatchSocket(from *sockets, i side) {
 	}
 }
 
-// promote registers s and carries it on the sockets of a socketOwner, whose slot it gets. tls
+// promote registers s and carries it on the sockets of a socketUser, whose slot it gets. tls
 // is its client's, or nil.
 func (p *poller) promote(
 	s *session, slotIndex int32, from *sockets, tls *tlsConn, early [2][]byte,
@@ -344,7 +344,7 @@ func (p *poller) updateEpoll(s *session) {
 }
 
 // watch makes epoll watch the socket fd for the events in mask. It is side i of the
-// session or the socketOwner in the slot, whose epollMask for it is watched. The caller holds
+// session or the socketUser in the slot, whose epollMask for it is watched. The caller holds
 // mu.
 func (p *poller) watch(slotIndex int32, i side, fd int32, watched *uint32, mask uint32) error {
 	op := syscall.EPOLL_CTL_MOD

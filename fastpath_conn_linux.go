@@ -44,7 +44,7 @@ type fastConn struct {
 	tls                *tlsConn         // nil if clients come without TLS
 	received           []byte           // what the client has sent
 	earlyAt            int              // index in received of what follows the request
-	request            *http.Request    // nil before it was read, and while it waits for its owner
+	request            *http.Request    // nil before it was read, and while it is parked
 	pending            *pendingRequest  // nil before its admission
 	waiter             waiter           // its sequence is 0 if the owner could be dialled at once
 
@@ -385,10 +385,10 @@ func (c *fastConn) close() {
 // detach takes the sockets from the poller, and ends the context.
 func (c *fastConn) detach() {
 	c.endContext()
-	c.poller.removeSocketOwner(c.slot, &c.sockets)
+	c.poller.removeSocketUser(c.slot, &c.sockets)
 }
 
-// endContext ends the context, and nothing follows from that.
+// endContext ends the context without a call of interrupt.
 func (c *fastConn) endContext() {
 	c.ctx.timer.Stop()
 	c.poller.mu.Lock()

@@ -108,7 +108,7 @@ func (f *fastPath) handToHTTP(conn net.Conn) {
 func (f *fastPath) stopAccepting() {
 	f.stopping.Store(true)
 	for _, p := range f.proxy.relay.engine.pollers {
-		p.stopSocketOwners()
+		p.stopSocketUsers()
 	}
 	f.retry.close()
 	f.fdLimit.close()
@@ -167,7 +167,7 @@ func (f *fastPath) startClient(fd int32, peer syscall.Sockaddr) {
 		c.tls = newTLSConn(nil, s.config())
 	}
 	c.changed.L = &poller.mu
-	c.slot = poller.addSocketOwner(c)
+	c.slot = poller.addSocketUser(c)
 	f.running.Add(1)
 	go c.serve()
 }

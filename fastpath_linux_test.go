@@ -901,7 +901,7 @@ func socketsOf(t *testing.T, front, backend string) map[string]string {
 			continue // another test's, or of the other end
 		}
 		options := [][2]int{{syscall.SOL_SOCKET, syscall.SO_KEEPALIVE}, {syscall.IPPROTO_TCP, syscall.TCP_KEEPIDLE},
-			{syscall.IPPROTO_TCP, syscall.TCP_KEEPINTVL}, {syscall.IPPROTO_TCP, tcpUserTimeout}, {syscall.IPPROTO_TCP, syscall.TCP_NODELAY}}
+			{syscall.IPPROTO_TCP, syscall.TCP_KEEPINTVL}, {syscall.IPPROTO_TCP, optTCPUserTimeout}, {syscall.IPPROTO_TCP, syscall.TCP_NODELAY}}
 		if on, _ := syscall.GetsockoptInt(fd, options[0][0], options[0][1]); on == 0 {
 			options = slices.Delete(options, 1, 3)
 		}
@@ -960,8 +960,8 @@ func (p *testProxy) fastConns() (all []*fastConn) {
 	for _, poller := range p.relay.engine.pollers {
 		poller.mu.Lock()
 		for _, at := range poller.slots {
-			if at.owner != nil {
-				all = append(all, at.owner.(*fastConn))
+			if at.user != nil {
+				all = append(all, at.user.(*fastConn))
 			}
 		}
 		poller.mu.Unlock()

@@ -220,7 +220,7 @@ func awaitEnd(ctx context.Context, conn net.Conn) bool {
 	}
 	for ctx.Err() == nil {
 		conn.SetDeadline(time.Time{})
-		stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
+		stop := context.AfterFunc(ctx, func() { conn.SetDeadline(pastDeadline()) })
 		err := discard(conn)
 		stop()
 		switch {

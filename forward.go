@@ -35,8 +35,8 @@ type forwarder struct {
 	idle     *idleConns
 	buffers  sync.Pool // of *[forwardBuffer]byte
 
-	running    waitCount    // exchanges: stop waits for them, but nobody can read how many
-	inProgress atomic.Int64 // the same number, for the metrics
+	running    waitCount    // exchanges: stop waits for them
+	inProgress atomic.Int64 // how many there are
 	atOwners   atomic.Int64 // of these, those that an owner has got
 	cuts       atomic.Int64 // exchanges that ended by errMoved or errDraining
 	results    [numResults]atomic.Int64
@@ -136,7 +136,7 @@ type exchange struct {
 	r         *http.Request // as net/http has read it
 	client    *clientConn
 	streams   bool // the body is sent as it comes
-	began     time.Time
+	arrived   time.Time
 	ctx       context.Context // ends with the exchange; its cause says why
 	cancel    context.CancelCauseFunc
 
@@ -169,7 +169,7 @@ type exchange struct {
 func (f *forwarder) begin(w http.ResponseWriter, r *http.Request) *exchange {
 	f.running.add(1)
 	f.inProgress.Add(1)
-	x := &exchange{forwarder: f, w: w, r: r, began: time.Now(), result: resultClientGone}
+	x := &exchange{forwarder: f, w: w, r: r, arrived: time.Now(), result: resultClientGone}
 	x.streams = r.ContentLength < 0 || r.ContentLength > maxShortBody
 	x.client = clientOf(r.Context())
 	x.ctx, x.cancel = context.WithCancelCause(f.lifetime)
@@ -202,7 +202,7 @@ func (x *exchange) finish() {
 		f.atOwners.Add(-1)
 	}
 	f.results[x.result].Add(1)
-	f.durations.observe(time.Since(x.began))
+	f.durations.observe(time.Since(x.arrived))
 	f.inProgress.Add(-1)
 	f.running.add(-1)
 }
@@ -227,15 +227,15 @@ func (x *exchange) interrupt() {
 		return
 	}
 	if x.conn != nil {
-		x.conn.SetDeadline(time.Unix(1, 0))
+		x.conn.SetDeadline(pastDeadline())
 	}
 	if x.streams {
-		x.client.SetReadDeadline(time.Unix(1, 0))
+		x.client.SetReadDeadline(pastDeadline())
 	}
 	switch {
 	case x.complete && context.Cause(x.ctx) == errMoved: // the owner is done with it
 	case x.answered:
-		x.client.SetWriteDeadline(time.Unix(1, 0))
+		x.client.SetWriteDeadline(pastDeadline())
 	default:
 		x.client.SetWriteDeadline(time.Now().Add(lingerTime)) // of an interim answer
 	}
@@ -249,7 +249,7 @@ func (x *exchange) readShortBody(bound time.Duration) *refusal {
 	}
 	x.client.SetReadDeadline(time.Now().Add(bound))
 	defer x.client.SetReadDeadline(time.Time{})
-	stop := context.AfterFunc(x.ctx, func() { x.client.SetReadDeadline(time.Unix(1, 0)) })
+	stop := context.AfterFunc(x.ctx, func() { x.client.SetReadDeadline(pastDeadline()) })
 	defer stop()
 	x.shortBody = make([]byte, r.ContentLength)
 	if _, err := io.ReadFull(r.Body, x.shortBody); err != nil {
@@ -364,7 +364,7 @@ func (x *exchange) attach(conn *ownerConn) {
 	defer x.mu.Unlock()
 	x.conn = conn
 	if x.ctx.Err() != nil {
-		conn.SetDeadline(time.Unix(1, 0))
+		conn.SetDeadline(pastDeadline())
 	}
 }
 
@@ -395,8 +395,8 @@ func (x *exchange) stopBody(grace time.Duration) bool {
 	case <-timer.C:
 		body.stopped.Store(true)
 		x.unwatchClient() // net/http takes any error of a read for a client that has left
-		x.client.SetReadDeadline(time.Unix(1, 0))
-		x.conn.SetWriteDeadline(time.Unix(1, 0))
+		x.client.SetReadDeadline(pastDeadline())
+		x.conn.SetWriteDeadline(pastDeadline())
 		<-body.done
 		x.client.SetReadDeadline(time.Now().Add(lingerTime)) // of net/http
 		return false
@@ -590,7 +590,7 @@ func bodyFault(err error) error {
 	return errBadBody
 }
 
-// chunkRoom is the room for the size of a chunk: "7ffe\r\n".
+// chunkRoom is the room for the size of a chunk: "7ff8\r\n" is the longest.
 const chunkRoom = 6
 
 // frameChunk returns the n bytes that buffer has at chunkRoom, as a chunk (RFC 9112 §7.1)

@@ -76,7 +76,7 @@ type planStep struct {
 type stepAnswer struct {
 	instance   string
 	epoch      string    // of the plan; "" in an answer without a view
-	step       int64     // nothing is left of what the step had to end; 0 without a view
+	step       int64     // the step that is done in this router; 0 without a view
 	ownersHash uint64    // ownersHash of its own table, or noTableHash
 	blank      bool      // it lacks a table of the plan, or has no table or no plan: limit is empty
 	limit      stepLimit // of the next step, towards its table; empty if blank

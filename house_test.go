@@ -19,7 +19,7 @@ import (
 // it. The files of one noun for several systems, like listen_linux.go and
 // listen_portable.go, count as one.
 var fileOrder = strings.Fields(`main command config admin preview status peers page redirect fastpath socket proxy forward namespacematcher handshake listen clientconn descriptorlimit pending proxyprotocol certificates configmap
-	directory events drain move movetally movetarget movequeue maxage pace sharedhandoff member handoffobject handoff flight release tablestore route overrides namespace hash discovery cordon backends dialqueue watch kube
+	directory events drain move movetally movetarget movequeue maxage pace sharedhandoff member handoffobject handoff flight release tablestore route overrides namespace hash discovery cordon backends dialqueue pod watch kube
 	top relay tls websocket namespacelimit result log runtime metrics wait`)
 
 // sources has the root's files, parsed, without the tests.

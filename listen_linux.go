@@ -7,10 +7,10 @@ import (
 	"time"
 )
 
-// tcpUserTimeout is TCP_USER_TIMEOUT of linux/tcp.h, which package syscall does
+// optTCPUserTimeout is TCP_USER_TIMEOUT of linux/tcp.h, which package syscall does
 // not have: how long, in milliseconds, sent data may stay without an
 // acknowledgement. With keepalive it counts in place of TCP_KEEPCNT (tcp(7)).
-const tcpUserTimeout = 18
+const optTCPUserTimeout = 18
 
 // socketControl is net.Dialer's Control, and net.ListenConfig's.
 type socketControl = func(network, address string, c syscall.RawConn) error
@@ -22,7 +22,7 @@ func tcpTimeoutOptions(timeout time.Duration) (control socketControl, keepAlive 
 	options := []struct{ level, name, value int }{
 		{syscall.IPPROTO_TCP, syscall.TCP_KEEPIDLE, int(idle.Seconds())},
 		{syscall.IPPROTO_TCP, syscall.TCP_KEEPINTVL, int(interval.Seconds())},
-		{syscall.IPPROTO_TCP, tcpUserTimeout, int(timeout.Milliseconds())},
+		{syscall.IPPROTO_TCP, optTCPUserTimeout, int(timeout.Milliseconds())},
 		{syscall.SOL_SOCKET, syscall.SO_KEEPALIVE, 1},
 		{syscall.IPPROTO_TCP, syscall.TCP_NODELAY, 1}, // which package net sets by itself, and the fast path does not
 	}

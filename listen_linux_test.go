@@ -65,7 +65,7 @@ func wantOptions(t *testing.T, conn net.Conn, want map[string]int) {
 		"keepalive":    {syscall.SOL_SOCKET, syscall.SO_KEEPALIVE},
 		"idle":         {syscall.IPPROTO_TCP, syscall.TCP_KEEPIDLE},
 		"interval":     {syscall.IPPROTO_TCP, syscall.TCP_KEEPINTVL},
-		"user timeout": {syscall.IPPROTO_TCP, tcpUserTimeout},
+		"user timeout": {syscall.IPPROTO_TCP, optTCPUserTimeout},
 		"no delay":     {syscall.IPPROTO_TCP, syscall.TCP_NODELAY},
 	}
 	onDescriptor(t, conn, func(fd int) {

@@ -285,7 +285,7 @@
 //	poller.scan               finds the ends of frames in what came from a side
 //	closingHandshake.insertClose  puts a Close frame where one may stand
 //	mover.cutRequests         cuts the plain requests that have lasted too long
-//	relay.leavesBackend       says whether a backend that does not answer is reset, or abandoned
+//	relay.shouldAbandon       says whether a backend that does not answer is reset, or abandoned
 //	relay.setBackendDone      notes that the router waits for the backend no longer
 //	mover.somethingEnded      (as onBackendDone, and onEnd of flights) wakes run
 //	stepReleases.releaseAll   asks the old owners to store the state, with -release
@@ -351,9 +351,9 @@
 // session), configmap, directory, events, drain, move, movetally, movetarget, movequeue,
 // maxage, pace, sharedhandoff, member, handoffobject, handoff, flight and release (what a change
 // of overrides does), tablestore, route, overrides, namespace and hash (who owns), discovery,
-// cordon, backends, dialqueue, watch and kube (where owners are), top, relay (with epoll, its
+// cordon, backends, dialqueue, pod, watch and kube (where owners are), top, relay (with epoll, its
 // event loop), tls and websocket (the life of a session), namespacelimit, result, log, runtime
-// and metrics, and wait (a back-off, a sleep, times, a wake-up). This is the order of
+// and metrics, and wait (a back-off, a sleep, times, deadlines, a wake-up). This is the order of
 // dependencies: a file uses only those after it.
 package main
 
@@ -587,7 +587,7 @@ func followReleases(c *config, m *mover, b *backends) {
 // shareHandoff makes the router share each change of owners with all others.
 func (p *program) shareHandoff(kubeClient *kubeClient, kubeNamespace string) {
 	c := p.config
-	h := newSharedHandoff(*kubeClient, kubeNamespace, c.handoffConfigMap,
+	h := newSharedHandoff(*kubeClient, kubeNamespace, c.handoffObjectName,
 		c.podName, c.podUID, c.routerPods, p.log)
 	p.proxy.mover.shareHandoff(h)
 	if c.peers == nil {
@@ -736,7 +736,7 @@ func (p *program) stopClients(fastPath *fastPath, clientServer *http.Server,
 	timeout, cancel := context.WithTimeout(context.Background(), stopGrace)
 	defer cancel()
 	handled, allHandled := context.WithCancel(timeout)
-	go func() { p.proxy.betweenServers.Wait(); allHandled() }() // Close below ends it at the latest
+	go func() { p.proxy.handedToHTTP.Wait(); allHandled() }() // Close below ends it at the latest
 	<-handled.Done()
 	idle, allIdle := context.WithCancel(context.Background())
 	defer allIdle() // also ends Shutdown
@@ -806,7 +806,7 @@ func newClientServer(ctx context.Context, p *proxy, log *slog.Logger) *http.Serv
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			client := c.(*clientConn)
 			client.serverCtx = ctx
-			client.count(&p.betweenServers)
+			client.count(&p.handedToHTTP)
 			// That of a request ends when the client has left, also while the router stops.
 			return context.WithValue(context.WithoutCancel(ctx), clientConnKey{}, c)
 		},

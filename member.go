@@ -85,13 +85,6 @@ type stepProgress struct {
 	toMove   int       // sessions that have to move and that the rate counts, also those within limit
 }
 
-// routerPod is what a router needs to know of the pod of another one.
-type routerPod struct {
-	uid         string
-	scheduled   bool // spec.nodeName is set
-	provenEnded bool // phase Failed or Succeeded, and all containers have terminated
-}
-
 // podList is a LIST of all router pods, which was begun after a LIST of the object had
 // returned the version that it names.
 type podList struct {
@@ -539,12 +532,10 @@ func (m *member) remove(in *decisionInput) decision {
 	return m.writePlan(in, p.withMember(dead, nil), nil, m.turn(in, alive), "this router is removing "+dead)
 }
 
-// isGone reports whether the pod that GET returned, nil for 404, proves that the member's
+// isGone reports whether the pod that has the member's name now proves that the member's
 // processes have ended. A phase alone proves nothing: the garbage collector of pods
 // writes it, too.
-func (id memberID) isGone(pod *routerPod) bool {
-	return pod == nil || pod.uid != id.UID || pod.provenEnded
-}
+func (id memberID) isGone(pod routerPod) bool { return pod.uid != id.UID || pod.provenEnded }
 
 // storeCount writes the number of backends in force into the plan, if this router has a
 // newer one. It changes nothing else: all that see it make new tables.

@@ -1545,8 +1545,8 @@ func TestAnswerIsSentOnce(t *testing.T) {
 
 func TestMemberPodIsGone(t *testing.T) {
 	id := memberID{"u", "i"}
-	for pod, want := range map[*routerPod]bool{
-		nil: true, {uid: "other"}: true, {uid: "u", provenEnded: true}: true, {uid: "u"}: false,
+	for pod, want := range map[routerPod]bool{
+		{uid: "other"}: true, {uid: "u", provenEnded: true}: true, {uid: "u"}: false,
 		{uid: "u", scheduled: true}: false,
 	} {
 		if id.isGone(pod) != want {

@@ -72,7 +72,7 @@ type mover struct {
 	finishing    []*moveTally // whose last closing handshakes go on
 	queue        moveQueue
 	targets      *moveTargets
-	closing      []*session      // sessions that the step still waits for
+	stepSessions []*session      // sessions that the step still waits for
 	waitsForPace bool            // there are sessions of the next step that only wait for the pace
 	oldPodsWait  bool            // there are sessions of moveQueue.oldPod that only wait for the pace
 	lastDoneHere int64           // the last step of which nothing is left in this router
@@ -684,18 +684,18 @@ func (m *mover) closeStepSessions(v *view) bool {
 	m.awaitsEnd.Store(true)
 	blocks := func(f *flight) bool { return m.blocks(v, f) }
 	for {
-		m.closing = slices.DeleteFunc(m.closing, (*session).isOverForSteps)
-		if len(m.closing) > 0 {
+		m.stepSessions = slices.DeleteFunc(m.stepSessions, (*session).isOverForSteps)
+		if len(m.stepSessions) > 0 {
 			return false
 		}
 		inFlight := m.flights.any(blocks)
-		m.closing = m.misplacedSessions(v)
-		if len(m.closing) == 0 {
+		m.stepSessions = m.misplacedSessions(v)
+		if len(m.stepSessions) == 0 {
 			inFlight = inFlight || m.flights.any(blocks)
 			m.awaitsEnd.Store(inFlight)
 			return !inFlight
 		}
-		for _, s := range m.closing {
+		for _, s := range m.stepSessions {
 			m.moveSession(s)
 		}
 	}
@@ -704,7 +704,7 @@ func (m *mover) closeStepSessions(v *view) bool {
 // cutRequests cuts the plain requests that must not stay with their backends: those that
 // a step waits for, or with -handoff=off those whose owner changed, once they are
 // httpMoveTimeout old, and all requests of a pod that was replaced. A router that is no member of
-// the hand-off has none at all. Of a pod that was replaced it also ends the wait for abandoned
+// the hand-off cuts all at once. Of a pod that was replaced it also ends the wait for abandoned
 // requests and sessions. It returns when the next one has to be cut, zero if only when something
 // happens.
 func (m *mover) cutRequests(now time.Time) time.Time {

@@ -229,7 +229,7 @@ func checkLiteral(segment string) error {
 	return nil
 }
 
-// isNotPathCharacter reports whether c is no pchar of RFC 3986 §3.3, or a percent sign.
+// isNotPathCharacter reports whether c is a percent sign, or no pchar of RFC 3986 §3.3.
 func isNotPathCharacter(c rune) bool {
 	return isNotUnreserved(c) && !strings.ContainsRune("!$&'()*+,;=:@", c)
 }

@@ -11,7 +11,6 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
-	"net/url"
 	"slices"
 	"strings"
 	"sync"
@@ -210,8 +209,9 @@ func decodeReplies[T any](replies []reply, isWhole func(*T) bool) (
 // peerPods finds the other routers by the label of their pods.
 type peerPods struct {
 	// Static after construction.
-	path, label, own string // own is the name of this router's pod
-	port             string // of the admin ports
+	kubeNamespace, label string
+	own                  string // the name of this router's pod
+	port                 string // of the admin ports
 
 	turn chan struct{} // has an element while somebody owns what follows
 
@@ -230,8 +230,7 @@ func newPeerPods(client kubeClient, kubeNamespace, label, own, admin string) *pe
 		_, port, _ = net.SplitHostPort(admin)
 	}
 	return &peerPods{
-		path:  "/api/v1/namespaces/" + kubeNamespace + "/pods",
-		label: label, own: own, port: port, client: client, turn: make(chan struct{}, 1),
+		kubeNamespace: kubeNamespace, label: label, own: own, port: port, client: client, turn: make(chan struct{}, 1),
 	}
 }
 
@@ -264,18 +263,9 @@ func (p *peerPods) list(ctx context.Context) (found []peer, err error) {
 	if p.port == "" {
 		return nil, errors.New("-admin has no port")
 	}
-	body, err := p.client.do(ctx, p.path, url.Values{"labelSelector": {p.label}}, nil)
+	pods, err := listPods(ctx, &p.client, p.kubeNamespace, p.label)
 	if err != nil {
 		return nil, err
-	}
-	defer body.Close()
-	answer, pods, err := decodeList[podObject](body, maxList)
-	switch {
-	case err != nil:
-		return nil, cmp.Or(ctx.Err(), err)
-	case answer.Kind != "PodList" || answer.Metadata.Continue != "":
-		return nil, fmt.Errorf("%w: kind %.60q, expected a whole PodList",
-			errBadResponse, answer.Kind)
 	}
 	for _, pod := range pods {
 		ip := pod.Status.PodIP

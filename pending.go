@@ -82,8 +82,8 @@ func (l *pendingLimit) add(ordinal, n int) {
 }
 
 // beyondShare returns how many of the taken slots are beyond the share of the backend with
-// this ordinal. All requests that have no owner now have one slot together: requests of
-// queueHeld and of ownerNotKnown count as unresolved. The caller holds mu.
+// this ordinal. A request of a held namespace counts for its next owner. All that have no
+// owner, or one that is not known here, have one slot together. The caller holds mu.
 func (l *pendingLimit) beyondShare(ordinal, taken int) int {
 	if ordinal < 0 {
 		return max(0, taken-1)
@@ -143,7 +143,7 @@ type pendingRequest struct {
 	// Set after its admission.
 	podUID       string    // of the owner's pod, "" if not known
 	holdDeadline time.Time // until then it waits; zero if it was not parked
-	dialErr      error     // why it has waited in vain; nil while that is open
+	dialErr      error     // why it has waited in vain; nil if it has not
 	backendConn  net.Conn  // to the owner, which may have the request already; or nil
 	flight       *flight   // nil if it was not sent or is over, and for an upgrade with -handoff=off
 	cut          func()    // of a plain request: see flight.cut; nil for an upgrade

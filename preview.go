@@ -13,7 +13,7 @@ import (
 	"strings"
 )
 
-// maxReplicas is how many backends a preview may have.
+// maxReplicas is how many backends the tables of previews and of "router owner" may have.
 const maxReplicas = 10_000
 
 // maxPreviewBody bounds the body of POST /plan, in bytes. A ConfigMap has at most 1 MiB of

@@ -61,7 +61,7 @@ type proxy struct {
 	namespaceLimiter    *namespaceLimiter // nil: no limits
 	requestsChecked     atomic.Int64      // calls of check
 	upgradesInHTTP      waitCount         // requests that net/http has, but for the requests of forwarder
-	betweenServers      sync.WaitGroup    // requests on their way from the fast path to ServeHTTP
+	handedToHTTP        sync.WaitGroup    // requests on their way from the fast path to ServeHTTP
 	upgradeDurations    *histogram        // from the head of an upgrade to its session
 	ownerWaits          *histogram        // of each wait for an owner
 	results             [numResults]atomic.Int64
@@ -480,7 +480,7 @@ var errMisdirected = errors.New("another backend answers at its address")
 var errReleased = errors.New("it has released the namespace for a later step (409)")
 
 // admit checks an upgrade request, finds its owner, and counts it in the limits. Both
-// ways of a handshake begin with it. The caller calls close or openSession.
+// ways of an upgrade begin with it. The caller calls close or openSession.
 func (p *proxy) admit(r *http.Request) (*pendingRequest, *refusal) {
 	namespace, refused := p.check(r, checkUpgrade)
 	if refused != nil {
@@ -657,7 +657,7 @@ func (p *proxy) completeUpgrade(
 	}()
 	backendConn.SetDeadline(time.Now().Add(p.limits.upgradeTimeout))
 	// A client that leaves need not wait for the backend's answer.
-	stop := context.AfterFunc(r.Context(), func() { backendConn.SetDeadline(time.Unix(1, 0)) })
+	stop := context.AfterFunc(r.Context(), func() { backendConn.SetDeadline(pastDeadline()) })
 	defer stop()
 	br := p.newReader(nil)
 	resp, fromBackend, err := handshake(backendConn, br, request, p.limits.headerBytes)
@@ -737,7 +737,7 @@ func (p *proxy) passResponse(
 	client := http.NewResponseController(w)
 	client.SetWriteDeadline(deadline)
 	stop := context.AfterFunc(ctx, func() {
-		backendConn.SetDeadline(time.Unix(1, 0))
+		backendConn.SetDeadline(pastDeadline())
 		client.SetWriteDeadline(time.Now().Add(stopGrace))
 	})
 	defer stop()
@@ -795,7 +795,7 @@ func (p *proxy) newSession(u *pendingRequest, clientAddrs string) (*session, err
 }
 
 // openSession makes s of the upgrade: start gives the relay s and its sockets, which from
-// then on only the relay touches. Both ways of a handshake end with it.
+// then on only the relay touches. Both ways of an upgrade end with it.
 //
 // The flight ends after the relay has s. A step of a hand-off looks for flights first and
 // for sessions after that: so it finds the one or the other.

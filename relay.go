@@ -127,7 +127,7 @@ type session struct {
 	idleCount int32 // checks since the sum of bytesFrom changed
 	lastBytes int64 // sum of bytesFrom at the last check
 
-	topBytes  int64           // the same at the last look of topNamespaces, which owns it
+	topBytes  int64           // sum of bytesFrom at the last look of topNamespaces, which owns it
 	bytesFrom [2]atomic.Int64 // by sender, taken by its peer's socket; with Close frames
 
 	sessionIO // the engine's part: the sockets and their state
@@ -182,7 +182,7 @@ type relay struct {
 	openSessions sync.WaitGroup          // wait waits for it
 	ended        [numCauses]atomic.Int64 // sessions
 	cut          [numCauses]atomic.Int64 // of these, those whose closing handshake was cut
-	unproven     atomic.Int64            // moved sessions whose backend's connection was reset: leavesBackend
+	unproven     atomic.Int64            // moved sessions whose backend's connection was reset: shouldAbandon
 	durations    [numCauses]*histogram   // of the ended sessions
 
 	// podUIDs is the uid of each backend's present pod, by ordinal, for all backends
@@ -408,12 +408,12 @@ func (r *relay) setBackendDone(s *session) {
 	r.onBackendDone()
 }
 
-// leavesBackend is called when the backend has not answered the Close frame of s in its time,
+// shouldAbandon is called when the backend has not answered the Close frame of s in its time,
 // and may go on to serve the namespace. It reports whether the caller has to call
 // abandonBackend. Otherwise the caller resets the connection. A session that moves is counted
 // then: the clients of its namespace are held, and wait no longer. After any other session
 // nobody waits, and a step may come much later.
-func (r *relay) leavesBackend(s *session) bool {
+func (r *relay) shouldAbandon(s *session) bool {
 	switch {
 	case s.backendDone.Load(): // it has failed, and backendFailed has seen to the rest
 		return false

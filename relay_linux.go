@@ -634,7 +634,7 @@ func (p *poller) scan(s *session, i side, n int) int {
 
 // dropBackend resets the backend's connection, or abandons it.
 func (p *poller) dropBackend(s *session) {
-	if p.relay.leavesBackend(s) {
+	if p.relay.shouldAbandon(s) {
 		p.abandonBackend(s)
 	} else {
 		fd := int(s.fd[backendSide])

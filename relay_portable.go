@@ -274,9 +274,6 @@ func (s *session) abandonBackend() {
 	}
 }
 
-// pastDeadline is a deadline that interrupts a read.
-func pastDeadline() time.Time { return time.Unix(1, 0) }
-
 // lock locks what guards the session's closing handshake.
 func (s *session) lock() { s.mu.Lock() }
 
@@ -355,7 +352,7 @@ func (s *session) continueClose(from side, err error) bool {
 // dropBackend resets the backend's connection, or abandons it. The caller holds mu.
 func (s *session) dropBackend() {
 	s.writeFailed[backendSide] = true
-	if s.relay.leavesBackend(s) {
+	if s.relay.shouldAbandon(s) {
 		s.abandonBackend()
 	} else if conn, ok := s.conn[backendSide].(interface{ SetLinger(int) error }); ok {
 		conn.SetLinger(0) // if it fails, the backend gets a FIN instead of an RST

@@ -46,7 +46,7 @@ type sourceContent struct {
 }
 
 // table maps each namespace to its owner. It is immutable: an update makes a new one.
-// Its methods take no lock, and desiredOwner does not allocate (invariant 1).
+// Its methods take no lock, and ownerOf does not allocate (invariant 1).
 type table struct {
 	statefulSet      string          // the part of a backend's name before "-" and its ordinal
 	fromHost         bool            // a namespace is the first label of a host name

@@ -3,7 +3,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -19,10 +18,10 @@ import (
 )
 
 const (
-	// objectRequestTimeout bounds one write of the object, and one GET of a pod.
+	// objectRequestTimeout bounds one write of the object.
 	objectRequestTimeout = 5 * time.Second
-	// When a member has not answered for blockedTime, the router asks for its pod, and then
-	// again after each blockedTime.
+	// When a change has waited for a member for blockedTime since the last version of the object,
+	// the router asks for its pod, and then again after each blockedTime: see blocking.
 	blockedTime = time.Second
 	// relistTime is how long a change may wait without a new version of the object before
 	// the object is listed again: an event may have been lost (kubernetes#123072).
@@ -41,9 +40,8 @@ type sharedHandoff struct {
 	watcher  *watcher[handoffConfigMap]
 	writer   *kubeClient // of the write under way; it keeps its connection
 	client   kubeClient  // to copy: a client is for one goroutine
-	podsPath string
-	podLabel string // a label selector: the pods of all routers
-	wake     func() // wakes the mover's run; must not block
+	podLabel string      // a label selector: the pods of all routers
+	wake     func()      // wakes the mover's run; must not block
 	// wantedCount returns the number of backends that the object should have; nil if
 	// it is not known.
 	wantedCount func() *backendCount
@@ -86,7 +84,7 @@ type handoffInbox struct {
 	gone   map[string]bool // UIDs of pods that have ended for ever; immutable
 	busy   bool            // a write or a list is under way
 	asking bool            // a request for a pod is under way
-	ended  bool            // a write or a list has ended since decideAndStart was called
+	ended  bool            // a write or a list has ended since decideAndStart was called last
 	err    error           // of that
 }
 
@@ -115,8 +113,7 @@ func newSharedHandoff(client kubeClient, kubeNamespace, object string, pod, uid,
 	writer.sendsPatches, writer.keepsConn = true, true
 	h := &sharedHandoff{
 		writer: &writer, client: client, podLabel: podLabel,
-		podsPath: "/api/v1/namespaces/" + kubeNamespace + "/pods",
-		wake:     func() {}, wantedCount: func() *backendCount { return nil },
+		wake: func() {}, wantedCount: func() *backendCount { return nil },
 		onCountStored: func(*backendCount) {}, log: log,
 		member:  newMember(pod, uid, fmt.Sprintf("%016x", rand.Uint64())),
 		inbox:   handoffInbox{gone: map[string]bool{}},
@@ -393,19 +390,9 @@ func (h *sharedHandoff) listPods(ctx context.Context) error {
 		uid: o.uid, version: o.version, at: time.Now(), pods: map[string]routerPod{},
 	}
 	client := h.client
-	query := url.Values{"labelSelector": {h.podLabel}}
-	body, err := client.do(ctx, h.podsPath, query, nil)
+	pods, err := listPods(ctx, &client, h.watcher.kubeNamespace, h.podLabel)
 	if err != nil {
 		return err
-	}
-	defer body.Close()
-	answer, pods, err := decodeList[podObject](body, maxList)
-	switch {
-	case err != nil:
-		return cmp.Or(ctx.Err(), err)
-	case answer.Kind != "PodList" || answer.Metadata.Continue != "":
-		return fmt.Errorf("%w: kind %.60q, continue %.60q, expected a whole PodList",
-			errBadResponse, answer.Kind, answer.Metadata.Continue)
 	}
 	for _, pod := range pods {
 		l.pods[pod.Metadata.Name] = pod.routerPod()
@@ -416,53 +403,8 @@ func (h *sharedHandoff) listPods(ctx context.Context) error {
 	return nil
 }
 
-// podObject holds the fields that the router reads of a Pod
-// (https://kubernetes.io/docs/reference/kubernetes-api/workload-resources/pod-v1/).
-type podObject struct {
-	apiObject
-	Spec struct {
-		NodeName string `json:"nodeName"`
-	} `json:"spec"`
-	Status struct {
-		Phase             string `json:"phase"`
-		PodIP             string `json:"podIP"`
-		ContainerStatuses []struct {
-			State struct {
-				Terminated *struct{} `json:"terminated"`
-			} `json:"state"`
-		} `json:"containerStatuses"`
-	} `json:"status"`
-}
-
-// routerPod returns what the hand-off needs to know of the pod. It has ended if the
-// kubelet has written that all its containers have: the phase alone is also written by
-// others.
-func (p *podObject) routerPod() routerPod {
-	phase := p.Status.Phase
-	ended := (phase == "Failed" || phase == "Succeeded") && p.containersEnded()
-	return routerPod{uid: p.Metadata.UID, scheduled: p.Spec.NodeName != "", provenEnded: ended}
-}
-
-// containersEnded reports whether all containers but sidecars have terminated.
-func (p *podObject) containersEnded() bool {
-	for i := range p.Status.ContainerStatuses {
-		if p.Status.ContainerStatuses[i].State.Terminated == nil {
-			return false
-		}
-	}
-	return len(p.Status.ContainerStatuses) > 0
-}
-
-// routerEnded reports whether no router runs in the pod, and none will. It is for the list of the
-// other routers' admin ports: so, unlike routerPod, it goes by the phase alone.
-func (p *podObject) routerEnded() bool {
-	phase := p.Status.Phase
-	return phase == "Failed" || phase == "Succeeded" ||
-		p.Metadata.DeletionTimestamp != "" && p.containersEnded()
-}
-
-// askPods asks the API server about routers that have not answered for blockedTime: is
-// the pod still there? It returns when to ask again. It does not block.
+// askPods asks the API server about the routers that a change has waited for during
+// blockedTime: is the pod still there? It returns when to ask again. It does not block.
 func (h *sharedHandoff) askPods(in *handoffInbox, now time.Time) time.Time {
 	blocking := h.blocking(in)
 	if len(blocking) == 0 || in.asking {
@@ -520,38 +462,15 @@ func (h *sharedHandoff) findGone(
 ) (gone []string, err error) {
 	client := h.client
 	for pod, id := range members {
-		found, askErr := h.getPod(ctx, &client, pod)
+		found, askErr := getPod(ctx, &client, h.watcher.kubeNamespace, pod)
 		switch {
 		case askErr != nil:
 			err = askErr
-		case id.isGone(found):
+		case found == nil || id.isGone(found.routerPod()):
 			gone = append(gone, id.UID)
 		}
 	}
 	return gone, err
-}
-
-// getPod returns the pod of this name, nil if there is none.
-func (h *sharedHandoff) getPod(
-	ctx context.Context, client *kubeClient, name string,
-) (*routerPod, error) {
-	ctx, cancel := context.WithTimeout(ctx, objectRequestTimeout)
-	defer cancel()
-	body, err := client.do(ctx, h.podsPath+"/"+name, nil, nil)
-	if hasStatus(err, http.StatusNotFound) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	defer body.Close()
-	var pod podObject
-	err = json.NewDecoder(io.LimitReader(body, maxObject)).Decode(&pod)
-	if err == nil && (pod.Kind != "Pod" || pod.Metadata.UID == "") {
-		err = fmt.Errorf("%w: kind %.60q, expected a Pod", errBadResponse, pod.Kind)
-	}
-	found := pod.routerPod()
-	return &found, err
 }
 
 // relistObject lists the object again if a change waits and nothing has come for

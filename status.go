@@ -312,8 +312,8 @@ type handoffStatus struct {
 	SecondsLeft float64      `json:"seconds_left"`     // at least, for those of ToMove that the rate counts
 }
 
-// stepWait is what a step waits for: a backend of this router, or another router that has
-// not answered.
+// stepWait is what a step waits for: a backend of this router, or a router that has not
+// answered, which may be this one.
 type stepWait struct {
 	Backend  string  `json:"backend,omitempty"` // "" for a router
 	Router   string  `json:"router,omitempty"`  // its pod; "" for a backend

@@ -53,7 +53,7 @@ func (l *lazyTransport) Write(b []byte) (n int, err error) {
 // evict ends the handshake to make room: too many wait for their clients.
 func (l *lazyTransport) evict() {
 	if l.state.CompareAndSwap(lazyHandshaking, lazyEvicted) {
-		l.Conn.SetDeadline(time.Unix(1, 0))
+		l.Conn.SetDeadline(pastDeadline())
 	}
 }
 

@@ -267,7 +267,7 @@ const maxCloseFrame = 2 + maskKey + maxControlPayload
 // The backend is first because a client that gets a Close frame connects again at
 // once, to the new owner. By then the old owner has let go of it, and all that the
 // old owner sent has arrived. A backend that does not answer in its time is given up: it is
-// reset, or it gets a FIN and steps of a hand-off wait for its end (relay.leavesBackend).
+// reset, or it gets a FIN and steps of a hand-off wait for its end (relay.shouldAbandon).
 //
 // What a side sends after its peer got the Close frame is read and dropped. A socket
 // that is closed with unread bytes sends a reset, which destroys the bytes on their

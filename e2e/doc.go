@@ -6,12 +6,12 @@
 // DEPLOY_WITH=no-tls clients come without TLS; that is for the tests of the hand-off, to
 // measure what handshakes of TLS would hide on a small machine.
 //
-// All code is in test files, and the tests run one after the other. Each test restores
+// The code is in test files, but for the servers that tests start. The tests run one after the other. Each test restores
 // what it changes: the overrides, the Secret, the pods. The names of the tests'
 // namespaces begin with "e2e-". A precondition that is not met is a failure that says
-// what to do, never a skip. To omit a test, use -skip.
+// what to do; only programs that are not installed are a reason to skip. To omit a test, use -skip.
 //
-// TestClosing and the other tests of closing need no cluster: they run the router as a
+// The tests of closing (TestClosing...) need no cluster: they run the router as a
 // process. So do TestAppsLayouts and TestMonitoringAlone. TestMonitoring and
 // TestMonitoringAlone start a Prometheus of their own; where that is not installed, they say
 // so and are skipped.
