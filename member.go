@@ -500,6 +500,9 @@ func (m *member) join(in *decisionInput) decision {
 	case !in.doneHere:
 		return m.waitForStep()
 	}
+	if d, ok := m.needsOwnPod(in); !ok {
+		return d
+	}
 	a := m.answer(in)
 	next := p.withMember(m.name, &memberID{m.uid, m.instance})
 	return m.writePlan(in, next, &a, in.now, "this router is joining")
@@ -715,13 +718,25 @@ func (m *member) needsList(in *decisionInput) (d decision, ok bool) {
 	if !fresh || !in.now.Before(l.at.Add(maxPodListAge)) {
 		return decision{action: actList, doing: "this router is listing the router pods"}, false
 	}
-	if pod := l.pods[m.name]; pod.uid != m.uid {
-		return decision{
-			doing: "the list of router pods does not have this one",
-			again: l.at.Add(maxPodListAge),
-		}, false
+	return m.needsOwnPod(in)
+}
+
+// needsOwnPod reports whether this router's pod was in the last list of router pods. If not, d is
+// what to do. Others ask for the pod by its name, and a reset finds it in the list: they would go
+// on without a member that has another name, or not the labels.
+func (m *member) needsOwnPod(in *decisionInput) (d decision, ok bool) {
+	l := in.list
+	switch {
+	case l != nil && l.pods[m.name].uid == m.uid:
+		return decision{}, true
+	case l == nil || !in.now.Before(l.at.Add(maxPodListAge)):
+		return decision{action: actList, doing: "this router is listing the router pods"}, false
 	}
-	return decision{}, true
+	return decision{
+		doing: fmt.Sprintf("no pod with the labels of -router-pods has this router's name %q (-pod-name) "+
+			"and its -pod-uid", m.name),
+		again: l.at.Add(maxPodListAge),
+	}, false
 }
 
 // reset writes a new plan when the one in the object does not follow from ours: a new

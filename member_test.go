@@ -1286,6 +1286,34 @@ func TestRemovedMemberEndsSessions(t *testing.T) {
 	}
 }
 
+// A router joins only if its pod is one of the router pods, under its name: others would take its
+// pod for gone, and a reset would forget it.
+func TestJoinNeedsOwnPod(t *testing.T) {
+	w, r, s := rested(2)
+	next := r.view.plan.withMember(r.pod, nil)
+	next.writes++
+	w.store(w.object.uid, map[string]string{planKey: next.String()})
+	s.object = w.object
+	r.commit(r.decide(s), s.now)
+	s.hasWork, s.doneHere = false, true
+	pods := func(pods map[string]routerPod) *podList { return &podList{at: s.now, pods: pods} }
+	for name, tt := range map[string]struct {
+		list   *podList
+		action action
+		doing  string
+	}{
+		"no list":                  {nil, actList, "listing"},
+		"it is there":              {pods(w.pods), actWrite, "joining"},
+		"not there":                {pods(map[string]routerPod{"r1": w.pods["r1"]}), actWait, `name "r0" (-pod-name)`},
+		"another pod has its name": {pods(map[string]routerPod{"r0": w.pods["r1"]}), actWait, `name "r0" (-pod-name)`},
+		"not there some time ago":  {&podList{at: s.now.Add(-maxPodListAge)}, actList, "listing"},
+	} {
+		if s.list = tt.list; r.decide(s).action != tt.action || !strings.Contains(r.decide(s).doing, tt.doing) {
+			t.Errorf("%s: it decides to %d: %s", name, r.decide(s).action, r.decide(s).doing)
+		}
+	}
+}
+
 // Without an object, and without news, a member writes nothing.
 func TestMemberWaits(t *testing.T) {
 	_, r, s := rested(2)
