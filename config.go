@@ -262,7 +262,7 @@ func (c *config) namespaceFlags(f *flag.FlagSet) {
 	f.IntVar(&c.limits.namespace.sessions, "max-sessions-per-namespace", 0,
 		"for each namespace, the maximum `number` of sessions and pending upgrades in this router;\n"+
 			"each router counts by itself; 0 is no limit")
-	f.IntVar(&c.limits.namespace.upgrades, "max-upgrades-per-second", 0,
+	f.IntVar(&c.limits.namespace.upgradesPerSecond, "max-upgrades-per-second", 0,
 		"for each namespace, the maximum `number` of upgrades per second, which may come at once;\n"+
 			"each router counts by itself; 0 is no limit")
 	f.DurationVar(&c.maxAge, "max-age", 0,
@@ -503,7 +503,7 @@ func (c *config) validateLimits() error {
 		{"max-sessions", c.limits.sessions, 1},
 		{"max-pending-upgrades", c.limits.pendingRequests, 1},
 		{"max-sessions-per-namespace", c.limits.namespace.sessions, 0},
-		{"max-upgrades-per-second", c.limits.namespace.upgrades, 0},
+		{"max-upgrades-per-second", c.limits.namespace.upgradesPerSecond, 0},
 		{"move-rate", c.moveRate, 0},
 	} {
 		if number.value < number.min {

@@ -31,7 +31,7 @@ type directory struct {
 	update func(...sourceContent) // gets the overrides, once for each change
 	log    *slog.Logger
 
-	lastError atomic.Pointer[string] // why the last poll failed; nil if it did not
+	problem atomic.Pointer[string] // why the last poll has not read it; nil if it has
 
 	// Owned by run.
 	lastSignature    string // found by the last poll
@@ -42,7 +42,10 @@ type directory struct {
 // tableStore.addSource.
 func newDirectory(path string, log *slog.Logger) func(update func(...sourceContent)) overrideSource {
 	return func(update func(...sourceContent)) overrideSource {
-		return &directory{path: path, update: update, log: log}
+		d := &directory{path: path, update: update, log: log}
+		notYet := d.id().String() + " has not been read yet"
+		d.problem.Store(&notYet)
+		return d
 	}
 }
 
@@ -61,13 +64,12 @@ func (d *directory) run(ctx context.Context) {
 	}
 }
 
-// whyNotReady says why update was not called yet. Nobody calls it after that: where the
-// directory is not provisional, flags give the backends, and then there is a table.
+// whyNotReady says why update was not called yet.
 func (d *directory) whyNotReady() string {
-	if problem := d.lastError.Load(); problem != nil {
+	if problem := d.problem.Load(); problem != nil {
 		return *problem
 	}
-	return d.id().String() + " has not been read yet"
+	return ""
 }
 
 // poll compares the directory with the last poll, and applies a change that both polls
@@ -95,7 +97,7 @@ func (d *directory) apply(signature string) error {
 		return err
 	}
 	d.appliedSignature = signature
-	d.lastError.Store(nil)
+	d.problem.Store(nil)
 	d.update(sourceContent{id: d.id(), version: version, overrides: newOverrideSet(data)})
 	return nil
 }
@@ -103,7 +105,7 @@ func (d *directory) apply(signature string) error {
 // setError stores the error, and logs it if it differs from the last one.
 func (d *directory) setError(err error) {
 	text := fmt.Sprintf("read the overrides: %v", err)
-	if old := d.lastError.Swap(&text); old == nil || *old != text {
+	if old := d.problem.Swap(&text); old == nil || *old != text {
 		d.log.Warn("cannot read the overrides directory", "error", text)
 	}
 	d.lastSignature, d.appliedSignature = "", "" // read all again once the error is gone

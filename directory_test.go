@@ -22,11 +22,8 @@ type fakeDir struct {
 
 func newFakeDir(t *testing.T) *fakeDir {
 	d := &fakeDir{logged: &textLog{}}
-	d.directory = &directory{
-		path:   filepath.Join(t.TempDir(), "overrides"),
-		update: func(contents ...sourceContent) { d.applied = append(d.applied, contents...) },
-		log:    slog.New(slog.NewTextHandler(d.logged, nil)),
-	}
+	create := newDirectory(filepath.Join(t.TempDir(), "overrides"), slog.New(slog.NewTextHandler(d.logged, nil)))
+	d.directory = create(func(contents ...sourceContent) { d.applied = append(d.applied, contents...) }).(*directory)
 	d.mkdir(t, "")
 	return d
 }
@@ -195,14 +192,12 @@ func TestDirectoryMissing(t *testing.T) {
 	d.write(t, "ns-01", "backend-1")
 	d.want(t, map[string]string{"ns-01": "backend-1"})
 	version := d.applied[0].version
-	if d.lastError.Load() != nil {
-		t.Errorf("problem: %s", d.whyNotReady())
-	}
+	wantEqual(t, "why it is not ready", d.whyNotReady(), "")
 	os.Rename(d.path, d.path+".away")
 	d.want(t, nil)
 	os.Rename(d.path+".away", d.path)
 	d.want(t, map[string]string{"ns-01": "backend-1"})
-	if d.lastError.Load() != nil || d.applied[0].version != version || d.logged.count("level=WARN") != 2 {
+	if d.problem.Load() != nil || d.applied[0].version != version || d.logged.count("level=WARN") != 2 {
 		t.Errorf("version %s, want %s as before; log, want one warning each time:\n%s", d.applied[0].version, version, d.logged)
 	}
 }

@@ -112,7 +112,7 @@ func (f *forwarder) writeMetrics(m metricsWriter) {
 	sample := m.family("router_http_requests_total", "counter",
 		"Plain requests, by result.")
 	for r := range numResults {
-		if !r.isUpgradeOnly() {
+		if !r.info().upgradeOnly {
 			sample(float64(f.results[r].Load()), "result", r.String())
 		}
 	}

@@ -11,8 +11,8 @@ import (
 // namespaceLimits bounds what clients can take of each namespace in this router. 0 is no
 // limit.
 type namespaceLimits struct {
-	sessions int // open at once, with the pending upgrades
-	upgrades int // per second
+	sessions          int // open at once, with the pending upgrades
+	upgradesPerSecond int
 }
 
 // namespaceLimiter counts upgrades and their sessions in the limits of their namespaces. A
@@ -31,7 +31,7 @@ func newNamespaceLimiter(limits namespaceLimits, log *slog.Logger) *namespaceLim
 	}
 	return &namespaceLimiter{
 		limits: limits, sessions: newNamespaceSessions(limits.sessions),
-		rate: newNamespaceRate(limits.upgrades, log),
+		rate: newNamespaceRate(limits.upgradesPerSecond, log),
 	}
 }
 
@@ -55,15 +55,15 @@ func (l *namespaceLimiter) admit(namespace string) (*namespacePermit, *refusal) 
 		permit.giveBack()
 		return nil, refuse(resultMaxUpgradesPerSecond,
 			"%q has more than %d upgrades per second, the limit of a namespace",
-			namespace, l.limits.upgrades)
+			namespace, l.limits.upgradesPerSecond)
 	}
 	return permit, nil
 }
 
 // namespacePermit is what an upgrade takes of the limits of its namespace with its
 // admission, until it is answered or its client is gone. If it becomes a session, that has
-// the permit (proxy.openSession): until its closing handshake begins, since its client may
-// return at once, or else until its end.
+// what forSession returns: until its closing handshake begins, since its client may return at
+// once, or else until its end.
 type namespacePermit struct {
 	sessions  *namespaceSessions
 	namespace string
@@ -76,6 +76,10 @@ func (p *namespacePermit) giveBack() {
 		p.sessions.giveBack(p.namespace)
 	}
 }
+
+// forSession returns what a session keeps of the permit of its upgrade: all of it. A limit of
+// upgrades that are pending would give its part back here.
+func (p *namespacePermit) forSession() *namespacePermit { return p }
 
 // namespaceSessions bounds the sessions of each namespace in this router, together with
 // its pending upgrades, so that many clients at once do not pass.

@@ -215,7 +215,7 @@ func TestNamespaceSessionsOfAMove(t *testing.T) {
 
 // limitRate sets -max-upgrades-per-second to a limit for interval.
 func limitRate(p *proxy, limit int, interval time.Duration) {
-	p.namespaceLimiter = newNamespaceLimiter(namespaceLimits{upgrades: limit}, p.log)
+	p.namespaceLimiter = newNamespaceLimiter(namespaceLimits{upgradesPerSecond: limit}, p.log)
 	rate := p.namespaceLimiter.rate
 	rate.interval, rate.size = interval/time.Duration(limit), interval
 }

@@ -130,13 +130,13 @@ const headBytesPerRequest = 2 << 10
 // plain request until its owner gets it. An upgrade goes with its client from the fast path
 // to net/http. One goroutine at a time owns it.
 type pendingRequest struct {
-	limit        *pendingLimit    // counts it until uncount
-	permit       *namespacePermit // given back by uncount, or by its session; nil if no limit of the namespace counts it
-	slotReturned bool
-	began        time.Time  // when its head was read
-	waitBegan    time.Time  // when it began to wait for its owner; zero while it does not
-	waits        *histogram // of these waits
-	namespace    string
+	limit     *pendingLimit    // counts it until uncount
+	permit    *namespacePermit // given back by uncount, or by its session; nil if no limit of the namespace counts it
+	uncounted bool
+	began     time.Time  // when its head was read
+	waitBegan time.Time  // when it began to wait for its owner; zero while it does not
+	waits     *histogram // of these waits
+	namespace string
 	assignment
 	headBytes int // of its head and a short body, as limit counts them
 
@@ -219,7 +219,7 @@ func (p *pendingRequest) reserveHead(n, limit int) *refusal {
 // uncount ends the count of the request in its limits. More calls do nothing. A nil request
 // was not admitted: it has no count.
 func (p *pendingRequest) uncount() {
-	if p == nil || p.slotReturned {
+	if p == nil || p.uncounted {
 		return
 	}
 	p.endWait()
@@ -227,13 +227,13 @@ func (p *pendingRequest) uncount() {
 	p.limit.giveBack(p.backend)
 	p.permit.giveBack()
 	p.permit = nil
-	p.slotReturned = true
+	p.uncounted = true
 }
 
 // countAgain takes a slot again, after uncount, even if the owner has its share.
 func (p *pendingRequest) countAgain() {
 	p.limit.take(p.backend)
-	p.slotReturned = false
+	p.uncounted = false
 }
 
 // close ends the count of the request, and abandons the connection to its owner if it has one.

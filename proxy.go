@@ -806,7 +806,7 @@ func (p *proxy) newSession(u *pendingRequest, clientAddrs string) (*session, err
 func (p *proxy) openSession(u *pendingRequest, s *session, start func()) {
 	p.results[resultOK].Add(1)
 	p.upgradeDurations.observe(time.Since(u.began))
-	s.permit, u.permit = u.permit, nil
+	s.permit, u.permit = u.permit.forSession(), nil
 	u.uncount() // before start, or the limit of sessions would count it twice
 	start()
 	u.endFlight()

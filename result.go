@@ -39,33 +39,45 @@ const (
 // resultBrokenOff.
 const numUpgradeResults = resultBrokenOff
 
-// String is the value of the metric's label.
-func (r result) String() string {
-	return [numResults]string{"ok", "bad_request", "bad_head", "not_found", "not_upgrade", "no_table", "unresolved",
-		"hold_timeout", "misdirected", "max_sessions", "max_pending_upgrades", "max_sessions_per_namespace", "max_upgrades_per_second", "draining", "client_gone", "bad_gateway", "gateway_timeout", "backend_refused", "broken_off"}[r]
+// resultInfo is what there is to know of a result.
+type resultInfo struct {
+	text        string // the value of the metric's label
+	status      int    // of a refusal with it; 0: 503
+	upgradeOnly bool   // an upgrade can have it, and a plain request cannot
 }
+
+// info returns what there is to know of the result.
+func (r result) info() resultInfo {
+	return [numResults]resultInfo{
+		resultOK:                      {text: "ok"},
+		resultBadRequest:              {"bad_request", http.StatusBadRequest, false},
+		resultBadHead:                 {"bad_head", http.StatusRequestHeaderFieldsTooLarge, false},
+		resultNotFound:                {"not_found", http.StatusNotFound, false},
+		resultNotUpgrade:              {"not_upgrade", http.StatusUpgradeRequired, true},
+		resultNoTable:                 {text: "no_table"},
+		resultUnresolved:              {text: "unresolved"},
+		resultHoldTimeout:             {text: "hold_timeout"},
+		resultMisdirected:             {text: "misdirected"},
+		resultMaxSessions:             {text: "max_sessions"},
+		resultMaxPending:              {text: "max_pending_upgrades"},
+		resultMaxSessionsPerNamespace: {text: "max_sessions_per_namespace", upgradeOnly: true},
+		resultMaxUpgradesPerSecond:    {"max_upgrades_per_second", http.StatusTooManyRequests, true},
+		resultDraining:                {text: "draining"},
+		resultClientGone:              {text: "client_gone"},
+		resultBadGateway:              {"bad_gateway", http.StatusBadGateway, false},
+		resultGatewayTimeout:          {"gateway_timeout", http.StatusGatewayTimeout, true},
+		resultBackendRefused:          {text: "backend_refused", upgradeOnly: true},
+		resultBrokenOff:               {text: "broken_off"},
+	}[r]
+}
+
+// String is the value of the metric's label.
+func (r result) String() string { return r.info().text }
 
 // refusalStatus is the HTTP status of a refusal with this result: 503 for those that have no
 // other.
 func (r result) refusalStatus() int {
-	status := [numResults]int{
-		resultBadRequest: http.StatusBadRequest,
-		resultBadHead:    http.StatusRequestHeaderFieldsTooLarge,
-		resultNotFound:   http.StatusNotFound, resultNotUpgrade: http.StatusUpgradeRequired,
-		resultMaxUpgradesPerSecond: http.StatusTooManyRequests,
-		resultBadGateway:           http.StatusBadGateway, resultGatewayTimeout: http.StatusGatewayTimeout,
-	}[r]
-	return cmp.Or(status, http.StatusServiceUnavailable)
-}
-
-// isUpgradeOnly reports whether an upgrade can have the result, and a plain request cannot.
-func (r result) isUpgradeOnly() bool {
-	switch r {
-	case resultNotUpgrade, resultBackendRefused, resultGatewayTimeout,
-		resultMaxSessionsPerNamespace, resultMaxUpgradesPerSecond:
-		return true
-	}
-	return false
+	return cmp.Or(r.info().status, http.StatusServiceUnavailable)
 }
 
 // refusal says that a request is not carried out, and why. The reason is for the log:
