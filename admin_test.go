@@ -13,6 +13,7 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -634,6 +635,53 @@ func previewFewer(t *testing.T) string {
 		t.Fatal(err)
 	}
 	return string(b)
+}
+
+// A namespace whose override is invalid keeps the owner that the hash gave it, whatever the hash
+// gives it later, until that owner is gone. The plan of a change says so.
+func TestPlanOfKeptNamespace(t *testing.T) {
+	namespace := "ns-0"
+	for i := 1; bucket(namespace, 4) != 3 || bucket(namespace, 5) != 4; i++ {
+		namespace = fmt.Sprint("ns-", i)
+	}
+	tests := map[string]struct {
+		body  string
+		set   backendSet
+		owner string
+	}{
+		"more":     {`{"replicas":5}`, backendSet{ordinalRange: ordinalRange{count: 5}}, "backend-3"},
+		"cordoned": {`{"cordon":[3]}`, backendSet{ordinalRange: ordinalRange{count: 4}, listedCordon: cordon{3}}, "backend-3"},
+		"fewer":    {`{"replicas":3}`, backendSet{ordinalRange: ordinalRange{count: 3}}, ""},
+	}
+	for name, tt := range tests {
+		for _, off := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, off is %t", name, off), func(t *testing.T) {
+				p := startProxy(t, slices.Repeat([]string{startStub(t, "127.0.0.1:0", echo).addr}, 5), map[string]string{}, func(p *proxy) {
+					p.mover.handoffOff = off
+					p.tables.setBackends(backendSet{ordinalRange: ordinalRange{count: 4}})
+				})
+				atRest := func() bool { s := p.mover.status(); return !s.InProgress && s.ToMove == 0 }
+				eventually(t, "at rest", true, atRest)
+				p.override("2", map[string]string{namespace: "junk"})
+				eventually(t, "at rest", true, atRest)
+				p.open(t, namespace)
+				p.waitSessions(t, 1)
+				a := &admin{proxy: p.proxy, fdLimit: wideDescriptorLimit(t), logQueue: newLogQueue(io.Discard), started: time.Now()}
+				w := httptest.NewRecorder()
+				a.handler().ServeHTTP(w, httptest.NewRequest("POST", "/plan", strings.NewReader(tt.body)))
+				var plan preview
+				must(t, json.Unmarshal(w.Body.Bytes(), &plan))
+				if plan.Sessions != 0 || plan.Unresolved > 0 != (tt.owner == "") {
+					t.Errorf("the plan is %s", w.Body)
+				}
+				p.tables.setBackends(tt.set)
+				eventually(t, "at rest", true, atRest)
+				var got ownership
+				must(t, json.NewDecoder(answered(a, "/owner?dial=0&namespace="+namespace).Body).Decode(&got))
+				wantEqual(t, "the owner", got.Owner, tt.owner)
+			})
+		}
+	}
 }
 
 // /owner?all=1 says that the owner was not dialled only where this router does not know it.
