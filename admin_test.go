@@ -684,6 +684,41 @@ func TestPlanOfKeptNamespace(t *testing.T) {
 	}
 }
 
+// A namespace that waits for its turn to move stays when its override becomes invalid: it has not got
+// the owner that the newest table gave it. The plan says so, and /owner afterwards.
+func TestPlanOfKeptNamespaceBeforeItsTurn(t *testing.T) {
+	p := startProxy(t, []string{startStub(t, "127.0.0.1:0", echo).addr, refusingAddr(t)}, nil, nil)
+	apply := func(version, first, second string) {
+		p.tables.update(sourceContent{id: sourceID{"ConfigMap", "edge", "overwriting"}, version: version, overrides: newOverrideSet(map[string]string{"ns-01": first, "ns-02": second})})
+	}
+	a := &admin{proxy: p.proxy, fdLimit: wideDescriptorLimit(t), logQueue: newLogQueue(io.Discard), started: time.Now()}
+	type answer struct{ Owner, Next, Why string }
+	wantAnswer := func(want answer) {
+		t.Helper()
+		var got answer
+		must(t, json.NewDecoder(answered(a, "/owner?dial=0&namespace=ns-01").Body).Decode(&got))
+		wantEqual(t, "the answer", got, want)
+	}
+	apply("1", "backend-0", "backend-0")
+	p.open(t, "ns-01")
+	p.open(t, "ns-02")
+	p.waitSessions(t, 2)
+	apply("2", "backend-1", "backend-1") // where nobody is
+	p.tail.wait(t, "new owner unreachable; move delayed", 1)
+	wantAnswer(answer{"backend-0", "backend-1", whyOverride})
+	w := httptest.NewRecorder()
+	a.handler().ServeHTTP(w, httptest.NewRequest("POST", "/plan", strings.NewReader(`{"kind":"ConfigMap","metadata":{"name":"overwriting"},"data":{"ns-01":"junk","ns-02":"backend-1"}}`)))
+	var plan preview
+	must(t, json.Unmarshal(w.Body.Bytes(), &plan))
+	wantEqual(t, "the moves of the plan", fmt.Sprint(plan.Moves), "[{ns-02 backend-0 backend-1 1}]")
+	wantEqual(t, "the rejections of the plan", fmt.Sprint(plan.Rejections), `[ns-01: "junk", expected backend-0 to backend-1, in force: hash]`) // which gives backend-0
+	apply("3", "junk", "backend-1")
+	wantAnswer(answer{"backend-0", "", whyPrevious})
+	eventually(t, "sessions to move", 1, func() int64 { return p.mover.status().ToMove })
+	wantAnswer(answer{"backend-0", "", whyPrevious})
+	wantEqual(t, "sessions that have moved", p.relay.ended[causeMoved].Load(), 0)
+}
+
 // /owner?all=1 says that the owner was not dialled only where this router does not know it.
 func TestOwnerOfAllWithoutDial(t *testing.T) {
 	var got ownership

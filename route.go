@@ -348,6 +348,14 @@ func (t *table) withKept(previous func(namespace string) int) *table {
 	return &next
 }
 
+// withPrevious is withKept, or returns t itself if previous is nil.
+func (t *table) withPrevious(previous func(namespace string) int) *table {
+	if previous == nil {
+		return t
+	}
+	return t.withKept(previous)
+}
+
 // overrideOrdinal returns the ordinal that t's override gives to the namespace of r,
 // byHash if t has none, or unresolved.
 func (t *table) overrideOrdinal(r override) int {
