@@ -736,6 +736,7 @@ func (a *admin) preview(w http.ResponseWriter, r *http.Request) {
 		writePreviewError(w, err)
 		return
 	}
+	next = next.withPrevious(a.proxy.mover.previousOwners())
 	writeJSON(w, http.StatusOK, newPreview(a.proxy, t, next))
 }
 

@@ -13,6 +13,7 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -634,6 +635,88 @@ func previewFewer(t *testing.T) string {
 		t.Fatal(err)
 	}
 	return string(b)
+}
+
+// A namespace whose override is invalid keeps the owner that the hash gave it, whatever the hash
+// gives it later, until that owner is gone. The plan of a change says so.
+func TestPlanOfKeptNamespace(t *testing.T) {
+	namespace := "ns-0"
+	for i := 1; bucket(namespace, 4) != 3 || bucket(namespace, 5) != 4; i++ {
+		namespace = fmt.Sprint("ns-", i)
+	}
+	tests := map[string]struct {
+		body  string
+		set   backendSet
+		owner string
+	}{
+		"more":     {`{"replicas":5}`, backendSet{ordinalRange: ordinalRange{count: 5}}, "backend-3"},
+		"cordoned": {`{"cordon":[3]}`, backendSet{ordinalRange: ordinalRange{count: 4}, listedCordon: cordon{3}}, "backend-3"},
+		"fewer":    {`{"replicas":3}`, backendSet{ordinalRange: ordinalRange{count: 3}}, ""},
+	}
+	for name, tt := range tests {
+		for _, off := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, off is %t", name, off), func(t *testing.T) {
+				p := startProxy(t, slices.Repeat([]string{startStub(t, "127.0.0.1:0", echo).addr}, 5), map[string]string{}, func(p *proxy) {
+					p.mover.handoffOff = off
+					p.tables.setBackends(backendSet{ordinalRange: ordinalRange{count: 4}})
+				})
+				atRest := func() bool { s := p.mover.status(); return !s.InProgress && s.ToMove == 0 }
+				eventually(t, "at rest", true, atRest)
+				p.override("2", map[string]string{namespace: "junk"})
+				eventually(t, "at rest", true, atRest)
+				p.open(t, namespace)
+				p.waitSessions(t, 1)
+				a := &admin{proxy: p.proxy, fdLimit: wideDescriptorLimit(t), logQueue: newLogQueue(io.Discard), started: time.Now()}
+				w := httptest.NewRecorder()
+				a.handler().ServeHTTP(w, httptest.NewRequest("POST", "/plan", strings.NewReader(tt.body)))
+				var plan preview
+				must(t, json.Unmarshal(w.Body.Bytes(), &plan))
+				if plan.Sessions != 0 || plan.Unresolved > 0 != (tt.owner == "") {
+					t.Errorf("the plan is %s", w.Body)
+				}
+				p.tables.setBackends(tt.set)
+				eventually(t, "at rest", true, atRest)
+				var got ownership
+				must(t, json.NewDecoder(answered(a, "/owner?dial=0&namespace="+namespace).Body).Decode(&got))
+				wantEqual(t, "the owner", got.Owner, tt.owner)
+			})
+		}
+	}
+}
+
+// A namespace that waits for its turn to move stays when its override becomes invalid: it has not got
+// the owner that the newest table gave it. The plan says so, and /owner afterwards.
+func TestPlanOfKeptNamespaceBeforeItsTurn(t *testing.T) {
+	p := startProxy(t, []string{startStub(t, "127.0.0.1:0", echo).addr, refusingAddr(t)}, nil, nil)
+	apply := func(version, first, second string) {
+		p.tables.update(sourceContent{id: sourceID{"ConfigMap", "edge", "overwriting"}, version: version, overrides: newOverrideSet(map[string]string{"ns-01": first, "ns-02": second})})
+	}
+	a := &admin{proxy: p.proxy, fdLimit: wideDescriptorLimit(t), logQueue: newLogQueue(io.Discard), started: time.Now()}
+	type answer struct{ Owner, Next, Why string }
+	wantAnswer := func(want answer) {
+		t.Helper()
+		var got answer
+		must(t, json.NewDecoder(answered(a, "/owner?dial=0&namespace=ns-01").Body).Decode(&got))
+		wantEqual(t, "the answer", got, want)
+	}
+	apply("1", "backend-0", "backend-0")
+	p.open(t, "ns-01")
+	p.open(t, "ns-02")
+	p.waitSessions(t, 2)
+	apply("2", "backend-1", "backend-1") // where nobody is
+	p.tail.wait(t, "new owner unreachable; move delayed", 1)
+	wantAnswer(answer{"backend-0", "backend-1", whyOverride})
+	w := httptest.NewRecorder()
+	a.handler().ServeHTTP(w, httptest.NewRequest("POST", "/plan", strings.NewReader(`{"kind":"ConfigMap","metadata":{"name":"overwriting"},"data":{"ns-01":"junk","ns-02":"backend-1"}}`)))
+	var plan preview
+	must(t, json.Unmarshal(w.Body.Bytes(), &plan))
+	wantEqual(t, "the moves of the plan", fmt.Sprint(plan.Moves), "[{ns-02 backend-0 backend-1 1}]")
+	wantEqual(t, "the rejections of the plan", fmt.Sprint(plan.Rejections), `[ns-01: "junk", expected backend-0 to backend-1, in force: hash]`) // which gives backend-0
+	apply("3", "junk", "backend-1")
+	wantAnswer(answer{"backend-0", "", whyPrevious})
+	eventually(t, "sessions to move", 1, func() int64 { return p.mover.status().ToMove })
+	wantAnswer(answer{"backend-0", "", whyPrevious})
+	wantEqual(t, "sessions that have moved", p.relay.ended[causeMoved].Load(), 0)
 }
 
 // /owner?all=1 says that the owner was not dialled only where this router does not know it.

@@ -835,7 +835,7 @@ func (c *command) table() (*table, error) {
 	var sources []sourceContent
 	if c.overridesDir != "" {
 		d := &directory{path: c.overridesDir}
-		data, version, err := d.read()
+		data, version, _, err := d.read()
 		if err != nil {
 			return nil, fmt.Errorf("-overrides: %w", err)
 		}

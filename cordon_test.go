@@ -131,16 +131,22 @@ func TestCordonStamp(t *testing.T) {
 	wantEqual(t, "stamp of another order", stamp("3,2,9", 4), stamp("2,3", 4))
 }
 
-// A kept namespace whose owner the hash gives has the hash's owner with a cordon too.
+// A kept namespace has the owner that it had, also where the hash gives that to nobody any more. It
+// counts as one that the hash gives its owner only where that is the same.
 func TestCordonOfKeptNamespaces(t *testing.T) {
 	for _, namespace := range manyNamespaces(100) {
 		junk := map[string]string{namespace: "junk"}
 		plain := cordonedTable(t, "", ordinalRange{0, 4}, nil, nil)
 		kept := cordonedTable(t, "2", ordinalRange{0, 4}, junk, plain)
+		was, _ := plain.ownerOf(namespace)
 		hashed, _ := cordonedTable(t, "2", ordinalRange{0, 4}, nil, nil).ownerOf(namespace)
-		wantEqual(t, "namespaces whose owner the hash does not give", kept.overrides, 0)
+		if owner, _ := kept.ownerOf(namespace); owner != was || kept.overrides == 0 != (was == hashed) {
+			t.Errorf("%s is with %d, want %d; of %d namespaces the hash does not give the owner", namespace, owner, was, kept.overrides)
+		}
+		wantEqual(t, "stamp of the same owner", kept.withKept(func(string) int { return was }).stamp, kept.stamp)
+		again := cordonedTable(t, "", ordinalRange{0, 4}, junk, kept)
+		wantEqual(t, "namespaces whose owner the hash does not give, without a cordon", again.overrides, 0)
 		next := kept.withKept(func(string) int { return hashed })
-		wantEqual(t, "stamp of the hash's owner", next.stamp, kept.stamp)
 		wantEqual(t, "and with the hash's owner", next.overrides, 0)
 		if owner, _ := next.ownerOf(namespace); owner != hashed {
 			t.Errorf("%s is with %d, want %d", namespace, owner, hashed)

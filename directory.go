@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"hash/fnv"
 	"io"
@@ -36,6 +37,7 @@ type directory struct {
 	// Owned by run.
 	lastSignature    string // found by the last poll
 	appliedSignature string // of the overrides that update got
+	unreadVersion    string // version of these if a file could not be read, so that all are read again; or ""
 }
 
 // newDirectory returns what makes the source of the directory at path: see
@@ -76,7 +78,8 @@ func (d *directory) whyNotReady() string {
 // found. If the directory cannot be read, the last overrides stay in force.
 func (d *directory) poll() {
 	signature, err := d.signature()
-	if err == nil && signature == d.lastSignature && signature != d.appliedSignature {
+	isDue := signature != d.appliedSignature || d.unreadVersion != ""
+	if err == nil && signature == d.lastSignature && isDue {
 		err = d.apply(signature)
 	}
 	if err != nil {
@@ -87,17 +90,25 @@ func (d *directory) poll() {
 }
 
 // apply reads the overrides and gives them to update, unless the directory has changed
-// since the signature was computed: some could be older than others.
+// since the signature was computed: some could be older than others. If they are those that update
+// has got, it does not get them again.
 func (d *directory) apply(signature string) error {
-	data, version, err := d.read()
+	data, version, whole, err := d.read()
 	if err != nil {
 		return err
 	}
 	if after, err := d.signature(); err != nil || after != signature {
 		return err
 	}
-	d.appliedSignature = signature
+	isNew := signature != d.appliedSignature || version != d.unreadVersion
+	d.appliedSignature, d.unreadVersion = signature, ""
+	if !whole {
+		d.unreadVersion = version
+	}
 	d.problem.Store(nil)
+	if !isNew {
+		return nil
+	}
 	d.update(sourceContent{id: d.id(), version: version, overrides: newOverrideSet(data)})
 	return nil
 }
@@ -150,30 +161,32 @@ func overrideFiles(path string) ([]fs.DirEntry, error) {
 
 // read returns the overrides by key, as a ConfigMap has them, and a version that depends on
 // them alone. If a file cannot be read, its override is invalid: its value is the error's
-// text. In a mounted ConfigMap, read uses the files in ..data: the kubelet adds and removes
-// the links beside ..data later than the files.
-func (d *directory) read() (map[string]string, string, error) {
+// text; whole is false if that may change although the signature stays. In a mounted
+// ConfigMap, read uses the files in ..data: the kubelet adds and removes the links beside
+// ..data later than the files.
+func (d *directory) read() (data map[string]string, version string, whole bool, err error) {
 	path := filepath.Join(d.path, "..data")
 	if _, err := os.Lstat(path); err != nil {
 		path = d.path
 	}
 	found, err := overrideFiles(path)
 	if err != nil {
-		return nil, "", err
+		return nil, "", false, err
 	}
-	data := make(map[string]string, len(found))
+	data, whole = make(map[string]string, len(found)), true
 	sum := fnv.New64a()
 	for _, file := range found {
 		value, ok, err := readPrefix(filepath.Join(path, file.Name()), maxDirValue)
 		if err != nil {
-			value = err.Error() // the table rejects it, as it names no backend
+			whole = whole && errors.Is(err, fs.ErrNotExist) // the signature shows that it exists again
+			value = err.Error()                             // the table rejects it, as it names no backend
 		} else if !ok {
 			continue
 		}
 		data[file.Name()] = value
 		fmt.Fprintf(sum, "%q %q\n", file.Name(), strings.TrimSpace(value))
 	}
-	return data, fmt.Sprintf("dir-%016x", sum.Sum64()), nil
+	return data, fmt.Sprintf("dir-%016x", sum.Sum64()), whole, nil
 }
 
 // readPrefix returns the first bytes of the file at path, at most limit. ok is false if it

@@ -775,22 +775,47 @@ func TestEndpointsWatchFailsAsksDNS(t *testing.T) {
 	})
 }
 
-// A pod is gone if the API server says that there is none of that name, and only then.
+// A pod is gone if the API server says that there is none of that name, and only then: others on
+// the way to it may also answer 404.
 func TestPodIsGone(t *testing.T) {
-	for status, want := range map[int]bool{200: false, 403: false, 404: true, 500: false} {
+	pod := func(namespace, name string) http.HandlerFunc {
+		return respond(200, fmt.Sprintf(`{"kind":"Pod","metadata":{"namespace":%q,"name":%q,"uid":"u"}}`, namespace, name), "Content-Type", "application/json")
+	}
+	for name, tt := range map[string]struct {
+		answer http.HandlerFunc
+		want   bool
+	}{
+		"the pod":                  {pod("edge", "backend-3"), false},
+		"another pod":              {pod("edge", "backend-33"), false},
+		"a pod of another place":   {pod("other", "backend-3"), false},
+		"no pod":                   {respond(200, "{}"), false},
+		"forbidden":                {forbidden(), false},
+		"an error":                 {respond(500, "{}"), false},
+		"not found":                {notFound("pods", "backend-3"), true},
+		"another pod not found":    {notFound("pods", "backend-33"), false},
+		"something else not found": {notFound("namespaces", "edge"), false},
+		"a path not found":         {respond(404, `{"kind":"Status","reason":"NotFound","message":"the server could not find the requested resource","code":404,"details":{}}`), false},
+		"404 in text":              {respond(404, "404 page not found\n", "Content-Type", "text/plain"), false},
+		"404 with nothing":         {respond(404, "{}"), false},
+	} {
 		path := ""
 		server := newFakeKube()
 		server.scripts["GET pods"] = script{func(w http.ResponseWriter, r *http.Request) {
 			path = r.URL.Path
-			respond(status, "{}")(w, r)
+			tt.answer(w, r)
 		}}
 		client, err := newKubectlProxyClient(server.url(t))
 		must(t, err)
 		p := newEndpointWatcher(*client, "edge", "backend", "headless", 9000, func(map[int]string) {}, slog.New(slog.DiscardHandler))
-		if got := p.backends().podIsGone(t.Context(), 3); got != want {
-			t.Errorf("%d: gone is %t, want %t", status, got, want)
+		if got := p.backends().podIsGone(t.Context(), 3); got != tt.want {
+			t.Errorf("%s: gone is %t, want %t", name, got, tt.want)
 		}
 		wantEqual(t, "path", path, "/api/v1/namespaces/edge/pods/backend-3")
+		uids, err := (&sharedHandoff{client: *client, watcher: &watcher[handoffConfigMap]{kubeNamespace: "edge"}}).
+			findGone(t.Context(), map[string]memberID{"backend-3": {UID: "u"}})
+		if gone := len(uids) == 1; gone != tt.want || gone == (err != nil) && name != "the pod" {
+			t.Errorf("%s: the routers' pods that are gone are %q (%v), want that one: %t", name, uids, err, tt.want)
+		}
 	}
 	client, err := newKubectlProxyClient("http://" + refusingAddr(t))
 	must(t, err)

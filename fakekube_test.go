@@ -302,7 +302,7 @@ func (f *fakeKube) get(kind, name string) http.HandlerFunc {
 	if object, ok := f.objects[kind][name]; ok {
 		return respond(200, object)
 	}
-	return statusAnswer(404, "NotFound", fmt.Sprintf("%s %q not found", kind, name))
+	return notFound(kind, name)
 }
 
 // selectsLabels reports whether the request's labelSelector, of equalities, selects the
@@ -334,7 +334,7 @@ func (f *fakeKube) merge(r fakeRequest, kind, name string) http.HandlerFunc {
 	case err != nil:
 		return statusAnswer(400, "BadRequest", err.Error())
 	case !found:
-		return statusAnswer(404, "NotFound", fmt.Sprintf("%s %q not found", kind, name))
+		return notFound(kind, name)
 	}
 	for _, into := range []*map[string]any{&before, &after} {
 		json.Unmarshal([]byte(object), into) // the server has made it
@@ -944,6 +944,12 @@ func forbidden() http.HandlerFunc {
 // statusAnswer answers with a Status.
 func statusAnswer(code int, reason, message string) http.HandlerFunc {
 	return respond(code, fmt.Sprintf(`{"kind":"Status","message":%q,"reason":%q,"code":%d}`, message, reason, code))
+}
+
+// notFound answers that there is no object of this kind, in plural, and name.
+func notFound(kind, name string) http.HandlerFunc {
+	return respond(404, fmt.Sprintf(`{"kind":"Status","message":%q,"reason":"NotFound","code":404,"details":{"name":%q,"kind":%q}}`,
+		fmt.Sprintf("%s %q not found", kind, name), name, kind))
 }
 
 // respond answers with a body and headers given as name, value, name...

@@ -214,7 +214,9 @@ type statusError struct {
 	Reason  string `json:"reason"`
 	Code    int    `json:"code"`
 	Details struct {
-		RetryAfterSeconds int `json:"retryAfterSeconds"`
+		Name              string `json:"name"` // of the object that there is none of
+		Kind              string `json:"kind"` // its resource: "pods"
+		RetryAfterSeconds int    `json:"retryAfterSeconds"`
 	} `json:"details"`
 }
 
@@ -271,6 +273,15 @@ func newStatusError(resp *http.Response) *statusError {
 func hasStatus(err error, code int) bool {
 	statusErr, ok := errors.AsType[*statusError](err)
 	return ok && statusErr.Code == code
+}
+
+// saysNotFound reports whether err is the answer of an API server that it has no object of this
+// name in the resource. A 404 alone may be of something on the way to it, or say that this path
+// is not served yet.
+func saysNotFound(err error, resource, name string) bool {
+	statusErr, ok := errors.AsType[*statusError](err)
+	return ok && statusErr.Code == http.StatusNotFound && statusErr.Reason == "NotFound" &&
+		statusErr.Details.Kind == resource && statusErr.Details.Name == name
 }
 
 // errorClass returns the class of err, for the log and the metrics: one word of a small

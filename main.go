@@ -542,6 +542,7 @@ func newProxy(c *config, backends *backends, fdLimit *descriptorLimit,
 	}
 	onViewChanged := func() { backends.queues.recheckOwners(mover.findQueueOrdinal) }
 	mover = newMover(tables, relay, c.moveRate, probe, onViewChanged, log)
+	tables.previousOwners = mover.previousOwners
 	mover.settleTime, mover.handoffOff = c.moveSettle, c.handoff == "off"
 	mover.flights.proofTimeout = c.handoffProofTimeout
 	mover.flights.addDescriptors = fdLimit.add

@@ -141,6 +141,16 @@ func (m *mover) assignmentOf(namespace string) assignment {
 	return a
 }
 
+// previousOwners returns what names the owner that a namespace keeps if its override becomes invalid
+// now: its owner once the step is done, which need not be that of the newest table. It returns nil
+// if this router does not know all owners.
+func (m *mover) previousOwners() func(namespace string) int {
+	if v := m.current.Load(); v != nil && v.knowsAll() {
+		return v.after
+	}
+	return nil
+}
+
 // findQueueOrdinal is the queueFinder of the dial queues.
 func (m *mover) findQueueOrdinal(namespace string) int {
 	return m.assignmentOf(namespace).queueOrdinal()

@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"net/http"
 	"net/url"
 	"time"
 )
@@ -92,14 +91,15 @@ func listPods(
 	return pods, nil
 }
 
-// getPod returns the pod of this name, nil if there is none.
+// getPod returns the pod of this name, nil if the API server says that there is none. All else is
+// an error: of a pod that is gone, others take over what it had.
 func getPod(
 	ctx context.Context, client *kubeClient, kubeNamespace, name string,
 ) (*podObject, error) {
 	ctx, cancel := context.WithTimeout(ctx, podTimeout)
 	defer cancel()
 	body, err := client.do(ctx, podsPath(kubeNamespace)+"/"+name, nil, nil)
-	if hasStatus(err, http.StatusNotFound) {
+	if saysNotFound(err, "pods", name) {
 		return nil, nil
 	}
 	if err != nil {
@@ -108,8 +108,10 @@ func getPod(
 	defer body.Close()
 	pod := &podObject{}
 	err = json.NewDecoder(io.LimitReader(body, maxObject)).Decode(pod)
-	if err == nil && (pod.Kind != "Pod" || pod.Metadata.UID == "") {
-		err = fmt.Errorf("%w: kind %.60q, expected a Pod", errBadResponse, pod.Kind)
+	m := pod.Metadata
+	if err == nil && (pod.Kind != "Pod" || m.Namespace != kubeNamespace || m.Name != name || m.UID == "") {
+		err = fmt.Errorf("%w: %.60q %.260q/%.260q with uid %.60q, expected Pod %s/%s",
+			errBadResponse, pod.Kind, m.Namespace, m.Name, m.UID, kubeNamespace, name)
 	}
 	return pod, err
 }

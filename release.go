@@ -368,7 +368,7 @@ type releaseMemory struct {
 
 	// Guarded by mu.
 	mu     sync.Mutex
-	recent []backendNamespaces // noted since began; all but the last are never changed
+	recent []backendNamespaces // noted since began, in one of them each; all but the last are never changed
 	older  []backendNamespaces // noted before, in at most retention; never changed
 	began  time.Time
 	frozen bool // a step is under way: only what exceeds max is forgotten
@@ -395,16 +395,18 @@ func (m *releaseMemory) note(namespace string, backend int) {
 	defer m.mu.Unlock()
 	m.forget(time.Now())
 	key := backendNamespace{backend, namespace}
-	last := m.recent[len(m.recent)-1]
-	if _, known := last[key]; !known && countNamespaces(m.recent) >= m.max {
+	isNoted := func(set backendNamespaces) bool { _, ok := set[key]; return ok }
+	if slices.ContainsFunc(m.recent, isNoted) {
+		return
+	}
+	if countNamespaces(m.recent) >= m.max {
 		if lost := countNamespaces(m.older); lost > 0 {
 			m.log.Warn("too many namespaces to remember; the oldest will not be released",
 				"namespaces", lost, "max", m.max)
 		}
 		m.startHalf(time.Now())
-		last = m.recent[0]
 	}
-	last[key] = struct{}{}
+	m.recent[len(m.recent)-1][key] = struct{}{}
 }
 
 // freeze makes the memory forget nothing until unfreeze, but for what exceeds max: what the
@@ -432,8 +434,8 @@ func (m *releaseMemory) namespaces(match func(namespace string, backend int) boo
 	m.forget(time.Now())
 	last := len(m.recent) - 1
 	if len(m.recent[last]) > 0 {
-		m.recent = append(m.recent, backendNamespaces{})
-		last++
+		m.recent = append(mergeSmall(m.recent), backendNamespaces{})
+		last = len(m.recent) - 1
 	}
 	known := slices.Concat(m.older, m.recent[:last]) // these do not change any more
 	m.mu.Unlock()
@@ -466,7 +468,18 @@ func (m *releaseMemory) startHalf(began time.Time) {
 	m.older, m.recent, m.began = m.recent, []backendNamespaces{{}}, began
 }
 
-// countNamespaces returns how many entries the sets have, some of them twice.
+// mergeSmall merges the last sets, while one has less than twice as many entries as all after it: so
+// there are few, however many steps there were. It changes none of the sets.
+func mergeSmall(sets []backendNamespaces) []backendNamespaces {
+	for last := len(sets) - 1; last > 0 && len(sets[last-1]) < 2*len(sets[last]); last-- {
+		merged := maps.Clone(sets[last-1])
+		maps.Copy(merged, sets[last])
+		sets = append(sets[:last-1], merged)
+	}
+	return sets
+}
+
+// countNamespaces returns how many entries the sets have, which have none in common.
 func countNamespaces(sets []backendNamespaces) (count int) {
 	for _, set := range sets {
 		count += len(set)

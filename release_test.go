@@ -610,6 +610,29 @@ func TestReleaseMemoryIsBounded(t *testing.T) {
 	})
 }
 
+// TestReleaseMemoryCountsOnce: a namespace that is noted in each step counts once, and does not
+// make the memory forget others.
+func TestReleaseMemoryCountsOnce(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		log, logged := newTextLog()
+		m := newReleaseMemory(time.Hour, log)
+		m.max = 10
+		m.note("quiet", 0)
+		for range 100 {
+			m.freeze()
+			for _, namespace := range makeNamespaces(3) {
+				m.note(namespace, 0)
+			}
+			if got := had(m); got != "0/ns-0 0/ns-1 0/ns-2 0/quiet" {
+				t.Fatalf("it has %s", got)
+			}
+			m.unfreeze()
+			time.Sleep(100 * time.Millisecond)
+		}
+		wantEqual(t, "the log", logged.String(), "")
+	})
+}
+
 // startReleasingProxy starts a proxy to the two backends, which asks them for releases.
 // ns-01 and ns-02 are with backend 0.
 func startReleasingProxy(t *testing.T, hold time.Duration) (p *testProxy, old, next *releasingBackend) {

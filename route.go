@@ -105,9 +105,10 @@ func newTable(statefulSet string, fromHost bool, backends ordinalRange, listedCo
 	}
 	t.valueOrdinals = append(t.valueOrdinals, ordinals, ordinals)
 	t.index = newOverrideIndex(append(sets, &overrideSet{}, &overrideSet{}), count)
+	t.setCordon()
 	t.mergeSources(old)
 	hashed := fmt.Sprintf("hash %d, backends %s", hashVersion, t.backends)
-	if t.setCordon(); t.cordon != nil {
+	if t.cordon != nil {
 		hashed += ", cordon " + t.cordon.String()
 	}
 	t.ownersHash = fmix64(t.ownersHash + hash64(hashed))
@@ -233,15 +234,17 @@ func (t *table) isInvalidName(r override) bool {
 }
 
 // keepPrevious gives the namespace of r to the owner that it had in old, or to none: it
-// adds an override to the index's set with that number, and makes s point to it.
+// adds an override to the index's set with that number, and makes s point to it. An owner that the
+// hash gave stays the owner, also if the hash of t gives another one.
 func (t *table) keepPrevious(s *indexSlot, set int, r override, old *table) {
-	ordinal := unresolved
+	ordinal, hash := unresolved, hash64(r.namespace)
 	if old != nil {
 		ordinal = old.ordinalOf(findSlot(&old.index, r.namespace, r.hash))
 	}
-	if ordinal >= 0 && !t.backends.has(ordinal) {
-		ordinal = unresolved
+	if ordinal == byHash {
+		ordinal = old.hashOwner(hash)
 	}
+	ordinal = t.keptOrdinal(ordinal, hash)
 	if s.set == 0 {
 		t.overrides++
 	}
@@ -249,6 +252,17 @@ func (t *table) keepPrevious(s *indexSlot, set int, r override, old *table) {
 		t.overrides--
 	}
 	*s = indexSlot{t.addKept(set, r, ordinal), uint16(set + 1), uint16(r.hash)}
+}
+
+// keptOrdinal returns what t has of a kept namespace with this hash64 and this previous owner.
+func (t *table) keptOrdinal(previous int, hash uint64) int {
+	switch {
+	case !t.backends.has(previous):
+		return unresolved
+	case previous == t.hashOwner(hash):
+		return byHash
+	}
+	return previous
 }
 
 // addKept adds r to the set of kept namespaces with that number, with this ordinal, and
@@ -320,13 +334,7 @@ func (t *table) withKept(previous func(namespace string) int) *table {
 		old := t.index.sets[set]
 		next.index.sets[set] = &overrideSet{}
 		for r := range old.all() {
-			ordinal := previous(string(r.namespace))
-			switch {
-			case !t.backends.has(ordinal):
-				ordinal = unresolved
-			case ordinal == t.hashOwner(hash64(r.namespace)):
-				ordinal = byHash
-			}
+			ordinal := t.keptOrdinal(previous(string(r.namespace)), hash64(r.namespace))
 			if t.valueOrdinals[set][r.valueIndex] == byHash {
 				next.overrides++
 			}
@@ -338,6 +346,14 @@ func (t *table) withKept(previous func(namespace string) int) *table {
 	}
 	next.finishStamp()
 	return &next
+}
+
+// withPrevious is withKept, or returns t itself if previous is nil.
+func (t *table) withPrevious(previous func(namespace string) int) *table {
+	if previous == nil {
+		return t
+	}
+	return t.withKept(previous)
 }
 
 // overrideOrdinal returns the ordinal that t's override gives to the namespace of r,

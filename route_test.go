@@ -427,14 +427,17 @@ func wantInForceOrRejected(t *testing.T, table *table, key, value string) {
 type mergeModel map[string]int
 
 // next is the model after the sources were read, in order, with so many
-// backends; m is nil before the first.
-func (m mergeModel) next(sources []map[string]string, backends int) (after mergeModel, conflicts int) {
+// backends, and with oldBackends before; m is nil before the first.
+func (m mergeModel) next(sources []map[string]string, oldBackends, backends int) (after mergeModel, conflicts int) {
 	stays := func(namespace string) int {
 		was, pinned := m[namespace]
+		if !pinned && m != nil {
+			was = bucket(namespace, oldBackends)
+		}
 		switch {
-		case m == nil || pinned && (was == unresolved || was >= backends):
+		case m == nil || was == unresolved || was >= backends:
 			return unresolved
-		case !pinned:
+		case was == bucket(namespace, backends):
 			return byHash
 		}
 		return was
@@ -479,7 +482,7 @@ func TestMergeModel(t *testing.T) {
 		backends := 4
 		sources := make([]map[string]string, 3)
 		for step := range 20 {
-			changed := random.IntN(3)
+			changed, oldBackends := random.IntN(3), backends
 			sources[changed] = map[string]string{}
 			for range random.IntN(6) {
 				sources[changed][fmt.Sprint("ns-", random.IntN(8))] = fmt.Sprint("backend-", random.IntN(6))
@@ -493,7 +496,7 @@ func TestMergeModel(t *testing.T) {
 			}
 			before := model
 			var conflicts int
-			model, conflicts = model.next(sources, backends)
+			model, conflicts = model.next(sources, oldBackends, backends)
 			next := newTable("backend", false, ordinalRange{count: backends}, nil, all, old)
 			got := mergeModel(overridesOf(next))
 			if !maps.Equal(got, model) || next.conflicts != conflicts || next.overrides != len(model) {

@@ -52,6 +52,9 @@ type tableStore struct {
 	log         *slog.Logger
 	onSwap      func()          // called after each swap of the table; must not block
 	sources     []*mergedSource // in the order of addSource
+	// previousOwners returns what names the owner that a namespace keeps if its override is invalid
+	// now. It returns nil where only the newest table says that, and must not block. nil for none.
+	previousOwners func() func(namespace string) int
 
 	newest atomic.Pointer[table] // nil until overrides and backends are known, not nil after that
 	swaps  atomic.Int64          // of newest to a new table
@@ -187,6 +190,9 @@ func (ts *tableStore) swap() {
 	old, began := ts.table(), time.Now()
 	t := newTable(ts.statefulSet, ts.fromHost, ts.backends.ordinalRange, ts.backends.listedCordon,
 		ts.contents, old)
+	if ts.previousOwners != nil {
+		t = t.withPrevious(ts.previousOwners())
+	}
 	t.specID, t.updated = ts.backends.specID, time.Now()
 	ts.newest.Store(t)
 	ts.swaps.Add(1)
