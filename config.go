@@ -221,8 +221,8 @@ func (c *config) trafficFlags(f *flag.FlagSet) {
 		"how long a backend may take to answer an upgrade")
 	f.DurationVar(&c.limits.headerTimeout, "header-timeout", 10*time.Second,
 		"how long a client may take for its TLS handshake, then to send its request's head, and\n"+
-			"then a body of up to 8 KiB; systems other than Linux give handshake and head one such\n"+
-			"time together")
+			"then a body of up to 8 KiB; systems other than Linux, and 386, give handshake and\n"+
+			"head one such time together")
 	f.IntVar(&c.limits.headerFields, "max-header-fields", 100,
 		"maximum `number` of fields in a request's head")
 	f.IntVar(&c.limits.headerBytes, "max-header-bytes", 16<<10,

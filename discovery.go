@@ -82,8 +82,8 @@ type backendCount struct {
 }
 
 // replaces reports whether b is newer than old, which may be nil. For one version of the
-// StatefulSet's spec the count only grows, so a router with an old picture replaces
-// nothing. If b has another UID, the caller knows from a LIST that b is newer.
+// StatefulSet's spec the count only grows, so a router that has seen an older version only
+// replaces nothing. If b has another UID, the caller knows from a LIST that b is newer.
 func (b *backendCount) replaces(old *backendCount) bool {
 	switch {
 	case old == nil || b.UID != old.UID:
@@ -144,7 +144,7 @@ type replicaWatcher struct {
 	latest            *statefulSet  // nil before the first LIST; if deleted, the last version
 	absent            bool          // it does not exist
 	storedCountIsRead bool          // setStoredCount was called
-	storedCount       *backendCount // what setStoredCount got last, but for nil
+	storedCount       *backendCount // the last one that setStoredCount got, if it was not nil
 	// inForce is the count in force: the last one of the StatefulSet latest, from
 	// setStoredCount if routers share it, else this router's own. If there was none, it is nil
 	// or a count of another StatefulSet; that one does not count.

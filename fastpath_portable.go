@@ -4,7 +4,7 @@ package main
 
 import "net"
 
-// fastPath is none here: all clients are net/http's.
+// fastPath only accepts clients here: net/http serves all.
 type fastPath struct{ clientListener }
 
 func newFastPath(p *proxy, l net.Listener, fdLimit *descriptorLimit) *fastPath {

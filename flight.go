@@ -34,7 +34,8 @@ type flight struct {
 }
 
 // flights are all that are not over. A step of a hand-off is not done while one of its
-// namespaces has a flight with another backend than the next owner.
+// namespaces has a flight with another backend than the next owner, unless that backend's pod was
+// replaced.
 type flights struct {
 	// Static after construction.
 	proofTimeout   time.Duration     // how long the router waits for the end of an abandoned flight; 0: for ever

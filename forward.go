@@ -125,7 +125,7 @@ func (f *forwarder) writeMetrics(m metricsWriter) {
 		"Time from the head of a plain request to the end of its answer.")
 }
 
-// exchange is one plain request and its answer. Its handler's goroutine owns it, but for
+// exchange is one plain request and its answer. Its handler's goroutine owns it, except
 // what mu guards and what sendBody writes.
 type exchange struct {
 	*pendingRequest // its slot in the limits, its owner and its flight; nil at first
@@ -403,7 +403,7 @@ func (x *exchange) stopBody(grace time.Duration) bool {
 	}
 }
 
-// pass1xx passes an interim answer on, but for 100: the router answers Expect. HTTP/1.0
+// pass1xx passes an interim answer on, except 100: the router answers Expect. HTTP/1.0
 // has none (RFC 9110 §15.2). Nor does a Unix socket get one: nginx before 1.29 takes it for
 // the answer, and gives the answer to the next request on the connection.
 func (x *exchange) pass1xx(code int, header http.Header) error {

@@ -228,7 +228,7 @@ type ownerState int
 const (
 	stateOwned      ownerState = iota // it has an owner
 	stateHeld                         // it moves to another owner: clients wait
-	stateUnresolved                   // it is kept, and its previous owner is not known
+	stateUnresolved                   // it is kept, and its previous owner is not known or was scaled in
 	stateNoView                       // there is no view yet: nothing is known of any namespace
 	stateNotKnown                     // only other routers may know the owner: nobody is admitted
 )

@@ -335,7 +335,7 @@ type apiObject struct {
 const serviceAccountDir = "/var/run/secrets/kubernetes.io/serviceaccount"
 
 // newInClusterClient returns a client that uses the pod's service account, with its files
-// in dir. It returns an error only for what a later try cannot mend.
+// in dir. It returns an error only for what would fail at each later try too.
 func newInClusterClient(getenv func(string) string, dir string) (*kubeClient, error) {
 	host, port := getenv("KUBERNETES_SERVICE_HOST"), getenv("KUBERNETES_SERVICE_PORT")
 	if host == "" || port == "" {

@@ -39,7 +39,8 @@
 //	               have its key
 //	rejected       of an override: it is invalid, or in conflict with another source's
 //	kept           of a namespace: its override is rejected, and its owner stays
-//	unresolved     of a kept namespace: this router does not know its previous owner
+//	unresolved     of a kept namespace: this router does not know its previous owner, or that was
+//	               scaled in
 //	stamp          a hash of a table: where it is the same, all owners are the same
 //	ownersHash     such a hash without the owners of kept namespaces
 //	upgrade        a request for a WebSocket
@@ -53,7 +54,9 @@
 //	old pod        a pod of a backend that another pod has replaced
 //	release        the request to an old owner to store the state of namespaces (-release)
 //	change         the time and the work from a new table until clients get its owners
-//	receipt        what one router's moves to one table came to, kept for operators
+//	tally          the counts of the moves to one table, while they go on
+//	receipt        what is kept of a tally for operators, when the moves are over
+//	proof          that a backend has ended its side of a connection: the router has seen it
 //	hand-off       what gives namespaces to their next owners, and never to two at once
 //	step           a part of a change: it hands over some namespaces together. Also its number,
 //	               which only rises; backends get it as X-Router-Step, a fencing token
@@ -80,16 +83,16 @@
 //
 //  1. A table never changes: an update swaps the pointer to it. Once there is a
 //     table, the pointer is never nil. A lookup takes no lock and allocates nothing.
-//  2. A table gives a namespace one owner: the same overrides, the same number of
-//     backends and the same cordon give the same owner on every router, in every version
+//  2. A table gives a namespace one owner: the same overrides, the same backends
+//     (the first ordinal and their number) and the same cordon give the same owner on every router, in every version
 //     with the same hashVersion. Where an override is invalid, the owner of its namespace
 //     depends on earlier tables too; a table's stamp, which backends get as a header, shows
 //     where two routers differ in that. While one table replaces another, a namespace never
 //     has two owners at once. Sessions count, and also requests that a backend may have
 //     received. With -handoff=all this holds for all routers together, with -handoff=single
 //     for each router by itself, with -handoff=off not at all.
-//  3. An invalid override changes nothing: its namespace keeps its previous owner.
-//     A router that does not know the previous owner refuses the namespace. All
+//  3. An invalid override changes nothing: its namespace keeps its previous owner. If a router
+//     does not know that, or it was scaled in, the router refuses the namespace. All
 //     other overrides apply. An invalid cordon changes nothing either: the last valid one
 //     stays in force. A router that does not know the last cordon is not ready. With -handoff=all it
 //     becomes ready once no other router has that cordon in force.
@@ -113,7 +116,8 @@
 //  11. Each goroutine that the router starts has an owner that waits for it, for a bounded
 //     time at the stop.
 //
-// The way of one connection, each step a function. On the fast path:
+// The way of one connection, each step a function; "(as x)" says that it is called by the name x,
+// "(in x)" that x calls it. On the fast path, which takes a request whose head comes in one piece:
 //
 //	fastPath.acceptClients    accepts a client
 //	fastPath.startClient      gives it a goroutine
@@ -122,7 +126,7 @@
 //	fastConn.readTLSHead      reads it within TLS, by the next seven:
 //	fastConn.readHello        reads what comes first: a header, or the beginning of the handshake
 //	fastConn.readProxyHeader  (also without TLS) takes the client's address from a header
-//	fastConn.setTLSHandshaking  leaves the handshake stopGrace, should the router stop meanwhile
+//	fastConn.setTLSHandshaking  gives the handshake stopGrace more if the router stops meanwhile
 //	fastConn.startTLS         does the handshake
 //	tlsServer.handshake       counts it
 //	tlsServer.compute         calls crypto/tls when it is the handshake's turn (takeTurn)
@@ -137,7 +141,8 @@
 //	fastConn.connect          connects to the address
 //	fastConn.askOwner         sends the owner the request, and reads its 101
 //	fastConn.fallBack         leaves the client to net/http if one of these cannot go on
-//	fastConn.close            closes it if it is gone, or if TLS or a read has failed
+//	fastConn.close            closes it if it is gone after its admission, or if TLS or a read has
+//	                          failed
 //
 // A client whose owner cannot be dialled now waits in a queue, where it has no goroutine.
 // One whose namespace is held, or whose owner this router does not know, waits in the queue
@@ -183,10 +188,10 @@
 //	proxy.openSession         begins the session, ends the flight, and asks shouldMove again
 //	pendingRequest.uncount    ends the count of the upgrade in its limits
 //	poller.promote            (as start) gives the session a fastConn's slot in the event loop
-//	relay.startSession        (as start) in place of that: takes the connections from net/http
-//	engine.assign             after startSession: chooses the poller
+//	relay.startSession        (as start) in place of that: takes over both connections
+//	engine.assign             (in startSession) chooses the poller
 //	relay.register            counts the session
-//	engine.carry              after startSession: takes the sockets from package net
+//	engine.carry              (in startSession) takes the sockets from package net
 //	poller.carry              makes the event loop carry the bytes
 //	poller.run                is the event loop: it calls poll when there are events
 //	poller.poll               takes them
@@ -201,7 +206,8 @@
 //	poller.sideEnded          passes the end of a side on to the other one
 //	poller.endIfDead          finds out that both have ended
 //	poller.endComplete        ends the session, after close_notify to a client with TLS
-//	poller.end                closes both sockets, unless the backend has not ended its side
+//	poller.end                closes both sockets, or leaves the backend's to the next one if
+//	                          the router waits for its end (relay.waitsForEnd)
 //	relay.abandonBackend      makes a flight of a backend that has not ended its side
 //	relay.backendFailed       does so for a backend whose connection was lost
 //	flight.abandon            waits until the backend has, at most for -handoff-proof-timeout
@@ -303,8 +309,7 @@
 //	member.leave                    when the router ends; else the first of these five that is due:
 //	member.join                     makes this router a member
 //	member.sendAnswer               says what is done here, and how far the next step may go
-//	  member.answerWithStep         does so in one write with the next step, if no other answer is
-//	                                missing
+//	  member.answerWithStep         does so in one write with the next step, if that can begin now
 //	member.remove                   removes a member that has ended for ever
 //	member.storeCount               stores the number of backends
 //	member.writeStep                makes the next step, when all have answered: by the next three

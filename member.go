@@ -387,10 +387,10 @@ func (m *member) isUnderWay(o *handoffObject, a *stepAnswer) bool {
 }
 
 // answerWithStep decides whether the answer goes with the next step: one write in place of two,
-// with no other write in between. It does if all other members have answered, and nothing else
-// is in the way of that step. If only answers of others are missing, the first router by name
-// waits for them, until the present step and the newest table are answerWait old. In all other
-// cases ok is false, and the answer goes alone.
+// with no other write in between. It does so only until the present step and the newest table are
+// answerWait old: at once if all other members have answered and the next step can begin now. If
+// only answers of others are missing, the first router by name waits for them. In all other cases
+// ok is false, and the answer goes alone.
 func (m *member) answerWithStep(in *decisionInput, a *stepAnswer) (d decision, ok bool) {
 	until := latest(m.newestAt, m.stepAdoptedAt).Add(answerWait)
 	if !in.now.Before(until) {

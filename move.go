@@ -47,8 +47,8 @@ type mover struct {
 	stepDurations   *histogram // of the steps that are done
 	log             *slog.Logger
 
-	// current is nil before the first view. Only run replaces it, but for the first view
-	// and with -handoff=off.
+	// current is nil before the first view. Only run replaces it, except the first view, and
+	// with -handoff=off.
 	current atomic.Pointer[view]
 
 	tableChanged wakeup       // of run, by tableOrPodChanged
@@ -67,12 +67,13 @@ type mover struct {
 	pace         pace
 	firstChange  time.Time    // of the changes that have not settled
 	settlesAt    time.Time    // when these will have settled
-	closesAt     time.Time    // when the last step began that closes sessions, or closeAtRest did
+	lastClosedAt time.Time    // when sessions were last closed: by the begin of a step, or by closeAtRest
 	tally        *moveTally   // of the move under way; nil for none
 	finishing    []*moveTally // whose last closing handshakes go on
 	queue        moveQueue
 	targets      *moveTargets
 	stepSessions []*session      // sessions that the step still waits for
+	mustPrepare  bool            // prepareNewest was called while the next table was not known here
 	waitsForPace bool            // there are sessions of the next step that only wait for the pace
 	oldPodsWait  bool            // there are sessions of moveQueue.oldPod that only wait for the pace
 	lastDoneHere int64           // the last step of which nothing is left in this router
@@ -141,9 +142,9 @@ func (m *mover) assignmentOf(namespace string) assignment {
 	return a
 }
 
-// previousOwners returns what names the owner that a namespace keeps if its override becomes invalid
-// now: its owner once the step is done, which need not be that of the newest table. It returns nil
-// if this router does not know all owners.
+// previousOwners returns a function that returns the owner that a namespace keeps if its override
+// becomes invalid now: its owner once the step is done, which need not be that of the newest table. previousOwners
+// returns nil if this router does not know all owners.
 func (m *mover) previousOwners() func(namespace string) int {
 	if v := m.current.Load(); v != nil && v.knowsAll() {
 		return v.after
@@ -259,7 +260,8 @@ func (m *mover) prepareNewest(now time.Time) {
 	if v == nil || t == nil { // a pod was replaced before: no sessions yet
 		return
 	}
-	if t = v.nextTable(t); t != nil { // else the router does not know it, and ends its sessions
+	t = v.nextTable(t)
+	if m.mustPrepare = t == nil; t != nil { // else it is not known which sessions move
 		m.prepare(v, t, now)
 	}
 }
@@ -424,8 +426,9 @@ func (m *mover) work(v *view, t *table, now time.Time) (p stepProgress, again ti
 		p.doneHere = !p.hasWork
 		return p, time.Time{}
 	}
-	if m.tally == nil && t != nil && !v.hasOnlyTable(t.ownersHash) {
-		m.prepareNewest(now) // this router has joined during a change
+	hasJoined := m.tally == nil && t != nil && !v.hasOnlyTable(t.ownersHash) // during a change
+	if hasJoined || m.mustPrepare {
+		m.prepareNewest(now)
 	}
 	if m.lastDoneHere < v.step && (v.done || m.workOnStep(v)) {
 		m.lastDoneHere = v.step
@@ -536,6 +539,7 @@ func (m *mover) adopt(old, v *view, now time.Time) {
 		m.countStep(old, now) // its last answer came with the step of v
 	}
 	if v.done && (newStep || !old.done) {
+		m.releases.endStep()
 		m.countStep(v, now)
 	}
 	if newStep || v.done != old.done || v.servesNone != old.servesNone ||
@@ -554,7 +558,7 @@ func (m *mover) dequeueForStep(v *view, now time.Time) {
 		case !v.mustLeave(s.namespace, s.backend):
 			return false
 		default:
-			m.closesAt = now
+			m.lastClosedAt = now
 			if q.place > 0 {
 				m.pace.advance(now)
 			}
@@ -567,14 +571,14 @@ func (m *mover) dequeueForStep(v *view, now time.Time) {
 // nextStepTime returns when the next step can begin: now or later.
 func (m *mover) nextStepTime(now time.Time) time.Time {
 	if m.shared == nil {
-		return latest(now, m.closesAt.Add(minStepTime))
+		return latest(now, m.lastClosedAt.Add(minStepTime))
 	}
 	return latest(now, m.shared.member.nextStepTime())
 }
 
 // noteStep notes the step in the header of a backend that has refused a request: it has
 // released the namespace for a later step than the router's. The next step of the router is
-// above it; if no other is due, it takes one for that. noteStep reports whether text is a step:
+// above it; if no step is due, it makes one that moves nothing. noteStep reports whether text is a step:
 // one of at most a day from now.
 func (m *mover) noteStep(text string) bool {
 	step, err := strconv.ParseInt(text, 10, 64)
@@ -596,13 +600,13 @@ func (m *mover) closeAtRest(now time.Time) (again time.Time) {
 	limit.away, again = m.targets.away(now)
 	settled, resume := m.updatePace(now)
 	mayClose := settled
-	if next := m.closesAt.Add(minStepTime); settled && now.Before(next) {
+	if next := m.lastClosedAt.Add(minStepTime); settled && now.Before(next) {
 		mayClose, resume = false, next // each time costs as much as the queue is long
 	}
 	due, rest := m.queue.split(&limit, mayClose, &m.pace, now)
 	m.queue.set(rest, m.queue.oldPod)
 	if len(due) > 0 {
-		m.closesAt = now
+		m.lastClosedAt = now
 	}
 	for _, q := range due {
 		m.moveSession(q.session)

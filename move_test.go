@@ -1068,6 +1068,51 @@ func TestMoveFromOldPodsAtRest(t *testing.T) {
 	})
 }
 
+// A session whose old pod has ended its side before the session's turn has not been moved back.
+func TestMoveFromOldPodThatEnds(t *testing.T) {
+	movesIn(t, 1, 5, map[string]string{"ns-01": "backend-1"}, func(t *testing.T, m *moveTest) {
+		all := m.relay.filter(func(*session) bool { return true })
+		for _, s := range all {
+			s.podUID = "a"
+		}
+		m.relay.setPods(map[int]string{1: "a"})
+		m.relay.setPods(map[int]string{1: "b"})
+		m.tableOrPodChanged()
+		if n := len(m.after(1200 * time.Millisecond)); n == 0 || n == len(all) {
+			t.Fatalf("%d sessions were closed, want some", n)
+		}
+		for _, s := range all {
+			m.relay.setBackendDone(s)
+		}
+		m.after(10 * time.Second)
+		wantEqual(t, "cancelled", m.cancelled.Load(), 0)
+	})
+}
+
+// A pod that was replaced while the plan's newest table was not known here is not forgotten.
+func TestMoveFromOldPodOfAnUnknownTable(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		m, now := newMoveTest(false, 0, 1, map[string]string{"ns-01": "backend-1"}), time.Now()
+		defer m.targets.close()
+		m.ctx = t.Context()
+		newest := m.tables.table()
+		m.tally = newMoveTally(newest.ownersHash)
+		record, unknown := newRecord(newest), newRecord(newest)
+		record.before, record.after = mark{upto: 1}, mark{upto: 1}
+		unknown.ownersHash, unknown.before, unknown.after = 99, mark{upto: 1}, mark{upto: 1}
+		full := &handoffPlan{step: 1, records: []planRecord{newRecord(newest), record, unknown}}
+		v := &view{handoffPlan: full, tables: []*table{newest, newest, nil}, done: true}
+		m.current.Store(v)
+		m.relay.filter(func(*session) bool { return true })[0].podUID = "a"
+		m.relay.setPods(map[int]string{1: "a"})
+		m.relay.setPods(map[int]string{1: "b"})
+		m.prepareNewest(now)
+		m.current.Store(newView(newest, v, now))
+		m.work(m.current.Load(), newest, now)
+		wantEqual(t, "sessions that leave the old pod", len(m.queue.oldPod), 1)
+	})
+}
+
 // A session with a pod that was replaced moves also while owners change.
 func TestMoveToAnotherPodInAChange(t *testing.T) {
 	data := map[string]string{"ns-00": "backend-0", "ns-01": "backend-1"}
@@ -1268,7 +1313,7 @@ func TestMoveTableComesWhileRunWorks(t *testing.T) {
 			if !swapped {
 				swapped = true
 				m.table(with(pinned(40, 1), "late", 3)) // by a watcher's goroutine
-				m.closesAt = time.Time{}                // else the next step waits for minStepTime
+				m.lastClosedAt = time.Time{}            // else the next step waits for minStepTime
 			}
 			return m.recordClose(s, done)
 		}

@@ -28,8 +28,8 @@ type queuedSession struct {
 	oldPod  bool   // it is in moveQueue.oldPod too
 }
 
-// fill replaces the queue. It returns how many sessions of the queue before are open and
-// need not move any more.
+// fill replaces the queue. It returns how many sessions of the queue before stay, since a later
+// change moved them back. One whose backend has ended its side neither moves nor stays.
 func (q *moveQueue) fill(
 	sessions []queuedSession, oldPod []*session, now time.Time,
 ) (cancelled int) {
@@ -41,7 +41,7 @@ func (q *moveQueue) fill(
 		isQueued[s] = true
 	}
 	for s := range q.all() {
-		if !isQueued[s] && !s.isEnding() {
+		if !isQueued[s] && !s.isEnding() && !s.backendDone.Load() {
 			cancelled++
 		}
 	}

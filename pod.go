@@ -91,8 +91,8 @@ func listPods(
 	return pods, nil
 }
 
-// getPod returns the pod of this name, nil if the API server says that there is none. All else is
-// an error: of a pod that is gone, others take over what it had.
+// getPod returns the pod of this name, nil if the API server says that there is none. Any
+// other answer is an error, because the routers go on without a pod that is gone.
 func getPod(
 	ctx context.Context, client *kubeClient, kubeNamespace, name string,
 ) (*podObject, error) {

@@ -60,7 +60,7 @@ type proxy struct {
 	pending             pendingLimit
 	namespaceLimiter    *namespaceLimiter // nil: no limits
 	requestsChecked     atomic.Int64      // calls of check
-	upgradesInHTTP      waitCount         // requests that net/http has, but for the requests of forwarder
+	upgradesInHTTP      waitCount         // requests that net/http has, except those of forwarder
 	handedToHTTP        sync.WaitGroup    // requests on their way from the fast path to ServeHTTP
 	upgradeDurations    *histogram        // from the head of an upgrade to its session
 	ownerWaits          *histogram        // of each wait for an owner
@@ -592,7 +592,7 @@ func (p *proxy) owner(namespace string) (assignment, *refusal) {
 		return a, refuseNoTable()
 	case stateUnresolved:
 		return a, refuse(resultUnresolved,
-			"the override of %q is invalid or conflicts with another, and its previous owner is not known: see /owner",
+			"the override of %q is invalid or conflicts with another, and its previous owner is not known or was scaled in: see /owner",
 			namespace)
 	}
 	return a, nil

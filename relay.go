@@ -464,7 +464,7 @@ func (w *sessionIO) isDead() bool {
 
 // needsNoCloseNotify reports whether the client's TLS stream is whole if it ends without
 // close_notify: it has sent a Close frame, or the backend has ended its stream, so nobody reads
-// what may be lacking. Or a send has failed: then the client is gone, and that send has taken
+// what may be missing. Or a send has failed: then the client is gone, and that send has taken
 // the error of its socket. The caller holds the session's lock.
 func (w *sessionIO) needsNoCloseNotify() bool {
 	return w.scanners[clientSide].closed() || w.fin[backendSide] || w.writeFailed[clientSide]

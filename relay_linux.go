@@ -55,7 +55,7 @@ type sessionIO struct {
 	poller *poller // static after engine.assign or poller.promote
 
 	// Guarded by poller.mu.
-	fd             [2]int32        // the sockets; -1: could not be had, reset, given to a flight, or the session has ended
+	fd             [2]int32        // the sockets; -1: no descriptor was left, reset, given to a flight, or the session has ended
 	epollMask      [2]uint32       // what epoll watches; 0: the socket is not in the set yet
 	slot           int32           // in poller.slots
 	halfCloseCause cause           // why the first direction ended; causeNone if none has

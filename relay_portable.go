@@ -208,7 +208,7 @@ func (s *session) readCause(from side, err error) cause {
 }
 
 // isTruncated is called when the client's stream ended without close_notify. It reports
-// whether bytes may be lacking, and then it sets the cause of the session, with mu held:
+// whether bytes may be missing, and then it sets the cause of the session, with mu held:
 // so either it sees that a write has failed, or writeFails sees the cause.
 func (s *session) isTruncated() bool {
 	s.mu.Lock()

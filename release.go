@@ -331,6 +331,14 @@ func (s *stepReleases) startStep() {
 	s.memory.freeze()
 }
 
+// endStep ends the step: it is done, perhaps without this router, which the others have removed.
+func (s *stepReleases) endStep() {
+	if s != nil {
+		s.cancel()
+		s.memory.unfreeze()
+	}
+}
+
 // releaseAll is called when all sessions and flights of the step are over, and then again
 // whenever onDone was called. It asks the backends, the first time. It reports whether
 // each has released its namespaces: those that this router had with it in the step, or within
@@ -346,19 +354,14 @@ func (s *stepReleases) releaseAll(step int64, match func(namespace string, backe
 		ctx, s.cancel = context.WithCancel(s.releaser.lifetime)
 		s.current = s.releaser.start(ctx, step, s.memory.namespaces(match), onDone)
 	}
-	if !s.current.isDone() {
-		return false
-	}
-	s.cancel()
-	s.memory.unfreeze()
-	return true
+	return s.current.isDone()
 }
 
 // releaseMemory knows which namespaces this router had lately, and with which backend:
 // their state may not be stored yet (-release-retention).
 //
 // It forgets a namespace between retention and 2*retention after its last session or request is
-// over, and nothing during a step, but for what exceeds max: see note. To have it too long does
+// over, and nothing during a step, except what exceeds max: see note. To have it too long does
 // no harm: a release has nothing to do then.
 type releaseMemory struct {
 	// Static after construction.
@@ -409,7 +412,7 @@ func (m *releaseMemory) note(namespace string, backend int) {
 	m.recent[len(m.recent)-1][key] = struct{}{}
 }
 
-// freeze makes the memory forget nothing until unfreeze, but for what exceeds max: what the
+// freeze makes the memory forget nothing until unfreeze, except what exceeds max: what the
 // router had in the last retention is there until the step is done, however long that takes.
 func (m *releaseMemory) freeze() {
 	m.mu.Lock()

@@ -456,6 +456,24 @@ func TestStepReleases(t *testing.T) {
 	}
 }
 
+// A step that is done without this router, which the others have removed, ends here too: the memory
+// may forget again.
+func TestReleaseOfAStepThatIsDoneWithoutUs(t *testing.T) {
+	r := lookupTable(t, 4, 10)
+	m, now := restingMover(r), time.Now()
+	memory := newReleaseMemory(time.Minute, slog.New(slog.DiscardHandler))
+	m.releases = newStepReleases(nil, memory)
+	other := newTable("backend", false, ordinalRange{count: 5}, nil, nil, r.table())
+	v := m.current.Load()
+	step := v.next(other, stepLimit{upto: allPlaces / 2}, now)
+	m.adopt(v, step, now)
+	wantEqual(t, "frozen in the step", memory.frozen, true)
+	over := *step
+	over.done = true
+	m.adopt(step, &over, now)
+	wantEqual(t, "frozen after it", memory.frozen, false)
+}
+
 // had returns what the memory has, as "backend/namespace", sorted.
 func had(m *releaseMemory) string {
 	var all []string

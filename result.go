@@ -19,7 +19,7 @@ const (
 	resultNotFound                       // 404
 	resultNotUpgrade                     // 426
 	resultNoTable                        // 503: no table yet, or no plan of the hand-off
-	resultUnresolved                     // 503: an invalid override, and no previous owner is known
+	resultUnresolved                     // 503: an invalid override, and the previous owner is not known or was scaled in
 	resultHoldTimeout                    // 503
 	resultMisdirected                    // 503: another backend has the owner's address
 	resultMaxSessions                    // 503
@@ -82,7 +82,7 @@ func (r result) refusalStatus() int {
 
 // refusal says that a request is not carried out, and why. The reason is for the log:
 // of what the client did wrong (4xx) it quotes the request and says what was wanted,
-// but of all else it names backends and addresses, which are no business of clients.
+// but of all else it names backends and addresses, which clients must not see.
 type refusal struct {
 	result result
 	reason string

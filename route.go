@@ -16,7 +16,7 @@ const (
 	whyCordoned   = "cordoned"   // there is none, and the backend of its hash is cordoned
 	whyPrevious   = "previous"   // it keeps its previous owner: an override is invalid
 	whyConflict   = "conflict"   // it keeps its previous owner: overrides disagree
-	whyUnresolved = "unresolved" // it would keep its previous owner, but none is known: 503
+	whyUnresolved = "unresolved" // it would keep its previous owner, which is not known or was scaled in: 503
 )
 
 // sourceID identifies an object that holds overrides, such as a ConfigMap or a directory.
@@ -444,7 +444,7 @@ func (t *table) rejections(i int) iter.Seq[rejection] {
 
 // rejectionsOf returns the rejected overrides of the namespace in all sources. It includes
 // keys that are not valid and mean the namespace: those with escapes that need not be, and
-// those that equal the namespace, if namespaces come from host names but for their case.
+// those that equal the namespace, if namespaces come from host names, except in case.
 // It reads all overrides: it is for operators, not for requests.
 func (t *table) rejectionsOf(namespace string) (all []rejection) {
 	for i := range t.sources {

@@ -52,8 +52,9 @@ type tableStore struct {
 	log         *slog.Logger
 	onSwap      func()          // called after each swap of the table; must not block
 	sources     []*mergedSource // in the order of addSource
-	// previousOwners returns what names the owner that a namespace keeps if its override is invalid
-	// now. It returns nil where only the newest table says that, and must not block. nil for none.
+	// previousOwners returns a function that returns the owner that a namespace keeps if its override
+	// is invalid now; nil where only the newest table says that. It must not block. The field may be
+	// nil.
 	previousOwners func() func(namespace string) int
 
 	newest atomic.Pointer[table] // nil until overrides and backends are known, not nil after that
@@ -156,12 +157,17 @@ func (ts *tableStore) updateVersions() bool {
 		}
 		same = same && i == j && src.overrides == t.sources[j].overrides
 	}
-	if same {
+	if !same {
+		return false
+	}
+	for { // mover.takeNewVersion may replace t meanwhile, without mu
 		next := *t
 		next.sources, next.overridesVersion = ts.contents, versionOf(ts.contents)
-		ts.newest.Store(&next)
+		if ts.newest.CompareAndSwap(t, &next) {
+			return true
+		}
+		t = ts.table()
 	}
-	return same
 }
 
 // hasID returns a function that reports whether a content is of the object with this ID.
