@@ -58,6 +58,8 @@ func lostProxy(t *testing.T, addr string, change func(*proxy)) (p *testProxy, ne
 func (p *testProxy) mustWaitForLost(t *testing.T, next *stubBackend) {
 	t.Helper()
 	p.moveTo(t, "3", 1)
+	// A session that has not ended is in a later step: until then its clients go to backend-0.
+	eventually(t, "state of ns-01", stateHeld, func() ownerState { return p.mover.assignmentOf("ns-01").state })
 	waiting := dial(t, p.addr)
 	mustWrite(t, waiting, upgradeRequest("/ws/ns-01"))
 	eventually(t, "the step waits for backend-0 alone", true, func() bool {

@@ -110,16 +110,20 @@ func hasDotSegment(path string) bool {
 	return slices.ContainsFunc(plainSegments(path), isDots)
 }
 
-// isSamePath reports whether the target's path, which may have a fragment, is the other path
-// to anybody, also to programs that ignore the case of letters.
+// isSamePath reports whether the target's path is the other path to anybody: also to programs
+// that ignore the case of letters, or that end a path where one begins, once it is decoded, a
+// query, a fragment, or the end of a string in C.
 func isSamePath(path, other string) bool {
-	path, _, _ = strings.Cut(path, "#")
+	path = string(decodeAll(path))
+	if end := strings.IndexAny(path, "?#\x00"); end >= 0 {
+		path = path[:end]
+	}
 	return slices.EqualFunc(plainSegments(path), plainSegments(other), strings.EqualFold)
 }
 
-// plainSegments returns the segments of the path that are not empty, as those programs read
-// them that read the most into a path: also where a dot or a slash is escaped, however often,
-// where a backslash is taken for a slash, and before a parameter.
+// plainSegments returns the segments of the path that are not empty, read as loosely as any
+// program does: also where a dot or a slash is escaped, however often, where a backslash is taken
+// for a slash, and before a parameter.
 func plainSegments(path string) (all []string) {
 	plain := strings.ReplaceAll(string(decodeAll(path)), `\`, "/")
 	for segment := range strings.SplitSeq(plain, "/") {

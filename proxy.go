@@ -178,7 +178,7 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result, error) 
 		if client.serverCtx.Err() != nil {
 			ctx = client.serverCtx
 		}
-		return p.unreachableError(ctx, u, u.dialErr, nil)
+		return p.notTakenError(ctx, u, u.dialErr, nil)
 	}
 	clientCtx, holdCtx, cancel := p.requestContexts(r, u.holdDeadline)
 	defer cancel()
@@ -203,7 +203,7 @@ func (p *proxy) askOwners(
 		var request []byte
 		if u.backendConn == nil {
 			if err := p.dialOwner(holdCtx, u); err != nil {
-				return p.unreachableError(holdCtx, u, err, refusals.misdirected)
+				return p.notTakenError(holdCtx, u, err, refusals.misdirected)
 			}
 			if !p.startFlight(u) {
 				u.backendConn.Close()
@@ -218,7 +218,7 @@ func (p *proxy) askOwners(
 		case !errors.Is(err, errReleased) && !errors.Is(err, errMisdirected):
 			return result, err
 		case refusals.wait(holdCtx, err) != nil:
-			return p.unreachableError(holdCtx, u, err, refusals.misdirected)
+			return p.notTakenError(holdCtx, u, err, refusals.misdirected)
 		}
 	}
 }
@@ -318,7 +318,7 @@ func (p *proxy) admitPlain(x *exchange) *refusal {
 	if x.client.serverCtx.Err() != nil {
 		return contextRefusal(x.client.serverCtx)
 	}
-	namespace, refused := p.check(x.r, p.checkPlain)
+	namespace, refused := p.check(x.r, checkPlain)
 	if refused == nil {
 		refused = x.readShortBody(p.limits.headerTimeout)
 	}
@@ -334,16 +334,6 @@ func (p *proxy) admitPlain(x *exchange) *refusal {
 	return x.reserveHead(len(x.head)+len(x.shortBody), p.limits.pendingRequests)
 }
 
-// checkPlain says why r, which is no upgrade, is not passed on, or nil. A client that could
-// send the request of -release would end the sessions of all namespaces that it names: with
-// X-Router-Step, which the router adds, it is one of a router.
-func (p *proxy) checkPlain(r *http.Request) *refusal {
-	if path := requestPath(r); p.releasePath != "" && isSamePath(path, p.releasePath) {
-		return refuse(resultNotFound, "the path %.200q is for routers only", path)
-	}
-	return checkPlain(r)
-}
-
 // roundTrip sends the request to the owner of its namespace, and returns the answer. The
 // error is a *refusal. It asks another owner, or again, only if the one that was asked says
 // that it has not taken the request, and nothing of its body is lost.
@@ -352,7 +342,7 @@ func (p *proxy) roundTrip(x *exchange) (*http.Response, error) {
 	for conn := p.takeIdle(x.pendingRequest); ; conn = nil {
 		if conn == nil {
 			if err := p.dialOwner(p.holdContext(x), x.pendingRequest); err != nil {
-				_, err = p.unreachableError(x.holdCtx, x.pendingRequest, err, refusals.misdirected)
+				_, err = p.notTakenError(x.holdCtx, x.pendingRequest, err, refusals.misdirected)
 				return nil, err
 			}
 			conn = newOwnerConn(x.backendConn, backendPod{x.backend, x.podUID})
@@ -379,7 +369,7 @@ func (p *proxy) roundTrip(x *exchange) (*http.Response, error) {
 			return nil, refusedBody(owner, err)
 		}
 		if refusals.wait(p.holdContext(x), err) != nil {
-			_, err = p.unreachableError(x.holdCtx, x.pendingRequest, err, refusals.misdirected)
+			_, err = p.notTakenError(x.holdCtx, x.pendingRequest, err, refusals.misdirected)
 			return nil, err
 		}
 	}
@@ -498,7 +488,9 @@ func (p *proxy) admit(r *http.Request) (*pendingRequest, *refusal) {
 }
 
 // check returns the namespace of a request in whose head nothing is wrong. checkKind checks
-// what depends on the kind of the request.
+// what depends on the kind of the request. A client that could send the request of -release would
+// end the sessions of all namespaces that it names: with X-Router-Step, which the router adds, it
+// is one of a router.
 func (p *proxy) check(
 	r *http.Request, checkKind func(*http.Request) *refusal,
 ) (namespace string, refused *refusal) {
@@ -507,11 +499,13 @@ func (p *proxy) check(
 		return "", refuse(resultBadHead, "too many header fields: at most %d are allowed (got %d)",
 			p.limits.headerFields, n)
 	}
-	namespace, refused = p.namespaceOf(r)
-	if refused == nil {
-		refused = checkKind(r)
+	if namespace, refused = p.namespaceOf(r); refused != nil {
+		return "", refused
 	}
-	return namespace, refused
+	if path := requestPath(r); p.releasePath != "" && isSamePath(path, p.releasePath) {
+		return "", refuse(resultNotFound, "the path %.200q is for routers only", path)
+	}
+	return namespace, checkKind(r)
 }
 
 // reserve finds the owner of a request's namespace, and counts the request in the limits.
@@ -598,9 +592,9 @@ func (p *proxy) owner(namespace string) (assignment, *refusal) {
 	return a, nil
 }
 
-// unreachableError returns why no owner has taken the request in time: err, and misdirected if
+// notTakenError returns why no owner has taken the request in time: err, and misdirected if
 // another backend has answered in its place.
-func (p *proxy) unreachableError(
+func (p *proxy) notTakenError(
 	holdCtx context.Context, u *pendingRequest, err, misdirected error,
 ) (result, error) {
 	var refused *refusal
@@ -670,7 +664,7 @@ func (p *proxy) completeUpgrade(
 		return resultOK, err // the caller ignores the result
 	}
 	if resp.StatusCode != http.StatusSwitchingProtocols {
-		if failure = p.passResponse(r.Context(), w, resp, backendConn); failure != nil {
+		if failure, err = p.passResponse(r.Context(), w, resp, backendConn); err != nil {
 			// The client must not take half a body for a whole one.
 			return resultBackendRefused, http.ErrAbortHandler
 		}
@@ -726,12 +720,12 @@ const stopGrace = 2 * time.Second
 
 // passResponse sends the client the backend's answer: status, header and body. A 302 is not
 // followed, and no answer is logged. The body has as much time as the head had. If it is cut
-// off, the client gets what came of it, and passResponse returns why. When ctx ends, because the
-// client has left or the router stops, the backend sends no more, and the client has stopGrace to
-// take what has come.
+// off, the client gets what came of it, and passResponse returns an error; failure is that of
+// backendConn, nil if it was the client's. When ctx ends, because the client has left or the
+// router stops, the backend sends no more, and the client has stopGrace to take what has come.
 func (p *proxy) passResponse(
 	ctx context.Context, w http.ResponseWriter, resp *http.Response, backendConn net.Conn,
-) error {
+) (failure, err error) {
 	deadline := time.Now().Add(p.limits.upgradeTimeout)
 	backendConn.SetDeadline(deadline)
 	client := http.NewResponseController(w)
@@ -752,11 +746,25 @@ func (p *proxy) passResponse(
 		w.Header()["Connection"] = []string{"Upgrade"} // it names Upgrade (RFC 9110 §7.8)
 	}
 	w.WriteHeader(resp.StatusCode)
-	if _, err := io.Copy(w, resp.Body); err != nil {
+	body := failureReader{Reader: resp.Body}
+	if _, err = io.Copy(w, &body); err != nil {
 		client.Flush() // the status and what came of the body
-		return err
 	}
-	return nil
+	return body.failure, err
+}
+
+// failureReader keeps the error of a read that is not io.EOF.
+type failureReader struct {
+	io.Reader
+	failure error // nil for none
+}
+
+func (f *failureReader) Read(p []byte) (int, error) {
+	n, err := f.Reader.Read(p)
+	if err != nil && err != io.EOF {
+		f.failure = err
+	}
+	return n, err
 }
 
 // hijack takes the client's connection from net/http and sends head, the 101, on it. It

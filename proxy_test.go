@@ -10,13 +10,17 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptest"
+	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
+	"testing/iotest"
 	"time"
 )
 
@@ -1148,12 +1152,17 @@ func TestProxyKeepsReleasesToItself(t *testing.T) {
 			})
 			for _, path := range []string{
 				"/release", "/release/", "//release", "/%72elease", "/%2572elease", "/Release", `/\release`,
-				"/release;a=1", "/release%2F", "http://ns-01.example/release", "/release#a",
+				"/release;a=1", "/release%2F", "http://ns-01.example/release", "/release#a", "/release%3Fa", "/release%23/a", "/release%00",
 			} {
 				body := `{"namespaces":["ns-02"]}`
 				_, _, resp := p.ask(t, fmt.Sprintf("POST %s?ns=ns-01 HTTP/1.1\r\nHost: ns-01.example\r\nContent-Length: %d\r\n\r\n%s", path, len(body), body))
 				if resp.StatusCode != 404 && resp.StatusCode != 400 {
 					t.Errorf("%q: %s, want 404 or 400", path, resp.Status)
+				}
+			}
+			for way, request := range bothWays("/release?ns=ns-01") {
+				if _, _, resp := p.ask(t, request); resp.StatusCode != 404 {
+					t.Errorf("upgrade, %s: %s, want 404", way, resp.Status)
 				}
 			}
 			wantEqual(t, "requests of the backend", len(backend.heads()), 0)
@@ -1164,5 +1173,45 @@ func TestProxyKeepsReleasesToItself(t *testing.T) {
 		if _, _, resp := p.ask(t, plainRequest(path)); resp.StatusCode != 200 {
 			t.Errorf("%q: %s, want 200", path, resp.Status)
 		}
+	}
+}
+
+// passResponse says which side has failed: of an owner that was lost (isLost) the router knows less.
+func TestPassResponseFailure(t *testing.T) {
+	for name, tt := range map[string]struct {
+		body          io.Reader
+		client        http.ResponseWriter
+		failure, fail error
+	}{
+		"whole":         {strings.NewReader("nope"), httptest.NewRecorder(), nil, nil},
+		"the backend":   {iotest.ErrReader(syscall.ETIMEDOUT), httptest.NewRecorder(), syscall.ETIMEDOUT, syscall.ETIMEDOUT},
+		"the client":    {strings.NewReader("nope"), lostClient{httptest.NewRecorder()}, nil, syscall.ETIMEDOUT},
+		"it is cut off": {iotest.ErrReader(io.ErrUnexpectedEOF), httptest.NewRecorder(), io.ErrUnexpectedEOF, io.ErrUnexpectedEOF},
+	} {
+		t.Run(name, func(t *testing.T) {
+			conn, _ := net.Pipe()
+			resp := &http.Response{StatusCode: 403, Header: http.Header{}, Body: io.NopCloser(tt.body)}
+			failure, err := (&proxy{limits: limits{upgradeTimeout: patience}}).passResponse(t.Context(), tt.client, resp, conn)
+			if failure != tt.failure || err != tt.fail {
+				t.Errorf("the backend has failed with %v, and the answer with %v; want %v and %v", failure, err, tt.failure, tt.fail)
+			}
+		})
+	}
+}
+
+// lostClient is a client whose connection the kernel gave up.
+type lostClient struct{ *httptest.ResponseRecorder }
+
+func (lostClient) Write([]byte) (int, error) { return 0, syscall.ETIMEDOUT }
+
+// The router stops just when the head of a refusal has come: its slow body is cut off.
+func TestPassResponseStops(t *testing.T) {
+	backendConn, _ := net.Pipe() // it sends nothing
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	resp := &http.Response{StatusCode: 403, Header: http.Header{}, Body: backendConn}
+	_, err := (&proxy{limits: limits{upgradeTimeout: time.Hour}}).passResponse(ctx, httptest.NewRecorder(), resp, backendConn)
+	if !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("passResponse returns %v, want that the deadline is over", err)
 	}
 }

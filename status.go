@@ -204,7 +204,7 @@ func (s *status) addStatefulSet(r *replicaWatcher) {
 // changing says that a change of owners was under way just before.
 func newBackendStatuses(p *proxy, summary *tableSummary, changing bool) []backendStatus {
 	// In this order: a flight may become a session, and after a change none begins. With
-	// -handoff=off upgrades have no flight, but are pending.
+	// -handoff=off upgrades have no flight, but are pending, until just before they are sessions.
 	inFlight := map[int]bool{}
 	p.mover.flights.each(func(f *flight) { inFlight[f.backend] = true })
 	pending := p.pending.backends()
