@@ -6,10 +6,11 @@
 // DEPLOY_WITH=no-tls clients come without TLS; that is for the tests of the hand-off, to
 // measure what handshakes of TLS would hide on a small machine.
 //
-// The code is in test files, but for the servers that tests start. The tests run one after the other. Each test restores
-// what it changes: the overrides, the Secret, the pods. The names of the tests'
-// namespaces begin with "e2e-". A precondition that is not met is a failure that says
-// what to do; only programs that are not installed are a reason to skip. To omit a test, use -skip.
+// The code is in test files, except the servers that tests start. The tests run one after
+// the other. Each test restores what it changes: the overrides, the Secret, the pods. The
+// names of the tests' namespaces begin with "e2e-". A precondition that is not met is a
+// failure that says what to do; only programs that are not installed are a reason to skip. To
+// omit a test, use -skip.
 //
 // The tests of closing (TestClosing...) need no cluster: they run the router as a
 // process. So do TestAppsLayouts and TestMonitoringAlone. TestMonitoring and
