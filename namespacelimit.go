@@ -35,8 +35,9 @@ func newNamespaceLimiter(limits namespaceLimits, log *slog.Logger) *namespaceLim
 	}
 }
 
-// admit counts an upgrade in all limits of its namespace. The permit is nil if no
-// limit counts the upgrade after that; else the caller gives it back.
+// admit counts an upgrade in all limits of its namespace. If one refuses it, admit gives back what
+// the others have counted. The permit is nil if no limit counts the upgrade after that; else the
+// caller gives it back.
 func (l *namespaceLimiter) admit(namespace string) (*namespacePermit, *refusal) {
 	if l == nil {
 		return nil, nil
@@ -77,8 +78,8 @@ func (p *namespacePermit) giveBack() {
 	}
 }
 
-// forSession returns what a session keeps of the permit of its upgrade: all of it. A limit of
-// upgrades that are pending would give its part back here.
+// forSession returns what a session keeps of the permit of its upgrade, and gives back in its place:
+// all of it. A limit of upgrades that are pending would give its part back here. It may return nil.
 func (p *namespacePermit) forSession() *namespacePermit { return p }
 
 // namespaceSessions bounds the sessions of each namespace in this router, together with

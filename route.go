@@ -41,7 +41,7 @@ func (id sourceID) String() string {
 type sourceContent struct {
 	id        sourceID
 	object    apiObject    // the ConfigMap; zero for other sources
-	version   string       // the ConfigMap's resourceVersion, or a hash of the directory's files
+	version   string       // the ConfigMap's resourceVersion, or another text that changes with the overrides
 	overrides *overrideSet // never nil
 }
 

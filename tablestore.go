@@ -16,8 +16,13 @@ import (
 // overrideSource reads overrides from one place, as configMaps and directory do. It
 // gives all that it holds to the update function with which it was created: first when
 // that is complete, also if it is nothing, then after each change. Until the first call the
-// router is not ready. A call with the same contents changes nothing and logs nothing. The
-// tableStore merges the sources, rejects invalid entries, finds conflicts and logs changes.
+// router is not ready. A call with the same contents changes nothing and logs nothing. Any
+// goroutine may call update. The tableStore merges the sources, rejects invalid entries, finds
+// conflicts and logs changes.
+//
+// The keys of the overrides are those of a ConfigMap (namespaceKey), and their version is any text
+// that changes with them (sourceContent). An entry that cannot be read becomes an override with the
+// error's text as its value, which is rejected since it names no backend.
 //
 // With -handoff=all, changes wait until all routers have the same overrides. So a source whose
 // contents may differ from router to router must not be added then.
