@@ -164,17 +164,18 @@ func (p *plane) health(ctx context.Context) error {
 	return err
 }
 
-// reconnect waits until an API server accepts connections, and makes the
-// test's client open new ones.
+// reconnect makes the test's client open new connections, and waits until an API server answers on
+// one. Each try opens another: one with an API server that ends goes on for a minute.
 func (p *plane) reconnect() {
 	p.t.Helper()
 	config := rest.CopyConfig(p.config)
-	config.Dial = (&net.Dialer{Timeout: 2 * time.Second}).DialContext // with one of its own it shares no connections
-	var err error
-	if p.client, err = kubernetes.NewForConfig(config); err != nil {
-		p.t.Fatal(err)
-	}
-	eventually(p.t, 30*time.Second, "the API server to answer", func() error { return p.health(p.t.Context()) })
+	eventually(p.t, 30*time.Second, "the API server to answer", func() (err error) {
+		config.Dial = (&net.Dialer{Timeout: 2 * time.Second}).DialContext // with one of its own it shares no connections
+		if p.client, err = kubernetes.NewForConfig(config); err != nil {
+			return err
+		}
+		return p.health(p.t.Context())
+	})
 }
 
 // findAddress asks for the API server's own address.
