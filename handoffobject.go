@@ -27,12 +27,12 @@ const (
 
 // The bounds of what is read from the object. An object has at most 1 MiB.
 const (
-	maxPlan    = 512 << 10 // bytes
-	maxAnswer  = 64 << 10  // bytes
-	maxOwners  = 10_000    // in one set
-	maxMembers = 1000
-	maxStep    = 1 << 53 // JSON's numbers are exact up to here
-	maxToken   = 128     // bytes of an epoch, an instance or a UID
+	maxPlan          = 512 << 10 // bytes
+	maxAnswer        = 64 << 10  // bytes
+	maxOwners        = 10_000    // in one set
+	maxMembers       = 1000
+	maxStep    int64 = 1 << 53 // JSON's numbers are exact up to here
+	maxToken         = 128     // bytes of an epoch, an instance or a UID
 )
 
 // planVersion is the version of what plans and answers mean. A router changes nothing
