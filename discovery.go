@@ -791,8 +791,8 @@ func (e *endpointWatcher) resolve(ctx context.Context, ordinal int) (string, err
 }
 
 // podIsGone asks the API server for the pod with the backend's name, and reports whether
-// the answer is that there is none. It returns false if there is no answer. It also does if there
-// is one, though that may be another pod, which has no sessions of the one before.
+// the answer is that there is none. It returns false if there is no answer, and if there is a
+// pod, which may be another one: that has no sessions of the one before.
 func (e *endpointWatcher) podIsGone(ctx context.Context, ordinal int) bool {
 	client := e.client
 	pod, err := getPod(ctx, &client, e.watcher.kubeNamespace, backendName(e.statefulSet, ordinal))

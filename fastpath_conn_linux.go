@@ -323,8 +323,8 @@ func (c *fastConn) wasParked() bool { return c.waiter.sequence != 0 }
 
 // fallBack leaves the client to net/http, with what it has sent and its upgrade. If the
 // owner has got the request, its connection goes too, with what it has answered. failure
-// is why the owner could not be reached. An admitted client that is gone is closed. c must not be
-// used after it.
+// is why the owner could not be reached. An admitted client that is gone is closed. c must not
+// be used after it.
 func (c *fastConn) fallBack(answer []byte, failure error) {
 	if c.pending != nil && c.isGone() {
 		c.closeGone()

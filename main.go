@@ -83,16 +83,16 @@
 //
 //  1. A table never changes: an update swaps the pointer to it. Once there is a
 //     table, the pointer is never nil. A lookup takes no lock and allocates nothing.
-//  2. A table gives a namespace one owner: the same overrides, the same backends
-//     (the first ordinal and their number) and the same cordon give the same owner on every router, in every version
-//     with the same hashVersion. Where an override is invalid, the owner of its namespace
-//     depends on earlier tables too; a table's stamp, which backends get as a header, shows
-//     where two routers differ in that. While one table replaces another, a namespace never
+//  2. A table gives a namespace one owner: the same overrides, the same backends (the first
+//     ordinal and their number) and the same cordon give the same owner on every router, in
+//     every version with the same hashVersion. Where an override is invalid, the owner of its
+//     namespace depends on earlier tables too; a table's stamp, which backends get as a header,
+//     shows where two routers differ in that. While one table replaces another, a namespace never
 //     has two owners at once. Sessions count, and also requests that a backend may have
 //     received. With -handoff=all this holds for all routers together, with -handoff=single
 //     for each router by itself, with -handoff=off not at all.
 //  3. An invalid override changes nothing: its namespace keeps its previous owner. If a router
-//     does not know that, or it was scaled in, the router refuses the namespace. All
+//     does not know that owner, or it was scaled in, the router refuses the namespace. All
 //     other overrides apply. An invalid cordon changes nothing either: the last valid one
 //     stays in force. A router that does not know the last cordon is not ready. With -handoff=all it
 //     becomes ready once no other router has that cordon in force.
