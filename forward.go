@@ -35,12 +35,11 @@ type forwarder struct {
 	idle     *idleConns
 	buffers  sync.Pool // of *[forwardBuffer]byte
 
-	running    waitCount    // exchanges: stop waits for them
-	inProgress atomic.Int64 // how many there are
-	atOwners   atomic.Int64 // of these, those that an owner has got
-	cuts       atomic.Int64 // exchanges that ended by errMoved or errDraining
-	results    [numResults]atomic.Int64
-	durations  *histogram // of plain requests
+	running   waitCount    // exchanges: stop waits for them
+	atOwners  atomic.Int64 // of these, those that an owner has got
+	cuts      atomic.Int64 // exchanges that ended by errMoved or errDraining
+	results   [numResults]atomic.Int64
+	durations *histogram // of plain requests
 }
 
 const (
@@ -117,7 +116,7 @@ func (f *forwarder) writeMetrics(m metricsWriter) {
 		}
 	}
 	m.single("router_http_requests_in_progress", "gauge", "Plain requests in progress.",
-		float64(f.inProgress.Load()))
+		float64(f.running.size()))
 	m.single("router_http_requests_cut_total", "counter",
 		"Plain requests that the router cut, as their namespaces moved or it stopped.",
 		float64(f.cuts.Load()))
@@ -168,7 +167,6 @@ type exchange struct {
 // begin begins the exchange of a request. The caller calls finish.
 func (f *forwarder) begin(w http.ResponseWriter, r *http.Request) *exchange {
 	f.running.add(1)
-	f.inProgress.Add(1)
 	x := &exchange{forwarder: f, w: w, r: r, arrived: time.Now(), result: resultClientGone}
 	x.streams = r.ContentLength < 0 || r.ContentLength > maxShortBody
 	x.client = clientOf(r.Context())
@@ -203,7 +201,6 @@ func (x *exchange) finish() {
 	}
 	f.results[x.result].Add(1)
 	f.durations.observe(time.Since(x.arrived))
-	f.inProgress.Add(-1)
 	f.running.add(-1)
 }
 

@@ -75,7 +75,7 @@ func (p *testProxy) do(
 func (p *testProxy) waitForwarded(t testing.TB, want result, n int64) {
 	t.Helper()
 	eventually(t, fmt.Sprintf("plain requests with result %v", want), n, func() int64 {
-		if p.forwarder.inProgress.Load() > 0 {
+		if p.forwarder.running.size() > 0 {
 			return -1
 		}
 		return p.forwarder.results[want].Load()

@@ -91,6 +91,13 @@ func (c *waitCount) add(delta int) {
 	}
 }
 
+// size returns the number.
+func (c *waitCount) size() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.n
+}
+
 // wait returns when the number is 0.
 func (c *waitCount) wait() {
 	c.mu.Lock()
