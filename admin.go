@@ -56,7 +56,7 @@ func (a *admin) server(log *slog.Logger) *http.Server {
 		WriteTimeout:      30 * time.Second,
 		IdleTimeout:       time.Minute,
 		MaxHeaderBytes:    8 << 10,
-		ErrorLog:          serverLog(log),
+		ErrorLog:          httpLog(log),
 		ConnState:         noteConnState,
 	}
 }

@@ -1014,7 +1014,7 @@ func served(t *testing.T, data []byte) (request *http.Request, rest string) {
 	t.Helper()
 	done := make(chan struct{}, 2)
 	conn := &spoken{Reader: bytes.NewReader(data)}
-	server := &http.Server{MaxHeaderBytes: 4 << 10, ErrorLog: serverLog(slog.New(slog.DiscardHandler))}
+	server := &http.Server{MaxHeaderBytes: 4 << 10, ErrorLog: httpLog(slog.New(slog.DiscardHandler))}
 	server.ConnState = func(_ net.Conn, state http.ConnState) {
 		if state == http.StateClosed {
 			done <- struct{}{}

@@ -106,22 +106,29 @@ func (q *logQueue) writeMetrics(m metricsWriter) {
 		"Log lines that were dropped because nobody read the log in time.", float64(q.dropped.Load()))
 }
 
-// serverLog returns a log for http.Server, which logs its own errors, such as no
-// descriptors left, and panics of handlers. Clients can cause some of these lines, so it
-// writes at most one a second.
-func serverLog(log *slog.Logger) *stdlog.Logger {
-	return stdlog.New(&serverLogWriter{log: log}, "", 0)
+// httpLog returns a log for net/http, which logs errors of its own: no descriptors left,
+// panics of handlers, answers that nobody asked for. Clients and backends can cause some of
+// these lines, so it writes at most one a second.
+func httpLog(log *slog.Logger) *stdlog.Logger {
+	return stdlog.New(&httpLogWriter{log: log}, "", 0)
 }
 
-// serverLogWriter writes the lines of an http.Server to log.
-type serverLogWriter struct {
+// takeStandardLog has the standard logger write to log. An http.Transport uses it, and none
+// can be given to that.
+func takeStandardLog(log *slog.Logger) {
+	stdlog.SetFlags(0)
+	stdlog.SetOutput(&httpLogWriter{log: log})
+}
+
+// httpLogWriter writes the lines of net/http to log.
+type httpLogWriter struct {
 	log   *slog.Logger
 	limit throttle
 }
 
-func (l *serverLogWriter) Write(line []byte) (int, error) {
+func (l *httpLogWriter) Write(line []byte) (int, error) {
 	if omitted, ok := l.limit.allow(time.Second); ok {
-		l.log.Warn("HTTP server error", "error", string(bytes.TrimSpace(line)), "omitted", omitted)
+		l.log.Warn("HTTP error", "error", string(bytes.TrimSpace(line)), "omitted", omitted)
 	}
 	return len(line), nil
 }

@@ -414,6 +414,7 @@ func run(ctx context.Context, args []string, getenv func(string) string,
 	}
 	queue := newLogQueue(stdout)
 	log := newLogger(queue, c.logFormat, c.logLevel)
+	takeStandardLog(log)
 	go queue.run(log)
 	defer queue.stop()
 	p, err := newProgram(c, getenv, queue, log)
@@ -804,7 +805,7 @@ func newClientServer(ctx context.Context, p *proxy, log *slog.Logger) *http.Serv
 		IdleTimeout:       p.limits.headerTimeout,
 		MaxHeaderBytes:    p.limits.headerBytes,
 		Protocols:         protocols,
-		ErrorLog:          serverLog(log),
+		ErrorLog:          httpLog(log),
 
 		DisableGeneralOptionsHandler: true, // OPTIONS * has no namespace either
 

@@ -281,6 +281,35 @@ func TestProcessLogReaderGone(t *testing.T) {
 	}
 }
 
+// What an http.Transport says by itself, here of a backend that answers a release twice, is a
+// line of the log, and not one of stderr in another form.
+func TestProcessLogsTransport(t *testing.T) {
+	t.Parallel()
+	old, next := newReleasingBackend(t), newReleasingBackend(t)
+	old.setAnswer(func(w http.ResponseWriter, _ *http.Request) {
+		conn, _, err := w.(http.Hijacker).Hijack()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer conn.Close()
+		io.WriteString(conn, strings.Repeat("HTTP/1.1 204 No Content\r\n\r\n", 2))
+		io.Copy(io.Discard, conn)
+	})
+	dir := overridesDir(t, map[string]string{"ns-01": "backend-0"})
+	addrs := old.Listener.Addr().String() + "," + next.Listener.Addr().String()
+	p := newRouterProcess(t, "-backends", addrs, "-overrides", dir, "-handoff=single", "-release=/release")
+	p.serve(t)
+	p.open(t, "ns-01")
+	must(t, os.WriteFile(filepath.Join(dir, "ns-01"), []byte("backend-1"), 0o644))
+	line := p.log.wait(t, "HTTP error", 1)
+	if text, _ := line["error"].(string); !strings.Contains(text, "Unsolicited response") {
+		t.Errorf("the log has %q, want an unsolicited response", text)
+	}
+	must(t, p.cmd.Process.Signal(syscall.SIGTERM))
+	p.wantSuccess(t)
+}
+
 // traced makes strace run the process and tamper with its system calls. What it did
 // is in the file that is returned.
 func (p *routerProcess) traced(t *testing.T, inject string) (file string) {
@@ -433,7 +462,7 @@ func TestProcessWaitsForDescriptors(t *testing.T) {
 	waitBody(t, &p.runningRouter, "/readyz", 503, why) // those who left are taken in turn, and then
 	open[half].Close()
 	waitBody(t, &p.runningRouter, "/readyz", 200, "ready\n")
-	if errors := append(p.log.all("HTTP server error"), p.log.all("cannot accept connections")...); len(errors) > 0 {
+	if errors := append(p.log.all("HTTP error"), p.log.all("cannot accept connections")...); len(errors) > 0 {
 		t.Errorf("there were troubles: %v", errors)
 	}
 }

@@ -46,7 +46,7 @@ func newRedirect(p *proxy, l net.Listener, fdLimit *descriptorLimit) (*redirect,
 			WriteTimeout:      10 * time.Second,
 			IdleTimeout:       p.limits.headerTimeout,
 			MaxHeaderBytes:    p.limits.headerBytes,
-			ErrorLog:          serverLog(p.log),
+			ErrorLog:          httpLog(p.log),
 			ConnState:         noteConnState,
 
 			DisableGeneralOptionsHandler: true, // OPTIONS * has no place at https either
