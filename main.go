@@ -345,7 +345,7 @@
 //	idleConns.mu              held while it counts descriptors
 //	sharedHandoff.mu, releaser.mu, releaseMemory.mu
 //	pendingLimit.mu, descriptorLimit.mu, addressCache.mu, limitListener.mu, logQueue.mu,
-//	waitCount.mu, namespaceSessions.mu, namespaceRate.mu, tlsHandshakeList.mu
+//	waitCount.mu, namespaceSlots.mu, namespaceRate.mu, tlsHandshakeList.mu
 //
 // Locks of one list with commas are never held together. Nothing waits for the network with
 // a lock held.

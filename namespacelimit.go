@@ -20,8 +20,8 @@ type namespaceLimits struct {
 type namespaceLimiter struct {
 	// Static after construction.
 	limits   namespaceLimits
-	sessions *namespaceSessions // nil: no limit
-	rate     *namespaceRate     // nil: no limit
+	sessions *namespaceSlots // nil: no limit
+	rate     *namespaceRate  // nil: no limit
 }
 
 // newNamespaceLimiter returns nil if there are no limits.
@@ -30,14 +30,14 @@ func newNamespaceLimiter(limits namespaceLimits, log *slog.Logger) *namespaceLim
 		return nil
 	}
 	return &namespaceLimiter{
-		limits: limits, sessions: newNamespaceSessions(limits.sessions),
+		limits: limits, sessions: newNamespaceSlots(limits.sessions),
 		rate: newNamespaceRate(limits.upgradesPerSecond, log),
 	}
 }
 
 // admit counts an upgrade in all limits of its namespace. If one refuses it, admit gives back what
-// the others have counted. The permit is nil if no limit counts the upgrade after that; else the
-// caller gives it back.
+// the others have counted; so the rate comes last, whose tokens cannot be given back. The permit is
+// nil if no limit counts the upgrade after that; else the caller gives it back.
 func (l *namespaceLimiter) admit(namespace string) (*namespacePermit, *refusal) {
 	if l == nil {
 		return nil, nil
@@ -62,11 +62,12 @@ func (l *namespaceLimiter) admit(namespace string) (*namespacePermit, *refusal) 
 }
 
 // namespacePermit is what an upgrade takes of the limits of its namespace with its
-// admission, until it is answered or its client is gone. If it becomes a session, that has
+// admission, until it is answered or its client is gone, whether or not its owner still has the
+// request (which pendingLimit counts). If it becomes a session, that has
 // what forSession returns: until its closing handshake begins, since its client may return at
 // once, or else until its end.
 type namespacePermit struct {
-	sessions  *namespaceSessions
+	sessions  *namespaceSlots
 	namespace string
 }
 
@@ -79,28 +80,29 @@ func (p *namespacePermit) giveBack() {
 }
 
 // forSession returns what a session keeps of the permit of its upgrade, and gives back in its place:
-// all of it. A limit of upgrades that are pending would give its part back here. It may return nil.
+// all of it. A limit of upgrades that are pending would give its part back here. It is called once,
+// and nobody else has p then. p may be nil, as what it returns.
 func (p *namespacePermit) forSession() *namespacePermit { return p }
 
-// namespaceSessions bounds the sessions of each namespace in this router, together with
-// its pending upgrades, so that many clients at once do not pass.
-type namespaceSessions struct {
+// namespaceSlots bounds how many slots each namespace has in this router. A session has one,
+// and an upgrade that is pending too, so that many clients at once do not pass.
+type namespaceSlots struct {
 	limit int // static; at least 1
 	mu    sync.Mutex
 	taken map[string]int32 // slots, by namespace; guarded by mu; none is 0
 }
 
-// newNamespaceSessions returns nil for a limit of 0.
-func newNamespaceSessions(limit int) *namespaceSessions {
+// newNamespaceSlots returns nil for a limit of 0.
+func newNamespaceSlots(limit int) *namespaceSlots {
 	if limit == 0 {
 		return nil
 	}
-	return &namespaceSessions{limit: limit, taken: map[string]int32{}}
+	return &namespaceSlots{limit: limit, taken: map[string]int32{}}
 }
 
 // acquire takes a slot of the namespace, and reports whether there was one. It keeps the
 // text of the namespace. The caller calls giveBack.
-func (n *namespaceSessions) acquire(namespace string) bool {
+func (n *namespaceSlots) acquire(namespace string) bool {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if int(n.taken[namespace]) >= n.limit {
@@ -111,7 +113,7 @@ func (n *namespaceSessions) acquire(namespace string) bool {
 }
 
 // giveBack gives a slot of the namespace back.
-func (n *namespaceSessions) giveBack(namespace string) {
+func (n *namespaceSlots) giveBack(namespace string) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.taken[namespace]--; n.taken[namespace] == 0 {

@@ -23,7 +23,7 @@ func limitSessions(p *proxy, limit int) {
 }
 
 // all returns how many slots are taken, by namespace.
-func (n *namespaceSessions) all() map[string]int32 {
+func (n *namespaceSlots) all() map[string]int32 {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return maps.Clone(n.taken)

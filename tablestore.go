@@ -239,7 +239,7 @@ type sourceChange struct {
 	added, changed, removed int         // overrides
 	rejected                int         // overrides that the new table rejects
 	examples                []rejection // the first of them, by namespace
-	newlyRejected           int         // those that the old table did not reject
+	newlyRejected           int         // those that the old table did not reject, or not with the same text
 	newExamples             []rejection // the first of them, by namespace
 }
 
@@ -248,7 +248,7 @@ const maxExamples = 10
 
 // changes returns the differences of t from old, which may be nil, by source: first those
 // of t's sources, then those of sources that only old has. It leaves out sources that did
-// not change.
+// not change: a new conflict is reported with the source that has made it.
 func (t *table) changes(old *table) (all []sourceChange) {
 	initial := old == nil
 	if initial {
