@@ -227,7 +227,8 @@ func (c *fastConn) dialOwner() {
 	}
 }
 
-// askOwner sends the owner the request, and makes the session of its 101.
+// askOwner sends the owner the request, and makes the session of its 101. Any other answer, or
+// none within fastPathTimeout, goes to fallBack with what has come.
 func (c *fastConn) askOwner() {
 	p, u := c.fastPath.proxy, c.pending
 	if !p.startFlight(u) {

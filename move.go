@@ -142,9 +142,9 @@ func (m *mover) assignmentOf(namespace string) assignment {
 	return a
 }
 
-// previousOwners returns a function that returns the owner that a namespace keeps if its override
-// becomes invalid now: its owner once the step is done, which need not be that of the newest table. previousOwners
-// returns nil if this router does not know all owners.
+// previousOwners returns a function that returns the owner that a namespace keeps if its
+// override becomes invalid now: its owner once the step is done, which need not be that of the
+// newest table. previousOwners returns nil if this router does not know all owners.
 func (m *mover) previousOwners() func(namespace string) int {
 	if v := m.current.Load(); v != nil && v.knowsAll() {
 		return v.after
@@ -578,8 +578,8 @@ func (m *mover) nextStepTime(now time.Time) time.Time {
 
 // noteStep notes the step in the header of a backend that has refused a request: it has
 // released the namespace for a later step than the router's. The next step of the router is
-// above it; if no step is due, it makes one that moves nothing. noteStep reports whether text is a step:
-// one of at most a day from now.
+// above it; if no step is due, it makes one that moves nothing. noteStep reports whether text
+// is a step: one of at most a day from now.
 func (m *mover) noteStep(text string) bool {
 	step, err := strconv.ParseInt(text, 10, 64)
 	if err != nil || step < 0 || step > time.Now().Add(24*time.Hour).UnixMilli() {
@@ -669,8 +669,8 @@ func (m *mover) minMoveTime(sessions int64) time.Duration {
 	return time.Duration(sessions) * m.moveInterval
 }
 
-// updatePace sets how fast sessions move, and returns what mayMove returns. It starts the
-// pace, unless sessions wait for it already.
+// updatePace sets the interval of the pace, this router's share of moveInterval, and returns what
+// mayMove returns. It starts the pace, unless sessions wait for it already.
 func (m *mover) updatePace(now time.Time) (settled bool, again time.Time) {
 	m.pace.interval = m.interval()
 	settled, again = m.mayMove(now)

@@ -35,9 +35,9 @@ func newNamespaceLimiter(limits namespaceLimits, log *slog.Logger) *namespaceLim
 	}
 }
 
-// admit counts an upgrade in all limits of its namespace. If one refuses it, admit gives back what
-// the others have counted; so the rate comes last, whose tokens cannot be given back. The permit is
-// nil if no limit counts the upgrade after that; else the caller gives it back.
+// admit counts an upgrade in all limits of its namespace. If one refuses it, admit gives back
+// what the others have counted; so the rate comes last, whose tokens cannot be given back. The
+// permit is nil if no limit counts the upgrade after that; else the caller gives it back.
 func (l *namespaceLimiter) admit(namespace string) (*namespacePermit, *refusal) {
 	if l == nil {
 		return nil, nil
@@ -61,11 +61,10 @@ func (l *namespaceLimiter) admit(namespace string) (*namespacePermit, *refusal) 
 	return permit, nil
 }
 
-// namespacePermit is what an upgrade takes of the limits of its namespace with its
-// admission, until it is answered or its client is gone, whether or not its owner still has the
-// request (which pendingLimit counts). If it becomes a session, that has
-// what forSession returns: until its closing handshake begins, since its client may return at
-// once, or else until its end.
+// namespacePermit is what an upgrade takes of the limits of its namespace with its admission,
+// until it is answered or its client is gone, whether or not its owner still has the request
+// (which pendingLimit counts). If it becomes a session, that has what forSession returns: until
+// its closing handshake begins, since its client may return at once, or else until its end.
 type namespacePermit struct {
 	sessions  *namespaceSlots
 	namespace string
@@ -79,9 +78,9 @@ func (p *namespacePermit) giveBack() {
 	}
 }
 
-// forSession returns what a session keeps of the permit of its upgrade, and gives back in its place:
-// all of it. A limit of upgrades that are pending would give its part back here. It is called once,
-// and nobody else has p then. p may be nil, as what it returns.
+// forSession returns what a session keeps of the permit of its upgrade, and gives back in its
+// place: all of it. A limit of upgrades that are pending would give its part back here. It is
+// called once, and nobody else has p then. p may be nil, as what it returns.
 func (p *namespacePermit) forSession() *namespacePermit { return p }
 
 // namespaceSlots bounds how many slots each namespace has in this router. A session has one,

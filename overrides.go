@@ -50,8 +50,8 @@ type override struct {
 	namespace   []byte // a part of data; the key as it is written if invalidForPath
 }
 
-// newOverrideSet returns the set of the overrides in data, by the keys of namespaces: a plain
-// name becomes such a key by namespaceKey.
+// newOverrideSet returns the set of the overrides in data, whose keys are those of a ConfigMap:
+// the caller makes them by namespaceKey if it has plain names.
 func newOverrideSet(data map[string]string) *overrideSet {
 	b := newSetBuilder()
 	for _, key := range slices.Sorted(maps.Keys(data)) {

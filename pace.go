@@ -11,7 +11,9 @@ const (
 )
 
 // pace spreads sessions over time: one each interval, with a jitter of up to half of it.
-// The schedule is absolute: a session that is late does not delay those after it.
+// The schedule is absolute: a session that is late does not delay those after it. A copy of a
+// pace is a pace of its own: mover.propose tries with one which sessions would be due, and
+// mover.dequeueForStep advances the pace itself.
 type pace struct {
 	interval  time.Duration // 0: all at once
 	scheduled time.Time     // of the next session, without its jitter

@@ -636,7 +636,9 @@ func refusedBody(owner string, err error) *refusal {
 
 // completeUpgrade sends the owner the request, on the connection that u has, and makes
 // the session of its 101, or passes its other answer on. An empty request was sent
-// before. It abandons the connection if that does not become the session's.
+// before. It closes the connection if that does not become the session's. The flight is over
+// when the owner has refused the request or answered to the end; else when the owner's end of
+// the connection is seen (abandonAfter).
 func (p *proxy) completeUpgrade(
 	w http.ResponseWriter, r *http.Request,
 	u *pendingRequest, clientAddrs string, request []byte,
@@ -719,10 +721,11 @@ func (p *proxy) handshakeError(
 const stopGrace = 2 * time.Second
 
 // passResponse sends the client the backend's answer: status, header and body. A 302 is not
-// followed, and no answer is logged. The body has as much time as the head had. If it is cut
-// off, the client gets what came of it, and passResponse returns an error; failure is that of
-// backendConn, nil if it was the client's. When ctx ends, because the client has left or the
-// router stops, the backend sends no more, and the client has stopGrace to take what has come.
+// followed, and no answer is logged, nor one that is cut off. The body has as much time as the
+// head had. If it is cut off, the client gets what came of it, and passResponse returns an
+// error; failure is that of backendConn, nil if it was the client's. When ctx ends, because the
+// client has left or the router stops, the backend sends no more, and the client has stopGrace
+// to take what has come.
 func (p *proxy) passResponse(
 	ctx context.Context, w http.ResponseWriter, resp *http.Response, backendConn net.Conn,
 ) (failure, err error) {

@@ -471,8 +471,8 @@ func (m *releaseMemory) startHalf(began time.Time) {
 	m.older, m.recent, m.began = m.recent, []backendNamespaces{{}}, began
 }
 
-// mergeSmall merges the last sets, while one has less than twice as many entries as all after it: so
-// there are few, however many steps there were. It changes none of the sets.
+// mergeSmall merges the last sets, while one has less than twice as many entries as all after
+// it: so there are few, however many steps there were. It changes none of the sets.
 func mergeSmall(sets []backendNamespaces) []backendNamespaces {
 	for last := len(sets) - 1; last > 0 && len(sets[last-1]) < 2*len(sets[last]); last-- {
 		merged := maps.Clone(sets[last-1])
