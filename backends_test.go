@@ -277,6 +277,21 @@ func TestDialQueues(t *testing.T) {
 			}
 			b.wantInOrder(t)
 		},
+		"at once after a dial that was connected later than one failed": func(t *testing.T, b *queueTest) {
+			for range maxDialsPerBackend {
+				if !b.tryDial(0) {
+					t.Fatal("a backend without waiters cannot be dialled")
+				}
+			}
+			all := b.queue(t, 1)
+			began := time.Now()
+			b.dialDone(0, errors.New("connection refused"), false)
+			for range maxDialsPerBackend - 1 {
+				b.dialDone(0, nil, false)
+			}
+			all.Wait()
+			wantEqual(t, "how long the waiter waited", time.Since(began), 0)
+		},
 		"strictly one after the other": func(t *testing.T, b *queueTest) {
 			b.fails.Store(true)
 			all := b.queue(t, 20)

@@ -62,7 +62,7 @@ type dialQueue struct {
 	dialing     int       // dials under way
 	failures    int       // failed dials in a row
 	lastErr     error     // of the last failed dial, nil after a successful one
-	retryAt     time.Time // until then no request dials
+	retryAt     time.Time // until then no waiter dials; zero after a successful dial
 	wasDown     bool      // it was not ready when that was last checked
 	misdirected bool      // another backend answered at its address, and it has not since
 }
@@ -122,7 +122,7 @@ func (d *dialQueues) wait(
 }
 
 // enqueue puts w, which is in no queue, into the queue. w may then dial at once. It
-// returns false if w belongs into another queue now. It also returns false if ctx has
+// returns false if w now belongs in another queue. It also returns false if ctx has
 // ended: dequeue may have run before.
 func (d *dialQueues) enqueue(
 	ctx context.Context, w *waiter, ordinal int, find queueFinder,
@@ -222,7 +222,7 @@ func (d *dialQueues) dialDone(ordinal int, err error, ctxEnded bool) {
 	case err == nil && q.misdirected: // the next request waits for the answer, or for retryAt
 		d.dialFailed(ordinal, q, q.lastErr)
 	case err == nil:
-		q.failures, q.lastErr = 0, nil
+		q.failures, q.lastErr, q.retryAt = 0, nil, time.Time{}
 	case !ctxEnded:
 		d.dialFailed(ordinal, q, err)
 	}

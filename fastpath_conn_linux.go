@@ -31,6 +31,7 @@ type fastConn struct {
 	// Guarded by poller.mu.
 	sockets
 	changed             sync.Cond // events changed, or ctx has ended
+	halfClosed          bool      // the client has ended its side of the connection, or the connection is dead
 	gone                bool      // the client's connection is dead: not after a FIN alone
 	fallBackOnHalfClose bool      // a client that half-closes its connection has to fall back
 	backendLost         bool      // a call on the backend's socket has returned what isLost says
@@ -434,6 +435,7 @@ func (c *fastConn) handleEvent(i side, events uint32) {
 	const end = gone | syscall.EPOLLRDHUP | syscall.EPOLLPRI
 	c.events[i] |= events
 	c.mayHaveMore[i] = c.mayHaveMore[i] || events&end != 0
+	c.halfClosed = c.halfClosed || i == clientSide && events&(gone|syscall.EPOLLRDHUP) != 0
 	c.gone = c.gone || i == clientSide && events&gone != 0
 	c.cancelIfGone()
 	c.changed.Signal()
@@ -443,7 +445,7 @@ func (c *fastConn) handleEvent(i side, events uint32) {
 // while it is parked, or has to fall back because the router stops. The caller holds
 // poller.mu.
 func (c *fastConn) cancelIfGone() {
-	gone := c.gone || c.fallBackOnHalfClose && c.mayHaveMore[clientSide]
+	gone := c.gone || c.fallBackOnHalfClose && c.halfClosed
 	if c.ctx != nil && (gone || c.fastPath.stopping.Load() && !c.tlsHandshaking) {
 		c.ctx.end(context.Canceled)
 	}

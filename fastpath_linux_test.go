@@ -745,6 +745,37 @@ func TestFastPathHolds(t *testing.T) {
 	}
 }
 
+// A client that is held stays on the fast path also if it has sent more than one read takes: that
+// is no end of its connection.
+func TestFastPathHoldsALongRead(t *testing.T) {
+	var ready atomic.Bool
+	backend := startStub(t, "127.0.0.1:0", echo)
+	p := startProxy(t, []string{backend.addr}, map[string]string{}, func(p *proxy) {
+		p.limits.holdTimeout, p.limits.headerBytes = time.Hour, 2048
+		p.backends.queues.backendReady = func(int) error {
+			if ready.Load() {
+				return nil
+			}
+			return errors.New("not ready")
+		}
+	})
+	conn, early := dial(t, p.addr), strings.Repeat("x", 3000)
+	mustWrite(t, conn, upgradeRequest("/ws/ns-01")+early)
+	p.waitHeld(t, 1)
+	ready.Store(true)
+	p.backends.queues.readinessChanged()
+	conn.SetReadDeadline(time.Now().Add(patience))
+	br := bufio.NewReader(conn)
+	if resp, err := http.ReadResponse(br, nil); err != nil || resp.StatusCode != http.StatusSwitchingProtocols {
+		t.Fatalf("answer %+v, %v; want 101", resp, err)
+	}
+	got := make([]byte, len(early))
+	if _, err := io.ReadFull(br, got); err != nil || string(got) != early {
+		t.Errorf("%d bytes came back, and %v; want what was sent before the answer", len(got), err)
+	}
+	wantEqual(t, "clients that net/http had", p.http.Load(), 0)
+}
+
 // A client that has gone before it is held is not held. One that has half-closed its
 // connection is net/http's, which holds it for halfClosedHold.
 func TestFastPathHoldsNobodyWhoIsGone(t *testing.T) {
@@ -804,7 +835,7 @@ func (p *testProxy) waitLeft(t testing.TB) {
 	for end := time.Now().Add(patience); ; <-time.After(time.Millisecond) {
 		c := p.fastConns()[0]
 		c.poller.mu.Lock()
-		left := c.mayHaveMore[clientSide]
+		left := c.halfClosed
 		c.poller.mu.Unlock()
 		if left {
 			return

@@ -51,6 +51,7 @@ func (a *ageSweep) closeOld(r *relay, now time.Time, movesWait bool) time.Time {
 		a.nextLook = now.Add(min(max(a.limit/100, minSweepInterval), maxSweepInterval))
 	}
 	if movesWait {
+		a.pace.start(now) // no session makes up for this time
 		return a.nextLook
 	}
 	for ; len(a.due) > 0; a.due = a.due[1:] {

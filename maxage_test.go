@@ -82,7 +82,8 @@ func TestMaxAgePace(t *testing.T) {
 	})
 }
 
-// TestMaxAgeAfterMoves: while sessions wait to be moved, none is closed for its age.
+// TestMaxAgeAfterMoves: while sessions wait to be moved, none is closed for its age, and those that
+// became too old meanwhile are then closed at the pace too.
 func TestMaxAgeAfterMoves(t *testing.T) {
 	const old, moved = 20, 30
 	agesIn(t, 5, old, 10*time.Second, time.Hour, func(t *testing.T, m *moveTest, closed func() []closedSession) {
@@ -101,6 +102,11 @@ func TestMaxAgeAfterMoves(t *testing.T) {
 		wantEqual(t, "sessions that were too old", len(aged), old)
 		if first, last := aged[0].at, moves[len(moves)-1].at; first < last {
 			t.Errorf("the first session was closed for its age after %s, the last one moved after %s", first, last)
+		}
+		for i, c := range aged {
+			if due := aged[0].at + time.Duration(i)*200*time.Millisecond - 250*time.Millisecond; c.at < due { // the first may be late
+				t.Errorf("session %d was closed for its age after %s, want not before %s", i, c.at, due)
+			}
 		}
 	})
 }

@@ -28,7 +28,7 @@ func expectedPathNamespace(name string) string {
 		return ""
 	}
 	return `a namespace of 1 to 253 bytes of UTF-8 without control characters, "/" and "\", ` +
-		`other than "." and "..", also if it is decoded again`
+		`other than "." and "..", also if it is decoded again and cut at a ";"`
 }
 
 // expectedHostNamespace says what a namespace of a host name must be, or "" if this one,
@@ -45,8 +45,8 @@ func expectedHostNamespace(name string) string {
 // decoded.
 //
 // Some programs decode a path twice, and some end a segment at a semicolon. So a name is
-// not valid either if that makes a dot segment of it, or more than one segment (RFC 3986
-// §3.3): a backend could read a path in it that is another namespace's.
+// not valid either if that makes an empty segment of it, a dot segment, or more than one segment
+// (RFC 3986 §3.3): a backend could read a path in it that is another namespace's.
 func isPathNamespace[S string | []byte](name S) bool {
 	if len(name) == 0 || len(name) > maxNameBytes {
 		return false
@@ -66,7 +66,7 @@ func isOddNamespace(name string) bool {
 	}
 	name = string(decodeAll(name))
 	segment, _, _ := strings.Cut(name, ";")
-	return segment != "." && segment != ".." && !strings.ContainsAny(name, `/\`) &&
+	return segment != "" && segment != "." && segment != ".." && !strings.ContainsAny(name, `/\`) &&
 		!strings.ContainsFunc(name, unicode.IsControl)
 }
 

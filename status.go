@@ -200,16 +200,25 @@ func (s *status) addStatefulSet(r *replicaWatcher) {
 	}
 }
 
-// newBackendStatuses returns the backends of the table, and those that still have sessions.
-// changing says that a change of owners was under way just before.
+// newBackendStatuses returns the backends of the table, and those that still have sessions,
+// requests, or namespaces that they were asked to release. changing says that a change of owners
+// was under way just before.
 func newBackendStatuses(p *proxy, summary *tableSummary, changing bool) []backendStatus {
 	// In this order: a flight may become a session, and after a change none begins. With
 	// -handoff=off upgrades have no flight, but are pending, until just before they are sessions.
-	inFlight := map[int]bool{}
-	p.mover.flights.each(func(f *flight) { inFlight[f.backend] = true })
-	pending := p.pending.backends()
+	busy := map[int]bool{} // with other than sessions
+	p.mover.flights.each(func(f *flight) { busy[f.backend] = true })
+	maps.Copy(busy, p.pending.backends())
+	for ordinal := range p.mover.releases.waits() {
+		busy[ordinal] = true
+	}
 	t, counts := summary.table, p.relay.counts()
 	maps.DeleteFunc(counts, func(_ int, n sessionCounts) bool { return n.open == 0 })
+	for ordinal := range busy {
+		if _, ok := counts[ordinal]; !ok && ordinal >= 0 {
+			counts[ordinal] = sessionCounts{}
+		}
+	}
 	in, out := map[int]int{}, map[int]int{}
 	if t != nil && (changing || p.mover.queue.size.Load() > 0) { // there are no changes with -handoff=off
 		in, out = movingSessions(p.relay, t)
@@ -225,7 +234,7 @@ func newBackendStatuses(p *proxy, summary *tableSummary, changing bool) []backen
 			Overrides: overrides, Sessions: n.open, SessionsOnOldPod: n.onOldPod,
 			MovingIn: in[ordinal], MovingOut: out[ordinal],
 			SafeToRemove: t != nil && !t.isHashedTo(ordinal) && overrides == 0 &&
-				n.open == 0 && !inFlight[ordinal] && !pending[ordinal] && !changing,
+				n.open == 0 && !busy[ordinal] && !changing,
 		})
 	}
 	return all

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -88,6 +89,42 @@ func TestStatusReceipts(t *testing.T) {
 			fmt.Sprint(r.Examples) != "[ns-01 ns-02]" || r.Began.IsZero() || (r.OwnersHash == content) != (i%2 == 0) {
 			t.Errorf("receipt %d is %+v", i, r)
 		}
+	}
+}
+
+// A backend that was scaled in is there, and not safe to remove, for as long as it has a request
+// or was asked to release namespaces.
+func TestStatusOfBusyBackend(t *testing.T) {
+	for name, occupy := range map[string]func(p *proxy) (end func()){
+		"flight": func(p *proxy) func() { return p.mover.flights.add("ns-02", 2, "", func() {}).end },
+		"pending upgrade": func(p *proxy) func() {
+			p.pending.take(2)
+			return func() { p.pending.giveBack(2) }
+		},
+		"release": func(p *proxy) func() {
+			r := &releaser{waiting: map[int]*releaseWait{}}
+			p.mover.releases = &stepReleases{releaser: r}
+			wait := r.startWait(2, 1)
+			return func() { r.endWait(2, wait) }
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			a, update := adminOf(t, "127.0.0.1:1", "127.0.0.1:1", "127.0.0.1:1")
+			a.proxy.tables.setBackends(backendSet{ordinalRange: ordinalRange{0, 2}})
+			update(contentOf("test", "1", pairs("ns-01=backend-0")))
+			of2 := func() string {
+				s := statusOf(t, a, "/status")
+				at := slices.IndexFunc(s.Backends, func(b backendStatus) bool { return b.Ordinal == 2 })
+				if at < 0 {
+					return "not there"
+				}
+				return fmt.Sprintf("safe to remove: %t", s.Backends[at].SafeToRemove)
+			}
+			end := occupy(a.proxy)
+			wantEqual(t, "backend-2", of2(), "safe to remove: false")
+			end()
+			wantEqual(t, "backend-2", of2(), "not there")
+		})
 	}
 }
 
