@@ -122,8 +122,9 @@ func (d *directory) setError(err error) {
 	d.lastSignature, d.appliedSignature = "", "" // read all again once the error is gone
 }
 
-// signature returns a text that changes whenever a file may have changed. For a mounted
-// ConfigMap it is the target of the symbolic link ..data: the kubelet never writes to the
+// signature returns a text that changes whenever a file may have changed: when it is another file,
+// or has another size or time. So a file must not be written in place with the time that it had. For
+// a mounted ConfigMap it is the target of the symbolic link ..data: the kubelet never writes to the
 // files, but makes a new directory and replaces the link.
 func (d *directory) signature() (string, error) {
 	if target, err := os.Readlink(filepath.Join(d.path, "..data")); err == nil {
@@ -140,7 +141,8 @@ func (d *directory) signature() (string, error) {
 			fmt.Fprintf(sum, "%s %v\n", file.Name(), err)
 			continue
 		}
-		fmt.Fprintf(sum, "%s %d %d\n", file.Name(), info.Size(), info.ModTime().UnixNano())
+		stat := info.Sys().(*syscall.Stat_t)
+		fmt.Fprintf(sum, "%s %d:%d %d %d\n", file.Name(), stat.Dev, stat.Ino, info.Size(), info.ModTime().UnixNano())
 	}
 	return fmt.Sprintf("%016x", sum.Sum64()), nil
 }

@@ -90,6 +90,25 @@ func TestDirectoryFollowsFiles(t *testing.T) {
 	wantEqual(t, "the log", d.logged.String(), "")
 }
 
+// A file that takes the place of another one counts also with the same size and time, as after
+// tar, kubectl cp, or where all files have one time.
+func TestDirectoryReplacedFile(t *testing.T) {
+	d, at := newFakeDir(t), time.Unix(1, 0)
+	put := func(name, content string) {
+		d.write(t, name, content)
+		must(t, os.Chtimes(d.at(name), at, at))
+	}
+	put("ns-01", "backend-1")
+	d.mkdir(t, "..other")
+	put("..other/ns-01", "backend-2")
+	d.want(t, map[string]string{"ns-01": "backend-1"})
+	must(t, os.Rename(d.at("..other/ns-01"), d.at("ns-01")))
+	d.want(t, map[string]string{"ns-01": "backend-2"})
+	put("..other/ns-01", "backend-3")
+	d.link(t, "..other/ns-01", "ns-01")
+	d.want(t, map[string]string{"ns-01": "backend-3"})
+}
+
 // What is not settled is not applied: the second look must find what the first
 // found, and what was read must not have changed meanwhile.
 func TestDirectorySettles(t *testing.T) {

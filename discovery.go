@@ -54,32 +54,54 @@ func (s *statefulSet) specID() string {
 	return fmt.Sprintf("%s/%d", s.Metadata.UID, s.Metadata.Generation)
 }
 
-// limit returns count, or spec.replicas if that is less. A StatefulSet that is scaled to
-// zero limits nothing: its pods come back.
-func (s *statefulSet) limit(count int) int {
-	if s.Spec.Replicas > 0 {
-		return min(count, s.Spec.Replicas)
+// limit returns the backends without those that are scaled in. A StatefulSet that is scaled to
+// zero limits nothing: its pods come back. Nor does one whose spec.ordinals.start has changed: see
+// changeStart.
+func (s *statefulSet) limit(b ordinalRange) ordinalRange {
+	if s.Spec.Replicas > 0 && b.first == s.Spec.Ordinals.Start {
+		b.count = min(b.count, s.Spec.Replicas)
 	}
-	return count
+	return b
 }
 
-// grow returns how many backends own namespaces if the first count ones do: those, and after
-// them all that are ready, up to the first one that is not.
-func (s *statefulSet) grow(count int, ready func(ordinal int) bool) int {
-	for count < s.Spec.Replicas && ready(s.Spec.Ordinals.Start+count) {
-		count++
+// grow returns the backends that own namespaces if those of b do: these, and after them all that
+// are ready, up to the first one that is not.
+func (s *statefulSet) grow(b ordinalRange, ready func(ordinal int) bool) ordinalRange {
+	for b.count < s.Spec.Replicas && ready(b.first+b.count) {
+		b.count++
 	}
-	return count
+	return b
 }
 
-// backendCount is how many backends own namespaces, as it is stored for other routers. The
-// number of ready pods does not say that. With 5 of 6 pods ready, a set may grow from 4
-// and wait for backend-5, or have 6 backends of which one restarts. It is immutable.
+// changeStart returns the backends that own namespaces if spec.ordinals.start has changed and those of
+// b do: from the new start on as many, and all of b that the StatefulSet keeps. If one of them is
+// new and not ready, all stays as it is. The StatefulSet too deletes the old pods last.
+func (s *statefulSet) changeStart(b ordinalRange, ready func(ordinal int) bool) ordinalRange {
+	next := ordinalRange{first: s.Spec.Ordinals.Start}
+	next.count = min(s.Spec.Replicas, max(b.count, b.first+b.count-next.first))
+	for i := range next.count {
+		if ordinal := next.first + i; !b.has(ordinal) && !ready(ordinal) {
+			return b
+		}
+	}
+	if next.count == 0 {
+		return b
+	}
+	return next
+}
+
+// backendCount is how many backends own namespaces, from which one on, as it is stored for other
+// routers. The number of ready pods does not say that. With 5 of 6 pods ready, a set may grow from
+// 4 and wait for backend-5, or have 6 backends of which one restarts. It is immutable.
 type backendCount struct {
+	First      int    `json:"first,omitempty"`
 	Count      int    `json:"count"`
 	UID        string `json:"uid"`        // metadata.uid of the StatefulSet
 	Generation int64  `json:"generation"` // its metadata.generation
 }
+
+// backends returns the backends that own namespaces.
+func (b *backendCount) backends() ordinalRange { return ordinalRange{b.First, b.Count} }
 
 // replaces reports whether b is newer than old, which may be nil. For one version of the
 // StatefulSet's spec the count only grows, so a router that has seen an older version only
@@ -105,7 +127,8 @@ func (b *backendCount) isOf(s *statefulSet) bool {
 //   - scaled out: a backend gets namespaces when it is ready for the first time, and all
 //     before it are;
 //   - a pod that restarts, or fails for ever, changes nothing;
-//   - scaled to zero: the number stays.
+//   - scaled to zero: the number stays;
+//   - spec.ordinals.start changes: they stay until all of the others are ready.
 //
 // Routers that share a hand-off store the number in the same object. The number in
 // force depends only on the stored one and on the StatefulSet as it is now. So all
@@ -301,25 +324,34 @@ func (r *replicaWatcher) backendRange() (b ordinalRange) {
 	}
 	switch {
 	case r.inForce.isOf(s):
-		b.count = s.limit(r.inForce.Count)
+		return s.limit(r.inForce.backends())
 	case !r.shared:
 		b.count = s.Spec.Replicas
 	case r.endpoints.hasAnswer():
-		b.count = min(s.Spec.Replicas, max(1, s.grow(0, r.readyToOwn)))
+		ready := s.grow(ordinalRange{first: s.Spec.Ordinals.Start}, r.readyToOwn)
+		b.count = min(s.Spec.Replicas, max(1, ready.count))
 	}
 	b.first = s.Spec.Ordinals.Start
 	return b
 }
 
-// nextCount returns the number of backends that can own namespaces now: what grow makes of
+// nextCount returns the backends that can own namespaces now: what changeStart and grow make of
 // those that do. It is nil if these are not known. The caller holds r.mu.
 func (r *replicaWatcher) nextCount() *backendCount {
 	b := r.backendRange()
 	if b.count == 0 {
 		return nil
 	}
+	start := r.latest.Spec.Ordinals.Start
+	if b.first != start {
+		b = r.latest.changeStart(b, r.readyToOwn)
+	}
+	if b.first != start {
+		return r.inForce // as long as nothing changes, also its generation
+	}
+	b = r.latest.grow(b, r.readyToOwn)
 	m := r.latest.Metadata
-	return &backendCount{r.latest.grow(b.count, r.readyToOwn), m.UID, m.Generation}
+	return &backendCount{b.first, b.count, m.UID, m.Generation}
 }
 
 // wantedCount returns the count that should be stored, which may be the one that is. It is
@@ -342,8 +374,8 @@ func (r *replicaWatcher) wantedCount() *backendCount {
 		return nil
 	case r.storedCount.UID != next.UID:
 		return next
-	case r.storedCount.Count != next.Count:
-		return &backendCount{next.Count, next.UID, r.storedCount.Generation + 1}
+	case r.storedCount.backends() != next.backends():
+		return &backendCount{next.First, next.Count, next.UID, r.storedCount.Generation + 1}
 	}
 	return r.storedCount
 }
@@ -680,7 +712,8 @@ func newEndpointWatcher(client kubeClient, kubeNamespace, statefulSet, service s
 	onPods func(uids map[int]string), log *slog.Logger) *endpointWatcher {
 	e := &endpointWatcher{
 		client: client, statefulSet: statefulSet, port: strconv.Itoa(port),
-		dnsBackends: newDNSBackends(0, statefulSet, service, port),
+		// The pods may be in another Kubernetes namespace than this router.
+		dnsBackends: newDNSBackends(0, statefulSet, service+"."+kubeNamespace, port),
 		onPods:      onPods, changed: newWakeup(), log: log,
 	}
 	e.queues = newDialQueues(e.checkReady)

@@ -62,7 +62,10 @@ func (r countingRouter) inForceNow() ordinalRange {
 func TestActiveCount(t *testing.T) {
 	const unread = "-"
 	stored := func(count int, uid string, generation int64) *backendCount {
-		return &backendCount{count, uid, generation}
+		return &backendCount{0, count, uid, generation}
+	}
+	from := func(first, count int, generation int64) *backendCount {
+		return &backendCount{first, count, "u", generation}
 	}
 	tests := map[string]struct {
 		spec   string // of generation 5
@@ -71,18 +74,33 @@ func TestActiveCount(t *testing.T) {
 		want   ordinalRange
 		next   *backendCount
 	}{
-		"all are active":          {`"replicas":4`, stored(4, "u", 5), "", ordinalRange{0, 4}, stored(4, "u", 5)},
-		"scaled in":               {`"replicas":3`, stored(6, "u", 4), "012345", ordinalRange{0, 3}, stored(3, "u", 5)},
-		"scaled out":              {`"replicas":6`, stored(4, "u", 4), "", ordinalRange{0, 4}, stored(4, "u", 5)},
-		"another generation only": {`"replicas":4`, stored(4, "u", 3), "0", ordinalRange{0, 4}, stored(4, "u", 5)},
-		"one is ready":            {`"replicas":6`, stored(4, "u", 5), "4", ordinalRange{0, 4}, stored(5, "u", 5)},
-		"the wrong one is ready":  {`"replicas":6`, stored(4, "u", 5), "01235", ordinalRange{0, 4}, stored(4, "u", 5)},
-		"all are ready":           {`"replicas":6`, stored(4, "u", 5), "012345", ordinalRange{0, 4}, stored(6, "u", 5)},
-		"more than replicas":      {`"replicas":5`, stored(4, "u", 5), "0123456", ordinalRange{0, 4}, stored(5, "u", 5)},
-		"readiness is not known":  {`"replicas":6`, stored(4, "u", 5), unread, ordinalRange{0, 4}, stored(4, "u", 5)},
-		"zero":                    {`"replicas":0`, stored(4, "u", 4), "0123", ordinalRange{0, 4}, stored(4, "u", 5)},
-		"replicas unset":          {``, stored(4, "u", 4), "", ordinalRange{0, 1}, stored(1, "u", 5)},
-		"from another ordinal":    {`"replicas":3,"ordinals":{"start":5}`, stored(2, "u", 5), "7", ordinalRange{5, 2}, stored(3, "u", 5)},
+		"all are active":              {`"replicas":4`, stored(4, "u", 5), "", ordinalRange{0, 4}, stored(4, "u", 5)},
+		"scaled in":                   {`"replicas":3`, stored(6, "u", 4), "012345", ordinalRange{0, 3}, stored(3, "u", 5)},
+		"scaled out":                  {`"replicas":6`, stored(4, "u", 4), "", ordinalRange{0, 4}, stored(4, "u", 5)},
+		"another generation only":     {`"replicas":4`, stored(4, "u", 3), "0", ordinalRange{0, 4}, stored(4, "u", 5)},
+		"one is ready":                {`"replicas":6`, stored(4, "u", 5), "4", ordinalRange{0, 4}, stored(5, "u", 5)},
+		"the wrong one is ready":      {`"replicas":6`, stored(4, "u", 5), "01235", ordinalRange{0, 4}, stored(4, "u", 5)},
+		"all are ready":               {`"replicas":6`, stored(4, "u", 5), "012345", ordinalRange{0, 4}, stored(6, "u", 5)},
+		"more than replicas":          {`"replicas":5`, stored(4, "u", 5), "0123456", ordinalRange{0, 4}, stored(5, "u", 5)},
+		"readiness is not known":      {`"replicas":6`, stored(4, "u", 5), unread, ordinalRange{0, 4}, stored(4, "u", 5)},
+		"zero":                        {`"replicas":0`, stored(4, "u", 4), "0123", ordinalRange{0, 4}, stored(4, "u", 5)},
+		"replicas unset":              {``, stored(4, "u", 4), "", ordinalRange{0, 1}, stored(1, "u", 5)},
+		"from another ordinal":        {`"replicas":3,"ordinals":{"start":5}`, from(5, 2, 5), "7", ordinalRange{5, 2}, from(5, 3, 5)},
+		"from another one, scaled in": {`"replicas":3,"ordinals":{"start":5}`, from(5, 4, 4), "5678", ordinalRange{5, 3}, from(5, 3, 5)},
+
+		"another start, none ready":             {`"replicas":4,"ordinals":{"start":4}`, from(0, 4, 4), "0123", ordinalRange{0, 4}, from(0, 4, 4)},
+		"another start, not all ready":          {`"replicas":4,"ordinals":{"start":4}`, from(0, 4, 4), "0123456", ordinalRange{0, 4}, from(0, 4, 4)},
+		"another start, all ready":              {`"replicas":4,"ordinals":{"start":4}`, from(0, 4, 4), "4567", ordinalRange{0, 4}, from(4, 4, 5)},
+		"another start, as many ready":          {`"replicas":6,"ordinals":{"start":2}`, from(0, 2, 4), "23", ordinalRange{0, 2}, from(2, 2, 5)},
+		"another start, more ready":             {`"replicas":6,"ordinals":{"start":2}`, from(0, 2, 4), "235", ordinalRange{0, 2}, from(2, 2, 5)},
+		"another start, and scaled in":          {`"replicas":2,"ordinals":{"start":4}`, from(0, 4, 4), "01234", ordinalRange{0, 4}, from(0, 4, 4)},
+		"another start, and scaled in, ready":   {`"replicas":2,"ordinals":{"start":4}`, from(0, 4, 4), "45", ordinalRange{0, 4}, from(4, 2, 5)},
+		"another start, and scaled to zero":     {`"replicas":0,"ordinals":{"start":4}`, from(0, 4, 4), "0123", ordinalRange{0, 4}, from(0, 4, 4)},
+		"one before, not ready":                 {`"replicas":3,"ordinals":{"start":4}`, from(5, 2, 4), "56", ordinalRange{5, 2}, from(5, 2, 4)},
+		"one before, ready, and one restarts":   {`"replicas":3,"ordinals":{"start":4}`, from(5, 2, 4), "45", ordinalRange{5, 2}, from(4, 3, 5)},
+		"without the first":                     {`"replicas":3,"ordinals":{"start":1}`, from(0, 4, 4), "", ordinalRange{0, 4}, from(1, 3, 5)},
+		"another start, readiness is not known": {`"replicas":4,"ordinals":{"start":4}`, from(0, 4, 4), unread, ordinalRange{0, 4}, from(0, 4, 4)},
+		"another start, an older StatefulSet":   {`"replicas":4`, from(4, 4, 6), "01234567", ordinalRange{4, 4}, nil},
 
 		"an older StatefulSet":              {`"replicas":6`, stored(4, "u", 6), "012345", ordinalRange{0, 4}, nil},
 		"an older one, and scaled in":       {`"replicas":3`, stored(6, "u", 6), "012345", ordinalRange{0, 3}, nil},
@@ -93,7 +111,7 @@ func TestActiveCount(t *testing.T) {
 		"none stored, a gap":                {`"replicas":6`, nil, "01345", ordinalRange{0, 2}, stored(2, "u", 5)},
 		"none stored, none ready":           {`"replicas":6`, nil, "", ordinalRange{0, 1}, stored(1, "u", 5)},
 		"none stored, more than replicas":   {`"replicas":2`, nil, "0123", ordinalRange{0, 2}, stored(2, "u", 5)},
-		"none stored, from another ordinal": {`"replicas":3,"ordinals":{"start":5}`, nil, "0156", ordinalRange{5, 2}, stored(2, "u", 5)},
+		"none stored, from another ordinal": {`"replicas":3,"ordinals":{"start":5}`, nil, "0156", ordinalRange{5, 2}, from(5, 2, 5)},
 		"none stored, zero":                 {`"replicas":0`, nil, "0123", ordinalRange{}, nil},
 		"none stored, readiness not known":  {`"replicas":6`, nil, unread, ordinalRange{}, nil},
 	}
@@ -125,15 +143,15 @@ func countText(b *backendCount) string {
 	if b == nil {
 		return "none"
 	}
-	return fmt.Sprintf("%d of %s/%d", b.Count, b.UID, b.Generation)
+	return fmt.Sprintf("%s of %s/%d", b.backends(), b.UID, b.Generation)
 }
 
 // A stored count is replaced only by a newer one.
 func TestActiveBackendsReplaces(t *testing.T) {
-	old := &backendCount{4, "u", 7}
+	old := &backendCount{0, 4, "u", 7}
 	for b, want := range map[backendCount]bool{
-		{4, "u", 7}: false, {3, "u", 7}: false, {5, "u", 7}: true, {9, "u", 6}: false,
-		{2, "u", 8}: true, {1, "other", 1}: true,
+		{0, 4, "u", 7}: false, {0, 3, "u", 7}: false, {0, 5, "u", 7}: true, {0, 9, "u", 6}: false,
+		{0, 2, "u", 8}: true, {2, 2, "u", 8}: true, {0, 1, "other", 1}: true,
 	} {
 		if b.replaces(old) != want || !b.replaces(nil) {
 			t.Errorf("%v replaces %v: %t, want %t", b, *old, !want, want)
@@ -147,14 +165,19 @@ func TestActiveCountNeedsNoReadiness(t *testing.T) {
 	rng := rand.New(rand.NewPCG(randomSeed(t), 1))
 	one, other := newCountingRouter(true), newCountingRouter(true)
 	for range 2000 {
-		spec := fmt.Sprintf(`"replicas":%d`, rng.IntN(9))
-		stored := &backendCount{1 + rng.IntN(9), "u", rng.Int64N(9)}
+		anySpec := func() string {
+			return fmt.Sprintf(`"replicas":%d,"ordinals":{"start":%d}`, rng.IntN(9), rng.IntN(3))
+		}
+		anyCount := func() *backendCount {
+			return &backendCount{rng.IntN(3), 1 + rng.IntN(9), "u", rng.Int64N(9)}
+		}
+		spec, stored := anySpec(), anyCount()
 		for _, r := range []countingRouter{one, other} {
 			if rng.IntN(3) == 0 {
-				r.see(t, rng.Int64N(9), fmt.Sprintf(`"replicas":%d`, rng.IntN(9)))
+				r.see(t, rng.Int64N(9), anySpec())
 			}
 			if rng.IntN(3) == 0 {
-				r.setStoredCount(&backendCount{1 + rng.IntN(9), "u", rng.Int64N(9)})
+				r.setStoredCount(anyCount())
 			}
 			digits := ""
 			for i := range 9 {
@@ -184,7 +207,7 @@ func TestActiveCountWithoutEndpoints(t *testing.T) {
 			r := newCountingRouter(true)
 			know(r)
 			r.see(t, 5, `"replicas":6`)
-			r.setStoredCount(&backendCount{4, "u", 5})
+			r.setStoredCount(&backendCount{0, 4, "u", 5})
 			want := "6 of u/5"
 			if name == "not tried" {
 				want = "4 of u/5"
@@ -208,7 +231,7 @@ func TestWhyNoActiveCount(t *testing.T) {
 	want("EndpointSlice edge/kubernetes.io/service-name=headless: no answer from the API server yet")
 	r.see(t, 2, `"replicas":0`)
 	want("StatefulSet edge/backend has no replicas")
-	r.setStoredCount(&backendCount{4, "u", 1})
+	r.setStoredCount(&backendCount{0, 4, "u", 1})
 	want("")
 }
 
@@ -364,7 +387,10 @@ func TestReplicasFollowed(t *testing.T) {
 			both("all are ready", ready(0, 1, 2, 3, 4), 5),
 		},
 		"other ordinals": {
-			{"start at 2", set(func(s *fakeStatefulSet) { s.start = 2 }), ordinalRange{2, 4}, ordinalRange{2, 4}},
+			both("start at 2", set(func(s *fakeStatefulSet) { s.start, s.generation = 2, 2 }), 4),
+			both("one is ready", ready(0, 1, 2, 3, 4), 4),
+			{"both are ready", ready(0, 1, 2, 3, 4, 5), ordinalRange{2, 4}, ordinalRange{2, 4}},
+			{"start at 0", set(func(s *fakeStatefulSet) { s.start, s.generation = 0, 3 }), ordinalRange{0, 4}, ordinalRange{0, 4}},
 		},
 		"only the StatefulSet may be read": {
 			both("forbidden", func(f *fakeKube) { f.forbid("LIST", "endpointslices") }, 4),
@@ -383,7 +409,7 @@ func TestReplicasFollowed(t *testing.T) {
 				}
 				var shared *sharedCount
 				if !alone {
-					shared = &sharedCount{stored: &backendCount{4, "u-backend", 1}}
+					shared = &sharedCount{stored: &backendCount{0, 4, "u-backend", 1}}
 				}
 				r := followReplicas(t, n, shared, nil)
 				for _, s := range steps {
@@ -465,7 +491,7 @@ func TestReplicasOldPicture(t *testing.T) {
 		f.serve(t, frozen)
 		f.scale(6)
 		f.setReady(0, 1, 2, 3, 4, 5)
-		shared := &sharedCount{stored: &backendCount{6, "u-backend", 2}}
+		shared := &sharedCount{stored: &backendCount{0, 6, "u-backend", 2}}
 		old := followReplicas(t, frozen, shared, nil)
 		followReplicas(t, network, shared, nil)
 		shared.wantWrites(t)
@@ -519,7 +545,7 @@ func TestReplicasDeletedRest(t *testing.T) {
 		r := followReplicas(t, n, shared, nil)
 		f.deleteStatefulSet()
 		synctest.Wait()
-		shared.set(&backendCount{6, "new", 1})
+		shared.set(&backendCount{0, 6, "new", 1})
 		f.verbs()
 		time.Sleep(2 * time.Minute)
 		wantEqual(t, "requests", f.verbs(), "")
@@ -534,7 +560,7 @@ func TestReplicasOfRestoredStatefulSet(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		f, n := kubeOfFour(), newPipeNetwork()
 		f.serve(t, n)
-		shared := &sharedCount{stored: &backendCount{4, "u-backend", 90}}
+		shared := &sharedCount{stored: &backendCount{0, 4, "u-backend", 90}}
 		r := followReplicas(t, n, shared, nil)
 		followReplicas(t, n, shared, nil)
 		time.Sleep(time.Minute)
@@ -559,7 +585,7 @@ func TestReplicasResizeInTurn(t *testing.T) {
 		f.serve(t, n)
 		f.scale(1000)
 		var calls atomic.Int32
-		shared := &sharedCount{stored: &backendCount{4, "u-backend", 2}}
+		shared := &sharedCount{stored: &backendCount{0, 4, "u-backend", 2}}
 		r := followReplicas(t, n, shared, func(backendSet) {
 			if calls.Add(1) != 1 {
 				t.Error("a call of onBackendsChanged within another")
@@ -571,13 +597,13 @@ func TestReplicasResizeInTurn(t *testing.T) {
 		for i := range 10 {
 			others.Go(func() {
 				for j := range 50 {
-					shared.set(&backendCount{1 + 50*i + j, "u-backend", 2})
+					shared.set(&backendCount{0, 1 + 50*i + j, "u-backend", 2})
 					time.Sleep(time.Duration(1+(7*i+j)%5) * time.Millisecond)
 				}
 			})
 		}
 		others.Wait()
-		shared.set(&backendCount{777, "u-backend", 2})
+		shared.set(&backendCount{0, 777, "u-backend", 2})
 		time.Sleep(time.Second)
 		wantEqual(t, "the last of onBackendsChanged", r.last.Load().(ordinalRange), ordinalRange{0, 777})
 	})
@@ -773,6 +799,18 @@ func TestEndpointsWatchFailsAsksDNS(t *testing.T) {
 		wantResolved(t, p, 3, "", "backend-3 is not ready")
 		wantEqual(t, "requests to DNS since the watch recovered", asked.Load()-before, 0)
 	})
+}
+
+// DNS is asked for a pod in the Kubernetes namespace of the StatefulSet, which need not be that of
+// the router: there may be pods of the same name there.
+func TestEndpointsAskDNSInNamespace(t *testing.T) {
+	log := slog.New(slog.DiscardHandler)
+	e := newEndpointWatcher(kubeClient{}, "tenants.invalid", "backend", "headless", 9000, func(map[int]string) {}, log)
+	defer e.dnsBackends.close()
+	const want = "look up backend-0.headless.tenants.invalid: "
+	if _, err := e.resolve(t.Context(), 0); err == nil || !strings.HasPrefix(err.Error(), want) {
+		t.Errorf("the error is %v, want one with %q", err, want)
+	}
 }
 
 // A pod is gone if the API server says that there is none of that name, and only then: others on

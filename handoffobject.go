@@ -377,9 +377,9 @@ func (p *planJSON) check() error {
 			fmt.Sprintf("an object with at most %d", maxMembers))
 	}
 	if b := p.Backends; b != nil {
-		if b.Count < 1 || b.Count > maxOrdinal || b.Generation < 0 {
+		if b.First < 0 || b.Count < 1 || b.Count-1 > maxOrdinal-b.First || b.Generation < 0 {
 			return badValue("backends", fmt.Sprintf("%+v", *b),
-				"at least 1 backend, of a generation")
+				fmt.Sprintf("at least 1 backend, of 0 to %d, of a generation", maxOrdinal))
 		}
 		if err := checkToken("uid of backends", b.UID); err != nil {
 			return err

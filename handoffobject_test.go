@@ -64,7 +64,7 @@ func randomPlan(r *rand.Rand) *sharedPlan {
 		newest.after = newest.before.advanced(stepLimit{randomPlace(r), randomOrdinals(r)})
 	}
 	if r.IntN(2) == 0 {
-		p.backendCount = &backendCount{1 + r.IntN(maxOrdinal), "a-b", r.Int64()}
+		p.backendCount = &backendCount{r.IntN(9), 1 + r.IntN(maxOrdinal-9), "a-b", r.Int64()}
 	}
 	return p
 }

@@ -1584,7 +1584,7 @@ func TestMemberPodIsGone(t *testing.T) {
 }
 
 func TestBackendsNote(t *testing.T) {
-	old := &backendCount{4, "u", 7}
+	old := &backendCount{0, 4, "u", 7}
 	_, r, s := rested(1)
 	s.wantedCount = old
 	d := r.decide(s)
