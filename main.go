@@ -48,9 +48,9 @@
 //	plain request  no upgrade
 //	flight         a request that a backend may have, or a session that this router has ended
 //	               and its backend has not
-//	move           to close a session, because its owner changed, or only the owner's pod, or
-//	               because the router was removed from the members: its client comes back.
-//	               Also all of these to one table (log "move finished")
+//	move           to close a session, so that its client comes back: because its owner changed,
+//	               or the owner's pod, or because the router was removed from the members. Also
+//	               all moves of sessions to one table (log "move finished")
 //	old pod        a pod of a backend that another pod has replaced
 //	release        the request to an old owner to store the state of namespaces (-release)
 //	change         the time and the work from a new table until clients get its owners
@@ -77,7 +77,7 @@
 //	               (-handoff=all). Its process gets clients only if the plan names that too
 //	object         of the hand-off: the ConfigMap with the plan and the members' answers
 //	answer         what a member says: its part of a step is done, and what may be next
-//	epoch          all plans that follow from one first plan
+//	epoch          all plans since the first one, or since the last reset of the object
 //
 // What always holds (comments cite these by number, as "invariant 2"):
 //
@@ -116,8 +116,9 @@
 //  11. Each goroutine that the router starts has an owner that waits for it, for a bounded
 //     time at the stop.
 //
-// The way of one connection, each step a function; "(as x)" says that it is called by the name x,
-// "(in x)" that x calls it. On the fast path, which takes a request whose head comes in one piece:
+// The way of one connection, each step a function; "(as x)" says that it is called by the name
+// x, "(in x)" that x calls it. On the fast path, which takes a request whose head comes in one
+// piece (with TLS, within a moment):
 //
 //	fastPath.acceptClients    accepts a client
 //	fastPath.startClient      gives it a goroutine
