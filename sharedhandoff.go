@@ -380,9 +380,7 @@ func (h *sharedHandoff) listPods(ctx context.Context) error {
 	case <-ctx.Done():
 		return cmp.Or(h.watcher.snapshot().failure, ctx.Err())
 	}
-	h.mu.Lock()
-	o := h.inbox.object
-	h.mu.Unlock()
+	o := h.lastObject()
 	if o == nil {
 		return nil // decideAndStart will say so
 	}
