@@ -91,11 +91,11 @@ func (l *pendingLimit) beyondShare(ordinal, taken int) int {
 	return max(0, taken-l.share)
 }
 
-// inUse returns how many slots are taken, in all and by the backend.
-func (l *pendingLimit) inUse(ordinal int) (all, own int) {
+// inUse returns how many slots are taken.
+func (l *pendingLimit) inUse() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.total, l.byBackend[max(ordinal, unresolved)]
+	return l.total
 }
 
 // backends returns the ordinals of the backends that have slots.

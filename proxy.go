@@ -844,11 +844,10 @@ func (p *proxy) writeMetrics(m metricsWriter) {
 		"Time from the head of an upgrade request to its session.")
 	p.ownerWaits.write(m, "router_hold_duration_seconds",
 		"How long requests that could not be sent at once waited for their owner.")
-	pending, _ := p.pending.inUse(0)
 	m.single("router_pending_upgrades", "gauge",
 		"Upgrades until they are sessions or answered, plain requests until their owner gets them, "+
 			"and both, once abandoned, until their owner has ended the connection.",
-		float64(pending))
+		float64(p.pending.inUse()))
 	m.single("router_max_pending_upgrades", "gauge", "Limit of the pending upgrades.",
 		float64(p.limits.pendingRequests))
 	m.single("router_max_sessions", "gauge",

@@ -159,9 +159,8 @@ func newStatus(p *proxy, why []string, summary *tableSummary) *status {
 	s.Routers = []routerState{router}
 	s.Receipts = append(s.Receipts, p.mover.finishedMoves()...)
 	s.Backends = newBackendStatuses(p, summary, s.Handoff.InProgress)
-	pending, _ := p.pending.inUse(0)
 	s.addLimit("sessions", router.Sessions, p.limits.sessions)
-	s.addLimit("pending upgrades", pending, p.limits.pendingRequests)
+	s.addLimit("pending upgrades", p.pending.inUse(), p.limits.pendingRequests)
 	return s
 }
 
