@@ -288,7 +288,7 @@ func (c *addressCache) get(ctx context.Context, ordinal int) (string, error) {
 		c.lookups.Go(func() { c.resolve(a, host) })
 	}
 	c.mu.Unlock()
-	if a.isDone() {
+	if isClosed(a.done) {
 		return a.addr, a.err // even if ctx has ended
 	}
 	select {
@@ -322,22 +322,13 @@ func (c *addressCache) resolve(a *dnsLookup, host string) {
 func (c *addressCache) invalidate(ordinal int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if a := c.all[ordinal]; a != nil && a.isDone() {
+	if a := c.all[ordinal]; a != nil && isClosed(a.done) {
 		a.validUntil = a.retryAt
-	}
-}
-
-func (a *dnsLookup) isDone() bool {
-	select {
-	case <-a.done:
-		return true
-	default:
-		return false
 	}
 }
 
 // expired reports whether the name has to be looked up again. The caller holds
 // addressCache.mu.
 func (a *dnsLookup) expired() bool {
-	return a.isDone() && time.Now().After(a.validUntil) && time.Now().After(a.retryAt)
+	return isClosed(a.done) && time.Now().After(a.validUntil) && time.Now().After(a.retryAt)
 }

@@ -533,17 +533,7 @@ type bodyState struct {
 }
 
 // isSent reports whether the whole body was read and sent. b may be nil.
-func (b *bodyState) isSent() bool {
-	if b == nil {
-		return false
-	}
-	select {
-	case <-b.done:
-		return b.err == nil
-	default:
-		return false
-	}
-}
+func (b *bodyState) isSent() bool { return b != nil && isClosed(b.done) && b.err == nil }
 
 // sendBody sends the head and the body as it comes. If the client does not send all of the
 // body, that ends the exchange, and the owner sees that the body is not whole. If the owner

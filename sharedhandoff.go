@@ -251,12 +251,9 @@ func (h *sharedHandoff) publish(in *handoffInbox, d decision) {
 	defer h.mu.Unlock()
 	st.err, st.podErr = h.status.err, h.status.podErr
 	h.status = st
-	select {
-	case <-h.hasLeft:
-	default:
-		if h.leaving && !in.busy && (h.member.view == nil || h.member.view.servesNone) {
-			close(h.hasLeft)
-		}
+	hasLeft := h.leaving && !in.busy && (h.member.view == nil || h.member.view.servesNone)
+	if hasLeft && !isClosed(h.hasLeft) {
+		close(h.hasLeft)
 	}
 }
 

@@ -32,6 +32,16 @@ func sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
+// isClosed reports whether the channel, which is only ever closed, is. A nil one is not.
+func isClosed(done <-chan struct{}) bool {
+	select {
+	case <-done:
+		return true
+	default:
+		return false
+	}
+}
+
 // earliest returns the earlier one of two times. A zero time is never.
 func earliest(a, b time.Time) time.Time {
 	if a.IsZero() || !b.IsZero() && b.Before(a) {
