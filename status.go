@@ -205,7 +205,9 @@ func newBackendStatuses(p *proxy, summary *tableSummary, changing bool) []backen
 	// In this order: a flight may become a session, and after a change none begins. With
 	// -handoff=off upgrades have no flight, but are pending, until just before they are sessions.
 	inFlight := map[int]bool{}
-	p.mover.flights.each(func(f *flight) { inFlight[f.backend] = true })
+	for f := range p.mover.flights.each {
+		inFlight[f.backend] = true
+	}
 	pending := p.pending.backends()
 	t, counts := summary.table, p.relay.counts()
 	maps.DeleteFunc(counts, func(_ int, n sessionCounts) bool { return n.open == 0 })
@@ -389,7 +391,7 @@ func (m *mover) waitingFor(v *view) []stepWait {
 		}
 		return count[backend]
 	}
-	m.flights.each(func(f *flight) {
+	for f := range m.flights.each {
 		switch {
 		case !m.blocks(v, f):
 		case f.cut == nil:
@@ -397,7 +399,7 @@ func (m *mover) waitingFor(v *view) []stepWait {
 		default:
 			of(f.backend).Requests++
 		}
-	})
+	}
 	for _, s := range m.misplacedSessions(v) {
 		of(s.backend).Sessions++
 	}
