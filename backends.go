@@ -67,29 +67,26 @@ func backendOrdinal(statefulSet, name string) (int, bool) {
 	return n, true
 }
 
-// alwaysReady is the backendReady (see dialQueues) of backends whose readiness is not known.
-func alwaysReady(int) error { return nil }
-
-// unknownPodUID is the podUID of backends whose pods are not known.
-func unknownPodUID(int) string { return "" }
-
-// neverGone is the podIsGone of backends whose pods are not known: of none of them can the
-// router say that its pod is gone.
-func neverGone(context.Context, int) bool { return false }
+// newFlagBackends returns the backends that flags name, count of them: neither their readiness
+// nor their pods are known. The caller sets resolve.
+func newFlagBackends(statefulSet string, count int) *backends {
+	return &backends{
+		statefulSet: statefulSet,
+		fromFlags:   ordinalRange{count: count},
+		queues:      newDialQueues(func(int) error { return nil }),
+		invalidate:  func(int) {},
+		podUID:      func(int) string { return "" },
+		podIsGone:   func(context.Context, int) bool { return false },
+		close:       func() {},
+	}
+}
 
 // newStaticBackends returns backends at the given addresses, in the order of their
 // ordinals.
 func newStaticBackends(statefulSet string, addrs []string) *backends {
-	return &backends{
-		statefulSet: statefulSet,
-		fromFlags:   ordinalRange{count: len(addrs)},
-		queues:      newDialQueues(alwaysReady),
-		resolve:     func(_ context.Context, ordinal int) (string, error) { return addrs[ordinal], nil },
-		invalidate:  func(int) {},
-		podUID:      unknownPodUID,
-		podIsGone:   neverGone,
-		close:       func() {},
-	}
+	b := newFlagBackends(statefulSet, len(addrs))
+	b.resolve = func(_ context.Context, ordinal int) (string, error) { return addrs[ordinal], nil }
+	return b
 }
 
 // parseBackends parses -backends, a list of host:port.
@@ -240,16 +237,9 @@ func newDNSBackends(count int, statefulSet, service string, port int) *backends 
 		lookup: net.DefaultResolver.LookupNetIP,
 		all:    map[int]*dnsLookup{},
 	}
-	return &backends{
-		statefulSet: statefulSet,
-		fromFlags:   ordinalRange{count: count},
-		queues:      newDialQueues(alwaysReady),
-		resolve:     cache.get,
-		invalidate:  cache.invalidate,
-		podUID:      unknownPodUID,
-		podIsGone:   neverGone,
-		close:       cache.lookups.Wait,
-	}
+	b := newFlagBackends(statefulSet, count)
+	b.resolve, b.invalidate, b.close = cache.get, cache.invalidate, cache.lookups.Wait
+	return b
 }
 
 // addressCache keeps addresses from DNS for addressTTL. It keeps errors, and addresses
