@@ -558,10 +558,7 @@ func (c *fastConn) noteLoss(i side, errno syscall.Errno) {
 // takes all of the head, unless the client is gone.
 func (c *fastConn) respond(head []byte) bool {
 	head = c.sealedHead(head)
-	c.poller.mu.Lock()
-	defer c.poller.mu.Unlock()
-	n, errno := c.poller.send(c.fd[clientSide], head)
-	return errno == 0 && n == len(head) && n > 0
+	return len(head) > 0 && c.sendNow(clientSide, head) == len(head)
 }
 
 // connect is a connector: it connects to a backend's address, host:port.
