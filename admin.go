@@ -289,8 +289,8 @@ func (a *admin) metrics(w http.ResponseWriter, r *http.Request) {
 // writeMetrics writes all metric families. Each component writes its own; here is their
 // order.
 func (a *admin) writeMetrics(m metricsWriter) {
-	m.family("router_build_info", "gauge", "Always 1. The labels have the versions of the router and of Go.")
-	m.sample("router_build_info", 1, "version", version(), "goversion", runtime.Version())
+	m.single("router_build_info", "gauge", "Always 1. The labels have the versions of the router and of Go.",
+		1, "version", version(), "goversion", runtime.Version())
 	m.single("router_ready", "gauge", "1 if /readyz answers ready.",
 		boolToFloat(len(a.whyNotReady()) == 0))
 	counts := a.proxy.relay.counts()

@@ -464,9 +464,8 @@ func (m *mover) writeMetrics(w metricsWriter) {
 		"Sessions that were to move and stayed, because a later change moved them back.",
 		float64(m.cancelled.Load()))
 	s := m.status()
-	info := w.family("router_handoff_info", "gauge",
-		"Always 1. The label has the mode of -handoff.")
-	info(1, "mode", s.Mode)
+	w.single("router_handoff_info", "gauge",
+		"Always 1. The label has the mode of -handoff.", 1, "mode", s.Mode)
 	w.single("router_handoff_in_progress", "gauge",
 		"1 while not all namespaces have the owner of the newest table, or a step is not done.",
 		boolToFloat(s.InProgress))

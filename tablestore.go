@@ -379,10 +379,9 @@ func (ts *tableStore) writeMetrics(m metricsWriter) {
 	if t == nil {
 		return
 	}
-	m.family("router_table_info", "gauge",
-		"Always 1. The labels have the source of the newest routing table, the version of its overrides, and its stamp.")
-	m.sample("router_table_info", 1,
-		"source", t.sourceName(), "overrides_version", t.overridesVersion, "stamp", t.stamp)
+	m.single("router_table_info", "gauge",
+		"Always 1. The labels have the source of the newest routing table, the version of its overrides, and its stamp.",
+		1, "source", t.sourceName(), "overrides_version", t.overridesVersion, "stamp", t.stamp)
 	m.single("router_table_updated_timestamp_seconds", "gauge",
 		"When the newest routing table was made, in seconds since 1970.",
 		unixSeconds(t.updated))
