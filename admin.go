@@ -752,7 +752,7 @@ func (a *admin) previewOfAll(w http.ResponseWriter, r *http.Request, one http.Ha
 	all, silent, ok := askAll(a, w, r, one,
 		question{method: http.MethodPost, path: "/plan", body: body}, (*preview).isWhole)
 	if ok {
-		writeJSON(w, http.StatusOK, sumPreviews(all, silent, a.proxy.mover.rateIsShared()))
+		writeJSON(w, http.StatusOK, sumPreviews(all, silent, a.proxy.mover.shared != nil))
 	}
 }
 

@@ -849,9 +849,6 @@ func (m *mover) shareHandoff(h *sharedHandoff) {
 	h.wake = m.wake.notify
 }
 
-// rateIsShared reports whether all routers together have the rate of moves.
-func (m *mover) rateIsShared() bool { return m.shared != nil }
-
 // leave makes this router leave the hand-off once its last session is over, and waits for
 // that until ctx ends. If it does not leave, the others wait until its pod is gone. The
 // router must admit nobody any more. run has to go on meanwhile.
