@@ -597,10 +597,9 @@ func (s *handoffStatus) add(other *handoffStatus) {
 	s.ToMove += other.ToMove
 	s.Unproven += other.Unproven
 	s.WaitingFor = mergeLists(s.WaitingFor, other.WaitingFor, stepWait.isSame, (*stepWait).add)
-	switch {
-	case s.Mode == "all": // they share the rate
+	if s.Mode == "all" { // they share the rate
 		s.SecondsLeft += other.SecondsLeft
-	default:
+	} else {
 		s.Rate += other.Rate
 		s.SecondsLeft = max(s.SecondsLeft, other.SecondsLeft)
 	}
