@@ -6,10 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -155,11 +157,7 @@ func (s *server) refuse() []*session {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.stopping = true
-	open := make([]*session, 0, len(s.sessions))
-	for ses := range s.sessions {
-		open = append(open, ses)
-	}
-	return open
+	return slices.Collect(maps.Keys(s.sessions))
 }
 
 func (s *server) isStopping() bool {
