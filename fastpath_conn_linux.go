@@ -240,7 +240,7 @@ func (c *fastConn) askOwner() {
 		c.request = c.parseUpgrade()
 	}
 	clientAddrs, owner := forwardedFor(c.request), p.backends.name(u.backend)
-	head := requestHead(c.request, clientAddrs, p.podName, u.stamp, u.step, owner)
+	head := finishRequestHead(startRequestHead(c.request, clientAddrs, p.podName), u.stamp, u.step, owner)
 	if c.write(backendSide, head) != nil {
 		c.abandonBackend()
 		c.fallBack(nil, nil)
