@@ -276,9 +276,8 @@ func (x *exchange) serve(trip func() (*http.Response, error)) {
 		BufferPool:     x.forwarder,
 		ModifyResponse: x.modifyResponse,
 		ErrorHandler: func(_ http.ResponseWriter, _ *http.Request, err error) {
-			var refused *refusal
-			if errors.As(err, &refused) {
-				x.result, x.err = refused.result, refused
+			if refused, ok := errors.AsType[*refusal](err); ok {
+				x.result, x.err = refused.outcome()
 			}
 		},
 	}
