@@ -739,9 +739,8 @@ func (p *program) stopClients(fastPath *fastPath, clientServer *http.Server,
 	clientServer.SetKeepAlivesEnabled(false) // each answer now says Connection: close
 	fastPath.stop()
 	stopRequests(errDraining)
-	timeout, cancel := context.WithTimeout(context.Background(), stopGrace)
-	defer cancel()
-	handled, allHandled := context.WithCancel(timeout)
+	handled, allHandled := context.WithTimeout(context.Background(), stopGrace)
+	defer allHandled()
 	go func() { p.proxy.handedToHTTP.Wait(); allHandled() }() // Close below ends it at the latest
 	<-handled.Done()
 	idle, allIdle := context.WithCancel(context.Background())
