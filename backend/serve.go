@@ -87,7 +87,7 @@ func newServer(cfg config, log *slog.Logger) *server {
 	}
 }
 
-// serve owns ln. It starts the one goroutine that accepts and waits for it.
+// serve owns ln.
 func (s *server) serve(ctx context.Context, ln net.Listener) error {
 	hs := &http.Server{
 		Handler:           s,
@@ -95,17 +95,21 @@ func (s *server) serve(ctx context.Context, ln net.Listener) error {
 		MaxHeaderBytes:    headerBytes,
 		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
 	}
+	s.log.Info("start", "listen", ln.Addr().String(), "interval", s.cfg.interval)
+	return serveUntil(ctx, hs, ln, func() { s.stop(hs) })
+}
+
+// serveUntil serves ln until ctx is done, in a goroutine that it waits for. It then calls stop, which has to stop hs.
+func serveUntil(ctx context.Context, hs *http.Server, ln net.Listener, stop func()) error {
 	failed := make(chan error, 1)
 	go func() { failed <- hs.Serve(ln) }()
-	s.log.Info("start", "listen", ln.Addr().String(), "interval", s.cfg.interval)
-
 	select {
 	case err := <-failed: // not reached in normal life
-		s.stop(hs)
+		stop()
 		return err
 	case <-ctx.Done():
 	}
-	s.stop(hs)
+	stop()
 	<-failed
 	return nil
 }
