@@ -639,6 +639,7 @@ func (p *program) addSources(kubeClient *kubeClient, kubeNamespace string) {
 			maps := newConfigMaps(*kubeClient, kubeNamespace, c.configMaps, c.selector,
 				c.podName, update, p.log)
 			p.admin.configMaps = maps
+			tables.reportChange, p.proxy.mover.reportMove = maps.reportChange, maps.reportMove
 			return maps
 		})
 	}
