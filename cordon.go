@@ -42,13 +42,7 @@ func newCordon(ordinals []int) cordon {
 }
 
 // String returns the list as parseCordon takes it.
-func (c cordon) String() string {
-	var items []string
-	for _, ordinal := range c {
-		items = append(items, strconv.Itoa(ordinal))
-	}
-	return strings.Join(items, ",")
-}
+func (c cordon) String() string { return joined(c, ",", strconv.Itoa) }
 
 // Set makes the list the flag's value.
 func (c *cordon) Set(list string) (err error) {

@@ -493,11 +493,7 @@ func (l stepLimit) String() string {
 	if len(l.away) == 0 {
 		return upto
 	}
-	words := make([]string, len(l.away))
-	for i, ordinal := range l.away {
-		words[i] = strconv.Itoa(ordinal)
-	}
-	return upto + awayPrefix + strings.Join(words, ",")
+	return upto + awayPrefix + joined(l.away, ",", strconv.Itoa)
 }
 
 // parseAnswer reads the line of an answer. It accepts only what stepAnswer.String

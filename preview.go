@@ -122,11 +122,8 @@ func (p *previewRequest) matches(src sourceContent) bool {
 
 // sourceNames returns the names of the sources, separated by commas, or "none".
 func sourceNames(sources []sourceContent) string {
-	var all []string
-	for _, src := range sources {
-		all = append(all, src.id.String())
-	}
-	return cmp.Or(strings.Join(all, ", "), "none")
+	name := func(src sourceContent) string { return src.id.String() }
+	return cmp.Or(joined(sources, ", ", name), "none")
 }
 
 // newPreview returns what would become of the sessions of p if next followed current.

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 )
@@ -67,6 +68,15 @@ func insertSorted[T any](list []T, value T, limit int, order func(a, b T) int) [
 	i, _ := slices.BinarySearchFunc(list, value, order)
 	list = slices.Insert(list, i, value)
 	return list[:min(len(list), limit)]
+}
+
+// joined returns the texts of the elements of list, with the separator in between.
+func joined[T any](list []T, separator string, text func(T) string) string {
+	var all []string
+	for _, one := range list {
+		all = append(all, text(one))
+	}
+	return strings.Join(all, separator)
 }
 
 // wakeup wakes the goroutine that receives from it. It has a capacity of 1 and is never
