@@ -299,7 +299,7 @@ func newTLSConn(transport net.Conn, config *tls.Config) *tlsConn {
 // Read does the handshake first, if the transport is a lazyTransport.
 func (t *tlsConn) Read(b []byte) (int, error) {
 	if lazy, ok := t.transport.Conn.(*lazyTransport); ok {
-		if err := lazy.handshake(t); err != nil {
+		if err := lazy.handshake(); err != nil {
 			return 0, err
 		}
 	}
