@@ -236,10 +236,7 @@ func (h *sharedHandoff) publish(in *handoffInbox, d decision) {
 		st.doing = st.whyNotServing
 	}
 	if v := h.member.view; v != nil {
-		for pod := range v.plan.members {
-			st.members = append(st.members, pod)
-		}
-		slices.Sort(st.members)
+		st.members = slices.Sorted(maps.Keys(v.plan.members))
 		if !v.done && in.object != nil && in.object.plan != nil {
 			st.missing = in.object.missing()
 		}
