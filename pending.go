@@ -1,6 +1,7 @@
 package main
 
 import (
+	"maps"
 	"net"
 	"sync"
 	"time"
@@ -98,15 +99,11 @@ func (l *pendingLimit) inUse() int {
 	return l.total
 }
 
-// backends returns the ordinals of the backends that have slots.
-func (l *pendingLimit) backends() map[int]bool {
+// backends returns how many slots are taken of each backend that has some, by ordinal.
+func (l *pendingLimit) backends() map[int]int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	all := map[int]bool{}
-	for ordinal := range l.byBackend {
-		all[ordinal] = true
-	}
-	return all
+	return maps.Clone(l.byBackend)
 }
 
 // reserveHead counts n more bytes of heads that are kept, and reports whether this limit of

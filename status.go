@@ -226,7 +226,7 @@ func newBackendStatuses(p *proxy, summary *tableSummary, changing bool) []backen
 			Overrides: overrides, Sessions: n.open, SessionsOnOldPod: n.onOldPod,
 			MovingIn: in[ordinal], MovingOut: out[ordinal],
 			SafeToRemove: t != nil && !t.isHashedTo(ordinal) && overrides == 0 &&
-				n.open == 0 && !inFlight[ordinal] && !pending[ordinal] && !changing,
+				n.open == 0 && !inFlight[ordinal] && pending[ordinal] == 0 && !changing,
 		})
 	}
 	return all
