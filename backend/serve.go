@@ -132,7 +132,11 @@ func (s *server) stop(hs *http.Server) {
 	for _, ses := range open {
 		byes.Go(func() { ses.goodbye(closeGoingAway, "stop") })
 	}
-	cut := context.AfterFunc(ctx, func() { cutAll(open) })
+	cut := context.AfterFunc(ctx, func() {
+		for _, ses := range open {
+			ses.conn.Close() // its run does the rest
+		}
+	})
 	s.running.Wait()
 	cut()
 	byes.Wait()
@@ -146,13 +150,6 @@ func (s *server) save() {
 	defer cancel()
 	if err := s.rooms.close(ctx); err != nil {
 		s.log.Error("state lost", "error", err.Error())
-	}
-}
-
-// cutAll closes the connections below the sessions; their run does the rest.
-func cutAll(open []*session) {
-	for _, ses := range open {
-		ses.conn.Close()
 	}
 }
 
