@@ -57,14 +57,11 @@ func backendName(statefulSet string, ordinal int) string {
 // spelling that backendName makes: no sign, no leading zero.
 func backendOrdinal(statefulSet, name string) (int, bool) {
 	digits, ok := strings.CutPrefix(name, statefulSet+"-")
-	if !ok || len(digits) > 9 {
+	n, isNumber := parseDecimal(digits, 31)
+	if !ok || !isNumber || len(digits) > 9 {
 		return 0, false
 	}
-	n, err := strconv.Atoi(digits)
-	if err != nil || n < 0 || strconv.Itoa(n) != digits {
-		return 0, false
-	}
-	return n, true
+	return int(n), true
 }
 
 // newFlagBackends returns the backends that flags name, count of them: neither their readiness

@@ -187,11 +187,11 @@ func parseHex64(name, s string, max uint64) (uint64, error) {
 
 // parseNumber reads a decimal number from 0 to max, without a sign or leading zeros.
 func parseNumber(name, s string, max int64) (int64, error) {
-	n, err := strconv.ParseInt(s, 10, 64)
-	if err != nil || n < 0 || n > max || strconv.FormatInt(n, 10) != s {
+	n, ok := parseDecimal(s, 63)
+	if !ok || int64(n) > max {
 		return 0, badValue(name, s, fmt.Sprintf("a number from 0 to %d", max))
 	}
-	return n, nil
+	return int64(n), nil
 }
 
 // checkToken returns an error if s is not an epoch, an instance, a UID or a pod's name.

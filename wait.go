@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -77,6 +78,13 @@ func joined[T any](list []T, separator string, text func(T) string) string {
 		all = append(all, text(one))
 	}
 	return strings.Join(all, separator)
+}
+
+// parseDecimal parses a decimal number of at most this many bits, without a sign or leading
+// zeros.
+func parseDecimal(text string, bits int) (n uint64, ok bool) {
+	n, err := strconv.ParseUint(text, 10, bits)
+	return n, err == nil && strconv.FormatUint(n, 10) == text
 }
 
 // wakeup wakes the goroutine that receives from it. It has a capacity of 1 and is never
