@@ -213,13 +213,11 @@ func limitConcurrency(count, waiting int, next http.HandlerFunc) http.HandlerFun
 			writeBusy(w, r)
 			return
 		}
-		timeout := time.NewTimer(maxQueueTime)
-		defer timeout.Stop()
 		select {
 		case running <- struct{}{}:
 			defer func() { <-running }()
 			next(w, r)
-		case <-timeout.C:
+		case <-time.After(maxQueueTime):
 			writeBusy(w, r)
 		case <-r.Context().Done(): // the client is gone
 		}

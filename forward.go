@@ -383,12 +383,10 @@ func (x *exchange) stopBody(grace time.Duration) bool {
 	if x.body = nil; body == nil {
 		return true
 	}
-	timer := time.NewTimer(grace)
-	defer timer.Stop()
 	select {
 	case <-body.done:
 		return body.err == nil
-	case <-timer.C:
+	case <-time.After(grace):
 		body.stopped.Store(true)
 		x.unwatchClient() // net/http takes any error of a read for a client that has left
 		x.client.SetReadDeadline(pastDeadline())
