@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -471,10 +472,7 @@ func (m *markJSON) parse(name string) (parsed mark, err error) {
 // tables of the plan. ownersHash is "-" if it has no table; it is blank then. epoch is "-" and
 // step 0 if it has no view; it is blank then, too.
 func (a stepAnswer) String() string {
-	epoch, ownersHash, limit := "-", "-", "blank"
-	if a.epoch != "" {
-		epoch = a.epoch
-	}
+	epoch, ownersHash, limit := cmp.Or(a.epoch, "-"), "-", "blank"
 	if a.ownersHash != noTableHash {
 		ownersHash = hex64(a.ownersHash).String()
 	}

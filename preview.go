@@ -114,9 +114,7 @@ func (p *previewRequest) cordoned(current *table, backends ordinalRange) (cordon
 // matches reports whether the proposed ConfigMap is a new version of this source.
 func (p *previewRequest) matches(src sourceContent) bool {
 	id := p.id()
-	if id.kubeNamespace == "" {
-		id.kubeNamespace = src.id.kubeNamespace
-	}
+	id.kubeNamespace = cmp.Or(id.kubeNamespace, src.id.kubeNamespace)
 	return id == src.id
 }
 

@@ -587,9 +587,7 @@ func (s *handoffStatus) add(other *handoffStatus) {
 			s.Members = append(s.Members, member)
 		}
 	}
-	if s.Doing == "" {
-		s.Doing = other.Doing
-	}
+	s.Doing = cmp.Or(s.Doing, other.Doing)
 	s.Step = max(s.Step, other.Step)
 	s.NoOwners = s.NoOwners || other.NoOwners
 	s.InProgress = s.InProgress || other.InProgress
