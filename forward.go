@@ -296,13 +296,8 @@ func (t transport) RoundTrip(r *http.Request) (*http.Response, error) { return t
 // end yet, or that has no length, and with HTTP/1.0, for which net/http ignores
 // Transfer-Encoding.
 func (x *exchange) isLast() bool {
-	switch {
-	case !x.r.ProtoAtLeast(1, 1):
-		return true
-	case x.streams:
-		return x.r.ContentLength < 0 || !x.body.isSent()
-	}
-	return false
+	mayFollow := x.streams && (x.r.ContentLength < 0 || !x.body.isSent())
+	return mayFollow || !x.r.ProtoAtLeast(1, 1)
 }
 
 // modifyResponse prepares the head of the answer for the client.
