@@ -213,13 +213,11 @@ func limitConcurrency(count, waiting int, next http.HandlerFunc) http.HandlerFun
 			writeBusy(w, r)
 			return
 		}
-		timeout := time.NewTimer(maxQueueTime)
-		defer timeout.Stop()
 		select {
 		case running <- struct{}{}:
 			defer func() { <-running }()
 			next(w, r)
-		case <-timeout.C:
+		case <-time.After(maxQueueTime):
 			writeBusy(w, r)
 		case <-r.Context().Done(): // the client is gone
 		}
@@ -289,8 +287,8 @@ func (a *admin) metrics(w http.ResponseWriter, r *http.Request) {
 // writeMetrics writes all metric families. Each component writes its own; here is their
 // order.
 func (a *admin) writeMetrics(m metricsWriter) {
-	m.family("router_build_info", "gauge", "Always 1. The labels have the versions of the router and of Go.")
-	m.sample("router_build_info", 1, "version", version(), "goversion", runtime.Version())
+	m.single("router_build_info", "gauge", "Always 1. The labels have the versions of the router and of Go.",
+		1, "version", version(), "goversion", runtime.Version())
 	m.single("router_ready", "gauge", "1 if /readyz answers ready.",
 		boolToFloat(len(a.whyNotReady()) == 0))
 	counts := a.proxy.relay.counts()
@@ -752,7 +750,7 @@ func (a *admin) previewOfAll(w http.ResponseWriter, r *http.Request, one http.Ha
 	all, silent, ok := askAll(a, w, r, one,
 		question{method: http.MethodPost, path: "/plan", body: body}, (*preview).isWhole)
 	if ok {
-		writeJSON(w, http.StatusOK, sumPreviews(all, silent, a.proxy.mover.rateIsShared()))
+		writeJSON(w, http.StatusOK, sumPreviews(all, silent, a.proxy.mover.shared != nil))
 	}
 }
 

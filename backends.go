@@ -57,39 +57,33 @@ func backendName(statefulSet string, ordinal int) string {
 // spelling that backendName makes: no sign, no leading zero.
 func backendOrdinal(statefulSet, name string) (int, bool) {
 	digits, ok := strings.CutPrefix(name, statefulSet+"-")
-	if !ok || len(digits) > 9 {
+	n, isNumber := parseDecimal(digits, 31)
+	if !ok || !isNumber || len(digits) > 9 {
 		return 0, false
 	}
-	n, err := strconv.Atoi(digits)
-	if err != nil || n < 0 || strconv.Itoa(n) != digits {
-		return 0, false
-	}
-	return n, true
+	return int(n), true
 }
 
-// alwaysReady is the backendReady (see dialQueues) of backends whose readiness is not known.
-func alwaysReady(int) error { return nil }
-
-// unknownPodUID is the podUID of backends whose pods are not known.
-func unknownPodUID(int) string { return "" }
-
-// neverGone is the podIsGone of backends whose pods are not known: of none of them can the
-// router say that its pod is gone.
-func neverGone(context.Context, int) bool { return false }
+// newFlagBackends returns the backends that flags name, count of them: neither their readiness
+// nor their pods are known. The caller sets resolve.
+func newFlagBackends(statefulSet string, count int) *backends {
+	return &backends{
+		statefulSet: statefulSet,
+		fromFlags:   ordinalRange{count: count},
+		queues:      newDialQueues(func(int) error { return nil }),
+		invalidate:  func(int) {},
+		podUID:      func(int) string { return "" },
+		podIsGone:   func(context.Context, int) bool { return false },
+		close:       func() {},
+	}
+}
 
 // newStaticBackends returns backends at the given addresses, in the order of their
 // ordinals.
 func newStaticBackends(statefulSet string, addrs []string) *backends {
-	return &backends{
-		statefulSet: statefulSet,
-		fromFlags:   ordinalRange{count: len(addrs)},
-		queues:      newDialQueues(alwaysReady),
-		resolve:     func(_ context.Context, ordinal int) (string, error) { return addrs[ordinal], nil },
-		invalidate:  func(int) {},
-		podUID:      unknownPodUID,
-		podIsGone:   neverGone,
-		close:       func() {},
-	}
+	b := newFlagBackends(statefulSet, len(addrs))
+	b.resolve = func(_ context.Context, ordinal int) (string, error) { return addrs[ordinal], nil }
+	return b
 }
 
 // parseBackends parses -backends, a list of host:port.
@@ -240,16 +234,9 @@ func newDNSBackends(count int, statefulSet, service string, port int) *backends 
 		lookup: net.DefaultResolver.LookupNetIP,
 		all:    map[int]*dnsLookup{},
 	}
-	return &backends{
-		statefulSet: statefulSet,
-		fromFlags:   ordinalRange{count: count},
-		queues:      newDialQueues(alwaysReady),
-		resolve:     cache.get,
-		invalidate:  cache.invalidate,
-		podUID:      unknownPodUID,
-		podIsGone:   neverGone,
-		close:       cache.lookups.Wait,
-	}
+	b := newFlagBackends(statefulSet, count)
+	b.resolve, b.invalidate, b.close = cache.get, cache.invalidate, cache.lookups.Wait
+	return b
 }
 
 // addressCache keeps addresses from DNS for addressTTL. It keeps errors, and addresses
@@ -288,7 +275,7 @@ func (c *addressCache) get(ctx context.Context, ordinal int) (string, error) {
 		c.lookups.Go(func() { c.resolve(a, host) })
 	}
 	c.mu.Unlock()
-	if a.isDone() {
+	if isClosed(a.done) {
 		return a.addr, a.err // even if ctx has ended
 	}
 	select {
@@ -322,22 +309,13 @@ func (c *addressCache) resolve(a *dnsLookup, host string) {
 func (c *addressCache) invalidate(ordinal int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if a := c.all[ordinal]; a != nil && a.isDone() {
+	if a := c.all[ordinal]; a != nil && isClosed(a.done) {
 		a.validUntil = a.retryAt
-	}
-}
-
-func (a *dnsLookup) isDone() bool {
-	select {
-	case <-a.done:
-		return true
-	default:
-		return false
 	}
 }
 
 // expired reports whether the name has to be looked up again. The caller holds
 // addressCache.mu.
 func (a *dnsLookup) expired() bool {
-	return a.isDone() && time.Now().After(a.validUntil) && time.Now().After(a.retryAt)
+	return isClosed(a.done) && time.Now().After(a.validUntil) && time.Now().After(a.retryAt)
 }

@@ -503,7 +503,7 @@ func TestUpgradeLimit(t *testing.T) {
 			if pool := shape.limit - own*shape.backends; ok && taken[backend]-own > (max(0, pool)+1)/2 {
 				t.Fatalf("%+v: %d slots of one backend, want at most half of the %d of the pool", shape, taken[backend]-own, pool)
 			}
-			gotAll, gotOwn := p.inUse(backend)
+			gotAll, gotOwn := p.inUse(), p.byBackend[backend]
 			if tookAll != all || tookOwn != taken[backend] || gotAll != all || gotOwn != taken[backend] || all > max(shape.limit, shape.backends) {
 				t.Fatalf("%+v: %d slots and %d of one backend, want %d and %d", shape, gotAll, gotOwn, all, taken[backend])
 			}
@@ -514,7 +514,7 @@ func TestUpgradeLimit(t *testing.T) {
 				p.giveBack(backend + 1)
 			}
 		}
-		if all, _ := p.inUse(0); all != 0 || len(p.byBackend) != 0 || p.pooled != 0 {
+		if all := p.inUse(); all != 0 || len(p.byBackend) != 0 || p.pooled != 0 {
 			t.Errorf("%+v: %d slots after all have left, %d backends, %d of the pool", shape, all, len(p.byBackend), p.pooled)
 		}
 	}
@@ -538,7 +538,7 @@ func TestUpgradeLimitOfUnknownOwners(t *testing.T) {
 			}
 		}
 	}
-	if all, _ := p.inUse(0); all > 101 {
+	if all := p.inUse(); all > 101 {
 		t.Errorf("%d slots are taken, want at most the limit and one more", all)
 	}
 }

@@ -610,14 +610,14 @@ func (c *command) sourceToPatch(s *status, o *ownership, pin bool) (*sourceState
 
 // cordonBackend prints the patch of the StatefulSet that cordons a backend.
 func (c *command) cordonBackend(ctx context.Context, args []string) error {
-	return c.changeCordon(ctx, "cordon", args, func(list cordon, ordinal int) cordon {
+	return c.changeCordon(ctx, args, func(list cordon, ordinal int) cordon {
 		return newCordon(append(slices.Clone(list), ordinal))
 	})
 }
 
 // uncordonBackend prints the patch of the StatefulSet that ends the cordon of a backend.
 func (c *command) uncordonBackend(ctx context.Context, args []string) error {
-	return c.changeCordon(ctx, "uncordon", args, func(list cordon, ordinal int) cordon {
+	return c.changeCordon(ctx, args, func(list cordon, ordinal int) cordon {
 		return slices.DeleteFunc(slices.Clone(list), func(other int) bool { return other == ordinal })
 	})
 }
@@ -625,7 +625,7 @@ func (c *command) uncordonBackend(ctx context.Context, args []string) error {
 // changeCordon prints the patch of the StatefulSet with the list of cordoned backends that
 // change returns. The list of an annotation that is not valid is replaced by the last valid one
 // with the change, if routers have that, and all have the same.
-func (c *command) changeCordon(ctx context.Context, name string, args []string,
+func (c *command) changeCordon(ctx context.Context, args []string,
 	change func(list cordon, ordinal int) cordon) error {
 	if len(args) != 1 {
 		return usageError{fmt.Errorf("one backend is required (got %d arguments)", len(args))}

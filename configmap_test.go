@@ -23,6 +23,7 @@ func fakeMaps(t *testing.T, names ...string) (*configMaps, *tableStore, *logTail
 	var c *configMaps
 	r.addSource(false, func(update func(...sourceContent)) overrideSource {
 		c = newConfigMaps(kubeClient{}, "edge", names, selector, "router-x", update, r.log)
+		r.reportChange = c.reportChange
 		return c
 	})
 	return c, r, log

@@ -24,9 +24,8 @@ func parseCordon(list string) (cordon, error) {
 	}
 	var c cordon
 	for item := range strings.SplitSeq(list, ",") {
-		digits := strings.TrimSpace(item)
-		n, err := strconv.ParseUint(digits, 10, 31)
-		if err != nil || strconv.FormatUint(n, 10) != digits {
+		n, ok := parseDecimal(strings.TrimSpace(item), 31)
+		if !ok {
 			return nil, fmt.Errorf("not a list of ordinals like 2,5 (got %.60q)", list)
 		}
 		c = append(c, int(n))
@@ -42,13 +41,7 @@ func newCordon(ordinals []int) cordon {
 }
 
 // String returns the list as parseCordon takes it.
-func (c cordon) String() string {
-	var items []string
-	for _, ordinal := range c {
-		items = append(items, strconv.Itoa(ordinal))
-	}
-	return strings.Join(items, ",")
-}
+func (c cordon) String() string { return joined(c, ",", strconv.Itoa) }
 
 // Set makes the list the flag's value.
 func (c *cordon) Set(list string) (err error) {

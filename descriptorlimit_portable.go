@@ -2,9 +2,7 @@
 
 package main
 
-import (
-	"math"
-)
+import "math"
 
 // openFileLimit is how many files the process may have open: it is not asked.
 func openFileLimit() (int, error) { return math.MaxInt32, nil }

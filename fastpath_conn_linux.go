@@ -242,7 +242,7 @@ func (c *fastConn) askOwner() {
 		c.request = c.parseUpgrade()
 	}
 	clientAddrs, owner := forwardedFor(c.request), p.backends.name(u.backend)
-	head := requestHead(c.request, clientAddrs, p.podName, u.stamp, u.step, owner)
+	head := finishRequestHead(startRequestHead(c.request, clientAddrs, p.podName), u.stamp, u.step, owner)
 	if c.write(backendSide, head) != nil {
 		c.abandonBackend()
 		c.fallBack(nil, nil)
@@ -561,10 +561,7 @@ func (c *fastConn) noteLoss(i side, errno syscall.Errno) {
 // takes all of the head, unless the client is gone.
 func (c *fastConn) respond(head []byte) bool {
 	head = c.sealedHead(head)
-	c.poller.mu.Lock()
-	defer c.poller.mu.Unlock()
-	n, errno := c.poller.send(c.fd[clientSide], head)
-	return errno == 0 && n == len(head) && n > 0
+	return len(head) > 0 && c.sendNow(clientSide, head) == len(head)
 }
 
 // connect is a connector: it connects to a backend's address, host:port.

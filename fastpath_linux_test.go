@@ -226,7 +226,7 @@ func TestClientConnCloses(t *testing.T) {
 			}
 		})
 		both.Wait()
-		if pending, _ := limit.inUse(0); owner.n != 1 || pending != 0 {
+		if pending := limit.inUse(); owner.n != 1 || pending != 0 {
 			t.Fatalf("the owner's connection was closed %d times, and %d upgrades are pending; want 1, 0", owner.n, pending)
 		}
 	}
@@ -712,10 +712,8 @@ func TestFastPathHolds(t *testing.T) {
 			t.Errorf("the backend got %q, want the second table and its owner", head)
 		}
 		after(t, p)
-		for ordinal := range 2 {
-			if _, own := p.pending.inUse(ordinal); own != 0 {
-				t.Errorf("%d slots of backend-%d are taken after all, want 0", own, ordinal)
-			}
+		if taken := p.pending.backends(); len(taken) != 0 {
+			t.Errorf("slots of the backends %v are taken after all, want none", taken)
 		}
 	})
 	for way, request := range bothWays("/ws/ns-01") {

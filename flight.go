@@ -84,9 +84,7 @@ func (fs *flights) add(namespace string, backend int, podUID string, cut func())
 
 // any reports whether match returns true for one of the flights. match runs with mu held.
 func (fs *flights) any(match func(*flight) bool) bool {
-	fs.mu.Lock()
-	defer fs.mu.Unlock()
-	for f := range fs.all {
+	for f := range fs.each {
 		if match(f) {
 			return true
 		}
@@ -98,9 +96,7 @@ func (fs *flights) any(match func(*flight) bool) bool {
 // to be cut, zero for never. It runs with mu held, as does flight.cut. cutOverdue returns when
 // the next one has to be cut, zero if there is none.
 func (fs *flights) cutOverdue(now time.Time, due func(*flight) time.Time) (next time.Time) {
-	fs.mu.Lock()
-	defer fs.mu.Unlock()
-	for f := range fs.all {
+	for f := range fs.each {
 		if f.cut == nil || f.isCut {
 			continue
 		}
@@ -118,9 +114,7 @@ func (fs *flights) cutOverdue(now time.Time, due func(*flight) time.Time) (next 
 
 // endWaits ends the wait for the abandoned flights whose pod is gone. isGone runs with mu held.
 func (fs *flights) endWaits(isGone func(*flight) bool) {
-	fs.mu.Lock()
-	defer fs.mu.Unlock()
-	for f := range fs.all {
+	for f := range fs.each {
 		if f.cancelWait != nil && !f.podGone && isGone(f) {
 			f.podGone = true
 			f.cancelWait()
@@ -128,12 +122,14 @@ func (fs *flights) endWaits(isGone func(*flight) bool) {
 	}
 }
 
-// each calls visit with each flight. visit runs with mu held, and must not block.
-func (fs *flights) each(visit func(*flight)) {
+// each is an iter.Seq of the flights. The loop over it runs with mu held, and must not block.
+func (fs *flights) each(yield func(*flight) bool) {
 	fs.mu.Lock()
 	defer fs.mu.Unlock()
-	for flight := range fs.all {
-		visit(flight)
+	for f := range fs.all {
+		if !yield(f) {
+			return
+		}
 	}
 }
 

@@ -276,9 +276,8 @@ func (x *exchange) serve(trip func() (*http.Response, error)) {
 		BufferPool:     x.forwarder,
 		ModifyResponse: x.modifyResponse,
 		ErrorHandler: func(_ http.ResponseWriter, _ *http.Request, err error) {
-			var refused *refusal
-			if errors.As(err, &refused) {
-				x.result, x.err = refused.result, refused
+			if refused, ok := errors.AsType[*refusal](err); ok {
+				x.result, x.err = refused.outcome()
 			}
 		},
 	}
@@ -297,13 +296,8 @@ func (t transport) RoundTrip(r *http.Request) (*http.Response, error) { return t
 // end yet, or that has no length, and with HTTP/1.0, for which net/http ignores
 // Transfer-Encoding.
 func (x *exchange) isLast() bool {
-	switch {
-	case !x.r.ProtoAtLeast(1, 1):
-		return true
-	case x.streams:
-		return x.r.ContentLength < 0 || !x.body.isSent()
-	}
-	return false
+	mayFollow := x.streams && (x.r.ContentLength < 0 || !x.body.isSent())
+	return mayFollow || !x.r.ProtoAtLeast(1, 1)
 }
 
 // modifyResponse prepares the head of the answer for the client.
@@ -384,12 +378,10 @@ func (x *exchange) stopBody(grace time.Duration) bool {
 	if x.body = nil; body == nil {
 		return true
 	}
-	timer := time.NewTimer(grace)
-	defer timer.Stop()
 	select {
 	case <-body.done:
 		return body.err == nil
-	case <-timer.C:
+	case <-time.After(grace):
 		body.stopped.Store(true)
 		x.unwatchClient() // net/http takes any error of a read for a client that has left
 		x.client.SetReadDeadline(pastDeadline())
@@ -533,17 +525,7 @@ type bodyState struct {
 }
 
 // isSent reports whether the whole body was read and sent. b may be nil.
-func (b *bodyState) isSent() bool {
-	if b == nil {
-		return false
-	}
-	select {
-	case <-b.done:
-		return b.err == nil
-	default:
-		return false
-	}
-}
+func (b *bodyState) isSent() bool { return b != nil && isClosed(b.done) && b.err == nil }
 
 // sendBody sends the head and the body as it comes. If the client does not send all of the
 // body, that ends the exchange, and the owner sees that the body is not whole. If the owner

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -187,11 +188,11 @@ func parseHex64(name, s string, max uint64) (uint64, error) {
 
 // parseNumber reads a decimal number from 0 to max, without a sign or leading zeros.
 func parseNumber(name, s string, max int64) (int64, error) {
-	n, err := strconv.ParseInt(s, 10, 64)
-	if err != nil || n < 0 || n > max || strconv.FormatInt(n, 10) != s {
+	n, ok := parseDecimal(s, 63)
+	if !ok || int64(n) > max {
 		return 0, badValue(name, s, fmt.Sprintf("a number from 0 to %d", max))
 	}
-	return n, nil
+	return int64(n), nil
 }
 
 // checkToken returns an error if s is not an epoch, an instance, a UID or a pod's name.
@@ -471,10 +472,7 @@ func (m *markJSON) parse(name string) (parsed mark, err error) {
 // tables of the plan. ownersHash is "-" if it has no table; it is blank then. epoch is "-" and
 // step 0 if it has no view; it is blank then, too.
 func (a stepAnswer) String() string {
-	epoch, ownersHash, limit := "-", "-", "blank"
-	if a.epoch != "" {
-		epoch = a.epoch
-	}
+	epoch, ownersHash, limit := cmp.Or(a.epoch, "-"), "-", "blank"
 	if a.ownersHash != noTableHash {
 		ownersHash = hex64(a.ownersHash).String()
 	}
@@ -493,11 +491,7 @@ func (l stepLimit) String() string {
 	if len(l.away) == 0 {
 		return upto
 	}
-	words := make([]string, len(l.away))
-	for i, ordinal := range l.away {
-		words[i] = strconv.Itoa(ordinal)
-	}
-	return upto + awayPrefix + strings.Join(words, ",")
+	return upto + awayPrefix + joined(l.away, ",", strconv.Itoa)
 }
 
 // parseAnswer reads the line of an answer. It accepts only what stepAnswer.String

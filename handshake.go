@@ -220,13 +220,8 @@ func forwardedFor(r *http.Request) string {
 	return strings.Join(append(slices.Clip(before), host), ", ")
 }
 
-// requestHead is the upgrade request as the backend with this name gets it. clientAddrs is
-// what forwardedFor returned for it; the owner's assignment has stamp and step.
-func requestHead(r *http.Request, clientAddrs, pod, stamp string, step int64, backend string) []byte {
-	return finishRequestHead(startRequestHead(r, clientAddrs, pod), stamp, step, backend)
-}
-
-// startRequestHead is the part of requestHead that does not depend on the backend.
+// startRequestHead is the part of an upgrade request that does not depend on the backend.
+// clientAddrs is what forwardedFor returned for it.
 func startRequestHead(r *http.Request, clientAddrs, pod string) []byte {
 	head := appendUpgrade(appendRequestLine(make([]byte, 0, 1024), r))
 	return appendForwarded(head, r, clientAddrs, pod, isRouterHeader)
@@ -317,8 +312,9 @@ func appendForwarded(
 	return appendFields(head, r.Header, named, omit)
 }
 
-// finishRequestHead builds the full head from the part that startRequestHead made, in its
-// memory if there is room. A caller that needs the beginning again passes it without room
+// finishRequestHead builds the full head, as the backend with this name gets it, from the part
+// that startRequestHead made, in its memory if there is room. The owner's assignment has stamp
+// and step. A caller that needs the beginning again passes it without room
 // (slices.Clip).
 func finishRequestHead(begun []byte, stamp string, step int64, backend string) []byte {
 	head := appendField(begun, headerTable, stamp)

@@ -74,7 +74,7 @@ func FuzzUpgrade(f *testing.F) {
 			}
 			return
 		}
-		head := requestHead(in, forwardedFor(in), "router-x", "41", 7, "backend-2")
+		head := finishRequestHead(startRequestHead(in, forwardedFor(in), "router-x"), "41", 7, "backend-2")
 		rest := bufio.NewReader(bytes.NewReader(head))
 		out, err := http.ReadRequest(rest)
 		if err != nil {

@@ -749,10 +749,7 @@ func (p *testProxy) send(t testing.TB, namespace string) net.Conn {
 }
 
 // underWay is how many upgrades are.
-func (p *testProxy) underWay() int {
-	all, _ := p.pending.inUse(0)
-	return all
-}
+func (p *testProxy) underWay() int { return p.pending.inUse() }
 
 // headBytes returns how many bytes of heads the limit counts.
 func (p *testProxy) headBytes() int {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"net"
 	"os"
 	"syscall"
@@ -38,9 +39,6 @@ func tcpTimeoutOptions(timeout time.Duration) (control socketControl, keepAlive 
 				}
 			}
 		})
-		if cerr != nil {
-			return cerr
-		}
-		return err
+		return cmp.Or(cerr, err)
 	}, net.KeepAliveConfig{}
 }

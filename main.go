@@ -359,8 +359,8 @@
 // of overrides does), tablestore, route, overrides, namespace and hash (who owns), discovery,
 // cordon, backends, dialqueue, pod, watch and kube (where owners are), top, relay (with epoll, its
 // event loop), tls and websocket (the life of a session), namespacelimit, result, log, runtime
-// and metrics, and wait (a back-off, a sleep, times, deadlines, a wake-up). This is the order of
-// dependencies: a file uses only those after it.
+// and metrics, and wait (a back-off, a sleep, times, deadlines, a wake-up, texts). This is the
+// order of dependencies: a file uses only those after it.
 package main
 
 import (
@@ -641,6 +641,7 @@ func (p *program) addSources(kubeClient *kubeClient, kubeNamespace string) {
 			maps := newConfigMaps(*kubeClient, kubeNamespace, c.configMaps, c.selector,
 				c.podName, update, p.log)
 			p.admin.configMaps = maps
+			tables.reportChange, p.proxy.mover.reportMove = maps.reportChange, maps.reportMove
 			return maps
 		})
 	}
@@ -741,9 +742,8 @@ func (p *program) stopClients(fastPath *fastPath, clientServer *http.Server,
 	clientServer.SetKeepAlivesEnabled(false) // each answer now says Connection: close
 	fastPath.stop()
 	stopRequests(errDraining)
-	timeout, cancel := context.WithTimeout(context.Background(), stopGrace)
-	defer cancel()
-	handled, allHandled := context.WithCancel(timeout)
+	handled, allHandled := context.WithTimeout(context.Background(), stopGrace)
+	defer allHandled()
 	go func() { p.proxy.handedToHTTP.Wait(); allHandled() }() // Close below ends it at the latest
 	<-handled.Done()
 	idle, allIdle := context.WithCancel(context.Background())

@@ -54,10 +54,10 @@ func (m metricsWriter) sample(name string, value float64, labels ...string) {
 	fmt.Fprintf(m.w, "%s{%s} %v\n", name, strings.Join(pairs, ","), value)
 }
 
-// single writes a family with one sample and no labels.
-func (m metricsWriter) single(name, kind, help string, value float64) {
+// single writes a family with one sample.
+func (m metricsWriter) single(name, kind, help string, value float64, labels ...string) {
 	m.family(name, kind, help)
-	m.sample(name, value)
+	m.sample(name, value, labels...)
 }
 
 // end writes what has to follow the last family.

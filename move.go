@@ -37,8 +37,10 @@ type mover struct {
 	// closeSession is session.closeGracefully.
 	closeSession  func(s *session, onEnd func(cut bool)) bool
 	onViewChanged func() // the view has changed; must not block
-	flights       *flights
-	releases      *stepReleases // nil without -release
+	// reportMove gets each move that is over. It must not block for long. nil: nobody is told.
+	reportMove func(moveReceipt)
+	flights    *flights
+	releases   *stepReleases // nil without -release
 	// httpMoveTimeout is how old a plain request may become when a step waits for it, or with
 	// -handoff=off when its owner changed; 0: it is cut at once.
 	httpMoveTimeout time.Duration
@@ -813,7 +815,7 @@ func (m *mover) endTally() {
 }
 
 // reportFinished logs the results of the tallies whose last session is over, and passes
-// them to the sources of overrides that report moves.
+// them to reportMove.
 func (m *mover) reportFinished() {
 	m.finishing = slices.DeleteFunc(m.finishing, func(tally *moveTally) bool {
 		if tally.unfinished.Load() > 0 {
@@ -826,10 +828,8 @@ func (m *mover) reportFinished() {
 			"namespaces", receipt.Namespaces, "moved", receipt.Moved,
 			"seconds", receipt.Seconds, "held_seconds", receipt.HeldSeconds,
 			"cut", receipt.Cut, "cancelled", receipt.Cancelled)
-		for _, s := range m.tables.sources {
-			if reporter, ok := s.overrideSource.(moveReporter); ok {
-				reporter.reportMove(receipt)
-			}
+		if m.reportMove != nil {
+			m.reportMove(receipt)
 		}
 		return true
 	})
@@ -848,9 +848,6 @@ func (m *mover) shareHandoff(h *sharedHandoff) {
 	m.shared = h
 	h.wake = m.wake.notify
 }
-
-// rateIsShared reports whether all routers together have the rate of moves.
-func (m *mover) rateIsShared() bool { return m.shared != nil }
 
 // leave makes this router leave the hand-off once its last session is over, and waits for
 // that until ctx ends. If it does not leave, the others wait until its pod is gone. The

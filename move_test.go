@@ -670,21 +670,13 @@ func TestMoveByNamespace(t *testing.T) {
 	}
 }
 
-// moveRecorder is a source of overrides that records the reported moves.
-type moveRecorder struct {
-	overrideSource
-	receipts []moveReceipt
-}
-
-func (r *moveRecorder) reportMove(m moveReceipt) { r.receipts = append(r.receipts, m) }
-
 // An edit that reverts a change cancels the moves that are still to come, and the
 // result has their number.
 func TestMoveTakenBack(t *testing.T) {
 	before, after := pinned(100, 0), pinned(100, 1)
 	movesIn(t, 10, 1, before, func(t *testing.T, m *moveTest) {
-		reported := &moveRecorder{}
-		m.tables.sources = append(m.tables.sources, &mergedSource{overrideSource: reported, provisional: true})
+		var receipts []moveReceipt
+		m.reportMove = func(receipt moveReceipt) { receipts = append(receipts, receipt) }
 		m.table(after)
 		moved := len(m.after(700 * time.Millisecond))
 		if moved < 2 || moved > 3 {
@@ -702,7 +694,6 @@ func TestMoveTakenBack(t *testing.T) {
 			"router_handoff_step_duration_seconds_count": e.values["router_handoff_steps_total"]}); lacks != "" || e.values["router_handoff_steps_total"] == 0 {
 			t.Error(lacks, e.values)
 		}
-		receipts := reported.receipts
 		if len(receipts) != 1 || receipts[0].Moved != moved || receipts[0].Cancelled != 100-moved || receipts[0].Seconds == 0 {
 			t.Errorf("receipts %+v, want one, equal to the log", receipts)
 		}

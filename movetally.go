@@ -47,12 +47,6 @@ type moveReceipt struct {
 	HeldSeconds float64  `json:"held_seconds"` // the longest time that a namespace was held
 }
 
-// moveReporter is an overrideSource that reports moves.
-type moveReporter interface {
-	// reportMove reports a move that ended. It must not block for long.
-	reportMove(moveReceipt)
-}
-
 // newMoveTally returns a tally without sessions.
 func newMoveTally(ownersHash uint64) *moveTally {
 	return &moveTally{ownersHash: ownersHash, prepared: time.Now(), namespaces: map[string]struct{}{}}

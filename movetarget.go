@@ -94,12 +94,7 @@ func (t *moveTargets) drop(target *moveTarget) {
 }
 
 // dropAll ends all dials and forgets all targets, since no session has to move any more.
-func (t *moveTargets) dropAll() {
-	for _, target := range t.all {
-		t.drop(target)
-	}
-	clear(t.waitUntil)
-}
+func (t *moveTargets) dropAll() { t.forgetOthers(nil) }
 
 // forgetOthers forgets all targets but these, and the waits for others: sessions now move to
 // another table.

@@ -105,13 +105,7 @@ func segmentNamespace(segment string) (string, *refusal) {
 }
 
 // routes lists the patterns for people.
-func (m *namespaceMatcher) routes() string {
-	var all []string
-	for _, p := range m.patterns {
-		all = append(all, p.String())
-	}
-	return strings.Join(all, " or ")
-}
+func (m *namespaceMatcher) routes() string { return joined(m.patterns, " or ", pattern.String) }
 
 // hostNamespace returns the first label of the Host header, in lower case since
 // host names have no case (RFC 4343).

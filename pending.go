@@ -1,6 +1,7 @@
 package main
 
 import (
+	"maps"
 	"net"
 	"sync"
 	"time"
@@ -91,22 +92,18 @@ func (l *pendingLimit) beyondShare(ordinal, taken int) int {
 	return max(0, taken-l.share)
 }
 
-// inUse returns how many slots are taken, in all and by the backend.
-func (l *pendingLimit) inUse(ordinal int) (all, own int) {
+// inUse returns how many slots are taken.
+func (l *pendingLimit) inUse() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.total, l.byBackend[max(ordinal, unresolved)]
+	return l.total
 }
 
-// backends returns the ordinals of the backends that have slots.
-func (l *pendingLimit) backends() map[int]bool {
+// backends returns how many slots are taken of each backend that has some, by ordinal.
+func (l *pendingLimit) backends() map[int]int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	all := map[int]bool{}
-	for ordinal := range l.byBackend {
-		all[ordinal] = true
-	}
-	return all
+	return maps.Clone(l.byBackend)
 }
 
 // reserveHead counts n more bytes of heads that are kept, and reports whether this limit of

@@ -114,19 +114,14 @@ func (p *previewRequest) cordoned(current *table, backends ordinalRange) (cordon
 // matches reports whether the proposed ConfigMap is a new version of this source.
 func (p *previewRequest) matches(src sourceContent) bool {
 	id := p.id()
-	if id.kubeNamespace == "" {
-		id.kubeNamespace = src.id.kubeNamespace
-	}
+	id.kubeNamespace = cmp.Or(id.kubeNamespace, src.id.kubeNamespace)
 	return id == src.id
 }
 
 // sourceNames returns the names of the sources, separated by commas, or "none".
 func sourceNames(sources []sourceContent) string {
-	var all []string
-	for _, src := range sources {
-		all = append(all, src.id.String())
-	}
-	return cmp.Or(strings.Join(all, ", "), "none")
+	name := func(src sourceContent) string { return src.id.String() }
+	return cmp.Or(joined(sources, ", ", name), "none")
 }
 
 // newPreview returns what would become of the sessions of p if next followed current.

@@ -168,7 +168,7 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result, error) 
 	if u == nil {
 		admitted, refused := p.admit(r)
 		if refused != nil {
-			return refused.result, refused
+			return refused.outcome()
 		}
 		u = admitted
 	}
@@ -178,7 +178,7 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result, error) 
 		if client.serverCtx.Err() != nil {
 			ctx = client.serverCtx
 		}
-		return p.notTakenError(ctx, u, u.dialErr, nil)
+		return p.notTaken(ctx, u, u.dialErr, nil).outcome()
 	}
 	clientCtx, holdCtx, cancel := p.requestContexts(r, u.holdDeadline)
 	defer cancel()
@@ -186,7 +186,7 @@ func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request) (result, error) 
 	// Each owner that is asked gets a copy of head with an end of its own.
 	head := slices.Clip(startRequestHead(r, clientAddrs, p.podName))
 	if refused := u.reserveHead(len(head), p.limits.pendingRequests); refused != nil {
-		return refused.result, refused
+		return refused.outcome()
 	}
 	return p.askOwners(holdCtx, w, trimRequest(r, clientCtx), u, clientAddrs, head)
 }
@@ -203,7 +203,7 @@ func (p *proxy) askOwners(
 		var request []byte
 		if u.backendConn == nil {
 			if err := p.dialOwner(holdCtx, u); err != nil {
-				return p.notTakenError(holdCtx, u, err, refusals.misdirected)
+				return p.notTaken(holdCtx, u, err, refusals.misdirected).outcome()
 			}
 			if !p.startFlight(u) {
 				u.backendConn.Close()
@@ -218,7 +218,7 @@ func (p *proxy) askOwners(
 		case !errors.Is(err, errReleased) && !errors.Is(err, errMisdirected):
 			return result, err
 		case refusals.wait(holdCtx, err) != nil:
-			return p.notTakenError(holdCtx, u, err, refusals.misdirected)
+			return p.notTaken(holdCtx, u, err, refusals.misdirected).outcome()
 		}
 	}
 }
@@ -298,7 +298,7 @@ func (p *proxy) forward(w http.ResponseWriter, r *http.Request) {
 		p.logFailure(r, x.result, x.err, true)
 	}()
 	if refused := p.admitPlain(x); refused != nil {
-		x.result, x.err = refused.result, refused
+		x.result, x.err = refused.outcome()
 	} else {
 		x.serve(func() (*http.Response, error) { return p.roundTrip(x) })
 	}
@@ -342,8 +342,7 @@ func (p *proxy) roundTrip(x *exchange) (*http.Response, error) {
 	for conn := p.takeIdle(x.pendingRequest); ; conn = nil {
 		if conn == nil {
 			if err := p.dialOwner(p.holdContext(x), x.pendingRequest); err != nil {
-				_, err = p.notTakenError(x.holdCtx, x.pendingRequest, err, refusals.misdirected)
-				return nil, err
+				return nil, p.notTaken(x.holdCtx, x.pendingRequest, err, refusals.misdirected)
 			}
 			conn = newOwnerConn(x.backendConn, backendPod{x.backend, x.podUID})
 			x.backendConn = nil
@@ -369,8 +368,7 @@ func (p *proxy) roundTrip(x *exchange) (*http.Response, error) {
 			return nil, refusedBody(owner, err)
 		}
 		if refusals.wait(p.holdContext(x), err) != nil {
-			_, err = p.notTakenError(x.holdCtx, x.pendingRequest, err, refusals.misdirected)
-			return nil, err
+			return nil, p.notTaken(x.holdCtx, x.pendingRequest, err, refusals.misdirected)
 		}
 	}
 }
@@ -592,36 +590,35 @@ func (p *proxy) owner(namespace string) (assignment, *refusal) {
 	return a, nil
 }
 
-// notTakenError returns why no owner has taken the request in time: err, and misdirected if
+// notTaken returns why no owner has taken the request in time: err, and misdirected if
 // another backend has answered in its place.
-func (p *proxy) notTakenError(
+func (p *proxy) notTaken(
 	holdCtx context.Context, u *pendingRequest, err, misdirected error,
-) (result, error) {
-	var refused *refusal
+) *refusal {
+	if refused, ok := errors.AsType[*refusal](err); ok {
+		return refused
+	}
 	switch backend := u.backend; {
-	case errors.As(err, &refused):
-		return refused.result, refused
 	case errors.Is(holdCtx.Err(), context.Canceled):
-		refused = contextRefusal(holdCtx)
+		return contextRefusal(holdCtx)
 	case backend < 0:
-		refused = refuse(resultHoldTimeout, "the owner was not known within %s: %s",
+		return refuse(resultHoldTimeout, "the owner was not known within %s: %s",
 			p.limits.holdTimeout, cmp.Or(p.mover.whyNotReady(), err.Error()))
 	case errors.Is(err, errHeld):
-		refused = refuse(resultHoldTimeout,
+		return refuse(resultHoldTimeout,
 			"%q was not handed over to %s within %s: /status says what the step waits for",
 			u.namespace, p.backends.name(backend), p.limits.holdTimeout)
 	case errors.Is(err, errReleased):
-		refused = refuse(resultHoldTimeout, "%s did not take the request within %s: %v",
+		return refuse(resultHoldTimeout, "%s did not take the request within %s: %v",
 			p.backends.name(backend), p.limits.holdTimeout, err)
 	case misdirected != nil || errors.Is(err, errMisdirected):
-		refused = refuse(resultMisdirected,
+		return refuse(resultMisdirected,
 			"%s could not be reached within %s: %v; last error: %v", p.backends.name(backend),
 			p.limits.holdTimeout, cmp.Or(misdirected, err), err)
 	default:
-		refused = refuse(resultHoldTimeout, "%s could not be reached within %s: %v",
+		return refuse(resultHoldTimeout, "%s could not be reached within %s: %v",
 			p.backends.name(backend), p.limits.holdTimeout, err)
 	}
-	return refused.result, refused
 }
 
 // refusedBody returns the refusal of a request that the owner has refused with err, and that no
@@ -659,7 +656,7 @@ func (p *proxy) completeUpgrade(
 	resp, fromBackend, err := handshake(backendConn, br, request, p.limits.headerBytes)
 	if err != nil {
 		failure = err
-		return p.handshakeError(r.Context(), u.backend, err)
+		return p.noAnswer(r.Context(), u.backend, err).outcome()
 	}
 	if err := p.checkAnswer(u.backend, backendConn.RemoteAddr(), resp); err != nil {
 		u.endFlight()        // it has not taken the request
@@ -674,7 +671,7 @@ func (p *proxy) completeUpgrade(
 		return resultBackendRefused, nil
 	}
 	if !stop() {
-		return p.handshakeError(r.Context(), u.backend, r.Context().Err())
+		return p.noAnswer(r.Context(), u.backend, r.Context().Err()).outcome()
 	}
 	s, err := p.newSession(u, clientAddrs)
 	if err != nil {
@@ -698,22 +695,18 @@ func (p *proxy) completeUpgrade(
 	return resultOK, nil
 }
 
-// handshakeError returns why the backend has given no answer.
-func (p *proxy) handshakeError(
-	clientCtx context.Context, backend int, err error,
-) (result, error) {
+// noAnswer returns why the backend has given no answer.
+func (p *proxy) noAnswer(clientCtx context.Context, backend int, err error) *refusal {
 	var timeout net.Error
-	var refused *refusal
 	switch {
 	case clientCtx.Err() != nil:
-		refused = contextRefusal(clientCtx)
+		return contextRefusal(clientCtx)
 	case errors.As(err, &timeout) && timeout.Timeout():
-		refused = refuse(resultGatewayTimeout, "%s gave no answer within %s",
+		return refuse(resultGatewayTimeout, "%s gave no answer within %s",
 			p.backends.name(backend), p.limits.upgradeTimeout)
 	default:
-		refused = refuse(resultBadGateway, "%s: %v", p.backends.name(backend), err)
+		return refuse(resultBadGateway, "%s: %v", p.backends.name(backend), err)
 	}
-	return refused.result, refused
 }
 
 // stopGrace bounds how long the end of the router waits for clients: until the handler has
@@ -847,11 +840,10 @@ func (p *proxy) writeMetrics(m metricsWriter) {
 		"Time from the head of an upgrade request to its session.")
 	p.ownerWaits.write(m, "router_hold_duration_seconds",
 		"How long requests that could not be sent at once waited for their owner.")
-	pending, _ := p.pending.inUse(0)
 	m.single("router_pending_upgrades", "gauge",
 		"Upgrades until they are sessions or answered, plain requests until their owner gets them, "+
 			"and both, once abandoned, until their owner has ended the connection.",
-		float64(pending))
+		float64(p.pending.inUse()))
 	m.single("router_max_pending_upgrades", "gauge", "Limit of the pending upgrades.",
 		float64(p.limits.pendingRequests))
 	m.single("router_max_sessions", "gauge",

@@ -9,7 +9,6 @@ import (
 	"net"
 	"net/netip"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 )
@@ -125,19 +124,13 @@ func parseProxyLine(line string) (client netip.AddrPort, err error) {
 	var ends [2]netip.AddrPort // source and destination
 	for i := range ends {
 		addr, err := netip.ParseAddr(fields[2+i])
-		port, ok := parseProxyPort(fields[4+i])
+		port, ok := parseDecimal(fields[4+i], 16)
 		if err != nil || !ok || addr.Zone() != "" || addr.Is4() != (fields[1] == "TCP4") {
 			return client, errNoProxyHeader
 		}
-		ends[i] = netip.AddrPortFrom(addr.Unmap(), port)
+		ends[i] = netip.AddrPortFrom(addr.Unmap(), uint16(port))
 	}
 	return ends[0], nil
-}
-
-// parseProxyPort parses a port of version 1: decimal, without leading zeros.
-func parseProxyPort(text string) (uint16, bool) {
-	port, err := strconv.ParseUint(text, 10, 16)
-	return uint16(port), err == nil && strconv.FormatUint(port, 10) == text
 }
 
 // parseProxyBinary parses a header of version 2, which begins with the signature (§2.2).

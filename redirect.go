@@ -112,14 +112,11 @@ func redirectHost(field string) (host string, ok bool) {
 // isHostName reports whether the name is labels of letters, digits, "-" and "_" with dots
 // in between, and perhaps one at the end (RFC 1123 §2.1, RFC 1034 §3.1).
 func isHostName(name string) bool {
-	if len(name) > 253 {
+	if len(name) > 253 || strings.ContainsFunc(name, isNotASCII) {
 		return false
 	}
-	for label := range strings.SplitSeq(strings.TrimSuffix(name, "."), ".") {
-		other := func(c rune) bool {
-			return (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && (c < '0' || c > '9') && c != '-' && c != '_'
-		}
-		if label == "" || len(label) > 63 || strings.HasPrefix(label, "-") || strings.ContainsFunc(label, other) {
+	for label := range strings.SplitSeq(strings.TrimSuffix(strings.ToLower(name), "."), ".") {
+		if strings.HasPrefix(label, "-") || !isHostNamespace(label) {
 			return false
 		}
 	}

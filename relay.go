@@ -523,14 +523,8 @@ func (r *relay) size() int {
 }
 
 // countOf returns the number of open sessions of the namespace.
-func (r *relay) countOf(namespace string) (count int) {
-	open, _ := r.snapshot()
-	for _, s := range open {
-		if s.namespace == namespace {
-			count++
-		}
-	}
-	return count
+func (r *relay) countOf(namespace string) int {
+	return len(r.filter(func(s *session) bool { return s.namespace == namespace }))
 }
 
 // counts returns the counts of all backends that ever had a session, by ordinal.

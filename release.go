@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -12,7 +11,6 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
-	"net/url"
 	"slices"
 	"strconv"
 	"strings"
@@ -49,15 +47,15 @@ const (
 // each router. All methods are safe for concurrent use.
 type releaser struct {
 	// Static after construction.
-	path     string
-	podName  string // of this router, for the backend's log
-	backends *backends
-	timeout  time.Duration // of one request
-	client   http.Client
-	log      *slog.Logger
-	lifetime context.Context // of connections and runs, until close
-	cancel   context.CancelFunc
-	running  sync.WaitGroup // runs
+	path      string
+	podName   string // of this router, for the backend's log
+	backends  *backends
+	timeout   time.Duration // of one request
+	transport *http.Transport
+	log       *slog.Logger
+	lifetime  context.Context // of connections and runs, until close
+	cancel    context.CancelFunc
+	running   sync.WaitGroup // runs
 
 	mu      sync.Mutex
 	waiting map[int]*releaseWait // by ordinal; guarded by mu, with what it points to
@@ -76,18 +74,13 @@ func newReleaser(path, podName string, backends *backends, log *slog.Logger) *re
 	r := &releaser{path: path, podName: podName, backends: backends,
 		timeout: releaseTimeout, log: log, waiting: map[int]*releaseWait{}}
 	r.lifetime, r.cancel = context.WithCancel(context.Background())
-	r.client = http.Client{
-		Transport: &http.Transport{
-			DialContext:            r.dial,
-			DisableCompression:     true,
-			MaxConnsPerHost:        2,
-			MaxIdleConnsPerHost:    1,
-			IdleConnTimeout:        30 * time.Second,
-			MaxResponseHeaderBytes: 16 << 10,
-		},
-		CheckRedirect: func(*http.Request, []*http.Request) error {
-			return http.ErrUseLastResponse // to release is this backend's own work
-		},
+	r.transport = &http.Transport{
+		DialContext:            r.dial,
+		DisableCompression:     true,
+		MaxConnsPerHost:        2,
+		MaxIdleConnsPerHost:    1,
+		IdleConnTimeout:        30 * time.Second,
+		MaxResponseHeaderBytes: 16 << 10,
 	}
 	return r
 }
@@ -96,7 +89,7 @@ func newReleaser(path, podName string, backends *backends, log *slog.Logger) *re
 func (r *releaser) close() {
 	r.cancel()
 	r.running.Wait()
-	r.client.CloseIdleConnections()
+	r.transport.CloseIdleConnections()
 }
 
 // host returns the host of the URL to the backend. It has the pod's uid, so that the
@@ -132,7 +125,8 @@ func (r *releaser) release(ctx context.Context, ordinal int, namespaces []string
 	return nil, nil
 }
 
-// post sends one request. It returns nil if the answer is 2xx.
+// post sends one request. It returns nil if the answer is 2xx. It follows no redirect: to
+// release is this backend's own work.
 func (r *releaser) post(ctx context.Context, ordinal int, namespaces []string,
 	step int64) error {
 	var body bytes.Buffer
@@ -158,26 +152,14 @@ func (r *releaser) post(ctx context.Context, ordinal int, namespaces []string,
 	// It may be sent twice: net/http does so if a kept connection turns out to be closed.
 	// A key without a value is not sent (http.Transport).
 	req.Header["Idempotency-Key"] = nil
-	resp, err := r.client.Do(req)
+	resp, err := r.transport.RoundTrip(req)
 	if err != nil {
-		return requestError(err)
+		return err
 	}
 	defer resp.Body.Close()
 	answer, err := io.ReadAll(io.LimitReader(resp.Body, maxReleaseAnswer))
-	switch {
-	case resp.StatusCode/100 != 2:
+	if resp.StatusCode/100 != 2 {
 		return fmt.Errorf("%s: %.200q", resp.Status, bytes.TrimSpace(answer))
-	case err != nil:
-		return requestError(err)
-	}
-	return nil
-}
-
-// requestError returns why a request got no answer, without its URL, which means nothing
-// to others.
-func requestError(err error) error {
-	if urlErr, ok := errors.AsType[*url.Error](err); ok {
-		return urlErr.Err
 	}
 	return err
 }

@@ -209,10 +209,10 @@ func TestReleaseWaits(t *testing.T) {
 func TestReleaseTakesTwoSeconds(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		r, _ := startReleaserAt(t, "unused")
-		r.client.Transport = roundTripper(func(*http.Request) (*http.Response, error) {
+		r.transport.RegisterProtocol("http", roundTripper(func(*http.Request) (*http.Response, error) {
 			time.Sleep(2 * time.Second)
 			return &http.Response{StatusCode: 204, Body: http.NoBody}, nil
-		})
+		}))
 		began, done := time.Now(), make(chan time.Duration)
 		r.start(r.lifetime, 1, setOf(1, "ns-01"), func() { done <- time.Since(began) })
 		if took := <-done; took != 2*time.Second {

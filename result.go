@@ -90,6 +90,9 @@ type refusal struct {
 
 func (r *refusal) Error() string { return r.reason }
 
+// outcome is what has become of the request.
+func (r *refusal) outcome() (result, error) { return r.result, r }
+
 // clientMessage is what the client reads: what is wrong with its request (4xx), or one
 // sentence for each status that says whose fault it is and nothing of the inside.
 func (r *refusal) clientMessage() string {

@@ -64,16 +64,13 @@ type sharedHandoff struct {
 
 	faultThrottle throttle // of what cannot be read in the log; owned by the watcher
 
-	counts handoffCounts
+	written, conflicts, failed atomic.Int64 // writes of the object, by result
 
 	mu      sync.Mutex
 	inbox   handoffInbox  // guarded by mu
 	status  sharedStatus  // guarded by mu
 	hasLeft chan struct{} // closed when this router is no member any more and is leaving
 }
-
-// handoffCounts counts writes of the object.
-type handoffCounts struct{ written, conflicts, failed atomic.Int64 }
 
 // handoffInbox is what has come from the API server.
 type handoffInbox struct {
@@ -239,10 +236,7 @@ func (h *sharedHandoff) publish(in *handoffInbox, d decision) {
 		st.doing = st.whyNotServing
 	}
 	if v := h.member.view; v != nil {
-		for pod := range v.plan.members {
-			st.members = append(st.members, pod)
-		}
-		slices.Sort(st.members)
+		st.members = slices.Sorted(maps.Keys(v.plan.members))
 		if !v.done && in.object != nil && in.object.plan != nil {
 			st.missing = in.object.missing()
 		}
@@ -251,12 +245,9 @@ func (h *sharedHandoff) publish(in *handoffInbox, d decision) {
 	defer h.mu.Unlock()
 	st.err, st.podErr = h.status.err, h.status.podErr
 	h.status = st
-	select {
-	case <-h.hasLeft:
-	default:
-		if h.leaving && !in.busy && (h.member.view == nil || h.member.view.servesNone) {
-			close(h.hasLeft)
-		}
+	hasLeft := h.leaving && !in.busy && (h.member.view == nil || h.member.view.servesNone)
+	if hasLeft && !isClosed(h.hasLeft) {
+		close(h.hasLeft)
 	}
 }
 
@@ -334,12 +325,12 @@ func (h *sharedHandoff) requestDone(ctx context.Context, d decision, err error) 
 		return
 	case hasStatus(err, http.StatusConflict),
 		hasStatus(err, http.StatusUnprocessableEntity):
-		h.counts.conflicts.Add(1)
+		h.conflicts.Add(1)
 		err = nil
 	case err != nil && d.action == actWrite:
-		h.counts.failed.Add(1)
+		h.failed.Add(1)
 	case d.action == actWrite:
-		h.counts.written.Add(1)
+		h.written.Add(1)
 	}
 	if err != nil {
 		if omitted, ok := h.throttle.allow(10 * time.Second); ok {
@@ -380,9 +371,7 @@ func (h *sharedHandoff) listPods(ctx context.Context) error {
 	case <-ctx.Done():
 		return cmp.Or(h.watcher.snapshot().failure, ctx.Err())
 	}
-	h.mu.Lock()
-	o := h.inbox.object
-	h.mu.Unlock()
+	o := h.lastObject()
 	if o == nil {
 		return nil // decideAndStart will say so
 	}
@@ -505,7 +494,7 @@ func (h *sharedHandoff) writeMetrics(w metricsWriter) {
 		boolToFloat(st.whyNotServing == ""))
 	sample := w.family("router_handoff_writes_total", "counter",
 		"Writes of the object of the hand-off, by result.")
-	sample(float64(h.counts.written.Load()), "result", "ok")
-	sample(float64(h.counts.conflicts.Load()), "result", "conflict")
-	sample(float64(h.counts.failed.Load()), "result", "error")
+	sample(float64(h.written.Load()), "result", "ok")
+	sample(float64(h.conflicts.Load()), "result", "conflict")
+	sample(float64(h.failed.Load()), "result", "error")
 }

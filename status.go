@@ -159,9 +159,8 @@ func newStatus(p *proxy, why []string, summary *tableSummary) *status {
 	s.Routers = []routerState{router}
 	s.Receipts = append(s.Receipts, p.mover.finishedMoves()...)
 	s.Backends = newBackendStatuses(p, summary, s.Handoff.InProgress)
-	pending, _ := p.pending.inUse(0)
 	s.addLimit("sessions", router.Sessions, p.limits.sessions)
-	s.addLimit("pending upgrades", pending, p.limits.pendingRequests)
+	s.addLimit("pending upgrades", p.pending.inUse(), p.limits.pendingRequests)
 	return s
 }
 
@@ -207,8 +206,12 @@ func newBackendStatuses(p *proxy, summary *tableSummary, changing bool) []backen
 	// In this order: a flight may become a session, and after a change none begins. With
 	// -handoff=off upgrades have no flight, but are pending, until just before they are sessions.
 	busy := map[int]bool{} // with other than sessions
-	p.mover.flights.each(func(f *flight) { busy[f.backend] = true })
-	maps.Copy(busy, p.pending.backends())
+	for f := range p.mover.flights.each {
+		busy[f.backend] = true
+	}
+	for ordinal := range p.pending.backends() {
+		busy[ordinal] = true
+	}
 	for ordinal := range p.mover.releases.waits() {
 		busy[ordinal] = true
 	}
@@ -399,7 +402,7 @@ func (m *mover) waitingFor(v *view) []stepWait {
 		}
 		return count[backend]
 	}
-	m.flights.each(func(f *flight) {
+	for f := range m.flights.each {
 		switch {
 		case !m.blocks(v, f):
 		case f.cut == nil:
@@ -407,7 +410,7 @@ func (m *mover) waitingFor(v *view) []stepWait {
 		default:
 			of(f.backend).Requests++
 		}
-	})
+	}
 	for _, s := range m.misplacedSessions(v) {
 		of(s.backend).Sessions++
 	}
@@ -472,9 +475,8 @@ func (m *mover) writeMetrics(w metricsWriter) {
 		"Sessions that were to move and stayed, because a later change moved them back.",
 		float64(m.cancelled.Load()))
 	s := m.status()
-	info := w.family("router_handoff_info", "gauge",
-		"Always 1. The label has the mode of -handoff.")
-	info(1, "mode", s.Mode)
+	w.single("router_handoff_info", "gauge",
+		"Always 1. The label has the mode of -handoff.", 1, "mode", s.Mode)
 	w.single("router_handoff_in_progress", "gauge",
 		"1 while not all namespaces have the owner of the newest table, or a step is not done.",
 		boolToFloat(s.InProgress))
@@ -596,9 +598,7 @@ func (s *handoffStatus) add(other *handoffStatus) {
 			s.Members = append(s.Members, member)
 		}
 	}
-	if s.Doing == "" {
-		s.Doing = other.Doing
-	}
+	s.Doing = cmp.Or(s.Doing, other.Doing)
 	s.Step = max(s.Step, other.Step)
 	s.NoOwners = s.NoOwners || other.NoOwners
 	s.InProgress = s.InProgress || other.InProgress
@@ -606,10 +606,9 @@ func (s *handoffStatus) add(other *handoffStatus) {
 	s.ToMove += other.ToMove
 	s.Unproven += other.Unproven
 	s.WaitingFor = mergeLists(s.WaitingFor, other.WaitingFor, stepWait.isSame, (*stepWait).add)
-	switch {
-	case s.Mode == "all": // they share the rate
+	if s.Mode == "all" { // they share the rate
 		s.SecondsLeft += other.SecondsLeft
-	default:
+	} else {
 		s.Rate += other.Rate
 		s.SecondsLeft = max(s.SecondsLeft, other.SecondsLeft)
 	}

@@ -42,13 +42,6 @@ func (update noOverrides) run(context.Context) { update() }
 
 func (noOverrides) whyNotReady() string { return "" }
 
-// changeReporter is an overrideSource that reports what its overrides changed.
-type changeReporter interface {
-	// reportChange reports what the newest table changes. Namespaces keep their owners until
-	// it is their turn to move. It must not block. It gets the changes of all sources.
-	reportChange(sourceChange)
-}
-
 // tableStore merges the sources of overrides, and holds the newest table.
 type tableStore struct {
 	// Static after construction.
@@ -57,6 +50,9 @@ type tableStore struct {
 	log         *slog.Logger
 	onSwap      func()          // called after each swap of the table; must not block
 	sources     []*mergedSource // in the order of addSource
+	// reportChange gets what the newest table changes, source by source. Namespaces keep their
+	// owners until it is their turn to move. It must not block. nil: nobody is told.
+	reportChange func(sourceChange)
 	// previousOwners returns a function that returns the owner that a namespace keeps if its override
 	// is invalid now; nil where only the newest table says that. It must not block. The field may be
 	// nil.
@@ -211,11 +207,9 @@ func (ts *tableStore) swap() {
 	ts.applyDurations.observe(time.Since(began))
 	all := t.changes(old)
 	ts.logSwap(t, all)
-	for _, s := range ts.sources {
-		if reporter, ok := s.overrideSource.(changeReporter); ok {
-			for _, c := range all {
-				reporter.reportChange(c)
-			}
+	if ts.reportChange != nil {
+		for _, c := range all {
+			ts.reportChange(c)
 		}
 	}
 	if len(t.index.slots) > largeIndexSlots {
@@ -379,10 +373,9 @@ func (ts *tableStore) writeMetrics(m metricsWriter) {
 	if t == nil {
 		return
 	}
-	m.family("router_table_info", "gauge",
-		"Always 1. The labels have the source of the newest routing table, the version of its overrides, and its stamp.")
-	m.sample("router_table_info", 1,
-		"source", t.sourceName(), "overrides_version", t.overridesVersion, "stamp", t.stamp)
+	m.single("router_table_info", "gauge",
+		"Always 1. The labels have the source of the newest routing table, the version of its overrides, and its stamp.",
+		1, "source", t.sourceName(), "overrides_version", t.overridesVersion, "stamp", t.stamp)
 	m.single("router_table_updated_timestamp_seconds", "gauge",
 		"When the newest routing table was made, in seconds since 1970.",
 		unixSeconds(t.updated))

@@ -21,15 +21,15 @@ type fakeSource struct {
 	changes  []sourceChange // that it had to report
 }
 
-func (s *fakeSource) run(context.Context)         {}
-func (s *fakeSource) whyNotReady() string         { return s.notReady }
-func (s *fakeSource) reportChange(c sourceChange) { s.changes = append(s.changes, c) }
+func (s *fakeSource) run(context.Context) {}
+func (s *fakeSource) whyNotReady() string { return s.notReady }
 
 // addFakeSource adds a fakeSource to the router, and returns its update function.
 func (r *tableStore) addFakeSource(provisional bool) (s *fakeSource, update func(...sourceContent)) {
 	s = &fakeSource{}
 	r.addSource(provisional, func(u func(...sourceContent)) overrideSource {
 		update = func(contents ...sourceContent) { u(withSets(contents)...) }
+		r.reportChange = func(c sourceChange) { s.changes = append(s.changes, c) }
 		return s
 	})
 	return s, update
@@ -436,6 +436,7 @@ func largeMaps(t testing.TB, objects, overrides int) (*configMaps, *tableStore) 
 	var c *configMaps
 	r.addSource(false, func(update func(...sourceContent)) overrideSource {
 		c = newConfigMaps(kubeClient{}, "edge", nil, "a=b", "", update, log)
+		r.reportChange = c.reportChange
 		return c
 	})
 	_, items, err := decodeList[configMap](bytes.NewReader(largeList(objects, overrides)), maxList)

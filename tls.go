@@ -153,10 +153,8 @@ func (s *tlsServer) compute(t *tlsConn) error {
 // takeTurn waits for the turn of t to compute. It returns an error if t.expired is closed before:
 // a handshake that is late for its client only keeps others waiting.
 func (s *tlsServer) takeTurn(t *tlsConn) error {
-	select {
-	case <-t.expired:
+	if isClosed(t.expired) {
 		return errHandshakeOver
-	default:
 	}
 	select {
 	case <-t.expired:
@@ -301,7 +299,7 @@ func newTLSConn(transport net.Conn, config *tls.Config) *tlsConn {
 // Read does the handshake first, if the transport is a lazyTransport.
 func (t *tlsConn) Read(b []byte) (int, error) {
 	if lazy, ok := t.transport.Conn.(*lazyTransport); ok {
-		if err := lazy.handshake(t); err != nil {
+		if err := lazy.handshake(); err != nil {
 			return 0, err
 		}
 	}

@@ -79,8 +79,8 @@ func (l *lazyTransport) fail(err error) {
 	}
 }
 
-// handshake does the handshake of t, whose transport it is, unless it was done.
-func (l *lazyTransport) handshake(t *tlsConn) error {
+// handshake does the handshake over it, unless it was done.
+func (l *lazyTransport) handshake() error {
 	switch l.state.Load() {
 	case lazyDone:
 		return nil
@@ -89,7 +89,7 @@ func (l *lazyTransport) handshake(t *tlsConn) error {
 	}
 	l.begin()
 	l.Conn.SetWriteDeadline(time.Now().Add(l.server.writeTimeout))
-	err := l.server.handshake(t, nil, l.resultOf)
+	err := l.server.handshake(l.conn, nil, l.resultOf)
 	switch answer := plainHTTPAnswer(err); {
 	case err == nil:
 		l.Conn.SetWriteDeadline(time.Time{})

@@ -3,6 +3,8 @@ package main
 import (
 	"context"
 	"slices"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
 )
@@ -32,6 +34,16 @@ func sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
+// isClosed reports whether the channel, which is only ever closed, is. A nil one is not.
+func isClosed(done <-chan struct{}) bool {
+	select {
+	case <-done:
+		return true
+	default:
+		return false
+	}
+}
+
 // earliest returns the earlier one of two times. A zero time is never.
 func earliest(a, b time.Time) time.Time {
 	if a.IsZero() || !b.IsZero() && b.Before(a) {
@@ -57,6 +69,22 @@ func insertSorted[T any](list []T, value T, limit int, order func(a, b T) int) [
 	i, _ := slices.BinarySearchFunc(list, value, order)
 	list = slices.Insert(list, i, value)
 	return list[:min(len(list), limit)]
+}
+
+// joined returns the texts of the elements of list, with the separator in between.
+func joined[T any](list []T, separator string, text func(T) string) string {
+	var all []string
+	for _, one := range list {
+		all = append(all, text(one))
+	}
+	return strings.Join(all, separator)
+}
+
+// parseDecimal parses a decimal number of at most this many bits, without a sign or leading
+// zeros.
+func parseDecimal(text string, bits int) (n uint64, ok bool) {
+	n, err := strconv.ParseUint(text, 10, bits)
+	return n, err == nil && strconv.FormatUint(n, 10) == text
 }
 
 // wakeup wakes the goroutine that receives from it. It has a capacity of 1 and is never

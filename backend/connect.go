@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -174,10 +175,7 @@ func origin(server string) string {
 // dialConn opens the TCP or TLS connection for u, to cfg.addr if that is set.
 // The name in SNI, and that of the certificate, is always the URL's.
 func dialConn(ctx context.Context, cfg config, u *url.URL) (net.Conn, error) {
-	port := u.Port()
-	if port == "" {
-		port = map[string]string{"ws": "80", "wss": "443"}[u.Scheme]
-	}
+	port := cmp.Or(u.Port(), map[string]string{"ws": "80", "wss": "443"}[u.Scheme])
 	network, addr := "tcp", net.JoinHostPort(u.Hostname(), port)
 	if path, isUnix := strings.CutPrefix(cfg.addr, "unix:"); isUnix {
 		network, addr = "unix", path

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 )
@@ -346,11 +348,8 @@ func (rs *rooms) saveAll(ctx context.Context, namespaces []string) error {
 
 // close saves everything. The caller has ended all sessions.
 func (rs *rooms) close(ctx context.Context) error {
-	var namespaces []string
 	rs.mu.Lock()
-	for namespace := range rs.byName {
-		namespaces = append(namespaces, namespace)
-	}
+	namespaces := slices.Collect(maps.Keys(rs.byName))
 	rs.mu.Unlock()
 	err := rs.saveAll(ctx, namespaces)
 	rs.ending.Wait()

@@ -6,10 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -85,7 +87,7 @@ func newServer(cfg config, log *slog.Logger) *server {
 	}
 }
 
-// serve owns ln. It starts the one goroutine that accepts and waits for it.
+// serve owns ln.
 func (s *server) serve(ctx context.Context, ln net.Listener) error {
 	hs := &http.Server{
 		Handler:           s,
@@ -93,17 +95,21 @@ func (s *server) serve(ctx context.Context, ln net.Listener) error {
 		MaxHeaderBytes:    headerBytes,
 		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
 	}
+	s.log.Info("start", "listen", ln.Addr().String(), "interval", s.cfg.interval)
+	return serveUntil(ctx, hs, ln, func() { s.stop(hs) })
+}
+
+// serveUntil serves ln until ctx is done, in a goroutine that it waits for. It then calls stop, which has to stop hs.
+func serveUntil(ctx context.Context, hs *http.Server, ln net.Listener, stop func()) error {
 	failed := make(chan error, 1)
 	go func() { failed <- hs.Serve(ln) }()
-	s.log.Info("start", "listen", ln.Addr().String(), "interval", s.cfg.interval)
-
 	select {
 	case err := <-failed: // not reached in normal life
-		s.stop(hs)
+		stop()
 		return err
 	case <-ctx.Done():
 	}
-	s.stop(hs)
+	stop()
 	<-failed
 	return nil
 }
@@ -126,7 +132,11 @@ func (s *server) stop(hs *http.Server) {
 	for _, ses := range open {
 		byes.Go(func() { ses.goodbye(closeGoingAway, "stop") })
 	}
-	cut := context.AfterFunc(ctx, func() { cutAll(open) })
+	cut := context.AfterFunc(ctx, func() {
+		for _, ses := range open {
+			ses.conn.Close() // its run does the rest
+		}
+	})
 	s.running.Wait()
 	cut()
 	byes.Wait()
@@ -143,23 +153,12 @@ func (s *server) save() {
 	}
 }
 
-// cutAll closes the connections below the sessions; their run does the rest.
-func cutAll(open []*session) {
-	for _, ses := range open {
-		ses.conn.Close()
-	}
-}
-
 // refuse makes the set of sessions final and returns it.
 func (s *server) refuse() []*session {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.stopping = true
-	open := make([]*session, 0, len(s.sessions))
-	for ses := range s.sessions {
-		open = append(open, ses)
-	}
-	return open
+	return slices.Collect(maps.Keys(s.sessions))
 }
 
 func (s *server) isStopping() bool {

@@ -245,21 +245,14 @@ func serveStore(ctx context.Context, cfg config, log *slog.Logger) error {
 		ReadHeaderTimeout: headerTime,
 		MaxHeaderBytes:    headerBytes,
 	}
-	failed := make(chan error, 1)
-	go func() { failed <- hs.Serve(ln) }()
 	log.Info("start", "listen", ln.Addr().String(), "directory", cfg.storeDir)
-	select {
-	case err := <-failed: // not reached in normal life
-		return err
-	case <-ctx.Done():
-	}
-	bound, cancel := context.WithTimeout(context.Background(), storeTime)
-	defer cancel()
-	if hs.Shutdown(bound) != nil {
-		hs.Close()
-	}
-	<-failed
-	return nil
+	return serveUntil(ctx, hs, ln, func() {
+		bound, cancel := context.WithTimeout(context.Background(), storeTime)
+		defer cancel()
+		if hs.Shutdown(bound) != nil {
+			hs.Close()
+		}
+	})
 }
 
 // httpStore is a store that a storeServer has. It is safe for concurrent use.

@@ -37,28 +37,20 @@ func (r *routing) message(*session, *frame) {}
 
 // runCheck is no measurement: it fails unless every session is where it has to
 // be and every byte comes back.
-func runCheck(t *target) (values, error) {
-	v := values{}
-	if err := checkHash(t, v, 500); err != nil {
-		return nil, fmt.Errorf("without override: %w", err)
-	}
-	if t.overrides {
-		if err := checkOverrides(t, v, overrideCount); err != nil {
-			return nil, fmt.Errorf("with override: %w", err)
-		}
-	}
-	return v, checkBytes(t)
-}
+func runCheck(t *target) (values, error) { return checkAll(t, 500, overrideCount) }
 
 // runCheckTLS is the same with fewer sessions, since a handshake takes a millisecond of the
 // proxy. The clients see to the version of TLS, the cipher suite and the certificate.
-func runCheckTLS(t *target) (values, error) {
+func runCheckTLS(t *target) (values, error) { return checkAll(t, 100, 100) }
+
+// checkAll checks so many namespaces without an override and with one, and the bytes.
+func checkAll(t *target, hashed, overridden int) (values, error) {
 	v := values{}
-	if err := checkHash(t, v, 100); err != nil {
+	if err := checkHash(t, v, hashed); err != nil {
 		return nil, fmt.Errorf("without override: %w", err)
 	}
 	if t.overrides {
-		if err := checkOverrides(t, v, 100); err != nil {
+		if err := checkOverrides(t, v, overridden); err != nil {
 			return nil, fmt.Errorf("with override: %w", err)
 		}
 	}

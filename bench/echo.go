@@ -51,11 +51,11 @@ func (c *client) openEcho(n, size int) (*echo, error) {
 
 func (e *echo) opened(s *session) { e.sessions = append(e.sessions, s) }
 
-// label makes plain the last message of s.
-func (e *echo) label(s *session) {
+// label makes a payload the last one, of those sent, of the session or connection with the number.
+func label(payload []byte, sent int64, number int) {
 	var label [8]byte
-	binary.LittleEndian.PutUint64(label[:], uint64(s.sent)<<20|uint64(s.number))
-	copy(e.plain, label[:])
+	binary.LittleEndian.PutUint64(label[:], uint64(sent)<<20|uint64(number))
+	copy(payload, label[:])
 }
 
 // ping sends the next message of s, whose latency counts from the time at.
@@ -63,13 +63,13 @@ func (e *echo) ping(s *session, at time.Duration) {
 	s.sent++
 	s.busy, s.begun = true, at
 	e.waiting++
-	e.label(s)
+	label(e.plain, s.sent, s.number)
 	e.frame = appendFrame(e.frame[:0], frameBinary, e.plain, &e.mask)
 	s.send(e.frame)
 }
 
 func (e *echo) message(s *session, f *frame) {
-	e.label(s)
+	label(e.plain, s.sent, s.number)
 	if f.first != frameBinary || !s.busy || !bytes.Equal(f.payload, e.plain) {
 		s.fail(fmt.Sprintf("wrong echo of message %d, of %d bytes", s.sent, len(e.plain)))
 		return

@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"cmp"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -107,15 +106,6 @@ func (c *plainConn) query(buf []byte) []byte {
 	return strconv.AppendInt(append(buf, '.'), c.sent, 10)
 }
 
-// label makes body that of the last request of c.
-func (h *plain) label(c *plainConn) {
-	if len(h.body) > 0 {
-		var label [8]byte
-		binary.LittleEndian.PutUint64(label[:], uint64(c.sent)<<20|uint64(c.number))
-		copy(h.body, label[:])
-	}
-}
-
 // ask sends the next request of c, whose latency counts from the time at.
 func (h *plain) ask(c *plainConn, at time.Duration) {
 	if !c.open() {
@@ -124,7 +114,7 @@ func (h *plain) ask(c *plainConn, at time.Duration) {
 	c.sent++
 	c.busy, c.begun = true, at
 	h.waiting++
-	h.label(c)
+	label(h.body, c.sent, c.number)
 	method := "GET /ws/"
 	if len(h.body) > 0 {
 		method = "POST /ws/"
@@ -178,7 +168,7 @@ func (c *plainConn) received(p []byte) (used int) {
 // check compares the body of an answer with the one that must come.
 func (h *plain) check(c *plainConn, body []byte) bool {
 	ns := c.namespace()
-	h.label(c)
+	label(h.body, c.sent, c.number)
 	backend := -1
 	if len(body) > len(greetingServer) {
 		backend = int(body[len(greetingServer)]) - '0'

@@ -152,13 +152,12 @@ func cell(points []point) string {
 // table is all figures of a scenario, a column for each metric; "" if there are
 // none.
 func (r *report) table(scenario string) string {
-	found := map[string]bool{}
+	found := values{}
 	for _, m := range r.Runs {
-		for metric := range m.Values {
-			found[metric] = found[metric] || m.Scenario == scenario
+		if m.Scenario == scenario {
+			maps.Copy(found, m.Values)
 		}
 	}
-	maps.DeleteFunc(found, func(_ string, here bool) bool { return !here })
 	if len(found) == 0 {
 		return ""
 	}
