@@ -15,6 +15,18 @@ import (
 // dialTimeout bounds one dial: a pod that is gone perhaps never answers.
 const dialTimeout = 2 * time.Second
 
+// Headers that tell the backend who routed the request, by which table, by which step of a
+// hand-off, and to which backend. On one router, and with -handoff=all on all routers, a step
+// only rises: of two requests for a namespace with different owners, the newer owner has the
+// higher one. They are never taken from a client. A backend answers 421 Misdirected Request
+// (RFC 9110 §15.5.20) if headerBackend does not name it: the router had an old address.
+const (
+	headerPod     = "X-Router-Pod"
+	headerTable   = "X-Router-Table"
+	headerStep    = "X-Router-Step"
+	headerBackend = "X-Router-Backend"
+)
+
 // ordinalRange has the ordinals of the backends that may own namespaces: first, first+1 and
 // so on, count in all. Cordoned ones are among them: these own what overrides give them.
 type ordinalRange struct{ first, count int }

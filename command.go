@@ -403,10 +403,10 @@ func (c *command) printHandoff(h *handoffStatus) {
 	}
 	for _, w := range h.WaitingFor {
 		if w.Router != "" {
-			fmt.Fprintf(c.out, "has waited for %s for %.1f s: it has not answered\n", w.Router, w.Seconds)
+			fmt.Fprintf(c.out, "the step has waited for %s for %.1f s: it has not answered\n", w.Router, w.Seconds)
 			continue
 		}
-		fmt.Fprintf(c.out, "has waited for %s for %.1f s: %d sessions, %d upgrades, %d requests, "+
+		fmt.Fprintf(c.out, "the step has waited for %s for %.1f s: %d sessions, %d upgrades, %d requests, "+
 			"%d releases\n", w.Backend, w.Seconds, w.Sessions, w.Upgrades, w.Requests, w.Releases)
 		if w.Error != "" {
 			fmt.Fprintf(c.out, "  %s\n", w.Error)
@@ -756,7 +756,7 @@ func (c *command) owners(ctx context.Context, namespaces []string) error {
 		if err != nil {
 			return err
 		}
-		lookUp = func(namespace string) (ownership, error) { return c.owner(t, namespace) }
+		lookUp = func(namespace string) (ownership, error) { return ownerIn(t, namespace) }
 	}
 	t := c.columns()
 	defer t.Flush()
@@ -844,8 +844,8 @@ func (c *command) table() (*table, error) {
 	return newTable(c.statefulSet, matcher.fromHost, backends, c.cordon, sources, nil), nil
 }
 
-// owner answers as a router with the table would. The backends are not dialled.
-func (c *command) owner(t *table, namespace string) (ownership, error) {
+// ownerIn answers as a router with the table would. The backends are not dialled.
+func ownerIn(t *table, namespace string) (ownership, error) {
 	namespace, want := clientNamespace(namespace, t.fromHost)
 	if want != "" {
 		return ownership{}, usageError{fmt.Errorf("the argument must be %s (got %.260q)", want, namespace)}

@@ -116,14 +116,14 @@ func (c *configMaps) apply(i int, set map[string]*configMap) {
 		switch found := set[name] != nil; {
 		case !found && len(set) > 0:
 			c.log.Info("ConfigMap no longer selected; its overrides are removed",
-				"object", m.id().String(), "version", m.Metadata.ResourceVersion)
+				"object", m.id().String(), "resource_version", m.Metadata.ResourceVersion)
 			continue
 		case !found && !m.absent:
 			c.log.Warn("ConfigMap deleted or no longer selected; keeping its last overrides",
-				"object", m.id().String(), "version", m.Metadata.ResourceVersion)
+				"object", m.id().String(), "resource_version", m.Metadata.ResourceVersion)
 		case found && m.absent:
 			c.log.Info("ConfigMap found again",
-				"object", m.id().String(), "version", set[name].Metadata.ResourceVersion)
+				"object", m.id().String(), "resource_version", set[name].Metadata.ResourceVersion)
 		}
 		next[name] = configMapState{m.configMap, true}
 	}
@@ -132,7 +132,7 @@ func (c *configMaps) apply(i int, set map[string]*configMap) {
 		old := previous[name].configMap
 		if bool(m.Binary) && (old == nil || !bool(old.Binary) || !old.Data.equal(&m.Data)) {
 			c.log.Warn("ConfigMap has binaryData, which is ignored",
-				"object", m.id().String(), "version", m.Metadata.ResourceVersion)
+				"object", m.id().String(), "resource_version", m.Metadata.ResourceVersion)
 		}
 	}
 	if c.current[i] = next; len(next) == 0 {

@@ -233,7 +233,7 @@ func TestConflictIsReported(t *testing.T) {
 	if got := r.table().rejectionsOf("y"); got != nil || r.table().explain("y") != whyOverride {
 		t.Errorf("y: %s, %v", r.table().explain("y"), got)
 	}
-	wantLine(t, log.all("override rejected"), 1, map[string]any{"source": "ConfigMap edge/b", "version": "2", "namespace": "x",
+	wantLine(t, log.all("override rejected"), 1, map[string]any{"source": "ConfigMap edge/b", "source_version": "2", "namespace": "x",
 		"value": "backend-2", "expected": "the same backend in all sources", "in_force": "backend-1"})
 	wantLine(t, log.all("routing table updated"), 2, map[string]any{"source": "ConfigMap edge/b", "conflicts": 1.0, "invalid": 0.0, "overrides": 2.0})
 
@@ -296,7 +296,7 @@ func TestConfigMapFields(t *testing.T) {
 		c.apply(0, fakeSet(m))
 		c.apply(0, fakeSet(m))
 	}
-	wantLine(t, log.all("ConfigMap has binaryData, which is ignored"), 2, map[string]any{"object": "ConfigMap edge/a", "version": "3"})
+	wantLine(t, log.all("ConfigMap has binaryData, which is ignored"), 2, map[string]any{"object": "ConfigMap edge/a", "resource_version": "3"})
 }
 
 // The whole with a server: a selection is listed, changed and merged.

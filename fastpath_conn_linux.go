@@ -234,7 +234,7 @@ func (c *fastConn) askOwner() {
 	p, u := c.fastPath.proxy, c.pending
 	if !p.startFlight(u) {
 		c.closeBackend()
-		go c.park() // until its holdDeadline, if it was parked
+		go c.park() // one that was parked keeps its holdDeadline
 		return
 	}
 	if c.wasParked() {

@@ -14,18 +14,6 @@ import (
 	"strings"
 )
 
-// Headers that tell the backend who routed the request, by which table, by which step of a
-// hand-off, and to which backend. On one router, and with -handoff=all on all routers, a step
-// only rises: of two requests for a namespace with different owners, the newer owner has the
-// higher one. They are never taken from a client. A backend answers 421 Misdirected Request
-// (RFC 9110 §15.5.20) if headerBackend does not name it: the router had an old address.
-const (
-	headerPod     = "X-Router-Pod"
-	headerTable   = "X-Router-Table"
-	headerStep    = "X-Router-Step"
-	headerBackend = "X-Router-Backend"
-)
-
 // headerClientSubject gives the backend the subject of the client's certificate, which
 // the router has verified. It is never taken from a client, nor from a proxy before the router:
 // without -tls-client-ca no backend gets it, with TLS or without.

@@ -159,8 +159,8 @@ func (l retryListener) Close() error {
 	return l.Listener.Close()
 }
 
-// limitListener has at most maxConns connections open. One more closes another one, the
-// first of these that there is:
+// limitListener keeps at most maxConns connections open. When one more comes, it closes another
+// one, the first of these that there is:
 //
 //   - of those that have had an answer and have no request now, the one that has had it for
 //     longest;

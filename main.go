@@ -275,9 +275,9 @@
 //	mover.propose             says how far the next step may go
 //	mover.mayMove             (in updatePace) says if -move-settle is over, and all were dialled
 //	moveQueue.split           chooses as many sessions as the rate allows
-//	mover.workAtRest          (in work) in place of propose, when no step has to come any more. With
-//	                          -handoff=off none ever comes, and closeAtRest moves all sessions
-//	mover.closeAtRest         calls split, and moves the sessions that are left
+//	mover.workWithoutStep     (in work) in place of propose, when no step has to come any more. With
+//	                          -handoff=off none ever comes, and closeWithoutStep moves all
+//	mover.closeWithoutStep    calls split, and moves the sessions that are left
 //	mover.decideAlone         (in decide) ends a step that is over, and begins the next one
 //	view.next                 makes the view in which the namespaces of the step are held
 //	mover.adopt               puts it in force: from now on their clients wait
@@ -726,7 +726,7 @@ func (p *program) logServing(client, admin net.Addr) {
 func (p *program) announceDrain() {
 	p.proxy.draining.Store(true)
 	p.log.Info("draining", "sessions", p.proxy.relay.size(),
-		"delay", p.config.drainDelay.String(), "duration", p.config.drainDuration.String())
+		"delay_seconds", p.config.drainDelay.Seconds(), "duration_seconds", p.config.drainDuration.Seconds())
 	time.Sleep(p.config.drainDelay)
 }
 

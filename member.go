@@ -308,13 +308,12 @@ func (m *member) table(ownersHash uint64) *table {
 	return nil
 }
 
-// oldestTable returns the table of next's oldest record, nil if it is not known. Which owner has
-// a kept namespace in that table? Earlier tables have decided it, before the record became the
-// oldest one. Only a router knows the owner that was a member when that happened: its last view
-// has the same oldest record, or is of the step just before, in the same epoch. For all others
-// the namespace is unresolved. That is so for a router that was no member then, and after a
-// reset also for a member that had come further than the router that has reset the plan. So
-// members never take different owners.
+// oldestTable returns the table of next's oldest record, nil if it is not known. The owner of a
+// kept namespace in that table comes from earlier tables. Only routers that were members when
+// the record became the oldest one know it: those whose last view has the same oldest record,
+// or is of the step just before, in the same epoch. For all other routers the namespace is
+// unresolved: for one that was no member then, and after a reset also for a member that had
+// come further than the router that has reset the plan. So members never take different owners.
 func (m *member) oldestTable(next *memberView) *table {
 	t, prev := next.tables[0], m.view
 	if t == nil {
@@ -583,7 +582,7 @@ func (m *member) writeStepWith(in *decisionInput, a *stepAnswer) decision {
 	default:
 		next = v.nextPlan(v.nextTable(m.newest), agreed, in.now)
 		backendIsAhead := m.highestStep > v.step // a backend has answered a later step
-		if v.plan.isSame(next) && !backendIsAhead {
+		if v.plan.movesNothing(next) && !backendIsAhead {
 			return waiting("")
 		}
 		if len(next.records) > 1 {

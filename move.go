@@ -56,7 +56,7 @@ type mover struct {
 	tableChanged wakeup       // of run, by tableOrPodChanged
 	wake         wakeup       // of run, when there may be something to do
 	awaitsEnd    atomic.Bool  // run waits for something of a step to be over
-	steps        atomic.Int64 // steps that are done
+	stepsDone    atomic.Int64 // steps that are done
 	moved        atomic.Int64 // sessions that moveSession has closed
 	cancelled    atomic.Int64 // sessions that stayed: a later change moved them back
 	backendStep  atomic.Int64 // the highest step that a backend has sent in a 409: see noteStep
@@ -108,7 +108,7 @@ func newMover(
 	if rate > 0 {
 		m.moveInterval = time.Second / time.Duration(rate)
 	}
-	m.pace.interval, m.ages.pace.interval = m.interval(), m.moveInterval
+	m.pace.interval, m.ages.pace.interval = m.moveInterval, m.moveInterval
 	m.flights.onEnd, relay.onBackendDone = m.somethingEnded, m.somethingEnded
 	return m
 }
@@ -389,8 +389,8 @@ func (m *mover) decide(v *view, newest *table, p stepProgress, now time.Time) de
 }
 
 // decideAlone ends v's step when it is done, and then begins the next one: as far as p allows,
-// and above all steps that backends have sent in a 409. Another router was ahead, or the clock
-// was ahead before this router started.
+// and above all steps that backends have sent in a 409. Such a step is higher than this
+// router's if another router was ahead of it, or if its clock was ahead before it started.
 func (m *mover) decideAlone(v *view, newest *table, p stepProgress, now time.Time) decision {
 	switch {
 	case v == nil || !p.doneHere:
@@ -428,8 +428,8 @@ func (m *mover) work(v *view, t *table, now time.Time) (p stepProgress, again ti
 		p.doneHere = !p.hasWork
 		return p, time.Time{}
 	}
-	hasJoined := m.tally == nil && t != nil && !v.hasOnlyTable(t.ownersHash) // during a change
-	if hasJoined || m.mustPrepare {
+	lacksTally := m.tally == nil && t != nil && !v.hasOnlyTable(t.ownersHash) // during a change
+	if lacksTally || m.mustPrepare {
 		m.prepareNewest(now)
 	}
 	if m.lastDoneHere < v.step && (v.done || m.workOnStep(v)) {
@@ -442,7 +442,7 @@ func (m *mover) work(v *view, t *table, now time.Time) (p stepProgress, again ti
 		return p, time.Time{}
 	case v.hasOnlyTable(t.ownersHash):
 		p.limit.upto = allPlaces
-		return p, m.workAtRest(v, t, now)
+		return p, m.workWithoutStep(v, t, now)
 	case m.handoffOff: // tableOrPodChanged replaces v first
 		return p, time.Time{}
 	}
@@ -451,9 +451,9 @@ func (m *mover) work(v *view, t *table, now time.Time) (p stepProgress, again ti
 	return p, again
 }
 
-// workAtRest does what is left to do when v has the newest table alone: the tally ends, and the
-// table gets what v knows of previous owners.
-func (m *mover) workAtRest(v *view, t *table, now time.Time) (again time.Time) {
+// workWithoutStep does what is left to do when v has the newest table alone: the tally ends,
+// and the table gets what v knows of previous owners.
+func (m *mover) workWithoutStep(v *view, t *table, now time.Time) (again time.Time) {
 	m.lastProposal = nil
 	if !v.done {
 		return time.Time{}
@@ -463,7 +463,7 @@ func (m *mover) workAtRest(v *view, t *table, now time.Time) (again time.Time) {
 			m.prepare(v, t, now) // run has not got tableChanged yet
 		}
 		m.refreshQueue(v, t, now)
-		again = m.closeAtRest(now)
+		again = m.closeWithoutStep(now)
 		m.endMoves()
 	}
 	if nextView := m.takeNewVersion(v, t); nextView != v && m.shared != nil {
@@ -502,20 +502,20 @@ func (m *mover) propose(v *view, t *table, now time.Time) (*stepProposal, time.T
 	}
 	p = &stepProposal{step: v.step, ownersHash: t.ownersHash, allAway: allAway}
 	p.limit = stepLimit{upto: allPlaces, away: allAway} // a session for one of these takes no turn
-	settled, resume := m.updatePace(now)
+	mayMove, resume := m.updatePace(now)
 	schedule := m.pace // of what this router proposes; dequeueForStep advances the pace itself
-	m.queue.split(&p.limit, settled, &schedule, m.nextStepTime(now))
+	m.queue.split(&p.limit, mayMove, &schedule, m.nextStepTime(now))
 	p.limit.away = away
 	p.toMove = int(m.queue.paced.Load())
 	if newest := v.newestRecord(); newest.ownersHash == t.ownersHash && newest.after.catchesUp(allAway) {
 		p.toMove = m.queue.countBelow(newest.after.upto, allAway) // all others have to wait
 	}
-	m.waitsForPace = settled && p.limit.upto < allPlaces
+	m.waitsForPace = mayMove && p.limit.upto < allPlaces
 	if p.limit.upto == allPlaces || v.wouldChange(t, stepLimit{p.limit.upto, allAway}) {
 		m.lastProposal = p
 		return p, again
 	}
-	if settled {
+	if mayMove {
 		resume = m.pace.next()
 	}
 	return p, earliest(again, resume)
@@ -594,15 +594,16 @@ func (m *mover) noteStep(text string) bool {
 	return true
 }
 
-// closeAtRest closes sessions of the queue, as many as the pace allows. The view has the newest
-// table alone, so none of them waits for a step: with -handoff=off these are all sessions that
-// move. It returns when it has to be called again; if that is zero, at the next event.
-func (m *mover) closeAtRest(now time.Time) (again time.Time) {
+// closeWithoutStep closes sessions of the queue, as many as the pace allows. The view has the
+// newest table alone, so none of them waits for a step: with -handoff=off these are all
+// sessions that move. It returns when it has to be called again; if that is zero, at the next
+// event.
+func (m *mover) closeWithoutStep(now time.Time) (again time.Time) {
 	limit := stepLimit{upto: allPlaces}
 	limit.away, again = m.targets.away(now)
-	settled, resume := m.updatePace(now)
-	mayClose := settled
-	if next := m.lastClosedAt.Add(minStepTime); settled && now.Before(next) {
+	mayMove, resume := m.updatePace(now)
+	mayClose := mayMove
+	if next := m.lastClosedAt.Add(minStepTime); mayMove && now.Before(next) {
 		mayClose, resume = false, next // each time costs as much as the queue is long
 	}
 	due, rest := m.queue.split(&limit, mayClose, &m.pace, now)
@@ -613,7 +614,7 @@ func (m *mover) closeAtRest(now time.Time) (again time.Time) {
 	for _, q := range due {
 		m.moveSession(q.session)
 	}
-	m.waitsForPace = settled && limit.upto < allPlaces
+	m.waitsForPace = mayMove && limit.upto < allPlaces
 	if m.waitsForPace && mayClose {
 		resume = m.pace.next()
 	}
@@ -629,9 +630,9 @@ func (m *mover) leaveOldPods(now time.Time) (again time.Time) {
 		m.oldPodsWait = false
 		return time.Time{}
 	}
-	settled, again := m.updatePace(now) // it reads oldPodsWait: sessions that wait keep their turns
+	mayMove, again := m.updatePace(now) // it reads oldPodsWait: sessions that wait keep their turns
 	m.oldPodsWait = false
-	for ; settled && len(left) > 0; left = left[1:] {
+	for ; mayMove && len(left) > 0; left = left[1:] {
 		if left[0].isEnding() {
 			continue
 		}
@@ -649,15 +650,15 @@ func (m *mover) leaveOldPods(now time.Time) (again time.Time) {
 // mayMove reports whether sessions may move now: the table has settled, and each of their
 // new owners was dialled. If not, again is when to ask again; zero if that is after a
 // dial.
-func (m *mover) mayMove(now time.Time) (settled bool, again time.Time) {
+func (m *mover) mayMove(now time.Time) (ok bool, again time.Time) {
 	if now.Before(m.settlesAt) {
 		return false, m.settlesAt
 	}
-	return m.targets.areDialled(), time.Time{}
+	return m.targets.areKnown(), time.Time{}
 }
 
 // interval returns the time between two moves of this router: with -handoff=all it has a
-// share of the rate. newMover and run call it.
+// share of the rate.
 func (m *mover) interval() time.Duration {
 	if m.shared == nil {
 		return m.moveInterval
@@ -673,16 +674,16 @@ func (m *mover) minMoveTime(sessions int64) time.Duration {
 
 // updatePace sets the interval of the pace, this router's share of moveInterval, and returns what
 // mayMove returns. It starts the pace, unless sessions wait for it already.
-func (m *mover) updatePace(now time.Time) (settled bool, again time.Time) {
+func (m *mover) updatePace(now time.Time) (mayMove bool, again time.Time) {
 	m.pace.interval = m.interval()
-	settled, again = m.mayMove(now)
-	if settled {
+	mayMove, again = m.mayMove(now)
+	if mayMove {
 		m.tally.begin(now)
 	}
-	if !settled || !m.waitsForPace && !m.oldPodsWait {
+	if !mayMove || !m.waitsForPace && !m.oldPodsWait {
 		m.pace.start(now)
 	}
-	return settled, again
+	return mayMove, again
 }
 
 // workOnStep closes the sessions of v's step, and reports whether the step is over in
@@ -761,7 +762,7 @@ func (m *mover) countStep(v *view, now time.Time) {
 		return
 	}
 	held := now.Sub(v.began)
-	m.steps.Add(1)
+	m.stepsDone.Add(1)
 	m.stepDurations.observe(held)
 	if m.tally != nil {
 		m.tally.longestHold = max(m.tally.longestHold, held)

@@ -1535,13 +1535,13 @@ func TestRaisedStepInAChange(t *testing.T) {
 		m.setAbsent(1, true)
 		m.table(pinned(2, 1))
 		m.after(time.Second)
-		steps, above := m.steps.Load(), m.current.Load().step+5000
+		steps, above := m.stepsDone.Load(), m.current.Load().step+5000
 		m.noteStep(fmt.Sprint(above))
 		m.after(minStepTime)
 		v := m.current.Load()
 		wantEqual(t, "tables of the plan", len(v.records), 2)
 		wantEqual(t, "the step is above that of the backend", v.step > above, true)
-		wantEqual(t, "steps that have handed over namespaces", m.steps.Load(), steps)
+		wantEqual(t, "steps that have handed over namespaces", m.stepsDone.Load(), steps)
 	})
 }
 

@@ -38,6 +38,9 @@ type moveTarget struct {
 	dialled   bool               // its first dial has ended
 }
 
+// isKnown reports whether a dial of the target has ended, or a session shows that it is there.
+func (t *moveTarget) isKnown() bool { return t.reachable || t.dialled }
+
 // dialResult is the result of one dial of a target. err is nil if it is reachable.
 type dialResult struct {
 	*moveTarget
@@ -58,7 +61,7 @@ func newMoveTargets(probe func(ctx context.Context, backend int) error) *moveTar
 // away.
 func (t *moveTargets) addMissing(ctx context.Context, backends map[int]bool) {
 	for backend, target := range t.all {
-		if isKnown := target.reachable || target.dialled; !isKnown && !backends[backend] {
+		if !target.isKnown() && !backends[backend] {
 			t.drop(target) // else areDialled would wait for it
 		}
 	}
@@ -166,10 +169,10 @@ func (t *moveTargets) note(d dialResult, now time.Time) (firstFailure bool) {
 	return firstFailure
 }
 
-// areDialled reports whether the first dial of each target has ended.
-func (t *moveTargets) areDialled() bool {
+// areKnown reports whether each target is known.
+func (t *moveTargets) areKnown() bool {
 	for _, target := range t.all {
-		if !target.reachable && !target.dialled {
+		if !target.isKnown() {
 			return false
 		}
 	}

@@ -76,10 +76,9 @@ func (p *previewRequest) table(current *table) (*table, error) {
 		return nil, fmt.Errorf("the body must not have both a %.60s and cordon", p.Kind)
 	case p.Replicas != nil && (*p.Replicas < 1 || *p.Replicas > maxReplicas):
 		return nil, fmt.Errorf("replicas must be 1 to %d (got %d)", maxReplicas, *p.Replicas)
-	case p.Replicas != nil || p.Cordon != nil:
-		if p.Replicas != nil {
-			backends.count = *p.Replicas
-		}
+	case p.Replicas != nil:
+		backends.count = *p.Replicas
+	case p.Cordon != nil:
 	case p.Kind != "ConfigMap":
 		return nil, fmt.Errorf("the body must be a ConfigMap (got kind %.60q), or have replicas or cordon",
 			p.Kind)

@@ -486,9 +486,9 @@ func (p *proxy) admit(r *http.Request) (*pendingRequest, *refusal) {
 }
 
 // check returns the namespace of a request in whose head nothing is wrong. checkKind checks
-// what depends on the kind of the request. A client that could send the request of -release would
-// end the sessions of all namespaces that it names: with X-Router-Step, which the router adds, it
-// is one of a router.
+// what depends on the kind of the request. Clients must not reach the path of -release: as the
+// router adds X-Router-Step, the backend would take their request for a router's, and end the
+// sessions of all namespaces in it.
 func (p *proxy) check(
 	r *http.Request, checkKind func(*http.Request) *refusal,
 ) (namespace string, refused *refusal) {

@@ -570,7 +570,7 @@ func (r *relay) writeSessionMetrics(m metricsWriter, counts map[int]sessionCount
 		cut(float64(r.cut[c].Load()), "cause", c.String())
 	}
 	const name = "router_session_duration_seconds"
-	m.family(name, "histogram", "How long sessions lasted that have ended, by cause.")
+	m.family(name, "histogram", "How long the sessions that have ended lasted, by cause.")
 	for c := causeNone + 1; c < numCauses; c++ {
 		r.durations[c].writeSamples(m, name, "cause", c.String())
 	}

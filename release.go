@@ -146,9 +146,9 @@ func (r *releaser) post(ctx context.Context, ordinal int, namespaces []string,
 	}
 	req.Host = r.backends.name(ordinal)
 	req.Header.Set("Content-Type", "application/json")
-	req.Header.Set("X-Router-Pod", r.podName)
-	req.Header.Set("X-Router-Step", strconv.FormatInt(step, 10))
-	req.Header.Set("X-Router-Backend", r.backends.name(ordinal))
+	req.Header.Set(headerPod, r.podName)
+	req.Header.Set(headerStep, strconv.FormatInt(step, 10))
+	req.Header.Set(headerBackend, r.backends.name(ordinal))
 	// It may be sent twice: net/http does so if a kept connection turns out to be closed.
 	// A key without a value is not sent (http.Transport).
 	req.Header["Idempotency-Key"] = nil

@@ -51,16 +51,16 @@ type sharedHandoff struct {
 	log           *slog.Logger
 
 	// Owned by the goroutine that calls decideAndStart: the mover's run.
-	member      *member
-	ctx         context.Context // of all requests
-	leaving     bool            // the router admits nobody any more, and ends
-	countPassed bool            // onCountStored was called
-	running     sync.WaitGroup  // requests
-	failures    int             // writes and lists in a row that failed
-	retryAt     time.Time       // when the next one may begin
-	listedAt    time.Time       // when the object was listed again because nothing had come
-	askedAt     time.Time       // when pods were asked for
-	throttle    throttle        // of failures in the log
+	member        *member
+	ctx           context.Context // of all requests
+	leaving       bool            // the router admits nobody any more, and ends
+	countReported bool            // onCountStored was called
+	running       sync.WaitGroup  // requests
+	failures      int             // writes and lists in a row that failed
+	retryAt       time.Time       // when the next one may begin
+	listedAt      time.Time       // when the object was listed again because nothing had come
+	askedAt       time.Time       // when pods were asked for
+	throttle      throttle        // of failures in the log
 
 	faultThrottle throttle // of what cannot be read in the log; owned by the watcher
 
@@ -165,7 +165,7 @@ func (h *sharedHandoff) decideAndStart(
 	if in.object != nil {
 		h.member.expireOffers(in.object, now)
 	}
-	h.passNoCount(&in)
+	h.reportNoCount(&in)
 	d := h.member.decide(&decisionInput{
 		stepProgress: p, now: now, object: in.object, seenAt: in.seenAt, list: in.list,
 		leaving: h.leaving, wantedCount: h.wantedCount(),
@@ -175,7 +175,7 @@ func (h *sharedHandoff) decideAndStart(
 	switch d.action {
 	case actAdopt:
 		h.member.commit(d, now)
-		h.countPassed = true
+		h.countReported = true
 		h.onCountStored(d.view.plan.backendCount)
 	case actWrite, actList:
 		if in.busy { // its end wakes the mover's run
@@ -219,12 +219,12 @@ func (h *sharedHandoff) takeInbox(now time.Time) handoffInbox {
 	return in
 }
 
-// passNoCount calls onCountStored once when the object is known and has no plan: the number of
+// reportNoCount calls onCountStored once when the object is known and has no plan: the number of
 // backends is not stored.
-func (h *sharedHandoff) passNoCount(in *handoffInbox) {
-	if !h.countPassed && in.object != nil && in.object.plan == nil &&
+func (h *sharedHandoff) reportNoCount(in *handoffInbox) {
+	if !h.countReported && in.object != nil && in.object.plan == nil &&
 		in.object.planVersionErr == nil {
-		h.countPassed = true
+		h.countReported = true
 		h.onCountStored(nil)
 	}
 }

@@ -481,7 +481,7 @@ func (m *mover) writeMetrics(w metricsWriter) {
 		"1 while not all namespaces have the owner of the newest table, or a step is not done.",
 		boolToFloat(s.InProgress))
 	w.single("router_handoff_steps_total", "counter",
-		"Steps of hand-offs that are done and have handed over namespaces.", float64(m.steps.Load()))
+		"Steps of hand-offs that are done and have handed over namespaces.", float64(m.stepsDone.Load()))
 	m.stepDurations.write(w, "router_handoff_step_duration_seconds",
 		"How long the steps of hand-offs that are done held their namespaces.")
 	m.writeWaits(w, s)

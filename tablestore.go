@@ -352,7 +352,7 @@ func (ts *tableStore) logSwap(t *table, all []sourceChange) {
 		"invalid", invalid, "conflicts", t.conflicts)
 	for _, c := range all {
 		for _, bad := range c.newExamples {
-			ts.log.Warn("override rejected", "source", c.id.String(), "version", c.version,
+			ts.log.Warn("override rejected", "source", c.id.String(), "source_version", c.version,
 				"namespace", bad.namespace, "value", bad.Value,
 				"expected", bad.Expected, "in_force", bad.InForce)
 		}

@@ -169,14 +169,14 @@ func TestRouterReports(t *testing.T) {
 	r.update(contentOf("test", "41", data))
 	wantLine(t, tail.all("routing table updated"), 1, map[string]any{"level": "INFO", "source": "test", "overrides_version": "41", "backends": 4.0,
 		"overrides": 26.0, "added": 26.0, "changed": 0.0, "removed": 0.0, "invalid": 25.0})
-	wantLine(t, tail.all("override rejected"), 10, map[string]any{"level": "WARN", "source": "test", "version": "41",
+	wantLine(t, tail.all("override rejected"), 10, map[string]any{"level": "WARN", "source": "test", "source_version": "41",
 		"namespace": "bad-09", "value": "bakend-9", "expected": "backend-0 to backend-3", "in_force": "unresolved"})
 	wantLine(t, tail.all("more overrides rejected"), 1, map[string]any{"level": "WARN", "count": 15.0})
 
 	data["bad-00"], data["bad-01"], data["good"] = "still wrong", "backend-3", "backend-2"
 	r.update(contentOf("test", "42", data))
 	wantLine(t, tail.all("routing table updated"), 2, map[string]any{"overrides_version": "42", "added": 0.0, "changed": 2.0, "removed": 0.0, "invalid": 24.0})
-	wantLine(t, tail.all("override rejected"), 11, map[string]any{"version": "42", "namespace": "bad-00", "value": "still wrong"})
+	wantLine(t, tail.all("override rejected"), 11, map[string]any{"source_version": "42", "namespace": "bad-00", "value": "still wrong"})
 	wantLine(t, tail.all("more overrides rejected"), 1, nil)
 }
 
