@@ -169,7 +169,7 @@ func TestConfigMapsOfASelection(t *testing.T) {
 	c.apply(0, set)
 	want("ns-a=1 x=1", 2, set, seesA)
 	wantLine(t, log.all("ConfigMap no longer selected; its overrides are removed"), 1,
-		map[string]any{"level": "INFO", "object": "ConfigMap edge/b", "version": "2"})
+		map[string]any{"level": "INFO", "object": "ConfigMap edge/b", "resource_version": "2"})
 	wantLine(t, log.all("routing table updated"), 2, map[string]any{"source": "ConfigMap edge/b", "removed": 1.0, "overrides": 2.0})
 
 	set = fakeSet(b, fakeMap("c", "4", "ns-c=backend-3")) // one leaves and two come, in one LIST

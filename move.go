@@ -69,7 +69,7 @@ type mover struct {
 	pace         pace
 	firstChange  time.Time    // of the changes that have not settled
 	settlesAt    time.Time    // when these will have settled
-	lastClosedAt time.Time    // when sessions were last closed: by the begin of a step, or by closeAtRest
+	lastClosedAt time.Time    // when sessions were last closed: by the begin of a step, or by closeWithoutStep
 	tally        *moveTally   // of the move under way; nil for none
 	finishing    []*moveTally // whose last closing handshakes go on
 	queue        moveQueue
@@ -357,7 +357,7 @@ func (m *mover) advance(now time.Time) time.Time {
 	for {
 		t := m.tables.table()
 		p, again := m.work(m.current.Load(), t, now)
-		// workAtRest may have put a version with the same owners in the place of t, and in the view.
+		// workWithoutStep may have put a version with the same owners in the place of t, and in the view.
 		v, newest := m.current.Load(), m.tables.table()
 		if newest != t && (t == nil || newest.ownersHash != t.ownersHash) {
 			continue // p is for t

@@ -1044,7 +1044,7 @@ func TestMoveFromOldPodsAtTheRate(t *testing.T) {
 }
 
 // Sessions with a pod that was replaced move at the rate also while nothing else moves.
-func TestMoveFromOldPodsAtRest(t *testing.T) {
+func TestMoveFromOldPodsWithoutStep(t *testing.T) {
 	movesIn(t, 10, 20, map[string]string{"ns-01": "backend-1"}, func(t *testing.T, m *moveTest) {
 		for _, s := range m.relay.filter(func(*session) bool { return true }) {
 			s.podUID = "a"

@@ -62,7 +62,7 @@ func newMoveTargets(probe func(ctx context.Context, backend int) error) *moveTar
 func (t *moveTargets) addMissing(ctx context.Context, backends map[int]bool) {
 	for backend, target := range t.all {
 		if !target.isKnown() && !backends[backend] {
-			t.drop(target) // else areDialled would wait for it
+			t.drop(target) // else areKnown would wait for it
 		}
 	}
 	for backend := range backends {
