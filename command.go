@@ -403,10 +403,11 @@ func (c *command) printHandoff(h *handoffStatus) {
 	}
 	for _, w := range h.WaitingFor {
 		if w.Router != "" {
-			fmt.Fprintf(c.out, "the step has waited for %s for %.1f s: it has not answered\n", w.Router, w.Seconds)
+			fmt.Fprintf(c.out, "the hand-off has waited for %s for %.1f s: %s\n",
+				w.Router, w.Seconds, cmp.Or(w.Error, "it has not answered"))
 			continue
 		}
-		fmt.Fprintf(c.out, "the step has waited for %s for %.1f s: %d sessions, %d upgrades, %d requests, "+
+		fmt.Fprintf(c.out, "the hand-off has waited for %s for %.1f s: %d sessions, %d upgrades, %d requests, "+
 			"%d releases\n", w.Backend, w.Seconds, w.Sessions, w.Upgrades, w.Requests, w.Releases)
 		if w.Error != "" {
 			fmt.Fprintf(c.out, "  %s\n", w.Error)

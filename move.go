@@ -581,10 +581,10 @@ func (m *mover) nextStepTime(now time.Time) time.Time {
 // noteStep notes the step in the header of a backend that has refused a request: it has
 // released the namespace for a later step than the router's. The next step of the router is
 // above it; if no step is due, it makes one that moves nothing. noteStep reports whether text
-// is a step: one of at most a day from now.
+// is a step: one of at most ten years from now.
 func (m *mover) noteStep(text string) bool {
 	step, err := strconv.ParseInt(text, 10, 64)
-	if err != nil || step < 0 || step > time.Now().Add(24*time.Hour).UnixMilli() {
+	if err != nil || step < 0 || step > time.Now().AddDate(10, 0, 0).UnixMilli() {
 		return false
 	}
 	for highest := m.backendStep.Load(); step > highest; highest = m.backendStep.Load() {

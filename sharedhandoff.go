@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/url"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -61,8 +62,10 @@ type sharedHandoff struct {
 	listedAt      time.Time       // when the object was listed again because nothing had come
 	askedAt       time.Time       // when pods were asked for
 	throttle      throttle        // of failures in the log
+	lateSince     time.Time       // when this router has seen that members are late; zero if none is
 
 	faultThrottle throttle // of what cannot be read in the log; owned by the watcher
+	podThrottle   throttle // of failures of askPods in the log
 
 	written, conflicts, failed atomic.Int64 // writes of the object, by result
 
@@ -91,8 +94,10 @@ type sharedStatus struct {
 	doing         string   // what it does or waits for; or ""
 	members       []string // pods, sorted
 	missing       []string // those of them that have not answered the step
-	err           error    // of the last write or list; nil if it succeeded
-	podErr        error    // of the last request for a pod; nil if it succeeded
+	late          []string // the others of them that have another table than this router, sorted
+	lateSince     time.Time
+	err           error // of the last write or list; nil if it succeeded
+	podErr        error // of the last request for a pod that a change waits for; nil if it succeeded
 }
 
 // handoffConfigMap is the object as the API server has it.
@@ -171,7 +176,7 @@ func (h *sharedHandoff) decideAndStart(
 		leaving: h.leaving, wantedCount: h.wantedCount(),
 		gone: func(uid string) bool { return in.gone[uid] },
 	})
-	h.publish(&in, d)
+	h.publish(&in, d, now)
 	switch d.action {
 	case actAdopt:
 		h.member.commit(d, now)
@@ -230,7 +235,7 @@ func (h *sharedHandoff) reportNoCount(in *handoffInbox) {
 }
 
 // publish notes what operators may ask, and that this router has left.
-func (h *sharedHandoff) publish(in *handoffInbox, d decision) {
+func (h *sharedHandoff) publish(in *handoffInbox, d decision, now time.Time) {
 	st := sharedStatus{doing: d.doing, whyNotServing: h.whyNotServing(in)}
 	if in.object == nil {
 		st.doing = st.whyNotServing
@@ -241,14 +246,38 @@ func (h *sharedHandoff) publish(in *handoffInbox, d decision) {
 			st.missing = in.object.missing()
 		}
 	}
+	blocking := h.blocking(in)
+	for _, pod := range slices.Sorted(maps.Keys(blocking)) {
+		if !slices.Contains(st.missing, pod) {
+			st.late = append(st.late, pod)
+		}
+	}
+	st.lateSince = h.noteLate(len(st.late) > 0, now)
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	st.err, st.podErr = h.status.err, h.status.podErr
+	st.err = h.status.err
+	if len(blocking) > 0 {
+		st.podErr = h.status.podErr
+	}
 	h.status = st
 	hasLeft := h.leaving && !in.busy && (h.member.view == nil || h.member.view.servesNone)
 	if hasLeft && !isClosed(h.hasLeft) {
 		close(h.hasLeft)
 	}
+}
+
+// noteLate notes whether members are late, and returns since when they are: at most since this
+// router has its newest table.
+func (h *sharedHandoff) noteLate(late bool, now time.Time) time.Time {
+	switch {
+	case !late:
+		h.lateSince = time.Time{}
+	case h.lateSince.IsZero():
+		h.lateSince = now
+	default:
+		h.lateSince = latest(h.lateSince, h.member.newestAt)
+	}
+	return h.lateSince
 }
 
 // whyNotServing says why this router admits nobody, or not to all namespaces yet. It says
@@ -317,14 +346,12 @@ func (h *sharedHandoff) startRequest(d decision) {
 }
 
 // requestDone notes how a write or a list has ended. A conflict is no failure: somebody
-// else was first, or the object was made anew, and the watcher brings what they did. The
-// API server answers 409 if the resourceVersion is another, and 422 if the UID is.
+// else was first, or the object was made anew, and the watcher brings what they did.
 func (h *sharedHandoff) requestDone(ctx context.Context, d decision, err error) {
 	switch {
 	case ctx.Err() != nil:
 		return
-	case hasStatus(err, http.StatusConflict),
-		hasStatus(err, http.StatusUnprocessableEntity):
+	case isConflict(err):
 		h.conflicts.Add(1)
 		err = nil
 	case err != nil && d.action == actWrite:
@@ -344,6 +371,14 @@ func (h *sharedHandoff) requestDone(ctx context.Context, d decision, err error) 
 	h.status.err = err
 	h.mu.Unlock()
 	h.wake()
+}
+
+// isConflict reports whether the API server has refused a write because the object has another
+// resourceVersion (409), or another UID (422, which is also the answer for an immutable object, one
+// that is too large, or by an admission policy).
+func isConflict(err error) bool {
+	return hasStatus(err, http.StatusConflict) ||
+		hasStatus(err, http.StatusUnprocessableEntity) && strings.Contains(err.Error(), "metadata.uid")
 }
 
 // write writes the object.
@@ -424,6 +459,12 @@ func (h *sharedHandoff) noteGone(gone []string, err error) {
 	h.inbox.gone, h.inbox.asking = known, false
 	h.status.podErr = err
 	h.mu.Unlock()
+	if err != nil {
+		if omitted, ok := h.podThrottle.allow(10 * time.Second); ok {
+			h.log.Warn("cannot ask whether the pod of a router is there; a change of owners may wait",
+				"class", errorClass(err), "error", err.Error(), "omitted", omitted)
+		}
+	}
 	h.wake()
 }
 

@@ -1384,3 +1384,62 @@ func checkHeldTime(t *testing.T, routers int) {
 		r.crash()
 	}
 }
+
+// TestHandoffObjectRefusesWrites: 422 says also that the object may not be changed, or is too large.
+// Then the router says so, and does not take it for an object that was made anew.
+func TestHandoffObjectRefusesWrites(t *testing.T) {
+	t.Parallel()
+	w := newGoldenWorld(t)
+	w.applyMap(handoffName, nil)
+	w.setPod(fakePod{name: "router-a", uid: "u1"})
+	w.setFaults(func(r fakeRequest) kubeFault {
+		if r.verb() != "PATCH" {
+			return kubeFault{}
+		}
+		return kubeFault{skip: true, answer: statusAnswer(422, "Invalid",
+			"data: Forbidden: field is immutable when `immutable` is set")}
+	})
+	r := startRouter(t, "-kube", w.url, "-kube-namespace", "edge", "-backend-port", w.port,
+		"-configmap", "one,two", "-handoff", "all", "-pod-name", "router-a", "-pod-uid", "u1")
+	line := r.log.wait(t, "cannot write or list for the hand-off; will retry", 1)
+	if text, _ := line["error"].(string); !strings.Contains(text, "immutable") {
+		t.Errorf("the log has %q, want why the object takes no write", text)
+	}
+	r.until(t, "/readyz", "field is immutable when `immutable` is set")
+	r.until(t, "/metrics", `router_handoff_writes_total\{result="error"\} [1-9]`)
+	w.setFaults(nil)
+	r.until(t, "/readyz", "^ready\n$")
+}
+
+// TestHandoffPodsMayNotBeRead: a change waits for a router whose pod is gone, because the others may
+// not ask for it. The log, /status and the metrics say so, also after the last step was answered.
+func TestHandoffPodsMayNotBeRead(t *testing.T) {
+	t.Parallel()
+	w := newGoldenWorld(t)
+	w.applyMap(handoffName, nil)
+	var routers []*runningRouter
+	for i, name := range []string{"router-a", "router-b"} {
+		w.setPod(fakePod{name: name, uid: name, ip: fmt.Sprint("127.0.0.", 5+i)})
+		routers = append(routers, startRouter(t, "-kube", w.url, "-kube-namespace", "edge", "-backend-port", w.port,
+			"-configmap", "one,two", "-handoff", "all", "-pod-name", name, "-pod-uid", name))
+	}
+	for _, r := range routers {
+		r.until(t, "/readyz", "^ready\n$")
+	}
+	w.forbid("GET", "pods")
+	w.forbid("PATCH", "configmaps")
+	routers[1].stop() // it cannot leave, as if it had been killed
+	w.allow("PATCH", "configmaps")
+	w.deleteObject("pods", "router-b")
+	w.edit()
+	a := routers[0]
+	a.log.wait(t, "cannot ask whether the pod of a router is there; a change of owners may wait", 1)
+	a.until(t, "/status", `"doing":"[^"]*403 Forbidden`)
+	a.until(t, "/status", `"router":"router-b"[^}]*"error":"it has another table"`)
+	a.until(t, "/metrics", `router_handoff_waiting_seconds\{for="router-b"\} ([1-9]|0\.)`)
+	w.allow("GET", "pods")
+	a.until(t, "/status", `"in_progress":false`)
+	if _, status := a.get(t, "/status"); strings.Contains(status, "403") {
+		t.Errorf("the error is still there when nothing waits: %s", status)
+	}
+}

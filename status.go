@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"maps"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -325,7 +326,7 @@ type handoffStatus struct {
 }
 
 // stepWait is what a step waits for: a backend of this router, or a router that has not
-// answered, which may be this one.
+// answered, which may be this one. The next step waits for a router that has another table.
 type stepWait struct {
 	Backend  string  `json:"backend,omitempty"` // "" for a router
 	Router   string  `json:"router,omitempty"`  // its pod; "" for a backend
@@ -333,8 +334,8 @@ type stepWait struct {
 	Upgrades int     `json:"upgrades"`          // that it may have, and ended sessions that it has not ended
 	Requests int     `json:"requests"`          // plain requests that it may have
 	Releases int     `json:"releases"`          // namespaces that it has not released (-release)
-	Error    string  `json:"error,omitempty"`   // of the last release
-	Seconds  float64 `json:"seconds"`           // since the step began
+	Error    string  `json:"error,omitempty"`   // of the last release, or why the next step waits
+	Seconds  float64 `json:"seconds"`           // since the step began, or the router has another table
 }
 
 // status returns how far a change of owners has come.
@@ -354,6 +355,9 @@ func (m *mover) status() handoffStatus {
 	case m.shared != nil:
 		shared := m.shared.snapshot()
 		s.Mode, s.Members, s.Doing = "all", shared.members, shared.doing
+		if shared.podErr != nil {
+			s.Doing = strings.TrimPrefix(s.Doing+"; "+shared.podErr.Error(), "; ")
+		}
 	}
 	v, t := m.current.Load(), m.tables.table()
 	if v == nil || t == nil {
@@ -426,14 +430,19 @@ func (m *mover) waitingFor(v *view) []stepWait {
 	return waits
 }
 
-// routerWaits returns the routers that v's step waits for, sorted by name.
+// routerWaits returns the routers that v's step waits for, sorted by name, and those that the next
+// one waits for.
 func (m *mover) routerWaits(v *view) (waits []stepWait) {
 	if m.shared == nil {
 		return nil
 	}
-	seconds := time.Since(v.began).Seconds()
-	for _, pod := range m.shared.snapshot().missing {
-		waits = append(waits, stepWait{Router: pod, Seconds: seconds})
+	shared := m.shared.snapshot()
+	for _, pod := range shared.missing {
+		waits = append(waits, stepWait{Router: pod, Seconds: time.Since(v.began).Seconds()})
+	}
+	for _, pod := range shared.late {
+		waits = append(waits, stepWait{
+			Router: pod, Error: "it has another table", Seconds: time.Since(shared.lateSince).Seconds()})
 	}
 	return waits
 }
@@ -455,8 +464,8 @@ func (m *mover) writeWaits(w metricsWriter, s handoffStatus) {
 		return
 	}
 	sample := w.family("router_handoff_waiting_seconds", "gauge",
-		"For how many seconds the step of a hand-off has waited for this backend, which has "+
-			"to end its sessions and requests, or for this router, which has to answer.")
+		"For how many seconds a hand-off has waited for this backend, which has to end its "+
+			"sessions and requests, or for this router, which has to answer or to get the newest table.")
 	for _, name := range slices.Sorted(maps.Keys(seconds)) {
 		sample(seconds[name], "for", name)
 	}
