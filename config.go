@@ -67,7 +67,7 @@ type config struct {
 // addNames adds the names in list, which are separated by commas, to all: the flag may be
 // repeated. It returns an error for an empty name and for one that is in all already.
 func addNames(all *[]string, list string) error {
-	for name := range strings.SplitSeq(list, ",") {
+	for _, name := range splitList(list) {
 		if name == "" || slices.Contains(*all, name) {
 			return fmt.Errorf("%q is empty or repeated", name)
 		}
@@ -79,7 +79,7 @@ func addNames(all *[]string, list string) error {
 // addKeys adds the files in list, which are separated by commas, to those of -tls-key, which
 // may have a file twice.
 func (c *config) addKeys(list string) error {
-	files := strings.Split(list, ",")
+	files := splitList(list)
 	if slices.Contains(files, "") {
 		return errors.New(`"" is empty`)
 	}
@@ -413,7 +413,7 @@ func (c *config) validateCordon() error {
 	}
 	count := c.replicas
 	if c.backends != "" {
-		count = len(strings.Split(c.backends, ","))
+		count = len(splitList(c.backends))
 	}
 	if _, all := c.cordon.among(ordinalRange{count: count}); all {
 		return fmt.Errorf("-cordon must leave a backend that is not cordoned (got %s of %d)",

@@ -248,6 +248,21 @@ func wantFlag(t *testing.T, args []string, env map[string]string, name, want str
 	}
 }
 
+// TestSpacesInLists: the items of lists with commas may have spaces around them.
+func TestSpacesInLists(t *testing.T) {
+	for name, want := range map[string]string{
+		"configmap": "one,two", "peers": "10.0.0.1:8001,h:8001", "cordon": "2,5", "tls-cert": "/a,/b", "tls-key": "/a,/a",
+		"trusted-proxies": "unix,10.0.0.0/8", "forwarded-from": "unix,10.0.0.0/8",
+	} {
+		env := map[string]string{"ROUTER_REPLICAS": "9", "ROUTER_TLS_CERT": "/c"}
+		env[environmentName(name)] = " " + strings.ReplaceAll(want, ",", " , ") + " "
+		wantFlag(t, nil, env, name, want)
+	}
+	backends, err := parseBackends(" h:1 , h:2 ")
+	wantEqual(t, "backends", strings.Join(backends, ","), "h:1,h:2")
+	must(t, err)
+}
+
 func TestDefaultsOfThePlace(t *testing.T) {
 	host, err := os.Hostname()
 	must(t, err)

@@ -23,8 +23,7 @@ func parseCordon(list string) (cordon, error) {
 		return nil, nil
 	}
 	var c cordon
-	for item := range strings.SplitSeq(list, ",") {
-		digits := strings.TrimSpace(item)
+	for _, digits := range splitList(list) {
 		n, err := strconv.ParseUint(digits, 10, 31)
 		if err != nil || strconv.FormatUint(n, 10) != digits {
 			return nil, fmt.Errorf("not a list of ordinals like 2,5 (got %.60q)", list)

@@ -358,8 +358,8 @@
 // of overrides does), tablestore, route, overrides, namespace and hash (who owns), discovery,
 // cordon, backends, dialqueue, pod, watch and kube (where owners are), top, relay (with epoll, its
 // event loop), tls and websocket (the life of a session), namespacelimit, result, log, runtime
-// and metrics, and wait (a back-off, a sleep, times, deadlines, a wake-up). This is the order of
-// dependencies: a file uses only those after it.
+// and metrics, and wait (a back-off, a sleep, times, deadlines, a wake-up, lists of flags). This is
+// the order of dependencies: a file uses only those after it.
 package main
 
 import (
