@@ -365,7 +365,7 @@ func writeHelp(f *flag.FlagSet, w io.Writer) {
 
 // validate returns an error for the first value that the router cannot use.
 func (c *config) validate() error {
-	return cmp.Or(c.validateWords(), c.validateBackends(), c.validateCordon(), c.validateHandoff(),
+	return cmp.Or(c.validateWords(), c.validateAddresses(), c.validateNames(), c.validateBackends(), c.validateCordon(), c.validateHandoff(),
 		c.validateRelease(), c.validateTLS(), c.validateLimits())
 }
 
@@ -380,6 +380,47 @@ func (c *config) validateWords() error {
 		if word.value != word.first && word.value != word.second {
 			return fmt.Errorf("-%s must be %s or %s (got %q)",
 				word.flag, word.first, word.second, word.value)
+		}
+	}
+	return nil
+}
+
+// validateAddresses checks that each listener has an address: an empty one would be any port,
+// or a socket that nobody finds. listen finds out all else that is wrong with one.
+func (c *config) validateAddresses() error {
+	for _, addr := range []struct{ flag, value string }{
+		{"listen", c.listen}, {"admin", c.admin}, {"redirect", cmp.Or(c.redirect, "none")},
+	} {
+		if addr.value == "" || addr.value == "unix:" {
+			return fmt.Errorf("-%s must be host:port or unix:/path (got %q)", addr.flag, addr.value)
+		}
+	}
+	return nil
+}
+
+// nameChars are those of names of objects, and of backends that are in no cluster.
+const nameChars = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._"
+
+// validateNames checks the names of objects, and the labels that select some: empty ones
+// would select all.
+func (c *config) validateNames() error {
+	type word struct{ flag, value string }
+	names := []word{
+		{"statefulset", c.statefulSet}, {"service", c.service},
+		{"kube-namespace", cmp.Or(c.kubeNamespace, "default")}, {"handoff-configmap", c.handoffObjectName},
+	}
+	for _, name := range c.configMaps {
+		names = append(names, word{"configmap", name})
+	}
+	for _, name := range names {
+		if name.value == "" || strings.ContainsAny(name.value[:1], "-._") || strings.Trim(name.value, nameChars) != "" {
+			return fmt.Errorf("-%s must be a name of letters, digits, dashes, dots and underscores that "+
+				"begins with a letter or digit (got %q)", name.flag, name.value)
+		}
+	}
+	for _, labels := range []word{{"router-pods", c.routerPods}, {"configmap-selector", cmp.Or(c.selector, "none")}} {
+		if strings.TrimSpace(labels.value) == "" {
+			return fmt.Errorf("-%s must have a label, like app.kubernetes.io/name=router (got %q)", labels.flag, labels.value)
 		}
 	}
 	return nil
@@ -435,6 +476,10 @@ func (c *config) validateHandoff() error {
 		return errors.New("-handoff all requires an API server that gives the backends: " +
 			"not -kube none, -backends or -replicas")
 	}
+	if slices.Contains(c.configMaps, c.handoffObjectName) {
+		return fmt.Errorf("-configmap must not have the routers' own object (got %s, which is -handoff-configmap)",
+			c.handoffObjectName)
+	}
 	for _, word := range []struct{ flag, value, source string }{
 		{"pod-name", c.podName, "metadata.name"}, {"pod-uid", c.podUID, "metadata.uid"},
 	} {
@@ -483,6 +528,9 @@ func (c *config) validateTLS() error {
 	return nil
 }
 
+// maxHeaderBytes bounds -max-header-bytes: net/http adds to it, and must not overflow.
+const maxHeaderBytes = 1 << 30
+
 // validateLimits checks the flags with times and numbers.
 func (c *config) validateLimits() error {
 	switch {
@@ -493,12 +541,13 @@ func (c *config) validateLimits() error {
 		return fmt.Errorf("-idle-timeout must be 0 or at least 1s (got %s)", c.idleTimeout)
 	case c.maxAge != 0 && c.maxAge < time.Second:
 		return fmt.Errorf("-max-age must be 0 or at least 1s (got %s)", c.maxAge)
+	case c.limits.headerBytes < 1024 || c.limits.headerBytes > maxHeaderBytes:
+		return fmt.Errorf("-max-header-bytes must be 1024 to %d (got %d)", maxHeaderBytes, c.limits.headerBytes)
 	}
 	for _, number := range []struct {
 		flag       string
 		value, min int
 	}{
-		{"max-header-bytes", c.limits.headerBytes, 1024},
 		{"max-header-fields", c.limits.headerFields, 16},
 		{"max-sessions", c.limits.sessions, 1},
 		{"max-pending-upgrades", c.limits.pendingRequests, 1},

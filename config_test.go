@@ -71,7 +71,22 @@ var badUsage = map[string]struct {
 	"handshake no time":    {args: "-upgrade-timeout soon", want: `invalid value "soon" for flag -upgrade-timeout: parse error`},
 	"header time 0":        {args: "-replicas 1 -header-timeout 0s", want: "-header-timeout must not be 0"},
 	"header time no time":  {args: "-header-timeout ?", want: `invalid value "?" for flag -header-timeout: parse error`},
-	"header too small":     {args: "-replicas 1 -max-header-bytes 1023", want: "-max-header-bytes must be at least 1024 (got 1023)"},
+	"header too small":     {args: "-replicas 1 -max-header-bytes 1023", want: "-max-header-bytes must be 1024 to 1073741824 (got 1023)"},
+	"header too big":       {args: "-replicas 1 -max-header-bytes 1073741825", want: "-max-header-bytes must be 1024 to 1073741824 (got 1073741825)"},
+	"listen empty":         {args: "-replicas 1 -listen=", want: `-listen must be host:port or unix:/path (got "")`},
+	"admin empty":          {args: "-replicas 1 -admin=", want: `-admin must be host:port or unix:/path (got "")`},
+	"socket without path":  {args: "-replicas 1 -listen unix:", want: `-listen must be host:port or unix:/path (got "unix:")`},
+	"redirect, no path":    {args: "-replicas 1 -tls-cert a -redirect unix:", want: `-redirect must be host:port or unix:/path (got "unix:")`},
+	"StatefulSet empty":    {args: "-replicas 1 -statefulset=", want: `-statefulset must be a name of letters, digits, dashes, dots and underscores that begins with a letter or digit (got "")`},
+	"Service empty":        {args: "-replicas 1 -service=", want: `-service must be a name of letters, digits, dashes, dots and underscores that begins with a letter or digit (got "")`},
+	"Service with a port":  {args: "-replicas 1 -service headless:9000", want: `-service must be a name of letters, digits, dashes, dots and underscores that begins with a letter or digit (got "headless:9000")`},
+	"ConfigMap of another": {args: "-replicas 1 -configmap edge/a", want: `-configmap must be a name of letters, digits, dashes, dots and underscores that begins with a letter or digit (got "edge/a")`},
+	"Kubernetes namespace": {args: "-replicas 1", env: map[string]string{"ROUTER_KUBE_NAMESPACE": "edge "}, want: `-kube-namespace must be a name of letters, digits, dashes, dots and underscores that begins with a letter or digit (got "edge ")`},
+	"path as a namespace":  {args: "-replicas 1 -kube-namespace ..", want: `-kube-namespace must be a name of letters, digits, dashes, dots and underscores that begins with a letter or digit (got "..")`},
+	"hand-off's object":    {args: "-replicas 1 -handoff-configmap a/b", want: `-handoff-configmap must be a name of letters, digits, dashes, dots and underscores that begins with a letter or digit (got "a/b")`},
+	"own object":           {args: "-handoff all -pod-name r -pod-uid u -statefulset db -configmap a,router-handoff-db", want: "-configmap must not have the routers' own object (got router-handoff-db, which is -handoff-configmap)"},
+	"router pods empty":    {args: "-replicas 1 -router-pods=", want: `-router-pods must have a label, like app.kubernetes.io/name=router (got "")`},
+	"selector of all":      {args: "-replicas 1", env: map[string]string{"ROUTER_CONFIGMAP_SELECTOR": " "}, want: `-configmap-selector must have a label, like app.kubernetes.io/name=router (got " ")`},
 	"fields too few":       {args: "-replicas 1 -max-header-fields 15", want: "-max-header-fields must be at least 16 (got 15)"},
 	"header no number":     {args: "-max-header-bytes 16k", want: `invalid value "16k" for flag -max-header-bytes: parse error`},
 	"sessions 0":           {args: "-replicas 1 -max-sessions 0", want: "-max-sessions must be at least 1 (got 0)"},
@@ -164,16 +179,12 @@ func TestBadUsage(t *testing.T) {
 
 // TestBadUsageIsComplete fails when a flag is added and badUsage has no case of it.
 func TestBadUsageIsComplete(t *testing.T) {
-	anything := map[string]bool{ // names and places: whatever is wrong with them shows at run time
-		"listen": true, "admin": true, "overrides": true, "statefulset": true, "service": true,
-		"kube-namespace": true, "configmap": true, "pod-name": true,
-		"handoff-configmap": true, "router-pods": true,
-	}
+	anything := map[string]bool{"overrides": true} // whatever is wrong with it shows at run time
 	flags := (&config{}).flags()
 	flags.VisitAll(func(f *flag.Flag) {
 		known := anything[f.Name]
 		for _, tt := range badUsage {
-			known = known || strings.Contains(tt.args, "-"+f.Name+" ")
+			known = known || strings.Contains(tt.args, "-"+f.Name+" ") || strings.Contains(tt.args, "-"+f.Name+"=")
 		}
 		if !known {
 			t.Errorf("no bad value of -%s in badUsage", f.Name)
