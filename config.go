@@ -401,7 +401,7 @@ func (c *config) validateAddresses() error {
 // nameChars are those of names of objects, and of backends that are in no cluster.
 const nameChars = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._"
 
-// validateNames checks the names of objects, and the labels that select some: empty ones
+// validateNames checks the names of objects and of this router, and the labels that select some: empty ones
 // would select all.
 func (c *config) validateNames() error {
 	type word struct{ flag, value string }
@@ -423,7 +423,7 @@ func (c *config) validateNames() error {
 			return fmt.Errorf("-%s must have a label, like app.kubernetes.io/name=router (got %q)", labels.flag, labels.value)
 		}
 	}
-	return nil
+	return checkToken("-pod-name", c.podName) // backends get it in a field of the head
 }
 
 // validateBackends checks the flags about backends, overrides and proxies.
@@ -480,12 +480,8 @@ func (c *config) validateHandoff() error {
 		return fmt.Errorf("-configmap must not have the routers' own object (got %s, which is -handoff-configmap)",
 			c.handoffObjectName)
 	}
-	for _, word := range []struct{ flag, value, source string }{
-		{"pod-name", c.podName, "metadata.name"}, {"pod-uid", c.podUID, "metadata.uid"},
-	} {
-		if err := checkToken("-"+word.flag, word.value); err != nil {
-			return fmt.Errorf("-handoff all requires %s: %w", word.source, err)
-		}
+	if err := checkToken("-pod-uid", c.podUID); err != nil {
+		return fmt.Errorf("-handoff all requires metadata.uid: %w", err)
 	}
 	return nil
 }
@@ -608,7 +604,7 @@ func (c *config) setDefaults(getenv func(string) string) {
 	}
 	if c.podName == "" {
 		name, _ := os.Hostname()
-		c.podName = cmp.Or(name, "router")
+		c.podName = podNameOf(name)
 	}
 	if c.handoff == "" {
 		c.handoff = "single"
@@ -617,6 +613,17 @@ func (c *config) setDefaults(getenv func(string) string) {
 		}
 	}
 	c.handoffObjectName = cmp.Or(c.handoffObjectName, "router-handoff-"+c.statefulSet)
+}
+
+// podNameOf returns the name of a host as -pod-name may be: with dashes for what that may not have.
+func podNameOf(host string) string {
+	name := strings.Map(func(c rune) rune {
+		if c == '_' || !strings.ContainsRune(nameChars, c) {
+			return '-'
+		}
+		return c
+	}, host)
+	return cmp.Or(strings.TrimLeft(name, "-."), "router")
 }
 
 // staticBackends returns the backends that the flags name, or nil if the API server names

@@ -112,7 +112,7 @@ var badUsage = map[string]struct {
 	"handoff other":        {args: "-replicas 1 -handoff both", want: `-handoff must be all, single or off (got "both")`},
 	"handoff without API":  {args: "-replicas 1 -handoff all", want: "-handoff all requires an API server that gives the backends: not -kube none, -backends or -replicas"},
 	"handoff without UID":  {args: "-handoff all -pod-name router-a", want: `-handoff all requires metadata.uid: -pod-uid is "", want 1 to 128 letters, digits, dots and dashes that begin with a letter or digit`},
-	"handoff, bad name":    {args: "-handoff all -pod-uid u1 -pod-name -a", want: `-handoff all requires metadata.name: -pod-name is "-a", want 1 to 128 letters, digits, dots and dashes that begin with a letter or digit`},
+	"pod, bad name":        {args: "-replicas 1 -pod-name -a", want: `-pod-name is "-a", want 1 to 128 letters, digits, dots and dashes that begin with a letter or digit`},
 	"http neither":         {args: "-replicas 1 -http yes", want: `-http must be on or off (got "yes")`},
 	"http time negative":   {args: "-replicas 1 -http-move-timeout -1s", want: "-http-move-timeout must not be negative (got -1s)"},
 	"unproven negative":    {args: "-replicas 1 -handoff-proof-timeout -1s", want: "-handoff-proof-timeout must not be negative (got -1s)"},
@@ -300,6 +300,22 @@ func TestDefaultsOfThePlace(t *testing.T) {
 				t.Errorf("kube %q, pod %q; want %q, %q", c.kube, c.podName, tt.kube, tt.pod)
 			}
 		})
+	}
+}
+
+// TestPodName: with each -handoff the name is one that can be in a field of the head. That of a
+// host is made one.
+func TestPodName(t *testing.T) {
+	for _, mode := range []string{"all", "single", "off"} {
+		args := []string{"-kube", "http://h:1", "-handoff", mode, "-pod-uid", "u1", "-pod-name", "router\r\nX-Evil: 1"}
+		if _, err := parseConfig(args, noEnvironment, io.Discard); exitCode(err) != 2 {
+			t.Errorf("error %v of -pod-name with -handoff=%s, want one of usage", err, mode)
+		}
+	}
+	for host, want := range map[string]string{
+		"router-1.example": "router-1.example", "my_host": "my-host", "-a\r\nb": "a--b", "": "router", "_": "router",
+	} {
+		wantEqual(t, "the name on the host "+host, podNameOf(host), want)
 	}
 }
 
