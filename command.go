@@ -734,8 +734,15 @@ func (s *status) unfinished() string {
 		return "the last sessions of a change are closing"
 	case !s.Agree:
 		return "the routers do not agree"
-	case s.StatefulSet != nil && s.StatefulSet.Replicas > inTable:
+	case s.StatefulSet == nil || s.StatefulSet.Replicas == 0: // not known, or the table stays
+		return ""
+	case s.StatefulSet.ReplicasDiffer:
+		return "the routers see different numbers of replicas"
+	case s.StatefulSet.Replicas > inTable:
 		return fmt.Sprintf("the table has %d of %d backends; the next one is not ready",
+			inTable, s.StatefulSet.Replicas)
+	case s.StatefulSet.Replicas < inTable:
+		return fmt.Sprintf("the table has %d backends, and the StatefulSet %d replicas",
 			inTable, s.StatefulSet.Replicas)
 	}
 	return ""
