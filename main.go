@@ -638,7 +638,7 @@ func (p *program) addSources(kubeClient *kubeClient, kubeNamespace string) {
 	if kubeClient != nil {
 		tables.addSource(false, func(update func(...sourceContent)) overrideSource {
 			maps := newConfigMaps(*kubeClient, kubeNamespace, c.configMaps, c.selector,
-				c.podName, update, p.log)
+				c.handoffObjectName, c.podName, update, p.log)
 			p.admin.configMaps = maps
 			return maps
 		})
