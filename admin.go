@@ -350,9 +350,10 @@ type ownership struct {
 	OverridesVersion string      `json:"overrides_version"`
 	Stamp            string      `json:"stamp"` // what backends get as X-Router-Table
 	Rejected         []rejection `json:"rejected,omitempty"`
-	Source           string      `json:"source,omitempty"` // of the override that is in force
-	Router           string      `json:"router"`           // that answers; "" for none
-	Sessions         int         `json:"sessions"`         // open, in this router, or with all=1 in all
+	Source           string      `json:"source,omitempty"`       // of the override that is in force
+	OverridesIn      []string    `json:"overrides_in,omitempty"` // the sources that have overrides of it, valid or not
+	Router           string      `json:"router"`                 // that answers; "" for none
+	Sessions         int         `json:"sessions"`               // open, in this router, or with all=1 in all
 
 	// With all=1 only.
 	Agree   *bool          `json:"agree,omitempty"` // all that know the owner have the same one
@@ -494,6 +495,7 @@ func newOwnership(t *table, namespace string) (o ownership, ordinal int) {
 	o = ownership{
 		Namespace: namespace, Why: t.explain(namespace),
 		OverridesVersion: t.overridesVersion, Stamp: t.stamp, Rejected: t.rejectionsOf(namespace),
+		OverridesIn: t.sourcesWith(namespace),
 	}
 	switch key := namespaceKey(namespace); {
 	case len(key) > maxNameBytes:

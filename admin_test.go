@@ -428,13 +428,13 @@ func TestOwnerAnswers(t *testing.T) {
 		status    int
 		want      string
 	}{
-		"override": {a, "first", 200, `{"namespace":"first","owner":"backend-0","why":"override","address":"` + address + `","ready":true,"overrides_version":"41","stamp":"` + stamp + `","router":"router-x","sessions":0}`},
+		"override": {a, "first", 200, `{"namespace":"first","owner":"backend-0","why":"override","address":"` + address + `","ready":true,"overrides_version":"41","stamp":"` + stamp + `","overrides_in":[""],"router":"router-x","sessions":0}`},
 		"hash":     {a, hashed, 200, `{"namespace":"` + hashed + `","owner":"backend-0","why":"hash","address":"` + address + `","ready":true,"overrides_version":"41","stamp":"` + stamp + `","router":"router-x","sessions":0}`},
 		"down": {a, "down", 200, `{"namespace":"down","owner":"backend-1","why":"override","address":"` + gone +
-			`","ready":false,"error":"dial tcp ` + gone + `: connect: connection refused","overrides_version":"41","stamp":"` + stamp + `","router":"router-x","sessions":0}`},
+			`","ready":false,"error":"dial tcp ` + gone + `: connect: connection refused","overrides_version":"41","stamp":"` + stamp + `","overrides_in":[""],"router":"router-x","sessions":0}`},
 		"kept": {a, "kept", 200, `{"namespace":"kept","owner":"backend-0","why":"previous","address":"` + address +
-			`","ready":true,"overrides_version":"41","stamp":"` + stamp + `","rejected":[{"source":"","value":"bakend-0","expected":"backend-0 to backend-1","in_force":"backend-0"}],"router":"router-x","sessions":0}`},
-		"refused": {b, "refused", 200, `{"namespace":"refused","why":"unresolved","ready":false,"overrides_version":"1","stamp":"` + b.proxy.tables.table().stamp + `","rejected":[{"source":"","value":"backend-9","expected":"backend-0 to backend-1","in_force":"unresolved"}],"router":"router-x","sessions":0}`},
+			`","ready":true,"overrides_version":"41","stamp":"` + stamp + `","rejected":[{"source":"","value":"bakend-0","expected":"backend-0 to backend-1","in_force":"backend-0"}],"overrides_in":[""],"router":"router-x","sessions":0}`},
+		"refused": {b, "refused", 200, `{"namespace":"refused","why":"unresolved","ready":false,"overrides_version":"1","stamp":"` + b.proxy.tables.table().stamp + `","rejected":[{"source":"","value":"backend-9","expected":"backend-0 to backend-1","in_force":"unresolved"}],"overrides_in":[""],"router":"router-x","sessions":0}`},
 		"two dots": {a, dots, 200, `{"namespace":"` + dots + `","key":"_x2E` + dots[1:] + `","owner":"backend-0","why":"hash","address":"` + address +
 			`","ready":true,"overrides_version":"41","stamp":"` + stamp + `","router":"router-x","sessions":0}`},
 		"bad namespace": {a, "a/b", 400, `{"error":"/owner?namespace= must be ` + jsonText(t, expectedPathNamespace("a/b")) + ` (got \"a/b\")"}`},
@@ -452,7 +452,7 @@ func TestOwnerAnswers(t *testing.T) {
 	const want = `"expected":"the same backend in all sources","in_force":"backend-0"}`
 	wantOwner(t, conflict, "both", 200, `{"namespace":"both","owner":"backend-0","why":"conflict","address":"`+address+
 		`","ready":true,"overrides_version":"`+conflict.proxy.tables.table().overridesVersion+`","stamp":"`+conflict.proxy.tables.table().stamp+`","rejected":[{"source":"a","value":"backend-0",`+want+
-		`,{"source":"b","value":"backend-1",`+want+`],"router":"router-x","sessions":0}`)
+		`,{"source":"b","value":"backend-1",`+want+`],"overrides_in":["a","b"],"router":"router-x","sessions":0}`)
 	c, _ := adminOf(t, up.Addr().String())
 	wantOwner(t, c, "ns-01", 503, `{"error":"no overrides have been read yet: they are late"}`)
 }

@@ -100,12 +100,11 @@ func newStaticBackends(statefulSet string, addrs []string) *backends {
 
 // parseBackends parses -backends, a list of host:port.
 func parseBackends(list string) ([]string, error) {
-	addrs := strings.Split(list, ",")
+	addrs := splitList(list)
 	for i, addr := range addrs {
-		addrs[i] = strings.TrimSpace(addr)
-		host, port, err := net.SplitHostPort(addrs[i])
+		host, port, err := net.SplitHostPort(addr)
 		if n, perr := strconv.Atoi(port); err != nil || host == "" || perr != nil || n < 1 || n > 65535 {
-			return nil, fmt.Errorf("backend %d must be host:port (got %q)", i, addrs[i])
+			return nil, fmt.Errorf("backend %d must be host:port (got %q)", i, addr)
 		}
 	}
 	return addrs, nil

@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
@@ -499,8 +500,12 @@ func (c *certificates) writeMetrics(m metricsWriter) {
 	}
 	rejected := m.family("router_tls_file_rejected", "gauge",
 		"1 while what the files have is refused, and what they had before is in force.")
+	files := map[string]bool{} // two flags may have the same file
 	for _, f := range c.files {
-		rejected(boolToFloat(f.rejected.Load()), "file", f.name)
+		files[f.name] = files[f.name] || f.rejected.Load()
+	}
+	for _, name := range slices.Sorted(maps.Keys(files)) {
+		rejected(boolToFloat(files[name]), "file", name)
 	}
 }
 

@@ -991,3 +991,22 @@ func TestCertificateMetrics(t *testing.T) {
 		t.Errorf("metrics without TLS: %s", b.String())
 	}
 }
+
+// TestCertificateMetricsOfOneFile: a file that two flags have is there once, since Prometheus
+// refuses all metrics if a series is there twice. It is rejected if one of them rejects it.
+func TestCertificateMetricsOfOneFile(t *testing.T) {
+	pair := newTestCA(t, "ca").sign(t, nil, nil, "a.test")
+	dir := t.TempDir()
+	cert, key := writeFile(t, filepath.Join(dir, "cert"), pair.cert), writeFile(t, filepath.Join(dir, "key"), pair.key)
+	s := newStore(t, certificateFlags{certs: []string{cert}, keys: []string{key}, clientCA: cert})
+	for _, rejecting := range s.files {
+		for _, f := range s.files {
+			f.rejected.Store(f == rejecting)
+		}
+		var b bytes.Buffer
+		s.writeMetrics(metricsWriter{w: &b})
+		if sample := fmt.Sprintf("router_tls_file_rejected{file=%q} ", cert); strings.Count(b.String(), sample) != 1 || !strings.Contains(b.String(), sample+"1\n") {
+			t.Errorf("%s rejects the file, and the metrics are\n%s", rejecting.flag, b.String())
+		}
+	}
+}

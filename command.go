@@ -577,11 +577,13 @@ func (c *command) sourceToPatch(s *status, o *ownership, pin bool) (*sourceState
 			maps, names = append(maps, src), append(names, src.Name)
 		}
 	}
-	isSource := func(src *sourceState) bool {
-		return sourceID{src.Kind, src.KubeNamespace, src.Name}.String() == o.Source
-	}
-	has := slices.IndexFunc(maps, isSource)
+	show := func(src *sourceState) string { return sourceID{src.Kind, src.KubeNamespace, src.Name}.String() }
 	chosen := slices.Index(names, c.configMap)
+	if c.configMap == "" && len(maps) == 1 {
+		chosen = 0
+	} else if c.configMap == "" && len(o.OverridesIn) == 1 {
+		chosen = slices.IndexFunc(maps, func(src *sourceState) bool { return show(src) == o.OverridesIn[0] })
+	}
 	switch {
 	case len(maps) == 0 && len(s.Sources) > 0:
 		src, part := &s.Sources[0], "entry"
@@ -595,18 +597,17 @@ func (c *command) sourceToPatch(s *status, o *ownership, pin bool) (*sourceState
 	case c.configMap != "" && chosen < 0:
 		return nil, fmt.Errorf("ConfigMap %s is not a source of overrides; the sources are: %s",
 			c.configMap, strings.Join(names, ", "))
-	case chosen >= 0 && has >= 0 && chosen != has && pin:
-		return nil, fmt.Errorf("%s has an override in %s: two would disagree",
-			showNamespace(o.Namespace), o.Source)
-	case chosen >= 0:
-		return maps[chosen], nil
-	case has >= 0:
-		return maps[has], nil
-	case len(maps) > 1:
+	case chosen < 0:
 		return nil, fmt.Errorf("several ConfigMaps have overrides: choose one with -configmap (%s)",
 			strings.Join(names, ", "))
 	}
-	return maps[0], nil
+	for _, other := range o.OverridesIn {
+		if pin && other != show(maps[chosen]) {
+			return nil, fmt.Errorf("%s has an override in %s: two would disagree",
+				showNamespace(o.Namespace), other)
+		}
+	}
+	return maps[chosen], nil
 }
 
 // cordonBackend prints the patch of the StatefulSet that cordons a backend.
@@ -734,8 +735,15 @@ func (s *status) unfinished() string {
 		return "the last sessions of a change are closing"
 	case !s.Agree:
 		return "the routers do not agree"
-	case s.StatefulSet != nil && s.StatefulSet.Replicas > inTable:
+	case s.StatefulSet == nil || s.StatefulSet.Replicas == 0: // not known, or the table stays
+		return ""
+	case s.StatefulSet.ReplicasDiffer:
+		return "the routers see different numbers of replicas"
+	case s.StatefulSet.Replicas > inTable:
 		return fmt.Sprintf("the table has %d of %d backends; the next one is not ready",
+			inTable, s.StatefulSet.Replicas)
+	case s.StatefulSet.Replicas < inTable:
+		return fmt.Sprintf("the table has %d backends, and the StatefulSet %d replicas",
 			inTable, s.StatefulSet.Replicas)
 	}
 	return ""

@@ -176,6 +176,10 @@ func TestCommandMove(t *testing.T) {
 	a := servedAdmin(t, "router-a", "vip@4", "vip@4")
 	two, update := servedAdmin(t, "router-b"), sourceContent{id: sourceID{"ConfigMap", "edge", "one"}, version: "1", overrides: newOverrideSet(map[string]string{"here": "backend-0"})}
 	two.update(update, sourceContent{id: sourceID{"ConfigMap", "edge", "two"}, version: "1", overrides: newOverrideSet(map[string]string{"there": "backend-0"})})
+	differ := servedAdmin(t, "router-e") // one override is invalid, two disagree, two are the same
+	differ.update(sourceContent{id: sourceID{"ConfigMap", "edge", "one"}, version: "1", overrides: newOverrideSet(map[string]string{"valid": "backend-1", "differs": "backend-1", "same": "backend-1"})},
+		sourceContent{id: sourceID{"ConfigMap", "edge", "two"}, version: "1", overrides: newOverrideSet(map[string]string{
+			"vip": "bakend-1", "valid": "bakend-1", "differs": "backend-2", "same": "backend-1", "new_x62": "backend-1"})}) // not the key of newb
 	files := servedAdmin(t, "router-c")
 	files.update(sourceContent{id: sourceID{kind: "directory", name: "/overrides"}, version: "1"})
 	other := servedAdmin(t, "router-d")
@@ -198,6 +202,15 @@ func TestCommandMove(t *testing.T) {
 		"chosen of two": {two, "-configmap=one new backend-2", 0, `{"data":{"new":"backend-2"}}`, " -configmap=one new backend-2 | kubectl -n edge patch configmap one "},
 		"like a flag":   {a, "-- -new backend-2", 0, `{"data":{"-new":"backend-2"}}`, " -- -new backend-2 | kubectl "},
 		"the other":     {two, "-configmap=one there backend-2", 1, "", "there has an override in ConfigMap edge/two: two would disagree"},
+		"invalid":       {differ, "vip backend-2", 0, `{"data":{"vip":"backend-2"}}`, "patch configmap two "},
+		"invalid there": {differ, "-configmap=one vip backend-2", 1, "", "vip has an override in ConfigMap edge/two: two would disagree"},
+		"invalid here":  {differ, "-configmap=two vip backend-2", 0, `{"data":{"vip":"backend-2"}}`, "patch configmap two "},
+		"kept, valid":   {differ, "-configmap=two valid backend-2", 1, "", "valid has an override in ConfigMap edge/one: two would disagree"},
+		"conflict":      {differ, "-configmap=one differs backend-2", 1, "", "differs has an override in ConfigMap edge/two: two would disagree"},
+		"which of both": {differ, "differs backend-2", 1, "", "choose one with -configmap (one, two)"},
+		"ends it":       {differ, "-configmap=one differs -", 0, `{"data":{"differs":null}}`, "patch configmap one "},
+		"the same":      {differ, "-configmap=one same backend-2", 1, "", "same has an override in ConfigMap edge/two: two would disagree"},
+		"not its key":   {differ, "-configmap=one newb backend-2", 0, `{"data":{"newb":"backend-2"}}`, "patch configmap one "},
 		"no source":     {two, "-configmap=three new backend-2", 1, "", "ConfigMap three is not a source of overrides"},
 		"files":         {files, "new backend-2", 1, "", "the overrides are in directory /overrides, and not in a ConfigMap: change its file new"},
 		"another kind":  {other, "new backend-2", 1, "", "the overrides are in database overrides, and not in a ConfigMap: change its entry new"},

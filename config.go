@@ -67,7 +67,7 @@ type config struct {
 // addNames adds the names in list, which are separated by commas, to all: the flag may be
 // repeated. It returns an error for an empty name and for one that is in all already.
 func addNames(all *[]string, list string) error {
-	for name := range strings.SplitSeq(list, ",") {
+	for _, name := range splitList(list) {
 		if name == "" || slices.Contains(*all, name) {
 			return fmt.Errorf("%q is empty or repeated", name)
 		}
@@ -79,7 +79,7 @@ func addNames(all *[]string, list string) error {
 // addKeys adds the files in list, which are separated by commas, to those of -tls-key, which
 // may have a file twice.
 func (c *config) addKeys(list string) error {
-	files := strings.Split(list, ",")
+	files := splitList(list)
 	if slices.Contains(files, "") {
 		return errors.New(`"" is empty`)
 	}
@@ -365,7 +365,7 @@ func writeHelp(f *flag.FlagSet, w io.Writer) {
 
 // validate returns an error for the first value that the router cannot use.
 func (c *config) validate() error {
-	return cmp.Or(c.validateWords(), c.validateBackends(), c.validateCordon(), c.validateHandoff(),
+	return cmp.Or(c.validateWords(), c.validateAddresses(), c.validateNames(), c.validateBackends(), c.validateCordon(), c.validateHandoff(),
 		c.validateRelease(), c.validateTLS(), c.validateLimits())
 }
 
@@ -383,6 +383,47 @@ func (c *config) validateWords() error {
 		}
 	}
 	return nil
+}
+
+// validateAddresses checks that each listener has an address: an empty one would be any port,
+// or a socket that nobody finds. listen finds out all else that is wrong with one.
+func (c *config) validateAddresses() error {
+	for _, addr := range []struct{ flag, value string }{
+		{"listen", c.listen}, {"admin", c.admin}, {"redirect", cmp.Or(c.redirect, "none")},
+	} {
+		if addr.value == "" || addr.value == "unix:" {
+			return fmt.Errorf("-%s must be host:port or unix:/path (got %q)", addr.flag, addr.value)
+		}
+	}
+	return nil
+}
+
+// nameChars are those of names of objects, and of backends that are in no cluster.
+const nameChars = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._"
+
+// validateNames checks the names of objects and of this router, and the labels that select some: empty ones
+// would select all.
+func (c *config) validateNames() error {
+	type word struct{ flag, value string }
+	names := []word{
+		{"statefulset", c.statefulSet}, {"service", c.service},
+		{"kube-namespace", cmp.Or(c.kubeNamespace, "default")}, {"handoff-configmap", c.handoffObjectName},
+	}
+	for _, name := range c.configMaps {
+		names = append(names, word{"configmap", name})
+	}
+	for _, name := range names {
+		if name.value == "" || strings.ContainsAny(name.value[:1], "-._") || strings.Trim(name.value, nameChars) != "" {
+			return fmt.Errorf("-%s must be a name of letters, digits, dashes, dots and underscores that "+
+				"begins with a letter or digit (got %q)", name.flag, name.value)
+		}
+	}
+	for _, labels := range []word{{"router-pods", c.routerPods}, {"configmap-selector", cmp.Or(c.selector, "none")}} {
+		if strings.TrimSpace(labels.value) == "" {
+			return fmt.Errorf("-%s must have a label, like app.kubernetes.io/name=router (got %q)", labels.flag, labels.value)
+		}
+	}
+	return checkToken("-pod-name", c.podName) // backends get it in a field of the head
 }
 
 // validateBackends checks the flags about backends, overrides and proxies.
@@ -413,7 +454,7 @@ func (c *config) validateCordon() error {
 	}
 	count := c.replicas
 	if c.backends != "" {
-		count = len(strings.Split(c.backends, ","))
+		count = len(splitList(c.backends))
 	}
 	if _, all := c.cordon.among(ordinalRange{count: count}); all {
 		return fmt.Errorf("-cordon must leave a backend that is not cordoned (got %s of %d)",
@@ -435,12 +476,12 @@ func (c *config) validateHandoff() error {
 		return errors.New("-handoff all requires an API server that gives the backends: " +
 			"not -kube none, -backends or -replicas")
 	}
-	for _, word := range []struct{ flag, value, source string }{
-		{"pod-name", c.podName, "metadata.name"}, {"pod-uid", c.podUID, "metadata.uid"},
-	} {
-		if err := checkToken("-"+word.flag, word.value); err != nil {
-			return fmt.Errorf("-handoff all requires %s: %w", word.source, err)
-		}
+	if slices.Contains(c.configMaps, c.handoffObjectName) {
+		return fmt.Errorf("-configmap must not have the routers' own object (got %s, which is -handoff-configmap)",
+			c.handoffObjectName)
+	}
+	if err := checkToken("-pod-uid", c.podUID); err != nil {
+		return fmt.Errorf("-handoff all requires metadata.uid: %w", err)
 	}
 	return nil
 }
@@ -483,6 +524,9 @@ func (c *config) validateTLS() error {
 	return nil
 }
 
+// maxHeaderBytes bounds -max-header-bytes: net/http adds to it, and must not overflow.
+const maxHeaderBytes = 1 << 30
+
 // validateLimits checks the flags with times and numbers.
 func (c *config) validateLimits() error {
 	switch {
@@ -493,12 +537,13 @@ func (c *config) validateLimits() error {
 		return fmt.Errorf("-idle-timeout must be 0 or at least 1s (got %s)", c.idleTimeout)
 	case c.maxAge != 0 && c.maxAge < time.Second:
 		return fmt.Errorf("-max-age must be 0 or at least 1s (got %s)", c.maxAge)
+	case c.limits.headerBytes < 1024 || c.limits.headerBytes > maxHeaderBytes:
+		return fmt.Errorf("-max-header-bytes must be 1024 to %d (got %d)", maxHeaderBytes, c.limits.headerBytes)
 	}
 	for _, number := range []struct {
 		flag       string
 		value, min int
 	}{
-		{"max-header-bytes", c.limits.headerBytes, 1024},
 		{"max-header-fields", c.limits.headerFields, 16},
 		{"max-sessions", c.limits.sessions, 1},
 		{"max-pending-upgrades", c.limits.pendingRequests, 1},
@@ -559,7 +604,7 @@ func (c *config) setDefaults(getenv func(string) string) {
 	}
 	if c.podName == "" {
 		name, _ := os.Hostname()
-		c.podName = cmp.Or(name, "router")
+		c.podName = podNameOf(name)
 	}
 	if c.handoff == "" {
 		c.handoff = "single"
@@ -568,6 +613,17 @@ func (c *config) setDefaults(getenv func(string) string) {
 		}
 	}
 	c.handoffObjectName = cmp.Or(c.handoffObjectName, "router-handoff-"+c.statefulSet)
+}
+
+// podNameOf returns the name of a host as -pod-name may be: with dashes for what that may not have.
+func podNameOf(host string) string {
+	name := strings.Map(func(c rune) rune {
+		if c == '_' || !strings.ContainsRune(nameChars, c) {
+			return '-'
+		}
+		return c
+	}, host)
+	return cmp.Or(strings.TrimLeft(name, "-."), "router")
 }
 
 // staticBackends returns the backends that the flags name, or nil if the API server names

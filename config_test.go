@@ -71,7 +71,22 @@ var badUsage = map[string]struct {
 	"handshake no time":    {args: "-upgrade-timeout soon", want: `invalid value "soon" for flag -upgrade-timeout: parse error`},
 	"header time 0":        {args: "-replicas 1 -header-timeout 0s", want: "-header-timeout must not be 0"},
 	"header time no time":  {args: "-header-timeout ?", want: `invalid value "?" for flag -header-timeout: parse error`},
-	"header too small":     {args: "-replicas 1 -max-header-bytes 1023", want: "-max-header-bytes must be at least 1024 (got 1023)"},
+	"header too small":     {args: "-replicas 1 -max-header-bytes 1023", want: "-max-header-bytes must be 1024 to 1073741824 (got 1023)"},
+	"header too big":       {args: "-replicas 1 -max-header-bytes 1073741825", want: "-max-header-bytes must be 1024 to 1073741824 (got 1073741825)"},
+	"listen empty":         {args: "-replicas 1 -listen=", want: `-listen must be host:port or unix:/path (got "")`},
+	"admin empty":          {args: "-replicas 1 -admin=", want: `-admin must be host:port or unix:/path (got "")`},
+	"socket without path":  {args: "-replicas 1 -listen unix:", want: `-listen must be host:port or unix:/path (got "unix:")`},
+	"redirect, no path":    {args: "-replicas 1 -tls-cert a -redirect unix:", want: `-redirect must be host:port or unix:/path (got "unix:")`},
+	"StatefulSet empty":    {args: "-replicas 1 -statefulset=", want: `-statefulset must be a name of letters, digits, dashes, dots and underscores that begins with a letter or digit (got "")`},
+	"Service empty":        {args: "-replicas 1 -service=", want: `-service must be a name of letters, digits, dashes, dots and underscores that begins with a letter or digit (got "")`},
+	"Service with a port":  {args: "-replicas 1 -service headless:9000", want: `-service must be a name of letters, digits, dashes, dots and underscores that begins with a letter or digit (got "headless:9000")`},
+	"ConfigMap of another": {args: "-replicas 1 -configmap edge/a", want: `-configmap must be a name of letters, digits, dashes, dots and underscores that begins with a letter or digit (got "edge/a")`},
+	"Kubernetes namespace": {args: "-replicas 1", env: map[string]string{"ROUTER_KUBE_NAMESPACE": "edge "}, want: `-kube-namespace must be a name of letters, digits, dashes, dots and underscores that begins with a letter or digit (got "edge ")`},
+	"path as a namespace":  {args: "-replicas 1 -kube-namespace ..", want: `-kube-namespace must be a name of letters, digits, dashes, dots and underscores that begins with a letter or digit (got "..")`},
+	"hand-off's object":    {args: "-replicas 1 -handoff-configmap a/b", want: `-handoff-configmap must be a name of letters, digits, dashes, dots and underscores that begins with a letter or digit (got "a/b")`},
+	"own object":           {args: "-handoff all -pod-name r -pod-uid u -statefulset db -configmap a,router-handoff-db", want: "-configmap must not have the routers' own object (got router-handoff-db, which is -handoff-configmap)"},
+	"router pods empty":    {args: "-replicas 1 -router-pods=", want: `-router-pods must have a label, like app.kubernetes.io/name=router (got "")`},
+	"selector of all":      {args: "-replicas 1", env: map[string]string{"ROUTER_CONFIGMAP_SELECTOR": " "}, want: `-configmap-selector must have a label, like app.kubernetes.io/name=router (got " ")`},
 	"fields too few":       {args: "-replicas 1 -max-header-fields 15", want: "-max-header-fields must be at least 16 (got 15)"},
 	"header no number":     {args: "-max-header-bytes 16k", want: `invalid value "16k" for flag -max-header-bytes: parse error`},
 	"sessions 0":           {args: "-replicas 1 -max-sessions 0", want: "-max-sessions must be at least 1 (got 0)"},
@@ -97,7 +112,7 @@ var badUsage = map[string]struct {
 	"handoff other":        {args: "-replicas 1 -handoff both", want: `-handoff must be all, single or off (got "both")`},
 	"handoff without API":  {args: "-replicas 1 -handoff all", want: "-handoff all requires an API server that gives the backends: not -kube none, -backends or -replicas"},
 	"handoff without UID":  {args: "-handoff all -pod-name router-a", want: `-handoff all requires metadata.uid: -pod-uid is "", want 1 to 128 letters, digits, dots and dashes that begin with a letter or digit`},
-	"handoff, bad name":    {args: "-handoff all -pod-uid u1 -pod-name -a", want: `-handoff all requires metadata.name: -pod-name is "-a", want 1 to 128 letters, digits, dots and dashes that begin with a letter or digit`},
+	"pod, bad name":        {args: "-replicas 1 -pod-name -a", want: `-pod-name is "-a", want 1 to 128 letters, digits, dots and dashes that begin with a letter or digit`},
 	"http neither":         {args: "-replicas 1 -http yes", want: `-http must be on or off (got "yes")`},
 	"http time negative":   {args: "-replicas 1 -http-move-timeout -1s", want: "-http-move-timeout must not be negative (got -1s)"},
 	"unproven negative":    {args: "-replicas 1 -handoff-proof-timeout -1s", want: "-handoff-proof-timeout must not be negative (got -1s)"},
@@ -164,16 +179,12 @@ func TestBadUsage(t *testing.T) {
 
 // TestBadUsageIsComplete fails when a flag is added and badUsage has no case of it.
 func TestBadUsageIsComplete(t *testing.T) {
-	anything := map[string]bool{ // names and places: whatever is wrong with them shows at run time
-		"listen": true, "admin": true, "overrides": true, "statefulset": true, "service": true,
-		"kube-namespace": true, "configmap": true, "pod-name": true,
-		"handoff-configmap": true, "router-pods": true,
-	}
+	anything := map[string]bool{"overrides": true} // whatever is wrong with it shows at run time
 	flags := (&config{}).flags()
 	flags.VisitAll(func(f *flag.Flag) {
 		known := anything[f.Name]
 		for _, tt := range badUsage {
-			known = known || strings.Contains(tt.args, "-"+f.Name+" ")
+			known = known || strings.Contains(tt.args, "-"+f.Name+" ") || strings.Contains(tt.args, "-"+f.Name+"=")
 		}
 		if !known {
 			t.Errorf("no bad value of -%s in badUsage", f.Name)
@@ -248,6 +259,21 @@ func wantFlag(t *testing.T, args []string, env map[string]string, name, want str
 	}
 }
 
+// TestSpacesInLists: the items of lists with commas may have spaces around them.
+func TestSpacesInLists(t *testing.T) {
+	for name, want := range map[string]string{
+		"configmap": "one,two", "peers": "10.0.0.1:8001,h:8001", "cordon": "2,5", "tls-cert": "/a,/b", "tls-key": "/a,/a",
+		"trusted-proxies": "unix,10.0.0.0/8", "forwarded-from": "unix,10.0.0.0/8",
+	} {
+		env := map[string]string{"ROUTER_REPLICAS": "9", "ROUTER_TLS_CERT": "/c"}
+		env[environmentName(name)] = " " + strings.ReplaceAll(want, ",", " , ") + " "
+		wantFlag(t, nil, env, name, want)
+	}
+	backends, err := parseBackends(" h:1 , h:2 ")
+	wantEqual(t, "backends", strings.Join(backends, ","), "h:1,h:2")
+	must(t, err)
+}
+
 func TestDefaultsOfThePlace(t *testing.T) {
 	host, err := os.Hostname()
 	must(t, err)
@@ -274,6 +300,22 @@ func TestDefaultsOfThePlace(t *testing.T) {
 				t.Errorf("kube %q, pod %q; want %q, %q", c.kube, c.podName, tt.kube, tt.pod)
 			}
 		})
+	}
+}
+
+// TestPodName: with each -handoff the name is one that can be in a field of the head. That of a
+// host is made one.
+func TestPodName(t *testing.T) {
+	for _, mode := range []string{"all", "single", "off"} {
+		args := []string{"-kube", "http://h:1", "-handoff", mode, "-pod-uid", "u1", "-pod-name", "router\r\nX-Evil: 1"}
+		if _, err := parseConfig(args, noEnvironment, io.Discard); exitCode(err) != 2 {
+			t.Errorf("error %v of -pod-name with -handoff=%s, want one of usage", err, mode)
+		}
+	}
+	for host, want := range map[string]string{
+		"router-1.example": "router-1.example", "my_host": "my-host", "-a\r\nb": "a--b", "": "router", "_": "router",
+	} {
+		wantEqual(t, "the name on the host "+host, podNameOf(host), want)
 	}
 }
 

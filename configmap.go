@@ -47,12 +47,18 @@ func (p *present) UnmarshalJSON(b []byte) error {
 // then is not ready, and serves no namespace. Each router keeps the overrides that it saw
 // last. If several ConfigMaps are deleted at once, routers may keep different ones; their
 // stamps differ then. To empty each before deleting it avoids that.
+//
+// The object of the hand-off is never among those that the selector selects: routers write it
+// all the time, and none of its keys is an override.
 type configMaps struct {
 	// Static after construction.
-	watchers []*watcher[configMap]
-	update   func(...sourceContent) // gets the contents of all ConfigMaps
-	events   *eventRecorder
-	log      *slog.Logger
+	watchers      []*watcher[configMap]
+	handoffObject string                 // the name of the object of the hand-off
+	update        func(...sourceContent) // gets the contents of all ConfigMaps
+	events        *eventRecorder
+	log           *slog.Logger
+
+	leftOut sync.Once // logs that the object of the hand-off is selected
 
 	// Guarded by mu, which is held while update runs.
 	mu      sync.Mutex
@@ -67,11 +73,12 @@ type configMapState struct {
 }
 
 // newConfigMaps returns the source of overrides in a Kubernetes namespace: the ConfigMaps
-// with these names or, if selector is not "", those that the label selector selects.
-// podName is the name of this router in Events.
-func newConfigMaps(k kubeClient, kubeNamespace string, names []string,
-	selector, podName string, update func(...sourceContent), log *slog.Logger) *configMaps {
-	c := &configMaps{update: update, events: newEventRecorder(k, podName, log), log: log}
+// with these names or, if selector is not "", those that the label selector selects, without
+// handoffObject. podName is the name of this router in Events.
+func newConfigMaps(k kubeClient, kubeNamespace string, names []string, selector, handoffObject,
+	podName string, update func(...sourceContent), log *slog.Logger) *configMaps {
+	c := &configMaps{handoffObject: handoffObject, update: update, log: log,
+		events: newEventRecorder(k, podName, log)}
 	for _, name := range names {
 		c.addWatcher(k, kubeNamespace, name, "")
 	}
@@ -100,10 +107,31 @@ func (c *configMaps) addWatcher(k kubeClient, kubeNamespace, name, selector stri
 		kube: &k, kind: "ConfigMap",
 		path:          "/api/v1/namespaces/" + kubeNamespace + "/configmaps",
 		kubeNamespace: kubeNamespace, name: name, selector: selector,
-		meta:  func(m *configMap) *apiObject { return &m.apiObject },
-		apply: func(set map[string]*configMap) { c.apply(i, set) },
-		log:   c.log,
+		meta: func(m *configMap) *apiObject { return &m.apiObject },
+		apply: func(set map[string]*configMap) {
+			if selector != "" {
+				set = c.withoutHandoffObject(set)
+			}
+			c.apply(i, set)
+		},
+		log: c.log,
 	})
+}
+
+// withoutHandoffObject returns set without the object of the hand-off. It does not change set,
+// which is the watcher's.
+func (c *configMaps) withoutHandoffObject(set map[string]*configMap) map[string]*configMap {
+	own := set[c.handoffObject]
+	if own == nil {
+		return set
+	}
+	c.leftOut.Do(func() {
+		c.log.Warn("selector of overrides selects the object of the hand-off, which is left out",
+			"object", own.id().String())
+	})
+	set = maps.Clone(set)
+	delete(set, c.handoffObject)
+	return set
 }
 
 // apply stores the ConfigMaps that the i-th watcher has found, by name, and calls update

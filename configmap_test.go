@@ -22,7 +22,7 @@ func fakeMaps(t *testing.T, names ...string) (*configMaps, *tableStore, *logTail
 	}
 	var c *configMaps
 	r.addSource(false, func(update func(...sourceContent)) overrideSource {
-		c = newConfigMaps(kubeClient{}, "edge", names, selector, "router-x", update, r.log)
+		c = newConfigMaps(kubeClient{}, "edge", names, selector, "handoff", "router-x", update, r.log)
 		r.reportChange = c.reportChange
 		return c
 	})
@@ -214,6 +214,30 @@ func TestConfigMapsDisagree(t *testing.T) {
 		c.apply(0, fakeSet(fakeMap("a", version, step.a), fakeMap("b", version, step.b)))
 		wantTable(t, r, step.table)
 	}
+}
+
+// A selector that selects the object of the hand-off too leaves that out, also if it is the only
+// one, and the log says so once. A ConfigMap that has a name is taken whatever that is.
+func TestConfigMapsWithoutHandoffObject(t *testing.T) {
+	c, r, log := fakeMaps(t)
+	object := func(version string) *configMap { return fakeMap("handoff", version, "plan=4 answer-router-a=5") }
+	c.watchers[0].apply(fakeSet(object("1")))
+	wantTable(t, r, "")
+	wantEqual(t, "why it is not ready", c.whyNotReady(), "no ConfigMap has the label: kubectl -n edge label configmap NAME a=b")
+	set := fakeSet(object("2"), fakeMap("a", "3", "x=backend-1"))
+	c.watchers[0].apply(set)
+	wantEqual(t, "ConfigMaps that the watcher has", len(set), 2)
+	c.watchers[0].apply(fakeSet(object("4"), fakeMap("a", "3", "x=backend-1")))
+	wantTable(t, r, "x=1")
+	if got := c.watchedObjects(); !slices.Equal(got, []watchedObject{{object: "ConfigMap edge/a"}}) {
+		t.Errorf("objects %v, want a alone", got)
+	}
+	wantEqual(t, "swaps", r.swaps.Load(), 1)
+	said := log.all("selector of overrides selects the object of the hand-off, which is left out")
+	wantLine(t, said, 1, map[string]any{"object": "ConfigMap edge/handoff"})
+	c, r, _ = fakeMaps(t, "handoff")
+	c.watchers[0].apply(fakeSet(fakeMap("handoff", "1", "x=backend-1")))
+	wantTable(t, r, "x=1")
 }
 
 // A conflict is reported for each object, and a router that starts with one

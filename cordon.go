@@ -23,8 +23,8 @@ func parseCordon(list string) (cordon, error) {
 		return nil, nil
 	}
 	var c cordon
-	for item := range strings.SplitSeq(list, ",") {
-		n, ok := parseDecimal(strings.TrimSpace(item), 31)
+	for _, digits := range splitList(list) {
+		n, ok := parseDecimal(digits, 31)
 		if !ok {
 			return nil, fmt.Errorf("not a list of ordinals like 2,5 (got %.60q)", list)
 		}

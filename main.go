@@ -359,8 +359,8 @@
 // of overrides does), tablestore, route, overrides, namespace and hash (who owns), discovery,
 // cordon, backends, dialqueue, pod, watch and kube (where owners are), top, relay (with epoll, its
 // event loop), tls and websocket (the life of a session), namespacelimit, result, log, runtime
-// and metrics, and wait (a back-off, a sleep, times, deadlines, a wake-up, texts). This is the
-// order of dependencies: a file uses only those after it.
+// and metrics, and wait (a back-off, a sleep, times, deadlines, a wake-up, texts, lists of flags).
+// This is the order of dependencies: a file uses only those after it.
 package main
 
 import (
@@ -639,7 +639,7 @@ func (p *program) addSources(kubeClient *kubeClient, kubeNamespace string) {
 	if kubeClient != nil {
 		tables.addSource(false, func(update func(...sourceContent)) overrideSource {
 			maps := newConfigMaps(*kubeClient, kubeNamespace, c.configMaps, c.selector,
-				c.podName, update, p.log)
+				c.handoffObjectName, c.podName, update, p.log)
 			p.admin.configMaps = maps
 			tables.reportChange, p.proxy.mover.reportMove = maps.reportChange, maps.reportMove
 			return maps

@@ -278,7 +278,7 @@ func (p *peerPods) list(ctx context.Context) (found []peer, err error) {
 
 // parsePeers parses a list of the addresses of admin ports, separated by commas.
 func parsePeers(list string) ([]string, error) {
-	addrs := strings.Split(list, ",")
+	addrs := splitList(list)
 	for _, addr := range addrs {
 		host, port, err := net.SplitHostPort(addr)
 		if err != nil || host == "" || port == "" {

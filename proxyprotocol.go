@@ -36,7 +36,7 @@ func (p *trustedProxies) String() string {
 // Set adds the addresses in list. It returns an error for one that is none, and for a
 // prefix with bits beyond its length, which is probably a mistake.
 func (p *trustedProxies) Set(list string) error {
-	for name := range strings.SplitSeq(list, ",") {
+	for _, name := range splitList(list) {
 		if name == "unix" {
 			p.unix = true
 			continue

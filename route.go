@@ -393,6 +393,29 @@ func (t *table) sourceOf(namespace string) *sourceContent {
 	return &t.sources[s.set-1]
 }
 
+// sourcesWith returns the names of the sources that have an override of the namespace, valid
+// or not. If there are several sources, it looks at all of their overrides.
+func (t *table) sourcesWith(namespace string) (all []string) {
+	hash := upper32(hash64(namespace))
+	if findSlot(&t.index, namespace, hash).set == 0 {
+		return nil
+	}
+	has := func(overrides *overrideSet) bool {
+		for r := range overrides.all() {
+			if r.hash == hash && string(r.namespace) == namespace && !t.isInvalidName(r) {
+				return true
+			}
+		}
+		return false
+	}
+	for i := range t.sources {
+		if len(t.sources) == 1 || has(t.sources[i].overrides) {
+			all = append(all, t.sources[i].id.String())
+		}
+	}
+	return all
+}
+
 // unresolvedNamespaces returns the namespaces that have no owner because their overrides are
 // not valid, or disagree.
 func (t *table) unresolvedNamespaces() iter.Seq[string] {

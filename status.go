@@ -43,6 +43,8 @@ type statefulSetState struct {
 	KubeNamespace string `json:"kube_namespace"`
 	Name          string `json:"name"`
 	Replicas      int    `json:"replicas"` // that it should have; 0 if that is not known
+	// ReplicasDiffer says that routers see different numbers: Replicas is the largest.
+	ReplicasDiffer bool `json:"replicas_differ,omitempty"`
 	// Cordon has the last valid list of its annotation, as that is written.
 	Cordon string `json:"cordon"`
 	// CordonUnknown says that there was no valid list yet: Cordon is empty.
@@ -60,6 +62,9 @@ func (s *statefulSetState) merged(other *statefulSetState) *statefulSetState {
 		return cmp.Or(s, other)
 	}
 	sum := *s
+	sum.Replicas = max(s.Replicas, other.Replicas)
+	sum.ReplicasDiffer = s.ReplicasDiffer || other.ReplicasDiffer ||
+		min(s.Replicas, other.Replicas) > 0 && s.Replicas != other.Replicas
 	switch {
 	case s.CordonUnknown:
 		sum.Cordon, sum.CordonUnknown = other.Cordon, other.CordonUnknown

@@ -218,3 +218,33 @@ func TestNoViewIsNotDone(t *testing.T) {
 	s.Handoff.InProgress = false
 	wantEqual(t, "what is not over", s.unfinished(), "a router has no routing table yet, or no plan of the hand-off")
 }
+
+// Each router may have an older StatefulSet than another one: "router wait" waits until all have
+// the same, and the table too. It does not wait for a router that knows none, nor for a table
+// that stays while there are to be no backends.
+func TestReplicasOfAll(t *testing.T) {
+	for _, c := range []struct {
+		table    int
+		replicas []int
+		want     string
+	}{
+		{4, []int{4, 5}, "the routers see different numbers of replicas"},
+		{4, []int{4, 4, 3}, "the routers see different numbers of replicas"},
+		{5, []int{4, 5, 5}, "the routers see different numbers of replicas"},
+		{4, []int{5, 5}, "the table has 4 of 5 backends; the next one is not ready"},
+		{4, []int{0, 5}, "the table has 4 of 5 backends; the next one is not ready"},
+		{4, []int{3, 3}, "the table has 4 backends, and the StatefulSet 3 replicas"},
+		{4, []int{4, 4}, ""}, {4, []int{4, 0}, ""}, {4, []int{0, 4}, ""}, {4, []int{0, 0}, ""},
+	} {
+		var all []*status
+		for i, replicas := range c.replicas {
+			s := &status{Agree: true, Routers: []routerState{{Name: fmt.Sprint("router-", i), Stamp: "1.0"}},
+				StatefulSet: &statefulSetState{Name: "backend", Replicas: replicas}}
+			for ordinal := range c.table {
+				s.Backends = append(s.Backends, backendStatus{Ordinal: ordinal, InTable: true})
+			}
+			all = append(all, s)
+		}
+		wantEqual(t, fmt.Sprint("what is not over with ", c.replicas), sumStatus(all, nil).unfinished(), c.want)
+	}
+}

@@ -435,7 +435,7 @@ func largeMaps(t testing.TB, objects, overrides int) (*configMaps, *tableStore) 
 	r := &tableStore{statefulSet: "backend", backends: backendSet{ordinalRange: ordinalRange{count: 16}}, log: log, onSwap: func() {}}
 	var c *configMaps
 	r.addSource(false, func(update func(...sourceContent)) overrideSource {
-		c = newConfigMaps(kubeClient{}, "edge", nil, "a=b", "", update, log)
+		c = newConfigMaps(kubeClient{}, "edge", nil, "a=b", "", "", update, log)
 		r.reportChange = c.reportChange
 		return c
 	})

@@ -144,3 +144,13 @@ func (c *waitCount) wait() {
 // pastDeadline is a deadline that ends the reads or writes of a connection that are under way,
 // and all later ones.
 func pastDeadline() time.Time { return time.Unix(1, 0) }
+
+// splitList returns the items of a list with commas, as flags have it, without the spaces
+// around them.
+func splitList(list string) []string {
+	items := strings.Split(list, ",")
+	for i := range items {
+		items[i] = strings.TrimSpace(items[i])
+	}
+	return items
+}

@@ -93,6 +93,31 @@ func TestTLSInRouter(t *testing.T) {
 	wantPorts(t, pod)
 }
 
+// TestPortNames: each name of a port that the Service and the NetworkPolicy have is that of one
+// port, where all versions of Kubernetes and all network plugins look for it: not in
+// initContainers, where nginx is.
+func TestPortNames(t *testing.T) {
+	for _, component := range []string{"ipv6", "proxy-protocol", "no-tls", "tls-in-router"} {
+		all, err := kustomize(t, component)
+		if err != nil {
+			t.Fatalf("%v\n%s", err, all)
+		}
+		_, containers, _ := strings.Cut(object(t, all, "Deployment", "router"), "\n      containers:\n")
+		containers, _, _ = strings.Cut(containers, "\n      initContainers:\n")
+		for kind, key := range map[string]string{"Service": "targetPort", "NetworkPolicy": "port"} {
+			found := regexp.MustCompile(`(?m)^ +(?:- )?`+key+`: (\S+)$`).FindAllStringSubmatch(object(t, all, kind, "router"), -1)
+			if len(found) == 0 {
+				t.Errorf("%s: the %s has no port", component, kind)
+			}
+			for _, port := range found {
+				if n := strings.Count(containers, "\n          name: "+port[1]+"\n"); n != 1 {
+					t.Errorf("%s: the %s has the port %s, which is that of %d ports of spec.containers, want 1", component, kind, port[1], n)
+				}
+			}
+		}
+	}
+}
+
 // wantPorts checks that each port at which the router listens has the name that the Service
 // has, needs no right, and is reserved.
 func wantPorts(t *testing.T, pod string) {

@@ -202,11 +202,21 @@ remove_old_policy() {
     "validatingadmissionpolicy/overwriting.${namespace:-default}"
 }
 
-# old_configmaps prints the ConfigMaps of nginx of earlier versions, whose names have
-# other hashes (of kustomize's alphabet). The label alone is not enough: ConfigMaps with
-# overrides may have it too.
-old_configmaps() {
-  kubectl get configmap -l app.kubernetes.io/part-of=router -o name | { grep -E '^configmap/(nginx|page)-[2456789bcdfghkmt]{10}$' || true; }
+# nginx_configmaps prints the ConfigMaps of nginx, of earlier versions and of the component
+# auth: their names have other hashes (of kustomize's alphabet). The label alone is not
+# enough: ConfigMaps with overrides may have it too.
+nginx_configmaps() {
+  kubectl get configmap -l app.kubernetes.io/part-of=router -o name | { grep -E '^configmap/(nginx|page|auth)-[2456789bcdfghkmt]{10}$' || true; }
+}
+
+# remove_monitoring removes what the component monitoring has added, whether DEPLOY_WITH has
+# it now or not. A cluster without the Prometheus operator has no such kinds.
+remove_monitoring() {
+  local kind
+  kubectl delete configmap router-dashboard --ignore-not-found
+  for kind in $(kubectl api-resources --api-group=monitoring.coreos.com -o name | grep -E '^(podmonitors|prometheusrules)\.'); do
+    kubectl delete "$kind" router --ignore-not-found || say "$kind/router was not removed, if it was ever applied"
+  done
 }
 
 # others_use_policy succeeds if a router of another Kubernetes namespace has the policy.
@@ -227,7 +237,8 @@ undeploy() {
   kubectl delete -k "$K8S/demo" -l "app.kubernetes.io/component!=policy" --ignore-not-found
   kubectl delete secret router-tickets --ignore-not-found
   local name
-  for name in $(old_configmaps); do kubectl delete "$name"; done
+  for name in $(nginx_configmaps); do kubectl delete "$name"; done
+  remove_monitoring
   say "kept: configmap/overwriting and secret/nginx-tls; to remove them too:"
   say "  kubectl delete configmap/overwriting secret/nginx-tls"
 }

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 )
@@ -16,6 +17,8 @@ const kubectl = `#!/bin/sh
 case "$*" in
   *'get configmap -A'*) printf "$OTHERS"; exit ;;
   *jsonpath*) exit ;;
+  api-resources*) printf 'podmonitors.monitoring.coreos.com\nprobes.monitoring.coreos.com\nprometheusrules.monitoring.coreos.com\n'; exit ;;
+  'get configmap -l app.kubernetes.io/part-of=router -o name') printf "$CONFIGMAPS"; exit ;;
   *' -f -') cat >/dev/null; printf "$POLICY" >&2; exit 1 ;;
 esac
 echo "$*"
@@ -109,6 +112,47 @@ func TestUndeployPolicy(t *testing.T) {
 		}
 		if got := strings.Contains(out, "the admission policy stays"); got != stays {
 			t.Errorf("with others %q it stays: %t, want %t\n%s", others, got, stays, out)
+		}
+	}
+}
+
+// TestUndeployComponents: what a component has added to the demo goes at undeploy, without
+// DEPLOY_WITH too.
+func TestUndeployComponents(t *testing.T) {
+	demo, err := kustomize(t, "ipv6") // it adds nothing
+	if err != nil {
+		t.Fatalf("%v\n%s", err, demo)
+	}
+	components, err := os.ReadDir("components")
+	if err != nil {
+		t.Fatal(err)
+	}
+	id := regexp.MustCompile(`(?s)\nkind: (\w+)\n.*\n  name: (\S+)\n`)
+	for _, component := range components {
+		all, err := kustomize(t, component.Name())
+		if err != nil {
+			t.Fatalf("%s: %v\n%s", component.Name(), err, all)
+		}
+		labelled := `configmap/mine-5bt8b6cf9k\n`
+		var deleted []string
+		for object := range strings.SplitSeq(all, "\n---\n") {
+			m := id.FindStringSubmatch("\n" + object + "\n")
+			if m == nil || strings.Contains(demo, m[0]) {
+				continue
+			}
+			if m[1] == "ConfigMap" && strings.Contains(object, "app.kubernetes.io/part-of: router\n") {
+				labelled += "configmap/" + m[2] + `\n`
+			}
+			deleted = append(deleted, `(?m)^delete `+strings.ToLower(m[1])+`[^ /]*[ /]`+m[2]+`( |$)`)
+		}
+		out, err := deploy(t, copyScripts(t), "undeploy", `POLICY=Error from server (Forbidden): no\n`, "CONFIGMAPS="+labelled)
+		if err != nil || strings.Contains(out, "mine-") {
+			t.Errorf("deploy.sh undeploy: %v\n%s", err, out)
+		}
+		for _, pattern := range deleted {
+			if !regexp.MustCompile(pattern).MatchString(out) {
+				t.Errorf("%s: nothing like %q in\n%s", component.Name(), pattern, out)
+			}
 		}
 	}
 }
