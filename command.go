@@ -719,12 +719,7 @@ func (c *command) wait(ctx context.Context, _ []string) error {
 
 // unfinished says what of a change of owners is not over; "" if nothing is.
 func (s *status) unfinished() string {
-	inTable := 0
-	for _, b := range s.Backends {
-		if b.InTable {
-			inTable++
-		}
-	}
+	inTable := slices.DeleteFunc(slices.Clone(s.Backends), func(b backendStatus) bool { return !b.InTable })
 	switch {
 	case s.Handoff.InProgress || s.Handoff.ToMove > 0:
 		return fmt.Sprintf("a change of owners is under way, %.0f %% done, with %d sessions to move",
@@ -738,13 +733,16 @@ func (s *status) unfinished() string {
 	case s.StatefulSet == nil || s.StatefulSet.Replicas == 0: // not known, or the table stays
 		return ""
 	case s.StatefulSet.ReplicasDiffer:
-		return "the routers see different numbers of replicas"
-	case s.StatefulSet.Replicas > inTable:
+		return "the routers see different versions of the StatefulSet"
+	case len(inTable) > 0 && s.StatefulSet.FirstOrdinal != inTable[0].Ordinal:
+		return fmt.Sprintf("the first backend is %s, and spec.ordinals.start is %d; the new ones are not ready",
+			inTable[0].Name, s.StatefulSet.FirstOrdinal)
+	case s.StatefulSet.Replicas > len(inTable):
 		return fmt.Sprintf("the table has %d of %d backends; the next one is not ready",
-			inTable, s.StatefulSet.Replicas)
-	case s.StatefulSet.Replicas < inTable:
+			len(inTable), s.StatefulSet.Replicas)
+	case s.StatefulSet.Replicas < len(inTable):
 		return fmt.Sprintf("the table has %d backends, and the StatefulSet %d replicas",
-			inTable, s.StatefulSet.Replicas)
+			len(inTable), s.StatefulSet.Replicas)
 	}
 	return ""
 }

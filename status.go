@@ -42,8 +42,9 @@ type routerState struct {
 type statefulSetState struct {
 	KubeNamespace string `json:"kube_namespace"`
 	Name          string `json:"name"`
-	Replicas      int    `json:"replicas"` // that it should have; 0 if that is not known
-	// ReplicasDiffer says that routers see different numbers: Replicas is the largest.
+	Replicas      int    `json:"replicas"`                // that it should have; 0 if that is not known
+	FirstOrdinal  int    `json:"first_ordinal,omitempty"` // spec.ordinals.start
+	// ReplicasDiffer says that routers see different numbers: Replicas and FirstOrdinal are the largest.
 	ReplicasDiffer bool `json:"replicas_differ,omitempty"`
 	// Cordon has the last valid list of its annotation, as that is written.
 	Cordon string `json:"cordon"`
@@ -62,9 +63,10 @@ func (s *statefulSetState) merged(other *statefulSetState) *statefulSetState {
 		return cmp.Or(s, other)
 	}
 	sum := *s
-	sum.Replicas = max(s.Replicas, other.Replicas)
+	sum.Replicas, sum.FirstOrdinal = max(s.Replicas, other.Replicas), max(s.FirstOrdinal, other.FirstOrdinal)
 	sum.ReplicasDiffer = s.ReplicasDiffer || other.ReplicasDiffer ||
-		min(s.Replicas, other.Replicas) > 0 && s.Replicas != other.Replicas
+		min(s.Replicas, other.Replicas) > 0 &&
+			(s.Replicas != other.Replicas || s.FirstOrdinal != other.FirstOrdinal)
 	switch {
 	case s.CordonUnknown:
 		sum.Cordon, sum.CordonUnknown = other.Cordon, other.CordonUnknown
@@ -201,7 +203,7 @@ func (s *status) addStatefulSet(r *replicaWatcher) {
 		Cordon: list.String(), CordonUnknown: !known, CordonRejected: r.whyCordonRejected(),
 	}
 	if set := r.lastStatefulSet(); set != nil {
-		s.StatefulSet.Replicas = set.Spec.Replicas
+		s.StatefulSet.Replicas, s.StatefulSet.FirstOrdinal = set.Spec.Replicas, set.Spec.Ordinals.Start
 	}
 }
 

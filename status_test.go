@@ -228,9 +228,9 @@ func TestReplicasOfAll(t *testing.T) {
 		replicas []int
 		want     string
 	}{
-		{4, []int{4, 5}, "the routers see different numbers of replicas"},
-		{4, []int{4, 4, 3}, "the routers see different numbers of replicas"},
-		{5, []int{4, 5, 5}, "the routers see different numbers of replicas"},
+		{4, []int{4, 5}, "the routers see different versions of the StatefulSet"},
+		{4, []int{4, 4, 3}, "the routers see different versions of the StatefulSet"},
+		{5, []int{4, 5, 5}, "the routers see different versions of the StatefulSet"},
 		{4, []int{5, 5}, "the table has 4 of 5 backends; the next one is not ready"},
 		{4, []int{0, 5}, "the table has 4 of 5 backends; the next one is not ready"},
 		{4, []int{3, 3}, "the table has 4 backends, and the StatefulSet 3 replicas"},
@@ -247,4 +247,8 @@ func TestReplicasOfAll(t *testing.T) {
 		}
 		wantEqual(t, fmt.Sprint("what is not over with ", c.replicas), sumStatus(all, nil).unfinished(), c.want)
 	}
+	s := &status{Agree: true, Backends: []backendStatus{{Name: "backend-0", InTable: true}},
+		StatefulSet: &statefulSetState{Name: "backend", Replicas: 1, FirstOrdinal: 4}}
+	wantEqual(t, "what is not over when the first ordinal has changed", s.unfinished(),
+		"the first backend is backend-0, and spec.ordinals.start is 4; the new ones are not ready")
 }
