@@ -1439,7 +1439,7 @@ func TestHandoffPodsMayNotBeRead(t *testing.T) {
 	a.until(t, "/metrics", `router_handoff_waiting_seconds\{for="router-b"\} ([1-9]|0\.)`)
 	w.allow("GET", "pods")
 	a.until(t, "/status", `"in_progress":false`)
-	if _, status := a.get(t, "/status"); strings.Contains(status, "403") {
+	if _, status := a.get(t, "/status"); strings.Contains(status, "403 Forbidden") {
 		t.Errorf("the error is still there when nothing waits: %s", status)
 	}
 }
