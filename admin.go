@@ -610,7 +610,8 @@ func (b *probedBackend) setStatus(s backendStatus) {
 	b.SafeToRemove = s.SafeToRemove
 }
 
-// backends answers GET /backends: the backends of the table, and those that still have sessions.
+// backends answers GET /backends: the backends of the table, and those that still have sessions,
+// requests, or namespaces to release.
 func (a *admin) backends(w http.ResponseWriter, r *http.Request) {
 	t := a.tableOrError(w)
 	if t == nil {

@@ -25,7 +25,9 @@ type statefulSet struct {
 		} `json:"ordinals"`
 	} `json:"spec"`
 	Status struct {
-		ReadyReplicas int `json:"readyReplicas"`
+		ObservedGeneration int64 `json:"observedGeneration"` // of the spec that the rest is about
+		Replicas           int   `json:"replicas"`           // pods, also those that are to be deleted
+		ReadyReplicas      int   `json:"readyReplicas"`
 	} `json:"status"`
 	Cordon string `json:"-"` // the annotation cordonAnnotation
 }
@@ -56,7 +58,7 @@ func (s *statefulSet) specID() string {
 
 // limit returns the backends without those that are scaled in. A StatefulSet that is scaled to
 // zero limits nothing: its pods come back. Nor does one whose spec.ordinals.start has changed: see
-// changeStart.
+// afterStart.
 func (s *statefulSet) limit(b ordinalRange) ordinalRange {
 	if s.Spec.Replicas > 0 && b.first == s.Spec.Ordinals.Start {
 		b.count = min(b.count, s.Spec.Replicas)
@@ -73,20 +75,11 @@ func (s *statefulSet) grow(b ordinalRange, ready func(ordinal int) bool) ordinal
 	return b
 }
 
-// changeStart returns the backends that own namespaces if spec.ordinals.start has changed and those of
-// b do: from the new start on as many, and all of b that the StatefulSet keeps. If one of them is
-// new and not ready, all stays as it is. The StatefulSet too deletes the old pods last.
-func (s *statefulSet) changeStart(b ordinalRange, ready func(ordinal int) bool) ordinalRange {
+// afterStart returns the backends that own namespaces after those of b, if spec.ordinals.start has
+// changed: from there on as many, and all of b that the StatefulSet keeps.
+func (s *statefulSet) afterStart(b ordinalRange) ordinalRange {
 	next := ordinalRange{first: s.Spec.Ordinals.Start}
 	next.count = min(s.Spec.Replicas, max(b.count, b.first+b.count-next.first))
-	for i := range next.count {
-		if ordinal := next.first + i; !b.has(ordinal) && !ready(ordinal) {
-			return b
-		}
-	}
-	if next.count == 0 {
-		return b
-	}
 	return next
 }
 
@@ -94,18 +87,34 @@ func (s *statefulSet) changeStart(b ordinalRange, ready func(ordinal int) bool) 
 // routers. The number of ready pods does not say that. With 5 of 6 pods ready, a set may grow from
 // 4 and wait for backend-5, or have 6 backends of which one restarts. It is immutable.
 type backendCount struct {
-	First      int    `json:"first,omitempty"`
+	First      int    `json:"first"` // ordinal; anyFirst if an earlier version of the router has stored it
 	Count      int    `json:"count"`
 	UID        string `json:"uid"`        // metadata.uid of the StatefulSet
 	Generation int64  `json:"generation"` // its metadata.generation
 }
 
-// backends returns the backends that own namespaces.
-func (b *backendCount) backends() ordinalRange { return ordinalRange{b.First, b.Count} }
+// anyFirst is the First of a backendCount without one: spec.ordinals.start.
+const anyFirst = -1
+
+// UnmarshalJSON sets First to anyFirst if there is none.
+func (b *backendCount) UnmarshalJSON(text []byte) error {
+	type plain backendCount
+	b.First = anyFirst
+	return json.Unmarshal(text, (*plain)(b))
+}
+
+// backends returns the backends of s that own namespaces.
+func (b *backendCount) backends(s *statefulSet) ordinalRange {
+	if b.First == anyFirst {
+		return ordinalRange{s.Spec.Ordinals.Start, b.Count}
+	}
+	return ordinalRange{b.First, b.Count}
+}
 
 // replaces reports whether b is newer than old, which may be nil. For one version of the
-// StatefulSet's spec the count only grows, so a router that has seen an older version only
-// replaces nothing. If b has another UID, the caller knows from a LIST that b is newer.
+// StatefulSet's spec the first ordinal is that of the spec, and the count only grows, so a router
+// that has seen an older version only replaces nothing. If b has another UID, the caller knows from
+// a LIST that b is newer.
 func (b *backendCount) replaces(old *backendCount) bool {
 	switch {
 	case old == nil || b.UID != old.UID:
@@ -113,7 +122,7 @@ func (b *backendCount) replaces(old *backendCount) bool {
 	case b.Generation != old.Generation:
 		return b.Generation > old.Generation
 	}
-	return b.Count > old.Count
+	return b.First != old.First || b.Count > old.Count
 }
 
 // isOf reports whether b is a number of backends of the StatefulSet. A nil b is of none.
@@ -128,7 +137,7 @@ func (b *backendCount) isOf(s *statefulSet) bool {
 //     before it are;
 //   - a pod that restarts, or fails for ever, changes nothing;
 //   - scaled to zero: the number stays;
-//   - spec.ordinals.start changes: they stay until all of the others are ready.
+//   - spec.ordinals.start changes: they stay until the new ones are ready, or the old ones are gone.
 //
 // Routers that share a hand-off store the number in the same object. The number in
 // force depends only on the stored one and on the StatefulSet as it is now. So all
@@ -324,7 +333,7 @@ func (r *replicaWatcher) backendRange() (b ordinalRange) {
 	}
 	switch {
 	case r.inForce.isOf(s):
-		return s.limit(r.inForce.backends())
+		return s.limit(r.inForce.backends(s))
 	case !r.shared:
 		b.count = s.Spec.Replicas
 	case r.endpoints.hasAnswer():
@@ -335,23 +344,47 @@ func (r *replicaWatcher) backendRange() (b ordinalRange) {
 	return b
 }
 
-// nextCount returns the backends that can own namespaces now: what changeStart and grow make of
+// nextCount returns the backends that can own namespaces now: what afterStart and grow make of
 // those that do. It is nil if these are not known. The caller holds r.mu.
 func (r *replicaWatcher) nextCount() *backendCount {
-	b := r.backendRange()
+	s, b := r.latest, r.backendRange()
 	if b.count == 0 {
 		return nil
 	}
-	start := r.latest.Spec.Ordinals.Start
-	if b.first != start {
-		b = r.latest.changeStart(b, r.readyToOwn)
+	if b.first != s.Spec.Ordinals.Start {
+		next := s.afterStart(b)
+		if !r.mayChangeStart(b, next) {
+			return r.inForce // as long as nothing changes, also its generation
+		}
+		b = next
 	}
-	if b.first != start {
-		return r.inForce // as long as nothing changes, also its generation
+	b = s.grow(b, r.readyToOwn)
+	return &backendCount{b.first, b.count, s.Metadata.UID, s.Metadata.Generation}
+}
+
+// mayChangeStart reports whether the backends of next may own namespaces in place of those of old,
+// since spec.ordinals.start has changed: they are ready, or of the old ones that the StatefulSet
+// drops none is ready any more. With podManagementPolicy: Parallel it deletes these at once, else
+// when the new ones are ready. The caller holds r.mu.
+func (r *replicaWatcher) mayChangeStart(old, next ordinalRange) bool {
+	s := r.latest
+	if _, known := r.endpoints.isReady(next.first); !known {
+		return r.endpoints.hasAnswer() && next.count > 0 &&
+			s.Status.ObservedGeneration >= s.Metadata.Generation && // else the status is that of the old pods
+			s.Status.Replicas <= s.Spec.Replicas && s.Status.ReadyReplicas >= next.count
 	}
-	b = r.latest.grow(b, r.readyToOwn)
-	m := r.latest.Metadata
-	return &backendCount{b.first, b.count, m.UID, m.Generation}
+	isReady := func(ordinal int) bool { ready, _ := r.endpoints.isReady(ordinal); return ready }
+	allReady, drops, oldReady := true, false, false
+	for ordinal := next.first; ordinal < next.first+next.count; ordinal++ {
+		isOld := old.has(ordinal) && ordinal < old.first+s.Spec.Replicas // else it may have been scaled in
+		allReady = allReady && (isOld || isReady(ordinal))
+	}
+	for ordinal := old.first; ordinal < old.first+old.count; ordinal++ {
+		if !next.has(ordinal) {
+			drops, oldReady = true, oldReady || isReady(ordinal)
+		}
+	}
+	return next.count > 0 && (allReady || drops && !oldReady)
 }
 
 // wantedCount returns the count that should be stored, which may be the one that is. It is
@@ -374,7 +407,7 @@ func (r *replicaWatcher) wantedCount() *backendCount {
 		return nil
 	case r.storedCount.UID != next.UID:
 		return next
-	case r.storedCount.backends() != next.backends():
+	case r.storedCount.backends(r.latest) != next.backends(r.latest):
 		return &backendCount{next.First, next.Count, next.UID, r.storedCount.Generation + 1}
 	}
 	return r.storedCount
@@ -712,8 +745,9 @@ func newEndpointWatcher(client kubeClient, kubeNamespace, statefulSet, service s
 	onPods func(uids map[int]string), log *slog.Logger) *endpointWatcher {
 	e := &endpointWatcher{
 		client: client, statefulSet: statefulSet, port: strconv.Itoa(port),
-		// The pods may be in another Kubernetes namespace than this router.
-		dnsBackends: newDNSBackends(0, statefulSet, service+"."+kubeNamespace, port),
+		// The pods may be in another Kubernetes namespace than this router. ".svc" keeps the name
+		// from being one of the internet (namespaces may be called "dev" or "app").
+		dnsBackends: newDNSBackends(0, statefulSet, service+"."+kubeNamespace+".svc", port),
 		onPods:      onPods, changed: newWakeup(), log: log,
 	}
 	e.queues = newDialQueues(e.checkReady)

@@ -86,20 +86,27 @@ func TestActiveCount(t *testing.T) {
 		"zero":                        {`"replicas":0`, stored(4, "u", 4), "0123", ordinalRange{0, 4}, stored(4, "u", 5)},
 		"replicas unset":              {``, stored(4, "u", 4), "", ordinalRange{0, 1}, stored(1, "u", 5)},
 		"from another ordinal":        {`"replicas":3,"ordinals":{"start":5}`, from(5, 2, 5), "7", ordinalRange{5, 2}, from(5, 3, 5)},
+		"from an earlier version":     {`"replicas":3,"ordinals":{"start":5}`, from(anyFirst, 2, 5), "7", ordinalRange{5, 2}, from(5, 3, 5)},
+		"the same, nothing to change": {`"replicas":3,"ordinals":{"start":5}`, from(anyFirst, 3, 5), "567", ordinalRange{5, 3}, from(5, 3, 5)},
 		"from another one, scaled in": {`"replicas":3,"ordinals":{"start":5}`, from(5, 4, 4), "5678", ordinalRange{5, 3}, from(5, 3, 5)},
 
 		"another start, none ready":             {`"replicas":4,"ordinals":{"start":4}`, from(0, 4, 4), "0123", ordinalRange{0, 4}, from(0, 4, 4)},
 		"another start, not all ready":          {`"replicas":4,"ordinals":{"start":4}`, from(0, 4, 4), "0123456", ordinalRange{0, 4}, from(0, 4, 4)},
-		"another start, all ready":              {`"replicas":4,"ordinals":{"start":4}`, from(0, 4, 4), "4567", ordinalRange{0, 4}, from(4, 4, 5)},
-		"another start, as many ready":          {`"replicas":6,"ordinals":{"start":2}`, from(0, 2, 4), "23", ordinalRange{0, 2}, from(2, 2, 5)},
-		"another start, more ready":             {`"replicas":6,"ordinals":{"start":2}`, from(0, 2, 4), "235", ordinalRange{0, 2}, from(2, 2, 5)},
+		"another start, all ready":              {`"replicas":4,"ordinals":{"start":4}`, from(0, 4, 4), "01234567", ordinalRange{0, 4}, from(4, 4, 5)},
+		"another start, old ones restart":       {`"replicas":4,"ordinals":{"start":4}`, from(0, 4, 4), "2456", ordinalRange{0, 4}, from(0, 4, 4)},
+		"another start, old ones gone":          {`"replicas":4,"ordinals":{"start":4}`, from(0, 4, 4), "46", ordinalRange{0, 4}, from(4, 4, 5)},
+		"another start, as many ready":          {`"replicas":6,"ordinals":{"start":2}`, from(0, 2, 4), "0123", ordinalRange{0, 2}, from(2, 2, 5)},
+		"another start, more ready":             {`"replicas":6,"ordinals":{"start":2}`, from(0, 2, 4), "01235", ordinalRange{0, 2}, from(2, 2, 5)},
 		"another start, and scaled in":          {`"replicas":2,"ordinals":{"start":4}`, from(0, 4, 4), "01234", ordinalRange{0, 4}, from(0, 4, 4)},
-		"another start, and scaled in, ready":   {`"replicas":2,"ordinals":{"start":4}`, from(0, 4, 4), "45", ordinalRange{0, 4}, from(4, 2, 5)},
+		"another start, and scaled in, ready":   {`"replicas":2,"ordinals":{"start":4}`, from(0, 4, 4), "012345", ordinalRange{0, 4}, from(4, 2, 5)},
 		"another start, and scaled to zero":     {`"replicas":0,"ordinals":{"start":4}`, from(0, 4, 4), "0123", ordinalRange{0, 4}, from(0, 4, 4)},
+		"scaled in before another start":        {`"replicas":3,"ordinals":{"start":2}`, from(0, 5, 3), "0124", ordinalRange{0, 5}, from(0, 5, 3)},
 		"one before, not ready":                 {`"replicas":3,"ordinals":{"start":4}`, from(5, 2, 4), "56", ordinalRange{5, 2}, from(5, 2, 4)},
 		"one before, ready, and one restarts":   {`"replicas":3,"ordinals":{"start":4}`, from(5, 2, 4), "45", ordinalRange{5, 2}, from(4, 3, 5)},
-		"without the first":                     {`"replicas":3,"ordinals":{"start":1}`, from(0, 4, 4), "", ordinalRange{0, 4}, from(1, 3, 5)},
+		"without the first":                     {`"replicas":3,"ordinals":{"start":1}`, from(0, 4, 4), "03", ordinalRange{0, 4}, from(1, 3, 5)},
+		"without the first, which is gone":      {`"replicas":4,"ordinals":{"start":1}`, from(0, 4, 4), "12", ordinalRange{0, 4}, from(1, 4, 5)},
 		"another start, readiness is not known": {`"replicas":4,"ordinals":{"start":4}`, from(0, 4, 4), unread, ordinalRange{0, 4}, from(0, 4, 4)},
+		"another start of the same generation":  {`"replicas":4`, from(4, 4, 5), "0123", ordinalRange{4, 4}, from(0, 4, 5)},
 		"another start, an older StatefulSet":   {`"replicas":4`, from(4, 4, 6), "01234567", ordinalRange{4, 4}, nil},
 
 		"an older StatefulSet":              {`"replicas":6`, stored(4, "u", 6), "012345", ordinalRange{0, 4}, nil},
@@ -143,7 +150,7 @@ func countText(b *backendCount) string {
 	if b == nil {
 		return "none"
 	}
-	return fmt.Sprintf("%s of %s/%d", b.backends(), b.UID, b.Generation)
+	return fmt.Sprintf("%s of %s/%d", ordinalRange{b.First, b.Count}, b.UID, b.Generation)
 }
 
 // A stored count is replaced only by a newer one.
@@ -151,7 +158,7 @@ func TestActiveBackendsReplaces(t *testing.T) {
 	old := &backendCount{0, 4, "u", 7}
 	for b, want := range map[backendCount]bool{
 		{0, 4, "u", 7}: false, {0, 3, "u", 7}: false, {0, 5, "u", 7}: true, {0, 9, "u", 6}: false,
-		{0, 2, "u", 8}: true, {2, 2, "u", 8}: true, {0, 1, "other", 1}: true,
+		{0, 2, "u", 8}: true, {2, 2, "u", 8}: true, {4, 4, "u", 7}: true, {0, 1, "other", 1}: true,
 	} {
 		if b.replaces(old) != want || !b.replaces(nil) {
 			t.Errorf("%v replaces %v: %t, want %t", b, *old, !want, want)
@@ -214,6 +221,52 @@ func TestActiveCountWithoutEndpoints(t *testing.T) {
 			}
 			wantEqual(t, "proposal", countText(r.wantedCount()), want)
 		})
+	}
+}
+
+// A router that cannot read the EndpointSlices changes the first ordinal when the status says that
+// the old pods are gone and the new ones ready: until then it counts the old ones.
+func TestStartWithoutEndpoints(t *testing.T) {
+	for status, want := range map[string]string{
+		`"observedGeneration":4,"replicas":4,"readyReplicas":4`: "4 of u/4",
+		`"observedGeneration":5,"replicas":8,"readyReplicas":8`: "4 of u/4",
+		`"observedGeneration":5,"replicas":4,"readyReplicas":3`: "4 of u/4",
+		`"observedGeneration":5,"replicas":4,"readyReplicas":4`: "4+4 of u/5",
+	} {
+		r := newCountingRouter(true)
+		r.endpoints.watcher.finishCycle(errBadResponse)
+		s := &statefulSet{}
+		must(t, json.Unmarshal(fmt.Appendf(nil,
+			`{"metadata":{"uid":"u","generation":5},"spec":{"replicas":4,"ordinals":{"start":4}},"status":{%s}}`, status), s))
+		r.apply(map[string]*statefulSet{"backend": s})
+		r.setStoredCount(&backendCount{0, 4, "u", 4})
+		wantEqual(t, status, countText(r.wantedCount()), want)
+	}
+}
+
+// After etcd was restored, the stored count is ahead. Then another first ordinal is a change too.
+func TestStartOfRestoredStatefulSet(t *testing.T) {
+	r := newCountingRouter(true)
+	r.see(t, 3, `"replicas":4`)
+	r.seeReady(t, "0123")
+	r.setStoredCount(&backendCount{4, 4, "u", 7})
+	wantEqual(t, "before the LIST", countText(r.wantedCount()), "none")
+	r.mu.Lock()
+	r.confirmation = r.wantedConfirmation()
+	r.mu.Unlock()
+	wantEqual(t, "after it", countText(r.wantedCount()), "4 of u/8")
+}
+
+// A count that an earlier version of the router has stored has no first ordinal.
+func TestCountOfEarlierVersion(t *testing.T) {
+	for text, want := range map[string]backendCount{
+		`{"count":3,"uid":"u","generation":5}`:           {anyFirst, 3, "u", 5},
+		`{"first":0,"count":3,"uid":"u","generation":5}`: {0, 3, "u", 5},
+		`{"first":2,"count":3,"uid":"u","generation":5}`: {2, 3, "u", 5},
+	} {
+		var got backendCount
+		must(t, json.Unmarshal([]byte(text), &got))
+		wantEqual(t, text, got, want)
 	}
 }
 
@@ -805,9 +858,9 @@ func TestEndpointsWatchFailsAsksDNS(t *testing.T) {
 // the router: there may be pods of the same name there.
 func TestEndpointsAskDNSInNamespace(t *testing.T) {
 	log := slog.New(slog.DiscardHandler)
-	e := newEndpointWatcher(kubeClient{}, "tenants.invalid", "backend", "headless", 9000, func(map[int]string) {}, log)
+	e := newEndpointWatcher(kubeClient{}, "tenants", "backend", "headless", 9000, func(map[int]string) {}, log)
 	defer e.dnsBackends.close()
-	const want = "look up backend-0.headless.tenants.invalid: "
+	const want = "look up backend-0.headless.tenants.svc: "
 	if _, err := e.resolve(t.Context(), 0); err == nil || !strings.HasPrefix(err.Error(), want) {
 		t.Errorf("the error is %v, want one with %q", err, want)
 	}

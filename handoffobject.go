@@ -378,7 +378,7 @@ func (p *planJSON) check() error {
 			fmt.Sprintf("an object with at most %d", maxMembers))
 	}
 	if b := p.Backends; b != nil {
-		if b.First < 0 || b.Count < 1 || b.Count-1 > maxOrdinal-b.First || b.Generation < 0 {
+		if b.First < anyFirst || b.Count < 1 || b.Count-1 > maxOrdinal-max(0, b.First) || b.Generation < 0 {
 			return badValue("backends", fmt.Sprintf("%+v", *b),
 				fmt.Sprintf("at least 1 backend, of 0 to %d, of a generation", maxOrdinal))
 		}

@@ -1443,3 +1443,21 @@ func TestHandoffPodsMayNotBeRead(t *testing.T) {
 		t.Errorf("the error is still there when nothing waits: %s", status)
 	}
 }
+
+// TestLateSince: members are late since this router has seen so, and has its newest table.
+func TestLateSince(t *testing.T) {
+	h := &sharedHandoff{member: newMember("router-a", "u", "1")}
+	at := func(seconds int) time.Time { return time.Unix(int64(seconds), 0) }
+	h.member.newestAt = at(1)
+	for _, step := range []struct {
+		late      bool
+		now, want time.Time
+	}{
+		{false, at(5), time.Time{}}, {true, at(10), at(10)}, {true, at(20), at(10)},
+		{false, at(30), time.Time{}}, {true, at(40), at(40)},
+	} {
+		wantEqual(t, step.now.String(), h.noteLate(step.late, step.now), step.want)
+	}
+	h.member.newestAt = at(50)
+	wantEqual(t, "with a newer table", h.noteLate(true, at(60)), at(50))
+}

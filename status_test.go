@@ -247,6 +247,8 @@ func TestReplicasOfAll(t *testing.T) {
 		}
 		wantEqual(t, fmt.Sprint("what is not over with ", c.replicas), sumStatus(all, nil).unfinished(), c.want)
 	}
+	one, other := &statefulSetState{Replicas: 4}, &statefulSetState{Replicas: 4, FirstOrdinal: 1}
+	wantEqual(t, "whether two first ordinals differ", one.merged(other).ReplicasDiffer, true)
 	s := &status{Agree: true, Backends: []backendStatus{{Name: "backend-0", InTable: true}},
 		StatefulSet: &statefulSetState{Name: "backend", Replicas: 1, FirstOrdinal: 4}}
 	wantEqual(t, "what is not over when the first ordinal has changed", s.unfinished(),
