@@ -106,15 +106,15 @@ func (q *logQueue) writeMetrics(m metricsWriter) {
 		"Log lines that were dropped because nobody read the log in time.", float64(q.dropped.Load()))
 }
 
-// httpLog returns a log for net/http, which logs errors of its own: no descriptors left,
-// panics of handlers, answers that nobody asked for. Clients and backends can cause some of
-// these lines, so it writes at most one a second.
+// httpLog returns a log for http.Server, which logs errors of its own: no descriptors left,
+// panics of handlers. Clients can cause some of these lines, so it writes at most one a second.
 func httpLog(log *slog.Logger) *stdlog.Logger {
-	return stdlog.New(&httpLogWriter{log: log}, "", 0)
+	return stdlog.New(&httpLogWriter{log: log, interval: time.Second}, "", 0)
 }
 
 // takeStandardLog has the standard logger write to log. An http.Transport uses it, and none
-// can be given to that.
+// can be given to that: for answers that nobody asked for, at most one for each connection, and
+// with GODEBUG=http2debug=1 for all that somebody who looks for a fault wants to see.
 func takeStandardLog(log *slog.Logger) {
 	stdlog.SetFlags(0)
 	stdlog.SetOutput(&httpLogWriter{log: log})
@@ -122,12 +122,13 @@ func takeStandardLog(log *slog.Logger) {
 
 // httpLogWriter writes the lines of net/http to log.
 type httpLogWriter struct {
-	log   *slog.Logger
-	limit throttle
+	log      *slog.Logger
+	interval time.Duration // between two lines; 0: no limit
+	limit    throttle
 }
 
 func (l *httpLogWriter) Write(line []byte) (int, error) {
-	if omitted, ok := l.limit.allow(time.Second); ok {
+	if omitted, ok := l.limit.allow(l.interval); ok {
 		l.log.Warn("HTTP error", "error", string(bytes.TrimSpace(line)), "omitted", omitted)
 	}
 	return len(line), nil
