@@ -31,6 +31,10 @@ const (
 // so on, count in all. Cordoned ones are among them: these own what overrides give them.
 type ordinalRange struct{ first, count int }
 
+// maxReplicas is how many backends a table may have. Each takes some bytes of every table, so that a
+// number of replicas with some digits too many must not take the router's memory.
+const maxReplicas = 10_000
+
 func (o ordinalRange) has(ordinal int) bool { return ordinal >= o.first && ordinal < o.first+o.count }
 
 // String returns "4" for 0 to 3, and "2+4" for 2 to 5.

@@ -429,8 +429,8 @@ func (c *config) validateNames() error {
 // validateBackends checks the flags about backends, overrides and proxies.
 func (c *config) validateBackends() error {
 	switch {
-	case c.replicas < 0:
-		return fmt.Errorf("-replicas must be at least 1 (got %d)", c.replicas)
+	case c.replicas < 0 || c.replicas > maxReplicas:
+		return fmt.Errorf("-replicas must be 1 to %d (got %d)", maxReplicas, c.replicas)
 	case c.backends == "" && c.replicas == 0 && c.kube == "none":
 		return errors.New("-replicas or -backends is required without an API server")
 	case c.backends != "" && c.replicas != 0:

@@ -36,7 +36,8 @@ var badUsage = map[string]struct {
 }{
 	"no backends":          {args: "-kube none -overrides d", want: "-replicas or -backends is required without an API server"},
 	"no backends, a copy":  {args: "-overrides d", want: "-replicas or -backends is required without an API server"},
-	"negative replicas":    {args: "-replicas -1", want: "-replicas must be at least 1 (got -1)"},
+	"negative replicas":    {args: "-replicas -1", want: "-replicas must be 1 to 10000 (got -1)"},
+	"many replicas":        {args: "-replicas 10001", want: "-replicas must be 1 to 10000 (got 10001)"},
 	"replicas no number":   {args: "-replicas four", want: `invalid value "four" for flag -replicas: parse error`},
 	"replicas too big":     {args: "-replicas 9999999999999999999", want: `invalid value "9999999999999999999" for flag -replicas: value out of range`},
 	"both":                 {args: "-replicas 1 -backends h:1", want: "-replicas and -backends exclude each other: the list has the number of backends"},

@@ -32,13 +32,15 @@ type statefulSet struct {
 	Cordon string `json:"-"` // the annotation cordonAnnotation
 }
 
-// UnmarshalJSON sets the default of spec.replicas, and Cordon.
+// UnmarshalJSON sets the default of spec.replicas, and Cordon. More than maxReplicas count as
+// maxReplicas.
 func (s *statefulSet) UnmarshalJSON(b []byte) error {
 	type plain statefulSet
 	s.Spec.Replicas = 1
 	if err := json.Unmarshal(b, (*plain)(s)); err != nil {
 		return err
 	}
+	s.Spec.Replicas = min(s.Spec.Replicas, maxReplicas)
 	var object struct {
 		Metadata struct {
 			Annotations map[string]string `json:"annotations"`

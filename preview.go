@@ -13,9 +13,6 @@ import (
 	"strings"
 )
 
-// maxReplicas is how many backends the tables of previews and of "router owner" may have.
-const maxReplicas = 10_000
-
 // maxPreviewBody bounds the body of POST /plan, in bytes. A ConfigMap has at most 1 MiB of
 // data (https://kubernetes.io/docs/concepts/configuration/configmap/), which is 6.3 MB of
 // JSON if each byte is escaped.
