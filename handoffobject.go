@@ -239,7 +239,7 @@ const maxOrdinal = 1<<31 - 1
 //	            {"ownersHash":"77ab…", "firstBackend":0, "backends":4,
 //	             "before":{"upto":"5f3a…"},
 //	             "after":{"upto":"61b2…", "behind":[{"upto":"5f3a…", "owners":[2]}]}}],
-//	 "backends":{"count":4, "uid":"…", "generation":7}}
+//	 "backends":{"first":0, "count":4, "uid":"…", "generation":7}}
 //
 // An ownersHash and a place have 16 hexadecimal digits. The first record has no marks.
 // allHeld and backends may be absent.
