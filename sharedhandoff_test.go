@@ -1423,8 +1423,9 @@ func TestHandoffPodsMayNotBeRead(t *testing.T) {
 		routers = append(routers, startRouter(t, "-kube", w.url, "-kube-namespace", "edge", "-backend-port", w.port,
 			"-configmap", "one,two", "-handoff", "all", "-pod-name", name, "-pod-uid", name))
 	}
-	for _, r := range routers {
+	for _, r := range routers { // both have answered the last step
 		r.until(t, "/readyz", "^ready\n$")
+		r.until(t, "/status", `"in_progress":false`)
 	}
 	w.forbid("GET", "pods")
 	w.forbid("PATCH", "configmaps")
