@@ -63,7 +63,7 @@ type clientConn struct {
 	badHeads    *atomic.Int64
 	tlsServer   *tlsServer  // nil: the client comes without TLS
 	tls         *tlsConn    // nil if tlsServer is
-	receiving   atomic.Bool // a byte came
+	hasReceived atomic.Bool // a byte came
 	headSettled atomic.Bool // a request has reached the handler, or badHeads has counted the connection
 	closed      atomic.Bool
 	readEOF     atomic.Bool // the client has ended its side of the connection, and may still listen
@@ -82,9 +82,9 @@ type clientConn struct {
 	handedToHTTP atomic.Pointer[sync.WaitGroup] // counts this connection: see count; nil: it is not counted
 }
 
-// count adds the connection to handedToHTTP, if the head of its first request was read
+// countHandover adds the connection to handedToHTTP, if the head of its first request was read
 // already. It stays there until the handler has that request, or the connection is closed.
-func (c *clientConn) count(handedToHTTP *sync.WaitGroup) {
+func (c *clientConn) countHandover(handedToHTTP *sync.WaitGroup) {
 	_, prefix := unwrap(c.Conn)
 	if c.proxyProtocol == nil && bytes.Contains(prefix, []byte("\r\n\r\n")) {
 		handedToHTTP.Add(1)
@@ -92,8 +92,8 @@ func (c *clientConn) count(handedToHTTP *sync.WaitGroup) {
 	}
 }
 
-// uncount ends what count began.
-func (c *clientConn) uncount() {
+// endHandover ends what count began.
+func (c *clientConn) endHandover() {
 	if handedToHTTP := c.handedToHTTP.Swap(nil); handedToHTTP != nil {
 		handedToHTTP.Done()
 	}
@@ -121,11 +121,11 @@ func (c *clientConn) Read(b []byte) (int, error) {
 			_, tcp := c.socket.(*net.TCPConn)
 			c.readEOF.Store(tcp) // the proxy at the other end of a Unix socket closes it when its client has left
 		}
-		if n == 0 || c.receiving.Load() {
+		if n == 0 || c.hasReceived.Load() {
 			return n, err
 		}
 		if rest := trimEmptyLines(b[:n]); len(rest) > 0 {
-			c.receiving.Store(true)
+			c.hasReceived.Store(true)
 			return copy(b, rest), err
 		}
 		if err != nil {
@@ -157,7 +157,7 @@ func (c *clientConn) readProxyHeader() error {
 		if lazy != nil {
 			lazy.fail(err)
 		} else {
-			c.receiving.Store(len(rest) > 0)
+			c.hasReceived.Store(len(rest) > 0)
 		}
 		if errors.Is(err, errNoProxyHeader) {
 			c.proxyProtocol.logInvalid(c.RemoteAddr().String())
@@ -188,10 +188,10 @@ func trimEmptyLines(data []byte) []byte { return bytes.TrimLeft(data, "\r\n") }
 // Close does not wait for a client with TLS to take close_notify: net/http's Shutdown closes
 // one client after the other. tlsServer.closing waits for it, for at most closeNotifyTime.
 func (c *clientConn) Close() error {
-	if c.receiving.Load() && !c.headSettled.Swap(true) {
+	if c.hasReceived.Load() && !c.headSettled.Swap(true) {
 		c.badHeads.Add(1)
 	}
-	c.uncount()
+	c.endHandover()
 	if upgrade := c.takePendingRequest(); upgrade != nil {
 		upgrade.close()
 	}
@@ -230,7 +230,7 @@ func clientOf(ctx context.Context) *clientConn { return ctx.Value(clientConnKey{
 func markRequestRead(r *http.Request) {
 	c := clientOf(r.Context())
 	c.headSettled.Store(true)
-	c.uncount()
+	c.endHandover()
 	r.TLS = c.tls.state()
 	if c.remoteAddr != nil {
 		r.RemoteAddr = c.remoteAddr.String()

@@ -174,7 +174,7 @@ func TestRouterCordons(t *testing.T) {
 }
 
 // From state to state of the annotation: a router that is alone, and one that shares the
-// stored count. A list that is not valid changes nothing.
+// stored range. A list that is not valid changes nothing.
 func TestCordonFollowed(t *testing.T) {
 	annotate := func(list string) func(*fakeKube) { return func(f *fakeKube) { f.annotate(list) } }
 	scale := func(replicas int) func(*fakeKube) {
@@ -214,7 +214,7 @@ func TestCordonFollowed(t *testing.T) {
 		{"all, by scaling in", scale(4), "0,1,2,3,4", "", 4, all},
 		{"invalid after all", annotate("-"), "0,1,2,3,4", "", 4, invalid + ` like 2,5 (got "-"); no backend is cordoned`},
 	}
-	for name, shared := range map[string]*sharedCount{"alone": nil, "shared": {}} {
+	for name, shared := range map[string]*sharedRange{"alone": nil, "shared": {}} {
 		inBubble(t, name, func(t *testing.T) {
 			f, n := kubeOfFour(), newPipeNetwork()
 			f.serve(t, n)
@@ -251,7 +251,7 @@ func TestCordonInvalidAtStart(t *testing.T) {
 		f.annotate("2,x")
 		f.serve(t, n)
 		alone := followReplicas(t, n, nil, nil)
-		shares := followReplicas(t, n, &sharedCount{}, nil)
+		shares := followReplicas(t, n, &sharedRange{}, nil)
 		time.Sleep(time.Minute)
 		wantEqual(t, "backends", alone.last.Load().(ordinalRange), ordinalRange{})
 		wantEqual(t, "why not ready", alone.whyNotReady(),

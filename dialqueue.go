@@ -173,17 +173,17 @@ func (d *dialQueues) reasonLocked(w *waiter, ordinal int, err error) error {
 	return cmp.Or(d.checkReady(ordinal), d.queue(ordinal).lastErr, w.failure, err)
 }
 
-// isOpen reports whether a request may be sent to the backend now, on a connection that
+// mayPass reports whether a request may be sent to the backend now, on a connection that
 // there is already: the backend is ready, no request waits for it, and its last dial did
 // not fail.
-func (d *dialQueues) isOpen(ordinal int) bool {
+func (d *dialQueues) mayPass(ordinal int) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.isOpenLocked(d.queue(ordinal), ordinal)
+	return d.mayPassLocked(d.queue(ordinal), ordinal)
 }
 
-// isOpenLocked is isOpen. The caller holds mu.
-func (d *dialQueues) isOpenLocked(q *dialQueue, ordinal int) bool {
+// mayPassLocked is isOpen. The caller holds mu.
+func (d *dialQueues) mayPassLocked(q *dialQueue, ordinal int) bool {
 	return len(q.waiters) == 0 && q.failures == 0 && d.checkReady(ordinal) == nil
 }
 
@@ -202,7 +202,7 @@ func (d *dialQueues) tryDial(ordinal int) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	q := d.queue(ordinal)
-	if q.dialing >= maxDialsPerBackend || !d.isOpenLocked(q, ordinal) {
+	if q.dialing >= maxDialsPerBackend || !d.mayPassLocked(q, ordinal) {
 		return false
 	}
 	q.dialing++

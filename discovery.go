@@ -58,10 +58,10 @@ func (s *statefulSet) specID() string {
 	return fmt.Sprintf("%s/%d", s.Metadata.UID, s.Metadata.Generation)
 }
 
-// limit returns the backends without those that are scaled in. A StatefulSet that is scaled to
+// withoutScaledIn returns the backends without those that are scaled in. A StatefulSet that is scaled to
 // zero limits nothing: its pods come back. Nor does one whose spec.ordinals.start has changed: see
 // afterStart.
-func (s *statefulSet) limit(b ordinalRange) ordinalRange {
+func (s *statefulSet) withoutScaledIn(b ordinalRange) ordinalRange {
 	if s.Spec.Replicas > 0 && b.first == s.Spec.Ordinals.Start {
 		b.count = min(b.count, s.Spec.Replicas)
 	}
@@ -85,28 +85,28 @@ func (s *statefulSet) afterStart(b ordinalRange) ordinalRange {
 	return next
 }
 
-// backendCount is how many backends own namespaces, from which one on, as it is stored for other
-// routers. The number of ready pods does not say that. With 5 of 6 pods ready, a set may grow from
+// versionedRange says which backends own namespaces, and for which version of the StatefulSet's spec.
+// It is stored for other routers. The number of ready pods does not say that. With 5 of 6 pods ready, a set may grow from
 // 4 and wait for backend-5, or have 6 backends of which one restarts. It is immutable.
-type backendCount struct {
+type versionedRange struct {
 	First      int    `json:"first"` // ordinal; anyFirst if an earlier version of the router has stored it
 	Count      int    `json:"count"`
 	UID        string `json:"uid"`        // metadata.uid of the StatefulSet
 	Generation int64  `json:"generation"` // its metadata.generation
 }
 
-// anyFirst is the First of a backendCount without one: spec.ordinals.start.
+// anyFirst is the First of a versionedRange without one: spec.ordinals.start.
 const anyFirst = -1
 
 // UnmarshalJSON sets First to anyFirst if there is none.
-func (b *backendCount) UnmarshalJSON(text []byte) error {
-	type plain backendCount
+func (b *versionedRange) UnmarshalJSON(text []byte) error {
+	type plain versionedRange
 	b.First = anyFirst
 	return json.Unmarshal(text, (*plain)(b))
 }
 
 // backends returns the backends of s that own namespaces.
-func (b *backendCount) backends(s *statefulSet) ordinalRange {
+func (b *versionedRange) backends(s *statefulSet) ordinalRange {
 	if b.First == anyFirst {
 		return ordinalRange{s.Spec.Ordinals.Start, b.Count}
 	}
@@ -117,7 +117,7 @@ func (b *backendCount) backends(s *statefulSet) ordinalRange {
 // StatefulSet's spec the first ordinal is that of the spec, and the count only grows, so a router
 // that has seen an older version only replaces nothing. If b has another UID, the caller knows from
 // a LIST that b is newer.
-func (b *backendCount) replaces(old *backendCount) bool {
+func (b *versionedRange) replaces(old *versionedRange) bool {
 	switch {
 	case old == nil || b.UID != old.UID:
 		return true
@@ -127,8 +127,8 @@ func (b *backendCount) replaces(old *backendCount) bool {
 	return b.First != old.First || b.Count > old.Count
 }
 
-// isOf reports whether b is a number of backends of the StatefulSet. A nil b is of none.
-func (b *backendCount) isOf(s *statefulSet) bool {
+// isOf reports whether b has backends of the StatefulSet. A nil b is of none.
+func (b *versionedRange) isOf(s *statefulSet) bool {
 	return b != nil && b.UID == s.Metadata.UID
 }
 
@@ -144,25 +144,25 @@ func (b *backendCount) isOf(s *statefulSet) bool {
 // Routers that share a hand-off store the number in the same object. The number in
 // force depends only on the stored one and on the StatefulSet as it is now. So all
 // routers that have seen the same versions agree, also one that has just started and one
-// whose watch missed a version (invariant 2). If no count is stored yet, what this router
+// whose watch missed a version (invariant 2). If no range is stored yet, what this router
 // finds ready counts at once. Else it is only what the router wants to be stored. A
-// stored count that is lost stays in force, and the router wants it again.
+// stored range that is lost stays in force, and the router wants it again.
 //
-// A router that is alone keeps the count in its memory. It begins with all of
+// A router that is alone keeps the range in its memory. It begins with all of
 // spec.replicas, so that routers that start together agree.
 //
 // An annotation of the StatefulSet lists the backends that are cordoned. Text that is no
 // such list changes nothing: the last list stays. A router that starts then does not know
-// that list, which other routers may have (invariant 3). If all share the stored count, and
+// that list, which other routers may have (invariant 3). If all share the stored range, and
 // so a hand-off, it begins without a cordon: it serves once no other router has the list.
 // Else it knows no backends.
 type replicaWatcher struct {
 	// Static after construction.
 	watcher           *watcher[statefulSet]
 	endpoints         *endpointWatcher
-	shared            bool             // routers share the stored count
+	shared            bool             // routers share the stored range
 	onBackendsChanged func(backendSet) // see newReplicaWatcher
-	onWantedCount     func()           // see newReplicaWatcher
+	onWantedRange     func()           // see newReplicaWatcher
 	confirmWakeup     wakeup           // of confirmStored
 	log               *slog.Logger
 	// onCordonRejected is called with each new reason why the annotation is not in force. It
@@ -170,19 +170,19 @@ type replicaWatcher struct {
 	onCordonRejected func(o apiObject, why string)
 
 	// Owned by run.
-	lastWantedCount *backendCount // what wantedCount returned last
-	cordonRejected  string        // what whyCordonRejected returned last; "" for nothing
+	lastWantedRange *versionedRange // what wantedRange returned last
+	cordonRejected  string          // what whyCordonRejected returned last; "" for nothing
 
 	// Guarded by mu.
 	mu                sync.Mutex
-	latest            *statefulSet  // nil before the first LIST; if deleted, the last version
-	absent            bool          // it does not exist
-	storedCountIsRead bool          // setStoredCount was called
-	storedCount       *backendCount // the last one that setStoredCount got, if it was not nil
-	// inForce is the count in force: the last one of the StatefulSet latest, from
-	// setStoredCount if routers share it, else this router's own. If there was none, it is nil
-	// or a count of another StatefulSet; that one does not count.
-	inForce      *backendCount
+	latest            *statefulSet    // nil before the first LIST; if deleted, the last version
+	absent            bool            // it does not exist
+	storedRangeIsRead bool            // setStoredRange was called
+	storedRange       *versionedRange // the last one that setStoredRange got, if it was not nil
+	// inForce is the range in force: the last one of the StatefulSet latest, from
+	// setStoredRange if routers share it, else this router's own. If there was none, it is nil
+	// or that of another StatefulSet, which is not used.
+	inForce      *versionedRange
 	confirmation storedConfirmation
 	// listedCordon is the last valid list of the annotation. If cordonIsRead is false, there
 	// was none yet. cordonError says what is wrong with the annotation now; nil if nothing is.
@@ -203,10 +203,10 @@ func (s *backendSet) isSame(other *backendSet) bool {
 	return s.ordinalRange == other.ordinalRange && slices.Equal(s.listedCordon, other.listedCordon)
 }
 
-// storedConfirmation says that a LIST that began when count was known returned the StatefulSet
+// storedConfirmation says that a LIST that began when stored was known returned the StatefulSet
 // with this uid and generation.
 type storedConfirmation struct {
-	count      backendCount
+	stored     versionedRange
 	uid        string
 	generation int64
 }
@@ -215,15 +215,15 @@ type storedConfirmation struct {
 // runs its watcher, run and confirmStored. run calls onBackendsChanged with the backends that own
 // namespaces, at least one, each time that they or their cordon may have changed.
 //
-// If onWantedCount is nil, the router is alone. Else all routers share a stored count, which
-// setStoredCount gives to this router: before that, no backends are known. run calls
-// onWantedCount each time that wantedCount returns something else. One call of
-// onBackendsChanged or onWantedCount ends before the next one. No lock is held then.
+// If onWantedRange is nil, the router is alone. Else all routers share a stored range, which
+// setStoredRange gives to this router: before that, no backends are known. run calls
+// onWantedRange each time that wantedRange returns something else. One call of
+// onBackendsChanged or onWantedRange ends before the next one. No lock is held then.
 func newReplicaWatcher(client kubeClient, kubeNamespace string, endpoints *endpointWatcher,
-	onBackendsChanged func(backendSet), onWantedCount func(), log *slog.Logger) *replicaWatcher {
+	onBackendsChanged func(backendSet), onWantedRange func(), log *slog.Logger) *replicaWatcher {
 	r := &replicaWatcher{
-		endpoints: endpoints, shared: onWantedCount != nil,
-		onBackendsChanged: onBackendsChanged, onWantedCount: onWantedCount, confirmWakeup: newWakeup(), log: log,
+		endpoints: endpoints, shared: onWantedRange != nil,
+		onBackendsChanged: onBackendsChanged, onWantedRange: onWantedRange, confirmWakeup: newWakeup(), log: log,
 		onCordonRejected: func(apiObject, string) {},
 	}
 	r.watcher = &watcher[statefulSet]{
@@ -291,14 +291,14 @@ func (r *replicaWatcher) whyCordonRejected() string {
 	return ""
 }
 
-// setStoredCount says which count the object of the hand-off has, that all routers share;
+// setStoredRange says which range the object of the hand-off has, that all routers share;
 // nil if it has none. It does not block, and any goroutine may call it.
-func (r *replicaWatcher) setStoredCount(b *backendCount) {
+func (r *replicaWatcher) setStoredRange(b *versionedRange) {
 	r.mu.Lock()
-	same := r.storedCountIsRead && (b == nil || r.storedCount != nil && *b == *r.storedCount)
-	r.storedCountIsRead = true
+	same := r.storedRangeIsRead && (b == nil || r.storedRange != nil && *b == *r.storedRange)
+	r.storedRangeIsRead = true
 	if b != nil && !same {
-		r.storedCount = b
+		r.storedRange = b
 		r.updateInForce()
 	}
 	r.mu.Unlock()
@@ -317,25 +317,25 @@ func (r *replicaWatcher) wake() {
 func (r *replicaWatcher) updateInForce() {
 	switch {
 	case r.latest == nil:
-	case r.shared && r.storedCount.isOf(r.latest):
-		r.inForce = r.storedCount
+	case r.shared && r.storedRange.isOf(r.latest):
+		r.inForce = r.storedRange
 	case !r.shared:
-		if next := r.nextCount(); next != nil {
+		if next := r.nextRange(); next != nil {
 			r.inForce = next
 		}
 	}
 }
 
 // backendRange returns the backends that own namespaces. The count is 0 if it is not known,
-// or if a StatefulSet without a stored count has no replicas. The caller holds r.mu.
+// or if a StatefulSet without a stored range has no replicas. The caller holds r.mu.
 func (r *replicaWatcher) backendRange() (b ordinalRange) {
 	s := r.latest
-	if s == nil || r.shared && !r.storedCountIsRead {
+	if s == nil || r.shared && !r.storedRangeIsRead {
 		return ordinalRange{}
 	}
 	switch {
 	case r.inForce.isOf(s):
-		return s.limit(r.inForce.backends(s))
+		return s.withoutScaledIn(r.inForce.backends(s))
 	case !r.shared:
 		b.count = s.Spec.Replicas
 	case r.endpoints.hasAnswer():
@@ -346,9 +346,9 @@ func (r *replicaWatcher) backendRange() (b ordinalRange) {
 	return b
 }
 
-// nextCount returns the backends that can own namespaces now: what afterStart and grow make of
+// nextRange returns the backends that can own namespaces now: what afterStart and grow make of
 // those that do. It is nil if these are not known. The caller holds r.mu.
-func (r *replicaWatcher) nextCount() *backendCount {
+func (r *replicaWatcher) nextRange() *versionedRange {
 	s, b := r.latest, r.backendRange()
 	if b.count == 0 {
 		return nil
@@ -361,7 +361,7 @@ func (r *replicaWatcher) nextCount() *backendCount {
 		b = next
 	}
 	b = s.grow(b, r.readyToOwn)
-	return &backendCount{b.first, b.count, s.Metadata.UID, s.Metadata.Generation}
+	return &versionedRange{b.first, b.count, s.Metadata.UID, s.Metadata.Generation}
 }
 
 // mayChangeStart reports whether the backends of next may own namespaces in place of those of old,
@@ -389,47 +389,47 @@ func (r *replicaWatcher) mayChangeStart(old, next ordinalRange) bool {
 	return next.count > 0 && (allReady || drops && !oldReady)
 }
 
-// wantedCount returns the count that should be stored, which may be the one that is. It is
+// wantedRange returns the range that should be stored, which may be the one that is. It is
 // nil if this router does not know. Any goroutine may call it.
 //
-// The stored count may be newer than what this router sees, or belong to something that
+// The stored range may be newer than what this router sees, or belong to something that
 // is lost: to a StatefulSet that was deleted, or to a spec from before etcd was restored.
 // Only a LIST can tell (confirmStored), and before it the router wants nothing. While the stored
-// count has a newer generation than the spec that this router sees, only a count with a still
+// range has a newer generation than the spec that this router sees, only one with a still
 // newer generation replaces it.
-func (r *replicaWatcher) wantedCount() *backendCount {
+func (r *replicaWatcher) wantedRange() *versionedRange {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	next := r.nextCount()
+	next := r.nextRange()
 	if next == nil || !r.isStoredAhead() {
 		return next
 	}
 	switch {
 	case r.confirmation != r.wantedConfirmation():
 		return nil
-	case r.storedCount.UID != next.UID:
+	case r.storedRange.UID != next.UID:
 		return next
-	case r.storedCount.backends(r.latest) != next.backends(r.latest):
-		return &backendCount{next.First, next.Count, next.UID, r.storedCount.Generation + 1}
+	case r.storedRange.backends(r.latest) != next.backends(r.latest):
+		return &versionedRange{next.First, next.Count, next.UID, r.storedRange.Generation + 1}
 	}
-	return r.storedCount
+	return r.storedRange
 }
 
-// isStoredAhead reports whether the stored count is of another StatefulSet than the
+// isStoredAhead reports whether the stored range is of another StatefulSet than the
 // latest, or of a later spec. The caller holds r.mu.
 func (r *replicaWatcher) isStoredAhead() bool {
-	return r.latest != nil && r.storedCount != nil &&
-		(!r.storedCount.isOf(r.latest) || r.storedCount.Generation > r.latest.Metadata.Generation)
+	return r.latest != nil && r.storedRange != nil &&
+		(!r.storedRange.isOf(r.latest) || r.storedRange.Generation > r.latest.Metadata.Generation)
 }
 
 // wantedConfirmation returns the confirmation that the latest StatefulSet is not older than the
-// stored count. The caller holds r.mu.
+// stored range. The caller holds r.mu.
 func (r *replicaWatcher) wantedConfirmation() storedConfirmation {
 	m := r.latest.Metadata
-	return storedConfirmation{*r.storedCount, m.UID, m.Generation}
+	return storedConfirmation{*r.storedRange, m.UID, m.Generation}
 }
 
-// run calls onBackendsChanged and onWantedCount until ctx ends: see newReplicaWatcher.
+// run calls onBackendsChanged and onWantedRange until ctx ends: see newReplicaWatcher.
 func (r *replicaWatcher) run(ctx context.Context) {
 	for {
 		if next, known := r.nextBackendSet(); known {
@@ -437,7 +437,7 @@ func (r *replicaWatcher) run(ctx context.Context) {
 		}
 		r.announceCordonRejected()
 		if r.shared {
-			r.announceWantedCount()
+			r.announceWantedRange()
 		}
 		select {
 		case <-ctx.Done():
@@ -473,20 +473,20 @@ func (r *replicaWatcher) announceCordonRejected() {
 	}
 }
 
-// announceWantedCount calls onWantedCount if the router wants another number.
-func (r *replicaWatcher) announceWantedCount() {
-	p := r.wantedCount()
-	same := p == r.lastWantedCount || p != nil && r.lastWantedCount != nil && *p == *r.lastWantedCount
-	if r.lastWantedCount = p; !same {
-		r.onWantedCount()
+// announceWantedRange calls onWantedRange if the router wants another number.
+func (r *replicaWatcher) announceWantedRange() {
+	p := r.wantedRange()
+	same := p == r.lastWantedRange || p != nil && r.lastWantedRange != nil && *p == *r.lastWantedRange
+	if r.lastWantedRange = p; !same {
+		r.onWantedRange()
 	}
 }
 
-// confirmDelay is how long a stored count may be ahead of the StatefulSet before
+// confirmDelay is how long a stored range may be ahead of the StatefulSet before
 // confirmStored lists it. Mostly the watch is only a moment behind.
 const confirmDelay = 5 * time.Second
 
-// confirmStored runs until ctx ends. For each stored count that is ahead of the StatefulSet,
+// confirmStored runs until ctx ends. For each stored range that is ahead of the StatefulSet,
 // it makes sure by a LIST that the StatefulSet itself is behind, and not only this router's
 // copy of it.
 func (r *replicaWatcher) confirmStored(ctx context.Context) {
@@ -505,9 +505,9 @@ func (r *replicaWatcher) confirmStored(ctx context.Context) {
 	}
 }
 
-// missingConfirmation returns the confirmation that wantedCount needs and that is missing;
+// missingConfirmation returns the confirmation that wantedRange needs and that is missing;
 // zero if none is missing. A StatefulSet that does not exist cannot be newer than the stored
-// count.
+// range.
 func (r *replicaWatcher) missingConfirmation() storedConfirmation {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -518,7 +518,7 @@ func (r *replicaWatcher) missingConfirmation() storedConfirmation {
 }
 
 // confirm lists the StatefulSet, if a confirmation is missing. The LIST confirms if it brings
-// the same StatefulSet and the stored count is still the same.
+// the same StatefulSet and the stored range is still the same.
 func (r *replicaWatcher) confirm(ctx context.Context) {
 	wanted := r.missingConfirmation()
 	if wanted == (storedConfirmation{}) {
@@ -596,7 +596,7 @@ func (r *replicaWatcher) whyNotReady() string {
 			r.watcher.String(), cordonAnnotation, r.cordonError)
 	case r.backendRange().count > 0:
 		return ""
-	case r.latest != nil && r.shared && !r.storedCountIsRead:
+	case r.latest != nil && r.shared && !r.storedRangeIsRead:
 		return "the object of the hand-off has not been read yet"
 	case r.latest != nil && r.latest.Spec.Replicas == 0:
 		return r.watcher.String() + " has no replicas"
@@ -748,7 +748,7 @@ func newEndpointWatcher(client kubeClient, kubeNamespace, statefulSet, service s
 	e := &endpointWatcher{
 		client: client, statefulSet: statefulSet, port: strconv.Itoa(port),
 		// The pods may be in another Kubernetes namespace than this router. ".svc" keeps the name
-		// from being one of the internet (namespaces may be called "dev" or "app").
+		// from being one of the internet (Kubernetes namespaces may be called "dev" or "app").
 		dnsBackends: newDNSBackends(0, statefulSet, service+"."+kubeNamespace+".svc", port),
 		onPods:      onPods, changed: newWakeup(), log: log,
 	}
@@ -843,15 +843,15 @@ func (e *endpointWatcher) notReadyError(ordinal int) error {
 // resolve returns the host:port of the backend, or an error if the backend is not ready.
 func (e *endpointWatcher) resolve(ctx context.Context, ordinal int) (string, error) {
 	e.mu.Lock()
-	known, address, addr, dialFailed := e.addresses != nil, e.addresses[ordinal], "", true
+	known, address, addr, isDoubtful := e.addresses != nil, e.addresses[ordinal], "", true
 	if address.isUsable() {
-		addr, dialFailed = address.addrs[0], address.dialFailed
+		addr, isDoubtful = address.addrs[0], address.dialFailed
 	}
 	e.mu.Unlock()
 	switch {
 	case !known:
 		return e.dnsBackends.resolve(ctx, ordinal)
-	case dialFailed && e.isOutdated():
+	case isDoubtful && e.isOutdated():
 		return e.resolveByDNS(ctx, ordinal, addr)
 	case addr == "":
 		return "", e.notReadyError(ordinal)

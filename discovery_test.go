@@ -58,22 +58,22 @@ func (r countingRouter) inForceNow() ordinalRange {
 	return r.backendRange()
 }
 
-// How many backends own namespaces, and what is proposed, by the StatefulSet, the stored count and
+// How many backends own namespaces, and what is proposed, by the StatefulSet, the stored range and
 // what is ready.
 func TestActiveCount(t *testing.T) {
 	const unread = "-"
-	stored := func(count int, uid string, generation int64) *backendCount {
-		return &backendCount{0, count, uid, generation}
+	stored := func(count int, uid string, generation int64) *versionedRange {
+		return &versionedRange{0, count, uid, generation}
 	}
-	from := func(first, count int, generation int64) *backendCount {
-		return &backendCount{first, count, "u", generation}
+	from := func(first, count int, generation int64) *versionedRange {
+		return &versionedRange{first, count, "u", generation}
 	}
 	tests := map[string]struct {
 		spec   string // of generation 5
-		stored *backendCount
+		stored *versionedRange
 		ready  string // ordinals
 		want   ordinalRange
-		next   *backendCount
+		next   *versionedRange
 	}{
 		"all are active":              {`"replicas":4`, stored(4, "u", 5), "", ordinalRange{0, 4}, stored(4, "u", 5)},
 		"scaled in":                   {`"replicas":3`, stored(6, "u", 4), "012345", ordinalRange{0, 3}, stored(3, "u", 5)},
@@ -130,34 +130,34 @@ func TestActiveCount(t *testing.T) {
 			if tt.ready != unread {
 				r.seeReady(t, tt.ready)
 			}
-			if got, next := r.inForceNow(), r.wantedCount(); got.count != 0 || next != nil {
+			if got, next := r.inForceNow(), r.wantedRange(); got.count != 0 || next != nil {
 				t.Errorf("before the object was read: %+v, proposal %+v", got, next)
 			}
-			for _, b := range []*backendCount{tt.stored, nil} { // one that is lost stays in force
-				r.setStoredCount(b)
-				got, next := r.inForceNow(), r.wantedCount()
+			for _, b := range []*versionedRange{tt.stored, nil} { // one that is lost stays in force
+				r.setStoredRange(b)
+				got, next := r.inForceNow(), r.wantedRange()
 				if got.count == 0 {
 					got = ordinalRange{}
 				}
 				wantEqual(t, "backends", got, tt.want)
-				wantEqual(t, "proposal", countText(next), countText(tt.next))
+				wantEqual(t, "proposal", rangeText(next), rangeText(tt.next))
 			}
 		})
 	}
 }
 
-// countText returns the stored count as text, "none" for nil.
-func countText(b *backendCount) string {
+// rangeText returns the stored range as text, "none" for nil.
+func rangeText(b *versionedRange) string {
 	if b == nil {
 		return "none"
 	}
 	return fmt.Sprintf("%s of %s/%d", ordinalRange{b.First, b.Count}, b.UID, b.Generation)
 }
 
-// A stored count is replaced only by a newer one.
+// A stored range is replaced only by a newer one.
 func TestActiveBackendsReplaces(t *testing.T) {
-	old := &backendCount{0, 4, "u", 7}
-	for b, want := range map[backendCount]bool{
+	old := &versionedRange{0, 4, "u", 7}
+	for b, want := range map[versionedRange]bool{
 		{0, 4, "u", 7}: false, {0, 3, "u", 7}: false, {0, 5, "u", 7}: true, {0, 9, "u", 6}: false,
 		{0, 2, "u", 8}: true, {2, 2, "u", 8}: true, {4, 4, "u", 7}: true, {0, 1, "other", 1}: true,
 	} {
@@ -167,7 +167,7 @@ func TestActiveBackendsReplaces(t *testing.T) {
 	}
 }
 
-// Routers with the same stored count and the same StatefulSet have the same number of backends,
+// Routers with the same stored range and the same StatefulSet have the same number of backends,
 // whatever each of them finds ready, and whatever each saw before.
 func TestActiveCountNeedsNoReadiness(t *testing.T) {
 	rng := rand.New(rand.NewPCG(randomSeed(t), 1))
@@ -176,8 +176,8 @@ func TestActiveCountNeedsNoReadiness(t *testing.T) {
 		anySpec := func() string {
 			return fmt.Sprintf(`"replicas":%d,"ordinals":{"start":%d}`, rng.IntN(9), rng.IntN(3))
 		}
-		anyCount := func() *backendCount {
-			return &backendCount{rng.IntN(3), 1 + rng.IntN(9), "u", rng.Int64N(9)}
+		anyCount := func() *versionedRange {
+			return &versionedRange{rng.IntN(3), 1 + rng.IntN(9), "u", rng.Int64N(9)}
 		}
 		spec, stored := anySpec(), anyCount()
 		for _, r := range []countingRouter{one, other} {
@@ -185,7 +185,7 @@ func TestActiveCountNeedsNoReadiness(t *testing.T) {
 				r.see(t, rng.Int64N(9), anySpec())
 			}
 			if rng.IntN(3) == 0 {
-				r.setStoredCount(anyCount())
+				r.setStoredRange(anyCount())
 			}
 			digits := ""
 			for i := range 9 {
@@ -195,7 +195,7 @@ func TestActiveCountNeedsNoReadiness(t *testing.T) {
 			}
 			r.seeReady(t, digits)
 			r.see(t, 5, spec)
-			r.setStoredCount(stored)
+			r.setStoredRange(stored)
 		}
 		if a, b := one.inForceNow(), other.inForceNow(); a != b || a.count < 1 {
 			t.Fatalf("{%s} and %+v: one has %+v, the other %+v", spec, *stored, a, b)
@@ -215,12 +215,12 @@ func TestActiveCountWithoutEndpoints(t *testing.T) {
 			r := newCountingRouter(true)
 			know(r)
 			r.see(t, 5, `"replicas":6`)
-			r.setStoredCount(&backendCount{0, 4, "u", 5})
+			r.setStoredRange(&versionedRange{0, 4, "u", 5})
 			want := "6 of u/5"
 			if name == "not tried" {
 				want = "4 of u/5"
 			}
-			wantEqual(t, "proposal", countText(r.wantedCount()), want)
+			wantEqual(t, "proposal", rangeText(r.wantedRange()), want)
 		})
 	}
 }
@@ -240,32 +240,32 @@ func TestStartWithoutEndpoints(t *testing.T) {
 		must(t, json.Unmarshal(fmt.Appendf(nil,
 			`{"metadata":{"uid":"u","generation":5},"spec":{"replicas":4,"ordinals":{"start":4}},"status":{%s}}`, status), s))
 		r.apply(map[string]*statefulSet{"backend": s})
-		r.setStoredCount(&backendCount{0, 4, "u", 4})
-		wantEqual(t, status, countText(r.wantedCount()), want)
+		r.setStoredRange(&versionedRange{0, 4, "u", 4})
+		wantEqual(t, status, rangeText(r.wantedRange()), want)
 	}
 }
 
-// After etcd was restored, the stored count is ahead. Then another first ordinal is a change too.
+// After etcd was restored, the stored range is ahead. Then another first ordinal is a change too.
 func TestStartOfRestoredStatefulSet(t *testing.T) {
 	r := newCountingRouter(true)
 	r.see(t, 3, `"replicas":4`)
 	r.seeReady(t, "0123")
-	r.setStoredCount(&backendCount{4, 4, "u", 7})
-	wantEqual(t, "before the LIST", countText(r.wantedCount()), "none")
+	r.setStoredRange(&versionedRange{4, 4, "u", 7})
+	wantEqual(t, "before the LIST", rangeText(r.wantedRange()), "none")
 	r.mu.Lock()
 	r.confirmation = r.wantedConfirmation()
 	r.mu.Unlock()
-	wantEqual(t, "after it", countText(r.wantedCount()), "4 of u/8")
+	wantEqual(t, "after it", rangeText(r.wantedRange()), "4 of u/8")
 }
 
 // A count that an earlier version of the router has stored has no first ordinal.
 func TestCountOfEarlierVersion(t *testing.T) {
-	for text, want := range map[string]backendCount{
+	for text, want := range map[string]versionedRange{
 		`{"count":3,"uid":"u","generation":5}`:           {anyFirst, 3, "u", 5},
 		`{"first":0,"count":3,"uid":"u","generation":5}`: {0, 3, "u", 5},
 		`{"first":2,"count":3,"uid":"u","generation":5}`: {2, 3, "u", 5},
 	} {
-		var got backendCount
+		var got versionedRange
 		must(t, json.Unmarshal([]byte(text), &got))
 		wantEqual(t, text, got, want)
 	}
@@ -281,44 +281,44 @@ func TestWhyNoActiveCount(t *testing.T) {
 	want("StatefulSet edge/backend: no answer from the API server yet")
 	r.see(t, 1, `"replicas":4`)
 	want("the object of the hand-off has not been read yet")
-	r.setStoredCount(nil)
+	r.setStoredRange(nil)
 	want("EndpointSlice edge/kubernetes.io/service-name=headless: no answer from the API server yet")
 	r.see(t, 2, `"replicas":0`)
 	want("StatefulSet edge/backend has no replicas")
-	r.setStoredCount(&backendCount{0, 4, "u", 1})
+	r.setStoredRange(&versionedRange{0, 4, "u", 1})
 	want("")
 }
 
-// sharedCount is the stored count in the object of a hand-off, as the routers of a test share it.
-type sharedCount struct {
+// sharedRange is the stored range in the object of a hand-off, as the routers of a test share it.
+type sharedRange struct {
 	mu      sync.Mutex
-	stored  *backendCount
+	stored  *versionedRange
 	routers []*followingRouter
 	writes  []string // that were, each as text
 }
 
-// settle shows the routers the stored count, and lets them write what they propose if that replaces
-// it, until nobody does: see member.storeCount.
-func (o *sharedCount) settle() {
+// settle shows the routers the stored range, and lets them write what they propose if that replaces
+// it, until nobody does: see member.storeRange.
+func (o *sharedRange) settle() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	for again := true; again; {
 		again = false
 		for _, r := range o.routers {
-			r.setStoredCount(o.stored)
-			if b := r.wantedCount(); b != nil && b.replaces(o.stored) {
+			r.setStoredRange(o.stored)
+			if b := r.wantedRange(); b != nil && b.replaces(o.stored) {
 				o.stored, again = b, true
-				o.writes = append(o.writes, countText(b))
+				o.writes = append(o.writes, rangeText(b))
 			}
 		}
 		if len(o.writes) > 1000 {
-			panic(fmt.Sprintf("the routers do not agree on the stored count: %v", o.writes[990:]))
+			panic(fmt.Sprintf("the routers do not agree on the stored range: %v", o.writes[990:]))
 		}
 	}
 }
 
-// set makes b the stored count, as another router or an operator does.
-func (o *sharedCount) set(b *backendCount) {
+// set makes b the stored range, as another router or an operator does.
+func (o *sharedRange) set(b *versionedRange) {
 	o.mu.Lock()
 	o.stored = b
 	o.mu.Unlock()
@@ -326,7 +326,7 @@ func (o *sharedCount) set(b *backendCount) {
 }
 
 // wantWrites checks what was written since the last call.
-func (o *sharedCount) wantWrites(t *testing.T, want ...string) {
+func (o *sharedRange) wantWrites(t *testing.T, want ...string) {
 	t.Helper()
 	synctest.Wait()
 	o.mu.Lock()
@@ -342,13 +342,13 @@ type followingRouter struct {
 	*replicaWatcher
 	last      atomic.Value // ordinals
 	cordon    atomic.Value // a text
-	proposals atomic.Int64 // calls of onWantedCount
+	proposals atomic.Int64 // calls of onWantedRange
 	logged    *textLog
 }
 
-// followReplicas starts one, which shares the stored count, if that is not nil. It calls resize for
+// followReplicas starts one, which shares the stored range, if that is not nil. It calls resize for
 // the backends that own namespaces, if that is not nil.
-func followReplicas(t *testing.T, n *pipeNetwork, shared *sharedCount, resize func(backendSet)) *followingRouter {
+func followReplicas(t *testing.T, n *pipeNetwork, shared *sharedRange, resize func(backendSet)) *followingRouter {
 	t.Helper()
 	r := &followingRouter{logged: &textLog{}}
 	log := slog.New(slog.NewTextHandler(r.logged, nil))
@@ -390,7 +390,7 @@ func kubeOfFour() *fakeKube {
 	return f
 }
 
-// One router, from state to state: alone, and one that shares the stored count.
+// One router, from state to state: alone, and one that shares the stored range.
 func TestReplicasFollowed(t *testing.T) {
 	type step struct {
 		what          string
@@ -461,9 +461,9 @@ func TestReplicasFollowed(t *testing.T) {
 				if steps[0].what == "forbidden" { // from the start
 					steps[0].change(f)
 				}
-				var shared *sharedCount
+				var shared *sharedRange
 				if !alone {
-					shared = &sharedCount{stored: &backendCount{0, 4, "u-backend", 1}}
+					shared = &sharedRange{stored: &versionedRange{0, 4, "u-backend", 1}}
 				}
 				r := followReplicas(t, n, shared, nil)
 				for _, s := range steps {
@@ -500,13 +500,13 @@ func TestReplicasAloneBegin(t *testing.T) {
 }
 
 // While a scale-out is stuck, nothing but a pod that becomes ready gives the new backends
-// namespaces: not kubectl replace of the StatefulSet, not the loss of the stored count, not a
+// namespaces: not kubectl replace of the StatefulSet, not the loss of the stored range, not a
 // router that starts.
 func TestReplicasStuckScaleOut(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		f, n := kubeOfFour(), newPipeNetwork()
 		f.serve(t, n)
-		shared := &sharedCount{}
+		shared := &sharedRange{}
 		first := followReplicas(t, n, shared, nil)
 		shared.wantWrites(t, "4 of u-backend/1")
 		for _, step := range []struct {
@@ -517,7 +517,7 @@ func TestReplicasStuckScaleOut(t *testing.T) {
 			{"scale to 6, and backend-4 fails", func() { f.scale(6); f.setReady(0, 1, 2, 3, 5) }, []string{"4 of u-backend/2"}},
 			{"kubectl replace", func() { f.scale(6) }, []string{"4 of u-backend/3"}},
 			{"backend-1 restarts", func() { f.setReady(0, 2, 3, 5) }, nil},
-			{"the stored count is lost", func() { shared.set(nil) }, []string{"4 of u-backend/3"}},
+			{"the stored range is lost", func() { shared.set(nil) }, []string{"4 of u-backend/3"}},
 			{"kubectl replace again", func() { f.scale(6) }, []string{"4 of u-backend/4"}},
 			{"a router starts", func() { followReplicas(t, n, shared, nil) }, nil},
 		} {
@@ -538,7 +538,7 @@ func TestReplicasStuckScaleOut(t *testing.T) {
 	})
 }
 
-// A router whose watches stand still writes nothing. It lists the StatefulSet when the stored count
+// A router whose watches stand still writes nothing. It lists the StatefulSet when the stored range
 // shows that.
 func TestReplicasOldPicture(t *testing.T) {
 	bubble(t, func(t *testing.T) {
@@ -547,7 +547,7 @@ func TestReplicasOldPicture(t *testing.T) {
 		f.serve(t, frozen)
 		f.scale(6)
 		f.setReady(0, 1, 2, 3, 4, 5)
-		shared := &sharedCount{stored: &backendCount{0, 6, "u-backend", 2}}
+		shared := &sharedRange{stored: &versionedRange{0, 6, "u-backend", 2}}
 		old := followReplicas(t, frozen, shared, nil)
 		followReplicas(t, network, shared, nil)
 		shared.wantWrites(t)
@@ -557,7 +557,7 @@ func TestReplicasOldPicture(t *testing.T) {
 		shared.wantWrites(t, "3 of u-backend/3")
 		f.scale(5)
 		shared.wantWrites(t, "3 of u-backend/4") // the old picture has six backends, which are ready
-		wantEqual(t, "what the old picture proposes", countText(old.wantedCount()), "none")
+		wantEqual(t, "what the old picture proposes", rangeText(old.wantedRange()), "none")
 		wantEqual(t, "backends by the old picture", old.last.Load().(ordinalRange), ordinalRange{0, 3})
 		wantEqual(t, "the generation of the old picture", old.lastStatefulSet().Metadata.Generation, 2)
 		time.Sleep(confirmDelay + time.Second)
@@ -572,7 +572,7 @@ func TestReplicasOfAnotherStatefulSet(t *testing.T) {
 		f, network, frozen := kubeOfFour(), newPipeNetwork(), newPipeNetwork()
 		f.serve(t, network)
 		f.serve(t, frozen)
-		shared := &sharedCount{}
+		shared := &sharedRange{}
 		old := followReplicas(t, frozen, shared, nil)
 		shared.wantWrites(t, "4 of u-backend/1")
 		f.setReady(0, 1)
@@ -585,38 +585,38 @@ func TestReplicasOfAnotherStatefulSet(t *testing.T) {
 		time.Sleep(confirmDelay + time.Second)
 		shared.wantWrites(t, "2 of new/1")
 		wantEqual(t, "backends by the old picture", old.last.Load().(ordinalRange), ordinalRange{0, 4})
-		wantEqual(t, "what it proposes", countText(old.wantedCount()), "none")
+		wantEqual(t, "what it proposes", rangeText(old.wantedRange()), "none")
 		time.Sleep(confirmDelay + time.Second)
 		shared.wantWrites(t)
 		wantEqual(t, "backends when it is seen", old.last.Load().(ordinalRange), ordinalRange{0, 2})
 	})
 }
 
-// A StatefulSet that does not exist is not listed again and again, whatever the stored count is.
+// A StatefulSet that does not exist is not listed again and again, whatever the stored range is.
 func TestReplicasDeletedRest(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		f, n := kubeOfFour(), newPipeNetwork()
 		f.serve(t, n)
-		shared := &sharedCount{}
+		shared := &sharedRange{}
 		r := followReplicas(t, n, shared, nil)
 		f.deleteStatefulSet()
 		synctest.Wait()
-		shared.set(&backendCount{0, 6, "new", 1})
+		shared.set(&versionedRange{0, 6, "new", 1})
 		f.verbs()
 		time.Sleep(2 * time.Minute)
 		wantEqual(t, "requests", f.verbs(), "")
 		wantEqual(t, "backends", r.last.Load().(ordinalRange), ordinalRange{0, 4})
-		wantEqual(t, "proposal", countText(r.wantedCount()), "none")
+		wantEqual(t, "proposal", rangeText(r.wantedRange()), "none")
 	})
 }
 
-// After a restored etcd the generation may be lower than the one of the stored count. A LIST shows
+// After a restored etcd the generation may be lower than the one of the stored range. A LIST shows
 // that, and the number follows the StatefulSet again.
 func TestReplicasOfRestoredStatefulSet(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		f, n := kubeOfFour(), newPipeNetwork()
 		f.serve(t, n)
-		shared := &sharedCount{stored: &backendCount{0, 4, "u-backend", 90}}
+		shared := &sharedRange{stored: &versionedRange{0, 4, "u-backend", 90}}
 		r := followReplicas(t, n, shared, nil)
 		followReplicas(t, n, shared, nil)
 		time.Sleep(time.Minute)
@@ -641,7 +641,7 @@ func TestReplicasResizeInTurn(t *testing.T) {
 		f.serve(t, n)
 		f.scale(1000)
 		var calls atomic.Int32
-		shared := &sharedCount{stored: &backendCount{0, 4, "u-backend", 2}}
+		shared := &sharedRange{stored: &versionedRange{0, 4, "u-backend", 2}}
 		r := followReplicas(t, n, shared, func(backendSet) {
 			if calls.Add(1) != 1 {
 				t.Error("a call of onBackendsChanged within another")
@@ -653,19 +653,19 @@ func TestReplicasResizeInTurn(t *testing.T) {
 		for i := range 10 {
 			others.Go(func() {
 				for j := range 50 {
-					shared.set(&backendCount{0, 1 + 50*i + j, "u-backend", 2})
+					shared.set(&versionedRange{0, 1 + 50*i + j, "u-backend", 2})
 					time.Sleep(time.Duration(1+(7*i+j)%5) * time.Millisecond)
 				}
 			})
 		}
 		others.Wait()
-		shared.set(&backendCount{0, 777, "u-backend", 2})
+		shared.set(&versionedRange{0, 777, "u-backend", 2})
 		time.Sleep(time.Second)
 		wantEqual(t, "the last of onBackendsChanged", r.last.Load().(ordinalRange), ordinalRange{0, 777})
 	})
 }
 
-// Whatever the StatefulSet and the stored count go through, and whenever a router starts, is
+// Whatever the StatefulSet and the stored range go through, and whenever a router starts, is
 // cut off or comes back, all routers that have seen their last versions have the same
 // backends: never more than there are to be, and none that never was ready.
 func TestReplicasAgree(t *testing.T) {
@@ -682,7 +682,7 @@ func changeReplicasAtRandom(t *testing.T, rng *rand.Rand) {
 	f, network, frozen := kubeOfFour(), newPipeNetwork(), newPipeNetwork() // watches through frozen stand still now and then
 	f.serve(t, network)
 	f.serve(t, frozen)
-	shared := &sharedCount{}
+	shared := &sharedRange{}
 	followReplicas(t, network, shared, nil)
 	followReplicas(t, frozen, shared, nil)
 	replicas := 4

@@ -64,7 +64,7 @@ type sharedPlan struct {
 	// were members then know the owners of its kept namespaces: see member.oldestTable.
 	oldestSince  planStep
 	members      map[string]memberID // by pod name
-	backendCount *backendCount       // nil if not stored
+	backendRange *versionedRange     // nil if not stored
 }
 
 // planStep names a step for ever: after a reset a number may come again.
@@ -75,13 +75,13 @@ type planStep struct {
 
 // stepAnswer is what a router says of one step of a plan, in its own key.
 type stepAnswer struct {
-	instance   string
-	epoch      string    // of the plan; "" in an answer without a view
-	step       int64     // the step that is done in this router; 0 without a view
-	ownersHash uint64    // ownersHash of its own table, or noTableHash
-	blank      bool      // it lacks a table of the plan, or has no table or no plan: limit is empty
-	limit      stepLimit // of the next step, towards its table; empty if blank
-	toMove     int       // how many sessions it has to move that the rate counts, also those within limit
+	instance    string
+	epoch       string    // of the plan; "" in an answer without a view
+	step        int64     // the step that is done in this router; 0 without a view
+	ownersHash  uint64    // ownersHash of its own table, or noTableHash
+	lacksTables bool      // it lacks a table of the plan, or has no table or no plan: limit is empty
+	limit       stepLimit // of the next step, towards its table; empty if blank
+	toMove      int       // how many sessions it has to move that the rate counts, also those within limit
 }
 
 // handoffObject is one version of the object. It is immutable.
@@ -252,7 +252,7 @@ type planJSON struct {
 	AllHeld     bool                `json:"allHeld,omitempty"`
 	Members     map[string]memberID `json:"members"`
 	Records     []recordJSON        `json:"records"`
-	Backends    *backendCount       `json:"backends,omitempty"`
+	Backends    *versionedRange     `json:"backends,omitempty"`
 }
 
 // recordJSON is the JSON of a record of a plan.
@@ -281,7 +281,7 @@ type boundJSON struct {
 func (p *sharedPlan) String() string {
 	out := planJSON{
 		Version: planVersion, Epoch: p.epoch, Writes: p.writes, Step: p.step,
-		OldestSince: p.oldestSince, AllHeld: p.allHeld, Members: p.members, Backends: p.backendCount,
+		OldestSince: p.oldestSince, AllHeld: p.allHeld, Members: p.members, Backends: p.backendRange,
 	}
 	for i := range p.records {
 		r := &p.records[i]
@@ -341,7 +341,7 @@ func parsePlan(s string) (*sharedPlan, error) {
 	p := &sharedPlan{
 		handoffPlan: handoffPlan{step: in.Step, allHeld: in.AllHeld},
 		epoch:       in.Epoch, writes: in.Writes, oldestSince: in.OldestSince,
-		members: in.Members, backendCount: in.Backends,
+		members: in.Members, backendRange: in.Backends,
 	}
 	if err := in.check(); err != nil {
 		return nil, err
@@ -476,7 +476,7 @@ func (a stepAnswer) String() string {
 	if a.ownersHash != noTableHash {
 		ownersHash = hex64(a.ownersHash).String()
 	}
-	if !a.blank {
+	if !a.lacksTables {
 		limit = a.limit.String()
 	}
 	return fmt.Sprintf("%s %s %d %s %s %d", a.instance, epoch, a.step, ownersHash, limit, a.toMove)
@@ -518,7 +518,7 @@ func parseAnswer(line string) (a stepAnswer, err error) {
 			return a, err
 		}
 	}
-	if a.blank = words[4] == "blank"; !a.blank {
+	if a.lacksTables = words[4] == "blank"; !a.lacksTables {
 		if a.limit, err = parseLimit(words[4]); err != nil {
 			return a, err
 		}
@@ -530,7 +530,7 @@ func parseAnswer(line string) (a stepAnswer, err error) {
 		return a, err
 	case (a.epoch == "") != (a.step == 0):
 		return a, badValue("step", words[2], "0 with the epoch -, and only then")
-	case !a.blank && (a.epoch == "" || a.ownersHash == noTableHash):
+	case !a.lacksTables && (a.epoch == "" || a.ownersHash == noTableHash):
 		return a, badValue("limit", words[4], "blank, without a view or a table")
 	case words[3] != "-" && a.ownersHash == noTableHash:
 		return a, badValue("ownersHash", words[3], "not 0")
@@ -558,7 +558,7 @@ func parseLimit(s string) (l stepLimit, err error) {
 // not count: it changes all the time, and is read only once for each step.
 func (a *stepAnswer) equal(b *stepAnswer) bool {
 	return a.instance == b.instance && a.epoch == b.epoch && a.step == b.step &&
-		a.ownersHash == b.ownersHash && a.blank == b.blank &&
+		a.ownersHash == b.ownersHash && a.lacksTables == b.lacksTables &&
 		a.limit.upto == b.limit.upto && slices.Equal(a.limit.away, b.limit.away)
 }
 

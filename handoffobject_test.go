@@ -64,21 +64,21 @@ func randomPlan(r *rand.Rand) *sharedPlan {
 		newest.after = newest.before.advanced(stepLimit{randomPlace(r), randomOrdinals(r)})
 	}
 	if r.IntN(2) == 0 {
-		p.backendCount = &backendCount{r.IntN(9), 1 + r.IntN(maxOrdinal-9), "a-b", r.Int64()}
+		p.backendRange = &versionedRange{r.IntN(9), 1 + r.IntN(maxOrdinal-9), "a-b", r.Int64()}
 	}
 	return p
 }
 
 // randomAnswer returns any answer that the object can hold.
 func randomAnswer(r *rand.Rand) stepAnswer {
-	a := stepAnswer{instance: fmt.Sprintf("%x", r.Uint64()), blank: r.IntN(3) == 0, toMove: r.IntN(maxOrdinal + 1)}
-	if !a.blank || r.IntN(2) == 0 {
+	a := stepAnswer{instance: fmt.Sprintf("%x", r.Uint64()), lacksTables: r.IntN(3) == 0, toMove: r.IntN(maxOrdinal + 1)}
+	if !a.lacksTables || r.IntN(2) == 0 {
 		a.epoch, a.step = fmt.Sprintf("%x.%d", r.Uint64(), r.Int64()), 1+r.Int64N(maxStep)
 	}
-	if !a.blank || r.IntN(2) == 0 {
+	if !a.lacksTables || r.IntN(2) == 0 {
 		a.ownersHash = 1 + r.Uint64N(1<<64-1)
 	}
-	if !a.blank {
+	if !a.lacksTables {
 		a.limit = stepLimit{randomPlace(r), randomOrdinals(r)}
 	}
 	return a

@@ -124,11 +124,11 @@ func takeStandardLog(log *slog.Logger) {
 type httpLogWriter struct {
 	log      *slog.Logger
 	interval time.Duration // between two lines; 0: no limit
-	limit    throttle
+	throttle throttle
 }
 
 func (l *httpLogWriter) Write(line []byte) (int, error) {
-	if omitted, ok := l.limit.allow(l.interval); ok {
+	if omitted, ok := l.throttle.allow(l.interval); ok {
 		l.log.Warn("HTTP error", "error", string(bytes.TrimSpace(line)), "omitted", omitted)
 	}
 	return len(line), nil

@@ -312,7 +312,7 @@
 //	member.sendAnswer               says what is done here, and how far the next step may go
 //	  member.answerWithStep         does so in one write with the next step, if that can begin now
 //	member.remove                   removes a member that has ended for ever
-//	member.storeCount               stores the number of backends
+//	member.storeRange               stores the number of backends
 //	member.writeStep                makes the next step, when all have answered: by the next three
 //	  member.writeStepWith          checks that they have, and have the same table
 //	  handoffObject.agreedLimit     says how far all members let that go
@@ -621,7 +621,7 @@ func (p *program) followStatefulSet(kubeClient *kubeClient, kubeNamespace string
 	replicas := newReplicaWatcher(
 		*kubeClient, kubeNamespace, endpoints, onBackendsChanged, onWantedCount, p.log)
 	if shared != nil {
-		shared.wantedCount, shared.onCountStored = replicas.wantedCount, replicas.setStoredCount
+		shared.wantedRange, shared.onRangeStored = replicas.wantedRange, replicas.setStoredRange
 	}
 	replicas.onCordonRejected = func(o apiObject, why string) {
 		p.admin.configMaps.events.reportCordon(o, why)
@@ -814,7 +814,7 @@ func newClientServer(ctx context.Context, p *proxy, log *slog.Logger) *http.Serv
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			client := c.(*clientConn)
 			client.serverCtx = ctx
-			client.count(&p.handedToHTTP)
+			client.countHandover(&p.handedToHTTP)
 			// That of a request ends when the client has left, also while the router stops.
 			return context.WithValue(context.WithoutCancel(ctx), clientConnKey{}, c)
 		},

@@ -97,11 +97,11 @@ type podList struct {
 type decisionInput struct {
 	stepProgress
 	now         time.Time
-	object      *handoffObject // never older than before; nil if there is none, or none was read
-	seenAt      time.Time      // when this version was seen first
-	list        *podList       // the last one; nil if there was none
-	leaving     bool           // the router admits nobody any more, and ends
-	wantedCount *backendCount  // the number of backends that the plan should have; nil if not known
+	object      *handoffObject  // never older than before; nil if there is none, or none was read
+	seenAt      time.Time       // when this version was seen first
+	list        *podList        // the last one; nil if there was none
+	leaving     bool            // the router admits nobody any more, and ends
+	wantedRange *versionedRange // the number of backends that the plan should have; nil if not known
 	// gone reports whether GET said that the pod with this UID has ended for ever: see
 	// memberID.isGone.
 	gone func(uid string) bool
@@ -224,7 +224,7 @@ func (m *member) decide(in *decisionInput) decision {
 	}
 	wait := decision{}
 	for _, try := range []func(*decisionInput) decision{
-		m.join, m.sendAnswer, m.remove, m.storeCount, m.writeStep,
+		m.join, m.sendAnswer, m.remove, m.storeRange, m.writeStep,
 	} {
 		d := try(in)
 		if d.action != actWait {
@@ -340,7 +340,7 @@ func (m *member) answer(in *decisionInput) stepAnswer {
 	}
 	switch {
 	case m.newest == nil || !v.knowsAll():
-		a.blank = true
+		a.lacksTables = true
 	case v.hasOnlyTable(a.ownersHash):
 		a.limit = stepLimit{upto: allPlaces}
 	default:
@@ -539,15 +539,15 @@ func (m *member) remove(in *decisionInput) decision {
 // writes it, too.
 func (id memberID) isGone(pod routerPod) bool { return pod.uid != id.UID || pod.provenEnded }
 
-// storeCount writes the number of backends in force into the plan, if this router has a
+// storeRange writes the number of backends in force into the plan, if this router has a
 // newer one. It changes nothing else: all that see it make new tables.
-func (m *member) storeCount(in *decisionInput) decision {
+func (m *member) storeRange(in *decisionInput) decision {
 	p := m.view.plan
-	if m.view.servesNone || in.wantedCount == nil || !in.wantedCount.replaces(p.backendCount) {
+	if m.view.servesNone || in.wantedRange == nil || !in.wantedRange.replaces(p.backendRange) {
 		return decision{}
 	}
 	next := *p
-	next.backendCount = in.wantedCount
+	next.backendRange = in.wantedRange
 	at := m.turn(in, slices.Collect(maps.Keys(p.members)))
 	return m.writePlan(in, &next, nil, at, "this router is storing the number of backends")
 }
@@ -582,7 +582,7 @@ func (m *member) writeStepWith(in *decisionInput, a *stepAnswer) decision {
 	default:
 		next = v.nextPlan(v.nextTable(m.newest), agreed, in.now)
 		backendIsAhead := m.highestStep > v.step // a backend has answered a later step
-		if v.plan.movesNothing(next) && !backendIsAhead {
+		if v.plan.hasProgressOf(next) && !backendIsAhead {
 			return waiting("")
 		}
 		if len(next.records) > 1 {
@@ -612,13 +612,13 @@ func stepTime(routers int) time.Duration {
 
 // agreedLimit returns how far the next step may go: as far as all members allow that know
 // the tables of the plan. writers are the members among them whose process is known, sorted;
-// allBlank is true if no member knows the tables. agreedLimit returns an error if a member
+// allLackTables is true if no member knows the tables. agreedLimit returns an error if a member
 // does not have the table with this ownersHash. A pod of anyInstance that has no table, and
 // so cannot join, is not asked.
 func (o *handoffObject) agreedLimit(
 	ownersHash uint64,
-) (agreed stepLimit, writers []string, allBlank bool, err error) {
-	agreed, allBlank = stepLimit{upto: allPlaces}, true
+) (agreed stepLimit, writers []string, allLackTables bool, err error) {
+	agreed, allLackTables = stepLimit{upto: allPlaces}, true
 	for _, pod := range slices.Sorted(maps.Keys(o.plan.members)) {
 		a := o.answers[pod]
 		isAny := o.plan.members[pod].Instance == anyInstance
@@ -627,17 +627,17 @@ func (o *handoffObject) agreedLimit(
 			continue
 		case a.ownersHash != ownersHash:
 			return agreed, nil, false, fmt.Errorf("%s has another table", pod)
-		case a.blank:
+		case a.lacksTables:
 			continue
 		}
-		allBlank = false
+		allLackTables = false
 		agreed.upto = min(agreed.upto, a.limit.upto)
 		agreed.away = append(agreed.away, a.limit.away...)
 		if !isAny {
 			writers = append(writers, pod)
 		}
 	}
-	return agreed, writers, allBlank, nil
+	return agreed, writers, allLackTables, nil
 }
 
 // bootstrap is what a router without a view does where there is no plan. The router says
@@ -648,7 +648,7 @@ func (o *handoffObject) agreedLimit(
 // namespaces are held until each member has answered.
 func (m *member) bootstrap(in *decisionInput) decision {
 	o := in.object
-	a := stepAnswer{instance: m.instance, blank: true}
+	a := stepAnswer{instance: m.instance, lacksTables: true}
 	if m.newest != nil {
 		a.ownersHash = m.newest.ownersHash
 	}
@@ -667,7 +667,7 @@ func (m *member) bootstrap(in *decisionInput) decision {
 	if d, ok := m.needsList(in); !ok {
 		return d
 	}
-	p := &sharedPlan{backendCount: in.wantedCount, members: map[string]memberID{}}
+	p := &sharedPlan{backendRange: in.wantedRange, members: map[string]memberID{}}
 	p.allHeld = true
 	var writers []string
 	for _, name := range slices.Sorted(maps.Keys(in.list.pods)) {
@@ -750,7 +750,7 @@ func (m *member) reset(in *decisionInput) decision {
 	if d, ok := m.needsList(in); !ok {
 		return d
 	}
-	p := &sharedPlan{members: m.mergeMembers(in), backendCount: v.plan.backendCount}
+	p := &sharedPlan{members: m.mergeMembers(in), backendRange: v.plan.backendRange}
 	p.allHeld, p.records, p.oldestSince = true, v.doneRecords(), v.plan.oldestSince
 	if m.startEpoch(p, in); !v.mustAnswer {
 		p.oldestSince = planStep{p.epoch, p.step}

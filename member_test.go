@@ -905,7 +905,7 @@ func TestModelNeedsRules(t *testing.T) {
 					if pod == r.pod || r.newest == nil {
 						return a
 					}
-					a.ownersHash, a.blank = r.newest.ownersHash, false
+					a.ownersHash, a.lacksTables = r.newest.ownersHash, false
 					return asAnswered(s.object, pod, a)
 				})
 			},
@@ -1525,7 +1525,7 @@ func TestMissingAnswerDoesNotWait(t *testing.T) {
 			first.view.tables[1], first.offered = nil, map[uint64]*offeredTable{}
 		}
 		first.open, first.stepAdoptedAt = [4]uint64{}, w.now.Add(-stepTime(2))
-		if d := first.decide(w.situationOf(first)); d.action != actWrite || d.answer == nil || d.answer.blank != blank {
+		if d := first.decide(w.situationOf(first)); d.action != actWrite || d.answer == nil || d.answer.lacksTables != blank {
 			t.Errorf("blank %t: it decides to %d: %s, again in %s", blank, d.action, d.doing, d.again.Sub(w.now))
 		}
 	}
@@ -1584,12 +1584,12 @@ func TestMemberPodIsGone(t *testing.T) {
 }
 
 func TestBackendsNote(t *testing.T) {
-	old := &backendCount{0, 4, "u", 7}
+	old := &versionedRange{0, 4, "u", 7}
 	_, r, s := rested(1)
-	s.wantedCount = old
+	s.wantedRange = old
 	d := r.decide(s)
 	p, err := parsePlan(d.write.data[planKey])
-	if err != nil || *p.backendCount != *old || p.step != r.view.step || p.writes != r.view.plan.writes+1 {
+	if err != nil || *p.backendRange != *old || p.step != r.view.step || p.writes != r.view.plan.writes+1 {
 		t.Errorf("it writes %v: %v", p, err)
 	}
 }
@@ -1726,7 +1726,7 @@ func TestOldCopyBeforeTheFirstPlan(t *testing.T) {
 			w.start(starts)
 			old := map[string]string{}
 			for _, r := range w.routers {
-				said := stepAnswer{instance: r.instance, blank: true, ownersHash: knows.newest.ownersHash}
+				said := stepAnswer{instance: r.instance, lacksTables: true, ownersHash: knows.newest.ownersHash}
 				old[r.key()] = said.String()
 			}
 			w.store(w.object.uid, old)

@@ -53,14 +53,14 @@ func isPathNamespace[S string | []byte](name S) bool {
 	}
 	for i := range len(name) {
 		if !isKeyByte(name[i]) {
-			return isOddNamespace(string(name))
+			return isValidEscapedNamespace(string(name))
 		}
 	}
 	return string(name) != "." && string(name) != ".."
 }
 
-// isOddNamespace is isPathNamespace for a name that is not a key of a ConfigMap.
-func isOddNamespace(name string) bool {
+// isValidEscapedNamespace is isPathNamespace for a name that is not a key of a ConfigMap.
+func isValidEscapedNamespace(name string) bool {
 	if !utf8.ValidString(name) {
 		return false
 	}
@@ -214,10 +214,10 @@ func unhex(digit byte) byte {
 // showNamespace returns the namespace, or what else a key may be, as people read it: in
 // quotes, with escapes as in Go, if it has a space, a quote, or what cannot be seen.
 func showNamespace(name string) string {
-	isOdd := func(c rune) bool {
+	needsQuotes := func(c rune) bool {
 		return c == ' ' || c == '"' || c == utf8.RuneError || !unicode.IsPrint(c)
 	}
-	if strings.ContainsFunc(name, isOdd) {
+	if strings.ContainsFunc(name, needsQuotes) {
 		return strconv.Quote(name)
 	}
 	return name

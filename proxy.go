@@ -253,7 +253,7 @@ func trimRequest(r *http.Request, ctx context.Context) *http.Request {
 // dialOwner waits until the owner of the namespace may get requests of it, and dials that
 // owner. ctx bounds both. u then has the connection.
 func (p *proxy) dialOwner(ctx context.Context, u *pendingRequest) error {
-	if !p.backends.queues.isOpen(u.queueOrdinal()) {
+	if !p.backends.queues.mayPass(u.queueOrdinal()) {
 		u.beginWait()
 	}
 	rechecks := 0
@@ -378,7 +378,7 @@ func (p *proxy) roundTrip(x *exchange) (*http.Response, error) {
 func (p *proxy) takeIdle(u *pendingRequest) *ownerConn {
 	u.podUID = p.backends.podUID(u.backend) // before it is asked for sessions with older pods
 	if u.queueOrdinal() != u.backend || p.relay.oldPodSessionsDone(u.namespace) != nil ||
-		!p.backends.queues.isOpen(u.backend) {
+		!p.backends.queues.mayPass(u.backend) {
 		return nil
 	}
 	return p.forwarder.idle.take(backendPod{u.backend, u.podUID})
@@ -419,7 +419,9 @@ func (p *proxy) holdContext(x *exchange) context.Context {
 
 // requestContexts returns the contexts of a request. clientCtx ends when the client is
 // gone or the router stops. holdCtx also ends at the deadline until which the request
-// waits for its owner: after -hold if it is zero. The caller calls cancel.
+// waits for its owner: after -hold if it is zero. The caller calls cancel. If the router stops
+// already, both have ended when requestContexts returns: such a request may come after the router
+// has counted the upgrades under way and listed the sessions that it drains, and must become none.
 //
 // A client that has sent its request and a FIN may still listen (a half-close, RFC 9293
 // §3.6), and then gets its answer. Most of them have left, which looks the same until the
@@ -437,9 +439,11 @@ func (p *proxy) requestContexts(
 		deadline = time.Now().Add(p.limits.holdTimeout)
 	}
 	holdCtx, cancelHold := context.WithDeadline(clientCtx, deadline)
-	stopServerWatch := context.AfterFunc(conn.serverCtx, func() {
-		cancelClient(context.Cause(conn.serverCtx))
-	})
+	cancelByServer := func() { cancelClient(context.Cause(conn.serverCtx)) }
+	if conn.serverCtx.Err() != nil {
+		cancelByServer() // AfterFunc would do so a moment later
+	}
+	stopServerWatch := context.AfterFunc(conn.serverCtx, cancelByServer)
 	stopRequestWatch := context.AfterFunc(request, func() {
 		if conn.readEOF.Load() {
 			time.AfterFunc(halfClosedHold, cancelHold)
@@ -660,7 +664,7 @@ func (p *proxy) completeUpgrade(
 	}
 	if err := p.checkAnswer(u.backend, backendConn.RemoteAddr(), resp); err != nil {
 		u.endFlight()        // it has not taken the request
-		return resultOK, err // the caller ignores the result
+		return resultOK, err // the owner is asked anew: the caller ignores the result
 	}
 	if resp.StatusCode != http.StatusSwitchingProtocols {
 		if failure, err = p.passResponse(r.Context(), w, resp, backendConn); err != nil {
@@ -675,7 +679,7 @@ func (p *proxy) completeUpgrade(
 	}
 	s, err := p.newSession(u, clientAddrs)
 	if err != nil {
-		return resultBadGateway, err
+		return resultOK, err // as above
 	}
 	head := switchingProtocolsHead(resp)
 	if expectsContinue(r) {

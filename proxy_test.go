@@ -953,6 +953,22 @@ func TestHandshakeEndsWithItsProxy(t *testing.T) {
 	}
 }
 
+// A request whose handler begins when the router stops already has no time to become a session: the
+// list of the sessions to drain may have been made.
+func TestHandlerBeginsWhileTheRouterStops(t *testing.T) {
+	p := startProxy(t, []string{"127.0.0.1:1"}, map[string]string{}, nil)
+	stopped, stop := context.WithCancelCause(t.Context())
+	stop(errDraining)
+	ctx := context.WithValue(t.Context(), clientConnKey{}, &clientConn{serverCtx: stopped})
+	client, hold, cancel := p.requestContexts(httptest.NewRequest("GET", "/ws/ns-01", nil).WithContext(ctx), time.Time{})
+	defer cancel()
+	for name, ctx := range map[string]context.Context{"client": client, "hold": hold} {
+		if ctx.Err() == nil || context.Cause(ctx) != errDraining {
+			t.Errorf("the context of %s: %v, cause %v; want it over, by %v", name, ctx.Err(), context.Cause(ctx), errDraining)
+		}
+	}
+}
+
 func TestLimits(t *testing.T) {
 	backend := startStub(t, "127.0.0.1:0", echo)
 	addrs := []string{backend.addr, refusingAddr(t)}

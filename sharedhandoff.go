@@ -43,19 +43,19 @@ type sharedHandoff struct {
 	client   kubeClient  // to copy: a client is for one goroutine
 	podLabel string      // a label selector: the pods of all routers
 	wake     func()      // wakes the mover's run; must not block
-	// wantedCount returns the number of backends that the object should have; nil if
+	// wantedRange returns the number of backends that the object should have; nil if
 	// it is not known.
-	wantedCount func() *backendCount
-	// onCountStored is called with the number of backends that the object has, nil if it has
+	wantedRange func() *versionedRange
+	// onRangeStored is called with the number of backends that the object has, nil if it has
 	// none. It must not block.
-	onCountStored func(b *backendCount)
+	onRangeStored func(b *versionedRange)
 	log           *slog.Logger
 
 	// Owned by the goroutine that calls decideAndStart: the mover's run.
 	member        *member
 	ctx           context.Context // of all requests
 	leaving       bool            // the router admits nobody any more, and ends
-	countReported bool            // onCountStored was called
+	countReported bool            // onRangeStored was called
 	running       sync.WaitGroup  // requests
 	failures      int             // writes and lists in a row that failed
 	retryAt       time.Time       // when the next one may begin
@@ -108,15 +108,15 @@ type handoffConfigMap struct {
 
 // newSharedHandoff returns the shared hand-off for the pod with this name and UID, with the
 // object of this name. podLabel is the label selector of all routers' pods. The caller runs the
-// watcher, and sets wake, wantedCount and onCountStored.
+// watcher, and sets wake, wantedRange and onRangeStored.
 func newSharedHandoff(client kubeClient, kubeNamespace, object string, pod, uid, podLabel string,
 	log *slog.Logger) *sharedHandoff {
 	writer, reader := client, client
 	writer.sendsPatches, writer.keepsConn = true, true
 	h := &sharedHandoff{
 		writer: &writer, client: client, podLabel: podLabel,
-		wake: func() {}, wantedCount: func() *backendCount { return nil },
-		onCountStored: func(*backendCount) {}, log: log,
+		wake: func() {}, wantedRange: func() *versionedRange { return nil },
+		onRangeStored: func(*versionedRange) {}, log: log,
 		member:  newMember(pod, uid, fmt.Sprintf("%016x", rand.Uint64())),
 		inbox:   handoffInbox{gone: map[string]bool{}},
 		hasLeft: make(chan struct{}),
@@ -173,7 +173,7 @@ func (h *sharedHandoff) decideAndStart(
 	h.reportNoCount(&in)
 	d := h.member.decide(&decisionInput{
 		stepProgress: p, now: now, object: in.object, seenAt: in.seenAt, list: in.list,
-		leaving: h.leaving, wantedCount: h.wantedCount(),
+		leaving: h.leaving, wantedRange: h.wantedRange(),
 		gone: func(uid string) bool { return in.gone[uid] },
 	})
 	h.publish(&in, d, now)
@@ -181,7 +181,7 @@ func (h *sharedHandoff) decideAndStart(
 	case actAdopt:
 		h.member.commit(d, now)
 		h.countReported = true
-		h.onCountStored(d.view.plan.backendCount)
+		h.onRangeStored(d.view.plan.backendRange)
 	case actWrite, actList:
 		if in.busy { // its end wakes the mover's run
 			return decision{doing: d.doing}
@@ -224,13 +224,13 @@ func (h *sharedHandoff) takeInbox(now time.Time) handoffInbox {
 	return in
 }
 
-// reportNoCount calls onCountStored once when the object is known and has no plan: the number of
+// reportNoCount calls onRangeStored once when the object is known and has no plan: the number of
 // backends is not stored.
 func (h *sharedHandoff) reportNoCount(in *handoffInbox) {
 	if !h.countReported && in.object != nil && in.object.plan == nil &&
 		in.object.planVersionErr == nil {
 		h.countReported = true
-		h.onCountStored(nil)
+		h.onRangeStored(nil)
 	}
 }
 

@@ -170,7 +170,7 @@ func (r *simRouter) start() {
 	client := r.network.kube(r.T)
 	c.shareHandoff(newSharedHandoff(*client, "edge", handoffName, r.pod.name, r.pod.uid,
 		"app.kubernetes.io/name=router", log))
-	c.shared.wantedCount = func() *backendCount {
+	c.shared.wantedRange = func() *versionedRange {
 		c.decisions.Add(1)
 		if v := c.shared.member.view; v != nil {
 			c.goesBy.Store(v.version)
