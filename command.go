@@ -484,12 +484,12 @@ func (c *command) printPatch(patch any, object, kubeNamespace string) error {
 	if err != nil {
 		return err
 	}
-	namespace := ""
+	option := ""
 	if kubeNamespace != "" {
-		namespace = "-n " + kubeNamespace + " "
+		option = "-n " + kubeNamespace + " "
 	}
 	fmt.Fprintf(c.notes, "nothing is changed yet; to change it:\n"+
-		"  %s | kubectl %spatch %s --type merge --patch-file /dev/stdin\n", c.line, namespace, object)
+		"  %s | kubectl %spatch %s --type merge --patch-file /dev/stdin\n", c.line, option, object)
 	_, err = fmt.Fprintf(c.out, "%s\n", b)
 	return err
 }

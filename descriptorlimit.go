@@ -75,10 +75,10 @@ func (l *descriptorLimit) setBackends(backends int) {
 	l.changed.Signal()
 }
 
-// maxSessions is how many there can be.
-func (l *descriptorLimit) maxSessions() int {
-	_, limit, _ := l.usage()
-	return (limit-descriptorsPerClient)/descriptorsPerSession + 1
+// moreSessions is how many sessions there can be beside what is used now.
+func (l *descriptorLimit) moreSessions() int {
+	used, limit, _ := l.usage()
+	return (limit-used-descriptorsPerClient)/descriptorsPerSession + 1
 }
 
 // wait returns when there is room for one more client, or net.ErrClosed.

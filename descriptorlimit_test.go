@@ -19,15 +19,15 @@ func TestDescriptorLimit(t *testing.T) {
 			if want := 20 - 2*descriptorsPerBackend + more; l.limit != want {
 				t.Fatalf("%d files: %d for clients, want %d", files, l.limit, want)
 			}
-			sessions := 0
+			sessions, most := 0, l.moreSessions()
 			for _, _, full := l.usage(); !full; _, _, full = l.usage() {
 				must(t, l.wait())
 				l.add(descriptorsPerClient)
 				l.add(-1) // it is a session now
 				sessions++
 			}
-			if used, _, _ := l.usage(); sessions != l.maxSessions() || used != 2*sessions || used > l.limit {
-				t.Errorf("%d files: %d sessions use %d descriptors of %d, want %d sessions", files, sessions, used, l.limit, l.maxSessions())
+			if used, _, _ := l.usage(); sessions != most || used != 2*sessions || used > l.limit {
+				t.Errorf("%d files: %d sessions use %d descriptors of %d, want %d sessions", files, sessions, used, l.limit, most)
 			}
 			wantLimited(t, l)
 		})
@@ -49,9 +49,11 @@ func TestDescriptorLimitFollowsSessions(t *testing.T) {
 	l, err := newDescriptorLimit(1<<20, 2, 100, 10)
 	must(t, err)
 	wantEqual(t, "descriptors for clients", l.limit, 2*100+3*10+descriptorsForOthers)
-	if sessions := l.maxSessions(); sessions < 100 {
+	if sessions := l.moreSessions(); sessions < 100 {
 		t.Errorf("at most %d sessions, want room for 100", sessions)
 	}
+	l.add(96) // as -redirect does, before there are clients
+	wantEqual(t, "sessions with -redirect", l.moreSessions(), (l.limit-96-descriptorsPerClient)/descriptorsPerSession+1)
 	if l, err = newDescriptorLimit(1<<20, 0, math.MaxInt, math.MaxInt); err != nil {
 		t.Fatal(err)
 	}

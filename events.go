@@ -180,7 +180,7 @@ func (r *eventRecorder) run(ctx context.Context) {
 }
 
 // write writes e. If that fails, it tries once more, unless the API server forbids it. It
-// logs a failure, within failureThrottle.
+// logs a failure, within failureThrottle but for the first one that forbids it.
 func (r *eventRecorder) write(ctx context.Context, e kubeEvent) {
 	err := r.post(ctx, e)
 	if err != nil && !hasStatus(err, http.StatusForbidden) {
@@ -192,7 +192,11 @@ func (r *eventRecorder) write(ctx context.Context, e kubeEvent) {
 	if err == nil || ctx.Err() != nil || was && r.forbidden {
 		return
 	}
-	if omitted, ok := r.failureThrottle.allow(time.Minute); ok || r.forbidden {
+	omitted, ok := int64(0), r.forbidden
+	if !ok {
+		omitted, ok = r.failureThrottle.allow(time.Minute)
+	}
+	if ok {
 		r.log.Warn("cannot write Event; nothing else depends on it",
 			"error", err.Error(), "omitted", omitted)
 	}

@@ -226,6 +226,17 @@ func TestEventFailures(t *testing.T) {
 			}
 		})
 	}
+	inBubble(t, "the first 403 leaves no line out", func(t *testing.T) {
+		busy := respond(500, "no")
+		r, _, logged := fakeRecorder(t, script{busy, busy, respond(403, "no"), fakeCreated, busy})
+		for i := range 4 { // of which the last one fails more than a minute after the first one
+			r.reportChange(fakeChange(i))
+			time.Sleep(30 * time.Second)
+		}
+		if logged.count("\n") != 3 || logged.count("omitted=0") != 3 {
+			t.Errorf("the log has\n%s\nwant three lines with omitted=0", logged)
+		}
+	})
 }
 
 // Nothing waits for Events: with a server that does not answer, the queue fills

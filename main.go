@@ -681,12 +681,13 @@ func (p *program) serve(ctx context.Context, clients, admin net.Listener) error 
 	adminServer := p.admin.server(p.log)
 	adminConns := newAdminListener(admin, p.log)
 	failed := make(chan error, 1)
+	maxSessions := p.fdLimit.moreSessions() // none has come yet
 	fastPath := newFastPath(p.proxy, clients, p.fdLimit)
 	running.Go(fastPath.run)
 	running.Go(func() { failed <- clientServer.Serve(fastPath) })
 	running.Go(func() { adminServer.Serve(adminConns) }) // until Close
 	running.Go(p.redirect.serve)
-	p.logServing(clients.Addr(), admin.Addr())
+	p.logServing(clients.Addr(), admin.Addr(), maxSessions)
 
 	var err error
 	select {
@@ -705,19 +706,19 @@ func (p *program) serve(ctx context.Context, clients, admin net.Listener) error 
 }
 
 // logServing logs where the router listens, and warns if the process may not open enough
-// files for -max-sessions. "backends" is 0 if the router follows the StatefulSet.
-func (p *program) logServing(client, admin net.Addr) {
+// files for -max-sessions, but for maxSessions only. "fixed_backends" is 0 if the router follows the
+// StatefulSet.
+func (p *program) logServing(client, admin net.Addr, maxSessions int) {
 	p.log.Info("serving",
 		"version", version(), "listen", client.String(), "admin", admin.String(),
-		"pod", p.config.podName, "backends", p.proxy.backends.fromFlags.count,
+		"pod", p.config.podName, "fixed_backends", p.proxy.backends.fromFlags.count,
 		"kube", p.config.kube)
 	if p.redirect != nil {
 		p.log.Info("redirecting clients without TLS", "listen", p.redirect.listener.Addr().String())
 	}
-	wanted := p.config.limits.sessions
-	if sessions := p.fdLimit.maxSessions(); sessions < wanted {
+	if wanted := p.config.limits.sessions; maxSessions < wanted {
 		p.log.Warn("open file limit allows fewer sessions than -max-sessions",
-			"sessions", sessions, "max_sessions", wanted, "max_files", p.fdLimit.maxFiles)
+			"sessions", maxSessions, "max_sessions", wanted, "max_files", p.fdLimit.maxFiles)
 	}
 }
 
@@ -768,7 +769,7 @@ func (p *program) stopClients(fastPath *fastPath, clientServer *http.Server,
 	if p.proxy.tls != nil {
 		p.proxy.tls.closing.Wait()
 	}
-	p.log.Info("stopped", "sessions", ended, "seconds", time.Since(started).Seconds())
+	p.log.Info("stopped", "closed", ended, "seconds", time.Since(started).Seconds())
 }
 
 // drainAll closes the sessions over -drain-duration, and waits as long for the answers to

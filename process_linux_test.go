@@ -423,20 +423,20 @@ func TestProcessWaitsForDescriptors(t *testing.T) {
 	g := &descriptorLimit{limit: limit}
 	p.log.wait(t, "open file limit allows fewer sessions than -max-sessions", 1)
 	warning := p.log.all("open file limit allows fewer sessions than -max-sessions")
-	wantLine(t, warning, 1, map[string]any{"max_files": files - 1.0, "sessions": float64(g.maxSessions()), "max_sessions": 100_000.0})
+	wantLine(t, warning, 1, map[string]any{"max_files": files - 1.0, "sessions": float64(g.moreSessions()), "max_sessions": 100_000.0})
 
 	var open []*websocket.Conn
-	for i := range g.maxSessions() {
+	for i := range g.moreSessions() {
 		open = append(open, p.open(t, fmt.Sprint("ns-", i)))
 	}
 	var waiting []net.Conn
-	for i := range 2 * g.maxSessions() {
+	for i := range 2 * g.moreSessions() {
 		waiting = append(waiting, p.ask(t, fmt.Sprint("ns-", i)))
 	}
-	full := map[string]float64{`router_accept_paused`: 1, `router_ready`: 0, `router_client_descriptors`: float64(2 * g.maxSessions()),
-		`router_pending_upgrades`: 0, `router_sessions{backend="backend-0"}`: float64(g.maxSessions())}
+	full := map[string]float64{`router_accept_paused`: 1, `router_ready`: 0, `router_client_descriptors`: float64(2 * g.moreSessions()),
+		`router_pending_upgrades`: 0, `router_sessions{backend="backend-0"}`: float64(g.moreSessions())}
 	waitMetrics(t, &p.runningRouter, full)
-	why := fmt.Sprintf("clients wait for descriptors: %d of %d are used\n", 2*g.maxSessions(), limit)
+	why := fmt.Sprintf("clients wait for descriptors: %d of %d are used\n", 2*g.moreSessions(), limit)
 	if status, body := p.get(t, "/readyz"); status != 503 || body != why {
 		t.Errorf("readyz is %d %q, want 503 %q", status, body, why)
 	}
@@ -445,7 +445,7 @@ func TestProcessWaitsForDescriptors(t *testing.T) {
 		sayAndHear(t, ws, "still here")
 	}
 
-	half := g.maxSessions() / 2
+	half := g.moreSessions() / 2
 	for _, ws := range open[:half] {
 		ws.Close()
 	}

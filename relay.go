@@ -289,7 +289,9 @@ func (r *relay) add(s *session) {
 	s.index = int32(len(r.sessions))
 	r.sessions = append(r.sessions, s)
 	count := r.byBackend[s.backend]
-	r.byBackend[s.backend] = sessionCounts{count.open + 1, count.total + 1, count.onOldPod}
+	count.open++
+	count.total++
+	r.byBackend[s.backend] = count
 	r.countOnOldPod(s, r.podReplaced(s))
 }
 
@@ -304,7 +306,8 @@ func (r *relay) remove(s *session, n [2]int64) {
 	r.sessions[last] = nil
 	r.sessions = r.sessions[:last]
 	count := r.byBackend[s.backend]
-	r.byBackend[s.backend] = sessionCounts{count.open - 1, count.total, count.onOldPod}
+	count.open--
+	r.byBackend[s.backend] = count
 	r.endedBytes[clientSide] += n[clientSide]
 	r.endedBytes[backendSide] += n[backendSide]
 }
@@ -376,7 +379,8 @@ func (r *relay) countOnOldPod(s *session, onOldPod bool) {
 		delta = -1
 	}
 	count := r.byBackend[s.backend]
-	r.byBackend[s.backend] = sessionCounts{count.open, count.total, count.onOldPod + delta}
+	count.onOldPod += delta
+	r.byBackend[s.backend] = count
 	if old.sessions += delta; old.sessions == 0 {
 		delete(r.oldPods, s.namespace)
 		close(old.done)

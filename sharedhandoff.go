@@ -362,7 +362,7 @@ func (h *sharedHandoff) requestDone(ctx context.Context, d decision, err error) 
 	if err != nil {
 		if omitted, ok := h.throttle.allow(10 * time.Second); ok {
 			h.log.Warn("cannot write or list for the hand-off; will retry",
-				"object", h.watcher.String(), "purpose", d.doing,
+				"object", h.watcher.String(), "doing", d.doing,
 				"class", errorClass(err), "error", err.Error(), "omitted", omitted)
 		}
 	}

@@ -144,7 +144,7 @@ func (f *frameScanner) secondByte(b byte, masked bool) {
 	case b >= frameMasked != masked, f.opcode >= opcodeClose && size > maxControlPayload:
 		f.state = frameBroken
 	case size > 125:
-		f.state, f.lengthBytes = frameExtendedLength, 2+size&1*6 // 126 means 16 bits, 127 64
+		f.state, f.lengthBytes = frameExtendedLength, 2+6*(size&1) // 126: 2 bytes, 127: 8
 	default:
 		f.startPayload(uint64(size), masked)
 	}
