@@ -161,14 +161,16 @@ func (c *config) flags() *flag.FlagSet {
 // overrideFlags adds the flags for where the overrides are to f.
 func (c *config) overrideFlags(f *flag.FlagSet) {
 	f.StringVar(&c.kube, "kube", "",
-		"API `server` with the overrides: in-cluster, none, or the http://host:port of a kubectl\n"+
-			"proxy; with none and without -overrides there are no overrides (default in-cluster\n"+
-			"in a pod, else none with -overrides, else http://127.0.0.1:8080)")
+		"API `server` with the overrides, the backends and the object of the hand-off: in-cluster,\n"+
+			"none, or the http://host:port of a kubectl proxy; with none and without -overrides\n"+
+			"there are no overrides (default in-cluster in a pod, else none with -overrides, else\n"+
+			"http://127.0.0.1:8080)")
 	f.StringVar(&c.kubeNamespace, "kube-namespace", "",
 		"Kubernetes `namespace` of the ConfigMaps, the StatefulSet and its EndpointSlices\n"+
 			"(default the pod's own, else \"default\")")
 	f.Func("configmap",
-		"`name` of a ConfigMap with overrides; may be repeated (default overwriting)",
+		"`name` of a ConfigMap with overrides; may be repeated, or have several with commas in\n"+
+			"between (default overwriting)",
 		func(list string) error { return addNames(&c.configMaps, list) })
 	f.StringVar(&c.selector, "configmap-selector", "",
 		"`labels` of the ConfigMaps with overrides, like app=router-overrides, in place of names")
@@ -510,9 +512,13 @@ func (c *config) validateTLS() error {
 	if c.endsTLS() {
 		return nil
 	}
+	minVersion := t.minVersion
+	if minVersion == "1.2" { // the default
+		minVersion = ""
+	}
 	for _, other := range []struct{ flag, value string }{
 		{"tls-key", strings.Join(t.keys, ",")},
-		{"tls-min-version", strings.TrimPrefix(t.minVersion, "1.2")},
+		{"tls-min-version", minVersion},
 		{"tls-client-ca", t.clientCA},
 		{"tls-ticket-secret", t.ticketSecret},
 		{"redirect", c.redirect},

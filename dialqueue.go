@@ -21,15 +21,9 @@ const (
 // changed while it waited, or its dial failed.
 var errRecheckOwner = errors.New("the owner may have changed")
 
-// What an ordinal may be if it is not the ordinal of a backend. The first three are part of a
-// table's stamp, so they never change.
-const (
-	byHash        = -1 // the hash gives the owner, as without an override
-	unresolved    = -2 // there is no owner, or this router may serve none (invariant 3)
-	invalidValue  = -3 // the override's value names no existing backend
-	queueHeld     = -4 // the queue, never ready, of requests whose namespace is held or owner not known
-	ownerNotKnown = -5 // a table that this router does not have gives the owner: any backend
-)
+// queueHeld is, in place of an ordinal, the queue of the requests whose namespace is held or whose
+// owner is not known. It is never ready. route.go has the other numbers that are no ordinals.
+const queueHeld = -4
 
 // errHeld says why nobody in queueHeld may dial.
 var errHeld = errors.New("the owner of the namespace is not known, or is about to change")

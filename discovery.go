@@ -58,9 +58,9 @@ func (s *statefulSet) specID() string {
 	return fmt.Sprintf("%s/%d", s.Metadata.UID, s.Metadata.Generation)
 }
 
-// withoutScaledIn returns the backends without those that are scaled in. A StatefulSet that is scaled to
-// zero limits nothing: its pods come back. Nor does one whose spec.ordinals.start has changed: see
-// afterStart.
+// withoutScaledIn returns the backends without those that are scaled in. A StatefulSet that is
+// scaled to zero limits nothing: its pods come back. Nor does one whose spec.ordinals.start has
+// changed: see afterStart.
 func (s *statefulSet) withoutScaledIn(b ordinalRange) ordinalRange {
 	if s.Spec.Replicas > 0 && b.first == s.Spec.Ordinals.Start {
 		b.count = min(b.count, s.Spec.Replicas)
@@ -85,9 +85,10 @@ func (s *statefulSet) afterStart(b ordinalRange) ordinalRange {
 	return next
 }
 
-// versionedRange says which backends own namespaces, and for which version of the StatefulSet's spec.
-// It is stored for other routers. The number of ready pods does not say that. With 5 of 6 pods ready, a set may grow from
-// 4 and wait for backend-5, or have 6 backends of which one restarts. It is immutable.
+// versionedRange says which backends own namespaces, and for which version of the StatefulSet's
+// spec. It is stored for other routers. The number of ready pods does not say that. With 5 of 6
+// pods ready, a set may grow from 4 and wait for backend-5, or have 6 backends of which one
+// restarts. It is immutable.
 type versionedRange struct {
 	First      int    `json:"first"` // ordinal; anyFirst if an earlier version of the router has stored it
 	Count      int    `json:"count"`
@@ -291,8 +292,8 @@ func (r *replicaWatcher) whyCordonRejected() string {
 	return ""
 }
 
-// setStoredRange says which range the object of the hand-off has, that all routers share;
-// nil if it has none. It does not block, and any goroutine may call it.
+// setStoredRange says which range the object of the hand-off has, that all routers share; nil
+// if it has none. It does not block, and any goroutine may call it.
 func (r *replicaWatcher) setStoredRange(b *versionedRange) {
 	r.mu.Lock()
 	same := r.storedRangeIsRead && (b == nil || r.storedRange != nil && *b == *r.storedRange)
@@ -505,9 +506,8 @@ func (r *replicaWatcher) confirmStored(ctx context.Context) {
 	}
 }
 
-// missingConfirmation returns the confirmation that wantedRange needs and that is missing;
-// zero if none is missing. A StatefulSet that does not exist cannot be newer than the stored
-// range.
+// missingConfirmation returns the confirmation that wantedRange needs and that is missing; zero
+// if none is missing. A StatefulSet that does not exist cannot be newer than the stored range.
 func (r *replicaWatcher) missingConfirmation() storedConfirmation {
 	r.mu.Lock()
 	defer r.mu.Unlock()

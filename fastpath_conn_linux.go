@@ -128,7 +128,7 @@ func (c *fastConn) serve() {
 		c.fallBack(nil, nil)
 	case p.relay.oldPodSessionsDone(c.pending.namespace) != nil ||
 		!p.backends.queues.tryDial(c.pending.queueOrdinal()):
-		go c.park() // on a new stack, which is small
+		go c.park()
 	default:
 		c.dialOwner()
 	}
@@ -210,7 +210,7 @@ func (c *fastConn) parseUpgrade() *http.Request {
 	return r
 }
 
-// dialOwner dials the owner, as it may, and goes on with askOwner or park.
+// dialOwner dials the owner, when it is the client's turn, and goes on with askOwner or park.
 func (c *fastConn) dialOwner() {
 	p, u := c.fastPath.proxy, c.pending
 	podUID, err := p.backends.dialInTurn(c.ctx, &c.waiter, u.backend, c.connect)
@@ -274,8 +274,9 @@ func (c *fastConn) askOwner() {
 	c.fastPath.running.Done()
 }
 
-// park parks the client in the dial queue of its owner, which cannot be dialled now. If
-// it may dial, has to ask for its owner again, or its time is over, resume goes on.
+// park parks the client in the dial queue of its owner, which cannot be dialled now. The caller
+// gives it a goroutine of its own: while it waits for sessions with an old pod, its stack is
+// small. If it may dial, has to ask for its owner again, or its time is over, resume goes on.
 func (c *fastConn) park() {
 	p, u := c.fastPath.proxy, c.pending
 	if !c.wasParked() {

@@ -17,12 +17,12 @@ import (
 	"time"
 )
 
-// fastPath takes clients to their backends without net/http, which costs less CPU. Each
-// client has a goroutine, which reads its request, dials the owner, sends the request
-// and the response on, and gives both sockets to the relay: see fastConn.serve. The client
-// gets a slot of the poller that carries the session at once. A socket comes into the epoll
-// set of that poller when something waits for it. Sockets of the fast path are not in Go's
-// poller, except for a backend's while package net dials it by its host name.
+// fastPath takes clients to their backends without net/http, and so for less CPU. Each client
+// has a goroutine, which reads its request, dials the owner, sends the request and the response
+// on, and gives both sockets to the relay: see fastConn.serve. From the start the client has a
+// slot of the poller that is to carry its session. A socket comes into the epoll set of that
+// poller when something waits for it. Sockets of the fast path are not in Go's poller, except
+// for a backend's while package net dials it by its host name.
 //
 // The fast path takes simple upgrades (isSimpleRequest), and responses of 101. All other
 // clients fall back to net/http: it has fastPath as its listener, and ServeHTTP goes on

@@ -184,7 +184,7 @@ func (x *exchange) finish() {
 	x.unwatch()
 	x.unwatchClient()
 	cause := context.Cause(x.ctx)
-	if !x.complete && cause == errMoved || cause == errDraining {
+	if (!x.complete && cause == errMoved) || cause == errDraining {
 		x.forwarder.cuts.Add(1)
 	}
 	x.cancel(nil)

@@ -314,7 +314,7 @@ func (v *view) next(t *table, limit stepLimit, now time.Time) *view {
 	case last == len(v.records):
 		next.tables = append(slices.Clone(v.tables[:last-1]), t)
 	case last > 1:
-		next.tables = v.tables[:last] // what began to move is taken back
+		next.tables = v.tables[:last] // t is back, and nothing has moved to the newest one
 	default:
 		next.tables = []*table{t}
 	}

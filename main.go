@@ -31,7 +31,8 @@
 //	override       an entry of a ConfigMap, or a file, that names the owner of a namespace
 //	cordon         the backends to which the hash gives no namespaces; unlike with kubectl's
 //	               cordon, the sessions of these namespaces move away
-//	scaled in      of a backend: the newest table gives it nothing, as there are fewer backends
+//	scaled in      of a backend: the newest table gives it nothing, as there are fewer backends,
+//	               or the first one has a higher ordinal
 //	table          what gives each namespace its owner
 //	in force       of overrides, a cordon, a certificate: the router goes by them, and not by
 //	               what it has refused; of a view: clients get the owners that it says
@@ -48,6 +49,12 @@
 //	plain request  no upgrade
 //	flight         a request that a backend may have, or a session that this router has ended
 //	               and its backend has not
+//	lost           of a connection: it has failed, and its peer may not know that and go on; one
+//	               that the peer has reset is not lost
+//	abandon        to give the connection to a backend that may go on to a flight: it sends a
+//	               FIN, and waits for the backend's, at most -handoff-proof-timeout
+//	cut            ended by the router before its time: a plain request, or the closing
+//	               handshake of a session
 //	move           to close a session, so that its client comes back: because its owner changed,
 //	               or the owner's pod, or because the router was removed from the members. Also
 //	               all moves of sessions to one table (log "move finished")
@@ -158,7 +165,7 @@
 //
 // A client that falls back takes with it what it has sent and what was admitted. A request
 // that admit has refused (checkUpgrade refuses each plain request) begins anew at
-// ServeHTTP. If the owner has the request, its connection goes to completeUpgrade, with what
+// ServeHTTP. If the owner has the request, the owner's connection goes to completeUpgrade, with what
 // it has answered: mostly nothing within fastPathTimeout, else another answer than a 101, or
 // one that is longer than maxFastResponse.
 //
@@ -293,7 +300,7 @@
 //	closingHandshake.insertClose  puts a Close frame where one may stand
 //	mover.cutRequests         cuts the plain requests that have lasted too long
 //	relay.shouldAbandon       says whether a backend that does not answer is reset, or abandoned
-//	relay.setBackendDone      notes that the router waits for the backend no longer
+//	relay.setBackendDone      notes that the session is no reason any more to wait for its backend
 //	mover.somethingEnded      (as onBackendDone, and onEnd of flights) wakes run
 //	stepReleases.releaseAll   asks the old owners to store the state, with -release
 //	mover.adopt               opens the namespaces with their new owners
@@ -312,7 +319,7 @@
 //	member.sendAnswer               says what is done here, and how far the next step may go
 //	  member.answerWithStep         does so in one write with the next step, if that can begin now
 //	member.remove                   removes a member that has ended for ever
-//	member.storeRange               stores the number of backends
+//	member.storeRange               stores which backends own namespaces
 //	member.writeStep                makes the next step, when all have answered: by the next three
 //	  member.writeStepWith          checks that they have, and have the same table
 //	  handoffObject.agreedLimit     says how far all members let that go
@@ -631,9 +638,8 @@ func (p *program) followStatefulSet(kubeClient *kubeClient, kubeNamespace string
 		endpoints.watcher.run, replicas.watcher.run, replicas.run, replicas.confirmStored)
 }
 
-// addSources sets up the sources of overrides: the ConfigMaps if there is an API server,
-// and a directory, which then counts only until the ConfigMaps were read. Without both there
-// are no overrides.
+// addSources sets up the sources of overrides, one statement for each. With ConfigMaps, the
+// directory counts only until they were read. Without any source there are no overrides.
 func (p *program) addSources(kubeClient *kubeClient, kubeNamespace string) {
 	c, tables := p.config, p.proxy.tables
 	if kubeClient != nil {

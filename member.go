@@ -640,11 +640,11 @@ func (o *handoffObject) agreedLimit(
 	return agreed, writers, allLackTables, nil
 }
 
-// bootstrap is what a router without a view does where there is no plan. The router says
-// so in its own key. When all router pods have said so, the first one by name that has a
-// table makes the plan. Both are written only if the object is as seen: a late write
-// would speak for a container that has a view by now. An old copy of the object, which
-// somebody has restored, may do that too. So all pods are members of the plan, and all
+// bootstrap is what a router without a view does where there is no plan. The router says so in
+// its own key. When all router pods have said so, the first one by name that has a table makes
+// the plan. Both are written only if the object is as seen: a late write would speak for a
+// container that has a view by now. An answer in an old copy of the object, which somebody has
+// restored, may speak for such a container, too. So all pods are members of the plan, and all
 // namespaces are held until each member has answered.
 func (m *member) bootstrap(in *decisionInput) decision {
 	o := in.object

@@ -1652,10 +1652,10 @@ func TestShareOfTheRate(t *testing.T) {
 		t.Errorf("with 9 of 10 sessions its share is %g, want 0.9", got)
 	}
 	m := &mover{moveInterval: time.Second}
-	wantEqual(t, "time between two moves of a router by itself", m.interval(), time.Second)
+	wantEqual(t, "time between two moves of a router by itself", m.ownInterval(), time.Second)
 	m.shared = &sharedHandoff{member: r.member}
 	m.shared.inbox.object = s.object
-	wantEqual(t, "time between two moves with half of the rate", m.interval(), 2*time.Second)
+	wantEqual(t, "time between two moves with half of the rate", m.ownInterval(), 2*time.Second)
 }
 
 // An old copy of the object, from before a router joined, is put back, and a router that

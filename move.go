@@ -78,7 +78,7 @@ type mover struct {
 	mustPrepare  bool            // prepareNewest was called while the next table was not known here
 	waitsForPace bool            // there are sessions of the next step that only wait for the pace
 	oldPodsWait  bool            // there are sessions of moveQueue.oldPod that only wait for the pace
-	lastDoneHere int64           // the last step of which nothing is left in this router
+	lastDoneHere int64           // the last step of which nothing is left in this router; that of a reset is higher
 	lastProposal *stepProposal   // the last, which may be in this router's answer; nil for none
 	ctx          context.Context // of run
 }
@@ -657,9 +657,9 @@ func (m *mover) mayMove(now time.Time) (ok bool, again time.Time) {
 	return m.targets.areKnown(), time.Time{}
 }
 
-// interval returns the time between two moves of this router: with -handoff=all it has a
+// ownInterval returns the time between two moves of this router: with -handoff=all it has a
 // share of the rate.
-func (m *mover) interval() time.Duration {
+func (m *mover) ownInterval() time.Duration {
 	if m.shared == nil {
 		return m.moveInterval
 	}
@@ -672,14 +672,16 @@ func (m *mover) minMoveTime(sessions int64) time.Duration {
 	return time.Duration(sessions) * m.moveInterval
 }
 
-// updatePace sets the interval of the pace, this router's share of moveInterval, and returns what
-// mayMove returns. It starts the pace, unless sessions wait for it already.
+// updatePace begins the tally if sessions may move, sets the interval of the pace, and returns
+// what mayMove returns. It starts the pace, unless sessions wait for it already: these keep
+// their turns, also if another table has come. The caller has prepared the moves to the table,
+// so that there is a tally.
 func (m *mover) updatePace(now time.Time) (mayMove bool, again time.Time) {
-	m.pace.interval = m.interval()
 	mayMove, again = m.mayMove(now)
 	if mayMove {
 		m.tally.begin(now)
 	}
+	m.pace.interval = m.ownInterval()
 	if !mayMove || !m.waitsForPace && !m.oldPodsWait {
 		m.pace.start(now)
 	}
@@ -789,7 +791,7 @@ func (m *mover) takeNewVersion(v *view, t *table) *view {
 
 // moveSession starts the closing handshake of a session, unless it is closing already.
 func (m *mover) moveSession(s *session) {
-	if m.tally == nil { // the session ends because this router does not know the plan's table
+	if m.tally == nil { // this router does not know the plan's tables, or was removed from the members
 		m.tally = newMoveTally(noTableHash)
 	}
 	if m.tally.close(s, m.closeSession, m.wake.notify) {
@@ -865,8 +867,9 @@ func (m *mover) leave(ctx context.Context) {
 	}
 }
 
-// positiveRateShare returns this router's part of the rate, above 0 and at most 1. A router that
-// had no session to move when it answered last has a small part. It takes sharedHandoff.mu.
+// positiveRateShare returns this router's part of the rate, above 0 and at most 1. A router
+// that had no session to move when it answered last has a tenth of an equal part, for those
+// that have come since. It takes sharedHandoff.mu.
 func (m *mover) positiveRateShare() float64 {
 	o := m.shared.lastObject()
 	if o == nil || o.plan == nil {

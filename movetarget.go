@@ -38,7 +38,7 @@ type moveTarget struct {
 	dialled   bool               // its first dial has ended
 }
 
-// isKnown reports whether a dial of the target has ended, or a session shows that it is there.
+// isKnown reports whether a dial of the target has ended, this one or that before redial.
 func (t *moveTarget) isKnown() bool { return t.reachable || t.dialled }
 
 // dialResult is the result of one dial of a target. err is nil if it is reachable.

@@ -67,8 +67,8 @@ type reply struct {
 	err  error // nil if the status is 200
 }
 
-// newPeers returns the peers that find finds. If find fails, it returns those that it knows
-// from before too.
+// newPeers returns the peers that find finds. With an error, find may also return peers: those that
+// it has found before.
 func newPeers(find func(ctx context.Context) ([]peer, error)) *peers {
 	return &peers{
 		askerID: fmt.Sprintf("%016x", rand.Uint64()),

@@ -417,11 +417,11 @@ func (p *proxy) holdContext(x *exchange) context.Context {
 	return x.holdCtx
 }
 
-// requestContexts returns the contexts of a request. clientCtx ends when the client is
-// gone or the router stops. holdCtx also ends at the deadline until which the request
-// waits for its owner: after -hold if it is zero. The caller calls cancel. If the router stops
-// already, both have ended when requestContexts returns: such a request may come after the router
-// has counted the upgrades under way and listed the sessions that it drains, and must become none.
+// requestContexts returns the contexts of a request. clientCtx ends when the client is gone or
+// the router stops. holdCtx also ends at the deadline until which the request waits for its
+// owner: after -hold if it is zero. The caller calls cancel. If the router stops already, both
+// have ended when requestContexts returns: such a request may come after the router has counted
+// the upgrades under way and listed the sessions that it drains, and must become none.
 //
 // A client that has sent its request and a FIN may still listen (a half-close, RFC 9293
 // §3.6), and then gets its answer. Most of them have left, which looks the same until the
@@ -718,11 +718,11 @@ func (p *proxy) noAnswer(clientCtx context.Context, backend int, err error) *ref
 const stopGrace = 2 * time.Second
 
 // passResponse sends the client the backend's answer: status, header and body. A 302 is not
-// followed, and no answer is logged, nor one that is cut off. The body has as much time as the
-// head had. If it is cut off, the client gets what came of it, and passResponse returns an
-// error; failure is that of backendConn, nil if it was the client's. When ctx ends, because the
-// client has left or the router stops, the backend sends no more, and the client has stopGrace
-// to take what has come.
+// followed. No answer is logged, whether it is whole or breaks off. The body has as much time
+// as the head had. If it breaks off, the client gets what came of it, and passResponse returns
+// an error; failure is that of backendConn, nil if it was the client's. When ctx ends, because
+// the client has left or the router stops, the backend sends no more, and the client has
+// stopGrace to take what has come.
 func (p *proxy) passResponse(
 	ctx context.Context, w http.ResponseWriter, resp *http.Response, backendConn net.Conn,
 ) (failure, err error) {

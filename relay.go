@@ -48,9 +48,10 @@ func (i side) errorCause() cause {
 	return [2]cause{causeClientError, causeBackendError}[i]
 }
 
-// causeOf returns the cause if a call on the side's socket fails with err: errorCause
-// if err says that the connection is gone. All other errors are causeRouterError, such
-// as ENOBUFS and ENOMEM, which unix(7) returns if memory is short.
+// causeOf returns the cause if a call on the side's socket fails with err: errorCause if err
+// says that the connection is gone, or that the client has broken TLS, and causeTruncated if
+// TLS has no end. All other errors are causeRouterError, such as ENOBUFS and ENOMEM, which
+// unix(7) returns if memory is short.
 func (i side) causeOf(err error) cause {
 	gone := []error{
 		// tcp(7), unix(7)
@@ -166,7 +167,7 @@ type relay struct {
 	deadTimeout      time.Duration
 	closeTimeout     time.Duration
 	freeDescriptors  func(count int)                    // called for descriptors that a session no longer has
-	onBackendDone    func()                             // called when no step waits for a session any more; must not block
+	onBackendDone    func()                             // see setBackendDone; must not block
 	onAbandoned      func(s *session, backend net.Conn) // see abandonBackend and backendFailed; nil: nobody waits
 	remember         rememberNamespace                  // called just before onBackendDone
 	log              *slog.Logger
@@ -416,7 +417,7 @@ func (r *relay) setBackendDone(s *session) {
 // and may go on to serve the namespace. It reports whether the caller has to call
 // abandonBackend. Otherwise the caller resets the connection. A session that moves is counted
 // then: the clients of its namespace are held, and wait no longer. After any other session
-// nobody waits, and a step may come much later.
+// nobody is held yet, and a step that comes later has to wait for the backend.
 func (r *relay) shouldAbandon(s *session) bool {
 	switch {
 	case s.backendDone.Load(): // it has failed, and backendFailed has seen to the rest

@@ -165,7 +165,7 @@ func (p *poller) maxUnread() int {
 	return bufferSize
 }
 
-// sendRecords sends the first size bytes of records.out to the client, and keeps what it
+// sendRecords sends the first size bytes of tlsBuffers.out to the client, and keeps what it
 // does not take.
 func (p *poller) sendRecords(s *session, size int) {
 	took, errno := p.tlsBuffers.out.send(s.fd[clientSide], size)

@@ -9,6 +9,15 @@ import (
 	"time"
 )
 
+// What an owner may be if it is not the ordinal of a backend. The first three are part of a table's
+// stamp, so they never change.
+const (
+	byHash        = -1 // the hash gives the owner, as without an override
+	unresolved    = -2 // there is no owner, or this router may serve none (invariant 3)
+	invalidValue  = -3 // the override's value names no existing backend
+	ownerNotKnown = -5 // a table that this router does not have gives the owner: any backend; -4 is queueHeld
+)
+
 // The reasons why a namespace has its owner, as /owner gives them.
 const (
 	whyOverride   = "override"   // an override names it

@@ -332,7 +332,7 @@ type handoffStatus struct {
 	SecondsLeft float64      `json:"seconds_left"`     // at least, for those of ToMove that the rate counts
 }
 
-// stepWait is what a step waits for: a backend of this router, or a router that has not
+// stepWait is what a step waits for: a backend, of which this router waits, or a router that has not
 // answered, which may be this one. The next step waits for a router that has another table.
 type stepWait struct {
 	Backend  string  `json:"backend,omitempty"` // "" for a router
@@ -352,8 +352,8 @@ func (m *mover) status() handoffStatus {
 		Unproven:   m.flights.unproven.Load() + m.relay.unproven.Load(),
 		WaitingFor: []stepWait{}, Moving: m.moving.Load(),
 	}
-	if one := m.minMoveTime(1); one > 0 {
-		s.Rate = 1 / one.Seconds()
+	if m.moveInterval > 0 {
+		s.Rate = 1 / m.moveInterval.Seconds()
 	}
 	s.SecondsLeft = m.minMoveTime(m.queue.paced.Load()).Seconds()
 	switch {
@@ -472,7 +472,7 @@ func (m *mover) writeWaits(w metricsWriter, s handoffStatus) {
 	}
 	sample := w.family("router_handoff_waiting_seconds", "gauge",
 		"For how many seconds a hand-off has waited for this backend, which has to end its "+
-			"sessions and requests, or for this router, which has to answer or to get the newest table.")
+			"sessions and requests or to answer a release, or for this router, which has to answer or to get the newest table.")
 	for _, name := range slices.Sorted(maps.Keys(seconds)) {
 		sample(seconds[name], "for", name)
 	}

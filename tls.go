@@ -192,7 +192,7 @@ func (s *tlsServer) writeMetrics(m metricsWriter) {
 	}
 	m.single("router_tls_handshakes_resumed_total", "counter",
 		"TLS handshakes that went on with an earlier session of the client.", float64(s.resumed.Load()))
-	s.times.write(m, "router_tls_handshake_duration_seconds", "How long the TLS handshakes that did not fail took.")
+	s.times.write(m, "router_tls_handshake_duration_seconds", "How long the TLS handshakes that are ok took, with the waits for the client.")
 }
 
 // tlsHandshakeList has the handshakes that wait for their clients, by when that began.
