@@ -480,10 +480,11 @@ func (m *member) leave(in *decisionInput) decision {
 	return m.writePlan(in, p.withMember(m.name, nil), nil, in.now, "this router is leaving")
 }
 
-// join makes this router a member, once it has a table, in place of a container or a pod
-// of the same name before it: these have ended, or this one would not run. Until it has a
-// table, it removes them. A router that was removed, and lives on, joins once it has done what
-// the step asks of it, which is nothing once the step is done: its answer is part of the write.
+// join makes this router a member, once it has a table, in place of a container or a pod of the
+// same name before it: these have ended, or this one would not run. Until it has a table, it
+// removes them. A router that was removed, and lives on, joins once it has done what the step
+// asks of it, which is nothing once the step is done: its answer is part of the write. It has
+// proposed nothing yet, so its answer lets the next step hand over nothing.
 func (m *member) join(in *decisionInput) decision {
 	p := m.view.plan
 	id, isNamed := p.members[m.name]

@@ -351,8 +351,10 @@ func (m *mover) handleDialResult(d dialResult) {
 }
 
 // advance does what can be done now: it works on the step, and begins the next ones. With
-// -handoff=all it ends all sessions of a router that is no member any more. It returns when it
-// has to be called again, zero if only when something happens.
+// -handoff=all it ends all sessions of a router that is no member any more. Each turn of its loop
+// adopts a step or the end of one, until decide waits: for what the step has to close, for the
+// pace, or for other routers. It returns when it has to be called again, zero if only when
+// something happens.
 func (m *mover) advance(now time.Time) time.Time {
 	for {
 		t := m.tables.table()
@@ -720,12 +722,12 @@ func (m *mover) closeStepSessions(v *view) bool {
 	}
 }
 
-// cutRequests cuts the plain requests that must not stay with their backends: those that
-// a step waits for, or with -handoff=off those whose owner changed, once they are
-// httpMoveTimeout old, and all requests of a pod that was replaced. A router that is no member of
-// the hand-off cuts all at once. Of a pod that was replaced it also ends the wait for abandoned
-// requests and sessions. It returns when the next one has to be cut, zero if only when something
-// happens.
+// cutRequests cuts the plain requests that must not stay with their backends: those that a step
+// waits for, or with -handoff=off those whose owner changed, once they are httpMoveTimeout old,
+// and all requests of a pod that was replaced. A router that is no member of the hand-off cuts
+// all at once. Of a pod that was replaced it also ends the wait for abandoned requests and
+// sessions: that pod serves them no more. It returns when the next one has to be cut, zero if
+// only when something happens.
 func (m *mover) cutRequests(now time.Time) time.Time {
 	v := m.current.Load()
 	if v == nil {
