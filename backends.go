@@ -56,10 +56,10 @@ type backends struct {
 	// resolve returns where to dial the backend, as host:port, or why that is not known. ctx
 	// bounds it. Any goroutine may call it.
 	resolve    func(ctx context.Context, ordinal int) (addr string, err error)
-	invalidate func(ordinal int)                           // called if a dial of the address failed
-	podUID     func(ordinal int) string                    // uid of the pod at the address, "" if not known
-	podIsGone  func(ctx context.Context, ordinal int) bool // it is known that no pod has the backend's name
-	close      func()                                      // waits until no goroutine of resolve runs
+	invalidate func(ordinal int)                                    // called if a dial of the address failed
+	podUID     func(ordinal int) string                             // uid of the pod at the address, "" if not known
+	podIsGone  func(ctx context.Context, ordinal int) (bool, error) // see endpointWatcher.podIsGone
+	close      func()                                               // waits until no goroutine of resolve runs
 }
 
 // name returns the name of the backend with this ordinal.
@@ -89,7 +89,7 @@ func newFlagBackends(statefulSet string, count int) *backends {
 		queues:      newDialQueues(func(int) error { return nil }),
 		invalidate:  func(int) {},
 		podUID:      func(int) string { return "" },
-		podIsGone:   func(context.Context, int) bool { return false },
+		podIsGone:   func(context.Context, int) (bool, error) { return false, nil },
 		close:       func() {},
 	}
 }

@@ -860,12 +860,12 @@ func (e *endpointWatcher) resolve(ctx context.Context, ordinal int) (string, err
 }
 
 // podIsGone asks the API server for the pod with the backend's name, and reports whether
-// the answer is that there is none. It returns false if there is no answer, and if there is a
+// the answer is that there is none. With an error it does not know. It returns false if there is a
 // pod, which may be another one: that has no sessions of the one before.
-func (e *endpointWatcher) podIsGone(ctx context.Context, ordinal int) bool {
+func (e *endpointWatcher) podIsGone(ctx context.Context, ordinal int) (bool, error) {
 	client := e.client
 	pod, err := getPod(ctx, &client, e.watcher.kubeNamespace, backendName(e.statefulSet, ordinal))
-	return pod == nil && err == nil
+	return pod == nil && err == nil, err
 }
 
 // podUID returns the uid of the pod that resolve finds, or "" if it is not known.

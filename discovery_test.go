@@ -901,8 +901,9 @@ func TestPodIsGone(t *testing.T) {
 		client, err := newKubectlProxyClient(server.url(t))
 		must(t, err)
 		p := newEndpointWatcher(*client, "edge", "backend", "headless", 9000, func(map[int]string) {}, slog.New(slog.DiscardHandler))
-		if got := p.backends().podIsGone(t.Context(), 3); got != tt.want {
-			t.Errorf("%s: gone is %t, want %t", name, got, tt.want)
+		got, err := p.backends().podIsGone(t.Context(), 3)
+		if got != tt.want || got == (err != nil) && name != "the pod" {
+			t.Errorf("%s: gone is %t (%v), want %t", name, got, err, tt.want)
 		}
 		wantEqual(t, "path", path, "/api/v1/namespaces/edge/pods/backend-3")
 		uids, err := (&sharedHandoff{client: *client, watcher: &watcher[handoffConfigMap]{kubeNamespace: "edge"}}).
@@ -914,8 +915,8 @@ func TestPodIsGone(t *testing.T) {
 	client, err := newKubectlProxyClient("http://" + refusingAddr(t))
 	must(t, err)
 	p := newEndpointWatcher(*client, "edge", "backend", "headless", 9000, func(map[int]string) {}, slog.New(slog.DiscardHandler))
-	if p.backends().podIsGone(t.Context(), 3) {
-		t.Error("without an API server a pod is gone")
+	if gone, err := p.backends().podIsGone(t.Context(), 3); gone || err == nil {
+		t.Errorf("without an API server a pod is gone: %t (%v)", gone, err)
 	}
 }
 

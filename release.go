@@ -212,12 +212,17 @@ func (r *releaser) keepReleasing(ctx context.Context, ordinal int, namespaces []
 	retry := backoff{minReleaseRetry, maxReleaseRetry}
 	for failures := 1; ; failures++ {
 		left, err := r.release(ctx, ordinal, namespaces, step)
-		switch {
-		case err == nil:
+		if err == nil {
 			return true
+		}
+		gone, podErr := r.backends.podIsGone(ctx, ordinal)
+		if podErr != nil {
+			err = fmt.Errorf("%w; it is not known whether its pod is gone: %w", err, podErr)
+		}
+		switch {
 		case ctx.Err() != nil:
 			return false
-		case r.backends.podIsGone(ctx, ordinal):
+		case gone:
 			r.log.Warn("backend is gone; its namespaces count as released",
 				"backend", name, "namespaces", len(left), "step", step)
 			return true

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -367,7 +368,7 @@ func TestReleaseOfGonePod(t *testing.T) {
 	r, log := startReleaser(t, gone)
 	var exists atomic.Bool
 	exists.Store(true)
-	r.backends.podIsGone = func(_ context.Context, ordinal int) bool { return ordinal == 0 && !exists.Load() }
+	r.backends.podIsGone = func(_ context.Context, ordinal int) (bool, error) { return ordinal == 0 && !exists.Load(), nil }
 	done := make(chan struct{})
 	r.start(r.lifetime, 1, setOf(1, "ns-01"), func() { close(done) })
 	eventually(t, "waits", 1, func() int { return len(r.waits()) })
@@ -376,6 +377,32 @@ func TestReleaseOfGonePod(t *testing.T) {
 	if !strings.Contains(log.String(), "backend is gone") {
 		t.Errorf("log:\n%s", log)
 	}
+}
+
+// TestReleaseOfPodThatMayNotBeRead: if the API server does not say whether the pod is gone, the wait
+// goes on, and says that too.
+func TestReleaseOfPodThatMayNotBeRead(t *testing.T) {
+	gone := newReleasingBackend(t)
+	gone.Close()
+	r, log := startReleaser(t, gone)
+	var readable atomic.Bool
+	r.backends.podIsGone = func(context.Context, int) (bool, error) {
+		if !readable.Load() {
+			return false, errors.New("403 Forbidden: pods is forbidden")
+		}
+		return true, nil
+	}
+	done := make(chan struct{})
+	r.start(r.lifetime, 1, setOf(1, "ns-01"), func() { close(done) })
+	eventually(t, "the reason in the wait", true, func() bool {
+		wait := r.waits()[0]
+		return wait.err != nil && strings.Contains(wait.err.Error(), "pods is forbidden")
+	})
+	if !strings.Contains(log.String(), "pods is forbidden") {
+		t.Errorf("log:\n%s", log)
+	}
+	readable.Store(true)
+	<-done
 }
 
 // TestReleaseOfNothing is done at once.
