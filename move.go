@@ -668,8 +668,8 @@ func (m *mover) ownInterval() time.Duration {
 	return time.Duration(float64(m.moveInterval) / m.positiveRateShare())
 }
 
-// minMoveTime returns how long this number of moves takes at least: with -handoff=all the moves
-// of all routers together. Any goroutine may call it.
+// minMoveTime returns how long this number of moves takes at least. With -handoff=all the routers
+// share the rate: there the times of all of them add up. Any goroutine may call it.
 func (m *mover) minMoveTime(sessions int64) time.Duration {
 	return time.Duration(sessions) * m.moveInterval
 }

@@ -35,7 +35,7 @@ type moveTally struct {
 type moveReceipt struct {
 	OverridesVersion string    `json:"overrides_version"` // of the table
 	OwnersHash       string    `json:"owners_hash"`       // of the table: the first half of its stamp
-	Began            time.Time `json:"began"`             // when sessions were free to move; when it was prepared, if none was
+	Began            time.Time `json:"began"`             // when sessions were free to move; before that, when the move was prepared
 	Seconds          float64   `json:"seconds"`           // since sessions were free to move
 	Planned          int       `json:"planned"`           // sessions that had to move in all: see moveTally
 	Moved            int       `json:"moved"`             // sessions that the mover closed

@@ -172,7 +172,7 @@ func TestProcessDrains(t *testing.T) {
 	}
 
 	p.wantSuccess(t)
-	wantEqual(t, "sessions that were ended, by the log", p.log.wait(t, "stopped", 1)["sessions"], any(float64(sessions)))
+	wantEqual(t, "sessions that were ended, by the log", p.log.wait(t, "stopped", 1)["closed"], any(float64(sessions)))
 	for _, line := range p.log.all("session ended") {
 		if line["cause"] != "drain" || line["cut"] != false {
 			t.Errorf("a session ended with cause %v, cut %v; want drain and false", line["cause"], line["cut"])
