@@ -142,7 +142,7 @@ func askAll[T any](
 	a *admin, w http.ResponseWriter, r *http.Request, one http.HandlerFunc, q question,
 	isWhole func(*T) bool,
 ) (all []*T, silent []silentRouter, ok bool) {
-	var own memoryResponse
+	var own responseRecorder
 	var others []reply
 	var asking sync.WaitGroup
 	asking.Go(func() { others = a.peers.ask(r.Context(), q) })
@@ -157,14 +157,14 @@ func askAll[T any](
 	return all, silent, true
 }
 
-// memoryResponse is an answer that is kept, and not sent. The zero value has none yet.
-type memoryResponse struct {
+// responseRecorder is an answer that is kept, and not sent. The zero value has none yet.
+type responseRecorder struct {
 	header http.Header
 	status int // 0 before the first Write or WriteHeader
 	body   bytes.Buffer
 }
 
-func (m *memoryResponse) Header() http.Header {
+func (m *responseRecorder) Header() http.Header {
 	if m.header == nil {
 		m.header = http.Header{}
 	}
@@ -172,21 +172,21 @@ func (m *memoryResponse) Header() http.Header {
 }
 
 // WriteHeader sets the status. Only the first call counts.
-func (m *memoryResponse) WriteHeader(status int) { m.status = cmp.Or(m.status, status) }
+func (m *responseRecorder) WriteHeader(status int) { m.status = cmp.Or(m.status, status) }
 
-func (m *memoryResponse) Write(b []byte) (int, error) {
+func (m *responseRecorder) Write(b []byte) (int, error) {
 	m.WriteHeader(http.StatusOK)
 	return m.body.Write(b)
 }
 
 // reply returns the answer as the reply of the router with this name.
-func (m *memoryResponse) reply(name string) reply {
+func (m *responseRecorder) reply(name string) reply {
 	body := m.body.Bytes()
 	return reply{name: name, body: body, err: answerError(m.status, body)}
 }
 
 // writeTo sends the answer.
-func (m *memoryResponse) writeTo(w http.ResponseWriter) {
+func (m *responseRecorder) writeTo(w http.ResponseWriter) {
 	maps.Copy(w.Header(), m.header)
 	w.WriteHeader(cmp.Or(m.status, http.StatusServiceUnavailable))
 	w.Write(m.body.Bytes()) // it fails only if the client is gone
@@ -645,7 +645,7 @@ type backendsAnswer struct {
 // backendsOfAll answers GET /backends?all=1: as this router does, with the sessions of all.
 // The other routers do not dial the backends.
 func (a *admin) backendsOfAll(w http.ResponseWriter, r *http.Request, one http.HandlerFunc) {
-	var own memoryResponse
+	var own responseRecorder
 	both := func(w http.ResponseWriter, r *http.Request) {
 		one(&own, r)
 		a.status(w, r)

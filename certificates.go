@@ -40,7 +40,7 @@ const (
 	maxPreviousSecrets = 8 // that still open tickets
 )
 
-// certificateFlags has the flags of a router that ends TLS itself.
+// certificateFlags has the flags of a router that terminates TLS itself.
 type certificateFlags struct {
 	certs        []string // of -tls-cert: files, and directories of mounted Secrets; none: no TLS
 	keys         []string // of -tls-key, for each of certs that is a file, in their order
@@ -488,7 +488,7 @@ func ticketKey(secret string, day int64) (key [32]byte) {
 }
 
 // writeMetrics writes when the certificates in force expire, and which files are refused.
-// A nil c, of a router that does not end TLS, writes nothing.
+// A nil c, of a router that does not terminate TLS, writes nothing.
 func (c *certificates) writeMetrics(m metricsWriter) {
 	if c == nil {
 		return

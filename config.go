@@ -25,7 +25,7 @@ type config struct {
 	trustedProxies              trustedProxies
 	forwardedFrom               trustedProxies
 
-	// TLS that the router ends itself.
+	// TLS that the router terminates itself.
 	certificates certificateFlags
 	redirect     string // address of the plain listener; "" for none
 
@@ -179,7 +179,7 @@ func (c *config) overrideFlags(f *flag.FlagSet) {
 			"copy that is used until the server has answered; not with -handoff all")
 }
 
-// tlsFlags adds the flags for TLS that the router ends itself to f.
+// tlsFlags adds the flags for TLS that the router terminates itself to f.
 func (c *config) tlsFlags(f *flag.FlagSet) {
 	f.Func("tls-cert",
 		"`file` with a certificate and its chain, PEM: clients of -listen speak TLS; or the\n"+
@@ -503,13 +503,13 @@ func (c *config) validateRelease() error {
 	return nil
 }
 
-// endsTLS reports whether the clients of -listen speak TLS.
-func (c *config) endsTLS() bool { return len(c.certificates.certs) > 0 }
+// terminatesTLS reports whether the clients of -listen speak TLS.
+func (c *config) terminatesTLS() bool { return len(c.certificates.certs) > 0 }
 
 // validateTLS checks the flags for TLS. What the files have is for newCertificates.
 func (c *config) validateTLS() error {
 	t := &c.certificates
-	if c.endsTLS() {
+	if c.terminatesTLS() {
 		return nil
 	}
 	minVersion := t.minVersion

@@ -480,9 +480,13 @@ func (c *fastConn) wait(ctx context.Context, i side, mask uint32) error {
 }
 
 // read waits until the side has sent something, and returns it, up to the longest head
-// that is allowed. The rest stays in the socket.
+// that is allowed, and for a client with TLS no more than its session can send at once. The rest
+// stays in the socket.
 func (c *fastConn) read(i side) (data []byte, err error) {
 	limit := min(bufferSize, c.fastPath.proxy.limits.headerBytes)
+	if c.tls != nil && i == backendSide {
+		limit = min(limit, maxTLSWrite)
+	}
 	err = c.receive(i, limit, func(received []byte) { data = bytes.Clone(received) })
 	return data, err
 }

@@ -98,7 +98,7 @@ func (c *fastConn) startTLS(data []byte) ([]byte, error) {
 	transport := &fastConnTransport{client: c, early: data, handshaking: true}
 	c.tls.setTransport(transport, false)
 	if err := c.tlsServer().handshake(c.tls, c.ctx.Done(), c.handshakeResult); err != nil {
-		if answer := plainHTTPAnswer(err); answer != nil {
+		if answer := cleartextAnswer(err); answer != nil {
 			c.write(clientSide, answer) // it fails only if the client is gone
 		}
 		return nil, errTLSHandshake

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bufio"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -35,6 +36,28 @@ func TestFastPathTLS(t *testing.T) {
 			})
 		}
 	})
+}
+
+// As much as a backend can send with its 101 arrives, also with the records of TLS that are longest.
+func TestFastPathTLSMuchWithAResponse(t *testing.T) {
+	long := strings.Repeat("x", bufferSize-len(switching)-64)
+	backend := startStub(t, "127.0.0.1:0", answer(switching+long))
+	p := startTLS(t, []string{backend.addr}, tlsSetup{change: func(p *proxy) { p.limits.headerBytes = 2 * bufferSize }})
+	config := p.client(tls.VersionTLS12)
+	config.CipherSuites = []uint16{tls.TLS_ECDHE_ECDSA_WITH_AES_128_CBC_SHA, tls.TLS_ECDHE_RSA_WITH_AES_128_CBC_SHA}
+	for range 20 { // mostly it comes in one read
+		conn := p.dialTLS(t, config)
+		mustWrite(t, conn, upgradeRequest("/ws/ns-01"))
+		conn.SetReadDeadline(time.Now().Add(patience))
+		br, got := bufio.NewReader(conn), make([]byte, len(long))
+		if _, err := http.ReadResponse(br, nil); err != nil {
+			t.Fatal(err)
+		}
+		if n, err := io.ReadFull(br, got); err != nil || string(got) != long {
+			t.Fatalf("the client got %d bytes, %v; want %d", n, err, len(long))
+		}
+		conn.Close()
+	}
 }
 
 // A client that waits for its owner within TLS has no goroutine, and stays on the fast path.

@@ -1163,7 +1163,7 @@ func goldenMetrics(t *testing.T, addr, name string) {
 	golden(t, "metrics/"+name, []byte(steady(status+"\n"+strings.Join(head, "\n")+"\n\n"+body, volatileOfAdmin...)))
 }
 
-// TestGoldenAdminTLS: what /metrics of a router that ends TLS has more.
+// TestGoldenAdminTLS: what /metrics of a router that terminates TLS has more.
 func TestGoldenAdminTLS(t *testing.T) {
 	secret := newMountedSecret(t, newTestCA(t, "CA").sign(t, nil, nil, "a.test"))
 	r := startRouter(t, "-backends", echoBackends(t, 1), "-overrides", overridesDir(t, nil), "-tls-cert", secret.path)

@@ -215,8 +215,8 @@ func (p *handoffPlan) hasScaledIn() bool {
 	})
 }
 
-// hasProgressOf reports whether next moves no namespace, and has the tables of p.
-func (p *handoffPlan) hasProgressOf(next *handoffPlan) bool {
+// isUnchangedIn reports whether next moves no namespace, and has the tables of p.
+func (p *handoffPlan) isUnchangedIn(next *handoffPlan) bool {
 	return slices.EqualFunc(p.records, next.records, func(a, b planRecord) bool {
 		return a.ownersHash == b.ownersHash && a.after.equal(&b.after)
 	})
@@ -301,7 +301,7 @@ func (v *view) nextPlan(t *table, limit stepLimit, now time.Time) *handoffPlan {
 
 // wouldChange reports whether nextPlan would return another plan than v's.
 func (v *view) wouldChange(t *table, limit stepLimit) bool {
-	return !v.hasProgressOf(v.nextPlan(t, limit, time.Time{}))
+	return !v.isUnchangedIn(v.nextPlan(t, limit, time.Time{}))
 }
 
 // next returns the view of nextPlan. v must be done.

@@ -40,9 +40,9 @@ const (
 // while the plan has another one: routers with that version may run, and have sessions.
 const planVersion = 4
 
-// anyInstance is the instance of a member of which only the pod is known. Any container
+// unknownInstance is the instance of a member of which only the pod is known. Any container
 // of the pod may answer for it, and none is admitted as it.
-const anyInstance = "*"
+const unknownInstance = "*"
 
 // noTableHash stands for the ownersHash of a table in an answer of a router without one. It is
 // the ownersHash of one table in 2^64, which would be taken for none.
@@ -51,7 +51,7 @@ const noTableHash = 0
 // memberID identifies a member: its pod and the process in the pod's container.
 type memberID struct {
 	UID      string `json:"uid"`      // of the pod
-	Instance string `json:"instance"` // of the process, or anyInstance
+	Instance string `json:"instance"` // of the process, or unknownInstance
 }
 
 // sharedPlan is a plan with what routers have to know to go by it together. It is
@@ -125,7 +125,7 @@ func (o *handoffObject) hasAnswered(pod string) bool {
 	a, ok := o.answers[pod]
 	id := o.plan.members[pod]
 	return ok && a.epoch == o.plan.epoch && a.step == o.plan.step &&
-		(a.instance == id.Instance || id.Instance == anyInstance)
+		(a.instance == id.Instance || id.Instance == unknownInstance)
 }
 
 // missing returns the names, sorted, of the members that have not answered the step of
@@ -153,7 +153,7 @@ func (p *sharedPlan) withMember(pod string, id *memberID) *sharedPlan {
 // knownMembers returns the names, in any order, of the members of which the process is known.
 func (p *sharedPlan) knownMembers() (pods []string) {
 	for pod, id := range p.members {
-		if id.Instance != anyInstance {
+		if id.Instance != unknownInstance {
 			pods = append(pods, pod)
 		}
 	}
@@ -327,7 +327,7 @@ func parsePlan(s string) (*sharedPlan, error) {
 	}
 	var head map[string]json.RawMessage
 	version := strconv.Itoa(planVersion)
-	if json.Unmarshal([]byte(s), &head) == nil && string(head["version"]) != version {
+	if json.Unmarshal([]byte(s), &head) == nil && head != nil && string(head["version"]) != version {
 		return nil, otherPlanVersionError{string(head["version"])}
 	}
 	var in planJSON
@@ -405,7 +405,7 @@ func (id memberID) check(pod string) error {
 	if err := checkToken("uid of "+pod, id.UID); err != nil {
 		return err
 	}
-	if id.Instance == anyInstance {
+	if id.Instance == unknownInstance {
 		return nil
 	}
 	return checkToken("instance of "+pod, id.Instance)

@@ -32,7 +32,7 @@ func randomPlan(r *rand.Rand) *sharedPlan {
 	}
 	p.oldestSince = planStep{fmt.Sprintf("%x.%d", r.Uint64(), r.Int64()), 1 + r.Int64N(p.step)}
 	for i := range r.IntN(4) {
-		id := memberID{UID: fmt.Sprintf("%x-%x", r.Uint32(), r.Uint32()), Instance: anyInstance}
+		id := memberID{UID: fmt.Sprintf("%x-%x", r.Uint32(), r.Uint32()), Instance: unknownInstance}
 		if r.IntN(2) == 0 {
 			id.Instance = fmt.Sprintf("%x", r.Uint64())
 		}
@@ -116,6 +116,7 @@ func TestPlanFaults(t *testing.T) {
 	for _, c := range []struct{ old, new, want string }{
 		{goodPlan, ``, `plan is "", want the JSON of a plan`},
 		{goodPlan, `[]`, `plan is "[]", want the JSON of a plan`},
+		{goodPlan, `null`, `step is "0", want 1 to`},
 		{goodPlan, goodPlan + `{}`, `want one JSON value`},
 		{goodPlan, strings.Repeat(" ", maxPlan) + goodPlan, `at most 524288 bytes`},
 		{`"version":4`, `"version":1`, `version of the plan is "1", want 4`},

@@ -12,7 +12,7 @@
 //
 //	client
 //	  │ TLS
-//	nginx; or, with -tls-cert, no nginx: the fast path or net/http ends TLS
+//	nginx; or, with -tls-cert, no nginx: the fast path or net/http terminates TLS
 //	  │ Unix socket
 //	fast path (Linux); net/http for all else: other requests and answers, what takes long
 //	  │
@@ -514,7 +514,7 @@ func newProgram(c *config, getenv func(string) string, queue *logQueue,
 // addCertificates reads the certificates, if clients speak TLS.
 func (p *program) addCertificates(kubeNamespace string) error {
 	c := p.config
-	if !c.endsTLS() {
+	if !c.terminatesTLS() {
 		return nil
 	}
 	certificates, err := newCertificates(c.certificates, p.log)
@@ -620,13 +620,13 @@ func (p *program) followStatefulSet(kubeClient *kubeClient, kubeNamespace string
 		p.fdLimit.setBackends(s.count)
 		p.proxy.tables.setBackends(s)
 	}
-	var onWantedCount func()
+	var onWantedRange func()
 	shared := p.proxy.mover.shared
 	if shared != nil {
-		onWantedCount = shared.wake
+		onWantedRange = shared.wake
 	}
 	replicas := newReplicaWatcher(
-		*kubeClient, kubeNamespace, endpoints, onBackendsChanged, onWantedCount, p.log)
+		*kubeClient, kubeNamespace, endpoints, onBackendsChanged, onWantedRange, p.log)
 	if shared != nil {
 		shared.wantedRange, shared.onRangeStored = replicas.wantedRange, replicas.setStoredRange
 	}

@@ -281,7 +281,7 @@ func (m *member) viewOf(o *handoffObject) *memberView {
 		plan: p, uid: o.uid, version: o.version,
 	}
 	if isNamed && id.UID == m.uid {
-		next.mustAnswer = id.Instance == m.instance || id.Instance == anyInstance
+		next.mustAnswer = id.Instance == m.instance || id.Instance == unknownInstance
 	}
 	next.servesNone = !next.mustAnswer || id.Instance != m.instance
 	for _, r := range p.records {
@@ -488,11 +488,11 @@ func (m *member) leave(in *decisionInput) decision {
 func (m *member) join(in *decisionInput) decision {
 	p := m.view.plan
 	id, isNamed := p.members[m.name]
-	isAny := isNamed && id.UID == m.uid && id.Instance == anyInstance
+	isUnknown := isNamed && id.UID == m.uid && id.Instance == unknownInstance
 	switch {
 	case !m.view.servesNone || in.leaving:
 		return decision{}
-	case m.newest == nil && isNamed && !isAny:
+	case m.newest == nil && isNamed && !isUnknown:
 		next := p.withMember(m.name, nil)
 		return m.writePlan(in, next, nil, in.now, "this router is removing the container before it")
 	case m.newest == nil:
@@ -525,7 +525,7 @@ func (m *member) remove(in *decisionInput) decision {
 		switch {
 		case pod != m.name && in.gone(p.members[pod].UID):
 			dead = pod
-		case p.members[pod].Instance != anyInstance:
+		case p.members[pod].Instance != unknownInstance:
 			alive = append(alive, pod)
 		}
 	}
@@ -569,21 +569,21 @@ func (m *member) writeStepWith(in *decisionInput, a *stepAnswer) decision {
 	if missing := o.missing(); len(missing) > 0 {
 		return waiting("%s has not answered step %d", strings.Join(missing, ", "), v.step)
 	}
-	agreed, writers, allBlank, err := o.agreedLimit(m.newest.ownersHash)
+	agreed, writers, allLackTables, err := o.agreedLimit(m.newest.ownersHash)
 	if err != nil {
 		return waiting("%v", err)
 	}
 	next := &handoffPlan{allHeld: true, records: []planRecord{newRecord(m.newest)}}
 	at := in.seenAt
 	switch {
-	case allBlank:
+	case allLackTables:
 		writers = v.plan.knownMembers()
 	case !v.knowsAll():
 		return waiting("this router does not know all tables of step %d", v.step)
 	default:
 		next = v.nextPlan(v.nextTable(m.newest), agreed, in.now)
 		backendIsAhead := m.highestStep > v.step // a backend has answered a later step
-		if v.plan.hasProgressOf(next) && !backendIsAhead {
+		if v.plan.isUnchangedIn(next) && !backendIsAhead {
 			return waiting("")
 		}
 		if len(next.records) > 1 {
@@ -594,7 +594,7 @@ func (m *member) writeStepWith(in *decisionInput, a *stepAnswer) decision {
 	p := *v.plan
 	p.handoffPlan = *next
 	p.step = stepAbove(m.highestStep, in.now)
-	if allBlank || len(next.records) == 1 && len(v.records) > 1 {
+	if allLackTables || len(next.records) == 1 && len(v.records) > 1 {
 		p.oldestSince = planStep{p.epoch, p.step}
 	}
 	return m.writePlan(in, &p, a, at, fmt.Sprintf("this router is writing step %d", p.step))
@@ -614,7 +614,7 @@ func stepTime(routers int) time.Duration {
 // agreedLimit returns how far the next step may go: as far as all members allow that know
 // the tables of the plan. writers are the members among them whose process is known, sorted;
 // allLackTables is true if no member knows the tables. agreedLimit returns an error if a member
-// does not have the table with this ownersHash. A pod of anyInstance that has no table, and
+// does not have the table with this ownersHash. A pod of unknownInstance that has no table, and
 // so cannot join, is not asked.
 func (o *handoffObject) agreedLimit(
 	ownersHash uint64,
@@ -622,9 +622,9 @@ func (o *handoffObject) agreedLimit(
 	agreed, allLackTables = stepLimit{upto: allPlaces}, true
 	for _, pod := range slices.Sorted(maps.Keys(o.plan.members)) {
 		a := o.answers[pod]
-		isAny := o.plan.members[pod].Instance == anyInstance
+		isUnknown := o.plan.members[pod].Instance == unknownInstance
 		switch {
-		case isAny && a.ownersHash == noTableHash:
+		case isUnknown && a.ownersHash == noTableHash:
 			continue
 		case a.ownersHash != ownersHash:
 			return agreed, nil, false, fmt.Errorf("%s has another table", pod)
@@ -634,7 +634,7 @@ func (o *handoffObject) agreedLimit(
 		allLackTables = false
 		agreed.upto = min(agreed.upto, a.limit.upto)
 		agreed.away = append(agreed.away, a.limit.away...)
-		if !isAny {
+		if !isUnknown {
 			writers = append(writers, pod)
 		}
 	}
@@ -679,7 +679,7 @@ func (m *member) bootstrap(in *decisionInput) decision {
 			return decision{again: in.list.at.Add(maxPodListAge),
 				doing: fmt.Sprintf("there is no plan; waiting for %s to confirm that it has none", name)}
 		case said.ownersHash == noTableHash:
-			p.members[name] = memberID{pod.uid, anyInstance}
+			p.members[name] = memberID{pod.uid, unknownInstance}
 		default:
 			p.members[name] = memberID{pod.uid, said.instance}
 			writers = append(writers, name)
@@ -761,7 +761,7 @@ func (m *member) reset(in *decisionInput) decision {
 
 // mergeMembers returns the members of a reset: those of the object, those of the view,
 // and all router pods. If only the pod is known, or if the object and the view name
-// different processes of it, the instance is anyInstance: the answer of any process of
+// different processes of it, the instance is unknownInstance: the answer of any process of
 // the pod counts.
 func (m *member) mergeMembers(in *decisionInput) map[string]memberID {
 	merged := map[string]memberID{}
@@ -774,7 +774,7 @@ func (m *member) mergeMembers(in *decisionInput) map[string]memberID {
 				merged[name] = id
 			case before.UID == id.UID && before.Instance != id.Instance,
 				before.UID != id.UID && before.UID != pod.uid:
-				merged[name] = memberID{before.UID, anyInstance}
+				merged[name] = memberID{before.UID, unknownInstance}
 			}
 		}
 	}
@@ -785,13 +785,13 @@ func (m *member) mergeMembers(in *decisionInput) map[string]memberID {
 	for name, pod := range in.list.pods {
 		id, ok := merged[name]
 		if mayRun := pod.scheduled && !pod.provenEnded; mayRun && (!ok || id.UID != pod.uid) {
-			merged[name] = memberID{pod.uid, anyInstance}
+			merged[name] = memberID{pod.uid, unknownInstance}
 		}
 	}
 	if id := merged[m.name]; !m.view.servesNone {
 		merged[m.name] = memberID{m.uid, m.instance}
 	} else if id.Instance != m.instance {
-		merged[m.name] = memberID{m.uid, anyInstance}
+		merged[m.name] = memberID{m.uid, unknownInstance}
 	}
 	return merged
 }

@@ -1607,8 +1607,8 @@ func TestResetMembers(t *testing.T) {
 		"r4": {uid: "u4", scheduled: true}, "r5": {uid: "u5"}, "r6": {uid: "u6", scheduled: true, provenEnded: true},
 	}}
 	want := map[string]memberID{
-		"r0": {r.uid, r.instance}, "r1": {w.pods["r1"].uid, anyInstance}, "r2": {"u2", "i2"},
-		"r3": {"new", anyInstance}, "r4": {"u4", anyInstance},
+		"r0": {r.uid, r.instance}, "r1": {w.pods["r1"].uid, unknownInstance}, "r2": {"u2", "i2"},
+		"r3": {"new", unknownInstance}, "r4": {"u4", unknownInstance},
 	}
 	if got := r.mergeMembers(s); !maps.Equal(got, want) {
 		t.Errorf("got %v, want %v", got, want)

@@ -188,7 +188,7 @@ func (m *mover) startFlight(
 // once the router is no member any more.
 func (m *mover) shouldMove(s *session) bool {
 	owner := m.assignmentOf(s.namespace).backend
-	return owner != unresolved && owner != s.backend || m.relay.podReplaced(s)
+	return owner != unresolved && owner != s.backend || m.relay.isOnOldPod(s)
 }
 
 // somethingEnded wakes run if it waits for the end of sessions or requests. It does not
@@ -313,7 +313,7 @@ func (m *mover) requeue(v *view, t *table, now time.Time) {
 		if target == unresolved || target == ownerNotKnown {
 			target = s.backend // it stays
 		}
-		isReplaced := m.relay.podReplaced(s)
+		isReplaced := m.relay.isOnOldPod(s)
 		if isReplaced {
 			oldPod = append(oldPod, s)
 		}
@@ -343,7 +343,10 @@ func (m *mover) refreshQueue(v *view, t *table, now time.Time) {
 
 // handleDialResult notes the result of a dial. It logs a new owner's first failed dial.
 func (m *mover) handleDialResult(d dialResult) {
-	if m.targets.note(d, time.Now()) {
+	now := time.Now()
+	isFirstFailure := m.targets.note(d, now)
+	m.targets.startWaits(m.withAwayForOthers(nil), now)
+	if isFirstFailure {
 		m.log.Warn("new owner unreachable; move delayed",
 			"backend", m.relay.backendName(d.backend),
 			"sessions", m.queue.count(d.backend), "error", d.err.Error())
@@ -656,7 +659,7 @@ func (m *mover) mayMove(now time.Time) (ok bool, again time.Time) {
 	if now.Before(m.settlesAt) {
 		return false, m.settlesAt
 	}
-	return m.targets.areKnown(), time.Time{}
+	return m.targets.allDialled(), time.Time{}
 }
 
 // ownInterval returns the time between two moves of this router: with -handoff=all it has a

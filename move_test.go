@@ -1268,12 +1268,22 @@ func TestWaitsEnd(t *testing.T) {
 	target := &moveTarget{backend: 1}
 	targets.all[1] = target
 	targets.note(dialResult{moveTarget: target}, now)
-	for _, awayForOthers := range [][]int{{1}, nil} {
-		targets.startWaits(awayForOthers, now)
+	targets.startWaits([]int{1}, now)
+	begun := now
+	for range 3 { // it is dialled anew meanwhile
+		now = now.Add(maxAwayTime / 4)
+		targets.note(dialResult{moveTarget: target}, now)
+		targets.startWaits([]int{1}, now)
 	}
-	now = now.Add(2 * maxAwayTime)
 	targets.note(dialResult{target, errors.New("refused")}, now)
 	away, until := targets.away(now)
+	wantEqual(t, "owners that are waited for as long as another router could not reach them", fmt.Sprint(away), "[1]")
+	wantEqual(t, "until", until, begun.Add(maxAwayTime))
+	targets.note(dialResult{moveTarget: target}, now)
+	targets.startWaits(nil, now)
+	now = now.Add(2 * maxAwayTime)
+	targets.note(dialResult{target, errors.New("refused")}, now)
+	away, until = targets.away(now)
 	wantEqual(t, "owners that are waited for", fmt.Sprint(away), "[1]")
 	wantEqual(t, "until", until, now.Add(maxAwayTime))
 }

@@ -38,8 +38,8 @@ type moveTarget struct {
 	dialled   bool               // its first dial has ended
 }
 
-// isKnown reports whether a dial of the target has ended, this one or that before redial.
-func (t *moveTarget) isKnown() bool { return t.reachable || t.dialled }
+// wasDialled reports whether a dial of the target has ended, this one or that before redial.
+func (t *moveTarget) wasDialled() bool { return t.reachable || t.dialled }
 
 // dialResult is the result of one dial of a target. err is nil if it is reachable.
 type dialResult struct {
@@ -61,8 +61,8 @@ func newMoveTargets(probe func(ctx context.Context, backend int) error) *moveTar
 // away.
 func (t *moveTargets) addMissing(ctx context.Context, backends map[int]bool) {
 	for backend, target := range t.all {
-		if !target.isKnown() && !backends[backend] {
-			t.drop(target) // else areKnown would wait for it
+		if !target.wasDialled() && !backends[backend] {
+			t.drop(target) // else allDialled would wait for it
 		}
 	}
 	for backend := range backends {
@@ -110,8 +110,8 @@ func (t *moveTargets) forgetOthers(backends map[int]bool) {
 	maps.DeleteFunc(t.waitUntil, func(backend int, _ time.Time) bool { return t.all[backend] == nil })
 }
 
-// startWaits starts the waits for backends that are away for this router or another. No wait
-// starts anew while it is known. The wait for any other target is over if that is reachable.
+// startWaits starts the waits for backends that are away for other routers, and maybe for this one.
+// A wait that is under way goes on. The wait for any other target is over if that is reachable.
 func (t *moveTargets) startWaits(backends []int, now time.Time) {
 	for backend, target := range t.all {
 		if target.reachable && !slices.Contains(backends, backend) {
@@ -123,7 +123,7 @@ func (t *moveTargets) startWaits(backends []int, now time.Time) {
 	}
 }
 
-// startWait starts the wait for a backend, unless it is known.
+// startWait starts the wait for a backend, unless it is under way.
 func (t *moveTargets) startWait(backend int, now time.Time) {
 	if t.waitUntil[backend].IsZero() {
 		t.waitUntil[backend] = now.Add(maxAwayTime)
@@ -153,7 +153,8 @@ func (t *moveTargets) dial(ctx context.Context, target *moveTarget) {
 	}
 }
 
-// note notes the result of a dial. It reports whether this is the target's first failure.
+// note notes the result of a dial. It reports whether this is the target's first failure. The caller
+// calls startWaits, which ends the wait for a target that is reachable.
 func (t *moveTargets) note(d dialResult, now time.Time) (firstFailure bool) {
 	target := d.moveTarget
 	if t.all[target.backend] != target { // it was dropped or dialled anew meanwhile
@@ -161,18 +162,16 @@ func (t *moveTargets) note(d dialResult, now time.Time) (firstFailure bool) {
 	}
 	firstFailure = d.err != nil && !target.dialled
 	target.reachable, target.dialled = d.err == nil, true
-	if target.reachable {
-		delete(t.waitUntil, target.backend)
-	} else {
+	if !target.reachable {
 		t.startWait(target.backend, now)
 	}
 	return firstFailure
 }
 
-// areKnown reports whether each target is known.
-func (t *moveTargets) areKnown() bool {
+// allDialled reports whether each target is known.
+func (t *moveTargets) allDialled() bool {
 	for _, target := range t.all {
-		if !target.isKnown() {
+		if !target.wasDialled() {
 			return false
 		}
 	}

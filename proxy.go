@@ -215,7 +215,7 @@ func (p *proxy) askOwners(
 		result, err := p.completeUpgrade(w, r, u, clientAddrs, request)
 		switch {
 		case errors.Is(err, errOwnerChanged):
-		case !errors.Is(err, errReleased) && !errors.Is(err, errMisdirected):
+		case !errors.Is(err, errStepTooLow) && !errors.Is(err, errMisdirected):
 			return result, err
 		case refusals.wait(holdCtx, err) != nil:
 			return p.notTaken(holdCtx, u, err, refusals.misdirected).outcome()
@@ -225,7 +225,7 @@ func (p *proxy) askOwners(
 
 // ownerRefusals says how often owners have not taken a request.
 type ownerRefusals struct {
-	released    int   // answers with errReleased
+	stepsTooLow int   // answers with errStepTooLow
 	misdirected error // the last errMisdirected, or nil
 }
 
@@ -236,8 +236,8 @@ func (o *ownerRefusals) wait(ctx context.Context, err error) error {
 		o.misdirected = err // dialOwner waits
 		return nil
 	}
-	o.released++
-	return sleep(ctx, backoff{minRedialDelay, maxRedialDelay}.jittered(o.released, rand.Float64()))
+	o.stepsTooLow++
+	return sleep(ctx, backoff{minRedialDelay, maxRedialDelay}.jittered(o.stepsTooLow, rand.Float64()))
 }
 
 // trimRequest returns the request with the context, and without the header fields that
@@ -384,7 +384,7 @@ func (p *proxy) takeIdle(u *pendingRequest) *ownerConn {
 	return p.forwarder.idle.take(backendPod{u.backend, u.podUID})
 }
 
-// checkAnswer returns errMisdirected or errReleased if the owner has not taken the request:
+// checkAnswer returns errMisdirected or errStepTooLow if the owner has not taken the request:
 // what answered at addr is not the owner (421), whose address then has to be looked up
 // again, or it has released the namespace (409). addr is nil for a socket that came from the
 // fast path after a reset.
@@ -404,7 +404,7 @@ func (p *proxy) checkAnswer(owner int, addr net.Addr, resp *http.Response) error
 	}
 	p.backends.queues.clearMisdirected(owner)
 	if resp.StatusCode == http.StatusConflict && p.mover.noteStep(resp.Header.Get(headerStep)) {
-		return errReleased
+		return errStepTooLow
 	}
 	return nil
 }
@@ -466,10 +466,10 @@ var errOwnerChanged = errors.New("the namespace got another owner or pod during 
 // errMisdirected says that another backend answered at the owner's address (421).
 var errMisdirected = errors.New("another backend answers at its address")
 
-// errReleased says that the owner has released the namespace (-release) for a later step
+// errStepTooLow says that the owner has released the namespace (-release) for a later step
 // of a hand-off than the router's. The request can be sent again when the namespace has
 // another owner, or the router has a later step.
-var errReleased = errors.New("it has released the namespace for a later step (409)")
+var errStepTooLow = errors.New("it has released the namespace for a later step (409)")
 
 // admit checks an upgrade request, finds its owner, and counts it in the limits. Both
 // ways of an upgrade begin with it. The caller calls close or openSession.
@@ -612,7 +612,7 @@ func (p *proxy) notTaken(
 		return refuse(resultHoldTimeout,
 			"%q was not handed over to %s within %s: /status says what the step waits for",
 			u.namespace, p.backends.name(backend), p.limits.holdTimeout)
-	case errors.Is(err, errReleased):
+	case errors.Is(err, errStepTooLow):
 		return refuse(resultHoldTimeout, "%s did not take the request within %s: %v",
 			p.backends.name(backend), p.limits.holdTimeout, err)
 	case misdirected != nil || errors.Is(err, errMisdirected):

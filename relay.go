@@ -293,7 +293,7 @@ func (r *relay) add(s *session) {
 	count.open++
 	count.total++
 	r.byBackend[s.backend] = count
-	r.countOnOldPod(s, r.podReplaced(s))
+	r.countOnOldPod(s, r.isOnOldPod(s))
 }
 
 // remove removes s, which has carried n bytes from each side, from the open sessions.
@@ -339,9 +339,9 @@ func (r *relay) setPods(pods map[int]string) (changed bool) {
 	return true
 }
 
-// podReplaced reports whether another pod has replaced the session's pod, and the old
+// isOnOldPod reports whether another pod has replaced the session's pod, and the old
 // one still has the session. It takes no lock.
-func (r *relay) podReplaced(s *session) bool {
+func (r *relay) isOnOldPod(s *session) bool {
 	return r.isOldPod(s.backend, s.podUID) && !s.backendDone.Load()
 }
 
@@ -361,7 +361,7 @@ func (r *relay) recountOnOldPod(s *session) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if int(s.index) < len(r.sessions) && r.sessions[s.index] == s {
-		r.countOnOldPod(s, r.podReplaced(s))
+		r.countOnOldPod(s, r.isOnOldPod(s))
 	}
 }
 

@@ -52,17 +52,17 @@ type sharedHandoff struct {
 	log           *slog.Logger
 
 	// Owned by the goroutine that calls decideAndStart: the mover's run.
-	member        *member
-	ctx           context.Context // of all requests
-	leaving       bool            // the router admits nobody any more, and ends
-	countReported bool            // onRangeStored was called
-	running       sync.WaitGroup  // requests
-	failures      int             // writes and lists in a row that failed
-	retryAt       time.Time       // when the next one may begin
-	listedAt      time.Time       // when the object was listed again because nothing had come
-	askedAt       time.Time       // when pods were asked for
-	throttle      throttle        // of failures in the log
-	lateSince     time.Time       // when this router has seen that members are late; zero if none is
+	member          *member
+	ctx             context.Context // of all requests
+	leaving         bool            // the router admits nobody any more, and ends
+	rangeReported   bool            // onRangeStored was called
+	running         sync.WaitGroup  // requests
+	failures        int             // writes and lists in a row that failed
+	retryAt         time.Time       // when the next one may begin
+	listedAt        time.Time       // when the object was listed again because nothing had come
+	askedAt         time.Time       // when pods were asked for
+	throttle        throttle        // of failures in the log
+	otherTableSince time.Time       // when this router has seen that members are late; zero if none is
 
 	faultThrottle throttle // of what cannot be read in the log; owned by the watcher
 	podThrottle   throttle // of failures of askPods in the log
@@ -90,14 +90,14 @@ type handoffInbox struct {
 
 // sharedStatus is what operators may ask.
 type sharedStatus struct {
-	whyNotServing string   // why this router admits nobody, or not to all namespaces; or ""
-	doing         string   // what it does or waits for; or ""
-	members       []string // pods, sorted
-	missing       []string // those of them that have not answered the step
-	late          []string // the others of them that have another table than this router, sorted
-	lateSince     time.Time
-	err           error // of the last write or list; nil if it succeeded
-	podErr        error // of the last request for a pod that a change waits for; nil if it succeeded
+	whyNotServing   string   // why this router admits nobody, or not to all namespaces; or ""
+	doing           string   // what it does or waits for; or ""
+	members         []string // pods, sorted
+	missing         []string // those of them that have not answered the step
+	withOtherTable  []string // the others of them that have another table than this router, sorted
+	otherTableSince time.Time
+	err             error // of the last write or list; nil if it succeeded
+	podErr          error // of the last request for a pod that a change waits for; nil if it succeeded
 }
 
 // handoffConfigMap is the object as the API server has it.
@@ -170,7 +170,7 @@ func (h *sharedHandoff) decideAndStart(
 	if in.object != nil {
 		h.member.expireOffers(in.object, now)
 	}
-	h.reportNoCount(&in)
+	h.reportNoRange(&in)
 	d := h.member.decide(&decisionInput{
 		stepProgress: p, now: now, object: in.object, seenAt: in.seenAt, list: in.list,
 		leaving: h.leaving, wantedRange: h.wantedRange(),
@@ -180,7 +180,7 @@ func (h *sharedHandoff) decideAndStart(
 	switch d.action {
 	case actAdopt:
 		h.member.commit(d, now)
-		h.countReported = true
+		h.rangeReported = true
 		h.onRangeStored(d.view.plan.backendRange)
 	case actWrite, actList:
 		if in.busy { // its end wakes the mover's run
@@ -224,12 +224,12 @@ func (h *sharedHandoff) takeInbox(now time.Time) handoffInbox {
 	return in
 }
 
-// reportNoCount calls onRangeStored once when the object is known and has no plan: the number of
+// reportNoRange calls onRangeStored once when the object is known and has no plan: the number of
 // backends is not stored.
-func (h *sharedHandoff) reportNoCount(in *handoffInbox) {
-	if !h.countReported && in.object != nil && in.object.plan == nil &&
+func (h *sharedHandoff) reportNoRange(in *handoffInbox) {
+	if !h.rangeReported && in.object != nil && in.object.plan == nil &&
 		in.object.planVersionErr == nil {
-		h.countReported = true
+		h.rangeReported = true
 		h.onRangeStored(nil)
 	}
 }
@@ -249,10 +249,10 @@ func (h *sharedHandoff) publish(in *handoffInbox, d decision, now time.Time) {
 	blocking := h.blocking(in)
 	for _, pod := range slices.Sorted(maps.Keys(blocking)) {
 		if !slices.Contains(st.missing, pod) {
-			st.late = append(st.late, pod)
+			st.withOtherTable = append(st.withOtherTable, pod)
 		}
 	}
-	st.lateSince = h.noteLate(len(st.late) > 0, now)
+	st.otherTableSince = h.noteOtherTable(len(st.withOtherTable) > 0, now)
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	st.err = h.status.err
@@ -266,18 +266,18 @@ func (h *sharedHandoff) publish(in *handoffInbox, d decision, now time.Time) {
 	}
 }
 
-// noteLate notes whether members are late, and returns since when they are: at most since this
+// noteOtherTable notes whether members are late, and returns since when they are: at most since this
 // router has its newest table.
-func (h *sharedHandoff) noteLate(late bool, now time.Time) time.Time {
+func (h *sharedHandoff) noteOtherTable(late bool, now time.Time) time.Time {
 	switch {
 	case !late:
-		h.lateSince = time.Time{}
-	case h.lateSince.IsZero():
-		h.lateSince = now
+		h.otherTableSince = time.Time{}
+	case h.otherTableSince.IsZero():
+		h.otherTableSince = now
 	default:
-		h.lateSince = latest(h.lateSince, h.member.newestAt)
+		h.otherTableSince = latest(h.otherTableSince, h.member.newestAt)
 	}
-	return h.lateSince
+	return h.otherTableSince
 }
 
 // whyNotServing says why this router admits nobody, or not to all namespaces yet. It says

@@ -795,7 +795,7 @@ func (c *simContainer) checkOldPods(replaced map[*session]time.Time) {
 	for _, session := range c.movableSessions() {
 		found, ok := replaced[session]
 		switch waited := time.Since(found); {
-		case !c.relay.podReplaced(session):
+		case !c.relay.isOnOldPod(session):
 		case !ok:
 			replaced[session] = time.Now()
 		case waited > limit:
@@ -1457,8 +1457,8 @@ func TestLateSince(t *testing.T) {
 		{false, at(5), time.Time{}}, {true, at(10), at(10)}, {true, at(20), at(10)},
 		{false, at(30), time.Time{}}, {true, at(40), at(40)},
 	} {
-		wantEqual(t, step.now.String(), h.noteLate(step.late, step.now), step.want)
+		wantEqual(t, step.now.String(), h.noteOtherTable(step.late, step.now), step.want)
 	}
 	h.member.newestAt = at(50)
-	wantEqual(t, "with a newer table", h.noteLate(true, at(60)), at(50))
+	wantEqual(t, "with a newer table", h.noteOtherTable(true, at(60)), at(50))
 }

@@ -447,9 +447,9 @@ func (m *mover) routerWaits(v *view) (waits []stepWait) {
 	for _, pod := range shared.missing {
 		waits = append(waits, stepWait{Router: pod, Seconds: time.Since(v.began).Seconds()})
 	}
-	for _, pod := range shared.late {
+	for _, pod := range shared.withOtherTable {
 		waits = append(waits, stepWait{
-			Router: pod, Error: "it has another table", Seconds: time.Since(shared.lateSince).Seconds()})
+			Router: pod, Error: "it has another table", Seconds: time.Since(shared.otherTableSince).Seconds()})
 	}
 	return waits
 }

@@ -396,9 +396,9 @@ func unwrapTLS(conn net.Conn) (net.Conn, *tlsConn) {
 	return conn, nil
 }
 
-// plainHTTPAnswer returns what to send to a client whose handshake has failed with err because it
+// cleartextAnswer returns what to send to a client whose handshake has failed with err because it
 // has sent an HTTP request: an answer without TLS. It returns nil if err says anything else.
-func plainHTTPAnswer(err error) []byte {
+func cleartextAnswer(err error) []byte {
 	var header tls.RecordHeaderError
 	if !errors.As(err, &header) || header.Conn == nil || !looksLikeHTTP(header.RecordHeader) {
 		return nil

@@ -90,7 +90,7 @@ func (l *lazyTransport) handshake() error {
 	l.begin()
 	l.Conn.SetWriteDeadline(time.Now().Add(l.server.writeTimeout))
 	err := l.server.handshake(l.conn, nil, l.resultOf)
-	switch answer := plainHTTPAnswer(err); {
+	switch answer := cleartextAnswer(err); {
 	case err == nil:
 		l.Conn.SetWriteDeadline(time.Time{})
 	case answer != nil:

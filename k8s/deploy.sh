@@ -44,7 +44,7 @@ make_secret() {
 }
 
 # check_secret checks that certificate and key in the cluster fit. If they did not, nginx
-# would start and every handshake would fail, and a router that ends TLS would not start.
+# would start and every handshake would fail, and a router that terminates TLS would not start.
 check_secret() {
   local cert key
   if ! command -v openssl >/dev/null; then
@@ -60,7 +60,7 @@ secret() { # key, with \ before its dots
   kubectl get secret nginx-tls -o "jsonpath={.data.$1}" | base64 -d
 }
 
-# make_tickets creates the secret from which all routers that end TLS themselves derive the
+# make_tickets creates the secret from which all routers that terminate TLS themselves derive the
 # keys of session tickets.
 make_tickets() {
   head -c 48 /dev/urandom | kubectl create secret generic router-tickets --from-file=secret=/dev/stdin
