@@ -79,7 +79,7 @@ type clientConn struct {
 	// TLS. Read then sets it, and remoteAddr.
 	proxyProtocol *proxyProtocol
 
-	handedToHTTP atomic.Pointer[sync.WaitGroup] // counts this connection: see count; nil: it is not counted
+	handedToHTTP atomic.Pointer[sync.WaitGroup] // counts this connection: see countHandover; nil: it is not counted
 }
 
 // countHandover adds the connection to handedToHTTP, if the head of its first request was read
@@ -92,7 +92,7 @@ func (c *clientConn) countHandover(handedToHTTP *sync.WaitGroup) {
 	}
 }
 
-// endHandover ends what count began.
+// endHandover ends what countHandover began.
 func (c *clientConn) endHandover() {
 	if handedToHTTP := c.handedToHTTP.Swap(nil); handedToHTTP != nil {
 		handedToHTTP.Done()

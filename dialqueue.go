@@ -176,7 +176,7 @@ func (d *dialQueues) mayPass(ordinal int) bool {
 	return d.mayPassLocked(d.queue(ordinal), ordinal)
 }
 
-// mayPassLocked is isOpen. The caller holds mu.
+// mayPassLocked is mayPass. The caller holds mu.
 func (d *dialQueues) mayPassLocked(q *dialQueue, ordinal int) bool {
 	return len(q.waiters) == 0 && q.failures == 0 && d.checkReady(ordinal) == nil
 }

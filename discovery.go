@@ -116,7 +116,7 @@ func (b *versionedRange) backends(s *statefulSet) ordinalRange {
 
 // replaces reports whether b is newer than old, which may be nil. For one version of the
 // StatefulSet's spec the first ordinal is that of the spec, and the count only grows, so a router
-// that has seen an older version only replaces nothing. If b has another UID, the caller knows from
+// that has seen only an older version replaces nothing. If b has another UID, the caller knows from
 // a LIST that b is newer.
 func (b *versionedRange) replaces(old *versionedRange) bool {
 	switch {
@@ -140,7 +140,8 @@ func (b *versionedRange) isOf(s *statefulSet) bool {
 //     before it are;
 //   - a pod that restarts, or fails for ever, changes nothing;
 //   - scaled to zero: the number stays;
-//   - spec.ordinals.start changes: they stay until the new ones are ready, or the old ones are gone.
+//   - spec.ordinals.start changes: they stay until the new ones are ready, or none of the old ones
+//     that go is ready any more.
 //
 // Routers that share a hand-off store the number in the same object. The number in
 // force depends only on the stored one and on the StatefulSet as it is now. So all
@@ -314,7 +315,7 @@ func (r *replicaWatcher) wake() {
 	r.confirmWakeup.notify()
 }
 
-// updateInForce makes the newest count the one in force. The caller holds r.mu.
+// updateInForce makes the newest range the one in force. The caller holds r.mu.
 func (r *replicaWatcher) updateInForce() {
 	switch {
 	case r.latest == nil:
@@ -365,10 +366,10 @@ func (r *replicaWatcher) nextRange() *versionedRange {
 	return &versionedRange{b.first, b.count, s.Metadata.UID, s.Metadata.Generation}
 }
 
-// mayChangeStart reports whether the backends of next may own namespaces in place of those of old,
-// since spec.ordinals.start has changed: they are ready, or of the old ones that the StatefulSet
-// drops none is ready any more. With podManagementPolicy: Parallel it deletes these at once, else
-// when the new ones are ready. The caller holds r.mu.
+// mayChangeStart reports whether the backends of next may own namespaces in place of those of
+// old, since spec.ordinals.start has changed: they are ready, or none of the old ones that the
+// StatefulSet drops is ready any more. With podManagementPolicy: Parallel it deletes these at
+// once, else when the new ones are ready. The caller holds r.mu.
 func (r *replicaWatcher) mayChangeStart(old, next ordinalRange) bool {
 	s := r.latest
 	if _, known := r.endpoints.isReady(next.first); !known {

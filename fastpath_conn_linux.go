@@ -333,7 +333,7 @@ func (c *fastConn) fallBack(answer []byte, failure error) {
 		c.closeGone()
 		return
 	}
-	if c.wasParked() && !errors.Is(c.ctx.Err(), context.Canceled) {
+	if c.wasParked() && !errors.Is(c.ctx.Err(), context.Canceled) { // else net/http finds out anew
 		c.pending.dialErr = failure
 	}
 	f, control := c.fastPath, c.fastPath.proxy.backends.dialer.Control
@@ -479,9 +479,9 @@ func (c *fastConn) wait(ctx context.Context, i side, mask uint32) error {
 	return nil
 }
 
-// read waits until the side has sent something, and returns it, up to the longest head
-// that is allowed, and for a client with TLS no more than its session can send at once. The rest
-// stays in the socket.
+// read waits until the side has sent something, and returns it, up to the longest head that is
+// allowed, and for a client with TLS no more than its session can send at once. The rest stays in
+// the socket.
 func (c *fastConn) read(i side) (data []byte, err error) {
 	limit := min(bufferSize, c.fastPath.proxy.limits.headerBytes)
 	if c.tls != nil && i == backendSide {

@@ -201,7 +201,7 @@ func (p *handoffPlan) changingPlaces() placeRange {
 			from = min(from, bound)
 		}
 	}
-	if from == 0 && p.hasScaledIn() { // their namespaces have any placeOf, and place 0 in the record
+	if from == 0 && p.hasScaledIn() { // such a namespace has place 0 in the record, whatever its placeOf is
 		return placeRange{0, allPlaces}
 	}
 	return placeRange{from, r.after.upto}
@@ -325,10 +325,10 @@ func (v *view) next(t *table, limit stepLimit, now time.Time) *view {
 	return next
 }
 
-// mustLeave reports whether all that the backend has of the namespace has to be over
-// before the step is done: the namespace has another owner after it. If its owner is
-// unresolved here, it stays, unless this backend was scaled in: other routers may know that
-// the namespace was with it, and give it to another.
+// mustLeave reports whether all that the backend has of the namespace has to be over before the
+// step is done: the namespace has another owner after it. If this router does not know that
+// owner, nothing has to be over, unless this backend was scaled in: other routers may know that
+// it had the namespace, and give that to another.
 func (v *view) mustLeave(namespace string, backend int) bool {
 	if !v.mayChange(hash64(namespace)) {
 		return false

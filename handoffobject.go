@@ -80,7 +80,7 @@ type stepAnswer struct {
 	step        int64     // the step that is done in this router; 0 without a view
 	ownersHash  uint64    // ownersHash of its own table, or noTableHash
 	lacksTables bool      // it lacks a table of the plan, or has no table or no plan: limit is empty
-	limit       stepLimit // of the next step, towards its table; empty if blank
+	limit       stepLimit // of the next step, towards its table; empty if lacksTables
 	toMove      int       // how many sessions it has to move that the rate counts, also those within limit
 }
 
@@ -469,8 +469,8 @@ func (m *markJSON) parse(name string) (parsed mark, err error) {
 //
 // limit is the place up to which the next step may go, with the new owners that are away,
 // left out if there are none. It is "blank" in an answer of a router that does not know all
-// tables of the plan. ownersHash is "-" if it has no table; it is blank then. epoch is "-" and
-// step 0 if it has no view; it is blank then, too.
+// tables of the plan. ownersHash is "-" if the router has no table, and epoch is "-" and step 0 if it
+// has no view; the limit is blank then, too.
 func (a stepAnswer) String() string {
 	epoch, ownersHash, limit := cmp.Or(a.epoch, "-"), "-", "blank"
 	if a.ownersHash != noTableHash {

@@ -773,7 +773,7 @@ func (m *member) mergeMembers(in *decisionInput) map[string]memberID {
 			case !ok || before.UID != id.UID && id.UID == pod.uid:
 				merged[name] = id
 			case before.UID == id.UID && before.Instance != id.Instance,
-				before.UID != id.UID && before.UID != pod.uid:
+				before.UID != id.UID && before.UID != pod.uid: // neither is the pod's: remove asks for it
 				merged[name] = memberID{before.UID, unknownInstance}
 			}
 		}

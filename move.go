@@ -78,7 +78,7 @@ type mover struct {
 	mustPrepare  bool            // prepareNewest was called while the next table was not known here
 	waitsForPace bool            // there are sessions of the next step that only wait for the pace
 	oldPodsWait  bool            // there are sessions of moveQueue.oldPod that only wait for the pace
-	lastDoneHere int64           // the last step of which nothing is left in this router; that of a reset is higher
+	lastDoneHere int64           // the last step of which nothing is left in this router; a reset has a higher one
 	lastProposal *stepProposal   // the last, which may be in this router's answer; nil for none
 	ctx          context.Context // of run
 }
@@ -584,7 +584,7 @@ func (m *mover) nextStepTime(now time.Time) time.Time {
 }
 
 // noteStep notes the step in the header of a backend that has refused a request: it has
-// released the namespace for a later step than the router's. The next step of the router is
+// seen a later step than the router's. The next step of the router is
 // above it; if no step is due, it makes one that moves nothing. noteStep reports whether text
 // is a step: one of at most ten years from now.
 func (m *mover) noteStep(text string) bool {
@@ -776,9 +776,9 @@ func (m *mover) countStep(v *view, now time.Time) {
 	}
 }
 
-// takeNewVersion puts t in the place of v's table: v is at rest and has an older version
-// of a table with the same ownersHash. t gets the previous owners that v knows. The router
-// then uses this table too. takeNewVersion returns the view that is in force then.
+// takeNewVersion puts t in the place of v's table: v is at rest and has an older version of a
+// table with the same ownersHash. t gets the previous owners that v knows. This copy of t becomes
+// the newest table and the view's. takeNewVersion returns the view that is in force then.
 func (m *mover) takeNewVersion(v *view, t *table) *view {
 	if v.tables[0] == t {
 		return v

@@ -386,7 +386,7 @@ func (p *proxy) takeIdle(u *pendingRequest) *ownerConn {
 
 // checkAnswer returns errMisdirected or errStepTooLow if the owner has not taken the request:
 // what answered at addr is not the owner (421), whose address then has to be looked up
-// again, or it has released the namespace (409). addr is nil for a socket that came from the
+// again, or it has seen a later step (409). addr is nil for a socket that came from the
 // fast path after a reset.
 func (p *proxy) checkAnswer(owner int, addr net.Addr, resp *http.Response) error {
 	if resp.StatusCode == http.StatusMisdirectedRequest {
@@ -466,10 +466,10 @@ var errOwnerChanged = errors.New("the namespace got another owner or pod during 
 // errMisdirected says that another backend answered at the owner's address (421).
 var errMisdirected = errors.New("another backend answers at its address")
 
-// errStepTooLow says that the owner has released the namespace (-release) for a later step
-// of a hand-off than the router's. The request can be sent again when the namespace has
-// another owner, or the router has a later step.
-var errStepTooLow = errors.New("it has released the namespace for a later step (409)")
+// errStepTooLow says that the owner knows a later step of a hand-off than the router's: it has stored
+// that with the namespace, or has released the namespace for it (-release). The request can be sent
+// again when the namespace has another owner, or the router has a later step.
+var errStepTooLow = errors.New("it has seen a later step (409)")
 
 // admit checks an upgrade request, finds its owner, and counts it in the limits. Both
 // ways of an upgrade begin with it. The caller calls close or openSession.

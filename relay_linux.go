@@ -95,7 +95,7 @@ const (
 	unsentClasses   = 11       // sizes of buffers, each twice the last: up to bufferSize
 	peekSize        = 16 << 10 // bytes that are peeked at above the budget
 	// maxReadOverBudget is how many bytes are read at once above the budget, if they are
-	// not peeked at. With TLS they have room in peekSize/4.
+	// not peeked at. Encrypted, they have at most peekSize/4.
 	maxReadOverBudget = peekSize/4 - 256
 )
 
