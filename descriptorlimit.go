@@ -78,7 +78,11 @@ func (l *descriptorLimit) setBackends(backends int) {
 // moreSessions is how many sessions there can be beside what is used now.
 func (l *descriptorLimit) moreSessions() int {
 	used, limit, _ := l.usage()
-	return (limit-used-descriptorsPerClient)/descriptorsPerSession + 1
+	left := limit - used - descriptorsPerClient
+	if left < 0 {
+		return 0
+	}
+	return left/descriptorsPerSession + 1
 }
 
 // wait returns when there is room for one more client, or net.ErrClosed.

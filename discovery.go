@@ -108,10 +108,11 @@ func (b *versionedRange) UnmarshalJSON(text []byte) error {
 
 // backends returns the backends of s that own namespaces.
 func (b *versionedRange) backends(s *statefulSet) ordinalRange {
+	count := min(b.Count, maxReplicas)
 	if b.First == anyFirst {
-		return ordinalRange{s.Spec.Ordinals.Start, b.Count}
+		return ordinalRange{s.Spec.Ordinals.Start, count}
 	}
-	return ordinalRange{b.First, b.Count}
+	return ordinalRange{b.First, count}
 }
 
 // replaces reports whether b is newer than old, which may be nil. For one version of the
@@ -475,7 +476,7 @@ func (r *replicaWatcher) announceCordonRejected() {
 	}
 }
 
-// announceWantedRange calls onWantedRange if the router wants another number.
+// announceWantedRange calls onWantedRange if the router wants another range.
 func (r *replicaWatcher) announceWantedRange() {
 	p := r.wantedRange()
 	same := p == r.lastWantedRange || p != nil && r.lastWantedRange != nil && *p == *r.lastWantedRange

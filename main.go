@@ -712,7 +712,7 @@ func (p *program) serve(ctx context.Context, clients, admin net.Listener) error 
 }
 
 // logServing logs where the router listens, and warns if the process may not open enough
-// files for -max-sessions, but for maxSessions only. "fixed_backends" is 0 if the router follows the
+// files for -max-sessions: only maxSessions fit. "fixed_backends" is 0 if the router follows the
 // StatefulSet.
 func (p *program) logServing(client, admin net.Addr, maxSessions int) {
 	p.log.Info("serving",

@@ -540,8 +540,8 @@ func (m *member) remove(in *decisionInput) decision {
 // writes it, too.
 func (id memberID) isGone(pod routerPod) bool { return pod.uid != id.UID || pod.provenEnded }
 
-// storeRange writes the number of backends in force into the plan, if this router has a
-// newer one. It changes nothing else: all that see it make new tables.
+// storeRange writes into the plan which backends own namespaces, if this router has a newer
+// range. It changes nothing else: all that see it make new tables.
 func (m *member) storeRange(in *decisionInput) decision {
 	p := m.view.plan
 	if m.view.servesNone || in.wantedRange == nil || !in.wantedRange.replaces(p.backendRange) {

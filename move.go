@@ -345,7 +345,7 @@ func (m *mover) refreshQueue(v *view, t *table, now time.Time) {
 func (m *mover) handleDialResult(d dialResult) {
 	now := time.Now()
 	isFirstFailure := m.targets.note(d, now)
-	m.targets.startWaits(m.withAwayForOthers(nil), now)
+	m.targets.startWaits(m.withAwayForOthers(nil), now) // also where propose is not called
 	if isFirstFailure {
 		m.log.Warn("new owner unreachable; move delayed",
 			"backend", m.relay.backendName(d.backend),
@@ -678,9 +678,8 @@ func (m *mover) minMoveTime(sessions int64) time.Duration {
 }
 
 // updatePace begins the tally if sessions may move, sets the interval of the pace, and returns
-// what mayMove returns. It starts the pace, unless sessions wait for it already: these keep
-// their turns, also if another table has come. The caller has prepared the moves to the table,
-// so that there is a tally.
+// what mayMove returns. It starts the pace, unless sessions may move and wait for it
+// already. The caller has prepared the moves to the table, so that there is a tally.
 func (m *mover) updatePace(now time.Time) (mayMove bool, again time.Time) {
 	mayMove, again = m.mayMove(now)
 	if mayMove {

@@ -1288,6 +1288,25 @@ func TestWaitsEnd(t *testing.T) {
 	wantEqual(t, "until", until, now.Add(maxAwayTime))
 }
 
+// With -handoff=off, too, an owner that was reachable meanwhile is waited for again.
+func TestMoveWaitsAgain(t *testing.T) {
+	movesWith(t, true, 1, 1, with(pinned(90, 0), "late", 3), func(t *testing.T, m *moveTest) {
+		data := with(with(pinned(90, 2), "late", 3), "ns-00", 1)
+		hasMoved := func(namespace string, wait time.Duration) bool {
+			return slices.ContainsFunc(m.after(wait), func(s closedSession) bool { return s.namespace == namespace })
+		}
+		m.setAbsent(1, true)
+		m.table(data)
+		wantEqual(t, "ns-00 has moved to an owner that is away", hasMoved("ns-00", 5*time.Second), false)
+		m.setAbsent(1, false)
+		m.after(maxAwayTime + 5*time.Second)
+		m.setAbsent(1, true)
+		m.table(with(data, "late", 1))
+		wantEqual(t, "late has moved to the owner that is away again", hasMoved("late", maxAwayTime-5*time.Second), false)
+		wantEqual(t, "late has moved when the wait was over", hasMoved("late", 10*time.Second), true)
+	})
+}
+
 // With -handoff=off a table that comes while run raises the step, for a 409, stays in force.
 func TestRaisedStepKeepsTheNewTable(t *testing.T) {
 	bubble(t, func(t *testing.T) {

@@ -168,7 +168,7 @@ func (t *moveTargets) note(d dialResult, now time.Time) (firstFailure bool) {
 	return firstFailure
 }
 
-// allDialled reports whether each target is known.
+// allDialled reports whether a dial of each target has ended.
 func (t *moveTargets) allDialled() bool {
 	for _, target := range t.all {
 		if !target.wasDialled() {

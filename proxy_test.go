@@ -482,7 +482,7 @@ func TestProxyMovedInHandshake(t *testing.T) {
 	}
 }
 
-// A backend that has released the namespace for a later step refuses the upgrade. It is
+// A backend that knows a later step of the namespace refuses the upgrade. It is
 // asked again, and the router's step rises above that one, at rest too. An application's own 409
 // is for the client.
 func TestProxyAsksAgainAfterARelease(t *testing.T) {

@@ -62,7 +62,7 @@ type sharedHandoff struct {
 	listedAt        time.Time       // when the object was listed again because nothing had come
 	askedAt         time.Time       // when pods were asked for
 	throttle        throttle        // of failures in the log
-	otherTableSince time.Time       // when this router has seen that members are late; zero if none is
+	otherTableSince time.Time       // when this router has seen that members have another table; zero if none has
 
 	faultThrottle throttle // of what cannot be read in the log; owned by the watcher
 	podThrottle   throttle // of failures of askPods in the log
@@ -266,11 +266,11 @@ func (h *sharedHandoff) publish(in *handoffInbox, d decision, now time.Time) {
 	}
 }
 
-// noteOtherTable notes whether members are late, and returns since when they are: at most since this
-// router has its newest table.
-func (h *sharedHandoff) noteOtherTable(late bool, now time.Time) time.Time {
+// noteOtherTable notes whether members have another table than this router, and returns since when:
+// at most since this router has its newest one.
+func (h *sharedHandoff) noteOtherTable(differs bool, now time.Time) time.Time {
 	switch {
-	case !late:
+	case !differs:
 		h.otherTableSince = time.Time{}
 	case h.otherTableSince.IsZero():
 		h.otherTableSince = now

@@ -1445,8 +1445,8 @@ func TestHandoffPodsMayNotBeRead(t *testing.T) {
 	}
 }
 
-// TestLateSince: members are late since this router has seen so, and has its newest table.
-func TestLateSince(t *testing.T) {
+// TestOtherTableSince: members have another table since this router has seen so, and has its newest one.
+func TestOtherTableSince(t *testing.T) {
 	h := &sharedHandoff{member: newMember("router-a", "u", "1")}
 	at := func(seconds int) time.Time { return time.Unix(int64(seconds), 0) }
 	h.member.newestAt = at(1)

@@ -32,10 +32,7 @@ type handoffFault struct {
 // two owners.
 func TestFaultHandoff(t *testing.T) {
 	s, p := newDeployed(t)
-	t.Cleanup(func() { // a kubelet that has lost the API server twice connects again late
-		p.kill("kubelet")
-		p.component("start", "kubelet")
-	})
+	t.Cleanup(p.restartKubelet)
 	s.keepOverrides()
 	c := s.newTenantsOf(s.writtenByAll, "fault", 150, 600)
 	for _, fault := range []handoffFault{
@@ -108,9 +105,16 @@ func (s *system) restoreEtcd(p *plane) (end func()) {
 		p.component("start", "etcd")
 		p.component("start", "apiserver")
 		p.reconnect()
+		p.restartKubelet() // else its pods may become unready in the midst of the next fault
 		s.client = p.client
 		s.outgrow()
 	}
+}
+
+// restartKubelet starts the kubelet anew: one that has lost the API server twice connects again late.
+func (p *plane) restartKubelet() {
+	p.kill("kubelet")
+	p.component("start", "kubelet")
 }
 
 // outgrow writes until versions are above those of before a restore: see rig.outgrow.
