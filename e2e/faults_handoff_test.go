@@ -32,7 +32,10 @@ type handoffFault struct {
 // two owners.
 func TestFaultHandoff(t *testing.T) {
 	s, p := newDeployed(t)
-	t.Cleanup(p.restartKubelet)
+	t.Cleanup(func() { // a kubelet that has lost the API server twice connects again late
+		p.kill("kubelet")
+		p.component("start", "kubelet")
+	})
 	s.keepOverrides()
 	c := s.newTenantsOf(s.writtenByAll, "fault", 150, 600)
 	for _, fault := range []handoffFault{
@@ -105,16 +108,28 @@ func (s *system) restoreEtcd(p *plane) (end func()) {
 		p.component("start", "etcd")
 		p.component("start", "apiserver")
 		p.reconnect()
-		p.restartKubelet() // else its pods may become unready in the midst of the next fault
 		s.client = p.client
+		s.awaitKubelet(time.Now())
 		s.outgrow()
 	}
 }
 
-// restartKubelet starts the kubelet anew: one that has lost the API server twice connects again late.
-func (p *plane) restartKubelet() {
-	p.kill("kubelet")
-	p.component("start", "kubelet")
+// awaitKubelet waits until each node's kubelet has renewed its lease after begun. It may connect again
+// late, and then its pods become unready in the midst of the next fault.
+func (s *system) awaitKubelet(begun time.Time) {
+	s.t.Helper()
+	eventually(s.t, 90*time.Second, "the kubelets to renew their leases", func() error {
+		leases, err := s.client.CoordinationV1().Leases("kube-node-lease").List(s.t.Context(), metav1.ListOptions{})
+		if err != nil {
+			return err
+		}
+		for _, lease := range leases.Items {
+			if renewed := lease.Spec.RenewTime; renewed == nil || renewed.Time.Before(begun) {
+				return fmt.Errorf("node %s has renewed at %v", lease.Name, renewed)
+			}
+		}
+		return nil
+	})
 }
 
 // outgrow writes until versions are above those of before a restore: see rig.outgrow.
