@@ -141,8 +141,8 @@ func (b *versionedRange) isOf(s *statefulSet) bool {
 //     before it are;
 //   - a pod that restarts, or fails for ever, changes nothing;
 //   - scaled to zero: the number stays;
-//   - spec.ordinals.start changes: they stay until the new ones are ready, or none of the old ones
-//     that go is ready any more.
+//   - spec.ordinals.start changes: they stay until the new ones are ready, or all old ones that go
+//     are gone or being deleted.
 //
 // Routers that share a hand-off store the number in the same object. The number in
 // force depends only on the stored one and on the StatefulSet as it is now. So all
@@ -368,8 +368,8 @@ func (r *replicaWatcher) nextRange() *versionedRange {
 }
 
 // mayChangeStart reports whether the backends of next may own namespaces in place of those of
-// old, since spec.ordinals.start has changed: they are ready, or none of the old ones that the
-// StatefulSet drops is ready any more. With podManagementPolicy: Parallel it deletes these at
+// old, since spec.ordinals.start has changed: they are ready, or all old ones that the
+// StatefulSet drops are gone or being deleted. With podManagementPolicy: Parallel it deletes these at
 // once, else when the new ones are ready. The caller holds r.mu.
 func (r *replicaWatcher) mayChangeStart(old, next ordinalRange) bool {
 	s := r.latest
@@ -379,17 +379,17 @@ func (r *replicaWatcher) mayChangeStart(old, next ordinalRange) bool {
 			s.Status.Replicas <= s.Spec.Replicas && s.Status.ReadyReplicas >= next.count
 	}
 	isReady := func(ordinal int) bool { ready, _ := r.endpoints.isReady(ordinal); return ready }
-	allReady, drops, oldReady := true, false, false
+	allReady, drops, oldLives := true, false, false
 	for ordinal := next.first; ordinal < next.first+next.count; ordinal++ {
 		isOld := old.has(ordinal) && ordinal < old.first+s.Spec.Replicas // else it may have been scaled in
 		allReady = allReady && (isOld || isReady(ordinal))
 	}
 	for ordinal := old.first; ordinal < old.first+old.count; ordinal++ {
 		if !next.has(ordinal) {
-			drops, oldReady = true, oldReady || isReady(ordinal)
+			drops, oldLives = true, oldLives || r.endpoints.hasPod(ordinal)
 		}
 	}
-	return next.count > 0 && (allReady || drops && !oldReady)
+	return next.count > 0 && (allReady || drops && !oldLives)
 }
 
 // wantedRange returns the range that should be stored, which may be the one that is. It is
@@ -663,15 +663,20 @@ func (e *endpoint) uid() string {
 func (e *endpoint) isUsable() bool {
 	c := e.Conditions
 	isFalse := func(condition *bool) bool { return condition != nil && !*condition }
-	terminating := c.Terminating != nil && *c.Terminating
-	return !isFalse(c.Ready) && !isFalse(c.Serving) && !terminating
+	return !isFalse(c.Ready) && !isFalse(c.Serving) && !e.isTerminating()
+}
+
+// isTerminating reports whether the pod is being deleted.
+func (e *endpoint) isTerminating() bool {
+	return e.Conditions.Terminating != nil && *e.Conditions.Terminating
 }
 
 // podAddress holds the addresses of one backend's pod.
 type podAddress struct {
 	// Static after construction.
-	usable bool   // new sessions may be opened there: see endpoint.isUsable
-	uid    string // of the pod, "" if not known
+	usable      bool   // new sessions may be opened there: see endpoint.isUsable
+	terminating bool   // the pod is being deleted
+	uid         string // of the pod, "" if not known
 
 	// Guarded by the endpointWatcher's mu.
 	addrs      []string // host:port, at least one; the first is dialled next
@@ -703,7 +708,7 @@ func podAddresses(set map[string]*endpointSlice, statefulSet, port string) (
 			}
 			known := addresses[ordinal]
 			if known == nil || !known.usable && e.isUsable() {
-				known = &podAddress{usable: e.isUsable(), uid: e.uid()}
+				known = &podAddress{usable: e.isUsable(), terminating: e.isTerminating(), uid: e.uid()}
 				addresses[ordinal] = known
 			}
 			addr := net.JoinHostPort(e.Addresses[0], port)
@@ -825,6 +830,14 @@ func (e *endpointWatcher) isReady(ordinal int) (ready, known bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return e.addresses[ordinal].isUsable(), e.addresses != nil
+}
+
+// hasPod reports whether the backend has a pod that is not being deleted, ready or not.
+func (e *endpointWatcher) hasPod(ordinal int) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	address := e.addresses[ordinal]
+	return address != nil && !address.terminating
 }
 
 // isOutdated reports whether addresses may be out of date, as the watch fails.

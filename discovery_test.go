@@ -41,14 +41,22 @@ func (r countingRouter) see(t *testing.T, generation int64, spec string) {
 	r.apply(map[string]*statefulSet{"backend": s})
 }
 
-// seeReady makes exactly these backends ready, given as digits.
+// seeReady makes exactly these backends ready, given as digits. Those after a "!" have a pod that is not
+// ready, those after a "~" one that is being deleted.
 func (r countingRouter) seeReady(t *testing.T, digits string) {
 	t.Helper()
-	ready := []int{}
-	for _, digit := range digits {
-		ready = append(ready, int(digit-'0'))
+	all, conditions := []string{}, `"ready":true`
+	for _, c := range digits {
+		switch c {
+		case '!':
+			conditions = `"ready":false`
+		case '~':
+			conditions = `"ready":false,"terminating":true`
+		default:
+			all = append(all, fmt.Sprintf(`{"addresses":["10.0.0.%c"],"hostname":"backend-%c","conditions":{%s}}`, c, c, conditions))
+		}
 	}
-	r.endpoints.apply(sliceSet(t, "IPv4 "+readyEndpoints(ready...)))
+	r.endpoints.apply(sliceSet(t, "IPv4 ["+strings.Join(all, ",")+"]"))
 }
 
 // inForceNow returns the backends that own namespaces.
@@ -106,6 +114,8 @@ func TestActiveCount(t *testing.T) {
 		"one before, ready, and one restarts":   {`"replicas":3,"ordinals":{"start":4}`, from(5, 2, 4), "45", ordinalRange{5, 2}, from(4, 3, 5)},
 		"without the first":                     {`"replicas":3,"ordinals":{"start":1}`, from(0, 4, 4), "03", ordinalRange{0, 4}, from(1, 3, 5)},
 		"without the first, which is gone":      {`"replicas":4,"ordinals":{"start":1}`, from(0, 4, 4), "12", ordinalRange{0, 4}, from(1, 4, 5)},
+		"without the first, which is not ready": {`"replicas":4,"ordinals":{"start":1}`, from(0, 4, 4), "123!0", ordinalRange{0, 4}, from(0, 4, 4)},
+		"without the first, which goes":         {`"replicas":4,"ordinals":{"start":1}`, from(0, 4, 4), "123~0", ordinalRange{0, 4}, from(1, 4, 5)},
 		"another start, readiness is not known": {`"replicas":4,"ordinals":{"start":4}`, from(0, 4, 4), unread, ordinalRange{0, 4}, from(0, 4, 4)},
 		"another start of the same generation":  {`"replicas":4`, from(4, 4, 5), "0123", ordinalRange{4, 4}, from(0, 4, 5)},
 		"another start, an older StatefulSet":   {`"replicas":4`, from(4, 4, 6), "01234567", ordinalRange{4, 4}, nil},

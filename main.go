@@ -32,7 +32,7 @@
 //	cordon         the backends to which the hash gives no namespaces; unlike with kubectl's
 //	               cordon, the sessions of these namespaces move away
 //	scaled in      of a backend: the newest table gives it nothing, as there are fewer backends,
-//	               or the first one has a higher ordinal
+//	               or the first one has another ordinal
 //	table          what gives each namespace its owner
 //	in force       of overrides, a cordon, a certificate: the router goes by them, and not by
 //	               what it has refused; of a view: clients get the owners that it says
