@@ -27,13 +27,13 @@ const (
 	headerBackend = "X-Router-Backend"
 )
 
+// maxReplicas is how many backends a table may have, unless -backends lists more. Each takes some bytes
+// of every table: a number of replicas with some digits too many would take the router's memory.
+const maxReplicas = 10_000
+
 // ordinalRange has the ordinals of the backends that may own namespaces: first, first+1 and
 // so on, count in all. Cordoned ones are among them: these own what overrides give them.
 type ordinalRange struct{ first, count int }
-
-// maxReplicas is how many backends a table may have. Each takes some bytes of every table, so that a
-// number of replicas with some digits too many must not take the router's memory.
-const maxReplicas = 10_000
 
 func (o ordinalRange) has(ordinal int) bool { return ordinal >= o.first && ordinal < o.first+o.count }
 

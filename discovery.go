@@ -144,7 +144,7 @@ func (b *versionedRange) isOf(s *statefulSet) bool {
 //   - spec.ordinals.start changes: they stay until the new ones are ready, or all old ones that go
 //     are gone or being deleted.
 //
-// Routers that share a hand-off store the number in the same object. The number in
+// Routers that share a hand-off store the range in the same object. The range in
 // force depends only on the stored one and on the StatefulSet as it is now. So all
 // routers that have seen the same versions agree, also one that has just started and one
 // whose watch missed a version (invariant 2). If no range is stored yet, what this router

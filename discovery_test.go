@@ -186,16 +186,16 @@ func TestActiveCountNeedsNoReadiness(t *testing.T) {
 		anySpec := func() string {
 			return fmt.Sprintf(`"replicas":%d,"ordinals":{"start":%d}`, rng.IntN(9), rng.IntN(3))
 		}
-		anyCount := func() *versionedRange {
+		anyRange := func() *versionedRange {
 			return &versionedRange{rng.IntN(3), 1 + rng.IntN(9), "u", rng.Int64N(9)}
 		}
-		spec, stored := anySpec(), anyCount()
+		spec, stored := anySpec(), anyRange()
 		for _, r := range []countingRouter{one, other} {
 			if rng.IntN(3) == 0 {
 				r.see(t, rng.Int64N(9), anySpec())
 			}
 			if rng.IntN(3) == 0 {
-				r.setStoredRange(anyCount())
+				r.setStoredRange(anyRange())
 			}
 			digits := ""
 			for i := range 9 {
@@ -268,7 +268,7 @@ func TestStartOfRestoredStatefulSet(t *testing.T) {
 	wantEqual(t, "after it", rangeText(r.wantedRange()), "4 of u/8")
 }
 
-// A count that an earlier version of the router has stored has no first ordinal.
+// A range that an earlier version of the router has stored has no first ordinal.
 func TestCountOfEarlierVersion(t *testing.T) {
 	for text, want := range map[string]versionedRange{
 		`{"count":3,"uid":"u","generation":5}`:           {anyFirst, 3, "u", 5},
@@ -912,7 +912,7 @@ func TestPodIsGone(t *testing.T) {
 		must(t, err)
 		p := newEndpointWatcher(*client, "edge", "backend", "headless", 9000, func(map[int]string) {}, slog.New(slog.DiscardHandler))
 		got, err := p.backends().podIsGone(t.Context(), 3)
-		if got != tt.want || got == (err != nil) && name != "the pod" {
+		if wantErr := !tt.want && name != "the pod"; got != tt.want || wantErr != (err != nil) {
 			t.Errorf("%s: gone is %t (%v), want %t", name, got, err, tt.want)
 		}
 		wantEqual(t, "path", path, "/api/v1/namespaces/edge/pods/backend-3")

@@ -101,7 +101,7 @@ type decisionInput struct {
 	seenAt      time.Time       // when this version was seen first
 	list        *podList        // the last one; nil if there was none
 	leaving     bool            // the router admits nobody any more, and ends
-	wantedRange *versionedRange // the number of backends that the plan should have; nil if not known
+	wantedRange *versionedRange // the range of backends that the plan should have; nil if not known
 	// gone reports whether GET said that the pod with this UID has ended for ever: see
 	// memberID.isGone.
 	gone func(uid string) bool

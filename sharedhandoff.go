@@ -43,10 +43,10 @@ type sharedHandoff struct {
 	client   kubeClient  // to copy: a client is for one goroutine
 	podLabel string      // a label selector: the pods of all routers
 	wake     func()      // wakes the mover's run; must not block
-	// wantedRange returns the number of backends that the object should have; nil if
-	// it is not known.
+	// wantedRange returns the range of backends that the object should have; nil if it is
+	// not known.
 	wantedRange func() *versionedRange
-	// onRangeStored is called with the number of backends that the object has, nil if it has
+	// onRangeStored is called with the range of backends that the object has, nil if it has
 	// none. It must not block.
 	onRangeStored func(b *versionedRange)
 	log           *slog.Logger
@@ -224,8 +224,8 @@ func (h *sharedHandoff) takeInbox(now time.Time) handoffInbox {
 	return in
 }
 
-// reportNoRange calls onRangeStored once when the object is known and has no plan: the number of
-// backends is not stored.
+// reportNoRange calls onRangeStored once when the object is known and has no plan: no
+// range is stored.
 func (h *sharedHandoff) reportNoRange(in *handoffInbox) {
 	if !h.rangeReported && in.object != nil && in.object.plan == nil &&
 		in.object.planVersionErr == nil {
